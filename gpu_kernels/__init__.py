@@ -1,0 +1,29 @@
+"""Triton kernels of the GPU lane, each beside its oracle in `reference`; nothing of Triton is imported until one is used.
+
+Knows nothing of the other packages: an op takes tensors, writes its `out` arguments in place and launches on the
+current CUDA stream. It neither synchronises nor reads device data on the host, so every op can be captured in a graph.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_MODULE_OF_OP = {
+    "linear": "linear_layer",
+    "decode_attention": "attention",
+    "prefill_attention": "attention",
+    "merge": "attention_merge",
+    "rms_norm": "elementwise",
+    "rope_append": "elementwise",
+    "silu_mul": "elementwise",
+}
+
+__all__ = list(_MODULE_OF_OP)
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module of an op when the op is first asked for."""
+    if name not in _MODULE_OF_OP:
+        raise AttributeError(f"gpu_kernels has no op {name!r}; ops: {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF_OP[name]}"), name)

@@ -1,0 +1,257 @@
+"""Every op in plain torch: the oracle of both kernel packages, on any device, slow and obvious on purpose.
+
+Outputs are written in place into the `out` arguments. Arithmetic is float32; when the activation input is float64 the
+same code computes in float64, and is then the oracle that float32 results are compared with. The roundings that belong
+to the contract (activations to int8 or bf16, q to the KV dtype) happen in both cases, so both see the same numbers.
+
+    linear      y = round(x) @ unpack(W)^T + b            round: by weight dtype
+    attention   s_j = scale * q . k_j over visible j;  lse = log sum_j exp(s_j);  out = sum_j exp(s_j - lse) v_j
+    merge       m = max_i lse_i;  w_i = exp(lse_i - m);  out = sum w_i out_i / sum w_i;  lse = m + log sum w_i
+    rms_norm    y = x / sqrt(mean(x^2) + eps) * weight
+    silu_mul    y = gate / (1 + exp(-gate)) * up
+    rope        (a, b) -> (a cos - b sin, b cos + a sin) for the pairs (i, i + rotary_dim / 2)
+
+A query that sees no key at all gets (out, lse) = (0, -inf), the identity of merge.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WEIGHT_DTYPES = ("fp32", "bf16", "q8", "q4")
+BLOCK_FEATURES = 16
+GROUP = 64
+SUPERBLOCK_BYTES = {"q8": 1088, "q4": 576}
+LINE_BYTES = 64
+
+
+def linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
+           accumulate: bool = False) -> None:
+    """Write (or with `accumulate` add) the linear layer of `x` into `out`.
+
+    x: f32 [rows, in_features]. weight: uint8 [num_blocks, block_bytes], packed. weight_dtype: one of WEIGHT_DTYPES.
+    bias: f32 [num_blocks*16] or None. out: f32 [rows, num_blocks*16]. Raises ValueError for an unknown weight dtype.
+    """
+    dense = unpack(weight, weight_dtype, x.shape[-1], _compute_dtype(x))
+    linear_unpacked(round_activation(x, weight_dtype), dense, bias, out, accumulate)
+
+
+def linear_unpacked(x: Tensor, dense: Tensor, bias: Tensor | None, out: Tensor, accumulate: bool = False) -> None:
+    """The second half of `linear`, for a caller that keeps unpacked weights.
+
+    x: [rows, in_features] from `round_activation`. dense: [out_features, in_features] from `unpack`, in x's dtype.
+    """
+    result = x @ dense.T
+    if bias is not None:
+        result = result + bias
+    if accumulate:
+        out += result
+    else:
+        out.copy_(result)
+
+
+def round_activation(x: Tensor, weight_dtype: str) -> Tensor:
+    """The input of a linear layer as the arithmetic of `weight_dtype` sees it, in the dtype and shape of `x`."""
+    _check_weight_dtype(weight_dtype)
+    if weight_dtype == "fp32":
+        return x
+    if weight_dtype == "bf16":
+        return x.float().to(torch.bfloat16).to(x.dtype)
+    q, scale = quantize_activation(x)
+    return (q.to(x.dtype) * scale.to(x.dtype)[..., None]).flatten(1)[:, :x.shape[-1]]
+
+
+def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise each row per group of 64 inputs: (int8 [rows, groups, 64], float32 scale [rows, groups]).
+
+    x: [rows, in_features], padded with zeros to whole groups. scale = absmax / 127, q = round_half_even(x / scale).
+    """
+    groups = -(-x.shape[-1] // GROUP)
+    padded = torch.nn.functional.pad(x.float(), (0, groups * GROUP - x.shape[-1]))
+    grouped = padded.view(x.shape[0], groups, GROUP)
+    scale = grouped.abs().amax(-1) / 127.0
+    q = torch.round(grouped / torch.where(scale == 0, 1.0, scale)[..., None])
+    return q.clamp(-127, 127).to(torch.int8), scale
+
+
+def unpack(weight: Tensor, weight_dtype: str, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Dequantise packed blocks to a dense `dtype` [num_blocks*16, in_features].
+
+    weight: uint8 [num_blocks, block_bytes], contiguous. Raises ValueError for an unknown weight dtype.
+    """
+    _check_weight_dtype(weight_dtype)
+    if weight_dtype in ("fp32", "bf16"):
+        stored = torch.float32 if weight_dtype == "fp32" else torch.bfloat16
+        return weight.view(stored).reshape(-1, in_features).to(dtype)
+    superblocks = -(-in_features // GROUP)
+    lines = weight.view(weight.shape[0], superblocks, -1, LINE_BYTES)
+    values = (_unpack_q4 if weight_dtype == "q4" else _unpack_q8)(lines, dtype)
+    return values.reshape(weight.shape[0] * BLOCK_FEATURES, superblocks * GROUP)[:, :in_features]
+
+
+def _unpack_q4(lines: Tensor, dtype: torch.dtype) -> Tensor:
+    num_blocks, superblocks = lines.shape[:2]
+    header = lines[:, :, 0].contiguous().view(torch.float16).to(dtype)
+    scale, minimum = (part.transpose(1, 2)[..., None] for part in header.split(BLOCK_FEATURES, dim=-1))
+    pairs = lines[:, :, 1:].reshape(num_blocks, superblocks, 8, BLOCK_FEATURES, 4)
+    nibbles = torch.stack((pairs & 15, pairs >> 4), dim=-2)  # (num_blocks, superblocks, 8 lines, 16 features, 2, 4)
+    nibbles = nibbles.permute(0, 3, 1, 2, 4, 5).reshape(num_blocks, BLOCK_FEATURES, superblocks, GROUP)
+    return nibbles.to(dtype) * scale + minimum
+
+
+def _unpack_q8(lines: Tensor, dtype: torch.dtype) -> Tensor:
+    num_blocks, superblocks = lines.shape[:2]
+    header = lines[:, :, 0].contiguous().view(torch.float16).to(dtype)
+    scale = header.view(num_blocks, superblocks, 2, BLOCK_FEATURES).permute(0, 3, 1, 2)[..., None]
+    stored = lines[:, :, 1:].reshape(num_blocks, superblocks, 2, 8, BLOCK_FEATURES, 4)
+    stored = stored.permute(0, 4, 1, 2, 3, 5).reshape(num_blocks, BLOCK_FEATURES, superblocks, 2, GROUP // 2)
+    return (stored.to(dtype) - 128) * scale
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    """Root-mean-square norm of each row of `x` into `out`, both f32 [rows, hidden]; weight f32 [hidden]."""
+    out.copy_(_rms_normalized(x, weight, eps))
+
+
+def silu_mul(gate_up: Tensor, out: Tensor) -> None:
+    """silu(gate) * up. gate_up: f32 [rows, units*32], per unit 16 gate then 16 up columns. out: f32 [rows, units*16]."""
+    units = gate_up.unflatten(-1, (gate_up.shape[-1] // 32, 2, BLOCK_FEATURES))
+    gate, up = units.unbind(-2)
+    out.copy_((torch.nn.functional.silu(gate) * up).flatten(1))
+
+
+def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,
+                k_norm: Tensor | None, eps: float, q: Tensor, k_pages: Tensor, v_pages: Tensor,
+                slots: Tensor) -> None:
+    """Norm (optional) and rotate q and k; write q to `q`, and k and v to their slots of the pages.
+
+    qkv: f32 [rows, num_kv_heads, unit_features], a unit being its q heads, k, v and padding. positions: int64 [rows].
+    cos, sin: f32 [max_positions, rotary_dim/2]. q_norm, k_norm: f32 [head_dim] or None. q: f32 [rows, num_heads,
+    head_dim]. k_pages, v_pages: [num_pages, page_size, head_dim]. slots: int64 [rows, num_kv_heads],
+    page * page_size + offset; no two may be equal.
+    """
+    head_dim, num_kv_heads = q.shape[2], qkv.shape[1]
+    group_size = q.shape[1] // num_kv_heads
+    heads = qkv[..., :(group_size + 2) * head_dim].unflatten(-1, (group_size + 2, head_dim))
+    query, key, value = heads[:, :, :group_size], heads[:, :, group_size], heads[:, :, group_size + 1]
+    if q_norm is not None:
+        query = _rms_normalized(query, q_norm, eps)
+    if k_norm is not None:
+        key = _rms_normalized(key, k_norm, eps)
+    q.copy_(_rotated(query.flatten(1, 2), cos[positions], sin[positions]))
+    page, offset = slots // k_pages.shape[1], slots % k_pages.shape[1]
+    k_pages[page, offset] = _rotated(key, cos[positions], sin[positions]).to(k_pages.dtype)
+    v_pages[page, offset] = value.to(v_pages.dtype)
+
+
+def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, kv_start: Tensor,
+                     kv_stop: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+    """Attention of one query per sequence over the positions [kv_start, kv_stop) of its cache.
+
+    q, out: f32 [batch, num_heads, head_dim]. k_pages, v_pages: [num_pages, page_size, head_dim]. page_table: int32
+    [batch, num_kv_heads, max_pages], page id of logical page position // page_size; entries outside the range are
+    never read. kv_start, kv_stop: int32 [batch]. lse: f32 [batch, num_heads].
+    """
+    pages = _needed_pages(kv_start, kv_stop, k_pages.shape[1])
+    positions = _positions(pages, k_pages)
+    visible = (positions >= kv_start[:, None]) & (positions < kv_stop[:, None])  # (batch, kv_len)
+    keys, values = _gather(k_pages, v_pages, page_table, pages, visible[:, None], _compute_dtype(q))
+    query = _grouped(q, k_pages, page_table.shape[1])[:, :, :, None]  # (batch, num_kv_heads, group_size, 1, head_dim)
+    partial, partial_lse = _attend(query, keys[:, :, None], values[:, :, None], visible[:, None, None, None], scale)
+    out.copy_(partial.reshape(out.shape))
+    lse.copy_(partial_lse.reshape(lse.shape))
+
+
+def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, kv_start: int, kv_stop: int,
+                      q_start: int, window: int, scale: float, out: Tensor, lse: Tensor) -> None:
+    """Causal attention of a chunk of one sequence; row i of `q` is position q_start + i.
+
+    q, out: f32 [q_len, num_heads, head_dim]. page_table: int32 [num_kv_heads, max_pages]. lse: f32 [q_len, num_heads].
+    Key j is visible to row i iff kv_start <= j < kv_stop, j <= q_start + i and (window == 0 or j > q_start + i - window).
+    """
+    limits = torch.tensor([kv_start]), torch.tensor([kv_stop])
+    pages = _needed_pages(*limits, k_pages.shape[1])
+    positions = _positions(pages, k_pages)
+    rows = q_start + torch.arange(q.shape[0], device=q.device)[:, None]
+    stored = (positions >= kv_start) & (positions < kv_stop)
+    visible = stored & (positions <= rows)  # (q_len, kv_len)
+    if window:
+        visible = visible & (positions > rows - window)
+    keys, values = _gather(k_pages, v_pages, page_table, pages, stored, _compute_dtype(q))
+    query = _grouped(q, k_pages, page_table.shape[0]).permute(1, 2, 0, 3)  # (num_kv_heads, group_size, q_len, head_dim)
+    partial, partial_lse = _attend(query, keys[:, None], values[:, None], visible, scale)
+    out.copy_(partial.permute(2, 0, 1, 3).reshape(out.shape))
+    lse.copy_(partial_lse.permute(2, 0, 1).reshape(lse.shape))
+
+
+def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> None:
+    """Merge any number (at least one) of attention partials over disjoint keys into `out` and `lse`.
+
+    outs: f32 [..., head_dim] each; lses: f32 [...] each, natural log. `out` and `lse` may be one of the partials.
+    """
+    partials, weights = torch.stack(outs), torch.stack(lses)
+    maximum = weights.amax(0)
+    safe_maximum = torch.where(maximum == -torch.inf, 0.0, maximum)  # -inf - -inf would be NaN
+    weights = torch.exp(weights - safe_maximum)
+    total = weights.sum(0)
+    mean = (weights[..., None] * partials).sum(0) / torch.where(total == 0, 1.0, total)[..., None]
+    out.copy_(mean)
+    lse.copy_(safe_maximum + torch.log(total))
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    scores = (query @ keys.transpose(-1, -2)) * scale
+    scores = scores.masked_fill(~visible, -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
+    return weights @ values, lse
+
+
+def _needed_pages(kv_start: Tensor, kv_stop: Tensor, page_size: int) -> slice:
+    """The logical pages that hold any position of any non-empty range."""
+    filled = kv_stop > kv_start
+    if not bool(filled.any()):
+        return slice(0, 0)
+    return slice(int(kv_start[filled].min()) // page_size, -(-int(kv_stop[filled].max()) // page_size))
+
+
+def _positions(pages: slice, k_pages: Tensor) -> Tensor:
+    page_size = k_pages.shape[1]
+    return torch.arange(pages.start * page_size, pages.stop * page_size, device=k_pages.device)
+
+
+def _gather(k_pages: Tensor, v_pages: Tensor, page_table: Tensor, pages: slice, stored: Tensor,
+            dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values [..., num_kv_heads, kv_len, head_dim] of a slice of logical pages; zero where not `stored`."""
+    table = page_table[..., pages].long()
+    wanted = stored.unflatten(-1, (table.shape[-1], k_pages.shape[1]))  # (..., pages, page_size)
+    table = torch.where(wanted.any(-1), table, 0)  # entries of pages outside the range may hold anything
+    return tuple(torch.where(wanted[..., None], cache[table], 0).flatten(-3, -2).to(dtype)
+                 for cache in (k_pages, v_pages))
+
+
+def _grouped(q: Tensor, k_pages: Tensor, num_kv_heads: int) -> Tensor:
+    """q rounded to the KV dtype, [rows, num_kv_heads, group_size, head_dim]."""
+    return q.to(k_pages.dtype).to(_compute_dtype(q)).unflatten(1, (num_kv_heads, q.shape[1] // num_kv_heads))
+
+
+def _rms_normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate [rows, heads, head_dim]; dimensions beyond the rotary ones pass through."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check_weight_dtype(weight_dtype: str) -> None:
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"weight dtype {weight_dtype!r} is unknown; known: {', '.join(WEIGHT_DTYPES)}")
