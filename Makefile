@@ -1,0 +1,48 @@
+# make demo   set up .venv and run the demonstration on the shipped checkpoint
+# make test   set up .venv and run the whole test suite
+# make clean  remove .venv and everything that was built
+#
+# PYTHON names the interpreter (3.11 or newer) that the environment is made from.
+#
+# Which torch: one that PYTHON can already import is used as it is, so a CUDA machine keeps its own build. Otherwise a
+# machine with an NVIDIA GPU gets the default build, and every other machine the CPU build, without CUDA packages.
+# Without a network the set-up still succeeds where every package is already importable.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CPU_TORCH := torch==2.13.0
+CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+USABLE_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+CUDA_TORCH := import torch; assert torch.version.cuda
+RUNTIME := import torch, numba, numpy, safetensors, transformers, tokenizers, huggingface_hub, pydantic, yaml, \
+	typer, rich, tqdm, scipy, psutil, hetero_attn, cpu_kernels, gpu_kernels, placement
+
+.PHONY: demo test clean
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+$(READY): pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	@if $(PYTHON) -c '$(USABLE_TORCH)' 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else $(PYTHON) -m venv $(VENV); fi
+	@if $(BIN)/python -c '$(USABLE_TORCH)' 2>/dev/null; then echo "torch: using the one that is installed"; \
+	elif nvidia-smi -L >/dev/null 2>&1; then $(BIN)/pip install 'torch>=2.11'; \
+	elif $(BIN)/pip install --dry-run --quiet --report - $(CPU_TORCH) | grep -q '"nvidia[-_]'; then \
+		$(BIN)/pip install --index-url $(CPU_TORCH_INDEX) $(CPU_TORCH); \
+	else $(BIN)/pip install $(CPU_TORCH); fi
+	@extras=test,plot; if $(BIN)/python -c '$(CUDA_TORCH)' 2>/dev/null; then extras=test-tools,plot; fi; \
+	$(BIN)/pip install --editable ".[$$extras]" || $(BIN)/pip install --no-build-isolation --no-deps --editable . \
+		|| echo "pip could not install everything; checking whether what is needed is here already"
+	@$(BIN)/python -c '$(RUNTIME)'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
