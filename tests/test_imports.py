@@ -1,0 +1,194 @@
+"""The shape of the code base: who may import whom, what is documented, what every op is called, what a start costs.
+
+Imports are read from the source with `ast`, so that one written inside a function counts as well.
+"""
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {
+    "cpu_kernels": set(),
+    "gpu_kernels": set(),
+    "placement": set(),
+    "hetero_attn": {"cpu_kernels", "gpu_kernels", "placement"},
+}
+PROFILER = ROOT / "placement" / "profiler.py"
+OPS = ("linear", "rms_norm", "silu_mul", "rope_append", "decode_attention", "prefill_attention", "merge")
+SLOW_TO_IMPORT = ("torch", "transformers", "scipy", "matplotlib", "numba")
+
+
+def sources(package: str) -> list[Path]:
+    """Every Python file of a package; a package without any is a failure, not an empty check."""
+    found = sorted((ROOT / package).rglob("*.py"))
+    assert found, f"{package}/ holds no Python file"
+    return found
+
+
+def module_name(path: Path) -> str:
+    """The dotted name under which a file is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_names(path: Path, tree: ast.AST) -> set[str]:
+    """Dotted names that the import statements in `tree` mention, relative ones resolved against `path`."""
+    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join(parents + ([node.module] if node.module else []))
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def without_deferred_code(tree: ast.Module) -> ast.Module:
+    """The part of a module that runs when it is imported: no function bodies, no `if TYPE_CHECKING`."""
+
+    class Pruner(ast.NodeTransformer):
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+            return None
+
+        visit_AsyncFunctionDef = visit_FunctionDef
+
+        def visit_If(self, node: ast.If) -> ast.AST | None:
+            return None if "TYPE_CHECKING" in ast.dump(node.test) else self.generic_visit(node)
+
+    return Pruner().visit(tree)
+
+
+def tracked_text_files() -> list[Path]:
+    """Files of the repository that are text: what git tracks, or everything outside build folders in an archive."""
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listing.returncode == 0 and listing.stdout:
+        paths = [ROOT / name for name in listing.stdout.decode().split("\0") if name]
+    else:
+        paths = [path for path in ROOT.rglob("*") if not {".venv", "__pycache__", "build"} & set(path.parts)]
+    return [path for path in paths if path.is_file() and b"\0" not in path.read_bytes()[:4096]]
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_point_one_way(package: str) -> None:
+    for path in sources(package):
+        allowed = MAY_IMPORT[package] | {package}
+        if path == PROFILER:
+            allowed = allowed | {"cpu_kernels", "gpu_kernels"}
+        used = {name.partition(".")[0] for name in imported_names(path, ast.parse(path.read_text()))}
+
+        assert used & set(MAY_IMPORT) <= allowed, f"{path.relative_to(ROOT)} imports a package it must not know"
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_nothing_below_tests_and_examples_imports_them(package: str) -> None:
+    for path in sources(package):
+        used = {name.partition(".")[0] for name in imported_names(path, ast.parse(path.read_text()))}
+
+        assert not used & {"tests", "examples", "conftest"}, path.relative_to(ROOT)
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_no_import_cycle_inside_a_package(package: str) -> None:
+    files = {module_name(path): path for path in sources(package)}
+    graph = {}
+    for name, path in files.items():
+        tree = without_deferred_code(ast.parse(path.read_text()))
+        # `from package import module` mentions the package too; only its modules are edges, or every file would be one.
+        graph[name] = {used for used in imported_names(path, tree) if used in files and used not in (name, package)}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"modules import each other while loading: {' -> '.join(error.args[1])}")
+
+
+def test_import_reader_sees_what_it_must(tmp_path: Path) -> None:
+    text = "from . import a\nfrom .b import c\nimport d.e\nif TYPE_CHECKING:\n    import f\ndef g():\n    import h\n"
+    path = ROOT / "placement" / "imagined.py"
+
+    assert {"placement.a", "placement.b", "d.e", "f", "h"} <= imported_names(path, ast.parse(text))
+    assert not {"f", "h"} & imported_names(path, without_deferred_code(ast.parse(text)))
+
+
+def machine_patterns() -> list[re.Pattern[str]]:
+    """What must not be in a tracked file: one machine's folders and addresses. Assembled, so this file stays clean."""
+    folders = "|".join(["work", "tmp", "root", "home", "Users", "mnt", "scratch"])
+    private_names = "|".join(["internal", "corp", "lan", "intranet"])
+    return [
+        re.compile(rf"(?<![\w.~/-])/(?:{folders})/[\w.-]"),
+        re.compile(rf"\b[a-z0-9-]+(?:\.[a-z0-9-]+)*\.(?:{private_names})(?![\w.(])(?=[:/\s\"'])"),
+        re.compile(r"https?://\d+\.\d+\.\d+\.\d+"),
+    ]
+
+
+def test_no_path_or_host_of_one_machine_is_tracked() -> None:
+    found = []
+    for path in tracked_text_files():
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+            found += [f"{path.relative_to(ROOT)}:{number}" for rule in machine_patterns() if rule.search(line)]
+
+    assert found == []
+
+
+@pytest.mark.parametrize("folder", ["tmp", "home"])
+def test_machine_patterns_catch_a_planted_path(folder: str) -> None:
+    line = "x = open('" + "/" + folder + "/someone/model')"
+
+    assert any(rule.search(line) for rule in machine_patterns())
+
+
+def public_definitions(tree: ast.Module | ast.ClassDef) -> list[ast.FunctionDef | ast.ClassDef]:
+    """Functions and classes that a reader may use, methods of public classes included."""
+    found = []
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            found.append(node)
+            found += public_definitions(node) if isinstance(node, ast.ClassDef) else []
+    return found
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_everything_public_has_a_docstring(package: str) -> None:
+    bare = []
+    for path in sources(package):
+        tree = ast.parse(path.read_text())
+        bare += [] if ast.get_docstring(tree) else [f"{path.relative_to(ROOT)}:1"]
+        bare += [
+            f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+            for node in public_definitions(tree)
+            if not ast.get_docstring(node)
+        ]
+
+    assert bare == []
+
+
+def parameters(function: object) -> list[tuple[str, object, object]]:
+    """Name, kind and default of every parameter; annotations may differ between implementations."""
+    return [(item.name, item.kind, item.default) for item in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_has_one_signature_on_every_lane(op: str) -> None:
+    reference = getattr(importlib.import_module("gpu_kernels.reference"), op)
+    triton_op = getattr(importlib.import_module("gpu_kernels"), op)
+    with importlib.import_module("cpu_kernels").CpuKernels(num_threads=1) as kernels:
+        cpu_op = getattr(kernels, op)
+
+        assert parameters(cpu_op) == parameters(reference)
+    assert parameters(triton_op) == parameters(reference)
+
+
+def test_command_line_starts_without_heavy_packages() -> None:
+    code = f"import sys, hetero_attn.cli; print([name for name in {SLOW_TO_IMPORT!r} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert (run.stderr, run.stdout) == ("", "[]\n")
