@@ -1,0 +1,74 @@
+"""Every error that a user of hetero_attn can meet, and the exit code the command line gives it.
+
+An error names the thing, what was found, what was expected and the way out. Errors about what a user wrote are also
+`ValueError`, so that callers who never heard of this module catch them by the usual name.
+
+Exit codes: 2 usage, prompt or policy; 3 checkpoint or config; 4 memory or plan; 5 at run time.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class HeteroError(Exception):
+    """Base of all errors raised on purpose by hetero_attn. Exit code 5 unless a subclass says otherwise."""
+
+    exit_code: int = 5
+
+
+class CheckpointError(HeteroError):
+    """Weight files that are missing, damaged or do not fit the config. Exit code 3."""
+
+    exit_code = 3
+
+
+class ConfigError(HeteroError, ValueError):
+    """A `config.json` (or another small JSON file) that cannot be read or holds an impossible value. Exit code 3."""
+
+    exit_code = 3
+
+
+class UnsupportedModelError(HeteroError, ValueError):
+    """A well-formed model that hetero_attn does not run: architecture, rope type, quantisation. Exit code 3."""
+
+    exit_code = 3
+
+
+class PromptError(HeteroError, ValueError):
+    """A prompt that is empty, too long for the context, or holds token ids outside the vocabulary. Exit code 2."""
+
+    exit_code = 2
+
+
+class SamplingError(HeteroError, ValueError):
+    """A sampling parameter outside its range. Exit code 2."""
+
+    exit_code = 2
+
+
+class MemoryBudgetError(HeteroError, ValueError):
+    """A GPU, pinned or host memory budget that no plan can meet. Exit code 4."""
+
+    exit_code = 4
+
+
+class EngineDeadError(HeteroError):
+    """The engine met a fault that it cannot recover from; make a new `LLM`. Exit code 5."""
+
+
+class NonFiniteLogitsError(HeteroError):
+    """The model produced NaN or infinite logits, so no token can be chosen. Exit code 5."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A suggestion for a misspelt name, to be appended to an error message.
+
+    Args:
+        name: what the user wrote.
+        known: the valid names.
+
+    Returns:
+        `" (did you mean 'x'?)"` when one of `known` is close to `name`, else the empty string.
+    """
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
