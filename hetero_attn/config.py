@@ -8,15 +8,14 @@ A value that no real model has (100 000 layers, a head count that does not divid
 here, before any weight is read or any memory is sized by it.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hetero_attn.errors import ConfigError, UnsupportedModelError, nearest
+from hetero_attn.json_fields import JsonFields, read_json, show
 
-MAX_CONFIG_BYTES = 1 << 20
 MAX_LAYERS = 1024
 MAX_VOCAB = 1 << 22
 MAX_HIDDEN = 1 << 18
@@ -27,7 +26,6 @@ MAX_CONTEXT = 1 << 25
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_REQUIRED = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,37 +112,11 @@ class ModelConfig:
             UnsupportedModelError: the model is well formed but of a kind hetero_attn does not run.
         """
         path = Path(path)
-        fields = _Fields(path / "config.json", read_json(path / "config.json"))
+        fields = JsonFields(path / "config.json", read_json(path / "config.json"))
         generation = {}
         if (path / "generation_config.json").exists():
             generation = read_json(path / "generation_config.json")
-        return _parse(fields, _Fields(path / "generation_config.json", generation))
-
-
-def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """Read a small JSON object, with limits on its size and nesting.
-
-    Args:
-        path: the file. max_bytes: refuse larger files unread.
-
-    Raises:
-        ConfigError: missing, too large, not UTF-8 JSON, nested too deeply, or not an object.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path}: file not found; a model directory needs {path.name}. Check the path or download again")
-    if (size := path.stat().st_size) > max_bytes:
-        raise ConfigError(f"{path}: {size} bytes, expected at most {max_bytes}; this is no {path.name} of a model")
-    try:
-        value = json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not valid JSON, line {error.lineno}: {error.msg}; download it again") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: JSON nested too deeply; download it again") from None
-    except ValueError as error:  # bytes that are not UTF-8, integers of thousands of digits
-        raise ConfigError(f"{path}: not valid JSON: {error}; download it again") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: found a JSON {type(value).__name__}, expected an object; download it again")
-    return value
+        return _parse(fields, JsonFields(path / "generation_config.json", generation))
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,58 +150,10 @@ _FAMILIES = {
 }
 
 
-class _Fields:
-    """Typed, range-checked access to a JSON object; every error names file, key, value and rule.
-
-    JSON null is kept apart from an absent key only in `get`: transformers treats null as "derive it".
-    """
-
-    def __init__(self, path: Path, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None):
-        self.path, self.values, self.defaults = path, values, defaults or {}
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """The raw value; the family's default, then `default`, when the key is absent."""
-        return self.values.get(key, self.defaults.get(key, default))
-
-    def integer(self, key: str, high: int, default: Any = _REQUIRED, low: int = 1) -> Any:
-        """An integer in [low, high]."""
-        value = self._value(key, default)
-        good = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-        return value if value is default or good else self.fail(key, value, f"an integer from {low} to {high}")
-
-    def number(self, key: str, low: float, high: float, default: Any = _REQUIRED) -> Any:
-        """A finite number in (low, high]."""
-        value = self._value(key, default)
-        good = isinstance(value, int | float) and not isinstance(value, bool) and low < value <= high
-        if value is not default and not good:
-            self.fail(key, value, f"a number above {low:g} and at most {high:g}")
-        return value if value is default else float(value)
-
-    def boolean(self, key: str, default: bool = False) -> bool:
-        """true or false."""
-        value = self._value(key, default)
-        return value if isinstance(value, bool) else self.fail(key, value, "true or false")
-
-    def _value(self, key: str, default: Any) -> Any:
-        value = self.get(key)
-        if value is None and default is _REQUIRED:
-            raise ConfigError(f"{self.path}: key {key} is missing; every supported model has it. Download the file again")
-        return default if value is None else value
-
-    def fail(self, key: str, value: Any, expected: str) -> Any:
-        """Refuse the value of `key`; never returns."""
-        raise ConfigError(f"{self.path}: {key} is {_show(value)}, expected {expected}; correct it or download again")
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _parse(fields: _Fields, generation: _Fields) -> ModelConfig:
+def _parse(fields: JsonFields, generation: JsonFields) -> ModelConfig:
     name = _family_name(fields)
     family = _FAMILIES[name]
-    fields = _Fields(fields.path, fields.values, family.defaults)
+    fields = JsonFields(fields.path, fields.values, family.defaults)
     _check_supported(fields)
     num_layers = fields.integer("num_hidden_layers", MAX_LAYERS)
     vocab_size = fields.integer("vocab_size", MAX_VOCAB)
@@ -260,7 +184,7 @@ def _parse(fields: _Fields, generation: _Fields) -> ModelConfig:
     )
 
 
-def _family_name(fields: _Fields) -> str:
+def _family_name(fields: JsonFields) -> str:
     """The family key; `model_type` decides, as in transformers, and `architectures` must not contradict it."""
     by_architecture = {family.architecture: name for name, family in _FAMILIES.items()}
     known = f"Known architectures: {', '.join(by_architecture)}"
@@ -273,25 +197,26 @@ def _family_name(fields: _Fields) -> str:
         if found is None:
             raise ConfigError(f"{fields.path}: neither model_type nor architectures is given. {known}")
         raise UnsupportedModelError(
-            f"{fields.path}: architecture {_show(found)} (model_type {_show(model_type)}) is not supported"
+            f"{fields.path}: architecture {show(found)} (model_type {show(model_type)}) is not supported"
             f"{nearest(str(found), by_architecture)}. {known}"
         )
     return model_type
 
 
-def _check_supported(fields: _Fields) -> None:
+def _check_supported(fields: JsonFields) -> None:
     for key in ("quantization_config", "compression_config"):
         if (found := fields.get(key)) is not None:
             method = found.get("quant_method", "unnamed") if isinstance(found, dict) else found
             raise UnsupportedModelError(
-                f"{fields.path}: {key} says the weights are already quantised (method {_show(method)}); hetero_attn reads "
-                "fp32, fp16 and bf16 weights and quantises them itself (dtype q8 or q4). Use the unquantised checkpoint"
+                f"{fields.path}: {key} says the weights are already quantised (method {show(method)}); hetero_attn "
+                "reads fp32, fp16 and bf16 weights and quantises them itself (dtype q8 or q4). Use the unquantised "
+                "checkpoint"
             )
     if (act := fields.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise UnsupportedModelError(f"{fields.path}: hidden_act is {_show(act)}, only silu is supported")
+        raise UnsupportedModelError(f"{fields.path}: hidden_act is {show(act)}, only silu is supported")
 
 
-def _sizes(fields: _Fields) -> dict[str, int]:
+def _sizes(fields: JsonFields) -> dict[str, int]:
     """The widths, with the divisions checked that would else show up as shape errors deep in a kernel."""
     hidden_size = fields.integer("hidden_size", MAX_HIDDEN)
     num_heads = fields.integer("num_attention_heads", MAX_HEADS)
@@ -300,8 +225,8 @@ def _sizes(fields: _Fields) -> dict[str, int]:
     if head_dim is None:
         if hidden_size % num_heads:
             raise ConfigError(
-                f"{fields.path}: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads} and there "
-                "is no head_dim; add head_dim or correct the sizes"
+                f"{fields.path}: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads} and "
+                "there is no head_dim; add head_dim or correct the sizes"
             )
         head_dim = hidden_size // num_heads
     if num_heads % num_kv_heads:
@@ -318,7 +243,7 @@ def _sizes(fields: _Fields) -> dict[str, int]:
     }
 
 
-def _windows(fields: _Fields, family: str, num_layers: int) -> tuple[int, ...]:
+def _windows(fields: JsonFields, family: str, num_layers: int) -> tuple[int, ...]:
     """Sliding window of each layer, 0 for none: uniform in Mistral, from layer types in Qwen, never in Llama."""
     if family == "llama":
         return (0,) * num_layers
@@ -334,36 +259,40 @@ def _windows(fields: _Fields, family: str, num_layers: int) -> tuple[int, ...]:
     return _windows_from_types(fields, layer_types, window, num_layers)
 
 
-def _windows_from_types(fields: _Fields, layer_types: Any, window: int, num_layers: int) -> tuple[int, ...]:
+def _windows_from_types(fields: JsonFields, layer_types: Any, window: int, num_layers: int) -> tuple[int, ...]:
     known = ("full_attention", "sliding_attention")
     if not isinstance(layer_types, list) or len(layer_types) != num_layers:
         fields.fail("layer_types", layer_types, f"a list of num_hidden_layers = {num_layers} names")
     for name in layer_types:
         if name not in known:
-            raise UnsupportedModelError(f"{fields.path}: layer type {_show(name)} is not supported; known: {', '.join(known)}")
+            raise UnsupportedModelError(
+                f"{fields.path}: layer type {show(name)} is not supported. Known layer types: {', '.join(known)}"
+            )
     if "sliding_attention" in layer_types and not window:
         raise ConfigError(
-            f"{fields.path}: layer_types has sliding_attention, but sliding_window is null or use_sliding_window false; "
-            "set both or use full_attention"
+            f"{fields.path}: layer_types has sliding_attention, but sliding_window is null or use_sliding_window "
+            "false; set both or use full_attention"
         )
     return tuple(window if name == "sliding_attention" else 0 for name in layer_types)
 
 
-def _rope(fields: _Fields, head_dim: int, max_position_embeddings: int) -> RopeConfig:
+def _rope(fields: JsonFields, head_dim: int, max_position_embeddings: int) -> RopeConfig:
     """Rope parameters from the new form (`rope_parameters`) or the old (`rope_theta` beside `rope_scaling`)."""
     found = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     if not isinstance(found, dict):
         fields.fail("rope_scaling", found, "an object")
     inherited = {key: fields.get(key) for key in ("rope_theta", "partial_rotary_factor")}
-    rope = _Fields(fields.path, found, inherited)
+    rope = JsonFields(fields.path, found, inherited)
     rope_type = found.get("rope_type", found.get("type", "default"))
     if rope_type not in ROPE_TYPES:
         raise UnsupportedModelError(
-            f"{fields.path}: rope type {_show(rope_type)} is not supported{nearest(str(rope_type), ROPE_TYPES)}. "
+            f"{fields.path}: rope type {show(rope_type)} is not supported{nearest(str(rope_type), ROPE_TYPES)}. "
             f"Known rope types: {', '.join(ROPE_TYPES)}"
         )
     if nested := [key for key, value in found.items() if isinstance(value, dict)]:
-        raise UnsupportedModelError(f"{fields.path}: rope parameters per layer type ({', '.join(nested)}) are not supported")
+        raise UnsupportedModelError(
+            f"{fields.path}: rope parameters per layer type ({', '.join(nested)}) are not supported, only one set for all"
+        )
     return RopeConfig(
         rotary_dim=_rotary_dim(fields, head_dim, rope.number("partial_rotary_factor", 0.0, 1.0, 1.0)),
         rope_type=rope_type,
@@ -372,17 +301,17 @@ def _rope(fields: _Fields, head_dim: int, max_position_embeddings: int) -> RopeC
     )
 
 
-def _rotary_dim(fields: _Fields, head_dim: int, factor: float) -> int:
+def _rotary_dim(fields: JsonFields, head_dim: int, factor: float) -> int:
     rotary_dim = int(head_dim * factor)
     if rotary_dim % 2 or rotary_dim < 4:
         raise ConfigError(
-            f"{fields.path}: head_dim {head_dim} x partial_rotary_factor {factor:g} rotates {rotary_dim} dimensions, expected "
-            "an even number of at least 4, as rotation works on pairs"
+            f"{fields.path}: head_dim {head_dim} x partial_rotary_factor {factor:g} rotates {rotary_dim} dimensions, "
+            "expected an even number of at least 4, as rotation works on pairs"
         )
     return rotary_dim
 
 
-def _rope_scaling(fields: _Fields, rope: _Fields, rope_type: str, max_position_embeddings: int) -> dict[str, Any]:
+def _rope_scaling(fields: JsonFields, rope: JsonFields, rope_type: str, max_position_embeddings: int) -> dict[str, Any]:
     """The fields that only scaled rope types have."""
     if rope_type == "default":
         return {}
@@ -398,7 +327,7 @@ def _rope_scaling(fields: _Fields, rope: _Fields, rope_type: str, max_position_e
         high = rope.number("high_freq_factor", low, 1e6)
         return scaling | {"factor": rope.number("factor", 0.0, 1e6), "low_freq_factor": low, "high_freq_factor": high}
     # transformers takes 0 as "not given" for every number of yarn that may be left out.
-    yarn = _Fields(rope.path, {key: value or None for key, value in rope.values.items() if key != "truncate"})
+    yarn = JsonFields(rope.path, {key: value or None for key, value in rope.values.items() if key != "truncate"})
     return scaling | {
         "factor": yarn.number("factor", 0.0, 1e6, max_position_embeddings / original),
         "attention_factor": yarn.number("attention_factor", 0.0, 1e6, None),
@@ -410,7 +339,7 @@ def _rope_scaling(fields: _Fields, rope: _Fields, rope_type: str, max_position_e
     }
 
 
-def _dtype(fields: _Fields) -> str | None:
+def _dtype(fields: JsonFields) -> str | None:
     name = fields.get("dtype") or fields.get("torch_dtype")
     if name is None or name == "auto":
         return None
@@ -418,7 +347,7 @@ def _dtype(fields: _Fields) -> str | None:
     return short or fields.fail("dtype", name, f"one of {', '.join(_DTYPES)}")
 
 
-def _token_ids(key: str, fields: _Fields, generation: _Fields, vocab_size: int) -> tuple[int, ...]:
+def _token_ids(key: str, fields: JsonFields, generation: JsonFields, vocab_size: int) -> tuple[int, ...]:
     """Ids under `key`; the generation config outranks the model config, and negative means none (old Llama files)."""
     source = generation if generation.get(key) is not None else fields
     found = source.get(key)

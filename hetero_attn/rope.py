@@ -18,7 +18,9 @@ import torch
 from hetero_attn.config import ModelConfig, RopeConfig
 
 
-def rope_tables(config: ModelConfig, max_positions: int, seq_len: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(
+    config: ModelConfig, max_positions: int, seq_len: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin for positions 0 .. max_positions-1, attention scaling of yarn folded in.
 
     Args:

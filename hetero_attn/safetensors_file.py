@@ -1,0 +1,171 @@
+"""One safetensors file: its header checked to the last byte, its data read with pread into the caller's buffer.
+
+The header is parsed here rather than by the safetensors library for two reasons: rows go straight into a buffer that
+already is the weight's home (pinned memory, a staging slot) with no copy in between, and an error can name the file and
+the number of missing bytes. Nothing is memory-mapped, so a file that is cut off while it loads is an error and not
+SIGBUS. A test checks that whatever is accepted here the library accepts too.
+
+Format: header length in 8 little-endian bytes, a JSON header, then the data of all tensors without a gap (safetensors
+documentation, "Format").
+"""
+
+import json
+import math
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hetero_attn.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_LFS_MAGIC = b"version https://git-lfs"
+# Bits per element of every dtype of the format: sizes are checked even for dtypes that hetero_attn does not run.
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
+_BITS |= {"U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32}
+_BITS |= {"U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a file: safetensors dtype name, shape, and where its bytes are, from the start of the file."""
+
+    file: "SafetensorsFile"
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class SafetensorsFile:
+    """An open file. Owns the descriptor; reading is safe from several threads, as pread has no file position.
+
+    Attributes:
+        path: the file. entries: its tensors by name, in data order.
+    """
+
+    def __init__(self, path: Path):
+        """Open `path` and check its header. Raises CheckpointError for anything but a whole safetensors file."""
+        self.path = path
+        self._fd = _open_regular(path)
+        self._opened_as = self._stamp()
+        try:
+            self.entries = self._read_entries()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the descriptor; may be called twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer`, bytes, from byte `offset` of the file.
+
+        Raises:
+            CheckpointError: the file is closed, cannot be read, or changed since it was opened.
+        """
+        if self._fd < 0:
+            raise CheckpointError(f"{self.path}: the checkpoint is closed; open it again")
+        done = 0
+        try:
+            while done < len(buffer):
+                # Linux reads at most 2 GiB in one call.
+                count = os.preadv(self._fd, [buffer[done : done + (1 << 30)]], offset + done)
+                if count == 0:
+                    break
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}; check the disk") from None
+        if done < len(buffer) or self._stamp() != self._opened_as:
+            raise CheckpointError(
+                f"{self.path}: the file changed while it was in use (was {self._opened_as[0]} bytes, is "
+                f"{self._stamp()[0]}); leave a checkpoint alone while it loads, then load it again"
+            )
+
+    def _stamp(self) -> tuple[int, int]:
+        """Size in bytes and time of the last change; they differ once somebody has written to the file."""
+        status = os.fstat(self._fd)
+        return status.st_size, status.st_mtime_ns
+
+    def _read_entries(self) -> dict[str, TensorEntry]:
+        """The tensors in data order; every byte of the file belongs to the header or to one of them."""
+        size = self._opened_as[0]
+        header, data_start = self._header(size)
+        items = [(name, *self._header_entry(name, value)) for name, value in header.items() if name != "__metadata__"]
+        entries, position = {}, 0
+        for name, dtype, shape, begin, end in sorted(items, key=lambda item: item[3:]):
+            if begin != position:
+                raise CheckpointError(
+                    f"{self.path}: tensor {name} starts at data byte {begin}, expected {position}: tensors overlap or "
+                    "leave a gap; download the file again"
+                )
+            entries[name] = TensorEntry(self, dtype, shape, data_start + begin, end - begin)
+            position = end
+        need = data_start + position
+        if size != need:
+            problem = f"{need - size} bytes short" if size < need else f"{size - need} bytes too long"
+            raise CheckpointError(f"{self.path} is {problem}: {size} bytes, its header says {need}; download it again")
+        return entries
+
+    def _header(self, size: int) -> tuple[dict[str, Any], int]:
+        """(parsed header, where the data starts)."""
+        start = bytearray(min(size, 64))
+        self.read_into(memoryview(start), 0)
+        if start.startswith(_LFS_MAGIC):
+            raise CheckpointError(
+                f"{self.path}: this is a Git LFS pointer, not the weights; run `git lfs pull` in that directory"
+            )
+        if size < 8:
+            found = f"the file has {size} bytes" if size else "the file is empty"
+            raise CheckpointError(f"{self.path}: {found}, expected a safetensors file; download it again")
+        length = int.from_bytes(start[:8], "little")
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(
+                f"{self.path}: header of {length} bytes in a file of {size} bytes (at most {MAX_HEADER_BYTES} are "
+                "allowed); the file is truncated or no safetensors file, download it again"
+            )
+        raw = bytearray(length)
+        self.read_into(memoryview(raw), 8)
+        try:
+            header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.path}: damaged header: {error}; download the file again") from None
+        if not isinstance(header, dict):
+            raise CheckpointError(f"{self.path}: the header is no JSON object; download the file again")
+        return header, 8 + length
+
+    def _header_entry(self, name: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
+        """(dtype, shape, begin, end) of one header entry, checked against each other."""
+        try:
+            dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+            integers = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+            good = integers and begin <= end and math.prod(shape) * _BITS[dtype] == (end - begin) * 8
+        except (KeyError, TypeError, ValueError):
+            good = False
+        if not good:
+            raise CheckpointError(
+                f"{self.path}: header entry of tensor {name[:200]!r} is {str(value)[:200]}, expected a known dtype, a "
+                "shape and offsets of just that size; download the file again"
+            )
+        return dtype, shape, begin, end
+
+
+def _open_regular(path: Path) -> int:
+    """A descriptor for reading; a FIFO or a device behind the name would block or never end, so it is refused first."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise CheckpointError(f"{path}: not a regular file, expected a safetensors file")
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}; check path and permissions") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("the same key stands twice")
+    return values
