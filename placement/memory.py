@@ -1,0 +1,179 @@
+"""How many bytes each placement takes, by place and kind. The runtime allocates by calling the same functions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from placement.workload import KvShard, LinearShard, Workload, round_up, NUM_ROW_TIERS
+
+PLACES = ("gpu", "pinned", "host")
+KINDS = ("weights", "kv", "staging", "activations", "embed", "resident", "context")
+MAX_STAGING_PIECE_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPlacement:
+    """The cut of one linear: the first `gpu_units` live in GPU memory, the rest in DRAM (one copy).
+
+    stream_units: per row tier, how many dram-home units, counted from the home boundary, are copied to the GPU for the
+    call; the CPU computes the remaining ones in place.
+    """
+
+    name: str
+    gpu_units: int
+    stream_units: tuple[int, ...]
+    units: int
+
+    def __post_init__(self) -> None:
+        if len(self.stream_units) != NUM_ROW_TIERS:
+            raise ValueError(f"{self.name}: stream_units needs {NUM_ROW_TIERS} entries, got {len(self.stream_units)}")
+        if not 0 <= self.gpu_units <= self.units:
+            raise ValueError(f"{self.name}: gpu_units must be in 0..{self.units}, got {self.gpu_units}")
+        for tier, stream in enumerate(self.stream_units):
+            if not 0 <= stream <= self.dram_units:
+                raise ValueError(f"{self.name}: stream_units[{tier}] must be in 0..{self.dram_units}, got {stream}")
+
+    @property
+    def dram_units(self) -> int:
+        """Units whose home is DRAM."""
+        return self.units - self.gpu_units
+
+    @property
+    def streams(self) -> bool:
+        """Whether any row tier copies units of this linear to the GPU."""
+        return max(self.stream_units) > 0
+
+    def cut(self, tier: int) -> tuple[int, int, int]:
+        """Contiguous widths (gpu, stream, cpu) in units for a row tier; they sum to `units`."""
+        stream = self.stream_units[tier]
+        return self.gpu_units, stream, self.units - self.gpu_units - stream
+
+
+@dataclass(frozen=True, slots=True)
+class KvPlacement:
+    """Who owns the KV-head groups of one layer.
+
+    Groups [0, gpu_groups) belong to the GPU: their newest `gpu_tokens` tokens, counted over all sequences, stay in GPU
+    memory and older ones go to DRAM. The other groups keep K and V in DRAM and attend on the CPU.
+    """
+
+    name: str
+    gpu_groups: int
+    gpu_tokens: int
+    groups: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gpu_groups <= self.groups:
+            raise ValueError(f"{self.name}: gpu_groups must be in 0..{self.groups}, got {self.gpu_groups}")
+        if (self.gpu_groups == 0) != (self.gpu_tokens == 0):
+            raise ValueError(f"{self.name}: gpu_groups and gpu_tokens must be zero together, got {self.gpu_groups} and "
+                             f"{self.gpu_tokens}")
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """Bytes of a plan by place (gpu, pinned, host) and kind (weights, kv, staging, activations, embed, resident, context)."""
+
+    gpu: dict[str, int] = field(default_factory=dict)
+    pinned: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def gpu_bytes(self) -> int:
+        """All bytes in GPU memory."""
+        return sum(self.gpu.values())
+
+    @property
+    def pinned_bytes(self) -> int:
+        """All bytes of page-locked host memory."""
+        return sum(self.pinned.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """All bytes of ordinary host memory."""
+        return sum(self.host.values())
+
+    def to_dict(self) -> dict[str, dict[str, int]]:
+        """Plain nested mapping place -> kind -> bytes."""
+        return {place: dict(getattr(self, place)) for place in PLACES}
+
+
+def kv_gpu_bytes(shard: KvShard, placement: KvPlacement, page_size: int) -> int:
+    """GPU memory of one layer's KV cache."""
+    return placement.gpu_groups * round_up(placement.gpu_tokens, page_size) * shard.bytes_per_token
+
+
+def kv_dram_tokens(workload: Workload, placement: KvPlacement) -> tuple[int, int]:
+    """KV slots to keep in DRAM: (per GPU-owned group, per CPU-owned group)."""
+    return max(0, workload.full_tokens - round_up(placement.gpu_tokens, workload.page_size)), workload.full_tokens
+
+
+def kv_dram_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) -> tuple[int, int]:
+    """DRAM of one layer's KV cache: (older tokens of GPU groups, pinned; tokens of CPU groups, ordinary memory)."""
+    spilled, owned = kv_dram_tokens(workload, placement)
+    return (placement.gpu_groups * spilled * shard.bytes_per_token,
+            (placement.groups - placement.gpu_groups) * owned * shard.bytes_per_token)
+
+
+def staging_piece_units(shard: LinearShard) -> int:
+    """Most units of a linear that one staging slot receives: whole units of at most 32 MiB, at least one."""
+    return max(1, MAX_STAGING_PIECE_BYTES // shard.unit_bytes)
+
+
+def staging_slot_bytes(linears: Sequence[LinearShard], placements: Sequence[LinearPlacement]) -> int:
+    """Size of a staging slot: the largest piece that any linear streams in any tier; 0 when nothing streams."""
+    return max((min(max(placement.stream_units), staging_piece_units(shard)) * shard.unit_bytes
+                for shard, placement in zip(linears, placements, strict=True)), default=0)
+
+
+def activation_bytes(workload: Workload) -> int:
+    """Activations of the largest call, allocated once."""
+    return workload.activation_bytes_per_row * workload.activation_rows
+
+
+def weights_bytes(linears: Sequence[LinearShard], placements: Sequence[LinearPlacement], place: str) -> int:
+    """Weight bytes at a place. Dram-home units are pinned when their linear streams in some tier, else ordinary memory."""
+    total = 0
+    for shard, placement in zip(linears, placements, strict=True):
+        if place == "gpu":
+            total += placement.gpu_units * shard.unit_bytes
+        elif placement.streams == (place == "pinned"):
+            total += placement.dram_units * shard.unit_bytes
+    return total
+
+
+def memory_report(
+    workload: Workload,
+    linears: Sequence[LinearPlacement],
+    kv: Sequence[KvPlacement],
+    *,
+    device: str,
+    staging_slots: int,
+    context_bytes: int = 0,
+) -> MemoryReport:
+    """Count every byte that a run with these placements allocates.
+
+    linears, kv: in workload order. device: cpu | cuda | emulated. context_bytes: the driver's own share of GPU memory.
+    """
+    spilled, owned = 0, 0
+    for shard, placement in zip(workload.kv, kv, strict=True):
+        layer_spilled, layer_owned = kv_dram_bytes(workload, shard, placement)
+        spilled, owned = spilled + layer_spilled, owned + layer_owned
+    host = {
+        "weights": weights_bytes(workload.linears, linears, "host"),
+        "kv": owned,
+        "activations": activation_bytes(workload),
+        "embed": workload.embed_bytes,
+    }
+    if device == "cpu":
+        return MemoryReport(host=host | {"resident": workload.resident_bytes})
+    gpu = {
+        "weights": weights_bytes(workload.linears, linears, "gpu"),
+        "kv": sum(kv_gpu_bytes(shard, placement, workload.page_size)
+                  for shard, placement in zip(workload.kv, kv, strict=True)),
+        "staging": staging_slots * staging_slot_bytes(workload.linears, linears),
+        "activations": activation_bytes(workload),
+        "resident": workload.resident_bytes,
+        "context": context_bytes,
+    }
+    pinned = {"weights": weights_bytes(workload.linears, linears, "pinned"), "kv": spilled}
+    return MemoryReport(gpu=gpu, pinned=pinned, host=host)

@@ -1,0 +1,224 @@
+"""A plan: which unit of every linear and which KV-head group lives and is computed where. Frozen data, printed three ways.
+
+The runtime reads placements and sizes from here and allocates by the functions of placement.memory, so that the counted
+bytes are the allocated ones. `to_yaml` writes the plan as a policy that make_plan turns into the same plan again.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from placement.cost import PhaseCost
+from placement.memory import (
+    MAX_STAGING_PIECE_BYTES, KvPlacement, LinearPlacement, MemoryReport, memory_report, staging_piece_units,
+    staging_slot_bytes,
+)
+from placement.workload import (
+    NUM_ROW_TIERS, ROW_TIER_LIMITS, ROW_TIER_NAMES, KvShard, LinearShard, Workload, row_tier,
+)
+
+__all__ = ["MAX_STAGING_PIECE_BYTES", "NUM_ROW_TIERS", "ROW_TIER_LIMITS", "ROW_TIER_NAMES", "KvPlacement", "KvShard",
+           "LinearPlacement", "LinearShard", "MemoryReport", "Plan", "Prediction", "Workload", "build_plan",
+           "memory_report", "row_tier", "staging_piece_units", "staging_slot_bytes"]
+
+DEVICES = ("cpu", "cuda", "emulated")
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the cost model expects of a plan on a machine.
+
+    decode, prefill: at the planner's reference context and prompt; decode_by_context: the same step at growing contexts.
+    objective_s: the seconds that the planner minimised.
+    """
+
+    hardware: str
+    objective: str
+    objective_s: float
+    decode: PhaseCost
+    prefill: PhaseCost
+    decode_by_context: tuple[PhaseCost, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"hardware": self.hardware, "objective": self.objective, "objective_s": self.objective_s,
+                "decode": self.decode.to_dict(), "prefill": self.prefill.to_dict(),
+                "decode_by_context": [cost.to_dict() for cost in self.decode_by_context]}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One valid placement of a workload. linears and kv are in workload order.
+
+    device: cpu | cuda | emulated; gpu_memory_bytes: the budget, None without a GPU lane; num_threads: CPU lane threads.
+    """
+
+    workload: Workload
+    device: str
+    gpu_memory_bytes: int | None
+    linears: tuple[LinearPlacement, ...]
+    kv: tuple[KvPlacement, ...]
+    staging_slots: int
+    num_threads: int
+    memory: MemoryReport
+    objective: str = "latency"
+    predicted: Prediction | None = None
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {self.device!r}")
+        for shards, placements in ((self.workload.linears, self.linears), (self.workload.kv, self.kv)):
+            names, placed = [shard.name for shard in shards], [placement.name for placement in placements]
+            if names != placed:
+                raise ValueError(f"a plan places every shard once and in order: expected {names}, got {placed}")
+
+    @property
+    def model(self) -> str:
+        """Name of the planned model."""
+        return self.workload.model
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of one sequence."""
+        return self.workload.max_context
+
+    @property
+    def max_batch(self) -> int:
+        """Most sequences decoded together."""
+        return self.workload.max_batch
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of one KV page."""
+        return self.workload.page_size
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Most prompt rows of one call."""
+        return self.workload.prefill_chunk
+
+    @property
+    def staging_slot_bytes(self) -> int:
+        """Bytes of one staging slot in GPU memory."""
+        return staging_slot_bytes(self.workload.linears, self.linears)
+
+    def linear(self, name: str) -> LinearPlacement:
+        """Placement of the linear called `name`; KeyError if there is none."""
+        return _named(self.linears, name)
+
+    def kv_placement(self, name: str) -> KvPlacement:
+        """Placement of the KV shard called `name` (`layers.N.kv`); KeyError if there is none."""
+        return _named(self.kv, name)
+
+    def table(self, width: int = 120) -> str:
+        """Plain text: what of each linear and of the KV cache is where, bytes by place and kind, predicted speed."""
+        from placement.table import plan_table
+
+        return plan_table(self, width)
+
+    def to_yaml(self) -> str:
+        """A policy that, given to make_plan with the same workload and hardware, gives this plan."""
+        lines = [f"# The plan of {self.model} on {self.device}, written as a policy.", "version: 1",
+                 f"objective: {self.objective}"]
+        if self.gpu_memory_bytes is not None:
+            lines.append(f"gpu_memory: {self.gpu_memory_bytes}")
+        lines += [f"context: {self.max_context}", f"batch: {self.max_batch}", f"threads: {self.num_threads}",
+                  f"prefill_chunk: {self.prefill_chunk}"]
+        if self.device != "cpu":
+            lines.append(f"staging_slots: {self.staging_slots}")
+        lines.append("rules:")
+        for group in grouped(self.workload.linears, self.linears):
+            lines += _linear_rule(group)
+        for group in grouped(self.workload.kv, self.kv):
+            lines += _kv_rule(group)
+        return "\n".join(lines) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: every placement, sizes, memory and prediction."""
+        return {
+            "model": self.model, "device": self.device, "gpu_memory_bytes": self.gpu_memory_bytes,
+            "objective": self.objective, "max_context": self.max_context, "max_batch": self.max_batch,
+            "prefill_chunk": self.prefill_chunk, "page_size": self.page_size, "num_threads": self.num_threads,
+            "staging_slots": self.staging_slots, "staging_slot_bytes": self.staging_slot_bytes,
+            "linears": [{"name": p.name, "units": p.units, "gpu_units": p.gpu_units,
+                         "stream_units": dict(zip(ROW_TIER_NAMES, p.stream_units, strict=True))} for p in self.linears],
+            "kv": [{"name": p.name, "groups": p.groups, "gpu_groups": p.gpu_groups, "gpu_tokens": p.gpu_tokens}
+                   for p in self.kv],
+            "memory": self.memory.to_dict(),
+            "predicted": self.predicted.to_dict() if self.predicted else None,
+        }
+
+
+def build_plan(workload: Workload, linears: Sequence[LinearPlacement], kv: Sequence[KvPlacement], *, device: str,
+               gpu_memory_bytes: int | None = None, staging_slots: int = 2, num_threads: int = 1,
+               context_bytes: int = 0, objective: str = "latency", predicted: Prediction | None = None) -> Plan:
+    """Put placements together into a plan, counting its memory. staging_slots becomes 0 when nothing streams."""
+    slots = staging_slots if any(placement.streams for placement in linears) else 0
+    memory = memory_report(workload, linears, kv, device=device, staging_slots=slots, context_bytes=context_bytes)
+    return Plan(workload, device, gpu_memory_bytes, tuple(linears), tuple(kv), slots, num_threads, memory, objective,
+                predicted)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Neighbouring layers whose shards of one kind have equal shape and placement; `label` is a policy pattern."""
+
+    label: str
+    shards: tuple[Any, ...]
+    placement: Any
+
+    @property
+    def count(self) -> int:
+        """Number of shards in the group."""
+        return len(self.shards)
+
+
+def grouped(shards: Sequence[Any], placements: Sequence[Any]) -> Iterator[Group]:
+    """Join equal neighbours: `layers.0-15.qkv`. Groups come in order of kind, then of layer."""
+    by_kind: dict[str, list[tuple[Any, Any]]] = {}
+    for shard, placement in zip(shards, placements, strict=True):
+        by_kind.setdefault(shard.name.rpartition(".")[2], []).append((shard, placement))
+    for pairs in by_kind.values():
+        start = 0
+        for i in range(1, len(pairs) + 1):
+            if i == len(pairs) or not _same(pairs[i - 1], pairs[i]):
+                yield _group(pairs[start:i])
+                start = i
+
+
+def _same(left: tuple[Any, Any], right: tuple[Any, Any]) -> bool:
+    return all(_anonymous(a) == _anonymous(b) for a, b in zip(left, right, strict=True)) \
+        and right[0].layer == (left[0].layer or 0) + 1
+
+
+def _anonymous(value: Any) -> tuple[Any, ...]:
+    return tuple(getattr(value, name) for name in value.__slots__ if name not in ("name", "layer"))
+
+
+def _group(pairs: list[tuple[Any, Any]]) -> Group:
+    first, last = pairs[0][0], pairs[-1][0]
+    label = first.name if len(pairs) == 1 else first.name.replace(f".{first.layer}.", f".{first.layer}-{last.layer}.", 1)
+    return Group(label, tuple(shard for shard, _ in pairs), pairs[0][1])
+
+
+def _linear_rule(group: Group) -> list[str]:
+    placement: LinearPlacement = group.placement
+    lines = [f"  - match: {group.label}", f"    gpu: {placement.gpu_units} units"]
+    if len(set(placement.stream_units)) == 1:
+        return [*lines, f"    stream: {placement.stream_units[0]} units"]
+    lines.append("    tiers:")
+    return lines + [f'      "{tier}": {{stream: {stream} units}}'
+                    for tier, stream in zip(ROW_TIER_NAMES, placement.stream_units, strict=True)]
+
+
+def _kv_rule(group: Group) -> list[str]:
+    placement: KvPlacement = group.placement
+    return [f"  - match: {group.label}",
+            f"    kv: {{gpu_heads: {placement.gpu_groups}, gpu_tokens: {placement.gpu_tokens}}}"]
+
+
+def _named(placements: Sequence[Any], name: str) -> Any:
+    for placement in placements:
+        if placement.name == name:
+            return placement
+    raise KeyError(f"no shard named {name!r} in the plan; shards: {', '.join(p.name for p in placements)}")

@@ -1,0 +1,83 @@
+"""The plan as plain text: placements by lane, bytes by place and kind, predicted speed."""
+
+import io
+
+from rich.console import Console
+from rich.table import Table
+
+from placement.memory import KINDS, PLACES, KvPlacement, LinearPlacement, kv_dram_bytes, kv_gpu_bytes
+from placement.plan import Group, Plan, Prediction, grouped
+from placement.units import format_bytes
+from placement.workload import NUM_ROW_TIERS
+
+PLACE_WORDS = {"gpu": "GPU memory", "pinned": "pinned DRAM", "host": "host DRAM"}
+
+
+def plan_table(plan: Plan, width: int) -> str:
+    """Render a plan as text of at most `width` columns, without colour codes."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+    budget = f", GPU memory budget {format_bytes(plan.gpu_memory_bytes)}" if plan.gpu_memory_bytes is not None else ""
+    console.print(f"{plan.model} on {plan.device}{budget}, context {plan.max_context}, batch {plan.max_batch}, "
+                  f"{plan.num_threads} CPU threads", highlight=False)
+    console.print(_placements(plan))
+    console.print(_memory(plan))
+    if plan.predicted is not None:
+        for line in prediction_lines(plan.predicted):
+            console.print(line, highlight=False)
+    return console.file.getvalue()
+
+
+def prediction_lines(predicted: Prediction) -> list[str]:
+    """Predicted tokens/s of both phases, each with its binding resource, and decode along the context."""
+    from placement.cost import RESOURCE_WORDS
+
+    lines = [f"predicted on {predicted.hardware} ({predicted.objective}):"]
+    for cost in (predicted.decode, predicted.prefill):
+        what = f"{cost.rows} sequence(s)" if cost.phase == "decode" else f"{cost.rows} tokens"
+        lines.append(f"  {cost.phase:8s}{cost.tokens_per_s:10.1f} tokens/s  ({what} at context {cost.context}; "
+                     f"bound by {RESOURCE_WORDS[cost.binding]})")
+    if len(predicted.decode_by_context) > 1:
+        curve = ", ".join(f"{cost.context}: {cost.tokens_per_s:.1f}" for cost in predicted.decode_by_context)
+        lines.append(f"  decode tokens/s by context: {curve}")
+    return lines
+
+
+def _placements(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("shard", "count", "units", "GPU home", "decode g/s/c", "prefill g/s/c", "GPU bytes", "DRAM bytes"):
+        table.add_column(name, justify="left" if name == "shard" else "right", no_wrap=True)
+    for group in grouped(plan.workload.linears, plan.linears):
+        table.add_row(*_linear_row(group))
+    for group in grouped(plan.workload.kv, plan.kv):
+        table.add_row(*_kv_row(plan, group))
+    return table
+
+
+def _linear_row(group: Group) -> tuple[str, ...]:
+    placement: LinearPlacement = group.placement
+    unit_bytes = group.shards[0].unit_bytes * group.count
+    return (group.label, str(group.count), str(placement.units), str(placement.gpu_units),
+            "/".join(map(str, placement.cut(0))), "/".join(map(str, placement.cut(NUM_ROW_TIERS - 1))),
+            format_bytes(placement.gpu_units * unit_bytes), format_bytes(placement.dram_units * unit_bytes))
+
+
+def _kv_row(plan: Plan, group: Group) -> tuple[str, ...]:
+    placement: KvPlacement = group.placement
+    gpu = sum(kv_gpu_bytes(shard, placement, plan.page_size) for shard in group.shards)
+    dram = sum(sum(kv_dram_bytes(plan.workload, shard, placement)) for shard in group.shards)
+    cut = f"{placement.gpu_groups}/0/{placement.groups - placement.gpu_groups}"
+    home = f"{placement.gpu_groups} ({placement.gpu_tokens} tok)" if placement.gpu_groups else "0"
+    return (group.label, str(group.count), str(placement.groups), home, cut, cut, format_bytes(gpu), format_bytes(dram))
+
+
+def _memory(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    by_place = plan.memory.to_dict()
+    kinds = [kind for kind in KINDS if any(by_place[place].get(kind) for place in PLACES)]
+    for name in ("bytes", *kinds, "total"):
+        table.add_column(name, justify="left" if name == "bytes" else "right", no_wrap=True)
+    for place in PLACES:
+        if by_place[place]:
+            cells = [format_bytes(by_place[place].get(kind, 0)) for kind in kinds]
+            table.add_row(PLACE_WORDS[place], *cells, format_bytes(sum(by_place[place].values())))
+    return table

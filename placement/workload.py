@@ -1,0 +1,149 @@
+"""What a model asks of a machine, in names, bytes and operations. No tensors, no devices, no torch.
+
+A workload is a list of shards with closed names: `layers.N.qkv|o|gate_up|down`, `head`, `layers.N.kv` and `embed`.
+The runtime describes its model this way; the planner and the cost model know nothing else about it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+LINEAR_KINDS = ("qkv", "o", "gate_up", "down", "head")
+
+ROW_TIER_LIMITS = (1, 4, 16, 64)
+NUM_ROW_TIERS = len(ROW_TIER_LIMITS) + 1
+ROW_TIER_NAMES = ("1", "2-4", "5-16", "17-64", "65+")
+
+
+def row_tier(rows: int) -> int:
+    """Index of the row tier of a call with `rows` token rows: 1 | 2-4 | 5-16 | 17-64 | 65+."""
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, got {rows}")
+    return sum(rows > limit for limit in ROW_TIER_LIMITS)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `value`."""
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShard:
+    """One fused linear layer, cut by output feature into equal units.
+
+    name: closed shard name; kind: one of LINEAR_KINDS; layer: index, or None for the head.
+    units: number of cuttable pieces; unit_bytes, unit_features: packed bytes and output features of one unit.
+    in_features: width of the input row; flops_per_row_per_unit: multiplications plus additions for one row and unit.
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    units: int
+    unit_bytes: int
+    unit_features: int
+    in_features: int
+    flops_per_row_per_unit: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in LINEAR_KINDS:
+            raise ValueError(f"{self.name}: kind is {self.kind!r}, known kinds are {', '.join(LINEAR_KINDS)}")
+        if self.units < 1 or self.unit_bytes < 1 or self.unit_features < 1:
+            raise ValueError(f"{self.name}: units, unit_bytes and unit_features must be positive, got "
+                             f"{self.units}, {self.unit_bytes}, {self.unit_features}")
+
+    @property
+    def total_bytes(self) -> int:
+        """Packed bytes of the whole linear."""
+        return self.units * self.unit_bytes
+
+    @property
+    def out_features(self) -> int:
+        """Output features of the whole linear, padding included."""
+        return self.units * self.unit_features
+
+
+@dataclass(frozen=True, slots=True)
+class KvShard:
+    """The KV cache of one layer: `groups` KV-head groups, K plus V of one group for one token is `bytes_per_token`.
+
+    window: sliding window in tokens, 0 for full attention.
+    """
+
+    name: str
+    layer: int
+    groups: int
+    bytes_per_token: int
+    window: int = 0
+
+    def visible_tokens(self, context: int) -> int:
+        """How many of `context` cached tokens a new token attends to."""
+        return min(context, self.window) if self.window else context
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Everything the planner may know about a model and the use made of it.
+
+    weight_dtype: fp32 | bf16 | q8 | q4. embed_bytes: the token embedding, read a row at a time from host memory.
+    resident_bytes: norms, biases, rotary tables: in GPU memory whenever there is a GPU.
+    activation_bytes_per_row: peak activations of one token row. max_context, prefill_chunk: tokens; max_batch: sequences;
+    page_size: tokens of one KV page.
+    """
+
+    model: str
+    weight_dtype: str
+    linears: tuple[LinearShard, ...]
+    kv: tuple[KvShard, ...]
+    embed_bytes: int
+    resident_bytes: int
+    activation_bytes_per_row: int
+    max_context: int
+    max_batch: int
+    page_size: int
+    num_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    prefill_chunk: int
+
+    def __post_init__(self) -> None:
+        for field in ("max_context", "max_batch", "page_size", "prefill_chunk"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"workload {self.model}: {field} must be at least 1, got {getattr(self, field)}")
+
+    @property
+    def weight_bytes(self) -> int:
+        """Packed bytes of every linear."""
+        return sum(shard.total_bytes for shard in self.linears)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.kv)
+
+    @property
+    def full_tokens(self) -> int:
+        """KV slots that hold every sequence at full length, each rounded up to whole pages."""
+        return round_up(self.max_context, self.page_size) * self.max_batch
+
+    @property
+    def min_gpu_tokens(self) -> int:
+        """Fewest KV slots with which a GPU-owned group can work: one prefill chunk and a page for every sequence."""
+        chunk = round_up(min(self.max_context, self.prefill_chunk), self.page_size)
+        return min(self.full_tokens, chunk + self.page_size * self.max_batch)
+
+    @property
+    def activation_rows(self) -> int:
+        """The most rows of one call."""
+        return max(self.prefill_chunk, self.max_batch)
+
+    def shard_names(self) -> Iterator[str]:
+        """Every shard name, in model order."""
+        yield "embed"
+        by_layer: dict[int | None, list[str]] = {}
+        for shard in self.linears:
+            by_layer.setdefault(shard.layer, []).append(shard.name)
+        for kv in self.kv:
+            yield from by_layer.get(kv.layer, [])
+            yield kv.name
+        yield from by_layer.get(None, [])
