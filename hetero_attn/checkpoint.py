@@ -12,7 +12,6 @@ from hetero_attn.config import ModelConfig
 from hetero_attn.errors import CheckpointError, ConfigError
 from hetero_attn.json_fields import read_json
 from hetero_attn.safetensors_file import SafetensorsFile, TensorEntry
-from hetero_attn.weights import model_spec
 
 if TYPE_CHECKING:
     import torch
@@ -20,27 +19,75 @@ if TYPE_CHECKING:
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 << 20
-_HEAD = "lm_head.weight"
-_LAYERS = "model.layers."
+_LAYER_PREFIX = "model.layers."
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 _DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 _TORCH_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _COMPARED_ROWS = 4096  # rows of a vocabulary matrix compared at a time: tens of MB
 
 
+# Our word for each part of the model -> where the Llama, Mistral and Qwen families keep it.
+_TOP_PARTS = {"embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
+_LAYER_PARTS = {
+    "attention_norm": "input_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "o": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+
+def tensor_name(part: str, layer: int | None = None, kind: str = "weight") -> str:
+    """Name in the checkpoint of one part of the model.
+
+    Args:
+        part: embed, final_norm, head (layer None), or, in a layer: attention_norm, q, k, v, q_norm, k_norm, o,
+            mlp_norm, gate, up, down.
+        layer: layer index. kind: "weight" or "bias".
+    """
+    if layer is None:
+        return f"{_TOP_PARTS[part]}.{kind}"
+    return f"{_LAYER_PREFIX}{layer}.{_LAYER_PARTS[part]}.{kind}"
+
+
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor the model must have, name -> shape; weights are [out_features, in_features]. No head when tied."""
-    spec = model_spec(config)
-    expected = {spec.embed: (config.vocab_size, config.hidden_size), spec.final_norm: (config.hidden_size,)}
-    for linear in spec.linears:
-        for part in linear.parts:
-            expected[part.tensor] = (part.rows, linear.in_features)
-            if linear.has_bias:
-                expected[part.bias] = (part.rows,)
-    for layer in spec.layers:
-        expected |= {name: (config.hidden_size,) for name in (layer.input_norm, layer.post_attention_norm)}
-        expected |= {name: (config.head_dim,) for name in (layer.q_norm, layer.k_norm) if name}
+    vocab_shape = (config.vocab_size, config.hidden_size)
+    expected = {tensor_name("embed"): vocab_shape, tensor_name("final_norm"): (config.hidden_size,)}
+    if not config.tie_word_embeddings:
+        expected[tensor_name("head")] = vocab_shape
+    for layer in range(config.num_layers):
+        expected |= _layer_tensors(config, layer)
     return expected
+
+
+def _layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    linears = {
+        "q": (q_width, hidden, config.qkv_bias),
+        "k": (kv_width, hidden, config.qkv_bias),
+        "v": (kv_width, hidden, config.qkv_bias),
+        "o": (hidden, q_width, config.o_bias),
+        "gate": (intermediate, hidden, config.mlp_bias),
+        "up": (intermediate, hidden, config.mlp_bias),
+        "down": (hidden, intermediate, config.mlp_bias),
+    }
+    tensors: dict[str, tuple[int, ...]] = {}
+    for part, (out_features, in_features, has_bias) in linears.items():
+        tensors[tensor_name(part, layer)] = (out_features, in_features)
+        if has_bias:
+            tensors[tensor_name(part, layer, "bias")] = (out_features,)
+    tensors |= {tensor_name(part, layer): (hidden,) for part in ("attention_norm", "mlp_norm")}
+    if config.qk_norm:
+        tensors |= {tensor_name(part, layer): (config.head_dim,) for part in ("q_norm", "k_norm")}
+    return tensors
 
 
 class Checkpoint:
@@ -154,9 +201,9 @@ class Checkpoint:
         for name, shape in expected.items():
             self._check_tensor(name, shape)
         unexpected = [name for name in self.names if name not in expected]
-        if config.tie_word_embeddings and _HEAD in unexpected:
-            unexpected.remove(_HEAD)
-            self._check_tied(model_spec(config).embed)
+        if config.tie_word_embeddings and tensor_name("head") in unexpected:
+            unexpected.remove(tensor_name("head"))
+            self._check_tied(tensor_name("embed"), tensor_name("head"))
         self._check_layers(unexpected, config.num_layers)
         if not unexpected:
             return list(self.warnings)
@@ -190,21 +237,21 @@ class Checkpoint:
             )
         _check_dtype(entry, name)
 
-    def _check_tied(self, embed: str) -> None:
+    def _check_tied(self, embed: str, head: str) -> None:
         """A tied model may carry a copy of its embedding as the head, never other values: they would be ignored."""
         import torch
 
         num_rows = self.shape(embed)[0]
         ranges = (slice(row, row + _COMPARED_ROWS) for row in range(0, num_rows, _COMPARED_ROWS))
-        same_form = self.shape(_HEAD) == self.shape(embed) and self.dtype(_HEAD) == self.dtype(embed)
-        if not same_form or not all(torch.equal(self.read(embed, rows), self.read(_HEAD, rows)) for rows in ranges):
+        same_form = self.shape(head) == self.shape(embed) and self.dtype(head) == self.dtype(embed)
+        if not same_form or not all(torch.equal(self.read(embed, rows), self.read(head, rows)) for rows in ranges):
             raise CheckpointError(
-                f"{self.path}: tie_word_embeddings is true in config.json, but {_HEAD} and {embed} hold different "
+                f"{self.path}: tie_word_embeddings is true in config.json, but {head} and {embed} hold different "
                 "values; set tie_word_embeddings to false to use both"
             )
 
     def _check_layers(self, unexpected: list[str], num_layers: int) -> None:
-        layers = {name.removeprefix(_LAYERS).split(".")[0] for name in unexpected if name.startswith(_LAYERS)}
+        layers = {name.removeprefix(_LAYER_PREFIX).split(".")[0] for name in unexpected if name.startswith(_LAYER_PREFIX)}
         extra = sorted(int(layer) for layer in layers if layer.isdecimal() and int(layer) >= num_layers)
         if extra:
             raise CheckpointError(
