@@ -1,0 +1,161 @@
+"""Attention over a sequence cut into segments: one partial where each segment lives, merged by online softmax.
+
+Heads go by affinity. A KV-head group that the CPU owns is rotated, stored and attended on the host; one that the GPU owns
+keeps its newest tokens in GPU memory and its older ones in DRAM, where the CPU attends them, so that only q, the partial
+output and its lse cross the bus. The partials of one head combine as
+
+    m = max(lse_i),  w_i = exp(lse_i - m),  out = sum(w_i out_i) / sum(w_i),  lse = m + log(sum(w_i))
+
+which is associative and commutative: any number of segments, in any order, gives the same answer.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from hetero_attn.kv_cache import LayerGroup, PagedStore
+from hetero_attn.lanes import Activation, Lanes
+from hetero_attn.step import GroupStep, Segment, Step
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionParameters:
+    """What one layer's attention needs beside its linears, float32, where each lane needs it.
+
+    cos, sin: [max_context, rotary_dim / 2]. q_norm, k_norm: [head_dim], None on both sides where the family has none.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int
+    norm_eps: float
+    cos: Activation
+    sin: Activation
+    q_norm: Activation
+    k_norm: Activation
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by."""
+        return self.head_dim**-0.5
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBuffers:
+    """Float32 workspaces of a step: query, out, partial [rows, num_heads * head_dim]; lse, partial_lse [rows, num_heads]."""
+
+    query: Activation
+    out: Activation
+    partial: Activation
+    lse: Activation
+    partial_lse: Activation
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One side's view of a layer: its operations, its heads and its pages."""
+
+    name: str
+    ops: object
+    store: PagedStore
+    layer: int
+    groups: slice
+    heads: slice
+
+    def of(self, activation: Activation) -> torch.Tensor | None:
+        return getattr(activation, self.name)
+
+    def per_head(self, activation: Activation, head_dim: int) -> torch.Tensor:
+        tensor = self.of(activation)
+        return tensor.view(tensor.shape[0], -1, head_dim)[:, self.heads]
+
+
+def attend(
+    lanes: Lanes,
+    step: Step,
+    segments: GroupStep,
+    group: LayerGroup,
+    layer: int,
+    parameters: AttentionParameters,
+    qkv: Activation,
+    buffers: AttentionBuffers,
+) -> None:
+    """Rotate, store and attend; fills `buffers.out`, each head on its owner's side.
+
+    qkv: float32 [rows, num_kv_heads * unit_features], each KV-head group's unit complete on its owner's side. layer: which of
+    the layer group's layers this is.
+    """
+    owned = group.gpu_groups
+    heads = owned * parameters.heads_per_group
+    if segments.host is not None:
+        host = _Side("host", lanes.host_ops, group.host, layer, slice(owned, None), slice(heads, None))
+        lanes.on_host(lambda: _store_and_attend(host, step, segments.host, parameters, qkv, buffers))
+    if segments.recent is not None:
+        device = _Side("device", lanes.device.ops, group.recent, layer, slice(owned), slice(heads))
+        _store_and_attend(device, step, segments.recent, parameters, qkv, buffers)
+    if segments.spilled is not None:
+        older = _Side("host", lanes.host_ops, group.spilled, layer, slice(owned), slice(heads))
+        _attend_older(lanes, older, step, segments.spilled, parameters, buffers)
+
+
+def _store_and_attend(
+    side: _Side, step: Step, segment: Segment, parameters: AttentionParameters, qkv: Activation, buffers: AttentionBuffers
+) -> None:
+    units = side.of(qkv).view(step.rows, parameters.num_kv_heads, -1)[:, side.groups]
+    query = side.per_head(buffers.query, parameters.head_dim)
+    side.ops.rope_append(
+        units,
+        side.of(step.positions),
+        side.of(parameters.cos),
+        side.of(parameters.sin),
+        side.of(parameters.q_norm),
+        side.of(parameters.k_norm),
+        parameters.norm_eps,
+        query,
+        side.store.k[side.layer],
+        side.store.v[side.layer],
+        segment.slots,
+    )
+    _partial(side, step, segment, parameters, buffers.query, buffers.out, buffers.lse)
+
+
+def _partial(
+    side: _Side, step: Step, segment: Segment, parameters: AttentionParameters, query: Activation, out: Activation, lse: Activation
+) -> None:
+    arguments = (
+        side.per_head(query, parameters.head_dim),
+        side.store.k[side.layer],
+        side.store.v[side.layer],
+        segment.table,
+        segment.start,
+        segment.stop,
+    )
+    results = (parameters.scale, side.per_head(out, parameters.head_dim), side.of(lse)[:, side.heads])
+    if step.is_prefill:
+        side.ops.prefill_attention(*arguments, step.q_start, parameters.window, *results)
+    else:
+        side.ops.decode_attention(*arguments, *results)
+
+
+def _attend_older(
+    lanes: Lanes, side: _Side, step: Step, segment: Segment, parameters: AttentionParameters, buffers: AttentionBuffers
+) -> None:
+    """Attend the GPU's groups over their tokens in DRAM, on the CPU, and merge with the partial already on the GPU."""
+    width = side.heads.stop * parameters.head_dim
+    lanes.copy(buffers.query.host[:, :width], buffers.query.device[:, :width])
+    lanes.on_host(
+        lambda: _partial(side, step, segment, parameters, buffers.query, buffers.partial, buffers.partial_lse)
+    )
+    lanes.join()
+    lanes.copy(buffers.partial.device[:, :width], buffers.partial.host[:, :width])
+    lanes.copy(buffers.partial_lse.device[:, side.heads], buffers.partial_lse.host[:, side.heads])
+    on_device = _Side("device", lanes.device.ops, side.store, side.layer, side.groups, side.heads)
+    outs = [on_device.per_head(activation, parameters.head_dim) for activation in (buffers.out, buffers.partial)]
+    lses = [activation.device[:, side.heads] for activation in (buffers.lse, buffers.partial_lse)]
+    lanes.device.ops.merge(outs, lses, outs[0], lses[0])

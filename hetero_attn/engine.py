@@ -1,0 +1,136 @@
+"""The two functions that everything else serves: `prefill` and `decode_step`.
+
+    embed -> for each layer: attention block, MLP block -> logits
+
+Both build a `Step` and run the same forward pass; what differs is which rows it computes. Nothing is allocated here that
+grows with the sequence: buffers and pages exist since the engine was made.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from hetero_attn import model
+from hetero_attn.attention import AttentionBuffers
+from hetero_attn.config import ModelConfig
+from hetero_attn.kv_cache import KVCache, SequenceState
+from hetero_attn.lanes import Activation, Lanes
+from hetero_attn.model import ModelWeights, Workspace
+from hetero_attn.step import Step, plan_step
+from hetero_attn.weights import LOGITS_ROWS, ActivationWidths, model_spec
+from placement.plan import Plan
+
+
+class Engine:
+    """Runs a model's forward passes over the lanes by a plan. One thread at a time may use it."""
+
+    def __init__(self, config: ModelConfig, plan: Plan, weights: ModelWeights, lanes: Lanes, kv_cache: KVCache) -> None:
+        self.config = config
+        self.plan = plan
+        self.lanes = lanes
+        self.kv_cache = kv_cache
+        self._weights = weights
+        self._rows = max(plan.prefill_chunk, plan.max_batch)
+        self._work = make_workspace(config, self._rows, lanes)
+        logits_rows = max(LOGITS_ROWS, plan.max_batch)
+        self._logits = _buffer(lanes, logits_rows, weights.head.spec.out_features, "resident")
+
+    @property
+    def prefill_chunk(self) -> int:
+        """The most prompt tokens that one step computes."""
+        return min(self._rows, self.kv_cache.max_new_tokens)
+
+    @torch.inference_mode()
+    def prefill(self, sequence: SequenceState, token_ids: Sequence[int]) -> torch.Tensor:
+        """Append a prompt to a sequence, one chunk; returns the last token's logits, float32 [vocab_size].
+
+        token_ids: at most `prefill_chunk`. The result is the caller's own.
+        """
+        step = self._prefill_step(sequence, token_ids)
+        self._forward(step, token_ids)
+        last = self._logits_of(step.rows - 1, step.rows)
+        sequence.length += len(token_ids)
+        return last[0]
+
+    @torch.inference_mode()
+    def prefill_logits(self, sequence: SequenceState, token_ids: Sequence[int]) -> torch.Tensor:
+        """As `prefill`, but returns the logits of every token, float32 [len(token_ids), vocab_size]."""
+        step = self._prefill_step(sequence, token_ids)
+        self._forward(step, token_ids)
+        starts = range(0, step.rows, LOGITS_ROWS)
+        rows = torch.cat([self._logits_of(start, min(start + LOGITS_ROWS, step.rows)) for start in starts])
+        sequence.length += len(token_ids)
+        return rows
+
+    @torch.inference_mode()
+    def decode_step(self, sequences: Sequence[SequenceState], token_ids: Sequence[int]) -> torch.Tensor:
+        """Append one token to each sequence; returns their logits, float32 [len(sequences), vocab_size]."""
+        step = plan_step(self.lanes, self.kv_cache, sequences, len(sequences), is_prefill=False)
+        self._forward(step, token_ids)
+        rows = self._logits_of(0, step.rows)
+        for sequence in sequences:
+            sequence.length += 1
+        return rows
+
+    def close(self) -> None:
+        """Release lanes, threads and buffers; idempotent."""
+        self.lanes.close()
+
+    def _prefill_step(self, sequence: SequenceState, token_ids: Sequence[int]) -> Step:
+        return plan_step(self.lanes, self.kv_cache, [sequence], len(token_ids), is_prefill=True)
+
+    def _forward(self, step: Step, token_ids: Sequence[int]) -> None:
+        lanes, weights, work = self.lanes, self._weights, self._work.rows(step.rows)
+        try:
+            if lanes.ring is not None:
+                lanes.ring.announce(piece for linear in weights.linears[:-1] for piece in linear.pieces(step.tier))
+            model.embed(lanes, weights, torch.tensor(token_ids), work)
+            for index, layer in enumerate(weights.layers):
+                group, place = self.kv_cache.places[index]
+                model.attention_block(
+                    lanes, step, layer, self.kv_cache.layer_groups[group], step.groups[group], place, weights.norm_eps, work
+                )
+                model.mlp_block(lanes, step, layer, weights.norm_eps, work)
+        except BaseException:
+            lanes.reset()
+            raise
+
+    def _logits_of(self, start: int, stop: int) -> torch.Tensor:
+        work, out = self._work, self._logits.rows(0, stop - start)
+        try:
+            model.logits(self.lanes, self._weights, work.residual.rows(start, stop), work.normed.rows(start, stop), out)
+        except BaseException:
+            self.lanes.reset()
+            raise
+        return out.host[:, : self.config.vocab_size].clone()
+
+
+def make_workspace(config: ModelConfig, rows: int, lanes: Lanes) -> Workspace:
+    """Allocate the activation buffers of a step of at most `rows` rows, on every side that a lane uses."""
+    widths = ActivationWidths.of(config, model_spec(config))
+
+    def buffer(width: int) -> Activation:
+        return _buffer(lanes, rows, width, "activations")
+
+    attention = AttentionBuffers(
+        query=buffer(widths.query),
+        out=buffer(widths.attention),
+        partial=buffer(widths.attention),
+        lse=buffer(widths.lse),
+        partial_lse=buffer(widths.lse),
+    )
+    return Workspace(
+        residual=buffer(widths.residual),
+        scratch=buffer(widths.residual),
+        normed=buffer(widths.normed),
+        qkv=buffer(widths.qkv),
+        gate_up=buffer(widths.gate_up),
+        activated=buffer(widths.activated),
+        attention=attention,
+    )
+
+
+def _buffer(lanes: Lanes, rows: int, width: int, kind: str) -> Activation:
+    host = torch.empty((rows, width))
+    device = None if lanes.device is None else lanes.device.empty((rows, width), torch.float32, kind)
+    return Activation(device, host)

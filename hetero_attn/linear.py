@@ -1,0 +1,115 @@
+"""Run one linear layer over its lanes, each output column computed in exactly one place.
+
+A weight's packed units lie in the order gpu | stream | cpu. The first run is in GPU memory; the rest is one tensor in host
+memory, of which the first part is streamed through the staging ring and the second computed in place by CPU cores. The
+boundary between those two is an integer per row tier; no weight moves when it does.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from cpu_kernels.layout import BLOCK_FEATURES
+from hetero_attn.lanes import Activation, Lanes
+from hetero_attn.weights import LinearSpec
+from placement.plan import LinearPlacement
+
+
+@dataclass(frozen=True, slots=True)
+class LinearWeights:
+    """The packed weight of one linear in its two homes.
+
+    gpu: uint8 [gpu blocks, block_bytes] in GPU memory. dram: uint8 [other blocks, block_bytes] in host memory.
+    bias: float32 [out_features] on both sides, None on both where the linear has none.
+    piece_blocks: the most blocks a staging slot takes.
+    """
+
+    spec: LinearSpec
+    placement: LinearPlacement
+    weight_dtype: str
+    gpu: torch.Tensor | None
+    dram: torch.Tensor
+    bias: Activation
+    piece_blocks: int
+
+    def device_units(self, tier: int) -> int:
+        """Units computed on the GPU, resident and streamed, in this row tier."""
+        gpu, stream, _ = self.placement.cut(tier)
+        return gpu + stream
+
+    def device_features(self, tier: int) -> int:
+        """Packed output features computed on the GPU in this row tier; the CPU lane computes the rest."""
+        return self.device_units(tier) * self.spec.unit_features
+
+    def has_host_features(self, tier: int) -> bool:
+        """Whether the CPU lane computes any column in this row tier."""
+        return self.device_units(tier) < self.spec.units
+
+    def pieces(self, tier: int) -> Iterator[torch.Tensor]:
+        """The streamed blocks of this tier, cut into pieces that fit a staging slot."""
+        streamed = self.placement.cut(tier)[1] * self.spec.unit_blocks
+        for start in range(0, streamed, self.piece_blocks):
+            yield self.dram[start : min(start + self.piece_blocks, streamed)]
+
+    def host_weight(self, tier: int) -> torch.Tensor:
+        """The blocks that the CPU lane computes in place."""
+        return self.dram[self.placement.cut(tier)[1] * self.spec.unit_blocks :]
+
+
+def run_on_device(lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: Activation, add: bool = False) -> None:
+    """Queue the GPU's resident and streamed columns of `x @ W.T + bias` into (or onto) the left columns of `out`.
+
+    x float32 [rows, in_features], out float32 [rows, out_features]; written in place on the device side.
+    """
+    start = 0
+    for slot, blocks in _device_weights(lanes, weights, tier):
+        stop = start + blocks.shape[0] * BLOCK_FEATURES
+        bias = None if weights.bias.device is None else weights.bias.device[start:stop]
+        lanes.device.ops.linear(x.device, blocks, weights.weight_dtype, bias, out.device[:, start:stop], add)
+        if slot is not None:
+            lanes.ring.give_back(slot)
+        start = stop
+
+
+def _device_weights(lanes: Lanes, weights: LinearWeights, tier: int) -> Iterator[tuple[int | None, torch.Tensor]]:
+    if weights.gpu is not None and weights.gpu.shape[0]:
+        yield None, weights.gpu
+    for _ in weights.pieces(tier):
+        yield lanes.ring.take()
+
+
+def run_on_host(lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: Activation, add: bool = False) -> None:
+    """Compute the CPU lane's columns of `x @ W.T + bias` into (or onto) the right columns of `out`; a host job's body.
+
+    x float32 [rows, in_features], out float32 [rows, out_features]; written in place on the host side.
+    """
+    start = weights.device_features(tier)
+    bias = None if weights.bias.host is None else weights.bias.host[start:]
+    lanes.host_ops.linear(x.host, weights.host_weight(tier), weights.weight_dtype, bias, out.host[:, start:], add)
+
+
+def linear(lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: Activation) -> None:
+    """Compute `x @ W.T + bias`, leaving each lane's columns of `out` where they were computed.
+
+    x must be complete in GPU memory if the GPU computes a column, and in host memory if the CPU lane does.
+    """
+    if weights.has_host_features(tier):
+        lanes.on_host(lambda: run_on_host(lanes, weights, tier, x, out))
+    if weights.device_units(tier):
+        run_on_device(lanes, weights, tier, x, out)
+
+
+def linear_add(lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, residual: Activation, scratch: Activation) -> None:
+    """Add `x @ W.T + bias` to the residual where it lives; `scratch` carries the CPU lane's columns to a GPU."""
+    if lanes.device is None:
+        run_on_host(lanes, weights, tier, x, residual, add=True)
+        return
+    column = weights.device_features(tier)
+    if weights.has_host_features(tier):
+        lanes.on_host(lambda: run_on_host(lanes, weights, tier, x, scratch))
+    if column:
+        run_on_device(lanes, weights, tier, x, residual, add=True)
+    if weights.has_host_features(tier):
+        lanes.exchange(scratch, column, to_device=True, to_host=False)
+        residual.device[:, column:].add_(scratch.device[:, column:])

@@ -1,0 +1,173 @@
+"""Weights from the file straight into their homes.
+
+A linear is read unit by unit: a run of units is gathered from its tensors' rows, packed, and lands in host memory or, by
+way of one small buffer, in GPU memory. Nothing larger than a run is ever held twice. A tensor with a NaN or an infinity is
+named and refused before anything is computed with it.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from cpu_kernels import CpuKernels
+from cpu_kernels.layout import block_bytes
+from hetero_attn.attention import AttentionParameters
+from hetero_attn.checkpoint import Checkpoint
+from hetero_attn.config import ModelConfig
+from hetero_attn.errors import CheckpointError
+from hetero_attn.lanes import Activation, Lanes
+from hetero_attn.linear import LinearWeights
+from hetero_attn.model import LayerWeights, ModelWeights
+from hetero_attn.rope import rope_tables
+from hetero_attn.weights import LayerSpec, LinearSpec, ModelSpec, model_spec
+from placement.plan import LinearPlacement, Plan, staging_piece_units
+
+CHUNK_BYTES = 16 << 20
+WEIGHT_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "q8": torch.bfloat16, "q4": torch.bfloat16}
+
+
+class Loader:
+    """Loads the weights of one checkpoint by one plan.
+
+    progress(count) is called with the number of weight bytes just placed.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, config: ModelConfig, plan: Plan, weight_dtype: str, lanes: Lanes, progress: Callable[[int], None]
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._config = config
+        self._plan = plan
+        self._weight_dtype = weight_dtype
+        self._lanes = lanes
+        self._progress = progress
+
+    def load(self) -> ModelWeights:
+        """Read everything; raises CheckpointError naming the tensor that is not finite."""
+        spec = model_spec(self._config)
+        placements = {placement.name: placement for placement in self._plan.linears}
+        cos, sin = (self._on_both(table) for table in rope_tables(self._config, self._plan.max_context))
+        return ModelWeights(
+            layers=tuple(self._layer(index, layer, placements, cos, sin) for index, layer in enumerate(spec.layers)),
+            head=self._linear(spec.head, placements["head"]),
+            embed=self._embed(spec),
+            final_norm=self._norm(spec.final_norm).main,
+            norm_eps=self._config.rms_norm_eps,
+        )
+
+    def _layer(
+        self, index: int, spec: LayerSpec, placements: dict[str, LinearPlacement], cos: Activation, sin: Activation
+    ) -> LayerWeights:
+        config = self._config
+        no_norm = Activation(None, None)
+        attention = AttentionParameters(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            window=config.sliding_window[index],
+            norm_eps=config.rms_norm_eps,
+            cos=cos,
+            sin=sin,
+            q_norm=no_norm if spec.q_norm is None else self._norm(spec.q_norm),
+            k_norm=no_norm if spec.k_norm is None else self._norm(spec.k_norm),
+        )
+        linears = {linear.kind: self._linear(linear, placements[linear.name]) for linear in spec.linears}
+        norms = (self._norm(spec.input_norm).main, self._norm(spec.post_attention_norm).main)
+        return LayerWeights(*(linears[kind] for kind in ("qkv", "o", "gate_up", "down")), *norms, attention)
+
+    def _linear(self, spec: LinearSpec, placement: LinearPlacement) -> LinearWeights:
+        row_bytes = block_bytes(self._weight_dtype, spec.in_features)
+        home_blocks = placement.gpu_units * spec.unit_blocks
+        dram = torch.empty((placement.dram_units * spec.unit_blocks, row_bytes), dtype=torch.uint8)
+        gpu = None
+        if self._lanes.device is not None:
+            gpu = self._lanes.device.empty((home_blocks, row_bytes), torch.uint8, "weights")
+        for start, stop, rows in self._unit_rows(spec):
+            for first, last, target in ((start, min(stop, placement.gpu_units), gpu), (max(start, placement.gpu_units), stop, dram)):
+                if first < last:
+                    offset = first - (0 if target is gpu else placement.gpu_units)
+                    part = rows[(first - start) * spec.unit_features : (last - start) * spec.unit_features]
+                    self._place(spec, part, target[offset * spec.unit_blocks : (offset + last - first) * spec.unit_blocks])
+        return LinearWeights(
+            spec=spec,
+            placement=placement,
+            weight_dtype=self._weight_dtype,
+            gpu=gpu,
+            dram=dram,
+            bias=self._bias(spec),
+            piece_blocks=staging_piece_units(spec.shard(self._weight_dtype)) * spec.unit_blocks,
+        )
+
+    def _unit_rows(self, spec: LinearSpec) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Runs of units [start, stop) with their rows, [(stop - start) * unit_features, in_features], padding zero."""
+        step = max(1, CHUNK_BYTES // (spec.unit_features * spec.in_features * 4))
+        for start in range(0, spec.units, step):
+            stop = min(start + step, spec.units)
+            yield start, stop, self._gather(spec, start, stop)
+
+    def _gather(self, spec: LinearSpec, start: int, stop: int) -> torch.Tensor:
+        units, offset, rows = stop - start, 0, None
+        for part in spec.parts:
+            first, last = start * part.rows_per_unit, min(stop * part.rows_per_unit, part.rows)
+            read = self._checkpoint.read(part.tensor, slice(first, last))
+            if rows is None:
+                rows = read.new_zeros((units, spec.unit_features, spec.in_features))
+            padded = units * part.rows_per_unit
+            if last - first < padded:
+                read = torch.cat([read, read.new_zeros((padded - (last - first), spec.in_features))])
+            rows[:, offset : offset + part.rows_per_unit] = read.view(units, part.rows_per_unit, spec.in_features)
+            offset += part.rows_per_unit
+        return rows.view(units * spec.unit_features, spec.in_features)
+
+    def _place(self, spec: LinearSpec, rows: torch.Tensor, target: torch.Tensor) -> None:
+        packed = target if self._is_host(target) else torch.empty(target.shape, dtype=torch.uint8)
+        try:
+            self._lanes.host_ops.pack(rows, self._weight_dtype, packed)
+        except ValueError as error:
+            tensors = ", ".join(part.tensor for part in spec.parts)
+            raise CheckpointError(
+                f"{self._checkpoint.path}: {tensors}: {error}; the checkpoint is damaged or was exported wrongly, download it again"
+            ) from error
+        if packed is not target:
+            self._lanes.copy(target, packed)
+            self._lanes.finish()
+        self._progress(target.numel())
+
+    def _is_host(self, target: torch.Tensor) -> bool:
+        return self._lanes.device is None or target.device.type == "cpu"
+
+    def _bias(self, spec: LinearSpec) -> Activation:
+        if not spec.has_bias:
+            return Activation(None, None)
+        rows = torch.zeros((spec.units, spec.unit_features))
+        offset = 0
+        for part in spec.parts:
+            values = torch.zeros(spec.units * part.rows_per_unit)
+            values[: part.rows] = self._finite(part.bias)
+            rows[:, offset : offset + part.rows_per_unit] = values.view(spec.units, part.rows_per_unit)
+            offset += part.rows_per_unit
+        return self._on_both(rows.view(-1))
+
+    def _norm(self, name: str) -> Activation:
+        return self._on_both(self._finite(name))
+
+    def _embed(self, spec: ModelSpec) -> torch.Tensor:
+        return self._checkpoint.read(spec.embed).to(WEIGHT_TORCH_DTYPES[self._weight_dtype])
+
+    def _finite(self, name: str) -> torch.Tensor:
+        values = self._checkpoint.read(name).float()
+        if not torch.isfinite(values).all():
+            raise CheckpointError(
+                f"{self._checkpoint.path}: {name} holds NaN or infinite values; the checkpoint is damaged, download it again"
+            )
+        return values
+
+    def _on_both(self, values: torch.Tensor) -> Activation:
+        """The same float32 values in host memory and, where there is a device, in its memory."""
+        values = values.contiguous()
+        device = self._lanes.device
+        if device is None:
+            return Activation(None, values)
+        copy = device.empty(tuple(values.shape), torch.float32, "resident")
+        device.copy(copy, values, device.compute)
+        return Activation(copy, values)

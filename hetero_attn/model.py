@@ -1,0 +1,148 @@
+"""The decoder as plain functions over weights, cache and lanes, all passed in.
+
+    residual += o(attention(qkv(norm(residual))))
+    residual += down(silu(gate) * up)             with gate, up = gate_up(norm(residual))
+
+No function here knows where anything lives: a `LinearWeights` carries its cut, an `Activation` both its sides.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from hetero_attn.attention import AttentionBuffers, AttentionParameters, attend
+from hetero_attn.kv_cache import LayerGroup
+from hetero_attn.lanes import Activation, Lanes
+from hetero_attn.linear import LinearWeights, linear, linear_add
+from hetero_attn.step import GroupStep, Step
+from placement.workload import row_tier
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One decoder layer; norms are float32 [hidden_size] where the residual stream lives."""
+
+    qkv: LinearWeights
+    o: LinearWeights
+    gate_up: LinearWeights
+    down: LinearWeights
+    input_norm: torch.Tensor
+    post_attention_norm: torch.Tensor
+    attention: AttentionParameters
+
+    @property
+    def linears(self) -> tuple[LinearWeights, ...]:
+        """The four linears in the order they run."""
+        return (self.qkv, self.o, self.gate_up, self.down)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    """Every weight of a model in its home. embed: [vocab_size, hidden_size] in host memory, in the cache's dtype."""
+
+    layers: tuple[LayerWeights, ...]
+    head: LinearWeights
+    embed: torch.Tensor
+    final_norm: torch.Tensor
+    norm_eps: float
+
+    @property
+    def linears(self) -> tuple[LinearWeights, ...]:
+        """Every linear in the order a forward pass runs them."""
+        return tuple(weights for layer in self.layers for weights in layer.linears) + (self.head,)
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """The activation buffers of one step, float32 [rows, width]; see `ActivationWidths` for their widths."""
+
+    residual: Activation
+    scratch: Activation
+    normed: Activation
+    qkv: Activation
+    gate_up: Activation
+    activated: Activation
+    attention: AttentionBuffers
+
+    def rows(self, count: int) -> "Workspace":
+        """The first `count` rows of every buffer."""
+        attention = AttentionBuffers(*(getattr(self.attention, name).rows(0, count) for name in AttentionBuffers.__slots__))
+        buffers = (getattr(self, name).rows(0, count) for name in Workspace.__slots__ if name != "attention")
+        return Workspace(*buffers, attention)
+
+
+def embed(lanes: Lanes, weights: ModelWeights, token_ids: torch.Tensor, work: Workspace) -> None:
+    """Start the residual stream with the rows of `token_ids` int64 [rows]."""
+    rows = weights.embed[token_ids].float()
+    residual = work.residual.main[:, : rows.shape[1]]
+    if lanes.device is None:
+        residual.copy_(rows)
+    else:
+        lanes.copy(residual, rows)
+
+
+def normalize(lanes: Lanes, weight: torch.Tensor, norm_eps: float, residual: Activation, normed: Activation, to_host: bool) -> None:
+    """RMS-normalise the residual into `normed`, and bring it to the host if the CPU lane will need it."""
+    hidden_size = weight.shape[0]
+    lanes.main_ops.rms_norm(residual.main[:, :hidden_size], weight, norm_eps, normed.main)
+    lanes.exchange(normed, hidden_size, to_device=False, to_host=to_host)
+
+
+def attention_block(
+    lanes: Lanes, step: Step, layer: LayerWeights, group: LayerGroup, segments: GroupStep, index: int, norm_eps: float, work: Workspace
+) -> None:
+    """Add one layer's attention to the residual; `index` is the layer's place in its group of the cache."""
+    tier, qkv, out = step.tier, layer.qkv, work.attention.out
+    normalize(lanes, layer.input_norm, norm_eps, work.residual, work.normed, qkv.has_host_features(tier))
+    linear(lanes, qkv, tier, work.normed, work.qkv)
+    deliver_to_owners(lanes, qkv, tier, group.gpu_groups, work.qkv)
+    attend(lanes, step, segments, group, index, layer.attention, work.qkv, work.attention)
+    column = group.gpu_groups * layer.attention.heads_per_group * layer.attention.head_dim
+    complete_input(lanes, layer.o, tier, out, column)
+    linear_add(lanes, layer.o, tier, out, work.residual, work.scratch)
+
+
+def mlp_block(lanes: Lanes, step: Step, layer: LayerWeights, norm_eps: float, work: Workspace) -> None:
+    """Add one layer's gated MLP to the residual; each lane activates the columns it computed."""
+    tier, gate_up, down = step.tier, layer.gate_up, layer.down
+    normalize(lanes, layer.post_attention_norm, norm_eps, work.residual, work.normed, gate_up.has_host_features(tier))
+    linear(lanes, gate_up, tier, work.normed, work.gate_up)
+    column = gate_up.device_features(tier)
+    if gate_up.has_host_features(tier):
+        lanes.on_host(
+            lambda: lanes.host_ops.silu_mul(work.gate_up.host[:, column:], work.activated.host[:, column // 2 :])
+        )
+    if column:
+        lanes.device.ops.silu_mul(work.gate_up.device[:, :column], work.activated.device[:, : column // 2])
+    complete_input(lanes, down, tier, work.activated, column // 2)
+    activated = work.activated.columns(0, down.spec.in_features)
+    linear_add(lanes, down, tier, activated, work.residual, work.scratch)
+
+
+def logits(lanes: Lanes, weights: ModelWeights, residual: Activation, normed: Activation, out: Activation) -> None:
+    """Project residual rows onto the vocabulary; `out.host`, float32 [rows, packed vocabulary], is complete on return."""
+    head, tier = weights.head, row_tier(out.main.shape[0])
+    if lanes.ring is not None:
+        lanes.ring.announce(head.pieces(tier))
+    normalize(lanes, weights.final_norm, weights.norm_eps, residual, normed, head.has_host_features(tier))
+    linear(lanes, head, tier, normed, out)
+    lanes.exchange(out, head.device_features(tier), to_device=False, to_host=True)
+    lanes.finish()
+
+
+def deliver_to_owners(lanes: Lanes, qkv: LinearWeights, tier: int, gpu_groups: int, out: Activation) -> None:
+    """Move the q, k, v of every KV-head group whose owner is not the side that computed them."""
+    unit = qkv.spec.unit_features
+    computed, owned = qkv.device_units(tier), gpu_groups
+    if computed > owned:
+        lanes.copy(out.host[:, owned * unit : computed * unit], out.device[:, owned * unit : computed * unit])
+    elif computed < owned:
+        lanes.join()
+        lanes.copy(out.device[:, computed * unit : owned * unit], out.host[:, computed * unit : owned * unit])
+
+
+def complete_input(lanes: Lanes, consumer: LinearWeights, tier: int, x: Activation, column: int) -> None:
+    """Bring a linear's input, split at `column` between GPU and host, to every side that computes a column of it."""
+    lanes.exchange(
+        x, column, to_device=consumer.device_units(tier) > 0, to_host=consumer.has_host_features(tier)
+    )

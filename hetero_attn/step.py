@@ -1,0 +1,111 @@
+"""One forward pass as data: which rows it computes, and which segments of the KV cache it reads and writes.
+
+A *prefill* step computes consecutive rows of one sequence; a *decode* step one row for each of several sequences.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hetero_attn.kv_cache import KVCache, LayerGroup, PagedStore, SequenceState
+from hetero_attn.lanes import Activation, Lanes
+from placement.workload import row_tier
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What one step reads and writes in one store, in the store's own memory.
+
+    slots: int64 [rows, groups], or None where the step writes nothing.
+    decode: table int32 [batch, groups, max_pages]; start and stop int32 [batch].
+    prefill: table int32 [groups, max_pages]; start and stop ints.
+    """
+
+    slots: torch.Tensor | None
+    table: torch.Tensor
+    start: torch.Tensor | int
+    stop: torch.Tensor | int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStep:
+    """One step's segments in the stores of one layer group; None where there is no store or nothing visible in it."""
+
+    host: Segment | None
+    recent: Segment | None
+    spilled: Segment | None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass of `rows` rows.
+
+    is_prefill: consecutive rows of the only sequence, the first at position `q_start`; else one row for each sequence.
+    positions: int64 [rows] on both sides. tier: the row tier that selects every linear's cut. groups: segments for each layer
+    group of the cache, in its order.
+    """
+
+    is_prefill: bool
+    rows: int
+    tier: int
+    sequences: tuple[SequenceState, ...]
+    positions: Activation
+    groups: tuple[GroupStep, ...]
+
+    @property
+    def q_start(self) -> int:
+        """Position of the first row of a prefill step."""
+        return self.sequences[0].length
+
+
+def plan_step(lanes: Lanes, cache: KVCache, sequences: Sequence[SequenceState], rows: int, is_prefill: bool) -> Step:
+    """Hold pages for the step's tokens and work out its segments; moves old pages to DRAM where the plan says so."""
+    new_tokens = rows if is_prefill else 1
+    for sequence in sequences:
+        cache.make_room(sequence, new_tokens)
+    positions = torch.cat([torch.arange(sequence.length, sequence.length + new_tokens) for sequence in sequences])
+    groups = tuple(
+        _group_step(lanes, group, index, sequences, positions.view(len(sequences), new_tokens), is_prefill)
+        for index, group in enumerate(cache.layer_groups)
+    )
+    on_device = None if lanes.device is None else lanes.device.upload(positions)
+    return Step(is_prefill, rows, row_tier(rows), tuple(sequences), Activation(on_device, positions), groups)
+
+
+def _group_step(
+    lanes: Lanes, group: LayerGroup, index: int, sequences: Sequence[SequenceState], positions: torch.Tensor, is_prefill: bool
+) -> GroupStep:
+    stops = [int(row[-1]) + 1 for row in positions]
+    starts = [max(0, sequence.length + 1 - group.window) if group.window else 0 for sequence in sequences]
+    split = [max(start, sequence.boundaries[index]) for start, sequence in zip(starts, sequences, strict=True)]
+
+    def segment(store: PagedStore | None, start: list[int], stop: list[int], writes: bool) -> Segment | None:
+        if store is None or all(first >= last for first, last in zip(start, stop, strict=True)):
+            return None
+        return _segment(store, sequences, positions if writes else None, start, stop, is_prefill)
+
+    recent = segment(group.recent, split, stops, True)
+    return GroupStep(
+        host=segment(group.host, starts, stops, True),
+        recent=None if recent is None else _upload(lanes, recent),
+        spilled=segment(group.spilled, starts, split, False),
+    )
+
+
+def _segment(
+    store: PagedStore, sequences: Sequence[SequenceState], positions: torch.Tensor | None, start: list[int], stop: list[int],
+    is_prefill: bool,
+) -> Segment:
+    slots = None
+    if positions is not None:
+        slots = torch.cat([store.slots(sequence.slot, row) for sequence, row in zip(sequences, positions, strict=True)])
+    if is_prefill:
+        return Segment(slots, store.table[sequences[0].slot], start[0], stop[0])
+    tables = store.table[[sequence.slot for sequence in sequences]]
+    return Segment(slots, tables, torch.tensor(start, dtype=torch.int32), torch.tensor(stop, dtype=torch.int32))
+
+
+def _upload(lanes: Lanes, segment: Segment) -> Segment:
+    fields = (segment.slots, segment.table, segment.start, segment.stop)
+    return Segment(*(lanes.device.upload(field) if isinstance(field, torch.Tensor) else field for field in fields))
