@@ -20,15 +20,7 @@ import torch
 
 from gpu_kernels import reference
 from hetero_attn.errors import MemoryBudgetError
-
-
-def format_bytes(count: float) -> str:
-    """Render a byte count with a binary unit, three significant digits."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
+from placement.units import format_bytes
 
 
 @dataclass(slots=True)

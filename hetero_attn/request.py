@@ -3,8 +3,12 @@
 import time
 from dataclasses import dataclass, field
 
+import torch
+
+from hetero_attn.errors import HeteroError
 from hetero_attn.kv_cache import SequenceState
-from hetero_attn.sampling import SampledToken, Sampler, SamplingParams
+from hetero_attn.sampling import SampledToken, Sampler
+from hetero_attn.sampling_params import SamplingParams
 from hetero_attn.tokenizer import TextStream
 
 
@@ -54,18 +58,19 @@ class Piece:
     metrics: Metrics | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """A prompt on its way through the engine.
 
     max_tokens is already bounded by the context. `computed` counts prompt tokens in the cache; `sequence` is None until the
-    request is admitted and after it has ended.
+    request is admitted and after it has ended. stream: None for a model without a tokenizer, whose text stays empty. `error`
+    is what ended the request early, if anything did.
     """
 
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     sampler: Sampler
-    stream: TextStream
+    stream: TextStream | None
     max_tokens: int
     sequence: SequenceState | None = None
     computed: int = 0
@@ -73,50 +78,58 @@ class Request:
     logprobs: list[SampledToken] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
+    error: HeteroError | None = None
     prefill_s: float = 0.0
     first_token_at: float = 0.0
-    ended_at: float = 0.0
+    last_token_at: float = 0.0
 
     @property
     def is_prefilling(self) -> bool:
         """Whether part of the prompt is still to be computed."""
         return self.computed < len(self.prompt_token_ids)
 
-    def accept(self, sampled: SampledToken) -> str:
-        """Take the next token; returns the text that became certain, and sets `finish_reason` when it was the last."""
-        self.token_ids.append(sampled.token_id)
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens whose keys and values are stored: the computed prompt, and all generated tokens but the newest."""
+        return self.computed + max(0, len(self.token_ids) - 1)
+
+    def choose(self, logits: torch.Tensor) -> None:
+        """Sample the next token from float32 [vocab_size], and end the request if it was the last."""
+        try:
+            sampled = self.sampler.sample(logits, self.prompt_token_ids, self.token_ids)
+        except HeteroError as error:
+            self.error, self.finish_reason = error, "abort"
+            return
+        self.last_token_at = time.perf_counter()
+        self.first_token_at = self.first_token_at or self.last_token_at
         if self.params.logprobs is not None:
             self.logprobs.append(sampled)
-        now = time.perf_counter()
-        if len(self.token_ids) == 1:
-            self.first_token_at = now
-        self.ended_at = now
-        return self._advance_text(sampled.token_id)
+        self.token_ids.append(sampled.token_id)
+        self._advance_text(sampled.token_id)
 
-    def _advance_text(self, token_id: int) -> str:
-        if token_id in self.sampler.stop_token_ids and len(self.token_ids) > self.params.min_tokens:
-            return self._end("stop", self.stream.finish())
-        piece, stopped = self.stream.push(token_id)
-        if stopped:
-            return self._end("stop", piece)
-        if len(self.token_ids) >= self.max_tokens:
-            return self._end("length", piece + self.stream.finish())
-        self.text += piece
-        return piece
-
-    def _end(self, reason: str, piece: str) -> str:
-        self.text += piece
-        self.finish_reason = reason
-        return piece
+    def _advance_text(self, token_id: int) -> None:
+        is_end = token_id in self.sampler.stop_token_ids and len(self.token_ids) > self.params.min_tokens
+        has_stop_string = False
+        if self.stream is not None and not is_end:
+            piece, has_stop_string = self.stream.push(token_id)
+            self.text += piece
+        if is_end or has_stop_string:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.max_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason is not None and self.stream is not None:
+            self.text += self.stream.finish()
 
     @property
     def metrics(self) -> Metrics:
         """What the request has cost so far."""
-        decode_s = max(0.0, self.ended_at - self.first_token_at)
+        decode_s = self.last_token_at - self.first_token_at
         return Metrics(len(self.prompt_token_ids), len(self.token_ids), self.prefill_s, decode_s)
 
     def output(self) -> RequestOutput:
-        """The finished generation."""
+        """The finished generation; raises `error` if that is what ended it."""
+        if self.error is not None:
+            raise self.error
         return RequestOutput(
             text=self.text,
             token_ids=tuple(self.token_ids),

@@ -1,23 +1,15 @@
 """Which request runs next: prompts join and leave a running batch at any step.
 
 A request waits until a sequence slot is free, has its prompt computed chunk by chunk, and then decodes together with all
-others that are at that stage. A slot reserves the whole context, so nothing admitted is ever evicted.
+others that are at that stage. A slot reserves the whole context, so nothing admitted is ever evicted. How far a request
+has come is derived from its own tokens at the start of each step; an interrupted step leaves nothing to undo.
 """
 
 import time
 from collections import deque
-from dataclasses import dataclass
 
 from hetero_attn.engine import Engine
 from hetero_attn.request import Request
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What one step did: the request and the text that became certain (empty while a prompt is being computed)."""
-
-    request: Request
-    text: str
 
 
 class Scheduler:
@@ -45,13 +37,19 @@ class Scheduler:
             request.finish_reason = "abort"
         self._retire()
 
-    def step(self) -> list[Progress]:
-        """Compute one prompt chunk, or one token of every decoding request."""
+    def step(self) -> None:
+        """Compute one prompt chunk, or one token of every decoding request.
+
+        A request whose sampling fails ends with its `error` set. Whatever else is raised leaves every request as it was
+        before the step, so that the step can be taken again.
+        """
         self._admit()
         prefilling = next((request for request in self._running if request.is_prefilling), None)
-        progress = [self._prefill(prefilling)] if prefilling is not None else self._decode()
+        if prefilling is not None:
+            self._prefill(prefilling)
+        else:
+            self._decode(tuple(self._running))
         self._retire()
-        return progress
 
     def _admit(self) -> None:
         while self._waiting and self._engine.kv_cache.free_slots:
@@ -59,25 +57,25 @@ class Scheduler:
             request.sequence = self._engine.kv_cache.open()
             self._running.append(request)
 
-    def _prefill(self, request: Request) -> Progress:
+    def _prefill(self, request: Request) -> None:
         started = time.perf_counter()
+        request.sequence.length = request.cached_tokens
         chunk = request.prompt_token_ids[request.computed : request.computed + self._engine.prefill_chunk]
         logits = self._engine.prefill(request.sequence, chunk)
-        request.computed += len(chunk)
         request.prefill_s += time.perf_counter() - started
-        if request.is_prefilling:
-            return Progress(request, "")
-        return Progress(request, request.accept(request.sampler.sample(logits, request.prompt_token_ids, [])))
+        request.computed += len(chunk)
+        if not request.is_prefilling:
+            request.choose(logits)
 
-    def _decode(self) -> list[Progress]:
-        requests = list(self._running)
+    def _decode(self, requests: tuple[Request, ...]) -> None:
         if not requests:
-            return []
-        logits = self._engine.decode_step([request.sequence for request in requests], [request.token_ids[-1] for request in requests])
-        return [
-            Progress(request, request.accept(request.sampler.sample(row, request.prompt_token_ids, request.token_ids)))
-            for request, row in zip(requests, logits, strict=True)
-        ]
+            return
+        for request in requests:
+            request.sequence.length = request.cached_tokens
+        sequences = [request.sequence for request in requests]
+        logits = self._engine.decode_step(sequences, [request.token_ids[-1] for request in requests])
+        for request, row in zip(requests, logits, strict=True):
+            request.choose(row)
 
     def _retire(self) -> None:
         for request in [request for request in self._running if request.finish_reason is not None]:

@@ -1,0 +1,38 @@
+"""hetero_attn: language models that do not fit in GPU memory, run on GPU, PCIe and CPU cores at the same time.
+
+    from hetero_attn import LLM, SamplingParams
+    llm = LLM("path/or/hub-id", gpu_memory="8GiB")
+    print(llm.plan.table())
+    print(llm.generate("Once upon a time", SamplingParams(max_tokens=64, temperature=0.0))[0].text)
+
+Names are imported when they are first used, so that `import hetero_attn` costs nothing.
+"""
+
+from importlib import import_module
+
+_HOMES = {
+    "LLM": "hetero_attn.llm",
+    "SamplingParams": "hetero_attn.sampling_params",
+    "RequestOutput": "hetero_attn.request",
+    "Piece": "hetero_attn.request",
+    "Metrics": "hetero_attn.request",
+    "HeteroError": "hetero_attn.errors",
+    "plan_model": "hetero_attn.planning",
+    "profile_machine": "hetero_attn.profiles",
+    "Policy": "placement",
+    "Plan": "placement",
+    "HardwareProfile": "placement",
+    "make_plan": "placement",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,64 @@
+"""Put a planned model together: device, lanes, weights in their homes, cache, engine. A failure leaves nothing behind."""
+
+from collections.abc import Callable
+
+import torch
+
+from cpu_kernels import CpuKernels
+from hetero_attn.checkpoint import Checkpoint
+from hetero_attn.device import EmulatedDevice
+from hetero_attn.engine import Engine
+from hetero_attn.errors import UnsupportedModelError
+from hetero_attn.kv_cache import KVCache
+from hetero_attn.lanes import Lanes
+from hetero_attn.loader import Loader
+from hetero_attn.planning import PlannedModel
+from hetero_attn.staging import StagingRing
+from placement.plan import Plan
+
+Progress = Callable[[int], None]
+
+
+def build_engine(planned: PlannedModel, overlap: bool = True, progress: Progress = lambda count: None) -> Engine:
+    """Load a planned model; `progress` is called with the bytes of weights just placed.
+
+    Raises CheckpointError for weights that do not fit the config, MemoryBudgetError when memory runs out.
+    """
+    with Checkpoint.open(planned.path) as checkpoint:
+        checkpoint.check(planned.config)
+        lanes = make_lanes(planned.plan, planned.device, overlap)
+        try:
+            weights = Loader(checkpoint, planned.config, planned.plan, planned.weight_dtype, lanes, progress).load()
+            return Engine(planned.config, planned.plan, weights, lanes, make_kv_cache(planned, lanes))
+        except BaseException:
+            lanes.close()
+            raise
+
+
+def make_lanes(plan: Plan, device: str, overlap: bool) -> Lanes:
+    """Start the lanes of a plan."""
+    gpu = make_device(plan, device)
+    ring = StagingRing(gpu, plan.staging_slots, plan.staging_slot_bytes) if gpu is not None and plan.staging_slots else None
+    return Lanes(CpuKernels(plan.num_threads), gpu, ring, overlap)
+
+
+def make_device(plan: Plan, device: str) -> EmulatedDevice | None:
+    """The device of a plan; None for the CPU alone."""
+    if device == "cpu":
+        return None
+    if device == "emulated":
+        return EmulatedDevice(plan.gpu_memory_bytes)
+    raise UnsupportedModelError(f"device {device!r}: the CUDA lanes are not in this version; use device='cpu' or 'emulated'")
+
+
+def make_kv_cache(planned: PlannedModel, lanes: Lanes) -> KVCache:
+    """Allocate the cache of a plan."""
+    return KVCache(
+        planned.plan,
+        num_kv_heads=planned.config.num_kv_heads,
+        head_dim=planned.config.head_dim,
+        windows=planned.config.sliding_window,
+        dtype=torch.float32 if planned.weight_dtype == "fp32" else torch.bfloat16,
+        device_empty=None if lanes.device is None else lanes.device.empty,
+        copy=lanes.copy,
+    )

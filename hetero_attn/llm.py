@@ -1,0 +1,200 @@
+"""The public API: load a model by a plan, generate, stream, chat, score."""
+
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from hetero_attn.builder import build_engine
+from hetero_attn.errors import PromptError
+from hetero_attn.planning import PAGE_TOKENS, prepare
+from hetero_attn.request import Piece, Request, RequestOutput
+from hetero_attn.sampling import Sampler
+from hetero_attn.sampling_params import SamplingParams
+from hetero_attn.scheduler import Scheduler
+from hetero_attn.tokenizer import Tokenizer, has_tokenizer
+from placement import HardwareProfile, Plan, Policy
+
+Prompt = str | Sequence[int]
+Messages = Sequence[dict[str, str]]
+
+
+class LLM:
+    """A language model whose layers are split over GPU memory, PCIe and CPU cores by a plan.
+
+    model: local directory or hub id. policy: a shipped policy's name, a YAML file or a Policy. gpu_memory: budget such as
+    "8GiB". dtype: auto | bf16 | fp32 | q8 | q4. device: auto | cuda | cuda:N | cpu | emulated. max_context: tokens of one
+    sequence. max_batch: sequences decoded together. seed: of requests that bring none. num_threads: of the CPU lane.
+    hardware: the profile to plan with. overlap=False runs the lanes one after another. progress shows a bar while loading.
+
+    Thread-safe: calls from several threads take turns, step by step, and decode together. Close it, or use it as a context
+    manager; raises errors of `hetero_attn.errors` and PolicyError.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        policy: str | Path | Policy = "auto",
+        gpu_memory: str | int | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        max_context: int | None = None,
+        seed: int | None = 0,
+        *,
+        max_batch: int | None = None,
+        num_threads: int | None = None,
+        hardware: HardwareProfile | str | None = None,
+        page_size: int = PAGE_TOKENS,
+        overlap: bool = True,
+        progress: bool = True,
+    ) -> None:
+        planned = prepare(
+            model, policy, gpu_memory, dtype, device, hardware, max_context, max_batch, num_threads, page_size
+        )
+        self.plan: Plan = planned.plan
+        self.tokenizer = Tokenizer.open(planned.path, planned.config.vocab_size) if has_tokenizer(planned.path) else None
+        own_ends = () if self.tokenizer is None else self.tokenizer.eos_token_ids
+        self._end_token_ids = tuple(sorted({*planned.config.eos_token_ids, *own_ends}))
+        with _loading_bar(planned.plan, progress) as bar:
+            self.engine = build_engine(planned, overlap, bar.update)
+        self._scheduler = Scheduler(self.engine)
+        self._lock = threading.Lock()
+        self._seeds = torch.Generator().manual_seed(seed) if seed is not None else None
+        self._finalizer = weakref.finalize(self, self.engine.close)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, progress: bool = False
+    ) -> list[RequestOutput]:
+        """Complete every prompt; results come in the order of the prompts.
+
+        prompts: one prompt or several, each a string or a list of token ids. params: None is `SamplingParams()`.
+        Raises PromptError before anything is computed.
+        """
+        requests = [self._request(prompt, params) for prompt in _as_list(prompts)]
+        with tqdm(total=len(requests), desc="prompts", disable=not progress) as bar:
+            self._run(requests, lambda: bar.update(sum(r.finish_reason is not None for r in requests) - bar.n))
+        return [request.output() for request in requests]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
+        """Complete one prompt, yielding text as it becomes certain; never half a character, never part of a stop string.
+
+        Leaving the loop early ends the request.
+        """
+        return self._pieces(self._request(prompt, params))
+
+    def chat(self, messages: Messages, params: SamplingParams | None = None) -> RequestOutput:
+        """Answer a conversation, a list of {"role", "content"}, through the model's chat template."""
+        return self.generate([self._require_tokenizer().encode_chat(messages)], params)[0]
+
+    def stream_chat(self, messages: Messages, params: SamplingParams | None = None) -> Iterator[Piece]:
+        """As `chat`, yielding pieces like `stream`."""
+        return self.stream(self._require_tokenizer().encode_chat(messages), params)
+
+    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Logits after each of `token_ids`, float32 [len(token_ids), vocab_size], through the very same plan."""
+        token_ids = self._check_ids(token_ids, reserve=0)
+        rows = []
+        with self._lock:
+            sequence = self.engine.kv_cache.open()
+            try:
+                for start in range(0, len(token_ids), self.engine.prefill_chunk):
+                    rows.append(self.engine.prefill_logits(sequence, token_ids[start : start + self.engine.prefill_chunk]))
+            finally:
+                self.engine.kv_cache.close(sequence)
+        return torch.cat(rows)
+
+    def close(self) -> None:
+        """Stop threads and free memory; idempotent."""
+        self._finalizer()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _request(self, prompt: Prompt, params: SamplingParams | None) -> Request:
+        params = params or SamplingParams()
+        config = self.engine.config
+        ids = self._require_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids and config.bos_token_id is not None:
+            ids = [config.bos_token_id]
+        ids = self._check_ids(ids, reserve=1)
+        room = self.plan.max_context - len(ids)
+        seed = None if self._seeds is None else int(torch.randint(1 << 62, (), generator=self._seeds))
+        return Request(
+            prompt_token_ids=ids,
+            params=params,
+            sampler=Sampler(params, self._end_token_ids, config.vocab_size, seed),
+            stream=None if self.tokenizer is None else self.tokenizer.stream(params.stop, params.skip_special_tokens),
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+        )
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise PromptError(f"{self.plan.model} has no tokenizer files; give prompts as lists of token ids")
+        return self.tokenizer
+
+    def _check_ids(self, token_ids: Sequence[int], reserve: int) -> tuple[int, ...]:
+        ids, vocab_size, limit = tuple(token_ids), self.engine.config.vocab_size, self.plan.max_context
+        if not ids:
+            raise PromptError("the prompt is empty and this model has no token to begin with; give at least one token")
+        for position, token_id in enumerate(ids):
+            if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+                raise PromptError(f"token {token_id!r} at position {position} of the prompt is not in 0..{vocab_size - 1}")
+        if len(ids) + reserve > limit:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens, but the context of this plan holds {limit} including the answer; "
+                "shorten the prompt or load with a larger max_context"
+            )
+        return ids
+
+    def _run(self, requests: Sequence[Request], after_step) -> None:
+        with self._lock:
+            for request in requests:
+                self._scheduler.add(request)
+        try:
+            while any(request.finish_reason is None for request in requests):
+                self._step()
+                after_step()
+        except BaseException:
+            self._abort(requests)
+            raise
+
+    def _pieces(self, request: Request) -> Iterator[Piece]:
+        with self._lock:
+            self._scheduler.add(request)
+        text, tokens = 0, 0
+        try:
+            while request.finish_reason is None:
+                self._step()
+                if request.finish_reason is None and len(request.text) > text:
+                    yield Piece(request.text[text:], tuple(request.token_ids[tokens:]))
+                    text, tokens = len(request.text), len(request.token_ids)
+            output = request.output()
+            yield Piece(output.text[text:], output.token_ids[tokens:], output.finish_reason, output.metrics)
+        finally:
+            self._abort([request])
+
+    def _step(self) -> None:
+        with self._lock:
+            if self._scheduler.has_work:
+                self._scheduler.step()
+
+    def _abort(self, requests: Sequence[Request]) -> None:
+        with self._lock:
+            for request in requests:
+                self._scheduler.abort(request)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    is_single = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(item, int) for item in prompts))
+    return [prompts] if is_single else list(prompts)
+
+
+def _loading_bar(plan: Plan, show: bool) -> tqdm:
+    total = plan.workload.weight_bytes
+    return tqdm(total=total, desc=f"loading {plan.model}", unit="B", unit_scale=True, unit_divisor=1024, disable=not show, leave=False)

@@ -1,0 +1,152 @@
+"""From a model and a wish to a plan: config and file headers in, nothing loaded."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from hetero_attn.checkpoint import Checkpoint
+from hetero_attn.config import ModelConfig
+from hetero_attn.errors import ConfigError, UnsupportedModelError, nearest
+from hetero_attn.hub import resolve_model
+from hetero_attn.weights import build_workload
+from placement import HardwareProfile, Plan, Policy, make_plan
+from placement.units import parse_bytes
+from placement.workload import Workload
+
+WEIGHT_DTYPES = ("bf16", "fp32", "q8", "q4")
+DEVICES = ("auto", "cuda", "cpu", "emulated")
+DEFAULT_MAX_CONTEXT = 8192
+DEFAULT_MAX_BATCH = 4
+DEFAULT_PREFILL_CHUNK = 512
+PAGE_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """A model directory with everything decided that loading needs; device: cpu | cuda[:N] | emulated."""
+
+    path: Path
+    config: ModelConfig
+    weight_dtype: str
+    device: str
+    plan: Plan
+
+
+def plan_model(
+    model: str | Path,
+    policy: str | Path | Policy = "auto",
+    gpu_memory: str | int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    hardware: HardwareProfile | str | None = None,
+    max_context: int | None = None,
+    max_batch: int | None = None,
+    num_threads: int | None = None,
+    page_size: int = PAGE_TOKENS,
+) -> Plan:
+    """Plan a model from its config and headers alone; the arguments are those of `LLM`.
+
+    hardware: a profile, or the name of a catalogue machine; None is this machine, measured if `profile` has been run.
+    Raises what `LLM` raises before it loads weights.
+    """
+    return prepare(model, policy, gpu_memory, dtype, device, hardware, max_context, max_batch, num_threads, page_size).plan
+
+
+def prepare(
+    model: str | Path,
+    policy: str | Path | Policy,
+    gpu_memory: str | int | None,
+    dtype: str,
+    device: str,
+    hardware: HardwareProfile | str | None,
+    max_context: int | None,
+    max_batch: int | None,
+    num_threads: int | None,
+    page_size: int,
+) -> PlannedModel:
+    """Decide everything about a model that can be decided without reading its weights."""
+    path = resolve_model(model)
+    config = ModelConfig.from_dir(path)
+    policy = policy if isinstance(policy, Policy) else Policy.load(policy)
+    if num_threads is not None:
+        policy = policy.model_copy(update={"threads": num_threads})
+    weight_dtype = choose_weight_dtype(dtype, config, path)
+    place = choose_device(device, hardware)
+    workload = build_workload(
+        config,
+        weight_dtype,
+        model=path.name,
+        max_context=choose_context(max_context or policy.context, config),
+        max_batch=max_batch or policy.batch or DEFAULT_MAX_BATCH,
+        page_size=page_size,
+        prefill_chunk=policy.prefill_chunk or DEFAULT_PREFILL_CHUNK,
+    )
+    policy = policy.model_copy(update={"context": None, "batch": None, "prefill_chunk": None})
+    return PlannedModel(path, config, weight_dtype, place, _plan(workload, policy, gpu_memory, place, hardware))
+
+
+def _plan(
+    workload: Workload, policy: Policy, gpu_memory: str | int | None, device: str, hardware: HardwareProfile | str | None
+) -> Plan:
+    kind = device.partition(":")[0]
+    budget = None if gpu_memory is None or kind == "cpu" else parse_bytes(gpu_memory)
+    if isinstance(hardware, str):
+        hardware = HardwareProfile.named(hardware)
+    return make_plan(workload, hardware or machine_profile(kind), policy, device=kind, gpu_memory_bytes=budget)
+
+
+def machine_profile(device: str) -> HardwareProfile:
+    """The rates to plan with on this machine: measured ones if a profile is stored, else the catalogue's generic ones."""
+    profile = HardwareProfile.named("emulated" if device == "emulated" else "generic-cpu")
+    return profile.with_threads(physical_cores())
+
+
+def physical_cores() -> int:
+    """Physical cores this process may use."""
+    usable = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count()
+    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+
+
+def choose_weight_dtype(dtype: str, config: ModelConfig, path: Path) -> str:
+    """The dtype weights are kept in: the wish, or for `auto` the checkpoint's (float16 becomes bfloat16)."""
+    _check_choice("dtype", dtype, ("auto", *WEIGHT_DTYPES))
+    if dtype != "auto":
+        return dtype
+    stored = config.dtype
+    if stored is None:
+        with Checkpoint.open(path) as checkpoint:
+            stored = checkpoint.dtype(checkpoint.names[0])
+    return "fp32" if stored == "fp32" else "bf16"
+
+
+def choose_device(device: str, hardware: HardwareProfile | str | None) -> str:
+    """The device to plan for: the wish, or for `auto` CUDA where the machine has it and the CPU elsewhere."""
+    _check_choice("device", device.partition(":")[0], DEVICES)
+    if device != "auto":
+        return device
+    if hardware is not None:
+        profile = HardwareProfile.named(hardware) if isinstance(hardware, str) else hardware
+        return "cuda" if profile.has_gpu else "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_context(max_context: int | None, config: ModelConfig) -> int:
+    """Tokens to reserve for one sequence: the wish, or the model's limit up to DEFAULT_MAX_CONTEXT."""
+    limit = config.max_position_embeddings
+    if max_context is None:
+        return min(limit, DEFAULT_MAX_CONTEXT)
+    if max_context < 1:
+        raise ConfigError(f"max_context is {max_context}; it must be at least 1")
+    if max_context > limit and config.rope.rope_type != "dynamic":
+        raise ConfigError(f"max_context is {max_context}, but the model was made for {limit} positions; ask for at most {limit}")
+    return max_context
+
+
+def _check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    known = tuple(known)
+    if value not in known:
+        raise UnsupportedModelError(f"{name} is {value!r}; it must be one of {', '.join(known)}{nearest(value, known)}")
