@@ -1,0 +1,53 @@
+"""What the control groups of this process allow, versions 1 and 2: libraries that ask the machine do not see it.
+
+Every function takes the folder that holds proc and sys, so that a test can lay out its own.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+# A group of version 1 without a limit reports a number near 2**63; version 2 says "max".
+NO_LIMIT_BYTES = 2**60
+
+
+def memory_limit_bytes(root: Path) -> int | None:
+    """The smallest memory limit of this process's control groups, versions 1 and 2; None where there is none."""
+    limits = []
+    for folder in _cgroup_folders(root, "memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            text = read_text(folder / name)
+            if text.isdigit() and int(text) < NO_LIMIT_BYTES:
+                limits.append(int(text))
+    return min(limits, default=None)
+
+
+def cpu_quota(root: Path) -> float | None:
+    """CPUs' worth of time that this process's control groups allow, versions 1 and 2; None where there is no quota."""
+    quotas = []
+    for folder in _cgroup_folders(root, "cpu"):
+        fields = read_text(folder / "cpu.max").split()
+        fields = fields or [read_text(folder / "cpu.cfs_quota_us"), read_text(folder / "cpu.cfs_period_us")]
+        if len(fields) == 2 and all(field.isdigit() for field in fields) and int(fields[1]) > 0:
+            quotas.append(int(fields[0]) / int(fields[1]))
+    return min(quotas, default=None)
+
+
+def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of this process's groups and of all their parents: a limit anywhere above counts."""
+    base = root / "sys/fs/cgroup"
+    for line in read_text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        mount = base / controllers if controllers else base
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts), -1, -1):
+            yield mount.joinpath(*parts[:depth])
+
+
+def read_text(path: Path) -> str:
+    """A small text file, stripped; empty where it cannot be read."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

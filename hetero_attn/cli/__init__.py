@@ -1,0 +1,53 @@
+"""The `hetero-attn` command: one file per subcommand, each a thin caller of the Python API.
+
+Nothing heavy is imported before a subcommand needs it, so that `--help` and usage errors answer at once. What a machine
+may read goes to stdout; progress, speed and errors go to stderr. Exit codes: 0 done, 2 usage, prompt or policy,
+3 checkpoint, 4 memory or plan, 5 at run time, 130 interrupted.
+"""
+
+from typing import Annotated
+
+import typer
+
+from hetero_attn.cli import bench, chat, doctor, generate, plan, policy, profile, verify
+from hetero_attn.cli.errors import CleanErrors
+
+app = typer.Typer(
+    cls=CleanErrors,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and leave, when --version was given."""
+    if not wanted:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        typer.echo(f"hetero-attn {version('hetero-attn')}")
+    except PackageNotFoundError:
+        typer.echo("hetero-attn, not installed: running from its sources")
+    raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=show_version, is_eager=True)]
+    = False,
+) -> None:
+    """Run language models that do not fit in GPU memory, split over GPU, PCIe and CPU."""
+
+
+for command in (
+    generate.generate, chat.chat, plan.plan, profile.profile, bench.bench, verify.verify, doctor.doctor,
+):
+    app.command()(command)
+app.add_typer(policy.app, name="policy")
+
+
+def main() -> None:
+    """Entry point of the `hetero-attn` script; leaves through SystemExit."""
+    app(prog_name="hetero-attn")

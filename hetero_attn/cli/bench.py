@@ -1,0 +1,38 @@
+"""`hetero-attn bench`: measured speed beside what the plan predicted and what the machine's ceiling allows."""
+
+from typing import Annotated
+
+import typer
+
+from hetero_attn.cli import options
+from hetero_attn.cli.output import print_json
+
+
+def bench(
+    model: options.Model,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", "-p", min=1, help="Prompt of the pp row.")] = 512,
+    gen_tokens: Annotated[int, typer.Option("--gen-tokens", "-n", min=1, help="Tokens of the tg row.")] = 128,
+    depth: Annotated[list[int] | None, typer.Option("--depth", "-d", min=0, help="Tokens in the cache.")] = None,
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="The median is reported.")] = 3,
+    policy: options.Policy = "auto",
+    gpu_memory: options.GpuMemory = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    context: options.Context = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure prefill and decode as llama-bench does, beside prediction and ceiling."""
+    from hetero_attn import benchmark
+
+    depths = tuple(depth or (0,))
+    # Without a wish of the user, the context is what the measurement itself needs.
+    needed = context or max(depths) + max(prompt_tokens, gen_tokens + 1)
+    with options.load_llm(model, policy, gpu_memory, dtype, device, needed, threads) as llm:
+        report = benchmark.run(
+            llm, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens, depths=depths, repetitions=repetitions
+        )
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        typer.echo(report.table())

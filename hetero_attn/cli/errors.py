@@ -1,0 +1,54 @@
+"""Errors as a person at a terminal wants them: one message, an exit code, no traceback.
+
+Only errors that our own packages raise about a user's wishes are treated so. Anything else is a defect, and keeps its
+traceback.
+"""
+
+import traceback
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+OUR_PACKAGES = ("hetero_attn", "placement", "cpu_kernels", "gpu_kernels")
+USAGE = 2
+# Errors of the planner, which knows of no exit codes.
+CODE_BY_NAME = {"BudgetError": 4}
+INTERRUPTED = 130
+
+
+def exit_code(error: BaseException) -> int | None:
+    """The exit code of an error that our code raised about what the user asked; None for anything else.
+
+    That is an error type of ours, or a plain ValueError whose innermost frame is ours: by the rule of the code base a
+    ValueError speaks of the caller's values, while a broken invariant is an AssertionError.
+    """
+    if type(error).__module__.partition(".")[0] in OUR_PACKAGES:
+        return getattr(error, "exit_code", CODE_BY_NAME.get(type(error).__name__, USAGE))
+    return USAGE if isinstance(error, ValueError) and raised_in(error) in OUR_PACKAGES else None
+
+
+def raised_in(error: BaseException) -> str:
+    """The top-level package whose code raised the error; empty where it was never raised."""
+    module = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_globals.get("__name__", "")
+    return module.partition(".")[0]
+
+
+class CleanErrors(TyperGroup):
+    """A command group that reports our errors on stderr and turns them into exit codes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the subcommand; raises typer.Exit for an error of ours and for Ctrl-C."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            code = exit_code(error)
+            if code is None:
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(code) from None

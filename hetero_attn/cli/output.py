@@ -1,0 +1,82 @@
+"""What the subcommands print: JSON for machines, the speed line, text as it arrives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Generator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from hetero_attn.request import Metrics, Piece, RequestOutput
+
+NARROWEST_TABLE = 100
+
+
+def print_json(value: Any) -> None:
+    """Print a value as indented JSON on stdout."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def table_width() -> int:
+    """Columns for a table: those of the terminal, but never so few that numbers are cut."""
+    return max(shutil.get_terminal_size((120, 24)).columns, NARROWEST_TABLE)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write text to a file, or to stdout when the file is `-`; a file that cannot be written is a usage error."""
+    if str(file) == "-":
+        typer.echo(text, nl=False)
+        return
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write {file}: {error.strerror}") from None
+
+
+def speed_line(metrics: Metrics) -> str:
+    """Tokens and tokens/s of both phases in one line."""
+    return (
+        f"prefill {metrics.prompt_tokens} tokens, {metrics.prefill_tokens_per_s:.1f} tokens/s; "
+        f"decode {metrics.generated_tokens} tokens, {metrics.decode_tokens_per_s:.1f} tokens/s"
+    )
+
+
+def metrics_dict(metrics: Metrics) -> dict[str, float]:
+    """The same numbers, and the seconds behind them, for JSON."""
+    names = (
+        "prompt_tokens", "generated_tokens", "prefill_s", "decode_s", "prefill_tokens_per_s", "decode_tokens_per_s",
+    )
+    return {name: getattr(metrics, name) for name in names}
+
+
+def output_dict(output: RequestOutput) -> dict[str, Any]:
+    """One generated answer as plain values for JSON."""
+    return {
+        "text": output.text,
+        "token_ids": list(output.token_ids),
+        "finish_reason": output.finish_reason,
+        "metrics": metrics_dict(output.metrics),
+    }
+
+
+def print_stream(pieces: Generator[Piece]) -> tuple[str, Piece | None]:
+    """Print the pieces of one answer as they arrive.
+
+    Returns the whole text and the last piece; None in its place where Ctrl-C came before the generator could end, which
+    is then closed, so that the engine is free for the next request.
+    """
+    text, last = "", None
+    with closing(pieces):
+        try:
+            for last in pieces:
+                typer.echo(last.text, nl=False)
+                text += last.text
+        except KeyboardInterrupt:
+            last = None
+    typer.echo()
+    return text, last

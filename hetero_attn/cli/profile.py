@@ -1,0 +1,31 @@
+"""`hetero-attn profile`: measure this machine's rates, the numbers that the planner works with."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hetero_attn.cli import options
+from hetero_attn.cli.output import print_json, table_width, write_text
+from hetero_attn.cli.profile_table import profile_table
+
+
+def profile(
+    save: Annotated[Path | None, typer.Option(help="Write the profile as JSON, for `plan --hardware FILE`.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the rates into this PNG, SVG or PDF file.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure what this machine's memory, cores and bus can do; takes some seconds."""
+    from hetero_attn import profile_machine
+
+    measured = profile_machine()
+    if save is not None:
+        write_text(save, measured.to_json() + "\n")
+    if plot is not None:
+        from hetero_attn.cli.plots import plot_profile
+
+        plot_profile(measured, plot)
+    if as_json:
+        print_json(measured.to_dict())
+    else:
+        typer.echo(profile_table(measured, table_width()), nl=False)

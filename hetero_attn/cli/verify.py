@@ -1,0 +1,35 @@
+"""`hetero-attn verify`: does the plan give the same answer as one device alone?"""
+
+from typing import Annotated
+
+import typer
+
+from hetero_attn.cli import options
+from hetero_attn.cli.output import print_json
+
+PROMPT = "The quick brown fox jumps over the lazy dog. In the beginning there was a list of numbers,"
+DISAGREES = 5
+
+
+def verify(
+    model: options.Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to compare on.")] = PROMPT,
+    policy: options.Policy = "auto",
+    gpu_memory: options.GpuMemory = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    context: options.Context = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+) -> None:
+    """Compare the plan with the one-device reference: largest error, NMSE and token agreement."""
+    from hetero_attn import verify as verification
+
+    with options.load_llm(model, policy, gpu_memory, dtype, device, context, threads) as llm:
+        report = verification.run(llm, prompt)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        typer.echo(report.table())
+    if not report.passed:
+        raise typer.Exit(DISAGREES)
