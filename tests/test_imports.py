@@ -9,6 +9,7 @@ import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -39,8 +40,11 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_names(path: Path, tree: ast.AST) -> set[str]:
-    """Dotted names that the import statements in `tree` mention, relative ones resolved against `path`."""
+def imported_names(path: Path, tree: ast.AST, modules: Collection[str] = ()) -> set[str]:
+    """Dotted names of what the import statements in `tree` load, relative ones resolved against `path`.
+
+    `from package import name` loads the module `package.name` where that is one of `modules`, else `package`.
+    """
     package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
     names = set()
     for node in ast.walk(tree):
@@ -49,7 +53,8 @@ def imported_names(path: Path, tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join(parents + ([node.module] if node.module else []))
-            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+            inner = {f"{base}.{alias.name}" for alias in node.names}
+            names |= {name if name in modules else base for name in inner}
     return names
 
 
@@ -103,20 +108,20 @@ def test_no_import_cycle_inside_a_package(package: str) -> None:
     graph = {}
     for name, path in files.items():
         tree = without_deferred_code(ast.parse(path.read_text()))
-        # `from package import module` mentions the package too; only its modules are edges, or every file would be one.
-        graph[name] = {used for used in imported_names(path, tree) if used in files and used not in (name, package)}
+        graph[name] = (imported_names(path, tree, files) & set(files)) - {name}
     try:
         list(TopologicalSorter(graph).static_order())
     except CycleError as error:
         pytest.fail(f"modules import each other while loading: {' -> '.join(error.args[1])}")
 
 
-def test_import_reader_sees_what_it_must(tmp_path: Path) -> None:
-    text = "from . import a\nfrom .b import c\nimport d.e\nif TYPE_CHECKING:\n    import f\ndef g():\n    import h\n"
-    path = ROOT / "placement" / "imagined.py"
+def test_import_reader_sees_what_it_must() -> None:
+    text = "from . import a, x\nfrom .b import c\nimport d.e\nif TYPE_CHECKING:\n    import f\ndef g():\n    import h\n"
+    path, tree = ROOT / "placement" / "imagined.py", ast.parse(text)
+    at_import = {"placement", "placement.a", "placement.b", "d.e"}
 
-    assert {"placement.a", "placement.b", "d.e", "f", "h"} <= imported_names(path, ast.parse(text))
-    assert not {"f", "h"} & imported_names(path, without_deferred_code(ast.parse(text)))
+    assert imported_names(path, tree, {"placement.a"}) == at_import | {"f", "h"}
+    assert imported_names(path, without_deferred_code(tree), {"placement.a"}) == at_import
 
 
 def machine_patterns() -> list[re.Pattern[str]]:
