@@ -54,12 +54,14 @@ def _inverse_frequencies(config: ModelConfig, seq_len: int) -> torch.Tensor:
     return _plain(rope.theta, dim)
 
 
-def _plain(theta: float, dim: int) -> torch.Tensor:
+def _plain(theta: float | torch.Tensor, dim: int) -> torch.Tensor:
     return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
 
 
 def _dynamic(rope: RopeConfig, dim: int, trained: int, seq_len: int) -> torch.Tensor:
-    stretch = rope.factor * max(seq_len, trained) / trained - (rope.factor - 1)
+    # A tensor, because transformers stretches at run time in float32.
+    length = torch.tensor(seq_len) if seq_len > trained else trained
+    stretch = rope.factor * length / trained - (rope.factor - 1)
     return _plain(rope.theta * stretch ** (dim / (dim - 2)), dim)
 
 

@@ -1,0 +1,218 @@
+"""Text to token ids and back: a thin door to the tokenizer of transformers, and text as it streams.
+
+Nothing from a model directory is executed: remote code is never trusted, and chat templates run only inside
+transformers' sandbox. transformers is imported when a tokenizer is opened, because importing it takes a second.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hetero_attn.errors import ConfigError, PromptError
+
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+REPLACEMENT = "\ufffd"
+# A character has at most 4 bytes, so 3 may be waiting for the rest; a decoder shows up to one replacement for each.
+_MAX_UNFINISHED = 3
+# With more replacement characters than this at the end, the bytes are garbage rather than the start of a character
+# (a byte-fallback vocabulary shows the whole run of bytes, so the character before counts too).
+_GARBAGE_RUN = 8
+
+
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether a model directory carries a tokenizer; without one, prompts must be token ids."""
+    return any((Path(path) / name).is_file() for name in _FILES)
+
+
+class Tokenizer:
+    """The tokenizer of a model directory. Made by `Tokenizer.open`.
+
+    Attributes:
+        eos_token_ids: ids that end a text, by the tokenizer alone; the model config may name more.
+        bos_token_id: the id a text begins with, or None.
+    """
+
+    def __init__(self, path: Path, tokenizer: Any):
+        self.path = path
+        self._tokenizer = tokenizer
+        eos = tokenizer.eos_token_id
+        self.eos_token_ids: tuple[int, ...] = () if eos is None else (eos,)
+        self.bos_token_id: int | None = tokenizer.bos_token_id
+
+    @classmethod
+    def open(cls, path: str | Path, vocab_size: int | None = None) -> "Tokenizer":
+        """Open the tokenizer of a local model directory.
+
+        Args:
+            path: the directory. vocab_size: rows of the model's embedding, checked against the tokenizer's ids.
+
+        Raises:
+            ConfigError: there is no tokenizer, it cannot be read, it needs remote code, or it has ids that the model
+                has no embedding for (fewer ids than rows are fine: embeddings are often padded).
+        """
+        path = Path(path)
+        if not has_tokenizer(path):
+            raise ConfigError(
+                f"{path}: no tokenizer found ({', '.join(_FILES)}); download its files or give prompts as token ids"
+            )
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+        # Damaged files surface as nearly any exception type of transformers, tokenizers or sentencepiece.
+        except Exception as error:
+            raise ConfigError(
+                f"{path}: the tokenizer cannot be loaded: {_first_line(error)}; download the tokenizer files again "
+                "(code that comes with a model is never run)"
+            ) from error
+        opened = cls(path, tokenizer)
+        if vocab_size is not None:
+            opened._check_vocab(vocab_size)
+        return opened
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the model's texts begin (and end) with.
+
+        Raises:
+            PromptError: the text cannot be encoded, for instance because it holds half of a surrogate pair.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise PromptError(f"prompt is not valid Unicode: {_first_line(error)}; give text without surrogates") from None
+        return list(self._tokenizer.encode(text, add_special_tokens=True, verbose=False))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation through the model's own chat template.
+
+        Args:
+            messages: each with "role" and "content".
+            add_generation_prompt: end with the words that open the assistant's turn.
+
+        Raises:
+            PromptError: no messages, a message without role or content, no template, or one that refuses them.
+        """
+        if not messages or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages):
+            raise PromptError("chat messages must be a non-empty list of {'role': ..., 'content': ...}")
+        if not self._tokenizer.chat_template:
+            raise PromptError(f"{self.path}: the tokenizer has no chat template; use generate with a plain prompt")
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                tokenize=True,
+                return_dict=False,
+            )
+        # A template raises what it likes: jinja2 errors, its own raise_exception, type errors from odd content.
+        except Exception as error:
+            raise PromptError(f"{self.path}: the chat template refuses these messages: {_first_line(error)}") from error
+        return list(ids)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that form no character come out as U+FFFD."""
+        return self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+
+    def stream(self, stop: Sequence[str] = (), skip_special_tokens: bool = True) -> "TextStream":
+        """A fresh `TextStream` over this tokenizer."""
+        return TextStream(lambda token_ids: self.decode(token_ids, skip_special_tokens), stop)
+
+    def _check_vocab(self, vocab_size: int) -> None:
+        token, token_id = max(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if token_id >= vocab_size:
+            raise ConfigError(
+                f"{self.path}: the tokenizer's token {token!r} has id {token_id}, but vocab_size of the model is "
+                f"{vocab_size}; tokenizer and weights are of different models, download both again"
+            )
+
+
+class TextStream:
+    """Token ids in, text out as soon as it is certain: never half a character, never part of a stop string.
+
+    Tokens are decoded in a window that starts one piece before what is not yet shown, because a decoder may treat the
+    first token of a text specially (sentencepiece drops its leading space). The joined pieces equal the text of all
+    tokens, up to the stop string.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()):
+        """`decode` turns token ids into text; `stop` are the strings that end it."""
+        self._decode = decode
+        self._matcher = StopMatcher(stop)
+        self._window: list[int] = []
+        self._shown_tokens = 0  # tokens at the front of the window whose text is shown in full
+        self._shown_chars = 0  # characters of the window's text that are shown
+
+    def push(self, token_id: int) -> tuple[str, bool]:
+        """Take one token; returns (text that became certain, whether a stop string ended it)."""
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        unfinished = len(text) - len(text.rstrip(REPLACEMENT))
+        if unfinished > _GARBAGE_RUN:
+            unfinished = _MAX_UNFINISHED
+        piece = self._show(text, len(text) - unfinished)
+        if not unfinished:
+            self._slide()
+        return self._matcher.push(piece), self._matcher.matched is not None
+
+    def finish(self) -> str:
+        """The text still held back, when no more tokens come; half a character comes out as U+FFFD."""
+        text = self._decode(self._window)
+        return self._matcher.push(self._show(text, len(text))) + self._matcher.finish()
+
+    def _show(self, text: str, end: int) -> str:
+        piece = text[self._shown_chars : end]
+        self._shown_chars = max(self._shown_chars, end)
+        return piece
+
+    def _slide(self) -> None:
+        """Let the window begin at the newest piece, unless that is empty and would not show how a text begins."""
+        newest = self._window[self._shown_tokens :]
+        if newest_text := self._decode(newest):
+            self._window, self._shown_chars = newest, len(newest_text)
+        self._shown_tokens = len(self._window)
+
+
+class StopMatcher:
+    """Finds stop strings in text that arrives in pieces, and holds back what may be the beginning of one.
+
+    Attributes:
+        matched: the stop string that ended the text, or None.
+    """
+
+    def __init__(self, stop: Sequence[str]):
+        self.matched: str | None = None
+        self._stop = tuple(text for text in stop if text)
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """Take a piece; returns what is certain not to belong to a stop string. Nothing after a match."""
+        if self.matched is not None:
+            return ""
+        text = self._held + text
+        found = [(position, stop) for stop in self._stop if (position := text.find(stop)) >= 0]
+        if found:
+            position, self.matched = min(found)
+            self._held = ""
+            return text[:position]
+        certain = len(text) - self._overlap(text)
+        self._held = text[certain:]
+        return text[:certain]
+
+    def finish(self) -> str:
+        """What is held back, when no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+    def _overlap(self, text: str) -> int:
+        """Length of the longest end of `text` that begins a stop string."""
+        longest = max((len(stop) for stop in self._stop), default=0)
+        for length in range(min(longest - 1, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
