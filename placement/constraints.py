@@ -58,11 +58,13 @@ def bind(policy: Policy, workload: Workload, device: str) -> Bounds:
     for shard in workload.linears:
         index = _first(policy.rules, shard.name, lambda rule: rule.sets_linears)
         reached.add(index)
-        linears.append(_collect(problems, policy, index, LinearBounds(), _linear_bounds, shard, device))
+        free = _cpu_only(shard) if device == "cpu" else LinearBounds()
+        linears.append(_collect(problems, policy, index, free, _linear_bounds, shard, device))
     for shard in workload.kv:
         index = _first(policy.rules, shard.name, lambda rule: rule.kv is not None)
         reached.add(index)
-        kv.append(_collect(problems, policy, index, KvBounds(), _kv_bounds, shard, device, workload))
+        free = KvBounds(0, 0) if device == "cpu" else KvBounds()
+        kv.append(_collect(problems, policy, index, free, _kv_bounds, shard, device, workload))
     for index, rule in enumerate(policy.rules):
         if _matches_any(rule.match, workload) and index not in reached:
             problems.append(f"{policy.where(('rules', index, 'match'))}: {rule.match!r} decides nothing: "
@@ -143,6 +145,10 @@ def _units(share: Share | None, shard: LinearShard, path: tuple[str | int, ...])
     return count
 
 
+def _cpu_only(shard: LinearShard) -> LinearBounds:
+    return LinearBounds(0, (0,) * NUM_ROW_TIERS, (shard.units,) * NUM_ROW_TIERS)
+
+
 def _linear_bounds(rule: Rule, shard: LinearShard, device: str) -> LinearBounds:
     gpu = _units(rule.gpu, shard, ("gpu",))
     for _ in range(2):
@@ -155,7 +161,7 @@ def _linear_bounds(rule: Rule, shard: LinearShard, device: str) -> LinearBounds:
     if device == "cpu":
         if gpu or any(streams):
             raise _Conflict((), "the rule asks for the gpu or stream lane, and device cpu has only the cpu lane")
-        return LinearBounds(0, (0,) * NUM_ROW_TIERS, (shard.units,) * NUM_ROW_TIERS)
+        return _cpu_only(shard)
     return LinearBounds(gpu, tuple(streams), tuple(cpus))
 
 

@@ -1,0 +1,289 @@
+"""Placement as a mixed-integer program: the equations of placement.cost with placements as the unknowns.
+
+Unknown per class of layers and linear: units at home on the GPU (one number for all row tiers) and, per row tier, units
+streamed and units computed by the CPU. Per class: KV-head groups owned by the GPU. Binaries say whether the CPU has a share
+of a step (it then pays a hand-over). Time is scaled so that a pass is of the order of 100, bytes are MiB.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from placement.constraints import KvBounds
+from placement.cost import Call, attention_cost, cpu_linear_s_per_unit, linear_cost, small_ops_s
+from placement.hardware import HardwareProfile
+from placement.layer_classes import KvClass, LayerClass, LinearClass
+from placement.memory import staging_piece_units
+from placement.program import INFINITY, Program, add
+from placement.workload import Workload, round_up, row_tier
+
+MIB = 2.0**20
+# Class totals up to this many units are integers in the program; above it a unit is too small to matter.
+MAX_INTEGER_UNITS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """Limits in bytes. gpu: for weights, KV and staging, after everything fixed; pinned, host (pinned included): or None."""
+
+    gpu: float
+    pinned: float | None = None
+    host: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedCall:
+    """A pass and how often it counts in the objective. with_head: whether it computes logits."""
+
+    call: Call
+    weight: float
+    with_head: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Homes:
+    """Decisions shared by all row tiers: gpu units by (class, linear), gpu groups by class, and the staging slot in bytes."""
+
+    gpu_units: dict[tuple[int, int], int]
+    gpu_groups: dict[int, int]
+    slot_bytes: int
+
+
+@dataclass(slots=True)
+class _LinearVariables:
+    gpu: int
+    stream: dict[int, int] = field(default_factory=dict)
+    cpu: dict[int, int] = field(default_factory=dict)
+    on_cpu: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """A solution by class: units over all layers of the class, before they are spread over layers.
+
+    gpu: by (class, linear); stream: by (class, linear, tier); groups: by class.
+    """
+
+    gpu: dict[tuple[int, int], float]
+    stream: dict[tuple[int, int, int], float]
+    groups: dict[int, float]
+
+
+class Formulation:
+    """Builds and solves one program. classes: what is placed; gpu_tokens: KV slots that a GPU-owned group keeps in GPU memory.
+
+    homes: fixed decisions when only the row tiers of `calls` are still open; None when everything is.
+    """
+
+    def __init__(self, workload: Workload, hardware: HardwareProfile, classes: Sequence[LayerClass],
+                 calls: Sequence[WeightedCall], gpu_tokens: int, slots: int, budgets: Budgets,
+                 homes: Homes | None = None) -> None:
+        self.workload, self.hardware, self.classes, self.calls = workload, hardware, classes, calls
+        self.gpu_tokens, self.slots, self.budgets, self.homes = gpu_tokens, slots, budgets, homes
+        self.program = Program()
+        # Times near 100 stay well above the solver's absolute tolerances, however small the model.
+        cpu_only = sum(c.count * linear.shard.units * cpu_linear_s_per_unit(linear.shard, 1, workload.weight_dtype, hardware)
+                      for c in classes for linear in c.linears)
+        self.time_scale = 100.0 / max(cpu_only, 1e-9)
+        self.memory = {"gpu": {}, "pinned": {}, "host": {}}
+        self.memory_constant = dict.fromkeys(self.memory, 0.0)
+        self.slot = self._slot_variable()
+        self.linears = {(c, i): self._linear(c, i, cls.count, linear)
+                        for c, cls in enumerate(classes) for i, linear in enumerate(cls.linears)}
+        self.groups = {c: self._kv(c, cls.count, cls.kv) for c, cls in enumerate(classes) if cls.kv is not None}
+        for weighted in calls:
+            self._call(weighted)
+        self._limits()
+
+    def solve(self) -> Totals | None:
+        """The best placement, or None when the budgets allow none."""
+        values = self.program.solve()
+        if values is None:
+            return None
+        return Totals({key: values[v.gpu] for key, v in self.linears.items()},
+                      {(*key, tier): values[index] for key, v in self.linears.items() for tier, index in v.stream.items()},
+                      {c: values[index] for c, index in self.groups.items()})
+
+    def solve_for_least(self, place: str) -> float | None:
+        """Fewest bytes at a place (gpu | pinned | host) with which any placement works, the other budgets kept."""
+        program = self.program
+        program.costs = [0.0] * len(program.costs)
+        for variable, coefficient in self.memory[place].items():
+            program.costs[variable] = coefficient
+        program.rows = [row for row in program.rows if row[0] is not self.memory[place]]
+        values = program.solve()
+        if values is None:
+            return None
+        return MIB * (self.memory_constant[place] + sum(values[v] * k for v, k in self.memory[place].items()))
+
+    def _slot_variable(self) -> int:
+        fixed = None if self.homes is None else self.homes.slot_bytes / MIB
+        slot = self.program.variable(0 if fixed is None else fixed, INFINITY if fixed is None else fixed)
+        self.memory["gpu"][slot] = float(self.slots)
+        return slot
+
+    def _linear(self, c: int, i: int, count: int, linear: LinearClass) -> _LinearVariables:
+        program, shard, bounds = self.program, linear.shard, linear.bounds
+        total = count * shard.units
+        integer = total <= MAX_INTEGER_UNITS
+        fixed = self.homes.gpu_units[c, i] if self.homes else None if bounds.gpu is None else count * bounds.gpu
+        variables = _LinearVariables(self._whole(fixed, total, integer))
+        for weighted in self.calls:
+            tier = self._tier(linear, weighted)
+            if tier is None or tier in variables.stream:
+                continue
+            stream, cpu = (None if value is None else count * value for value in (bounds.stream[tier], bounds.cpu[tier]))
+            if self.slots == 0:
+                stream = 0
+            variables.stream[tier] = self._whole(stream, total, integer)
+            variables.cpu[tier] = self._whole(cpu, total, integer)
+            variables.on_cpu[tier] = program.binary()
+            program.equal({variables.gpu: 1, variables.stream[tier]: 1, variables.cpu[tier]: 1}, total)
+            program.at_most({variables.cpu[tier]: 1, variables.on_cpu[tier]: -total}, 0)
+        add(self.memory["gpu"], variables.gpu, shard.unit_bytes / MIB)
+        add(self.memory["host"], variables.gpu, -shard.unit_bytes / MIB)
+        self.memory_constant["host"] += total * shard.unit_bytes / MIB
+        self._staging(count, linear, variables)
+        return variables
+
+    def _whole(self, fixed: int | None, total: int, integer: bool) -> int:
+        low, high = (0, total) if fixed is None else (fixed, fixed)
+        return self.program.variable(low, high, integer=integer)
+
+    def _staging(self, count: int, linear: LinearClass, variables: _LinearVariables) -> None:
+        """slot >= min(streamed units of one linear, piece) * unit_bytes, and what streams is pinned."""
+        program, shard = self.program, linear.shard
+        piece, unit = min(shard.units, staging_piece_units(shard)), shard.unit_bytes / MIB
+        fixed = max((s for s in linear.bounds.stream if s), default=0)
+        most, streams = program.variable(fixed, shard.units), program.variable(0 if not fixed else 1, 1, integer=True)
+        # The layers of a class stream up to one unit more than their mean.
+        uneven = 0 if count == 1 else count - 1 if count * shard.units <= MAX_INTEGER_UNITS else count
+        for stream in variables.stream.values():
+            program.at_least({most: count, stream: -1, streams: -uneven}, 0)
+            program.at_most({stream: 1, streams: -count * shard.units}, 0)
+        if piece < shard.units:
+            beyond = program.binary()
+            program.at_most({most: 1, beyond: piece - shard.units}, piece)
+            program.at_least({self.slot: 1, most: -unit, beyond: shard.units * unit}, 0)
+            program.at_least({self.slot: 1, beyond: -piece * unit}, 0)
+        else:
+            program.at_least({self.slot: 1, most: -unit}, 0)
+        if self.budgets.pinned is not None:
+            held, total = program.variable(), count * shard.units * unit
+            program.at_least({held: 1, variables.gpu: unit, streams: -total}, 0)
+            add(self.memory["pinned"], held, 1.0)
+
+    def _kv(self, c: int, count: int, kv: KvClass) -> int:
+        total, shard = count * kv.shard.groups, kv.shard
+        fixed = self.homes.gpu_groups[c] if self.homes else None
+        if fixed is None and kv.bounds.gpu_groups is not None:
+            fixed = count * kv.bounds.gpu_groups
+        groups = self._whole(fixed, total, total <= MAX_INTEGER_UNITS)
+        tokens = gpu_tokens_of(self.workload, kv.shard, kv.bounds, self.gpu_tokens)
+        full = self.workload.full_tokens
+        add(self.memory["gpu"], groups, tokens * shard.bytes_per_token / MIB)
+        add(self.memory["pinned"], groups, (full - tokens) * shard.bytes_per_token / MIB)
+        add(self.memory["host"], groups, -tokens * shard.bytes_per_token / MIB)
+        self.memory_constant["host"] += total * full * shard.bytes_per_token / MIB
+        return groups
+
+    def _tier(self, linear: LinearClass, weighted: WeightedCall) -> int | None:
+        """Row tier that a call uses of a linear; None when it does not run it."""
+        if linear.shard.kind != "head":
+            return weighted.call.tier
+        return row_tier(weighted.call.sequences) if weighted.with_head else None
+
+    def _call(self, weighted: WeightedCall) -> None:
+        """Time of one pass: at least the steps in order, the slowed CPU lane, the copies, and the DRAM traffic."""
+        program, hardware, scale = self.program, self.hardware, self.time_scale
+        time = program.variable(cost=weighted.weight)
+        steps, cpu, copies, dram = ({time: -1.0} for _ in range(4))
+        constant = scale * small_ops_s(self.workload, weighted.call, hardware, True)
+        for c, cls in enumerate(self.classes):
+            for i, linear in enumerate(cls.linears):
+                constant += self._linear_step(c, i, cls.count, linear, weighted, steps, cpu, copies, dram)
+            if cls.kv is not None:
+                constant += self._attention_step(c, cls, weighted.call, steps, cpu, dram)
+        slowed = 1 - hardware.cpu_slowdown_while_copying
+        for variable, coefficient in copies.items():
+            if variable != time and slowed:
+                add(cpu, variable, slowed * coefficient)
+        program.at_most(steps, -constant)
+        for lane in (cpu, copies, dram):
+            program.at_most(lane, 0.0)
+
+    def _linear_step(self, c: int, i: int, count: int, linear: LinearClass, weighted: WeightedCall, steps: dict[int, float],
+                     cpu: dict[int, float], copies: dict[int, float], dram: dict[int, float]) -> float:
+        tier = self._tier(linear, weighted)
+        if tier is None:
+            return 0.0
+        shard, hardware, scale = linear.shard, self.hardware, self.time_scale
+        rows = weighted.call.sequences if shard.kind == "head" else weighted.call.rows
+        cost = linear_cost(shard, rows, self.workload.weight_dtype, hardware, True)
+        variables = self.linears[c, i]
+        on_cpu, streamed = variables.cpu[tier], variables.stream[tier]
+        step = self.program.variable()
+        self.program.at_least({step: 1, on_cpu: -scale * cost.cpu_s_per_unit}, 0)
+        self.program.at_least({step: 1, variables.gpu: -scale * cost.gpu_s_per_unit,
+                               streamed: -scale * cost.gpu_s_per_unit}, 0)
+        add(steps, step, 1.0)
+        add(steps, variables.on_cpu[tier], scale * cost.handover_s * count)
+        add(cpu, on_cpu, scale * cost.cpu_s_per_unit)
+        add(copies, streamed, scale * shard.unit_bytes / hardware.h2d_bytes_per_s)
+        touched = [on_cpu, streamed] + ([variables.gpu] if hardware.unified_memory else [])
+        for variable in touched:
+            add(dram, variable, scale * shard.unit_bytes / hardware.dram_bytes_per_s)
+        return scale * cost.launch_s * count
+
+    def _attention_step(self, c: int, cls: LayerClass, call: Call, steps: dict[int, float], cpu: dict[int, float],
+                        dram: dict[int, float]) -> float:
+        program, scale, shard = self.program, self.time_scale, cls.kv.shard
+        tokens = gpu_tokens_of(self.workload, shard, cls.kv.bounds, self.gpu_tokens)
+        cost = attention_cost(shard, call, tokens, self.workload, self.hardware, True)
+        # The CPU-owned groups are total - groups, so their seconds are a variable with a constant taken off.
+        total, groups = cls.count * shard.groups, self.groups[c]
+        owned = program.variable()
+        program.equal({owned: 1, groups: 1}, total)
+        busy = {owned: scale * cost.cpu_s_per_group, groups: scale * cost.spilled_s_per_group}
+        step = program.variable()
+        program.at_least({step: 1} | {v: -k for v, k in busy.items()}, 0)
+        program.at_least({step: 1, groups: -scale * cost.gpu_s_per_group}, 0)
+        add(steps, step, 1.0)
+        for variable, coefficient in busy.items():
+            add(cpu, variable, coefficient)
+        bandwidth = self.hardware.dram_bytes_per_s
+        add(dram, owned, scale * cost.dram_bytes_per_group / bandwidth)
+        add(dram, groups, scale * cost.spilled_bytes_per_group / bandwidth)
+        add(steps, self._attention_handover(c, cls, call, owned, cost.spilled_s_per_group > 0),
+            scale * cost.handover_s * cls.count)
+        return scale * cost.launch_s * cls.count
+
+    def _attention_handover(self, c: int, cls: LayerClass, call: Call, owned: int, spills: bool) -> int:
+        """Binary of placement.cost.attention_handovers: more groups attended than computed by the CPU, or any spilled."""
+        program, handover, total = self.program, self.program.binary(), cls.count * cls.kv.shard.groups
+        terms = {owned: 1.0, handover: -float(total)}
+        for i, linear in enumerate(cls.linears):
+            if linear.shard.kind == "qkv":
+                add(terms, self.linears[c, i].cpu[call.tier], -1.0)
+        program.at_most(terms, 0.0)
+        if spills:
+            program.at_most({self.groups[c]: 1.0, handover: -float(total)}, 0.0)
+        return handover
+
+    def _limits(self) -> None:
+        for place in self.memory:
+            budget = getattr(self.budgets, place)
+            if budget is not None:
+                self.program.at_most(self.memory[place], budget / MIB - self.memory_constant[place])
+
+
+def gpu_tokens_of(workload: Workload, shard, bounds: KvBounds, gpu_tokens: int) -> int:
+    """KV slots that a GPU-owned group of a layer keeps in GPU memory: the policy's, else `gpu_tokens`.
+
+    A sliding window never looks further back than itself, so its layers keep no more than that.
+    """
+    if bounds.gpu_tokens:
+        return bounds.gpu_tokens
+    if not shard.window:
+        return gpu_tokens
+    seen = round_up(min(shard.window, workload.max_context), workload.page_size) + workload.page_size
+    return min(gpu_tokens, max(workload.min_gpu_tokens, seen * workload.max_batch))
