@@ -4,6 +4,7 @@ A `Checkpoint` knows names, shapes, dtypes and byte ranges; it never holds weigh
 the truth; `model.safetensors.index.json` only says which files there are. Pickle files (.bin, .pt) are never opened.
 """
 
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 << 20
 _LAYER_PREFIX = "model.layers."
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
+_FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}\.safetensors")
 _DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 _TORCH_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _COMPARED_ROWS = 4096  # rows of a vocabulary matrix compared at a time: tens of MB
@@ -251,7 +253,9 @@ class Checkpoint:
             )
 
     def _check_layers(self, unexpected: list[str], num_layers: int) -> None:
-        layers = {name.removeprefix(_LAYER_PREFIX).split(".")[0] for name in unexpected if name.startswith(_LAYER_PREFIX)}
+        layers = {
+            name.removeprefix(_LAYER_PREFIX).split(".")[0] for name in unexpected if name.startswith(_LAYER_PREFIX)
+        }
         extra = sorted(int(layer) for layer in layers if layer.isdecimal() and int(layer) >= num_layers)
         if extra:
             raise CheckpointError(
@@ -303,8 +307,7 @@ def _check_file_name(path: Path, tensor: str, file_name: object) -> None:
 
     Symlinks are followed, because the hub's cache is made of them; they are the doing of whoever owns the directory.
     """
-    good = isinstance(file_name, str) and file_name.endswith(".safetensors") and not set(file_name) & set("/\\\0")
-    if not good:
+    if not isinstance(file_name, str) or not _FILE_NAME.fullmatch(file_name):
         raise CheckpointError(
             f"{path / INDEX_NAME}: tensor {tensor} is mapped to {str(file_name)[:200]!r}, expected the bare name of a "
             ".safetensors file in the same directory; do not use this checkpoint"

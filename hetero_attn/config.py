@@ -291,7 +291,7 @@ def _rope(fields: JsonFields, head_dim: int, max_position_embeddings: int) -> Ro
         )
     if nested := [key for key, value in found.items() if isinstance(value, dict)]:
         raise UnsupportedModelError(
-            f"{fields.path}: rope parameters per layer type ({', '.join(nested)}) are not supported, only one set for all"
+            f"{fields.path}: rope parameters per layer type ({', '.join(nested)}) are not supported, one set for all is"
         )
     return RopeConfig(
         rotary_dim=_rotary_dim(fields, head_dim, rope.number("partial_rotary_factor", 0.0, 1.0, 1.0)),

@@ -23,9 +23,9 @@ def resolve_model(name: str | Path) -> Path:
         CheckpointError: neither a directory nor a hub id that can be downloaded.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if str(name) and path.is_dir():
         return path
-    if path.exists():
+    if path.is_file():
         raise CheckpointError(f"{path} is a file, expected a model directory; give the directory it is in")
     if not _REPOSITORY.fullmatch(str(name)) or str(name).startswith("."):
         raise CheckpointError(f"{name}: no such directory, and no hub id either (those look like owner/model)")

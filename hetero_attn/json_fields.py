@@ -30,6 +30,8 @@ def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid JSON, line {error.lineno}: {error.msg}; download it again") from None
     except RecursionError:
         raise ConfigError(f"{path}: JSON nested too deeply; download it again") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
     except ValueError as error:  # bytes that are not UTF-8, integers of thousands of digits
         raise ConfigError(f"{path}: not valid JSON: {error}; download it again") from None
     if not isinstance(value, dict):

@@ -92,9 +92,9 @@ class PagedStore:
         """Take a page back."""
         self._free.append(self._held[slot].pop(logical_page))
 
-    def drop_all(self, slot: int) -> None:
-        """Take back every page of a sequence."""
-        for logical_page in tuple(self._held[slot]):
+    def drop_from(self, slot: int, first_logical_page: int) -> None:
+        """Take back a sequence's pages from `first_logical_page` on."""
+        for logical_page in [page for page in self._held[slot] if page >= first_logical_page]:
             self.drop(slot, logical_page)
 
     def page_rows(self, page: int) -> slice:
@@ -245,11 +245,22 @@ class KVCache:
 
     def close(self, sequence: SequenceState) -> None:
         """End a sequence and take back its pages."""
-        for group in self.layer_groups:
-            for store in group.stores:
-                store.drop_all(sequence.slot)
+        for store in self._stores():
+            store.drop_from(sequence.slot, 0)
         del self._open[sequence.slot]
         self._free_slots.append(sequence.slot)
+
+    def rewind(self, sequence: SequenceState, length: int) -> bool:
+        """Forget the tokens from `length` on; False, and nothing is done, where that would undo a move to DRAM."""
+        if length < max(sequence.boundaries):
+            return False
+        for store in self._stores():
+            store.drop_from(sequence.slot, -(-length // store.page_size))
+        sequence.length = length
+        return True
+
+    def _stores(self) -> tuple[PagedStore, ...]:
+        return tuple(store for group in self.layer_groups for store in group.stores)
 
     def make_room(self, sequence: SequenceState, new_tokens: int) -> None:
         """Hold pages for `new_tokens` more of this sequence; `length` itself moves when the step has written them."""

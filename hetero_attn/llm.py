@@ -54,7 +54,7 @@ class LLM:
         planned = prepare(
             model, policy, gpu_memory, dtype, device, hardware, max_context, max_batch, num_threads, page_size
         )
-        self.plan: Plan = planned.plan
+        self.planned = planned
         self.tokenizer = Tokenizer.open(planned.path, planned.config.vocab_size) if has_tokenizer(planned.path) else None
         own_ends = () if self.tokenizer is None else self.tokenizer.eos_token_ids
         self._end_token_ids = tuple(sorted({*planned.config.eos_token_ids, *own_ends}))
@@ -64,6 +64,11 @@ class LLM:
         self._lock = threading.Lock()
         self._seeds = torch.Generator().manual_seed(seed) if seed is not None else None
         self._finalizer = weakref.finalize(self, self.engine.close)
+
+    @property
+    def plan(self) -> Plan:
+        """What lives and runs where."""
+        return self.planned.plan
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, progress: bool = False
@@ -106,6 +111,14 @@ class LLM:
                 self.engine.kv_cache.close(sequence)
         return torch.cat(rows)
 
+    def check_context(self, tokens: int, reserve: int = 0) -> None:
+        """Raise PromptError unless `tokens`, and `reserve` more, fit the context that the plan reserves."""
+        if tokens + reserve > self.plan.max_context:
+            raise PromptError(
+                f"the prompt has {tokens} tokens, but the context of this plan holds {self.plan.max_context} including the "
+                "answer; shorten the prompt or load with a larger max_context"
+            )
+
     def close(self) -> None:
         """Stop threads and free memory; idempotent."""
         self._finalizer()
@@ -139,17 +152,13 @@ class LLM:
         return self.tokenizer
 
     def _check_ids(self, token_ids: Sequence[int], reserve: int) -> tuple[int, ...]:
-        ids, vocab_size, limit = tuple(token_ids), self.engine.config.vocab_size, self.plan.max_context
+        ids, vocab_size = tuple(token_ids), self.engine.config.vocab_size
         if not ids:
             raise PromptError("the prompt is empty and this model has no token to begin with; give at least one token")
         for position, token_id in enumerate(ids):
             if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
                 raise PromptError(f"token {token_id!r} at position {position} of the prompt is not in 0..{vocab_size - 1}")
-        if len(ids) + reserve > limit:
-            raise PromptError(
-                f"the prompt has {len(ids)} tokens, but the context of this plan holds {limit} including the answer; "
-                "shorten the prompt or load with a larger max_context"
-            )
+        self.check_context(len(ids), reserve)
         return ids
 
     def _run(self, requests: Sequence[Request], after_step) -> None:

@@ -47,10 +47,11 @@ class Loader:
         spec = model_spec(self._config)
         placements = {placement.name: placement for placement in self._plan.linears}
         cos, sin = (self._on_both(table) for table in rope_tables(self._config, self._plan.max_context))
+        head = self._linear(spec.head, placements["head"])
         return ModelWeights(
             layers=tuple(self._layer(index, layer, placements, cos, sin) for index, layer in enumerate(spec.layers)),
-            head=self._linear(spec.head, placements["head"]),
-            embed=self._embed(spec),
+            head=head,
+            embed=self._embed(spec, head),
             final_norm=self._norm(spec.final_norm).main,
             norm_eps=self._config.rms_norm_eps,
         )
@@ -151,8 +152,11 @@ class Loader:
     def _norm(self, name: str) -> Activation:
         return self._on_both(self._finite(name))
 
-    def _embed(self, spec: ModelSpec) -> torch.Tensor:
-        return self._checkpoint.read(spec.embed).to(WEIGHT_TORCH_DTYPES[self._weight_dtype])
+    def _embed(self, spec: ModelSpec, head: LinearWeights) -> torch.Tensor:
+        dtype = WEIGHT_TORCH_DTYPES[self._weight_dtype]
+        if self._plan.workload.embed_bytes == 0:  # a tied head in host memory: its row-major blocks are the embedding
+            return head.dram.view(dtype).view(-1, spec.head.in_features)
+        return self._checkpoint.read(spec.embed).to(dtype)
 
     def _finite(self, name: str) -> torch.Tensor:
         values = self._checkpoint.read(name).float()

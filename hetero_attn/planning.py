@@ -8,12 +8,11 @@ import psutil
 
 from hetero_attn.checkpoint import Checkpoint
 from hetero_attn.config import ModelConfig
-from hetero_attn.errors import ConfigError, UnsupportedModelError, nearest
+from hetero_attn.errors import ConfigError, MemoryBudgetError, UnsupportedModelError, nearest
 from hetero_attn.hub import resolve_model
 from hetero_attn.weights import build_workload
-from placement import HardwareProfile, Plan, Policy, make_plan
+from placement import BudgetError, HardwareProfile, Plan, Policy, make_plan
 from placement.units import parse_bytes
-from placement.workload import Workload
 
 WEIGHT_DTYPES = ("bf16", "fp32", "q8", "q4")
 DEVICES = ("auto", "cuda", "cpu", "emulated")
@@ -25,12 +24,16 @@ PAGE_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
-    """A model directory with everything decided that loading needs; device: cpu | cuda[:N] | emulated."""
+    """A model directory with everything decided that loading needs.
+
+    device: cpu | cuda[:N] | emulated. hardware: the rates that the plan was made with.
+    """
 
     path: Path
     config: ModelConfig
     weight_dtype: str
     device: str
+    hardware: HardwareProfile
     plan: Plan
 
 
@@ -82,19 +85,19 @@ def prepare(
         max_batch=max_batch or policy.batch or DEFAULT_MAX_BATCH,
         page_size=page_size,
         prefill_chunk=policy.prefill_chunk or DEFAULT_PREFILL_CHUNK,
+        embed_shares_head=config.tie_word_embeddings and weight_dtype in ("fp32", "bf16") and place == "cpu",
     )
     policy = policy.model_copy(update={"context": None, "batch": None, "prefill_chunk": None})
-    return PlannedModel(path, config, weight_dtype, place, _plan(workload, policy, gpu_memory, place, hardware))
-
-
-def _plan(
-    workload: Workload, policy: Policy, gpu_memory: str | int | None, device: str, hardware: HardwareProfile | str | None
-) -> Plan:
-    kind = device.partition(":")[0]
+    kind = place.partition(":")[0]
     budget = None if gpu_memory is None or kind == "cpu" else parse_bytes(gpu_memory)
     if isinstance(hardware, str):
         hardware = HardwareProfile.named(hardware)
-    return make_plan(workload, hardware or machine_profile(kind), policy, device=kind, gpu_memory_bytes=budget)
+    hardware = hardware or machine_profile(kind)
+    try:
+        plan = make_plan(workload, hardware, policy, device=kind, gpu_memory_bytes=budget)
+    except BudgetError as error:
+        raise MemoryBudgetError(str(error)) from error
+    return PlannedModel(path, config, weight_dtype, place, hardware, plan)
 
 
 def machine_profile(device: str) -> HardwareProfile:

@@ -79,7 +79,9 @@ class Tokenizer:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise PromptError(f"prompt is not valid Unicode: {_first_line(error)}; give text without surrogates") from None
+            raise PromptError(
+                f"prompt is not valid Unicode: {_first_line(error)}; give text without surrogates"
+            ) from None
         return list(self._tokenizer.encode(text, add_special_tokens=True, verbose=False))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:

@@ -213,8 +213,13 @@ def build_workload(
     max_batch: int,
     page_size: int,
     prefill_chunk: int,
+    embed_shares_head: bool = False,
 ) -> Workload:
-    """Describe a model to the planner: names, bytes and operations, computed by the code that allocates them."""
+    """Describe a model to the planner: names, bytes and operations, computed by the code that allocates them.
+
+    embed_shares_head: the token embedding is read from the head's own rows, which must then all be in host memory,
+    unquantised; it takes no bytes of its own.
+    """
     spec = model_spec(config)
     bytes_per_token = 2 * config.head_dim * KV_DTYPE_BYTES[weight_dtype]
     kv = tuple(
@@ -233,7 +238,7 @@ def build_workload(
         weight_dtype=weight_dtype,
         linears=tuple(linear.shard(weight_dtype) for linear in spec.linears),
         kv=kv,
-        embed_bytes=config.vocab_size * config.hidden_size * KV_DTYPE_BYTES[weight_dtype],
+        embed_bytes=0 if embed_shares_head else config.vocab_size * config.hidden_size * KV_DTYPE_BYTES[weight_dtype],
         resident_bytes=FLOAT32_BYTES * (norm_features + biases + rope_features + logits + page_tables),
         activation_bytes_per_row=ActivationWidths.of(config, spec).bytes_per_row,
         max_context=max_context,

@@ -1,0 +1,174 @@
+"""Measured speed of a loaded model beside what its plan predicted and what the machine's memory allows.
+
+Rows are named as llama-bench names them: `pp512` computes a prompt of 512 tokens, `tg128` generates 128 one at a time,
+`@ d4096` after that many tokens are in the cache. The ceiling of a decode row is the DRAM's read bandwidth over the bytes
+that a token must read; what a prompt could reach depends on arithmetic, so its row has only the prediction.
+"""
+
+import io
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hetero_attn.llm import LLM
+from placement.cost import predict
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRow:
+    """One figure. tokens_per_s: median, least and most over the repetitions.
+
+    bytes_per_token: weights and cache that one generated token reads, None for prompts. ceiling_tokens_per_s: the DRAM's
+    read bandwidth over those bytes, None where weights are also in GPU memory. predicted_tokens_per_s: by the plan.
+    """
+
+    name: str
+    tokens_per_s: float
+    least: float
+    most: float
+    predicted_tokens_per_s: float
+    bytes_per_token: int | None
+    ceiling_tokens_per_s: float | None
+
+    @property
+    def achieved_bytes_per_s(self) -> float | None:
+        """Bytes read a second at the median speed."""
+        return None if self.bytes_per_token is None else self.bytes_per_token * self.tokens_per_s
+
+    @property
+    def prediction_error(self) -> float:
+        """(predicted - measured) / measured."""
+        return self.predicted_tokens_per_s / self.tokens_per_s - 1
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """Every row of a run and what it ran on."""
+
+    model: str
+    weight_dtype: str
+    device: str
+    num_threads: int
+    hardware: str
+    rows: tuple[BenchRow, ...]
+
+    def table(self, width: int = 120) -> str:
+        """Plain text for people."""
+        table = Table("test", box=None)
+        for heading in ("tokens/s", "range", "GB/s", "ceiling", "share", "predicted", "error"):
+            table.add_column(heading, justify="right")
+        for row in self.rows:
+            achieved, ceiling = row.achieved_bytes_per_s, row.ceiling_tokens_per_s
+            table.add_row(
+                row.name,
+                f"{row.tokens_per_s:.2f}",
+                f"{row.least:.2f}-{row.most:.2f}",
+                "-" if achieved is None else f"{achieved / 1e9:.1f}",
+                "-" if ceiling is None else f"{ceiling:.2f}",
+                "-" if ceiling is None else f"{row.tokens_per_s / ceiling:.0%}",
+                f"{row.predicted_tokens_per_s:.2f}",
+                f"{row.prediction_error:+.0%}",
+            )
+        head = f"{self.model} {self.weight_dtype} on {self.device}, {self.num_threads} CPU threads; rates of {self.hardware}"
+        console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+        console.print(table)
+        return f"{head}\n{console.file.getvalue()}"
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        values = asdict(self)
+        for row, fields in zip(self.rows, values["rows"], strict=True):
+            fields |= {"achieved_bytes_per_s": row.achieved_bytes_per_s, "prediction_error": row.prediction_error}
+        return values
+
+
+def run(
+    llm: LLM, prompt_tokens: int = 512, gen_tokens: int = 128, depths: Sequence[int] = (0,), repetitions: int = 3
+) -> BenchReport:
+    """Measure prefill and decode at each depth; every row is warmed up once and is the median of `repetitions` runs.
+
+    Raises PromptError when depth and test do not fit the plan's context.
+    """
+    rows: list[BenchRow] = []
+    for depth in depths:
+        llm.check_context(depth + max(prompt_tokens, gen_tokens + 1))
+        with _Bench(llm, depth) as bench:
+            if prompt_tokens:
+                rows.append(bench.row(f"pp{prompt_tokens}", prompt_tokens, bench.prefill, repetitions, "prefill"))
+            if gen_tokens:
+                rows.append(bench.row(f"tg{gen_tokens}", gen_tokens, bench.decode, repetitions, "decode"))
+    plan = llm.plan
+    return BenchReport(
+        plan.model, plan.workload.weight_dtype, plan.device, plan.num_threads, llm.planned.hardware.name, tuple(rows)
+    )
+
+
+class _Bench:
+    """One sequence filled to a depth, to which each measurement returns."""
+
+    def __init__(self, llm: LLM, depth: int) -> None:
+        self._llm, self._engine, self._depth = llm, llm.engine, depth
+        generator = torch.Generator().manual_seed(0)
+        self._token_ids = torch.randint(self._engine.config.vocab_size, (llm.plan.max_context,), generator=generator).tolist()
+
+    def __enter__(self) -> "_Bench":
+        self._sequence = self._engine.kv_cache.open()
+        self.prefill(self._depth)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._engine.kv_cache.close(self._sequence)
+
+    def prefill(self, tokens: int) -> None:
+        """Compute a prompt of `tokens` tokens."""
+        start = self._sequence.length
+        for first in range(start, start + tokens, self._engine.prefill_chunk):
+            last = min(first + self._engine.prefill_chunk, start + tokens)
+            self._engine.prefill(self._sequence, self._token_ids[first:last])
+
+    def decode(self, tokens: int) -> None:
+        """Generate `tokens` tokens, each chosen from the logits of the one before."""
+        token_id = self._token_ids[0]
+        for _ in range(tokens):
+            token_id = int(self._engine.decode_step([self._sequence], [token_id])[0].argmax())
+
+    def row(self, name: str, tokens: int, work: Callable[[int], None], repetitions: int, phase: str) -> BenchRow:
+        """Time `work(tokens)` and put prediction and ceiling beside it."""
+        work(min(tokens, 8))
+        self._return()
+        speeds = sorted(tokens / self._time(work, tokens) for _ in range(repetitions))
+        predicted = self._predict(phase, tokens)
+        read = self._bytes_per_token(tokens) if phase == "decode" else None
+        ceiling = self._llm.planned.hardware.dram_bytes_per_s / read if read and self._llm.plan.device == "cpu" else None
+        label = f"{name} @ d{self._depth}" if self._depth else name
+        return BenchRow(label, statistics.median(speeds), speeds[0], speeds[-1], predicted, read, ceiling)
+
+    def _time(self, work: Callable[[int], None], tokens: int) -> float:
+        started = time.perf_counter()
+        work(tokens)
+        seconds = time.perf_counter() - started
+        self._return()
+        return seconds
+
+    def _return(self) -> None:
+        if not self._engine.kv_cache.rewind(self._sequence, self._depth):
+            self._engine.kv_cache.close(self._sequence)
+            self.__enter__()
+
+    def _predict(self, phase: str, tokens: int) -> float:
+        plan, hardware = self._llm.plan, self._llm.planned.hardware
+        rows, context = (tokens, self._depth) if phase == "prefill" else (1, self._depth + tokens // 2)
+        cost = predict(
+            plan.workload, plan.linears, plan.kv, hardware, phase=phase, rows=rows, context=context, on_gpu=plan.device != "cpu"
+        )
+        return cost.tokens_per_s
+
+    def _bytes_per_token(self, tokens: int) -> int:
+        workload, context = self._llm.plan.workload, self._depth + tokens // 2
+        cache = sum(shard.groups * shard.bytes_per_token * shard.visible_tokens(context) for shard in workload.kv)
+        return workload.weight_bytes + cache
