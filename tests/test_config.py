@@ -91,7 +91,9 @@ def test_windows_of_each_family(tmp_path):
     no_window = read(tmp_path, MISTRAL | {"sliding_window": None})
     absent = read(tmp_path, MISTRAL)
     switched_off = read(tmp_path, QWEN2 | {"sliding_window": 32, "max_window_layers": 0})
-    from_second_layer = read(tmp_path, QWEN2 | {"sliding_window": 32, "max_window_layers": 1, "use_sliding_window": True})
+    from_second_layer = read(
+        tmp_path, QWEN2 | {"sliding_window": 32, "max_window_layers": 1, "use_sliding_window": True}
+    )
     types = ["sliding_attention", "full_attention"]
     by_types = read(tmp_path, QWEN3 | {"sliding_window": 32, "use_sliding_window": True, "layer_types": types})
     llama = read(tmp_path, LLAMA | {"sliding_window": 32})
@@ -120,7 +122,12 @@ def test_old_and_new_rope_keys_mean_the_same(tmp_path, rope_type):
 
 def test_original_context_comes_from_the_top_level_then_the_rope_then_the_context(tmp_path):
     yarn = {"rope_type": "yarn", "factor": 4.0}
-    top = read(tmp_path, LLAMA | {"rope_scaling": yarn | {"original_max_position_embeddings": 32}} | {"original_max_position_embeddings": 16})
+    top = read(
+        tmp_path,
+        LLAMA
+        | {"rope_scaling": yarn | {"original_max_position_embeddings": 32}}
+        | {"original_max_position_embeddings": 16},
+    )
     inner = read(tmp_path, LLAMA | {"rope_scaling": yarn | {"original_max_position_embeddings": 32}})
     neither = read(tmp_path, LLAMA | {"rope_scaling": yarn})
 
@@ -134,12 +141,16 @@ def test_yarn_without_factor_uses_the_ratio_of_contexts(tmp_path):
 
 
 def test_token_ids_come_from_the_generation_config_first(tmp_path):
-    config = read(tmp_path, LLAMA | {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": -1}, {"eos_token_id": [5, 6]})
+    config = read(
+        tmp_path, LLAMA | {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": -1}, {"eos_token_id": [5, 6]}
+    )
 
     assert ((5, 6), 1, None) == (config.eos_token_ids, config.bos_token_id, config.pad_token_id)
 
 
-@pytest.mark.parametrize(("key", "value"), [("dtype", "bfloat16"), ("torch_dtype", "bfloat16"), ("dtype", "torch.bfloat16")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("dtype", "bfloat16"), ("torch_dtype", "bfloat16"), ("dtype", "torch.bfloat16")]
+)
 def test_dtype_of_old_and_new_configs(tmp_path, key, value):
     assert "bf16" == read(tmp_path, LLAMA | {"torch_dtype": ...} | {key: value}).dtype
 
@@ -172,7 +183,11 @@ FAULTS = {
     "hidden-missing": ({"hidden_size": ...}, ConfigError, ["hidden_size is missing", "download"]),
     "hidden-null": ({"hidden_size": None}, ConfigError, ["hidden_size is missing"]),
     "heads-hidden": ({"num_attention_heads": 6}, ConfigError, ["hidden_size 64", "num_attention_heads 6", "head_dim"]),
-    "heads-kv": ({"num_key_value_heads": 3}, ConfigError, ["num_attention_heads 4", "num_key_value_heads 3", "same number"]),
+    "heads-kv": (
+        {"num_key_value_heads": 3},
+        ConfigError,
+        ["num_attention_heads 4", "num_key_value_heads 3", "same number"],
+    ),
     "head-dim-odd": ({"head_dim": 15}, ConfigError, ["head_dim 15", "even"]),
     "eps-zero": ({"rms_norm_eps": 0.0}, ConfigError, ["rms_norm_eps is 0.0", "above 0"]),
     "eps-string": ({"rms_norm_eps": "1e-5"}, ConfigError, ["rms_norm_eps is '1e-5'", "a number"]),
@@ -185,9 +200,17 @@ FAULTS = {
         UnsupportedModelError,
         ["GemmaForCausalLM", "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"],
     ),
-    "architecture-near": ({"architectures": ["LlamaForCausalML"]}, UnsupportedModelError, ["did you mean 'LlamaForCausalLM'?"]),
+    "architecture-near": (
+        {"architectures": ["LlamaForCausalML"]},
+        UnsupportedModelError,
+        ["did you mean 'LlamaForCausalLM'?"],
+    ),
     "architecture-head": ({"architectures": ["LlamaForSequenceClassification"]}, UnsupportedModelError, ["Known arch"]),
-    "architecture-none": ({"architectures": ..., "model_type": ...}, ConfigError, ["neither model_type nor architectures"]),
+    "architecture-none": (
+        {"architectures": ..., "model_type": ...},
+        ConfigError,
+        ["neither model_type nor architectures"],
+    ),
     "model-type-list": ({"architectures": ..., "model_type": [1]}, UnsupportedModelError, ["[1]"]),
     "rope-unknown": (
         {"rope_scaling": {"rope_type": "weird", "factor": 2}},
