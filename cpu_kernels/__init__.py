@@ -1,0 +1,12 @@
+"""The CPU lane: the ops of a transformer computed in place by CPU cores, written in numba.
+
+    with CpuKernels() as ops:
+        ops.linear(x, weight, "q4", None, out)
+
+Knows nothing of models, placement or GPUs. `layout` describes the packed weights; `CpuKernels` holds the ops.
+"""
+
+from . import layout
+from .kernels import CpuKernels
+
+__all__ = ["CpuKernels", "layout"]

@@ -1,0 +1,37 @@
+"""From a Python function void(arguments, thread) to one object file with one exported symbol, through numba.
+
+The exported function keeps numba's native convention, int32(void *result, void **exception, int64, int64), without
+numba's C wrapper: the wrapper's error path would need numba loaded, and kernels never raise (no exceptions, numpy's
+error model), so the object needs nothing but libc. No fastmath: the kernels spell out their vectors and their fma.
+"""
+
+from numba import types
+from numba.core import registry
+from numba.core.compiler import Compiler
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.dispatcher import _FunctionCompiler
+
+
+class _ObjectCompiler(_FunctionCompiler):
+    """numba's function compiler, told to make neither wrapper."""
+
+    def _customize_flags(self, flags):
+        flags.no_cpython_wrapper = True
+        flags.no_cfunc_wrapper = True
+        flags.no_compile = True
+        flags.enable_pyobject = False
+        return flags
+
+
+def compile_object(kernel, name: str) -> bytes:
+    """Object code of `kernel(arguments: int64, thread: int64)`, exported as `name`; raises numba's errors."""
+    kernel.__name__ = kernel.__qualname__ = name
+    options = {"nopython": True, "nogil": True, "error_model": "numpy"}
+    compiler = _ObjectCompiler(kernel, registry.cpu_target, options, {}, Compiler)
+    with global_compiler_lock:
+        result = compiler.compile((types.int64, types.int64), types.void)
+        library = result.library
+        library.finalize()
+        module = library._final_module
+        module.get_function(result.fndesc.llvm_func_name).name = name
+        return library.codegen._tm.emit_object(module)

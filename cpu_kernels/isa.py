@@ -1,0 +1,59 @@
+"""Which dot products the CPU has: chosen once at run time, the only place where instruction sets differ.
+
+  dot4(acc, unsigned, signed)   I32x16: acc[i] += sum of 4 products of unsigned by signed bytes, exact in int32
+  dot_bf16(acc, a, b)           F32x16: acc[i] += a[2i]*b[2i] + a[2i+1]*b[2i+1] of bf16 pairs, float32 accumulation
+
+avx512    vpdpbusd (VNNI) and, where present, dpbf16ps
+avxvnni   vpdpbusd on 256-bit registers; bf16 by shifts and FMA
+avx2      bytes split into even and odd int16, multiplied and added in pairs (vpmaddwd, which cannot saturate here)
+portable  the same arithmetic in plain LLVM vectors: any CPU, arm64 included
+"""
+
+import platform
+from dataclasses import dataclass
+
+import llvmlite.binding
+
+NAMES = ("avx512", "avxvnni", "avx2", "portable")
+
+
+@dataclass(frozen=True, slots=True)
+class Isa:
+    """A chosen path: `name`, whether dpbf16ps is used, and `row_tile`, the rows whose sums fit in registers."""
+
+    name: str
+    has_bf16: bool
+    row_tile: int
+
+
+def host_features() -> frozenset[str]:
+    """Feature names of this CPU as LLVM spells them; empty where LLVM cannot tell."""
+    try:
+        return frozenset(name for name, on in llvmlite.binding.get_host_cpu_features().items() if on)
+    except RuntimeError:
+        return frozenset()
+
+
+def available(features: frozenset[str]) -> tuple[str, ...]:
+    """Paths that this CPU can run, best first."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ("portable",)
+    vnni512 = {"avx512f", "avx512bw", "avx512vl", "avx512vnni"} <= features
+    found = {
+        "avx512": vnni512,
+        "avxvnni": vnni512 or {"avx2", "avxvnni"} <= features,
+        "avx2": {"avx2", "fma", "f16c"} <= features,
+        "portable": True,
+    }
+    return tuple(name for name in NAMES if found[name])
+
+
+def choose(name: str | None = None) -> Isa:
+    """The best path of this CPU, or the named one; raises ValueError if this CPU cannot run it."""
+    features = host_features()
+    possible = available(features)
+    if name is None:
+        name = possible[0]
+    if name not in possible:
+        raise ValueError(f"isa is {name!r}; this CPU runs {', '.join(possible)}")
+    return Isa(name, name == "avx512" and "avx512bf16" in features, 8 if name == "avx512" else 4)

@@ -1,0 +1,169 @@
+"""CpuKernels: every op of the CPU lane as a method of one object, because the thread team behind them is state."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import attention, elementwise, linear, pack
+from .cache import KernelStore
+from .isa import choose
+from .team import Team
+
+
+class CpuKernels:
+    """The CPU lane's ops over one thread team.
+
+    num_threads: threads that work, the caller included; default: the physical cores this process may use.
+    pin: tie each member thread to a core of its own (never the caller).
+    isa: "avx512", "avxvnni", "avx2" or "portable"; default: the best this CPU has.
+    cache_dir: where compiled kernels are kept (default: the user's cache directory).
+    on_compile(name): called before a kernel is compiled, about a second each, only the first time on a machine.
+
+    All tensors are on the CPU with a contiguous last dimension; wrong shapes, dtypes or contents raise ValueError and
+    nothing outside a tensor is ever read. Outputs are written in place. Any thread may call an op; calls take turns.
+    An object made before a fork raises RuntimeError in the child. Use as a context manager or call close().
+    """
+
+    def __init__(
+        self,
+        num_threads: int | None = None,
+        pin: bool = False,
+        isa: str | None = None,
+        cache_dir: Path | None = None,
+        on_compile: Callable[[str], None] | None = None,
+    ):
+        store = KernelStore(choose(isa), cache_dir, on_compile)
+        self._team = Team(store, num_threads, pin)
+
+    @property
+    def isa(self) -> str:
+        """Name of the instruction set path in use."""
+        return self._team.store.isa.name
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that work on an op, the caller included."""
+        return self._team.num_threads
+
+    def close(self) -> None:
+        """Stop the threads; ops raise RuntimeError afterwards."""
+        self._team.close()
+
+    def __enter__(self) -> "CpuKernels":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def pack(self, rows: torch.Tensor, weight_dtype: str, out: torch.Tensor) -> None:
+        """Quantise or copy weights into the packed layout.
+
+        rows: [num_blocks * 16, in_features] float32, bfloat16 or float16; out: uint8 [num_blocks, block_bytes], written.
+        Raises ValueError if a weight is NaN or infinite.
+        """
+        pack.pack(self._team, rows, weight_dtype, out)
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        weight_dtype: str,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        accumulate: bool = False,
+    ) -> None:
+        """out = x W^T + bias, or out += that.
+
+        x: float32 [rows, in_features], rounded inside to bf16 (bf16) or to int8 per group of 64 (q8, q4);
+        weight: uint8 [num_blocks, block_bytes]; weight_dtype: "fp32", "bf16", "q8" or "q4";
+        bias: float32 [num_blocks * 16] or None; out: float32 [rows, num_blocks * 16], written.
+        """
+        linear.linear(self._team, x, weight, weight_dtype, bias, out, accumulate)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+        """out = x * weight / sqrt(mean(x^2) + eps). x, out: float32 [rows, hidden]; weight: float32 [hidden]."""
+        elementwise.rms_norm(self._team, x, weight, eps, out)
+
+    def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        """out = silu(gate) * up. gate_up: float32 [rows, units * 32], per unit 16 gate | 16 up; out: [rows, units * 16]."""
+        elementwise.silu_mul(self._team, gate_up, out)
+
+    def rope_append(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+        q: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        """Norm and rotate q and k of new tokens; q to `q`, k and v into their cache slots.
+
+        qkv: float32 [rows, num_kv_heads, unit_features], per group its query heads | k | v | padding;
+        positions: int64 [rows]; cos, sin: float32 [max_positions, rotary_dim / 2], pairs (i, i + rotary_dim / 2), later
+        dims pass through; q_norm, k_norm: float32 [head_dim] or None (per-head RMS norm with eps before rotation);
+        q: float32 [rows, num_heads, head_dim], written; k_pages, v_pages: float32 or bfloat16
+        [num_pages, page_size, head_dim], written at slots: int64 [rows, num_kv_heads], page * page_size + offset.
+        """
+        elementwise.rope_append(
+            self._team, qkv, positions, cos, sin, q_norm, k_norm, eps, q, k_pages, v_pages, slots
+        )
+
+    def decode_attention(
+        self,
+        q: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        page_table: torch.Tensor,
+        kv_start: torch.Tensor,
+        kv_stop: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """One query row per sequence over positions [kv_start, kv_stop) of its cache.
+
+        q: float32 [batch, num_heads, head_dim], rounded inside to the KV dtype; k_pages, v_pages: float32 or bfloat16
+        [num_pages, page_size, head_dim]; page_table: int32 [batch, num_kv_heads, max_pages], logical page -> page;
+        kv_start, kv_stop: int32 [batch]; out: float32 [batch, num_heads, head_dim] and lse: float32 [batch, num_heads]
+        (natural log), written. Query head h reads KV head h // (num_heads // num_kv_heads); empty: (0, -inf).
+        """
+        attention.decode_attention(
+            self._team, q, k_pages, v_pages, page_table, kv_start, kv_stop, scale, out, lse
+        )
+
+    def prefill_attention(
+        self,
+        q: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        page_table: torch.Tensor,
+        kv_start: int,
+        kv_stop: int,
+        q_start: int,
+        window: int,
+        scale: float,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """Causal attention of q_len rows of one sequence; row i is position q_start + i.
+
+        Key j is visible to row i iff kv_start <= j < kv_stop, j <= q_start + i and (window == 0 or
+        j > q_start + i - window). q, out: float32 [q_len, num_heads, head_dim]; page_table: int32
+        [num_kv_heads, max_pages]; lse: float32 [q_len, num_heads]; the rest as in decode_attention.
+        """
+        attention.prefill_attention(
+            self._team, q, k_pages, v_pages, page_table, kv_start, kv_stop, q_start, window, scale, out, lse
+        )
+
+    def merge(
+        self, outs: list[torch.Tensor], lses: list[torch.Tensor], out: torch.Tensor, lse: torch.Tensor
+    ) -> None:
+        """Merge attention partials of disjoint key ranges: outs float32 [..., head_dim], lses [...]; writes out, lse."""
+        elementwise.merge(self._team, outs, lses, out, lse)

@@ -1,0 +1,6 @@
+"""Sizes that the linear kernels and their wrappers share."""
+
+RECORD_BYTES = 76  # one row's share of a quantised input record: 64 int8, a float32 scale, two 4-byte corrections
+SEGMENT_GROUPS = 32  # groups quantised per chunk
+SEGMENT_INPUTS = 2048  # inputs rounded to bf16 per chunk
+CHUNK_BYTES = 128 << 10  # weight bytes handed out at a time: long enough to stream, short enough to balance

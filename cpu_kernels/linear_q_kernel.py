@@ -1,0 +1,251 @@
+"""linear for q8 and q4 weights: y[r, f] = sum_g xs[r,g] * (scale[f,g] * sum_i q[f,i] xq[r,i]  +  min[f,g] * sum_i xq[r,i]).
+
+Stage 0 quantises the input per row and group of 64 to int8 and lays it out in panels of up to `row_tile` rows, one
+record per group, so that the inner loop reads it from one pointer at constant offsets. Stage 1 hands out ranges of
+blocks; for each, every panel of rows passes over the block's superblocks. Dot products are exact int32 inside a group;
+the 16 features of a block are the 16 lanes, so nothing is ever summed across lanes.
+
+Record of a panel of R rows (76 R bytes): R x 64 int8, R float32 scales, R corrections, R second corrections, which are
+q4: scale * sum(xq) as float32, unused;  q8: -128 * sum(xq) as int32 of inputs 0..31, then of 32..63.
+"""
+
+from llvmlite import ir
+from numba import njit, types
+
+from .chunks import await_stage, finish, parameter, take
+from .dot import emit_dot4
+from .isa import Isa
+from .layout import GROUP_INPUTS, LINE_BYTES, SUPERBLOCK_LINES
+from .linear_layout import RECORD_BYTES, SEGMENT_GROUPS
+from .tiles import finish_features, zeros
+from .vector import (
+    F32,
+    I8,
+    I32,
+    VF32,
+    VHALF,
+    VI8,
+    VI32,
+    F32x16,
+    call_llvm,
+    constant,
+    emits,
+    fma_value,
+    intp,
+    load_as,
+    load_f32_tail,
+    splat_value,
+    store_as,
+)
+
+PREFETCH_BYTES = 2048  # ahead of the weight stream at one row; measured flat from 1 to 4 KB
+
+
+@emits(types.void, *[F32x16] * 4, intp, intp, intp)
+def store_group(b, v0, v1, v2, v3, quants, scale_at, row_bytes):
+    """Quantise 64 inputs: bytes to `quants`; scale and the two int32 sums to scale_at, + row_bytes, + 2 row_bytes.
+
+    Magnitudes are compared as integers, so that a NaN wins, makes the scale NaN and shows in the output. Adding
+    1.5 * 2**23 leaves round_half_even(x / scale) in the low bits, without undefined conversions.
+    """
+    vectors = (v0, v1, v2, v3)
+    largest = constant(VI32, 0)
+    for vector in vectors:
+        magnitude = b.and_(b.bitcast(vector, VI32), constant(VI32, 0x7FFFFFFF))
+        largest = b.select(b.icmp_signed(">", magnitude, largest), magnitude, largest)
+    absmax = b.bitcast(call_llvm(b, "llvm.vector.reduce.smax.v16i32", I32, largest), F32)
+    scale = b.fdiv(absmax, ir.Constant(F32, 127.0))
+    is_zero = b.fcmp_ordered("==", scale, ir.Constant(F32, 0.0))
+    divisor = splat_value(b, b.select(is_zero, ir.Constant(F32, 1.0), scale))
+    sums = []
+    for half in range(2):
+        total = constant(VI32, 0)
+        for part in (2 * half, 2 * half + 1):
+            shifted = b.fadd(b.fdiv(vectors[part], divisor), constant(VF32, 12582912.0))
+            narrow = b.trunc(b.bitcast(shifted, VI32), VI8)
+            store_as(b, narrow, quants, 16 * part)
+            total = b.add(total, b.sext(narrow, VI32))
+        sums.append(call_llvm(b, "llvm.vector.reduce.add.v16i32", I32, total))
+    second = b.add(scale_at, row_bytes)
+    store_as(b, scale, scale_at)
+    store_as(b, sums[0], second)
+    store_as(b, sums[1], b.add(second, row_bytes))
+
+
+@emits(types.void, intp, intp)
+def correct_q4(b, scale_at, row_bytes):
+    """Replace the sums by scale * sum as float32."""
+    second = b.add(scale_at, row_bytes)
+    total = b.add(load_as(b, second, I32), load_as(b, b.add(second, row_bytes), I32))
+    store_as(b, b.fmul(b.sitofp(total, F32), load_as(b, scale_at, F32)), second)
+
+
+@emits(types.void, intp, intp)
+def correct_q8(b, scale_at, row_bytes):
+    """Multiply the sums by -128: weights are stored with 128 added."""
+    for times in (1, 2):
+        at = b.add(scale_at, b.mul(row_bytes, ir.Constant(row_bytes.type, times)))
+        store_as(b, b.mul(load_as(b, at, I32), ir.Constant(I32, -128)), at)
+
+
+@njit
+def panel_of(row, rows, tile):
+    """(first row, number of rows) of the panel that holds `row`: panels of `tile`, then its halves for the rest."""
+    first, size = 0, tile
+    while True:
+        whole = (rows - first) // size * size
+        if row < first + whole:
+            return first + (row - first) // size * size, size
+        first += whole
+        size //= 2
+
+
+def superblock(isa: Isa, weight_dtype: str, rows: int):
+    """Intrinsic (sums, weight address, record address) -> sums: one superblock times one record of `rows` rows."""
+    tile = types.UniTuple(F32x16, rows)
+
+    def inputs(b, record, row, offset):
+        return splat_value(b, load_as(b, record, I32, GROUP_INPUTS * row + offset))
+
+    def factor(b, record, row, field, scalar=F32):
+        return splat_value(b, load_as(b, record, scalar, rows * (GROUP_INPUTS + 4 * field) + 4 * row))
+
+    def halves(b, weight, offset):
+        return b.fpext(load_as(b, weight, VHALF, offset), VF32)
+
+    def ahead(b, weight):
+        if rows > 2:
+            return
+        for line in range(SUPERBLOCK_LINES[weight_dtype]):
+            where = b.gep(b.inttoptr(weight, I8.as_pointer()), [ir.Constant(weight.type, PREFETCH_BYTES + 64 * line)])
+            call_llvm(b, "llvm.prefetch.p0", ir.VoidType(), where, *(ir.Constant(I32, value) for value in (0, 3, 1)))
+
+    @emits(tile, tile, intp, intp)
+    def superblock_q4(b, sums, weight, record):
+        chains = 2 if rows <= 2 else 1
+        dots = [[constant(VI32, 0)] * chains for _ in range(rows)]
+        ahead(b, weight)
+        for line in range(8):
+            packed = load_as(b, weight, VI32, LINE_BYTES * (1 + line))
+            low = b.and_(packed, constant(VI32, 0x0F0F0F0F))
+            high = b.and_(b.lshr(packed, constant(VI32, 4)), constant(VI32, 0x0F0F0F0F))
+            for row in range(rows):
+                chain = dots[row]
+                chain[0] = emit_dot4(isa, b, chain[0], low, inputs(b, record, row, 8 * line))
+                chain[-1] = emit_dot4(isa, b, chain[-1], high, inputs(b, record, row, 8 * line + 4))
+        scale, minimum = halves(b, weight, 0), halves(b, weight, 32)
+        for row in range(rows):
+            total = dots[row][0] if chains == 1 else b.add(*dots[row])
+            scaled = b.fmul(b.sitofp(total, VF32), scale)
+            acc = fma_value(b, scaled, factor(b, record, row, 0), b.extract_value(sums, row))
+            sums = b.insert_value(sums, fma_value(b, minimum, factor(b, record, row, 1), acc), row)
+        return sums
+
+    @emits(tile, tile, intp, intp)
+    def superblock_q8(b, sums, weight, record):
+        dots = [[factor(b, record, row, 1 + half, I32) for half in range(2)] for row in range(rows)]
+        ahead(b, weight)
+        for line in range(16):
+            packed = load_as(b, weight, VI32, LINE_BYTES * (1 + line))
+            for row in range(rows):
+                half = dots[row]
+                half[line // 8] = emit_dot4(isa, b, half[line // 8], packed, inputs(b, record, row, 4 * line))
+        scales = [halves(b, weight, 32 * half) for half in range(2)]
+        for row in range(rows):
+            scaled = b.fmul(b.sitofp(dots[row][0], VF32), scales[0])
+            scaled = fma_value(b, b.sitofp(dots[row][1], VF32), scales[1], scaled)
+            sums = b.insert_value(
+                sums, fma_value(b, scaled, factor(b, record, row, 0), b.extract_value(sums, row)), row
+            )
+        return sums
+
+    return {"q4": superblock_q4, "q8": superblock_q8}[weight_dtype]
+
+
+def block_times_panel(isa: Isa, weight_dtype: str, rows: int):
+    """Function: 16 output features of `rows` rows."""
+    start, step, store = zeros(rows), superblock(isa, weight_dtype, rows), finish_features(rows)
+    weight_bytes, record_bytes = SUPERBLOCK_LINES[weight_dtype] * LINE_BYTES, rows * RECORD_BYTES
+
+    @njit
+    def multiply(weight, record, groups, bias, out, out_stride, accumulate):
+        sums = start()
+        for group in range(groups):
+            sums = step(sums, weight + weight_bytes * group, record + record_bytes * group)
+        store(sums, bias, out, out_stride, accumulate)
+
+    return multiply
+
+
+def linear_q(isa: Isa, weight_dtype: str, tile: int):
+    """Kernel for any number of rows in panels of `tile` (8, 4 or 1) rows; parameters as in linear.py."""
+    correct = {"q4": correct_q4, "q8": correct_q8}[weight_dtype]
+    multiply_8, multiply_4, multiply_2, multiply_1 = (
+        block_times_panel(isa, weight_dtype, min(rows, tile)) for rows in (8, 4, 2, 1)
+    )
+    superblock_bytes = SUPERBLOCK_LINES[weight_dtype] * LINE_BYTES
+
+    @njit
+    def quantize(arguments):
+        records, x, x_stride, rows, in_features = (
+            parameter(arguments, 0),
+            parameter(arguments, 1),
+            parameter(arguments, 2),
+            parameter(arguments, 3),
+            parameter(arguments, 4),
+        )
+        groups = (in_features + GROUP_INPUTS - 1) // GROUP_INPUTS
+        segments = (groups + SEGMENT_GROUPS - 1) // SEGMENT_GROUPS
+        chunk = take(arguments, 0)
+        while chunk < rows * segments:
+            row, segment = chunk // segments, chunk % segments
+            first, size = panel_of(row, rows, tile)
+            panel = records + first * groups * RECORD_BYTES
+            for group in range(segment * SEGMENT_GROUPS, min(groups, (segment + 1) * SEGMENT_GROUPS)):
+                at, left = x + row * x_stride + 256 * group, in_features - GROUP_INPUTS * group
+                record = panel + group * size * RECORD_BYTES
+                scale_at = record + size * GROUP_INPUTS + 4 * (row - first)
+                store_group(
+                    load_f32_tail(at, left),
+                    load_f32_tail(at + 64, left - 16),
+                    load_f32_tail(at + 128, left - 32),
+                    load_f32_tail(at + 192, left - 48),
+                    record + GROUP_INPUTS * (row - first),
+                    scale_at,
+                    4 * size,
+                )
+                correct(scale_at, 4 * size)
+            finish(arguments, 0)
+            chunk = take(arguments, 0)
+        await_stage(arguments, 0, rows * segments)
+
+    def kernel(arguments, thread):
+        quantize(arguments)
+        records, rows, in_features = parameter(arguments, 0), parameter(arguments, 3), parameter(arguments, 4)
+        weight, num_blocks, block_bytes = parameter(arguments, 5), parameter(arguments, 6), parameter(arguments, 7)
+        bias, out, out_stride = parameter(arguments, 8), parameter(arguments, 9), parameter(arguments, 10)
+        accumulate, blocks = parameter(arguments, 11), parameter(arguments, 12)
+        groups = block_bytes // superblock_bytes
+        chunk = take(arguments, 1)
+        while chunk * blocks < num_blocks:
+            last = min(num_blocks, (chunk + 1) * blocks)
+            row = 0
+            while row < rows:
+                size = panel_of(row, rows, tile)[1]
+                panel = records + row * groups * RECORD_BYTES
+                for block in range(chunk * blocks, last):
+                    at = weight + block * block_bytes
+                    to = out + row * out_stride + 64 * block
+                    offset = bias + 64 * block if bias else 0
+                    if size == 8:
+                        multiply_8(at, panel, groups, offset, to, out_stride, accumulate)
+                    elif size == 4:
+                        multiply_4(at, panel, groups, offset, to, out_stride, accumulate)
+                    elif size == 2:
+                        multiply_2(at, panel, groups, offset, to, out_stride, accumulate)
+                    else:
+                        multiply_1(at, panel, groups, offset, to, out_stride, accumulate)
+                row += size
+            chunk = take(arguments, 1)
+
+    return kernel

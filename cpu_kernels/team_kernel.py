@@ -1,0 +1,69 @@
+"""What the members of the thread team run: see team.py for the protocol and the control block."""
+
+from .team_layout import ARGUMENTS, DONE, FAILURE, GATE, KERNEL, NEXT, OPEN, SEQUENCE, STAGE_BYTES, STAGES, STOP
+from .vector import (
+    call_kernel,
+    fetch_add,
+    load_acquire,
+    load_i64,
+    pause,
+    sleep_us,
+    store_i64,
+    store_release,
+    yield_core,
+)
+
+SPINS = 2000  # about 40 us of pause, longer than the gap between two ops of a busy engine
+YIELDS = 4000  # then about 1 ms of sched_yield
+NAPS = 300  # then naps of 60 us, about 20 ms, before the member parks in Python
+
+
+def drive(isa):
+    """The caller's side: open the gate, run the kernel as thread 0, close the gate, wait until it is empty."""
+
+    def kernel(control, _):
+        arguments = load_i64(control + ARGUMENTS)
+        store_i64(0, arguments + FAILURE)
+        for stage in range(STAGES):
+            store_i64(0, arguments + STAGE_BYTES * stage + NEXT)
+            store_i64(0, arguments + STAGE_BYTES * stage + DONE)
+        fetch_add(control + GATE, OPEN)
+        store_release(load_i64(control + SEQUENCE) + 1, control + SEQUENCE)
+        call_kernel(load_i64(control + KERNEL), arguments, 0)
+        fetch_add(control + GATE, -OPEN)
+        spins = 0
+        while load_acquire(control + GATE) != -OPEN:
+            pause()
+            spins += 1
+            if spins > SPINS:
+                yield_core()
+
+    return kernel
+
+
+def member(isa):
+    """A member's loop: returns when told to stop or after about 20 ms without work."""
+
+    def kernel(control, thread):
+        seen = load_acquire(control + SEQUENCE) - 1  # try the op under way, if any
+        idle = 0
+        while load_acquire(control + STOP) == 0:
+            now = load_acquire(control + SEQUENCE)
+            if now != seen:
+                seen = now
+                idle = 0
+                if fetch_add(control + GATE, 1) >= 0:
+                    call_kernel(load_i64(control + KERNEL), load_i64(control + ARGUMENTS), thread)
+                fetch_add(control + GATE, -1)
+            else:
+                idle += 1
+                if idle < SPINS:
+                    pause()
+                elif idle < SPINS + YIELDS:
+                    yield_core()
+                elif idle < SPINS + YIELDS + NAPS:
+                    sleep_us(60)
+                else:
+                    break
+
+    return kernel

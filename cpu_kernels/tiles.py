@@ -1,0 +1,117 @@
+"""Tuples of vectors as register tiles: their start and their way to memory."""
+
+from llvmlite import ir
+from numba import types
+
+from .vector import (
+    I16,
+    I32,
+    I64,
+    LANES,
+    VF32,
+    VI32,
+    F32x16,
+    constant,
+    emits,
+    intp,
+    lanes_below,
+    load_as,
+    masked_load,
+    store_as,
+)
+
+ZERO64 = ir.Constant(I64, 0)
+
+
+def masked_line(b, address, count, item_bytes):
+    """<16 x i32> whose first `count` items of 2 or 4 bytes are read and the rest are 0 without touching memory."""
+    if item_bytes == 4:
+        return masked_load(b, address, VI32, lanes_below(b, count), "v16i32")
+    halves, lanes = ir.VectorType(I16, 2 * LANES), ir.VectorType(I32, 2 * LANES)
+    first = b.insert_element(ir.Constant(lanes, ir.Undefined), b.trunc(count, I32), ir.Constant(I32, 0))
+    limit = b.shuffle_vector(first, first, ir.Constant(lanes, [0] * lanes.count))
+    mask = b.icmp_signed("<", ir.Constant(lanes, list(range(lanes.count))), limit)
+    return b.bitcast(masked_load(b, address, halves, mask, "v32i16"), VI32)
+
+
+def zeros(count: int):
+    """Intrinsic () -> tuple of `count` zero vectors."""
+    tile = types.UniTuple(F32x16, count)
+
+    @emits(tile)
+    def zero_tile(b):
+        value = ir.Constant(ir.ArrayType(VF32, count), ir.Undefined)
+        for index in range(count):
+            value = b.insert_value(value, constant(VF32, 0.0), index)
+        return value
+
+    return zero_tile
+
+
+def add_and_store(b, value, bias, out, accumulate):
+    """out = value + bias, or out += that; bias 0 means none. `value` is any float LLVM vector."""
+    for source, wanted in ((bias, b.icmp_signed("!=", bias, ZERO64)), (out, b.icmp_signed("!=", accumulate, ZERO64))):
+        before = b.block
+        with b.if_then(wanted):
+            added = b.fadd(value, load_as(b, source, value.type))
+            inside = b.block
+        merged = b.phi(value.type)
+        merged.add_incoming(value, before)
+        merged.add_incoming(added, inside)
+        value = merged
+    store_as(b, value, out)
+
+
+def finish_features(rows: int):
+    """Intrinsic (tile, bias, out, out_stride, accumulate): row r's 16 features go to out + r * out_stride."""
+    tile = types.UniTuple(F32x16, rows)
+
+    @emits(types.void, tile, intp, intp, intp, intp)
+    def store_features(b, sums, bias, out, out_stride, accumulate):
+        for row in range(rows):
+            at = b.add(out, b.mul(out_stride, ir.Constant(I64, row)))
+            add_and_store(b, b.extract_value(sums, row), bias, at, accumulate)
+
+    return store_features
+
+
+def finish_dots(features: int, rows: int):
+    """Intrinsic (tile, bias, out, out_stride, accumulate) for a tile whose vectors are partial sums of one dot product.
+
+    Vector row * features + f is summed over its lanes into out + row * out_stride + 4 * f.
+    """
+    tile = types.UniTuple(F32x16, features * rows)
+
+    @emits(types.void, tile, intp, intp, intp, intp)
+    def store_dots(b, sums, bias, out, out_stride, accumulate):
+        for row in range(rows):
+            value = sum_each(b, [b.extract_value(sums, row * features + f) for f in range(features)])
+            add_and_store(b, value, bias, b.add(out, b.mul(out_stride, ir.Constant(I64, row))), accumulate)
+
+    return store_dots
+
+
+def fold(b, left, right, lanes, width):
+    """Add the upper half of every `width`-lane segment to its lower half; `lanes` counts left's and right's together."""
+    low = [lane for lane in range(lanes) if lane % width < width // 2]
+    mask = ir.VectorType(I32, len(low))
+    picked = [
+        b.shuffle_vector(left, right, ir.Constant(mask, [lane + shift for lane in low])) for shift in (0, width // 2)
+    ]
+    return b.fadd(*picked)
+
+
+def sum_each(b, vectors):
+    """<n x float> of the lane sums of n 16-lane vectors, n a power of two up to 16.
+
+    Neighbours fold into one vector that holds half sums of both, until one is left; then it folds onto itself.
+    """
+    width, count = LANES, len(vectors)
+    while len(vectors) > 1:
+        vectors = [fold(b, left, right, 2 * LANES, width) for left, right in zip(vectors[::2], vectors[1::2])]
+        width //= 2
+    value = vectors[0]
+    while value.type.count > count:
+        value = fold(b, value, value, value.type.count, width)
+        width //= 2
+    return value
