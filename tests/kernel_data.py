@@ -11,9 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TABLE_POISON = 2**30  # a page id that no cache has: reading an unused table entry goes out of bounds
-
-
 class PagedCache(NamedTuple):
     """Contiguous keys and values [batch, num_kv_heads, length, head_dim] and the same numbers in shuffled pages."""
 
@@ -37,19 +34,20 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor
 def paged_cache(keys: Tensor, values: Tensor, page_size: int, stored: list[range]) -> PagedCache:
     """Lay the positions of `stored` (one range per sequence) into shuffled pages; everything else is NaN.
 
-    Table entries of pages without a stored position are TABLE_POISON.
+    Table entries of pages without a stored position name a page of nothing but NaN.
     """
     batch, num_kv_heads, length, head_dim = keys.shape
     max_pages = -(-length // page_size)
-    ids = torch.randperm(batch * num_kv_heads * max_pages + 1, generator=generator(7)).tolist()
-    k_pages = torch.full((len(ids), page_size, head_dim), torch.nan, dtype=keys.dtype)
+    ids = torch.randperm(batch * num_kv_heads * max_pages, generator=generator(7)).tolist()
+    poison = len(ids)
+    k_pages = torch.full((poison + 1, page_size, head_dim), torch.nan, dtype=keys.dtype)
     v_pages = torch.full_like(k_pages, torch.nan)
-    table = torch.full((batch, num_kv_heads, max_pages), TABLE_POISON, dtype=torch.int32)
+    table = torch.full((batch, num_kv_heads, max_pages), poison, dtype=torch.int32)
     for sequence in range(batch):
         for head in range(num_kv_heads):
             for position in stored[sequence]:
                 page, offset = divmod(position, page_size)
-                if table[sequence, head, page] == TABLE_POISON:
+                if table[sequence, head, page] == poison:
                     table[sequence, head, page] = ids.pop()
                 k_pages[table[sequence, head, page], offset] = keys[sequence, head, position]
                 v_pages[table[sequence, head, page], offset] = values[sequence, head, position]
@@ -168,11 +166,11 @@ def oracle_linear(x: Tensor, weight: Tensor, weight_dtype: str) -> Tensor:
     return rounded @ dense.T
 
 
-def nmse(actual: Tensor, expected: Tensor) -> float:
-    """Squared error over squared size, the worst one of the vectors of the last dimension."""
+def nmse(actual: Tensor, expected: Tensor, dims: tuple[int, ...] = (-1,)) -> float:
+    """Squared error over squared size, both summed over `dims`; the worst one of the other dimensions."""
     actual, expected = actual.detach().cpu().double(), expected.cpu().double()
     assert not actual.isnan().any(), "the result holds NaN"
-    error, size = (actual - expected).square().sum(-1), expected.square().sum(-1)
+    error, size = (actual - expected).square().sum(dims), expected.square().sum(dims)
     return (error / size.clamp_min(1e-12)).max().item() if error.numel() else 0.0
 
 

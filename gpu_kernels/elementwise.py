@@ -1,0 +1,137 @@
+"""The small ops between the products: RMS norm, SwiGLU's silu(gate) * up, rotary embedding with the append to the cache.
+
+    rms_norm    y = x / sqrt(mean(x^2) + eps) * weight
+    silu_mul    y = gate / (1 + exp(-gate)) * up
+    rope        (a, b) -> (a cos - b sin, b cos + a sin) for the pairs (i, i + rotary_dim / 2)
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SILU_BLOCK = 1024
+
+
+@triton.jit
+def _rms_norm_kernel(x, weight, out, eps, x_stride, out_stride, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
+    """grid: (rows,). x, out: [rows, hidden]; weight: [hidden]."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < HIDDEN
+    values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0)
+    inverse = tl.rsqrt(tl.sum(values * values, axis=0) / HIDDEN + eps)
+    scaled = values * inverse * tl.load(weight + columns, mask=inside, other=0.0)
+    tl.store(out + row * out_stride + columns, scaled, mask=inside)
+
+
+@triton.jit(do_not_specialize=["features"])
+def _silu_mul_kernel(gate_up, out, features, in_stride, out_stride, BLOCK: tl.constexpr):
+    """grid: (rows, cdiv(features, BLOCK)). gate_up: [rows, 2 * features], units of 16 gate | 16 up; out: [rows,
+    features]."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < features
+    source = gate_up + row * in_stride + columns // 16 * 32 + columns % 16
+    gate = tl.load(source, mask=inside, other=0.0)
+    up = tl.load(source + 16, mask=inside, other=0.0)
+    tl.store(out + row * out_stride + columns, gate / (1.0 + tl.exp(-gate)) * up, mask=inside)
+
+
+@triton.jit
+def _normed(values, weight, index, inverse, inside):
+    return values * inverse * tl.load(weight + index, mask=inside, other=0.0)
+
+
+@triton.jit
+def _normed_and_rotated(head, norm, cos, sin, eps, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, HALF: tl.constexpr,
+                        HAS_NORM: tl.constexpr):
+    """One head [head_dim] after its norm and rotation; cos, sin: rows of this position."""
+    dims = tl.arange(0, HEAD_PAD)
+    inside = dims < HEAD_DIM
+    rotary = dims < 2 * HALF
+    partner = tl.where(dims < HALF, dims + HALF, dims - HALF)
+    values = tl.load(head + dims, mask=inside, other=0.0)
+    others = tl.load(head + partner, mask=rotary, other=0.0)
+    if HAS_NORM:
+        inverse = tl.rsqrt(tl.sum(values * values, axis=0) / HEAD_DIM + eps)
+        values = _normed(values, norm, dims, inverse, inside)
+        others = _normed(others, norm, partner, inverse, rotary)
+    angle = tl.where(dims < HALF, dims, dims - HALF)
+    cosine = tl.load(cos + angle, mask=rotary, other=1.0)  # beyond the rotary dimensions: times one, plus zero
+    sine = tl.load(sin + angle, mask=rotary, other=0.0)
+    return values * cosine + tl.where(dims < HALF, -sine, sine) * others
+
+
+@triton.jit
+def _rope_append_kernel(
+        qkv, positions, cos, sin, q_norm, k_norm, eps, q, k_pages, v_pages, slots,
+        qkv_row_stride, qkv_head_stride, angle_stride, q_row_stride, q_head_stride, page_stride, row_stride,
+        slots_stride, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, HALF: tl.constexpr,
+        PAGE_SIZE: tl.constexpr, HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr):
+    """grid: (rows, num_kv_heads, GROUP_SIZE + 2), the last axis being the heads of a unit: its q heads, then k, then v."""
+    row = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    member = tl.program_id(2)
+    dims = tl.arange(0, HEAD_PAD)
+    inside = dims < HEAD_DIM
+    head = qkv + row * qkv_row_stride + kv_head * qkv_head_stride + member * HEAD_DIM
+    angle = tl.load(positions + row) * angle_stride
+    if member < GROUP_SIZE:
+        turned = _normed_and_rotated(head, q_norm, cos + angle, sin + angle, eps, HEAD_DIM, HEAD_PAD, HALF, HAS_Q_NORM)
+        target = q + row * q_row_stride + (kv_head * GROUP_SIZE + member) * q_head_stride
+        tl.store(target + dims, turned, mask=inside)
+    else:
+        slot = tl.load(slots + row * slots_stride + kv_head)
+        offset = slot // PAGE_SIZE * page_stride + slot % PAGE_SIZE * row_stride
+        if member == GROUP_SIZE:
+            turned = _normed_and_rotated(head, k_norm, cos + angle, sin + angle, eps, HEAD_DIM, HEAD_PAD, HALF,
+                                         HAS_K_NORM)
+            tl.store(k_pages + offset + dims, turned.to(k_pages.dtype.element_ty), mask=inside)
+        else:
+            value = tl.load(head + dims, mask=inside, other=0.0)
+            tl.store(v_pages + offset + dims, value.to(v_pages.dtype.element_ty), mask=inside)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    """Root-mean-square norm of each row of `x` into `out`, both f32 [rows, hidden]; weight f32 [hidden]."""
+    rows, hidden = x.shape
+    assert weight.shape == (hidden,) and out.shape == x.shape, (x.shape, weight.shape, out.shape)
+    if rows:
+        block = triton.next_power_of_2(hidden)
+        _rms_norm_kernel[(rows,)](x, weight, out, eps, x.stride(0), out.stride(0), HIDDEN=hidden, BLOCK=block,
+                                  num_warps=8 if block > 2048 else 4)
+
+
+def silu_mul(gate_up: Tensor, out: Tensor) -> None:
+    """silu(gate) * up. gate_up: f32 [rows, units*32], per unit 16 gate then 16 up columns. out: f32 [rows, units*16]."""
+    rows, features = out.shape
+    assert gate_up.shape == (rows, 2 * features) and features % 16 == 0, (gate_up.shape, out.shape)
+    if rows and features:
+        grid = (rows, triton.cdiv(features, SILU_BLOCK))
+        _silu_mul_kernel[grid](gate_up, out, features, gate_up.stride(0), out.stride(0), BLOCK=SILU_BLOCK, num_warps=4)
+
+
+def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,
+                k_norm: Tensor | None, eps: float, q: Tensor, k_pages: Tensor, v_pages: Tensor,
+                slots: Tensor) -> None:
+    """Norm (optional) and rotate q and k; write q to `q`, and k and v to their slots of the pages.
+
+    qkv: f32 [rows, num_kv_heads, unit_features], a unit being its q heads, k, v and padding. positions: int64 [rows].
+    cos, sin: f32 [max_positions, rotary_dim/2], equal strides. q_norm, k_norm: f32 [head_dim] or None. q: f32 [rows,
+    num_heads, head_dim]. k_pages, v_pages: f32 or bf16 [num_pages, page_size, head_dim], equal strides. slots: int64
+    [rows, num_kv_heads], page * page_size + offset; no two may be equal.
+    """
+    rows, num_heads, head_dim = q.shape
+    num_kv_heads = qkv.shape[1]
+    group_size = num_heads // num_kv_heads
+    assert qkv.shape[0] == rows and qkv.shape[2] >= (group_size + 2) * head_dim, (qkv.shape, q.shape)
+    assert k_pages.stride() == v_pages.stride() and cos.stride() == sin.stride(), (k_pages.stride(), cos.stride())
+    assert slots.shape == (rows, num_kv_heads) and 2 * cos.shape[1] <= head_dim, (slots.shape, cos.shape)
+    if rows and num_kv_heads:
+        _rope_append_kernel[(rows, num_kv_heads, group_size + 2)](
+            qkv, positions, cos, sin, q_norm, k_norm, eps, q, k_pages, v_pages, slots, *qkv.stride()[:2],
+            cos.stride(0), *q.stride()[:2], *k_pages.stride()[:2], slots.stride(0), GROUP_SIZE=group_size,
+            HEAD_DIM=head_dim, HEAD_PAD=triton.next_power_of_2(head_dim), HALF=cos.shape[1],
+            PAGE_SIZE=k_pages.shape[1], HAS_Q_NORM=q_norm is not None, HAS_K_NORM=k_norm is not None, num_warps=1)

@@ -1,0 +1,150 @@
+"""Planted bugs: every mutated kernel must fail the check that the right one passes."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import partial
+from pathlib import Path
+
+import kernel_checks as checks
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
+
+from gpu_kernels import attention  # noqa: E402
+
+BF16, FP32 = torch.bfloat16, torch.float32
+ROOT = Path(attention.__file__).parent
+
+DECODE = partial(checks.check_decode, device="cpu", dtype=FP32, num_kv_heads=2, group_size=2, head_dim=16, page_size=16,
+                 length=600, ranges=[(5, 140), (300, 300), (63, 65)])
+PREFILL = partial(checks.check_prefill, device="cpu", dtype=FP32, q_len=70, num_kv_heads=2, group_size=2, head_dim=16,
+                  page_size=16, start=9, stop=98, q_start=28, window=20)
+MERGE = partial(checks.check_merge, device="cpu", parts=3, shape=(3, 2, 16), empty=[1])
+GEMV_Q4 = partial(checks.check_linear, device="cpu", weight_dtype="q4", rows=1, num_blocks=2, in_features=192)
+GEMV_Q8 = partial(checks.check_linear, device="cpu", weight_dtype="q8", rows=1, num_blocks=2, in_features=192)
+SPLIT_Q4 = partial(checks.check_linear, device="cpu", weight_dtype="q4", rows=1, num_blocks=2, in_features=2112)
+SPLIT_GEMM_Q4 = partial(checks.check_linear, device="cpu", weight_dtype="q4", rows=3, num_blocks=1, in_features=2112)
+GEMM_Q4 = partial(checks.check_linear, device="cpu", weight_dtype="q4", rows=18, num_blocks=2, in_features=192)
+GEMM_Q8 = partial(checks.check_linear, device="cpu", weight_dtype="q8", rows=18, num_blocks=2, in_features=192)
+RMS_NORM = partial(checks.check_rms_norm, device="cpu", rows=2, hidden=100)
+SILU_MUL = partial(checks.check_silu_mul, device="cpu", rows=2, units=3)
+ROPE = partial(checks.check_rope_append, device="cpu", dtype=FP32, num_kv_heads=2, group_size=2, head_dim=24,
+               rotary_dim=16, norms=(True, True))
+
+# name: (file, op, check, right text, wrong text)
+MUTANTS = {
+    "decode reads a key past the end": ("attention", "decode_attention", DECODE,
+        'scores = tl.where(stored[None, :], scores, float("-inf"))', "scores += 0.0"),
+    "decode splits overlap by a key": ("attention", "decode_attention", DECODE,
+        "high = tl.minimum(low + split_len, stop)", "high = tl.minimum(low + split_len + 1, stop)"),
+    "decode splits leave a key out": ("attention", "decode_attention", DECODE,
+        "low = first + split * split_len", "low = first + split * split_len + tl.minimum(split, 1)"),
+    "decode ignores kv_start": ("attention", "decode_attention", DECODE,
+        "first = tl.load(kv_start + batch)", "first = tl.load(kv_start + batch) * 0"),
+    "decode has no guard for an empty range": ("attention", "decode_attention", DECODE,
+        "nonzero = tl.where(total == 0.0, 1.0, total)", "nonzero = total"),
+    "rows of a page are shifted": ("attention", "decode_attention", DECODE,
+        "(positions % PAGE_SIZE)", "((positions + 1) % PAGE_SIZE)"),
+    "lse in base 2": ("attention", "decode_attention", DECODE, "(maximum + tl.log2(nonzero)) * LN_2",
+        "(maximum + tl.log2(nonzero))"),
+    "total is not rescaled": ("attention", "prefill_attention", PREFILL, "total = total * correction", "total = total"),
+    "sum is not rescaled": ("attention", "prefill_attention", PREFILL, "acc * correction[:, None]", "acc"),
+    "no guard for a row without a key": ("attention", "prefill_attention", partial(PREFILL, start=90, window=0),
+        'tl.where(new_maximum == float("-inf"), 0.0, new_maximum)', "new_maximum"),
+    "causal off by one": ("attention", "prefill_attention", PREFILL, "(age >= 0)", "(age > 0)"),
+    "not causal": ("attention", "prefill_attention", PREFILL, "(age >= 0)", "(age >= -64)"),
+    "window off by one": ("attention", "prefill_attention", PREFILL, "(age < window)", "(age <= window)"),
+    "window block starts late": ("attention", "prefill_attention", PREFILL, "first_row - window + 1)",
+        "first_row - window + 2)"),
+    "prefill ignores kv_stop": ("attention", "prefill_attention", partial(PREFILL, stop=60),
+        "high = tl.minimum(kv_stop,", "high = tl.minimum(kv_stop + 1,"),
+    "another KV head": ("attention", "prefill_attention", PREFILL, "(head // GROUP_SIZE)", "(head % GROUP_SIZE)"),
+    "merge without the maximum's guard": ("attention_merge", "merge", MERGE,
+        'safe_maximum = tl.where(maximum == float("-inf"), 0.0, maximum)', "safe_maximum = maximum"),
+    "merge without normalisation": ("attention_merge", "merge", MERGE,
+        "acc / tl.where(total == 0.0, 1.0, total)", "acc"),
+    "merge forgets a part": ("attention_merge", "merge", MERGE, "tl.static_range(PARTS)", "tl.static_range(1, PARTS)"),
+    "merge averages": ("attention_merge", "merge", MERGE, "total += weight", "total += 1.0"),
+    "rounding half up": ("quantized_linear", "quantized_linear", GEMV_Q4,
+        "(steps + ROUNDING) - ROUNDING", "tl.floor(steps + 0.5)"),
+    "zero group divides by zero": ("quantized_linear", "quantized_linear", GEMV_Q4,
+        "tl.where(scale == 0.0, 1.0, scale)", "scale"),
+    "inputs of q4 not reordered": ("quantized_linear", "quantized_linear", GEMV_Q4,
+        "source = stored % 32 // 4 * 8 + stored // 32 * 4 + stored % 4", "source = stored"),
+    "gemv swaps nibbles": ("quantized_linear", "quantized_linear", GEMV_Q4, "packed & 0x0F0F0F0F",
+        "(packed >> 4) & 0x0F0F0F0F"),
+    "gemv counts minima once a line": ("quantized_linear", "quantized_linear", GEMV_Q4,
+        "tl.where(lines[:, None] == 0, offsets[None, :], 0.0)", "offsets[None, :]"),
+    "gemv of q8 keeps the offset": ("quantized_linear", "quantized_linear", GEMV_Q8, "packed ^ -2139062144", "packed"),
+    "q8 uses one scale for both halves": ("quantized_linear", "quantized_linear", GEMV_Q8, "span % 2 * 32", "0"),
+    "splits overlap": ("quantized_linear", "quantized_linear", SPLIT_Q4,
+        "high = tl.minimum(low + spans_per_split, num_spans)", "high = num_spans"),
+    "a split is not added": ("quantized_linear", "quantized_linear", SPLIT_GEMM_Q4, "tl.static_range(SPLITS)",
+        "tl.static_range(1, SPLITS)"),
+    "gemm swaps nibbles": ("quantized_linear", "quantized_linear", GEMM_Q4, "(packed & 15)", "(packed >> 4)"),
+    "gemm forgets the minima": ("quantized_linear", "quantized_linear", GEMM_Q4,
+        "acc += row_sum[:, None] * minimum[None, :]", "acc += 0.0 * row_sum[:, None] * minimum[None, :]"),
+    "gemm of q8 has another zero point": ("quantized_linear", "quantized_linear", GEMM_Q8, "packed ^ 128", "packed ^ 127"),
+    "gemm reads features of another block": ("quantized_linear", "quantized_linear", GEMM_Q8,
+        "(columns // 16).to(tl.int64)", "(columns // 32).to(tl.int64)"),
+    "gemm writes rows past the last": ("quantized_linear", "quantized_linear", GEMM_Q8,
+        "live = live_rows[:, None] & live_columns[None, :]", "live = (tile_rows < rows + 1)[:, None] & live_columns[None, :]"),
+    "norm without epsilon": ("elementwise", "rms_norm", RMS_NORM, "/ HIDDEN + eps", "/ HIDDEN"),
+    "mean over the padded row": ("elementwise", "rms_norm", RMS_NORM, "axis=0) / HIDDEN", "axis=0) / BLOCK"),
+    "up column off by one": ("elementwise", "silu_mul", SILU_MUL, "source + 16", "source + 15"),
+    "rotation turns backwards": ("elementwise", "rope_append", ROPE, "-sine, sine)", "sine, -sine)"),
+    "norm weight of the wrong partner": ("elementwise", "rope_append", ROPE, "_normed(others, norm, partner,",
+        "_normed(others, norm, dims,"),
+    "k is stored unrotated": ("elementwise", "rope_append", ROPE, "k_pages + offset + dims, turned.to",
+        "k_pages + offset + dims, tl.load(head + dims, mask=inside, other=0.0).to"),
+    "slot of another KV head": ("elementwise", "rope_append", ROPE, "slots_stride + kv_head)", "slots_stride)"),
+}
+
+
+def load_mutant(folder: Path, file: str, right: str, wrong: str):
+    """The module `file` with every occurrence of `right` replaced, as a new module."""
+    source = (ROOT / f"{file}.py").read_text()
+    assert right in source, f"{file}.py no longer holds {right!r}; update the mutant"
+    path = folder / f"mutant_{file}.py"
+    path.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def only_interpreted(device):
+    if device != "cpu":
+        pytest.skip("mutants run under the interpreter, where a wrong address cannot hurt the device")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name, tmp_path):
+    file, op, check, right, wrong = MUTANTS[name]
+    mutant = load_mutant(tmp_path, file, right, wrong)
+
+    with pytest.raises(AssertionError):
+        check(getattr(mutant, op))
+
+
+@pytest.mark.parametrize("check,file,op", {(check, file, op) for file, op, check, _, _ in MUTANTS.values()},
+                         ids=lambda value: value if isinstance(value, str) else "")
+def test_the_right_kernel_passes_every_mutants_check(check, file, op, tmp_path):
+    check(getattr(load_mutant(tmp_path, file, "tl", "tl"), op))
+
+
+@pytest.mark.parametrize("right,wrong", [
+    ("weights = tl.exp(part_lse - safe_maximum)", "weights = tl.where(live, 1.0, 0.0)"),
+    ("splits < num_splits", "splits < num_splits - 1"),
+    ('safe_maximum = tl.where(maximum == float("-inf"), 0.0, maximum)', "safe_maximum = maximum"),
+], ids=["splits are averaged", "the last split is dropped", "no guard for empty splits"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_mutant_of_the_split_merge_is_caught(right, wrong, tmp_path, monkeypatch):
+    monkeypatch.setattr(attention, "merge_splits", load_mutant(tmp_path, "attention_merge", right, wrong).merge_splits)
+
+    with pytest.raises(AssertionError):
+        DECODE(attention.decode_attention)
