@@ -1,4 +1,4 @@
-"""Checkpoint: what it reads is what safetensors reads, only the bytes asked for are read, the check knows all families."""
+"""Checkpoint: reads what safetensors reads, only the bytes asked for; its check knows the tensors of every family."""
 
 import json
 import os

@@ -53,6 +53,7 @@ def make_checkpoint(
 
     Args:
         path: directory to write, made if absent. family: one of FAMILIES.
+        vocab: at least 260, the ids of the tokenizer.
         rope: a key of ROPES, or rope parameters in the new Hugging Face form.
         sharded: several weight files and an index. dtype: of the weights on disk.
         sliding_window: tokens; Mistral applies it to all layers, Qwen to all but the first.
