@@ -38,9 +38,10 @@ $(READY): pyproject.toml Makefile
 		$(BIN)/pip install --index-url $(CPU_TORCH_INDEX) $(CPU_TORCH); \
 	else $(BIN)/pip install $(CPU_TORCH); fi
 	@extras=test,plot; if $(BIN)/python -c '$(CUDA_TORCH)' 2>/dev/null; then extras=test-tools,plot; fi; \
-	$(BIN)/pip install --editable ".[$$extras]" || $(BIN)/pip install --no-build-isolation --no-deps --editable . \
-		|| echo "pip could not install everything; checking whether what is needed is here already"
-	@$(BIN)/python -c '$(RUNTIME)'
+	$(BIN)/pip install --editable ".[$$extras]" || $(BIN)/pip install --no-build-isolation --no-deps --editable . || { \
+		echo "pip could not install this package: its folder is put on the path instead"; \
+		echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/hetero_attn.pth"; }
+	@$(BIN)/python -P -c '$(RUNTIME)'
 	@touch $@
 
 clean:

@@ -13,11 +13,19 @@ from pathlib import Path
 from hetero_attn import LLM, Policy, SamplingParams
 
 TINY = Path(__file__).parent / "tiny"
-PROMPT = "The with statement is used to"
-PARAMS = SamplingParams(max_tokens=64, temperature=0.0, repetition_penalty=1.2, ignore_eos=True)
+PROMPT = """Text files
+**********
+
+A text file is opened with the built-in function "open()", which returns
+a file object. The "with" statement closes the file when its block ends,
+also when an exception was raised. Every line is a string that ends with
+a newline, and the loop "for line in file" reads one line after another.
+
+The with statement is used to"""
+PARAMS = SamplingParams(max_tokens=48, temperature=0.0, repetition_penalty=1.2, ignore_eos=True)
 # Small enough that activations of a chunk of the prompt leave room for weights in so small a budget.
 POLICY = Policy(prefill_chunk=64)
-SETTINGS = {"policy": POLICY, "max_context": 256, "max_batch": 1}
+SETTINGS = {"policy": POLICY, "max_context": 256, "max_batch": 1, "progress": sys.stderr.isatty()}
 BUDGET_SHARE_OF_WEIGHTS = 0.45
 
 
@@ -27,36 +35,36 @@ def section(title: str) -> None:
 
 
 def stream_answer(llm: LLM) -> tuple[int, ...]:
-    """Print the answer to PROMPT as it is made, then the speed of both phases; returns its tokens."""
+    """Print the prompt and its answer as it is made, then the speed of both phases; returns the answer's tokens."""
+    # The first start on a machine compiles kernels, which would be counted as prefill.
+    llm.generate(PROMPT, SamplingParams(max_tokens=2, temperature=0.0))
+    print(f"{PROMPT} ->", end="")
     tokens: tuple[int, ...] = ()
-    print(PROMPT, end="")
     for piece in llm.stream(PROMPT, PARAMS):
         print(piece.text, end="", flush=True)
         tokens += piece.token_ids
         metrics = piece.metrics
-    print(f"\n\nprefill {metrics.prompt_tokens:3d} tokens {metrics.prefill_tokens_per_s:8.1f} tokens/s")
-    print(f"decode  {metrics.generated_tokens:3d} tokens {metrics.decode_tokens_per_s:8.1f} tokens/s")
+    print(f"\n\nprefill {metrics.prompt_tokens:4d} tokens {metrics.prefill_tokens_per_s:9.1f} tokens/s")
+    print(f"decode  {metrics.generated_tokens:4d} tokens {metrics.decode_tokens_per_s:9.1f} tokens/s")
     return tokens
 
 
 def main(model: Path) -> int:
     """Run both parts; returns the exit code."""
-    section("1. One lane: the CPU. What is where, and how fast it should be")
+    section("1. One lane, the CPU: what is where, how fast it should be, and how fast it is")
     with LLM(model, device="cpu", **SETTINGS) as llm:
         print(llm.plan.table())
-        stream_answer(llm)  # the first answer on a machine compiles the kernels, and its speed says so
-        section("2. The same once more, with every kernel compiled")
         alone = stream_answer(llm)
         budget_bytes = int(llm.plan.workload.weight_bytes * BUDGET_SHARE_OF_WEIGHTS)
 
-    section(f"3. Three lanes, GPU memory budget {budget_bytes / 2**20:.1f} MiB")
+    section(f"2. The same prompt on three lanes, GPU memory budget {budget_bytes / 2**20:.1f} MiB")
     print("EMULATED: there is no GPU here. Its lane runs plain torch on the CPU, behind an arena that enforces the\n"
           "budget. The speeds below, predicted and measured, are of no real machine; the answer is what counts.\n")
     with LLM(model, device="emulated", gpu_memory=budget_bytes, **SETTINGS) as llm:
         print(llm.plan.table())
         split = stream_answer(llm)
 
-    section("4. Does placement change the answer?")
+    section("3. Does placement change the answer?")
     if alone == split:
         print(f"No: all {len(alone)} tokens of the CPU lane and of the three lanes are the same.")
         return 0

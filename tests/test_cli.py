@@ -5,6 +5,7 @@ second runs the real thing on the shipped checkpoint.
 """
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Generator
@@ -326,3 +327,107 @@ def test_doctor_reads_limits_and_huge_pages_of_the_machine(tmp_path: Path) -> No
     assert {"cgroup limit", "cgroup quota", "transparent huge pages"} <= set(notes)
     assert notes["cgroup limit"].value == "0.5 GiB"
     assert doctor.examine(tmp_path / "nothing").usable
+
+
+TINY = str(ROOT / "examples" / "tiny")
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """Start the command in a process of its own, with pipes for everything."""
+    command = [sys.executable, "-m", "hetero_attn", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_plan_as_yaml_is_a_policy_that_gives_the_plan_again(tmp_path: Path) -> None:
+    wishes = ("plan", TINY, "--device", "emulated", "--gpu-memory", "12MiB")
+    first = json.loads(run(*wishes, "--yaml", str(tmp_path / "plan.yaml"), "--json").stdout)
+    again = json.loads(run(*wishes, "--policy", str(tmp_path / "plan.yaml"), "--json").stdout)
+
+    assert first["linears"] == again["linears"]
+    assert first["kv"] == again["kv"]
+    assert run("plan", TINY, "--device", "cpu", "--yaml", "-").stdout.startswith("# The plan of tiny")
+
+
+@pytest.mark.parametrize(("ending", "first_bytes"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_plan_is_drawn_into_the_format_of_the_file(tmp_path: Path, ending: str, first_bytes: bytes) -> None:
+    file = tmp_path / f"plan.{ending}"
+    result = run("plan", TINY, "--device", "emulated", "--gpu-memory", "12MiB", "--plot", str(file))
+
+    assert result.exit_code == 0
+    assert "layers.0" in result.stdout
+    assert file.read_bytes().startswith(first_bytes)
+
+
+def test_plot_into_an_unknown_format_is_a_usage_error(tmp_path: Path) -> None:
+    assert run("plan", TINY, "--device", "cpu", "--plot", str(tmp_path / "plan.docx")).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (("plan", TINY, "--dtype", "q5"), 3, "q5"),
+        (("plan", TINY, "--device", "gpu"), 3, "gpu"),
+        (("plan", TINY, "--gpu-memory", "lots", "--device", "emulated"), 2, "lots"),
+        (("plan", TINY, "--gpu-memory", "1KiB", "--device", "emulated"), 4, "gpu_memory"),
+        (("plan", TINY, "--policy", "no_such_policy"), 2, "no_such_policy"),
+        (("plan", TINY, "--hardware", "no_such_machine"), 2, "no_such_machine"),
+        (("plan", TINY, "--context", "4000000"), 3, "4000000"),
+        (("plan", str(ROOT / "no" / "such" / "folder")), 3, "no such directory"),
+        (("plan", str(ROOT / "tests")), 3, "config.json"),
+        (("generate", TINY, "-p", "word " * 3000, "--device", "cpu", "--context", "64"), 2, "64"),
+    ],
+    ids=lambda value: "-".join(value[2:4])[-40:].replace(str(ROOT), "") if isinstance(value, tuple) else None,
+)
+def test_bad_wishes_are_one_message_and_a_code(arguments: tuple[str, ...], code: int, word: str) -> None:
+    result = run(*arguments)
+
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert result.stderr.startswith("error: ")
+    assert word in result.stderr
+
+
+def test_lanes_generate_the_same_text() -> None:
+    question = ("generate", TINY, "-p", "A list is", "-n", "12", "--context", "256", "--json")
+    alone = json.loads(run(*question, "--device", "cpu").stdout)
+    split = json.loads(run(*question, "--device", "emulated", "--gpu-memory", "12MiB").stdout)
+
+    assert (alone["finish_reason"], alone["metrics"]["generated_tokens"]) == ("length", 12)
+    assert alone["token_ids"] == split["token_ids"]
+
+
+def test_verify_passes_on_a_split_model() -> None:
+    result = run("verify", TINY, "--device", "emulated", "--gpu-memory", "12MiB", "--context", "256", "--json")
+
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["passed"] is True
+
+
+def test_bench_has_a_row_for_each_phase_and_depth() -> None:
+    result = run("bench", TINY, "--device", "cpu", "-p", "16", "-n", "4", "-d", "0", "-d", "32", "-r", "1", "--json")
+    names = [row["name"] for row in json.loads(result.stdout)["rows"]]
+
+    assert names == ["pp16", "tg4", "pp16 @ d32", "tg4 @ d32"]
+
+
+def test_ctrl_c_ends_a_generation_with_130_and_no_traceback() -> None:
+    with start("generate", TINY, "-p", "A list is", "-n", "2000", "--ignore-eos", "--device", "cpu") as process:
+        first = process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+
+    assert (len(first), process.returncode) == (1, 130)
+    assert "Traceback" not in errors
+
+
+def test_ctrl_c_ends_an_answer_of_the_chat_and_the_next_one_comes() -> None:
+    with start("chat", TINY, "-n", "1900", "--temperature", "0", "--stop", "zzzz", "--device", "cpu") as process:
+        process.stdin.write("What is a list?\n")
+        process.stdin.flush()
+        begun = process.stdout.read(len("> ") + 1)
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate("What is a dictionary?\n/exit\n")
+
+    assert (len(begun), process.returncode) == (3, 0)
+    assert "Traceback" not in errors
+    assert rest.count("> ") >= 2

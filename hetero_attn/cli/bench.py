@@ -10,8 +10,8 @@ from hetero_attn.cli.output import print_json
 
 def bench(
     model: options.Model,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", "-p", min=1, help="Prompt of the pp row.")] = 512,
-    gen_tokens: Annotated[int, typer.Option("--gen-tokens", "-n", min=1, help="Tokens of the tg row.")] = 128,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", "-p", min=0, help="Prompt of the pp row.")] = 512,
+    gen_tokens: Annotated[int, typer.Option("--gen-tokens", "-n", min=0, help="Tokens of the tg row.")] = 128,
     depth: Annotated[list[int] | None, typer.Option("--depth", "-d", min=0, help="Tokens in the cache.")] = None,
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="The median is reported.")] = 3,
     policy: options.Policy = "auto",
@@ -35,4 +35,4 @@ def bench(
     if as_json:
         print_json(report.to_dict())
     else:
-        typer.echo(report.table())
+        typer.echo(report.table().rstrip())

@@ -30,6 +30,6 @@ def verify(
     if as_json:
         print_json(report.to_dict())
     else:
-        typer.echo(report.table())
+        typer.echo(report.table().rstrip())
     if not report.passed:
         raise typer.Exit(DISAGREES)
