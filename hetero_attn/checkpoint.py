@@ -125,6 +125,8 @@ class Checkpoint:
         try:
             for file_name in sorted(set(weight_map.values())) or [SINGLE_NAME]:
                 files.append(SafetensorsFile(path / file_name))
+            if not any(file.entries for file in files):
+                raise CheckpointError(f"{path}: the weight files hold no tensors; download the checkpoint again")
             _check_unique(files)
             warnings = _compare_with_index(path, weight_map, files)
         except BaseException:

@@ -102,6 +102,12 @@ def test_missing_shards_are_all_listed(sharded):
     expect(refusal(sharded), "2 of the 4 weight files", f"{FIRST_SHARD}, {SECOND_SHARD}", "Download")
 
 
+def test_file_without_tensors(single):
+    save_file({}, single / SINGLE_NAME)
+
+    expect(refusal(single), "hold no tensors")
+
+
 def test_missing_tensor(single):
     name = tensor_name("down", 1)
     rewrite(single, lambda tensors: tensors.pop(name))

@@ -3,10 +3,13 @@
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from toy import FAMILIES, ROPES, edit_json, hf_model, make_checkpoint
 
 from hetero_attn.config import ModelConfig
 from hetero_attn.errors import ConfigError, UnsupportedModelError
+from hetero_attn.rope import rope_tables
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -303,6 +306,62 @@ def test_missing_config_is_named(tmp_path):
 def test_errors_of_the_generation_config_name_that_file(tmp_path):
     with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id is 'x'"):
         read(tmp_path, LLAMA, {"eos_token_id": "x"})
+
+
+NASTY = [
+    None,
+    True,
+    0,
+    -1,
+    1,
+    2,
+    3,
+    7,
+    2**70,
+    0.5,
+    1e400,
+    float("nan"),
+    -0.0,
+    "",
+    "yarn",
+    "linear",
+    [],
+    [1, "a"],
+    {},
+    {"type": 5},
+]
+ROPE_KEYS = ["rope_type", "type", "factor", "rope_theta", "low_freq_factor", "high_freq_factor", "attention_factor"]
+ROPE_KEYS += ["original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"]
+KEYS = [
+    *LLAMA,
+    "head_dim",
+    "hidden_act",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "partial_rotary_factor",
+    "dtype",
+]
+KEYS += ["sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "tie_word_embeddings", "mlp_bias"]
+KEYS += ["attention_bias", "eos_token_id", "bos_token_id", "pad_token_id", "quantization_config"]
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    base=st.sampled_from([LLAMA, MISTRAL, QWEN2, QWEN3]),
+    changes=st.dictionaries(st.sampled_from(KEYS), st.sampled_from(NASTY), max_size=3),
+    rope=st.dictionaries(st.sampled_from(ROPE_KEYS), st.sampled_from([*NASTY, *ROPES]), max_size=5),
+)
+def test_any_json_is_a_config_or_a_named_error(tmp_path, base, changes, rope):
+    """No value of any key may surface as a TypeError, or as a table of NaN that only shows in the text."""
+    try:
+        config = read(tmp_path, base | {"rope_scaling": rope} | changes)
+    except (ConfigError, UnsupportedModelError) as error:
+        assert "config.json" in str(error)
+        return
+
+    assert len(config.sliding_window) == config.num_layers
+    assert all(table.isfinite().all() for table in rope_tables(config, 8))
 
 
 def test_auto_map_is_ignored_and_runs_nothing(tmp_path):
