@@ -22,7 +22,7 @@ also when an exception was raised. Every line is a string that ends with
 a newline, and the loop "for line in file" reads one line after another.
 
 The with statement is used to"""
-PARAMS = SamplingParams(max_tokens=48, temperature=0.0, repetition_penalty=1.2, ignore_eos=True)
+PARAMS = SamplingParams(max_tokens=32, temperature=0.0, repetition_penalty=1.2, ignore_eos=True)
 # Small enough that activations of a chunk of the prompt leave room for weights in so small a budget.
 POLICY = Policy(prefill_chunk=64)
 SETTINGS = {"policy": POLICY, "max_context": 256, "max_batch": 1, "progress": sys.stderr.isatty()}

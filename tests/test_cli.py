@@ -23,10 +23,11 @@ from hetero_attn.cli import app
 from hetero_attn.cli.errors import exit_code
 from hetero_attn.errors import CheckpointError, MemoryBudgetError, PromptError
 from hetero_attn.request import Metrics, Piece, RequestOutput
-from placement import BudgetError
+from placement import BudgetError, HardwareProfile
 from placement.units import parse_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
+TINY = str(ROOT / "examples" / "tiny")
 METRICS = Metrics(prompt_tokens=3, generated_tokens=5, prefill_s=0.5, decode_s=2.0)
 WORDS = ("Once", " upon", " a time")
 
@@ -228,6 +229,50 @@ def test_verify_fails_where_the_answers_differ(
     assert json.loads(run("verify", "some/model", "--json").stdout) == {"passed": passed}
 
 
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> HardwareProfile:
+    """Puts a machine with a GPU in the place of the measurement."""
+    base = HardwareProfile.named("emulated").to_dict() | {"name": "imagined", "source": "measured"}
+    imagined = HardwareProfile.from_dict(base)
+    monkeypatch.setitem(vars(hetero_attn), "profile_machine", lambda: imagined)
+    return imagined
+
+
+def test_profile_prints_rates_with_units(measured: HardwareProfile) -> None:
+    result = run("profile")
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+
+    assert (result.exit_code, lines[0]) == (0, "imagined (measured)")
+    assert f"copy to the GPU {measured.h2d_bytes_per_s / 1e9:.1f} GB/s" in lines
+
+
+def test_profile_without_a_gpu_has_no_gpu_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = HardwareProfile.named("generic-cpu")
+    monkeypatch.setitem(vars(hetero_attn), "profile_machine", lambda: profile)
+    lines = run("profile").stdout.splitlines()
+
+    assert lines[-1] == "no GPU was found: the plan uses the CPU lane only"
+    assert not any("GPU" in line for line in lines[:-1])
+
+
+def test_saved_profile_is_a_machine_to_plan_for(measured: HardwareProfile, tmp_path: Path) -> None:
+    file, picture = tmp_path / "machine.json", tmp_path / "machine.png"
+    result = run("profile", "--save", str(file), "--plot", str(picture), "--json")
+    planned = run("plan", TINY, "--hardware", str(file), "--device", "emulated", "--gpu-memory", "12MiB", "--json")
+
+    assert HardwareProfile.from_dict(json.loads(result.stdout)) == measured
+    assert json.loads(planned.stdout)["predicted"]["hardware"] == "imagined"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_file_that_is_no_profile_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "machine.json").write_text("rates: 3")
+    result = run("plan", TINY, "--hardware", str(tmp_path / "machine.json"))
+
+    assert result.exit_code == 2
+    assert "hetero-attn profile --save" in " ".join(result.stderr.replace("│", " ").split())
+
+
 def test_policy_lint_reports_every_problem_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("version: 1\ngpu_memoy: 2GiB\nrules:\n  - match: layers.*\n    gpu: 1.5\n")
@@ -329,9 +374,6 @@ def test_doctor_reads_limits_and_huge_pages_of_the_machine(tmp_path: Path) -> No
     assert doctor.examine(tmp_path / "nothing").usable
 
 
-TINY = str(ROOT / "examples" / "tiny")
-
-
 def start(*arguments: str) -> subprocess.Popen[str]:
     """Start the command in a process of its own, with pipes for everything."""
     command = [sys.executable, "-m", "hetero_attn", *arguments]
@@ -387,13 +429,12 @@ def test_bad_wishes_are_one_message_and_a_code(arguments: tuple[str, ...], code:
     assert word in result.stderr
 
 
-def test_lanes_generate_the_same_text() -> None:
-    question = ("generate", TINY, "-p", "A list is", "-n", "12", "--context", "256", "--json")
-    alone = json.loads(run(*question, "--device", "cpu").stdout)
-    split = json.loads(run(*question, "--device", "emulated", "--gpu-memory", "12MiB").stdout)
+def test_generate_runs_the_shipped_model() -> None:
+    result = run("generate", TINY, "-p", "A list is", "-n", "12", "--context", "256", "--device", "cpu", "--json")
+    answer = json.loads(result.stdout)
 
-    assert (alone["finish_reason"], alone["metrics"]["generated_tokens"]) == ("length", 12)
-    assert alone["token_ids"] == split["token_ids"]
+    assert (answer["finish_reason"], len(answer["token_ids"])) == ("length", 12)
+    assert answer["metrics"]["generated_tokens"] == 12
 
 
 def test_verify_passes_on_a_split_model() -> None:

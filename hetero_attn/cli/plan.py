@@ -1,12 +1,18 @@
 """`hetero-attn plan`: what would live where, and how fast it should be. Reads config and headers, never the weights."""
 
+from __future__ import annotations
+
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hetero_attn.cli import options
 from hetero_attn.cli.output import print_json, table_width, write_text
+
+if TYPE_CHECKING:
+    from placement import HardwareProfile
 
 
 def plan(
@@ -17,6 +23,7 @@ def plan(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     context: options.Context = None,
+    threads: options.Threads = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the plan into this PNG, SVG or PDF file.")] = None,
     yaml: Annotated[Path | None, typer.Option(help="Write the plan as a policy to this file; - is stdout.")] = None,
     as_json: options.Json = False,
@@ -25,7 +32,8 @@ def plan(
     from hetero_attn import plan_model
 
     made = plan_model(
-        model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, device=device, hardware=hardware, max_context=context
+        model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, device=device, hardware=machine(hardware),
+        max_context=context, num_threads=threads,
     )
     if plot is not None:
         from hetero_attn.cli.plots import plot_plan
@@ -37,3 +45,15 @@ def plan(
         print_json(made.to_dict())
     elif str(yaml) != "-":
         typer.echo(made.table(table_width()), nl=False)
+
+
+def machine(hardware: str | None) -> str | HardwareProfile | None:
+    """A profile read from a file, or the name as it is; raises ValueError for a file that holds no profile."""
+    if hardware is None or not Path(hardware).is_file():
+        return hardware
+    from placement import HardwareProfile
+
+    try:
+        return HardwareProfile.from_json(Path(hardware).read_text(encoding="utf-8"), hardware)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise typer.BadParameter(f"{hardware} holds no profile: `hetero-attn profile --save` writes one") from None
