@@ -1,8 +1,14 @@
 """Placement as a mixed-integer program: the equations of placement.cost with placements as the unknowns.
 
-Unknown per class of layers and linear: units at home on the GPU (one number for all row tiers) and, per row tier, units
-streamed and units computed by the CPU. Per class: KV-head groups owned by the GPU. Binaries say whether the CPU has a share
-of a step (it then pays a hand-over). Time is scaled so that a pass is of the order of 100, bytes are MiB.
+Unknown per class of n equal layers and linear, as totals over the class: units at home on the GPU (one number for all row
+tiers) and, per row tier, units streamed, units computed by the CPU and the number k <= n of layers in which the CPU has a
+share. Those k steps pay a hand-over and overlap both lanes, the others run on the GPU alone:
+
+    steps >= C * cpu_s + (n - k) * units * gpu_s,    steps >= (G + S) * gpu_s,    C <= k * units
+
+so the program itself weighs concentrating CPU work in few layers against spreading it. KV-head groups likewise. Large models
+are nearly pure linear programs. Seconds and bytes are scaled to the order of 100 and 10000, far above the solver's
+tolerances.
 """
 
 from collections.abc import Sequence
@@ -16,9 +22,10 @@ from placement.memory import staging_piece_units
 from placement.program import INFINITY, Program, add
 from placement.workload import Workload, round_up, row_tier
 
-MIB = 2.0**20
 # Class totals up to this many units are integers in the program; above it a unit is too small to matter.
 MAX_INTEGER_UNITS = 64
+# Up to this many equal layers the number of those with a hand-over is an integer.
+MAX_INTEGER_LAYERS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +60,23 @@ class _LinearVariables:
     gpu: int
     stream: dict[int, int] = field(default_factory=dict)
     cpu: dict[int, int] = field(default_factory=dict)
-    on_cpu: dict[int, int] = field(default_factory=dict)
+    cpu_layers: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
     """A solution by class: units over all layers of the class, before they are spread over layers.
 
-    gpu: by (class, linear); stream: by (class, linear, tier); groups: by class.
+    gpu: by (class, linear); stream, cpu_layers (those with a CPU share): by (class, linear, tier); groups, attending_layers
+    (those with CPU attention): by class; slot_bytes: size of a staging slot.
     """
 
     gpu: dict[tuple[int, int], float]
     stream: dict[tuple[int, int, int], float]
+    cpu_layers: dict[tuple[int, int, int], float]
     groups: dict[int, float]
+    attending_layers: dict[int, float]
+    slot_bytes: float
 
 
 class Formulation:
@@ -80,16 +91,17 @@ class Formulation:
         self.workload, self.hardware, self.classes, self.calls = workload, hardware, classes, calls
         self.gpu_tokens, self.slots, self.budgets, self.homes = gpu_tokens, slots, budgets, homes
         self.program = Program()
-        # Times near 100 stay well above the solver's absolute tolerances, however small the model.
         cpu_only = sum(c.count * linear.shard.units * cpu_linear_s_per_unit(linear.shard, 1, workload.weight_dtype, hardware)
                       for c in classes for linear in c.linears)
         self.time_scale = 100.0 / max(cpu_only, 1e-9)
+        self.bytes_scale = max(1.0, workload.weight_bytes / 10_000)
         self.memory = {"gpu": {}, "pinned": {}, "host": {}}
         self.memory_constant = dict.fromkeys(self.memory, 0.0)
         self.slot = self._slot_variable()
         self.linears = {(c, i): self._linear(c, i, cls.count, linear)
                         for c, cls in enumerate(classes) for i, linear in enumerate(cls.linears)}
         self.groups = {c: self._kv(c, cls.count, cls.kv) for c, cls in enumerate(classes) if cls.kv is not None}
+        self.attending: dict[int, list[int]] = {c: [] for c in self.groups}
         for weighted in calls:
             self._call(weighted)
         self._limits()
@@ -99,9 +111,15 @@ class Formulation:
         values = self.program.solve()
         if values is None:
             return None
-        return Totals({key: values[v.gpu] for key, v in self.linears.items()},
-                      {(*key, tier): values[index] for key, v in self.linears.items() for tier, index in v.stream.items()},
-                      {c: values[index] for c, index in self.groups.items()})
+
+        def by_tier(name: str) -> dict[tuple[int, int, int], float]:
+            return {(*key, tier): values[index] for key, variables in self.linears.items()
+                    for tier, index in getattr(variables, name).items()}
+
+        return Totals({key: values[v.gpu] for key, v in self.linears.items()}, by_tier("stream"), by_tier("cpu_layers"),
+                      {c: values[index] for c, index in self.groups.items()},
+                      {c: max(values[index] for index in indices) for c, indices in self.attending.items()},
+                      values[self.slot] * self.bytes_scale)
 
     def solve_for_least(self, place: str) -> float | None:
         """Fewest bytes at a place (gpu | pinned | host) with which any placement works, the other budgets kept."""
@@ -113,10 +131,10 @@ class Formulation:
         values = program.solve()
         if values is None:
             return None
-        return MIB * (self.memory_constant[place] + sum(values[v] * k for v, k in self.memory[place].items()))
+        return self.bytes_scale * (self.memory_constant[place] + sum(values[v] * k for v, k in self.memory[place].items()))
 
     def _slot_variable(self) -> int:
-        fixed = None if self.homes is None else self.homes.slot_bytes / MIB
+        fixed = None if self.homes is None else self.homes.slot_bytes / self.bytes_scale
         slot = self.program.variable(0 if fixed is None else fixed, INFINITY if fixed is None else fixed)
         self.memory["gpu"][slot] = float(self.slots)
         return slot
@@ -136,12 +154,12 @@ class Formulation:
                 stream = 0
             variables.stream[tier] = self._whole(stream, total, integer)
             variables.cpu[tier] = self._whole(cpu, total, integer)
-            variables.on_cpu[tier] = program.binary()
+            variables.cpu_layers[tier] = self._layers(count)
             program.equal({variables.gpu: 1, variables.stream[tier]: 1, variables.cpu[tier]: 1}, total)
-            program.at_most({variables.cpu[tier]: 1, variables.on_cpu[tier]: -total}, 0)
-        add(self.memory["gpu"], variables.gpu, shard.unit_bytes / MIB)
-        add(self.memory["host"], variables.gpu, -shard.unit_bytes / MIB)
-        self.memory_constant["host"] += total * shard.unit_bytes / MIB
+            program.at_most({variables.cpu[tier]: 1, variables.cpu_layers[tier]: -shard.units}, 0)
+        add(self.memory["gpu"], variables.gpu, shard.unit_bytes / self.bytes_scale)
+        add(self.memory["host"], variables.gpu, -shard.unit_bytes / self.bytes_scale)
+        self.memory_constant["host"] += total * shard.unit_bytes / self.bytes_scale
         self._staging(count, linear, variables)
         return variables
 
@@ -149,14 +167,17 @@ class Formulation:
         low, high = (0, total) if fixed is None else (fixed, fixed)
         return self.program.variable(low, high, integer=integer)
 
+    def _layers(self, count: int) -> int:
+        return self.program.variable(0, count, integer=count <= MAX_INTEGER_LAYERS)
+
     def _staging(self, count: int, linear: LinearClass, variables: _LinearVariables) -> None:
         """slot >= min(streamed units of one linear, piece) * unit_bytes, and what streams is pinned."""
         program, shard = self.program, linear.shard
-        piece, unit = min(shard.units, staging_piece_units(shard)), shard.unit_bytes / MIB
+        piece, unit = min(shard.units, staging_piece_units(shard)), shard.unit_bytes / self.bytes_scale
         fixed = max((s for s in linear.bounds.stream if s), default=0)
         most, streams = program.variable(fixed, shard.units), program.variable(0 if not fixed else 1, 1, integer=True)
-        # The layers of a class stream up to one unit more than their mean.
-        uneven = 0 if count == 1 else count - 1 if count * shard.units <= MAX_INTEGER_UNITS else count
+        # Rounded up, the layers of a class stream up to one unit more than their mean.
+        uneven = count - 1
         for stream in variables.stream.values():
             program.at_least({most: count, stream: -1, streams: -uneven}, 0)
             program.at_most({stream: 1, streams: -count * shard.units}, 0)
@@ -180,10 +201,10 @@ class Formulation:
         groups = self._whole(fixed, total, total <= MAX_INTEGER_UNITS)
         tokens = gpu_tokens_of(self.workload, kv.shard, kv.bounds, self.gpu_tokens)
         full = self.workload.full_tokens
-        add(self.memory["gpu"], groups, tokens * shard.bytes_per_token / MIB)
-        add(self.memory["pinned"], groups, (full - tokens) * shard.bytes_per_token / MIB)
-        add(self.memory["host"], groups, -tokens * shard.bytes_per_token / MIB)
-        self.memory_constant["host"] += total * full * shard.bytes_per_token / MIB
+        add(self.memory["gpu"], groups, tokens * shard.bytes_per_token / self.bytes_scale)
+        add(self.memory["pinned"], groups, (full - tokens) * shard.bytes_per_token / self.bytes_scale)
+        add(self.memory["host"], groups, -tokens * shard.bytes_per_token / self.bytes_scale)
+        self.memory_constant["host"] += total * full * shard.bytes_per_token / self.bytes_scale
         return groups
 
     def _tier(self, linear: LinearClass, weighted: WeightedCall) -> int | None:
@@ -221,12 +242,13 @@ class Formulation:
         cost = linear_cost(shard, rows, self.workload.weight_dtype, hardware, True)
         variables = self.linears[c, i]
         on_cpu, streamed = variables.cpu[tier], variables.stream[tier]
-        step = self.program.variable()
-        self.program.at_least({step: 1, on_cpu: -scale * cost.cpu_s_per_unit}, 0)
+        step, layers = self.program.variable(), variables.cpu_layers[tier]
+        whole = scale * shard.units * cost.gpu_s_per_unit
+        self.program.at_least({step: 1, on_cpu: -scale * cost.cpu_s_per_unit, layers: whole}, count * whole)
         self.program.at_least({step: 1, variables.gpu: -scale * cost.gpu_s_per_unit,
                                streamed: -scale * cost.gpu_s_per_unit}, 0)
         add(steps, step, 1.0)
-        add(steps, variables.on_cpu[tier], scale * cost.handover_s * count)
+        add(steps, layers, scale * cost.handover_s)
         add(cpu, on_cpu, scale * cost.cpu_s_per_unit)
         add(copies, streamed, scale * shard.unit_bytes / hardware.h2d_bytes_per_s)
         touched = [on_cpu, streamed] + ([variables.gpu] if hardware.unified_memory else [])
@@ -239,13 +261,14 @@ class Formulation:
         program, scale, shard = self.program, self.time_scale, cls.kv.shard
         tokens = gpu_tokens_of(self.workload, shard, cls.kv.bounds, self.gpu_tokens)
         cost = attention_cost(shard, call, tokens, self.workload, self.hardware, True)
-        # The CPU-owned groups are total - groups, so their seconds are a variable with a constant taken off.
-        total, groups = cls.count * shard.groups, self.groups[c]
-        owned = program.variable()
+        total, groups, spills = cls.count * shard.groups, self.groups[c], cost.spilled_s_per_group > 0
+        owned, step, layers = program.variable(), program.variable(), self._layers(cls.count)
+        self.attending[c].append(layers)
         program.equal({owned: 1, groups: 1}, total)
+        program.at_most({owned: 1, layers: -shard.groups}, 0)
         busy = {owned: scale * cost.cpu_s_per_group, groups: scale * cost.spilled_s_per_group}
-        step = program.variable()
-        program.at_least({step: 1} | {v: -k for v, k in busy.items()}, 0)
+        whole = 0.0 if spills else scale * shard.groups * cost.gpu_s_per_group
+        program.at_least({step: 1, layers: whole} | {v: -k for v, k in busy.items()}, cls.count * whole)
         program.at_least({step: 1, groups: -scale * cost.gpu_s_per_group}, 0)
         add(steps, step, 1.0)
         for variable, coefficient in busy.items():
@@ -253,27 +276,31 @@ class Formulation:
         bandwidth = self.hardware.dram_bytes_per_s
         add(dram, owned, scale * cost.dram_bytes_per_group / bandwidth)
         add(dram, groups, scale * cost.spilled_bytes_per_group / bandwidth)
-        add(steps, self._attention_handover(c, cls, call, owned, cost.spilled_s_per_group > 0),
-            scale * cost.handover_s * cls.count)
+        add(steps, self._attention_handovers(c, cls, call, owned, layers, spills), scale * cost.handover_s)
         return scale * cost.launch_s * cls.count
 
-    def _attention_handover(self, c: int, cls: LayerClass, call: Call, owned: int, spills: bool) -> int:
-        """Binary of placement.cost.attention_handovers: more groups attended than computed by the CPU, or any spilled."""
-        program, handover, total = self.program, self.program.binary(), cls.count * cls.kv.shard.groups
-        terms = {owned: 1.0, handover: -float(total)}
+    def _attention_handovers(self, c: int, cls: LayerClass, call: Call, owned: int, layers: int, spills: bool) -> int:
+        """Layers counted by placement.cost.attention_handovers: more groups attended than computed by the CPU, or any
+        spilled."""
+        program, handovers, groups = self.program, self._layers(cls.count), self.groups[c]
+        groups_in_layer = -float(cls.kv.shard.groups)
+        uncomputed, alone = {owned: 1.0, handovers: groups_in_layer}, {layers: 1.0, handovers: -1.0}
         for i, linear in enumerate(cls.linears):
             if linear.shard.kind == "qkv":
-                add(terms, self.linears[c, i].cpu[call.tier], -1.0)
-        program.at_most(terms, 0.0)
+                add(uncomputed, self.linears[c, i].cpu[call.tier], -1.0)
+                add(alone, self.linears[c, i].cpu_layers[call.tier], -1.0)
         if spills:
-            program.at_most({self.groups[c]: 1.0, handover: -float(total)}, 0.0)
-        return handover
+            add(uncomputed, groups, 1.0)
+            program.at_most({groups: 1.0, handovers: groups_in_layer}, 0.0)
+        program.at_most(uncomputed, 0.0)
+        program.at_most(alone, 0.0)
+        return handovers
 
     def _limits(self) -> None:
         for place in self.memory:
             budget = getattr(self.budgets, place)
             if budget is not None:
-                self.program.at_most(self.memory[place], budget / MIB - self.memory_constant[place])
+                self.program.at_most(self.memory[place], budget / self.bytes_scale - self.memory_constant[place])
 
 
 def gpu_tokens_of(workload: Workload, shard, bounds: KvBounds, gpu_tokens: int) -> int:

@@ -1,8 +1,7 @@
 """Layers that must look alike to the planner, so that 80 equal layers cost two sets of variables and not eighty.
 
-By convexity of the step times some optimum treats equal layers with equal roles equally, so a family of equal layers needs
-as many classes as there are roles. Two suffice: `leading` layers, held whole by one side (the concentrated shape), and the
-others, cut alike (the spread shape); the planner searches over how many lead.
+Equal layers matter to the cost only through their totals and through how many of them hand work to the CPU, so a class of
+them is described by those numbers (placement.formulation) and laid out again afterwards (placement.search).
 """
 
 from collections.abc import Sequence
@@ -67,19 +66,13 @@ def _signature(workload: Workload, bounds: Bounds, layer: _Layer) -> str:
     return repr((parts, cache))
 
 
-def layer_classes(workload: Workload, bounds: Bounds, leading_share: float) -> list[LayerClass]:
-    """Classes in which the first `leading_share` of every family stands apart. 0 gives one class a family."""
-    classes = []
-    for family in layer_families(workload, bounds):
-        leading = round(leading_share * len(family)) if len(family) > 1 else 0
-        for part in (family[:leading], family[leading:]):
-            if part:
-                classes.append(_layer_class(workload, bounds, part))
-    return classes
+def layer_classes(workload: Workload, bounds: Bounds) -> list[LayerClass]:
+    """One class for every family of equal layers."""
+    return [_layer_class(workload, bounds, family) for family in layer_families(workload, bounds)]
 
 
 def single_layers(workload: Workload, bounds: Bounds) -> list[LayerClass]:
-    """Every layer in a class of its own: exact, for models of a few layers."""
+    """Every layer in a class of its own: exact, for models of very few layers."""
     return [_layer_class(workload, bounds, [layer]) for family in layer_families(workload, bounds) for layer in family]
 
 
@@ -90,11 +83,3 @@ def _layer_class(workload: Workload, bounds: Bounds, layers: Sequence[_Layer]) -
     kv = None if first.kv is None else KvClass(workload.kv[first.kv], bounds.kv[first.kv],
                                                tuple(layer.kv for layer in layers))
     return LayerClass(len(layers), linears, kv)
-
-
-def spread_total(total: int, count: int) -> list[int]:
-    """Split `total` over `count` layers as evenly as whole numbers allow, the larger parts first.
-
-    For totals a <= b every part of a is at most the same part of b, so nested boundaries stay nested.
-    """
-    return [total // count + (i < total % count) for i in range(count)]
