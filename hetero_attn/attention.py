@@ -1,8 +1,8 @@
 """Attention over a sequence cut into segments: one partial where each segment lives, merged by online softmax.
 
-Heads go by affinity. A KV-head group that the CPU owns is rotated, stored and attended on the host; one that the GPU owns
-keeps its newest tokens in GPU memory and its older ones in DRAM, where the CPU attends them, so that only q, the partial
-output and its lse cross the bus. The partials of one head combine as
+Heads go by affinity. A KV-head group that the CPU owns is rotated, stored and attended on the host; one that the GPU
+owns keeps its newest tokens in GPU memory and its older ones in DRAM, where the CPU attends them, so that only q, the
+partial output and its lse cross the bus. The partials of one head combine as
 
     m = max(lse_i),  w_i = exp(lse_i - m),  out = sum(w_i out_i) / sum(w_i),  lse = m + log(sum(w_i))
 
@@ -88,8 +88,8 @@ def attend(
 ) -> None:
     """Rotate, store and attend; fills `buffers.out`, each head on its owner's side.
 
-    qkv: float32 [rows, num_kv_heads * unit_features], each KV-head group's unit complete on its owner's side. layer: which of
-    the layer group's layers this is.
+    qkv: float32 [rows, num_kv_heads * unit_features], each KV-head group's unit complete on its owner's side. layer:
+    which of the layer group's layers this is.
     """
     owned = group.gpu_groups
     heads = owned * parameters.heads_per_group
@@ -105,7 +105,12 @@ def attend(
 
 
 def _store_and_attend(
-    side: _Side, step: Step, segment: Segment, parameters: AttentionParameters, qkv: Activation, buffers: AttentionBuffers
+    side: _Side,
+    step: Step,
+    segment: Segment,
+    parameters: AttentionParameters,
+    qkv: Activation,
+    buffers: AttentionBuffers,
 ) -> None:
     units = side.of(qkv).view(step.rows, parameters.num_kv_heads, -1)[:, side.groups]
     query = side.per_head(buffers.query, parameters.head_dim)
@@ -126,7 +131,13 @@ def _store_and_attend(
 
 
 def _partial(
-    side: _Side, step: Step, segment: Segment, parameters: AttentionParameters, query: Activation, out: Activation, lse: Activation
+    side: _Side,
+    step: Step,
+    segment: Segment,
+    parameters: AttentionParameters,
+    query: Activation,
+    out: Activation,
+    lse: Activation,
 ) -> None:
     arguments = (
         side.per_head(query, parameters.head_dim),

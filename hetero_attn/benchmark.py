@@ -1,8 +1,8 @@
 """Measured speed of a loaded model beside what its plan predicted and what the machine's memory allows.
 
-Rows are named as llama-bench names them: `pp512` computes a prompt of 512 tokens, `tg128` generates 128 one at a time,
-`@ d4096` after that many tokens are in the cache. The ceiling of a decode row is the DRAM's read bandwidth over the bytes
-that a token must read; what a prompt could reach depends on arithmetic, so its row has only the prediction.
+Rows are named as llama-bench names them: `pp512` computes a prompt of 512 tokens, `tg128` generates 128 one at a
+time, `@ d4096` after that many tokens are in the cache. The ceiling of a decode row is the DRAM's read bandwidth over
+the bytes that a token must read; what a prompt could reach depends on arithmetic, so its row has only the prediction.
 """
 
 import io
@@ -23,8 +23,9 @@ from placement.cost import predict
 class BenchRow:
     """One figure. tokens_per_s: median, least and most over the repetitions.
 
-    bytes_per_token: weights and cache that one generated token reads, None for prompts. ceiling_tokens_per_s: the DRAM's
-    read bandwidth over those bytes, None where weights are also in GPU memory. predicted_tokens_per_s: by the plan.
+    bytes_per_token: weights and cache that one generated token reads, None for prompts. ceiling_tokens_per_s: the
+    DRAM's read bandwidth over those bytes, None where weights are also in GPU memory. predicted_tokens_per_s: by the
+    plan.
     """
 
     name: str
@@ -114,7 +115,9 @@ class _Bench:
     def __init__(self, llm: LLM, depth: int) -> None:
         self._llm, self._engine, self._depth = llm, llm.engine, depth
         generator = torch.Generator().manual_seed(0)
-        self._token_ids = torch.randint(self._engine.config.vocab_size, (llm.plan.max_context,), generator=generator).tolist()
+        self._token_ids = torch.randint(
+            self._engine.config.vocab_size, (llm.plan.max_context,), generator=generator
+        ).tolist()
 
     def __enter__(self) -> "_Bench":
         self._sequence = self._engine.kv_cache.open()
@@ -144,7 +147,9 @@ class _Bench:
         speeds = sorted(tokens / self._time(work, tokens) for _ in range(repetitions))
         predicted = self._predict(phase, tokens)
         read = self._bytes_per_token(tokens) if phase == "decode" else None
-        ceiling = self._llm.planned.hardware.dram_bytes_per_s / read if read and self._llm.plan.device == "cpu" else None
+        ceiling = (
+            self._llm.planned.hardware.dram_bytes_per_s / read if read and self._llm.plan.device == "cpu" else None
+        )
         label = f"{name} @ d{self._depth}" if self._depth else name
         return BenchRow(label, statistics.median(speeds), speeds[0], speeds[-1], predicted, read, ceiling)
 
@@ -164,7 +169,14 @@ class _Bench:
         plan, hardware = self._llm.plan, self._llm.planned.hardware
         rows, context = (tokens, self._depth) if phase == "prefill" else (1, self._depth + tokens // 2)
         cost = predict(
-            plan.workload, plan.linears, plan.kv, hardware, phase=phase, rows=rows, context=context, on_gpu=plan.device != "cpu"
+            plan.workload,
+            plan.linears,
+            plan.kv,
+            hardware,
+            phase=phase,
+            rows=rows,
+            context=context,
+            on_gpu=plan.device != "cpu",
         )
         return cost.tokens_per_s
 

@@ -1,5 +1,6 @@
-"""Put a planned model together: device, lanes, weights in their homes, cache, engine. A failure leaves nothing behind."""
+"""Put a planned model together: device, lanes, weights, cache, engine. A failure leaves nothing behind."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -25,7 +26,8 @@ def build_engine(planned: PlannedModel, overlap: bool = True, progress: Progress
     Raises CheckpointError for weights that do not fit the config, MemoryBudgetError when memory runs out.
     """
     with Checkpoint.open(planned.path) as checkpoint:
-        checkpoint.check(planned.config)
+        for warning in checkpoint.check(planned.config):
+            warnings.warn(f"{planned.path}: {warning}", stacklevel=2)
         lanes = make_lanes(planned.plan, planned.device, overlap)
         try:
             weights = Loader(checkpoint, planned.config, planned.plan, planned.weight_dtype, lanes, progress).load()
@@ -38,7 +40,11 @@ def build_engine(planned: PlannedModel, overlap: bool = True, progress: Progress
 def make_lanes(plan: Plan, device: str, overlap: bool) -> Lanes:
     """Start the lanes of a plan."""
     gpu = make_device(plan, device)
-    ring = StagingRing(gpu, plan.staging_slots, plan.staging_slot_bytes) if gpu is not None and plan.staging_slots else None
+    ring = (
+        StagingRing(gpu, plan.staging_slots, plan.staging_slot_bytes)
+        if gpu is not None and plan.staging_slots
+        else None
+    )
     return Lanes(CpuKernels(plan.num_threads), gpu, ring, overlap)
 
 
@@ -48,7 +54,9 @@ def make_device(plan: Plan, device: str) -> EmulatedDevice | None:
         return None
     if device == "emulated":
         return EmulatedDevice(plan.gpu_memory_bytes)
-    raise UnsupportedModelError(f"device {device!r}: the CUDA lanes are not in this version; use device='cpu' or 'emulated'")
+    raise UnsupportedModelError(
+        f"device {device!r}: the CUDA lanes are not in this version; use device='cpu' or 'emulated'"
+    )
 
 
 def make_kv_cache(planned: PlannedModel, lanes: Lanes) -> KVCache:

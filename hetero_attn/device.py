@@ -8,9 +8,9 @@
     synchronize(event)              the calling thread waits for the event
     ops                             the module whose functions compute on this device's tensors
 
-`EmulatedDevice` runs the same calls on a machine without a GPU: its memory is host memory behind an enforced budget, its
-operations are the reference ones, its streams run each call as it is made. Scratch inside a reference operation is not
-counted; everything the runtime allocates is.
+`EmulatedDevice` runs the same calls on a machine without a GPU: its memory is host memory behind an enforced budget,
+its operations are the reference ones, its streams run each call as it is made. Scratch inside a reference operation
+is not counted; everything the runtime allocates is.
 """
 
 import math
@@ -27,7 +27,8 @@ from placement.units import format_bytes
 class Arena:
     """Counts allocations of one memory by kind and refuses the one that would pass the budget.
 
-    `budget_bytes` None means unlimited. Memory is returned with `release`, kind by kind; counters reach zero when all is.
+    `budget_bytes` None means unlimited. Memory is returned with `release`, kind by kind; counters reach zero when all
+    is.
     """
 
     name: str
@@ -90,7 +91,7 @@ class EmulatedDevice:
         target.copy_(source)
 
     def upload(self, table: torch.Tensor) -> torch.Tensor:
-        """Bring a small table of one step (positions, slots, page tables) to the device; counted in the plan as resident."""
+        """Bring a small table of one step (positions, slots, page tables) to the device; planned as resident."""
         return table
 
     def record(self, stream: EmulatedStream) -> EmulatedEvent:

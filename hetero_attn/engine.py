@@ -2,8 +2,8 @@
 
     embed -> for each layer: attention block, MLP block -> logits
 
-Both build a `Step` and run the same forward pass; what differs is which rows it computes. Nothing is allocated here that
-grows with the sequence: buffers and pages exist since the engine was made.
+Both build a `Step` and run the same forward pass; what differs is which rows it computes. Nothing is allocated here
+that grows with the sequence: buffers and pages exist since the engine was made.
 """
 
 from collections.abc import Sequence
@@ -88,7 +88,14 @@ class Engine:
             for index, layer in enumerate(weights.layers):
                 group, place = self.kv_cache.places[index]
                 model.attention_block(
-                    lanes, step, layer, self.kv_cache.layer_groups[group], step.groups[group], place, weights.norm_eps, work
+                    lanes,
+                    step,
+                    layer,
+                    self.kv_cache.layer_groups[group],
+                    step.groups[group],
+                    place,
+                    weights.norm_eps,
+                    work,
                 )
                 model.mlp_block(lanes, step, layer, weights.norm_eps, work)
         except BaseException:

@@ -40,8 +40,8 @@ class SequenceState:
 class PagedStore:
     """Pages of `groups` KV-head groups for a run of layers, in one memory.
 
-    k[i], v[i]: [num_pages * groups, page_size, head_dim] of the run's i-th layer; page p of group g is row p * groups + g.
-    table: int32 [max_batch, groups, pages of max_context] in host memory, the row number of each logical page.
+    k[i], v[i]: [num_pages * groups, page_size, head_dim] of the run's i-th layer; page p of group g is row p * groups
+    + g. table: int32 [max_batch, groups, pages of max_context] in host memory, the row number of each logical page.
     """
 
     def __init__(
@@ -111,7 +111,14 @@ class LayerGroup:
     """The stores of the layers that one `KvPlacement` shape and one window describe."""
 
     def __init__(
-        self, plan: Plan, layers: Sequence[int], groups: int, window: int, head_dim: int, dtype: torch.dtype, device_empty: Allocate
+        self,
+        plan: Plan,
+        layers: Sequence[int],
+        groups: int,
+        window: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device_empty: Allocate,
     ) -> None:
         placement: KvPlacement = plan.kv[layers[0]]
         self.layers = tuple(layers)
@@ -151,8 +158,11 @@ class LayerGroup:
         """The most tokens of one append, None without a limit: every other sequence keeps the page it is writing to."""
         return None if self.spilled is None else (self.recent.num_pages - self.recent.max_batch) * self.recent.page_size
 
-    def make_room(self, index: int, sequence: SequenceState, new_tokens: int, others: Sequence[SequenceState], copy: Copy) -> None:
-        """Hold pages for `new_tokens` more of `sequence`, moving the oldest pages of the fullest sequences to DRAM as needed.
+    def make_room(
+        self, index: int, sequence: SequenceState, new_tokens: int, others: Sequence[SequenceState], copy: Copy
+    ) -> None:
+        """Hold pages for `new_tokens` more of `sequence`, moving the oldest pages of the fullest sequences to DRAM as
+        needed.
 
         index: of this group in `SequenceState.boundaries`, which are moved in place. others: every open sequence.
         `copy(target, source)` moves one page of one layer from GPU memory to host memory.
@@ -193,8 +203,8 @@ class LayerGroup:
 class KVCache:
     """Every layer's keys and values for up to `plan.max_batch` sequences of up to `plan.max_context` tokens.
 
-    `device_empty(shape, dtype, kind)` allocates GPU memory; `copy(target, source)` moves a page to host memory, in order
-    with the GPU's compute.
+    `device_empty(shape, dtype, kind)` allocates GPU memory; `copy(target, source)` moves a page to host memory, in
+    order with the GPU's compute.
     """
 
     def __init__(
@@ -221,7 +231,9 @@ class KVCache:
         )
         # layer -> (index of its layer group, its place in that group)
         self.places = {
-            layer: (index, place) for index, group in enumerate(self.layer_groups) for place, layer in enumerate(group.layers)
+            layer: (index, place)
+            for index, group in enumerate(self.layer_groups)
+            for place, layer in enumerate(group.layers)
         }
 
     @property

@@ -3,12 +3,12 @@
 Only this module and the two it builds on (`device`, `staging`) own streams, events, pinned buffers and threads. Exactly
 one thread calls the CPU kernels: the worker while lanes overlap, else the caller's own.
 
-An activation that more than one lane needs is an `Activation`: the same rows in GPU memory and in host memory. Each side
-holds the columns that its lanes produced; `exchange` brings over the others.
+An activation that more than one lane needs is an `Activation`: the same rows in GPU memory and in host memory. Each
+side holds the columns that its lanes produced; `exchange` brings over the others.
 
-What orders the lanes: a host job starts after the GPU work queued before it has reached the host (an event), jobs run in
-the order they were given, and `join` returns when all of them have finished. GPU work queued after `join` sees what they
-wrote. A host buffer is overwritten only by a copy queued after the `join` that ended its last reader.
+What orders the lanes: a host job starts after the GPU work queued before it has reached the host (an event), jobs run
+in the order they were given, and `join` returns when all of them have finished. GPU work queued after `join` sees
+what they wrote. A host buffer is overwritten only by a copy queued after the `join` that ended its last reader.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,11 @@ class Lanes:
     """
 
     def __init__(
-        self, host_ops: CpuKernels, device: EmulatedDevice | None = None, ring: StagingRing | None = None, overlap: bool = True
+        self,
+        host_ops: CpuKernels,
+        device: EmulatedDevice | None = None,
+        ring: StagingRing | None = None,
+        overlap: bool = True,
     ) -> None:
         self.host_ops = host_ops
         self.device = device

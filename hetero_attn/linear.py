@@ -1,8 +1,8 @@
 """Run one linear layer over its lanes, each output column computed in exactly one place.
 
-A weight's packed units lie in the order gpu | stream | cpu. The first run is in GPU memory; the rest is one tensor in host
-memory, of which the first part is streamed through the staging ring and the second computed in place by CPU cores. The
-boundary between those two is an integer per row tier; no weight moves when it does.
+A weight's packed units lie in the order gpu | stream | cpu. The first run is in GPU memory; the rest is one tensor in
+host memory, of which the first part is streamed through the staging ring and the second computed in place by CPU
+cores. The boundary between those two is an integer per row tier; no weight moves when it does.
 """
 
 from collections.abc import Iterator
@@ -57,7 +57,9 @@ class LinearWeights:
         return self.dram[self.placement.cut(tier)[1] * self.spec.unit_blocks :]
 
 
-def run_on_device(lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: Activation, add: bool = False) -> None:
+def run_on_device(
+    lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: Activation, add: bool = False
+) -> None:
     """Queue the GPU's resident and streamed columns of `x @ W.T + bias` into (or onto) the left columns of `out`.
 
     x float32 [rows, in_features], out float32 [rows, out_features]; written in place on the device side.
@@ -79,7 +81,9 @@ def _device_weights(lanes: Lanes, weights: LinearWeights, tier: int) -> Iterator
         yield lanes.ring.take()
 
 
-def run_on_host(lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: Activation, add: bool = False) -> None:
+def run_on_host(
+    lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: Activation, add: bool = False
+) -> None:
     """Compute the CPU lane's columns of `x @ W.T + bias` into (or onto) the right columns of `out`; a host job's body.
 
     x float32 [rows, in_features], out float32 [rows, out_features]; written in place on the host side.
@@ -100,7 +104,9 @@ def linear(lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: 
         run_on_device(lanes, weights, tier, x, out)
 
 
-def linear_add(lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, residual: Activation, scratch: Activation) -> None:
+def linear_add(
+    lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, residual: Activation, scratch: Activation
+) -> None:
     """Add `x @ W.T + bias` to the residual where it lives; `scratch` carries the CPU lane's columns to a GPU."""
     if lanes.device is None:
         run_on_host(lanes, weights, tier, x, residual, add=True)

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from hetero_attn.builder import build_engine
-from hetero_attn.errors import PromptError
+from hetero_attn.errors import EngineDeadError, PromptError
 from hetero_attn.planning import PAGE_TOKENS, prepare
 from hetero_attn.request import Piece, Request, RequestOutput
 from hetero_attn.sampling import Sampler
@@ -25,13 +25,14 @@ Messages = Sequence[dict[str, str]]
 class LLM:
     """A language model whose layers are split over GPU memory, PCIe and CPU cores by a plan.
 
-    model: local directory or hub id. policy: a shipped policy's name, a YAML file or a Policy. gpu_memory: budget such as
-    "8GiB". dtype: auto | bf16 | fp32 | q8 | q4. device: auto | cuda | cuda:N | cpu | emulated. max_context: tokens of one
-    sequence. max_batch: sequences decoded together. seed: of requests that bring none. num_threads: of the CPU lane.
-    hardware: the profile to plan with. overlap=False runs the lanes one after another. progress shows a bar while loading.
+    model: local directory or hub id. policy: a shipped policy's name, a YAML file or a Policy. gpu_memory: budget
+    such as "8GiB". dtype: auto | bf16 | fp32 | q8 | q4. device: auto | cuda | cuda:N | cpu | emulated. max_context:
+    tokens of one sequence. max_batch: sequences decoded together. seed: of requests that bring none. num_threads: of
+    the CPU lane. hardware: the profile to plan with. overlap=False runs the lanes one after another. progress shows a
+    bar while loading.
 
-    Thread-safe: calls from several threads take turns, step by step, and decode together. Close it, or use it as a context
-    manager; raises errors of `hetero_attn.errors` and PolicyError.
+    Thread-safe: calls from several threads take turns, step by step, and decode together. Close it, or use it as a
+    context manager; raises errors of `hetero_attn.errors` and PolicyError.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class LLM:
             model, policy, gpu_memory, dtype, device, hardware, max_context, max_batch, num_threads, page_size
         )
         self.planned = planned
-        self.tokenizer = Tokenizer.open(planned.path, planned.config.vocab_size) if has_tokenizer(planned.path) else None
+        self.tokenizer = (
+            Tokenizer.open(planned.path, planned.config.vocab_size) if has_tokenizer(planned.path) else None
+        )
         own_ends = () if self.tokenizer is None else self.tokenizer.eos_token_ids
         self._end_token_ids = tuple(sorted({*planned.config.eos_token_ids, *own_ends}))
         with _loading_bar(planned.plan, progress) as bar:
@@ -84,7 +87,8 @@ class LLM:
         return [request.output() for request in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
-        """Complete one prompt, yielding text as it becomes certain; never half a character, never part of a stop string.
+        """Complete one prompt, yielding text as it becomes certain; never half a character, never part of a stop
+        string.
 
         Leaving the loop early ends the request.
         """
@@ -106,7 +110,9 @@ class LLM:
             sequence = self.engine.kv_cache.open()
             try:
                 for start in range(0, len(token_ids), self.engine.prefill_chunk):
-                    rows.append(self.engine.prefill_logits(sequence, token_ids[start : start + self.engine.prefill_chunk]))
+                    rows.append(
+                        self.engine.prefill_logits(sequence, token_ids[start : start + self.engine.prefill_chunk])
+                    )
             finally:
                 self.engine.kv_cache.close(sequence)
         return torch.cat(rows)
@@ -152,12 +158,16 @@ class LLM:
         return self.tokenizer
 
     def _check_ids(self, token_ids: Sequence[int], reserve: int) -> tuple[int, ...]:
+        if not self._finalizer.alive:
+            raise EngineDeadError(f"this LLM of {self.plan.model} is closed; make a new one")
         ids, vocab_size = tuple(token_ids), self.engine.config.vocab_size
         if not ids:
             raise PromptError("the prompt is empty and this model has no token to begin with; give at least one token")
         for position, token_id in enumerate(ids):
             if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-                raise PromptError(f"token {token_id!r} at position {position} of the prompt is not in 0..{vocab_size - 1}")
+                raise PromptError(
+                    f"token {token_id!r} at position {position} of the prompt is not in 0..{vocab_size - 1}"
+                )
         self.check_context(len(ids), reserve)
         return ids
 
@@ -206,4 +216,12 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 def _loading_bar(plan: Plan, show: bool) -> tqdm:
     total = plan.workload.weight_bytes
-    return tqdm(total=total, desc=f"loading {plan.model}", unit="B", unit_scale=True, unit_divisor=1024, disable=not show, leave=False)
+    return tqdm(
+        total=total,
+        desc=f"loading {plan.model}",
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        disable=not show,
+        leave=False,
+    )

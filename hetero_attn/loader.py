@@ -1,8 +1,8 @@
 """Weights from the file straight into their homes.
 
-A linear is read unit by unit: a run of units is gathered from its tensors' rows, packed, and lands in host memory or, by
-way of one small buffer, in GPU memory. Nothing larger than a run is ever held twice. A tensor with a NaN or an infinity is
-named and refused before anything is computed with it.
+A linear is read unit by unit: a run of units is gathered from its tensors' rows, packed, and lands in host memory or,
+by way of one small buffer, in GPU memory. Nothing larger than a run is ever held twice. A tensor with a NaN or an
+infinity is named and refused before anything is computed with it.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,6 +23,7 @@ from hetero_attn.weights import LayerSpec, LinearSpec, ModelSpec, model_spec
 from placement.plan import LinearPlacement, Plan, staging_piece_units
 
 CHUNK_BYTES = 16 << 20
+EMBED_CHECK_ROWS = 4096  # rows looked at together, so that the check's own masks stay small
 WEIGHT_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "q8": torch.bfloat16, "q4": torch.bfloat16}
 
 
@@ -33,7 +34,13 @@ class Loader:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, config: ModelConfig, plan: Plan, weight_dtype: str, lanes: Lanes, progress: Callable[[int], None]
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        plan: Plan,
+        weight_dtype: str,
+        lanes: Lanes,
+        progress: Callable[[int], None],
     ) -> None:
         self._checkpoint = checkpoint
         self._config = config
@@ -84,11 +91,16 @@ class Loader:
         if self._lanes.device is not None:
             gpu = self._lanes.device.empty((home_blocks, row_bytes), torch.uint8, "weights")
         for start, stop, rows in self._unit_rows(spec):
-            for first, last, target in ((start, min(stop, placement.gpu_units), gpu), (max(start, placement.gpu_units), stop, dram)):
+            for first, last, target in (
+                (start, min(stop, placement.gpu_units), gpu),
+                (max(start, placement.gpu_units), stop, dram),
+            ):
                 if first < last:
                     offset = first - (0 if target is gpu else placement.gpu_units)
                     part = rows[(first - start) * spec.unit_features : (last - start) * spec.unit_features]
-                    self._place(spec, part, target[offset * spec.unit_blocks : (offset + last - first) * spec.unit_blocks])
+                    self._place(
+                        spec, part, target[offset * spec.unit_blocks : (offset + last - first) * spec.unit_blocks]
+                    )
         return LinearWeights(
             spec=spec,
             placement=placement,
@@ -156,15 +168,21 @@ class Loader:
         dtype = WEIGHT_TORCH_DTYPES[self._weight_dtype]
         if self._plan.workload.embed_bytes == 0:  # a tied head in host memory: its row-major blocks are the embedding
             return head.dram.view(dtype).view(-1, spec.head.in_features)
-        return self._checkpoint.read(spec.embed).to(dtype)
+        rows = self._checkpoint.read(spec.embed)
+        for start in range(0, rows.shape[0], EMBED_CHECK_ROWS):
+            self._check_finite(spec.embed, rows[start : start + EMBED_CHECK_ROWS])
+        return rows.to(dtype)
 
     def _finite(self, name: str) -> torch.Tensor:
         values = self._checkpoint.read(name).float()
+        self._check_finite(name, values)
+        return values
+
+    def _check_finite(self, name: str, values: torch.Tensor) -> None:
         if not torch.isfinite(values).all():
             raise CheckpointError(
                 f"{self._checkpoint.path}: {name} holds NaN or infinite values; the checkpoint is damaged, download it again"
             )
-        return values
 
     def _on_both(self, values: torch.Tensor) -> Activation:
         """The same float32 values in host memory and, where there is a device, in its memory."""

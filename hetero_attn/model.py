@@ -66,7 +66,9 @@ class Workspace:
 
     def rows(self, count: int) -> "Workspace":
         """The first `count` rows of every buffer."""
-        attention = AttentionBuffers(*(getattr(self.attention, name).rows(0, count) for name in AttentionBuffers.__slots__))
+        attention = AttentionBuffers(
+            *(getattr(self.attention, name).rows(0, count) for name in AttentionBuffers.__slots__)
+        )
         buffers = (getattr(self, name).rows(0, count) for name in Workspace.__slots__ if name != "attention")
         return Workspace(*buffers, attention)
 
@@ -81,7 +83,9 @@ def embed(lanes: Lanes, weights: ModelWeights, token_ids: torch.Tensor, work: Wo
         lanes.copy(residual, rows)
 
 
-def normalize(lanes: Lanes, weight: torch.Tensor, norm_eps: float, residual: Activation, normed: Activation, to_host: bool) -> None:
+def normalize(
+    lanes: Lanes, weight: torch.Tensor, norm_eps: float, residual: Activation, normed: Activation, to_host: bool
+) -> None:
     """RMS-normalise the residual into `normed`, and bring it to the host if the CPU lane will need it."""
     hidden_size = weight.shape[0]
     lanes.main_ops.rms_norm(residual.main[:, :hidden_size], weight, norm_eps, normed.main)
@@ -89,7 +93,14 @@ def normalize(lanes: Lanes, weight: torch.Tensor, norm_eps: float, residual: Act
 
 
 def attention_block(
-    lanes: Lanes, step: Step, layer: LayerWeights, group: LayerGroup, segments: GroupStep, index: int, norm_eps: float, work: Workspace
+    lanes: Lanes,
+    step: Step,
+    layer: LayerWeights,
+    group: LayerGroup,
+    segments: GroupStep,
+    index: int,
+    norm_eps: float,
+    work: Workspace,
 ) -> None:
     """Add one layer's attention to the residual; `index` is the layer's place in its group of the cache."""
     tier, qkv, out = step.tier, layer.qkv, work.attention.out
@@ -143,6 +154,4 @@ def deliver_to_owners(lanes: Lanes, qkv: LinearWeights, tier: int, gpu_groups: i
 
 def complete_input(lanes: Lanes, consumer: LinearWeights, tier: int, x: Activation, column: int) -> None:
     """Bring a linear's input, split at `column` between GPU and host, to every side that computes a column of it."""
-    lanes.exchange(
-        x, column, to_device=consumer.device_units(tier) > 0, to_host=consumer.has_host_features(tier)
-    )
+    lanes.exchange(x, column, to_device=consumer.device_units(tier) > 0, to_host=consumer.has_host_features(tier))

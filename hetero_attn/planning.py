@@ -1,7 +1,7 @@
 """From a model and a wish to a plan: config and file headers in, nothing loaded."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -12,13 +12,16 @@ from hetero_attn.errors import ConfigError, MemoryBudgetError, UnsupportedModelE
 from hetero_attn.hub import resolve_model
 from hetero_attn.weights import build_workload
 from placement import BudgetError, HardwareProfile, Plan, Policy, make_plan
+from placement.memory import activation_bytes
 from placement.units import parse_bytes
+from placement.workload import Workload
 
 WEIGHT_DTYPES = ("bf16", "fp32", "q8", "q4")
 DEVICES = ("auto", "cuda", "cpu", "emulated")
 DEFAULT_MAX_CONTEXT = 8192
 DEFAULT_MAX_BATCH = 4
 DEFAULT_PREFILL_CHUNK = 512
+MIN_PREFILL_CHUNK = 16
 PAGE_TOKENS = 64
 
 
@@ -54,7 +57,9 @@ def plan_model(
     hardware: a profile, or the name of a catalogue machine; None is this machine, measured if `profile` has been run.
     Raises what `LLM` raises before it loads weights.
     """
-    return prepare(model, policy, gpu_memory, dtype, device, hardware, max_context, max_batch, num_threads, page_size).plan
+    return prepare(
+        model, policy, gpu_memory, dtype, device, hardware, max_context, max_batch, num_threads, page_size
+    ).plan
 
 
 def prepare(
@@ -87,12 +92,16 @@ def prepare(
         prefill_chunk=policy.prefill_chunk or DEFAULT_PREFILL_CHUNK,
         embed_shares_head=config.tie_word_embeddings and weight_dtype in ("fp32", "bf16") and place == "cpu",
     )
-    policy = policy.model_copy(update={"context": None, "batch": None, "prefill_chunk": None})
     kind = place.partition(":")[0]
-    budget = None if gpu_memory is None or kind == "cpu" else parse_bytes(gpu_memory)
     if isinstance(hardware, str):
         hardware = HardwareProfile.named(hardware)
     hardware = hardware or machine_profile(kind)
+    budget = None
+    if kind != "cpu":
+        budget = parse_bytes(gpu_memory) if gpu_memory is not None else policy.gpu_memory or hardware.gpu_memory_bytes
+        if policy.prefill_chunk is None:
+            workload = fit_prefill_chunk(workload, budget)
+    policy = policy.model_copy(update={"context": None, "batch": None, "prefill_chunk": None})
     try:
         plan = make_plan(workload, hardware, policy, device=kind, gpu_memory_bytes=budget)
     except BudgetError as error:
@@ -145,8 +154,17 @@ def choose_context(max_context: int | None, config: ModelConfig) -> int:
     if max_context < 1:
         raise ConfigError(f"max_context is {max_context}; it must be at least 1")
     if max_context > limit and config.rope.rope_type != "dynamic":
-        raise ConfigError(f"max_context is {max_context}, but the model was made for {limit} positions; ask for at most {limit}")
+        raise ConfigError(
+            f"max_context is {max_context}, but the model was made for {limit} positions; ask for at most {limit}"
+        )
     return max_context
+
+
+def fit_prefill_chunk(workload: Workload, budget_bytes: int) -> Workload:
+    """Halve the prefill chunk until its activations take a quarter of the GPU budget at most, down to 16 rows."""
+    while workload.prefill_chunk > MIN_PREFILL_CHUNK and 4 * activation_bytes(workload) > budget_bytes:
+        workload = replace(workload, prefill_chunk=workload.prefill_chunk // 2)
+    return workload
 
 
 def _check_choice(name: str, value: str, known: Iterable[str]) -> None:

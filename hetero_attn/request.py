@@ -62,9 +62,9 @@ class Piece:
 class Request:
     """A prompt on its way through the engine.
 
-    max_tokens is already bounded by the context. `computed` counts prompt tokens in the cache; `sequence` is None until the
-    request is admitted and after it has ended. stream: None for a model without a tokenizer, whose text stays empty. `error`
-    is what ended the request early, if anything did.
+    max_tokens is already bounded by the context. `computed` counts prompt tokens in the cache; `sequence` is None
+    until the request is admitted and after it has ended. stream: None for a model without a tokenizer, whose text
+    stays empty. `error` is what ended the request early, if anything did.
     """
 
     prompt_token_ids: tuple[int, ...]

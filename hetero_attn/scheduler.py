@@ -1,8 +1,8 @@
 """Which request runs next: prompts join and leave a running batch at any step.
 
-A request waits until a sequence slot is free, has its prompt computed chunk by chunk, and then decodes together with all
-others that are at that stage. A slot reserves the whole context, so nothing admitted is ever evicted. How far a request
-has come is derived from its own tokens at the start of each step; an interrupted step leaves nothing to undo.
+A request waits until a sequence slot is free, has its prompt computed chunk by chunk, and then decodes together with
+all others that are at that stage. A slot reserves the whole context, so nothing admitted is ever evicted. How far a
+request has come is derived from its own tokens at the start of each step; an interrupted step leaves nothing to undo.
 """
 
 import time

@@ -41,9 +41,9 @@ class GroupStep:
 class Step:
     """One forward pass of `rows` rows.
 
-    is_prefill: consecutive rows of the only sequence, the first at position `q_start`; else one row for each sequence.
-    positions: int64 [rows] on both sides. tier: the row tier that selects every linear's cut. groups: segments for each layer
-    group of the cache, in its order.
+    is_prefill: consecutive rows of the only sequence, the first at position `q_start`; else one row for each
+    sequence. positions: int64 [rows] on both sides. tier: the row tier that selects every linear's cut. groups:
+    segments for each layer group of the cache, in its order.
     """
 
     is_prefill: bool
@@ -74,7 +74,12 @@ def plan_step(lanes: Lanes, cache: KVCache, sequences: Sequence[SequenceState], 
 
 
 def _group_step(
-    lanes: Lanes, group: LayerGroup, index: int, sequences: Sequence[SequenceState], positions: torch.Tensor, is_prefill: bool
+    lanes: Lanes,
+    group: LayerGroup,
+    index: int,
+    sequences: Sequence[SequenceState],
+    positions: torch.Tensor,
+    is_prefill: bool,
 ) -> GroupStep:
     stops = [int(row[-1]) + 1 for row in positions]
     starts = [max(0, sequence.length + 1 - group.window) if group.window else 0 for sequence in sequences]
@@ -94,7 +99,11 @@ def _group_step(
 
 
 def _segment(
-    store: PagedStore, sequences: Sequence[SequenceState], positions: torch.Tensor | None, start: list[int], stop: list[int],
+    store: PagedStore,
+    sequences: Sequence[SequenceState],
+    positions: torch.Tensor | None,
+    start: list[int],
+    stop: list[int],
     is_prefill: bool,
 ) -> Segment:
     slots = None

@@ -56,7 +56,8 @@ class VerifyReport:
 
 
 def run(llm: LLM, prompt: str, gen_tokens: int = 16) -> VerifyReport:
-    """Compare the logits of `prompt` and of `gen_tokens` greedy tokens after it, prompt by prefill and the rest by decode.
+    """Compare the logits of `prompt` and of `gen_tokens` greedy tokens after it, prompt by prefill and the rest by
+    decode.
 
     Loads the checkpoint a second time, on one lane. Raises what loading raises.
     """
@@ -88,18 +89,24 @@ def one_lane_plan(plan: Plan) -> Plan:
     """The same workload on one lane: all on the CPU for a plan with a GPU, all on an unlimited emulated GPU else."""
     workload, on_gpu = plan.workload, plan.device == "cpu"
     no_stream = (0,) * NUM_ROW_TIERS
-    linears = [LinearPlacement(shard.name, shard.units if on_gpu else 0, no_stream, shard.units) for shard in workload.linears]
+    linears = [
+        LinearPlacement(shard.name, shard.units if on_gpu else 0, no_stream, shard.units) for shard in workload.linears
+    ]
     tokens = workload.full_tokens if on_gpu else 0
     kv = [KvPlacement(shard.name, shard.groups if on_gpu else 0, tokens, shard.groups) for shard in workload.kv]
     return build_plan(workload, linears, kv, device="emulated" if on_gpu else "cpu", num_threads=plan.num_threads)
 
 
-def _forced_logits(engine: Engine, token_ids: list[int], new_tokens: int, prompt_tokens: int) -> tuple[torch.Tensor, list[int]]:
+def _forced_logits(
+    engine: Engine, token_ids: list[int], new_tokens: int, prompt_tokens: int
+) -> tuple[torch.Tensor, list[int]]:
     """Logits of every token, the first `prompt_tokens` by prefill; `new_tokens` greedy ones are appended and scored."""
     sequence, rows, token_ids = engine.kv_cache.open(), [], list(token_ids)
     try:
         for start in range(0, prompt_tokens, engine.prefill_chunk):
-            rows.append(engine.prefill_logits(sequence, token_ids[start : min(start + engine.prefill_chunk, prompt_tokens)]))
+            rows.append(
+                engine.prefill_logits(sequence, token_ids[start : min(start + engine.prefill_chunk, prompt_tokens)])
+            )
         position = prompt_tokens
         while position < len(token_ids) or new_tokens:
             if position == len(token_ids):

@@ -197,8 +197,8 @@ class ActivationWidths:
     def bytes_per_row(self) -> int:
         """Bytes of all buffers for one token row.
 
-        The residual counts twice, because columns that another lane computed arrive in a buffer of that width before they
-        are added; so does attention, whose partial over the older tokens arrives before it is merged.
+        The residual counts twice, because columns that another lane computed arrive in a buffer of that width before
+        they are added; so does attention, whose partial over the older tokens arrives before it is merged.
         """
         total = 2 * self.residual + self.normed + self.qkv + self.query + 2 * self.attention + 2 * self.lse
         return FLOAT32_BYTES * (total + self.gate_up + self.activated)

@@ -26,7 +26,13 @@ def nmse(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def toy_workload(
-    path: Path, weight_dtype: str = "fp32", *, max_context: int = 128, max_batch: int = 2, page_size: int = 4, prefill_chunk: int = 16
+    path: Path,
+    weight_dtype: str = "fp32",
+    *,
+    max_context: int = 128,
+    max_batch: int = 2,
+    page_size: int = 4,
+    prefill_chunk: int = 16,
 ) -> Workload:
     """The workload of a toy checkpoint with small pages and chunks, so that boundaries fall inside short prompts."""
     config = ModelConfig.from_dir(path)
@@ -93,7 +99,14 @@ def plans(draw: st.DrawFn, path: Path, weight_dtype: str) -> Plan:
 
 def make_engine(path: Path, plan: Plan, *, overlap: bool = True) -> Engine:
     """Load a toy checkpoint by a plan."""
-    planned = PlannedModel(path, ModelConfig.from_dir(path), plan.workload.weight_dtype, plan.device, HardwareProfile.named("emulated"), plan)
+    planned = PlannedModel(
+        path,
+        ModelConfig.from_dir(path),
+        plan.workload.weight_dtype,
+        plan.device,
+        HardwareProfile.named("emulated"),
+        plan,
+    )
     return build_engine(planned, overlap)
 
 
@@ -102,7 +115,9 @@ def run_logits(engine: Engine, token_ids: Sequence[int], prompt_tokens: int) -> 
     sequence = engine.kv_cache.open()
     rows = []
     for start in range(0, prompt_tokens, engine.prefill_chunk):
-        rows.append(engine.prefill_logits(sequence, token_ids[start : min(start + engine.prefill_chunk, prompt_tokens)]))
+        rows.append(
+            engine.prefill_logits(sequence, token_ids[start : min(start + engine.prefill_chunk, prompt_tokens)])
+        )
     rows += [engine.decode_step([sequence], [token_id]) for token_id in token_ids[prompt_tokens:]]
     engine.kv_cache.close(sequence)
     return torch.cat(rows)

@@ -12,7 +12,14 @@ MODELS = {
     "llama-biases": {"family": "llama", "biases": True, "head_dim": 64, "hidden": 102},
     "llama-tied": {"family": "llama", "tied": True, "sharded": True},
     "llama-no-gqa": {"family": "llama", "num_heads": 3, "num_kv_heads": 3, "head_dim": 128},
-    "llama-one-kv-head": {"family": "llama", "num_heads": 5, "num_kv_heads": 1, "head_dim": 96, "hidden": 75, "sharded": True},
+    "llama-one-kv-head": {
+        "family": "llama",
+        "num_heads": 5,
+        "num_kv_heads": 1,
+        "head_dim": 96,
+        "hidden": 75,
+        "sharded": True,
+    },
     "mistral-window": {"family": "mistral", "sliding_window": 9},
     "qwen2": {"family": "qwen2", "head_dim": 64, "hidden": 6 * 64},
     "qwen2-window": {"family": "qwen2", "head_dim": 40, "hidden": 6 * 40, "sliding_window": 17, "tied": True},
@@ -59,7 +66,7 @@ def test_greedy_tokens_equal_transformers(checkpoint):
 
 @pytest.mark.parametrize("weight_dtype,limit", [("bf16", 2e-3), ("q8", 1e-2), ("q4", 0.3)])
 def test_narrow_weights_stay_close_to_float32(tmp_path, weight_dtype, limit):
-    """A loose bound on what rounding weights costs this toy model: a wrong scale or layout gives an error near 1 or more."""
+    """A loose bound on what rounding weights costs this toy: a wrong scale or layout gives an error near 1."""
     path = make_checkpoint(tmp_path, "llama", hidden=132, head_dim=64, intermediate=320)
     engine = make_engine(path, cpu_plan(toy_workload(path, weight_dtype)))
     actual = run_logits(engine, TOKENS, prompt_tokens=70)
