@@ -30,15 +30,17 @@ test: $(READY)
 
 $(READY): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	@echo "setting up $(VENV) with $(PYTHON): some minutes the first time"
 	@if $(PYTHON) -c '$(USABLE_TORCH)' 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(VENV); \
 	else $(PYTHON) -m venv $(VENV); fi
 	@if $(BIN)/python -c '$(USABLE_TORCH)' 2>/dev/null; then echo "torch: using the one that is installed"; \
-	elif nvidia-smi -L >/dev/null 2>&1; then $(BIN)/pip install 'torch>=2.11'; \
+	elif nvidia-smi -L >/dev/null 2>&1; then $(BIN)/pip install --quiet 'torch>=2.11'; \
 	elif $(BIN)/pip install --dry-run --quiet --report - $(CPU_TORCH) | grep -q '"nvidia[-_]'; then \
-		$(BIN)/pip install --index-url $(CPU_TORCH_INDEX) $(CPU_TORCH); \
-	else $(BIN)/pip install $(CPU_TORCH); fi
+		$(BIN)/pip install --quiet --index-url $(CPU_TORCH_INDEX) $(CPU_TORCH); \
+	else $(BIN)/pip install --quiet $(CPU_TORCH); fi
 	@extras=test,plot; if $(BIN)/python -c '$(CUDA_TORCH)' 2>/dev/null; then extras=test-tools,plot; fi; \
-	$(BIN)/pip install --editable ".[$$extras]" || $(BIN)/pip install --no-build-isolation --no-deps --editable . || { \
+	$(BIN)/pip install --quiet --editable ".[$$extras]" \
+		|| $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable . || { \
 		echo "pip could not install this package: its folder is put on the path instead"; \
 		echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/hetero_attn.pth"; }
 	@$(BIN)/python -P -c '$(RUNTIME)'

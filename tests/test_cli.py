@@ -328,6 +328,23 @@ def test_doctor_says_what_to_do_about_a_problem(monkeypatch: pytest.MonkeyPatch)
     assert "pip install a-package-that-nobody-wrote" in result.stdout
 
 
+def test_doctor_reports_a_gpu_with_half_of_its_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = SimpleNamespace(
+        NVMLError=RuntimeError, nvmlInit=lambda: None, nvmlShutdown=lambda: None, nvmlDeviceGetCount=lambda: 1,
+        nvmlSystemGetDriverVersion=lambda: "600.1", nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetName=lambda handle: "Imagined GPU",
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(free=6 * 2**30, total=8 * 2**30),
+        nvmlDeviceGetMaxPcieLinkGeneration=lambda handle: 4, nvmlDeviceGetCurrPcieLinkWidth=lambda handle: 8,
+        nvmlDeviceGetMaxPcieLinkWidth=lambda handle: 16,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    card, torch_build = doctor.gpus()
+
+    assert card.value == "Imagined GPU, 6.0 GiB free of 8.0 GiB, driver 600.1, PCIe 4.0 x8"
+    assert (card.verdict, "x8 of x16" in card.advice) == ("note", True)
+    assert torch_build.name == "torch"
+
+
 def machine_with(root: Path, files: dict[str, str]) -> Path:
     """Lay out files of /proc and /sys below `root`."""
     for name, text in files.items():
