@@ -147,12 +147,21 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# Keyed by bytes of one padded head. Chosen so that K and V tiles of every stage fit the 99 KiB of shared memory that
-# compute capability 8.6, 8.9 and 12.0 give a program, and so that nothing spills (tests/gpu/test_aot.py).
-DECODE_TILES = {64: Tile(0, 64, 4, 3), 128: Tile(0, 64, 4, 3), 256: Tile(0, 64, 4, 2), 512: Tile(0, 32, 4, 2),
-                1024: Tile(0, 16, 4, 2)}
-PREFILL_TILES = {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 64, 4, 2), 512: Tile(64, 32, 8, 2),
-                 1024: Tile(32, 16, 8, 1)}
+# Keyed by the padded head_dim. Chosen so that the K and V tiles of every stage fit the 99 KiB of shared memory that
+# compute capability 8.6, 8.9 and 12.0 give a program, and so that nothing spills (tests/gpu/test_aot.py). float32
+# products run on the CUDA cores and want small tiles.
+DECODE_TILES = {
+    torch.bfloat16: {16: Tile(0, 64, 4, 3), 32: Tile(0, 64, 4, 3), 64: Tile(0, 64, 4, 3), 128: Tile(0, 64, 4, 2),
+                     256: Tile(0, 32, 8, 2)},
+    torch.float32: {16: Tile(0, 32, 4, 2), 32: Tile(0, 32, 4, 2), 64: Tile(0, 32, 4, 2), 128: Tile(0, 16, 4, 2),
+                    256: Tile(0, 16, 8, 1)},
+}
+PREFILL_TILES = {
+    torch.bfloat16: {16: Tile(64, 64, 4, 3), 32: Tile(64, 64, 4, 3), 64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2),
+                     256: Tile(64, 32, 8, 2)},
+    torch.float32: {16: Tile(32, 32, 4, 2), 32: Tile(32, 32, 4, 2), 64: Tile(32, 32, 4, 2), 128: Tile(32, 16, 8, 1),
+                    256: Tile(16, 16, 8, 1)},
+}
 TARGET_PROGRAMS = 264  # two for each of the 132 multiprocessors of the largest target; more only adds merging
 MAX_SPLITS = 32
 MIN_BLOCKS_PER_SPLIT = 4
@@ -173,7 +182,7 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Te
     _check_pages(k_pages, v_pages, head_dim, num_heads, num_kv_heads)
     if batch == 0:
         return
-    tile = DECODE_TILES[_head_bytes(k_pages)]
+    tile = DECODE_TILES[k_pages.dtype][_head_pad(head_dim)]
     num_splits = _num_splits(batch * num_kv_heads, max_pages * k_pages.shape[1], tile.block_n)
     partial, partial_lse = out[:, :, None], lse[:, :, None]
     if num_splits > 1:
@@ -203,7 +212,7 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: T
     _check_pages(k_pages, v_pages, head_dim, num_heads, num_kv_heads)
     if q_len == 0:
         return
-    tile = PREFILL_TILES[_head_bytes(k_pages)]
+    tile = PREFILL_TILES[k_pages.dtype][_head_pad(head_dim)]
     _prefill_attention_kernel[(triton.cdiv(q_len, tile.block_m), num_heads)](
         q, k_pages, v_pages, page_table, out, lse, scale, q_len, kv_start, kv_stop, q_start, window or NO_WINDOW,
         *q.stride()[:2], *k_pages.stride()[:2], page_table.stride(0), *out.stride()[:2], *lse.stride(),
@@ -221,14 +230,10 @@ def _head_pad(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def _head_bytes(k_pages: Tensor) -> int:
-    return max(64, _head_pad(k_pages.shape[2]) * k_pages.element_size())
-
-
 def _check_pages(k_pages: Tensor, v_pages: Tensor, head_dim: int, num_heads: int, num_kv_heads: int) -> None:
     assert k_pages.shape == v_pages.shape and k_pages.stride() == v_pages.stride(), (k_pages.stride(), v_pages.stride())
-    assert k_pages.dtype == v_pages.dtype and k_pages.dtype in (torch.float32, torch.bfloat16), k_pages.dtype
+    assert k_pages.dtype == v_pages.dtype and k_pages.dtype in DECODE_TILES, (k_pages.dtype, v_pages.dtype)
     assert k_pages.shape[2] == head_dim and k_pages.stride(2) == 1, (k_pages.shape, head_dim)
     assert num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
-    if _head_bytes(k_pages) not in DECODE_TILES:
-        raise ValueError(f"head_dim {head_dim} in {k_pages.dtype} has no kernel: at most 1024 padded bytes a head")
+    if _head_pad(head_dim) not in DECODE_TILES[k_pages.dtype]:
+        raise ValueError(f"head_dim {head_dim} has no attention kernel: the largest is {max(DECODE_TILES[k_pages.dtype])}")

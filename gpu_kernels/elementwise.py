@@ -26,13 +26,13 @@ def _rms_norm_kernel(x, weight, out, eps, x_stride, out_stride, HIDDEN: tl.const
     tl.store(out + row * out_stride + columns, scaled, mask=inside)
 
 
-@triton.jit(do_not_specialize=["features"])
-def _silu_mul_kernel(gate_up, out, features, in_stride, out_stride, BLOCK: tl.constexpr):
-    """grid: (rows, cdiv(features, BLOCK)). gate_up: [rows, 2 * features], units of 16 gate | 16 up; out: [rows,
-    features]."""
+@triton.jit(do_not_specialize=["units"])
+def _silu_mul_kernel(gate_up, out, units, in_stride, out_stride, BLOCK: tl.constexpr):
+    """grid: (rows, cdiv(units * 16, BLOCK)). gate_up: [rows, units * 32], units of 16 gate | 16 up; out: [rows,
+    units * 16]."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < features
+    inside = columns // 16 < units  # constant over 16 columns, so the loads stay wide
     source = gate_up + row * in_stride + columns // 16 * 32 + columns % 16
     gate = tl.load(source, mask=inside, other=0.0)
     up = tl.load(source + 16, mask=inside, other=0.0)
@@ -110,7 +110,7 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> None:
     assert gate_up.shape == (rows, 2 * features) and features % 16 == 0, (gate_up.shape, out.shape)
     if rows and features:
         grid = (rows, triton.cdiv(features, SILU_BLOCK))
-        _silu_mul_kernel[grid](gate_up, out, features, gate_up.stride(0), out.stride(0), BLOCK=SILU_BLOCK, num_warps=4)
+        _silu_mul_kernel[grid](gate_up, out, features // 16, gate_up.stride(0), out.stride(0), BLOCK=SILU_BLOCK, num_warps=4)
 
 
 def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,

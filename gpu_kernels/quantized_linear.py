@@ -28,7 +28,7 @@ QUANTIZE_GROUPS = 16
 ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds a small float32 half to even
 
 
-@triton.jit(do_not_specialize=["in_features", "num_groups"])
+@triton.jit
 def _quantize_kernel(x, q, scales, sums, in_features, num_groups, x_stride, q_stride, IS_Q4: tl.constexpr,
                      GROUPS: tl.constexpr):
     """grid: (rows, cdiv(num_groups, GROUPS)). x: [rows, in_features]; q: int8 [rows, num_groups * 64]; scales, sums:
@@ -78,7 +78,8 @@ def _gemv_kernel(weight, q, scales, sums, bias, out, num_spans, spans_per_split,
     lines = tl.arange(0, 8)
     low = tl.program_id(1) * spans_per_split
     high = tl.minimum(low + spans_per_split, num_spans)
-    acc = tl.zeros([8, 16], tl.float32)
+    products = tl.zeros([SPANS, 8, 16], tl.float32)  # summed over spans and lines once, after the loop
+    offsets = tl.zeros([SPANS, 16], tl.float32)
     for first in range(low, high, SPANS):
         spans = first + tl.arange(0, SPANS)
         inside = spans < high
@@ -97,13 +98,12 @@ def _gemv_kernel(weight, q, scales, sums, bias, out, num_spans, spans_per_split,
             dots = _dot4(packed & 0x0F0F0F0F, first_four, zero)
             dots = _dot4((packed >> 4) & 0x0F0F0F0F, last_four, dots)
             minimum = tl.load(halves + half + 16, mask=inside[:, None], other=0.0).to(tl.float32)
-            offsets = tl.sum(minimum * tl.load(sums + group, mask=inside, other=0.0)[:, None], axis=0)
-            acc += tl.where(lines[:, None] == 0, offsets[None, :], 0.0)  # the minima count once a span, not once a line
+            offsets += minimum * tl.load(sums + group, mask=inside, other=0.0)[:, None]
         else:
             dots = _dot4(packed ^ -2139062144, first_four, zero)  # 0x80808080: stored q + 128 becomes signed q
-        acc += tl.sum(dots.to(tl.float32) * (weight_scale * row_scale[:, None])[:, None, :], axis=0)
+        products += dots.to(tl.float32) * (weight_scale * row_scale[:, None])[:, None, :]
     columns = tl.program_id(0) * 16 + features
-    result = tl.sum(acc, axis=0)
+    result = tl.sum(tl.sum(products, axis=1) + offsets, axis=0)
     if HAS_BIAS:
         result += tl.load(bias + columns)
     target = out + tl.program_id(1).to(tl.int64) * out_split_stride + columns
@@ -162,13 +162,13 @@ def _gemm_kernel(weight, q, scales, sums, bias, out, rows, num_blocks, num_spans
     tl.store(target, acc, mask=live)
 
 
-@triton.jit(do_not_specialize=["features"])
-def _add_splits_kernel(partials, bias, out, features, split_stride, row_stride, out_row_stride, SPLITS: tl.constexpr,
+@triton.jit(do_not_specialize=["num_blocks"])
+def _add_splits_kernel(partials, bias, out, num_blocks, split_stride, row_stride, out_row_stride, SPLITS: tl.constexpr,
                        BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr):
-    """grid: (rows, cdiv(features, BLOCK)). partials: [SPLITS, rows, features]; out: [rows, features]."""
+    """grid: (rows, cdiv(num_blocks * 16, BLOCK)). partials: [SPLITS, rows, num_blocks * 16]; out: [rows, the same]."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < features
+    inside = columns // 16 < num_blocks  # constant over 16 columns, so the loads stay wide
     total = tl.zeros([BLOCK], tl.float32)
     for split in tl.static_range(SPLITS):
         total += tl.load(partials + split * split_stride + row * row_stride + columns, mask=inside, other=0.0)
@@ -197,7 +197,7 @@ GEMV_WARPS = 4
 # tile is bound by arithmetic, so it reuses each weight for 128 rows. None may spill (tests/gpu/test_aot.py).
 TILES = (Tile(16, 16, 32, 4, 4, 3), Tile(32, 32, 32, 4, 4, 3), Tile(64, 64, 64, 2, 4, 3),
          Tile(float("inf"), 128, 64, 1, 8, 3))
-TARGET_PROGRAMS = 264  # two for each of the 132 multiprocessors of the largest target
+TARGET_PROGRAMS = 256  # about two for each of the 132 multiprocessors of the largest target
 MAX_SPLITS = 8
 MIN_SPANS_PER_SPLIT = 16
 ADD_BLOCK = 512
@@ -232,7 +232,7 @@ def quantized_linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor 
             **product_flags)
     if splits > 1:
         _add_splits_kernel[(rows, triton.cdiv(out.shape[1], ADD_BLOCK))](
-            target, bias, out, out.shape[1], *target.stride()[:2], out.stride(0), SPLITS=splits, BLOCK=ADD_BLOCK,
+            target, bias, out, num_blocks, *target.stride()[:2], out.stride(0), SPLITS=splits, BLOCK=ADD_BLOCK,
             num_warps=4, **flags)
 
 

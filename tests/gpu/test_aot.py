@@ -1,0 +1,132 @@
+"""Every kernel compiled ahead of time for the GPUs we claim: no spills, within shared memory, wide loads, tensor cores.
+
+An ordinary run compiles every launch for one or two architectures; `-m aot_full` compiles all for all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiling needs a process without the interpreter", allow_module_level=True)
+
+import gpu_kernels  # noqa: E402
+from ahead_of_time import SHARED_MEMORY_LIMIT, Resources, compile_launches  # noqa: E402
+
+HIDDEN, HEADS, KV_HEADS, PAGE = 4096, 32, 8, 16
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def decode(dtype: torch.dtype, head_dim: int, kv_heads: int, max_pages: int = 1024) -> Callable[[], None]:
+    q, pages = empty(2, HEADS, head_dim), empty(4096, PAGE, head_dim, dtype=dtype)
+    table, limit = empty(2, kv_heads, max_pages, dtype=torch.int32), empty(2, dtype=torch.int32)
+    return lambda: gpu_kernels.decode_attention(q, pages, pages, table, limit, limit, 0.1, q, q[..., 0].contiguous())
+
+
+def prefill(dtype: torch.dtype, head_dim: int) -> Callable[[], None]:
+    q, pages = empty(512, HEADS, head_dim), empty(4096, PAGE, head_dim, dtype=dtype)
+    table = empty(KV_HEADS, 1024, dtype=torch.int32)
+    return lambda: gpu_kernels.prefill_attention(q, pages, pages, table, 0, 4096, 3584, 0, 0.1, q,
+                                                 q[..., 0].contiguous())
+
+
+def linear(weight_dtype: str, rows: int, out_features: int = HIDDEN, bias: bool = False,
+           accumulate: bool = False) -> Callable[[], None]:
+    block_bytes = HIDDEN // 64 * {"q4": 576, "q8": 1088}[weight_dtype]
+    weight = empty(out_features // 16, block_bytes, dtype=torch.uint8)
+    out = empty(rows, out_features)
+    return lambda: gpu_kernels.linear(empty(rows, HIDDEN), weight, weight_dtype, out[0] if bias else None, out, accumulate)
+
+
+def merge(parts: int, head_dim: int) -> Callable[[], None]:
+    out, lse = empty(2, HEADS, head_dim), empty(2, HEADS)
+    return lambda: gpu_kernels.merge([out] * parts, [lse] * parts, out, lse)
+
+
+def rms_norm() -> None:
+    gpu_kernels.rms_norm(empty(4, HIDDEN), empty(HIDDEN), 1e-5, empty(4, HIDDEN))
+
+
+def silu_mul() -> None:
+    gpu_kernels.silu_mul(empty(4, 28672), empty(4, 14336))
+
+
+def rope_append(head_dim: int, norm: bool) -> Callable[[], None]:
+    qkv, pages = empty(4, KV_HEADS, 6 * head_dim), empty(4096, PAGE, head_dim, dtype=BF16)
+    indices, angles = empty(4, dtype=torch.int64), empty(4096, head_dim // 2)
+    weight = empty(head_dim) if norm else None
+    return lambda: gpu_kernels.rope_append(qkv, indices, angles, angles, weight, weight, 1e-6, empty(4, HEADS, head_dim),
+                                           pages, pages, empty(4, KV_HEADS, dtype=torch.int64))
+
+
+# launch: what to call, and the architectures of an ordinary run
+LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
+    "decode bf16 128 group 4": (decode(BF16, 128, 8), (80, 86, 89, 90, 120)),
+    "decode bf16 64 group 1": (decode(BF16, 64, 32), (86,)),
+    "decode bf16 80 group 16": (decode(BF16, 80, 2), (90,)),
+    "decode bf16 256 group 8": (decode(BF16, 256, 4), (80, 86)),
+    "decode fp32 128 group 4": (decode(FP32, 128, 8), (86,)),
+    "decode bf16 128 one split": (decode(BF16, 128, 8, max_pages=16), (120,)),
+    "prefill bf16 128": (prefill(BF16, 128), (80, 86, 90, 120)),
+    "prefill bf16 64": (prefill(BF16, 64), (89,)),
+    "prefill bf16 80": (prefill(BF16, 80), (86,)),
+    "prefill bf16 256": (prefill(BF16, 256), (86,)),
+    "prefill fp32 128": (prefill(FP32, 128), (89,)),
+    "q4 1 row": (linear("q4", 1), (80, 86, 89, 90, 120)),
+    "q4 1 row bias": (linear("q4", 1, 28672, bias=True, accumulate=True), (90,)),
+    "q8 1 row": (linear("q8", 1), (86, 90)),
+    "q4 16 rows": (linear("q4", 16), (80, 90)),
+    "q4 32 rows": (linear("q4", 32), (86,)),
+    "q4 64 rows": (linear("q4", 64, bias=True), (120,)),
+    "q4 512 rows": (linear("q4", 512, bias=True, accumulate=True), (86, 90)),
+    "q8 16 rows": (linear("q8", 16), (89,)),
+    "q8 64 rows": (linear("q8", 64), (80,)),
+    "q8 512 rows": (linear("q8", 512), (120,)),
+    "merge 2": (merge(2, 128), (86,)),
+    "merge 3 of 80": (merge(3, 80), (90,)),
+    "rms_norm": (rms_norm, (86,)),
+    "silu_mul": (silu_mul, (90,)),
+    "rope_append": (rope_append(128, False), (80,)),
+    "rope_append norm 80": (rope_append(80, True), (120,)),
+}
+ORDINARY = [(name, architecture) for name, (_, subset) in LAUNCHES.items() for architecture in subset]
+REST = [(name, architecture) for name in LAUNCHES for architecture in SHARED_MEMORY_LIMIT
+        if (name, architecture) not in ORDINARY]
+
+
+def check(used: Resources, name: str, architecture: int) -> None:
+    """Assert what every kernel must keep, and what its kind promises; float32 products have no tensor core."""
+    assert used.stack_bytes == 0 and used.local_accesses == 0, used
+    assert used.shared_bytes <= SHARED_MEMORY_LIMIT[architecture], used
+    if used.kernel in ("_prefill_attention_kernel", "_gemm_kernel") and "fp32" not in name:
+        assert used.tensor_core > 0, used
+    if used.kernel == "_decode_attention_kernel":
+        assert used.wide_loads >= 0.5 * used.loads, used  # the others are page ids
+    if used.kernel == "_gemv_kernel":
+        assert used.dp4a > 0 and used.wide_loads > 0, used
+
+
+@pytest.mark.parametrize("name,architecture", ORDINARY)
+def test_compiles_within_limits(name, architecture):
+    kernels = compile_launches(LAUNCHES[name][0], architecture)
+
+    assert kernels
+    for used in kernels:
+        check(used, name, architecture)
+
+
+@pytest.mark.aot_full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name,architecture", REST)
+def test_compiles_within_limits_on_the_other_architectures(name, architecture):
+    for used in compile_launches(LAUNCHES[name][0], architecture):
+        check(used, name, architecture)
