@@ -8,5 +8,6 @@ Knows nothing of models, placement or GPUs. `layout` describes the packed weight
 
 from . import layout
 from .kernels import CpuKernels
+from .memory import advise_huge_pages
 
-__all__ = ["CpuKernels", "layout"]
+__all__ = ["CpuKernels", "advise_huge_pages", "layout"]

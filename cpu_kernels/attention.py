@@ -78,7 +78,7 @@ def decode_attention(
     thread_bytes = shared.thread_bytes(group_heads, head_dim)
     results = batch * num_kv_heads * splits * shared.item_bytes(item, group_heads, head_dim)
     failure = team.run(
-        ("attention_kernel", "decode", kv_dtype, *shared.head_tiles(group_heads)),
+        ("attention_kernel", "decode", team.isa, kv_dtype, *shared.head_tiles(group_heads)),
         threads * thread_bytes + results,
         q.data_ptr(),
         4 * q.stride(0),

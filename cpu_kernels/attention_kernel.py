@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 
 from .attention_layout import (
     KEY_TILE,
@@ -52,6 +52,7 @@ from .attention_layout import (
     THREAD_ADDRESSES,
 )
 from .chunks import await_stage, fail, finish, parameter, real_parameter, take
+from .compiler import helper
 from .dot import emit_dot_bf16, high_halves, low_halves
 from .isa import Isa
 from .tiles import masked_line, sum_each, zeros
@@ -72,6 +73,8 @@ from .vector import (
     intp,
     keep_below,
     lanes_below,
+    larger,
+    least,
     load_as,
     load_f32,
     load_f32_tail,
@@ -79,6 +82,7 @@ from .vector import (
     load_i64,
     load_scalar,
     max_lanes,
+    most,
     mul,
     splat,
     splat_value,
@@ -139,7 +143,7 @@ def scores_tile(isa: Isa, kv_dtype: str, heads: int):
     start = zeros(LANES)
     line_items = LINE_BYTES // item_bytes
 
-    @njit
+    @helper
     def scores(q, q_stride, table, head_dim, to):
         sums = start()
         whole = head_dim // line_items
@@ -194,7 +198,7 @@ def weighted_strip(kv_dtype: str, heads: int):
             for part in range(vectors):
                 store_as(b, b.extract_value(sums, head * vectors + part), at, 64 * part)
 
-    @njit
+    @helper
     def strip(acc, acc_stride, corrections, table, keys, offset, p, count):
         sums = load_scaled(acc, acc_stride, corrections)
         if count >= LINE_BYTES // item_bytes:
@@ -220,7 +224,7 @@ def store_interleaved(b, even, odd, address, count):
         call_llvm(b, "llvm.masked.store.v16f32.p0", ir.VoidType(), *arguments)
 
 
-@njit
+@helper
 def softmax_tile(scores, keys, scale, running, correction):
     """scores[64] -> p in place; running holds m then l of this head (4-byte words `KEY_TILE` apart); see the module."""
     s0 = keep_below(mul(load_f32(scores), scale), keys, MINUS_INFINITY)
@@ -228,7 +232,7 @@ def softmax_tile(scores, keys, scale, running, correction):
     s2 = keep_below(mul(load_f32(scores + 128), scale), keys - 32, MINUS_INFINITY)
     s3 = keep_below(mul(load_f32(scores + 192), scale), keys - 48, MINUS_INFINITY)
     before = load_scalar(running)
-    largest = max(before, max_lanes(vmax(vmax(s0, s1), vmax(s2, s3))))
+    largest = larger(before, max_lanes(vmax(vmax(s0, s1), vmax(s2, s3))))
     m = splat(largest)
     p0, p1, p2, p3 = exp(sub(s0, m)), exp(sub(s1, m)), exp(sub(s2, m)), exp(sub(s3, m))
     store_f32(p0, scores)
@@ -242,7 +246,7 @@ def softmax_tile(scores, keys, scale, running, correction):
     store_f32_tail(total, running + 4, 1)
 
 
-@njit
+@helper
 def key_rows(arguments, table, position, keys, k_rows, v_rows):
     """Addresses of the K and V rows of `keys` positions; the last one repeats up to KEY_TILE. False: a page is invalid."""
     page_size, num_pages = parameter(arguments, P_PAGE_SIZE), parameter(arguments, P_NUM_PAGES)
@@ -256,7 +260,7 @@ def key_rows(arguments, table, position, keys, k_rows, v_rows):
         page = types.int64(load_i32(table + 4 * logical))
         if page < 0 or page >= num_pages:
             return False
-        run = min(page_size - offset, keys - done)
+        run = least(page_size - offset, keys - done)
         for key in range(run):
             k_at = k + page * k_page + (offset + key) * k_row
             v_at = v + page * v_page + (offset + key) * v_row
@@ -275,14 +279,14 @@ def attend(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int):
     line_items = LINE_BYTES // (2 if kv_dtype == "bf16" else 4)
     line_acc_bytes = 128 if kv_dtype == "bf16" else 64
 
-    @njit
+    @helper
     def item(arguments, table, start, stop, q, q_bytes, acc, acc_bytes, running, heads, work):
         head_dim, scale = parameter(arguments, P_HEAD_DIM), splat(np.float32(real_parameter(arguments, P_SCALE)))
         k_rows, v_rows = work, work + 8 * KEY_TILE
         corrections = work + THREAD_ADDRESSES
         scores = corrections + 4 * heads + 64
         for position in range(start, stop, KEY_TILE):
-            keys = min(KEY_TILE, stop - position)
+            keys = least(KEY_TILE, stop - position)
             if not key_rows(arguments, table, position, keys, k_rows, v_rows):
                 return False
             for head in range(0, heads, score_heads):
@@ -315,7 +319,7 @@ def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int):
     line_items = LINE_BYTES // (2 if is_bf16 else 4)
     line_acc_bytes = 128 if is_bf16 else 64
 
-    @njit
+    @helper
     def load_q(source, head_dim, lines, to):
         """One query head in the KV dtype, zero padded to whole lines."""
         for i in range(0, lines * line_items, 16):
@@ -325,7 +329,7 @@ def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int):
             else:
                 store_f32(vector, to + 4 * i)
 
-    @njit
+    @helper
     def write(acc, weight, to, head_dim, lines):
         """One head's acc * weight, in order."""
         for line in range(lines):
@@ -336,12 +340,12 @@ def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int):
             else:
                 store_f32_tail(mul(load_f32(at), weight), to + 4 * line_items * line, left)
 
-    @njit
+    @helper
     def merge_head(first, item_bytes, splits, head, running_offset, acc_bytes, to, lse_to, head_dim, lines):
         """Merge the splits of one head into split 0's acc, and write it."""
         largest = MINUS_INFINITY
         for split in range(splits):
-            largest = max(largest, load_scalar(first + split * item_bytes + running_offset + 8 * head))
+            largest = larger(largest, load_scalar(first + split * item_bytes + running_offset + 8 * head))
         m = splat(largest)
         acc = first + head * acc_bytes
         total = splat(np.float32(0.0))
@@ -391,12 +395,12 @@ def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int):
             if start < 0 or stop > page_size * parameter(arguments, P_MAX_PAGES):
                 fail(arguments, 1)
                 stop = start
-            share = (max(0, stop - start) + splits * KEY_TILE - 1) // (splits * KEY_TILE) * KEY_TILE
-            start, stop = start + split * share, min(stop, start + (split + 1) * share)
+            share = (most(0, stop - start) + splits * KEY_TILE - 1) // (splits * KEY_TILE) * KEY_TILE
+            start, stop = start + split * share, least(stop, start + (split + 1) * share)
             if start < stop:
                 q = parameter(arguments, P_Q) + row * parameter(arguments, P_Q_ROW)
                 for head in range(heads):
-                    source = q + (group * group_heads + min(head, group_heads - 1)) * parameter(arguments, P_Q_HEAD)
+                    source = q + (group * group_heads + least(head, group_heads - 1)) * parameter(arguments, P_Q_HEAD)
                     load_q(source, head_dim, lines, q_work + q_bytes * head)
                 table = (
                     parameter(arguments, P_TABLE)

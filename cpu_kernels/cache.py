@@ -60,25 +60,24 @@ def private_dir(path: Path) -> Path:
 
 
 class KernelStore:
-    """Addresses of compiled kernels for one ISA.
+    """Addresses of compiled kernels.
 
-    isa: the chosen path; cache_dir: parent of the private directory; on_compile(name): called before each compilation,
+    cache_dir: parent of the private directory; on_compile(name): called before each compilation,
     which takes about a second. Not thread safe: the team's lock covers it. The store owns the machine code, so whoever
     runs a kernel keeps a reference to the store.
     """
 
-    def __init__(self, isa: Isa, cache_dir: Path | None = None, on_compile: Callable[[str], None] | None = None):
-        self.isa = isa
+    def __init__(self, cache_dir: Path | None = None, on_compile: Callable[[str], None] | None = None):
         self.directory = private_dir((cache_dir or default_cache_dir()) / build_key())
         self._on_compile = on_compile
         self._addresses: dict[tuple, int] = {}
         self._engine = None
 
-    def address(self, module: str, factory: str, *parameters: int | str) -> int:
-        """Entry point of the kernel that `cpu_kernels.<module>.<factory>(isa, *parameters)` describes."""
+    def address(self, module: str, factory: str, *parameters: Isa | int | str) -> int:
+        """Entry point of the kernel that `cpu_kernels.<module>.<factory>(*parameters)` describes."""
         key = (module, factory, *parameters)
         if key not in self._addresses:
-            name = "_".join(str(part) for part in (factory, *parameters, self.isa.name))
+            name = "_".join(str(part) for part in (factory, *parameters))
             self._addresses[key] = self._load(name) or self._build(module, factory, parameters, name)
         return self._addresses[key]
 
@@ -111,7 +110,7 @@ class KernelStore:
             self._on_compile(name)
         from .compiler import compile_object
 
-        kernel = getattr(importlib.import_module(f"{__package__}.{module}"), factory)(self.isa, *parameters)
+        kernel = getattr(importlib.import_module(f"{__package__}.{module}"), factory)(*parameters)
         code = compile_object(kernel, name)
         self._store(name, code)
         return self._map(name, code)

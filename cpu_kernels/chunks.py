@@ -1,28 +1,57 @@
-"""How kernels share work: chunks handed out by an atomic counter, stage after stage.
+"""How kernels read their parameters and share work: chunks handed out by an atomic counter, stage after stage.
 
 A stage is finished when all its chunks are, whoever did them, so a member that arrives late, or that the system has put
-aside, delays nobody unless it holds a chunk.
+aside, delays nobody unless it holds a chunk. Intrinsics and not functions, because numba would compile a function once
+for every constant it is called with.
 """
 
-from numba import njit
+from llvmlite import ir
+from numba import types
 
+
+from .compiler import helper
 from .team_layout import DONE, FAILURE, NEXT, PARAMETERS, STAGE_BYTES
-from .vector import fetch_add, load_acquire, load_f64, load_i64, pause, store_i64, yield_core
+from .vector import F64, I64, emits, intp, load_acquire, pause, pointer, yield_core
 
 
-@njit
-def take(arguments, stage):
+def _field(builder, arguments, index, stride, offset):
+    """Address of arguments[offset + stride * index]."""
+    return builder.add(arguments, builder.add(builder.mul(index, ir.Constant(I64, stride)), ir.Constant(I64, offset)))
+
+
+@emits(types.int64, intp, intp)
+def take(b, arguments, stage):
     """The next chunk of this stage; at or past the stage's count there is none left."""
-    return fetch_add(arguments + STAGE_BYTES * stage + NEXT, 1)
+    counter = pointer(b, _field(b, arguments, stage, STAGE_BYTES, NEXT), I64)
+    return b.atomic_rmw("add", counter, ir.Constant(I64, 1), "seq_cst")
 
 
-@njit
-def finish(arguments, stage):
+@emits(types.void, intp, intp)
+def finish(b, arguments, stage):
     """Report one taken chunk of this stage as done; its writes are visible to whoever awaits the stage."""
-    fetch_add(arguments + STAGE_BYTES * stage + DONE, 1)
+    counter = pointer(b, _field(b, arguments, stage, STAGE_BYTES, DONE), I64)
+    b.atomic_rmw("add", counter, ir.Constant(I64, 1), "seq_cst")
 
 
-@njit
+@emits(types.int64, intp, intp)
+def parameter(b, arguments, index):
+    """Integer parameter `index` of the call."""
+    return b.load(pointer(b, _field(b, arguments, index, 8, PARAMETERS), I64), align=8)
+
+
+@emits(types.float64, intp, intp)
+def real_parameter(b, arguments, index):
+    """Float parameter `index` of the call."""
+    return b.load(pointer(b, _field(b, arguments, index, 8, PARAMETERS), F64), align=8)
+
+
+@emits(types.void, intp, types.int64)
+def fail(b, arguments, code):
+    """Make the call return this code: an argument's content is wrong, and the wrapper says which."""
+    b.store(code, pointer(b, arguments, I64, FAILURE), align=8)
+
+
+@helper
 def await_stage(arguments, stage, count):
     """Wait until `count` chunks of this stage are done."""
     spins = 0
@@ -31,21 +60,3 @@ def await_stage(arguments, stage, count):
         spins += 1
         if spins > 2000:
             yield_core()
-
-
-@njit
-def parameter(arguments, index):
-    """Integer parameter `index` of the call."""
-    return load_i64(arguments + PARAMETERS + 8 * index)
-
-
-@njit
-def real_parameter(arguments, index):
-    """Float parameter `index` of the call."""
-    return load_f64(arguments + PARAMETERS + 8 * index)
-
-
-@njit
-def fail(arguments, code):
-    """Make the call return this code: an argument's content is wrong, and the wrapper says which."""
-    store_i64(code, arguments + FAILURE)

@@ -5,11 +5,14 @@ numba's C wrapper: the wrapper's error path would need numba loaded, and kernels
 error model), so the object needs nothing but libc. No fastmath: the kernels spell out their vectors and their fma.
 """
 
-from numba import types
+from numba import njit, types
 from numba.core import registry
 from numba.core.compiler import Compiler
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.dispatcher import _FunctionCompiler
+
+OPTIONS = {"nogil": True, "error_model": "numpy"}
+helper = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)  # for functions that kernels call
 
 
 class _ObjectCompiler(_FunctionCompiler):
@@ -26,8 +29,7 @@ class _ObjectCompiler(_FunctionCompiler):
 def compile_object(kernel, name: str) -> bytes:
     """Object code of `kernel(arguments: int64, thread: int64)`, exported as `name`; raises numba's errors."""
     kernel.__name__ = kernel.__qualname__ = name
-    options = {"nopython": True, "nogil": True, "error_model": "numpy"}
-    compiler = _ObjectCompiler(kernel, registry.cpu_target, options, {}, Compiler)
+    compiler = _ObjectCompiler(kernel, registry.cpu_target, {"nopython": True, **OPTIONS}, {}, Compiler)
     with global_compiler_lock:
         result = compiler.compile((types.int64, types.int64), types.void)
         library = result.library

@@ -10,17 +10,18 @@ merge         w_i = exp(lse_i - max lse); out = sum w_i out_i / sum w_i; lse = m
 import math
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from .chunks import fail, parameter, real_parameter, take
+from .compiler import helper
 from .elementwise_layout import MERGE_ROWS, SILU_UNITS
-from .isa import Isa
 from .vector import (
     add,
     div,
     exp,
     fma,
     keep_below,
+    least,
     load_f32,
     load_f32_tail,
     load_i64,
@@ -38,7 +39,7 @@ from .vector import (
 MINUS_INFINITY, ZERO, ONE = np.float32(-np.inf), np.float32(0.0), np.float32(1.0)
 
 
-@njit
+@helper
 def inverse_rms(x, count, eps):
     """1 / sqrt(mean(x^2) + eps) of `count` float32."""
     total, more = splat(ZERO), splat(ZERO)
@@ -55,7 +56,7 @@ def inverse_rms(x, count, eps):
     return types.float32(1.0 / math.sqrt(mean + eps))
 
 
-def rms_norm(isa: Isa):
+def rms_norm():
     """Parameters: scratch, x, x row stride, weight, eps, out, out row stride, rows, hidden."""
 
     def kernel(arguments, thread):
@@ -79,7 +80,7 @@ def rms_norm(isa: Isa):
     return kernel
 
 
-def silu_mul(isa: Isa):
+def silu_mul():
     """Parameters: scratch, gate_up, its row stride, out, its row stride, rows, units."""
 
     def kernel(arguments, thread):
@@ -90,7 +91,7 @@ def silu_mul(isa: Isa):
         chunk = take(arguments, 0)
         while chunk < rows * parts:
             row, first = chunk // parts, chunk % parts * SILU_UNITS
-            for unit in range(first, min(units, first + SILU_UNITS)):
+            for unit in range(first, least(units, first + SILU_UNITS)):
                 at = gate_up + row * in_stride + 128 * unit
                 gate = load_f32(at)
                 denominator = add(splat(ONE), exp(sub(splat(ZERO), gate)))
@@ -100,31 +101,31 @@ def silu_mul(isa: Isa):
     return kernel
 
 
-def rope_append(isa: Isa, kv_dtype: str):
+def rope_append(kv_dtype: str):
     """Parameters: see elementwise.py."""
     is_bf16 = kv_dtype == "bf16"
     item_bytes = 2 if is_bf16 else 4
 
-    @njit
+    @helper
     def store_kv(value, to, index, count):
         if is_bf16:
             store_bf16_tail(value, to + 2 * index, count)
         else:
             store_f32_tail(value, to + 4 * index, count)
 
-    @njit
+    @helper
     def store_q(value, to, index, count):
         store_f32_tail(value, to + 4 * index, count)
 
     def head_writer(store):
-        @njit
+        @helper
         def normed(source, norm, factor, index, count):
             value = load_f32_tail(source + 4 * index, count)
             if norm:
                 value = mul(mul(value, factor), load_f32_tail(norm + 4 * index, count))
             return value
 
-        @njit
+        @helper
         def write_head(source, head_dim, half, cos, sin, norm, eps, to):
             factor = splat(inverse_rms(source, head_dim, eps)) if norm else splat(ONE)
             for i in range(0, half, 16):
@@ -178,7 +179,7 @@ def rope_append(isa: Isa, kv_dtype: str):
     return kernel
 
 
-def merge(isa: Isa):
+def merge():
     """Parameters: scratch, table of partials' (out, lse) addresses, count, out, lse, rows, head_dim; all contiguous."""
 
     def kernel(arguments, thread):
@@ -187,7 +188,7 @@ def merge(isa: Isa):
         rows, head_dim = parameter(arguments, 5), parameter(arguments, 6)
         chunk = take(arguments, 0)
         while chunk * MERGE_ROWS < rows:
-            for row in range(chunk * MERGE_ROWS, min(rows, (chunk + 1) * MERGE_ROWS)):
+            for row in range(chunk * MERGE_ROWS, least(rows, (chunk + 1) * MERGE_ROWS)):
                 largest = MINUS_INFINITY
                 for part in range(count):
                     value = load_scalar(load_i64(table + 16 * part + 8) + 4 * row)

@@ -19,11 +19,15 @@ NAMES = ("avx512", "avxvnni", "avx2", "portable")
 
 @dataclass(frozen=True, slots=True)
 class Isa:
-    """A chosen path: `name`, whether dpbf16ps is used, and `row_tile`, the rows whose sums fit in registers."""
+    """A chosen path: `name`, whether dpbf16ps is used, and the rows per register tile of the two linear kernels."""
 
     name: str
     has_bf16: bool
     row_tile: int
+    dot_tile: int
+
+    def __str__(self) -> str:
+        return self.name
 
 
 def host_features() -> frozenset[str]:
@@ -56,4 +60,6 @@ def choose(name: str | None = None) -> Isa:
         name = possible[0]
     if name not in possible:
         raise ValueError(f"isa is {name!r}; this CPU runs {', '.join(possible)}")
-    return Isa(name, name == "avx512" and "avx512bf16" in features, 8 if name == "avx512" else 4)
+    # avx512 has 32 registers of 16 lanes; elsewhere a vector takes two or four registers of 16 or 32.
+    row_tile, dot_tile = (8, 6) if name == "avx512" else (4, 4)
+    return Isa(name, name == "avx512" and "avx512bf16" in features, row_tile, dot_tile)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from . import attention, elementwise, linear, pack
+from . import attention, elementwise, linear, memory, pack
 from .cache import KernelStore
 from .isa import choose
 from .team import Team
@@ -33,13 +33,13 @@ class CpuKernels:
         cache_dir: Path | None = None,
         on_compile: Callable[[str], None] | None = None,
     ):
-        store = KernelStore(choose(isa), cache_dir, on_compile)
-        self._team = Team(store, num_threads, pin)
+        chosen = choose(isa)
+        self._team = Team(KernelStore(cache_dir, on_compile), chosen, num_threads, pin)
 
     @property
     def isa(self) -> str:
         """Name of the instruction set path in use."""
-        return self._team.store.isa.name
+        return self._team.isa.name
 
     @property
     def num_threads(self) -> int:
@@ -55,6 +55,10 @@ class CpuKernels:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+    def sweep(self, tensor: torch.Tensor) -> None:
+        """Read every byte of a contiguous tensor and do nothing with it: timed, it is the ceiling of every op."""
+        memory.sweep(self._team, tensor)
 
     def pack(self, rows: torch.Tensor, weight_dtype: str, out: torch.Tensor) -> None:
         """Quantise or copy weights into the packed layout.

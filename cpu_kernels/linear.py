@@ -1,14 +1,14 @@
 """linear: rows of activations times one packed weight, y = x W^T + bias; see layout.py and the two kernel files.
 
 Parameters of every linear kernel, in order: scratch, x, x row stride, rows, in_features, weight, num_blocks, block_bytes,
-bias (0: none), out, out row stride, accumulate, blocks per chunk. Addresses and strides are in bytes.
+bias (0: none), out, out row stride, accumulate, blocks per chunk, inputs per piece. Addresses and strides are in bytes.
 """
 
 import torch
 
 from . import layout
 from .checks import check_tensor
-from .linear_layout import CHUNK_BYTES, RECORD_BYTES
+from .linear_layout import CHUNK_BYTES, PIECE_INPUTS, RECORD_BYTES, STREAM_ROWS
 from .team import Team
 
 
@@ -44,9 +44,15 @@ def linear(
     if rows == 0 or num_blocks == 0:
         return
     family = "linear_q" if weight_dtype in layout.SUPERBLOCK_LINES else "linear_dot"
-    tile = 1 if rows == 1 else team.store.isa.row_tile if family == "linear_q" else 4
+    isa = team.isa
+    if rows == 1:
+        tile = 1
+    elif family == "linear_q":
+        tile = isa.row_tile
+    else:
+        tile = isa.dot_tile if rows > STREAM_ROWS and weight_dtype == "bf16" else 4
     team.run(
-        (f"{family}_kernel", family, weight_dtype, tile),
+        (f"{family}_kernel", family, isa, weight_dtype, tile),
         scratch_bytes(weight_dtype, rows, in_features),
         x.data_ptr(),
         4 * x.stride(0),
@@ -60,4 +66,5 @@ def linear(
         4 * out.stride(0),
         int(accumulate),
         max(1, min(CHUNK_BYTES // block_bytes if block_bytes else 1, -(-num_blocks // team.num_threads))),
+        in_features if rows <= STREAM_ROWS else PIECE_INPUTS,
     )

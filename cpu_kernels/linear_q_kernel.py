@@ -10,9 +10,10 @@ q4: scale * sum(xq) as float32, unused;  q8: -128 * sum(xq) as int32 of inputs 0
 """
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 
 from .chunks import await_stage, finish, parameter, take
+from .compiler import helper
 from .dot import emit_dot4
 from .isa import Isa
 from .layout import GROUP_INPUTS, LINE_BYTES, SUPERBLOCK_LINES
@@ -32,6 +33,7 @@ from .vector import (
     emits,
     fma_value,
     intp,
+    least,
     load_as,
     load_f32_tail,
     splat_value,
@@ -88,7 +90,7 @@ def correct_q8(b, scale_at, row_bytes):
         store_as(b, b.mul(load_as(b, at, I32), ir.Constant(I32, -128)), at)
 
 
-@njit
+@helper
 def panel_of(row, rows, tile):
     """(first row, number of rows) of the panel that holds `row`: panels of `tile`, then its halves for the rest."""
     first, size = 0, tile
@@ -114,8 +116,6 @@ def superblock(isa: Isa, weight_dtype: str, rows: int):
         return b.fpext(load_as(b, weight, VHALF, offset), VF32)
 
     def ahead(b, weight):
-        if rows > 2:
-            return
         for line in range(SUPERBLOCK_LINES[weight_dtype]):
             where = b.gep(b.inttoptr(weight, I8.as_pointer()), [ir.Constant(weight.type, PREFETCH_BYTES + 64 * line)])
             call_llvm(b, "llvm.prefetch.p0", ir.VoidType(), where, *(ir.Constant(I32, value) for value in (0, 3, 1)))
@@ -167,7 +167,7 @@ def block_times_panel(isa: Isa, weight_dtype: str, rows: int):
     start, step, store = zeros(rows), superblock(isa, weight_dtype, rows), finish_features(rows)
     weight_bytes, record_bytes = SUPERBLOCK_LINES[weight_dtype] * LINE_BYTES, rows * RECORD_BYTES
 
-    @njit
+    @helper
     def multiply(weight, record, groups, bias, out, out_stride, accumulate):
         sums = start()
         for group in range(groups):
@@ -185,7 +185,7 @@ def linear_q(isa: Isa, weight_dtype: str, tile: int):
     )
     superblock_bytes = SUPERBLOCK_LINES[weight_dtype] * LINE_BYTES
 
-    @njit
+    @helper
     def quantize(arguments):
         records, x, x_stride, rows, in_features = (
             parameter(arguments, 0),
@@ -201,7 +201,7 @@ def linear_q(isa: Isa, weight_dtype: str, tile: int):
             row, segment = chunk // segments, chunk % segments
             first, size = panel_of(row, rows, tile)
             panel = records + first * groups * RECORD_BYTES
-            for group in range(segment * SEGMENT_GROUPS, min(groups, (segment + 1) * SEGMENT_GROUPS)):
+            for group in range(segment * SEGMENT_GROUPS, least(groups, (segment + 1) * SEGMENT_GROUPS)):
                 at, left = x + row * x_stride + 256 * group, in_features - GROUP_INPUTS * group
                 record = panel + group * size * RECORD_BYTES
                 scale_at = record + size * GROUP_INPUTS + 4 * (row - first)
@@ -225,27 +225,29 @@ def linear_q(isa: Isa, weight_dtype: str, tile: int):
         weight, num_blocks, block_bytes = parameter(arguments, 5), parameter(arguments, 6), parameter(arguments, 7)
         bias, out, out_stride = parameter(arguments, 8), parameter(arguments, 9), parameter(arguments, 10)
         accumulate, blocks = parameter(arguments, 11), parameter(arguments, 12)
-        groups = block_bytes // superblock_bytes
+        groups, piece = block_bytes // superblock_bytes, (parameter(arguments, 13) + GROUP_INPUTS - 1) // GROUP_INPUTS
         chunk = take(arguments, 1)
         while chunk * blocks < num_blocks:
-            last = min(num_blocks, (chunk + 1) * blocks)
-            row = 0
-            while row < rows:
-                size = panel_of(row, rows, tile)[1]
-                panel = records + row * groups * RECORD_BYTES
-                for block in range(chunk * blocks, last):
-                    at = weight + block * block_bytes
-                    to = out + row * out_stride + 64 * block
-                    offset = bias + 64 * block if bias else 0
-                    if size == 8:
-                        multiply_8(at, panel, groups, offset, to, out_stride, accumulate)
-                    elif size == 4:
-                        multiply_4(at, panel, groups, offset, to, out_stride, accumulate)
-                    elif size == 2:
-                        multiply_2(at, panel, groups, offset, to, out_stride, accumulate)
-                    else:
-                        multiply_1(at, panel, groups, offset, to, out_stride, accumulate)
-                row += size
+            last = least(num_blocks, (chunk + 1) * blocks)
+            for first in range(0, groups, piece):
+                count, add_to = least(piece, groups - first), 1 if first else accumulate
+                row = 0
+                while row < rows:
+                    size = panel_of(row, rows, tile)[1]
+                    panel = records + (row * groups + size * first) * RECORD_BYTES
+                    for block in range(chunk * blocks, last):
+                        w = weight + block * block_bytes + first * superblock_bytes
+                        to = out + row * out_stride + 64 * block
+                        offset = bias + 64 * block if bias and first == 0 else 0
+                        if size == 8:
+                            multiply_8(w, panel, count, offset, to, out_stride, add_to)
+                        elif size == 4:
+                            multiply_4(w, panel, count, offset, to, out_stride, add_to)
+                        elif size == 2:
+                            multiply_2(w, panel, count, offset, to, out_stride, add_to)
+                        else:
+                            multiply_1(w, panel, count, offset, to, out_stride, add_to)
+                    row += size
             chunk = take(arguments, 1)
 
     return kernel

@@ -8,10 +8,10 @@ compared is the error that the stored bytes have. A value that is not finite fai
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 
 from .chunks import fail, parameter, take
-from .isa import Isa
+from .compiler import helper
 from .layout import BLOCK_FEATURES, GROUP_INPUTS, LINE_BYTES, SUPERBLOCK_LINES
 from .vector import (
     F32,
@@ -100,26 +100,26 @@ def store_codes_q8(b, v0, v1, v2, v3, address):
         store_as(b, b.extract_element(words, ir.Constant(I32, line)), address, LINE_BYTES * (1 + line))
 
 
-@njit
+@helper
 def half_scalar(value):
     """A float32 rounded to float16, within its finite range."""
-    return sum_lanes(keep_below(as_half(splat(max(-HALF_MAX, min(HALF_MAX, value)))), 1, ZERO))
+    return sum_lanes(keep_below(as_half(vmax(splat(-HALF_MAX), vmin(splat(HALF_MAX), splat(value)))), 1, ZERO))
 
 
-@njit
+@helper
 def codes(vector, minimum, inverse, low, high):
     """round((vector - minimum) * inverse) clamped to low..high."""
     return vmin(vmax(round_even(mul(sub(vector, minimum), inverse)), low), high)
 
 
-@njit
+@helper
 def squared_error(vector, code, scale, minimum, total):
     """total + (vector - (code * scale + minimum))^2."""
     difference = sub(vector, fma(code, scale, minimum))
     return fma(difference, difference, total)
 
 
-@njit
+@helper
 def error_of(v0, v1, v2, v3, scale, minimum, low, high):
     """Squared error of four vectors quantised with this scale and minimum; codes clamped to low..high."""
     inverse = splat(ONE / scale if scale > ZERO else ZERO)
@@ -132,7 +132,7 @@ def error_of(v0, v1, v2, v3, scale, minimum, low, high):
     return sum_lanes(add(total, more))
 
 
-@njit
+@helper
 def refit(v0, v1, v2, v3, scale, minimum):
     """The scale and minimum of least squares for the codes that (scale, minimum) chooses."""
     inverse = splat(ONE / scale if scale > ZERO else ZERO)
@@ -151,7 +151,7 @@ def refit(v0, v1, v2, v3, scale, minimum):
     return fitted, (sum_v - fitted * sum_c) / count
 
 
-@njit
+@helper
 def search_q4(v0, v1, v2, v3):
     """(scale, minimum), both float16 values, of least squared error found."""
     low, high = splat(ZERO), splat(np.float32(15.0))
@@ -175,7 +175,7 @@ def search_q4(v0, v1, v2, v3):
     return best_scale, best_minimum
 
 
-@njit
+@helper
 def search_q8(v0, v1):
     """Scale, a float16 value, of least squared error found for 32 inputs."""
     zero, low, high = splat(ZERO), splat(np.float32(-127.0)), splat(np.float32(127.0))
@@ -189,7 +189,7 @@ def search_q8(v0, v1):
     return best_scale
 
 
-@njit
+@helper
 def pack_group_q4(v0, v1, v2, v3, to, feature):
     """One feature's 64 inputs into the superblock at `to`."""
     scale, minimum = search_q4(v0, v1, v2, v3)
@@ -206,7 +206,7 @@ def pack_group_q4(v0, v1, v2, v3, to, feature):
     )
 
 
-@njit
+@helper
 def pack_group_q8(v0, v1, v2, v3, to, feature):
     """One feature's 64 inputs into the superblock at `to`."""
     zero, low, high = splat(ZERO), splat(np.float32(-127.0)), splat(np.float32(127.0))
@@ -223,7 +223,7 @@ def pack_group_q8(v0, v1, v2, v3, to, feature):
     )
 
 
-def pack(isa: Isa, source_dtype: str, weight_dtype: str):
+def pack(source_dtype: str, weight_dtype: str):
     """Parameters: scratch, rows, row stride, num_blocks, in_features, out, block_bytes."""
     load = {"fp32": load_f32_tail, "bf16": load_bf16_tail, "fp16": load_half_tail}[source_dtype]
     source_bytes = 4 if source_dtype == "fp32" else 2
@@ -233,7 +233,7 @@ def pack(isa: Isa, source_dtype: str, weight_dtype: str):
     superblock_bytes = SUPERBLOCK_LINES.get(weight_dtype, 0) * LINE_BYTES
     pack_group = pack_group_q4 if weight_dtype == "q4" else pack_group_q8
 
-    @njit
+    @helper
     def pack_row(source, in_features, to, feature):
         """One feature into its block; False if a value is not finite."""
         for first in range(0, in_features, GROUP_INPUTS):

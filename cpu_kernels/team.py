@@ -20,6 +20,7 @@ import torch
 
 from . import topology
 from .cache import KernelStore, as_function
+from .isa import Isa
 from .team_layout import ARGUMENT_BYTES, ARGUMENTS, CONTROL_BYTES, FAILURE, GATE, KERNEL, MAX_PARAMETERS, OPEN, PARAMETERS, STOP
 
 
@@ -72,12 +73,13 @@ def _stop(shared: _Shared, members: list[threading.Thread]) -> None:
 
 
 class Team:
-    """num_threads threads, the caller included; `store` provides the kernels; pin ties each member to its own core.
+    """num_threads threads, the caller included; `store` provides the kernels, `isa` is for those that ask; pin ties each member to its own core.
 
     Any thread may call run; a lock lets one in at a time. A forked child has no members: run raises RuntimeError there.
     """
 
-    def __init__(self, store: KernelStore, num_threads: int | None = None, pin: bool = False):
+    def __init__(self, store: KernelStore, isa: Isa, num_threads: int | None = None, pin: bool = False):
+        self.isa = isa
         cpus = topology.physical_cpus()
         self.num_threads = topology.default_threads(cpus) if num_threads is None else num_threads
         if self.num_threads < 1:
@@ -104,11 +106,6 @@ class Team:
         for member in members:
             member.start()
         self._finalizer = weakref.finalize(self, _stop, self._shared, members)
-
-    @property
-    def store(self) -> KernelStore:
-        """Where the kernels come from."""
-        return self._shared.store
 
     def run(self, kernel: tuple, scratch_bytes: int, *parameters: int) -> int:
         """Run a kernel, given as KernelStore.address takes it, on all threads; returns when all its work is done.

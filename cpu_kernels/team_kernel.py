@@ -18,7 +18,7 @@ YIELDS = 4000  # then about 1 ms of sched_yield
 NAPS = 300  # then naps of 60 us, about 20 ms, before the member parks in Python
 
 
-def drive(isa):
+def drive():
     """The caller's side: open the gate, run the kernel as thread 0, close the gate, wait until it is empty."""
 
     def kernel(control, _):
@@ -41,7 +41,7 @@ def drive(isa):
     return kernel
 
 
-def member(isa):
+def member():
     """A member's loop: returns when told to stop or after about 20 ms without work."""
 
     def kernel(control, thread):

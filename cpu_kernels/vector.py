@@ -181,6 +181,12 @@ def store_line(b, vector, address):
     store_as(b, vector, address)
 
 
+@emits(I32x16, I32x16, I32x16)
+def exclusive_or(b, x, y):
+    """x ^ y."""
+    return b.xor(x, y)
+
+
 def widen_halves(b, halves, kind):
     """<16 x i16> holding bf16 (kind 1) or float16 (kind 2) -> <16 x float>."""
     if kind == 1:
@@ -360,6 +366,24 @@ def prefetch(b, address, offset):
     arguments = [where, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)]
     function_type = ir.FunctionType(ir.VoidType(), [value.type for value in arguments])
     b.call(cgutils.get_or_insert_function(b.module, function_type, "llvm.prefetch.p0"), arguments)
+
+
+@emits(types.int64, types.int64, types.int64)
+def least(b, x, y):
+    """The smaller integer; the builtin min costs a compilation per kernel."""
+    return b.select(b.icmp_signed("<", x, y), x, y)
+
+
+@emits(types.int64, types.int64, types.int64)
+def most(b, x, y):
+    """The larger integer."""
+    return b.select(b.icmp_signed(">", x, y), x, y)
+
+
+@emits(float32, float32, float32)
+def larger(b, x, y):
+    """The larger float; a NaN on either side wins."""
+    return b.select(b.fcmp_unordered(">", y, x), y, x)
 
 
 @emits(types.int64, intp)
