@@ -24,7 +24,7 @@ BYTES_PER_ACTIVATION = 4
 SMALL_CALLS_PER_LAYER = 5
 RESOURCES = ("steps", "cpu", "pcie", "dram", "gpu")
 RESOURCE_WORDS = {
-    "steps": "the hand-overs between CPU and GPU steps",
+    "steps": "lanes waiting for each other",
     "cpu": "the CPU lane",
     "pcie": "PCIe",
     "dram": "DRAM bandwidth",
@@ -209,7 +209,7 @@ def pass_cost(workload: Workload, linears: Sequence[LinearPlacement], kv: Sequen
         coefficients = linear_cost(shard, rows, workload.weight_dtype, hardware, on_gpu)
         _add_step(lanes, cpu_units * coefficients.cpu_s_per_unit,
                   (gpu_units + stream_units) * coefficients.gpu_s_per_unit if gpu_units + stream_units else 0.0,
-                  coefficients.handover_s * (cpu_units > 0) + coefficients.launch_s)
+                  coefficients.handover_s * (cpu_units > 0), coefficients.launch_s, on_gpu)
         streamed += stream_units * shard.unit_bytes
         touched += (stream_units + cpu_units + (gpu_units if hardware.unified_memory else 0)) * shard.unit_bytes
     for kv_shard, placement in zip(workload.kv, kv, strict=True):
@@ -219,7 +219,7 @@ def pass_cost(workload: Workload, linears: Sequence[LinearPlacement], kv: Sequen
                                         coefficients.spilled_s_per_group > 0)
         _add_step(lanes, cpu_groups * coefficients.cpu_s_per_group + gpu_groups * coefficients.spilled_s_per_group,
                   gpu_groups * coefficients.gpu_s_per_group,
-                  handovers * coefficients.handover_s + coefficients.launch_s)
+                  handovers * coefficients.handover_s, coefficients.launch_s, on_gpu)
         touched += (cpu_groups * coefficients.dram_bytes_per_group
                     + gpu_groups * coefficients.spilled_bytes_per_group)
     lanes["pcie"] = streamed / hardware.h2d_bytes_per_s if streamed else 0.0
@@ -229,10 +229,11 @@ def pass_cost(workload: Workload, linears: Sequence[LinearPlacement], kv: Sequen
     return max(lanes.values()) + hardware.step_overhead_s, lanes
 
 
-def _add_step(lanes: dict[str, float], cpu_s: float, gpu_s: float, fixed_s: float) -> None:
-    lanes["cpu"] += cpu_s
-    lanes["gpu"] += gpu_s
-    lanes["steps"] += max(cpu_s, gpu_s) + fixed_s
+def _add_step(lanes: dict[str, float], cpu_s: float, gpu_s: float, handovers_s: float, launch_s: float,
+              on_gpu: bool) -> None:
+    lanes["steps"] += max(cpu_s, gpu_s) + handovers_s + launch_s
+    lanes["cpu"] += cpu_s + (0.0 if on_gpu else launch_s)
+    lanes["gpu"] += gpu_s + (launch_s if on_gpu else 0.0)
 
 
 def predict(workload: Workload, linears: Sequence[LinearPlacement], kv: Sequence[KvPlacement],

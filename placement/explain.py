@@ -1,0 +1,168 @@
+"""Why a plan is as fast as it is: the bottleneck, what would help, and what was considered and rejected."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from placement.baselines import largest_layer_split, layer_split
+from placement.cost import RESOURCE_WORDS, PhaseCost, predict
+from placement.hardware import HardwareProfile
+from placement.plan import Plan
+from placement.planner import BudgetError, make_plan, plan_with_alternatives, predict_plan
+from placement.policy import Policy, PolicyError
+from placement.search import Candidate
+from placement.units import format_bytes
+from placement.workload import Workload
+
+GIB = 2**30
+COMPARED_POLICIES = ("gpu_only", "stream_only", "host_attention", "cpu_only")
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Predicted speed of another plan or another machine. decode and prefill are None when it cannot run; note says why."""
+
+    label: str
+    decode_tokens_per_s: float | None
+    prefill_tokens_per_s: float | None
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"label": self.label, "decode_tokens_per_s": self.decode_tokens_per_s,
+                "prefill_tokens_per_s": self.prefill_tokens_per_s, "note": self.note}
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """A plan with its bottleneck sentences, the value of more hardware, and the nearest rejected alternatives."""
+
+    plan: Plan
+    bottleneck: str
+    gains: tuple[Estimate, ...]
+    alternatives: tuple[Estimate, ...]
+    notes: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """The explanation as text, one line each."""
+        decode = self.plan.predicted.decode.tokens_per_s
+        prefill = self.plan.predicted.prefill.tokens_per_s
+        lines = [self.bottleneck, *self.notes]
+        width = max((len(estimate.label) for estimate in (*self.gains, *self.alternatives)), default=0)
+        if self.gains:
+            lines.append("what would help (predicted after planning again):")
+            lines += [f"  {gain.label:{width}s}  {_change(gain, decode, prefill)}" for gain in self.gains]
+        if self.alternatives:
+            lines.append("alternatives rejected:")
+            lines += [f"  {other.label:{width}s}  {_change(other, decode, prefill)}" for other in self.alternatives]
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, the plan included."""
+        return {"plan": self.plan.to_dict(), "bottleneck": self.bottleneck, "notes": list(self.notes),
+                "gains": [gain.to_dict() for gain in self.gains],
+                "alternatives": [other.to_dict() for other in self.alternatives]}
+
+
+def explain(workload: Workload, hardware: HardwareProfile, policy: Policy, *, device: str,
+            gpu_memory_bytes: int | None = None) -> Explanation:
+    """Plan and explain. Same arguments and errors as make_plan; it plans several times, so it takes several times as long."""
+    plan, found = plan_with_alternatives(workload, hardware, policy, device=device, gpu_memory_bytes=gpu_memory_bytes)
+    gains, alternatives = tuple(_gains(workload, hardware, policy, plan)), ()
+    if device != "cpu":
+        alternatives = tuple(_alternatives(workload, hardware, policy, plan, found))
+    return Explanation(plan, bottleneck(plan.predicted.decode, plan.predicted.prefill), gains, alternatives,
+                       tuple(_notes(plan, hardware)))
+
+
+def budget_curve(workload: Workload, hardware: HardwareProfile, policy: Policy, *, device: str,
+                 steps: int = 12) -> list[Plan]:
+    """Plans for GPU budgets from the least that works to everything the model can use, in equal steps."""
+    try:
+        make_plan(workload, hardware, policy, device=device, gpu_memory_bytes=1)
+        return []
+    except BudgetError as error:
+        least = error.needed_bytes
+    most = _everything_bytes(workload, hardware, policy, device)
+    budgets = [least + (most - least) * step // steps for step in range(steps + 1)]
+    return [make_plan(workload, hardware, policy, device=device, gpu_memory_bytes=budget) for budget in budgets]
+
+
+def bottleneck(decode: PhaseCost, prefill: PhaseCost) -> str:
+    """Both phases in one sentence: what decides the time and how busy the other resources are."""
+    return f"Decoding is bound by {_busy(decode)}; prefill is bound by {_busy(prefill)}."
+
+
+def _busy(cost: PhaseCost) -> str:
+    idle = cost.slack
+    others = ", ".join(f"{RESOURCE_WORDS[name]} {1 - share:.0%}" for name, share in idle.items()
+                       if name != cost.binding and share < 1)
+    share = f" ({1 - idle[cost.binding]:.0%} busy" if cost.binding in idle else " (hand-overs count"
+    return f"{RESOURCE_WORDS[cost.binding]}{share}{'; ' + others if others else ''})"
+
+
+def _everything_bytes(workload: Workload, hardware: HardwareProfile, policy: Policy, device: str) -> int:
+    everything = policy.model_copy(update={"rules": Policy.named("gpu_only").rules})
+    return make_plan(workload, hardware, everything, device=device, gpu_memory_bytes=2**60).memory.gpu_bytes
+
+
+def _estimate(label: str, workload: Workload, hardware: HardwareProfile, policy: Policy, device: str,
+              gpu_memory_bytes: int | None) -> Estimate:
+    try:
+        predicted = make_plan(workload, hardware, policy, device=device, gpu_memory_bytes=gpu_memory_bytes).predicted
+    except BudgetError as error:
+        return Estimate(label, None, None, f"needs {format_bytes(error.needed_bytes)}")
+    except PolicyError as error:
+        return Estimate(label, None, None, error.problems[0])
+    return Estimate(label, predicted.decode.tokens_per_s, predicted.prefill.tokens_per_s)
+
+
+def _gains(workload: Workload, hardware: HardwareProfile, policy: Policy, plan: Plan) -> Iterator[Estimate]:
+    device, budget = plan.device, plan.gpu_memory_bytes
+    more = policy.model_copy(update={"threads": plan.num_threads + 1})
+    if device != "cpu":
+        yield _estimate("1 GiB more GPU memory", workload, hardware, policy, device, budget + GIB)
+        faster = replace(hardware, h2d_bytes_per_s=2 * hardware.h2d_bytes_per_s, d2h_bytes_per_s=2 * hardware.d2h_bytes_per_s)
+        yield _estimate("PCIe twice as fast", workload, faster, policy, device, budget)
+    yield _estimate("one more CPU thread", workload, hardware, more, device, budget)
+
+
+def _alternatives(workload: Workload, hardware: HardwareProfile, policy: Policy, plan: Plan,
+                  found: list[Candidate]) -> Iterator[Estimate]:
+    machine = hardware if hardware.cores == plan.num_threads else hardware.with_threads(plan.num_threads)
+    for candidate in found[1:3]:
+        predicted = predict_plan(replace(plan, linears=candidate.linears, kv=candidate.kv), machine)
+        yield Estimate(candidate.label, predicted.decode.tokens_per_s, predicted.prefill.tokens_per_s)
+    yield _whole_layers(plan, machine)
+    for name in COMPARED_POLICIES:
+        rules = policy.model_copy(update={"rules": Policy.named(name).rules})
+        yield _estimate(f"policy {name}", workload, hardware, rules, plan.device, plan.gpu_memory_bytes)
+
+
+def _whole_layers(plan: Plan, hardware: HardwareProfile) -> Estimate:
+    fixed = sum(plan.memory.gpu[kind] for kind in ("activations", "resident", "context"))
+    layers = largest_layer_split(plan.workload, plan.gpu_memory_bytes - fixed)
+    linears, kv = layer_split(plan.workload, layers)
+    predicted = plan.predicted
+
+    def speed(cost: PhaseCost) -> float:
+        return predict(plan.workload, linears, kv, hardware, phase=cost.phase, rows=cost.rows, context=cost.context,
+                       on_gpu=True).tokens_per_s
+
+    return Estimate(f"{layers} whole layers on the GPU, rest CPU", speed(predicted.decode), speed(predicted.prefill))
+
+
+def _notes(plan: Plan, hardware: HardwareProfile) -> Iterator[str]:
+    host = plan.memory.host_bytes + plan.memory.pinned_bytes
+    if host > hardware.dram_bytes:
+        yield f"The plan needs {format_bytes(host)} of host memory; {hardware.name} has {format_bytes(hardware.dram_bytes)}."
+    if plan.gpu_memory_bytes is not None and plan.gpu_memory_bytes > hardware.gpu_memory_bytes:
+        yield (f"The GPU budget of {format_bytes(plan.gpu_memory_bytes)} is more than the "
+               f"{format_bytes(hardware.gpu_memory_bytes)} of {hardware.name}.")
+
+
+def _change(estimate: Estimate, decode: float, prefill: float) -> str:
+    if estimate.decode_tokens_per_s is None:
+        return estimate.note
+    return (f"decode {estimate.decode_tokens_per_s:8.1f} tokens/s ({estimate.decode_tokens_per_s / decode - 1:+.0%}), "
+            f"prefill {estimate.prefill_tokens_per_s:8.1f} ({estimate.prefill_tokens_per_s / prefill - 1:+.0%})")
