@@ -4,12 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
-
 from hetero_attn.checkpoint import Checkpoint
 from hetero_attn.config import ModelConfig
 from hetero_attn.errors import ConfigError, MemoryBudgetError, UnsupportedModelError, nearest
 from hetero_attn.hub import resolve_model
+from hetero_attn.profiles import physical_cores, stored_profile
 from hetero_attn.weights import build_workload
 from placement import BudgetError, HardwareProfile, Plan, Policy, make_plan
 from placement.memory import activation_bytes
@@ -110,15 +109,13 @@ def prepare(
 
 
 def machine_profile(device: str) -> HardwareProfile:
-    """The rates to plan with on this machine: measured ones if a profile is stored, else the catalogue's generic ones."""
-    profile = HardwareProfile.named("emulated" if device == "emulated" else "generic-cpu")
-    return profile.with_threads(physical_cores())
+    """The rates to plan with on this machine: measured ones if a profile is kept, else the catalogue's generic ones.
 
-
-def physical_cores() -> int:
-    """Physical cores this process may use."""
-    usable = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count()
-    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+    An emulated GPU has rates of its own in the catalogue; they say nothing about any GPU.
+    """
+    if device == "emulated":
+        return HardwareProfile.named("emulated").with_threads(physical_cores())
+    return stored_profile() or HardwareProfile.named("generic-cpu").with_threads(physical_cores())
 
 
 def choose_weight_dtype(dtype: str, config: ModelConfig, path: Path) -> str:

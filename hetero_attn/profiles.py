@@ -1,0 +1,61 @@
+"""This machine's measured profile: made on request, kept as JSON, recognised as stale or foreign by its fingerprint."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from hetero_attn.cgroups import memory_limit_bytes
+from placement.hardware import HardwareProfile
+
+HOST_MEMORY_SHARE = 0.9  # the rest is for the system and for Python itself
+
+
+def profile_machine(on_progress: Callable[[str], None] = lambda what: None, save: bool = True) -> HardwareProfile:
+    """Measure this machine, keep the result for later plans, and return it; takes some seconds.
+
+    on_progress(what) is called before each measurement. save=False leaves the kept profile alone.
+    """
+    from placement.profiler import measure
+
+    profile, _ = measure(physical_cores(), host_memory_bytes(), on_progress)
+    if save:
+        path = profile_path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(profile.to_json() + "\n")
+        temporary.replace(path)
+    return profile
+
+
+def stored_profile() -> HardwareProfile | None:
+    """The kept profile of this very machine and these versions; None when there is none or it is damaged or stale."""
+    from placement.profiler import machine_fingerprint
+
+    try:
+        profile = HardwareProfile.from_json(profile_path().read_text())
+    except (OSError, ValueError):
+        return None
+    return profile if profile.fingerprint == machine_fingerprint() else None
+
+
+def profile_path() -> Path:
+    """Where this machine's profile is kept: one file a host, in the user's cache directory."""
+    host = hashlib.sha256(os.uname().nodename.encode() if hasattr(os, "uname") else b"host").hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "hetero_attn" / "profiles" / f"{host}.json"
+
+
+def physical_cores() -> int:
+    """Physical cores this process may use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
+    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+
+
+def host_memory_bytes() -> int:
+    """Host memory that a plan may count on: what is free now, within the control group's limit."""
+    available = psutil.virtual_memory().available
+    limit = memory_limit_bytes(Path("/"))
+    return int(HOST_MEMORY_SHARE * (available if limit is None else min(available, limit)))
