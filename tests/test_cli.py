@@ -20,7 +20,7 @@ import hetero_attn
 from hetero_attn import doctor
 from hetero_attn.cgroups import cpu_quota, memory_limit_bytes
 from hetero_attn.cli import app
-from hetero_attn.cli.errors import exit_code
+from hetero_attn.cli.errors import MOST_LINES, exit_code
 from hetero_attn.errors import CheckpointError, MemoryBudgetError, PromptError
 from hetero_attn.request import Metrics, Piece, RequestOutput
 from placement import BudgetError, HardwareProfile
@@ -452,6 +452,14 @@ def test_generate_runs_the_shipped_model() -> None:
 
     assert (answer["finish_reason"], len(answer["token_ids"])) == ("length", 12)
     assert answer["metrics"]["generated_tokens"] == 12
+
+
+def test_a_hundred_problems_are_not_a_hundred_lines() -> None:
+    result = run("plan", TINY, "--policy", "stream_only", "--device", "cpu")
+
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == MOST_LINES + 1
+    assert result.stderr.rstrip().endswith("more problems")
 
 
 def test_verify_passes_on_a_split_model() -> None:

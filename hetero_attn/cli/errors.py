@@ -15,6 +15,7 @@ USAGE = 2
 # Errors of the planner, which knows of no exit codes.
 CODE_BY_NAME = {"BudgetError": 4}
 INTERRUPTED = 130
+MOST_LINES = 12
 
 
 def exit_code(error: BaseException) -> int | None:
@@ -26,6 +27,13 @@ def exit_code(error: BaseException) -> int | None:
     if type(error).__module__.partition(".")[0] in OUR_PACKAGES:
         return getattr(error, "exit_code", CODE_BY_NAME.get(type(error).__name__, USAGE))
     return USAGE if isinstance(error, ValueError) and raised_in(error) in OUR_PACKAGES else None
+
+
+def shortened(message: str) -> str:
+    """A message of at most MOST_LINES lines: a rule that is wrong for one layer is wrong for eighty."""
+    lines = message.splitlines()
+    hidden = len(lines) - MOST_LINES
+    return message if hidden <= 0 else "\n".join([*lines[:MOST_LINES], f"... and {hidden} more problems"])
 
 
 def raised_in(error: BaseException) -> str:
@@ -50,5 +58,5 @@ class CleanErrors(TyperGroup):
             code = exit_code(error)
             if code is None:
                 raise
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {shortened(str(error))}", err=True)
             raise typer.Exit(code) from None

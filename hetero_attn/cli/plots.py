@@ -85,8 +85,11 @@ def plot_profile(profile: HardwareProfile, file: Path) -> None:
     for axis, values, title, unit in (
         (axes[0], bandwidth, f"{profile.name}: bytes", "GB/s"), (axes[1], rates, "many rows: operations", "Gop/s")
     ):
-        axis.barh(list(values), [value / 1e9 for value in values.values()], color=COLOURS["cpu"])
+        colours = [COLOURS["gpu" if "GPU" in name else "cpu"] for name in values]
+        bars = axis.barh(list(values), [value / 1e9 for value in values.values()], color=colours)
+        axis.bar_label(bars, fmt="{:,.0f}", padding=2)
         axis.set(title=title, xlabel=unit, xscale="log")
+        axis.set_xlim(left=1, right=axis.get_xlim()[1] * 4)
         axis.invert_yaxis()
     save(figure, file)
 
