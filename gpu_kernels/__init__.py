@@ -1,4 +1,4 @@
-"""Triton kernels of the GPU lane, each beside its oracle in `reference`; nothing of Triton is imported until one is used.
+"""Triton kernels of the GPU lane, each beside its oracle in `reference`; Triton is imported when one is first used.
 
 Knows nothing of the other packages: an op takes tensors, writes its `out` arguments in place and launches on the
 current CUDA stream. It neither synchronises nor reads device data on the host, so every op can be captured in a graph.

@@ -60,7 +60,8 @@ def _decode_attention_kernel(
         GROUP_SIZE: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
         PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """grid: (batch * num_kv_heads, num_splits). q: [batch, num_heads, head_dim]; k_pages, v_pages: [num_pages,
-    page_size, head_dim]; page_table: [batch, num_kv_heads, max_pages]; out, lse: [batch, num_heads, num_splits, ...]."""
+    page_size, head_dim]; page_table: [batch, num_kv_heads, max_pages]; out: [batch, num_heads, num_splits, head_dim];
+    lse: [batch, num_heads, num_splits]."""
     batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
     kv_head = tl.program_id(0) % num_kv_heads
     split = tl.program_id(1)
@@ -236,4 +237,5 @@ def _check_pages(k_pages: Tensor, v_pages: Tensor, head_dim: int, num_heads: int
     assert k_pages.shape[2] == head_dim and k_pages.stride(2) == 1, (k_pages.shape, head_dim)
     assert num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
     if _head_pad(head_dim) not in DECODE_TILES[k_pages.dtype]:
-        raise ValueError(f"head_dim {head_dim} has no attention kernel: the largest is {max(DECODE_TILES[k_pages.dtype])}")
+        largest = max(DECODE_TILES[k_pages.dtype])
+        raise ValueError(f"head_dim {head_dim} has no attention kernel: the largest is {largest}")

@@ -31,7 +31,8 @@ def _merge_kernel(outs, lses, out, lse, strides, num_heads, PARTS: tl.constexpr,
     for part in tl.static_range(PARTS):
         weight = tl.exp(tl.load(lses[part] + row * strides[part][2] + head * strides[part][3]) - safe_maximum)
         total += weight
-        acc += weight * tl.load(outs[part] + row * strides[part][0] + head * strides[part][1] + dims, mask=inside, other=0.0)
+        source = outs[part] + row * strides[part][0] + head * strides[part][1]
+        acc += weight * tl.load(source + dims, mask=inside, other=0.0)
     result = strides[PARTS]
     tl.store(out + row * result[0] + head * result[1] + dims, acc / tl.where(total == 0.0, 1.0, total), mask=inside)
     tl.store(lse + row * result[2] + head * result[3], safe_maximum + tl.log(total))

@@ -1,4 +1,4 @@
-"""The small ops between the products: RMS norm, SwiGLU's silu(gate) * up, rotary embedding with the append to the cache.
+"""The small ops between the products: RMS norm, SwiGLU's silu(gate) * up, rotary embedding with append to the cache.
 
     rms_norm    y = x / sqrt(mean(x^2) + eps) * weight
     silu_mul    y = gate / (1 + exp(-gate)) * up
@@ -70,7 +70,7 @@ def _rope_append_kernel(
         qkv_row_stride, qkv_head_stride, angle_stride, q_row_stride, q_head_stride, page_stride, row_stride,
         slots_stride, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, HALF: tl.constexpr,
         PAGE_SIZE: tl.constexpr, HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr):
-    """grid: (rows, num_kv_heads, GROUP_SIZE + 2), the last axis being the heads of a unit: its q heads, then k, then v."""
+    """grid: (rows, num_kv_heads, GROUP_SIZE + 2), the last axis being the heads of a unit: its q, k and v."""
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     member = tl.program_id(2)
@@ -105,12 +105,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
 
 
 def silu_mul(gate_up: Tensor, out: Tensor) -> None:
-    """silu(gate) * up. gate_up: f32 [rows, units*32], per unit 16 gate then 16 up columns. out: f32 [rows, units*16]."""
+    """silu(gate) * up into `out`, f32 [rows, units*16]; gate_up: f32 [rows, units*32], a unit being 16 gate | 16 up."""
     rows, features = out.shape
     assert gate_up.shape == (rows, 2 * features) and features % 16 == 0, (gate_up.shape, out.shape)
     if rows and features:
         grid = (rows, triton.cdiv(features, SILU_BLOCK))
-        _silu_mul_kernel[grid](gate_up, out, features // 16, gate_up.stride(0), out.stride(0), BLOCK=SILU_BLOCK, num_warps=4)
+        _silu_mul_kernel[grid](gate_up, out, features // 16, gate_up.stride(0), out.stride(0), BLOCK=SILU_BLOCK,
+                               num_warps=4)
 
 
 def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,

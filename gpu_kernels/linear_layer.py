@@ -22,7 +22,8 @@ def linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, ou
     if weight_dtype not in WEIGHT_DTYPES:
         raise ValueError(f"weight dtype {weight_dtype!r} is unknown; known: {', '.join(WEIGHT_DTYPES)}")
     assert out.shape == (x.shape[0], weight.shape[0] * BLOCK_FEATURES), (x.shape, weight.shape, out.shape)
-    assert weight.is_contiguous() and x.stride(1) == 1 and out.stride(1) == 1, (weight.stride(), x.stride(), out.stride())
+    strides = (weight.stride(), x.stride(), out.stride())
+    assert weight.is_contiguous() and x.stride(1) == 1 and out.stride(1) == 1, strides
     if out.numel() == 0:
         return
     if weight_dtype in SUPERBLOCK_BYTES:

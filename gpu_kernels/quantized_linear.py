@@ -66,7 +66,7 @@ def _span_start(span, IS_Q4: tl.constexpr):
 
 
 @triton.jit
-def _gemv_kernel(weight, q, scales, sums, bias, out, num_spans, spans_per_split, block_bytes, num_groups, out_split_stride,
+def _gemv_kernel(weight, q, scales, sums, bias, out, num_spans, spans_per_split, block_bytes, out_split_stride,
                  IS_Q4: tl.constexpr, SPANS: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr):
     """grid: (num_blocks, splits). weight: uint8 [num_blocks, block_bytes]; q: int8 [num_groups * 64]; scales, sums:
     [num_groups]; out: [splits, num_blocks * 16]."""
@@ -155,7 +155,8 @@ def _gemm_kernel(weight, q, scales, sums, bias, out, rows, num_blocks, num_spans
             acc += dots.to(tl.float32) * (row_scale[:, None] * weight_scale[None, :])
     if HAS_BIAS:
         acc += tl.load(bias + columns, mask=live_columns, other=0.0)[None, :]
-    target = out + tl.program_id(2).to(tl.int64) * out_split_stride + wide_rows[:, None] * out_row_stride + columns[None, :]
+    target = out + tl.program_id(2).to(tl.int64) * out_split_stride
+    target += wide_rows[:, None] * out_row_stride + columns[None, :]
     live = live_rows[:, None] & live_columns[None, :]
     if ACCUMULATE:
         acc += tl.load(target, mask=live, other=0.0)
@@ -222,8 +223,8 @@ def quantized_linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor 
     product_flags = flags if splits == 1 else {"HAS_BIAS": False, "ACCUMULATE": False}
     if rows == 1:
         _gemv_kernel[(*grid, splits)](
-            weight, q, scales, sums, bias, target, num_spans, spans_per_split, weight.stride(0), scales.shape[1],
-            target.stride(0), IS_Q4=weight_dtype == "q4", SPANS=GEMV_SPANS, num_warps=GEMV_WARPS, **product_flags)
+            weight, q, scales, sums, bias, target, num_spans, spans_per_split, weight.stride(0), target.stride(0),
+            IS_Q4=weight_dtype == "q4", SPANS=GEMV_SPANS, num_warps=GEMV_WARPS, **product_flags)
     else:
         _gemm_kernel[(*grid, splits)](
             weight, q, scales, sums, bias, target, rows, num_blocks, num_spans, spans_per_split, weight.stride(0),

@@ -115,7 +115,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
 
 
 def silu_mul(gate_up: Tensor, out: Tensor) -> None:
-    """silu(gate) * up. gate_up: f32 [rows, units*32], per unit 16 gate then 16 up columns. out: f32 [rows, units*16]."""
+    """silu(gate) * up into `out`, f32 [rows, units*16]; gate_up: f32 [rows, units*32], a unit being 16 gate | 16 up."""
     units = gate_up.unflatten(-1, (gate_up.shape[-1] // 32, 2, BLOCK_FEATURES))
     gate, up = units.unbind(-2)
     out.copy_((torch.nn.functional.silu(gate) * up).flatten(1))
@@ -168,7 +168,8 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: T
     """Causal attention of a chunk of one sequence; row i of `q` is position q_start + i.
 
     q, out: f32 [q_len, num_heads, head_dim]. page_table: int32 [num_kv_heads, max_pages]. lse: f32 [q_len, num_heads].
-    Key j is visible to row i iff kv_start <= j < kv_stop, j <= q_start + i and (window == 0 or j > q_start + i - window).
+    Key j is visible to row i iff kv_start <= j < kv_stop and j <= q_start + i and (window == 0 or j > q_start + i -
+    window).
     """
     limits = torch.tensor([kv_start]), torch.tensor([kv_stop])
     pages = _needed_pages(*limits, k_pages.shape[1])

@@ -94,7 +94,8 @@ def oracle_decode(q: Tensor, cache: PagedCache, start: list[int], stop: list[int
     rows = []
     for sequence, (low, high) in enumerate(zip(start, stop)):
         visible = ((positions >= low) & (positions < high))[None]
-        rows.append(oracle_attention(q[sequence][:, None], cache.keys[sequence], cache.values[sequence], visible, scale))
+        query, keys, values = q[sequence][:, None], cache.keys[sequence], cache.values[sequence]
+        rows.append(oracle_attention(query, keys, values, visible, scale))
     return torch.stack([out[:, 0] for out, _ in rows]), torch.stack([lse[:, 0] for _, lse in rows])
 
 

@@ -47,7 +47,8 @@ def check_decode(op: Op, device: str, dtype: torch.dtype, num_kv_heads: int, gro
     """decode_attention over `ranges`, one per sequence, of a cache with room for `length` positions."""
     start, stop = map(list, zip(*ranges))
     edges = sorted({edge + step for low, high in ranges for edge in range(low, high, 64) for step in (0, 1)})
-    q, keys, values = boundary_adversarial(len(ranges), num_kv_heads, group_size, length, head_dim, [*edges, *stop], dtype)
+    q, keys, values = boundary_adversarial(len(ranges), num_kv_heads, group_size, length, head_dim, [*edges, *stop],
+                                           dtype)
     cache = paged_cache(keys, values, page_size, [range(low, high) for low, high in ranges])
     scale = head_dim ** -0.5
     expected, expected_lse = oracle_decode(q, cache, start, stop, scale)
@@ -90,7 +91,8 @@ def check_merge(op: Op, device: str, parts: int, shape: tuple[int, ...], empty: 
         outs[part][nothing], lses[part][nothing] = 0.0, -torch.inf
     sums = [torch.exp(lse.double()) for lse in lses]
     total = sum(sums)
-    expected = sum(out.double() * weight[..., None] for out, weight in zip(outs, sums)) / total.clamp_min(1e-300)[..., None]
+    expected = sum(out.double() * weight[..., None] for out, weight in zip(outs, sums))
+    expected = expected / total.clamp_min(1e-300)[..., None]
     leading = 2 if len(shape) > 3 else 0  # dimensions that must collapse into one
     out, lse = (Guarded(device, *sizes, unguarded_dims=leading) for sizes in (shape, shape[:-1]))
 
@@ -112,7 +114,8 @@ def check_linear(op: Op, device: str, weight_dtype: str, rows: int, num_blocks: 
     expected = expected + (bias.double() if with_bias else 0) + (before.double() if accumulate else 0)
     out = Guarded(device, rows, num_blocks * 16, fill=before)
 
-    op(_strided(x, device), weight.to(device), weight_dtype, bias.to(device) if with_bias else None, out.view, accumulate)
+    op(_strided(x, device), weight.to(device), weight_dtype, bias.to(device) if with_bias else None, out.view,
+       accumulate)
 
     assert nmse(out.result(), expected) <= FLOAT32_NMSE
 

@@ -17,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import gpu_kernels  # noqa: E402
 from ahead_of_time import SHARED_MEMORY_LIMIT, Resources, compile_launches  # noqa: E402
+from gpu_kernels import attention  # noqa: E402
 
 HIDDEN, HEADS, KV_HEADS, PAGE = 4096, 32, 8, 16
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -44,7 +45,8 @@ def linear(weight_dtype: str, rows: int, out_features: int = HIDDEN, bias: bool 
     block_bytes = HIDDEN // 64 * {"q4": 576, "q8": 1088}[weight_dtype]
     weight = empty(out_features // 16, block_bytes, dtype=torch.uint8)
     out = empty(rows, out_features)
-    return lambda: gpu_kernels.linear(empty(rows, HIDDEN), weight, weight_dtype, out[0] if bias else None, out, accumulate)
+    x, added = empty(rows, HIDDEN), out[0] if bias else None
+    return lambda: gpu_kernels.linear(x, weight, weight_dtype, added, out, accumulate)
 
 
 def merge(parts: int, head_dim: int) -> Callable[[], None]:
@@ -63,9 +65,9 @@ def silu_mul() -> None:
 def rope_append(head_dim: int, norm: bool) -> Callable[[], None]:
     qkv, pages = empty(4, KV_HEADS, 6 * head_dim), empty(4096, PAGE, head_dim, dtype=BF16)
     indices, angles = empty(4, dtype=torch.int64), empty(4096, head_dim // 2)
-    weight = empty(head_dim) if norm else None
-    return lambda: gpu_kernels.rope_append(qkv, indices, angles, angles, weight, weight, 1e-6, empty(4, HEADS, head_dim),
-                                           pages, pages, empty(4, KV_HEADS, dtype=torch.int64))
+    weight, q = empty(head_dim) if norm else None, empty(4, HEADS, head_dim)
+    slots = empty(4, KV_HEADS, dtype=torch.int64)
+    return lambda: gpu_kernels.rope_append(qkv, indices, angles, angles, weight, weight, 1e-6, q, pages, pages, slots)
 
 
 # launch: what to call, and the architectures of an ordinary run
@@ -122,6 +124,14 @@ def test_compiles_within_limits(name, architecture):
     assert kernels
     for used in kernels:
         check(used, name, architecture)
+
+
+def test_a_tile_that_spills_is_seen(monkeypatch):
+    monkeypatch.setitem(attention.DECODE_TILES[FP32], 128, attention.Tile(0, 64, 4, 3))
+    used = compile_launches(decode(FP32, 128, 8), 86)[0]
+
+    with pytest.raises(AssertionError, match="stack_bytes"):
+        check(used, "decode fp32 128", 86)
 
 
 @pytest.mark.aot_full

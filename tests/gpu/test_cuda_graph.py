@@ -1,4 +1,4 @@
-"""On a CUDA device: a captured decode attention stays right while the sequence grows, and no op waits for the device."""
+"""On a CUDA device: a captured decode attention stays right as the sequence grows; no op waits for the device."""
 
 from __future__ import annotations
 

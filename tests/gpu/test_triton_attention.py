@@ -19,8 +19,8 @@ RANGES = [(5, 140), (0, 1), (300, 300), (63, 65)]
     (FP32, 1, 3, 24, 1, 310), (BF16, 1, 8, 256, 32, 320), (BF16, 1, 17, 16, 16, 600),
 ])
 def test_decode_attention(device, dtype, num_kv_heads, group_size, head_dim, page_size, length):
-    checks.check_decode(attention.decode_attention, device, dtype, num_kv_heads, group_size, head_dim, page_size, length,
-                        RANGES)
+    checks.check_decode(attention.decode_attention, device, dtype, num_kv_heads, group_size, head_dim, page_size,
+                        length, RANGES)
 
 
 @pytest.mark.parametrize("length", [320, 600])
@@ -70,7 +70,8 @@ def test_merge_may_write_over_a_partial(device):
 
 def test_ops_accept_no_rows(device):
     none, pages = torch.zeros(0, 2, 16, device=device), torch.zeros(1, 4, 16, device=device)
-    table, limits = torch.zeros(0, 1, 1, dtype=torch.int32, device=device), torch.zeros(0, dtype=torch.int32, device=device)
+    limits = torch.zeros(0, dtype=torch.int32, device=device)
+    table = limits.new_zeros(0, 1, 1)
 
     attention.decode_attention(none, pages, pages, table, limits, limits, 1.0, none, none[..., 0])
     attention.prefill_attention(none, pages, pages, table.new_zeros(1, 1), 0, 4, 4, 0, 1.0, none, none[..., 0])
