@@ -177,8 +177,9 @@ def host_memory_settings(root: Path) -> Iterator[Finding]:
 
 
 def caches() -> Iterator[Finding]:
-    """Where compiled kernels and downloaded checkpoints go, and whether there is room."""
+    """Where compiled kernels, the machine's profile and downloaded checkpoints are, and whether there is room."""
     yield _kernel_cache()
+    yield _profile()
     from huggingface_hub.constants import HF_HUB_CACHE
 
     hub = Path(HF_HUB_CACHE)
@@ -260,6 +261,18 @@ def _kernel_cache() -> Finding:
         return Finding("caches", "compiled kernels", text, "note",
                        "not writable, so every start compiles again; XDG_CACHE_HOME names another folder")
     return Finding("caches", "compiled kernels", text)
+
+
+def _profile() -> Finding:
+    try:
+        from hetero_attn.profiles import profile_path, stored_profile
+    except ImportError:
+        return Finding("caches", "machine profile", "unknown, its packages cannot be imported")
+    if stored_profile() is not None:
+        return Finding("caches", "machine profile", str(profile_path()))
+    state = "stale or damaged" if profile_path().exists() else "none"
+    return Finding("caches", "machine profile", state, "note",
+                   "plans use a generic machine's rates; `hetero-attn profile` measures this one")
 
 
 def _version(distribution: str) -> str | None:

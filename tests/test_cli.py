@@ -234,7 +234,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> HardwareProfile:
     """Puts a machine with a GPU in the place of the measurement."""
     base = HardwareProfile.named("emulated").to_dict() | {"name": "imagined", "source": "measured"}
     imagined = HardwareProfile.from_dict(base)
-    monkeypatch.setitem(vars(hetero_attn), "profile_machine", lambda: imagined)
+    monkeypatch.setitem(vars(hetero_attn), "profile_machine", lambda on_progress: imagined)
     return imagined
 
 
@@ -248,7 +248,7 @@ def test_profile_prints_rates_with_units(measured: HardwareProfile) -> None:
 
 def test_profile_without_a_gpu_has_no_gpu_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     profile = HardwareProfile.named("generic-cpu")
-    monkeypatch.setitem(vars(hetero_attn), "profile_machine", lambda: profile)
+    monkeypatch.setitem(vars(hetero_attn), "profile_machine", lambda on_progress: profile)
     lines = run("profile").stdout.splitlines()
 
     assert lines[-1] == "no GPU was found: the plan uses the CPU lane only"
@@ -416,6 +416,25 @@ def test_plan_is_drawn_into_the_format_of_the_file(tmp_path: Path, ending: str, 
     assert result.exit_code == 0
     assert "layers.0" in result.stdout
     assert file.read_bytes().startswith(first_bytes)
+
+
+def test_explanation_says_what_limits_and_what_would_help() -> None:
+    wishes = ("plan", TINY, "--device", "emulated", "--gpu-memory", "12MiB", "--context", "256", "--explain")
+    text, machine = run(*wishes).stdout, json.loads(run(*wishes, "--json").stdout)
+
+    assert "Decoding is bound by" in text
+    assert "1 GiB more GPU memory" in text
+    assert {"plan", "bottleneck", "gains"} <= set(machine)
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_curve_over_gpu_memory_is_drawn(tmp_path: Path, device: str) -> None:
+    file = tmp_path / "curve.png"
+    wishes = ("--device", "emulated", "--gpu-memory", "12MiB") if device == "emulated" else ("--device", "cpu")
+    result = run("plan", TINY, *wishes, "--context", "256", "--curve", str(file))
+
+    assert result.exit_code == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
 
 
 def test_plot_into_an_unknown_format_is_a_usage_error(tmp_path: Path) -> None:

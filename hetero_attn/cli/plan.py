@@ -1,4 +1,4 @@
-"""`hetero-attn plan`: what would live where, and how fast it should be. Reads config and headers, never the weights."""
+"""`hetero-attn plan`: what would live where, how fast and why. Reads config and headers, never the weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from hetero_attn.cli import options
 from hetero_attn.cli.output import print_json, table_width, write_text
 
 if TYPE_CHECKING:
-    from placement import HardwareProfile
+    from hetero_attn.planning import PlannedModel
+    from placement import HardwareProfile, Policy
+    from placement.explain import Explanation
 
 
 def plan(
@@ -24,27 +26,67 @@ def plan(
     device: options.Device = "auto",
     context: options.Context = None,
     threads: options.Threads = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the plan into this PNG, SVG or PDF file.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say what limits the plan and what would help.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw where weights are into this PNG, SVG or PDF file.")] = None,
+    curve: Annotated[Path | None, typer.Option(help="Draw predicted speed over GPU memory into this file.")] = None,
     yaml: Annotated[Path | None, typer.Option(help="Write the plan as a policy to this file; - is stdout.")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Show what of a model would live on which lane, the bytes and the predicted speed."""
-    from hetero_attn import plan_model
+    from hetero_attn.planning import PAGE_TOKENS, prepare
 
-    made = plan_model(
+    planned = prepare(
         model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, device=device, hardware=machine(hardware),
-        max_context=context, num_threads=threads,
+        max_context=context, max_batch=None, num_threads=threads, page_size=PAGE_TOKENS,
     )
+    explanation = explained(planned, policy, threads) if explain else None
     if plot is not None:
         from hetero_attn.cli.plots import plot_plan
 
-        plot_plan(made, plot)
+        plot_plan(planned.plan, plot)
+    if curve is not None:
+        draw_curve(planned, policy, threads, curve)
     if yaml is not None:
-        write_text(yaml, made.to_yaml())
+        write_text(yaml, planned.plan.to_yaml())
     if as_json:
-        print_json(made.to_dict())
+        print_json((explanation or planned.plan).to_dict())
     elif str(yaml) != "-":
-        typer.echo(made.table(table_width()), nl=False)
+        typer.echo(planned.plan.table(table_width()), nl=False)
+        for line in explanation.lines() if explanation else ():
+            typer.echo(line)
+
+
+def explained(planned: PlannedModel, policy: str, threads: int | None) -> Explanation:
+    """Plan again with more of each resource; takes several times as long as the plan."""
+    from placement.explain import explain
+
+    made = planned.plan
+    return explain(
+        made.workload, planned.hardware, wishes(policy, threads), device=made.device,
+        gpu_memory_bytes=made.gpu_memory_bytes,
+    )
+
+
+def draw_curve(planned: PlannedModel, policy: str, threads: int | None, file: Path) -> None:
+    """Plan for a dozen GPU budgets and draw the predicted speeds."""
+    from hetero_attn.cli.plots import plotting
+    from placement.explain import budget_curve
+    from placement.plots import plot_predictions
+
+    made, plans = planned.plan, []
+    if made.device != "cpu":
+        plans = budget_curve(made.workload, planned.hardware, wishes(policy, threads), device=made.device)
+    with plotting(file):
+        plot_predictions(made, plans, file)
+
+
+def wishes(policy: str, threads: int | None) -> Policy:
+    """The policy as the planner sees it: sizes of the workload are already in the workload."""
+    from placement import Policy
+
+    loaded = Policy.load(policy)
+    settled = {"context": None, "batch": None, "prefill_chunk": None, "threads": threads or loaded.threads}
+    return loaded.model_copy(update=settled)
 
 
 def machine(hardware: str | None) -> str | HardwareProfile | None:

@@ -1,4 +1,4 @@
-"""`hetero-attn profile`: measure this machine's rates, the numbers that the planner works with."""
+"""`hetero-attn profile`: measure this machine's rates, which later plans then work with."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,14 +11,14 @@ from hetero_attn.cli.profile_table import profile_table
 
 
 def profile(
-    save: Annotated[Path | None, typer.Option(help="Write the profile as JSON, for `plan --hardware FILE`.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write a copy as JSON, for `plan --hardware` elsewhere.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the rates into this PNG, SVG or PDF file.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure what this machine's memory, cores and bus can do; takes some seconds."""
+    """Measure what this machine's memory, cores and bus can do, and keep it for later plans; takes some seconds."""
     from hetero_attn import profile_machine
 
-    measured = profile_machine()
+    measured = profile_machine(on_progress=lambda what: typer.echo(f"measuring {what}", err=True))
     if save is not None:
         write_text(save, measured.to_json() + "\n")
     if plot is not None:
