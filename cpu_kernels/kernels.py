@@ -8,6 +8,7 @@ import torch
 from . import attention, elementwise, linear, memory, pack
 from .cache import KernelStore
 from .isa import choose
+from .program import Program
 from .team import Team
 
 
@@ -55,6 +56,14 @@ class CpuKernels:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+    def record(self, work: Callable[[], None]) -> Program:
+        """The ops that `work` calls, checked and laid out once, to be run again and again without Python between them.
+
+        Nothing is computed now. A run reads and writes the very tensors that `work` used, which must stay alive and in place;
+        what they hold may change between runs. `work` must compute with this object's ops alone.
+        """
+        return Program(self._team, work)
 
     def sweep(self, tensor: torch.Tensor) -> None:
         """Read every byte of a contiguous tensor and do nothing with it: timed, it is the ceiling of every op."""

@@ -15,6 +15,8 @@ import os
 import struct
 import threading
 import weakref
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -22,6 +24,15 @@ from . import topology
 from .cache import KernelStore, as_function
 from .isa import Isa
 from .team_layout import ARGUMENT_BYTES, ARGUMENTS, CONTROL_BYTES, FAILURE, GATE, KERNEL, MAX_PARAMETERS, OPEN, PARAMETERS, STOP
+
+
+class RecordedOp(NamedTuple):
+    """One op as Team.run would run it."""
+
+    name: str
+    kernel_address: int
+    scratch_bytes: int
+    parameters: tuple[int, ...]
 
 
 class _Shared:
@@ -91,6 +102,8 @@ class Team:
         self._kernel = self._shared.word(KERNEL)
         self._failure = ctypes.c_int64.from_address(self._shared.arguments + FAILURE)
         self._pack = {n: struct.Struct(f"={n + 1}q").pack_into for n in range(MAX_PARAMETERS)}
+        self._recording: list[RecordedOp] | None = None
+        self._drive_all = None
         self._scratch_bytes = 0
         self._grow(1 << 16)
         self._parameters = (ctypes.c_char * (ARGUMENT_BYTES - PARAMETERS)).from_address(self._shared.arguments + PARAMETERS)
@@ -120,13 +133,41 @@ class Team:
         with self._lock:
             if shared.stopping:
                 raise RuntimeError("this CpuKernels is closed; make a new one")
-            self._kernel.value = shared.store.address(*kernel)
+            address = shared.store.address(*kernel)
+            if self._recording is not None:
+                self._recording.append(RecordedOp(kernel[1], address, scratch_bytes, parameters))
+                return 0
+            self._kernel.value = address
             if scratch_bytes > self._scratch_bytes:
                 self._grow(scratch_bytes)
             self._pack[len(parameters)](self._parameters, 0, self._scratch_at, *parameters)
             if shared.parked:
                 shared.wake()
             shared.drive(ctypes.addressof(self._result), None, shared.control, 0)
+            return self._failure.value
+
+    def record(self, work: Callable[[], None]) -> list[RecordedOp]:
+        """The ops that `work` would run, with their checks done and nothing computed; one thread at a time records."""
+        self._recording = []
+        try:
+            work()
+            return self._recording
+        finally:
+            self._recording = None
+
+    def replay(self, program_address: int) -> int:
+        """Run a program laid out as in team_layout.py; returns the failure code of the op that stopped it, 0 for none."""
+        shared = self._shared
+        if os.getpid() != self._pid:
+            raise RuntimeError("this CpuKernels was made before a fork and has no threads here; make a new one")
+        with self._lock:
+            if shared.stopping:
+                raise RuntimeError("this CpuKernels is closed; make a new one")
+            if self._drive_all is None:
+                self._drive_all = as_function(shared.store.address("team_kernel", "drive_all"))
+            if shared.parked:
+                shared.wake()
+            self._drive_all(ctypes.addressof(self._result), None, shared.control, program_address)
             return self._failure.value
 
     def _grow(self, scratch_bytes: int) -> None:

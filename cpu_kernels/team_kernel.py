@@ -1,6 +1,25 @@
 """What the members of the thread team run: see team.py for the protocol and the control block."""
 
-from .team_layout import ARGUMENTS, DONE, FAILURE, GATE, KERNEL, NEXT, OPEN, SEQUENCE, STAGE_BYTES, STAGES, STOP
+from .compiler import helper
+from .team_layout import (
+    ARGUMENTS,
+    DONE,
+    FAILURE,
+    GATE,
+    KERNEL,
+    MAX_PARAMETERS,
+    NEXT,
+    OPEN,
+    PARAMETERS,
+    PROGRAM_COUNT,
+    PROGRAM_ENTRY_BYTES,
+    PROGRAM_HEAD_BYTES,
+    PROGRAM_INDEX,
+    SEQUENCE,
+    STAGE_BYTES,
+    STAGES,
+    STOP,
+)
 from .vector import (
     call_kernel,
     fetch_add,
@@ -18,25 +37,49 @@ YIELDS = 4000  # then about 1 ms of sched_yield
 NAPS = 300  # then naps of 60 us, about 20 ms, before the member parks in Python
 
 
+@helper
+def run_kernel(control):
+    """The caller's side of one op: open the gate, run the kernel as thread 0, close the gate, wait until it is empty."""
+    arguments = load_i64(control + ARGUMENTS)
+    store_i64(0, arguments + FAILURE)
+    for stage in range(STAGES):
+        store_i64(0, arguments + STAGE_BYTES * stage + NEXT)
+        store_i64(0, arguments + STAGE_BYTES * stage + DONE)
+    fetch_add(control + GATE, OPEN)
+    store_release(load_i64(control + SEQUENCE) + 1, control + SEQUENCE)
+    call_kernel(load_i64(control + KERNEL), arguments, 0)
+    fetch_add(control + GATE, -OPEN)
+    spins = 0
+    while load_acquire(control + GATE) != -OPEN:
+        pause()
+        spins += 1
+        if spins > SPINS:
+            yield_core()
+
+
 def drive():
-    """The caller's side: open the gate, run the kernel as thread 0, close the gate, wait until it is empty."""
+    """Run the one kernel that the control block names."""
 
     def kernel(control, _):
+        run_kernel(control)
+
+    return kernel
+
+
+def drive_all():
+    """Run the ops of a recorded program in order, up to the first that fails; its index stays in the program's head."""
+
+    def kernel(control, program):
         arguments = load_i64(control + ARGUMENTS)
-        store_i64(0, arguments + FAILURE)
-        for stage in range(STAGES):
-            store_i64(0, arguments + STAGE_BYTES * stage + NEXT)
-            store_i64(0, arguments + STAGE_BYTES * stage + DONE)
-        fetch_add(control + GATE, OPEN)
-        store_release(load_i64(control + SEQUENCE) + 1, control + SEQUENCE)
-        call_kernel(load_i64(control + KERNEL), arguments, 0)
-        fetch_add(control + GATE, -OPEN)
-        spins = 0
-        while load_acquire(control + GATE) != -OPEN:
-            pause()
-            spins += 1
-            if spins > SPINS:
-                yield_core()
+        for index in range(load_i64(program + PROGRAM_COUNT)):
+            entry = program + PROGRAM_HEAD_BYTES + index * PROGRAM_ENTRY_BYTES
+            store_i64(index, program + PROGRAM_INDEX)
+            store_i64(load_i64(entry), control + KERNEL)
+            for word in range(MAX_PARAMETERS):
+                store_i64(load_i64(entry + 8 + 8 * word), arguments + PARAMETERS + 8 * word)
+            run_kernel(control)
+            if load_i64(arguments + FAILURE) != 0:
+                return
 
     return kernel
 

@@ -1,0 +1,78 @@
+"""A recorded program computes what the direct calls compute, every time, and stops at an op that cannot be right."""
+
+import pytest
+import torch
+from kernel_data import normal
+
+from cpu_kernels import CpuKernels, layout
+
+
+@pytest.fixture(scope="module")
+def ops():
+    with CpuKernels(2) as ops:
+        yield ops
+
+
+def packed(ops, weight_dtype: str, features: int, inputs: int, seed: int) -> torch.Tensor:
+    out = torch.empty(features // 16, layout.block_bytes(weight_dtype, inputs), dtype=torch.uint8)
+    ops.pack(normal(features, inputs, seed=seed), weight_dtype, out)
+    return out
+
+
+@pytest.mark.parametrize("weight_dtype", ["fp32", "bf16", "q8", "q4"])
+def test_a_run_equals_direct_calls_bit_for_bit(ops, weight_dtype):
+    weights = [packed(ops, weight_dtype, 96, 96, seed) for seed in range(3)]
+    norm = normal(96, seed=9)
+
+    def work(x, normed):
+        for weight in weights:
+            ops.rms_norm(x, norm, 1e-6, normed)
+            ops.linear(normed, weight, weight_dtype, None, x, True)
+
+    x, normed = torch.empty(2, 96), torch.empty(2, 96)
+    program = ops.record(lambda: work(x, normed))
+    for seed in range(4):
+        start = normal(2, 96, seed=seed)
+        expected = start.clone()
+        work(expected, torch.empty(2, 96))
+        x.copy_(start)
+        program.run()
+
+        assert torch.equal(expected, x)
+    assert len(program) == 6
+
+
+def test_recording_computes_nothing_and_checks_everything(ops):
+    x, out = normal(1, 64, seed=1), torch.full((1, 64), 7.0)
+    ops.record(lambda: ops.rms_norm(x, torch.ones(64), 1e-6, out))
+
+    assert (out == 7.0).all()
+    with pytest.raises(ValueError, match="weight"):
+        ops.record(lambda: ops.rms_norm(x, torch.ones(63), 1e-6, out))
+    ops.rms_norm(x, torch.ones(64), 1e-6, out)
+    assert not (out == 7.0).any()
+
+
+def test_a_length_outside_the_table_stops_the_program(ops):
+    k_pages, v_pages = normal(4, 16, 32, seed=1), normal(4, 16, 32, seed=2)
+    table = torch.arange(4, dtype=torch.int32).view(1, 1, 4)
+    start, stop = torch.zeros(1, dtype=torch.int32), torch.full((1,), 40, dtype=torch.int32)
+    q, out, lse = normal(1, 2, 32, seed=3), torch.empty(1, 2, 32), torch.empty(1, 2)
+    program = ops.record(lambda: ops.decode_attention(q, k_pages, v_pages, table, start, stop, 0.2, out, lse))
+    program.run()
+    stop.fill_(65)
+
+    with pytest.raises(RuntimeError, match="op 0 .decode. of a recorded program"):
+        program.run()
+    stop.fill_(64)
+    program.run()
+
+
+def test_a_closed_object_refuses_to_replay():
+    ops = CpuKernels(1)
+    x, out = normal(1, 64, seed=1), torch.empty(1, 64)
+    program = ops.record(lambda: ops.rms_norm(x, torch.ones(64), 1e-6, out))
+    ops.close()
+
+    with pytest.raises(RuntimeError, match="closed"):
+        program.run()
