@@ -127,7 +127,7 @@ def test_compiles_within_limits(name, architecture):
 
 
 def test_a_tile_that_spills_is_seen(monkeypatch):
-    monkeypatch.setitem(attention.DECODE_TILES[FP32], 128, attention.Tile(0, 64, 4, 3))
+    monkeypatch.setitem(attention.DECODE_TILES[FP32], 128, attention.Tile(0, 32, 4, 2))
     used = compile_launches(decode(FP32, 128, 8), 86)[0]
 
     with pytest.raises(AssertionError, match="stack_bytes"):
