@@ -31,7 +31,7 @@ def build_engine(planned: PlannedModel, overlap: bool = True, progress: Progress
         lanes = make_lanes(planned.plan, planned.device, overlap)
         try:
             weights = Loader(checkpoint, planned.config, planned.plan, planned.weight_dtype, lanes, progress).load()
-            return Engine(planned.config, planned.plan, weights, lanes, make_kv_cache(planned, lanes))
+            return Engine(planned.config, planned.plan, weights, lanes, make_kv_cache(planned, lanes), overlap)
         except BaseException:
             lanes.close()
             raise

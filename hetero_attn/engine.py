@@ -16,15 +16,27 @@ from hetero_attn.config import ModelConfig
 from hetero_attn.kv_cache import KVCache, SequenceState
 from hetero_attn.lanes import Activation, Lanes
 from hetero_attn.model import ModelWeights, Workspace
+from hetero_attn.replay import DecodeReplay
 from hetero_attn.step import Step, plan_step
 from hetero_attn.weights import LOGITS_ROWS, ActivationWidths, model_spec
 from placement.plan import Plan
 
 
 class Engine:
-    """Runs a model's forward passes over the lanes by a plan. One thread at a time may use it."""
+    """Runs a model's forward passes over the lanes by a plan. One thread at a time may use it.
 
-    def __init__(self, config: ModelConfig, plan: Plan, weights: ModelWeights, lanes: Lanes, kv_cache: KVCache) -> None:
+    replay: record decode steps of a plan without a GPU and replay them; the plain path computes the same.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        plan: Plan,
+        weights: ModelWeights,
+        lanes: Lanes,
+        kv_cache: KVCache,
+        replay: bool = True,
+    ) -> None:
         self.config = config
         self.plan = plan
         self.lanes = lanes
@@ -33,6 +45,7 @@ class Engine:
         self._rows = max(plan.prefill_chunk, plan.max_batch)
         self._work = make_workspace(config, self._rows, lanes)
         logits_rows = max(LOGITS_ROWS, plan.max_batch)
+        self._replay = DecodeReplay(lanes.host_ops, self._layers) if replay and lanes.device is None else None
         self._logits = _buffer(lanes, logits_rows, weights.head.spec.out_features, "resident")
 
     @property
@@ -80,27 +93,34 @@ class Engine:
         return plan_step(self.lanes, self.kv_cache, [sequence], len(token_ids), is_prefill=True)
 
     def _forward(self, step: Step, token_ids: Sequence[int]) -> None:
-        lanes, weights, work = self.lanes, self._weights, self._work.rows(step.rows)
+        lanes, weights = self.lanes, self._weights
         try:
             if lanes.ring is not None:
                 lanes.ring.announce(piece for linear in weights.linears[:-1] for piece in linear.pieces(step.tier))
-            model.embed(lanes, weights, torch.tensor(token_ids), work)
-            for index, layer in enumerate(weights.layers):
-                group, place = self.kv_cache.places[index]
-                model.attention_block(
-                    lanes,
-                    step,
-                    layer,
-                    self.kv_cache.layer_groups[group],
-                    step.groups[group],
-                    place,
-                    weights.norm_eps,
-                    work,
-                )
-                model.mlp_block(lanes, step, layer, weights.norm_eps, work)
+            model.embed(lanes, weights, torch.tensor(token_ids), self._work.rows(step.rows))
+            if self._replay is not None and not step.is_prefill:
+                self._replay.run(step)
+            else:
+                self._layers(step)
         except BaseException:
             lanes.reset()
             raise
+
+    def _layers(self, step: Step) -> None:
+        lanes, weights, work = self.lanes, self._weights, self._work.rows(step.rows)
+        for index, layer in enumerate(weights.layers):
+            group, place = self.kv_cache.places[index]
+            model.attention_block(
+                lanes,
+                step,
+                layer,
+                self.kv_cache.layer_groups[group],
+                step.groups[group],
+                place,
+                weights.norm_eps,
+                work,
+            )
+            model.mlp_block(lanes, step, layer, weights.norm_eps, work)
 
     def _logits_of(self, start: int, stop: int) -> torch.Tensor:
         work, out = self._work, self._logits.rows(0, stop - start)

@@ -79,6 +79,26 @@ def test_sequences_of_different_lengths_decode_together(runs):
     single.close()
 
 
+def test_a_replayed_decode_step_is_bit_equal_to_the_plain_one(runs):
+    """Batches of one and three, joining and leaving, with recorded steps and without."""
+    run = runs["q4"]
+
+    def generated(overlap):
+        engine = make_engine(run.path, cpu_plan(toy_workload(run.path, "q4", max_batch=3)), overlap=overlap)
+        sequences = [engine.kv_cache.open() for _ in range(3)]
+        for sequence, start in zip(sequences, (0, 9, 20), strict=True):
+            engine.prefill(sequence, run.token_ids[start : start + 5 + start // 2])
+        rows = [engine.decode_step(sequences, [1, 2, 3]) for _ in range(6)]
+        rows += [engine.decode_step([sequences[1]], [step]) for step in range(6)]
+        engine.kv_cache.close(sequences[0])
+        rows += [engine.decode_step(sequences[1:], [step, 5]) for step in range(6)]
+        engine.close()
+        return rows
+
+    for replayed, plain in zip(generated(True), generated(False), strict=True):
+        assert torch.equal(replayed, plain)
+
+
 def test_a_rerun_is_bit_equal(runs):
     run = runs["bf16"]
     engine = make_engine(run.path, uniform_plan(toy_workload(run.path, "bf16"), gpu=0.3, stream=0.3, gpu_groups=1))
