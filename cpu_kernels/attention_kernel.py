@@ -19,6 +19,7 @@ from numba import types
 from .attention_layout import (
     KEY_TILE,
     LINE_BYTES,
+    NEXT_TILE,
     P_BATCH,
     P_GROUPS,
     P_HEAD_DIM,
@@ -58,6 +59,8 @@ from .isa import Isa
 from .tiles import masked_line, sum_each, zeros
 from .vector import (
     F32,
+    I8,
+    I32,
     I64,
     LANES,
     VF32,
@@ -66,7 +69,7 @@ from .vector import (
     add,
     call_llvm,
     emits,
-    exp,
+    exp2_not_positive,
     float32,
     fma,
     fma_value,
@@ -79,7 +82,7 @@ from .vector import (
     load_f32,
     load_f32_tail,
     load_i32,
-    load_i64,
+    load_line,
     load_scalar,
     max_lanes,
     most,
@@ -91,6 +94,7 @@ from .vector import (
     store_f32,
     store_f32_tail,
     store_i64,
+    store_line,
     store_scalar,
     sub,
     sum_lanes,
@@ -98,6 +102,13 @@ from .vector import (
 )
 
 MINUS_INFINITY = np.float32(-np.inf)
+LOG2_E = 1.4426950408889634
+
+
+def fetch_ahead(b, row, offset):
+    """Prefetch the line at row + offset of the next tile of keys while this tile's line is in use."""
+    where = b.inttoptr(b.add(row, offset), I8.as_pointer())
+    call_llvm(b, "llvm.prefetch.p0", ir.VoidType(), where, *(ir.Constant(I32, value) for value in (0, 2, 1)))
 
 
 def scores_tile(isa: Isa, kv_dtype: str, heads: int):
@@ -119,8 +130,9 @@ def scores_tile(isa: Isa, kv_dtype: str, heads: int):
 
     def rows(b, q, q_stride, table, offset):
         q_rows = [b.add(q, b.mul(q_stride, ir.Constant(I64, head))) for head in range(heads)]
-        k_rows = [b.add(load_as(b, table, I64, 8 * key), offset) for key in range(keys)]
-        return q_rows, k_rows
+        for key in range(keys):
+            fetch_ahead(b, load_as(b, table, I64, NEXT_TILE + 8 * key), offset)
+        return q_rows, [b.add(load_as(b, table, I64, 8 * key), offset) for key in range(keys)]
 
     @emits(tile, tile, intp, intp, intp, intp)
     def line(b, sums, q, q_stride, table, offset):
@@ -174,6 +186,10 @@ def weighted_strip(kv_dtype: str, heads: int):
                 value = b.insert_value(value, scaled, head * vectors + part)
         return value
 
+    def load(b, row_at, offset):
+        fetch_ahead(b, load_as(b, row_at, I64, NEXT_TILE), offset)
+        return b.add(load_as(b, row_at, I64), offset)
+
     def accumulate(b, sums, line, p):
         parts = [low_halves(b, line), high_halves(b, line)] if vectors == 2 else [b.bitcast(line, VF32)]
         for head in range(heads):
@@ -183,13 +199,13 @@ def weighted_strip(kv_dtype: str, heads: int):
                 sums = b.insert_value(sums, fma_value(b, value, weight, b.extract_value(sums, index)), index)
         return sums
 
-    @emits(tile, tile, intp, intp)
-    def whole_line(b, sums, v, p):
-        return accumulate(b, sums, load_as(b, v, VI32), p)
-
     @emits(tile, tile, intp, intp, intp)
-    def part_line(b, sums, v, p, count):
-        return accumulate(b, sums, masked_line(b, v, count, item_bytes), p)
+    def whole_line(b, sums, row_at, offset, p):
+        return accumulate(b, sums, load_as(b, load(b, row_at, offset), VI32), p)
+
+    @emits(tile, tile, intp, intp, intp, intp)
+    def part_line(b, sums, row_at, offset, p, count):
+        return accumulate(b, sums, masked_line(b, load(b, row_at, offset), count, item_bytes), p)
 
     @emits(types.void, tile, intp, intp)
     def store(b, sums, acc, acc_stride):
@@ -203,10 +219,10 @@ def weighted_strip(kv_dtype: str, heads: int):
         sums = load_scaled(acc, acc_stride, corrections)
         if count >= LINE_BYTES // item_bytes:
             for key in range(keys):
-                sums = whole_line(sums, load_i64(table + 8 * key) + offset, p + 4 * key)
+                sums = whole_line(sums, table + 8 * key, offset, p + 4 * key)
         else:
             for key in range(keys):
-                sums = part_line(sums, load_i64(table + 8 * key) + offset, p + 4 * key, count)
+                sums = part_line(sums, table + 8 * key, offset, p + 4 * key, count)
         store(sums, acc, acc_stride)
 
     return strip
@@ -226,7 +242,7 @@ def store_interleaved(b, even, odd, address, count):
 
 @helper
 def softmax_tile(scores, keys, scale, running, correction):
-    """scores[64] -> p in place; running holds m then l of this head (4-byte words `KEY_TILE` apart); see the module."""
+    """scores[64] -> p in place; scale includes log2(e), so m is in powers of two; running holds m then l of this head (4-byte words `KEY_TILE` apart); see the module."""
     s0 = keep_below(mul(load_f32(scores), scale), keys, MINUS_INFINITY)
     s1 = keep_below(mul(load_f32(scores + 64), scale), keys - 16, MINUS_INFINITY)
     s2 = keep_below(mul(load_f32(scores + 128), scale), keys - 32, MINUS_INFINITY)
@@ -234,12 +250,12 @@ def softmax_tile(scores, keys, scale, running, correction):
     before = load_scalar(running)
     largest = larger(before, max_lanes(vmax(vmax(s0, s1), vmax(s2, s3))))
     m = splat(largest)
-    p0, p1, p2, p3 = exp(sub(s0, m)), exp(sub(s1, m)), exp(sub(s2, m)), exp(sub(s3, m))
+    p0, p1, p2, p3 = exp2_not_positive(sub(s0, m)), exp2_not_positive(sub(s1, m)), exp2_not_positive(sub(s2, m)), exp2_not_positive(sub(s3, m))
     store_f32(p0, scores)
     store_f32(p1, scores + 64)
     store_f32(p2, scores + 128)
     store_f32(p3, scores + 192)
-    factor = exp(splat(before - largest))
+    factor = exp2_not_positive(splat(before - largest))
     store_f32_tail(factor, correction, 1)
     total = fma(splat(load_scalar(running + 4)), factor, splat(sum_lanes(add(add(p0, p1), add(p2, p3)))))
     store_scalar(largest, running)
@@ -267,9 +283,17 @@ def key_rows(arguments, table, position, keys, k_rows, v_rows):
             store_i64(k_at, k_rows + 8 * (done + key))
             store_i64(v_at, v_rows + 8 * (done + key))
         done += run
-    for key in range(done, KEY_TILE):
+    for key in range(done, KEY_TILE if keys else 0):
         store_i64(k_at, k_rows + 8 * key)
+        store_i64(v_at, v_rows + 8 * key)
     return True
+
+
+@helper
+def copy_rows(rows):
+    """Make the next tile's rows this tile's."""
+    for i in range(0, NEXT_TILE, 64):
+        store_line(load_line(rows + NEXT_TILE + i), rows + i)
 
 
 def attend(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int):
@@ -281,13 +305,19 @@ def attend(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int):
 
     @helper
     def item(arguments, table, start, stop, q, q_bytes, acc, acc_bytes, running, heads, work):
-        head_dim, scale = parameter(arguments, P_HEAD_DIM), splat(np.float32(real_parameter(arguments, P_SCALE)))
-        k_rows, v_rows = work, work + 8 * KEY_TILE
+        head_dim, scale = parameter(arguments, P_HEAD_DIM), splat(types.float32(real_parameter(arguments, P_SCALE) * LOG2_E))
+        k_rows, v_rows = work, work + 2 * NEXT_TILE
         corrections = work + THREAD_ADDRESSES
         scores = corrections + 4 * heads + 64
+        first = least(KEY_TILE, stop - start)
+        if not key_rows(arguments, table, start, first, k_rows + NEXT_TILE, v_rows + NEXT_TILE):
+            return False
         for position in range(start, stop, KEY_TILE):
             keys = least(KEY_TILE, stop - position)
-            if not key_rows(arguments, table, position, keys, k_rows, v_rows):
+            ahead = least(KEY_TILE, stop - position - keys)
+            for row in range(0, 2 * NEXT_TILE * 2, 2 * NEXT_TILE):
+                copy_rows(work + row)
+            if not key_rows(arguments, table, position + keys, ahead, k_rows + NEXT_TILE, v_rows + NEXT_TILE):
                 return False
             for head in range(0, heads, score_heads):
                 for key in range(0, keys, keys_per_tile):
@@ -355,7 +385,7 @@ def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int):
             if load_scalar(running) == MINUS_INFINITY:
                 weight = splat(np.float32(0.0))
             else:
-                weight = exp(sub(splat(load_scalar(running)), m))
+                weight = exp2_not_positive(sub(splat(load_scalar(running)), m))
             total = fma(splat(load_scalar(running + 4)), weight, total)
             for i in range(0, acc_bytes, 64):
                 value = mul(load_f32(source + head * acc_bytes + i), weight)
@@ -366,7 +396,7 @@ def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int):
             store_scalar(MINUS_INFINITY, lse_to)
         else:
             write(acc, splat(np.float32(1.0) / scalar), to, head_dim, lines)
-            store_scalar(np.float32(largest + math.log(scalar)), lse_to)
+            store_scalar(types.float32(types.float64(largest) / LOG2_E + math.log(scalar)), lse_to)
 
     def kernel(arguments, thread):
         scratch, batch, groups = parameter(arguments, 0), parameter(arguments, P_BATCH), parameter(arguments, P_GROUPS)

@@ -2,7 +2,8 @@
 
 KEY_TILE = 64
 LINE_BYTES = 64
-THREAD_ADDRESSES = 2 * 8 * KEY_TILE  # K and V row addresses of one tile of keys
+NEXT_TILE = 8 * KEY_TILE  # from a row address to the one of the same key in the next tile
+THREAD_ADDRESSES = 4 * NEXT_TILE  # K and V row addresses of this tile of keys and the next
 
 (
     P_Q,

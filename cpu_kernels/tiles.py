@@ -2,8 +2,10 @@
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 
 from .vector import (
+    F32,
     I16,
     I32,
     I64,
@@ -85,33 +87,52 @@ def finish_dots(features: int, rows: int):
     @emits(types.void, tile, intp, intp, intp, intp)
     def store_dots(b, sums, bias, out, out_stride, accumulate):
         for row in range(rows):
-            value = sum_each(b, [b.extract_value(sums, row * features + f) for f in range(features)])
+            value = sum_few(b, [b.extract_value(sums, row * features + f) for f in range(features)])
             add_and_store(b, value, bias, b.add(out, b.mul(out_stride, ir.Constant(I64, row))), accumulate)
 
     return store_dots
 
 
-def fold(b, left, right, lanes, width):
-    """Add the upper half of every `width`-lane segment to its lower half; `lanes` counts left's and right's together."""
-    low = [lane for lane in range(lanes) if lane % width < width // 2]
-    mask = ir.VectorType(I32, len(low))
-    picked = [
-        b.shuffle_vector(left, right, ir.Constant(mask, [lane + shift for lane in low])) for shift in (0, width // 2)
-    ]
-    return b.fadd(*picked)
+def fold_lanes(width):
+    """Which of the 32 lanes of two vectors hold lower halves of their `width`-lane segments, in an order cheap to pick.
+
+    Down to 128-bit lanes whole lanes move; inside a lane the two vectors alternate, so that one in-lane shuffle does it.
+    """
+    if width > 4:
+        return [lane for lane in range(2 * LANES) if lane % width < width // 2]
+    picked = []
+    for quad in range(0, LANES, 4):
+        for vector in (0, LANES):
+            picked += [vector + quad + lane for lane in range(4) if lane % width < width // 2]
+    return picked
 
 
 def sum_each(b, vectors):
-    """<n x float> of the lane sums of n 16-lane vectors, n a power of two up to 16.
+    """<16 x float> of the lane sums of 16 vectors, in order.
 
-    Neighbours fold into one vector that holds half sums of both, until one is left; then it folds onto itself.
+    Neighbours fold into one vector that holds half sums of both, until one is left; `owners` tracks whose sum a lane is.
     """
-    width, count = LANES, len(vectors)
-    while len(vectors) > 1:
-        vectors = [fold(b, left, right, 2 * LANES, width) for left, right in zip(vectors[::2], vectors[1::2])]
-        width //= 2
-    value = vectors[0]
-    while value.type.count > count:
-        value = fold(b, value, value, value.type.count, width)
-        width //= 2
+    pieces = [(vector, [index] * LANES) for index, vector in enumerate(vectors)]
+    width = LANES
+    while len(pieces) > 1:
+        low = fold_lanes(width)
+        masks = [ir.Constant(VI32, [lane + shift for lane in low]) for shift in (0, width // 2)]
+        folded = []
+        for (left, left_owners), (right, right_owners) in zip(pieces[::2], pieces[1::2]):
+            value = b.fadd(*(b.shuffle_vector(left, right, mask) for mask in masks))
+            folded.append((value, [(left_owners + right_owners)[lane] for lane in low]))
+        pieces, width = folded, width // 2
+    value, owners = pieces[0]
+    return b.shuffle_vector(value, value, ir.Constant(VI32, [owners.index(index) for index in range(LANES)]))
+
+
+def sum_few(b, vectors):
+    """<n x float> of the lane sums of n vectors."""
+    value = ir.Constant(ir.VectorType(F32, len(vectors)), ir.Undefined)
+    reduce = cgutils.get_or_insert_function(
+        b.module, ir.FunctionType(F32, [F32, VF32]), "llvm.vector.reduce.fadd.v16f32"
+    )
+    for index, vector in enumerate(vectors):
+        total = b.call(reduce, [ir.Constant(F32, -0.0), vector], fastmath=("reassoc",))
+        value = b.insert_element(value, total, ir.Constant(I32, index))
     return value

@@ -359,6 +359,25 @@ def exp(b, x):
     return exp_value(b, x)
 
 
+@emits(F32x16, F32x16)
+def exp2_not_positive(b, x):
+    """2**x for x <= 0 to 2e-7 relative: below -126 it is 0, NaN stays NaN. The inner loop of softmax.
+
+    2**r = sum (r ln2)^n / n! for |r| <= 1/2, to the sixth power; the integer part is added to the exponent bits.
+    """
+    low = constant(VF32, -126.0)
+    clamped = b.select(b.fcmp_unordered(">", x, low), x, low)
+    k = call_llvm(b, "llvm.rint.v16f32", VF32, clamped)
+    r = b.fsub(clamped, k)
+    p = constant(VF32, 1.5403530e-4)
+    for coefficient in (1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0):
+        p = fma_value(b, p, r, constant(VF32, coefficient))
+    exponent = b.shl(b.fptosi(k, VI32), constant(VI32, 23))
+    scaled = b.bitcast(b.add(b.bitcast(p, VI32), exponent), VF32)
+    scaled = b.select(b.fcmp_ordered("<", x, low), constant(VF32, 0.0), scaled)
+    return b.select(b.fcmp_unordered("uno", x, x), x, scaled)
+
+
 @emits(types.void, intp, intp)
 def prefetch(b, address, offset):
     """Ask for the line at address + offset; any address is allowed."""

@@ -116,6 +116,6 @@ class PagedCache:
 
     def rows(self, sequence: int, kv_head: int, start: int, stop: int):
         """K and V of positions [start, stop)."""
-        positions = torch.arange(start, stop)
+        positions = torch.arange(start, max(start, stop))
         pages = self.table[sequence, kv_head].long()[positions // self.page_size]
         return self.k[pages, positions % self.page_size], self.v[pages, positions % self.page_size]

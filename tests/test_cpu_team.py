@@ -1,0 +1,175 @@
+"""The thread team, the kernel cache and the choice of instruction set."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from cpu_oracles import ISAS, kernels, pack
+
+from cpu_kernels import CpuKernels, advise_huge_pages
+from cpu_kernels.topology import default_threads, physical_cpus
+
+
+def norm(ops: CpuKernels, rows: int = 8) -> torch.Tensor:
+    """A small op's result."""
+    out = torch.empty(rows, 64)
+    ops.rms_norm(torch.arange(64.0).expand(rows, 64), torch.ones(64), 1e-5, out)
+    return out
+
+
+def test_two_threads_may_call_at_once():
+    ops, weight = kernels(), pack(torch.randn(640, 256), "q4")
+    x = torch.randn(4, 256)
+    expected = torch.empty(4, 640)
+    ops.linear(x, weight, "q4", None, expected)
+    wrong = []
+
+    def call():
+        out = torch.empty(4, 640)
+        for _ in range(200):
+            ops.linear(x, weight, "q4", None, out)
+            if not torch.equal(out, expected):
+                wrong.append(out)
+
+    callers = [threading.Thread(target=call) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+
+    assert not wrong
+
+
+def test_an_idle_team_parks_and_wakes():
+    with CpuKernels(num_threads=2) as ops:
+        expected = norm(ops)
+        deadline = time.monotonic() + 20
+        while not ops._team._shared.parked and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+        assert len(ops._team._shared.parked) == 1
+        assert torch.equal(norm(ops), expected)
+
+
+def test_close_joins_the_members_and_ends_the_ops():
+    ops = CpuKernels(num_threads=3)
+    norm(ops)
+    names = {f"cpu_kernels-{thread}" for thread in (1, 2)}
+    before = sum(thread.name in names for thread in threading.enumerate())
+
+    ops.close()
+    ops.close()
+
+    assert sum(thread.name in names for thread in threading.enumerate()) == before - 2
+    with pytest.raises(RuntimeError, match="closed"):
+        norm(ops)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_a_forked_child_gets_an_error_and_the_parent_goes_on():
+    ops = kernels()
+    expected = norm(ops)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            norm(ops)
+            os.write(write, b"no error")
+        except RuntimeError as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+
+    assert b"fork" in os.read(read, 1000)
+    assert torch.equal(norm(ops), expected)
+
+
+@pytest.mark.parametrize("pin", [False, True])
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_thread_counts(num_threads, pin):
+    with CpuKernels(num_threads=num_threads, pin=pin) as ops:
+        assert ops.num_threads == num_threads
+        assert torch.equal(norm(ops, 64), norm(kernels(), 64))
+
+
+def test_default_threads_are_usable_cores():
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+    assert 1 <= default_threads(physical_cpus()) <= usable
+
+
+def test_isa_is_named_and_unknown_names_list_the_known():
+    assert kernels().isa == ISAS[0]
+    assert kernels("portable").isa == "portable"
+    with pytest.raises(ValueError, match="portable"):
+        CpuKernels(isa="avx1024")
+    with pytest.raises(ValueError, match="num_threads"):
+        CpuKernels(num_threads=0)
+
+
+def test_compiled_kernels_are_kept_privately_and_damage_is_repaired(tmp_path):
+    compiled = []
+
+    def run() -> torch.Tensor:
+        with CpuKernels(num_threads=1, cache_dir=tmp_path, on_compile=compiled.append) as ops:
+            return norm(ops)
+
+    expected = run()
+    directory = next(tmp_path.iterdir())
+    entries = {entry.name: entry.read_bytes() for entry in directory.iterdir()}
+    assert sorted(entries) == ["drive.o", "member.o", "rms_norm.o"] and len(compiled) == 3
+    assert directory.stat().st_mode & 0o777 == 0o700
+
+    assert torch.equal(run(), expected) and len(compiled) == 3
+
+    for damage in (b"", b"x" * 100, entries["rms_norm.o"][:-200], entries["rms_norm.o"][:200] + b"\0" * 300):
+        compiled.clear()
+        (directory / "rms_norm.o").write_bytes(damage)
+        assert torch.equal(run(), expected) and compiled == ["rms_norm"]
+        assert (directory / "rms_norm.o").read_bytes()[:32] != damage[:32] or not damage
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no file owners on this platform")
+def test_a_directory_that_others_may_write_is_not_used(tmp_path):
+    with CpuKernels(num_threads=1, cache_dir=tmp_path) as ops:
+        norm(ops)
+    directory = next(tmp_path.iterdir())
+    directory.chmod(0o777)
+    compiled = []
+
+    with CpuKernels(num_threads=1, cache_dir=tmp_path, on_compile=compiled.append) as ops:
+        norm(ops)
+
+    assert compiled == ["drive", "member", "rms_norm"]
+
+
+def test_a_warm_start_imports_no_compiler():
+    """numba costs more to import than all kernels to load; only compiling may need it."""
+    norm(kernels())
+    script = (
+        "import sys, torch; before = 'numba' in sys.modules; from cpu_kernels import CpuKernels\n"
+        "ops = CpuKernels(num_threads=1); ops.rms_norm(torch.ones(1, 8), torch.ones(8), 0.0, torch.empty(1, 8))\n"
+        "ops.close(); print(before, 'numba' in sys.modules)"
+    )
+
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+
+    before, after = result.stdout.split()
+    assert after == before
+
+
+def test_huge_pages_and_sweep_change_nothing():
+    tensor = torch.arange(3 << 20, dtype=torch.int32)
+    before = tensor.clone()
+
+    advise_huge_pages(tensor)
+    kernels().sweep(tensor)
+    kernels().sweep(tensor[:3])
+
+    assert torch.equal(tensor, before)
+    assert advise_huge_pages(torch.zeros(4)) is False
