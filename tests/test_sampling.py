@@ -154,7 +154,9 @@ def test_draws_follow_the_probabilities(temperature, plausible):
 
 
 def test_draws_never_leave_the_kept_tokens():
-    counts = draw_counts(SamplingParams(top_k=3, temperature=2.0, seed=0), torch.tensor([0.0, 1, -math.inf, 2, 1.5]), 500)
+    logits = torch.tensor([0.0, 1.0, -math.inf, 2.0, 1.5])
+
+    counts = draw_counts(SamplingParams(top_k=3, temperature=2.0, seed=0), logits, 500)
 
     assert counts[0] == counts[2] == 0 and min(counts[1], counts[3], counts[4]) > 0
 
