@@ -26,7 +26,8 @@ from placement.workload import Workload, round_up, row_tier
 MAX_INTEGER_UNITS = 64
 # Up to this many equal layers the number of those with a hand-over is an integer.
 MAX_INTEGER_LAYERS = 8
-STREAM_TIE_BREAK = 1e-4
+# Shares of a copy's time charged for what costs nothing by itself, to choose between equals.
+TIE_BREAK = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +50,12 @@ class WeightedCall:
 
 @dataclass(frozen=True, slots=True)
 class Homes:
-    """Decisions shared by all row tiers: gpu units by (class, linear), gpu groups by class, and the staging slot in bytes."""
+    """Decisions shared by all row tiers: gpu units by (class, linear), gpu groups by class, which linears are pinned and may
+    stream, and the staging slot in bytes."""
 
     gpu_units: dict[tuple[int, int], int]
     gpu_groups: dict[int, int]
+    streaming: frozenset[tuple[int, int]]
     slot_bytes: int
 
 
@@ -105,6 +108,7 @@ class Formulation:
         self.attending: dict[int, list[int]] = {c: [] for c in self.groups}
         for weighted in calls:
             self._call(weighted)
+        self._affinity()
         self._limits()
 
     def solve(self) -> Totals | None:
@@ -151,7 +155,7 @@ class Formulation:
             if tier is None or tier in variables.stream:
                 continue
             stream, cpu = (None if value is None else count * value for value in (bounds.stream[tier], bounds.cpu[tier]))
-            if self.slots == 0:
+            if self.slots == 0 or (self.homes and (c, i) not in self.homes.streaming):
                 stream = 0
             variables.stream[tier] = self._whole(stream, total, integer)
             variables.cpu[tier] = self._whole(cpu, total, integer)
@@ -254,7 +258,7 @@ class Formulation:
         copy = scale * shard.unit_bytes / hardware.h2d_bytes_per_s
         add(copies, streamed, copy)
         # Where another resource decides, the least streaming among equals: less noise on the bus, fewer staging waits.
-        self.program.costs[streamed] += STREAM_TIE_BREAK * weighted.weight * copy
+        self.program.costs[streamed] += TIE_BREAK * weighted.weight * copy
         touched = [on_cpu, streamed] + ([variables.gpu] if hardware.unified_memory else [])
         for variable in touched:
             add(dram, variable, scale * shard.unit_bytes / hardware.dram_bytes_per_s)
@@ -299,6 +303,17 @@ class Formulation:
         program.at_most(uncomputed, 0.0)
         program.at_most(alone, 0.0)
         return handovers
+
+    def _affinity(self) -> None:
+        """Prefer that the GPU owns the cache of no more groups than it computes q, k and v for, in the first call."""
+        weighted = self.calls[0]
+        for c, groups in self.groups.items():
+            for i, linear in enumerate(self.classes[c].linears):
+                if linear.shard.kind == "qkv":
+                    variables, tier = self.linears[c, i], weighted.call.tier
+                    copy = self.time_scale * linear.shard.unit_bytes / self.hardware.h2d_bytes_per_s
+                    stray = self.program.variable(cost=2 * TIE_BREAK * weighted.weight * copy)
+                    self.program.at_least({stray: 1, variables.gpu: 1, variables.stream[tier]: 1, groups: -1}, 0)
 
     def _limits(self) -> None:
         for place in self.memory:

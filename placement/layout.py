@@ -33,7 +33,9 @@ def lay_out(classes: Sequence[LayerClass], solved: Totals, tier: int | None) -> 
     tier: row tier for whose CPU work the homes leave room in as few layers as the solution says; None cuts all layers alike.
     """
     homes = _homes(classes, solved, tier)
-    return Layout(homes, streams(classes, homes, solved, tier is not None), _groups(classes, solved, tier is not None))
+    streamed = streams(classes, homes, solved, tier is not None)
+    groups = _groups(classes, solved, tier is not None)
+    return Layout(homes, streamed, {c: _beside_qkv(c, classes[c], homes, streamed, parts) for c, parts in groups.items()})
 
 
 def placements(workload: Workload, classes: Sequence[LayerClass], layout: Layout,
@@ -147,6 +149,28 @@ def _groups(classes: Sequence[LayerClass], solved: Totals, concentrated: bool) -
         front = min(_floor(value), (count - back) * shard.groups)
         result[c] = tuple(_even(front, count - back) + _even(_floor(value) - front, back))
     return result
+
+
+def _beside_qkv(c: int, cls: LayerClass, homes: dict[Key, tuple[int, ...]],
+                streamed: dict[tuple[int, int, int], tuple[int, ...]], groups: tuple[int, ...]) -> tuple[int, ...]:
+    """The groups moved to the layers whose q, k and v the GPU computes in the lowest tier, where that takes no more memory."""
+    for i, linear in enumerate(cls.linears):
+        tiers = [tier for (other, index, tier) in streamed if (other, index) == (c, i)]
+        if linear.shard.kind == "qkv" and cls.kv.bounds.gpu_groups is None and tiers:
+            computed = [g + s for g, s in zip(homes[c, i], streamed[c, i, min(tiers)], strict=True)]
+            excess = sum(computed) - sum(groups)
+            if abs(excess) < len(groups) and max(computed) <= cls.kv.shard.groups:
+                return tuple(_without(computed, max(0, excess)))
+    return groups
+
+
+def _without(parts: list[int], excess: int) -> list[int]:
+    """The parts less `excess` together, taken from the last ones."""
+    for position in reversed(range(len(parts))):
+        less = min(excess, parts[position])
+        parts[position] -= less
+        excess -= less
+    return parts
 
 
 def _even(total: int, count: int) -> list[int]:

@@ -91,6 +91,8 @@ def candidates(problem: Problem) -> list[Candidate]:
                 seconds = objective_s(problem.workload, linears, kv, problem.hardware, calls, True)
                 found.append(Candidate(f"{shape}, {tokens} KV tokens kept on the GPU", linears, kv, seconds, layout,
                                        tier is not None, tokens))
+        if any(all(p.dram_units == 0 for p in c.linears) and all(k.gpu_groups == k.groups for k in c.kv) for c in found):
+            break
     return sorted(found, key=lambda candidate: candidate.seconds)
 
 
@@ -101,6 +103,7 @@ def complete(problem: Problem, candidate: Candidate) -> Candidate:
         return candidate
     homes = Homes({key: sum(units) for key, units in layout.homes.items()},
                   {c: sum(groups) for c, groups in layout.groups.items()},
+                  frozenset((c, i) for (c, i, _), units in layout.streams.items() if any(units)),
                   staging_slot_bytes(problem.workload.linears, candidate.linears))
     settled = layout.streams
     for tier in range(NUM_ROW_TIERS):
