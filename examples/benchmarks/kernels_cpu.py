@@ -1,0 +1,179 @@
+"""How close the CPU kernels come to what this machine's memory and cores can do.
+
+The ceiling comes first: a read-only sweep over the same bytes with the same threads. Then every op, dtype and row count:
+bytes or operations per second, and the share of the ceiling where memory is the limit. The repetitions of sweep and op
+are interleaved, so that both meet the same neighbours; medians are printed. On a machine that others use, trust shares.
+
+    python examples/benchmarks/kernels_cpu.py [--threads N] [--isa NAME] [--rows 1,8,512] [--quick] [--json]
+
+Ends with one JSON line; --json prints nothing else.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+
+import torch
+
+from cpu_kernels import CpuKernels, advise_huge_pages, layout
+
+HIDDEN = 2048
+ROWS = (1, 2, 4, 8, 16, 64, 512)
+STREAM_ROWS = 16  # up to here every call reads weights that no cache holds; above, a few MB are enough
+ATTENTION_SHAPES = ((64, 4, 8), (128, 4, 8), (128, 8, 4))  # head_dim, query heads per KV head, KV heads
+
+
+def memory(size_bytes: int) -> torch.Tensor:
+    """Touched memory in huge pages where the system grants them."""
+    tensor = torch.empty(size_bytes, dtype=torch.uint8)
+    advise_huge_pages(tensor)
+    return tensor.zero_()
+
+
+def random_weight(weight_dtype: str, size_bytes: int) -> torch.Tensor:
+    """Packed weight of about this size: one packed stretch of normal weights, repeated."""
+    block = layout.block_bytes(weight_dtype, HIDDEN)
+    blocks = max(1, size_bytes // block)
+    with CpuKernels(1) as ops:
+        sample = torch.empty(4, block, dtype=torch.uint8)
+        ops.pack(torch.randn(64, HIDDEN), weight_dtype, sample)
+    weight = memory(blocks * block).view(blocks, block)
+    for first in range(0, blocks, 4):
+        weight[first : first + 4] = sample[: min(4, blocks - first)]
+    return weight
+
+
+def interleaved(calls: list[Callable[[], None]], repetitions: int) -> list[float]:
+    """Median seconds of each call; every repetition runs all of them, after one warm-up."""
+    times: list[list[float]] = [[] for _ in calls]
+    for repetition in range(repetitions + 1):
+        for call, measured in zip(calls, times):
+            start = time.perf_counter()
+            call()
+            if repetition:
+                measured.append(time.perf_counter() - start)
+    return [statistics.median(measured) for measured in times]
+
+
+def result(op: str, seconds: float, sweep_s: float, size_bytes: int, operations: float, **labels: object) -> dict:
+    """One row of the table and of the JSON."""
+    return {
+        "op": op,
+        **labels,
+        "ms": round(1e3 * seconds, 4),
+        "gb_per_s": round(size_bytes / seconds / 1e9, 2),
+        "ceiling_gb_per_s": round(size_bytes / sweep_s / 1e9, 2),
+        "share_of_ceiling": round(sweep_s / seconds, 3),
+        "gop_per_s": round(operations / seconds / 1e9, 1),
+    }
+
+
+def linears(ops: CpuKernels, rows: tuple[int, ...], size_bytes: int, repetitions: int):
+    """linear of every dtype and row count; all dtypes of a row count share their repetitions."""
+    weights = {name: random_weight(name, size_bytes) for name in ("bf16", "q8", "q4")}
+    for count in rows:
+        used = {name: w if count <= STREAM_ROWS else w[: max(1, len(w) // 8)] for name, w in weights.items()}
+        x = torch.randn(count, HIDDEN)
+        calls = []
+        for name, weight in used.items():
+            out = torch.empty(count, 16 * len(weight))
+            calls.append(lambda weight=weight: ops.sweep(weight))
+            calls.append(lambda name=name, weight=weight, out=out: ops.linear(x, weight, name, None, out))
+        times = interleaved(calls, repetitions if count <= STREAM_ROWS else max(3, repetitions // 3))
+        for index, (name, weight) in enumerate(used.items()):
+            operations = 2 * count * HIDDEN * 16 * len(weight)
+            labels = {"weight_dtype": name, "rows": count}
+            yield result("linear", times[2 * index + 1], times[2 * index], weight.nbytes, operations, **labels)
+
+
+def attentions(ops: CpuKernels, tokens: int, q_len: int, repetitions: int):
+    """decode_attention over `tokens` of bf16 cache and prefill_attention of a prompt of `q_len`."""
+    for head_dim, group_heads, kv_heads in ATTENTION_SHAPES:
+        pages, num_heads = tokens // 64 * kv_heads, kv_heads * group_heads
+        cache = memory(2 * pages * 64 * head_dim * 2).view(torch.bfloat16).view(2, pages, 64, head_dim).normal_()
+        table = torch.arange(pages, dtype=torch.int32).view(1, kv_heads, -1)
+        bounds = torch.zeros(1, dtype=torch.int32), torch.full((1,), tokens, dtype=torch.int32)
+        q, out, lse = torch.randn(q_len, num_heads, head_dim), torch.empty(q_len, num_heads, head_dim), torch.empty(q_len, num_heads)
+        scale = head_dim**-0.5
+
+        def decode():
+            ops.decode_attention(q[:1], cache[0], cache[1], table, *bounds, scale, out[:1], lse[:1])
+
+        def prefill():
+            ops.prefill_attention(q, cache[0], cache[1], table[0], 0, q_len, 0, 0, scale, out, lse)
+
+        sweep_s, decode_s = interleaved([lambda: ops.sweep(cache), decode], repetitions)
+        (prefill_s,) = interleaved([prefill], 3)
+        labels = {"head_dim": head_dim, "group_heads": group_heads}
+        size, pairs = cache.nbytes, num_heads * q_len * (q_len + 1) / 2
+        yield result("decode_attention", decode_s, sweep_s, size, 4 * num_heads * tokens * head_dim, tokens=tokens, **labels)
+        yield result("prefill_attention", prefill_s, prefill_s, 0, 4 * pairs * head_dim, q_len=q_len, **labels)
+
+
+def elementwise(ops: CpuKernels, repetitions: int):
+    """The small ops of one decode step, and packing; sizes of a layer with hidden size 2048."""
+    x, out, weight = torch.randn(1, HIDDEN), torch.empty(1, HIDDEN), torch.ones(HIDDEN)
+    gate_up, down = torch.randn(1, 16384), torch.empty(1, 8192)
+    rows = torch.randn(1024, HIDDEN)
+    packed = {name: torch.empty(64, layout.block_bytes(name, HIDDEN), dtype=torch.uint8) for name in ("q8", "q4")}
+    calls = {
+        "rms_norm": (lambda: ops.rms_norm(x, weight, 1e-5, out), x.nbytes),
+        "silu_mul": (lambda: ops.silu_mul(gate_up, down), gate_up.nbytes),
+        "pack_q8": (lambda: ops.pack(rows, "q8", packed["q8"]), rows.nbytes),
+        "pack_q4": (lambda: ops.pack(rows, "q4", packed["q4"]), rows.nbytes),
+    }
+    times = interleaved([call for call, _ in calls.values()], repetitions)
+    for (name, (_, size)), seconds in zip(calls.items(), times):
+        yield result(name, seconds, seconds, size, 0)
+
+
+def line(row: dict) -> str:
+    """A row of the table."""
+    labels = " ".join(f"{key}={value}" for key, value in row.items() if key in ("weight_dtype", "rows", "head_dim", "group_heads", "tokens", "q_len"))
+    text = f"{row['op']:18s} {labels:42s} {row['ms']:10.3f} ms"
+    if row["share_of_ceiling"] < 1 or row["op"] in ("linear", "decode_attention"):
+        text += f" {row['gb_per_s']:7.1f} of {row['ceiling_gb_per_s']:5.1f} GB/s = {row['share_of_ceiling']:4.2f}"
+    return text + (f" {row['gop_per_s']:8.0f} GOP/s" if row["gop_per_s"] else "")
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, help="threads, the caller included (default: physical cores)")
+    parser.add_argument("--isa", help="instruction set path (default: the best of this CPU)")
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="row counts of linear")
+    parser.add_argument("--quick", action="store_true", help="small weights and few repetitions: a smoke test, no result")
+    parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    options = parser.parse_args()
+    say = (lambda text: None) if options.json else (lambda text: print(text, flush=True))
+    size, tokens, q_len, repetitions = (2 << 20, 256, 64, 1) if options.quick else (128 << 20, 16384, 512, 15)
+    with CpuKernels(options.threads, isa=options.isa, on_compile=lambda name: say(f"compiling {name}")) as ops:
+        machine = {
+            "cpu": platform.processor() or platform.machine(),
+            "isa": ops.isa,
+            "threads": ops.num_threads,
+            **{name: version(name) for name in ("numba", "llvmlite", "torch")},
+        }
+        say(" ".join(f"{key}={value}" for key, value in machine.items()))
+        buffer = memory(size)
+        (sweep_s,) = interleaved([lambda: ops.sweep(buffer)], repetitions)
+        say(f"ceiling: read-only sweep of {size >> 20} MiB {size / sweep_s / 1e9:.1f} GB/s")
+        rows = []
+        counts = tuple(int(count) for count in options.rows.split(","))
+        for measured in (
+            linears(ops, counts, size, repetitions),
+            attentions(ops, tokens, q_len, repetitions),
+            elementwise(ops, repetitions),
+        ):
+            for row in measured:
+                rows.append(row)
+                say(line(row))
+    print(json.dumps({"machine": machine, "sweep_gb_per_s": round(size / sweep_s / 1e9, 2), "results": rows}))
+
+
+if __name__ == "__main__":
+    main()
