@@ -9,10 +9,27 @@ from placement.memory import KvPlacement, LinearPlacement, MemoryReport
 from placement.plan import Plan, Prediction
 from placement.planner import BudgetError, make_plan
 from placement.policy import Policy, PolicyError, policy_schema, shipped_policies
-from placement.workload import (
-    NUM_ROW_TIERS, ROW_TIER_LIMITS, ROW_TIER_NAMES, KvShard, LinearShard, Workload, row_tier,
-)
+from placement.workload import NUM_ROW_TIERS, ROW_TIER_LIMITS, ROW_TIER_NAMES, KvShard, LinearShard, Workload, row_tier
 
-__all__ = ["BudgetError", "HardwareProfile", "KvPlacement", "KvShard", "LinearPlacement", "LinearShard", "MemoryReport",
-           "NUM_ROW_TIERS", "Plan", "Policy", "PolicyError", "Prediction", "ROW_TIER_LIMITS", "ROW_TIER_NAMES", "Workload",
-           "catalogue_names", "make_plan", "policy_schema", "row_tier", "shipped_policies"]
+__all__ = [
+    "BudgetError",
+    "HardwareProfile",
+    "KvPlacement",
+    "KvShard",
+    "LinearPlacement",
+    "LinearShard",
+    "MemoryReport",
+    "NUM_ROW_TIERS",
+    "Plan",
+    "Policy",
+    "PolicyError",
+    "Prediction",
+    "ROW_TIER_LIMITS",
+    "ROW_TIER_NAMES",
+    "Workload",
+    "catalogue_names",
+    "make_plan",
+    "policy_schema",
+    "row_tier",
+    "shipped_policies",
+]

@@ -1,4 +1,4 @@
-"""Placements that other systems use, in our terms, so that plans and published numbers can be compared under one model."""
+"""Placements that other systems use, in our terms: plans and published numbers compared under one model."""
 
 from placement.memory import KvPlacement, LinearPlacement
 from placement.workload import NUM_ROW_TIERS, Workload
@@ -6,16 +6,23 @@ from placement.workload import NUM_ROW_TIERS, Workload
 NO_STREAM = (0,) * NUM_ROW_TIERS
 
 
-def layer_split(workload: Workload, gpu_layers: int,
-                head_on_gpu: bool = False) -> tuple[tuple[LinearPlacement, ...], tuple[KvPlacement, ...]]:
-    """Whole layers: the first `gpu_layers` and their KV cache on the GPU, the others on the CPU; nothing is streamed."""
+def layer_split(
+    workload: Workload, gpu_layers: int, head_on_gpu: bool = False
+) -> tuple[tuple[LinearPlacement, ...], tuple[KvPlacement, ...]]:
+    """Whole layers: the first `gpu_layers` and their KV cache on the GPU, the others on the CPU, nothing streamed."""
 
     def on_gpu(layer: int | None) -> bool:
         return head_on_gpu if layer is None else layer < gpu_layers
 
-    linears = tuple(LinearPlacement(s.name, s.units if on_gpu(s.layer) else 0, NO_STREAM, s.units) for s in workload.linears)
-    kv = tuple(KvPlacement(s.name, s.groups, workload.full_tokens, s.groups) if on_gpu(s.layer)
-               else KvPlacement(s.name, 0, 0, s.groups) for s in workload.kv)
+    linears = tuple(
+        LinearPlacement(s.name, s.units if on_gpu(s.layer) else 0, NO_STREAM, s.units) for s in workload.linears
+    )
+    kv = tuple(
+        KvPlacement(s.name, s.groups, workload.full_tokens, s.groups)
+        if on_gpu(s.layer)
+        else KvPlacement(s.name, 0, 0, s.groups)
+        for s in workload.kv
+    )
     return linears, kv
 
 

@@ -1,4 +1,4 @@
-"""A policy bound to a workload: for every shard, which widths are fixed and which are free. All conflicts in one report."""
+"""A policy bound to a workload: for every shard, which widths are fixed and which are free."""
 
 import difflib
 import re
@@ -67,8 +67,10 @@ def bind(policy: Policy, workload: Workload, device: str) -> Bounds:
         kv.append(_collect(problems, policy, index, free, _kv_bounds, shard, device, workload))
     for index, rule in enumerate(policy.rules):
         if _matches_any(rule.match, workload) and index not in reached:
-            problems.append(f"{policy.where(('rules', index, 'match'))}: {rule.match!r} decides nothing: "
-                            f"{_why_idle(policy, index, workload)}")
+            problems.append(
+                f"{policy.where(('rules', index, 'match'))}: {rule.match!r} decides nothing: "
+                f"{_why_idle(policy, index, workload)}"
+            )
     if problems:
         raise PolicyError(list(dict.fromkeys(problems)))
     return Bounds(tuple(linears), tuple(kv))
@@ -102,8 +104,10 @@ def _unmatched(policy: Policy, workload: Workload) -> list[str]:
         where = policy.where(("rules", index, "match"))
         near = difflib.get_close_matches(rule.match, names, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near and not span else ""
-        problems.append(f"{where}: {rule.match!r} matches no shard of {workload.model}{hint} (shards are embed, head and "
-                        f"layers.0-{workload.num_layers - 1}.{{{','.join(LINEAR_KINDS[:-1])},kv}})")
+        problems.append(
+            f"{where}: {rule.match!r} matches no shard of {workload.model}{hint} (shards are embed, head and "
+            f"layers.0-{workload.num_layers - 1}.{{{','.join(LINEAR_KINDS[:-1])},kv}})"
+        )
     return problems
 
 
@@ -124,7 +128,9 @@ def _collect(problems: list[str], policy: Policy, index: int | None, free, resol
         return resolve(policy.rules[index], *args)
     except _Conflict as conflict:
         rule = policy.rules[index]
-        problems.append(f"{policy.where(('rules', index, *conflict.path))}: {args[0].name} (rule {rule.match!r}): {conflict}")
+        problems.append(
+            f"{policy.where(('rules', index, *conflict.path))}: {args[0].name} (rule {rule.match!r}): {conflict}"
+        )
         return free
 
 
@@ -137,8 +143,11 @@ def _units(share: Share | None, shard: LinearShard, path: tuple[str | int, ...])
     if share.kind == "features":
         if count % shard.unit_features:
             lower = count // shard.unit_features * shard.unit_features
-            raise _Conflict(path, f"{count} features do not fall on a unit of {shard.unit_features}; the nearest are "
-                                  f"{lower} and {lower + shard.unit_features}")
+            raise _Conflict(
+                path,
+                f"{count} features do not fall on a unit of {shard.unit_features}; the nearest are "
+                f"{lower} and {lower + shard.unit_features}",
+            )
         count //= shard.unit_features
     if count > shard.units:
         raise _Conflict(path, f"{share} is more than the {shard.units} units it has")
@@ -165,7 +174,9 @@ def _linear_bounds(rule: Rule, shard: LinearShard, device: str) -> LinearBounds:
     return LinearBounds(gpu, tuple(streams), tuple(cpus))
 
 
-def _tier_units(rule: Rule, tier: str, shard: LinearShard, gpu: int | None) -> tuple[int | None, int | None, int | None]:
+def _tier_units(
+    rule: Rule, tier: str, shard: LinearShard, gpu: int | None
+) -> tuple[int | None, int | None, int | None]:
     path: tuple[str | int, ...] = ("tiers", tier) if tier in rule.tiers else ()
     gpu_share, stream_share, cpu_share = rule.tier(tier)
     stream, cpu = _units(stream_share, shard, (*path, "stream")), _units(cpu_share, shard, (*path, "cpu"))
@@ -185,10 +196,15 @@ def _tier_units(rule: Rule, tier: str, shard: LinearShard, gpu: int | None) -> t
     if gpu == shard.units:
         stream, cpu = (0 if stream is None else stream), (0 if cpu is None else cpu)
     total = (gpu or 0) + (stream or 0) + (cpu or 0)
-    if min(stream or 0, cpu or 0, gpu or 0) < 0 or total > shard.units \
-            or (None not in (gpu, stream, cpu) and total != shard.units):
-        raise _Conflict(path or ("match",), f"gpu {gpu}, stream {stream} and cpu {cpu} units do not make up its {shard.units} "
-                                            f"units in tier {tier}")
+    if (
+        min(stream or 0, cpu or 0, gpu or 0) < 0
+        or total > shard.units
+        or (None not in (gpu, stream, cpu) and total != shard.units)
+    ):
+        raise _Conflict(
+            path or ("match",),
+            f"gpu {gpu}, stream {stream} and cpu {cpu} units do not make up its {shard.units} units in tier {tier}",
+        )
     return gpu, stream, cpu
 
 
@@ -201,11 +217,16 @@ def _kv_bounds(rule: Rule, shard: KvShard, device: str, workload: Workload) -> K
         raise _Conflict(("kv",), "the rule asks for KV cache in GPU memory, and device cpu has none")
     if groups == 0 or tokens == 0 or device == "cpu":
         if groups or tokens:
-            raise _Conflict(("kv",), f"gpu_heads {groups} and gpu_tokens {tokens} contradict each other: both are 0 or none is")
+            raise _Conflict(
+                ("kv",), f"gpu_heads {groups} and gpu_tokens {tokens} contradict each other: both are 0 or none is"
+            )
         return KvBounds(0, 0)
     if tokens is not None:
         if tokens < workload.min_gpu_tokens:
-            raise _Conflict(("kv", "gpu_tokens"), f"{tokens} is below {workload.min_gpu_tokens}, one prefill chunk and a page "
-                                                  "for every sequence; give at least that, or 0")
+            raise _Conflict(
+                ("kv", "gpu_tokens"),
+                f"{tokens} is below {workload.min_gpu_tokens}, one prefill chunk and a page "
+                "for every sequence; give at least that, or 0",
+            )
         tokens = min(workload.full_tokens, -(-tokens // workload.page_size) * workload.page_size)
     return KvBounds(groups, tokens)

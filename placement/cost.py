@@ -1,8 +1,8 @@
 """Predicted time of one forward pass under a placement: named terms, one equation each.
 
-A pass is a sequence of steps (four linears and one attention a layer, then the head). Within a step the CPU lane and the
-GPU lane run side by side and the step ends with the slower one; copies run ahead through the staging ring, so they bound
-the whole pass and not single steps; CPU kernels and copies drain the same DRAM:
+A pass is a sequence of steps (four linears and one attention a layer, then the head). Within a step the CPU lane and
+the GPU lane run side by side and the step ends with the slower one; copies run ahead through the staging ring, so they
+bound the whole pass and not single steps; CPU kernels and copies drain the same DRAM:
 
     T = max( sum_i max(cpu_i, gpu_i) + handovers_i,      steps in order
              sum_i cpu_i + (1 - slowdown) * T_pcie,      the CPU lane, slowed while copies run
@@ -107,26 +107,39 @@ class PhaseCost:
     @property
     def slack(self) -> dict[str, float]:
         """Share of the time for which each resource is idle, 0 to 1."""
-        return {name: max(0.0, 1.0 - seconds / self.seconds) if self.seconds > 0 else 1.0
-                for name, seconds in self.lanes if name != "steps"}
+        return {
+            name: max(0.0, 1.0 - seconds / self.seconds) if self.seconds > 0 else 1.0
+            for name, seconds in self.lanes
+            if name != "steps"
+        }
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
-        return {"phase": self.phase, "rows": self.rows, "context": self.context, "seconds": self.seconds,
-                "tokens_per_s": self.tokens_per_s, "binding": self.binding, "slack": self.slack,
-                "lanes_s": dict(self.lanes)}
+        return {
+            "phase": self.phase,
+            "rows": self.rows,
+            "context": self.context,
+            "seconds": self.seconds,
+            "tokens_per_s": self.tokens_per_s,
+            "binding": self.binding,
+            "slack": self.slack,
+            "lanes_s": dict(self.lanes),
+        }
 
 
 def cpu_linear_s_per_unit(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile) -> float:
     """CPU lane: unit_bytes / B_cpu while bandwidth bounds it, rows * operations / F_cpu when arithmetic does."""
-    return max(shard.unit_bytes / hardware.cpu_linear_bytes_per_s.of(dtype),
-               rows * shard.flops_per_row_per_unit / hardware.cpu_ops_per_s.of(dtype))
+    return max(
+        shard.unit_bytes / hardware.cpu_linear_bytes_per_s.of(dtype),
+        rows * shard.flops_per_row_per_unit / hardware.cpu_ops_per_s.of(dtype),
+    )
 
 
 def gpu_linear_s_per_unit(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile) -> float:
     """GPU lane: unit_bytes / B_gpu or rows * operations / F_gpu, whichever is longer."""
-    return max(shard.unit_bytes / hardware.gpu_bytes_per_s,
-               rows * shard.flops_per_row_per_unit / hardware.gpu_flops.of(dtype))
+    return max(
+        shard.unit_bytes / hardware.gpu_bytes_per_s, rows * shard.flops_per_row_per_unit / hardware.gpu_flops.of(dtype)
+    )
 
 
 def handover_s(rows: int, in_features: int, out_features: float, hardware: HardwareProfile) -> float:
@@ -142,12 +155,17 @@ def linear_cost(shard: LinearShard, rows: int, dtype: str, hardware: HardwarePro
     if not on_gpu:
         return LinearCost(cpu, float("inf"), 0.0, hardware.cpu_call_s)
     back = rows * shard.unit_features * BYTES_PER_ACTIVATION / hardware.h2d_bytes_per_s
-    return LinearCost(cpu + back, gpu_linear_s_per_unit(shard, rows, dtype, hardware),
-                      handover_s(rows, shard.in_features, 0, hardware), hardware.launch_overhead_s)
+    return LinearCost(
+        cpu + back,
+        gpu_linear_s_per_unit(shard, rows, dtype, hardware),
+        handover_s(rows, shard.in_features, 0, hardware),
+        hardware.launch_overhead_s,
+    )
 
 
-def attention_cost(kv: KvShard, call: Call, gpu_tokens: int, workload: Workload, hardware: HardwareProfile,
-                   on_gpu: bool) -> AttentionCost:
+def attention_cost(
+    kv: KvShard, call: Call, gpu_tokens: int, workload: Workload, hardware: HardwareProfile, on_gpu: bool
+) -> AttentionCost:
     """Coefficients of attention: K and V read once per pass, 4 * head_dim operations per query head, row and key.
 
     A chunk of q_len rows sees on average context + (q_len + 1) / 2 keys, capped by the sliding window.
@@ -164,14 +182,25 @@ def attention_cost(kv: KvShard, call: Call, gpu_tokens: int, workload: Workload,
         return AttentionCost(cpu, 0.0, 0.0, read, 0.0, 0.0, hardware.cpu_call_s)
     gpu = (1 - far_share) * max(read / hardware.gpu_bytes_per_s, operations / hardware.gpu_attention_ops_per_s)
     features = workload.num_heads * workload.head_dim
-    return AttentionCost(cpu, far_share * cpu, gpu, read, far_share * read,
-                         handover_s(call.rows, features, features, hardware), hardware.launch_overhead_s)
+    return AttentionCost(
+        cpu,
+        far_share * cpu,
+        gpu,
+        read,
+        far_share * read,
+        handover_s(call.rows, features, features, hardware),
+        hardware.launch_overhead_s,
+    )
 
 
 def small_ops_s(workload: Workload, call: Call, hardware: HardwareProfile, on_gpu: bool) -> float:
-    """Norms, rotary embedding, activation functions: calls, and every linear's input and output rows moved once more."""
+    """Norms, rotary embedding, activation functions: their calls, and all linears' rows in and out moved once more."""
     calls = SMALL_CALLS_PER_LAYER * workload.num_layers
-    moved = BYTES_PER_ACTIVATION * call.rows * sum(s.in_features + s.out_features for s in workload.linears if s.kind != "head")
+    moved = (
+        BYTES_PER_ACTIVATION
+        * call.rows
+        * sum(s.in_features + s.out_features for s in workload.linears if s.kind != "head")
+    )
     if on_gpu:
         return calls * hardware.launch_overhead_s + moved / hardware.gpu_bytes_per_s
     return calls * hardware.cpu_call_s + moved / hardware.dram_bytes_per_s
@@ -180,8 +209,8 @@ def small_ops_s(workload: Workload, call: Call, hardware: HardwareProfile, on_gp
 def attention_handovers(cpu_linear_units: int, gpu_groups: int, groups: int, spills: bool) -> int:
     """Hand-overs of attention itself, beyond that of qkv.
 
-    None when the GPU owns every group and nothing spilled, or when exactly the groups whose q, k, v the CPU computed are
-    attended there: their results cross once, after attention. Otherwise one.
+    None when the GPU owns every group and nothing spilled, or when exactly the groups whose q, k, v the CPU computed
+    are attended there: their results cross once, after attention. Otherwise one.
     """
     attended_by_cpu = groups - gpu_groups
     if spills and gpu_groups:
@@ -189,8 +218,15 @@ def attention_handovers(cpu_linear_units: int, gpu_groups: int, groups: int, spi
     return int(attended_by_cpu > cpu_linear_units)
 
 
-def pass_cost(workload: Workload, linears: Sequence[LinearPlacement], kv: Sequence[KvPlacement],
-              hardware: HardwareProfile, call: Call, on_gpu: bool, with_head: bool = True) -> tuple[float, dict[str, float]]:
+def pass_cost(
+    workload: Workload,
+    linears: Sequence[LinearPlacement],
+    kv: Sequence[KvPlacement],
+    hardware: HardwareProfile,
+    call: Call,
+    on_gpu: bool,
+    with_head: bool = True,
+) -> tuple[float, dict[str, float]]:
     """Seconds of one pass and the seconds each resource needs by itself (equations in the module docstring).
 
     with_head: whether logits are computed; they are for the last row of each sequence only.
@@ -207,21 +243,31 @@ def pass_cost(workload: Workload, linears: Sequence[LinearPlacement], kv: Sequen
         if shard.kind == "qkv":
             cpu_qkv_units[shard.layer] = cpu_units
         coefficients = linear_cost(shard, rows, workload.weight_dtype, hardware, on_gpu)
-        _add_step(lanes, cpu_units * coefficients.cpu_s_per_unit,
-                  (gpu_units + stream_units) * coefficients.gpu_s_per_unit if gpu_units + stream_units else 0.0,
-                  coefficients.handover_s * (cpu_units > 0), coefficients.launch_s, on_gpu)
+        _add_step(
+            lanes,
+            cpu_units * coefficients.cpu_s_per_unit,
+            (gpu_units + stream_units) * coefficients.gpu_s_per_unit if gpu_units + stream_units else 0.0,
+            coefficients.handover_s * (cpu_units > 0),
+            coefficients.launch_s,
+            on_gpu,
+        )
         streamed += stream_units * shard.unit_bytes
         touched += (stream_units + cpu_units + (gpu_units if hardware.unified_memory else 0)) * shard.unit_bytes
     for kv_shard, placement in zip(workload.kv, kv, strict=True):
         coefficients = attention_cost(kv_shard, call, placement.gpu_tokens, workload, hardware, on_gpu)
         gpu_groups, cpu_groups = placement.gpu_groups, kv_shard.groups - placement.gpu_groups
-        handovers = attention_handovers(cpu_qkv_units.get(kv_shard.layer, 0), gpu_groups, kv_shard.groups,
-                                        coefficients.spilled_s_per_group > 0)
-        _add_step(lanes, cpu_groups * coefficients.cpu_s_per_group + gpu_groups * coefficients.spilled_s_per_group,
-                  gpu_groups * coefficients.gpu_s_per_group,
-                  handovers * coefficients.handover_s, coefficients.launch_s, on_gpu)
-        touched += (cpu_groups * coefficients.dram_bytes_per_group
-                    + gpu_groups * coefficients.spilled_bytes_per_group)
+        handovers = attention_handovers(
+            cpu_qkv_units.get(kv_shard.layer, 0), gpu_groups, kv_shard.groups, coefficients.spilled_s_per_group > 0
+        )
+        _add_step(
+            lanes,
+            cpu_groups * coefficients.cpu_s_per_group + gpu_groups * coefficients.spilled_s_per_group,
+            gpu_groups * coefficients.gpu_s_per_group,
+            handovers * coefficients.handover_s,
+            coefficients.launch_s,
+            on_gpu,
+        )
+        touched += cpu_groups * coefficients.dram_bytes_per_group + gpu_groups * coefficients.spilled_bytes_per_group
     lanes["pcie"] = streamed / hardware.h2d_bytes_per_s if streamed else 0.0
     lanes["dram"] = touched / hardware.dram_bytes_per_s
     if lanes["cpu"]:
@@ -229,16 +275,27 @@ def pass_cost(workload: Workload, linears: Sequence[LinearPlacement], kv: Sequen
     return max(lanes.values()) + hardware.step_overhead_s, lanes
 
 
-def _add_step(lanes: dict[str, float], cpu_s: float, gpu_s: float, handovers_s: float, launch_s: float,
-              on_gpu: bool) -> None:
+def _add_step(
+    lanes: dict[str, float], cpu_s: float, gpu_s: float, handovers_s: float, launch_s: float, on_gpu: bool
+) -> None:
     lanes["steps"] += max(cpu_s, gpu_s) + handovers_s + launch_s
     lanes["cpu"] += cpu_s + (0.0 if on_gpu else launch_s)
     lanes["gpu"] += gpu_s + (launch_s if on_gpu else 0.0)
 
 
-def predict(workload: Workload, linears: Sequence[LinearPlacement], kv: Sequence[KvPlacement],
-            hardware: HardwareProfile, *, phase: str, rows: int, context: int, on_gpu: bool) -> PhaseCost:
-    """Predicted cost of a decode step of `rows` sequences, or of a prompt of `rows` tokens, after `context` cached tokens.
+def predict(
+    workload: Workload,
+    linears: Sequence[LinearPlacement],
+    kv: Sequence[KvPlacement],
+    hardware: HardwareProfile,
+    *,
+    phase: str,
+    rows: int,
+    context: int,
+    on_gpu: bool,
+) -> PhaseCost:
+    """Predicted cost of a decode step of `rows` sequences, or of a prompt of `rows` tokens, after `context` cached
+    tokens.
 
     A prompt runs in chunks of workload.prefill_chunk rows; only its last chunk computes logits.
     """
@@ -250,8 +307,9 @@ def predict(workload: Workload, linears: Sequence[LinearPlacement], kv: Sequence
     total, lanes_total = 0.0, dict.fromkeys(RESOURCES, 0.0)
     for start in range(0, rows, workload.prefill_chunk):
         q_len = min(workload.prefill_chunk, rows - start)
-        seconds, lanes = pass_cost(workload, linears, kv, hardware, Call(1, q_len, context + start), on_gpu,
-                                   with_head=start + q_len == rows)
+        seconds, lanes = pass_cost(
+            workload, linears, kv, hardware, Call(1, q_len, context + start), on_gpu, with_head=start + q_len == rows
+        )
         total += seconds
         for name, value in lanes.items():
             lanes_total[name] += value

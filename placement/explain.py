@@ -20,7 +20,10 @@ COMPARED_POLICIES = ("gpu_only", "stream_only", "host_attention", "cpu_only")
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Predicted speed of another plan or another machine. decode and prefill are None when it cannot run; note says why."""
+    """Predicted speed of another plan or another machine.
+
+    decode_tokens_per_s, prefill_tokens_per_s: None when it cannot run; note then says why.
+    """
 
     label: str
     decode_tokens_per_s: float | None
@@ -29,8 +32,12 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {"label": self.label, "decode_tokens_per_s": self.decode_tokens_per_s,
-                "prefill_tokens_per_s": self.prefill_tokens_per_s, "note": self.note}
+        return {
+            "label": self.label,
+            "decode_tokens_per_s": self.decode_tokens_per_s,
+            "prefill_tokens_per_s": self.prefill_tokens_per_s,
+            "note": self.note,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,24 +66,35 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, the plan included."""
-        return {"plan": self.plan.to_dict(), "bottleneck": self.bottleneck, "notes": list(self.notes),
-                "gains": [gain.to_dict() for gain in self.gains],
-                "alternatives": [other.to_dict() for other in self.alternatives]}
+        return {
+            "plan": self.plan.to_dict(),
+            "bottleneck": self.bottleneck,
+            "notes": list(self.notes),
+            "gains": [gain.to_dict() for gain in self.gains],
+            "alternatives": [other.to_dict() for other in self.alternatives],
+        }
 
 
-def explain(workload: Workload, hardware: HardwareProfile, policy: Policy, *, device: str,
-            gpu_memory_bytes: int | None = None) -> Explanation:
-    """Plan and explain. Same arguments and errors as make_plan; it plans several times, so it takes several times as long."""
+def explain(
+    workload: Workload, hardware: HardwareProfile, policy: Policy, *, device: str, gpu_memory_bytes: int | None = None
+) -> Explanation:
+    """Plan and explain: arguments and errors of make_plan, and several times its time, for it plans several times."""
     plan, found = plan_with_alternatives(workload, hardware, policy, device=device, gpu_memory_bytes=gpu_memory_bytes)
     gains, alternatives = tuple(_gains(workload, hardware, policy, plan)), ()
     if device != "cpu":
         alternatives = tuple(_alternatives(workload, hardware, policy, plan, found))
-    return Explanation(plan, bottleneck(plan.predicted.decode, plan.predicted.prefill), gains, alternatives,
-                       tuple(_notes(plan, hardware)))
+    return Explanation(
+        plan,
+        bottleneck(plan.predicted.decode, plan.predicted.prefill),
+        gains,
+        alternatives,
+        tuple(_notes(plan, hardware)),
+    )
 
 
-def budget_curve(workload: Workload, hardware: HardwareProfile, policy: Policy, *, device: str,
-                 steps: int = 12) -> list[Plan]:
+def budget_curve(
+    workload: Workload, hardware: HardwareProfile, policy: Policy, *, device: str, steps: int = 12
+) -> list[Plan]:
     """Plans for GPU budgets from the least that works to everything the model can use, in equal steps."""
     try:
         make_plan(workload, hardware, policy, device=device, gpu_memory_bytes=1)
@@ -95,8 +113,9 @@ def bottleneck(decode: PhaseCost, prefill: PhaseCost) -> str:
 
 def _busy(cost: PhaseCost) -> str:
     idle = cost.slack
-    others = ", ".join(f"{RESOURCE_WORDS[name]} {1 - share:.0%}" for name, share in idle.items()
-                       if name != cost.binding and share < 1)
+    others = ", ".join(
+        f"{RESOURCE_WORDS[name]} {1 - share:.0%}" for name, share in idle.items() if name != cost.binding and share < 1
+    )
     share = f" ({1 - idle[cost.binding]:.0%} busy" if cost.binding in idle else " (hand-overs count"
     return f"{RESOURCE_WORDS[cost.binding]}{share}{'; ' + others if others else ''})"
 
@@ -106,8 +125,9 @@ def _everything_bytes(workload: Workload, hardware: HardwareProfile, policy: Pol
     return make_plan(workload, hardware, everything, device=device, gpu_memory_bytes=2**60).memory.gpu_bytes
 
 
-def _estimate(label: str, workload: Workload, hardware: HardwareProfile, policy: Policy, device: str,
-              gpu_memory_bytes: int | None) -> Estimate:
+def _estimate(
+    label: str, workload: Workload, hardware: HardwareProfile, policy: Policy, device: str, gpu_memory_bytes: int | None
+) -> Estimate:
     try:
         predicted = make_plan(workload, hardware, policy, device=device, gpu_memory_bytes=gpu_memory_bytes).predicted
     except BudgetError as error:
@@ -122,13 +142,16 @@ def _gains(workload: Workload, hardware: HardwareProfile, policy: Policy, plan: 
     more = policy.model_copy(update={"threads": plan.num_threads + 1})
     if device != "cpu":
         yield _estimate("1 GiB more GPU memory", workload, hardware, policy, device, budget + GIB)
-        faster = replace(hardware, h2d_bytes_per_s=2 * hardware.h2d_bytes_per_s, d2h_bytes_per_s=2 * hardware.d2h_bytes_per_s)
+        faster = replace(
+            hardware, h2d_bytes_per_s=2 * hardware.h2d_bytes_per_s, d2h_bytes_per_s=2 * hardware.d2h_bytes_per_s
+        )
         yield _estimate("PCIe twice as fast", workload, faster, policy, device, budget)
     yield _estimate("one more CPU thread", workload, hardware, more, device, budget)
 
 
-def _alternatives(workload: Workload, hardware: HardwareProfile, policy: Policy, plan: Plan,
-                  found: list[Candidate]) -> Iterator[Estimate]:
+def _alternatives(
+    workload: Workload, hardware: HardwareProfile, policy: Policy, plan: Plan, found: list[Candidate]
+) -> Iterator[Estimate]:
     machine = hardware if hardware.cores == plan.num_threads else hardware.with_threads(plan.num_threads)
     for candidate in found[1:3]:
         predicted = predict_plan(replace(plan, linears=candidate.linears, kv=candidate.kv), machine)
@@ -146,8 +169,9 @@ def _whole_layers(plan: Plan, hardware: HardwareProfile) -> Estimate:
     predicted = plan.predicted
 
     def speed(cost: PhaseCost) -> float:
-        return predict(plan.workload, linears, kv, hardware, phase=cost.phase, rows=cost.rows, context=cost.context,
-                       on_gpu=True).tokens_per_s
+        return predict(
+            plan.workload, linears, kv, hardware, phase=cost.phase, rows=cost.rows, context=cost.context, on_gpu=True
+        ).tokens_per_s
 
     return Estimate(f"{layers} whole layers on the GPU, rest CPU", speed(predicted.decode), speed(predicted.prefill))
 
@@ -155,14 +179,17 @@ def _whole_layers(plan: Plan, hardware: HardwareProfile) -> Estimate:
 def _notes(plan: Plan, hardware: HardwareProfile) -> Iterator[str]:
     host = plan.memory.host_bytes + plan.memory.pinned_bytes
     if host > hardware.dram_bytes:
-        yield f"The plan needs {format_bytes(host)} of host memory; {hardware.name} has {format_bytes(hardware.dram_bytes)}."
+        has = format_bytes(hardware.dram_bytes)
+        yield f"The plan needs {format_bytes(host)} of host memory; {hardware.name} has {has}."
     if plan.gpu_memory_bytes is not None and plan.gpu_memory_bytes > hardware.gpu_memory_bytes:
-        yield (f"The GPU budget of {format_bytes(plan.gpu_memory_bytes)} is more than the "
-               f"{format_bytes(hardware.gpu_memory_bytes)} of {hardware.name}.")
+        has = format_bytes(hardware.gpu_memory_bytes)
+        yield f"The GPU budget of {format_bytes(plan.gpu_memory_bytes)} is more than the {has} of {hardware.name}."
 
 
 def _change(estimate: Estimate, decode: float, prefill: float) -> str:
     if estimate.decode_tokens_per_s is None:
         return estimate.note
-    return (f"decode {estimate.decode_tokens_per_s:8.1f} tokens/s ({estimate.decode_tokens_per_s / decode - 1:+.0%}), "
-            f"prefill {estimate.prefill_tokens_per_s:8.1f} ({estimate.prefill_tokens_per_s / prefill - 1:+.0%})")
+    return (
+        f"decode {estimate.decode_tokens_per_s:8.1f} tokens/s ({estimate.decode_tokens_per_s / decode - 1:+.0%}), "
+        f"prefill {estimate.prefill_tokens_per_s:8.1f} ({estimate.prefill_tokens_per_s / prefill - 1:+.0%})"
+    )

@@ -1,14 +1,14 @@
 """Placement as a mixed-integer program: the equations of placement.cost with placements as the unknowns.
 
-Unknown per class of n equal layers and linear, as totals over the class: units at home on the GPU (one number for all row
-tiers) and, per row tier, units streamed, units computed by the CPU and the number k <= n of layers in which the CPU has a
-share. Those k steps pay a hand-over and overlap both lanes, the others run on the GPU alone:
+Unknown per class of n equal layers and linear, as totals over the class: units at home on the GPU (one number for all
+row tiers) and, per row tier, units streamed, units computed by the CPU and the number k <= n of layers in which the CPU
+has a share. Those k steps pay a hand-over and overlap both lanes, the others run on the GPU alone:
 
     steps >= C * cpu_s + (n - k) * units * gpu_s,    steps >= (G + S) * gpu_s,    C <= k * units
 
-so the program itself weighs concentrating CPU work in few layers against spreading it. KV-head groups likewise. Large models
-are nearly pure linear programs. Seconds and bytes are scaled to the order of 100 and 10000, far above the solver's
-tolerances.
+so the program itself weighs concentrating CPU work in few layers against spreading it. KV-head groups likewise. Large
+models are nearly pure linear programs. Seconds and bytes are scaled to the order of 100 and 10000, far above the
+solver's tolerances.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ TIE_BREAK = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """Limits in bytes. gpu: for weights, KV and staging, after everything fixed; pinned, host (pinned included): or None."""
+    """Limits in bytes beside everything of fixed size. host includes pinned; None is no limit."""
 
     gpu: float
     pinned: float | None = None
@@ -50,8 +50,8 @@ class WeightedCall:
 
 @dataclass(frozen=True, slots=True)
 class Homes:
-    """Decisions shared by all row tiers: gpu units by (class, linear), gpu groups by class, which linears are pinned and may
-    stream, and the staging slot in bytes."""
+    """Decisions shared by all row tiers: gpu units by (class, linear), gpu groups by class, which linears are pinned
+    and may stream, and the staging slot in bytes."""
 
     gpu_units: dict[tuple[int, int], int]
     gpu_groups: dict[int, int]
@@ -71,8 +71,8 @@ class _LinearVariables:
 class Totals:
     """A solution by class: units over all layers of the class, before they are spread over layers.
 
-    gpu: by (class, linear); stream, cpu_layers (those with a CPU share): by (class, linear, tier); groups, attending_layers
-    (those with CPU attention): by class; slot_bytes: size of a staging slot.
+    gpu: by (class, linear); stream, cpu_layers (those with a CPU share): by (class, linear, tier); groups,
+    attending_layers (those with CPU attention): by class; slot_bytes: size of a staging slot.
     """
 
     gpu: dict[tuple[int, int], float]
@@ -84,26 +84,41 @@ class Totals:
 
 
 class Formulation:
-    """Builds and solves one program. classes: what is placed; gpu_tokens: KV slots that a GPU-owned group keeps in GPU memory.
+    """Builds and solves one program. classes: what is placed; gpu_tokens: KV slots that a GPU-owned group keeps in GPU
+    memory.
 
     homes: fixed decisions when only the row tiers of `calls` are still open; None when everything is.
     """
 
-    def __init__(self, workload: Workload, hardware: HardwareProfile, classes: Sequence[LayerClass],
-                 calls: Sequence[WeightedCall], gpu_tokens: int, slots: int, budgets: Budgets,
-                 homes: Homes | None = None) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        hardware: HardwareProfile,
+        classes: Sequence[LayerClass],
+        calls: Sequence[WeightedCall],
+        gpu_tokens: int,
+        slots: int,
+        budgets: Budgets,
+        homes: Homes | None = None,
+    ) -> None:
         self.workload, self.hardware, self.classes, self.calls = workload, hardware, classes, calls
         self.gpu_tokens, self.slots, self.budgets, self.homes = gpu_tokens, slots, budgets, homes
         self.program = Program()
-        cpu_only = sum(c.count * linear.shard.units * cpu_linear_s_per_unit(linear.shard, 1, workload.weight_dtype, hardware)
-                      for c in classes for linear in c.linears)
+        cpu_only = sum(
+            c.count * linear.shard.units * cpu_linear_s_per_unit(linear.shard, 1, workload.weight_dtype, hardware)
+            for c in classes
+            for linear in c.linears
+        )
         self.time_scale = 100.0 / max(cpu_only, 1e-9)
         self.bytes_scale = max(1.0, workload.weight_bytes / 10_000)
         self.memory = {"gpu": {}, "pinned": {}, "host": {}}
         self.memory_constant = dict.fromkeys(self.memory, 0.0)
         self.slot = self._slot_variable()
-        self.linears = {(c, i): self._linear(c, i, cls.count, linear)
-                        for c, cls in enumerate(classes) for i, linear in enumerate(cls.linears)}
+        self.linears = {
+            (c, i): self._linear(c, i, cls.count, linear)
+            for c, cls in enumerate(classes)
+            for i, linear in enumerate(cls.linears)
+        }
         self.groups = {c: self._kv(c, cls.count, cls.kv) for c, cls in enumerate(classes) if cls.kv is not None}
         self.attending: dict[int, list[int]] = {c: [] for c in self.groups}
         for weighted in calls:
@@ -118,13 +133,20 @@ class Formulation:
             return None
 
         def by_tier(name: str) -> dict[tuple[int, int, int], float]:
-            return {(*key, tier): values[index] for key, variables in self.linears.items()
-                    for tier, index in getattr(variables, name).items()}
+            return {
+                (*key, tier): values[index]
+                for key, variables in self.linears.items()
+                for tier, index in getattr(variables, name).items()
+            }
 
-        return Totals({key: values[v.gpu] for key, v in self.linears.items()}, by_tier("stream"), by_tier("cpu_layers"),
-                      {c: values[index] for c, index in self.groups.items()},
-                      {c: max(values[index] for index in indices) for c, indices in self.attending.items()},
-                      values[self.slot] * self.bytes_scale)
+        return Totals(
+            {key: values[v.gpu] for key, v in self.linears.items()},
+            by_tier("stream"),
+            by_tier("cpu_layers"),
+            {c: values[index] for c, index in self.groups.items()},
+            {c: max(values[index] for index in indices) for c, indices in self.attending.items()},
+            values[self.slot] * self.bytes_scale,
+        )
 
     def solve_for_least(self, place: str) -> float | None:
         """Fewest bytes at a place (gpu | pinned | host) with which any placement works, the other budgets kept."""
@@ -136,7 +158,9 @@ class Formulation:
         values = program.solve()
         if values is None:
             return None
-        return self.bytes_scale * (self.memory_constant[place] + sum(values[v] * k for v, k in self.memory[place].items()))
+        return self.bytes_scale * (
+            self.memory_constant[place] + sum(values[v] * k for v, k in self.memory[place].items())
+        )
 
     def _slot_variable(self) -> int:
         fixed = None if self.homes is None else self.homes.slot_bytes / self.bytes_scale
@@ -154,7 +178,9 @@ class Formulation:
             tier = self._tier(linear, weighted)
             if tier is None or tier in variables.stream:
                 continue
-            stream, cpu = (None if value is None else count * value for value in (bounds.stream[tier], bounds.cpu[tier]))
+            stream, cpu = (
+                None if value is None else count * value for value in (bounds.stream[tier], bounds.cpu[tier])
+            )
             if self.slots == 0 or (self.homes and (c, i) not in self.homes.streaming):
                 stream = 0
             variables.stream[tier] = self._whole(stream, total, integer)
@@ -237,8 +263,18 @@ class Formulation:
         for lane in (cpu, copies, dram):
             program.at_most(lane, 0.0)
 
-    def _linear_step(self, c: int, i: int, count: int, linear: LinearClass, weighted: WeightedCall, steps: dict[int, float],
-                     cpu: dict[int, float], copies: dict[int, float], dram: dict[int, float]) -> float:
+    def _linear_step(
+        self,
+        c: int,
+        i: int,
+        count: int,
+        linear: LinearClass,
+        weighted: WeightedCall,
+        steps: dict[int, float],
+        cpu: dict[int, float],
+        copies: dict[int, float],
+        dram: dict[int, float],
+    ) -> float:
         tier = self._tier(linear, weighted)
         if tier is None:
             return 0.0
@@ -250,8 +286,9 @@ class Formulation:
         step, layers = self.program.variable(), variables.cpu_layers[tier]
         whole = scale * shard.units * cost.gpu_s_per_unit
         self.program.at_least({step: 1, on_cpu: -scale * cost.cpu_s_per_unit, layers: whole}, count * whole)
-        self.program.at_least({step: 1, variables.gpu: -scale * cost.gpu_s_per_unit,
-                               streamed: -scale * cost.gpu_s_per_unit}, 0)
+        self.program.at_least(
+            {step: 1, variables.gpu: -scale * cost.gpu_s_per_unit, streamed: -scale * cost.gpu_s_per_unit}, 0
+        )
         add(steps, step, 1.0)
         add(steps, layers, scale * cost.handover_s)
         add(cpu, on_cpu, scale * cost.cpu_s_per_unit)
@@ -264,8 +301,15 @@ class Formulation:
             add(dram, variable, scale * shard.unit_bytes / hardware.dram_bytes_per_s)
         return scale * cost.launch_s * count
 
-    def _attention_step(self, c: int, cls: LayerClass, call: Call, steps: dict[int, float], cpu: dict[int, float],
-                        dram: dict[int, float]) -> float:
+    def _attention_step(
+        self,
+        c: int,
+        cls: LayerClass,
+        call: Call,
+        steps: dict[int, float],
+        cpu: dict[int, float],
+        dram: dict[int, float],
+    ) -> float:
         program, scale, shard = self.program, self.time_scale, cls.kv.shard
         tokens = gpu_tokens_of(self.workload, shard, cls.kv.bounds, self.gpu_tokens)
         cost = attention_cost(shard, call, tokens, self.workload, self.hardware, True)

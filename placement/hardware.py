@@ -81,13 +81,18 @@ class HardwareProfile:
         for name in ("dram_bytes_per_s", "cpu_attention_bytes_per_s", "cpu_attention_ops_per_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"hardware profile {self.name}: {name} must be positive, got {getattr(self, name)}")
-        if self.has_gpu and not (self.gpu_bytes_per_s > 0 and self.d2h_bytes_per_s > 0
-                                 and self.gpu_attention_ops_per_s > 0):
-            raise ValueError(f"hardware profile {self.name}: a GPU (h2d_bytes_per_s > 0) needs positive d2h_bytes_per_s, "
-                             "gpu_bytes_per_s and gpu_attention_ops_per_s")
+        if self.has_gpu and not (
+            self.gpu_bytes_per_s > 0 and self.d2h_bytes_per_s > 0 and self.gpu_attention_ops_per_s > 0
+        ):
+            raise ValueError(
+                f"hardware profile {self.name}: a GPU (h2d_bytes_per_s > 0) needs positive d2h_bytes_per_s, "
+                "gpu_bytes_per_s and gpu_attention_ops_per_s"
+            )
         if not 0 < self.cpu_slowdown_while_copying <= 1:
-            raise ValueError(f"hardware profile {self.name}: cpu_slowdown_while_copying must be in (0, 1], got "
-                             f"{self.cpu_slowdown_while_copying}")
+            raise ValueError(
+                f"hardware profile {self.name}: cpu_slowdown_while_copying must be in (0, 1], got "
+                f"{self.cpu_slowdown_while_copying}"
+            )
 
     @property
     def has_gpu(self) -> bool:
@@ -100,12 +105,20 @@ class HardwareProfile:
         CPU operations scale with threads; CPU bandwidth does too until it meets the DRAM rate.
         """
         factor = threads / self.cores
-        linear = DtypeRates(*(min(self.cpu_linear_bytes_per_s.of(dtype) * factor, self._cpu_ceiling(dtype))
-                              for dtype in DTYPES))
-        attention = min(self.cpu_attention_bytes_per_s * factor,
-                        max(self.dram_bytes_per_s, self.cpu_attention_bytes_per_s))
-        return replace(self, cores=threads, cpu_linear_bytes_per_s=linear, cpu_ops_per_s=self.cpu_ops_per_s.scaled(factor),
-                       cpu_attention_bytes_per_s=attention, cpu_attention_ops_per_s=self.cpu_attention_ops_per_s * factor)
+        linear = DtypeRates(
+            *(min(self.cpu_linear_bytes_per_s.of(dtype) * factor, self._cpu_ceiling(dtype)) for dtype in DTYPES)
+        )
+        attention = min(
+            self.cpu_attention_bytes_per_s * factor, max(self.dram_bytes_per_s, self.cpu_attention_bytes_per_s)
+        )
+        return replace(
+            self,
+            cores=threads,
+            cpu_linear_bytes_per_s=linear,
+            cpu_ops_per_s=self.cpu_ops_per_s.scaled(factor),
+            cpu_attention_bytes_per_s=attention,
+            cpu_attention_ops_per_s=self.cpu_attention_ops_per_s * factor,
+        )
 
     def _cpu_ceiling(self, dtype: str) -> float:
         return max(self.dram_bytes_per_s, self.cpu_linear_bytes_per_s.of(dtype))
@@ -168,8 +181,17 @@ def _check_keys(values: dict[str, Any], known: dict[str, Any], where: str) -> No
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             raise ValueError(f"{where}: unknown field {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    required = ("name", "source", "cores", "dram_bytes", "dram_bytes_per_s", "cpu_linear_bytes_per_s", "cpu_ops_per_s",
-                "cpu_attention_bytes_per_s", "cpu_attention_ops_per_s")
+    required = (
+        "name",
+        "source",
+        "cores",
+        "dram_bytes",
+        "dram_bytes_per_s",
+        "cpu_linear_bytes_per_s",
+        "cpu_ops_per_s",
+        "cpu_attention_bytes_per_s",
+        "cpu_attention_ops_per_s",
+    )
     missing = [key for key in required if key not in values]
     if missing:
         raise ValueError(f"{where}: missing {', '.join(missing)}")

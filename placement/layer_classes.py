@@ -1,7 +1,7 @@
 """Layers that must look alike to the planner, so that 80 equal layers cost two sets of variables and not eighty.
 
-Equal layers matter to the cost only through their totals and through how many of them hand work to the CPU, so a class of
-them is described by those numbers (placement.formulation) and laid out again afterwards (placement.search).
+Equal layers matter to the cost only through their totals and through how many of them hand work to the CPU, so a class
+of them is described by those numbers (placement.formulation) and laid out again afterwards (placement.search).
 """
 
 from collections.abc import Sequence
@@ -59,8 +59,11 @@ def layer_families(workload: Workload, bounds: Bounds) -> list[list[_Layer]]:
 
 
 def _signature(workload: Workload, bounds: Bounds, layer: _Layer) -> str:
-    parts = [(s.kind, s.units, s.unit_bytes, s.unit_features, s.in_features, s.flops_per_row_per_unit, bounds.linears[i])
-             for i in layer.linears for s in (workload.linears[i],)]
+    parts = [
+        (s.kind, s.units, s.unit_bytes, s.unit_features, s.in_features, s.flops_per_row_per_unit, bounds.linears[i])
+        for i in layer.linears
+        for s in (workload.linears[i],)
+    ]
     kv = None if layer.kv is None else workload.kv[layer.kv]
     cache = None if kv is None else (kv.groups, kv.bytes_per_token, kv.window, bounds.kv[layer.kv])
     return repr((parts, cache))
@@ -78,8 +81,13 @@ def single_layers(workload: Workload, bounds: Bounds) -> list[LayerClass]:
 
 def _layer_class(workload: Workload, bounds: Bounds, layers: Sequence[_Layer]) -> LayerClass:
     first = layers[0]
-    linears = tuple(LinearClass(workload.linears[index], bounds.linears[index], tuple(layer.linears[i] for layer in layers))
-                    for i, index in enumerate(first.linears))
-    kv = None if first.kv is None else KvClass(workload.kv[first.kv], bounds.kv[first.kv],
-                                               tuple(layer.kv for layer in layers))
+    linears = tuple(
+        LinearClass(workload.linears[index], bounds.linears[index], tuple(layer.linears[i] for layer in layers))
+        for i, index in enumerate(first.linears)
+    )
+    kv = (
+        None
+        if first.kv is None
+        else KvClass(workload.kv[first.kv], bounds.kv[first.kv], tuple(layer.kv for layer in layers))
+    )
     return LayerClass(len(layers), linears, kv)

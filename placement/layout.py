@@ -20,7 +20,10 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Units layer by layer of each class: home units by (class, linear), streamed by (class, linear, tier), groups by class."""
+    """Units of every layer of a class.
+
+    homes: by (class, linear); streams: by (class, linear, tier); groups: KV-head groups of the GPU by class.
+    """
 
     homes: dict[Key, tuple[int, ...]]
     streams: dict[tuple[int, int, int], tuple[int, ...]]
@@ -30,16 +33,20 @@ class Layout:
 def lay_out(classes: Sequence[LayerClass], solved: Totals, tier: int | None) -> Layout:
     """Whole units for every layer of a solution.
 
-    tier: row tier for whose CPU work the homes leave room in as few layers as the solution says; None cuts all layers alike.
+    tier: row tier for whose CPU work the homes leave room in as few layers as the solution says; None cuts all layers
+    alike.
     """
     homes = _homes(classes, solved, tier)
     streamed = streams(classes, homes, solved, tier is not None)
     groups = _groups(classes, solved, tier is not None)
-    return Layout(homes, streamed, {c: _beside_qkv(c, classes[c], homes, streamed, parts) for c, parts in groups.items()})
+    return Layout(
+        homes, streamed, {c: _beside_qkv(c, classes[c], homes, streamed, parts) for c, parts in groups.items()}
+    )
 
 
-def placements(workload: Workload, classes: Sequence[LayerClass], layout: Layout,
-               gpu_tokens: int) -> tuple[tuple[LinearPlacement, ...], tuple[KvPlacement, ...]]:
+def placements(
+    workload: Workload, classes: Sequence[LayerClass], layout: Layout, gpu_tokens: int
+) -> tuple[tuple[LinearPlacement, ...], tuple[KvPlacement, ...]]:
     """Placements in workload order. Tiers without an entry stream nothing."""
     linears: dict[int, LinearPlacement] = {}
     for (c, i), homes in layout.homes.items():
@@ -58,14 +65,21 @@ def placements(workload: Workload, classes: Sequence[LayerClass], layout: Layout
     return tuple(linears[i] for i in sorted(linears)), tuple(kv[i] for i in sorted(kv))
 
 
-def streams(classes: Sequence[LayerClass], homes: dict[Key, tuple[int, ...]], solved: Totals,
-            concentrated: bool) -> dict[tuple[int, int, int], tuple[int, ...]]:
+def streams(
+    classes: Sequence[LayerClass], homes: dict[Key, tuple[int, ...]], solved: Totals, concentrated: bool
+) -> dict[tuple[int, int, int], tuple[int, ...]]:
     """Streamed units of every layer by (class, linear, tier): what neither the homes nor the CPU take."""
     result = {}
     for (c, i, tier), stream in solved.stream.items():
         linear, home = classes[c].linears[i], homes[c, i]
-        cpu = _cpu_units(linear, home, solved.gpu[c, i], stream, tier,
-                         _count(solved.cpu_layers[c, i, tier]) if concentrated else len(home))
+        cpu = _cpu_units(
+            linear,
+            home,
+            solved.gpu[c, i],
+            stream,
+            tier,
+            _count(solved.cpu_layers[c, i, tier]) if concentrated else len(home),
+        )
         slot_units = _floor(solved.slot_bytes / linear.shard.unit_bytes)
         if min(linear.shard.units, staging_piece_units(linear.shard)) <= slot_units:
             slot_units = linear.shard.units
@@ -73,7 +87,9 @@ def streams(classes: Sequence[LayerClass], homes: dict[Key, tuple[int, ...]], so
     return result
 
 
-def _cpu_units(linear: LinearClass, home: tuple[int, ...], gpu: float, stream: float, tier: int, layers: int) -> list[int]:
+def _cpu_units(
+    linear: LinearClass, home: tuple[int, ...], gpu: float, stream: float, tier: int, layers: int
+) -> list[int]:
     shard, bounds = linear.shard, linear.bounds
     room = [shard.units - units for units in home]
     if bounds.cpu[tier] is not None:
@@ -87,7 +103,7 @@ def _cpu_units(linear: LinearClass, home: tuple[int, ...], gpu: float, stream: f
 
 
 def _fill_from_back(total: float, room: list[int], layers: int, equal: bool) -> list[int]:
-    """Spread a total evenly over the last `layers` places, and what finds no room there over the others, last ones first."""
+    """Spread a total evenly over the last `layers` places; what finds no room there goes to the others, last first."""
     layers = max(1, layers)
     amount = round(total / layers) * layers if equal else round(total)
     taken = [0] * (len(room) - layers) + _even(amount, layers)
@@ -101,8 +117,11 @@ def _fill_from_back(total: float, room: list[int], layers: int, equal: bool) -> 
 
 
 def _homes(classes: Sequence[LayerClass], solved: Totals, tier: int | None) -> dict[Key, tuple[int, ...]]:
-    """Home units of every layer. Units are dealt in equal parts where they are many; what that leaves over goes to as few
-    linears as possible, so that a plan reads as a few lines."""
+    """Home units of every layer.
+
+    Units are dealt in equal parts where they are many; what that leaves over goes to as few linears as possible, so
+    that a plan reads as a few lines.
+    """
     split, spare = {}, 0.0
     for key, value in solved.gpu.items():
         linear = classes[key[0]].linears[key[1]]
@@ -121,8 +140,9 @@ def _homes(classes: Sequence[LayerClass], solved: Totals, tier: int | None) -> d
     return {key: tuple(units for part in parts for units in part) for key, parts in split.items()}
 
 
-def _front_and_back(count: int, linear: LinearClass, value: float, solved: Totals, key: Key,
-                    tier: int | None) -> tuple[list[int], list[int]]:
+def _front_and_back(
+    count: int, linear: LinearClass, value: float, solved: Totals, key: Key, tier: int | None
+) -> tuple[list[int], list[int]]:
     if linear.bounds.gpu is not None:
         return [], [linear.bounds.gpu] * count
     back = _count(solved.cpu_layers.get((*key, tier), count))
@@ -151,9 +171,14 @@ def _groups(classes: Sequence[LayerClass], solved: Totals, concentrated: bool) -
     return result
 
 
-def _beside_qkv(c: int, cls: LayerClass, homes: dict[Key, tuple[int, ...]],
-                streamed: dict[tuple[int, int, int], tuple[int, ...]], groups: tuple[int, ...]) -> tuple[int, ...]:
-    """The groups moved to the layers whose q, k and v the GPU computes in the lowest tier, where that takes no more memory."""
+def _beside_qkv(
+    c: int,
+    cls: LayerClass,
+    homes: dict[Key, tuple[int, ...]],
+    streamed: dict[tuple[int, int, int], tuple[int, ...]],
+    groups: tuple[int, ...],
+) -> tuple[int, ...]:
+    """The groups moved to where the GPU computes q, k and v in the lowest tier, if that takes no more memory."""
     for i, linear in enumerate(cls.linears):
         tiers = [tier for (other, index, tier) in streamed if (other, index) == (c, i)]
         if linear.shard.kind == "qkv" and cls.kv.bounds.gpu_groups is None and tiers:

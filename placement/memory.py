@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from placement.workload import KvShard, LinearShard, Workload, round_up, NUM_ROW_TIERS
+from placement.workload import NUM_ROW_TIERS, KvShard, LinearShard, Workload, round_up
 
 PLACES = ("gpu", "pinned", "host")
 KINDS = ("weights", "kv", "staging", "activations", "embed", "resident", "context")
@@ -65,13 +65,15 @@ class KvPlacement:
         if not 0 <= self.gpu_groups <= self.groups:
             raise ValueError(f"{self.name}: gpu_groups must be in 0..{self.groups}, got {self.gpu_groups}")
         if (self.gpu_groups == 0) != (self.gpu_tokens == 0):
-            raise ValueError(f"{self.name}: gpu_groups and gpu_tokens must be zero together, got {self.gpu_groups} and "
-                             f"{self.gpu_tokens}")
+            raise ValueError(
+                f"{self.name}: gpu_groups and gpu_tokens must be zero together, got {self.gpu_groups} and "
+                f"{self.gpu_tokens}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
-    """Bytes of a plan by place (gpu, pinned, host) and kind (weights, kv, staging, activations, embed, resident, context)."""
+    """Bytes of a plan by place (one of PLACES) and kind (some of KINDS)."""
 
     gpu: dict[str, int] = field(default_factory=dict)
     pinned: dict[str, int] = field(default_factory=dict)
@@ -110,8 +112,10 @@ def kv_dram_tokens(workload: Workload, placement: KvPlacement) -> tuple[int, int
 def kv_dram_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) -> tuple[int, int]:
     """DRAM of one layer's KV cache: (older tokens of GPU groups, pinned; tokens of CPU groups, ordinary memory)."""
     spilled, owned = kv_dram_tokens(workload, placement)
-    return (placement.gpu_groups * spilled * shard.bytes_per_token,
-            (placement.groups - placement.gpu_groups) * owned * shard.bytes_per_token)
+    return (
+        placement.gpu_groups * spilled * shard.bytes_per_token,
+        (placement.groups - placement.gpu_groups) * owned * shard.bytes_per_token,
+    )
 
 
 def staging_piece_units(shard: LinearShard) -> int:
@@ -121,8 +125,13 @@ def staging_piece_units(shard: LinearShard) -> int:
 
 def staging_slot_bytes(linears: Sequence[LinearShard], placements: Sequence[LinearPlacement]) -> int:
     """Size of a staging slot: the largest piece that any linear streams in any tier; 0 when nothing streams."""
-    return max((min(max(placement.stream_units), staging_piece_units(shard)) * shard.unit_bytes
-                for shard, placement in zip(linears, placements, strict=True)), default=0)
+    return max(
+        (
+            min(max(placement.stream_units), staging_piece_units(shard)) * shard.unit_bytes
+            for shard, placement in zip(linears, placements, strict=True)
+        ),
+        default=0,
+    )
 
 
 def activation_bytes(workload: Workload) -> int:
@@ -131,7 +140,7 @@ def activation_bytes(workload: Workload) -> int:
 
 
 def weights_bytes(linears: Sequence[LinearShard], placements: Sequence[LinearPlacement], place: str) -> int:
-    """Weight bytes at a place. Dram-home units are pinned when their linear streams in some tier, else ordinary memory."""
+    """Weight bytes at a place. Dram-home units are pinned if their linear streams in some tier, else in host memory."""
     total = 0
     for shard, placement in zip(linears, placements, strict=True):
         if place == "gpu":
@@ -168,8 +177,9 @@ def memory_report(
         return MemoryReport(host=host | {"resident": workload.resident_bytes})
     gpu = {
         "weights": weights_bytes(workload.linears, linears, "gpu"),
-        "kv": sum(kv_gpu_bytes(shard, placement, workload.page_size)
-                  for shard, placement in zip(workload.kv, kv, strict=True)),
+        "kv": sum(
+            kv_gpu_bytes(shard, placement, workload.page_size) for shard, placement in zip(workload.kv, kv, strict=True)
+        ),
         "staging": staging_slots * staging_slot_bytes(workload.linears, linears),
         "activations": activation_bytes(workload),
         "resident": workload.resident_bytes,

@@ -30,7 +30,8 @@ def reference_prompt(workload: Workload) -> int:
 def reference_calls(workload: Workload, objective: str) -> list[WeightedCall]:
     """Passes of the reference request with their counts: decode steps, the chunks of the prompt, its last chunk.
 
-    Chunks before the last are represented by the middle one; under `throughput` every sequence of the batch brings a prompt.
+    Chunks before the last are represented by the middle one; under `throughput` every sequence of the batch brings a
+    prompt.
     """
     batch, prompt, chunk = reference_batch(workload, objective), reference_prompt(workload), workload.prefill_chunk
     steps = max(1, min(REFERENCE_OUTPUT, workload.max_context // 2))
@@ -49,8 +50,16 @@ def tier_call(workload: Workload, tier: int) -> WeightedCall:
     return WeightedCall(Call(rows, 1, max(1, min(reference_context(workload), workload.full_tokens // rows))), 1.0)
 
 
-def objective_s(workload: Workload, linears: Sequence[LinearPlacement], kv: Sequence[KvPlacement],
-                hardware: HardwareProfile, calls: Sequence[WeightedCall], on_gpu: bool) -> float:
+def objective_s(
+    workload: Workload,
+    linears: Sequence[LinearPlacement],
+    kv: Sequence[KvPlacement],
+    hardware: HardwareProfile,
+    calls: Sequence[WeightedCall],
+    on_gpu: bool,
+) -> float:
     """Seconds of the reference request under a placement."""
-    return sum(weighted.weight * pass_cost(workload, linears, kv, hardware, weighted.call, on_gpu, weighted.with_head)[0]
-               for weighted in calls)
+    return sum(
+        weighted.weight * pass_cost(workload, linears, kv, hardware, weighted.call, on_gpu, weighted.with_head)[0]
+        for weighted in calls
+    )

@@ -1,4 +1,4 @@
-"""A plan: which unit of every linear and which KV-head group lives and is computed where. Frozen data, printed three ways.
+"""A plan: where every unit of a linear and every KV-head group lives and is computed. Frozen data, printed three ways.
 
 The runtime reads placements and sizes from here and allocates by the functions of placement.memory, so that the counted
 bytes are the allocated ones. `to_yaml` writes the plan as a policy that make_plan turns into the same plan again.
@@ -10,16 +10,35 @@ from typing import Any
 
 from placement.cost import PhaseCost
 from placement.memory import (
-    MAX_STAGING_PIECE_BYTES, KvPlacement, LinearPlacement, MemoryReport, memory_report, staging_piece_units,
+    MAX_STAGING_PIECE_BYTES,
+    KvPlacement,
+    LinearPlacement,
+    MemoryReport,
+    memory_report,
+    staging_piece_units,
     staging_slot_bytes,
 )
-from placement.workload import (
-    NUM_ROW_TIERS, ROW_TIER_LIMITS, ROW_TIER_NAMES, KvShard, LinearShard, Workload, row_tier,
-)
+from placement.workload import NUM_ROW_TIERS, ROW_TIER_LIMITS, ROW_TIER_NAMES, KvShard, LinearShard, Workload, row_tier
 
-__all__ = ["MAX_STAGING_PIECE_BYTES", "NUM_ROW_TIERS", "ROW_TIER_LIMITS", "ROW_TIER_NAMES", "KvPlacement", "KvShard",
-           "LinearPlacement", "LinearShard", "MemoryReport", "Plan", "Prediction", "Workload", "build_plan",
-           "memory_report", "row_tier", "staging_piece_units", "staging_slot_bytes"]
+__all__ = [
+    "MAX_STAGING_PIECE_BYTES",
+    "NUM_ROW_TIERS",
+    "ROW_TIER_LIMITS",
+    "ROW_TIER_NAMES",
+    "KvPlacement",
+    "KvShard",
+    "LinearPlacement",
+    "LinearShard",
+    "MemoryReport",
+    "Plan",
+    "Prediction",
+    "Workload",
+    "build_plan",
+    "memory_report",
+    "row_tier",
+    "staging_piece_units",
+    "staging_slot_bytes",
+]
 
 DEVICES = ("cpu", "cuda", "emulated")
 
@@ -28,8 +47,8 @@ DEVICES = ("cpu", "cuda", "emulated")
 class Prediction:
     """What the cost model expects of a plan on a machine.
 
-    decode, prefill: at the planner's reference context and prompt; decode_by_context: the same step at growing contexts.
-    objective_s: the seconds that the planner minimised.
+    decode, prefill: at the planner's reference context and prompt; decode_by_context: the same step at growing
+    contexts. objective_s: the seconds that the planner minimised.
     """
 
     hardware: str
@@ -41,9 +60,14 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {"hardware": self.hardware, "objective": self.objective, "objective_s": self.objective_s,
-                "decode": self.decode.to_dict(), "prefill": self.prefill.to_dict(),
-                "decode_by_context": [cost.to_dict() for cost in self.decode_by_context]}
+        return {
+            "hardware": self.hardware,
+            "objective": self.objective,
+            "objective_s": self.objective_s,
+            "decode": self.decode.to_dict(),
+            "prefill": self.prefill.to_dict(),
+            "decode_by_context": [cost.to_dict() for cost in self.decode_by_context],
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +142,19 @@ class Plan:
 
     def to_yaml(self) -> str:
         """A policy that, given to make_plan with the same workload and hardware, gives this plan."""
-        lines = [f"# The plan of {self.model} on {self.device}, written as a policy.", "version: 1",
-                 f"objective: {self.objective}"]
+        lines = [
+            f"# The plan of {self.model} on {self.device}, written as a policy.",
+            "version: 1",
+            f"objective: {self.objective}",
+        ]
         if self.gpu_memory_bytes is not None:
             lines.append(f"gpu_memory: {self.gpu_memory_bytes}")
-        lines += [f"context: {self.max_context}", f"batch: {self.max_batch}", f"threads: {self.num_threads}",
-                  f"prefill_chunk: {self.prefill_chunk}"]
+        lines += [
+            f"context: {self.max_context}",
+            f"batch: {self.max_batch}",
+            f"threads: {self.num_threads}",
+            f"prefill_chunk: {self.prefill_chunk}",
+        ]
         if self.device != "cpu":
             lines.append(f"staging_slots: {self.staging_slots}")
         lines.append("rules:")
@@ -136,27 +167,54 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: every placement, sizes, memory and prediction."""
         return {
-            "model": self.model, "device": self.device, "gpu_memory_bytes": self.gpu_memory_bytes,
-            "objective": self.objective, "max_context": self.max_context, "max_batch": self.max_batch,
-            "prefill_chunk": self.prefill_chunk, "page_size": self.page_size, "num_threads": self.num_threads,
-            "staging_slots": self.staging_slots, "staging_slot_bytes": self.staging_slot_bytes,
-            "linears": [{"name": p.name, "units": p.units, "gpu_units": p.gpu_units,
-                         "stream_units": dict(zip(ROW_TIER_NAMES, p.stream_units, strict=True))} for p in self.linears],
-            "kv": [{"name": p.name, "groups": p.groups, "gpu_groups": p.gpu_groups, "gpu_tokens": p.gpu_tokens}
-                   for p in self.kv],
+            "model": self.model,
+            "device": self.device,
+            "gpu_memory_bytes": self.gpu_memory_bytes,
+            "objective": self.objective,
+            "max_context": self.max_context,
+            "max_batch": self.max_batch,
+            "prefill_chunk": self.prefill_chunk,
+            "page_size": self.page_size,
+            "num_threads": self.num_threads,
+            "staging_slots": self.staging_slots,
+            "staging_slot_bytes": self.staging_slot_bytes,
+            "linears": [
+                {
+                    "name": p.name,
+                    "units": p.units,
+                    "gpu_units": p.gpu_units,
+                    "stream_units": dict(zip(ROW_TIER_NAMES, p.stream_units, strict=True)),
+                }
+                for p in self.linears
+            ],
+            "kv": [
+                {"name": p.name, "groups": p.groups, "gpu_groups": p.gpu_groups, "gpu_tokens": p.gpu_tokens}
+                for p in self.kv
+            ],
             "memory": self.memory.to_dict(),
             "predicted": self.predicted.to_dict() if self.predicted else None,
         }
 
 
-def build_plan(workload: Workload, linears: Sequence[LinearPlacement], kv: Sequence[KvPlacement], *, device: str,
-               gpu_memory_bytes: int | None = None, staging_slots: int = 2, num_threads: int = 1,
-               context_bytes: int = 0, objective: str = "latency", predicted: Prediction | None = None) -> Plan:
+def build_plan(
+    workload: Workload,
+    linears: Sequence[LinearPlacement],
+    kv: Sequence[KvPlacement],
+    *,
+    device: str,
+    gpu_memory_bytes: int | None = None,
+    staging_slots: int = 2,
+    num_threads: int = 1,
+    context_bytes: int = 0,
+    objective: str = "latency",
+    predicted: Prediction | None = None,
+) -> Plan:
     """Put placements together into a plan, counting its memory. staging_slots becomes 0 when nothing streams."""
     slots = staging_slots if any(placement.streams for placement in linears) else 0
     memory = memory_report(workload, linears, kv, device=device, staging_slots=slots, context_bytes=context_bytes)
-    return Plan(workload, device, gpu_memory_bytes, tuple(linears), tuple(kv), slots, num_threads, memory, objective,
-                predicted)
+    return Plan(
+        workload, device, gpu_memory_bytes, tuple(linears), tuple(kv), slots, num_threads, memory, objective, predicted
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +245,10 @@ def grouped(shards: Sequence[Any], placements: Sequence[Any]) -> Iterator[Group]
 
 
 def _same(left: tuple[Any, Any], right: tuple[Any, Any]) -> bool:
-    return all(_anonymous(a) == _anonymous(b) for a, b in zip(left, right, strict=True)) \
+    return (
+        all(_anonymous(a) == _anonymous(b) for a, b in zip(left, right, strict=True))
         and right[0].layer == (left[0].layer or 0) + 1
+    )
 
 
 def _anonymous(value: Any) -> tuple[Any, ...]:
@@ -197,7 +257,9 @@ def _anonymous(value: Any) -> tuple[Any, ...]:
 
 def _group(pairs: list[tuple[Any, Any]]) -> Group:
     first, last = pairs[0][0], pairs[-1][0]
-    label = first.name if len(pairs) == 1 else first.name.replace(f".{first.layer}.", f".{first.layer}-{last.layer}.", 1)
+    label = (
+        first.name if len(pairs) == 1 else first.name.replace(f".{first.layer}.", f".{first.layer}-{last.layer}.", 1)
+    )
     return Group(label, tuple(shard for shard, _ in pairs), pairs[0][1])
 
 
@@ -207,14 +269,18 @@ def _linear_rule(group: Group) -> list[str]:
     if len(set(placement.stream_units)) == 1:
         return [*lines, f"    stream: {placement.stream_units[0]} units"]
     lines.append("    tiers:")
-    return lines + [f'      "{tier}": {{stream: {stream} units}}'
-                    for tier, stream in zip(ROW_TIER_NAMES, placement.stream_units, strict=True)]
+    return lines + [
+        f'      "{tier}": {{stream: {stream} units}}'
+        for tier, stream in zip(ROW_TIER_NAMES, placement.stream_units, strict=True)
+    ]
 
 
 def _kv_rule(group: Group) -> list[str]:
     placement: KvPlacement = group.placement
-    return [f"  - match: {group.label}",
-            f"    kv: {{gpu_heads: {placement.gpu_groups}, gpu_tokens: {placement.gpu_tokens}}}"]
+    return [
+        f"  - match: {group.label}",
+        f"    kv: {{gpu_heads: {placement.gpu_groups}, gpu_tokens: {placement.gpu_tokens}}}",
+    ]
 
 
 def _named(placements: Sequence[Any], name: str) -> Any:

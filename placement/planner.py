@@ -7,9 +7,7 @@ from placement.cost import predict
 from placement.formulation import Budgets
 from placement.hardware import HardwareProfile
 from placement.memory import activation_bytes
-from placement.objective import (
-    objective_s, reference_batch, reference_calls, reference_context, reference_prompt,
-)
+from placement.objective import objective_s, reference_batch, reference_calls, reference_context, reference_prompt
 from placement.plan import DEVICES, Plan, Prediction, build_plan
 from placement.policy import Policy
 from placement.search import Candidate, Problem, candidates, complete, fixed_candidate, least_bytes
@@ -21,7 +19,10 @@ CURVE_CONTEXTS = (128, 512, 2048, 8192, 32768, 131072)
 
 
 class BudgetError(ValueError):
-    """A memory budget that no plan can meet. needed_bytes: the smallest budget that works; budget_bytes: what was given."""
+    """A memory budget that no plan can meet.
+
+    needed_bytes: the smallest budget that works; budget_bytes: what was given.
+    """
 
     def __init__(self, message: str, needed_bytes: int, budget_bytes: int) -> None:
         super().__init__(message)
@@ -48,8 +49,16 @@ class _Request:
     def fixed_bytes(self) -> dict[str, dict[str, int]]:
         """Bytes by place and kind that no decision changes."""
         workload = self.workload
-        gpu = {"activations": activation_bytes(workload), "resident": workload.resident_bytes, "context": self.context_bytes}
-        return {"gpu": gpu, "pinned": {}, "host": {"activations": activation_bytes(workload), "embed": workload.embed_bytes}}
+        gpu = {
+            "activations": activation_bytes(workload),
+            "resident": workload.resident_bytes,
+            "context": self.context_bytes,
+        }
+        return {
+            "gpu": gpu,
+            "pinned": {},
+            "host": {"activations": activation_bytes(workload), "embed": workload.embed_bytes},
+        }
 
     @property
     def limits(self) -> dict[str, int | None]:
@@ -57,25 +66,38 @@ class _Request:
         return {"gpu": self.gpu_memory_bytes, "pinned": self.policy.pinned_memory, "host": self.policy.host_memory}
 
 
-def make_plan(workload: Workload, hardware: HardwareProfile, policy: Policy, *, device: str,
-              gpu_memory_bytes: int | None = None) -> Plan:
+def make_plan(
+    workload: Workload, hardware: HardwareProfile, policy: Policy, *, device: str, gpu_memory_bytes: int | None = None
+) -> Plan:
     """Choose what lives and runs where.
 
     device: cpu | cuda | emulated. gpu_memory_bytes: the GPU budget; None takes the policy's, then the profile's.
-    Raises PolicyError when a rule cannot be met and BudgetError, with the smallest size that works, for a budget too small.
+    Raises PolicyError when a rule cannot be met and BudgetError, with the smallest size that works, for a budget too
+    small.
     """
     return plan_with_alternatives(workload, hardware, policy, device=device, gpu_memory_bytes=gpu_memory_bytes)[0]
 
 
-def plan_with_alternatives(workload: Workload, hardware: HardwareProfile, policy: Policy, *, device: str,
-                           gpu_memory_bytes: int | None = None) -> tuple[Plan, list[Candidate]]:
-    """make_plan, and every candidate that the search compared, fastest first; the first is the plan's. Raises the same."""
+def plan_with_alternatives(
+    workload: Workload, hardware: HardwareProfile, policy: Policy, *, device: str, gpu_memory_bytes: int | None = None
+) -> tuple[Plan, list[Candidate]]:
+    """make_plan, and every candidate that the search compared, fastest first; the first is the plan's."""
     request = _resolve(workload, hardware, policy, device, gpu_memory_bytes)
     limits, fixed = request.limits, request.fixed_bytes
-    budgets = Budgets(*(None if limits[place] is None else limits[place] - sum(fixed[place].values())
-                        for place in ("gpu", "pinned", "host")))
-    problem = Problem(request.workload, request.hardware, bind(policy, request.workload, device), policy.objective,
-                      request.slots, budgets)
+    budgets = Budgets(
+        *(
+            None if limits[place] is None else limits[place] - sum(fixed[place].values())
+            for place in ("gpu", "pinned", "host")
+        )
+    )
+    problem = Problem(
+        request.workload,
+        request.hardware,
+        bind(policy, request.workload, device),
+        policy.objective,
+        request.slots,
+        budgets,
+    )
     only = fixed_candidate(problem, device != "cpu")
     found = [only] if only else candidates(problem)
     if not found:
@@ -85,15 +107,19 @@ def plan_with_alternatives(workload: Workload, hardware: HardwareProfile, policy
     return plan, found
 
 
-def _resolve(workload: Workload, hardware: HardwareProfile, policy: Policy, device: str,
-             gpu_memory_bytes: int | None) -> _Request:
+def _resolve(
+    workload: Workload, hardware: HardwareProfile, policy: Policy, device: str, gpu_memory_bytes: int | None
+) -> _Request:
     if device not in DEVICES:
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
     if device != "cpu" and not hardware.has_gpu:
         raise ValueError(f"device {device} needs a hardware profile with a GPU; {hardware.name} has none")
-    workload = replace(workload, max_context=policy.context or workload.max_context,
-                       max_batch=policy.batch or workload.max_batch,
-                       prefill_chunk=policy.prefill_chunk or workload.prefill_chunk)
+    workload = replace(
+        workload,
+        max_context=policy.context or workload.max_context,
+        max_batch=policy.batch or workload.max_batch,
+        prefill_chunk=policy.prefill_chunk or workload.prefill_chunk,
+    )
     machine = hardware.with_threads(policy.threads) if policy.threads else hardware
     budget = None if device == "cpu" else gpu_memory_bytes or policy.gpu_memory or hardware.gpu_memory_bytes
     slots = DEFAULT_STAGING_SLOTS if policy.staging_slots is None else policy.staging_slots
@@ -101,10 +127,17 @@ def _resolve(workload: Workload, hardware: HardwareProfile, policy: Policy, devi
 
 
 def _plan_of(request: _Request, candidate: Candidate) -> Plan:
-    plan = build_plan(request.workload, candidate.linears, candidate.kv, device=request.device,
-                      gpu_memory_bytes=request.gpu_memory_bytes, staging_slots=request.slots,
-                      num_threads=request.hardware.cores, context_bytes=request.context_bytes,
-                      objective=request.policy.objective)
+    plan = build_plan(
+        request.workload,
+        candidate.linears,
+        candidate.kv,
+        device=request.device,
+        gpu_memory_bytes=request.gpu_memory_bytes,
+        staging_slots=request.slots,
+        num_threads=request.hardware.cores,
+        context_bytes=request.context_bytes,
+        objective=request.policy.objective,
+    )
     return replace(plan, predicted=predict_plan(plan, request.hardware))
 
 
@@ -114,19 +147,29 @@ def predict_plan(plan: Plan, hardware: HardwareProfile) -> Prediction:
     batch = reference_batch(workload, plan.objective)
 
     def cost(phase: str, rows: int, context: int):
-        return predict(workload, plan.linears, plan.kv, hardware, phase=phase, rows=rows, context=context, on_gpu=on_gpu)
+        return predict(
+            workload, plan.linears, plan.kv, hardware, phase=phase, rows=rows, context=context, on_gpu=on_gpu
+        )
 
     seconds = objective_s(workload, plan.linears, plan.kv, hardware, reference_calls(workload, plan.objective), on_gpu)
     contexts = sorted({context for context in CURVE_CONTEXTS if context < plan.max_context} | {plan.max_context})
-    return Prediction(hardware.name, plan.objective, seconds, cost("decode", batch, reference_context(workload)),
-                      cost("prefill", reference_prompt(workload), 0),
-                      tuple(cost("decode", batch, context) for context in contexts))
+    return Prediction(
+        hardware.name,
+        plan.objective,
+        seconds,
+        cost("decode", batch, reference_context(workload)),
+        cost("prefill", reference_prompt(workload), 0),
+        tuple(cost("decode", batch, context) for context in contexts),
+    )
 
 
 def _check_budgets(request: _Request, plan: Plan) -> None:
     """Compare every budget with the bytes that the runtime will allocate, whatever the solver believed."""
-    used = {"gpu": plan.memory.gpu, "pinned": plan.memory.pinned,
-            "host": {**plan.memory.host, "pinned": plan.memory.pinned_bytes}}
+    used = {
+        "gpu": plan.memory.gpu,
+        "pinned": plan.memory.pinned,
+        "host": {**plan.memory.host, "pinned": plan.memory.pinned_bytes},
+    }
     for place, limit in request.limits.items():
         if limit is not None and sum(used[place].values()) > limit:
             raise _budget_error(place, used[place], limit)
@@ -141,12 +184,19 @@ def _explain_failure(request: _Request, problem: Problem) -> BudgetError:
         least = None if limit is None else least_bytes(problem, place, budgets)
         if least is not None and round(least) + sum(fixed.values()) > limit:
             return _budget_error(place, fixed | {"weights, kv and staging": round(least)}, limit)
-    return BudgetError("the gpu_memory, pinned_memory and host_memory budgets cannot be met together; raise one of them",
-                       0, request.gpu_memory_bytes or 0)
+    return BudgetError(
+        "the gpu_memory, pinned_memory and host_memory budgets cannot be met together; raise one of them",
+        0,
+        request.gpu_memory_bytes or 0,
+    )
 
 
 def _budget_error(place: str, kinds: dict[str, int], limit: int) -> BudgetError:
     needed = sum(kinds.values())
     parts = " + ".join(f"{kind} {format_bytes(size)}" for kind, size in kinds.items() if size)
-    return BudgetError(f"{place}_memory: needs at least {format_bytes(needed)} ({parts}), the budget is {format_bytes(limit)}; "
-                       f"the smallest that works is {needed} bytes", needed, limit)
+    return BudgetError(
+        f"{place}_memory: needs at least {format_bytes(needed)} ({parts}), the budget is {format_bytes(limit)}; "
+        f"the smallest that works is {needed} bytes",
+        needed,
+        limit,
+    )

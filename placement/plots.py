@@ -1,4 +1,4 @@
-"""Predicted speed as pictures: against the GPU memory budget and against the context. Needs matplotlib (extra `plot`)."""
+"""Predicted speed as pictures: against the GPU memory budget and against the context (needs matplotlib)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +29,9 @@ def _budget_axis(axis, plan: Plan, curve: Sequence[Plan]) -> None:
     axis.set(title=f"{plan.model} on {plan.predicted.hardware}", xlabel="GPU memory, GiB", ylabel="decode, tokens/s")
     axis.set_ylim(bottom=0)
     prefill_axis = axis.twinx()
-    prefill = prefill_axis.plot(gib, [other.predicted.prefill.tokens_per_s for other in curve], marker="x", color="tab:orange",
-                                label="prefill")
+    prefill = prefill_axis.plot(
+        gib, [other.predicted.prefill.tokens_per_s for other in curve], marker="x", color="tab:orange", label="prefill"
+    )
     prefill_axis.set(ylabel="prefill, tokens/s")
     prefill_axis.set_ylim(bottom=0)
     axis.legend(handles=[*decode, *prefill], loc="upper left")

@@ -11,8 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PrivateAttr, ValidationError
-from pydantic import WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PrivateAttr,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from placement.units import format_bytes, parse_bytes
 from placement.workload import ROW_TIER_NAMES
@@ -100,14 +109,25 @@ def _auto_or(*schemas: dict[str, Any]) -> WithJsonSchema:
 
 
 ShareField = Annotated[
-    Any, BeforeValidator(parse_share), PlainSerializer(lambda share: None if share is None else str(share)),
-    _auto_or({"type": "number", "minimum": 0, "maximum": 1},
-             {"type": "string", "pattern": r"^(\d+(\.\d+)?%|\d+ (units?|features?))$"})]
-CountField = Annotated[Any, BeforeValidator(_parse_count), _auto_or({"type": "integer", "minimum": 0}, {"const": "all"})]
+    Any,
+    BeforeValidator(parse_share),
+    PlainSerializer(lambda share: None if share is None else str(share)),
+    _auto_or(
+        {"type": "number", "minimum": 0, "maximum": 1},
+        {"type": "string", "pattern": r"^(\d+(\.\d+)?%|\d+ (units?|features?))$"},
+    ),
+]
+CountField = Annotated[
+    Any, BeforeValidator(_parse_count), _auto_or({"type": "integer", "minimum": 0}, {"const": "all"})
+]
 SizeField = Annotated[
-    int | None, BeforeValidator(_parse_size),
-    _auto_or({"type": "integer", "minimum": 1}, {"type": "string", "pattern": r"^\d+(\.\d+)? ?([KMGT]i?B?|B)?$"})]
-SlotsField = Annotated[int | None, BeforeValidator(_parse_slots), _auto_or({"const": 0}, {"type": "integer", "minimum": 2})]
+    int | None,
+    BeforeValidator(_parse_size),
+    _auto_or({"type": "integer", "minimum": 1}, {"type": "string", "pattern": r"^\d+(\.\d+)? ?([KMGT]i?B?|B)?$"}),
+]
+SlotsField = Annotated[
+    int | None, BeforeValidator(_parse_slots), _auto_or({"const": 0}, {"type": "integer", "minimum": 2})
+]
 PositiveField = Annotated[int | None, BeforeValidator(_parse_positive), _auto_or({"type": "integer", "minimum": 1})]
 
 
@@ -130,7 +150,10 @@ class KvRule(_Strict):
 
 
 class Rule(_Strict):
-    """Shares for every shard whose name matches. match: a glob over shard names; `layers.0-15.qkv` is a range of layers."""
+    """Shares for every shard whose name matches.
+
+    match: a glob over shard names; `layers.0-15.qkv` is a range of layers.
+    """
 
     match: str = Field(min_length=1, max_length=256)
     gpu: ShareField = None
@@ -154,7 +177,9 @@ class Rule(_Strict):
     def _check(self) -> "Rule":
         for name in self.tiers:
             if name not in ROW_TIER_NAMES:
-                raise ValueError(f"unknown row tier {name!r}; tiers are {', '.join(ROW_TIER_NAMES)}{_nearest(name, ROW_TIER_NAMES)}")
+                raise ValueError(
+                    f"unknown row tier {name!r}; tiers are {', '.join(ROW_TIER_NAMES)}{_nearest(name, ROW_TIER_NAMES)}"
+                )
         for name in (None, *self.tiers):
             _check_sum(*self.tier(name), f" in tier {name}" if name else "")
         if not self.sets_linears and self.kv is None:
@@ -176,8 +201,8 @@ def _check_sum(gpu: Share | None, stream: Share | None, cpu: Share | None, where
 class Policy(_Strict):
     """What the user asks of the planner; every field may be None, which means `auto`.
 
-    gpu_memory, pinned_memory, host_memory: budgets in bytes. context: tokens; batch: sequences; threads: CPU lane threads;
-    prefill_chunk: rows; staging_slots: slots of the streaming ring.
+    gpu_memory, pinned_memory, host_memory: budgets in bytes. context: tokens; batch: sequences; threads: CPU lane
+    threads; prefill_chunk: rows; staging_slots: slots of the streaming ring.
     """
 
     version: Literal[1] = VERSION
@@ -218,8 +243,12 @@ class Policy(_Strict):
         except ValidationError as error:
             problems += [_explain(item, document) for item in error.errors(include_url=False)]
         if problems or policy is None:
-            raise PolicyError([f"{source}:{line}:{column}: {_show(path)}: {message}"
-                               for (line, column), path, message in sorted(problems, key=lambda p: p[0])])
+            raise PolicyError(
+                [
+                    f"{source}:{line}:{column}: {_show(path)}: {message}"
+                    for (line, column), path, message in sorted(problems, key=lambda p: p[0])
+                ]
+            )
         policy._source, policy._marks = source, document.marks
         return policy
 
@@ -243,7 +272,9 @@ class Policy(_Strict):
         """A shipped policy; PolicyError names the nearest."""
         names = shipped_policies()
         if name not in names:
-            raise PolicyError([f"unknown policy {name!r}; shipped policies are {', '.join(names)}{_nearest(name, names)}"])
+            raise PolicyError(
+                [f"unknown policy {name!r}; shipped policies are {', '.join(names)}{_nearest(name, names)}"]
+            )
         return cls.parse((SHIPPED / f"{name}.yaml").read_text(encoding="utf-8"), f"{name}.yaml")
 
     def to_yaml(self) -> str:
@@ -266,8 +297,11 @@ class Policy(_Strict):
     def diff(self, other: "Policy") -> list[str]:
         """Differences to another policy, one line each: `path: left -> right`."""
         left, right = _flat(self.model_dump()), _flat(other.model_dump())
-        return [f"{key}: {left.get(key, 'unset')} -> {right.get(key, 'unset')}"
-                for key in sorted(left | right) if left.get(key) != right.get(key)]
+        return [
+            f"{key}: {left.get(key, 'unset')} -> {right.get(key, 'unset')}"
+            for key in sorted(left | right)
+            if left.get(key) != right.get(key)
+        ]
 
 
 def shipped_policies() -> tuple[str, ...]:
@@ -302,8 +336,15 @@ def _explain(item: Any, document: Document) -> tuple[Mark, YamlPath, str]:
     path: YamlPath = tuple(item["loc"])
     value = document.value
     for part in path:
-        value = value[part] if isinstance(value, dict) and part in value \
-            or isinstance(value, list) and isinstance(part, int) and part < len(value) else None
+        value = (
+            value[part]
+            if isinstance(value, dict)
+            and part in value
+            or isinstance(value, list)
+            and isinstance(part, int)
+            and part < len(value)
+            else None
+        )
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
         message = f"unknown key{_nearest(path[-1], _keys_at(path))}; known keys are {', '.join(_keys_at(path))}"

@@ -20,7 +20,7 @@ MAX_SINGLE_LINEARS = 20
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is to be placed. slots: staging slots, 0 when nothing may stream; budgets: after everything of fixed size."""
+    """What is to be placed. slots: staging slots, 0 when nothing may stream."""
 
     workload: Workload
     hardware: HardwareProfile
@@ -40,11 +40,14 @@ class Problem:
         small = len(self.workload.linears) <= MAX_SINGLE_LINEARS
         return (single_layers if small else layer_classes)(self.workload, self.bounds)
 
-    def formulation(self, calls: list[WeightedCall], tokens: int, homes: Homes | None = None,
-                    budgets: Budgets | None = None) -> Formulation:
+    def formulation(
+        self, calls: list[WeightedCall], tokens: int, homes: Homes | None = None, budgets: Budgets | None = None
+    ) -> Formulation:
         """The program for some passes and a number of KV slots; budgets are the problem's own unless given."""
         slots = self.slots if homes is None or homes.slot_bytes else 0
-        return Formulation(self.workload, self.hardware, self.classes, calls, tokens, slots, budgets or self.budgets, homes)
+        return Formulation(
+            self.workload, self.hardware, self.classes, calls, tokens, slots, budgets or self.budgets, homes
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +71,14 @@ def fixed_candidate(problem: Problem, on_gpu: bool) -> Candidate | None:
     bounds = problem.bounds
     if not all(b.fixed for b in bounds.linears) or any(b.gpu_groups is None or b.gpu_tokens is None for b in bounds.kv):
         return None
-    linears = tuple(LinearPlacement(s.name, b.gpu, b.stream, s.units)
-                    for s, b in zip(problem.workload.linears, bounds.linears, strict=True))
-    kv = tuple(KvPlacement(s.name, b.gpu_groups, b.gpu_tokens, s.groups)
-               for s, b in zip(problem.workload.kv, bounds.kv, strict=True))
+    linears = tuple(
+        LinearPlacement(s.name, b.gpu, b.stream, s.units)
+        for s, b in zip(problem.workload.linears, bounds.linears, strict=True)
+    )
+    kv = tuple(
+        KvPlacement(s.name, b.gpu_groups, b.gpu_tokens, s.groups)
+        for s, b in zip(problem.workload.kv, bounds.kv, strict=True)
+    )
     seconds = objective_s(problem.workload, linears, kv, problem.hardware, problem.calls, on_gpu)
     return Candidate("as the rules say", linears, kv, seconds)
 
@@ -89,9 +96,20 @@ def candidates(problem: Problem) -> list[Candidate]:
             if all(known.linears != linears or known.kv != kv for known in found):
                 shape = "spread over all layers" if tier is None else f"concentrated for {ROW_TIER_NAMES[tier]} rows"
                 seconds = objective_s(problem.workload, linears, kv, problem.hardware, calls, True)
-                found.append(Candidate(f"{shape}, {tokens} KV tokens kept on the GPU", linears, kv, seconds, layout,
-                                       tier is not None, tokens))
-        if any(all(p.dram_units == 0 for p in c.linears) and all(k.gpu_groups == k.groups for k in c.kv) for c in found):
+                found.append(
+                    Candidate(
+                        f"{shape}, {tokens} KV tokens kept on the GPU",
+                        linears,
+                        kv,
+                        seconds,
+                        layout,
+                        tier is not None,
+                        tokens,
+                    )
+                )
+        if any(
+            all(p.dram_units == 0 for p in c.linears) and all(k.gpu_groups == k.groups for k in c.kv) for c in found
+        ):
             break
     return sorted(found, key=lambda candidate: candidate.seconds)
 
@@ -101,15 +119,18 @@ def complete(problem: Problem, candidate: Candidate) -> Candidate:
     layout = candidate.layout
     if layout is None:
         return candidate
-    homes = Homes({key: sum(units) for key, units in layout.homes.items()},
-                  {c: sum(groups) for c, groups in layout.groups.items()},
-                  frozenset((c, i) for (c, i, _), units in layout.streams.items() if any(units)),
-                  staging_slot_bytes(problem.workload.linears, candidate.linears))
+    homes = Homes(
+        {key: sum(units) for key, units in layout.homes.items()},
+        {c: sum(groups) for c, groups in layout.groups.items()},
+        frozenset((c, i) for (c, i, _), units in layout.streams.items() if any(units)),
+        staging_slot_bytes(problem.workload.linears, candidate.linears),
+    )
     settled = layout.streams
     for tier in range(NUM_ROW_TIERS):
         if any((*key, tier) not in settled for key in layout.homes):
-            solved = problem.formulation([tier_call(problem.workload, tier)], candidate.gpu_tokens, homes,
-                                         Budgets(float("inf"))).solve()
+            solved = problem.formulation(
+                [tier_call(problem.workload, tier)], candidate.gpu_tokens, homes, Budgets(float("inf"))
+            ).solve()
             assert solved is not None, f"no cut for tier {tier} with the homes of {candidate.label}"
             settled = streams(problem.classes, layout.homes, solved, candidate.concentrated) | settled
     linears, _ = placements(problem.workload, problem.classes, replace(layout, streams=settled), candidate.gpu_tokens)
@@ -128,5 +149,9 @@ def _token_choices(problem: Problem) -> list[int]:
         return [workload.min_gpu_tokens]
     batch = reference_batch(workload, problem.objective)
     reference = round_up(reference_context(workload) + 1, workload.page_size) * batch
-    choices = {workload.min_gpu_tokens, workload.full_tokens, min(max(reference, workload.min_gpu_tokens), workload.full_tokens)}
+    choices = {
+        workload.min_gpu_tokens,
+        workload.full_tokens,
+        min(max(reference, workload.min_gpu_tokens), workload.full_tokens),
+    }
     return sorted(choices, reverse=True)

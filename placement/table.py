@@ -17,8 +17,11 @@ def plan_table(plan: Plan, width: int) -> str:
     """Render a plan as text of at most `width` columns, without colour codes."""
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
     budget = f", GPU memory budget {format_bytes(plan.gpu_memory_bytes)}" if plan.gpu_memory_bytes is not None else ""
-    console.print(f"{plan.model} on {plan.device}{budget}, context {plan.max_context}, batch {plan.max_batch}, "
-                  f"{plan.num_threads} CPU threads", highlight=False)
+    console.print(
+        f"{plan.model} on {plan.device}{budget}, context {plan.max_context}, batch {plan.max_batch}, "
+        f"{plan.num_threads} CPU threads",
+        highlight=False,
+    )
     console.print(_placements(plan))
     console.print(_memory(plan))
     if plan.predicted is not None:
@@ -34,8 +37,10 @@ def prediction_lines(predicted: Prediction) -> list[str]:
     lines = [f"predicted on {predicted.hardware} ({predicted.objective}):"]
     for cost in (predicted.decode, predicted.prefill):
         what = f"{cost.rows} sequence(s)" if cost.phase == "decode" else f"{cost.rows} tokens"
-        lines.append(f"  {cost.phase:8s}{cost.tokens_per_s:10.1f} tokens/s  ({what} at context {cost.context}; "
-                     f"bound by {RESOURCE_WORDS[cost.binding]})")
+        lines.append(
+            f"  {cost.phase:8s}{cost.tokens_per_s:10.1f} tokens/s  ({what} at context {cost.context}; "
+            f"bound by {RESOURCE_WORDS[cost.binding]})"
+        )
     if len(predicted.decode_by_context) > 1:
         curve = ", ".join(f"{cost.context}: {cost.tokens_per_s:.1f}" for cost in predicted.decode_by_context)
         lines.append(f"  decode tokens/s by context: {curve}")
@@ -56,9 +61,16 @@ def _placements(plan: Plan) -> Table:
 def _linear_row(group: Group) -> tuple[str, ...]:
     placement: LinearPlacement = group.placement
     unit_bytes = group.shards[0].unit_bytes * group.count
-    return (group.label, str(group.count), str(placement.units), str(placement.gpu_units),
-            "/".join(map(str, placement.cut(0))), "/".join(map(str, placement.cut(NUM_ROW_TIERS - 1))),
-            format_bytes(placement.gpu_units * unit_bytes), format_bytes(placement.dram_units * unit_bytes))
+    return (
+        group.label,
+        str(group.count),
+        str(placement.units),
+        str(placement.gpu_units),
+        "/".join(map(str, placement.cut(0))),
+        "/".join(map(str, placement.cut(NUM_ROW_TIERS - 1))),
+        format_bytes(placement.gpu_units * unit_bytes),
+        format_bytes(placement.dram_units * unit_bytes),
+    )
 
 
 def _kv_row(plan: Plan, group: Group) -> tuple[str, ...]:

@@ -3,8 +3,12 @@
 import re
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|[kmgtKMGT])?")
-_FACTORS = {"": 1, "B": 1} | {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")} \
-    | {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")} | {p: 1024 ** (i + 1) for i, p in enumerate("KMGT")}
+_FACTORS = (
+    {"": 1, "B": 1}
+    | {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
+    | {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
+    | {p: 1024 ** (i + 1) for i, p in enumerate("KMGT")}
+)
 
 
 def parse_bytes(value: int | str) -> int:
@@ -18,8 +22,11 @@ def parse_bytes(value: int | str) -> int:
     if match is None:
         raise ValueError(f"{value!r} is not a size; write bytes or text such as 6GiB or 512MiB")
     unit = match[2] or ""
-    size = int(float(match[1]) * _FACTORS[unit.upper() if len(unit) == 1 else unit]) if "." in match[1] \
+    size = (
+        int(float(match[1]) * _FACTORS[unit.upper() if len(unit) == 1 else unit])
+        if "." in match[1]
         else int(match[1]) * _FACTORS[unit.upper() if len(unit) == 1 else unit]
+    )
     if size <= 0:
         raise ValueError(f"{value!r} is not a size: it must be positive")
     return size

@@ -48,8 +48,10 @@ class LinearShard:
         if self.kind not in LINEAR_KINDS:
             raise ValueError(f"{self.name}: kind is {self.kind!r}, known kinds are {', '.join(LINEAR_KINDS)}")
         if self.units < 1 or self.unit_bytes < 1 or self.unit_features < 1:
-            raise ValueError(f"{self.name}: units, unit_bytes and unit_features must be positive, got "
-                             f"{self.units}, {self.unit_bytes}, {self.unit_features}")
+            raise ValueError(
+                f"{self.name}: units, unit_bytes and unit_features must be positive, got "
+                f"{self.units}, {self.unit_bytes}, {self.unit_features}"
+            )
 
     @property
     def total_bytes(self) -> int:
@@ -86,8 +88,8 @@ class Workload:
 
     weight_dtype: fp32 | bf16 | q8 | q4. embed_bytes: the token embedding, read a row at a time from host memory.
     resident_bytes: norms, biases, rotary tables: in GPU memory whenever there is a GPU.
-    activation_bytes_per_row: peak activations of one token row. max_context, prefill_chunk: tokens; max_batch: sequences;
-    page_size: tokens of one KV page.
+    activation_bytes_per_row: peak activations of one token row. max_context, prefill_chunk: tokens; max_batch:
+    sequences; page_size: tokens of one KV page.
     """
 
     model: str

@@ -1,8 +1,8 @@
 """YAML in, plain values and positions out, safe on hostile input.
 
 Built on parse events with an explicit stack, so that nothing recurses: size, depth and node count are bounded, tags,
-anchors and aliases are refused, duplicate keys are found, and every path keeps its line and column. Plain scalars follow
-YAML 1.2 (`1e6` is a number, `no` and `12:30` are text), because the 1.1 rules surprise people.
+anchors and aliases are refused, duplicate keys are found, and every path keeps its line and column. Plain scalars
+follow YAML 1.2 (`1e6` is a number, `no` and `12:30` are text), because the 1.1 rules surprise people.
 """
 
 import re
@@ -16,8 +16,17 @@ MAX_DEPTH = 32
 MAX_NODES = 20_000
 _INT = re.compile(r"[-+]?\d+")
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None, ".nan": float("nan"), ".inf": float("inf"),
-          "-.inf": float("-inf"), "+.inf": float("inf")}
+_WORDS = {
+    "true": True,
+    "false": False,
+    "null": None,
+    "~": None,
+    "": None,
+    ".nan": float("nan"),
+    ".inf": float("inf"),
+    "-.inf": float("-inf"),
+    "+.inf": float("inf"),
+}
 QUOTE_HINT = 'a pattern that begins with * or [ must be quoted, as in match: "*.qkv"'
 
 Path = tuple[str | int, ...]

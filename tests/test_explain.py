@@ -14,8 +14,13 @@ EMULATED = HardwareProfile.named("emulated")
 
 @pytest.fixture(scope="module")
 def explanation():
-    return explain(llama_8b(dtype="q4", context=4096), HardwareProfile.named("rtx3060-ddr4"), Policy(), device="cuda",
-                   gpu_memory_bytes=3 * 2**30)
+    return explain(
+        llama_8b(dtype="q4", context=4096),
+        HardwareProfile.named("rtx3060-ddr4"),
+        Policy(),
+        device="cuda",
+        gpu_memory_bytes=3 * 2**30,
+    )
 
 
 def test_the_bottleneck_is_one_sentence_with_shares(explanation):

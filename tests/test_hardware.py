@@ -8,8 +8,19 @@ import yaml
 from placement import HardwareProfile, catalogue_names
 from placement.hardware import CATALOGUE
 
-WELL_KNOWN = {"laptop-8gb-ddr5", "rtx3060-ddr4", "rtx4060ti-ddr5", "rtx4090-ddr5", "rtx5090-ddr5", "a10-server", "l4-server",
-              "a100-server", "h100-server", "h200-server", "jetson-agx-orin"}
+WELL_KNOWN = {
+    "laptop-8gb-ddr5",
+    "rtx3060-ddr4",
+    "rtx4060ti-ddr5",
+    "rtx4090-ddr5",
+    "rtx5090-ddr5",
+    "a10-server",
+    "l4-server",
+    "a100-server",
+    "h100-server",
+    "h200-server",
+    "jetson-agx-orin",
+}
 
 
 @pytest.mark.parametrize("name", catalogue_names())
@@ -61,17 +72,20 @@ def catalogue_values():
     return yaml.safe_load((CATALOGUE / "rtx4090-ddr5.yaml").read_text(encoding="utf-8")) | {"name": "x"}
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"dram_bytes_per_sec": 1}, "unknown field 'dram_bytes_per_sec'; did you mean 'dram_bytes_per_s'"),
-    ({"dram_bytes_per_s": 0}, "dram_bytes_per_s must be positive"),
-    ({"dram_bytes_per_s": "fast"}, "dram_bytes_per_s must be a number, got 'fast'"),
-    ({"handover_s": -1}, "handover_s must be a finite number >= 0"),
-    ({"handover_s": float("nan")}, "handover_s must be a finite number >= 0"),
-    ({"cores": True}, "cores must be a finite number"),
-    ({"gpu_bytes_per_s": 0}, "a GPU .* needs positive d2h_bytes_per_s, gpu_bytes_per_s"),
-    ({"gpu_flops": {"fp32": 1}}, "gpu_flops needs one rate for each of fp32, bf16, q8, q4"),
-    ({"cpu_slowdown_while_copying": 2}, r"must be in \(0, 1\]"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dram_bytes_per_sec": 1}, "unknown field 'dram_bytes_per_sec'; did you mean 'dram_bytes_per_s'"),
+        ({"dram_bytes_per_s": 0}, "dram_bytes_per_s must be positive"),
+        ({"dram_bytes_per_s": "fast"}, "dram_bytes_per_s must be a number, got 'fast'"),
+        ({"handover_s": -1}, "handover_s must be a finite number >= 0"),
+        ({"handover_s": float("nan")}, "handover_s must be a finite number >= 0"),
+        ({"cores": True}, "cores must be a finite number"),
+        ({"gpu_bytes_per_s": 0}, "a GPU .* needs positive d2h_bytes_per_s, gpu_bytes_per_s"),
+        ({"gpu_flops": {"fp32": 1}}, "gpu_flops needs one rate for each of fp32, bf16, q8, q4"),
+        ({"cpu_slowdown_while_copying": 2}, r"must be in \(0, 1\]"),
+    ],
+)
 def test_bad_values_name_field_and_rule(change, message):
     with pytest.raises(ValueError, match=message):
         HardwareProfile.from_dict(catalogue_values() | change)

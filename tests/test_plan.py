@@ -7,7 +7,15 @@ import pytest
 from planning_models import linear, tiny
 
 from placement import (
-    NUM_ROW_TIERS, HardwareProfile, KvPlacement, LinearPlacement, LinearShard, Policy, make_plan, row_tier, shipped_policies,
+    NUM_ROW_TIERS,
+    HardwareProfile,
+    KvPlacement,
+    LinearPlacement,
+    LinearShard,
+    Policy,
+    make_plan,
+    row_tier,
+    shipped_policies,
 )
 from placement.memory import MAX_STAGING_PIECE_BYTES, kv_dram_bytes, kv_gpu_bytes, memory_report, staging_slot_bytes
 from placement.plan import build_plan, grouped
@@ -17,13 +25,17 @@ ALL = (0,) * NUM_ROW_TIERS
 
 
 def plan_of(workload, gpu: float = 0.5, stream: float = 0.5, groups: int = 1):
-    linears = [LinearPlacement(s.name, int(gpu * s.units), (int(stream * s.units),) * NUM_ROW_TIERS, s.units)
-               for s in workload.linears]
+    linears = [
+        LinearPlacement(s.name, int(gpu * s.units), (int(stream * s.units),) * NUM_ROW_TIERS, s.units)
+        for s in workload.linears
+    ]
     kv = [KvPlacement(s.name, groups, 64 if groups else 0, s.groups) for s in workload.kv]
     return build_plan(workload, linears, kv, device="emulated", gpu_memory_bytes=2**30)
 
 
-@pytest.mark.parametrize(("rows", "tier"), [(1, 0), (2, 1), (4, 1), (5, 2), (16, 2), (17, 3), (64, 3), (65, 4), (4096, 4)])
+@pytest.mark.parametrize(
+    ("rows", "tier"), [(1, 0), (2, 1), (4, 1), (5, 2), (16, 2), (17, 3), (64, 3), (65, 4), (4096, 4)]
+)
 def test_row_tiers(rows, tier):
     assert tier == row_tier(rows)
 
@@ -36,13 +48,20 @@ def test_no_rows_is_an_error():
 def test_a_cut_adds_up_to_the_units():
     placement = LinearPlacement("head", 4, (0, 1, 2, 3, 6), 10)
 
-    assert [(4, 0, 6), (4, 1, 5), (4, 2, 4), (4, 3, 3), (4, 6, 0)] == [placement.cut(tier) for tier in range(NUM_ROW_TIERS)]
+    assert [(4, 0, 6), (4, 1, 5), (4, 2, 4), (4, 3, 3), (4, 6, 0)] == [
+        placement.cut(tier) for tier in range(NUM_ROW_TIERS)
+    ]
 
 
-@pytest.mark.parametrize(("gpu", "stream", "message"), [
-    (11, ALL, "gpu_units must be in 0..10, got 11"), (-1, ALL, "gpu_units must be in 0..10"),
-    (4, (0, 0, 7, 0, 0), r"stream_units\[2\] must be in 0..6, got 7"), (4, (0,), "needs 5 entries, got 1"),
-])
+@pytest.mark.parametrize(
+    ("gpu", "stream", "message"),
+    [
+        (11, ALL, "gpu_units must be in 0..10, got 11"),
+        (-1, ALL, "gpu_units must be in 0..10"),
+        (4, (0, 0, 7, 0, 0), r"stream_units\[2\] must be in 0..6, got 7"),
+        (4, (0,), "needs 5 entries, got 1"),
+    ],
+)
 def test_impossible_cuts_are_refused(gpu, stream, message):
     with pytest.raises(ValueError, match=message):
         LinearPlacement("head", gpu, stream, 10)
@@ -144,14 +163,32 @@ def test_equal_neighbours_are_grouped():
 
     labels = [group.label for group in grouped(workload.linears, [*plan.linears[:4], odd, *plan.linears[5:]])]
 
-    assert ["layers.0.qkv", "layers.1.qkv", "layers.2-3.qkv", "layers.0-3.o", "layers.0-3.gate_up", "layers.0-3.down",
-            "head"] == labels
+    assert [
+        "layers.0.qkv",
+        "layers.1.qkv",
+        "layers.2-3.qkv",
+        "layers.0-3.o",
+        "layers.0-3.gate_up",
+        "layers.0-3.down",
+        "head",
+    ] == labels
 
 
 def test_the_table_names_lanes_bytes_and_speed():
     text = make_plan(tiny(), EMULATED, Policy(), device="emulated", gpu_memory_bytes=200_000).table()
 
-    for part in ("layers.", ".kv", "head", "GPU memory", "pinned DRAM", "staging", "decode", "prefill", "tokens/s", "195.31 KiB"):
+    for part in (
+        "layers.",
+        ".kv",
+        "head",
+        "GPU memory",
+        "pinned DRAM",
+        "staging",
+        "decode",
+        "prefill",
+        "tokens/s",
+        "195.31 KiB",
+    ):
         assert part in text
     assert all(len(line) <= 120 for line in text.splitlines())
 

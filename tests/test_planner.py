@@ -28,8 +28,13 @@ def exhaustive_best(workload, machine, budget):
     options = []
     for shard in workload.linears:
         tiers = [0] if shard.kind == "head" else layer_tiers
-        options.append([_cut(shard, gpu, dict(zip(tiers, streams, strict=True))) for gpu in range(shard.units + 1)
-                        for streams in itertools.product(range(shard.units - gpu + 1), repeat=len(tiers))])
+        options.append(
+            [
+                _cut(shard, gpu, dict(zip(tiers, streams, strict=True)))
+                for gpu in range(shard.units + 1)
+                for streams in itertools.product(range(shard.units - gpu + 1), repeat=len(tiers))
+            ]
+        )
     best = float("inf")
     for kv in itertools.product(*(_kv_choices(workload, shard) for shard in workload.kv)):
         for linears in itertools.product(*options):
@@ -54,8 +59,9 @@ def _kv_choices(workload, shard):
 
 def everything_bytes(workload):
     """GPU memory that holds the whole workload."""
-    return make_plan(workload, EMULATED, Policy.named("gpu_only"), device="emulated",
-                     gpu_memory_bytes=2**50).memory.gpu_bytes
+    return make_plan(
+        workload, EMULATED, Policy.named("gpu_only"), device="emulated", gpu_memory_bytes=2**50
+    ).memory.gpu_bytes
 
 
 def least_bytes(workload):
@@ -85,7 +91,8 @@ def test_within_one_per_cent_of_exhaustive_search(block):
 
 
 def one_linear(units: int, cpu: float, pcie: float, dram: float, budget_units: int):
-    """A model of one linear of 32 MiB units, and a machine with rates in units a second and nothing else that takes time."""
+    """A model of one linear of 32 MiB units, and a machine with rates in units a second and nothing else that takes
+    time."""
     unit = 32 * MIB
     shard = replace(linear("head", "head", None, units, 16, 64), unit_bytes=unit)
     workload = replace(tiny(), linears=(shard,), kv=(), activation_bytes_per_row=0, resident_bytes=0)
@@ -93,20 +100,38 @@ def one_linear(units: int, cpu: float, pcie: float, dram: float, budget_units: i
     def rates(value):
         return DtypeRates(*[value] * 4)
 
-    machine = HardwareProfile("units", "invented for a test", 1, 10**12, dram * unit, rates(cpu * unit), rates(1e18), 1e18,
-                              1e18, h2d_bytes_per_s=pcie * unit, d2h_bytes_per_s=1e18, gpu_memory_bytes=budget_units * unit,
-                              gpu_bytes_per_s=1e18, gpu_flops=rates(1e18), gpu_attention_ops_per_s=1e18, cpu_call_s=0.0)
+    machine = HardwareProfile(
+        "units",
+        "invented for a test",
+        1,
+        10**12,
+        dram * unit,
+        rates(cpu * unit),
+        rates(1e18),
+        1e18,
+        1e18,
+        h2d_bytes_per_s=pcie * unit,
+        d2h_bytes_per_s=1e18,
+        gpu_memory_bytes=budget_units * unit,
+        gpu_bytes_per_s=1e18,
+        gpu_flops=rates(1e18),
+        gpu_attention_ops_per_s=1e18,
+        cpu_call_s=0.0,
+    )
     return make_plan(workload, machine, POLICY, device="emulated").linears[0].cut(0)
 
 
-@pytest.mark.parametrize(("units", "cpu", "pcie", "dram", "budget_units", "expected"), [
-    pytest.param(9, 2, 1, 9, 9, (9, 0, 0), id="everything fits"),
-    pytest.param(9, 2, 1, 9, 2, (0, 3, 6), id="copies and cpu finish together"),
-    pytest.param(9, 2, 1, 2, 2, (2, 0, 7), id="dram is full, so nothing streams"),
-    pytest.param(9, 1, 100, 200, 2, (0, 9, 0), id="a fast bus streams all"),
-    pytest.param(9, 100, 1, 200, 1, (1, 0, 8), id="a fast cpu needs no staging"),
-    pytest.param(9, 1, 1, 9, 0, None, id="no memory at all"),
-])
+@pytest.mark.parametrize(
+    ("units", "cpu", "pcie", "dram", "budget_units", "expected"),
+    [
+        pytest.param(9, 2, 1, 9, 9, (9, 0, 0), id="everything fits"),
+        pytest.param(9, 2, 1, 9, 2, (0, 3, 6), id="copies and cpu finish together"),
+        pytest.param(9, 2, 1, 2, 2, (2, 0, 7), id="dram is full, so nothing streams"),
+        pytest.param(9, 1, 100, 200, 2, (0, 9, 0), id="a fast bus streams all"),
+        pytest.param(9, 100, 1, 200, 1, (1, 0, 8), id="a fast cpu needs no staging"),
+        pytest.param(9, 1, 1, 9, 0, None, id="no memory at all"),
+    ],
+)
 def test_one_linear_is_cut_as_expected(units, cpu, pcie, dram, budget_units, expected):
     if expected is None:
         budget_units, expected = 10**-9, (0, 0, units)
@@ -118,8 +143,12 @@ def test_one_linear_is_cut_as_expected(units, cpu, pcie, dram, budget_units, exp
 def test_more_gpu_memory_is_never_predicted_slower(seed):
     workload, machine, _ = random_instance(seed)
     least, most = least_bytes(workload), everything_bytes(workload)
-    seconds = [make_plan(workload, machine, POLICY, device="emulated",
-                         gpu_memory_bytes=least + (most - least) * step // 6).predicted.objective_s for step in range(7)]
+    seconds = [
+        make_plan(
+            workload, machine, POLICY, device="emulated", gpu_memory_bytes=least + (most - least) * step // 6
+        ).predicted.objective_s
+        for step in range(7)
+    ]
 
     assert all(later <= earlier * SOLVER_NOISE for earlier, later in itertools.pairwise(seconds)), seconds
 
@@ -129,7 +158,9 @@ def test_budget_sweep_is_monotone_and_has_no_cliff():
     with pytest.raises(BudgetError) as error:
         make_plan(workload, machine, Policy(), device="cuda", gpu_memory_bytes=1)
     least = error.value.needed_bytes
-    most = make_plan(workload, machine, Policy.named("gpu_only"), device="cuda", gpu_memory_bytes=2**40).memory.gpu_bytes
+    most = make_plan(
+        workload, machine, Policy.named("gpu_only"), device="cuda", gpu_memory_bytes=2**40
+    ).memory.gpu_bytes
     budgets = [least + (most - least) * step // 39 for step in range(40)]
 
     plans = [make_plan(workload, machine, Policy(), device="cuda", gpu_memory_bytes=budget) for budget in budgets]
@@ -138,7 +169,9 @@ def test_budget_sweep_is_monotone_and_has_no_cliff():
     assert all(plan.memory.gpu_bytes <= budget for plan, budget in zip(plans, budgets, strict=True))
     assert all(later <= earlier * SOLVER_NOISE for earlier, later in itertools.pairwise(seconds))
     # Below the size of the staging ring no prompt can be streamed, so the curve proper begins with the first ring.
-    with_ring = [second for plan, second in zip(plans, seconds, strict=True) if plan.staging_slots or second == seconds[-1]]
+    with_ring = [
+        second for plan, second in zip(plans, seconds, strict=True) if plan.staging_slots or second == seconds[-1]
+    ]
     assert len(with_ring) > 25
     assert all(later >= 0.8 * earlier for earlier, later in itertools.pairwise(with_ring))
 
@@ -163,13 +196,21 @@ def test_same_input_same_plan():
 
 
 def test_exchanging_layers_changes_nothing():
-    first, second = (make_plan(tiny(windows=windows), EMULATED, Policy(), device="emulated", gpu_memory_bytes=250_000)
-                     for windows in ((0, 32), (32, 0)))
+    first, second = (
+        make_plan(tiny(windows=windows), EMULATED, Policy(), device="emulated", gpu_memory_bytes=250_000)
+        for windows in ((0, 32), (32, 0))
+    )
 
     def by_window(plan):
-        return sorted((kv.window, placement.gpu_groups, placement.gpu_tokens,
-                       *[plan.linear(f"layers.{kv.layer}.{kind}").cut(0) for kind in ("qkv", "o", "gate_up", "down")])
-                      for kv, placement in zip(plan.workload.kv, plan.kv, strict=True))
+        return sorted(
+            (
+                kv.window,
+                placement.gpu_groups,
+                placement.gpu_tokens,
+                *[plan.linear(f"layers.{kv.layer}.{kind}").cut(0) for kind in ("qkv", "o", "gate_up", "down")],
+            )
+            for kv, placement in zip(plan.workload.kv, plan.kv, strict=True)
+        )
 
     assert first.predicted.objective_s == second.predicted.objective_s
     assert by_window(first) == by_window(second)
@@ -183,11 +224,16 @@ def test_everything_goes_to_a_gpu_that_holds_it():
 
 
 def test_prefill_streams_what_decode_computes_in_place():
-    """One pinned copy, two uses: at one row the CPU keeps up with its memory, at 512 rows only the GPU has the arithmetic."""
-    plan = make_plan(llama_8b(), HardwareProfile.named("rtx4090-ddr5"), Policy(), device="cuda", gpu_memory_bytes=4 * 2**30)
+    """One pinned copy, two uses: at one row the CPU keeps up with its memory, at 512 rows only the GPU has the
+    arithmetic."""
+    plan = make_plan(
+        llama_8b(), HardwareProfile.named("rtx4090-ddr5"), Policy(), device="cuda", gpu_memory_bytes=4 * 2**30
+    )
 
-    streamed = [sum(p.cut(tier)[1] * s.unit_bytes for s, p in zip(plan.workload.linears, plan.linears, strict=True))
-                for tier in range(NUM_ROW_TIERS)]
+    streamed = [
+        sum(p.cut(tier)[1] * s.unit_bytes for s, p in zip(plan.workload.linears, plan.linears, strict=True))
+        for tier in range(NUM_ROW_TIERS)
+    ]
 
     assert streamed[0] < 0.5 * streamed[4]
     assert streamed == sorted(streamed)
@@ -209,7 +255,9 @@ def test_throughput_plans_for_the_batch():
 
 def test_a_budget_too_small_states_the_smallest_that_works():
     workload = tiny()
-    with pytest.raises(BudgetError, match="gpu_memory: needs at least 82.00 KiB .activations 80.00 KiB .* smallest") as error:
+    with pytest.raises(
+        BudgetError, match="gpu_memory: needs at least 82.00 KiB .activations 80.00 KiB .* smallest"
+    ) as error:
         make_plan(workload, EMULATED, POLICY, device="emulated", gpu_memory_bytes=1000)
     needed = error.value.needed_bytes
 
@@ -238,8 +286,10 @@ def test_a_host_budget_is_kept_or_refused_with_the_smallest_that_works():
 
 
 def test_a_pinned_budget_limits_what_streams():
-    free, tight = (make_plan(llama_8b(), EMULATED, Policy(pinned_memory=limit), device="emulated", gpu_memory_bytes=2**32)
-                   for limit in (2**40, 2**32))
+    free, tight = (
+        make_plan(llama_8b(), EMULATED, Policy(pinned_memory=limit), device="emulated", gpu_memory_bytes=2**32)
+        for limit in (2**40, 2**32)
+    )
 
     assert free.memory.pinned_bytes > 2**32 >= tight.memory.pinned_bytes > 2**31
 

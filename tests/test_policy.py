@@ -48,11 +48,17 @@ def test_sizes_and_auto_are_understood():
     policy = Policy.parse("gpu_memory: 6GiB\npinned_memory: 512 MiB\nhost_memory: auto\ncontext: 4096\nthreads: auto\n")
 
     assert (6 * 2**30, 512 * 2**20, None, 4096, None) == (
-        policy.gpu_memory, policy.pinned_memory, policy.host_memory, policy.context, policy.threads)
+        policy.gpu_memory,
+        policy.pinned_memory,
+        policy.host_memory,
+        policy.context,
+        policy.threads,
+    )
 
 
 def test_every_problem_is_reported_in_one_pass_with_its_place():
-    text = "version: 1\nobjectiv: latency\nrules:\n  - match: head\n    gpu: 1.5\n  - match: layers.0.qkv\n    cpuu: 1\n    gpu: 1\n"
+    text = "version: 1\nobjectiv: latency\nrules:\n  - match: head\n    gpu: 1.5\n"
+    text += "  - match: layers.0.qkv\n    cpuu: 1\n    gpu: 1\n"
 
     found = problems(text)
 
@@ -62,39 +68,45 @@ def test_every_problem_is_reported_in_one_pass_with_its_place():
     assert found[2].startswith("p.yaml:7:5: rules[1].cpuu: unknown key; did you mean 'cpu'?")
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("gpu_memory: 1\ngpu_memory: 2\n", "p.yaml:2:1: gpu_memory: the key is given twice"),
-    ("rules:\n  - match: *.qkv\n    gpu: 1\n", "must be quoted"),
-    ("rules:\n  - match: *qkv\n    gpu: 1\n", "must be quoted"),
-    ("rules:\n  - match: [a-z]+\n    gpu: 1\n", "must be quoted"),
-    ("a: &x 1\n", "p.yaml:1:4: anchors are not allowed"),
-    ("a: !!python/object/apply:os.system ['true']\n", "p.yaml:1:4: tags are not allowed"),
-    ("version: 2\n", "version 2 is not supported; this program reads version 1"),
-    ("objective: speed\n", "'speed' is not one of latency, throughput"),
-    ("gpu_memory: plenty\n", "'plenty' is not a size"),
-    ("gpu_memory: -5\n", "is not a size"),
-    ("gpu_memory: .nan\n", "nan"),
-    ("rules:\n  - match: head\n    gpu: .nan\n", "nan: must be a fraction"),
-    ("rules:\n  - match: head\n    gpu: .inf\n", "inf: must be a fraction"),
-    ("rules:\n  - match: head\n    gpu: -0.1\n", "-0.1: must be a fraction"),
-    ("rules:\n  - match: head\n    gpu: 0.5\n    stream: 0.2\n    cpu: 0.2\n", "must sum to 1, they sum to 0.9"),
-    ("rules:\n  - match: head\n    gpu: 0.7\n    cpu: 0.7\n", "more than 1"),
-    ("rules:\n  - match: head\n    gpu: 0.5\n    tiers: {\"1\": {stream: 0.1, cpu: 0.1}}\n", "in tier 1 must sum to 1"),
-    ("rules:\n  - match: head\n    tiers: {\"3\": {cpu: 1}}\n", "unknown row tier '3'"),
-    ("rules:\n  - match: head\n", "sets nothing"),
-    ("rules:\n  - gpu: 1\n", "rules[0].match: the key is missing"),
-    ("batch: 0\n", "0: must be a whole number >= 1"),
-    ("staging_slots: 1\n", "1: must be 0 (nothing may stream)"),
-    ("context: yes\n", "'yes'"),
-    ("[]\n", "a policy is a mapping"),
-    ("a: b: c\n", "not valid YAML"),
-    ("{a: " * 40, "nested deeper than 32"),
-    ("[" * 5000, "nested deeper than 32"),
-    ("rules: [" + "1, " * 25_000 + "1]\n", "more than 20000 nodes"),
-    ("x: " + "y" * 300_000, "larger than 256 KiB"),
-    ("---\nversion: 1\n---\nversion: 1\n", "a second document"),
-    ("? [1]\n: 2\n", "a key must be plain text"),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("gpu_memory: 1\ngpu_memory: 2\n", "p.yaml:2:1: gpu_memory: the key is given twice"),
+        ("rules:\n  - match: *.qkv\n    gpu: 1\n", "must be quoted"),
+        ("rules:\n  - match: *qkv\n    gpu: 1\n", "must be quoted"),
+        ("rules:\n  - match: [a-z]+\n    gpu: 1\n", "must be quoted"),
+        ("a: &x 1\n", "p.yaml:1:4: anchors are not allowed"),
+        ("a: !!python/object/apply:os.system ['true']\n", "p.yaml:1:4: tags are not allowed"),
+        ("version: 2\n", "version 2 is not supported; this program reads version 1"),
+        ("objective: speed\n", "'speed' is not one of latency, throughput"),
+        ("gpu_memory: plenty\n", "'plenty' is not a size"),
+        ("gpu_memory: -5\n", "is not a size"),
+        ("gpu_memory: .nan\n", "nan"),
+        ("rules:\n  - match: head\n    gpu: .nan\n", "nan: must be a fraction"),
+        ("rules:\n  - match: head\n    gpu: .inf\n", "inf: must be a fraction"),
+        ("rules:\n  - match: head\n    gpu: -0.1\n", "-0.1: must be a fraction"),
+        ("rules:\n  - match: head\n    gpu: 0.5\n    stream: 0.2\n    cpu: 0.2\n", "must sum to 1, they sum to 0.9"),
+        ("rules:\n  - match: head\n    gpu: 0.7\n    cpu: 0.7\n", "more than 1"),
+        (
+            'rules:\n  - match: head\n    gpu: 0.5\n    tiers: {"1": {stream: 0.1, cpu: 0.1}}\n',
+            "in tier 1 must sum to 1",
+        ),
+        ('rules:\n  - match: head\n    tiers: {"3": {cpu: 1}}\n', "unknown row tier '3'"),
+        ("rules:\n  - match: head\n", "sets nothing"),
+        ("rules:\n  - gpu: 1\n", "rules[0].match: the key is missing"),
+        ("batch: 0\n", "0: must be a whole number >= 1"),
+        ("staging_slots: 1\n", "1: must be 0 (nothing may stream)"),
+        ("context: yes\n", "'yes'"),
+        ("[]\n", "a policy is a mapping"),
+        ("a: b: c\n", "not valid YAML"),
+        ("{a: " * 40, "nested deeper than 32"),
+        ("[" * 5000, "nested deeper than 32"),
+        ("rules: [" + "1, " * 25_000 + "1]\n", "more than 20000 nodes"),
+        ("x: " + "y" * 300_000, "larger than 256 KiB"),
+        ("---\nversion: 1\n---\nversion: 1\n", "a second document"),
+        ("? [1]\n: 2\n", "a key must be plain text"),
+    ],
+)
 def test_bad_text_is_refused_with_its_reason(text, expected):
     assert any(expected in problem for problem in problems(text)), problems(text)
 
@@ -113,10 +125,17 @@ def test_numbers_follow_yaml_1_2():
     assert any("'12:30'" in problem for problem in problems("batch: 12:30\n"))
 
 
-@pytest.mark.parametrize(("value", "expected"), [
-    (0.25, Share("fraction", 0.25)), ("25%", Share("fraction", 0.25)), (1, Share("fraction", 1.0)),
-    ("12 units", Share("units", 12)), ("512 features", Share("features", 512)), ("auto", None),
-])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0.25, Share("fraction", 0.25)),
+        ("25%", Share("fraction", 0.25)),
+        (1, Share("fraction", 1.0)),
+        ("12 units", Share("units", 12)),
+        ("512 features", Share("features", 512)),
+        ("auto", None),
+    ],
+)
 def test_shares(value, expected):
     assert expected == parse_share(value)
 
@@ -142,11 +161,19 @@ def test_a_file_names_itself_in_its_problems(tmp_path):
     assert error.value.problems[0].startswith(f"{path}:1:1: objective:")
 
 
-@pytest.mark.parametrize(("pattern", "name", "expected"), [
-    ("layers.*.qkv", "layers.3.qkv", True), ("layers.0-2.qkv", "layers.2.qkv", True),
-    ("layers.0-2.qkv", "layers.3.qkv", False), ("layers.0-2.*", "layers.1.kv", True), ("*", "head", True),
-    ("layers.1.qkv", "layers.11.qkv", False), ("head", "layers.0.head", False), ("layers.0-9.*", "head", False),
-])
+@pytest.mark.parametrize(
+    ("pattern", "name", "expected"),
+    [
+        ("layers.*.qkv", "layers.3.qkv", True),
+        ("layers.0-2.qkv", "layers.2.qkv", True),
+        ("layers.0-2.qkv", "layers.3.qkv", False),
+        ("layers.0-2.*", "layers.1.kv", True),
+        ("*", "head", True),
+        ("layers.1.qkv", "layers.11.qkv", False),
+        ("head", "layers.0.head", False),
+        ("layers.0-9.*", "head", False),
+    ],
+)
 def test_patterns(pattern, name, expected):
     assert expected is matches(pattern, name)
 
@@ -165,26 +192,29 @@ def test_fractions_round_boundaries_so_that_widths_add_up():
 
 
 def test_tiers_share_one_home():
-    text = "rules:\n  - {match: head, gpu: 4 units, tiers: {\"1\": {cpu: 12 units}, \"65+\": {stream: 12 units}}}\n"
+    text = 'rules:\n  - {match: head, gpu: 4 units, tiers: {"1": {cpu: 12 units}, "65+": {stream: 12 units}}}\n'
 
     limits = bound(text).linears[-1]
 
     assert (4, 0, 12, None) == (limits.gpu, limits.stream[0], limits.stream[4], limits.stream[2])
 
 
-@pytest.mark.parametrize(("rule", "expected"), [
-    ("{match: layers.9.qkv, gpu: 1}", "matches no shard of tiny; did you mean 'layers.3.qkv'"),
-    ("{match: layers.0-9.qkv, gpu: 1}", "matches no shard of tiny"),
-    ("{match: head, gpu: 99 units}", "99 units is more than the 16 units it has"),
-    ("{match: head, gpu: 17 features}", "the nearest are 16 and 32"),
-    ("{match: head, gpu: 10 units, stream: 10 units}", "do not make up its 16 units"),
-    ("{match: head, gpu: 1 units, stream: 1 units, cpu: 1 units}", "do not make up its 16 units"),
-    ("{match: layers.0.kv, kv: {gpu_heads: 3}}", "3 is more than its 2 KV-head groups"),
-    ("{match: layers.0.kv, kv: {gpu_heads: 1, gpu_tokens: 1}}", "one prefill chunk and a page"),
-    ("{match: layers.0.kv, kv: {gpu_heads: 0, gpu_tokens: 64}}", "contradict each other"),
-    ("{match: embed, gpu: 1}", "the embedding is always in host memory"),
-    ("{match: layers.0.kv, gpu: 1}", "decides nothing"),
-])
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("{match: layers.9.qkv, gpu: 1}", "matches no shard of tiny; did you mean 'layers.3.qkv'"),
+        ("{match: layers.0-9.qkv, gpu: 1}", "matches no shard of tiny"),
+        ("{match: head, gpu: 99 units}", "99 units is more than the 16 units it has"),
+        ("{match: head, gpu: 17 features}", "the nearest are 16 and 32"),
+        ("{match: head, gpu: 10 units, stream: 10 units}", "do not make up its 16 units"),
+        ("{match: head, gpu: 1 units, stream: 1 units, cpu: 1 units}", "do not make up its 16 units"),
+        ("{match: layers.0.kv, kv: {gpu_heads: 3}}", "3 is more than its 2 KV-head groups"),
+        ("{match: layers.0.kv, kv: {gpu_heads: 1, gpu_tokens: 1}}", "one prefill chunk and a page"),
+        ("{match: layers.0.kv, kv: {gpu_heads: 0, gpu_tokens: 64}}", "contradict each other"),
+        ("{match: embed, gpu: 1}", "the embedding is always in host memory"),
+        ("{match: layers.0.kv, gpu: 1}", "decides nothing"),
+    ],
+)
 def test_rules_that_cannot_be_met_name_place_and_reason(rule, expected):
     found = bind_problems(f"rules:\n  - {rule}\n")
 
