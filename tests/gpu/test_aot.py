@@ -78,11 +78,17 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "decode bf16 256 group 8": (decode(BF16, 256, 4), (80, 86)),
     "decode fp32 128 group 4": (decode(FP32, 128, 8), (86,)),
     "decode bf16 128 one split": (decode(BF16, 128, 8, max_pages=16), (120,)),
+    "decode fp32 64 group 1": (decode(FP32, 64, 32), ()),
+    "decode fp32 256 group 8": (decode(FP32, 256, 4), ()),
+    "decode bf16 32 group 4": (decode(BF16, 32, 8), ()),
     "prefill bf16 128": (prefill(BF16, 128), (80, 86, 90, 120)),
     "prefill bf16 64": (prefill(BF16, 64), (89,)),
     "prefill bf16 80": (prefill(BF16, 80), (86,)),
     "prefill bf16 256": (prefill(BF16, 256), (86,)),
     "prefill fp32 128": (prefill(FP32, 128), (89,)),
+    "prefill fp32 64": (prefill(FP32, 64), ()),
+    "prefill fp32 256": (prefill(FP32, 256), ()),
+    "prefill bf16 32": (prefill(BF16, 32), ()),
     "q4 1 row": (linear("q4", 1), (80, 86, 89, 90, 120)),
     "q4 1 row bias": (linear("q4", 1, 28672, bias=True, accumulate=True), (90,)),
     "q8 1 row": (linear("q8", 1), (86, 90)),
@@ -91,6 +97,7 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "q4 64 rows": (linear("q4", 64, bias=True), (120,)),
     "q4 512 rows": (linear("q4", 512, bias=True, accumulate=True), (86, 90)),
     "q8 16 rows": (linear("q8", 16), (89,)),
+    "q8 32 rows": (linear("q8", 32), ()),
     "q8 64 rows": (linear("q8", 64), (80,)),
     "q8 512 rows": (linear("q8", 512), (120,)),
     "merge 2": (merge(2, 128), (86,)),
@@ -112,7 +119,7 @@ def check(used: Resources, name: str, architecture: int) -> None:
     if used.kernel in ("_prefill_attention_kernel", "_gemm_kernel") and "fp32" not in name:
         assert used.tensor_core > 0, used
     if used.kernel == "_decode_attention_kernel":
-        assert used.wide_loads >= 0.5 * used.loads, used  # the others are page ids
+        assert used.wide_loads >= 0.4 * used.loads, used  # the others are page ids
     if used.kernel == "_gemv_kernel":
         assert used.dp4a > 0 and used.wide_loads > 0, used
 
