@@ -18,12 +18,14 @@ from placement.constraints import KvBounds
 from placement.cost import Call, attention_cost, cpu_linear_s_per_unit, linear_cost, small_ops_s
 from placement.hardware import HardwareProfile
 from placement.layer_classes import KvClass, LayerClass, LinearClass
-from placement.memory import staging_piece_units
+from placement.memory import kv_spilled_tokens, staging_piece_units
 from placement.program import INFINITY, Program, add
 from placement.workload import Workload, round_up, row_tier
 
 # Class totals up to this many units are integers in the program; above it a unit is too small to matter.
 MAX_INTEGER_UNITS = 64
+# From this many units on, one unit a layer is small enough to give equal layers equal cuts.
+MANY_UNITS = 64
 # Up to this many equal layers the number of those with a hand-over is an integer.
 MAX_INTEGER_LAYERS = 8
 # Shares of a copy's time charged for what costs nothing by itself, to choose between equals.
@@ -114,6 +116,8 @@ class Formulation:
         self.memory = {"gpu": {}, "pinned": {}, "host": {}}
         self.memory_constant = dict.fromkeys(self.memory, 0.0)
         self.slot = self._slot_variable()
+        for place in ("pinned", "host"):
+            self.memory_constant[place] = self._rounding_bytes() / self.bytes_scale
         self.linears = {
             (c, i): self._linear(c, i, cls.count, linear)
             for c, cls in enumerate(classes)
@@ -149,7 +153,7 @@ class Formulation:
         )
 
     def solve_for_least(self, place: str) -> float | None:
-        """Fewest bytes at a place (gpu | pinned | host) with which any placement works, the other budgets kept."""
+        """Fewest bytes at a place (gpu | pinned | host) with which this program finds a placement, other budgets kept."""
         program = self.program
         program.costs = [0.0] * len(program.costs)
         for variable, coefficient in self.memory[place].items():
@@ -232,9 +236,9 @@ class Formulation:
         groups = self._whole(fixed, total, total <= MAX_INTEGER_UNITS)
         tokens = gpu_tokens_of(self.workload, kv.shard, kv.bounds, self.gpu_tokens)
         full = self.workload.full_tokens
+        in_dram = kv_spilled_tokens(self.workload, tokens) - full
         add(self.memory["gpu"], groups, tokens * shard.bytes_per_token / self.bytes_scale)
-        add(self.memory["pinned"], groups, (full - tokens) * shard.bytes_per_token / self.bytes_scale)
-        add(self.memory["host"], groups, -tokens * shard.bytes_per_token / self.bytes_scale)
+        add(self.memory["host"], groups, in_dram * shard.bytes_per_token / self.bytes_scale)
         self.memory_constant["host"] += total * full * shard.bytes_per_token / self.bytes_scale
         return groups
 
@@ -364,6 +368,15 @@ class Formulation:
             budget = getattr(self.budgets, place)
             if budget is not None:
                 self.program.at_most(self.memory[place], budget / self.bytes_scale - self.memory_constant[place])
+
+    def _rounding_bytes(self) -> float:
+        """Most bytes that rounding GPU homes down to whole units, equal over layers, may leave to host memory."""
+        total = 0
+        for cls in self.classes:
+            for shard in (linear.shard for linear in cls.linears):
+                whole = cls.count * shard.units <= MAX_INTEGER_UNITS
+                total += shard.unit_bytes * (cls.count if shard.units >= MANY_UNITS else 0 if whole else 1)
+        return total
 
 
 def gpu_tokens_of(workload: Workload, shard, bounds: KvBounds, gpu_tokens: int) -> int:

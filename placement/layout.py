@@ -6,13 +6,11 @@ Layers with CPU work come last in their class, so that the leading ones, held by
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from placement.formulation import Totals, gpu_tokens_of
+from placement.formulation import MANY_UNITS, Totals, gpu_tokens_of
 from placement.layer_classes import LayerClass, LinearClass
 from placement.memory import KvPlacement, LinearPlacement, staging_piece_units
 from placement.workload import NUM_ROW_TIERS, Workload
 
-# From this many units on, one unit a layer is small enough to give equal layers equal cuts.
-MANY_UNITS = 64
 NEARLY_ZERO = 1e-5
 
 Key = tuple[int, int]

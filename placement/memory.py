@@ -104,18 +104,16 @@ def kv_gpu_bytes(shard: KvShard, placement: KvPlacement, page_size: int) -> int:
     return placement.gpu_groups * round_up(placement.gpu_tokens, page_size) * shard.bytes_per_token
 
 
-def kv_dram_tokens(workload: Workload, placement: KvPlacement) -> tuple[int, int]:
-    """KV slots to keep in DRAM: (per GPU-owned group, per CPU-owned group)."""
-    return max(0, workload.full_tokens - round_up(placement.gpu_tokens, workload.page_size)), workload.full_tokens
+def kv_spilled_tokens(workload: Workload, gpu_tokens: int) -> int:
+    """KV slots in DRAM for the older tokens of a GPU-owned group: every token may be there once some have to be."""
+    return workload.full_tokens if round_up(gpu_tokens, workload.page_size) < workload.full_tokens else 0
 
 
-def kv_dram_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) -> tuple[int, int]:
-    """DRAM of one layer's KV cache: (older tokens of GPU groups, pinned; tokens of CPU groups, ordinary memory)."""
-    spilled, owned = kv_dram_tokens(workload, placement)
-    return (
-        placement.gpu_groups * spilled * shard.bytes_per_token,
-        (placement.groups - placement.gpu_groups) * owned * shard.bytes_per_token,
-    )
+def kv_dram_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) -> int:
+    """DRAM of one layer's KV cache: older tokens of the GPU's groups and all tokens of the CPU's."""
+    spilled = placement.gpu_groups * kv_spilled_tokens(workload, placement.gpu_tokens)
+    owned = (placement.groups - placement.gpu_groups) * workload.full_tokens
+    return (spilled + owned) * shard.bytes_per_token
 
 
 def staging_piece_units(shard: LinearShard) -> int:
@@ -163,13 +161,10 @@ def memory_report(
 
     linears, kv: in workload order. device: cpu | cuda | emulated. context_bytes: the driver's own share of GPU memory.
     """
-    spilled, owned = 0, 0
-    for shard, placement in zip(workload.kv, kv, strict=True):
-        layer_spilled, layer_owned = kv_dram_bytes(workload, shard, placement)
-        spilled, owned = spilled + layer_spilled, owned + layer_owned
+    host_kv = sum(kv_dram_bytes(workload, shard, placement) for shard, placement in zip(workload.kv, kv, strict=True))
     host = {
         "weights": weights_bytes(workload.linears, linears, "host"),
-        "kv": owned,
+        "kv": host_kv,
         "activations": activation_bytes(workload),
         "embed": workload.embed_bytes,
     }
@@ -185,5 +180,5 @@ def memory_report(
         "resident": workload.resident_bytes,
         "context": context_bytes,
     }
-    pinned = {"weights": weights_bytes(workload.linears, linears, "pinned"), "kv": spilled}
+    pinned = {"weights": weights_bytes(workload.linears, linears, "pinned")}
     return MemoryReport(gpu=gpu, pinned=pinned, host=host)

@@ -97,8 +97,8 @@ def test_every_byte_is_counted_in_its_place():
 
     assert weights == memory.gpu["weights"] + memory.pinned["weights"] + memory.host["weights"]
     assert weights // 2 == memory.gpu["weights"] == memory.pinned["weights"]
-    assert kv == memory.gpu["kv"] + memory.pinned["kv"] + memory.host["kv"]
-    assert kv // 4 == memory.gpu["kv"] == memory.pinned["kv"]
+    # One group of two on the GPU with half of its tokens there; its older tokens may come to be all of them.
+    assert (kv // 4, kv) == (memory.gpu["kv"], memory.host["kv"])
     assert memory.gpu["staging"] == 2 * plan.staging_slot_bytes
     assert memory.gpu_bytes == sum(memory.gpu.values())
 
@@ -124,7 +124,8 @@ def test_kv_bytes_round_up_to_pages():
     shard, placement = workload.kv[0], KvPlacement("layers.0.kv", 1, 50, 2)
 
     assert 64 * shard.bytes_per_token == kv_gpu_bytes(shard, placement, workload.page_size)
-    assert (64 * shard.bytes_per_token, 128 * shard.bytes_per_token) == kv_dram_bytes(workload, shard, placement)
+    assert 2 * 128 * shard.bytes_per_token == kv_dram_bytes(workload, shard, placement)
+    assert 128 * shard.bytes_per_token == kv_dram_bytes(workload, shard, replace(placement, gpu_tokens=128))
 
 
 def test_a_staging_slot_holds_the_largest_piece_and_long_ranges_are_split():
