@@ -153,7 +153,7 @@ class Formulation:
         )
 
     def solve_for_least(self, place: str) -> float | None:
-        """Fewest bytes at a place (gpu | pinned | host) with which this program finds a placement, other budgets kept."""
+        """Fewest bytes at a place (gpu | pinned | host) that this program needs, with the other budgets kept."""
         program = self.program
         program.costs = [0.0] * len(program.costs)
         for variable, coefficient in self.memory[place].items():
@@ -211,9 +211,9 @@ class Formulation:
         piece, unit = min(shard.units, staging_piece_units(shard)), shard.unit_bytes / self.bytes_scale
         fixed = max((s for s in linear.bounds.stream if s), default=0)
         most, streams = program.variable(fixed, shard.units), program.variable(0 if not fixed else 1, 1, integer=True)
-        # Rounded up, the layers of a class stream up to one unit more than their mean.
-        uneven = count - 1
-        for stream in variables.stream.values():
+        for tier, stream in variables.stream.items():
+            # Rounded up, the layers of a class stream up to one unit more than their mean; the layout caps what is left.
+            uneven = 0 if self.homes or linear.bounds.stream[tier] is not None else count - 1
             program.at_least({most: count, stream: -1, streams: -uneven}, 0)
             program.at_most({stream: 1, streams: -count * shard.units}, 0)
         if piece < shard.units:

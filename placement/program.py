@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 INFINITY = float("inf")
 # A node limit and not a time limit: the same program gives the same answer on a slow machine.
-NODE_LIMIT = 1000
+NODE_LIMIT = 300
 RELATIVE_GAP = 1e-4
 
 
