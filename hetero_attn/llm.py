@@ -3,6 +3,7 @@
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -56,11 +57,6 @@ class LLM:
             model, policy, gpu_memory, dtype, device, hardware, max_context, max_batch, num_threads, page_size
         )
         self.planned = planned
-        self.tokenizer = (
-            Tokenizer.open(planned.path, planned.config.vocab_size) if has_tokenizer(planned.path) else None
-        )
-        own_ends = () if self.tokenizer is None else self.tokenizer.eos_token_ids
-        self._end_token_ids = tuple(sorted({*planned.config.eos_token_ids, *own_ends}))
         with _loading_bar(planned.plan, progress) as bar:
             self.engine = build_engine(planned, overlap, bar.update)
         self._scheduler = Scheduler(self.engine)
@@ -72,6 +68,13 @@ class LLM:
     def plan(self) -> Plan:
         """What lives and runs where."""
         return self.planned.plan
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, None for a model without one; opened when first used, because that takes a second."""
+        if not has_tokenizer(self.planned.path):
+            return None
+        return Tokenizer.open(self.planned.path, self.planned.config.vocab_size)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, progress: bool = False
@@ -147,10 +150,14 @@ class LLM:
         return Request(
             prompt_token_ids=ids,
             params=params,
-            sampler=Sampler(params, self._end_token_ids, config.vocab_size, seed),
+            sampler=Sampler(params, self._end_token_ids(), config.vocab_size, seed),
             stream=None if self.tokenizer is None else self.tokenizer.stream(params.stop, params.skip_special_tokens),
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
         )
+
+    def _end_token_ids(self) -> tuple[int, ...]:
+        own = () if self.tokenizer is None else self.tokenizer.eos_token_ids
+        return tuple(sorted({*self.planned.config.eos_token_ids, *own}))
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

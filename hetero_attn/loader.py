@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from cpu_kernels import CpuKernels
 from cpu_kernels.layout import block_bytes
 from hetero_attn.attention import AttentionParameters
 from hetero_attn.checkpoint import Checkpoint
