@@ -1,0 +1,180 @@
+"""Our side of a comparison: hetero_attn on its CPU lane alone, in a process of its own. Requests are those of peers.py.
+
+    python ours.py hetero-attn --model DIRECTORY --dtype bf16|q8|q4 --threads N ...
+
+Drives the engine's two functions, `prefill` and `decode_step`, without scheduler or tokenizer: what llama-bench does to
+its own library. Two requests more, for the physics of a step:
+
+    {"test": "sweep",   "megabytes": 512}    bytes a second of reading memory and doing nothing with it: the ceiling
+    {"test": "kernels", "megabytes": 256}    bytes a second of a one-row linear in this dtype, and of decode attention
+"""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+from peers import Settings, Side, main
+
+REPETITIONS = 9
+PAGE_TOKENS = 64
+# As bfloat16, float32 or a float16 scale this byte gives a finite number of ordinary size; timing asks for no more.
+WEIGHT_BYTE = 0x3C
+
+
+class HeteroAttn(Side):
+    """A loaded LLM, one of whose sequences grows and is cut back."""
+
+    def __init__(self, settings: Settings) -> None:
+        from hetero_attn import LLM
+
+        self._llm = LLM(
+            settings.model,
+            dtype=settings.dtype,
+            device="cpu",
+            max_context=settings.context,
+            max_batch=settings.rows + 1,
+            num_threads=settings.threads,
+            progress=False,
+        )
+        self._engine = self._llm.engine
+        self._settings = settings
+        self.vocab_size = self._engine.config.vocab_size
+        self._sequence = self._engine.kv_cache.open()
+
+    @property
+    def length(self) -> int:
+        """Tokens in the sequence."""
+        return self._sequence.length
+
+    def append(self, token_ids: list[int]) -> None:
+        """See Side."""
+        chunk = self._engine.prefill_chunk
+        for start in range(0, len(token_ids), chunk):
+            self._last = self._engine.prefill(self._sequence, token_ids[start : start + chunk])
+
+    def decode(self, tokens: int) -> None:
+        """See Side."""
+        token_id = 0
+        for _ in range(tokens):
+            token_id = int(self._engine.decode_step([self._sequence], [token_id])[0].argmax())
+
+    def rewind(self, length: int) -> None:
+        """See Side."""
+        self._engine.kv_cache.rewind(self._sequence, length)
+
+    def batch(self, rows: int, steps: int) -> None:
+        """See Side; the rows are sequences."""
+        sequences = [self._engine.kv_cache.open() for _ in range(rows)]
+        token_ids = list(range(rows))
+        for _ in range(steps):
+            token_ids = self._engine.decode_step(sequences, token_ids).argmax(1).tolist()
+        for sequence in sequences:
+            self._engine.kv_cache.close(sequence)
+
+    def logits(self, token_ids: list[int]) -> list[float]:
+        """See Side."""
+        self.seek(0)
+        self.append(token_ids)
+        return self._last.tolist()
+
+    def about(self) -> dict[str, object]:
+        """See Side; also the instruction set in use and the bytes that a decode step reads."""
+        import numba
+        import torch
+
+        from cpu_kernels import CpuKernels
+
+        workload = self._llm.plan.workload
+        with CpuKernels(1) as ops:
+            isa = ops.isa
+        versions = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numba": numba.__version__,
+        }
+        return {
+            "versions": versions,
+            "isa": isa,
+            "weight_bytes": workload.weight_bytes,
+            "kv_bytes_per_token": sum(shard.groups * shard.bytes_per_token for shard in workload.kv),
+        }
+
+    def answer(self, request: dict[str, object]) -> dict[str, object]:
+        """See Side; knows `sweep` and `kernels` besides."""
+        if request["test"] == "sweep":
+            return {"bytes_per_s": self._sweep(request["megabytes"] << 20)}
+        if request["test"] == "kernels":
+            return {
+                "linear_bytes_per_s": self._linear(request["megabytes"] << 20),
+                "attention_bytes_per_s": self._attention(request["megabytes"] << 20),
+            }
+        return super().answer(request)
+
+    def _sweep(self, total_bytes: int) -> float:
+        from cpu_kernels import CpuKernels
+
+        buffer = _filled(total_bytes, 4096)
+        with CpuKernels(self._settings.threads) as ops:
+            return buffer.nbytes / _median_seconds(lambda: ops.sweep(buffer))
+
+    def _linear(self, total_bytes: int) -> float:
+        import torch
+
+        from cpu_kernels import CpuKernels
+        from cpu_kernels.layout import BLOCK_FEATURES, block_bytes
+
+        in_features, dtype = self._engine.config.hidden_size, self._settings.dtype
+        weight = _filled(total_bytes, block_bytes(dtype, in_features))
+        x, out = torch.randn(1, in_features), torch.empty(1, weight.shape[0] * BLOCK_FEATURES)
+        with CpuKernels(self._settings.threads) as ops:
+            return weight.nbytes / _median_seconds(lambda: ops.linear(x, weight, dtype, None, out))
+
+    def _attention(self, total_bytes: int) -> float:
+        import torch
+
+        from cpu_kernels import CpuKernels
+
+        config = self._engine.config
+        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        k_pages, v_pages = (
+            _filled(total_bytes // 2, PAGE_TOKENS * head_dim * 2 * kv_heads)
+            .view(torch.bfloat16)
+            .view(-1, PAGE_TOKENS, head_dim)
+            for _ in range(2)
+        )
+        table = torch.arange(k_pages.shape[0], dtype=torch.int32).view(-1, kv_heads).T.contiguous()[None]
+        q, out, lse = torch.randn(1, heads, head_dim), torch.empty(1, heads, head_dim), torch.empty(1, heads)
+        start = torch.zeros(1, dtype=torch.int32)
+        stop = torch.full((1,), table.shape[2] * PAGE_TOKENS, dtype=torch.int32)
+        with CpuKernels(self._settings.threads) as ops:
+            seconds = _median_seconds(
+                lambda: ops.decode_attention(q, k_pages, v_pages, table, start, stop, head_dim**-0.5, out, lse)
+            )
+        return (k_pages.nbytes + v_pages.nbytes) / seconds
+
+
+def _filled(total_bytes: int, row_bytes: int) -> "torch.Tensor":
+    """A uint8 [rows, row_bytes] of about `total_bytes`, in huge pages where the system gives them."""
+    import torch
+
+    from cpu_kernels import advise_huge_pages
+
+    tensor = torch.empty((max(1, total_bytes // row_bytes), row_bytes), dtype=torch.uint8)
+    advise_huge_pages(tensor)
+    return tensor.fill_(WEIGHT_BYTE)
+
+
+def _median_seconds(work: Callable[[], object]) -> float:
+    """Median time of one call, warmed up."""
+    work()
+    times = []
+    for _ in range(REPETITIONS):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main({"hetero-attn": HeteroAttn})

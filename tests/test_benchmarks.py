@@ -1,0 +1,145 @@
+"""The benchmark scripts run to their last line without any peer, and the files they make are what they say.
+
+No figure is judged here: a test machine is shared, and the sizes are tiny.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from hetero_attn import LLM
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "examples" / "benchmarks"
+
+
+def load(name: str) -> ModuleType:
+    """A benchmark script as a module."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up while they are made.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint, as the benchmark makes it, in the folder where the benchmark looks for it."""
+    script, path = load("random_checkpoint"), tmp_path_factory.mktemp("benchmarks") / "tiny"
+    script.write_checkpoint(script.SHAPES["tiny"], path)
+    return path
+
+
+def run_script(name: str, *arguments: object, lines: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a benchmark as a reader would, with the packages of this checkout."""
+    search_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    command = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": search_path}
+    return subprocess.run(command, env=environment, input=lines, capture_output=True, text=True, check=False)
+
+
+def test_whole_model_alone_ends_with_a_json_line(checkpoint: Path, tmp_path: Path) -> None:
+    rows = ("prefill-bf16", "depth-bf16")
+    no_peer = ["--llama-python", tmp_path / "no-such-interpreter", "--peers", "llama.cpp"]
+    out = tmp_path / "result.json"
+    run = run_script(
+        "whole_model.py", "--quick", "--work-dir", checkpoint.parent, *no_peer, "--out", out, "--rows", *rows
+    )
+
+    assert run.returncode == 0, run.stderr
+    record = json.loads(run.stdout.splitlines()[-1])
+    assert record == json.loads(out.read_text())
+    assert sorted(row["name"] for row in record["rows"]) == sorted(rows)
+    assert all(row["ours"] > 0 and row["peer"] is None for row in record["rows"])
+    assert [row["bytes_per_s"] is not None for row in record["rows"]] == [False, True]
+    assert record["peers"]["llama.cpp"].startswith("not installed")
+    assert run.stdout.index("ceiling: ") < run.stdout.index("prefill-bf16") < run.stdout.index("depth-bf16")
+
+
+def test_every_kind_of_request_is_answered_by_our_side(checkpoint: Path) -> None:
+    requests = [
+        {"test": "prefill", "tokens": 20},
+        {"test": "decode", "tokens": 2, "depth": 30},
+        {"test": "batch", "tokens": 2, "rows": 3},
+        {"test": "logits", "token_ids": [1, 2, 3]},
+    ]
+    lines = "".join(json.dumps(request) + "\n" for request in requests)
+    run = run_script("ours.py", "hetero-attn", "--model", checkpoint, "--threads", 2, "--rows", 3, lines=lines)
+    assert run.returncode == 0, run.stderr
+    ready, *answers = [json.loads(line) for line in run.stdout.splitlines()]
+
+    assert ready == {"ready": True}
+    assert all(answer["seconds"] > 0 for answer in answers[:3])
+    with LLM(checkpoint, device="cpu", max_context=64, num_threads=2, progress=False) as llm:
+        assert torch.allclose(torch.tensor(answers[3]["logits"]), llm.logits([1, 2, 3])[-1], rtol=1e-3, atol=1e-3)
+
+
+def test_a_random_checkpoint_is_what_safetensors_reads(checkpoint: Path) -> None:
+    from safetensors.torch import load_file
+
+    shape = load("random_checkpoint").SHAPES["tiny"]
+    tensors = load_file(checkpoint / "model.safetensors")
+
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shape.tensors()
+    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+    down = tensors["model.layers.1.mlp.down_proj.weight"].float()
+    assert down.std().item() == pytest.approx(shape.intermediate_size**-0.5, rel=0.02)
+    assert not torch.equal(down, tensors["model.layers.0.mlp.down_proj.weight"].float())
+
+
+def test_rows_for_adjacent_pairs_rotate_like_halves() -> None:
+    """llama.cpp turns features 2i and 2i+1 together where the checkpoint means i and i + head_dim/2."""
+    import numpy as np
+
+    script = load("random_checkpoint")
+    rows = np.arange(2 * 8, dtype=np.uint16).reshape(16, 1)
+    config = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+
+    moved = script._for_adjacent_pairs("model.layers.0.self_attn.q_proj.weight", rows, config)[:, 0].tolist()
+
+    assert moved == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
+    assert script._for_adjacent_pairs("model.layers.0.self_attn.v_proj.weight", rows, config) is rows
+
+
+def test_a_peer_that_runs_another_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    script = load("whole_model")
+
+    class Stub:
+        def __init__(self, *logits: float) -> None:
+            self.name, self._logits = "stub", logits
+
+        def ask(self, **request: object) -> dict[str, object]:
+            return {"logits": list(self._logits)}
+
+    assert script.check_logits(Stub(1.0, 2.0), Stub(1.0, 2.01), "bf16") < 1e-3
+    with pytest.raises(RuntimeError, match="do not run the same model"):
+        script.check_logits(Stub(1.0, 2.0), Stub(2.0, -1.0), "bf16")
+
+
+def test_llama_bench_is_asked_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the binary: it writes its arguments down and answers as llama-bench does with -o json."""
+    binary, seen = tmp_path / "llama-bench", tmp_path / "seen"
+    answer = json.dumps([{"avg_ns": 2_000_000_000, "build_commit": "abc", "build_number": 7}])
+    binary.write_text(f"#!/bin/sh\necho \"$@\" > '{seen}'\necho '{answer}'\n")
+    binary.chmod(0o755)
+    monkeypatch.syspath_prepend(SCRIPTS)
+    peers = load("peers")
+    settings = peers.Settings(tmp_path / "m.gguf", "bf16", 3, 512, 8, 512, "f16", "auto", binary)
+    side = peers.LlamaBench(settings)
+
+    assert side.answer({"test": "decode", "tokens": 32, "depth": 100}) == {"seconds": 2.0}
+    words = seen.read_text().split()
+    asked = {flag: words[words.index(flag) + 1] for flag in ("-t", "-p", "-n", "-d", "-r", "-o")}
+    assert asked == {"-t": "3", "-p": "0", "-n": "32", "-d": "100", "-r": "1", "-o": "json"}
+    assert side.answer({"test": "batch", "tokens": 5, "rows": 8}) == {"seconds": 10.0}
+    assert "-ub 8" in seen.read_text()
+    assert side.about() == {"versions": {"llama-bench": "abc (7)"}}
