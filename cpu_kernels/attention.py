@@ -78,7 +78,7 @@ def decode_attention(
     thread_bytes = shared.thread_bytes(group_heads, head_dim)
     results = batch * num_kv_heads * splits * shared.item_bytes(item, group_heads, head_dim)
     failure = team.run(
-        ("attention_kernel", "decode", team.isa, kv_dtype, *shared.head_tiles(group_heads)),
+        ("decode_kernel", "decode", team.isa, kv_dtype, *shared.head_tiles(group_heads)),
         threads * thread_bytes + results,
         q.data_ptr(),
         4 * q.stride(0),
@@ -130,12 +130,54 @@ def prefill_attention(
 ) -> None:
     """See CpuKernels.prefill_attention."""
     check_tensor("q", q, torch.float32, (None, None, None))
+    q_len, num_heads, head_dim = q.shape
+    kv_dtype = check_pages(k_pages, v_pages, head_dim)
     check_tensor("page_table", page_table, torch.int32, (None, None))
+    num_kv_heads, max_pages = page_table.shape
+    check_heads(num_heads, num_kv_heads)
     expect(window >= 0, f"window is {window}; it must be 0 (none) or a number of tokens")
-    rows = torch.arange(q_start, q_start + q.shape[0], dtype=torch.int32)
-    last = (rows + 1).clamp(max=kv_stop)
-    first = torch.full_like(rows, kv_start)
-    if window:
-        first = torch.maximum(first, rows + 1 - window)
-    table = page_table.expand(q.shape[0], *page_table.shape)
-    decode_attention(team, q, k_pages, v_pages, table, first, last, scale, out, lse)
+    check_tensor("out", out, torch.float32, (q_len, num_heads, head_dim))
+    check_tensor("lse", lse, torch.float32, (q_len, num_heads))
+    if q_len == 0 or num_heads == 0 or head_dim == 0:
+        return
+    num_pages, page_size, _ = k_pages.shape
+    item = k_pages.element_size()
+    group_heads = num_heads // num_kv_heads
+    thread_bytes = shared.prefill_thread_bytes(item, group_heads, head_dim)
+    failure = team.run(
+        ("prefill_kernel", "prefill", team.isa, kv_dtype),
+        team.num_threads * thread_bytes,
+        q.data_ptr(),
+        4 * q.stride(0),
+        4 * q.stride(1),
+        q_len,
+        num_kv_heads,
+        group_heads,
+        head_dim,
+        k_pages.data_ptr(),
+        item * k_pages.stride(0),
+        item * k_pages.stride(1),
+        v_pages.data_ptr(),
+        item * v_pages.stride(0),
+        item * v_pages.stride(1),
+        num_pages,
+        page_size,
+        page_table.data_ptr(),
+        0,
+        4 * page_table.stride(0),
+        max_pages,
+        kv_start,
+        kv_stop,
+        bits_of(scale),
+        out.data_ptr(),
+        4 * out.stride(0),
+        4 * out.stride(1),
+        lse.data_ptr(),
+        4 * lse.stride(0),
+        1,
+        team.num_threads,
+        thread_bytes,
+        q_start,
+        window,
+    )
+    raise_failure(failure, max_pages, page_size, num_pages)

@@ -36,7 +36,34 @@ THREAD_ADDRESSES = 4 * NEXT_TILE  # K and V row addresses of this tile of keys a
     P_SPLITS,
     P_THREADS,
     P_THREAD_BYTES,
-) = range(1, 31)
+    P_Q_START,  # prefill only, as are the next: position of row 0
+    P_WINDOW,
+) = range(1, 33)
+
+
+PREFILL_SCORES = 4  # query vectors per score tile: 4 x 64 keys fill 16 registers
+PREFILL_VALUES = 8  # query vectors per pass over V
+PREFILL_VECTORS = 64  # query vectors (rows x heads of a group) per item: what one transposed tile of K serves
+
+
+def prefill_rows(group_heads: int) -> int:
+    """Query rows per item of prefill."""
+    return max(1, PREFILL_VECTORS // group_heads)
+
+
+def prefill_vectors(group_heads: int) -> int:
+    """Query vectors per item of prefill, padded to whole passes over V."""
+    return -(-prefill_rows(group_heads) * group_heads // PREFILL_VALUES) * PREFILL_VALUES
+
+
+def prefill_thread_bytes(kv_item_bytes: int, group_heads: int, head_dim: int) -> int:
+    """Working memory of one thread of prefill: addresses, K transposed, scores, queries, acc, (m, l), corrections."""
+    vectors, line_items = prefill_vectors(group_heads), LINE_BYTES // kv_item_bytes
+    padded = -(-head_dim // line_items) * line_items
+    keys_bytes = padded * kv_item_bytes * KEY_TILE
+    scores_bytes = PREFILL_VALUES * (4 * KEY_TILE + 8)
+    used = THREAD_ADDRESSES + keys_bytes + scores_bytes + vectors * (padded * (kv_item_bytes + 4) + 8) + 4 * LINE_BYTES
+    return -(-used // 4096) * 4096
 
 
 def head_tiles(group_heads: int) -> tuple[int, int]:

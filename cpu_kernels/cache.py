@@ -11,6 +11,7 @@ renamed, so a reader never sees half of one.
 """
 
 import ctypes
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -35,8 +36,9 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hetero_attn" / "cpu_kernels"
 
 
+@functools.cache
 def build_key() -> str:
-    """Hash of everything that a compiled kernel depends on: source, versions, CPU."""
+    """Hash of everything that a compiled kernel depends on: source, versions, CPU; read once per process."""
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + source.read_bytes())

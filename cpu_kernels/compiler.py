@@ -35,5 +35,11 @@ def compile_object(kernel, name: str) -> bytes:
         library = result.library
         library.finalize()
         module = library._final_module
-        module.get_function(result.fndesc.llvm_func_name).name = name
+        for function in module.functions:
+            # numba numbers helper functions per process, so another process's object may hold a different function of
+            # the same name: only the kernel itself may be visible to the loader.
+            if function.name == result.fndesc.llvm_func_name:
+                function.name = name
+            elif not function.is_declaration:
+                function.linkage = "internal"
         return library.codegen._tm.emit_object(module)

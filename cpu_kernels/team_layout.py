@@ -12,7 +12,7 @@ STAGE_BYTES = 256
 NEXT, DONE = 0, 128  # within a stage: next chunk to hand out, chunks done
 FAILURE = STAGES * STAGE_BYTES
 PARAMETERS = FAILURE + 64
-MAX_PARAMETERS = 32
+MAX_PARAMETERS = 36
 ARGUMENT_BYTES = PARAMETERS + 8 * MAX_PARAMETERS
 
 # A recorded program: a head, then one entry an op, the kernel's address and MAX_PARAMETERS parameters.

@@ -312,6 +312,12 @@ def keep_below(b, x, count, other):
     return b.select(lanes_below(b, count), x, splat_value(b, other))
 
 
+@emits(F32x16, F32x16, intp, float32)
+def keep_from(b, x, first, other):
+    """Lanes below `first` become `other`."""
+    return b.select(lanes_below(b, first), splat_value(b, other), x)
+
+
 @emits(float32, F32x16)
 def sum_lanes(b, x):
     """Sum of the lanes as a tree."""

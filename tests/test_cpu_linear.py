@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cpu_oracles import ISAS, guarded, kernels, nmse, only_inside_written, pack, round_input, unpack
+from cpu_oracles import BF16_PATHS, ISAS, guarded, kernels, nmse, only_inside_written, pack, round_input, unpack
 
 from cpu_kernels import CpuKernels, layout
 
@@ -32,8 +32,10 @@ def test_agrees_with_float64(rows, in_features, weight_dtype):
     assert nmse(out, expected) < KERNEL_NMSE
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("weight_dtype", ["q8", "q4", "bf16"])
+@pytest.mark.parametrize(
+    ("isa", "weight_dtype"),
+    [*((isa, name) for isa in ISAS for name in ("q8", "q4")), *((isa, "bf16") for isa in BF16_PATHS)],
+)
 def test_every_isa_agrees_with_float64(isa, weight_dtype):
     x, weight, expected = make(15, 200, 5, weight_dtype)
     out, memory = guarded(15, 80)

@@ -1,6 +1,7 @@
 """The thread team, the kernel cache and the choice of instruction set."""
 
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -173,3 +174,30 @@ def test_huge_pages_and_sweep_change_nothing():
 
     assert torch.equal(tensor, before)
     assert advise_huge_pages(torch.zeros(4)) is False
+
+
+def exported_symbols(code: bytes) -> set[str]:
+    """Names that an ELF64 object defines for others: global or weak, in a section of its own."""
+    (section_table,) = struct.unpack_from("<Q", code, 40)
+    size, count = struct.unpack_from("<HH", code, 58)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", code, section_table + size * index) for index in range(count)]
+    symbols = next(section for section in sections if section[1] == 2)
+    names = sections[symbols[6]][4]
+    found = set()
+    for at in range(symbols[4], symbols[4] + symbols[5], 24):
+        name, info, _, section = struct.unpack_from("<IBBH", code, at)
+        if info >> 4 in (1, 2) and 0 < section < 0xFF00:
+            found.add(code[names + name : code.index(b"\0", names + name)].decode())
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads ELF objects")
+def test_a_kernel_exports_nothing_but_itself(tmp_path):
+    """numba numbers helpers per process: two cached objects exported different helpers under one name, and the loader
+    took the first for both, so that a kernel compiled later computed half of its rows."""
+    with CpuKernels(num_threads=1, cache_dir=tmp_path) as ops:
+        norm(ops)
+        ops.silu_mul(torch.zeros(1, 32), torch.empty(1, 16))
+
+    for entry in next(tmp_path.iterdir()).iterdir():
+        assert exported_symbols(entry.read_bytes()[32:]) == {entry.stem}
