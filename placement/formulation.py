@@ -112,7 +112,8 @@ class Formulation:
             for linear in c.linears
         )
         self.time_scale = 100.0 / max(cpu_only, 1e-9)
-        self.bytes_scale = max(1.0, workload.weight_bytes / 10_000)
+        cached = sum(kv.groups * kv.bytes_per_token for kv in workload.kv) * workload.full_tokens
+        self.bytes_scale = max(1.0, (workload.weight_bytes + cached) / 10_000)
         self.memory = {"gpu": {}, "pinned": {}, "host": {}}
         self.memory_constant = dict.fromkeys(self.memory, 0.0)
         self.slot = self._slot_variable()
@@ -212,7 +213,7 @@ class Formulation:
         fixed = max((s for s in linear.bounds.stream if s), default=0)
         most, streams = program.variable(fixed, shard.units), program.variable(0 if not fixed else 1, 1, integer=True)
         for tier, stream in variables.stream.items():
-            # Rounded up, the layers of a class stream up to one unit more than their mean; the layout caps what is left.
+            # Rounded up, the layers of a class stream up to one unit more than their mean; the layout caps the rest.
             uneven = 0 if self.homes or linear.bounds.stream[tier] is not None else count - 1
             program.at_least({most: count, stream: -1, streams: -uneven}, 0)
             program.at_most({stream: 1, streams: -count * shard.units}, 0)
