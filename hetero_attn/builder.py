@@ -20,15 +20,22 @@ from placement.plan import Plan
 Progress = Callable[[int], None]
 
 
-def build_engine(planned: PlannedModel, overlap: bool = True, progress: Progress = lambda count: None) -> Engine:
-    """Load a planned model; `progress` is called with the bytes of weights just placed.
+def build_engine(
+    planned: PlannedModel,
+    overlap: bool = True,
+    progress: Progress = lambda count: None,
+    on_compile: Callable[[str], None] | None = None,
+) -> Engine:
+    """Load a planned model.
+
+    progress(count) is called with the bytes of weights just placed, on_compile(name) before a CPU kernel is compiled.
 
     Raises CheckpointError for weights that do not fit the config, MemoryBudgetError when memory runs out.
     """
     with Checkpoint.open(planned.path) as checkpoint:
         for warning in checkpoint.check(planned.config):
             warnings.warn(f"{planned.path}: {warning}", stacklevel=2)
-        lanes = make_lanes(planned.plan, planned.device, overlap)
+        lanes = make_lanes(planned.plan, planned.device, overlap, on_compile)
         try:
             weights = Loader(checkpoint, planned.config, planned.plan, planned.weight_dtype, lanes, progress).load()
             return Engine(planned.config, planned.plan, weights, lanes, make_kv_cache(planned, lanes), overlap)
@@ -37,7 +44,7 @@ def build_engine(planned: PlannedModel, overlap: bool = True, progress: Progress
             raise
 
 
-def make_lanes(plan: Plan, device: str, overlap: bool) -> Lanes:
+def make_lanes(plan: Plan, device: str, overlap: bool, on_compile: Callable[[str], None] | None = None) -> Lanes:
     """Start the lanes of a plan."""
     gpu = make_device(plan, device)
     ring = (
@@ -45,7 +52,7 @@ def make_lanes(plan: Plan, device: str, overlap: bool) -> Lanes:
         if gpu is not None and plan.staging_slots
         else None
     )
-    return Lanes(CpuKernels(plan.num_threads), gpu, ring, overlap)
+    return Lanes(CpuKernels(plan.num_threads, on_compile=on_compile), gpu, ring, overlap)
 
 
 def make_device(plan: Plan, device: str) -> EmulatedDevice | None:

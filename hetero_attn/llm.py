@@ -7,11 +7,11 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from hetero_attn.builder import build_engine
 from hetero_attn.errors import EngineDeadError, PromptError
 from hetero_attn.planning import PAGE_TOKENS, prepare
+from hetero_attn.progress import PrefillBar, compile_note, loading_bar
 from hetero_attn.request import Piece, Request, RequestOutput
 from hetero_attn.sampling import Sampler
 from hetero_attn.sampling_params import SamplingParams
@@ -57,8 +57,9 @@ class LLM:
             model, policy, gpu_memory, dtype, device, hardware, max_context, max_batch, num_threads, page_size
         )
         self.planned = planned
-        with _loading_bar(planned.plan, progress) as bar:
-            self.engine = build_engine(planned, overlap, bar.update)
+        with loading_bar(planned.plan, progress) as bar:
+            self.engine = build_engine(planned, overlap, bar.update, compile_note if progress else None)
+        self._progress = progress
         self._scheduler = Scheduler(self.engine)
         self._lock = threading.Lock()
         self._seeds = torch.Generator().manual_seed(seed) if seed is not None else None
@@ -76,17 +77,14 @@ class LLM:
             return None
         return Tokenizer.open(self.planned.path, self.planned.config.vocab_size)
 
-    def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, progress: bool = False
-    ) -> list[RequestOutput]:
+    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[RequestOutput]:
         """Complete every prompt; results come in the order of the prompts.
 
         prompts: one prompt or several, each a string or a list of token ids. params: None is `SamplingParams()`.
         Raises PromptError before anything is computed.
         """
         requests = [self._request(prompt, params) for prompt in _as_list(prompts)]
-        with tqdm(total=len(requests), desc="prompts", disable=not progress) as bar:
-            self._run(requests, lambda: bar.update(sum(r.finish_reason is not None for r in requests) - bar.n))
+        self._run(requests)
         return [request.output() for request in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
@@ -178,32 +176,37 @@ class LLM:
         self.check_context(len(ids), reserve)
         return ids
 
-    def _run(self, requests: Sequence[Request], after_step) -> None:
-        with self._lock:
-            for request in requests:
-                self._scheduler.add(request)
+    def _run(self, requests: Sequence[Request]) -> None:
+        bar = self._add(requests)
         try:
             while any(request.finish_reason is None for request in requests):
                 self._step()
-                after_step()
-        except BaseException:
+                bar.update()
+        finally:
+            bar.close()
             self._abort(requests)
-            raise
 
     def _pieces(self, request: Request) -> Iterator[Piece]:
-        with self._lock:
-            self._scheduler.add(request)
+        bar = self._add([request])
         text, tokens = 0, 0
         try:
             while request.finish_reason is None:
                 self._step()
+                bar.update()
                 if request.finish_reason is None and len(request.text) > text:
                     yield Piece(request.text[text:], tuple(request.token_ids[tokens:]))
                     text, tokens = len(request.text), len(request.token_ids)
             output = request.output()
             yield Piece(output.text[text:], output.token_ids[tokens:], output.finish_reason, output.metrics)
         finally:
+            bar.close()
             self._abort([request])
+
+    def _add(self, requests: Sequence[Request]) -> PrefillBar:
+        with self._lock:
+            for request in requests:
+                self._scheduler.add(request)
+        return PrefillBar(requests, self.engine.prefill_chunk, self._progress)
 
     def _step(self) -> None:
         with self._lock:
@@ -219,16 +222,3 @@ class LLM:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     is_single = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(item, int) for item in prompts))
     return [prompts] if is_single else list(prompts)
-
-
-def _loading_bar(plan: Plan, show: bool) -> tqdm:
-    total = plan.workload.weight_bytes
-    return tqdm(
-        total=total,
-        desc=f"loading {plan.model}",
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        disable=not show,
-        leave=False,
-    )

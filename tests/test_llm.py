@@ -7,7 +7,7 @@ import torch
 from runtime import nmse
 from toy import edit_json, hf_logits, make_checkpoint
 
-from hetero_attn import LLM, SamplingParams
+from hetero_attn import LLM, Policy, SamplingParams
 from hetero_attn.errors import HeteroError, MemoryBudgetError, NonFiniteLogitsError, PromptError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -230,3 +230,13 @@ def test_a_closed_model_says_so(path):
     llm.close()
     with pytest.raises(HeteroError, match="closed"):
         llm.generate("late", GREEDY)
+
+
+def test_a_long_prompt_shows_progress_and_a_short_one_does_not(path, capsys):
+    with LLM(path, dtype="fp32", device="cpu", policy=Policy(prefill_chunk=16), progress=True) as llm:
+        capsys.readouterr()
+        llm.generate("short", GREEDY)
+        assert capsys.readouterr().err == ""
+        llm.generate(list(range(4, 84)), GREEDY)
+
+    assert "prompt" in capsys.readouterr().err
