@@ -5,7 +5,8 @@ import re
 from dataclasses import dataclass
 from fnmatch import translate
 
-from placement.policy import Policy, PolicyError, Rule, Share
+from placement.policy import Policy, PolicyError, Rule
+from placement.policy_fields import Share
 from placement.workload import LINEAR_KINDS, NUM_ROW_TIERS, ROW_TIER_NAMES, KvShard, LinearShard, Workload
 
 _RANGE = re.compile(r"layers\.(\d+)-(\d+)\.(.+)")

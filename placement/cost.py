@@ -17,19 +17,12 @@ from dataclasses import dataclass
 
 from placement.hardware import HardwareProfile
 from placement.memory import KvPlacement, LinearPlacement
+from placement.phase_cost import RESOURCES, PhaseCost
 from placement.workload import KvShard, LinearShard, Workload, row_tier
 
 BYTES_PER_ACTIVATION = 4
 # Two norms, rotary embedding with the KV append, the gated activation and the merge of partials.
 SMALL_CALLS_PER_LAYER = 5
-RESOURCES = ("steps", "cpu", "pcie", "dram", "gpu")
-RESOURCE_WORDS = {
-    "steps": "lanes waiting for each other",
-    "cpu": "the CPU lane",
-    "pcie": "PCIe",
-    "dram": "DRAM bandwidth",
-    "gpu": "the GPU",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,55 +69,6 @@ class AttentionCost:
     spilled_bytes_per_group: float
     handover_s: float
     launch_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class PhaseCost:
-    """Predicted cost of a phase.
-
-    phase: decode | prefill; rows: sequences of a decode step or tokens of a prompt; context: tokens cached before;
-    seconds: of the step or of the whole prompt; lanes: seconds each resource needs when nothing waits.
-    """
-
-    phase: str
-    rows: int
-    context: int
-    seconds: float
-    lanes: tuple[tuple[str, float], ...]
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Rows per second."""
-        return self.rows / self.seconds if self.seconds > 0 else float("inf")
-
-    @property
-    def binding(self) -> str:
-        """The resource that decides the time: the one that needs longest by itself, or `steps` when waiting decides."""
-        lanes = dict(self.lanes)
-        alone = max((name for name in lanes if name != "steps"), key=lambda name: lanes[name])
-        return alone if lanes[alone] >= 0.9 * self.seconds else max(alone, "steps", key=lambda name: lanes[name])
-
-    @property
-    def slack(self) -> dict[str, float]:
-        """Share of the time for which each resource is idle, 0 to 1."""
-        return {
-            name: max(0.0, 1.0 - seconds / self.seconds) if self.seconds > 0 else 1.0
-            for name, seconds in self.lanes
-            if name != "steps"
-        }
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain values for JSON."""
-        return {
-            "phase": self.phase,
-            "rows": self.rows,
-            "context": self.context,
-            "seconds": self.seconds,
-            "tokens_per_s": self.tokens_per_s,
-            "binding": self.binding,
-            "slack": self.slack,
-            "lanes_s": dict(self.lanes),
-        }
 
 
 def cpu_linear_s_per_unit(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile) -> float:
@@ -233,46 +177,61 @@ def pass_cost(
     """
     lanes = dict.fromkeys(RESOURCES, 0.0)
     lanes["steps"] = lanes["gpu" if on_gpu else "cpu"] = small_ops_s(workload, call, hardware, on_gpu)
-    streamed = touched = 0.0
     cpu_qkv_units: dict[int | None, int] = {}
     for shard, placement in zip(workload.linears, linears, strict=True):
-        if shard.kind == "head" and not with_head:
-            continue
-        rows = call.sequences if shard.kind == "head" else call.rows
-        gpu_units, stream_units, cpu_units = placement.cut(row_tier(rows))
-        if shard.kind == "qkv":
-            cpu_qkv_units[shard.layer] = cpu_units
-        coefficients = linear_cost(shard, rows, workload.weight_dtype, hardware, on_gpu)
-        _add_step(
-            lanes,
-            cpu_units * coefficients.cpu_s_per_unit,
-            (gpu_units + stream_units) * coefficients.gpu_s_per_unit if gpu_units + stream_units else 0.0,
-            coefficients.handover_s * (cpu_units > 0),
-            coefficients.launch_s,
-            on_gpu,
-        )
-        streamed += stream_units * shard.unit_bytes
-        touched += (stream_units + cpu_units + (gpu_units if hardware.unified_memory else 0)) * shard.unit_bytes
-    for kv_shard, placement in zip(workload.kv, kv, strict=True):
-        coefficients = attention_cost(kv_shard, call, placement.gpu_tokens, workload, hardware, on_gpu)
-        gpu_groups, cpu_groups = placement.gpu_groups, kv_shard.groups - placement.gpu_groups
-        handovers = attention_handovers(
-            cpu_qkv_units.get(kv_shard.layer, 0), gpu_groups, kv_shard.groups, coefficients.spilled_s_per_group > 0
-        )
-        _add_step(
-            lanes,
-            cpu_groups * coefficients.cpu_s_per_group + gpu_groups * coefficients.spilled_s_per_group,
-            gpu_groups * coefficients.gpu_s_per_group,
-            handovers * coefficients.handover_s,
-            coefficients.launch_s,
-            on_gpu,
-        )
-        touched += cpu_groups * coefficients.dram_bytes_per_group + gpu_groups * coefficients.spilled_bytes_per_group
-    lanes["pcie"] = streamed / hardware.h2d_bytes_per_s if streamed else 0.0
-    lanes["dram"] = touched / hardware.dram_bytes_per_s
+        if shard.kind != "head" or with_head:
+            cpu_units = _add_linear(lanes, shard, placement, workload, hardware, call, on_gpu)
+            if shard.kind == "qkv":
+                cpu_qkv_units[shard.layer] = cpu_units
+    for kv_shard, kv_placement in zip(workload.kv, kv, strict=True):
+        cpu_units = cpu_qkv_units.get(kv_shard.layer, 0)
+        _add_attention(lanes, kv_shard, kv_placement, cpu_units, workload, hardware, call, on_gpu)
     if lanes["cpu"]:
         lanes["cpu"] += (1 - hardware.cpu_slowdown_while_copying) * lanes["pcie"]
     return max(lanes.values()) + hardware.step_overhead_s, lanes
+
+
+def _add_linear(
+    lanes: dict[str, float],
+    shard: LinearShard,
+    placement: LinearPlacement,
+    workload: Workload,
+    hardware: HardwareProfile,
+    call: Call,
+    on_gpu: bool,
+) -> int:
+    """Add one linear to `lanes` in place; returns the units that the CPU computes."""
+    rows = call.sequences if shard.kind == "head" else call.rows
+    home, streamed, on_cpu = placement.cut(row_tier(rows))
+    cost = linear_cost(shard, rows, workload.weight_dtype, hardware, on_gpu)
+    gpu_s = (home + streamed) * cost.gpu_s_per_unit if home + streamed else 0.0
+    _add_step(lanes, on_cpu * cost.cpu_s_per_unit, gpu_s, cost.handover_s * (on_cpu > 0), cost.launch_s, on_gpu)
+    from_dram = streamed + on_cpu + (home if hardware.unified_memory else 0)
+    lanes["dram"] += from_dram * shard.unit_bytes / hardware.dram_bytes_per_s
+    if streamed:
+        lanes["pcie"] += streamed * shard.unit_bytes / hardware.h2d_bytes_per_s
+    return on_cpu
+
+
+def _add_attention(
+    lanes: dict[str, float],
+    shard: KvShard,
+    placement: KvPlacement,
+    cpu_qkv_units: int,
+    workload: Workload,
+    hardware: HardwareProfile,
+    call: Call,
+    on_gpu: bool,
+) -> None:
+    """Add one layer's attention to `lanes` in place."""
+    cost = attention_cost(shard, call, placement.gpu_tokens, workload, hardware, on_gpu)
+    on_gpu_groups, on_cpu_groups = placement.gpu_groups, shard.groups - placement.gpu_groups
+    handovers = attention_handovers(cpu_qkv_units, on_gpu_groups, shard.groups, cost.spilled_s_per_group > 0)
+    cpu_s = on_cpu_groups * cost.cpu_s_per_group + on_gpu_groups * cost.spilled_s_per_group
+    gpu_s = on_gpu_groups * cost.gpu_s_per_group
+    _add_step(lanes, cpu_s, gpu_s, handovers * cost.handover_s, cost.launch_s, on_gpu)
+    read = on_cpu_groups * cost.dram_bytes_per_group + on_gpu_groups * cost.spilled_bytes_per_group
+    lanes["dram"] += read / hardware.dram_bytes_per_s
 
 
 def _add_step(

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from placement.baselines import largest_layer_split, layer_split
-from placement.cost import RESOURCE_WORDS, PhaseCost, predict
+from placement.cost import predict
 from placement.hardware import HardwareProfile
+from placement.phase_cost import RESOURCE_WORDS, PhaseCost
 from placement.plan import Plan
 from placement.planner import BudgetError, make_plan, plan_with_alternatives, predict_plan
 from placement.policy import Policy, PolicyError

@@ -14,13 +14,13 @@ solver's tolerances.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from placement.constraints import KvBounds
 from placement.cost import Call, attention_cost, cpu_linear_s_per_unit, linear_cost, small_ops_s
+from placement.decisions import Budgets, Homes, Totals, WeightedCall, gpu_tokens_of
 from placement.hardware import HardwareProfile
 from placement.layer_classes import KvClass, LayerClass, LinearClass
 from placement.memory import kv_spilled_tokens, staging_piece_units
 from placement.program import INFINITY, Program, add
-from placement.workload import Workload, round_up, row_tier
+from placement.workload import Workload, row_tier
 
 # Class totals up to this many units are integers in the program; above it a unit is too small to matter.
 MAX_INTEGER_UNITS = 64
@@ -32,57 +32,12 @@ MAX_INTEGER_LAYERS = 8
 TIE_BREAK = 1e-4
 
 
-@dataclass(frozen=True, slots=True)
-class Budgets:
-    """Limits in bytes beside everything of fixed size. host includes pinned; None is no limit."""
-
-    gpu: float
-    pinned: float | None = None
-    host: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class WeightedCall:
-    """A pass and how often it counts in the objective. with_head: whether it computes logits."""
-
-    call: Call
-    weight: float
-    with_head: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Homes:
-    """Decisions shared by all row tiers: gpu units by (class, linear), gpu groups by class, which linears are pinned
-    and may stream, and the staging slot in bytes."""
-
-    gpu_units: dict[tuple[int, int], int]
-    gpu_groups: dict[int, int]
-    streaming: frozenset[tuple[int, int]]
-    slot_bytes: int
-
-
 @dataclass(slots=True)
 class _LinearVariables:
     gpu: int
     stream: dict[int, int] = field(default_factory=dict)
     cpu: dict[int, int] = field(default_factory=dict)
     cpu_layers: dict[int, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """A solution by class: units over all layers of the class, before they are spread over layers.
-
-    gpu: by (class, linear); stream, cpu_layers (those with a CPU share): by (class, linear, tier); groups,
-    attending_layers (those with CPU attention): by class; slot_bytes: size of a staging slot.
-    """
-
-    gpu: dict[tuple[int, int], float]
-    stream: dict[tuple[int, int, int], float]
-    cpu_layers: dict[tuple[int, int, int], float]
-    groups: dict[int, float]
-    attending_layers: dict[int, float]
-    slot_bytes: float
 
 
 class Formulation:
@@ -378,16 +333,3 @@ class Formulation:
                 whole = cls.count * shard.units <= MAX_INTEGER_UNITS
                 total += shard.unit_bytes * (cls.count if shard.units >= MANY_UNITS else 0 if whole else 1)
         return total
-
-
-def gpu_tokens_of(workload: Workload, shard, bounds: KvBounds, gpu_tokens: int) -> int:
-    """KV slots that a GPU-owned group of a layer keeps in GPU memory: the policy's, else `gpu_tokens`.
-
-    A sliding window never looks further back than itself, so its layers keep no more than that.
-    """
-    if bounds.gpu_tokens:
-        return bounds.gpu_tokens
-    if not shard.window:
-        return gpu_tokens
-    seen = round_up(min(shard.window, workload.max_context), workload.page_size) + workload.page_size
-    return min(gpu_tokens, max(workload.min_gpu_tokens, seen * workload.max_batch))

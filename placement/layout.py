@@ -6,7 +6,8 @@ Layers with CPU work come last in their class, so that the leading ones, held by
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from placement.formulation import MANY_UNITS, Totals, gpu_tokens_of
+from placement.decisions import Totals, gpu_tokens_of
+from placement.formulation import MANY_UNITS
 from placement.layer_classes import LayerClass, LinearClass
 from placement.memory import KvPlacement, LinearPlacement, staging_piece_units
 from placement.workload import NUM_ROW_TIERS, Workload

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from placement.cost import Call, pass_cost
-from placement.formulation import WeightedCall
+from placement.decisions import WeightedCall
 from placement.hardware import HardwareProfile
 from placement.memory import KvPlacement, LinearPlacement
 from placement.workload import ROW_TIER_LIMITS, Workload

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from placement.cost import PhaseCost
 from placement.memory import (
     MAX_STAGING_PIECE_BYTES,
     KvPlacement,
@@ -18,6 +17,7 @@ from placement.memory import (
     staging_piece_units,
     staging_slot_bytes,
 )
+from placement.phase_cost import PhaseCost
 from placement.workload import NUM_ROW_TIERS, ROW_TIER_LIMITS, ROW_TIER_NAMES, KvShard, LinearShard, Workload, row_tier
 
 __all__ = [

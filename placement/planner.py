@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from placement.constraints import bind
 from placement.cost import predict
-from placement.formulation import Budgets
+from placement.decisions import Budgets
 from placement.hardware import HardwareProfile
 from placement.memory import activation_bytes
 from placement.objective import objective_s, reference_batch, reference_calls, reference_context, reference_prompt

@@ -7,23 +7,13 @@ shard decides it.
 
 import difflib
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PrivateAttr,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from placement.units import format_bytes, parse_bytes
+from placement.policy_fields import CountField, PositiveField, Share, ShareField, SizeField, SlotsField
+from placement.units import format_bytes
 from placement.workload import ROW_TIER_NAMES
 from placement.yaml_events import MAX_BYTES, Document, Mark, YamlProblem, read_document
 from placement.yaml_events import Path as YamlPath
@@ -39,96 +29,6 @@ class PolicyError(ValueError):
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = tuple(problems)
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """Part of a linear: a fraction of its units, a number of units or a number of output features."""
-
-    kind: Literal["fraction", "units", "features"]
-    value: float
-
-    def __str__(self) -> str:
-        if self.kind == "fraction":
-            return repr(self.value)
-        return f"{int(self.value)} {self.kind}"
-
-
-def parse_share(value: Any) -> Share | None:
-    """Read `0.25`, `25%`, `12 units`, `512 features` or `auto` (None); ValueError says what is allowed."""
-    if value is None or value == "auto" or isinstance(value, Share):
-        return None if value == "auto" else value
-    if isinstance(value, str):
-        number, _, unit = value.strip().partition(" ")
-        if unit in ("units", "unit", "features", "feature") and number.isdigit():
-            return Share("units" if unit.startswith("unit") else "features", int(number))
-        if value.endswith("%"):
-            value = _percent(value)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
-        return Share("fraction", float(value))
-    raise ValueError("must be a fraction from 0 to 1, a percentage, '12 units', '512 features' or auto")
-
-
-def _percent(text: str) -> float:
-    try:
-        return float(text[:-1]) / 100
-    except ValueError:
-        return -1.0
-
-
-def _parse_count(value: Any) -> int | Literal["all"] | None:
-    if value is None or value == "auto":
-        return None
-    if value == "all" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
-        return value
-    raise ValueError("must be a whole number >= 0, all or auto")
-
-
-def _parse_size(value: Any) -> int | None:
-    return None if value is None or value == "auto" else parse_bytes(value)
-
-
-def _parse_positive(value: Any) -> int | None:
-    if value is None or value == "auto":
-        return None
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return value
-    raise ValueError("must be a whole number >= 1 or auto")
-
-
-def _parse_slots(value: Any) -> int | None:
-    if value is None or value == "auto":
-        return None
-    if isinstance(value, int) and not isinstance(value, bool) and (value == 0 or value >= 2):
-        return value
-    raise ValueError("must be 0 (nothing may stream), a whole number >= 2, or auto")
-
-
-def _auto_or(*schemas: dict[str, Any]) -> WithJsonSchema:
-    return WithJsonSchema({"anyOf": [*schemas, {"const": "auto"}]})
-
-
-ShareField = Annotated[
-    Any,
-    BeforeValidator(parse_share),
-    PlainSerializer(lambda share: None if share is None else str(share)),
-    _auto_or(
-        {"type": "number", "minimum": 0, "maximum": 1},
-        {"type": "string", "pattern": r"^(\d+(\.\d+)?%|\d+ (units?|features?))$"},
-    ),
-]
-CountField = Annotated[
-    Any, BeforeValidator(_parse_count), _auto_or({"type": "integer", "minimum": 0}, {"const": "all"})
-]
-SizeField = Annotated[
-    int | None,
-    BeforeValidator(_parse_size),
-    _auto_or({"type": "integer", "minimum": 1}, {"type": "string", "pattern": r"^\d+(\.\d+)? ?([KMGT]i?B?|B)?$"}),
-]
-SlotsField = Annotated[
-    int | None, BeforeValidator(_parse_slots), _auto_or({"const": 0}, {"type": "integer", "minimum": 2})
-]
-PositiveField = Annotated[int | None, BeforeValidator(_parse_positive), _auto_or({"type": "integer", "minimum": 1})]
 
 
 class _Strict(BaseModel):

@@ -6,7 +6,8 @@ Every candidate is judged by the cost model itself, so the prediction that a pla
 from dataclasses import dataclass, replace
 
 from placement.constraints import Bounds
-from placement.formulation import Budgets, Formulation, Homes, WeightedCall
+from placement.decisions import Budgets, Homes, WeightedCall
+from placement.formulation import Formulation
 from placement.hardware import HardwareProfile
 from placement.layer_classes import LayerClass, layer_classes, single_layers
 from placement.layout import Layout, lay_out, placements, streams

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from placement.memory import KINDS, PLACES, KvPlacement, LinearPlacement, kv_dram_bytes, kv_gpu_bytes
+from placement.phase_cost import RESOURCE_WORDS
 from placement.plan import Group, Plan, Prediction, grouped
 from placement.units import format_bytes
 from placement.workload import NUM_ROW_TIERS
@@ -32,8 +33,6 @@ def plan_table(plan: Plan, width: int) -> str:
 
 def prediction_lines(predicted: Prediction) -> list[str]:
     """Predicted tokens/s of both phases, each with its binding resource, and decode along the context."""
-    from placement.cost import RESOURCE_WORDS
-
     lines = [f"predicted on {predicted.hardware} ({predicted.objective}):"]
     for cost in (predicted.decode, predicted.prefill):
         what = f"{cost.rows} sequence(s)" if cost.phase == "decode" else f"{cost.rows} tokens"

@@ -7,7 +7,7 @@ from planning_models import tiny
 
 from placement import HardwareProfile, Policy, PolicyError, make_plan, policy_schema, shipped_policies
 from placement.constraints import bind, matches
-from placement.policy import Share, parse_share
+from placement.policy_fields import Share, parse_share
 from placement.units import format_bytes, parse_bytes
 
 EMULATED = HardwareProfile.named("emulated")

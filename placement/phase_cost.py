@@ -1,0 +1,61 @@
+"""The predicted cost of a phase: its time, and which resource decides it."""
+
+from dataclasses import dataclass
+
+RESOURCES = ("steps", "cpu", "pcie", "dram", "gpu")
+RESOURCE_WORDS = {
+    "steps": "lanes waiting for each other",
+    "cpu": "the CPU lane",
+    "pcie": "PCIe",
+    "dram": "DRAM bandwidth",
+    "gpu": "the GPU",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseCost:
+    """Predicted cost of a phase.
+
+    phase: decode | prefill; rows: sequences of a decode step or tokens of a prompt; context: tokens cached before;
+    seconds: of the step or of the whole prompt; lanes: seconds each resource needs when nothing waits.
+    """
+
+    phase: str
+    rows: int
+    context: int
+    seconds: float
+    lanes: tuple[tuple[str, float], ...]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Rows per second."""
+        return self.rows / self.seconds if self.seconds > 0 else float("inf")
+
+    @property
+    def binding(self) -> str:
+        """The resource that decides the time: the one that needs longest by itself, or `steps` when waiting decides."""
+        lanes = dict(self.lanes)
+        alone = max((name for name in lanes if name != "steps"), key=lambda name: lanes[name])
+        return alone if lanes[alone] >= 0.9 * self.seconds else max(alone, "steps", key=lambda name: lanes[name])
+
+    @property
+    def slack(self) -> dict[str, float]:
+        """Share of the time for which each resource is idle, 0 to 1."""
+        return {
+            name: max(0.0, 1.0 - seconds / self.seconds) if self.seconds > 0 else 1.0
+            for name, seconds in self.lanes
+            if name != "steps"
+        }
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return {
+            "phase": self.phase,
+            "rows": self.rows,
+            "context": self.context,
+            "seconds": self.seconds,
+            "tokens_per_s": self.tokens_per_s,
+            "binding": self.binding,
+            "slack": self.slack,
+            "lanes_s": dict(self.lanes),
+        }
