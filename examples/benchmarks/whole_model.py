@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -37,6 +38,7 @@ from random_checkpoint import MODEL_FILE, SHAPES, write_checkpoint
 HERE = Path(__file__).resolve().parent
 GGUF_TYPES = {"bf16": "BF16", "q8": "Q8_0", "q4": "Q4_0"}
 CHECK_TOKENS = [7, 77, 777, 3, 33, 333, 9, 99, 999, 1, 11, 111]
+SPINNING_S = 0.1  # threads of the side that has just answered may spin for some 20 ms
 # Squared error of the logits over their square; two unrelated models give 2. Weights of q4 and Q4_0 are rounded by
 # different rules, each to about 0.7 % of its square in every layer.
 MAX_LOGITS_NMSE = {"bf16": 0.02, "q8": 0.05, "q4": 1.0}
@@ -172,6 +174,7 @@ def measure(
     runs: dict[Worker, list[float]] = {side: [] for side in sides}
     for _ in range(bench.options.repetitions):
         for side in sides:
+            time.sleep(SPINNING_S)
             runs[side].append(figure(side, comparison))
     median = {side: statistics.median(values) for side, values in runs.items()}
     why = bench.missing[comparison.peer]
