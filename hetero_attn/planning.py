@@ -1,5 +1,6 @@
 """From a model and a wish to a plan: config and file headers in, nothing loaded."""
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,7 +132,10 @@ def choose_weight_dtype(dtype: str, config: ModelConfig, path: Path) -> str:
 
 
 def choose_device(device: str, hardware: HardwareProfile | str | None) -> str:
-    """The device to plan for: the wish, or for `auto` CUDA where the machine has it and the CPU elsewhere."""
+    """The device to plan for: the wish, or for `auto` the given hardware's, or the CPU.
+
+    Warns where `auto` passes over a GPU, because no CUDA lane runs yet.
+    """
     _check_choice("device", device.partition(":")[0], DEVICES)
     if device != "auto":
         return device
@@ -140,7 +144,10 @@ def choose_device(device: str, hardware: HardwareProfile | str | None) -> str:
         return "cuda" if profile.has_gpu else "cpu"
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        message = "this machine has a GPU, but the CUDA lanes are not connected in this version: device='auto' is the CPU"
+        warnings.warn(message, stacklevel=3)
+    return "cpu"
 
 
 def choose_context(max_context: int | None, config: ModelConfig) -> int:
