@@ -10,14 +10,23 @@ def expect(condition: bool, message: str) -> None:
 
 
 def check_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype | tuple, shape: tuple) -> None:
-    """A CPU tensor of this dtype and shape (None: any size) whose last dimension is contiguous; else ValueError."""
-    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+    """A CPU tensor of this dtype and shape (None: any size) whose last dimension is contiguous; else ValueError.
+
+    Every op of every layer comes through here, so the usual case is decided by four attribute reads.
+    """
+    have = tensor.shape
+    fits = have == shape or (len(have) == len(shape) and all(want in (None, size) for want, size in zip(shape, have)))
+    right_dtype = tensor.dtype in dtype if isinstance(dtype, tuple) else tensor.dtype is dtype
+    if not (fits and right_dtype and tensor.is_cpu and (not have or have[-1] <= 1 or tensor.stride(-1) == 1)):
+        _explain(name, tensor, dtype if isinstance(dtype, tuple) else (dtype,), shape, fits)
+
+
+def _explain(name: str, tensor: torch.Tensor, dtypes: tuple, shape: tuple, fits: bool) -> None:
+    if not tensor.is_cpu:
+        raise ValueError(f"{name} is on {tensor.device}; the CPU kernels need it in host memory")
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} is {tensor.dtype}; it must be {' or '.join(str(item) for item in dtypes)}")
-    if tensor.dim() != len(shape) or any(want not in (None, have) for want, have in zip(shape, tensor.shape)):
+    if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be [{wanted}]")
-    if tensor.shape and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; it must be contiguous there")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} is on {tensor.device}; the CPU kernels need it in host memory")
+    raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; it must be contiguous there")

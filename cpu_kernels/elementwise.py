@@ -4,6 +4,7 @@ import torch
 
 from .attention import KV_DTYPES, bits_of, check_pages
 from .checks import check_tensor, expect
+from .elementwise_layout import MERGE_PARTS
 from .team import Team
 
 
@@ -138,19 +139,18 @@ def merge(
     if out.numel() == 0:
         return
     parts = [(part.contiguous(), part_lse.contiguous()) for part, part_lse in zip(outs, lses)]
-    table = torch.tensor([[part.data_ptr(), part_lse.data_ptr()] for part, part_lse in parts], dtype=torch.int64)
     to = out if out.is_contiguous() else torch.empty(shape)
     lse_to = lse if lse.is_contiguous() else torch.empty(shape[:-1])
-    team.run(
-        ("elementwise_kernel", "merge"),
-        0,
-        table.data_ptr(),
-        len(parts),
-        to.data_ptr(),
-        lse_to.data_ptr(),
-        lse_to.numel(),
-        shape[-1],
-    )
+    copies = [pair for pair, own in zip(parts, zip(outs, lses)) if pair[0] is not own[0] or pair[1] is not own[1]]
+    if team.is_recording:
+        expect(not copies and to is out and lse_to is lse, "merge can be recorded with contiguous tensors only")
+    while parts:
+        taken, parts = parts[:MERGE_PARTS], parts[MERGE_PARTS:]
+        addresses = [tensor.data_ptr() for pair in taken for tensor in pair]
+        kernel = ("elementwise_kernel", "merge")
+        team.run(kernel, 0, len(taken), to.data_ptr(), lse_to.data_ptr(), lse_to.numel(), shape[-1], *addresses)
+        # A row reads all its inputs before it is written, so what is merged so far may be an input of the next round.
+        parts = [(to, lse_to), *parts] if parts else []
     if to is not out:
         out.copy_(to)
     if lse_to is not lse:

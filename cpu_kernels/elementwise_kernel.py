@@ -14,7 +14,7 @@ from numba import types
 
 from .chunks import fail, parameter, real_parameter, take
 from .compiler import helper
-from .elementwise_layout import MERGE_ROWS, SILU_UNITS
+from .elementwise_layout import MERGE_FIRST, MERGE_ROWS, SILU_UNITS
 from .vector import (
     add,
     div,
@@ -180,31 +180,30 @@ def rope_append(kv_dtype: str):
 
 
 def merge():
-    """Parameters: scratch, table of partials' (out, lse) addresses, count, out, lse, rows, head_dim; all contiguous."""
+    """Parameters: scratch, count, out, lse, rows, head_dim, then (out, lse) of every partial; all contiguous."""
 
     def kernel(arguments, thread):
-        table, count = parameter(arguments, 1), parameter(arguments, 2)
-        out, lse = parameter(arguments, 3), parameter(arguments, 4)
-        rows, head_dim = parameter(arguments, 5), parameter(arguments, 6)
+        count, out, lse = parameter(arguments, 1), parameter(arguments, 2), parameter(arguments, 3)
+        rows, head_dim = parameter(arguments, 4), parameter(arguments, 5)
         chunk = take(arguments, 0)
         while chunk * MERGE_ROWS < rows:
             for row in range(chunk * MERGE_ROWS, least(rows, (chunk + 1) * MERGE_ROWS)):
                 largest = MINUS_INFINITY
                 for part in range(count):
-                    value = load_scalar(load_i64(table + 16 * part + 8) + 4 * row)
+                    value = load_scalar(parameter(arguments, MERGE_FIRST + 2 * part + 1) + 4 * row)
                     if not value <= largest:
                         largest = value
                 m = splat(ZERO if largest == MINUS_INFINITY else largest)
                 total = splat(ZERO)
                 for part in range(count):
-                    total = add(total, exp(sub(splat(load_scalar(load_i64(table + 16 * part + 8) + 4 * row)), m)))
+                    total = add(total, exp(sub(splat(load_scalar(parameter(arguments, MERGE_FIRST + 2 * part + 1) + 4 * row)), m)))
                 empty = largest == MINUS_INFINITY
                 inverse = div(splat(ONE), splat(ONE) if empty else total)
                 for i in range(0, head_dim, 16):
                     value = splat(ZERO)
                     for part in range(count):
-                        source = load_i64(table + 16 * part) + 4 * (row * head_dim + i)
-                        weight = exp(sub(splat(load_scalar(load_i64(table + 16 * part + 8) + 4 * row)), m))
+                        source = parameter(arguments, MERGE_FIRST + 2 * part) + 4 * (row * head_dim + i)
+                        weight = exp(sub(splat(load_scalar(parameter(arguments, MERGE_FIRST + 2 * part + 1) + 4 * row)), m))
                         value = fma(mul(load_f32_tail(source, head_dim - i), weight), inverse, value)
                     store_f32_tail(value, out + 4 * (row * head_dim + i), head_dim - i)
                 scalar = sum_lanes(keep_below(total, 1, ZERO))

@@ -51,8 +51,8 @@ from .vector import (
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 HALF_MAX = np.float32(65504.0)
-SHRINK_STEPS = 7
-SHRINK = np.float32(0.02)  # of the range, per step and side: beyond 12 % Gaussian groups only get worse
+SHRINK_STEPS = 4
+SHRINK = np.float32(0.025)  # of the range, per step and side; a 7 x 7 grid finds 0.2 % less error in twice the time
 REFITS = 3
 
 

@@ -146,6 +146,11 @@ class Team:
             shared.drive(ctypes.addressof(self._result), None, shared.control, 0)
             return self._failure.value
 
+    @property
+    def is_recording(self) -> bool:
+        """True inside record: ops must not pass addresses of tensors that nobody keeps."""
+        return self._recording is not None
+
     def record(self, work: Callable[[], None]) -> list[RecordedOp]:
         """The ops that `work` would run, with their checks done and nothing computed; one thread at a time records."""
         self._recording = []

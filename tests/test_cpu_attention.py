@@ -203,3 +203,20 @@ def test_content_that_points_outside_the_pages_is_an_error(bounds, table, messag
 
     with pytest.raises(ValueError, match=message):
         kernels().decode_attention(q, pages, pages, entries, start, stop, 1.0, torch.empty(1, 1, 8), torch.empty(1, 1))
+
+
+def test_merge_of_many_strided_partials():
+    """More partials than one call takes, out of and into tensors that are not contiguous."""
+    torch.manual_seed(10)
+    outs = [torch.randn(3, 2, 24)[..., :20] for _ in range(33)]
+    lses = [torch.randn(3, 2) for _ in outs]
+    out, memory = guarded(3, 2, 20)
+    lse, lse_memory = guarded(3, 2)
+
+    kernels().merge(outs, lses, out, lse)
+
+    total = torch.logsumexp(torch.stack(lses).double(), 0)
+    weights = torch.exp(torch.stack(lses).double() - total)[..., None]
+    assert only_inside_written(memory) and only_inside_written(lse_memory)
+    assert nmse(out, (weights * torch.stack(outs)).sum(0)) < ATTENTION_NMSE
+    assert torch.allclose(lse.double(), total, rtol=LSE_ERROR)
