@@ -1,4 +1,4 @@
-"""decode_attention and prefill_attention over paged K and V, and the checks that keep the kernels inside their pages."""
+"""decode_attention and prefill_attention over paged K and V, and the checks that keep them inside their pages."""
 
 import struct
 

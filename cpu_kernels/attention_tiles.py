@@ -1,12 +1,12 @@
-"""What decode and prefill attention share: key addresses, the softmax of a tile, the weighted sum of V, heads in and out.
+"""What decode and prefill attention share: key addresses, softmax of a tile, weighted sum of V, heads in and out.
 
 For 64 keys at a time, with scores s already in a first-level buffer:
     m' = max(m, max s)    p = 2^(s - m')    l' = l 2^(m - m') + sum p    acc' = acc 2^(m - m') + p V
 Scores include log2(e), so m counts powers of two until the end. acc stays in memory of its own, 2 registers per head
 while a 64-byte column strip of V passes by (Rabe and Staats, arXiv 2112.05682).
 
-bf16: a 64-byte line holds 32 values; even and odd ones are widened into two registers, so acc is kept as evens then odds
-of every 32 dims until it is written. fp32: a line is one register.
+bf16: a 64-byte line holds 32 values; even and odd ones are widened into two registers, so acc is kept as evens then
+odds of every 32 dims until it is written. fp32: a line is one register.
 """
 
 
@@ -192,7 +192,7 @@ def softmax_tile(scores, first, keys, scale, running, correction):
 
 @helper
 def key_rows(arguments, table, position, keys, k_rows, v_rows):
-    """Addresses of the K and V rows of `keys` positions; the last one repeats up to KEY_TILE. False: a page is invalid."""
+    """Addresses of the K and V rows of `keys` positions; the last one repeats to KEY_TILE. False: a page is invalid."""
     page_size, num_pages = parameter(arguments, P_PAGE_SIZE), parameter(arguments, P_NUM_PAGES)
     k, k_page, k_row = parameter(arguments, P_K), parameter(arguments, P_K_PAGE), parameter(arguments, P_K_ROW)
     v, v_page, v_row = parameter(arguments, P_V), parameter(arguments, P_V_PAGE), parameter(arguments, P_V_ROW)

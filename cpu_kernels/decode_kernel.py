@@ -153,7 +153,8 @@ def attend(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int):
 
     @helper
     def item(arguments, table, start, stop, q, q_bytes, acc, acc_bytes, running, heads, work):
-        head_dim, scale = parameter(arguments, P_HEAD_DIM), splat(types.float32(real_parameter(arguments, P_SCALE) * LOG2_E))
+        head_dim = parameter(arguments, P_HEAD_DIM)
+        scale = splat(types.float32(real_parameter(arguments, P_SCALE) * LOG2_E))
         k_rows, v_rows = work, work + 2 * NEXT_TILE
         corrections = work + THREAD_ADDRESSES
         scores = corrections + 4 * heads + 64

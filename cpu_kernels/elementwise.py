@@ -129,7 +129,7 @@ def merge(
     team: Team, outs: list[torch.Tensor], lses: list[torch.Tensor], out: torch.Tensor, lse: torch.Tensor
 ) -> None:
     """See CpuKernels.merge."""
-    expect(len(outs) == len(lses) and outs, f"merge needs as many outs as lses, at least one; got {len(outs)}, {len(lses)}")
+    expect(len(outs) == len(lses) > 0, f"merge needs as many outs as lses, at least one: {len(outs)}, {len(lses)}")
     shape = tuple(out.shape)
     check_tensor("out", out, torch.float32, shape)
     check_tensor("lse", lse, torch.float32, shape[:-1])

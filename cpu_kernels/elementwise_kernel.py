@@ -2,7 +2,7 @@
 
 rms_norm      y = x * weight / sqrt(mean(x^2) + eps)
 silu_mul      y = gate / (1 + exp(-gate)) * up
-rope_append   per head: optional RMS norm, then (a, b) -> (a cos - b sin, b cos + a sin) for pairs (i, i + rotary_dim/2);
+rope_append   per head: optional RMS norm, then (a, b) -> (a cos - b sin, b cos + a sin) on (i, i + rotary_dim/2);
               q to its output, k and v to their slots in the pages
 merge         w_i = exp(lse_i - max lse); out = sum w_i out_i / sum w_i; lse = max + log sum w_i
 """
@@ -73,8 +73,9 @@ def rms_norm():
                 store_f32(value, to + 4 * i)
                 i += 16
             if i < hidden:
-                value = mul(mul(load_f32_tail(source + 4 * i, hidden - i), factor), load_f32_tail(weight + 4 * i, hidden - i))
-                store_f32_tail(value, to + 4 * i, hidden - i)
+                left = hidden - i
+                value = mul(mul(load_f32_tail(source + 4 * i, left), factor), load_f32_tail(weight + 4 * i, left))
+                store_f32_tail(value, to + 4 * i, left)
             row = take(arguments, 0)
 
     return kernel
@@ -179,6 +180,18 @@ def rope_append(kv_dtype: str):
     return kernel
 
 
+@helper
+def part_lse(arguments, part, row):
+    """The lse of one partial's row."""
+    return load_scalar(parameter(arguments, MERGE_FIRST + 2 * part + 1) + 4 * row)
+
+
+@helper
+def part_weight(arguments, part, row, m):
+    """exp(lse - m) in all lanes."""
+    return exp(sub(splat(part_lse(arguments, part, row)), m))
+
+
 def merge():
     """Parameters: scratch, count, out, lse, rows, head_dim, then (out, lse) of every partial; all contiguous."""
 
@@ -190,20 +203,20 @@ def merge():
             for row in range(chunk * MERGE_ROWS, least(rows, (chunk + 1) * MERGE_ROWS)):
                 largest = MINUS_INFINITY
                 for part in range(count):
-                    value = load_scalar(parameter(arguments, MERGE_FIRST + 2 * part + 1) + 4 * row)
+                    value = part_lse(arguments, part, row)
                     if not value <= largest:
                         largest = value
                 m = splat(ZERO if largest == MINUS_INFINITY else largest)
                 total = splat(ZERO)
                 for part in range(count):
-                    total = add(total, exp(sub(splat(load_scalar(parameter(arguments, MERGE_FIRST + 2 * part + 1) + 4 * row)), m)))
+                    total = add(total, part_weight(arguments, part, row, m))
                 empty = largest == MINUS_INFINITY
                 inverse = div(splat(ONE), splat(ONE) if empty else total)
                 for i in range(0, head_dim, 16):
                     value = splat(ZERO)
                     for part in range(count):
                         source = parameter(arguments, MERGE_FIRST + 2 * part) + 4 * (row * head_dim + i)
-                        weight = exp(sub(splat(load_scalar(parameter(arguments, MERGE_FIRST + 2 * part + 1) + 4 * row)), m))
+                        weight = part_weight(arguments, part, row, m)
                         value = fma(mul(load_f32_tail(source, head_dim - i), weight), inverse, value)
                     store_f32_tail(value, out + 4 * (row * head_dim + i), head_dim - i)
                 scalar = sum_lanes(keep_below(total, 1, ZERO))

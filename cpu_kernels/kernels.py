@@ -60,8 +60,8 @@ class CpuKernels:
     def record(self, work: Callable[[], None]) -> Program:
         """The ops that `work` calls, checked and laid out once, to be run again and again without Python between them.
 
-        Nothing is computed now. A run reads and writes the very tensors that `work` used, which must stay alive and in place;
-        what they hold may change between runs. `work` must compute with this object's ops alone.
+        Nothing is computed now. A run reads and writes the very tensors that `work` used, which must stay alive and in
+        place; what they hold may change between runs. `work` must compute with this object's ops alone.
         """
         return Program(self._team, work)
 
@@ -72,8 +72,8 @@ class CpuKernels:
     def pack(self, rows: torch.Tensor, weight_dtype: str, out: torch.Tensor) -> None:
         """Quantise or copy weights into the packed layout.
 
-        rows: [num_blocks * 16, in_features] float32, bfloat16 or float16; out: uint8 [num_blocks, block_bytes], written.
-        Raises ValueError if a weight is NaN or infinite.
+        rows: [num_blocks * 16, in_features] float32, bfloat16 or float16; out: uint8 [num_blocks, block_bytes],
+        written. Raises ValueError if a weight is NaN or infinite.
         """
         pack.pack(self._team, rows, weight_dtype, out)
 
@@ -99,7 +99,11 @@ class CpuKernels:
         elementwise.rms_norm(self._team, x, weight, eps, out)
 
     def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
-        """out = silu(gate) * up. gate_up: float32 [rows, units * 32], per unit 16 gate | 16 up; out: [rows, units * 16]."""
+        """out = silu(gate) * up.
+
+        gate_up: float32 [rows, units * 32], a unit is 16 gate columns, then their 16 up columns; out: float32
+        [rows, units * 16], written.
+        """
         elementwise.silu_mul(self._team, gate_up, out)
 
     def rope_append(
@@ -178,5 +182,8 @@ class CpuKernels:
     def merge(
         self, outs: list[torch.Tensor], lses: list[torch.Tensor], out: torch.Tensor, lse: torch.Tensor
     ) -> None:
-        """Merge attention partials of disjoint key ranges: outs float32 [..., head_dim], lses [...]; writes out, lse."""
+        """Merge attention partials of disjoint key ranges; any number, in any order.
+
+        outs: float32 [..., head_dim] each; lses: float32 [...] each; out, lse: like one of them, written.
+        """
         elementwise.merge(self._team, outs, lses, out, lse)

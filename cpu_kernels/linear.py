@@ -1,7 +1,8 @@
 """linear: rows of activations times one packed weight, y = x W^T + bias; see layout.py and the two kernel files.
 
-Parameters of every linear kernel, in order: scratch, x, x row stride, rows, in_features, weight, num_blocks, block_bytes,
-bias (0: none), out, out row stride, accumulate, blocks per chunk, inputs per piece. Addresses and strides are in bytes.
+Parameters of every linear kernel, in order: scratch, x, x row stride, rows, in_features, weight, num_blocks,
+block_bytes, bias (0: none), out, out row stride, accumulate, blocks per chunk, inputs per piece. Addresses and
+strides are in bytes.
 """
 
 import torch

@@ -1,8 +1,9 @@
 """linear for fp32 and bf16 weights: y[r, f] = sum_i w[f, i] x[r, i], float32 accumulation, weights row-major.
 
 Both operands run along the inputs, so a register tile of `features` x `rows` vectors collects partial sums that are
-added across lanes once per output. Stage 0 (bf16 only) rounds the input rows to bf16; stage 1 hands out ranges of blocks.
-At few rows a thread reads the weights as one linear stream; at many, panels of rows pass over a range kept in cache.
+added across lanes once per output. Stage 0 (bf16 only) rounds the input rows to bf16; stage 1 hands out ranges of
+blocks. At few rows a thread reads the weights as one linear stream; at many, panels of rows pass over a range kept in
+cache.
 """
 
 from llvmlite import ir
@@ -191,7 +192,7 @@ def rows_as_they_are(arguments):
 
 
 def linear_dot(isa: Isa, weight_dtype: str, tile: int):
-    """Kernel for any number of rows in panels of `tile` (6, 4 or 1) rows, then 2, then 1; parameters as in linear.py."""
+    """Kernel for any number of rows in panels of `tile` (6, 4 or 1) rows, then 2, then 1; parameters: linear.py."""
     prepare = round_rows if weight_dtype == "bf16" else rows_as_they_are
     item_bytes = 2 if weight_dtype == "bf16" else 4
     multiply_1 = block_times_row(isa, weight_dtype)

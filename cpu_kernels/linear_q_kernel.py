@@ -1,4 +1,4 @@
-"""linear for q8 and q4 weights: y[r, f] = sum_g xs[r,g] * (scale[f,g] * sum_i q[f,i] xq[r,i]  +  min[f,g] * sum_i xq[r,i]).
+"""linear for q8 and q4 weights: y[r,f] = sum_g xs[r,g] (scale[f,g] sum_i q[f,i] xq[r,i] + min[f,g] sum_i xq[r,i]).
 
 Stage 0 quantises the input per row and group of 64 to int8 and lays it out in panels of up to `row_tile` rows, one
 record per group, so that the inner loop reads it from one pointer at constant offsets. Stage 1 hands out ranges of

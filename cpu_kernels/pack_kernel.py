@@ -2,8 +2,8 @@
 
 q8: of a few scales around absmax / 127, the one of least squared error. q4: of a grid of ranges inside [min, max], the
 one of least squared error, then the scale and minimum that fit its codes best (least squares) and the codes that fit
-those, as long as the error falls. Scale and minimum are rounded to float16 before codes are chosen, so the error that is
-compared is the error that the stored bytes have. A value that is not finite fails the call.
+those, as long as the error falls. Scale and minimum are rounded to float16 before codes are chosen, so the error that
+is compared is the error that the stored bytes have. A value that is not finite fails the call.
 """
 
 import numpy as np
@@ -14,9 +14,7 @@ from .chunks import fail, parameter, take
 from .compiler import helper
 from .layout import BLOCK_FEATURES, GROUP_INPUTS, LINE_BYTES, SUPERBLOCK_LINES
 from .vector import (
-    F32,
     HALF,
-    I8,
     I32,
     VF32,
     VI8,

@@ -1,10 +1,10 @@
 """prefill_attention: causal attention of many rows of one sequence, tiled over queries and keys.
 
-An item is (KV-head group, block of rows): its rows x heads are up to 64 query vectors that share one pass over the keys.
-A tile of 64 keys is transposed once, so that 16 keys are the lanes of a register and 4 queries x 64 keys fill 16 of them
-without sums across lanes; then softmax and the weighted sum of V as in attention_tiles.py. Causal and window masks become
-a visible range of lanes per row. Items are handed out from the end, where rows see most keys, so that the last ones
-to finish are short.
+An item is (KV-head group, block of rows): its rows x heads are up to 64 query vectors that share one pass over the
+keys. A tile of 64 keys is transposed once, so that 16 keys are the lanes of a register and 4 queries x 64 keys fill 16
+of them without sums across lanes; then softmax and the weighted sum of V as in attention_tiles.py. Causal and window
+masks become a visible range of lanes per row. Items are handed out from the end, where rows see most keys, so that the
+last ones to finish are short.
 """
 
 import math
@@ -76,7 +76,7 @@ KEY_VECTORS = KEY_TILE // LANES
 
 
 def transpose_block(kv_dtype: str):
-    """Intrinsic (row addresses, offset, items, to): a line of each of 16 keys -> 16 vectors of 16 keys, 256 bytes apart.
+    """Intrinsic (row addresses, offset, items, to): a line of each of 16 keys -> 16 vectors, 256 bytes apart.
 
     Four rounds exchange halves of lane groups between rows that are 8, 4, 2 and 1 apart.
     """
@@ -166,9 +166,8 @@ def prefill(isa: Isa, kv_dtype: str):
     @helper
     def attend_tile(arguments, first_row, group_heads, count, position, keys, work, k_t, scores, q, acc, running):
         """One tile of keys for all query vectors of the item."""
-        head_dim, scale = parameter(arguments, P_HEAD_DIM), splat(
-            types.float32(real_parameter(arguments, P_SCALE) * LOG2_E)
-        )
+        head_dim = parameter(arguments, P_HEAD_DIM)
+        scale = splat(types.float32(real_parameter(arguments, P_SCALE) * LOG2_E))
         lines = (head_dim + line_items - 1) // line_items
         q_bytes, acc_bytes = LINE_BYTES * lines, line_acc_bytes * lines
         corrections = scores + 4 * KEY_TILE * PREFILL_VALUES
@@ -214,8 +213,8 @@ def prefill(isa: Isa, kv_dtype: str):
             real = least(count - 1, vector)
             head = group * group_heads + real % group_heads
             row = first_row + real // group_heads
-            source = parameter(arguments, P_Q) + row * parameter(arguments, P_Q_ROW) + head * parameter(arguments, P_Q_HEAD)
-            load_q(source, head_dim, lines, q + vector * q_bytes)
+            source = parameter(arguments, P_Q) + row * parameter(arguments, P_Q_ROW)
+            load_q(source + head * parameter(arguments, P_Q_HEAD), head_dim, lines, q + vector * q_bytes)
             store_scalar(MINUS_INFINITY, running + 8 * vector)
             store_scalar(ZERO, running + 8 * vector + 4)
         for i in range(0, padded * acc_bytes, 64):
@@ -239,7 +238,8 @@ def prefill(isa: Isa, kv_dtype: str):
             attend_tile(arguments, first_row, group_heads, count, position, keys, work, k_t, scores, q, acc, running)
         for vector in range(count):
             head, row = group * group_heads + vector % group_heads, first_row + vector // group_heads
-            to = parameter(arguments, P_OUT) + row * parameter(arguments, P_OUT_ROW) + head * parameter(arguments, P_OUT_HEAD)
+            to = parameter(arguments, P_OUT) + row * parameter(arguments, P_OUT_ROW)
+            to += head * parameter(arguments, P_OUT_HEAD)
             lse = parameter(arguments, P_LSE) + row * parameter(arguments, P_LSE_ROW) + 4 * head
             m, total = load_scalar(running + 8 * vector), load_scalar(running + 8 * vector + 4)
             if m == MINUS_INFINITY:
@@ -251,7 +251,8 @@ def prefill(isa: Isa, kv_dtype: str):
         return True
 
     def kernel(arguments, thread):
-        q_len, groups, group_heads = parameter(arguments, P_BATCH), parameter(arguments, P_GROUPS), parameter(arguments, P_HEADS)
+        q_len, groups = parameter(arguments, P_BATCH), parameter(arguments, P_GROUPS)
+        group_heads = parameter(arguments, P_HEADS)
         work = parameter(arguments, 0) + thread * parameter(arguments, P_THREAD_BYTES)
         block_rows = most(1, PREFILL_VECTORS // group_heads)
         blocks = (q_len + block_rows - 1) // block_rows

@@ -15,7 +15,7 @@ from .team_layout import MAX_PARAMETERS, PROGRAM_COUNT, PROGRAM_ENTRY_BYTES, PRO
 
 
 class Program:
-    """The ops that one call of `work` makes. It has working memory of its own, so direct calls may come between runs."""
+    """The ops that one call of `work` makes. Its working memory is its own: direct calls may come between runs."""
 
     def __init__(self, team: Team, work: Callable[[], None]):
         ops = team.record(work)
@@ -40,8 +40,8 @@ class Program:
         if failure:
             (index,) = struct.unpack_from("=q", self._block.numpy(), PROGRAM_INDEX)
             raise RuntimeError(
-                f"op {index} ({self._names[index]}) of a recorded program stopped with code {failure}: a page table or a "
-                "length holds a value outside its range"
+                f"op {index} ({self._names[index]}) of a recorded program stopped with code {failure}: a page "
+                "table or a length holds a value outside its range"
             )
 
 

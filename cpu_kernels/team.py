@@ -3,10 +3,10 @@
 Why not numba's prange: it compiles slowly, starts a pool of its own beside torch's, and its fallback pool aborts the
 process when two threads call it. Here a member is a daemon Python thread inside a compiled loop without the GIL.
 
-Protocol (offsets in team_layout.py). The caller writes kernel and arguments, opens the gate, advances the sequence, runs
-the kernel itself, closes the gate and waits until nobody is inside. A member that sees a new sequence adds one to the
-gate; if the gate was open it runs the kernel; it subtracts one either way. So kernel and arguments never change while a
-member may read them, and a member that is asleep is not waited for: the others take its chunks (chunks.py).
+Protocol (offsets in team_layout.py). The caller writes kernel and arguments, opens the gate, advances the sequence,
+runs the kernel itself, closes the gate and waits until nobody is inside. A member that sees a new sequence adds one to
+the gate; if the gate was open it runs the kernel; it subtracts one either way. So kernel and arguments never change
+while a member may read them, and a member that is asleep is not waited for: the others take its chunks (chunks.py).
 An idle member spins, then yields, then naps, and after about 20 ms waits in Python on an event and burns nothing.
 """
 
@@ -23,7 +23,18 @@ import torch
 from . import topology
 from .cache import KernelStore, as_function
 from .isa import Isa
-from .team_layout import ARGUMENT_BYTES, ARGUMENTS, CONTROL_BYTES, FAILURE, GATE, KERNEL, MAX_PARAMETERS, OPEN, PARAMETERS, STOP
+from .team_layout import (
+    ARGUMENT_BYTES,
+    ARGUMENTS,
+    CONTROL_BYTES,
+    FAILURE,
+    GATE,
+    KERNEL,
+    MAX_PARAMETERS,
+    OPEN,
+    PARAMETERS,
+    STOP,
+)
 
 
 class RecordedOp(NamedTuple):
@@ -84,7 +95,8 @@ def _stop(shared: _Shared, members: list[threading.Thread]) -> None:
 
 
 class Team:
-    """num_threads threads, the caller included; `store` provides the kernels, `isa` is for those that ask; pin ties each member to its own core.
+    """num_threads threads, the caller included; `store` provides the kernels, `isa` is for those that ask; pin ties
+    each member to its own core.
 
     Any thread may call run; a lock lets one in at a time. A forked child has no members: run raises RuntimeError there.
     """
@@ -106,7 +118,8 @@ class Team:
         self._drive_all = None
         self._scratch_bytes = 0
         self._grow(1 << 16)
-        self._parameters = (ctypes.c_char * (ARGUMENT_BYTES - PARAMETERS)).from_address(self._shared.arguments + PARAMETERS)
+        space = ctypes.c_char * (ARGUMENT_BYTES - PARAMETERS)
+        self._parameters = space.from_address(self._shared.arguments + PARAMETERS)
         members = [
             threading.Thread(
                 target=_serve,
@@ -123,8 +136,8 @@ class Team:
     def run(self, kernel: tuple, scratch_bytes: int, *parameters: int) -> int:
         """Run a kernel, given as KernelStore.address takes it, on all threads; returns when all its work is done.
 
-        Its parameter 0 is the address of `scratch_bytes` of working memory, then come `parameters`. Returns the kernel's
-        failure code, 0 for none.
+        Its parameter 0 is the address of `scratch_bytes` of working memory, then come `parameters`. Returns the
+        kernel's failure code, 0 for none.
         Raises RuntimeError after close() and in a forked child.
         """
         shared = self._shared
@@ -161,7 +174,7 @@ class Team:
             self._recording = None
 
     def replay(self, program_address: int) -> int:
-        """Run a program laid out as in team_layout.py; returns the failure code of the op that stopped it, 0 for none."""
+        """Run a program laid out as in team_layout.py; returns the failure code that stopped it, 0 for none."""
         shared = self._shared
         if os.getpid() != self._pid:
             raise RuntimeError("this CpuKernels was made before a fork and has no threads here; make a new one")

@@ -39,7 +39,7 @@ NAPS = 300  # then naps of 60 us, about 20 ms, before the member parks in Python
 
 @helper
 def run_kernel(control):
-    """The caller's side of one op: open the gate, run the kernel as thread 0, close the gate, wait until it is empty."""
+    """The caller's side of one op: open the gate, run the kernel as thread 0, close it, wait until it is empty."""
     arguments = load_i64(control + ARGUMENTS)
     store_i64(0, arguments + FAILURE)
     for stage in range(STAGES):

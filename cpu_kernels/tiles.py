@@ -96,7 +96,7 @@ def finish_dots(features: int, rows: int):
 def fold_lanes(width):
     """Which of the 32 lanes of two vectors hold lower halves of their `width`-lane segments, in an order cheap to pick.
 
-    Down to 128-bit lanes whole lanes move; inside a lane the two vectors alternate, so that one in-lane shuffle does it.
+    Down to 128-bit lanes whole lanes move; inside a lane the two vectors alternate, so that one shuffle does it.
     """
     if width > 4:
         return [lane for lane in range(2 * LANES) if lane % width < width // 2]
@@ -110,7 +110,7 @@ def fold_lanes(width):
 def sum_each(b, vectors):
     """<16 x float> of the lane sums of 16 vectors, in order.
 
-    Neighbours fold into one vector that holds half sums of both, until one is left; `owners` tracks whose sum a lane is.
+    Neighbours fold into one vector that holds half sums of both, until one is left; `owners` says whose sum a lane is.
     """
     pieces = [(vector, [index] * LANES) for index, vector in enumerate(vectors)]
     width = LANES

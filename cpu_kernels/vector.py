@@ -1,9 +1,10 @@
 """Vector registers for numba: two value types of 16 lanes, F32x16 and I32x16, and the instructions on them.
 
 numba compiles scalars and leaves the vectors to LLVM's guess. Here a kernel says what it means: a value of type F32x16
-is one LLVM `<16 x float>` and `fma(a, b, c)` one instruction; LLVM splits it where the machine's registers are narrower,
-so the same kernel text serves AVX-512, AVX2 and arm64. Addresses are plain integers (bytes); nothing is bounds checked.
-An I32x16 also carries 64 bytes of packed weights or 32 bf16 pairs: only the dot products of isa.py know which.
+is one LLVM `<16 x float>` and `fma(a, b, c)` one instruction; LLVM splits it where the machine's registers are
+narrower, so the same kernel text serves AVX-512, AVX2 and arm64. Addresses are plain integers (bytes); nothing is
+bounds checked. An I32x16 also carries 64 bytes of packed weights or 32 bf16 pairs: only the dot products of isa.py
+know which.
 """
 
 from llvmlite import ir
@@ -116,7 +117,8 @@ def fma_value(builder, a, b, c):
 def lanes_below(builder, count):
     """Mask of the first `count` lanes; count is an i64, any value."""
     clamped = builder.select(builder.icmp_signed(">", count, ir.Constant(I64, LANES)), ir.Constant(I64, LANES), count)
-    return builder.icmp_signed("<", ir.Constant(VI32, list(range(LANES))), splat_value(builder, builder.trunc(clamped, I32)))
+    lanes, limit = ir.Constant(VI32, list(range(LANES))), splat_value(builder, builder.trunc(clamped, I32))
+    return builder.icmp_signed("<", lanes, limit)
 
 
 def masked_load(builder, address, vector_type, mask, suffix):

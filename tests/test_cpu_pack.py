@@ -48,7 +48,7 @@ def test_weights_on_the_grid_survive_exactly(weight_dtype):
 
 
 def ggml_round_trip(rows: torch.Tensor, weight_dtype: str) -> torch.Tensor:
-    """Q8_0 and Q4_0 of llama.cpp: blocks of 32, one float16 scale, Q4_0 from the signed extreme of largest magnitude."""
+    """Q8_0 and Q4_0 of llama.cpp: blocks of 32, one float16 scale, Q4_0 from the extreme of largest magnitude."""
     blocks = rows.reshape(-1, 32)
     if weight_dtype == "q8":
         scale = (blocks.abs().amax(-1, keepdim=True) / 127).half().float()

@@ -1,8 +1,9 @@
 """How close the CPU kernels come to what this machine's memory and cores can do.
 
-The ceiling comes first: a read-only sweep over the same bytes with the same threads. Then every op, dtype and row count:
-bytes or operations per second, and the share of the ceiling where memory is the limit. The repetitions of sweep and op
-are interleaved, so that both meet the same neighbours; medians are printed. On a machine that others use, trust shares.
+The ceiling comes first: a read-only sweep over the same bytes with the same threads. Then every op, dtype and row
+count: bytes or operations per second, and the share of the ceiling where memory is the limit. The repetitions of sweep
+and op are interleaved, so that both meet the same neighbours; medians are printed. On a machine that others use, trust
+shares.
 
     python examples/benchmarks/kernels_cpu.py [--threads N] [--isa NAME] [--rows 1,8,512] [--quick] [--json]
 
@@ -24,6 +25,7 @@ from cpu_kernels import CpuKernels, advise_huge_pages, layout
 HIDDEN = 2048
 ROWS = (1, 2, 4, 8, 16, 64, 512)
 STREAM_ROWS = 16  # up to here every call reads weights that no cache holds; above, a few MB are enough
+LABELS = ("weight_dtype", "rows", "tokens", "q_len", "head_dim", "group_heads")
 ATTENTION_SHAPES = ((64, 4, 8), (128, 4, 8), (128, 8, 4))  # head_dim, query heads per KV head, KV heads
 
 
@@ -97,7 +99,8 @@ def attentions(ops: CpuKernels, tokens: int, q_len: int, repetitions: int):
         cache = memory(2 * pages * 64 * head_dim * 2).view(torch.bfloat16).view(2, pages, 64, head_dim).normal_()
         table = torch.arange(pages, dtype=torch.int32).view(1, kv_heads, -1)
         bounds = torch.zeros(1, dtype=torch.int32), torch.full((1,), tokens, dtype=torch.int32)
-        q, out, lse = torch.randn(q_len, num_heads, head_dim), torch.empty(q_len, num_heads, head_dim), torch.empty(q_len, num_heads)
+        q, lse = torch.randn(q_len, num_heads, head_dim), torch.empty(q_len, num_heads)
+        out = torch.empty_like(q)
         scale = head_dim**-0.5
 
         def decode():
@@ -110,7 +113,8 @@ def attentions(ops: CpuKernels, tokens: int, q_len: int, repetitions: int):
         (prefill_s,) = interleaved([prefill], 3)
         labels = {"head_dim": head_dim, "group_heads": group_heads}
         size, pairs = cache.nbytes, num_heads * q_len * (q_len + 1) / 2
-        yield result("decode_attention", decode_s, sweep_s, size, 4 * num_heads * tokens * head_dim, tokens=tokens, **labels)
+        operations = 4 * num_heads * tokens * head_dim
+        yield result("decode_attention", decode_s, sweep_s, size, operations, tokens=tokens, **labels)
         yield result("prefill_attention", prefill_s, prefill_s, 0, 4 * pairs * head_dim, q_len=q_len, **labels)
 
 
@@ -133,7 +137,7 @@ def elementwise(ops: CpuKernels, repetitions: int):
 
 def line(row: dict) -> str:
     """A row of the table."""
-    labels = " ".join(f"{key}={value}" for key, value in row.items() if key in ("weight_dtype", "rows", "head_dim", "group_heads", "tokens", "q_len"))
+    labels = " ".join(f"{key}={row[key]}" for key in LABELS if key in row)
     text = f"{row['op']:18s} {labels:42s} {row['ms']:10.3f} ms"
     if row["share_of_ceiling"] < 1 or row["op"] in ("linear", "decode_attention"):
         text += f" {row['gb_per_s']:7.1f} of {row['ceiling_gb_per_s']:5.1f} GB/s = {row['share_of_ceiling']:4.2f}"
@@ -146,11 +150,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="threads, the caller included (default: physical cores)")
     parser.add_argument("--isa", help="instruction set path (default: the best of this CPU)")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="row counts of linear")
-    parser.add_argument("--quick", action="store_true", help="small weights and few repetitions: a smoke test, no result")
+    parser.add_argument("--quick", action="store_true", help="small weights, few repetitions: a smoke test")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     options = parser.parse_args()
     say = (lambda text: None) if options.json else (lambda text: print(text, flush=True))
-    size, tokens, q_len, repetitions = (2 << 20, 256, 64, 1) if options.quick else (128 << 20, 16384, 512, 15)
+    size, tokens, q_len, repetitions = (2 << 20, 256, 64, 1) if options.quick else (128 << 20, 32768, 512, 15)
     with CpuKernels(options.threads, isa=options.isa, on_compile=lambda name: say(f"compiling {name}")) as ops:
         machine = {
             "cpu": platform.processor() or platform.machine(),
