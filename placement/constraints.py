@@ -72,6 +72,12 @@ def bind(policy: Policy, workload: Workload, device: str) -> Bounds:
                 f"{policy.where(('rules', index, 'match'))}: {rule.match!r} decides nothing: "
                 f"{_why_idle(policy, index, workload)}"
             )
+    if policy.staging_slots == 0:
+        problems += [
+            f"{policy.where(('staging_slots',))}: 0 lets nothing stream, a rule streams {shard.name}; give 2 or more"
+            for shard, limits in zip(workload.linears, linears, strict=True)
+            if any(limits.stream[tier] for tier in range(NUM_ROW_TIERS))
+        ][:1]
     if problems:
         raise PolicyError(list(dict.fromkeys(problems)))
     return Bounds(tuple(linears), tuple(kv))

@@ -20,7 +20,7 @@ from placement.hardware import HardwareProfile
 from placement.layer_classes import KvClass, LayerClass, LinearClass
 from placement.memory import kv_spilled_tokens, staging_piece_units
 from placement.program import INFINITY, Program, add
-from placement.workload import Workload, row_tier
+from placement.workload import NUM_ROW_TIERS, Workload, row_tier
 
 # Class totals up to this many units are integers in the program; above it a unit is too small to matter.
 MAX_INTEGER_UNITS = 64
@@ -134,10 +134,9 @@ class Formulation:
         integer = total <= MAX_INTEGER_UNITS
         fixed = self.homes.gpu_units[c, i] if self.homes else None if bounds.gpu is None else count * bounds.gpu
         variables = _LinearVariables(self._whole(fixed, total, integer))
-        for weighted in self.calls:
-            tier = self._tier(linear, weighted)
-            if tier is None or tier in variables.stream:
-                continue
+        tiers = {self._tier(linear, weighted) for weighted in self.calls} - {None}
+        tiers |= {tier for tier in range(NUM_ROW_TIERS) if (bounds.stream[tier], bounds.cpu[tier]) != (None, None)}
+        for tier in sorted(tiers):
             stream, cpu = (
                 None if value is None else count * value for value in (bounds.stream[tier], bounds.cpu[tier])
             )
@@ -165,11 +164,12 @@ class Formulation:
         """slot >= min(streamed units of one linear, piece) * unit_bytes, and what streams is pinned."""
         program, shard = self.program, linear.shard
         piece, unit = min(shard.units, staging_piece_units(shard)), shard.unit_bytes / self.bytes_scale
-        fixed = max((s for s in linear.bounds.stream if s), default=0)
-        most, streams = program.variable(fixed, shard.units), program.variable(0 if not fixed else 1, 1, integer=True)
+        most, streams = program.variable(0, shard.units), program.binary()
         for tier, stream in variables.stream.items():
-            # Rounded up, the layers of a class stream up to one unit more than their mean; the layout caps the rest.
-            uneven = 0 if self.homes or linear.bounds.stream[tier] is not None else count - 1
+            # Rounded to whole units, layers stream up to one more than their mean, and so does one whose home is
+            # rounded down beside a fixed CPU width; elsewhere the layout caps what the slot cannot take.
+            rounded_home = linear.bounds.cpu[tier] is not None and count * shard.units > MAX_INTEGER_UNITS
+            uneven = 0 if self.homes or linear.bounds.stream[tier] is not None else count - 1 + rounded_home
             program.at_least({most: count, stream: -1, streams: -uneven}, 0)
             program.at_most({stream: 1, streams: -count * shard.units}, 0)
         if piece < shard.units:

@@ -80,7 +80,8 @@ def streams(
             _count(solved.cpu_layers[c, i, tier]) if concentrated else len(home),
         )
         slot_units = _floor(solved.slot_bytes / linear.shard.unit_bytes)
-        if min(linear.shard.units, staging_piece_units(linear.shard)) <= slot_units:
+        fixed = linear.bounds.stream[tier] is not None or linear.bounds.cpu[tier] is not None
+        if fixed or min(linear.shard.units, staging_piece_units(linear.shard)) <= slot_units:
             slot_units = linear.shard.units
         result[c, i, tier] = tuple(min(linear.shard.units - g - u, slot_units) for g, u in zip(home, cpu, strict=True))
     return result

@@ -11,7 +11,7 @@ from placement.formulation import Formulation
 from placement.hardware import HardwareProfile
 from placement.layer_classes import LayerClass, layer_classes, single_layers
 from placement.layout import Layout, lay_out, placements, streams
-from placement.memory import KvPlacement, LinearPlacement, staging_slot_bytes
+from placement.memory import KvPlacement, LinearPlacement, memory_report, staging_slot_bytes
 from placement.objective import objective_s, reference_batch, reference_calls, reference_context, tier_call
 from placement.workload import NUM_ROW_TIERS, ROW_TIER_NAMES, Workload, round_up
 
@@ -85,7 +85,10 @@ def fixed_candidate(problem: Problem, on_gpu: bool) -> Candidate | None:
 
 
 def candidates(problem: Problem) -> list[Candidate]:
-    """Placements within the budgets, fastest first; empty when there is none. Only reference tiers are settled."""
+    """Placements within the budgets, fastest first; empty when there is none. Only reference tiers are settled.
+
+    Should rounding have pushed every one over a budget, they are returned all the same, for their bytes to be reported.
+    """
     found: list[Candidate] = []
     classes, calls = problem.classes, problem.calls
     tiers = sorted({weighted.call.tier for weighted in calls})
@@ -112,7 +115,20 @@ def candidates(problem: Problem) -> list[Candidate]:
             all(p.dram_units == 0 for p in c.linears) and all(k.gpu_groups == k.groups for k in c.kv) for c in found
         ):
             break
-    return sorted(found, key=lambda candidate: candidate.seconds)
+    fitting = [candidate for candidate in found if _fits(problem, candidate)]
+    return sorted(fitting or found, key=lambda candidate: candidate.seconds)
+
+
+def _fits(problem: Problem, candidate: Candidate) -> bool:
+    """Whether the allocated bytes, everything of fixed size left out, are within the budgets."""
+    slots = problem.slots if any(placement.streams for placement in candidate.linears) else 0
+    memory = memory_report(
+        problem.workload, candidate.linears, candidate.kv, device="emulated", staging_slots=slots
+    ).to_dict()
+    used = {place: sum(memory[place].get(kind, 0) for kind in ("weights", "kv", "staging")) for place in memory}
+    used["host"] += used["pinned"]
+    limits = {place: getattr(problem.budgets, place) for place in used}
+    return all(limits[place] is None or used[place] <= limits[place] for place in used)
 
 
 def complete(problem: Problem, candidate: Candidate) -> Candidate:

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 from planning_models import linear, llama_8b, llama_70b, random_machine, random_workload, tiny
 
-from placement import BudgetError, HardwareProfile, KvPlacement, LinearPlacement, Policy, make_plan
+from placement import BudgetError, HardwareProfile, KvPlacement, LinearPlacement, Policy, PolicyError, make_plan
 from placement.hardware import DtypeRates
 from placement.memory import memory_report
 from placement.objective import objective_s, reference_calls
 from placement.workload import NUM_ROW_TIERS
 
 EMULATED = HardwareProfile.named("emulated")
+LANES = ("gpu", "stream", "cpu")
 MIB = 2**20
 # Solutions are optimal within the solver's gap of 1e-4; rounding to whole units adds as much again.
 SOLVER_NOISE = 1.001
@@ -88,6 +89,47 @@ def test_within_one_per_cent_of_exhaustive_search(block):
         worst = max(worst, plan.predicted.objective_s / exhaustive_best(workload, machine, budget))
 
     assert worst <= 1.01
+
+
+def random_policy(rng, layers):
+    """Text of a policy with budgets and rules that may or may not be met."""
+    lines = [f"objective: {rng.choice(['latency', 'throughput'])}", f"staging_slots: {rng.choice(['auto', 0, 2, 8])}"]
+    lines += [
+        f"pinned_memory: {rng.choice(['auto', 'auto', 50_000, 10**8])}",
+        f"host_memory: {rng.choice(['auto', 10**6])}",
+    ]
+    lines.append("rules:")
+    for kind in rng.sample(["qkv", "o", "gate_up", "down"], rng.randint(0, 3)):
+        lanes = {
+            lane: rng.choice(["auto", "0", "1", "0.5", "3 units", "10%"])
+            for lane in rng.sample(LANES, rng.randint(1, 2))
+        }
+        rule = ", ".join(f"{lane}: {share}" for lane, share in lanes.items())
+        lines.append(f"  - {{match: 'layers.{rng.choice(['*', f'0-{layers - 1}', '0'])}.{kind}', {rule}}}")
+    groups, tokens = rng.choice(["auto", "0", "1", "all"]), rng.choice(["auto", "all"])
+    lines.append(f"  - {{match: layers.*.kv, kv: {{gpu_heads: {groups}, gpu_tokens: {tokens}}}}}")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_any_policy_gives_a_plan_within_its_budget_or_says_why_not(block):
+    """Rules with fixed streams once left row tiers without a cut; a plan written as a policy must give itself again."""
+    planned = 0
+    for seed in range(10 * block, 10 * block + 10):
+        rng = random.Random(seed)
+        layers = rng.choice([1, 2, 6, 26])
+        workload = tiny(layers=layers, batch=rng.choice([1, 4]), windows=rng.choice([(0,), (0, 32)]), context=256)
+        text, budget = random_policy(rng, layers), int(rng.uniform(0.4, 1.1) * everything_bytes(workload))
+        try:
+            plan = make_plan(workload, EMULATED, Policy.parse(text), device="emulated", gpu_memory_bytes=budget)
+        except (BudgetError, PolicyError) as error:
+            assert str(error)
+            continue
+        planned += 1
+        assert plan.memory.gpu_bytes <= budget
+        assert plan == make_plan(workload, EMULATED, Policy.parse(plan.to_yaml()), device="emulated"), seed
+
+    assert planned > 0
 
 
 def one_linear(units: int, cpu: float, pcie: float, dram: float, budget_units: int):

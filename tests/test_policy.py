@@ -231,6 +231,20 @@ def test_gpu_rules_on_a_cpu_are_an_error():
     assert "device cpu has only the cpu lane" in bind_problems("rules:\n  - {match: head, gpu: 1}\n", "cpu")[0]
 
 
+def test_a_streaming_rule_without_staging_slots_is_an_error():
+    found = bind_problems("staging_slots: 0\nrules:\n  - {match: head, stream: 1}\n")
+
+    assert ("p.yaml:1:1: staging_slots: 0 lets nothing stream, a rule streams head; give 2 or more",) == found
+
+
+def test_a_tier_that_nothing_else_uses_keeps_its_fixed_widths():
+    text = 'rules:\n  - {match: head, tiers: {"2-4": {stream: 8 units}, "5-16": {cpu: 3 units}}}\n'
+    plan = make_plan(tiny(), EMULATED, Policy.parse(text), device="emulated", gpu_memory_bytes=200_000)
+
+    assert (8, 3) == (plan.linear("head").cut(1)[1], plan.linear("head").cut(2)[2])
+    assert plan.memory.gpu_bytes <= 200_000
+
+
 def test_user_values_are_hard_constraints():
     text = "rules:\n  - {match: layers.1.down, gpu: 0, cpu: 1}\n  - {match: layers.2.kv, kv: {gpu_heads: 0}}\n"
     plan = make_plan(tiny(), EMULATED, Policy.parse(text), device="emulated", gpu_memory_bytes=2**30)
