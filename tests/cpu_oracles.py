@@ -5,6 +5,7 @@ The layout reader below is written from the description in cpu_kernels/layout.py
 
 import functools
 import math
+import struct
 
 import torch
 
@@ -39,11 +40,6 @@ def only_inside_written(memory: torch.Tensor) -> bool:
     return bool(memory[..., :16].isnan().all() and memory[..., -16:].isnan().all() and not inside.isnan().any())
 
 
-def read_half(block: list[int], at: int) -> float:
-    """The float16 at byte `at`."""
-    return torch.tensor(block[at : at + 2], dtype=torch.uint8).view(torch.float16).item()
-
-
 def unpack(weight: torch.Tensor, weight_dtype: str, in_features: int) -> torch.Tensor:
     """Packed bytes -> float64 [num_blocks * 16, in_features], byte by byte for q8 and q4."""
     if weight_dtype in layout.ROW_MAJOR_ITEM_BYTES:
@@ -51,23 +47,22 @@ def unpack(weight: torch.Tensor, weight_dtype: str, in_features: int) -> torch.T
         return weight.view(dtype).reshape(-1, in_features).double()
     rows = torch.zeros(weight.shape[0] * 16, layout.padded_inputs(weight_dtype, in_features), dtype=torch.float64)
     superblock = 64 * layout.SUPERBLOCK_LINES[weight_dtype]
-    for block, content in enumerate(weight.tolist()):
+    for block, content in enumerate(row.numpy().tobytes() for row in weight):
         for group in range(len(content) // superblock):
             for feature in range(16):
-                for index in range(64):
-                    value = read_value(content, group * superblock, weight_dtype, feature, index)
-                    rows[16 * block + feature, 64 * group + index] = value
+                values = [read_value(content, group * superblock, weight_dtype, feature, index) for index in range(64)]
+                rows[16 * block + feature, 64 * group : 64 * group + 64] = torch.tensor(values, dtype=torch.float64)
     return rows[:, :in_features]
 
 
-def read_value(content: list[int], at: int, weight_dtype: str, feature: int, index: int) -> float:
+def read_value(content: bytes, at: int, weight_dtype: str, feature: int, index: int) -> float:
     """Input `index` of `feature` in the superblock that starts at byte `at`."""
     if weight_dtype == "q4":
         byte = content[at + 64 * (1 + index // 8) + 4 * feature + index % 4]
-        nibble = byte & 15 if index % 8 < 4 else byte >> 4
-        return nibble * read_half(content, at + 2 * feature) + read_half(content, at + 32 + 2 * feature)
+        scale, minimum = (struct.unpack_from("<e", content, at + start + 2 * feature)[0] for start in (0, 32))
+        return (byte & 15 if index % 8 < 4 else byte >> 4) * scale + minimum
     byte = content[at + 64 * (1 + index // 4) + 4 * feature + index % 4]
-    return (byte - 128) * read_half(content, at + 32 * (index // 32) + 2 * feature)
+    return (byte - 128) * struct.unpack_from("<e", content, at + 32 * (index // 32) + 2 * feature)[0]
 
 
 def pack(rows: torch.Tensor, weight_dtype: str) -> torch.Tensor:
