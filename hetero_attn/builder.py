@@ -15,6 +15,7 @@ from hetero_attn.lanes import Lanes
 from hetero_attn.loader import Loader
 from hetero_attn.planning import PlannedModel
 from hetero_attn.staging import StagingRing
+from hetero_attn.warmup import warm_up
 from placement.plan import Plan
 
 Progress = Callable[[int], None]
@@ -37,6 +38,7 @@ def build_engine(
             warnings.warn(f"{planned.path}: {warning}", stacklevel=2)
         lanes = make_lanes(planned.plan, planned.device, overlap, on_compile)
         try:
+            warm_up(lanes.host_ops, planned.config, planned.weight_dtype)
             weights = Loader(checkpoint, planned.config, planned.plan, planned.weight_dtype, lanes, progress).load()
             return Engine(planned.config, planned.plan, weights, lanes, make_kv_cache(planned, lanes), overlap)
         except BaseException:

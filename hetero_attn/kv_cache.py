@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from cpu_kernels import advise_huge_pages
 from hetero_attn.errors import MemoryBudgetError
 from placement.plan import KvPlacement, Plan
 
@@ -25,7 +26,9 @@ Copy = Callable[[torch.Tensor, torch.Tensor], None]
 
 def host_empty(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.Tensor:
     """Allocate host memory; pages are touched, and so counted by the system, only when they are written."""
-    return torch.empty(shape, dtype=dtype)
+    pages = torch.empty(shape, dtype=dtype)
+    advise_huge_pages(pages)
+    return pages
 
 
 @dataclass(slots=True)

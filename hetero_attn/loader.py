@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from cpu_kernels import advise_huge_pages
 from cpu_kernels.layout import block_bytes
 from hetero_attn.attention import AttentionParameters
 from hetero_attn.checkpoint import Checkpoint
@@ -86,6 +87,7 @@ class Loader:
         row_bytes = block_bytes(self._weight_dtype, spec.in_features)
         home_blocks = placement.gpu_units * spec.unit_blocks
         dram = torch.empty((placement.dram_units * spec.unit_blocks, row_bytes), dtype=torch.uint8)
+        advise_huge_pages(dram)
         gpu = None
         if self._lanes.device is not None:
             gpu = self._lanes.device.empty((home_blocks, row_bytes), torch.uint8, "weights")
