@@ -5,7 +5,8 @@
 # PYTHON names the interpreter (3.11 or newer) that the environment is made from.
 #
 # Which torch: one that PYTHON can already import is used as it is, so a CUDA machine keeps its own build. Otherwise a
-# machine with an NVIDIA GPU gets the default build, and every other machine the CPU build, without CUDA packages.
+# machine with an NVIDIA GPU gets the default build, and every other machine the release that is known to be a CPU build
+# where it was tried. Where an index serves CUDA builds by default, install a CPU build of torch before.
 # Without a network the set-up still succeeds where every package is already importable.
 
 PYTHON ?= python3
@@ -13,7 +14,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CPU_TORCH := torch==2.13.0
-CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 USABLE_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 CUDA_TORCH := import torch; assert torch.version.cuda
@@ -35,8 +35,6 @@ $(READY): pyproject.toml Makefile
 	else $(PYTHON) -m venv $(VENV); fi
 	@if $(BIN)/python -c '$(USABLE_TORCH)' 2>/dev/null; then echo "torch: using the one that is installed"; \
 	elif nvidia-smi -L >/dev/null 2>&1; then $(BIN)/pip install --quiet 'torch>=2.11'; \
-	elif $(BIN)/pip install --dry-run --quiet --report - $(CPU_TORCH) | grep -q '"nvidia[-_]'; then \
-		$(BIN)/pip install --quiet --index-url $(CPU_TORCH_INDEX) $(CPU_TORCH); \
 	else $(BIN)/pip install --quiet $(CPU_TORCH); fi
 	@extras=test,plot; if $(BIN)/python -c '$(CUDA_TORCH)' 2>/dev/null; then extras=test-tools,plot; fi; \
 	$(BIN)/pip install --quiet --editable ".[$$extras]" \

@@ -1,0 +1,41 @@
+"""The README is true: its Python runs, its plan is what is printed, its files exist, its commands are the Makefile's."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_runs_and_prints_the_plan_shown():
+    (code,) = blocks("python")
+    code = code.replace("gpu_memory=\"8MiB\"", "gpu_memory=\"8MiB\", num_threads=2")  # the plan shown is of two threads
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert run.returncode == 0, run.stderr
+    shown = next(block for block in blocks("") if "GPU home" in block)
+    placements = [line.split() for line in shown.splitlines() if line.startswith(("layers.", "head"))]
+    printed = [line.split() for line in run.stdout.splitlines() if line.startswith(("layers.", "head"))]
+
+    assert placements == printed
+
+
+def test_the_two_commands_are_targets():
+    targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
+
+    assert targets == ["demo", "test"]
+    assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in targets)
+
+
+def test_every_file_of_the_tree_exists():
+    (tree,) = [block for block in blocks("") if block.startswith("hetero_attn/ ")]
+    names = re.findall(r"\b[\w/]+\.py\b", tree)
+    packages = ("hetero_attn", "cpu_kernels", "gpu_kernels", "placement", "examples")
+
+    assert len(names) > 20
+    assert [name for name in names if not any((ROOT / package / name).exists() for package in packages)] == []
