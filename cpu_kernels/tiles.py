@@ -86,8 +86,8 @@ def finish_dots(features: int, rows: int):
 
     @emits(types.void, tile, intp, intp, intp, intp)
     def store_dots(b, sums, bias, out, out_stride, accumulate):
-        for row in range(rows):
-            value = sum_few(b, [b.extract_value(sums, row * features + f) for f in range(features)])
+        vectors = [b.extract_value(sums, index) for index in range(features * rows)]
+        for row, value in enumerate(sum_rows(b, vectors, features)):
             add_and_store(b, value, bias, b.add(out, b.mul(out_stride, ir.Constant(I64, row))), accumulate)
 
     return store_dots
@@ -124,6 +124,19 @@ def sum_each(b, vectors):
         pieces, width = folded, width // 2
     value, owners = pieces[0]
     return b.shuffle_vector(value, value, ir.Constant(VI32, [owners.index(index) for index in range(LANES)]))
+
+
+def sum_rows(b, vectors, features):
+    """For every `features` (a divisor of 16) vectors, one <features x float> of their lane sums."""
+    if len(vectors) < LANES // 2:
+        return [sum_few(b, vectors[at : at + features]) for at in range(0, len(vectors), features)]
+    padded = vectors + [constant(VF32, 0.0)] * (-len(vectors) % LANES)
+    sums = [sum_each(b, padded[at : at + LANES]) for at in range(0, len(padded), LANES)]
+    rows = []
+    for at in range(0, len(vectors), features):
+        lanes = ir.Constant(ir.VectorType(I32, features), list(range(at % LANES, at % LANES + features)))
+        rows.append(b.shuffle_vector(sums[at // LANES], sums[at // LANES], lanes))
+    return rows
 
 
 def sum_few(b, vectors):
