@@ -17,6 +17,7 @@ from hetero_attn.kv_cache import KVCache, SequenceState
 from hetero_attn.lanes import Activation, Lanes
 from hetero_attn.model import ModelWeights, Workspace
 from hetero_attn.replay import DecodeReplay
+from hetero_attn.report import LaneReport
 from hetero_attn.step import Step, plan_step
 from hetero_attn.weights import LOGITS_ROWS, ActivationWidths, model_spec
 from placement.plan import Plan
@@ -25,7 +26,7 @@ from placement.plan import Plan
 class Engine:
     """Runs a model's forward passes over the lanes by a plan. One thread at a time may use it.
 
-    replay: record decode steps of a plan without a GPU and replay them; the plain path computes the same.
+    report: where the time of its steps went. replay: record decode steps of a plan without a GPU and replay them; the plain path computes the same.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Engine:
         self.plan = plan
         self.lanes = lanes
         self.kv_cache = kv_cache
+        self.report = LaneReport()
         self._weights = weights
         self._rows = max(plan.prefill_chunk, plan.max_batch)
         self._work = make_workspace(config, self._rows, lanes)
@@ -59,9 +61,10 @@ class Engine:
 
         token_ids: at most `prefill_chunk`. The result is the caller's own.
         """
-        step = self._prefill_step(sequence, token_ids)
-        self._forward(step, token_ids)
-        last = self._logits_of(step.rows - 1, step.rows)
+        with self.report.measure(self.lanes, "prefill", len(token_ids)):
+            step = self._prefill_step(sequence, token_ids)
+            self._forward(step, token_ids)
+            last = self._logits_of(step.rows - 1, step.rows)
         sequence.length += len(token_ids)
         return last[0]
 
@@ -78,9 +81,10 @@ class Engine:
     @torch.inference_mode()
     def decode_step(self, sequences: Sequence[SequenceState], token_ids: Sequence[int]) -> torch.Tensor:
         """Append one token to each sequence; returns their logits, float32 [len(sequences), vocab_size]."""
-        step = plan_step(self.lanes, self.kv_cache, sequences, len(sequences), is_prefill=False)
-        self._forward(step, token_ids)
-        rows = self._logits_of(0, step.rows)
+        with self.report.measure(self.lanes, "decode", len(sequences)):
+            step = plan_step(self.lanes, self.kv_cache, sequences, len(sequences), is_prefill=False)
+            self._forward(step, token_ids)
+            rows = self._logits_of(0, step.rows)
         for sequence in sequences:
             sequence.length += 1
         return rows
@@ -98,10 +102,14 @@ class Engine:
             if lanes.ring is not None:
                 lanes.ring.announce(piece for linear in weights.linears[:-1] for piece in linear.pieces(step.tier))
             model.embed(lanes, weights, torch.tensor(token_ids), self._work.rows(step.rows))
-            if self._replay is not None and not step.is_prefill:
-                self._replay.run(step)
-            else:
+            if lanes.device is not None:
                 self._layers(step)
+                return
+            with lanes.cpu_lane():
+                if self._replay is not None and not step.is_prefill:
+                    self._replay.run(step)
+                else:
+                    self._layers(step)
         except BaseException:
             lanes.reset()
             raise

@@ -11,8 +11,10 @@ in the order they were given, and `join` returns when all of them have finished.
 what they wrote. A host buffer is overwritten only by a copy queued after the `join` that ended its last reader.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +52,7 @@ class Lanes:
     """A device (None: CPU only), the CPU kernels, the worker that calls them, and the staging ring.
 
     With `overlap=False` everything runs in order on the calling thread: the same arithmetic, the plain path.
+    cpu_lane_s, waited_s: seconds for which the CPU lane worked, and for which `join` waited for it, since the start.
     """
 
     def __init__(
@@ -65,6 +68,13 @@ class Lanes:
         overlapped = overlap and device is not None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="hetero-attn-host") if overlapped else None
         self._jobs: list[Future] = []
+        self.cpu_lane_s = 0.0
+        self.waited_s = 0.0
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes that the staging ring has copied so far."""
+        return 0 if self.ring is None else self.ring.copied_bytes
 
     @property
     def main_ops(self):
@@ -74,6 +84,13 @@ class Lanes:
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queue a copy between GPU and host memory, in order with the GPU's compute."""
         self.device.copy(target, source, self.device.compute)
+
+    @contextmanager
+    def cpu_lane(self) -> Iterator[None]:
+        """Count the time of the enclosed work as the CPU lane's."""
+        started = time.perf_counter()
+        yield
+        self.cpu_lane_s += time.perf_counter() - started
 
     def on_host(self, job: Callable[[], None]) -> None:
         """Give the host worker a job; it starts once the GPU work queued so far has reached the host."""
@@ -88,8 +105,10 @@ class Lanes:
 
     def join(self) -> None:
         """Wait for every job given so far; raises what the first failed one raised, after all have ended."""
+        started = time.perf_counter()
         jobs, self._jobs = self._jobs, []
         failures = [failure for job in jobs if (failure := job.exception()) is not None]
+        self.waited_s += time.perf_counter() - started
         if failures:
             raise failures[0]
 
@@ -130,4 +149,5 @@ class Lanes:
 
     def _run(self, event: object, job: Callable[[], None]) -> None:
         self.device.synchronize(event)
-        job()
+        with self.cpu_lane():
+            job()

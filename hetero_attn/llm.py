@@ -12,6 +12,7 @@ from hetero_attn.builder import build_engine
 from hetero_attn.errors import EngineDeadError, PromptError
 from hetero_attn.planning import PAGE_TOKENS, prepare
 from hetero_attn.progress import PrefillBar, compile_note, loading_bar
+from hetero_attn.report import LaneReport
 from hetero_attn.request import Piece, Request, RequestOutput
 from hetero_attn.sampling import Sampler
 from hetero_attn.sampling_params import SamplingParams
@@ -117,6 +118,10 @@ class LLM:
             finally:
                 self.engine.kv_cache.close(sequence)
         return torch.cat(rows)
+
+    def report(self) -> LaneReport:
+        """Where the time of all steps so far went, by phase: `.table()`, `.to_dict()`, `.reset()`."""
+        return self.engine.report
 
     def check_context(self, tokens: int, reserve: int = 0) -> None:
         """Raise PromptError unless `tokens`, and `reserve` more, fit the context that the plan reserves."""

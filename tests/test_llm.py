@@ -240,3 +240,19 @@ def test_a_long_prompt_shows_progress_and_a_short_one_does_not(path, capsys):
         llm.generate(list(range(4, 84)), GREEDY)
 
     assert "prompt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_the_report_says_where_the_time_went(path, device):
+    with LLM(path, dtype="fp32", device=device, gpu_memory="1200KiB", progress=False) as llm:
+        llm.generate("report", GREEDY)
+        report = llm.report()
+        prefill, decode = report.to_dict()["prefill"], report.to_dict()["decode"]
+
+        assert (prefill["steps"], prefill["tokens"]) == (1, 7)
+        assert (decode["steps"], decode["tokens"]) == (11, 11)
+        assert 0 < decode["cpu_lane_s"] <= decode["wall_s"]
+        assert (decode["streamed_bytes"] > 0) == (device == "emulated")
+        assert "decode" in report.table()
+        report.reset()
+        assert "decode" not in report.table()

@@ -1,0 +1,83 @@
+"""Where the time of a loaded model's steps went: wall time by phase, how busy the CPU lane was, what was streamed."""
+
+import io
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+from rich.console import Console
+from rich.table import Table
+
+from hetero_attn.lanes import Lanes
+
+PHASES = ("prefill", "decode")
+
+
+@dataclass(slots=True)
+class PhaseTimes:
+    """Totals of one phase. wall_s: of its steps; cpu_lane_s: CPU kernels at work; waited_s: for the CPU lane to finish.
+
+    tokens: rows computed; streamed_bytes: weights copied through the staging ring.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    wall_s: float = 0.0
+    cpu_lane_s: float = 0.0
+    waited_s: float = 0.0
+    streamed_bytes: int = 0
+
+
+@dataclass(slots=True)
+class LaneReport:
+    """Totals since a model was loaded, or since `reset`."""
+
+    phases: dict[str, PhaseTimes] = field(default_factory=lambda: {phase: PhaseTimes() for phase in PHASES})
+
+    @contextmanager
+    def measure(self, lanes: Lanes, phase: str, tokens: int) -> Iterator[None]:
+        """Count one step; a step that raises is not counted."""
+        before = (time.perf_counter(), lanes.cpu_lane_s, lanes.waited_s, lanes.streamed_bytes)
+        yield
+        after = (time.perf_counter(), lanes.cpu_lane_s, lanes.waited_s, lanes.streamed_bytes)
+        wall_s, cpu_lane_s, waited_s, streamed = (end - start for start, end in zip(before, after, strict=True))
+        times = self.phases[phase]
+        times.steps += 1
+        times.tokens += tokens
+        times.wall_s += wall_s
+        times.cpu_lane_s += cpu_lane_s
+        times.waited_s += waited_s
+        times.streamed_bytes += streamed
+
+    def reset(self) -> None:
+        """Forget everything counted so far."""
+        self.phases = {phase: PhaseTimes() for phase in PHASES}
+
+    def to_dict(self) -> dict[str, dict[str, float]]:
+        """Plain values for JSON."""
+        return {phase: asdict(times) for phase, times in self.phases.items()}
+
+    def table(self, width: int = 120) -> str:
+        """Plain text for people."""
+        table = Table("phase", box=None)
+        for heading in ("steps", "tokens", "tokens/s", "ms/step", "CPU lane busy", "waiting for it", "streamed GB/s"):
+            table.add_column(heading, justify="right")
+        for phase, times in self.phases.items():
+            if times.steps:
+                table.add_row(phase, *_cells(times))
+        console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+        console.print(table)
+        return console.file.getvalue()
+
+
+def _cells(times: PhaseTimes) -> tuple[str, ...]:
+    return (
+        str(times.steps),
+        str(times.tokens),
+        f"{times.tokens / times.wall_s:.1f}",
+        f"{1e3 * times.wall_s / times.steps:.2f}",
+        f"{times.cpu_lane_s / times.wall_s:.0%}",
+        f"{times.waited_s / times.wall_s:.0%}",
+        f"{times.streamed_bytes / times.wall_s / 1e9:.2f}",
+    )
