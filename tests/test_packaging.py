@@ -119,7 +119,7 @@ def test_check_script_runs_the_tests_through_make() -> None:
 def test_demo_and_test_set_up_the_same_environment() -> None:
     plan = {}
     for target in ("demo", "test"):
-        command = ["make", "--dry-run", "--always-make", target]
+        command = ["make", "--no-print-directory", "--dry-run", "--always-make", target]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
         plan[target] = run.stdout.rstrip().rpartition("\n")

@@ -10,7 +10,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    """Fenced blocks of a language ("" for none), fences paired in the order they stand."""
+    return [body for name, body in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE) if name == language]
 
 
 def test_the_python_runs_and_prints_the_plan_shown():
