@@ -47,7 +47,7 @@ class Engine:
         self._rows = max(plan.prefill_chunk, plan.max_batch)
         self._work = make_workspace(config, self._rows, lanes)
         logits_rows = max(LOGITS_ROWS, plan.max_batch)
-        self._replay = DecodeReplay(lanes.host_ops, self._layers) if replay and lanes.device is None else None
+        self._replay = DecodeReplay(lanes.host_ops, self._decode) if replay and lanes.device is None else None
         self._logits = _buffer(lanes, logits_rows, weights.head.spec.out_features, "resident")
 
     @property
@@ -61,7 +61,7 @@ class Engine:
 
         token_ids: at most `prefill_chunk`. The result is the caller's own.
         """
-        with self.report.measure(self.lanes, "prefill", len(token_ids)):
+        with self.report.measure(self.lanes, "prefill", len(token_ids)), self.lanes.torch_at_rest():
             step = self._prefill_step(sequence, token_ids)
             self._forward(step, token_ids)
             last = self._logits_of(step.rows - 1, step.rows)
@@ -71,20 +71,21 @@ class Engine:
     @torch.inference_mode()
     def prefill_logits(self, sequence: SequenceState, token_ids: Sequence[int]) -> torch.Tensor:
         """As `prefill`, but returns the logits of every token, float32 [len(token_ids), vocab_size]."""
-        step = self._prefill_step(sequence, token_ids)
-        self._forward(step, token_ids)
-        starts = range(0, step.rows, LOGITS_ROWS)
-        rows = torch.cat([self._logits_of(start, min(start + LOGITS_ROWS, step.rows)) for start in starts])
+        with self.lanes.torch_at_rest():
+            step = self._prefill_step(sequence, token_ids)
+            self._forward(step, token_ids)
+            starts = range(0, step.rows, LOGITS_ROWS)
+            rows = torch.cat([self._logits_of(start, min(start + LOGITS_ROWS, step.rows)) for start in starts])
         sequence.length += len(token_ids)
         return rows
 
     @torch.inference_mode()
     def decode_step(self, sequences: Sequence[SequenceState], token_ids: Sequence[int]) -> torch.Tensor:
         """Append one token to each sequence; returns their logits, float32 [len(sequences), vocab_size]."""
-        with self.report.measure(self.lanes, "decode", len(sequences)):
+        with self.report.measure(self.lanes, "decode", len(sequences)), self.lanes.torch_at_rest():
             step = plan_step(self.lanes, self.kv_cache, sequences, len(sequences), is_prefill=False)
             self._forward(step, token_ids)
-            rows = self._logits_of(0, step.rows)
+            rows = self._read_logits(step.rows)
         for sequence in sequences:
             sequence.length += 1
         return rows
@@ -97,22 +98,23 @@ class Engine:
         return plan_step(self.lanes, self.kv_cache, [sequence], len(token_ids), is_prefill=True)
 
     def _forward(self, step: Step, token_ids: Sequence[int]) -> None:
+        """Embed and run the layers; a decode step goes on to the logits of all its rows."""
         lanes, weights = self.lanes, self._weights
-        try:
+        with lanes.given_up_on_error():
             if lanes.ring is not None:
                 lanes.ring.announce(piece for linear in weights.linears[:-1] for piece in linear.pieces(step.tier))
             model.embed(lanes, weights, torch.tensor(token_ids), self._work.rows(step.rows))
-            if lanes.device is not None:
-                self._layers(step)
-                return
-            with lanes.cpu_lane():
-                if self._replay is not None and not step.is_prefill:
+            with lanes.main_lane():
+                if step.is_prefill:
+                    self._layers(step)
+                elif self._replay is not None:
                     self._replay.run(step)
                 else:
-                    self._layers(step)
-        except BaseException:
-            lanes.reset()
-            raise
+                    self._decode(step)
+
+    def _decode(self, step: Step) -> None:
+        self._layers(step)
+        self._project(0, step.rows)
 
     def _layers(self, step: Step) -> None:
         lanes, weights, work = self.lanes, self._weights, self._work.rows(step.rows)
@@ -130,14 +132,18 @@ class Engine:
             )
             model.mlp_block(lanes, step, layer, weights.norm_eps, work)
 
-    def _logits_of(self, start: int, stop: int) -> torch.Tensor:
+    def _project(self, start: int, stop: int) -> None:
+        """Logits of rows [start, stop) of the residual into the first rows of the logits buffer."""
         work, out = self._work, self._logits.rows(0, stop - start)
-        try:
-            model.logits(self.lanes, self._weights, work.residual.rows(start, stop), work.normed.rows(start, stop), out)
-        except BaseException:
-            self.lanes.reset()
-            raise
-        return out.host[:, : self.config.vocab_size].clone()
+        model.logits(self.lanes, self._weights, work.residual.rows(start, stop), work.normed.rows(start, stop), out)
+
+    def _logits_of(self, start: int, stop: int) -> torch.Tensor:
+        with self.lanes.given_up_on_error(), self.lanes.main_lane():
+            self._project(start, stop)
+        return self._read_logits(stop - start)
+
+    def _read_logits(self, rows: int) -> torch.Tensor:
+        return self._logits.host[:rows, : self.config.vocab_size].clone()
 
 
 def make_workspace(config: ModelConfig, rows: int, lanes: Lanes) -> Workspace:

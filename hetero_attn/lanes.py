@@ -14,7 +14,7 @@ what they wrote. A host buffer is overwritten only by a copy queued after the `j
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +91,32 @@ class Lanes:
         started = time.perf_counter()
         yield
         self.cpu_lane_s += time.perf_counter() - started
+
+    @contextmanager
+    def main_lane(self) -> Iterator[None]:
+        """Work that runs where the residual stream lives: the CPU lane's time when there is no device."""
+        with self.cpu_lane() if self.device is None else nullcontext():
+            yield
+
+    @contextmanager
+    def torch_at_rest(self) -> Iterator[None]:
+        """Without a device, keep torch's own pool out: its idle threads would spin on the cores of the thread team."""
+        threads = torch.get_num_threads()
+        if self.device is None:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+    @contextmanager
+    def given_up_on_error(self) -> Iterator[None]:
+        """Leave no job and no announced copy behind when the enclosed step fails."""
+        try:
+            yield
+        except BaseException:
+            self.reset()
+            raise
 
     def on_host(self, job: Callable[[], None]) -> None:
         """Give the host worker a job; it starts once the GPU work queued so far has reached the host."""

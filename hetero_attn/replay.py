@@ -15,7 +15,7 @@ from hetero_attn.step import GroupStep, Segment, Step
 
 
 class DecodeReplay:
-    """Programs of decode steps by batch size. `forward(step)` computes one step the ordinary way, embedding excluded."""
+    """Programs of decode steps by batch size. `forward(step)` computes one step without its embedding, logits included."""
 
     def __init__(self, ops: CpuKernels, forward: Callable[[Step], None]) -> None:
         self._ops = ops

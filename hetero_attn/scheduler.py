@@ -43,6 +43,10 @@ class Scheduler:
         A request whose sampling fails ends with its `error` set. Whatever else is raised leaves every request as it was
         before the step, so that the step can be taken again.
         """
+        with self._engine.lanes.torch_at_rest():
+            self._step()
+
+    def _step(self) -> None:
         self._admit()
         prefilling = next((request for request in self._running if request.is_prefilling), None)
         if prefilling is not None:
