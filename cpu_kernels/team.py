@@ -141,11 +141,9 @@ class Team:
         Raises RuntimeError after close() and in a forked child.
         """
         shared = self._shared
-        if os.getpid() != self._pid:
-            raise RuntimeError("this CpuKernels was made before a fork and has no threads here; make a new one")
+        self._check_process()
         with self._lock:
-            if shared.stopping:
-                raise RuntimeError("this CpuKernels is closed; make a new one")
+            self._check_open()
             address = shared.store.address(*kernel)
             if self._recording is not None:
                 self._recording.append(RecordedOp(kernel[1], address, scratch_bytes, parameters))
@@ -158,6 +156,15 @@ class Team:
                 shared.wake()
             shared.drive(ctypes.addressof(self._result), None, shared.control, 0)
             return self._failure.value
+
+    def _check_process(self) -> None:
+        """RuntimeError in a forked child; asked before the lock, which another thread may have held at the fork."""
+        if os.getpid() != self._pid:
+            raise RuntimeError("this CpuKernels was made before a fork and has no threads here; make a new one")
+
+    def _check_open(self) -> None:
+        if self._shared.stopping:
+            raise RuntimeError("this CpuKernels is closed; make a new one")
 
     @property
     def is_recording(self) -> bool:
@@ -176,11 +183,9 @@ class Team:
     def replay(self, program_address: int) -> int:
         """Run a program laid out as in team_layout.py; returns the failure code that stopped it, 0 for none."""
         shared = self._shared
-        if os.getpid() != self._pid:
-            raise RuntimeError("this CpuKernels was made before a fork and has no threads here; make a new one")
+        self._check_process()
         with self._lock:
-            if shared.stopping:
-                raise RuntimeError("this CpuKernels is closed; make a new one")
+            self._check_open()
             if self._drive_all is None:
                 self._drive_all = as_function(shared.store.address("team_kernel", "drive_all"))
             if shared.parked:

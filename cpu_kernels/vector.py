@@ -196,22 +196,10 @@ def widen_halves(b, halves, kind):
     return b.fpext(b.bitcast(halves, VHALF), VF32)
 
 
-@emits(F32x16, intp)
-def load_bf16(b, address):
-    """16 bf16, widened by a shift."""
-    return widen_halves(b, load_as(b, address, VI16), 1)
-
-
 @emits(F32x16, intp, intp)
 def load_bf16_tail(b, address, count):
     """The first `count` bf16, 0 in the other lanes."""
     return widen_halves(b, masked_load(b, address, VI16, lanes_below(b, count), "v16i16"), 1)
-
-
-@emits(F32x16, intp)
-def load_half(b, address):
-    """16 float16."""
-    return widen_halves(b, load_as(b, address, VI16), 2)
 
 
 @emits(F32x16, intp, intp)
@@ -240,12 +228,6 @@ def store_bf16(b, vector, address):
 def store_bf16_tail(b, vector, address, count):
     """The first `count` lanes rounded to bf16."""
     masked_store(b, round_to_bf16(b, vector), address, lanes_below(b, count), "v16i16")
-
-
-@emits(F32x16, F32x16)
-def as_bf16(b, vector):
-    """Each lane rounded to bf16 and widened again."""
-    return widen_halves(b, round_to_bf16(b, vector), 1)
 
 
 @emits(F32x16, F32x16)
@@ -423,12 +405,6 @@ def load_i64(b, address):
 def load_i32(b, address):
     """One int32."""
     return b.load(pointer(b, address, I32), align=4)
-
-
-@emits(float64, intp)
-def load_f64(b, address):
-    """One float64."""
-    return b.load(pointer(b, address, F64), align=8)
 
 
 @emits(float32, intp)
