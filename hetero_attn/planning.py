@@ -5,11 +5,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cpu_kernels.topology import default_threads, physical_cpus
 from hetero_attn.checkpoint import Checkpoint
 from hetero_attn.config import ModelConfig
 from hetero_attn.errors import ConfigError, MemoryBudgetError, UnsupportedModelError, nearest
 from hetero_attn.hub import resolve_model
-from hetero_attn.profiles import physical_cores, stored_profile
+from hetero_attn.profiles import stored_profile
 from hetero_attn.weights import build_workload
 from placement import BudgetError, HardwareProfile, Plan, Policy, make_plan
 from placement.memory import activation_bytes
@@ -114,9 +115,10 @@ def machine_profile(device: str) -> HardwareProfile:
 
     An emulated GPU has rates of its own in the catalogue; they say nothing about any GPU.
     """
+    threads = default_threads(physical_cpus())
     if device == "emulated":
-        return HardwareProfile.named("emulated").with_threads(physical_cores())
-    return stored_profile() or HardwareProfile.named("generic-cpu").with_threads(physical_cores())
+        return HardwareProfile.named("emulated").with_threads(threads)
+    return stored_profile() or HardwareProfile.named("generic-cpu").with_threads(threads)
 
 
 def choose_weight_dtype(dtype: str, config: ModelConfig, path: Path) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+from cpu_kernels.topology import default_threads, physical_cpus
 from hetero_attn.cgroups import memory_limit_bytes
 from placement.hardware import HardwareProfile
 
@@ -20,7 +21,7 @@ def profile_machine(on_progress: Callable[[str], None] = lambda what: None, save
     """
     from placement.profiler import measure
 
-    profile, _ = measure(physical_cores(), host_memory_bytes(), on_progress)
+    profile, _ = measure(default_threads(physical_cpus()), host_memory_bytes(), on_progress)
     if save:
         path = profile_path()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,12 +47,6 @@ def profile_path() -> Path:
     host = hashlib.sha256(os.uname().nodename.encode() if hasattr(os, "uname") else b"host").hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "hetero_attn" / "profiles" / f"{host}.json"
-
-
-def physical_cores() -> int:
-    """Physical cores this process may use."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
-    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
 
 
 def host_memory_bytes() -> int:
