@@ -9,7 +9,9 @@ partial output and its lse cross the bus. The partials of one head combine as
 which is associative and commutative: any number of segments, in any order, gives the same answer.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -91,17 +93,59 @@ def attend(
     qkv: float32 [rows, num_kv_heads * unit_features], each KV-head group's unit complete on its owner's side. layer:
     which of the layer group's layers this is.
     """
+    for side, segment in _writers(lanes, segments, group, layer, parameters):
+        work = partial(_store_and_attend, side, step, segment, parameters, qkv, buffers)
+        lanes.on_host(work) if side.name == "host" else work()
+    if segments.spilled is not None:
+        owned = group.gpu_groups
+        heads = slice(owned * parameters.heads_per_group)
+        older = _Side("host", lanes.host_ops, group.spilled, layer, slice(owned), heads)
+        _attend_older(lanes, older, step, segments.spilled, parameters, buffers)
+
+
+def store(
+    lanes: Lanes,
+    step: Step,
+    segments: GroupStep,
+    group: LayerGroup,
+    layer: int,
+    parameters: AttentionParameters,
+    qkv: Activation,
+    query: Activation,
+) -> None:
+    """Rotate and store the step's keys and values without attending; `query` receives the rotated queries."""
+    for side, segment in _writers(lanes, segments, group, layer, parameters):
+        _store(side, step, segment, parameters, qkv, query)
+
+
+def _writers(
+    lanes: Lanes, segments: GroupStep, group: LayerGroup, layer: int, parameters: AttentionParameters
+) -> Iterator[tuple[_Side, Segment]]:
+    """The sides that the step writes to, with their segments: the CPU's groups, then the GPU's."""
     owned = group.gpu_groups
     heads = owned * parameters.heads_per_group
     if segments.host is not None:
-        host = _Side("host", lanes.host_ops, group.host, layer, slice(owned, None), slice(heads, None))
-        lanes.on_host(lambda: _store_and_attend(host, step, segments.host, parameters, qkv, buffers))
+        yield _Side("host", lanes.host_ops, group.host, layer, slice(owned, None), slice(heads, None)), segments.host
     if segments.recent is not None:
-        device = _Side("device", lanes.device.ops, group.recent, layer, slice(owned), slice(heads))
-        _store_and_attend(device, step, segments.recent, parameters, qkv, buffers)
-    if segments.spilled is not None:
-        older = _Side("host", lanes.host_ops, group.spilled, layer, slice(owned), slice(heads))
-        _attend_older(lanes, older, step, segments.spilled, parameters, buffers)
+        yield _Side("device", lanes.device.ops, group.recent, layer, slice(owned), slice(heads)), segments.recent
+
+
+def _store(
+    side: _Side, step: Step, segment: Segment, parameters: AttentionParameters, qkv: Activation, query: Activation
+) -> None:
+    side.ops.rope_append(
+        side.of(qkv).view(step.rows, parameters.num_kv_heads, -1)[:, side.groups],
+        side.of(step.positions),
+        side.of(parameters.cos),
+        side.of(parameters.sin),
+        side.of(parameters.q_norm),
+        side.of(parameters.k_norm),
+        parameters.norm_eps,
+        side.per_head(query, parameters.head_dim),
+        side.store.k[side.layer],
+        side.store.v[side.layer],
+        segment.slots,
+    )
 
 
 def _store_and_attend(
@@ -112,21 +156,7 @@ def _store_and_attend(
     qkv: Activation,
     buffers: AttentionBuffers,
 ) -> None:
-    units = side.of(qkv).view(step.rows, parameters.num_kv_heads, -1)[:, side.groups]
-    query = side.per_head(buffers.query, parameters.head_dim)
-    side.ops.rope_append(
-        units,
-        side.of(step.positions),
-        side.of(parameters.cos),
-        side.of(parameters.sin),
-        side.of(parameters.q_norm),
-        side.of(parameters.k_norm),
-        parameters.norm_eps,
-        query,
-        side.store.k[side.layer],
-        side.store.v[side.layer],
-        segment.slots,
-    )
+    _store(side, step, segment, parameters, qkv, buffers.query)
     _partial(side, step, segment, parameters, buffers.query, buffers.out, buffers.lse)
 
 

@@ -3,6 +3,9 @@
 Rows are named as llama-bench names them: `pp512` computes a prompt of 512 tokens, `tg128` generates 128 one at a
 time, `@ d4096` after that many tokens are in the cache. The ceiling of a decode row is the DRAM's read bandwidth over
 the bytes that a token must read; what a prompt could reach depends on arithmetic, so its row has only the prediction.
+
+The tokens of a depth are random keys and values, stored without computing a prompt: what attention costs depends on how
+many there are and not on what they say.
 """
 
 import io
@@ -17,6 +20,8 @@ from rich.table import Table
 
 from hetero_attn.llm import LLM
 from placement.cost import predict
+
+DEPTH_NOTE = "@ dN: on top of N tokens in the cache, random keys and values that no prompt computed\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,12 @@ class BenchReport:
         head = f"{self.model} {self.weight_dtype} on {self.device}, {self.num_threads} CPU threads; rates of {self.hardware}"
         console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
         console.print(table)
-        return f"{head}\n{console.file.getvalue()}"
+        return f"{head}\n{console.file.getvalue()}{DEPTH_NOTE if self.has_depth else ''}"
+
+    @property
+    def has_depth(self) -> bool:
+        """Whether any row ran on top of tokens already in the cache."""
+        return any("@" in row.name for row in self.rows)
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
@@ -121,7 +131,7 @@ class _Bench:
 
     def __enter__(self) -> "_Bench":
         self._sequence = self._engine.kv_cache.open()
-        self.prefill(self._depth)
+        self._engine.fill(self._sequence, self._depth)
         return self
 
     def __exit__(self, *error: object) -> None:

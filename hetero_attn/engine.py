@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from hetero_attn import model
-from hetero_attn.attention import AttentionBuffers
+from hetero_attn.attention import AttentionBuffers, store
 from hetero_attn.config import ModelConfig
 from hetero_attn.kv_cache import KVCache, SequenceState
 from hetero_attn.lanes import Activation, Lanes
@@ -89,6 +89,27 @@ class Engine:
         for sequence in sequences:
             sequence.length += 1
         return rows
+
+    @torch.inference_mode()
+    def fill(self, sequence: SequenceState, tokens: int) -> None:
+        """Append tokens with random keys and values, nothing computed: a long context in seconds, for measurements."""
+        for side in (self._work.qkv.device, self._work.qkv.host):
+            if side is not None:
+                side.normal_()
+        stop = sequence.length + tokens
+        while sequence.length < stop:
+            rows = min(self.prefill_chunk, stop - sequence.length)
+            with self.lanes.given_up_on_error(), self.lanes.torch_at_rest():
+                self._store_rows(plan_step(self.lanes, self.kv_cache, [sequence], rows, is_prefill=True))
+            sequence.length += rows
+
+    def _store_rows(self, step: Step) -> None:
+        """Store what the qkv buffer holds in every layer, as if the layers had computed it."""
+        work = self._work.rows(step.rows)
+        for layer, (group, place) in self.kv_cache.places.items():
+            parameters, cache = self._weights.layers[layer].attention, self.kv_cache.layer_groups[group]
+            store(self.lanes, step, step.groups[group], cache, place, parameters, work.qkv, work.attention.query)
+        self.lanes.finish()
 
     def close(self) -> None:
         """Release lanes, threads and buffers; idempotent."""

@@ -197,7 +197,7 @@ def test_sampling_values_out_of_range_are_refused_before_the_model_loads(fake: t
     assert "top_p" in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["generate"], ["generate", "m"], ["plna", "m"], ["plan", "m", "--colour"]])
+@pytest.mark.parametrize("arguments", [["generate"], ["plna", "m"], ["plan", "m", "--colour"], ["bench", "m", "-d", "0,-1"]])
 def test_usage_errors_exit_2(arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
 
@@ -210,10 +210,10 @@ def test_bench_asks_for_the_context_that_it_measures(fake: type[FakeLLM], monkey
         return SimpleNamespace(table=lambda: "the table", to_dict=lambda: {"rows": []})
 
     monkeypatch.setitem(vars(hetero_attn), "benchmark", SimpleNamespace(run=measure))
-    result = run("bench", "some/model", "-p", "64", "-n", "16", "-d", "0", "-d", "256", "-r", "5")
+    result = run("bench", "some/model", "-p", "64", "-n", "16", "-d", "0,128", "-d", "256", "-r", "5")
 
     assert (result.exit_code, result.stdout) == (0, "the table\n")
-    assert asked == {"prompt_tokens": 64, "gen_tokens": 16, "depths": (0, 256), "repetitions": 5}
+    assert asked == {"prompt_tokens": 64, "gen_tokens": 16, "depths": (0, 128, 256), "repetitions": 5}
     assert fake.made[0].options["max_context"] == 320
     assert json.loads(run("bench", "some/model", "--json").stdout) == {"rows": []}
 
@@ -489,7 +489,7 @@ def test_verify_passes_on_a_split_model() -> None:
 
 
 def test_bench_has_a_row_for_each_phase_and_depth() -> None:
-    result = run("bench", TINY, "--device", "cpu", "-p", "16", "-n", "4", "-d", "0", "-d", "32", "-r", "1", "--json")
+    result = run("bench", TINY, "--device", "cpu", "-p", "16", "-n", "4", "-d", "0,32", "-r", "1", "--json")
     names = [row["name"] for row in json.loads(result.stdout)["rows"]]
 
     assert names == ["pp16", "tg4", "pp16 @ d32", "tg4 @ d32"]

@@ -53,6 +53,10 @@ class HeteroAttn(Side):
         for start in range(0, len(token_ids), chunk):
             self._last = self._engine.prefill(self._sequence, token_ids[start : start + chunk])
 
+    def fill(self, tokens: int) -> None:
+        """See Side; keys and values are random, nothing is computed."""
+        self._engine.fill(self._sequence, tokens)
+
     def decode(self, tokens: int) -> None:
         """See Side."""
         token_id = 0

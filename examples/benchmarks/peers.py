@@ -10,8 +10,8 @@ Reads one JSON request a line from standard input and answers each with one JSON
     {"test": "logits",  "token_ids": [1, 2, 3]}       logits after the last of these tokens, to see that sides agree
     {"test": "about"}                                 versions
 
-An answer is {"seconds": of the whole test} and what else the test gives; depth is filled before the clock starts and
-kept for the next request. Processes of their own, so that thread pools never share cores and a peer may live in another
+An answer is {"seconds": of the whole test} and what else the test gives; depth is filled before the clock starts, by
+ours with random keys and values, by llama.cpp with copies of a computed piece, and kept for the next request. Processes of their own, so that thread pools never share cores and a peer may live in another
 environment: apart from its own library a peer needs the standard library alone.
 
 What a side does in a decode step: ours takes the argmax of the logits, as does transformers; llama.cpp is fed random
@@ -30,6 +30,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
+
+FILL_PIECE = 256  # tokens that llama.cpp computes to fill a depth with copies of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,11 @@ class Side:
         if self.length > depth:
             self.rewind(depth)
         if self.length < depth:
-            self.append(random_tokens(depth - self.length, self.vocab_size))
+            self.fill(depth - self.length)
+
+    def fill(self, tokens: int) -> None:
+        """Grow the sequence; what its tokens are does not matter."""
+        self.append(random_tokens(tokens, self.vocab_size))
 
 
 class LlamaCpp(Side):
@@ -126,6 +132,7 @@ class LlamaCpp(Side):
             raise ValueError(f"llama.cpp cannot load {settings.model}")
         params = library.llama_context_default_params()
         params.n_ctx = -(-settings.context // 256) * 256
+        params.n_seq_max, params.kv_unified = 2, True  # the second sequence carries copies, see `fill`
         params.n_batch, params.n_ubatch = max(2048, settings.ubatch), settings.ubatch
         params.n_threads = params.n_threads_batch = settings.threads
         params.type_k = params.type_v = {"f16": 1, "bf16": 30}[settings.kv]
@@ -140,6 +147,26 @@ class LlamaCpp(Side):
         """See Side."""
         for start in range(0, len(token_ids), self._batch):
             self._compute(token_ids[start : start + self._batch])
+
+    def fill(self, tokens: int) -> None:
+        """See Side; one piece is computed, its copies are moved to the positions behind it and joined to the sequence."""
+        library, memory, stop = self._library, self._library.llama_get_memory(self._context), self.length + tokens
+        piece = -(-stop // -(-stop // FILL_PIECE))
+        self.rewind(0)
+        super().fill(piece)
+        size = library.llama_state_seq_get_size(self._context, 0)
+        state = (ctypes.c_uint8 * size)()
+        library.llama_state_seq_get_data(self._context, state, size, 0)
+        while self.length < stop:
+            if not library.llama_state_seq_set_data(self._context, state, size, 1):
+                raise RuntimeError(f"llama.cpp cannot copy a sequence of {piece} tokens to {self.length}")
+            library.llama_memory_seq_add(memory, 1, 0, -1, self.length)
+            library.llama_memory_seq_cp(memory, 1, 0, 0, -1)
+            library.llama_memory_seq_rm(memory, 1, -1, -1)
+            self.length += piece
+        # What was moved is rotated to its positions by the next computation, which no clock should see.
+        self.rewind(stop - 1)
+        self._compute([0])
 
     def decode(self, tokens: int) -> None:
         """See Side."""

@@ -12,7 +12,7 @@ def bench(
     model: options.Model,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", "-p", min=0, help="Prompt of the pp row.")] = 512,
     gen_tokens: Annotated[int, typer.Option("--gen-tokens", "-n", min=0, help="Tokens of the tg row.")] = 128,
-    depth: Annotated[list[int] | None, typer.Option("--depth", "-d", min=0, help="Tokens in the cache.")] = None,
+    depth: Annotated[list[str] | None, typer.Option("--depth", "-d", help="Tokens in the cache, as 0,1024.")] = None,
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="The median is reported.")] = 3,
     policy: options.Policy = "auto",
     gpu_memory: options.GpuMemory = None,
@@ -25,7 +25,7 @@ def bench(
     """Measure prefill and decode as llama-bench does, beside prediction and ceiling."""
     from hetero_attn import benchmark
 
-    depths = tuple(depth or (0,))
+    depths = parse_depths(depth or ["0"])
     # Without a wish of the user, the context is what the measurement itself needs.
     needed = context or max(depths) + max(prompt_tokens, gen_tokens + 1)
     with options.load_llm(model, policy, gpu_memory, dtype, device, needed, threads) as llm:
@@ -36,3 +36,12 @@ def bench(
         print_json(report.to_dict())
     else:
         typer.echo(report.table().rstrip())
+
+
+def parse_depths(texts: list[str]) -> tuple[int, ...]:
+    """Depths of one or several comma-separated lists; raises typer.BadParameter."""
+    words = [word.strip() for text in texts for word in text.split(",")]
+    for word in words:
+        if not word.isdecimal():
+            raise typer.BadParameter(f"--depth: {word!r} is no number of tokens; give a list such as 0,1024,4096")
+    return tuple(map(int, words))
