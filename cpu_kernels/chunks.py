@@ -11,7 +11,7 @@ from numba import types
 
 from .compiler import helper
 from .team_layout import DONE, FAILURE, NEXT, PARAMETERS, STAGE_BYTES
-from .vector import F64, I64, emits, intp, load_acquire, pause, pointer, yield_core
+from .vector import F64, I64, emits, intp, least, load_acquire, pause, pointer, yield_core
 
 
 def _field(builder, arguments, index, stride, offset):
@@ -60,3 +60,19 @@ def await_stage(arguments, stage, count):
         spins += 1
         if spins > 2000:
             yield_core()
+
+
+@helper
+def take_range(arguments, stage, count, smallest, parts):
+    """The next range [first, last) of `count` items; empty when none is left.
+
+    Each range is 1 / parts of what the ranges before it left, at least `smallest` (guided self-scheduling, Polychronopoulos
+    and Kuck 1987): long streams at first, short ones to end together.
+    """
+    index, first = take(arguments, stage), 0
+    while index > 0 and (count - first) // parts > smallest:
+        first += (count - first) // parts
+        index -= 1
+    first = least(count, first + index * smallest)
+    size = (count - first) // parts
+    return first, least(count, first + (size if size > smallest else smallest))

@@ -1,15 +1,15 @@
 """linear: rows of activations times one packed weight, y = x W^T + bias; see layout.py and the two kernel files.
 
 Parameters of every linear kernel, in order: scratch, x, x row stride, rows, in_features, weight, num_blocks,
-block_bytes, bias (0: none), out, out row stride, accumulate, blocks per chunk, inputs per piece. Addresses and
-strides are in bytes.
+block_bytes, bias (0: none), out, out row stride, accumulate, inputs per piece, fewest blocks of a range, parts that the
+remaining blocks are divided into for the next range. Addresses and strides are in bytes.
 """
 
 import torch
 
 from . import layout
 from .checks import check_tensor
-from .linear_layout import CHUNK_BYTES, PIECE_INPUTS, RECORD_BYTES, STREAM_ROWS
+from .linear_layout import PIECE_INPUTS, RANGE_BYTES, RECORD_BYTES, STREAM_ROWS
 from .team import Team
 
 
@@ -66,6 +66,7 @@ def linear(
         out.data_ptr(),
         4 * out.stride(0),
         int(accumulate),
-        max(1, min(CHUNK_BYTES // block_bytes if block_bytes else 1, -(-num_blocks // team.num_threads))),
         in_features if rows <= STREAM_ROWS else PIECE_INPUTS,
+        max(1, min(RANGE_BYTES // block_bytes if block_bytes else 1, -(-num_blocks // team.num_threads))),
+        2 * team.num_threads if rows <= tile else num_blocks,  # ranges of several panels of rows stay in cache
     )

@@ -9,7 +9,7 @@ cache.
 from llvmlite import ir
 from numba import types
 
-from .chunks import await_stage, finish, parameter, take
+from .chunks import await_stage, finish, parameter, take, take_range
 from .compiler import helper
 from .dot import emit_dot_bf16
 from .isa import Isa
@@ -17,13 +17,10 @@ from .layout import BLOCK_FEATURES
 from .linear_layout import SEGMENT_INPUTS
 from .tiles import finish_dots, masked_line, zeros
 from .vector import (
-    I32,
     I64,
-    I8,
     VF32,
     VI32,
     F32x16,
-    call_llvm,
     emits,
     fma_value,
     intp,
@@ -31,18 +28,13 @@ from .vector import (
     load_as,
     load_f32,
     load_f32_tail,
+    prefetch_value,
     store_bf16,
     store_bf16_tail,
 )
 
 STREAM_LINES = 4  # lines of one feature per step when rows are few: as many independent sums
-STREAM_AHEAD = 3072  # bytes; measured flat from 2 to 4 KB
-
-
-def fetch_ahead(b, address, offset, level):
-    """Prefetch address + offset into the first (3) or second (2) level; any address is allowed."""
-    where = b.inttoptr(b.add(address, offset), I8.as_pointer())
-    call_llvm(b, "llvm.prefetch.p0", ir.VoidType(), where, *(ir.Constant(I32, value) for value in (0, level, 1)))
+STREAM_AHEAD = 3072  # bytes; measured flat from 1 to 5 KB
 
 
 def multiply_add(isa: Isa, weight_dtype: str, b, acc, w, x):
@@ -72,7 +64,7 @@ def tile_step(isa: Isa, weight_dtype: str, features: int, rows: int):
     def line(b, sums, w, w_stride, x, x_stride):
         w_rows, x_rows = addresses(b, w, w_stride, features), addresses(b, x, x_stride, rows)
         for address in w_rows:
-            fetch_ahead(b, address, b.mul(w_stride, ir.Constant(I64, features)), 2)
+            prefetch_value(b, b.add(address, b.mul(w_stride, ir.Constant(I64, features))))
         ws = [load_as(b, address, VI32) for address in w_rows]
         return accumulate(b, sums, ws, [load_as(b, address, VI32) for address in x_rows])
 
@@ -94,7 +86,7 @@ def stream_step(isa: Isa, weight_dtype: str):
     @emits(tile, tile, intp, intp)
     def lines(b, sums, w, x):
         for index in range(STREAM_LINES):
-            fetch_ahead(b, w, ir.Constant(I64, STREAM_AHEAD + 64 * index), 3)
+            prefetch_value(b, w, STREAM_AHEAD + 64 * index)
             w_line, x_line = load_as(b, w, VI32, 64 * index), load_as(b, x, VI32, 64 * index)
             acc = multiply_add(isa, weight_dtype, b, b.extract_value(sums, index), w_line, x_line)
             sums = b.insert_value(sums, acc, index)
@@ -206,19 +198,18 @@ def linear_dot(isa: Isa, weight_dtype: str, tile: int):
         rows, in_features = parameter(arguments, 3), parameter(arguments, 4)
         weight, num_blocks, block_bytes = parameter(arguments, 5), parameter(arguments, 6), parameter(arguments, 7)
         bias, out, out_stride = parameter(arguments, 8), parameter(arguments, 9), parameter(arguments, 10)
-        accumulate, blocks = parameter(arguments, 11), parameter(arguments, 12)
-        piece = parameter(arguments, 13)
+        accumulate, piece = parameter(arguments, 11), parameter(arguments, 12)
+        smallest, parts = parameter(arguments, 13), parameter(arguments, 14)
         w_stride = in_features * item_bytes
-        chunk = take(arguments, 1)
-        while chunk * blocks < num_blocks:
-            last = least(num_blocks, (chunk + 1) * blocks)
+        start, stop = take_range(arguments, 1, num_blocks, smallest, parts)
+        while start < stop:
             for first in range(0, in_features, piece):
                 inputs, add_to = least(piece, in_features - first), 1 if first else accumulate
                 row = 0
                 while row < rows:
                     size = tile if row + tile <= rows else 2 if tile > 2 and row + 2 <= rows else 1
                     from_x = x + row * x_stride + first * item_bytes
-                    for block in range(chunk * blocks, last):
+                    for block in range(start, stop):
                         w = weight + block * block_bytes + first * item_bytes
                         to = out + row * out_stride + 64 * block
                         offset = bias + 64 * block if bias and first == 0 else 0
@@ -229,6 +220,6 @@ def linear_dot(isa: Isa, weight_dtype: str, tile: int):
                         else:
                             multiply_tile(w, w_stride, from_x, x_stride, inputs, offset, to, out_stride, add_to)
                     row += size
-            chunk = take(arguments, 1)
+            start, stop = take_range(arguments, 1, num_blocks, smallest, parts)
 
     return kernel

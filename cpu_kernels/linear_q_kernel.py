@@ -12,7 +12,7 @@ q4: scale * sum(xq) as float32, unused;  q8: -128 * sum(xq) as int32 of inputs 0
 from llvmlite import ir
 from numba import types
 
-from .chunks import await_stage, finish, parameter, take
+from .chunks import await_stage, finish, parameter, take, take_range
 from .compiler import helper
 from .dot import emit_dot4
 from .isa import Isa
@@ -21,7 +21,6 @@ from .linear_layout import RECORD_BYTES, SEGMENT_GROUPS
 from .tiles import finish_features, zeros
 from .vector import (
     F32,
-    I8,
     I32,
     VF32,
     VHALF,
@@ -36,11 +35,12 @@ from .vector import (
     least,
     load_as,
     load_f32_tail,
+    prefetch_value,
     splat_value,
     store_as,
 )
 
-PREFETCH_BYTES = 2048  # ahead of the weight stream at one row; measured flat from 1 to 4 KB
+PREFETCH_BYTES = 2048  # ahead of the weight stream at one row; measured flat from 1 to 2 KB; q4 is slower beyond
 
 
 @emits(types.void, *[F32x16] * 4, intp, intp, intp)
@@ -117,8 +117,7 @@ def superblock(isa: Isa, weight_dtype: str, rows: int):
 
     def ahead(b, weight):
         for line in range(SUPERBLOCK_LINES[weight_dtype]):
-            where = b.gep(b.inttoptr(weight, I8.as_pointer()), [ir.Constant(weight.type, PREFETCH_BYTES + 64 * line)])
-            call_llvm(b, "llvm.prefetch.p0", ir.VoidType(), where, *(ir.Constant(I32, value) for value in (0, 3, 1)))
+            prefetch_value(b, weight, PREFETCH_BYTES + 64 * line)
 
     @emits(tile, tile, intp, intp)
     def superblock_q4(b, sums, weight, record):
@@ -224,18 +223,17 @@ def linear_q(isa: Isa, weight_dtype: str, tile: int):
         records, rows, in_features = parameter(arguments, 0), parameter(arguments, 3), parameter(arguments, 4)
         weight, num_blocks, block_bytes = parameter(arguments, 5), parameter(arguments, 6), parameter(arguments, 7)
         bias, out, out_stride = parameter(arguments, 8), parameter(arguments, 9), parameter(arguments, 10)
-        accumulate, blocks = parameter(arguments, 11), parameter(arguments, 12)
-        groups, piece = block_bytes // superblock_bytes, (parameter(arguments, 13) + GROUP_INPUTS - 1) // GROUP_INPUTS
-        chunk = take(arguments, 1)
-        while chunk * blocks < num_blocks:
-            last = least(num_blocks, (chunk + 1) * blocks)
+        accumulate, piece = parameter(arguments, 11), (parameter(arguments, 12) + GROUP_INPUTS - 1) // GROUP_INPUTS
+        groups, smallest, parts = block_bytes // superblock_bytes, parameter(arguments, 13), parameter(arguments, 14)
+        start, stop = take_range(arguments, 1, num_blocks, smallest, parts)
+        while start < stop:
             for first in range(0, groups, piece):
                 count, add_to = least(piece, groups - first), 1 if first else accumulate
                 row = 0
                 while row < rows:
                     size = panel_of(row, rows, tile)[1]
                     panel = records + (row * groups + size * first) * RECORD_BYTES
-                    for block in range(chunk * blocks, last):
+                    for block in range(start, stop):
                         w = weight + block * block_bytes + first * superblock_bytes
                         to = out + row * out_stride + 64 * block
                         offset = bias + 64 * block if bias and first == 0 else 0
@@ -248,6 +246,6 @@ def linear_q(isa: Isa, weight_dtype: str, tile: int):
                         else:
                             multiply_1(w, panel, count, offset, to, out_stride, add_to)
                     row += size
-            chunk = take(arguments, 1)
+            start, stop = take_range(arguments, 1, num_blocks, smallest, parts)
 
     return kernel

