@@ -3,11 +3,12 @@
     with CpuKernels() as ops:
         ops.linear(x, weight, "q4", None, out)
 
-Knows nothing of models, placement or GPUs. `layout` describes the packed weights; `CpuKernels` holds the ops.
+Knows nothing of models, placement or GPUs. `layout` describes the packed weights, `kv_layout` the KV pages;
+`CpuKernels` holds the ops.
 """
 
-from . import layout
+from . import kv_layout, layout
 from .kernels import CpuKernels
 from .memory import advise_huge_pages
 
-__all__ = ["CpuKernels", "advise_huge_pages", "layout"]
+__all__ = ["CpuKernels", "advise_huge_pages", "kv_layout", "layout"]

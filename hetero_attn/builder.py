@@ -3,8 +3,6 @@
 import warnings
 from collections.abc import Callable
 
-import torch
-
 from cpu_kernels import CpuKernels
 from hetero_attn.checkpoint import Checkpoint
 from hetero_attn.device import EmulatedDevice
@@ -38,7 +36,7 @@ def build_engine(
             warnings.warn(f"{planned.path}: {warning}", stacklevel=2)
         lanes = make_lanes(planned.plan, planned.device, overlap, on_compile)
         try:
-            warm_up(lanes.host_ops, planned.config, planned.weight_dtype)
+            warm_up(lanes.host_ops, planned.config, planned.weight_dtype, planned.plan.workload.kv_dtype)
             weights = Loader(checkpoint, planned.config, planned.plan, planned.weight_dtype, lanes, progress).load()
             return Engine(planned.config, planned.plan, weights, lanes, make_kv_cache(planned, lanes), overlap)
         except BaseException:
@@ -75,7 +73,6 @@ def make_kv_cache(planned: PlannedModel, lanes: Lanes) -> KVCache:
         num_kv_heads=planned.config.num_kv_heads,
         head_dim=planned.config.head_dim,
         windows=planned.config.sliding_window,
-        dtype=torch.float32 if planned.weight_dtype == "fp32" else torch.bfloat16,
         device_empty=None if lanes.device is None else lanes.device.empty,
         copy=lanes.copy,
     )

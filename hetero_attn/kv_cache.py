@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cpu_kernels import advise_huge_pages
+from cpu_kernels import advise_huge_pages, kv_layout
 from hetero_attn.errors import MemoryBudgetError
 from placement.plan import KvPlacement, Plan
 
 Allocate = Callable[[tuple[int, ...], torch.dtype, str], torch.Tensor]
 Copy = Callable[[torch.Tensor, torch.Tensor], None]
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "q8": torch.int8, "q4": torch.uint8}
 
 
 def host_empty(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.Tensor:
@@ -43,8 +44,8 @@ class SequenceState:
 class PagedStore:
     """Pages of `groups` KV-head groups for a run of layers, in one memory.
 
-    k[i], v[i]: [num_pages * groups, page_size, head_dim] of the run's i-th layer; page p of group g is row p * groups
-    + g. table: int32 [max_batch, groups, pages of max_context] in host memory, the row number of each logical page.
+    k[i], v[i]: [num_pages * groups, page_size, row_items] of the run's i-th layer, laid out as cpu_kernels.kv_layout
+    says for the KV dtype; page p of group g is row p * groups + g. table: int32 [max_batch, groups, pages of max_context] in host memory, the row number of each logical page.
     """
 
     def __init__(
@@ -56,11 +57,12 @@ class PagedStore:
         num_pages: int,
         page_size: int,
         head_dim: int,
-        dtype: torch.dtype,
+        kv_dtype: str,
         max_batch: int,
         max_pages: int,
     ) -> None:
-        shape = (num_pages * groups, page_size, head_dim)
+        shape = (num_pages * groups, page_size, kv_layout.row_items(kv_dtype, head_dim))
+        dtype = TORCH_DTYPES[kv_dtype]
         self.groups = groups
         self.num_pages = num_pages
         self.page_size = page_size
@@ -120,7 +122,6 @@ class LayerGroup:
         groups: int,
         window: int,
         head_dim: int,
-        dtype: torch.dtype,
         device_empty: Allocate,
     ) -> None:
         placement: KvPlacement = plan.kv[layers[0]]
@@ -142,7 +143,7 @@ class LayerGroup:
                 num_pages=num_pages,
                 page_size=plan.page_size,
                 head_dim=head_dim,
-                dtype=dtype,
+                kv_dtype=plan.workload.kv_dtype,
                 max_batch=plan.max_batch,
                 max_pages=max_pages,
             )
@@ -217,7 +218,6 @@ class KVCache:
         num_kv_heads: int,
         head_dim: int,
         windows: Sequence[int],
-        dtype: torch.dtype,
         device_empty: Allocate,
         copy: Copy,
     ) -> None:
@@ -229,7 +229,7 @@ class KVCache:
         for layer, placement in enumerate(plan.kv):
             kinds.setdefault((placement.gpu_groups, placement.gpu_tokens, windows[layer]), []).append(layer)
         self.layer_groups = tuple(
-            LayerGroup(plan, layers, num_kv_heads, window, head_dim, dtype, device_empty)
+            LayerGroup(plan, layers, num_kv_heads, window, head_dim, device_empty)
             for (_, _, window), layers in kinds.items()
         )
         # layer -> (index of its layer group, its place in that group)

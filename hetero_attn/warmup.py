@@ -6,18 +6,19 @@ Each operation runs once on a few rows of toy size: kernels depend on dtypes, ro
 import torch
 
 from cpu_kernels import CpuKernels
+from cpu_kernels.kv_layout import row_items
 from cpu_kernels.layout import BLOCK_FEATURES, block_bytes
 from hetero_attn.config import ModelConfig
+from hetero_attn.kv_cache import TORCH_DTYPES
 
 WIDTH = 64
 ROW_COUNTS = (1, 4, 65)  # one row, a few, a prompt: the kernels' own tiers
 
 
-def warm_up(ops: CpuKernels, config: ModelConfig, weight_dtype: str) -> None:
+def warm_up(ops: CpuKernels, config: ModelConfig, weight_dtype: str, kv_dtype: str) -> None:
     """Run every operation once on toy tensors with the model's dtypes and head shape."""
     for rows in ROW_COUNTS:
         _linears(ops, weight_dtype, rows)
-    kv_dtype = torch.float32 if weight_dtype == "fp32" else torch.bfloat16
     _attention(ops, config, kv_dtype)
 
 
@@ -29,9 +30,10 @@ def _linears(ops: CpuKernels, weight_dtype: str, rows: int) -> None:
     ops.silu_mul(out, x[:, :BLOCK_FEATURES])
 
 
-def _attention(ops: CpuKernels, config: ModelConfig, kv_dtype: torch.dtype) -> None:
+def _attention(ops: CpuKernels, config: ModelConfig, kv_dtype: str) -> None:
     heads, head_dim, page_size, rows = config.heads_per_kv_head, config.head_dim, 4, 2
-    k_pages, v_pages = (torch.zeros(1, page_size, head_dim, dtype=kv_dtype) for _ in range(2))
+    shape = (1, page_size, row_items(kv_dtype, head_dim))
+    k_pages, v_pages = (torch.zeros(shape, dtype=TORCH_DTYPES[kv_dtype]) for _ in range(2))
     norm = torch.ones(head_dim) if config.qk_norm else None
     angles = torch.zeros(page_size, config.rope.rotary_dim // 2 or head_dim // 2)
     qkv, slots = torch.zeros(rows, 1, (heads + 2) * head_dim), torch.arange(rows)[:, None]

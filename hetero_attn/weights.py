@@ -12,13 +12,14 @@ This module knows names and sizes; it reads nothing and knows no device.
 
 from dataclasses import dataclass
 
+from cpu_kernels.kv_layout import token_bytes
 from cpu_kernels.layout import BLOCK_FEATURES, block_bytes
 from hetero_attn.config import ModelConfig
 from placement.workload import KvShard, LinearShard, Workload, round_up
 
 FLOAT32_BYTES = 4
 LOGITS_ROWS = 16  # rows of logits computed at once when a prompt's every position is asked for
-KV_DTYPE_BYTES = {"fp32": 4, "bf16": 2, "q8": 2, "q4": 2}  # the cache is float32 for float32 models, else bfloat16
+EMBED_BYTES = {"fp32": 4, "bf16": 2, "q8": 2, "q4": 2}  # the embedding is float32 for float32 models, else bfloat16
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +205,11 @@ class ActivationWidths:
         return FLOAT32_BYTES * (total + self.gate_up + self.activated)
 
 
+def natural_kv_dtype(weight_dtype: str) -> str:
+    """What a cache holds unless asked otherwise: float32 beside float32 weights, else bfloat16."""
+    return "fp32" if weight_dtype == "fp32" else "bf16"
+
+
 def build_workload(
     config: ModelConfig,
     weight_dtype: str,
@@ -213,15 +219,17 @@ def build_workload(
     max_batch: int,
     page_size: int,
     prefill_chunk: int,
+    kv_dtype: str | None = None,
     embed_shares_head: bool = False,
 ) -> Workload:
     """Describe a model to the planner: names, bytes and operations, computed by the code that allocates them.
 
-    embed_shares_head: the token embedding is read from the head's own rows, which must then all be in host memory,
+    kv_dtype: of the cache; None is that of the weights for fp32, else bf16. embed_shares_head: the token embedding is read from the head's own rows, which must then all be in host memory,
     unquantised; it takes no bytes of its own.
     """
     spec = model_spec(config)
-    bytes_per_token = 2 * config.head_dim * KV_DTYPE_BYTES[weight_dtype]
+    kv_dtype = kv_dtype or natural_kv_dtype(weight_dtype)
+    bytes_per_token = token_bytes(kv_dtype, config.head_dim)
     kv = tuple(
         KvShard(f"layers.{layer}.kv", layer, config.num_kv_heads, bytes_per_token, config.sliding_window[layer])
         for layer in range(config.num_layers)
@@ -238,7 +246,7 @@ def build_workload(
         weight_dtype=weight_dtype,
         linears=tuple(linear.shard(weight_dtype) for linear in spec.linears),
         kv=kv,
-        embed_bytes=0 if embed_shares_head else config.vocab_size * config.hidden_size * KV_DTYPE_BYTES[weight_dtype],
+        embed_bytes=0 if embed_shares_head else config.vocab_size * config.hidden_size * EMBED_BYTES[weight_dtype],
         resident_bytes=FLOAT32_BYTES * (norm_features + biases + rope_features + logits + page_tables),
         activation_bytes_per_row=ActivationWidths.of(config, spec).bytes_per_row,
         max_context=max_context,
@@ -249,4 +257,5 @@ def build_workload(
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         prefill_chunk=prefill_chunk,
+        kv_dtype=kv_dtype,
     )

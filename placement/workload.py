@@ -86,7 +86,7 @@ class KvShard:
 class Workload:
     """Everything the planner may know about a model and the use made of it.
 
-    weight_dtype: fp32 | bf16 | q8 | q4. embed_bytes: the token embedding, read a row at a time from host memory.
+    weight_dtype, kv_dtype: fp32 | bf16 | q8 | q4. embed_bytes: the token embedding, read a row at a time from host memory.
     resident_bytes: norms, biases, rotary tables: in GPU memory whenever there is a GPU.
     activation_bytes_per_row: peak activations of one token row. max_context, prefill_chunk: tokens; max_batch:
     sequences; page_size: tokens of one KV page.
@@ -107,6 +107,7 @@ class Workload:
     hidden_size: int
     vocab_size: int
     prefill_chunk: int
+    kv_dtype: str = "bf16"
 
     def __post_init__(self) -> None:
         for field in ("max_context", "max_batch", "page_size", "prefill_chunk"):
