@@ -63,7 +63,7 @@ class CpuKernels:
         Nothing is computed now. A run reads and writes the very tensors that `work` used, which must stay alive and in
         place; what they hold may change between runs. `work` must compute with this object's ops alone.
         """
-        return Program(self._team, work)
+        return Program(self._team, self._team.record(work))
 
     def sweep(self, tensor: torch.Tensor) -> None:
         """Read every byte of a contiguous tensor and do nothing with it: timed, it is the ceiling of every op."""

@@ -6,7 +6,7 @@ microseconds, an op of a program less than one beyond its work.
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,12 +15,11 @@ from .team_layout import MAX_PARAMETERS, PROGRAM_COUNT, PROGRAM_ENTRY_BYTES, PRO
 
 
 class Program:
-    """The ops that one call of `work` makes. Its working memory is its own: direct calls may come between runs."""
+    """The given ops in order. Its working memory is its own: direct calls may come between runs."""
 
-    def __init__(self, team: Team, work: Callable[[], None]):
-        ops = team.record(work)
+    def __init__(self, team: Team, ops: Sequence[RecordedOp]):
         self._team = team
-        self._names = [op.name for op in ops]
+        self._ops = tuple(ops)
         scratch_bytes = max((op.scratch_bytes for op in ops), default=0)
         self._scratch = torch.empty(scratch_bytes + 4096, dtype=torch.uint8)
         scratch = (self._scratch.data_ptr() + 4095) & ~4095
@@ -32,7 +31,11 @@ class Program:
 
     def __len__(self) -> int:
         """Number of ops."""
-        return len(self._names)
+        return len(self._ops)
+
+    def select(self, keep: Callable[[str], bool]) -> "Program":
+        """The ops whose kernel's name is kept, alone: to see what they cost; what they compute means nothing."""
+        return Program(self._team, [op for op in self._ops if keep(op.name)])
 
     def run(self) -> None:
         """Run every op in order. Raises RuntimeError naming the op that found its tensors' contents wrong."""
@@ -40,7 +43,7 @@ class Program:
         if failure:
             (index,) = struct.unpack_from("=q", self._block.numpy(), PROGRAM_INDEX)
             raise RuntimeError(
-                f"op {index} ({self._names[index]}) of a recorded program stopped with code {failure}: a page "
+                f"op {index} ({self._ops[index].name}) of a recorded program stopped with code {failure}: a page "
                 "table or a length holds a value outside its range"
             )
 

@@ -43,11 +43,11 @@ class Engine:
         self.lanes = lanes
         self.kv_cache = kv_cache
         self.report = LaneReport()
-        self._weights = weights
+        self.weights = weights
         self._rows = max(plan.prefill_chunk, plan.max_batch)
         self._work = make_workspace(config, self._rows, lanes)
         logits_rows = max(LOGITS_ROWS, plan.max_batch)
-        self._replay = DecodeReplay(lanes.host_ops, self._decode) if replay and lanes.device is None else None
+        self.replay = DecodeReplay(lanes.host_ops, self._decode) if replay and lanes.device is None else None
         self._logits = _buffer(lanes, logits_rows, weights.head.spec.out_features, "resident")
 
     @property
@@ -107,7 +107,7 @@ class Engine:
         """Store what the qkv buffer holds in every layer, as if the layers had computed it."""
         work = self._work.rows(step.rows)
         for layer, (group, place) in self.kv_cache.places.items():
-            parameters, cache = self._weights.layers[layer].attention, self.kv_cache.layer_groups[group]
+            parameters, cache = self.weights.layers[layer].attention, self.kv_cache.layer_groups[group]
             store(self.lanes, step, step.groups[group], cache, place, parameters, work.qkv, work.attention.query)
         self.lanes.finish()
 
@@ -120,7 +120,7 @@ class Engine:
 
     def _forward(self, step: Step, token_ids: Sequence[int]) -> None:
         """Embed and run the layers; a decode step goes on to the logits of all its rows."""
-        lanes, weights = self.lanes, self._weights
+        lanes, weights = self.lanes, self.weights
         with lanes.given_up_on_error():
             if lanes.ring is not None:
                 lanes.ring.announce(piece for linear in weights.linears[:-1] for piece in linear.pieces(step.tier))
@@ -128,8 +128,8 @@ class Engine:
             with lanes.main_lane():
                 if step.is_prefill:
                     self._layers(step)
-                elif self._replay is not None:
-                    self._replay.run(step)
+                elif self.replay is not None:
+                    self.replay.run(step)
                 else:
                     self._decode(step)
 
@@ -138,7 +138,7 @@ class Engine:
         self._project(0, step.rows)
 
     def _layers(self, step: Step) -> None:
-        lanes, weights, work = self.lanes, self._weights, self._work.rows(step.rows)
+        lanes, weights, work = self.lanes, self.weights, self._work.rows(step.rows)
         for index, layer in enumerate(weights.layers):
             group, place = self.kv_cache.places[index]
             model.attention_block(
@@ -156,7 +156,7 @@ class Engine:
     def _project(self, start: int, stop: int) -> None:
         """Logits of rows [start, stop) of the residual into the first rows of the logits buffer."""
         work, out = self._work, self._logits.rows(0, stop - start)
-        model.logits(self.lanes, self._weights, work.residual.rows(start, stop), work.normed.rows(start, stop), out)
+        model.logits(self.lanes, self.weights, work.residual.rows(start, stop), work.normed.rows(start, stop), out)
 
     def _logits_of(self, start: int, stop: int) -> torch.Tensor:
         with self.lanes.given_up_on_error(), self.lanes.main_lane():

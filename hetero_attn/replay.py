@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from cpu_kernels import CpuKernels
+from cpu_kernels.program import Program
 from hetero_attn.lanes import Activation
 from hetero_attn.step import GroupStep, Segment, Step
 
@@ -20,7 +21,11 @@ class DecodeReplay:
     def __init__(self, ops: CpuKernels, forward: Callable[[Step], None]) -> None:
         self._ops = ops
         self._forward = forward
-        self._recorded: dict[int, tuple[Step, object]] = {}
+        self._recorded: dict[int, tuple[Step, Program]] = {}
+
+    def program(self, rows: int) -> Program:
+        """The recorded step of this batch size; KeyError before its first run."""
+        return self._recorded[rows][1]
 
     def run(self, step: Step) -> None:
         """Compute a decode step whose embedded rows are in the residual; records its batch size when it is new."""

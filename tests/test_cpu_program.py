@@ -42,6 +42,21 @@ def test_a_run_equals_direct_calls_bit_for_bit(ops, weight_dtype):
     assert len(program) == 6
 
 
+def test_a_selection_runs_only_the_kept_kernels(ops):
+    x, normed, out = normal(1, 64, seed=1), torch.zeros(1, 64), torch.zeros(1, 32)
+    weight = packed(ops, "bf16", 32, 64, seed=2)
+
+    def work():
+        ops.rms_norm(x, torch.ones(64), 1e-6, normed)
+        ops.linear(x, weight, "bf16", None, out)
+
+    linears = ops.record(work).select(lambda name: name.startswith("linear"))
+    linears.run()
+
+    assert len(linears) == 1
+    assert (normed == 0).all() and out.abs().sum() > 0
+
+
 def test_recording_computes_nothing_and_checks_everything(ops):
     x, out = normal(1, 64, seed=1), torch.full((1, 64), 7.0)
     ops.record(lambda: ops.rms_norm(x, torch.ones(64), 1e-6, out))

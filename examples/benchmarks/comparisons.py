@@ -57,8 +57,10 @@ COMPARISONS = (
 class Result:
     """What a comparison gave. ours, peer: medians in `unit`; *_runs: every run.
 
-    bytes_per_s, ceiling_share, other_share: of our decode steps, None for prompts and batches. ceiling_bytes_per_s: the
-    sweep just before.
+    ratio: median over the repetitions of our figure over the peer's just after. bytes_per_s, ceiling_share, other_share: of
+    our decode steps, None for prompts and batches: bytes of weights and cache read a second; speed of the linears over
+    that of a sweep of the same weights, turn by turn; share of a step that reads neither. ceiling_bytes_per_s: a sweep
+    before the row.
     """
 
     name: str
@@ -101,5 +103,5 @@ class Result:
 
 
 HEADINGS = (
-    f"{'row':<21}{'ours':>9}{'peer':>9}{'ratio':>7}{'target':>9}{'aim':>6}{'':>8}{'GB/s':>7}{'ceiling':>8}{'other':>7}"
+    f"{'row':<21}{'ours':>9}{'peer':>9}{'ratio':>7}{'target':>9}{'aim':>6}{'':>8}{'GB/s':>7}{'linears':>8}{'other':>7}"
 )

@@ -6,7 +6,7 @@ Drives the engine's two functions, `prefill` and `decode_step`, without schedule
 its own library. Two requests more, for the physics of a step:
 
     {"test": "sweep",   "megabytes": 512}    bytes a second of reading memory and doing nothing with it: the ceiling
-    {"test": "kernels", "megabytes": 256}    bytes a second of a one-row linear in this dtype, and of decode attention
+    {"test": "physics"}                      seconds of a decode step, of its reading ops alone, and of sweeps: see `_physics`
 """
 
 import platform
@@ -16,8 +16,7 @@ from collections.abc import Callable
 
 from peers import Settings, Side, main
 
-REPETITIONS = 9
-PAGE_TOKENS = 64
+REPETITIONS = 15
 # As bfloat16, float32 or a float16 scale this byte gives a finite number of ordinary size; timing asks for no more.
 WEIGHT_BYTE = 0x3C
 
@@ -105,14 +104,11 @@ class HeteroAttn(Side):
         }
 
     def answer(self, request: dict[str, object]) -> dict[str, object]:
-        """See Side; knows `sweep` and `kernels` besides."""
+        """See Side; knows `sweep` and `physics` besides."""
         if request["test"] == "sweep":
             return {"bytes_per_s": self._sweep(request["megabytes"] << 20)}
-        if request["test"] == "kernels":
-            return {
-                "linear_bytes_per_s": self._linear(request["megabytes"] << 20),
-                "attention_bytes_per_s": self._attention(request["megabytes"] << 20),
-            }
+        if request["test"] == "physics":
+            return self._physics()
         return super().answer(request)
 
     def _sweep(self, total_bytes: int) -> float:
@@ -122,40 +118,33 @@ class HeteroAttn(Side):
         with CpuKernels(self._settings.threads) as ops:
             return buffer.nbytes / _median_seconds(lambda: ops.sweep(buffer))
 
-    def _linear(self, total_bytes: int) -> float:
-        import torch
+    def _physics(self) -> dict[str, float]:
+        """Seconds of a decode step at the present depth, and of its parts, turn by turn; medians.
 
-        from cpu_kernels import CpuKernels
-        from cpu_kernels.layout import BLOCK_FEATURES, block_bytes
+        step_s: all of it, Python included. reading_s: its ops that read weights or cache, alone. linears_s: those that
+        read weights. sweep_s: a read-only sweep over the same weights.
+        """
+        engine, length = self._engine, self.length
+        weights = [linear.dram for linear in engine.weights.linears]
 
-        in_features, dtype = self._engine.config.hidden_size, self._settings.dtype
-        weight = _filled(total_bytes, block_bytes(dtype, in_features))
-        x, out = torch.randn(1, in_features), torch.empty(1, weight.shape[0] * BLOCK_FEATURES)
-        with CpuKernels(self._settings.threads) as ops:
-            return weight.nbytes / _median_seconds(lambda: ops.linear(x, weight, dtype, None, out))
+        def step() -> None:
+            self.decode(1)
+            self.rewind(length)
 
-    def _attention(self, total_bytes: int) -> float:
-        import torch
-
-        from cpu_kernels import CpuKernels
-
-        config = self._engine.config
-        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        k_pages, v_pages = (
-            _filled(total_bytes // 2, PAGE_TOKENS * head_dim * 2 * kv_heads)
-            .view(torch.bfloat16)
-            .view(-1, PAGE_TOKENS, head_dim)
-            for _ in range(2)
-        )
-        table = torch.arange(k_pages.shape[0], dtype=torch.int32).view(-1, kv_heads).T.contiguous()[None]
-        q, out, lse = torch.randn(1, heads, head_dim), torch.empty(1, heads, head_dim), torch.empty(1, heads)
-        start = torch.zeros(1, dtype=torch.int32)
-        stop = torch.full((1,), table.shape[2] * PAGE_TOKENS, dtype=torch.int32)
-        with CpuKernels(self._settings.threads) as ops:
-            seconds = _median_seconds(
-                lambda: ops.decode_attention(q, k_pages, v_pages, table, start, stop, head_dim**-0.5, out, lse)
-            )
-        return (k_pages.nbytes + v_pages.nbytes) / seconds
+        step()
+        program = engine.replay.program(1)
+        parts = {
+            "step_s": step,
+            "reading_s": program.select(lambda name: name.startswith(("linear", "decode"))).run,
+            "linears_s": program.select(lambda name: name.startswith("linear")).run,
+            "sweep_s": lambda: [engine.lanes.host_ops.sweep(weight) for weight in weights],
+        }
+        times: dict[str, list[float]] = {name: [] for name in parts}
+        with engine.lanes.torch_at_rest():
+            for _ in range(REPETITIONS):
+                for name, work in parts.items():
+                    times[name].append(_seconds(work))
+        return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _filled(total_bytes: int, row_bytes: int) -> "torch.Tensor":
@@ -172,12 +161,13 @@ def _filled(total_bytes: int, row_bytes: int) -> "torch.Tensor":
 def _median_seconds(work: Callable[[], object]) -> float:
     """Median time of one call, warmed up."""
     work()
-    times = []
-    for _ in range(REPETITIONS):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return statistics.median(_seconds(work) for _ in range(REPETITIONS))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ sides compute the same logits, then measures one comparison after another (compa
 its own (ours.py, peers.py), the same thread count, runs interleaved (ours, peer, ours, peer, ...), medians.
 
 The ceiling comes first: the speed of reading memory and doing nothing with it, measured again before every row. Our
-GB/s are weights and cache that a decode step reads; `other` is the share of that step which reads neither, judged by
-the speed of the kernels alone.
+GB/s are weights and cache that a decode step reads; `linears` is the speed of its linears over that of a sweep of the
+same weights, `other` the share of the step that reads neither weights nor cache.
 
 PYTHON is an interpreter with llama-cpp-python and gguf installed; without it, and without transformers, a peer is
 reported as not installed and ours is measured alone. --llama-bench takes a binary for llama.cpp instead. The cache of
@@ -87,7 +87,7 @@ class Benchmark:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.sweep_megabytes, self.kernel_megabytes = (64, 8) if options.quick else (512, 256)
+        self.sweep_megabytes = 64 if options.quick else 512
         self.checkpoint = options.work_dir / options.shape
         self.missing = {peer: self._why_missing(peer) for peer in ("llama.cpp", "transformers")}
 
@@ -184,14 +184,14 @@ def measure(
         median[ours],
         None if peer is None else median[peer],
         comparison.peer if why is None else f"{comparison.peer} {why}",
-        None if peer is None else median[ours] / median[peer],
+        None if peer is None else statistics.median(a / b for a, b in zip(runs[ours], runs[peer], strict=True)),
         comparison.least,
         comparison.aim,
         tuple(runs[ours]),
         tuple(runs.get(peer, ())),
         ceiling,
     )
-    return result if comparison.test != "decode" else with_physics(bench, comparison, result, ours, about)
+    return result if comparison.test != "decode" else with_physics(comparison, result, ours, about)
 
 
 def figure(side: Worker, comparison: Comparison) -> float:
@@ -202,20 +202,15 @@ def figure(side: Worker, comparison: Comparison) -> float:
     return comparison.tokens / side.ask(**comparison.request)["seconds"]
 
 
-def with_physics(
-    bench: Benchmark, comparison: Comparison, result: Result, ours: Worker, about: dict[str, object]
-) -> Result:
+def with_physics(comparison: Comparison, result: Result, ours: Worker, about: dict[str, object]) -> Result:
     """Add what our decode step reads, how fast, and how much of its time is spent otherwise."""
-    kernels = ours.ask(test="kernels", megabytes=bench.kernel_megabytes)
-    weights = about["weight_bytes"]
+    physics = ours.ask(test="physics")
     cache = about["kv_bytes_per_token"] * (comparison.depth + comparison.tokens / 2)
-    reading_s = weights / kernels["linear_bytes_per_s"] + cache / kernels["attention_bytes_per_s"]
-    achieved = (weights + cache) * result.ours
     return replace(
         result,
-        bytes_per_s=achieved,
-        ceiling_share=achieved / result.ceiling_bytes_per_s,
-        other_share=1 - reading_s * result.ours,
+        bytes_per_s=(about["weight_bytes"] + cache) * result.ours,
+        ceiling_share=physics["sweep_s"] / physics["linears_s"],
+        other_share=1 - physics["reading_s"] / physics["step_s"],
     )
 
 
@@ -271,8 +266,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=peers, default=peers)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=usable_cpus(), help="of every side; default: all usable CPUs")
-    parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()) / "hetero-attn-benchmarks",
-                        help="where checkpoint and GGUF files are made and kept, about 7 GB")
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "hetero-attn-benchmarks",
+        help="where checkpoint and GGUF files are made and kept, about 7 GB",
+    )
     parser.add_argument("--llama-python", default=sys.executable, help="interpreter with llama_cpp and gguf")
     parser.add_argument("--llama-bench", type=Path, help="a llama-bench binary to measure instead of llama_cpp")
     parser.add_argument("--kv", choices=("f16", "bf16"), default="f16", help="cache dtype of llama.cpp")
@@ -298,8 +297,10 @@ def main() -> None:
     bench = Benchmark(options)
     chosen = [item.quick() if options.quick else item for item in COMPARISONS if item.name in options.rows]
     facts: dict[str, object] = {"machine": machine(options.threads), "versions": {}, "logits_nmse": {}}
-    show(f"{options.shape}, random weights; {facts['machine']['cpu']}, {options.threads} threads; median of "
-         f"{options.repetitions}" + (" -- QUICK: figures mean nothing" if options.quick else ""))
+    show(
+        f"{options.shape}, random weights; {facts['machine']['cpu']}, {options.threads} threads; median of "
+        f"{options.repetitions}" + (" -- QUICK: figures mean nothing" if options.quick else "")
+    )
     bench.make_files({item.dtype for item in chosen if item.peer == "llama.cpp"})
     results = []
     for dtype in GGUF_TYPES:
