@@ -193,7 +193,7 @@ def _attend_older(
     lanes.on_host(
         lambda: _partial(side, step, segment, parameters, buffers.query, buffers.partial, buffers.partial_lse)
     )
-    lanes.join()
+    lanes.order_device()
     lanes.copy(buffers.partial.device[:, :width], buffers.partial.host[:, :width])
     lanes.copy(buffers.partial_lse.device[:, side.heads], buffers.partial_lse.host[:, side.heads])
     on_device = _Side("device", lanes.device.ops, side.store, side.layer, side.groups, side.heads)

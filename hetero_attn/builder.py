@@ -2,18 +2,23 @@
 
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
 
 from cpu_kernels import CpuKernels
 from hetero_attn.checkpoint import Checkpoint
-from hetero_attn.device import EmulatedDevice
+from hetero_attn.devices import Device, EmulatedDriver
 from hetero_attn.engine import Engine
 from hetero_attn.errors import UnsupportedModelError
+from hetero_attn.handover import EventHandover
 from hetero_attn.kv_cache import KVCache
 from hetero_attn.lanes import Lanes
 from hetero_attn.loader import Loader
 from hetero_attn.planning import PlannedModel
 from hetero_attn.staging import StagingRing
+from hetero_attn.step_tables import StepTables
 from hetero_attn.warmup import warm_up
+from hetero_attn.weights import step_table_bytes
 from placement.plan import Plan
 
 Progress = Callable[[int], None]
@@ -31,36 +36,59 @@ def build_engine(
 
     Raises CheckpointError for weights that do not fit the config, MemoryBudgetError when memory runs out.
     """
-    with Checkpoint.open(planned.path) as checkpoint:
-        for warning in checkpoint.check(planned.config):
-            warnings.warn(f"{planned.path}: {warning}", stacklevel=2)
-        lanes = make_lanes(planned.plan, planned.device, overlap, on_compile)
-        try:
+    lanes = make_lanes(planned.plan, planned.device, overlap, on_compile)
+    return assemble(planned, lanes, overlap, progress)
+
+
+def assemble(
+    planned: PlannedModel, lanes: Lanes, overlap: bool = True, progress: Progress = lambda count: None
+) -> Engine:
+    """Load a planned model onto lanes that are there; closes them if anything fails."""
+    try:
+        with Checkpoint.open(planned.path) as checkpoint:
+            for warning in checkpoint.check(planned.config):
+                warnings.warn(f"{planned.path}: {warning}", stacklevel=3)
             warm_up(lanes.host_ops, planned.config, planned.weight_dtype, planned.plan.workload.kv_dtype)
             weights = Loader(checkpoint, planned.config, planned.plan, planned.weight_dtype, lanes, progress).load()
             return Engine(planned.config, planned.plan, weights, lanes, make_kv_cache(planned, lanes), overlap)
-        except BaseException:
-            lanes.close()
-            raise
+    except BaseException:
+        lanes.close()
+        raise
 
 
 def make_lanes(plan: Plan, device: str, overlap: bool, on_compile: Callable[[str], None] | None = None) -> Lanes:
     """Start the lanes of a plan."""
-    gpu = make_device(plan, device)
-    ring = (
-        StagingRing(gpu, plan.staging_slots, plan.staging_slot_bytes)
-        if gpu is not None and plan.staging_slots
-        else None
-    )
-    return Lanes(CpuKernels(plan.num_threads, on_compile=on_compile), gpu, ring, overlap)
+    with ExitStack() as undo:
+        gpu = make_device(plan, device)
+        if gpu is not None:
+            undo.callback(gpu.close)
+        host_ops = undo.enter_context(CpuKernels(plan.num_threads, on_compile=on_compile))
+        # The worker's thread starts with its first job, so a failure here leaves none.
+        worker = ThreadPoolExecutor(1, thread_name_prefix="hetero-attn-host") if overlap else None
+        lanes = Lanes(host_ops) if gpu is None else connect(plan, host_ops, gpu, worker)
+        undo.pop_all()
+    return lanes
 
 
-def make_device(plan: Plan, device: str) -> EmulatedDevice | None:
+def connect(plan: Plan, host_ops: CpuKernels, gpu: Device, worker: Executor | None) -> Lanes:
+    """The lanes of a plan over a device; `worker` is the one thread of host jobs, None runs them on the caller's."""
+    ring = StagingRing(gpu, plan.staging_slots, plan.staging_slot_bytes) if plan.staging_slots else None
+    handover = None if worker is None else EventHandover(gpu, worker)
+    return Lanes(host_ops, gpu, ring, StepTables(gpu, _step_table_bytes(plan)), handover)
+
+
+def _step_table_bytes(plan: Plan) -> int:
+    workload, pages = plan.workload, -(-plan.max_context // plan.page_size)
+    groups = max(shard.groups for shard in workload.kv)
+    return step_table_bytes(len(workload.kv), groups, workload.activation_rows, workload.max_batch, pages)
+
+
+def make_device(plan: Plan, device: str) -> Device | None:
     """The device of a plan; None for the CPU alone."""
     if device == "cpu":
         return None
     if device == "emulated":
-        return EmulatedDevice(plan.gpu_memory_bytes)
+        return Device(EmulatedDriver(), plan.gpu_memory_bytes)
     raise UnsupportedModelError(
         f"device {device!r}: the CUDA lanes are not in this version; use device='cpu' or 'emulated'"
     )

@@ -15,12 +15,14 @@ from hetero_attn.attention import AttentionBuffers, store
 from hetero_attn.config import ModelConfig
 from hetero_attn.kv_cache import KVCache, SequenceState
 from hetero_attn.lanes import Activation, Lanes
+from hetero_attn.linear import LinearWeights
 from hetero_attn.model import ModelWeights, Workspace
 from hetero_attn.replay import DecodeReplay
 from hetero_attn.report import LaneReport
 from hetero_attn.step import Step, plan_step
 from hetero_attn.weights import LOGITS_ROWS, ActivationWidths, model_spec
 from placement.plan import Plan
+from placement.workload import row_tier
 
 
 class Engine:
@@ -122,8 +124,7 @@ class Engine:
         """Embed and run the layers; a decode step goes on to the logits of all its rows."""
         lanes, weights = self.lanes, self.weights
         with lanes.given_up_on_error():
-            if lanes.ring is not None:
-                lanes.ring.announce(piece for linear in weights.linears[:-1] for piece in linear.pieces(step.tier))
+            self._announce(weights.linears[:-1] if step.is_prefill else weights.linears, step.tier)
             model.embed(lanes, weights, torch.tensor(token_ids), self._work.rows(step.rows))
             with lanes.main_lane():
                 if step.is_prefill:
@@ -132,6 +133,12 @@ class Engine:
                     self.replay.run(step)
                 else:
                     self._decode(step)
+            if not step.is_prefill:
+                lanes.finish()
+
+    def _announce(self, linears: Sequence[LinearWeights], tier: int) -> None:
+        if self.lanes.ring is not None:
+            self.lanes.ring.announce(piece for linear in linears for piece in linear.pieces(tier))
 
     def _decode(self, step: Step) -> None:
         self._layers(step)
@@ -159,8 +166,11 @@ class Engine:
         model.logits(self.lanes, self.weights, work.residual.rows(start, stop), work.normed.rows(start, stop), out)
 
     def _logits_of(self, start: int, stop: int) -> torch.Tensor:
-        with self.lanes.given_up_on_error(), self.lanes.main_lane():
-            self._project(start, stop)
+        with self.lanes.given_up_on_error():
+            self._announce((self.weights.head,), row_tier(stop - start))
+            with self.lanes.main_lane():
+                self._project(start, stop)
+            self.lanes.finish()
         return self._read_logits(stop - start)
 
     def _read_logits(self, rows: int) -> torch.Tensor:
@@ -193,6 +203,7 @@ def make_workspace(config: ModelConfig, rows: int, lanes: Lanes) -> Workspace:
 
 
 def _buffer(lanes: Lanes, rows: int, width: int, kind: str) -> Activation:
-    host = torch.empty((rows, width))
-    device = None if lanes.device is None else lanes.device.empty((rows, width), torch.float32, kind)
-    return Activation(device, host)
+    if lanes.device is None:
+        return Activation(None, torch.empty((rows, width)))
+    host, _ = lanes.device.host_empty((rows, width), torch.float32, kind)
+    return Activation(lanes.device.empty((rows, width), torch.float32, kind), host)

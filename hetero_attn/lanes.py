@@ -1,27 +1,30 @@
 """The lanes and what passes between them: one device, one host worker, copies and events.
 
-Only this module and the two it builds on (`device`, `staging`) own streams, events, pinned buffers and threads. Exactly
-one thread calls the CPU kernels: the worker while lanes overlap, else the caller's own.
+Only this module and those it builds on (`devices`, `staging`, `step_tables`, `handover`) own streams, events,
+page-locked buffers and threads. Exactly one thread calls the CPU kernels: the worker while lanes overlap, else the
+caller's own.
 
 An activation that more than one lane needs is an `Activation`: the same rows in GPU memory and in host memory. Each
 side holds the columns that its lanes produced; `exchange` brings over the others.
 
-What orders the lanes: a host job starts after the GPU work queued before it has reached the host (an event), jobs run
-in the order they were given, and `join` returns when all of them have finished. GPU work queued after `join` sees
-what they wrote. A host buffer is overwritten only by a copy queued after the `join` that ended its last reader.
+Why no race can happen: copies of activations and kernels share one stream, so they run in the order they are queued.
+Host jobs run in the order they are given. A job that follows a copy waits for it (an event), so it reads only what has
+arrived and overwrites only what has left. A copy that follows a job is queued behind `order_device` or `join`.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from cpu_kernels import CpuKernels
-from hetero_attn.device import EmulatedDevice
+from hetero_attn.devices import Device
+from hetero_attn.handover import InOrder
 from hetero_attn.staging import StagingRing
+from hetero_attn.step_tables import StepTables
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +52,27 @@ class Activation:
 
 
 class Lanes:
-    """A device (None: CPU only), the CPU kernels, the worker that calls them, and the staging ring.
+    """A device (None: CPU only), the CPU kernels, the order between them, the staging ring and the step's tables.
 
-    With `overlap=False` everything runs in order on the calling thread: the same arithmetic, the plain path.
-    cpu_lane_s, waited_s: seconds for which the CPU lane worked, and for which `join` waited for it, since the start.
+    handover: how host jobs and GPU work wait for each other; None runs everything in order on the calling thread, the
+    plain path. cpu_lane_s, waited_s: seconds for which the CPU lane worked, and for which the caller waited for it,
+    since the start.
     """
 
     def __init__(
         self,
         host_ops: CpuKernels,
-        device: EmulatedDevice | None = None,
+        device: Device | None = None,
         ring: StagingRing | None = None,
-        overlap: bool = True,
+        tables: StepTables | None = None,
+        handover: Any = None,
     ) -> None:
         self.host_ops = host_ops
         self.device = device
         self.ring = ring
-        overlapped = overlap and device is not None
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="hetero-attn-host") if overlapped else None
-        self._jobs: list[Future] = []
+        self.tables = tables
+        self.handover = handover or InOrder(device)
+        self._copied = False
         self.cpu_lane_s = 0.0
         self.waited_s = 0.0
 
@@ -83,7 +88,13 @@ class Lanes:
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queue a copy between GPU and host memory, in order with the GPU's compute."""
+        self._copied = True
         self.device.copy(target, source, self.device.compute)
+
+    def upload(self, tables: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Bring a step's integer tables to the device, all in one copy; they stay until the next step's."""
+        self._copied = True
+        return self.tables.upload(tables)
 
     @contextmanager
     def cpu_lane(self) -> Iterator[None]:
@@ -100,10 +111,16 @@ class Lanes:
 
     @contextmanager
     def torch_at_rest(self) -> Iterator[None]:
-        """Without a device, keep torch's own pool out: its idle threads would spin on the cores of the thread team."""
+        """What a thread needs around a step: its kernels go to the compute stream.
+
+        Without a device, keep torch's own pool out: its idle threads would spin on the cores of the thread team.
+        """
+        if self.device is not None:
+            with self.device.current():
+                yield
+            return
         threads = torch.get_num_threads()
-        if self.device is None:
-            torch.set_num_threads(1)
+        torch.set_num_threads(1)
         try:
             yield
         finally:
@@ -111,7 +128,7 @@ class Lanes:
 
     @contextmanager
     def given_up_on_error(self) -> Iterator[None]:
-        """Leave no job and no announced copy behind when the enclosed step fails."""
+        """Leave no job, no announced copy and no queued work behind when the enclosed step fails."""
         try:
             yield
         except BaseException:
@@ -119,24 +136,22 @@ class Lanes:
             raise
 
     def on_host(self, job: Callable[[], None]) -> None:
-        """Give the host worker a job; it starts once the GPU work queued so far has reached the host."""
+        """Give the host worker a job; it starts once the copies queued so far have been made."""
         if self.device is None:
             job()
             return
-        event = self.device.record(self.device.compute)
-        if self._worker is None:
-            self._run(event, job)
-        else:
-            self._jobs.append(self._worker.submit(self._run, event, job))
+        self.handover.submit(lambda: self._run(job), self._copied)
+        self._copied = False
+
+    def order_device(self) -> None:
+        """GPU work queued from now on sees what the jobs given so far wrote."""
+        with self._waiting():
+            self.handover.order_device()
 
     def join(self) -> None:
         """Wait for every job given so far; raises what the first failed one raised, after all have ended."""
-        started = time.perf_counter()
-        jobs, self._jobs = self._jobs, []
-        failures = [failure for job in jobs if (failure := job.exception()) is not None]
-        self.waited_s += time.perf_counter() - started
-        if failures:
-            raise failures[0]
+        with self._waiting():
+            self.handover.join()
 
     def exchange(self, activation: Activation, column: int, *, to_device: bool, to_host: bool) -> None:
         """Complete an activation whose columns [0, column) are on the GPU and [column, width) in host memory.
@@ -148,7 +163,7 @@ class Lanes:
         if to_host and column > 0:
             self.copy(activation.host[:, :column], activation.device[:, :column])
         if to_device and column < activation.host.shape[1]:
-            self.join()
+            self.order_device()
             self.copy(activation.device[:, column:], activation.host[:, column:])
 
     def finish(self) -> None:
@@ -156,24 +171,32 @@ class Lanes:
         self.join()
         if self.device is not None:
             self.device.synchronize(self.device.record(self.device.compute))
+            self._copied = False
+            if self.ring is not None:
+                self.ring.settle()
 
     def reset(self) -> None:
-        """Leave no job behind and forget what the ring was told; for a step that was given up half-way."""
-        for job in self._jobs:
-            job.exception()
-        self._jobs.clear()
+        """Leave no job, no queued work and nothing announced; for a step that was given up half-way."""
+        self.handover.give_up()
+        if self.device is not None:
+            for stream in (self.device.copies, self.device.compute):
+                self.device.synchronize(self.device.record(stream))
         if self.ring is not None:
             self.ring.reset()
 
     def close(self) -> None:
         """Finish the worker's jobs, stop it, and release the device and the CPU kernels; idempotent."""
-        if self._worker is not None:
-            self._worker.shutdown(wait=True)
+        self.handover.close()
         if self.device is not None:
             self.device.close()
         self.host_ops.close()
 
-    def _run(self, event: object, job: Callable[[], None]) -> None:
-        self.device.synchronize(event)
+    def _run(self, job: Callable[[], None]) -> None:
         with self.cpu_lane():
             job()
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.waited_s += time.perf_counter() - started

@@ -86,8 +86,7 @@ class Loader:
     def _linear(self, spec: LinearSpec, placement: LinearPlacement) -> LinearWeights:
         row_bytes = block_bytes(self._weight_dtype, spec.in_features)
         home_blocks = placement.gpu_units * spec.unit_blocks
-        dram = torch.empty((placement.dram_units * spec.unit_blocks, row_bytes), dtype=torch.uint8)
-        advise_huge_pages(dram)
+        dram = self._dram((placement.dram_units * spec.unit_blocks, row_bytes), placement.streams)
         gpu = None
         if self._lanes.device is not None:
             gpu = self._lanes.device.empty((home_blocks, row_bytes), torch.uint8, "weights")
@@ -111,6 +110,14 @@ class Loader:
             bias=self._bias(spec),
             piece_blocks=staging_piece_units(spec.shard(self._weight_dtype)) * spec.unit_blocks,
         )
+
+    def _dram(self, shape: tuple[int, int], streams: bool) -> torch.Tensor:
+        """Host memory of one linear, page-locked where it streams: the stream and the CPU lane share this one copy."""
+        if streams:
+            return self._lanes.device.host_empty(shape, torch.uint8, "weights")[0]
+        dram = torch.empty(shape, dtype=torch.uint8)
+        advise_huge_pages(dram)
+        return dram
 
     def _unit_rows(self, spec: LinearSpec) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Runs of units [start, stop) with their rows, [(stop - start) * unit_features, in_features], padding zero."""

@@ -74,13 +74,11 @@ class Workspace:
 
 
 def embed(lanes: Lanes, weights: ModelWeights, token_ids: torch.Tensor, work: Workspace) -> None:
-    """Start the residual stream with the rows of `token_ids` int64 [rows]."""
-    rows = weights.embed[token_ids].float()
-    residual = work.residual.main[:, : rows.shape[1]]
-    if lanes.device is None:
-        residual.copy_(rows)
-    else:
-        lanes.copy(residual, rows)
+    """Start the residual stream with the rows of `token_ids` int64 [rows]; on its way to a GPU it passes the host side."""
+    residual = work.residual.columns(0, weights.embed.shape[1])
+    residual.host.copy_(weights.embed[token_ids])
+    if lanes.device is not None:
+        lanes.copy(residual.device, residual.host)
 
 
 def normalize(
@@ -131,14 +129,13 @@ def mlp_block(lanes: Lanes, step: Step, layer: LayerWeights, norm_eps: float, wo
 
 
 def logits(lanes: Lanes, weights: ModelWeights, residual: Activation, normed: Activation, out: Activation) -> None:
-    """Project residual rows onto the vocabulary; `out.host`, float32 [rows, packed vocabulary], is complete on return."""
+    """Project residual rows onto the vocabulary; once the lanes are finished `out.host`, float32 [rows, packed
+    vocabulary], is complete.
+    """
     head, tier = weights.head, row_tier(out.main.shape[0])
-    if lanes.ring is not None:
-        lanes.ring.announce(head.pieces(tier))
     normalize(lanes, weights.final_norm, weights.norm_eps, residual, normed, head.has_host_features(tier))
     linear(lanes, head, tier, normed, out)
     lanes.exchange(out, head.device_features(tier), to_device=False, to_host=True)
-    lanes.finish()
 
 
 def deliver_to_owners(lanes: Lanes, qkv: LinearWeights, tier: int, gpu_groups: int, out: Activation) -> None:
@@ -148,7 +145,7 @@ def deliver_to_owners(lanes: Lanes, qkv: LinearWeights, tier: int, gpu_groups: i
     if computed > owned:
         lanes.copy(out.host[:, owned * unit : computed * unit], out.device[:, owned * unit : computed * unit])
     elif computed < owned:
-        lanes.join()
+        lanes.order_device()
         lanes.copy(out.device[:, computed * unit : owned * unit], out.host[:, computed * unit : owned * unit])
 
 

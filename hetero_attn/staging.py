@@ -6,7 +6,8 @@ across linears and layers. Ownership of a slot passes by events alone:
     copies stream   [copy piece i -> slot]  --ready-->  compute stream  [linear reads slot]  --free-->  copies stream
 
 A copy into a slot waits for the `free` event of the piece that was there; a linear waits for the `ready` event of its
-own piece. So no piece is overwritten while it is read, nor read before it has arrived.
+own piece. So no piece is overwritten while it is read, nor read before it has arrived. At the end of a step, when the
+calling thread has waited for the device, `settle` forgets the events.
 """
 
 from collections import deque
@@ -14,19 +15,22 @@ from collections.abc import Iterable
 
 import torch
 
-from hetero_attn.device import EmulatedDevice
+from hetero_attn.devices import Device
 
 
 class StagingRing:
     """`slots` buffers of `slot_bytes` in GPU memory, filled in the announced order.
 
-    Every piece is a uint8 tensor [blocks, block_bytes] in host memory of at most `slot_bytes`.
+    Every piece is a uint8 tensor [blocks, block_bytes] in host memory of at most `slot_bytes`. bounce: the pieces are
+    not all page-locked, so each passes through a page-locked buffer of its slot, filled by the calling thread.
     """
 
-    def __init__(self, device: EmulatedDevice, slots: int, slot_bytes: int) -> None:
+    def __init__(self, device: Device, slots: int, slot_bytes: int, bounce: bool = False) -> None:
         self._device = device
         self._slots = [device.empty((slot_bytes,), torch.uint8, "staging") for _ in range(slots)]
+        self._bounce = [device.host_empty((slot_bytes,), torch.uint8, "staging")[0] for _ in range(slots * bounce)]
         self._free = [None] * slots
+        self._sent = [None] * slots
         self._pending: deque[torch.Tensor] = deque()
         self._arriving: deque[tuple[int, torch.Tensor, object]] = deque()
         self.copied_bytes = 0
@@ -50,18 +54,35 @@ class StagingRing:
         self._free[slot] = self._device.record(self._device.compute)
         self._fill(slot)
 
+    def settle(self) -> None:
+        """Say that all queued work has ended, so nothing needs to be waited for."""
+        self._free = [None] * len(self._slots)
+        self._sent = [None] * len(self._slots)
+
     def reset(self) -> None:
-        """Forget what was announced; for a step that was given up half-way."""
+        """Forget what was announced; for a step that was given up half-way, after all queued work has ended."""
         self._pending.clear()
         self._arriving.clear()
+        self.settle()
 
     def _fill(self, slot: int) -> None:
         if not self._pending:
             return
         piece = self._pending.popleft()
         view = self._slots[slot][: piece.numel()].view(piece.shape)
+        if self._bounce:
+            piece = self._bounced(slot, piece)
         if self._free[slot] is not None:
             self._device.wait(self._device.copies, self._free[slot])
         self._device.copy(view, piece, self._device.copies)
-        self._arriving.append((slot, view, self._device.record(self._device.copies)))
+        ready = self._sent[slot] = self._device.record(self._device.copies)
+        self._arriving.append((slot, view, ready))
         self.copied_bytes += piece.numel()
+
+    def _bounced(self, slot: int, piece: torch.Tensor) -> torch.Tensor:
+        """The piece in the slot's page-locked buffer, once the buffer's last copy has left it."""
+        if self._sent[slot] is not None:
+            self._device.synchronize(self._sent[slot])
+        target = self._bounce[slot][: piece.numel()].view(piece.shape)
+        target.copy_(piece)
+        return target

@@ -3,8 +3,8 @@
 A *prefill* step computes consecutive rows of one sequence; a *decode* step one row for each of several sequences.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -66,15 +66,14 @@ def plan_step(lanes: Lanes, cache: KVCache, sequences: Sequence[SequenceState], 
         cache.make_room(sequence, new_tokens)
     positions = torch.cat([torch.arange(sequence.length, sequence.length + new_tokens) for sequence in sequences])
     groups = tuple(
-        _group_step(lanes, group, index, sequences, positions.view(len(sequences), new_tokens), is_prefill)
+        _group_step(group, index, sequences, positions.view(len(sequences), new_tokens), is_prefill)
         for index, group in enumerate(cache.layer_groups)
     )
-    on_device = None if lanes.device is None else lanes.device.upload(positions)
-    return Step(is_prefill, rows, row_tier(rows), tuple(sequences), Activation(on_device, positions), groups)
+    step = Step(is_prefill, rows, row_tier(rows), tuple(sequences), Activation(None, positions), groups)
+    return step if lanes.device is None else _uploaded(lanes, step)
 
 
 def _group_step(
-    lanes: Lanes,
     group: LayerGroup,
     index: int,
     sequences: Sequence[SequenceState],
@@ -90,10 +89,9 @@ def _group_step(
             return None
         return _segment(store, sequences, positions if writes else None, start, stop, is_prefill)
 
-    recent = segment(group.recent, split, stops, True)
     return GroupStep(
         host=segment(group.host, starts, stops, True),
-        recent=None if recent is None else _upload(lanes, recent),
+        recent=segment(group.recent, split, stops, True),
         spilled=segment(group.spilled, starts, split, False),
     )
 
@@ -115,6 +113,25 @@ def _segment(
     return Segment(slots, tables, torch.tensor(start, dtype=torch.int32), torch.tensor(stop, dtype=torch.int32))
 
 
-def _upload(lanes: Lanes, segment: Segment) -> Segment:
+def _uploaded(lanes: Lanes, step: Step) -> Step:
+    """The step with its positions and every `recent` segment on the device, brought there together."""
+    recent = [group.recent for group in step.groups if group.recent is not None]
+    tables = [step.positions.host] + [table for segment in recent for table in _tables(segment)]
+    on_device = iter(lanes.upload(tables))
+    positions = Activation(next(on_device), step.positions.host)
+    groups = tuple(
+        group if group.recent is None else replace(group, recent=_with_tables(group.recent, on_device))
+        for group in step.groups
+    )
+    return replace(step, positions=positions, groups=groups)
+
+
+def _tables(segment: Segment) -> list[torch.Tensor]:
+    """What of a segment is a tensor, in a fixed order."""
     fields = (segment.slots, segment.table, segment.start, segment.stop)
-    return Segment(*(lanes.device.upload(field) if isinstance(field, torch.Tensor) else field for field in fields))
+    return [field for field in fields if isinstance(field, torch.Tensor)]
+
+
+def _with_tables(segment: Segment, tables: Iterator[torch.Tensor]) -> Segment:
+    fields = (segment.slots, segment.table, segment.start, segment.stop)
+    return Segment(*(next(tables) if isinstance(field, torch.Tensor) else field for field in fields))

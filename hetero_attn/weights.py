@@ -18,6 +18,7 @@ from hetero_attn.config import ModelConfig
 from placement.workload import KvShard, LinearShard, Workload, round_up
 
 FLOAT32_BYTES = 4
+TABLE_ALIGN_BYTES = 64
 LOGITS_ROWS = 16  # rows of logits computed at once when a prompt's every position is asked for
 EMBED_BYTES = {"fp32": 4, "bf16": 2, "q8": 2, "q4": 2}  # the embedding is float32 for float32 models, else bfloat16
 
@@ -240,14 +241,16 @@ def build_workload(
     biases = sum(linear.out_features for linear in spec.linears if linear.has_bias)
     rope_features = max_context * config.rope.rotary_dim
     logits = max(max_batch, LOGITS_ROWS) * spec.head.out_features
-    page_tables = config.num_layers * max_batch * config.num_kv_heads * -(-max_context // page_size)
+    tables = step_table_bytes(
+        config.num_layers, config.num_kv_heads, max(prefill_chunk, max_batch), max_batch, -(-max_context // page_size)
+    )
     return Workload(
         model=model,
         weight_dtype=weight_dtype,
         linears=tuple(linear.shard(weight_dtype) for linear in spec.linears),
         kv=kv,
         embed_bytes=0 if embed_shares_head else config.vocab_size * config.hidden_size * EMBED_BYTES[weight_dtype],
-        resident_bytes=FLOAT32_BYTES * (norm_features + biases + rope_features + logits + page_tables),
+        resident_bytes=FLOAT32_BYTES * (norm_features + biases + rope_features + logits) + tables,
         activation_bytes_per_row=ActivationWidths.of(config, spec).bytes_per_row,
         max_context=max_context,
         max_batch=max_batch,
@@ -259,3 +262,14 @@ def build_workload(
         prefill_chunk=prefill_chunk,
         kv_dtype=kv_dtype,
     )
+
+
+def table_bytes(count: int) -> int:
+    """What a step's table of `count` bytes takes in the tables' buffer: its size up to the next aligned address."""
+    return round_up(count, TABLE_ALIGN_BYTES)
+
+
+def step_table_bytes(layers: int, groups: int, rows: int, batch: int, pages: int) -> int:
+    """Bytes that hold any step's tables: positions, and for each of `layers` slots, a page table, starts and stops."""
+    per_layer = table_bytes(8 * rows * groups) + table_bytes(4 * batch * groups * pages) + 2 * table_bytes(4 * batch)
+    return table_bytes(8 * rows) + layers * per_layer

@@ -1,0 +1,69 @@
+"""The driver of a machine without a GPU: host memory, reference operations, streams that run each call as it is made.
+
+Scratch inside a reference operation is not counted against a budget; everything the runtime allocates is.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from gpu_kernels import reference
+
+
+@dataclass(frozen=True, slots=True)
+class EmulatedStream:
+    """A queue whose work has already run."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class EmulatedEvent:
+    """A point on an emulated stream; always reached."""
+
+    stream: EmulatedStream
+
+
+class EmulatedDriver:
+    """See `hetero_attn.devices.device` for what each call means."""
+
+    kind = "emulated"
+    name = "emulated GPU"
+    ops = reference
+
+    def stream(self, name: str) -> EmulatedStream:
+        """A new queue."""
+        return EmulatedStream(name)
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised host memory in the place of GPU memory."""
+        return torch.empty(shape, dtype=dtype)
+
+    def free(self, tensor: torch.Tensor) -> None:
+        """Memory goes with its tensors."""
+
+    def pin(self, tensor: torch.Tensor) -> bool:
+        """Pretend to page-lock."""
+        return True
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: EmulatedStream) -> None:
+        """Copy now."""
+        target.copy_(source)
+
+    def record(self, stream: EmulatedStream) -> EmulatedEvent:
+        """Mark the work queued so far, which has run."""
+        return EmulatedEvent(stream)
+
+    def wait(self, stream: EmulatedStream, event: EmulatedEvent) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self, event: EmulatedEvent) -> None:
+        """Nothing to wait for."""
+
+    def current(self, stream: EmulatedStream) -> AbstractContextManager:
+        """Kernels run where they are called."""
+        return nullcontext()
+
+    def close(self) -> None:
+        """Memory goes with its tensors."""
