@@ -18,7 +18,7 @@ def scratch_bytes(weight_dtype: str, rows: int, in_features: int) -> int:
     if weight_dtype == "fp32":
         return 0
     if weight_dtype == "bf16":
-        return rows * -(-in_features // 32) * 64
+        return rows * (-(-in_features // 32) | 1) * 64
     return rows * -(-in_features // layout.GROUP_INPUTS) * RECORD_BYTES
 
 

@@ -158,7 +158,7 @@ def round_rows(arguments):
     """Stage 0: the input rounded to bf16 in the scratch, rows of in_features padded to whole lines."""
     scratch, x, x_stride = parameter(arguments, 0), parameter(arguments, 1), parameter(arguments, 2)
     rows, in_features = parameter(arguments, 3), parameter(arguments, 4)
-    row_bytes = (in_features + 31) // 32 * 64
+    row_bytes = ((in_features + 31) // 32 | 1) * 64
     segments = (in_features + SEGMENT_INPUTS - 1) // SEGMENT_INPUTS
     chunk = take(arguments, 0)
     while chunk < rows * segments:
