@@ -1,8 +1,9 @@
 """From a model and a wish to a plan: config and file headers in, nothing loaded."""
 
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cpu_kernels.topology import default_threads, physical_cpus
@@ -83,25 +84,25 @@ def prepare(
         policy = policy.model_copy(update={"threads": num_threads})
     weight_dtype = choose_weight_dtype(dtype, config, path)
     place = choose_device(device, hardware)
-    workload = build_workload(
+    build = partial(
+        build_workload,
         config,
         weight_dtype,
         model=path.name,
         max_context=choose_context(max_context or policy.context, config),
         max_batch=max_batch or policy.batch or DEFAULT_MAX_BATCH,
         page_size=page_size,
-        prefill_chunk=policy.prefill_chunk or DEFAULT_PREFILL_CHUNK,
         embed_shares_head=config.tie_word_embeddings and weight_dtype in ("fp32", "bf16") and place == "cpu",
     )
     kind = place.partition(":")[0]
     if isinstance(hardware, str):
         hardware = HardwareProfile.named(hardware)
     hardware = hardware or machine_profile(kind)
-    budget = None
+    budget, workload = None, build(prefill_chunk=policy.prefill_chunk or DEFAULT_PREFILL_CHUNK)
     if kind != "cpu":
         budget = parse_bytes(gpu_memory) if gpu_memory is not None else policy.gpu_memory or hardware.gpu_memory_bytes
         if policy.prefill_chunk is None:
-            workload = fit_prefill_chunk(workload, budget)
+            workload = fit_prefill_chunk(build, budget)
     policy = policy.model_copy(update={"context": None, "batch": None, "prefill_chunk": None})
     try:
         plan = make_plan(workload, hardware, policy, device=kind, gpu_memory_bytes=budget)
@@ -147,7 +148,9 @@ def choose_device(device: str, hardware: HardwareProfile | str | None) -> str:
     import torch
 
     if torch.cuda.is_available():
-        message = "this machine has a GPU, but the CUDA lanes are not connected in this version: device='auto' is the CPU"
+        message = (
+            "this machine has a GPU, but the CUDA lanes are not connected in this version: device='auto' is the CPU"
+        )
         warnings.warn(message, stacklevel=3)
     return "cpu"
 
@@ -166,10 +169,12 @@ def choose_context(max_context: int | None, config: ModelConfig) -> int:
     return max_context
 
 
-def fit_prefill_chunk(workload: Workload, budget_bytes: int) -> Workload:
-    """Halve the prefill chunk until its activations take a quarter of the GPU budget at most, down to 16 rows."""
+def fit_prefill_chunk(build: Callable[..., Workload], budget_bytes: int) -> Workload:
+    """The workload whose prefill chunk is halved until its activations take a quarter of the GPU budget at most, or to 16
+    rows; `build(prefill_chunk=)` makes it, because other sizes follow the chunk too."""
+    workload = build(prefill_chunk=DEFAULT_PREFILL_CHUNK)
     while workload.prefill_chunk > MIN_PREFILL_CHUNK and 4 * activation_bytes(workload) > budget_bytes:
-        workload = replace(workload, prefill_chunk=workload.prefill_chunk // 2)
+        workload = build(prefill_chunk=workload.prefill_chunk // 2)
     return workload
 
 
