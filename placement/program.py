@@ -5,6 +5,8 @@ scipy is imported only when a program is solved: importing it takes over a secon
 
 from dataclasses import dataclass, field
 
+from placement.native_output import native_output_to_stderr
+
 INFINITY = float("inf")
 # A node limit and not a time limit: the same program gives the same answer on a slow machine.
 NODE_LIMIT = 300
@@ -56,13 +58,14 @@ class Program:
         values = np.fromiter((value for terms, _, _ in self.rows for value in terms.values()), dtype=np.float64)
         matrix = csr_array((values, columns, starts), shape=(len(self.rows), len(self.costs)))
         limits = np.array([(low, high) for _, low, high in self.rows], dtype=np.float64)
-        result = milp(
-            np.array(self.costs),
-            integrality=np.array(self.integer, dtype=np.int64),
-            bounds=Bounds(np.array(self.lower, dtype=np.float64), np.array(self.upper, dtype=np.float64)),
-            constraints=LinearConstraint(matrix, limits[:, 0], limits[:, 1]),
-            options={"mip_rel_gap": RELATIVE_GAP, "node_limit": NODE_LIMIT},
-        )
+        with native_output_to_stderr():
+            result = milp(
+                np.array(self.costs),
+                integrality=np.array(self.integer, dtype=np.int64),
+                bounds=Bounds(np.array(self.lower, dtype=np.float64), np.array(self.upper, dtype=np.float64)),
+                constraints=LinearConstraint(matrix, limits[:, 0], limits[:, 1]),
+                options={"mip_rel_gap": RELATIVE_GAP, "node_limit": NODE_LIMIT, "disp": False},
+            )
         return None if result.x is None else result.x.tolist()
 
 
