@@ -12,17 +12,21 @@ bound the whole pass and not single steps; CPU kernels and copies drain the same
 All coefficients are linear in units, groups and bytes, so the planner optimises exactly what is predicted here.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from placement.hardware import HardwareProfile
 from placement.memory import KvPlacement, LinearPlacement
-from placement.phase_cost import RESOURCES, PhaseCost
+from placement.phase_cost import RESOURCES, TERMS, PhaseCost
+from placement.rates import nearest_attention, seconds_per_operation_of_a_row
 from placement.workload import KvShard, LinearShard, Workload, row_tier
 
 BYTES_PER_ACTIVATION = 4
-# Two norms, rotary embedding with the KV append, the gated activation and the merge of partials.
-SMALL_CALLS_PER_LAYER = 5
+# Two norms, rotary embedding with the KV append, the gated activation; on a GPU also adding what the CPU computed.
+SMALL_CALLS_PER_LAYER_ON_CPU = 4
+SMALL_CALLS_PER_LAYER_ON_GPU = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,12 @@ class AttentionCost:
 
 
 def cpu_linear_s_per_unit(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile) -> float:
-    """CPU lane: unit_bytes / B_cpu while bandwidth bounds it, rows * operations / F_cpu when arithmetic does."""
+    """CPU lane: unit_bytes / B_cpu while bandwidth bounds it, rows * operations / F_cpu when arithmetic does.
+
+    With rates measured by rows the time is read from them, straight between measured row counts.
+    """
+    if hardware.cpu_rows:
+        return shard.flops_per_row_per_unit * seconds_per_operation_of_a_row(hardware.cpu_rows, rows, dtype)
     return max(
         shard.unit_bytes / hardware.cpu_linear_bytes_per_s.of(dtype),
         rows * shard.flops_per_row_per_unit / hardware.cpu_ops_per_s.of(dtype),
@@ -80,7 +89,9 @@ def cpu_linear_s_per_unit(shard: LinearShard, rows: int, dtype: str, hardware: H
 
 
 def gpu_linear_s_per_unit(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile) -> float:
-    """GPU lane: unit_bytes / B_gpu or rows * operations / F_gpu, whichever is longer."""
+    """GPU lane: unit_bytes / B_gpu or rows * operations / F_gpu, whichever is longer; measured by rows, read from that."""
+    if hardware.gpu_rows:
+        return shard.flops_per_row_per_unit * seconds_per_operation_of_a_row(hardware.gpu_rows, rows, dtype)
     return max(
         shard.unit_bytes / hardware.gpu_bytes_per_s, rows * shard.flops_per_row_per_unit / hardware.gpu_flops.of(dtype)
     )
@@ -93,11 +104,20 @@ def handover_s(rows: int, in_features: int, out_features: float, hardware: Hardw
     return hardware.handover_s + down + up
 
 
-def linear_cost(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile, on_gpu: bool) -> LinearCost:
-    """Coefficients of one linear. on_gpu: whether there is a GPU lane; without one nothing is handed over."""
+def cpu_call_s(call: Call, hardware: HardwareProfile, on_gpu: bool) -> float:
+    """One operation of the CPU lane beyond its work: a decode step without a GPU is recorded and calls nothing."""
+    recorded = call.q_len == 1 and not on_gpu
+    return hardware.cpu_recorded_call_s or hardware.cpu_call_s if recorded else hardware.cpu_call_s
+
+
+def linear_cost(
+    shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile, on_gpu: bool, call_s: float = 0.0
+) -> LinearCost:
+    """Coefficients of one linear. on_gpu: whether there is a GPU lane; without one nothing is handed over and the
+    linear costs one CPU call of call_s."""
     cpu = cpu_linear_s_per_unit(shard, rows, dtype, hardware)
     if not on_gpu:
-        return LinearCost(cpu, float("inf"), 0.0, hardware.cpu_call_s)
+        return LinearCost(cpu, float("inf"), 0.0, call_s)
     back = rows * shard.unit_features * BYTES_PER_ACTIVATION / hardware.h2d_bytes_per_s
     return LinearCost(
         cpu + back,
@@ -105,6 +125,15 @@ def linear_cost(shard: LinearShard, rows: int, dtype: str, hardware: HardwarePro
         handover_s(rows, shard.in_features, 0, hardware),
         hardware.launch_overhead_s,
     )
+
+
+def cpu_attention_rates(shard: KvShard, workload: Workload, hardware: HardwareProfile) -> tuple[float, float]:
+    """Bytes and operations a second of CPU attention over this cache: measured for the most similar one, else overall."""
+    if not hardware.cpu_attention:
+        return hardware.cpu_attention_bytes_per_s, hardware.cpu_attention_ops_per_s
+    bits = 8 * shard.bytes_per_token / (2 * workload.head_dim)
+    rate = nearest_attention(hardware.cpu_attention, bits, workload.num_heads / shard.groups, workload.head_dim)
+    return rate.bytes_per_s, rate.ops_per_s
 
 
 def attention_cost(
@@ -121,9 +150,11 @@ def attention_cost(
     heads = workload.num_heads / kv.groups
     operations = 4 * workload.head_dim * heads * call.rows * keys
     read = call.sequences * stored * kv.bytes_per_token
-    cpu = max(read / hardware.cpu_attention_bytes_per_s, operations / hardware.cpu_attention_ops_per_s)
+    bytes_per_s, ops_per_s = cpu_attention_rates(kv, workload, hardware)
+    # One row a sequence is what the first rate was measured with, its arithmetic included.
+    cpu = read / bytes_per_s if call.q_len == 1 else max(read / bytes_per_s, operations / ops_per_s)
     if not on_gpu:
-        return AttentionCost(cpu, 0.0, 0.0, read, 0.0, 0.0, hardware.cpu_call_s)
+        return AttentionCost(cpu, 0.0, 0.0, read, 0.0, 0.0, cpu_call_s(call, hardware, on_gpu))
     gpu = (1 - far_share) * max(read / hardware.gpu_bytes_per_s, operations / hardware.gpu_attention_ops_per_s)
     features = workload.num_heads * workload.head_dim
     return AttentionCost(
@@ -139,15 +170,22 @@ def attention_cost(
 
 def small_ops_s(workload: Workload, call: Call, hardware: HardwareProfile, on_gpu: bool) -> float:
     """Norms, rotary embedding, activation functions: their calls, and all linears' rows in and out moved once more."""
-    calls = SMALL_CALLS_PER_LAYER * workload.num_layers
     moved = (
         BYTES_PER_ACTIVATION
         * call.rows
         * sum(s.in_features + s.out_features for s in workload.linears if s.kind != "head")
     )
     if on_gpu:
+        calls = SMALL_CALLS_PER_LAYER_ON_GPU * workload.num_layers
         return calls * hardware.launch_overhead_s + moved / hardware.gpu_bytes_per_s
-    return calls * hardware.cpu_call_s + moved / hardware.dram_bytes_per_s
+    calls = SMALL_CALLS_PER_LAYER_ON_CPU * workload.num_layers
+    rate = hardware.cpu_small_bytes_per_s or hardware.dram_bytes_per_s
+    return calls * cpu_call_s(call, hardware, on_gpu) + moved / rate
+
+
+def step_s(workload: Workload, call: Call, hardware: HardwareProfile, with_head: bool = True) -> float:
+    """What a pass costs once: Python around it, and choosing a token from the logits of each sequence."""
+    return hardware.step_overhead_s + with_head * call.sequences * workload.vocab_size * hardware.logits_s_per_token
 
 
 def attention_handovers(cpu_linear_units: int, gpu_groups: int, groups: int, spills: bool) -> int:
@@ -162,6 +200,14 @@ def attention_handovers(cpu_linear_units: int, gpu_groups: int, groups: int, spi
     return int(attended_by_cpu > cpu_linear_units)
 
 
+class PassCost(NamedTuple):
+    """Seconds of one pass, the seconds that each resource needs by itself, and those of each kind of work."""
+
+    seconds: float
+    lanes: dict[str, float]
+    terms: dict[str, float]
+
+
 def pass_cost(
     workload: Workload,
     linears: Sequence[LinearPlacement],
@@ -170,76 +216,90 @@ def pass_cost(
     call: Call,
     on_gpu: bool,
     with_head: bool = True,
-) -> tuple[float, dict[str, float]]:
-    """Seconds of one pass and the seconds each resource needs by itself (equations in the module docstring).
+) -> PassCost:
+    """Cost of one pass (equations in the module docstring).
 
     with_head: whether logits are computed; they are for the last row of each sequence only.
     """
-    lanes = dict.fromkeys(RESOURCES, 0.0)
-    lanes["steps"] = lanes["gpu" if on_gpu else "cpu"] = small_ops_s(workload, call, hardware, on_gpu)
+    tally = _Tally(on_gpu)
+    small, step = small_ops_s(workload, call, hardware, on_gpu), step_s(workload, call, hardware, with_head)
+    tally.lanes["steps"] = tally.lanes["gpu" if on_gpu else "cpu"] = tally.terms["small_ops"] = small
+    tally.terms["step"] = step
     cpu_qkv_units: dict[int | None, int] = {}
     for shard, placement in zip(workload.linears, linears, strict=True):
         if shard.kind != "head" or with_head:
-            cpu_units = _add_linear(lanes, shard, placement, workload, hardware, call, on_gpu)
+            cpu_units = _add_linear(tally, shard, placement, workload, hardware, call)
             if shard.kind == "qkv":
                 cpu_qkv_units[shard.layer] = cpu_units
     for kv_shard, kv_placement in zip(workload.kv, kv, strict=True):
-        cpu_units = cpu_qkv_units.get(kv_shard.layer, 0)
-        _add_attention(lanes, kv_shard, kv_placement, cpu_units, workload, hardware, call, on_gpu)
+        _add_attention(tally, kv_shard, kv_placement, cpu_qkv_units.get(kv_shard.layer, 0), workload, hardware, call)
+    lanes = tally.lanes
     if lanes["cpu"]:
         lanes["cpu"] += (1 - hardware.cpu_slowdown_while_copying) * lanes["pcie"]
-    return max(lanes.values()) + hardware.step_overhead_s, lanes
+    return PassCost(max(lanes.values()) + step, lanes, tally.terms)
+
+
+class _Tally:
+    """Seconds of a pass as they add up, by resource and by kind of work."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self.on_gpu = on_gpu
+        self.lanes = dict.fromkeys(RESOURCES, 0.0)
+        self.terms = dict.fromkeys(TERMS, 0.0)
+
+    def add_step(self, kind: str, cpu_s: float, gpu_s: float, handovers_s: float, launch_s: float) -> None:
+        """Both lanes side by side, then the hand-overs. kind: linears | attention."""
+        own = 0.0 if self.on_gpu else launch_s
+        self.lanes["steps"] += max(cpu_s, gpu_s) + handovers_s + launch_s
+        self.lanes["cpu"] += cpu_s + own
+        self.lanes["gpu"] += gpu_s + (launch_s - own)
+        self.terms[f"cpu_{kind}"] += cpu_s + own
+        self.terms[f"gpu_{kind}"] += gpu_s + (launch_s - own)
+        self.terms["handovers"] += handovers_s
 
 
 def _add_linear(
-    lanes: dict[str, float],
+    tally: _Tally,
     shard: LinearShard,
     placement: LinearPlacement,
     workload: Workload,
     hardware: HardwareProfile,
     call: Call,
-    on_gpu: bool,
 ) -> int:
-    """Add one linear to `lanes` in place; returns the units that the CPU computes."""
+    """Add one linear; returns the units that the CPU computes."""
     rows = call.sequences if shard.kind == "head" else call.rows
     home, streamed, on_cpu = placement.cut(row_tier(rows))
-    cost = linear_cost(shard, rows, workload.weight_dtype, hardware, on_gpu)
+    call_s = cpu_call_s(call, hardware, tally.on_gpu)
+    cost = linear_cost(shard, rows, workload.weight_dtype, hardware, tally.on_gpu, call_s)
     gpu_s = (home + streamed) * cost.gpu_s_per_unit if home + streamed else 0.0
-    _add_step(lanes, on_cpu * cost.cpu_s_per_unit, gpu_s, cost.handover_s * (on_cpu > 0), cost.launch_s, on_gpu)
+    tally.add_step("linears", on_cpu * cost.cpu_s_per_unit, gpu_s, cost.handover_s * (on_cpu > 0), cost.launch_s)
     from_dram = streamed + on_cpu + (home if hardware.unified_memory else 0)
-    lanes["dram"] += from_dram * shard.unit_bytes / hardware.dram_bytes_per_s
+    tally.lanes["dram"] += from_dram * shard.unit_bytes / hardware.dram_bytes_per_s
     if streamed:
-        lanes["pcie"] += streamed * shard.unit_bytes / hardware.h2d_bytes_per_s
+        copy_s = streamed * shard.unit_bytes / hardware.h2d_bytes_per_s
+        tally.lanes["pcie"] += copy_s
+        tally.terms["copies"] += copy_s
     return on_cpu
 
 
 def _add_attention(
-    lanes: dict[str, float],
+    tally: _Tally,
     shard: KvShard,
     placement: KvPlacement,
     cpu_qkv_units: int,
     workload: Workload,
     hardware: HardwareProfile,
     call: Call,
-    on_gpu: bool,
 ) -> None:
-    """Add one layer's attention to `lanes` in place."""
-    cost = attention_cost(shard, call, placement.gpu_tokens, workload, hardware, on_gpu)
+    """Add one layer's attention."""
+    cost = attention_cost(shard, call, placement.gpu_tokens, workload, hardware, tally.on_gpu)
     on_gpu_groups, on_cpu_groups = placement.gpu_groups, shard.groups - placement.gpu_groups
     handovers = attention_handovers(cpu_qkv_units, on_gpu_groups, shard.groups, cost.spilled_s_per_group > 0)
     cpu_s = on_cpu_groups * cost.cpu_s_per_group + on_gpu_groups * cost.spilled_s_per_group
     gpu_s = on_gpu_groups * cost.gpu_s_per_group
-    _add_step(lanes, cpu_s, gpu_s, handovers * cost.handover_s, cost.launch_s, on_gpu)
+    tally.add_step("attention", cpu_s, gpu_s, handovers * cost.handover_s, cost.launch_s)
     read = on_cpu_groups * cost.dram_bytes_per_group + on_gpu_groups * cost.spilled_bytes_per_group
-    lanes["dram"] += read / hardware.dram_bytes_per_s
-
-
-def _add_step(
-    lanes: dict[str, float], cpu_s: float, gpu_s: float, handovers_s: float, launch_s: float, on_gpu: bool
-) -> None:
-    lanes["steps"] += max(cpu_s, gpu_s) + handovers_s + launch_s
-    lanes["cpu"] += cpu_s + (0.0 if on_gpu else launch_s)
-    lanes["gpu"] += gpu_s + (launch_s if on_gpu else 0.0)
+    tally.lanes["dram"] += read / hardware.dram_bytes_per_s
 
 
 def predict(
@@ -256,20 +316,20 @@ def predict(
     """Predicted cost of a decode step of `rows` sequences, or of a prompt of `rows` tokens, after `context` cached
     tokens.
 
-    A prompt runs in chunks of workload.prefill_chunk rows; only its last chunk computes logits.
+    A prompt runs in chunks of workload.prefill_chunk rows; only its last chunk chooses a token.
     """
+    hardware = hardware.for_working_set(workload.weight_bytes)
     if phase == "decode":
-        seconds, lanes = pass_cost(workload, linears, kv, hardware, Call(rows, 1, context), on_gpu)
-        return PhaseCost(phase, rows, context, seconds, tuple(lanes.items()))
+        cost = pass_cost(workload, linears, kv, hardware, Call(rows, 1, context), on_gpu)
+        return PhaseCost(phase, rows, context, cost.seconds, tuple(cost.lanes.items()), tuple(cost.terms.items()))
     if phase != "prefill":
         raise ValueError(f"phase must be decode or prefill, got {phase!r}")
-    total, lanes_total = 0.0, dict.fromkeys(RESOURCES, 0.0)
+    total, lanes, terms = 0.0, Counter[str](dict.fromkeys(RESOURCES, 0.0)), Counter[str](dict.fromkeys(TERMS, 0.0))
     for start in range(0, rows, workload.prefill_chunk):
         q_len = min(workload.prefill_chunk, rows - start)
-        seconds, lanes = pass_cost(
-            workload, linears, kv, hardware, Call(1, q_len, context + start), on_gpu, with_head=start + q_len == rows
-        )
-        total += seconds
-        for name, value in lanes.items():
-            lanes_total[name] += value
-    return PhaseCost(phase, rows, context, total, tuple(lanes_total.items()))
+        last = start + q_len == rows
+        cost = pass_cost(workload, linears, kv, hardware, Call(1, q_len, context + start), on_gpu, with_head=last)
+        total += cost.seconds
+        lanes.update(cost.lanes)
+        terms.update(cost.terms)
+    return PhaseCost(phase, rows, context, total, tuple(lanes.items()), tuple(terms.items()))

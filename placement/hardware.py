@@ -13,31 +13,28 @@ from typing import Any
 
 import yaml
 
+from placement.rates import (
+    DTYPES,
+    NO_RATES,
+    AttentionRate,
+    CopyRate,
+    DtypeRates,
+    RowRate,
+    ThreadRate,
+    number,
+    parse,
+)
+
+# Bytes of one packed weight: q8 and q4 carry a scale (and a minimum) with every group of weights.
+WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "q8": 8.5 / 8, "q4": 4.5 / 8}
 CATALOGUE = Path(__file__).parent / "catalogue"
-DTYPES = ("fp32", "bf16", "q8", "q4")
-
-
-@dataclass(frozen=True, slots=True)
-class DtypeRates:
-    """One rate per weight dtype."""
-
-    fp32: float
-    bf16: float
-    q8: float
-    q4: float
-
-    def of(self, dtype: str) -> float:
-        """The rate of a weight dtype; ValueError names the known ones."""
-        if dtype not in DTYPES:
-            raise ValueError(f"no rate for weight dtype {dtype!r}; known: {', '.join(DTYPES)}")
-        return getattr(self, dtype)
-
-    def scaled(self, factor: float) -> "DtypeRates":
-        """Every rate multiplied by `factor`."""
-        return DtypeRates(*(getattr(self, dtype) * factor for dtype in DTYPES))
-
-
-NO_RATES = DtypeRates(0.0, 0.0, 0.0, 0.0)
+TABLES = {
+    "cpu_rows": RowRate,
+    "gpu_rows": RowRate,
+    "cpu_attention": AttentionRate,
+    "copies": CopyRate,
+    "thread_sweep": ThreadRate,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +43,17 @@ class HardwareProfile:
 
     source: "measured" or where the public figures come from. cores: threads that the CPU lane uses.
     cpu_linear_bytes_per_s, cpu_ops_per_s: weight bytes and operations of a linear on all cores.
-    cpu_slowdown_while_copying: CPU rate while PCIe copies run, as a share of the rate alone (1 = not slowed).
+    cpu_cached_bytes_per_s: weight bytes when all that a step reads stays in a cache of cpu_cache_bytes; 0 is unknown.
+    cpu_slowdown_while_copying, cpu_attention_slowdown_while_copying: CPU rate while PCIe copies run, as a share of the
+    rate alone (1 = not slowed).
     handover_s: activations to the CPU, wake-up and result back, without their bytes. launch_overhead_s: one GPU kernel;
-    cpu_call_s: one call of the CPU kernel team; step_overhead_s: sampling and Python once per step.
+    cpu_call_s: one call of the CPU kernel team; cpu_recorded_call_s: the same in a recorded step, 0 is as a call;
+    cpu_small_bytes_per_s: activations through norms and such, 0 is the DRAM rate; step_overhead_s: Python once per step;
+    logits_s_per_token: choosing a token, per entry of the vocabulary.
     gpu_context_bytes: GPU memory that the driver takes for itself. unified_memory: GPU and CPU share one DRAM.
+    cpu_rows, gpu_rows: linears by token rows, ascending; they replace the two-rate estimate where there are any.
+    cpu_attention: by cache dtype and head sharing, likewise. h2d_pageable_bytes_per_s, d2h_pageable_bytes_per_s, copies,
+    thread_sweep: measured for people, not used by the cost model.
     fingerprint: (key, value) pairs by which a measured profile is recognised as stale or foreign.
     """
 
@@ -75,6 +79,19 @@ class HardwareProfile:
     step_overhead_s: float = 0.0
     gpu_context_bytes: int = 0
     unified_memory: bool = False
+    cpu_cache_bytes: int = 0
+    cpu_cached_bytes_per_s: DtypeRates = NO_RATES
+    cpu_attention_slowdown_while_copying: float = 1.0
+    cpu_recorded_call_s: float = 0.0
+    cpu_small_bytes_per_s: float = 0.0
+    logits_s_per_token: float = 0.0
+    h2d_pageable_bytes_per_s: float = 0.0
+    d2h_pageable_bytes_per_s: float = 0.0
+    cpu_rows: tuple[RowRate, ...] = ()
+    gpu_rows: tuple[RowRate, ...] = ()
+    cpu_attention: tuple[AttentionRate, ...] = ()
+    copies: tuple[CopyRate, ...] = ()
+    thread_sweep: tuple[ThreadRate, ...] = ()
     fingerprint: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -88,11 +105,13 @@ class HardwareProfile:
                 f"hardware profile {self.name}: a GPU (h2d_bytes_per_s > 0) needs positive d2h_bytes_per_s, "
                 "gpu_bytes_per_s and gpu_attention_ops_per_s"
             )
-        if not 0 < self.cpu_slowdown_while_copying <= 1:
-            raise ValueError(
-                f"hardware profile {self.name}: cpu_slowdown_while_copying must be in (0, 1], got "
-                f"{self.cpu_slowdown_while_copying}"
-            )
+        for name in ("cpu_slowdown_while_copying", "cpu_attention_slowdown_while_copying"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"hardware profile {self.name}: {name} must be in (0, 1], got {getattr(self, name)}")
+        for name in ("cpu_rows", "gpu_rows"):
+            rows = [rate.rows for rate in getattr(self, name)]
+            if rows != sorted(set(rows)) or (rows and rows[0] < 1):
+                raise ValueError(f"hardware profile {self.name}: {name} must have ascending row counts, got {rows}")
 
     @property
     def has_gpu(self) -> bool:
@@ -118,10 +137,75 @@ class HardwareProfile:
             cpu_ops_per_s=self.cpu_ops_per_s.scaled(factor),
             cpu_attention_bytes_per_s=attention,
             cpu_attention_ops_per_s=self.cpu_attention_ops_per_s * factor,
+            cpu_cached_bytes_per_s=self.cpu_cached_bytes_per_s.scaled(factor),
+            cpu_rows=tuple(self._rows_with(rate, factor) for rate in self.cpu_rows),
+            cpu_attention=tuple(
+                replace(
+                    rate,
+                    bytes_per_s=min(rate.bytes_per_s * factor, max(rate.bytes_per_s, self.dram_bytes_per_s)),
+                    ops_per_s=rate.ops_per_s * factor,
+                )
+                for rate in self.cpu_attention
+            ),
+        )
+
+    def _rows_with(self, rate: RowRate, factor: float) -> RowRate:
+        """A measured row count at another thread count: never past what the DRAM gives at that many rows."""
+        return replace(
+            rate,
+            ops_per_s=DtypeRates(
+                *(
+                    min(
+                        rate.ops_per_s.of(dtype) * factor,
+                        max(rate.ops_per_s.of(dtype), 2 * rate.rows * self.dram_bytes_per_s / WEIGHT_BYTES[dtype]),
+                    )
+                    for dtype in DTYPES
+                )
+            ),
         )
 
     def _cpu_ceiling(self, dtype: str) -> float:
         return max(self.dram_bytes_per_s, self.cpu_linear_bytes_per_s.of(dtype))
+
+    def for_working_set(self, read_bytes: int) -> "HardwareProfile":
+        """The profile for steps that read `read_bytes` in all: what fits in the cache is read faster than from DRAM.
+
+        A set of twice the cache is read from DRAM, for it drives itself out; in between the share that stays counts.
+        """
+        if not self.cpu_cache_bytes or not self.cpu_cached_bytes_per_s.bf16:
+            return self
+        kept = min(1.0, max(0.0, 2 - read_bytes / self.cpu_cache_bytes))
+
+        def blend(dram: float, cached: float) -> float:
+            return 1 / (kept / max(dram, cached) + (1 - kept) / dram)
+
+        def blended(rates: DtypeRates, cached: dict[str, float]) -> DtypeRates:
+            return DtypeRates(*(blend(rates.of(dtype), cached[dtype]) for dtype in DTYPES))
+
+        cached = {dtype: self.cpu_cached_bytes_per_s.of(dtype) for dtype in DTYPES}
+        rows = tuple(
+            replace(
+                rate,
+                ops_per_s=blended(
+                    rate.ops_per_s,
+                    {
+                        dtype: min(2 * rate.rows * cached[dtype] / WEIGHT_BYTES[dtype], self._most_ops(dtype))
+                        for dtype in DTYPES
+                    },
+                ),
+            )
+            for rate in self.cpu_rows
+        )
+        return replace(
+            self,
+            cpu_cache_bytes=0,
+            dram_bytes_per_s=blend(self.dram_bytes_per_s, max(cached.values())),
+            cpu_linear_bytes_per_s=blended(self.cpu_linear_bytes_per_s, cached),
+            cpu_rows=rows,
+        )
+
+    def _most_ops(self, dtype: str) -> float:
+        return max((rate.ops_per_s.of(dtype) for rate in self.cpu_rows), default=self.cpu_ops_per_s.of(dtype))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON or YAML."""
@@ -137,12 +221,15 @@ class HardwareProfile:
         known = {f.name: f for f in fields(cls)}
         _check_keys(values, known, where)
         parsed = dict(values)
-        for name in ("cpu_linear_bytes_per_s", "cpu_ops_per_s", "gpu_flops"):
-            if name in parsed:
-                parsed[name] = _rates(parsed[name], f"{where}: {name}")
         for name in known:
-            if name in parsed and known[name].type in (int, float):
-                parsed[name] = _number(parsed[name], known[name].type, f"{where}: {name}")
+            if name in parsed and known[name].type is DtypeRates:
+                parsed[name] = parse(DtypeRates, parsed[name], f"{where}: {name}")
+            elif name in parsed and known[name].type in (int, float):
+                parsed[name] = number(parsed[name], known[name].type, f"{where}: {name}")
+        for name, kind in TABLES.items():
+            parsed[name] = tuple(
+                parse(kind, entry, f"{where}: {name}[{i}]") for i, entry in enumerate(values.get(name, ()))
+            )
         parsed["fingerprint"] = tuple(sorted((str(k), str(v)) for k, v in dict(values.get("fingerprint", {})).items()))
         return cls(**parsed)
 
@@ -195,20 +282,3 @@ def _check_keys(values: dict[str, Any], known: dict[str, Any], where: str) -> No
     missing = [key for key in required if key not in values]
     if missing:
         raise ValueError(f"{where}: missing {', '.join(missing)}")
-
-
-def _rates(value: Any, where: str) -> DtypeRates:
-    if not isinstance(value, dict) or set(value) != set(DTYPES):
-        raise ValueError(f"{where} needs one rate for each of {', '.join(DTYPES)}, got {value!r}")
-    return DtypeRates(**{dtype: _number(value[dtype], float, f"{where}.{dtype}") for dtype in DTYPES})
-
-
-def _number(value: Any, kind: type, where: str) -> int | float:
-    # YAML 1.1 reads "1e9" as text, so text that is a number is accepted.
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{where} must be a number, got {value!r}") from None
-    if isinstance(value, bool) or not 0 <= number < float("inf"):
-        raise ValueError(f"{where} must be a finite number >= 0, got {value!r}")
-    return kind(number)

@@ -60,6 +60,6 @@ def objective_s(
 ) -> float:
     """Seconds of the reference request under a placement."""
     return sum(
-        weighted.weight * pass_cost(workload, linears, kv, hardware, weighted.call, on_gpu, weighted.with_head)[0]
+        weighted.weight * pass_cost(workload, linears, kv, hardware, weighted.call, on_gpu, weighted.with_head).seconds
         for weighted in calls
     )

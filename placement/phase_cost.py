@@ -3,6 +3,26 @@
 from dataclasses import dataclass
 
 RESOURCES = ("steps", "cpu", "pcie", "dram", "gpu")
+TERMS = (
+    "cpu_linears",
+    "gpu_linears",
+    "copies",
+    "cpu_attention",
+    "gpu_attention",
+    "handovers",
+    "small_ops",
+    "step",
+)
+TERM_WORDS = {
+    "cpu_linears": "linears on the CPU",
+    "gpu_linears": "linears on the GPU",
+    "copies": "weights over PCIe",
+    "cpu_attention": "attention on the CPU",
+    "gpu_attention": "attention on the GPU",
+    "handovers": "hand-overs",
+    "small_ops": "small operations",
+    "step": "once per step",
+}
 RESOURCE_WORDS = {
     "steps": "lanes waiting for each other",
     "cpu": "the CPU lane",
@@ -17,7 +37,8 @@ class PhaseCost:
     """Predicted cost of a phase.
 
     phase: decode | prefill; rows: sequences of a decode step or tokens of a prompt; context: tokens cached before;
-    seconds: of the step or of the whole prompt; lanes: seconds each resource needs when nothing waits.
+    seconds: of the step or of the whole prompt; lanes: seconds each resource needs when nothing waits. terms: seconds
+    of each kind of work by itself (one of TERMS); lanes work side by side, so they sum to more than `seconds`.
     """
 
     phase: str
@@ -25,6 +46,7 @@ class PhaseCost:
     context: int
     seconds: float
     lanes: tuple[tuple[str, float], ...]
+    terms: tuple[tuple[str, float], ...] = ()
 
     @property
     def tokens_per_s(self) -> float:
@@ -58,4 +80,5 @@ class PhaseCost:
             "binding": self.binding,
             "slack": self.slack,
             "lanes_s": dict(self.lanes),
+            "terms_s": dict(self.terms),
         }

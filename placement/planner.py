@@ -121,6 +121,7 @@ def _resolve(
         prefill_chunk=policy.prefill_chunk or workload.prefill_chunk,
     )
     machine = hardware.with_threads(policy.threads) if policy.threads else hardware
+    machine = machine.for_working_set(workload.weight_bytes)
     budget = None if device == "cpu" else gpu_memory_bytes or policy.gpu_memory or hardware.gpu_memory_bytes
     slots = DEFAULT_STAGING_SLOTS if policy.staging_slots is None else policy.staging_slots
     return _Request(workload, machine, policy, device, budget, 0 if device == "cpu" else slots)

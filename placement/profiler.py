@@ -1,89 +1,86 @@
-"""Measure one machine with the runtime's own kernels: the numbers that the planner works with.
+"""Measure one machine's CPU lane with the runtime's own kernels: the numbers that the planner works with.
 
 Every rate is what an op reaches, not what a data sheet says: bytes of weights or cache a second with one row, operations
-a second with many, on buffers larger than the last-level cache. Medians of interleaved repetitions, because machines are
-shared. The one module of this package that knows tensors and the kernel packages.
+a second by row count, on buffers larger than the last-level cache and, apart from that, on a small one that stays in it.
+Medians of repetitions, because machines are shared. The GPU, the bus and both sides at once: placement.gpu_profiler.
 """
 
-import importlib.metadata
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 
 from cpu_kernels import CpuKernels
 from cpu_kernels.layout import BLOCK_FEATURES, WEIGHT_DTYPES, block_bytes
-from placement.hardware import DtypeRates, HardwareProfile
+from placement.fingerprint import cpu_name, machine_fingerprint
+from placement.hardware import WEIGHT_BYTES, HardwareProfile
+from placement.rates import AttentionRate, DtypeRates, RowRate, ThreadRate
 
 SWEEP_BYTES = 96 << 20  # three times the largest last-level cache that a few cores share
+CACHE_SIZES = (4 << 20, 8 << 20, 16 << 20, 32 << 20, 64 << 20)
 IN_FEATURES = 2048
-MANY_ROWS = 256
-MANY_FEATURES = 2048
-CONTEXT = 8192
-HEAD_DIM = 128
+ROW_COUNTS = (1, 2, 4, 5, 8, 16, 17, 32, 64, 65, 128, 512)
+MANY_WEIGHTS = 16 << 20  # weights of the linear with many rows
 KV_HEADS = 8
-HEADS = 32
-REPETITIONS = 5
+PREFILL_ROWS = 256
+HEADS_PER_GROUP = (1, 4, 8)
+HEAD_DIMS = (64, 128)
+KV_DTYPES = (torch.float32, torch.bfloat16)
+PAGE_TOKENS = 64
+REPETITIONS = 9
 # Bytes of a packed weight: as bfloat16, float32 or a float16 scale they are finite numbers of ordinary size, which is all
 # that timing asks of them.
 WEIGHT_BYTE = 0x3C
 ENOUGH_FASTER = 1.03  # a thread must gain this much, or the smaller count is kept
+CALLS = 100  # of a small op, timed together
 
-
-@dataclass(frozen=True, slots=True)
-class ThreadRate:
-    """Bytes a second of a one-row q4 linear and of a plain sweep, by thread count."""
-
-    threads: int
-    linear_bytes_per_s: float
-    sweep_bytes_per_s: float
-
-
-def machine_fingerprint() -> tuple[tuple[str, str], ...]:
-    """What a measured profile depends on; a profile with another fingerprint is stale or foreign."""
-    fields = {
-        "cpu": _cpu_name(),
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "torch": torch.__version__,
-        "numba": importlib.metadata.version("numba"),
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
-    }
-    return tuple(sorted(fields.items()))
+Progress = Callable[[str], None]
 
 
 def measure(
-    max_threads: int, dram_bytes: int, on_progress: Callable[[str], None] = lambda what: None
-) -> tuple[HardwareProfile, tuple[ThreadRate, ...]]:
-    """Measure the CPU lane with the thread count that serves it best; takes some seconds.
+    max_threads: int, dram_bytes: int, on_progress: Progress = lambda what: None, threads: int | None = None
+) -> HardwareProfile:
+    """Measure the CPU lane with the thread count that serves it best; takes some ten seconds.
 
-    max_threads: physical cores to try. dram_bytes: host memory that a plan may use. on_progress(what) is called before each
-    measurement. Returns the profile and the sweep over thread counts.
+    max_threads: physical cores to try. dram_bytes: host memory that a plan may use. threads: measure with this count
+    and sweep none. on_progress(what) is called before each measurement.
     """
-    weight = _weight("q4", SWEEP_BYTES)
-    sweep = tuple(_thread_rate(threads, weight, on_progress) for threads in thread_counts(max_threads))
+    counts = thread_counts(max_threads) if threads is None else (threads,)
+    sweep = thread_sweep(counts, on_progress)
     threads = best_threads(sweep)
-    del weight
     with CpuKernels(threads) as ops:
-        rates = {name: rate() for name, rate in _rates(ops, on_progress)}
-    profile = HardwareProfile(
-        name=_cpu_name(),
+        few = DtypeRates(*(few_rows(ops, dtype, on_progress) for dtype in WEIGHT_DTYPES))
+        rows = row_rates(ops, few, on_progress)
+        attention = attention_rates(ops, on_progress)
+        cache_bytes, cached = cache_rates(ops, few, on_progress)
+        on_progress("small operations")
+        call_s, recorded_s = calls(ops)
+        small = small_rate(ops)
+    most = max(attention, key=lambda rate: rate.ops_per_s)
+    return HardwareProfile(
+        name=cpu_name(),
         source="measured",
         cores=threads,
         dram_bytes=dram_bytes,
-        dram_bytes_per_s=max(rate.sweep_bytes_per_s for rate in sweep),
-        cpu_linear_bytes_per_s=DtypeRates(*(rates[f"few {dtype}"] for dtype in WEIGHT_DTYPES)),
-        cpu_ops_per_s=DtypeRates(*(rates[f"many {dtype}"] for dtype in WEIGHT_DTYPES)),
-        cpu_attention_bytes_per_s=rates["decode attention"],
-        cpu_attention_ops_per_s=rates["prefill attention"],
-        cpu_call_s=rates["call"],
-        step_overhead_s=rates["step"],
-        fingerprint=machine_fingerprint(),
+        dram_bytes_per_s=max(
+            max(rate.sweep_bytes_per_s for rate in sweep), *(few.of(dtype) for dtype in WEIGHT_DTYPES)
+        ),
+        cpu_linear_bytes_per_s=few,
+        cpu_ops_per_s=DtypeRates(*(max(rate.ops_per_s.of(dtype) for rate in rows) for dtype in WEIGHT_DTYPES)),
+        cpu_attention_bytes_per_s=statistics.median(rate.bytes_per_s for rate in attention),
+        cpu_attention_ops_per_s=most.ops_per_s,
+        cpu_call_s=call_s,
+        cpu_recorded_call_s=recorded_s,
+        cpu_small_bytes_per_s=small,
+        cpu_cache_bytes=cache_bytes,
+        cpu_cached_bytes_per_s=cached,
+        cpu_rows=rows,
+        cpu_attention=attention,
+        logits_s_per_token=logits_s(),
+        thread_sweep=sweep,
+        fingerprint=machine_fingerprint(max_threads),
     )
-    return profile, sweep
 
 
 def thread_counts(max_threads: int) -> tuple[int, ...]:
@@ -101,101 +98,156 @@ def best_threads(sweep: tuple[ThreadRate, ...]) -> int:
     return best.threads
 
 
-def _rates(ops: CpuKernels, on_progress: Callable[[str], None]) -> Iterator[tuple[str, Callable[[], float]]]:
-    """Name and measurement of every rate, in the order they run."""
-    measurements: dict[str, Callable[[], float]] = {}
+def thread_sweep(counts: tuple[int, ...], on_progress: Progress) -> tuple[ThreadRate, ...]:
+    """A one-row q4 linear and a plain read of the same bytes with every thread count."""
+    weight, rates = packed("q4", SWEEP_BYTES), []
+    for threads in counts:
+        on_progress(f"{threads} threads")
+        with CpuKernels(threads) as ops:
+            linear = seconds(linear_call(ops, weight, "q4", 1))
+            sweep = seconds(lambda ops=ops: ops.sweep(weight))
+        rates.append(ThreadRate(threads, weight.numel() / linear, weight.numel() / sweep))
+    return tuple(rates)
+
+
+def few_rows(ops: CpuKernels, dtype: str, on_progress: Progress = lambda what: None) -> float:
+    """Weight bytes a second of a one-row linear that is larger than the cache."""
+    on_progress(f"linear {dtype}, one row")
+    weight = packed(dtype, SWEEP_BYTES)
+    return weight.numel() / seconds(linear_call(ops, weight, dtype, 1))
+
+
+def row_rates(ops: CpuKernels, few: DtypeRates, on_progress: Progress) -> tuple[RowRate, ...]:
+    """Operations a second by row count; one row is what `few_rows` measured."""
+    times: dict[str, list[float]] = {}
     for dtype in WEIGHT_DTYPES:
-        measurements[f"few {dtype}"] = lambda dtype=dtype: _few_rows(ops, dtype)
-        measurements[f"many {dtype}"] = lambda dtype=dtype: _many_rows(ops, dtype)
-    measurements["decode attention"] = lambda: _decode_attention(ops)
-    measurements["prefill attention"] = lambda: _prefill_attention(ops)
-    measurements["call"] = lambda: _call(ops)
-    measurements["step"] = _step
-    for name, measurement in measurements.items():
-        on_progress(name)
-        yield name, measurement
+        on_progress(f"linear {dtype} by rows")
+        # Few rows read the weight from memory, so it must not fit in the cache; many reuse it while they compute.
+        large, small = packed(dtype, SWEEP_BYTES), packed(dtype, int(MANY_WEIGHTS * WEIGHT_BYTES[dtype]))
+        times[dtype] = [1 / operations(large, dtype, 1) * large.numel() / few.of(dtype)]
+        for rows in ROW_COUNTS[1:]:
+            weight = large if rows < 32 else small
+            times[dtype].append(seconds(linear_call(ops, weight, dtype, rows)) / operations(weight, dtype, 1))
+    return tuple(
+        RowRate(rows, DtypeRates(*(rows / times[dtype][i] for dtype in WEIGHT_DTYPES)))
+        for i, rows in enumerate(ROW_COUNTS)
+    )
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def cache_rates(ops: CpuKernels, few: DtypeRates, on_progress: Progress) -> tuple[int, DtypeRates]:
+    """The largest size that is read clearly faster than DRAM, and one-row rates on the smallest; 0 where none is."""
+    on_progress("last-level cache")
+    rates = {}
+    for size in CACHE_SIZES:
+        weight = packed("bf16", size)
+        rates[size] = weight.numel() / recorded_seconds(ops, linear_call(ops, weight, "bf16", 1))
+    fast = rates[CACHE_SIZES[0]]
+    kept = [size for size, rate in rates.items() if rate > (fast * few.bf16) ** 0.5]
+    if fast < 1.2 * few.bf16:
+        return 0, few
+    cached = []
+    for dtype in WEIGHT_DTYPES:
+        weight = packed(dtype, CACHE_SIZES[0])
+        cached.append(weight.numel() / recorded_seconds(ops, linear_call(ops, weight, dtype, 1)))
+    return max(kept, default=0), DtypeRates(*cached)
+
+
+def attention_rates(ops: CpuKernels, on_progress: Progress) -> tuple[AttentionRate, ...]:
+    """Attention over a cache in DRAM, one row and many, by cache dtype, head sharing and head size."""
+    rates = []
+    for dtype in KV_DTYPES:
+        for head_dim in HEAD_DIMS:
+            on_progress(f"attention over {str(dtype).removeprefix('torch.')}, heads of {head_dim}")
+            pages = kv_pages(dtype, head_dim)
+            for heads in HEADS_PER_GROUP:
+                decode = decode_rate(ops, pages, heads, head_dim)
+                rates.append(
+                    AttentionRate(
+                        8 * dtype.itemsize, heads, head_dim, decode, prefill_rate(ops, pages, heads, head_dim)
+                    )
+                )
+    return tuple(rates)
+
+
+def kv_pages(dtype: torch.dtype, head_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """K and V pages of SWEEP_BYTES together, so that no cache holds them, and their table, int32 [KV_HEADS, pages]."""
+    page_bytes = 2 * PAGE_TOKENS * head_dim * dtype.itemsize
+    count = max(1, SWEEP_BYTES // (page_bytes * KV_HEADS)) * KV_HEADS
+    k_pages, v_pages = (torch.randn(count, PAGE_TOKENS, head_dim).to(dtype) for _ in range(2))
+    return k_pages, v_pages, torch.arange(count, dtype=torch.int32).view(-1, KV_HEADS).T.contiguous()
+
+
+def decode_rate(ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim: int) -> float:
+    """Bytes of K and V a second with one row."""
+    k_pages, v_pages, table = pages
+    heads = KV_HEADS * heads_per_group
+    q, out, lse = torch.randn(1, heads, head_dim), torch.empty(1, heads, head_dim), torch.empty(1, heads)
+    start, stop = (torch.full((1,), tokens, dtype=torch.int32) for tokens in (0, table.shape[1] * PAGE_TOKENS))
+    taken = seconds(lambda: ops.decode_attention(q, k_pages, v_pages, table[None], start, stop, 0.1, out, lse))
+    return (k_pages.nbytes + v_pages.nbytes) / taken
+
+
+def prefill_rate(ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim: int) -> float:
+    """Operations a second of a chunk that attends to itself and as much before it."""
+    k_pages, v_pages, table = pages
+    heads, rows = KV_HEADS * heads_per_group, min(PREFILL_ROWS, table.shape[1] * PAGE_TOKENS // 2)
+    keys = 2 * rows
+    q, out, lse = torch.randn(rows, heads, head_dim), torch.empty(rows, heads, head_dim), torch.empty(rows, heads)
+    taken = seconds(lambda: ops.prefill_attention(q, k_pages, v_pages, table, 0, keys, keys - rows, 0, 0.1, out, lse))
+    return 4 * head_dim * heads * rows * (keys - rows // 2) / taken
+
+
+def calls(ops: CpuKernels) -> tuple[float, float]:
+    """Seconds of the smallest op, called from Python and recorded."""
+    x, weight, out = torch.randn(1, 64), torch.ones(64), torch.empty(1, 64)
+
+    def many() -> None:
+        for _ in range(CALLS):
+            ops.rms_norm(x, weight, 1e-6, out)
+
+    return seconds(many) / CALLS, recorded_seconds(ops, many) / CALLS
+
+
+def small_rate(ops: CpuKernels) -> float:
+    """Activation bytes a second, in and out, through the gated activation."""
+    gate_up, out = torch.randn(PREFILL_ROWS, 8192), torch.empty(PREFILL_ROWS, 4096)
+    return (gate_up.nbytes + out.nbytes) / seconds(lambda: ops.silu_mul(gate_up, out))
+
+
+def logits_s(vocab_size: int = 128_256) -> float:
+    """Seconds per entry of the vocabulary to copy a row of logits and find its maximum."""
+    logits = torch.randn(1, vocab_size)
+    return seconds(lambda: int(logits.clone()[0].argmax())) / vocab_size
+
+
+def recorded_seconds(ops: CpuKernels, work: Callable[[], None]) -> float:
+    """Median time of a recorded program; `work` keeps the tensors alive whose addresses the program holds."""
+    return seconds(ops.record(work).run)
+
+
+def seconds(work: Callable[[], object], repetitions: int | None = None) -> float:
     """Median time of one call, warmed up."""
     work()
     times = []
-    for _ in range(REPETITIONS):
+    for _ in range(repetitions or REPETITIONS):
         started = time.perf_counter()
         work()
         times.append(time.perf_counter() - started)
     return statistics.median(times)
 
 
-def _weight(dtype: str, total_bytes: int) -> torch.Tensor:
+def packed(dtype: str, total_bytes: int) -> torch.Tensor:
+    """A packed weight, uint8 [blocks, block_bytes], of about this size and IN_FEATURES inputs."""
     row_bytes = block_bytes(dtype, IN_FEATURES)
-    return torch.full((total_bytes // row_bytes, row_bytes), WEIGHT_BYTE, dtype=torch.uint8)
+    return torch.full((max(1, total_bytes // row_bytes), row_bytes), WEIGHT_BYTE, dtype=torch.uint8)
 
 
-def _thread_rate(threads: int, weight: torch.Tensor, on_progress: Callable[[str], None]) -> ThreadRate:
-    on_progress(f"{threads} threads")
-    x, out = torch.randn(1, IN_FEATURES), torch.empty(1, weight.shape[0] * BLOCK_FEATURES)
-    with CpuKernels(threads) as ops:
-        linear = _seconds(lambda: ops.linear(x, weight, "q4", None, out))
-        sweep = _seconds(lambda: ops.sweep(weight))
-    return ThreadRate(threads, weight.numel() / linear, weight.numel() / sweep)
+def operations(weight: torch.Tensor, dtype: str, rows: int) -> int:
+    """Multiplications plus additions of a linear over a packed weight."""
+    return 2 * rows * weight.shape[0] * BLOCK_FEATURES * IN_FEATURES
 
 
-def _few_rows(ops: CpuKernels, dtype: str) -> float:
-    weight = _weight(dtype, SWEEP_BYTES)
-    x, out = torch.randn(1, IN_FEATURES), torch.empty(1, weight.shape[0] * BLOCK_FEATURES)
-    return weight.numel() / _seconds(lambda: ops.linear(x, weight, dtype, None, out))
-
-
-def _many_rows(ops: CpuKernels, dtype: str) -> float:
-    weight = _weight(dtype, MANY_FEATURES // BLOCK_FEATURES * block_bytes(dtype, IN_FEATURES))
-    x, out = torch.randn(MANY_ROWS, IN_FEATURES), torch.empty(MANY_ROWS, MANY_FEATURES)
-    return 2 * MANY_ROWS * MANY_FEATURES * IN_FEATURES / _seconds(lambda: ops.linear(x, weight, dtype, None, out))
-
-
-def _pages() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    pages = CONTEXT // 64 * KV_HEADS
-    k_pages, v_pages = (torch.randn(pages, 64, HEAD_DIM).to(torch.bfloat16) for _ in range(2))
-    return k_pages, v_pages, torch.arange(pages, dtype=torch.int32).view(-1, KV_HEADS).T.contiguous()
-
-
-def _decode_attention(ops: CpuKernels) -> float:
-    k_pages, v_pages, table = _pages()
-    q, out, lse = torch.randn(1, HEADS, HEAD_DIM), torch.empty(1, HEADS, HEAD_DIM), torch.empty(1, HEADS)
-    start, stop = torch.zeros(1, dtype=torch.int32), torch.full((1,), CONTEXT, dtype=torch.int32)
-    seconds = _seconds(lambda: ops.decode_attention(q, k_pages, v_pages, table[None], start, stop, 0.1, out, lse))
-    return (k_pages.nbytes + v_pages.nbytes) / seconds
-
-
-def _prefill_attention(ops: CpuKernels) -> float:
-    k_pages, v_pages, table = _pages()
-    rows, keys = MANY_ROWS, CONTEXT // 4
-    q, out, lse = torch.randn(rows, HEADS, HEAD_DIM), torch.empty(rows, HEADS, HEAD_DIM), torch.empty(rows, HEADS)
-    seconds = _seconds(
-        lambda: ops.prefill_attention(q, k_pages, v_pages, table, 0, keys, keys - rows, 0, 0.1, out, lse)
-    )
-    return 4 * HEAD_DIM * HEADS * rows * (keys - rows // 2) / seconds
-
-
-def _call(ops: CpuKernels) -> float:
-    x, weight, out = torch.randn(1, IN_FEATURES), torch.ones(IN_FEATURES), torch.empty(1, IN_FEATURES)
-
-    def many() -> None:
-        for _ in range(100):
-            ops.rms_norm(x, weight, 1e-6, out)
-
-    return _seconds(many) / 100
-
-
-def _step() -> float:
-    logits = torch.randn(1, 128_256)
-    return _seconds(lambda: int(logits.clone()[0].argmax()))
-
-
-def _cpu_name() -> str:
-    """The processor's own name where the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def linear_call(ops: CpuKernels, weight: torch.Tensor, dtype: str, rows: int) -> Callable[[], None]:
+    """A call of `linear` over a packed weight, ready to be timed or recorded."""
+    x, out = torch.randn(rows, IN_FEATURES), torch.empty(rows, weight.shape[0] * BLOCK_FEATURES)
+    return lambda: ops.linear(x, weight, dtype, None, out)

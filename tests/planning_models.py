@@ -4,7 +4,7 @@ import random
 from dataclasses import replace
 
 from placement import HardwareProfile, KvShard, LinearShard, Workload
-from placement.hardware import DtypeRates
+from placement.rates import DtypeRates
 
 BITS_PER_WEIGHT = {"fp32": 32, "bf16": 16, "q8": 8.5, "q4": 4.5}
 

@@ -17,7 +17,7 @@ from placement.cost import (
     pass_cost,
     predict,
 )
-from placement.hardware import DtypeRates
+from placement.rates import DtypeRates
 
 GB, GFLOP = 1e9, 1e9
 
@@ -126,7 +126,7 @@ def test_resources_add_up_over_a_pass():
     workload = replace(llama_8b(), kv=tuple(replace(kv, bytes_per_token=1) for kv in llama_8b().kv))
     linears, kv = placed(workload, 0.25, 0.25, groups=8)
 
-    _, lanes = pass_cost(workload, linears, kv, MACHINE, Call(1, 1, 1), True)
+    lanes = pass_cost(workload, linears, kv, MACHINE, Call(1, 1, 1), True).lanes
 
     weights = workload.weight_bytes
     assert pytest.approx(
@@ -140,7 +140,7 @@ def test_copies_slow_the_cpu_lane():
     slowed = replace(MACHINE, cpu_slowdown_while_copying=0.8)
 
     alone, together = (
-        pass_cost(workload, linears, kv, machine, Call(1, 1, 1), True)[1] for machine in (MACHINE, slowed)
+        pass_cost(workload, linears, kv, machine, Call(1, 1, 1), True).lanes for machine in (MACHINE, slowed)
     )
 
     assert pytest.approx(alone["cpu"] + 0.2 * alone["pcie"]) == together["cpu"]
@@ -169,7 +169,7 @@ def test_a_prompt_is_the_sum_of_its_chunks():
 
     whole = predict(workload, linears, kv, machine, phase="prefill", rows=40, context=0, on_gpu=True).seconds
     parts = [
-        pass_cost(workload, linears, kv, machine, Call(1, rows, start), True, start == 32)[0]
+        pass_cost(workload, linears, kv, machine, Call(1, rows, start), True, start == 32).seconds
         for start, rows in ((0, 16), (16, 16), (32, 8))
     ]
 

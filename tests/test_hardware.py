@@ -82,7 +82,7 @@ def catalogue_values():
         ({"handover_s": float("nan")}, "handover_s must be a finite number >= 0"),
         ({"cores": True}, "cores must be a finite number"),
         ({"gpu_bytes_per_s": 0}, "a GPU .* needs positive d2h_bytes_per_s, gpu_bytes_per_s"),
-        ({"gpu_flops": {"fp32": 1}}, "gpu_flops needs one rate for each of fp32, bf16, q8, q4"),
+        ({"gpu_flops": {"fp32": 1}}, "gpu_flops needs one value for each of fp32, bf16, q8, q4"),
         ({"cpu_slowdown_while_copying": 2}, r"must be in \(0, 1\]"),
     ],
 )

@@ -1,0 +1,63 @@
+"""What a measured profile depends on, read from the system: a profile with another fingerprint is stale or foreign."""
+
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import torch
+
+SYSTEM = Path("/")
+
+
+def machine_fingerprint(cores: int, root: Path = SYSTEM) -> tuple[tuple[str, str], ...]:
+    """Sorted (key, value) pairs of CPU, cores that may be used, GPU, driver, PCIe link and versions.
+
+    cores: physical cores that the thread sweep may try. root: of the system's own files.
+    """
+    fields = {
+        "cpu": cpu_name(root),
+        "cores": str(cores),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "torch": torch.__version__,
+        "numba": importlib.metadata.version("numba"),
+        "gpu": "none",
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        fields |= {
+            "gpu": properties.name,
+            "gpu_memory": str(properties.total_memory),
+            "driver": _text(root / "sys/module/nvidia/version"),
+            "cuda": str(torch.version.cuda),
+            "pcie": pcie_link(properties, root),
+        }
+    return tuple(sorted(fields.items()))
+
+
+def pcie_link(properties: object, root: Path = SYSTEM) -> str:
+    """Greatest speed and width of a GPU's link; the current ones change with its power state.
+
+    properties: of the device, with its PCI domain, bus and device numbers.
+    """
+    place = ":".join(
+        f"{getattr(properties, name, 0):0{digits}x}" for name, digits in (("pci_domain_id", 4), ("pci_bus_id", 2))
+    )
+    folder = root / f"sys/bus/pci/devices/{place}:{getattr(properties, 'pci_device_id', 0):02x}.0"
+    return f"{_text(folder / 'max_link_speed')} x{_text(folder / 'max_link_width')}"
+
+
+def cpu_name(root: Path = SYSTEM) -> str:
+    """The processor's own name where the system tells it."""
+    try:
+        with open(root / "proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return "unknown"
