@@ -11,6 +11,7 @@ many there are and not on what they say.
 import io
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -18,8 +19,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from hetero_attn.bench_terms import Term, compare_terms, term_lines
 from hetero_attn.llm import LLM
 from placement.cost import predict
+from placement.phase_cost import PhaseCost
 
 DEPTH_NOTE = "@ dN: on top of N tokens in the cache, random keys and values that no prompt computed\n"
 
@@ -30,7 +33,7 @@ class BenchRow:
 
     bytes_per_token: weights and cache that one generated token reads, None for prompts. ceiling_tokens_per_s: the
     DRAM's read bandwidth over those bytes, None where weights are also in GPU memory. predicted_tokens_per_s: by the
-    plan.
+    plan. terms: of one generated token or of the whole prompt.
     """
 
     name: str
@@ -40,6 +43,7 @@ class BenchRow:
     predicted_tokens_per_s: float
     bytes_per_token: int | None
     ceiling_tokens_per_s: float | None
+    terms: tuple[Term, ...] = ()
 
     @property
     def achieved_bytes_per_s(self) -> float | None:
@@ -83,7 +87,8 @@ class BenchReport:
         head = f"{self.model} {self.weight_dtype} on {self.device}, {self.num_threads} CPU threads; rates of {self.hardware}"
         console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
         console.print(table)
-        return f"{head}\n{console.file.getvalue()}{DEPTH_NOTE if self.has_depth else ''}"
+        terms = "".join(f"{line}\n" for row in self.rows for line in term_lines(row.name, row.terms))
+        return f"{head}\n{console.file.getvalue()}{DEPTH_NOTE if self.has_depth else ''}{terms}"
 
     @property
     def has_depth(self) -> bool:
@@ -94,7 +99,11 @@ class BenchReport:
         """Plain values for JSON."""
         values = asdict(self)
         for row, fields in zip(self.rows, values["rows"], strict=True):
-            fields |= {"achieved_bytes_per_s": row.achieved_bytes_per_s, "prediction_error": row.prediction_error}
+            fields |= {
+                "achieved_bytes_per_s": row.achieved_bytes_per_s,
+                "prediction_error": row.prediction_error,
+                "terms": [term.to_dict() for term in row.terms],
+            }
         return values
 
 
@@ -152,16 +161,35 @@ class _Bench:
 
     def row(self, name: str, tokens: int, work: Callable[[int], None], repetitions: int, phase: str) -> BenchRow:
         """Time `work(tokens)` and put prediction and ceiling beside it."""
+        engine = self._engine
         work(min(tokens, 8))
         self._return()
+        engine.report.reset()
         speeds = sorted(tokens / self._time(work, tokens) for _ in range(repetitions))
-        predicted = self._predict(phase, tokens)
+        spent, speed = engine.report.phases[phase], statistics.median(speeds)
+        cost = self._predict(phase, tokens)
         read = self._bytes_per_token(tokens) if phase == "decode" else None
-        ceiling = (
-            self._llm.planned.hardware.dram_bytes_per_s / read if read and self._llm.plan.device == "cpu" else None
+        hardware, on_cpu = self._llm.planned.hardware, self._llm.plan.device == "cpu"
+        ceiling = hardware.dram_bytes_per_s / read if read and on_cpu else None
+        passes = spent.steps if phase == "decode" else repetitions
+        terms = compare_terms(
+            cost, self._terms(phase, cost), cost.rows / speed, spent.handover_s / max(1, passes), on_cpu
         )
         label = f"{name} @ d{self._depth}" if self._depth else name
-        return BenchRow(label, statistics.median(speeds), speeds[0], speeds[-1], predicted, read, ceiling)
+        return BenchRow(label, speed, speeds[0], speeds[-1], cost.tokens_per_s, read, ceiling, terms)
+
+    def _terms(self, phase: str, cost: PhaseCost) -> Counter[str]:
+        """Seconds of one step or prompt by kind of work, at the context of the prediction."""
+        engine, seconds = self._engine, Counter[str]()
+        if phase == "decode":
+            engine.fill(self._sequence, cost.context - self._depth)
+            seconds.update(engine.decode_terms(self._sequence, self._token_ids[0]))
+        for start in range(0, cost.rows if phase == "prefill" else 0, engine.prefill_chunk):
+            chunk = self._token_ids[start : min(start + engine.prefill_chunk, cost.rows)]
+            seconds.update(engine.prefill_terms(self._sequence, chunk))
+            self._sequence.length += len(chunk)
+        self._return()
+        return seconds
 
     def _time(self, work: Callable[[int], None], tokens: int) -> float:
         started = time.perf_counter()
@@ -175,10 +203,10 @@ class _Bench:
             self._engine.kv_cache.close(self._sequence)
             self.__enter__()
 
-    def _predict(self, phase: str, tokens: int) -> float:
+    def _predict(self, phase: str, tokens: int) -> PhaseCost:
         plan, hardware = self._llm.plan, self._llm.planned.hardware
         rows, context = (tokens, self._depth) if phase == "prefill" else (1, self._depth + tokens // 2)
-        cost = predict(
+        return predict(
             plan.workload,
             plan.linears,
             plan.kv,
@@ -188,7 +216,6 @@ class _Bench:
             context=context,
             on_gpu=plan.device != "cpu",
         )
-        return cost.tokens_per_s
 
     def _bytes_per_token(self, tokens: int) -> int:
         workload, context = self._llm.plan.workload, self._depth + tokens // 2

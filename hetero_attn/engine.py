@@ -6,7 +6,7 @@ Both build a `Step` and run the same forward pass; what differs is which rows it
 that grows with the sequence: buffers and pages exist since the engine was made.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -20,6 +20,7 @@ from hetero_attn.model import ModelWeights, Workspace
 from hetero_attn.replay import DecodeReplay
 from hetero_attn.report import LaneReport
 from hetero_attn.step import Step, plan_step
+from hetero_attn.stopwatch import Stopwatch, time_recorded
 from hetero_attn.weights import LOGITS_ROWS, ActivationWidths, model_spec
 from placement.plan import Plan
 from placement.workload import row_tier
@@ -116,6 +117,38 @@ class Engine:
             parameters, cache = self.weights.layers[layer].attention, self.kv_cache.layer_groups[group]
             store(self.lanes, step, step.groups[group], cache, place, parameters, work.qkv, work.attention.query)
         self.lanes.finish()
+
+    @torch.inference_mode()
+    def decode_terms(self, sequence: SequenceState, token_id: int) -> dict[str, float]:
+        """Seconds of the next decode step by kind of work (placement.phase_cost.TERMS), each by itself.
+
+        The sequence does not grow; the step's KV entries and activations are left with values of no meaning.
+        """
+        step = plan_step(self.lanes, self.kv_cache, [sequence], 1, is_prefill=False)
+        if self.replay is None:
+            stopwatch = Stopwatch()
+            with self.lanes.torch_at_rest(), self.lanes.watched(stopwatch):
+                self._forward(step, [token_id])
+            return stopwatch.seconds
+
+        def replay_of(term: str | None) -> Callable[[], None]:
+            replay = DecodeReplay(self.lanes.host_ops, self._decode)
+            with self.lanes.only(term):
+                replay.run(step)
+            return lambda: replay.run(step)
+
+        with self.lanes.torch_at_rest():
+            return time_recorded(replay_of)
+
+    @torch.inference_mode()
+    def prefill_terms(self, sequence: SequenceState, token_ids: Sequence[int]) -> dict[str, float]:
+        """As `decode_terms`, of a prompt of at most `prefill_chunk` tokens with the logits of its last one."""
+        stopwatch = Stopwatch()
+        with self.lanes.torch_at_rest(), self.lanes.watched(stopwatch):
+            step = self._prefill_step(sequence, token_ids)
+            self._forward(step, token_ids)
+            self._logits_of(step.rows - 1, step.rows)
+        return stopwatch.seconds
 
     def close(self) -> None:
         """Release lanes, threads and buffers; idempotent."""

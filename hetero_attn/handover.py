@@ -5,10 +5,13 @@
     join()                      the calling thread sees it; raises what the first failed job raised
     give_up()                   let every job end and forget failures; for a step that is abandoned half-way
 
+    overhead_s                  seconds that this itself took so far: waking the worker, noticing its end
+
 `InOrder` is the plain path: jobs run on the calling thread. `EventHandover` runs them on one worker thread and blocks
 the caller wherever GPU work has to see their results.
 """
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -22,6 +25,7 @@ class InOrder:
     """Every job runs when it is given. device: None without a GPU."""
 
     name = "in order"
+    overhead_s = 0.0
 
     def __init__(self, device: Device | None) -> None:
         self._device = device
@@ -54,11 +58,13 @@ class EventHandover:
         self._device = device
         self._worker = worker
         self._jobs: list[Future] = []
+        self._idle_since = 0.0
+        self.overhead_s = 0.0
 
     def submit(self, job: Job, after_device: bool) -> None:
         """Queue the job."""
         event = self._device.record(self._device.compute) if after_device else None
-        self._jobs.append(self._worker.submit(self._run, event, job))
+        self._jobs.append(self._worker.submit(self._run, event, job, time.perf_counter()))
 
     def order_device(self) -> None:
         """Block the caller until the jobs have ended, so that whatever it queues next comes after them."""
@@ -66,8 +72,10 @@ class EventHandover:
 
     def join(self) -> None:
         """Block the caller until the jobs have ended, the failed ones too."""
-        jobs, self._jobs = self._jobs, []
+        started, (jobs, self._jobs) = time.perf_counter(), (self._jobs, [])
         failures = [failure for job in jobs if (failure := job.exception()) is not None]
+        if jobs:
+            self.overhead_s += time.perf_counter() - max(started, self._idle_since)
         if failures:
             raise failures[0]
 
@@ -81,7 +89,11 @@ class EventHandover:
         """Finish the jobs and stop the thread; idempotent."""
         self._worker.shutdown(wait=True)
 
-    def _run(self, event: Any, job: Job) -> None:
+    def _run(self, event: Any, job: Job, given: float) -> None:
+        self.overhead_s += time.perf_counter() - max(given, self._idle_since)
         if event is not None:
             self._device.synchronize(event)
-        job()
+        try:
+            job()
+        finally:
+            self._idle_since = time.perf_counter()

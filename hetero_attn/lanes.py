@@ -25,6 +25,7 @@ from hetero_attn.devices import Device
 from hetero_attn.handover import InOrder
 from hetero_attn.staging import StagingRing
 from hetero_attn.step_tables import StepTables
+from hetero_attn.stopwatch import SelectedOps, Stopwatch, WatchedDevice, WatchedOps
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,11 @@ class Lanes:
         return 0 if self.ring is None else self.ring.copied_bytes
 
     @property
+    def handover_s(self) -> float:
+        """Seconds that hand-overs themselves took so far: waking the worker, noticing that it has finished."""
+        return self.handover.overhead_s
+
+    @property
     def main_ops(self):
         """The operations of the place where the residual stream lives."""
         return self.host_ops if self.device is None else self.device.ops
@@ -125,6 +131,31 @@ class Lanes:
             yield
         finally:
             torch.set_num_threads(threads)
+
+    @contextmanager
+    def watched(self, stopwatch: Stopwatch) -> Iterator[None]:
+        """Run the enclosed steps in order on the calling thread, every operation and copy timed."""
+        self.join()
+        kept = self.host_ops, self.device, self.handover
+        self.host_ops = WatchedOps(self.host_ops, "cpu", stopwatch, lambda: None)
+        self.handover = InOrder(self.device)
+        if self.device is not None:
+            self.device = WatchedDevice(self.device, stopwatch)
+        self._use_in_ring(self.device)
+        try:
+            yield
+        finally:
+            self.host_ops, self.device, self.handover = kept
+            self._use_in_ring(self.device)
+
+    @contextmanager
+    def only(self, term: str | None) -> Iterator[None]:
+        """Within this, CPU operations of other terms (placement.phase_cost.TERMS) do nothing; for recording a step."""
+        ops, self.host_ops = self.host_ops, SelectedOps(self.host_ops, term)
+        try:
+            yield
+        finally:
+            self.host_ops = ops
 
     @contextmanager
     def given_up_on_error(self) -> Iterator[None]:
@@ -190,6 +221,10 @@ class Lanes:
         if self.device is not None:
             self.device.close()
         self.host_ops.close()
+
+    def _use_in_ring(self, device: Any) -> None:
+        if self.ring is not None:
+            self.ring.device = device
 
     def _run(self, job: Callable[[], None]) -> None:
         with self.cpu_lane():

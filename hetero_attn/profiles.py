@@ -15,13 +15,16 @@ HOST_MEMORY_SHARE = 0.9  # the rest is for the system and for Python itself
 
 
 def profile_machine(on_progress: Callable[[str], None] = lambda what: None, save: bool = True) -> HardwareProfile:
-    """Measure this machine, keep the result for later plans, and return it; takes some seconds.
+    """Measure this machine, keep the result for later plans, and return it; takes well under a minute.
 
     on_progress(what) is called before each measurement. save=False leaves the kept profile alone.
     """
+    from hetero_attn.runtime_profile import with_runtime_costs
     from placement.profiler import measure
 
-    profile, _ = measure(default_threads(physical_cpus()), host_memory_bytes(), on_progress)
+    profile = measure(default_threads(physical_cpus()), host_memory_bytes(), on_progress)
+    on_progress("Python and hand-overs")
+    profile = with_runtime_costs(profile, "cpu")
     if save:
         path = profile_path()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,13 +36,13 @@ def profile_machine(on_progress: Callable[[str], None] = lambda what: None, save
 
 def stored_profile() -> HardwareProfile | None:
     """The kept profile of this very machine and these versions; None when there is none or it is damaged or stale."""
-    from placement.profiler import machine_fingerprint
+    from placement.fingerprint import machine_fingerprint
 
     try:
         profile = HardwareProfile.from_json(profile_path().read_text())
     except (OSError, ValueError):
         return None
-    return profile if profile.fingerprint == machine_fingerprint() else None
+    return profile if profile.fingerprint == machine_fingerprint(default_threads(physical_cpus())) else None
 
 
 def profile_path() -> Path:

@@ -12,11 +12,13 @@ from rich.table import Table
 from hetero_attn.lanes import Lanes
 
 PHASES = ("prefill", "decode")
+COUNTERS = ("wall_s", "cpu_lane_s", "waited_s", "handover_s", "streamed_bytes")
 
 
 @dataclass(slots=True)
 class PhaseTimes:
     """Totals of one phase. wall_s: of its steps; cpu_lane_s: CPU kernels at work; waited_s: for the CPU lane to finish.
+    handover_s: waking the worker and noticing its end.
 
     tokens: rows computed; streamed_bytes: weights copied through the staging ring.
     """
@@ -26,6 +28,7 @@ class PhaseTimes:
     wall_s: float = 0.0
     cpu_lane_s: float = 0.0
     waited_s: float = 0.0
+    handover_s: float = 0.0
     streamed_bytes: int = 0
 
 
@@ -38,17 +41,14 @@ class LaneReport:
     @contextmanager
     def measure(self, lanes: Lanes, phase: str, tokens: int) -> Iterator[None]:
         """Count one step; a step that raises is not counted."""
-        before = (time.perf_counter(), lanes.cpu_lane_s, lanes.waited_s, lanes.streamed_bytes)
+        before = _counters(lanes)
         yield
-        after = (time.perf_counter(), lanes.cpu_lane_s, lanes.waited_s, lanes.streamed_bytes)
-        wall_s, cpu_lane_s, waited_s, streamed = (end - start for start, end in zip(before, after, strict=True))
+        spent = [end - start for start, end in zip(before, _counters(lanes), strict=True)]
         times = self.phases[phase]
         times.steps += 1
         times.tokens += tokens
-        times.wall_s += wall_s
-        times.cpu_lane_s += cpu_lane_s
-        times.waited_s += waited_s
-        times.streamed_bytes += streamed
+        for name, value in zip(COUNTERS, spent, strict=True):
+            setattr(times, name, getattr(times, name) + value)
 
     def reset(self) -> None:
         """Forget everything counted so far."""
@@ -61,7 +61,16 @@ class LaneReport:
     def table(self, width: int = 120) -> str:
         """Plain text for people."""
         table = Table("phase", box=None)
-        for heading in ("steps", "tokens", "tokens/s", "ms/step", "CPU lane busy", "waiting for it", "streamed GB/s"):
+        for heading in (
+            "steps",
+            "tokens",
+            "tokens/s",
+            "ms/step",
+            "CPU lane busy",
+            "waiting for it",
+            "hand-overs",
+            "streamed GB/s",
+        ):
             table.add_column(heading, justify="right")
         for phase, times in self.phases.items():
             if times.steps:
@@ -69,6 +78,10 @@ class LaneReport:
         console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
         console.print(table)
         return console.file.getvalue()
+
+
+def _counters(lanes: Lanes) -> tuple[float, ...]:
+    return (time.perf_counter(), *(getattr(lanes, name) for name in COUNTERS[1:]))
 
 
 def _cells(times: PhaseTimes) -> tuple[str, ...]:
@@ -79,5 +92,6 @@ def _cells(times: PhaseTimes) -> tuple[str, ...]:
         f"{1e3 * times.wall_s / times.steps:.2f}",
         f"{times.cpu_lane_s / times.wall_s:.0%}",
         f"{times.waited_s / times.wall_s:.0%}",
+        f"{times.handover_s / times.wall_s:.0%}",
         f"{times.streamed_bytes / times.wall_s / 1e9:.2f}",
     )

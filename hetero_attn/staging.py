@@ -26,7 +26,7 @@ class StagingRing:
     """
 
     def __init__(self, device: Device, slots: int, slot_bytes: int, bounce: bool = False) -> None:
-        self._device = device
+        self.device = device
         self._slots = [device.empty((slot_bytes,), torch.uint8, "staging") for _ in range(slots)]
         self._bounce = [device.host_empty((slot_bytes,), torch.uint8, "staging")[0] for _ in range(slots * bounce)]
         self._free = [None] * slots
@@ -45,13 +45,13 @@ class StagingRing:
     def take(self) -> tuple[int, torch.Tensor]:
         """Return (slot, view of the next piece in GPU memory); compute queued from now on sees it complete."""
         slot, view, ready = self._arriving[0]
-        self._device.wait(self._device.compute, ready)
+        self.device.wait(self.device.compute, ready)
         return slot, view
 
     def give_back(self, slot: int) -> None:
         """Say that all compute queued so far is the last to read `slot`; starts the next copy into it."""
         self._arriving.popleft()
-        self._free[slot] = self._device.record(self._device.compute)
+        self._free[slot] = self.device.record(self.device.compute)
         self._fill(slot)
 
     def settle(self) -> None:
@@ -73,16 +73,16 @@ class StagingRing:
         if self._bounce:
             piece = self._bounced(slot, piece)
         if self._free[slot] is not None:
-            self._device.wait(self._device.copies, self._free[slot])
-        self._device.copy(view, piece, self._device.copies)
-        ready = self._sent[slot] = self._device.record(self._device.copies)
+            self.device.wait(self.device.copies, self._free[slot])
+        self.device.copy(view, piece, self.device.copies)
+        ready = self._sent[slot] = self.device.record(self.device.copies)
         self._arriving.append((slot, view, ready))
         self.copied_bytes += piece.numel()
 
     def _bounced(self, slot: int, piece: torch.Tensor) -> torch.Tensor:
         """The piece in the slot's page-locked buffer, once the buffer's last copy has left it."""
         if self._sent[slot] is not None:
-            self._device.synchronize(self._sent[slot])
+            self.device.synchronize(self._sent[slot])
         target = self._bounce[slot][: piece.numel()].view(piece.shape)
         target.copy_(piece)
         return target

@@ -27,6 +27,8 @@ BYTES_PER_ACTIVATION = 4
 # Two norms, rotary embedding with the KV append, the gated activation; on a GPU also adding what the CPU computed.
 SMALL_CALLS_PER_LAYER_ON_CPU = 4
 SMALL_CALLS_PER_LAYER_ON_GPU = 5
+# Those, four linears and attention.
+LAUNCHES_PER_LAYER = SMALL_CALLS_PER_LAYER_ON_GPU + 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +106,15 @@ def handover_s(rows: int, in_features: int, out_features: float, hardware: Hardw
     return hardware.handover_s + down + up
 
 
+def is_recorded(call: Call, on_gpu: bool) -> bool:
+    """Whether the runtime replays such a pass instead of calling its operations: a decode step without a GPU."""
+    return call.q_len == 1 and not on_gpu
+
+
 def cpu_call_s(call: Call, hardware: HardwareProfile, on_gpu: bool) -> float:
-    """One operation of the CPU lane beyond its work: a decode step without a GPU is recorded and calls nothing."""
-    recorded = call.q_len == 1 and not on_gpu
-    return hardware.cpu_recorded_call_s or hardware.cpu_call_s if recorded else hardware.cpu_call_s
+    """One operation of the CPU lane beyond its work."""
+    recorded = is_recorded(call, on_gpu) and hardware.cpu_recorded_call_s
+    return recorded or hardware.cpu_call_s
 
 
 def linear_cost(
@@ -183,9 +190,15 @@ def small_ops_s(workload: Workload, call: Call, hardware: HardwareProfile, on_gp
     return calls * cpu_call_s(call, hardware, on_gpu) + moved / rate
 
 
-def step_s(workload: Workload, call: Call, hardware: HardwareProfile, with_head: bool = True) -> float:
-    """What a pass costs once: Python around it, and choosing a token from the logits of each sequence."""
-    return hardware.step_overhead_s + with_head * call.sequences * workload.vocab_size * hardware.logits_s_per_token
+def step_s(workload: Workload, call: Call, hardware: HardwareProfile, on_gpu: bool, with_head: bool = True) -> float:
+    """What a pass costs beside its operations: Python around it and, unless it is recorded, around every layer; and
+    choosing a token from the logits of each sequence.
+
+    With a GPU, Python's time per layer is in the launches and hand-overs.
+    """
+    layers = 0 if on_gpu or is_recorded(call, on_gpu) else workload.num_layers
+    chosen = with_head * call.sequences * workload.vocab_size
+    return hardware.step_overhead_s + layers * hardware.layer_overhead_s + chosen * hardware.logits_s_per_token
 
 
 def attention_handovers(cpu_linear_units: int, gpu_groups: int, groups: int, spills: bool) -> int:
@@ -222,7 +235,7 @@ def pass_cost(
     with_head: whether logits are computed; they are for the last row of each sequence only.
     """
     tally = _Tally(on_gpu)
-    small, step = small_ops_s(workload, call, hardware, on_gpu), step_s(workload, call, hardware, with_head)
+    small, step = small_ops_s(workload, call, hardware, on_gpu), step_s(workload, call, hardware, on_gpu, with_head)
     tally.lanes["steps"] = tally.lanes["gpu" if on_gpu else "cpu"] = tally.terms["small_ops"] = small
     tally.terms["step"] = step
     cpu_qkv_units: dict[int | None, int] = {}

@@ -49,6 +49,7 @@ class HardwareProfile:
     handover_s: activations to the CPU, wake-up and result back, without their bytes. launch_overhead_s: one GPU kernel;
     cpu_call_s: one call of the CPU kernel team; cpu_recorded_call_s: the same in a recorded step, 0 is as a call;
     cpu_small_bytes_per_s: activations through norms and such, 0 is the DRAM rate; step_overhead_s: Python once per step;
+    layer_overhead_s: Python around a layer of a step that is not recorded;
     logits_s_per_token: choosing a token, per entry of the vocabulary.
     gpu_context_bytes: GPU memory that the driver takes for itself. unified_memory: GPU and CPU share one DRAM.
     cpu_rows, gpu_rows: linears by token rows, ascending; they replace the two-rate estimate where there are any.
@@ -84,6 +85,7 @@ class HardwareProfile:
     cpu_attention_slowdown_while_copying: float = 1.0
     cpu_recorded_call_s: float = 0.0
     cpu_small_bytes_per_s: float = 0.0
+    layer_overhead_s: float = 0.0
     logits_s_per_token: float = 0.0
     h2d_pageable_bytes_per_s: float = 0.0
     d2h_pageable_bytes_per_s: float = 0.0

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from cpu_kernels import CpuKernels
+from cpu_kernels import CpuKernels, advise_huge_pages
 from cpu_kernels.layout import BLOCK_FEATURES, WEIGHT_DTYPES, block_bytes
 from placement.fingerprint import cpu_name, machine_fingerprint
 from placement.hardware import WEIGHT_BYTES, HardwareProfile
@@ -140,7 +140,7 @@ def cache_rates(ops: CpuKernels, few: DtypeRates, on_progress: Progress) -> tupl
     rates = {}
     for size in CACHE_SIZES:
         weight = packed("bf16", size)
-        rates[size] = weight.numel() / recorded_seconds(ops, linear_call(ops, weight, "bf16", 1))
+        rates[size] = weight.numel() / recorded_seconds(ops, linear_call(ops, weight, "bf16", 1), CALLS // 10)
     fast = rates[CACHE_SIZES[0]]
     kept = [size for size, rate in rates.items() if rate > (fast * few.bf16) ** 0.5]
     if fast < 1.2 * few.bf16:
@@ -148,7 +148,7 @@ def cache_rates(ops: CpuKernels, few: DtypeRates, on_progress: Progress) -> tupl
     cached = []
     for dtype in WEIGHT_DTYPES:
         weight = packed(dtype, CACHE_SIZES[0])
-        cached.append(weight.numel() / recorded_seconds(ops, linear_call(ops, weight, dtype, 1)))
+        cached.append(weight.numel() / recorded_seconds(ops, linear_call(ops, weight, dtype, 1), CALLS))
     return max(kept, default=0), DtypeRates(*cached)
 
 
@@ -173,7 +173,7 @@ def kv_pages(dtype: torch.dtype, head_dim: int) -> tuple[torch.Tensor, torch.Ten
     """K and V pages of SWEEP_BYTES together, so that no cache holds them, and their table, int32 [KV_HEADS, pages]."""
     page_bytes = 2 * PAGE_TOKENS * head_dim * dtype.itemsize
     count = max(1, SWEEP_BYTES // (page_bytes * KV_HEADS)) * KV_HEADS
-    k_pages, v_pages = (torch.randn(count, PAGE_TOKENS, head_dim).to(dtype) for _ in range(2))
+    k_pages, v_pages = (host_full((count, PAGE_TOKENS, head_dim), dtype, 0.1) for _ in range(2))
     return k_pages, v_pages, torch.arange(count, dtype=torch.int32).view(-1, KV_HEADS).T.contiguous()
 
 
@@ -201,11 +201,14 @@ def calls(ops: CpuKernels) -> tuple[float, float]:
     """Seconds of the smallest op, called from Python and recorded."""
     x, weight, out = torch.randn(1, 64), torch.ones(64), torch.empty(1, 64)
 
+    def call() -> None:
+        ops.rms_norm(x, weight, 1e-6, out)
+
     def many() -> None:
         for _ in range(CALLS):
-            ops.rms_norm(x, weight, 1e-6, out)
+            call()
 
-    return seconds(many) / CALLS, recorded_seconds(ops, many) / CALLS
+    return seconds(many) / CALLS, recorded_seconds(ops, call, CALLS)
 
 
 def small_rate(ops: CpuKernels) -> float:
@@ -220,9 +223,18 @@ def logits_s(vocab_size: int = 128_256) -> float:
     return seconds(lambda: int(logits.clone()[0].argmax())) / vocab_size
 
 
-def recorded_seconds(ops: CpuKernels, work: Callable[[], None]) -> float:
-    """Median time of a recorded program; `work` keeps the tensors alive whose addresses the program holds."""
-    return seconds(ops.record(work).run)
+def recorded_seconds(ops: CpuKernels, work: Callable[[], None], count: int = 1) -> float:
+    """Median time of `work` in a recorded program of `count` of it.
+
+    Many in one program keep the whole team awake, as in a step. `work` keeps the tensors alive that a program only
+    knows by address.
+    """
+
+    def many() -> None:
+        for _ in range(count):
+            work()
+
+    return seconds(ops.record(many).run) / count
 
 
 def seconds(work: Callable[[], object], repetitions: int | None = None) -> float:
@@ -239,7 +251,14 @@ def seconds(work: Callable[[], object], repetitions: int | None = None) -> float
 def packed(dtype: str, total_bytes: int) -> torch.Tensor:
     """A packed weight, uint8 [blocks, block_bytes], of about this size and IN_FEATURES inputs."""
     row_bytes = block_bytes(dtype, IN_FEATURES)
-    return torch.full((max(1, total_bytes // row_bytes), row_bytes), WEIGHT_BYTE, dtype=torch.uint8)
+    return host_full((max(1, total_bytes // row_bytes), row_bytes), torch.uint8, WEIGHT_BYTE)
+
+
+def host_full(shape: tuple[int, ...], dtype: torch.dtype, value: float) -> torch.Tensor:
+    """Host memory in large pages, as the runtime keeps weights and caches, every page of it touched."""
+    tensor = torch.empty(shape, dtype=dtype)
+    advise_huge_pages(tensor)
+    return tensor.fill_(value)
 
 
 def operations(weight: torch.Tensor, dtype: str, rows: int) -> int:

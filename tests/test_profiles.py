@@ -1,24 +1,36 @@
 """The kept profile of a machine: written whole, recognised as stale, never fatal when damaged. No speed is asserted."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from hetero_attn import profiles
+from hetero_attn import profiles, runtime_profile
 from placement import profiler
+from placement.fingerprint import machine_fingerprint
 from placement.hardware import HardwareProfile
-from placement.profiler import ThreadRate, best_threads, thread_counts
+from placement.profiler import best_threads, thread_counts
+from placement.rates import ThreadRate
 
 
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
-    """A quick measurement: small buffers, one repetition, kept in a directory of the test's own."""
+    """A quick measurement: small buffers, few repetitions, kept in a directory of the test's own."""
     monkeypatch.setattr(profiles, "profile_path", lambda: tmp_path / "profiles" / "host.json")
-    monkeypatch.setattr(profiler, "MANY_ROWS", 16)
-    monkeypatch.setattr(profiler, "SWEEP_BYTES", 1 << 20)
-    monkeypatch.setattr(profiler, "CONTEXT", 256)
-    monkeypatch.setattr(profiler, "MANY_FEATURES", 64)
-    monkeypatch.setattr(profiler, "REPETITIONS", 1)
+    for name, value in {
+        "ROW_COUNTS": (1, 8, 65),
+        "SWEEP_BYTES": 1 << 20,
+        "CACHE_SIZES": (1 << 16, 1 << 17),
+        "MANY_WEIGHTS": 1 << 16,
+        "HEADS_PER_GROUP": (2,),
+        "HEAD_DIMS": (64,),
+        "PREFILL_ROWS": 16,
+        "REPETITIONS": 1,
+        "CALLS": 10,
+    }.items():
+        monkeypatch.setattr(profiler, name, value)
+    monkeypatch.setattr(runtime_profile, "STEPS", 3)
     steps = []
     return profiles.profile_machine(steps.append), steps
 
@@ -27,8 +39,31 @@ def test_a_measured_profile_is_kept_and_found_again(measured):
     profile, steps = measured
 
     assert profiles.stored_profile() == profile
-    assert profile.fingerprint == profiler.machine_fingerprint()
-    assert {"few q4", "many bf16", "decode attention", "prefill attention", "1 threads"} <= set(steps)
+    assert {"linear q4, one row", "linear bf16 by rows", "attention over bfloat16, heads of 64"} <= set(steps)
+    assert [rate.rows for rate in profile.cpu_rows] == [1, 8, 65]
+    assert {(rate.bits, rate.heads_per_group) for rate in profile.cpu_attention} == {(32, 2), (16, 2)}
+    assert [rate.threads for rate in profile.thread_sweep][0] == 1
+    assert profile.cores in [rate.threads for rate in profile.thread_sweep]
+    assert profile.step_overhead_s > 0
+
+
+def test_the_fingerprint_names_what_the_rates_depend_on(monkeypatch, tmp_path):
+    (tmp_path / "sys/module/nvidia").mkdir(parents=True)
+    (tmp_path / "sys/module/nvidia/version").write_text("580.1\n")
+    link = tmp_path / "sys/bus/pci/devices/0000:0a:00.0"
+    link.mkdir(parents=True)
+    (link / "max_link_speed").write_text("32.0 GT/s PCIe\n")
+    (link / "max_link_width").write_text("16\n")
+    card = SimpleNamespace(name="a GPU", total_memory=8, pci_domain_id=0, pci_bus_id=10, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+
+    fields = dict(machine_fingerprint(6, tmp_path))
+
+    assert ("a GPU", "580.1", "32.0 GT/s PCIe x16", "6") == tuple(
+        fields[key] for key in ("gpu", "driver", "pcie", "cores")
+    )
+    assert {"cpu", "torch", "numba", "cuda", "gpu_memory"} <= set(fields)
 
 
 def test_a_profile_of_another_machine_is_not_used(measured):
