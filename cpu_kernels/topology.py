@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from .cgroups import cpu_quota
+
 
 def _usable_cpus() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
@@ -25,10 +27,7 @@ def physical_cpus() -> list[int]:
     return found
 
 
-def default_threads(cpus: list[int]) -> int:
-    """As many threads as physical cores, or fewer under a cgroup CPU quota (version 2)."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(len(cpus), int(quota) // int(period)))
-    except (OSError, ValueError):
-        return len(cpus)
+def default_threads(cpus: list[int], root: Path = Path("/")) -> int:
+    """As many threads as physical cores, or fewer under a quota of this process's control groups."""
+    quota = cpu_quota(root)
+    return len(cpus) if quota is None else max(1, min(len(cpus), int(quota)))

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from hetero_attn.cgroups import cpu_quota, memory_limit_bytes, read_text
+from cpu_kernels.cgroups import cpu_quota, memory_limit_bytes, read_text
 
 GIB = 2**30
 REQUIRED = (

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psutil
 
+from cpu_kernels.cgroups import memory_limit_bytes
 from cpu_kernels.topology import default_threads, physical_cpus
-from hetero_attn.cgroups import memory_limit_bytes
 from placement.hardware import HardwareProfile
 
 HOST_MEMORY_SHARE = 0.9  # the rest is for the system and for Python itself

@@ -17,8 +17,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import hetero_attn
+from cpu_kernels.cgroups import cpu_quota, memory_limit_bytes
 from hetero_attn import doctor
-from hetero_attn.cgroups import cpu_quota, memory_limit_bytes
 from hetero_attn.cli import app
 from hetero_attn.cli.errors import MOST_LINES, exit_code
 from hetero_attn.errors import CheckpointError, MemoryBudgetError, PromptError

@@ -104,6 +104,16 @@ def test_default_threads_are_usable_cores():
     assert 1 <= default_threads(physical_cpus()) <= usable
 
 
+def test_a_quota_of_the_control_group_bounds_the_threads(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/inner")
+    (tmp_path / "sys/fs/cgroup/inner").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/inner/cpu.max").write_text("250000 100000")
+
+    assert default_threads([0, 1, 2, 3], tmp_path) == 2
+    assert default_threads([0], tmp_path) == 1
+
+
 def test_isa_is_named_and_unknown_names_list_the_known():
     assert kernels().isa == ISAS[0]
     assert kernels("portable").isa == "portable"
