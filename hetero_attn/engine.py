@@ -100,9 +100,10 @@ class Engine:
     @torch.inference_mode()
     def fill(self, sequence: SequenceState, tokens: int) -> None:
         """Append tokens with random keys and values, nothing computed: a long context in seconds, for measurements."""
-        for side in (self._work.qkv.device, self._work.qkv.host):
-            if side is not None:
-                side.normal_()
+        with self.lanes.torch_at_rest():
+            for side in (self._work.qkv.device, self._work.qkv.host):
+                if side is not None:
+                    side.normal_()
         stop = sequence.length + tokens
         while sequence.length < stop:
             rows = min(self.prefill_chunk, stop - sequence.length)

@@ -6,6 +6,7 @@ infinity is named and refused before anything is computed with it.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -52,6 +53,10 @@ class Loader:
     def load(self) -> ModelWeights:
         """Read everything; raises CheckpointError naming the tensor that is not finite."""
         spec = model_spec(self._config)
+        with self._landing_buffer(spec):
+            return self._load(spec)
+
+    def _load(self, spec: ModelSpec) -> ModelWeights:
         placements = {placement.name: placement for placement in self._plan.linears}
         cos, sin = (self._on_both(table) for table in rope_tables(self._config, self._plan.max_context))
         head = self._linear(spec.head, placements["head"])
@@ -98,9 +103,8 @@ class Loader:
                 if first < last:
                     offset = first - (0 if target is gpu else placement.gpu_units)
                     part = rows[(first - start) * spec.unit_features : (last - start) * spec.unit_features]
-                    self._place(
-                        spec, part, target[offset * spec.unit_blocks : (offset + last - first) * spec.unit_blocks]
-                    )
+                    blocks = target[offset * spec.unit_blocks : (offset + last - first) * spec.unit_blocks]
+                    self._place(spec, part, blocks, on_device=target is gpu)
         return LinearWeights(
             spec=spec,
             placement=placement,
@@ -119,9 +123,31 @@ class Loader:
         advise_huge_pages(dram)
         return dram
 
+    @contextmanager
+    def _landing_buffer(self, spec: ModelSpec) -> Iterator[None]:
+        """Host memory through which every piece for GPU memory passes; gone when the last has arrived."""
+        device = self._lanes.device
+        if device is None:
+            yield
+            return
+        size = max(_units_at_once(linear) * linear.unit_bytes(self._weight_dtype) for linear in spec.linears)
+        self._landing, _ = device.host_empty((size,), torch.uint8, "loading")
+        self._landed = None
+        try:
+            yield
+        finally:
+            self._await_landing()
+            device.host_release(self._landing, "loading")
+            del self._landing
+
+    def _await_landing(self) -> None:
+        """Wait until the last piece has left the buffer."""
+        if self._landed is not None:
+            self._lanes.device.synchronize(self._landed)
+
     def _unit_rows(self, spec: LinearSpec) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Runs of units [start, stop) with their rows, [(stop - start) * unit_features, in_features], padding zero."""
-        step = max(1, CHUNK_BYTES // (spec.unit_features * spec.in_features * 4))
+        step = _units_at_once(spec)
         for start in range(0, spec.units, step):
             stop = min(start + step, spec.units)
             yield start, stop, self._gather(spec, start, stop)
@@ -140,8 +166,11 @@ class Loader:
             offset += part.rows_per_unit
         return rows.view(units * spec.unit_features, spec.in_features)
 
-    def _place(self, spec: LinearSpec, rows: torch.Tensor, target: torch.Tensor) -> None:
-        packed = target if self._is_host(target) else torch.empty(target.shape, dtype=torch.uint8)
+    def _place(self, spec: LinearSpec, rows: torch.Tensor, target: torch.Tensor, on_device: bool) -> None:
+        packed = target
+        if on_device:
+            self._await_landing()
+            packed = self._landing[: target.numel()].view(target.shape)
         try:
             self._lanes.host_ops.pack(rows, self._weight_dtype, packed)
         except ValueError as error:
@@ -149,13 +178,10 @@ class Loader:
             raise CheckpointError(
                 f"{self._checkpoint.path}: {tensors}: {error}; the checkpoint is damaged or was exported wrongly, download it again"
             ) from error
-        if packed is not target:
+        if on_device:
             self._lanes.copy(target, packed)
-            self._lanes.finish()
+            self._landed = self._lanes.device.record(self._lanes.device.compute)
         self._progress(target.numel())
-
-    def _is_host(self, target: torch.Tensor) -> bool:
-        return self._lanes.device is None or target.device.type == "cpu"
 
     def _bias(self, spec: LinearSpec) -> Activation:
         if not spec.has_bias:
@@ -201,3 +227,7 @@ class Loader:
         copy = device.empty(tuple(values.shape), torch.float32, "resident")
         device.copy(copy, values, device.compute)
         return Activation(copy, values)
+
+
+def _units_at_once(spec: LinearSpec) -> int:
+    return max(1, CHUNK_BYTES // (spec.unit_features * spec.in_features * 4))

@@ -8,6 +8,7 @@ work queued on a stream so far. A driver supplies, with the meaning they have in
     stream(name)               a new in-order queue
     allocate(shape, dtype)     memory of the device, uninitialised; free(tensor) takes it back
     pin(tensor) -> bool        page-lock host memory; False where the system refuses
+    unpin(tensor) -> bool      undo that; False where it was not page-locked
     copy(target, source, stream)   same shape and dtype; contiguous, or rows of equal length with a stride
     record(stream) -> event    wait(stream, event)    synchronize(event)
     current(stream)            a context in which this thread's kernels are queued on the stream
@@ -61,6 +62,11 @@ class Device:
         tensor = torch.empty(shape, dtype=dtype)
         advise_huge_pages(tensor)
         return tensor, tensor.numel() == 0 or self._pin(tensor, kind)
+
+    def host_release(self, tensor: torch.Tensor, kind: str) -> None:
+        """Return what `host_empty` gave; no queued work may still use it, and the caller drops its last reference."""
+        if self._driver.unpin(tensor):
+            self.pinned.release(kind, tensor.nbytes)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
         """Queue a copy between the device and host memory, or within either, in the order of `stream`."""

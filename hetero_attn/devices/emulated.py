@@ -47,6 +47,10 @@ class EmulatedDriver:
         """Pretend to page-lock."""
         return True
 
+    def unpin(self, tensor: torch.Tensor) -> bool:
+        """Pretend to have undone that."""
+        return True
+
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: EmulatedStream) -> None:
         """Copy now."""
         target.copy_(source)

@@ -1,0 +1,178 @@
+"""The lanes' own code on a GPU that does everything as late as it may: no race, the right answer, no wait too many.
+
+`simulated_gpu.py` says what is checked. That every wait is needed is shown by leaving each out in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from runtime import THREADS, emulated_plan, nmse, one_device_run, run_logits, toy_workload, uniform_plan
+from simulated_gpu import MixedMemoryError, RaceError, SimulatedDriver, SimulatedWorker, StuckError, checked_host_ops
+from toy import FAMILIES, make_checkpoint
+
+from cpu_kernels import CpuKernels
+from hetero_attn.builder import assemble, connect
+from hetero_attn.config import ModelConfig
+from hetero_attn.devices import Device
+from hetero_attn.engine import Engine
+from hetero_attn.handover import EventHandover
+from hetero_attn.planning import PlannedModel
+from placement.hardware import HardwareProfile
+from placement.plan import Plan
+
+LIMIT = 1e-11
+
+
+@contextmanager
+def simulated(path: Path, plan: Plan, overlap: bool = True) -> Iterator[Engine]:
+    """A toy model on the simulated GPU; what is still queued at the end runs, and is checked, too."""
+    driver = SimulatedDriver()
+    device = Device(driver, plan.gpu_memory_bytes)
+    worker = SimulatedWorker(driver) if overlap else None
+    lanes = connect(plan, checked_host_ops(kernels(), driver), device, worker)
+    planned = PlannedModel(
+        path, ModelConfig.from_dir(path), "fp32", "emulated", HardwareProfile.named("emulated"), plan
+    )
+    with device.current():
+        engine = assemble(planned, lanes, overlap)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread():
+    """Torch's pool only waits for itself on tensors as small as these."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@cache
+def kernels() -> CpuKernels:
+    """The CPU kernels of every run here."""
+    return CpuKernels(THREADS)
+
+
+def spilling_plan(path: Path, gpu: float = 0.3, stream: float = 0.4, gpu_groups: int = 1) -> Plan:
+    """All three lanes, two chunks of prompt, and a cache that spills."""
+    return uniform_plan(toy_workload(path, page_size=4, prefill_chunk=8, max_batch=1), gpu, stream, gpu_groups)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The one-device run of every family, made when first asked for."""
+    made = {}
+
+    def run(family: str = "llama"):
+        if family not in made:
+            path = make_checkpoint(tmp_path_factory.mktemp(family), family, layers=2, sliding_window=11, biases=True)
+            made[family] = one_device_run(path, "fp32", tokens=22, prompt_tokens=18)
+        return made[family]
+
+    return run
+
+
+@pytest.mark.parametrize("family,overlap", [*((family, True) for family in FAMILIES), ("llama", False)])
+def test_every_family_is_right_and_without_a_race(runs, family, overlap):
+    run = runs(family)
+    with simulated(run.path, spilling_plan(run.path), overlap) as engine:
+        actual = run_logits(engine, run.token_ids, run.prompt_tokens)
+
+    assert nmse(actual, run.logits) <= LIMIT
+
+
+@pytest.mark.parametrize("gpu,stream,gpu_groups", [(1.0, 0.0, 2), (0.0, 1.0, 2), (0.5, 0.0, 0)])
+def test_every_shape_of_plan_is_right_and_without_a_race(runs, gpu, stream, gpu_groups):
+    run = runs()
+    with simulated(run.path, spilling_plan(run.path, gpu, stream, gpu_groups)) as engine:
+        actual = run_logits(engine, run.token_ids, run.prompt_tokens)
+
+    assert nmse(actual, run.logits) <= LIMIT
+
+
+def waits(run: Callable[[], object], leave_out: int | None = None) -> list[str]:
+    """Names of the waits of a run in their order; the one numbered `leave_out` does nothing."""
+    seen: list[str] = []
+
+    def counted(owner: type, name: str, counts: Callable[..., bool] = lambda *arguments: True):
+        original = getattr(owner, name)
+
+        def wait(self, *arguments):
+            if not counts(self):
+                return original(self, *arguments)
+            seen.append(f"{owner.__name__}.{name}")
+            if len(seen) - 1 != leave_out:
+                original(self, *arguments)
+            elif owner is EventHandover:
+                self._jobs = []  # given, and never waited for
+            return None
+
+        patch.setattr(owner, name, wait)
+
+    with pytest.MonkeyPatch.context() as patch:
+        counted(Device, "wait")
+        counted(Device, "synchronize")
+        counted(EventHandover, "join", lambda handover: bool(handover._jobs))
+        run()
+    return seen
+
+
+def short_run(path: Path, plan: Plan) -> None:
+    """A prompt in two chunks, during which the cache spills, and a token."""
+    with simulated(path, plan) as engine:
+        sequence = engine.kv_cache.open()
+        engine.prefill_logits(sequence, list(range(1, 9)))
+        engine.prefill(sequence, [9, 10, 11])
+        logits = engine.decode_step([sequence], [12])
+        with engine.lanes.device.current():
+            logits.clone()  # a view of the engine's own buffer
+
+
+def crossing_plan(path: Path) -> Plan:
+    """The CPU computes every q, k and v and the GPU owns every head, so all of them cross; nothing streams."""
+    workload = toy_workload(path, page_size=4, prefill_chunk=8, max_batch=1)
+    plan = uniform_plan(workload, gpu=0.5, stream=0.0, gpu_groups=2)
+    linears = [replace(linear, gpu_units=0) if "qkv" in linear.name else linear for linear in plan.linears]
+    return emulated_plan(workload, linears, plan.kv)
+
+
+@pytest.mark.parametrize("make_plan", [spilling_plan, crossing_plan])
+def test_leaving_out_any_one_wait_is_reported(tmp_path, make_plan):
+    path = make_checkpoint(tmp_path, layers=1, hidden=32, num_heads=2, num_kv_heads=2, head_dim=16, intermediate=64)
+    plan = make_plan(path)
+    names = waits(lambda: short_run(path, plan))
+    unnoticed = []
+    for index, name in enumerate(names):
+        try:
+            waits(lambda: short_run(path, plan), leave_out=index)
+            unnoticed.append(f"{index} {name}")
+        except (RaceError, StuckError):
+            pass
+
+    assert len(names) > 20
+    assert unnoticed == []
+
+
+def test_memories_are_not_mixed(runs, monkeypatch):
+    """An operation of one side that is given a tensor of the other, and a tensor made outside of the arena."""
+    run = runs()
+    with simulated(run.path, spilling_plan(run.path)) as engine:
+        lanes, work = engine.lanes, engine._work
+        weight = torch.ones(work.normed.host.shape[1])
+
+        with pytest.raises(MixedMemoryError, match="GPU was given host memory"):
+            lanes.device.ops.rms_norm(work.normed.device, weight, 1e-5, work.normed.device)
+        with pytest.raises(MixedMemoryError, match="CPU was given GPU memory"):
+            lanes.host_ops.rms_norm(work.normed.device, weight, 1e-5, work.normed.host)
+        with lanes.device.current(), pytest.raises(MixedMemoryError, match="outside of the arena"):
+            work.normed.device + work.normed.device
+        with lanes.device.current(), pytest.raises(MixedMemoryError, match="given host memory"):
+            work.normed.device.add_(work.normed.host)
