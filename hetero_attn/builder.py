@@ -15,7 +15,7 @@ from hetero_attn.kv_cache import KVCache
 from hetero_attn.lanes import Lanes
 from hetero_attn.loader import Loader
 from hetero_attn.planning import PlannedModel
-from hetero_attn.staging import StagingRing
+from hetero_attn.staging import make_ring
 from hetero_attn.step_tables import StepTables
 from hetero_attn.warmup import warm_up
 from hetero_attn.weights import step_table_bytes
@@ -72,9 +72,8 @@ def make_lanes(plan: Plan, device: str, overlap: bool, on_compile: Callable[[str
 
 def connect(plan: Plan, host_ops: CpuKernels, gpu: Device, worker: Executor | None) -> Lanes:
     """The lanes of a plan over a device; `worker` is the one thread of host jobs, None runs them on the caller's."""
-    ring = StagingRing(gpu, plan.staging_slots, plan.staging_slot_bytes) if plan.staging_slots else None
     handover = None if worker is None else EventHandover(gpu, worker)
-    return Lanes(host_ops, gpu, ring, StepTables(gpu, _step_table_bytes(plan)), handover)
+    return Lanes(host_ops, gpu, make_ring(plan, gpu), StepTables(gpu, _step_table_bytes(plan)), handover)
 
 
 def _step_table_bytes(plan: Plan) -> int:
@@ -102,5 +101,6 @@ def make_kv_cache(planned: PlannedModel, lanes: Lanes) -> KVCache:
         head_dim=planned.config.head_dim,
         windows=planned.config.sliding_window,
         device_empty=None if lanes.device is None else lanes.device.empty,
+        device_release=None if lanes.device is None else lanes.device.release,
         copy=lanes.copy,
     )

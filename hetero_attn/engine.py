@@ -13,6 +13,8 @@ import torch
 from hetero_attn import model
 from hetero_attn.attention import AttentionBuffers, store
 from hetero_attn.config import ModelConfig
+from hetero_attn.elastic import go_over
+from hetero_attn.errors import EngineDeadError
 from hetero_attn.kv_cache import KVCache, SequenceState
 from hetero_attn.lanes import Activation, Lanes
 from hetero_attn.linear import LinearWeights
@@ -47,6 +49,7 @@ class Engine:
         self.kv_cache = kv_cache
         self.report = LaneReport()
         self.weights = weights
+        self._fault: str | None = None
         self._rows = max(plan.prefill_chunk, plan.max_batch)
         self._work = make_workspace(config, self._rows, lanes)
         logits_rows = max(LOGITS_ROWS, plan.max_batch)
@@ -150,6 +153,35 @@ class Engine:
             self._forward(step, token_ids)
             self._logits_of(step.rows - 1, step.rows)
         return stopwatch.seconds
+
+    def move(self, plan: Plan) -> None:
+        """Go over to another plan of an elastic model between two steps; open sequences keep every token.
+
+        What fails half-way is undone and raised; if even that fails the engine is dead and says so from then on.
+        """
+        try:
+            self._go_over(plan)
+        except BaseException as error:
+            try:
+                self._go_over(self.plan)
+            except BaseException:
+                self._fault = f"{type(error).__name__}: {error}"
+                raise EngineDeadError(self._dead_message) from error
+            raise
+        self.plan = plan
+
+    def _go_over(self, plan: Plan) -> None:
+        with self.lanes.torch_at_rest():
+            go_over(self.lanes, self.weights.linears, self.kv_cache, plan)
+
+    def check_alive(self) -> None:
+        """Raise EngineDeadError if a move between plans failed and could not be undone."""
+        if self._fault is not None:
+            raise EngineDeadError(self._dead_message)
+
+    @property
+    def _dead_message(self) -> str:
+        return f"{self.plan.model}: its GPU memory is in disorder after {self._fault}; close it and load it again"
 
     def close(self) -> None:
         """Release lanes, threads and buffers; idempotent."""

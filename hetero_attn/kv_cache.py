@@ -21,6 +21,7 @@ from hetero_attn.errors import MemoryBudgetError
 from placement.plan import KvPlacement, Plan
 
 Allocate = Callable[[tuple[int, ...], torch.dtype, str], torch.Tensor]
+Release = Callable[[torch.Tensor, str], None]
 Copy = Callable[[torch.Tensor, torch.Tensor], None]
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "q8": torch.int8, "q4": torch.uint8}
 
@@ -30,6 +31,10 @@ def host_empty(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.T
     pages = torch.empty(shape, dtype=dtype)
     advise_huge_pages(pages)
     return pages
+
+
+def host_release(tensor: torch.Tensor, kind: str) -> None:
+    """Nothing to count: host memory goes back with its last reference."""
 
 
 @dataclass(slots=True)
@@ -51,6 +56,7 @@ class PagedStore:
     def __init__(
         self,
         allocate: Allocate,
+        release: Release,
         *,
         layers: int,
         groups: int,
@@ -61,18 +67,29 @@ class PagedStore:
         max_batch: int,
         max_pages: int,
     ) -> None:
-        shape = (num_pages * groups, page_size, kv_layout.row_items(kv_dtype, head_dim))
-        dtype = TORCH_DTYPES[kv_dtype]
+        self._allocate, self._release = allocate, release
+        self._page_shape, self._dtype = (page_size, kv_layout.row_items(kv_dtype, head_dim)), TORCH_DTYPES[kv_dtype]
+        self._parked: list[torch.Tensor] | None = None
         self.groups = groups
         self.num_pages = num_pages
         self.page_size = page_size
         self.max_batch = max_batch
-        self.k = [allocate(shape, dtype, "kv") for _ in range(layers)]
-        self.v = [allocate(shape, dtype, "kv") for _ in range(layers)]
+        self.k = [self._new_pages() for _ in range(layers)]
+        self.v = [self._new_pages() for _ in range(layers)]
         self.table = torch.zeros((max_batch, groups, max_pages), dtype=torch.int32)
         self._free = list(range(num_pages - 1, -1, -1))
         self._held: list[dict[int, int]] = [{} for _ in range(max_batch)]
         self._group_rows = torch.arange(groups, dtype=torch.int32)
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether the held pages wait in host memory for a `resize` that fits."""
+        return self._parked is not None
+
+    @property
+    def held_pages(self) -> int:
+        """Pages that some sequence holds."""
+        return len({page for pages in self._held for page in pages.values()})
 
     @property
     def free_pages(self) -> int:
@@ -102,6 +119,47 @@ class PagedStore:
         for logical_page in [page for page in self._held[slot] if page >= first_logical_page]:
             self.drop(slot, logical_page)
 
+    def resize(self, num_pages: int) -> None:
+        """Keep `num_pages` pages from now on, at least those that are held; no queued work may use the store.
+
+        The held pages wait in host memory while the old pages are given back before the new ones are allocated. Where
+        those do not fit, MemoryBudgetError is raised and the held pages go on waiting for a `resize` that fits.
+        """
+        held = sorted({page for pages in self._held for page in pages.values()})
+        assert len(held) <= num_pages, (held, num_pages)
+        self._park(held)
+        self.num_pages = num_pages
+        self._unpark()
+        self._renumber({page: number for number, page in enumerate(held)})
+
+    def _park(self, held: list[int]) -> None:
+        """Move the held pages of every layer to host memory and give the store's memory back."""
+        if self._parked is None:
+            rows = [slice.start + group for slice in map(self.page_rows, held) for group in range(self.groups)]
+            self._parked = [pages.cpu()[rows] for pages in (*self.k, *self.v)]
+        for pages in (*self.k, *self.v):
+            self._release(pages, "kv")
+        self.k, self.v = [], []
+
+    def _unpark(self) -> None:
+        layers = len(self._parked) // 2
+        for parked, pages in [(rows, self.k) for rows in self._parked[:layers]] + [
+            (rows, self.v) for rows in self._parked[layers:]
+        ]:
+            pages.append(self._new_pages())
+            pages[-1][: parked.shape[0]].copy_(parked)
+        self._parked = None
+
+    def _renumber(self, number_of: dict[int, int]) -> None:
+        for slot, pages in enumerate(self._held):
+            for logical_page, page in pages.items():
+                pages[logical_page] = number_of[page]
+                self.table[slot, :, logical_page] = number_of[page] * self.groups + self._group_rows
+        self._free = list(range(self.num_pages - 1, len(number_of) - 1, -1))
+
+    def _new_pages(self) -> torch.Tensor:
+        return self._allocate((self.num_pages * self.groups, *self._page_shape), self._dtype, "kv")
+
     def page_rows(self, page: int) -> slice:
         """Rows of k and v that hold this page, all groups."""
         return slice(page * self.groups, (page + 1) * self.groups)
@@ -123,6 +181,7 @@ class LayerGroup:
         window: int,
         head_dim: int,
         device_empty: Allocate,
+        device_release: Release,
     ) -> None:
         placement: KvPlacement = plan.kv[layers[0]]
         self.layers = tuple(layers)
@@ -130,14 +189,17 @@ class LayerGroup:
         self.page_size = plan.page_size
         self.gpu_groups = placement.gpu_groups
         max_pages = -(-plan.max_context // plan.page_size)
-        all_pages = max_pages * plan.max_batch
-        recent_pages = min(-(-placement.gpu_tokens // plan.page_size), all_pages)
+        self._all_pages = max_pages * plan.max_batch
+        recent_pages = self._recent_pages(placement.gpu_tokens)
 
-        def store(count: int, num_pages: int, allocate: Allocate) -> PagedStore | None:
+        def store(
+            count: int, num_pages: int, allocate: Allocate = host_empty, release: Release = host_release
+        ) -> PagedStore | None:
             if count == 0 or num_pages == 0:
                 return None
             return PagedStore(
                 allocate,
+                release,
                 layers=len(self.layers),
                 groups=count,
                 num_pages=num_pages,
@@ -148,9 +210,13 @@ class LayerGroup:
                 max_pages=max_pages,
             )
 
-        self.host = store(groups - self.gpu_groups, all_pages, host_empty)
-        self.recent = store(self.gpu_groups, recent_pages, device_empty)
-        self.spilled = store(self.gpu_groups, all_pages if recent_pages < all_pages else 0, host_empty)
+        self.host = store(groups - self.gpu_groups, self._all_pages)
+        self.recent = store(self.gpu_groups, recent_pages, device_empty, device_release)
+        may_spill = recent_pages < self._all_pages or plan.workload.elastic
+        self.spilled = store(self.gpu_groups, self._all_pages if may_spill else 0)
+
+    def _recent_pages(self, gpu_tokens: int) -> int:
+        return min(-(-gpu_tokens // self.page_size), self._all_pages)
 
     @property
     def stores(self) -> tuple[PagedStore, ...]:
@@ -182,6 +248,28 @@ class LayerGroup:
                 for page in pages:
                     store.hold(sequence.slot, page)
 
+    def shrink(self, index: int, gpu_tokens: int, sequences: Sequence[SequenceState], copy: Copy) -> None:
+        """Keep no more than `gpu_tokens` in GPU memory; older pages move to DRAM as needed."""
+        pages = self._recent_pages(gpu_tokens)
+        if self.recent is not None and pages < self.recent.num_pages:
+            while self.recent.held_pages > pages:
+                self._spill_one(index, sequences, copy)
+            self.recent.resize(pages)
+
+    def grow(self, index: int, gpu_tokens: int, sequences: Sequence[SequenceState], copy: Copy) -> None:
+        """Keep up to `gpu_tokens` in GPU memory; the newest pages in DRAM come back."""
+        pages = self._recent_pages(gpu_tokens)
+        if self.recent is not None and (pages > self.recent.num_pages or self.recent.is_parked):
+            self.recent.resize(pages)
+            while self.recent.free_pages and any(sequence.boundaries[index] for sequence in sequences):
+                self._promote_one(index, sequences, copy)
+
+    def _promote_one(self, index: int, sequences: Sequence[SequenceState], copy: Copy) -> None:
+        oldest = max(sequences, key=lambda sequence: sequence.boundaries[index])
+        boundary = oldest.boundaries[index] - self.page_size
+        self._move(self.spilled, self.recent, oldest.slot, boundary // self.page_size, copy)
+        oldest.boundaries[index] = boundary
+
     def _spill_one(self, index: int, sequences: Sequence[SequenceState], copy: Copy) -> None:
         def full_pages(sequence: SequenceState) -> int:
             return (sequence.length - sequence.boundaries[index]) // self.page_size
@@ -192,23 +280,27 @@ class LayerGroup:
                 f"the KV cache keeps {self.recent.num_pages} pages of {self.page_size} tokens in GPU memory and none is left "
                 "to move to DRAM; give the plan more kv gpu_tokens, or fewer sequences at once"
             )
-        self._spill(fullest.slot, fullest.boundaries[index] // self.page_size, copy)
+        self._move(self.recent, self.spilled, fullest.slot, fullest.boundaries[index] // self.page_size, copy)
         fullest.boundaries[index] += self.page_size
 
-    def _spill(self, slot: int, logical_page: int, copy: Copy) -> None:
-        source = self.recent.page_rows(self.recent.hold(slot, logical_page))
-        target = self.spilled.page_rows(self.spilled.hold(slot, logical_page))
-        for layer in range(len(self.layers)):
-            copy(self.spilled.k[layer][target], self.recent.k[layer][source])
-            copy(self.spilled.v[layer][target], self.recent.v[layer][source])
-        self.recent.drop(slot, logical_page)
+    def _move(self, source: PagedStore, target: PagedStore, slot: int, logical_page: int, copy: Copy) -> None:
+        source_rows = source.page_rows(source.hold(slot, logical_page))
+        target_rows = target.page_rows(target.hold(slot, logical_page))
+        try:
+            for layer in range(len(self.layers)):
+                copy(target.k[layer][target_rows], source.k[layer][source_rows])
+                copy(target.v[layer][target_rows], source.v[layer][source_rows])
+        except BaseException:
+            target.drop(slot, logical_page)
+            raise
+        source.drop(slot, logical_page)
 
 
 class KVCache:
     """Every layer's keys and values for up to `plan.max_batch` sequences of up to `plan.max_context` tokens.
 
-    `device_empty(shape, dtype, kind)` allocates GPU memory; `copy(target, source)` moves a page to host memory, in
-    order with the GPU's compute.
+    `device_empty(shape, dtype, kind)` allocates GPU memory, `device_release(tensor, kind)` returns it; `copy(target,
+    source)` moves a page between GPU and host memory, in order with the GPU's compute.
     """
 
     def __init__(
@@ -219,6 +311,7 @@ class KVCache:
         head_dim: int,
         windows: Sequence[int],
         device_empty: Allocate,
+        device_release: Release,
         copy: Copy,
     ) -> None:
         self._copy = copy
@@ -229,7 +322,7 @@ class KVCache:
         for layer, placement in enumerate(plan.kv):
             kinds.setdefault((placement.gpu_groups, placement.gpu_tokens, windows[layer]), []).append(layer)
         self.layer_groups = tuple(
-            LayerGroup(plan, layers, num_kv_heads, window, head_dim, device_empty)
+            LayerGroup(plan, layers, num_kv_heads, window, head_dim, device_empty, device_release)
             for (_, _, window), layers in kinds.items()
         )
         # layer -> (index of its layer group, its place in that group)
@@ -273,6 +366,20 @@ class KVCache:
             store.drop_from(sequence.slot, -(-length // store.page_size))
         sequence.length = length
         return True
+
+    def shrink(self, plan: Plan) -> None:
+        """Give back GPU memory beyond what this plan keeps; nothing queued may use the cache."""
+        for index, group in enumerate(self.layer_groups):
+            group.shrink(index, self._gpu_tokens(group, plan), tuple(self._open.values()), self._copy)
+
+    def grow(self, plan: Plan) -> None:
+        """Take the GPU memory that this plan keeps; nothing queued may use the cache. Raises MemoryBudgetError."""
+        for index, group in enumerate(self.layer_groups):
+            group.grow(index, self._gpu_tokens(group, plan), tuple(self._open.values()), self._copy)
+
+    @staticmethod
+    def _gpu_tokens(group: LayerGroup, plan: Plan) -> int:
+        return min(plan.kv[layer].gpu_tokens for layer in group.layers)
 
     def _stores(self) -> tuple[PagedStore, ...]:
         return tuple(store for group in self.layer_groups for store in group.stores)

@@ -3,6 +3,9 @@
 A weight's packed units lie in the order gpu | stream | cpu. The first run is in GPU memory; the rest is one tensor in
 host memory, of which the first part is streamed through the staging ring and the second computed in place by CPU
 cores. The boundary between those two is an integer per row tier; no weight moves when it does.
+
+In an elastic plan host memory holds a copy of the gpu run too, so the first boundary moves as well: a run given up is
+simply read from its copy from the next step on.
 """
 
 from collections.abc import Iterator
@@ -16,11 +19,12 @@ from hetero_attn.weights import LinearSpec
 from placement.plan import LinearPlacement
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LinearWeights:
-    """The packed weight of one linear in its two homes.
+    """The packed weight of one linear in its two homes; `placement` and `gpu` change between steps only, by `elastic`.
 
-    gpu: uint8 [gpu blocks, block_bytes] in GPU memory. dram: uint8 [other blocks, block_bytes] in host memory.
+    gpu: uint8 [gpu blocks, block_bytes] in GPU memory. dram: uint8 [blocks, block_bytes] in host memory, those of the
+    units from `first_dram_unit` on.
     bias: float32 [out_features] on both sides, None on both where the linear has none.
     piece_blocks: the most blocks a staging slot takes.
     """
@@ -32,6 +36,7 @@ class LinearWeights:
     dram: torch.Tensor
     bias: Activation
     piece_blocks: int
+    first_dram_unit: int
 
     def device_units(self, tier: int) -> int:
         """Units computed on the GPU, resident and streamed, in this row tier."""
@@ -48,13 +53,21 @@ class LinearWeights:
 
     def pieces(self, tier: int) -> Iterator[torch.Tensor]:
         """The streamed blocks of this tier, cut into pieces that fit a staging slot."""
-        streamed = self.placement.cut(tier)[1] * self.spec.unit_blocks
-        for start in range(0, streamed, self.piece_blocks):
-            yield self.dram[start : min(start + self.piece_blocks, streamed)]
+        first, stop = self._dram_block(self.placement.gpu_units), self._dram_block(self.device_units(tier))
+        for start in range(first, stop, self.piece_blocks):
+            yield self.dram[start : min(start + self.piece_blocks, stop)]
 
     def host_weight(self, tier: int) -> torch.Tensor:
         """The blocks that the CPU lane computes in place."""
-        return self.dram[self.placement.cut(tier)[1] * self.spec.unit_blocks :]
+        return self.dram[self._dram_block(self.device_units(tier)) :]
+
+    def gpu_copy(self, gpu_units: int) -> torch.Tensor:
+        """The copies in host memory of the first `gpu_units` units; an elastic plan only."""
+        assert self.first_dram_unit == 0, f"{self.spec.name} keeps no copy of what is in GPU memory"
+        return self.dram[: gpu_units * self.spec.unit_blocks]
+
+    def _dram_block(self, unit: int) -> int:
+        return (unit - self.first_dram_unit) * self.spec.unit_blocks
 
 
 def run_on_device(

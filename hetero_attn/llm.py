@@ -10,8 +10,9 @@ import torch
 
 from hetero_attn.builder import build_engine
 from hetero_attn.errors import EngineDeadError, PromptError
-from hetero_attn.planning import PAGE_TOKENS, prepare
+from hetero_attn.planning import PAGE_TOKENS, PlannedModel, prepare
 from hetero_attn.progress import PrefillBar, compile_note, loading_bar
+from hetero_attn.replanning import Replanner
 from hetero_attn.report import LaneReport
 from hetero_attn.request import Piece, Request, RequestOutput
 from hetero_attn.sampling import Sampler
@@ -19,6 +20,7 @@ from hetero_attn.sampling_params import SamplingParams
 from hetero_attn.scheduler import Scheduler
 from hetero_attn.tokenizer import Tokenizer, has_tokenizer
 from placement import HardwareProfile, Plan, Policy
+from placement.units import parse_bytes
 
 Prompt = str | Sequence[int]
 Messages = Sequence[dict[str, str]]
@@ -30,8 +32,9 @@ class LLM:
     model: local directory or hub id. policy: a shipped policy's name, a YAML file or a Policy. gpu_memory: budget
     such as "8GiB". dtype: auto | bf16 | fp32 | q8 | q4. device: auto | cuda | cuda:N | cpu | emulated. max_context:
     tokens of one sequence. max_batch: sequences decoded together. seed: of requests that bring none. num_threads: of
-    the CPU lane. hardware: the profile to plan with. overlap=False runs the lanes one after another. progress shows a
-    bar while loading.
+    the CPU lane. hardware: the profile to plan with. elastic keeps a copy in DRAM of what is in GPU memory, so that
+    `resize` works and the cache may take GPU memory from the weights as it grows. overlap=False runs the lanes one after
+    another. progress shows a bar while loading.
 
     Thread-safe: calls from several threads take turns, step by step, and decode together. Close it, or use it as a
     context manager; raises errors of `hetero_attn.errors` and PolicyError.
@@ -51,20 +54,26 @@ class LLM:
         num_threads: int | None = None,
         hardware: HardwareProfile | str | None = None,
         page_size: int = PAGE_TOKENS,
+        elastic: bool = False,
         overlap: bool = True,
         progress: bool = True,
     ) -> None:
         planned = prepare(
-            model, policy, gpu_memory, dtype, device, hardware, max_context, max_batch, num_threads, page_size
+            model, policy, gpu_memory, dtype, device, hardware, max_context, max_batch, num_threads, page_size, elastic
         )
-        self.planned = planned
         with loading_bar(planned.plan, progress) as bar:
             self.engine = build_engine(planned, overlap, bar.update, compile_note if progress else None)
         self._progress = progress
+        self._replanner = Replanner(self.engine, planned)
         self._scheduler = Scheduler(self.engine)
         self._lock = threading.Lock()
         self._seeds = torch.Generator().manual_seed(seed) if seed is not None else None
         self._finalizer = weakref.finalize(self, self.engine.close)
+
+    @property
+    def planned(self) -> PlannedModel:
+        """The model and everything that was decided about it, the plan in force included."""
+        return self._replanner.planned
 
     @property
     def plan(self) -> Plan:
@@ -119,6 +128,17 @@ class LLM:
                 self.engine.kv_cache.close(sequence)
         return torch.cat(rows)
 
+    def resize(self, gpu_memory: str | int) -> Plan:
+        """Change the GPU budget of an elastic model, up or down, without loading anything again; returns the new plan.
+
+        Requests in flight go on with the same tokens: the change is made between two steps. Raises MemoryBudgetError,
+        and leaves the model as it was, for a budget too small (the message names the smallest that works) and for a
+        model loaded without `elastic`.
+        """
+        self._check_open()
+        with self._lock:
+            return self._replanner.resize(parse_bytes(gpu_memory))
+
     def report(self) -> LaneReport:
         """Where the time of all steps so far went, by phase: `.table()`, `.to_dict()`, `.reset()`."""
         return self.engine.report
@@ -168,8 +188,7 @@ class LLM:
         return self.tokenizer
 
     def _check_ids(self, token_ids: Sequence[int], reserve: int) -> tuple[int, ...]:
-        if not self._finalizer.alive:
-            raise EngineDeadError(f"this LLM of {self.plan.model} is closed; make a new one")
+        self._check_open()
         ids, vocab_size = tuple(token_ids), self.engine.config.vocab_size
         if not ids:
             raise PromptError("the prompt is empty and this model has no token to begin with; give at least one token")
@@ -180,6 +199,11 @@ class LLM:
                 )
         self.check_context(len(ids), reserve)
         return ids
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise EngineDeadError(f"this LLM of {self.plan.model} is closed; make a new one")
+        self.engine.check_alive()
 
     def _run(self, requests: Sequence[Request]) -> None:
         bar = self._add(requests)
@@ -216,6 +240,8 @@ class LLM:
     def _step(self) -> None:
         with self._lock:
             if self._scheduler.has_work:
+                self.engine.check_alive()
+                self._replanner.follow(self._scheduler.tokens)
                 self._scheduler.step()
 
     def _abort(self, requests: Sequence[Request]) -> None:

@@ -21,6 +21,7 @@ from hetero_attn.linear import LinearWeights
 from hetero_attn.model import LayerWeights, ModelWeights
 from hetero_attn.rope import rope_tables
 from hetero_attn.weights import LayerSpec, LinearSpec, ModelSpec, model_spec
+from placement.memory import first_dram_unit
 from placement.plan import LinearPlacement, Plan, staging_piece_units
 
 CHUNK_BYTES = 16 << 20
@@ -91,20 +92,23 @@ class Loader:
     def _linear(self, spec: LinearSpec, placement: LinearPlacement) -> LinearWeights:
         row_bytes = block_bytes(self._weight_dtype, spec.in_features)
         home_blocks = placement.gpu_units * spec.unit_blocks
-        dram = self._dram((placement.dram_units * spec.unit_blocks, row_bytes), placement.streams)
+        in_dram = first_dram_unit(self._plan.workload, placement)
+        may_stream = placement.streams or self._plan.workload.elastic
+        dram = self._dram(((spec.units - in_dram) * spec.unit_blocks, row_bytes), may_stream)
         gpu = None
         if self._lanes.device is not None:
             gpu = self._lanes.device.empty((home_blocks, row_bytes), torch.uint8, "weights")
         for start, stop, rows in self._unit_rows(spec):
-            for first, last, target in (
-                (start, min(stop, placement.gpu_units), gpu),
-                (max(start, placement.gpu_units), stop, dram),
+            for first, last, target, offset in (
+                (start, min(stop, in_dram), gpu, 0),
+                (max(start, in_dram), stop, dram, in_dram),
             ):
                 if first < last:
-                    offset = first - (0 if target is gpu else placement.gpu_units)
                     part = rows[(first - start) * spec.unit_features : (last - start) * spec.unit_features]
-                    blocks = target[offset * spec.unit_blocks : (offset + last - first) * spec.unit_blocks]
-                    self._place(spec, part, blocks, on_device=target is gpu)
+                    blocks = slice((first - offset) * spec.unit_blocks, (last - offset) * spec.unit_blocks)
+                    self._place(spec, part, target[blocks], on_device=target is gpu)
+        if in_dram < placement.gpu_units:
+            self._lanes.copy(gpu, dram[:home_blocks])
         return LinearWeights(
             spec=spec,
             placement=placement,
@@ -113,6 +117,7 @@ class Loader:
             dram=dram,
             bias=self._bias(spec),
             piece_blocks=staging_piece_units(spec.shard(self._weight_dtype)) * spec.unit_blocks,
+            first_dram_unit=in_dram,
         )
 
     def _dram(self, shape: tuple[int, int], streams: bool) -> torch.Tensor:

@@ -31,7 +31,7 @@ PAGE_TOKENS = 64
 class PlannedModel:
     """A model directory with everything decided that loading needs.
 
-    device: cpu | cuda[:N] | emulated. hardware: the rates that the plan was made with.
+    device: cpu | cuda[:N] | emulated. hardware, policy: the rates and the wishes that the plan was made with.
     """
 
     path: Path
@@ -40,6 +40,7 @@ class PlannedModel:
     device: str
     hardware: HardwareProfile
     plan: Plan
+    policy: Policy = Policy()
 
 
 def plan_model(
@@ -75,13 +76,13 @@ def prepare(
     max_batch: int | None,
     num_threads: int | None,
     page_size: int,
+    elastic: bool = False,
 ) -> PlannedModel:
     """Decide everything about a model that can be decided without reading its weights."""
     path = resolve_model(model)
     config = ModelConfig.from_dir(path)
     policy = policy if isinstance(policy, Policy) else Policy.load(policy)
-    if num_threads is not None:
-        policy = policy.model_copy(update={"threads": num_threads})
+    policy = policy.model_copy(update={"threads": num_threads or policy.threads, "elastic": elastic or policy.elastic})
     weight_dtype = choose_weight_dtype(dtype, config, path)
     place = choose_device(device, hardware)
     build = partial(
@@ -108,7 +109,7 @@ def prepare(
         plan = make_plan(workload, hardware, policy, device=kind, gpu_memory_bytes=budget)
     except BudgetError as error:
         raise MemoryBudgetError(str(error)) from error
-    return PlannedModel(path, config, weight_dtype, place, hardware, plan)
+    return PlannedModel(path, config, weight_dtype, place, hardware, plan, policy)
 
 
 def machine_profile(device: str) -> HardwareProfile:

@@ -25,6 +25,13 @@ class Scheduler:
         """Whether any request is unfinished."""
         return bool(self._waiting or self._running)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens in the cache after the next step: those of every admitted request, and what the step may append."""
+        return sum(request.cached_tokens + 1 for request in self._running) + self._engine.prefill_chunk * any(
+            request.is_prefilling for request in (*self._running, *self._waiting)
+        )
+
     def add(self, request: Request) -> None:
         """Queue a request."""
         self._waiting.append(request)

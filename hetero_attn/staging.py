@@ -16,6 +16,7 @@ from collections.abc import Iterable
 import torch
 
 from hetero_attn.devices import Device
+from placement.plan import Plan
 
 
 class StagingRing:
@@ -27,13 +28,18 @@ class StagingRing:
 
     def __init__(self, device: Device, slots: int, slot_bytes: int, bounce: bool = False) -> None:
         self.device = device
-        self._slots = [device.empty((slot_bytes,), torch.uint8, "staging") for _ in range(slots)]
-        self._bounce = [device.host_empty((slot_bytes,), torch.uint8, "staging")[0] for _ in range(slots * bounce)]
         self._free = [None] * slots
         self._sent = [None] * slots
         self._pending: deque[torch.Tensor] = deque()
         self._arriving: deque[tuple[int, torch.Tensor, object]] = deque()
         self.copied_bytes = 0
+        self._bounce = [device.host_empty((slot_bytes,), torch.uint8, "staging")[0] for _ in range(slots * bounce)]
+        self._slots: list[torch.Tensor] = []
+        try:
+            self._slots += (device.empty((slot_bytes,), torch.uint8, "staging") for _ in range(slots))
+        except BaseException:
+            self.close()
+            raise
 
     def announce(self, pieces: Iterable[torch.Tensor]) -> None:
         """Say what the coming step will consume, in order, and start the first copies."""
@@ -65,6 +71,12 @@ class StagingRing:
         self._arriving.clear()
         self.settle()
 
+    def close(self) -> None:
+        """Return the slots' memory; nothing queued may still use them."""
+        self.reset()
+        while self._slots:
+            self.device.release(self._slots.pop(), "staging")
+
     def _fill(self, slot: int) -> None:
         if not self._pending:
             return
@@ -86,3 +98,8 @@ class StagingRing:
         target = self._bounce[slot][: piece.numel()].view(piece.shape)
         target.copy_(piece)
         return target
+
+
+def make_ring(plan: Plan, device: Device) -> StagingRing | None:
+    """Allocate the ring of a plan; None where nothing streams."""
+    return StagingRing(device, plan.staging_slots, plan.staging_slot_bytes) if plan.staging_slots else None

@@ -148,7 +148,8 @@ class Formulation:
             program.equal({variables.gpu: 1, variables.stream[tier]: 1, variables.cpu[tier]: 1}, total)
             program.at_most({variables.cpu[tier]: 1, variables.cpu_layers[tier]: -shard.units}, 0)
         add(self.memory["gpu"], variables.gpu, shard.unit_bytes / self.bytes_scale)
-        add(self.memory["host"], variables.gpu, -shard.unit_bytes / self.bytes_scale)
+        if not self.workload.elastic:
+            add(self.memory["host"], variables.gpu, -shard.unit_bytes / self.bytes_scale)
         self.memory_constant["host"] += total * shard.unit_bytes / self.bytes_scale
         self._staging(count, linear, variables)
         return variables
@@ -181,7 +182,10 @@ class Formulation:
             program.at_least({self.slot: 1, most: -unit}, 0)
         if self.budgets.pinned is not None:
             held, total = program.variable(), count * shard.units * unit
-            program.at_least({held: 1, variables.gpu: unit, streams: -total}, 0)
+            if self.workload.elastic:
+                program.at_least({held: 1}, total)
+            else:
+                program.at_least({held: 1, variables.gpu: unit, streams: -total}, 0)
             add(self.memory["pinned"], held, 1.0)
 
     def _kv(self, c: int, count: int, kv: KvClass) -> int:

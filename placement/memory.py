@@ -106,7 +106,8 @@ def kv_gpu_bytes(shard: KvShard, placement: KvPlacement, page_size: int) -> int:
 
 def kv_spilled_tokens(workload: Workload, gpu_tokens: int) -> int:
     """KV slots in DRAM for the older tokens of a GPU-owned group: every token may be there once some have to be."""
-    return workload.full_tokens if round_up(gpu_tokens, workload.page_size) < workload.full_tokens else 0
+    may_spill = workload.elastic or round_up(gpu_tokens, workload.page_size) < workload.full_tokens
+    return workload.full_tokens if may_spill else 0
 
 
 def kv_dram_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) -> int:
@@ -137,15 +138,20 @@ def activation_bytes(workload: Workload) -> int:
     return workload.activation_bytes_per_row * workload.activation_rows
 
 
-def weights_bytes(linears: Sequence[LinearShard], placements: Sequence[LinearPlacement], place: str) -> int:
-    """Weight bytes at a place. Dram-home units are pinned if their linear streams in some tier, else in host memory."""
+def weights_bytes(workload: Workload, placements: Sequence[LinearPlacement], place: str) -> int:
+    """Weight bytes at a place. Units in DRAM are pinned if their linear streams, or may come to stream, in some tier."""
     total = 0
-    for shard, placement in zip(linears, placements, strict=True):
+    for shard, placement in zip(workload.linears, placements, strict=True):
         if place == "gpu":
             total += placement.gpu_units * shard.unit_bytes
-        elif placement.streams == (place == "pinned"):
-            total += placement.dram_units * shard.unit_bytes
+        elif (placement.streams or workload.elastic) == (place == "pinned"):
+            total += (placement.units - first_dram_unit(workload, placement)) * shard.unit_bytes
     return total
+
+
+def first_dram_unit(workload: Workload, placement: LinearPlacement) -> int:
+    """The unit from which on a linear is in DRAM: its home boundary, or 0 when GPU units have a copy there too."""
+    return 0 if workload.elastic else placement.gpu_units
 
 
 def memory_report(
@@ -163,7 +169,7 @@ def memory_report(
     """
     host_kv = sum(kv_dram_bytes(workload, shard, placement) for shard, placement in zip(workload.kv, kv, strict=True))
     host = {
-        "weights": weights_bytes(workload.linears, linears, "host"),
+        "weights": weights_bytes(workload, linears, "host"),
         "kv": host_kv,
         "activations": activation_bytes(workload),
         "embed": workload.embed_bytes,
@@ -171,7 +177,7 @@ def memory_report(
     if device == "cpu":
         return MemoryReport(host=host | {"resident": workload.resident_bytes})
     gpu = {
-        "weights": weights_bytes(workload.linears, linears, "gpu"),
+        "weights": weights_bytes(workload, linears, "gpu"),
         "kv": sum(
             kv_gpu_bytes(shard, placement, workload.page_size) for shard, placement in zip(workload.kv, kv, strict=True)
         ),
@@ -180,5 +186,5 @@ def memory_report(
         "resident": workload.resident_bytes,
         "context": context_bytes,
     }
-    pinned = {"weights": weights_bytes(workload.linears, linears, "pinned")}
+    pinned = {"weights": weights_bytes(workload, linears, "pinned")}
     return MemoryReport(gpu=gpu, pinned=pinned, host=host)

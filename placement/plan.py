@@ -157,6 +157,8 @@ class Plan:
         ]
         if self.device != "cpu":
             lines.append(f"staging_slots: {self.staging_slots}")
+        if self.workload.elastic:
+            lines.append("elastic: true")
         lines.append("rules:")
         for group in grouped(self.workload.linears, self.linears):
             lines += _linear_rule(group)
@@ -178,6 +180,7 @@ class Plan:
             "num_threads": self.num_threads,
             "staging_slots": self.staging_slots,
             "staging_slot_bytes": self.staging_slot_bytes,
+            "elastic": self.workload.elastic,
             "linears": [
                 {
                     "name": p.name,

@@ -119,6 +119,7 @@ def _resolve(
         max_context=policy.context or workload.max_context,
         max_batch=policy.batch or workload.max_batch,
         prefill_chunk=policy.prefill_chunk or workload.prefill_chunk,
+        elastic=device != "cpu" and (policy.elastic or workload.elastic),
     )
     machine = hardware.with_threads(policy.threads) if policy.threads else hardware
     machine = machine.for_working_set(workload.weight_bytes)

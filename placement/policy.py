@@ -102,7 +102,8 @@ class Policy(_Strict):
     """What the user asks of the planner; every field may be None, which means `auto`.
 
     gpu_memory, pinned_memory, host_memory: budgets in bytes. context: tokens; batch: sequences; threads: CPU lane
-    threads; prefill_chunk: rows; staging_slots: slots of the streaming ring.
+    threads; prefill_chunk: rows; staging_slots: slots of the streaming ring. elastic: keep a copy in DRAM of what is in GPU
+    memory, so that a loaded model can move to another GPU budget.
     """
 
     version: Literal[1] = VERSION
@@ -115,6 +116,7 @@ class Policy(_Strict):
     threads: PositiveField = None
     prefill_chunk: PositiveField = None
     staging_slots: SlotsField = None
+    elastic: bool = False
     rules: tuple[Rule, ...] = Field(default=(), strict=False)
 
     _source: str = PrivateAttr(default="policy")

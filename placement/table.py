@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 from rich.table import Table
 
-from placement.memory import KINDS, PLACES, KvPlacement, LinearPlacement, kv_dram_bytes, kv_gpu_bytes
+from placement.memory import KINDS, PLACES, KvPlacement, LinearPlacement, first_dram_unit, kv_dram_bytes, kv_gpu_bytes
 from placement.phase_cost import RESOURCE_WORDS
 from placement.plan import Group, Plan, Prediction, grouped
 from placement.units import format_bytes
@@ -51,13 +51,13 @@ def _placements(plan: Plan) -> Table:
     for name in ("shard", "count", "units", "GPU home", "decode g/s/c", "prefill g/s/c", "GPU bytes", "DRAM bytes"):
         table.add_column(name, justify="left" if name == "shard" else "right", no_wrap=True)
     for group in grouped(plan.workload.linears, plan.linears):
-        table.add_row(*_linear_row(group))
+        table.add_row(*_linear_row(plan, group))
     for group in grouped(plan.workload.kv, plan.kv):
         table.add_row(*_kv_row(plan, group))
     return table
 
 
-def _linear_row(group: Group) -> tuple[str, ...]:
+def _linear_row(plan: Plan, group: Group) -> tuple[str, ...]:
     placement: LinearPlacement = group.placement
     unit_bytes = group.shards[0].unit_bytes * group.count
     return (
@@ -68,7 +68,7 @@ def _linear_row(group: Group) -> tuple[str, ...]:
         "/".join(map(str, placement.cut(0))),
         "/".join(map(str, placement.cut(NUM_ROW_TIERS - 1))),
         format_bytes(placement.gpu_units * unit_bytes),
-        format_bytes(placement.dram_units * unit_bytes),
+        format_bytes((placement.units - first_dram_unit(plan.workload, placement)) * unit_bytes),
     )
 
 

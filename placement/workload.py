@@ -89,7 +89,8 @@ class Workload:
     weight_dtype, kv_dtype: fp32 | bf16 | q8 | q4. embed_bytes: the token embedding, read a row at a time from host memory.
     resident_bytes: norms, biases, rotary tables: in GPU memory whenever there is a GPU.
     activation_bytes_per_row: peak activations of one token row. max_context, prefill_chunk: tokens; max_batch:
-    sequences; page_size: tokens of one KV page.
+    sequences; page_size: tokens of one KV page. elastic: units in GPU memory have a copy in DRAM, so that a loaded model
+    can move to a plan for another GPU budget.
     """
 
     model: str
@@ -108,6 +109,7 @@ class Workload:
     vocab_size: int
     prefill_chunk: int
     kv_dtype: str = "bf16"
+    elastic: bool = False
 
     def __post_init__(self) -> None:
         for field in ("max_context", "max_batch", "page_size", "prefill_chunk"):

@@ -1,7 +1,7 @@
 """Engines built by hand from a toy checkpoint and an explicit plan, and strategies that draw such plans."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -76,7 +76,7 @@ def uniform_plan(workload: Workload, gpu: float, stream: float, gpu_groups: int,
 
 @st.composite
 def plans(draw: st.DrawFn, path: Path, weight_dtype: str) -> Plan:
-    """Any valid plan: cuts per linear and tier, head owners and segment sizes per layer, page and chunk sizes."""
+    """Any valid plan: cuts per linear and tier, head owners and segment sizes per layer, page and chunk sizes, copies."""
     workload = toy_workload(
         path,
         weight_dtype,
@@ -84,6 +84,7 @@ def plans(draw: st.DrawFn, path: Path, weight_dtype: str) -> Plan:
         prefill_chunk=draw(st.sampled_from([1, 5, 16, 40])),
         max_batch=draw(st.integers(1, 3)),
     )
+    workload = replace(workload, elastic=draw(st.booleans()))
     linears = []
     for shard in workload.linears:
         home = draw(st.integers(0, shard.units))
