@@ -11,6 +11,8 @@ from torch import Tensor
 from gpu_kernels.quantized_linear import check_blocks, quantized_linear
 from gpu_kernels.reference import BLOCK_FEATURES, SUPERBLOCK_BYTES, WEIGHT_DTYPES
 
+PRODUCT_BYTES = 32 * 2**20  # of a dense product at once: what a call takes beside its arguments is bounded
+
 
 def linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
            accumulate: bool = False) -> None:
@@ -30,13 +32,16 @@ def linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, ou
         check_blocks(weight, weight_dtype, x.shape[1])
         quantized_linear(x, weight, weight_dtype, bias, out, accumulate)
         return
-    result = _dense_product(x, weight, weight_dtype)
-    if bias is not None:
-        result += bias
-    if accumulate:
-        out += result
-    else:
-        out.copy_(result)
+    blocks = max(1, PRODUCT_BYTES // (4 * BLOCK_FEATURES * x.shape[0]))
+    for start in range(0, weight.shape[0], blocks):
+        columns = slice(start * BLOCK_FEATURES, (start + blocks) * BLOCK_FEATURES)
+        result = _dense_product(x, weight[start:start + blocks], weight_dtype)
+        if bias is not None:
+            result += bias[columns]
+        if accumulate:
+            out[:, columns] += result
+        else:
+            out[:, columns] = result
 
 
 def _dense_product(x: Tensor, weight: Tensor, weight_dtype: str) -> Tensor:

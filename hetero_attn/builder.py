@@ -7,9 +7,9 @@ from contextlib import ExitStack
 
 from cpu_kernels import CpuKernels
 from hetero_attn.checkpoint import Checkpoint
-from hetero_attn.devices import Device, EmulatedDriver
+from hetero_attn.devices import CudaDriver, Device, EmulatedDriver
+from hetero_attn.devices.machine import SLACK_BYTES, arena_bytes, device_index, temporary_bytes
 from hetero_attn.engine import Engine
-from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.handover import EventHandover
 from hetero_attn.kv_cache import KVCache
 from hetero_attn.lanes import Lanes
@@ -88,9 +88,10 @@ def make_device(plan: Plan, device: str) -> Device | None:
         return None
     if device == "emulated":
         return Device(EmulatedDriver(), plan.gpu_memory_bytes)
-    raise UnsupportedModelError(
-        f"device {device!r}: the CUDA lanes are not in this version; use device='cpu' or 'emulated'"
-    )
+    index = device_index(device)
+    arena = arena_bytes(plan, index)
+    driver = CudaDriver(index, arena + SLACK_BYTES, temporary_bytes(plan.workload))
+    return Device(driver, arena)
 
 
 def make_kv_cache(planned: PlannedModel, lanes: Lanes) -> KVCache:

@@ -275,5 +275,5 @@ def make_workspace(config: ModelConfig, rows: int, lanes: Lanes) -> Workspace:
 def _buffer(lanes: Lanes, rows: int, width: int, kind: str) -> Activation:
     if lanes.device is None:
         return Activation(None, torch.empty((rows, width)))
-    host, _ = lanes.device.host_empty((rows, width), torch.float32, kind)
+    host = lanes.device.host_empty((rows, width), torch.float32, kind)
     return Activation(lanes.device.empty((rows, width), torch.float32, kind), host)

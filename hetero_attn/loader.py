@@ -123,7 +123,7 @@ class Loader:
     def _dram(self, shape: tuple[int, int], streams: bool) -> torch.Tensor:
         """Host memory of one linear, page-locked where it streams: the stream and the CPU lane share this one copy."""
         if streams:
-            return self._lanes.device.host_empty(shape, torch.uint8, "weights")[0]
+            return self._lanes.device.host_empty(shape, torch.uint8, "weights")
         dram = torch.empty(shape, dtype=torch.uint8)
         advise_huge_pages(dram)
         return dram
@@ -136,7 +136,7 @@ class Loader:
             yield
             return
         size = max(_units_at_once(linear) * linear.unit_bytes(self._weight_dtype) for linear in spec.linears)
-        self._landing, _ = device.host_empty((size,), torch.uint8, "loading")
+        self._landing = device.host_empty((size,), torch.uint8, "loading")
         self._landed = None
         try:
             yield

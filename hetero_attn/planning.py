@@ -1,6 +1,5 @@
 """From a model and a wish to a plan: config and file headers in, nothing loaded."""
 
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -98,12 +97,16 @@ def prepare(
     kind = place.partition(":")[0]
     if isinstance(hardware, str):
         hardware = HardwareProfile.named(hardware)
-    hardware = hardware or machine_profile(kind)
+    hardware = hardware or machine_profile(place)
     budget, workload = None, build(prefill_chunk=policy.prefill_chunk or DEFAULT_PREFILL_CHUNK)
     if kind != "cpu":
         budget = parse_bytes(gpu_memory) if gpu_memory is not None else policy.gpu_memory or hardware.gpu_memory_bytes
         if policy.prefill_chunk is None:
             workload = fit_prefill_chunk(build, budget)
+    if kind == "cuda":
+        from hetero_attn.devices.machine import with_own_bytes
+
+        hardware = with_own_bytes(hardware, place, workload)
     policy = policy.model_copy(update={"context": None, "batch": None, "prefill_chunk": None})
     try:
         plan = make_plan(workload, hardware, policy, device=kind, gpu_memory_bytes=budget)
@@ -120,6 +123,10 @@ def machine_profile(device: str) -> HardwareProfile:
     threads = default_threads(physical_cpus())
     if device == "emulated":
         return HardwareProfile.named("emulated").with_threads(threads)
+    if device.startswith("cuda"):
+        from hetero_attn.devices.machine import device_index, gpu_profile
+
+        return gpu_profile(device_index(device), stored_profile()).with_threads(threads)
     return stored_profile() or HardwareProfile.named("generic-cpu").with_threads(threads)
 
 
@@ -136,10 +143,7 @@ def choose_weight_dtype(dtype: str, config: ModelConfig, path: Path) -> str:
 
 
 def choose_device(device: str, hardware: HardwareProfile | str | None) -> str:
-    """The device to plan for: the wish, or for `auto` the given hardware's, or the CPU.
-
-    Warns where `auto` passes over a GPU, because no CUDA lane runs yet.
-    """
+    """The device to plan for: the wish, or for `auto` the given hardware's, else the GPU where there is one, else the CPU."""
     _check_choice("device", device.partition(":")[0], DEVICES)
     if device != "auto":
         return device
@@ -148,12 +152,7 @@ def choose_device(device: str, hardware: HardwareProfile | str | None) -> str:
         return "cuda" if profile.has_gpu else "cpu"
     import torch
 
-    if torch.cuda.is_available():
-        message = (
-            "this machine has a GPU, but the CUDA lanes are not connected in this version: device='auto' is the CPU"
-        )
-        warnings.warn(message, stacklevel=3)
-    return "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def choose_context(max_context: int | None, config: ModelConfig) -> int:

@@ -22,18 +22,18 @@ from placement.plan import Plan
 class StagingRing:
     """`slots` buffers of `slot_bytes` in GPU memory, filled in the announced order.
 
-    Every piece is a uint8 tensor [blocks, block_bytes] in host memory of at most `slot_bytes`. bounce: the pieces are
-    not all page-locked, so each passes through a page-locked buffer of its slot, filled by the calling thread.
+    Every piece is a uint8 tensor [blocks, block_bytes] in host memory of at most `slot_bytes`. Where the system refused
+    to page-lock the weights, each piece passes a small page-locked buffer of its slot, filled by the calling thread.
     """
 
-    def __init__(self, device: Device, slots: int, slot_bytes: int, bounce: bool = False) -> None:
+    def __init__(self, device: Device, slots: int, slot_bytes: int) -> None:
         self.device = device
+        self._bounce: list[torch.Tensor] = []
         self._free = [None] * slots
         self._sent = [None] * slots
         self._pending: deque[torch.Tensor] = deque()
         self._arriving: deque[tuple[int, torch.Tensor, object]] = deque()
         self.copied_bytes = 0
-        self._bounce = [device.host_empty((slot_bytes,), torch.uint8, "staging")[0] for _ in range(slots * bounce)]
         self._slots: list[torch.Tensor] = []
         try:
             self._slots += (device.empty((slot_bytes,), torch.uint8, "staging") for _ in range(slots))
@@ -76,13 +76,15 @@ class StagingRing:
         self.reset()
         while self._slots:
             self.device.release(self._slots.pop(), "staging")
+        while self._bounce:
+            self.device.host_release(self._bounce.pop(), "staging")
 
     def _fill(self, slot: int) -> None:
         if not self._pending:
             return
         piece = self._pending.popleft()
         view = self._slots[slot][: piece.numel()].view(piece.shape)
-        if self._bounce:
+        if self.device.refused_pins:
             piece = self._bounced(slot, piece)
         if self._free[slot] is not None:
             self.device.wait(self.device.copies, self._free[slot])
@@ -93,6 +95,8 @@ class StagingRing:
 
     def _bounced(self, slot: int, piece: torch.Tensor) -> torch.Tensor:
         """The piece in the slot's page-locked buffer, once the buffer's last copy has left it."""
+        if not self._bounce:
+            self._bounce = [self.device.host_empty(slot.shape, slot.dtype, "staging")[0] for slot in self._slots]
         if self._sent[slot] is not None:
             self.device.synchronize(self._sent[slot])
         target = self._bounce[slot][: piece.numel()].view(piece.shape)

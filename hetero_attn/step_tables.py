@@ -19,7 +19,7 @@ class StepTables:
 
     def __init__(self, device: Device, capacity_bytes: int) -> None:
         self._device = device
-        self._host, _ = device.host_empty((capacity_bytes,), torch.uint8, "tables")
+        self._host = device.host_empty((capacity_bytes,), torch.uint8, "tables")
         self._target = device.empty((capacity_bytes,), torch.uint8, "resident")
 
     def upload(self, tables: Sequence[torch.Tensor]) -> list[torch.Tensor]:

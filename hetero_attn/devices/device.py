@@ -27,87 +27,99 @@ from hetero_attn.devices.arena import Arena
 from hetero_attn.errors import MemoryBudgetError
 from placement.units import format_bytes
 
+PAGE_BYTES, HUGE_PAGE_BYTES = 4096, 2 << 20
+
 
 class Device:
     """One GPU, or what stands in for one: a budget, two streams and a driver.
 
     arena counts GPU memory, pinned the page-locked host memory; `pin_budget_bytes` None is as much as the system gives.
+    refused_pins: whether some host memory could not be page-locked.
     """
 
     def __init__(self, driver: Any, budget_bytes: int | None = None, pin_budget_bytes: int | None = None) -> None:
+        self.driver = driver
         self.kind: str = driver.kind
         self.ops: Any = driver.ops
         self.arena = Arena(driver.name, budget_bytes)
         self.pinned = Arena("page-locked", pin_budget_bytes, "raise pinned_memory in the policy")
         self.compute = driver.stream("compute")
         self.copies = driver.stream("copies")
-        self._driver = driver
-        self._warned = False
+        self.refused_pins = False
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.Tensor:
         """Allocate uninitialised device memory, counted as `kind`; raises MemoryBudgetError over budget."""
         self.arena.reserve(math.prod(shape) * dtype.itemsize, kind)
-        return self._driver.allocate(shape, dtype)
+        return self.driver.allocate(shape, dtype)
 
     def release(self, tensor: torch.Tensor, kind: str) -> None:
         """Return what `empty` gave; no queued work may still use it, and the caller drops its last reference."""
         self.arena.release(kind, tensor.nbytes)
-        self._driver.free(tensor)
+        self.driver.free(tensor)
 
-    def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> tuple[torch.Tensor, bool]:
-        """Allocate host memory for copies: (tensor, whether it is page-locked).
+    def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.Tensor:
+        """Allocate page-locked host memory for copies.
 
         Where pinning is refused the memory is ordinary, which is right but slower, and a warning says so once.
         """
-        tensor = torch.empty(shape, dtype=dtype)
-        advise_huge_pages(tensor)
-        return tensor, tensor.numel() == 0 or self._pin(tensor, kind)
+        tensor = _aligned_host_memory(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+        if tensor.numel():
+            self._pin(tensor, kind)
+        return tensor
 
     def host_release(self, tensor: torch.Tensor, kind: str) -> None:
         """Return what `host_empty` gave; no queued work may still use it, and the caller drops its last reference."""
-        if self._driver.unpin(tensor):
+        if tensor.numel() and self.driver.unpin(tensor):
             self.pinned.release(kind, tensor.nbytes)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
         """Queue a copy between the device and host memory, or within either, in the order of `stream`."""
-        self._driver.copy(target, source, stream)
+        self.driver.copy(target, source, stream)
 
     def record(self, stream: Any) -> Any:
         """Mark the work queued on `stream` so far."""
-        return self._driver.record(stream)
+        return self.driver.record(stream)
 
     def wait(self, stream: Any, event: Any) -> None:
         """Order later work of `stream` after `event`."""
-        self._driver.wait(stream, event)
+        self.driver.wait(stream, event)
 
     def synchronize(self, event: Any) -> None:
         """Block the calling thread until `event` is reached."""
-        self._driver.synchronize(event)
+        self.driver.synchronize(event)
 
     def current(self) -> AbstractContextManager:
         """Queue the kernels that this thread launches inside on the compute stream."""
-        return self._driver.current(self.compute)
+        return self.driver.current(self.compute)
 
     def close(self) -> None:
         """Release everything the device holds; all of its tensors become invalid."""
-        self._driver.close()
+        self.driver.close()
         for arena in (self.arena, self.pinned):
             for kind in tuple(arena.used_bytes):
                 arena.release(kind)
 
-    def _pin(self, tensor: torch.Tensor, kind: str) -> bool:
+    def _pin(self, tensor: torch.Tensor, kind: str) -> None:
         try:
             self.pinned.reserve(tensor.nbytes, kind)
         except MemoryBudgetError as refusal:
-            return self._warn(str(refusal))
-        if self._driver.pin(tensor):
-            return True
-        self.pinned.release(kind, tensor.nbytes)
-        return self._warn(f"the system refused to page-lock {format_bytes(tensor.nbytes)} for {kind}")
+            self._warn(str(refusal))
+            return
+        if not self.driver.pin(tensor):
+            self.pinned.release(kind, tensor.nbytes)
+            self._warn(f"the system refused to page-lock {format_bytes(tensor.nbytes)} for {kind}")
 
-    def _warn(self, reason: str) -> bool:
-        if not self._warned:
-            message = f"{reason}; copies to the GPU go through a small page-locked buffer and run slower"
+    def _warn(self, reason: str) -> None:
+        if not self.refused_pins:
+            message = f"{reason}; weights go to the GPU through a small page-locked buffer, which is slower"
             warnings.warn(message, stacklevel=4)
-        self._warned = True
-        return False
+        self.refused_pins = True
+
+
+def _aligned_host_memory(count: int) -> torch.Tensor:
+    """uint8 [count] that begins on a page (a huge one if it is large) and shares none with other allocations."""
+    page = HUGE_PAGE_BYTES if count >= 2 * HUGE_PAGE_BYTES else PAGE_BYTES
+    memory = torch.empty((-(-count // page) + 1) * page, dtype=torch.uint8)
+    start = -memory.data_ptr() % page
+    advise_huge_pages(memory)
+    return memory[start : start + count]

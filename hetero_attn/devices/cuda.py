@@ -1,0 +1,159 @@
+"""The driver of a CUDA device: streams, events and one allocation from torch, copies and page-locking from libcuda.
+
+All memory of the device is taken once, at the start, in one piece; afterwards only kernels' temporaries come from
+torch's allocator, which is told to stay under the rest of the budget. Copies go through the driver library, because
+torch copies rows with a stride by way of temporaries and cannot leave them out of a captured graph.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from math import prod
+from typing import Any
+
+import torch
+
+import gpu_kernels
+from hetero_attn.devices.libcuda import DEVICE, HOST, LibCuda
+from hetero_attn.devices.slab import ALIGN_BYTES, Slab
+from hetero_attn.errors import MemoryBudgetError
+from placement.units import format_bytes
+
+PAGE_BYTES = 4096
+
+
+class CudaDriver:
+    """See `hetero_attn.devices.device` for what each call means.
+
+    index: of the device. slab_bytes: its memory for everything that `allocate` gives. temporary_bytes: what kernels may
+    take beside it. cuda, library: `torch.cuda` and libcuda, or what a test puts in their place.
+    """
+
+    kind = "cuda"
+    ops = gpu_kernels
+
+    def __init__(
+        self, index: int, slab_bytes: int, temporary_bytes: int, cuda: Any = torch.cuda, library: LibCuda | None = None
+    ) -> None:
+        self.name = f"GPU {index}"
+        self._cuda = cuda
+        self._index = index
+        self._library = library or LibCuda()
+        with cuda.device(index):
+            cuda.synchronize()
+            self._context = self._library.current_context()
+            self._limit(slab_bytes + temporary_bytes)
+            self._memory = self._take(slab_bytes)
+        self._slab = Slab(slab_bytes)
+        self._pinned: dict[int, torch.Tensor] = {}
+
+    def stream(self, name: str) -> Any:
+        """A new queue."""
+        return self._cuda.Stream(device=self._index)
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A part of the one allocation, uninitialised."""
+        count = prod(shape) * dtype.itemsize
+        if count == 0:
+            return self._memory[:0].view(dtype).view(shape)
+        offset = self._slab.take(count)
+        return self._memory[offset : offset + count].view(dtype).view(shape)
+
+    def free(self, tensor: torch.Tensor) -> None:
+        """Take back what `allocate` gave."""
+        if tensor.numel():
+            self._slab.give(tensor.data_ptr() - self._memory.data_ptr())
+
+    def pin(self, tensor: torch.Tensor) -> bool:
+        """Page-lock host memory, which begins on a page and is alone on its last one."""
+        self._library.set_context(self._context)
+        locked = self._library.register(tensor.data_ptr(), -(-tensor.nbytes // PAGE_BYTES) * PAGE_BYTES)
+        if locked:
+            self._pinned[tensor.data_ptr()] = tensor
+        return locked
+
+    def unpin(self, tensor: torch.Tensor) -> bool:
+        """Undo that; False where it was not page-locked."""
+        if self._pinned.pop(tensor.data_ptr(), None) is None:
+            return False
+        self._library.set_context(self._context)
+        self._library.unregister(tensor.data_ptr())
+        return True
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
+        """Queue a copy; one that touches ordinary host memory may block until it is made."""
+        assert target.shape == source.shape and target.dtype == source.dtype, (target.shape, source.shape)
+        if target.numel() == 0:
+            return
+        self._library.set_context(self._context)
+        to, start, queue = self._place(target), self._place(source), stream.cuda_stream
+        if target.is_contiguous() and source.is_contiguous():
+            self._library.copy(to, start, target.nbytes, queue)
+            return
+        pitches = [_pitch(tensor) for tensor in (target, source)]
+        width = target.shape[1] * target.itemsize
+        self._library.copy_rows(to, pitches[0], start, pitches[1], width, target.shape[0], queue)
+
+    def record(self, stream: Any) -> Any:
+        """Mark the work queued so far."""
+        event = self._cuda.Event()
+        event.record(stream)
+        return event
+
+    def wait(self, stream: Any, event: Any) -> None:
+        """Order later work of the stream after the event."""
+        stream.wait_event(event)
+
+    def synchronize(self, event: Any) -> None:
+        """Block the calling thread, without Python's lock, until the event is reached."""
+        event.synchronize()
+
+    @contextmanager
+    def current(self, stream: Any) -> Iterator[None]:
+        """Kernels that this thread launches inside go to the stream."""
+        self._library.set_context(self._context)
+        with self._cuda.device(self._index), self._cuda.stream(stream):
+            yield
+
+    def close(self) -> None:
+        """Wait for the device, give back all memory and lift the limit; idempotent."""
+        if self._memory is None:
+            return
+        with self._cuda.device(self._index):
+            with suppress(RuntimeError):  # a device that met a fault answers everything with it
+                self._cuda.synchronize()
+            for tensor in tuple(self._pinned.values()):
+                with suppress(Exception):
+                    self.unpin(tensor)
+            self._memory = None
+            with suppress(RuntimeError):
+                self._cuda.empty_cache()
+                self._cuda.set_per_process_memory_fraction(1.0, self._index)
+
+    def _limit(self, count: int) -> None:
+        """Let torch's allocator refuse what would pass the budget, whoever asks."""
+        _, total = self._cuda.mem_get_info(self._index)
+        self._cuda.set_per_process_memory_fraction(min(1.0, (count + ALIGN_BYTES) / total), self._index)
+
+    def _take(self, count: int) -> torch.Tensor:
+        try:
+            return torch.empty(count, dtype=torch.uint8, device=self._device())
+        except torch.OutOfMemoryError as error:
+            free, total = self._cuda.mem_get_info(self._index)
+            raise MemoryBudgetError(
+                f"{self.name} has {format_bytes(free)} of {format_bytes(total)} free, but this plan takes "
+                f"{format_bytes(count)} at once; lower gpu_memory or end other programs on the GPU"
+            ) from error
+
+    def _device(self) -> Any:
+        return getattr(self._cuda, "stand_in", f"cuda:{self._index}")
+
+    def _place(self, tensor: torch.Tensor) -> tuple[int, int]:
+        start = self._memory.data_ptr()
+        inside = start <= tensor.data_ptr() < start + self._slab.size_bytes
+        return (DEVICE if inside else HOST), tensor.data_ptr()
+
+
+def _pitch(tensor: torch.Tensor) -> int:
+    """Bytes from one row to the next of [rows, columns]."""
+    assert tensor.dim() == 2 and (tensor.stride(1) == 1 or tensor.shape[1] == 1), (tensor.shape, tensor.stride())
+    return tensor.stride(0) * tensor.itemsize

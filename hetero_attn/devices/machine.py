@@ -1,0 +1,102 @@
+"""What planning must know of a GPU in this machine: how much of it is CUDA's own, and which catalogue entry it is."""
+
+import warnings
+from dataclasses import replace
+from functools import cache
+
+import torch
+
+from hetero_attn.errors import MemoryBudgetError, UnsupportedModelError
+from placement.hardware import HardwareProfile, catalogue_names
+from placement.plan import Plan
+from placement.units import format_bytes
+from placement.workload import Workload
+
+# Beside the arena, whatever the model: cuBLAS's workspace (32 MiB on the largest GPUs), products and split sums of at
+# most 32 MiB each, rounding of torch's allocator, and kernels that CUDA loads when they are first used.
+TEMPORARY_BYTES = 224 * 2**20
+UNKNOWN_GPU = "rtx3060-ddr4"  # slow in everything, so its plans are right and only more careful than need be
+SLACK_BYTES = 2**20  # what aligning every allocation may take
+
+
+def device_index(device: str) -> int:
+    """N of "cuda:N", 0 of "cuda"; raises UnsupportedModelError where this machine has no such GPU."""
+    number = device.partition(":")[2] or "0"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not number.isdigit() or int(number) >= count:
+        found = f"torch sees {count} GPU(s)" if count else "torch sees no CUDA GPU"
+        raise UnsupportedModelError(
+            f"device is {device!r}, but {found}; use device='cpu' or 'emulated', or see `hetero-attn doctor`"
+        )
+    return int(number)
+
+
+def with_own_bytes(hardware: HardwareProfile, device: str, workload: Workload) -> HardwareProfile:
+    """The profile with what CUDA and the kernels' temporaries will take of the budget, measured where there is a GPU."""
+    if not torch.cuda.is_available():
+        return hardware
+    own_bytes = context_bytes(device_index(device)) + temporary_bytes(workload) + SLACK_BYTES
+    return replace(hardware, gpu_context_bytes=own_bytes)
+
+
+def temporary_bytes(workload: Workload) -> int:
+    """The most that kernels allocate beside the arena: fixed parts, and the rounded copy of a linear's input."""
+    widest = max(shard.in_features for shard in workload.linears)
+    return TEMPORARY_BYTES + 4 * workload.activation_rows * widest
+
+
+def arena_bytes(plan: Plan, index: int) -> int:
+    """GPU memory that a plan's allocations may take in all; raises MemoryBudgetError if CUDA's own takes more than was
+    planned."""
+    planned = plan.memory.gpu.get("context", 0)
+    needed = context_bytes(index) + temporary_bytes(plan.workload) + SLACK_BYTES
+    if needed > planned:
+        least = plan.memory.gpu_bytes + needed - planned
+        raise MemoryBudgetError(
+            f"CUDA and its kernels take {format_bytes(needed)} of GPU {index}, but the plan leaves them "
+            f"{format_bytes(planned)}; plan for this machine, or with gpu_memory of at least {format_bytes(least)}"
+        )
+    return plan.memory.gpu_bytes - planned
+
+
+@cache
+def context_bytes(index: int) -> int:
+    """Bytes of a GPU that this process's CUDA context takes, cuBLAS included; the first call makes the context.
+
+    Where the context is there already, everything in use that is not this process's tensors counts, to be safe.
+    """
+    before = None if torch.cuda.is_initialized() else _used_bytes(index)
+    with torch.cuda.device(index):
+        square = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
+        torch.mm(square, square, out_dtype=torch.float32)
+        torch.cuda.synchronize()
+        after = _used_bytes(index)
+        free, total = torch.cuda.mem_get_info()
+        used = total - free if before is None or after is None else after - before
+        return max(0, used - torch.cuda.memory_reserved())
+
+
+def gpu_profile(index: int, stored: HardwareProfile | None) -> HardwareProfile:
+    """The rates to plan with: the measured ones, else those of the catalogue's machine with such a GPU.
+
+    stored: this machine's profile, if one is kept.
+    """
+    if stored is not None and stored.has_gpu:
+        return stored
+    name = torch.cuda.get_device_name(index).lower().replace(" ", "")
+    known = next((entry for entry in catalogue_names() if entry.partition("-")[0] in name), None)
+    profile = HardwareProfile.named(known or UNKNOWN_GPU)
+    warnings.warn(
+        f"no measured profile of this machine: planning with the rates of {profile.name}; run `hetero-attn profile`",
+        stacklevel=2,
+    )
+    total = torch.cuda.get_device_properties(index).total_memory
+    return replace(profile, gpu_memory_bytes=total)
+
+
+def _used_bytes(index: int) -> int | None:
+    """Bytes in use on the GPU by all processes as the driver counts them; None without the library that asks it."""
+    try:
+        return torch.cuda.device_memory_used(index)
+    except Exception:  # no nvidia-ml-py, or a driver that does not answer: each has a type of its own
+        return None

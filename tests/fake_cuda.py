@@ -1,0 +1,301 @@
+"""`torch.cuda` and libcuda on a machine without a GPU, so that the CUDA driver's own code runs there.
+
+Every stream is a thread that runs its queue in order; an event, a copy, a kernel and a memory operation are entries of
+a queue. GPU memory is host memory. Page-locking is recorded, and may be refused. A stream that is being captured keeps
+its entries instead, under the rules of CUDA: only streams that the capture's events have reached take part, and all of
+them must have come back when it ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from gpu_kernels import reference
+from hetero_attn.devices.libcuda import DEVICE, Copy2D, LibCuda
+
+
+class FakeStream:
+    """A thread and its queue; `cuda_stream` is the handle that libcuda's calls are given."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda_stream = len(cuda.streams) + 1
+        cuda.streams[self.cuda_stream] = self
+        self._cuda = cuda
+        self.capture: Capture | None = None
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, daemon=True, name=f"fake-stream-{self.cuda_stream}")
+        self._thread.start()
+
+    def add(self, work: Callable[[], None]) -> None:
+        """Queue an entry, or keep it for the graph that is being captured."""
+        if self.capture is not None:
+            self.capture.entries.append((self, work))
+        else:
+            self._queue.put(work)
+
+    def wait_event(self, event: FakeEvent) -> None:
+        """Later entries come after the event."""
+        if event.capture is not None and self.capture is None:
+            self.capture = event.capture  # an event of a capture brings the stream into it
+            self.capture.streams.append(self)
+        if self.capture is not None:
+            if event.capture is not self.capture:
+                raise RuntimeError("a captured stream waits for an event from outside of the capture")
+            self.capture.open_streams.discard(event.stream) if event.stream is not self.capture.origin else None
+        self.add(event.wait)
+
+    def stop(self) -> None:
+        """End the thread after what is queued."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _serve(self) -> None:
+        while (work := self._queue.get()) is not None:
+            try:
+                work()
+            except BaseException as failure:
+                self._cuda.failure = self._cuda.failure or failure
+
+
+class FakeEvent:
+    """A point on a stream."""
+
+    def __init__(self) -> None:
+        self._reached = threading.Event()
+        self.stream: FakeStream | None = None
+        self.capture: Capture | None = None
+
+    def record(self, stream: FakeStream) -> None:
+        """Mark the entries queued so far."""
+        self.stream, self.capture = stream, stream.capture
+        self._reached.clear()
+        stream.add(self._reached.set)
+
+    def wait(self) -> None:
+        """Block the thread that calls."""
+        if not self._reached.wait(20):
+            raise RuntimeError("an event was not reached within 20 s")
+
+    def synchronize(self) -> None:
+        """As CUDA: not allowed for an event of a capture."""
+        if self.capture is not None:
+            raise RuntimeError("an event of a capture cannot be waited for by the host")
+        self.wait()
+        if self.stream._cuda.failure is not None:
+            raise self.stream._cuda.failure
+
+    def query(self) -> bool:
+        """Whether it is reached."""
+        return self._reached.is_set()
+
+
+class Capture:
+    """What a graph holds: entries of its streams in the order they were queued."""
+
+    def __init__(self, origin: FakeStream) -> None:
+        self.origin = origin
+        self.streams = [origin]
+        self.open_streams: set[FakeStream] = set()
+        self.entries: list[tuple[FakeStream, Callable[[], None]]] = []
+
+
+class FakeGraph:
+    """`torch.cuda.CUDAGraph`: replayed on the stream that is current, one entry after another."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self._cuda = cuda
+        self.entries: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        """Queue everything captured; the order of capture is one that the graph allows."""
+        for entry in self.entries:
+            self._cuda.current.add(entry)
+
+
+class FakeCuda:
+    """What the CUDA driver uses of `torch.cuda`. total_bytes: of the imagined GPU."""
+
+    stand_in = "cpu"
+
+    def __init__(self, total_bytes: int = 1 << 33) -> None:
+        self.streams: dict[int, FakeStream] = {}
+        self.failure: BaseException | None = None
+        self.total_bytes = total_bytes
+        self.fraction = 1.0
+        self.current = FakeStream(self)
+
+    def Stream(self, device: int) -> FakeStream:  # noqa: N802 (torch's own name)
+        """A new stream."""
+        return FakeStream(self)
+
+    def Event(self) -> FakeEvent:  # noqa: N802
+        """A new event."""
+        return FakeEvent()
+
+    def CUDAGraph(self) -> FakeGraph:  # noqa: N802
+        """An empty graph."""
+        return FakeGraph(self)
+
+    @contextmanager
+    def device(self, index: int) -> Iterator[None]:
+        """There is one device."""
+        yield
+
+    @contextmanager
+    def stream(self, stream: FakeStream) -> Iterator[None]:
+        """Kernels go to the stream."""
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    @contextmanager
+    def graph(self, graph: FakeGraph, stream: FakeStream, capture_error_mode: str = "global") -> Iterator[None]:
+        """Keep what is queued on the stream, and on those that its events reach."""
+        capture = stream.capture = Capture(stream)
+        try:
+            with self.stream(stream):
+                yield
+        finally:
+            for member in capture.streams:
+                member.capture = None
+        tails = {}
+        for member, entry in capture.entries:
+            tails[member] = entry
+        graph.entries = [entry for _, entry in capture.entries]
+
+    def synchronize(self) -> None:
+        """Wait for every stream."""
+        for stream in list(self.streams.values()):
+            event = FakeEvent()
+            event.record(stream)
+            event.wait()
+
+    def mem_get_info(self, index: int) -> tuple[int, int]:
+        """(free, total)."""
+        return self.total_bytes, self.total_bytes
+
+    def set_per_process_memory_fraction(self, fraction: float, index: int) -> None:
+        """Recorded."""
+        self.fraction = fraction
+
+    def empty_cache(self) -> None:
+        """Nothing is cached."""
+
+    def stop(self) -> None:
+        """End every stream's thread."""
+        for stream in self.streams.values():
+            stream.stop()
+
+
+class _Function:
+    """A function of the library: callable, and it takes the types that ctypes is told."""
+
+    def __init__(self, work: Callable[..., int]) -> None:
+        self._work = work
+
+    def __call__(self, *arguments: Any) -> int:
+        return self._work(*arguments) or 0
+
+
+class FakeLibrary:
+    """The functions of libcuda that `LibCuda` calls. refuse_pins: page-locking fails, as under a limit of the system."""
+
+    def __init__(self, cuda: FakeCuda, refuse_pins: bool = False) -> None:
+        self._cuda = cuda
+        self._refuse_pins = refuse_pins
+        self.registered: dict[int, int] = {}
+        self.memory_operations = 0
+
+    def __getattr__(self, name: str) -> _Function:
+        return _Function(getattr(self, f"_{name.removesuffix('_v2')}"))
+
+    def _cuGetErrorName(self, result: int, word: Any) -> None:  # noqa: N802
+        ctypes.cast(word, ctypes.POINTER(ctypes.c_char_p))[0] = b"CUDA_ERROR_FAKE"
+
+    def _cuCtxGetCurrent(self, context: Any) -> None:  # noqa: N802
+        ctypes.cast(context, ctypes.POINTER(ctypes.c_void_p))[0] = 7
+
+    def _cuCtxSetCurrent(self, context: int) -> int:  # noqa: N802
+        return 0 if context == 7 else 201
+
+    def _move(self, target: int, source: int, count: int, stream: int) -> None:
+        self._cuda.streams[stream].add(lambda: ctypes.memmove(target, source, count) and None)
+
+    _cuMemcpyHtoDAsync = _cuMemcpyDtoHAsync = _cuMemcpyDtoDAsync = _move  # noqa: N815
+
+    def _cuMemcpy2DAsync(self, request: Any, stream: int) -> None:  # noqa: N802
+        copied = Copy2D.from_buffer_copy(ctypes.cast(request, ctypes.POINTER(Copy2D)).contents)
+        source = copied.srcDevice if copied.srcMemoryType == DEVICE else copied.srcHost
+        target = copied.dstDevice if copied.dstMemoryType == DEVICE else copied.dstHost
+
+        def move() -> None:
+            for row in range(copied.Height):
+                ctypes.memmove(target + row * copied.dstPitch, source + row * copied.srcPitch, copied.WidthInBytes)
+
+        self._cuda.streams[stream].add(move)
+
+    def _cuMemHostRegister(self, address: int, count: int, flags: int) -> int:  # noqa: N802
+        pages = range(address // 4096, (address + count - 1) // 4096 + 1)
+        taken = {page for start, size in self.registered.items() for page in range(start // 4096, (start + size - 1) // 4096 + 1)}
+        assert address % 4096 == 0 and not taken & set(pages), "page-locked ranges share a page"
+        if self._refuse_pins:
+            return 304
+        self.registered[address] = count
+        return 0
+
+    def _cuMemHostUnregister(self, address: int) -> None:  # noqa: N802
+        del self.registered[address]
+
+    def _cuMemHostGetDevicePointer(self, mapped: Any, address: int, flags: int) -> None:  # noqa: N802
+        ctypes.cast(mapped, ctypes.POINTER(ctypes.c_uint64))[0] = address
+
+    def _cuStreamWriteValue32(self, stream: int, address: int, value: int, flags: int) -> None:  # noqa: N802
+        self.memory_operations += 1
+        word = ctypes.c_uint32.from_address(address)
+        self._cuda.streams[stream].add(lambda: setattr(word, "value", value))
+
+    def _cuStreamWaitValue32(self, stream: int, address: int, value: int, flags: int) -> None:  # noqa: N802
+        self.memory_operations += 1
+        word = ctypes.c_uint32.from_address(address)
+
+        def wait() -> None:
+            deadline = time.monotonic() + 20
+            while (word.value != value) if flags else (word.value - value) & 0x80000000:
+                time.sleep(0)
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"a flag stays at {word.value}, {value} is waited for")
+
+        self._cuda.streams[stream].add(wait)
+
+
+class QueuedOps:
+    """The reference operations as kernels: each call is an entry of the current stream."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self._cuda = cuda
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        operation = getattr(reference, name)
+        return lambda *arguments: self._cuda.current.add(lambda: operation(*arguments))
+
+
+def fake_driver(slab_bytes: int, refuse_pins: bool = False) -> Any:
+    """A CudaDriver over the fakes; `driver.fake` is the FakeCuda, to be stopped by the caller."""
+    from hetero_attn.devices.cuda import CudaDriver
+
+    class Driver(CudaDriver):
+        """With kernels that this machine has."""
+
+    cuda = FakeCuda()
+    driver = Driver(0, slab_bytes, 1 << 20, cuda, LibCuda(FakeLibrary(cuda, refuse_pins)))
+    driver.ops = QueuedOps(cuda)
+    driver.fake = cuda
+    return driver
