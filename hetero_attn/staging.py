@@ -96,7 +96,7 @@ class StagingRing:
     def _bounced(self, slot: int, piece: torch.Tensor) -> torch.Tensor:
         """The piece in the slot's page-locked buffer, once the buffer's last copy has left it."""
         if not self._bounce:
-            self._bounce = [self.device.host_empty(slot.shape, slot.dtype, "staging")[0] for slot in self._slots]
+            self._bounce = [self.device.host_empty(slot.shape, slot.dtype, "staging") for slot in self._slots]
         if self._sent[slot] is not None:
             self.device.synchronize(self._sent[slot])
         target = self._bounce[slot][: piece.numel()].view(piece.shape)

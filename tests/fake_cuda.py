@@ -215,6 +215,8 @@ class FakeLibrary:
         self.memory_operations = 0
 
     def __getattr__(self, name: str) -> _Function:
+        if name.startswith("_"):
+            raise AttributeError(name)
         return _Function(getattr(self, f"_{name.removesuffix('_v2')}"))
 
     def _cuGetErrorName(self, result: int, word: Any) -> None:  # noqa: N802
@@ -226,10 +228,25 @@ class FakeLibrary:
     def _cuCtxSetCurrent(self, context: int) -> int:  # noqa: N802
         return 0 if context == 7 else 201
 
-    def _move(self, target: int, source: int, count: int, stream: int) -> None:
+    def _locked(self, address: int) -> bool:
+        return any(start <= address < start + size for start, size in self.registered.items())
+
+    def _cuMemcpyHtoDAsync(self, target: int, source: int, count: int, stream: int) -> None:  # noqa: N802
+        """Ordinary memory is taken into a buffer of the driver's before the call returns, as CUDA says it is."""
+        keeper = None if self._locked(source) else ctypes.create_string_buffer(ctypes.string_at(source, count), count)
+        start = source if keeper is None else ctypes.addressof(keeper)
+        self._cuda.streams[stream].add(lambda keeper=keeper: ctypes.memmove(target, start, count) and None)
+
+    def _cuMemcpyDtoDAsync(self, target: int, source: int, count: int, stream: int) -> None:  # noqa: N802
         self._cuda.streams[stream].add(lambda: ctypes.memmove(target, source, count) and None)
 
-    _cuMemcpyHtoDAsync = _cuMemcpyDtoHAsync = _cuMemcpyDtoDAsync = _move  # noqa: N815
+    def _cuMemcpyDtoHAsync(self, target: int, source: int, count: int, stream: int) -> None:  # noqa: N802
+        """A copy to ordinary memory has been made when the call returns."""
+        self._cuda.streams[stream].add(lambda: ctypes.memmove(target, source, count) and None)
+        if not self._locked(target):
+            event = FakeEvent()
+            event.record(self._cuda.streams[stream])
+            event.wait()
 
     def _cuMemcpy2DAsync(self, request: Any, stream: int) -> None:  # noqa: N802
         copied = Copy2D.from_buffer_copy(ctypes.cast(request, ctypes.POINTER(Copy2D)).contents)
@@ -244,7 +261,11 @@ class FakeLibrary:
 
     def _cuMemHostRegister(self, address: int, count: int, flags: int) -> int:  # noqa: N802
         pages = range(address // 4096, (address + count - 1) // 4096 + 1)
-        taken = {page for start, size in self.registered.items() for page in range(start // 4096, (start + size - 1) // 4096 + 1)}
+        taken = {
+            page
+            for start, size in self.registered.items()
+            for page in range(start // 4096, (start + size - 1) // 4096 + 1)
+        }
         assert address % 4096 == 0 and not taken & set(pages), "page-locked ranges share a page"
         if self._refuse_pins:
             return 304

@@ -1,0 +1,233 @@
+"""The CUDA driver's own code on a `torch.cuda` and a libcuda of Python threads: toy models, memory, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from fake_cuda import fake_driver
+from runtime import THREADS, nmse, one_device_run, run_logits, toy_workload, uniform_plan
+from simulated_gpu import TorchCalls
+from toy import make_checkpoint
+
+from cpu_kernels import CpuKernels
+from hetero_attn import planning
+from hetero_attn.builder import assemble, connect
+from hetero_attn.config import ModelConfig
+from hetero_attn.devices import Device, machine
+from hetero_attn.devices.libcuda import CudaError, LibCuda
+from hetero_attn.devices.slab import ALIGN_BYTES, Slab
+from hetero_attn.engine import Engine
+from hetero_attn.errors import MemoryBudgetError, UnsupportedModelError
+from hetero_attn.planning import PlannedModel
+from placement import BudgetError, Policy, make_plan
+from placement.hardware import HardwareProfile
+from placement.plan import Plan
+
+SLACK_BYTES = 1 << 16
+
+
+class QueuedTorchCalls:
+    """What `TorchCalls` asks of a driver: plain torch calls on GPU memory become entries of the current stream."""
+
+    def __init__(self, driver) -> None:
+        self._driver = driver
+        self.checker = self
+
+    def on_device(self, tensor: torch.Tensor) -> bool:
+        start = self._driver._memory.data_ptr()
+        return start <= tensor.data_ptr() < start + self._driver._slab.size_bytes
+
+    def launch(self, stream, name, work, reads, writes) -> None:
+        self._driver.fake.current.add(work)
+
+    def run_host(self, name, reads, writes) -> None:
+        pass
+
+
+@contextmanager
+def fake_engine(path: Path, plan: Plan, refuse_pins: bool = False) -> Iterator[Engine]:
+    """A toy model on the CUDA driver over the fakes."""
+    driver = fake_driver(plan.gpu_memory_bytes + SLACK_BYTES, refuse_pins)
+    device = Device(driver, plan.gpu_memory_bytes)
+    lanes = connect(plan, CpuKernels(THREADS), device, ThreadPoolExecutor(1))
+    planned = PlannedModel(path, ModelConfig.from_dir(path), "fp32", "cuda", HardwareProfile.named("emulated"), plan)
+    engine = assemble(planned, lanes)
+    with TorchCalls(QueuedTorchCalls(driver), None):
+        yield engine
+    engine.close()
+    driver.fake.stop()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = make_checkpoint(tmp_path_factory.mktemp("toy"), "mistral", layers=2, sliding_window=11)
+    return one_device_run(path, "fp32", tokens=24, prompt_tokens=18)
+
+
+@pytest.fixture
+def plan(run) -> Plan:
+    return uniform_plan(toy_workload(run.path, page_size=4, prefill_chunk=8), gpu=0.3, stream=0.4, gpu_groups=1)
+
+
+@pytest.mark.filterwarnings("ignore:the system refused")
+@pytest.mark.parametrize("refuse_pins", [False, True])
+def test_a_toy_model_on_three_lanes_is_right(run, plan, refuse_pins):
+    with fake_engine(run.path, plan, refuse_pins) as engine:
+        actual = run_logits(engine, run.token_ids, run.prompt_tokens)
+        device = engine.lanes.device
+
+    assert nmse(actual, run.logits) <= 1e-11
+    assert device.arena.peak_bytes <= plan.gpu_memory_bytes
+    assert device.arena.total_bytes == device.pinned.total_bytes == 0
+    assert device.driver._library._library.registered == {}
+
+
+def test_weights_that_cannot_be_page_locked_are_said_once(run, plan):
+    with pytest.warns(UserWarning, match="refused to page-lock") as warned, fake_engine(run.path, plan, True):
+        pass
+
+    assert len([warning for warning in warned if "page-lock" in str(warning.message)]) == 1
+
+
+def test_host_memory_is_aligned_and_alone_on_its_pages():
+    driver = fake_driver(1 << 16)
+    device = Device(driver, 1 << 16, pin_budget_bytes=1 << 24)
+    tensors = [device.host_empty((size,), torch.uint8, "weights") for size in (1, 4097, 1 << 22, 100)]
+
+    assert [tensor.data_ptr() % 4096 for tensor in tensors] == [0] * 4
+    assert tensors[2].data_ptr() % (2 << 20) == 0
+    assert device.pinned.used_bytes == {"weights": 1 + 4097 + (1 << 22) + 100}
+    for tensor in tensors:
+        device.host_release(tensor, "weights")
+    assert (device.pinned.total_bytes, driver._library._library.registered) == (0, {})
+    driver.close()
+    driver.fake.stop()
+
+
+def test_a_pin_budget_is_kept():
+    driver = fake_driver(1 << 16)
+    device = Device(driver, 1 << 16, pin_budget_bytes=8192)
+    with pytest.warns(UserWarning, match="pinned_memory"):
+        device.host_empty((10_000,), torch.uint8, "weights")
+
+    assert (device.pinned.total_bytes, device.refused_pins) == (0, True)
+    driver.close()
+    driver.fake.stop()
+
+
+def test_torch_is_kept_under_the_budget_while_the_device_is_open():
+    driver = fake_driver(1 << 20)
+    fraction = driver.fake.fraction
+    driver.close()
+    driver.close()
+
+    assert 1 << 20 < fraction * driver.fake.total_bytes < 3 << 20
+    assert driver.fake.fraction == 1.0
+    driver.fake.stop()
+
+
+def test_slab_reuses_and_joins_what_is_given_back():
+    slab = Slab(10 * ALIGN_BYTES)
+    first, second, third = slab.take(1), slab.take(3 * ALIGN_BYTES), slab.take(6 * ALIGN_BYTES)
+    with pytest.raises(MemoryBudgetError, match="no gap"):
+        slab.take(1)
+    slab.give(second)
+    slab.give(first)
+
+    assert slab.take(4 * ALIGN_BYTES) == 0
+    slab.give(third)
+    slab.give(0)
+    assert slab.take(10 * ALIGN_BYTES) == 0
+
+
+def test_a_failed_call_is_named():
+    driver = fake_driver(1 << 16)
+    with pytest.raises(CudaError, match=r"cuCtxSetCurrent failed: CUDA_ERROR_FAKE \(201\)"):
+        driver._library.set_context(3)
+    driver.close()
+    driver.fake.stop()
+
+
+def test_without_a_driver_library_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: (_ for _ in ()).throw(OSError("not found")))
+
+    with pytest.raises(CudaError, match="install the NVIDIA driver"):
+        LibCuda()
+
+
+class OneGpu:
+    """What `machine` asks of `torch.cuda` where there is one GPU of a known name."""
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    @staticmethod
+    def device_count() -> int:
+        return 1
+
+    @staticmethod
+    def get_device_name(index: int) -> str:
+        return "NVIDIA H200"
+
+    @staticmethod
+    def get_device_properties(index: int):
+        return type("Properties", (), {"total_memory": 123 << 30})
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    monkeypatch.setattr(machine.torch, "cuda", OneGpu)
+    monkeypatch.setattr(machine, "context_bytes", lambda index: 400 << 20)
+
+
+@pytest.mark.parametrize("device,found", [("cuda:1", "1 GPU"), ("cuda:x", "1 GPU")])
+def test_a_gpu_that_is_not_there_is_refused(one_gpu, device, found):
+    with pytest.raises(UnsupportedModelError, match=found):
+        machine.device_index(device)
+
+
+def test_without_a_gpu_the_error_names_what_works(run):
+    with pytest.raises(UnsupportedModelError, match="torch sees no CUDA GPU; use device='cpu' or 'emulated'"):
+        machine.device_index("cuda")
+
+
+def test_auto_takes_the_gpu_where_there_is_one(one_gpu):
+    assert planning.choose_device("auto", None) == "cuda"
+    assert planning.choose_device("cpu", None) == "cpu"
+    assert planning.choose_device("auto", HardwareProfile.named("generic-cpu")) == "cpu"
+
+
+def test_an_unmeasured_gpu_is_planned_with_its_catalogue_entry(one_gpu):
+    with pytest.warns(UserWarning, match="run `hetero-attn profile`"):
+        profile = machine.gpu_profile(0, stored=None)
+
+    assert (profile.name, profile.gpu_memory_bytes) == ("h200-server", 123 << 30)
+
+
+def test_what_cuda_takes_is_part_of_the_budget(run, one_gpu):
+    """With the reserve in the plan, arena and reserve are the plan's bytes; without it the plan is refused."""
+    workload = toy_workload(run.path)
+    hardware = machine.with_own_bytes(HardwareProfile.named("rtx3060-ddr4"), "cuda", workload)
+    plan = make_plan(workload, hardware, Policy(), device="cuda", gpu_memory_bytes=1 << 30)
+    arena = machine.arena_bytes(plan, 0)
+
+    assert hardware.gpu_context_bytes > 400 << 20
+    assert arena + hardware.gpu_context_bytes == plan.memory.gpu_bytes <= 1 << 30
+    unaware = make_plan(
+        workload, HardwareProfile.named("rtx3060-ddr4"), Policy(), device="cuda", gpu_memory_bytes=1 << 30
+    )
+    with pytest.raises(MemoryBudgetError, match="gpu_memory of at least"):
+        machine.arena_bytes(unaware, 0)
+
+
+def test_a_budget_below_cudas_own_says_the_smallest_that_works(run, one_gpu):
+    workload = toy_workload(run.path)
+    hardware = machine.with_own_bytes(HardwareProfile.named("rtx3060-ddr4"), "cuda", workload)
+    with pytest.raises(BudgetError, match="smallest|at least"):
+        make_plan(workload, hardware, Policy(), device="cuda", gpu_memory_bytes=100 << 20)
