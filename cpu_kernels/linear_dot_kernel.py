@@ -60,11 +60,11 @@ def tile_step(isa: Isa, weight_dtype: str, features: int, rows: int):
     def addresses(b, base, stride, count):
         return [b.add(base, b.mul(stride, ir.Constant(I64, index))) for index in range(count)]
 
-    @emits(tile, tile, intp, intp, intp, intp)
-    def line(b, sums, w, w_stride, x, x_stride):
+    @emits(tile, tile, intp, intp, intp, intp, intp)
+    def line(b, sums, w, w_stride, x, x_stride, ahead):
         w_rows, x_rows = addresses(b, w, w_stride, features), addresses(b, x, x_stride, rows)
-        for address in w_rows:
-            prefetch_value(b, b.add(address, b.mul(w_stride, ir.Constant(I64, features))))
+        for index in range(features):
+            prefetch_value(b, ahead, 64 * index)
         ws = [load_as(b, address, VI32) for address in w_rows]
         return accumulate(b, sums, ws, [load_as(b, address, VI32) for address in x_rows])
 
@@ -122,7 +122,7 @@ def block_times_row(isa: Isa, weight_dtype: str):
                 index += STREAM_LINES
             total = together(sums)
             while index < whole:
-                total = line(total, w + 64 * index, w_stride, x + 64 * index, x_stride)
+                total = line(total, w + 64 * index, w_stride, x + 64 * index, x_stride, w + w_stride + 64 * index)
                 index += 1
             if rest:
                 total = part(total, w + 64 * whole, w_stride, x + 64 * whole, x_stride, rest)
@@ -144,8 +144,10 @@ def block_times_rows(isa: Isa, weight_dtype: str, features: int, rows: int):
         rest = inputs - whole * line_items
         for f in range(0, BLOCK_FEATURES, features):
             sums, w = start(), weight + f * w_stride
+            ahead = w + features * w_stride
             for index in range(whole):
-                sums = line(sums, w + 64 * index, w_stride, x + 64 * index, x_stride)
+                at = ahead + 64 * features * index
+                sums = line(sums, w + 64 * index, w_stride, x + 64 * index, x_stride, at)
             if rest:
                 sums = part(sums, w + 64 * whole, w_stride, x + 64 * whole, x_stride, rest)
             store(sums, bias + 4 * f if bias else 0, out + 4 * f, out_stride, accumulate)
