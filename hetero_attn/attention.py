@@ -15,8 +15,9 @@ from functools import partial
 
 import torch
 
-from hetero_attn.kv_cache import LayerGroup, PagedStore
+from hetero_attn.kv_pages import PagedStore
 from hetero_attn.lanes import Activation, Lanes
+from hetero_attn.layer_group import LayerGroup
 from hetero_attn.step import GroupStep, Segment, Step
 
 
@@ -121,7 +122,9 @@ def store(
 def _writers(
     lanes: Lanes, segments: GroupStep, group: LayerGroup, layer: int, parameters: AttentionParameters
 ) -> Iterator[tuple[_Side, Segment]]:
-    """The sides that the step writes to, with their segments: the CPU's groups, then the GPU's."""
+    """The sides that the step writes to, with their segments: the CPU's groups, then the GPU's, its pages in place."""
+    if group.moves is not None:
+        group.moves.wait(layer)
     owned = group.gpu_groups
     heads = owned * parameters.heads_per_group
     if segments.host is not None:

@@ -50,7 +50,7 @@ def assemble(
                 warnings.warn(f"{planned.path}: {warning}", stacklevel=3)
             warm_up(lanes.host_ops, planned.config, planned.weight_dtype, planned.plan.workload.kv_dtype)
             weights = Loader(checkpoint, planned.config, planned.plan, planned.weight_dtype, lanes, progress).load()
-            return Engine(planned.config, planned.plan, weights, lanes, make_kv_cache(planned, lanes), overlap)
+            return Engine(planned.config, planned.plan, weights, lanes, KVCache(planned.plan, lanes.device), overlap)
     except BaseException:
         lanes.close()
         raise
@@ -92,16 +92,3 @@ def make_device(plan: Plan, device: str) -> Device | None:
     arena = arena_bytes(plan, index)
     driver = CudaDriver(index, arena + SLACK_BYTES, temporary_bytes(plan.workload))
     return Device(driver, arena)
-
-
-def make_kv_cache(planned: PlannedModel, lanes: Lanes) -> KVCache:
-    """Allocate the cache of a plan."""
-    return KVCache(
-        planned.plan,
-        num_kv_heads=planned.config.num_kv_heads,
-        head_dim=planned.config.head_dim,
-        windows=planned.config.sliding_window,
-        device_empty=None if lanes.device is None else lanes.device.empty,
-        device_release=None if lanes.device is None else lanes.device.release,
-        copy=lanes.copy,
-    )

@@ -15,8 +15,9 @@ from hetero_attn.attention import AttentionBuffers, store
 from hetero_attn.config import ModelConfig
 from hetero_attn.elastic import go_over
 from hetero_attn.errors import EngineDeadError
-from hetero_attn.kv_cache import KVCache, SequenceState
+from hetero_attn.kv_cache import KVCache
 from hetero_attn.lanes import Activation, Lanes
+from hetero_attn.layer_group import SequenceState
 from hetero_attn.linear import LinearWeights
 from hetero_attn.model import ModelWeights, Workspace
 from hetero_attn.replay import DecodeReplay

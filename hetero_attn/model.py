@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from hetero_attn.attention import AttentionBuffers, AttentionParameters, attend
-from hetero_attn.kv_cache import LayerGroup
 from hetero_attn.lanes import Activation, Lanes
+from hetero_attn.layer_group import LayerGroup
 from hetero_attn.linear import LinearWeights, linear, linear_add
 from hetero_attn.step import GroupStep, Step
 from placement.workload import row_tier

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hetero_attn.errors import HeteroError
-from hetero_attn.kv_cache import SequenceState
+from hetero_attn.layer_group import SequenceState
 from hetero_attn.sampling import SampledToken, Sampler
 from hetero_attn.sampling_params import SamplingParams
 from hetero_attn.tokenizer import TextStream

@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hetero_attn.kv_cache import KVCache, LayerGroup, PagedStore, SequenceState
+from hetero_attn.kv_cache import KVCache
+from hetero_attn.kv_pages import PagedStore
 from hetero_attn.lanes import Activation, Lanes
+from hetero_attn.layer_group import LayerGroup, SequenceState
 from placement.workload import row_tier
 
 
@@ -66,8 +68,8 @@ def plan_step(lanes: Lanes, cache: KVCache, sequences: Sequence[SequenceState], 
         cache.make_room(sequence, new_tokens)
     positions = torch.cat([torch.arange(sequence.length, sequence.length + new_tokens) for sequence in sequences])
     groups = tuple(
-        _group_step(group, index, sequences, positions.view(len(sequences), new_tokens), is_prefill)
-        for index, group in enumerate(cache.layer_groups)
+        _group_step(group, sequences, positions.view(len(sequences), new_tokens), is_prefill)
+        for group in cache.layer_groups
     )
     step = Step(is_prefill, rows, row_tier(rows), tuple(sequences), Activation(None, positions), groups)
     return step if lanes.device is None else _uploaded(lanes, step)
@@ -75,14 +77,13 @@ def plan_step(lanes: Lanes, cache: KVCache, sequences: Sequence[SequenceState], 
 
 def _group_step(
     group: LayerGroup,
-    index: int,
     sequences: Sequence[SequenceState],
     positions: torch.Tensor,
     is_prefill: bool,
 ) -> GroupStep:
     stops = [int(row[-1]) + 1 for row in positions]
-    starts = [max(0, sequence.length + 1 - group.window) if group.window else 0 for sequence in sequences]
-    split = [max(start, sequence.boundaries[index]) for start, sequence in zip(starts, sequences, strict=True)]
+    starts = [group.first_visible(sequence.length) for sequence in sequences]
+    split = [max(start, group.boundary(sequence.slot)) for start, sequence in zip(starts, sequences, strict=True)]
 
     def segment(store: PagedStore | None, start: list[int], stop: list[int], writes: bool) -> Segment | None:
         if store is None or all(first >= last for first, last in zip(start, stop, strict=True)):

@@ -92,8 +92,12 @@ def one_lane_plan(plan: Plan) -> Plan:
     linears = [
         LinearPlacement(shard.name, shard.units if on_gpu else 0, no_stream, shard.units) for shard in workload.linears
     ]
-    tokens = workload.full_tokens if on_gpu else 0
-    kv = [KvPlacement(shard.name, shard.groups if on_gpu else 0, tokens, shard.groups) for shard in workload.kv]
+    kv = [
+        KvPlacement(shard.name, shard.groups, workload.layer_tokens(shard), shard.groups)
+        if on_gpu
+        else KvPlacement(shard.name, 0, 0, shard.groups)
+        for shard in workload.kv
+    ]
     return build_plan(workload, linears, kv, device="emulated" if on_gpu else "cpu", num_threads=plan.num_threads)
 
 

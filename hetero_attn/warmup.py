@@ -9,7 +9,7 @@ from cpu_kernels import CpuKernels
 from cpu_kernels.kv_layout import row_items
 from cpu_kernels.layout import BLOCK_FEATURES, block_bytes
 from hetero_attn.config import ModelConfig
-from hetero_attn.kv_cache import TORCH_DTYPES
+from hetero_attn.kv_pages import TORCH_DTYPES
 
 WIDTH = 64
 ROW_COUNTS = (1, 4, 65)  # one row, a few, a prompt: the kernels' own tiers

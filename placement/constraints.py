@@ -217,7 +217,8 @@ def _tier_units(
 
 def _kv_bounds(rule: Rule, shard: KvShard, device: str, workload: Workload) -> KvBounds:
     groups = shard.groups if rule.kv.gpu_heads == "all" else rule.kv.gpu_heads
-    tokens = workload.full_tokens if rule.kv.gpu_tokens == "all" else rule.kv.gpu_tokens
+    every, fewest = workload.layer_tokens(shard), min(workload.min_gpu_tokens, workload.layer_tokens(shard))
+    tokens = every if rule.kv.gpu_tokens == "all" else rule.kv.gpu_tokens
     if groups is not None and groups > shard.groups:
         raise _Conflict(("kv", "gpu_heads"), f"{groups} is more than its {shard.groups} KV-head groups")
     if device == "cpu" and (groups or tokens):
@@ -229,11 +230,11 @@ def _kv_bounds(rule: Rule, shard: KvShard, device: str, workload: Workload) -> K
             )
         return KvBounds(0, 0)
     if tokens is not None:
-        if tokens < workload.min_gpu_tokens:
+        if tokens < fewest:
             raise _Conflict(
                 ("kv", "gpu_tokens"),
-                f"{tokens} is below {workload.min_gpu_tokens}, one prefill chunk and a page "
+                f"{tokens} is below {fewest}, one prefill chunk and a page "
                 "for every sequence; give at least that, or 0",
             )
-        tokens = min(workload.full_tokens, -(-tokens // workload.page_size) * workload.page_size)
+        tokens = min(every, -(-tokens // workload.page_size) * workload.page_size)
     return KvBounds(groups, tokens)

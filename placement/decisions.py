@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from placement.constraints import KvBounds
 from placement.cost import Call
-from placement.workload import KvShard, Workload, round_up
+from placement.workload import KvShard, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +55,6 @@ class Totals:
 def gpu_tokens_of(workload: Workload, shard: KvShard, bounds: KvBounds, gpu_tokens: int) -> int:
     """KV slots that a GPU-owned group of a layer keeps in GPU memory: the policy's, else `gpu_tokens`.
 
-    A sliding window never looks further back than itself, so its layers keep no more than that.
+    The layers of a sliding window keep no more than they ever hold.
     """
-    if bounds.gpu_tokens:
-        return bounds.gpu_tokens
-    if not shard.window:
-        return gpu_tokens
-    seen = round_up(min(shard.window, workload.max_context), workload.page_size) + workload.page_size
-    return min(gpu_tokens, max(workload.min_gpu_tokens, seen * workload.max_batch))
+    return min(bounds.gpu_tokens or gpu_tokens, workload.layer_tokens(shard))

@@ -195,8 +195,8 @@ class Formulation:
             fixed = count * kv.bounds.gpu_groups
         groups = self._whole(fixed, total, total <= MAX_INTEGER_UNITS)
         tokens = gpu_tokens_of(self.workload, kv.shard, kv.bounds, self.gpu_tokens)
-        full = self.workload.full_tokens
-        in_dram = kv_spilled_tokens(self.workload, tokens) - full
+        full = self.workload.layer_tokens(shard)
+        in_dram = kv_spilled_tokens(self.workload, shard, tokens) - full
         add(self.memory["gpu"], groups, tokens * shard.bytes_per_token / self.bytes_scale)
         add(self.memory["host"], groups, in_dram * shard.bytes_per_token / self.bytes_scale)
         self.memory_constant["host"] += total * full * shard.bytes_per_token / self.bytes_scale

@@ -99,21 +99,28 @@ class MemoryReport:
         return {place: dict(getattr(self, place)) for place in PLACES}
 
 
-def kv_gpu_bytes(shard: KvShard, placement: KvPlacement, page_size: int) -> int:
-    """GPU memory of one layer's KV cache."""
-    return placement.gpu_groups * round_up(placement.gpu_tokens, page_size) * shard.bytes_per_token
+def kv_recent_tokens(workload: Workload, shard: KvShard, gpu_tokens: int) -> int:
+    """KV slots in GPU memory for a GPU-owned group, in whole pages: `gpu_tokens`, or all that the layer ever takes."""
+    return min(round_up(gpu_tokens, workload.page_size), workload.layer_tokens(shard))
 
 
-def kv_spilled_tokens(workload: Workload, gpu_tokens: int) -> int:
+def kv_spilled_tokens(workload: Workload, shard: KvShard, gpu_tokens: int) -> int:
     """KV slots in DRAM for the older tokens of a GPU-owned group: every token may be there once some have to be."""
-    may_spill = workload.elastic or round_up(gpu_tokens, workload.page_size) < workload.full_tokens
-    return workload.full_tokens if may_spill else 0
+    all_tokens = workload.layer_tokens(shard)
+    may_spill = workload.elastic or kv_recent_tokens(workload, shard, gpu_tokens) < all_tokens
+    return all_tokens if may_spill else 0
+
+
+def kv_gpu_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) -> int:
+    """GPU memory of one layer's KV cache."""
+    tokens = kv_recent_tokens(workload, shard, placement.gpu_tokens)
+    return placement.gpu_groups * tokens * shard.bytes_per_token
 
 
 def kv_dram_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) -> int:
     """DRAM of one layer's KV cache: older tokens of the GPU's groups and all tokens of the CPU's."""
-    spilled = placement.gpu_groups * kv_spilled_tokens(workload, placement.gpu_tokens)
-    owned = (placement.groups - placement.gpu_groups) * workload.full_tokens
+    spilled = placement.gpu_groups * kv_spilled_tokens(workload, shard, placement.gpu_tokens)
+    owned = (placement.groups - placement.gpu_groups) * workload.layer_tokens(shard)
     return (spilled + owned) * shard.bytes_per_token
 
 
@@ -178,9 +185,7 @@ def memory_report(
         return MemoryReport(host=host | {"resident": workload.resident_bytes})
     gpu = {
         "weights": weights_bytes(workload, linears, "gpu"),
-        "kv": sum(
-            kv_gpu_bytes(shard, placement, workload.page_size) for shard, placement in zip(workload.kv, kv, strict=True)
-        ),
+        "kv": sum(kv_gpu_bytes(workload, shard, placement) for shard, placement in zip(workload.kv, kv, strict=True)),
         "staging": staging_slots * staging_slot_bytes(workload.linears, linears),
         "activations": activation_bytes(workload),
         "resident": workload.resident_bytes,

@@ -74,7 +74,7 @@ def _linear_row(plan: Plan, group: Group) -> tuple[str, ...]:
 
 def _kv_row(plan: Plan, group: Group) -> tuple[str, ...]:
     placement: KvPlacement = group.placement
-    gpu = sum(kv_gpu_bytes(shard, placement, plan.page_size) for shard in group.shards)
+    gpu = sum(kv_gpu_bytes(plan.workload, shard, placement) for shard in group.shards)
     dram = sum(kv_dram_bytes(plan.workload, shard, placement) for shard in group.shards)
     cut = f"{placement.gpu_groups}/0/{placement.groups - placement.gpu_groups}"
     home = f"{placement.gpu_groups} ({placement.gpu_tokens} tok)" if placement.gpu_groups else "0"

@@ -90,7 +90,8 @@ class Workload:
     resident_bytes: norms, biases, rotary tables: in GPU memory whenever there is a GPU.
     activation_bytes_per_row: peak activations of one token row. max_context, prefill_chunk: tokens; max_batch:
     sequences; page_size: tokens of one KV page. elastic: units in GPU memory have a copy in DRAM, so that a loaded model
-    can move to a plan for another GPU budget.
+    can move to a plan for another GPU budget. kv_tokens: KV slots that all sequences share, None is max_context for each; a
+    sequence reserves the pages of its own prompt and answer, so fewer slots still serve many short sequences.
     """
 
     model: str
@@ -110,11 +111,17 @@ class Workload:
     prefill_chunk: int
     kv_dtype: str = "bf16"
     elastic: bool = False
+    kv_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("max_context", "max_batch", "page_size", "prefill_chunk"):
             if getattr(self, field) < 1:
                 raise ValueError(f"workload {self.model}: {field} must be at least 1, got {getattr(self, field)}")
+        if self.kv_tokens is not None and self.kv_tokens < self.max_context:
+            raise ValueError(
+                f"workload {self.model}: kv_tokens is {self.kv_tokens}, less than one sequence of max_context "
+                f"{self.max_context}; give at least that"
+            )
 
     @property
     def weight_bytes(self) -> int:
@@ -128,14 +135,26 @@ class Workload:
 
     @property
     def full_tokens(self) -> int:
-        """KV slots that hold every sequence at full length, each rounded up to whole pages."""
-        return round_up(self.max_context, self.page_size) * self.max_batch
+        """KV slots of all sequences together in a layer that attends to everything, in whole pages."""
+        every_sequence = round_up(self.max_context, self.page_size) * self.max_batch
+        return every_sequence if self.kv_tokens is None else min(every_sequence, round_up(self.kv_tokens, self.page_size))
 
     @property
     def min_gpu_tokens(self) -> int:
         """Fewest KV slots with which a GPU-owned group can work: one prefill chunk and a page for every sequence."""
         chunk = round_up(min(self.max_context, self.prefill_chunk), self.page_size)
         return min(self.full_tokens, chunk + self.page_size * self.max_batch)
+
+    def sequence_tokens(self, shard: KvShard) -> int:
+        """Most KV slots that one sequence ever takes in a layer: its context, or its window, a chunk and a page."""
+        whole = round_up(self.max_context, self.page_size)
+        if not shard.window:
+            return whole
+        return min(whole, round_up(shard.window + self.activation_rows, self.page_size) + self.page_size)
+
+    def layer_tokens(self, shard: KvShard) -> int:
+        """Most KV slots that all sequences together ever take in a layer, in whole pages."""
+        return min(self.full_tokens, self.max_batch * self.sequence_tokens(shard))
 
     @property
     def activation_rows(self) -> int:

@@ -37,7 +37,7 @@ def smallest(llm):
 
 
 def stores(llm):
-    return [store for group in llm.engine.kv_cache.layer_groups for store in group.stores]
+    return [store for group in llm.engine.kv_cache.layer_groups for store in group.stores.values()]
 
 
 def assert_counts_are_true(llm):

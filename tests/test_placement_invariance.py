@@ -13,7 +13,7 @@ from toy import make_checkpoint
 
 import hetero_attn.staging
 from gpu_kernels import reference
-from hetero_attn.kv_cache import LayerGroup
+from hetero_attn.layer_group import LayerGroup
 
 # Lanes add in different orders, so an activation at the edge between two int8 values may round the other way: one such
 # step moves a 72-wide row of these toys by 1e-5, and later layers by more.
@@ -124,15 +124,9 @@ def test_without_a_planted_bug_the_spilling_plan_is_right(runs):
 
 
 def test_planted_bug_token_dropped_at_the_boundary_is_caught(runs, monkeypatch):
-    """The boundary moves one token further than the pages did: a token is in neither segment."""
-    original = LayerGroup._spill_one
-
-    def off_by_one(self, index, sequences, copy):
-        original(self, index, sequences, copy)
-        for sequence in sequences:
-            sequence.boundaries[index] += sequence.boundaries[index] == self.page_size
-
-    monkeypatch.setattr(LayerGroup, "_spill_one", off_by_one)
+    """The boundary is one token further than the pages that were moved: a token is in neither segment."""
+    original = LayerGroup.boundary
+    monkeypatch.setattr(LayerGroup, "boundary", lambda self, slot: (at := original(self, slot)) + (at > 0))
 
     assert _spilling_error(runs["bf16"]) > 10 * LIMITS["bf16"]
 

@@ -119,11 +119,30 @@ def test_without_a_gpu_everything_is_in_host_memory():
     assert {(0, 0, s.units) for s in workload.linears} == {p.cut(tier) for p in plan.linears for tier in range(5)}
 
 
+def test_a_window_layer_holds_its_window_a_chunk_and_a_page_of_each_sequence():
+    workload = tiny(batch=3, context=512, windows=(0, 40))  # chunks of 32, pages of 16
+    full, windowed = workload.kv[:2]
+
+    assert (512, 80 + 16) == (workload.sequence_tokens(full), workload.sequence_tokens(windowed))
+    assert (3 * 512, 3 * 96) == (workload.layer_tokens(full), workload.layer_tokens(windowed))
+    placement = KvPlacement(windowed.name, 2, 10_000, 2)
+    assert 2 * 3 * 96 * windowed.bytes_per_token == kv_gpu_bytes(workload, windowed, placement)
+    assert 0 == kv_dram_bytes(workload, windowed, placement)
+
+
+def test_sequences_may_share_fewer_slots_than_their_contexts_take():
+    workload = replace(tiny(batch=3), kv_tokens=200)
+
+    assert 208 == workload.full_tokens == workload.layer_tokens(workload.kv[0])
+    with pytest.raises(ValueError, match="kv_tokens is 100, less than one sequence of max_context 128"):
+        replace(tiny(), kv_tokens=100)
+
+
 def test_kv_bytes_round_up_to_pages():
     workload = tiny()
     shard, placement = workload.kv[0], KvPlacement("layers.0.kv", 1, 50, 2)
 
-    assert 64 * shard.bytes_per_token == kv_gpu_bytes(shard, placement, workload.page_size)
+    assert 64 * shard.bytes_per_token == kv_gpu_bytes(workload, shard, placement)
     assert 2 * 128 * shard.bytes_per_token == kv_dram_bytes(workload, shard, placement)
     assert 128 * shard.bytes_per_token == kv_dram_bytes(workload, shard, replace(placement, gpu_tokens=128))
 

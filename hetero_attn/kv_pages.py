@@ -1,0 +1,146 @@
+"""Pages of keys and values: the memory they are in, and one page as the sequences that share it see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from cpu_kernels import advise_huge_pages, kv_layout
+from hetero_attn.errors import MemoryBudgetError
+
+if TYPE_CHECKING:
+    from hetero_attn.prefix_tree import Node
+
+Allocate = Callable[[tuple[int, ...], torch.dtype, str], torch.Tensor]
+Release = Callable[[torch.Tensor, str], None]
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "q8": torch.int8, "q4": torch.uint8}
+
+
+def host_empty(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.Tensor:
+    """Allocate host memory; pages are touched, and so counted by the system, only when they are written."""
+    pages = torch.empty(shape, dtype=dtype)
+    advise_huge_pages(pages)
+    return pages
+
+
+def host_release(tensor: torch.Tensor, kind: str) -> None:
+    """Nothing to count: host memory goes back with its last reference."""
+
+
+@dataclass(slots=True, eq=False)
+class Page:
+    """`page_size` consecutive tokens in all layers of a layer group, from token `index * page_size` on.
+
+    host, recent, spilled: its number in the stores of those names; a page of the GPU's groups is in one of the last
+    two. slots: the sequences that hold it. node: where the prefix tree remembers it, None where it does not.
+    """
+
+    index: int
+    host: int | None = None
+    recent: int | None = None
+    spilled: int | None = None
+    slots: set[int] = field(default_factory=set)
+    node: Node | None = None
+
+
+class PagedStore:
+    """Pages of `groups` KV-head groups for a run of layers, in one memory.
+
+    k[i], v[i]: [num_pages * groups, page_size, row_items] of the run's i-th layer, laid out as cpu_kernels.kv_layout
+    says for the KV dtype; page p of group g is row p * groups + g. table: int32 [max_batch, groups, pages of
+    max_context] in host memory, the row number of each logical page.
+    """
+
+    def __init__(
+        self,
+        allocate: Allocate,
+        release: Release,
+        *,
+        layers: int,
+        groups: int,
+        num_pages: int,
+        page_size: int,
+        head_dim: int,
+        kv_dtype: str,
+        max_batch: int,
+        max_pages: int,
+    ) -> None:
+        self.groups = groups
+        self.page_size = page_size
+        self.max_batch = max_batch
+        self.num_pages = num_pages
+        self._allocate, self._release = allocate, release
+        self._parked: list[torch.Tensor] | None = None
+        self._row_shape = (page_size, kv_layout.row_items(kv_dtype, head_dim))
+        self._dtype = TORCH_DTYPES[kv_dtype]
+        self.k = [self._new_pages() for _ in range(layers)]
+        self.v = [self._new_pages() for _ in range(layers)]
+        self.table = torch.zeros((max_batch, groups, max_pages), dtype=torch.int32)
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._group_rows = torch.arange(groups, dtype=torch.int32)
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether the pages in use wait in host memory for a `resize` that fits."""
+        return self._parked is not None
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that are in no use."""
+        return len(self._free)
+
+    def acquire(self) -> int:
+        """Take a free page; raises MemoryBudgetError when there is none."""
+        if not self._free:
+            raise MemoryBudgetError("the KV cache has no free page; raise kv_tokens, max_context or max_batch at load")
+        return self._free.pop()
+
+    def free(self, page: int) -> None:
+        """Take a page back."""
+        self._free.append(page)
+
+    def place(self, slot: int, logical_page: int, page: int) -> None:
+        """Let a sequence find its tokens [logical_page * page_size, ...) in a page."""
+        self.table[slot, :, logical_page] = page * self.groups + self._group_rows
+
+    def page_rows(self, page: int) -> slice:
+        """Rows of k and v that hold this page, all groups."""
+        return slice(page * self.groups, (page + 1) * self.groups)
+
+    def slots(self, slot: int, positions: torch.Tensor) -> torch.Tensor:
+        """Where the tokens at `positions` int64 [n] of a sequence are written: int64 [n, groups] into k viewed as tokens."""
+        pages = self.table[slot, :, positions // self.page_size].T.long()  # [n, groups]
+        return pages * self.page_size + (positions % self.page_size)[:, None]
+
+    def resize(self, num_pages: int, used: list[int]) -> None:
+        """Keep `num_pages` pages from now on: those in `used`, numbered from 0 in that order, and free ones.
+
+        No queued work may use the store. The pages wait in host memory while the old ones are given back before the new
+        ones are allocated. Where those do not fit, MemoryBudgetError is raised and the pages go on waiting for a `resize`
+        that fits.
+        """
+        assert len(used) <= num_pages, (used, num_pages)
+        self._park(used)
+        self.num_pages = num_pages
+        layers = len(self._parked) // 2
+        for index, parked in enumerate(self._parked):
+            pages = self._new_pages()
+            (self.k if index < layers else self.v).append(pages)
+            pages[: parked.shape[0]].copy_(parked)
+        self._parked = None
+        self._free = list(range(num_pages - 1, len(used) - 1, -1))
+
+    def _park(self, used: list[int]) -> None:
+        """Move the used pages of every layer to host memory and give the store's memory back."""
+        if self._parked is None:
+            rows = [row for page in used for row in range(page * self.groups, (page + 1) * self.groups)]
+            self._parked = [pages.cpu()[rows] for pages in (*self.k, *self.v)]
+        for pages in (*self.k, *self.v):
+            self._release(pages, "kv")
+        self.k, self.v = [], []
+
+    def _new_pages(self) -> torch.Tensor:
+        return self._allocate((self.num_pages * self.groups, *self._row_shape), self._dtype, "kv")
