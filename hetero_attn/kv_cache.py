@@ -60,8 +60,8 @@ class KVCache:
         if not self.has_room(tokens):
             raise MemoryBudgetError(
                 f"no room for a sequence of {tokens} tokens: {self.free_slots} of {self._plan.max_batch} sequences and "
-                f"{min(group.free_pages for group in self.layer_groups) * self._plan.page_size} KV slots are free; close "
-                "a sequence, or raise max_batch or kv_tokens at load"
+                f"{min(group.free_pages for group in self.layer_groups) * self._plan.page_size} KV slots are free; "
+                "close a sequence, or raise max_batch or kv_tokens at load"
             )
         sequence = SequenceState(self._free_slots.pop())
         self._open[sequence.slot] = sequence
@@ -89,7 +89,7 @@ class KVCache:
         return twin
 
     def rewind(self, sequence: SequenceState, length: int) -> bool:
-        """Forget the tokens from `length` on; False, and nothing is done, where a window has let go of what they see."""
+        """Forget the tokens from `length` on; False, and nothing is done, where a window has let go of what is seen."""
         for group in self.layer_groups:
             first, held = group.first_visible(length) // group.page_size, group.held(sequence.slot)
             if any(logical not in held for logical in range(first, -(-length // group.page_size))):
@@ -116,7 +116,7 @@ class KVCache:
             group.grow(_gpu_tokens(group, plan), tuple(self._open.values()))
 
     def reuse(self, sequence: SequenceState, token_ids: Sequence[int]) -> int:
-        """Begin an empty sequence with the stored part of `token_ids`; returns its length, whole pages of all of them."""
+        """Begin an empty sequence with the stored part of `token_ids`, whole pages; returns how many tokens that is."""
         if self._tree is None:
             return 0
         for group, pages in zip(self.layer_groups, self._tree.pages(token_ids), strict=True):

@@ -111,7 +111,7 @@ class PagedStore:
         return slice(page * self.groups, (page + 1) * self.groups)
 
     def slots(self, slot: int, positions: torch.Tensor) -> torch.Tensor:
-        """Where the tokens at `positions` int64 [n] of a sequence are written: int64 [n, groups] into k viewed as tokens."""
+        """Where tokens at `positions` int64 [n] of a sequence are written: int64 [n, groups] into k viewed as tokens."""
         pages = self.table[slot, :, positions // self.page_size].T.long()  # [n, groups]
         return pages * self.page_size + (positions % self.page_size)[:, None]
 

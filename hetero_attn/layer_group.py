@@ -7,8 +7,8 @@
 A sequence of a GPU group is the segment [first, boundary) in `spilled` and [boundary, length) in `recent`. A page that
 several sequences hold has one place for all of them, so moving it moves their boundaries together. When the newest
 tokens would not fit, idle pages leave `recent` first and then the oldest page of the fullest sequence. Pages wholly
-older than a sliding window are let go as the sequence grows. A page that nobody holds stays, idle, while the prefix tree
-remembers it and nobody needs its memory; the one idle for longest goes first.
+older than a sliding window are let go as the sequence grows. A page that nobody holds stays, idle, while the prefix
+tree remembers it and nobody needs its memory; the one idle for longest goes first.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -33,7 +33,8 @@ class SequenceState:
 class LayerGroup:
     """Pages of up to `plan.max_batch` sequences for some layers of a plan; see the module docstring.
 
-    device: None without a GPU. forget: set to what is called before a remembered page is taken for something else.
+    device: None without a GPU. idle: remembered pages that no sequence holds, the one idle for longest first. forget:
+    set to what is called before a remembered page is taken for something else.
     """
 
     def __init__(self, plan: Plan, layers: Sequence[int], device: Device | None) -> None:
@@ -49,7 +50,7 @@ class LayerGroup:
         self._held: list[dict[int, Page]] = [{} for _ in range(plan.max_batch)]
         self._reserved = [0] * plan.max_batch
         self._boundary = [0] * plan.max_batch  # in pages
-        self._idle: dict[Page, None] = {}
+        self.idle: dict[Page, None] = {}
 
         def store(groups: int, tokens: int, allocate=host_empty, release=host_release) -> PagedStore | None:
             if groups == 0 or tokens == 0:
@@ -133,8 +134,9 @@ class LayerGroup:
         """Let a sequence hold pages that exist, in order and before any of its own."""
         pages = list(pages)
         for page in pages:
-            self._idle.pop(page, None)
+            self.idle.pop(page, None)
             self._hold(slot, page)
+        self._boundary[slot] = pages[0].index if pages else 0
         older = [page.index for page in pages if page.recent is None]
         if self.recent is not None and older:
             self._boundary[slot] = max(older) + 1
@@ -173,7 +175,7 @@ class LayerGroup:
     def drop(self, page: Page) -> None:
         """Free a page that the prefix tree no longer remembers, unless a sequence holds it."""
         if not page.slots:
-            self._idle.pop(page, None)
+            self.idle.pop(page, None)
             self._free(page)
 
     def shrink(self, gpu_tokens: int, others: Iterable[SequenceState]) -> None:
@@ -213,10 +215,14 @@ class LayerGroup:
 
     def _new_page(self, logical: int, others: Iterable[SequenceState]) -> Page:
         page = Page(logical)
-        if self.host is not None:
-            page.host = self._acquire(self.host, "host")
-        if self.recent is not None:
-            page.recent = self._acquire_recent(others)
+        try:
+            if self.host is not None:
+                page.host = self._acquire(self.host, "host")
+            if self.recent is not None:
+                page.recent = self._acquire_recent(others)
+        except BaseException:
+            self._free(page)
+            raise
         return page
 
     def _hold(self, slot: int, page: Page) -> None:
@@ -233,7 +239,7 @@ class LayerGroup:
             if page.node is None:
                 self._free(page)
             else:
-                self._idle[page] = None
+                self.idle[page] = None
 
     def _free(self, page: Page) -> None:
         for name, store in self.stores.items():
@@ -252,7 +258,7 @@ class LayerGroup:
         return store.acquire()
 
     def _longest_idle(self, name: str) -> Page | None:
-        return next((page for page in self._idle if getattr(page, name) is not None), None)
+        return next((page for page in self.idle if getattr(page, name) is not None), None)
 
     def _acquire_recent(self, others: Iterable[SequenceState]) -> int:
         while not self.recent.free_pages:
@@ -278,12 +284,17 @@ class LayerGroup:
         fullest = max(sequences, key=full_pages)
         if full_pages(fullest) <= 0 or self.spilled is None:
             raise MemoryBudgetError(
-                f"the KV cache keeps {self.recent.num_pages} pages of {self.page_size} tokens in GPU memory and none is "
-                "left to move to DRAM; give the plan more kv gpu_tokens, or fewer sequences at once"
+                f"the KV cache keeps {self.recent.num_pages} pages of {self.page_size} tokens in GPU memory and none "
+                "is left to move to DRAM; give the plan more kv gpu_tokens, or fewer sequences at once"
             )
         self._spill(self._held[fullest.slot][self._boundary[fullest.slot]])
 
     def _spill(self, page: Page) -> None:
+        """Move a page to DRAM, after every older one of its sequences: one whose window is behind may hold some."""
+        for slot in page.slots:
+            for logical in range(self._boundary[slot], page.index):
+                if logical in self._held[slot] and self._held[slot][logical].recent is not None:
+                    self._spill(self._held[slot][logical])
         page.spilled = self._acquire(self.spilled, "spilled")
         self.moves.queue(self.spilled, page.spilled, self.recent, page.recent)
         self.recent.free(page.recent)

@@ -1,8 +1,8 @@
 """Which prompts have been computed before: a tree whose every edge is one page of token ids.
 
-A path from the root spells a prefix, compared token by token, and its nodes know the pages that hold the keys and values
-of that prefix in every layer group. A page may be taken for something else at any time when no sequence holds it; the
-prefix is then shorter. A layer with a sliding window needs only the pages that the window still sees.
+A path from the root spells a prefix, compared token by token, and its nodes know the pages that hold the keys and
+values of that prefix in every layer group. A page may be taken for something else at any time when no sequence
+holds it; the prefix is then shorter. A layer with a sliding window needs only the pages that the window still sees.
 """
 
 from collections.abc import Sequence
