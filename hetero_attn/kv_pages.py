@@ -118,9 +118,9 @@ class PagedStore:
     def resize(self, num_pages: int, used: list[int]) -> None:
         """Keep `num_pages` pages from now on: those in `used`, numbered from 0 in that order, and free ones.
 
-        No queued work may use the store. The pages wait in host memory while the old ones are given back before the new
-        ones are allocated. Where those do not fit, MemoryBudgetError is raised and the pages go on waiting for a `resize`
-        that fits.
+        No queued work may use the store. The pages wait in host memory while the old ones are given back before the
+        new ones are allocated. Where those do not fit, MemoryBudgetError is raised and the pages go on waiting for a
+        `resize` that fits.
         """
         assert len(used) <= num_pages, (used, num_pages)
         self._park(used)

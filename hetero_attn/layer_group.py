@@ -209,7 +209,7 @@ class LayerGroup:
                 self.recent.place(slot, page.index, number)
 
     def _newest_spilled(self, sequences: Iterable[SequenceState]) -> Page | None:
-        """The last page in DRAM of the sequence with the most there; whoever shares it has its boundary behind it too."""
+        """The last page in DRAM of the sequence with the most there; its sharers have their boundary behind it too."""
         slot = max((sequence.slot for sequence in sequences), key=lambda slot: self._boundary[slot], default=None)
         return None if slot is None else self._held[slot].get(self._boundary[slot] - 1)
 

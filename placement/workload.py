@@ -86,12 +86,13 @@ class KvShard:
 class Workload:
     """Everything the planner may know about a model and the use made of it.
 
-    weight_dtype, kv_dtype: fp32 | bf16 | q8 | q4. embed_bytes: the token embedding, read a row at a time from host memory.
+    weight_dtype, kv_dtype: fp32 | bf16 | q8 | q4. embed_bytes: the token embedding, read a row at a time from host
+    memory.
     resident_bytes: norms, biases, rotary tables: in GPU memory whenever there is a GPU.
     activation_bytes_per_row: peak activations of one token row. max_context, prefill_chunk: tokens; max_batch:
-    sequences; page_size: tokens of one KV page. elastic: units in GPU memory have a copy in DRAM, so that a loaded model
-    can move to a plan for another GPU budget. kv_tokens: KV slots that all sequences share, None is max_context for each; a
-    sequence reserves the pages of its own prompt and answer, so fewer slots still serve many short sequences.
+    sequences; page_size: tokens of one KV page. elastic: units in GPU memory have a copy in DRAM, so that a loaded
+    model can move to a plan for another GPU budget. kv_tokens: KV slots that all sequences share, None is max_context
+    for each; a sequence reserves the pages of its own prompt and answer, so fewer slots still serve many short ones.
     """
 
     model: str
@@ -137,7 +138,9 @@ class Workload:
     def full_tokens(self) -> int:
         """KV slots of all sequences together in a layer that attends to everything, in whole pages."""
         every_sequence = round_up(self.max_context, self.page_size) * self.max_batch
-        return every_sequence if self.kv_tokens is None else min(every_sequence, round_up(self.kv_tokens, self.page_size))
+        if self.kv_tokens is None:
+            return every_sequence
+        return min(every_sequence, round_up(self.kv_tokens, self.page_size))
 
     @property
     def min_gpu_tokens(self) -> int:
