@@ -143,3 +143,11 @@ def test_llama_bench_is_asked_in_its_own_words(tmp_path: Path, monkeypatch: pyte
     assert side.answer({"test": "batch", "tokens": 5, "rows": 8}) == {"seconds": 10.0}
     assert "-ub 8" in seen.read_text()
     assert side.about() == {"versions": {"llama-bench": "abc (7)"}}
+
+
+def test_growth_ends_with_a_json_line_that_says_what_was_met() -> None:
+    run = run_script("growth.py", "--context", 150, "--parts", "exact")
+
+    assert run.returncode == 0, run.stderr
+    record = json.loads(run.stdout.splitlines()[-1])
+    assert [(row["dtype"], row["is_met"]) for row in record["exact"]] == [("fp32", True), ("bf16", True)]
