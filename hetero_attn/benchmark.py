@@ -157,7 +157,7 @@ class _Bench:
         """Generate `tokens` tokens, each chosen from the logits of the one before."""
         token_id = self._token_ids[0]
         for _ in range(tokens):
-            token_id = int(self._engine.decode_step([self._sequence], [token_id])[0].argmax())
+            token_id = int(self._engine.decode_step([self._sequence], [token_id], copy=False)[0].argmax())
 
     def row(self, name: str, tokens: int, work: Callable[[int], None], repetitions: int, phase: str) -> BenchRow:
         """Time `work(tokens)` and put prediction and ceiling beside it."""

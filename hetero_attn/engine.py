@@ -87,16 +87,19 @@ class Engine:
         return rows
 
     @torch.inference_mode()
-    def decode_step(self, sequences: Sequence[SequenceState], token_ids: Sequence[int]) -> torch.Tensor:
+    def decode_step(
+        self, sequences: Sequence[SequenceState], token_ids: Sequence[int], copy: bool = True
+    ) -> torch.Tensor:
         """Append one token to each sequence; returns their logits, float32 [len(sequences), vocab_size].
 
-        The result is the engine's own buffer, valid until its next step: copies of a large batch's logits cost more than
-        the layers' small operations together.
+        copy=False: the result is the engine's own buffer, valid until its next step. Copying a large batch's logits costs
+        more than the layers' small operations together.
         """
         with self.report.measure(self.lanes, "decode", len(sequences)), self.lanes.torch_at_rest():
             step = plan_step(self.lanes, self.kv_cache, sequences, len(sequences), is_prefill=False)
             self._forward(step, token_ids)
             rows = self._logits_view(step.rows)
+            rows = rows.clone() if copy else rows
         for sequence in sequences:
             sequence.length += 1
         return rows

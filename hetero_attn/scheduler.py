@@ -84,7 +84,7 @@ class Scheduler:
         for request in requests:
             request.sequence.length = request.cached_tokens
         sequences = [request.sequence for request in requests]
-        logits = self._engine.decode_step(sequences, [request.token_ids[-1] for request in requests])
+        logits = self._engine.decode_step(sequences, [request.token_ids[-1] for request in requests], copy=False)
         for request, row in zip(requests, logits, strict=True):
             request.choose(row)
 

@@ -181,10 +181,10 @@ def test_an_interrupted_step_leaves_the_engine_usable(llm, monkeypatch):
     expected = llm.generate("interrupt", GREEDY)[0].token_ids
     original, calls = llm.engine.decode_step, iter(range(100))
 
-    def interrupted(sequences, token_ids):
+    def interrupted(*arguments, **options):
         if next(calls) == 3:
             raise KeyboardInterrupt
-        return original(sequences, token_ids)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(llm.engine, "decode_step", interrupted)
     with pytest.raises(KeyboardInterrupt):

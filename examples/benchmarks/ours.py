@@ -60,7 +60,7 @@ class HeteroAttn(Side):
         """See Side."""
         token_id = 0
         for _ in range(tokens):
-            token_id = int(self._engine.decode_step([self._sequence], [token_id])[0].argmax())
+            token_id = int(self._engine.decode_step([self._sequence], [token_id], copy=False)[0].argmax())
 
     def rewind(self, length: int) -> None:
         """See Side."""
@@ -71,7 +71,7 @@ class HeteroAttn(Side):
         sequences = [self._engine.kv_cache.open() for _ in range(rows)]
         token_ids = list(range(rows))
         for _ in range(steps):
-            token_ids = self._engine.decode_step(sequences, token_ids).argmax(1).tolist()
+            token_ids = self._engine.decode_step(sequences, token_ids, copy=False).argmax(1).tolist()
         for sequence in sequences:
             self._engine.kv_cache.close(sequence)
 
