@@ -20,7 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from hetero_attn.bench_terms import Term, compare_terms, term_lines
+from hetero_attn.engine import Engine
 from hetero_attn.llm import LLM
+from hetero_attn.planning import PlannedModel
 from placement.cost import predict
 from placement.phase_cost import PhaseCost
 
@@ -114,28 +116,41 @@ def run(
 
     Raises PromptError when depth and test do not fit the plan's context.
     """
-    rows: list[BenchRow] = []
     for depth in depths:
         llm.check_context(depth + max(prompt_tokens, gen_tokens + 1))
-        with _Bench(llm, depth) as bench:
+    return measure(llm.planned, llm.engine, prompt_tokens, gen_tokens, depths, repetitions)
+
+
+def measure(
+    planned: PlannedModel,
+    engine: Engine,
+    prompt_tokens: int,
+    gen_tokens: int,
+    depths: Sequence[int] = (0,),
+    repetitions: int = 3,
+) -> BenchReport:
+    """As `run`, for an engine without an LLM around it."""
+    rows: list[BenchRow] = []
+    for depth in depths:
+        with _Bench(planned, engine, depth) as bench:
             if prompt_tokens:
                 rows.append(bench.row(f"pp{prompt_tokens}", prompt_tokens, bench.prefill, repetitions, "prefill"))
             if gen_tokens:
                 rows.append(bench.row(f"tg{gen_tokens}", gen_tokens, bench.decode, repetitions, "decode"))
-    plan = llm.plan
+    plan = planned.plan
     return BenchReport(
-        plan.model, plan.workload.weight_dtype, plan.device, plan.num_threads, llm.planned.hardware.name, tuple(rows)
+        plan.model, plan.workload.weight_dtype, plan.device, plan.num_threads, planned.hardware.name, tuple(rows)
     )
 
 
 class _Bench:
     """One sequence filled to a depth, to which each measurement returns."""
 
-    def __init__(self, llm: LLM, depth: int) -> None:
-        self._llm, self._engine, self._depth = llm, llm.engine, depth
+    def __init__(self, planned: PlannedModel, engine: Engine, depth: int) -> None:
+        self._plan, self._hardware, self._engine, self._depth = planned.plan, planned.hardware, engine, depth
         generator = torch.Generator().manual_seed(0)
         self._token_ids = torch.randint(
-            self._engine.config.vocab_size, (llm.plan.max_context,), generator=generator
+            self._engine.config.vocab_size, (planned.plan.max_context,), generator=generator
         ).tolist()
 
     def __enter__(self) -> "_Bench":
@@ -169,7 +184,7 @@ class _Bench:
         spent, speed = engine.report.phases[phase], statistics.median(speeds)
         cost = self._predict(phase, tokens)
         read = self._bytes_per_token(tokens) if phase == "decode" else None
-        hardware, on_cpu = self._llm.planned.hardware, self._llm.plan.device == "cpu"
+        hardware, on_cpu = self._hardware, self._plan.device == "cpu"
         ceiling = hardware.dram_bytes_per_s / read if read and on_cpu else None
         passes = spent.steps if phase == "decode" else repetitions
         terms = compare_terms(
@@ -204,7 +219,7 @@ class _Bench:
             self.__enter__()
 
     def _predict(self, phase: str, tokens: int) -> PhaseCost:
-        plan, hardware = self._llm.plan, self._llm.planned.hardware
+        plan, hardware = self._plan, self._hardware
         rows, context = (tokens, self._depth) if phase == "prefill" else (1, self._depth + tokens // 2)
         return predict(
             plan.workload,
@@ -218,6 +233,6 @@ class _Bench:
         )
 
     def _bytes_per_token(self, tokens: int) -> int:
-        workload, context = self._llm.plan.workload, self._depth + tokens // 2
+        workload, context = self._plan.workload, self._depth + tokens // 2
         cache = sum(shard.groups * shard.bytes_per_token * shard.visible_tokens(context) for shard in workload.kv)
         return workload.weight_bytes + cache

@@ -32,7 +32,8 @@ from placement.policy import Policy
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 64, 4, 2, 16, 64
 FEW_LAYERS, MANY_LAYERS = 2, 10
 PROMPT = 2
-STEPS = 40
+STEPS, COLD_STEPS = 40, 10
+SWEEP_BYTES = 128 << 20  # between steps, to drive Python out of the caches
 LINEARS_PER_LAYER = 4
 BUDGET_BYTES = 64 << 20
 CPU = Policy.parse("version: 1")
@@ -64,14 +65,23 @@ def with_runtime_costs(profile: HardwareProfile, device: str, make_driver: MakeD
 
 
 def cpu_costs(toy: Path, profile: HardwareProfile) -> dict[str, float]:
-    """step_overhead_s of a recorded step, layer_overhead_s of one that is not, beyond the operations themselves."""
+    """step_overhead_s of a recorded step, with what the weights of a large model leave of Python in the caches and as
+    it is, and layer_overhead_s of a step that is not recorded: all beyond the operations themselves."""
     with _engine(toy, CPU, profile, "cpu", None) as engine:
-        decode, prefill = _seconds(engine, _decode), _seconds(engine, _prefill)
+        cold, decode, prefill = (
+            _seconds(engine, _decode, cold=True),
+            _seconds(engine, _decode),
+            _seconds(engine, _prefill),
+        )
         sequence = engine.kv_cache.open()
         in_step = sum(engine.decode_terms(sequence, 1).values())
         in_prompt = sum(engine.prefill_terms(sequence, [1] * PROMPT).values())
     step = max(0.0, decode - in_step)
-    return {"step_overhead_s": step, "layer_overhead_s": max(0.0, prefill - in_prompt - step) / MANY_LAYERS}
+    return {
+        "step_overhead_s": max(step, cold - in_step),
+        "cached_step_overhead_s": step,
+        "layer_overhead_s": max(0.0, prefill - in_prompt - step) / MANY_LAYERS,
+    }
 
 
 def gpu_costs(
@@ -86,11 +96,13 @@ def gpu_costs(
     ):
         with _engine(toys[layers], policy, profile, device, make_driver) as engine:
             times[name] = _seconds(engine, _decode)
+            times[f"{name}, cold"] = _seconds(engine, _decode, cold=True)
     layer = max(0.0, times["many"] - times["few"]) / (MANY_LAYERS - FEW_LAYERS)
     handover = max(0.0, times["shared"] - times["many"]) / (MANY_LAYERS * LINEARS_PER_LAYER)
     return {
         "launch_overhead_s": layer / LAUNCHES_PER_LAYER,
-        "step_overhead_s": max(0.0, times["few"] - FEW_LAYERS * layer),
+        "step_overhead_s": max(0.0, times["few, cold"] - FEW_LAYERS * layer),
+        "cached_step_overhead_s": max(0.0, times["few"] - FEW_LAYERS * layer),
         "handover_s": handover,
     }
 
@@ -124,10 +136,13 @@ def _prefill(engine: Engine, sequence: object) -> None:
     engine.prefill(sequence, [1] * PROMPT).argmax().item()
 
 
-def _seconds(engine: Engine, work: Callable[[Engine, object], None]) -> float:
-    """Median time of a step."""
+def _seconds(engine: Engine, work: Callable[[Engine, object], None], cold: bool = False) -> float:
+    """Median time of a step. cold: between steps read as many bytes as a large model's step does."""
     sequence, times = engine.kv_cache.open(), []
-    for _ in range(STEPS + 2):
+    weights = torch.ones(SWEEP_BYTES if cold else 0, dtype=torch.uint8)
+    for _ in range((COLD_STEPS if cold else STEPS) + 2):
+        if cold:
+            engine.lanes.host_ops.sweep(weights)
         started = time.perf_counter()
         work(engine, sequence)
         times.append(time.perf_counter() - started)

@@ -7,6 +7,7 @@ bound the whole pass and not single steps; CPU kernels and copies drain the same
     T = max( sum_i max(cpu_i, gpu_i) + handovers_i,      steps in order
              sum_i cpu_i + (1 - slowdown) * T_pcie,      the CPU lane, slowed while copies run
              T_pcie = streamed bytes / B_h2d,
+             T_pcie(layers) + max(cpu_head, gpu_head),    nothing streamed is left to hide the head behind
              T_dram = (streamed + computed-in-place bytes + KV read by the CPU) / B_dram )
 
 All coefficients are linear in units, groups and bytes, so the planner optimises exactly what is predicted here.
@@ -20,7 +21,7 @@ from typing import NamedTuple
 from placement.hardware import HardwareProfile
 from placement.memory import KvPlacement, LinearPlacement
 from placement.phase_cost import RESOURCES, TERMS, PhaseCost
-from placement.rates import nearest_attention, seconds_per_operation_of_a_row
+from placement.rates import AttentionRate, nearest_attention, seconds_per_operation_of_a_row
 from placement.workload import KvShard, LinearShard, Workload, row_tier
 
 BYTES_PER_ACTIVATION = 4
@@ -122,25 +123,27 @@ def linear_cost(
 ) -> LinearCost:
     """Coefficients of one linear. on_gpu: whether there is a GPU lane; without one nothing is handed over and the
     linear costs one CPU call of call_s."""
-    cpu = cpu_linear_s_per_unit(shard, rows, dtype, hardware)
+    activation_s = rows * hardware.cpu_activation_s.of(dtype)
+    cpu = cpu_linear_s_per_unit(shard, rows, dtype, hardware) + shard.unit_features * activation_s
+    rounding_s = shard.in_features * activation_s
     if not on_gpu:
-        return LinearCost(cpu, float("inf"), 0.0, call_s)
+        return LinearCost(cpu, float("inf"), 0.0, call_s + rounding_s)
     back = rows * shard.unit_features * BYTES_PER_ACTIVATION / hardware.h2d_bytes_per_s
     return LinearCost(
         cpu + back,
         gpu_linear_s_per_unit(shard, rows, dtype, hardware),
-        handover_s(rows, shard.in_features, 0, hardware),
+        handover_s(rows, shard.in_features, 0, hardware) + rounding_s,
         hardware.launch_overhead_s,
     )
 
 
-def cpu_attention_rates(shard: KvShard, workload: Workload, hardware: HardwareProfile) -> tuple[float, float]:
-    """Bytes and operations a second of CPU attention over this cache: measured for the most similar one, else overall."""
-    if not hardware.cpu_attention:
-        return hardware.cpu_attention_bytes_per_s, hardware.cpu_attention_ops_per_s
-    bits = 8 * shard.bytes_per_token / (2 * workload.head_dim)
-    rate = nearest_attention(hardware.cpu_attention, bits, workload.num_heads / shard.groups, workload.head_dim)
-    return rate.bytes_per_s, rate.ops_per_s
+def cpu_attention_rate(shard: KvShard, workload: Workload, hardware: HardwareProfile) -> AttentionRate:
+    """Rates of CPU attention over this cache: measured for the most similar one, else overall."""
+    bits, heads = 8 * shard.bytes_per_token / (2 * workload.head_dim), workload.num_heads / shard.groups
+    if hardware.cpu_attention:
+        return nearest_attention(hardware.cpu_attention, bits, heads, workload.head_dim)
+    overall = hardware.cpu_attention_bytes_per_s, hardware.cpu_attention_ops_per_s
+    return AttentionRate(bits, round(heads), workload.head_dim, *overall)
 
 
 def attention_cost(
@@ -157,9 +160,10 @@ def attention_cost(
     heads = workload.num_heads / kv.groups
     operations = 4 * workload.head_dim * heads * call.rows * keys
     read = call.sequences * stored * kv.bytes_per_token
-    bytes_per_s, ops_per_s = cpu_attention_rates(kv, workload, hardware)
+    rate = cpu_attention_rate(kv, workload, hardware)
     # One row a sequence is what the first rate was measured with, its arithmetic included.
-    cpu = read / bytes_per_s if call.q_len == 1 else max(read / bytes_per_s, operations / ops_per_s)
+    computed = 0.0 if call.q_len == 1 else operations * (1 + rate.extra_keys / keys) / rate.ops_per_s
+    cpu = max(read / rate.bytes_per_s, computed)
     if not on_gpu:
         return AttentionCost(cpu, 0.0, 0.0, read, 0.0, 0.0, cpu_call_s(call, hardware, on_gpu))
     gpu = (1 - far_share) * max(read / hardware.gpu_bytes_per_s, operations / hardware.gpu_attention_ops_per_s)
@@ -249,7 +253,7 @@ def pass_cost(
     lanes = tally.lanes
     if lanes["cpu"]:
         lanes["cpu"] += (1 - hardware.cpu_slowdown_while_copying) * lanes["pcie"]
-    return PassCost(max(lanes.values()) + step, lanes, tally.terms)
+    return PassCost(max(*lanes.values(), tally.before_head_s + tally.head_s) + step, lanes, tally.terms)
 
 
 class _Tally:
@@ -259,6 +263,8 @@ class _Tally:
         self.on_gpu = on_gpu
         self.lanes = dict.fromkeys(RESOURCES, 0.0)
         self.terms = dict.fromkeys(TERMS, 0.0)
+        self.before_head_s = 0.0
+        self.head_s = 0.0
 
     def add_step(self, kind: str, cpu_s: float, gpu_s: float, handovers_s: float, launch_s: float) -> None:
         """Both lanes side by side, then the hand-overs. kind: linears | attention."""
@@ -285,12 +291,16 @@ def _add_linear(
     call_s = cpu_call_s(call, hardware, tally.on_gpu)
     cost = linear_cost(shard, rows, workload.weight_dtype, hardware, tally.on_gpu, call_s)
     gpu_s = (home + streamed) * cost.gpu_s_per_unit if home + streamed else 0.0
-    tally.add_step("linears", on_cpu * cost.cpu_s_per_unit, gpu_s, cost.handover_s * (on_cpu > 0), cost.launch_s)
+    cpu_s, handover = on_cpu * cost.cpu_s_per_unit, cost.handover_s * (on_cpu > 0)
+    tally.add_step("linears", cpu_s, gpu_s, handover, cost.launch_s)
+    if shard.kind == "head":
+        tally.head_s = max(cpu_s, gpu_s) + handover + cost.launch_s
     from_dram = streamed + on_cpu + (home if hardware.unified_memory else 0)
     tally.lanes["dram"] += from_dram * shard.unit_bytes / hardware.dram_bytes_per_s
     if streamed:
         copy_s = streamed * shard.unit_bytes / hardware.h2d_bytes_per_s
         tally.lanes["pcie"] += copy_s
+        tally.before_head_s += copy_s * (shard.kind != "head")
         tally.terms["copies"] += copy_s
     return on_cpu
 
@@ -315,6 +325,12 @@ def _add_attention(
     tally.lanes["dram"] += read / hardware.dram_bytes_per_s
 
 
+def working_set_bytes(workload: Workload, context: int) -> int:
+    """Bytes that a step with one sequence reads: every weight and the cache."""
+    cache = sum(kv.groups * kv.bytes_per_token * kv.visible_tokens(context) for kv in workload.kv)
+    return workload.weight_bytes + cache
+
+
 def predict(
     workload: Workload,
     linears: Sequence[LinearPlacement],
@@ -331,7 +347,7 @@ def predict(
 
     A prompt runs in chunks of workload.prefill_chunk rows; only its last chunk chooses a token.
     """
-    hardware = hardware.for_working_set(workload.weight_bytes)
+    hardware = hardware.for_working_set(working_set_bytes(workload, context))
     if phase == "decode":
         cost = pass_cost(workload, linears, kv, hardware, Call(rows, 1, context), on_gpu)
         return PhaseCost(phase, rows, context, cost.seconds, tuple(cost.lanes.items()), tuple(cost.terms.items()))

@@ -56,6 +56,15 @@ def cpu_name(root: Path = SYSTEM) -> str:
         return platform.processor() or platform.machine()
 
 
+def last_level_cache_bytes(root: Path = SYSTEM) -> int:
+    """Size of the largest cache that the first CPU reads through; 0 where the system does not tell."""
+    sizes = [_text(folder / "size") for folder in (root / "sys/devices/system/cpu/cpu0/cache").glob("index*")]
+    factors = {"K": 1 << 10, "M": 1 << 20}
+    return max(
+        (int(size[:-1]) * factors[size[-1]] for size in sizes if size[:-1].isdigit() and size[-1] in factors), default=0
+    )
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8").strip()

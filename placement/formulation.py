@@ -212,11 +212,11 @@ class Formulation:
         """Time of one pass: at least the steps in order, the slowed CPU lane, the copies, and the DRAM traffic."""
         program, hardware, scale = self.program, self.hardware, self.time_scale
         time = program.variable(cost=weighted.weight)
-        steps, cpu, copies, dram = ({time: -1.0} for _ in range(4))
+        steps, cpu, copies, dram, tail = ({time: -1.0} for _ in range(5))
         constant = scale * small_ops_s(self.workload, weighted.call, hardware, True)
         for c, cls in enumerate(self.classes):
             for i, linear in enumerate(cls.linears):
-                constant += self._linear_step(c, i, cls.count, linear, weighted, steps, cpu, copies, dram)
+                constant += self._linear_step(c, i, cls.count, linear, weighted, steps, cpu, copies, dram, tail)
             if cls.kv is not None:
                 constant += self._attention_step(c, cls, weighted.call, steps, cpu, dram)
         slowed = 1 - hardware.cpu_slowdown_while_copying
@@ -224,7 +224,7 @@ class Formulation:
             if variable != time and slowed:
                 add(cpu, variable, slowed * coefficient)
         program.at_most(steps, -constant)
-        for lane in (cpu, copies, dram):
+        for lane in (cpu, copies, dram, tail):
             program.at_most(lane, 0.0)
 
     def _linear_step(
@@ -238,6 +238,7 @@ class Formulation:
         cpu: dict[int, float],
         copies: dict[int, float],
         dram: dict[int, float],
+        tail: dict[int, float],
     ) -> float:
         tier = self._tier(linear, weighted)
         if tier is None:
@@ -258,6 +259,11 @@ class Formulation:
         add(cpu, on_cpu, scale * cost.cpu_s_per_unit)
         copy = scale * shard.unit_bytes / hardware.h2d_bytes_per_s
         add(copies, streamed, copy)
+        if shard.kind == "head":
+            add(tail, step, 1.0)
+            add(tail, layers, scale * cost.handover_s)
+        else:
+            add(tail, streamed, copy)
         # Where another resource decides, the least streaming among equals: less noise on the bus, fewer staging waits.
         self.program.costs[streamed] += TIE_BREAK * weighted.weight * copy
         touched = [on_cpu, streamed] + ([variables.gpu] if hardware.unified_memory else [])

@@ -26,6 +26,8 @@ from placement.rates import (
 )
 
 # Bytes of one packed weight: q8 and q4 carry a scale (and a minimum) with every group of weights.
+# Fewer rows than this wait for weights, more compute.
+FEW_ROWS = 4
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "q8": 8.5 / 8, "q4": 4.5 / 8}
 CATALOGUE = Path(__file__).parent / "catalogue"
 TABLES = {
@@ -47,8 +49,10 @@ class HardwareProfile:
     cpu_slowdown_while_copying, cpu_attention_slowdown_while_copying: CPU rate while PCIe copies run, as a share of the
     rate alone (1 = not slowed).
     handover_s: activations to the CPU, wake-up and result back, without their bytes. launch_overhead_s: one GPU kernel;
+    cpu_activation_s: a linear's own time per activation, in or out, of a row;
     cpu_call_s: one call of the CPU kernel team; cpu_recorded_call_s: the same in a recorded step, 0 is as a call;
-    cpu_small_bytes_per_s: activations through norms and such, 0 is the DRAM rate; step_overhead_s: Python once per step;
+    cpu_small_bytes_per_s: activations through norms and such, 0 is the DRAM rate; step_overhead_s: Python once per step,
+    cached_step_overhead_s: the same when a step's weights leave it in the cache;
     layer_overhead_s: Python around a layer of a step that is not recorded;
     logits_s_per_token: choosing a token, per entry of the vocabulary.
     gpu_context_bytes: GPU memory that the driver takes for itself. unified_memory: GPU and CPU share one DRAM.
@@ -83,9 +87,11 @@ class HardwareProfile:
     cpu_cache_bytes: int = 0
     cpu_cached_bytes_per_s: DtypeRates = NO_RATES
     cpu_attention_slowdown_while_copying: float = 1.0
+    cpu_activation_s: DtypeRates = NO_RATES
     cpu_recorded_call_s: float = 0.0
     cpu_small_bytes_per_s: float = 0.0
     layer_overhead_s: float = 0.0
+    cached_step_overhead_s: float = 0.0
     logits_s_per_token: float = 0.0
     h2d_pageable_bytes_per_s: float = 0.0
     d2h_pageable_bytes_per_s: float = 0.0
@@ -140,6 +146,7 @@ class HardwareProfile:
             cpu_attention_bytes_per_s=attention,
             cpu_attention_ops_per_s=self.cpu_attention_ops_per_s * factor,
             cpu_cached_bytes_per_s=self.cpu_cached_bytes_per_s.scaled(factor),
+            cpu_activation_s=self.cpu_activation_s.scaled(1 / factor),
             cpu_rows=tuple(self._rows_with(rate, factor) for rate in self.cpu_rows),
             cpu_attention=tuple(
                 replace(
@@ -169,14 +176,35 @@ class HardwareProfile:
     def _cpu_ceiling(self, dtype: str) -> float:
         return max(self.dram_bytes_per_s, self.cpu_linear_bytes_per_s.of(dtype))
 
+    def as_now(self, dram_bytes_per_s: float, arithmetic: float = 1.0) -> "HardwareProfile":
+        """The profile as other users of the machine and its clock leave it now: what reads memory scales with the DRAM
+        rate, what computes by the factor `arithmetic`."""
+        factor = dram_bytes_per_s / self.dram_bytes_per_s
+        return replace(
+            self,
+            dram_bytes_per_s=dram_bytes_per_s,
+            cpu_linear_bytes_per_s=self.cpu_linear_bytes_per_s.scaled(factor),
+            cpu_ops_per_s=self.cpu_ops_per_s.scaled(arithmetic),
+            cpu_attention_bytes_per_s=self.cpu_attention_bytes_per_s * factor,
+            cpu_attention_ops_per_s=self.cpu_attention_ops_per_s * arithmetic,
+            cpu_rows=tuple(
+                replace(rate, ops_per_s=rate.ops_per_s.scaled(factor if rate.rows < FEW_ROWS else arithmetic))
+                for rate in self.cpu_rows
+            ),
+            cpu_attention=tuple(
+                replace(rate, bytes_per_s=rate.bytes_per_s * factor, ops_per_s=rate.ops_per_s * arithmetic)
+                for rate in self.cpu_attention
+            ),
+        )
+
     def for_working_set(self, read_bytes: int) -> "HardwareProfile":
         """The profile for steps that read `read_bytes` in all: what fits in the cache is read faster than from DRAM.
 
-        A set of twice the cache is read from DRAM, for it drives itself out; in between the share that stays counts.
+        Three quarters of a cache stay, two caches drive each other out; in between a share stays.
         """
         if not self.cpu_cache_bytes or not self.cpu_cached_bytes_per_s.bf16:
             return self
-        kept = min(1.0, max(0.0, 2 - read_bytes / self.cpu_cache_bytes))
+        kept = min(1.0, max(0.0, (2 - read_bytes / self.cpu_cache_bytes) / 1.25))
 
         def blend(dram: float, cached: float) -> float:
             return 1 / (kept / max(dram, cached) + (1 - kept) / dram)
@@ -204,6 +232,12 @@ class HardwareProfile:
             dram_bytes_per_s=blend(self.dram_bytes_per_s, max(cached.values())),
             cpu_linear_bytes_per_s=blended(self.cpu_linear_bytes_per_s, cached),
             cpu_rows=rows,
+            cpu_attention=tuple(
+                replace(rate, bytes_per_s=blend(rate.bytes_per_s, rate.cached_bytes_per_s))
+                for rate in self.cpu_attention
+            ),
+            step_overhead_s=kept * (self.cached_step_overhead_s or self.step_overhead_s)
+            + (1 - kept) * self.step_overhead_s,
         )
 
     def _most_ops(self, dtype: str) -> float:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from placement.constraints import bind
-from placement.cost import predict
+from placement.cost import predict, working_set_bytes
 from placement.decisions import Budgets
 from placement.hardware import HardwareProfile
 from placement.memory import activation_bytes
@@ -122,7 +122,7 @@ def _resolve(
         elastic=device != "cpu" and (policy.elastic or workload.elastic),
     )
     machine = hardware.with_threads(policy.threads) if policy.threads else hardware
-    machine = machine.for_working_set(workload.weight_bytes)
+    machine = machine.for_working_set(working_set_bytes(workload, reference_context(workload)))
     budget = None if device == "cpu" else gpu_memory_bytes or policy.gpu_memory or hardware.gpu_memory_bytes
     slots = DEFAULT_STAGING_SLOTS if policy.staging_slots is None else policy.staging_slots
     return _Request(workload, machine, policy, device, budget, 0 if device == "cpu" else slots)

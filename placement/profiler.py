@@ -13,15 +13,17 @@ import torch
 
 from cpu_kernels import CpuKernels, advise_huge_pages
 from cpu_kernels.layout import BLOCK_FEATURES, WEIGHT_DTYPES, block_bytes
-from placement.fingerprint import cpu_name, machine_fingerprint
+from placement.fingerprint import cpu_name, last_level_cache_bytes, machine_fingerprint
 from placement.hardware import WEIGHT_BYTES, HardwareProfile
 from placement.rates import AttentionRate, DtypeRates, RowRate, ThreadRate
 
-SWEEP_BYTES = 96 << 20  # three times the largest last-level cache that a few cores share
-CACHE_SIZES = (4 << 20, 8 << 20, 16 << 20, 32 << 20, 64 << 20)
+SWEEP_BYTES = 256 << 20  # many times what a few cores get of a last-level cache, so that none of it is found again
+CACHED_BYTES = 4 << 20
+BETWEEN_BYTES = 16 << 20  # weights that pass through the cache between two small operations
 IN_FEATURES = 2048
 ROW_COUNTS = (1, 2, 4, 5, 8, 16, 17, 32, 64, 65, 128, 512)
 MANY_WEIGHTS = 16 << 20  # weights of the linear with many rows
+SMALL_LINEAR = 512  # inputs of one that is mostly activations
 KV_HEADS = 8
 PREFILL_ROWS = 256
 HEADS_PER_GROUP = (1, 4, 8)
@@ -50,10 +52,12 @@ def measure(
     sweep = thread_sweep(counts, on_progress)
     threads = best_threads(sweep)
     with CpuKernels(threads) as ops:
-        few = DtypeRates(*(few_rows(ops, dtype, on_progress) for dtype in WEIGHT_DTYPES))
-        rows = row_rates(ops, few, on_progress)
-        attention = attention_rates(ops, on_progress)
-        cache_bytes, cached = cache_rates(ops, few, on_progress)
+        dram = max(rate.sweep_bytes_per_s for rate in sweep if rate.threads == threads)
+        few = DtypeRates(*(dram * share_of_sweep(ops, dtype, on_progress) for dtype in WEIGHT_DTYPES))
+        activations = activation_s(ops, on_progress)
+        rows = row_rates(ops, few, activations, on_progress)
+        attention = attention_rates(ops, dram, on_progress)
+        cached = cached_rates(ops, on_progress)
         on_progress("small operations")
         call_s, recorded_s = calls(ops)
         small = small_rate(ops)
@@ -73,9 +77,10 @@ def measure(
         cpu_call_s=call_s,
         cpu_recorded_call_s=recorded_s,
         cpu_small_bytes_per_s=small,
-        cpu_cache_bytes=cache_bytes,
+        cpu_cache_bytes=last_level_cache_bytes(),
         cpu_cached_bytes_per_s=cached,
         cpu_rows=rows,
+        cpu_activation_s=activations,
         cpu_attention=attention,
         logits_s_per_token=logits_s(),
         thread_sweep=sweep,
@@ -110,91 +115,133 @@ def thread_sweep(counts: tuple[int, ...], on_progress: Progress) -> tuple[Thread
     return tuple(rates)
 
 
-def few_rows(ops: CpuKernels, dtype: str, on_progress: Progress = lambda what: None) -> float:
-    """Weight bytes a second of a one-row linear that is larger than the cache."""
+def share_of_sweep(ops: CpuKernels, dtype: str, on_progress: Progress = lambda what: None) -> float:
+    """Rate of a one-row linear that is larger than the cache, as a share of a plain read of the same bytes.
+
+    Turn by turn: where others use the same memory its speed changes within seconds, this share does not.
+    """
     on_progress(f"linear {dtype}, one row")
     weight = packed(dtype, SWEEP_BYTES)
-    return weight.numel() / seconds(linear_call(ops, weight, dtype, 1))
+    return turn_by_turn(linear_call(ops, weight, dtype, 1), lambda: ops.sweep(weight))
 
 
-def row_rates(ops: CpuKernels, few: DtypeRates, on_progress: Progress) -> tuple[RowRate, ...]:
-    """Operations a second by row count; one row is what `few_rows` measured."""
+def turn_by_turn(work: Callable[[], object], yardstick: Callable[[], object]) -> float:
+    """Median of the yardstick's time over that of `work`, measured in turns."""
+    shares = []
+    for _ in range(REPETITIONS + 1):
+        times = []
+        for call in (yardstick, work):
+            started = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - started)
+        shares.append(times[0] / times[1])
+    return statistics.median(shares[1:])
+
+
+def activation_s(ops: CpuKernels, on_progress: Progress) -> DtypeRates:
+    """Seconds of a linear per activation, in or out, of a row: rounding them, writing them.
+
+    From a wide and a small linear, whose times are operations / rate + rows * (inputs + outputs) * this.
+    """
+    found = []
+    for dtype in WEIGHT_DTYPES:
+        on_progress(f"linear {dtype}, small and wide")
+        wide, small = packed(dtype, int(MANY_WEIGHTS * WEIGHT_BYTES[dtype])), packed(dtype, 0, SMALL_LINEAR)
+        times = [seconds(linear_call(ops, weight, dtype, PREFILL_ROWS)) / PREFILL_ROWS for weight in (wide, small)]
+        (work, values), (less, fewer) = (shape(weight, dtype) for weight in (wide, small))
+        found.append(max(0.0, (times[1] * work - times[0] * less) / (fewer * work - values * less)))
+    return DtypeRates(*found)
+
+
+def row_rates(ops: CpuKernels, few: DtypeRates, activations: DtypeRates, on_progress: Progress) -> tuple[RowRate, ...]:
+    """Operations a second by row count, activations apart; one row is what `few_rows` measured."""
     times: dict[str, list[float]] = {}
     for dtype in WEIGHT_DTYPES:
         on_progress(f"linear {dtype} by rows")
         # Few rows read the weight from memory, so it must not fit in the cache; many reuse it while they compute.
         large, small = packed(dtype, SWEEP_BYTES), packed(dtype, int(MANY_WEIGHTS * WEIGHT_BYTES[dtype]))
-        times[dtype] = [1 / operations(large, dtype, 1) * large.numel() / few.of(dtype)]
+        one_row = linear_call(ops, large, dtype, 1)
+        times[dtype] = [large.numel() / few.of(dtype) / shape(large, dtype)[0]]
         for rows in ROW_COUNTS[1:]:
             weight = large if rows < 32 else small
-            times[dtype].append(seconds(linear_call(ops, weight, dtype, rows)) / operations(weight, dtype, 1))
+            work, values = shape(weight, dtype)
+            call = linear_call(ops, weight, dtype, rows)
+            # While memory decides, time is known as a multiple of one row's, whatever else uses the memory now.
+            taken = seconds(call) if rows >= 8 else large.numel() / few.of(dtype) / turn_by_turn(call, one_row)
+            times[dtype].append(max(0.5 * taken, taken - rows * values * activations.of(dtype)) / work)
     return tuple(
         RowRate(rows, DtypeRates(*(rows / times[dtype][i] for dtype in WEIGHT_DTYPES)))
         for i, rows in enumerate(ROW_COUNTS)
     )
 
 
-def cache_rates(ops: CpuKernels, few: DtypeRates, on_progress: Progress) -> tuple[int, DtypeRates]:
-    """The largest size that is read clearly faster than DRAM, and one-row rates on the smallest; 0 where none is."""
-    on_progress("last-level cache")
-    rates = {}
-    for size in CACHE_SIZES:
-        weight = packed("bf16", size)
-        rates[size] = weight.numel() / recorded_seconds(ops, linear_call(ops, weight, "bf16", 1), CALLS // 10)
-    fast = rates[CACHE_SIZES[0]]
-    kept = [size for size, rate in rates.items() if rate > (fast * few.bf16) ** 0.5]
-    if fast < 1.2 * few.bf16:
-        return 0, few
+def cached_rates(ops: CpuKernels, on_progress: Progress) -> DtypeRates:
+    """Weight bytes a second of one row when they stay in the cache."""
+    on_progress("linears in the cache")
     cached = []
     for dtype in WEIGHT_DTYPES:
-        weight = packed(dtype, CACHE_SIZES[0])
+        weight = packed(dtype, CACHED_BYTES)
         cached.append(weight.numel() / recorded_seconds(ops, linear_call(ops, weight, dtype, 1), CALLS))
-    return max(kept, default=0), DtypeRates(*cached)
+    return DtypeRates(*cached)
 
 
-def attention_rates(ops: CpuKernels, on_progress: Progress) -> tuple[AttentionRate, ...]:
+def attention_rates(ops: CpuKernels, dram: float, on_progress: Progress) -> tuple[AttentionRate, ...]:
     """Attention over a cache in DRAM, one row and many, by cache dtype, head sharing and head size."""
     rates = []
     for dtype in KV_DTYPES:
         for head_dim in HEAD_DIMS:
             on_progress(f"attention over {str(dtype).removeprefix('torch.')}, heads of {head_dim}")
-            pages = kv_pages(dtype, head_dim)
+            pages, cached = (kv_pages(dtype, head_dim, size) for size in (SWEEP_BYTES, CACHED_BYTES))
             for heads in HEADS_PER_GROUP:
-                decode = decode_rate(ops, pages, heads, head_dim)
-                rates.append(
-                    AttentionRate(
-                        8 * dtype.itemsize, heads, head_dim, decode, prefill_rate(ops, pages, heads, head_dim)
-                    )
+                decode = dram * decode_share(ops, pages, heads, head_dim)
+                many = prefill_rates(ops, pages, heads, head_dim)
+                near = (
+                    cached[0].nbytes * 2 / recorded_seconds(ops, decode_call(ops, cached, heads, head_dim), CALLS // 10)
                 )
+                rates.append(AttentionRate(8 * dtype.itemsize, heads, head_dim, decode, *many, near))
     return tuple(rates)
 
 
-def kv_pages(dtype: torch.dtype, head_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """K and V pages of SWEEP_BYTES together, so that no cache holds them, and their table, int32 [KV_HEADS, pages]."""
+def kv_pages(dtype: torch.dtype, head_dim: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """K and V pages of `size` bytes together and their table, int32 [KV_HEADS, pages]."""
     page_bytes = 2 * PAGE_TOKENS * head_dim * dtype.itemsize
-    count = max(1, SWEEP_BYTES // (page_bytes * KV_HEADS)) * KV_HEADS
+    count = max(1, size // (page_bytes * KV_HEADS)) * KV_HEADS
     k_pages, v_pages = (host_full((count, PAGE_TOKENS, head_dim), dtype, 0.1) for _ in range(2))
     return k_pages, v_pages, torch.arange(count, dtype=torch.int32).view(-1, KV_HEADS).T.contiguous()
 
 
-def decode_rate(ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim: int) -> float:
-    """Bytes of K and V a second with one row."""
+def decode_share(ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim: int) -> float:
+    """Rate of K and V with one row as a share of a plain read of them."""
+    k_pages, v_pages, _ = pages
+    return turn_by_turn(
+        decode_call(ops, pages, heads_per_group, head_dim), lambda: (ops.sweep(k_pages), ops.sweep(v_pages))
+    )
+
+
+def decode_call(ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim: int) -> Callable[[], None]:
+    """A call of `decode_attention` with one row over every page, ready to be timed or recorded."""
     k_pages, v_pages, table = pages
-    heads = KV_HEADS * heads_per_group
+    heads, tables = KV_HEADS * heads_per_group, table[None]
     q, out, lse = torch.randn(1, heads, head_dim), torch.empty(1, heads, head_dim), torch.empty(1, heads)
     start, stop = (torch.full((1,), tokens, dtype=torch.int32) for tokens in (0, table.shape[1] * PAGE_TOKENS))
-    taken = seconds(lambda: ops.decode_attention(q, k_pages, v_pages, table[None], start, stop, 0.1, out, lse))
-    return (k_pages.nbytes + v_pages.nbytes) / taken
+    return lambda: ops.decode_attention(q, k_pages, v_pages, tables, start, stop, 0.1, out, lse)
 
 
-def prefill_rate(ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim: int) -> float:
-    """Operations a second of a chunk that attends to itself and as much before it."""
+def prefill_rates(ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim: int) -> tuple[float, float]:
+    """Operations a second over tokens before a chunk, and how many keys more than it sees the chunk itself costs a row:
+    a chunk alone and with as many tokens before it."""
     k_pages, v_pages, table = pages
     heads, rows = KV_HEADS * heads_per_group, min(PREFILL_ROWS, table.shape[1] * PAGE_TOKENS // 2)
-    keys = 2 * rows
     q, out, lse = torch.randn(rows, heads, head_dim), torch.empty(rows, heads, head_dim), torch.empty(rows, heads)
-    taken = seconds(lambda: ops.prefill_attention(q, k_pages, v_pages, table, 0, keys, keys - rows, 0, 0.1, out, lse))
-    return 4 * head_dim * heads * rows * (keys - rows // 2) / taken
+
+    def taken(before: int) -> float:
+        keys = before + rows
+        return seconds(lambda: ops.prefill_attention(q, k_pages, v_pages, table, 0, keys, before, 0, 0.1, out, lse))
+
+    alone, both = taken(0), taken(rows)
+    a_key = 4 * head_dim * heads * rows
+    rate = a_key * rows / max(both - alone, 0.2 * both)
+    return rate, max(0.0, alone * rate / a_key - (rows + 1) / 2)
 
 
 def calls(ops: CpuKernels) -> tuple[float, float]:
@@ -212,9 +259,31 @@ def calls(ops: CpuKernels) -> tuple[float, float]:
 
 
 def small_rate(ops: CpuKernels) -> float:
-    """Activation bytes a second, in and out, through the gated activation."""
-    gate_up, out = torch.randn(PREFILL_ROWS, 8192), torch.empty(PREFILL_ROWS, 4096)
-    return (gate_up.nbytes + out.nbytes) / seconds(lambda: ops.silu_mul(gate_up, out))
+    """Activation bytes a second, in and out, through two norms, the rotary embedding and the gated activation of a
+    layer, each after weights have passed through the cache as they do between them."""
+    rows, hidden, heads, head_dim = PREFILL_ROWS, 1024, 16, 64
+    x, weight, normed = torch.randn(rows, hidden), torch.ones(hidden), torch.empty(rows, hidden)
+    gate_up, activated = torch.randn(rows, 7 * hidden), torch.empty(rows, 7 * hidden // 2)
+    qkv, q = torch.randn(rows, KV_HEADS, (heads // KV_HEADS + 2) * head_dim), torch.empty(rows, heads, head_dim)
+    pages = [torch.zeros(KV_HEADS * rows, 1, head_dim, dtype=torch.bfloat16) for _ in range(2)]
+    angles, positions = torch.ones(rows, head_dim // 2), torch.arange(rows)
+    slots = torch.arange(rows * KV_HEADS).view(rows, KV_HEADS)
+    between = host_full((BETWEEN_BYTES,), torch.uint8, WEIGHT_BYTE)
+    rope = (qkv, positions, angles, angles, None, None, 1e-6, q, *pages, slots)
+
+    def cold(work: Callable[[], None]) -> float:
+        times = []
+        for _ in range(REPETITIONS + 1):
+            ops.sweep(between)
+            started = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times[1:])
+
+    taken = 2 * cold(lambda: ops.rms_norm(x, weight, 1e-6, normed)) + cold(lambda: ops.rope_append(*rope))
+    taken += cold(lambda: ops.silu_mul(gate_up, activated))
+    moved = 2 * (x.nbytes + normed.nbytes) + qkv.nbytes + q.nbytes + gate_up.nbytes + activated.nbytes
+    return moved / taken
 
 
 def logits_s(vocab_size: int = 128_256) -> float:
@@ -248,9 +317,10 @@ def seconds(work: Callable[[], object], repetitions: int | None = None) -> float
     return statistics.median(times)
 
 
-def packed(dtype: str, total_bytes: int) -> torch.Tensor:
-    """A packed weight, uint8 [blocks, block_bytes], of about this size and IN_FEATURES inputs."""
-    row_bytes = block_bytes(dtype, IN_FEATURES)
+def packed(dtype: str, total_bytes: int, square: int | None = None) -> torch.Tensor:
+    """A packed weight, uint8 [blocks, block_bytes], of about this size and IN_FEATURES inputs; or a square one."""
+    row_bytes = block_bytes(dtype, square or IN_FEATURES)
+    total_bytes = row_bytes * square // BLOCK_FEATURES if square else total_bytes
     return host_full((max(1, total_bytes // row_bytes), row_bytes), torch.uint8, WEIGHT_BYTE)
 
 
@@ -261,12 +331,18 @@ def host_full(shape: tuple[int, ...], dtype: torch.dtype, value: float) -> torch
     return tensor.fill_(value)
 
 
-def operations(weight: torch.Tensor, dtype: str, rows: int) -> int:
-    """Multiplications plus additions of a linear over a packed weight."""
-    return 2 * rows * weight.shape[0] * BLOCK_FEATURES * IN_FEATURES
+def inputs_of(weight: torch.Tensor, dtype: str) -> int:
+    """Input features of a packed weight of this module."""
+    return IN_FEATURES if weight.shape[1] == block_bytes(dtype, IN_FEATURES) else SMALL_LINEAR
+
+
+def shape(weight: torch.Tensor, dtype: str) -> tuple[int, int]:
+    """Operations of one row (multiplications plus additions), and its activations, in and out."""
+    inputs, outputs = inputs_of(weight, dtype), weight.shape[0] * BLOCK_FEATURES
+    return 2 * inputs * outputs, inputs + outputs
 
 
 def linear_call(ops: CpuKernels, weight: torch.Tensor, dtype: str, rows: int) -> Callable[[], None]:
     """A call of `linear` over a packed weight, ready to be timed or recorded."""
-    x, out = torch.randn(rows, IN_FEATURES), torch.empty(rows, weight.shape[0] * BLOCK_FEATURES)
+    x, out = torch.randn(rows, inputs_of(weight, dtype)), torch.empty(rows, weight.shape[0] * BLOCK_FEATURES)
     return lambda: ops.linear(x, weight, dtype, None, out)

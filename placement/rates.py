@@ -58,7 +58,9 @@ def seconds_per_operation_of_a_row(rates: Sequence[RowRate], rows: int, dtype: s
 class AttentionRate:
     """CPU attention over a cache in DRAM: bytes of K and V a second with one row a sequence, operations with many.
 
-    bits: of one cached value. heads_per_group: query heads that share a KV head.
+    bits: of one cached value. heads_per_group: query heads that share a KV head. extra_keys: keys that a row of a chunk
+    costs beyond those it sees, for tiles along the diagonal are computed whole. cached_bytes_per_s: with one row, when K
+    and V are in the cache; 0 is unknown.
     """
 
     bits: float
@@ -66,6 +68,8 @@ class AttentionRate:
     head_dim: int
     bytes_per_s: float
     ops_per_s: float
+    extra_keys: float = 0.0
+    cached_bytes_per_s: float = 0.0
 
 
 def nearest_attention(

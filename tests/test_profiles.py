@@ -21,7 +21,8 @@ def measured(monkeypatch, tmp_path):
     for name, value in {
         "ROW_COUNTS": (1, 8, 65),
         "SWEEP_BYTES": 1 << 20,
-        "CACHE_SIZES": (1 << 16, 1 << 17),
+        "CACHED_BYTES": 1 << 16,
+        "BETWEEN_BYTES": 1 << 16,
         "MANY_WEIGHTS": 1 << 16,
         "HEADS_PER_GROUP": (2,),
         "HEAD_DIMS": (64,),
@@ -31,6 +32,8 @@ def measured(monkeypatch, tmp_path):
     }.items():
         monkeypatch.setattr(profiler, name, value)
     monkeypatch.setattr(runtime_profile, "STEPS", 3)
+    monkeypatch.setattr(runtime_profile, "COLD_STEPS", 1)
+    monkeypatch.setattr(runtime_profile, "SWEEP_BYTES", 1 << 20)
     steps = []
     return profiles.profile_machine(steps.append), steps
 

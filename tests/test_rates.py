@@ -1,0 +1,155 @@
+"""Measured rates: between row counts, by cache dtype and head sharing, in cache and from DRAM, and how costs use them."""
+
+from dataclasses import replace
+
+import pytest
+from planning_models import llama_8b, tiny
+from test_cost import MACHINE, placed, rates
+
+from placement import HardwareProfile
+from placement.cost import Call, attention_cost, cpu_linear_s_per_unit, linear_cost, pass_cost, predict, step_s
+from placement.rates import AttentionRate, DtypeRates, RowRate, nearest_attention, seconds_per_operation_of_a_row
+
+CURVE = (RowRate(1, rates(1e9)), RowRate(4, rates(4e9)), RowRate(64, rates(16e9)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "nanoseconds"), [(1, 1.0), (2, 1.0), (4, 1.0), (34, 2.5), (64, 4.0), (128, 8.0), (640, 40.0)]
+)
+def test_time_runs_straight_between_measured_rows_and_grows_beyond(rows, nanoseconds):
+    assert pytest.approx(1e-9 * nanoseconds) == seconds_per_operation_of_a_row(CURVE, rows, "bf16")
+
+
+def test_attention_takes_the_dtype_first_and_then_the_shape():
+    found = [AttentionRate(bits, heads, 128, 1.0, 1.0) for bits in (32, 16, 4.5) for heads in (1, 4, 8)]
+
+    nearest = [nearest_attention(found, bits, heads, 64) for bits, heads in ((16, 5), (16, 1.2), (5, 7), (32, 100))]
+
+    assert [(16, 4), (16, 1), (4.5, 8), (32, 8)] == [(rate.bits, rate.heads_per_group) for rate in nearest]
+
+
+def test_rows_and_activations_make_up_a_linear():
+    shard = tiny().linears[0]
+    machine = replace(MACHINE, cpu_rows=CURVE, cpu_activation_s=rates(1e-6))
+
+    cost = linear_cost(shard, 4, "bf16", machine, on_gpu=False, call_s=0.5)
+
+    assert pytest.approx(shard.flops_per_row_per_unit * 1e-9) == cpu_linear_s_per_unit(shard, 4, "bf16", machine)
+    assert pytest.approx(shard.flops_per_row_per_unit * 1e-9 + 4e-6 * shard.unit_features) == cost.cpu_s_per_unit
+    assert pytest.approx(0.5 + 4e-6 * shard.in_features) == cost.launch_s
+
+
+def test_a_chunk_pays_for_whole_tiles_on_its_diagonal():
+    workload = tiny(context=4096)
+    base = AttentionRate(16, 2, 16, 1e15, 1e9)
+    plain, tiled = (
+        attention_cost(
+            workload.kv[0], Call(1, 9, 0), 0, workload, replace(MACHINE, cpu_attention=(rate,)), False
+        ).cpu_s_per_group
+        for rate in (base, replace(base, extra_keys=5.0))
+    )
+
+    assert pytest.approx(2.0) == tiled / plain
+
+
+def cached_machine() -> HardwareProfile:
+    return replace(
+        MACHINE,
+        cpu_cache_bytes=1000,
+        cpu_cached_bytes_per_s=rates(160e9),
+        step_overhead_s=4.0,
+        cached_step_overhead_s=1.0,
+        cpu_attention=(AttentionRate(16, 1, 64, 10e9, 1e12, 0.0, 50e9),),
+    )
+
+
+def test_what_fits_in_the_cache_is_read_from_it():
+    inside, outside = (cached_machine().for_working_set(size) for size in (500, 3000))
+
+    assert (160e9, 1.0, 50e9) == (
+        inside.cpu_linear_bytes_per_s.q4,
+        inside.step_overhead_s,
+        inside.cpu_attention[0].bytes_per_s,
+    )
+    assert (40e9, 4.0, 10e9, 50e9) == (
+        outside.cpu_linear_bytes_per_s.q4,
+        outside.step_overhead_s,
+        outside.cpu_attention[0].bytes_per_s,
+        outside.dram_bytes_per_s,
+    )
+
+
+def test_a_larger_working_set_is_never_read_faster_and_one_profile_is_adapted_once():
+    speeds = [cached_machine().for_working_set(size).cpu_linear_bytes_per_s.bf16 for size in range(100, 4000, 100)]
+    adapted = cached_machine().for_working_set(1500)
+
+    assert speeds == sorted(speeds, reverse=True)
+    assert adapted == adapted.for_working_set(10)
+
+
+def test_a_profile_as_it_is_now_scales_memory_and_arithmetic_apart():
+    machine = replace(MACHINE, cpu_rows=CURVE, cpu_attention=(AttentionRate(16, 1, 64, 10.0, 100.0),))
+
+    now = machine.as_now(machine.dram_bytes_per_s / 2, 0.5)
+
+    assert (0.5e9, 2e9, 8e9) == tuple(rate.ops_per_s.q8 for rate in now.cpu_rows)
+    assert (5.0, 50.0) == (now.cpu_attention[0].bytes_per_s, now.cpu_attention[0].ops_per_s)
+
+
+def test_python_counts_per_layer_only_where_a_step_is_not_recorded():
+    workload = tiny()
+    machine = replace(MACHINE, step_overhead_s=1.0, layer_overhead_s=0.25, logits_s_per_token=0.5 / workload.vocab_size)
+
+    assert (1.5, 2.5, 1.5) == (
+        step_s(workload, Call(1, 1, 0), machine, on_gpu=False),
+        step_s(workload, Call(1, 8, 0), machine, on_gpu=False),
+        step_s(workload, Call(1, 8, 0), machine, on_gpu=True),
+    )
+
+
+def test_the_head_cannot_hide_behind_copies_that_come_before_it():
+    """On the CPU the head computes after the last layer, when nothing is left to copy: the times add up."""
+    workload = llama_8b()
+    linears, kv = placed(workload, 0.0, 1.0, groups=8)
+    head = replace(linears[-1], stream_units=(0,) * 5)
+
+    streamed, on_cpu = (
+        pass_cost(workload, cut, kv, MACHINE, Call(1, 1, 1), True) for cut in (linears, (*linears[:-1], head))
+    )
+
+    copies = (workload.weight_bytes - workload.linears[-1].total_bytes) / 10e9
+    assert pytest.approx(copies + workload.linears[-1].total_bytes / 40e9, rel=1e-3) == on_cpu.seconds
+    assert pytest.approx(streamed.lanes["pcie"]) == streamed.seconds
+
+
+def test_terms_add_up_to_the_resources():
+    workload = tiny()
+    linears, kv = placed(workload, 0.25, 0.25, groups=1)
+    cost = predict(
+        workload, linears, kv, HardwareProfile.named("emulated"), phase="decode", rows=1, context=50, on_gpu=True
+    )
+    terms, lanes = dict(cost.terms), dict(cost.lanes)
+
+    assert pytest.approx(lanes["gpu"]) == terms["gpu_linears"] + terms["gpu_attention"] + terms["small_ops"]
+    slowed = (1 - 0.8) * lanes["pcie"]
+    assert pytest.approx(lanes["cpu"] - slowed) == terms["cpu_linears"] + terms["cpu_attention"]
+    assert pytest.approx(lanes["pcie"]) == terms["copies"]
+
+
+def test_tables_survive_json_and_bad_ones_are_named():
+    machine = replace(cached_machine(), cpu_rows=CURVE)
+    values = machine.to_dict()
+
+    assert machine == HardwareProfile.from_json(machine.to_json())
+    with pytest.raises(ValueError, match=r"cpu_rows\[0\] needs one value for each of rows, ops_per_s"):
+        HardwareProfile.from_dict(values | {"cpu_rows": [{"rows": 1}]})
+    with pytest.raises(ValueError, match="cpu_rows must have ascending row counts, got .4, 1."):
+        replace(machine, cpu_rows=(CURVE[1], CURVE[0]))
+
+
+def test_a_thread_less_scales_the_tables_too():
+    machine = replace(MACHINE, cpu_rows=CURVE, cpu_activation_s=DtypeRates(1.0, 1.0, 1.0, 1.0))
+
+    half = machine.with_threads(4)
+
+    assert (8e9, 2.0) == (half.cpu_rows[2].ops_per_s.bf16, half.cpu_activation_s.bf16)
