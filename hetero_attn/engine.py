@@ -158,6 +158,14 @@ class Engine:
             self._logits_of(step.rows - 1, step.rows)
         return stopwatch.seconds
 
+    def recut(self, plan: Plan) -> None:
+        """Take over the stream/cpu boundaries of a plan that is the present one otherwise; between two steps."""
+        self.lanes.finish()
+        for weights, placement in zip(self.weights.linears, plan.linears, strict=True):
+            assert weights.placement.gpu_units == placement.gpu_units, f"{placement.name}: its home would move"
+            weights.placement = placement
+        self.plan = plan
+
     def move(self, plan: Plan) -> None:
         """Go over to another plan of an elastic model between two steps; open sequences keep every token.
 

@@ -21,7 +21,7 @@ from placement.plan import LinearPlacement
 
 @dataclass(slots=True)
 class LinearWeights:
-    """The packed weight of one linear in its two homes; `placement` and `gpu` change between steps only, by `elastic`.
+    """The packed weight of one linear in its two homes; `placement` and `gpu` change between steps only.
 
     gpu: uint8 [gpu blocks, block_bytes] in GPU memory. dram: uint8 [blocks, block_bytes] in host memory, those of the
     units from `first_dram_unit` on.

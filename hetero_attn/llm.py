@@ -12,6 +12,7 @@ from hetero_attn.builder import build_engine
 from hetero_attn.errors import EngineDeadError, PromptError
 from hetero_attn.planning import PAGE_TOKENS, PlannedModel, prepare
 from hetero_attn.progress import PrefillBar, compile_note, loading_bar
+from hetero_attn.rebalancing import Rebalancer
 from hetero_attn.replanning import Replanner
 from hetero_attn.report import LaneReport
 from hetero_attn.request import Piece, Request, RequestOutput
@@ -65,6 +66,7 @@ class LLM:
             self.engine = build_engine(planned, overlap, bar.update, compile_note if progress else None)
         self._progress = progress
         self._replanner = Replanner(self.engine, planned)
+        self._rebalancer = Rebalancer(self.engine, self._replanner)
         self._scheduler = Scheduler(self.engine)
         self._lock = threading.Lock()
         self._seeds = torch.Generator().manual_seed(seed) if seed is not None else None
@@ -243,6 +245,7 @@ class LLM:
                 self.engine.check_alive()
                 self._replanner.follow(self._scheduler.tokens)
                 self._scheduler.step()
+                self._rebalancer.follow()
 
     def _abort(self, requests: Sequence[Request]) -> None:
         with self._lock:

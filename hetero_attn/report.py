@@ -2,14 +2,15 @@
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 from rich.console import Console
 from rich.table import Table
 
 from hetero_attn.lanes import Lanes
+from placement.workload import row_tier
 
 PHASES = ("prefill", "decode")
 COUNTERS = ("wall_s", "cpu_lane_s", "waited_s", "handover_s", "streamed_bytes")
@@ -31,12 +32,24 @@ class PhaseTimes:
     handover_s: float = 0.0
     streamed_bytes: int = 0
 
+    def add(self, tokens: int, spent: Sequence[float]) -> None:
+        """Count one step; spent: in the order of COUNTERS."""
+        self.steps += 1
+        self.tokens += tokens
+        for name, value in zip(COUNTERS, spent, strict=True):
+            setattr(self, name, getattr(self, name) + value)
+
+    def since(self, earlier: "PhaseTimes") -> "PhaseTimes":
+        """What came after `earlier` was copied from these totals."""
+        return PhaseTimes(*(getattr(self, entry.name) - getattr(earlier, entry.name) for entry in fields(self)))
+
 
 @dataclass(slots=True)
 class LaneReport:
-    """Totals since a model was loaded, or since `reset`."""
+    """Totals since a model was loaded, or since `reset`. tiers: by row tier, since the model was loaded."""
 
     phases: dict[str, PhaseTimes] = field(default_factory=lambda: {phase: PhaseTimes() for phase in PHASES})
+    tiers: dict[int, PhaseTimes] = field(default_factory=dict)
 
     @contextmanager
     def measure(self, lanes: Lanes, phase: str, tokens: int) -> Iterator[None]:
@@ -44,14 +57,11 @@ class LaneReport:
         before = _counters(lanes)
         yield
         spent = [end - start for start, end in zip(before, _counters(lanes), strict=True)]
-        times = self.phases[phase]
-        times.steps += 1
-        times.tokens += tokens
-        for name, value in zip(COUNTERS, spent, strict=True):
-            setattr(times, name, getattr(times, name) + value)
+        self.phases[phase].add(tokens, spent)
+        self.tiers.setdefault(row_tier(tokens), PhaseTimes()).add(tokens, spent)
 
     def reset(self) -> None:
-        """Forget everything counted so far."""
+        """Forget everything counted so far, except what `tiers` holds for rebalancing."""
         self.phases = {phase: PhaseTimes() for phase in PHASES}
 
     def to_dict(self) -> dict[str, dict[str, float]]:

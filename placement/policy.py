@@ -103,7 +103,8 @@ class Policy(_Strict):
 
     gpu_memory, pinned_memory, host_memory: budgets in bytes. context: tokens; batch: sequences; threads: CPU lane
     threads; prefill_chunk: rows; staging_slots: slots of the streaming ring. elastic: keep a copy in DRAM of what is in GPU
-    memory, so that a loaded model can move to another GPU budget.
+    memory, so that a loaded model can move to another GPU budget. rebalance: let measured lane times move the boundary
+    between streamed and CPU-computed columns, where no rule fixes it.
     """
 
     version: Literal[1] = VERSION
@@ -117,6 +118,7 @@ class Policy(_Strict):
     prefill_chunk: PositiveField = None
     staging_slots: SlotsField = None
     elastic: bool = False
+    rebalance: bool = False
     rules: tuple[Rule, ...] = Field(default=(), strict=False)
 
     _source: str = PrivateAttr(default="policy")
