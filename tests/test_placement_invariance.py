@@ -159,11 +159,11 @@ def test_planted_bug_stale_staging_buffer_is_caught(runs, monkeypatch):
     original, count = hetero_attn.staging.StagingRing._fill, iter(range(10**9))
 
     def lossy(self, slot):
-        copy = self._device.copy
+        copy = self.device.copy
         if next(count) % 5 == 4:
-            self._device.copy = lambda *arguments: None
+            self.device.copy = lambda *arguments: None
         original(self, slot)
-        self._device.copy = copy
+        self.device.copy = copy
 
     monkeypatch.setattr(hetero_attn.staging.StagingRing, "_fill", lossy)
 
