@@ -15,6 +15,7 @@ _HOMES = {
     "SamplingParams": "hetero_attn.sampling_params",
     "RequestOutput": "hetero_attn.request",
     "Piece": "hetero_attn.request",
+    "Request": "hetero_attn.request",
     "Metrics": "hetero_attn.request",
     "HeteroError": "hetero_attn.errors",
     "plan_model": "hetero_attn.planning",

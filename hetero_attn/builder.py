@@ -29,6 +29,7 @@ def build_engine(
     overlap: bool = True,
     progress: Progress = lambda count: None,
     on_compile: Callable[[str], None] | None = None,
+    prefix_cache: bool = True,
 ) -> Engine:
     """Load a planned model.
 
@@ -37,11 +38,15 @@ def build_engine(
     Raises CheckpointError for weights that do not fit the config, MemoryBudgetError when memory runs out.
     """
     lanes = make_lanes(planned.plan, planned.device, overlap, on_compile)
-    return assemble(planned, lanes, overlap, progress)
+    return assemble(planned, lanes, overlap, progress, prefix_cache)
 
 
 def assemble(
-    planned: PlannedModel, lanes: Lanes, overlap: bool = True, progress: Progress = lambda count: None
+    planned: PlannedModel,
+    lanes: Lanes,
+    overlap: bool = True,
+    progress: Progress = lambda count: None,
+    prefix_cache: bool = True,
 ) -> Engine:
     """Load a planned model onto lanes that are there; closes them if anything fails."""
     try:
@@ -50,7 +55,9 @@ def assemble(
                 warnings.warn(f"{planned.path}: {warning}", stacklevel=3)
             warm_up(lanes.host_ops, planned.config, planned.weight_dtype, planned.plan.workload.kv_dtype)
             weights = Loader(checkpoint, planned.config, planned.plan, planned.weight_dtype, lanes, progress).load()
-            return Engine(planned.config, planned.plan, weights, lanes, KVCache(planned.plan, lanes.device), overlap)
+            return Engine(
+                planned.config, planned.plan, weights, lanes, KVCache(planned.plan, lanes.device, prefix_cache), overlap
+            )
     except BaseException:
         lanes.close()
         raise

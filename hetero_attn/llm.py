@@ -34,8 +34,10 @@ class LLM:
     such as "8GiB". dtype: auto | bf16 | fp32 | q8 | q4. device: auto | cuda | cuda:N | cpu | emulated. max_context:
     tokens of one sequence. max_batch: sequences decoded together. seed: of requests that bring none. num_threads: of
     the CPU lane. hardware: the profile to plan with. elastic keeps a copy in DRAM of what is in GPU memory, so that
-    `resize` works and the cache may take GPU memory from the weights as it grows. overlap=False runs the lanes one after
-    another. progress shows a bar while loading.
+    `resize` works and the cache may take GPU memory from the weights as it grows. kv_tokens: tokens that the cache holds
+    for all sequences together, None is max_context for each. prefix_cache keeps what was computed, as long as nobody
+    needs its memory, for prompts that begin alike. overlap=False runs the lanes one after another. progress shows a bar
+    while loading.
 
     Thread-safe: calls from several threads take turns, step by step, and decode together. Close it, or use it as a
     context manager; raises errors of `hetero_attn.errors` and PolicyError.
@@ -56,14 +58,28 @@ class LLM:
         hardware: HardwareProfile | str | None = None,
         page_size: int = PAGE_TOKENS,
         elastic: bool = False,
+        kv_tokens: int | None = None,
+        prefix_cache: bool = True,
         overlap: bool = True,
         progress: bool = True,
     ) -> None:
         planned = prepare(
-            model, policy, gpu_memory, dtype, device, hardware, max_context, max_batch, num_threads, page_size, elastic
+            model,
+            policy,
+            gpu_memory,
+            dtype,
+            device,
+            hardware,
+            max_context,
+            max_batch,
+            num_threads,
+            page_size,
+            elastic,
+            kv_tokens,
         )
         with loading_bar(planned.plan, progress) as bar:
-            self.engine = build_engine(planned, overlap, bar.update, compile_note if progress else None)
+            on_compile = compile_note if progress else None
+            self.engine = build_engine(planned, overlap, bar.update, on_compile, prefix_cache)
         self._progress = progress
         self._replanner = Replanner(self.engine, planned)
         self._rebalancer = Rebalancer(self.engine, self._replanner)
@@ -93,7 +109,7 @@ class LLM:
         """Complete every prompt; results come in the order of the prompts.
 
         prompts: one prompt or several, each a string or a list of token ids. params: None is `SamplingParams()`.
-        Raises PromptError before anything is computed.
+        Raises PromptError before anything is computed. Prompts that begin alike compute what they share once.
         """
         requests = [self._request(prompt, params) for prompt in _as_list(prompts)]
         self._run(requests)
@@ -115,12 +131,41 @@ class LLM:
         """As `chat`, yielding pieces like `stream`."""
         return self.stream(self._require_tokenizer().encode_chat(messages), params)
 
+    def add(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+        """Queue a prompt for `step`, as a server does; returns at once. Raises PromptError.
+
+        The request's `token_ids` and `text` grow with every step; once `finish_reason` is set, `output()` is complete.
+        """
+        request = self._request(prompt, params)
+        with self._lock:
+            self._scheduler.add(request)
+        return request
+
+    def step(self) -> tuple[Request, ...]:
+        """Compute one prompt chunk, or the next token of every sequence that decodes; returns whose turn it was.
+
+        Requests of every thread take part, those of `generate` and `stream` too. Empty when there is nothing to do.
+        """
+        with self._lock:
+            if not self._scheduler.has_work:
+                return ()
+            self.engine.check_alive()
+            self._replanner.follow(self._scheduler.tokens)
+            active = self._scheduler.step()
+            self._rebalancer.follow()
+            return active
+
+    def abort(self, request: Request) -> None:
+        """End a request where it stands, between two steps; what it generated stays readable. No effect if it ended."""
+        with self._lock:
+            self._scheduler.abort(request)
+
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Logits after each of `token_ids`, float32 [len(token_ids), vocab_size], through the very same plan."""
         token_ids = self._check_ids(token_ids, reserve=0)
         rows = []
         with self._lock:
-            sequence = self.engine.kv_cache.open()
+            sequence = self.engine.kv_cache.open(len(token_ids))
             try:
                 for start in range(0, len(token_ids), self.engine.prefill_chunk):
                     rows.append(
@@ -211,7 +256,7 @@ class LLM:
         bar = self._add(requests)
         try:
             while any(request.finish_reason is None for request in requests):
-                self._step()
+                self.step()
                 bar.update()
         finally:
             bar.close()
@@ -222,7 +267,7 @@ class LLM:
         text, tokens = 0, 0
         try:
             while request.finish_reason is None:
-                self._step()
+                self.step()
                 bar.update()
                 if request.finish_reason is None and len(request.text) > text:
                     yield Piece(request.text[text:], tuple(request.token_ids[tokens:]))
@@ -239,18 +284,9 @@ class LLM:
                 self._scheduler.add(request)
         return PrefillBar(requests, self.engine.prefill_chunk, self._progress)
 
-    def _step(self) -> None:
-        with self._lock:
-            if self._scheduler.has_work:
-                self.engine.check_alive()
-                self._replanner.follow(self._scheduler.tokens)
-                self._scheduler.step()
-                self._rebalancer.follow()
-
     def _abort(self, requests: Sequence[Request]) -> None:
-        with self._lock:
-            for request in requests:
-                self._scheduler.abort(request)
+        for request in requests:
+            self.abort(request)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -21,6 +21,7 @@ WEIGHT_DTYPES = ("bf16", "fp32", "q8", "q4")
 DEVICES = ("auto", "cuda", "cpu", "emulated")
 DEFAULT_MAX_CONTEXT = 8192
 DEFAULT_MAX_BATCH = 4
+THROUGHPUT_MAX_BATCH = 16
 DEFAULT_PREFILL_CHUNK = 512
 MIN_PREFILL_CHUNK = 16
 PAGE_TOKENS = 64
@@ -76,21 +77,28 @@ def prepare(
     num_threads: int | None,
     page_size: int,
     elastic: bool = False,
+    kv_tokens: int | None = None,
 ) -> PlannedModel:
-    """Decide everything about a model that can be decided without reading its weights."""
+    """Decide everything about a model that can be decided without reading its weights.
+
+    Under `objective: throughput` more sequences share the KV slots that the default batch would have.
+    """
     path = resolve_model(model)
     config = ModelConfig.from_dir(path)
     policy = policy if isinstance(policy, Policy) else Policy.load(policy)
     policy = policy.model_copy(update={"threads": num_threads or policy.threads, "elastic": elastic or policy.elastic})
     weight_dtype = choose_weight_dtype(dtype, config, path)
     place = choose_device(device, hardware)
+    context = choose_context(max_context or policy.context, config)
+    batch, kv_tokens = choose_batch(max_batch or policy.batch, kv_tokens or policy.kv_tokens, context, policy.objective)
     build = partial(
         build_workload,
         config,
         weight_dtype,
         model=path.name,
-        max_context=choose_context(max_context or policy.context, config),
-        max_batch=max_batch or policy.batch or DEFAULT_MAX_BATCH,
+        max_context=context,
+        max_batch=batch,
+        kv_tokens=kv_tokens,
         page_size=page_size,
         embed_shares_head=config.tie_word_embeddings and weight_dtype in ("fp32", "bf16") and place == "cpu",
     )
@@ -107,7 +115,7 @@ def prepare(
         from hetero_attn.devices.machine import with_own_bytes
 
         hardware = with_own_bytes(hardware, place, workload)
-    policy = policy.model_copy(update={"context": None, "batch": None, "prefill_chunk": None})
+    policy = policy.model_copy(update={"context": None, "batch": None, "kv_tokens": None, "prefill_chunk": None})
     try:
         plan = make_plan(workload, hardware, policy, device=kind, gpu_memory_bytes=budget)
     except BudgetError as error:
@@ -167,6 +175,20 @@ def choose_context(max_context: int | None, config: ModelConfig) -> int:
             f"max_context is {max_context}, but the model was made for {limit} positions; ask for at most {limit}"
         )
     return max_context
+
+
+def choose_batch(
+    max_batch: int | None, kv_tokens: int | None, max_context: int, objective: str
+) -> tuple[int, int | None]:
+    """Sequences decoded together, and the KV slots that they share; None is a whole context for each."""
+    if kv_tokens is not None and kv_tokens < max_context:
+        raise ConfigError(
+            f"kv_tokens is {kv_tokens}, but one sequence may have max_context {max_context} tokens; give at least that, "
+            "or a smaller max_context"
+        )
+    if max_batch is None and objective == "throughput":
+        return THROUGHPUT_MAX_BATCH, kv_tokens or DEFAULT_MAX_BATCH * max_context
+    return max_batch or DEFAULT_MAX_BATCH, kv_tokens
 
 
 def fit_prefill_chunk(build: Callable[..., Workload], budget_bytes: int) -> Workload:

@@ -14,17 +14,21 @@ from hetero_attn.tokenizer import TextStream
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """How long a request took: counts of tokens, wall seconds of its prefill and of its decoding."""
+    """How long a request took: counts of tokens, wall seconds of its prefill and of its decoding.
+
+    cached_prompt_tokens: how many of the prompt's tokens were not computed, because an earlier prompt began alike.
+    """
 
     prompt_tokens: int
     generated_tokens: int
     prefill_s: float
     decode_s: float
+    cached_prompt_tokens: int = 0
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Prompt tokens a second; 0 before the prompt is done."""
-        return self.prompt_tokens / self.prefill_s if self.prefill_s else 0.0
+        """Computed prompt tokens a second; 0 before the prompt is done."""
+        return (self.prompt_tokens - self.cached_prompt_tokens) / self.prefill_s if self.prefill_s else 0.0
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -62,9 +66,9 @@ class Piece:
 class Request:
     """A prompt on its way through the engine.
 
-    max_tokens is already bounded by the context. `computed` counts prompt tokens in the cache; `sequence` is None
-    until the request is admitted and after it has ended. stream: None for a model without a tokenizer, whose text
-    stays empty. `error` is what ended the request early, if anything did.
+    max_tokens is already bounded by the context. `computed` counts prompt tokens in the cache, `reused` those
+    of them that were there before; `sequence` is None until the request is admitted and after it has ended. stream:
+    None for a model without a tokenizer, whose text stays empty. `error` is what ended the request early, if anything did.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -74,6 +78,7 @@ class Request:
     max_tokens: int
     sequence: SequenceState | None = None
     computed: int = 0
+    reused: int = 0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[SampledToken] = field(default_factory=list)
     text: str = ""
@@ -87,6 +92,11 @@ class Request:
     def is_prefilling(self) -> bool:
         """Whether part of the prompt is still to be computed."""
         return self.computed < len(self.prompt_token_ids)
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens that the prompt and its answer can have."""
+        return len(self.prompt_token_ids) + self.max_tokens
 
     @property
     def cached_tokens(self) -> int:
@@ -124,7 +134,7 @@ class Request:
     def metrics(self) -> Metrics:
         """What the request has cost so far."""
         decode_s = self.last_token_at - self.first_token_at
-        return Metrics(len(self.prompt_token_ids), len(self.token_ids), self.prefill_s, decode_s)
+        return Metrics(len(self.prompt_token_ids), len(self.token_ids), self.prefill_s, decode_s, self.reused)
 
     def output(self) -> RequestOutput:
         """The finished generation; raises `error` if that is what ended it."""

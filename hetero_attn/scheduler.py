@@ -1,8 +1,10 @@
 """Which request runs next: prompts join and leave a running batch at any step.
 
-A request waits until a sequence slot is free, has its prompt computed chunk by chunk, and then decodes together with
-all others that are at that stage. A slot reserves the whole context, so nothing admitted is ever evicted. How far a
-request has come is derived from its own tokens at the start of each step; an interrupted step leaves nothing to undo.
+A request waits, first come first served, until the pages of its prompt and of the longest answer that it may have can
+be reserved, so nothing admitted is ever evicted. Its prompt is computed chunk by chunk, from where it stops being like an
+earlier one; then it decodes together with all others at that stage. One prompt is computed at a time, so prompts that
+begin alike compute what they share once. How far a request has come is derived from its own tokens at the start of each
+step; an interrupted step leaves nothing to undo.
 """
 
 import time
@@ -44,32 +46,37 @@ class Scheduler:
             request.finish_reason = "abort"
         self._retire()
 
-    def step(self) -> None:
-        """Compute one prompt chunk, or one token of every decoding request.
+    def step(self) -> tuple[Request, ...]:
+        """Compute one prompt chunk, or one token of every decoding request; returns the requests that took part.
 
         A request whose sampling fails ends with its `error` set. Whatever else is raised leaves every request as it was
         before the step, so that the step can be taken again.
         """
         with self._engine.lanes.torch_at_rest():
-            self._step()
+            return self._step()
 
-    def _step(self) -> None:
+    def _step(self) -> tuple[Request, ...]:
         self._admit()
         prefilling = next((request for request in self._running if request.is_prefilling), None)
+        active = tuple(self._running) if prefilling is None else (prefilling,)
         if prefilling is not None:
             self._prefill(prefilling)
         else:
-            self._decode(tuple(self._running))
+            self._decode(active)
         self._retire()
+        return active
 
     def _admit(self) -> None:
-        while self._waiting and self._engine.kv_cache.free_slots:
+        cache = self._engine.kv_cache
+        while self._waiting and cache.has_room(self._waiting[0].most_tokens):
             request = self._waiting.popleft()
-            request.sequence = self._engine.kv_cache.open()
+            request.sequence = cache.open(request.most_tokens)
             self._running.append(request)
 
     def _prefill(self, request: Request) -> None:
         started = time.perf_counter()
+        if request.computed == 0:
+            request.computed = request.reused = self._reuse(request)
         request.sequence.length = request.cached_tokens
         chunk = request.prompt_token_ids[request.computed : request.computed + self._engine.prefill_chunk]
         logits = self._engine.prefill(request.sequence, chunk)
@@ -77,6 +84,16 @@ class Scheduler:
         request.computed += len(chunk)
         if not request.is_prefilling:
             request.choose(logits)
+        self._remember(request)
+
+    def _reuse(self, request: Request) -> int:
+        """Begin with what is known of the prompt, all but its last token, whose logits are wanted."""
+        return self._engine.kv_cache.reuse(request.sequence, request.prompt_token_ids[:-1])
+
+    def _remember(self, request: Request) -> None:
+        if request.error is None:
+            stored = (*request.prompt_token_ids[: request.computed], *request.token_ids)[: request.cached_tokens]
+            self._engine.kv_cache.remember(request.sequence, stored)
 
     def _decode(self, requests: tuple[Request, ...]) -> None:
         if not requests:
@@ -91,5 +108,6 @@ class Scheduler:
     def _retire(self) -> None:
         for request in [request for request in self._running if request.finish_reason is not None]:
             self._running.remove(request)
+            self._remember(request)
             self._engine.kv_cache.close(request.sequence)
             request.sequence = None

@@ -221,12 +221,14 @@ def build_workload(
     page_size: int,
     prefill_chunk: int,
     kv_dtype: str | None = None,
+    kv_tokens: int | None = None,
     embed_shares_head: bool = False,
 ) -> Workload:
     """Describe a model to the planner: names, bytes and operations, computed by the code that allocates them.
 
-    kv_dtype: of the cache; None is that of the weights for fp32, else bf16. embed_shares_head: the token embedding is read from the head's own rows, which must then all be in host memory,
-    unquantised; it takes no bytes of its own.
+    kv_dtype: of the cache; None is that of the weights for fp32, else bf16. kv_tokens: KV slots that all sequences
+    share, None is max_context for each. embed_shares_head: the token embedding is read from the head's own rows, which
+    must then all be in host memory, unquantised; it takes no bytes of its own.
     """
     spec = model_spec(config)
     kv_dtype = kv_dtype or natural_kv_dtype(weight_dtype)
@@ -261,6 +263,7 @@ def build_workload(
         vocab_size=config.vocab_size,
         prefill_chunk=prefill_chunk,
         kv_dtype=kv_dtype,
+        kv_tokens=kv_tokens,
     )
 
 

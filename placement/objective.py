@@ -17,9 +17,10 @@ def reference_batch(workload: Workload, objective: str) -> int:
     return workload.max_batch if objective == "throughput" else 1
 
 
-def reference_context(workload: Workload) -> int:
-    """Cached tokens of a reference decode step: half of the longest context, the mean over a sequence that fills it."""
-    return max(1, workload.max_context // 2)
+def reference_context(workload: Workload, batch: int = 1) -> int:
+    """Cached tokens of each sequence in a reference decode step: half of the longest context, the mean over a sequence
+    that fills it, or what the cache holds for each of `batch`."""
+    return max(1, min(workload.max_context // 2, workload.full_tokens // batch))
 
 
 def reference_prompt(workload: Workload) -> int:
@@ -35,7 +36,7 @@ def reference_calls(workload: Workload, objective: str) -> list[WeightedCall]:
     """
     batch, prompt, chunk = reference_batch(workload, objective), reference_prompt(workload), workload.prefill_chunk
     steps = max(1, min(REFERENCE_OUTPUT, workload.max_context // 2))
-    calls = [WeightedCall(Call(batch, 1, reference_context(workload)), steps)]
+    calls = [WeightedCall(Call(batch, 1, reference_context(workload, batch)), steps)]
     before = (prompt - 1) // chunk
     if before:
         middle = (before - 1) * chunk // 2

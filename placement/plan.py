@@ -157,6 +157,8 @@ class Plan:
         ]
         if self.device != "cpu":
             lines.append(f"staging_slots: {self.staging_slots}")
+        if self.workload.kv_tokens is not None:
+            lines.append(f"kv_tokens: {self.workload.kv_tokens}")
         if self.workload.elastic:
             lines.append("elastic: true")
         lines.append("rules:")
@@ -180,6 +182,7 @@ class Plan:
             "num_threads": self.num_threads,
             "staging_slots": self.staging_slots,
             "staging_slot_bytes": self.staging_slot_bytes,
+            "kv_tokens": self.workload.full_tokens,
             "elastic": self.workload.elastic,
             "linears": [
                 {

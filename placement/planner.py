@@ -119,6 +119,7 @@ def _resolve(
         max_context=policy.context or workload.max_context,
         max_batch=policy.batch or workload.max_batch,
         prefill_chunk=policy.prefill_chunk or workload.prefill_chunk,
+        kv_tokens=policy.kv_tokens or workload.kv_tokens,
         elastic=device != "cpu" and (policy.elastic or workload.elastic),
     )
     machine = hardware.with_threads(policy.threads) if policy.threads else hardware
@@ -159,7 +160,7 @@ def predict_plan(plan: Plan, hardware: HardwareProfile) -> Prediction:
         hardware.name,
         plan.objective,
         seconds,
-        cost("decode", batch, reference_context(workload)),
+        cost("decode", batch, reference_context(workload, batch)),
         cost("prefill", reference_prompt(workload), 0),
         tuple(cost("decode", batch, context) for context in contexts),
     )

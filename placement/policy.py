@@ -101,10 +101,11 @@ def _check_sum(gpu: Share | None, stream: Share | None, cpu: Share | None, where
 class Policy(_Strict):
     """What the user asks of the planner; every field may be None, which means `auto`.
 
-    gpu_memory, pinned_memory, host_memory: budgets in bytes. context: tokens; batch: sequences; threads: CPU lane
-    threads; prefill_chunk: rows; staging_slots: slots of the streaming ring. elastic: keep a copy in DRAM of what is in GPU
-    memory, so that a loaded model can move to another GPU budget. rebalance: let measured lane times move the boundary
-    between streamed and CPU-computed columns, where no rule fixes it.
+    gpu_memory, pinned_memory, host_memory: budgets in bytes. context: tokens; batch: sequences; kv_tokens: tokens that
+    the cache holds for all sequences together; threads: CPU lane threads; prefill_chunk: rows; staging_slots: slots of
+    the streaming ring. elastic: keep a copy in DRAM of what is in GPU memory, so that a loaded model can move to another
+    GPU budget. rebalance: let measured lane times move the boundary between streamed and CPU-computed columns, where no
+    rule fixes it.
     """
 
     version: Literal[1] = VERSION
@@ -114,6 +115,7 @@ class Policy(_Strict):
     host_memory: SizeField = None
     context: PositiveField = None
     batch: PositiveField = None
+    kv_tokens: PositiveField = None
     threads: PositiveField = None
     prefill_chunk: PositiveField = None
     staging_slots: SlotsField = None

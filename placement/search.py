@@ -165,7 +165,7 @@ def _token_choices(problem: Problem) -> list[int]:
     if all(b.gpu_groups == 0 or b.gpu_tokens for b in problem.bounds.kv):
         return [workload.min_gpu_tokens]
     batch = reference_batch(workload, problem.objective)
-    reference = round_up(reference_context(workload) + 1, workload.page_size) * batch
+    reference = round_up(reference_context(workload, batch) + 1, workload.page_size) * batch
     choices = {
         workload.min_gpu_tokens,
         workload.full_tokens,

@@ -85,12 +85,13 @@ def test_tokens_in_flight_are_those_of_a_model_never_resized(path):
                 assert arena.peak_bytes <= kept
                 assert_counts_are_true(llm)
                 kinds |= {store.num_pages for store in stores(llm)}
-            llm._step()
+            llm.step()
             if all(request.finish_reason for request in requests):
                 break
 
         assert [request.output().token_ids for request in requests] == expected
         assert len(kinds) > 2
+        llm.engine.kv_cache.forget_prefixes()
         assert all(store.free_pages == store.num_pages for store in stores(llm))
 
 

@@ -29,7 +29,13 @@ def test_demo_gives_the_same_tokens_on_one_lane_and_on_three() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"), [("quickstart.py", "[length, "), ("chat.py", "> What is a list?")], ids=["quickstart", "chat"]
+    ("name", "shown"),
+    [
+        ("quickstart.py", "[length, "),
+        ("chat.py", "> What is a list?"),
+        ("serve_loop.py", "\n0 prompt tokens computed twice"),
+    ],
+    ids=["quickstart", "chat", "serve-loop"],
 )
 def test_short_examples_run(name: str, shown: str) -> None:
     run = run_example(name)

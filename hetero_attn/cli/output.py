@@ -40,8 +40,9 @@ def write_text(file: Path, text: str) -> None:
 
 def speed_line(metrics: Metrics) -> str:
     """Tokens and tokens/s of both phases in one line."""
+    cached = f" ({metrics.cached_prompt_tokens} cached)" if metrics.cached_prompt_tokens else ""
     return (
-        f"prefill {metrics.prompt_tokens} tokens, {metrics.prefill_tokens_per_s:.1f} tokens/s; "
+        f"prefill {metrics.prompt_tokens} tokens{cached}, {metrics.prefill_tokens_per_s:.1f} tokens/s; "
         f"decode {metrics.generated_tokens} tokens, {metrics.decode_tokens_per_s:.1f} tokens/s"
     )
 
@@ -49,7 +50,8 @@ def speed_line(metrics: Metrics) -> str:
 def metrics_dict(metrics: Metrics) -> dict[str, float]:
     """The same numbers, and the seconds behind them, for JSON."""
     names = (
-        "prompt_tokens", "generated_tokens", "prefill_s", "decode_s", "prefill_tokens_per_s", "decode_tokens_per_s",
+        "prompt_tokens", "cached_prompt_tokens", "generated_tokens", "prefill_s", "decode_s",
+        "prefill_tokens_per_s", "decode_tokens_per_s",
     )
     return {name: getattr(metrics, name) for name in names}
 

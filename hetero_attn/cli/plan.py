@@ -85,7 +85,8 @@ def wishes(policy: str, threads: int | None) -> Policy:
     from placement import Policy
 
     loaded = Policy.load(policy)
-    settled = {"context": None, "batch": None, "prefill_chunk": None, "threads": threads or loaded.threads}
+    built_in = dict.fromkeys(("context", "batch", "kv_tokens", "prefill_chunk"))
+    settled = built_in | {"threads": threads or loaded.threads}
     return loaded.model_copy(update=settled)
 
 
