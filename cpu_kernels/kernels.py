@@ -7,6 +7,7 @@ import torch
 
 from . import attention, elementwise, linear, memory, pack
 from .cache import KernelStore
+from .flags import Flags
 from .isa import choose
 from .program import Program
 from .team import Team
@@ -36,6 +37,7 @@ class CpuKernels:
     ):
         chosen = choose(isa)
         self._team = Team(KernelStore(cache_dir, on_compile), chosen, num_threads, pin)
+        self._made_flags: Flags | None = None
 
     @property
     def isa(self) -> str:
@@ -64,6 +66,22 @@ class CpuKernels:
         place; what they hold may change between runs. `work` must compute with this object's ops alone.
         """
         return Program(self._team, self._team.record(work))
+
+    def set_flag(self, flag: torch.Tensor, value: int) -> None:
+        """Write a flag, int64 [1], after everything that this thread has written; another thread or a GPU may wait for it."""
+        self._flags().set(flag, value)
+
+    def await_flag(self, flag: torch.Tensor, value: int, timeout_s: float) -> bool:
+        """Wait for a flag to be `value`, spinning first; False where it is not after about `timeout_s`.
+
+        What its writer wrote before is visible afterwards. Python's lock is free meanwhile.
+        """
+        return self._flags().wait(flag, value, timeout_s)
+
+    def _flags(self) -> Flags:
+        if self._made_flags is None:
+            self._made_flags = self._team.locked(Flags)
+        return self._made_flags
 
     def sweep(self, tensor: torch.Tensor) -> None:
         """Read every byte of a contiguous tensor and do nothing with it: timed, it is the ceiling of every op."""
@@ -128,9 +146,7 @@ class CpuKernels:
         q: float32 [rows, num_heads, head_dim], written; k_pages, v_pages: float32 or bfloat16
         [num_pages, page_size, head_dim], written at slots: int64 [rows, num_kv_heads], page * page_size + offset.
         """
-        elementwise.rope_append(
-            self._team, qkv, positions, cos, sin, q_norm, k_norm, eps, q, k_pages, v_pages, slots
-        )
+        elementwise.rope_append(self._team, qkv, positions, cos, sin, q_norm, k_norm, eps, q, k_pages, v_pages, slots)
 
     def decode_attention(
         self,
@@ -151,9 +167,7 @@ class CpuKernels:
         kv_start, kv_stop: int32 [batch]; out: float32 [batch, num_heads, head_dim] and lse: float32 [batch, num_heads]
         (natural log), written. Query head h reads KV head h // (num_heads // num_kv_heads); empty: (0, -inf).
         """
-        attention.decode_attention(
-            self._team, q, k_pages, v_pages, page_table, kv_start, kv_stop, scale, out, lse
-        )
+        attention.decode_attention(self._team, q, k_pages, v_pages, page_table, kv_start, kv_stop, scale, out, lse)
 
     def prefill_attention(
         self,
@@ -179,9 +193,7 @@ class CpuKernels:
             self._team, q, k_pages, v_pages, page_table, kv_start, kv_stop, q_start, window, scale, out, lse
         )
 
-    def merge(
-        self, outs: list[torch.Tensor], lses: list[torch.Tensor], out: torch.Tensor, lse: torch.Tensor
-    ) -> None:
+    def merge(self, outs: list[torch.Tensor], lses: list[torch.Tensor], out: torch.Tensor, lse: torch.Tensor) -> None:
         """Merge attention partials of disjoint key ranges; any number, in any order.
 
         outs: float32 [..., head_dim] each; lses: float32 [...] each; out, lse: like one of them, written.

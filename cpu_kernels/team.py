@@ -157,6 +157,11 @@ class Team:
             shared.drive(ctypes.addressof(self._result), None, shared.control, 0)
             return self._failure.value
 
+    def locked(self, make: Callable[[KernelStore], object]) -> object:
+        """What `make` builds from the kernel store, while no other thread uses it."""
+        with self._lock:
+            return make(self._shared.store)
+
     def _check_process(self) -> None:
         """RuntimeError in a forked child; asked before the lock, which another thread may have held at the fork."""
         if os.getpid() != self._pid:

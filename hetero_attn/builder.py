@@ -10,7 +10,7 @@ from hetero_attn.checkpoint import Checkpoint
 from hetero_attn.devices import CudaDriver, Device, EmulatedDriver
 from hetero_attn.devices.machine import SLACK_BYTES, arena_bytes, device_index, temporary_bytes
 from hetero_attn.engine import Engine
-from hetero_attn.handover import EventHandover
+from hetero_attn.handover_choice import choose_handover
 from hetero_attn.kv_cache import KVCache
 from hetero_attn.lanes import Lanes
 from hetero_attn.loader import Loader
@@ -30,6 +30,7 @@ def build_engine(
     progress: Progress = lambda count: None,
     on_compile: Callable[[str], None] | None = None,
     prefix_cache: bool = True,
+    handover: str = "auto",
 ) -> Engine:
     """Load a planned model.
 
@@ -37,7 +38,7 @@ def build_engine(
 
     Raises CheckpointError for weights that do not fit the config, MemoryBudgetError when memory runs out.
     """
-    lanes = make_lanes(planned.plan, planned.device, overlap, on_compile)
+    lanes = make_lanes(planned.plan, planned.device, overlap, on_compile, handover)
     return assemble(planned, lanes, overlap, progress, prefix_cache)
 
 
@@ -63,7 +64,13 @@ def assemble(
         raise
 
 
-def make_lanes(plan: Plan, device: str, overlap: bool, on_compile: Callable[[str], None] | None = None) -> Lanes:
+def make_lanes(
+    plan: Plan,
+    device: str,
+    overlap: bool,
+    on_compile: Callable[[str], None] | None = None,
+    handover: str = "auto",
+) -> Lanes:
     """Start the lanes of a plan."""
     with ExitStack() as undo:
         gpu = make_device(plan, device)
@@ -72,15 +79,16 @@ def make_lanes(plan: Plan, device: str, overlap: bool, on_compile: Callable[[str
         host_ops = undo.enter_context(CpuKernels(plan.num_threads, on_compile=on_compile))
         # The worker's thread starts with its first job, so a failure here leaves none.
         worker = ThreadPoolExecutor(1, thread_name_prefix="hetero-attn-host") if overlap else None
-        lanes = Lanes(host_ops) if gpu is None else connect(plan, host_ops, gpu, worker)
+        lanes = Lanes(host_ops) if gpu is None else connect(plan, host_ops, gpu, worker, handover)
         undo.pop_all()
     return lanes
 
 
-def connect(plan: Plan, host_ops: CpuKernels, gpu: Device, worker: Executor | None) -> Lanes:
+def connect(plan: Plan, host_ops: CpuKernels, gpu: Device, worker: Executor | None, handover: str = "auto") -> Lanes:
     """The lanes of a plan over a device; `worker` is the one thread of host jobs, None runs them on the caller's."""
-    handover = None if worker is None else EventHandover(gpu, worker)
-    return Lanes(host_ops, gpu, make_ring(plan, gpu), StepTables(gpu, _step_table_bytes(plan)), handover)
+    tables = StepTables(gpu, _step_table_bytes(plan))
+    chosen = None if worker is None else choose_handover(handover, gpu, worker, host_ops, tables)
+    return Lanes(host_ops, gpu, make_ring(plan, gpu), tables, chosen)
 
 
 def _step_table_bytes(plan: Plan) -> int:

@@ -15,6 +15,7 @@ from hetero_attn.attention import AttentionBuffers, store
 from hetero_attn.config import ModelConfig
 from hetero_attn.elastic import go_over
 from hetero_attn.errors import EngineDeadError
+from hetero_attn.graph_replay import GraphReplay
 from hetero_attn.kv_cache import KVCache
 from hetero_attn.lanes import Activation, Lanes
 from hetero_attn.layer_group import SequenceState
@@ -32,7 +33,8 @@ from placement.workload import row_tier
 class Engine:
     """Runs a model's forward passes over the lanes by a plan. One thread at a time may use it.
 
-    report: where the time of its steps went. replay: record decode steps of a plan without a GPU and replay them; the plain path computes the same.
+    report: where the time of its steps went. replay: record decode steps where the lanes can, and replay them; the
+    plain path computes the same.
     """
 
     def __init__(
@@ -54,8 +56,13 @@ class Engine:
         self._rows = max(plan.prefill_chunk, plan.max_batch)
         self._work = make_workspace(config, self._rows, lanes)
         logits_rows = max(LOGITS_ROWS, plan.max_batch)
-        self.replay = DecodeReplay(lanes.host_ops, self._decode) if replay and lanes.device is None else None
+        self.replay = self._make_replay() if replay else None
         self._logits = _buffer(lanes, logits_rows, weights.head.spec.out_features, "resident")
+
+    def _make_replay(self) -> DecodeReplay | GraphReplay | None:
+        if self.lanes.device is None:
+            return DecodeReplay(self.lanes.host_ops, self._decode)
+        return GraphReplay(self.lanes, self._decode) if self.lanes.handover.captures else None
 
     @property
     def prefill_chunk(self) -> int:
@@ -133,7 +140,7 @@ class Engine:
         The sequence does not grow; the step's KV entries and activations are left with values of no meaning.
         """
         step = plan_step(self.lanes, self.kv_cache, [sequence], 1, is_prefill=False)
-        if self.replay is None:
+        if self.lanes.device is not None or self.replay is None:
             stopwatch = Stopwatch()
             with self.lanes.torch_at_rest(), self.lanes.watched(stopwatch):
                 self._forward(step, [token_id])
@@ -185,6 +192,8 @@ class Engine:
     def _go_over(self, plan: Plan) -> None:
         with self.lanes.torch_at_rest():
             go_over(self.lanes, self.weights.linears, self.kv_cache, plan)
+        if isinstance(self.replay, GraphReplay):
+            self.replay.forget()
 
     def check_alive(self) -> None:
         """Raise EngineDeadError if a move between plans failed and could not be undone."""
@@ -206,12 +215,12 @@ class Engine:
         """Embed and run the layers; a decode step goes on to the logits of all its rows."""
         lanes, weights = self.lanes, self.weights
         with lanes.given_up_on_error():
-            self._announce(weights.linears[:-1] if step.is_prefill else weights.linears, step.tier)
             model.embed(lanes, weights, torch.tensor(token_ids), self._work.rows(step.rows))
             with lanes.main_lane():
                 if step.is_prefill:
+                    self._announce(weights.linears[:-1], step.tier)
                     self._layers(step)
-                elif self.replay is not None:
+                elif self.replay is not None and lanes.can_replay:
                     self.replay.run(step)
                 else:
                     self._decode(step)
@@ -223,6 +232,7 @@ class Engine:
             self.lanes.ring.announce(piece for linear in linears for piece in linear.pieces(tier))
 
     def _decode(self, step: Step) -> None:
+        self._announce(self.weights.linears, step.tier)
         self._layers(step)
         self._project(0, step.rows)
 

@@ -25,6 +25,7 @@ class InOrder:
     """Every job runs when it is given. device: None without a GPU."""
 
     name = "in order"
+    captures = False
     overhead_s = 0.0
 
     def __init__(self, device: Device | None) -> None:
@@ -53,6 +54,7 @@ class EventHandover:
     """Jobs run one after another on the only thread of `worker`, each after the event that it waits for."""
 
     name = "events"
+    captures = False
 
     def __init__(self, device: Device, worker: Executor) -> None:
         self._device = device

@@ -88,6 +88,11 @@ class Lanes:
         return self.handover.overhead_s
 
     @property
+    def can_replay(self) -> bool:
+        """Whether a recorded decode step can be run again."""
+        return self.device is None or self.handover.captures
+
+    @property
     def main_ops(self):
         """The operations of the place where the residual stream lives."""
         return self.host_ops if self.device is None else self.device.ops
@@ -101,6 +106,20 @@ class Lanes:
         """Bring a step's integer tables to the device, all in one copy; they stay until the next step's."""
         self._copied = True
         return self.tables.upload(tables)
+
+    @contextmanager
+    def copies_beside(self) -> Iterator[None]:
+        """Around a step that is captured: the ring's copies branch off from the compute stream and come back to it.
+
+        What was queued before belongs to no capture, so the first job asks for itself.
+        """
+        self._copied = True
+        compute, copies = self.device.compute, self.device.copies
+        if self.ring is not None:
+            self.device.wait(copies, self.device.record(compute))
+        yield
+        if self.ring is not None:
+            self.device.wait(compute, self.device.record(copies))
 
     @contextmanager
     def cpu_lane(self) -> Iterator[None]:

@@ -61,6 +61,7 @@ class LLM:
         kv_tokens: int | None = None,
         prefix_cache: bool = True,
         overlap: bool = True,
+        handover: str = "auto",
         progress: bool = True,
     ) -> None:
         planned = prepare(
@@ -79,7 +80,7 @@ class LLM:
         )
         with loading_bar(planned.plan, progress) as bar:
             on_compile = compile_note if progress else None
-            self.engine = build_engine(planned, overlap, bar.update, on_compile, prefix_cache)
+            self.engine = build_engine(planned, overlap, bar.update, on_compile, prefix_cache, handover)
         self._progress = progress
         self._replanner = Replanner(self.engine, planned)
         self._rebalancer = Rebalancer(self.engine, self._replanner)

@@ -6,13 +6,13 @@ thread team, which then runs whole steps without Python. The un-recorded path co
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from cpu_kernels import CpuKernels
 from cpu_kernels.program import Program
-from hetero_attn.lanes import Activation
-from hetero_attn.step import GroupStep, Segment, Step
+from hetero_attn.step import Segment, Step
 
 
 class DecodeReplay:
@@ -30,28 +30,33 @@ class DecodeReplay:
     def run(self, step: Step) -> None:
         """Compute a decode step whose embedded rows are in the residual; records its batch size when it is new."""
         if step.rows not in self._recorded:
-            own = _own_copy(step)
+            own = own_copy(step)
             self._recorded[step.rows] = (own, self._ops.record(lambda: self._forward(own)))
         own, program = self._recorded[step.rows]
-        for target, source in zip(_tensors(own), _tensors(step), strict=True):
-            target.copy_(source)
+        refresh(own, step)
         program.run()
 
 
-def _own_copy(step: Step) -> Step:
-    """The same step in tensors that no other step shares."""
-    groups = tuple(GroupStep(_clone(group.host), None, None) for group in step.groups)
-    positions = Activation(None, step.positions.host.clone())
-    return Step(False, step.rows, step.tier, step.sequences, positions, groups)
+def own_copy(step: Step) -> Step:
+    """The same step in host tensors that no other step shares; those on a device are where every step's are."""
+    groups = tuple(replace(group, host=_clone(group.host), spilled=_clone(group.spilled)) for group in step.groups)
+    return replace(step, positions=replace(step.positions, host=step.positions.host.clone()), groups=groups)
 
 
-def _clone(segment: Segment) -> Segment:
-    return Segment(*(field.clone() for field in (segment.slots, segment.table, segment.start, segment.stop)))
+def refresh(own: Step, step: Step) -> None:
+    """Bring the next step's values into the recorded step's host tensors."""
+    for target, source in zip(_tensors(own), _tensors(step), strict=True):
+        target.copy_(source)
+
+
+def _clone(segment: Segment | None) -> Segment | None:
+    if segment is None:
+        return None
+    fields = (segment.slots, segment.table, segment.start, segment.stop)
+    return Segment(*(None if field is None else field.clone() for field in fields))
 
 
 def _tensors(step: Step) -> tuple[torch.Tensor, ...]:
-    segments = [group.host for group in step.groups]
-    return (
-        step.positions.host,
-        *(field for host in segments for field in (host.slots, host.table, host.start, host.stop)),
-    )
+    segments = [segment for group in step.groups for segment in (group.host, group.spilled) if segment is not None]
+    fields = [field for part in segments for field in (part.slots, part.table, part.start, part.stop)]
+    return (step.positions.host, *(field for field in fields if field is not None))

@@ -22,6 +22,11 @@ class StepTables:
         self._host = device.host_empty((capacity_bytes,), torch.uint8, "tables")
         self._target = device.empty((capacity_bytes,), torch.uint8, "resident")
 
+    @property
+    def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both sides, uint8, host first."""
+        return self._host, self._target
+
     def upload(self, tables: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Queue the copy of contiguous integer tables; returns their device sides, valid until the next upload."""
         views, stop = [], 0

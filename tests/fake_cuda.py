@@ -46,10 +46,12 @@ class FakeStream:
         if event.capture is not None and self.capture is None:
             self.capture = event.capture  # an event of a capture brings the stream into it
             self.capture.streams.append(self)
+            self.capture.open_streams.add(self)
         if self.capture is not None:
             if event.capture is not self.capture:
                 raise RuntimeError("a captured stream waits for an event from outside of the capture")
-            self.capture.open_streams.discard(event.stream) if event.stream is not self.capture.origin else None
+            if self is self.capture.origin:
+                self.capture.open_streams.discard(event.stream)
         self.add(event.wait)
 
     def stop(self) -> None:
@@ -144,6 +146,10 @@ class FakeCuda:
         """An empty graph."""
         return FakeGraph(self)
 
+    def graph_pool_handle(self) -> object:
+        """Stands for a pool of memory."""
+        return object()
+
     @contextmanager
     def device(self, index: int) -> Iterator[None]:
         """There is one device."""
@@ -157,7 +163,7 @@ class FakeCuda:
         self.current = before
 
     @contextmanager
-    def graph(self, graph: FakeGraph, stream: FakeStream, capture_error_mode: str = "global") -> Iterator[None]:
+    def graph(self, graph: FakeGraph, stream: FakeStream, pool: object, capture_error_mode: str) -> Iterator[None]:
         """Keep what is queued on the stream, and on those that its events reach."""
         capture = stream.capture = Capture(stream)
         try:
@@ -166,9 +172,8 @@ class FakeCuda:
         finally:
             for member in capture.streams:
                 member.capture = None
-        tails = {}
-        for member, entry in capture.entries:
-            tails[member] = entry
+        if capture.open_streams:
+            raise RuntimeError("a stream that joined the capture has not come back")
         graph.entries = [entry for _, entry in capture.entries]
 
     def synchronize(self) -> None:

@@ -154,7 +154,8 @@ class SimulatedDriver:
         self.checker = RaceChecker()
         self.streams: list[Stream] = []
         self.ops = CheckedOps(reference, self._launch)
-        self._running = False
+        self.flags: dict[int, tuple[int, Clock]] = {}
+        self.worker: SimulatedWorker
 
     def stream(self, name: str) -> Stream:
         """A new queue."""
@@ -199,6 +200,20 @@ class SimulatedDriver:
     def wait(self, stream: Stream, event: Event) -> None:
         """Later work of the stream comes after the event."""
         stream.queue.append(lambda: merge(stream.clock, self.reach(event)))
+
+    def wait_flag(self, stream: Stream, flag: torch.Tensor, value: int, exactly: bool) -> None:
+        """Later work of the stream comes after what the flag's writer did; the worker runs until it is written."""
+
+        def wait() -> None:
+            while (self.flags.get(flag.data_ptr(), (0, {}))[0] - value) & 0x80000000:
+                self.worker.run_next()
+            merge(stream.clock, self.flags[flag.data_ptr()][1])
+
+        stream.queue.append(wait)
+
+    def set_flag(self, flag: torch.Tensor, value: int) -> None:
+        """The running thread writes a flag, after all it has done."""
+        self.flags[flag.data_ptr()] = (value, dict(self.checker.clocks[self.checker.actor]))
 
     def synchronize(self, event: Event) -> None:
         """This thread comes after the event."""
@@ -301,7 +316,9 @@ def checked_host_ops(ops: Any, driver: SimulatedDriver) -> CheckedHostOps:
         with _disable_current_modes():
             work()
 
-    return CheckedHostOps(ops, launch)
+    checked = CheckedHostOps(ops, launch)
+    checked.set_flag = driver.set_flag
+    return checked
 
 
 class TorchCalls(TorchDispatchMode):
@@ -314,9 +331,10 @@ class TorchCalls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
         written = [
-            value
-            for argument, value in zip(func._schema.arguments, args, strict=False)
+            named[argument.name]
+            for argument in func._schema.arguments
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
         operands = tensors_in((args, tuple(kwargs.values())))
@@ -340,6 +358,7 @@ class SimulatedWorker:
 
     def __init__(self, driver: SimulatedDriver) -> None:
         self._driver = driver
+        driver.worker = self
         self._queue: deque[tuple[Future, Clock, Callable[[], None]]] = deque()
 
     def submit(self, function: Callable[..., None], *arguments: Any) -> Future:

@@ -50,11 +50,11 @@ class QueuedTorchCalls:
 
 
 @contextmanager
-def fake_engine(path: Path, plan: Plan, refuse_pins: bool = False) -> Iterator[Engine]:
+def fake_engine(path: Path, plan: Plan, refuse_pins: bool = False, handover: str = "events") -> Iterator[Engine]:
     """A toy model on the CUDA driver over the fakes."""
     driver = fake_driver(plan.gpu_memory_bytes + SLACK_BYTES, refuse_pins)
     device = Device(driver, plan.gpu_memory_bytes)
-    lanes = connect(plan, CpuKernels(THREADS), device, ThreadPoolExecutor(1))
+    lanes = connect(plan, CpuKernels(THREADS), device, ThreadPoolExecutor(1), handover)
     planned = PlannedModel(path, ModelConfig.from_dir(path), "fp32", "cuda", HardwareProfile.named("emulated"), plan)
     engine = assemble(planned, lanes)
     with TorchCalls(QueuedTorchCalls(driver), None):
@@ -75,11 +75,14 @@ def plan(run) -> Plan:
 
 
 @pytest.mark.filterwarnings("ignore:the system refused")
-@pytest.mark.parametrize("refuse_pins", [False, True])
-def test_a_toy_model_on_three_lanes_is_right(run, plan, refuse_pins):
-    with fake_engine(run.path, plan, refuse_pins) as engine:
+@pytest.mark.parametrize(
+    "handover,refuse_pins", [("events", False), ("events", True), ("flags", False), ("graph", False)]
+)
+def test_a_toy_model_on_three_lanes_is_right(run, plan, handover, refuse_pins):
+    with fake_engine(run.path, plan, refuse_pins, handover) as engine:
         actual = run_logits(engine, run.token_ids, run.prompt_tokens)
         device = engine.lanes.device
+        assert engine.lanes.handover.name == handover
 
     assert nmse(actual, run.logits) <= 1e-11
     assert device.arena.peak_bytes <= plan.gpu_memory_bytes

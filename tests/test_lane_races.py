@@ -22,6 +22,8 @@ from hetero_attn.builder import assemble, connect
 from hetero_attn.config import ModelConfig
 from hetero_attn.devices import Device
 from hetero_attn.engine import Engine
+from hetero_attn.errors import UnsupportedModelError
+from hetero_attn.flag_handover import FlagHandover
 from hetero_attn.handover import EventHandover
 from hetero_attn.planning import PlannedModel
 from placement.hardware import HardwareProfile
@@ -31,17 +33,17 @@ LIMIT = 1e-11
 
 
 @contextmanager
-def simulated(path: Path, plan: Plan, overlap: bool = True) -> Iterator[Engine]:
+def simulated(path: Path, plan: Plan, handover: str | None = "events") -> Iterator[Engine]:
     """A toy model on the simulated GPU; what is still queued at the end runs, and is checked, too."""
     driver = SimulatedDriver()
     device = Device(driver, plan.gpu_memory_bytes)
-    worker = SimulatedWorker(driver) if overlap else None
-    lanes = connect(plan, checked_host_ops(kernels(), driver), device, worker)
+    worker = None if handover is None else SimulatedWorker(driver)
+    lanes = connect(plan, checked_host_ops(kernels(), driver), device, worker, handover)
     planned = PlannedModel(
         path, ModelConfig.from_dir(path), "fp32", "emulated", HardwareProfile.named("emulated"), plan
     )
     with device.current():
-        engine = assemble(planned, lanes, overlap)
+        engine = assemble(planned, lanes)
     yield engine
     engine.close()
 
@@ -80,10 +82,12 @@ def runs(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("family,overlap", [*((family, True) for family in FAMILIES), ("llama", False)])
-def test_every_family_is_right_and_without_a_race(runs, family, overlap):
+@pytest.mark.parametrize(
+    "family,handover", [*((family, "events") for family in FAMILIES), ("llama", None), ("mistral", "flags")]
+)
+def test_every_family_is_right_and_without_a_race(runs, family, handover):
     run = runs(family)
-    with simulated(run.path, spilling_plan(run.path), overlap) as engine:
+    with simulated(run.path, spilling_plan(run.path), handover) as engine:
         actual = run_logits(engine, run.token_ids, run.prompt_tokens)
 
     assert nmse(actual, run.logits) <= LIMIT
@@ -111,7 +115,7 @@ def waits(run: Callable[[], object], leave_out: int | None = None) -> list[str]:
             seen.append(f"{owner.__name__}.{name}")
             if len(seen) - 1 != leave_out:
                 original(self, *arguments)
-            elif owner is EventHandover:
+            elif name == "join":
                 self._jobs = []  # given, and never waited for
             return None
 
@@ -120,20 +124,20 @@ def waits(run: Callable[[], object], leave_out: int | None = None) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         counted(Device, "wait")
         counted(Device, "synchronize")
+        counted(Device, "wait_flag")
         counted(EventHandover, "join", lambda handover: bool(handover._jobs))
+        counted(FlagHandover, "join", lambda handover: bool(handover._jobs))
         run()
     return seen
 
 
-def short_run(path: Path, plan: Plan) -> None:
+def short_run(path: Path, plan: Plan, handover: str) -> None:
     """A prompt in two chunks, during which the cache spills, and a token."""
-    with simulated(path, plan) as engine:
+    with simulated(path, plan, handover) as engine:
         sequence = engine.kv_cache.open()
         engine.prefill_logits(sequence, list(range(1, 9)))
         engine.prefill(sequence, [9, 10, 11])
-        logits = engine.decode_step([sequence], [12])
-        with engine.lanes.device.current():
-            logits.clone()  # a view of the engine's own buffer
+        engine.decode_step([sequence], [12])
 
 
 def crossing_plan(path: Path) -> Plan:
@@ -144,17 +148,21 @@ def crossing_plan(path: Path) -> Plan:
     return emulated_plan(workload, linears, plan.kv)
 
 
-@pytest.mark.parametrize("make_plan", [spilling_plan, crossing_plan])
-def test_leaving_out_any_one_wait_is_reported(tmp_path, make_plan):
+@pytest.mark.parametrize(
+    "make_plan,handover", [(spilling_plan, "events"), (crossing_plan, "events"), (spilling_plan, "flags")]
+)
+def test_leaving_out_any_one_wait_is_reported(tmp_path, make_plan, handover):
     path = make_checkpoint(tmp_path, layers=1, hidden=32, num_heads=2, num_kv_heads=2, head_dim=16, intermediate=64)
     plan = make_plan(path)
-    names = waits(lambda: short_run(path, plan))
+    names = waits(lambda: short_run(path, plan, handover))
     unnoticed = []
     for index, name in enumerate(names):
+        if handover == "flags" and name != "Device.wait_flag":
+            continue  # the same code as with events
         try:
-            waits(lambda: short_run(path, plan), leave_out=index)
+            waits(lambda: short_run(path, plan, handover), leave_out=index)
             unnoticed.append(f"{index} {name}")
-        except (RaceError, StuckError):
+        except (RaceError, StuckError, UnsupportedModelError):  # the last by the test at the start
             pass
 
     assert len(names) > 20

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import gpu_kernels
-from hetero_attn.devices.libcuda import DEVICE, HOST, LibCuda
+from hetero_attn.devices.libcuda import DEVICE, HOST, WAIT_EQ, WAIT_GEQ, LibCuda
 from hetero_attn.devices.slab import ALIGN_BYTES, Slab
 from hetero_attn.errors import MemoryBudgetError
 from placement.units import format_bytes
@@ -44,6 +44,8 @@ class CudaDriver:
             self._limit(slab_bytes + temporary_bytes)
             self._memory = self._take(slab_bytes)
         self._slab = Slab(slab_bytes)
+        self._pool: Any = None
+        self._addresses: dict[int, int] = {}
         self._pinned: dict[int, torch.Tensor] = {}
 
     def stream(self, name: str) -> Any:
@@ -107,6 +109,25 @@ class CudaDriver:
         """Block the calling thread, without Python's lock, until the event is reached."""
         event.synchronize()
 
+    def write_flag(self, stream: Any, flag: torch.Tensor, value: int) -> None:
+        """Queue a write by the stream's front end; no kernel is launched."""
+        self._library.set_context(self._context)
+        self._library.write_value(stream.cuda_stream, self._mapped(flag), value)
+
+    def wait_flag(self, stream: Any, flag: torch.Tensor, value: int, exactly: bool) -> None:
+        """Queue a wait by the stream's front end; only the host can end it."""
+        self._library.set_context(self._context)
+        self._library.wait_value(stream.cuda_stream, self._mapped(flag), value, WAIT_EQ if exactly else WAIT_GEQ)
+
+    @contextmanager
+    def capture(self, stream: Any) -> Iterator[Any]:
+        """A CUDA graph of what is queued inside; the temporaries of all graphs share one pool of memory."""
+        if self._pool is None:
+            self._pool = self._cuda.graph_pool_handle()
+        graph = self._cuda.CUDAGraph()
+        with self._cuda.graph(graph, stream=stream, pool=self._pool, capture_error_mode="thread_local"):
+            yield graph
+
     @contextmanager
     def current(self, stream: Any) -> Iterator[None]:
         """Kernels that this thread launches inside go to the stream."""
@@ -128,6 +149,13 @@ class CudaDriver:
             with suppress(RuntimeError):
                 self._cuda.empty_cache()
                 self._cuda.set_per_process_memory_fraction(1.0, self._index)
+
+    def _mapped(self, flag: torch.Tensor) -> int:
+        """The device's address of a word of page-locked memory."""
+        host = flag.data_ptr()
+        if host not in self._addresses:
+            self._addresses[host] = self._library.device_address(host)
+        return self._addresses[host]
 
     def _limit(self, count: int) -> None:
         """Let torch's allocator refuse what would pass the budget, whoever asks."""

@@ -11,6 +11,8 @@ work queued on a stream so far. A driver supplies, with the meaning they have in
     unpin(tensor) -> bool      undo that; False where it was not page-locked
     copy(target, source, stream)   same shape and dtype; contiguous, or rows of equal length with a stride
     record(stream) -> event    wait(stream, event)    synchronize(event)
+    write_flag(stream, flag, value)    wait_flag(stream, flag, value, exactly)    flag: int64 [1], page-locked host memory
+    capture(stream) -> context         of a graph whose `replay()` queues again what was queued inside
     current(stream)            a context in which this thread's kernels are queued on the stream
     close()                    after all queued work has ended, return everything
 """
@@ -87,6 +89,18 @@ class Device:
     def synchronize(self, event: Any) -> None:
         """Block the calling thread until `event` is reached."""
         self.driver.synchronize(event)
+
+    def write_flag(self, flag: torch.Tensor, value: int) -> None:
+        """Queue on the compute stream: write `value`, below 2^32, to a flag; what was done before is then visible."""
+        self.driver.write_flag(self.compute, flag, value)
+
+    def wait_flag(self, flag: torch.Tensor, value: int, exactly: bool = False) -> None:
+        """Queue on the compute stream: wait until a flag is at least `value` (as a counter that may wrap), or exactly."""
+        self.driver.wait_flag(self.compute, flag, value, exactly)
+
+    def capture(self) -> AbstractContextManager:
+        """Keep what this thread queues inside, on any stream that follows the compute stream, instead of running it."""
+        return self.driver.capture(self.compute)
 
     def current(self) -> AbstractContextManager:
         """Queue the kernels that this thread launches inside on the compute stream."""

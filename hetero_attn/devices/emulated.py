@@ -3,6 +3,7 @@
 Scratch inside a reference operation is not counted against a budget; everything the runtime allocates is.
 """
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -64,6 +65,19 @@ class EmulatedDriver:
 
     def synchronize(self, event: EmulatedEvent) -> None:
         """Nothing to wait for."""
+
+    def write_flag(self, stream: EmulatedStream, flag: torch.Tensor, value: int) -> None:
+        """Write now."""
+        flag.fill_(value)
+
+    def wait_flag(self, stream: EmulatedStream, flag: torch.Tensor, value: int, exactly: bool) -> None:
+        """Block the caller until it is there."""
+        while int(flag) != value if exactly else (int(flag) - value) & 0x80000000:
+            time.sleep(0)
+
+    def capture(self, stream: EmulatedStream) -> AbstractContextManager:
+        """Not possible: work runs as it is queued."""
+        raise NotImplementedError("an emulated GPU runs its work at once and captures none")
 
     def current(self, stream: EmulatedStream) -> AbstractContextManager:
         """Kernels run where they are called."""

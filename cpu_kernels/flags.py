@@ -1,0 +1,37 @@
+"""See CpuKernels.set_flag and CpuKernels.await_flag."""
+
+import ctypes
+
+import torch
+
+from .cache import KernelStore, as_function
+from .checks import expect
+from .flag_layout import ADDRESS, BLOCK_BYTES, EXPIRED, NAP_US, NAPS, VALUE
+
+
+class Flags:
+    """The two compiled functions, each call with a block of its own, so that any threads may call at once."""
+
+    def __init__(self, store: KernelStore) -> None:
+        self._store = store  # owns the machine code
+        self._set = as_function(store.address("flag_kernel", "set_flag"))
+        self._await = as_function(store.address("flag_kernel", "await_flag"))
+
+    def set(self, flag: torch.Tensor, value: int) -> None:
+        """Write the value after everything that this thread has written before."""
+        self._call(self._set, flag, value, 0)
+
+    def wait(self, flag: torch.Tensor, value: int, timeout_s: float) -> bool:
+        """Wait for the value; False where it is not there after about `timeout_s`."""
+        return not self._call(self._await, flag, value, int(timeout_s * 1e6 / NAP_US) + 1)
+
+    @staticmethod
+    def _call(function: object, flag: torch.Tensor, value: int, naps: int) -> int:
+        expect(flag.dtype == torch.int64 and flag.numel() == 1, "a flag is one int64")
+        block = ctypes.create_string_buffer(BLOCK_BYTES)
+        start = ctypes.addressof(block)
+        for offset, word in ((ADDRESS, flag.data_ptr()), (VALUE, value), (NAPS, naps)):
+            ctypes.c_int64.from_address(start + offset).value = word
+        result = ctypes.c_int64()
+        function(ctypes.addressof(result), None, start, 0)
+        return ctypes.c_int64.from_address(start + EXPIRED).value
