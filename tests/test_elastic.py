@@ -17,6 +17,15 @@ PROMPTS = ["a first prompt that is fairly long, so that pages are spilled", "sec
 LARGE, SMALL = "1000KiB", "350KiB"
 
 
+@pytest.fixture(autouse=True)
+def one_torch_thread():
+    """Torch's pool only waits for itself on tensors as small as these."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     return make_checkpoint(

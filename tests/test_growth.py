@@ -11,6 +11,15 @@ CONTEXT, CHUNK, CHECKPOINTS = 2048, 32, 20
 LIMITS = {"fp32": 1e-10, "bf16": 1e-4}
 
 
+@pytest.fixture(autouse=True)
+def one_torch_thread():
+    """Torch's pool only waits for itself on tensors as small as these."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     shape = {"layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "hidden": 32, "intermediate": 64}

@@ -51,8 +51,19 @@ class Device:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.Tensor:
         """Allocate uninitialised device memory, counted as `kind`; raises MemoryBudgetError over budget."""
-        self.arena.reserve(math.prod(shape) * dtype.itemsize, kind)
-        return self.driver.allocate(shape, dtype)
+        count = math.prod(shape) * dtype.itemsize
+        self.arena.reserve(count, kind)
+        try:
+            return self.driver.allocate(shape, dtype)
+        except torch.OutOfMemoryError as error:
+            self.arena.release(kind, count)
+            raise MemoryBudgetError(
+                f"{self.arena.name} memory: {kind} needs {format_bytes(count)}, which the budget has and the GPU has not; "
+                "other programs use it too, so lower gpu_memory"
+            ) from error
+        except BaseException:
+            self.arena.release(kind, count)
+            raise
 
     def release(self, tensor: torch.Tensor, kind: str) -> None:
         """Return what `empty` gave; no queued work may still use it, and the caller drops its last reference."""
