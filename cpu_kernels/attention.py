@@ -6,18 +6,34 @@ import torch
 
 from . import attention_layout as shared
 from .checks import check_tensor, expect
+from .kv_layout import ITEM_BYTES, code_bytes, is_quantised, row_items
 from .team import Team
 
-KV_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+KV_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "q8", torch.uint8: "q4"}
 ITEMS_PER_THREAD = 4  # items to balance on a machine that is also doing something else
 SPLIT_TOKENS = 512  # shorter splits cost more in merging than they balance
 
 
 def check_pages(k_pages: torch.Tensor, v_pages: torch.Tensor, head_dim: int) -> str:
-    """Name of the KV dtype; ValueError unless K and V are pages of the same shape and a KV dtype."""
-    check_tensor("k_pages", k_pages, tuple(KV_DTYPES), (None, None, head_dim))
+    """Name of the KV dtype; ValueError unless K and V are pages of one shape and KV dtype, as kv_layout.py says."""
+    if k_pages.dtype not in KV_DTYPES:
+        known = ", ".join(f"{dtype} ({name})" for dtype, name in KV_DTYPES.items())
+        raise ValueError(f"k_pages is {k_pages.dtype}; pages are one of {known}")
+    kv_dtype = KV_DTYPES[k_pages.dtype]
+    check_tensor("k_pages", k_pages, k_pages.dtype, (None, None, row_items(kv_dtype, head_dim)))
     check_tensor("v_pages", v_pages, k_pages.dtype, tuple(k_pages.shape))
-    return KV_DTYPES[k_pages.dtype]
+    if is_quantised(kv_dtype):
+        for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+            whole = pages.shape[1] <= 1 or pages.stride(1) == pages.shape[2]
+            expect(whole, f"{name} holds codes, so the bytes of a page must be contiguous")
+    return kv_dtype
+
+
+def page_parameters(pages: torch.Tensor, kv_dtype: str, head_dim: int) -> tuple[int, int, int]:
+    """(address, bytes from page to page, bytes from one token's numbers or codes to the next one's)."""
+    item = ITEM_BYTES[kv_dtype]
+    row_bytes = code_bytes(kv_dtype, head_dim) if is_quantised(kv_dtype) else item * pages.stride(1)
+    return pages.data_ptr(), item * pages.stride(0), row_bytes
 
 
 def check_heads(num_heads: int, num_kv_heads: int) -> None:
@@ -71,44 +87,24 @@ def decode_attention(
     if batch == 0 or num_heads == 0 or head_dim == 0:
         return
     num_pages, page_size, _ = k_pages.shape
-    item = k_pages.element_size()
     group_heads = num_heads // num_kv_heads
-    threads = team.num_threads
-    splits = split_count(batch * num_kv_heads, max_pages * page_size, threads)
-    thread_bytes = shared.thread_bytes(group_heads, head_dim)
-    results = batch * num_kv_heads * splits * shared.item_bytes(item, group_heads, head_dim)
+    splits = split_count(batch * num_kv_heads, max_pages * page_size, team.num_threads)
+    thread_bytes = shared.decode_thread_bytes(kv_dtype, group_heads, head_dim)
+    results = batch * num_kv_heads * splits * shared.decode_item_bytes(kv_dtype, group_heads, head_dim)
     failure = team.run(
         ("decode_kernel", "decode", team.isa, kv_dtype, *shared.head_tiles(group_heads)),
-        threads * thread_bytes + results,
-        q.data_ptr(),
-        4 * q.stride(0),
-        4 * q.stride(1),
-        batch,
-        num_kv_heads,
-        group_heads,
-        head_dim,
-        k_pages.data_ptr(),
-        item * k_pages.stride(0),
-        item * k_pages.stride(1),
-        v_pages.data_ptr(),
-        item * v_pages.stride(0),
-        item * v_pages.stride(1),
-        num_pages,
-        page_size,
+        team.num_threads * thread_bytes + results,
+        *_queries(q, num_kv_heads),
+        *_pages(k_pages, v_pages, kv_dtype, head_dim),
         page_table.data_ptr(),
         4 * page_table.stride(0),
         4 * page_table.stride(1),
         max_pages,
         kv_start.data_ptr(),
         kv_stop.data_ptr(),
-        bits_of(scale),
-        out.data_ptr(),
-        4 * out.stride(0),
-        4 * out.stride(1),
-        lse.data_ptr(),
-        4 * lse.stride(0),
+        *_results(scale, out, lse),
         splits,
-        threads,
+        team.num_threads,
         thread_bytes,
     )
     raise_failure(failure, max_pages, page_size, num_pages)
@@ -141,39 +137,19 @@ def prefill_attention(
     if q_len == 0 or num_heads == 0 or head_dim == 0:
         return
     num_pages, page_size, _ = k_pages.shape
-    item = k_pages.element_size()
-    group_heads = num_heads // num_kv_heads
-    thread_bytes = shared.prefill_thread_bytes(item, group_heads, head_dim)
+    thread_bytes = shared.prefill_thread_bytes(kv_dtype, num_heads // num_kv_heads, head_dim)
     failure = team.run(
         ("prefill_kernel", "prefill", team.isa, kv_dtype),
         team.num_threads * thread_bytes,
-        q.data_ptr(),
-        4 * q.stride(0),
-        4 * q.stride(1),
-        q_len,
-        num_kv_heads,
-        group_heads,
-        head_dim,
-        k_pages.data_ptr(),
-        item * k_pages.stride(0),
-        item * k_pages.stride(1),
-        v_pages.data_ptr(),
-        item * v_pages.stride(0),
-        item * v_pages.stride(1),
-        num_pages,
-        page_size,
+        *_queries(q, num_kv_heads),
+        *_pages(k_pages, v_pages, kv_dtype, head_dim),
         page_table.data_ptr(),
         0,
         4 * page_table.stride(0),
         max_pages,
         kv_start,
         kv_stop,
-        bits_of(scale),
-        out.data_ptr(),
-        4 * out.stride(0),
-        4 * out.stride(1),
-        lse.data_ptr(),
-        4 * lse.stride(0),
+        *_results(scale, out, lse),
         1,
         team.num_threads,
         thread_bytes,
@@ -181,3 +157,28 @@ def prefill_attention(
         window,
     )
     raise_failure(failure, max_pages, page_size, num_pages)
+
+
+def _queries(q: torch.Tensor, num_kv_heads: int) -> tuple[int, ...]:
+    """Parameters P_Q to P_HEAD_DIM."""
+    rows, num_heads, head_dim = q.shape
+    return (
+        q.data_ptr(),
+        4 * q.stride(0),
+        4 * q.stride(1),
+        rows,
+        num_kv_heads,
+        num_heads // num_kv_heads,
+        head_dim,
+    )
+
+
+def _pages(k_pages: torch.Tensor, v_pages: torch.Tensor, kv_dtype: str, head_dim: int) -> tuple[int, ...]:
+    """Parameters P_K to P_PAGE_SIZE."""
+    k, v = (page_parameters(pages, kv_dtype, head_dim) for pages in (k_pages, v_pages))
+    return *k, *v, *k_pages.shape[:2]
+
+
+def _results(scale: float, out: torch.Tensor, lse: torch.Tensor) -> tuple[int, ...]:
+    """Parameters P_SCALE to P_LSE_ROW."""
+    return bits_of(scale), out.data_ptr(), 4 * out.stride(0), 4 * out.stride(1), lse.data_ptr(), 4 * lse.stride(0)

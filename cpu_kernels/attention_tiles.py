@@ -1,23 +1,27 @@
-"""What decode and prefill attention share: key addresses, softmax of a tile, weighted sum of V, heads in and out.
+"""What decode and prefill attention share: tiles of keys, softmax of a tile, weighted sum of V, heads in and out.
 
-For 64 keys at a time, with scores s already in a first-level buffer:
+A tile is a run of up to 64 keys of one page, so its rows are a base address and a stride. With its scores s already in
+a first-level buffer:
     m' = max(m, max s)    p = 2^(s - m')    l' = l 2^(m - m') + sum p    acc' = acc 2^(m - m') + p V
 Scores include log2(e), so m counts powers of two until the end. acc stays in memory of its own, 2 registers per head
-while a 64-byte column strip of V passes by (Rabe and Staats, arXiv 2112.05682).
+while a column strip of V, one line wide, passes by (Rabe and Staats, arXiv 2112.05682).
 
-bf16: a 64-byte line holds 32 values; even and odd ones are widened into two registers, so acc is kept as evens then
-odds of every 32 dims until it is written. fp32: a line is one register.
+Where the CPU multiplies pairs, two rows of V are interleaved, so that one instruction takes two keys: bf16 rows with p
+rounded to bf16, rows of codes with p * scale as int16 per head, tile and group. l is summed before that rounding.
 """
 
+import math
 
 import numpy as np
 from llvmlite import ir
 from numba import types
 
 from .attention_layout import (
+    HEAD_SCALARS,
+    HEAD_SCORES,
+    HEAD_WEIGHTS,
     KEY_TILE,
     LINE_BYTES,
-    NEXT_TILE,
     P_K,
     P_K_PAGE,
     P_K_ROW,
@@ -26,14 +30,16 @@ from .attention_layout import (
     P_V,
     P_V_PAGE,
     P_V_ROW,
+    RowShape,
 )
 from .chunks import parameter
 from .compiler import helper
 from .dot import high_halves, low_halves
-from .tiles import masked_line
+from .isa import Isa
+from .kv_vectors import dot_pairs, fetch, interleave, load_codes, store_probabilities
+from .tiles import masked_line, zeros
 from .vector import (
     F32,
-    I8,
     I32,
     I64,
     LANES,
@@ -56,7 +62,6 @@ from .vector import (
     load_f32,
     load_f32_tail,
     load_i32,
-    load_line,
     load_scalar,
     max_lanes,
     mul,
@@ -66,8 +71,6 @@ from .vector import (
     store_bf16_tail,
     store_f32,
     store_f32_tail,
-    store_i64,
-    store_line,
     store_scalar,
     sub,
     sum_lanes,
@@ -79,69 +82,89 @@ LOG2_E = 1.4426950408889634
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 
 
-def fetch_ahead(b, row, offset):
-    """Prefetch the line at row + offset of the next tile of keys while this tile's line is in use."""
-    where = b.inttoptr(b.add(row, offset), I8.as_pointer())
-    call_llvm(b, "llvm.prefetch.p0", ir.VoidType(), where, *(ir.Constant(I32, value) for value in (0, 2, 1)))
+def weighs_pairs(isa: Isa, kv_dtype: str) -> bool:
+    """Whether one instruction multiplies two keys' rows of V by their weights."""
+    return kv_dtype in ("q8", "q4") or (kv_dtype == "bf16" and isa.has_bf16)
 
 
-def weighted_strip(kv_dtype: str, heads: int):
-    """Function: acc[head] = acc[head] * correction[head] + sum_key p[head][key] * V[key] for one 64-byte strip of V."""
-    vectors = 2 if kv_dtype == "bf16" else 1
-    item_bytes = 2 if kv_dtype == "bf16" else 4
+def value_strip(isa: Isa, kv_dtype: str, heads: int):
+    """Function: acc[head] = acc[head] * correction[head] + sum_key weight[head][key] * V[key] for one line of V.
+
+    Its weights are the scores themselves, or what round_weights and code_weights made of them; codes' sums are also
+    multiplied and offset by the head's scalars. `ahead` is where the next tile's share of V begins.
+    """
+    shape = RowShape.of(kv_dtype)
+    vectors, item_bytes = shape.acc_bytes // LINE_BYTES, LINE_BYTES // shape.line_items
+    in_pairs, has_scale = weighs_pairs(isa, kv_dtype), shape.group_lines > 0
     tile = types.UniTuple(F32x16, heads * vectors)
+    zero_tile = zeros(heads * vectors)
 
-    @emits(tile, intp, intp, intp)
-    def load_scaled(b, acc, acc_stride, corrections):
-        value = ir.Constant(ir.ArrayType(VF32, heads * vectors), ir.Undefined)
+    def accumulate(b, sums, first, second, p):
+        if in_pairs:
+            parts, weight_type, weight_bytes = interleave(b, first, second), I32, HEAD_WEIGHTS
+        else:
+            parts = [low_halves(b, first), high_halves(b, first)] if vectors == 2 else [b.bitcast(first, VF32)]
+            weight_type, weight_bytes = F32, HEAD_SCORES
         for head in range(heads):
-            factor = splat_value(b, load_as(b, corrections, F32, 4 * head))
-            at = b.add(acc, b.mul(acc_stride, ir.Constant(I64, head)))
-            for part in range(vectors):
-                scaled = b.fmul(load_as(b, at, VF32, 64 * part), factor)
-                value = b.insert_value(value, scaled, head * vectors + part)
-        return value
-
-    def load(b, row_at, offset):
-        fetch_ahead(b, load_as(b, row_at, I64, NEXT_TILE), offset)
-        return b.add(load_as(b, row_at, I64), offset)
-
-    def accumulate(b, sums, line, p):
-        parts = [low_halves(b, line), high_halves(b, line)] if vectors == 2 else [b.bitcast(line, VF32)]
-        for head in range(heads):
-            weight = splat_value(b, load_as(b, p, F32, 4 * KEY_TILE * head))
+            weight = splat_value(b, load_as(b, p, weight_type, weight_bytes * head))
             for part, value in enumerate(parts):
                 index = head * vectors + part
-                sums = b.insert_value(sums, fma_value(b, value, weight, b.extract_value(sums, index)), index)
+                total = b.extract_value(sums, index)
+                if in_pairs:
+                    total = dot_pairs(isa, kv_dtype, b, total, value, weight)
+                else:
+                    total = fma_value(b, value, weight, total)
+                sums = b.insert_value(sums, total, index)
         return sums
 
     @emits(tile, tile, intp, intp, intp)
-    def whole_line(b, sums, row_at, offset, p):
-        return accumulate(b, sums, load_as(b, load(b, row_at, offset), VI32), p)
+    def whole_line(b, sums, row, second, p):
+        return accumulate(b, sums, *(load_codes(b, kv_dtype, at) for at in (row, b.add(row, second))), p)
 
     @emits(tile, tile, intp, intp, intp, intp)
-    def part_line(b, sums, row_at, offset, p, count):
-        return accumulate(b, sums, masked_line(b, load(b, row_at, offset), count, item_bytes), p)
+    def part_line(b, sums, row, second, p, count):
+        return accumulate(b, sums, *(masked_line(b, at, count, item_bytes) for at in (row, b.add(row, second))), p)
 
-    @emits(types.void, tile, intp, intp)
-    def store(b, sums, acc, acc_stride):
+    @emits(types.void, tile, intp, intp, intp)
+    def add_to_acc(b, sums, acc, acc_stride, scalars):
         for head in range(heads):
+            correction, scale, offset = (
+                splat_value(b, load_as(b, scalars, F32, HEAD_SCALARS * head + 4 * field)) for field in range(3)
+            )
             at = b.add(acc, b.mul(acc_stride, ir.Constant(I64, head)))
             for part in range(vectors):
-                store_as(b, b.extract_value(sums, head * vectors + part), at, 64 * part)
+                total = b.extract_value(sums, head * vectors + part)
+                if has_scale:
+                    total = fma_value(b, b.sitofp(b.bitcast(total, VI32), VF32), scale, offset)
+                store_as(b, fma_value(b, load_as(b, at, VF32, 64 * part), correction, total), at, 64 * part)
+
+    step, weight_step = (2, 4) if in_pairs else (1, 4)
+    fetched, is_whole = step * shape.line_bytes, has_scale
 
     @helper
-    def strip(acc, acc_stride, corrections, table, keys, offset, p, count):
-        sums = load_scaled(acc, acc_stride, corrections)
-        if count >= LINE_BYTES // item_bytes:
-            for key in range(keys):
-                sums = whole_line(sums, table + 8 * key, offset, p + 4 * key)
+    def strip(acc, acc_stride, scalars, row, row_bytes, keys, p, count, ahead):
+        sums = zero_tile()
+        if is_whole or count >= LINE_BYTES // item_bytes:
+            for key in range(0, keys, step):
+                sums = whole_line(sums, row, row_bytes if key + 1 < keys else 0, p)
+                row, p, ahead = row + step * row_bytes, p + weight_step, ahead + fetched
+                fetch(ahead - fetched)
+                if fetched > LINE_BYTES:
+                    fetch(ahead - LINE_BYTES)
         else:
-            for key in range(keys):
-                sums = part_line(sums, table + 8 * key, offset, p + 4 * key, count)
-        store(sums, acc, acc_stride)
+            for key in range(0, keys, step):
+                sums = part_line(sums, row, row_bytes if key + 1 < keys else 0, p, count)
+                row, p = row + step * row_bytes, p + weight_step
+        add_to_acc(sums, acc, acc_stride, scalars)
 
     return strip
+
+
+@helper
+def round_weights(scores, weights):
+    """The 64 p of one head as bf16."""
+    for part in range(4):
+        store_probabilities(load_f32(scores + 64 * part), weights + 32 * part)
 
 
 @emits(types.void, F32x16, F32x16, intp, intp)
@@ -191,64 +214,64 @@ def softmax_tile(scores, first, keys, scale, running, correction):
 
 
 @helper
-def key_rows(arguments, table, position, keys, k_rows, v_rows):
-    """Addresses of the K and V rows of `keys` positions; the last one repeats to KEY_TILE. False: a page is invalid."""
-    page_size, num_pages = parameter(arguments, P_PAGE_SIZE), parameter(arguments, P_NUM_PAGES)
-    k, k_page, k_row = parameter(arguments, P_K), parameter(arguments, P_K_PAGE), parameter(arguments, P_K_ROW)
-    v, v_page, v_row = parameter(arguments, P_V), parameter(arguments, P_V_PAGE), parameter(arguments, P_V_ROW)
-    done = 0
-    k_at, v_at = k, v
-    while done < keys:
-        logical = (position + done) // page_size
-        offset = position + done - logical * page_size
-        page = types.int64(load_i32(table + 4 * logical))
-        if page < 0 or page >= num_pages:
-            return False
-        run = least(page_size - offset, keys - done)
-        for key in range(run):
-            k_at = k + page * k_page + (offset + key) * k_row
-            v_at = v + page * v_page + (offset + key) * v_row
-            store_i64(k_at, k_rows + 8 * (done + key))
-            store_i64(v_at, v_rows + 8 * (done + key))
-        done += run
-    for key in range(done, KEY_TILE if keys else 0):
-        store_i64(k_at, k_rows + 8 * key)
-        store_i64(v_at, v_rows + 8 * key)
-    return True
+def page_at(arguments, table, position):
+    """The page that holds a position; -1 where the table names none."""
+    page = types.int64(load_i32(table + 4 * (position // parameter(arguments, P_PAGE_SIZE))))
+    return page if 0 <= page < parameter(arguments, P_NUM_PAGES) else -1
 
 
 @helper
-def copy_rows(rows):
-    """Make the next tile's rows this tile's."""
-    for i in range(0, NEXT_TILE, 64):
-        store_line(load_line(rows + NEXT_TILE + i), rows + i)
+def tile_at(arguments, page, position, stop):
+    """(K page, V page, offset in them, keys) of the tile of keys that starts at a position of a valid page."""
+    page_size = parameter(arguments, P_PAGE_SIZE)
+    offset = position % page_size
+    keys = least(least(KEY_TILE, page_size - offset), stop - position)
+    k_page = parameter(arguments, P_K) + page * parameter(arguments, P_K_PAGE)
+    v_page = parameter(arguments, P_V) + page * parameter(arguments, P_V_PAGE)
+    return k_page, v_page, offset, keys
 
 
-def heads_in_and_out(kv_dtype: str):
-    """Functions (load_q, write): one query head in the KV dtype, and one head's weighted acc in the order of dims."""
-    is_bf16 = kv_dtype == "bf16"
-    line_items = LINE_BYTES // (2 if is_bf16 else 4)
-    line_acc_bytes = 128 if is_bf16 else 64
+@helper
+def write_lse(running, to):
+    """ln of the sum that (m, l) stands for; returns 1 / l, 0 where there was no key."""
+    m, total = load_scalar(running), load_scalar(running + 4)
+    if m == MINUS_INFINITY:
+        store_scalar(MINUS_INFINITY, to)
+        return ZERO
+    store_scalar(types.float32(types.float64(m) / LOG2_E + math.log(total)), to)
+    return ONE / total
+
+
+def q_line_writer(kv_dtype: str):
+    """Function: one query head in the KV dtype, bf16 for codes, zero padded to whole lines."""
+    is_fp32 = kv_dtype == "fp32"
+    line_items = RowShape.of(kv_dtype).line_items
 
     @helper
     def load_q(source, head_dim, lines, to):
-        """One query head in the KV dtype, zero padded to whole lines."""
         for i in range(0, lines * line_items, 16):
             vector = load_f32_tail(source + 4 * i, head_dim - i)
-            if is_bf16:
-                store_bf16_tail(vector, to + 2 * i, 16)
-            else:
+            if is_fp32:
                 store_f32(vector, to + 4 * i)
+            else:
+                store_bf16_tail(vector, to + 2 * i, 16)
+
+    return load_q
+
+
+def head_writer(kv_dtype: str):
+    """Function: one head's acc * weight, in the order of dims."""
+    is_fp32, shape = kv_dtype == "fp32", RowShape.of(kv_dtype)
+    line_items, acc_bytes = shape.line_items, shape.acc_bytes
 
     @helper
-    def write(acc, weight, to, head_dim, lines):
-        """One head's acc * weight, in order."""
-        for line in range(lines):
-            at, left = acc + line_acc_bytes * line, head_dim - line_items * line
-            if is_bf16:
+    def write(acc, weight, to, head_dim):
+        for line in range((head_dim + line_items - 1) // line_items):
+            at, left = acc + acc_bytes * line, head_dim - line_items * line
+            if is_fp32:
+                store_f32_tail(mul(load_f32(at), weight), to + 4 * line_items * line, left)
+            else:
                 even, odd = mul(load_f32(at), weight), mul(load_f32(at + 64), weight)
                 store_interleaved(even, odd, to + 4 * line_items * line, left)
-            else:
-                store_f32_tail(mul(load_f32(at), weight), to + 4 * line_items * line, left)
 
-    return load_q, write
+    return write

@@ -1,25 +1,26 @@
 """decode_attention: one query row per item over paged K and V, out = softmax(scale * q K^T) V with an online softmax.
 
-An item is (query row, KV-head group, split of the key range). For 64 keys at a time all query heads of the group share
-one pass over K and V: a register tile of heads x keys collects dot products, then attention_tiles.py takes over, while
-the next tile of keys is prefetched. Splits of the same row are merged at the end (Flash-Decoding), so that all threads
-have work even with one group. An empty range gives (0, -inf).
+An item is (query row, KV-head group, split of the key range). For a tile of up to 64 keys at a time all query heads of
+the group share one pass over K and V: a register tile of heads x keys collects dot products, then attention_tiles.py
+takes over, while the next tile of keys is prefetched. Splits of the same row are merged at the end (Flash-Decoding), so
+that all threads have work even with one group. An empty range gives (0, -inf).
 """
-
-import math
 
 import numpy as np
 from llvmlite import ir
 from numba import types
 
 from .attention_layout import (
+    HEAD_SCALARS,
+    HEAD_SCORES,
+    HEAD_WEIGHTS,
     KEY_TILE,
     LINE_BYTES,
-    NEXT_TILE,
     P_BATCH,
     P_GROUPS,
     P_HEAD_DIM,
     P_HEADS,
+    P_K_ROW,
     P_LSE,
     P_LSE_ROW,
     P_MAX_PAGES,
@@ -39,30 +40,39 @@ from .attention_layout import (
     P_TABLE_ROW,
     P_THREAD_BYTES,
     P_THREADS,
-    THREAD_ADDRESSES,
+    P_V_ROW,
+    RowShape,
 )
 from .attention_tiles import (
     LOG2_E,
     MINUS_INFINITY,
-    copy_rows,
-    fetch_ahead,
-    heads_in_and_out,
-    key_rows,
+    head_writer,
+    page_at,
+    q_line_writer,
+    round_weights,
     softmax_tile,
-    weighted_strip,
+    tile_at,
+    value_strip,
+    weighs_pairs,
+    write_lse,
 )
 from .chunks import await_stage, fail, finish, parameter, real_parameter, take
 from .compiler import helper
-from .dot import emit_dot_bf16
 from .isa import Isa
+from .kv_codes import add_minima, code_weights, q_code_writer, widen_numbers
+from .kv_vectors import dot_pairs, load_codes
 from .tiles import masked_line, sum_each, zeros
 from .vector import (
+    F32,
+    I32,
     I64,
     LANES,
     VF32,
     VI32,
     F32x16,
     add,
+    call_llvm,
+    constant,
     emits,
     exp2_not_positive,
     fma,
@@ -78,6 +88,7 @@ from .vector import (
     most,
     mul,
     splat,
+    splat_value,
     store_as,
     store_f32,
     store_scalar,
@@ -85,212 +96,338 @@ from .vector import (
     sum_lanes,
 )
 
+ZERO = np.float32(0.0)
 
-def scores_tile(isa: Isa, kv_dtype: str, heads: int):
-    """Function: `heads` x (16 / heads) dot products of q lines and K rows, written to scores[head][key]."""
-    keys = LANES // heads
-    tile = types.UniTuple(F32x16, LANES)
-    item_bytes = 2 if kv_dtype == "bf16" else 4
 
-    def accumulate(b, sums, qs, ks):
-        for index in range(LANES):
-            q, k = qs[index // keys], ks[index % keys]
-            acc = b.extract_value(sums, index)
-            if kv_dtype == "bf16":
-                acc = emit_dot_bf16(isa, b, acc, k, q)
-            else:
-                acc = fma_value(b, b.bitcast(k, VF32), b.bitcast(q, VF32), acc)
-            sums = b.insert_value(sums, acc, index)
+def scores_block(isa: Isa, kv_dtype: str, heads: int):
+    """Function: `heads` x (16 / heads) dot products of q lines and K rows, written to scores[head][key].
+
+    Rows beyond `last` repeat it. `ahead`: where the next tile's share of K begins. scales: of codes, float32
+    [groups][64] from this block's first key on.
+    """
+    keys, shape = LANES // heads, RowShape.of(kv_dtype)
+    tile, rows_type = types.UniTuple(F32x16, LANES), types.UniTuple(types.int64, keys)
+    step_lines, has_scale = shape.group_lines or 1, shape.group_lines > 0
+    step_bytes, item_bytes = step_lines * shape.line_bytes, LINE_BYTES // shape.line_items
+
+    @emits(rows_type, intp, intp, types.int64)
+    def rows_of(b, base, row_bytes, last):
+        value = ir.Constant(ir.ArrayType(I64, keys), ir.Undefined)
+        for key in range(keys):
+            number = ir.Constant(I64, key)
+            number = b.select(b.icmp_signed("<", number, last), number, last)
+            value = b.insert_value(value, b.add(base, b.mul(number, row_bytes)), key)
+        return value
+
+    def multiply(b, sums, q, q_stride, k_lines):
+        q_rows = [b.add(q, b.mul(q_stride, ir.Constant(I64, head))) for head in range(heads)]
+        for line, ks in enumerate(k_lines):
+            qs = [load_as(b, at, VI32, LINE_BYTES * line) for at in q_rows]
+            for index in range(LANES):
+                sums[index] = dot_pairs(isa, kv_dtype, b, sums[index], ks[index % keys], qs[index // keys])
         return sums
 
-    def rows(b, q, q_stride, table, offset):
-        q_rows = [b.add(q, b.mul(q_stride, ir.Constant(I64, head))) for head in range(heads)]
-        for key in range(keys):
-            fetch_ahead(b, load_as(b, table, I64, NEXT_TILE + 8 * key), offset)
-        return q_rows, [b.add(load_as(b, table, I64, 8 * key), offset) for key in range(keys)]
+    def unpacked(b, sums):
+        return [b.extract_value(sums, index) for index in range(LANES)]
 
-    @emits(tile, tile, intp, intp, intp, intp)
-    def line(b, sums, q, q_stride, table, offset):
-        q_rows, k_rows = rows(b, q, q_stride, table, offset)
-        return accumulate(b, sums, [load_as(b, at, VI32) for at in q_rows], [load_as(b, at, VI32) for at in k_rows])
+    def packed(b, vectors):
+        value = ir.Constant(ir.ArrayType(VF32, LANES), ir.Undefined)
+        for index, vector in enumerate(vectors):
+            value = b.insert_value(value, vector, index)
+        return value
 
-    @emits(tile, tile, intp, intp, intp, intp, intp)
-    def part(b, sums, q, q_stride, table, offset, count):
-        q_rows, k_rows = rows(b, q, q_stride, table, offset)
-        ks = [masked_line(b, at, count, item_bytes) for at in k_rows]
-        return accumulate(b, sums, [load_as(b, at, VI32) for at in q_rows], ks)
+    @emits(tile, tile, intp, intp, rows_type, intp)
+    def plain_step(b, sums, q, q_stride, rows, offset):
+        ks = [load_codes(b, kv_dtype, b.add(b.extract_value(rows, key), offset)) for key in range(keys)]
+        return packed(b, multiply(b, unpacked(b, sums), q, q_stride, [ks]))
+
+    @emits(tile, tile, intp, intp, rows_type, intp, intp)
+    def part_step(b, sums, q, q_stride, rows, offset, count):
+        ks = [masked_line(b, b.add(b.extract_value(rows, key), offset), count, item_bytes) for key in range(keys)]
+        return packed(b, multiply(b, unpacked(b, sums), q, q_stride, [ks]))
+
+    @emits(tile, tile, intp, intp, rows_type, intp, intp)
+    def code_step(b, sums, q, q_stride, rows, offset, scales):
+        at = [b.add(b.extract_value(rows, key), offset) for key in range(keys)]
+        lines = [[load_codes(b, kv_dtype, row, shape.line_bytes * line) for row in at] for line in range(step_lines)]
+        dots = multiply(b, [constant(VF32, 0.0)] * LANES, q, q_stride, lines)
+        factors = [splat_value(b, load_as(b, scales, F32, 4 * key)) for key in range(keys)]
+        values = [b.sitofp(b.bitcast(dot, VI32), VF32) for dot in dots]
+        totals = unpacked(b, sums)
+        return packed(b, [fma_value(b, values[index], factors[index % keys], totals[index]) for index in range(LANES)])
+
+    @emits(types.void, intp)
+    def fetch_step(b, ahead):
+        for offset in range(0, keys * step_bytes, LINE_BYTES):
+            at = b.inttoptr(b.add(ahead, ir.Constant(I64, offset)), ir.IntType(8).as_pointer())
+            hints = (ir.Constant(I32, value) for value in (0, 2, 1))
+            call_llvm(b, "llvm.prefetch.p0", ir.VoidType(), at, *hints)
 
     @emits(types.void, tile, intp)
     def store(b, sums, to):
-        values = sum_each(b, [b.extract_value(sums, index) for index in range(LANES)])
+        values = sum_each(b, unpacked(b, sums))
         for head in range(heads):
-            lanes = ir.Constant(ir.VectorType(ir.IntType(32), keys), list(range(head * keys, (head + 1) * keys)))
-            store_as(b, b.shuffle_vector(values, values, lanes), to, 4 * KEY_TILE * head)
+            lanes = ir.Constant(ir.VectorType(I32, keys), list(range(head * keys, (head + 1) * keys)))
+            store_as(b, b.shuffle_vector(values, values, lanes), to, HEAD_SCORES * head)
 
-    start = zeros(LANES)
-    line_items = LINE_BYTES // item_bytes
+    start, line_items, fetched = zeros(LANES), shape.line_items, keys * step_bytes
 
     @helper
-    def scores(q, q_stride, table, head_dim, to):
-        sums = start()
-        whole = head_dim // line_items
-        for index in range(whole):
-            sums = line(sums, q + LINE_BYTES * index, q_stride, table, LINE_BYTES * index)
-        rest = head_dim - whole * line_items
-        if rest:
-            sums = part(sums, q + LINE_BYTES * whole, q_stride, table, LINE_BYTES * whole, rest)
+    def code_scores(q, q_stride, base, row_bytes, last, steps, scales, ahead, to):
+        sums, rows = start(), rows_of(base, row_bytes, last)
+        for step in range(steps):
+            fetch_step(ahead + fetched * step)
+            at = q + LINE_BYTES * step_lines * step
+            sums = code_step(sums, at, q_stride, rows, step_bytes * step, scales + 4 * KEY_TILE * step)
         store(sums, to)
 
-    return scores
+    @helper
+    def plain_scores(q, q_stride, base, row_bytes, last, head_dim, scales, ahead, to):
+        sums, rows = start(), rows_of(base, row_bytes, last)
+        whole = head_dim // line_items
+        for index in range(whole):
+            fetch_step(ahead + fetched * index)
+            sums = plain_step(sums, q + LINE_BYTES * index, q_stride, rows, LINE_BYTES * index)
+        rest = head_dim - whole * line_items
+        if rest:
+            sums = part_step(sums, q + LINE_BYTES * whole, q_stride, rows, LINE_BYTES * whole, rest)
+        store(sums, to)
+
+    return code_scores if has_scale else plain_scores
 
 
-def attend(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int):
-    """Function: one item. q and acc hold `heads` padded rows; running holds (m, l) per head; False: invalid page."""
-    scores_of, strip_of = scores_tile(isa, kv_dtype, score_heads), weighted_strip(kv_dtype, value_heads)
-    keys_per_tile = LANES // score_heads
-    line_items = LINE_BYTES // (2 if kv_dtype == "bf16" else 4)
-    line_acc_bytes = 128 if kv_dtype == "bf16" else 64
+def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int):
+    """Function: take one tile of keys into acc and (m, l) of the item's heads; memory as decode_thread_bytes says."""
+    scores_of, strip_of = scores_block(isa, kv_dtype, score_heads), value_strip(isa, kv_dtype, value_heads)
+    shape, block_keys = RowShape.of(kv_dtype), LANES // score_heads
+    has_codes, has_minimum = shape.group_lines > 0, shape.numbers == 2
+    rounds = weighs_pairs(isa, kv_dtype) and not has_codes
+    in_pairs = weighs_pairs(isa, kv_dtype)
+    line_items, line_bytes, acc_line, numbers = shape.line_items, shape.line_bytes, shape.acc_bytes, shape.numbers
+    group_lines = shape.group_lines or 1
+    weigh = code_weights(kv_dtype) if has_codes else None
 
     @helper
-    def item(arguments, table, start, stop, q, q_bytes, acc, acc_bytes, running, heads, work):
-        head_dim = parameter(arguments, P_HEAD_DIM)
-        scale = splat(types.float32(real_parameter(arguments, P_SCALE) * LOG2_E))
-        k_rows, v_rows = work, work + 2 * NEXT_TILE
-        corrections = work + THREAD_ADDRESSES
-        scores = corrections + 4 * heads + 64
-        first = least(KEY_TILE, stop - start)
-        if not key_rows(arguments, table, start, first, k_rows + NEXT_TILE, v_rows + NEXT_TILE):
-            return False
-        for position in range(start, stop, KEY_TILE):
-            keys = least(KEY_TILE, stop - position)
-            ahead = least(KEY_TILE, stop - position - keys)
-            for row in range(0, 2 * NEXT_TILE * 2, 2 * NEXT_TILE):
-                copy_rows(work + row)
-            if not key_rows(arguments, table, position + keys, ahead, k_rows + NEXT_TILE, v_rows + NEXT_TILE):
-                return False
-            for head in range(0, heads, score_heads):
-                for key in range(0, keys, keys_per_tile):
-                    to = scores + 4 * (KEY_TILE * head + key)
-                    scores_of(q + head * q_bytes, q_bytes, k_rows + 8 * key, head_dim, to)
+    def score_heads_of(arguments, k_page, offset, keys, ahead, work, heads, lines):
+        """scores[head][key] of a tile; codes' are in units of the head's scale."""
+        head_dim, row_bytes = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_K_ROW)
+        weights = work + HEAD_SCORES * heads
+        q, q_bytes = weights + HEAD_WEIGHTS * heads, LINE_BYTES * lines
+        scales, groups = q + q_bytes * heads, lines // group_lines
+        sums = scales + 4 * KEY_TILE * groups * numbers + HEAD_SCALARS * heads
+        base, extent = k_page + offset * row_bytes, head_dim
+        if has_codes:
+            extent, stride = groups, 2 * parameter(arguments, P_PAGE_SIZE)
+            at = k_page + parameter(arguments, P_PAGE_SIZE) * row_bytes + 2 * offset
+            widen_numbers(at, groups * numbers, stride, keys, scales)
+        for head in range(0, heads, score_heads):
+            for key in range(0, keys, block_keys):
+                at, last = base + key * row_bytes, keys - 1 - key
+                to = work + HEAD_SCORES * head + 4 * key
+                scores_of(q + head * q_bytes, q_bytes, at, row_bytes, last, extent, scales + 4 * key, ahead, to)
+                ahead += block_keys * row_bytes
+        if has_minimum:
             for head in range(heads):
-                softmax_tile(scores + 4 * KEY_TILE * head, 0, keys, scale, running + 8 * head, corrections + 4 * head)
+                minima = scales + 4 * KEY_TILE * groups
+                add_minima(work + HEAD_SCORES * head, minima, sums + 4 * groups * head, groups)
+
+    @helper
+    def soften(work, heads, keys, scale, scalars, running):
+        """Scores -> weights of every head."""
+        for head in range(heads):
+            scores, at = work + HEAD_SCORES * head, scalars + HEAD_SCALARS * head
+            factor = scale * load_scalar(at + 12) if has_codes else scale
+            softmax_tile(scores, 0, keys, splat(factor), running + 8 * head, at)
+            if rounds:
+                round_weights(scores, work + HEAD_SCORES * heads + HEAD_WEIGHTS * head)
+
+    @helper
+    def add_values(arguments, v_page, offset, keys, ahead, work, heads, lines, scalars, acc):
+        """acc of every head, one strip of V after another."""
+        head_dim, row_bytes = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_V_ROW)
+        weights, base, acc_bytes = work + HEAD_SCORES * heads, v_page + offset * row_bytes, acc_line * lines
+        stride, groups = 2 * parameter(arguments, P_PAGE_SIZE), lines // group_lines
+        numbers_at = v_page + parameter(arguments, P_PAGE_SIZE) * row_bytes + 2 * offset
+        source = weights if in_pairs else work
+        source_bytes = HEAD_WEIGHTS if in_pairs else HEAD_SCORES
+        for line in range(lines):
+            if has_codes:
+                group = line // group_lines
+                if line == group * group_lines:
+                    at = numbers_at + stride * group
+                    weigh(work, heads, at, at + stride * groups, keys, weights, scalars)
             for head in range(0, heads, value_heads):
-                for line in range((head_dim + line_items - 1) // line_items):
-                    strip_of(
-                        acc + head * acc_bytes + line_acc_bytes * line,
-                        acc_bytes,
-                        corrections + 4 * head,
-                        v_rows,
-                        keys,
-                        LINE_BYTES * line,
-                        scores + 4 * KEY_TILE * head,
-                        head_dim - line_items * line,
-                    )
+                to, head_scalars = acc + head * acc_bytes + acc_line * line, scalars + HEAD_SCALARS * head
+                left, at = head_dim - line_items * line, base + line_bytes * line
+                p = source + source_bytes * head
+                strip_of(to, acc_bytes, head_scalars, at, row_bytes, keys, p, left, ahead)
+            ahead += line_bytes * keys
+
+    @helper
+    def take_tile(arguments, k_page, v_page, offset, keys, k_ahead, v_ahead, work, heads, lines, acc, running):
+        groups = lines // group_lines
+        scalars = work + (HEAD_SCORES + HEAD_WEIGHTS + LINE_BYTES * lines) * heads + 4 * KEY_TILE * groups * numbers
+        scale = types.float32(real_parameter(arguments, P_SCALE) * LOG2_E)
+        score_heads_of(arguments, k_page, offset, keys, k_ahead, work, heads, lines)
+        soften(work, heads, keys, scale, scalars, running)
+        add_values(arguments, v_page, offset, keys, v_ahead, work, heads, lines, scalars, acc)
+
+    return take_tile
+
+
+def attend_item(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int):
+    """Function: one item, its queries loaded and its keys [start, stop) taken tile by tile; False: invalid page."""
+    take_tile = attend_tile(isa, kv_dtype, score_heads, value_heads)
+    shape = RowShape.of(kv_dtype)
+    has_codes, group_lines, numbers = shape.group_lines > 0, shape.group_lines or 1, shape.numbers
+    load_q = q_code_writer(kv_dtype) if has_codes else q_line_writer(kv_dtype)
+
+    @helper
+    def load_heads(arguments, row, group, work, heads, lines):
+        """The item's queries; padding repeats the last one."""
+        head_dim, group_heads = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_HEADS)
+        q, groups = work + (HEAD_SCORES + HEAD_WEIGHTS) * heads, lines // group_lines
+        scalars = q + LINE_BYTES * lines * heads + 4 * KEY_TILE * groups * numbers
+        sums = scalars + HEAD_SCALARS * heads
+        first = parameter(arguments, P_Q) + row * parameter(arguments, P_Q_ROW)
+        for head in range(heads):
+            index = group * group_heads + least(head, group_heads - 1)
+            source, to = first + index * parameter(arguments, P_Q_HEAD), q + LINE_BYTES * lines * head
+            if has_codes:
+                load_q(source, head_dim, groups, to, scalars + HEAD_SCALARS * head + 12, sums + 4 * groups * head)
+            else:
+                load_q(source, head_dim, lines, to)
+
+    @helper
+    def item(arguments, row, group, start, stop, work, heads, lines, acc, running):
+        table = parameter(arguments, P_TABLE) + row * parameter(arguments, P_TABLE_ROW)
+        table += group * parameter(arguments, P_TABLE_GROUP)
+        load_heads(arguments, row, group, work, heads, lines)
+        k_row, v_row = parameter(arguments, P_K_ROW), parameter(arguments, P_V_ROW)
+        position, page = start, page_at(arguments, table, start)
+        while position < stop:
+            if page < 0:
+                return False
+            k_page, v_page, offset, keys = tile_at(arguments, page, position, stop)
+            position += keys
+            k_ahead, v_ahead = k_page + offset * k_row, v_page + offset * v_row
+            if position < stop:
+                page = page_at(arguments, table, position)
+                if page >= 0:
+                    k_next, v_next, next_offset, _ = tile_at(arguments, page, position, stop)
+                    k_ahead, v_ahead = k_next + next_offset * k_row, v_next + next_offset * v_row
+            take_tile(arguments, k_page, v_page, offset, keys, k_ahead, v_ahead, work, heads, lines, acc, running)
         return True
 
     return item
 
 
-def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int):
-    """Kernel of decode_attention; parameters in attention_layout.py."""
-    item = attend(isa, kv_dtype, score_heads, value_heads)
-    load_q, write = heads_in_and_out(kv_dtype)
-    is_bf16 = kv_dtype == "bf16"
-    line_items = LINE_BYTES // (2 if is_bf16 else 4)
-    line_acc_bytes = 128 if is_bf16 else 64
+def merge_splits(kv_dtype: str):
+    """Function: merge the splits of one head into split 0's acc and (m, l), and write out and lse."""
+    write = head_writer(kv_dtype)
 
     @helper
-    def merge_head(first, item_bytes, splits, head, running_offset, acc_bytes, to, lse_to, head_dim, lines):
-        """Merge the splits of one head into split 0's acc, and write it."""
+    def merge(item_bytes, splits, acc, acc_bytes, running, head_dim, to, lse_to):
         largest = MINUS_INFINITY
         for split in range(splits):
-            largest = larger(largest, load_scalar(first + split * item_bytes + running_offset + 8 * head))
-        m = splat(largest)
-        acc = first + head * acc_bytes
-        total = splat(np.float32(0.0))
+            largest = larger(largest, load_scalar(running + split * item_bytes))
+        m, total = splat(largest), splat(ZERO)
         for split in range(splits):
-            source = first + split * item_bytes
-            running = source + running_offset + 8 * head
-            if load_scalar(running) == MINUS_INFINITY:
-                weight = splat(np.float32(0.0))
-            else:
-                weight = exp2_not_positive(sub(splat(load_scalar(running)), m))
-            total = fma(splat(load_scalar(running + 4)), weight, total)
+            state = running + split * item_bytes
+            weight = splat(ZERO)
+            if load_scalar(state) != MINUS_INFINITY:
+                weight = exp2_not_positive(sub(splat(load_scalar(state)), m))
+            total = fma(splat(load_scalar(state + 4)), weight, total)
             for i in range(0, acc_bytes, 64):
-                value = mul(load_f32(source + head * acc_bytes + i), weight)
+                value = mul(load_f32(acc + split * item_bytes + i), weight)
                 store_f32(add(load_f32(acc + i), value) if split else value, acc + i)
-        scalar = sum_lanes(keep_below(total, 1, np.float32(0.0)))
-        if largest == MINUS_INFINITY:
-            write(acc, splat(np.float32(0.0)), to, head_dim, lines)
-            store_scalar(MINUS_INFINITY, lse_to)
-        else:
-            write(acc, splat(np.float32(1.0) / scalar), to, head_dim, lines)
-            store_scalar(types.float32(types.float64(largest) / LOG2_E + math.log(scalar)), lse_to)
+        store_scalar(largest, running)
+        store_scalar(sum_lanes(keep_below(total, 1, ZERO)), running + 4)
+        write(acc, splat(write_lse(running, lse_to)), to, head_dim)
 
-    def kernel(arguments, thread):
-        scratch, batch, groups = parameter(arguments, 0), parameter(arguments, P_BATCH), parameter(arguments, P_GROUPS)
-        group_heads, head_dim = parameter(arguments, P_HEADS), parameter(arguments, P_HEAD_DIM)
-        splits, page_size = parameter(arguments, P_SPLITS), parameter(arguments, P_PAGE_SIZE)
-        work = scratch + thread * parameter(arguments, P_THREAD_BYTES)
+    return merge
+
+
+def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int):
+    """Kernel of decode_attention; parameters in attention_layout.py."""
+    attend, merge = attend_item(isa, kv_dtype, score_heads, value_heads), merge_splits(kv_dtype)
+    shape = RowShape.of(kv_dtype)
+    row_items, acc_line = shape.line_items * (shape.group_lines or 1), shape.acc_bytes
+    group_lines = shape.group_lines or 1
+
+    @helper
+    def sizes(arguments):
+        """(padded heads, lines of a row, bytes of the items' acc)."""
+        head_dim, group_heads = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_HEADS)
         heads = (group_heads + score_heads - 1) // score_heads * score_heads
-        lines = (head_dim + line_items - 1) // line_items
-        q_bytes, acc_bytes = LINE_BYTES * lines, line_acc_bytes * lines
-        running_offset = heads * acc_bytes
-        item_bytes = running_offset + (8 * heads + 63) // 64 * 64
-        q_work = work + THREAD_ADDRESSES + 64 + 4 * heads + 4 * KEY_TILE * heads
-        first_item = scratch + parameter(arguments, P_THREAD_BYTES) * parameter(arguments, P_THREADS)
-        items = batch * groups * splits
+        lines = (head_dim + row_items - 1) // row_items * group_lines
+        return heads, lines, heads * acc_line * lines
+
+    @helper
+    def part_of_range(arguments, row, split):
+        """This split's keys of a row; (0, 0) and a failure for a range outside the table."""
+        splits = parameter(arguments, P_SPLITS)
+        start = types.int64(load_i32(parameter(arguments, P_START) + 4 * row))
+        stop = types.int64(load_i32(parameter(arguments, P_STOP) + 4 * row))
+        if start < 0 or stop > parameter(arguments, P_PAGE_SIZE) * parameter(arguments, P_MAX_PAGES):
+            fail(arguments, 1)
+            return 0, 0
+        share = (most(0, stop - start) + splits * KEY_TILE - 1) // (splits * KEY_TILE) * KEY_TILE
+        first = start + split * share
+        return first, least(stop, first + share)
+
+    @helper
+    def clear(acc, running, heads):
+        for i in range(0, running - acc, 64):
+            store_f32(splat(ZERO), acc + i)
+        for head in range(heads):
+            store_scalar(MINUS_INFINITY, running + 8 * head)
+            store_scalar(ZERO, running + 8 * head + 4)
+
+    @helper
+    def attend_all(arguments, work, first_item, item_bytes, items, heads, lines, acc_size):
+        """Stage 0: every item, into memory of its own."""
+        splits, groups = parameter(arguments, P_SPLITS), parameter(arguments, P_GROUPS)
         chunk = take(arguments, 0)
         while chunk < items:
             row, group, split = chunk // (groups * splits), chunk // splits % groups, chunk % splits
             acc = first_item + chunk * item_bytes
-            for i in range(0, running_offset, 64):
-                store_f32(splat(np.float32(0.0)), acc + i)
-            for head in range(heads):
-                store_scalar(MINUS_INFINITY, acc + running_offset + 8 * head)
-                store_scalar(np.float32(0.0), acc + running_offset + 8 * head + 4)
-            start = types.int64(load_i32(parameter(arguments, P_START) + 4 * row))
-            stop = types.int64(load_i32(parameter(arguments, P_STOP) + 4 * row))
-            if start < 0 or stop > page_size * parameter(arguments, P_MAX_PAGES):
-                fail(arguments, 1)
-                stop = start
-            share = (most(0, stop - start) + splits * KEY_TILE - 1) // (splits * KEY_TILE) * KEY_TILE
-            start, stop = start + split * share, least(stop, start + (split + 1) * share)
-            if start < stop:
-                q = parameter(arguments, P_Q) + row * parameter(arguments, P_Q_ROW)
-                for head in range(heads):
-                    source = q + (group * group_heads + least(head, group_heads - 1)) * parameter(arguments, P_Q_HEAD)
-                    load_q(source, head_dim, lines, q_work + q_bytes * head)
-                table = (
-                    parameter(arguments, P_TABLE)
-                    + row * parameter(arguments, P_TABLE_ROW)
-                    + group * parameter(arguments, P_TABLE_GROUP)
-                )
-                running = acc + running_offset
-                if not item(arguments, table, start, stop, q_work, q_bytes, acc, acc_bytes, running, heads, work):
-                    fail(arguments, 2)
+            running = acc + acc_size
+            clear(acc, running, heads)
+            start, stop = part_of_range(arguments, row, split)
+            if start < stop and not attend(arguments, row, group, start, stop, work, heads, lines, acc, running):
+                fail(arguments, 2)
             finish(arguments, 0)
             chunk = take(arguments, 0)
-        await_stage(arguments, 0, items)
+
+    @helper
+    def merge_all(arguments, first_item, item_bytes, heads, acc_size):
+        """Stage 1: merge every row's splits and write its results."""
+        batch, groups = parameter(arguments, P_BATCH), parameter(arguments, P_GROUPS)
+        group_heads, splits = parameter(arguments, P_HEADS), parameter(arguments, P_SPLITS)
+        head_dim, acc_bytes = parameter(arguments, P_HEAD_DIM), acc_size // heads
         chunk = take(arguments, 1)
         while chunk < batch * groups:
             row, group = chunk // groups, chunk % groups
             out = parameter(arguments, P_OUT) + row * parameter(arguments, P_OUT_ROW)
             lse = parameter(arguments, P_LSE) + row * parameter(arguments, P_LSE_ROW)
+            item = first_item + chunk * splits * item_bytes
             for head in range(group_heads):
                 index = group * group_heads + head
-                merge_head(
-                    first_item + chunk * splits * item_bytes,
-                    item_bytes,
-                    splits,
-                    head,
-                    running_offset,
-                    acc_bytes,
-                    out + index * parameter(arguments, P_OUT_HEAD),
-                    lse + 4 * index,
-                    head_dim,
-                    lines,
-                )
+                acc, running = item + head * acc_bytes, item + acc_size + 8 * head
+                to = out + index * parameter(arguments, P_OUT_HEAD)
+                merge(item_bytes, splits, acc, acc_bytes, running, head_dim, to, lse + 4 * index)
             chunk = take(arguments, 1)
+
+    def kernel(arguments, thread):
+        scratch = parameter(arguments, 0)
+        heads, lines, acc_size = sizes(arguments)
+        item_bytes = acc_size + (8 * heads + 63) // 64 * 64
+        work = scratch + thread * parameter(arguments, P_THREAD_BYTES)
+        first_item = scratch + parameter(arguments, P_THREAD_BYTES) * parameter(arguments, P_THREADS)
+        items = parameter(arguments, P_BATCH) * parameter(arguments, P_GROUPS) * parameter(arguments, P_SPLITS)
+        attend_all(arguments, work, first_item, item_bytes, items, heads, lines, acc_size)
+        await_stage(arguments, 0, items)
+        merge_all(arguments, first_item, item_bytes, heads, acc_size)
 
     return kernel

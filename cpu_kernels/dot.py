@@ -1,4 +1,4 @@
-"""The two dot products that instruction sets disagree on; what they compute is said in isa.py."""
+"""The dot products that instruction sets disagree on; what they compute is said in isa.py."""
 
 from llvmlite import ir
 
@@ -62,6 +62,18 @@ def emit_dot4(isa: Isa, builder, acc, unsigned, signed):
     if isa.name == "avxvnni":
         return _vpdpbusd_256(builder, acc, unsigned, signed)
     return _even_odd(builder, acc, unsigned, signed)
+
+
+def emit_dot2(isa: Isa, builder, acc, a, b):
+    """acc + pairs of int16 products, exact in int32; LLVM values <16 x i32> holding 32 int16."""
+    if isa.name == "avx512":
+        return call_llvm(builder, "llvm.x86.avx512.vpdpwssd.512", VI32, acc, a, b)
+    wide = ir.VectorType(I32, 32)
+    a, b = (builder.sext(builder.bitcast(value, V32I16), wide) for value in (a, b))
+    product = builder.mul(a, b)
+    picks = [ir.Constant(VI32, list(range(start, 32, 2))) for start in (0, 1)]
+    even, odd = (builder.shuffle_vector(product, product, pick) for pick in picks)
+    return builder.add(acc, builder.add(even, odd))
 
 
 def emit_dot_bf16(isa: Isa, builder, acc, a, b):

@@ -2,8 +2,6 @@
 
 rms_norm      y = x * weight / sqrt(mean(x^2) + eps)
 silu_mul      y = gate / (1 + exp(-gate)) * up
-rope_append   per head: optional RMS norm, then (a, b) -> (a cos - b sin, b cos + a sin) on (i, i + rotary_dim/2);
-              q to its output, k and v to their slots in the pages
 merge         w_i = exp(lse_i - max lse); out = sum w_i out_i / sum w_i; lse = max + log sum w_i
 """
 
@@ -12,7 +10,7 @@ import math
 import numpy as np
 from numba import types
 
-from .chunks import fail, parameter, real_parameter, take
+from .chunks import parameter, real_parameter, take
 from .compiler import helper
 from .elementwise_layout import MERGE_FIRST, MERGE_ROWS, SILU_UNITS
 from .vector import (
@@ -24,11 +22,9 @@ from .vector import (
     least,
     load_f32,
     load_f32_tail,
-    load_i64,
     load_scalar,
     mul,
     splat,
-    store_bf16_tail,
     store_f32,
     store_f32_tail,
     store_scalar,
@@ -97,84 +93,6 @@ def silu_mul():
                 gate = load_f32(at)
                 denominator = add(splat(ONE), exp(sub(splat(ZERO), gate)))
                 store_f32(mul(div(gate, denominator), load_f32(at + 64)), out + row * out_stride + 64 * unit)
-            chunk = take(arguments, 0)
-
-    return kernel
-
-
-def rope_append(kv_dtype: str):
-    """Parameters: see elementwise.py."""
-    is_bf16 = kv_dtype == "bf16"
-    item_bytes = 2 if is_bf16 else 4
-
-    @helper
-    def store_kv(value, to, index, count):
-        if is_bf16:
-            store_bf16_tail(value, to + 2 * index, count)
-        else:
-            store_f32_tail(value, to + 4 * index, count)
-
-    @helper
-    def store_q(value, to, index, count):
-        store_f32_tail(value, to + 4 * index, count)
-
-    def head_writer(store):
-        @helper
-        def normed(source, norm, factor, index, count):
-            value = load_f32_tail(source + 4 * index, count)
-            if norm:
-                value = mul(mul(value, factor), load_f32_tail(norm + 4 * index, count))
-            return value
-
-        @helper
-        def write_head(source, head_dim, half, cos, sin, norm, eps, to):
-            factor = splat(inverse_rms(source, head_dim, eps)) if norm else splat(ONE)
-            for i in range(0, half, 16):
-                left = half - i
-                a, b = normed(source, norm, factor, i, left), normed(source, norm, factor, half + i, left)
-                c, s = load_f32_tail(cos + 4 * i, left), load_f32_tail(sin + 4 * i, left)
-                store(sub(mul(a, c), mul(b, s)), to, i, left)
-                store(fma(b, c, mul(a, s)), to, half + i, left)
-            for i in range(2 * half, head_dim, 16):
-                store(normed(source, norm, factor, i, head_dim - i), to, i, head_dim - i)
-
-        return write_head
-
-    write_q, write_k = head_writer(store_q), head_writer(store_kv)
-
-    def kernel(arguments, thread):
-        qkv, qkv_row, qkv_group = parameter(arguments, 1), parameter(arguments, 2), parameter(arguments, 3)
-        rows, groups, group_heads = parameter(arguments, 4), parameter(arguments, 5), parameter(arguments, 6)
-        head_dim, half = parameter(arguments, 7), parameter(arguments, 8)
-        positions, max_positions = parameter(arguments, 9), parameter(arguments, 10)
-        cos, sin, angle_row = parameter(arguments, 11), parameter(arguments, 12), parameter(arguments, 13)
-        q_norm, k_norm, eps = parameter(arguments, 14), parameter(arguments, 15), real_parameter(arguments, 16)
-        q, q_row, q_head = parameter(arguments, 17), parameter(arguments, 18), parameter(arguments, 19)
-        k, k_page, k_row = parameter(arguments, 20), parameter(arguments, 21), parameter(arguments, 22)
-        v, v_page, v_row = parameter(arguments, 23), parameter(arguments, 24), parameter(arguments, 25)
-        num_slots, page_size = parameter(arguments, 26), parameter(arguments, 27)
-        slots, slots_row = parameter(arguments, 28), parameter(arguments, 29)
-        chunk = take(arguments, 0)
-        while chunk < rows * groups:
-            row, group = chunk // groups, chunk % groups
-            position, slot = load_i64(positions + 8 * row), load_i64(slots + row * slots_row + 8 * group)
-            if position < 0 or position >= max_positions:
-                fail(arguments, 1)
-            elif slot < 0 or slot >= num_slots:
-                fail(arguments, 2)
-            else:
-                page, offset = slot // page_size, slot % page_size
-                c, s = cos + position * angle_row, sin + position * angle_row
-                source = qkv + row * qkv_row + group * qkv_group
-                for head in range(group_heads):
-                    to = q + row * q_row + (group * group_heads + head) * q_head
-                    write_q(source + 4 * head_dim * head, head_dim, half, c, s, q_norm, eps, to)
-                source += 4 * head_dim * group_heads
-                write_k(source, head_dim, half, c, s, k_norm, eps, k + page * k_page + offset * k_row)
-                source += 4 * head_dim
-                for i in range(0, head_dim, 16):
-                    left = head_dim - i
-                    store_kv(load_f32_tail(source + 4 * i, left), v + page * v_page + offset * v_row, i, left)
             chunk = take(arguments, 0)
 
     return kernel

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from . import attention, elementwise, linear, memory, pack
+from . import attention, elementwise, linear, memory, pack, rope
 from .cache import KernelStore
 from .flags import Flags
 from .isa import choose
@@ -143,10 +143,11 @@ class CpuKernels:
         qkv: float32 [rows, num_kv_heads, unit_features], per group its query heads | k | v | padding;
         positions: int64 [rows]; cos, sin: float32 [max_positions, rotary_dim / 2], pairs (i, i + rotary_dim / 2), later
         dims pass through; q_norm, k_norm: float32 [head_dim] or None (per-head RMS norm with eps before rotation);
-        q: float32 [rows, num_heads, head_dim], written; k_pages, v_pages: float32 or bfloat16
-        [num_pages, page_size, head_dim], written at slots: int64 [rows, num_kv_heads], page * page_size + offset.
+        q: float32 [rows, num_heads, head_dim], written; k_pages, v_pages: [num_pages, page_size,
+        row_items] of the KV dtype (kv_layout.py), written at slots: int64 [rows, num_kv_heads], page * page_size +
+        offset.
         """
-        elementwise.rope_append(self._team, qkv, positions, cos, sin, q_norm, k_norm, eps, q, k_pages, v_pages, slots)
+        rope.rope_append(self._team, qkv, positions, cos, sin, q_norm, k_norm, eps, q, k_pages, v_pages, slots)
 
     def decode_attention(
         self,
@@ -162,8 +163,8 @@ class CpuKernels:
     ) -> None:
         """One query row per sequence over positions [kv_start, kv_stop) of its cache.
 
-        q: float32 [batch, num_heads, head_dim], rounded inside to the KV dtype; k_pages, v_pages: float32 or bfloat16
-        [num_pages, page_size, head_dim]; page_table: int32 [batch, num_kv_heads, max_pages], logical page -> page;
+        q: float32 [batch, num_heads, head_dim], rounded inside to the KV dtype, bf16 for q8 and q4; k_pages, v_pages:
+        [num_pages, page_size, row_items] of the KV dtype (kv_layout.py); page_table: int32 [batch, num_kv_heads, max_pages], logical page -> page;
         kv_start, kv_stop: int32 [batch]; out: float32 [batch, num_heads, head_dim] and lse: float32 [batch, num_heads]
         (natural log), written. Query head h reads KV head h // (num_heads // num_kv_heads); empty: (0, -inf).
         """

@@ -2,25 +2,26 @@
 
 An item is (KV-head group, block of rows): its rows x heads are up to 64 query vectors that share one pass over the
 keys. A tile of 64 keys is transposed once, so that 16 keys are the lanes of a register and 4 queries x 64 keys fill 16
-of them without sums across lanes; then softmax and the weighted sum of V as in attention_tiles.py. Causal and window
-masks become a visible range of lanes per row. Items are handed out from the end, where rows see most keys, so that the
-last ones to finish are short.
+of them without sums across lanes; then softmax and the weighted sum of V as in attention_tiles.py. Pages of codes are
+widened to bf16 first, a tile at a time. Causal and window masks become a visible range of lanes per row. Items are
+handed out from the end, where rows see most keys, so that the last ones to finish are short.
 """
-
-import math
 
 import numpy as np
 from llvmlite import ir
 from numba import types
 
 from .attention_layout import (
+    HEAD_SCALARS,
+    HEAD_SCORES,
+    HEAD_WEIGHTS,
     KEY_TILE,
     LINE_BYTES,
-    NEXT_TILE,
     P_BATCH,
     P_GROUPS,
     P_HEAD_DIM,
     P_HEADS,
+    P_K_ROW,
     P_LSE,
     P_LSE_ROW,
     P_MAX_PAGES,
@@ -38,31 +39,42 @@ from .attention_layout import (
     P_TABLE,
     P_TABLE_GROUP,
     P_THREAD_BYTES,
+    P_V_ROW,
     P_WINDOW,
     PREFILL_SCORES,
     PREFILL_VALUES,
     PREFILL_VECTORS,
-    THREAD_ADDRESSES,
+    RowShape,
 )
-from .attention_tiles import LOG2_E, MINUS_INFINITY, copy_rows, heads_in_and_out, key_rows, softmax_tile, weighted_strip
+from .attention_tiles import (
+    LOG2_E,
+    MINUS_INFINITY,
+    head_writer,
+    page_at,
+    q_line_writer,
+    round_weights,
+    softmax_tile,
+    tile_at,
+    value_strip,
+    weighs_pairs,
+    write_lse,
+)
 from .chunks import fail, parameter, real_parameter, take
 from .compiler import helper
-from .dot import emit_dot_bf16
 from .isa import Isa
+from .kv_codes import tile_widener
+from .kv_vectors import dot_pairs
 from .tiles import masked_line, zeros
 from .vector import (
     I32,
     I64,
     LANES,
-    VF32,
     VI32,
     F32x16,
     emits,
-    fma_value,
     intp,
     least,
     load_as,
-    load_scalar,
     most,
     splat,
     splat_value,
@@ -71,22 +83,25 @@ from .vector import (
     store_scalar,
 )
 
-ZERO, ONE = np.float32(0.0), np.float32(1.0)
+ZERO = np.float32(0.0)
 KEY_VECTORS = KEY_TILE // LANES
 
 
 def transpose_block(kv_dtype: str):
-    """Intrinsic (row addresses, offset, items, to): a line of each of 16 keys -> 16 vectors, 256 bytes apart.
+    """Intrinsic (base, row bytes, last, offset, items, to): a line of 16 keys -> 16 vectors, 256 bytes apart.
 
-    Four rounds exchange halves of lane groups between rows that are 8, 4, 2 and 1 apart.
+    Keys beyond `last` repeat it. Four rounds exchange halves of lane groups between rows 8, 4, 2 and 1 apart.
     """
-    item_bytes = 2 if kv_dtype == "bf16" else 4
+    item_bytes = LINE_BYTES // RowShape.of(kv_dtype).line_items
 
-    @emits(types.void, intp, intp, intp, intp)
-    def transpose(b, rows, offset, items, to):
-        values = [
-            masked_line(b, b.add(load_as(b, rows, I64, 8 * key), offset), items, item_bytes) for key in range(LANES)
-        ]
+    @emits(types.void, intp, intp, intp, intp, intp, intp)
+    def transpose(b, base, row_bytes, last, offset, items, to):
+        values = []
+        for key in range(LANES):
+            number = ir.Constant(I64, key)
+            number = b.select(b.icmp_signed("<", number, last), number, last)
+            row = b.add(base, b.mul(number, row_bytes))
+            values.append(masked_line(b, b.add(row, offset), items, item_bytes))
         for step in (8, 4, 2, 1):
             upper = [lane & step for lane in range(LANES)]
             low = ir.Constant(VI32, [LANES + lane - step if up else lane for lane, up in enumerate(upper)])
@@ -113,12 +128,8 @@ def scores_of_tile(isa: Isa, kv_dtype: str):
             x = splat_value(b, load_as(b, b.add(q, b.mul(q_bytes, ir.Constant(I64, query))), I32))
             for part, k in enumerate(ks):
                 index = query * KEY_VECTORS + part
-                acc = b.extract_value(sums, index)
-                if kv_dtype == "bf16":
-                    acc = emit_dot_bf16(isa, b, acc, k, x)
-                else:
-                    acc = fma_value(b, b.bitcast(k, VF32), b.bitcast(x, VF32), acc)
-                sums = b.insert_value(sums, acc, index)
+                total = dot_pairs(isa, kv_dtype, b, b.extract_value(sums, index), k, x)
+                sums = b.insert_value(sums, total, index)
         return sums
 
     @emits(types.void, tile, intp)
@@ -138,39 +149,70 @@ def scores_of_tile(isa: Isa, kv_dtype: str):
     return scores
 
 
-def prefill(isa: Isa, kv_dtype: str):
-    """Kernel of prefill_attention; parameters in attention_layout.py."""
-    load_q, write = heads_in_and_out(kv_dtype)
-    transpose, scores_of = transpose_block(kv_dtype), scores_of_tile(isa, kv_dtype)
-    strip_of = weighted_strip(kv_dtype, PREFILL_VALUES)
-    is_bf16 = kv_dtype == "bf16"
-    line_items = LINE_BYTES // (2 if is_bf16 else 4)
-    line_acc_bytes = 128 if is_bf16 else 64
+@helper
+def visible(arguments, row, position, keys):
+    """Visible keys [first, last) of the tile at `position` for this row of q."""
+    at = parameter(arguments, P_Q_START) + row
+    window = parameter(arguments, P_WINDOW)
+    first = most(0, at - window + 1 - position) if window else 0
+    return first, least(keys, at + 1 - position)
+
+
+def rows_of_tile(kv_dtype: str):
+    """Function: (K rows, bytes from one to the next, V rows, bytes likewise) of a tile; codes are widened to `work`."""
+    has_codes = RowShape.of(kv_dtype).group_lines > 0
+    group_lines = RowShape.of(kv_dtype).group_lines or 1
+    widen = tile_widener(kv_dtype) if has_codes else None
 
     @helper
-    def transpose_tile(rows, head_dim, lines, to):
-        """The tile's K rows -> [words][64 keys]."""
-        for line in range(lines):
-            for key in range(0, KEY_TILE, LANES):
-                at = to + 4 * KEY_TILE * LANES * line + 4 * key
-                transpose(rows + 8 * key, LINE_BYTES * line, head_dim - line_items * line, at)
+    def rows(arguments, k_page, v_page, offset, keys, lines, work):
+        k_row, v_row = parameter(arguments, P_K_ROW), parameter(arguments, P_V_ROW)
+        k_rows, v_rows = k_page + offset * k_row, v_page + offset * v_row
+        if has_codes:
+            stride, groups, wide = 2 * parameter(arguments, P_PAGE_SIZE), lines // group_lines, LINE_BYTES * lines
+            numbers = parameter(arguments, P_PAGE_SIZE) * k_row + 2 * offset
+            widen(k_rows, k_row, k_page + numbers, stride, keys, groups, work)
+            widen(v_rows, v_row, v_page + numbers, stride, keys, groups, work + KEY_TILE * wide)
+            return work, wide, work + KEY_TILE * wide, wide
+        return k_rows, k_row, v_rows, v_row
+
+    return rows
+
+
+def attend_tile(isa: Isa, kv_dtype: str):
+    """Function: one tile of keys, K transposed, for all query vectors of an item. kv_dtype: of the rows multiplied."""
+    scores_of, strip_of = scores_of_tile(isa, kv_dtype), value_strip(isa, kv_dtype, PREFILL_VALUES)
+    shape, in_pairs = RowShape.of(kv_dtype), weighs_pairs(isa, kv_dtype)
+    line_items, acc_line = shape.line_items, shape.acc_bytes
 
     @helper
-    def visible(arguments, row, position, keys):
-        """Visible keys [first, last) of this tile for this row of q."""
-        at = parameter(arguments, P_Q_START) + row
-        window = parameter(arguments, P_WINDOW)
-        first = most(0, at - window + 1 - position) if window else 0
-        return first, least(keys, at + 1 - position)
-
-    @helper
-    def attend_tile(arguments, first_row, group_heads, count, position, keys, work, k_t, scores, q, acc, running):
-        """One tile of keys for all query vectors of the item."""
-        head_dim = parameter(arguments, P_HEAD_DIM)
+    def soften(arguments, first_row, group_heads, count, vector, position, keys, scores, running):
+        """Scores -> weights of one pass of query vectors."""
         scale = splat(types.float32(real_parameter(arguments, P_SCALE) * LOG2_E))
-        lines = (head_dim + line_items - 1) // line_items
-        q_bytes, acc_bytes = LINE_BYTES * lines, line_acc_bytes * lines
-        corrections = scores + 4 * KEY_TILE * PREFILL_VALUES
+        weights = scores + HEAD_SCORES * PREFILL_VALUES
+        scalars = weights + HEAD_WEIGHTS * PREFILL_VALUES
+        for part in range(PREFILL_VALUES):
+            row = first_row + least(count - 1, vector + part) // group_heads
+            low, high = visible(arguments, row, position, keys)
+            at = scores + HEAD_SCORES * part
+            softmax_tile(at, low, high, scale, running + 8 * (vector + part), scalars + HEAD_SCALARS * part)
+            if in_pairs:
+                round_weights(at, weights + HEAD_WEIGHTS * part)
+
+    @helper
+    def add_values(head_dim, lines, last, v_rows, v_row, scores, acc):
+        weights = scores + HEAD_SCORES * PREFILL_VALUES
+        scalars, acc_bytes = weights + HEAD_WEIGHTS * PREFILL_VALUES, acc_line * lines
+        source = weights if in_pairs else scores
+        for line in range(lines):
+            at, left = v_rows + LINE_BYTES * line, head_dim - line_items * line
+            strip_of(acc + acc_line * line, acc_bytes, scalars, at, v_row, last, source, left, at)
+
+    @helper
+    def attend(
+        arguments, first_row, group_heads, count, position, keys, lines, v_rows, v_row, k_t, scores, q, acc, running
+    ):
+        q_bytes, acc_bytes = LINE_BYTES * lines, acc_line * lines
         for vector in range(0, count, PREFILL_VALUES):
             last_row = first_row + least(count - 1, vector + PREFILL_VALUES - 1) // group_heads
             last = visible(arguments, last_row, position, keys)[1]
@@ -178,83 +220,118 @@ def prefill(isa: Isa, kv_dtype: str):
                 continue
             for part in range(0, PREFILL_VALUES, PREFILL_SCORES):
                 at = q + (vector + part) * q_bytes
-                scores_of(at, q_bytes, k_t, LANES * lines, scores + 4 * KEY_TILE * part)
-            for part in range(PREFILL_VALUES):
-                row = first_row + least(count - 1, vector + part) // group_heads
-                low, high = visible(arguments, row, position, keys)
-                state = running + 8 * (vector + part)
-                softmax_tile(scores + 4 * KEY_TILE * part, low, high, scale, state, corrections + 4 * part)
-            for line in range(lines):
-                strip_of(
-                    acc + vector * acc_bytes + line_acc_bytes * line,
-                    acc_bytes,
-                    corrections,
-                    work + 2 * NEXT_TILE,
-                    last,
-                    LINE_BYTES * line,
-                    scores,
-                    head_dim - line_items * line,
-                )
+                scores_of(at, q_bytes, k_t, LANES * lines, scores + HEAD_SCORES * part)
+            soften(arguments, first_row, group_heads, count, vector, position, keys, scores, running)
+            head_dim = parameter(arguments, P_HEAD_DIM)
+            add_values(head_dim, lines, last, v_rows, v_row, scores, acc + vector * acc_bytes)
+
+    return attend
+
+
+def attend_block(isa: Isa, kv_dtype: str):
+    """Function: one item: load its queries, pass over its keys, write its rows. False: a page is invalid."""
+    shape = RowShape.of(kv_dtype)
+    wide = "bf16" if shape.group_lines else kv_dtype
+    load_q, write, transpose = q_line_writer(wide), head_writer(wide), transpose_block(wide)
+    rows_of, attend = rows_of_tile(kv_dtype), attend_tile(isa, wide)
+    line_items, acc_line, has_codes = shape.line_items, shape.acc_bytes, shape.group_lines > 0
+    row_items = shape.line_items * (shape.group_lines or 1)
+    group_lines = shape.group_lines or 1
 
     @helper
-    def attend_block(arguments, group, first_row, rows, work):
-        """One item: load its queries, pass over its keys, write its rows. False: a page is invalid."""
+    def transpose_tile(rows, row_bytes, keys, items, lines, to):
+        """The tile's K rows -> [words][64 keys]."""
+        for line in range(lines):
+            for key in range(0, keys, LANES):
+                at = to + 4 * KEY_TILE * LANES * line + 4 * key
+                left, last = items - line_items * line, keys - 1 - key
+                transpose(rows + key * row_bytes, row_bytes, last, LINE_BYTES * line, left, at)
+
+    @helper
+    def start_vectors(arguments, group, first_row, count, padded, lines, q, acc, running):
+        """Load the item's queries, the last one repeated as padding; acc and (m, l) of nothing."""
         group_heads, head_dim = parameter(arguments, P_HEADS), parameter(arguments, P_HEAD_DIM)
-        lines = (head_dim + line_items - 1) // line_items
-        q_bytes, acc_bytes = LINE_BYTES * lines, line_acc_bytes * lines
-        count = rows * group_heads
-        padded = (count + PREFILL_VALUES - 1) // PREFILL_VALUES * PREFILL_VALUES
-        k_t = work + THREAD_ADDRESSES
-        scores = k_t + LINE_BYTES * lines * KEY_TILE
-        q = scores + PREFILL_VALUES * (4 * KEY_TILE + 8)
-        acc = q + padded * q_bytes
-        running = acc + padded * acc_bytes
         for vector in range(padded):
             real = least(count - 1, vector)
-            head = group * group_heads + real % group_heads
-            row = first_row + real // group_heads
+            head, row = group * group_heads + real % group_heads, first_row + real // group_heads
             source = parameter(arguments, P_Q) + row * parameter(arguments, P_Q_ROW)
-            load_q(source + head * parameter(arguments, P_Q_HEAD), head_dim, lines, q + vector * q_bytes)
+            source += head * parameter(arguments, P_Q_HEAD)
+            load_q(source, head_dim, lines, q + vector * LINE_BYTES * lines)
             store_scalar(MINUS_INFINITY, running + 8 * vector)
             store_scalar(ZERO, running + 8 * vector + 4)
-        for i in range(0, padded * acc_bytes, 64):
+        for i in range(0, padded * acc_line * lines, 64):
             store_f32(splat(ZERO), acc + i)
-        q_start, window = parameter(arguments, P_Q_START), parameter(arguments, P_WINDOW)
-        start, stop = parameter(arguments, P_START), least(parameter(arguments, P_STOP), q_start + first_row + rows)
-        if window:
-            start = most(start, q_start + first_row - window + 1)
-        table = parameter(arguments, P_TABLE) + group * parameter(arguments, P_TABLE_GROUP)
-        k_next, v_next = work + NEXT_TILE, work + 3 * NEXT_TILE
-        if start < stop and not key_rows(arguments, table, start, least(KEY_TILE, stop - start), k_next, v_next):
-            return False
-        for position in range(start, stop, KEY_TILE):
-            keys = least(KEY_TILE, stop - position)
-            copy_rows(work)
-            copy_rows(work + 2 * NEXT_TILE)
-            ahead = least(KEY_TILE, stop - position - keys)
-            if not key_rows(arguments, table, position + keys, ahead, k_next, v_next):
-                return False
-            transpose_tile(work, head_dim, lines, k_t)
-            attend_tile(arguments, first_row, group_heads, count, position, keys, work, k_t, scores, q, acc, running)
+
+    @helper
+    def write_vectors(arguments, group, first_row, count, lines, acc, running):
+        group_heads, head_dim = parameter(arguments, P_HEADS), parameter(arguments, P_HEAD_DIM)
         for vector in range(count):
             head, row = group * group_heads + vector % group_heads, first_row + vector // group_heads
             to = parameter(arguments, P_OUT) + row * parameter(arguments, P_OUT_ROW)
-            to += head * parameter(arguments, P_OUT_HEAD)
             lse = parameter(arguments, P_LSE) + row * parameter(arguments, P_LSE_ROW) + 4 * head
-            m, total = load_scalar(running + 8 * vector), load_scalar(running + 8 * vector + 4)
-            if m == MINUS_INFINITY:
-                write(acc + vector * acc_bytes, splat(ZERO), to, head_dim, lines)
-                store_scalar(MINUS_INFINITY, lse)
-            else:
-                write(acc + vector * acc_bytes, splat(ONE / total), to, head_dim, lines)
-                store_scalar(types.float32(types.float64(m) / LOG2_E + math.log(total)), lse)
+            weight = splat(write_lse(running + 8 * vector, lse))
+            write(acc + vector * acc_line * lines, weight, to + head * parameter(arguments, P_OUT_HEAD), head_dim)
+
+    @helper
+    def key_range(arguments, first_row, rows):
+        """The keys that any of these rows may see."""
+        q_start, window = parameter(arguments, P_Q_START), parameter(arguments, P_WINDOW)
+        start, stop = parameter(arguments, P_START), least(parameter(arguments, P_STOP), q_start + first_row + rows)
+        return most(start, q_start + first_row - window + 1) if window else start, stop
+
+    @helper
+    def block(arguments, group, first_row, rows, work):
+        group_heads, head_dim = parameter(arguments, P_HEADS), parameter(arguments, P_HEAD_DIM)
+        lines = (head_dim + row_items - 1) // row_items * group_lines
+        row_size, count = LINE_BYTES * lines, rows * group_heads
+        padded = (count + PREFILL_VALUES - 1) // PREFILL_VALUES * PREFILL_VALUES
+        widened = work + row_size * KEY_TILE
+        scores = widened + (2 * row_size * KEY_TILE if has_codes else 0)
+        q = scores + PREFILL_VALUES * (HEAD_SCORES + HEAD_WEIGHTS + HEAD_SCALARS)
+        acc = q + padded * row_size
+        running = acc + padded * acc_line * lines
+        start_vectors(arguments, group, first_row, count, padded, lines, q, acc, running)
+        position, stop = key_range(arguments, first_row, rows)
+        table = parameter(arguments, P_TABLE) + group * parameter(arguments, P_TABLE_GROUP)
+        items = line_items * lines if has_codes else head_dim
+        while position < stop:
+            page = page_at(arguments, table, position)
+            if page < 0:
+                return False
+            k_page, v_page, offset, keys = tile_at(arguments, page, position, stop)
+            k_rows, k_row, v_rows, v_row = rows_of(arguments, k_page, v_page, offset, keys, lines, widened)
+            transpose_tile(k_rows, k_row, keys, items, lines, work)
+            attend(
+                arguments,
+                first_row,
+                group_heads,
+                count,
+                position,
+                keys,
+                lines,
+                v_rows,
+                v_row,
+                work,
+                scores,
+                q,
+                acc,
+                running,
+            )
+            position += keys
+        write_vectors(arguments, group, first_row, count, lines, acc, running)
         return True
+
+    return block
+
+
+def prefill(isa: Isa, kv_dtype: str):
+    """Kernel of prefill_attention; parameters in attention_layout.py."""
+    attend = attend_block(isa, kv_dtype)
 
     def kernel(arguments, thread):
         q_len, groups = parameter(arguments, P_BATCH), parameter(arguments, P_GROUPS)
-        group_heads = parameter(arguments, P_HEADS)
         work = parameter(arguments, 0) + thread * parameter(arguments, P_THREAD_BYTES)
-        block_rows = most(1, PREFILL_VECTORS // group_heads)
+        block_rows = most(1, PREFILL_VECTORS // parameter(arguments, P_HEADS))
         blocks = (q_len + block_rows - 1) // block_rows
         limit = parameter(arguments, P_PAGE_SIZE) * parameter(arguments, P_MAX_PAGES)
         if parameter(arguments, P_START) < 0 or parameter(arguments, P_STOP) > limit:
@@ -264,7 +341,7 @@ def prefill(isa: Isa, kv_dtype: str):
         while chunk < blocks * groups:
             block, group = blocks - 1 - chunk // groups, chunk % groups
             first_row = block * block_rows
-            if not attend_block(arguments, group, first_row, least(block_rows, q_len - first_row), work):
+            if not attend(arguments, group, first_row, least(block_rows, q_len - first_row), work):
                 fail(arguments, 2)
             chunk = take(arguments, 0)
 

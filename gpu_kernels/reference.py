@@ -19,6 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gpu_kernels import kv_pages
+
 WEIGHT_DTYPES = ("fp32", "bf16", "q8", "q4")
 BLOCK_FEATURES = 16
 GROUP = 64
@@ -128,7 +130,7 @@ def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm
 
     qkv: f32 [rows, num_kv_heads, unit_features], a unit being its q heads, k, v and padding. positions: int64 [rows].
     cos, sin: f32 [max_positions, rotary_dim/2]. q_norm, k_norm: f32 [head_dim] or None. q: f32 [rows, num_heads,
-    head_dim]. k_pages, v_pages: [num_pages, page_size, head_dim]. slots: int64 [rows, num_kv_heads],
+    head_dim]. k_pages, v_pages: [num_pages, page_size, row_items], see kv_pages. slots: int64 [rows, num_kv_heads],
     page * page_size + offset; no two may be equal.
     """
     head_dim, num_kv_heads = q.shape[2], qkv.shape[1]
@@ -141,22 +143,22 @@ def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm
         key = _rms_normalized(key, k_norm, eps)
     q.copy_(_rotated(query.flatten(1, 2), cos[positions], sin[positions]))
     page, offset = slots // k_pages.shape[1], slots % k_pages.shape[1]
-    k_pages[page, offset] = _rotated(key, cos[positions], sin[positions]).to(k_pages.dtype)
-    v_pages[page, offset] = value.to(v_pages.dtype)
+    kv_pages.write_rows(k_pages, page, offset, _rotated(key, cos[positions], sin[positions]))
+    kv_pages.write_rows(v_pages, page, offset, value)
 
 
 def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, kv_start: Tensor,
                      kv_stop: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
     """Attention of one query per sequence over the positions [kv_start, kv_stop) of its cache.
 
-    q, out: f32 [batch, num_heads, head_dim]. k_pages, v_pages: [num_pages, page_size, head_dim]. page_table: int32
-    [batch, num_kv_heads, max_pages], page id of logical page position // page_size; entries outside the range are
+    q, out: f32 [batch, num_heads, head_dim]. k_pages, v_pages: [num_pages, page_size, row_items], see kv_pages; q is
+    rounded to their dtype, bf16 for codes. page_table: int32 [batch, num_kv_heads, max_pages], page id of logical page position // page_size; entries outside the range are
     never read. kv_start, kv_stop: int32 [batch]. lse: f32 [batch, num_heads].
     """
     pages = _needed_pages(kv_start, kv_stop, k_pages.shape[1])
     positions = _positions(pages, k_pages)
     visible = (positions >= kv_start[:, None]) & (positions < kv_stop[:, None])  # (batch, kv_len)
-    keys, values = _gather(k_pages, v_pages, page_table, pages, visible[:, None], _compute_dtype(q))
+    keys, values = _gather(k_pages, v_pages, page_table, pages, visible[:, None], q)
     query = _grouped(q, k_pages, page_table.shape[1])[:, :, :, None]  # (batch, num_kv_heads, group_size, 1, head_dim)
     partial, partial_lse = _attend(query, keys[:, :, None], values[:, :, None], visible[:, None, None, None], scale)
     out.copy_(partial.reshape(out.shape))
@@ -179,7 +181,7 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: T
     visible = stored & (positions <= rows)  # (q_len, kv_len)
     if window:
         visible = visible & (positions > rows - window)
-    keys, values = _gather(k_pages, v_pages, page_table, pages, stored, _compute_dtype(q))
+    keys, values = _gather(k_pages, v_pages, page_table, pages, stored, q)
     query = _grouped(q, k_pages, page_table.shape[0]).permute(1, 2, 0, 3)  # (num_kv_heads, group_size, q_len, head_dim)
     partial, partial_lse = _attend(query, keys[:, None], values[:, None], visible, scale)
     out.copy_(partial.permute(2, 0, 1, 3).reshape(out.shape))
@@ -223,18 +225,18 @@ def _positions(pages: slice, k_pages: Tensor) -> Tensor:
 
 
 def _gather(k_pages: Tensor, v_pages: Tensor, page_table: Tensor, pages: slice, stored: Tensor,
-            dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            q: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [..., num_kv_heads, kv_len, head_dim] of a slice of logical pages; zero where not `stored`."""
     table = page_table[..., pages].long()
     wanted = stored.unflatten(-1, (table.shape[-1], k_pages.shape[1]))  # (..., pages, page_size)
     table = torch.where(wanted.any(-1), table, 0)  # entries of pages outside the range may hold anything
-    return tuple(torch.where(wanted[..., None], cache[table], 0).flatten(-3, -2).to(dtype)
-                 for cache in (k_pages, v_pages))
+    rows = (kv_pages.read_rows(cache[table], q.shape[-1], _compute_dtype(q)) for cache in (k_pages, v_pages))
+    return tuple(torch.where(wanted[..., None], row, 0).flatten(-3, -2) for row in rows)
 
 
 def _grouped(q: Tensor, k_pages: Tensor, num_kv_heads: int) -> Tensor:
     """q rounded to the KV dtype, [rows, num_kv_heads, group_size, head_dim]."""
-    return q.to(k_pages.dtype).to(_compute_dtype(q)).unflatten(1, (num_kv_heads, q.shape[1] // num_kv_heads))
+    return q.to(kv_pages.query_dtype(k_pages.dtype)).to(_compute_dtype(q)).unflatten(1, (num_kv_heads, q.shape[1] // num_kv_heads))
 
 
 def _rms_normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:
