@@ -135,11 +135,11 @@ def prefill_vectors(group_heads: int) -> int:
 def prefill_thread_bytes(kv_dtype: str, group_heads: int, head_dim: int) -> int:
     """Working memory of one thread of prefill.
 
-    K transposed; K and V of a tile as bf16, where pages hold codes; scores, weights and scalars of one pass; queries,
+    K transposed; K and V of a tile as bf16, where pages hold codes; scores and scalars of one pass; queries,
     acc and (m, l) of every vector.
     """
     lines = row_lines(kv_dtype, head_dim)
     widened = 2 * LINE_BYTES * lines * KEY_TILE if is_quantised(kv_dtype) else 0
-    scores = PREFILL_VALUES * (HEAD_SCORES + HEAD_WEIGHTS + HEAD_SCALARS)
+    scores = PREFILL_VALUES * (HEAD_SCORES + HEAD_SCALARS)
     vectors = prefill_vectors(group_heads) * (lines * (LINE_BYTES + RowShape.of(kv_dtype).acc_bytes) + 8)
     return whole_pages(LINE_BYTES * lines * KEY_TILE + widened + scores + vectors + 8 * LINE_BYTES)

@@ -6,8 +6,9 @@ a first-level buffer:
 Scores include log2(e), so m counts powers of two until the end. acc stays in memory of its own, 2 registers per head
 while a column strip of V, one line wide, passes by (Rabe and Staats, arXiv 2112.05682).
 
-Where the CPU multiplies pairs, two rows of V are interleaved, so that one instruction takes two keys: bf16 rows with p
-rounded to bf16, rows of codes with p * scale as int16 per head, tile and group. l is summed before that rounding.
+p stays float32 beside bf16 rows: rounded to bf16 it would halve the products, but moves the int8 inputs of a quantised
+linear behind it by more than any other reordering does. Rows of codes meet p * scale as int16 per head, tile and group,
+and two of them are interleaved, so that one instruction takes two keys.
 """
 
 import math
@@ -36,7 +37,7 @@ from .chunks import parameter
 from .compiler import helper
 from .dot import high_halves, low_halves
 from .isa import Isa
-from .kv_vectors import dot_pairs, fetch, interleave, load_codes, store_probabilities
+from .kv_vectors import dot_pairs, fetch, interleave, load_codes
 from .tiles import masked_line, zeros
 from .vector import (
     F32,
@@ -82,20 +83,15 @@ LOG2_E = 1.4426950408889634
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 
 
-def weighs_pairs(isa: Isa, kv_dtype: str) -> bool:
-    """Whether one instruction multiplies two keys' rows of V by their weights."""
-    return kv_dtype in ("q8", "q4") or (kv_dtype == "bf16" and isa.has_bf16)
-
-
 def value_strip(isa: Isa, kv_dtype: str, heads: int):
     """Function: acc[head] = acc[head] * correction[head] + sum_key weight[head][key] * V[key] for one line of V.
 
-    Its weights are the scores themselves, or what round_weights and code_weights made of them; codes' sums are also
+    Its weights are the scores themselves, or what code_weights made of them; codes' sums are also
     multiplied and offset by the head's scalars. `ahead` is where the next tile's share of V begins.
     """
     shape = RowShape.of(kv_dtype)
     vectors, item_bytes = shape.acc_bytes // LINE_BYTES, LINE_BYTES // shape.line_items
-    in_pairs, has_scale = weighs_pairs(isa, kv_dtype), shape.group_lines > 0
+    in_pairs = has_scale = shape.group_lines > 0
     tile = types.UniTuple(F32x16, heads * vectors)
     zero_tile = zeros(heads * vectors)
 
@@ -158,13 +154,6 @@ def value_strip(isa: Isa, kv_dtype: str, heads: int):
         add_to_acc(sums, acc, acc_stride, scalars)
 
     return strip
-
-
-@helper
-def round_weights(scores, weights):
-    """The 64 p of one head as bf16."""
-    for part in range(4):
-        store_probabilities(load_f32(scores + 64 * part), weights + 32 * part)
 
 
 @emits(types.void, F32x16, F32x16, intp, intp)

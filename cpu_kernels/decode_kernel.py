@@ -49,11 +49,9 @@ from .attention_tiles import (
     head_writer,
     page_at,
     q_line_writer,
-    round_weights,
     softmax_tile,
     tile_at,
     value_strip,
-    weighs_pairs,
     write_lse,
 )
 from .chunks import await_stage, fail, finish, parameter, real_parameter, take
@@ -201,8 +199,6 @@ def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int):
     scores_of, strip_of = scores_block(isa, kv_dtype, score_heads), value_strip(isa, kv_dtype, value_heads)
     shape, block_keys = RowShape.of(kv_dtype), LANES // score_heads
     has_codes, has_minimum = shape.group_lines > 0, shape.numbers == 2
-    rounds = weighs_pairs(isa, kv_dtype) and not has_codes
-    in_pairs = weighs_pairs(isa, kv_dtype)
     line_items, line_bytes, acc_line, numbers = shape.line_items, shape.line_bytes, shape.acc_bytes, shape.numbers
     group_lines = shape.group_lines or 1
     weigh = code_weights(kv_dtype) if has_codes else None
@@ -238,8 +234,6 @@ def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int):
             scores, at = work + HEAD_SCORES * head, scalars + HEAD_SCALARS * head
             factor = scale * load_scalar(at + 12) if has_codes else scale
             softmax_tile(scores, 0, keys, splat(factor), running + 8 * head, at)
-            if rounds:
-                round_weights(scores, work + HEAD_SCORES * heads + HEAD_WEIGHTS * head)
 
     @helper
     def add_values(arguments, v_page, offset, keys, ahead, work, heads, lines, scalars, acc):
@@ -248,8 +242,8 @@ def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int):
         weights, base, acc_bytes = work + HEAD_SCORES * heads, v_page + offset * row_bytes, acc_line * lines
         stride, groups = 2 * parameter(arguments, P_PAGE_SIZE), lines // group_lines
         numbers_at = v_page + parameter(arguments, P_PAGE_SIZE) * row_bytes + 2 * offset
-        source = weights if in_pairs else work
-        source_bytes = HEAD_WEIGHTS if in_pairs else HEAD_SCORES
+        source = weights if has_codes else work
+        source_bytes = HEAD_WEIGHTS if has_codes else HEAD_SCORES
         for line in range(lines):
             if has_codes:
                 group = line // group_lines

@@ -120,13 +120,6 @@ def store_nibbles(b, low, high, address):
     store_as(b, b.trunc(b.or_(even, b.shl(odd, constant(VI32, 4))), VI8), address)
 
 
-@emits(types.void, F32x16, intp)
-def store_probabilities(b, vector, address):
-    """Numbers >= 0 rounded to bf16, halves away from zero."""
-    bits = b.add(b.bitcast(vector, VI32), constant(VI32, 0x8000))
-    store_as(b, b.trunc(b.lshr(bits, constant(VI32, 16)), VI16), address)
-
-
 def widen_line(kv_dtype: str):
     """Intrinsic (codes, scale, minimum, to): a line of codes as 32 bf16."""
 

@@ -14,7 +14,6 @@ from numba import types
 from .attention_layout import (
     HEAD_SCALARS,
     HEAD_SCORES,
-    HEAD_WEIGHTS,
     KEY_TILE,
     LINE_BYTES,
     P_BATCH,
@@ -52,11 +51,9 @@ from .attention_tiles import (
     head_writer,
     page_at,
     q_line_writer,
-    round_weights,
     softmax_tile,
     tile_at,
     value_strip,
-    weighs_pairs,
     write_lse,
 )
 from .chunks import fail, parameter, real_parameter, take
@@ -182,31 +179,26 @@ def rows_of_tile(kv_dtype: str):
 def attend_tile(isa: Isa, kv_dtype: str):
     """Function: one tile of keys, K transposed, for all query vectors of an item. kv_dtype: of the rows multiplied."""
     scores_of, strip_of = scores_of_tile(isa, kv_dtype), value_strip(isa, kv_dtype, PREFILL_VALUES)
-    shape, in_pairs = RowShape.of(kv_dtype), weighs_pairs(isa, kv_dtype)
+    shape = RowShape.of(kv_dtype)
     line_items, acc_line = shape.line_items, shape.acc_bytes
 
     @helper
     def soften(arguments, first_row, group_heads, count, vector, position, keys, scores, running):
         """Scores -> weights of one pass of query vectors."""
         scale = splat(types.float32(real_parameter(arguments, P_SCALE) * LOG2_E))
-        weights = scores + HEAD_SCORES * PREFILL_VALUES
-        scalars = weights + HEAD_WEIGHTS * PREFILL_VALUES
+        scalars = scores + HEAD_SCORES * PREFILL_VALUES
         for part in range(PREFILL_VALUES):
             row = first_row + least(count - 1, vector + part) // group_heads
             low, high = visible(arguments, row, position, keys)
             at = scores + HEAD_SCORES * part
             softmax_tile(at, low, high, scale, running + 8 * (vector + part), scalars + HEAD_SCALARS * part)
-            if in_pairs:
-                round_weights(at, weights + HEAD_WEIGHTS * part)
 
     @helper
     def add_values(head_dim, lines, last, v_rows, v_row, scores, acc):
-        weights = scores + HEAD_SCORES * PREFILL_VALUES
-        scalars, acc_bytes = weights + HEAD_WEIGHTS * PREFILL_VALUES, acc_line * lines
-        source = weights if in_pairs else scores
+        scalars, acc_bytes = scores + HEAD_SCORES * PREFILL_VALUES, acc_line * lines
         for line in range(lines):
             at, left = v_rows + LINE_BYTES * line, head_dim - line_items * line
-            strip_of(acc + acc_line * line, acc_bytes, scalars, at, v_row, last, source, left, at)
+            strip_of(acc + acc_line * line, acc_bytes, scalars, at, v_row, last, scores, left, at)
 
     @helper
     def attend(
@@ -287,7 +279,7 @@ def attend_block(isa: Isa, kv_dtype: str):
         padded = (count + PREFILL_VALUES - 1) // PREFILL_VALUES * PREFILL_VALUES
         widened = work + row_size * KEY_TILE
         scores = widened + (2 * row_size * KEY_TILE if has_codes else 0)
-        q = scores + PREFILL_VALUES * (HEAD_SCORES + HEAD_WEIGHTS + HEAD_SCALARS)
+        q = scores + PREFILL_VALUES * (HEAD_SCORES + HEAD_SCALARS)
         acc = q + padded * row_size
         running = acc + padded * acc_line * lines
         start_vectors(arguments, group, first_row, count, padded, lines, q, acc, running)

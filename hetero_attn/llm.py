@@ -33,7 +33,8 @@ class LLM:
     model: local directory or hub id. policy: a shipped policy's name, a YAML file or a Policy. gpu_memory: budget
     such as "8GiB". dtype: auto | bf16 | fp32 | q8 | q4. device: auto | cuda | cuda:N | cpu | emulated. max_context:
     tokens of one sequence. max_batch: sequences decoded together. seed: of requests that bring none. num_threads: of
-    the CPU lane. hardware: the profile to plan with. elastic keeps a copy in DRAM of what is in GPU memory, so that
+    the CPU lane. hardware: the profile to plan with. kv_dtype: of keys and values, auto | bf16 | fp32 | q8 | q4
+    (auto: fp32 beside fp32 weights, else bf16). elastic keeps a copy in DRAM of what is in GPU memory, so that
     `resize` works and the cache may take GPU memory from the weights as it grows. kv_tokens: tokens that the cache holds
     for all sequences together, None is max_context for each. prefix_cache keeps what was computed, as long as nobody
     needs its memory, for prompts that begin alike. overlap=False runs the lanes one after another. progress shows a bar
@@ -60,6 +61,7 @@ class LLM:
         elastic: bool = False,
         kv_tokens: int | None = None,
         prefix_cache: bool = True,
+        kv_dtype: str = "auto",
         overlap: bool = True,
         handover: str = "auto",
         progress: bool = True,
@@ -77,6 +79,7 @@ class LLM:
             page_size,
             elastic,
             kv_tokens,
+            kv_dtype,
         )
         with loading_bar(planned.plan, progress) as bar:
             on_compile = compile_note if progress else None

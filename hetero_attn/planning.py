@@ -11,11 +11,11 @@ from hetero_attn.config import ModelConfig
 from hetero_attn.errors import ConfigError, MemoryBudgetError, UnsupportedModelError, nearest
 from hetero_attn.hub import resolve_model
 from hetero_attn.profiles import stored_profile
-from hetero_attn.weights import build_workload
+from hetero_attn.weights import build_workload, natural_kv_dtype
 from placement import BudgetError, HardwareProfile, Plan, Policy, make_plan
 from placement.memory import activation_bytes
 from placement.units import parse_bytes
-from placement.workload import Workload
+from placement.workload import KV_DTYPES, Workload
 
 WEIGHT_DTYPES = ("bf16", "fp32", "q8", "q4")
 DEVICES = ("auto", "cuda", "cpu", "emulated")
@@ -54,6 +54,7 @@ def plan_model(
     max_batch: int | None = None,
     num_threads: int | None = None,
     page_size: int = PAGE_TOKENS,
+    kv_dtype: str = "auto",
 ) -> Plan:
     """Plan a model from its config and headers alone; the arguments are those of `LLM`.
 
@@ -61,7 +62,17 @@ def plan_model(
     Raises what `LLM` raises before it loads weights.
     """
     return prepare(
-        model, policy, gpu_memory, dtype, device, hardware, max_context, max_batch, num_threads, page_size
+        model,
+        policy,
+        gpu_memory,
+        dtype,
+        device,
+        hardware,
+        max_context,
+        max_batch,
+        num_threads,
+        page_size,
+        kv_dtype=kv_dtype,
     ).plan
 
 
@@ -78,6 +89,7 @@ def prepare(
     page_size: int,
     elastic: bool = False,
     kv_tokens: int | None = None,
+    kv_dtype: str = "auto",
 ) -> PlannedModel:
     """Decide everything about a model that can be decided without reading its weights.
 
@@ -100,6 +112,7 @@ def prepare(
         max_batch=batch,
         kv_tokens=kv_tokens,
         page_size=page_size,
+        kv_dtype=choose_kv_dtype(kv_dtype, policy, weight_dtype),
         embed_shares_head=config.tie_word_embeddings and weight_dtype in ("fp32", "bf16") and place == "cpu",
     )
     kind = place.partition(":")[0]
@@ -115,7 +128,7 @@ def prepare(
         from hetero_attn.devices.machine import with_own_bytes
 
         hardware = with_own_bytes(hardware, place, workload)
-    policy = policy.model_copy(update={"context": None, "batch": None, "kv_tokens": None, "prefill_chunk": None})
+    policy = policy.model_copy(update=dict.fromkeys(("context", "batch", "kv_tokens", "prefill_chunk", "kv_dtype")))
     try:
         plan = make_plan(workload, hardware, policy, device=kind, gpu_memory_bytes=budget)
     except BudgetError as error:
@@ -148,6 +161,14 @@ def choose_weight_dtype(dtype: str, config: ModelConfig, path: Path) -> str:
         with Checkpoint.open(path) as checkpoint:
             stored = checkpoint.dtype(checkpoint.names[0])
     return "fp32" if stored == "fp32" else "bf16"
+
+
+def choose_kv_dtype(kv_dtype: str, policy: Policy, weight_dtype: str) -> str:
+    """The dtype of the cache: the wish, else the policy's, else float32 beside float32 weights and bfloat16 otherwise."""
+    _check_choice("kv_dtype", kv_dtype, ("auto", *KV_DTYPES))
+    if kv_dtype != "auto":
+        return kv_dtype
+    return policy.kv_dtype or natural_kv_dtype(weight_dtype)
 
 
 def choose_device(device: str, hardware: HardwareProfile | str | None) -> str:

@@ -154,6 +154,7 @@ class Plan:
             f"batch: {self.max_batch}",
             f"threads: {self.num_threads}",
             f"prefill_chunk: {self.prefill_chunk}",
+            f"kv_dtype: {self.workload.kv_dtype}",
         ]
         if self.device != "cpu":
             lines.append(f"staging_slots: {self.staging_slots}")

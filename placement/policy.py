@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from placement.policy_fields import CountField, PositiveField, Share, ShareField, SizeField, SlotsField
+from placement.policy_fields import CountField, KvDtypeField, PositiveField, Share, ShareField, SizeField, SlotsField
 from placement.units import format_bytes
 from placement.workload import ROW_TIER_NAMES
 from placement.yaml_events import MAX_BYTES, Document, Mark, YamlProblem, read_document
@@ -103,7 +103,7 @@ class Policy(_Strict):
 
     gpu_memory, pinned_memory, host_memory: budgets in bytes. context: tokens; batch: sequences; kv_tokens: tokens that
     the cache holds for all sequences together; threads: CPU lane threads; prefill_chunk: rows; staging_slots: slots of
-    the streaming ring. elastic: keep a copy in DRAM of what is in GPU memory, so that a loaded model can move to another
+    the streaming ring; kv_dtype: of the cache. elastic: keep a copy in DRAM of what is in GPU memory, so that a loaded model can move to another
     GPU budget. rebalance: let measured lane times move the boundary between streamed and CPU-computed columns, where no
     rule fixes it.
     """
@@ -119,6 +119,7 @@ class Policy(_Strict):
     threads: PositiveField = None
     prefill_chunk: PositiveField = None
     staging_slots: SlotsField = None
+    kv_dtype: KvDtypeField = None
     elastic: bool = False
     rebalance: bool = False
     rules: tuple[Rule, ...] = Field(default=(), strict=False)

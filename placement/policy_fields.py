@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
 from placement.units import parse_bytes
+from placement.workload import KV_DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,14 @@ def _parse_positive(value: Any) -> int | None:
     raise ValueError("must be a whole number >= 1 or auto")
 
 
+def _parse_kv_dtype(value: Any) -> str | None:
+    if value is None or value == "auto":
+        return None
+    if value in KV_DTYPES:
+        return value
+    raise ValueError(f"must be one of {', '.join(KV_DTYPES)} or auto")
+
+
 def _parse_slots(value: Any) -> int | None:
     if value is None or value == "auto":
         return None
@@ -95,4 +104,5 @@ SizeField = Annotated[
 SlotsField = Annotated[
     int | None, BeforeValidator(_parse_slots), _auto_or({"const": 0}, {"type": "integer", "minimum": 2})
 ]
+KvDtypeField = Annotated[str | None, BeforeValidator(_parse_kv_dtype), _auto_or({"enum": list(KV_DTYPES)})]
 PositiveField = Annotated[int | None, BeforeValidator(_parse_positive), _auto_or({"type": "integer", "minimum": 1})]

@@ -20,6 +20,7 @@ def plan_table(plan: Plan, width: int) -> str:
     budget = f", GPU memory budget {format_bytes(plan.gpu_memory_bytes)}" if plan.gpu_memory_bytes is not None else ""
     console.print(
         f"{plan.model} on {plan.device}{budget}, context {plan.max_context}, batch {plan.max_batch}, "
+        f"{plan.workload.weight_dtype} weights, {plan.workload.kv_dtype} KV, "
         f"{plan.num_threads} CPU threads",
         highlight=False,
     )

@@ -7,6 +7,7 @@ The runtime describes its model this way; the planner and the cost model know no
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+KV_DTYPES = ("fp32", "bf16", "q8", "q4")
 LINEAR_KINDS = ("qkv", "o", "gate_up", "down", "head")
 
 ROW_TIER_LIMITS = (1, 4, 16, 64)

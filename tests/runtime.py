@@ -33,6 +33,7 @@ def toy_workload(
     max_batch: int = 2,
     page_size: int = 4,
     prefill_chunk: int = 16,
+    kv_dtype: str | None = None,
 ) -> Workload:
     """The workload of a toy checkpoint with small pages and chunks, so that boundaries fall inside short prompts."""
     config = ModelConfig.from_dir(path)
@@ -44,6 +45,7 @@ def toy_workload(
         max_batch=max_batch,
         page_size=page_size,
         prefill_chunk=prefill_chunk,
+        kv_dtype=kv_dtype,
     )
 
 

@@ -17,6 +17,7 @@ def bench(
     policy: options.Policy = "auto",
     gpu_memory: options.GpuMemory = None,
     dtype: options.Dtype = "auto",
+    kv_dtype: options.KvDtype = "auto",
     device: options.Device = "auto",
     context: options.Context = None,
     threads: options.Threads = None,
@@ -28,7 +29,7 @@ def bench(
     depths = parse_depths(depth or ["0"])
     # Without a wish of the user, the context is what the measurement itself needs.
     needed = context or max(depths) + max(prompt_tokens, gen_tokens + 1)
-    with options.load_llm(model, policy, gpu_memory, dtype, device, needed, threads) as llm:
+    with options.load_llm(model, policy, gpu_memory, dtype, device, needed, threads, kv_dtype=kv_dtype) as llm:
         report = benchmark.run(
             llm, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens, depths=depths, repetitions=repetitions
         )

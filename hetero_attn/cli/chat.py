@@ -30,13 +30,14 @@ def chat(
     policy: options.Policy = "auto",
     gpu_memory: options.GpuMemory = None,
     dtype: options.Dtype = "auto",
+    kv_dtype: options.KvDtype = "auto",
     device: options.Device = "auto",
     context: options.Context = None,
     threads: options.Threads = None,
 ) -> None:
     """Talk with a model; Ctrl-C ends an answer, /exit ends the program."""
     params = options.sampling_params(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop)
-    with options.load_llm(model, policy, gpu_memory, dtype, device, context, threads, seed) as llm:
+    with options.load_llm(model, policy, gpu_memory, dtype, device, context, threads, seed, kv_dtype=kv_dtype) as llm:
         typer.echo(HELP, err=True)
         converse(llm, params, system)
 

@@ -25,6 +25,7 @@ def generate(
     policy: options.Policy = "auto",
     gpu_memory: options.GpuMemory = None,
     dtype: options.Dtype = "auto",
+    kv_dtype: options.KvDtype = "auto",
     device: options.Device = "auto",
     context: options.Context = None,
     threads: options.Threads = None,
@@ -35,7 +36,7 @@ def generate(
     params = options.sampling_params(
         max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, ignore_eos
     )
-    with options.load_llm(model, policy, gpu_memory, dtype, device, context, threads, seed) as llm:
+    with options.load_llm(model, policy, gpu_memory, dtype, device, context, threads, seed, kv_dtype=kv_dtype) as llm:
         if as_json:
             output = llm.generate([text], params)[0]
             print_json(output_dict(output))

@@ -14,6 +14,9 @@ Model = Annotated[str, typer.Argument(help="Directory of a Hugging Face checkpoi
 Policy = Annotated[str, typer.Option(help="auto, the name of a shipped policy, or a policy file.")]
 GpuMemory = Annotated[str | None, typer.Option(help="Budget of GPU memory, such as 8GiB. Default: what is free.")]
 Dtype = Annotated[str, typer.Option(metavar="auto|bf16|fp32|q8|q4", help="Weights in memory; q8 and q4 quantise.")]
+KvDtype = Annotated[
+    str, typer.Option(metavar="auto|bf16|fp32|q8|q4", help="Keys and values in memory; auto: bf16 or the model's fp32.")
+]
 Device = Annotated[str, typer.Option(metavar="auto|cuda|cuda:N|cpu|emulated", help="emulated is no GPU: for tests.")]
 Context = Annotated[int | None, typer.Option(help="Most tokens of a sequence. Default: the model's own.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the CPU lane. Default: one per physical core.")]
@@ -37,13 +40,14 @@ def load_llm(
     context: int | None,
     threads: int | None,
     seed: int = 0,
+    kv_dtype: str = "auto",
 ) -> LLM:
     """Load a model by the shared options; shows progress only to a person. Raises what `LLM` raises."""
     from hetero_attn import LLM
 
     return LLM(
         model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, device=device, max_context=context, seed=seed,
-        num_threads=threads, progress=sys.stderr.isatty(),
+        num_threads=threads, kv_dtype=kv_dtype, progress=sys.stderr.isatty(),
     )
 
 

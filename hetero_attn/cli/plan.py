@@ -23,6 +23,7 @@ def plan(
     policy: options.Policy = "auto",
     gpu_memory: options.GpuMemory = None,
     dtype: options.Dtype = "auto",
+    kv_dtype: options.KvDtype = "auto",
     device: options.Device = "auto",
     context: options.Context = None,
     threads: options.Threads = None,
@@ -37,7 +38,7 @@ def plan(
 
     planned = prepare(
         model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, device=device, hardware=machine(hardware),
-        max_context=context, max_batch=None, num_threads=threads, page_size=PAGE_TOKENS,
+        max_context=context, max_batch=None, num_threads=threads, page_size=PAGE_TOKENS, kv_dtype=kv_dtype,
     )
     explanation = explained(planned, policy, threads) if explain else None
     if plot is not None:
@@ -85,7 +86,7 @@ def wishes(policy: str, threads: int | None) -> Policy:
     from placement import Policy
 
     loaded = Policy.load(policy)
-    built_in = dict.fromkeys(("context", "batch", "kv_tokens", "prefill_chunk"))
+    built_in = dict.fromkeys(("context", "batch", "kv_tokens", "prefill_chunk", "kv_dtype"))
     settled = built_in | {"threads": threads or loaded.threads}
     return loaded.model_copy(update=settled)
 

@@ -17,6 +17,7 @@ def verify(
     policy: options.Policy = "auto",
     gpu_memory: options.GpuMemory = None,
     dtype: options.Dtype = "auto",
+    kv_dtype: options.KvDtype = "auto",
     device: options.Device = "auto",
     context: options.Context = None,
     threads: options.Threads = None,
@@ -25,7 +26,7 @@ def verify(
     """Compare the plan with the one-device reference: largest error, NMSE and token agreement."""
     from hetero_attn import verify as verification
 
-    with options.load_llm(model, policy, gpu_memory, dtype, device, context, threads) as llm:
+    with options.load_llm(model, policy, gpu_memory, dtype, device, context, threads, kv_dtype=kv_dtype) as llm:
         report = verification.run(llm, prompt)
     if as_json:
         print_json(report.to_dict())
