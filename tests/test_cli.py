@@ -89,7 +89,7 @@ def test_generate_streams_text_to_stdout_and_speed_to_stderr(fake: type[FakeLLM]
 def test_generate_passes_every_option_on(fake: type[FakeLLM]) -> None:
     result = run(
         "generate", "some/model", "-p", "Tell", "--policy", "cpu_only", "--gpu-memory", "2GiB", "--dtype", "q4",
-        "--device", "emulated", "--context", "77", "--threads", "2", "--seed", "9", "--max-tokens", "4",
+        "--kv-dtype", "q8", "--device", "emulated", "--context", "77", "--threads", "2", "--seed", "9", "--max-tokens", "4",
         "--temperature", "0.5", "--top-p", "0.9", "--top-k", "3", "--min-p", "0.1", "--repetition-penalty", "1.2",
         "--stop", "a", "--stop", "b", "--ignore-eos",
     )
@@ -99,7 +99,7 @@ def test_generate_passes_every_option_on(fake: type[FakeLLM]) -> None:
     assert (result.exit_code, llm.model, prompt) == (0, "some/model", "Tell")
     assert llm.options == {
         "policy": "cpu_only", "gpu_memory": "2GiB", "dtype": "q4", "device": "emulated", "max_context": 77,
-        "num_threads": 2, "seed": 9, "progress": False,
+        "num_threads": 2, "kv_dtype": "q8", "seed": 9, "progress": False,
     }
     assert (params.max_tokens, params.temperature, params.top_p, params.top_k) == (4, 0.5, 0.9, 3)
     assert (params.min_p, params.repetition_penalty, params.stop, params.ignore_eos) == (0.1, 1.2, ("a", "b"), True)
