@@ -26,6 +26,7 @@ from hetero_attn.handover import InOrder
 from hetero_attn.staging import StagingRing
 from hetero_attn.step_tables import StepTables
 from hetero_attn.stopwatch import SelectedOps, Stopwatch, WatchedDevice, WatchedOps
+from hetero_attn.traced import TracedDevice, TracedOps
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class Lanes:
         self.tables = tables
         self.handover = handover or InOrder(device)
         self._copied = False
+        self._tracing = False
         self.cpu_lane_s = 0.0
         self.waited_s = 0.0
 
@@ -90,7 +92,7 @@ class Lanes:
     @property
     def can_replay(self) -> bool:
         """Whether a recorded decode step can be run again."""
-        return self.device is None or self.handover.captures
+        return not self._tracing and (self.device is None or self.handover.captures)
 
     @property
     def main_ops(self):
@@ -166,6 +168,23 @@ class Lanes:
         finally:
             self.host_ops, self.device, self.handover = kept
             self._use_in_ring(self.device)
+
+    @contextmanager
+    def traced(self, trace: Any) -> Iterator[None]:
+        """Run the enclosed steps with every operation and copy in the trace; when it ends the device has finished."""
+        kept = self.host_ops, self.device
+        self.host_ops = TracedOps(self.host_ops, lambda name, work: _timed(trace, name, work))
+        if self.device is not None:
+            self.device = TracedDevice(self.device, trace)
+        self._use_in_ring(self.device)
+        self._tracing = True
+        try:
+            yield
+        finally:
+            self.host_ops, self.device = kept
+            self._use_in_ring(self.device)
+            self._tracing = False
+            self.finish()
 
     @contextmanager
     def only(self, term: str | None) -> Iterator[None]:
@@ -254,3 +273,8 @@ class Lanes:
         started = time.perf_counter()
         yield
         self.waited_s += time.perf_counter() - started
+
+
+def _timed(trace: Any, name: str, work: Callable[[], object]) -> None:
+    with trace.span("CPU lane", name):
+        work()

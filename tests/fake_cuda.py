@@ -79,7 +79,15 @@ class FakeEvent:
         """Mark the entries queued so far."""
         self.stream, self.capture = stream, stream.capture
         self._reached.clear()
-        stream.add(self._reached.set)
+        stream.add(self._reach)
+
+    def _reach(self) -> None:
+        self.time = time.perf_counter()
+        self._reached.set()
+
+    def elapsed_time(self, later: FakeEvent) -> float:
+        """Milliseconds between two points that were reached."""
+        return 1e3 * (later.time - self.time)
 
     def wait(self) -> None:
         """Block the thread that calls."""
@@ -138,7 +146,7 @@ class FakeCuda:
         """A new stream."""
         return FakeStream(self)
 
-    def Event(self) -> FakeEvent:  # noqa: N802
+    def Event(self, enable_timing: bool = False) -> FakeEvent:  # noqa: N802
         """A new event."""
         return FakeEvent()
 

@@ -1,5 +1,6 @@
 """`hetero-attn bench`: measured speed beside what the plan predicted and what the machine's ceiling allows."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,6 +22,7 @@ def bench(
     device: options.Device = "auto",
     context: options.Context = None,
     threads: options.Threads = None,
+    trace: Annotated[Path | None, typer.Option("--trace", help="Write a timeline of the lanes (Chrome trace).")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure prefill and decode as llama-bench does, beside prediction and ceiling."""
@@ -33,6 +35,10 @@ def bench(
         report = benchmark.run(
             llm, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens, depths=depths, repetitions=repetitions
         )
+        if trace is not None:
+            from hetero_attn.trace import trace_steps
+
+            trace_steps(llm.engine, prompt_tokens).save(trace)
     if as_json:
         print_json(report.to_dict())
     else:

@@ -101,6 +101,16 @@ class CudaDriver:
         event.record(stream)
         return event
 
+    def mark(self, stream: Any) -> Any:
+        """A point in time of the stream, by the device's clock."""
+        event = self._cuda.Event(enable_timing=True)
+        event.record(stream)
+        return event
+
+    def seconds_between(self, mark: Any, later: Any) -> float:
+        """Seconds from one mark to a later one, both reached."""
+        return mark.elapsed_time(later) / 1e3
+
     def wait(self, stream: Any, event: Any) -> None:
         """Order later work of the stream after the event."""
         stream.wait_event(event)

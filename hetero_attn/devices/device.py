@@ -14,6 +14,7 @@ work queued on a stream so far. A driver supplies, with the meaning they have in
     write_flag(stream, flag, value)    wait_flag(stream, flag, value, exactly)    flag: int64 [1], page-locked host memory
     capture(stream) -> context         of a graph whose `replay()` queues again what was queued inside
     current(stream)            a context in which this thread's kernels are queued on the stream
+    mark(stream)               a point in time of the stream; seconds_between(mark, later), both reached
     close()                    after all queued work has ended, return everything
 """
 

@@ -75,6 +75,14 @@ class EmulatedDriver:
         while int(flag) != value if exactly else (int(flag) - value) & 0x80000000:
             time.sleep(0)
 
+    def mark(self, stream: EmulatedStream) -> float:
+        """The time now, for work runs as it is queued."""
+        return time.perf_counter()
+
+    def seconds_between(self, mark: float, later: float) -> float:
+        """Seconds from one mark to a later one."""
+        return later - mark
+
     def capture(self, stream: EmulatedStream) -> AbstractContextManager:
         """Not possible: work runs as it is queued."""
         raise NotImplementedError("an emulated GPU runs its work at once and captures none")

@@ -1,0 +1,34 @@
+"""Operations and a device whose calls go through a `Trace`; everything else about them is unchanged."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class TracedOps:
+    """Operations of one side; each call goes to `run(name, work)`."""
+
+    def __init__(self, ops: Any, run: Callable[[str, Callable[[], object]], None]) -> None:
+        self._ops, self._run = ops, run
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        operation = getattr(self._ops, name)
+        return lambda *arguments: self._run(name, lambda: operation(*arguments))
+
+
+class TracedDevice:
+    """A device whose operations and copies are in the trace; all else is the device's own."""
+
+    def __init__(self, device: Any, trace: Any) -> None:
+        self._device, self._trace = device, trace
+        self.ops = TracedOps(device.ops, lambda name, work: trace.queue("GPU compute", device.compute, name, work))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._device, name)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
+        """As the device's own."""
+        lane = "copies" if stream is self._device.copies else "GPU compute"
+        name = f"copy {target.nbytes} B"
+        self._trace.queue(lane, stream, name, lambda: self._device.copy(target, source, stream))
