@@ -171,8 +171,9 @@ class _Bench:
     def decode(self, tokens: int) -> None:
         """Generate `tokens` tokens, each chosen from the logits of the one before."""
         token_id = self._token_ids[0]
-        for _ in range(tokens):
-            token_id = int(self._engine.decode_step([self._sequence], [token_id], copy=False)[0].argmax())
+        with self._engine.lanes.torch_at_rest():
+            for _ in range(tokens):
+                token_id = int(self._engine.decode_step([self._sequence], [token_id], copy=False)[0].argmax())
 
     def row(self, name: str, tokens: int, work: Callable[[int], None], repetitions: int, phase: str) -> BenchRow:
         """Time `work(tokens)` and put prediction and ceiling beside it."""
