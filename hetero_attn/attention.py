@@ -1,8 +1,9 @@
 """Attention over a sequence cut into segments: one partial where each segment lives, merged by online softmax.
 
 Heads go by affinity. A KV-head group that the CPU owns is rotated, stored and attended on the host; one that the GPU
-owns keeps its newest tokens in GPU memory and its older ones in DRAM, where the CPU attends them, so that only q, the
-partial output and its lse cross the bus. The partials of one head combine as
+owns keeps its newest tokens in GPU memory and its older ones in DRAM. In decode the CPU attends those in place, so that
+only q, the partial output and its lse cross the bus; for a prompt they come to the GPU, block by block. The partials of
+one head combine as
 
     m = max(lse_i),  w_i = exp(lse_i - m),  out = sum(w_i out_i) / sum(w_i),  lse = m + log(sum(w_i))
 
@@ -18,7 +19,7 @@ import torch
 from hetero_attn.kv_pages import PagedStore
 from hetero_attn.lanes import Activation, Lanes
 from hetero_attn.layer_group import LayerGroup
-from hetero_attn.step import GroupStep, Segment, Step
+from hetero_attn.step import GroupStep, Segment, Step, layer_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,8 @@ def attend(
         owned = group.gpu_groups
         heads = slice(owned * parameters.heads_per_group)
         older = _Side("host", lanes.host_ops, group.spilled, layer, slice(owned), heads)
-        _attend_older(lanes, older, step, segments.spilled, parameters, buffers)
+        attend_older = _stream_older if step.streams_older else _attend_older
+        attend_older(lanes, older, step, segments.spilled, parameters, buffers)
 
 
 def store(
@@ -199,6 +201,33 @@ def _attend_older(
     lanes.order_device()
     lanes.copy(buffers.partial.device[:, :width], buffers.partial.host[:, :width])
     lanes.copy(buffers.partial_lse.device[:, side.heads], buffers.partial_lse.host[:, side.heads])
+    _merge_older(lanes, side, parameters, buffers)
+
+
+def _stream_older(
+    lanes: Lanes, side: _Side, step: Step, segment: Segment, parameters: AttentionParameters, buffers: AttentionBuffers
+) -> None:
+    """Attend the GPU's groups over their tokens in DRAM, on the GPU, block by block as they arrive there.
+
+    Positions count from the first token of a block, which is what a buffer's table knows.
+    """
+    on_device = _Side("device", lanes.device.ops, side.store, side.layer, side.groups, side.heads)
+    query, out = (on_device.per_head(each, parameters.head_dim) for each in (buffers.query, buffers.partial))
+    table, page_size = lanes.pages.table(side.groups.stop), side.store.page_size
+    for block in layer_blocks(side.store, segment, side.layer, lanes.pages.block_pages):
+        base = block.first * page_size
+        start, stop = max(segment.start - base, 0), min(segment.stop - base, len(block.pages) * page_size)
+        k, v = lanes.pages.take()
+        on_device.ops.prefill_attention(
+            query, k, v, table, start, stop, step.q_start - base, parameters.window, parameters.scale, out,
+            buffers.partial_lse.device[:, side.heads],
+        )  # fmt: skip
+        lanes.pages.give_back()
+        _merge_older(lanes, side, parameters, buffers)
+
+
+def _merge_older(lanes: Lanes, side: _Side, parameters: AttentionParameters, buffers: AttentionBuffers) -> None:
+    """Merge a partial over older tokens, which is on the GPU, into the one that is there already."""
     on_device = _Side("device", lanes.device.ops, side.store, side.layer, side.groups, side.heads)
     outs = [on_device.per_head(activation, parameters.head_dim) for activation in (buffers.out, buffers.partial)]
     lses = [activation.device[:, side.heads] for activation in (buffers.lse, buffers.partial_lse)]

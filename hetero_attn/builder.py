@@ -8,12 +8,18 @@ from contextlib import ExitStack
 from cpu_kernels import CpuKernels
 from hetero_attn.checkpoint import Checkpoint
 from hetero_attn.devices import CudaDriver, Device, EmulatedDriver
-from hetero_attn.devices.machine import SLACK_BYTES, arena_bytes, device_index, temporary_bytes
+from hetero_attn.devices.machine import (
+    SLACK_BYTES,
+    arena_bytes,
+    device_index,
+    temporary_bytes,
+)
 from hetero_attn.engine import Engine
 from hetero_attn.handover_choice import choose_handover
 from hetero_attn.kv_cache import KVCache
 from hetero_attn.lanes import Lanes
 from hetero_attn.loader import Loader
+from hetero_attn.page_stream import PageStream
 from hetero_attn.planning import PlannedModel
 from hetero_attn.staging import make_ring
 from hetero_attn.step_tables import StepTables
@@ -88,7 +94,7 @@ def connect(plan: Plan, host_ops: CpuKernels, gpu: Device, worker: Executor | No
     """The lanes of a plan over a device; `worker` is the one thread of host jobs, None runs them on the caller's."""
     tables = StepTables(gpu, _step_table_bytes(plan))
     chosen = None if worker is None else choose_handover(handover, gpu, worker, host_ops, tables)
-    return Lanes(host_ops, gpu, make_ring(plan, gpu), tables, chosen)
+    return Lanes(host_ops, gpu, make_ring(plan, gpu), tables, chosen, PageStream(gpu, plan.workload))
 
 
 def _step_table_bytes(plan: Plan) -> int:

@@ -23,7 +23,7 @@ from hetero_attn.linear import LinearWeights
 from hetero_attn.model import ModelWeights, Workspace
 from hetero_attn.replay import DecodeReplay
 from hetero_attn.report import LaneReport
-from hetero_attn.step import Step, plan_step
+from hetero_attn.step import Step, older_blocks, plan_step
 from hetero_attn.stopwatch import Stopwatch, time_recorded
 from hetero_attn.weights import LOGITS_ROWS, ActivationWidths, model_spec
 from placement.plan import Plan
@@ -215,9 +215,13 @@ class Engine:
         """Embed and run the layers; a decode step goes on to the logits of all its rows."""
         lanes, weights = self.lanes, self.weights
         with lanes.given_up_on_error():
+            if not step.is_prefill:
+                self.kv_cache.wait_for_moves()
             model.embed(lanes, weights, torch.tensor(token_ids), self._work.rows(step.rows))
             with lanes.main_lane():
                 if step.is_prefill:
+                    if step.streams_older and lanes.pages is not None:
+                        lanes.pages.announce(older_blocks(self.kv_cache, step, lanes.pages.block_pages))
                     self._announce(weights.linears[:-1], step.tier)
                     self._layers(step)
                 elif self.replay is not None and lanes.can_replay:

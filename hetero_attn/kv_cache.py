@@ -105,6 +105,13 @@ class KVCache:
         for group in self.layer_groups:
             group.make_room(sequence, new_tokens, tuple(self._open.values()))
 
+    def wait_for_moves(self) -> None:
+        """Let compute queued from now on find all pages in place: a recorded step has no waits of its own for them."""
+        for group in self.layer_groups:
+            for layer in range(len(group.layers)):
+                if group.moves is not None:
+                    group.moves.wait(layer)
+
     def shrink(self, plan: Plan) -> None:
         """Give back GPU memory beyond what this plan keeps; nothing queued may use the cache."""
         for group in self.layer_groups:

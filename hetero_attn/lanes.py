@@ -23,6 +23,7 @@ import torch
 from cpu_kernels import CpuKernels
 from hetero_attn.devices import Device
 from hetero_attn.handover import InOrder
+from hetero_attn.page_stream import PageStream
 from hetero_attn.staging import StagingRing
 from hetero_attn.step_tables import StepTables
 from hetero_attn.stopwatch import SelectedOps, Stopwatch, WatchedDevice, WatchedOps
@@ -68,12 +69,14 @@ class Lanes:
         ring: StagingRing | None = None,
         tables: StepTables | None = None,
         handover: Any = None,
+        pages: PageStream | None = None,
     ) -> None:
         self.host_ops = host_ops
         self.device = device
         self.ring = ring
         self.tables = tables
         self.handover = handover or InOrder(device)
+        self.pages = pages
         self._copied = False
         self._tracing = False
         self.cpu_lane_s = 0.0
@@ -81,8 +84,8 @@ class Lanes:
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes that the staging ring has copied so far."""
-        return 0 if self.ring is None else self.ring.copied_bytes
+        """Bytes of weights and of older keys and values that were copied to the GPU ahead of use so far."""
+        return sum(stream.copied_bytes for stream in (self.ring, self.pages) if stream is not None)
 
     @property
     def handover_s(self) -> float:
@@ -241,8 +244,9 @@ class Lanes:
         if self.device is not None:
             self.device.synchronize(self.device.record(self.device.compute))
             self._copied = False
-            if self.ring is not None:
-                self.ring.settle()
+            for stream in (self.ring, self.pages):
+                if stream is not None:
+                    stream.settle()
 
     def reset(self) -> None:
         """Leave no job, no queued work and nothing announced; for a step that was given up half-way."""
@@ -250,8 +254,9 @@ class Lanes:
         if self.device is not None:
             for stream in (self.device.copies, self.device.compute):
                 self.device.synchronize(self.device.record(stream))
-        if self.ring is not None:
-            self.ring.reset()
+        for stream in (self.ring, self.pages):
+            if stream is not None:
+                stream.reset()
 
     def close(self) -> None:
         """Finish the worker's jobs, stop it, and release the device and the CPU kernels; idempotent."""

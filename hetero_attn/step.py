@@ -12,6 +12,7 @@ from hetero_attn.kv_cache import KVCache
 from hetero_attn.kv_pages import PagedStore
 from hetero_attn.lanes import Activation, Lanes
 from hetero_attn.layer_group import LayerGroup, SequenceState
+from hetero_attn.page_stream import PageBlock
 from placement.workload import row_tier
 
 
@@ -56,6 +57,11 @@ class Step:
     groups: tuple[GroupStep, ...]
 
     @property
+    def streams_older(self) -> bool:
+        """Whether older tokens of the GPU's groups come to the GPU; for a single row the CPU attends them in place."""
+        return self.is_prefill and self.rows > 1
+
+    @property
     def q_start(self) -> int:
         """Position of the first row of a prefill step."""
         return self.sequences[0].length
@@ -73,6 +79,22 @@ def plan_step(lanes: Lanes, cache: KVCache, sequences: Sequence[SequenceState], 
     )
     step = Step(is_prefill, rows, row_tier(rows), tuple(sequences), Activation(None, positions), groups)
     return step if lanes.device is None else _uploaded(lanes, step)
+
+
+def older_blocks(cache: KVCache, step: Step, block_pages: int) -> Iterator[PageBlock]:
+    """The blocks of older pages that the layers of a step attend on the GPU, in their order."""
+    for index in range(len(cache.places)):
+        group, layer = cache.places[index]
+        if step.groups[group].spilled is not None:
+            yield from layer_blocks(cache.layer_groups[group].spilled, step.groups[group].spilled, layer, block_pages)
+
+
+def layer_blocks(store: PagedStore, segment: Segment, layer: int, block_pages: int) -> Iterator[PageBlock]:
+    """The pages of a prefill segment in host memory, in blocks of at most `block_pages`."""
+    stop = -(-segment.stop // store.page_size)
+    for first in range(segment.start // store.page_size, stop, block_pages):
+        rows = segment.table[0, first : min(first + block_pages, stop)].tolist()
+        yield PageBlock(store, layer, first, tuple(row // store.groups for row in rows))
 
 
 def _group_step(

@@ -65,7 +65,8 @@ class LinearCost:
 class AttentionCost:
     """Coefficients of one layer's attention in one pass, for a given number of KV slots in GPU memory.
 
-    cpu_s, dram_bytes: of a group owned by the CPU; spilled_s, spilled_bytes: of the older tokens of a GPU group;
+    cpu_s, dram_bytes: of a group owned by the CPU; spilled_s, spilled_bytes: of the older tokens of a GPU group, which
+    the CPU attends in place for one row and the GPU for several, once streamed_bytes of them have crossed the bus;
     gpu_s: of the recent tokens of a GPU group.
     """
 
@@ -74,6 +75,7 @@ class AttentionCost:
     gpu_s_per_group: float
     dram_bytes_per_group: float
     spilled_bytes_per_group: float
+    streamed_bytes_per_group: float
     handover_s: float
     launch_s: float
 
@@ -165,15 +167,17 @@ def attention_cost(
     computed = 0.0 if call.q_len == 1 else operations * (1 + rate.extra_keys / keys) / rate.ops_per_s
     cpu = max(read / rate.bytes_per_s, computed)
     if not on_gpu:
-        return AttentionCost(cpu, 0.0, 0.0, read, 0.0, 0.0, cpu_call_s(call, hardware, on_gpu))
-    gpu = (1 - far_share) * max(read / hardware.gpu_bytes_per_s, operations / hardware.gpu_attention_ops_per_s)
+        return AttentionCost(cpu, 0.0, 0.0, read, 0.0, 0.0, 0.0, cpu_call_s(call, hardware, on_gpu))
+    streams = call.q_len > 1
+    gpu = max(read / hardware.gpu_bytes_per_s, operations / hardware.gpu_attention_ops_per_s)
     features = workload.num_heads * workload.head_dim
     return AttentionCost(
         cpu,
-        far_share * cpu,
-        gpu,
+        0.0 if streams else far_share * cpu,
+        gpu if streams else (1 - far_share) * gpu,
         read,
         far_share * read,
+        far_share * read if streams else 0.0,
         handover_s(call.rows, features, features, hardware),
         hardware.launch_overhead_s,
     )
@@ -323,6 +327,10 @@ def _add_attention(
     tally.add_step("attention", cpu_s, gpu_s, handovers * cost.handover_s, cost.launch_s)
     read = on_cpu_groups * cost.dram_bytes_per_group + on_gpu_groups * cost.spilled_bytes_per_group
     tally.lanes["dram"] += read / hardware.dram_bytes_per_s
+    streamed_s = on_gpu_groups * cost.streamed_bytes_per_group / hardware.h2d_bytes_per_s if on_gpu_groups else 0.0
+    tally.lanes["pcie"] += streamed_s
+    tally.before_head_s += streamed_s
+    tally.terms["copies"] += streamed_s
 
 
 def working_set_bytes(workload: Workload, context: int) -> int:

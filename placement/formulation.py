@@ -218,7 +218,7 @@ class Formulation:
             for i, linear in enumerate(cls.linears):
                 constant += self._linear_step(c, i, cls.count, linear, weighted, steps, cpu, copies, dram, tail)
             if cls.kv is not None:
-                constant += self._attention_step(c, cls, weighted.call, steps, cpu, dram)
+                constant += self._attention_step(c, cls, weighted.call, steps, cpu, copies, dram, tail)
         slowed = 1 - hardware.cpu_slowdown_while_copying
         for variable, coefficient in copies.items():
             if variable != time and slowed:
@@ -278,7 +278,9 @@ class Formulation:
         call: Call,
         steps: dict[int, float],
         cpu: dict[int, float],
+        copies: dict[int, float],
         dram: dict[int, float],
+        tail: dict[int, float],
     ) -> float:
         program, scale, shard = self.program, self.time_scale, cls.kv.shard
         tokens = gpu_tokens_of(self.workload, shard, cls.kv.bounds, self.gpu_tokens)
@@ -298,6 +300,8 @@ class Formulation:
         bandwidth = self.hardware.dram_bytes_per_s
         add(dram, owned, scale * cost.dram_bytes_per_group / bandwidth)
         add(dram, groups, scale * cost.spilled_bytes_per_group / bandwidth)
+        for lane in (copies, tail):
+            add(lane, groups, scale * cost.streamed_bytes_per_group / self.hardware.h2d_bytes_per_s)
         add(steps, self._attention_handovers(c, cls, call, owned, layers, spills), scale * cost.handover_s)
         return scale * cost.launch_s * cls.count
 

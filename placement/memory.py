@@ -8,6 +8,8 @@ from placement.workload import NUM_ROW_TIERS, KvShard, LinearShard, Workload, ro
 PLACES = ("gpu", "pinned", "host")
 KINDS = ("weights", "kv", "staging", "activations", "embed", "resident", "context")
 MAX_STAGING_PIECE_BYTES = 32 * 2**20
+KV_STAGING_BUFFERS = 2
+KV_BLOCKS_PER_CHUNK = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,23 @@ def kv_dram_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) ->
     return (spilled + owned) * shard.bytes_per_token
 
 
+def kv_staging_pages(workload: Workload) -> int:
+    """Pages of older tokens that are copied to the GPU at a time, for a prompt's chunk to attend."""
+    return max(1, workload.prefill_chunk // (KV_BLOCKS_PER_CHUNK * workload.page_size))
+
+
+def kv_staging_bytes(workload: Workload) -> int:
+    """GPU memory of the buffers for them, and of the table that says where a buffer has which page."""
+    widest, pages = max((shard.groups for shard in workload.kv), default=0), kv_staging_pages(workload)
+    token = widest * max((shard.bytes_per_token for shard in workload.kv), default=0)
+    return KV_STAGING_BUFFERS * pages * workload.page_size * token + 4 * widest * pages
+
+
+def gpu_resident_bytes(workload: Workload) -> int:
+    """GPU memory that no placement changes: norms, biases, tables, and the buffers of the older cache."""
+    return workload.resident_bytes + kv_staging_bytes(workload)
+
+
 def staging_piece_units(shard: LinearShard) -> int:
     """Most units of a linear that one staging slot receives: whole units of at most 32 MiB, at least one."""
     return max(1, MAX_STAGING_PIECE_BYTES // shard.unit_bytes)
@@ -188,7 +207,7 @@ def memory_report(
         "kv": sum(kv_gpu_bytes(workload, shard, placement) for shard, placement in zip(workload.kv, kv, strict=True)),
         "staging": staging_slots * staging_slot_bytes(workload.linears, linears),
         "activations": activation_bytes(workload),
-        "resident": workload.resident_bytes,
+        "resident": gpu_resident_bytes(workload),
         "context": context_bytes,
     }
     pinned = {"weights": weights_bytes(workload, linears, "pinned")}

@@ -6,7 +6,7 @@ from placement.constraints import bind
 from placement.cost import predict, working_set_bytes
 from placement.decisions import Budgets
 from placement.hardware import HardwareProfile
-from placement.memory import activation_bytes
+from placement.memory import activation_bytes, gpu_resident_bytes
 from placement.objective import objective_s, reference_batch, reference_calls, reference_context, reference_prompt
 from placement.plan import DEVICES, Plan, Prediction, build_plan
 from placement.policy import Policy
@@ -51,7 +51,7 @@ class _Request:
         workload = self.workload
         gpu = {
             "activations": activation_bytes(workload),
-            "resident": workload.resident_bytes,
+            "resident": gpu_resident_bytes(workload),
             "context": self.context_bytes,
         }
         return {
