@@ -20,16 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_kernels.attention_merge import merge_splits
+from gpu_kernels.kv_rows import check_pages, load_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _row_offsets(table, positions, stored, page_stride, row_stride, PAGE_SIZE: tl.constexpr):
-    """Element offset of every position's row in the pages; table: the page ids of one sequence and KV head."""
-    page = tl.load(table + positions // PAGE_SIZE, mask=stored, other=0).to(tl.int64)
-    return page * page_stride + (positions % PAGE_SIZE) * row_stride
 
 
 @triton.jit
@@ -58,7 +52,7 @@ def _decode_attention_kernel(
         q_row_stride, q_head_stride, page_stride, row_stride, table_row_stride, table_head_stride,
         out_row_stride, out_head_stride, out_split_stride, lse_row_stride, lse_head_stride, lse_split_stride,
         GROUP_SIZE: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
-        PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+        PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, FORMAT: tl.constexpr):
     """grid: (batch * num_kv_heads, num_splits). q: [batch, num_heads, head_dim]; k_pages, v_pages: [num_pages,
     page_size, head_dim]; page_table: [batch, num_kv_heads, max_pages]; out: [batch, num_heads, num_splits, head_dim];
     lse: [batch, num_heads, num_splits]."""
@@ -76,7 +70,7 @@ def _decode_attention_kernel(
     heads = kv_head * GROUP_SIZE + rows
     live = (rows < GROUP_SIZE)[:, None] & (dims < HEAD_DIM)[None, :]
     query = tl.load(q + batch * q_row_stride + heads[:, None] * q_head_stride + dims[None, :], mask=live, other=0.0)
-    query = query.to(k_pages.dtype.element_ty)
+    query = query.to(k_pages.dtype.element_ty if FORMAT == "plain" else tl.bfloat16)
     table = page_table + batch * table_row_stride + kv_head * table_head_stride
     maximum = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
@@ -84,10 +78,10 @@ def _decode_attention_kernel(
     for start in range(low, high, BLOCK_N):
         positions = start + tl.arange(0, BLOCK_N)
         stored = positions < high
-        offsets = _row_offsets(table, positions, stored, page_stride, row_stride, PAGE_SIZE)[:, None] + dims[None, :]
-        mask = stored[:, None] & (dims < HEAD_DIM)[None, :]
-        keys = tl.load(k_pages + offsets, mask=mask, other=0.0)
-        values = tl.load(v_pages + offsets, mask=mask, other=0.0)
+        keys = load_rows(k_pages, table, positions, stored, dims, page_stride, row_stride, HEAD_DIM, HEAD_PAD,
+                         PAGE_SIZE, FORMAT)
+        values = load_rows(v_pages, table, positions, stored, dims, page_stride, row_stride, HEAD_DIM, HEAD_PAD,
+                           PAGE_SIZE, FORMAT)
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * (scale * LOG2_E)
         scores = tl.where(stored[None, :], scores, float("-inf"))
         maximum, total, acc = _online_softmax(scores, values, maximum, total, acc)
@@ -105,7 +99,7 @@ def _prefill_attention_kernel(
         q_row_stride, q_head_stride, page_stride, row_stride, table_head_stride,
         out_row_stride, out_head_stride, lse_row_stride, lse_head_stride,
         GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMAT: tl.constexpr):
     """grid: (cdiv(q_len, BLOCK_M), num_heads). q, out: [q_len, num_heads, head_dim]; lse: [q_len, num_heads];
     k_pages, v_pages: [num_pages, page_size, head_dim]; page_table: [num_kv_heads, max_pages]."""
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows start first
@@ -115,7 +109,7 @@ def _prefill_attention_kernel(
     live = (rows < q_len)[:, None] & (dims < HEAD_DIM)[None, :]
     wide_rows = rows.to(tl.int64)[:, None]
     query = tl.load(q + wide_rows * q_row_stride + head * q_head_stride + dims[None, :], mask=live, other=0.0)
-    query = query.to(k_pages.dtype.element_ty)
+    query = query.to(k_pages.dtype.element_ty if FORMAT == "plain" else tl.bfloat16)
     table = page_table + (head // GROUP_SIZE).to(tl.int64) * table_head_stride
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -125,10 +119,10 @@ def _prefill_attention_kernel(
     for start in range(low, high, BLOCK_N):
         positions = start + tl.arange(0, BLOCK_N)
         stored = positions < high
-        offsets = _row_offsets(table, positions, stored, page_stride, row_stride, PAGE_SIZE)[:, None] + dims[None, :]
-        mask = stored[:, None] & (dims < HEAD_DIM)[None, :]
-        keys = tl.load(k_pages + offsets, mask=mask, other=0.0)
-        values = tl.load(v_pages + offsets, mask=mask, other=0.0)
+        keys = load_rows(k_pages, table, positions, stored, dims, page_stride, row_stride, HEAD_DIM, HEAD_PAD,
+                         PAGE_SIZE, FORMAT)
+        values = load_rows(v_pages, table, positions, stored, dims, page_stride, row_stride, HEAD_DIM, HEAD_PAD,
+                           PAGE_SIZE, FORMAT)
         age = (q_start + rows)[:, None] - positions[None, :]
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * (scale * LOG2_E)
         scores = tl.where(stored[None, :] & (age >= 0) & (age < window), scores, float("-inf"))
@@ -173,17 +167,17 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Te
                      kv_stop: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
     """Attention of one query per sequence over the positions [kv_start, kv_stop) of its cache.
 
-    q, out: f32 [batch, num_heads, head_dim]. k_pages, v_pages: f32 or bf16 [num_pages, page_size, head_dim], equal
-    strides. page_table: int32 [batch, num_kv_heads, max_pages], page id of logical page position // page_size; entries
+    q, out: f32 [batch, num_heads, head_dim]. k_pages, v_pages: [num_pages, page_size, row_items] as kv_pages says,
+    equal strides. page_table: int32 [batch, num_kv_heads, max_pages], page id of logical page position // page_size; entries
     outside the range are never read. kv_start, kv_stop: int32 [batch]. lse: f32 [batch, num_heads], natural log.
     Allocates the partials of the splits; nothing is read on the host.
     """
     batch, num_heads, head_dim = q.shape
     num_kv_heads, max_pages = page_table.shape[1:]
-    _check_pages(k_pages, v_pages, head_dim, num_heads, num_kv_heads)
+    form = _check(k_pages, v_pages, head_dim, num_heads, num_kv_heads)
     if batch == 0:
         return
-    tile = DECODE_TILES[k_pages.dtype][_head_pad(head_dim)]
+    tile = _tiles(DECODE_TILES, k_pages)[_head_pad(head_dim)]
     num_splits = _num_splits(batch * num_kv_heads, max_pages * k_pages.shape[1], tile.block_n)
     partial, partial_lse = out[:, :, None], lse[:, :, None]
     if num_splits > 1:
@@ -194,8 +188,8 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Te
         q, k_pages, v_pages, page_table, kv_start, kv_stop, partial, partial_lse, scale, num_kv_heads,
         *q.stride()[:2], *k_pages.stride()[:2], *page_table.stride()[:2], *partial.stride()[:3], *partial_lse.stride(),
         GROUP_SIZE=group_size, GROUP_PAD=max(16, triton.next_power_of_2(group_size)), HEAD_DIM=head_dim,
-        HEAD_PAD=_head_pad(head_dim), PAGE_SIZE=k_pages.shape[1], BLOCK_N=tile.block_n, num_warps=tile.num_warps,
-        num_stages=tile.num_stages)
+        HEAD_PAD=_head_pad(head_dim), PAGE_SIZE=k_pages.shape[1], BLOCK_N=tile.block_n, FORMAT=form,
+        num_warps=tile.num_warps, num_stages=tile.num_stages)
     if num_splits > 1:
         merge_splits(partial, partial_lse, out, lse)
 
@@ -204,21 +198,21 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: T
                       q_start: int, window: int, scale: float, out: Tensor, lse: Tensor) -> None:
     """Causal attention of a chunk of one sequence; row i of `q` is position q_start + i.
 
-    q, out: f32 [q_len, num_heads, head_dim]. k_pages, v_pages: f32 or bf16 [num_pages, page_size, head_dim], equal
-    strides. page_table: int32 [num_kv_heads, max_pages]. lse: f32 [q_len, num_heads], natural log. Key j is visible to
+    q, out: f32 [q_len, num_heads, head_dim]. k_pages, v_pages: [num_pages, page_size, row_items] as kv_pages says,
+    equal strides. page_table: int32 [num_kv_heads, max_pages]. lse: f32 [q_len, num_heads], natural log. Key j is visible to
     row i iff kv_start <= j < kv_stop, j <= q_start + i and (window == 0 or j > q_start + i - window).
     """
     q_len, num_heads, head_dim = q.shape
     num_kv_heads = page_table.shape[0]
-    _check_pages(k_pages, v_pages, head_dim, num_heads, num_kv_heads)
+    form = _check(k_pages, v_pages, head_dim, num_heads, num_kv_heads)
     if q_len == 0:
         return
-    tile = PREFILL_TILES[k_pages.dtype][_head_pad(head_dim)]
+    tile = _tiles(PREFILL_TILES, k_pages)[_head_pad(head_dim)]
     _prefill_attention_kernel[(triton.cdiv(q_len, tile.block_m), num_heads)](
         q, k_pages, v_pages, page_table, out, lse, scale, q_len, kv_start, kv_stop, q_start, window or NO_WINDOW,
         *q.stride()[:2], *k_pages.stride()[:2], page_table.stride(0), *out.stride()[:2], *lse.stride(),
         GROUP_SIZE=num_heads // num_kv_heads, HEAD_DIM=head_dim, HEAD_PAD=_head_pad(head_dim),
-        PAGE_SIZE=k_pages.shape[1], BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+        PAGE_SIZE=k_pages.shape[1], BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, FORMAT=form, num_warps=tile.num_warps,
         num_stages=tile.num_stages)
 
 
@@ -231,11 +225,14 @@ def _head_pad(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def _check_pages(k_pages: Tensor, v_pages: Tensor, head_dim: int, num_heads: int, num_kv_heads: int) -> None:
-    assert k_pages.shape == v_pages.shape and k_pages.stride() == v_pages.stride(), (k_pages.stride(), v_pages.stride())
-    assert k_pages.dtype == v_pages.dtype and k_pages.dtype in DECODE_TILES, (k_pages.dtype, v_pages.dtype)
-    assert k_pages.shape[2] == head_dim and k_pages.stride(2) == 1, (k_pages.shape, head_dim)
+def _tiles(tiles: dict[torch.dtype, dict[int, Tile]], pages: Tensor) -> dict[int, Tile]:
+    """Rows of codes are multiplied as bf16."""
+    return tiles[torch.float32 if pages.dtype == torch.float32 else torch.bfloat16]
+
+
+def _check(k_pages: Tensor, v_pages: Tensor, head_dim: int, num_heads: int, num_kv_heads: int) -> str:
+    form, tiles = check_pages(k_pages, v_pages, head_dim), _tiles(DECODE_TILES, k_pages)
     assert num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
-    if _head_pad(head_dim) not in DECODE_TILES[k_pages.dtype]:
-        largest = max(DECODE_TILES[k_pages.dtype])
-        raise ValueError(f"head_dim {head_dim} has no attention kernel: the largest is {largest}")
+    if _head_pad(head_dim) not in tiles:
+        raise ValueError(f"head_dim {head_dim} has no attention kernel: the largest is {max(tiles)}")
+    return form

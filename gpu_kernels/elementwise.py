@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.kv_rows import check_pages, store_row
+
 SILU_BLOCK = 1024
 
 
@@ -69,7 +71,7 @@ def _rope_append_kernel(
         qkv, positions, cos, sin, q_norm, k_norm, eps, q, k_pages, v_pages, slots,
         qkv_row_stride, qkv_head_stride, angle_stride, q_row_stride, q_head_stride, page_stride, row_stride,
         slots_stride, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, HALF: tl.constexpr,
-        PAGE_SIZE: tl.constexpr, HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr):
+        PAGE_SIZE: tl.constexpr, HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr, FORMAT: tl.constexpr):
     """grid: (rows, num_kv_heads, GROUP_SIZE + 2), the last axis being the heads of a unit: its q, k and v."""
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -84,14 +86,13 @@ def _rope_append_kernel(
         tl.store(target + dims, turned, mask=inside)
     else:
         slot = tl.load(slots + row * slots_stride + kv_head)
-        offset = slot // PAGE_SIZE * page_stride + slot % PAGE_SIZE * row_stride
         if member == GROUP_SIZE:
             turned = _normed_and_rotated(head, k_norm, cos + angle, sin + angle, eps, HEAD_DIM, HEAD_PAD, HALF,
                                          HAS_K_NORM)
-            tl.store(k_pages + offset + dims, turned.to(k_pages.dtype.element_ty), mask=inside)
+            store_row(k_pages, slot, turned, dims, page_stride, row_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE, FORMAT)
         else:
             value = tl.load(head + dims, mask=inside, other=0.0)
-            tl.store(v_pages + offset + dims, value.to(v_pages.dtype.element_ty), mask=inside)
+            store_row(v_pages, slot, value, dims, page_stride, row_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE, FORMAT)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
@@ -121,18 +122,25 @@ def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm
 
     qkv: f32 [rows, num_kv_heads, unit_features], a unit being its q heads, k, v and padding. positions: int64 [rows].
     cos, sin: f32 [max_positions, rotary_dim/2], equal strides. q_norm, k_norm: f32 [head_dim] or None. q: f32 [rows,
-    num_heads, head_dim]. k_pages, v_pages: f32 or bf16 [num_pages, page_size, head_dim], equal strides. slots: int64
+    num_heads, head_dim]. k_pages, v_pages: [num_pages, page_size, row_items] as kv_pages says, equal strides. slots: int64
     [rows, num_kv_heads], page * page_size + offset; no two may be equal.
     """
     rows, num_heads, head_dim = q.shape
     num_kv_heads = qkv.shape[1]
     group_size = num_heads // num_kv_heads
     assert qkv.shape[0] == rows and qkv.shape[2] >= (group_size + 2) * head_dim, (qkv.shape, q.shape)
-    assert k_pages.stride() == v_pages.stride() and cos.stride() == sin.stride(), (k_pages.stride(), cos.stride())
+    form = check_pages(k_pages, v_pages, head_dim)
+    assert cos.stride() == sin.stride(), (cos.stride(), sin.stride())
     assert slots.shape == (rows, num_kv_heads) and 2 * cos.shape[1] <= head_dim, (slots.shape, cos.shape)
     if rows and num_kv_heads:
         _rope_append_kernel[(rows, num_kv_heads, group_size + 2)](
             qkv, positions, cos, sin, q_norm, k_norm, eps, q, k_pages, v_pages, slots, *qkv.stride()[:2],
             cos.stride(0), *q.stride()[:2], *k_pages.stride()[:2], slots.stride(0), GROUP_SIZE=group_size,
-            HEAD_DIM=head_dim, HEAD_PAD=triton.next_power_of_2(head_dim), HALF=cos.shape[1],
-            PAGE_SIZE=k_pages.shape[1], HAS_Q_NORM=q_norm is not None, HAS_K_NORM=k_norm is not None, num_warps=1)
+            HEAD_DIM=head_dim, HEAD_PAD=_row_pad(head_dim, form), HALF=cos.shape[1],
+            PAGE_SIZE=k_pages.shape[1], HAS_Q_NORM=q_norm is not None, HAS_K_NORM=k_norm is not None,
+            FORMAT=form, num_warps=1)
+
+
+def _row_pad(head_dim: int, form: str) -> int:
+    """Lanes of a row: a power of two that holds whole groups of codes."""
+    return max(triton.next_power_of_2(head_dim), {"plain": 1, "q8": 64, "q4": 32}[form])

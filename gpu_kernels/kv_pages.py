@@ -87,6 +87,6 @@ def _bf16(x: Tensor) -> Tensor:
 def _parts(pages: Tensor, code_bytes: int) -> tuple[Tensor, Tensor]:
     """Views (codes [..., page_size, code_bytes], numbers bfloat16 [..., n, page_size]) of quantised pages."""
     page_size = pages.shape[-2]
-    whole = pages.view(*pages.shape[:-2], -1)
+    whole = pages.view(*pages.shape[:-2], page_size * pages.shape[-1])
     codes, numbers = whole[..., : page_size * code_bytes], whole[..., page_size * code_bytes :]
-    return codes.unflatten(-1, (page_size, code_bytes)), numbers.view(torch.bfloat16).unflatten(-1, (-1, page_size))
+    return codes.unflatten(-1, (page_size, code_bytes)), numbers.view(torch.bfloat16).unflatten(-1, ((pages.shape[-1] - code_bytes) // 2, page_size))

@@ -17,24 +17,28 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import gpu_kernels  # noqa: E402
 from ahead_of_time import SHARED_MEMORY_LIMIT, Resources, compile_launches  # noqa: E402
-from gpu_kernels import attention  # noqa: E402
+from gpu_kernels import attention, kv_pages  # noqa: E402
 
 HIDDEN, HEADS, KV_HEADS, PAGE = 4096, 32, 8, 16
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP32, Q8, Q4 = torch.bfloat16, torch.float32, torch.int8, torch.uint8
 
 
 def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
+def kv_store(dtype: torch.dtype, head_dim: int) -> torch.Tensor:
+    return empty(4096, PAGE, kv_pages.row_items(dtype, head_dim), dtype=dtype)
+
+
 def decode(dtype: torch.dtype, head_dim: int, kv_heads: int, max_pages: int = 1024) -> Callable[[], None]:
-    q, pages = empty(2, HEADS, head_dim), empty(4096, PAGE, head_dim, dtype=dtype)
+    q, pages = empty(2, HEADS, head_dim), kv_store(dtype, head_dim)
     table, limit = empty(2, kv_heads, max_pages, dtype=torch.int32), empty(2, dtype=torch.int32)
     return lambda: gpu_kernels.decode_attention(q, pages, pages, table, limit, limit, 0.1, q, q[..., 0].contiguous())
 
 
 def prefill(dtype: torch.dtype, head_dim: int) -> Callable[[], None]:
-    q, pages = empty(512, HEADS, head_dim), empty(4096, PAGE, head_dim, dtype=dtype)
+    q, pages = empty(512, HEADS, head_dim), kv_store(dtype, head_dim)
     table = empty(KV_HEADS, 1024, dtype=torch.int32)
     return lambda: gpu_kernels.prefill_attention(q, pages, pages, table, 0, 4096, 3584, 0, 0.1, q,
                                                  q[..., 0].contiguous())
@@ -62,8 +66,8 @@ def silu_mul() -> None:
     gpu_kernels.silu_mul(empty(4, 28672), empty(4, 14336))
 
 
-def rope_append(head_dim: int, norm: bool) -> Callable[[], None]:
-    qkv, pages = empty(4, KV_HEADS, 6 * head_dim), empty(4096, PAGE, head_dim, dtype=BF16)
+def rope_append(head_dim: int, norm: bool, dtype: torch.dtype = BF16) -> Callable[[], None]:
+    qkv, pages = empty(4, KV_HEADS, 6 * head_dim), kv_store(dtype, head_dim)
     indices, angles = empty(4, dtype=torch.int64), empty(4096, head_dim // 2)
     weight, q = empty(head_dim) if norm else None, empty(4, HEADS, head_dim)
     slots = empty(4, KV_HEADS, dtype=torch.int64)
@@ -80,6 +84,13 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "decode bf16 128 one split": (decode(BF16, 128, 8, max_pages=16), (120,)),
     "decode fp32 64 group 1": (decode(FP32, 64, 32), ()),
     "decode fp32 256 group 8": (decode(FP32, 256, 4), ()),
+    "decode q8 128 group 4": (decode(Q8, 128, 8), (86, 90)),
+    "decode q4 64 group 1": (decode(Q4, 64, 32), (80,)),
+    "decode q4 256 group 8": (decode(Q4, 256, 4), ()),
+    "prefill q8 128": (prefill(Q8, 128), (86,)),
+    "prefill q4 64": (prefill(Q4, 64), ()),
+    "rope_append q8": (rope_append(128, False, Q8), (90,)),
+    "rope_append q4": (rope_append(80, False, Q4), (86,)),
     "decode bf16 32 group 4": (decode(BF16, 32, 8), ()),
     "prefill bf16 128": (prefill(BF16, 128), (80, 86, 90, 120)),
     "prefill bf16 64": (prefill(BF16, 64), (89,)),
@@ -119,7 +130,8 @@ def check(used: Resources, name: str, architecture: int) -> None:
     if used.kernel in ("_prefill_attention_kernel", "_gemm_kernel") and "fp32" not in name:
         assert used.tensor_core > 0, used
     if used.kernel == "_decode_attention_kernel":
-        assert used.wide_loads >= 0.4 * used.loads, used  # the others are page ids
+        narrow = 0.3 if "q4" in name else 0.4  # the others are page ids, and the scales and minima of codes
+        assert used.wide_loads >= narrow * used.loads, used
     if used.kernel == "_gemv_kernel":
         assert used.dp4a > 0 and used.wide_loads > 0, used
 

@@ -46,7 +46,7 @@ MUTANTS = {
     "decode has no guard for an empty range": ("attention", "decode_attention", DECODE,
         "nonzero = tl.where(total == 0.0, 1.0, total)", "nonzero = total"),
     "rows of a page are shifted": ("attention", "decode_attention", DECODE,
-        "(positions % PAGE_SIZE)", "((positions + 1) % PAGE_SIZE)"),
+        "load_rows(v_pages, table, positions,", "load_rows(v_pages, table, positions ^ 1,"),
     "lse in base 2": ("attention", "decode_attention", DECODE, "(maximum + tl.log2(nonzero)) * LN_2",
         "(maximum + tl.log2(nonzero))"),
     "total is not rescaled": ("attention", "prefill_attention", PREFILL, "total = total * correction", "total = total"),
@@ -98,8 +98,8 @@ MUTANTS = {
     "rotation turns backwards": ("elementwise", "rope_append", ROPE, "-sine, sine)", "sine, -sine)"),
     "norm weight of the wrong partner": ("elementwise", "rope_append", ROPE, "_normed(others, norm, partner,",
         "_normed(others, norm, dims,"),
-    "k is stored unrotated": ("elementwise", "rope_append", ROPE, "k_pages + offset + dims, turned.to",
-        "k_pages + offset + dims, tl.load(head + dims, mask=inside, other=0.0).to"),
+    "k is stored unrotated": ("elementwise", "rope_append", ROPE, "store_row(k_pages, slot, turned,",
+        "store_row(k_pages, slot, tl.load(head + dims, mask=inside, other=0.0),"),
     "slot of another KV head": ("elementwise", "rope_append", ROPE, "slots_stride + kv_head)", "slots_stride)"),
 }
 
