@@ -29,7 +29,7 @@ def go_over(lanes: Lanes, linears: Sequence[LinearWeights], kv_cache: KVCache, p
         lanes.ring.close()
         lanes.ring = None
     kv_cache.shrink(plan)
-    lanes.device.arena.budget_bytes = plan.gpu_memory_bytes
+    lanes.device.arena.budget_bytes = plan.gpu_memory_bytes - plan.memory.gpu.get("context", 0)
     kv_cache.grow(plan)
     lanes.ring = make_ring(plan, lanes.device)
     for weights, placement in moving:

@@ -65,6 +65,7 @@ class FlagHandover:
         self._counter = self._new_flag()
         self._given = self._ordered = 0
         self._jobs: list[Future] = []
+        self._most_jobs = 1
         self._recording: list[RecordedJob] | None = None
 
     @property
@@ -79,6 +80,7 @@ class FlagHandover:
             return
         event = self._device.record(self._device.compute) if after_device else None
         self._given = (self._given + 1) & COUNTER_MASK
+        self._most_jobs = max(self._most_jobs, len(self._jobs) + 1)
         self._jobs.append(self._worker.submit(self._run, event, job, self._given))
 
     def order_device(self) -> None:
@@ -115,7 +117,13 @@ class FlagHandover:
 
     @contextmanager
     def record(self) -> Iterator[list[RecordedJob]]:
-        """Keep the jobs given inside; what is queued on the GPU meanwhile must be captured."""
+        """Keep the jobs given inside; what is queued on the GPU meanwhile must be captured.
+
+        A step of this kind must have run before: no memory may be page-locked while a stream is captured, so its flags are
+        made now, two for each job that any step has had.
+        """
+        while len(self._unused) < 2 * self._most_jobs:
+            self._make_flags()
         self._recording = []
         try:
             yield self._recording
@@ -184,6 +192,9 @@ class FlagHandover:
 
     def _new_flag(self) -> torch.Tensor:
         if not self._unused:
-            words = self._device.host_empty((FLAGS_AT_ONCE, FLAG_WORDS), torch.int64, "flags")
-            self._unused = list(words.zero_()[:, :1].unbind())
+            self._make_flags()
         return self._unused.pop()
+
+    def _make_flags(self) -> None:
+        words = self._device.host_empty((FLAGS_AT_ONCE, FLAG_WORDS), torch.int64, "flags")
+        self._unused += words.zero_()[:, :1].unbind()

@@ -191,6 +191,10 @@ class FakeCuda:
             event.record(stream)
             event.wait()
 
+    def memory_reserved(self, index: int) -> int:
+        """Nothing else of this process is on the GPU."""
+        return 0
+
     def mem_get_info(self, index: int) -> tuple[int, int]:
         """(free, total)."""
         return self.total_bytes, self.total_bytes
@@ -225,6 +229,7 @@ class FakeLibrary:
         self._cuda = cuda
         self._refuse_pins = refuse_pins
         self.registered: dict[int, int] = {}
+        self.copies_before_failure: int | None = None
         self.memory_operations = 0
 
     def __getattr__(self, name: str) -> _Function:
@@ -244,11 +249,22 @@ class FakeLibrary:
     def _locked(self, address: int) -> bool:
         return any(start <= address < start + size for start, size in self.registered.items())
 
-    def _cuMemcpyHtoDAsync(self, target: int, source: int, count: int, stream: int) -> None:  # noqa: N802
+    def _cuMemcpyHtoDAsync(self, target: int, source: int, count: int, stream: int) -> int:  # noqa: N802
         """Ordinary memory is taken into a buffer of the driver's before the call returns, as CUDA says it is."""
         keeper = None if self._locked(source) else ctypes.create_string_buffer(ctypes.string_at(source, count), count)
         start = source if keeper is None else ctypes.addressof(keeper)
         self._cuda.streams[stream].add(lambda keeper=keeper: ctypes.memmove(target, start, count) and None)
+        return self._failure()
+
+    def _failure(self) -> int:
+        """CUDA_ERROR_UNKNOWN once, after as many copies as a test has set."""
+        if self.copies_before_failure is None:
+            return 0
+        self.copies_before_failure -= 1
+        if self.copies_before_failure >= 0:
+            return 0
+        self.copies_before_failure = None
+        return 999
 
     def _cuMemcpyDtoDAsync(self, target: int, source: int, count: int, stream: int) -> None:  # noqa: N802
         self._cuda.streams[stream].add(lambda: ctypes.memmove(target, source, count) and None)
@@ -279,6 +295,7 @@ class FakeLibrary:
             for start, size in self.registered.items()
             for page in range(start // 4096, (start + size - 1) // 4096 + 1)
         }
+        assert all(stream.capture is None for stream in self._cuda.streams.values()), "page-locking in a capture"
         assert address % 4096 == 0 and not taken & set(pages), "page-locked ranges share a page"
         if self._refuse_pins:
             return 304

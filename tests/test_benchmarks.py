@@ -151,3 +151,26 @@ def test_growth_ends_with_a_json_line_that_says_what_was_met() -> None:
     assert run.returncode == 0, run.stderr
     record = json.loads(run.stdout.splitlines()[-1])
     assert [(row["dtype"], row["is_met"]) for row in record["exact"]] == [("fp32", True), ("bf16", True)]
+
+
+def test_the_gpu_script_runs_every_part_on_the_emulated_device_and_keeps_what_it_has(tmp_path: Path) -> None:
+    """A run whose time is up at once, then one that goes on and repeats nothing, then one that finds all done."""
+    arguments = ("--device", "emulated", "--quick", "--work-dir", tmp_path, "--out", tmp_path / "out")
+    results = tmp_path / "out" / "results.jsonl"
+
+    def lines() -> list[dict[str, object]]:
+        return [json.loads(line) for line in results.read_text().splitlines()]
+
+    assert run_script("gpu_offload.py", *arguments, "--minutes", 0).returncode == 0
+    assert "time was up" in lines()[-1]["reason"]
+    run = run_script("gpu_offload.py", *arguments, "--minutes", 5)
+    assert run.returncode == 0, run.stderr
+    first = lines()
+    failed = {line["name"]: line["error"] for line in first if "error" in line}
+    offload = next(line for line in first if line["name"] == "offload tiny q4 50%")
+
+    # An emulated GPU runs its work at once and captures none.
+    assert set(failed) == {"handover graph"}
+    assert first[-1]["reason"] == "every part ran"
+    assert [row["name"] for row in offload["rows"]] == ["pp16", "tg4", "pp64"]
+    assert json.loads((tmp_path / "out" / offload["trace"]).read_text())["traceEvents"]

@@ -90,6 +90,31 @@ def test_a_toy_model_on_three_lanes_is_right(run, plan, handover, refuse_pins):
     assert device.driver._library._library.registered == {}
 
 
+@pytest.mark.parametrize("handover", ["events", "flags", "graph"])
+@pytest.mark.parametrize("copies", [0, 3, 9, 16])
+def test_a_step_whose_copy_fails_can_be_taken_again(run, plan, handover, copies):
+    """A prompt's second chunk and then two tokens, each with a failure somewhere inside; nothing is left behind."""
+    with fake_engine(run.path, plan, handover=handover) as engine:
+        library, sequence = engine.lanes.device.driver._library._library, engine.kv_cache.open()
+        engine.prefill(sequence, run.token_ids[:8])
+        rows = []
+        for step in (
+            lambda: engine.prefill(sequence, run.token_ids[8:16])[None],
+            *(
+                lambda token_id=token_id: engine.decode_step([sequence], [token_id])
+                for token_id in run.token_ids[16:20]
+            ),
+        ):
+            library.copies_before_failure = copies
+            try:
+                rows.append(step())
+                library.copies_before_failure = None
+            except CudaError:
+                rows.append(step())
+
+    assert nmse(torch.cat(rows), run.logits[15:20]) <= 1e-11
+
+
 def test_weights_that_cannot_be_page_locked_are_said_once(run, plan):
     with pytest.warns(UserWarning, match="refused to page-lock") as warned, fake_engine(run.path, plan, True):
         pass

@@ -107,6 +107,19 @@ _GGUF_NAMES = {
 def write_checkpoint(shape: Shape, directory: Path, seed: int = 0) -> None:
     """Write config.json and one bf16 safetensors file into `directory`, made if need be; nothing is left half done."""
     directory.mkdir(parents=True, exist_ok=True)
+    generator = np.random.Generator(np.random.SFC64(seed))
+    partial = directory / (MODEL_FILE + ".partial")
+    with partial.open("wb") as file:
+        file.write(header_of(shape))
+        for dims in shape.tensors().values():
+            for piece in _random_pieces(generator, dims):
+                piece.tofile(file)
+    (directory / "config.json").write_text(json.dumps(shape.config(), indent=2))
+    partial.rename(directory / MODEL_FILE)
+
+
+def header_of(shape: Shape) -> bytes:
+    """The beginning of the shape's safetensors file: where each bf16 tensor lies, in the order of `tensors`."""
     header, offset = {}, 0
     for name, dims in shape.tensors().items():
         stop = offset + 2 * math.prod(dims)
@@ -114,15 +127,7 @@ def write_checkpoint(shape: Shape, directory: Path, seed: int = 0) -> None:
         offset = stop
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    generator = np.random.Generator(np.random.SFC64(seed))
-    partial = directory / (MODEL_FILE + ".partial")
-    with partial.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for dims in shape.tensors().values():
-            for piece in _random_pieces(generator, dims):
-                piece.tofile(file)
-    (directory / "config.json").write_text(json.dumps(shape.config(), indent=2))
-    partial.rename(directory / MODEL_FILE)
+    return len(text).to_bytes(8, "little") + text
 
 
 def write_gguf(directory: Path, target: Path, gguf_type: str) -> None:

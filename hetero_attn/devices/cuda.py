@@ -170,7 +170,8 @@ class CudaDriver:
     def _limit(self, count: int) -> None:
         """Let torch's allocator refuse what would pass the budget, whoever asks."""
         _, total = self._cuda.mem_get_info(self._index)
-        self._cuda.set_per_process_memory_fraction(min(1.0, (count + ALIGN_BYTES) / total), self._index)
+        allowed = self._cuda.memory_reserved(self._index) + count + ALIGN_BYTES
+        self._cuda.set_per_process_memory_fraction(min(1.0, allowed / total), self._index)
 
     def _take(self, count: int) -> torch.Tensor:
         try:
