@@ -1,12 +1,13 @@
 """See CpuKernels.set_flag and CpuKernels.await_flag."""
 
 import ctypes
+import time
 
 import torch
 
 from .cache import KernelStore, as_function
 from .checks import expect
-from .flag_layout import ADDRESS, BLOCK_BYTES, EXPIRED, NAP_US, NAPS, VALUE
+from .flag_layout import ADDRESS, BLOCK_BYTES, EXPIRED, NAPS, NAPS_AT_ONCE, VALUE
 
 
 class Flags:
@@ -23,7 +24,11 @@ class Flags:
 
     def wait(self, flag: torch.Tensor, value: int, timeout_s: float) -> bool:
         """Wait for the value; False where it is not there after about `timeout_s`."""
-        return not self._call(self._await, flag, value, int(timeout_s * 1e6 / NAP_US) + 1)
+        deadline = time.monotonic() + timeout_s
+        while self._call(self._await, flag, value, NAPS_AT_ONCE):
+            if time.monotonic() > deadline:
+                return False
+        return True
 
     @staticmethod
     def _call(function: object, flag: torch.Tensor, value: int, naps: int) -> int:
