@@ -11,7 +11,7 @@ def test_every_token_of_a_filled_depth_is_stored(tmp_path):
     workload = toy_workload(path, max_context=128)
     for plan in (cpu_plan(workload), uniform_plan(workload, gpu=0.4, stream=0.3, gpu_groups=1)):
         engine = make_engine(path, plan)
-        stores = [store for group in engine.kv_cache.layer_groups for store in group.stores]
+        stores = [store for group in engine.kv_cache.layer_groups for store in group.stores.values()]
         for pages in (pages for store in stores for pages in (*store.k, *store.v)):
             pages.fill_(float("nan"))
         sequence = engine.kv_cache.open()
