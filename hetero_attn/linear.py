@@ -24,7 +24,7 @@ class LinearWeights:
     """The packed weight of one linear in its two homes; `placement` and `gpu` change between steps only.
 
     gpu: uint8 [gpu blocks, block_bytes] in GPU memory. dram: uint8 [blocks, block_bytes] in host memory, those of the
-    units from `first_dram_unit` on.
+    units from `first_dram_unit` on. Of a row cut, both hold every output feature and the input features of their units.
     bias: float32 [out_features] on both sides, None on both where the linear has none.
     piece_blocks: the most blocks a staging slot takes.
     """
@@ -43,6 +43,10 @@ class LinearWeights:
         gpu, stream, _ = self.placement.cut(tier)
         return gpu + stream
 
+    def device_inputs(self, tier: int) -> int:
+        """Input features of a row cut that the GPU multiplies in this row tier; the CPU lane takes those behind them."""
+        return self.device_units(tier) * self.spec.row_unit
+
     def device_features(self, tier: int) -> int:
         """Packed output features computed on the GPU in this row tier; the CPU lane computes the rest."""
         return self.device_units(tier) * self.spec.unit_features
@@ -54,11 +58,15 @@ class LinearWeights:
     def pieces(self, tier: int) -> Iterator[torch.Tensor]:
         """The streamed blocks of this tier, cut into pieces that fit a staging slot."""
         first, stop = self._dram_block(self.placement.gpu_units), self._dram_block(self.device_units(tier))
+        if self.spec.row_unit:
+            first, stop = 0, self.dram.shape[0] if self.placement.stream_units[tier] else 0
         for start in range(first, stop, self.piece_blocks):
             yield self.dram[start : min(start + self.piece_blocks, stop)]
 
     def host_weight(self, tier: int) -> torch.Tensor:
         """The blocks that the CPU lane computes in place."""
+        if self.spec.row_unit:
+            return self.dram
         return self.dram[self._dram_block(self.device_units(tier)) :]
 
     def gpu_copy(self, gpu_units: int) -> torch.Tensor:
@@ -120,15 +128,65 @@ def linear(lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: 
 def linear_add(
     lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, residual: Activation, scratch: Activation
 ) -> None:
-    """Add `x @ W.T + bias` to the residual where it lives; `scratch` carries the CPU lane's columns to a GPU."""
+    """Add `x @ W.T + bias` to the residual where it lives; `scratch` carries what the CPU lane computed to a GPU.
+
+    x must be where `complete_input` brings it.
+    """
     if lanes.device is None:
         run_on_host(lanes, weights, tier, x, residual, add=True)
         return
-    column = weights.device_features(tier)
+    on_host = run_row_cut_on_host if weights.spec.row_unit else run_on_host
+    on_device = run_row_cut_on_device if weights.spec.row_unit else run_on_device
     if weights.has_host_features(tier):
-        lanes.on_host(lambda: run_on_host(lanes, weights, tier, x, scratch))
-    if column:
-        run_on_device(lanes, weights, tier, x, residual, add=True)
+        lanes.on_host(lambda: on_host(lanes, weights, tier, x, scratch))
+    if weights.device_units(tier):
+        on_device(lanes, weights, tier, x, residual, True)
     if weights.has_host_features(tier):
+        column = 0 if weights.spec.row_unit else weights.device_features(tier)
         lanes.exchange(scratch, column, to_device=True, to_host=False)
         residual.device[:, column:].add_(scratch.device[:, column:])
+
+
+def run_row_cut_on_device(
+    lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: Activation, add: bool = True
+) -> None:
+    """Queue the GPU's part of every output feature of a row cut, the bias included, onto `out`."""
+    home = weights.placement.gpu_units * weights.spec.row_unit
+    bias, ops = weights.bias.device, lanes.device.ops
+    if home:
+        ops.linear(x.device[:, :home], weights.gpu, weights.weight_dtype, bias, out.device, add)
+        bias = None
+    start = 0
+    for _ in weights.pieces(tier):
+        slot, blocks = lanes.ring.take()
+        stop = start + blocks.shape[0] * BLOCK_FEATURES
+        part = None if bias is None else bias[start:stop]
+        ops.linear(x.device[:, home:], blocks, weights.weight_dtype, part, out.device[:, start:stop], add)
+        lanes.ring.give_back(slot)
+        start = stop
+
+
+def run_row_cut_on_host(lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: Activation) -> None:
+    """Compute the CPU lane's part of every output feature of a row cut into `out`, the bias if the GPU has no part."""
+    first = weights.device_inputs(tier)
+    bias = weights.bias.host if first == 0 else None
+    lanes.host_ops.linear(x.host[:, first:], weights.dram, weights.weight_dtype, bias, out.host, False)
+
+
+def complete_input(lanes: Lanes, consumer: LinearWeights, tier: int, x: Activation, column: int) -> None:
+    """Bring a linear's input, split at `column` between GPU and host, to every side that multiplies it.
+
+    A column cut needs all of it on every side that computes a column; a row cut needs only what lies between the two
+    boundaries on the other side, nothing where they are one.
+    """
+    if lanes.device is None:
+        return
+    if not consumer.spec.row_unit:
+        lanes.exchange(x, column, to_device=consumer.device_units(tier) > 0, to_host=consumer.has_host_features(tier))
+        return
+    wanted = consumer.device_inputs(tier)
+    if column > wanted:
+        lanes.copy(x.host[:, wanted:column], x.device[:, wanted:column])
+    elif column < wanted:
+        lanes.order_device()
+        lanes.copy(x.device[:, column:wanted], x.host[:, column:wanted])

@@ -53,7 +53,7 @@ class Loader:
 
     def load(self) -> ModelWeights:
         """Read everything; raises CheckpointError naming the tensor that is not finite."""
-        spec = model_spec(self._config)
+        spec = model_spec(self._config, paired=any(shard.row_cut for shard in self._plan.workload.linears))
         with self._landing_buffer(spec):
             return self._load(spec)
 
@@ -90,6 +90,37 @@ class Loader:
         return LayerWeights(*(linears[kind] for kind in ("qkv", "o", "gate_up", "down")), *norms, attention)
 
     def _linear(self, spec: LinearSpec, placement: LinearPlacement) -> LinearWeights:
+        return (self._row_cut if spec.row_unit else self._column_cut)(spec, placement)
+
+    def _row_cut(self, spec: LinearSpec, placement: LinearPlacement) -> LinearWeights:
+        """Every output feature in both homes, each with the input features of its units."""
+        home, blocks = placement.gpu_units * spec.row_unit, spec.column_units * spec.unit_blocks
+        gpu_bytes, dram_bytes = (
+            block_bytes(self._weight_dtype, width) if width else 0 for width in (home, spec.in_features - home)
+        )
+        dram = self._dram((blocks, dram_bytes), placement.streams)
+        gpu = None
+        if self._lanes.device is not None:
+            gpu = self._lanes.device.empty((blocks, gpu_bytes), torch.uint8, "weights")
+        for start, stop, rows in self._unit_rows(spec):
+            run = slice(start * spec.unit_blocks, stop * spec.unit_blocks)
+            if home:
+                self._place(spec, rows[:, :home].contiguous(), gpu[run], on_device=True)
+            if home < spec.in_features:
+                self._place(spec, rows[:, home:].contiguous(), dram[run], on_device=False)
+        slot_bytes = staging_piece_units(spec.shard(self._weight_dtype)) * spec.unit_bytes(self._weight_dtype)
+        return LinearWeights(
+            spec=spec,
+            placement=placement,
+            weight_dtype=self._weight_dtype,
+            gpu=gpu,
+            dram=dram,
+            bias=self._bias(spec),
+            piece_blocks=max(1, slot_bytes // max(1, dram_bytes)),
+            first_dram_unit=placement.gpu_units,
+        )
+
+    def _column_cut(self, spec: LinearSpec, placement: LinearPlacement) -> LinearWeights:
         row_bytes = block_bytes(self._weight_dtype, spec.in_features)
         home_blocks = placement.gpu_units * spec.unit_blocks
         in_dram = first_dram_unit(self._plan.workload, placement)
@@ -153,8 +184,8 @@ class Loader:
     def _unit_rows(self, spec: LinearSpec) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Runs of units [start, stop) with their rows, [(stop - start) * unit_features, in_features], padding zero."""
         step = _units_at_once(spec)
-        for start in range(0, spec.units, step):
-            stop = min(start + step, spec.units)
+        for start in range(0, spec.column_units, step):
+            stop = min(start + step, spec.column_units)
             yield start, stop, self._gather(spec, start, stop)
 
     def _gather(self, spec: LinearSpec, start: int, stop: int) -> torch.Tensor:
@@ -191,12 +222,12 @@ class Loader:
     def _bias(self, spec: LinearSpec) -> Activation:
         if not spec.has_bias:
             return Activation(None, None)
-        rows = torch.zeros((spec.units, spec.unit_features))
+        rows = torch.zeros((spec.column_units, spec.unit_features))
         offset = 0
         for part in spec.parts:
-            values = torch.zeros(spec.units * part.rows_per_unit)
+            values = torch.zeros(spec.column_units * part.rows_per_unit)
             values[: part.rows] = self._finite(part.bias)
-            rows[:, offset : offset + part.rows_per_unit] = values.view(spec.units, part.rows_per_unit)
+            rows[:, offset : offset + part.rows_per_unit] = values.view(spec.column_units, part.rows_per_unit)
             offset += part.rows_per_unit
         return self._on_both(rows.view(-1))
 

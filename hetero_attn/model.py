@@ -13,7 +13,7 @@ import torch
 from hetero_attn.attention import AttentionBuffers, AttentionParameters, attend
 from hetero_attn.lanes import Activation, Lanes
 from hetero_attn.layer_group import LayerGroup
-from hetero_attn.linear import LinearWeights, linear, linear_add
+from hetero_attn.linear import LinearWeights, complete_input, linear, linear_add
 from hetero_attn.step import GroupStep, Step
 from placement.workload import row_tier
 
@@ -123,8 +123,8 @@ def mlp_block(lanes: Lanes, step: Step, layer: LayerWeights, norm_eps: float, wo
         )
     if column:
         lanes.device.ops.silu_mul(work.gate_up.device[:, :column], work.activated.device[:, : column // 2])
-    complete_input(lanes, down, tier, work.activated, column // 2)
     activated = work.activated.columns(0, down.spec.in_features)
+    complete_input(lanes, down, tier, activated, min(column // 2, down.spec.in_features))
     linear_add(lanes, down, tier, activated, work.residual, work.scratch)
 
 
@@ -147,8 +147,3 @@ def deliver_to_owners(lanes: Lanes, qkv: LinearWeights, tier: int, gpu_groups: i
     elif computed < owned:
         lanes.order_device()
         lanes.copy(out.device[:, computed * unit : owned * unit], out.host[:, computed * unit : owned * unit])
-
-
-def complete_input(lanes: Lanes, consumer: LinearWeights, tier: int, x: Activation, column: int) -> None:
-    """Bring a linear's input, split at `column` between GPU and host, to every side that computes a column of it."""
-    lanes.exchange(x, column, to_device=consumer.device_units(tier) > 0, to_host=consumer.has_host_features(tier))

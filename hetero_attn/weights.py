@@ -7,13 +7,16 @@ checkpoint tensors (its *parts*) and is padded to whole blocks of output feature
     gate_up  16 gate rows, then the 16 up rows beside them
     o, down, head   16 rows
 
+In a *paired* layer `o` and `down` are cut the other way, by input feature, so that each side goes on with the heads and
+neurons that it has computed and adds one partial sum: a unit is a KV-head group's heads, or 64 neurons.
+
 This module knows names and sizes; it reads nothing and knows no device.
 """
 
 from dataclasses import dataclass
 
 from cpu_kernels.kv_layout import token_bytes
-from cpu_kernels.layout import BLOCK_FEATURES, block_bytes
+from cpu_kernels.layout import BLOCK_FEATURES, GROUP_INPUTS, block_bytes
 from hetero_attn.config import ModelConfig
 from placement.workload import KvShard, LinearShard, Workload, round_up
 
@@ -41,7 +44,8 @@ class Part:
 class LinearSpec:
     """One linear layer as a run of units.
 
-    `out_features` counts packed features, padding included; `in_features` is the checkpoint's own.
+    `out_features` counts packed features, padding included; `in_features` is the checkpoint's own. row_unit: input
+    features of a unit where the linear is cut by rows of `x @ W`, 0 where it is cut by columns.
     """
 
     name: str
@@ -50,29 +54,37 @@ class LinearSpec:
     in_features: int
     parts: tuple[Part, ...]
     has_bias: bool
+    row_unit: int = 0
 
     @property
     def unit_features(self) -> int:
-        """Packed output features of one unit, a multiple of the kernels' block."""
+        """Packed output features of one column unit, a multiple of the kernels' block."""
         return round_up(sum(part.rows_per_unit for part in self.parts), BLOCK_FEATURES)
 
     @property
     def unit_blocks(self) -> int:
-        """Blocks of output features in one unit."""
+        """Blocks of output features in one column unit."""
         return self.unit_features // BLOCK_FEATURES
 
     @property
-    def units(self) -> int:
-        """Number of units."""
+    def column_units(self) -> int:
+        """Number of runs of output features that are gathered and packed together."""
         return -(-self.parts[0].rows // self.parts[0].rows_per_unit)
+
+    @property
+    def units(self) -> int:
+        """Number of units that a cut may separate."""
+        return self.in_features // self.row_unit if self.row_unit else self.column_units
 
     @property
     def out_features(self) -> int:
         """Packed output features of the whole linear, padding included."""
-        return self.units * self.unit_features
+        return self.column_units * self.unit_features
 
     def unit_bytes(self, weight_dtype: str) -> int:
         """Bytes of one packed unit."""
+        if self.row_unit:
+            return self.column_units * self.unit_blocks * block_bytes(weight_dtype, self.row_unit)
         return self.unit_blocks * block_bytes(weight_dtype, self.in_features)
 
     def shard(self, weight_dtype: str) -> LinearShard:
@@ -83,9 +95,10 @@ class LinearSpec:
             layer=self.layer,
             units=self.units,
             unit_bytes=self.unit_bytes(weight_dtype),
-            unit_features=self.unit_features,
+            unit_features=-(-self.out_features // self.units),
             in_features=self.in_features,
-            flops_per_row_per_unit=2 * self.unit_features * self.in_features,
+            flops_per_row_per_unit=2 * self.out_features * self.in_features // self.units,
+            row_cut=self.row_unit > 0,
         )
 
 
@@ -123,19 +136,22 @@ class ModelSpec:
         return tuple(linear for layer in self.layers for linear in layer.linears) + (self.head,)
 
 
-def model_spec(config: ModelConfig) -> ModelSpec:
-    """Declare the weights of a model with this configuration."""
+def model_spec(config: ModelConfig, paired: bool = False) -> ModelSpec:
+    """Declare the weights of a model with this configuration.
+
+    paired: cut `o` and `down` by rows where their units fall on whole quantisation groups.
+    """
     embed = "model.embed_tokens.weight"
     head_part = Part(embed if config.tie_word_embeddings else "lm_head.weight", BLOCK_FEATURES, config.vocab_size)
     return ModelSpec(
-        layers=tuple(_layer_spec(config, layer) for layer in range(config.num_layers)),
+        layers=tuple(_layer_spec(config, layer, paired) for layer in range(config.num_layers)),
         head=LinearSpec("head", "head", None, config.hidden_size, (head_part,), has_bias=False),
         embed=embed,
         final_norm="model.norm.weight",
     )
 
 
-def _layer_spec(config: ModelConfig, layer: int) -> LayerSpec:
+def _layer_spec(config: ModelConfig, layer: int, paired: bool) -> LayerSpec:
     heads, groups, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     block, hidden, intermediate = BLOCK_FEATURES, config.hidden_size, config.intermediate_size
 
@@ -145,8 +161,9 @@ def _layer_spec(config: ModelConfig, layer: int) -> LayerSpec:
     def part(tensor: str, rows_per_unit: int, rows: int) -> Part:
         return Part(name(tensor), rows_per_unit, rows)
 
-    def linear(kind: str, in_features: int, has_bias: bool, *parts: Part) -> LinearSpec:
-        return LinearSpec(f"layers.{layer}.{kind}", kind, layer, in_features, parts, has_bias)
+    def linear(kind: str, in_features: int, has_bias: bool, *parts: Part, row_unit: int = 0) -> LinearSpec:
+        fits = paired and row_unit % GROUP_INPUTS == 0 and in_features % (row_unit or 1) == 0
+        return LinearSpec(f"layers.{layer}.{kind}", kind, layer, in_features, parts, has_bias, row_unit if fits else 0)
 
     qkv = (
         part("self_attn.q_proj", heads // groups * head_dim, heads * head_dim),
@@ -156,9 +173,15 @@ def _layer_spec(config: ModelConfig, layer: int) -> LayerSpec:
     gate_up = (part("mlp.gate_proj", block, intermediate), part("mlp.up_proj", block, intermediate))
     return LayerSpec(
         qkv=linear("qkv", hidden, config.qkv_bias, *qkv),
-        o=linear("o", heads * head_dim, config.o_bias, part("self_attn.o_proj", block, hidden)),
+        o=linear(
+            "o",
+            heads * head_dim,
+            config.o_bias,
+            part("self_attn.o_proj", block, hidden),
+            row_unit=heads // groups * head_dim,
+        ),
         gate_up=linear("gate_up", hidden, config.mlp_bias, *gate_up),
-        down=linear("down", intermediate, config.mlp_bias, part("mlp.down_proj", block, hidden)),
+        down=linear("down", intermediate, config.mlp_bias, part("mlp.down_proj", block, hidden), row_unit=GROUP_INPUTS),
         input_norm=name("input_layernorm"),
         post_attention_norm=name("post_attention_layernorm"),
         q_norm=name("self_attn.q_norm") if config.qk_norm else None,
@@ -223,14 +246,15 @@ def build_workload(
     kv_dtype: str | None = None,
     kv_tokens: int | None = None,
     embed_shares_head: bool = False,
+    paired: bool = False,
 ) -> Workload:
     """Describe a model to the planner: names, bytes and operations, computed by the code that allocates them.
 
     kv_dtype: of the cache; None is that of the weights for fp32, else bf16. kv_tokens: KV slots that all sequences
     share, None is max_context for each. embed_shares_head: the token embedding is read from the head's own rows, which
-    must then all be in host memory, unquantised; it takes no bytes of its own.
+    must then all be in host memory, unquantised; it takes no bytes of its own. paired: as for `model_spec`.
     """
-    spec = model_spec(config)
+    spec = model_spec(config, paired)
     kv_dtype = kv_dtype or natural_kv_dtype(weight_dtype)
     bytes_per_token = token_bytes(kv_dtype, config.head_dim)
     kv = tuple(

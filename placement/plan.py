@@ -95,6 +95,12 @@ class Plan:
             names, placed = [shard.name for shard in shards], [placement.name for placement in placements]
             if names != placed:
                 raise ValueError(f"a plan places every shard once and in order: expected {names}, got {placed}")
+        for shard, placement in zip(self.workload.linears, self.linears, strict=True):
+            if shard.row_cut and not set(placement.stream_units) <= {0, placement.dram_units}:
+                raise ValueError(
+                    f"{shard.name}: its {placement.dram_units} dram-home units are cut by rows, so they stream together "
+                    f"or not at all, got stream_units {placement.stream_units}"
+                )
 
     @property
     def model(self) -> str:

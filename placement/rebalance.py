@@ -46,11 +46,16 @@ def movable(plan: Plan, bounds: Bounds) -> tuple[dict[str, int], ...]:
     """By row tier, the linears whose boundary may move and the most units of each that may be streamed.
 
     A linear may stream if the plan streams it in some tier (only then is it page-locked), as far as the staging slots
-    take its pieces. qkv stays: its cut follows the owners of the cache. Empty without a staging ring.
+    take its pieces. qkv stays: its cut follows the owners of the cache. So does a row cut, which moves as a whole. Empty without a staging ring.
     """
     tiers: tuple[dict[str, int], ...] = tuple({} for _ in range(NUM_ROW_TIERS))
     for shard, placement, bound in zip(plan.workload.linears, plan.linears, bounds.linears, strict=True):
-        if plan.staging_slots and shard.kind != "qkv" and (placement.streams or plan.workload.elastic):
+        if (
+            plan.staging_slots
+            and shard.kind != "qkv"
+            and not shard.row_cut
+            and (placement.streams or plan.workload.elastic)
+        ):
             for tier in range(NUM_ROW_TIERS):
                 fixed = bound.stream[tier] is not None or bound.cpu[tier] is not None
                 if not fixed and not (shard.kind == "head" and tier == PROMPT_TIER):

@@ -29,11 +29,12 @@ def round_up(value: int, multiple: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LinearShard:
-    """One fused linear layer, cut by output feature into equal units.
+    """One fused linear layer, cut into equal units: by output feature, or by input feature where `row_cut`.
 
     name: closed shard name; kind: one of LINEAR_KINDS; layer: index, or None for the head.
     units: number of cuttable pieces; unit_bytes, unit_features: packed bytes and output features of one unit.
     in_features: width of the input row; flops_per_row_per_unit: multiplications plus additions for one row and unit.
+    row_cut: a unit is a run of input features and adds to every output; its dram-home units stream together or not at all.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LinearShard:
     unit_features: int
     in_features: int
     flops_per_row_per_unit: int
+    row_cut: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in LINEAR_KINDS:
@@ -119,6 +121,8 @@ class Workload:
         for field in ("max_context", "max_batch", "page_size", "prefill_chunk"):
             if getattr(self, field) < 1:
                 raise ValueError(f"workload {self.model}: {field} must be at least 1, got {getattr(self, field)}")
+        if self.elastic and any(shard.row_cut for shard in self.linears):
+            raise ValueError(f"workload {self.model}: an elastic plan moves columns, so no linear of it is cut by rows")
         if self.kv_tokens is not None and self.kv_tokens < self.max_context:
             raise ValueError(
                 f"workload {self.model}: kv_tokens is {self.kv_tokens}, less than one sequence of max_context "

@@ -34,6 +34,7 @@ def toy_workload(
     page_size: int = 4,
     prefill_chunk: int = 16,
     kv_dtype: str | None = None,
+    paired: bool = False,
 ) -> Workload:
     """The workload of a toy checkpoint with small pages and chunks, so that boundaries fall inside short prompts."""
     config = ModelConfig.from_dir(path)
@@ -46,6 +47,7 @@ def toy_workload(
         page_size=page_size,
         prefill_chunk=prefill_chunk,
         kv_dtype=kv_dtype,
+        paired=paired,
     )
 
 

@@ -102,6 +102,38 @@ def test_every_shape_of_plan_is_right_and_without_a_race(runs, gpu, stream, gpu_
     assert nmse(actual, run.logits) <= LIMIT
 
 
+@pytest.mark.parametrize("handover", ["events", "flags"])
+def test_a_paired_plan_is_right_and_without_a_race(tmp_path: Path, handover: str) -> None:
+    """Heads and neurons half on the GPU and half on the CPU, the boundaries of one layer's rows a unit apart."""
+    shape = {"layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "intermediate": 192}
+    run = one_device_run(make_checkpoint(tmp_path, "llama", **shape), "fp32", tokens=22, prompt_tokens=18)
+    workload = toy_workload(run.path, page_size=4, prefill_chunk=8, max_batch=1, paired=True)
+    plan = uniform_plan(workload, gpu=0.5, stream=0.0, gpu_groups=1)
+    linears = [replace(linear, gpu_units=2) if linear.name == "layers.1.down" else linear for linear in plan.linears]
+    with simulated(run.path, emulated_plan(workload, linears, plan.kv), handover) as engine:
+        actual = run_logits(engine, run.token_ids, run.prompt_tokens)
+
+    assert nmse(actual, run.logits) <= LIMIT
+
+
+def test_a_move_to_another_plan_is_right_and_without_a_race(runs) -> None:
+    """Weights, cache and ring move between two tokens, down and up again."""
+    run = runs()
+    workload = replace(toy_workload(run.path, page_size=4, prefill_chunk=8, max_batch=1), elastic=True)
+    large, small = (
+        uniform_plan(workload, gpu, 0.3, 1, tokens)
+        for gpu, tokens in ((0.6, workload.min_gpu_tokens + 8), (0.2, workload.min_gpu_tokens))
+    )
+    with simulated(run.path, large) as engine:
+        sequence = engine.kv_cache.open()
+        rows = [engine.prefill_logits(sequence, run.token_ids[start : start + 8]) for start in (0, 8)]
+        for index, token_id in enumerate(run.token_ids[16:]):
+            engine.move((small, large)[index % 2])
+            rows.append(engine.decode_step([sequence], [token_id]).clone())
+
+    assert nmse(torch.cat(rows), run.logits) <= LIMIT
+
+
 def waits(run: Callable[[], object], leave_out: int | None = None) -> list[str]:
     """Names of the waits of a run in their order; the one numbered `leave_out` does nothing."""
     seen: list[str] = []
