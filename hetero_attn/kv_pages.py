@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from cpu_kernels import advise_huge_pages, kv_layout
+from hetero_attn.devices import Device
 from hetero_attn.errors import MemoryBudgetError
 
 if TYPE_CHECKING:
     from hetero_attn.prefix_tree import Node
 
-Allocate = Callable[[tuple[int, ...], torch.dtype, str], torch.Tensor]
-Release = Callable[[torch.Tensor, str], None]
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "q8": torch.int8, "q4": torch.uint8}
 
 
@@ -24,10 +22,6 @@ def host_empty(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.T
     pages = torch.empty(shape, dtype=dtype)
     advise_huge_pages(pages)
     return pages
-
-
-def host_release(tensor: torch.Tensor, kind: str) -> None:
-    """Nothing to count: host memory goes back with its last reference."""
 
 
 @dataclass(slots=True, eq=False)
@@ -51,13 +45,12 @@ class PagedStore:
 
     k[i], v[i]: [num_pages * groups, page_size, row_items] of the run's i-th layer, laid out as cpu_kernels.kv_layout
     says for the KV dtype; page p of group g is row p * groups + g. table: int32 [max_batch, groups, pages of
-    max_context] in host memory, the row number of each logical page.
+    max_context] in host memory, the row number of each logical page. device: whose memory, None for host memory.
     """
 
     def __init__(
         self,
-        allocate: Allocate,
-        release: Release,
+        device: Device | None,
         *,
         layers: int,
         groups: int,
@@ -72,7 +65,7 @@ class PagedStore:
         self.page_size = page_size
         self.max_batch = max_batch
         self.num_pages = num_pages
-        self._allocate, self._release = allocate, release
+        self._device = device
         self._parked: list[torch.Tensor] | None = None
         self._row_shape = (page_size, kv_layout.row_items(kv_dtype, head_dim))
         self._dtype = TORCH_DTYPES[kv_dtype]
@@ -129,18 +122,38 @@ class PagedStore:
         for index, parked in enumerate(self._parked):
             pages = self._new_pages()
             (self.k if index < layers else self.v).append(pages)
-            pages[: parked.shape[0]].copy_(parked)
+            self._copy(pages[: parked.shape[0]], parked)
+        self._finish_copies()
         self._parked = None
         self._free = list(range(num_pages - 1, len(used) - 1, -1))
 
     def _park(self, used: list[int]) -> None:
         """Move the used pages of every layer to host memory and give the store's memory back."""
         if self._parked is None:
-            rows = [row for page in used for row in range(page * self.groups, (page + 1) * self.groups)]
-            self._parked = [pages.cpu()[rows] for pages in (*self.k, *self.v)]
-        for pages in (*self.k, *self.v):
-            self._release(pages, "kv")
+            parked = [self._in_host_memory(pages, used) for pages in (*self.k, *self.v)]
+            self._finish_copies()
+            self._parked = parked
+        if self._device is not None:
+            for pages in (*self.k, *self.v):
+                self._device.release(pages, "kv")
         self.k, self.v = [], []
 
+    def _in_host_memory(self, pages: torch.Tensor, used: list[int]) -> torch.Tensor:
+        parked = torch.empty((len(used) * self.groups, *self._row_shape), dtype=self._dtype)
+        for number, page in enumerate(used):
+            self._copy(parked[self.page_rows(number)], pages[self.page_rows(page)])
+        return parked
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        if self._device is None:
+            target.copy_(source)
+        elif source.numel():
+            self._device.copy(target, source, self._device.compute)
+
+    def _finish_copies(self) -> None:
+        if self._device is not None:
+            self._device.synchronize(self._device.record(self._device.compute))
+
     def _new_pages(self) -> torch.Tensor:
-        return self._allocate((self.num_pages * self.groups, *self._row_shape), self._dtype, "kv")
+        allocate = host_empty if self._device is None else self._device.empty
+        return allocate((self.num_pages * self.groups, *self._row_shape), self._dtype, "kv")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from hetero_attn.devices import Device
 from hetero_attn.errors import MemoryBudgetError
-from hetero_attn.kv_pages import Page, PagedStore, host_empty, host_release
+from hetero_attn.kv_pages import Page, PagedStore
 from hetero_attn.page_moves import PageMoves
 from placement.memory import kv_recent_tokens, kv_spilled_tokens
 from placement.plan import Plan
@@ -52,12 +52,11 @@ class LayerGroup:
         self._boundary = [0] * plan.max_batch  # in pages
         self.idle: dict[Page, None] = {}
 
-        def store(groups: int, tokens: int, allocate=host_empty, release=host_release) -> PagedStore | None:
+        def store(groups: int, tokens: int, device: Device | None = None) -> PagedStore | None:
             if groups == 0 or tokens == 0:
                 return None
             return PagedStore(
-                allocate,
-                release,
+                device,
                 layers=len(layers),
                 groups=groups,
                 num_pages=tokens // plan.page_size,
@@ -70,7 +69,7 @@ class LayerGroup:
 
         recent, spilled = (f(workload, shard, placement.gpu_tokens) for f in (kv_recent_tokens, kv_spilled_tokens))
         self.host = store(shard.groups - self.gpu_groups, workload.layer_tokens(shard))
-        self.recent = None if device is None else store(self.gpu_groups, recent, device.empty, device.release)
+        self.recent = None if device is None else store(self.gpu_groups, recent, device)
         self.spilled = store(self.gpu_groups, spilled)
 
     @property
