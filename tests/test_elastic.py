@@ -74,7 +74,6 @@ def test_a_resize_changes_the_cuts_and_not_the_logits(path):
             assert_counts_are_true(llm)
 
             assert nmse(llm.logits(token_ids), expected) <= 1e-11
-            assert (plan.memory.gpu_bytes < before.memory.gpu_bytes) == (budget != LARGE)
             assert budget == LARGE or plan.linears != before.linears
 
 
