@@ -138,8 +138,11 @@ def measure(
             if gen_tokens:
                 rows.append(bench.row(f"tg{gen_tokens}", gen_tokens, bench.decode, repetitions, "decode"))
     plan = planned.plan
+    device = plan.device
+    if engine.lanes.device is not None:
+        device = f"{device} (hand-over: {engine.lanes.handover.name})"
     return BenchReport(
-        plan.model, plan.workload.weight_dtype, plan.device, plan.num_threads, planned.hardware.name, tuple(rows)
+        plan.model, plan.workload.weight_dtype, device, plan.num_threads, planned.hardware.name, tuple(rows)
     )
 
 

@@ -37,7 +37,8 @@ class LLM:
     (auto: fp32 beside fp32 weights, else bf16). elastic keeps a copy in DRAM of what is in GPU memory, so that
     `resize` works and the cache may take GPU memory from the weights as it grows. kv_tokens: tokens that the cache holds
     for all sequences together, None is max_context for each. prefix_cache keeps what was computed, as long as nobody
-    needs its memory, for prompts that begin alike. overlap=False runs the lanes one after another. progress shows a bar
+    needs its memory, for prompts that begin alike. handover: how GPU and CPU lane wait for each other, auto |
+    events | flags | graph. overlap=False runs the lanes one after another. progress shows a bar
     while loading.
 
     Thread-safe: calls from several threads take turns, step by step, and decode together. Close it, or use it as a
