@@ -126,6 +126,17 @@ def kv_dram_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) ->
     return (spilled + owned) * shard.bytes_per_token
 
 
+def kv_bytes_at(workload: Workload, kv: Sequence[KvPlacement], context: int) -> tuple[int, int]:
+    """What one sequence of `context` tokens takes of the cache: bytes in (GPU memory, DRAM), in whole pages."""
+    gpu = dram = 0
+    for shard, placement in zip(workload.kv, kv, strict=True):
+        tokens = min(round_up(context, workload.page_size), workload.sequence_tokens(shard))
+        near = min(tokens, kv_recent_tokens(workload, shard, placement.gpu_tokens))
+        gpu += placement.gpu_groups * near * shard.bytes_per_token
+        dram += (placement.groups * tokens - placement.gpu_groups * near) * shard.bytes_per_token
+    return gpu, dram
+
+
 def kv_staging_pages(workload: Workload) -> int:
     """Pages of older tokens that are copied to the GPU at a time, for a prompt's chunk to attend."""
     return max(1, workload.prefill_chunk // (KV_BLOCKS_PER_CHUNK * workload.page_size))

@@ -13,6 +13,7 @@ from placement.memory import (
     KvPlacement,
     LinearPlacement,
     MemoryReport,
+    kv_bytes_at,
     memory_report,
     staging_piece_units,
     staging_slot_bytes,
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 DEVICES = ("cpu", "cuda", "emulated")
+CURVE_CONTEXTS = (128, 512, 2048, 8192, 32768, 131072)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,11 @@ class Plan:
         """Bytes of one staging slot in GPU memory."""
         return staging_slot_bytes(self.workload.linears, self.linears)
 
+    def kv_by_context(self) -> list[tuple[int, int, int]]:
+        """What one sequence takes of the cache as it grows: (context, bytes in GPU memory, bytes in DRAM)."""
+        contexts = sorted({context for context in CURVE_CONTEXTS if context < self.max_context} | {self.max_context})
+        return [(context, *kv_bytes_at(self.workload, self.kv, context)) for context in contexts]
+
     def linear(self, name: str) -> LinearPlacement:
         """Placement of the linear called `name`; KeyError if there is none."""
         return _named(self.linears, name)
@@ -205,6 +212,10 @@ class Plan:
                 for p in self.kv
             ],
             "memory": self.memory.to_dict(),
+            "kv_by_context": [
+                {"context": context, "gpu_bytes": gpu, "dram_bytes": dram}
+                for context, gpu, dram in self.kv_by_context()
+            ],
             "predicted": self.predicted.to_dict() if self.predicted else None,
         }
 

@@ -8,14 +8,13 @@ from placement.decisions import Budgets
 from placement.hardware import HardwareProfile
 from placement.memory import activation_bytes, gpu_resident_bytes
 from placement.objective import objective_s, reference_batch, reference_calls, reference_context, reference_prompt
-from placement.plan import DEVICES, Plan, Prediction, build_plan
+from placement.plan import CURVE_CONTEXTS, DEVICES, Plan, Prediction, build_plan
 from placement.policy import Policy
 from placement.search import Candidate, Problem, candidates, complete, fixed_candidate, least_bytes
 from placement.units import format_bytes
 from placement.workload import Workload
 
 DEFAULT_STAGING_SLOTS = 4
-CURVE_CONTEXTS = (128, 512, 2048, 8192, 32768, 131072)
 
 
 class BudgetError(ValueError):

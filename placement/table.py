@@ -26,10 +26,21 @@ def plan_table(plan: Plan, width: int) -> str:
     )
     console.print(_placements(plan))
     console.print(_memory(plan))
+    console.print(kv_line(plan), highlight=False)
     if plan.predicted is not None:
         for line in prediction_lines(plan.predicted):
             console.print(line, highlight=False)
     return console.file.getvalue()
+
+
+def kv_line(plan: Plan) -> str:
+    """What one sequence takes of the cache as it grows, in GPU memory and in DRAM."""
+    sizes = (
+        f"{context}: " + (f"{format_bytes(gpu)} + {format_bytes(dram)}" if plan.device != "cpu" else format_bytes(dram))
+        for context, gpu, dram in plan.kv_by_context()
+    )
+    places = "DRAM" if plan.device == "cpu" else "GPU memory + DRAM"
+    return f"KV cache of one sequence by context, {places}: {', '.join(sizes)}"
 
 
 def prediction_lines(predicted: Prediction) -> list[str]:

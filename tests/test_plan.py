@@ -130,6 +130,19 @@ def test_a_window_layer_holds_its_window_a_chunk_and_a_page_of_each_sequence():
     assert 0 == kv_dram_bytes(workload, windowed, placement)
 
 
+def test_a_plan_says_what_a_context_costs():
+    """Two groups of two, one of them the GPU's with 64 tokens: what is older and the other group's are in DRAM."""
+    plan = plan_of(tiny(context=512, windows=(0, 0, 0, 40)), groups=1)
+    token = plan.workload.kv[0].bytes_per_token
+
+    costs = {context: (gpu // token, dram // token) for context, gpu, dram in plan.kv_by_context()}
+    assert {128, 512} == set(costs)
+    assert (4 * 64, 3 * (128 + 64) + 96 + 32) == costs[128]
+    assert (4 * 64, 3 * (512 + 448) + 96 + 32) == costs[512]
+    assert "KV cache of one sequence by context, GPU memory + DRAM: 128: " in plan.table(400)
+    assert plan.to_dict()["kv_by_context"][1]["context"] == 512
+
+
 def test_sequences_may_share_fewer_slots_than_their_contexts_take():
     workload = replace(tiny(batch=3), kv_tokens=200)
 

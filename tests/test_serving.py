@@ -134,6 +134,25 @@ def test_a_long_prompt_can_be_given_up_at_any_chunk_and_goes_on_later(path):
         assert (output.token_ids, output.metrics.cached_prompt_tokens) == (expected, 48)
 
 
+def test_a_prompt_of_thousands_of_tokens_needs_no_more_activations_than_a_short_one(tmp_path):
+    """Progress after every chunk, the next chunk's memory that of the last; the plan counts it for any length."""
+    shape = {"layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "hidden": 32, "intermediate": 32}
+    long = make_checkpoint(tmp_path, "llama", max_position_embeddings=8256, **shape)
+    prompt = [4 + position * 7919 % 300 for position in range(8192)]
+    short_plan = plan_model(long, Policy(prefill_chunk=512), device="cpu", max_context=512, max_batch=1)
+    with LLM(
+        long, device="cpu", policy=Policy(prefill_chunk=512), max_context=8256, max_batch=1, progress=False
+    ) as llm:
+        request, computed = llm.add(prompt, GREEDY), []
+        while request.finish_reason is None:
+            llm.step()
+            computed.append(request.computed)
+
+        assert computed[:17] == [*range(512, 8193, 512), 8192]
+        assert llm.plan.memory.host["activations"] == short_plan.memory.host["activations"]
+        assert request.output().metrics.generated_tokens == 8
+
+
 def test_throughput_plans_for_more_sequences_in_the_same_cache(path):
     latency, throughput = (
         plan_model(path, Policy(objective=objective), device="emulated", gpu_memory="4MiB", max_context=128)
