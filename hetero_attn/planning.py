@@ -10,7 +10,7 @@ from hetero_attn.checkpoint import Checkpoint
 from hetero_attn.config import ModelConfig
 from hetero_attn.errors import ConfigError, MemoryBudgetError, UnsupportedModelError, nearest
 from hetero_attn.hub import resolve_model
-from hetero_attn.profiles import stored_profile
+from hetero_attn.profiles import current_profile
 from hetero_attn.weights import build_workload, natural_kv_dtype
 from placement import BudgetError, HardwareProfile, Plan, Policy, make_plan
 from placement.memory import activation_bytes
@@ -147,8 +147,8 @@ def machine_profile(device: str) -> HardwareProfile:
     if device.startswith("cuda"):
         from hetero_attn.devices.machine import device_index, gpu_profile
 
-        return gpu_profile(device_index(device), stored_profile()).with_threads(threads)
-    return stored_profile() or HardwareProfile.named("generic-cpu").with_threads(threads)
+        return gpu_profile(device_index(device), current_profile()).with_threads(threads)
+    return current_profile() or HardwareProfile.named("generic-cpu").with_threads(threads)
 
 
 def choose_weight_dtype(dtype: str, config: ModelConfig, path: Path) -> str:

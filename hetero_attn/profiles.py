@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,12 +20,16 @@ def profile_machine(on_progress: Callable[[str], None] = lambda what: None, save
 
     on_progress(what) is called before each measurement. save=False leaves the kept profile alone.
     """
+    import torch
+
     from hetero_attn.runtime_profile import with_runtime_costs
     from placement.profiler import measure
 
-    profile = measure(default_threads(physical_cpus()), host_memory_bytes(), on_progress)
+    profile, device = measure(default_threads(physical_cpus()), host_memory_bytes(), on_progress), "cpu"
+    if torch.cuda.is_available():
+        profile, device = _with_gpu(profile, on_progress), "cuda"
     on_progress("Python and hand-overs")
-    profile = with_runtime_costs(profile, "cpu")
+    profile = with_runtime_costs(profile, device)
     if save:
         path = profile_path()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,6 +37,13 @@ def profile_machine(on_progress: Callable[[str], None] = lambda what: None, save
         temporary.write_text(profile.to_json() + "\n")
         temporary.replace(path)
     return profile
+
+
+def _with_gpu(profile: HardwareProfile, on_progress: Callable[[str], None]) -> HardwareProfile:
+    import gpu_kernels
+    from placement.gpu_profiler import TorchGpu, measure_gpu
+
+    return measure_gpu(TorchGpu(gpu_kernels), profile, on_progress)
 
 
 def stored_profile() -> HardwareProfile | None:
@@ -43,6 +55,19 @@ def stored_profile() -> HardwareProfile | None:
     except (OSError, ValueError):
         return None
     return profile if profile.fingerprint == machine_fingerprint(default_threads(physical_cpus())) else None
+
+
+def current_profile() -> HardwareProfile | None:
+    """The kept profile; one that is damaged, stale or of another machine is measured again, which takes some seconds.
+
+    None when none was ever kept: nothing is measured that nobody asked for.
+    """
+    profile = stored_profile()
+    if profile is None and profile_path().exists():
+        message = "the kept profile is damaged or of another machine or version: measuring this machine again"
+        warnings.warn(message, stacklevel=3)
+        profile = profile_machine()
+    return profile
 
 
 def profile_path() -> Path:

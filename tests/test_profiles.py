@@ -84,6 +84,20 @@ def test_a_damaged_profile_is_not_used(measured, text):
     assert profiles.stored_profile() is None
 
 
+def test_a_stale_profile_is_measured_again_and_a_missing_one_is_not(measured, monkeypatch):
+    profile, _ = measured
+    made = []
+    monkeypatch.setattr(profiles, "profile_machine", lambda: made.append(1) or profile)
+    assert profiles.current_profile() == profile and not made
+
+    profiles.profile_path().write_text(replace(profile, fingerprint=(("torch", "0.1"),)).to_json())
+    with pytest.warns(UserWarning, match="of another machine or version: measuring this machine again"):
+        assert profiles.current_profile() is profile
+    profiles.profile_path().unlink()
+
+    assert profiles.current_profile() is None and [1] == made
+
+
 def test_without_a_profile_plans_use_the_catalogue(monkeypatch, tmp_path):
     monkeypatch.setattr(profiles, "profile_path", lambda: tmp_path / "none.json")
     from hetero_attn.planning import machine_profile

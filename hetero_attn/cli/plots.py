@@ -71,7 +71,7 @@ def plot_plan(plan: Plan, file: Path) -> None:
 
 
 def plot_profile(profile: HardwareProfile, file: Path) -> None:
-    """Draw bandwidths and many-row rates, one bar each, on logarithmic axes."""
+    """Draw bandwidths and many-row rates, one bar each, and what was measured by threads, token rows and copy size."""
     bandwidth = {"DRAM read": profile.dram_bytes_per_s}
     rates = {}
     for dtype in DTYPES:
@@ -82,9 +82,40 @@ def plot_profile(profile: HardwareProfile, file: Path) -> None:
         bandwidth |= {"copy to GPU": profile.h2d_bytes_per_s, "copy from GPU": profile.d2h_bytes_per_s,
                       "GPU memory": profile.gpu_bytes_per_s}
         rates |= {f"GPU {dtype}": profile.gpu_flops.of(dtype) for dtype in DTYPES}
-    with figure_in(file, 2) as (left, right):
+    drawers = [_draw_threads] * bool(profile.thread_sweep) + [_draw_rows] * bool(profile.cpu_rows)
+    drawers += [_draw_copies] * bool(profile.copies)
+    with figure_in(file, 2 + len(drawers)) as (left, right, *others):
         _bars(left, bandwidth, f"{profile.name}: bytes", "GB/s")
         _bars(right, rates, "many rows: operations", "Gop/s")
+        for draw, axis in zip(drawers, others, strict=True):
+            draw(axis, profile)
+
+
+def _draw_threads(axis: Any, profile: HardwareProfile) -> None:
+    threads = [rate.threads for rate in profile.thread_sweep]
+    for name in ("linear", "sweep"):
+        values = [getattr(rate, f"{name}_bytes_per_s") / 1e9 for rate in profile.thread_sweep]
+        axis.plot(threads, values, marker="o", label={"linear": "q4 linear, one row", "sweep": "plain read"}[name])
+    axis.axvline(profile.cores, linestyle=":", color="grey")
+    axis.set(title=f"threads: {profile.cores} used", xlabel="threads", ylabel="GB/s", xticks=threads, ylim=(0, None))
+    axis.legend()
+
+
+def _draw_rows(axis: Any, profile: HardwareProfile) -> None:
+    for side, rates, style in (("CPU", profile.cpu_rows, "-"), ("GPU", profile.gpu_rows, "--")):
+        for dtype in DTYPES if rates else ():
+            values = [rate.ops_per_s.of(dtype) / 1e9 for rate in rates]
+            axis.plot([rate.rows for rate in rates], values, style, marker=".", label=f"{side} {dtype}")
+    axis.set(title="linears by token rows", xlabel="rows", ylabel="Gop/s", xscale="log", yscale="log")
+    axis.legend(fontsize="small")
+
+
+def _draw_copies(axis: Any, profile: HardwareProfile) -> None:
+    for name in ("h2d_pinned", "d2h_pinned", "h2d_pageable", "d2h_pageable"):
+        values = [getattr(rate, name) / 1e9 for rate in profile.copies]
+        axis.plot([rate.size_bytes / 2**20 for rate in profile.copies], values, marker="o", label=name.replace("_", " "))
+    axis.set(title="copies over the bus", xlabel="MiB", ylabel="GB/s", xscale="log", ylim=(0, None))
+    axis.legend()
 
 
 def _bars(axis: Any, values: dict[str, float], title: str, unit: str) -> None:
