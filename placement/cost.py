@@ -10,6 +10,9 @@ bound the whole pass and not single steps; CPU kernels and copies drain the same
              T_pcie(layers) + max(cpu_head, gpu_head),    nothing streamed is left to hide the head behind
              T_dram = (streamed + computed-in-place bytes + KV read by the CPU) / B_dram )
 
+A `paired` layer cuts o and down by rows of the weight, to follow the heads and neurons of qkv and gate_up: a block is then
+one step of max(cpu, gpu) with one hand-over, rows in and the partial sum back, two hand-overs a layer instead of four.
+
 All coefficients are linear in units, groups and bytes, so the planner optimises exactly what is predicted here.
 """
 
@@ -25,6 +28,8 @@ from placement.rates import AttentionRate, nearest_attention, seconds_per_operat
 from placement.workload import KvShard, LinearShard, Workload, row_tier
 
 BYTES_PER_ACTIVATION = 4
+BLOCKS = {"qkv": "attention", "o": "attention", "gate_up": "mlp", "down": "mlp", "head": "head"}
+Block = tuple[int | None, str]
 # Two norms, rotary embedding with the KV append, the gated activation; on a GPU also adding what the CPU computed.
 SMALL_CALLS_PER_LAYER_ON_CPU = 4
 SMALL_CALLS_PER_LAYER_ON_GPU = 5
@@ -247,13 +252,22 @@ def pass_cost(
     tally.lanes["steps"] = tally.lanes["gpu" if on_gpu else "cpu"] = tally.terms["small_ops"] = small
     tally.terms["step"] = step
     cpu_qkv_units: dict[int | None, int] = {}
+    paired = {(shard.layer, BLOCKS[shard.kind]) for shard in workload.linears if shard.row_cut}
     for shard, placement in zip(workload.linears, linears, strict=True):
         if shard.kind != "head" or with_head:
-            cpu_units = _add_linear(tally, shard, placement, workload, hardware, call)
+            block = (shard.layer, BLOCKS[shard.kind])
+            cpu_units = _add_linear(
+                tally, shard, placement, workload, hardware, call, block if block in paired else None
+            )
             if shard.kind == "qkv":
                 cpu_qkv_units[shard.layer] = cpu_units
     for kv_shard, kv_placement in zip(workload.kv, kv, strict=True):
-        _add_attention(tally, kv_shard, kv_placement, cpu_qkv_units.get(kv_shard.layer, 0), workload, hardware, call)
+        block = (kv_shard.layer, BLOCKS["qkv"])
+        cpu_units = cpu_qkv_units.get(kv_shard.layer, 0)
+        _add_attention(
+            tally, kv_shard, kv_placement, cpu_units, workload, hardware, call, block if block in paired else None
+        )
+    tally.end_blocks()
     lanes = tally.lanes
     if lanes["cpu"]:
         lanes["cpu"] += (1 - hardware.cpu_slowdown_while_copying) * lanes["pcie"]
@@ -269,16 +283,31 @@ class _Tally:
         self.terms = dict.fromkeys(TERMS, 0.0)
         self.before_head_s = 0.0
         self.head_s = 0.0
+        self._blocks: dict[Block, list[float]] = {}
 
-    def add_step(self, kind: str, cpu_s: float, gpu_s: float, handovers_s: float, launch_s: float) -> None:
-        """Both lanes side by side, then the hand-overs. kind: linears | attention."""
+    def add_step(
+        self, kind: str, cpu_s: float, gpu_s: float, handovers_s: float, launch_s: float, block: Block | None = None
+    ) -> None:
+        """Both lanes side by side, then the hand-overs. kind: linears | attention. block: of which this is a part; its
+        lanes meet at its end only."""
         own = 0.0 if self.on_gpu else launch_s
-        self.lanes["steps"] += max(cpu_s, gpu_s) + handovers_s + launch_s
+        self.lanes["steps"] += handovers_s + launch_s
+        if block is None:
+            self.lanes["steps"] += max(cpu_s, gpu_s)
+        else:
+            sums = self._blocks.setdefault(block, [0.0, 0.0])
+            sums[0] += cpu_s
+            sums[1] += gpu_s
         self.lanes["cpu"] += cpu_s + own
         self.lanes["gpu"] += gpu_s + (launch_s - own)
         self.terms[f"cpu_{kind}"] += cpu_s + own
         self.terms[f"gpu_{kind}"] += gpu_s + (launch_s - own)
         self.terms["handovers"] += handovers_s
+
+    def end_blocks(self) -> None:
+        """Add the slower lane of every block."""
+        self.lanes["steps"] += sum(max(sums) for sums in self._blocks.values())
+        self._blocks.clear()
 
 
 def _add_linear(
@@ -288,6 +317,7 @@ def _add_linear(
     workload: Workload,
     hardware: HardwareProfile,
     call: Call,
+    block: Block | None,
 ) -> int:
     """Add one linear; returns the units that the CPU computes."""
     rows = call.sequences if shard.kind == "head" else call.rows
@@ -296,7 +326,12 @@ def _add_linear(
     cost = linear_cost(shard, rows, workload.weight_dtype, hardware, tally.on_gpu, call_s)
     gpu_s = (home + streamed) * cost.gpu_s_per_unit if home + streamed else 0.0
     cpu_s, handover = on_cpu * cost.cpu_s_per_unit, cost.handover_s * (on_cpu > 0)
-    tally.add_step("linears", cpu_s, gpu_s, handover, cost.launch_s)
+    if block is not None and tally.on_gpu:
+        # Within a paired block only rows go in, before its first linear, and a whole partial sum comes out of its last.
+        cpu_s = on_cpu * cpu_linear_s_per_unit(shard, rows, workload.weight_dtype, hardware)
+        back = rows * shard.out_features * BYTES_PER_ACTIVATION / hardware.h2d_bytes_per_s
+        handover = (back if shard.row_cut else cost.handover_s) * (on_cpu > 0)
+    tally.add_step("linears", cpu_s, gpu_s, handover, cost.launch_s, block)
     if shard.kind == "head":
         tally.head_s = max(cpu_s, gpu_s) + handover + cost.launch_s
     from_dram = streamed + on_cpu + (home if hardware.unified_memory else 0)
@@ -317,6 +352,7 @@ def _add_attention(
     workload: Workload,
     hardware: HardwareProfile,
     call: Call,
+    block: Block | None,
 ) -> None:
     """Add one layer's attention."""
     cost = attention_cost(shard, call, placement.gpu_tokens, workload, hardware, tally.on_gpu)
@@ -324,7 +360,7 @@ def _add_attention(
     handovers = attention_handovers(cpu_qkv_units, on_gpu_groups, shard.groups, cost.spilled_s_per_group > 0)
     cpu_s = on_cpu_groups * cost.cpu_s_per_group + on_gpu_groups * cost.spilled_s_per_group
     gpu_s = on_gpu_groups * cost.gpu_s_per_group
-    tally.add_step("attention", cpu_s, gpu_s, handovers * cost.handover_s, cost.launch_s)
+    tally.add_step("attention", cpu_s, gpu_s, handovers * cost.handover_s, cost.launch_s, block)
     read = on_cpu_groups * cost.dram_bytes_per_group + on_gpu_groups * cost.spilled_bytes_per_group
     tally.lanes["dram"] += read / hardware.dram_bytes_per_s
     streamed_s = on_gpu_groups * cost.streamed_bytes_per_group / hardware.h2d_bytes_per_s if on_gpu_groups else 0.0

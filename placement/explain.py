@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from placement.baselines import largest_layer_split, layer_split
+from placement.baselines import largest_layer_split, layer_split, paired
+from placement.constraints import PAIRED_PLANS
 from placement.cost import predict
 from placement.hardware import HardwareProfile
 from placement.phase_cost import RESOURCE_WORDS, PhaseCost
@@ -58,17 +59,16 @@ class Explanation:
         lines = [self.bottleneck, *self.notes]
         width = max((len(estimate.label) for estimate in (*self.gains, *self.alternatives)), default=0)
         if self.gains:
-            lines.append("what would help (predicted after planning again):")
+            lines.append("what more hardware would bring, planned again:")
             lines += [f"  {gain.label:{width}s}  {_change(gain, decode, prefill)}" for gain in self.gains]
         if self.alternatives:
-            lines.append("alternatives rejected:")
+            lines.append("alternatives that were weighed and rejected:")
             lines += [f"  {other.label:{width}s}  {_change(other, decode, prefill)}" for other in self.alternatives]
         return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, the plan included."""
-        return {
-            "plan": self.plan.to_dict(),
+        """Plain values for JSON: those of the plan, and beside them why."""
+        return self.plan.to_dict() | {
             "bottleneck": self.bottleneck,
             "notes": list(self.notes),
             "gains": [gain.to_dict() for gain in self.gains],
@@ -113,12 +113,17 @@ def bottleneck(decode: PhaseCost, prefill: PhaseCost) -> str:
 
 
 def _busy(cost: PhaseCost) -> str:
-    idle = cost.slack
-    others = ", ".join(
-        f"{RESOURCE_WORDS[name]} {1 - share:.0%}" for name, share in idle.items() if name != cost.binding and share < 1
-    )
-    share = f" ({1 - idle[cost.binding]:.0%} busy" if cost.binding in idle else " (hand-overs count"
-    return f"{RESOURCE_WORDS[cost.binding]}{share}{'; ' + others if others else ''})"
+    """The binding resource, and how much of the time it and the others are at work."""
+    terms, idle = dict(cost.terms), cost.slack
+    shares = {name: 1 - share for name, share in idle.items() if name != cost.binding and share < 0.995}
+    if cost.binding == "python":
+        own = f"{terms['step'] / cost.seconds:.0%} of the time"
+    elif cost.binding == "steps":
+        own = f"hand-overs alone {terms.get('handovers', 0.0) / cost.seconds:.0%} of the time"
+    else:
+        own = f"{1 - idle[cost.binding]:.0%} busy"
+    others = ", ".join(f"{RESOURCE_WORDS[name]} {share:.0%}" for name, share in shares.items())
+    return f"{RESOURCE_WORDS[cost.binding]} ({own}{'; ' + others if others else ''})"
 
 
 def _everything_bytes(workload: Workload, hardware: HardwareProfile, policy: Policy, device: str) -> int:
@@ -154,13 +159,20 @@ def _alternatives(
     workload: Workload, hardware: HardwareProfile, policy: Policy, plan: Plan, found: list[Candidate]
 ) -> Iterator[Estimate]:
     machine = hardware if hardware.cores == plan.num_threads else hardware.with_threads(plan.num_threads)
-    for candidate in found[1:3]:
+    for candidate in _nearest(found):
         predicted = predict_plan(replace(plan, linears=candidate.linears, kv=candidate.kv), machine)
         yield Estimate(candidate.label, predicted.decode.tokens_per_s, predicted.prefill.tokens_per_s)
     yield _whole_layers(plan, machine)
+    yield from _paired(plan, machine)
     for name in COMPARED_POLICIES:
         rules = policy.model_copy(update={"rules": Policy.named(name).rules})
         yield _estimate(f"policy {name}", workload, hardware, rules, plan.device, plan.gpu_memory_bytes)
+
+
+def _nearest(found: list[Candidate]) -> list[Candidate]:
+    """Of the candidates that lost, the fastest of each shape, concentrated and spread."""
+    by_shape = {candidate.concentrated: candidate for candidate in reversed(found[1:])}
+    return sorted(by_shape.values(), key=lambda candidate: candidate.seconds)
 
 
 def _whole_layers(plan: Plan, hardware: HardwareProfile) -> Estimate:
@@ -177,7 +189,21 @@ def _whole_layers(plan: Plan, hardware: HardwareProfile) -> Estimate:
     return Estimate(f"{layers} whole layers on the GPU, rest CPU", speed(predicted.decode), speed(predicted.prefill))
 
 
+def _paired(plan: Plan, hardware: HardwareProfile) -> Iterator[Estimate]:
+    """The plan's cuts with two hand-overs a layer; elastic plans move columns and have no such shape."""
+    if plan.workload.elastic:
+        return
+    workload, linears = paired(plan.workload, plan.linears)
+    predicted = predict_plan(replace(plan, workload=workload, linears=linears), hardware)
+    label = "shape paired: two hand-overs a layer" + (" (predicted only)" if not PAIRED_PLANS else "")
+    yield Estimate(label, predicted.decode.tokens_per_s, predicted.prefill.tokens_per_s)
+
+
 def _notes(plan: Plan, hardware: HardwareProfile) -> Iterator[str]:
+    if plan.device == "emulated":
+        yield "This GPU is emulated with invented rates: the figures show how plans behave, they predict no GPU."
+    elif hardware.source != "measured":
+        yield f"The rates of {hardware.name} are {hardware.source} (`hetero-attn profile` measures this machine's)."
     host = plan.memory.host_bytes + plan.memory.pinned_bytes
     if host > hardware.dram_bytes:
         has = format_bytes(hardware.dram_bytes)
@@ -190,7 +216,10 @@ def _notes(plan: Plan, hardware: HardwareProfile) -> Iterator[str]:
 def _change(estimate: Estimate, decode: float, prefill: float) -> str:
     if estimate.decode_tokens_per_s is None:
         return estimate.note
-    return (
-        f"decode {estimate.decode_tokens_per_s:8.1f} tokens/s ({estimate.decode_tokens_per_s / decode - 1:+.0%}), "
-        f"prefill {estimate.prefill_tokens_per_s:8.1f} ({estimate.prefill_tokens_per_s / prefill - 1:+.0%})"
-    )
+    parts = ((estimate.decode_tokens_per_s, decode), (estimate.prefill_tokens_per_s, prefill))
+    decode_text, prefill_text = (f"{value:9.1f} ({_difference(value / planned)})" for value, planned in parts)
+    return f"decode {decode_text}, prefill {prefill_text} tokens/s"
+
+
+def _difference(ratio: float) -> str:
+    return "same" if abs(ratio - 1) < 0.005 else f"{ratio - 1:+.0%}"

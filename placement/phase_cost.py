@@ -24,11 +24,12 @@ TERM_WORDS = {
     "step": "once per step",
 }
 RESOURCE_WORDS = {
-    "steps": "lanes waiting for each other",
+    "steps": "hand-overs and lanes that wait for each other",
     "cpu": "the CPU lane",
     "pcie": "PCIe",
     "dram": "DRAM bandwidth",
     "gpu": "the GPU",
+    "python": "Python around each step",
 }
 
 
@@ -55,10 +56,15 @@ class PhaseCost:
 
     @property
     def binding(self) -> str:
-        """The resource that decides the time: the one that needs longest by itself, or `steps` when waiting decides."""
-        lanes = dict(self.lanes)
+        """The resource that decides the time: the one that needs longest by itself, `steps` when waiting decides, or
+        `python` when most of the time passes between the steps."""
+        lanes, step_s = dict(self.lanes), dict(self.terms).get("step", 0.0)
+        if step_s > 0.5 * self.seconds:
+            return "python"
         alone = max((name for name in lanes if name != "steps"), key=lambda name: lanes[name])
-        return alone if lanes[alone] >= 0.9 * self.seconds else max(alone, "steps", key=lambda name: lanes[name])
+        if lanes[alone] >= 0.9 * (self.seconds - step_s):
+            return alone
+        return max(alone, "steps", key=lambda name: lanes[name])
 
     @property
     def slack(self) -> dict[str, float]:

@@ -204,8 +204,9 @@ class Plan:
                     "units": p.units,
                     "gpu_units": p.gpu_units,
                     "stream_units": dict(zip(ROW_TIER_NAMES, p.stream_units, strict=True)),
+                    "row_cut": s.row_cut,
                 }
-                for p in self.linears
+                for s, p in zip(self.workload.linears, self.linears, strict=True)
             ],
             "kv": [
                 {"name": p.name, "groups": p.groups, "gpu_groups": p.gpu_groups, "gpu_tokens": p.gpu_tokens}

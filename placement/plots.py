@@ -1,28 +1,13 @@
-"""Predicted speed as pictures: against the GPU memory budget and against the context (needs matplotlib)."""
+"""Predicted speed as pictures: against the GPU memory budget and against the context on axes of matplotlib."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 from placement.plan import Plan
 
 
-def plot_predictions(plan: Plan, curve: Sequence[Plan], file: Path | str) -> None:
-    """Draw decode and prefill speed over GPU budgets and decode speed over the context into `file`.
-
-    plan: the one in use, marked on the curve; curve: plans of placement.explain.budget_curve, may be empty (no GPU).
-    Raises ImportError when matplotlib is missing.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4 * (2 if curve else 1), 4.2), layout="constrained")
-    axes = figure.subplots(1, 2 if curve else 1, squeeze=False)[0]
-    if curve:
-        _budget_axis(axes[0], plan, curve)
-    _context_axis(axes[-1], plan)
-    figure.savefig(file, dpi=150)
-
-
-def _budget_axis(axis, plan: Plan, curve: Sequence[Plan]) -> None:
+def draw_budgets(axis: Any, plan: Plan, curve: Sequence[Plan]) -> None:
+    """Decode and prefill speed over GPU budgets; curve: of placement.explain.budget_curve, the plan's own budget marked."""
     gib = [other.gpu_memory_bytes / 2**30 for other in curve]
     decode = axis.plot(gib, [other.predicted.decode.tokens_per_s for other in curve], marker="o", label="decode")
     axis.axvline(plan.gpu_memory_bytes / 2**30, linestyle=":", color="grey")
@@ -37,7 +22,8 @@ def _budget_axis(axis, plan: Plan, curve: Sequence[Plan]) -> None:
     axis.legend(handles=[*decode, *prefill], loc="upper left")
 
 
-def _context_axis(axis, plan: Plan) -> None:
+def draw_contexts(axis: Any, plan: Plan) -> None:
+    """Decode speed over the tokens in the cache."""
     costs = plan.predicted.decode_by_context
     axis.plot([cost.context for cost in costs], [cost.tokens_per_s for cost in costs], marker="o")
     axis.set(title="predicted decode speed", xlabel="tokens in the cache", ylabel="tokens/s", xscale="log")

@@ -105,7 +105,8 @@ class Policy(_Strict):
     the cache holds for all sequences together; threads: CPU lane threads; prefill_chunk: rows; staging_slots: slots of
     the streaming ring; kv_dtype: of the cache. elastic: keep a copy in DRAM of what is in GPU memory, so that a loaded model can move to another
     GPU budget. rebalance: let measured lane times move the boundary between streamed and CPU-computed columns, where no
-    rule fixes it.
+    rule fixes it. shape: column cuts every linear by output feature; paired cuts o and down by input feature beside qkv
+    and gate_up, with half the hand-overs.
     """
 
     version: Literal[1] = VERSION
@@ -122,6 +123,7 @@ class Policy(_Strict):
     kv_dtype: KvDtypeField = None
     elastic: bool = False
     rebalance: bool = False
+    shape: Literal["auto", "column", "paired"] = "auto"
     rules: tuple[Rule, ...] = Field(default=(), strict=False)
 
     _source: str = PrivateAttr(default="policy")

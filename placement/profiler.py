@@ -128,7 +128,7 @@ def share_of_sweep(ops: CpuKernels, dtype: str, on_progress: Progress = lambda w
 def turn_by_turn(work: Callable[[], object], yardstick: Callable[[], object]) -> float:
     """Median of the yardstick's time over that of `work`, measured in turns."""
     shares = []
-    for _ in range(REPETITIONS + 1):
+    for _ in range(2 * REPETITIONS + 1):
         times = []
         for call in (yardstick, work):
             started = time.perf_counter()

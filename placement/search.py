@@ -98,11 +98,11 @@ def candidates(problem: Problem) -> list[Candidate]:
             layout = lay_out(classes, solved, tier)
             linears, kv = placements(problem.workload, classes, layout, tokens)
             if all(known.linears != linears or known.kv != kv for known in found):
-                shape = "spread over all layers" if tier is None else f"concentrated for {ROW_TIER_NAMES[tier]} rows"
+                shape = _shape_words(tier)
                 seconds = objective_s(problem.workload, linears, kv, problem.hardware, calls, True)
                 found.append(
                     Candidate(
-                        f"{shape}, {tokens} KV tokens kept on the GPU",
+                        f"{shape}; {tokens} KV tokens in GPU memory",
                         linears,
                         kv,
                         seconds,
@@ -117,6 +117,13 @@ def candidates(problem: Problem) -> list[Candidate]:
             break
     fitting = [candidate for candidate in found if _fits(problem, candidate)]
     return sorted(fitting or found, key=lambda candidate: candidate.seconds)
+
+
+def _shape_words(tier: int | None) -> str:
+    if tier is None:
+        return "CPU work spread over all layers"
+    rows = ROW_TIER_NAMES[tier]
+    return f"CPU work in few whole layers, as is best for {rows} row{'' if rows == '1' else 's'}"
 
 
 def _fits(problem: Problem, candidate: Candidate) -> bool:

@@ -11,6 +11,7 @@ from placement.plan import Group, Plan, Prediction, grouped
 from placement.units import format_bytes
 from placement.workload import NUM_ROW_TIERS
 
+COLUMNS = ("shard", "count", "units", "GPU home", "decode g/s/c", "prefill g/s/c", "GPU bytes", "DRAM bytes")
 PLACE_WORDS = {"gpu": "GPU memory", "pinned": "pinned DRAM", "host": "host DRAM"}
 
 
@@ -47,7 +48,8 @@ def prediction_lines(predicted: Prediction) -> list[str]:
     """Predicted tokens/s of both phases, each with its binding resource, and decode along the context."""
     lines = [f"predicted on {predicted.hardware} ({predicted.objective}):"]
     for cost in (predicted.decode, predicted.prefill):
-        what = f"{cost.rows} sequence(s)" if cost.phase == "decode" else f"{cost.rows} tokens"
+        sequences = "1 sequence" if cost.rows == 1 else f"{cost.rows} sequences"
+        what = sequences if cost.phase == "decode" else f"{cost.rows} tokens"
         lines.append(
             f"  {cost.phase:8s}{cost.tokens_per_s:10.1f} tokens/s  ({what} at context {cost.context}; "
             f"bound by {RESOURCE_WORDS[cost.binding]})"
@@ -60,12 +62,13 @@ def prediction_lines(predicted: Prediction) -> list[str]:
 
 def _placements(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("shard", "count", "units", "GPU home", "decode g/s/c", "prefill g/s/c", "GPU bytes", "DRAM bytes"):
-        table.add_column(name, justify="left" if name == "shard" else "right", no_wrap=True)
-    for group in grouped(plan.workload.linears, plan.linears):
-        table.add_row(*_linear_row(plan, group))
-    for group in grouped(plan.workload.kv, plan.kv):
-        table.add_row(*_kv_row(plan, group))
+    # Without a GPU there is one lane and one home: nothing to say about a cut.
+    shown = (0, 1, 2, 7) if plan.device == "cpu" else range(len(COLUMNS))
+    for index in shown:
+        table.add_column(COLUMNS[index], justify="right" if index else "left", no_wrap=True)
+    rows = [_linear_row(plan, group) for group in grouped(plan.workload.linears, plan.linears)]
+    for row in rows + [_kv_row(plan, group) for group in grouped(plan.workload.kv, plan.kv)]:
+        table.add_row(*(row[index] for index in shown))
     return table
 
 

@@ -174,3 +174,37 @@ def test_the_gpu_script_runs_every_part_on_the_emulated_device_and_keeps_what_it
     assert first[-1]["reason"] == "every part ran"
     assert [row["name"] for row in offload["rows"]] == ["pp16", "tg4", "pp64"]
     assert json.loads((tmp_path / "out" / offload["trace"]).read_text())["traceEvents"]
+
+
+def test_a_paced_device_keeps_the_rates_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queues are clocks: kernels and copies overlap, events order them, and waiting lasts until the work would have ended."""
+    from hetero_attn.devices import EmulatedDriver
+    from placement import HardwareProfile
+
+    driver = load("paced_driver").PacedDriver(HardwareProfile.named("emulated"))
+    compute, copies = driver.stream("compute"), driver.stream("copies")
+    now = compute.ready_at = copies.ready_at = 1e12
+
+    driver.copy(torch.empty(12_000_000, dtype=torch.uint8), torch.empty(12_000_000, dtype=torch.uint8), copies)
+    driver.ops.linear(torch.empty(1, 64), torch.empty(250_000, 1000, dtype=torch.uint8), "q4", None, None)
+    times = [compute.ready_at - now, copies.ready_at - now]
+    driver.wait(compute, driver.record(copies))
+
+    assert times == pytest.approx([1e-3, 1e-3], rel=0.3)
+    assert compute.ready_at >= copies.ready_at
+    public = {name for name in dir(EmulatedDriver) if not name.startswith("_")}
+    assert public - {"ops"} <= {name for name in dir(driver) if not name.startswith("_")}
+
+
+def test_prediction_rows_cover_what_the_table_promises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    script = load("prediction")
+
+    assert len(script.ROWS) >= 12 and len({row.name for row in script.ROWS}) == len(script.ROWS)
+    assert {row.dtype for row in script.ROWS} == {"fp32", "bf16", "q8", "q4"}
+    assert {row.budget is None for row in script.ROWS} == {True, False}
+    figures = [
+        {"phase": phase, "prediction_error": error} for phase in ("decode", "prefill") for error in (-0.3, 0.1, 0.2)
+    ]
+    assert script.medians(figures) == {"decode": 0.2, "prefill": 0.2}
+    assert script.middle([{"prediction_error": error} for error in (0.4, -0.1, 0.1)]) == {"prediction_error": 0.1}

@@ -284,6 +284,12 @@ def test_policy_lint_reports_every_problem_with_its_line(tmp_path: Path) -> None
     assert (machine["valid"], len(machine["problems"])) == (False, 2)
 
 
+def test_policy_schema_is_json_that_knows_every_key() -> None:
+    schema = json.loads(run("policy", "schema").stdout)
+
+    assert {"objective", "gpu_memory", "rebalance", "shape", "rules"} <= set(schema["properties"])
+
+
 def test_policy_show_prints_what_lint_accepts(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("gpu_memory: 2GiB\nrules:\n  - match: layers.*.qkv\n    gpu: 0.5\n    cpu: 0.5\n")
@@ -419,19 +425,20 @@ def test_plan_is_drawn_into_the_format_of_the_file(tmp_path: Path, ending: str, 
 
 
 def test_explanation_says_what_limits_and_what_would_help() -> None:
-    wishes = ("plan", TINY, "--device", "emulated", "--gpu-memory", "12MiB", "--context", "256", "--explain")
+    wishes = ("plan", TINY, "--device", "emulated", "--gpu-memory", "12MiB", "--context", "256")
     text, machine = run(*wishes).stdout, json.loads(run(*wishes, "--json").stdout)
 
     assert "Decoding is bound by" in text
     assert "1 GiB more GPU memory" in text
-    assert {"plan", "bottleneck", "gains"} <= set(machine)
+    assert {"linears", "predicted", "bottleneck", "gains", "alternatives"} <= set(machine)
+    assert "Decoding is bound by" not in run(*wishes, "--no-explain").stdout
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
-def test_curve_over_gpu_memory_is_drawn(tmp_path: Path, device: str) -> None:
+def test_speed_over_gpu_memory_and_context_is_drawn(tmp_path: Path, device: str) -> None:
     file = tmp_path / "curve.png"
     wishes = ("--device", "emulated", "--gpu-memory", "12MiB") if device == "emulated" else ("--device", "cpu")
-    result = run("plan", TINY, *wishes, "--context", "256", "--curve", str(file))
+    result = run("plan", TINY, *wishes, "--context", "256", "--plot", str(file))
 
     assert result.exit_code == 0
     assert file.read_bytes().startswith(b"\x89PNG")

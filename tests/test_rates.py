@@ -6,7 +6,8 @@ import pytest
 from planning_models import llama_8b, tiny
 from test_cost import MACHINE, placed, rates
 
-from placement import HardwareProfile
+from placement import HardwareProfile, Policy, PolicyError, make_plan
+from placement.baselines import paired
 from placement.cost import Call, attention_cost, cpu_linear_s_per_unit, linear_cost, pass_cost, predict, step_s
 from placement.rates import AttentionRate, DtypeRates, RowRate, nearest_attention, seconds_per_operation_of_a_row
 
@@ -153,3 +154,48 @@ def test_a_thread_less_scales_the_tables_too():
     half = machine.with_threads(4)
 
     assert (8e9, 2.0) == (half.cpu_rows[2].ops_per_s.bf16, half.cpu_activation_s.bf16)
+
+
+def test_a_paired_block_hands_over_once_and_meets_once():
+    workload = tiny(layers=1)
+    machine = replace(MACHINE, handover_s=1.0)
+    linears, kv = placed(workload, 0.5, 0.0, groups=1)
+    call = Call(1, 1, 1)
+
+    column = pass_cost(workload, linears, kv, machine, call, True)
+    rows, beside = paired(workload, linears)
+    together = pass_cost(rows, beside, kv, machine, call, True)
+
+    # Four linears of a layer and the head, against two blocks and the head.
+    assert pytest.approx((5.0, 3.0), abs=1e-3) == (column.terms["handovers"], together.terms["handovers"])
+    assert together.seconds < column.seconds
+    assert all(shard.row_cut == (shard.kind in ("o", "down")) for shard in rows.linears)
+    assert rows.weight_bytes == pytest.approx(workload.weight_bytes, rel=0.01)
+
+
+def test_lanes_of_a_paired_block_may_be_uneven_in_its_parts():
+    """The CPU waits in qkv and the GPU in o, or neither: within a block only the sums count."""
+    workload = tiny(layers=1)
+    linears, kv = placed(workload, 0.5, 0.0, groups=1)
+    slow_cpu = replace(MACHINE, cpu_linear_bytes_per_s=rates(1e9), gpu_bytes_per_s=1e9)
+
+    rows, beside = paired(workload, linears)
+
+    cost = pass_cost(rows, beside, kv, slow_cpu, Call(1, 1, 1), True)
+    column = pass_cost(workload, linears, kv, slow_cpu, Call(1, 1, 1), True)
+
+    assert cost.lanes["steps"] <= column.lanes["steps"] * (1 + 1e-9)
+
+
+def test_a_shape_that_the_planner_lacks_is_refused_with_its_place():
+    text = "shape: paired\n"
+    with pytest.raises(PolicyError, match="policy:1:1: shape: paired is predicted but not planned"):
+        make_plan(
+            tiny(), HardwareProfile.named("emulated"), Policy.parse(text), device="emulated", gpu_memory_bytes=2**20
+        )
+
+    for shape in ("auto", "column"):
+        plan = make_plan(
+            tiny(), HardwareProfile.named("emulated"), Policy(shape=shape), device="emulated", gpu_memory_bytes=2**20
+        )
+        assert not any(shard.row_cut for shard in plan.workload.linears)

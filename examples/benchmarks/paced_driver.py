@@ -125,6 +125,10 @@ class PacedDriver:
         """Pretend to page-lock."""
         return True
 
+    def unpin(self, tensor: torch.Tensor) -> bool:
+        """Pretend to undo it."""
+        return True
+
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: PacedStream) -> None:
         """Take the bus's time; both directions have the same rate."""
         size = source.numel() * source.element_size()

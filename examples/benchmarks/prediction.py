@@ -32,6 +32,7 @@ from hetero_attn.engine import Engine
 from hetero_attn.planning import PAGE_TOKENS, PlannedModel, prepare
 from hetero_attn.profiles import host_memory_bytes
 from hetero_attn.runtime_profile import lanes_over, with_runtime_costs
+from placement.cost import predict
 from placement.hardware import WEIGHT_BYTES, HardwareProfile
 from placement.policy import Policy
 from placement.profiler import IN_FEATURES, MANY_WEIGHTS, SWEEP_BYTES, linear_call, packed, seconds, shape
@@ -147,6 +148,7 @@ def turn(row: Row, plan: PlannedModel, engine: Engine, hardware: HardwareProfile
             figure = bench(now, engine, prompt, tokens, (row.depth,), 1).to_dict()["rows"][0]
             others = _others_share(before, _cpu_seconds())
             again = dram_rate(ops)
+            figure |= predicted(row, plan, hardware.as_now((swept + again) / 2, arithmetic), phase, figure)
             if others < DISTURBED and abs(swept / again - 1) < DRIFT:
                 break
         figures[phase] = {
@@ -158,6 +160,19 @@ def turn(row: Row, plan: PlannedModel, engine: Engine, hardware: HardwareProfile
             **figure,
         }
     return figures
+
+
+def predicted(
+    row: Row, plan: PlannedModel, hardware: HardwareProfile, phase: str, figure: dict[str, object]
+) -> dict[str, object]:
+    """The prediction for rates between those before and those after the measurement."""
+    rows, context = (row.prompt, row.depth) if phase == "prefill" else (1, row.depth + row.tokens // 2)
+    made, on_gpu = plan.plan, row.budget is not None
+    cost = predict(
+        made.workload, made.linears, made.kv, hardware, phase=phase, rows=rows, context=context, on_gpu=on_gpu
+    )
+    error = cost.tokens_per_s / figure["tokens_per_s"] - 1
+    return {"predicted_tokens_per_s": cost.tokens_per_s, "prediction_error": error}
 
 
 def middle(figures: list[dict[str, object]]) -> dict[str, object]:

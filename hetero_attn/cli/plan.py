@@ -27,9 +27,10 @@ def plan(
     device: options.Device = "auto",
     context: options.Context = None,
     threads: options.Threads = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Say what limits the plan and what would help.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw where weights are into this PNG, SVG or PDF file.")] = None,
-    curve: Annotated[Path | None, typer.Option(help="Draw predicted speed over GPU memory into this file.")] = None,
+    explain: Annotated[bool, typer.Option(help="Say what limits the plan, what would help, what was rejected.")] = True,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw weights by lane, speed over GPU memory and over context: PNG, SVG or PDF.")
+    ] = None,
     yaml: Annotated[Path | None, typer.Option(help="Write the plan as a policy to this file; - is stdout.")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -40,13 +41,10 @@ def plan(
         model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, device=device, hardware=machine(hardware),
         max_context=context, max_batch=None, num_threads=threads, page_size=PAGE_TOKENS, kv_dtype=kv_dtype,
     )
-    explanation = explained(planned, policy, threads) if explain else None
+    # A policy on stdout is all that its reader wants.
+    explanation = explained(planned, policy, threads) if explain and str(yaml) != "-" else None
     if plot is not None:
-        from hetero_attn.cli.plots import plot_plan
-
-        plot_plan(planned.plan, plot)
-    if curve is not None:
-        draw_curve(planned, policy, threads, curve)
+        draw(planned, policy, threads, plot)
     if yaml is not None:
         write_text(yaml, planned.plan.to_yaml())
     if as_json:
@@ -68,17 +66,15 @@ def explained(planned: PlannedModel, policy: str, threads: int | None) -> Explan
     )
 
 
-def draw_curve(planned: PlannedModel, policy: str, threads: int | None, file: Path) -> None:
-    """Plan for a dozen GPU budgets and draw the predicted speeds."""
-    from hetero_attn.cli.plots import plotting
+def draw(planned: PlannedModel, policy: str, threads: int | None, file: Path) -> None:
+    """Draw the plan, and the speeds of plans for a dozen GPU budgets."""
+    from hetero_attn.cli.plots import plot_plan
     from placement.explain import budget_curve
-    from placement.plots import plot_predictions
 
     made, plans = planned.plan, []
     if made.device != "cpu":
         plans = budget_curve(made.workload, planned.hardware, wishes(policy, threads), device=made.device)
-    with plotting(file):
-        plot_predictions(made, plans, file)
+    plot_plan(made, plans, file)
 
 
 def wishes(policy: str, threads: int | None) -> Policy:

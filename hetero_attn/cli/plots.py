@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,21 +53,33 @@ def lane_bytes_by_layer(plan: Plan) -> dict[int, dict[str, int]]:
     return layers
 
 
-def plot_plan(plan: Plan, file: Path) -> None:
-    """Draw the weight bytes of every layer by lane."""
+def plot_plan(plan: Plan, curve: Sequence[Plan], file: Path) -> None:
+    """Draw the weight bytes of every layer by lane, speed over GPU memory and speed over the context.
+
+    curve: plans for growing GPU budgets; empty without a GPU, and left out then.
+    """
+    from placement.plots import draw_budgets, draw_contexts
+
+    with figure_in(file, 2 + bool(curve)) as (weights, *middle, contexts):
+        _draw_weights(weights, plan)
+        if middle:
+            draw_budgets(middle[0], plan, curve)
+        draw_contexts(contexts, plan)
+
+
+def _draw_weights(axis: Any, plan: Plan) -> None:
     layers = lane_bytes_by_layer(plan)
     outside = layers.pop(OUTSIDE_LAYERS)
     names = [*(str(layer) for layer in sorted(layers)), "head"]
     ordered = [*(layers[layer] for layer in sorted(layers)), outside]
-    with figure_in(file, 1) as (axis,):
-        below = [0.0] * len(ordered)
-        for lane in LANES:
-            heights = [lanes[lane] / 2**20 for lanes in ordered]
-            axis.bar(names, heights, bottom=below, label=lane, color=COLOURS[lane])
-            below = [base + height for base, height in zip(below, heights, strict=True)]
-        axis.set(title=f"{plan.model}: weights read per decoded token", xlabel="layer", ylabel="MiB")
-        axis.set_xticks(_few(names))
-        axis.legend(title="lane")
+    below = [0.0] * len(ordered)
+    for lane in LANES:
+        heights = [lanes[lane] / 2**20 for lanes in ordered]
+        axis.bar(names, heights, bottom=below, label=lane, color=COLOURS[lane])
+        below = [base + height for base, height in zip(below, heights, strict=True)]
+    axis.set(title=f"{plan.model}: weights read per decoded token", xlabel="layer", ylabel="MiB")
+    axis.set_xticks(_few(names))
+    axis.legend(title="lane")
 
 
 def plot_profile(profile: HardwareProfile, file: Path) -> None:

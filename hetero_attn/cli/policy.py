@@ -1,4 +1,4 @@
-"""`hetero-attn policy`: check a policy file, show how it was understood, compare two."""
+"""`hetero-attn policy`: check a policy file, show how it was understood, compare two, the schema for editors."""
 
 from typing import Annotated
 
@@ -56,3 +56,11 @@ def diff(file: File, other: File, as_json: options.Json = False) -> None:
             typer.echo(line)
     if lines:
         raise typer.Exit(1)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of policy files, for editors that check and complete YAML."""
+    from placement import policy_schema
+
+    print_json(policy_schema())
