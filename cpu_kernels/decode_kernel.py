@@ -117,13 +117,9 @@ def scores_block(isa: Isa, kv_dtype: str, heads: int):
             value = b.insert_value(value, b.add(base, b.mul(number, row_bytes)), key)
         return value
 
-    def multiply(b, sums, q, q_stride, k_lines):
-        q_rows = [b.add(q, b.mul(q_stride, ir.Constant(I64, head))) for head in range(heads)]
-        for line, ks in enumerate(k_lines):
-            qs = [load_as(b, at, VI32, LINE_BYTES * line) for at in q_rows]
-            for index in range(LANES):
-                sums[index] = dot_pairs(isa, kv_dtype, b, sums[index], ks[index % keys], qs[index // keys])
-        return sums
+    def multiply(b, sums, q, q_stride, ks):
+        qs = [load_as(b, b.add(q, b.mul(q_stride, ir.Constant(I64, head))), VI32) for head in range(heads)]
+        return [dot_pairs(isa, kv_dtype, b, sums[index], ks[index % keys], qs[index // keys]) for index in range(LANES)]
 
     def unpacked(b, sums):
         return [b.extract_value(sums, index) for index in range(LANES)]
@@ -137,22 +133,27 @@ def scores_block(isa: Isa, kv_dtype: str, heads: int):
     @emits(tile, tile, intp, intp, rows_type, intp)
     def plain_step(b, sums, q, q_stride, rows, offset):
         ks = [load_codes(b, kv_dtype, b.add(b.extract_value(rows, key), offset)) for key in range(keys)]
-        return packed(b, multiply(b, unpacked(b, sums), q, q_stride, [ks]))
+        return packed(b, multiply(b, unpacked(b, sums), q, q_stride, ks))
 
     @emits(tile, tile, intp, intp, rows_type, intp, intp)
     def part_step(b, sums, q, q_stride, rows, offset, count):
         ks = [masked_line(b, b.add(b.extract_value(rows, key), offset), count, item_bytes) for key in range(keys)]
-        return packed(b, multiply(b, unpacked(b, sums), q, q_stride, [ks]))
+        return packed(b, multiply(b, unpacked(b, sums), q, q_stride, ks))
 
     @emits(tile, tile, intp, intp, rows_type, intp, intp)
     def code_step(b, sums, q, q_stride, rows, offset, scales):
-        at = [b.add(b.extract_value(rows, key), offset) for key in range(keys)]
-        lines = [[load_codes(b, kv_dtype, row, shape.line_bytes * line) for row in at] for line in range(step_lines)]
-        dots = multiply(b, [constant(VF32, 0.0)] * LANES, q, q_stride, lines)
-        factors = [splat_value(b, load_as(b, scales, F32, 4 * key)) for key in range(keys)]
-        values = [b.sitofp(b.bitcast(dot, VI32), VF32) for dot in dots]
         totals = unpacked(b, sums)
-        return packed(b, [fma_value(b, values[index], factors[index % keys], totals[index]) for index in range(LANES)])
+        for key in range(keys):  # one key after another: 16 integer sums beside 16 float ones would not fit registers
+            row = b.add(b.extract_value(rows, key), offset)
+            ks = [load_codes(b, kv_dtype, row, shape.line_bytes * line) for line in range(step_lines)]
+            factor = splat_value(b, load_as(b, scales, F32, 4 * key))
+            for head in range(heads):
+                at, dot = b.add(q, b.mul(q_stride, ir.Constant(I64, head))), constant(VF32, 0.0)
+                for line, k in enumerate(ks):
+                    dot = dot_pairs(isa, kv_dtype, b, dot, k, load_as(b, at, VI32, LINE_BYTES * line))
+                value, index = b.sitofp(b.bitcast(dot, VI32), VF32), head * keys + key
+                totals[index] = fma_value(b, value, factor, totals[index])
+        return packed(b, totals)
 
     @emits(types.void, intp)
     def fetch_step(b, ahead):

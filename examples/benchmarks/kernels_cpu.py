@@ -17,16 +17,21 @@ import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import product
 
 import torch
 
-from cpu_kernels import CpuKernels, advise_huge_pages, layout
+from cpu_kernels import CpuKernels, advise_huge_pages, kv_layout, layout
 
 HIDDEN = 2048
 ROWS = (1, 2, 4, 8, 16, 64, 512)
 STREAM_ROWS = 16  # up to here every call reads weights that no cache holds; above, a few MB are enough
-LABELS = ("weight_dtype", "rows", "tokens", "q_len", "head_dim", "group_heads")
-ATTENTION_SHAPES = ((64, 4, 8), (128, 4, 8), (128, 8, 4))  # head_dim, query heads per KV head, KV heads
+LABELS = ("weight_dtype", "kv_dtype", "rows", "tokens", "q_len", "head_dim", "group_heads")
+ATTENTION_SHAPES = (  # head_dim, query heads per KV head, KV heads
+    (64, 1, 16), (64, 4, 8), (64, 8, 8), (128, 1, 8), (128, 4, 8), (128, 8, 4), (256, 1, 4), (256, 4, 4), (256, 8, 2),
+)
+KV_DTYPES = {"bf16": torch.bfloat16, "q8": torch.int8, "q4": torch.uint8}
+KV_TOKENS = (4096, 16384, 65536, 131072)
 
 
 def memory(size_bytes: int) -> torch.Tensor:
@@ -92,30 +97,47 @@ def linears(ops: CpuKernels, rows: tuple[int, ...], size_bytes: int, repetitions
             yield result("linear", times[2 * index + 1], times[2 * index], weight.nbytes, operations, **labels)
 
 
-def attentions(ops: CpuKernels, tokens: int, q_len: int, repetitions: int):
-    """decode_attention over `tokens` of bf16 cache and prefill_attention of a prompt of `q_len`."""
-    for head_dim, group_heads, kv_heads in ATTENTION_SHAPES:
-        pages, num_heads = tokens // 64 * kv_heads, kv_heads * group_heads
-        cache = memory(2 * pages * 64 * head_dim * 2).view(torch.bfloat16).view(2, pages, 64, head_dim).normal_()
+def random_cache(kv_dtype: str, pages: int, head_dim: int) -> torch.Tensor:
+    """K and V pages of random numbers, [2, pages, 64, row_items]; scales of codes are all alike."""
+    items, item_bytes = kv_layout.row_items(kv_dtype, head_dim), kv_layout.ITEM_BYTES[kv_dtype]
+    cache = memory(2 * pages * 64 * items * item_bytes).view(KV_DTYPES[kv_dtype]).view(2, pages, 64, items)
+    if kv_dtype == "bf16":
+        return cache.normal_()
+    codes = 64 * kv_layout.code_bytes(kv_dtype, head_dim)
+    page_bytes = cache.view(torch.uint8).view(2, pages, -1)
+    page_bytes.random_(0, 256)
+    scale = torch.tensor([0.01], dtype=torch.bfloat16).view(torch.uint8)
+    page_bytes[..., codes:] = scale.repeat((page_bytes.shape[-1] - codes) // 2)
+    return cache
+
+
+def decodes(ops: CpuKernels, tokens: tuple[int, ...], dtypes: tuple[str, ...], repetitions: int):
+    """decode_attention of one row over caches of every dtype, length and head shape, each beside its own sweep."""
+    for kv_dtype, (head_dim, group_heads, kv_heads), kv_len in product(dtypes, ATTENTION_SHAPES, tokens):
+        pages, num_heads, scale = kv_len // 64 * kv_heads, kv_heads * group_heads, head_dim**-0.5
+        cache = random_cache(kv_dtype, pages, head_dim)
         table = torch.arange(pages, dtype=torch.int32).view(1, kv_heads, -1)
-        bounds = torch.zeros(1, dtype=torch.int32), torch.full((1,), tokens, dtype=torch.int32)
+        bounds = torch.zeros(1, dtype=torch.int32), torch.full((1,), kv_len, dtype=torch.int32)
+        q, out, lse = torch.randn(1, num_heads, head_dim), torch.empty(1, num_heads, head_dim), torch.empty(1, num_heads)
+        arguments = (q, cache[0], cache[1], table, *bounds, scale, out, lse)
+        calls = [lambda cache=cache: ops.sweep(cache), lambda given=arguments: ops.decode_attention(*given)]
+        sweep_s, decode_s = interleaved(calls, repetitions)
+        labels = {"kv_dtype": kv_dtype, "tokens": kv_len, "head_dim": head_dim, "group_heads": group_heads}
+        yield result("decode_attention", decode_s, sweep_s, cache.nbytes, 4 * num_heads * kv_len * head_dim, **labels)
+
+
+def prefills(ops: CpuKernels, q_len: int, dtypes: tuple[str, ...]):
+    """prefill_attention of a prompt of `q_len`."""
+    for kv_dtype, (head_dim, group_heads, kv_heads) in product(dtypes, ATTENTION_SHAPES):
+        pages, num_heads = -(-q_len // 64) * kv_heads, kv_heads * group_heads
+        cache = random_cache(kv_dtype, pages, head_dim)
+        table = torch.arange(pages, dtype=torch.int32).view(kv_heads, -1)
         q, lse = torch.randn(q_len, num_heads, head_dim), torch.empty(q_len, num_heads)
-        out = torch.empty_like(q)
-        scale = head_dim**-0.5
-
-        def decode():
-            ops.decode_attention(q[:1], cache[0], cache[1], table, *bounds, scale, out[:1], lse[:1])
-
-        def prefill():
-            ops.prefill_attention(q, cache[0], cache[1], table[0], 0, q_len, 0, 0, scale, out, lse)
-
-        sweep_s, decode_s = interleaved([lambda: ops.sweep(cache), decode], repetitions)
-        (prefill_s,) = interleaved([prefill], 3)
-        labels = {"head_dim": head_dim, "group_heads": group_heads}
-        size, pairs = cache.nbytes, num_heads * q_len * (q_len + 1) / 2
-        operations = 4 * num_heads * tokens * head_dim
-        yield result("decode_attention", decode_s, sweep_s, size, operations, tokens=tokens, **labels)
-        yield result("prefill_attention", prefill_s, prefill_s, 0, 4 * pairs * head_dim, q_len=q_len, **labels)
+        arguments = (q, cache[0], cache[1], table, 0, q_len, 0, 0, head_dim**-0.5, torch.empty_like(q), lse)
+        (prefill_s,) = interleaved([lambda given=arguments: ops.prefill_attention(*given)], 3)
+        labels = {"kv_dtype": kv_dtype, "q_len": q_len, "head_dim": head_dim, "group_heads": group_heads}
+        operations = 4 * num_heads * q_len * (q_len + 1) / 2 * head_dim
+        yield result("prefill_attention", prefill_s, prefill_s, 0, operations, **labels)
 
 
 def elementwise(ops: CpuKernels, repetitions: int):
@@ -154,7 +176,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     options = parser.parse_args()
     say = (lambda text: None) if options.json else (lambda text: print(text, flush=True))
-    size, tokens, q_len, repetitions = (2 << 20, 256, 64, 1) if options.quick else (128 << 20, 32768, 512, 15)
+    size, tokens, q_len, repetitions = (2 << 20, (256,), 64, 1) if options.quick else (128 << 20, KV_TOKENS, 512, 15)
+    dtypes = ("bf16",) if options.quick else tuple(KV_DTYPES)
     with CpuKernels(options.threads, isa=options.isa, on_compile=lambda name: say(f"compiling {name}")) as ops:
         machine = {
             "cpu": platform.processor() or platform.machine(),
@@ -170,7 +193,8 @@ def main() -> None:
         counts = tuple(int(count) for count in options.rows.split(","))
         for measured in (
             linears(ops, counts, size, repetitions),
-            attentions(ops, tokens, q_len, repetitions),
+            decodes(ops, tokens, dtypes, repetitions),
+            prefills(ops, q_len, dtypes),
             elementwise(ops, repetitions),
         ):
             for row in measured:
