@@ -183,9 +183,10 @@ class LLM:
     def resize(self, gpu_memory: str | int) -> Plan:
         """Change the GPU budget of an elastic model, up or down, without loading anything again; returns the new plan.
 
-        Requests in flight go on with the same tokens: the change is made between two steps. Raises MemoryBudgetError,
-        and leaves the model as it was, for a budget too small (the message names the smallest that works) and for a
-        model loaded without `elastic`.
+        Requests in flight go on with the same tokens: the change is made between two steps. On CUDA the memory is one
+        piece, taken at load: a smaller budget binds the model, but frees nothing for other programs. Raises
+        MemoryBudgetError, and leaves the model as it was, for a budget too small (the message names the smallest that
+        works), for a model loaded without `elastic`, and on CUDA for a budget above that of the load.
         """
         self._check_open()
         with self._lock:

@@ -27,20 +27,26 @@ class Replanner:
     def __init__(self, engine: Engine, planned: PlannedModel) -> None:
         self._engine = engine
         self.planned = planned
+        self._loaded_bytes = planned.plan.gpu_memory_bytes or 0
         self._level_planned = planned.plan.max_context
         self._plans: dict[int, Plan] = {}
 
     def resize(self, gpu_memory_bytes: int) -> Plan:
         """Go over to the fastest plan within another GPU budget; returns it.
 
-        Raises MemoryBudgetError, and leaves everything as it was, for a plan that is not elastic and for a budget too
-        small; the message names the smallest that works.
+        Raises MemoryBudgetError, and leaves everything as it was, for a plan that is not elastic, for a budget too small
+        (the message names the smallest that works), and on CUDA for one above that of the load: its memory is taken once.
         """
         plan = self.planned.plan
         if not plan.workload.elastic:
             raise MemoryBudgetError(
                 f"{plan.model}: its GPU memory cannot be resized, because {_why_rigid(plan)}; load it on a GPU with "
                 "elastic=True, or `elastic: true` in the policy"
+            )
+        if plan.device == "cuda" and gpu_memory_bytes > self._loaded_bytes:
+            raise MemoryBudgetError(
+                f"{plan.model}: its GPU memory was taken in one piece of {format_bytes(self._loaded_bytes)} and cannot grow to "
+                f"{format_bytes(gpu_memory_bytes)}; load it with that much, and resize downwards"
             )
         self._move(self._checked(plan_for_budget, gpu_memory_bytes))
         self._plans.clear()

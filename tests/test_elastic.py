@@ -10,6 +10,7 @@ from toy import make_checkpoint
 
 from hetero_attn import LLM, Policy, SamplingParams
 from hetero_attn.errors import MemoryBudgetError
+from hetero_attn.replanning import Replanner
 from placement.hardware import HardwareProfile
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)
@@ -166,3 +167,10 @@ def test_the_cache_takes_memory_from_the_weights_and_gives_it_back(path):
         llm.generate("x", SamplingParams(max_tokens=2, ignore_eos=True))
         assert llm.plan.memory.gpu["kv"] < seen[-1][0]
         assert arena.peak_bytes <= arena.budget_bytes
+
+
+def test_cuda_memory_does_not_grow_beyond_what_was_taken_at_load(path):
+    with load(path, SMALL) as llm:
+        planned = replace(llm.planned, plan=replace(llm.plan, device="cuda"))
+        with pytest.raises(MemoryBudgetError, match="one piece of 350.00 KiB.*load it with that much"):
+            Replanner(llm.engine, planned).resize(2**20)

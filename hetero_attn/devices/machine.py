@@ -46,7 +46,7 @@ def temporary_bytes(workload: Workload) -> int:
 
 
 def arena_bytes(plan: Plan, index: int) -> int:
-    """GPU memory that a plan's allocations may take in all; raises MemoryBudgetError if CUDA's own takes more than was
+    """GPU memory that a plan's allocations may take in all, an elastic one's in any plan of its budget; raises MemoryBudgetError if CUDA's own takes more than was
     planned."""
     planned = plan.memory.gpu.get("context", 0)
     needed = context_bytes(index) + temporary_bytes(plan.workload) + SLACK_BYTES
@@ -56,7 +56,7 @@ def arena_bytes(plan: Plan, index: int) -> int:
             f"CUDA and its kernels take {format_bytes(needed)} of GPU {index}, but the plan leaves them "
             f"{format_bytes(planned)}; plan for this machine, or with gpu_memory of at least {format_bytes(least)}"
         )
-    return plan.memory.gpu_bytes - planned
+    return (plan.gpu_memory_bytes if plan.workload.elastic else plan.memory.gpu_bytes) - planned
 
 
 @cache

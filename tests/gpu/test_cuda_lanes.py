@@ -10,12 +10,13 @@ import torch
 from runtime import nmse, one_device_run, run_logits, toy_workload, uniform_plan
 from toy import FAMILIES, make_checkpoint
 
-from hetero_attn import LLM
+from hetero_attn import LLM, SamplingParams
 from hetero_attn.builder import build_engine
 from hetero_attn.config import ModelConfig
 from hetero_attn.devices import CudaDriver, Device
 from hetero_attn.devices.machine import SLACK_BYTES, TEMPORARY_BYTES, context_bytes, temporary_bytes
 from hetero_attn.engine import Engine
+from hetero_attn.errors import MemoryBudgetError
 from hetero_attn.planning import PlannedModel
 from placement.hardware import HardwareProfile
 from placement.plan import Plan, build_plan
@@ -168,3 +169,25 @@ def test_copies_of_columns_go_both_ways(rows):
         expected[:, 8:24] = torch.arange(rows * 40.0).view(rows, 40)[:, 8:24]
         assert torch.equal(host, expected)
     device.close()
+
+
+def test_a_resize_on_cuda_changes_no_token_and_no_budget_is_passed(tmp_path):
+    """Down and up again between two tokens, the arena within each budget and the slab where it was."""
+    path = make_checkpoint(tmp_path, "llama", max_position_embeddings=128)
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    with LLM(path, dtype="fp32", device="cuda", gpu_memory="2GiB", elastic=True, progress=False) as llm:
+        large, least = llm.plan.gpu_memory_bytes, _least_budget(llm)
+        expected = llm.generate("resize", params)[0].token_ids
+        tokens, arena = [], llm.engine.lanes.device.arena
+        for count, piece in enumerate(llm.stream("resize", params)):
+            tokens += piece.token_ids
+            llm.resize((least, large)[count % 2])
+            assert arena.total_bytes <= arena.budget_bytes < llm.plan.gpu_memory_bytes
+
+    assert tuple(tokens) == expected
+
+
+def _least_budget(llm):
+    with pytest.raises(MemoryBudgetError) as error:
+        llm.resize("1KiB")
+    return int(str(error.value).split("smallest that works is ")[1].split()[0])
