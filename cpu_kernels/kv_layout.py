@@ -12,8 +12,9 @@ A quantised page, with head_dim padded to whole groups of GROUP_DIMS (64 for q8,
   scales  [groups, page_size] bfloat16, of every token together so that a vector register loads 16 tokens' scales
   minima  [groups, page_size] bfloat16, q4 only
 
-  q8   scale = bf16(absmax / 127)                               code = round(x / scale)               x ~ code * scale
-  q4   minimum = bf16(min), scale = bf16((max - minimum) / 15)  code = round((x - minimum) / scale)   x ~ code * scale + minimum
+  q8   scale = bf16(absmax / 127), code = round(x / scale), x ~ code * scale
+  q4   minimum = bf16(min), scale = bf16((max - minimum) / 15), code = round((x - minimum) / scale),
+       x ~ code * scale + minimum
 
 Divisions are float32 and correctly rounded, rounding is to nearest even, codes are clamped to their range, and a scale
 of 0 gives the code 0; so every lane writes the same bytes for the same numbers. Padding is code 0 and takes no part in

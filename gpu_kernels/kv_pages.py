@@ -7,7 +7,8 @@ Pages are [num_pages, page_size, row_items]; their torch dtype says what they ho
                       groups of 64 dims; scale = bf16(absmax / 127), code = round(x / scale), x ~ code * scale
   uint8 (q4)          per page: codes [page_size, padded head_dim / 2], dim 2i in the low nibble of byte i; then scales
                       and then minima, each bfloat16 [groups, page_size]; groups of 32 dims; minimum = bf16(min),
-                      scale = bf16((max - minimum) / 15), code = round((x - minimum) / scale), x ~ code * scale + minimum
+                      scale = bf16((max - minimum) / 15), code = round((x - minimum) / scale),
+                      x ~ code * scale + minimum
 
 Rounding is to nearest even, in float32; a scale of 0 gives the code 0.
 """
@@ -61,7 +62,7 @@ def read_rows(pages: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
 
 
 def quantize(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows f32 [..., head_dim] -> (codes as stored [..., bytes], scales and then minima f32 [..., groups or 2 groups])."""
+    """Rows f32 [..., head_dim] -> codes as stored [..., bytes]; scales, then minima, f32 [..., groups or 2 groups]."""
     group = GROUP_DIMS[dtype]
     grouped = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % group)).unflatten(-1, (-1, group))
     if dtype == torch.int8:
@@ -77,7 +78,8 @@ def quantize(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _divided(grouped: Tensor, scale: Tensor) -> Tensor:
-    return torch.round(torch.where(scale[..., None] == 0, 0.0, grouped / torch.where(scale == 0, 1.0, scale)[..., None]))
+    quotient = grouped / torch.where(scale == 0, 1.0, scale)[..., None]
+    return torch.round(torch.where(scale[..., None] == 0, 0.0, quotient))
 
 
 def _bf16(x: Tensor) -> Tensor:
@@ -89,4 +91,6 @@ def _parts(pages: Tensor, code_bytes: int) -> tuple[Tensor, Tensor]:
     page_size = pages.shape[-2]
     whole = pages.view(*pages.shape[:-2], page_size * pages.shape[-1])
     codes, numbers = whole[..., : page_size * code_bytes], whole[..., page_size * code_bytes :]
-    return codes.unflatten(-1, (page_size, code_bytes)), numbers.view(torch.bfloat16).unflatten(-1, ((pages.shape[-1] - code_bytes) // 2, page_size))
+    per_token = (pages.shape[-1] - code_bytes) // 2
+    numbers = numbers.view(torch.bfloat16).unflatten(-1, (per_token, page_size))
+    return codes.unflatten(-1, (page_size, code_bytes)), numbers

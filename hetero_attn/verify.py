@@ -73,7 +73,8 @@ class VerifyReport:
         """Plain text for people."""
         verdict = "the plan gives the same answer" if self.passed else "THE PLAN CHANGES THE ANSWER"
         return (
-            f"{self.model} {self.weight_dtype}, {self.kv_dtype} KV, on {self.device} against {self.reference}, {self.tokens} tokens\n"
+            f"{self.model} {self.weight_dtype}, {self.kv_dtype} KV, on {self.device} against {self.reference}, "
+            f"{self.tokens} tokens\n"
             f"  largest error of a logit  {self.max_abs_error:.3e}\n"
             f"  NMSE                      {self.nmse:.3e}   limit {self.nmse_limit:.0e}\n"
             f"  same most likely token    {self.token_agreement:.2%} of positions\n"

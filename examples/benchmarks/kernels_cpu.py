@@ -118,7 +118,8 @@ def decodes(ops: CpuKernels, tokens: tuple[int, ...], dtypes: tuple[str, ...], r
         cache = random_cache(kv_dtype, pages, head_dim)
         table = torch.arange(pages, dtype=torch.int32).view(1, kv_heads, -1)
         bounds = torch.zeros(1, dtype=torch.int32), torch.full((1,), kv_len, dtype=torch.int32)
-        q, out, lse = torch.randn(1, num_heads, head_dim), torch.empty(1, num_heads, head_dim), torch.empty(1, num_heads)
+        q, lse = torch.randn(1, num_heads, head_dim), torch.empty(1, num_heads)
+        out = torch.empty_like(q)
         arguments = (q, cache[0], cache[1], table, *bounds, scale, out, lse)
         calls = [lambda cache=cache: ops.sweep(cache), lambda given=arguments: ops.decode_attention(*given)]
         sweep_s, decode_s = interleaved(calls, repetitions)

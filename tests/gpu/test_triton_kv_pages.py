@@ -18,7 +18,7 @@ CODES_NMSE, CODES_LSE = 1e-4, 1e-2  # keys, values and probabilities are rounded
 
 
 def code_pages(kv_dtype: str, page_size: int, head_dim: int, tokens: int, seed: int):
-    """(k_pages, v_pages, table [1, 2, pages]) of random rows; bytes that no token owns are 255, whose scales are NaN."""
+    """(k_pages, v_pages, table [1, 2, pages]) of random rows; bytes that no token owns are 255: NaN as a scale."""
     pages = -(-tokens // page_size)
     table = torch.randperm(2 * pages + 1, generator=torch.Generator().manual_seed(seed))[: 2 * pages].view(1, 2, pages)
     shape = (2 * pages + 1, page_size, kv_pages.row_items(DTYPES[kv_dtype], head_dim))
@@ -102,13 +102,16 @@ def test_rope_append_writes_the_bytes_of_the_reference(device, kv_dtype, head_di
 
 MUTANTS = {
     "scale of another group": ("load_rows", DECODE["q4"], "columns[None, :] * PAGE_SIZE", "0 * columns[None, :]"),
-    "scale of another token": ("load_rows", DECODE["q8"], "PAGE_SIZE + token[:, None]", "PAGE_SIZE + 0 * token[:, None]"),
-    "nibbles swapped": ("load_rows", DECODE["q4"], "interleave(both & 15, both >> 4)", "interleave(both >> 4, both & 15)"),
+    "scale of another token": ("load_rows", DECODE["q8"], "PAGE_SIZE + token[:, None]",
+        "PAGE_SIZE + 0 * token[:, None]"),
+    "nibbles swapped": ("load_rows", DECODE["q4"], "interleave(both & 15, both >> 4)",
+        "interleave(both >> 4, both & 15)"),
     "no minimum": ("load_rows", DECODE["q4"], "values += minimum[:, :, None]", "values += 0.0 * minimum[:, :, None]"),
     "codes of another token": ("load_rows", DECODE["q8"], "at = (page + token * ROW)", "at = (page + 0 * token)"),
     "scale of q8 is too small": ("store_row", APPEND["q8"], "axis=1), 127.0)", "axis=1), 128.0)"),
     "codes are cut off": ("store_row", APPEND["q8"], "_round(tl.div_rn(grouped", "(tl.div_rn(grouped"),
-    "padding takes part in the minimum": ("store_row", APPEND["q4"], "tl.where(inside, grouped, float(\"inf\"))", "grouped"),
+    "padding takes part in the minimum": ("store_row", APPEND["q4"],
+        'tl.where(inside, grouped, float("inf"))', "grouped"),
     "minima are not stored": ("store_row", APPEND["q4"], "minimum, mask=columns < GROUPS", "minimum, mask=columns < 0"),
 }
 
