@@ -6,7 +6,8 @@ Both build a `Step` and run the same forward pass; what differs is which rows it
 that grows with the sequence: buffers and pages exist since the engine was made.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -121,7 +122,7 @@ class Engine:
         stop = sequence.length + tokens
         while sequence.length < stop:
             rows = min(self.prefill_chunk, stop - sequence.length)
-            with self.lanes.given_up_on_error(), self.lanes.torch_at_rest():
+            with self._guarded(), self.lanes.torch_at_rest():
                 self._store_rows(plan_step(self.lanes, self.kv_cache, [sequence], rows, is_prefill=True))
             sequence.length += rows
 
@@ -202,7 +203,17 @@ class Engine:
 
     @property
     def _dead_message(self) -> str:
-        return f"{self.plan.model}: its GPU memory is in disorder after {self._fault}; close it and load it again"
+        return f"{self.plan.model}: the engine is unusable after {self._fault}; close it and load it again"
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Around the work of a step: one that fails leaves nothing behind, one whose lanes are stuck is the last."""
+        try:
+            with self.lanes.given_up_on_error():
+                yield
+        except EngineDeadError as error:
+            self._fault = f"{type(error).__name__}: {error}"
+            raise
 
     def close(self) -> None:
         """Release lanes, threads and buffers; idempotent."""
@@ -214,7 +225,7 @@ class Engine:
     def _forward(self, step: Step, token_ids: Sequence[int]) -> None:
         """Embed and run the layers; a decode step goes on to the logits of all its rows."""
         lanes, weights = self.lanes, self.weights
-        with lanes.given_up_on_error():
+        with self._guarded():
             if not step.is_prefill:
                 self.kv_cache.wait_for_moves()
             model.embed(lanes, weights, torch.tensor(token_ids), self._work.rows(step.rows))
@@ -262,7 +273,7 @@ class Engine:
         model.logits(self.lanes, self.weights, work.residual.rows(start, stop), work.normed.rows(start, stop), out)
 
     def _logits_of(self, start: int, stop: int) -> torch.Tensor:
-        with self.lanes.given_up_on_error():
+        with self._guarded():
             self._announce((self.weights.head,), row_tier(stop - start))
             with self.lanes.main_lane():
                 self._project(start, stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from hetero_attn.devices import Device, machine
 from hetero_attn.devices.libcuda import CudaError, LibCuda
 from hetero_attn.devices.slab import ALIGN_BYTES, Slab
 from hetero_attn.engine import Engine
-from hetero_attn.errors import MemoryBudgetError, UnsupportedModelError
+from hetero_attn.errors import EngineDeadError, MemoryBudgetError, UnsupportedModelError
 from hetero_attn.planning import PlannedModel
 from placement import BudgetError, Policy, make_plan
 from placement.hardware import HardwareProfile
@@ -113,6 +114,19 @@ def test_a_step_whose_copy_fails_can_be_taken_again(run, plan, handover, copies)
                 rows.append(step())
 
     assert nmse(torch.cat(rows), run.logits[15:20]) <= 1e-11
+
+
+def test_an_engine_whose_cpu_lane_is_stuck_says_that_it_is_dead(run, plan):
+    never = threading.Event()
+    with fake_engine(run.path, plan, handover="flags") as engine:
+        engine.lanes.handover._watchdog_s = 0.2
+        sequence = engine.kv_cache.open()
+        engine.lanes.on_host(lambda: never.wait(20))
+        with pytest.raises(EngineDeadError, match="did not end within 0.2 s"):
+            engine.prefill(sequence, run.token_ids[:8])
+        with pytest.raises(EngineDeadError, match="unusable after EngineDeadError"):
+            engine.check_alive()
+        never.set()
 
 
 def test_weights_that_cannot_be_page_locked_are_said_once(run, plan):
