@@ -169,7 +169,7 @@ class _Bench:
         start = self._sequence.length
         for first in range(start, start + tokens, self._engine.prefill_chunk):
             last = min(first + self._engine.prefill_chunk, start + tokens)
-            self._engine.prefill(self._sequence, self._token_ids[first:last])
+            self._engine.prefill(self._sequence, self._token_ids[first:last], logits=last == start + tokens)
 
     def decode(self, tokens: int) -> None:
         """Generate `tokens` tokens, each chosen from the logits of the one before."""

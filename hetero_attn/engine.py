@@ -71,17 +71,18 @@ class Engine:
         return min(self._rows, self.kv_cache.max_new_tokens)
 
     @torch.inference_mode()
-    def prefill(self, sequence: SequenceState, token_ids: Sequence[int]) -> torch.Tensor:
+    def prefill(self, sequence: SequenceState, token_ids: Sequence[int], logits: bool = True) -> torch.Tensor | None:
         """Append a prompt to a sequence, one chunk; returns the last token's logits, float32 [vocab_size].
 
-        token_ids: at most `prefill_chunk`. The result is the caller's own.
+        token_ids: at most `prefill_chunk`. The result is the caller's own; None with logits=False, for a chunk that is not
+        the last: the head's weights are then not read.
         """
         with self.report.measure(self.lanes, "prefill", len(token_ids)), self.lanes.torch_at_rest():
             step = self._prefill_step(sequence, token_ids)
             self._forward(step, token_ids)
-            last = self._logits_of(step.rows - 1, step.rows)
+            last = self._logits_of(step.rows - 1, step.rows)[0] if logits else self._finish()
         sequence.length += len(token_ids)
-        return last[0]
+        return last
 
     @torch.inference_mode()
     def prefill_logits(self, sequence: SequenceState, token_ids: Sequence[int]) -> torch.Tensor:
@@ -279,6 +280,10 @@ class Engine:
                 self._project(start, stop)
             self.lanes.finish()
         return self._logits_view(stop - start).clone()
+
+    def _finish(self) -> None:
+        with self._guarded():
+            self.lanes.finish()
 
     def _logits_view(self, rows: int) -> torch.Tensor:
         return self._logits.host[:rows, : self.config.vocab_size]

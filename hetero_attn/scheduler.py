@@ -79,7 +79,8 @@ class Scheduler:
             request.computed = request.reused = self._reuse(request)
         request.sequence.length = request.cached_tokens
         chunk = request.prompt_token_ids[request.computed : request.computed + self._engine.prefill_chunk]
-        logits = self._engine.prefill(request.sequence, chunk)
+        is_last = request.computed + len(chunk) == len(request.prompt_token_ids)
+        logits = self._engine.prefill(request.sequence, chunk, logits=is_last)
         request.prefill_s += time.perf_counter() - started
         request.computed += len(chunk)
         if not request.is_prefilling:

@@ -50,7 +50,8 @@ class HeteroAttn(Side):
         """See Side."""
         chunk = self._engine.prefill_chunk
         for start in range(0, len(token_ids), chunk):
-            self._last = self._engine.prefill(self._sequence, token_ids[start : start + chunk])
+            piece = token_ids[start : start + chunk]
+            self._last = self._engine.prefill(self._sequence, piece, logits=start + chunk >= len(token_ids))
 
     def fill(self, tokens: int) -> None:
         """See Side; keys and values are random, nothing is computed."""
