@@ -19,6 +19,7 @@ All coefficients are linear in units, groups and bytes, so the planner optimises
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import fsum
 from typing import NamedTuple
 
 from placement.hardware import HardwareProfile
@@ -249,8 +250,9 @@ def pass_cost(
     """
     tally = _Tally(on_gpu)
     small, step = small_ops_s(workload, call, hardware, on_gpu), step_s(workload, call, hardware, on_gpu, with_head)
-    tally.lanes["steps"] = tally.lanes["gpu" if on_gpu else "cpu"] = tally.terms["small_ops"] = small
-    tally.terms["step"] = step
+    for parts in (tally.lanes["steps"], tally.lanes["gpu" if on_gpu else "cpu"], tally.terms["small_ops"]):
+        parts.append(small)
+    tally.terms["step"].append(step)
     cpu_qkv_units: dict[int | None, int] = {}
     paired = {(shard.layer, BLOCKS[shard.kind]) for shard in workload.linears if shard.row_cut}
     for shard, placement in zip(workload.linears, linears, strict=True):
@@ -268,20 +270,21 @@ def pass_cost(
             tally, kv_shard, kv_placement, cpu_units, workload, hardware, call, block if block in paired else None
         )
     tally.end_blocks()
-    lanes = tally.lanes
+    lanes, terms = ({name: fsum(parts) for name, parts in sums.items()} for sums in (tally.lanes, tally.terms))
     if lanes["cpu"]:
         lanes["cpu"] += (1 - hardware.cpu_slowdown_while_copying) * lanes["pcie"]
-    return PassCost(max(*lanes.values(), tally.before_head_s + tally.head_s) + step, lanes, tally.terms)
+    return PassCost(max(*lanes.values(), fsum(tally.before_head_s) + tally.head_s) + step, lanes, terms)
 
 
 class _Tally:
-    """Seconds of a pass as they add up, by resource and by kind of work."""
+    """Seconds of a pass, by resource and by kind of work; kept apart, because their exact sum is the same whatever the
+    order of the layers."""
 
     def __init__(self, on_gpu: bool) -> None:
         self.on_gpu = on_gpu
-        self.lanes = dict.fromkeys(RESOURCES, 0.0)
-        self.terms = dict.fromkeys(TERMS, 0.0)
-        self.before_head_s = 0.0
+        self.lanes: dict[str, list[float]] = {name: [] for name in RESOURCES}
+        self.terms: dict[str, list[float]] = {name: [] for name in TERMS}
+        self.before_head_s: list[float] = []
         self.head_s = 0.0
         self._blocks: dict[Block, list[float]] = {}
 
@@ -291,22 +294,22 @@ class _Tally:
         """Both lanes side by side, then the hand-overs. kind: linears | attention. block: of which this is a part; its
         lanes meet at its end only."""
         own = 0.0 if self.on_gpu else launch_s
-        self.lanes["steps"] += handovers_s + launch_s
+        self.lanes["steps"].append(handovers_s + launch_s)
         if block is None:
-            self.lanes["steps"] += max(cpu_s, gpu_s)
+            self.lanes["steps"].append(max(cpu_s, gpu_s))
         else:
             sums = self._blocks.setdefault(block, [0.0, 0.0])
             sums[0] += cpu_s
             sums[1] += gpu_s
-        self.lanes["cpu"] += cpu_s + own
-        self.lanes["gpu"] += gpu_s + (launch_s - own)
-        self.terms[f"cpu_{kind}"] += cpu_s + own
-        self.terms[f"gpu_{kind}"] += gpu_s + (launch_s - own)
-        self.terms["handovers"] += handovers_s
+        self.lanes["cpu"].append(cpu_s + own)
+        self.lanes["gpu"].append(gpu_s + (launch_s - own))
+        self.terms[f"cpu_{kind}"].append(cpu_s + own)
+        self.terms[f"gpu_{kind}"].append(gpu_s + (launch_s - own))
+        self.terms["handovers"].append(handovers_s)
 
     def end_blocks(self) -> None:
         """Add the slower lane of every block."""
-        self.lanes["steps"] += sum(max(sums) for sums in self._blocks.values())
+        self.lanes["steps"].extend(max(sums) for sums in self._blocks.values())
         self._blocks.clear()
 
 
@@ -335,12 +338,12 @@ def _add_linear(
     if shard.kind == "head":
         tally.head_s = max(cpu_s, gpu_s) + handover + cost.launch_s
     from_dram = streamed + on_cpu + (home if hardware.unified_memory else 0)
-    tally.lanes["dram"] += from_dram * shard.unit_bytes / hardware.dram_bytes_per_s
+    tally.lanes["dram"].append(from_dram * shard.unit_bytes / hardware.dram_bytes_per_s)
     if streamed:
         copy_s = streamed * shard.unit_bytes / hardware.h2d_bytes_per_s
-        tally.lanes["pcie"] += copy_s
-        tally.before_head_s += copy_s * (shard.kind != "head")
-        tally.terms["copies"] += copy_s
+        tally.lanes["pcie"].append(copy_s)
+        tally.before_head_s.append(copy_s * (shard.kind != "head"))
+        tally.terms["copies"].append(copy_s)
     return on_cpu
 
 
@@ -362,11 +365,11 @@ def _add_attention(
     gpu_s = on_gpu_groups * cost.gpu_s_per_group
     tally.add_step("attention", cpu_s, gpu_s, handovers * cost.handover_s, cost.launch_s, block)
     read = on_cpu_groups * cost.dram_bytes_per_group + on_gpu_groups * cost.spilled_bytes_per_group
-    tally.lanes["dram"] += read / hardware.dram_bytes_per_s
+    tally.lanes["dram"].append(read / hardware.dram_bytes_per_s)
     streamed_s = on_gpu_groups * cost.streamed_bytes_per_group / hardware.h2d_bytes_per_s if on_gpu_groups else 0.0
-    tally.lanes["pcie"] += streamed_s
-    tally.before_head_s += streamed_s
-    tally.terms["copies"] += streamed_s
+    tally.lanes["pcie"].append(streamed_s)
+    tally.before_head_s.append(streamed_s)
+    tally.terms["copies"].append(streamed_s)
 
 
 def working_set_bytes(workload: Workload, context: int) -> int:
