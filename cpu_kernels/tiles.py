@@ -108,7 +108,7 @@ def fold_lanes(width):
 
 
 def sum_each(b, vectors):
-    """<16 x float> of the lane sums of 16 vectors, in order.
+    """<n x float> of the lane sums of n vectors, in order; n is 8 or 16.
 
     Neighbours fold into one vector that holds half sums of both, until one is left; `owners` says whose sum a lane is.
     """
@@ -123,19 +123,26 @@ def sum_each(b, vectors):
             folded.append((value, [(left_owners + right_owners)[lane] for lane in low]))
         pieces, width = folded, width // 2
     value, owners = pieces[0]
-    return b.shuffle_vector(value, value, ir.Constant(VI32, [owners.index(index) for index in range(LANES)]))
+    if width == 2:
+        swapped = b.shuffle_vector(value, value, ir.Constant(VI32, [lane ^ 1 for lane in range(LANES)]))
+        value = b.fadd(value, swapped)
+    order = ir.Constant(ir.VectorType(I32, len(vectors)), [owners.index(index) for index in range(len(vectors))])
+    return b.shuffle_vector(value, value, order)
 
 
 def sum_rows(b, vectors, features):
     """For every `features` (a divisor of 16) vectors, one <features x float> of their lane sums."""
     if len(vectors) < LANES // 2:
         return [sum_few(b, vectors[at : at + features]) for at in range(0, len(vectors), features)]
-    padded = vectors + [constant(VF32, 0.0)] * (-len(vectors) % LANES)
-    sums = [sum_each(b, padded[at : at + LANES]) for at in range(0, len(padded), LANES)]
+    half = LANES // 2
+    padded = vectors + [constant(VF32, 0.0)] * (-len(vectors) % half)
     rows = []
-    for at in range(0, len(vectors), features):
-        lanes = ir.Constant(ir.VectorType(I32, features), list(range(at % LANES, at % LANES + features)))
-        rows.append(b.shuffle_vector(sums[at // LANES], sums[at // LANES], lanes))
+    for start in range(0, len(padded), LANES):
+        sums = sum_each(b, padded[start : start + LANES])
+        for at in range(0, min(LANES, len(vectors) - start), features):
+            rows.append(
+                b.shuffle_vector(sums, sums, ir.Constant(ir.VectorType(I32, features), list(range(at, at + features))))
+            )
     return rows
 
 

@@ -26,6 +26,7 @@ from hetero_attn.planning import PlannedModel
 from placement.cost import predict
 from placement.phase_cost import PhaseCost
 
+EMULATED_NOTE = "an emulated GPU is no GPU: `predicted` is for its invented rates, and no error against them means anything\n"
 DEPTH_NOTE = "@ dN: on top of N tokens in the cache, random keys and values that no prompt computed\n"
 
 
@@ -90,7 +91,8 @@ class BenchReport:
         console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
         console.print(table)
         terms = "".join(f"{line}\n" for row in self.rows for line in term_lines(row.name, row.terms))
-        return f"{head}\n{console.file.getvalue()}{DEPTH_NOTE if self.has_depth else ''}{terms}"
+        notes = (EMULATED_NOTE if self.device == "emulated" else "") + (DEPTH_NOTE if self.has_depth else "")
+        return f"{head}\n{console.file.getvalue()}{notes}{terms}"
 
     @property
     def has_depth(self) -> bool:
