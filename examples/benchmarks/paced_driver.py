@@ -150,6 +150,29 @@ class PacedDriver:
         if left > 0:
             time.sleep(left)
 
+    def write_flag(self, stream: PacedStream, flag: torch.Tensor, value: int) -> None:
+        """Write when the queue has come this far; the caller waits for it."""
+        self.synchronize(self.record(stream))
+        flag.fill_(value)
+
+    def wait_flag(self, stream: PacedStream, flag: torch.Tensor, value: int, exactly: bool) -> None:
+        """Block the caller until it is there; later work starts no earlier."""
+        while int(flag) != value if exactly else (int(flag) - value) & 0x80000000:
+            time.sleep(0)
+        stream.take(0.0)
+
+    def mark(self, stream: PacedStream) -> float:
+        """When the work queued so far will have ended."""
+        return stream.ready_at
+
+    def seconds_between(self, mark: float, later: float) -> float:
+        """Seconds from one mark to a later one."""
+        return later - mark
+
+    def capture(self, stream: PacedStream) -> AbstractContextManager:
+        """Not possible: a clock has nothing to replay."""
+        raise NotImplementedError("a paced GPU computes nothing and captures none")
+
     def current(self, stream: PacedStream) -> AbstractContextManager:
         """There is one compute stream."""
         return nullcontext()
