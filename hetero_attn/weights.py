@@ -254,7 +254,7 @@ def build_workload(
     share, None is max_context for each. embed_shares_head: the token embedding is read from the head's own rows, which
     must then all be in host memory, unquantised; it takes no bytes of its own. paired: as for `model_spec`.
     """
-    spec = model_spec(config, paired)
+    spec, rows = model_spec(config, paired), model_spec(config, paired=True)
     kv_dtype = kv_dtype or natural_kv_dtype(weight_dtype)
     bytes_per_token = token_bytes(kv_dtype, config.head_dim)
     kv = tuple(
@@ -274,6 +274,7 @@ def build_workload(
         model=model,
         weight_dtype=weight_dtype,
         linears=tuple(linear.shard(weight_dtype) for linear in spec.linears),
+        row_cuts=() if paired else tuple(row.shard(weight_dtype) for row in rows.linears if row.row_unit),
         kv=kv,
         embed_bytes=0 if embed_shares_head else config.vocab_size * config.hidden_size * EMBED_BYTES[weight_dtype],
         resident_bytes=FLOAT32_BYTES * (norm_features + biases + rope_features + logits) + tables,

@@ -9,9 +9,6 @@ from placement.policy import Policy, PolicyError, Rule
 from placement.policy_fields import Share
 from placement.workload import LINEAR_KINDS, NUM_ROW_TIERS, ROW_TIER_NAMES, KvShard, LinearShard, Workload
 
-# Whether the planner may cut by rows. The cost model and the runtime know such layers, the planner's program does not yet.
-PAIRED_PLANS = False
-
 _RANGE = re.compile(r"layers\.(\d+)-(\d+)\.(.+)")
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
@@ -75,10 +72,8 @@ def bind(policy: Policy, workload: Workload, device: str) -> Bounds:
                 f"{policy.where(('rules', index, 'match'))}: {rule.match!r} decides nothing: "
                 f"{_why_idle(policy, index, workload)}"
             )
-    if policy.shape == "paired" and not PAIRED_PLANS:
-        problems.append(
-            f"{policy.where(('shape',))}: paired is predicted but not planned by this version; give column or auto"
-        )
+    if policy.shape == "paired" and not any(shard.row_cut for shard in workload.linears):
+        problems.append(f"{policy.where(('shape',))}: paired {_why_not_paired(workload, device)}; give column or auto")
     if policy.staging_slots == 0:
         problems += [
             f"{policy.where(('staging_slots',))}: 0 lets nothing stream, a rule streams {shard.name}; give 2 or more"
@@ -88,6 +83,14 @@ def bind(policy: Policy, workload: Workload, device: str) -> Bounds:
     if problems:
         raise PolicyError(list(dict.fromkeys(problems)))
     return Bounds(tuple(linears), tuple(kv))
+
+
+def _why_not_paired(workload: Workload, device: str) -> str:
+    if device == "cpu":
+        return "saves hand-overs between a GPU and the CPU, and device cpu has none"
+    if workload.elastic:
+        return "cuts by rows, and an elastic plan moves columns"
+    return f"cuts o and down where heads and neurons end, which {workload.model} cannot: a run of them splits a group"
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -18,7 +18,7 @@ All coefficients are linear in units, groups and bytes, so the planner optimises
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import fsum
 from typing import NamedTuple
 
@@ -143,6 +143,17 @@ def linear_cost(
         handover_s(rows, shard.in_features, 0, hardware) + rounding_s,
         hardware.launch_overhead_s,
     )
+
+
+def step_cost(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile, paired: bool) -> LinearCost:
+    """Coefficients of one linear beside a GPU. paired: it is part of a paired block, into which only rows go, before its
+    first linear, and out of which a whole partial sum comes, after its last."""
+    cost = linear_cost(shard, rows, dtype, hardware, True)
+    if not paired:
+        return cost
+    back = rows * shard.out_features * BYTES_PER_ACTIVATION / hardware.h2d_bytes_per_s
+    cpu = cpu_linear_s_per_unit(shard, rows, dtype, hardware)
+    return replace(cost, cpu_s_per_unit=cpu, handover_s=back if shard.row_cut else cost.handover_s)
 
 
 def cpu_attention_rate(shard: KvShard, workload: Workload, hardware: HardwareProfile) -> AttentionRate:
@@ -325,15 +336,13 @@ def _add_linear(
     """Add one linear; returns the units that the CPU computes."""
     rows = call.sequences if shard.kind == "head" else call.rows
     home, streamed, on_cpu = placement.cut(row_tier(rows))
-    call_s = cpu_call_s(call, hardware, tally.on_gpu)
-    cost = linear_cost(shard, rows, workload.weight_dtype, hardware, tally.on_gpu, call_s)
+    if tally.on_gpu:
+        cost = step_cost(shard, rows, workload.weight_dtype, hardware, block is not None)
+    else:
+        call_s = cpu_call_s(call, hardware, False)
+        cost = linear_cost(shard, rows, workload.weight_dtype, hardware, False, call_s)
     gpu_s = (home + streamed) * cost.gpu_s_per_unit if home + streamed else 0.0
     cpu_s, handover = on_cpu * cost.cpu_s_per_unit, cost.handover_s * (on_cpu > 0)
-    if block is not None and tally.on_gpu:
-        # Within a paired block only rows go in, before its first linear, and a whole partial sum comes out of its last.
-        cpu_s = on_cpu * cpu_linear_s_per_unit(shard, rows, workload.weight_dtype, hardware)
-        back = rows * shard.out_features * BYTES_PER_ACTIVATION / hardware.h2d_bytes_per_s
-        handover = (back if shard.row_cut else cost.handover_s) * (on_cpu > 0)
     tally.add_step("linears", cpu_s, gpu_s, handover, cost.launch_s, block)
     if shard.kind == "head":
         tally.head_s = max(cpu_s, gpu_s) + handover + cost.launch_s

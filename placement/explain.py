@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from placement.baselines import largest_layer_split, layer_split, paired
-from placement.constraints import PAIRED_PLANS
+from placement.baselines import largest_layer_split, layer_split
 from placement.cost import predict
 from placement.hardware import HardwareProfile
 from placement.phase_cost import RESOURCE_WORDS, PhaseCost
@@ -17,6 +16,7 @@ from placement.units import format_bytes
 from placement.workload import Workload
 
 GIB = 2**30
+SHAPE_WORDS = {"column": "shape column: four hand-overs a layer", "paired": "shape paired: two hand-overs a layer"}
 COMPARED_POLICIES = ("gpu_only", "stream_only", "host_attention", "cpu_only")
 
 
@@ -163,7 +163,7 @@ def _alternatives(
         predicted = predict_plan(replace(plan, linears=candidate.linears, kv=candidate.kv), machine)
         yield Estimate(candidate.label, predicted.decode.tokens_per_s, predicted.prefill.tokens_per_s)
     yield _whole_layers(plan, machine)
-    yield from _paired(plan, machine)
+    yield from _other_shape(workload, hardware, policy, plan)
     for name in COMPARED_POLICIES:
         rules = policy.model_copy(update={"rules": Policy.named(name).rules})
         yield _estimate(f"policy {name}", workload, hardware, rules, plan.device, plan.gpu_memory_bytes)
@@ -189,17 +189,17 @@ def _whole_layers(plan: Plan, hardware: HardwareProfile) -> Estimate:
     return Estimate(f"{layers} whole layers on the GPU, rest CPU", speed(predicted.decode), speed(predicted.prefill))
 
 
-def _paired(plan: Plan, hardware: HardwareProfile) -> Iterator[Estimate]:
-    """The plan's cuts with two hand-overs a layer; elastic plans move columns and have no such shape."""
-    if plan.workload.elastic:
-        return
-    workload, linears = paired(plan.workload, plan.linears)
-    predicted = predict_plan(replace(plan, workload=workload, linears=linears), hardware)
-    label = "shape paired: two hand-overs a layer" + (" (predicted only)" if not PAIRED_PLANS else "")
-    yield Estimate(label, predicted.decode.tokens_per_s, predicted.prefill.tokens_per_s)
+def _other_shape(workload: Workload, hardware: HardwareProfile, policy: Policy, plan: Plan) -> Iterator[Estimate]:
+    """The best plan of the shape that this plan does not have, where the model and the plan allow both."""
+    if workload.row_cuts and not plan.workload.elastic:
+        shape = "column" if plan.shape == "paired" else "paired"
+        other = policy.model_copy(update={"shape": shape})
+        yield _estimate(SHAPE_WORDS[shape], workload, hardware, other, plan.device, plan.gpu_memory_bytes)
 
 
 def _notes(plan: Plan, hardware: HardwareProfile) -> Iterator[str]:
+    if plan.shape == "paired":
+        yield "The shape is paired: o and down are cut beside the heads and neurons before them, two hand-overs a layer."
     if plan.device == "emulated":
         yield "This GPU is emulated with invented rates: the figures show how plans behave, they predict no GPU."
     elif hardware.source != "measured":

@@ -6,19 +6,21 @@ has a share. Those k steps pay a hand-over and overlap both lanes, the others ru
 
     steps >= C * cpu_s + (n - k) * units * gpu_s,    steps >= (G + S) * gpu_s,    C <= k * units
 
-so the program itself weighs concentrating CPU work in few layers against spreading it. KV-head groups likewise. Large
-models are nearly pure linear programs. Seconds and bytes are scaled to the order of 100 and 10000, far above the
-solver's tolerances.
+so the program itself weighs concentrating CPU work in few layers against spreading it. KV-head groups likewise. A
+paired block is one such step of the sums of its parts; both linears have the same fractions, and in a row tier all layers
+of a class stream them whole or not at all. Large models are nearly pure linear programs. Seconds and bytes are scaled to
+the order of 100 and 10000, far above the solver's tolerances.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from placement.cost import Call, attention_cost, cpu_linear_s_per_unit, linear_cost, small_ops_s
+from placement.cost import BLOCKS, Call, attention_cost, cpu_linear_s_per_unit, small_ops_s, step_cost
 from placement.decisions import Budgets, Homes, Totals, WeightedCall, gpu_tokens_of
 from placement.hardware import HardwareProfile
 from placement.layer_classes import KvClass, LayerClass, LinearClass
 from placement.memory import kv_spilled_tokens, staging_piece_units
+from placement.pairing import pairs
 from placement.program import INFINITY, Program, add
 from placement.workload import NUM_ROW_TIERS, Workload, row_tier
 
@@ -38,6 +40,17 @@ class _LinearVariables:
     stream: dict[int, int] = field(default_factory=dict)
     cpu: dict[int, int] = field(default_factory=dict)
     cpu_layers: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Block:
+    """The one step of a paired block: busy times of both lanes, time of the GPU alone, and which counts of layers have
+    CPU work."""
+
+    cpu: dict[int, float] = field(default_factory=dict)
+    gpu: dict[int, float] = field(default_factory=dict)
+    cpu_layers: dict[int, float] = field(default_factory=dict)
+    whole: float = 0.0
 
 
 class Formulation:
@@ -79,6 +92,9 @@ class Formulation:
             for c, cls in enumerate(classes)
             for i, linear in enumerate(cls.linears)
         }
+        for c, cls in enumerate(classes):
+            for first, second in pairs(cls):
+                self._pair(c, cls.count, first, second)
         self.groups = {c: self._kv(c, cls.count, cls.kv) for c, cls in enumerate(classes) if cls.kv is not None}
         self.attending: dict[int, list[int]] = {c: [] for c in self.groups}
         for weighted in calls:
@@ -154,6 +170,20 @@ class Formulation:
         self._staging(count, linear, variables)
         return variables
 
+    def _pair(self, c: int, count: int, first: int, second: int) -> None:
+        """Equal fractions of both linears in every lane, and what is in DRAM streams as a whole or not at all."""
+        program = self.program
+        (ours, units), (theirs, others) = (
+            (self.linears[c, i], self.classes[c].linears[i].shard.units) for i in (first, second)
+        )
+        program.equal({ours.gpu: 1.0, theirs.gpu: -units / others}, 0)
+        for tier, stream in theirs.stream.items():
+            streams = program.binary()
+            program.at_most({stream: 1, streams: -count * others}, 0)
+            program.at_most({theirs.cpu[tier]: 1, streams: count * others}, count * others)
+            if tier in ours.stream:
+                program.equal({ours.stream[tier]: 1.0, stream: -units / others}, 0)
+
     def _whole(self, fixed: int | None, total: int, integer: bool) -> int:
         low, high = (0, total) if fixed is None else (fixed, fixed)
         return self.program.variable(low, high, integer=integer)
@@ -215,10 +245,13 @@ class Formulation:
         steps, cpu, copies, dram, tail = ({time: -1.0} for _ in range(5))
         constant = scale * small_ops_s(self.workload, weighted.call, hardware, True)
         for c, cls in enumerate(self.classes):
+            blocks = {BLOCKS[cls.linears[i].shard.kind]: _Block() for _, i in pairs(cls)}
             for i, linear in enumerate(cls.linears):
-                constant += self._linear_step(c, i, cls.count, linear, weighted, steps, cpu, copies, dram, tail)
+                constant += self._linear_step(c, i, cls.count, linear, weighted, steps, cpu, copies, dram, tail, blocks)
             if cls.kv is not None:
-                constant += self._attention_step(c, cls, weighted.call, steps, cpu, copies, dram, tail)
+                constant += self._attention_step(c, cls, weighted.call, steps, cpu, copies, dram, tail, blocks)
+            for block in blocks.values():
+                add(steps, self._block_step(cls.count, block), 1.0)
         slowed = 1 - hardware.cpu_slowdown_while_copying
         for variable, coefficient in copies.items():
             if variable != time and slowed:
@@ -239,22 +272,29 @@ class Formulation:
         copies: dict[int, float],
         dram: dict[int, float],
         tail: dict[int, float],
+        blocks: dict[str, _Block],
     ) -> float:
         tier = self._tier(linear, weighted)
         if tier is None:
             return 0.0
         shard, hardware, scale = linear.shard, self.hardware, self.time_scale
         rows = weighted.call.sequences if shard.kind == "head" else weighted.call.rows
-        cost = linear_cost(shard, rows, self.workload.weight_dtype, hardware, True)
+        block = blocks.get(BLOCKS[shard.kind])
+        cost = step_cost(shard, rows, self.workload.weight_dtype, hardware, block is not None)
         variables = self.linears[c, i]
         on_cpu, streamed = variables.cpu[tier], variables.stream[tier]
-        step, layers = self.program.variable(), variables.cpu_layers[tier]
-        whole = scale * shard.units * cost.gpu_s_per_unit
-        self.program.at_least({step: 1, on_cpu: -scale * cost.cpu_s_per_unit, layers: whole}, count * whole)
-        self.program.at_least(
-            {step: 1, variables.gpu: -scale * cost.gpu_s_per_unit, streamed: -scale * cost.gpu_s_per_unit}, 0
+        layers, gpu_s = variables.cpu_layers[tier], scale * cost.gpu_s_per_unit
+        part = _Block(
+            {on_cpu: scale * cost.cpu_s_per_unit},
+            {variables.gpu: gpu_s, streamed: gpu_s},
+            {layers: 1.0},
+            shard.units * gpu_s,
         )
-        add(steps, step, 1.0)
+        if block is None:
+            step = self._block_step(count, part)
+            add(steps, step, 1.0)
+        else:
+            _join(block, part)
         add(steps, layers, scale * cost.handover_s)
         add(cpu, on_cpu, scale * cost.cpu_s_per_unit)
         copy = scale * shard.unit_bytes / hardware.h2d_bytes_per_s
@@ -281,20 +321,23 @@ class Formulation:
         copies: dict[int, float],
         dram: dict[int, float],
         tail: dict[int, float],
+        blocks: dict[str, _Block],
     ) -> float:
         program, scale, shard = self.program, self.time_scale, cls.kv.shard
         tokens = gpu_tokens_of(self.workload, shard, cls.kv.bounds, self.gpu_tokens)
         cost = attention_cost(shard, call, tokens, self.workload, self.hardware, True)
         total, groups, spills = cls.count * shard.groups, self.groups[c], cost.spilled_s_per_group > 0
-        owned, step, layers = program.variable(), program.variable(), self._layers(cls.count)
+        owned, layers = program.variable(), self._layers(cls.count)
         self.attending[c].append(layers)
         program.equal({owned: 1, groups: 1}, total)
         program.at_most({owned: 1, layers: -shard.groups}, 0)
         busy = {owned: scale * cost.cpu_s_per_group, groups: scale * cost.spilled_s_per_group}
         whole = 0.0 if spills else scale * shard.groups * cost.gpu_s_per_group
-        program.at_least({step: 1, layers: whole} | {v: -k for v, k in busy.items()}, cls.count * whole)
-        program.at_least({step: 1, groups: -scale * cost.gpu_s_per_group}, 0)
-        add(steps, step, 1.0)
+        part = _Block(dict(busy), {groups: scale * cost.gpu_s_per_group}, {layers: 1.0}, whole)
+        if BLOCKS["qkv"] in blocks:
+            _join(blocks[BLOCKS["qkv"]], part)
+        else:
+            add(steps, self._block_step(cls.count, part), 1.0)
         for variable, coefficient in busy.items():
             add(cpu, variable, coefficient)
         bandwidth = self.hardware.dram_bytes_per_s
@@ -304,6 +347,19 @@ class Formulation:
             add(lane, groups, scale * cost.streamed_bytes_per_group / self.hardware.h2d_bytes_per_s)
         add(steps, self._attention_handovers(c, cls, call, owned, layers, spills), scale * cost.handover_s)
         return scale * cost.launch_s * cls.count
+
+    def _block_step(self, count: int, block: _Block) -> int:
+        """A variable for the seconds of a step in all layers of a class: at least the time of either lane."""
+        program = self.program
+        step = program.variable()
+        if len(block.cpu_layers) == 1:
+            (layers,) = block.cpu_layers
+        else:
+            layers = self._layers(count)
+            program.at_most({layers: 1.0} | {index: -1.0 for index in block.cpu_layers}, 0.0)
+        program.at_least({step: 1.0, layers: block.whole} | {v: -s for v, s in block.cpu.items()}, count * block.whole)
+        program.at_least({step: 1.0} | {v: -s for v, s in block.gpu.items()}, 0)
+        return step
 
     def _attention_handovers(self, c: int, cls: LayerClass, call: Call, owned: int, layers: int, spills: bool) -> int:
         """Layers counted by placement.cost.attention_handovers: more groups attended than computed by the CPU, or any
@@ -347,3 +403,11 @@ class Formulation:
                 whole = cls.count * shard.units <= MAX_INTEGER_UNITS
                 total += shard.unit_bytes * (cls.count if shard.units >= MANY_UNITS else 0 if whole else 1)
         return total
+
+
+def _join(block: _Block, part: _Block) -> None:
+    """Add a part of a paired block to it."""
+    for name in ("cpu", "gpu", "cpu_layers"):
+        for variable, value in getattr(part, name).items():
+            add(getattr(block, name), variable, value)
+    block.whole += part.whole

@@ -60,7 +60,16 @@ def layer_families(workload: Workload, bounds: Bounds) -> list[list[_Layer]]:
 
 def _signature(workload: Workload, bounds: Bounds, layer: _Layer) -> str:
     parts = [
-        (s.kind, s.units, s.unit_bytes, s.unit_features, s.in_features, s.flops_per_row_per_unit, bounds.linears[i])
+        (
+            s.kind,
+            s.units,
+            s.unit_bytes,
+            s.unit_features,
+            s.in_features,
+            s.flops_per_row_per_unit,
+            s.row_cut,
+            bounds.linears[i],
+        )
         for i in layer.linears
         for s in (workload.linears[i],)
     ]

@@ -10,6 +10,7 @@ from placement.decisions import Totals, gpu_tokens_of
 from placement.formulation import MANY_UNITS
 from placement.layer_classes import LayerClass, LinearClass
 from placement.memory import KvPlacement, LinearPlacement, staging_piece_units
+from placement.pairing import homes_beside, pairs, streams_beside
 from placement.workload import NUM_ROW_TIERS, Workload
 
 NEARLY_ZERO = 1e-5
@@ -84,7 +85,7 @@ def streams(
         if fixed or min(linear.shard.units, staging_piece_units(linear.shard)) <= slot_units:
             slot_units = linear.shard.units
         result[c, i, tier] = tuple(min(linear.shard.units - g - u, slot_units) for g, u in zip(home, cpu, strict=True))
-    return result
+    return streams_beside(classes, homes, result)
 
 
 def _cpu_units(
@@ -130,14 +131,17 @@ def _homes(classes: Sequence[LayerClass], solved: Totals, tier: int | None) -> d
     for key, parts in split.items():
         linear = classes[key[0]].linears[key[1]]
         limit = _most_home(linear)
-        for part in reversed(parts) if linear.bounds.gpu is None else ():
+        paired = key[1] in {i for pair in pairs(classes[key[0]]) for i in pair}
+        for part in reversed(parts) if linear.bounds.gpu is None and not paired else ():
             wanted = min(_floor(solved.gpu[key]) - sum(map(sum, parts)), int(spare / linear.shard.unit_bytes))
             for position, units in enumerate(part):
                 more = min(wanted, limit - units, 1)
                 part[position] += more
                 wanted -= more
                 spare -= more * linear.shard.unit_bytes
-    return {key: tuple(units for part in parts for units in part) for key, parts in split.items()}
+    return homes_beside(
+        classes, {key: tuple(units for part in parts for units in part) for key, parts in split.items()}
+    )
 
 
 def _front_and_back(

@@ -105,6 +105,11 @@ class Plan:
                 )
 
     @property
+    def shape(self) -> str:
+        """`paired` where some linear is cut by rows, else `column`."""
+        return "paired" if any(shard.row_cut for shard in self.workload.linears) else "column"
+
+    @property
     def model(self) -> str:
         """Name of the planned model."""
         return self.workload.model
@@ -175,6 +180,8 @@ class Plan:
             lines.append(f"kv_tokens: {self.workload.kv_tokens}")
         if self.workload.elastic:
             lines.append("elastic: true")
+        elif self.device != "cpu":
+            lines.append(f"shape: {self.shape}")
         lines.append("rules:")
         for group in grouped(self.workload.linears, self.linears):
             lines += _linear_rule(group)
@@ -187,6 +194,7 @@ class Plan:
         return {
             "model": self.model,
             "device": self.device,
+            "shape": self.shape,
             "gpu_memory_bytes": self.gpu_memory_bytes,
             "objective": self.objective,
             "max_context": self.max_context,

@@ -8,8 +8,9 @@ from placement.decisions import Budgets
 from placement.hardware import HardwareProfile
 from placement.memory import activation_bytes, gpu_resident_bytes
 from placement.objective import objective_s, reference_batch, reference_calls, reference_context, reference_prompt
+from placement.pairing import block_apart, is_paired, paired_workload
 from placement.plan import CURVE_CONTEXTS, DEVICES, Plan, Prediction, build_plan
-from placement.policy import Policy
+from placement.policy import Policy, PolicyError
 from placement.search import Candidate, Problem, candidates, complete, fixed_candidate, least_bytes
 from placement.units import format_bytes
 from placement.workload import Workload
@@ -60,6 +61,11 @@ class _Request:
         }
 
     @property
+    def may_pair(self) -> bool:
+        """Whether there is a paired shape beside that of the workload's linears."""
+        return self.device != "cpu" and not self.workload.elastic and bool(self.workload.row_cuts)
+
+    @property
     def limits(self) -> dict[str, int | None]:
         """Budget in bytes by place."""
         return {"gpu": self.gpu_memory_bytes, "pinned": self.policy.pinned_memory, "host": self.policy.host_memory}
@@ -82,6 +88,26 @@ def plan_with_alternatives(
 ) -> tuple[Plan, list[Candidate]]:
     """make_plan, and every candidate that the search compared, fastest first; the first is the plan's."""
     request = _resolve(workload, hardware, policy, device, gpu_memory_bytes)
+    if policy.shape == "paired":
+        return _plan_shape(_paired(request) if request.may_pair else request)
+    plan, found = _plan_shape(request)
+    if policy.shape == "auto" and request.may_pair:
+        try:
+            rows = _plan_shape(_paired(request))
+        except (BudgetError, PolicyError):
+            return plan, found
+        if rows[0].predicted.objective_s < plan.predicted.objective_s:
+            return rows
+    return plan, found
+
+
+def _paired(request: _Request) -> _Request:
+    return replace(request, workload=paired_workload(request.workload))
+
+
+def _plan_shape(request: _Request) -> tuple[Plan, list[Candidate]]:
+    """The best plan with the linears cut as they are in the request's workload."""
+    policy, device = request.policy, request.device
     limits, fixed = request.limits, request.fixed_bytes
     budgets = Budgets(
         *(
@@ -98,12 +124,24 @@ def plan_with_alternatives(
         budgets,
     )
     only = fixed_candidate(problem, device != "cpu")
+    apart = block_apart(request.workload, only.linears) if only else None
+    if apart:
+        raise PolicyError([_apart(policy, apart)])
     found = [only] if only else candidates(problem)
     if not found:
+        if is_paired(request.workload) and least_bytes(problem, "gpu", Budgets(float("inf"))) is None:
+            raise PolicyError([_apart(policy, "the linears of a block")])
         raise _explain_failure(request, problem)
     plan = _plan_of(request, complete(problem, found[0]))
     _check_budgets(request, plan)
     return plan, found
+
+
+def _apart(policy: Policy, what: str) -> str:
+    return (
+        f"{policy.where(('shape',))}: paired cuts both linears of a block at the same fractions and streams what is in "
+        f"DRAM whole or not at all; the rules cut {what} otherwise: change them, or give column or auto"
+    )
 
 
 def _resolve(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from placement.constraints import Bounds
 from placement.hardware import HardwareProfile
 from placement.memory import LinearPlacement, staging_piece_units
+from placement.pairing import first_name
 from placement.plan import Plan
 from placement.workload import NUM_ROW_TIERS, LinearShard
 
@@ -46,14 +47,16 @@ def movable(plan: Plan, bounds: Bounds) -> tuple[dict[str, int], ...]:
     """By row tier, the linears whose boundary may move and the most units of each that may be streamed.
 
     A linear may stream if the plan streams it in some tier (only then is it page-locked), as far as the staging slots
-    take its pieces. qkv stays: its cut follows the owners of the cache. So does a row cut, which moves as a whole. Empty without a staging ring.
+    take its pieces. qkv stays: its cut follows the owners of the cache. So do both linears of a paired block, which move
+    as a whole. Empty without a staging ring.
     """
     tiers: tuple[dict[str, int], ...] = tuple({} for _ in range(NUM_ROW_TIERS))
+    whole = {name for row in plan.workload.linears if row.row_cut for name in (row.name, first_name(row))}
     for shard, placement, bound in zip(plan.workload.linears, plan.linears, bounds.linears, strict=True):
         if (
             plan.staging_slots
             and shard.kind != "qkv"
-            and not shard.row_cut
+            and shard.name not in whole
             and (placement.streams or plan.workload.elastic)
         ):
             for tier in range(NUM_ROW_TIERS):

@@ -96,6 +96,7 @@ class Workload:
     sequences; page_size: tokens of one KV page. elastic: units in GPU memory have a copy in DRAM, so that a loaded
     model can move to a plan for another GPU budget. kv_tokens: KV slots that all sequences share, None is max_context
     for each; a sequence reserves the pages of its own prompt and answer, so fewer slots still serve many short ones.
+    row_cuts: o and down as a paired plan cuts them, by rows; empty where only column plans are possible.
     """
 
     model: str
@@ -116,6 +117,7 @@ class Workload:
     kv_dtype: str = "bf16"
     elastic: bool = False
     kv_tokens: int | None = None
+    row_cuts: tuple[LinearShard, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("max_context", "max_batch", "page_size", "prefill_chunk"):

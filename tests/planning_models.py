@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 
 from placement import HardwareProfile, KvShard, LinearShard, Workload
+from placement.pairing import FIRST_OF
 from placement.rates import DtypeRates
 
 BITS_PER_WEIGHT = {"fp32": 32, "bf16": 16, "q8": 8.5, "q4": 4.5}
@@ -161,3 +162,16 @@ def random_workload(rng: random.Random, *, max_units: int = 2, with_head: bool =
         linears.append(linear("head", "head", None, rng.randint(1, max_units), 16 * rng.randint(1, 12), 64))
     kv = KvShard("layers.0.kv", 0, groups, rng.choice([16, 64, 256]), rng.choice([0, 0, 24]))
     return replace(base, linears=tuple(linears), kv=(kv,))
+
+
+def with_row_cuts(workload: Workload) -> Workload:
+    """The workload, and beside it its o and down in as many row-cut units as the linear before has."""
+    units = {(shard.layer, shard.kind): shard.units for shard in workload.linears}
+    rows = []
+    for shard in workload.linears:
+        if shard.kind in FIRST_OF:
+            count = units[shard.layer, FIRST_OF[shard.kind]]
+            fields = ("unit_bytes", "unit_features", "flops_per_row_per_unit")
+            sizes = {field: -(-getattr(shard, field) * shard.units // count) for field in fields}
+            rows.append(replace(shard, units=count, row_cut=True, **sizes))
+    return replace(workload, row_cuts=tuple(rows))

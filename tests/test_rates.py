@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import pytest
-from planning_models import llama_8b, tiny
+from planning_models import llama_8b, tiny, with_row_cuts
 from test_cost import MACHINE, placed, rates
 
-from placement import HardwareProfile, Policy, PolicyError, make_plan
-from placement.baselines import paired
+from placement import HardwareProfile
 from placement.cost import Call, attention_cost, cpu_linear_s_per_unit, linear_cost, pass_cost, predict, step_s
+from placement.pairing import paired_workload
 from placement.rates import AttentionRate, DtypeRates, RowRate, nearest_attention, seconds_per_operation_of_a_row
 
 CURVE = (RowRate(1, rates(1e9)), RowRate(4, rates(4e9)), RowRate(64, rates(16e9)))
@@ -163,7 +163,8 @@ def test_a_paired_block_hands_over_once_and_meets_once():
     call = Call(1, 1, 1)
 
     column = pass_cost(workload, linears, kv, machine, call, True)
-    rows, beside = paired(workload, linears)
+    rows = paired_workload(with_row_cuts(workload))
+    beside, _ = placed(rows, 0.5, 0.0, groups=1)
     together = pass_cost(rows, beside, kv, machine, call, True)
 
     # Four linears of a layer and the head, against two blocks and the head.
@@ -179,23 +180,10 @@ def test_lanes_of_a_paired_block_may_be_uneven_in_its_parts():
     linears, kv = placed(workload, 0.5, 0.0, groups=1)
     slow_cpu = replace(MACHINE, cpu_linear_bytes_per_s=rates(1e9), gpu_bytes_per_s=1e9)
 
-    rows, beside = paired(workload, linears)
+    rows = paired_workload(with_row_cuts(workload))
+    beside, _ = placed(rows, 0.5, 0.0, groups=1)
 
     cost = pass_cost(rows, beside, kv, slow_cpu, Call(1, 1, 1), True)
     column = pass_cost(workload, linears, kv, slow_cpu, Call(1, 1, 1), True)
 
     assert cost.lanes["steps"] <= column.lanes["steps"] * (1 + 1e-9)
-
-
-def test_a_shape_that_the_planner_lacks_is_refused_with_its_place():
-    text = "shape: paired\n"
-    with pytest.raises(PolicyError, match="policy:1:1: shape: paired is predicted but not planned"):
-        make_plan(
-            tiny(), HardwareProfile.named("emulated"), Policy.parse(text), device="emulated", gpu_memory_bytes=2**20
-        )
-
-    for shape in ("auto", "column"):
-        plan = make_plan(
-            tiny(), HardwareProfile.named("emulated"), Policy(shape=shape), device="emulated", gpu_memory_bytes=2**20
-        )
-        assert not any(shard.row_cut for shard in plan.workload.linears)
