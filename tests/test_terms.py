@@ -36,11 +36,10 @@ def test_taking_a_step_apart_changes_no_answer(path, lanes):
 
     assert all(torch.equal(left, right) for left, right in zip(expected, found, strict=True))
     lanes_terms = {"gpu_linears", "gpu_attention", "copies", "handovers"} if lanes == "emulated" else set()
-    for seconds in (in_decode, in_prefill):
-        measured = {name for name in seconds if seconds[name] > 0}
-        # Replayed, the small operations of a toy take too little to stand out.
-        assert {"cpu_linears", "cpu_attention"} | lanes_terms == measured - {"small_ops"}
-    assert in_prefill["small_ops"] > 0
+    terms = {"cpu_linears", "cpu_attention", "small_ops"} | lanes_terms
+    assert {name for name in in_prefill if in_prefill[name] > 0} == terms
+    # Replayed, what a kind of work takes is the difference of two replays, and in a toy too little to stand out.
+    assert {name for name in in_decode if lanes == "cpu" or name == "small_ops" or in_decode[name] > 0} == terms
 
 
 def test_a_recorded_step_is_replayed_for_each_kind_of_work_alone():
