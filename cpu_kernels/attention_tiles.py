@@ -25,12 +25,10 @@ from .attention_layout import (
     LINE_BYTES,
     P_K,
     P_K_PAGE,
-    P_K_ROW,
     P_NUM_PAGES,
     P_PAGE_SIZE,
     P_V,
     P_V_PAGE,
-    P_V_ROW,
     RowShape,
 )
 from .chunks import parameter

@@ -223,7 +223,7 @@ def linear_q(isa: Isa, weight_dtype: str, tile: int):
 
     def kernel(arguments, thread):
         quantize(arguments)
-        records, rows, in_features = parameter(arguments, 0), parameter(arguments, 3), parameter(arguments, 4)
+        records, rows = parameter(arguments, 0), parameter(arguments, 3)
         weight, num_blocks, block_bytes = parameter(arguments, 5), parameter(arguments, 6), parameter(arguments, 7)
         bias, out, out_stride = parameter(arguments, 8), parameter(arguments, 9), parameter(arguments, 10)
         accumulate, piece = parameter(arguments, 11), (parameter(arguments, 12) + GROUP_INPUTS - 1) // GROUP_INPUTS

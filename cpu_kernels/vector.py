@@ -15,11 +15,10 @@ from numba.extending import intrinsic, register_model
 
 LANES = 16
 
-I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 VF32, VI32 = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 VI16, VI8, VHALF = (ir.VectorType(scalar, LANES) for scalar in (I16, I8, HALF))
-VMASK = ir.VectorType(I1, LANES)
 
 intp, int32, float32, float64 = types.intp, types.int32, types.float32, types.float64
 

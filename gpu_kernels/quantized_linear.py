@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_kernels.reference import BLOCK_FEATURES, GROUP, SUPERBLOCK_BYTES
+from gpu_kernels.reference import GROUP, SUPERBLOCK_BYTES
 
 QUANTIZE_GROUPS = 16
 ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds a small float32 half to even

@@ -229,7 +229,7 @@ class Engine:
         with self._guarded():
             if not step.is_prefill:
                 self.kv_cache.wait_for_moves()
-            model.embed(lanes, weights, torch.tensor(token_ids), self._work.rows(step.rows))
+            model.embed(lanes, weights, torch.tensor(token_ids), self._work.residual.rows(0, step.rows))
             with lanes.main_lane():
                 if step.is_prefill:
                     if step.streams_older and lanes.pages is not None:

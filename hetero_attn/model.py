@@ -73,9 +73,9 @@ class Workspace:
         return Workspace(*buffers, attention)
 
 
-def embed(lanes: Lanes, weights: ModelWeights, token_ids: torch.Tensor, work: Workspace) -> None:
+def embed(lanes: Lanes, weights: ModelWeights, token_ids: torch.Tensor, residual: Activation) -> None:
     """Start the residual stream with the rows of `token_ids` int64 [rows]; on its way to a GPU it passes the host side."""
-    residual = work.residual.columns(0, weights.embed.shape[1])
+    residual = residual.columns(0, weights.embed.shape[1])
     residual.host.copy_(weights.embed[token_ids])
     if lanes.device is not None:
         lanes.copy(residual.device, residual.host)

@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from gpu_kernels import reference
 from hetero_attn.devices.libcuda import DEVICE, Copy2D, LibCuda
 
