@@ -89,10 +89,11 @@ def decode_attention(
     num_pages, page_size, _ = k_pages.shape
     group_heads = num_heads // num_kv_heads
     splits = split_count(batch * num_kv_heads, max_pages * page_size, team.num_threads)
+    tiles = shared.DecodeTiles.of(kv_dtype, group_heads, head_dim)
     thread_bytes = shared.decode_thread_bytes(kv_dtype, group_heads, head_dim)
     results = batch * num_kv_heads * splits * shared.decode_item_bytes(kv_dtype, group_heads, head_dim)
     failure = team.run(
-        ("decode_kernel", "decode", team.isa, kv_dtype, *shared.head_tiles(group_heads)),
+        ("decode_kernel", "decode", team.isa, kv_dtype, tiles.score_heads, tiles.value_heads, tiles.words),
         team.num_threads * thread_bytes + results,
         *_queries(q, num_kv_heads),
         *_pages(k_pages, v_pages, kv_dtype, head_dim),

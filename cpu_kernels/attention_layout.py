@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-from .kv_layout import GROUP_DIMS, GROUP_NUMBERS, is_quantised, num_groups
+from .kv_layout import GROUP_DIMS, GROUP_NUMBERS
 
 KEY_TILE = 64  # keys of one tile: a run of rows of one page
 LINE_BYTES = 64
+LANES = 16  # of a register, in words of 4 bytes
 
 (
     P_Q,
@@ -51,34 +52,72 @@ PREFILL_VECTORS = 64  # query vectors (rows x heads of a group) per item: what o
 class RowShape:
     """How a KV dtype's rows meet registers.
 
-    line_items: dims of one line. line_bytes: its bytes in a page. acc_bytes: its accumulator, float32 per dim: of fp32
-    one register in order, else the even dims in one and the odd dims in another. group_lines: lines that share a
-    scale, 0 where there is none. numbers: scale and minimum of a group.
+    line_items, line_bytes: dims and bytes in a page of one line, the piece of V that a strip takes: a register, or a
+    group of codes. parts: registers of its accumulator. word_items: dims in 4 bytes of a row of K. planes: runs of q that
+    one run of K's words is multiplied by. numbers: scale and minimum of a group; 0 where rows hold plain numbers.
     """
 
     line_items: int
     line_bytes: int
-    acc_bytes: int
-    group_lines: int
+    parts: int
+    word_items: int
+    planes: int
     numbers: int
 
     @classmethod
     def of(cls, kv_dtype: str) -> "RowShape":
         """The shape of a KV dtype's rows."""
-        if kv_dtype == "fp32":
-            return cls(16, LINE_BYTES, 64, 0, 0)
-        line_bytes = {"bf16": 64, "q8": 32, "q4": 16}[kv_dtype]
-        return cls(32, line_bytes, 128, GROUP_DIMS.get(kv_dtype, 0) // 32, GROUP_NUMBERS.get(kv_dtype, 0))
+        return ROW_SHAPES[kv_dtype]
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether a line is a group of codes with a scale of its own."""
+        return self.numbers > 0
+
+    @property
+    def acc_bytes(self) -> int:
+        """Of one line's accumulator, float32 per dim."""
+        return LINE_BYTES * self.parts
+
+    @property
+    def group_words(self) -> int:
+        """Words of K that share a scale; all of a block where there is none."""
+        return self.line_bytes // 4 if self.has_codes else LANES
 
     def lines(self, head_dim: int) -> int:
         """Lines of one row, the last one padded."""
         return -(-head_dim // self.line_items)
 
 
-def row_lines(kv_dtype: str, head_dim: int) -> int:
-    """Lines that a row takes in memory: whole groups where there are any."""
-    shape = RowShape.of(kv_dtype)
-    return num_groups(kv_dtype, head_dim) * shape.group_lines if shape.group_lines else shape.lines(head_dim)
+ROW_SHAPES = {
+    "fp32": RowShape(16, LINE_BYTES, 1, 1, 1, 0),
+    "bf16": RowShape(32, LINE_BYTES, 2, 2, 1, 0),
+    "q8": RowShape(GROUP_DIMS["q8"], 64, 4, 4, 2, GROUP_NUMBERS["q8"]),
+    "q4": RowShape(GROUP_DIMS["q4"], 16, 2, 8, 4, GROUP_NUMBERS["q4"]),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTiles:
+    """Register tiles of decode for one head shape; a kernel is compiled for each.
+
+    score_heads, value_heads: query heads that share a block of K, a strip of V. words: of K's rows in a block.
+    """
+
+    score_heads: int
+    value_heads: int
+    words: int
+
+    @classmethod
+    def of(cls, kv_dtype: str, group_heads: int, head_dim: int) -> "DecodeTiles":
+        """For this many query heads per group. Blocks of codes are whole, so that no scale is read beyond a row's."""
+        shape, padded = RowShape.of(kv_dtype), padded_heads(group_heads)
+        if not shape.has_codes:
+            most = 8 if padded % 8 == 0 else min(padded, 4)
+            return cls(most, most, LANES)
+        row_words = shape.lines(head_dim) * shape.group_words
+        words = next(words for words in (16, 8, 4) if row_words % words == 0)
+        return cls(min(padded, 4), min(padded, 8 // shape.parts), words)
 
 
 def whole_pages(size: int) -> int:
@@ -86,40 +125,34 @@ def whole_pages(size: int) -> int:
     return -(-size // 4096) * 4096
 
 
-def head_tiles(group_heads: int) -> tuple[int, int]:
-    """(heads per score tile, heads per value strip) for this many query heads per group."""
-    score_heads = 1 if group_heads == 1 else 2 if group_heads == 2 else 4
-    padded = padded_heads(group_heads)
-    return score_heads, 8 if padded % 8 == 0 else score_heads
-
-
 def padded_heads(group_heads: int) -> int:
     """Query heads per group, padded to whole score tiles."""
     return group_heads if group_heads <= 2 else -(-group_heads // 4) * 4
 
 
-# Working memory of one query head: scores as float32, then as the value strip multiplies them; and its scalars: what
-# its acc is multiplied by, what its strip is multiplied by, what is added, and the scale of its codes.
-HEAD_SCORES, HEAD_WEIGHTS, HEAD_SCALARS = 4 * KEY_TILE, 2 * KEY_TILE, 16
+# Working memory of one query head: scores as float32; codes' weights, two planes; and its scalars: what its acc is
+# multiplied by, what its strip is multiplied by, what is added, the scale of its codes, the weight of a tile's p.
+HEAD_SCORES, HEAD_WEIGHTS, HEAD_SCALARS = 4 * KEY_TILE, 2 * KEY_TILE, 32
+SCALE_OF_STRIP, OFFSET_OF_STRIP, SCALE_OF_Q, WEIGHT_OF_TILE = 4, 8, 12, 16  # bytes into the scalars
 
 
 def head_bytes(kv_dtype: str, head_dim: int) -> int:
-    """Working memory of one query head of decode: scores, weights, scalars, q lines and the sums of q per group."""
-    lines = row_lines(kv_dtype, head_dim)
-    return HEAD_SCORES + HEAD_WEIGHTS + HEAD_SCALARS + lines * LINE_BYTES + 4 * lines
+    """Working memory of one query head of decode: scores, weights, scalars, q and the sums of q per group."""
+    shape, lines = RowShape.of(kv_dtype), RowShape.of(kv_dtype).lines(head_dim)
+    return HEAD_SCORES + HEAD_WEIGHTS + HEAD_SCALARS + lines * (shape.line_bytes * shape.planes + 4)
 
 
 def decode_thread_bytes(kv_dtype: str, group_heads: int, head_dim: int) -> int:
     """Working memory of one thread of decode: every head's, then scales and minima of a tile's keys."""
-    numbers = num_groups(kv_dtype, head_dim) * GROUP_NUMBERS[kv_dtype] if is_quantised(kv_dtype) else 0
+    shape = RowShape.of(kv_dtype)
     heads = padded_heads(group_heads) * head_bytes(kv_dtype, head_dim)
-    return whole_pages(heads + numbers * 4 * KEY_TILE + 8 * LINE_BYTES)
+    return whole_pages(heads + shape.lines(head_dim) * shape.numbers * 4 * KEY_TILE + 8 * LINE_BYTES)
 
 
 def decode_item_bytes(kv_dtype: str, group_heads: int, head_dim: int) -> int:
     """One item's partial result: acc of every head, then (m, l) of every head."""
-    heads = padded_heads(group_heads)
-    return heads * row_lines(kv_dtype, head_dim) * RowShape.of(kv_dtype).acc_bytes + -(-8 * heads // 64) * 64
+    heads, shape = padded_heads(group_heads), RowShape.of(kv_dtype)
+    return heads * shape.lines(head_dim) * shape.acc_bytes + -(-8 * heads // 64) * 64
 
 
 def prefill_rows(group_heads: int) -> int:
@@ -138,8 +171,14 @@ def prefill_thread_bytes(kv_dtype: str, group_heads: int, head_dim: int) -> int:
     K transposed; K and V of a tile as bf16, where pages hold codes; scores and scalars of one pass; queries,
     acc and (m, l) of every vector.
     """
-    lines = row_lines(kv_dtype, head_dim)
-    widened = 2 * LINE_BYTES * lines * KEY_TILE if is_quantised(kv_dtype) else 0
+    shape, wide = RowShape.of(kv_dtype), RowShape.of(wide_dtype(kv_dtype))
+    lines = wide.lines(shape.lines(head_dim) * shape.line_items)
+    widened = 2 * LINE_BYTES * lines * KEY_TILE if shape.has_codes else 0
     scores = PREFILL_VALUES * (HEAD_SCORES + HEAD_SCALARS)
-    vectors = prefill_vectors(group_heads) * (lines * (LINE_BYTES + RowShape.of(kv_dtype).acc_bytes) + 8)
+    vectors = prefill_vectors(group_heads) * (lines * (LINE_BYTES + wide.acc_bytes) + 8)
     return whole_pages(LINE_BYTES * lines * KEY_TILE + widened + scores + vectors + 8 * LINE_BYTES)
+
+
+def wide_dtype(kv_dtype: str) -> str:
+    """What prefill multiplies rows of this dtype as: codes are widened to bf16."""
+    return "bf16" if RowShape.of(kv_dtype).has_codes else kv_dtype

@@ -13,6 +13,8 @@ from numba.core.dispatcher import _FunctionCompiler
 
 OPTIONS = {"nogil": True, "error_model": "numpy"}
 helper = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)  # for functions that kernels call
+# For those that take or give many registers, which a real call would pass through memory.
+inlined = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, inline="always", **OPTIONS)
 
 
 class _ObjectCompiler(_FunctionCompiler):

@@ -1,13 +1,12 @@
 """decode_attention: one query row per item over paged K and V, out = softmax(scale * q K^T) V with an online softmax.
 
 An item is (query row, KV-head group, split of the key range). For a tile of up to 64 keys at a time all query heads of
-the group share one pass over K and V: a register tile of heads x keys collects dot products, then attention_tiles.py
-takes over, while the next tile of keys is prefetched. Splits of the same row are merged at the end (Flash-Decoding), so
-that all threads have work even with one group. An empty range gives (0, -inf).
+the group share one pass over K (attention_scores.py) and one over V (attention_values.py), while the next tile of keys
+is prefetched. Splits of the same row are merged at the end (Flash-Decoding), so that all threads have work even with
+one group. An empty range gives (0, -inf).
 """
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 
 from .attention_layout import (
@@ -41,53 +40,39 @@ from .attention_layout import (
     P_THREAD_BYTES,
     P_THREADS,
     P_V_ROW,
+    SCALE_OF_Q,
     RowShape,
 )
+from .attention_scores import code_dots, part_block, plain_dots, whole_block
 from .attention_tiles import (
     LOG2_E,
     MINUS_INFINITY,
-    head_writer,
     page_at,
     q_line_writer,
+    raise_maximum,
     softmax_tile,
     tile_at,
-    value_strip,
     write_lse,
 )
+from .attention_values import head_writer, value_strip
 from .chunks import await_stage, fail, finish, parameter, real_parameter, take
-from .compiler import helper
+from .compiler import helper, inlined
 from .isa import Isa
 from .kv_codes import add_minima, code_weights, q_code_writer, widen_numbers
-from .kv_vectors import dot_pairs, load_codes
-from .tiles import masked_line, sum_each, zeros
 from .vector import (
-    F32,
-    I32,
-    I64,
     LANES,
-    VF32,
-    VI32,
-    F32x16,
     add,
-    call_llvm,
-    constant,
-    emits,
     exp2_not_positive,
     fma,
-    fma_value,
-    intp,
     keep_below,
     larger,
     least,
-    load_as,
     load_f32,
     load_i32,
     load_scalar,
     most,
     mul,
     splat,
-    splat_value,
-    store_as,
     store_f32,
     store_scalar,
     sub,
@@ -97,199 +82,142 @@ from .vector import (
 ZERO = np.float32(0.0)
 
 
-def scores_block(isa: Isa, kv_dtype: str, heads: int):
-    """Function: `heads` x (16 / heads) dot products of q lines and K rows, written to scores[head][key].
+def tile_scores(isa: Isa, kv_dtype: str, score_heads: int, words: int):
+    """Function: scores[head][key] of a tile, in units of the head's scale where there are codes."""
+    shape = RowShape.of(kv_dtype)
+    has_codes, has_minimum, groups_at_once = shape.has_codes, shape.numbers == 2, words // shape.group_words
+    block_bytes, q_block, line_items = 4 * words, 4 * words * shape.planes, shape.line_items
+    q_line, line_bytes, numbers_of_group = shape.line_bytes * shape.planes, shape.line_bytes, shape.numbers
+    load, load_part = whole_block(words), whole_block(words) if has_codes else part_block(kv_dtype)
+    dots = code_dots(isa, kv_dtype, score_heads, words) if has_codes else plain_dots(isa, kv_dtype, score_heads)
 
-    Rows beyond `last` repeat it. `ahead`: where the next tile's share of K begins. scales: of codes, float32
-    [groups][64] from this block's first key on.
-    """
-    keys, shape = LANES // heads, RowShape.of(kv_dtype)
-    tile, rows_type = types.UniTuple(F32x16, LANES), types.UniTuple(types.int64, keys)
-    step_lines, has_scale = shape.group_lines or 1, shape.group_lines > 0
-    step_bytes, item_bytes = step_lines * shape.line_bytes, LINE_BYTES // shape.line_items
+    @inlined
+    def block_of(base, row_bytes, last, ahead, left):
+        """A block of 16 keys; `left`: numbers from it to the end of a plain row."""
+        if has_codes or left >= line_items:
+            return load(base, row_bytes, last, ahead)
+        return load_part(base, row_bytes, last, left)
 
-    @emits(rows_type, intp, intp, types.int64)
-    def rows_of(b, base, row_bytes, last):
-        value = ir.Constant(ir.ArrayType(I64, keys), ir.Undefined)
-        for key in range(keys):
-            number = ir.Constant(I64, key)
-            number = b.select(b.icmp_signed("<", number, last), number, last)
-            value = b.insert_value(value, b.add(base, b.mul(number, row_bytes)), key)
-        return value
-
-    def multiply(b, sums, q, q_stride, ks):
-        qs = [load_as(b, b.add(q, b.mul(q_stride, ir.Constant(I64, head))), VI32) for head in range(heads)]
-        return [dot_pairs(isa, kv_dtype, b, sums[index], ks[index % keys], qs[index // keys]) for index in range(LANES)]
-
-    def unpacked(b, sums):
-        return [b.extract_value(sums, index) for index in range(LANES)]
-
-    def packed(b, vectors):
-        value = ir.Constant(ir.ArrayType(VF32, LANES), ir.Undefined)
-        for index, vector in enumerate(vectors):
-            value = b.insert_value(value, vector, index)
-        return value
-
-    @emits(tile, tile, intp, intp, rows_type, intp)
-    def plain_step(b, sums, q, q_stride, rows, offset):
-        ks = [load_codes(b, kv_dtype, b.add(b.extract_value(rows, key), offset)) for key in range(keys)]
-        return packed(b, multiply(b, unpacked(b, sums), q, q_stride, ks))
-
-    @emits(tile, tile, intp, intp, rows_type, intp, intp)
-    def part_step(b, sums, q, q_stride, rows, offset, count):
-        ks = [masked_line(b, b.add(b.extract_value(rows, key), offset), count, item_bytes) for key in range(keys)]
-        return packed(b, multiply(b, unpacked(b, sums), q, q_stride, ks))
-
-    @emits(tile, tile, intp, intp, rows_type, intp, intp)
-    def code_step(b, sums, q, q_stride, rows, offset, scales):
-        totals = unpacked(b, sums)
-        for key in range(keys):  # one key after another: 16 integer sums beside 16 float ones would not fit registers
-            row = b.add(b.extract_value(rows, key), offset)
-            ks = [load_codes(b, kv_dtype, row, shape.line_bytes * line) for line in range(step_lines)]
-            factor = splat_value(b, load_as(b, scales, F32, 4 * key))
-            for head in range(heads):
-                at, dot = b.add(q, b.mul(q_stride, ir.Constant(I64, head))), constant(VF32, 0.0)
-                for line, k in enumerate(ks):
-                    dot = dot_pairs(isa, kv_dtype, b, dot, k, load_as(b, at, VI32, LINE_BYTES * line))
-                value, index = b.sitofp(b.bitcast(dot, VI32), VF32), head * keys + key
-                totals[index] = fma_value(b, value, factor, totals[index])
-        return packed(b, totals)
-
-    @emits(types.void, intp)
-    def fetch_step(b, ahead):
-        for offset in range(0, keys * step_bytes, LINE_BYTES):
-            at = b.inttoptr(b.add(ahead, ir.Constant(I64, offset)), ir.IntType(8).as_pointer())
-            hints = (ir.Constant(I32, value) for value in (0, 2, 1))
-            call_llvm(b, "llvm.prefetch.p0", ir.VoidType(), at, *hints)
-
-    @emits(types.void, tile, intp)
-    def store(b, sums, to):
-        values = sum_each(b, unpacked(b, sums))
-        for head in range(heads):
-            lanes = ir.Constant(ir.VectorType(I32, keys), list(range(head * keys, (head + 1) * keys)))
-            store_as(b, b.shuffle_vector(values, values, lanes), to, HEAD_SCORES * head)
-
-    start, line_items, fetched = zeros(LANES), shape.line_items, keys * step_bytes
-
-    @helper
-    def code_scores(q, q_stride, base, row_bytes, last, steps, scales, ahead, to):
-        sums, rows = start(), rows_of(base, row_bytes, last)
-        for step in range(steps):
-            fetch_step(ahead + fetched * step)
-            at = q + LINE_BYTES * step_lines * step
-            sums = code_step(sums, at, q_stride, rows, step_bytes * step, scales + 4 * KEY_TILE * step)
-        store(sums, to)
-
-    @helper
-    def plain_scores(q, q_stride, base, row_bytes, last, head_dim, scales, ahead, to):
-        sums, rows = start(), rows_of(base, row_bytes, last)
-        whole = head_dim // line_items
-        for index in range(whole):
-            fetch_step(ahead + fetched * index)
-            sums = plain_step(sums, q + LINE_BYTES * index, q_stride, rows, LINE_BYTES * index)
-        rest = head_dim - whole * line_items
-        if rest:
-            sums = part_step(sums, q + LINE_BYTES * whole, q_stride, rows, LINE_BYTES * whole, rest)
-        store(sums, to)
-
-    return code_scores if has_scale else plain_scores
-
-
-def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int):
-    """Function: take one tile of keys into acc and (m, l) of the item's heads; memory as decode_thread_bytes says."""
-    scores_of, strip_of = scores_block(isa, kv_dtype, score_heads), value_strip(isa, kv_dtype, value_heads)
-    shape, block_keys = RowShape.of(kv_dtype), LANES // score_heads
-    has_codes, has_minimum = shape.group_lines > 0, shape.numbers == 2
-    line_items, line_bytes, acc_line, numbers = shape.line_items, shape.line_bytes, shape.acc_bytes, shape.numbers
-    group_lines = shape.group_lines or 1
-    weigh = code_weights(kv_dtype) if has_codes else None
-
-    @helper
-    def score_heads_of(arguments, k_page, offset, keys, ahead, work, heads, lines):
-        """scores[head][key] of a tile; codes' are in units of the head's scale."""
-        head_dim, row_bytes = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_K_ROW)
-        weights = work + HEAD_SCORES * heads
-        q, q_bytes = weights + HEAD_WEIGHTS * heads, LINE_BYTES * lines
-        scales, groups = q + q_bytes * heads, lines // group_lines
-        sums = scales + 4 * KEY_TILE * groups * numbers + HEAD_SCALARS * heads
-        base, extent = k_page + offset * row_bytes, head_dim
-        if has_codes:
-            extent, stride = groups, 2 * parameter(arguments, P_PAGE_SIZE)
-            at = k_page + parameter(arguments, P_PAGE_SIZE) * row_bytes + 2 * offset
-            widen_numbers(at, groups * numbers, stride, keys, scales)
+    @inlined
+    def code_block(block, q, q_bytes, sums, groups, scales, heads, to):
         for head in range(0, heads, score_heads):
-            for key in range(0, keys, block_keys):
-                at, last = base + key * row_bytes, keys - 1 - key
-                to = work + HEAD_SCORES * head + 4 * key
-                scores_of(q + head * q_bytes, q_bytes, at, row_bytes, last, extent, scales + 4 * key, ahead, to)
-                ahead += block_keys * row_bytes
+            head_sums, head_to = sums + 4 * groups * head, to + HEAD_SCORES * head
+            dots(block, q + head * q_bytes, q_bytes, head_sums, 4 * groups, scales, 4 * KEY_TILE, head_to)
+
+    @inlined
+    def plain_block(block, q, q_bytes, heads, to):
+        for head in range(0, heads, score_heads):
+            dots(block, q + head * q_bytes, q_bytes, to + HEAD_SCORES * head)
+
+    @helper
+    def scores(arguments, k_page, offset, keys, ahead, places, heads, lines):
+        work, q, scales, sums = places
+        head_dim, row_bytes = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_K_ROW)
+        q_bytes = q_line * lines
+        for i in range(0, HEAD_SCORES * heads, 64):
+            store_f32(splat(ZERO), work + i)
+        if has_codes:
+            stride = 2 * parameter(arguments, P_PAGE_SIZE)
+            numbers = k_page + parameter(arguments, P_PAGE_SIZE) * row_bytes + 2 * offset
+            widen_numbers(numbers, lines * numbers_of_group, stride, keys, scales)
+        blocks = (line_bytes * lines + block_bytes - 1) // block_bytes
+        for key in range(0, keys, LANES):
+            row = k_page + (offset + key) * row_bytes
+            for index in range(blocks):
+                left = head_dim - line_items * index
+                block = block_of(row + block_bytes * index, row_bytes, keys - 1 - key, ahead, left)
+                ahead, at, to = ahead + LINE_BYTES * words, q + q_block * index, work + 4 * key
+                if has_codes:
+                    group = groups_at_once * index
+                    block_scales = scales + 4 * (KEY_TILE * group + key)
+                    code_block(block, at, q_bytes, sums + 4 * group, lines, block_scales, heads, to)
+                else:
+                    plain_block(block, at, q_bytes, heads, to)
         if has_minimum:
             for head in range(heads):
-                minima = scales + 4 * KEY_TILE * groups
-                add_minima(work + HEAD_SCORES * head, minima, sums + 4 * groups * head, groups)
+                add_minima(work + HEAD_SCORES * head, scales + 4 * KEY_TILE * lines, sums + 4 * lines * head, lines)
+
+    return scores
+
+
+def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: int):
+    """Function: take one tile of keys into acc and (m, l) of the item's heads; memory as decode_thread_bytes says."""
+    scores_of, strip_of = tile_scores(isa, kv_dtype, score_heads, words), value_strip(isa, kv_dtype, value_heads)
+    shape, soften = RowShape.of(kv_dtype), softmax_tile(isa, kv_dtype)
+    has_codes, numbers, q_line = shape.has_codes, shape.numbers, shape.line_bytes * shape.planes
+    line_items, line_bytes, acc_line = shape.line_items, shape.line_bytes, shape.acc_bytes
+    weigh = code_weights(isa, kv_dtype) if has_codes else None
 
     @helper
-    def soften(work, heads, keys, scale, scalars, running):
+    def soften_heads(arguments, work, heads, keys, scalars, running):
         """Scores -> weights of every head."""
+        scale = types.float32(real_parameter(arguments, P_SCALE) * LOG2_E)
         for head in range(heads):
-            scores, at = work + HEAD_SCORES * head, scalars + HEAD_SCALARS * head
-            factor = scale * load_scalar(at + 12) if has_codes else scale
-            softmax_tile(scores, 0, keys, splat(factor), running + 8 * head, at)
+            at = scalars + HEAD_SCALARS * head
+            factor = scale * load_scalar(at + SCALE_OF_Q) if has_codes else scale
+            raise_maximum(work + HEAD_SCORES * head, 0, keys, splat(factor), running + 8 * head, at)
+        for head in range(heads):
+            at = scalars + HEAD_SCALARS * head
+            factor = scale * load_scalar(at + SCALE_OF_Q) if has_codes else scale
+            soften(work + HEAD_SCORES * head, 0, keys, splat(factor), running + 8 * head, at)
 
     @helper
     def add_values(arguments, v_page, offset, keys, ahead, work, heads, lines, scalars, acc):
         """acc of every head, one strip of V after another."""
         head_dim, row_bytes = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_V_ROW)
-        weights, base, acc_bytes = work + HEAD_SCORES * heads, v_page + offset * row_bytes, acc_line * lines
-        stride, groups = 2 * parameter(arguments, P_PAGE_SIZE), lines // group_lines
-        numbers_at = v_page + parameter(arguments, P_PAGE_SIZE) * row_bytes + 2 * offset
-        source = weights if has_codes else work
-        source_bytes = HEAD_WEIGHTS if has_codes else HEAD_SCORES
+        base, acc_bytes = v_page + offset * row_bytes, acc_line * lines
+        weights, weight_bytes = work, HEAD_SCORES
+        if has_codes:
+            weights, weight_bytes = work + HEAD_SCORES * heads, HEAD_WEIGHTS
         for line in range(lines):
             if has_codes:
-                group = line // group_lines
-                if line == group * group_lines:
-                    at = numbers_at + stride * group
-                    weigh(work, heads, at, at + stride * groups, keys, weights, scalars)
+                stride = 2 * parameter(arguments, P_PAGE_SIZE)
+                at = v_page + parameter(arguments, P_PAGE_SIZE) * row_bytes + 2 * offset + stride * line
+                weigh(work, heads, at, at + stride * lines, keys, weights, scalars)
             for head in range(0, heads, value_heads):
                 to, head_scalars = acc + head * acc_bytes + acc_line * line, scalars + HEAD_SCALARS * head
                 left, at = head_dim - line_items * line, base + line_bytes * line
-                p = source + source_bytes * head
+                p = weights + weight_bytes * head
                 strip_of(to, acc_bytes, head_scalars, at, row_bytes, keys, p, left, ahead)
             ahead += line_bytes * keys
 
     @helper
+    def places_of(work, heads, lines):
+        """(scores, q, scales of K, scalars, sums of q) in the thread's working memory."""
+        q = work + (HEAD_SCORES + HEAD_WEIGHTS) * heads
+        scales = q + q_line * lines * heads
+        scalars = scales + 4 * KEY_TILE * lines * numbers
+        return work, q, scales, scalars, scalars + HEAD_SCALARS * heads
+
+    @helper
     def take_tile(arguments, k_page, v_page, offset, keys, k_ahead, v_ahead, work, heads, lines, acc, running):
-        groups = lines // group_lines
-        scalars = work + (HEAD_SCORES + HEAD_WEIGHTS + LINE_BYTES * lines) * heads + 4 * KEY_TILE * groups * numbers
-        scale = types.float32(real_parameter(arguments, P_SCALE) * LOG2_E)
-        score_heads_of(arguments, k_page, offset, keys, k_ahead, work, heads, lines)
-        soften(work, heads, keys, scale, scalars, running)
+        work, q, scales, scalars, sums = places_of(work, heads, lines)
+        scores_of(arguments, k_page, offset, keys, k_ahead, (work, q, scales, sums), heads, lines)
+        soften_heads(arguments, work, heads, keys, scalars, running)
         add_values(arguments, v_page, offset, keys, v_ahead, work, heads, lines, scalars, acc)
 
-    return take_tile
+    return take_tile, places_of
 
 
-def attend_item(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int):
+def attend_item(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: int):
     """Function: one item, its queries loaded and its keys [start, stop) taken tile by tile; False: invalid page."""
-    take_tile = attend_tile(isa, kv_dtype, score_heads, value_heads)
+    take_tile, places_of = attend_tile(isa, kv_dtype, score_heads, value_heads, words)
     shape = RowShape.of(kv_dtype)
-    has_codes, group_lines, numbers = shape.group_lines > 0, shape.group_lines or 1, shape.numbers
-    load_q = q_code_writer(kv_dtype) if has_codes else q_line_writer(kv_dtype)
+    has_codes, q_line = shape.has_codes, shape.line_bytes * shape.planes
+    load_q = q_code_writer(isa, kv_dtype, words) if has_codes else q_line_writer(kv_dtype)
 
     @helper
     def load_heads(arguments, row, group, work, heads, lines):
         """The item's queries; padding repeats the last one."""
         head_dim, group_heads = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_HEADS)
-        q, groups = work + (HEAD_SCORES + HEAD_WEIGHTS) * heads, lines // group_lines
-        scalars = q + LINE_BYTES * lines * heads + 4 * KEY_TILE * groups * numbers
-        sums = scalars + HEAD_SCALARS * heads
+        scratch, q, _, scalars, sums = places_of(work, heads, lines)
         first = parameter(arguments, P_Q) + row * parameter(arguments, P_Q_ROW)
         for head in range(heads):
             index = group * group_heads + least(head, group_heads - 1)
-            source, to = first + index * parameter(arguments, P_Q_HEAD), q + LINE_BYTES * lines * head
+            source, to = first + index * parameter(arguments, P_Q_HEAD), q + q_line * lines * head
             if has_codes:
-                load_q(source, head_dim, groups, to, scalars + HEAD_SCALARS * head + 12, sums + 4 * groups * head)
+                scale_at, head_sums = scalars + HEAD_SCALARS * head + SCALE_OF_Q, sums + 4 * lines * head
+                load_q(source, head_dim, lines, to, scale_at, head_sums, scratch)
             else:
                 load_q(source, head_dim, lines, to)
 
@@ -338,24 +266,22 @@ def merge_splits(kv_dtype: str):
                 store_f32(add(load_f32(acc + i), value) if split else value, acc + i)
         store_scalar(largest, running)
         store_scalar(sum_lanes(keep_below(total, 1, ZERO)), running + 4)
-        write(acc, splat(write_lse(running, lse_to)), to, head_dim)
+        write(acc, write_lse(running, lse_to), to, head_dim)
 
     return merge
 
 
-def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int):
-    """Kernel of decode_attention; parameters in attention_layout.py."""
-    attend, merge = attend_item(isa, kv_dtype, score_heads, value_heads), merge_splits(kv_dtype)
-    shape = RowShape.of(kv_dtype)
-    row_items, acc_line = shape.line_items * (shape.group_lines or 1), shape.acc_bytes
-    group_lines = shape.group_lines or 1
+def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: int):
+    """Kernel of decode_attention; parameters in attention_layout.py, the others are DecodeTiles."""
+    attend, merge = attend_item(isa, kv_dtype, score_heads, value_heads, words), merge_splits(kv_dtype)
+    line_items, acc_line = RowShape.of(kv_dtype).line_items, RowShape.of(kv_dtype).acc_bytes
 
     @helper
     def sizes(arguments):
         """(padded heads, lines of a row, bytes of the items' acc)."""
         head_dim, group_heads = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_HEADS)
         heads = (group_heads + score_heads - 1) // score_heads * score_heads
-        lines = (head_dim + row_items - 1) // row_items * group_lines
+        lines = (head_dim + line_items - 1) // line_items
         return heads, lines, heads * acc_line * lines
 
     @helper

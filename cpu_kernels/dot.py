@@ -3,7 +3,7 @@
 from llvmlite import ir
 
 from .isa import Isa
-from .vector import I16, I32, VF32, VI32, call_llvm, constant, fma_value
+from .vector import I16, I32, VF32, VI16, VI32, call_llvm, constant, fma_value, round_to_bf16
 
 V32I16, V8I32 = ir.VectorType(I16, 32), ir.VectorType(I32, 8)
 
@@ -95,3 +95,11 @@ def low_halves(builder, pairs):
 def high_halves(builder, pairs):
     """The odd bf16 of each pair, widened."""
     return builder.bitcast(builder.and_(pairs, constant(VI32, 0xFFFF0000)), VF32)
+
+
+def emit_round_bf16(isa: Isa, builder, vector):
+    """<16 x float> -> <16 x i16>, bf16 rounded to nearest even; denormal numbers may become 0."""
+    if not isa.has_bf16:
+        return round_to_bf16(builder, vector)
+    rounded = call_llvm(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(_BFloat(), 16), vector)
+    return builder.bitcast(rounded, VI16)

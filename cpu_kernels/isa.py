@@ -4,7 +4,7 @@
   dot2(acc, a, b)               I32x16: acc[i] += a[2i]*b[2i] + a[2i+1]*b[2i+1] of int16 pairs, exact in int32
   dot_bf16(acc, a, b)           F32x16: acc[i] += a[2i]*b[2i] + a[2i+1]*b[2i+1] of bf16 pairs, float32 accumulation
 
-avx512    vpdpbusd and vpdpwssd (VNNI) and, where present, dpbf16ps
+avx512    vpdpbusd (VNNI) and, where present, dpbf16ps
 avxvnni   vpdpbusd on 256-bit registers; bf16 by shifts and FMA
 avx2      bytes split into even and odd int16, multiplied and added in pairs (vpmaddwd, which cannot saturate here)
 portable  the same arithmetic in plain LLVM vectors: any CPU, arm64 included

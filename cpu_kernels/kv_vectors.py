@@ -1,23 +1,19 @@
-"""KV rows and probabilities as vector registers: what kv_layout.py describes, one line of a row at a time.
-
-A line is 32 consecutive dims (16 of float32) in one I32x16. bf16 lines are pairs of bf16; those of q8 and q4 are pairs
-of int16 codes, so that one instruction multiplies pairs in either case. Scales stay outside of the products.
-"""
+"""KV rows and probabilities as vector registers: what kv_layout.py describes, and the conversions that it asks for."""
 
 from llvmlite import ir
 from numba import types
 
-from .dot import emit_dot2, emit_dot_bf16
+from .dot import V32I16, emit_dot_bf16
 from .isa import Isa
 from .vector import (
     F32,
     I8,
     I16,
     I32,
+    I64,
     LANES,
     VF32,
     VI8,
-    VI16,
     VI32,
     F32x16,
     call_llvm,
@@ -34,26 +30,22 @@ from .vector import (
     widen_halves,
 )
 
-V32I8, V32I16 = ir.VectorType(I8, 32), ir.VectorType(I16, 32)
+V32I8 = ir.VectorType(I8, 32)
 
 
-def load_codes(b, kv_dtype, address, offset=0):
-    """<16 x i32>: one line of a row, as pairs of bf16 or int16; fp32 as it is."""
+def load_codes(b, kv_dtype, address):
+    """<16 x i32>: the codes of 32 dims as pairs of int16."""
     if kv_dtype == "q8":
-        return b.bitcast(b.sext(load_as(b, address, V32I8, offset), V32I16), VI32)
-    if kv_dtype == "q4":
-        both = b.zext(load_as(b, address, VI8, offset), VI32)
-        return b.and_(b.or_(both, b.shl(both, constant(VI32, 12))), constant(VI32, 0x000F000F))
-    return load_as(b, address, VI32, offset)
+        return b.bitcast(b.sext(load_as(b, address, V32I8), V32I16), VI32)
+    both = b.zext(load_as(b, address, VI8), VI32)
+    return b.and_(b.or_(both, b.shl(both, constant(VI32, 12))), constant(VI32, 0x000F000F))
 
 
 def dot_pairs(isa: Isa, kv_dtype, b, acc, left, right):
-    """acc + products of two lines in the arithmetic of the dtype; acc is <16 x float>, its bits int32 for codes."""
+    """acc + products of two registers of bf16 pairs, or of float32; left and right are <16 x i32>."""
     if kv_dtype == "fp32":
         return fma_value(b, b.bitcast(left, VF32), b.bitcast(right, VF32), acc)
-    if kv_dtype == "bf16":
-        return emit_dot_bf16(isa, b, acc, left, right)
-    return b.bitcast(emit_dot2(isa, b, b.bitcast(acc, VI32), left, right), VF32)
+    return emit_dot_bf16(isa, b, acc, left, right)
 
 
 def interleave(b, first, second):
@@ -65,11 +57,6 @@ def interleave(b, first, second):
         lanes = [2 * (lane // 2) + odd + (32 if lane % 2 else 0) for lane in range(32)]
         pairs.append(b.bitcast(b.shuffle_vector(first, second, ir.Constant(v32i32, lanes)), VI32))
     return pairs
-
-
-def as_int16(b, vector):
-    """<16 x float> of whole numbers -> <16 x i16>."""
-    return b.trunc(b.fptosi(vector, VI32), VI16)
 
 
 @emits(F32x16, F32x16)
@@ -98,10 +85,13 @@ def load_bf16_scalar(b, address):
     return b.bitcast(b.shl(bits, ir.Constant(I32, 16)), F32)
 
 
-@emits(types.void, F32x16, intp)
-def store_int16(b, vector, address):
-    """Whole numbers within int16."""
-    store_as(b, as_int16(b, vector), address)
+@emits(F32x16, intp, intp)
+def load_every_second(b, address, odd):
+    """Of 32 float32, the 16 even ones, or the odd ones."""
+    at = b.add(address, b.mul(odd, ir.Constant(I64, 4)))
+    first, second = load_as(b, at, VF32), load_as(b, at, VF32, 60)
+    lanes = [2 * lane for lane in range(8)] + [LANES + 1 + 2 * lane for lane in range(8)]
+    return b.shuffle_vector(first, second, ir.Constant(VI32, lanes))
 
 
 @emits(types.void, F32x16, intp)

@@ -44,24 +44,26 @@ from .attention_layout import (
     PREFILL_VALUES,
     PREFILL_VECTORS,
     RowShape,
+    wide_dtype,
 )
+from .attention_scores import part_block, store_block, whole_block
 from .attention_tiles import (
     LOG2_E,
     MINUS_INFINITY,
-    head_writer,
     page_at,
     q_line_writer,
+    raise_maximum,
     softmax_tile,
     tile_at,
-    value_strip,
     write_lse,
 )
+from .attention_values import head_writer, value_strip
 from .chunks import fail, parameter, real_parameter, take
 from .compiler import helper
 from .isa import Isa
 from .kv_codes import tile_widener
 from .kv_vectors import dot_pairs
-from .tiles import masked_line, zeros
+from .tiles import zeros
 from .vector import (
     I32,
     I64,
@@ -82,36 +84,6 @@ from .vector import (
 
 ZERO = np.float32(0.0)
 KEY_VECTORS = KEY_TILE // LANES
-
-
-def transpose_block(kv_dtype: str):
-    """Intrinsic (base, row bytes, last, offset, items, to): a line of 16 keys -> 16 vectors, 256 bytes apart.
-
-    Keys beyond `last` repeat it. Four rounds exchange halves of lane groups between rows 8, 4, 2 and 1 apart.
-    """
-    item_bytes = LINE_BYTES // RowShape.of(kv_dtype).line_items
-
-    @emits(types.void, intp, intp, intp, intp, intp, intp)
-    def transpose(b, base, row_bytes, last, offset, items, to):
-        values = []
-        for key in range(LANES):
-            number = ir.Constant(I64, key)
-            number = b.select(b.icmp_signed("<", number, last), number, last)
-            row = b.add(base, b.mul(number, row_bytes))
-            values.append(masked_line(b, b.add(row, offset), items, item_bytes))
-        for step in (8, 4, 2, 1):
-            upper = [lane & step for lane in range(LANES)]
-            low = ir.Constant(VI32, [LANES + lane - step if up else lane for lane, up in enumerate(upper)])
-            high = ir.Constant(VI32, [LANES + lane if up else lane + step for lane, up in enumerate(upper)])
-            for index in range(LANES):
-                if not index & step:
-                    left, right = values[index], values[index + step]
-                    values[index] = b.shuffle_vector(left, right, low)
-                    values[index + step] = b.shuffle_vector(left, right, high)
-        for index, value in enumerate(values):
-            store_as(b, value, to, 4 * KEY_TILE * index)
-
-    return transpose
 
 
 def scores_of_tile(isa: Isa, kv_dtype: str):
@@ -157,8 +129,7 @@ def visible(arguments, row, position, keys):
 
 def rows_of_tile(kv_dtype: str):
     """Function: (K rows, bytes from one to the next, V rows, bytes likewise) of a tile; codes are widened to `work`."""
-    has_codes = RowShape.of(kv_dtype).group_lines > 0
-    group_lines = RowShape.of(kv_dtype).group_lines or 1
+    has_codes, group_lines = RowShape.of(kv_dtype).has_codes, RowShape.of(kv_dtype).line_items // 32
     widen = tile_widener(kv_dtype) if has_codes else None
 
     @helper
@@ -179,7 +150,7 @@ def rows_of_tile(kv_dtype: str):
 def attend_tile(isa: Isa, kv_dtype: str):
     """Function: one tile of keys, K transposed, for all query vectors of an item. kv_dtype: of the rows multiplied."""
     scores_of, strip_of = scores_of_tile(isa, kv_dtype), value_strip(isa, kv_dtype, PREFILL_VALUES)
-    shape = RowShape.of(kv_dtype)
+    soften_one, shape = softmax_tile(isa, kv_dtype), RowShape.of(kv_dtype)
     line_items, acc_line = shape.line_items, shape.acc_bytes
 
     @helper
@@ -190,8 +161,13 @@ def attend_tile(isa: Isa, kv_dtype: str):
         for part in range(PREFILL_VALUES):
             row = first_row + least(count - 1, vector + part) // group_heads
             low, high = visible(arguments, row, position, keys)
-            at = scores + HEAD_SCORES * part
-            softmax_tile(at, low, high, scale, running + 8 * (vector + part), scalars + HEAD_SCALARS * part)
+            at, scalar_at = scores + HEAD_SCORES * part, scalars + HEAD_SCALARS * part
+            raise_maximum(at, low, high, scale, running + 8 * (vector + part), scalar_at)
+        for part in range(PREFILL_VALUES):
+            row = first_row + least(count - 1, vector + part) // group_heads
+            low, high = visible(arguments, row, position, keys)
+            at, scalar_at = scores + HEAD_SCORES * part, scalars + HEAD_SCALARS * part
+            soften_one(at, low, high, scale, running + 8 * (vector + part), scalar_at)
 
     @helper
     def add_values(head_dim, lines, last, v_rows, v_row, scores, acc):
@@ -222,22 +198,25 @@ def attend_tile(isa: Isa, kv_dtype: str):
 
 def attend_block(isa: Isa, kv_dtype: str):
     """Function: one item: load its queries, pass over its keys, write its rows. False: a page is invalid."""
-    shape = RowShape.of(kv_dtype)
-    wide = "bf16" if shape.group_lines else kv_dtype
-    load_q, write, transpose = q_line_writer(wide), head_writer(wide), transpose_block(wide)
+    shape, wide = RowShape.of(kv_dtype), wide_dtype(kv_dtype)
+    load_q, write = q_line_writer(wide), head_writer(wide)
+    load, load_part = whole_block(LANES), part_block(wide)
     rows_of, attend = rows_of_tile(kv_dtype), attend_tile(isa, wide)
-    line_items, acc_line, has_codes = shape.line_items, shape.acc_bytes, shape.group_lines > 0
-    row_items = shape.line_items * (shape.group_lines or 1)
-    group_lines = shape.group_lines or 1
+    row_items, has_codes = shape.line_items, shape.has_codes
+    line_items, acc_line = RowShape.of(wide).line_items, RowShape.of(wide).acc_bytes
 
     @helper
     def transpose_tile(rows, row_bytes, keys, items, lines, to):
         """The tile's K rows -> [words][64 keys]."""
         for line in range(lines):
+            left = items - line_items * line
             for key in range(0, keys, LANES):
-                at = to + 4 * KEY_TILE * LANES * line + 4 * key
-                left, last = items - line_items * line, keys - 1 - key
-                transpose(rows + key * row_bytes, row_bytes, last, LINE_BYTES * line, left, at)
+                at, last = rows + key * row_bytes + LINE_BYTES * line, keys - 1 - key
+                if left >= line_items:
+                    block = load(at, row_bytes, last, at)
+                else:
+                    block = load_part(at, row_bytes, last, left)
+                store_block(block, to + 4 * KEY_TILE * LANES * line + 4 * key, 4 * KEY_TILE)
 
     @helper
     def start_vectors(arguments, group, first_row, count, padded, lines, q, acc, running):
@@ -261,7 +240,7 @@ def attend_block(isa: Isa, kv_dtype: str):
             head, row = group * group_heads + vector % group_heads, first_row + vector // group_heads
             to = parameter(arguments, P_OUT) + row * parameter(arguments, P_OUT_ROW)
             lse = parameter(arguments, P_LSE) + row * parameter(arguments, P_LSE_ROW) + 4 * head
-            weight = splat(write_lse(running + 8 * vector, lse))
+            weight = write_lse(running + 8 * vector, lse)
             write(acc + vector * acc_line * lines, weight, to + head * parameter(arguments, P_OUT_HEAD), head_dim)
 
     @helper
@@ -274,7 +253,7 @@ def attend_block(isa: Isa, kv_dtype: str):
     @helper
     def block(arguments, group, first_row, rows, work):
         group_heads, head_dim = parameter(arguments, P_HEADS), parameter(arguments, P_HEAD_DIM)
-        lines = (head_dim + row_items - 1) // row_items * group_lines
+        lines = ((head_dim + row_items - 1) // row_items * row_items + line_items - 1) // line_items
         row_size, count = LINE_BYTES * lines, rows * group_heads
         padded = (count + PREFILL_VALUES - 1) // PREFILL_VALUES * PREFILL_VALUES
         widened = work + row_size * KEY_TILE

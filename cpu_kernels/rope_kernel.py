@@ -85,8 +85,7 @@ def store_group_q4(row, left, codes, numbers, groups, stride):
 def row_writer(kv_dtype: str):
     """Function: one float32 row of K or V -> its place in a page."""
     shape, is_fp32 = RowShape.of(kv_dtype), kv_dtype == "fp32"
-    has_codes, dims = shape.group_lines > 0, GROUP_DIMS.get(kv_dtype, 1)
-    group_bytes = shape.group_lines * shape.line_bytes
+    has_codes, dims, group_bytes = shape.has_codes, GROUP_DIMS.get(kv_dtype, 1), shape.line_bytes
     store_group = store_group_q8 if kv_dtype == "q8" else store_group_q4
 
     @helper

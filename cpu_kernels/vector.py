@@ -62,6 +62,7 @@ def emits(result, *arguments):
             lambda context, a, b, c, d, e: typed,
             lambda context, a, b, c, d, e, f: typed,
             lambda context, a, b, c, d, e, f, g: typed,
+            lambda context, a, b, c, d, e, f, g, h: typed,
         )[len(arguments)]
         arity.__name__ = arity.__qualname__ = emit.__name__
         arity.__doc__ = emit.__doc__
@@ -358,21 +359,24 @@ def exp(b, x):
     return exp_value(b, x)
 
 
+EXP2_COEFFICIENTS = (1.322590391e-3, 9.675672976e-3, 5.550861728e-2, 2.402213057e-1, 6.931469254e-1, 1.0)
+
+
 @emits(F32x16, F32x16)
 def exp2_not_positive(b, x):
-    """2**x for x <= 0 to 2e-7 relative: below -126 it is 0, NaN stays NaN. The inner loop of softmax.
+    """2**x for x <= 0 to 2.2e-7 relative: below -126 it is 0, NaN stays NaN. The inner loop of softmax.
 
-    2**r = sum (r ln2)^n / n! for |r| <= 1/2, to the sixth power; the integer part is added to the exponent bits.
+    2**r for |r| <= 1/2 is a minimax polynomial; the integer part is added to the exponent bits. It is had without
+    conversions: x + 1.5 * 2**23 has it in its low bits.
     """
-    low = constant(VF32, -126.0)
+    low, magic = constant(VF32, -126.0), constant(VF32, 12582912.0)
     clamped = b.select(b.fcmp_unordered(">", x, low), x, low)
-    k = call_llvm(b, "llvm.rint.v16f32", VF32, clamped)
-    r = b.fsub(clamped, k)
-    p = constant(VF32, 1.5403530e-4)
-    for coefficient in (1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0):
+    shifted = b.fadd(clamped, magic)
+    r = b.fsub(clamped, b.fsub(shifted, magic))
+    p = constant(VF32, EXP2_COEFFICIENTS[0])
+    for coefficient in EXP2_COEFFICIENTS[1:]:
         p = fma_value(b, p, r, constant(VF32, coefficient))
-    exponent = b.shl(b.fptosi(k, VI32), constant(VI32, 23))
-    scaled = b.bitcast(b.add(b.bitcast(p, VI32), exponent), VF32)
+    scaled = b.bitcast(b.add(b.bitcast(p, VI32), b.shl(b.bitcast(shifted, VI32), constant(VI32, 23))), VF32)
     scaled = b.select(b.fcmp_ordered("<", x, low), constant(VF32, 0.0), scaled)
     return b.select(b.fcmp_unordered("uno", x, x), x, scaled)
 
@@ -399,6 +403,21 @@ def most(b, x, y):
 def larger(b, x, y):
     """The larger float; a NaN on either side wins."""
     return b.select(b.fcmp_unordered(">", y, x), y, x)
+
+
+@emits(float32, float32)
+def power_of_two(b, x):
+    """2**x of a whole x <= 0; 0 below -126, also for -inf."""
+    is_small = b.fcmp_ordered(">=", x, ir.Constant(F32, -126.0))
+    whole = b.fptosi(b.select(is_small, x, ir.Constant(F32, 0.0)), I32)
+    bits = b.shl(b.add(whole, ir.Constant(I32, 127)), ir.Constant(I32, 23))
+    return b.select(is_small, b.bitcast(bits, F32), ir.Constant(F32, 0.0))
+
+
+@emits(float32, float32)
+def round_up(b, x):
+    """The next whole number; infinities and NaN stay what they are."""
+    return call_llvm(b, "llvm.ceil.f32", F32, x)
 
 
 @emits(types.int64, intp)

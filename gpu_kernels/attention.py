@@ -3,7 +3,7 @@
     s_j = scale * q . k_j over the visible j;  lse = log sum_j exp(s_j);  out = sum_j exp(s_j - lse) v_j
 
 Both kernels walk blocks of positions with an online softmax in base 2 (scale carries log2(e)) and convert lse to the
-natural log at the end. A query that sees no key gives (0, -inf).
+natural log at the end. Weights meet bf16 values as bf16, rounded as the reference says. A query that sees no key gives (0, -inf).
 
 Decode splits the range of every sequence over programs (FlashDecoding) and merges them in a second launch. The range
 and the page table are read on the device and the launch depends on capacities alone, so a captured graph stays valid
@@ -28,8 +28,10 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _online_softmax(scores, values, maximum, total, acc):
-    """Take one block into the running (maximum, total, acc); scores [M, N] in base 2, -inf where masked."""
-    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+    """Take one block into the running (maximum, total, acc); scores [M, N] in base 2, -inf where masked.
+
+    maximum is whole, so it scales weights by powers of two, and they round to bf16 alike in every block and split."""
+    new_maximum = tl.maximum(maximum, tl.ceil(tl.max(scores, axis=1)))
     safe_maximum = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)  # nothing visible yet: avoid inf - inf
     correction = tl.exp2(maximum - safe_maximum)
     weights = tl.exp2(scores - safe_maximum[:, None])

@@ -2,10 +2,12 @@
 
 Outputs are written in place into the `out` arguments. Arithmetic is float32; when the activation input is float64 the
 same code computes in float64, and is then the oracle that float32 results are compared with. The roundings that belong
-to the contract (activations to int8 or bf16, q to the KV dtype) happen in both cases, so both see the same numbers.
+to the contract (activations to int8 or bf16, q and the weights of attention to the KV dtype) happen in both cases, so both see the same numbers.
 
     linear      y = round(x) @ unpack(W)^T + b            round: by weight dtype
     attention   s_j = scale * q . k_j over visible j;  lse = log sum_j exp(s_j);  out = sum_j exp(s_j - lse) v_j
+                over bf16 pages round(2^(s_j / ln 2 - M)) v_j / sum_j 2^(s_j / ln 2 - M), M whole: weights rounded to bf16
+                are the same whatever M is, so every lane, tile and segment rounds them alike
     merge       m = max_i lse_i;  w_i = exp(lse_i - m);  out = sum w_i out_i / sum w_i;  lse = m + log sum w_i
     rms_norm    y = x / sqrt(mean(x^2) + eps) * weight
     silu_mul    y = gate / (1 + exp(-gate)) * up
@@ -15,6 +17,8 @@ A query that sees no key at all gets (out, lse) = (0, -inf), the identity of mer
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -160,7 +164,9 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Te
     visible = (positions >= kv_start[:, None]) & (positions < kv_stop[:, None])  # (batch, kv_len)
     keys, values = _gather(k_pages, v_pages, page_table, pages, visible[:, None], q)
     query = _grouped(q, k_pages, page_table.shape[1])[:, :, :, None]  # (batch, num_kv_heads, group_size, 1, head_dim)
-    partial, partial_lse = _attend(query, keys[:, :, None], values[:, :, None], visible[:, None, None, None], scale)
+    rounded = k_pages.dtype == torch.bfloat16
+    partial, partial_lse = _attend(query, keys[:, :, None], values[:, :, None], visible[:, None, None, None], scale,
+                                   rounded)
     out.copy_(partial.reshape(out.shape))
     lse.copy_(partial_lse.reshape(lse.shape))
 
@@ -183,7 +189,8 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: T
         visible = visible & (positions > rows - window)
     keys, values = _gather(k_pages, v_pages, page_table, pages, stored, q)
     query = _grouped(q, k_pages, page_table.shape[0]).permute(1, 2, 0, 3)  # (num_kv_heads, group_size, q_len, head_dim)
-    partial, partial_lse = _attend(query, keys[:, None], values[:, None], visible, scale)
+    rounded = k_pages.dtype == torch.bfloat16
+    partial, partial_lse = _attend(query, keys[:, None], values[:, None], visible, scale, rounded)
     out.copy_(partial.permute(2, 0, 1, 3).reshape(out.shape))
     lse.copy_(partial_lse.permute(2, 0, 1).reshape(lse.shape))
 
@@ -203,12 +210,16 @@ def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> N
     lse.copy_(safe_maximum + torch.log(total))
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    scores = (query @ keys.transpose(-1, -2)) * scale
-    scores = scores.masked_fill(~visible, -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
-    return weights @ values, lse
+def _attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float,
+            rounded: bool) -> tuple[Tensor, Tensor]:
+    scores = ((query @ keys.transpose(-1, -2)) * scale).masked_fill(~visible, -torch.inf)
+    powers = scores * math.log2(math.e)
+    maximum = powers.amax(-1, keepdim=True).ceil() if powers.shape[-1] else powers.new_zeros(powers.shape[:-1] + (1,))
+    weights = torch.exp2(powers - torch.where(maximum == -torch.inf, 0.0, maximum))
+    total = weights.sum(-1, keepdim=True)
+    if rounded:
+        weights = weights.to(torch.bfloat16).to(values.dtype)
+    return weights @ values / torch.where(total == 0, 1.0, total), torch.logsumexp(scores, dim=-1)
 
 
 def _needed_pages(kv_start: Tensor, kv_stop: Tensor, page_size: int) -> slice:

@@ -86,11 +86,17 @@ def round_input(x: torch.Tensor, weight_dtype: str) -> torch.Tensor:
 
 
 def attention(q, keys, values, visible, scale):
-    """Softmax attention of one head in float64: q [rows, d], keys and values [n, d], visible bool [rows, n]."""
+    """Softmax attention of one head in float64: q [rows, d], keys and values [n, d], visible bool [rows, n].
+
+    Beside values of bf16 the weights are rounded to bf16, as they are on every lane; their sum is not.
+    """
     scores = (q.double() @ keys.double().T * scale).masked_fill(~visible, -math.inf)
     lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.where(visible, torch.exp(scores - lse[:, None]), torch.zeros_like(scores))
-    return torch.nan_to_num(weights) @ values.double(), lse
+    powers = scores / math.log(2)
+    largest = torch.nan_to_num(powers.amax(-1, keepdim=True).ceil(), neginf=0.0) if scores.shape[-1] else 0.0
+    weights = torch.exp2(powers - largest)
+    rounded = weights.to(torch.bfloat16).double() if values.dtype == torch.bfloat16 else weights
+    return torch.nan_to_num(rounded @ values.double() / weights.sum(-1, keepdim=True)), lse
 
 
 class PagedCache:

@@ -5,6 +5,7 @@ Nothing here calls the code under test: pages are written and read by loops, pac
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import NamedTuple
 
@@ -75,16 +76,19 @@ def boundary_adversarial(batch: int, num_kv_heads: int, group_size: int, length:
 def oracle_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """float64 (out, lse) of q [heads, q_len, head_dim] over keys, values [num_kv_heads, length, head_dim].
 
-    visible: bool [q_len, length]. `out` comes from torch's SDPA, `lse` from the plain sum of exponentials.
+    visible: bool [q_len, length]. Plainly: exponentials of the scores, each over their sum; beside bf16 values they are
+    rounded to bf16 first, their sum is not.
     """
-    repeat = q.shape[0] // keys.shape[0]
+    repeat, is_bf16 = q.shape[0] // keys.shape[0], keys.dtype == torch.bfloat16
     query = q.to(keys.dtype).double()
     keys = torch.nan_to_num(keys.double()).repeat_interleave(repeat, 0)
     values = torch.nan_to_num(values.double()).repeat_interleave(repeat, 0)
-    out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=scale)
-    sums = torch.where(visible, torch.exp(torch.einsum("hqd,hkd->hqk", query, keys) * scale), 0.0).sum(-1)
-    seen = visible.any(-1)[:, None]
-    return torch.where(seen, out, 0.0), torch.where(seen[:, 0], torch.log(sums), -torch.inf)
+    scores = torch.einsum("hqd,hkd->hqk", query, keys) * scale
+    weights = torch.where(visible, torch.exp2(scores / math.log(2)), 0.0)  # a power of two, so it rounds as on any lane
+    sums = weights.sum(-1)
+    rounded = weights.to(torch.bfloat16).double() if is_bf16 else weights
+    out = torch.einsum("hqk,hkd->hqd", rounded, values) / sums.clamp_min(1e-300)[..., None]
+    return out, torch.where(sums > 0, torch.log(sums), -torch.inf)
 
 
 def oracle_decode(q: Tensor, cache: PagedCache, start: list[int], stop: list[int],

@@ -10,8 +10,11 @@ from cpu_kernels import CpuKernels
 
 # Against float64 over the same rounded q, K and V: float32 accumulation only. Rounding of outputs would be 1e-5.
 ATTENTION_NMSE = 1e-11
+# Beside bf16 rows a weight within that error of a rounding boundary may go to the other side, which is 2**-8 of it.
+BF16_NMSE = 1e-8
 LSE_ERROR = 1e-5
 BF16, FP32 = torch.bfloat16, torch.float32
+LIMITS = {FP32: ATTENTION_NMSE, BF16: BF16_NMSE}
 
 
 def check_decode(ops, cache, group_heads, starts, stops):
@@ -35,7 +38,7 @@ def check_decode(ops, cache, group_heads, starts, stops):
             if starts[row] >= stops[row]:
                 assert out[row, head].abs().max() == 0 and lse[row, head] == -math.inf
             else:
-                assert nmse(out[row, head], expected[0]) < ATTENTION_NMSE
+                assert nmse(out[row, head], expected[0]) < LIMITS[cache.k.dtype]
                 assert abs(lse[row, head].item() - expected_lse.item()) <= LSE_ERROR * max(1, abs(expected_lse.item()))
 
 
@@ -125,7 +128,7 @@ def test_prefill_agrees_with_float64(group_heads, head_dim, dtype, kv_start, kv_
         expected, expected_lse = attention(q[:, head].to(dtype), keys, values, visible, scale)
         nothing = ~visible.any(-1)
         assert (out[nothing, head] == 0).all() and (lse[nothing, head] == -math.inf).all()
-        assert nmse(out[~nothing, head], expected[~nothing]) < ATTENTION_NMSE
+        assert nmse(out[~nothing, head], expected[~nothing]) < LIMITS[dtype]
         assert torch.allclose(lse[~nothing, head].double(), expected_lse[~nothing], rtol=LSE_ERROR, atol=LSE_ERROR)
 
 
@@ -142,7 +145,7 @@ def test_prefill_of_a_prompt_from_the_start(rows, isa):
     visible = torch.ones(rows, rows).tril().bool()
     for head in range(4):
         expected, expected_lse = attention(q[:, head].to(BF16), keys, values, visible, 0.125)
-        assert nmse(out[:, head], expected) < ATTENTION_NMSE
+        assert nmse(out[:, head], expected) < BF16_NMSE
         assert torch.allclose(lse[:, head].double(), expected_lse, rtol=LSE_ERROR, atol=LSE_ERROR)
 
 

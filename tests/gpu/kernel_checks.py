@@ -15,7 +15,9 @@ from torch import Tensor
 
 Op = Callable[..., None]
 FLOAT32_NMSE = 1e-11
-BF16_NMSE = 1e-5  # of a whole head: probabilities are rounded to bf16 for the tensor cores
+STORED_NMSE = 1e-5  # of keys rounded to bf16 as they are stored
+# Weights of attention are rounded to bf16 alike on every lane; one near a boundary may go to the other side.
+BF16_NMSE = 1e-6  # of a whole head
 BF16_ROW_NMSE = 1e-4  # of a single row, whose values may nearly cancel
 LSE_TOLERANCE = 1e-5
 
@@ -161,7 +163,7 @@ def check_rope_append(op: Op, device: str, dtype: torch.dtype, num_kv_heads: int
     query, key = (_turned(part, norm, angles[positions]) for part, norm in
                   ((parts[:, :, :group_size], q_norm), (parts[:, :, group_size:-1], k_norm)))
     keys, values = (pages.result().flatten(0, 1) for pages in (k_pages, v_pages))
-    tolerance = BF16_NMSE if dtype == torch.bfloat16 else FLOAT32_NMSE
+    tolerance = STORED_NMSE if dtype == torch.bfloat16 else FLOAT32_NMSE
     assert nmse(q.result(), query.flatten(1, 2)) <= FLOAT32_NMSE
     assert nmse(keys[slots], key[:, :, 0]) <= tolerance
     assert torch.equal(values[slots], parts[:, :, -1].to(dtype))

@@ -49,6 +49,8 @@ MUTANTS = {
         "load_rows(v_pages, table, positions,", "load_rows(v_pages, table, positions ^ 1,"),
     "lse in base 2": ("attention", "decode_attention", DECODE, "(maximum + tl.log2(nonzero)) * LN_2",
         "(maximum + tl.log2(nonzero))"),
+    "maximum is not whole": ("attention", "decode_attention", partial(DECODE, dtype=torch.bfloat16),
+        "tl.ceil(tl.max(scores, axis=1))", "tl.max(scores, axis=1)"),
     "total is not rescaled": ("attention", "prefill_attention", PREFILL, "total = total * correction", "total = total"),
     "sum is not rescaled": ("attention", "prefill_attention", PREFILL, "acc * correction[:, None]", "acc"),
     "no guard for a row without a key": ("attention", "prefill_attention", partial(PREFILL, start=90, window=0),
