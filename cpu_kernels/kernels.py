@@ -145,7 +145,8 @@ class CpuKernels:
         dims pass through; q_norm, k_norm: float32 [head_dim] or None (per-head RMS norm with eps before rotation);
         q: float32 [rows, num_heads, head_dim], written; k_pages, v_pages: [num_pages, page_size,
         row_items] of the KV dtype (kv_layout.py), written at slots: int64 [rows, num_kv_heads], page * page_size +
-        offset.
+        offset. For q8 and q4, q and k are also multiplied by the Hadamard matrix of kv_layout.py: such a q is for
+        attention over such pages alone.
         """
         rope.rope_append(self._team, qkv, positions, cos, sin, q_norm, k_norm, eps, q, k_pages, v_pages, slots)
 

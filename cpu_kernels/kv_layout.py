@@ -18,8 +18,22 @@ A quantised page, with head_dim padded to whole groups of GROUP_DIMS (64 for q8,
 
 Divisions are float32 and correctly rounded, rounding is to nearest even, codes are clamped to their range, and a scale
 of 0 gives the code 0; so every lane writes the same bytes for the same numbers. Padding is code 0 and takes no part in
-min and max. A q4 group is half as long as a q8 one because keys have a few channels far larger than the rest: with six
-such channels of 128, the error of attention falls from 0.65 to 0.38 of its size, and 5 bits a number are the price.
+min and max. A q4 group is half as long as a q8 one: of normal keys the error of attention is 0.13 of its size instead
+of 0.15, and 5 bits a number instead of 4.5 are the price.
+
+Keys have a few channels far larger than the rest, and a scale that fits them is too coarse for the other dims of their
+group. So a quantised page holds a key as k H, where k has its rotary embedding and H is an orthonormal Walsh-Hadamard
+matrix, and rope_append returns the query as q H: (q H) . (k H) = q . k, and the large channels are spread evenly over
+all dims. Values are stored as they are. H is block-diagonal, its blocks of B dims, the largest power of two that
+divides head_dim:
+
+  for stride = 1, 2, 4, ... < B     (x_i, x_{i + stride}) <- (x_i + x_{i + stride}, x_i - x_{i + stride})
+                                    for every dim i whose bit `stride` is 0
+  at the end                        x_i <- x_i * float32(1 / sqrt(B))
+
+all in float32, each sum and the product rounded once, so that every lane rounds alike. With six channels of 128 that
+are 20 to 50 times the rest, the error of attention is 0.19 of its size instead of 0.32 in q4, 0.013 instead of 0.042 in
+q8. The idea is QuaRot's, arXiv 2404.00456.
 
 This file is pure Python: a planner may import it on a machine that has no compiler.
 """
@@ -47,6 +61,11 @@ def is_quantised(kv_dtype: str) -> bool:
 def num_groups(kv_dtype: str, head_dim: int) -> int:
     """Groups of dims with a scale of their own in one quantised row."""
     return -(-head_dim // GROUP_DIMS[kv_dtype])
+
+
+def hadamard_block(kv_dtype: str, head_dim: int) -> int:
+    """Dims of a key that are mixed with each other before they are stored; 1 where nothing is mixed."""
+    return head_dim & -head_dim if is_quantised(kv_dtype) else 1
 
 
 def code_bytes(kv_dtype: str, head_dim: int) -> int:

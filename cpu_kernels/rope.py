@@ -4,6 +4,7 @@ import torch
 
 from .attention import bits_of, check_pages, page_parameters
 from .checks import check_tensor, expect
+from .kv_layout import hadamard_block
 from .team import Team
 
 
@@ -52,7 +53,7 @@ def rope_append(
         return
     num_pages, page_size, _ = k_pages.shape
     k, v = (page_parameters(pages, kv_dtype, head_dim) for pages in (k_pages, v_pages))
-    row_bytes = row_scratch_bytes(head_dim)
+    row_bytes, block = row_scratch_bytes(head_dim), hadamard_block(kv_dtype, head_dim)
     failure = team.run(
         ("rope_kernel", "rope_append", kv_dtype),
         team.num_threads * row_bytes,
@@ -82,6 +83,8 @@ def rope_append(
         slots.data_ptr(),
         8 * slots.stride(0),
         row_bytes,
+        block,
+        bits_of(block**-0.5),
     )
     expect(failure != 1, f"positions must lie in 0..{max_positions - 1}, the rows of cos and sin")
     expect(failure != 2, f"slots must lie in 0..{num_pages * page_size - 1}, the slots of the pages")

@@ -1,7 +1,7 @@
 """rope_append: optional RMS norm of a head, then (a, b) -> (a cos - b sin, b cos + a sin) on (i, i + rotary_dim/2).
 
 q goes to its output, k and v to their slots in the pages. Rows of codes are made as kv_layout.py says, from a float32
-row in the thread's working memory.
+row in the thread's working memory; for them q and k are multiplied by its Hadamard matrix, in place.
 """
 
 import numpy as np
@@ -10,13 +10,15 @@ from .attention_layout import RowShape
 from .chunks import fail, parameter, real_parameter, take
 from .compiler import helper
 from .elementwise_kernel import inverse_rms
-from .kv_layout import GROUP_DIMS
+from .kv_layout import GROUP_DIMS, is_quantised
 from .kv_vectors import bf16_scalar, store_bf16_scalar, store_int8, store_nibbles
 from .vector import (
     add,
+    butterfly,
     div,
     fma,
     keep_below,
+    load_f32,
     load_f32_tail,
     load_i64,
     max_lanes,
@@ -25,6 +27,7 @@ from .vector import (
     round_even,
     splat,
     store_bf16_tail,
+    store_f32,
     store_f32_tail,
     sub,
     sum_lanes,
@@ -35,6 +38,7 @@ from .vector import (
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 INFINITY = np.float32(np.inf)
+butterfly_1, butterfly_2, butterfly_4, butterfly_8 = (butterfly(stride) for stride in (1, 2, 4, 8))
 
 
 @helper
@@ -131,9 +135,66 @@ def rotate_head(source, head_dim, half, cos, sin, norm, eps, to):
         store_f32_tail(normed(source, norm, factor, i, head_dim - i), to + 4 * i, head_dim - i)
 
 
+@helper
+def mix_lanes(x, block):
+    """The butterflies of the strides below `block` that stay inside of a register."""
+    if block > 1:
+        x = butterfly_1(x)
+    if block > 2:
+        x = butterfly_2(x)
+    if block > 4:
+        x = butterfly_4(x)
+    if block > 8:
+        x = butterfly_8(x)
+    return x
+
+
+@helper
+def mix_64(row, factor):
+    """The butterflies of strides 1 to 32 of 64 dims, in four registers, times the factor."""
+    a, b = mix_lanes(load_f32(row), 16), mix_lanes(load_f32(row + 64), 16)
+    c, d = mix_lanes(load_f32(row + 128), 16), mix_lanes(load_f32(row + 192), 16)
+    a, b, c, d = add(a, b), sub(a, b), add(c, d), sub(c, d)
+    store_f32(mul(add(a, c), factor), row)
+    store_f32(mul(add(b, d), factor), row + 64)
+    store_f32(mul(sub(a, c), factor), row + 128)
+    store_f32(mul(sub(b, d), factor), row + 192)
+
+
+@helper
+def mix_registers(row, head_dim, stride, factor):
+    """The butterflies of one stride of 16 or more, times the factor."""
+    for start in range(0, head_dim, 2 * stride):
+        for i in range(start, start + stride, 16):
+            a, b = load_f32(row + 4 * i), load_f32(row + 4 * (i + stride))
+            store_f32(mul(add(a, b), factor), row + 4 * i)
+            store_f32(mul(sub(a, b), factor), row + 4 * (i + stride))
+
+
+@helper
+def spread(row, head_dim, block, factor):
+    """A float32 row times the Hadamard matrix of kv_layout.py, in place; factor: 1 / sqrt(block) in every lane.
+
+    The last butterflies take the factor along, and those before them a factor of 1, which rounds nothing.
+    """
+    one = splat(ONE)
+    if block >= 64:
+        stride = 64
+        for i in range(0, head_dim, 64):
+            mix_64(row + 4 * i, factor if block == 64 else one)
+    else:
+        stride = 16
+        for i in range(0, head_dim, 16):
+            at, left = row + 4 * i, head_dim - i
+            store_f32_tail(mul(mix_lanes(load_f32_tail(at, left), block), factor if block <= 16 else one), at, left)
+    while stride < block:
+        mix_registers(row, head_dim, stride, factor if 2 * stride == block else one)
+        stride *= 2
+
+
 def rope_append(kv_dtype: str):
     """Parameters: see rope.py."""
-    write_row = row_writer(kv_dtype)
+    write_row, has_codes = row_writer(kv_dtype), is_quantised(kv_dtype)
 
     @helper
     def append(arguments, thread, row, group, slot, cos, sin):
@@ -141,15 +202,20 @@ def rope_append(kv_dtype: str):
         group_heads, head_dim, half = parameter(arguments, 6), parameter(arguments, 7), parameter(arguments, 8)
         q_norm, k_norm, eps = parameter(arguments, 14), parameter(arguments, 15), real_parameter(arguments, 16)
         page_size = parameter(arguments, 27)
+        block, factor = parameter(arguments, 31), splat(np.float32(real_parameter(arguments, 32)))
         page, offset = slot // page_size, slot % page_size
         source = parameter(arguments, 1) + row * parameter(arguments, 2) + group * parameter(arguments, 3)
         q = parameter(arguments, 17) + row * parameter(arguments, 18)
         for head in range(group_heads):
             to = q + (group * group_heads + head) * parameter(arguments, 19)
             rotate_head(source, head_dim, half, cos, sin, q_norm, eps, to)
+            if has_codes:
+                spread(to, head_dim, block, factor)
             source += 4 * head_dim
         key = parameter(arguments, 0) + thread * parameter(arguments, 30)
         rotate_head(source, head_dim, half, cos, sin, k_norm, eps, key)
+        if has_codes:
+            spread(key, head_dim, block, factor)
         k_page = parameter(arguments, 20) + page * parameter(arguments, 21)
         v_page = parameter(arguments, 23) + page * parameter(arguments, 24)
         write_row(key, head_dim, k_page, offset, parameter(arguments, 22), page_size)

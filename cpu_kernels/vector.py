@@ -300,6 +300,18 @@ def round_even(b, x):
     return call_llvm(b, "llvm.rint.v16f32", VF32, x)
 
 
+def butterfly(stride: int):
+    """Intrinsic x: every pair of lanes (i, i + stride), a power of two below 16, becomes (sum, difference)."""
+
+    @emits(F32x16, F32x16)
+    def add_and_subtract(b, x):
+        partner = b.shuffle_vector(x, x, ir.Constant(VI32, [lane ^ stride for lane in range(LANES)]))
+        signs = ir.Constant(VF32, [-1.0 if lane & stride else 1.0 for lane in range(LANES)])
+        return fma_value(b, x, signs, partner)  # rounds once, as the sum and the difference do
+
+    return add_and_subtract
+
+
 @emits(F32x16, F32x16, intp, float32)
 def keep_below(b, x, count, other):
     """Lanes at or above `count` become `other`."""

@@ -2,7 +2,8 @@
 
     rms_norm    y = x / sqrt(mean(x^2) + eps) * weight
     silu_mul    y = gate / (1 + exp(-gate)) * up
-    rope        (a, b) -> (a cos - b sin, b cos + a sin) for the pairs (i, i + rotary_dim / 2)
+    rope        (a, b) -> (a cos - b sin, b cos + a sin) for the pairs (i, i + rotary_dim / 2);
+                then, for pages of codes, q and k times the Walsh-Hadamard matrix of kv_pages.spread
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.kv_pages import hadamard_block
 from gpu_kernels.kv_rows import check_pages, store_row
 
 SILU_BLOCK = 1024
@@ -67,11 +69,22 @@ def _normed_and_rotated(head, norm, cos, sin, eps, HEAD_DIM: tl.constexpr, HEAD_
 
 
 @triton.jit
+def _spread(row, HEAD_PAD: tl.constexpr, STAGES: tl.constexpr):
+    """A row times the Walsh-Hadamard matrix of kv_pages.spread, its blocks of 2^STAGES dims."""
+    for stage in tl.static_range(STAGES):
+        pairs = tl.reshape(row, [HEAD_PAD >> (stage + 1), 2, 1 << stage])
+        a, b = tl.split(tl.permute(pairs, (0, 2, 1)))
+        row = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), [HEAD_PAD])
+    return row * 2.0 ** (-0.5 * STAGES)
+
+
+@triton.jit
 def _rope_append_kernel(
         qkv, positions, cos, sin, q_norm, k_norm, eps, q, k_pages, v_pages, slots,
         qkv_row_stride, qkv_head_stride, angle_stride, q_row_stride, q_head_stride, page_stride, row_stride,
         slots_stride, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, HALF: tl.constexpr,
-        PAGE_SIZE: tl.constexpr, HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr, FORMAT: tl.constexpr):
+        PAGE_SIZE: tl.constexpr, HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr, STAGES: tl.constexpr,
+        FORMAT: tl.constexpr):
     """grid: (rows, num_kv_heads, GROUP_SIZE + 2), the last axis being the heads of a unit: its q, k and v."""
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -82,6 +95,7 @@ def _rope_append_kernel(
     angle = tl.load(positions + row) * angle_stride
     if member < GROUP_SIZE:
         turned = _normed_and_rotated(head, q_norm, cos + angle, sin + angle, eps, HEAD_DIM, HEAD_PAD, HALF, HAS_Q_NORM)
+        turned = _spread(turned, HEAD_PAD, STAGES)
         target = q + row * q_row_stride + (kv_head * GROUP_SIZE + member) * q_head_stride
         tl.store(target + dims, turned, mask=inside)
     else:
@@ -89,6 +103,7 @@ def _rope_append_kernel(
         if member == GROUP_SIZE:
             turned = _normed_and_rotated(head, k_norm, cos + angle, sin + angle, eps, HEAD_DIM, HEAD_PAD, HALF,
                                          HAS_K_NORM)
+            turned = _spread(turned, HEAD_PAD, STAGES)
             store_row(k_pages, slot, turned, dims, page_stride, row_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE, FORMAT)
         else:
             value = tl.load(head + dims, mask=inside, other=0.0)
@@ -120,6 +135,9 @@ def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm
                 slots: Tensor) -> None:
     """Norm (optional) and rotate q and k; write q to `q`, and k and v to their slots of the pages.
 
+    For pages of codes q and k are then spread by one Walsh-Hadamard matrix, see kv_pages; such a q is for attention
+    over such pages alone.
+
     qkv: f32 [rows, num_kv_heads, unit_features], a unit being its q heads, k, v and padding. positions: int64 [rows].
     cos, sin: f32 [max_positions, rotary_dim/2], equal strides. q_norm, k_norm: f32 [head_dim] or None. q: f32 [rows,
     num_heads, head_dim]. k_pages, v_pages: [num_pages, page_size, row_items] as kv_pages says, equal strides. slots: int64
@@ -138,7 +156,8 @@ def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm
             cos.stride(0), *q.stride()[:2], *k_pages.stride()[:2], slots.stride(0), GROUP_SIZE=group_size,
             HEAD_DIM=head_dim, HEAD_PAD=_row_pad(head_dim, form), HALF=cos.shape[1],
             PAGE_SIZE=k_pages.shape[1], HAS_Q_NORM=q_norm is not None, HAS_K_NORM=k_norm is not None,
-            FORMAT=form, num_warps=1)
+            STAGES=hadamard_block(k_pages.dtype, head_dim).bit_length() - 1, FORMAT=form, num_warps=1,
+            enable_fp_fusion=form == "plain")  # codes are to be the reference's, which rounds every product
 
 
 def _row_pad(head_dim: int, form: str) -> int:

@@ -11,6 +11,9 @@ Pages are [num_pages, page_size, row_items]; their torch dtype says what they ho
                       x ~ code * scale + minimum
 
 Rounding is to nearest even, in float32; a scale of 0 gives the code 0.
+
+A key in pages of codes, and the query that meets it, are first multiplied by one orthonormal Walsh-Hadamard matrix
+(see `spread`): q . k stays what it was, and a channel far larger than the others makes no scale too coarse for them.
 """
 
 from __future__ import annotations
@@ -32,6 +35,26 @@ def row_items(dtype: torch.dtype, head_dim: int) -> int:
 def query_dtype(dtype: torch.dtype) -> torch.dtype:
     """What q is rounded to before it meets pages of this dtype."""
     return torch.bfloat16 if dtype in GROUP_DIMS else dtype
+
+
+def hadamard_block(dtype: torch.dtype, head_dim: int) -> int:
+    """Dims that `spread` mixes with each other: the largest power of two that divides head_dim; 1 for plain pages."""
+    return head_dim & -head_dim if dtype in GROUP_DIMS else 1
+
+
+def spread(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rotated q or k [..., head_dim] as pages of this dtype want it: each block of dims times a Walsh-Hadamard matrix.
+
+    At strides 1, 2, 4, ... (a, b) becomes (a + b, a - b) on the dims (i, i + stride); then all are multiplied
+    by 1 / sqrt(block). The matrix is symmetric and its own inverse.
+    """
+    block = hadamard_block(dtype, rows.shape[-1])
+    stride = 1
+    while stride < block:
+        a, b = rows.unflatten(-1, (-1, 2, stride)).unbind(-2)
+        rows = torch.stack((a + b, a - b), -2).flatten(-3)
+        stride *= 2
+    return rows * block**-0.5
 
 
 def write_rows(pages: Tensor, page: Tensor, offset: Tensor, rows: Tensor) -> None:

@@ -11,7 +11,8 @@ to the contract (activations to int8 or bf16, q and the weights of attention to 
     merge       m = max_i lse_i;  w_i = exp(lse_i - m);  out = sum w_i out_i / sum w_i;  lse = m + log sum w_i
     rms_norm    y = x / sqrt(mean(x^2) + eps) * weight
     silu_mul    y = gate / (1 + exp(-gate)) * up
-    rope        (a, b) -> (a cos - b sin, b cos + a sin) for the pairs (i, i + rotary_dim / 2)
+    rope        (a, b) -> (a cos - b sin, b cos + a sin) for the pairs (i, i + rotary_dim / 2);
+                then, for pages of codes, q and k times the Walsh-Hadamard matrix of kv_pages.spread
 
 A query that sees no key at all gets (out, lse) = (0, -inf), the identity of merge.
 """
@@ -132,6 +133,9 @@ def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm
                 slots: Tensor) -> None:
     """Norm (optional) and rotate q and k; write q to `q`, and k and v to their slots of the pages.
 
+    For pages of codes q and k are then spread by one Walsh-Hadamard matrix, see kv_pages; such a q is for attention
+    over such pages alone.
+
     qkv: f32 [rows, num_kv_heads, unit_features], a unit being its q heads, k, v and padding. positions: int64 [rows].
     cos, sin: f32 [max_positions, rotary_dim/2]. q_norm, k_norm: f32 [head_dim] or None. q: f32 [rows, num_heads,
     head_dim]. k_pages, v_pages: [num_pages, page_size, row_items], see kv_pages. slots: int64 [rows, num_kv_heads],
@@ -145,9 +149,11 @@ def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm
         query = _rms_normalized(query, q_norm, eps)
     if k_norm is not None:
         key = _rms_normalized(key, k_norm, eps)
-    q.copy_(_rotated(query.flatten(1, 2), cos[positions], sin[positions]))
+    query, key = (kv_pages.spread(_rotated(part, cos[positions], sin[positions]), k_pages.dtype)
+                  for part in (query.flatten(1, 2), key))
+    q.copy_(query)
     page, offset = slots // k_pages.shape[1], slots % k_pages.shape[1]
-    kv_pages.write_rows(k_pages, page, offset, _rotated(key, cos[positions], sin[positions]))
+    kv_pages.write_rows(k_pages, page, offset, key)
     kv_pages.write_rows(v_pages, page, offset, value)
 
 

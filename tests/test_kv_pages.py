@@ -1,44 +1,19 @@
 """Pages of codes: the format byte by byte, and every op that writes or reads them on every instruction set."""
 
 import math
-import struct
 
 import pytest
 import torch
-from cpu_oracles import BF16_PATHS, attention, guarded, kernels, nmse, only_inside_written
+from code_pages import DTYPES, HEAD_DIMS, check_rope_append, hadamard, read_row
+from cpu_oracles import BF16_PATHS, ISAS, attention, guarded, kernels, nmse, only_inside_written
+from kernel_data import generator, normal
 
 from cpu_kernels import kv_layout
 from gpu_kernels import kv_pages, reference
 
 FASTEST, PLAIN = BF16_PATHS[0], BF16_PATHS[-1]  # the paths between them multiply codes as the plain one does
-DTYPES = {"q8": torch.int8, "q4": torch.uint8}
 # Decode multiplies codes by q and p * scale in 16 bits, 2**-16 of the largest; prefill widens codes to bf16, 2**-9.
 DECODE_NMSE, PREFILL_NMSE, LSE_ERROR = 1e-7, 5e-5, 1e-4
-
-
-def bf16_at(content: bytes, at: int) -> float:
-    """The bfloat16 at byte `at`."""
-    return struct.unpack("<f", b"\0\0" + content[at : at + 2])[0]
-
-
-def read_row(page: torch.Tensor, offset: int, head_dim: int) -> torch.Tensor:
-    """One token of a page, number by number from the description in cpu_kernels/kv_layout.py, float64 [head_dim]."""
-    kv_dtype = "q8" if page.dtype == torch.int8 else "q4"
-    content, page_size, group = page.numpy().tobytes(), page.shape[0], kv_layout.GROUP_DIMS[kv_dtype]
-    groups = -(-head_dim // group)
-    row_bytes = groups * group // (1 if kv_dtype == "q8" else 2)
-    numbers = page_size * row_bytes
-    values = []
-    for dim in range(head_dim):
-        scale = bf16_at(content, numbers + 2 * (dim // group * page_size + offset))
-        if kv_dtype == "q8":
-            code = struct.unpack_from("b", content, offset * row_bytes + dim)[0]
-            values.append(code * scale)
-        else:
-            byte = content[offset * row_bytes + dim // 2]
-            minimum = bf16_at(content, numbers + 2 * ((groups + dim // group) * page_size + offset))
-            values.append((byte >> 4 if dim % 2 else byte & 15) * scale + minimum)
-    return torch.tensor(values, dtype=torch.float64)
 
 
 class CodePages:
@@ -110,9 +85,102 @@ def test_a_row_of_equal_numbers_and_one_of_zeros_are_kept(kv_dtype):
     assert torch.allclose(kv_pages.read_rows(pages, 64, torch.float32)[0], rows, rtol=0.004)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_rope_append_multiplies_q_and_k_by_the_matrix(isa, kv_dtype, head_dim):
+    check_rope_append(kernels(isa).rope_append, "cpu", kv_dtype, head_dim)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_the_reference_multiplies_q_and_k_by_the_matrix(dtype, kv_dtype, head_dim):
+    check_rope_append(reference.rope_append, "cpu", kv_dtype, head_dim, dtype)
+
+
+@pytest.mark.parametrize("kv_dtype", kv_layout.KV_DTYPES)
+@pytest.mark.parametrize("head_dim", [1, 7, 24, *HEAD_DIMS])
+def test_the_two_descriptions_of_a_block_agree(kv_dtype, head_dim):
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, **DTYPES}[kv_dtype]
+    block = math.gcd(head_dim, 1 << 20) if kv_dtype in DTYPES else 1
+
+    assert kv_layout.hadamard_block(kv_dtype, head_dim) == kv_pages.hadamard_block(dtype, head_dim) == block
+
+
+SPREADING_BUGS = {
+    "only k": lambda q, block: q @ hadamard(q.shape[-1]).float(),
+    "q without the scale": lambda q, block: q * block**0.5,
+    "another order of dims": lambda q, block: q.flip(-1),
+}
+
+
+@pytest.mark.parametrize("bug", SPREADING_BUGS)
+def test_a_planted_bug_in_the_spreading_of_q_is_caught(bug):
+    def mutant(*arguments):
+        reference.rope_append(*arguments)
+        q = arguments[7]
+        q.copy_(SPREADING_BUGS[bug](q, 64))
+
+    with pytest.raises(AssertionError):
+        check_rope_append(mutant, "cpu", "q8", 64)
+
+
+@pytest.mark.parametrize("bug", ["only q", "k without the scale"])
+def test_a_planted_bug_in_the_spreading_of_k_is_caught(bug, monkeypatch):
+    write_rows, written = kv_pages.write_rows, []
+
+    def mutant(pages, page, offset, rows):
+        written.append(None)
+        if len(written) == 1:  # k comes before v
+            rows = rows @ hadamard(64).float() if bug == "only q" else rows * 8
+        write_rows(pages, page, offset, rows)
+
+    monkeypatch.setattr(kv_pages, "write_rows", mutant)
+
+    with pytest.raises(AssertionError):
+        check_rope_append(reference.rope_append, "cpu", "q8", 64)
+
+
+@pytest.mark.parametrize("kv_dtype,factor", [("q8", 5.0), ("q4", 2.0)])
+def test_outlier_channels_of_keys_cost_less_than_without_the_matrix(kv_dtype, factor):
+    """Squared error of attention, the mean of twenty draws."""
+    without, with_matrix = torch.tensor([outlier_errors(kv_dtype, seed) for seed in range(20)]).mean(0)
+
+    assert without > factor * with_matrix
+
+
+def outlier_errors(kv_dtype: str, seed: int, sizes: tuple[float, ...] = (20, 25, 30, 35, 40, 50)) -> list[float]:
+    """NMSE against float64 of decode attention over keys that are stored as they are, and of those of rope_append.
+
+    sizes: what random channels of 128 are multiplied by.
+    """
+    tokens, heads, head_dim, page_size = 500, 16, 128, 64
+    keys, values, q = (normal(rows, head_dim, seed=10 * seed + i) for i, rows in enumerate((tokens, tokens, heads)))
+    channels = torch.randperm(head_dim, generator=generator(seed))[: len(sizes)]
+    keys[:, channels] *= torch.tensor(sizes)
+    scale = 2 / (q @ keys.T).std().item()  # neither one key alone nor all of them alike
+    expected, _ = attention(q, keys, values, torch.ones(heads, tokens, dtype=torch.bool), scale)
+    at, pages = torch.arange(tokens), -(-tokens // page_size)
+    shape = (pages, page_size, kv_layout.row_items(kv_dtype, head_dim))
+    plain_k, k, v = (torch.zeros(shape, dtype=DTYPES[kv_dtype]) for _ in range(3))
+    kv_pages.write_rows(plain_k, at // page_size, at % page_size, keys)
+    angles = torch.ones(tokens, head_dim // 2), torch.zeros(tokens, head_dim // 2)
+    units = torch.cat((q.expand(tokens, -1, -1).flatten(1), keys, values), -1)[:, None]
+    spread = torch.empty(tokens, heads, head_dim)
+    kernels().rope_append(units, at, *angles, None, None, 1e-6, spread, k, v, at[:, None])
+    table, start = torch.arange(pages, dtype=torch.int32)[None, None], torch.zeros(1, dtype=torch.int32)
+    errors = []
+    for query, stored in ((q, plain_k), (spread[0], k)):
+        out, lse = torch.empty(1, heads, head_dim), torch.empty(1, heads)
+        kernels().decode_attention(query[None], stored, v, table, start, start + tokens, scale, out, lse)
+        errors.append(nmse(out[0], expected))
+    return errors
+
+
 @pytest.mark.parametrize("isa", BF16_PATHS)
 @pytest.mark.parametrize("kv_dtype", DTYPES)
-@pytest.mark.parametrize("head_dim,page_size", [(40, 4), (64, 64), (128, 1)])
+@pytest.mark.parametrize("head_dim,page_size", [(40, 4), (64, 64), (96, 8), (128, 1)])
 def test_rope_append_writes_the_bytes_of_the_reference(isa, kv_dtype, head_dim, page_size):
     """Rotation by nothing, so that both see the same numbers; the bytes of other tokens stay as they were."""
     torch.manual_seed(head_dim)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from code_pages import DTYPES, HEAD_DIMS, check_rope_append
 from kernel_data import lse_error, nmse, normal
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
 from gpu_kernels import attention, elementwise, kv_pages, kv_rows, reference  # noqa: E402
 
-DTYPES = {"q8": torch.int8, "q4": torch.uint8}
 CODES_NMSE, CODES_LSE = 1e-4, 1e-2  # keys, values and probabilities are rounded to bf16 for the tensor cores
 
 
@@ -95,9 +95,15 @@ def test_prefill_attention(device, kv_dtype, head_dim, page_size, window):
 
 
 @pytest.mark.parametrize("kv_dtype", DTYPES)
-@pytest.mark.parametrize("head_dim,page_size", [(64, 16), (40, 4), (128, 1), (16, 2)])
+@pytest.mark.parametrize("head_dim,page_size", [(64, 16), (40, 4), (128, 1), (16, 2), (96, 4)])
 def test_rope_append_writes_the_bytes_of_the_reference(device, kv_dtype, head_dim, page_size):
     check_append(elementwise.rope_append, device, kv_dtype, head_dim, page_size)
+
+
+@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_rope_append_multiplies_q_and_k_by_the_matrix(device, kv_dtype, head_dim):
+    check_rope_append(elementwise.rope_append, device, kv_dtype, head_dim)
 
 
 MUTANTS = {

@@ -9,6 +9,7 @@ from pathlib import Path
 import kernel_checks as checks
 import pytest
 import torch
+from code_pages import check_rope_append
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
@@ -32,6 +33,7 @@ RMS_NORM = partial(checks.check_rms_norm, device="cpu", rows=2, hidden=100)
 SILU_MUL = partial(checks.check_silu_mul, device="cpu", rows=2, units=3)
 ROPE = partial(checks.check_rope_append, device="cpu", dtype=FP32, num_kv_heads=2, group_size=2, head_dim=24,
                rotary_dim=16, norms=(True, True))
+SPREAD = partial(check_rope_append, device="cpu", kv_dtype="q4", head_dim=40)
 
 # name: (file, op, check, right text, wrong text)
 MUTANTS = {
@@ -102,6 +104,15 @@ MUTANTS = {
         "_normed(others, norm, dims,"),
     "k is stored unrotated": ("elementwise", "rope_append", ROPE, "store_row(k_pages, slot, turned,",
         "store_row(k_pages, slot, tl.load(head + dims, mask=inside, other=0.0),"),
+    "only k is spread": ("elementwise", "rope_append", SPREAD,
+        "turned = _spread(turned, HEAD_PAD, STAGES)\n        target", "target"),
+    "only q is spread": ("elementwise", "rope_append", SPREAD,
+        "turned = _spread(turned, HEAD_PAD, STAGES)\n            store_row", "store_row"),
+    "spread without its scale": ("elementwise", "rope_append", SPREAD, "row * 2.0 ** (-0.5 * STAGES)", "row"),
+    "spread without its last stage": ("elementwise", "rope_append", SPREAD, "tl.static_range(STAGES)",
+        "tl.static_range(STAGES - 1)"),
+    "differences the other way round": ("elementwise", "rope_append", SPREAD, "tl.join(a + b, a - b)",
+        "tl.join(a + b, b - a)"),
     "slot of another KV head": ("elementwise", "rope_append", ROPE, "slots_stride + kv_head)", "slots_stride)"),
 }
 
