@@ -1,8 +1,8 @@
 """The lanes and what passes between them: one device, one host worker, copies and events.
 
-Only this module and those it builds on (`devices`, `staging`, `step_tables`, `handover`) own streams, events,
-page-locked buffers and threads. Exactly one thread calls the CPU kernels: the worker while lanes overlap, else the
-caller's own.
+Only this module and those it builds on (`devices`, `copy_ahead`, `staging`, `page_stream`, `step_tables`, `handover`) own
+streams, events, page-locked buffers and threads. Exactly one thread calls the CPU kernels: the worker while lanes
+overlap, else the caller's own.
 
 An activation that more than one lane needs is an `Activation`: the same rows in GPU memory and in host memory. Each
 side holds the columns that its lanes produced; `exchange` brings over the others.
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from cpu_kernels import CpuKernels
+from hetero_attn.copy_ahead import CopyAhead
 from hetero_attn.devices import Device
 from hetero_attn.handover import InOrder
 from hetero_attn.page_stream import PageStream
@@ -85,7 +86,7 @@ class Lanes:
     @property
     def streamed_bytes(self) -> int:
         """Bytes of weights and of older keys and values that were copied to the GPU ahead of use so far."""
-        return sum(stream.copied_bytes for stream in (self.ring, self.pages) if stream is not None)
+        return sum(ahead.copied_bytes for ahead in self._ahead)
 
     @property
     def handover_s(self) -> float:
@@ -165,12 +166,12 @@ class Lanes:
         self.handover = InOrder(self.device)
         if self.device is not None:
             self.device = WatchedDevice(self.device, stopwatch)
-        self._use_in_ring(self.device)
+        self._copy_ahead_on(self.device)
         try:
             yield
         finally:
             self.host_ops, self.device, self.handover = kept
-            self._use_in_ring(self.device)
+            self._copy_ahead_on(self.device)
 
     @contextmanager
     def traced(self, trace: Any) -> Iterator[None]:
@@ -179,13 +180,13 @@ class Lanes:
         self.host_ops = TracedOps(self.host_ops, lambda name, work: _timed(trace, name, work))
         if self.device is not None:
             self.device = TracedDevice(self.device, trace)
-        self._use_in_ring(self.device)
+        self._copy_ahead_on(self.device)
         self._tracing = True
         try:
             yield
         finally:
             self.host_ops, self.device = kept
-            self._use_in_ring(self.device)
+            self._copy_ahead_on(self.device)
             self._tracing = False
             self.finish()
 
@@ -244,9 +245,8 @@ class Lanes:
         if self.device is not None:
             self.device.synchronize(self.device.record(self.device.compute))
             self._copied = False
-            for stream in (self.ring, self.pages):
-                if stream is not None:
-                    stream.settle()
+            for ahead in self._ahead:
+                ahead.settle()
 
     def reset(self) -> None:
         """Leave no job, no queued work and nothing announced; for a step that was given up half-way."""
@@ -254,9 +254,8 @@ class Lanes:
         if self.device is not None:
             for stream in (self.device.copies, self.device.compute):
                 self.device.synchronize(self.device.record(stream))
-        for stream in (self.ring, self.pages):
-            if stream is not None:
-                stream.reset()
+        for ahead in self._ahead:
+            ahead.reset()
 
     def close(self) -> None:
         """Finish the worker's jobs, stop it, and release the device and the CPU kernels; idempotent."""
@@ -265,7 +264,12 @@ class Lanes:
             self.device.close()
         self.host_ops.close()
 
-    def _use_in_ring(self, device: Any) -> None:
+    @property
+    def _ahead(self) -> Iterator[CopyAhead]:
+        """The queues of copies ahead of use that there are: weights, older keys and values."""
+        return (ahead for ahead in (self.ring, self.pages) if ahead is not None)
+
+    def _copy_ahead_on(self, device: Any) -> None:
         if self.ring is not None:
             self.ring.device = device
 
