@@ -270,8 +270,8 @@ class Lanes:
         return (ahead for ahead in (self.ring, self.pages) if ahead is not None)
 
     def _copy_ahead_on(self, device: Any) -> None:
-        if self.ring is not None:
-            self.ring.device = device
+        for ahead in self._ahead:
+            ahead.device = device
 
     def _run(self, job: Callable[[], None]) -> None:
         with self.cpu_lane():
