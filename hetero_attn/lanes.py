@@ -1,7 +1,7 @@
 """The lanes and what passes between them: one device, one host worker, copies and events.
 
-Only this module and those it builds on (`devices`, `copy_ahead`, `staging`, `page_stream`, `step_tables`, `handover`) own
-streams, events, page-locked buffers and threads. Exactly one thread calls the CPU kernels: the worker while lanes
+Only this module and those it builds on (`devices`, `copy_ahead`, `staging`, `page_stream`, `step_tables`, `handover`)
+own streams, events, page-locked buffers and threads. Exactly one thread calls the CPU kernels: the worker while lanes
 overlap, else the caller's own.
 
 An activation that more than one lane needs is an `Activation`: the same rows in GPU memory and in host memory. Each
@@ -9,7 +9,8 @@ side holds the columns that its lanes produced; `exchange` brings over the other
 
 Why no race can happen: copies of activations and kernels share one stream, so they run in the order they are queued.
 Host jobs run in the order they are given. A job that follows a copy waits for it (an event), so it reads only what has
-arrived and overwrites only what has left. A copy that follows a job is queued behind `order_device` or `join`.
+arrived and overwrites only what has left. A copy that follows a job is queued behind `order_device` or `join`; where
+activations could not be page-locked, the caller itself waits for the job, whatever the hand-over.
 """
 
 import time
@@ -29,6 +30,8 @@ from hetero_attn.staging import StagingRing
 from hetero_attn.step_tables import StepTables
 from hetero_attn.stopwatch import SelectedOps, Stopwatch, WatchedDevice, WatchedOps
 from hetero_attn.traced import TracedDevice, TracedOps
+
+HANDED_OVER = ("activations", "resident")  # kinds of host memory that an Activation may have
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,9 @@ class Lanes:
     @property
     def can_replay(self) -> bool:
         """Whether a recorded decode step can be run again."""
-        return not self._tracing and (self.device is None or self.handover.captures)
+        if self._tracing or self._copies_at_once or (self.ring is not None and self.ring.passes_caller):
+            return False
+        return self.device is None or self.handover.captures
 
     @property
     def main_ops(self):
@@ -219,7 +224,10 @@ class Lanes:
     def order_device(self) -> None:
         """GPU work queued from now on sees what the jobs given so far wrote."""
         with self._waiting():
-            self.handover.order_device()
+            if self._copies_at_once:
+                self.handover.join()
+            else:
+                self.handover.order_device()
 
     def join(self) -> None:
         """Wait for every job given so far; raises what the first failed one raised, after all have ended."""
@@ -263,6 +271,11 @@ class Lanes:
         if self.device is not None:
             self.device.close()
         self.host_ops.close()
+
+    @property
+    def _copies_at_once(self) -> bool:
+        """Whether host memory that jobs write may be ordinary: a copy reads that when it is queued, not in its turn."""
+        return self.device is not None and not self.device.refused_kinds.isdisjoint(HANDED_OVER)
 
     @property
     def _ahead(self) -> Iterator[CopyAhead]:
