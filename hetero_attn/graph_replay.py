@@ -60,7 +60,7 @@ class GraphReplay:
         streamed_bytes = lanes.streamed_bytes - before
         if lanes.ring is not None:
             lanes.ring.settle()
-            lanes.ring.copied_bytes = before
+            lanes.ring.copied_bytes -= streamed_bytes
         return CapturedStep(own, graph, jobs, streamed_bytes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,12 @@ from hetero_attn.errors import MemoryBudgetError
 if TYPE_CHECKING:
     from hetero_attn.prefix_tree import Node
 
+Allocate = Callable[[tuple[int, ...], torch.dtype, str], torch.Tensor]
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "q8": torch.int8, "q4": torch.uint8}
 
 
 def host_empty(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.Tensor:
-    """Allocate host memory; pages are touched, and so counted by the system, only when they are written."""
+    """Allocate ordinary host memory; pages are touched, and so counted by the system, only when they are written."""
     pages = torch.empty(shape, dtype=dtype)
     advise_huge_pages(pages)
     return pages
@@ -45,12 +47,14 @@ class PagedStore:
 
     k[i], v[i]: [num_pages * groups, page_size, row_items] of the run's i-th layer, laid out as cpu_kernels.kv_layout
     says for the KV dtype; page p of group g is row p * groups + g. table: int32 [max_batch, groups, pages of
-    max_context] in host memory, the row number of each logical page. device: whose memory, None for host memory.
+    max_context] in host memory, the row number of each logical page. allocate: where k and v come from, called with
+    (shape, dtype, "kv"). device: whose memory that is, None for host memory.
     """
 
     def __init__(
         self,
-        device: Device | None,
+        allocate: Allocate,
+        device: Device | None = None,
         *,
         layers: int,
         groups: int,
@@ -65,6 +69,7 @@ class PagedStore:
         self.page_size = page_size
         self.max_batch = max_batch
         self.num_pages = num_pages
+        self._allocate = allocate
         self._device = device
         self._parked: list[torch.Tensor] | None = None
         self._row_shape = (page_size, kv_layout.row_items(kv_dtype, head_dim))
@@ -111,11 +116,12 @@ class PagedStore:
     def resize(self, num_pages: int, used: list[int]) -> None:
         """Keep `num_pages` pages from now on: those in `used`, numbered from 0 in that order, and free ones.
 
-        No queued work may use the store. The pages wait in host memory while the old ones are given back before the
-        new ones are allocated. Where those do not fit, MemoryBudgetError is raised and the pages go on waiting for a
-        `resize` that fits.
+        Only a store in GPU memory is resized: those in DRAM have room for every token from the start. No queued work
+        may use the store. The pages wait in host memory while the old ones are given back before the new ones are
+        allocated. Where those do not fit, MemoryBudgetError is raised and the pages go on waiting for a `resize` that
+        fits.
         """
-        assert len(used) <= num_pages, (used, num_pages)
+        assert self._device is not None and len(used) <= num_pages, (self._device, used, num_pages)
         self._park(used)
         self.num_pages = num_pages
         layers = len(self._parked) // 2
@@ -133,9 +139,8 @@ class PagedStore:
             parked = [self._in_host_memory(pages, used) for pages in (*self.k, *self.v)]
             self._finish_copies()
             self._parked = parked
-        if self._device is not None:
-            for pages in (*self.k, *self.v):
-                self._device.release(pages, "kv")
+        for pages in (*self.k, *self.v):
+            self._device.release(pages, "kv")
         self.k, self.v = [], []
 
     def _in_host_memory(self, pages: torch.Tensor, used: list[int]) -> torch.Tensor:
@@ -145,15 +150,11 @@ class PagedStore:
         return parked
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        if self._device is None:
-            target.copy_(source)
-        elif source.numel():
+        if source.numel():
             self._device.copy(target, source, self._device.compute)
 
     def _finish_copies(self) -> None:
-        if self._device is not None:
-            self._device.synchronize(self._device.record(self._device.compute))
+        self._device.synchronize(self._device.record(self._device.compute))
 
     def _new_pages(self) -> torch.Tensor:
-        allocate = host_empty if self._device is None else self._device.empty
-        return allocate((self.num_pages * self.groups, *self._row_shape), self._dtype, "kv")
+        return self._allocate((self.num_pages * self.groups, *self._row_shape), self._dtype, "kv")

@@ -1,15 +1,16 @@
 """The lanes and what passes between them: one device, one host worker, copies and events.
 
-Only this module and those it builds on (`devices`, `staging`, `step_tables`, `handover`) own streams, events,
-page-locked buffers and threads. Exactly one thread calls the CPU kernels: the worker while lanes overlap, else the
-caller's own.
+Only this module and those it builds on (`devices`, `copy_ahead`, `staging`, `page_stream`, `step_tables`, `handover`)
+own streams, events, page-locked buffers and threads. Exactly one thread calls the CPU kernels: the worker while lanes
+overlap, else the caller's own.
 
 An activation that more than one lane needs is an `Activation`: the same rows in GPU memory and in host memory. Each
 side holds the columns that its lanes produced; `exchange` brings over the others.
 
 Why no race can happen: copies of activations and kernels share one stream, so they run in the order they are queued.
 Host jobs run in the order they are given. A job that follows a copy waits for it (an event), so it reads only what has
-arrived and overwrites only what has left. A copy that follows a job is queued behind `order_device` or `join`.
+arrived and overwrites only what has left. A copy that follows a job is queued behind `order_device` or `join`; where
+activations could not be page-locked, the caller itself waits for the job, whatever the hand-over.
 """
 
 import time
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from cpu_kernels import CpuKernels
+from hetero_attn.copy_ahead import CopyAhead
 from hetero_attn.devices import Device
 from hetero_attn.handover import InOrder
 from hetero_attn.page_stream import PageStream
@@ -28,6 +30,8 @@ from hetero_attn.staging import StagingRing
 from hetero_attn.step_tables import StepTables
 from hetero_attn.stopwatch import SelectedOps, Stopwatch, WatchedDevice, WatchedOps
 from hetero_attn.traced import TracedDevice, TracedOps
+
+HANDED_OVER = ("activations", "resident")  # kinds of host memory that an Activation may have
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,7 @@ class Lanes:
     @property
     def streamed_bytes(self) -> int:
         """Bytes of weights and of older keys and values that were copied to the GPU ahead of use so far."""
-        return sum(stream.copied_bytes for stream in (self.ring, self.pages) if stream is not None)
+        return sum(ahead.copied_bytes for ahead in self._ahead)
 
     @property
     def handover_s(self) -> float:
@@ -95,7 +99,9 @@ class Lanes:
     @property
     def can_replay(self) -> bool:
         """Whether a recorded decode step can be run again."""
-        return not self._tracing and (self.device is None or self.handover.captures)
+        if self._tracing or self._copies_at_once or (self.ring is not None and self.ring.passes_caller):
+            return False
+        return self.device is None or self.handover.captures
 
     @property
     def main_ops(self):
@@ -165,12 +171,12 @@ class Lanes:
         self.handover = InOrder(self.device)
         if self.device is not None:
             self.device = WatchedDevice(self.device, stopwatch)
-        self._use_in_ring(self.device)
+        self._copy_ahead_on(self.device)
         try:
             yield
         finally:
             self.host_ops, self.device, self.handover = kept
-            self._use_in_ring(self.device)
+            self._copy_ahead_on(self.device)
 
     @contextmanager
     def traced(self, trace: Any) -> Iterator[None]:
@@ -179,13 +185,13 @@ class Lanes:
         self.host_ops = TracedOps(self.host_ops, lambda name, work: _timed(trace, name, work))
         if self.device is not None:
             self.device = TracedDevice(self.device, trace)
-        self._use_in_ring(self.device)
+        self._copy_ahead_on(self.device)
         self._tracing = True
         try:
             yield
         finally:
             self.host_ops, self.device = kept
-            self._use_in_ring(self.device)
+            self._copy_ahead_on(self.device)
             self._tracing = False
             self.finish()
 
@@ -218,7 +224,10 @@ class Lanes:
     def order_device(self) -> None:
         """GPU work queued from now on sees what the jobs given so far wrote."""
         with self._waiting():
-            self.handover.order_device()
+            if self._copies_at_once:
+                self.handover.join()
+            else:
+                self.handover.order_device()
 
     def join(self) -> None:
         """Wait for every job given so far; raises what the first failed one raised, after all have ended."""
@@ -244,9 +253,8 @@ class Lanes:
         if self.device is not None:
             self.device.synchronize(self.device.record(self.device.compute))
             self._copied = False
-            for stream in (self.ring, self.pages):
-                if stream is not None:
-                    stream.settle()
+            for ahead in self._ahead:
+                ahead.settle()
 
     def reset(self) -> None:
         """Leave no job, no queued work and nothing announced; for a step that was given up half-way."""
@@ -254,9 +262,8 @@ class Lanes:
         if self.device is not None:
             for stream in (self.device.copies, self.device.compute):
                 self.device.synchronize(self.device.record(stream))
-        for stream in (self.ring, self.pages):
-            if stream is not None:
-                stream.reset()
+        for ahead in self._ahead:
+            ahead.reset()
 
     def close(self) -> None:
         """Finish the worker's jobs, stop it, and release the device and the CPU kernels; idempotent."""
@@ -265,9 +272,19 @@ class Lanes:
             self.device.close()
         self.host_ops.close()
 
-    def _use_in_ring(self, device: Any) -> None:
-        if self.ring is not None:
-            self.ring.device = device
+    @property
+    def _copies_at_once(self) -> bool:
+        """Whether host memory that jobs write may be ordinary: a copy reads that when it is queued, not in its turn."""
+        return self.device is not None and not self.device.refused_kinds.isdisjoint(HANDED_OVER)
+
+    @property
+    def _ahead(self) -> Iterator[CopyAhead]:
+        """The queues of copies ahead of use that there are: weights, older keys and values."""
+        return (ahead for ahead in (self.ring, self.pages) if ahead is not None)
+
+    def _copy_ahead_on(self, device: Any) -> None:
+        for ahead in self._ahead:
+            ahead.device = device
 
     def _run(self, job: Callable[[], None]) -> None:
         with self.cpu_lane():

@@ -2,7 +2,7 @@
 
     host     the KV-head groups the CPU owns: every token, DRAM
     recent   the KV-head groups the GPU owns: the newest tokens, GPU memory
-    spilled  the same groups: the older tokens, DRAM
+    spilled  the same groups: the older tokens, DRAM, page-locked because they come from the GPU and go back there
 
 A sequence of a GPU group is the segment [first, boundary) in `spilled` and [boundary, length) in `recent`. A page that
 several sequences hold has one place for all of them, so moving it moves their boundaries together. When the newest
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from hetero_attn.devices import Device
 from hetero_attn.errors import MemoryBudgetError
-from hetero_attn.kv_pages import Page, PagedStore
+from hetero_attn.kv_pages import Allocate, Page, PagedStore, host_empty
 from hetero_attn.page_moves import PageMoves
 from placement.memory import kv_recent_tokens, kv_spilled_tokens
 from placement.plan import Plan
@@ -52,10 +52,11 @@ class LayerGroup:
         self._boundary = [0] * plan.max_batch  # in pages
         self.idle: dict[Page, None] = {}
 
-        def store(groups: int, tokens: int, device: Device | None = None) -> PagedStore | None:
+        def store(groups: int, tokens: int, allocate: Allocate, device: Device | None = None) -> PagedStore | None:
             if groups == 0 or tokens == 0:
                 return None
             return PagedStore(
+                allocate,
                 device,
                 layers=len(layers),
                 groups=groups,
@@ -68,9 +69,9 @@ class LayerGroup:
             )
 
         recent, spilled = (f(workload, shard, placement.gpu_tokens) for f in (kv_recent_tokens, kv_spilled_tokens))
-        self.host = store(shard.groups - self.gpu_groups, workload.layer_tokens(shard))
-        self.recent = None if device is None else store(self.gpu_groups, recent, device)
-        self.spilled = store(self.gpu_groups, spilled)
+        self.host = store(shard.groups - self.gpu_groups, workload.layer_tokens(shard), host_empty)
+        self.recent = None if device is None else store(self.gpu_groups, recent, device.empty, device)
+        self.spilled = None if device is None else store(self.gpu_groups, spilled, device.host_empty)
 
     @property
     def stores(self) -> dict[str, PagedStore]:

@@ -86,20 +86,20 @@ def run_on_device(
     x float32 [rows, in_features], out float32 [rows, out_features]; written in place on the device side.
     """
     start = 0
-    for slot, blocks in _device_weights(lanes, weights, tier):
+    for is_streamed, blocks in _device_weights(lanes, weights, tier):
         stop = start + blocks.shape[0] * BLOCK_FEATURES
         bias = None if weights.bias.device is None else weights.bias.device[start:stop]
         lanes.device.ops.linear(x.device, blocks, weights.weight_dtype, bias, out.device[:, start:stop], add)
-        if slot is not None:
-            lanes.ring.give_back(slot)
+        if is_streamed:
+            lanes.ring.give_back()
         start = stop
 
 
-def _device_weights(lanes: Lanes, weights: LinearWeights, tier: int) -> Iterator[tuple[int | None, torch.Tensor]]:
+def _device_weights(lanes: Lanes, weights: LinearWeights, tier: int) -> Iterator[tuple[bool, torch.Tensor]]:
     if weights.gpu is not None and weights.gpu.shape[0]:
-        yield None, weights.gpu
+        yield False, weights.gpu
     for _ in weights.pieces(tier):
-        yield lanes.ring.take()
+        yield True, lanes.ring.take()
 
 
 def run_on_host(
@@ -158,11 +158,11 @@ def run_row_cut_on_device(
         bias = None
     start = 0
     for _ in weights.pieces(tier):
-        slot, blocks = lanes.ring.take()
+        blocks = lanes.ring.take()
         stop = start + blocks.shape[0] * BLOCK_FEATURES
         part = None if bias is None else bias[start:stop]
         ops.linear(x.device[:, home:], blocks, weights.weight_dtype, part, out.device[:, start:stop], add)
-        lanes.ring.give_back(slot)
+        lanes.ring.give_back()
         start = stop
 
 

@@ -1,20 +1,17 @@
 """Older keys and values on their way to the GPU: a prompt's chunk attends them there, block by block.
 
 A step announces, in order, every block of pages that its layers will read; two buffers take turns, so the next block
-arrives while the last one is attended. As in the staging ring, ownership of a buffer passes by events alone:
-
-    copies stream   [pages -> buffer]  --ready-->  compute stream  [attention reads buffer]  --free-->  copies stream
+arrives while the last one is attended (`copy_ahead`).
 
 Every buffer is a small store of its own: page p of group g is row p * widest + g, and one constant table says so.
 """
 
-from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from cpu_kernels.kv_layout import row_items
+from hetero_attn.copy_ahead import CopyAhead
 from hetero_attn.devices import Device
 from hetero_attn.kv_pages import TORCH_DTYPES, PagedStore
 from placement.memory import KV_STAGING_BUFFERS, kv_staging_pages
@@ -31,14 +28,14 @@ class PageBlock:
     pages: tuple[int, ...]
 
 
-class PageStream:
-    """The buffers of a plan, each of `block_pages` pages of as many KV-head groups as the widest layer has."""
+class PageStream(CopyAhead[PageBlock, tuple[torch.Tensor, torch.Tensor]]):
+    """The buffers of a plan, each of `block_pages` pages of as many KV-head groups as the widest layer has.
+
+    What arrives is K and V of a block, rows as `table` says.
+    """
 
     def __init__(self, device: Device, workload: Workload) -> None:
-        self._device = device
-        self._pending: deque[PageBlock] = deque()
-        self._arriving: deque[tuple[int, object]] = deque()
-        self._free: list[object | None] = [None] * KV_STAGING_BUFFERS
+        super().__init__(device, KV_STAGING_BUFFERS)
         self.block_pages = kv_staging_pages(workload)
         self._widest = max(shard.groups for shard in workload.kv)
         shape = (self.block_pages * self._widest, workload.page_size, row_items(workload.kv_dtype, workload.head_dim))
@@ -49,50 +46,17 @@ class PageStream:
         self._table = device.empty((self._widest, self.block_pages), torch.int32, "resident")
         self._rows = rows.view(self.block_pages, self._widest).T.contiguous()  # lives as long as its copy may take
         device.copy(self._table, self._rows, device.compute)
-        self.copied_bytes = 0
 
     def table(self, groups: int) -> torch.Tensor:
         """Where a buffer has each page of a block: int32 [groups, block_pages] in device memory."""
         return self._table[:groups]
 
-    def announce(self, blocks: Iterable[PageBlock]) -> None:
-        """Say what the coming step will read, in order, and start the first copies."""
-        self._pending.extend(blocks)
-        for buffer in range(KV_STAGING_BUFFERS):
-            self._fill(buffer)
-
-    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the next block, rows as `table` says; compute queued from now on sees them complete."""
-        buffer, ready = self._arriving[0]
-        self._device.wait(self._device.compute, ready)
-        return self._k[buffer], self._v[buffer]
-
-    def give_back(self) -> None:
-        """Say that all compute queued so far is the last to read the block; starts the next copy into its buffer."""
-        buffer, _ = self._arriving.popleft()
-        self._free[buffer] = self._device.record(self._device.compute)
-        self._fill(buffer)
-
-    def settle(self) -> None:
-        """Say that all queued work has ended, so nothing needs to be waited for."""
-        self._free = [None] * KV_STAGING_BUFFERS
-
-    def reset(self) -> None:
-        """Forget what was announced; for a step that was given up half-way, after all queued work has ended."""
-        self._pending.clear()
-        self._arriving.clear()
-        self.settle()
-
-    def _fill(self, buffer: int) -> None:
-        if not self._pending:
-            return
-        device, block = self._device, self._pending.popleft()
-        if self._free[buffer] is not None:
-            device.wait(device.copies, self._free[buffer])
+    def _copy(self, buffer: int, block: PageBlock) -> tuple[torch.Tensor, torch.Tensor]:
+        device, k, v = self.device, self._k[buffer], self._v[buffer]
         for place, page in enumerate(block.pages):
             to = slice(place * self._widest, place * self._widest + block.store.groups)
             frm = block.store.page_rows(page)
-            device.copy(self._k[buffer][to], block.store.k[block.layer][frm], device.copies)
-            device.copy(self._v[buffer][to], block.store.v[block.layer][frm], device.copies)
-            self.copied_bytes += 2 * self._k[buffer][to].nbytes
-        self._arriving.append((buffer, device.record(device.copies)))
+            device.copy(k[to], block.store.k[block.layer][frm], device.copies)
+            device.copy(v[to], block.store.v[block.layer][frm], device.copies)
+            self.copied_bytes += 2 * k[to].nbytes
+        return k, v

@@ -21,7 +21,7 @@ class PhaseTimes:
     """Totals of one phase. wall_s: of its steps; cpu_lane_s: CPU kernels at work; waited_s: for the CPU lane to finish.
     handover_s: waking the worker and noticing its end.
 
-    tokens: rows computed; streamed_bytes: weights copied through the staging ring.
+    tokens: rows computed; streamed_bytes: weights, and older keys and values, copied to the GPU ahead of use.
     """
 
     steps: int = 0

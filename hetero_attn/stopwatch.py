@@ -64,7 +64,7 @@ class WatchedDevice:
         return getattr(self._device, name)
 
     def copy(self, target: object, source: object, stream: object) -> None:
-        """As the device's own; copies of weights and those of activations are different terms."""
+        """As the device's own; copies ahead of use and those of activations are different terms."""
         term = "copies" if stream is self._device.copies else "handovers"
         self._stopwatch.time(term, lambda: self._device.copy(target, source, stream), lambda: self._settle(stream))
 

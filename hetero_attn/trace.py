@@ -2,7 +2,7 @@
 
     main thread   the steps, and inside them every call that queues work for the GPU
     GPU compute   kernels and copies of activations, by the device's own clock where it has one
-    copies        weights on their way through the staging ring
+    copies        weights, and older keys and values, on their way to the GPU
     CPU lane      operations of the host worker, or of the caller where it has none
 
 Traced steps take the plain path: what is inside a captured or recorded step has no calls to time.

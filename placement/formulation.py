@@ -226,10 +226,11 @@ class Formulation:
         groups = self._whole(fixed, total, total <= MAX_INTEGER_UNITS)
         tokens = gpu_tokens_of(self.workload, kv.shard, kv.bounds, self.gpu_tokens)
         full = self.workload.layer_tokens(shard)
-        in_dram = kv_spilled_tokens(self.workload, shard, tokens) - full
-        add(self.memory["gpu"], groups, tokens * shard.bytes_per_token / self.bytes_scale)
-        add(self.memory["host"], groups, in_dram * shard.bytes_per_token / self.bytes_scale)
-        self.memory_constant["host"] += total * full * shard.bytes_per_token / self.bytes_scale
+        spilled = kv_spilled_tokens(self.workload, shard, tokens)
+        token = shard.bytes_per_token / self.bytes_scale
+        for place, per_group in (("gpu", tokens), ("pinned", spilled), ("host", spilled - full)):
+            add(self.memory[place], groups, per_group * token)
+        self.memory_constant["host"] += total * full * token
         return groups
 
     def _tier(self, linear: LinearClass, weighted: WeightedCall) -> int | None:

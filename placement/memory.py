@@ -1,6 +1,6 @@
 """How many bytes each placement takes, by place and kind. The runtime allocates by calling the same functions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from placement.workload import NUM_ROW_TIERS, KvShard, LinearShard, Workload, round_up
@@ -119,11 +119,19 @@ def kv_gpu_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) -> 
     return placement.gpu_groups * tokens * shard.bytes_per_token
 
 
+def kv_pinned_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) -> int:
+    """Page-locked DRAM of one layer's KV cache: older tokens of the GPU's groups, whose pages are copied both ways."""
+    return placement.gpu_groups * kv_spilled_tokens(workload, shard, placement.gpu_tokens) * shard.bytes_per_token
+
+
+def kv_host_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) -> int:
+    """Ordinary DRAM of one layer's KV cache: all tokens of the CPU's groups, which never leave it."""
+    return (placement.groups - placement.gpu_groups) * workload.layer_tokens(shard) * shard.bytes_per_token
+
+
 def kv_dram_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) -> int:
     """DRAM of one layer's KV cache: older tokens of the GPU's groups and all tokens of the CPU's."""
-    spilled = placement.gpu_groups * kv_spilled_tokens(workload, shard, placement.gpu_tokens)
-    owned = (placement.groups - placement.gpu_groups) * workload.layer_tokens(shard)
-    return (spilled + owned) * shard.bytes_per_token
+    return kv_pinned_bytes(workload, shard, placement) + kv_host_bytes(workload, shard, placement)
 
 
 def kv_bytes_at(workload: Workload, kv: Sequence[KvPlacement], context: int) -> tuple[int, int]:
@@ -204,10 +212,13 @@ def memory_report(
 
     linears, kv: in workload order. device: cpu | cuda | emulated. context_bytes: the driver's own share of GPU memory.
     """
-    host_kv = sum(kv_dram_bytes(workload, shard, placement) for shard, placement in zip(workload.kv, kv, strict=True))
+
+    def kv_bytes(of_layer: Callable[[Workload, KvShard, KvPlacement], int]) -> int:
+        return sum(of_layer(workload, shard, placement) for shard, placement in zip(workload.kv, kv, strict=True))
+
     host = {
         "weights": weights_bytes(workload, linears, "host"),
-        "kv": host_kv,
+        "kv": kv_bytes(kv_host_bytes),
         "activations": activation_bytes(workload),
         "embed": workload.embed_bytes,
     }
@@ -215,11 +226,11 @@ def memory_report(
         return MemoryReport(host=host | {"resident": workload.resident_bytes})
     gpu = {
         "weights": weights_bytes(workload, linears, "gpu"),
-        "kv": sum(kv_gpu_bytes(workload, shard, placement) for shard, placement in zip(workload.kv, kv, strict=True)),
+        "kv": kv_bytes(kv_gpu_bytes),
         "staging": staging_slots * staging_slot_bytes(workload.linears, linears),
         "activations": activation_bytes(workload),
         "resident": gpu_resident_bytes(workload),
         "context": context_bytes,
     }
-    pinned = {"weights": weights_bytes(workload, linears, "pinned")}
+    pinned = {"weights": weights_bytes(workload, linears, "pinned"), "kv": kv_bytes(kv_pinned_bytes)}
     return MemoryReport(gpu=gpu, pinned=pinned, host=host)

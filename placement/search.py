@@ -162,8 +162,13 @@ def complete(problem: Problem, candidate: Candidate) -> Candidate:
 
 
 def least_bytes(problem: Problem, place: str, budgets: Budgets) -> float | None:
-    """Fewest bytes at a place (gpu | pinned | host), beside everything of fixed size, that any placement needs."""
-    return problem.formulation(problem.calls, problem.workload.min_gpu_tokens, budgets=budgets).solve_for_least(place)
+    """Fewest bytes at a place (gpu | pinned | host), beside everything of fixed size, that any placement needs.
+
+    Fewer KV slots on the GPU take less of its memory, but what does not fit in them takes DRAM.
+    """
+    choices = [problem.workload.min_gpu_tokens] if place == "gpu" else _token_choices(problem)
+    found = (problem.formulation(problem.calls, tokens, budgets=budgets).solve_for_least(place) for tokens in choices)
+    return min((least for least in found if least is not None), default=None)
 
 
 def _token_choices(problem: Problem) -> list[int]:

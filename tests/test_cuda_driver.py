@@ -16,7 +16,7 @@ from simulated_gpu import TorchCalls
 from toy import make_checkpoint
 
 from cpu_kernels import CpuKernels
-from hetero_attn import planning
+from hetero_attn import builder, planning
 from hetero_attn.builder import assemble, connect
 from hetero_attn.config import ModelConfig
 from hetero_attn.devices import Device, machine
@@ -24,6 +24,7 @@ from hetero_attn.devices.libcuda import CudaError, LibCuda
 from hetero_attn.devices.slab import ALIGN_BYTES, Slab
 from hetero_attn.engine import Engine
 from hetero_attn.errors import EngineDeadError, MemoryBudgetError, UnsupportedModelError
+from hetero_attn.kv_cache import KVCache
 from hetero_attn.planning import PlannedModel
 from placement import BudgetError, Policy, make_plan
 from placement.hardware import HardwareProfile
@@ -75,6 +76,19 @@ def plan(run) -> Plan:
     return uniform_plan(toy_workload(run.path, page_size=4, prefill_chunk=8), gpu=0.3, stream=0.4, gpu_groups=1)
 
 
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    """Without a window, so that older tokens move to DRAM and the prompt's later chunks read them on the GPU."""
+    path = make_checkpoint(tmp_path_factory.mktemp("long"), "llama", layers=2)
+    return one_device_run(path, "fp32", tokens=40, prompt_tokens=34)
+
+
+@pytest.fixture
+def long_plan(long_run) -> Plan:
+    workload = toy_workload(long_run.path, page_size=4, prefill_chunk=8, max_batch=1)
+    return uniform_plan(workload, gpu=0.3, stream=0.4, gpu_groups=1)
+
+
 @pytest.mark.filterwarnings("ignore:the system refused")
 @pytest.mark.parametrize(
     "handover,refuse_pins", [("events", False), ("events", True), ("flags", False), ("graph", False)]
@@ -89,6 +103,18 @@ def test_a_toy_model_on_three_lanes_is_right(run, plan, handover, refuse_pins):
     assert device.arena.peak_bytes <= plan.gpu_memory_bytes
     assert device.arena.total_bytes == device.pinned.total_bytes == 0
     assert device.driver._library._library.registered == {}
+
+
+def test_a_replayed_step_counts_the_bytes_of_a_plain_one(long_run, long_plan):
+    """Capturing once made the older tokens of the prompt count twice."""
+
+    def streamed_bytes(handover: str) -> int:
+        with fake_engine(long_run.path, long_plan, handover=handover) as engine:
+            run_logits(engine, long_run.token_ids, long_run.prompt_tokens)
+            assert engine.lanes.pages.copied_bytes > 0
+            return engine.lanes.streamed_bytes
+
+    assert streamed_bytes("events") == streamed_bytes("graph")
 
 
 @pytest.mark.parametrize("handover", ["events", "flags", "graph"])
@@ -134,6 +160,78 @@ def test_weights_that_cannot_be_page_locked_are_said_once(run, plan):
         pass
 
     assert len([warning for warning in warned if "page-lock" in str(warning.message)]) == 1
+
+
+def test_pages_that_move_are_page_locked_and_counted_as_planned(long_run, long_plan):
+    """Pages of the GPU's heads, whole and nothing else of the cache; a copy of any of them is asynchronous."""
+    with fake_engine(long_run.path, long_plan) as engine:
+        device, groups = engine.lanes.device, engine.kv_cache.layer_groups
+        registered = device.driver._library._library.registered
+        moving = [pages for group in groups for pages in (*group.spilled.k, *group.spilled.v)]
+        staying = [pages for group in groups for pages in (*group.host.k, *group.host.v)]
+
+        assert all(registered[pages.data_ptr()] >= pages.nbytes for pages in moving)
+        assert not any(pages.data_ptr() in registered for pages in staying)
+        assert sum(pages.nbytes for pages in moving) == long_plan.memory.pinned["kv"] == device.pinned.used_bytes["kv"]
+        assert sum(pages.nbytes for pages in staying) == long_plan.memory.host["kv"]
+        assert device.pinned.used_bytes["weights"] == long_plan.memory.pinned["weights"]
+        assert not device.refused_pins
+        actual = run_logits(engine, long_run.token_ids, long_run.prompt_tokens)
+        assert engine.lanes.pages.copied_bytes > 0
+
+    assert nmse(actual, long_run.logits) <= 1e-11
+    assert device.pinned.total_bytes == 0
+    assert registered == {}
+
+
+def test_pages_that_cannot_be_page_locked_are_said_and_change_nothing_else(long_run, long_plan, monkeypatch):
+    """The last bytes of the cache are over the budget; weights, which came first, go straight to the GPU."""
+
+    def cache_over_budget(plan: Plan, device: Device, prefix_cache: bool) -> KVCache:
+        device.pinned.budget_bytes = device.pinned.total_bytes + plan.memory.pinned["kv"] - 1
+        return KVCache(plan, device, prefix_cache)
+
+    def logits_of(engine: Engine) -> torch.Tensor:
+        actual, device = run_logits(engine, long_run.token_ids, long_run.prompt_tokens), engine.lanes.device
+        assert "kv" in device.refused_kinds and "weights" not in device.refused_kinds
+        assert device.pinned.used_bytes["weights"] == long_plan.memory.pinned["weights"]
+        assert device.pinned.used_bytes["kv"] < long_plan.memory.pinned["kv"]
+        assert "staging" not in device.pinned.used_bytes and engine.lanes.ring.copied_bytes > 0
+        return actual
+
+    monkeypatch.setattr(builder, "KVCache", cache_over_budget)
+    message = "page-locked memory: kv needs .* raise pinned_memory .* what is not page-locked is copied"
+    with pytest.warns(UserWarning, match=message) as warned, fake_engine(long_run.path, long_plan) as engine:
+        actual = logits_of(engine)
+
+    assert len([warning for warning in warned if "page-locked" in str(warning.message)]) == 1
+    assert nmse(actual, long_run.logits) <= 1e-11
+    assert engine.lanes.device.pinned.total_bytes == 0
+
+
+@pytest.mark.filterwarnings("ignore:the system refused")
+@pytest.mark.parametrize("handover", ["events", "flags", "graph"])
+@pytest.mark.parametrize(
+    "kinds", [("weights", "staging"), ("activations", "resident"), ("kv",)], ids=lambda kinds: kinds[0]
+)
+def test_ordinary_memory_of_one_kind_changes_no_answer(long_run, long_plan, monkeypatch, kinds, handover):
+    """What a copy reads when it is queued must be there: weights captured in a graph once were those of a buffer, and a
+    copy of activations that was queued ahead by flags took them before the CPU lane had written them."""
+    pin = Device._pin
+
+    def pin_others(self: Device, tensor: torch.Tensor, kind: str) -> None:
+        if kind in kinds:
+            self._refuse(f"the system refused to page-lock {kind}", kind)
+        else:
+            pin(self, tensor, kind)
+
+    monkeypatch.setattr(Device, "_pin", pin_others)
+    with fake_engine(long_run.path, long_plan, handover=handover) as engine:
+        actual = run_logits(engine, long_run.token_ids, long_run.prompt_tokens)
+        assert engine.lanes.device.refused_kinds == set(kinds) and engine.lanes.handover.name == handover
+        assert engine.lanes.can_replay == (handover == "graph" and kinds == ("kv",))
+
+    assert nmse(actual, long_run.logits) <= 1e-11
 
 
 def test_host_memory_is_aligned_and_alone_on_its_pages():

@@ -64,6 +64,9 @@ def assert_counts_are_true(llm):
     assert used.get("kv", 0) == sum(pages.nbytes for store in recent for pages in (*store.k, *store.v))
     assert used.get("kv", 0) == llm.plan.memory.gpu["kv"]
     assert arena.total_bytes <= arena.budget_bytes == llm.plan.gpu_memory_bytes
+    pinned = llm.engine.lanes.device.pinned.used_bytes
+    assert {kind: pinned.get(kind, 0) for kind in llm.plan.memory.pinned} == llm.plan.memory.pinned
+    assert llm.plan.memory.pinned["kv"] > 0
 
 
 def test_a_resize_changes_the_cuts_and_not_the_logits(path):
@@ -124,8 +127,8 @@ def test_repeated_resizes_leak_nothing(path):
             assert_counts_are_true(llm)
 
         assert llm.generate("leak", GREEDY)[0].token_ids == expected
-        arena = llm.engine.lanes.device.arena
-    assert arena.total_bytes == 0
+        arena, pinned = llm.engine.lanes.device.arena, llm.engine.lanes.device.pinned
+    assert arena.total_bytes == pinned.total_bytes == 0
 
 
 def test_a_budget_too_small_names_the_smallest_and_changes_nothing(path):

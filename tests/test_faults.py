@@ -181,7 +181,8 @@ def test_a_resize_that_cannot_be_undone_declares_the_model_dead(path, faults):
         llm.generate("dead", GREEDY)
     llm.close()
 
-    assert llm.engine.lanes.device.arena.total_bytes == 0
+    device = llm.engine.lanes.device
+    assert device.arena.total_bytes == device.pinned.total_bytes == 0
 
 
 def test_a_fault_while_loading_leaves_nothing_behind(path, faults):

@@ -84,6 +84,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.plan = cache_plan(**shape)
         self.device = Device(EmulatedDriver(), self.plan.gpu_memory_bytes)
         self.cache = KVCache(self.plan, self.device)
+        self.pinned_bytes = self.plan.memory.pinned["kv"]  # also after a resize: pages in DRAM stay where they are
         self.open, self.seen = [], []
 
     @rule(tokens=st.integers(20, 40), prompt=st.lists(st.integers(0, 1), max_size=9), like=st.integers(0, 20))
@@ -181,6 +182,11 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.device.arena.used_bytes["kv"] == plan.gpu_memory_bytes
             self.plan = plan
 
+    @invariant()
+    def pinned_pages_are_those_of_the_plan(self):
+        if hasattr(self, "cache"):
+            assert self.device.pinned.used_bytes.get("kv", 0) == self.pinned_bytes
+
     @precondition(lambda self: any(group.idle for group in self.cache.layer_groups))
     @rule()
     def forget(self):
@@ -232,7 +238,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert group.free_pages == group.capacity
             assert all(store.free_pages == store.num_pages for store in group.stores.values())
         self.device.close()
-        assert self.device.arena.total_bytes == 0
+        assert self.device.arena.total_bytes == self.device.pinned.total_bytes == 0
 
 
 def test_the_cache_is_a_list_of_tokens():

@@ -98,7 +98,8 @@ def test_every_byte_is_counted_in_its_place():
     assert weights == memory.gpu["weights"] + memory.pinned["weights"] + memory.host["weights"]
     assert weights // 2 == memory.gpu["weights"] == memory.pinned["weights"]
     # One group of two on the GPU with half of its tokens there; its older tokens may come to be all of them.
-    assert (kv // 4, kv) == (memory.gpu["kv"], memory.host["kv"])
+    assert (kv // 4, kv) == (memory.gpu["kv"], memory.pinned["kv"] + memory.host["kv"])
+    assert kv // 2 == memory.pinned["kv"] == memory.host["kv"]
     assert memory.gpu["staging"] == 2 * plan.staging_slot_bytes
     assert memory.gpu_bytes == sum(memory.gpu.values())
 
@@ -108,6 +109,17 @@ def test_what_never_streams_is_not_pinned():
 
     assert (0, 0) == (memory.pinned["weights"], memory.gpu["staging"])
     assert memory.host["weights"] > 0
+
+
+def test_only_pages_that_change_their_place_are_pinned():
+    workload = tiny()
+    whole = [KvPlacement(s.name, s.groups, workload.full_tokens, s.groups) for s in workload.kv]
+    linears = plan_of(workload).linears
+
+    assert 0 == plan_of(workload, groups=0).memory.pinned["kv"]
+    assert 0 == memory_report(workload, linears, whole, device="emulated", staging_slots=0).pinned["kv"]
+    elastic = memory_report(replace(workload, elastic=True), linears, whole, device="emulated", staging_slots=0)
+    assert (elastic.gpu["kv"], 0) == (elastic.pinned["kv"], elastic.host["kv"])
 
 
 def test_without_a_gpu_everything_is_in_host_memory():

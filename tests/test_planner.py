@@ -127,6 +127,7 @@ def test_any_policy_gives_a_plan_within_its_budget_or_says_why_not(block):
             continue
         planned += 1
         assert plan.memory.gpu_bytes <= budget
+        assert plan.memory.pinned_bytes <= (Policy.parse(text).pinned_memory or float("inf"))
         assert plan == make_plan(workload, EMULATED, Policy.parse(plan.to_yaml()), device="emulated"), seed
 
     assert planned > 0
@@ -341,6 +342,27 @@ def test_a_pinned_budget_too_small_for_a_rule_states_the_smallest_that_works():
 
     with pytest.raises(BudgetError, match="pinned_memory: needs at least 32.00 KiB"):
         make_plan(tiny(layers=1), EMULATED, policy, device="emulated", gpu_memory_bytes=250_000)
+
+
+def test_a_pinned_budget_limits_what_of_the_cache_may_leave_the_gpu():
+    """Heads stay with the GPU by rule: their older tokens are pinned, unless GPU memory holds them all."""
+    rules = "staging_slots: 0\nrules:\n  - {match: layers.*.kv, kv: {gpu_heads: all, gpu_tokens: TOKENS}}\n"
+    workload = tiny(layers=1, context=1024)
+    cache_bytes = sum(s.groups * s.bytes_per_token for s in workload.kv) * workload.full_tokens
+
+    def plan(tokens, pinned_memory, gpu_memory_bytes=2**20):
+        policy = Policy.parse(f"pinned_memory: {pinned_memory}\n{rules.replace('TOKENS', tokens)}")
+        return make_plan(workload, EMULATED, policy, device="emulated", gpu_memory_bytes=gpu_memory_bytes)
+
+    assert {"weights": 0, "kv": cache_bytes} == plan("64", cache_bytes).memory.pinned
+    with pytest.raises(BudgetError, match="pinned_memory") as error:
+        plan("64", cache_bytes - 1)
+    assert cache_bytes == error.value.needed_bytes
+    assert {"weights": 0, "kv": 0} == plan("auto", 1).memory.pinned
+    small = plan("64", cache_bytes).memory.gpu_bytes
+    with pytest.raises(BudgetError, match="pinned_memory") as error:
+        plan("auto", 1, small)
+    assert cache_bytes == plan("auto", error.value.needed_bytes, small).memory.pinned["kv"]
 
 
 def test_devices_and_profiles_must_fit():

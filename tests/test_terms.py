@@ -42,6 +42,21 @@ def test_taking_a_step_apart_changes_no_answer(path, lanes):
     assert {name for name in in_decode if lanes == "cpu" or name == "small_ops" or in_decode[name] > 0} == terms
 
 
+def test_older_keys_and_values_of_a_prompt_count_as_copies(path):
+    """They were not timed at all: only the staging ring's copies were, and here no weight streams."""
+    engine = make_engine(path, uniform_plan(toy_workload(path), gpu=1.0, stream=0.0, gpu_groups=2))
+    sequence = engine.kv_cache.open()
+    for start in range(0, 48, 16):
+        engine.prefill(sequence, range(start, start + 16))
+    before = engine.lanes.pages.copied_bytes
+    seconds = engine.prefill_terms(sequence, range(16))
+    copied_bytes = engine.lanes.pages.copied_bytes - before
+    engine.close()
+
+    assert copied_bytes > 0
+    assert seconds["copies"] > 0
+
+
 def test_a_recorded_step_is_replayed_for_each_kind_of_work_alone():
     calls = []
 

@@ -15,9 +15,9 @@ def path(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("toy"), layers=2)
 
 
-def events_of(engine, file) -> dict[str, list[dict]]:
+def events_of(engine, file, prompt_tokens: int = 20) -> dict[str, list[dict]]:
     """Spans by lane, read back from the file."""
-    trace_steps(engine, prompt_tokens=20, decode_tokens=2).save(file)
+    trace_steps(engine, prompt_tokens, decode_tokens=2).save(file)
     events = json.loads(file.read_text())["traceEvents"]
     names = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
     assert tuple(names.values()) == LANES
@@ -63,6 +63,17 @@ def test_every_lane_shows_what_it_does(path, tmp_path, device):
     assert names(spans["copies"]) == {"copy"}
     assert {"linear", "decode_attention"} <= names(spans["CPU lane"])
     assert after.isfinite().all()
+
+
+def test_older_keys_and_values_of_a_prompt_are_in_the_trace(path, tmp_path):
+    """Copies of blocks took the device behind the trace's back: with no weight streamed, their lane was empty."""
+    engine = make_engine(path, uniform_plan(toy_workload(path), gpu=1.0, stream=0.0, gpu_groups=2))
+    spans = events_of(engine, tmp_path / "trace.json", prompt_tokens=60)["copies"]
+    copied_bytes = engine.lanes.pages.copied_bytes
+    engine.close()
+
+    assert names(spans) == {"copy"}
+    assert 2 * sum(int(span["name"].split(" ")[1]) for span in spans) == copied_bytes  # the steps ran twice, the second time in this trace
 
 
 def test_the_cpu_alone_has_one_busy_lane(path, tmp_path):

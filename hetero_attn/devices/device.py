@@ -1,8 +1,9 @@
 """What the lanes need of a GPU: memory under a budget, host memory it can reach, copies on streams, events.
 
 Two streams, each running its work in order: `compute` (kernels, activations to and from the host) and `copies`
-(weights through the staging ring). Calls queue work and return; an event orders one stream, or a thread, after the
-work queued on a stream so far. A driver supplies, with the meaning they have in CUDA:
+(weights and older keys and values ahead of use, pages that change their place). Calls queue work and return; an event
+orders one stream, or a thread, after the work queued on a stream so far. A driver supplies, with the meaning they have
+in CUDA:
 
     kind, name, ops            "cuda" or "emulated"; for messages; the operations over its tensors
     stream(name)               a new in-order queue
@@ -37,7 +38,7 @@ class Device:
     """One GPU, or what stands in for one: a budget, two streams and a driver.
 
     arena counts GPU memory, pinned the page-locked host memory; `pin_budget_bytes` None is as much as the system gives.
-    refused_pins: whether some host memory could not be page-locked.
+    refused_kinds: of host memory that could not, or not all, be page-locked.
     """
 
     def __init__(self, driver: Any, budget_bytes: int | None = None, pin_budget_bytes: int | None = None) -> None:
@@ -48,7 +49,12 @@ class Device:
         self.pinned = Arena("page-locked", pin_budget_bytes, "raise pinned_memory in the policy")
         self.compute = driver.stream("compute")
         self.copies = driver.stream("copies")
-        self.refused_pins = False
+        self.refused_kinds: set[str] = set()
+
+    @property
+    def refused_pins(self) -> bool:
+        """Whether some host memory could not be page-locked."""
+        return bool(self.refused_kinds)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.Tensor:
         """Allocate uninitialised device memory, counted as `kind`; raises MemoryBudgetError over budget."""
@@ -129,17 +135,20 @@ class Device:
         try:
             self.pinned.reserve(tensor.nbytes, kind)
         except MemoryBudgetError as refusal:
-            self._warn(str(refusal))
+            self._refuse(str(refusal), kind)
             return
         if not self.driver.pin(tensor):
             self.pinned.release(kind, tensor.nbytes)
-            self._warn(f"the system refused to page-lock {format_bytes(tensor.nbytes)} for {kind}")
+            self._refuse(f"the system refused to page-lock {format_bytes(tensor.nbytes)} for {kind}", kind)
 
-    def _warn(self, reason: str) -> None:
+    def _refuse(self, reason: str, kind: str) -> None:
         if not self.refused_pins:
-            message = f"{reason}; weights go to the GPU through a small page-locked buffer, which is slower"
+            message = (
+                f"{reason}; what is not page-locked is copied to and from the GPU through a small page-locked buffer, "
+                "which is slower"
+            )
             warnings.warn(message, stacklevel=4)
-        self.refused_pins = True
+        self.refused_kinds.add(kind)
 
 
 def _aligned_host_memory(count: int) -> torch.Tensor:
