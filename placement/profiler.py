@@ -12,12 +12,14 @@ from collections.abc import Callable
 import torch
 
 from cpu_kernels import CpuKernels, advise_huge_pages
+from cpu_kernels.kv_layout import is_quantised, row_items, token_bytes
 from cpu_kernels.layout import BLOCK_FEATURES, WEIGHT_DTYPES, block_bytes
 from placement.fingerprint import cpu_name, last_level_cache_bytes, machine_fingerprint
 from placement.hardware import WEIGHT_BYTES, HardwareProfile
-from placement.rates import AttentionRate, DtypeRates, RowRate, ThreadRate
+from placement.rates import KV_BITS, AttentionRate, DtypeRates, RowRate, ThreadRate
 
 SWEEP_BYTES = 256 << 20  # many times what a few cores get of a last-level cache, so that none of it is found again
+ATTENTION_BYTES = 128 << 20  # of K and V: enough for the same, in half the time of each of many shapes
 CACHED_BYTES = 4 << 20
 BETWEEN_BYTES = 16 << 20  # weights that pass through the cache between two small operations
 IN_FEATURES = 2048
@@ -28,11 +30,11 @@ KV_HEADS = 8
 PREFILL_ROWS = 256
 HEADS_PER_GROUP = (1, 4, 8)
 HEAD_DIMS = (64, 128)
-KV_DTYPES = (torch.float32, torch.bfloat16)
+KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "q8": torch.int8, "q4": torch.uint8}
 PAGE_TOKENS = 64
 REPETITIONS = 9
-# Bytes of a packed weight: as bfloat16, float32 or a float16 scale they are finite numbers of ordinary size, which is all
-# that timing asks of them.
+# Bytes of a packed weight, and of a page of codes: as bfloat16, float32 or a float16 scale they are finite numbers of
+# ordinary size, which is all that timing asks of them.
 WEIGHT_BYTE = 0x3C
 ENOUGH_FASTER = 1.03  # a thread must gain this much, or the smaller count is kept
 CALLS = 100  # of a small op, timed together
@@ -188,25 +190,25 @@ def cached_rates(ops: CpuKernels, on_progress: Progress) -> DtypeRates:
 def attention_rates(ops: CpuKernels, dram: float, on_progress: Progress) -> tuple[AttentionRate, ...]:
     """Attention over a cache in DRAM, one row and many, by cache dtype, head sharing and head size."""
     rates = []
-    for dtype in KV_DTYPES:
+    for kv_dtype in KV_DTYPES:
         for head_dim in HEAD_DIMS:
-            on_progress(f"attention over {str(dtype).removeprefix('torch.')}, heads of {head_dim}")
-            pages, cached = (kv_pages(dtype, head_dim, size) for size in (SWEEP_BYTES, CACHED_BYTES))
+            on_progress(f"attention over {kv_dtype}, heads of {head_dim}")
+            pages, cached = (kv_pages(kv_dtype, head_dim, size) for size in (ATTENTION_BYTES, CACHED_BYTES))
             for heads in HEADS_PER_GROUP:
                 decode = dram * decode_share(ops, pages, heads, head_dim)
                 many = prefill_rates(ops, pages, heads, head_dim)
                 near = (
                     cached[0].nbytes * 2 / recorded_seconds(ops, decode_call(ops, cached, heads, head_dim), CALLS // 10)
                 )
-                rates.append(AttentionRate(8 * dtype.itemsize, heads, head_dim, decode, *many, near))
+                rates.append(AttentionRate(KV_BITS[kv_dtype], heads, head_dim, decode, *many, near))
     return tuple(rates)
 
 
-def kv_pages(dtype: torch.dtype, head_dim: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def kv_pages(kv_dtype: str, head_dim: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """K and V pages of `size` bytes together and their table, int32 [KV_HEADS, pages]."""
-    page_bytes = 2 * PAGE_TOKENS * head_dim * dtype.itemsize
-    count = max(1, size // (page_bytes * KV_HEADS)) * KV_HEADS
-    k_pages, v_pages = (host_full((count, PAGE_TOKENS, head_dim), dtype, 0.1) for _ in range(2))
+    count = max(1, size // (PAGE_TOKENS * token_bytes(kv_dtype, head_dim) * KV_HEADS)) * KV_HEADS
+    dims, value = (count, PAGE_TOKENS, row_items(kv_dtype, head_dim)), WEIGHT_BYTE if is_quantised(kv_dtype) else 0.1
+    k_pages, v_pages = (host_full(dims, KV_DTYPES[kv_dtype], value) for _ in range(2))
     return k_pages, v_pages, torch.arange(count, dtype=torch.int32).view(-1, KV_HEADS).T.contiguous()
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
 DTYPES = ("fp32", "bf16", "q8", "q4")
+# Bits of a cached value, its share of scales and minima included.
+KV_BITS = {"fp32": 32.0, "bf16": 16.0, "q8": 8.25, "q4": 5.0}
 
 
 @dataclass(frozen=True, slots=True)

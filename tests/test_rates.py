@@ -7,9 +7,25 @@ from planning_models import llama_8b, tiny, with_row_cuts
 from test_cost import MACHINE, placed, rates
 
 from placement import HardwareProfile
-from placement.cost import Call, attention_cost, cpu_linear_s_per_unit, linear_cost, pass_cost, predict, step_s
+from placement.cost import (
+    Call,
+    attention_cost,
+    cpu_attention_rate,
+    cpu_linear_s_per_unit,
+    linear_cost,
+    pass_cost,
+    predict,
+    step_s,
+)
 from placement.pairing import paired_workload
-from placement.rates import AttentionRate, DtypeRates, RowRate, nearest_attention, seconds_per_operation_of_a_row
+from placement.rates import (
+    KV_BITS,
+    AttentionRate,
+    DtypeRates,
+    RowRate,
+    nearest_attention,
+    seconds_per_operation_of_a_row,
+)
 
 CURVE = (RowRate(1, rates(1e9)), RowRate(4, rates(4e9)), RowRate(64, rates(16e9)))
 
@@ -95,6 +111,17 @@ def test_a_profile_as_it_is_now_scales_memory_and_arithmetic_apart():
 
     assert (0.5e9, 2e9, 8e9) == tuple(rate.ops_per_s.q8 for rate in now.cpu_rows)
     assert (5.0, 50.0) == (now.cpu_attention[0].bytes_per_s, now.cpu_attention[0].ops_per_s)
+
+
+def test_a_cache_is_known_by_its_dtype_however_much_padding_it_has():
+    """Rows of 80 numbers are padded to 128 codes in q8: more bits a number than the middle between q8 and bf16."""
+    workload = replace(tiny(head_dim=80), kv_dtype="q8")
+    shard = replace(workload.kv[0], bytes_per_token=2 * (128 + 4))
+    found = tuple(AttentionRate(bits, 1, 64, 1e9, 1e9) for bits in KV_BITS.values())
+
+    rate = cpu_attention_rate(shard, workload, replace(MACHINE, cpu_attention=found))
+
+    assert KV_BITS["q8"] == rate.bits
 
 
 def test_python_counts_per_layer_only_where_a_step_is_not_recorded():
