@@ -74,6 +74,20 @@ class AttentionRate:
     cached_bytes_per_s: float = 0.0
 
 
+def beside_memory(bytes_per_s: float, sweep_bytes_per_s: float, now_bytes_per_s: float) -> float:
+    """What a kernel reads a second when a plain read of memory reaches `now_bytes_per_s`, if it read `bytes_per_s` while
+    a plain read reached `sweep_bytes_per_s`.
+
+    A kernel waits for memory and computes at once, so the slower decides: rate^-4 = sweep^-4 + own^-4, where own is its
+    rate if memory were no limit, and the power takes a sixth off where both are alike. A kernel that kept up with the
+    plain read follows it.
+    """
+    share = bytes_per_s / sweep_bytes_per_s
+    if share >= 1:
+        return share * now_bytes_per_s
+    return (now_bytes_per_s**-4 + bytes_per_s**-4 - sweep_bytes_per_s**-4) ** -0.25
+
+
 def nearest_attention(
     rates: Sequence[AttentionRate], bits: float, heads_per_group: float, head_dim: int
 ) -> AttentionRate:
