@@ -9,6 +9,6 @@ Knows nothing of models, placement or GPUs. `layout` describes the packed weight
 
 from . import kv_layout, layout
 from .kernels import CpuKernels
-from .memory import advise_huge_pages
+from .memory import advise_huge_pages, fresh_memory
 
-__all__ = ["CpuKernels", "advise_huge_pages", "kv_layout", "layout"]
+__all__ = ["CpuKernels", "advise_huge_pages", "fresh_memory", "kv_layout", "layout"]

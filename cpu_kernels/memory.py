@@ -1,6 +1,7 @@
 """What memory can do: a read-only sweep as the ceiling of every op, and huge pages for large tensors."""
 
 import ctypes
+import math
 import mmap
 
 import torch
@@ -15,6 +16,24 @@ def sweep(team: Team, tensor: torch.Tensor) -> None:
     """See CpuKernels.sweep."""
     expect(tensor.is_contiguous() and tensor.device.type == "cpu", "sweep needs a contiguous CPU tensor")
     team.run(("memory_kernel", "sweep"), 64 * team.num_threads, tensor.data_ptr(), tensor.nbytes)
+
+
+def fresh_memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Host memory with unknown content, straight from the system and in huge pages, for what is read over and over.
+
+    The C library may hand out memory that was used before and lies in small pages for good: weights of 4 to 12 MB then read
+    a fifth slower. Pages count as used when they are first written; a tensor smaller than a huge page is an ordinary one.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    # Python's default is memory shared with child processes, which the system does not back by huge pages.
+    pages = mmap.mmap(-1, size + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    start = -memory.data_ptr() % HUGE_PAGE_BYTES
+    tensor = memory[start : start + size].view(dtype).view(shape)
+    advise_huge_pages(tensor)
+    return tensor
 
 
 def advise_huge_pages(tensor: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cpu_kernels import advise_huge_pages, kv_layout
+from cpu_kernels import fresh_memory, kv_layout
 from hetero_attn.devices import Device
 from hetero_attn.errors import MemoryBudgetError
 
@@ -21,9 +21,7 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "q8": torch.int8,
 
 def host_empty(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.Tensor:
     """Allocate ordinary host memory; pages are touched, and so counted by the system, only when they are written."""
-    pages = torch.empty(shape, dtype=dtype)
-    advise_huge_pages(pages)
-    return pages
+    return fresh_memory(shape, dtype)
 
 
 @dataclass(slots=True, eq=False)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from cpu_kernels import advise_huge_pages
+from cpu_kernels import fresh_memory
 from cpu_kernels.layout import block_bytes
 from hetero_attn.attention import AttentionParameters
 from hetero_attn.checkpoint import Checkpoint
@@ -155,9 +155,7 @@ class Loader:
         """Host memory of one linear, page-locked where it streams: the stream and the CPU lane share this one copy."""
         if streams:
             return self._lanes.device.host_empty(shape, torch.uint8, "weights")
-        dram = torch.empty(shape, dtype=torch.uint8)
-        advise_huge_pages(dram)
-        return dram
+        return fresh_memory(shape, torch.uint8)
 
     @contextmanager
     def _landing_buffer(self, spec: ModelSpec) -> Iterator[None]:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 from placement.hardware import HardwareProfile
 from placement.memory import KvPlacement, LinearPlacement
 from placement.phase_cost import RESOURCES, TERMS, PhaseCost
-from placement.rates import AttentionRate, nearest_attention, seconds_per_operation_of_a_row
+from placement.rates import KV_BITS, AttentionRate, nearest_attention, seconds_per_operation_of_a_row
 from placement.workload import KvShard, LinearShard, Workload, row_tier
 
 BYTES_PER_ACTIVATION = 4
@@ -158,7 +158,7 @@ def step_cost(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfi
 
 def cpu_attention_rate(shard: KvShard, workload: Workload, hardware: HardwareProfile) -> AttentionRate:
     """Rates of CPU attention over this cache: measured for the most similar one, else overall."""
-    bits, heads = 8 * shard.bytes_per_token / (2 * workload.head_dim), workload.num_heads / shard.groups
+    bits, heads = KV_BITS[workload.kv_dtype], workload.num_heads / shard.groups
     if hardware.cpu_attention:
         return nearest_attention(hardware.cpu_attention, bits, heads, workload.head_dim)
     overall = hardware.cpu_attention_bytes_per_s, hardware.cpu_attention_ops_per_s

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 SYSTEM = Path("/")
+MEASUREMENTS = 2  # what a profile holds; one that was kept by a profiler that measured less is stale
 
 
 def machine_fingerprint(cores: int, root: Path = SYSTEM) -> tuple[tuple[str, str], ...]:
-    """Sorted (key, value) pairs of CPU, cores that may be used, GPU, driver, PCIe link and versions.
+    """Sorted (key, value) pairs of CPU, cores that may be used, GPU, driver, PCIe link, versions and what is measured.
 
     cores: physical cores that the thread sweep may try. root: of the system's own files.
     """
@@ -22,6 +23,7 @@ def machine_fingerprint(cores: int, root: Path = SYSTEM) -> tuple[tuple[str, str
         "torch": torch.__version__,
         "numba": importlib.metadata.version("numba"),
         "gpu": "none",
+        "measurements": str(MEASUREMENTS),
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)

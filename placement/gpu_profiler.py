@@ -197,7 +197,7 @@ def gpu_attention_rate(gpu: Any) -> float:
 
 def slowdowns(gpu: Any, ops: CpuKernels, h2d_bytes_per_s: float) -> tuple[float, float]:
     """CPU rate while copies run as a share of the rate alone: of a one-row linear and of attention over the cache."""
-    weight, pages = packed("bf16", SWEEP_BYTES), kv_pages(torch.bfloat16, HEAD_DIM, SWEEP_BYTES)
+    weight, pages = packed("bf16", SWEEP_BYTES), kv_pages("bf16", HEAD_DIM, SWEEP_BYTES)
     return (
         share_while_copying(gpu, linear_call(ops, weight, "bf16", 1), h2d_bytes_per_s),
         share_while_copying(gpu, decode_call(ops, pages, HEADS // KV_HEADS, HEAD_DIM), h2d_bytes_per_s),

@@ -21,6 +21,7 @@ from placement.rates import (
     DtypeRates,
     RowRate,
     ThreadRate,
+    beside_memory,
     number,
     parse,
 )
@@ -176,24 +177,42 @@ class HardwareProfile:
     def _cpu_ceiling(self, dtype: str) -> float:
         return max(self.dram_bytes_per_s, self.cpu_linear_bytes_per_s.of(dtype))
 
-    def as_now(self, dram_bytes_per_s: float, arithmetic: float = 1.0) -> "HardwareProfile":
-        """The profile as other users of the machine and its clock leave it now: what reads memory scales with the DRAM
-        rate, what computes by the factor `arithmetic`."""
-        factor = dram_bytes_per_s / self.dram_bytes_per_s
+    @property
+    def sweep_bytes_per_s(self) -> float:
+        """What a plain read of memory reaches with the threads in use; some kernels read a little faster."""
+        sweeps = [rate.sweep_bytes_per_s for rate in self.thread_sweep if rate.threads == self.cores]
+        return sweeps[0] if sweeps else self.dram_bytes_per_s
+
+    def as_now(self, sweep_bytes_per_s: float, arithmetic: float = 1.0) -> "HardwareProfile":
+        """The profile as other users of the machine and its clock leave it now.
+
+        sweep_bytes_per_s: what a plain read of memory reaches; what reads memory scales with it, attention with one row
+        only as far as memory is its limit. arithmetic: factor of what computes.
+        """
+        then = self.sweep_bytes_per_s
+        factor = sweep_bytes_per_s / then
         return replace(
             self,
-            dram_bytes_per_s=dram_bytes_per_s,
+            dram_bytes_per_s=self.dram_bytes_per_s * factor,
             cpu_linear_bytes_per_s=self.cpu_linear_bytes_per_s.scaled(factor),
             cpu_ops_per_s=self.cpu_ops_per_s.scaled(arithmetic),
-            cpu_attention_bytes_per_s=self.cpu_attention_bytes_per_s * factor,
+            cpu_attention_bytes_per_s=beside_memory(self.cpu_attention_bytes_per_s, then, sweep_bytes_per_s),
             cpu_attention_ops_per_s=self.cpu_attention_ops_per_s * arithmetic,
             cpu_rows=tuple(
                 replace(rate, ops_per_s=rate.ops_per_s.scaled(factor if rate.rows < FEW_ROWS else arithmetic))
                 for rate in self.cpu_rows
             ),
             cpu_attention=tuple(
-                replace(rate, bytes_per_s=rate.bytes_per_s * factor, ops_per_s=rate.ops_per_s * arithmetic)
+                replace(
+                    rate,
+                    bytes_per_s=beside_memory(rate.bytes_per_s, then, sweep_bytes_per_s),
+                    ops_per_s=rate.ops_per_s * arithmetic,
+                )
                 for rate in self.cpu_attention
+            ),
+            thread_sweep=tuple(
+                ThreadRate(rate.threads, rate.linear_bytes_per_s * factor, rate.sweep_bytes_per_s * factor)
+                for rate in self.thread_sweep
             ),
         )
 

@@ -11,13 +11,15 @@ from collections.abc import Callable
 
 import torch
 
-from cpu_kernels import CpuKernels, advise_huge_pages
+from cpu_kernels import CpuKernels, fresh_memory
+from cpu_kernels.kv_layout import is_quantised, row_items, token_bytes
 from cpu_kernels.layout import BLOCK_FEATURES, WEIGHT_DTYPES, block_bytes
 from placement.fingerprint import cpu_name, last_level_cache_bytes, machine_fingerprint
 from placement.hardware import WEIGHT_BYTES, HardwareProfile
-from placement.rates import AttentionRate, DtypeRates, RowRate, ThreadRate
+from placement.rates import KV_BITS, AttentionRate, DtypeRates, RowRate, ThreadRate, beside_memory
 
 SWEEP_BYTES = 256 << 20  # many times what a few cores get of a last-level cache, so that none of it is found again
+ATTENTION_BYTES = 96 << 20  # of K and V: still three such caches, and there are many shapes
 CACHED_BYTES = 4 << 20
 BETWEEN_BYTES = 16 << 20  # weights that pass through the cache between two small operations
 IN_FEATURES = 2048
@@ -28,11 +30,11 @@ KV_HEADS = 8
 PREFILL_ROWS = 256
 HEADS_PER_GROUP = (1, 4, 8)
 HEAD_DIMS = (64, 128)
-KV_DTYPES = (torch.float32, torch.bfloat16)
+KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "q8": torch.int8, "q4": torch.uint8}
 PAGE_TOKENS = 64
 REPETITIONS = 9
-# Bytes of a packed weight: as bfloat16, float32 or a float16 scale they are finite numbers of ordinary size, which is all
-# that timing asks of them.
+# Bytes of a packed weight, and of a page of codes: as bfloat16, float32 or a float16 scale they are finite numbers of
+# ordinary size, which is all that timing asks of them.
 WEIGHT_BYTE = 0x3C
 ENOUGH_FASTER = 1.03  # a thread must gain this much, or the smaller count is kept
 CALLS = 100  # of a small op, timed together
@@ -127,15 +129,20 @@ def share_of_sweep(ops: CpuKernels, dtype: str, on_progress: Progress = lambda w
 
 def turn_by_turn(work: Callable[[], object], yardstick: Callable[[], object]) -> float:
     """Median of the yardstick's time over that of `work`, measured in turns."""
-    shares = []
+    return statistics.median(measured / worked for measured, worked in turns(work, yardstick))
+
+
+def turns(work: Callable[[], object], yardstick: Callable[[], object]) -> list[tuple[float, float]]:
+    """Seconds of the yardstick and of `work` just after it, several times, warmed up."""
+    found = []
     for _ in range(2 * REPETITIONS + 1):
         times = []
         for call in (yardstick, work):
             started = time.perf_counter()
             call()
             times.append(time.perf_counter() - started)
-        shares.append(times[0] / times[1])
-    return statistics.median(shares[1:])
+        found.append((times[0], times[1]))
+    return found[1:]
 
 
 def activation_s(ops: CpuKernels, on_progress: Progress) -> DtypeRates:
@@ -188,34 +195,36 @@ def cached_rates(ops: CpuKernels, on_progress: Progress) -> DtypeRates:
 def attention_rates(ops: CpuKernels, dram: float, on_progress: Progress) -> tuple[AttentionRate, ...]:
     """Attention over a cache in DRAM, one row and many, by cache dtype, head sharing and head size."""
     rates = []
-    for dtype in KV_DTYPES:
+    for kv_dtype in KV_DTYPES:
         for head_dim in HEAD_DIMS:
-            on_progress(f"attention over {str(dtype).removeprefix('torch.')}, heads of {head_dim}")
-            pages, cached = (kv_pages(dtype, head_dim, size) for size in (SWEEP_BYTES, CACHED_BYTES))
+            on_progress(f"attention over {kv_dtype}, heads of {head_dim}")
+            pages, cached = (kv_pages(kv_dtype, head_dim, size) for size in (ATTENTION_BYTES, CACHED_BYTES))
             for heads in HEADS_PER_GROUP:
-                decode = dram * decode_share(ops, pages, heads, head_dim)
+                decode = decode_rate(ops, pages, heads, head_dim, dram)
                 many = prefill_rates(ops, pages, heads, head_dim)
                 near = (
                     cached[0].nbytes * 2 / recorded_seconds(ops, decode_call(ops, cached, heads, head_dim), CALLS // 10)
                 )
-                rates.append(AttentionRate(8 * dtype.itemsize, heads, head_dim, decode, *many, near))
+                rates.append(AttentionRate(KV_BITS[kv_dtype], heads, head_dim, decode, *many, near))
     return tuple(rates)
 
 
-def kv_pages(dtype: torch.dtype, head_dim: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def kv_pages(kv_dtype: str, head_dim: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """K and V pages of `size` bytes together and their table, int32 [KV_HEADS, pages]."""
-    page_bytes = 2 * PAGE_TOKENS * head_dim * dtype.itemsize
-    count = max(1, size // (page_bytes * KV_HEADS)) * KV_HEADS
-    k_pages, v_pages = (host_full((count, PAGE_TOKENS, head_dim), dtype, 0.1) for _ in range(2))
+    count = max(1, size // (PAGE_TOKENS * token_bytes(kv_dtype, head_dim) * KV_HEADS)) * KV_HEADS
+    dims, value = (count, PAGE_TOKENS, row_items(kv_dtype, head_dim)), WEIGHT_BYTE if is_quantised(kv_dtype) else 0.1
+    k_pages, v_pages = (host_full(dims, KV_DTYPES[kv_dtype], value) for _ in range(2))
     return k_pages, v_pages, torch.arange(count, dtype=torch.int32).view(-1, KV_HEADS).T.contiguous()
 
 
-def decode_share(ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim: int) -> float:
-    """Rate of K and V with one row as a share of a plain read of them."""
+def decode_rate(ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim: int, dram: float) -> float:
+    """Bytes of K and V a second with one row, where a plain read reaches `dram`; measured beside plain reads of them,
+    for memory may be faster or slower meanwhile."""
     k_pages, v_pages, _ = pages
-    return turn_by_turn(
-        decode_call(ops, pages, heads_per_group, head_dim), lambda: (ops.sweep(k_pages), ops.sweep(v_pages))
-    )
+    read = k_pages.nbytes + v_pages.nbytes
+    work = decode_call(ops, pages, heads_per_group, head_dim)
+    found = turns(work, lambda: (ops.sweep(k_pages), ops.sweep(v_pages)))
+    return statistics.median(beside_memory(read / worked, read / swept, dram) for swept, worked in found)
 
 
 def decode_call(ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim: int) -> Callable[[], None]:
@@ -326,9 +335,7 @@ def packed(dtype: str, total_bytes: int, square: int | None = None) -> torch.Ten
 
 def host_full(shape: tuple[int, ...], dtype: torch.dtype, value: float) -> torch.Tensor:
     """Host memory in large pages, as the runtime keeps weights and caches, every page of it touched."""
-    tensor = torch.empty(shape, dtype=dtype)
-    advise_huge_pages(tensor)
-    return tensor.fill_(value)
+    return fresh_memory(shape, dtype).fill_(value)
 
 
 def inputs_of(weight: torch.Tensor, dtype: str) -> int:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
 DTYPES = ("fp32", "bf16", "q8", "q4")
+# Bits of a cached value, its share of scales and minima included.
+KV_BITS = {"fp32": 32.0, "bf16": 16.0, "q8": 8.25, "q4": 5.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,20 @@ class AttentionRate:
     ops_per_s: float
     extra_keys: float = 0.0
     cached_bytes_per_s: float = 0.0
+
+
+def beside_memory(bytes_per_s: float, sweep_bytes_per_s: float, now_bytes_per_s: float) -> float:
+    """What a kernel reads a second when a plain read of memory reaches `now_bytes_per_s`, if it read `bytes_per_s` while
+    a plain read reached `sweep_bytes_per_s`.
+
+    A kernel waits for memory and computes at once, so the slower decides: rate^-4 = sweep^-4 + own^-4, where own is its
+    rate if memory were no limit, and the power takes a sixth off where both are alike. A kernel that kept up with the
+    plain read follows it.
+    """
+    share = bytes_per_s / sweep_bytes_per_s
+    if share >= 1:
+        return share * now_bytes_per_s
+    return (now_bytes_per_s**-4 + bytes_per_s**-4 - sweep_bytes_per_s**-4) ** -0.25
 
 
 def nearest_attention(

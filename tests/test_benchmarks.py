@@ -125,6 +125,16 @@ def test_a_peer_that_runs_another_model_is_refused(monkeypatch: pytest.MonkeyPat
         script.check_logits(Stub(1.0, 2.0), Stub(2.0, -1.0), "bf16")
 
 
+def test_a_row_without_a_target_shows_its_ratio_and_no_verdict() -> None:
+    script = load("comparisons")
+    depths = {row.depth: row.least for row in script.COMPARISONS if row.name.startswith("depth-")}
+    row = script.Result("depth-1k-bf16", "tokens/s", 9.0, 6.0, "peer", 1.5, None, None, (9.0,), (6.0,), 1e9)
+
+    assert depths == {0: None, 1024: None, 4096: None, 16_384: 1.0, 65_536: None}
+    assert row.verdict == "-"
+    assert row.line().split()[:6] == ["depth-1k-bf16", "9.00", "6.00", "1.50", "-", "-"]
+
+
 def test_llama_bench_is_asked_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for the binary: it writes its arguments down and answers as llama-bench does with -o json."""
     binary, seen = tmp_path / "llama-bench", tmp_path / "seen"

@@ -11,7 +11,8 @@ import pytest
 import torch
 from cpu_oracles import ISAS, kernels, pack
 
-from cpu_kernels import CpuKernels, advise_huge_pages
+from cpu_kernels import CpuKernels, advise_huge_pages, fresh_memory
+from cpu_kernels.memory import HUGE_PAGE_BYTES
 from cpu_kernels.topology import default_threads, physical_cpus
 
 
@@ -184,6 +185,28 @@ def test_huge_pages_and_sweep_change_nothing():
 
     assert torch.equal(tensor, before)
     assert advise_huge_pages(torch.zeros(4)) is False
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (3, 5), (1 << 20, 3), ((1 << 20) + 7,)])
+def test_fresh_memory_holds_what_is_written_and_begins_on_a_huge_page_where_it_is_large(shape):
+    tensor, other = fresh_memory(shape, torch.float32), fresh_memory(shape, torch.float32)
+    tensor.fill_(1.5)
+    other.fill_(2.5)
+
+    assert tensor.shape == shape and tensor.dtype == torch.float32 and tensor.is_contiguous()
+    assert tensor.nbytes < HUGE_PAGE_BYTES or tensor.data_ptr() % HUGE_PAGE_BYTES == 0
+    assert torch.all(tensor == 1.5) and torch.all(other == 2.5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the system's list of mappings")
+def test_fresh_memory_is_private_to_the_process():
+    """The system gives huge pages to private memory; shared memory, Python's default, took small ones."""
+    tensor = fresh_memory((4 << 20,), torch.uint8)
+
+    with open("/proc/self/maps", encoding="utf-8") as lines:
+        fields = [line.split() for line in lines]
+    ranges = [(*(int(end, 16) for end in field[0].split("-")), field[1]) for field in fields]
+    assert ["rw-p"] == [mode for start, stop, mode in ranges if start <= tensor.data_ptr() < stop]
 
 
 def exported_symbols(code: bytes) -> set[str]:

@@ -21,7 +21,8 @@ def machine() -> HardwareProfile:
         thread_sweep=(ThreadRate(8, 41e9, 52e9), ThreadRate(16, 63e9, 74e9)),
         cpu_rows=rows(1, 64),
         gpu_rows=rows(1, 8, 512),
-        cpu_attention=(AttentionRate(16, 4, 128, 33e9, 91e9), AttentionRate(4.5, 8, 64, 22e9, 81e9)),
+        cpu_attention=(AttentionRate(16, 4, 128, 33e9, 91e9), AttentionRate(4.5, 8, 64, 22e9, 81e9))
+        + (AttentionRate(8.25, 1, 64, 31e9, 92e9), AttentionRate(5, 1, 64, 29e9, 93e9)),
         copies=(CopyRate(1 << 20, 12e9, 13e9, 4e9, 5e9),),
         cpu_attention_slowdown_while_copying=0.62,
     )
@@ -35,6 +36,8 @@ def test_every_measurement_is_in_the_table(machine):
         "64    64   128  192  256",
         "bf16             4        128  33.0 GB/s    91 Gop/s",
         "4.5 bits",
+        "q8               1         64  31.0 GB/s    92 Gop/s",
+        "q4               1         64  29.0 GB/s    93 Gop/s",
         "1.00 MiB      12.0 GB/s        13.0 GB/s        4.0 GB/s          5.0 GB/s",
         "CPU attention while copies run",
         "full rate from 512",

@@ -21,6 +21,7 @@ def measured(monkeypatch, tmp_path):
     for name, value in {
         "ROW_COUNTS": (1, 8, 65),
         "SWEEP_BYTES": 1 << 20,
+        "ATTENTION_BYTES": 1 << 20,
         "CACHED_BYTES": 1 << 16,
         "BETWEEN_BYTES": 1 << 16,
         "MANY_WEIGHTS": 1 << 16,
@@ -42,9 +43,11 @@ def test_a_measured_profile_is_kept_and_found_again(measured):
     profile, steps = measured
 
     assert profiles.stored_profile() == profile
-    assert {"linear q4, one row", "linear bf16 by rows", "attention over bfloat16, heads of 64"} <= set(steps)
+    assert {"linear q4, one row", "linear bf16 by rows", "attention over q4, heads of 64"} <= set(steps)
     assert [rate.rows for rate in profile.cpu_rows] == [1, 8, 65]
-    assert {(rate.bits, rate.heads_per_group) for rate in profile.cpu_attention} == {(32, 2), (16, 2)}
+    attention = profile.cpu_attention
+    assert [(rate.bits, rate.heads_per_group) for rate in attention] == [(32, 2), (16, 2), (8.25, 2), (5, 2)]
+    assert all(min(rate.bytes_per_s, rate.ops_per_s, rate.cached_bytes_per_s) > 0 for rate in attention)
     assert [rate.threads for rate in profile.thread_sweep][0] == 1
     assert profile.cores in [rate.threads for rate in profile.thread_sweep]
     assert profile.step_overhead_s > 0
@@ -96,6 +99,15 @@ def test_a_stale_profile_is_measured_again_and_a_missing_one_is_not(measured, mo
     profiles.profile_path().unlink()
 
     assert profiles.current_profile() is None and [1] == made
+
+
+def test_a_profile_that_was_kept_before_all_caches_were_measured_is_stale(measured):
+    profile, _ = measured
+    older = tuple(pair for pair in profile.fingerprint if pair[0] != "measurements")
+    profiles.profile_path().write_text(replace(profile, fingerprint=older, cpu_attention=()).to_json())
+
+    assert len(older) + 1 == len(profile.fingerprint)
+    assert profiles.stored_profile() is None
 
 
 def test_without_a_profile_plans_use_the_catalogue(monkeypatch, tmp_path):

@@ -7,11 +7,42 @@ from planning_models import llama_8b, tiny, with_row_cuts
 from test_cost import MACHINE, placed, rates
 
 from placement import HardwareProfile
-from placement.cost import Call, attention_cost, cpu_linear_s_per_unit, linear_cost, pass_cost, predict, step_s
+from placement.cost import (
+    Call,
+    attention_cost,
+    cpu_attention_rate,
+    cpu_linear_s_per_unit,
+    linear_cost,
+    pass_cost,
+    predict,
+    step_s,
+)
 from placement.pairing import paired_workload
-from placement.rates import AttentionRate, DtypeRates, RowRate, nearest_attention, seconds_per_operation_of_a_row
+from placement.rates import (
+    KV_BITS,
+    AttentionRate,
+    DtypeRates,
+    RowRate,
+    ThreadRate,
+    beside_memory,
+    nearest_attention,
+    seconds_per_operation_of_a_row,
+)
 
 CURVE = (RowRate(1, rates(1e9)), RowRate(4, rates(4e9)), RowRate(64, rates(16e9)))
+# Decode attention over bf16 on two cores of one Zen 4 whose memory has two speeds, GB/s: with 1, 3 and 8 query heads a
+# group of 64 and 4 of 128 at one speed of a plain read, and what it then reached at the other.
+BESIDE_MEMORY = (
+    (24.5, 33.0, 57.0, 25.8),
+    (28.5, 33.0, 57.0, 34.6),
+    (19.3, 33.0, 57.0, 18.6),
+    (24.6, 33.0, 57.0, 25.3),
+    (25.8, 57.0, 33.0, 24.5),
+    (34.6, 57.0, 33.0, 28.5),
+    (18.6, 57.0, 33.0, 19.3),
+    (25.3, 57.0, 33.0, 24.6),
+    (33.0, 33.0, 57.0, 57.0),
+)
 
 
 @pytest.mark.parametrize(
@@ -89,12 +120,53 @@ def test_a_larger_working_set_is_never_read_faster_and_one_profile_is_adapted_on
 
 
 def test_a_profile_as_it_is_now_scales_memory_and_arithmetic_apart():
-    machine = replace(MACHINE, cpu_rows=CURVE, cpu_attention=(AttentionRate(16, 1, 64, 10.0, 100.0),))
+    attention = AttentionRate(16, 1, 64, MACHINE.dram_bytes_per_s, 100.0)
+    machine = replace(MACHINE, cpu_rows=CURVE, cpu_attention=(attention,))
 
     now = machine.as_now(machine.dram_bytes_per_s / 2, 0.5)
 
     assert (0.5e9, 2e9, 8e9) == tuple(rate.ops_per_s.q8 for rate in now.cpu_rows)
-    assert (5.0, 50.0) == (now.cpu_attention[0].bytes_per_s, now.cpu_attention[0].ops_per_s)
+    assert (0.5 * attention.bytes_per_s, 50.0) == (now.cpu_attention[0].bytes_per_s, now.cpu_attention[0].ops_per_s)
+    assert 0.5 * machine.dram_bytes_per_s == now.dram_bytes_per_s == now.sweep_bytes_per_s
+
+
+def test_a_profile_as_it_is_now_is_measured_by_what_a_plain_read_reached():
+    """The DRAM rate is the best of all measurements; a read that reaches what it did then says that nothing changed."""
+    sweep = (ThreadRate(4, 30e9, 33e9), ThreadRate(MACHINE.cores, 44e9, 40e9))
+    machine = replace(MACHINE, thread_sweep=sweep)
+
+    halved = machine.as_now(20e9)
+
+    assert machine == machine.as_now(40e9) and 40e9 == machine.sweep_bytes_per_s < machine.dram_bytes_per_s
+    assert (25e9, 20e9, 20e9) == (
+        halved.dram_bytes_per_s,
+        halved.cpu_linear_bytes_per_s.bf16,
+        halved.sweep_bytes_per_s,
+    )
+    assert machine == halved.as_now(40e9)
+
+
+@pytest.mark.parametrize(("rate", "then", "now", "expected"), BESIDE_MEMORY)
+def test_what_waits_for_memory_follows_it_and_what_computes_does_not(rate, then, now, expected):
+    assert pytest.approx(expected, rel=0.07) == beside_memory(rate, then, now)
+
+
+def test_a_rate_beside_memory_comes_back_and_never_falls_when_memory_is_faster():
+    speeds = [beside_memory(25.0, 36.0, now) for now in range(5, 200, 5)]
+
+    assert speeds == sorted(speeds) and all(speed < now for speed, now in zip(speeds, range(5, 200, 5), strict=True))
+    assert pytest.approx(25.0) == beside_memory(beside_memory(25.0, 36.0, 57.0), 57.0, 36.0)
+
+
+def test_a_cache_is_known_by_its_dtype_however_much_padding_it_has():
+    """Rows of 80 numbers are padded to 128 codes in q8: more bits a number than the middle between q8 and bf16."""
+    workload = replace(tiny(head_dim=80), kv_dtype="q8")
+    shard = replace(workload.kv[0], bytes_per_token=2 * (128 + 4))
+    found = tuple(AttentionRate(bits, 1, 64, 1e9, 1e9) for bits in KV_BITS.values())
+
+    rate = cpu_attention_rate(shard, workload, replace(MACHINE, cpu_attention=found))
+
+    assert KV_BITS["q8"] == rate.bits
 
 
 def test_python_counts_per_layer_only_where_a_step_is_not_recorded():

@@ -11,7 +11,7 @@ class Comparison:
     """One row of the table.
 
     test, tokens, depth, rows: of the request (peers.py). least, aim: of the ratio to the peer; for a batch, of the time
-    over one row, where less is better.
+    over one row, where less is better; None is no target.
     """
 
     name: str
@@ -21,7 +21,7 @@ class Comparison:
     tokens: int
     depth: int = 0
     rows: int = 1
-    least: float = 1.0
+    least: float | None = 1.0
     aim: float | None = None
 
     @property
@@ -44,7 +44,11 @@ COMPARISONS = (
     Comparison("prefill-bf16", "bf16", "llama.cpp", "prefill", 512, least=1.2, aim=1.5),
     Comparison("transformers-decode", "bf16", "transformers", "decode", 128, least=2.5),
     Comparison("transformers-prefill", "bf16", "transformers", "prefill", 512, least=1.3),
+    Comparison("depth-0-bf16", "bf16", "llama.cpp", "decode", 32, least=None),
+    Comparison("depth-1k-bf16", "bf16", "llama.cpp", "decode", 32, depth=1024, least=None),
+    Comparison("depth-4k-bf16", "bf16", "llama.cpp", "decode", 32, depth=4096, least=None),
     Comparison("depth-bf16", "bf16", "llama.cpp", "decode", 32, depth=16_384, least=1.0, aim=1.3),
+    Comparison("depth-64k-bf16", "bf16", "llama.cpp", "decode", 16, depth=65_536, least=None),
     Comparison("decode-q8", "q8", "llama.cpp", "decode", 128, least=1.15, aim=1.4),
     Comparison("prefill-q8", "q8", "llama.cpp", "prefill", 512, least=2.5, aim=3.5),
     Comparison("decode-q4", "q4", "llama.cpp", "decode", 128, least=1.0, aim=1.25),
@@ -69,7 +73,7 @@ class Result:
     peer: float | None
     peer_name: str
     ratio: float | None
-    least: float
+    least: float | None
     aim: float | None
     ours_runs: tuple[float, ...]
     peer_runs: tuple[float, ...]
@@ -80,19 +84,22 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        """Whether the target is met."""
+        """Whether the target is met; a dash where there is none, or no peer."""
+        if self.least is None:
+            return "-"
         if self.unit != "tokens/s":
             return "met" if self.ours <= self.least else "missed"
         return "-" if self.ratio is None else "met" if self.ratio >= self.least else "missed"
 
     def line(self) -> str:
         """One row of the table."""
-        is_batch = self.unit != "tokens/s"
+        sign = ">= " if self.unit == "tokens/s" else "<= "
+        target = "-" if self.least is None else f"{sign}{self.least:.2f}"
         cells = [
             f"{self.name:<21}{self.ours:>9.2f}",
             f"{'-' if self.peer is None else format(self.peer, '.2f'):>9}",
             f"{'-' if self.ratio is None else format(self.ratio, '.2f'):>7}",
-            f"{('<= ' if is_batch else '>= ') + format(self.least, '.2f'):>9}",
+            f"{target:>9}",
             f"{'-' if self.aim is None else format(self.aim, '.2f'):>6}",
             f"{self.verdict:>8}",
             f"{'-' if self.bytes_per_s is None else format(self.bytes_per_s / 1e9, '.1f'):>7}",

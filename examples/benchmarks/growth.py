@@ -11,9 +11,11 @@ speed   the CPU lane, whose cache grows until it outweighs the weights: seconds 
         cost model draws from this machine's profile. The cache is filled with random keys and values. The emulated
         device is not timed: its GPU lane runs at the speed of plain torch, which says nothing.
 
-The profile is the kept one (`hetero-attn profile`), or is measured first. On a machine shared with others its memory may
-be half as fast a minute later, which moves the whole curve; so the error of the curve as predicted is printed, and beside
-it that of its shape: the same curve, scaled to the median of the measurements. The last line is one line of JSON.
+The profile is the kept one (`hetero-attn profile`), or is measured first. On a machine shared with others memory may be
+half as fast a second later, which no profile knows. So every timed step lies between two plain reads of as many bytes
+as it reads itself, and is compared with what the same cost model predicts for memory as fast as these reads found it
+(`HardwareProfile.as_now`; nothing is fitted to the steps). The error of the prediction as the profile stands is printed
+beside it: where the two differ, the machine has changed. The last line is one line of JSON.
 """
 
 import argparse
@@ -23,18 +25,20 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
 import torch
 from random_checkpoint import Shape, write_checkpoint
 
 from hetero_attn import LLM, HardwareProfile, Policy
 from hetero_attn.planning import plan_model
 from hetero_attn.profiles import profile_machine, stored_profile
-from placement.cost import predict
+from placement.cost import predict, working_set_bytes
+from placement.profiler import host_full
 
 EXACT = Shape(64, 2, 4, 2, 32, 128, 512, 32_768)
 SPEED = Shape(1536, 8, 24, 8, 64, 4096, 4096, 32_768)
@@ -71,16 +75,38 @@ class Exactness:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """One checkpoint: seconds of a decode step, the median of several, and what was predicted."""
+    """One checkpoint: seconds of a decode step, the median of several, and what was predicted.
+
+    predicted_s: by the profile as it stands; predicted_now_s: for memory that is read at swept_bytes_per_s, the median
+    of what the plain reads around the steps reached. error_now: the median of every step's own, as memory may change its
+    speed between two of them. others: share of the cores that other processes took meanwhile.
+    """
 
     tokens: int
     measured_s: float
     predicted_s: float
+    swept_bytes_per_s: float
+    predicted_now_s: float
+    error_now: float
+    others: float
 
     @property
     def error(self) -> float:
-        """Of the prediction, over the measurement."""
+        """Of the prediction by the profile as it stands, over the measurement."""
         return self.predicted_s / self.measured_s - 1
+
+
+def busy_seconds() -> tuple[float, float, float]:
+    """Wall time, busy seconds of all cores, busy seconds of this process."""
+    busy, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    total = sum(busy) - busy.idle - getattr(busy, "iowait", 0.0) - getattr(busy, "guest", 0.0)
+    return time.perf_counter(), total, own.user + own.system
+
+
+def others_share(before: tuple[float, float, float], after: tuple[float, float, float]) -> float:
+    """Share of all cores that other processes used between two `busy_seconds`."""
+    wall, busy, own = (end - start for start, end in zip(before, after, strict=True))
+    return max(0.0, busy - own) / (wall * (psutil.cpu_count() or 1))
 
 
 def checkpoints(context: int, count: int = 20) -> list[int]:
@@ -127,28 +153,52 @@ def speeds(path: Path, context: int, hardware: HardwareProfile) -> list[Speed]:
         path, dtype="bf16", device="cpu", max_context=context, max_batch=1, hardware=hardware, progress=False
     ) as llm:
         sequence = llm.engine.kv_cache.open()
+        memory = host_full((working_set_bytes(llm.plan.workload, context),), torch.uint8, 1)
         rows = []
         for place in checkpoints(context - STEPS):
             llm.engine.fill(sequence, max(0, place - sequence.length))
             for _ in range(1 if rows else WARM_STEPS):
                 llm.engine.decode_step([sequence], [1])
                 llm.engine.kv_cache.rewind(sequence, place)
-            rows.append(Speed(place, _step_s(llm, sequence), _predicted_s(llm, place + STEPS // 2)))
+            read = memory[: working_set_bytes(llm.plan.workload, place)]
+            before = busy_seconds()
+            turns = _turns(llm, sequence, read)
+            rows.append(_speed(llm, place, turns, others_share(before, busy_seconds())))
             llm.engine.kv_cache.rewind(sequence, place)
         return rows
 
 
-def _step_s(llm: LLM, sequence: object) -> float:
-    times = []
-    for _ in range(STEPS):
+def _turns(llm: LLM, sequence: object, memory: torch.Tensor) -> list[tuple[float, float]]:
+    """Seconds of each of several decode steps, and bytes a second of the plain reads before and after it."""
+
+    def clock(work: Callable[[], object]) -> float:
         started = time.perf_counter()
-        llm.engine.decode_step([sequence], [1])
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+        work()
+        return time.perf_counter() - started
+
+    def sweep() -> None:
+        llm.engine.lanes.host_ops.sweep(memory)
+
+    turns, before = [], clock(sweep)
+    for _ in range(STEPS):
+        step = clock(lambda: llm.engine.decode_step([sequence], [1]))
+        after = clock(sweep)
+        turns.append((step, 2 * memory.nbytes / (before + after)))
+        before = after
+    return turns
 
 
-def _predicted_s(llm: LLM, context: int) -> float:
-    plan, hardware = llm.plan, llm.planned.hardware
+def _speed(llm: LLM, place: int, turns: list[tuple[float, float]], others: float) -> Speed:
+    """A checkpoint of its turns."""
+    hardware, context = llm.planned.hardware, place + STEPS // 2
+    measured, swept = (statistics.median(values) for values in zip(*turns, strict=True))
+    errors = [_predicted_s(llm, context, hardware.as_now(rate)) / step - 1 for step, rate in turns]
+    predicted = [_predicted_s(llm, context, machine) for machine in (hardware, hardware.as_now(swept))]
+    return Speed(place, measured, predicted[0], swept, predicted[1], statistics.median(errors), others)
+
+
+def _predicted_s(llm: LLM, context: int, hardware: HardwareProfile) -> float:
+    plan = llm.plan
     arguments = (plan.workload, plan.linears, plan.kv, hardware)
     return predict(*arguments, phase="decode", rows=1, context=context, on_gpu=False).seconds
 
@@ -192,17 +242,25 @@ def report_exactness(found: Exactness) -> dict[str, object]:
 
 def report_speed(rows: list[Speed], hardware: HardwareProfile) -> dict[str, object]:
     """Print the curve; returns its record."""
-    scale = statistics.median(row.measured_s / row.predicted_s for row in rows)
-    shape = [replace(row, predicted_s=scale * row.predicted_s).error for row in rows]
-    print(f"{'tokens':>8}{'measured ms':>13}{'predicted ms':>14}{'error':>8}{'of shape':>10}")
-    for row, error in zip(rows, shape, strict=True):
-        cells = f"{row.tokens:>8}{1e3 * row.measured_s:>13.3f}{1e3 * row.predicted_s:>14.3f}"
-        print(f"{cells}{row.error:>+8.0%}{error:>+10.0%}")
-    worst = {"worst_error": max(abs(row.error) for row in rows), "worst_shape_error": max(map(abs, shape))}
+    print(
+        f"memory by the profile: {hardware.sweep_bytes_per_s / 1e9:.1f} GB/s; `now` as it was read beside the steps; "
+        "others: what other processes took of the cores"
+    )
+    headings = f"{'tokens':>8}{'measured ms':>13}{'predicted ms':>14}{'error':>8}"
+    print(f"{headings}{'GB/s now':>10}{'predicted':>11}{'error':>8}{'others':>8}")
+    for row in rows:
+        cells = f"{row.tokens:>8}{1e3 * row.measured_s:>13.3f}{1e3 * row.predicted_s:>14.3f}{row.error:>+8.0%}"
+        now = f"{row.swept_bytes_per_s / 1e9:>10.1f}{1e3 * row.predicted_now_s:>11.3f}{row.error_now:>+8.0%}"
+        print(f"{cells}{now}{row.others:>8.0%}")
+    worst = {
+        "worst_error": max(abs(row.error) for row in rows),
+        "worst_error_now": max(abs(row.error_now) for row in rows),
+    }
     for name, error in worst.items():
         print(f"{name} {error:.0%} (limit {SPEED_LIMIT:.0%}): {'met' if error <= SPEED_LIMIT else 'MISSED'}")
     curve = [asdict(row) | {"error": row.error} for row in rows]
-    return {"speed": curve, **worst, "threads": hardware.cores, "hardware": hardware.name}
+    about = {"threads": hardware.cores, "hardware": hardware.name, "swept_bytes_per_s": hardware.sweep_bytes_per_s}
+    return {"speed": curve, **worst, **about}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from growth import busy_seconds, others_share
 from paced_driver import PacedDriver
 from random_checkpoint import Shape, write_checkpoint
 
@@ -142,11 +143,11 @@ def turn(row: Row, plan: PlannedModel, engine: Engine, hardware: HardwareProfile
     ops, figures = engine.lanes.host_ops, {}
     for phase, (prompt, tokens) in zip(PHASES, ((row.prompt, 0), (0, row.tokens)), strict=True):
         for _ in range(ATTEMPTS):
-            before, swept = _cpu_seconds(), dram_rate(ops)
+            before, swept = busy_seconds(), dram_rate(ops)
             arithmetic = arithmetic_rate(ops, row.dtype) / yardstick(hardware, row.dtype)
             now = replace(plan, hardware=hardware.as_now(swept, arithmetic))
             figure = bench(now, engine, prompt, tokens, (row.depth,), 1).to_dict()["rows"][0]
-            others = _others_share(before, _cpu_seconds())
+            others = others_share(before, busy_seconds())
             again = dram_rate(ops)
             figure |= predicted(row, plan, hardware.as_now((swept + again) / 2, arithmetic), phase, figure)
             if others < DISTURBED and abs(swept / again - 1) < DRIFT:
@@ -198,18 +199,6 @@ def yardstick(hardware: HardwareProfile, dtype: str) -> float:
     work, activations = 2 * MANY_WEIGHTS, IN_FEATURES + MANY_WEIGHTS / IN_FEATURES
     taken = work * seconds_per_operation_of_a_row(hardware.cpu_rows, GEMM_ROWS, dtype)
     return GEMM_ROWS * work / (taken + GEMM_ROWS * activations * hardware.cpu_activation_s.of(dtype))
-
-
-def _cpu_seconds() -> tuple[float, float, float]:
-    """Wall time, busy seconds of all cores, busy seconds of this process."""
-    busy, own = psutil.cpu_times(), psutil.Process().cpu_times()
-    total = sum(busy) - busy.idle - getattr(busy, "iowait", 0.0) - getattr(busy, "guest", 0.0)
-    return time.perf_counter(), total, own.user + own.system
-
-
-def _others_share(before: tuple[float, float, float], after: tuple[float, float, float]) -> float:
-    wall, busy, own = (end - start for start, end in zip(before, after, strict=True))
-    return max(0.0, busy - own) / (wall * (psutil.cpu_count() or 1))
 
 
 def groups(rows: tuple[Row, ...]) -> Iterator[tuple[str, list[Row]]]:

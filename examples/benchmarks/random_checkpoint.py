@@ -87,7 +87,7 @@ class Shape:
 
 SHAPES = {
     "llama-3.2-1b": Shape(2048, 16, 32, 8, 64, 8192, 128_256, 131_072),
-    "tiny": Shape(256, 2, 4, 2, 64, 512, 1024, 4096),
+    "tiny": Shape(256, 2, 4, 2, 64, 512, 1024, 131_072),
 }
 _GGUF_NAMES = {
     "model.embed_tokens": "token_embd",

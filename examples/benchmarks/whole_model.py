@@ -30,6 +30,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 from comparisons import COMPARISONS, HEADINGS, Comparison, Result
@@ -136,14 +137,15 @@ class Benchmark:
         return None if run.returncode == 0 else f"not installed: `{needed}` fails"
 
 
-def run_dtype(
+def run_group(
     bench: Benchmark, comparisons: Sequence[Comparison], facts: dict[str, object], show: Callable[[str], None]
 ) -> list[Result]:
-    """Measure the comparisons of one weight dtype, models loaded once; adds what is to be recorded to `facts`."""
+    """Measure the comparisons of one weight dtype with one peer, models loaded once; adds what is to be recorded to
+    `facts`."""
     dtype = comparisons[0].dtype
     context = max(item.depth + item.tokens * item.rows for item in comparisons) + 64
     rows = max(item.rows for item in comparisons)
-    needed = {item.peer for item in comparisons if bench.missing[item.peer] is None}
+    peer = comparisons[0].peer
     with ExitStack() as stack:
         ours = stack.enter_context(bench.start("hetero-attn", dtype, context, rows))
         about = ours.ask(test="about")
@@ -151,15 +153,14 @@ def run_dtype(
             facts["isa"] = about["isa"]
             facts["ceiling_bytes_per_s"] = ours.ask(test="sweep", megabytes=bench.sweep_megabytes)["bytes_per_s"]
             show(f"ceiling: {facts['ceiling_bytes_per_s'] / 1e9:.1f} GB/s, a read-only sweep of memory\n\n{HEADINGS}")
-        workers = {peer: stack.enter_context(bench.start(peer, dtype, context, rows)) for peer in sorted(needed)}
-        for worker in [worker for peer, worker in workers.items() if bench.can_check_logits(peer)]:
-            facts["logits_nmse"][f"{worker.name} {dtype}"] = check_logits(ours, worker, dtype)
+        worker = None if bench.missing[peer] else stack.enter_context(bench.start(peer, dtype, context, rows))
+        if worker is not None and bench.can_check_logits(peer):
+            facts["logits_nmse"][f"{peer} {dtype}"] = check_logits(ours, worker, dtype)
         results = []
         for comparison in comparisons:
-            results.append(measure(bench, comparison, ours, workers.get(comparison.peer), about))
+            results.append(measure(bench, comparison, ours, worker, about))
             show(results[-1].line())
-        for answer in (about, *(worker.ask(test="about") for worker in workers.values())):
-            facts["versions"] |= answer["versions"]
+        facts["versions"] |= about["versions"] | ({} if worker is None else worker.ask(test="about")["versions"])
     return results
 
 
@@ -303,9 +304,10 @@ def main() -> None:
     )
     bench.make_files({item.dtype for item in chosen if item.peer == "llama.cpp"})
     results = []
-    for dtype in GGUF_TYPES:
-        if group := [item for item in chosen if item.dtype == dtype]:
-            results += run_dtype(bench, group, facts, show)
+    # One peer at a time: a deep cache on every side beside a third copy of the weights would not fit in 12 GB.
+    for dtype, peer in product(GGUF_TYPES, bench.missing):
+        if group := [item for item in chosen if (item.dtype, item.peer) == (dtype, peer)]:
+            results += run_group(bench, group, facts, show)
     record = {
         "benchmark": "whole_model",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from placement.rates import RowRate
 
 DTYPES = ("fp32", "bf16", "q8", "q4")
-KV_DTYPES = {32: "fp32", 16: "bf16"}
 
 
 def profile_table(profile: HardwareProfile, width: int) -> str:
@@ -84,8 +83,11 @@ def row_rows(rates: Sequence[RowRate]) -> Iterator[tuple[str, ...]]:
 
 def attention_rows(profile: HardwareProfile) -> Iterator[tuple[str, ...]]:
     """By cache dtype, head sharing and head size."""
+    from placement.rates import KV_BITS
+
+    names = {bits: kv_dtype for kv_dtype, bits in KV_BITS.items()}
     for rate in profile.cpu_attention:
-        name = KV_DTYPES.get(rate.bits, f"{rate.bits:g} bits")
+        name = names.get(rate.bits, f"{rate.bits:g} bits")
         rates = _gigabytes(rate.bytes_per_s), _gigaops(rate.ops_per_s)
         yield name, str(rate.heads_per_group), str(rate.head_dim), *rates
 
