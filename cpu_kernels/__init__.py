@@ -9,6 +9,6 @@ Knows nothing of models, placement or GPUs. `layout` describes the packed weight
 
 from . import kv_layout, layout
 from .kernels import CpuKernels
-from .memory import advise_huge_pages, fresh_memory
+from .memory import HUGE_PAGE_BYTES, advise_huge_pages, fresh_memory
 
-__all__ = ["CpuKernels", "advise_huge_pages", "fresh_memory", "kv_layout", "layout"]
+__all__ = ["HUGE_PAGE_BYTES", "CpuKernels", "advise_huge_pages", "fresh_memory", "kv_layout", "layout"]

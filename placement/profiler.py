@@ -36,7 +36,7 @@ REPETITIONS = 9
 # Bytes of a packed weight, and of a page of codes: as bfloat16, float32 or a float16 scale they are finite numbers of
 # ordinary size, which is all that timing asks of them.
 WEIGHT_BYTE = 0x3C
-ENOUGH_FASTER = 1.03  # a thread must gain this much, or the smaller count is kept
+CLEARLY_SLOWER = 0.95  # of the best one-row rate: a larger count below this is left out
 CALLS = 100  # of a small op, timed together
 
 Progress = Callable[[str], None]
@@ -97,12 +97,12 @@ def thread_counts(max_threads: int) -> tuple[int, ...]:
 
 
 def best_threads(sweep: tuple[ThreadRate, ...]) -> int:
-    """The smallest count that no larger one beats by more than a few per cent."""
-    best = sweep[0]
-    for rate in sweep[1:]:
-        if rate.linear_bytes_per_s > best.linear_bytes_per_s * ENOUGH_FASTER:
-            best = rate
-    return best.threads
+    """The largest count whose one-row linear is not clearly slower than the best one's.
+
+    Where memory is the limit one row gains nothing from more cores, but prompts and attention over many heads do.
+    """
+    best = max(rate.linear_bytes_per_s for rate in sweep)
+    return max(rate.threads for rate in sweep if rate.linear_bytes_per_s >= best * CLEARLY_SLOWER)
 
 
 def thread_sweep(counts: tuple[int, ...], on_progress: Progress) -> tuple[ThreadRate, ...]:

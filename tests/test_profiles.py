@@ -123,7 +123,9 @@ def test_thread_counts_are_powers_of_two_and_the_maximum():
     assert thread_counts(16) == (1, 2, 4, 8, 16)
 
 
-def test_a_thread_that_gains_nothing_is_left_out():
-    sweep = (ThreadRate(1, 10e9, 1.0), ThreadRate(2, 19e9, 1.0), ThreadRate(4, 19.3e9, 1.0), ThreadRate(8, 15e9, 1.0))
+def test_threads_that_slow_the_others_are_left_out_and_idle_memory_leaves_none_out():
+    """One row that memory limits is as fast with one thread; prompts are not."""
+    slowing = (ThreadRate(1, 10e9, 1.0), ThreadRate(2, 19e9, 1.0), ThreadRate(4, 19.3e9, 1.0), ThreadRate(8, 15e9, 1.0))
+    saturated = (ThreadRate(1, 33e9, 1.0), ThreadRate(2, 32.5e9, 1.0))
 
-    assert best_threads(sweep) == 2
+    assert (best_threads(slowing), best_threads(saturated)) == (4, 2)

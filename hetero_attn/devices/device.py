@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 
-from cpu_kernels import advise_huge_pages
+from cpu_kernels import HUGE_PAGE_BYTES, fresh_memory
 from hetero_attn.devices.arena import Arena
 from hetero_attn.errors import MemoryBudgetError
 from placement.units import format_bytes
 
-PAGE_BYTES, HUGE_PAGE_BYTES = 4096, 2 << 20
+PAGE_BYTES = 4096
 
 
 class Device:
@@ -153,8 +153,8 @@ class Device:
 
 def _aligned_host_memory(count: int) -> torch.Tensor:
     """uint8 [count] that begins on a page (a huge one if it is large) and shares none with other allocations."""
-    page = HUGE_PAGE_BYTES if count >= 2 * HUGE_PAGE_BYTES else PAGE_BYTES
-    memory = torch.empty((-(-count // page) + 1) * page, dtype=torch.uint8)
-    start = -memory.data_ptr() % page
-    advise_huge_pages(memory)
+    if count >= HUGE_PAGE_BYTES:
+        return fresh_memory((count,), torch.uint8)
+    memory = torch.empty((-(-count // PAGE_BYTES) + 1) * PAGE_BYTES, dtype=torch.uint8)
+    start = -memory.data_ptr() % PAGE_BYTES
     return memory[start : start + count]
