@@ -10,7 +10,7 @@ from .kv_layout import ITEM_BYTES, code_bytes, is_quantised, row_items
 from .team import Team
 
 KV_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "q8", torch.uint8: "q4"}
-ITEMS_PER_THREAD = 4  # items to balance on a machine that is also doing something else
+ITEMS_PER_THREAD = 16  # items to balance on a machine that is also doing something else
 SPLIT_TOKENS = 512  # shorter splits cost more in merging than they balance
 
 

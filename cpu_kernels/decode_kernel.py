@@ -59,6 +59,7 @@ from .chunks import await_stage, fail, finish, parameter, real_parameter, take
 from .compiler import helper, inlined
 from .isa import Isa
 from .kv_codes import add_minima, code_weights, q_code_writer, widen_numbers
+from .kv_vectors import fetch
 from .vector import (
     LANES,
     add,
@@ -149,8 +150,8 @@ def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
     weigh = code_weights(isa, kv_dtype) if has_codes else None
 
     @helper
-    def soften_heads(arguments, work, heads, keys, scalars, running):
-        """Scores -> weights of every head."""
+    def soften_heads(arguments, work, heads, keys, scalars, running, ahead):
+        """Scores -> weights of every head, while the first line's share of the next V is asked for."""
         scale = types.float32(real_parameter(arguments, P_SCALE) * LOG2_E)
         for head in range(heads):
             at = scalars + HEAD_SCALARS * head
@@ -160,6 +161,9 @@ def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
             at = scalars + HEAD_SCALARS * head
             factor = scale * load_scalar(at + SCALE_OF_Q) if has_codes else scale
             soften(work + HEAD_SCORES * head, 0, keys, splat(factor), running + 8 * head, at)
+            share = (line_bytes * keys + heads - 1) // heads
+            for i in range(0, share, LINE_BYTES):
+                fetch(ahead + share * head + i)
 
     @helper
     def add_values(arguments, v_page, offset, keys, ahead, work, heads, lines, scalars, acc):
@@ -178,7 +182,7 @@ def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
                 to, head_scalars = acc + head * acc_bytes + acc_line * line, scalars + HEAD_SCALARS * head
                 left, at = head_dim - line_items * line, base + line_bytes * line
                 p = weights + weight_bytes * head
-                strip_of(to, acc_bytes, head_scalars, at, row_bytes, keys, p, left, ahead)
+                strip_of(to, acc_bytes, head_scalars, at, row_bytes, keys, p, left, ahead if line else at)
             ahead += line_bytes * keys
 
     @helper
@@ -193,7 +197,7 @@ def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
     def take_tile(arguments, k_page, v_page, offset, keys, k_ahead, v_ahead, work, heads, lines, acc, running):
         work, q, scales, scalars, sums = places_of(work, heads, lines)
         scores_of(arguments, k_page, offset, keys, k_ahead, (work, q, scales, sums), heads, lines)
-        soften_heads(arguments, work, heads, keys, scalars, running)
+        soften_heads(arguments, work, heads, keys, scalars, running, v_ahead)
         add_values(arguments, v_page, offset, keys, v_ahead, work, heads, lines, scalars, acc)
 
     return take_tile, places_of
