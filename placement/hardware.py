@@ -205,7 +205,7 @@ class HardwareProfile:
             cpu_attention=tuple(
                 replace(
                     rate,
-                    bytes_per_s=beside_memory(rate.bytes_per_s, then, sweep_bytes_per_s),
+                    bytes_per_s=beside_memory(rate.bytes_per_s, then, sweep_bytes_per_s, rate.cached_bytes_per_s),
                     ops_per_s=rate.ops_per_s * arithmetic,
                 )
                 for rate in self.cpu_attention

@@ -200,11 +200,10 @@ def attention_rates(ops: CpuKernels, dram: float, on_progress: Progress) -> tupl
             on_progress(f"attention over {kv_dtype}, heads of {head_dim}")
             pages, cached = (kv_pages(kv_dtype, head_dim, size) for size in (ATTENTION_BYTES, CACHED_BYTES))
             for heads in HEADS_PER_GROUP:
-                decode = decode_rate(ops, pages, heads, head_dim, dram)
+                near_s = recorded_seconds(ops, decode_call(ops, cached, heads, head_dim), CALLS // 10)
+                near = 2 * cached[0].nbytes / near_s
+                decode = decode_rate(ops, pages, heads, head_dim, dram, near)
                 many = prefill_rates(ops, pages, heads, head_dim)
-                near = (
-                    cached[0].nbytes * 2 / recorded_seconds(ops, decode_call(ops, cached, heads, head_dim), CALLS // 10)
-                )
                 rates.append(AttentionRate(KV_BITS[kv_dtype], heads, head_dim, decode, *many, near))
     return tuple(rates)
 
@@ -217,14 +216,16 @@ def kv_pages(kv_dtype: str, head_dim: int, size: int) -> tuple[torch.Tensor, tor
     return k_pages, v_pages, torch.arange(count, dtype=torch.int32).view(-1, KV_HEADS).T.contiguous()
 
 
-def decode_rate(ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim: int, dram: float) -> float:
-    """Bytes of K and V a second with one row, where a plain read reaches `dram`; measured beside plain reads of them,
-    for memory may be faster or slower meanwhile."""
+def decode_rate(
+    ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim: int, dram: float, cached: float
+) -> float:
+    """Bytes of K and V a second with one row, where a plain read reaches `dram` and the kernel `cached` from the cache;
+    measured beside plain reads of them, for memory may be faster or slower meanwhile."""
     k_pages, v_pages, _ = pages
     read = k_pages.nbytes + v_pages.nbytes
     work = decode_call(ops, pages, heads_per_group, head_dim)
     found = turns(work, lambda: (ops.sweep(k_pages), ops.sweep(v_pages)))
-    return statistics.median(beside_memory(read / worked, read / swept, dram) for swept, worked in found)
+    return statistics.median(beside_memory(read / worked, read / swept, dram, cached) for swept, worked in found)
 
 
 def decode_call(ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim: int) -> Callable[[], None]:

@@ -74,14 +74,20 @@ class AttentionRate:
     cached_bytes_per_s: float = 0.0
 
 
-def beside_memory(bytes_per_s: float, sweep_bytes_per_s: float, now_bytes_per_s: float) -> float:
+def beside_memory(
+    bytes_per_s: float, sweep_bytes_per_s: float, now_bytes_per_s: float, own_bytes_per_s: float = 0.0
+) -> float:
     """What a kernel reads a second when a plain read of memory reaches `now_bytes_per_s`, if it read `bytes_per_s` while
     a plain read reached `sweep_bytes_per_s`.
 
     A kernel waits for memory and computes at once, so the slower decides: rate^-4 = sweep^-4 + own^-4, where own is its
-    rate if memory were no limit, and the power takes a sixth off where both are alike. A kernel that kept up with the
-    plain read follows it.
+    rate if memory were no limit, and the power takes a sixth off where both are alike. own_bytes_per_s is that rate where
+    it was measured, from the cache; the rest by which the kernel missed the formula is then taken as it was. Where it was
+    not, it is what the formula makes of both rates, and a kernel that kept up with the plain read follows it.
     """
+    if own_bytes_per_s:
+        then, now = ((rate**-4 + own_bytes_per_s**-4) ** -0.25 for rate in (sweep_bytes_per_s, now_bytes_per_s))
+        return bytes_per_s * now / then
     share = bytes_per_s / sweep_bytes_per_s
     if share >= 1:
         return share * now_bytes_per_s

@@ -158,6 +158,16 @@ def test_a_rate_beside_memory_comes_back_and_never_falls_when_memory_is_faster()
     assert pytest.approx(25.0) == beside_memory(beside_memory(25.0, 36.0, 57.0), 57.0, 36.0)
 
 
+@pytest.mark.parametrize("own,expected", [(20.0, 15.8), (1000.0, 33.0)])
+def test_a_rate_from_the_cache_says_how_far_a_kernel_follows_memory(own, expected):
+    """Both kernels read 15 beside 30; the one that computes at 20 gains little from memory twice as fast."""
+    bound = [(sweep**-4 + own**-4) ** -0.25 for sweep in (30.0, 66.0)]
+
+    assert pytest.approx(15.0 * bound[1] / bound[0]) == beside_memory(15.0, 30.0, 66.0, own)
+    assert pytest.approx(expected, rel=0.01) == beside_memory(15.0, 30.0, 66.0, own)
+    assert pytest.approx(15.0) == beside_memory(beside_memory(15.0, 30.0, 66.0, own), 66.0, 30.0, own)
+
+
 def test_a_cache_is_known_by_its_dtype_however_much_padding_it_has():
     """Rows of 80 numbers are padded to 128 codes in q8: more bits a number than the middle between q8 and bf16."""
     workload = replace(tiny(head_dim=80), kv_dtype="q8")
