@@ -30,6 +30,15 @@ from .chunks import parameter
 from .compiler import helper
 from .dot import emit_round_bf16
 from .isa import Isa
+from .scalar import (
+    larger,
+    least,
+    load_i32,
+    load_scalar,
+    power_of_two,
+    round_up,
+    store_scalar,
+)
 from .vector import (
     LANES,
     F32x16,
@@ -39,21 +48,14 @@ from .vector import (
     intp,
     keep_below,
     keep_from,
-    larger,
-    least,
     load_f32,
     load_f32_tail,
-    load_i32,
-    load_scalar,
     max_lanes,
     mul,
-    power_of_two,
-    round_up,
     splat,
     store_as,
     store_bf16_tail,
     store_f32,
-    store_scalar,
     sub,
     sum_lanes,
     vmax,

@@ -11,7 +11,8 @@ from numba import types
 
 from .compiler import helper
 from .team_layout import DONE, FAILURE, NEXT, PARAMETERS, STAGE_BYTES
-from .vector import F64, I64, emits, intp, least, load_acquire, pause, pointer, yield_core
+from .scalar import least, load_acquire, pause, yield_core
+from .vector import F64, I64, emits, intp, pointer
 
 
 def _field(builder, arguments, index, stride, offset):

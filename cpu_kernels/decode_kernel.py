@@ -60,22 +60,17 @@ from .compiler import helper, inlined
 from .isa import Isa
 from .kv_codes import add_minima, code_weights, q_code_writer, widen_numbers
 from .kv_vectors import fetch
+from .scalar import larger, least, load_i32, load_scalar, most, store_scalar
 from .vector import (
     LANES,
     add,
     exp2_not_positive,
     fma,
     keep_below,
-    larger,
-    least,
     load_f32,
-    load_i32,
-    load_scalar,
-    most,
     mul,
     splat,
     store_f32,
-    store_scalar,
     sub,
     sum_lanes,
 )

@@ -13,21 +13,19 @@ from numba import types
 from .chunks import parameter, real_parameter, take
 from .compiler import helper
 from .elementwise_layout import MERGE_FIRST, MERGE_ROWS, SILU_UNITS
+from .scalar import least, load_scalar, store_scalar
 from .vector import (
     add,
     div,
     exp,
     fma,
     keep_below,
-    least,
     load_f32,
     load_f32_tail,
-    load_scalar,
     mul,
     splat,
     store_f32,
     store_f32_tail,
-    store_scalar,
     sub,
     sum_lanes,
 )

@@ -1,7 +1,7 @@
 """Flags in memory that another thread, or a GPU, reads and writes: set one, wait for one, without Python's lock."""
 
 from .flag_layout import ADDRESS, EXPIRED, NAP_US, NAPS, SPINS, VALUE, YIELDS
-from .vector import load_acquire, load_i64, pause, sleep_us, store_i64, store_release, yield_core
+from .scalar import load_acquire, load_i64, pause, sleep_us, store_i64, store_release, yield_core
 
 
 def set_flag():

@@ -29,6 +29,7 @@ from .kv_vectors import (
     load_every_second,
     widen_line,
 )
+from .scalar import load_scalar, store_scalar
 from .split_dot import Split
 from .vector import (
     add,
@@ -36,13 +37,11 @@ from .vector import (
     load_bf16_tail,
     load_f32,
     load_f32_tail,
-    load_scalar,
     max_lanes,
     mul,
     round_even,
     splat,
     store_f32,
-    store_scalar,
     sum_lanes,
     vabs,
     vmax,

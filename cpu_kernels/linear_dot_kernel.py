@@ -15,6 +15,7 @@ from .dot import emit_dot_bf16
 from .isa import Isa
 from .layout import BLOCK_FEATURES
 from .linear_layout import SEGMENT_INPUTS
+from .scalar import least
 from .tiles import finish_dots, masked_line, zeros
 from .vector import (
     I64,
@@ -24,7 +25,6 @@ from .vector import (
     emits,
     fma_value,
     intp,
-    least,
     load_as,
     load_f32,
     load_f32_tail,

@@ -18,6 +18,7 @@ from .dot import emit_dot4
 from .isa import Isa
 from .layout import GROUP_INPUTS, LINE_BYTES, SUPERBLOCK_LINES
 from .linear_layout import RECORD_BYTES, SEGMENT_GROUPS
+from .scalar import least
 from .tiles import finish_features, zeros
 from .vector import (
     F32,
@@ -32,7 +33,6 @@ from .vector import (
     emits,
     fma_value,
     intp,
-    least,
     load_as,
     load_f32_tail,
     prefetch_value,

@@ -3,7 +3,8 @@
 from .chunks import parameter, take
 from .compiler import helper
 from .memory_layout import SWEEP_BYTES
-from .vector import exclusive_or, least, load_line, prefetch, store_line
+from .scalar import least
+from .vector import exclusive_or, load_line, prefetch, store_line
 
 
 @helper

@@ -63,6 +63,7 @@ from .compiler import helper
 from .isa import Isa
 from .kv_codes import tile_widener
 from .kv_vectors import dot_pairs
+from .scalar import least, most, store_scalar
 from .tiles import zeros
 from .vector import (
     I32,
@@ -72,14 +73,11 @@ from .vector import (
     F32x16,
     emits,
     intp,
-    least,
     load_as,
-    most,
     splat,
     splat_value,
     store_as,
     store_f32,
-    store_scalar,
 )
 
 ZERO = np.float32(0.0)

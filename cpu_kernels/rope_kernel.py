@@ -12,6 +12,7 @@ from .compiler import helper
 from .elementwise_kernel import inverse_rms
 from .kv_layout import GROUP_DIMS, is_quantised
 from .kv_vectors import bf16_scalar, store_bf16_scalar, store_int8, store_nibbles
+from .scalar import load_i64
 from .vector import (
     add,
     butterfly,
@@ -20,7 +21,6 @@ from .vector import (
     keep_below,
     load_f32,
     load_f32_tail,
-    load_i64,
     max_lanes,
     min_lanes,
     mul,

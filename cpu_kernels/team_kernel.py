@@ -1,6 +1,17 @@
 """What the members of the thread team run: see team.py for the protocol and the control block."""
 
 from .compiler import helper
+from .scalar import (
+    call_kernel,
+    fetch_add,
+    load_acquire,
+    load_i64,
+    pause,
+    sleep_us,
+    store_i64,
+    store_release,
+    yield_core,
+)
 from .team_layout import (
     ARGUMENTS,
     DONE,
@@ -19,17 +30,6 @@ from .team_layout import (
     STAGE_BYTES,
     STAGES,
     STOP,
-)
-from .vector import (
-    call_kernel,
-    fetch_add,
-    load_acquire,
-    load_i64,
-    pause,
-    sleep_us,
-    store_i64,
-    store_release,
-    yield_core,
 )
 
 SPINS = 2000  # about 40 us of pause, longer than the gap between two ops of a busy engine
