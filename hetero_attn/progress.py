@@ -1,12 +1,17 @@
-"""Progress on stderr for what takes over a second: loading weights, computing a long prompt."""
+"""Progress on stderr for what takes over a second: loading weights, computing a long prompt, planning many times."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import TypeVar
 
+from rich.console import Console
 from tqdm import tqdm
 
 from hetero_attn.request import Request
 from placement import Plan
+
+Item = TypeVar("Item")
 
 
 def loading_bar(plan: Plan, show: bool) -> tqdm:
@@ -48,3 +53,13 @@ class PrefillBar:
     def close(self) -> None:
         """Take the bar away; idempotent."""
         self._bar.close()
+
+
+def steps_bar(steps: Sequence[Item], what: str) -> Iterable[Item]:
+    """The steps, one after another, under a bar that only a person sees."""
+    return tqdm(steps, what, file=sys.stderr, disable=None, leave=False)
+
+
+def working(what: str) -> AbstractContextManager:
+    """Say what takes a while, to a person only."""
+    return Console(stderr=True).status(what)

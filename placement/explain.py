@@ -1,6 +1,6 @@
 """Why a plan is as fast as it is: the bottleneck, what would help, and what was considered and rejected."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,9 +94,18 @@ def explain(
 
 
 def budget_curve(
-    workload: Workload, hardware: HardwareProfile, policy: Policy, *, device: str, steps: int = 12
+    workload: Workload,
+    hardware: HardwareProfile,
+    policy: Policy,
+    *,
+    device: str,
+    steps: int = 12,
+    watched: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> list[Plan]:
-    """Plans for GPU budgets from the least that works to everything the model can use, in equal steps."""
+    """Plans for GPU budgets from the least that works to everything the model can use, in equal steps.
+
+    watched: what the budgets are passed through, such as a progress bar; a large model takes seconds for each.
+    """
     try:
         make_plan(workload, hardware, policy, device=device, gpu_memory_bytes=1)
         return []
@@ -104,7 +113,7 @@ def budget_curve(
         least = error.needed_bytes
     most = _everything_bytes(workload, hardware, policy, device)
     budgets = [least + (most - least) * step // steps for step in range(steps + 1)]
-    return [make_plan(workload, hardware, policy, device=device, gpu_memory_bytes=budget) for budget in budgets]
+    return [make_plan(workload, hardware, policy, device=device, gpu_memory_bytes=budget) for budget in watched(budgets)]
 
 
 def bottleneck(decode: PhaseCost, prefill: PhaseCost) -> str:

@@ -116,7 +116,15 @@ def test_a_model_larger_than_the_machine_is_noted():
 
 def test_budget_curve_spans_the_useful_budgets_and_is_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="the plot extra is not installed")
-    curve = budget_curve(tiny(), EMULATED, Policy(), device="emulated", steps=3)
+    seen = []
+
+    def watched(budgets):
+        seen.extend(budgets)
+        return budgets
+
+    curve = budget_curve(tiny(), EMULATED, Policy(), device="emulated", steps=3, watched=watched)
+
+    assert seen == [plan.gpu_memory_bytes for plan in curve]
     seconds = [plan.predicted.objective_s for plan in curve]
 
     plot_plan(curve[1], curve, tmp_path / "speed.png")

@@ -36,13 +36,17 @@ def plan(
 ) -> None:
     """Show what of a model would live on which lane, the bytes and the predicted speed."""
     from hetero_attn.planning import PAGE_TOKENS, prepare
+    from hetero_attn.progress import working
 
     planned = prepare(
         model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, device=device, hardware=machine(hardware),
         max_context=context, max_batch=None, num_threads=threads, page_size=PAGE_TOKENS, kv_dtype=kv_dtype,
     )
     # A policy on stdout is all that its reader wants.
-    explanation = explained(planned, policy, threads) if explain and str(yaml) != "-" else None
+    explanation = None
+    if explain and str(yaml) != "-":
+        with working("looking for what would help"):
+            explanation = explained(planned, policy, threads)
     if plot is not None:
         draw(planned, policy, threads, plot)
     if yaml is not None:
@@ -69,11 +73,15 @@ def explained(planned: PlannedModel, policy: str, threads: int | None) -> Explan
 def draw(planned: PlannedModel, policy: str, threads: int | None, file: Path) -> None:
     """Draw the plan, and the speeds of plans for a dozen GPU budgets."""
     from hetero_attn.cli.plots import plot_plan
+    from hetero_attn.progress import steps_bar
     from placement.explain import budget_curve
 
     made, plans = planned.plan, []
     if made.device != "cpu":
-        plans = budget_curve(made.workload, planned.hardware, wishes(policy, threads), device=made.device)
+        plans = budget_curve(
+            made.workload, planned.hardware, wishes(policy, threads), device=made.device,
+            watched=lambda budgets: steps_bar(budgets, "planning for GPU budgets"),
+        )
     plot_plan(made, plans, file)
 
 
