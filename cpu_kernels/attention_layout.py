@@ -6,7 +6,7 @@ from .kv_layout import GROUP_DIMS, GROUP_NUMBERS
 
 KEY_TILE = 64  # keys of one tile: a run of rows of one page
 LINE_BYTES = 64
-LANES = 16  # of a register, in words of 4 bytes
+LANES = 16  # of a register, as in vector.py, which a warm start does not import
 
 (
     P_Q,

@@ -84,7 +84,8 @@ def tile_scores(isa: Isa, kv_dtype: str, score_heads: int, words: int):
     has_codes, has_minimum, groups_at_once = shape.has_codes, shape.numbers == 2, words // shape.group_words
     block_bytes, q_block, line_items = 4 * words, 4 * words * shape.planes, shape.line_items
     q_line, line_bytes, numbers_of_group = shape.line_bytes * shape.planes, shape.line_bytes, shape.numbers
-    load, load_part = whole_block(words), whole_block(words) if has_codes else part_block(kv_dtype)
+    load = whole_block(words)
+    load_part = load if has_codes else part_block(kv_dtype)
     dots = code_dots(isa, kv_dtype, score_heads, words) if has_codes else plain_dots(isa, kv_dtype, score_heads)
 
     @inlined
