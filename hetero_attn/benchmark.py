@@ -1,8 +1,9 @@
 """Measured speed of a loaded model beside what its plan predicted and what the machine's memory allows.
 
 Rows are named as llama-bench names them: `pp512` computes a prompt of 512 tokens, `tg128` generates 128 one at a
-time, `@ d4096` after that many tokens are in the cache. The ceiling of a decode row is the DRAM's read bandwidth over
-the bytes that a token must read; what a prompt could reach depends on arithmetic, so its row has only the prediction.
+time, `@ d4096` after that many tokens are in the cache. On the CPU alone the ceiling of a decode row is the DRAM's read
+bandwidth over the bytes that a token must read, and a prompt, which depends on arithmetic, has only its prediction. With a
+GPU the ceiling is what the plan's busiest lane (GPU, PCIe, CPU cores, DRAM) allows at its measured rate if it never waits.
 
 The tokens of a depth are random keys and values, stored without computing a prompt: what attention costs depends on how
 many there are and not on what they say.
@@ -34,9 +35,9 @@ DEPTH_NOTE = "@ dN: on top of N tokens in the cache, random keys and values that
 class BenchRow:
     """One figure. tokens_per_s: median, least and most over the repetitions.
 
-    bytes_per_token: weights and cache that one generated token reads, None for prompts. ceiling_tokens_per_s: the
-    DRAM's read bandwidth over those bytes, None where weights are also in GPU memory. predicted_tokens_per_s: by the
-    plan. terms: of one generated token or of the whole prompt.
+    bytes_per_token: weights and cache that one generated token reads, None for prompts. ceiling_tokens_per_s: on the CPU
+    alone the DRAM's read bandwidth over those bytes, None for prompts; with a GPU what the busiest lane of the plan allows
+    when it never waits. predicted_tokens_per_s: by the plan. terms: of one generated token or of the whole prompt.
     """
 
     name: str
@@ -191,7 +192,10 @@ class _Bench:
         cost = self._predict(phase, tokens)
         read = self._bytes_per_token(tokens) if phase == "decode" else None
         hardware, on_cpu = self._hardware, self._plan.device == "cpu"
-        ceiling = hardware.dram_bytes_per_s / read if read and on_cpu else None
+        if on_cpu:
+            ceiling = hardware.dram_bytes_per_s / read if read else None
+        else:
+            ceiling = cost.rows / cost.busiest_s
         passes = spent.steps if phase == "decode" else repetitions
         terms = compare_terms(
             cost, self._terms(phase, cost), cost.rows / speed, spent.handover_s / max(1, passes), on_cpu

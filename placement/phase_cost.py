@@ -55,6 +55,11 @@ class PhaseCost:
         return self.rows / self.seconds if self.seconds > 0 else float("inf")
 
     @property
+    def busiest_s(self) -> float:
+        """Seconds of the resource that has most to do, were nothing ever to wait: no step of this plan is shorter."""
+        return max(seconds for name, seconds in self.lanes if name != "steps")
+
+    @property
     def binding(self) -> str:
         """The resource that decides the time: the one that needs longest by itself, `steps` when waiting decides, or
         `python` when most of the time passes between the steps."""

@@ -177,12 +177,12 @@ def test_the_gpu_script_runs_every_part_on_the_emulated_device_and_keeps_what_it
     assert run.returncode == 0, run.stderr
     first = lines()
     failed = {line["name"]: line["error"] for line in first if "error" in line}
-    offload = next(line for line in first if line["name"] == "offload tiny q4 50%")
+    offload = next(line for line in first if line["name"] == "offload tiny q4 50% @ 1024")
 
     # An emulated GPU runs its work at once and captures none.
     assert set(failed) == {"handover graph"}
     assert first[-1]["reason"] == "every part ran"
-    assert [row["name"] for row in offload["rows"]] == ["pp16", "tg4", "pp64"]
+    assert [row["name"] for row in offload["rows"]] == ["tg4 @ d1018", "pp16", "pp64"]
     assert json.loads((tmp_path / "out" / offload["trace"]).read_text())["traceEvents"]
 
 
