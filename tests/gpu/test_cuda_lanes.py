@@ -63,7 +63,7 @@ def runs(tmp_path_factory):
         key = family, weight_dtype
         if key not in made:
             path = make_checkpoint(
-                tmp_path_factory.mktemp(family), family, head_dim=64, hidden=128, intermediate=256, sliding_window=21
+                tmp_path_factory.mktemp(family), family, head_dim=64, hidden=192, intermediate=256, sliding_window=21
             )
             made[key] = one_device_run(path, weight_dtype, tokens=72, prompt_tokens=60)
         return made[key]
@@ -143,7 +143,7 @@ def test_an_engine_leaves_no_memory_behind(runs):
 
 def test_auto_uses_the_gpu_within_its_budget(tmp_path):
     """The public door: no device named, a budget in words, text-free prompt, auto hand-over."""
-    path = make_checkpoint(tmp_path, layers=2, head_dim=64, hidden=128, intermediate=256)
+    path = make_checkpoint(tmp_path, layers=2, head_dim=64, hidden=192, intermediate=256)
     with LLM(path, gpu_memory="2GiB", max_context=128, progress=False) as llm:
         output = llm.generate([1, 2, 3])[0]
 

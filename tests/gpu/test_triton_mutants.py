@@ -145,7 +145,7 @@ def test_mutant_is_caught(name, tmp_path):
         check(getattr(mutant, op))
 
 
-@pytest.mark.parametrize("check,file,op", {(check, file, op) for file, op, check, _, _ in MUTANTS.values()},
+@pytest.mark.parametrize("check,file,op", dict.fromkeys((check, file, op) for file, op, check, _, _ in MUTANTS.values()),
                          ids=lambda value: value if isinstance(value, str) else "")
 def test_the_right_kernel_passes_every_mutants_check(check, file, op, tmp_path):
     check(getattr(load_mutant(tmp_path, file, "tl", "tl"), op))
