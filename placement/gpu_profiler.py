@@ -7,6 +7,7 @@ Everything is asked of a small interface, so that a fake with known rates can st
     empty(shape, dtype)             GPU memory;  host(shape, dtype, pinned): host memory
     copy(target, source)            queue a copy on a stream of its own, beside the kernels
     seconds(work)                   run `work` and return how long the GPU was at it
+    kernel_seconds(work)            the same of kernels alone, as in a captured step: no launch is waited for
     now(), synchronize()            a clock in seconds; wait for all that is queued
 
 `TorchGpu` is the real one. Copies and kernels are at least some megabytes, so their launches do not count; what launches
@@ -24,7 +25,16 @@ import torch
 from cpu_kernels import CpuKernels
 from cpu_kernels.layout import BLOCK_FEATURES, WEIGHT_DTYPES, block_bytes
 from placement.hardware import HardwareProfile
-from placement.profiler import SWEEP_BYTES, WEIGHT_BYTE, Progress, decode_call, kv_pages, linear_call, packed
+from placement.profiler import (
+    SWEEP_BYTES,
+    WEIGHT_BYTE,
+    Progress,
+    beyond_caches,
+    decode_call,
+    kv_pages,
+    linear_call,
+    packed,
+)
 from placement.rates import CopyRate, DtypeRates, RowRate
 
 COPY_BYTES = (64 << 10, 1 << 20, 16 << 20, 128 << 20)
@@ -33,6 +43,7 @@ GPU_WEIGHTS = 256 << 20
 IN_FEATURES = 4096
 ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 REPETITIONS = 5
+IN_A_GRAPH = 4
 HEADS, KV_HEADS, HEAD_DIM, PAGE_TOKENS, PREFILL_ROWS = 32, 8, 128, 64, 512
 # Time grows with the rows once a linear takes this much longer than with one.
 FLAT = 1.5
@@ -84,6 +95,16 @@ class TorchGpu:
         copies.record(self._copies)
         self.synchronize()
         return max(start.elapsed_time(kernels), start.elapsed_time(copies)) / 1e3
+
+    def kernel_seconds(self, work: Callable[[], object]) -> float:
+        """Median time of `work` in a captured graph that repeats it; it ran before, so nothing is compiled."""
+        self.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(IN_A_GRAPH):
+                work()
+        graph.replay()
+        return statistics.median(self.seconds(graph.replay) for _ in range(REPETITIONS)) / IN_A_GRAPH
 
     def now(self) -> float:
         """The system's clock."""
@@ -153,7 +174,7 @@ def gpu_few_rows(gpu: Any, dtype: str, on_progress: Progress) -> float:
     """Weight bytes a second of a linear with one row."""
     on_progress(f"GPU linear {dtype}")
     weight = _gpu_weight(gpu, dtype)
-    return weight.nbytes / _median(gpu, _gpu_linear(gpu, weight, dtype, 1))
+    return weight.nbytes / _kernels(gpu, _gpu_linear(gpu, weight, dtype, 1))
 
 
 def gpu_row_rates(gpu: Any, few: DtypeRates, on_progress: Progress) -> tuple[RowRate, ...]:
@@ -165,7 +186,7 @@ def gpu_row_rates(gpu: Any, few: DtypeRates, on_progress: Progress) -> tuple[Row
         work = 2 * weight.shape[0] * BLOCK_FEATURES * IN_FEATURES
         rates[dtype] = [work * few.of(dtype) / weight.nbytes]
         for rows in ROW_COUNTS[1:]:
-            rates[dtype].append(rows * work / _median(gpu, _gpu_linear(gpu, weight, dtype, rows)))
+            rates[dtype].append(rows * work / _kernels(gpu, _gpu_linear(gpu, weight, dtype, rows)))
     return tuple(
         RowRate(rows, DtypeRates(*(rates[dtype][i] for dtype in WEIGHT_DTYPES))) for i, rows in enumerate(ROW_COUNTS)
     )
@@ -186,7 +207,7 @@ def gpu_attention_rate(gpu: Any) -> float:
     table = gpu.empty((KV_HEADS, pages), torch.int32)
     q, out = (gpu.empty((PREFILL_ROWS, HEADS, HEAD_DIM), torch.float32) for _ in range(2))
     lse = gpu.empty((PREFILL_ROWS, HEADS), torch.float32)
-    taken = _median(
+    taken = _kernels(
         gpu,
         lambda: gpu.ops.prefill_attention(
             q, k_pages, v_pages, table, 0, 2 * PREFILL_ROWS, PREFILL_ROWS, 0, 0.1, out, lse
@@ -197,7 +218,8 @@ def gpu_attention_rate(gpu: Any) -> float:
 
 def slowdowns(gpu: Any, ops: CpuKernels, h2d_bytes_per_s: float) -> tuple[float, float]:
     """CPU rate while copies run as a share of the rate alone: of a one-row linear and of attention over the cache."""
-    weight, pages = packed("bf16", SWEEP_BYTES), kv_pages("bf16", HEAD_DIM, SWEEP_BYTES)
+    size = beyond_caches(SWEEP_BYTES)
+    weight, pages = packed("bf16", size), kv_pages("bf16", HEAD_DIM, size)
     return (
         share_while_copying(gpu, linear_call(ops, weight, "bf16", 1), h2d_bytes_per_s),
         share_while_copying(gpu, decode_call(ops, pages, HEADS // KV_HEADS, HEAD_DIM), h2d_bytes_per_s),
@@ -230,6 +252,12 @@ def _median(gpu: Any, work: Callable[[], object]) -> float:
     """Median GPU time of one call, warmed up."""
     work()
     return statistics.median(gpu.seconds(work) for _ in range(REPETITIONS))
+
+
+def _kernels(gpu: Any, work: Callable[[], object]) -> float:
+    """Seconds of kernels, warmed up."""
+    work()
+    return gpu.kernel_seconds(work)
 
 
 def _gpu_weight(gpu: Any, dtype: str) -> torch.Tensor:

@@ -18,8 +18,11 @@ from placement.fingerprint import cpu_name, last_level_cache_bytes, machine_fing
 from placement.hardware import WEIGHT_BYTES, HardwareProfile
 from placement.rates import KV_BITS, AttentionRate, DtypeRates, RowRate, ThreadRate, beside_memory
 
-SWEEP_BYTES = 256 << 20  # many times what a few cores get of a last-level cache, so that none of it is found again
+# Many times what a few cores get of a last-level cache, so that none of it is found again; where the cache is larger
+# than that (servers have some of 300 MiB), CACHES of it.
+SWEEP_BYTES = 256 << 20
 ATTENTION_BYTES = 96 << 20  # of K and V: still three such caches, and there are many shapes
+CACHES = 3
 CACHED_BYTES = 4 << 20
 BETWEEN_BYTES = 16 << 20  # weights that pass through the cache between two small operations
 IN_FEATURES = 2048
@@ -90,6 +93,11 @@ def measure(
     )
 
 
+def beyond_caches(least_bytes: int) -> int:
+    """The size of a buffer of which a pass finds nothing in the cache that the pass before left there."""
+    return max(least_bytes, CACHES * last_level_cache_bytes())
+
+
 def thread_counts(max_threads: int) -> tuple[int, ...]:
     """1, 2, 4, ... and the maximum."""
     counts = {1 << power for power in range(max_threads.bit_length()) if 1 << power <= max_threads}
@@ -107,7 +115,7 @@ def best_threads(sweep: tuple[ThreadRate, ...]) -> int:
 
 def thread_sweep(counts: tuple[int, ...], on_progress: Progress) -> tuple[ThreadRate, ...]:
     """A one-row q4 linear and a plain read of the same bytes with every thread count."""
-    weight, rates = packed("q4", SWEEP_BYTES), []
+    weight, rates = packed("q4", beyond_caches(SWEEP_BYTES)), []
     for threads in counts:
         on_progress(f"{threads} threads")
         with CpuKernels(threads) as ops:
@@ -123,7 +131,7 @@ def share_of_sweep(ops: CpuKernels, dtype: str, on_progress: Progress = lambda w
     Turn by turn: where others use the same memory its speed changes within seconds, this share does not.
     """
     on_progress(f"linear {dtype}, one row")
-    weight = packed(dtype, SWEEP_BYTES)
+    weight = packed(dtype, beyond_caches(SWEEP_BYTES))
     return turn_by_turn(linear_call(ops, weight, dtype, 1), lambda: ops.sweep(weight))
 
 
@@ -166,7 +174,8 @@ def row_rates(ops: CpuKernels, few: DtypeRates, activations: DtypeRates, on_prog
     for dtype in WEIGHT_DTYPES:
         on_progress(f"linear {dtype} by rows")
         # Few rows read the weight from memory, so it must not fit in the cache; many reuse it while they compute.
-        large, small = packed(dtype, SWEEP_BYTES), packed(dtype, int(MANY_WEIGHTS * WEIGHT_BYTES[dtype]))
+        large = packed(dtype, beyond_caches(SWEEP_BYTES))
+        small = packed(dtype, int(MANY_WEIGHTS * WEIGHT_BYTES[dtype]))
         one_row = linear_call(ops, large, dtype, 1)
         times[dtype] = [large.numel() / few.of(dtype) / shape(large, dtype)[0]]
         for rows in ROW_COUNTS[1:]:
@@ -198,7 +207,8 @@ def attention_rates(ops: CpuKernels, dram: float, on_progress: Progress) -> tupl
     for kv_dtype in KV_DTYPES:
         for head_dim in HEAD_DIMS:
             on_progress(f"attention over {kv_dtype}, heads of {head_dim}")
-            pages, cached = (kv_pages(kv_dtype, head_dim, size) for size in (ATTENTION_BYTES, CACHED_BYTES))
+            sizes = beyond_caches(ATTENTION_BYTES), CACHED_BYTES
+            pages, cached = (kv_pages(kv_dtype, head_dim, size) for size in sizes)
             for heads in HEADS_PER_GROUP:
                 near_s = recorded_seconds(ops, decode_call(ops, cached, heads, head_dim), CALLS // 10)
                 near = 2 * cached[0].nbytes / near_s

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cpu_kernels.layout import BLOCK_FEATURES
-from placement import HardwareProfile, gpu_profiler
+from placement import HardwareProfile, gpu_profiler, profiler
 from placement.gpu_profiler import (
     COPY_BYTES,
     copy_rates,
@@ -67,6 +67,9 @@ class FakeGpu:
         self.clock = max(self.clock + self.kernels, self.copies_end)
         return self.clock - started
 
+    def kernel_seconds(self, work):
+        return self.seconds(work)
+
     def now(self):
         return self.clock
 
@@ -106,6 +109,7 @@ class FakeKernels:
 def small_buffers(monkeypatch):
     """Host buffers of the CPU work are real tensors: keep them small."""
     monkeypatch.setattr(gpu_profiler, "SWEEP_BYTES", 1 << 22)
+    monkeypatch.setattr(profiler, "CACHES", 0)
 
 
 def test_known_rates_come_out(small_buffers):

@@ -21,6 +21,7 @@ def measured(monkeypatch, tmp_path):
     for name, value in {
         "ROW_COUNTS": (1, 8, 65),
         "SWEEP_BYTES": 1 << 20,
+        "CACHES": 0,
         "ATTENTION_BYTES": 1 << 20,
         "CACHED_BYTES": 1 << 16,
         "BETWEEN_BYTES": 1 << 16,
