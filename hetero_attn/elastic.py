@@ -9,11 +9,15 @@ from collections.abc import Sequence
 
 import torch
 
+from hetero_attn.devices.slab import NoGapError
 from hetero_attn.kv_cache import KVCache
 from hetero_attn.lanes import Lanes
 from hetero_attn.linear import LinearWeights
 from hetero_attn.staging import make_ring
 from placement.plan import LinearPlacement, Plan
+
+
+Moving = tuple[LinearWeights, LinearPlacement]
 
 
 def go_over(lanes: Lanes, linears: Sequence[LinearWeights], kv_cache: KVCache, plan: Plan) -> None:
@@ -32,11 +36,25 @@ def go_over(lanes: Lanes, linears: Sequence[LinearWeights], kv_cache: KVCache, p
     lanes.device.arena.budget_bytes = plan.gpu_memory_bytes - plan.memory.gpu.get("context", 0)
     kv_cache.grow(plan)
     lanes.ring = make_ring(plan, lanes.device)
-    for weights, placement in moving:
-        _take(lanes, weights, placement)
+    _take_all(lanes, linears, plan.linears, moving)
     for weights, placement in zip(linears, plan.linears, strict=True):
         weights.placement = placement
     lanes.finish()
+
+
+def _take_all(
+    lanes: Lanes, linears: Sequence[LinearWeights], placements: Sequence[LinearPlacement], moving: list[Moving]
+) -> None:
+    """Fill the homes of the moving weights, and of all anew where those that stayed leave no gap that is large enough."""
+    try:
+        for weights, placement in moving:
+            _take(lanes, weights, placement)
+    except NoGapError:
+        lanes.finish()  # copies on their way into memory that is given back
+        for weights in linears:
+            _give_back(lanes, weights)
+        for weights, placement in zip(linears, placements, strict=True):
+            _take(lanes, weights, placement)
 
 
 def _is_home(weights: LinearWeights, placement: LinearPlacement) -> bool:

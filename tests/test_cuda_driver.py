@@ -6,12 +6,13 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from fake_cuda import fake_driver
-from runtime import THREADS, nmse, one_device_run, run_logits, toy_workload, uniform_plan
+from runtime import THREADS, emulated_plan, nmse, one_device_run, run_logits, toy_workload, uniform_plan
 from simulated_gpu import TorchCalls
 from toy import make_checkpoint
 
@@ -52,9 +53,11 @@ class QueuedTorchCalls:
 
 
 @contextmanager
-def fake_engine(path: Path, plan: Plan, refuse_pins: bool = False, handover: str = "events") -> Iterator[Engine]:
+def fake_engine(
+    path: Path, plan: Plan, refuse_pins: bool = False, handover: str = "events", slack_bytes: int = SLACK_BYTES
+) -> Iterator[Engine]:
     """A toy model on the CUDA driver over the fakes."""
-    driver = fake_driver(plan.gpu_memory_bytes + SLACK_BYTES, refuse_pins)
+    driver = fake_driver(plan.gpu_memory_bytes + slack_bytes, refuse_pins)
     device = Device(driver, plan.gpu_memory_bytes)
     lanes = connect(plan, CpuKernels(THREADS), device, ThreadPoolExecutor(1), handover)
     planned = PlannedModel(path, ModelConfig.from_dir(path), "fp32", "cuda", HardwareProfile.named("emulated"), plan)
@@ -371,3 +374,30 @@ def test_a_budget_below_cudas_own_says_the_smallest_that_works(run, one_gpu):
     hardware = machine.with_own_bytes(HardwareProfile.named("rtx3060-ddr4"), "cuda", workload)
     with pytest.raises(BudgetError, match="smallest|at least"):
         make_plan(workload, hardware, Policy(), device="cuda", gpu_memory_bytes=100 << 20)
+
+
+def test_weights_that_leave_no_gap_for_a_larger_one_make_room(long_run):
+    """Every other linear gives its memory back, and the head wants more than any of those gaps: all are placed anew."""
+    workload = replace(toy_workload(long_run.path, page_size=4, prefill_chunk=8, max_batch=1), elastic=True)
+    before = uniform_plan(workload, gpu=0.5, stream=0.0, gpu_groups=1)
+    large_head = [
+        replace(linear, gpu_units=linear.units if linear.name == "head" else linear.gpu_units * (index % 2))
+        for index, linear in enumerate(before.linears)
+    ]
+    before_head = [replace(linear, gpu_units=0) if linear.name == "head" else linear for linear in before.linears]
+    plans = [emulated_plan(workload, linears, before.kv) for linears in (before_head, large_head)]
+    budget = max(plan.gpu_memory_bytes for plan in plans)
+    before, after = (replace(plan, gpu_memory_bytes=budget) for plan in plans)
+    with fake_engine(long_run.path, before, slack_bytes=8192) as engine:
+        sequence = engine.kv_cache.open()
+        rows = [engine.prefill_logits(sequence, long_run.token_ids[start : start + 8]) for start in (0, 8)]
+        moved = []
+        for index, token_id in enumerate(long_run.token_ids[16:24]):
+            homes = [weights.gpu.data_ptr() for weights in engine.weights.linears if weights.gpu is not None]
+            engine.move((after, before)[index % 2])
+            kept = [weights.gpu.data_ptr() for weights in engine.weights.linears if weights.gpu is not None]
+            moved.append(homes[1::2] != kept[1::2])
+            rows.append(engine.decode_step([sequence], [token_id]).clone())
+
+    assert nmse(torch.cat(rows), long_run.logits[:24]) <= 1e-11
+    assert any(moved)

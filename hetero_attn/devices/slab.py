@@ -6,6 +6,10 @@ from placement.units import format_bytes
 ALIGN_BYTES = 256  # what CUDA's own allocator gives, and more than any kernel's vector load needs
 
 
+class NoGapError(MemoryBudgetError):
+    """Enough memory may be free, but not in one piece. Exit code as its parent's."""
+
+
 class Slab:
     """Hands out [offset, offset + size) of `size_bytes` bytes."""
 
@@ -19,7 +23,7 @@ class Slab:
         size = -(-count // ALIGN_BYTES) * ALIGN_BYTES
         offset = next((offset for offset, gap in self._free.items() if gap >= size), None)
         if offset is None:
-            raise MemoryBudgetError(
+            raise NoGapError(
                 f"GPU memory: no gap of {format_bytes(size)} is left in the {format_bytes(self.size_bytes)} taken at the "
                 "start; raise gpu_memory or shorten the context"
             )
