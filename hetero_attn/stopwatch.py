@@ -21,25 +21,38 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(TERMS, 0.0)
 
-    def time(self, term: str, work: Callable[[], object], settle: Callable[[], None] = lambda: None) -> object:
-        """Run `work` and count its time as a term's; settle() waits for what is queued, before and after."""
-        settle()
+    def time(self, term: str, work: Callable[[], object]) -> object:
+        """Run `work` and count its time as a term's."""
         started = time.perf_counter()
         result = work()
-        settle()
         self.seconds[term] += time.perf_counter() - started
+        return result
+
+    def time_queued(self, term: str, work: Callable[[], object], device: object, stream: object) -> object:
+        """Queue `work` on a stream of the device and count the time that the device takes for it.
+
+        The stream is kept busy while the work is queued: a kernel is launched by Python in more time than it runs, and
+        a captured step has no launches.
+        """
+        driver = device.driver
+        driver.delay(stream)
+        start = driver.mark(stream)
+        result = work()
+        stop = driver.mark(stream)
+        device.synchronize(device.record(stream))
+        self.seconds[term] += driver.seconds_between(start, stop)
         return result
 
 
 class WatchedOps:
-    """The operations of one side (cpu | gpu), every call timed."""
+    """The operations of one side (cpu | gpu), every call handed to `time(term, work)`."""
 
-    def __init__(self, ops: object, side: str, stopwatch: Stopwatch, settle: Callable[[], None]) -> None:
-        self._ops, self._side, self._stopwatch, self._settle = ops, side, stopwatch, settle
+    def __init__(self, ops: object, side: str, time: Callable[[str, Callable[[], object]], object]) -> None:
+        self._ops, self._side, self._time = ops, side, time
 
     def __getattr__(self, name: str) -> Callable[..., object]:
         op, term = getattr(self._ops, name), term_of(self._side, name)
-        return lambda *arguments: self._stopwatch.time(term, lambda: op(*arguments), self._settle)
+        return lambda *arguments: self._time(term, lambda: op(*arguments))
 
 
 class SelectedOps:
@@ -58,7 +71,7 @@ class WatchedDevice:
 
     def __init__(self, device: object, stopwatch: Stopwatch) -> None:
         self._device, self._stopwatch = device, stopwatch
-        self.ops = WatchedOps(device.ops, "gpu", stopwatch, lambda: self._settle(device.compute))
+        self.ops = WatchedOps(device.ops, "gpu", lambda term, work: self._time(term, work, device.compute))
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._device, name)
@@ -66,10 +79,10 @@ class WatchedDevice:
     def copy(self, target: object, source: object, stream: object) -> None:
         """As the device's own; copies ahead of use and those of activations are different terms."""
         term = "copies" if stream is self._device.copies else "handovers"
-        self._stopwatch.time(term, lambda: self._device.copy(target, source, stream), lambda: self._settle(stream))
+        self._time(term, lambda: self._device.copy(target, source, stream), stream)
 
-    def _settle(self, stream: object) -> None:
-        self._device.synchronize(self._device.record(stream))
+    def _time(self, term: str, work: Callable[[], object], stream: object) -> object:
+        return self._stopwatch.time_queued(term, work, self._device, stream)
 
 
 def term_of(side: str, name: str) -> str:

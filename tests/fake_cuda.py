@@ -152,6 +152,9 @@ class FakeCuda:
         """An empty graph."""
         return FakeGraph(self)
 
+    def _sleep(self, cycles: int) -> None:
+        """Time is no matter here."""
+
     def graph_pool_handle(self) -> object:
         """Stands for a pool of memory."""
         return object()

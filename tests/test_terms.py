@@ -1,6 +1,7 @@
 """The terms of a step, predicted beside measured: what they count, and that measuring them changes no answer."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,14 +71,28 @@ def test_a_recorded_step_is_replayed_for_each_kind_of_work_alone():
     assert all(value >= 0 for value in seconds.values()) and {None, *seconds} == set(calls)
 
 
-def test_a_stopwatch_settles_before_and_after_and_returns_the_result():
-    order = []
+def test_a_stopwatch_counts_the_time_of_work_and_returns_its_result():
     watch = Stopwatch()
 
-    result = watch.time("copies", lambda: order.append("work") or 7, lambda: order.append("settle"))
-
-    assert (7, ["settle", "work", "settle"]) == (result, order)
+    assert watch.time("copies", lambda: 7) == 7
     assert watch.seconds["copies"] > 0 and set(watch.seconds) == set(TERMS)
+
+
+def test_queued_work_counts_as_long_as_the_device_takes_and_no_launch_does():
+    """The marks enclose the work alone, behind something that keeps the stream busy."""
+    order = []
+
+    def noted(name, result=None):
+        return lambda *arguments: order.append(name) or result
+
+    driver = SimpleNamespace(delay=noted("delay"), mark=noted("mark"), seconds_between=noted("between", 0.25))
+    device = SimpleNamespace(driver=driver, record=noted("record"), synchronize=noted("synchronize"))
+    watch = Stopwatch()
+
+    result = watch.time_queued("gpu_linears", noted("work", 7), device, "compute")
+
+    assert (7, 0.25) == (result, watch.seconds["gpu_linears"])
+    assert ["delay", "mark", "work", "mark", "record", "synchronize", "between"] == order
 
 
 def test_what_no_term_explains_is_python_around_the_step():

@@ -161,6 +161,9 @@ class PacedDriver:
             time.sleep(0)
         stream.take(0.0)
 
+    def delay(self, stream: PacedStream) -> None:
+        """Nothing is queued that a launch could hold up."""
+
     def mark(self, stream: PacedStream) -> float:
         """When the work queued so far will have ended."""
         return stream.ready_at

@@ -19,6 +19,7 @@ from hetero_attn.errors import MemoryBudgetError
 from placement.units import format_bytes
 
 PAGE_BYTES = 4096
+DELAY_CYCLES = 1_000_000  # about half a millisecond; Python queues an operation of several kernels in a third of that
 
 
 class CudaDriver:
@@ -100,6 +101,11 @@ class CudaDriver:
         event = self._cuda.Event()
         event.record(stream)
         return event
+
+    def delay(self, stream: Any) -> None:
+        """Keep the stream busy for longer than it takes to queue an operation."""
+        with self._cuda.stream(stream):
+            self._cuda._sleep(DELAY_CYCLES)
 
     def mark(self, stream: Any) -> Any:
         """A point in time of the stream, by the device's clock."""

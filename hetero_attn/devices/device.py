@@ -15,6 +15,7 @@ in CUDA:
     write_flag(stream, flag, value)    wait_flag(stream, flag, value, exactly)    flag: int64 [1], page-locked host memory
     capture(stream) -> context         of a graph whose `replay()` queues again what was queued inside
     current(stream)            a context in which this thread's kernels are queued on the stream
+    delay(stream)              queue nothing that takes longer than a launch; for measurements
     mark(stream)               a point in time of the stream; seconds_between(mark, later), both reached
     close()                    after all queued work has ended, return everything
 """

@@ -75,6 +75,9 @@ class EmulatedDriver:
         while int(flag) != value if exactly else (int(flag) - value) & 0x80000000:
             time.sleep(0)
 
+    def delay(self, stream: EmulatedStream) -> None:
+        """Nothing is queued that a launch could hold up."""
+
     def mark(self, stream: EmulatedStream) -> float:
         """The time now, for work runs as it is queued."""
         return time.perf_counter()
