@@ -16,7 +16,6 @@ from hetero_attn.linear import LinearWeights
 from hetero_attn.staging import make_ring
 from placement.plan import LinearPlacement, Plan
 
-
 Moving = tuple[LinearWeights, LinearPlacement]
 
 

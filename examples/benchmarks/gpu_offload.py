@@ -6,12 +6,13 @@
     a  tests       pytest -m gpu: kernels against float64, toy models on three lanes, budgets
     b  handover    microseconds of a hop by events, flags and in a captured graph
     c  profile     the machine's rates, kept for the plans that follow
-    d  offload     Llama-3.1-8B shape, bf16 and q4, with 75, 50 and 25 % of the weights on the GPU, context 1k:
-                   decode, prefill 512 and 4096, predicted beside measured, the lanes' timeline
-    e  peers       accelerate's device_map and, with --llama-bench, llama.cpp with its best -ngl, at the same caps
-    f  context     16k and 64k tokens with the cache under a cap
-    g  large       a 30B-class shape, q4, with 24 of its 60 layers: what a disk of 64 GiB holds beside the rest
-    h  kernels     linear and attention alone against memory bandwidth, and torch's flash attention
+    d  kernels     linear and attention alone against memory bandwidth, and torch's flash attention
+    e  offload     Llama-3.1-8B shape, q4, with 75, 50 and 25 % of the weights on the GPU, context 1k: decode, prefill
+                   512 and 4096, predicted beside measured and the bound of the plan, the lanes' timeline
+    f  llama.cpp   with --llama-bench: the most layers that fit the same caps, the same tests; depths, with and without -nkvo
+    g  depth       decode on top of up to 64k tokens, most of them beyond the cap
+    h  offload     the same in bf16; accelerate's device_map at the same caps
+    i  large       a 30B-class shape, q4, with 24 of its 60 layers: what a disk of 64 GiB holds beside the rest
 
 Every result is a line of DIR/results.jsonl, written when it is known, so a run that is cut keeps what it has; parts
 already there are not repeated. Parts run in a process of their own: one that fails is a line with its error and the next

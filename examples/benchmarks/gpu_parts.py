@@ -32,7 +32,6 @@ LARGE_SHAPES = {
 }  # fmt: skip
 
 
-
 def parts(run: Run) -> Iterator[Part]:
     """Every measurement with its name, most wanted first."""
     if not run.quick:
@@ -45,13 +44,14 @@ def parts(run: Run) -> Iterator[Part]:
     yield "kernel attention", attention_kernels
     shape, shares = ("tiny", SHARES[1:2]) if run.quick else ("8b", SHARES)
     prompts = (16, 64) if run.quick else (512, 4096)
-    for dtype in ("q4",) if run.quick else ("q4", "bf16"):
-        yield f"offload {shape} {dtype}", offload(shape, dtype, shares, prompts, 1024)
+    depths = () if run.quick else (0, 1024, 4096, 16_384)
+    yield f"offload {shape} q4", offload(shape, "q4", shares, prompts, 1024)
+    yield f"llama.cpp {shape} q4", llama_cpp(shape, shares, depths)
+    yield f"depth {shape} q4", depth(shape, "q4", shares[-2:], (128,) if run.quick else (*depths, 65_536))
+    if not run.quick:
+        yield f"offload {shape} bf16", offload(shape, "bf16", shares, prompts, 1024)
     for share in shares:
-        yield f"llama.cpp {shape} q4 {share:.0%}", llama_cpp(shape, share)
         yield f"accelerate {shape} bf16 {share:.0%}", accelerate(shape, share)
-    for context in (512,) if run.quick else (16_384, 65_536):
-        yield f"context {shape} q4 {context}", offload(shape, "q4", (0.5,), (), context)
     if not run.quick:
         yield "large 30b q4", offload("30b", "q4", SHARES, (512,), 1024)
 
@@ -176,6 +176,31 @@ def measured(run: Run, llm: Any, prompts: tuple[int, ...], context: int, name: s
     }
 
 
+def depth(shape: str, dtype: str, shares: tuple[float, ...], depths: tuple[int, ...]) -> Callable[[Run], dict[str, Any]]:
+    """Decode on top of more and more tokens in the cache, most of which the cap leaves no room for on the GPU."""
+
+    def measure(run: Run) -> dict[str, Any]:
+        from hetero_attn import LLM, benchmark
+
+        tokens = 4 if run.quick else 32
+        llm = LLM(
+            checkpoint(run, shape), gpu_memory=cap_bytes(shape, dtype, shares[0], run.quick), dtype=dtype,
+            device=run.device, max_context=max(depths) + tokens + 2, max_batch=1, progress=False, elastic=True,
+        )  # fmt: skip
+        with llm:
+            for share in shares:
+                if share != shares[0]:
+                    llm.resize(cap_bytes(shape, dtype, share, run.quick))
+                report = benchmark.run(llm, 0, tokens, depths, 1 if run.quick else 2)
+                run.write(
+                    f"depth {shape} {dtype} {share:.0%}", rows=report.to_dict()["rows"], table=report.table(),
+                    plan=llm.plan.table(), gpu_memory=llm.plan.gpu_memory_bytes,
+                )  # fmt: skip
+        return {}
+
+    return measure
+
+
 def accelerate(shape: str, share: float) -> Callable[[Run], dict[str, Any]]:
     """transformers with accelerate's device_map under the same cap: decode and a prompt of 512, bf16."""
 
@@ -201,30 +226,61 @@ def accelerate(shape: str, share: float) -> Callable[[Run], dict[str, Any]]:
     return measure
 
 
-def llama_cpp(shape: str, share: float) -> Callable[[Run], dict[str, Any]]:
-    """llama-bench, Q4_0, with as many layers on the GPU as fit the same cap; reports the best of three counts."""
+def llama_cpp(shape: str, shares: tuple[float, ...], depths: tuple[int, ...]) -> Callable[[Run], dict[str, Any]]:
+    """llama-bench, Q4_0, with the most layers on the GPU that keep it under the same cap, found by its real use."""
 
     def measure(run: Run) -> dict[str, Any]:
         if run.llama_bench is None:
             return {"skipped": "no --llama-bench"}
-        gguf = run.work_dir / f"{shape}-q4_0.gguf"
-        if not gguf.exists():
-            command = [sys.executable, HERE / "random_checkpoint.py", "gguf", checkpoint(run, shape), gguf]
-            subprocess.run([*map(str, command), "--type", "Q4_0"], check=True)
-        layers = LARGE_SHAPES[shape].num_layers
-        fitting = int(layers * share)
-        rows = []
-        for count in sorted({max(0, fitting - 1), fitting, min(layers, fitting + 1)}):
-            command = [run.llama_bench, "-m", gguf, "-ngl", count, "-p", 512, "-n", 64, "-o", "json"]
-            answer = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
-            if answer.returncode == 0:
-                rows += [
-                    {"ngl": count, "n_prompt": row["n_prompt"], "tokens_per_s": row["avg_ts"]}
-                    for row in json.loads(answer.stdout)
-                ]
-        return {"rows": rows}
+        gguf, shape_of = gguf_file(run, shape), LARGE_SHAPES[shape]
+        layer_bytes = gguf.stat().st_size // (shape_of.num_layers + 2)
+        for share in shares:
+            cap, name = cap_bytes(shape, "q4", share), f"llama.cpp {shape} q4 {share:.0%}"
+            layers = max(0, int(share * shape_of.num_layers) - 2)
+            _, peak = llama_bench(run, gguf, layers, "-p", 0, "-n", 1, "-r", 1)
+            layers = min(shape_of.num_layers + 1, layers + int((cap - peak) // layer_bytes))
+            decode, peak = llama_bench(run, gguf, layers, "-p", 0, "-n", 32, "-d", 990)
+            prompts, prompt_peak = llama_bench(
+                run, gguf, layers, "-p", "512,4096", "-n", 0, "-ub", "512,2048", "-b", 4096, "-r", 2
+            )
+            rows = decode + prompts
+            if depths:
+                rows += llama_bench(run, gguf, layers, "-p", 0, "-n", 32, "-r", 1, "-d", _listed(depths))[0]
+                rows += llama_bench(run, gguf, layers, "-p", 0, "-n", 32, "-r", 1, "-d", _listed(depths), "-nkvo", 1)[0]
+            run.write(name, cap_bytes=cap, ngl=layers, peak_bytes=max(peak, prompt_peak), rows=rows)
+        return {}
 
     return measure
+
+
+def llama_bench(run: Run, gguf: Path, layers: int, *options: object) -> tuple[list[dict[str, Any]], int]:
+    """The rows of one llama-bench run with flash attention, and the most GPU memory that was in use meanwhile."""
+    command = [run.llama_bench, "-m", gguf, "-ngl", layers, "-fa", 1, "-o", "json", *options]
+    peak = 0
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        with ThreadPoolExecutor(1) as reader:
+            answer = reader.submit(child.communicate)
+            while not answer.done():
+                peak = max(peak, torch.cuda.device_memory_used())
+                time.sleep(0.02)
+    output, complaint = answer.result()
+    if child.returncode:
+        raise RuntimeError(f"llama-bench ended with {child.returncode}: {complaint[-500:]}")
+    wanted = ("n_prompt", "n_gen", "n_depth", "n_ubatch", "n_threads", "no_kv_offload", "avg_ts", "stddev_ts")
+    return [{name: row.get(name) for name in wanted} for row in json.loads(output)], peak
+
+
+def gguf_file(run: Run, shape: str) -> Path:
+    """The checkpoint as Q4_0, made on first use."""
+    gguf = run.work_dir / f"{shape}-q4_0.gguf"
+    if not gguf.exists():
+        command = [sys.executable, HERE / "random_checkpoint.py", "gguf", checkpoint(run, shape), gguf]
+        subprocess.run([*map(str, command), "--type", "Q4_0"], check=True)
+    return gguf
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))
 
 
 def make_device(run: Run) -> Any:
@@ -242,7 +298,7 @@ def cap_bytes(shape: str, dtype: str, share: float, quick: bool = False) -> int:
 
     dims = [size for size in LARGE_SHAPES[shape].tensors().values() if len(size) == 2]
     weights = sum(rows * columns for rows, columns in dims) * WEIGHT_BYTES[dtype]
-    fixed = 64 << 20 if quick else 2 << 30  # context, temporaries, activations, cache
+    fixed = 64 << 20 if quick else 3 << 29  # context, temporaries, activations, the cache of some thousand tokens
     return int(share * weights) + fixed
 
 
