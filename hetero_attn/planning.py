@@ -24,6 +24,7 @@ DEFAULT_MAX_BATCH = 4
 THROUGHPUT_MAX_BATCH = 16
 DEFAULT_PREFILL_CHUNK = 512
 MIN_PREFILL_CHUNK = 16
+MAX_PREFILL_CHUNK = 2048
 PAGE_TOKENS = 64
 
 
@@ -213,11 +214,22 @@ def choose_batch(
 
 
 def fit_prefill_chunk(build: Callable[..., Workload], budget_bytes: int) -> Workload:
-    """The workload whose prefill chunk is halved until its activations take a quarter of the GPU budget at most, or to 16
-    rows; `build(prefill_chunk=)` makes it, because other sizes follow the chunk too."""
+    """The workload with the prefill chunk that suits a GPU budget; `build(prefill_chunk=)` makes it, because other sizes
+    follow the chunk too.
+
+    Beginning from the default, the chunk is halved, to 16 rows at least, until its activations take a quarter of the
+    budget at most. Where it need not be, it is doubled while they take a twelfth: weights are streamed once a chunk, and
+    Python queues the kernels of each chunk anew.
+    """
     workload = build(prefill_chunk=DEFAULT_PREFILL_CHUNK)
     while workload.prefill_chunk > MIN_PREFILL_CHUNK and 4 * activation_bytes(workload) > budget_bytes:
         workload = build(prefill_chunk=workload.prefill_chunk // 2)
+    largest = min(MAX_PREFILL_CHUNK, workload.max_context)
+    while DEFAULT_PREFILL_CHUNK <= workload.prefill_chunk <= largest // 2:
+        larger = build(prefill_chunk=2 * workload.prefill_chunk)
+        if 12 * activation_bytes(larger) > budget_bytes:
+            break
+        workload = larger
     return workload
 
 
