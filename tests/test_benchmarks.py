@@ -185,6 +185,11 @@ def test_the_gpu_script_runs_every_part_on_the_emulated_device_and_keeps_what_it
     assert [row["name"] for row in offload["rows"]] == ["tg4 @ d1018", "pp16", "pp64"]
     assert json.loads((tmp_path / "out" / offload["trace"]).read_text())["traceEvents"]
 
+    report = run_script("gpu_report.py", tmp_path / "out", tmp_path / "record.json", "--plot", tmp_path / "plot.png")
+    assert report.returncode == 0, report.stderr
+    assert "| tiny q4 50% @ 1024, pp16 |" in report.stdout and (tmp_path / "plot.png").stat().st_size > 0
+    assert "handover flags" in {result["name"] for result in json.loads((tmp_path / "record.json").read_text())}
+
 
 def test_a_paced_device_keeps_the_rates_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """Queues are clocks: kernels and copies overlap, events order them, and waiting lasts until the work would have ended."""

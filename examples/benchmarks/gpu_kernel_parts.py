@@ -13,6 +13,7 @@ HEADS, KV_HEADS, HEAD_DIM, PAGE_TOKENS = 32, 8, 128, 64
 SHAPES = ((4096, 4096), (4096, 28_672), (14_336, 4096), (4096, 256))  # the last for --quick
 BEYOND_CACHE = 160 << 20  # bytes, three times the largest GPU's last cache
 
+
 def linear_kernel(run: Run, dtype: str) -> dict[str, Any]:
     """The GPU's linear by shape and rows: weight bytes and operations a second."""
     from cpu_kernels.layout import BLOCK_FEATURES, block_bytes

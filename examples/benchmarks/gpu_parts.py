@@ -1,35 +1,23 @@
 """The parts of `gpu_offload.py`: tests, hand-overs, the profile, whole models alone and beside their peers."""
 
-import json
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from gpu_checkpoints import cap_bytes, checkpoint
 from gpu_kernel_parts import attention_kernels, linear_kernel, median_seconds
+from gpu_peers import accelerate, llama_cpp
 from gpu_run import Part, Run
-from random_checkpoint import MODEL_FILE, SHAPES, Shape, header_of
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHARES = (0.75, 0.5, 0.25)
-DRAWN_VALUES = 4_000_037  # a prime, so that no two rows of a matrix are equal
 HOPS = 64  # as many as a token of 32 layers makes with two a layer
-LARGE_SHAPES = {
-    "8b": replace(SHAPES["llama-3.2-1b"], hidden_size=4096, num_layers=32, head_dim=128, intermediate_size=14_336),
-    "30b": replace(
-        SHAPES["llama-3.2-1b"], hidden_size=6656, num_layers=24, num_heads=52, num_kv_heads=4, head_dim=128,
-        intermediate_size=17_920, vocab_size=32_000,
-    ),
-    "tiny": replace(SHAPES["tiny"], max_positions=2048),
-}  # fmt: skip
 
 
 def parts(run: Run) -> Iterator[Part]:
@@ -170,13 +158,16 @@ def measured(run: Run, llm: Any, prompts: tuple[int, ...], context: int, name: s
         "gpu_memory": llm.plan.gpu_memory_bytes,
         "arena_peak_bytes": device.arena.peak_bytes,
         "reserved_bytes": torch.cuda.max_memory_reserved() if run.device.startswith("cuda") else None,
+        "used_bytes": torch.cuda.device_memory_used() if run.device.startswith("cuda") else None,
         "refused_pins": sorted(device.refused_kinds),
         "plan": llm.plan.table(),
         "trace": trace.name,
     }
 
 
-def depth(shape: str, dtype: str, shares: tuple[float, ...], depths: tuple[int, ...]) -> Callable[[Run], dict[str, Any]]:
+def depth(
+    shape: str, dtype: str, shares: tuple[float, ...], depths: tuple[int, ...]
+) -> Callable[[Run], dict[str, Any]]:
     """Decode on top of more and more tokens in the cache, most of which the cap leaves no room for on the GPU."""
 
     def measure(run: Run) -> dict[str, Any]:
@@ -201,88 +192,6 @@ def depth(shape: str, dtype: str, shares: tuple[float, ...], depths: tuple[int, 
     return measure
 
 
-def accelerate(shape: str, share: float) -> Callable[[Run], dict[str, Any]]:
-    """transformers with accelerate's device_map under the same cap: decode and a prompt of 512, bf16."""
-
-    def measure(run: Run) -> dict[str, Any]:
-        import transformers
-
-        cap = cap_bytes(shape, "bf16", share, run.quick)
-        placed = {"device_map": "auto", "max_memory": {0: cap, "cpu": "100GiB"}} if run.device != "emulated" else {}
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint(run, shape), dtype=torch.bfloat16, **placed
-        ).eval()
-        prompt = torch.ones((1, 16 if run.quick else 512), dtype=torch.long, device=model.device)
-        tokens = 2 if run.quick else 8
-
-        def generate(count: int) -> None:
-            with torch.inference_mode():
-                model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
-
-        generate(1)
-        first, all_tokens = (median_seconds(lambda count=count: generate(count), 1) for count in (1, 1 + tokens))
-        return {"prefill_tokens_per_s": prompt.numel() / first, "decode_tokens_per_s": tokens / (all_tokens - first)}
-
-    return measure
-
-
-def llama_cpp(shape: str, shares: tuple[float, ...], depths: tuple[int, ...]) -> Callable[[Run], dict[str, Any]]:
-    """llama-bench, Q4_0, with the most layers on the GPU that keep it under the same cap, found by its real use."""
-
-    def measure(run: Run) -> dict[str, Any]:
-        if run.llama_bench is None:
-            return {"skipped": "no --llama-bench"}
-        gguf, shape_of = gguf_file(run, shape), LARGE_SHAPES[shape]
-        layer_bytes = gguf.stat().st_size // (shape_of.num_layers + 2)
-        for share in shares:
-            cap, name = cap_bytes(shape, "q4", share), f"llama.cpp {shape} q4 {share:.0%}"
-            layers = max(0, int(share * shape_of.num_layers) - 2)
-            _, peak = llama_bench(run, gguf, layers, "-p", 0, "-n", 1, "-r", 1)
-            layers = min(shape_of.num_layers + 1, layers + int((cap - peak) // layer_bytes))
-            decode, peak = llama_bench(run, gguf, layers, "-p", 0, "-n", 32, "-d", 990)
-            prompts, prompt_peak = llama_bench(
-                run, gguf, layers, "-p", "512,4096", "-n", 0, "-ub", "512,2048", "-b", 4096, "-r", 2
-            )
-            rows = decode + prompts
-            if depths:
-                rows += llama_bench(run, gguf, layers, "-p", 0, "-n", 32, "-r", 1, "-d", _listed(depths))[0]
-                rows += llama_bench(run, gguf, layers, "-p", 0, "-n", 32, "-r", 1, "-d", _listed(depths), "-nkvo", 1)[0]
-            run.write(name, cap_bytes=cap, ngl=layers, peak_bytes=max(peak, prompt_peak), rows=rows)
-        return {}
-
-    return measure
-
-
-def llama_bench(run: Run, gguf: Path, layers: int, *options: object) -> tuple[list[dict[str, Any]], int]:
-    """The rows of one llama-bench run with flash attention, and the most GPU memory that was in use meanwhile."""
-    command = [run.llama_bench, "-m", gguf, "-ngl", layers, "-fa", 1, "-o", "json", *options]
-    peak = 0
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        with ThreadPoolExecutor(1) as reader:
-            answer = reader.submit(child.communicate)
-            while not answer.done():
-                peak = max(peak, torch.cuda.device_memory_used())
-                time.sleep(0.02)
-    output, complaint = answer.result()
-    if child.returncode:
-        raise RuntimeError(f"llama-bench ended with {child.returncode}: {complaint[-500:]}")
-    wanted = ("n_prompt", "n_gen", "n_depth", "n_ubatch", "n_threads", "no_kv_offload", "avg_ts", "stddev_ts")
-    return [{name: row.get(name) for name in wanted} for row in json.loads(output)], peak
-
-
-def gguf_file(run: Run, shape: str) -> Path:
-    """The checkpoint as Q4_0, made on first use."""
-    gguf = run.work_dir / f"{shape}-q4_0.gguf"
-    if not gguf.exists():
-        command = [sys.executable, HERE / "random_checkpoint.py", "gguf", checkpoint(run, shape), gguf]
-        subprocess.run([*map(str, command), "--type", "Q4_0"], check=True)
-    return gguf
-
-
-def _listed(numbers: tuple[int, ...]) -> str:
-    return ",".join(map(str, numbers))
-
-
 def make_device(run: Run) -> Any:
     """A small device for the hand-overs."""
     from hetero_attn.devices import CudaDriver, Device, EmulatedDriver
@@ -290,46 +199,3 @@ def make_device(run: Run) -> Any:
 
     emulated = run.device == "emulated"
     return Device(EmulatedDriver() if emulated else CudaDriver(device_index(run.device), 1 << 20, 1 << 28))
-
-
-def cap_bytes(shape: str, dtype: str, share: float, quick: bool = False) -> int:
-    """The GPU budget that leaves room for `share` of the weights beside what else must be there."""
-    from placement.hardware import WEIGHT_BYTES
-
-    dims = [size for size in LARGE_SHAPES[shape].tensors().values() if len(size) == 2]
-    weights = sum(rows * columns for rows, columns in dims) * WEIGHT_BYTES[dtype]
-    fixed = 64 << 20 if quick else 3 << 29  # context, temporaries, activations, the cache of some thousand tokens
-    return int(share * weights) + fixed
-
-
-def checkpoint(run: Run, shape: str) -> Path:
-    """A checkpoint of the shape, made on first use: the values of one layer serve for all, so it takes seconds."""
-    directory = run.work_dir / shape
-    if not (directory / MODEL_FILE).exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(LARGE_SHAPES[shape].config(), indent=2))
-        write_repeated(LARGE_SHAPES[shape], directory / MODEL_FILE)
-    return directory
-
-
-def write_repeated(shape: Shape, path: Path) -> None:
-    """One safetensors file; tensors of equal shape hold equal values."""
-    generator, made = np.random.Generator(np.random.SFC64(0)), {}
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(header_of(shape))
-        for dims in shape.tensors().values():
-            if dims not in made:
-                made[dims] = random_bits(generator, dims)
-            made[dims].tofile(file)
-    partial.rename(path)
-
-
-def random_bits(generator: np.random.Generator, dims: tuple[int, ...]) -> np.ndarray:
-    """bf16 values of variance 1 / columns, some megabytes of them over and over; ones for norms."""
-    if len(dims) == 1:
-        return np.full(dims, 0x3F80, dtype=np.uint16)
-    values = generator.random(DRAWN_VALUES, dtype=np.float32)
-    values -= 0.5
-    values *= np.float32((12 / dims[1]) ** 0.5)
-    return np.resize((values.view(np.uint32) >> 16).astype(np.uint16), dims)

@@ -113,4 +113,13 @@ def is_broken(run: Run) -> bool:
 def machine(run: Run) -> dict[str, Any]:
     """What the figures were measured on."""
     gpu = torch.cuda.get_device_name() if run.device.startswith("cuda") else "none (emulated: no figure counts)"
-    return {"gpu": gpu, "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
+    from cpu_kernels.topology import physical_cpus
+    from placement.fingerprint import cpu_name
+
+    return {
+        "gpu": gpu,
+        "cpu": f"{len(physical_cpus())} cores of {cpu_name()}",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+    }
