@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cpu_kernels.topology import default_threads, physical_cpus
 from hetero_attn.checkpoint import Checkpoint
 from hetero_attn.config import ModelConfig
 from hetero_attn.errors import ConfigError, MemoryBudgetError, UnsupportedModelError, nearest
 from hetero_attn.hub import resolve_model
-from hetero_attn.profiles import current_profile
+from hetero_attn.profiles import current_profile, lane_threads
 from hetero_attn.weights import build_workload, natural_kv_dtype
 from placement import BudgetError, HardwareProfile, Plan, Policy, make_plan
 from placement.memory import activation_bytes
@@ -142,13 +141,15 @@ def machine_profile(device: str) -> HardwareProfile:
 
     An emulated GPU has rates of its own in the catalogue; they say nothing about any GPU.
     """
-    threads = default_threads(physical_cpus())
+    threads = lane_threads()
     if device == "emulated":
         return HardwareProfile.named("emulated").with_threads(threads)
     if device.startswith("cuda"):
         from hetero_attn.devices.machine import device_index, gpu_profile
 
-        return gpu_profile(device_index(device), current_profile()).with_threads(threads)
+        stored = current_profile()
+        profile = gpu_profile(device_index(device), stored)
+        return profile if profile is stored else profile.with_threads(threads)
     return current_profile() or HardwareProfile.named("generic-cpu").with_threads(threads)
 
 

@@ -130,3 +130,11 @@ def test_threads_that_slow_the_others_are_left_out_and_idle_memory_leaves_none_o
     saturated = (ThreadRate(1, 33e9, 1.0), ThreadRate(2, 32.5e9, 1.0))
 
     assert (best_threads(slowing), best_threads(saturated)) == (4, 2)
+
+
+@pytest.mark.parametrize("cores,has_gpu,threads", [(16, False, 16), (16, True, 15), (4, True, 3), (2, True, 2)])
+def test_a_core_is_left_to_the_thread_that_feeds_a_gpu(monkeypatch, cores, has_gpu, threads):
+    monkeypatch.setattr(profiles, "default_threads", lambda cpus: cores)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+
+    assert profiles.lane_threads() == threads
