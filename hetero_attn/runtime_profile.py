@@ -31,7 +31,7 @@ from placement.policy import Policy
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 64, 4, 2, 16, 64
 FEW_LAYERS, MANY_LAYERS = 2, 10
-PROMPT = 2
+PROMPT, LONG_PROMPT = 2, 128
 STEPS, COLD_STEPS = 40, 10
 SWEEP_BYTES = 128 << 20  # between steps, to drive Python out of the caches
 LINEARS_PER_LAYER = 4
@@ -87,7 +87,8 @@ def cpu_costs(toy: Path, profile: HardwareProfile) -> dict[str, float]:
 def gpu_costs(
     toys: dict[int, Path], profile: HardwareProfile, device: str, make_driver: MakeDriver | None
 ) -> dict[str, float]:
-    """launch_overhead_s, step_overhead_s and handover_s, from steps of the GPU alone and of shared linears."""
+    """launch_overhead_s, gpu_layer_overhead_s, step_overhead_s and handover_s, from steps of the GPU alone and of shared
+    linears."""
     times = {}
     for name, layers, policy in (
         ("few", FEW_LAYERS, ON_GPU),
@@ -97,10 +98,13 @@ def gpu_costs(
         with _engine(toys[layers], policy, profile, device, make_driver) as engine:
             times[name] = _seconds(engine, _decode)
             times[f"{name}, cold"] = _seconds(engine, _decode, cold=True)
+            times[f"{name}, prompt"] = _seconds(engine, _long_prefill)
+    queued = max(0.0, times["many, prompt"] - times["few, prompt"]) / (MANY_LAYERS - FEW_LAYERS)
     layer = max(0.0, times["many"] - times["few"]) / (MANY_LAYERS - FEW_LAYERS)
     handover = max(0.0, times["shared"] - times["many"]) / (MANY_LAYERS * LINEARS_PER_LAYER)
     return {
         "launch_overhead_s": layer / LAUNCHES_PER_LAYER,
+        "gpu_layer_overhead_s": queued,
         "step_overhead_s": max(0.0, times["few, cold"] - FEW_LAYERS * layer),
         "cached_step_overhead_s": max(0.0, times["few"] - FEW_LAYERS * layer),
         "handover_s": handover,
@@ -134,6 +138,12 @@ def _decode(engine: Engine, sequence: object) -> None:
 
 def _prefill(engine: Engine, sequence: object) -> None:
     engine.prefill(sequence, [1] * PROMPT).argmax().item()
+
+
+def _long_prefill(engine: Engine, sequence: object) -> None:
+    """As many rows as take the GPU's path for many; its sequence begins anew, for the toy's context is short."""
+    engine.prefill(sequence, [1] * LONG_PROMPT).argmax().item()
+    assert engine.kv_cache.rewind(sequence, 0)
 
 
 def _seconds(engine: Engine, work: Callable[[Engine, object], None], cold: bool = False) -> float:

@@ -238,6 +238,11 @@ def attention_handovers(cpu_linear_units: int, gpu_groups: int, groups: int, spi
     return int(attended_by_cpu > cpu_linear_units)
 
 
+def queueing_s(workload: Workload, call: Call, hardware: HardwareProfile, on_gpu: bool) -> float:
+    """What Python needs to queue a prompt's layers on a GPU, which works on them meanwhile; a decode step is captured."""
+    return workload.num_layers * hardware.gpu_layer_overhead_s if on_gpu and call.q_len > 1 else 0.0
+
+
 class PassCost(NamedTuple):
     """Seconds of one pass, the seconds that each resource needs by itself, and those of each kind of work."""
 
@@ -284,7 +289,10 @@ def pass_cost(
     lanes, terms = ({name: fsum(parts) for name, parts in sums.items()} for sums in (tally.lanes, tally.terms))
     if lanes["cpu"]:
         lanes["cpu"] += (1 - hardware.cpu_slowdown_while_copying) * lanes["pcie"]
-    return PassCost(max(*lanes.values(), fsum(tally.before_head_s) + tally.head_s) + step, lanes, terms)
+    work = max(*lanes.values(), fsum(tally.before_head_s) + tally.head_s)
+    not_hidden = max(0.0, queueing_s(workload, call, hardware, on_gpu) - work)
+    terms["step"] += not_hidden
+    return PassCost(work + not_hidden + step, lanes, terms)
 
 
 class _Tally:

@@ -54,7 +54,8 @@ class HardwareProfile:
     cpu_call_s: one call of the CPU kernel team; cpu_recorded_call_s: the same in a recorded step, 0 is as a call;
     cpu_small_bytes_per_s: activations through norms and such, 0 is the DRAM rate; step_overhead_s: Python once per step,
     cached_step_overhead_s: the same when a step's weights leave it in the cache;
-    layer_overhead_s: Python around a layer of a step that is not recorded;
+    layer_overhead_s: Python around a layer of a step that is not recorded; gpu_layer_overhead_s: Python queueing a layer
+    of a prompt on a GPU, beside the GPU's own work;
     logits_s_per_token: choosing a token, per entry of the vocabulary.
     gpu_context_bytes: GPU memory that the driver takes for itself. unified_memory: GPU and CPU share one DRAM.
     cpu_rows, gpu_rows: linears by token rows, ascending; they replace the two-rate estimate where there are any.
@@ -92,6 +93,7 @@ class HardwareProfile:
     cpu_recorded_call_s: float = 0.0
     cpu_small_bytes_per_s: float = 0.0
     layer_overhead_s: float = 0.0
+    gpu_layer_overhead_s: float = 0.0
     cached_step_overhead_s: float = 0.0
     logits_s_per_token: float = 0.0
     h2d_pageable_bytes_per_s: float = 0.0

@@ -269,3 +269,18 @@ def test_lanes_of_a_paired_block_may_be_uneven_in_its_parts():
     column = pass_cost(workload, linears, kv, slow_cpu, Call(1, 1, 1), True)
 
     assert cost.lanes["steps"] <= column.lanes["steps"] * (1 + 1e-9)
+
+
+def test_a_prompt_takes_at_least_what_python_needs_to_queue_it_and_a_captured_step_does_not():
+    workload = llama_8b()
+    linears, kv = placed(workload, 1.0, 0.0, groups=8)
+    slow = replace(MACHINE, gpu_layer_overhead_s=1.0)
+
+    queued, decoded, before = (
+        pass_cost(workload, linears, kv, machine, call, True)
+        for machine, call in ((slow, Call(1, 64, 0)), (slow, Call(1, 1, 64)), (MACHINE, Call(1, 1, 64)))
+    )
+
+    assert queued.seconds == pytest.approx(workload.num_layers * 1.0 + MACHINE.step_overhead_s, rel=0.01)
+    assert queued.terms["step"] > 0.9 * queued.seconds
+    assert decoded == before
