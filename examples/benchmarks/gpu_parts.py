@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from gpu_checkpoints import cap_bytes, checkpoint
 from gpu_kernel_parts import attention_kernels, linear_kernel, median_seconds
-from gpu_peers import accelerate, llama_cpp
+from gpu_peers import accelerate, llama_cpp, llama_cpp_depths
 from gpu_run import Part, Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,10 +32,13 @@ def parts(run: Run) -> Iterator[Part]:
     yield "kernel attention", attention_kernels
     shape, shares = ("tiny", SHARES[1:2]) if run.quick else ("8b", SHARES)
     prompts = (16, 64) if run.quick else (512, 4096)
-    depths = () if run.quick else (0, 1024, 4096, 16_384)
+    depths = (128,) if run.quick else (1024, 4096, 16_384)
     yield f"offload {shape} q4", offload(shape, "q4", shares, prompts, 1024)
-    yield f"llama.cpp {shape} q4", llama_cpp(shape, shares, depths)
-    yield f"depth {shape} q4", depth(shape, "q4", shares[-2:], (128,) if run.quick else (*depths, 65_536))
+    for share in shares:
+        yield f"llama.cpp {shape} q4 {share:.0%}", llama_cpp(shape, share)
+    yield f"depth {shape} q4", depth(shape, "q4", shares[-2:], depths if run.quick else (0, *depths, 65_536))
+    for share in shares[-2:]:
+        yield f"llama.cpp depth {shape} q4 {share:.0%}", llama_cpp_depths(shape, share, depths)
     if not run.quick:
         yield f"offload {shape} bf16", offload(shape, "bf16", shares, prompts, 1024)
     for share in shares:

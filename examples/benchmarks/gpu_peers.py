@@ -29,7 +29,7 @@ def accelerate(shape: str, share: float) -> Callable[[Run], dict[str, Any]]:
             checkpoint(run, shape), dtype=torch.bfloat16, **placed
         ).eval()
         prompt = torch.ones((1, 16 if run.quick else 512), dtype=torch.long, device=model.device)
-        tokens = 2 if run.quick else 8
+        tokens = 2 if run.quick else 4
 
         def generate(count: int) -> None:
             with torch.inference_mode():
@@ -42,37 +42,56 @@ def accelerate(shape: str, share: float) -> Callable[[Run], dict[str, Any]]:
     return measure
 
 
-def llama_cpp(shape: str, shares: tuple[float, ...], depths: tuple[int, ...]) -> Callable[[Run], dict[str, Any]]:
-    """llama-bench, Q4_0, with the most layers on the GPU that keep it under the same cap, found by its real use."""
+def llama_cpp(shape: str, share: float) -> Callable[[Run], dict[str, Any]]:
+    """llama-bench, Q4_0, decode at context 1k and prompts, each with the better of two batch sizes."""
 
     def measure(run: Run) -> dict[str, Any]:
         if run.llama_bench is None:
             return {"skipped": "no --llama-bench"}
-        gguf, shape_of = gguf_file(run, shape), LARGE_SHAPES[shape]
-        layer_bytes = gguf.stat().st_size // (shape_of.num_layers + 2)
-        for share in shares:
-            cap, name = cap_bytes(shape, "q4", share), f"llama.cpp {shape} q4 {share:.0%}"
-            layers = max(0, int(share * shape_of.num_layers) - 2)
-            _, peak = llama_bench(run, gguf, layers, "-p", 0, "-n", 1, "-r", 1)
-            layers = min(shape_of.num_layers + 1, layers + int((cap - peak) // layer_bytes))
-            decode, peak = llama_bench(run, gguf, layers, "-p", 0, "-n", 32, "-d", 990)
-            prompts, prompt_peak = llama_bench(
-                run, gguf, layers, "-p", "512,4096", "-n", 0, "-ub", "512,2048", "-b", 4096, "-r", 2
-            )
-            rows = decode + prompts
-            if depths:
-                rows += llama_bench(run, gguf, layers, "-p", 0, "-n", 32, "-r", 1, "-d", _listed(depths))[0]
-                rows += llama_bench(run, gguf, layers, "-p", 0, "-n", 32, "-r", 1, "-d", _listed(depths), "-nkvo", 1)[0]
-            run.write(name, cap_bytes=cap, ngl=layers, peak_bytes=max(peak, prompt_peak), rows=rows)
-        return {}
+        gguf, layers, cap = *fitting_layers(run, shape, share), cap_bytes(shape, "q4", share)
+        decode, peak = llama_bench(run, gguf, layers, "-p", 0, "-n", 32, "-d", 990, "-r", 3)
+        prompts, prompt_peak = llama_bench(
+            run, gguf, layers, "-p", "512,4096", "-n", 0, "-ub", "512,2048", "-b", 4096, "-r", 2
+        )
+        return {
+            "cap_bytes": cap,
+            "ngl": layers,
+            "peak_bytes": peak,
+            "prompt_peak_bytes": prompt_peak,
+            "rows": decode + prompts,
+        }
 
     return measure
 
 
+def llama_cpp_depths(shape: str, share: float, depths: tuple[int, ...]) -> Callable[[Run], dict[str, Any]]:
+    """Decode on top of `depths` tokens, with the cache of the GPU's layers on the GPU and with all of it in DRAM."""
+
+    def measure(run: Run) -> dict[str, Any]:
+        if run.llama_bench is None:
+            return {"skipped": "no --llama-bench"}
+        gguf, layers = fitting_layers(run, shape, share)
+        options = ("-p", 0, "-n", 32, "-r", 1, "-ub", 2048, "-b", 2048, "-d", ",".join(map(str, depths)))
+        on_gpu, peak = llama_bench(run, gguf, layers, *options)
+        in_dram, _ = llama_bench(run, gguf, layers, *options, "-nkvo", 1)
+        return {"cap_bytes": cap_bytes(shape, "q4", share), "ngl": layers, "peak_bytes": peak, "rows": on_gpu + in_dram}
+
+    return measure
+
+
+def fitting_layers(run: Run, shape: str, share: float) -> tuple[Path, int]:
+    """The model as GGUF, and the most layers on the GPU that keep llama.cpp under the cap, from what it takes with few."""
+    gguf, layers = gguf_file(run, shape), LARGE_SHAPES[shape].num_layers
+    few = max(0, int(share * layers) - 2)
+    _, peak = llama_bench(run, gguf, few, "-p", 0, "-n", 1, "-d", 990, "-r", 1)
+    room = cap_bytes(shape, "q4", share) - peak
+    return gguf, min(layers + 1, few + int(room // (gguf.stat().st_size // (layers + 2))))
+
+
 def llama_bench(run: Run, gguf: Path, layers: int, *options: object) -> tuple[list[dict[str, Any]], int]:
-    """The rows of one llama-bench run with flash attention, and the most GPU memory that was in use meanwhile."""
+    """The rows of one llama-bench run with flash attention, and the most GPU memory that it had meanwhile."""
     command = [run.llama_bench, "-m", gguf, "-ngl", layers, "-fa", 1, "-o", "json", *options]
-    peak = 0
+    before = peak = torch.cuda.device_memory_used()
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         with ThreadPoolExecutor(1) as reader:
             answer = reader.submit(child.communicate)
@@ -83,7 +102,7 @@ def llama_bench(run: Run, gguf: Path, layers: int, *options: object) -> tuple[li
     if child.returncode:
         raise RuntimeError(f"llama-bench ended with {child.returncode}: {complaint[-500:]}")
     wanted = ("n_prompt", "n_gen", "n_depth", "n_ubatch", "n_threads", "no_kv_offload", "avg_ts", "stddev_ts")
-    return [{name: row.get(name) for name in wanted} for row in json.loads(output)], peak
+    return [{name: row.get(name) for name in wanted} for row in json.loads(output)], peak - before
 
 
 def gguf_file(run: Run, shape: str) -> Path:

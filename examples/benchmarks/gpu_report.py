@@ -97,16 +97,19 @@ def curves(results: list[Result]) -> dict[str, list[tuple[float, float]]]:
 
 def _llama(peers: dict[str, Result], result: Result, row: Result) -> str:
     """The best of llama.cpp's figures for the same test under the same cap, and this runtime's ratio to it."""
-    words = result["name"].split()
-    peer = peers.get(f"llama.cpp {words[1]} {words[2]} {words[3]}", {})
-    kind, depth = row["name"][:2], int(row["name"].partition("@ d")[2] or 0)
-    tokens = int(row["name"][2:].split()[0])
+    what, shape, dtype, share = result["name"].split()[:4]
+    peer = peers.get(f"llama.cpp {'depth ' * (what == 'depth')}{shape} {dtype} {share}", {})
+    is_decode, depth, tokens = row["name"].startswith("tg"), int(row["name"].partition("@ d")[2] or 0), _tokens(row)
     speeds = [
         other["avg_ts"]
         for other in peer.get("rows", ())
-        if other["n_depth"] == depth and other["n_gen" if kind == "tg" else "n_prompt"] == tokens
+        if other["n_depth"] == depth and other["n_gen" if is_decode else "n_prompt"] == tokens
     ]
     return f"{max(speeds):.1f} ({row['tokens_per_s'] / max(speeds):.2f}x)" if speeds else "-"
+
+
+def _tokens(row: Result) -> int:
+    return int(row["name"][2:].split()[0])
 
 
 def _accelerate(peers: dict[str, Result], result: Result, row: Result) -> str:
