@@ -128,6 +128,11 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> None:
     out.copy_((torch.nn.functional.silu(gate) * up).flatten(1))
 
 
+def copy_rows(target: Tensor, source: Tensor) -> None:
+    """Copy f32 [rows, columns]."""
+    target.copy_(source)
+
+
 def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,
                 k_norm: Tensor | None, eps: float, q: Tensor, k_pages: Tensor, v_pages: Tensor,
                 slots: Tensor) -> None:

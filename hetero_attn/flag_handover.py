@@ -6,10 +6,10 @@ ended, and the stream waits for the number of the last job it needs. It is set e
 waits for a job that is over; a job that never ends is released, with an error, when `join` has waited `watchdog_s`.
 
 In a captured step (`record`, then `replay` for every step) numbers would be the same each time, so every job has two
-flags of its own, each set by one side and cleared by the other:
+flags of its own. Both are cleared before the step runs again, when the GPU has long passed them:
 
-    GPU: ... copies | request = 1 ...... wait done == 1 | done = 0 | copies ...
-    host worker:      wait request == 1 | request = 0 | job | done = 1
+    GPU: ... copies | request = 1 ...... wait done == 1 | copies ...
+    host worker:      wait request == 1 | job | done = 1
 """
 
 from collections.abc import Iterator
@@ -62,7 +62,8 @@ class FlagHandover:
         self._host_ops = host_ops
         self._watchdog_s = watchdog_s
         self._unused: list[torch.Tensor] = []
-        self._counter = self._new_flag()
+        self._recorded_flags: list[torch.Tensor] = []
+        self._counter = device.host_empty((1, FLAG_WORDS), torch.int64, "flags").zero_()[0, :1]
         self._given = self._ordered = 0
         self._jobs: list[Future] = []
         self._most_jobs = 1
@@ -131,7 +132,9 @@ class FlagHandover:
             self._recording = None
 
     def replay(self, jobs: list[RecordedJob]) -> None:
-        """Run recorded jobs beside a replay of what was captured with them."""
+        """Run recorded jobs beside a replay of what was captured with them; the GPU has ended every replay before."""
+        for flags in self._recorded_flags:
+            flags.zero_()
         self._jobs.append(self._worker.submit(self._serve, jobs))
 
     def _run(self, event: Any, job: Job, number: int) -> None:
@@ -163,7 +166,6 @@ class FlagHandover:
             raise EngineDeadError(
                 f"the GPU did not ask for its CPU columns within {self._watchdog_s:g} s; make a new LLM"
             )
-        self._host_ops.set_flag(recorded.request, 0)
 
     def _release(self, jobs: list[RecordedJob], asks: bool) -> None:
         """Let the GPU run to the end of a step that failed; asks: it still runs, so its requests are taken."""
@@ -188,7 +190,6 @@ class FlagHandover:
         if self._recording and self._recording[-1].done is None:
             done = self._recording[-1].done = self._new_flag()
             self._device.wait_flag(done, 1, exactly=True)
-            self._device.write_flag(done, 0)
 
     def _new_flag(self) -> torch.Tensor:
         if not self._unused:
@@ -197,4 +198,5 @@ class FlagHandover:
 
     def _make_flags(self) -> None:
         words = self._device.host_empty((FLAGS_AT_ONCE, FLAG_WORDS), torch.int64, "flags")
-        self._unused += words.zero_()[:, :1].unbind()
+        self._recorded_flags.append(words.zero_())
+        self._unused += words[:, :1].unbind()

@@ -1,7 +1,7 @@
 """A decode step on three lanes, captured once for each batch size and replayed for every token.
 
-What the GPU and the copy engine do is one CUDA graph; what the CPU lane does is a list of jobs that the host worker goes
-through beside it; flags in memory order the two (`flag_handover`). So a token costs one launch, however many layers there
+What the GPU and the copy engine do is one CUDA graph; what the CPU lane does is a list of programs that the host worker
+goes through beside it; flags in memory order the two (`flag_handover`). So a token costs one launch, however many layers there
 are. The first step of a kind runs plainly, which also compiles its kernels; the plain path computes the same.
 """
 
@@ -61,7 +61,7 @@ class GraphReplay:
         if lanes.ring is not None:
             lanes.ring.settle()
             lanes.ring.copied_bytes -= streamed_bytes
-        return CapturedStep(own, graph, jobs, streamed_bytes)
+        return CapturedStep(own, graph, lanes.as_programs(jobs), streamed_bytes)
 
 
 def _structure(step: Step) -> Structure:

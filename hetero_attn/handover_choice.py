@@ -79,6 +79,7 @@ def _failure(handover: FlagHandover, device: Device, tables: StepTables) -> str 
                 else:
                     round_trip()
                 handover.join()
+                device.synchronize(device.record(device.compute))
             device.copy(host[:16], on_device[:16], device.compute)
             device.synchronize(device.record(device.compute))
     except (HeteroError, RuntimeError, NotImplementedError) as error:

@@ -24,6 +24,7 @@ import torch
 from cpu_kernels import CpuKernels
 from hetero_attn.copy_ahead import CopyAhead
 from hetero_attn.devices import Device
+from hetero_attn.flag_handover import RecordedJob
 from hetero_attn.handover import InOrder
 from hetero_attn.page_stream import PageStream
 from hetero_attn.staging import StagingRing
@@ -217,6 +218,22 @@ class Lanes:
             return
         self.handover.submit(lambda: self._run(job), self._copied)
         self._copied = False
+
+    def as_programs(self, jobs: Sequence[RecordedJob]) -> list[RecordedJob]:
+        """Recorded jobs whose operations run without Python between them; jobs that nobody waits for apart are one."""
+        together: list[list[RecordedJob]] = []
+        for job in jobs:
+            if together and job.request is None and together[-1][-1].done is None:
+                together[-1].append(job)
+            else:
+                together.append([job])
+        return [self._as_program(run) for run in together]
+
+    def _as_program(self, jobs: Sequence[RecordedJob]) -> RecordedJob:
+        counted = self.cpu_lane_s
+        program = self.host_ops.record(lambda: [recorded.job() for recorded in jobs])
+        self.cpu_lane_s = counted  # nothing was computed
+        return RecordedJob(lambda: self._run(program.run), jobs[0].request, jobs[-1].done)
 
     def order_device(self) -> None:
         """GPU work queued from now on sees what the jobs given so far wrote."""

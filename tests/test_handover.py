@@ -169,3 +169,19 @@ def test_an_emulated_gpu_uses_events_and_an_unknown_wish_is_refused(worker, kern
     assert choose("flags", emulated, worker, kernels) == "flags"
     with pytest.raises(UnsupportedModelError, match="did you mean 'graph'"):
         choose("graphs", emulated, worker, kernels)
+
+
+def test_the_gpu_waits_for_every_replays_own_job(device, flags):
+    """The flags of the replay before are gone when a step runs again: what they said is over."""
+    seen = []
+    graph, recorded = captured(
+        device, flags, [lambda: seen.append((recorded[0].request.item(), recorded[0].done.item()))]
+    )
+    for _ in range(2):
+        flags.replay(recorded)
+        with device.current():
+            graph.replay()
+        flags.join()
+        done(device)
+
+    assert seen == [(1, 0), (1, 0)]

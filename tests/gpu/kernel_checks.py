@@ -132,6 +132,15 @@ def check_rms_norm(op: Op, device: str, rows: int, hidden: int) -> None:
     assert nmse(out.result(), expected) <= FLOAT32_NMSE
 
 
+def check_copy_rows(op: Op, device: str, rows: int, columns: int) -> None:
+    """copy_rows between rows with strides, into the middle of what must stay as it is."""
+    source, out = normal(rows, columns, seed=1), Guarded(device, rows, columns)
+
+    op(out.view, _strided(source, device))
+
+    assert torch.equal(out.result().float(), source)
+
+
 def check_silu_mul(op: Op, device: str, rows: int, units: int) -> None:
     """silu_mul with gates of both signs and large size."""
     gate_up, out = 8 * normal(rows, units * 32, seed=1), Guarded(device, rows, units * 16)

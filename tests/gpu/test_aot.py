@@ -66,6 +66,10 @@ def silu_mul() -> None:
     gpu_kernels.silu_mul(empty(4, 28672), empty(4, 14336))
 
 
+def copy_rows() -> None:
+    gpu_kernels.copy_rows(empty(4, 14336), empty(4, 14336))
+
+
 def rope_append(head_dim: int, norm: bool, dtype: torch.dtype = BF16) -> Callable[[], None]:
     qkv, pages = empty(4, KV_HEADS, 6 * head_dim), kv_store(dtype, head_dim)
     indices, angles = empty(4, dtype=torch.int64), empty(4096, head_dim // 2)
@@ -118,6 +122,7 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "merge 3 of 80": (merge(3, 80), (90,)),
     "rms_norm": (rms_norm, (86,)),
     "silu_mul": (silu_mul, (90,)),
+    "copy_rows": (copy_rows, (80,)),
     "rope_append": (rope_append(128, False), (80,)),
     "rope_append norm 80": (rope_append(80, True), (120,)),
 }

@@ -21,6 +21,11 @@ def test_silu_mul(device, rows, units):
     checks.check_silu_mul(elementwise.silu_mul, device, rows, units)
 
 
+@pytest.mark.parametrize("rows,columns", [(1, 1), (2, 1024), (3, 2500)])
+def test_copy_rows(device, rows, columns):
+    checks.check_copy_rows(elementwise.copy_rows, device, rows, columns)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("num_kv_heads,group_size,head_dim,rotary_dim,norms", [
     (2, 3, 64, 64, (False, False)), (1, 1, 80, 80, (True, True)), (2, 2, 48, 24, (True, False)),
@@ -36,3 +41,4 @@ def test_ops_accept_no_rows(device):
 
     elementwise.rms_norm(none, torch.ones(32, device=device), 1e-6, none)
     elementwise.silu_mul(none, none[:, :16])
+    elementwise.copy_rows(none, none)

@@ -30,6 +30,7 @@ SPLIT_GEMM_Q4 = partial(checks.check_linear, device="cpu", weight_dtype="q4", ro
 GEMM_Q4 = partial(checks.check_linear, device="cpu", weight_dtype="q4", rows=18, num_blocks=2, in_features=192)
 GEMM_Q8 = partial(checks.check_linear, device="cpu", weight_dtype="q8", rows=18, num_blocks=2, in_features=192)
 RMS_NORM = partial(checks.check_rms_norm, device="cpu", rows=2, hidden=100)
+COPY_ROWS = partial(checks.check_copy_rows, device="cpu", rows=2, columns=1030)
 SILU_MUL = partial(checks.check_silu_mul, device="cpu", rows=2, units=3)
 ROPE = partial(checks.check_rope_append, device="cpu", dtype=FP32, num_kv_heads=2, group_size=2, head_dim=24,
                rotary_dim=16, norms=(True, True))
@@ -98,6 +99,10 @@ MUTANTS = {
         "live = live_rows[:, None]", "live = (tile_rows < rows + 1)[:, None]"),
     "norm without epsilon": ("elementwise", "rms_norm", RMS_NORM, "/ HIDDEN + eps", "/ HIDDEN"),
     "mean over the padded row": ("elementwise", "rms_norm", RMS_NORM, "axis=0) / HIDDEN", "axis=0) / BLOCK"),
+    "copy writes past its columns": ("elementwise", "copy_rows", COPY_ROWS,
+        "tl.store(target + row * target_stride + places, values, mask=inside)",
+        "tl.store(target + row * target_stride + places, values, mask=places < columns + 1)"),
+    "copy of the first row only": ("elementwise", "copy_rows", COPY_ROWS, "source + row * source_stride", "source"),
     "up column off by one": ("elementwise", "silu_mul", SILU_MUL, "source + 16", "source + 15"),
     "rotation turns backwards": ("elementwise", "rope_append", ROPE, "-sine, sine)", "sine, -sine)"),
     "norm weight of the wrong partner": ("elementwise", "rope_append", ROPE, "_normed(others, norm, partner,",
