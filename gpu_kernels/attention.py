@@ -148,7 +148,7 @@ class Tile(NamedTuple):
 # compute capability 8.6, 8.9 and 12.0 give a program, and so that nothing spills (tests/gpu/test_aot.py). float32
 # products run on the CUDA cores and want small tiles.
 DECODE_TILES = {
-    torch.bfloat16: {16: Tile(0, 64, 4, 3), 32: Tile(0, 64, 4, 3), 64: Tile(0, 64, 4, 3), 128: Tile(0, 64, 4, 2),
+    torch.bfloat16: {16: Tile(0, 64, 4, 3), 32: Tile(0, 64, 4, 3), 64: Tile(0, 64, 4, 3), 128: Tile(0, 64, 4, 3),
                      256: Tile(0, 32, 8, 2)},
     torch.float32: {16: Tile(0, 32, 4, 2), 32: Tile(0, 32, 4, 2), 64: Tile(0, 32, 4, 2), 128: Tile(0, 16, 4, 2),
                     256: Tile(0, 16, 8, 1)},
