@@ -301,8 +301,10 @@ class Lanes:
             ahead.device = device
 
     def _run(self, job: Callable[[], None]) -> None:
-        with self.cpu_lane():
-            job()
+        """As inside `cpu_lane`, without a context manager's microsecond: a token has some hundred jobs."""
+        started = time.perf_counter()
+        job()
+        self.cpu_lane_s += time.perf_counter() - started
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +81,22 @@ def hop(run: Run, name: str) -> dict[str, Any]:
 
         def queue() -> None:
             for _ in range(HOPS):
-                device.copy(host[0], there[0], device.compute)
+                device.copy(host[:1], there[:1], device.compute)
                 handover.submit(lambda: None, True)
                 handover.order_device()
-                device.copy(there[1], host[1], device.compute)
+                device.copy(there[1:], host[1:], device.compute)
 
+        def settle() -> None:
+            handover.join()
+            device.synchronize(device.record(device.compute))
+
+        queue()
+        settle()
         step = queue
         if captures:
-            with handover.record() as jobs, device.capture() as graph:
+            with handover.record() as recorded, device.capture() as graph:
                 queue()
+            jobs = [replace(job, job=kernels.record(job.job).run) for job in recorded]
 
             def step() -> None:
                 handover.replay(jobs)
@@ -96,8 +104,7 @@ def hop(run: Run, name: str) -> dict[str, Any]:
 
         def settled() -> None:
             step()
-            handover.join()
-            device.synchronize(device.record(device.compute))
+            settle()
 
         seconds = median_seconds(settled, 3 if run.quick else 30)
     device.close()
