@@ -161,6 +161,7 @@ def test_copies_of_columns_go_both_ways(rows):
     for host in (device.host_empty((rows, 40), torch.float32, "activations"), torch.empty(rows, 40)):
         host.copy_(torch.arange(rows * 40.0).view(rows, 40))
         device.copy(there, host, device.compute)
+        device.synchronize(device.record(device.compute))  # page-locked memory is read when the copy's turn comes
         host.zero_()
         device.copy(host[:, 8:24], there[:, 8:24], device.compute)
         device.synchronize(device.record(device.compute))
