@@ -10,6 +10,12 @@ from .checks import expect
 from .flag_layout import ADDRESS, BLOCK_BYTES, EXPIRED, NAPS, NAPS_AT_ONCE, VALUE
 
 
+def check_flag(flag: torch.Tensor) -> int:
+    """The address of a flag; ValueError for what is none."""
+    expect(flag.dtype == torch.int64 and flag.numel() == 1, "a flag is one int64")
+    return flag.data_ptr()
+
+
 class Flags:
     """The two compiled functions, each call with a block of its own, so that any threads may call at once."""
 
@@ -32,10 +38,10 @@ class Flags:
 
     @staticmethod
     def _call(function: object, flag: torch.Tensor, value: int, naps: int) -> int:
-        expect(flag.dtype == torch.int64 and flag.numel() == 1, "a flag is one int64")
+        address = check_flag(flag)
         block = ctypes.create_string_buffer(BLOCK_BYTES)
         start = ctypes.addressof(block)
-        for offset, word in ((ADDRESS, flag.data_ptr()), (VALUE, value), (NAPS, naps)):
+        for offset, word in ((ADDRESS, address), (VALUE, value), (NAPS, naps)):
             ctypes.c_int64.from_address(start + offset).value = word
         result = ctypes.c_int64()
         function(ctypes.addressof(result), None, start, 0)

@@ -62,8 +62,7 @@ class Lanes:
     """A device (None: CPU only), the CPU kernels, the order between them, the staging ring and the step's tables.
 
     handover: how host jobs and GPU work wait for each other; None runs everything in order on the calling thread, the
-    plain path. cpu_lane_s, waited_s: seconds for which the CPU lane worked, and for which the caller waited for it,
-    since the start.
+    plain path. waited_s: seconds for which the caller waited for the CPU lane since the start.
     """
 
     def __init__(
@@ -83,8 +82,13 @@ class Lanes:
         self.pages = pages
         self._copied = False
         self._tracing = False
-        self.cpu_lane_s = 0.0
+        self._called_s = 0.0
         self.waited_s = 0.0
+
+    @property
+    def cpu_lane_s(self) -> float:
+        """Seconds for which the CPU lane worked so far, in calls from Python and in recorded programs."""
+        return self._called_s + self.handover.worked_s
 
     @property
     def streamed_bytes(self) -> int:
@@ -137,7 +141,7 @@ class Lanes:
         """Count the time of the enclosed work as the CPU lane's."""
         started = time.perf_counter()
         yield
-        self.cpu_lane_s += time.perf_counter() - started
+        self._called_s += time.perf_counter() - started
 
     @contextmanager
     def main_lane(self) -> Iterator[None]:
@@ -214,7 +218,10 @@ class Lanes:
             raise
 
     def on_host(self, job: Callable[[], None]) -> None:
-        """Give the host worker a job; it starts once the copies queued so far have been made."""
+        """Give the host worker a job; it starts once the copies queued so far have been made.
+
+        It calls `host_ops` and does nothing else: in a captured step the calls are recorded, and made again without it.
+        """
         if self.device is None:
             job()
             return
