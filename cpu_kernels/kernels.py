@@ -7,10 +7,11 @@ import torch
 
 from . import attention, elementwise, linear, memory, pack, rope
 from .cache import KernelStore
-from .flags import Flags
+from .flags import Flags, check_flag
 from .isa import choose
 from .program import Program
-from .team import Team
+from .team import RecordedOp, Team
+from .team_layout import AWAIT, SET
 
 
 class CpuKernels:
@@ -66,6 +67,18 @@ class CpuKernels:
         place; what they hold may change between runs. `work` must compute with this object's ops alone.
         """
         return Program(self._team, self._team.record(work))
+
+    def record_wait(self, flag: torch.Tensor, value: int) -> None:
+        """Inside `record`: the program waits here until a flag, int64 [1], is `value`; RuntimeError elsewhere.
+
+        What the flag's writer wrote before is visible to the ops that follow.
+        """
+        self._flags()  # loads what sets a flag: while the program waits it holds the team, and nothing can be loaded
+        self._team.note(RecordedOp("await_flag", AWAIT, 0, (check_flag(flag), value)))
+
+    def record_set(self, flag: torch.Tensor, value: int) -> None:
+        """Inside `record`: the program sets a flag here, after all that its ops before have written; RuntimeError elsewhere."""
+        self._team.note(RecordedOp("set_flag", SET, 0, (check_flag(flag), value)))
 
     def set_flag(self, flag: torch.Tensor, value: int) -> None:
         """Write a flag, int64 [1], after everything that this thread has written; another thread or a GPU may wait for it."""

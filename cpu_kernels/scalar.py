@@ -1,5 +1,7 @@
 """Single numbers in memory and registers, atomics and what a thread asks of the system: for kernels, as intrinsics."""
 
+import time
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -105,6 +107,15 @@ def yield_core(b):
 def sleep_us(b, microseconds):
     """usleep()."""
     call_llvm(b, "usleep", I32, b.trunc(microseconds, I32))
+
+
+@emits(types.int64)
+def clock_ns(b):
+    """clock_gettime() of a clock that only goes forward, in nanoseconds."""
+    time_spec = cgutils.alloca_once(b, ir.ArrayType(I64, 2))
+    call_llvm(b, "clock_gettime", I32, ir.Constant(I32, time.CLOCK_MONOTONIC), b.bitcast(time_spec, I8.as_pointer()))
+    seconds, nanoseconds = (b.load(cgutils.gep_inbounds(b, time_spec, 0, part)) for part in range(2))
+    return b.add(b.mul(seconds, ir.Constant(I64, 10**9)), nanoseconds)
 
 
 @emits(types.void, types.int64, types.int64, types.int64)

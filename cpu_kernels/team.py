@@ -8,6 +8,8 @@ runs the kernel itself, closes the gate and waits until nobody is inside. A memb
 the gate; if the gate was open it runs the kernel; it subtracts one either way. So kernel and arguments never change
 while a member may read them, and a member that is asleep is not waited for: the others take its chunks (chunks.py).
 An idle member spins, then yields, then naps, and after about 20 ms waits in Python on an event and burns nothing.
+While a program is served it goes on yielding: the program's thread may wait for a GPU between two ops, and no Python
+runs there that could wake anybody.
 """
 
 import ctypes
@@ -33,12 +35,13 @@ from .team_layout import (
     MAX_PARAMETERS,
     OPEN,
     PARAMETERS,
+    SERVING,
     STOP,
 )
 
 
 class RecordedOp(NamedTuple):
-    """One op as Team.run would run it."""
+    """One op as Team.run would run it, or an entry over a flag as team_layout.py describes it."""
 
     name: str
     kernel_address: int
@@ -79,7 +82,7 @@ def _serve(shared: _Shared, thread: int, cpu: int | None) -> None:
     while not shared.stopping:
         shared.member(ctypes.addressof(result), None, shared.control, thread)
         shared.parked.add(event)
-        if not shared.stopping:
+        if not shared.stopping and not shared.word(SERVING).value:  # whoever serves from here on sees the event and sets it
             event.wait()
         shared.parked.discard(event)
         event.clear()
@@ -177,7 +180,12 @@ class Team:
         return self._recording is not None
 
     def record(self, work: Callable[[], None]) -> list[RecordedOp]:
-        """The ops that `work` would run, with their checks done and nothing computed; one thread at a time records."""
+        """The ops that `work` would run, with their checks done and nothing computed; one thread at a time records.
+
+        What runs them is loaded now: a GPU may wait for their first run.
+        """
+        if self._drive_all is None:
+            self._drive_all = self.locked(lambda store: as_function(store.address("team_kernel", "drive_all")))
         self._recording = []
         try:
             work()
@@ -185,17 +193,25 @@ class Team:
         finally:
             self._recording = None
 
+    def note(self, entry: RecordedOp) -> None:
+        """Put an entry that is no op into what is being recorded; RuntimeError outside of record."""
+        if self._recording is None:
+            raise RuntimeError(f"{entry.name} is an entry of a recorded program; call it inside record")
+        self._recording.append(entry)
+
     def replay(self, program_address: int) -> int:
         """Run a program laid out as in team_layout.py; returns the failure code that stopped it, 0 for none."""
         shared = self._shared
         self._check_process()
         with self._lock:
             self._check_open()
-            if self._drive_all is None:
-                self._drive_all = as_function(shared.store.address("team_kernel", "drive_all"))
-            if shared.parked:
-                shared.wake()
-            self._drive_all(ctypes.addressof(self._result), None, shared.control, program_address)
+            shared.word(SERVING).value = 1
+            try:
+                if shared.parked:
+                    shared.wake()
+                self._drive_all(ctypes.addressof(self._result), None, shared.control, program_address)
+            finally:
+                shared.word(SERVING).value = 0
             return self._failure.value
 
     def _grow(self, scratch_bytes: int) -> None:

@@ -1,8 +1,11 @@
 """What the members of the thread team run: see team.py for the protocol and the control block."""
 
 from .compiler import helper
+from .flag_kernel import comes
+from .flag_layout import NAPS_AT_ONCE
 from .scalar import (
     call_kernel,
+    clock_ns,
     fetch_add,
     load_acquire,
     load_i64,
@@ -14,7 +17,9 @@ from .scalar import (
 )
 from .team_layout import (
     ARGUMENTS,
+    AWAIT,
     DONE,
+    EXPIRED,
     FAILURE,
     GATE,
     KERNEL,
@@ -26,7 +31,11 @@ from .team_layout import (
     PROGRAM_ENTRY_BYTES,
     PROGRAM_HEAD_BYTES,
     PROGRAM_INDEX,
+    PROGRAM_TIMEOUT_NS,
+    PROGRAM_WAITED_NS,
     SEQUENCE,
+    SERVING,
+    SET,
     STAGE_BYTES,
     STAGES,
     STOP,
@@ -34,7 +43,7 @@ from .team_layout import (
 
 SPINS = 2000  # about 40 us of pause, longer than the gap between two ops of a busy engine
 YIELDS = 4000  # then about 1 ms of sched_yield
-NAPS = 300  # then naps of 60 us, about 20 ms, before the member parks in Python
+NAPS = 300  # then naps of 60 us, about 20 ms, before the member parks in Python; neither while a program is served
 
 
 @helper
@@ -66,18 +75,45 @@ def drive():
     return kernel
 
 
+@helper
+def await_in_time(flag, value, program):
+    """Wait for a flag of a program; False after its timeout. The time is added to what the program has waited."""
+    if load_acquire(flag) == value:
+        return True
+    started, came = clock_ns(), False
+    while not came and clock_ns() - started <= load_i64(program + PROGRAM_TIMEOUT_NS):
+        came = comes(flag, value, NAPS_AT_ONCE)
+    store_i64(load_i64(program + PROGRAM_WAITED_NS) + clock_ns() - started, program + PROGRAM_WAITED_NS)
+    return came
+
+
+@helper
+def run_entry(control, arguments, entry):
+    """Run one op of a program; its failure code stays in the arguments."""
+    store_i64(load_i64(entry), control + KERNEL)
+    for word in range(MAX_PARAMETERS):
+        store_i64(load_i64(entry + 8 + 8 * word), arguments + PARAMETERS + 8 * word)
+    run_kernel(control)
+
+
 def drive_all():
-    """Run the ops of a recorded program in order, up to the first that fails; its index stays in the program's head."""
+    """Run the entries of a recorded program in order, up to the first that fails; its index stays in the program's head."""
 
     def kernel(control, program):
         arguments = load_i64(control + ARGUMENTS)
+        store_i64(0, arguments + FAILURE)
+        store_i64(0, program + PROGRAM_WAITED_NS)
         for index in range(load_i64(program + PROGRAM_COUNT)):
             entry = program + PROGRAM_HEAD_BYTES + index * PROGRAM_ENTRY_BYTES
             store_i64(index, program + PROGRAM_INDEX)
-            store_i64(load_i64(entry), control + KERNEL)
-            for word in range(MAX_PARAMETERS):
-                store_i64(load_i64(entry + 8 + 8 * word), arguments + PARAMETERS + 8 * word)
-            run_kernel(control)
+            kind, flag, value = load_i64(entry), load_i64(entry + 16), load_i64(entry + 24)
+            if kind == SET:
+                store_release(value, flag)
+            elif kind == AWAIT:
+                if not await_in_time(flag, value, program):
+                    store_i64(EXPIRED, arguments + FAILURE)
+            else:
+                run_entry(control, arguments, entry)
             if load_i64(arguments + FAILURE) != 0:
                 return
 
@@ -85,7 +121,7 @@ def drive_all():
 
 
 def member():
-    """A member's loop: returns when told to stop or after about 20 ms without work."""
+    """A member's loop: returns when told to stop, or after about 20 ms without work while no program is served."""
 
     def kernel(control, thread):
         seen = load_acquire(control + SEQUENCE) - 1  # try the op under way, if any
@@ -104,6 +140,8 @@ def member():
                     pause()
                 elif idle < SPINS + YIELDS:
                     yield_core()
+                elif load_acquire(control + SERVING) != 0:
+                    idle = SPINS  # the next op may come at once, after a wait for a flag: a nap would come too late for it
                 elif idle < SPINS + YIELDS + NAPS:
                     sleep_us(60)
                 else:

@@ -3,7 +3,7 @@
 Words that different threads write sit on cache lines of their own (two lines: the prefetcher fetches pairs).
 """
 
-SEQUENCE, STOP, GATE, KERNEL, ARGUMENTS = 0, 128, 256, 384, 392
+SEQUENCE, STOP, SERVING, GATE, KERNEL, ARGUMENTS = 0, 128, 136, 256, 384, 392
 CONTROL_BYTES = 512
 OPEN = 1 << 32  # the gate counts members inside; closed, it is this much lower
 
@@ -15,7 +15,10 @@ PARAMETERS = FAILURE + 64
 MAX_PARAMETERS = 36
 ARGUMENT_BYTES = PARAMETERS + 8 * MAX_PARAMETERS
 
-# A recorded program: a head, then one entry an op, the kernel's address and MAX_PARAMETERS parameters.
-PROGRAM_COUNT, PROGRAM_INDEX = 0, 8
+# A recorded program: a head, then one entry an op, the kernel's address and MAX_PARAMETERS parameters. In the place of an
+# address, AWAIT and SET are entries over a flag: its address and a value are parameters 1 and 2.
+PROGRAM_COUNT, PROGRAM_INDEX, PROGRAM_TIMEOUT_NS, PROGRAM_WAITED_NS = 0, 8, 16, 24
 PROGRAM_HEAD_BYTES = 64
 PROGRAM_ENTRY_BYTES = 8 * (1 + MAX_PARAMETERS)
+AWAIT, SET = 1, 2
+EXPIRED = -1  # the failure of an AWAIT whose value did not come in time; kernels' own are positive

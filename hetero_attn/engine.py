@@ -173,6 +173,7 @@ class Engine:
         for weights, placement in zip(self.weights.linears, plan.linears, strict=True):
             assert weights.placement.gpu_units == placement.gpu_units, f"{placement.name}: its home would move"
             weights.placement = placement
+        self._forget_captured()
         self.plan = plan
 
     def move(self, plan: Plan) -> None:
@@ -194,6 +195,9 @@ class Engine:
     def _go_over(self, plan: Plan) -> None:
         with self.lanes.torch_at_rest():
             go_over(self.lanes, self.weights.linears, self.kv_cache, plan)
+        self._forget_captured()
+
+    def _forget_captured(self) -> None:
         if isinstance(self.replay, GraphReplay):
             self.replay.forget()
 

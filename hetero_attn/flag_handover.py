@@ -6,28 +6,34 @@ ended, and the stream waits for the number of the last job it needs. It is set e
 waits for a job that is over; a job that never ends is released, with an error, when `join` has waited `watchdog_s`.
 
 In a captured step (`record`, then `replay` for every step) numbers would be the same each time, so every job has two
-flags of its own. Both are cleared before the step runs again, when the GPU has long passed them:
+flags of its own, each set by one side and waited for by the other. `replay` clears them all with one write before it
+starts either side, since the step before has ended on both by then:
 
-    GPU: ... copies | request = 1 ...... wait done == 1 | copies ...
+    GPU: ... copies | request = 1 ........ wait done == 1 | copies ...
     host worker:      wait request == 1 | job | done = 1
+
+Jobs that call CPU ops alone become one program of the thread team, waits and flags included: no Python runs between two
+ops, or between a flag and an op.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from cpu_kernels import CpuKernels
+from cpu_kernels.program import Program
 from hetero_attn.devices import Device
 from hetero_attn.errors import EngineDeadError
 from hetero_attn.handover import Job
 
 FLAG_WORDS = 16  # 128 bytes: a cache line and the one that is fetched with it
-FLAGS_AT_ONCE = 256
+JOBS_AT_LEAST = 128  # of a captured step, room for more only where a step has had more
 WATCHDOG_S = 60.0
 COUNTER_MASK = 0xFFFFFFFF
 
@@ -39,6 +45,18 @@ class RecordedJob:
     job: Job
     request: torch.Tensor | None
     done: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class RecordedStep:
+    """The jobs of a captured step in order. flags: int64 [jobs or more, 2, FLAG_WORDS], request and done of each.
+
+    program: all of it as the thread team runs it; None where a job is more than CPU ops.
+    """
+
+    flags: torch.Tensor
+    jobs: list[RecordedJob] = field(default_factory=list)
+    program: Program | None = None
 
 
 class FlagHandover:
@@ -61,13 +79,13 @@ class FlagHandover:
         self._worker = worker
         self._host_ops = host_ops
         self._watchdog_s = watchdog_s
+        self.worked_s = 0.0
         self._unused: list[torch.Tensor] = []
-        self._recorded_flags: list[torch.Tensor] = []
-        self._counter = device.host_empty((1, FLAG_WORDS), torch.int64, "flags").zero_()[0, :1]
+        self._counter = self._new_flags(1)[0, 0, :1]
         self._given = self._ordered = 0
         self._jobs: list[Future] = []
         self._most_jobs = 1
-        self._recording: list[RecordedJob] | None = None
+        self._recording: RecordedStep | None = None
 
     @property
     def name(self) -> str:
@@ -77,7 +95,7 @@ class FlagHandover:
     def submit(self, job: Job, after_device: bool) -> None:
         """Queue the job, or keep it for the step that is being recorded."""
         if self._recording is not None:
-            self._recording.append(RecordedJob(job, self._request() if after_device else None))
+            self._record(job, after_device)
             return
         event = self._device.record(self._device.compute) if after_device else None
         self._given = (self._given + 1) & COUNTER_MASK
@@ -117,25 +135,38 @@ class FlagHandover:
         self._worker.shutdown(wait=True)
 
     @contextmanager
-    def record(self) -> Iterator[list[RecordedJob]]:
+    def record(self, ops_only: bool = False) -> Iterator[RecordedStep]:
         """Keep the jobs given inside; what is queued on the GPU meanwhile must be captured.
 
+        ops_only: every job calls operations of `host_ops` and nothing else, on the same tensors every time; they are then
+        run as one program. Jobs that do more are called from Python at every replay.
+
         A step of this kind must have run before: no memory may be page-locked while a stream is captured, so its flags are
-        made now, two for each job that any step has had.
+        made now, for as many jobs as any step has had.
         """
-        while len(self._unused) < 2 * self._most_jobs:
-            self._make_flags()
-        self._recording = []
+        step = self._recording = RecordedStep(self._take_flags())
         try:
-            yield self._recording
+            yield step
+            if ops_only:
+                step.program = self._host_ops.record(lambda: self._write_program(step))
+        except BaseException:
+            self.forget(step)
+            raise
         finally:
             self._recording = None
 
-    def replay(self, jobs: list[RecordedJob]) -> None:
-        """Run recorded jobs beside a replay of what was captured with them; the GPU has ended every replay before."""
-        for flags in self._recorded_flags:
-            flags.zero_()
-        self._jobs.append(self._worker.submit(self._serve, jobs))
+    def forget(self, step: RecordedStep) -> None:
+        """Keep the flags of a step that is not replayed any more, and has ended, for another."""
+        self._unused.append(step.flags)
+
+    def replay(self, step: RecordedStep) -> None:
+        """Run recorded jobs beside a replay of what was captured with them, which the caller starts next.
+
+        The replay before must have ended, on the GPU too: it may else find the flag that it waits for cleared.
+        """
+        step.flags[: len(step.jobs)].zero_()
+        serve = self._serve_jobs if step.program is None else self._serve_program
+        self._jobs.append(self._worker.submit(self._serve, serve, step))
 
     def _run(self, event: Any, job: Job, number: int) -> None:
         try:
@@ -145,58 +176,64 @@ class FlagHandover:
         finally:
             self._host_ops.set_flag(self._counter, number)
 
-    def _serve(self, jobs: list[RecordedJob]) -> None:
-        waiting = list(jobs)
+    def _serve(self, serve: Callable[[RecordedStep], None], step: RecordedStep) -> None:
+        """Run a step's jobs; where one fails, or the GPU does not ask for one, let the GPU run to the end."""
         try:
-            while waiting:
-                self._await_request(waiting[0])
-                recorded = waiting.pop(0)
-                try:
-                    recorded.job()
-                finally:
-                    self._set_done(recorded)
+            serve(step)
         except BaseException as failure:
-            self._release(waiting, asks=not isinstance(failure, EngineDeadError))
+            for recorded in step.jobs:
+                self._set_done(recorded)
+            if isinstance(failure, TimeoutError):
+                raise EngineDeadError(
+                    f"the GPU did not ask for its CPU columns within {self._watchdog_s:g} s; make a new LLM"
+                ) from None
             raise
 
-    def _await_request(self, recorded: RecordedJob) -> None:
-        if recorded.request is None:
-            return
-        if not self._host_ops.await_flag(recorded.request, 1, self._watchdog_s):
-            raise EngineDeadError(
-                f"the GPU did not ask for its CPU columns within {self._watchdog_s:g} s; make a new LLM"
-            )
+    def _serve_program(self, step: RecordedStep) -> None:
+        started = time.perf_counter()
+        try:
+            step.program.run(self._watchdog_s)
+        finally:
+            self.worked_s += time.perf_counter() - started - step.program.waited_s
 
-    def _release(self, jobs: list[RecordedJob], asks: bool) -> None:
-        """Let the GPU run to the end of a step that failed; asks: it still runs, so its requests are taken."""
-        for recorded in jobs:
-            try:
-                if asks:
-                    self._await_request(recorded)
-            except EngineDeadError:
-                asks = False
+    def _serve_jobs(self, step: RecordedStep) -> None:
+        for recorded in step.jobs:
+            request = recorded.request
+            if request is not None and not self._host_ops.await_flag(request, 1, self._watchdog_s):
+                raise TimeoutError
+            recorded.job()
             self._set_done(recorded)
+
+    def _write_program(self, step: RecordedStep) -> None:
+        for recorded in step.jobs:
+            if recorded.request is not None:
+                self._host_ops.record_wait(recorded.request, 1)
+            recorded.job()
+            if recorded.done is not None:
+                self._host_ops.record_set(recorded.done, 1)
 
     def _set_done(self, recorded: RecordedJob) -> None:
         if recorded.done is not None:
             self._host_ops.set_flag(recorded.done, 1)
 
-    def _request(self) -> torch.Tensor:
-        flag = self._new_flag()
-        self._device.write_flag(flag, 1)
-        return flag
+    def _record(self, job: Job, after_device: bool) -> None:
+        step, request = self._recording, None
+        assert len(step.jobs) < len(step.flags), "a captured step has more jobs than any step before it"
+        if after_device:
+            request = step.flags[len(step.jobs), 0, :1]
+            self._device.write_flag(request, 1)
+        step.jobs.append(RecordedJob(job, request))
 
     def _order_recorded(self) -> None:
-        if self._recording and self._recording[-1].done is None:
-            done = self._recording[-1].done = self._new_flag()
+        step = self._recording
+        if step.jobs and step.jobs[-1].done is None:
+            done = step.jobs[-1].done = step.flags[len(step.jobs) - 1, 1, :1]
             self._device.wait_flag(done, 1, exactly=True)
 
-    def _new_flag(self) -> torch.Tensor:
-        if not self._unused:
-            self._make_flags()
-        return self._unused.pop()
+    def _take_flags(self) -> torch.Tensor:
+        jobs = max(JOBS_AT_LEAST, self._most_jobs)
+        fitting = next((index for index, flags in enumerate(self._unused) if len(flags) >= jobs), None)
+        return self._new_flags(jobs) if fitting is None else self._unused.pop(fitting)
 
-    def _make_flags(self) -> None:
-        words = self._device.host_empty((FLAGS_AT_ONCE, FLAG_WORDS), torch.int64, "flags")
-        self._recorded_flags.append(words.zero_())
-        self._unused += words[:, :1].unbind()
+    def _new_flags(self, jobs: int) -> torch.Tensor:
+        return self._device.host_empty((jobs, 2, FLAG_WORDS), torch.int64, "flags").zero_()

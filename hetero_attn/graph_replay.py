@@ -1,7 +1,7 @@
 """A decode step on three lanes, captured once for each batch size and replayed for every token.
 
-What the GPU and the copy engine do is one CUDA graph; what the CPU lane does is a list of programs that the host worker
-goes through beside it; flags in memory order the two (`flag_handover`). So a token costs one launch, however many layers there
+What the GPU and the copy engine do is one CUDA graph; what the CPU lane does is one program that the host worker
+runs beside it; flags in memory order the two (`flag_handover`). So a token costs one launch, however many layers there
 are. The first step of a kind runs plainly, which also compiles its kernels; the plain path computes the same.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hetero_attn.flag_handover import RecordedJob
+from hetero_attn.flag_handover import RecordedStep
 from hetero_attn.lanes import Lanes
 from hetero_attn.replay import own_copy, refresh
 from hetero_attn.step import Step
@@ -23,7 +23,7 @@ class CapturedStep:
 
     step: Step
     graph: Any
-    jobs: list[RecordedJob]
+    jobs: RecordedStep
     streamed_bytes: int
 
 
@@ -37,7 +37,9 @@ class GraphReplay:
 
     def forget(self) -> None:
         """Capture anew; after weights or caches have moved."""
-        self._captured.clear()
+        captured, self._captured = self._captured, {}
+        for each in filter(None, captured.values()):
+            self._lanes.handover.forget(each.jobs)
 
     def run(self, step: Step) -> None:
         """Queue a decode step whose embedded rows and tables are on their way."""
@@ -55,13 +57,13 @@ class GraphReplay:
 
     def _capture(self, step: Step) -> CapturedStep:
         lanes, own, before = self._lanes, own_copy(step), self._lanes.streamed_bytes
-        with lanes.handover.record() as jobs, lanes.device.capture() as graph, lanes.copies_beside():
+        with lanes.handover.record(ops_only=True) as jobs, lanes.device.capture() as graph, lanes.copies_beside():
             self._forward(own)
         streamed_bytes = lanes.streamed_bytes - before
         if lanes.ring is not None:
             lanes.ring.settle()
             lanes.ring.copied_bytes -= streamed_bytes
-        return CapturedStep(own, graph, lanes.as_programs(jobs), streamed_bytes)
+        return CapturedStep(own, graph, jobs, streamed_bytes)
 
 
 def _structure(step: Step) -> Structure:

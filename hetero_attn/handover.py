@@ -6,6 +6,7 @@
     give_up()                   let every job end and forget failures; for a step that is abandoned half-way
 
     overhead_s                  seconds that this itself took so far: waking the worker, noticing its end
+    worked_s                    seconds for which programs of recorded jobs computed so far
 
 `InOrder` is the plain path: jobs run on the calling thread. `EventHandover` runs them on one worker thread and blocks
 the caller wherever GPU work has to see their results.
@@ -27,6 +28,7 @@ class InOrder:
     name = "in order"
     captures = False
     overhead_s = 0.0
+    worked_s = 0.0
 
     def __init__(self, device: Device | None) -> None:
         self._device = device
@@ -55,6 +57,7 @@ class EventHandover:
 
     name = "events"
     captures = False
+    worked_s = 0.0
 
     def __init__(self, device: Device, worker: Executor) -> None:
         self._device = device

@@ -80,6 +80,8 @@ def _failure(handover: FlagHandover, device: Device, tables: StepTables) -> str 
                     round_trip()
                 handover.join()
                 device.synchronize(device.record(device.compute))
+            if handover.captures:
+                handover.forget(jobs)
             device.copy(host[:16], on_device[:16], device.compute)
             device.synchronize(device.record(device.compute))
     except (HeteroError, RuntimeError, NotImplementedError) as error:

@@ -24,7 +24,6 @@ import torch
 from cpu_kernels import CpuKernels
 from hetero_attn.copy_ahead import CopyAhead
 from hetero_attn.devices import Device
-from hetero_attn.flag_handover import RecordedJob
 from hetero_attn.handover import InOrder
 from hetero_attn.page_stream import PageStream
 from hetero_attn.staging import StagingRing
@@ -63,8 +62,7 @@ class Lanes:
     """A device (None: CPU only), the CPU kernels, the order between them, the staging ring and the step's tables.
 
     handover: how host jobs and GPU work wait for each other; None runs everything in order on the calling thread, the
-    plain path. cpu_lane_s, waited_s: seconds for which the CPU lane worked, and for which the caller waited for it,
-    since the start.
+    plain path. waited_s: seconds for which the caller waited for the CPU lane since the start.
     """
 
     def __init__(
@@ -84,8 +82,13 @@ class Lanes:
         self.pages = pages
         self._copied = False
         self._tracing = False
-        self.cpu_lane_s = 0.0
+        self._called_s = 0.0
         self.waited_s = 0.0
+
+    @property
+    def cpu_lane_s(self) -> float:
+        """Seconds for which the CPU lane worked so far, in calls from Python and in recorded programs."""
+        return self._called_s + self.handover.worked_s
 
     @property
     def streamed_bytes(self) -> int:
@@ -138,7 +141,7 @@ class Lanes:
         """Count the time of the enclosed work as the CPU lane's."""
         started = time.perf_counter()
         yield
-        self.cpu_lane_s += time.perf_counter() - started
+        self._called_s += time.perf_counter() - started
 
     @contextmanager
     def main_lane(self) -> Iterator[None]:
@@ -212,28 +215,15 @@ class Lanes:
             raise
 
     def on_host(self, job: Callable[[], None]) -> None:
-        """Give the host worker a job; it starts once the copies queued so far have been made."""
+        """Give the host worker a job; it starts once the copies queued so far have been made.
+
+        It calls `host_ops` and does nothing else: in a captured step the calls are recorded, and made again without it.
+        """
         if self.device is None:
             job()
             return
         self.handover.submit(lambda: self._run(job), self._copied)
         self._copied = False
-
-    def as_programs(self, jobs: Sequence[RecordedJob]) -> list[RecordedJob]:
-        """Recorded jobs whose operations run without Python between them; jobs that nobody waits for apart are one."""
-        together: list[list[RecordedJob]] = []
-        for job in jobs:
-            if together and job.request is None and together[-1][-1].done is None:
-                together[-1].append(job)
-            else:
-                together.append([job])
-        return [self._as_program(run) for run in together]
-
-    def _as_program(self, jobs: Sequence[RecordedJob]) -> RecordedJob:
-        counted = self.cpu_lane_s
-        program = self.host_ops.record(lambda: [recorded.job() for recorded in jobs])
-        self.cpu_lane_s = counted  # nothing was computed
-        return RecordedJob(lambda: self._run(program.run), jobs[0].request, jobs[-1].done)
 
     def order_device(self) -> None:
         """GPU work queued from now on sees what the jobs given so far wrote."""
@@ -301,10 +291,8 @@ class Lanes:
             ahead.device = device
 
     def _run(self, job: Callable[[], None]) -> None:
-        """As inside `cpu_lane`, without a context manager's microsecond: a token has some hundred jobs."""
-        started = time.perf_counter()
-        job()
-        self.cpu_lane_s += time.perf_counter() - started
+        with self.cpu_lane():
+            job()
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:

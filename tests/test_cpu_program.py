@@ -1,10 +1,15 @@
 """A recorded program computes what the direct calls compute, every time, and stops at an op that cannot be right."""
 
+import threading
+import time
+
 import pytest
 import torch
 from kernel_data import normal
 
 from cpu_kernels import CpuKernels, layout
+
+WEIGHT = torch.ones(64)  # a program keeps addresses only
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +96,73 @@ def test_a_closed_object_refuses_to_replay():
 
     with pytest.raises(RuntimeError, match="closed"):
         program.run()
+
+
+def norm_between_flags(ops, x, out) -> tuple:
+    """A program that waits for its first flag, normalises and sets its second; with both flags."""
+    flags = torch.zeros(2, 16, dtype=torch.int64)
+    first, second = flags[0, :1], flags[1, :1]
+
+    def work():
+        ops.record_wait(first, 1)
+        ops.rms_norm(x, WEIGHT, 1e-6, out)
+        ops.record_set(second, 5)
+
+    return ops.record(work), first, second
+
+
+def test_a_program_waits_for_a_flag_and_sets_one(ops):
+    x, out, expected = normal(1, 64, seed=1), torch.zeros(1, 64), torch.zeros(1, 64)
+    program, first, second = norm_between_flags(ops, x, out)
+    running = threading.Thread(target=program.run)
+    running.start()
+    time.sleep(0.05)
+
+    assert (out == 0).all() and second.item() == 0
+    ops.set_flag(first, 1)
+    assert ops.await_flag(second, 5, 20.0)
+    running.join()
+    ops.rms_norm(x, WEIGHT, 1e-6, expected)
+    assert torch.equal(out, expected)
+    assert 0.03 < program.waited_s < 20
+
+
+def test_a_flag_that_does_not_come_stops_the_program(ops):
+    x, out = normal(1, 64, seed=1), torch.zeros(1, 64)
+    program, first, second = norm_between_flags(ops, x, out)
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match="entry 0 of a recorded program waited 0.1 s"):
+        program.run(0.1)
+
+    assert 0.1 <= time.monotonic() - started < 5
+    assert (out == 0).all() and second.item() == 0
+    ops.set_flag(first, 1)
+    program.run(0.1)
+    assert second.item() == 5 and program.waited_s == 0
+
+
+def test_members_do_not_park_while_a_program_waits():
+    """Nobody could wake them between two ops of it."""
+    with CpuKernels(2) as ops:
+        parked = ops._team._shared.parked
+        x, out = normal(1, 64, seed=1), torch.zeros(1, 64)
+        program, first, second = norm_between_flags(ops, x, out)
+        running = threading.Thread(target=lambda: pytest.raises(TimeoutError, program.run, 0.3))
+        running.start()
+        seen = []
+        while running.is_alive():
+            seen.append(len(parked))
+            time.sleep(0.005)
+        deadline = time.monotonic() + 20
+        while not parked and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+        assert not any(seen[3:]) and len(seen) > 10  # the first: the program had not begun
+        assert len(parked) == 1
+
+
+def test_a_flag_of_a_program_needs_a_program(ops):
+    with pytest.raises(RuntimeError, match="inside record"):
+        ops.record_wait(torch.zeros(1, dtype=torch.int64), 1)
+    with pytest.raises(ValueError, match="one int64"):
+        ops.record(lambda: ops.record_set(torch.zeros(1), 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -96,48 +97,127 @@ def test_a_job_that_does_not_end_is_named_and_the_gpu_released(device, flags):
     never.set()
 
 
-def captured(device: Device, flags: FlagHandover, jobs: list) -> tuple:
-    """A graph of (job, hand back) for each of `jobs`."""
-    with device.current(), flags.record() as recorded, device.capture() as graph:
+def captured(device: Device, flags: FlagHandover, jobs: list, ops_only: bool = False) -> tuple:
+    """A graph of (job, hand back) for each of `jobs`; what it adds to `device.driver.ran` is an entry of the GPU."""
+    device.driver.ran = []
+    with device.current(), flags.record(ops_only) as recorded, device.capture() as graph:
         for job in jobs:
             flags.submit(job, True)
             flags.order_device()
+            device.driver.fake.current.add(lambda: device.driver.ran.append("gpu"))
     return graph, recorded
 
 
-def test_a_captured_step_runs_its_jobs_in_order_every_time(device, flags):
-    ran = []
-    graph, recorded = captured(device, flags, [lambda: ran.append("a"), lambda: ran.append("b")])
-    for _ in range(3):
-        flags.replay(recorded)
-        with device.current():
-            graph.replay()
+def replay(device: Device, flags: FlagHandover, graph, recorded) -> None:
+    """One step, to its end on both sides."""
+    flags.replay(recorded)
+    with device.current():
+        graph.replay()
+    try:
         flags.join()
+    finally:
         done(device)
 
-    assert ran == ["a", "b"] * 3
+
+def test_a_captured_step_runs_its_jobs_in_order_every_time(device, flags):
+    """The GPU goes on after each job, also where the step before has left flags behind."""
+
+    def job(name: str) -> None:
+        time.sleep(0.02)
+        device.driver.ran.append(name)
+
+    graph, recorded = captured(device, flags, [lambda: job("a"), lambda: job("b")])
+    for _ in range(3):
+        replay(device, flags, graph, recorded)
+
+    assert device.driver.ran == ["a", "gpu", "b", "gpu"] * 3
+
+
+def attention(kernels: CpuKernels) -> tuple:
+    """A decode attention as a job, its range and its result."""
+    pages, table = torch.randn(4, 16, 32), torch.arange(4, dtype=torch.int32).view(1, 1, 4)
+    start, stop = torch.zeros(1, dtype=torch.int32), torch.full((1,), 40, dtype=torch.int32)
+    q, out, lse = torch.randn(1, 2, 32), torch.zeros(1, 2, 32), torch.zeros(1, 2)
+    return lambda: kernels.decode_attention(q, pages, pages, table, start, stop, 0.2, out, lse), stop, out
+
+
+def test_a_program_computes_what_the_jobs_compute_every_time(device, flags, kernels):
+    """Also after what the jobs read has changed, and the GPU does not go on before."""
+    job, stop, out = attention(kernels)
+    job()
+    seen, expected = [], []
+    with device.current(), flags.record(ops_only=True) as recorded, device.capture() as graph:
+        for _ in range(2):
+            flags.submit(job, True)
+            flags.order_device()
+            device.driver.fake.current.add(lambda: (seen.append(out.clone()), out.zero_()))
+    assert recorded.program is not None
+    for stop[0] in (40, 17, 3):
+        replay(device, flags, graph, recorded)
+        job()
+        expected += [out.clone()] * 2
+
+    assert all(torch.equal(*pair) for pair in zip(seen, expected, strict=True))
+
+
+def test_only_the_work_of_a_program_counts_as_work(device, flags, kernels):
+    job, _, _ = attention(kernels)
+    graph, recorded = captured(device, flags, [job], ops_only=True)
+    flags.replay(recorded)
+    time.sleep(0.1)
+    with device.current():
+        graph.replay()
+    flags.join()
+    done(device)
+
+    assert 0 < flags.worked_s < 0.09
+
+
+def test_a_program_whose_op_fails_lets_the_gpu_run_to_its_end_and_can_run_again(device, flags, kernels):
+    job, stop, _ = attention(kernels)
+    graph, recorded = captured(device, flags, [job, job, job], ops_only=True)
+    for length in (65, 64, 70, 1):
+        stop.fill_(length)
+        if length > 64:
+            with pytest.raises(RuntimeError, match="op 1 .decode. of a recorded program"):
+                replay(device, flags, graph, recorded)
+        else:
+            replay(device, flags, graph, recorded)
+
+    assert device.driver.ran == ["gpu"] * 12
 
 
 def test_a_captured_step_whose_job_fails_runs_to_its_end_and_can_run_again(device, flags):
     works = [False]
     graph, recorded = captured(device, flags, [lambda: works[0] or fail(), lambda: None])
     for works[0] in (False, True):
-        flags.replay(recorded)
-        with device.current():
-            graph.replay()
         if works[0]:
-            flags.join()
+            replay(device, flags, graph, recorded)
         else:
             with pytest.raises(ZeroDivisionError):
-                flags.join()
-        done(device)
+                replay(device, flags, graph, recorded)
 
 
-def test_a_gpu_that_never_asks_is_named(device, flags):
-    _, recorded = captured(device, flags, [lambda: None])
+@pytest.mark.parametrize("ops_only", [False, True])
+def test_a_gpu_that_never_asks_is_named_and_is_released_if_it_asks_later(device, flags, kernels, ops_only):
+    job, _, _ = attention(kernels)
+    graph, recorded = captured(device, flags, [job, job], ops_only)
     flags.replay(recorded)
-    with pytest.raises((EngineDeadError), match="GPU did not ask|did not end"):
+    with pytest.raises(EngineDeadError, match="GPU did not ask|did not end"):
         flags.join()
+    flags.close()
+    with device.current():
+        graph.replay()
+
+    done(device)
+
+
+def test_flags_of_a_forgotten_step_serve_another(device, flags):
+    _, recorded = captured(device, flags, [lambda: None])
+    flags.forget(recorded)
+    _, other = captured(device, flags, [lambda: None])
+
+    assert other.flags.data_ptr() == recorded.flags.data_ptr()
 
 
 def choose(wish: str, device: Device, worker: ThreadPoolExecutor, kernels: CpuKernels) -> str:
@@ -169,19 +249,3 @@ def test_an_emulated_gpu_uses_events_and_an_unknown_wish_is_refused(worker, kern
     assert choose("flags", emulated, worker, kernels) == "flags"
     with pytest.raises(UnsupportedModelError, match="did you mean 'graph'"):
         choose("graphs", emulated, worker, kernels)
-
-
-def test_the_gpu_waits_for_every_replays_own_job(device, flags):
-    """The flags of the replay before are gone when a step runs again: what they said is over."""
-    seen = []
-    graph, recorded = captured(
-        device, flags, [lambda: seen.append((recorded[0].request.item(), recorded[0].done.item()))]
-    )
-    for _ in range(2):
-        flags.replay(recorded)
-        with device.current():
-            graph.replay()
-        flags.join()
-        done(device)
-
-    assert seen == [(1, 0), (1, 0)]

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +93,8 @@ def hop(run: Run, name: str) -> dict[str, Any]:
         settle()
         step = queue
         if captures:
-            with handover.record() as recorded, device.capture() as graph:
+            with handover.record(ops_only=True) as jobs, device.capture() as graph:
                 queue()
-            jobs = [replace(job, job=kernels.record(job.job).run) for job in recorded]
 
             def step() -> None:
                 handover.replay(jobs)
