@@ -1,6 +1,10 @@
-"""The `linear` op of the GPU lane: cuBLAS for fp32 and bf16 blocks, our kernels for q8 and q4 blocks.
+"""The `linear` op of the GPU lane: cuBLAS for fp32 and bf16 blocks, our kernels for few rows over q8 and q4 blocks.
 
     y = round(x) W^T + b        round: none for fp32, to bf16 for bf16, to int8 per group of 64 for q8 and q4
+
+Many rows over q8 and q4 blocks are bound by arithmetic, which cuBLAS does best: pieces of the weight become bf16 in a
+buffer that stays in the L2 cache, and the rounded x becomes bf16 too. Beside the exact arithmetic of few rows the only
+difference is the rounding of both factors to bf16.
 """
 
 from __future__ import annotations
@@ -8,10 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gpu_kernels.activation import round_activation
+from gpu_kernels.dequantize import dequantize
 from gpu_kernels.quantized_linear import check_blocks, quantized_linear
-from gpu_kernels.reference import BLOCK_FEATURES, SUPERBLOCK_BYTES, WEIGHT_DTYPES
+from gpu_kernels.reference import BLOCK_FEATURES, GROUP, SUPERBLOCK_BYTES, WEIGHT_DTYPES
 
 PRODUCT_BYTES = 32 * 2**20  # of a dense product at once: what a call takes beside its arguments is bounded
+DENSE_BYTES = 32 * 2**20  # of weights as bf16 at once, likewise; the L2 cache of the largest GPUs holds as much
+# Up to here the kernels for few rows are faster: they read a weight once, at a quarter or half of its bytes as bf16.
+QUANTIZED_ROWS = 64
 
 
 def linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
@@ -30,12 +39,14 @@ def linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, ou
         return
     if weight_dtype in SUPERBLOCK_BYTES:
         check_blocks(weight, weight_dtype, x.shape[1])
-        quantized_linear(x, weight, weight_dtype, bias, out, accumulate)
-        return
-    blocks = max(1, PRODUCT_BYTES // (4 * BLOCK_FEATURES * x.shape[0]))
+        if x.shape[0] <= QUANTIZED_ROWS:
+            quantized_linear(x, weight, weight_dtype, bias, out, accumulate)
+            return
+    rounded = _rounded(x, weight_dtype)
+    blocks = _blocks_at_once(x, weight_dtype)
     for start in range(0, weight.shape[0], blocks):
         columns = slice(start * BLOCK_FEATURES, (start + blocks) * BLOCK_FEATURES)
-        result = _dense_product(x, weight[start:start + blocks], weight_dtype)
+        result = _dense_product(rounded, _dense(weight[start:start + blocks], weight_dtype, x.shape[1]))
         if bias is not None:
             result += bias[columns]
         if accumulate:
@@ -44,11 +55,31 @@ def linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, ou
             out[:, columns] = result
 
 
-def _dense_product(x: Tensor, weight: Tensor, weight_dtype: str) -> Tensor:
-    """float32 x W^T of row-major fp32 or bf16 blocks."""
-    if weight_dtype == "fp32":
-        return torch.mm(x, weight.view(torch.float32).view(-1, x.shape[1]).T)
-    rounded, dense = x.to(torch.bfloat16), weight.view(torch.bfloat16).view(-1, x.shape[1])
+def _rounded(x: Tensor, weight_dtype: str) -> Tensor:
+    if weight_dtype in SUPERBLOCK_BYTES:
+        return round_activation(x)
+    return x if weight_dtype == "fp32" else x.to(torch.bfloat16)
+
+
+def _blocks_at_once(x: Tensor, weight_dtype: str) -> int:
+    """Blocks of which neither the product nor the weights as bf16 exceed their bound, at least one."""
+    blocks = PRODUCT_BYTES // (4 * BLOCK_FEATURES * x.shape[0])
+    if weight_dtype in SUPERBLOCK_BYTES:
+        blocks = min(blocks, DENSE_BYTES // (2 * BLOCK_FEATURES * (x.shape[1] + GROUP)))
+    return max(1, blocks)
+
+
+def _dense(weight: Tensor, weight_dtype: str, in_features: int) -> Tensor:
+    """Row-major [features, inputs] of blocks, in the dtype of the product."""
+    if weight_dtype in SUPERBLOCK_BYTES:
+        return dequantize(weight, weight_dtype)
+    return weight.view(torch.float32 if weight_dtype == "fp32" else torch.bfloat16).view(-1, in_features)
+
+
+def _dense_product(x: Tensor, dense: Tensor) -> Tensor:
+    """float32 x W^T of float32 or bf16 factors."""
+    if x.dtype == torch.float32:
+        return torch.mm(x, dense.T)
     if x.is_cuda:
-        return torch.mm(rounded, dense.T, out_dtype=torch.float32)
-    return torch.mm(rounded.float(), dense.T.float())  # torch has bf16 products with a float32 result on CUDA only
+        return torch.mm(x, dense.T, out_dtype=torch.float32)
+    return torch.mm(x.float(), dense.T.float())  # torch has bf16 products with a float32 result on CUDA only

@@ -1,53 +1,31 @@
-"""Linear layers over the packed q8 and q4 blocks, with the arithmetic of the CPU lane: int8 x int8 dots, exact.
+"""Linear layers of few rows over packed q8 and q4 blocks, with the arithmetic of the CPU lane: exact int8 x int8 dots.
 
-    x_k = a_k * s_x(group of 64)            a = round_half_even(x / s_x), s_x = absmax / 127
+    x_k = a_k * s_x(group of 64)            see activation.py
     q4: W_k = n_k * s_w + m                 y = sum over groups of s_x * (s_w * sum a_k n_k + m * sum a_k)
     q8: W_k = w_k * s_w                     y = sum over halves of s_x * s_w * sum a_k w_k
 
 The bytes are those the CPU lane reads (layout: cpu_kernels/layout.py): per block of 16 output features, superblocks of
-64 inputs. A *span* is 8 lines of 64 bytes, the unit both formats share: 64 inputs of q4, 32 inputs of q8. A line holds
-4 bytes of each of the 16 features, so four neighbouring features are one 16-byte load.
+64 inputs. A line of 64 bytes holds 4 bytes of each of the 16 features, so four neighbouring features are one 16-byte
+load. One row multiplies with dp4a on the CUDA cores, more rows with int8 tensor cores.
 
-Three regimes of rows (FlashDecoding++, arXiv 2311.01282, section 5): one row multiplies with dp4a on the CUDA cores; a
-flat tile of up to 64 rows and a full tile beyond use int8 tensor cores. Where the tiles of the output are too few to
-fill the GPU, the spans are split over programs too, and the partial sums are added in a fixed order.
+Every warp takes its own superblocks and keeps its own sums, added in a fixed order when all are done. Dimensions are
+ordered so that what a thread loads is what it multiplies: no step of the loops exchanges data between threads, so no
+warp waits for another while loads are in flight (tests/gpu/test_aot.py).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.activation import quantize_activation
 from gpu_kernels.reference import GROUP, SUPERBLOCK_BYTES
 
-QUANTIZE_GROUPS = 16
-ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds a small float32 half to even
-
-
-@triton.jit
-def _quantize_kernel(x, q, scales, sums, in_features, num_groups, x_stride, q_stride, IS_Q4: tl.constexpr,
-                     GROUPS: tl.constexpr):
-    """grid: (rows, cdiv(num_groups, GROUPS)). x: [rows, in_features]; q: int8 [rows, num_groups * 64]; scales, sums:
-    [rows, num_groups], sums = scale * sum of q. For q4 the inputs of a group are stored low nibbles first."""
-    row = tl.program_id(0).to(tl.int64)
-    groups = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    stored = tl.arange(0, 64)
-    source = stored
-    if IS_Q4:
-        source = stored % 32 // 4 * 8 + stored // 32 * 4 + stored % 4
-    columns = groups[:, None] * 64 + source[None, :]
-    values = tl.load(x + row * x_stride + columns, mask=columns < in_features, other=0.0)
-    scale = tl.div_rn(tl.max(tl.abs(values), axis=1), 127.0)
-    steps = tl.div_rn(values, tl.where(scale == 0.0, 1.0, scale)[:, None])
-    rounded = tl.minimum(tl.maximum((steps + ROUNDING) - ROUNDING, -127.0), 127.0)
-    inside = groups < num_groups
-    tl.store(q + row * q_stride + groups[:, None] * 64 + stored[None, :], rounded.to(tl.int8), mask=inside[:, None])
-    tl.store(scales + row * num_groups + groups, scale, mask=inside)
-    tl.store(sums + row * num_groups + groups, scale * tl.sum(rounded, axis=1), mask=inside)
+Q4_BYTES = tl.constexpr(SUPERBLOCK_BYTES["q4"])
+Q8_BYTES = tl.constexpr(SUPERBLOCK_BYTES["q8"])
 
 
 @triton.jit
@@ -58,209 +36,233 @@ def _dot4(a, b, total):
 
 
 @triton.jit
-def _span_start(span, IS_Q4: tl.constexpr):
-    """(byte of the first line, byte of the scales) of a span, from the start of its block."""
-    if IS_Q4:
-        return span * 576 + 64, span * 576
-    return span // 2 * 1088 + 64 + span % 2 * 512, span // 2 * 1088 + span % 2 * 32
+def _low_nibbles(packed):
+    """The low nibble of each byte, four bytes an instruction."""
+    return tl.inline_asm_elementwise("and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [packed], dtype=tl.int8, is_pure=True,
+                                     pack=4)
 
 
 @triton.jit
-def _gemv_kernel(weight, q, scales, sums, bias, out, num_spans, spans_per_split, block_bytes, out_split_stride,
-                 IS_Q4: tl.constexpr, SPANS: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr):
-    """grid: (num_blocks, splits). weight: uint8 [num_blocks, block_bytes]; q: int8 [num_groups * 64]; scales, sums:
-    [num_groups]; out: [splits, num_blocks * 16]."""
+def _high_nibbles(packed):
+    """The high nibble of each byte, four bytes an instruction."""
+    return tl.inline_asm_elementwise("{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }", "=r,r", [packed],
+                                     dtype=tl.int8, is_pure=True, pack=4)
+
+
+@triton.jit
+def _signed(packed):
+    """Stored q + 128 as signed q, four bytes an instruction."""
+    return tl.inline_asm_elementwise("xor.b32 $0, $1, 0x80808080;", "=r,r", [packed], dtype=tl.int8, is_pure=True,
+                                     pack=4)
+
+
+@triton.jit
+def _gemv_kernel(weight, q, scales, sums, bias, out, num_groups, block_bytes, IS_Q4: tl.constexpr, WARPS: tl.constexpr,
+                 UNROLL: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """grid: (num_blocks,). weight: uint8 [num_blocks, block_bytes]; q: int8 [num_groups * 64]; scales, sums:
+    [num_groups]; out: [num_blocks * 16]. WARPS must be num_warps."""
+    BYTES: tl.constexpr = Q4_BYTES if IS_Q4 else Q8_BYTES
     block = weight + tl.program_id(0).to(tl.int64) * block_bytes
-    words = block.to(tl.pointer_type(tl.int32))
-    halves = block.to(tl.pointer_type(tl.float16))
-    q_words = q.to(tl.pointer_type(tl.int32))
-    features = tl.arange(0, 16)
-    lines = tl.arange(0, 8)
-    low = tl.program_id(1) * spans_per_split
-    high = tl.minimum(low + spans_per_split, num_spans)
-    products = tl.zeros([SPANS, 8, 16], tl.float32)  # summed over spans and lines once, after the loop
-    offsets = tl.zeros([SPANS, 16], tl.float32)
-    for first in range(low, high, SPANS):
-        spans = first + tl.arange(0, SPANS)
-        inside = spans < high
-        line_byte, scale_byte = _span_start(spans, IS_Q4)
-        word = (line_byte // 4)[:, None, None] + (lines * 16)[None, :, None] + features[None, None, :]
-        packed = tl.load(words + word, mask=inside[:, None, None], other=0)
-        half = (scale_byte // 2)[:, None] + features[None, :]
-        weight_scale = tl.load(halves + half, mask=inside[:, None], other=0.0).to(tl.float32)
-        group = spans if IS_Q4 else spans // 2
-        row_scale = tl.load(scales + group, mask=inside, other=0.0)
-        activation = (spans * (16 if IS_Q4 else 8))[:, None] + lines[None, :]
-        first_four = tl.load(q_words + activation, mask=inside[:, None], other=0)[:, :, None]
-        zero = tl.zeros([SPANS, 8, 16], tl.int32)
-        if IS_Q4:
-            last_four = tl.load(q_words + activation + 8, mask=inside[:, None], other=0)[:, :, None]
-            dots = _dot4(packed & 0x0F0F0F0F, first_four, zero)
-            dots = _dot4((packed >> 4) & 0x0F0F0F0F, last_four, dots)
-            minimum = tl.load(halves + half + 16, mask=inside[:, None], other=0.0).to(tl.float32)
-            offsets += minimum * tl.load(sums + group, mask=inside, other=0.0)[:, None]
-        else:
-            dots = _dot4(packed ^ -2139062144, first_four, zero)  # 0x80808080: stored q + 128 becomes signed q
-        products += dots.to(tl.float32) * (weight_scale * row_scale[:, None])[:, None, :]
+    features, lines = tl.arange(0, 16), tl.arange(0, 8)
+    word_of_line = lines[:, None] * 16 + features[None, :]
+    products = tl.zeros([WARPS, 8, 16], tl.float32)  # summed over warps and lines once, after the loop
+    offsets = tl.zeros([WARPS, 16], tl.float32)
+    zero = tl.zeros([WARPS, 8, 16], tl.int32)
+    for first in range(0, num_groups, WARPS * UNROLL):
+        for step in tl.static_range(UNROLL):
+            group = first + step * WARPS + tl.arange(0, WARPS)
+            inside = group < num_groups
+            words = block.to(tl.pointer_type(tl.int32)) + (group * (BYTES // 4) + 16)[:, None, None] + word_of_line
+            halves = block.to(tl.pointer_type(tl.float16)) + (group * (BYTES // 2))[:, None] + features[None, :]
+            row_scale = tl.load(scales + group, mask=inside, other=0.0)
+            inputs = q.to(tl.pointer_type(tl.int32)) + group[:, None] * 16 + (lines % 4 * 4 + lines // 4)[None, :]
+            first_half = tl.load(inputs, mask=inside[:, None], other=0)[:, :, None]
+            last_half = tl.load(inputs + 2, mask=inside[:, None], other=0)[:, :, None]
+            packed = tl.load(words, mask=inside[:, None, None], other=0, eviction_policy="evict_first")
+            scale = tl.load(halves, mask=inside[:, None], other=0.0).to(tl.float32)
+            other = tl.load(halves + 16, mask=inside[:, None], other=0.0).to(tl.float32)
+            if IS_Q4:
+                dots = _dot4(packed & 0x0F0F0F0F, first_half, zero)
+                dots = _dot4((packed >> 4) & 0x0F0F0F0F, last_half, dots)
+                offsets += other * tl.load(sums + group, mask=inside, other=0.0)[:, None]
+            else:
+                dots = _dot4(packed ^ -2139062144, first_half, zero)  # 0x80808080: stored q + 128 becomes signed q
+                packed = tl.load(words + 128, mask=inside[:, None, None], other=0, eviction_policy="evict_first")
+                last_dots = _dot4(packed ^ -2139062144, last_half, zero)
+                products += last_dots.to(tl.float32) * (other * row_scale[:, None])[:, None, :]
+            products += dots.to(tl.float32) * (scale * row_scale[:, None])[:, None, :]
     columns = tl.program_id(0) * 16 + features
     result = tl.sum(tl.sum(products, axis=1) + offsets, axis=0)
     if HAS_BIAS:
         result += tl.load(bias + columns)
-    target = out + tl.program_id(1).to(tl.int64) * out_split_stride + columns
     if ACCUMULATE:
-        result += tl.load(target)
-    tl.store(target, result)
+        result += tl.load(out + columns)
+    tl.store(out + columns, result)
 
 
-@triton.jit(do_not_specialize=["rows", "num_blocks", "num_spans", "spans_per_split"])
-def _gemm_kernel(weight, q, scales, sums, bias, out, rows, num_blocks, num_spans, spans_per_split, block_bytes,
-                 num_groups, q_stride, out_split_stride, out_row_stride, IS_Q4: tl.constexpr, SPANS: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr):
-    """grid: (cdiv(rows, BLOCK_M), cdiv(num_blocks * 16, BLOCK_N), splits). weight: uint8 [num_blocks, block_bytes];
-    q: int8 [rows, num_groups * 64]; scales, sums: [rows, num_groups]; out: [splits, rows, num_blocks * 16]."""
-    tile_rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live_rows = tile_rows < rows
-    live_columns = columns < num_blocks * 16
-    wide_rows = tile_rows.to(tl.int64)
-    blocks = weight + (columns // 16).to(tl.int64) * block_bytes
-    within = tl.arange(0, 32)  # 8 lines of 4 bytes of one feature
-    line_offset = within // 4 * 64 + within % 4
-    low = tl.program_id(2) * spans_per_split
-    high = tl.minimum(low + spans_per_split, num_spans)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(low, high, SPANS):
-        for step in tl.static_range(SPANS):
-            span = first + step
-            in_rows = live_rows & (span < high)
-            in_columns = live_columns & (span < high)
-            line_byte, scale_byte = _span_start(span, IS_Q4)
-            packed = tl.load(blocks[None, :] + (line_byte + line_offset[:, None] + columns[None, :] % 16 * 4),
-                             mask=in_columns[None, :], other=0)
-            halves = (blocks + scale_byte).to(tl.pointer_type(tl.float16)) + columns % 16
-            weight_scale = tl.load(halves, mask=in_columns, other=0.0).to(tl.float32)
-            group = span if IS_Q4 else span // 2
-            row_scale = tl.load(scales + wide_rows * num_groups + group, mask=in_rows, other=0.0)
-            activation = q + wide_rows[:, None] * q_stride + span * (64 if IS_Q4 else 32) + within[None, :]
-            first_half = tl.load(activation, mask=in_rows[:, None], other=0)
+@triton.jit
+def _half(words, index: tl.constexpr):
+    """One of the four float16 in each int64."""
+    return ((words >> (16 * index)) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _feature_values(pointers, inside, WARPS: tl.constexpr):
+    """float32 [WARPS, 32], in the order of `_flat_kernel`, of int64 pointers [8 quads, WARPS] to four float16 each."""
+    words = tl.trans(tl.load(pointers, mask=inside, other=0))
+    values = tl.join(tl.join(_half(words, 0), _half(words, 2)), tl.join(_half(words, 1), _half(words, 3)))
+    return values.permute(0, 2, 3, 1).reshape(WARPS, 32).to(tl.float32)
+
+
+@triton.jit
+def _row_values(pointers, inside, first, rows, ROWS: tl.constexpr, WARPS: tl.constexpr):
+    """float32 [WARPS, ROWS] at `pointers` [WARPS] + row, zero past the last row. Triton loads a tensor with fewer
+    elements than threads where it is used; a larger one would be loaded once and exchanged through shared memory."""
+    if ROWS <= 16:
+        row = first + tl.arange(0, ROWS)
+        return tl.load(pointers[:, None] + row[None, :], mask=inside[:, None] & (row < rows)[None, :], other=0.0)
+    else:
+        low = _row_values(pointers, inside, first, rows, ROWS // 2, WARPS)
+        high = _row_values(pointers, inside, first + ROWS // 2, rows, ROWS // 2, WARPS)
+        return tl.join(low, high).permute(0, 2, 1).reshape(WARPS, ROWS)
+
+
+@triton.jit(do_not_specialize=["rows", "num_blocks"])
+def _flat_kernel(weight, q, scales, sums, bias, out, rows, num_blocks, num_groups, block_bytes, q_stride, scale_stride,
+                 out_row_stride, IS_Q4: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
+                 UNROLL: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """grid: (cdiv(rows, ROWS), cdiv(num_blocks, 2 * TILES)). weight: uint8 [num_blocks, block_bytes]; q: int8 [rows,
+    num_groups * 64]; scales, sums: [num_groups, rows]; out: [rows, num_blocks * 16]. TILES * PARTS must be num_warps.
+
+    A warp multiplies a tile of 32 features with ROWS rows, as one matrix of a batch, over every PARTS-th group. The
+    features of a tile are ordered (feature of a quad, quad), and inputs as `quantize_activation` stores them, so that
+    16 loaded bytes are fragments of the tensor cores: quad and row are lanes // 4, lines and quarters lanes % 4.
+    """
+    WARPS: tl.constexpr = TILES * PARTS
+    BYTES: tl.constexpr = Q4_BYTES if IS_Q4 else Q8_BYTES
+    first_row = tl.program_id(0) * ROWS
+    warp, quad, quarter, byte = tl.arange(0, WARPS), tl.arange(0, 8), tl.arange(0, 4), tl.arange(0, 16)
+    block = (tl.program_id(1) * TILES + warp // PARTS)[None, :] * 2 + quad[:, None] // 4
+    live = block < num_blocks
+    blocks = weight + block.to(tl.int64) * block_bytes  # (quad, warp)
+    line = (quarter[:, None] + tl.arange(0, 2)[None, :] * 4)[:, None, None, :, None]
+    row = first_row + quad[:, None] + tl.arange(0, ROWS // 8)[None, :] * 8
+    row_q = (q + row.to(tl.int64) * q_stride)[None, :, None, :, None] + quarter[:, None, None, None, None] * 16
+    live_row = (row < rows)[None, :, None, :, None]
+    acc = tl.zeros([WARPS, 32, ROWS], tl.float32)
+    for first in range(0, num_groups, PARTS * UNROLL):
+        for step in tl.static_range(UNROLL):
+            group = first + step * PARTS + warp % PARTS
+            inside = group < num_groups
+            stored = live & inside[None, :]
+            superblock = blocks + (group * BYTES)[None, :]  # (quad, warp)
+            lines = (superblock + (quad % 4 * 16)[:, None] + 64)[None, :, :, None, None] + line * 64 + byte
+            line_mask = stored[None, :, :, None, None]
+            header = (superblock + (quad % 4 * 8)[:, None]).to(tl.pointer_type(tl.int64))
+            inputs = row_q + (group * 64)[None, None, :, None, None]  # (quarter, row % 8, warp, row // 8, byte)
+            input_mask = live_row & inside[None, None, :, None, None]
+            row_scale = _row_values(scales + group * scale_stride, inside, first_row, rows, ROWS, WARPS)
             if IS_Q4:
-                last_half = tl.load(activation + 32, mask=in_rows[:, None], other=0)
-                dots = tl.dot(first_half, (packed & 15).to(tl.int8), out_dtype=tl.int32)
-                dots = tl.dot(last_half, (packed >> 4).to(tl.int8), dots, out_dtype=tl.int32)
-                minimum = tl.load(halves + 16, mask=in_columns, other=0.0).to(tl.float32)
-                row_sum = tl.load(sums + wide_rows * num_groups + group, mask=in_rows, other=0.0)
-                acc += row_sum[:, None] * minimum[None, :]
+                packed = tl.load(lines, mask=line_mask, other=0)
+                a = tl.join(_low_nibbles(packed), _high_nibbles(packed)).reshape(4, 8, WARPS, 2, 4, 4, 2)
+                a = a.permute(2, 4, 1, 6, 0, 3, 5).reshape(WARPS, 32, 64)
+                x = tl.load(inputs + byte, mask=input_mask, other=0).reshape(4, 8, WARPS, ROWS // 8, 2, 2, 4)
+                x = x.permute(2, 4, 0, 5, 6, 3, 1).reshape(WARPS, 64, ROWS)
+                minimum = _feature_values(header + 4, stored, WARPS)
+                row_sum = _row_values(sums + group * scale_stride, inside, first_row, rows, ROWS, WARPS)
+                acc += minimum[:, :, None] * row_sum[:, None, :]
+                scale = _feature_values(header, stored, WARPS)
+                acc += tl.dot(a, x, out_dtype=tl.int32).to(tl.float32) * (scale[:, :, None] * row_scale[:, None, :])
             else:
-                dots = tl.dot(first_half, (packed ^ 128).to(tl.int8, bitcast=True), out_dtype=tl.int32)
-            acc += dots.to(tl.float32) * (row_scale[:, None] * weight_scale[None, :])
+                for half in tl.static_range(2):
+                    packed = tl.load(lines + half * 512, mask=line_mask, other=0)
+                    a = _signed(packed).reshape(4, 8, WARPS, 2, 4, 4).permute(2, 4, 1, 3, 0, 5).reshape(WARPS, 32, 32)
+                    x = tl.load(inputs + half * 8 + tl.arange(0, 8), mask=input_mask, other=0)
+                    x = x.reshape(4, 8, WARPS, ROWS // 8, 2, 4).permute(2, 4, 0, 5, 3, 1).reshape(WARPS, 32, ROWS)
+                    scale = _feature_values(header + half * 4, stored, WARPS)
+                    acc += tl.dot(a, x, out_dtype=tl.int32).to(tl.float32) * (scale[:, :, None] * row_scale[:, None, :])
+    total = tl.sum(acc.reshape(TILES, PARTS, 4, 8, ROWS), axis=1)
+    tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
+    column = tile[:, None, None] * 32 + quad[None, None, :] * 4 + quarter[None, :, None]
+    inside = column < num_blocks * 16
     if HAS_BIAS:
-        acc += tl.load(bias + columns, mask=live_columns, other=0.0)[None, :]
-    target = out + tl.program_id(2).to(tl.int64) * out_split_stride
-    target += wide_rows[:, None] * out_row_stride + columns[None, :]
-    live = live_rows[:, None] & live_columns[None, :]
+        total += tl.load(bias + column, mask=inside, other=0.0)[:, :, :, None]
+    rows_of_tile = first_row + tl.arange(0, ROWS)
+    target = out + rows_of_tile.to(tl.int64) * out_row_stride + column[:, :, :, None]
+    mask = inside[:, :, :, None] & (rows_of_tile < rows)
     if ACCUMULATE:
-        acc += tl.load(target, mask=live, other=0.0)
-    tl.store(target, acc, mask=live)
+        total += tl.load(target, mask=mask, other=0.0)
+    tl.store(target, total, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
-def _add_splits_kernel(partials, bias, out, num_blocks, split_stride, row_stride, out_row_stride, SPLITS: tl.constexpr,
-                       BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr):
-    """grid: (rows, cdiv(num_blocks * 16, BLOCK)). partials: [SPLITS, rows, num_blocks * 16]; out: [rows, the same]."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns // 16 < num_blocks  # constant over 16 columns, so the loads stay wide
-    total = tl.zeros([BLOCK], tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(partials + split * split_stride + row * row_stride + columns, mask=inside, other=0.0)
-    if HAS_BIAS:
-        total += tl.load(bias + columns, mask=inside, other=0.0)
-    target = out + row * out_row_stride + columns
-    if ACCUMULATE:
-        total += tl.load(target, mask=inside, other=0.0)
-    tl.store(target, total, mask=inside)
+class GemvShape(NamedTuple):
+    """Launch shape of one row: warps of a program, and superblocks a warp has in flight."""
+
+    warps: int
+    unroll: int
 
 
 class Tile(NamedTuple):
-    """Launch shape of a product: the most rows it serves, rows and features a program, spans a step, warps, stages."""
+    """Launch shape of more rows: rows of a tile, tiles of 32 features and parts of the inputs (a warp each) of a
+    program, and superblocks a warp has in flight."""
 
-    max_rows: float
-    block_m: int
-    block_n: int
-    spans: int
-    num_warps: int
-    num_stages: int
+    rows: int
+    tiles: int
+    parts: int
+    unroll: int
 
 
-GEMV_SPANS = 16
-GEMV_WARPS = 4
-# A flat tile is bound by memory, so it is narrow (many programs) and takes four spans a step (loads in flight). A full
-# tile is bound by arithmetic, so it reuses each weight for 128 rows. None may spill (tests/gpu/test_aot.py).
-TILES = (Tile(16, 16, 32, 4, 4, 3), Tile(32, 32, 32, 4, 4, 3), Tile(64, 64, 64, 2, 4, 3),
-         Tile(float("inf"), 128, 64, 1, 8, 3))
-TARGET_PROGRAMS = 256  # about two for each of the 132 multiprocessors of the largest target
-MAX_SPLITS = 8
-MIN_SPANS_PER_SPLIT = 16
-ADD_BLOCK = 512
+# Up to FEW_BLOCKS the programs are too few to fill a GPU with few warps each, so a program has more.
+FEW_BLOCKS = 512
+GEMV_FEW = GemvShape(8, 4)
+GEMV_MANY = GemvShape(4, 4)
+# Two tiles of 64 rows share the inputs that a multiprocessor caches. None may spill (tests/gpu/test_aot.py).
+TILES_FEW = (Tile(8, 1, 8, 2), Tile(16, 1, 8, 2), Tile(32, 1, 8, 1), Tile(64, 1, 4, 1))
+TILES_MANY = (Tile(8, 1, 4, 2), Tile(16, 1, 4, 2), Tile(32, 1, 4, 1), Tile(64, 2, 2, 1))
+
+
+def gemv_shape(num_blocks: int) -> GemvShape:
+    """The launch shape of one row."""
+    return GEMV_FEW if num_blocks <= FEW_BLOCKS else GEMV_MANY
+
+
+def tile_for(rows: int, num_blocks: int) -> Tile:
+    """The launch shape of several rows; more rows than the largest tile has are several tiles."""
+    tiles = TILES_FEW if num_blocks <= FEW_BLOCKS else TILES_MANY
+    return next((tile for tile in tiles if rows <= tile.rows), tiles[-1])
 
 
 def quantized_linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
                      accumulate: bool) -> None:
     """Write (or add) the product of `x` with packed q8 or q4 blocks into `out`; arguments as `linear`.
 
-    Allocates the int8 copy of x and, where the inputs are split, the partial sums.
+    Allocates the int8 copy of x.
     """
-    q, scales, sums = quantize_activation(x, weight_dtype)
-    num_spans = scales.shape[1] * (1 if weight_dtype == "q4" else 2)
-    num_blocks, rows = weight.shape[0], x.shape[0]
-    tile = next(tile for tile in TILES if rows <= tile.max_rows)
-    grid = (num_blocks,) if rows == 1 else (triton.cdiv(rows, tile.block_m), triton.cdiv(num_blocks * 16, tile.block_n))
-    splits, spans_per_split = _split(num_spans, GEMV_SPANS if rows == 1 else tile.spans, grid)
-    target = out[None]
-    if splits > 1:
-        target = torch.empty(splits, rows, out.shape[1], dtype=torch.float32, device=x.device)
-    flags = {"HAS_BIAS": bias is not None, "ACCUMULATE": accumulate}
-    product_flags = flags if splits == 1 else {"HAS_BIAS": False, "ACCUMULATE": False}
-    if rows == 1:
-        _gemv_kernel[(*grid, splits)](
-            weight, q, scales, sums, bias, target, num_spans, spans_per_split, weight.stride(0), target.stride(0),
-            IS_Q4=weight_dtype == "q4", SPANS=GEMV_SPANS, num_warps=GEMV_WARPS, **product_flags)
-    else:
-        _gemm_kernel[(*grid, splits)](
-            weight, q, scales, sums, bias, target, rows, num_blocks, num_spans, spans_per_split, weight.stride(0),
-            scales.shape[1], q.stride(0), *target.stride()[:2], IS_Q4=weight_dtype == "q4", SPANS=tile.spans,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
-            **product_flags)
-    if splits > 1:
-        _add_splits_kernel[(rows, triton.cdiv(out.shape[1], ADD_BLOCK))](
-            target, bias, out, num_blocks, *target.stride()[:2], out.stride(0), SPLITS=splits, BLOCK=ADD_BLOCK,
-            num_warps=4, **flags)
+    flags = {"IS_Q4": weight_dtype == "q4", "HAS_BIAS": bias is not None, "ACCUMULATE": accumulate}
+    launch = _launch_gemv if x.shape[0] == 1 else _launch_flat
+    launch(weight, *quantize_activation(x, weight_dtype), bias, out, flags)
 
 
-def quantize_activation(x: Tensor, weight_dtype: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(int8 [rows, groups * 64], scale f32 [rows, groups], scale * sum of the int8 f32 [rows, groups]) of x.
+def _launch_gemv(weight: Tensor, q: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None, out: Tensor,
+                 flags: dict[str, bool]) -> None:
+    shape = gemv_shape(weight.shape[0])
+    _gemv_kernel[(weight.shape[0],)](
+        weight, q, scales, sums, bias, out, scales.shape[0], weight.stride(0), WARPS=shape.warps, UNROLL=shape.unroll,
+        num_warps=shape.warps, **flags)
 
-    For q4 the inputs of a group are in the order in which the packed lines hold them: 32 of low nibbles, 32 of high.
-    """
-    rows, in_features = x.shape
-    num_groups = triton.cdiv(in_features, GROUP)
-    q = torch.empty(rows, num_groups * GROUP, dtype=torch.int8, device=x.device)
-    scales, sums = torch.empty(2, rows, num_groups, dtype=torch.float32, device=x.device)
-    _quantize_kernel[(rows, triton.cdiv(num_groups, QUANTIZE_GROUPS))](
-        x, q, scales, sums, in_features, num_groups, x.stride(0), q.stride(0), IS_Q4=weight_dtype == "q4",
-        GROUPS=QUANTIZE_GROUPS, num_warps=4)
-    return q, scales, sums
+
+def _launch_flat(weight: Tensor, q: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None, out: Tensor,
+                 flags: dict[str, bool]) -> None:
+    rows, num_blocks = out.shape[0], weight.shape[0]
+    tile = tile_for(rows, num_blocks)
+    grid = (triton.cdiv(rows, tile.rows), triton.cdiv(num_blocks, 2 * tile.tiles))
+    _flat_kernel[grid](
+        weight, q, scales, sums, bias, out, rows, num_blocks, scales.shape[0], weight.stride(0), q.stride(0),
+        scales.stride(0), out.stride(0), ROWS=tile.rows, TILES=tile.tiles, PARTS=tile.parts, UNROLL=tile.unroll,
+        num_warps=tile.tiles * tile.parts, num_stages=1, **flags)
 
 
 def check_blocks(weight: Tensor, weight_dtype: str, in_features: int) -> None:
     """Assert that the blocks have the bytes that q8 or q4 blocks of `in_features` have."""
     block_bytes = triton.cdiv(in_features, GROUP) * SUPERBLOCK_BYTES[weight_dtype]
     assert weight.shape[1] == block_bytes, (weight_dtype, in_features, weight.shape, block_bytes)
-
-
-def _split(num_spans: int, step: int, grid: tuple[int, ...]) -> tuple[int, int]:
-    """(splits, spans of each) so that about TARGET_PROGRAMS run; every split is whole steps and none is empty."""
-    programs = grid[0] * (grid[1] if len(grid) > 1 else 1)
-    wanted = min(MAX_SPLITS, triton.cdiv(TARGET_PROGRAMS, programs), max(1, num_spans // MIN_SPANS_PER_SPLIT))
-    spans = triton.cdiv(triton.cdiv(num_spans, wanted), step) * step
-    return triton.cdiv(num_spans, spans), spans

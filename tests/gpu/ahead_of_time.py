@@ -26,10 +26,14 @@ KIB = 1024
 SHARED_MEMORY_LIMIT = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 120: 99 * KIB}
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+(?:\.[A-Z0-9_]+)*)", re.M)
 
+_LABEL = re.compile(r"^\s*(\.L_x_\d+):", re.M)
+_JUMP = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
+
 
 class Resources(NamedTuple):
     """What one compiled kernel uses; a spilled register shows as stack bytes and local accesses. Loads and products are
-    counted as instructions in the machine code."""
+    counted as instructions in the machine code; exchanges between threads, by shuffles or shared memory, in its longest
+    loop."""
 
     kernel: str
     registers: int
@@ -40,6 +44,7 @@ class Resources(NamedTuple):
     wide_loads: int
     tensor_core: int
     dp4a: int
+    loop_exchanges: int
 
 
 class _NamedTarget:
@@ -99,7 +104,16 @@ def _resources(name: str, kernel: Any) -> Resources:
         wide_loads=count("LDG", "LDGSTS", having="128"),
         tensor_core=count("HMMA", "HGMMA", "IMMA", "IGMMA", "QGMMA"),
         dp4a=count("IDP", having="4A"),
+        loop_exchanges=sum(op.split(".")[0] in ("SHFL", "LDS", "LDSM", "STS", "BAR") for op in _longest_loop(code)),
     )
+
+
+def _longest_loop(code: str) -> list[str]:
+    """The instructions of the longest piece of code that a jump back repeats."""
+    labels = {match.group(1): match.start() for match in _LABEL.finditer(code)}
+    loops = [code[labels[jump.group(1)]:jump.start()] for jump in _JUMP.finditer(code)
+             if labels[jump.group(1)] < jump.start()]
+    return max(map(_INSTRUCTION.findall, loops), key=len, default=[])
 
 
 def _output(*command: str | Path) -> str:

@@ -6,7 +6,7 @@ The interpreter keeps bfloat16 as raw 16-bit patterns, and multiplies those patt
 - bf16 arithmetic outside of these is an error, since no kernel here may do it;
 - a masked load without `other=` yields garbage, as on a GPU, instead of zeros;
 - a dot whose inner dimension a tensor core cannot take is an error;
-- the one PTX instruction that kernels use (dp4a) is computed;
+- the PTX that kernels use (dp4a, and operations on four bytes at once) is computed;
 - a loop bound may be a loaded scalar under numpy >= 2.4.
 
 Touches private names of one release, which is why the test extra pins triton.
@@ -21,6 +21,13 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+# On four bytes in a register, none of which carries into another.
+BYTE_OPERATIONS = {
+    "and.b32 $0, $1, 0x0F0F0F0F;": lambda data: data & 15,
+    "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }": lambda data: data >> 4,
+    "xor.b32 $0, $1, 0x80808080;": lambda data: data ^ 128,
+}
+
 
 def install() -> None:
     """Patch the interpreter of this process; calling it again changes nothing more."""
@@ -34,7 +41,7 @@ def install() -> None:
     InterpreterBuilder.binary_op = _wrap_binary(InterpreterBuilder.binary_op)
     InterpreterBuilder.create_dot = _wrap_dot(InterpreterBuilder.create_dot)
     InterpreterBuilder.create_masked_load = _wrap_masked_load(InterpreterBuilder.create_masked_load)
-    InterpreterBuilder.create_inline_asm = _dp4a
+    InterpreterBuilder.create_inline_asm = _inline_asm
     interpreter._patch_lang_tensor = _wrap_patch_tensor(interpreter._patch_lang_tensor)
 
 
@@ -97,13 +104,21 @@ def _wrap_masked_load(masked_load: Any) -> Any:
     return honest_load
 
 
-def _dp4a(self: Any, asm: str, constraints: str, values: list, types: list, is_pure: bool, pack: int) -> Any:
-    assert asm == "dp4a.s32.s32 $0, $1, $2, $3;" and pack == 1, f"no emulation of {asm!r}"
-    a, b, total = (np.ascontiguousarray(handle.data, dtype=np.int32) for handle in values)
+def _inline_asm(self: Any, asm: str, constraints: str, values: list, types: list, is_pure: bool,
+                pack: int) -> TensorHandle:
+    if asm == "dp4a.s32.s32 $0, $1, $2, $3;" and pack == 1:
+        words = (np.ascontiguousarray(handle.data, dtype=np.int32) for handle in values)
+        result = TensorHandle(_dp4a(*words), tl.int32)
+    else:
+        assert asm in BYTE_OPERATIONS and pack == 4, f"no emulation of {asm!r}"
+        result = TensorHandle(BYTE_OPERATIONS[asm](values[0].data.view(np.uint8)).view(np.int8), tl.int8)
+    result.get_result = lambda index: result
+    return result
+
+
+def _dp4a(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
     products = a[..., None].view(np.int8).astype(np.int32) * b[..., None].view(np.int8).astype(np.int32)
-    call = TensorHandle((products.sum(-1) + total).astype(np.int32), tl.int32)
-    call.get_result = lambda index: call
-    return call
+    return (products.sum(-1) + total).astype(np.int32)
 
 
 def _wrap_patch_tensor(patch_tensor: Any) -> Any:

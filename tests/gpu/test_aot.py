@@ -106,13 +106,18 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "q4 1 row": (linear("q4", 1), (80, 86, 89, 90, 120)),
     "q4 1 row bias": (linear("q4", 1, 28672, bias=True, accumulate=True), (90,)),
     "q8 1 row": (linear("q8", 1), (86, 90)),
+    "q4 8 rows": (linear("q4", 8), (86, 90)),
     "q4 16 rows": (linear("q4", 16), (80, 90)),
     "q4 32 rows": (linear("q4", 32), (86,)),
-    "q4 64 rows": (linear("q4", 64, bias=True), (120,)),
+    "q4 64 rows": (linear("q4", 64), (89,)),
+    "q4 64 rows wide": (linear("q4", 64, 28672, bias=True, accumulate=True), (86, 90, 120)),
     "q4 512 rows": (linear("q4", 512, bias=True, accumulate=True), (86, 90)),
+    "q8 8 rows": (linear("q8", 8), (80,)),
     "q8 16 rows": (linear("q8", 16), (89,)),
-    "q8 32 rows": (linear("q8", 32), ()),
+    "q8 16 rows wide": (linear("q8", 16, 28672, bias=True), (90,)),
+    "q8 32 rows": (linear("q8", 32), (86,)),
     "q8 64 rows": (linear("q8", 64), (80,)),
+    "q8 64 rows wide": (linear("q8", 64, 28672, bias=True, accumulate=True), (86, 120)),
     "q8 512 rows": (linear("q8", 512), (120,)),
     "merge 2": (merge(2, 128), (86,)),
     "merge 3 of 80": (merge(3, 80), (90,)),
@@ -130,13 +135,17 @@ def check(used: Resources, name: str, architecture: int) -> None:
     """Assert what every kernel must keep, and what its kind promises; float32 products have no tensor core."""
     assert used.stack_bytes == 0 and used.local_accesses == 0, used
     assert used.shared_bytes <= SHARED_MEMORY_LIMIT[architecture], used
-    if used.kernel in ("_prefill_attention_kernel", "_gemm_kernel") and "fp32" not in name:
+    if used.kernel in ("_prefill_attention_kernel", "_flat_kernel") and "fp32" not in name:
         assert used.tensor_core > 0, used
     if used.kernel == "_decode_attention_kernel":
         narrow = 0.3 if "q4" in name else 0.4  # the others are page ids, and the scales and minima of codes
         assert used.wide_loads >= narrow * used.loads, used
     if used.kernel == "_gemv_kernel":
         assert used.dp4a > 0 and used.wide_loads > 0, used
+    if used.kernel in ("_gemv_kernel", "_flat_kernel"):
+        assert used.loop_exchanges == 0, used
+    if used.kernel == "_dequantize_kernel":
+        assert used.wide_loads > 0 and used.shared_bytes == 0, used
 
 
 @pytest.mark.parametrize("name,architecture", ORDINARY)

@@ -13,7 +13,8 @@ from code_pages import check_rope_append
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
-from gpu_kernels import attention  # noqa: E402
+from gpu_kernels import attention, linear_layer, quantized_linear  # noqa: E402
+from gpu_kernels.linear_layer import linear  # noqa: E402
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ROOT = Path(attention.__file__).parent
@@ -23,12 +24,14 @@ DECODE = partial(checks.check_decode, device="cpu", dtype=FP32, num_kv_heads=2, 
 PREFILL = partial(checks.check_prefill, device="cpu", dtype=FP32, q_len=70, num_kv_heads=2, group_size=2, head_dim=16,
                   page_size=16, start=9, stop=98, q_start=28, window=20)
 MERGE = partial(checks.check_merge, device="cpu", parts=3, shape=(3, 2, 16), empty=[1])
-GEMV_Q4 = partial(checks.check_linear, device="cpu", weight_dtype="q4", rows=1, num_blocks=2, in_features=192)
+GEMV_Q4 = partial(checks.check_linear, device="cpu", weight_dtype="q4", rows=1, num_blocks=2, in_features=2112)
 GEMV_Q8 = partial(checks.check_linear, device="cpu", weight_dtype="q8", rows=1, num_blocks=2, in_features=192)
-SPLIT_Q4 = partial(checks.check_linear, device="cpu", weight_dtype="q4", rows=1, num_blocks=2, in_features=2112)
-SPLIT_GEMM_Q4 = partial(checks.check_linear, device="cpu", weight_dtype="q4", rows=3, num_blocks=1, in_features=2112)
-GEMM_Q4 = partial(checks.check_linear, device="cpu", weight_dtype="q4", rows=18, num_blocks=2, in_features=192)
-GEMM_Q8 = partial(checks.check_linear, device="cpu", weight_dtype="q8", rows=18, num_blocks=2, in_features=192)
+FLAT_Q4 = partial(checks.check_linear, device="cpu", weight_dtype="q4", rows=18, num_blocks=3, in_features=192)
+FLAT_Q8 = partial(checks.check_linear, device="cpu", weight_dtype="q8", rows=18, num_blocks=3, in_features=192)
+LONG_FLAT_Q4 = partial(checks.check_linear, device="cpu", weight_dtype="q4", rows=3, num_blocks=2, in_features=1088)
+DENSE_Q4 = partial(checks.check_linear, device="cpu", weight_dtype="q4", rows=70, num_blocks=3, in_features=100,
+                   tolerance=checks.DENSE_NMSE)
+DENSE_Q8 = partial(DENSE_Q4, weight_dtype="q8")
 RMS_NORM = partial(checks.check_rms_norm, device="cpu", rows=2, hidden=100)
 SILU_MUL = partial(checks.check_silu_mul, device="cpu", rows=2, units=3)
 ROPE = partial(checks.check_rope_append, device="cpu", dtype=FP32, num_kv_heads=2, group_size=2, head_dim=24,
@@ -71,31 +74,47 @@ MUTANTS = {
         "acc / tl.where(total == 0.0, 1.0, total)", "acc"),
     "merge forgets a part": ("attention_merge", "merge", MERGE, "tl.static_range(PARTS)", "tl.static_range(1, PARTS)"),
     "merge averages": ("attention_merge", "merge", MERGE, "total += weight", "total += 1.0"),
-    "rounding half up": ("quantized_linear", "quantized_linear", GEMV_Q4,
-        "(steps + ROUNDING) - ROUNDING", "tl.floor(steps + 0.5)"),
-    "zero group divides by zero": ("quantized_linear", "quantized_linear", GEMV_Q4,
-        "tl.where(scale == 0.0, 1.0, scale)", "scale"),
-    "inputs of q4 not reordered": ("quantized_linear", "quantized_linear", GEMV_Q4,
-        "source = stored % 32 // 4 * 8 + stored // 32 * 4 + stored % 4", "source = stored"),
     "gemv swaps nibbles": ("quantized_linear", "quantized_linear", GEMV_Q4, "packed & 0x0F0F0F0F",
         "(packed >> 4) & 0x0F0F0F0F"),
     "gemv forgets the minima": ("quantized_linear", "quantized_linear", GEMV_Q4,
         "tl.sum(products, axis=1) + offsets", "tl.sum(products, axis=1) + 0.0 * offsets"),
     "gemv of q8 keeps the offset": ("quantized_linear", "quantized_linear", GEMV_Q8, "packed ^ -2139062144", "packed"),
-    "q8 uses one scale for both halves": ("quantized_linear", "quantized_linear", GEMV_Q8, "span % 2 * 32", "0"),
-    "splits overlap": ("quantized_linear", "quantized_linear", SPLIT_Q4,
-        "high = tl.minimum(low + spans_per_split, num_spans)", "high = num_spans"),
-    "a split is not added": ("quantized_linear", "quantized_linear", SPLIT_GEMM_Q4, "tl.static_range(SPLITS)",
-        "tl.static_range(1, SPLITS)"),
-    "gemm swaps nibbles": ("quantized_linear", "quantized_linear", GEMM_Q4, "(packed & 15)", "(packed >> 4)"),
-    "gemm forgets the minima": ("quantized_linear", "quantized_linear", GEMM_Q4,
-        "acc += row_sum[:, None] * minimum[None, :]", "acc += 0.0 * row_sum[:, None] * minimum[None, :]"),
-    "gemm of q8 has another zero point": ("quantized_linear", "quantized_linear", GEMM_Q8,
-        "packed ^ 128", "packed ^ 127"),
-    "gemm reads features of another block": ("quantized_linear", "quantized_linear", GEMM_Q8,
-        "(columns // 16).to(tl.int64)", "(columns // 32).to(tl.int64)"),
-    "gemm writes rows past the last": ("quantized_linear", "quantized_linear", GEMM_Q8,
-        "live = live_rows[:, None]", "live = (tile_rows < rows + 1)[:, None]"),
+    "gemv of q8 uses one scale for both halves": ("quantized_linear", "quantized_linear", GEMV_Q8,
+        "(other * row_scale[:, None])", "(scale * row_scale[:, None])"),
+    "gemv reads the inputs of another line": ("quantized_linear", "quantized_linear", GEMV_Q4,
+        "lines % 4 * 4 + lines // 4", "lines * 2"),
+    "gemv warps share a group": ("quantized_linear", "quantized_linear", GEMV_Q4,
+        "group = first + step * WARPS + tl.arange(0, WARPS)", "group = first + step * WARPS + 0 * tl.arange(0, WARPS)"),
+    "a step is left out": ("quantized_linear", "quantized_linear", GEMV_Q4, "tl.static_range(UNROLL)",
+        "tl.static_range(UNROLL - 1)"),
+    "the last group is left out": ("quantized_linear", "quantized_linear", GEMV_Q4, "inside = group < num_groups",
+        "inside = group < num_groups - 1"),
+    "flat swaps nibbles": ("quantized_linear", "quantized_linear", FLAT_Q4,
+        "tl.join(_low_nibbles(packed), _high_nibbles(packed))", "tl.join(_high_nibbles(packed), _low_nibbles(packed))"),
+    "flat forgets the minima": ("quantized_linear", "quantized_linear", FLAT_Q4,
+        "acc += minimum[:, :, None] * row_sum[:, None, :]", "acc += 0.0 * minimum[:, :, None] * row_sum[:, None, :]"),
+    "flat of q8 keeps the offset": ("quantized_linear", "quantized_linear", FLAT_Q8, "_signed(packed).reshape",
+        "packed.to(tl.int8, bitcast=True).reshape"),
+    "flat of q8 uses one scale for both halves": ("quantized_linear", "quantized_linear", FLAT_Q8,
+        "_feature_values(header + half * 4,", "_feature_values(header,"),
+    "flat reads features of another block": ("quantized_linear", "quantized_linear", FLAT_Q8, "quad[:, None] // 4",
+        "quad[:, None] // 8"),
+    "flat orders the scales of a quad otherwise": ("quantized_linear", "quantized_linear", FLAT_Q8,
+        "tl.join(_half(words, 0), _half(words, 2)), tl.join(_half(words, 1), _half(words, 3))",
+        "tl.join(_half(words, 0), _half(words, 1)), tl.join(_half(words, 2), _half(words, 3))"),
+    "flat reads other rows": ("quantized_linear", "quantized_linear", FLAT_Q8,
+        "tl.arange(0, ROWS // 8)[None, :] * 8", "tl.arange(0, ROWS // 8)[None, :] * 4"),
+    "flat takes scales of other rows": ("quantized_linear", "quantized_linear", FLAT_Q8,
+        "tl.join(low, high).permute(0, 2, 1)", "tl.join(high, low).permute(0, 2, 1)"),
+    "flat parts share a group": ("quantized_linear", "quantized_linear", LONG_FLAT_Q4, "warp % PARTS", "warp // PARTS"),
+    "flat leaves the last group out": ("quantized_linear", "quantized_linear", LONG_FLAT_Q4,
+        "inside = group < num_groups", "inside = group < num_groups - 1"),
+    "flat leaves a step out": ("quantized_linear", "quantized_linear", LONG_FLAT_Q4, "tl.static_range(UNROLL)",
+        "tl.static_range(UNROLL - 1)"),
+    "flat writes rows past the last": ("quantized_linear", "quantized_linear", FLAT_Q8,
+        "(rows_of_tile < rows)", "(rows_of_tile < rows + 1)"),
+    "flat writes features past the last": ("quantized_linear", "quantized_linear", FLAT_Q8,
+        "inside = column < num_blocks * 16", "inside = column <= num_blocks * 16"),
     "norm without epsilon": ("elementwise", "rms_norm", RMS_NORM, "/ HIDDEN + eps", "/ HIDDEN"),
     "mean over the padded row": ("elementwise", "rms_norm", RMS_NORM, "axis=0) / HIDDEN", "axis=0) / BLOCK"),
     "up column off by one": ("elementwise", "silu_mul", SILU_MUL, "source + 16", "source + 15"),
@@ -135,6 +154,13 @@ def only_interpreted(device):
         pytest.skip("mutants run under the interpreter, where a wrong address cannot hurt the device")
 
 
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan():
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives; a right result may lie there otherwise
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name, tmp_path):
@@ -145,20 +171,58 @@ def test_mutant_is_caught(name, tmp_path):
         check(getattr(mutant, op))
 
 
-@pytest.mark.parametrize("check,file,op", dict.fromkeys((check, file, op) for file, op, check, _, _ in MUTANTS.values()),
+@pytest.mark.parametrize("check,file,op", dict.fromkeys((check, file, op) for file, op, check, *_ in MUTANTS.values()),
                          ids=lambda value: value if isinstance(value, str) else "")
 def test_the_right_kernel_passes_every_mutants_check(check, file, op, tmp_path):
     check(getattr(load_mutant(tmp_path, file, "tl", "tl"), op))
 
 
-@pytest.mark.parametrize("right,wrong", [
-    ("weights = tl.exp(part_lse - safe_maximum)", "weights = tl.where(live, 1.0, 0.0)"),
-    ("splits < num_splits", "splits < num_splits - 1"),
-    ('safe_maximum = tl.where(maximum == float("-inf"), 0.0, maximum)', "safe_maximum = maximum"),
-], ids=["splits are averaged", "the last split is dropped", "no guard for empty splits"])
+# name: (file of a helper, module that uses it, the helper, check of an op, right text, wrong text)
+HELPER_MUTANTS = {
+    "splits are averaged": ("attention_merge", attention, "merge_splits", partial(DECODE, attention.decode_attention),
+        "weights = tl.exp(part_lse - safe_maximum)", "weights = tl.where(live, 1.0, 0.0)"),
+    "the last split is dropped": ("attention_merge", attention, "merge_splits",
+        partial(DECODE, attention.decode_attention), "splits < num_splits", "splits < num_splits - 1"),
+    "no guard for empty splits": ("attention_merge", attention, "merge_splits",
+        partial(DECODE, attention.decode_attention),
+        'safe_maximum = tl.where(maximum == float("-inf"), 0.0, maximum)', "safe_maximum = maximum"),
+    "rounding half up": ("activation", quantized_linear, "quantize_activation", partial(GEMV_Q4, linear),
+        "(steps + ROUNDING) - ROUNDING", "tl.floor(steps + 0.5)"),
+    "zero group divides by zero": ("activation", quantized_linear, "quantize_activation", partial(GEMV_Q4, linear),
+        "tl.where(scale == 0.0, 1.0, scale)", "scale"),
+    "inputs of q4 not reordered": ("activation", quantized_linear, "quantize_activation", partial(FLAT_Q4, linear),
+        "high * 32 + quarter * 8 + half * 4 + byte", "stored"),
+    "inputs of q8 not reordered": ("activation", quantized_linear, "quantize_activation", partial(FLAT_Q8, linear),
+        "half * 32 + high * 16 + quarter * 4 + byte", "stored"),
+    "scales of another row": ("activation", quantized_linear, "quantize_activation", partial(FLAT_Q8, linear),
+        "scales + groups * scale_stride + row", "scales + groups * scale_stride + (row ^ 1)"),
+    "rounded x without its scale": ("activation", linear_layer, "round_activation", partial(DENSE_Q4, linear),
+        "steps * scale[:, None]", "steps"),
+    "rounding reads past a row": ("activation", linear_layer, "round_activation", partial(DENSE_Q4, linear),
+        "mask=columns < in_features", "mask=columns <= in_features"),
+    "x is not rounded to int8": ("activation", linear_layer, "round_activation", partial(DENSE_Q4, linear),
+        "(steps + ROUNDING) - ROUNDING", "steps"),
+    "dequantising swaps nibbles": ("dequantize", linear_layer, "dequantize", partial(DENSE_Q4, linear),
+        "inputs // 4 * 4", "(1 - inputs // 4) * 4"),
+    "dequantising forgets the minima": ("dequantize", linear_layer, "dequantize", partial(DENSE_Q4, linear),
+        "* scale + minimum", "* scale"),
+    "dequantising has another zero point": ("dequantize", linear_layer, "dequantize", partial(DENSE_Q8, linear),
+        "- 128)", "- 127)"),
+    "dequantising uses one scale for both halves": ("dequantize", linear_layer, "dequantize",
+        partial(DENSE_Q8, linear), "span % 2 * 16", "0"),
+    "dequantising leaves the last span out": ("dequantize", linear_layer, "dequantize", partial(DENSE_Q4, linear),
+        "inside = span < num_spans", "inside = span < num_spans - 1"),
+    "dequantising mixes features": ("dequantize", linear_layer, "dequantize", partial(DENSE_Q4, linear),
+        "(block * 16 + four * 4 + one)", "(block * 16 + four + one * 4)"),
+}
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_mutant_of_the_split_merge_is_caught(right, wrong, tmp_path, monkeypatch):
-    monkeypatch.setattr(attention, "merge_splits", load_mutant(tmp_path, "attention_merge", right, wrong).merge_splits)
+@pytest.mark.parametrize("name", HELPER_MUTANTS)
+def test_mutant_of_a_helper_is_caught(name, tmp_path, monkeypatch):
+    file, user, helper, check, right, wrong = HELPER_MUTANTS[name]
+    check()
+    monkeypatch.setattr(user, helper, getattr(load_mutant(tmp_path, file, right, wrong), helper))
 
     with pytest.raises(AssertionError):
-        DECODE(attention.decode_attention)
+        check()

@@ -1,0 +1,83 @@
+"""The input of a linear layer over q8 or q4 blocks, rounded to int8 per group of 64 as on the CPU lane.
+
+    x_k = a_k * s_x(group of 64)            a = round_half_even(x / s_x), s_x = absmax / 127
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpu_kernels.reference import GROUP
+
+GROUPS = 16  # of one row a program
+ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds a small float32 half to even
+
+
+@triton.jit
+def _steps_and_scale(values):
+    """(whole numbers in -127..127 [groups, 64], scale [groups]) of float32 values [groups, 64]."""
+    scale = tl.div_rn(tl.max(tl.abs(values), axis=1), 127.0)
+    steps = tl.div_rn(values, tl.where(scale == 0.0, 1.0, scale)[:, None])
+    return tl.minimum(tl.maximum((steps + ROUNDING) - ROUNDING, -127.0), 127.0), scale
+
+
+@triton.jit
+def _quantize_kernel(x, q, scales, sums, in_features, num_groups, x_stride, q_stride, scale_stride,
+                     IS_Q4: tl.constexpr, GROUPS: tl.constexpr):
+    """grid: (rows, cdiv(num_groups, GROUPS)). x: [rows, in_features]; q: int8 [rows, num_groups * 64]; scales, sums:
+    [num_groups, rows], sums = scale * sum of q. The inputs of a group are stored as `quantize_activation` says."""
+    row = tl.program_id(0).to(tl.int64)
+    groups = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    stored = tl.arange(0, 64)
+    quarter, half, high, byte = stored // 16, stored // 8 % 2, stored // 4 % 2, stored % 4
+    if IS_Q4:
+        source = high * 32 + quarter * 8 + half * 4 + byte
+    else:
+        source = half * 32 + high * 16 + quarter * 4 + byte
+    columns = groups[:, None] * 64 + source[None, :]
+    steps, scale = _steps_and_scale(tl.load(x + row * x_stride + columns, mask=columns < in_features, other=0.0))
+    inside = groups < num_groups
+    tl.store(q + row * q_stride + groups[:, None] * 64 + stored[None, :], steps.to(tl.int8), mask=inside[:, None])
+    tl.store(scales + groups * scale_stride + row, scale, mask=inside)
+    tl.store(sums + groups * scale_stride + row, scale * tl.sum(steps, axis=1), mask=inside)
+
+
+@triton.jit
+def _round_kernel(x, out, in_features, num_groups, x_stride, out_stride, GROUPS: tl.constexpr):
+    """grid: (rows, cdiv(num_groups, GROUPS)). x: [rows, in_features]; out: bf16 [rows, num_groups * 64]."""
+    row = tl.program_id(0).to(tl.int64)
+    groups = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    columns = groups[:, None] * 64 + tl.arange(0, 64)[None, :]
+    steps, scale = _steps_and_scale(tl.load(x + row * x_stride + columns, mask=columns < in_features, other=0.0))
+    target = out + row * out_stride + columns
+    tl.store(target, (steps * scale[:, None]).to(tl.bfloat16), mask=(groups < num_groups)[:, None])
+
+
+def quantize_activation(x: Tensor, weight_dtype: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(int8 [rows, groups * 64], scale f32 [groups, rows], scale * sum of the int8 f32 [groups, rows]) of x.
+
+    The inputs of a group are stored as [quarter, half, high, byte], so that a thread which holds lines `quarter` and
+    `quarter` + 4 of a superblock's half (q8) or nibbles (q4) finds the inputs that belong to them side by side.
+    """
+    rows, in_features = x.shape
+    num_groups = triton.cdiv(in_features, GROUP)
+    q = torch.empty(rows, num_groups * GROUP, dtype=torch.int8, device=x.device)
+    stride = 1 if rows == 1 else triton.cdiv(rows, 16) * 16  # aligned, so that scales of two rows are one load
+    scales, sums = torch.empty(2, num_groups, stride, dtype=torch.float32, device=x.device)[..., :rows]
+    _quantize_kernel[(rows, triton.cdiv(num_groups, GROUPS))](
+        x, q, scales, sums, in_features, num_groups, x.stride(0), q.stride(0), stride, IS_Q4=weight_dtype == "q4",
+        GROUPS=GROUPS, num_warps=4)
+    return q, scales, sums
+
+
+def round_activation(x: Tensor) -> Tensor:
+    """bf16 [rows, groups * 64] of x after its rounding to int8 per group; zero in the padding."""
+    rows, in_features = x.shape
+    num_groups = triton.cdiv(in_features, GROUP)
+    out = torch.empty(rows, num_groups * GROUP, dtype=torch.bfloat16, device=x.device)
+    _round_kernel[(rows, triton.cdiv(num_groups, GROUPS))](
+        x, out, in_features, num_groups, x.stride(0), out.stride(0), GROUPS=GROUPS, num_warps=4)
+    return out
