@@ -11,7 +11,6 @@ pytest.importorskip("triton", reason="triton is not installed (the test extra ha
 
 from gpu_kernels import activation, dequantize, linear_layer, quantized_linear, reference  # noqa: E402
 
-
 BORDER = linear_layer.QUANTIZED_ROWS
 TILES = sorted({*quantized_linear.TILES_FEW, *quantized_linear.TILES_MANY, quantized_linear.Tile(8, 2, 2, 2)})
 GEMV_SHAPES = [quantized_linear.GEMV_FEW, quantized_linear.GEMV_MANY, quantized_linear.GemvShape(2, 1)]
