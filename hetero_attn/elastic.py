@@ -25,35 +25,35 @@ def go_over(lanes: Lanes, linears: Sequence[LinearWeights], kv_cache: KVCache, p
     linears: in plan order. Raises MemoryBudgetError when GPU memory runs out, and may then be called again.
     """
     lanes.finish()
-    moving = [pair for pair in zip(linears, plan.linears, strict=True) if not _is_home(*pair)]
+    targets = list(zip(linears, plan.linears, strict=True))
+    moving = [pair for pair in targets if not _is_home(*pair)]
+    _give_all_back(lanes, moving)
+    kv_cache.shrink(plan)
+    lanes.device.arena.budget_bytes = plan.gpu_memory_bytes - plan.memory.gpu.get("context", 0)
+    try:
+        _take_all(lanes, moving, kv_cache, plan)
+    except NoGapError:  # there is enough, but in pieces between what stayed: nothing stays
+        lanes.finish()
+        _give_all_back(lanes, targets)
+        _take_all(lanes, targets, kv_cache, plan, anew=True)
+    for weights, placement in targets:
+        weights.placement = placement
+    lanes.finish()
+
+
+def _give_all_back(lanes: Lanes, moving: Sequence[Moving]) -> None:
     for weights, _ in moving:
         _give_back(lanes, weights)
     if lanes.ring is not None:
         lanes.ring.close()
         lanes.ring = None
-    kv_cache.shrink(plan)
-    lanes.device.arena.budget_bytes = plan.gpu_memory_bytes - plan.memory.gpu.get("context", 0)
-    kv_cache.grow(plan)
+
+
+def _take_all(lanes: Lanes, moving: Sequence[Moving], kv_cache: KVCache, plan: Plan, anew: bool = False) -> None:
+    kv_cache.grow(plan, anew)
     lanes.ring = make_ring(plan, lanes.device)
-    _take_all(lanes, linears, plan.linears, moving)
-    for weights, placement in zip(linears, plan.linears, strict=True):
-        weights.placement = placement
-    lanes.finish()
-
-
-def _take_all(
-    lanes: Lanes, linears: Sequence[LinearWeights], placements: Sequence[LinearPlacement], moving: list[Moving]
-) -> None:
-    """Fill the homes of the moving weights, and of all anew where those that stayed leave no gap that is large enough."""
-    try:
-        for weights, placement in moving:
-            _take(lanes, weights, placement)
-    except NoGapError:
-        lanes.finish()  # copies on their way into memory that is given back
-        for weights in linears:
-            _give_back(lanes, weights)
-        for weights, placement in zip(linears, placements, strict=True):
-            _take(lanes, weights, placement)
+    for weights, placement in moving:
+        _take(lanes, weights, placement)
 
 
 def _is_home(weights: LinearWeights, placement: LinearPlacement) -> bool:

@@ -117,10 +117,13 @@ class KVCache:
         for group in self.layer_groups:
             group.shrink(_gpu_tokens(group, plan), tuple(self._open.values()))
 
-    def grow(self, plan: Plan) -> None:
-        """Take the GPU memory that this plan keeps; nothing queued may use the cache. Raises MemoryBudgetError."""
+    def grow(self, plan: Plan, anew: bool = False) -> None:
+        """Take the GPU memory that this plan keeps; nothing queued may use the cache. Raises MemoryBudgetError.
+
+        anew: every store gets another place, also one whose size stays.
+        """
         for group in self.layer_groups:
-            group.grow(_gpu_tokens(group, plan), tuple(self._open.values()))
+            group.grow(_gpu_tokens(group, plan), tuple(self._open.values()), anew)
 
     def reuse(self, sequence: SequenceState, token_ids: Sequence[int]) -> int:
         """Begin an empty sequence with the stored part of `token_ids`, whole pages; returns how many tokens that is."""

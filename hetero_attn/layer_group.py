@@ -186,10 +186,13 @@ class LayerGroup:
                 self._vacate_recent(others)
             self._resize_recent(pages)
 
-    def grow(self, gpu_tokens: int, others: Iterable[SequenceState]) -> None:
-        """Keep up to `gpu_tokens` in GPU memory; the newest pages in DRAM come back. Raises MemoryBudgetError."""
+    def grow(self, gpu_tokens: int, others: Iterable[SequenceState], anew: bool = False) -> None:
+        """Keep up to `gpu_tokens` in GPU memory; the newest pages in DRAM come back. Raises MemoryBudgetError.
+
+        anew: give the store another place even if its size stays, where GPU memory is in pieces.
+        """
         pages = self._recent_pages(gpu_tokens)
-        if self.recent is not None and (pages > self.recent.num_pages or self.recent.is_parked):
+        if self.recent is not None and (anew or pages > self.recent.num_pages or self.recent.is_parked):
             self._resize_recent(pages)
             while self.recent.free_pages and (page := self._newest_spilled(others)) is not None:
                 self._fetch(page, others)

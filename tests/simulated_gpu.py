@@ -162,7 +162,7 @@ class SimulatedDriver:
         self.streams.append(Stream(name))
         return self.streams[-1]
 
-    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, stays: bool) -> torch.Tensor:
         """GPU memory full of NaN."""
         with _disable_current_modes():
             tensor = filled(torch.empty(shape, dtype=dtype))

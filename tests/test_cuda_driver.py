@@ -288,6 +288,15 @@ def test_slab_reuses_and_joins_what_is_given_back():
     assert slab.take(10 * ALIGN_BYTES) == 0
 
 
+def test_what_stays_lies_at_the_end_of_the_slab():
+    """Small tensors that live as long as the model leave one gap, not one beside each of them."""
+    slab = Slab(10 * ALIGN_BYTES)
+    places = [slab.take(ALIGN_BYTES, at_end=index % 2 == 0) for index in range(6)]
+
+    assert [place // ALIGN_BYTES for place in places] == [9, 0, 8, 1, 7, 2]
+    assert slab.take(4 * ALIGN_BYTES) == 3 * ALIGN_BYTES
+
+
 def test_a_failed_call_is_named():
     driver = fake_driver(1 << 16)
     with pytest.raises(CudaError, match=r"cuCtxSetCurrent failed: CUDA_ERROR_FAKE \(201\)"):

@@ -71,9 +71,9 @@ def faults(monkeypatch):
     faults = Faults()
 
     class Driver(EmulatedDriver):
-        def allocate(self, shape, dtype):
+        def allocate(self, shape, dtype, stays):
             faults.count("allocate")
-            return super().allocate(shape, dtype)
+            return super().allocate(shape, dtype, stays)
 
         def copy(self, target, source, stream):
             faults.count("copy")

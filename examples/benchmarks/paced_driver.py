@@ -114,7 +114,7 @@ class PacedDriver:
             self.ops.stream = stream
         return stream
 
-    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, stays: bool) -> torch.Tensor:
         """Host memory in the place of GPU memory; pages are touched when something writes them, which is seldom."""
         return torch.empty(shape, dtype=dtype) if math.prod(shape) > COPIED_BYTES else torch.zeros(shape, dtype=dtype)
 

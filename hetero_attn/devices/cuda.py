@@ -58,12 +58,12 @@ class CudaDriver:
         """A new queue."""
         return self._cuda.Stream(device=self._index)
 
-    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A part of the one allocation, uninitialised."""
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, stays: bool) -> torch.Tensor:
+        """A part of the one allocation, uninitialised; what stays lies at its end, out of the way of the rest."""
         count = prod(shape) * dtype.itemsize
         if count == 0:
             return self._memory[:0].view(dtype).view(shape)
-        offset = self._slab.take(count)
+        offset = self._slab.take(count, stays)
         return self._memory[offset : offset + count].view(dtype).view(shape)
 
     def free(self, tensor: torch.Tensor) -> None:

@@ -7,7 +7,8 @@ in CUDA:
 
     kind, name, ops            "cuda" or "emulated"; for messages; the operations over its tensors
     stream(name)               a new in-order queue
-    allocate(shape, dtype)     memory of the device, uninitialised; free(tensor) takes it back
+    allocate(shape, dtype, stays)  memory of the device, uninitialised; free(tensor) takes it back. stays: until the end,
+                               whatever the plan
     pin(tensor) -> bool        page-lock host memory; False where the system refuses
     unpin(tensor) -> bool      undo that; False where it was not page-locked
     copy(target, source, stream)   same shape and dtype; contiguous, or rows of equal length with a stride
@@ -33,6 +34,7 @@ from hetero_attn.errors import MemoryBudgetError
 from placement.units import format_bytes
 
 PAGE_BYTES = 4096
+STAYING = ("activations", "resident")  # kinds of GPU memory that no change of plan moves
 
 
 class Device:
@@ -62,7 +64,7 @@ class Device:
         count = math.prod(shape) * dtype.itemsize
         self.arena.reserve(count, kind)
         try:
-            return self.driver.allocate(shape, dtype)
+            return self.driver.allocate(shape, dtype, kind in STAYING)
         except torch.OutOfMemoryError as error:
             self.arena.release(kind, count)
             raise MemoryBudgetError(

@@ -37,7 +37,7 @@ class EmulatedDriver:
         """A new queue."""
         return EmulatedStream(name)
 
-    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, stays: bool) -> torch.Tensor:
         """Uninitialised host memory in the place of GPU memory."""
         return torch.empty(shape, dtype=dtype)
 

@@ -1,4 +1,4 @@
-"""Places in one allocation made at the start: first fit, neighbours that are free become one again."""
+"""Places in one allocation made at the start: first fit from either end, neighbours that are free become one again."""
 
 from hetero_attn.errors import MemoryBudgetError
 from placement.units import format_bytes
@@ -18,21 +18,23 @@ class Slab:
         self._free = {0: size_bytes} if size_bytes else {}  # offset -> size, in the order of offsets
         self._taken: dict[int, int] = {}
 
-    def take(self, count: int) -> int:
-        """An aligned offset with `count` bytes behind it; raises MemoryBudgetError where no gap is large enough."""
+    def take(self, count: int, at_end: bool = False) -> int:
+        """An aligned offset with `count` bytes behind it, the first that there is or the last; raises NoGapError."""
         size = -(-count // ALIGN_BYTES) * ALIGN_BYTES
-        offset = next((offset for offset, gap in self._free.items() if gap >= size), None)
+        fitting = (offset for offset, gap in self._free.items() if gap >= size)
+        offset = max(fitting, default=None) if at_end else next(fitting, None)
         if offset is None:
             raise NoGapError(
                 f"GPU memory: no gap of {format_bytes(size)} is left in the {format_bytes(self.size_bytes)} taken at the "
                 "start; raise gpu_memory or shorten the context"
             )
         gap = self._free.pop(offset)
-        self._taken[offset] = size
+        start = offset + gap - size if at_end else offset
+        self._taken[start] = size
         if gap > size:
-            self._free[offset + size] = gap - size
+            self._free[offset if at_end else offset + size] = gap - size
             self._sort()
-        return offset
+        return start
 
     def give(self, offset: int) -> None:
         """Take back what `take` gave at this offset."""
