@@ -23,7 +23,6 @@ from .attention_layout import (
     P_PAGE_SIZE,
     P_V,
     P_V_PAGE,
-    WEIGHT_OF_TILE,
     RowShape,
 )
 from .chunks import parameter
@@ -101,10 +100,10 @@ def raise_maximum(scores, first, keys, scale, running, correction):
 def softmax_tile(isa: Isa, kv_dtype: str):
     """Function: scores[64] of one query -> p in place, and l; arguments as for raise_maximum, which comes before.
 
-    Beside rows of bf16 p is rounded to bf16, and kept so where the CPU multiplies bf16; else it is kept in float32. Beside
-    codes it is divided by the tile's largest, which goes to WEIGHT_OF_TILE, so that 16 bits hold it well.
+    Beside rows of bf16 p is rounded to bf16, and kept so where the CPU multiplies bf16; else it is kept in float32. For
+    pages of codes see code_softmax.py.
     """
-    is_rounded, has_codes = kv_dtype == "bf16", RowShape.of(kv_dtype).has_codes
+    is_rounded = kv_dtype == "bf16"
     item_bytes = 2 if is_rounded and isa.has_bf16 else 4
 
     @emits(types.void, F32x16, F32x16, F32x16, F32x16, intp)
@@ -127,11 +126,6 @@ def softmax_tile(isa: Isa, kv_dtype: str):
         p2, p3 = exp2_not_positive(sub(s2, m)), exp2_not_positive(sub(s3, m))
         total = sum_lanes(add(add(p0, p1), add(p2, p3)))
         store_scalar(load_scalar(running + 4) * load_scalar(correction) + total, running + 4)
-        if has_codes:
-            weight = max_lanes(vmax(vmax(p0, p1), vmax(p2, p3)))
-            store_scalar(weight, correction + WEIGHT_OF_TILE)
-            inverse = splat(ONE / weight if weight > ZERO else ZERO)
-            p0, p1, p2, p3 = mul(p0, inverse), mul(p1, inverse), mul(p2, inverse), mul(p3, inverse)
         store(p0, p1, p2, p3, scores)
 
     return soften

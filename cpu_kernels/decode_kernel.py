@@ -56,6 +56,7 @@ from .attention_tiles import (
 )
 from .attention_values import head_writer, value_strip
 from .chunks import await_stage, fail, finish, parameter, real_parameter, take
+from .code_softmax import code_softmax
 from .compiler import helper, inlined
 from .isa import Isa
 from .kv_codes import add_minima, code_weights, q_code_writer, widen_numbers
@@ -140,26 +141,29 @@ def tile_scores(isa: Isa, kv_dtype: str, score_heads: int, words: int):
 def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: int):
     """Function: take one tile of keys into acc and (m, l) of the item's heads; memory as decode_thread_bytes says."""
     scores_of, strip_of = tile_scores(isa, kv_dtype, score_heads, words), value_strip(isa, kv_dtype, value_heads)
-    shape, soften = RowShape.of(kv_dtype), softmax_tile(isa, kv_dtype)
+    shape = RowShape.of(kv_dtype)
     has_codes, numbers, q_line = shape.has_codes, shape.numbers, shape.line_bytes * shape.planes
     line_items, line_bytes, acc_line = shape.line_items, shape.line_bytes, shape.acc_bytes
+    soften = code_softmax(score_heads) if has_codes else softmax_tile(isa, kv_dtype)
     weigh = code_weights(isa, kv_dtype) if has_codes else None
 
     @helper
     def soften_heads(arguments, work, heads, keys, scalars, running, ahead):
         """Scores -> weights of every head, while the first line's share of the next V is asked for."""
         scale = types.float32(real_parameter(arguments, P_SCALE) * LOG2_E)
-        for head in range(heads):
-            at = scalars + HEAD_SCALARS * head
-            factor = scale * load_scalar(at + SCALE_OF_Q) if has_codes else scale
-            raise_maximum(work + HEAD_SCORES * head, 0, keys, splat(factor), running + 8 * head, at)
-        for head in range(heads):
-            at = scalars + HEAD_SCALARS * head
-            factor = scale * load_scalar(at + SCALE_OF_Q) if has_codes else scale
-            soften(work + HEAD_SCORES * head, 0, keys, splat(factor), running + 8 * head, at)
-            share = (line_bytes * keys + heads - 1) // heads
-            for i in range(0, share, LINE_BYTES):
-                fetch(ahead + share * head + i)
+        if has_codes:
+            for head in range(0, heads, score_heads):
+                at = scalars + HEAD_SCALARS * head
+                soften(work + HEAD_SCORES * head, keys, scale, running + 8 * head, at)
+        else:
+            for head in range(heads):
+                at = scalars + HEAD_SCALARS * head
+                raise_maximum(work + HEAD_SCORES * head, 0, keys, splat(scale), running + 8 * head, at)
+            for head in range(heads):
+                at = scalars + HEAD_SCALARS * head
+                soften(work + HEAD_SCORES * head, 0, keys, splat(scale), running + 8 * head, at)
+        for i in range(0, line_bytes * keys, LINE_BYTES):
+            fetch(ahead + i)
 
     @helper
     def add_values(arguments, v_page, offset, keys, ahead, work, heads, lines, scalars, acc):

@@ -3,11 +3,12 @@
     s = scale_q (sum_g scale_g sum_d q_d code_d + sum_g minimum_g sum_d q_d)     q in 16 bits per head
     out = sum_t (p_t scale_tg) code_t + sum_t p_t minimum_tg                     p scale in 16 bits per tile, group
 
-16 bits hold q and p * scale to 2**-16 of their largest, so nothing is lost that float32 would keep in the sum. They are
-kept as two planes of words, see split_dot.py.
+16 bits hold q to 2**-16 of its largest, and p * scale to 2**-15 or better, because a tile's largest p is above
+1/2. They are kept as two planes of words, see split_dot.py.
 """
 
 import numpy as np
+from llvmlite import ir
 
 from .attention_layout import (
     HEAD_SCALARS,
@@ -21,6 +22,7 @@ from .attention_layout import (
     RowShape,
 )
 from .compiler import helper
+from .dot import V32I16
 from .isa import Isa
 from .kv_layout import GROUP_DIMS
 from .kv_vectors import (
@@ -31,9 +33,19 @@ from .kv_vectors import (
 )
 from .scalar import load_scalar, store_scalar
 from .split_dot import Split
+from .tiles import masked_line
 from .vector import (
+    F32,
+    I16,
+    I32,
+    I64,
     add,
+    call_llvm,
+    constant,
+    emits,
+    float32,
     fma,
+    intp,
     load_bf16_tail,
     load_f32,
     load_f32_tail,
@@ -47,7 +59,7 @@ from .vector import (
     vmax,
 )
 
-ZERO, ONE = np.float32(0.0), np.float32(1.0)
+ZERO, ONE, INFINITY = np.float32(0.0), np.float32(1.0), np.float32(np.inf)
 SMALLEST = np.float32(1e-30)  # below, the division might overflow, and x is nothing beside any output
 
 
@@ -105,6 +117,21 @@ def widen_numbers(source, groups, stride, keys, to):
             store_f32(value, to + 4 * KEY_TILE * group + 64 * part)
 
 
+@emits(float32, intp, intp)
+def largest_scale(b, scales, keys):
+    """The largest size of 64 scales, of which `keys` are read; one that is infinite or not a number comes out as such.
+
+    Without their signs, the bits of bf16 are whole numbers in the same order, and what is not a number is above all.
+    """
+    bits = []
+    for first in (0, 32):
+        at, left = b.add(scales, ir.Constant(I64, 2 * first)), b.sub(keys, ir.Constant(I64, first))
+        bits.append(b.and_(b.bitcast(masked_line(b, at, left, 2), V32I16), constant(V32I16, 0x7FFF)))
+    larger = b.select(b.icmp_unsigned(">", *bits), *bits)
+    largest = b.zext(call_llvm(b, "llvm.vector.reduce.umax.v32i16", I16, larger), I32)
+    return b.bitcast(b.shl(largest, ir.Constant(I32, 16)), F32)
+
+
 @helper
 def add_minima(scores, minima, sums, groups):
     """scores[64] += sum of minimum * (sum of the head's q codes) over the groups."""
@@ -121,9 +148,11 @@ def code_weights(isa: Isa, kv_dtype: str):
     """Function: every head's weights for one group of V, p * scale in 16 bits, and the scalars that undo it.
 
     p is at most 1, WEIGHT_OF_TILE apart, so all heads share the factor that takes the largest scale to the largest
-    weight. A scale that is not a number shows in the result.
+    weight. A scale that is not a number shows in the result. One of q4 is below 0 where the minimum, rounded, is above
+    all numbers of its group; weights that must be positive take it as 0, which leaves the minimum, a rounding away.
     """
     has_minimum = RowShape.of(kv_dtype).numbers == 2
+    needs_positive = has_minimum and Split(isa).has_byte_dots
     store, largest_weight = Split(isa).store_weights(), np.float32(Split(isa).largest_weight)
 
     @helper
@@ -132,23 +161,20 @@ def code_weights(isa: Isa, kv_dtype: str):
         return s0, s1, load_bf16_tail(source + 64, keys - 32), load_bf16_tail(source + 96, keys - 48)
 
     @helper
-    def undone(s0, s1, s2, s3, undo):
-        """`undo`, or NaN where a scale is NaN or infinite."""
-        total = splat(undo)
-        for s in (s0, s1, s2, s3):
-            total = fma(s, splat(ZERO), total)
-        return sum_lanes(total) / np.float32(16.0)
-
-    @helper
     def weights_of(scores, heads, scales, minima, keys, weights, scalars):
+        largest = largest_scale(scales, keys)
+        factor, undo = code_scale(largest, largest_weight)
+        if not largest < INFINITY:
+            undo = largest - largest
         s0, s1, s2, s3 = numbers_of(scales, keys)
-        factor, undo = code_scale(max_lanes(vmax(vmax(s0, s1), vmax(s2, s3))), largest_weight)
-        undo, factors = undone(s0, s1, s2, s3, undo), splat(factor)
+        if needs_positive:
+            zero = splat(ZERO)
+            s0, s1, s2, s3 = vmax(s0, zero), vmax(s1, zero), vmax(s2, zero), vmax(s3, zero)
+        factors = splat(factor)
         s0, s1, s2, s3 = mul(s0, factors), mul(s1, factors), mul(s2, factors), mul(s3, factors)
         for head in range(heads):
-            at, to = scores + HEAD_SCORES * head, scalars + HEAD_SCALARS * head
-            p0, p1, p2, p3 = load_f32(at), load_f32(at + 64), load_f32(at + 128), load_f32(at + 192)
-            store(mul(p0, s0), mul(p1, s1), mul(p2, s2), mul(p3, s3), weights + HEAD_WEIGHTS * head)
+            to = scalars + HEAD_SCALARS * head
+            store(scores + HEAD_SCORES * head, s0, s1, s2, s3, weights + HEAD_WEIGHTS * head)
             store_scalar(undo * load_scalar(to + WEIGHT_OF_TILE), to + SCALE_OF_STRIP)
             store_scalar(ZERO, to + OFFSET_OF_STRIP)
         if has_minimum:

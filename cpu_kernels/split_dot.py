@@ -24,10 +24,11 @@ from .vector import (
     VI16,
     VI32,
     F32x16,
-    call_llvm,
     constant,
     emits,
+    fma_value,
     intp,
+    load_as,
     store_as,
 )
 
@@ -106,11 +107,16 @@ class Split:
         return store
 
     def store_weights(self):
-        """Intrinsic (v0, v1, v2, v3, address): 64 numbers, not negative, rounded to whole; planes of 64 bytes."""
+        """Intrinsic (p, s0, s1, s2, s3, address): 64 numbers p, in memory, times s, as two planes of 64 bytes.
 
-        @emits(types.void, F32x16, F32x16, F32x16, F32x16, intp)
-        def store(b, v0, v1, v2, v3, address):
-            whole = [b.fptosi(call_llvm(b, "llvm.rint.v16f32", VF32, value), VI32) for value in (v0, v1, v2, v3)]
+        1.5 * 2**23 more leaves a product, rounded to whole, in the low bits of its float32.
+        """
+
+        @emits(types.void, intp, F32x16, F32x16, F32x16, F32x16, intp)
+        def store(b, p, s0, s1, s2, s3, address):
+            values = (load_as(b, p, VF32, 64 * part) for part in range(4))
+            unit = constant(VF32, 1.5 * 2.0**23)
+            whole = [b.bitcast(fma_value(b, value, s, unit), VI32) for value, s in zip(values, (s0, s1, s2, s3))]
             if self.has_byte_dots:
                 for plane, value in enumerate(_high_low_bytes(b, whole)):
                     store_as(b, value, address, 64 * plane)
@@ -130,7 +136,7 @@ def _even_odd_shorts(b, whole):
 
 
 def _high_low_bytes(b, whole):
-    """Four <16 x i32> of 0..65535 -> (high bytes, low bytes), 64 each, as <16 x i32>."""
+    """The low halves of four <16 x i32> -> (high bytes, low bytes), 64 each, as <16 x i32>."""
     v64i32, pairs = ir.VectorType(I32, 64), []
     lanes = [64 * source + 4 * lane + high for high in (1, 0) for source in (0, 1) for lane in range(LANES)]
     for at in (0, 2):
