@@ -33,6 +33,11 @@ SUPERBLOCK_BYTES = {"q8": 1088, "q4": 576}
 LINE_BYTES = 64
 
 
+def copy_rows(target: Tensor, source: Tensor) -> None:
+    """target = source, both f32 [rows, columns]."""
+    target.copy_(source)
+
+
 def linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
            accumulate: bool = False) -> None:
     """Write (or with `accumulate` add) the linear layer of `x` into `out`.

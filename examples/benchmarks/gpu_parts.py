@@ -73,7 +73,10 @@ def gpu_tests(run: Run) -> dict[str, Any]:
 
 
 def hop(run: Run, name: str) -> dict[str, Any]:
-    """Microseconds of one hop: 16 KiB to the host, an empty job, 16 KiB back; HOPS of them in a step."""
+    """Microseconds of one hop: 16 KiB to the host, an empty job, 16 KiB back; HOPS of them in a step.
+
+    The first step runs plainly, as a model's does: kernels are compiled, and flags made for as many jobs.
+    """
     from cpu_kernels import CpuKernels
     from hetero_attn.flag_handover import FlagHandover
     from hetero_attn.handover import EventHandover
@@ -95,8 +98,11 @@ def hop(run: Run, name: str) -> dict[str, Any]:
                 device.copy(there[1], host[1], device.compute)
 
         step = queue
+        queue()
+        handover.join()
+        device.synchronize(device.record(device.compute))
         if captures:
-            with handover.record() as jobs, device.capture() as graph:
+            with handover.record(ops_only=True) as jobs, device.capture() as graph:
                 queue()
 
             def step() -> None:

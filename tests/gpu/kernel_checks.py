@@ -132,6 +132,17 @@ def check_rms_norm(op: Op, device: str, rows: int, hidden: int) -> None:
     assert nmse(out.result(), expected) <= FLOAT32_NMSE
 
 
+def check_copy_rows(op: Op, device: str, rows: int, columns: int) -> None:
+    """copy_rows of rows with a stride, infinities and a NaN among them: every bit."""
+    wide, target = normal(rows, columns + 3, seed=1), Guarded(device, rows, columns)
+    source = wide[:, :columns]
+    source[0, 0], source[-1, -1] = -torch.inf, torch.nan
+
+    op(target.view, wide.to(device)[:, :columns])
+
+    assert torch.equal(target.result().contiguous().view(torch.int32), source.contiguous().view(torch.int32))
+
+
 def check_silu_mul(op: Op, device: str, rows: int, units: int) -> None:
     """silu_mul with gates of both signs and large size."""
     gate_up, out = 8 * normal(rows, units * 32, seed=1), Guarded(device, rows, units * 16)

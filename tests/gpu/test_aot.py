@@ -62,6 +62,10 @@ def rms_norm() -> None:
     gpu_kernels.rms_norm(empty(4, HIDDEN), empty(HIDDEN), 1e-5, empty(4, HIDDEN))
 
 
+def copy_rows(rows: int, columns: int, stride: int) -> None:
+    gpu_kernels.copy_rows(empty(rows, stride)[:, :columns], empty(rows, columns))
+
+
 def silu_mul() -> None:
     gpu_kernels.silu_mul(empty(4, 28672), empty(4, 14336))
 
@@ -118,6 +122,8 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "merge 3 of 80": (merge(3, 80), (90,)),
     "rms_norm": (rms_norm, (86,)),
     "silu_mul": (silu_mul, (90,)),
+    "copy_rows": (lambda: copy_rows(1, HIDDEN, HIDDEN), (86, 90)),
+    "copy_rows strided": (lambda: copy_rows(4, 1029, 4099), (80,)),
     "rope_append": (rope_append(128, False), (80,)),
     "rope_append norm 80": (rope_append(80, True), (120,)),
 }
