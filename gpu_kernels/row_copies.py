@@ -1,6 +1,6 @@
 """Small copies of rows by a kernel, where either side may be page-locked host memory that the GPU reaches over the bus.
 
-A copy of some KiB by the copy engine is mostly start-up; a kernel between two kernels of the same stream has nearly none.
+A copy of some KiB by the copy engine is mostly start-up; a kernel between two kernels of one stream has nearly none.
 """
 
 from __future__ import annotations

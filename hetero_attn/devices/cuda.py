@@ -20,8 +20,8 @@ from hetero_attn.errors import MemoryBudgetError
 from placement.units import format_bytes
 
 PAGE_BYTES = 4096
-# Up to here a copy is a kernel: 16 KiB each way took 3.6 us by kernels and 13.1 us by the copy engine on an H100. Beyond
-# some tens of KiB the bus itself takes as long as the engine's start, and a kernel would hold cores of the GPU meanwhile.
+# Up to here a copy is a kernel: 16 KiB each way took 3.6 us by kernels and 13.1 us by the copy engine on an H100.
+# Beyond some tens of KiB the bus takes as long as the engine's start, and a kernel would hold GPU cores meanwhile.
 KERNEL_COPY_BYTES = 64 << 10
 
 
