@@ -8,10 +8,9 @@ for every constant it is called with.
 from llvmlite import ir
 from numba import types
 
-
 from .compiler import helper
-from .team_layout import DONE, FAILURE, NEXT, PARAMETERS, STAGE_BYTES
 from .scalar import least, load_acquire, pause, yield_core
+from .team_layout import DONE, FAILURE, NEXT, PARAMETERS, STAGE_BYTES
 from .vector import F64, I64, emits, intp, pointer
 
 

@@ -57,8 +57,8 @@ class Program:
     def run(self, timeout_s: float = TIMEOUT_S) -> None:
         """Run every entry in order.
 
-        Raises TimeoutError where a flag does not get its value within about `timeout_s` of the program's asking for it, and
-        RuntimeError naming the op that found its tensors' contents wrong; what follows the failure has not run.
+        Raises TimeoutError where a flag does not get its value within about `timeout_s` of the program's asking for it,
+        and RuntimeError naming the op that found its tensors' contents wrong; what follows the failure has not run.
         """
         struct.pack_into("=q", self._block.numpy(), PROGRAM_TIMEOUT_NS, int(1e9 * timeout_s))
         failure = self._team.replay(self._block.data_ptr())

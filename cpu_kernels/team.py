@@ -82,7 +82,7 @@ def _serve(shared: _Shared, thread: int, cpu: int | None) -> None:
     while not shared.stopping:
         shared.member(ctypes.addressof(result), None, shared.control, thread)
         shared.parked.add(event)
-        if not shared.stopping and not shared.word(SERVING).value:  # whoever serves from here on sees the event and sets it
+        if not shared.stopping and not shared.word(SERVING).value:  # who serves from now on sets the event
             event.wait()
         shared.parked.discard(event)
         event.clear()

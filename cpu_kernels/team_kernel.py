@@ -97,7 +97,7 @@ def run_entry(control, arguments, entry):
 
 
 def drive_all():
-    """Run the entries of a recorded program in order, up to the first that fails; its index stays in the program's head."""
+    """Run the entries of a recorded program in order, up to the first that fails; the program's head says which."""
 
     def kernel(control, program):
         arguments = load_i64(control + ARGUMENTS)
@@ -141,7 +141,7 @@ def member():
                 elif idle < SPINS + YIELDS:
                     yield_core()
                 elif load_acquire(control + SERVING) != 0:
-                    idle = SPINS  # the next op may come at once, after a wait for a flag: a nap would come too late for it
+                    idle = SPINS  # an op may come any moment, once a flag is set: who naps would be late for it
                 elif idle < SPINS + YIELDS + NAPS:
                     sleep_us(60)
                 else:

@@ -15,8 +15,8 @@ PARAMETERS = FAILURE + 64
 MAX_PARAMETERS = 36
 ARGUMENT_BYTES = PARAMETERS + 8 * MAX_PARAMETERS
 
-# A recorded program: a head, then one entry an op, the kernel's address and MAX_PARAMETERS parameters. In the place of an
-# address, AWAIT and SET are entries over a flag: its address and a value are parameters 1 and 2.
+# A recorded program: a head, then one entry an op, the kernel's address and MAX_PARAMETERS parameters. In the place of
+# a kernel's address, AWAIT and SET are entries over a flag: its address and a value are parameters 1 and 2.
 PROGRAM_COUNT, PROGRAM_INDEX, PROGRAM_TIMEOUT_NS, PROGRAM_WAITED_NS = 0, 8, 16, 24
 PROGRAM_HEAD_BYTES = 64
 PROGRAM_ENTRY_BYTES = 8 * (1 + MAX_PARAMETERS)

@@ -17,7 +17,7 @@ _MODULE_OF_OP = {
     "rms_norm": "elementwise",
     "rope_append": "elementwise",
     "silu_mul": "elementwise",
-    "copy_rows": "elementwise",
+    "copy_rows": "row_copies",
 }
 
 __all__ = list(_MODULE_OF_OP)

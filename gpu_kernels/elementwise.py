@@ -2,7 +2,6 @@
 
     rms_norm    y = x / sqrt(mean(x^2) + eps) * weight
     silu_mul    y = gate / (1 + exp(-gate)) * up
-    copy_rows   a few rows to or from host memory, in less time than a copy engine needs to begin
     rope        (a, b) -> (a cos - b sin, b cos + a sin) for the pairs (i, i + rotary_dim / 2);
                 then, for pages of codes, q and k times the Walsh-Hadamard matrix of kv_pages.spread
 """
@@ -17,7 +16,6 @@ from gpu_kernels.kv_pages import hadamard_block
 from gpu_kernels.kv_rows import check_pages, store_row
 
 SILU_BLOCK = 1024
-COPY_BLOCK = 1024
 
 
 @triton.jit
@@ -43,17 +41,6 @@ def _silu_mul_kernel(gate_up, out, units, in_stride, out_stride, BLOCK: tl.const
     gate = tl.load(source, mask=inside, other=0.0)
     up = tl.load(source + 16, mask=inside, other=0.0)
     tl.store(out + row * out_stride + columns, gate / (1.0 + tl.exp(-gate)) * up, mask=inside)
-
-
-@triton.jit(do_not_specialize=["columns"])
-def _copy_rows_kernel(target, source, columns, target_stride, source_stride, BLOCK: tl.constexpr):
-    """grid: (rows, cdiv(columns, BLOCK)). target, source: [rows, columns]."""
-    row = tl.program_id(0).to(tl.int64)
-    places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < columns
-    # Host memory is never taken from a cache: another processor wrote it since it was last read.
-    values = tl.load(source + row * source_stride + places, mask=inside, other=0.0, cache_modifier=".cv")
-    tl.store(target + row * target_stride + places, values, mask=inside)
 
 
 @triton.jit
@@ -141,15 +128,6 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> None:
         grid = (rows, triton.cdiv(features, SILU_BLOCK))
         _silu_mul_kernel[grid](gate_up, out, features // 16, gate_up.stride(0), out.stride(0), BLOCK=SILU_BLOCK,
                                num_warps=4)
-
-
-def copy_rows(target: Tensor, source: Tensor) -> None:
-    """Copy f32 [rows, columns]; either side may be page-locked host memory, which the GPU reads and writes in place."""
-    rows, columns = target.shape
-    assert source.shape == target.shape and target.stride(1) == source.stride(1) == 1, (source.shape, target.shape)
-    if rows and columns:
-        _copy_rows_kernel[(rows, triton.cdiv(columns, COPY_BLOCK))](
-            target, source, columns, target.stride(0), source.stride(0), BLOCK=COPY_BLOCK, num_warps=4)
 
 
 def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,

@@ -33,6 +33,11 @@ SUPERBLOCK_BYTES = {"q8": 1088, "q4": 576}
 LINE_BYTES = 64
 
 
+def copy_rows(target: Tensor, source: Tensor) -> None:
+    """target = source, both f32 [rows, columns]."""
+    target.copy_(source)
+
+
 def linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
            accumulate: bool = False) -> None:
     """Write (or with `accumulate` add) the linear layer of `x` into `out`.
@@ -126,11 +131,6 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> None:
     units = gate_up.unflatten(-1, (gate_up.shape[-1] // 32, 2, BLOCK_FEATURES))
     gate, up = units.unbind(-2)
     out.copy_((torch.nn.functional.silu(gate) * up).flatten(1))
-
-
-def copy_rows(target: Tensor, source: Tensor) -> None:
-    """Copy f32 [rows, columns]."""
-    target.copy_(source)
 
 
 def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,

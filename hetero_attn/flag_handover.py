@@ -138,11 +138,11 @@ class FlagHandover:
     def record(self, ops_only: bool = False) -> Iterator[RecordedStep]:
         """Keep the jobs given inside; what is queued on the GPU meanwhile must be captured.
 
-        ops_only: every job calls operations of `host_ops` and nothing else, on the same tensors every time; they are then
+        ops_only: every job calls operations of `host_ops` and nothing else, on the same tensors every time; they then
         run as one program. Jobs that do more are called from Python at every replay.
 
-        A step of this kind must have run before: no memory may be page-locked while a stream is captured, so its flags are
-        made now, for as many jobs as any step has had.
+        A step of this kind must have run before: no memory may be page-locked while a stream is captured, so its flags
+        are made now, for as many jobs as any step has had.
         """
         step = self._recording = RecordedStep(self._take_flags())
         try:

@@ -124,7 +124,7 @@ def measure_gpu(
     """
     on_progress("copies over the bus")
     copies = copy_rates(gpu)
-    large = copies[-1]
+    large = max(copies, key=lambda rate: rate.h2d_pinned)  # weights stream in pieces of some megabytes
     few = DtypeRates(*(gpu_few_rows(gpu, dtype, on_progress) for dtype in WEIGHT_DTYPES))
     rows = gpu_row_rates(gpu, few, on_progress)
     on_progress("attention on the GPU")

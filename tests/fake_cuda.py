@@ -185,6 +185,10 @@ class FakeCuda:
             raise RuntimeError("a stream that joined the capture has not come back")
         graph.entries = [entry for _, entry in capture.entries]
 
+    def current_stream(self, index: int) -> FakeStream:
+        """Where kernels go."""
+        return self.current
+
     def synchronize(self) -> None:
         """Wait for every stream."""
         for stream in list(self.streams.values()):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+
 class PagedCache(NamedTuple):
     """Contiguous keys and values [batch, num_kv_heads, length, head_dim] and the same numbers in shuffled pages."""
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from cpu_oracles import BF16_PATHS, ISAS, guarded, kernels, nmse, only_inside_written, pack, round_input, unpack
 
 from cpu_kernels import CpuKernels, layout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,6 +106,27 @@ def test_a_toy_model_on_three_lanes_is_right(run, plan, handover, refuse_pins):
     assert device.arena.peak_bytes <= plan.gpu_memory_bytes
     assert device.arena.total_bytes == device.pinned.total_bytes == 0
     assert device.driver._library._library.registered == {}
+
+
+def test_a_captured_step_is_a_program_and_follows_a_moved_boundary(run, plan):
+    """A step that was captured before the move would go on with the old boundary."""
+    moved = uniform_plan(toy_workload(run.path, page_size=4, prefill_chunk=8), gpu=0.3, stream=0.2, gpu_groups=1)
+    assert moved.linears != plan.linears
+    with fake_engine(run.path, plan, handover="graph") as engine:
+        sequence = engine.kv_cache.open()
+        for start in range(0, 16, 8):
+            engine.prefill(sequence, run.token_ids[start : start + 8])
+        rows = []
+        for index, token_id in enumerate(run.token_ids[16:24]):
+            if index == 4:
+                assert engine.replay._captured
+                engine.recut(moved)
+                assert not engine.replay._captured
+            rows.append(engine.decode_step([sequence], [token_id]))
+        steps = [captured for captured in engine.replay._captured.values() if captured is not None]
+        assert steps and all(len(captured.jobs.program) > len(captured.jobs.jobs) for captured in steps)
+
+    assert nmse(torch.cat(rows), run.logits[16:24]) <= 1e-11
 
 
 def test_a_replayed_step_counts_the_bytes_of_a_plain_one(long_run, long_plan):
@@ -248,6 +269,52 @@ def test_host_memory_is_aligned_and_alone_on_its_pages():
     for tensor in tensors:
         device.host_release(tensor, "weights")
     assert (device.pinned.total_bytes, driver._library._library.registered) == (0, {})
+    driver.close()
+    driver.fake.stop()
+
+
+@pytest.mark.parametrize(
+    "columns,stream,locked,inside,by_kernel",
+    [
+        (4096, "compute", True, True, True),
+        (4097, "compute", True, True, False),  # four rows: too large
+        (4096, "copies", True, True, False),
+        (4096, "compute", False, True, False),
+        (4096, "compute", True, False, False),  # kernels of this thread would go to another stream
+    ],
+)
+def test_a_small_copy_among_kernels_is_a_kernel(columns, stream, locked, inside, by_kernel):
+    driver = fake_driver(1 << 20)
+    device, ran = Device(driver, 1 << 20), []
+    driver.ops = type("Ops", (), {"copy_rows": lambda target, source: (ran.append(1), target.copy_(source))})
+    host = device.host_empty((4, 5000), torch.float32, "activations") if locked else torch.empty(4, 5000)
+    on_device, host = device.empty((4, columns), torch.float32, "activations"), host[:, :columns].uniform_()
+    queue = getattr(device, stream)
+    with device.current() if inside else nullcontext():
+        device.copy(on_device, host, queue)
+        expected = host.clone()
+        device.synchronize(device.record(queue))
+        host.zero_()
+        device.copy(host, on_device, queue)
+        device.synchronize(device.record(queue))
+
+    assert torch.equal(host, expected)
+    assert len(ran) == 2 * by_kernel
+    driver.close()
+    driver.fake.stop()
+
+
+def test_memory_that_is_no_longer_page_locked_is_copied_by_the_engine():
+    driver = fake_driver(1 << 16)
+    device, ran = Device(driver, 1 << 16), []
+    driver.ops = type("Ops", (), {"copy_rows": lambda target, source: ran.append(1)})
+    host, on_device = device.host_empty((16,), torch.float32, "a"), device.empty((16,), torch.float32, "a")
+    with device.current():
+        device.copy(on_device, host, device.compute)
+        device.host_release(host, "a")
+        device.copy(on_device, host, device.compute)
+
+    assert len(ran) == 1
     driver.close()
     driver.fake.stop()
 

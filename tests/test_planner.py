@@ -8,9 +8,9 @@ import pytest
 from planning_models import linear, llama_8b, llama_70b, random_machine, random_workload, tiny
 
 from placement import BudgetError, HardwareProfile, KvPlacement, LinearPlacement, Policy, PolicyError, make_plan
-from placement.rates import DtypeRates
 from placement.memory import memory_report
 from placement.objective import objective_s, reference_calls
+from placement.rates import DtypeRates
 from placement.workload import NUM_ROW_TIERS
 
 EMULATED = HardwareProfile.named("emulated")

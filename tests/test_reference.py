@@ -10,8 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_data import (boundary_adversarial, lse_error, nmse, normal, oracle_decode, oracle_linear, oracle_prefill,
-                         packed_weight, paged_cache, read_packed)
+from kernel_data import (
+    boundary_adversarial,
+    lse_error,
+    nmse,
+    normal,
+    oracle_decode,
+    oracle_linear,
+    oracle_prefill,
+    packed_weight,
+    paged_cache,
+    read_packed,
+)
 
 from gpu_kernels import reference
 

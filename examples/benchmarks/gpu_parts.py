@@ -64,7 +64,10 @@ def gpu_tests(run: Run) -> dict[str, Any]:
 
 
 def hop(run: Run, name: str) -> dict[str, Any]:
-    """Microseconds of one hop: 16 KiB to the host, an empty job, 16 KiB back; HOPS of them in a step."""
+    """Microseconds of one hop: 16 KiB to the host, an empty job, 16 KiB back; HOPS of them in a step.
+
+    The first step runs plainly, as a model's does: kernels are compiled, and flags made for as many jobs.
+    """
     from cpu_kernels import CpuKernels
     from hetero_attn.flag_handover import FlagHandover
     from hetero_attn.handover import EventHandover
@@ -92,6 +95,9 @@ def hop(run: Run, name: str) -> dict[str, Any]:
         queue()
         settle()
         step = queue
+        queue()
+        handover.join()
+        device.synchronize(device.record(device.compute))
         if captures:
             with handover.record(ops_only=True) as jobs, device.capture() as graph:
                 queue()

@@ -2,10 +2,10 @@
 
 All memory of the device is taken once, at the start, in one piece; afterwards only kernels' temporaries come from
 torch's allocator, which is told to stay under the rest of the budget. Copies go through the driver library, because
-torch copies rows with a stride by way of temporaries and cannot leave them out of a captured graph.
+torch copies rows with a stride by way of temporaries and cannot leave them out of a captured graph; small ones of
+activations between kernels are kernels themselves.
 """
 
-from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from math import prod
@@ -20,8 +20,8 @@ from hetero_attn.errors import MemoryBudgetError
 from placement.units import format_bytes
 
 PAGE_BYTES = 4096
-# Of an activation: a kernel that reads or writes host memory in place takes 1.8 us for 16 KiB on an H100, a copy engine 6.5
-# in a captured step. Four times that is still about as fast by either.
+# Up to here a copy is a kernel: 16 KiB each way took 3.6 us by kernels and 13.1 us by the copy engine on an H100.
+# Beyond some tens of KiB the bus takes as long as the engine's start, and a kernel would hold GPU cores meanwhile.
 KERNEL_COPY_BYTES = 64 << 10
 DELAY_CYCLES = 1_000_000  # about half a millisecond; Python queues an operation of several kernels in a third of that
 
@@ -52,7 +52,6 @@ class CudaDriver:
         self._pool: Any = None
         self._addresses: dict[int, int] = {}
         self._pinned: dict[int, torch.Tensor] = {}
-        self._locked_starts: list[int] | None = None  # sorted; None after a change
 
     def stream(self, name: str) -> Any:
         """A new queue."""
@@ -77,16 +76,15 @@ class CudaDriver:
         locked = self._library.register(tensor.data_ptr(), -(-tensor.nbytes // PAGE_BYTES) * PAGE_BYTES)
         if locked:
             self._pinned[tensor.data_ptr()] = tensor
-            self._locked_starts = None
         return locked
 
     def unpin(self, tensor: torch.Tensor) -> bool:
         """Undo that; False where it was not page-locked."""
         if self._pinned.pop(tensor.data_ptr(), None) is None:
             return False
-        self._locked_starts = None
         self._library.set_context(self._context)
         self._library.unregister(tensor.data_ptr())
+        self._addresses.clear()
         return True
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
@@ -94,11 +92,10 @@ class CudaDriver:
         assert target.shape == source.shape and target.dtype == source.dtype, (target.shape, source.shape)
         if target.numel() == 0:
             return
-        self._library.set_context(self._context)
-        if target.nbytes <= KERNEL_COPY_BYTES and self._kernel_reaches(target, source):
-            with self._cuda.stream(stream):
-                self.ops.copy_rows(target, source)
+        if self._suits_kernel(target, source, stream):
+            self.ops.copy_rows(*(tensor.view(-1, tensor.shape[-1]) for tensor in (target, source)))
             return
+        self._library.set_context(self._context)
         to, start, queue = self._place(target), self._place(source), stream.cuda_stream
         if target.is_contiguous() and source.is_contiguous():
             self._library.copy(to, start, target.nbytes, queue)
@@ -177,26 +174,31 @@ class CudaDriver:
                 self._cuda.empty_cache()
                 self._cuda.set_per_process_memory_fraction(1.0, self._index)
 
-    def _kernel_reaches(self, target: torch.Tensor, source: torch.Tensor) -> bool:
-        """Whether a kernel may make this copy: float32 rows, and what is in host memory page-locked."""
-        rows = target.dtype == torch.float32 and target.dim() == 2 and target.stride(1) == source.stride(1) == 1
-        return rows and all(self._place(side)[0] == DEVICE or self._is_locked(side) for side in (target, source))
-
-    def _is_locked(self, tensor: torch.Tensor) -> bool:
-        if self._locked_starts is None:
-            self._locked_starts = sorted(self._pinned)
-        at = bisect_right(self._locked_starts, tensor.data_ptr()) - 1
-        if at < 0:
-            return False
-        start = self._locked_starts[at]
-        return tensor.data_ptr() < start + self._pinned[start].nbytes
-
-    def _mapped(self, flag: torch.Tensor) -> int:
-        """The device's address of a word of page-locked memory."""
-        host = flag.data_ptr()
+    def _mapped(self, tensor: torch.Tensor) -> int:
+        """The device's address of page-locked memory."""
+        host = tensor.data_ptr()
         if host not in self._addresses:
             self._addresses[host] = self._library.device_address(host)
         return self._addresses[host]
+
+    def _suits_kernel(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> bool:
+        """Whether a copy is a small one of activations that the GPU reaches, on the stream of this thread's kernels."""
+        if target.nbytes > KERNEL_COPY_BYTES or target.dtype != torch.float32 or target.dim() not in (1, 2):
+            return False
+        if self._cuda.current_stream(self._index).cuda_stream != stream.cuda_stream:
+            return False
+        return all(tensor.stride(-1) == 1 and self._is_reached(tensor) for tensor in (target, source))
+
+    def _is_reached(self, tensor: torch.Tensor) -> bool:
+        """Whether kernels may read and write a tensor: in GPU memory, or in page-locked host memory."""
+        place, start = self._place(tensor)
+        if place == DEVICE or start in self._addresses:
+            return True
+        locked = ((first, first + whole.nbytes) for first, whole in self._pinned.items())
+        if any(first <= start < stop for first, stop in locked):
+            self._mapped(tensor)
+            return True
+        return False
 
     def _limit(self, count: int) -> None:
         """Let torch's allocator refuse what would pass the budget, whoever asks."""

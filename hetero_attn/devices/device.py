@@ -11,7 +11,8 @@ in CUDA:
                                whatever the plan
     pin(tensor) -> bool        page-lock host memory; False where the system refuses
     unpin(tensor) -> bool      undo that; False where it was not page-locked
-    copy(target, source, stream)   same shape and dtype; contiguous, or rows of equal length with a stride
+    copy(target, source, stream)   same shape and dtype; contiguous, or rows of equal length with a stride; by an engine
+                               or a kernel, in the stream's order either way
     record(stream) -> event    wait(stream, event)    synchronize(event)
     write_flag(stream, flag, value)    wait_flag(stream, flag, value, exactly)    flag: int64 [1], page-locked host memory
     capture(stream) -> context         of a graph whose `replay()` queues again what was queued inside

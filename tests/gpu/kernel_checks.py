@@ -9,8 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from kernel_data import (boundary_adversarial, lse_error, nmse, normal, oracle_decode, oracle_linear, oracle_prefill,
-                         packed_weight, paged_cache)
+from kernel_data import (
+    boundary_adversarial,
+    lse_error,
+    nmse,
+    normal,
+    oracle_decode,
+    oracle_linear,
+    oracle_prefill,
+    packed_weight,
+    paged_cache,
+)
 from torch import Tensor
 
 Op = Callable[..., None]
@@ -141,12 +150,14 @@ def check_rms_norm(op: Op, device: str, rows: int, hidden: int) -> None:
 
 
 def check_copy_rows(op: Op, device: str, rows: int, columns: int) -> None:
-    """copy_rows between rows with strides, into the middle of what must stay as it is."""
-    source, out = normal(rows, columns, seed=1), Guarded(device, rows, columns)
+    """copy_rows of rows with a stride, infinities and a NaN among them: every bit."""
+    wide, target = normal(rows, columns + 3, seed=1), Guarded(device, rows, columns)
+    source = wide[:, :columns]
+    source[0, 0], source[-1, -1] = -torch.inf, torch.nan
 
-    op(out.view, _strided(source, device))
+    op(target.view, wide.to(device)[:, :columns])
 
-    assert torch.equal(out.result().float(), source)
+    assert torch.equal(target.result().contiguous().view(torch.int32), source.contiguous().view(torch.int32))
 
 
 def check_silu_mul(op: Op, device: str, rows: int, units: int) -> None:

@@ -15,8 +15,9 @@ pytest.importorskip("triton", reason="triton is not installed (the test extra ha
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process without the interpreter", allow_module_level=True)
 
-import gpu_kernels  # noqa: E402
 from ahead_of_time import SHARED_MEMORY_LIMIT, Resources, compile_launches  # noqa: E402
+
+import gpu_kernels  # noqa: E402
 from gpu_kernels import attention, kv_pages  # noqa: E402
 
 HIDDEN, HEADS, KV_HEADS, PAGE = 4096, 32, 8, 16
@@ -62,12 +63,12 @@ def rms_norm() -> None:
     gpu_kernels.rms_norm(empty(4, HIDDEN), empty(HIDDEN), 1e-5, empty(4, HIDDEN))
 
 
+def copy_rows(rows: int, columns: int, stride: int) -> None:
+    gpu_kernels.copy_rows(empty(rows, stride)[:, :columns], empty(rows, columns))
+
+
 def silu_mul() -> None:
     gpu_kernels.silu_mul(empty(4, 28672), empty(4, 14336))
-
-
-def copy_rows() -> None:
-    gpu_kernels.copy_rows(empty(4, 14336), empty(4, 14336))
 
 
 def rope_append(head_dim: int, norm: bool, dtype: torch.dtype = BF16) -> Callable[[], None]:
@@ -127,7 +128,8 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "merge 3 of 80": (merge(3, 80), (90,)),
     "rms_norm": (rms_norm, (86,)),
     "silu_mul": (silu_mul, (90,)),
-    "copy_rows": (copy_rows, (80,)),
+    "copy_rows": (lambda: copy_rows(1, HIDDEN, HIDDEN), (86, 90)),
+    "copy_rows strided": (lambda: copy_rows(4, 1029, 4099), (80,)),
     "rope_append": (rope_append(128, False), (80,)),
     "rope_append norm 80": (rope_append(80, True), (120,)),
 }

@@ -1,4 +1,4 @@
-"""RMS norm, silu_mul and rope_append in Triton against float64."""
+"""RMS norm, silu_mul, rope_append and copies of rows in Triton against float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
-from gpu_kernels import elementwise  # noqa: E402
+from gpu_kernels import elementwise, row_copies  # noqa: E402
 
 
 @pytest.mark.parametrize("rows,hidden", [(1, 64), (3, 100), (2, 5000)])
@@ -16,14 +16,14 @@ def test_rms_norm(device, rows, hidden):
     checks.check_rms_norm(elementwise.rms_norm, device, rows, hidden)
 
 
+@pytest.mark.parametrize("rows,columns", [(1, 4096), (1, 1), (3, 1030), (4, 16)])
+def test_copy_rows(device, rows, columns):
+    checks.check_copy_rows(row_copies.copy_rows, device, rows, columns)
+
+
 @pytest.mark.parametrize("rows,units", [(1, 1), (3, 5), (2, 70)])
 def test_silu_mul(device, rows, units):
     checks.check_silu_mul(elementwise.silu_mul, device, rows, units)
-
-
-@pytest.mark.parametrize("rows,columns", [(1, 1), (2, 1024), (3, 2500)])
-def test_copy_rows(device, rows, columns):
-    checks.check_copy_rows(elementwise.copy_rows, device, rows, columns)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -41,4 +41,4 @@ def test_ops_accept_no_rows(device):
 
     elementwise.rms_norm(none, torch.ones(32, device=device), 1e-6, none)
     elementwise.silu_mul(none, none[:, :16])
-    elementwise.copy_rows(none, none)
+    row_copies.copy_rows(none, none)

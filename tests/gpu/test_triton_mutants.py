@@ -33,8 +33,8 @@ DENSE_Q4 = partial(checks.check_linear, device="cpu", weight_dtype="q4", rows=70
                    tolerance=checks.DENSE_NMSE)
 DENSE_Q8 = partial(DENSE_Q4, weight_dtype="q8")
 RMS_NORM = partial(checks.check_rms_norm, device="cpu", rows=2, hidden=100)
-COPY_ROWS = partial(checks.check_copy_rows, device="cpu", rows=2, columns=1030)
 SILU_MUL = partial(checks.check_silu_mul, device="cpu", rows=2, units=3)
+COPY_ROWS = partial(checks.check_copy_rows, device="cpu", rows=3, columns=1030)
 ROPE = partial(checks.check_rope_append, device="cpu", dtype=FP32, num_kv_heads=2, group_size=2, head_dim=24,
                rotary_dim=16, norms=(True, True))
 SPREAD = partial(check_rope_append, device="cpu", kv_dtype="q4", head_dim=40)
@@ -118,10 +118,12 @@ MUTANTS = {
         "inside = column < num_blocks * 16", "inside = column <= num_blocks * 16"),
     "norm without epsilon": ("elementwise", "rms_norm", RMS_NORM, "/ HIDDEN + eps", "/ HIDDEN"),
     "mean over the padded row": ("elementwise", "rms_norm", RMS_NORM, "axis=0) / HIDDEN", "axis=0) / BLOCK"),
-    "copy writes past its columns": ("elementwise", "copy_rows", COPY_ROWS,
-        "tl.store(target + row * target_stride + places, values, mask=inside)",
-        "tl.store(target + row * target_stride + places, values, mask=places < columns + 1)"),
-    "copy of the first row only": ("elementwise", "copy_rows", COPY_ROWS, "source + row * source_stride", "source"),
+    "a copy reads rows of the target's stride": ("row_copies", "copy_rows", COPY_ROWS, "row * source_stride",
+        "row * target_stride"),
+    "a copy writes past the last column": ("row_copies", "copy_rows", COPY_ROWS, "inside = column < columns",
+        "inside = column <= columns"),
+    "a copy leaves out what is behind a block": ("row_copies", "copy_rows", COPY_ROWS,
+        "triton.cdiv(columns, COPY_BLOCK)", "1"),
     "up column off by one": ("elementwise", "silu_mul", SILU_MUL, "source + 16", "source + 15"),
     "rotation turns backwards": ("elementwise", "rope_append", ROPE, "-sine, sine)", "sine, -sine)"),
     "norm weight of the wrong partner": ("elementwise", "rope_append", ROPE, "_normed(others, norm, partner,",

@@ -1,0 +1,36 @@
+"""Small copies of rows by a kernel, where either side may be page-locked host memory that the GPU reaches over the bus.
+
+A copy of some KiB by the copy engine is mostly start-up; a kernel between two kernels of one stream has nearly none.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+COPY_BLOCK = 1024
+
+
+@triton.jit
+def _copy_rows_kernel(target, source, columns, target_stride, source_stride, BLOCK: tl.constexpr):
+    """grid: (rows, cdiv(columns, BLOCK)). target, source: [rows, columns]."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    # .cv: host memory was written by the CPU since it was last read, and no cache of the GPU knows of that
+    values = tl.load(source + row * source_stride + column, mask=inside, other=0.0, cache_modifier=".cv")
+    tl.store(target + row * target_stride + column, values, mask=inside)
+
+
+def copy_rows(target: Tensor, source: Tensor) -> None:
+    """target = source, both f32 [rows, columns] with any row stride, in GPU memory or in page-locked host memory.
+
+    Triton's launcher asks the driver for the address by which the GPU reaches a tensor in page-locked memory.
+    """
+    rows, columns = target.shape
+    assert source.shape == target.shape and source.dtype == target.dtype, (target.shape, source.shape)
+    if rows and columns:
+        grid = (rows, triton.cdiv(columns, COPY_BLOCK))
+        _copy_rows_kernel[grid](target, source, columns, target.stride(0), source.stride(0), BLOCK=COPY_BLOCK,
+                                num_warps=4)
