@@ -3,7 +3,7 @@
     y = round(x) W^T + b        round: none for fp32, to bf16 for bf16, to int8 per group of 64 for q8 and q4
 
 Many rows over q8 and q4 blocks are bound by arithmetic, which cuBLAS does best: pieces of the weight become bf16 in a
-buffer that stays in the L2 cache, and the rounded x becomes bf16 too. Beside the exact arithmetic of few rows the only
+buffer, and the rounded x becomes bf16 too. Beside the exact arithmetic of few rows the only
 difference is the rounding of both factors to bf16.
 """
 
@@ -18,7 +18,9 @@ from gpu_kernels.quantized_linear import check_blocks, quantized_linear
 from gpu_kernels.reference import BLOCK_FEATURES, GROUP, SUPERBLOCK_BYTES, WEIGHT_DTYPES
 
 PRODUCT_BYTES = 32 * 2**20  # of a dense product at once: what a call takes beside its arguments is bounded
-DENSE_BYTES = 32 * 2**20  # of weights as bf16 at once, likewise; the L2 cache of the largest GPUs holds as much
+# Of weights as bf16 at once, likewise. The L2 cache of the largest GPUs holds half of it; smaller pieces would stay there
+# whole, but Python queues each with three launches, which took longer than the GPU's work on 32 MiB for 512 rows.
+DENSE_BYTES = 64 * 2**20
 # Up to here the kernels for few rows are faster: they read a weight once, at a quarter or half of its bytes as bf16.
 QUANTIZED_ROWS = 64
 

@@ -35,7 +35,9 @@ Block = tuple[int | None, str]
 SMALL_CALLS_PER_LAYER_ON_CPU = 4
 SMALL_CALLS_PER_LAYER_ON_GPU = 5
 # Those, four linears and attention.
-LAUNCHES_PER_LAYER = SMALL_CALLS_PER_LAYER_ON_GPU + 5
+LINEARS_PER_LAYER = 4
+LAUNCHES_PER_LAYER = SMALL_CALLS_PER_LAYER_ON_GPU + LINEARS_PER_LAYER + 1
+GPU_PRODUCT_BYTES = 64 << 20  # of weights as bf16 in one product of many rows, as the GPU's linear has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,9 +240,29 @@ def attention_handovers(cpu_linear_units: int, gpu_groups: int, groups: int, spi
     return int(attended_by_cpu > cpu_linear_units)
 
 
-def queueing_s(workload: Workload, call: Call, hardware: HardwareProfile, on_gpu: bool) -> float:
-    """What Python needs to queue a prompt's layers on a GPU, which works on them meanwhile; a decode step is captured."""
-    return workload.num_layers * hardware.gpu_layer_overhead_s if on_gpu and call.q_len > 1 else 0.0
+def queueing_s(
+    workload: Workload, linears: Sequence[LinearPlacement], call: Call, hardware: HardwareProfile, on_gpu: bool
+) -> float:
+    """What Python needs to queue a prompt's layers on a GPU, which works on them meanwhile; a decode step is captured.
+
+    The profile's layer is mostly its four linears, each of one product; large ones over codes are several, and so is one
+    of which a part is streamed.
+    """
+    if not on_gpu or call.q_len == 1:
+        return 0.0
+    products = sum(
+        gpu_products(shard, placement, call.rows, workload.weight_dtype)
+        for shard, placement in zip(workload.linears, linears, strict=True)
+        if shard.kind != "head"
+    )
+    return hardware.gpu_layer_overhead_s * max(workload.num_layers, products / LINEARS_PER_LAYER)
+
+
+def gpu_products(shard: LinearShard, placement: LinearPlacement, rows: int, weight_dtype: str) -> int:
+    """Products that Python queues for one linear of many rows, of its columns at home and of those that are streamed."""
+    home, streamed, _ = placement.cut(row_tier(rows))
+    unit = 2 * shard.unit_features * shard.in_features if weight_dtype in ("q8", "q4") else 0  # bytes as bf16
+    return sum(max(1, -(-units * unit // GPU_PRODUCT_BYTES)) for units in (home, streamed) if units)
 
 
 class PassCost(NamedTuple):
@@ -290,7 +312,7 @@ def pass_cost(
     if lanes["cpu"]:
         lanes["cpu"] += (1 - hardware.cpu_slowdown_while_copying) * lanes["pcie"]
     work = max(*lanes.values(), fsum(tally.before_head_s) + tally.head_s)
-    not_hidden = max(0.0, queueing_s(workload, call, hardware, on_gpu) - work)
+    not_hidden = max(0.0, queueing_s(workload, linears, call, hardware, on_gpu) - work)
     terms["step"] += not_hidden
     return PassCost(work + not_hidden + step, lanes, terms)
 

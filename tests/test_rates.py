@@ -6,12 +6,14 @@ import pytest
 from planning_models import llama_8b, tiny, with_row_cuts
 from test_cost import MACHINE, placed, rates
 
-from placement import HardwareProfile
+from placement import HardwareProfile, LinearPlacement
 from placement.cost import (
+    GPU_PRODUCT_BYTES,
     Call,
     attention_cost,
     cpu_attention_rate,
     cpu_linear_s_per_unit,
+    gpu_products,
     linear_cost,
     pass_cost,
     predict,
@@ -284,3 +286,15 @@ def test_a_prompt_takes_at_least_what_python_needs_to_queue_it_and_a_captured_st
     assert queued.seconds == pytest.approx(workload.num_layers * 1.0 + MACHINE.step_overhead_s, rel=0.01)
     assert queued.terms["step"] > 0.9 * queued.seconds
     assert decoded == before
+
+
+def test_large_linears_over_codes_are_several_products_and_a_streamed_part_one_more():
+    shard = next(shard for shard in llama_8b().linears if shard.kind == "gate_up")
+    half = shard.units // 2
+    whole, split = (
+        LinearPlacement(shard.name, home, (shard.units - home,) * 5, shard.units) for home in (shard.units, half)
+    )
+    products = -(-2 * shard.out_features * shard.in_features // GPU_PRODUCT_BYTES)
+
+    assert (products, 1) == (gpu_products(shard, whole, 512, "q4"), gpu_products(shard, whole, 512, "bf16"))
+    assert (products, 2) == (gpu_products(shard, split, 512, "q4"), gpu_products(shard, split, 512, "bf16"))

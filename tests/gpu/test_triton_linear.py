@@ -7,6 +7,8 @@ import pytest
 import torch
 from kernel_data import normal, packed_weight
 
+from placement import cost
+
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
 from gpu_kernels import activation, dequantize, linear_layer, quantized_linear, reference  # noqa: E402
@@ -64,12 +66,16 @@ def test_many_rows_are_computed_in_pieces(device, weight_dtype, bound, monkeypat
 
 
 @pytest.mark.parametrize("rows,in_features,expected", [
-    (1, 2**20, 1), (65, 4096, 252), (512, 4096, 252), (4096, 64, 128),
+    (1, 2**20, 1), (65, 4096, 504), (512, 4096, 504), (4096, 64, 128),
 ])
 def test_a_piece_stays_within_its_bounds(rows, in_features, expected):
     x = torch.empty(rows, in_features, device="meta")
 
     assert linear_layer._blocks_at_once(x, "q4") == expected
+
+
+def test_the_cost_model_counts_products_of_the_same_size():
+    assert cost.GPU_PRODUCT_BYTES == linear_layer.DENSE_BYTES
 
 
 @pytest.mark.parametrize("weight_dtype", ["q4", "q8"])
