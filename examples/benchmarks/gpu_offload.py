@@ -30,7 +30,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from gpu_run import BROKEN, RUNNING_FILE, START, Run, run_parts, write_result
+from gpu_run import BROKEN, RUNNING_FILE, START, Run, gpu_used_bytes, run_parts, write_result
 
 PART_LIMIT_S = 240.0
 POLL_S = 0.2
@@ -53,7 +53,7 @@ def main() -> None:
     if options.child is not None:
         run = Run(
             options.out, options.work_dir, options.device, options.quick, options.child, options.llama_bench,
-            tuple(options.only),
+            tuple(options.only), gpu_used_bytes(options.device),
         )  # fmt: skip
         sys.exit(run_parts(run))
     with tempfile.TemporaryDirectory() as temporary:

@@ -136,7 +136,7 @@ def offload(
         from hetero_attn import LLM
 
         started, path = time.monotonic(), checkpoint(run, shape)
-        written, before = time.monotonic(), used_bytes(run)
+        written = time.monotonic()
         llm = LLM(
             path, gpu_memory=cap_bytes(shape, dtype, shares[0], run.quick), dtype=dtype, device=run.device,
             max_context=max((context, *(prompt + 1 for prompt in prompts))), max_batch=1, progress=False,
@@ -148,17 +148,14 @@ def offload(
                 if share != shares[0]:
                     llm.resize(cap_bytes(shape, dtype, share, run.quick))
                 name = f"offload {shape} {dtype} {share:.0%} @ {context}"
-                run.write(name, **measured(run, llm, prompts, context, name.replace(" ", "-").replace("%", ""), before))
+                run.write(name, **measured(run, llm, prompts, context, name.replace(" ", "-").replace("%", "")))
         return {"checkpoint_s": written - started, "load_s": loaded - written}
 
     return measure
 
 
-def measured(run: Run, llm: Any, prompts: tuple[int, ...], context: int, name: str, before: int) -> dict[str, Any]:
-    """Decode at the end of the context and each prompt from its beginning, the plan, and the lanes' timeline.
-
-    before: bytes of the GPU in use before the model was loaded, by whomever.
-    """
+def measured(run: Run, llm: Any, prompts: tuple[int, ...], context: int, name: str) -> dict[str, Any]:
+    """Decode at the end of the context and each prompt from its beginning, the plan, and the lanes' timeline."""
     from hetero_attn import benchmark
     from hetero_attn.trace import trace_steps
 
@@ -175,16 +172,11 @@ def measured(run: Run, llm: Any, prompts: tuple[int, ...], context: int, name: s
         "gpu_memory": llm.plan.gpu_memory_bytes,
         "arena_peak_bytes": device.arena.peak_bytes,
         "reserved_bytes": torch.cuda.max_memory_reserved() if run.device.startswith("cuda") else None,
-        "used_bytes": used_bytes(run) - before,
+        "used_bytes": run.used_bytes,
         "refused_pins": sorted(device.refused_kinds),
         "plan": llm.plan.table(),
         "trace": trace.name,
     }
-
-
-def used_bytes(run: Run) -> int:
-    """GPU memory in use as the driver counts it, what it keeps for itself on an idle card included; 0 without a GPU."""
-    return torch.cuda.device_memory_used() if run.device.startswith("cuda") else 0
 
 
 def depth(

@@ -21,7 +21,8 @@ BROKEN = 17  # exit code: the GPU answers everything with an error that an earli
 @dataclass(frozen=True, slots=True)
 class Run:
     """What a part is told. device: cuda[:N] or emulated. quick: toy shapes and few repetitions. deadline: by
-    `time.time`; no part starts after it. only: beginnings of the names of the parts to run, empty for all."""
+    `time.time`; no part starts after it. only: beginnings of the names of the parts to run, empty for all. idle_bytes: of
+    the GPU in use before this process used it, what its driver keeps for itself included."""
 
     out: Path
     work_dir: Path
@@ -30,6 +31,7 @@ class Run:
     deadline: float
     llama_bench: Path | None
     only: tuple[str, ...] = ()
+    idle_bytes: int = 0
 
     @property
     def time_left_s(self) -> float:
@@ -51,12 +53,22 @@ class Run:
             (failed if "error" in line else done).add(line["name"])
         return done | failed
 
+    @property
+    def used_bytes(self) -> int:
+        """GPU memory that this process has now by the driver's count, its context included; 0 without a GPU."""
+        return gpu_used_bytes(self.device) - self.idle_bytes
+
     def write(self, name: str, **values: Any) -> None:
         """Append one result and show it."""
         write_result(self.out, name, **values)
 
 
 Part = tuple[str, Callable[[Run], dict[str, Any]]]
+
+
+def gpu_used_bytes(device: str) -> int:
+    """GPU memory in use by anybody; asked of NVML by index, which makes no CUDA context."""
+    return torch.cuda.device_memory_used(int(device.partition(":")[2] or 0)) if device.startswith("cuda") else 0
 
 
 def write_result(out: Path, name: str, **values: Any) -> None:
