@@ -133,25 +133,48 @@ def offload(
     """
 
     def measure(run: Run) -> dict[str, Any]:
-        from hetero_attn import LLM
-
         started, path = time.monotonic(), checkpoint(run, shape)
-        written = time.monotonic()
-        llm = LLM(
-            path, gpu_memory=cap_bytes(shape, dtype, shares[0], run.quick), dtype=dtype, device=run.device,
-            max_context=max((context, *(prompt + 1 for prompt in prompts))), max_batch=1, progress=False,
-            elastic=len(shares) > 1,
-        )  # fmt: skip
-        with llm:
-            loaded = time.monotonic()
-            for share in shares:
-                if share != shares[0]:
-                    llm.resize(cap_bytes(shape, dtype, share, run.quick))
-                name = f"offload {shape} {dtype} {share:.0%} @ {context}"
-                run.write(name, **measured(run, llm, prompts, context, name.replace(" ", "-").replace("%", "")))
+        written, longest = time.monotonic(), max((context, *(prompt + 1 for prompt in prompts)))
+        llm = load(run, path, dtype, cap_bytes(shape, dtype, shares[0], run.quick), longest, len(shares) > 1)
+        loaded = time.monotonic()
+        for share in shares:
+            name, cap = f"offload {shape} {dtype} {share:.0%} @ {context}", cap_bytes(shape, dtype, share, run.quick)
+            if share != shares[0]:
+                llm = resized(run, llm, name, lambda cap=cap: load(run, path, dtype, cap, longest, True), cap)
+            run.write(name, **measured(run, llm, prompts, context, name.replace(" ", "-").replace("%", "")))
+        llm.close()
         return {"checkpoint_s": written - started, "load_s": loaded - written}
 
     return measure
+
+
+def load(run: Run, path: Path, dtype: str, gpu_memory: int, max_context: int, elastic: bool) -> Any:
+    """An `LLM` for one sequence."""
+    from hetero_attn import LLM
+
+    return LLM(
+        path,
+        gpu_memory=gpu_memory,
+        dtype=dtype,
+        device=run.device,
+        max_context=max_context,
+        max_batch=1,
+        progress=False,
+        elastic=elastic,
+    )
+
+
+def resized(run: Run, llm: Any, name: str, load_anew: Callable[[], Any], gpu_memory: int) -> Any:
+    """The model under another budget; where it cannot be resized, which is a result, it is loaded again."""
+    from hetero_attn.errors import HeteroError
+
+    try:
+        llm.resize(gpu_memory)
+        return llm
+    except HeteroError as error:
+        run.write(f"resize to {name}", error=str(error))
+        llm.close()
+        return load_anew()
 
 
 def measured(run: Run, llm: Any, prompts: tuple[int, ...], context: int, name: str) -> dict[str, Any]:
@@ -185,14 +208,11 @@ def depth(
     """Decode on top of more and more tokens in the cache, most of which the cap leaves no room for on the GPU."""
 
     def measure(run: Run) -> dict[str, Any]:
-        from hetero_attn import LLM, benchmark
+        from hetero_attn import benchmark
 
         tokens = 4 if run.quick else 32
-        llm = LLM(
-            checkpoint(run, shape), gpu_memory=cap_bytes(shape, dtype, shares[0], run.quick), dtype=dtype,
-            device=run.device, max_context=max(depths) + tokens + 2, max_batch=1, progress=False, elastic=True,
-        )  # fmt: skip
-        with llm:
+        first = cap_bytes(shape, dtype, shares[0], run.quick)
+        with load(run, checkpoint(run, shape), dtype, first, max(depths) + tokens + 2, elastic=True) as llm:
             for share in shares:
                 if share != shares[0]:
                     llm.resize(cap_bytes(shape, dtype, share, run.quick))
