@@ -24,8 +24,8 @@ from hetero_attn.devices import Device
 from hetero_attn.engine import Engine
 from hetero_attn.lanes import Lanes
 from hetero_attn.planning import PAGE_TOKENS, prepare
-from placement.cost import LAUNCHES_PER_LAYER
 from placement.hardware import HardwareProfile
+from placement.op_cost import LAUNCHES_PER_LAYER
 from placement.plan import Plan
 from placement.policy import Policy
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from placement.constraints import KvBounds
-from placement.cost import Call
+from placement.op_cost import Call
 from placement.workload import KvShard, Workload
 
 

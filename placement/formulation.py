@@ -15,11 +15,11 @@ the order of 100 and 10000, far above the solver's tolerances.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from placement.cost import BLOCKS, Call, attention_cost, cpu_linear_s_per_unit, small_ops_s, step_cost
 from placement.decisions import Budgets, Homes, Totals, WeightedCall, gpu_tokens_of
 from placement.hardware import HardwareProfile
 from placement.layer_classes import KvClass, LayerClass, LinearClass
 from placement.memory import kv_spilled_tokens, staging_piece_units
+from placement.op_cost import BLOCKS, Call, attention_cost, cpu_linear_s_per_unit, small_ops_s, step_cost
 from placement.pairing import pairs
 from placement.program import INFINITY, Program, add
 from placement.workload import NUM_ROW_TIERS, Workload, row_tier
@@ -363,7 +363,7 @@ class Formulation:
         return step
 
     def _attention_handovers(self, c: int, cls: LayerClass, call: Call, owned: int, layers: int, spills: bool) -> int:
-        """Layers counted by placement.cost.attention_handovers: more groups attended than computed by the CPU, or any
+        """Layers counted by placement.op_cost.attention_handovers: more groups attended than computed by the CPU, or any
         spilled."""
         program, handovers, groups = self.program, self._layers(cls.count), self.groups[c]
         groups_in_layer = -float(cls.kv.shard.groups)

@@ -7,15 +7,14 @@ from planning_models import decoder, linear, llama_8b, tiny
 
 from placement import HardwareProfile, KvPlacement, LinearPlacement, Policy, make_plan
 from placement.baselines import layer_split, stream_all
-from placement.cost import (
+from placement.cost import pass_cost, predict
+from placement.op_cost import (
     Call,
     attention_cost,
     attention_handovers,
     cpu_linear_s_per_unit,
     gpu_linear_s_per_unit,
     handover_s,
-    pass_cost,
-    predict,
 )
 from placement.rates import DtypeRates
 

@@ -8,8 +8,8 @@ from runtime import make_engine, toy_workload, uniform_plan
 from toy import make_checkpoint
 
 from placement import HardwareProfile
-from placement.cost import Call, attention_cost
 from placement.memory import kv_staging_bytes, kv_staging_pages
+from placement.op_cost import Call, attention_cost
 
 PAGE, CHUNK = 4, 32
 

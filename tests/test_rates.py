@@ -7,7 +7,8 @@ from planning_models import llama_8b, tiny, with_row_cuts
 from test_cost import MACHINE, placed, rates
 
 from placement import HardwareProfile, LinearPlacement
-from placement.cost import (
+from placement.cost import pass_cost, predict
+from placement.op_cost import (
     GPU_PRODUCT_BYTES,
     Call,
     attention_cost,
@@ -15,8 +16,6 @@ from placement.cost import (
     cpu_linear_s_per_unit,
     gpu_products,
     linear_cost,
-    pass_cost,
-    predict,
     step_s,
 )
 from placement.pairing import paired_workload

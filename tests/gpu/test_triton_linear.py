@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernel_data import normal, packed_weight
 
-from placement import cost
+from placement import op_cost
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
@@ -75,7 +75,7 @@ def test_a_piece_stays_within_its_bounds(rows, in_features, expected):
 
 
 def test_the_cost_model_counts_products_of_the_same_size():
-    assert cost.GPU_PRODUCT_BYTES == linear_layer.DENSE_BYTES
+    assert op_cost.GPU_PRODUCT_BYTES == linear_layer.DENSE_BYTES
 
 
 @pytest.mark.parametrize("weight_dtype", ["q4", "q8"])
