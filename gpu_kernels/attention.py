@@ -2,12 +2,15 @@
 
     s_j = scale * q . k_j over the visible j;  lse = log sum_j exp(s_j);  out = sum_j exp(s_j - lse) v_j
 
-Both kernels walk blocks of positions with an online softmax in base 2 (scale carries log2(e)) and convert lse to the
-natural log at the end. Weights meet bf16 values as bf16, rounded as the reference says. A query that sees no key gives (0, -inf).
+Both kernels walk blocks of positions, which begin at multiples of the block's length and so lie in one page where pages
+are no shorter. An online softmax in base 2 (scale carries log2(e)) takes them in; lse becomes the natural log at the
+end. Weights meet bf16 values as bf16, rounded as the reference says. A query that sees no key gives (0, -inf). The
+query heads of one KV head are rows of one matrix product, so K and V are read once for all of them.
 
-Decode splits the range of every sequence over programs (FlashDecoding) and merges them in a second launch. The range
-and the page table are read on the device and the launch depends on capacities alone, so a captured graph stays valid
-while the sequence grows. The query heads of one KV head are the rows of one matrix product, so K and V are read once.
+Decode splits the range of every sequence over programs (FlashDecoding). The range and the page table are read on the
+device and the launch depends on capacities alone, so a captured graph stays valid while the sequence grows; programs
+that a short range does not need leave at once. The last program of a KV head to arrive merges the splits, in their
+order, so the answer does not depend on who that is.
 """
 
 from __future__ import annotations
@@ -20,21 +23,21 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_kernels.attention_merge import merge_splits
-from gpu_kernels.kv_rows import check_pages, load_rows
+from gpu_kernels.kv_rows import check_pages, load_block, load_page_ids
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _online_softmax(scores, values, maximum, total, acc):
-    """Take one block into the running (maximum, total, acc); scores [M, N] in base 2, -inf where masked.
+def _online_softmax(scores, scale, values, maximum, total, acc):
+    """Take one block into the running (maximum, total, acc); scores [M, N], -inf where masked; times scale in base 2.
 
     maximum is whole, so it scales weights by powers of two, and they round to bf16 alike in every block and split."""
-    new_maximum = tl.maximum(maximum, tl.ceil(tl.max(scores, axis=1)))
+    new_maximum = tl.maximum(maximum, tl.ceil(tl.max(scores, axis=1) * scale))
     safe_maximum = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)  # nothing visible yet: avoid inf - inf
     correction = tl.exp2(maximum - safe_maximum)
-    weights = tl.exp2(scores - safe_maximum[:, None])
+    weights = tl.exp2(scores * scale - safe_maximum[:, None])
     total = total * correction + tl.sum(weights, axis=1)
     acc = tl.dot(weights.to(values.dtype), values, acc * correction[:, None], input_precision="ieee")
     return new_maximum, total, acc
@@ -48,24 +51,28 @@ def _normalised(maximum, total, acc):
     return acc / nonzero[:, None], lse
 
 
-@triton.jit(do_not_specialize=["num_kv_heads"])
+@triton.jit(do_not_specialize=["num_kv_heads", "min_blocks"])
 def _decode_attention_kernel(
-        q, k_pages, v_pages, page_table, kv_start, kv_stop, out, lse, scale, num_kv_heads,
-        q_row_stride, q_head_stride, page_stride, row_stride, table_row_stride, table_head_stride,
-        out_row_stride, out_head_stride, out_split_stride, lse_row_stride, lse_head_stride, lse_split_stride,
+        q, k_pages, v_pages, page_table, kv_start, kv_stop, out, lse, partial, partial_lse, arrivals, scale,
+        num_kv_heads, min_blocks, q_row_stride, q_head_stride, page_stride, row_stride, table_row_stride,
+        table_head_stride, out_row_stride, out_head_stride, lse_row_stride, lse_head_stride,
         GROUP_SIZE: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
-        PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, FORMAT: tl.constexpr):
-    """grid: (batch * num_kv_heads, num_splits). q: [batch, num_heads, head_dim]; k_pages, v_pages: [num_pages,
-    page_size, head_dim]; page_table: [batch, num_kv_heads, max_pages]; out: [batch, num_heads, num_splits, head_dim];
-    lse: [batch, num_heads, num_splits]."""
-    batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
-    kv_head = tl.program_id(0) % num_kv_heads
-    split = tl.program_id(1)
+        PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MERGE_STEP: tl.constexpr, FORMAT: tl.constexpr):
+    """grid: (batch * num_kv_heads, most splits). q, out: [batch, num_heads, head_dim]; lse: [batch, num_heads];
+    k_pages, v_pages: [num_pages, page_size, head_dim]; page_table: [batch, num_kv_heads, max_pages]. partial: [batch *
+    num_kv_heads, most splits, GROUP_SIZE, head_dim], partial_lse: the same without head_dim, both contiguous; arrivals:
+    int32 [batch * num_kv_heads], 0 before and after. Those three are None where the grid has one split."""
+    group, split = tl.program_id(0), tl.program_id(1)
+    batch = (group // num_kv_heads).to(tl.int64)
+    kv_head = group % num_kv_heads
     first = tl.load(kv_start + batch)
     stop = tl.load(kv_stop + batch)
-    split_len = tl.cdiv(tl.cdiv(stop - first, tl.num_programs(1)), BLOCK_N) * BLOCK_N
-    low = first + split * split_len
-    high = tl.minimum(low + split_len, stop)
+    first_block = first // BLOCK_N
+    num_blocks = tl.cdiv(stop, BLOCK_N) - first_block
+    split_blocks = tl.maximum(tl.cdiv(num_blocks, tl.num_programs(1)), min_blocks)
+    num_splits = tl.maximum(tl.cdiv(num_blocks, split_blocks), 1)
+    if split >= num_splits:
+        return
 
     rows = tl.arange(0, GROUP_PAD)
     dims = tl.arange(0, HEAD_PAD)
@@ -77,22 +84,35 @@ def _decode_attention_kernel(
     maximum = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     acc = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
-    for start in range(low, high, BLOCK_N):
-        positions = start + tl.arange(0, BLOCK_N)
-        stored = positions < high
-        keys = load_rows(k_pages, table, positions, stored, dims, page_stride, row_stride, HEAD_DIM, HEAD_PAD,
-                         PAGE_SIZE, FORMAT)
-        values = load_rows(v_pages, table, positions, stored, dims, page_stride, row_stride, HEAD_DIM, HEAD_PAD,
-                           PAGE_SIZE, FORMAT)
-        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * (scale * LOG2_E)
+    low = first_block + split * split_blocks
+    page_ids = load_page_ids(table, low * BLOCK_N, first, stop, PAGE_SIZE, BLOCK_N)
+    for block in range(low, tl.minimum(low + split_blocks, first_block + num_blocks)):
+        positions = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        stored = (positions >= first) & (positions < stop)
+        next_ids = load_page_ids(table, (block + 1) * BLOCK_N, first, stop, PAGE_SIZE, BLOCK_N)
+        keys, values = load_block(k_pages, v_pages, page_ids, block * BLOCK_N, stored, dims, page_stride, row_stride,
+                                  HEAD_DIM, HEAD_PAD, PAGE_SIZE, BLOCK_N, FORMAT)
+        scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
         scores = tl.where(stored[None, :], scores, float("-inf"))
-        maximum, total, acc = _online_softmax(scores, values, maximum, total, acc)
+        maximum, total, acc = _online_softmax(scores, scale * LOG2_E, values, maximum, total, acc)
+        page_ids = next_ids
 
     result, result_lse = _normalised(maximum, total, acc)
-    target = out + batch * out_row_stride + split * out_split_stride
-    tl.store(target + heads[:, None] * out_head_stride + dims[None, :], result, mask=live)
-    target_lse = lse + batch * lse_row_stride + split * lse_split_stride
-    tl.store(target_lse + heads * lse_head_stride, result_lse, mask=rows < GROUP_SIZE)
+    out += batch * out_row_stride + kv_head * GROUP_SIZE * out_head_stride
+    lse += batch * lse_row_stride + kv_head * GROUP_SIZE * lse_head_stride
+    if num_splits == 1:
+        tl.store(out + rows[:, None] * out_head_stride + dims[None, :], result, mask=live)
+        tl.store(lse + rows * lse_head_stride, result_lse, mask=rows < GROUP_SIZE)
+    elif arrivals is not None:
+        group_splits = group.to(tl.int64) * tl.num_programs(1)
+        part = (group_splits + split) * GROUP_SIZE + rows
+        tl.store(partial + part[:, None] * HEAD_DIM + dims[None, :], result, mask=live)
+        tl.store(partial_lse + part, result_lse, mask=rows < GROUP_SIZE)
+        tl.debug_barrier()  # every thread has stored its part before one of them says so
+        if tl.atomic_add(arrivals + group, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
+            merge_splits(partial, partial_lse, group_splits, num_splits, out, lse, out_head_stride, lse_head_stride,
+                         GROUP_SIZE, HEAD_DIM, HEAD_PAD, MERGE_STEP)
+            tl.store(arrivals + group, 0)
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_start", "kv_stop", "q_start", "window"])
@@ -102,37 +122,66 @@ def _prefill_attention_kernel(
         out_row_stride, out_head_stride, lse_row_stride, lse_head_stride,
         GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMAT: tl.constexpr):
-    """grid: (cdiv(q_len, BLOCK_M), num_heads). q, out: [q_len, num_heads, head_dim]; lse: [q_len, num_heads];
-    k_pages, v_pages: [num_pages, page_size, head_dim]; page_table: [num_kv_heads, max_pages]."""
-    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows start first
-    head = tl.program_id(1)
+    """grid: (num_kv_heads, cdiv(q_len * GROUP_SIZE, BLOCK_M)). q, out: [q_len, num_heads, head_dim]; lse: [q_len,
+    num_heads]; k_pages, v_pages: [num_pages, page_size, head_dim]; page_table: [num_kv_heads, max_pages]."""
+    kv_head = tl.program_id(0)
+    first_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # the longest rows start first
     rows = first_row + tl.arange(0, BLOCK_M)
+    places = (rows // GROUP_SIZE).to(tl.int64)  # in the chunk; a row is one query head at one of them
+    heads = kv_head * GROUP_SIZE + rows % GROUP_SIZE
     dims = tl.arange(0, HEAD_PAD)
-    live = (rows < q_len)[:, None] & (dims < HEAD_DIM)[None, :]
-    wide_rows = rows.to(tl.int64)[:, None]
-    query = tl.load(q + wide_rows * q_row_stride + head * q_head_stride + dims[None, :], mask=live, other=0.0)
+    live = (places < q_len)[:, None] & (dims < HEAD_DIM)[None, :]
+    query = tl.load(q + (places * q_row_stride + heads * q_head_stride)[:, None] + dims[None, :], mask=live, other=0.0)
     query = query.to(k_pages.dtype.element_ty if FORMAT == "plain" else tl.bfloat16)
-    table = page_table + (head // GROUP_SIZE).to(tl.int64) * table_head_stride
+    table = page_table + kv_head.to(tl.int64) * table_head_stride
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
-    low = tl.maximum(kv_start, q_start + first_row - window + 1)
-    high = tl.minimum(kv_stop, q_start + first_row + BLOCK_M)
-    for start in range(low, high, BLOCK_N):
-        positions = start + tl.arange(0, BLOCK_N)
-        stored = positions < high
-        keys = load_rows(k_pages, table, positions, stored, dims, page_stride, row_stride, HEAD_DIM, HEAD_PAD,
-                         PAGE_SIZE, FORMAT)
-        values = load_rows(v_pages, table, positions, stored, dims, page_stride, row_stride, HEAD_DIM, HEAD_PAD,
-                           PAGE_SIZE, FORMAT)
-        age = (q_start + rows)[:, None] - positions[None, :]
-        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * (scale * LOG2_E)
-        scores = tl.where(stored[None, :] & (age >= 0) & (age < window), scores, float("-inf"))
-        maximum, total, acc = _online_softmax(scores, values, maximum, total, acc)
+
+    # Of the keys [low, high) that some row of the tile sees, all rows see [whole_low, whole_high).
+    oldest = q_start + first_row // GROUP_SIZE
+    newest = q_start + tl.minimum((first_row + BLOCK_M - 1) // GROUP_SIZE, q_len - 1)
+    low = tl.maximum(kv_start, oldest - window + 1)
+    high = tl.minimum(kv_stop, newest + 1)
+    whole_low = tl.maximum(kv_start, newest - window + 1)
+    whole_high = tl.minimum(kv_stop, oldest + 1)
+    first_block = low // BLOCK_N
+    stop_block = tl.cdiv(high, BLOCK_N)
+    first_whole = tl.minimum(tl.cdiv(whole_low, BLOCK_N), stop_block)
+    stop_whole = tl.maximum(whole_high // BLOCK_N, first_whole)
+    page_ids = load_page_ids(table, first_whole * BLOCK_N, low, high, PAGE_SIZE, BLOCK_N)
+    for block in range(first_whole, stop_whole):
+        stored = tl.full([BLOCK_N], True, tl.int1)
+        next_ids = load_page_ids(table, (block + 1) * BLOCK_N, low, high, PAGE_SIZE, BLOCK_N)
+        keys, values = load_block(k_pages, v_pages, page_ids, block * BLOCK_N, stored, dims, page_stride, row_stride,
+                                  HEAD_DIM, HEAD_PAD, PAGE_SIZE, BLOCK_N, FORMAT)
+        scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
+        maximum, total, acc = _online_softmax(scores, scale * LOG2_E, values, maximum, total, acc)
+        page_ids = next_ids
+
+    newest_seen = q_start + rows // GROUP_SIZE
+    first_seen = tl.maximum(newest_seen - window + 1, low)
+    stop_seen = tl.minimum(newest_seen + 1, high)
+    num_whole = stop_whole - first_whole
+    block = first_block + tl.where(first_block < first_whole, 0, num_whole)
+    page_ids = load_page_ids(table, block * BLOCK_N, low, high, PAGE_SIZE, BLOCK_N)
+    for edge in range(first_block, stop_block - num_whole):
+        block = edge + tl.where(edge < first_whole, 0, num_whole)
+        next_block = edge + 1 + tl.where(edge + 1 < first_whole, 0, num_whole)
+        positions = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        stored = (positions >= low) & (positions < high)
+        next_ids = load_page_ids(table, next_block * BLOCK_N, low, high, PAGE_SIZE, BLOCK_N)
+        keys, values = load_block(k_pages, v_pages, page_ids, block * BLOCK_N, stored, dims, page_stride, row_stride,
+                                  HEAD_DIM, HEAD_PAD, PAGE_SIZE, BLOCK_N, FORMAT)
+        scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
+        visible = (positions[None, :] >= first_seen[:, None]) & (positions[None, :] < stop_seen[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+        maximum, total, acc = _online_softmax(scores, scale * LOG2_E, values, maximum, total, acc)
+        page_ids = next_ids
 
     result, result_lse = _normalised(maximum, total, acc)
-    tl.store(out + wide_rows * out_row_stride + head * out_head_stride + dims[None, :], result, mask=live)
-    tl.store(lse + rows.to(tl.int64) * lse_row_stride + head * lse_head_stride, result_lse, mask=rows < q_len)
+    tl.store(out + (places * out_row_stride + heads * out_head_stride)[:, None] + dims[None, :], result, mask=live)
+    tl.store(lse + places * lse_row_stride + heads * lse_head_stride, result_lse, mask=places < q_len)
 
 
 class Tile(NamedTuple):
@@ -144,24 +193,34 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# Keyed by the padded head_dim. Chosen so that the K and V tiles of every stage fit the 99 KiB of shared memory that
-# compute capability 8.6, 8.9 and 12.0 give a program, and so that nothing spills (tests/gpu/test_aot.py). float32
-# products run on the CUDA cores and want small tiles.
+# By dtype of the pages (uint8 as int8) and padded head_dim. Chosen so that the K and V tiles of every stage fit the 99
+# KiB of shared memory that compute capability 8.6, 8.9 and 12.0 give a program, and so that nothing spills
+# (tests/gpu/test_aot.py). float32 products run on the CUDA cores and want small tiles; codes are unpacked in registers.
 DECODE_TILES = {
-    torch.bfloat16: {16: Tile(0, 64, 4, 3), 32: Tile(0, 64, 4, 3), 64: Tile(0, 64, 4, 3), 128: Tile(0, 64, 4, 3),
-                     256: Tile(0, 32, 8, 2)},
+    torch.bfloat16: {16: Tile(0, 64, 4, 3), 32: Tile(0, 64, 4, 3), 64: Tile(0, 64, 4, 4), 128: Tile(0, 64, 4, 3),
+                     256: Tile(0, 32, 8, 3)},
+    torch.int8: {16: Tile(0, 64, 4, 3), 32: Tile(0, 64, 4, 3), 64: Tile(0, 64, 4, 4), 128: Tile(0, 64, 4, 4),
+                 256: Tile(0, 32, 8, 3)},
     torch.float32: {16: Tile(0, 32, 4, 2), 32: Tile(0, 32, 4, 2), 64: Tile(0, 32, 4, 2), 128: Tile(0, 16, 4, 2),
                     256: Tile(0, 16, 8, 1)},
 }
 PREFILL_TILES = {
-    torch.bfloat16: {16: Tile(64, 64, 4, 3), 32: Tile(64, 64, 4, 3), 64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2),
+    torch.bfloat16: {16: Tile(64, 64, 4, 3), 32: Tile(64, 64, 4, 3), 64: Tile(64, 64, 4, 3), 128: Tile(128, 32, 8, 3),
                      256: Tile(64, 32, 8, 2)},
-    torch.float32: {16: Tile(32, 32, 4, 2), 32: Tile(32, 32, 4, 2), 64: Tile(32, 32, 4, 2), 128: Tile(32, 16, 8, 1),
+    torch.int8: {16: Tile(64, 64, 4, 3), 32: Tile(64, 64, 4, 3), 64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2),
+                 256: Tile(64, 32, 8, 2)},
+    torch.float32: {16: Tile(32, 32, 4, 2), 32: Tile(32, 32, 4, 2), 64: Tile(32, 32, 8, 2), 128: Tile(32, 16, 8, 1),
                     256: Tile(16, 16, 8, 1)},
 }
-TARGET_PROGRAMS = 264  # two for each of the 132 multiprocessors of the largest target; more only adds merging
-MAX_SPLITS = 32
-MIN_BLOCKS_PER_SPLIT = 4
+# Compute capability 9.0 multiplies out of shared memory, of which it has more, so larger tiles fit its registers.
+HOPPER_PREFILL_TILES = PREFILL_TILES | {
+    torch.bfloat16: PREFILL_TILES[torch.bfloat16] | {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3)},
+    torch.int8: PREFILL_TILES[torch.int8] | {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3)},
+}
+TARGET_PROGRAMS = 256  # about two for each of the 132 multiprocessors of the largest target; more only adds merging
+MAX_SPLITS = 64
+MIN_BLOCKS_PER_SPLIT = 1
+MERGE_ITEMS = 64  # of the partials that a thread holds at once while it merges: loads in flight, and registers
 NO_WINDOW = 2**30
 
 
@@ -170,30 +229,45 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Te
     """Attention of one query per sequence over the positions [kv_start, kv_stop) of its cache.
 
     q, out: f32 [batch, num_heads, head_dim]. k_pages, v_pages: [num_pages, page_size, row_items] as kv_pages says,
-    equal strides. page_table: int32 [batch, num_kv_heads, max_pages], page id of logical page position // page_size; entries
-    outside the range are never read. kv_start, kv_stop: int32 [batch]. lse: f32 [batch, num_heads], natural log.
-    Allocates the partials of the splits; nothing is read on the host.
+    equal strides. page_table: int32 [batch, num_kv_heads, max_pages], page id of logical page position // page_size;
+    entries outside the range are never read. kv_start, kv_stop: int32 [batch], start <= stop. scale > 0. lse: f32
+    [batch, num_heads], natural log. Allocates the partials of the splits and clears the counters of their arrival,
+    which costs a memset (see DeviceOps); nothing is read on the host.
+    """
+    groups = page_table.shape[0] * page_table.shape[1]
+    counted = _num_splits(page_table, k_pages, q.shape[2]) > 1
+    arrivals = torch.zeros(groups if counted else 0, dtype=torch.int32, device=q.device)
+    counted_decode_attention(arrivals, q, k_pages, v_pages, page_table, kv_start, kv_stop, scale, out, lse)
+
+
+def counted_decode_attention(arrivals: Tensor, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor,
+                             kv_start: Tensor, kv_stop: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+    """decode_attention with counters of the caller's.
+
+    arrivals: int32, one for each sequence and KV head, 0 before and after, which no other call uses at the same time.
+    With fewer of them than that nothing is split.
     """
     batch, num_heads, head_dim = q.shape
-    num_kv_heads, max_pages = page_table.shape[1:]
-    form = _check(k_pages, v_pages, head_dim, num_heads, num_kv_heads)
+    num_kv_heads = page_table.shape[1]
+    form = _check(k_pages, v_pages, head_dim, num_heads, num_kv_heads, scale)
     if batch == 0:
         return
-    tile = _tiles(DECODE_TILES, k_pages)[_head_pad(head_dim)]
-    num_splits = _num_splits(batch * num_kv_heads, max_pages * k_pages.shape[1], tile.block_n)
-    partial, partial_lse = out[:, :, None], lse[:, :, None]
+    tile, head_pad, group_size = _tile(DECODE_TILES, k_pages, head_dim), _head_pad(head_dim), num_heads // num_kv_heads
+    groups = batch * num_kv_heads
+    num_splits = _num_splits(page_table, k_pages, head_dim) if groups <= arrivals.numel() else 1
+    merge_step = tile.num_warps * 32 * MERGE_ITEMS // (triton.next_power_of_2(group_size) * head_pad)
+    partial = partial_lse = None
     if num_splits > 1:
-        partial = torch.empty(batch, num_heads, num_splits, head_dim, dtype=torch.float32, device=q.device)
-        partial_lse = torch.empty(batch, num_heads, num_splits, dtype=torch.float32, device=q.device)
-    group_size = num_heads // num_kv_heads
-    _decode_attention_kernel[(batch * num_kv_heads, num_splits)](
-        q, k_pages, v_pages, page_table, kv_start, kv_stop, partial, partial_lse, scale, num_kv_heads,
-        *q.stride()[:2], *k_pages.stride()[:2], *page_table.stride()[:2], *partial.stride()[:3], *partial_lse.stride(),
+        partial = torch.empty(groups, num_splits, group_size, head_dim, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(groups, num_splits, group_size, dtype=torch.float32, device=q.device)
+    _decode_attention_kernel[(groups, num_splits)](
+        q, k_pages, v_pages, page_table, kv_start, kv_stop, out, lse, partial, partial_lse,
+        arrivals if num_splits > 1 else None, scale, num_kv_heads, MIN_BLOCKS_PER_SPLIT,
+        *q.stride()[:2], *k_pages.stride()[:2], *page_table.stride()[:2], *out.stride()[:2], *lse.stride(),
         GROUP_SIZE=group_size, GROUP_PAD=max(16, triton.next_power_of_2(group_size)), HEAD_DIM=head_dim,
-        HEAD_PAD=_head_pad(head_dim), PAGE_SIZE=k_pages.shape[1], BLOCK_N=tile.block_n, FORMAT=form,
+        HEAD_PAD=head_pad, PAGE_SIZE=k_pages.shape[1], BLOCK_N=tile.block_n,
+        MERGE_STEP=max(1, min(merge_step, triton.next_power_of_2(MAX_SPLITS))), FORMAT=form,
         num_warps=tile.num_warps, num_stages=tile.num_stages)
-    if num_splits > 1:
-        merge_splits(partial, partial_lse, out, lse)
 
 
 def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, kv_start: int, kv_stop: int,
@@ -201,40 +275,46 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: T
     """Causal attention of a chunk of one sequence; row i of `q` is position q_start + i.
 
     q, out: f32 [q_len, num_heads, head_dim]. k_pages, v_pages: [num_pages, page_size, row_items] as kv_pages says,
-    equal strides. page_table: int32 [num_kv_heads, max_pages]. lse: f32 [q_len, num_heads], natural log. Key j is visible to
-    row i iff kv_start <= j < kv_stop, j <= q_start + i and (window == 0 or j > q_start + i - window).
+    equal strides. page_table: int32 [num_kv_heads, max_pages]. lse: f32 [q_len, num_heads], natural log. scale > 0. Key
+    j is visible to row i iff kv_start <= j < kv_stop, j <= q_start + i and (window == 0 or j > q_start + i - window).
     """
     q_len, num_heads, head_dim = q.shape
     num_kv_heads = page_table.shape[0]
-    form = _check(k_pages, v_pages, head_dim, num_heads, num_kv_heads)
+    form = _check(k_pages, v_pages, head_dim, num_heads, num_kv_heads, scale)
     if q_len == 0:
         return
-    tile = _tiles(PREFILL_TILES, k_pages)[_head_pad(head_dim)]
-    _prefill_attention_kernel[(triton.cdiv(q_len, tile.block_m), num_heads)](
+    tiles = HOPPER_PREFILL_TILES if _is_hopper(q.device) else PREFILL_TILES
+    tile, group_size = _tile(tiles, k_pages, head_dim), num_heads // num_kv_heads
+    _prefill_attention_kernel[(num_kv_heads, triton.cdiv(q_len * group_size, tile.block_m))](
         q, k_pages, v_pages, page_table, out, lse, scale, q_len, kv_start, kv_stop, q_start, window or NO_WINDOW,
         *q.stride()[:2], *k_pages.stride()[:2], page_table.stride(0), *out.stride()[:2], *lse.stride(),
-        GROUP_SIZE=num_heads // num_kv_heads, HEAD_DIM=head_dim, HEAD_PAD=_head_pad(head_dim),
-        PAGE_SIZE=k_pages.shape[1], BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, FORMAT=form, num_warps=tile.num_warps,
-        num_stages=tile.num_stages)
+        GROUP_SIZE=group_size, HEAD_DIM=head_dim, HEAD_PAD=_head_pad(head_dim), PAGE_SIZE=k_pages.shape[1],
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, FORMAT=form, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
-def _num_splits(programs: int, capacity: int, block_n: int) -> int:
-    wanted = triton.cdiv(TARGET_PROGRAMS, programs)
-    return max(1, min(wanted, MAX_SPLITS, capacity // (block_n * MIN_BLOCKS_PER_SPLIT)))
+def _num_splits(page_table: Tensor, pages: Tensor, head_dim: int) -> int:
+    """The most splits of a sequence; what a device-side range needs of them is found on the device."""
+    groups, capacity = page_table.shape[0] * page_table.shape[1], page_table.shape[2] * pages.shape[1]
+    block_n = _tile(DECODE_TILES, pages, head_dim).block_n
+    return max(1, min(TARGET_PROGRAMS // max(groups, 1), MAX_SPLITS, capacity // (block_n * MIN_BLOCKS_PER_SPLIT)))
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _head_pad(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def _tiles(tiles: dict[torch.dtype, dict[int, Tile]], pages: Tensor) -> dict[int, Tile]:
-    """Rows of codes are multiplied as bf16."""
-    return tiles[torch.float32 if pages.dtype == torch.float32 else torch.bfloat16]
+def _tile(tiles: dict[torch.dtype, dict[int, Tile]], pages: Tensor, head_dim: int) -> Tile:
+    by_head = tiles[torch.int8 if pages.dtype == torch.uint8 else pages.dtype]
+    if _head_pad(head_dim) not in by_head:
+        raise ValueError(f"head_dim {head_dim} has no attention kernel: the largest is {max(by_head)}")
+    return by_head[_head_pad(head_dim)]
 
 
-def _check(k_pages: Tensor, v_pages: Tensor, head_dim: int, num_heads: int, num_kv_heads: int) -> str:
-    form, tiles = check_pages(k_pages, v_pages, head_dim), _tiles(DECODE_TILES, k_pages)
+def _check(k_pages: Tensor, v_pages: Tensor, head_dim: int, num_heads: int, num_kv_heads: int, scale: float) -> str:
     assert num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
-    if _head_pad(head_dim) not in tiles:
-        raise ValueError(f"head_dim {head_dim} has no attention kernel: the largest is {max(tiles)}")
-    return form
+    assert scale > 0, f"the largest score is looked for before it is multiplied by {scale}"
+    return check_pages(k_pages, v_pages, head_dim)

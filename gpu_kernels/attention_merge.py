@@ -39,28 +39,36 @@ def _merge_kernel(outs, lses, out, lse, strides, num_heads, PARTS: tl.constexpr,
 
 
 @triton.jit
-def _merge_splits_kernel(outs, lses, out, lse, out_row_stride, out_head_stride, lse_row_stride, lse_head_stride,
-                         num_heads, num_splits, SPLITS_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
-                         HEAD_PAD: tl.constexpr):
-    """grid: (rows * num_heads,). outs: [rows * num_heads, num_splits, head_dim], lses: [rows * num_heads, num_splits],
-    contiguous."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program // num_heads
-    head = program % num_heads
-    splits = tl.arange(0, SPLITS_PAD)
+def merge_splits(outs, lses, first, num_splits, out, lse, out_head_stride, lse_head_stride, GROUP_SIZE: tl.constexpr,
+                 HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, STEP: tl.constexpr):
+    """Merge the splits [first, first + num_splits), in their order, into out [GROUP_SIZE, head_dim], lse [GROUP_SIZE].
+
+    outs: [splits, GROUP_SIZE, head_dim], lses: [splits, GROUP_SIZE], contiguous, each of at least one key, so without
+    -inf. Other programs have just written them, so they are read past the first-level cache. STEP of them at once."""
+    HEADS: tl.constexpr = triton.next_power_of_2(GROUP_SIZE)
+    heads = tl.arange(0, HEADS)
     dims = tl.arange(0, HEAD_PAD)
-    live = splits < num_splits
-    part_lse = tl.load(lses + program * num_splits + splits, mask=live, other=float("-inf"))
-    maximum = tl.max(part_lse, axis=0)
-    safe_maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
-    weights = tl.exp(part_lse - safe_maximum)
-    total = tl.sum(weights, axis=0)
-    parts = tl.load(outs + (program * num_splits + splits[:, None]) * HEAD_DIM + dims[None, :],
-                    mask=live[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
-    acc = tl.sum(weights[:, None] * parts, axis=0)
-    tl.store(out + row * out_row_stride + head * out_head_stride + dims, acc / tl.where(total == 0.0, 1.0, total),
-             mask=dims < HEAD_DIM)
-    tl.store(lse + row * lse_row_stride + head * lse_head_stride, safe_maximum + tl.log(total))
+    live = heads < GROUP_SIZE
+    inside = live[:, None] & (dims < HEAD_DIM)[None, :]
+    maximum = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    acc = tl.zeros([HEADS, HEAD_PAD], tl.float32)
+    for step in range(0, num_splits, STEP):
+        splits = step + tl.arange(0, STEP)
+        present = splits < num_splits
+        parts = ((first + splits) * GROUP_SIZE)[:, None] + heads[None, :]
+        part_lse = tl.load(lses + parts, mask=present[:, None] & live[None, :], other=float("-inf"),
+                           cache_modifier=".cg")
+        part = tl.load(outs + parts[:, :, None] * HEAD_DIM + dims[None, None, :],
+                       mask=present[:, None, None] & inside[None, :, :], other=0.0, cache_modifier=".cg")
+        new_maximum = tl.maximum(maximum, tl.max(part_lse, axis=0))
+        correction = tl.exp(maximum - new_maximum)
+        weights = tl.exp(part_lse - new_maximum[None, :])
+        total = total * correction + tl.sum(weights, axis=0)
+        acc = acc * correction[:, None] + tl.sum(weights[:, :, None] * part, axis=0)
+        maximum = new_maximum
+    tl.store(out + heads[:, None] * out_head_stride + dims[None, :], acc / total[:, None], mask=inside)
+    tl.store(lse + heads * lse_head_stride, maximum + tl.log(total), mask=live)
 
 
 def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> None:
@@ -80,18 +88,6 @@ def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> N
         _merge_kernel[(rows * num_heads,)](
             tuple(part for part, _ in parts), tuple(part_lse for _, part_lse in parts), *result, strides, num_heads,
             PARTS=len(parts), HEAD_DIM=head_dim, HEAD_PAD=triton.next_power_of_2(head_dim), num_warps=1)
-
-
-def merge_splits(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Merge the splits of one decode attention into out [batch, num_heads, head_dim] and lse [batch, num_heads].
-
-    outs: f32 [batch, num_heads, num_splits, head_dim]; lses: f32 [batch, num_heads, num_splits]; both contiguous.
-    """
-    batch, num_heads, num_splits, head_dim = outs.shape
-    _merge_splits_kernel[(batch * num_heads,)](
-        outs, lses, out, lse, *out.stride()[:2], *lse.stride(), num_heads, num_splits,
-        SPLITS_PAD=triton.next_power_of_2(num_splits), HEAD_DIM=head_dim, HEAD_PAD=triton.next_power_of_2(head_dim),
-        num_warps=4)
 
 
 def _as_rows(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:

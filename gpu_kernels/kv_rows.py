@@ -18,12 +18,37 @@ ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rou
 
 
 @triton.jit
-def load_rows(pages, table, positions, stored, dims, page_stride, row_stride, HEAD_DIM: tl.constexpr,
-              HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr, FORMAT: tl.constexpr):
-    """Rows [len(positions), HEAD_PAD] at positions of one sequence and KV head, 0 where not `stored`; table: its page
-    ids. page_stride and row_stride in items; the bytes of a page of codes are contiguous."""
-    page = tl.load(table + positions // PAGE_SIZE, mask=stored, other=0).to(tl.int64) * page_stride
-    token = positions % PAGE_SIZE
+def load_page_ids(table, start, low, high, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Page ids of the positions from start, a multiple of BLOCK_N, on; only those of positions in [low, high) are read.
+
+    One scalar where such a block lies in one page, so that its rows are one tile."""
+    if PAGE_SIZE % BLOCK_N == 0:
+        ids = tl.load(table + start // PAGE_SIZE, mask=tl.maximum(start, low) < high, other=0)
+    else:
+        positions = start + tl.arange(0, BLOCK_N)
+        ids = tl.load(table + positions // PAGE_SIZE, mask=(positions >= low) & (positions < high), other=0)
+    return ids
+
+
+@triton.jit
+def load_block(k_pages, v_pages, page_ids, start, stored, dims, page_stride, row_stride, HEAD_DIM: tl.constexpr,
+               HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, FORMAT: tl.constexpr):
+    """Keys and values [BLOCK_N, HEAD_PAD] of the block at start, 0 where not `stored`; page_ids from load_page_ids."""
+    if PAGE_SIZE % BLOCK_N == 0:
+        token = start % PAGE_SIZE + tl.arange(0, BLOCK_N)
+    else:
+        token = (start + tl.arange(0, BLOCK_N)) % PAGE_SIZE
+    page = page_ids.to(tl.int64) * page_stride
+    keys = load_rows(k_pages, page, token, stored, dims, row_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE, FORMAT)
+    values = load_rows(v_pages, page, token, stored, dims, row_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE, FORMAT)
+    return keys, values
+
+
+@triton.jit
+def load_rows(pages, page, token, stored, dims, row_stride, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
+              PAGE_SIZE: tl.constexpr, FORMAT: tl.constexpr):
+    """Rows [len(token), HEAD_PAD], 0 where not `stored`. page: where the page of each token begins, in items, or of all
+    of them; token: offset in it. row_stride in items; the bytes of a page of codes are contiguous."""
     mask = stored[:, None] & (dims < HEAD_DIM)[None, :]
     if FORMAT == "plain":
         rows = tl.load(pages + (page + token * row_stride)[:, None] + dims[None, :], mask=mask, other=0.0)
@@ -42,8 +67,8 @@ def load_rows(pages, table, positions, stored, dims, page_stride, row_stride, HE
             both = tl.load(pages + at + byte[None, :], mask=held, other=0).to(tl.int32)
             codes = tl.interleave(both & 15, both >> 4).to(tl.float32)
         columns = tl.arange(0, COLUMNS)
-        numbers = pages.to(tl.pointer_type(tl.bfloat16), bitcast=True) + ((page + PAGE_SIZE * ROW) // 2)[:, None]
-        numbers += columns[None, :] * PAGE_SIZE + token[:, None]
+        numbers = pages.to(tl.pointer_type(tl.bfloat16), bitcast=True)
+        numbers += ((page + PAGE_SIZE * ROW) // 2 + token)[:, None] + columns[None, :] * PAGE_SIZE
         present = stored[:, None] & (columns < GROUPS)[None, :]
         scale = tl.load(numbers, mask=present, other=0.0).to(tl.float32)
         values = tl.reshape(codes, [codes.shape[0], COLUMNS, WIDTH]) * scale[:, :, None]

@@ -106,10 +106,10 @@ def copy_rate(run: Run) -> float:
 
 def tensor_device(run: Run) -> tuple[str, Any]:
     """Where kernel tensors live, and the operations there."""
-    import gpu_kernels
     from gpu_kernels import reference
+    from gpu_kernels.device_ops import DeviceOps
 
-    return ("cpu", reference) if run.device == "emulated" else (run.device, gpu_kernels)
+    return ("cpu", reference) if run.device == "emulated" else (run.device, DeviceOps(run.device))
 
 
 def device_seconds(run: Run, work: Callable[[], object], calls: int = 12) -> float:

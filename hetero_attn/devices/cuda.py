@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-import gpu_kernels
+from gpu_kernels.device_ops import DeviceOps
 from hetero_attn.devices.libcuda import DEVICE, HOST, WAIT_EQ, WAIT_GEQ, LibCuda
 from hetero_attn.devices.slab import ALIGN_BYTES, Slab
 from hetero_attn.errors import MemoryBudgetError
@@ -34,7 +34,6 @@ class CudaDriver:
     """
 
     kind = "cuda"
-    ops = gpu_kernels
 
     def __init__(
         self, index: int, slab_bytes: int, temporary_bytes: int, cuda: Any = torch.cuda, library: LibCuda | None = None
@@ -48,6 +47,8 @@ class CudaDriver:
             self._context = self._library.current_context()
             self._limit(slab_bytes + temporary_bytes)
             self._memory = self._take(slab_bytes)
+            self.ops: Any = DeviceOps(self._device())
+            cuda.synchronize()  # other streams use what the operations keep
         self._slab = Slab(slab_bytes)
         self._pool: Any = None
         self._addresses: dict[int, int] = {}

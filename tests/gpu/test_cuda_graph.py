@@ -9,11 +9,14 @@ from kernel_data import boundary_adversarial, lse_error, nmse, oracle_decode, pa
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
 import gpu_kernels  # noqa: E402
+from gpu_kernels.device_ops import DeviceOps  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-def test_a_captured_decode_attention_follows_the_device_side_range():
+@pytest.mark.parametrize("counters", ["cleared in the graph", "kept"])
+def test_a_captured_decode_attention_follows_the_device_side_range(counters):
+    ops = DeviceOps("cuda") if counters == "kept" else gpu_kernels
     q, keys, values = boundary_adversarial(2, 2, 4, 2048, 64, [700, 1500], torch.bfloat16)
     cache = paged_cache(keys, values, 16, [range(2048)] * 2)
     start, stop = torch.zeros(2, dtype=torch.int32, device="cuda"), torch.ones(2, dtype=torch.int32, device="cuda")
@@ -21,13 +24,13 @@ def test_a_captured_decode_attention_follows_the_device_side_range():
     inputs = [tensor.cuda() for tensor in (q, cache.k_pages, cache.v_pages, cache.page_table)]
 
     def step() -> None:
-        gpu_kernels.decode_attention(*inputs, start, stop, 0.125, out, lse)
+        ops.decode_attention(*inputs, start, stop, 0.125, out, lse)
 
     step()  # compiles, which a capture may not
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    for limit in ([700, 1], [2048, 1500], [0, 17]):
+    for limit in ([700, 1], [2048, 1500], [0, 17], [2048, 2048], [64, 65]):
         stop.copy_(torch.tensor(limit, dtype=torch.int32))
         graph.replay()
         expected, expected_lse = oracle_decode(q, cache, [0, 0], limit, 0.125)

@@ -1,0 +1,34 @@
+"""The ops of this package together with what one of them keeps on the device from call to call."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gpu_kernels
+
+COUNTERS = 256  # sequences times KV heads of one decode; more of them fill a GPU without being split
+
+
+class DeviceOps:
+    """Every op of `gpu_kernels`, for the calls and captured graphs of one stream at a time.
+
+    Keeps the counters by which the splits of a decode attention find out who is last. A call leaves them zero, as it
+    finds them, so nothing clears them in between. They are ready when the work queued here is done.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._arrivals = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(gpu_kernels, name)
+
+    def decode_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, kv_start: Tensor,
+                         kv_stop: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+        """See gpu_kernels.attention.decode_attention."""
+        attention = importlib.import_module("gpu_kernels.attention")  # as late as the other ops: it imports Triton
+        attention.counted_decode_attention(self._arrivals, q, k_pages, v_pages, page_table, kv_start, kv_stop, scale,
+                                           out, lse)
