@@ -6,11 +6,13 @@ No figure is judged here: a test machine is shared, and the sizes are tiny.
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import psutil
 import pytest
 import torch
 
@@ -223,3 +225,20 @@ def test_prediction_rows_cover_what_the_table_promises(monkeypatch: pytest.Monke
     ]
     assert script.medians(figures) == {"decode": 0.2, "prefill": 0.2}
     assert script.middle([{"prediction_error": error} for error in (0.4, -0.1, 0.1)]) == {"prediction_error": 0.1}
+
+
+def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    running = tmp_path / "running.json"
+    running.write_text("{}")
+    script = "sleep 60 & echo $!; wait"
+    child = subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    grandchild = psutil.Process(int(child.stdout.readline()))
+
+    fault = load("gpu_offload")._await(child, running, 0.1)
+
+    assert fault == "took longer than 0.1 s and was ended"
+    assert child.returncode == -signal.SIGKILL
+    psutil.wait_procs([grandchild], timeout=10)
+    assert not grandchild.is_running() or grandchild.status() == psutil.STATUS_ZOMBIE
+    child.stdout.close()

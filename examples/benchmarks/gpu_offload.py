@@ -23,6 +23,8 @@ them. --only takes the beginnings of the parts' names.
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,7 +34,7 @@ from pathlib import Path
 
 from gpu_run import BROKEN, RUNNING_FILE, START, Run, gpu_used_bytes, run_parts, write_result
 
-PART_LIMIT_S = 240.0
+PART_LIMIT_S = 300.0
 POLL_S = 0.2
 
 
@@ -68,8 +70,13 @@ def supervise(arguments: list[str], options: argparse.Namespace) -> int:
     running.unlink(missing_ok=True)
     write_result(options.out, START)
     while True:
-        child = subprocess.Popen([sys.executable, __file__, *arguments, "--child", str(deadline)])
-        fault = _await(child, running, options.part_seconds)
+        command = [sys.executable, __file__, *arguments, "--child", str(deadline)]
+        child = subprocess.Popen(command, start_new_session=True)
+        try:
+            fault = _await(child, running, options.part_seconds)
+        except BaseException:  # Ctrl-C does not reach a session of its own
+            _end(child)
+            raise
         if running.exists():
             write_result(options.out, json.loads(running.read_text())["name"], error=fault)
             running.unlink()
@@ -83,10 +90,15 @@ def _await(child: subprocess.Popen, running: Path, part_seconds: float) -> str:
         time.sleep(POLL_S)
         with suppress(FileNotFoundError):  # between two parts
             if time.time() - running.stat().st_mtime > part_seconds:
-                child.kill()
-                child.wait()
+                _end(child)
                 return f"took longer than {part_seconds:g} s and was ended"
     return f"the process ended with {child.returncode}"
+
+
+def _end(child: subprocess.Popen) -> None:
+    """End the child and what it started: the tests and llama.cpp are processes of their own."""
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 if __name__ == "__main__":
