@@ -148,6 +148,13 @@ def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
     weigh = code_weights(isa, kv_dtype) if has_codes else None
 
     @helper
+    def ask(ahead, keys, head, stop, heads):
+        """Fetch what heads [head, stop) have of the first line of the next V; all at once it would stall the loads."""
+        share = (line_bytes * keys + heads - 1) // heads
+        for i in range(share * head, share * stop, LINE_BYTES):
+            fetch(ahead + i)
+
+    @helper
     def soften_heads(arguments, work, heads, keys, scalars, running, ahead):
         """Scores -> weights of every head, while the first line's share of the next V is asked for."""
         scale = types.float32(real_parameter(arguments, P_SCALE) * LOG2_E)
@@ -155,6 +162,7 @@ def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
             for head in range(0, heads, score_heads):
                 at = scalars + HEAD_SCALARS * head
                 soften(work + HEAD_SCORES * head, keys, scale, running + 8 * head, at)
+                ask(ahead, keys, head, least(head + score_heads, heads), heads)
         else:
             for head in range(heads):
                 at = scalars + HEAD_SCALARS * head
@@ -162,8 +170,7 @@ def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
             for head in range(heads):
                 at = scalars + HEAD_SCALARS * head
                 soften(work + HEAD_SCORES * head, 0, keys, splat(scale), running + 8 * head, at)
-        for i in range(0, line_bytes * keys, LINE_BYTES):
-            fetch(ahead + i)
+                ask(ahead, keys, head, head + 1, heads)
 
     @helper
     def add_values(arguments, v_page, offset, keys, ahead, work, heads, lines, scalars, acc):
