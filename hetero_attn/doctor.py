@@ -107,12 +107,13 @@ def versions() -> Iterator[Finding]:
 def processor(root: Path) -> Iterator[Finding]:
     """CPU model, cores that this process may use, instruction sets and the kernel path they lead to."""
     from cpu_kernels.isa import available, host_features
-    from cpu_kernels.topology import default_threads, physical_cpus
+    from cpu_kernels.topology import physical_cpus
+    from hetero_attn.profiles import lane_threads
 
     yield Finding("cpu", "model", _cpu_model(root))
     cores, usable = physical_cpus(), _usable_cpus()
     yield Finding("cpu", "cores", f"{len(cores)} physical usable here; {usable} of {os.cpu_count()} logical")
-    yield Finding("cpu", "CPU lane threads", str(default_threads(cores)))
+    yield Finding("cpu", "CPU lane threads", str(lane_threads()))
     quota = cpu_quota(root)
     if quota is not None and quota < usable:
         yield Finding("cpu", "cgroup quota", f"{quota:g} CPUs", "note",

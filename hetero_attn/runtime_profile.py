@@ -97,8 +97,9 @@ def gpu_costs(
     ):
         with _engine(toys[layers], policy, profile, device, make_driver) as engine:
             times[name] = _seconds(engine, _decode)
-            times[f"{name}, cold"] = _seconds(engine, _decode, cold=True)
-            times[f"{name}, prompt"] = _seconds(engine, _long_prefill)
+            if policy is ON_GPU:
+                times[f"{name}, cold"] = _seconds(engine, _decode, cold=True)
+                times[f"{name}, prompt"] = _seconds(engine, _long_prefill)
     queued = max(0.0, times["many, prompt"] - times["few, prompt"]) / (MANY_LAYERS - FEW_LAYERS)
     layer = max(0.0, times["many"] - times["few"]) / (MANY_LAYERS - FEW_LAYERS)
     handover = max(0.0, times["shared"] - times["many"]) / (MANY_LAYERS * LINEARS_PER_LAYER)

@@ -101,7 +101,8 @@ def handover_s(rows: int, in_features: int, out_features: float, hardware: Hardw
 
 
 def is_recorded(call: Call, on_gpu: bool) -> bool:
-    """Whether the runtime replays such a pass instead of calling its operations: a decode step without a GPU."""
+    """Whether a pass replays the CPU's operations instead of calling them: a decode step without a GPU. Beside a GPU the
+    measured hand-over holds what the calls cost."""
     return call.q_len == 1 and not on_gpu
 
 
