@@ -156,6 +156,14 @@ class Checkpoint:
         """Dtype of a tensor: "fp32", "bf16" or "fp16"; any other keeps its safetensors name (such as "I32")."""
         return _DTYPES.get(self._entry(name).dtype, self._entry(name).dtype)
 
+    def torch_dtype(self, name: str) -> "torch.dtype":
+        """The dtype that `read` returns for tensor `name`; CheckpointError where it is one that cannot be run."""
+        import torch
+
+        entry = self._entry(name)
+        _check_dtype(entry, name)
+        return getattr(torch, _TORCH_DTYPES[entry.dtype])
+
     def read(self, name: str, rows: slice | None = None, out: "torch.Tensor | None" = None) -> "torch.Tensor":
         """Read a tensor, or a range of its rows, from disk; no other byte is read.
 
@@ -171,12 +179,10 @@ class Checkpoint:
         """
         import torch
 
-        entry = self._entry(name)
-        _check_dtype(entry, name)
+        entry, dtype = self._entry(name), self.torch_dtype(name)
         start, stop, step = (rows or slice(None)).indices(entry.shape[0] if entry.shape else 1)
         assert step == 1, f"rows of {name} with step {step}, expected 1"
         shape = (max(stop - start, 0), *entry.shape[1:]) if entry.shape else ()
-        dtype = getattr(torch, _TORCH_DTYPES[entry.dtype])
         out = torch.empty(shape, dtype=dtype) if out is None else out
         assert out.shape == shape and out.dtype == dtype and out.is_contiguous() and out.device.type == "cpu", (
             f"out for {name} is {out.dtype} {tuple(out.shape)} on {out.device}, expected {dtype} {shape} on cpu"

@@ -20,11 +20,11 @@ from hetero_attn.lanes import Activation, Lanes
 from hetero_attn.linear import LinearWeights
 from hetero_attn.model import LayerWeights, ModelWeights
 from hetero_attn.rope import rope_tables
+from hetero_attn.unit_rows import UnitRows, units_at_once
 from hetero_attn.weights import LayerSpec, LinearSpec, ModelSpec, model_spec
 from placement.memory import first_dram_unit
 from placement.plan import LinearPlacement, Plan, staging_piece_units
 
-CHUNK_BYTES = 16 << 20
 EMBED_CHECK_ROWS = 4096  # rows looked at together, so that the check's own masks stay small
 WEIGHT_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "q8": torch.bfloat16, "q4": torch.bfloat16}
 
@@ -54,6 +54,7 @@ class Loader:
     def load(self) -> ModelWeights:
         """Read everything; raises CheckpointError naming the tensor that is not finite."""
         spec = model_spec(self._config, paired=any(shard.row_cut for shard in self._plan.workload.linears))
+        self._unit_rows = UnitRows(self._checkpoint, spec.linears)
         with self._landing_buffer(spec):
             return self._load(spec)
 
@@ -102,12 +103,12 @@ class Loader:
         gpu = None
         if self._lanes.device is not None:
             gpu = self._lanes.device.empty((blocks, gpu_bytes), torch.uint8, "weights")
-        for start, stop, rows in self._unit_rows(spec):
+        for start, stop, rows in self._unit_rows.runs(spec):
             run = slice(start * spec.unit_blocks, stop * spec.unit_blocks)
             if home:
-                self._place(spec, rows[:, :home].contiguous(), gpu[run], on_device=True)
+                self._place(spec, rows[:, :home], gpu[run], on_device=True)
             if home < spec.in_features:
-                self._place(spec, rows[:, home:].contiguous(), dram[run], on_device=False)
+                self._place(spec, rows[:, home:], dram[run], on_device=False)
         slot_bytes = staging_piece_units(spec.shard(self._weight_dtype)) * spec.unit_bytes(self._weight_dtype)
         return LinearWeights(
             spec=spec,
@@ -129,7 +130,7 @@ class Loader:
         gpu = None
         if self._lanes.device is not None:
             gpu = self._lanes.device.empty((home_blocks, row_bytes), torch.uint8, "weights")
-        for start, stop, rows in self._unit_rows(spec):
+        for start, stop, rows in self._unit_rows.runs(spec):
             for first, last, target, offset in (
                 (start, min(stop, in_dram), gpu, 0),
                 (max(start, in_dram), stop, dram, in_dram),
@@ -164,7 +165,7 @@ class Loader:
         if device is None:
             yield
             return
-        size = max(_units_at_once(linear) * linear.unit_bytes(self._weight_dtype) for linear in spec.linears)
+        size = max(units_at_once(linear) * linear.unit_bytes(self._weight_dtype) for linear in spec.linears)
         self._landing = device.host_empty((size,), torch.uint8, "loading")
         self._landed = None
         try:
@@ -178,27 +179,6 @@ class Loader:
         """Wait until the last piece has left the buffer."""
         if self._landed is not None:
             self._lanes.device.synchronize(self._landed)
-
-    def _unit_rows(self, spec: LinearSpec) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Runs of units [start, stop) with their rows, [(stop - start) * unit_features, in_features], padding zero."""
-        step = _units_at_once(spec)
-        for start in range(0, spec.column_units, step):
-            stop = min(start + step, spec.column_units)
-            yield start, stop, self._gather(spec, start, stop)
-
-    def _gather(self, spec: LinearSpec, start: int, stop: int) -> torch.Tensor:
-        units, offset, rows = stop - start, 0, None
-        for part in spec.parts:
-            first, last = start * part.rows_per_unit, min(stop * part.rows_per_unit, part.rows)
-            read = self._checkpoint.read(part.tensor, slice(first, last))
-            if rows is None:
-                rows = read.new_zeros((units, spec.unit_features, spec.in_features))
-            padded = units * part.rows_per_unit
-            if last - first < padded:
-                read = torch.cat([read, read.new_zeros((padded - (last - first), spec.in_features))])
-            rows[:, offset : offset + part.rows_per_unit] = read.view(units, part.rows_per_unit, spec.in_features)
-            offset += part.rows_per_unit
-        return rows.view(units * spec.unit_features, spec.in_features)
 
     def _place(self, spec: LinearSpec, rows: torch.Tensor, target: torch.Tensor, on_device: bool) -> None:
         packed = target
@@ -236,7 +216,8 @@ class Loader:
         dtype = WEIGHT_TORCH_DTYPES[self._weight_dtype]
         if self._plan.workload.embed_bytes == 0:  # a tied head in host memory: its row-major blocks are the embedding
             return head.dram.view(dtype).view(-1, spec.head.in_features)
-        rows = self._checkpoint.read(spec.embed)
+        rows = fresh_memory(self._checkpoint.shape(spec.embed), self._checkpoint.torch_dtype(spec.embed))
+        self._checkpoint.read(spec.embed, out=rows)
         for start in range(0, rows.shape[0], EMBED_CHECK_ROWS):
             self._check_finite(spec.embed, rows[start : start + EMBED_CHECK_ROWS])
         return rows.to(dtype)
@@ -262,6 +243,3 @@ class Loader:
         device.copy(copy, values, device.compute)
         return Activation(copy, values)
 
-
-def _units_at_once(spec: LinearSpec) -> int:
-    return max(1, CHUNK_BYTES // (spec.unit_features * spec.in_features * 4))
