@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from placement.decisions import Totals, gpu_tokens_of
-from placement.formulation import MANY_UNITS
 from placement.layer_classes import LayerClass, LinearClass
 from placement.memory import KvPlacement, LinearPlacement, staging_piece_units
 from placement.pairing import homes_beside, pairs, streams_beside
+from placement.unknowns import MANY_UNITS
 from placement.workload import NUM_ROW_TIERS, Workload
 
 NEARLY_ZERO = 1e-5
