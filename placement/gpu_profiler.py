@@ -24,18 +24,11 @@ import torch
 
 from cpu_kernels import CpuKernels
 from cpu_kernels.layout import BLOCK_FEATURES, WEIGHT_DTYPES, block_bytes
+from placement.attention_profiler import decode_call, kv_pages
 from placement.hardware import HardwareProfile
-from placement.profiler import (
-    SWEEP_BYTES,
-    WEIGHT_BYTE,
-    Progress,
-    beyond_caches,
-    decode_call,
-    kv_pages,
-    linear_call,
-    packed,
-)
+from placement.linear_profiler import SWEEP_BYTES, linear_call, packed
 from placement.rates import CopyRate, DtypeRates, RowRate
+from placement.timing import WEIGHT_BYTE, Progress, beyond_caches
 
 COPY_BYTES = (64 << 10, 1 << 20, 16 << 20, 128 << 20)
 # Larger than the GPU's own caches, so that one row reads its memory.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cpu_kernels.layout import BLOCK_FEATURES
-from placement import HardwareProfile, gpu_profiler, profiler
+from placement import HardwareProfile, gpu_profiler, timing
 from placement.gpu_profiler import (
     COPY_BYTES,
     copy_rates,
@@ -109,7 +109,7 @@ class FakeKernels:
 def small_buffers(monkeypatch):
     """Host buffers of the CPU work are real tensors: keep them small."""
     monkeypatch.setattr(gpu_profiler, "SWEEP_BYTES", 1 << 22)
-    monkeypatch.setattr(profiler, "CACHES", 0)
+    monkeypatch.setattr(timing, "CACHES", 0)
 
 
 def test_known_rates_come_out(small_buffers):

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "placement": set(),
     "hetero_attn": {"cpu_kernels", "gpu_kernels", "placement"},
 }
-PROFILERS = {ROOT / "placement" / name for name in ("profiler.py", "gpu_profiler.py")}
+PROFILERS = {*(ROOT / "placement").glob("*profiler.py"), ROOT / "placement" / "timing.py"}
 OPS = ("linear", "rms_norm", "silu_mul", "rope_append", "decode_attention", "prefill_attention", "merge")
 SLOW_TO_IMPORT = ("torch", "transformers", "scipy", "matplotlib", "numba")
 

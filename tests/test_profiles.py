@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from hetero_attn import profiles, runtime_profile
-from placement import profiler
+from placement import attention_profiler, linear_profiler, profiler, timing
 from placement.fingerprint import machine_fingerprint
 from placement.hardware import HardwareProfile
 from placement.profiler import best_threads, thread_counts
 from placement.rates import ThreadRate
+
+PROFILERS = (attention_profiler, linear_profiler, profiler, timing)
 
 
 @pytest.fixture
@@ -28,11 +30,16 @@ def measured(monkeypatch, tmp_path):
         "MANY_WEIGHTS": 1 << 16,
         "HEADS_PER_GROUP": (2,),
         "HEAD_DIMS": (64,),
+        "MANY_ROWS": 16,
         "PREFILL_ROWS": 16,
+        "SMALL_ROWS": 16,
         "REPETITIONS": 1,
         "CALLS": 10,
     }.items():
-        monkeypatch.setattr(profiler, name, value)
+        holders = [module for module in PROFILERS if hasattr(module, name)]
+        assert holders, f"no profiler has {name}"
+        for module in holders:
+            monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(runtime_profile, "STEPS", 3)
     monkeypatch.setattr(runtime_profile, "COLD_STEPS", 1)
     monkeypatch.setattr(runtime_profile, "SWEEP_BYTES", 1 << 20)

@@ -38,7 +38,7 @@ from hetero_attn import LLM, HardwareProfile, Policy
 from hetero_attn.planning import plan_model
 from hetero_attn.profiles import profile_machine, stored_profile
 from placement.cost import predict, working_set_bytes
-from placement.profiler import host_full
+from placement.timing import host_full
 
 EXACT = Shape(64, 2, 4, 2, 32, 128, 512, 32_768)
 SPEED = Shape(1536, 8, 24, 8, 64, 4096, 4096, 32_768)

@@ -13,8 +13,12 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from peers import Settings, Side, main
+
+if TYPE_CHECKING:
+    import torch
 
 REPETITIONS = 15
 # As bfloat16, float32 or a float16 scale this byte gives a finite number of ordinary size; timing asks for no more.

@@ -34,10 +34,11 @@ from hetero_attn.profiles import host_memory_bytes
 from hetero_attn.runtime_profile import lanes_over, with_runtime_costs
 from placement.cost import predict
 from placement.hardware import WEIGHT_BYTES, HardwareProfile
+from placement.linear_profiler import IN_FEATURES, MANY_WEIGHTS, SWEEP_BYTES, linear_call, packed, shape
 from placement.policy import Policy
-from placement.profiler import IN_FEATURES, MANY_WEIGHTS, SWEEP_BYTES, linear_call, packed, seconds, shape
 from placement.profiler import measure as measure_cpu
 from placement.rates import DtypeRates, seconds_per_operation_of_a_row
+from placement.timing import seconds
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parent / "tiny"

@@ -16,8 +16,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
 
 GGUF_TYPES = ("BF16", "Q8_0", "Q4_0")
 VALUES_AT_ONCE = 1 << 22  # made or converted in one numpy call
@@ -197,7 +202,7 @@ def _widen(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def _convert(bits: np.ndarray, kind: "gguf.GGMLQuantizationType", gguf: "module") -> np.ndarray:
+def _convert(bits: np.ndarray, kind: "GGMLQuantizationType", gguf: ModuleType) -> np.ndarray:
     """A matrix of bf16 bits in a GGUF type: uint8 [rows, bytes of a row]."""
     if kind == gguf.GGMLQuantizationType.BF16:
         return np.ascontiguousarray(bits).view(np.uint8)
@@ -224,7 +229,7 @@ def _gguf_name(name: str) -> str:
     return f"blk.{layer}.{_GGUF_NAMES[part]}.weight"
 
 
-def _add_metadata(writer: "gguf.GGUFWriter", config: dict[str, object], gguf_type: str, gguf: "module") -> None:
+def _add_metadata(writer: "GGUFWriter", config: dict[str, object], gguf_type: str, gguf: ModuleType) -> None:
     writer.add_name("random weights")
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
