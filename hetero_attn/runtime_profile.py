@@ -20,10 +20,12 @@ import torch
 
 from cpu_kernels import CpuKernels
 from hetero_attn.builder import assemble, build_engine, connect
+from hetero_attn.config import ModelConfig
 from hetero_attn.devices import Device
 from hetero_attn.engine import Engine
 from hetero_attn.lanes import Lanes
 from hetero_attn.planning import PAGE_TOKENS, prepare
+from hetero_attn.tensor_names import expected_tensors
 from placement.hardware import HardwareProfile
 from placement.op_cost import LAUNCHES_PER_LAYER
 from placement.plan import Plan
@@ -183,31 +185,10 @@ def write_toy(folder: Path, layers: int) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     header, offset = {}, 0
-    for name, shape in _tensors(layers).items():
+    for name, shape in expected_tensors(ModelConfig.from_dir(folder)).items():
         size = 2 * torch.Size(shape).numel()
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(offset))
     return folder
-
-
-def _tensors(layers: int) -> dict[str, list[int]]:
-    heads, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
-    tensors = {"model.embed_tokens.weight": [VOCAB, HIDDEN], "model.norm.weight": [HIDDEN]}
-    for layer in range(layers):
-        tensors |= {
-            f"model.layers.{layer}.{name}.weight": shape
-            for name, shape in {
-                "input_layernorm": [HIDDEN],
-                "self_attn.q_proj": [heads, HIDDEN],
-                "self_attn.k_proj": [kv, HIDDEN],
-                "self_attn.v_proj": [kv, HIDDEN],
-                "self_attn.o_proj": [HIDDEN, heads],
-                "post_attention_layernorm": [HIDDEN],
-                "mlp.gate_proj": [2 * HIDDEN, HIDDEN],
-                "mlp.up_proj": [2 * HIDDEN, HIDDEN],
-                "mlp.down_proj": [HIDDEN, 2 * HIDDEN],
-            }.items()
-        }
-    return tensors

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from cpu_kernels.kv_layout import token_bytes
 from cpu_kernels.layout import BLOCK_FEATURES, GROUP_INPUTS, block_bytes
 from hetero_attn.config import ModelConfig
+from hetero_attn.tensor_names import tensor_name
 from placement.workload import KvShard, LinearShard, Workload, round_up
 
 FLOAT32_BYTES = 4
@@ -141,13 +142,13 @@ def model_spec(config: ModelConfig, paired: bool = False) -> ModelSpec:
 
     paired: cut `o` and `down` by rows where their units fall on whole quantisation groups.
     """
-    embed = "model.embed_tokens.weight"
-    head_part = Part(embed if config.tie_word_embeddings else "lm_head.weight", BLOCK_FEATURES, config.vocab_size)
+    embed = tensor_name("embed")
+    head_part = Part(embed if config.tie_word_embeddings else tensor_name("head"), BLOCK_FEATURES, config.vocab_size)
     return ModelSpec(
         layers=tuple(_layer_spec(config, layer, paired) for layer in range(config.num_layers)),
         head=LinearSpec("head", "head", None, config.hidden_size, (head_part,), has_bias=False),
         embed=embed,
-        final_norm="model.norm.weight",
+        final_norm=tensor_name("final_norm"),
     )
 
 
@@ -155,37 +156,34 @@ def _layer_spec(config: ModelConfig, layer: int, paired: bool) -> LayerSpec:
     heads, groups, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     block, hidden, intermediate = BLOCK_FEATURES, config.hidden_size, config.intermediate_size
 
-    def name(tensor: str) -> str:
-        return f"model.layers.{layer}.{tensor}.weight"
-
-    def part(tensor: str, rows_per_unit: int, rows: int) -> Part:
-        return Part(name(tensor), rows_per_unit, rows)
+    def part(name: str, rows_per_unit: int, rows: int) -> Part:
+        return Part(tensor_name(name, layer), rows_per_unit, rows)
 
     def linear(kind: str, in_features: int, has_bias: bool, *parts: Part, row_unit: int = 0) -> LinearSpec:
         fits = paired and row_unit % GROUP_INPUTS == 0 and in_features % (row_unit or 1) == 0
         return LinearSpec(f"layers.{layer}.{kind}", kind, layer, in_features, parts, has_bias, row_unit if fits else 0)
 
     qkv = (
-        part("self_attn.q_proj", heads // groups * head_dim, heads * head_dim),
-        part("self_attn.k_proj", head_dim, groups * head_dim),
-        part("self_attn.v_proj", head_dim, groups * head_dim),
+        part("q", heads // groups * head_dim, heads * head_dim),
+        part("k", head_dim, groups * head_dim),
+        part("v", head_dim, groups * head_dim),
     )
-    gate_up = (part("mlp.gate_proj", block, intermediate), part("mlp.up_proj", block, intermediate))
+    gate_up = (part("gate", block, intermediate), part("up", block, intermediate))
     return LayerSpec(
         qkv=linear("qkv", hidden, config.qkv_bias, *qkv),
         o=linear(
             "o",
             heads * head_dim,
             config.o_bias,
-            part("self_attn.o_proj", block, hidden),
+            part("o", block, hidden),
             row_unit=heads // groups * head_dim,
         ),
         gate_up=linear("gate_up", hidden, config.mlp_bias, *gate_up),
-        down=linear("down", intermediate, config.mlp_bias, part("mlp.down_proj", block, hidden), row_unit=GROUP_INPUTS),
-        input_norm=name("input_layernorm"),
-        post_attention_norm=name("post_attention_layernorm"),
-        q_norm=name("self_attn.q_norm") if config.qk_norm else None,
-        k_norm=name("self_attn.k_norm") if config.qk_norm else None,
+        down=linear("down", intermediate, config.mlp_bias, part("down", block, hidden), row_unit=GROUP_INPUTS),
+        input_norm=tensor_name("attention_norm", layer),
+        post_attention_norm=tensor_name("mlp_norm", layer),
+        q_norm=tensor_name("q_norm", layer) if config.qk_norm else None,
+        k_norm=tensor_name("k_norm", layer) if config.qk_norm else None,
     )
 
 

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy import edit_json, make_checkpoint
 
-from hetero_attn.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, tensor_name
+from hetero_attn.checkpoint import Checkpoint
+from hetero_attn.checkpoint_files import INDEX_NAME, SINGLE_NAME
 from hetero_attn.config import ModelConfig
 from hetero_attn.errors import CheckpointError
+from hetero_attn.tensor_names import tensor_name
 
 FIRST_SHARD = "model-00001-of-00004.safetensors"
 SECOND_SHARD = "model-00002-of-00004.safetensors"

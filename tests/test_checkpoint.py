@@ -14,10 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from toy import FAMILIES, make_checkpoint
 
-from hetero_attn.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, expected_tensors, tensor_name
+from hetero_attn.checkpoint import Checkpoint
+from hetero_attn.checkpoint_files import INDEX_NAME, SINGLE_NAME
 from hetero_attn.config import ModelConfig
 from hetero_attn.errors import CheckpointError
 from hetero_attn.safetensors_file import SafetensorsFile
+from hetero_attn.tensor_names import expected_tensors, tensor_name
 
 
 @pytest.fixture
