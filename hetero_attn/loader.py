@@ -25,7 +25,7 @@ from hetero_attn.weights import LayerSpec, LinearSpec, ModelSpec, model_spec
 from placement.memory import first_dram_unit
 from placement.plan import LinearPlacement, Plan, staging_piece_units
 
-EMBED_CHECK_ROWS = 4096  # rows looked at together, so that the check's own masks stay small
+EMBED_CHECK_ROWS = 512  # rows looked at together, so that the check's own masks stay small
 WEIGHT_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "q8": torch.bfloat16, "q4": torch.bfloat16}
 
 
