@@ -4,35 +4,20 @@ What may be chosen and what memory it takes: placement.unknowns. What a pass cos
 are nearly pure linear programs.
 """
 
-from collections.abc import Sequence
-
-from placement.decisions import Budgets, Homes, Totals, WeightedCall
-from placement.hardware import HardwareProfile
-from placement.layer_classes import LayerClass
+from placement.decisions import Totals, WeightedCall
 from placement.pass_time import TIE_BREAK, PassTime
 from placement.unknowns import Unknowns
-from placement.workload import Workload
 
 
 class Formulation:
-    """Builds and solves one program; arguments as for Unknowns."""
+    """The program over these unknowns: every call's time as costs, every budget as a limit."""
 
-    def __init__(
-        self,
-        workload: Workload,
-        hardware: HardwareProfile,
-        classes: Sequence[LayerClass],
-        calls: Sequence[WeightedCall],
-        gpu_tokens: int,
-        slots: int,
-        budgets: Budgets,
-        homes: Homes | None = None,
-    ) -> None:
-        self._unknowns = Unknowns(workload, hardware, classes, calls, gpu_tokens, slots, budgets, homes)
-        for weighted in calls:
-            PassTime(self._unknowns, weighted)
-        self._prefer_affinity(calls[0])
-        self._limit_memory(budgets)
+    def __init__(self, unknowns: Unknowns) -> None:
+        self._unknowns = unknowns
+        for weighted in unknowns.calls:
+            PassTime(unknowns, weighted)
+        self._prefer_affinity(unknowns.calls[0])
+        self._limit_memory()
 
     def solve(self) -> Totals | None:
         """The best placement, or None when the budgets allow none."""
@@ -83,9 +68,9 @@ class Formulation:
                     stray = unknowns.program.variable(cost=2 * TIE_BREAK * weighted.weight * copy)
                     unknowns.program.at_least({stray: 1, variables.gpu: 1, variables.stream[tier]: 1, groups: -1}, 0)
 
-    def _limit_memory(self, budgets: Budgets) -> None:
+    def _limit_memory(self) -> None:
         unknowns = self._unknowns
         for place, used in unknowns.memory.items():
-            budget = getattr(budgets, place)
+            budget = getattr(unknowns.budgets, place)
             if budget is not None:
                 unknowns.program.at_most(used, budget / unknowns.bytes_scale - unknowns.memory_constant[place])

@@ -13,6 +13,7 @@ from placement.layer_classes import LayerClass, layer_classes, single_layers
 from placement.layout import Layout, lay_out, placements, streams
 from placement.memory import KvPlacement, LinearPlacement, memory_report, staging_slot_bytes
 from placement.objective import objective_s, reference_batch, reference_calls, reference_context, tier_call
+from placement.unknowns import Unknowns
 from placement.workload import NUM_ROW_TIERS, ROW_TIER_NAMES, Workload, round_up
 
 # Up to this many linears every layer is a class of its own.
@@ -47,7 +48,7 @@ class Problem:
         """The program for some passes and a number of KV slots; budgets are the problem's own unless given."""
         slots = self.slots if homes is None or homes.slot_bytes else 0
         return Formulation(
-            self.workload, self.hardware, self.classes, calls, tokens, slots, budgets or self.budgets, homes
+            Unknowns(self.workload, self.hardware, self.classes, calls, tokens, slots, budgets or self.budgets, homes)
         )
 
 
