@@ -11,7 +11,6 @@ from .team import Team
 
 KV_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "q8", torch.uint8: "q4"}
 ITEMS_PER_THREAD = 16  # items to balance on a machine that is also doing something else
-SPLIT_TOKENS = 512  # shorter splits cost more in merging than they balance
 
 
 def check_pages(k_pages: torch.Tensor, v_pages: torch.Tensor, head_dim: int) -> str:
@@ -50,10 +49,13 @@ def raise_failure(failure: int, max_pages: int, page_size: int, num_pages: int) 
         raise ValueError(f"page_table has an entry outside 0..{num_pages - 1} inside [kv_start, kv_stop)")
 
 
-def split_count(items: int, tokens: int, num_threads: int) -> int:
-    """Parts of the key range per (row, group), so that all threads have work."""
-    wanted = -(-ITEMS_PER_THREAD * num_threads // items)
-    return max(1, min(wanted, tokens // SPLIT_TOKENS))
+def split_limits(batch: int, groups: int, tokens: int, num_threads: int) -> tuple[int, int, int]:
+    """(most splits of a row's key range, items wanted of a row, most items of a row); how many there are is decided by
+    the kernel, which knows the ranges."""
+    wanted = -(-ITEMS_PER_THREAD * num_threads // batch)
+    splits = max(1, min(wanted, tokens // (shared.SPLIT_TILES * shared.KEY_TILE)))
+    blocks = [count for count in range(1, groups + 1) if groups % count == 0]
+    return splits, wanted, max(count * min(splits, -(-wanted // count)) for count in blocks)
 
 
 def bits_of(value: float) -> int:
@@ -88,10 +90,10 @@ def decode_attention(
         return
     num_pages, page_size, _ = k_pages.shape
     group_heads = num_heads // num_kv_heads
-    splits = split_count(batch * num_kv_heads, max_pages * page_size, team.num_threads)
+    limits = split_limits(batch, num_kv_heads, max_pages * page_size, team.num_threads)
     tiles = shared.DecodeTiles.of(kv_dtype, group_heads, head_dim)
-    thread_bytes = shared.decode_thread_bytes(kv_dtype, group_heads, head_dim)
-    results = batch * num_kv_heads * splits * shared.decode_item_bytes(kv_dtype, group_heads, head_dim)
+    thread_bytes = shared.decode_thread_bytes(kv_dtype, num_kv_heads, group_heads, head_dim)
+    results = batch * num_kv_heads * limits[0] * shared.decode_part_bytes(kv_dtype, group_heads, head_dim)
     failure = team.run(
         ("decode_kernel", "decode", team.isa, kv_dtype, tiles.score_heads, tiles.value_heads, tiles.words),
         team.num_threads * thread_bytes + results,
@@ -104,9 +106,9 @@ def decode_attention(
         kv_start.data_ptr(),
         kv_stop.data_ptr(),
         *_results(scale, out, lse),
-        splits,
         team.num_threads,
         thread_bytes,
+        *limits,
     )
     raise_failure(failure, max_pages, page_size, num_pages)
 
@@ -151,7 +153,6 @@ def prefill_attention(
         kv_start,
         kv_stop,
         *_results(scale, out, lse),
-        1,
         team.num_threads,
         thread_bytes,
         q_start,

@@ -36,13 +36,15 @@ LANES = 16  # of a register, as in vector.py, which a warm start does not import
     P_OUT_HEAD,
     P_LSE,
     P_LSE_ROW,
-    P_SPLITS,
     P_THREADS,
     P_THREAD_BYTES,
-    P_Q_START,  # prefill only, as are the next: position of row 0
-    P_WINDOW,
+    P_SPLITS,  # decode only, as are the next two: the most of a row
+    P_ROW_ITEMS,  # wanted of a row, so that all threads have work
+    P_SLOTS,  # the most items that a row may have
 ) = range(1, 33)
+P_Q_START, P_WINDOW = 30, 31  # prefill only: position of row 0
 
+SPLIT_TILES = 8  # tiles of a split; shorter ones cost more in merging than they balance
 PREFILL_SCORES = 4  # query vectors per score tile: 4 x 64 keys fill 16 registers
 PREFILL_VALUES = 8  # query vectors per pass over V
 PREFILL_VECTORS = 64  # query vectors (rows x heads of a group) per item: what one transposed tile of K serves
@@ -136,21 +138,20 @@ HEAD_SCORES, HEAD_WEIGHTS, HEAD_SCALARS = 4 * KEY_TILE, 2 * KEY_TILE, 32
 SCALE_OF_STRIP, OFFSET_OF_STRIP, SCALE_OF_Q, WEIGHT_OF_TILE = 4, 8, 12, 16  # bytes into the scalars
 
 
-def head_bytes(kv_dtype: str, head_dim: int) -> int:
-    """Working memory of one query head of decode: scores, weights, scalars, q and the sums of q per group."""
-    shape, lines = RowShape.of(kv_dtype), RowShape.of(kv_dtype).lines(head_dim)
-    return HEAD_SCORES + HEAD_WEIGHTS + HEAD_SCALARS + lines * (shape.line_bytes * shape.planes + 4)
+def decode_thread_bytes(kv_dtype: str, groups: int, group_heads: int, head_dim: int) -> int:
+    """Working memory of one thread of decode.
+
+    Scores and weights of every head; scales and minima of a tile's keys; then of every group and head q, scalars and
+    sums of q per group of codes.
+    """
+    shape, lines, heads = RowShape.of(kv_dtype), RowShape.of(kv_dtype).lines(head_dim), padded_heads(group_heads)
+    tile = heads * (HEAD_SCORES + HEAD_WEIGHTS) + lines * shape.numbers * 4 * KEY_TILE
+    query = heads * (lines * (shape.line_bytes * shape.planes + 4) + HEAD_SCALARS)
+    return whole_pages(tile + groups * (query + LINE_BYTES) + 8 * LINE_BYTES)
 
 
-def decode_thread_bytes(kv_dtype: str, group_heads: int, head_dim: int) -> int:
-    """Working memory of one thread of decode: every head's, then scales and minima of a tile's keys."""
-    shape = RowShape.of(kv_dtype)
-    heads = padded_heads(group_heads) * head_bytes(kv_dtype, head_dim)
-    return whole_pages(heads + shape.lines(head_dim) * shape.numbers * 4 * KEY_TILE + 8 * LINE_BYTES)
-
-
-def decode_item_bytes(kv_dtype: str, group_heads: int, head_dim: int) -> int:
-    """One item's partial result: acc of every head, then (m, l) of every head."""
+def decode_part_bytes(kv_dtype: str, group_heads: int, head_dim: int) -> int:
+    """The partial result of one group and split: acc of every head, then (m, l) of every head."""
     heads, shape = padded_heads(group_heads), RowShape.of(kv_dtype)
     return heads * shape.lines(head_dim) * shape.acc_bytes + -(-8 * heads // 64) * 64
 

@@ -85,6 +85,18 @@ def test_a_long_range_is_split_over_threads(num_threads):
         check_decode(ops, cache, 2, [7], [2990])
 
 
+@pytest.mark.parametrize("page_size", [16, 64, 128])
+@pytest.mark.parametrize(("sequences", "groups", "tokens"), [(2, 6, 2500), (1, 6, 9000), (1, 8, 4100), (40, 3, 70)])
+def test_an_item_takes_several_groups(sequences, groups, tokens, page_size):
+    """Half of them and four splits, all and sixteen, four and eight, all and one; ranges that begin inside a page."""
+    torch.manual_seed(sequences)
+    cache = PagedCache(sequences, groups, tokens, page_size, 64, FP32)
+    starts = [(7 * row) % 60 for row in range(sequences)]
+
+    with CpuKernels(num_threads=1) as ops:
+        check_decode(ops, cache, 2, starts, [tokens - row for row in range(sequences)])
+
+
 def test_a_single_large_value_at_each_boundary_is_seen():
     """Boundary-adversarial data: one token carries the whole weight, so losing it changes everything."""
     torch.manual_seed(5)

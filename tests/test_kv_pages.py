@@ -255,6 +255,24 @@ def test_decode_agrees_with_float64(isa, kv_dtype, group_heads, head_dim, page_s
     assert (out[3] == 0).all() and (lse[3] == -math.inf).all()
 
 
+@pytest.mark.parametrize("kv_dtype", DTYPES)
+def test_groups_that_one_item_takes_do_not_meet(kv_dtype):
+    """So many sequences that an item takes every group: each keeps its own query, scales and sums."""
+    torch.manual_seed(4)
+    cache = CodePages(kv_dtype, 40, 3, 70, 64, 96)
+    q, out, lse = torch.randn(40, 12, 96), torch.empty(40, 12, 96), torch.empty(40, 12)
+    alone, alone_lse = torch.empty_like(out), torch.empty_like(lse)
+    bounds = torch.arange(40, dtype=torch.int32), torch.full((40,), 70, dtype=torch.int32)
+
+    kernels().decode_attention(q, cache.k, cache.v, cache.table, *bounds, 0.1, out, lse)
+    for group in range(3):
+        mine, table = slice(4 * group, 4 * group + 4), cache.table[:, group : group + 1]
+        results = alone[:, mine], alone_lse[:, mine]
+        kernels().decode_attention(q[:, mine], cache.k, cache.v, table, *bounds, 0.1, *results)
+
+    assert torch.equal(out, alone) and torch.equal(lse, alone_lse)
+
+
 @pytest.mark.parametrize("isa", BF16_PATHS)
 @pytest.mark.parametrize("kv_dtype", DTYPES)
 @pytest.mark.parametrize(

@@ -1,0 +1,191 @@
+"""One tile of keys in decode: the scores of all query heads of a group, their softmax, and the weighted sum of V.
+
+All heads share one pass over the tile's K (attention_scores.py) and one over its V (attention_values.py), while the
+tile to come next is asked for, a share at a time.
+"""
+
+import numpy as np
+from numba import types
+
+from .attention_layout import (
+    HEAD_SCALARS,
+    HEAD_SCORES,
+    HEAD_WEIGHTS,
+    KEY_TILE,
+    LINE_BYTES,
+    P_HEAD_DIM,
+    P_K_ROW,
+    P_PAGE_SIZE,
+    P_SCALE,
+    P_V_ROW,
+    RowShape,
+)
+from .attention_scores import code_dots, part_block, plain_dots, whole_block
+from .attention_tiles import (
+    LOG2_E,
+    raise_maximum,
+    softmax_tile,
+)
+from .attention_values import value_strip
+from .chunks import parameter, real_parameter
+from .code_softmax import code_softmax
+from .compiler import helper, inlined
+from .isa import Isa
+from .kv_codes import add_minima, code_weights, widen_numbers
+from .kv_vectors import fetch
+from .scalar import least
+from .vector import (
+    LANES,
+    splat,
+    store_f32,
+)
+
+ZERO = np.float32(0.0)
+
+
+def tile_scores(isa: Isa, kv_dtype: str, score_heads: int, words: int):
+    """Function: scores[head][key] of a tile, in units of the head's scale where there are codes."""
+    shape = RowShape.of(kv_dtype)
+    has_codes, has_minimum, groups_at_once = shape.has_codes, shape.numbers == 2, words // shape.group_words
+    block_bytes, q_block, line_items = 4 * words, 4 * words * shape.planes, shape.line_items
+    q_line, line_bytes, numbers_of_group = shape.line_bytes * shape.planes, shape.line_bytes, shape.numbers
+    load = whole_block(words)
+    load_part = load if has_codes else part_block(kv_dtype)
+    dots = code_dots(isa, kv_dtype, score_heads, words) if has_codes else plain_dots(isa, kv_dtype, score_heads)
+
+    @inlined
+    def block_of(base, row_bytes, last, ahead, left):
+        """A block of 16 keys; `left`: numbers from it to the end of a plain row."""
+        if has_codes or left >= line_items:
+            return load(base, row_bytes, last, ahead)
+        return load_part(base, row_bytes, last, left)
+
+    @inlined
+    def code_block(block, q, q_bytes, sums, groups, scales, heads, to):
+        for head in range(0, heads, score_heads):
+            head_sums, head_to = sums + 4 * groups * head, to + HEAD_SCORES * head
+            dots(block, q + head * q_bytes, q_bytes, head_sums, 4 * groups, scales, 4 * KEY_TILE, head_to)
+
+    @inlined
+    def plain_block(block, q, q_bytes, heads, to):
+        for head in range(0, heads, score_heads):
+            dots(block, q + head * q_bytes, q_bytes, to + HEAD_SCORES * head)
+
+    @helper
+    def scores(arguments, k_page, offset, keys, ahead, places, heads, lines):
+        work, q, scales, sums = places
+        head_dim, row_bytes = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_K_ROW)
+        q_bytes = q_line * lines
+        for i in range(0, HEAD_SCORES * heads, 64):
+            store_f32(splat(ZERO), work + i)
+        if has_codes:
+            stride = 2 * parameter(arguments, P_PAGE_SIZE)
+            numbers = k_page + parameter(arguments, P_PAGE_SIZE) * row_bytes + 2 * offset
+            widen_numbers(numbers, lines * numbers_of_group, stride, keys, scales)
+        blocks = (line_bytes * lines + block_bytes - 1) // block_bytes
+        for key in range(0, keys, LANES):
+            row = k_page + (offset + key) * row_bytes
+            for index in range(blocks):
+                left = head_dim - line_items * index
+                block = block_of(row + block_bytes * index, row_bytes, keys - 1 - key, ahead, left)
+                ahead, at, to = ahead + LINE_BYTES * words, q + q_block * index, work + 4 * key
+                if has_codes:
+                    group = groups_at_once * index
+                    block_scales = scales + 4 * (KEY_TILE * group + key)
+                    code_block(block, at, q_bytes, sums + 4 * group, lines, block_scales, heads, to)
+                else:
+                    plain_block(block, at, q_bytes, heads, to)
+        if has_minimum:
+            for head in range(heads):
+                add_minima(work + HEAD_SCORES * head, scales + 4 * KEY_TILE * lines, sums + 4 * lines * head, lines)
+
+    return scores
+
+
+def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: int):
+    """Function: take one tile of keys into acc and (m, l) of the item's heads; memory as decode_thread_bytes says."""
+    scores_of, strip_of = tile_scores(isa, kv_dtype, score_heads, words), value_strip(isa, kv_dtype, value_heads)
+    shape = RowShape.of(kv_dtype)
+    has_codes, numbers, q_line = shape.has_codes, shape.numbers, shape.line_bytes * shape.planes
+    line_items, line_bytes, acc_line = shape.line_items, shape.line_bytes, shape.acc_bytes
+    soften = code_softmax(score_heads) if has_codes else softmax_tile(isa, kv_dtype)
+    weigh = code_weights(isa, kv_dtype) if has_codes else None
+
+    @helper
+    def ask(ahead, keys, head, stop, heads):
+        """Fetch what heads [head, stop) have of the first line of the next V; all at once it would stall the loads."""
+        share = (line_bytes * keys + heads - 1) // heads
+        for i in range(share * head, share * stop, LINE_BYTES):
+            fetch(ahead + i)
+
+    @helper
+    def ask_numbers(ahead, page_size, lines):
+        """Fetch the numbers of the next tile's codes: they lie behind the page's rows, where no stream leads."""
+        for i in range(lines * numbers):
+            for at in range(0, 2 * KEY_TILE, LINE_BYTES):
+                fetch(ahead + 2 * page_size * i + at)
+
+    @helper
+    def soften_heads(arguments, work, heads, keys, scalars, running, ahead):
+        """Scores -> weights of every head, while the first line's share of the next V is asked for."""
+        scale = types.float32(real_parameter(arguments, P_SCALE) * LOG2_E)
+        if has_codes:
+            for head in range(0, heads, score_heads):
+                at = scalars + HEAD_SCALARS * head
+                soften(work + HEAD_SCORES * head, keys, scale, running + 8 * head, at)
+                ask(ahead, keys, head, least(head + score_heads, heads), heads)
+        else:
+            for head in range(heads):
+                at = scalars + HEAD_SCALARS * head
+                raise_maximum(work + HEAD_SCORES * head, 0, keys, splat(scale), running + 8 * head, at)
+            for head in range(heads):
+                at = scalars + HEAD_SCALARS * head
+                soften(work + HEAD_SCORES * head, 0, keys, splat(scale), running + 8 * head, at)
+                ask(ahead, keys, head, head + 1, heads)
+
+    @helper
+    def add_values(arguments, v_page, offset, keys, ahead, work, heads, lines, scalars, acc):
+        """acc of every head, one strip of V after another."""
+        head_dim, row_bytes = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_V_ROW)
+        base, acc_bytes = v_page + offset * row_bytes, acc_line * lines
+        weights, weight_bytes = work, HEAD_SCORES
+        if has_codes:
+            weights, weight_bytes = work + HEAD_SCORES * heads, HEAD_WEIGHTS
+        for line in range(lines):
+            if has_codes:
+                stride = 2 * parameter(arguments, P_PAGE_SIZE)
+                at = v_page + parameter(arguments, P_PAGE_SIZE) * row_bytes + 2 * offset + stride * line
+                weigh(work, heads, at, at + stride * lines, keys, weights, scalars)
+            for head in range(0, heads, value_heads):
+                to, head_scalars = acc + head * acc_bytes + acc_line * line, scalars + HEAD_SCALARS * head
+                left, at = head_dim - line_items * line, base + line_bytes * line
+                p = weights + weight_bytes * head
+                strip_of(to, acc_bytes, head_scalars, at, row_bytes, keys, p, left, ahead if line else at)
+            ahead += line_bytes * keys
+
+    @helper
+    def places_of(work, group, heads, lines):
+        """(scores, scales of K, q, scalars, sums of q) in the thread's memory; from q on each group has its own."""
+        scales = work + (HEAD_SCORES + HEAD_WEIGHTS) * heads
+        query_bytes = (q_line * lines + HEAD_SCALARS + 4 * lines) * heads
+        q = scales + 4 * KEY_TILE * lines * numbers + (query_bytes + LINE_BYTES - 1) // LINE_BYTES * LINE_BYTES * group
+        scalars = q + q_line * lines * heads
+        return work, scales, q, scalars, scalars + HEAD_SCALARS * heads
+
+    @helper
+    def take_tile(arguments, tile, following, places, heads, lines, acc, running):
+        """tile: (K page, V page, offset in them, keys); following: the first three of the tile to come next."""
+        (k_page, v_page, offset, keys), (k_next, v_next, next_offset) = tile, following
+        work, scales, q, scalars, sums = places
+        page_size = parameter(arguments, P_PAGE_SIZE)
+        k_row, v_row = parameter(arguments, P_K_ROW), parameter(arguments, P_V_ROW)
+        if has_codes:
+            ask_numbers(k_next + page_size * k_row + 2 * next_offset, page_size, lines)
+        k_ahead, v_ahead = k_next + next_offset * k_row, v_next + next_offset * v_row
+        scores_of(arguments, k_page, offset, keys, k_ahead, (work, q, scales, sums), heads, lines)
+        if has_codes:
+            ask_numbers(v_next + page_size * v_row + 2 * next_offset, page_size, lines)
+        soften_heads(arguments, work, heads, keys, scalars, running, v_ahead)
+        add_values(arguments, v_page, offset, keys, v_ahead, work, heads, lines, scalars, acc)
+
+    return take_tile, places_of
