@@ -102,7 +102,7 @@ def merge_splits(kv_dtype: str):
 
 def attend_item(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: int):
     """Function: one item, its queries loaded and its keys [start, stop) taken page by page; False: invalid page."""
-    take_tile, places_of = attend_tile(isa, kv_dtype, score_heads, value_heads, words)
+    take_tile, ask_tile, places_of = attend_tile(isa, kv_dtype, score_heads, value_heads, words)
     shape = RowShape.of(kv_dtype)
     has_codes, q_line, acc_line = shape.has_codes, shape.line_bytes * shape.planes, shape.acc_bytes
     load_q = q_code_writer(isa, kv_dtype, words) if has_codes else q_line_writer(kv_dtype)
@@ -123,38 +123,45 @@ def attend_item(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
                 load_q(source, head_dim, lines, to)
 
     @helper
-    def page_of(arguments, row, group, position):
+    def step(arguments, row, first_group, groups, stop, place):
+        """The tile at a place, (K page, V page, offset in them, keys, group), and the place after it.
+
+        A place is (group, position, start of the page's keys); keys are 0 at the end and -1 where the page is invalid.
+        """
+        group, position, page_start = place
+        if page_start >= stop:
+            return (0, 0, 0, 0, 0), place
         table = parameter(arguments, P_TABLE) + row * parameter(arguments, P_TABLE_ROW)
-        return page_at(arguments, table + group * parameter(arguments, P_TABLE_GROUP), position)
+        page = page_at(arguments, table + (first_group + group) * parameter(arguments, P_TABLE_GROUP), position)
+        if page < 0:
+            return (0, 0, 0, -1, 0), place
+        page_size = parameter(arguments, P_PAGE_SIZE)
+        page_stop = least(stop, (page_start // page_size + 1) * page_size)
+        k_page, v_page, offset, keys = tile_at(arguments, page, position, page_stop)
+        tile = k_page, v_page, offset, keys, group
+        if position + keys < page_stop:
+            return tile, (group, position + keys, page_start)
+        if group + 1 < groups:
+            return tile, (group + 1, page_start, page_start)
+        return tile, (0, page_stop, page_stop)
 
     @helper
     def item(arguments, row, first_group, groups, start, stop, work, heads, lines, acc, group_bytes):
         """acc: of the first group, and `group_bytes` behind it of the next; (m, l) follow a group's accumulators."""
-        page_size, acc_size = parameter(arguments, P_PAGE_SIZE), heads * acc_line * lines
+        acc_size = heads * acc_line * lines
         for group in range(groups):
             load_heads(arguments, row, first_group + group, places_of(work, group, heads, lines), heads, lines)
-        group, position, page_start = 0, start, start
-        page = page_of(arguments, row, first_group, position)
-        while page_start < stop:
-            if page < 0:
-                return False
-            page_stop = least(stop, (page_start // page_size + 1) * page_size)
-            k_page, v_page, offset, keys = tile_at(arguments, page, position, page_stop)
+        tile, place = step(arguments, row, first_group, groups, stop, (0, start, start))
+        following, place = step(arguments, row, first_group, groups, stop, place)
+        if following[3] > 0:
+            ask_tile(arguments, following, lines)
+        while tile[3] > 0:
+            ahead, place = step(arguments, row, first_group, groups, stop, place)
+            group = tile[4]
             places, at = places_of(work, group, heads, lines), acc + group * group_bytes
-            position += keys
-            if position == page_stop:
-                group += 1
-                if group == groups:
-                    group, page_start = 0, page_stop
-                position = page_start
-            following = k_page, v_page, offset
-            if page_start < stop:
-                page = page_of(arguments, row, first_group + group, position)
-                if page >= 0:
-                    k_next, v_next, next_offset, _ = tile_at(arguments, page, position, stop)
-                    following = k_next, v_next, next_offset
-            take_tile(arguments, (k_page, v_page, offset, keys), following, places, heads, lines, at, at + acc_size)
-        return True
+            take_tile(arguments, tile, ahead if ahead[3] > 0 else tile, places, heads, lines, at, at + acc_size)
+            tile, following = following, ahead
+        return tile[3] == 0
 
     return item
 
