@@ -111,12 +111,17 @@ def random_cache(kv_dtype: str, pages: int, head_dim: int) -> torch.Tensor:
     return cache
 
 
+def in_order(pages: int, kv_heads: int) -> torch.Tensor:
+    """Page table int32 [kv_heads, pages of a head] as the runtime fills it: a token's heads side by side."""
+    return torch.arange(pages, dtype=torch.int32).view(-1, kv_heads).T.contiguous()
+
+
 def decodes(ops: CpuKernels, tokens: tuple[int, ...], dtypes: tuple[str, ...], repetitions: int):
     """decode_attention of one row over caches of every dtype, length and head shape, each beside its own sweep."""
     for kv_dtype, (head_dim, group_heads, kv_heads), kv_len in product(dtypes, ATTENTION_SHAPES, tokens):
         pages, num_heads, scale = kv_len // 64 * kv_heads, kv_heads * group_heads, head_dim**-0.5
         cache = random_cache(kv_dtype, pages, head_dim)
-        table = torch.arange(pages, dtype=torch.int32).view(1, kv_heads, -1)
+        table = in_order(pages, kv_heads)[None]
         bounds = torch.zeros(1, dtype=torch.int32), torch.full((1,), kv_len, dtype=torch.int32)
         q, lse = torch.randn(1, num_heads, head_dim), torch.empty(1, num_heads)
         out = torch.empty_like(q)
@@ -132,7 +137,7 @@ def prefills(ops: CpuKernels, q_len: int, dtypes: tuple[str, ...]):
     for kv_dtype, (head_dim, group_heads, kv_heads) in product(dtypes, ATTENTION_SHAPES):
         pages, num_heads = -(-q_len // 64) * kv_heads, kv_heads * group_heads
         cache = random_cache(kv_dtype, pages, head_dim)
-        table = torch.arange(pages, dtype=torch.int32).view(kv_heads, -1)
+        table = in_order(pages, kv_heads)
         q, lse = torch.randn(q_len, num_heads, head_dim), torch.empty(q_len, num_heads)
         arguments = (q, cache[0], cache[1], table, 0, q_len, 0, 0, head_dim**-0.5, torch.empty_like(q), lse)
         (prefill_s,) = interleaved([lambda given=arguments: ops.prefill_attention(*given)], 3)
