@@ -182,7 +182,7 @@ def share_out(arguments, row):
     tiles = (most(0, stop - start) + KEY_TILE - 1) // KEY_TILE
     splits = most(tiles // SPLIT_TILES, least(tiles, (items + groups - 1) // groups))
     splits = most(1, least(parameter(arguments, P_SPLITS), splits))
-    at_once = groups
+    at_once = groups if groups * splits >= 2 * items else 1
     while at_once > 1 and (groups % at_once > 0 or groups // at_once * splits < items):
         at_once -= 1
     blocks = groups // at_once
