@@ -1,7 +1,10 @@
 """What a measured profile depends on, read from the system: a profile with another fingerprint is stale or foreign."""
 
+import hashlib
 import importlib.metadata
+import importlib.util
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,7 +14,8 @@ MEASUREMENTS = 3  # what a profile holds; one that was kept by a profiler that m
 
 
 def machine_fingerprint(cores: int, root: Path = SYSTEM) -> tuple[tuple[str, str], ...]:
-    """Sorted (key, value) pairs of CPU, cores that may be used, GPU, driver, PCIe link, versions and what is measured.
+    """Sorted (key, value) pairs of CPU, cores that may be used, GPU, driver, PCIe link, versions, kernels and what is
+    measured.
 
     cores: physical cores that the thread sweep may try. root: of the system's own files.
     """
@@ -23,6 +27,7 @@ def machine_fingerprint(cores: int, root: Path = SYSTEM) -> tuple[tuple[str, str
         "torch": torch.__version__,
         "numba": importlib.metadata.version("numba"),
         "gpu": "none",
+        "kernels": source_digest(kernel_folders()),
         "measurements": str(MEASUREMENTS),
     }
     if torch.cuda.is_available():
@@ -35,6 +40,20 @@ def machine_fingerprint(cores: int, root: Path = SYSTEM) -> tuple[tuple[str, str
             "pcie": pcie_link(properties, root),
         }
     return tuple(sorted(fields.items()))
+
+
+def kernel_folders() -> list[Path]:
+    """Where the two kernel packages lie; neither is imported."""
+    specs = (importlib.util.find_spec(name) for name in ("cpu_kernels", "gpu_kernels"))
+    return [Path(folder) for spec in specs for folder in spec.submodule_search_locations]
+
+
+def source_digest(folders: Iterable[Path]) -> str:
+    """A hash of the Python files in these folders: kernels that were changed have other rates."""
+    digest = hashlib.sha256()
+    for source in (file for folder in folders for file in sorted(folder.glob("*.py"))):
+        digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def pcie_link(properties: object, root: Path = SYSTEM) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from hetero_attn import profiles, runtime_profile
 from placement import attention_profiler, linear_profiler, profiler, timing
-from placement.fingerprint import machine_fingerprint
+from placement.fingerprint import kernel_folders, machine_fingerprint, source_digest
 from placement.hardware import HardwareProfile
 from placement.profiler import best_threads, thread_counts
 from placement.rates import ThreadRate
@@ -78,6 +78,16 @@ def test_the_fingerprint_names_what_the_rates_depend_on(monkeypatch, tmp_path):
         fields[key] for key in ("gpu", "driver", "pcie", "cores")
     )
     assert {"cpu", "torch", "numba", "cuda", "gpu_memory"} <= set(fields)
+
+
+def test_kernels_that_were_changed_make_a_profile_stale(tmp_path):
+    assert {"cpu_kernels", "gpu_kernels"} == {folder.name for folder in kernel_folders()}
+    (tmp_path / "kernel.py").write_text("before")
+    before = source_digest([tmp_path])
+    (tmp_path / "kernel.py").write_text("after")
+
+    assert source_digest([tmp_path]) != before
+    assert dict(machine_fingerprint(1))["kernels"] == source_digest(kernel_folders())
 
 
 def test_a_profile_of_another_machine_is_not_used(measured):
