@@ -42,7 +42,7 @@ LANES = 16  # of a register, as in vector.py, which a warm start does not import
     P_ROW_ITEMS,  # wanted of a row, so that all threads have work
     P_SLOTS,  # the most items that a row may have
 ) = range(1, 33)
-P_Q_START, P_WINDOW = 30, 31  # prefill only: position of row 0
+P_Q_START, P_WINDOW = P_SPLITS, P_ROW_ITEMS  # what prefill has in their places: position of row 0, window
 
 SPLIT_TILES = 8  # tiles of a split; shorter ones cost more in merging than they balance
 PREFILL_SCORES = 4  # query vectors per score tile: 4 x 64 keys fill 16 registers
