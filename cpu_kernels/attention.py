@@ -54,8 +54,7 @@ def split_limits(batch: int, groups: int, tokens: int, num_threads: int) -> tupl
     the kernel, which knows the ranges."""
     wanted = -(-ITEMS_PER_THREAD * num_threads // batch)
     splits = max(1, min(wanted, tokens // (shared.SPLIT_TILES * shared.KEY_TILE)))
-    blocks = [count for count in range(1, groups + 1) if groups % count == 0]
-    return splits, wanted, max(count * min(splits, -(-wanted // count)) for count in blocks)
+    return splits, wanted, min(groups * splits, wanted + groups - 1)
 
 
 def bits_of(value: float) -> int:

@@ -27,6 +27,7 @@ from .vector import (
     fma_value,
     intp,
     load_as,
+    picked,
     prefetch_value,
     splat_value,
     store_as,
@@ -34,11 +35,6 @@ from .vector import (
 
 BLOCK = types.UniTuple(I32x16, LANES)
 CHAINS = 2  # sums of one head that do not wait for each other
-
-
-def shuffled(b, left, right, lanes):
-    """<16 x i32> of these lanes of two."""
-    return b.shuffle_vector(left, right, ir.Constant(VI32, lanes))
 
 
 def alternating(width, high):
@@ -61,14 +57,14 @@ def transposed(b, values):
     """
     quads = []
     for at in range(0, LANES, 4):
-        pairs = [[shuffled(b, *values[key : key + 2], alternating(1, high)) for key in (at, at + 2)] for high in (0, 1)]
-        quads.append([shuffled(b, *pair, alternating(2, high)) for pair in pairs for high in (0, 1)])
+        pairs = [[picked(b, *values[key : key + 2], alternating(1, high)) for key in (at, at + 2)] for high in (0, 1)]
+        quads.append([picked(b, *pair, alternating(2, high)) for pair in pairs for high in (0, 1)])
     words = [None] * LANES
     for column in range(4):
         for odd in (0, 1):
-            halves = [shuffled(b, quads[at][column], quads[at + 1][column], groups_of_four(odd)) for at in (0, 2)]
+            halves = [picked(b, quads[at][column], quads[at + 1][column], groups_of_four(odd)) for at in (0, 2)]
             for upper in (0, 1):
-                words[4 * odd + 8 * upper + column] = shuffled(b, *halves, groups_of_four(upper))
+                words[4 * odd + 8 * upper + column] = picked(b, *halves, groups_of_four(upper))
     return words
 
 

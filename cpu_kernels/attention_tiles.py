@@ -19,10 +19,12 @@ from .attention_layout import (
     KEY_TILE,
     P_K,
     P_K_PAGE,
+    P_K_ROW,
     P_NUM_PAGES,
     P_PAGE_SIZE,
     P_V,
     P_V_PAGE,
+    P_V_ROW,
     RowShape,
 )
 from .chunks import parameter
@@ -147,6 +149,15 @@ def tile_at(arguments, page, position, stop):
     k_page = parameter(arguments, P_K) + page * parameter(arguments, P_K_PAGE)
     v_page = parameter(arguments, P_V) + page * parameter(arguments, P_V_PAGE)
     return k_page, v_page, offset, keys
+
+
+@helper
+def tile_rows(arguments, k_page, v_page, offset):
+    """(rows of K, their numbers, rows of V, their numbers) from a token of a page on; only codes have numbers."""
+    page_size = parameter(arguments, P_PAGE_SIZE)
+    k_row, v_row = parameter(arguments, P_K_ROW), parameter(arguments, P_V_ROW)
+    k_numbers, v_numbers = k_page + page_size * k_row + 2 * offset, v_page + page_size * v_row + 2 * offset
+    return k_page + offset * k_row, k_numbers, v_page + offset * v_row, v_numbers
 
 
 @helper

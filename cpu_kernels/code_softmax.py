@@ -26,23 +26,19 @@ from .vector import (
     intp,
     lanes_below,
     load_as,
+    picked,
     splat_value,
     store_as,
 )
 
 QUERIES = 4
-V4F32, V4I32 = ir.VectorType(F32, QUERIES), ir.VectorType(I32, QUERIES)
+V4F32 = ir.VectorType(F32, QUERIES)
 LOWEST = -127.0  # its power is 0 in float32's exponent bits
 
 
 def larger_value(b, x, y):
     """Lane-wise maximum; a NaN in y stays."""
     return b.select(b.fcmp_ordered(">", x, y), x, y)
-
-
-def picked(b, left, right, lanes):
-    """These lanes of two vectors."""
-    return b.shuffle_vector(left, right, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
 def reduced(b, vectors, combine):

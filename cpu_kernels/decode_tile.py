@@ -26,6 +26,7 @@ from .attention_tiles import (
     LOG2_E,
     raise_maximum,
     softmax_tile,
+    tile_rows,
 )
 from .attention_values import value_strip
 from .chunks import parameter, real_parameter
@@ -72,19 +73,17 @@ def tile_scores(isa: Isa, kv_dtype: str, score_heads: int, words: int):
             dots(block, q + head * q_bytes, q_bytes, to + HEAD_SCORES * head)
 
     @helper
-    def scores(arguments, k_page, offset, keys, ahead, places, heads, lines):
+    def scores(arguments, rows, numbers, keys, ahead, places, heads, lines):
         work, q, scales, sums = places
         head_dim, row_bytes = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_K_ROW)
         q_bytes = q_line * lines
         for i in range(0, HEAD_SCORES * heads, 64):
             store_f32(splat(ZERO), work + i)
         if has_codes:
-            stride = 2 * parameter(arguments, P_PAGE_SIZE)
-            numbers = k_page + parameter(arguments, P_PAGE_SIZE) * row_bytes + 2 * offset
-            widen_numbers(numbers, lines * numbers_of_group, stride, keys, scales)
+            widen_numbers(numbers, lines * numbers_of_group, 2 * parameter(arguments, P_PAGE_SIZE), keys, scales)
         blocks = (line_bytes * lines + block_bytes - 1) // block_bytes
         for key in range(0, keys, LANES):
-            row = k_page + (offset + key) * row_bytes
+            row = rows + key * row_bytes
             for index in range(blocks):
                 left = head_dim - line_items * index
                 block = block_of(row + block_bytes * index, row_bytes, keys - 1 - key, ahead, left)
@@ -135,21 +134,20 @@ def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
                 soften(work + HEAD_SCORES * head, 0, keys, splat(scale), running + 8 * head, at)
 
     @helper
-    def add_values(arguments, v_page, offset, keys, ahead, work, heads, lines, scalars, acc):
+    def add_values(arguments, rows, v_numbers, keys, ahead, work, heads, lines, scalars, acc):
         """acc of every head, one strip of V after another."""
         head_dim, row_bytes = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_V_ROW)
-        base, acc_bytes = v_page + offset * row_bytes, acc_line * lines
+        acc_bytes, stride = acc_line * lines, 2 * parameter(arguments, P_PAGE_SIZE)
         weights, weight_bytes = work, HEAD_SCORES
         if has_codes:
             weights, weight_bytes = work + HEAD_SCORES * heads, HEAD_WEIGHTS
         for line in range(lines):
             if has_codes:
-                stride = 2 * parameter(arguments, P_PAGE_SIZE)
-                at = v_page + parameter(arguments, P_PAGE_SIZE) * row_bytes + 2 * offset + stride * line
+                at = v_numbers + stride * line
                 weigh(work, heads, at, at + stride * lines, keys, weights, scalars)
             for head in range(0, heads, value_heads):
                 to, head_scalars = acc + head * acc_bytes + acc_line * line, scalars + HEAD_SCALARS * head
-                left, at = head_dim - line_items * line, base + line_bytes * line
+                left, at = head_dim - line_items * line, rows + line_bytes * line
                 p = weights + weight_bytes * head
                 strip_of(to, acc_bytes, head_scalars, at, row_bytes, keys, p, left, ahead)
             ahead += line_bytes * keys
@@ -164,19 +162,11 @@ def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
         return work, scales, q, scalars, scalars + HEAD_SCALARS * heads
 
     @helper
-    def addresses(arguments, tile):
-        """(K rows, numbers of K, V rows, numbers of V) of a tile."""
-        k_page, v_page, offset, _, _ = tile
-        page_size = parameter(arguments, P_PAGE_SIZE)
-        k_row, v_row = parameter(arguments, P_K_ROW), parameter(arguments, P_V_ROW)
-        k_numbers, v_numbers = k_page + page_size * k_row + 2 * offset, v_page + page_size * v_row + 2 * offset
-        return k_page + offset * k_row, k_numbers, v_page + offset * v_row, v_numbers
-
-    @helper
     def ask_tile(arguments, tile, lines):
         """Ask for a whole tile."""
-        k_rows, k_numbers, v_rows, v_numbers = addresses(arguments, tile)
-        for i in range(0, line_bytes * lines * tile[3], LINE_BYTES):
+        k_page, v_page, offset, keys, _ = tile
+        k_rows, k_numbers, v_rows, v_numbers = tile_rows(arguments, k_page, v_page, offset)
+        for i in range(0, line_bytes * lines * keys, LINE_BYTES):
             fetch(k_rows + i)
             fetch(v_rows + i)
         if has_codes:
@@ -188,13 +178,14 @@ def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
         """tile: (K page, V page, offset in them, keys, group); ahead: the one to ask for meanwhile."""
         k_page, v_page, offset, keys, _ = tile
         work, scales, q, scalars, sums = places
-        k_ahead, k_numbers, v_ahead, v_numbers = addresses(arguments, ahead)
+        k_rows, k_numbers, v_rows, v_numbers = tile_rows(arguments, k_page, v_page, offset)
+        k_ahead, k_numbers_ahead, v_ahead, v_numbers_ahead = tile_rows(arguments, ahead[0], ahead[1], ahead[2])
         if has_codes:
-            ask_numbers(arguments, k_numbers, lines)
-        scores_of(arguments, k_page, offset, keys, k_ahead, (work, q, scales, sums), heads, lines)
+            ask_numbers(arguments, k_numbers_ahead, lines)
+        scores_of(arguments, k_rows, k_numbers, keys, k_ahead, (work, q, scales, sums), heads, lines)
         if has_codes:
-            ask_numbers(arguments, v_numbers, lines)
+            ask_numbers(arguments, v_numbers_ahead, lines)
         soften_heads(arguments, work, heads, keys, scalars, running)
-        add_values(arguments, v_page, offset, keys, v_ahead, work, heads, lines, scalars, acc)
+        add_values(arguments, v_rows, v_numbers, keys, v_ahead, work, heads, lines, scalars, acc)
 
     return take_tile, ask_tile, places_of

@@ -55,6 +55,7 @@ from .attention_tiles import (
     raise_maximum,
     softmax_tile,
     tile_at,
+    tile_rows,
     write_lse,
 )
 from .attention_values import head_writer, value_strip
@@ -133,12 +134,11 @@ def rows_of_tile(kv_dtype: str):
     @helper
     def rows(arguments, k_page, v_page, offset, keys, lines, work):
         k_row, v_row = parameter(arguments, P_K_ROW), parameter(arguments, P_V_ROW)
-        k_rows, v_rows = k_page + offset * k_row, v_page + offset * v_row
+        k_rows, k_numbers, v_rows, v_numbers = tile_rows(arguments, k_page, v_page, offset)
         if has_codes:
             stride, groups, wide = 2 * parameter(arguments, P_PAGE_SIZE), lines // group_lines, LINE_BYTES * lines
-            numbers = parameter(arguments, P_PAGE_SIZE) * k_row + 2 * offset
-            widen(k_rows, k_row, k_page + numbers, stride, keys, groups, work)
-            widen(v_rows, v_row, v_page + numbers, stride, keys, groups, work + KEY_TILE * wide)
+            widen(k_rows, k_row, k_numbers, stride, keys, groups, work)
+            widen(v_rows, v_row, v_numbers, stride, keys, groups, work + KEY_TILE * wide)
             return work, wide, work + KEY_TILE * wide, wide
         return k_rows, k_row, v_rows, v_row
 

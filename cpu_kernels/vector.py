@@ -141,6 +141,11 @@ def masked_store(builder, value, address, mask, suffix):
     )
 
 
+def picked(b, left, right, lanes):
+    """These lanes of two vectors."""
+    return b.shuffle_vector(left, right, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
 def prefetch_value(b, address, offset=0):
     """Ask for the line at `address + offset` in the second cache level; any address is allowed.
 

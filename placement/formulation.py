@@ -15,7 +15,7 @@ class Formulation:
     def __init__(self, unknowns: Unknowns) -> None:
         self._unknowns = unknowns
         for weighted in unknowns.calls:
-            PassTime(unknowns, weighted)
+            PassTime(unknowns, weighted).add()
         self._prefer_affinity(unknowns.calls[0])
         self._limit_memory()
 

@@ -42,20 +42,23 @@ class _Step:
 
 
 class PassTime:
-    """Adds a call's seconds to the program's costs: at least the steps in order, the slowed CPU lane, the copies, and the
+    """A call's seconds among the program's costs: at least the steps in order, the slowed CPU lane, the copies, and the
     DRAM traffic."""
 
     def __init__(self, unknowns: Unknowns, weighted: WeightedCall) -> None:
         self._unknowns, self._program, self._weighted = unknowns, unknowns.program, weighted
         self._hardware, self._scale = unknowns.hardware, unknowns.time_scale
-        time = self._program.variable(cost=weighted.weight)
-        self._steps, self._cpu, self._copies, self._dram, self._tail = ({time: -1.0} for _ in range(5))
+        self._time = self._program.variable(cost=weighted.weight)
+        self._steps, self._cpu, self._copies, self._dram, self._tail = ({self._time: -1.0} for _ in range(5))
         self._constant = self._scale * small_ops_s(unknowns.workload, weighted.call, self._hardware, True)
-        for c, cls in enumerate(unknowns.classes):
+
+    def add(self) -> None:
+        """Add the variables and rows of the pass to the program."""
+        for c, cls in enumerate(self._unknowns.classes):
             self._class(c, cls)
         slowed = 1 - self._hardware.cpu_slowdown_while_copying
         for variable, coefficient in self._copies.items():
-            if variable != time and slowed:
+            if variable != self._time and slowed:
                 add(self._cpu, variable, slowed * coefficient)
         self._program.at_most(self._steps, -self._constant)
         for lane in (self._cpu, self._copies, self._dram, self._tail):
