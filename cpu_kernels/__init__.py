@@ -3,12 +3,23 @@
     with CpuKernels() as ops:
         ops.linear(x, weight, "q4", None, out)
 
-Knows nothing of models, placement or GPUs. `layout` describes the packed weights, `kv_layout` the KV pages;
-`CpuKernels` holds the ops.
+Knows nothing of models, placement or GPUs. `layout` describes the packed weights, `kv_layout` the KV pages, both without
+importing torch or numba; `CpuKernels` holds the ops. Names are imported when they are first used.
 """
 
-from . import kv_layout, layout
-from .kernels import CpuKernels
-from .memory import HUGE_PAGE_BYTES, advise_huge_pages, fresh_memory
+from importlib import import_module
 
-__all__ = ["HUGE_PAGE_BYTES", "CpuKernels", "advise_huge_pages", "fresh_memory", "kv_layout", "layout"]
+_HOMES = {
+    "CpuKernels": "cpu_kernels.kernels",
+    "HUGE_PAGE_BYTES": "cpu_kernels.memory",
+    "advise_huge_pages": "cpu_kernels.memory",
+    "fresh_memory": "cpu_kernels.memory",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(import_module(_HOMES[name]), name)

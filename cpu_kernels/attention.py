@@ -1,11 +1,9 @@
 """decode_attention and prefill_attention over paged K and V, and the checks that keep them inside their pages."""
 
-import struct
-
 import torch
 
 from . import attention_layout as shared
-from .checks import check_tensor, expect
+from .checks import bits_of, check_tensor, expect
 from .kv_layout import ITEM_BYTES, code_bytes, is_quantised, row_items
 from .team import Team
 
@@ -55,11 +53,6 @@ def split_limits(batch: int, groups: int, tokens: int, num_threads: int) -> tupl
     wanted = -(-ITEMS_PER_THREAD * num_threads // batch)
     splits = max(1, min(wanted, tokens // (shared.SPLIT_TILES * shared.KEY_TILE)))
     return splits, wanted, min(groups * splits, wanted + groups - 1)
-
-
-def bits_of(value: float) -> int:
-    """A float64's bits as int64, the form in which a kernel takes it."""
-    return struct.unpack("=q", struct.pack("=d", value))[0]
 
 
 def decode_attention(

@@ -1,5 +1,7 @@
 """Argument checks of the wrappers: a kernel trusts its addresses, so nothing wrong may reach one."""
 
+import struct
+
 import torch
 
 
@@ -30,3 +32,8 @@ def _explain(name: str, tensor: torch.Tensor, dtypes: tuple, shape: tuple, fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be [{wanted}]")
     raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; it must be contiguous there")
+
+
+def bits_of(value: float) -> int:
+    """A float64's bits as int64, the form in which a kernel takes it."""
+    return struct.unpack("=q", struct.pack("=d", value))[0]

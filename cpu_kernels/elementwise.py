@@ -2,8 +2,7 @@
 
 import torch
 
-from .attention import bits_of
-from .checks import check_tensor, expect
+from .checks import bits_of, check_tensor, expect
 from .elementwise_layout import MERGE_PARTS
 from .team import Team
 

@@ -44,16 +44,17 @@ def linear(
         check_tensor("bias", bias, torch.float32, (num_blocks * layout.BLOCK_FEATURES,))
     if rows == 0 or num_blocks == 0:
         return
-    family = "linear_q" if weight_dtype in layout.SUPERBLOCK_LINES else "linear_dot"
+    quantised = weight_dtype in layout.SUPERBLOCK_LINES
+    kernel = ("linear_q_kernel", "linear_q") if quantised else ("linear_dot_kernel", "linear_dot")
     isa = team.isa
     if rows == 1:
         tile = 1
-    elif family == "linear_q":
+    elif quantised:
         tile = isa.row_tile
     else:
         tile = isa.dot_tile if rows > STREAM_ROWS and weight_dtype == "bf16" else 4
     team.run(
-        (f"{family}_kernel", family, isa, weight_dtype, tile),
+        (*kernel, isa, weight_dtype, tile),
         scratch_bytes(weight_dtype, rows, in_features),
         x.data_ptr(),
         4 * x.stride(0),

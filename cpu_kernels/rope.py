@@ -2,8 +2,8 @@
 
 import torch
 
-from .attention import bits_of, check_pages, page_parameters
-from .checks import check_tensor, expect
+from .attention import check_pages, page_parameters
+from .checks import bits_of, check_tensor, expect
 from .kv_layout import hadamard_block
 from .team import Team
 

@@ -19,7 +19,7 @@ _HOMES = {
     "Metrics": "hetero_attn.request",
     "HeteroError": "hetero_attn.errors",
     "plan_model": "hetero_attn.planning",
-    "profile_machine": "hetero_attn.profiles",
+    "profile_machine": "hetero_attn.measure",
     "Policy": "placement",
     "Plan": "placement",
     "HardwareProfile": "placement",

@@ -1,19 +1,13 @@
 """Pages of keys and values: the memory they are in, and one page as the sequences that share it see it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
 from cpu_kernels import fresh_memory, kv_layout
 from hetero_attn.devices import Device
 from hetero_attn.errors import MemoryBudgetError
-
-if TYPE_CHECKING:
-    from hetero_attn.prefix_tree import Node
 
 Allocate = Callable[[tuple[int, ...], torch.dtype, str], torch.Tensor]
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "q8": torch.int8, "q4": torch.uint8}
@@ -37,7 +31,20 @@ class Page:
     recent: int | None = None
     spilled: int | None = None
     slots: set[int] = field(default_factory=set)
-    node: Node | None = None
+    node: "Node | None" = None
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One page of tokens after its parent's in the prefix tree.
+
+    pages: by layer group, None where it is not stored any more.
+    """
+
+    parent: "Node | None"
+    tokens: tuple[int, ...]
+    pages: list[Page | None]
+    children: dict[tuple[int, ...], "Node"] = field(default_factory=dict)
 
 
 class PagedStore:

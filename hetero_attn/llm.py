@@ -10,6 +10,7 @@ import torch
 
 from hetero_attn.builder import build_engine
 from hetero_attn.errors import EngineDeadError, PromptError
+from hetero_attn.measure import refresh_profile
 from hetero_attn.planning import PAGE_TOKENS, PlannedModel, prepare
 from hetero_attn.progress import PrefillBar, compile_note, loading_bar
 from hetero_attn.rebalancing import Rebalancer
@@ -67,6 +68,8 @@ class LLM:
         handover: str = "auto",
         progress: bool = True,
     ) -> None:
+        if hardware is None and device != "emulated":
+            refresh_profile()
         planned = prepare(
             model,
             policy,

@@ -6,20 +6,9 @@ holds it; the prefix is then shorter. A layer with a sliding window needs only t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from hetero_attn.kv_pages import Page
+from hetero_attn.kv_pages import Node, Page
 from hetero_attn.layer_group import LayerGroup
-
-
-@dataclass(slots=True, eq=False)
-class Node:
-    """One page of tokens after its parent's. pages: by layer group, None where it is not stored any more."""
-
-    parent: "Node | None"
-    tokens: tuple[int, ...]
-    pages: list[Page | None]
-    children: dict[tuple[int, ...], "Node"] = field(default_factory=dict)
 
 
 class PrefixTree:

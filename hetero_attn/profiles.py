@@ -1,9 +1,11 @@
-"""This machine's measured profile: made on request, kept as JSON, recognised as stale or foreign by its fingerprint."""
+"""This machine's kept profile: JSON that `measure` wrote, recognised as stale or foreign by its fingerprint.
+
+Nothing here measures: who wants a measurement asks `hetero_attn.measure` for it.
+"""
 
 import hashlib
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -14,37 +16,6 @@ from placement.hardware import HardwareProfile
 
 LEAST_TO_SHARE = 4  # cores; with fewer, one is too large a part of the lane
 HOST_MEMORY_SHARE = 0.9  # the rest is for the system and for Python itself
-
-
-def profile_machine(on_progress: Callable[[str], None] = lambda what: None, save: bool = True) -> HardwareProfile:
-    """Measure this machine, keep the result for later plans, and return it; takes well under a minute.
-
-    on_progress(what) is called before each measurement. save=False leaves the kept profile alone.
-    """
-    import torch
-
-    from hetero_attn.runtime_profile import with_runtime_costs
-    from placement.profiler import measure
-
-    profile, device = measure(lane_threads(), host_memory_bytes(), on_progress), "cpu"
-    if torch.cuda.is_available():
-        profile, device = _with_gpu(profile, on_progress), "cuda"
-    on_progress("Python and hand-overs")
-    profile = with_runtime_costs(profile, device)
-    if save:
-        path = profile_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(profile.to_json() + "\n")
-        temporary.replace(path)
-    return profile
-
-
-def _with_gpu(profile: HardwareProfile, on_progress: Callable[[str], None]) -> HardwareProfile:
-    import gpu_kernels
-    from placement.gpu_profiler import TorchGpu, measure_gpu
-
-    return measure_gpu(TorchGpu(gpu_kernels), profile, on_progress)
 
 
 def stored_profile() -> HardwareProfile | None:
@@ -59,16 +30,24 @@ def stored_profile() -> HardwareProfile | None:
 
 
 def current_profile() -> HardwareProfile | None:
-    """The kept profile; one that is damaged, stale or of another machine is measured again, which takes some seconds.
-
-    None when none was ever kept: nothing is measured that nobody asked for.
-    """
+    """The kept profile to plan with, None where there is none; warns where one is kept that cannot be used."""
     profile = stored_profile()
     if profile is None and profile_path().exists():
-        message = "the kept profile is damaged or of another machine or version: measuring this machine again"
+        message = (
+            "the kept profile is damaged or of another machine or version and is not used; "
+            "`hetero-attn profile` measures this machine again"
+        )
         warnings.warn(message, stacklevel=3)
-        profile = profile_machine()
     return profile
+
+
+def keep(profile: HardwareProfile) -> None:
+    """Keep a profile of this machine for later plans, in place of the one before."""
+    path = profile_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(profile.to_json() + "\n")
+    temporary.replace(path)
 
 
 def lane_threads() -> int:

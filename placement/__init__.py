@@ -6,7 +6,8 @@ cost: how long it takes; plan: the answer.
 
 from placement.hardware import HardwareProfile, catalogue_names
 from placement.memory import KvPlacement, LinearPlacement, MemoryReport
-from placement.plan import Plan, Prediction
+from placement.phase_cost import Prediction
+from placement.plan import Plan
 from placement.planner import BudgetError, make_plan
 from placement.policy import Policy, PolicyError, policy_schema, shipped_policies
 from placement.workload import NUM_ROW_TIERS, ROW_TIER_LIMITS, ROW_TIER_NAMES, KvShard, LinearShard, Workload, row_tier

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from placement.constraints import KvBounds
-from placement.op_cost import Call
 from placement.workload import KvShard, Workload
 
 
@@ -14,15 +13,6 @@ class Budgets:
     gpu: float
     pinned: float | None = None
     host: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class WeightedCall:
-    """A pass and how often it counts in the objective. with_head: whether it computes logits."""
-
-    call: Call
-    weight: float
-    with_head: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ What may be chosen and what memory it takes: placement.unknowns. What a pass cos
 are nearly pure linear programs.
 """
 
-from placement.decisions import Totals, WeightedCall
+from placement.decisions import Totals
+from placement.op_cost import WeightedCall
 from placement.pass_time import TIE_BREAK, PassTime
 from placement.unknowns import Unknowns
 

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 from placement.cost import pass_cost
-from placement.decisions import WeightedCall
 from placement.hardware import HardwareProfile
 from placement.memory import KvPlacement, LinearPlacement
-from placement.op_cost import Call
+from placement.op_cost import Call, WeightedCall
 from placement.workload import ROW_TIER_LIMITS, Workload
 
 REFERENCE_PROMPT = 512

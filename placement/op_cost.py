@@ -17,8 +17,8 @@ Block = tuple[int | None, str]
 # Two norms, rotary embedding with the KV append, the gated activation; on a GPU also adding what the CPU computed.
 SMALL_CALLS_PER_LAYER_ON_CPU = 4
 SMALL_CALLS_PER_LAYER_ON_GPU = 5
-# Those, four linears and attention.
 LINEARS_PER_LAYER = 4
+# Those, the linears and attention.
 LAUNCHES_PER_LAYER = SMALL_CALLS_PER_LAYER_ON_GPU + LINEARS_PER_LAYER + 1
 GPU_PRODUCT_BYTES = 64 << 20  # of weights as bf16 in one product of many rows, as the GPU's linear has it
 
@@ -40,6 +40,15 @@ class Call:
     def tier(self) -> int:
         """Row tier of the pass."""
         return row_tier(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedCall:
+    """A pass and how often it counts in the objective. with_head: whether it computes logits."""
+
+    call: Call
+    weight: float
+    with_head: bool = True
 
 
 @dataclass(frozen=True, slots=True)

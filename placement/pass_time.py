@@ -11,9 +11,9 @@ of the sums of its parts.
 
 from dataclasses import dataclass, field
 
-from placement.decisions import WeightedCall, gpu_tokens_of
+from placement.decisions import gpu_tokens_of
 from placement.layer_classes import LayerClass, LinearClass
-from placement.op_cost import BLOCKS, attention_cost, small_ops_s, step_cost
+from placement.op_cost import BLOCKS, WeightedCall, attention_cost, small_ops_s, step_cost
 from placement.pairing import pairs
 from placement.program import add
 from placement.unknowns import Unknowns

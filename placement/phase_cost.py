@@ -1,6 +1,7 @@
 """The predicted cost of a phase: its time, and which resource decides it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 RESOURCES = ("steps", "cpu", "pcie", "dram", "gpu")
 TERMS = (
@@ -92,4 +93,31 @@ class PhaseCost:
             "slack": self.slack,
             "lanes_s": dict(self.lanes),
             "terms_s": dict(self.terms),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the cost model expects of a plan on a machine.
+
+    decode, prefill: at the planner's reference context and prompt; decode_by_context: the same step at growing
+    contexts. objective_s: the seconds that the planner minimised.
+    """
+
+    hardware: str
+    objective: str
+    objective_s: float
+    decode: PhaseCost
+    prefill: PhaseCost
+    decode_by_context: tuple[PhaseCost, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "hardware": self.hardware,
+            "objective": self.objective,
+            "objective_s": self.objective_s,
+            "decode": self.decode.to_dict(),
+            "prefill": self.prefill.to_dict(),
+            "decode_by_context": [cost.to_dict() for cost in self.decode_by_context],
         }

@@ -4,7 +4,7 @@ The runtime reads placements and sizes from here and allocates by the functions 
 bytes are the allocated ones. `to_yaml` writes the plan as a policy that make_plan turns into the same plan again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from placement.memory import (
     staging_piece_units,
     staging_slot_bytes,
 )
-from placement.phase_cost import PhaseCost
+from placement.phase_cost import Prediction
+from placement.plan_rows import PlanRow, plan_rows
 from placement.workload import NUM_ROW_TIERS, ROW_TIER_LIMITS, ROW_TIER_NAMES, KvShard, LinearShard, Workload, row_tier
 
 __all__ = [
@@ -43,33 +44,6 @@ __all__ = [
 
 DEVICES = ("cpu", "cuda", "emulated")
 CURVE_CONTEXTS = (128, 512, 2048, 8192, 32768, 131072)
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What the cost model expects of a plan on a machine.
-
-    decode, prefill: at the planner's reference context and prompt; decode_by_context: the same step at growing
-    contexts. objective_s: the seconds that the planner minimised.
-    """
-
-    hardware: str
-    objective: str
-    objective_s: float
-    decode: PhaseCost
-    prefill: PhaseCost
-    decode_by_context: tuple[PhaseCost, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "hardware": self.hardware,
-            "objective": self.objective,
-            "objective_s": self.objective_s,
-            "decode": self.decode.to_dict(),
-            "prefill": self.prefill.to_dict(),
-            "decode_by_context": [cost.to_dict() for cost in self.decode_by_context],
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,10 +157,10 @@ class Plan:
         elif self.device != "cpu":
             lines.append(f"shape: {self.shape}")
         lines.append("rules:")
-        for group in grouped(self.workload.linears, self.linears):
-            lines += _linear_rule(group)
-        for group in grouped(self.workload.kv, self.kv):
-            lines += _kv_rule(group)
+        for row in plan_rows(self.workload.linears, self.linears):
+            lines += _linear_rule(row)
+        for row in plan_rows(self.workload.kv, self.kv):
+            lines += _kv_rule(row)
         return "\n".join(lines) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
@@ -250,55 +224,9 @@ def build_plan(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Neighbouring layers whose shards of one kind have equal shape and placement; `label` is a policy pattern."""
-
-    label: str
-    shards: tuple[Any, ...]
-    placement: Any
-
-    @property
-    def count(self) -> int:
-        """Number of shards in the group."""
-        return len(self.shards)
-
-
-def grouped(shards: Sequence[Any], placements: Sequence[Any]) -> Iterator[Group]:
-    """Join equal neighbours: `layers.0-15.qkv`. Groups come in order of kind, then of layer."""
-    by_kind: dict[str, list[tuple[Any, Any]]] = {}
-    for shard, placement in zip(shards, placements, strict=True):
-        by_kind.setdefault(shard.name.rpartition(".")[2], []).append((shard, placement))
-    for pairs in by_kind.values():
-        start = 0
-        for i in range(1, len(pairs) + 1):
-            if i == len(pairs) or not _same(pairs[i - 1], pairs[i]):
-                yield _group(pairs[start:i])
-                start = i
-
-
-def _same(left: tuple[Any, Any], right: tuple[Any, Any]) -> bool:
-    return (
-        all(_anonymous(a) == _anonymous(b) for a, b in zip(left, right, strict=True))
-        and right[0].layer == (left[0].layer or 0) + 1
-    )
-
-
-def _anonymous(value: Any) -> tuple[Any, ...]:
-    return tuple(getattr(value, name) for name in value.__slots__ if name not in ("name", "layer"))
-
-
-def _group(pairs: list[tuple[Any, Any]]) -> Group:
-    first, last = pairs[0][0], pairs[-1][0]
-    label = (
-        first.name if len(pairs) == 1 else first.name.replace(f".{first.layer}.", f".{first.layer}-{last.layer}.", 1)
-    )
-    return Group(label, tuple(shard for shard, _ in pairs), pairs[0][1])
-
-
-def _linear_rule(group: Group) -> list[str]:
-    placement: LinearPlacement = group.placement
-    lines = [f"  - match: {group.label}", f"    gpu: {placement.gpu_units} units"]
+def _linear_rule(row: PlanRow) -> list[str]:
+    placement: LinearPlacement = row.placement
+    lines = [f"  - match: {row.label}", f"    gpu: {placement.gpu_units} units"]
     if len(set(placement.stream_units)) == 1:
         return [*lines, f"    stream: {placement.stream_units[0]} units"]
     lines.append("    tiers:")
@@ -308,10 +236,10 @@ def _linear_rule(group: Group) -> list[str]:
     ]
 
 
-def _kv_rule(group: Group) -> list[str]:
-    placement: KvPlacement = group.placement
+def _kv_rule(row: PlanRow) -> list[str]:
+    placement: KvPlacement = row.placement
     return [
-        f"  - match: {group.label}",
+        f"  - match: {row.label}",
         f"    kv: {{gpu_heads: {placement.gpu_groups}, gpu_tokens: {placement.gpu_tokens}}}",
     ]
 

@@ -9,7 +9,8 @@ from placement.hardware import HardwareProfile
 from placement.memory import activation_bytes, gpu_resident_bytes
 from placement.objective import objective_s, reference_batch, reference_calls, reference_context, reference_prompt
 from placement.pairing import block_apart, is_paired, paired_workload
-from placement.plan import CURVE_CONTEXTS, DEVICES, Plan, Prediction, build_plan
+from placement.phase_cost import Prediction
+from placement.plan import CURVE_CONTEXTS, DEVICES, Plan, build_plan
 from placement.policy import Policy, PolicyError
 from placement.search import Candidate, Problem, candidates, complete, fixed_candidate, least_bytes
 from placement.units import format_bytes

@@ -6,13 +6,14 @@ Every candidate is judged by the cost model itself, so the prediction that a pla
 from dataclasses import dataclass, replace
 
 from placement.constraints import Bounds
-from placement.decisions import Budgets, Homes, WeightedCall
+from placement.decisions import Budgets, Homes
 from placement.formulation import Formulation
 from placement.hardware import HardwareProfile
 from placement.layer_classes import LayerClass, layer_classes, single_layers
 from placement.layout import Layout, lay_out, placements, streams
 from placement.memory import KvPlacement, LinearPlacement, memory_report, staging_slot_bytes
 from placement.objective import objective_s, reference_batch, reference_calls, reference_context, tier_call
+from placement.op_cost import WeightedCall
 from placement.unknowns import Unknowns
 from placement.workload import NUM_ROW_TIERS, ROW_TIER_NAMES, Workload, round_up
 

@@ -1,21 +1,59 @@
 """The plan as plain text: placements by lane, bytes by place and kind, predicted speed."""
 
 import io
+from typing import Protocol
 
 from rich.console import Console
 from rich.table import Table
 
-from placement.memory import KINDS, PLACES, KvPlacement, LinearPlacement, first_dram_unit, kv_dram_bytes, kv_gpu_bytes
-from placement.phase_cost import RESOURCE_WORDS
-from placement.plan import Group, Plan, Prediction, grouped
+from placement.memory import (
+    KINDS,
+    PLACES,
+    KvPlacement,
+    LinearPlacement,
+    MemoryReport,
+    first_dram_unit,
+    kv_dram_bytes,
+    kv_gpu_bytes,
+)
+from placement.phase_cost import RESOURCE_WORDS, Prediction
+from placement.plan_rows import PlanRow, plan_rows
 from placement.units import format_bytes
-from placement.workload import NUM_ROW_TIERS
+from placement.workload import NUM_ROW_TIERS, Workload
 
 COLUMNS = ("shard", "count", "units", "GPU home", "decode g/s/c", "prefill g/s/c", "GPU bytes", "DRAM bytes")
 PLACE_WORDS = {"gpu": "GPU memory", "pinned": "pinned DRAM", "host": "host DRAM"}
 
 
-def plan_table(plan: Plan, width: int) -> str:
+class ShownPlan(Protocol):
+    """What of a plan is shown: `placement.plan.Plan` is one."""
+
+    workload: Workload
+    device: str
+    gpu_memory_bytes: int | None
+    linears: tuple[LinearPlacement, ...]
+    kv: tuple[KvPlacement, ...]
+    num_threads: int
+    memory: MemoryReport
+    predicted: Prediction | None
+
+    @property
+    def model(self) -> str:
+        """Name of the planned model."""
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of one sequence."""
+
+    @property
+    def max_batch(self) -> int:
+        """Sequences decoded together."""
+
+    def kv_by_context(self) -> list[tuple[int, int, int]]:
+        """Bytes that one sequence takes of the cache, in GPU memory and in DRAM, by context."""
+
+
+def plan_table(plan: ShownPlan, width: int) -> str:
     """Render a plan as text of at most `width` columns, without colour codes."""
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
     budget = f", GPU memory budget {format_bytes(plan.gpu_memory_bytes)}" if plan.gpu_memory_bytes is not None else ""
@@ -34,7 +72,7 @@ def plan_table(plan: Plan, width: int) -> str:
     return console.file.getvalue()
 
 
-def kv_line(plan: Plan) -> str:
+def kv_line(plan: ShownPlan) -> str:
     """What one sequence takes of the cache as it grows, in GPU memory and in DRAM."""
     sizes = (
         f"{context}: " + (f"{format_bytes(gpu)} + {format_bytes(dram)}" if plan.device != "cpu" else format_bytes(dram))
@@ -60,24 +98,24 @@ def prediction_lines(predicted: Prediction) -> list[str]:
     return lines
 
 
-def _placements(plan: Plan) -> Table:
+def _placements(plan: ShownPlan) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     # Without a GPU there is one lane and one home: nothing to say about a cut.
     shown = (0, 1, 2, 7) if plan.device == "cpu" else range(len(COLUMNS))
     for index in shown:
         table.add_column(COLUMNS[index], justify="right" if index else "left", no_wrap=True)
-    rows = [_linear_row(plan, group) for group in grouped(plan.workload.linears, plan.linears)]
-    for row in rows + [_kv_row(plan, group) for group in grouped(plan.workload.kv, plan.kv)]:
-        table.add_row(*(row[index] for index in shown))
+    rows = [_linear_row(plan, row) for row in plan_rows(plan.workload.linears, plan.linears)]
+    for cells in rows + [_kv_row(plan, row) for row in plan_rows(plan.workload.kv, plan.kv)]:
+        table.add_row(*(cells[index] for index in shown))
     return table
 
 
-def _linear_row(plan: Plan, group: Group) -> tuple[str, ...]:
-    placement: LinearPlacement = group.placement
-    unit_bytes = group.shards[0].unit_bytes * group.count
+def _linear_row(plan: ShownPlan, row: PlanRow) -> tuple[str, ...]:
+    placement: LinearPlacement = row.placement
+    unit_bytes = row.shards[0].unit_bytes * row.count
     return (
-        group.label,
-        str(group.count),
+        row.label,
+        str(row.count),
         str(placement.units),
         str(placement.gpu_units),
         "/".join(map(str, placement.cut(0))),
@@ -87,16 +125,16 @@ def _linear_row(plan: Plan, group: Group) -> tuple[str, ...]:
     )
 
 
-def _kv_row(plan: Plan, group: Group) -> tuple[str, ...]:
-    placement: KvPlacement = group.placement
-    gpu = sum(kv_gpu_bytes(plan.workload, shard, placement) for shard in group.shards)
-    dram = sum(kv_dram_bytes(plan.workload, shard, placement) for shard in group.shards)
+def _kv_row(plan: ShownPlan, row: PlanRow) -> tuple[str, ...]:
+    placement: KvPlacement = row.placement
+    gpu = sum(kv_gpu_bytes(plan.workload, shard, placement) for shard in row.shards)
+    dram = sum(kv_dram_bytes(plan.workload, shard, placement) for shard in row.shards)
     cut = f"{placement.gpu_groups}/0/{placement.groups - placement.gpu_groups}"
     home = f"{placement.gpu_groups} ({placement.gpu_tokens} tok)" if placement.gpu_groups else "0"
-    return (group.label, str(group.count), str(placement.groups), home, cut, cut, format_bytes(gpu), format_bytes(dram))
+    return (row.label, str(row.count), str(placement.groups), home, cut, cut, format_bytes(gpu), format_bytes(dram))
 
 
-def _memory(plan: Plan) -> Table:
+def _memory(plan: ShownPlan) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     by_place = plan.memory.to_dict()
     kinds = [kind for kind in KINDS if any(by_place[place].get(kind) for place in PLACES)]

@@ -9,11 +9,11 @@ stream them whole or not at all. Bytes are scaled to the order of 10000, far abo
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from placement.decisions import Budgets, Homes, WeightedCall, gpu_tokens_of
+from placement.decisions import Budgets, Homes, gpu_tokens_of
 from placement.hardware import HardwareProfile
 from placement.layer_classes import KvClass, LayerClass, LinearClass
 from placement.memory import kv_spilled_tokens, staging_piece_units
-from placement.op_cost import cpu_linear_s_per_unit
+from placement.op_cost import WeightedCall, cpu_linear_s_per_unit
 from placement.pairing import pairs
 from placement.program import INFINITY, Program, add
 from placement.workload import NUM_ROW_TIERS, Workload, row_tier

@@ -18,7 +18,8 @@ from placement import (
     shipped_policies,
 )
 from placement.memory import MAX_STAGING_PIECE_BYTES, kv_dram_bytes, kv_gpu_bytes, memory_report, staging_slot_bytes
-from placement.plan import build_plan, grouped
+from placement.plan import build_plan
+from placement.plan_rows import plan_rows
 
 EMULATED = HardwareProfile.named("emulated")
 ALL = (0,) * NUM_ROW_TIERS
@@ -206,7 +207,7 @@ def test_equal_neighbours_are_grouped():
     plan = plan_of(workload)
     odd = replace(plan.linears[4], gpu_units=0, stream_units=ALL)
 
-    labels = [group.label for group in grouped(workload.linears, [*plan.linears[:4], odd, *plan.linears[5:]])]
+    labels = [row.label for row in plan_rows(workload.linears, [*plan.linears[:4], odd, *plan.linears[5:]])]
 
     assert [
         "layers.0.qkv",

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hetero_attn import profiles, runtime_profile
+from hetero_attn import measure, profiles, runtime_profile
+from hetero_attn.planning import machine_profile
 from placement import attention_profiler, linear_profiler, profiler, timing
 from placement.fingerprint import kernel_folders, machine_fingerprint, source_digest
 from placement.hardware import HardwareProfile
@@ -19,7 +20,8 @@ PROFILERS = (attention_profiler, linear_profiler, profiler, timing)
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
     """A quick measurement: small buffers, few repetitions, kept in a directory of the test's own."""
-    monkeypatch.setattr(profiles, "profile_path", lambda: tmp_path / "profiles" / "host.json")
+    for module in (profiles, measure):
+        monkeypatch.setattr(module, "profile_path", lambda: tmp_path / "profiles" / "host.json")
     for name, value in {
         "ROW_COUNTS": (1, 8, 65),
         "SWEEP_BYTES": 1 << 20,
@@ -44,7 +46,7 @@ def measured(monkeypatch, tmp_path):
     monkeypatch.setattr(runtime_profile, "COLD_STEPS", 1)
     monkeypatch.setattr(runtime_profile, "SWEEP_BYTES", 1 << 20)
     steps = []
-    return profiles.profile_machine(steps.append), steps
+    return measure.profile_machine(steps.append), steps
 
 
 def test_a_measured_profile_is_kept_and_found_again(measured):
@@ -105,18 +107,32 @@ def test_a_damaged_profile_is_not_used(measured, text):
     assert profiles.stored_profile() is None
 
 
-def test_a_stale_profile_is_measured_again_and_a_missing_one_is_not(measured, monkeypatch):
+def test_a_stale_profile_is_measured_again_on_request_and_a_missing_one_is_not(measured, monkeypatch):
     profile, _ = measured
     made = []
-    monkeypatch.setattr(profiles, "profile_machine", lambda: made.append(1) or profile)
-    assert profiles.current_profile() == profile and not made
+    monkeypatch.setattr(measure, "profile_machine", lambda: made.append(1))
+    measure.refresh_profile()
+    assert not made
 
     profiles.profile_path().write_text(replace(profile, fingerprint=(("torch", "0.1"),)).to_json())
     with pytest.warns(UserWarning, match="of another machine or version: measuring this machine again"):
-        assert profiles.current_profile() is profile
+        measure.refresh_profile()
     profiles.profile_path().unlink()
+    measure.refresh_profile()
 
-    assert profiles.current_profile() is None and [1] == made
+    assert [1] == made
+
+
+def test_planning_never_measures(measured, monkeypatch):
+    """A plan was made only after seconds of measuring, unseen, where a kept profile had become stale."""
+    profile, _ = measured
+    monkeypatch.setattr(measure, "profile_machine", lambda: pytest.fail("planning has measured the machine"))
+    profiles.profile_path().write_text(replace(profile, fingerprint=(("torch", "0.1"),)).to_json())
+
+    with pytest.warns(UserWarning, match="is not used; `hetero-attn profile` measures this machine again"):
+        used = machine_profile("cpu")
+
+    assert used.name == HardwareProfile.named("generic-cpu").name
 
 
 def test_a_profile_that_was_kept_before_all_caches_were_measured_is_stale(measured):
@@ -130,7 +146,6 @@ def test_a_profile_that_was_kept_before_all_caches_were_measured_is_stale(measur
 
 def test_without_a_profile_plans_use_the_catalogue(monkeypatch, tmp_path):
     monkeypatch.setattr(profiles, "profile_path", lambda: tmp_path / "none.json")
-    from hetero_attn.planning import machine_profile
 
     assert machine_profile("cpu").name == HardwareProfile.named("generic-cpu").name
 

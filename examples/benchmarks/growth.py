@@ -35,8 +35,9 @@ import torch
 from random_checkpoint import Shape, write_checkpoint
 
 from hetero_attn import LLM, HardwareProfile, Policy
+from hetero_attn.measure import profile_machine
 from hetero_attn.planning import plan_model
-from hetero_attn.profiles import profile_machine, stored_profile
+from hetero_attn.profiles import stored_profile
 from placement.cost import predict, working_set_bytes
 from placement.timing import host_full
 

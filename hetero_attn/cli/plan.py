@@ -35,9 +35,12 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Show what of a model would live on which lane, the bytes and the predicted speed."""
+    from hetero_attn.measure import refresh_profile
     from hetero_attn.planning import PAGE_TOKENS, prepare
     from hetero_attn.progress import working
 
+    if hardware is None and device != "emulated":
+        refresh_profile()
     planned = prepare(
         model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, device=device, hardware=machine(hardware),
         max_context=context, max_batch=None, num_threads=threads, page_size=PAGE_TOKENS, kv_dtype=kv_dtype,

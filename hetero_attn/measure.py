@@ -1,0 +1,45 @@
+"""Measuring this machine: the one place that runs it for seconds. Planning only reads what was kept."""
+
+import warnings
+from collections.abc import Callable
+
+from hetero_attn.profiles import host_memory_bytes, keep, lane_threads, profile_path, stored_profile
+from placement.hardware import HardwareProfile
+
+
+def profile_machine(on_progress: Callable[[str], None] = lambda what: None, save: bool = True) -> HardwareProfile:
+    """Measure this machine, keep the result for later plans, and return it; takes well under a minute.
+
+    on_progress(what) is called before each measurement. save=False leaves the kept profile alone.
+    """
+    import torch
+
+    from hetero_attn.runtime_profile import with_runtime_costs
+    from placement.profiler import measure
+
+    profile, device = measure(lane_threads(), host_memory_bytes(), on_progress), "cpu"
+    if torch.cuda.is_available():
+        profile, device = _with_gpu(profile, on_progress), "cuda"
+    on_progress("Python and hand-overs")
+    profile = with_runtime_costs(profile, device)
+    if save:
+        keep(profile)
+    return profile
+
+
+def _with_gpu(profile: HardwareProfile, on_progress: Callable[[str], None]) -> HardwareProfile:
+    import gpu_kernels
+    from placement.gpu_profiler import TorchGpu, measure_gpu
+
+    return measure_gpu(TorchGpu(gpu_kernels), profile, on_progress)
+
+
+def refresh_profile() -> None:
+    """Measure this machine again, which takes some seconds, where the kept profile is damaged, stale or of another one.
+
+    Nothing is measured where none was ever kept: nobody asked for it.
+    """
+    if profile_path().exists() and stored_profile() is None:
+        message = "the kept profile is damaged or of another machine or version: measuring this machine again"
+        warnings.warn(message, stacklevel=3)
+        profile_machine()
