@@ -29,6 +29,7 @@ import llvmlite.binding as llvm
 from .isa import Isa
 
 CHECKSUM_BYTES = 32
+PACKAGE = __name__.partition(".")[0]
 
 
 def default_cache_dir() -> Path:
@@ -36,12 +37,19 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hetero_attn" / "cpu_kernels"
 
 
+def source_digest(package: Path) -> str:
+    """A hash of the Python files of a package, those in its subfolders too, and of where in it each one lies."""
+    digest = hashlib.sha256()
+    for source in sorted(package.rglob("*.py")):
+        content = source.read_bytes()
+        digest.update(f"{source.relative_to(package).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
 @functools.cache
 def build_key() -> str:
     """Hash of everything that a compiled kernel depends on: source, versions, CPU; read once per process."""
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.name.encode() + source.read_bytes())
+    digest = hashlib.sha256(source_digest(Path(sys.modules[PACKAGE].__file__).parent).encode())
     versions = (sys.version, importlib.metadata.version("numba"), llvmlite.__version__, platform.machine())
     features = llvm.get_host_cpu_features().flatten() if platform.machine() else ""
     digest.update(repr((versions, llvm.get_host_cpu_name(), features)).encode())
@@ -76,7 +84,7 @@ class KernelStore:
         self._engine = None
 
     def address(self, module: str, factory: str, *parameters: Isa | int | str) -> int:
-        """Entry point of the kernel that `cpu_kernels.<module>.<factory>(*parameters)` describes."""
+        """Entry point of the kernel that `cpu_kernels.<module>.<factory>(*parameters)` describes; `module` may be dotted."""
         key = (module, factory, *parameters)
         if key not in self._addresses:
             name = "_".join(str(part) for part in (factory, *parameters))
@@ -112,7 +120,7 @@ class KernelStore:
             self._on_compile(name)
         from .compiler import compile_object
 
-        kernel = getattr(importlib.import_module(f"{__package__}.{module}"), factory)(*parameters)
+        kernel = getattr(importlib.import_module(f"{PACKAGE}.{module}"), factory)(*parameters)
         code = compile_object(kernel, name)
         self._store(name, code)
         return self._map(name, code)

@@ -84,11 +84,15 @@ def test_the_fingerprint_names_what_the_rates_depend_on(monkeypatch, tmp_path):
 
 def test_kernels_that_were_changed_make_a_profile_stale(tmp_path):
     assert {"cpu_kernels", "gpu_kernels"} == {folder.name for folder in kernel_folders()}
-    (tmp_path / "kernel.py").write_text("before")
-    before = source_digest([tmp_path])
-    (tmp_path / "kernel.py").write_text("after")
+    (tmp_path / "attention").mkdir()
+    digests = {source_digest([tmp_path])}
+    for place in ("kernel.py", "attention/kernel.py"):
+        for text in ("before", "after"):
+            (tmp_path / place).write_text(text)
+            digests.add(source_digest([tmp_path]))
+    (tmp_path / "attention/kernel.py").rename(tmp_path / "attention/moved.py")
 
-    assert source_digest([tmp_path]) != before
+    assert len(digests | {source_digest([tmp_path])}) == 6
     assert dict(machine_fingerprint(1))["kernels"] == source_digest(kernel_folders())
 
 
