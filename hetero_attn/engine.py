@@ -259,6 +259,7 @@ class Engine:
     def _layers(self, step: Step) -> None:
         lanes, weights, work = self.lanes, self.weights, self._work.rows(step.rows)
         for index, layer in enumerate(weights.layers):
+            lanes.begin_layer()
             group, place = self.kv_cache.places[index]
             model.attention_block(
                 lanes,

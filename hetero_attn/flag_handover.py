@@ -1,9 +1,14 @@
-"""Hand-overs by flags: the caller queues a whole step ahead, and only GPU and host worker wait for each other.
+"""Hand-overs by flags: the caller queues ahead, and only GPU and host worker wait for each other.
 
 A flag is a word of page-locked host memory, alone on its cache lines. The GPU's stream waits for it or writes it
-without a kernel. While a step runs ahead, one counter is enough: the worker sets it to the number of each job it has
-ended, and the stream waits for the number of the last job it needs. It is set even if the job failed, so the GPU never
-waits for a job that is over; a job that never ends is released, with an error, when `join` has waited `watchdog_s`.
+without a kernel. While a step runs ahead, the worker sets one counter to the number of each job it has ended, and the
+stream waits for the number of the last job it needs. It is set even if the job failed, so the GPU never waits for a job
+that is over; a job that never ends is released, with an error, when `join` has waited `watchdog_s`. The other way round
+every job that follows GPU work has a flag, one of a ring, to which the stream writes the job's number.
+
+The worker waits for flags alone, never inside the driver: a launch that finds its queue full behind a parked wait holds
+the driver's lock until the worker has set what the GPU waits for. Nor does the caller run ahead without bound: a layer is
+queued once the jobs of the layer before the last have ended.
 
 In a captured step (`record`, then `replay` for every step) numbers would be the same each time, so every job has two
 flags of its own, each set by one side and waited for by the other. `replay` clears them all with one write before it
@@ -17,6 +22,7 @@ ops, or between a flag and an op.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -36,6 +42,8 @@ FLAG_WORDS = 16  # 128 bytes: a cache line and the one that is fetched with it
 JOBS_AT_LEAST = 128  # of a captured step, room for more only where a step has had more
 WATCHDOG_S = 60.0
 COUNTER_MASK = 0xFFFFFFFF
+REQUESTS = 64  # jobs that may wait at once, many more than two layers have
+RUN_AHEAD_LAYERS = 2
 
 
 @dataclass(slots=True)
@@ -82,53 +90,79 @@ class FlagHandover:
         self.worked_s = 0.0
         self._unused: list[torch.Tensor] = []
         self._counter = self._new_flags(1)[0, 0, :1]
+        self._requests = self._new_flags(REQUESTS)[:, 0, :1]
         self._given = self._ordered = 0
-        self._jobs: list[Future] = []
+        self._jobs: deque[tuple[int, Future]] = deque()
+        self._layers: deque[int] = deque()
+        self._is_abandoned = False
         self._most_jobs = 1
         self._recording: RecordedStep | None = None
+        self._replaying: RecordedStep | None = None
 
     @property
     def name(self) -> str:
         """What `handover=` calls it."""
         return "graph" if self.captures else "flags"
 
+    @property
+    def given(self) -> int:
+        """How many jobs were given so far; those of a recorded step count by themselves."""
+        return self._given if self._recording is None else len(self._recording.jobs)
+
     def submit(self, job: Job, after_device: bool) -> None:
         """Queue the job, or keep it for the step that is being recorded."""
         if self._recording is not None:
             self._record(job, after_device)
             return
-        event = self._device.record(self._device.compute) if after_device else None
-        self._given = (self._given + 1) & COUNTER_MASK
+        self._wait_for(self._given + 1 - REQUESTS)  # whose flag this job takes over
+        self._given += 1
+        if after_device:
+            self._device.write_flag(self._request(self._given), self._given & COUNTER_MASK)
         self._most_jobs = max(self._most_jobs, len(self._jobs) + 1)
-        self._jobs.append(self._worker.submit(self._run, event, job, self._given))
+        self._jobs.append((self._given, self._worker.submit(self._run, after_device, job, self._given)))
 
-    def order_device(self) -> None:
-        """Queue a wait of the GPU for the last job; the caller goes on."""
+    def order_device(self, given: int | None = None) -> None:
+        """Queue a wait of the GPU for the last job, or the last of the first `given`; the caller goes on."""
+        given = self.given if given is None else given
         if self._recording is not None:
-            self._order_recorded()
-        elif self._ordered != self._given:
-            self._device.wait_flag(self._counter, self._given)
-            self._ordered = self._given
+            self._order_recorded(given)
+        elif self._ordered < given:
+            self._device.wait_flag(self._counter, given & COUNTER_MASK)
+            self._ordered = given
 
-    def join(self) -> None:
-        """Block the caller until the jobs have ended; raises EngineDeadError for one that does not end."""
-        jobs, self._jobs = self._jobs, []
-        try:
-            failures = [failure for job in jobs if (failure := job.exception(self._watchdog_s)) is not None]
-        except FutureTimeout:
-            self._host_ops.set_flag(self._counter, self._given)
-            raise EngineDeadError(
-                f"a job of the CPU lane did not end within {self._watchdog_s:g} s; the GPU was released, make a new LLM"
-            ) from None
-        if failures:
-            raise failures[0]
+    def begin_layer(self) -> None:
+        """Block the caller until the jobs of the layer before the last have ended."""
+        if self._recording is not None:
+            return
+        self._layers.append(self._given)
+        if len(self._layers) >= RUN_AHEAD_LAYERS:
+            self._wait_for(self._layers.popleft())
+
+    def join(self, given: int | None = None) -> None:
+        """Block the caller until the jobs, or the first `given`, have ended; raises EngineDeadError for one that does not."""
+        failures = []
+        while self._jobs and (given is None or self._jobs[0][0] <= given):
+            self._wait_for(self._jobs[0][0])
+            failures.append(self._jobs.popleft()[1].exception(0))
+        if not self._jobs:
+            self._replaying = None
+        if (failure := next(filter(None, failures), None)) is not None:
+            raise failure
 
     def give_up(self) -> None:
-        """Wait for the jobs without looking at how they ended."""
-        jobs, self._jobs = self._jobs, []
+        """Let every job end, without looking at how, and nobody wait for what a step given up half-way will not do."""
         self._recording = None
-        for job in jobs:
-            job.exception(self._watchdog_s)
+        if self._replaying is not None:
+            self._release(self._replaying)
+        self._is_abandoned = not self._device_answers()
+        if self._is_abandoned:
+            for number, _ in self._jobs:
+                self._host_ops.set_flag(self._request(number), number & COUNTER_MASK)
+        try:
+            self._wait_for(self._given)
+        finally:
+            self._jobs.clear()
+            self._replaying, self._is_abandoned = None, False
 
     def close(self) -> None:
         """Finish the jobs and stop the thread; idempotent."""
@@ -166,15 +200,56 @@ class FlagHandover:
         """
         step.flags[: len(step.jobs)].zero_()
         serve = self._serve_jobs if step.program is None else self._serve_program
-        self._jobs.append(self._worker.submit(self._serve, serve, step))
+        self._replaying = step
+        self._given += 1
+        self._ordered = self._given  # the graph has waits of its own
+        self._jobs.append((self._given, self._worker.submit(self._serve, serve, step)))
 
-    def _run(self, event: Any, job: Job, number: int) -> None:
+    def _run(self, after_device: bool, job: Job, number: int) -> None:
         try:
-            if event is not None:
-                self._device.synchronize(event)
-            job()
+            if after_device:
+                self._await_request(number)
+            if not self._is_abandoned:
+                job()
         finally:
-            self._host_ops.set_flag(self._counter, number)
+            self._host_ops.set_flag(self._counter, number & COUNTER_MASK)
+
+    def _await_request(self, number: int) -> None:
+        if not self._host_ops.await_flag(self._request(number), number & COUNTER_MASK, self._watchdog_s):
+            raise self._unasked()
+
+    def _request(self, number: int) -> torch.Tensor:
+        return self._requests[number % REQUESTS]
+
+    def _wait_for(self, number: int) -> None:
+        """Block the caller until the job of this number and those before it have ended, however they did."""
+        for given, job in self._jobs:
+            if given > number:
+                return
+            try:
+                job.exception(self._watchdog_s)
+            except FutureTimeout:
+                self._jobs.clear()
+                self._host_ops.set_flag(self._counter, self._given & COUNTER_MASK)
+                raise EngineDeadError(
+                    f"a job of the CPU lane did not end within {self._watchdog_s:g} s; the GPU was released, make a new "
+                    "LLM"
+                ) from None
+
+    def _device_answers(self) -> bool:
+        """Whether the GPU still takes work; one that met a fault answers every call with it and asks for no job."""
+        try:
+            self._device.record(self._device.compute)
+        except Exception:  # torch and the driver's library have types of their own for it
+            return False
+        return True
+
+    def _release(self, step: RecordedStep) -> None:
+        """Let both sides of a replayed step run to their ends, whatever they compute."""
+        for recorded in step.jobs:
+            if recorded.request is not None:
+                self._host_ops.set_flag(recorded.request, 1)
+            self._set_done(recorded)
 
     def _serve(self, serve: Callable[[RecordedStep], None], step: RecordedStep) -> None:
         """Run a step's jobs; where one fails, or the GPU does not ask for one, let the GPU run to the end."""
@@ -184,10 +259,13 @@ class FlagHandover:
             for recorded in step.jobs:
                 self._set_done(recorded)
             if isinstance(failure, TimeoutError):
-                raise EngineDeadError(
-                    f"the GPU did not ask for its CPU columns within {self._watchdog_s:g} s; make a new LLM"
-                ) from None
+                raise self._unasked() from None
             raise
+
+    def _unasked(self) -> EngineDeadError:
+        return EngineDeadError(
+            f"the GPU did not ask for its CPU columns within {self._watchdog_s:g} s; make a new LLM"
+        )
 
     def _serve_program(self, step: RecordedStep) -> None:
         started = time.perf_counter()
@@ -224,10 +302,11 @@ class FlagHandover:
             self._device.write_flag(request, 1)
         step.jobs.append(RecordedJob(job, request))
 
-    def _order_recorded(self) -> None:
+    def _order_recorded(self, given: int) -> None:
+        """Wait for the last of the first `given` jobs, unless the stream does so already for it or a later one."""
         step = self._recording
-        if step.jobs and step.jobs[-1].done is None:
-            done = step.jobs[-1].done = step.flags[len(step.jobs) - 1, 1, :1]
+        if given and all(recorded.done is None for recorded in step.jobs[given - 1 :]):
+            done = step.jobs[given - 1].done = step.flags[given - 1, 1, :1]
             self._device.wait_flag(done, 1, exactly=True)
 
     def _take_flags(self) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """How host jobs and GPU work wait for each other: the one host worker, and three orders between it and the device.
 
     submit(job, after_device)   run `job` on the host after the jobs before it and, if asked, the GPU work queued so far
-    order_device()              GPU work queued from now on sees what the jobs given so far wrote
-    join()                      the calling thread sees it; raises what the first failed job raised
+    given                       how many jobs were given so far
+    order_device(given)         GPU work queued from now on sees what the first `given` jobs wrote; None: all of them
+    join(given)                 the calling thread sees it; raises what the first failed job raised
+    begin_layer()               the caller is about to queue a layer; it waits where it is too far ahead of the jobs
     give_up()                   let every job end and forget failures; for a step that is abandoned half-way
 
     overhead_s                  seconds that this itself took so far: waking the worker, noticing its end
@@ -13,6 +15,7 @@ the caller wherever GPU work has to see their results.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -27,6 +30,7 @@ class InOrder:
 
     name = "in order"
     captures = False
+    given = 0
     overhead_s = 0.0
     worked_s = 0.0
 
@@ -39,10 +43,13 @@ class InOrder:
             self._device.synchronize(self._device.record(self._device.compute))
         job()
 
-    def order_device(self) -> None:
+    def order_device(self, given: int | None = None) -> None:
         """Nothing is under way."""
 
-    def join(self) -> None:
+    def join(self, given: int | None = None) -> None:
+        """Nothing is under way."""
+
+    def begin_layer(self) -> None:
         """Nothing is under way."""
 
     def give_up(self) -> None:
@@ -62,33 +69,40 @@ class EventHandover:
     def __init__(self, device: Device, worker: Executor) -> None:
         self._device = device
         self._worker = worker
-        self._jobs: list[Future] = []
+        self._jobs: deque[tuple[int, Future]] = deque()
         self._idle_since = 0.0
+        self.given = 0
         self.overhead_s = 0.0
 
     def submit(self, job: Job, after_device: bool) -> None:
         """Queue the job."""
         event = self._device.record(self._device.compute) if after_device else None
-        self._jobs.append(self._worker.submit(self._run, event, job, time.perf_counter()))
+        self.given += 1
+        self._jobs.append((self.given, self._worker.submit(self._run, event, job, time.perf_counter())))
 
-    def order_device(self) -> None:
-        """Block the caller until the jobs have ended, so that whatever it queues next comes after them."""
-        self.join()
+    def order_device(self, given: int | None = None) -> None:
+        """Block the caller until those jobs have ended, so that whatever it queues next comes after them."""
+        self.join(given)
 
-    def join(self) -> None:
-        """Block the caller until the jobs have ended, the failed ones too."""
-        started, (jobs, self._jobs) = time.perf_counter(), (self._jobs, [])
-        failures = [failure for job in jobs if (failure := job.exception()) is not None]
-        if jobs:
-            self.overhead_s += time.perf_counter() - max(started, self._idle_since)
-        if failures:
-            raise failures[0]
+    def join(self, given: int | None = None) -> None:
+        """Block the caller until those jobs have ended, the failed ones too."""
+        started, failures, waited = time.perf_counter(), [], False
+        while self._jobs and (given is None or self._jobs[0][0] <= given):
+            failures.append(self._jobs[0][1].exception())
+            self._jobs.popleft()
+            waited = True
+        if waited:
+            self.overhead_s += max(0.0, time.perf_counter() - max(started, self._idle_since))
+        if (failure := next(filter(None, failures), None)) is not None:
+            raise failure
+
+    def begin_layer(self) -> None:
+        """The GPU never waits for a job, so the caller may be as far ahead as it likes."""
 
     def give_up(self) -> None:
         """Wait for the jobs without looking at how they ended."""
-        jobs, self._jobs = self._jobs, []
-        for job in jobs:
-            job.exception()
+        while self._jobs:
+            self._jobs.popleft()[1].exception()
 
     def close(self) -> None:
         """Finish the jobs and stop the thread; idempotent."""

@@ -225,13 +225,23 @@ class Lanes:
         self.handover.submit(lambda: self._run(job), self._copied)
         self._copied = False
 
-    def order_device(self) -> None:
-        """GPU work queued from now on sees what the jobs given so far wrote."""
+    @property
+    def given(self) -> int:
+        """How many host jobs were given so far, for `order_device`."""
+        return self.handover.given
+
+    def begin_layer(self) -> None:
+        """Before a layer is queued: wait where the caller is too far ahead of the host worker."""
+        with self._waiting():
+            self.handover.begin_layer()
+
+    def order_device(self, given: int | None = None) -> None:
+        """GPU work queued from now on sees what the first `given` jobs wrote; None: all given so far."""
         with self._waiting():
             if self._copies_at_once:
-                self.handover.join()
+                self.handover.join(given)
             else:
-                self.handover.order_device()
+                self.handover.order_device(given)
 
     def join(self) -> None:
         """Wait for every job given so far; raises what the first failed one raised, after all have ended."""

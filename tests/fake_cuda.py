@@ -1,7 +1,8 @@
 """`torch.cuda` and libcuda on a machine without a GPU, so that the CUDA driver's own code runs there.
 
 Every stream is a thread that runs its queue in order; an event, a copy, a kernel and a memory operation are entries of
-a queue. GPU memory is host memory. Page-locking is recorded, and may be refused. A stream that is being captured keeps
+a queue. As in CUDA a queue takes so many entries, a call that finds it full waits inside the driver, and meanwhile holds
+the one lock that every other call needs, whichever thread makes it. GPU memory is host memory. Page-locking is recorded, and may be refused. A stream that is being captured keeps
 its entries instead, under the rules of CUDA: only streams that the capture's events have reached take part, and all of
 them must have come back when it ends.
 """
@@ -20,6 +21,10 @@ from gpu_kernels import reference
 from hetero_attn.devices.libcuda import DEVICE, Copy2D, LibCuda
 
 
+QUEUE_ENTRIES = 1000  # of a stream, before a launch waits inside the driver
+STUCK_S = 5.0
+
+
 class FakeStream:
     """A thread and its queue; `cuda_stream` is the handle that libcuda's calls are given."""
 
@@ -28,7 +33,7 @@ class FakeStream:
         cuda.streams[self.cuda_stream] = self
         self._cuda = cuda
         self.capture: Capture | None = None
-        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._queue: queue.Queue = queue.Queue(cuda.queue_entries)
         self._thread = threading.Thread(target=self._serve, daemon=True, name=f"fake-stream-{self.cuda_stream}")
         self._thread.start()
 
@@ -36,8 +41,13 @@ class FakeStream:
         """Queue an entry, or keep it for the graph that is being captured."""
         if self.capture is not None:
             self.capture.entries.append((self, work))
-        else:
-            self._queue.put(work)
+            return
+        with self._cuda.in_driver():
+            try:
+                self._cuda.is_full = self._queue.full()
+                self._queue.put(work, timeout=STUCK_S)
+            except queue.Full:
+                raise RuntimeError(f"deadlock: the launch queue stayed full for {STUCK_S:g} s") from None
 
     def wait_event(self, event: FakeEvent) -> None:
         """Later entries come after the event."""
@@ -96,6 +106,8 @@ class FakeEvent:
         """As CUDA: not allowed for an event of a capture."""
         if self.capture is not None:
             raise RuntimeError("an event of a capture cannot be waited for by the host")
+        with self.stream._cuda.in_driver():
+            pass
         self.wait()
         if self.stream._cuda.failure is not None:
             raise self.stream._cuda.failure
@@ -129,16 +141,32 @@ class FakeGraph:
 
 
 class FakeCuda:
-    """What the CUDA driver uses of `torch.cuda`. total_bytes: of the imagined GPU."""
+    """What the CUDA driver uses of `torch.cuda`. total_bytes: of the imagined GPU; queue_entries: of each stream.
+
+    is_full: whether the last launch found its queue full.
+    """
 
     stand_in = "cpu"
 
-    def __init__(self, total_bytes: int = 1 << 33) -> None:
+    def __init__(self, total_bytes: int = 1 << 33, queue_entries: int = QUEUE_ENTRIES) -> None:
+        self.queue_entries = queue_entries
+        self.is_full = False
+        self._lock = threading.RLock()
         self.streams: dict[int, FakeStream] = {}
         self.failure: BaseException | None = None
         self.total_bytes = total_bytes
         self.fraction = 1.0
         self.current = FakeStream(self)
+
+    @contextmanager
+    def in_driver(self) -> Iterator[None]:
+        """A call of the driver: one at a time, and none while another waits inside for room in a queue."""
+        if not self._lock.acquire(timeout=2 * STUCK_S):
+            raise RuntimeError("deadlock: another thread does not come back from the driver")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def Stream(self, device: int) -> FakeStream:  # noqa: N802 (torch's own name)
         """A new stream."""
@@ -343,14 +371,14 @@ class QueuedOps:
         return lambda *arguments: self._cuda.current.add(lambda: operation(*arguments))
 
 
-def fake_driver(slab_bytes: int, refuse_pins: bool = False) -> Any:
+def fake_driver(slab_bytes: int, refuse_pins: bool = False, queue_entries: int = QUEUE_ENTRIES) -> Any:
     """A CudaDriver over the fakes; `driver.fake` is the FakeCuda, to be stopped by the caller."""
     from hetero_attn.devices.cuda import CudaDriver
 
     class Driver(CudaDriver):
         """With kernels that this machine has."""
 
-    cuda = FakeCuda()
+    cuda = FakeCuda(queue_entries=queue_entries)
     driver = Driver(0, slab_bytes, 1 << 20, cuda, LibCuda(FakeLibrary(cuda, refuse_pins)))
     driver.ops = QueuedOps(cuda)
     driver.fake = cuda

@@ -201,6 +201,20 @@ class SimulatedDriver:
         """Later work of the stream comes after the event."""
         stream.queue.append(lambda: merge(stream.clock, self.reach(event)))
 
+    def write_flag(self, stream: Stream, flag: torch.Tensor, value: int) -> None:
+        """Whoever sees the flag comes after everything that the stream has done before."""
+        stream.queue.append(lambda: self.flags.__setitem__(flag.data_ptr(), (value, dict(stream.clock))))
+
+    def await_flag(self, flag: torch.Tensor, value: int, timeout_s: float) -> bool:
+        """The running thread comes after what the stream did before it wrote the flag."""
+        stream = self.streams[0]
+        while self.flags.get(flag.data_ptr(), (None, {}))[0] != value:
+            if not stream.queue:
+                raise StuckError("a flag is waited for that no stream will write")
+            self._step(stream)
+        merge(self.checker.clocks[self.checker.actor], self.flags[flag.data_ptr()][1])
+        return True
+
     def wait_flag(self, stream: Stream, flag: torch.Tensor, value: int, exactly: bool) -> None:
         """Later work of the stream comes after what the flag's writer did; the worker runs until it is written."""
 
@@ -318,6 +332,7 @@ def checked_host_ops(ops: Any, driver: SimulatedDriver) -> CheckedHostOps:
 
     checked = CheckedHostOps(ops, launch)
     checked.set_flag = driver.set_flag
+    checked.await_flag = driver.await_flag
     return checked
 
 

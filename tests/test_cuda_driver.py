@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_cuda import fake_driver
+from fake_cuda import QUEUE_ENTRIES, fake_driver
 from runtime import THREADS, emulated_plan, nmse, one_device_run, run_logits, toy_workload, uniform_plan
 from simulated_gpu import TorchCalls
 from toy import make_checkpoint
@@ -54,10 +54,15 @@ class QueuedTorchCalls:
 
 @contextmanager
 def fake_engine(
-    path: Path, plan: Plan, refuse_pins: bool = False, handover: str = "events", slack_bytes: int = SLACK_BYTES
+    path: Path,
+    plan: Plan,
+    refuse_pins: bool = False,
+    handover: str = "events",
+    slack_bytes: int = SLACK_BYTES,
+    queue_entries: int = QUEUE_ENTRIES,
 ) -> Iterator[Engine]:
     """A toy model on the CUDA driver over the fakes."""
-    driver = fake_driver(plan.gpu_memory_bytes + slack_bytes, refuse_pins)
+    driver = fake_driver(plan.gpu_memory_bytes + slack_bytes, refuse_pins, queue_entries)
     device = Device(driver, plan.gpu_memory_bytes)
     lanes = connect(plan, CpuKernels(THREADS), device, ThreadPoolExecutor(1), handover)
     planned = PlannedModel(path, ModelConfig.from_dir(path), "fp32", "cuda", HardwareProfile.named("emulated"), plan)
@@ -106,6 +111,15 @@ def test_a_toy_model_on_three_lanes_is_right(run, plan, handover, refuse_pins):
     assert device.arena.peak_bytes <= plan.gpu_memory_bytes
     assert device.arena.total_bytes == device.pinned.total_bytes == 0
     assert device.driver._library._library.registered == {}
+
+
+@pytest.mark.parametrize("handover", ["events", "flags", "graph"])
+def test_a_launch_queue_of_six_entries_changes_no_answer_and_stops_nobody(long_run, long_plan, handover):
+    """Every layer fills it several times over, mostly behind a wait for the CPU lane."""
+    with fake_engine(long_run.path, long_plan, handover=handover, queue_entries=6) as engine:
+        actual = run_logits(engine, long_run.token_ids, long_run.prompt_tokens)
+
+    assert nmse(actual, long_run.logits) <= 1e-11
 
 
 def test_a_captured_step_is_a_program_and_follows_a_moved_boundary(run, plan):

@@ -76,6 +76,90 @@ def test_a_failed_job_does_not_leave_the_gpu_waiting(device, flags):
     done(device)
 
 
+def test_a_full_launch_queue_behind_a_parked_wait_does_not_stop_the_worker(device, flags):
+    """A worker that waited in the driver for its next job's event stood behind the launching thread for ever."""
+    cuda, ran = device.driver.fake, []
+
+    def until_the_caller_is_parked() -> None:
+        deadline = time.monotonic() + 10
+        while not cuda.is_full and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.05)
+
+    flags._watchdog_s = 20.0
+    with device.current():
+        for job in (until_the_caller_is_parked, lambda: ran.append("job")):
+            flags.submit(job, True)
+        flags.order_device()
+        for _ in range(2 * cuda.queue_entries):
+            cuda.current.add(lambda: None)
+        cuda.current.add(lambda: ran.append("gpu"))
+    flags.join()
+    done(device)
+
+    assert cuda.queue_entries == 1000
+    assert ran == ["job", "gpu"]
+
+
+def test_the_caller_runs_two_layers_ahead_of_the_worker_and_no_more(device, flags):
+    """Layer n is begun once the jobs of layer n - 2 have ended; the queue holds two layers, however long the prompt."""
+    gates, begun = [threading.Event() for _ in range(6)], []
+
+    def queue_layers() -> None:
+        for layer, gate in enumerate(gates):
+            flags.begin_layer()
+            begun.append(layer)
+            flags.submit(lambda gate=gate: gate.wait(10) and None, False)
+            flags.order_device()
+
+    flags._watchdog_s = 20.0
+    caller = threading.Thread(target=queue_layers)
+    caller.start()
+    for layer, gate in enumerate(gates):
+        expected = min(layer + 2, len(gates))
+        deadline = time.monotonic() + 10
+        while len(begun) < expected and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        assert len(begun) == expected
+        gate.set()
+    caller.join()
+    flags.join()
+    done(device)
+
+
+def test_a_step_that_is_given_up_before_its_graph_was_launched_ends_at_once(device, flags, kernels):
+    """Out of memory at the launch: the worker once waited out its watchdog for a GPU that was never asked."""
+    job, _, _ = attention(kernels)
+    for ops_only in (True, False):
+        flags._watchdog_s = 20.0
+        graph, recorded = captured(device, flags, [job, job], ops_only)
+        flags.replay(recorded)
+        started = time.monotonic()
+        flags.give_up()
+
+        assert time.monotonic() - started < 10
+        replay(device, flags, graph, recorded)  # and the next one is whole again
+        assert device.driver.ran == ["gpu", "gpu"]
+
+
+def test_a_gpu_that_answers_everything_with_a_fault_does_not_hold_up_who_gives_up(device, flags, monkeypatch):
+    """No request comes any more; the jobs are let go instead of waiting for it."""
+    flags._watchdog_s = 20.0
+    blocker = threading.Event()
+    with device.current():
+        device.driver.fake.current.add(lambda: blocker.wait(15) and None)
+        flags.submit(lambda: None, True)
+        monkeypatch.setattr(device.driver, "record", lambda stream: (_ for _ in ()).throw(RuntimeError("fault")))
+        started = time.monotonic()
+        flags.give_up()
+
+    assert time.monotonic() - started < 10
+    blocker.set()
+    monkeypatch.undo()
+    done(device)
+
+
 def test_the_counter_may_wrap(device, flags):
     flags._given = flags._ordered = 0xFFFFFFFE
     for _ in range(4):
