@@ -57,7 +57,7 @@ def _even_odd(builder, acc, unsigned, signed):
 
 def emit_dot4(isa: Isa, builder, acc, unsigned, signed):
     """acc + groups of four unsigned-by-signed byte products; LLVM values <16 x i32>."""
-    if isa.name == "avx512":
+    if isa.has_avx512:
         return call_llvm(builder, "llvm.x86.avx512.vpdpbusd.512", VI32, acc, unsigned, signed)
     if isa.name == "avxvnni":
         return _vpdpbusd_256(builder, acc, unsigned, signed)
@@ -66,7 +66,7 @@ def emit_dot4(isa: Isa, builder, acc, unsigned, signed):
 
 def emit_dot2(isa: Isa, builder, acc, a, b):
     """acc + pairs of int16 products, exact in int32; LLVM values <16 x i32> holding 32 int16."""
-    if isa.name == "avx512":
+    if isa.has_avx512:
         return call_llvm(builder, "llvm.x86.avx512.vpdpwssd.512", VI32, acc, a, b)
     wide = ir.VectorType(I32, 32)
     a, b = (builder.sext(builder.bitcast(value, V32I16), wide) for value in (a, b))

@@ -4,10 +4,11 @@
   dot2(acc, a, b)               I32x16: acc[i] += a[2i]*b[2i] + a[2i+1]*b[2i+1] of int16 pairs, exact in int32
   dot_bf16(acc, a, b)           F32x16: acc[i] += a[2i]*b[2i] + a[2i+1]*b[2i+1] of bf16 pairs, float32 accumulation
 
-avx512    vpdpbusd (VNNI) and, where present, dpbf16ps
-avxvnni   vpdpbusd on 256-bit registers; bf16 by shifts and FMA
-avx2      bytes split into even and odd int16, multiplied and added in pairs (vpmaddwd, which cannot saturate here)
-portable  the same arithmetic in plain LLVM vectors: any CPU, arm64 included
+avx512      vpdpbusd (VNNI) and, where present, dpbf16ps
+avx512vnni  avx512 without dpbf16ps, as on CPUs that have VNNI alone: bf16 by shifts and FMA
+avxvnni     vpdpbusd on 256-bit registers; bf16 by shifts and FMA
+avx2        bytes split into even and odd int16, multiplied and added in pairs (vpmaddwd, which cannot saturate here)
+portable    the same arithmetic in plain LLVM vectors: any CPU, arm64 included
 """
 
 import platform
@@ -15,17 +16,32 @@ from dataclasses import dataclass
 
 import llvmlite.binding
 
-NAMES = ("avx512", "avxvnni", "avx2", "portable")
+NAMES = ("avx512", "avx512vnni", "avxvnni", "avx2", "portable")
 
 
 @dataclass(frozen=True, slots=True)
 class Isa:
-    """A chosen path: `name`, whether dpbf16ps is used, and the rows per register tile of the two linear kernels."""
+    """A chosen path: `name`, whether dpbf16ps is used, and how large a register tile is.
+
+    row_tile: rows of one tile of the q8 and q4 linear. dot_features, dot_rows: of one tile of the fp32 and bf16 linear
+    at many rows; its sums, one line of weights and one input must fit in the registers.
+    """
 
     name: str
     has_bf16: bool
     row_tile: int
-    dot_tile: int
+    dot_features: int
+    dot_rows: int
+
+    @property
+    def has_avx512(self) -> bool:
+        """Whether a register holds 16 lanes and there are 32 of them."""
+        return self.name in ("avx512", "avx512vnni")
+
+    @property
+    def has_byte_dots(self) -> bool:
+        """Whether four bytes are multiplied by four and added in one instruction."""
+        return self.has_avx512 or self.name == "avxvnni"
 
     def __str__(self) -> str:
         return self.name
@@ -46,6 +62,7 @@ def available(features: frozenset[str]) -> tuple[str, ...]:
     vnni512 = {"avx512f", "avx512bw", "avx512vl", "avx512vnni"} <= features
     found = {
         "avx512": vnni512,
+        "avx512vnni": vnni512,
         "avxvnni": vnni512 or {"avx2", "avxvnni"} <= features,
         "avx2": {"avx2", "fma", "f16c"} <= features,
         "portable": True,
@@ -61,6 +78,7 @@ def choose(name: str | None = None) -> Isa:
         name = possible[0]
     if name not in possible:
         raise ValueError(f"isa is {name!r}; this CPU runs {', '.join(possible)}")
-    # avx512 has 32 registers of 16 lanes; elsewhere a vector takes two or four registers of 16 or 32.
-    row_tile, dot_tile = (8, 6) if name == "avx512" else (4, 4)
-    return Isa(name, name == "avx512" and "avx512bf16" in features, row_tile, dot_tile)
+    if name in ("avx512", "avx512vnni"):
+        return Isa(name, name == "avx512" and "avx512bf16" in features, row_tile=8, dot_features=4, dot_rows=6)
+    # Elsewhere a vector takes two or four registers, of 16 or 32.
+    return Isa(name, has_bf16=False, row_tile=4, dot_features=2, dot_rows=3)

@@ -19,7 +19,7 @@ class CpuKernels:
 
     num_threads: threads that work, the caller included; default: the physical cores this process may use.
     pin: tie each member thread to a core of its own (never the caller).
-    isa: "avx512", "avxvnni", "avx2" or "portable"; default: the best this CPU has.
+    isa: "avx512", "avx512vnni", "avxvnni", "avx2" or "portable"; default: the best this CPU has.
     cache_dir: where compiled kernels are kept (default: the user's cache directory).
     on_compile(name): called before a kernel is compiled, about a second each, only the first time on a machine.
 

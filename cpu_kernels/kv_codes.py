@@ -152,7 +152,7 @@ def code_weights(isa: Isa, kv_dtype: str):
     all numbers of its group; weights that must be positive take it as 0, which leaves the minimum, a rounding away.
     """
     has_minimum = RowShape.of(kv_dtype).numbers == 2
-    needs_positive = has_minimum and Split(isa).has_byte_dots
+    needs_positive = has_minimum and isa.has_byte_dots
     store, largest_weight = Split(isa).store_weights(), np.float32(Split(isa).largest_weight)
 
     @helper

@@ -1,17 +1,20 @@
 """linear for fp32 and bf16 weights: y[r, f] = sum_i w[f, i] x[r, i], float32 accumulation, weights row-major.
 
 Both operands run along the inputs, so a register tile of `features` x `rows` vectors collects partial sums that are
-added across lanes once per output. Stage 0 (bf16 only) rounds the input rows to bf16; stage 1 hands out ranges of
-blocks. At few rows a thread reads the weights as one linear stream; at many, panels of rows pass over a range kept in
-cache.
+added across lanes once per output. Stage 0 (bf16 only) rounds the input rows to bf16; without an instruction that
+multiplies bf16 it also widens them, even inputs apart from odd ones, so that only weights are widened in the loop.
+Stage 1 hands out ranges of blocks. At few rows a thread reads the weights as one linear stream; at many, panels of rows
+pass over a range kept in cache.
 """
+
+from typing import NamedTuple
 
 from llvmlite import ir
 from numba import types
 
 from .chunks import await_stage, finish, parameter, take, take_range
 from .compiler import helper
-from .dot import emit_dot_bf16
+from .dot import emit_dot_bf16, high_halves, low_halves
 from .isa import Isa
 from .layout import BLOCK_FEATURES
 from .linear_layout import SEGMENT_INPUTS
@@ -19,6 +22,7 @@ from .scalar import least
 from .tiles import finish_dots, masked_line, zeros
 from .vector import (
     I64,
+    LANES,
     VF32,
     VI32,
     F32x16,
@@ -28,33 +32,76 @@ from .vector import (
     load_as,
     load_f32,
     load_f32_tail,
+    picked,
     prefetch_value,
+    round_to_bf16,
+    store_as,
     store_bf16,
     store_bf16_tail,
+    widen_halves,
 )
 
 STREAM_LINES = 4  # lines of one feature per step when rows are few: as many independent sums
 STREAM_AHEAD = 3072  # bytes; measured flat from 1 to 5 KB
 
 
-def multiply_add(isa: Isa, weight_dtype: str, b, acc, w, x):
-    """acc + the products of one line of weights and one of inputs."""
-    if weight_dtype == "bf16":
-        return emit_dot_bf16(isa, b, acc, w, x)
-    return fma_value(b, b.bitcast(w, VF32), b.bitcast(x, VF32), acc)
+class Line(NamedTuple):
+    """How a 64-byte line of weights meets the inputs: its items, and the bytes of one item and of one line of inputs."""
+
+    items: int
+    item_bytes: int
+    x_bytes: int
+
+    @property
+    def x_item_bytes(self) -> int:
+        """Bytes of one input."""
+        return self.x_bytes // self.items
+
+    @property
+    def is_widened(self) -> bool:
+        """Whether inputs are wider than weights."""
+        return self.x_item_bytes > self.item_bytes
+
+
+def line_of(isa: Isa, weight_dtype: str) -> Line:
+    """fp32: 16 weights and inputs; bf16: 32, whose inputs lie widened in two lines where the CPU cannot multiply bf16."""
+    if weight_dtype == "fp32":
+        return Line(16, 4, 64)
+    return Line(32, 2, 64 if isa.has_bf16 else 128)
+
+
+def products(isa: Isa, weight_dtype: str):
+    """[(what becomes of a line of weights, acc + its products with a line of inputs)], one for each line of inputs."""
+    if weight_dtype == "fp32":
+        return [(lambda b, w: b.bitcast(w, VF32), widened_product)]
+    if isa.has_bf16:
+        return [(lambda b, w: w, lambda b, acc, w, x: emit_dot_bf16(isa, b, acc, w, x))]
+    return [(low_halves, widened_product), (high_halves, widened_product)]
+
+
+def whole_line(b, address, offset):
+    """64 bytes of inputs."""
+    return load_as(b, address, VI32, offset)
+
+
+def widened_product(b, acc, w, x):
+    """acc + w * x in float32."""
+    return fma_value(b, w, b.bitcast(x, VF32), acc)
 
 
 def tile_step(isa: Isa, weight_dtype: str, features: int, rows: int):
     """Intrinsics (sums, w, w_stride, x, x_stride[, items]) -> sums: one 64-byte line, whole or its first items."""
     tile = types.UniTuple(F32x16, features * rows)
-    item_bytes = 2 if weight_dtype == "bf16" else 4
+    shape, parts = line_of(isa, weight_dtype), products(isa, weight_dtype)
 
-    def accumulate(b, sums, ws, xs):
-        for row, x in enumerate(xs):
-            for f, w in enumerate(ws):
-                index = row * features + f
-                acc = multiply_add(isa, weight_dtype, b, b.extract_value(sums, index), w, x)
-                sums = b.insert_value(sums, acc, index)
+    def accumulate(b, sums, w_lines, x_rows, load):
+        for part, (select, add_product) in enumerate(parts):
+            ws = [select(b, w) for w in w_lines]
+            for row, address in enumerate(x_rows):
+                x = load(b, address, 64 * part)
+                for f, w in enumerate(ws):
+                    index = row * features + f
+                    sums = b.insert_value(sums, add_product(b, b.extract_value(sums, index), w, x), index)
         return sums
 
     def addresses(b, base, stride, count):
@@ -62,19 +109,20 @@ def tile_step(isa: Isa, weight_dtype: str, features: int, rows: int):
 
     @emits(tile, tile, intp, intp, intp, intp, intp)
     def line(b, sums, w, w_stride, x, x_stride, ahead):
-        w_rows, x_rows = addresses(b, w, w_stride, features), addresses(b, x, x_stride, rows)
         for index in range(features):
             prefetch_value(b, ahead, 64 * index)
-        ws = [load_as(b, address, VI32) for address in w_rows]
-        return accumulate(b, sums, ws, [load_as(b, address, VI32) for address in x_rows])
+        ws = [load_as(b, address, VI32) for address in addresses(b, w, w_stride, features)]
+        return accumulate(b, sums, ws, addresses(b, x, x_stride, rows), whole_line)
 
     @emits(tile, tile, intp, intp, intp, intp, intp)
     def part(b, sums, w, w_stride, x, x_stride, items):
-        ws, xs = (
-            [masked_line(b, address, items, item_bytes) for address in addresses(b, base, stride, count)]
-            for base, stride, count in ((w, w_stride, features), (x, x_stride, rows))
-        )
-        return accumulate(b, sums, ws, xs)
+        ws = [masked_line(b, address, items, shape.item_bytes) for address in addresses(b, w, w_stride, features)]
+
+        def first_items(b, address, offset):
+            return masked_line(b, address, items, shape.item_bytes)
+
+        load = whole_line if shape.is_widened else first_items  # widened inputs are padded with zeros
+        return accumulate(b, sums, ws, addresses(b, x, x_stride, rows), load)
 
     return line, part
 
@@ -82,13 +130,16 @@ def tile_step(isa: Isa, weight_dtype: str, features: int, rows: int):
 def stream_step(isa: Isa, weight_dtype: str):
     """Intrinsic (sums, w, x) -> sums: STREAM_LINES lines of one feature, one row."""
     tile = types.UniTuple(F32x16, STREAM_LINES)
+    x_bytes, parts = line_of(isa, weight_dtype).x_bytes, products(isa, weight_dtype)
 
     @emits(tile, tile, intp, intp)
     def lines(b, sums, w, x):
         for index in range(STREAM_LINES):
             prefetch_value(b, w, STREAM_AHEAD + 64 * index)
-            w_line, x_line = load_as(b, w, VI32, 64 * index), load_as(b, x, VI32, 64 * index)
-            acc = multiply_add(isa, weight_dtype, b, b.extract_value(sums, index), w_line, x_line)
+            w_line, acc = load_as(b, w, VI32, 64 * index), b.extract_value(sums, index)
+            for part, (select, add_product) in enumerate(parts):
+                x_line = load_as(b, x, VI32, x_bytes * index + 64 * part)
+                acc = add_product(b, acc, select(b, w_line), x_line)
             sums = b.insert_value(sums, acc, index)
         return sums
 
@@ -107,8 +158,7 @@ def block_times_row(isa: Isa, weight_dtype: str):
     start, store = zeros(STREAM_LINES), finish_dots(1, 1)
     lines, together = stream_step(isa, weight_dtype)
     line, part = tile_step(isa, weight_dtype, 1, 1)
-    item_bytes = 2 if weight_dtype == "bf16" else 4
-    line_items = 64 // item_bytes
+    line_items, _, x_bytes = line_of(isa, weight_dtype)
 
     @helper
     def multiply(weight, w_stride, x, x_stride, inputs, bias, out, out_stride, accumulate):
@@ -118,14 +168,14 @@ def block_times_row(isa: Isa, weight_dtype: str):
             sums, w = start(), weight + f * w_stride
             index = 0
             while index + STREAM_LINES <= whole:
-                sums = lines(sums, w + 64 * index, x + 64 * index)
+                sums = lines(sums, w + 64 * index, x + x_bytes * index)
                 index += STREAM_LINES
             total = together(sums)
             while index < whole:
-                total = line(total, w + 64 * index, w_stride, x + 64 * index, x_stride, w + w_stride + 64 * index)
+                total = line(total, w + 64 * index, w_stride, x + x_bytes * index, x_stride, w + w_stride + 64 * index)
                 index += 1
             if rest:
-                total = part(total, w + 64 * whole, w_stride, x + 64 * whole, x_stride, rest)
+                total = part(total, w + 64 * whole, w_stride, x + x_bytes * whole, x_stride, rest)
             store(total, bias + 4 * f if bias else 0, out + 4 * f, out_stride, accumulate)
 
     return multiply
@@ -135,8 +185,7 @@ def block_times_rows(isa: Isa, weight_dtype: str, features: int, rows: int):
     """Function: the 16 output features of one block for `rows` rows, `features` at a time."""
     start, store = zeros(features * rows), finish_dots(features, rows)
     line, part = tile_step(isa, weight_dtype, features, rows)
-    item_bytes = 2 if weight_dtype == "bf16" else 4
-    line_items = 64 // item_bytes
+    line_items, _, x_bytes = line_of(isa, weight_dtype)
 
     @helper
     def multiply(weight, w_stride, x, x_stride, inputs, bias, out, out_stride, accumulate):
@@ -147,36 +196,70 @@ def block_times_rows(isa: Isa, weight_dtype: str, features: int, rows: int):
             ahead = w + features * w_stride
             for index in range(whole):
                 at = ahead + 64 * features * index
-                sums = line(sums, w + 64 * index, w_stride, x + 64 * index, x_stride, at)
+                sums = line(sums, w + 64 * index, w_stride, x + x_bytes * index, x_stride, at)
             if rest:
-                sums = part(sums, w + 64 * whole, w_stride, x + 64 * whole, x_stride, rest)
+                sums = part(sums, w + 64 * whole, w_stride, x + x_bytes * whole, x_stride, rest)
             store(sums, bias + 4 * f if bias else 0, out + 4 * f, out_stride, accumulate)
 
     return multiply
 
 
+@emits(types.void, F32x16, F32x16, intp)
+def store_even_odd(b, first, second, to):
+    """32 inputs rounded to bf16 and widened: a line of those with even places, then one of the odd ones."""
+    for odd in (0, 1):
+        lanes = picked(b, first, second, list(range(odd, 2 * LANES, 2)))
+        store_as(b, widen_halves(b, round_to_bf16(b, lanes), 1), to, 64 * odd)
+
+
 @helper
-def round_rows(arguments):
+def keep_rounded(x, count, to):
+    """The next 32 inputs, or the first `count` of them, rounded to bf16."""
+    for half in range(0, least(count, 32), 16):
+        if half + 16 <= count:
+            store_bf16(load_f32(x + 4 * half), to + 2 * half)
+        else:
+            store_bf16_tail(load_f32_tail(x + 4 * half, count - half), to + 2 * half, count - half)
+
+
+@helper
+def keep_widened(x, count, to):
+    """The next 32 inputs, or the first `count` and zeros, rounded to bf16 and widened, even ones apart from odd ones."""
+    if count >= 32:
+        store_even_odd(load_f32(x), load_f32(x + 64), to)
+    else:
+        store_even_odd(load_f32_tail(x, count), load_f32_tail(x + 64, count - 16), to)
+
+
+def rounded_rows(isa: Isa):
     """Stage 0: the input rounded to bf16 in the scratch, rows of in_features padded to whole lines."""
-    scratch, x, x_stride = parameter(arguments, 0), parameter(arguments, 1), parameter(arguments, 2)
-    rows, in_features = parameter(arguments, 3), parameter(arguments, 4)
-    row_bytes = ((in_features + 31) // 32 | 1) * 64
-    segments = (in_features + SEGMENT_INPUTS - 1) // SEGMENT_INPUTS
-    chunk = take(arguments, 0)
-    while chunk < rows * segments:
-        row, first = chunk // segments, chunk % segments * SEGMENT_INPUTS
-        last = least(in_features, first + SEGMENT_INPUTS)
-        source, to = x + row * x_stride, scratch + row * row_bytes
-        i = first
-        while i + 16 <= last:
-            store_bf16(load_f32(source + 4 * i), to + 2 * i)
-            i += 16
-        if i < last:
-            store_bf16_tail(load_f32_tail(source + 4 * i, last - i), to + 2 * i, last - i)
-        finish(arguments, 0)
+    items, _, x_bytes = line_of(isa, "bf16")
+    keep = keep_widened if line_of(isa, "bf16").is_widened else keep_rounded
+
+    @helper
+    def round_rows(arguments):
+        scratch, x, x_stride = parameter(arguments, 0), parameter(arguments, 1), parameter(arguments, 2)
+        rows, in_features = parameter(arguments, 3), parameter(arguments, 4)
+        row_bytes = padded_row_bytes(in_features, x_bytes)
+        segments = (in_features + SEGMENT_INPUTS - 1) // SEGMENT_INPUTS
         chunk = take(arguments, 0)
-    await_stage(arguments, 0, rows * segments)
-    return scratch, row_bytes
+        while chunk < rows * segments:
+            row, first = chunk // segments, chunk % segments * SEGMENT_INPUTS
+            source, to = x + row * x_stride, scratch + row * row_bytes
+            for i in range(first, least(in_features, first + SEGMENT_INPUTS), items):
+                keep(source + 4 * i, in_features - i, to + i // items * x_bytes)
+            finish(arguments, 0)
+            chunk = take(arguments, 0)
+        await_stage(arguments, 0, rows * segments)
+        return scratch, row_bytes
+
+    return round_rows
+
+
+@helper
+def padded_row_bytes(in_features, x_bytes):
+    """Bytes from one rounded row to the next, an odd number of lines: rows do not meet in one set of the cache."""
+    return ((in_features + 31) // 32 * (x_bytes // 64) | 1) * 64
 
 
 @helper
@@ -185,15 +268,15 @@ def rows_as_they_are(arguments):
     return parameter(arguments, 1), parameter(arguments, 2)
 
 
-def linear_dot(isa: Isa, weight_dtype: str, tile: int):
-    """Kernel for any number of rows in panels of `tile` (6, 4 or 1) rows, then 2, then 1; parameters: linear.py."""
-    prepare = round_rows if weight_dtype == "bf16" else rows_as_they_are
-    item_bytes = 2 if weight_dtype == "bf16" else 4
+def linear_dot(isa: Isa, weight_dtype: str, features: int, tile: int):
+    """Kernel for any number of rows in panels of `tile` rows, then 2, then 1; parameters: linear.py."""
+    prepare = rounded_rows(isa) if weight_dtype == "bf16" else rows_as_they_are
+    item_bytes, x_item_bytes = line_of(isa, weight_dtype).item_bytes, line_of(isa, weight_dtype).x_item_bytes
     multiply_1 = block_times_row(isa, weight_dtype)
     multiply_2, multiply_tile = multiply_1, multiply_1
     if tile > 1:
-        multiply_2 = block_times_rows(isa, weight_dtype, 4, 2)
-        multiply_tile = block_times_rows(isa, weight_dtype, 4, tile)
+        multiply_2 = block_times_rows(isa, weight_dtype, features, 2)
+        multiply_tile = block_times_rows(isa, weight_dtype, features, tile)
 
     def kernel(arguments, thread):
         x, x_stride = prepare(arguments)
@@ -210,7 +293,7 @@ def linear_dot(isa: Isa, weight_dtype: str, tile: int):
                 row = 0
                 while row < rows:
                     size = tile if row + tile <= rows else 2 if tile > 2 and row + 2 <= rows else 1
-                    from_x = x + row * x_stride + first * item_bytes
+                    from_x = x + row * x_stride + first * x_item_bytes
                     for block in range(start, stop):
                         w = weight + block * block_bytes + first * item_bytes
                         to = out + row * out_stride + 64 * block

@@ -6,3 +6,4 @@ SEGMENT_INPUTS = 2048  # inputs rounded to bf16 per chunk
 RANGE_BYTES = 128 << 10  # fewest weight bytes handed out at a time: short enough to balance, and to stay in cache
 STREAM_ROWS = 16  # up to here a block is read whole, as one stream; above, inputs go in pieces that stay in cache
 PIECE_INPUTS = 4096  # inputs per piece: a panel of rows and a block of weights stay in the first two levels
+WIDE_PIECE_INPUTS = 1024  # the same where inputs are float32: a panel of six rows takes 24 KiB

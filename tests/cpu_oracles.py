@@ -13,7 +13,7 @@ from cpu_kernels import CpuKernels, layout
 from cpu_kernels.isa import available, host_features
 
 ISAS = available(host_features())
-BF16_PATHS = tuple(dict.fromkeys((ISAS[0], "portable")))  # the others widen bf16 exactly as portable does
+BF16_PATHS = tuple(dict.fromkeys((*ISAS[:2], "portable")))  # the others widen bf16 exactly as portable does
 
 
 @functools.cache
