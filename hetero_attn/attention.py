@@ -88,22 +88,24 @@ def attend(
     layer: int,
     parameters: AttentionParameters,
     qkv: Activation,
+    computed: int,
     buffers: AttentionBuffers,
 ) -> None:
     """Rotate, store and attend; fills `buffers.out`, each head on its owner's side.
 
-    qkv: float32 [rows, num_kv_heads * unit_features], each KV-head group's unit complete on its owner's side. layer:
-    which of the layer group's layers this is.
+    qkv: float32 [rows, num_kv_heads * unit_features], the units of the first `computed` KV-head groups on the GPU, the
+    others on the host; those of other owners are moved. layer: which of the layer group's layers this is. What the CPU
+    lane is asked for never stands behind a wait of the GPU.
     """
-    for side, segment in _writers(lanes, segments, group, layer, parameters):
-        work = partial(_store_and_attend, side, step, segment, parameters, qkv, buffers)
-        lanes.on_host(work) if side.name == "host" else work()
-    if segments.spilled is not None:
-        owned = group.gpu_groups
-        heads = slice(owned * parameters.heads_per_group)
-        older = _Side("host", lanes.host_ops, group.spilled, layer, slice(owned), heads)
-        attend_older = _stream_older if step.streams_older else _attend_older
-        attend_older(lanes, older, step, segments.spilled, parameters, buffers)
+    given, unit = lanes.given, qkv.main.shape[1] // parameters.num_kv_heads
+    lanes.push(qkv, group.gpu_groups * unit, computed * unit)
+    sides = {side.name: (side, segment) for side, segment in _writers(lanes, segments, group, layer, parameters)}
+    if "host" in sides:
+        side, segment = sides["host"]
+        lanes.on_host(partial(_store_and_attend, side, step, segment, parameters, qkv, buffers))
+    lanes.pull(qkv, computed * unit, group.gpu_groups * unit, given)
+    if "device" in sides:
+        _attend_on_device(lanes, step, segments, group, *sides["device"], parameters, qkv, buffers)
 
 
 def store(
@@ -189,19 +191,39 @@ def _partial(
         side.ops.decode_attention(*arguments, *results)
 
 
-def _attend_older(
-    lanes: Lanes, side: _Side, step: Step, segment: Segment, parameters: AttentionParameters, buffers: AttentionBuffers
+def _attend_on_device(
+    lanes: Lanes,
+    step: Step,
+    segments: GroupStep,
+    group: LayerGroup,
+    side: _Side,
+    recent: Segment,
+    parameters: AttentionParameters,
+    qkv: Activation,
+    buffers: AttentionBuffers,
 ) -> None:
-    """Attend the GPU's groups over their tokens in DRAM, on the CPU, and merge with the partial already on the GPU."""
+    """The GPU's groups: over their recent tokens on the GPU, over older ones meanwhile on the CPU, or then on the GPU."""
+    _store(side, step, recent, parameters, qkv, buffers.query)
+    attend_recent = partial(_partial, side, step, recent, parameters, buffers.query, buffers.out, buffers.lse)
+    if segments.spilled is None:
+        attend_recent()
+        return
+    older = _Side("host", lanes.host_ops, group.spilled, side.layer, side.groups, side.heads)
+    if step.streams_older:
+        attend_recent()
+        _stream_older(lanes, older, step, segments.spilled, parameters, buffers)
+        return
     width = side.heads.stop * parameters.head_dim
-    lanes.copy(buffers.query.host[:, :width], buffers.query.device[:, :width])
+    lanes.push(buffers.query, 0, width)
     lanes.on_host(
-        lambda: _partial(side, step, segment, parameters, buffers.query, buffers.partial, buffers.partial_lse)
+        lambda: _partial(
+            older, step, segments.spilled, parameters, buffers.query, buffers.partial, buffers.partial_lse
+        )
     )
-    lanes.order_device()
-    lanes.copy(buffers.partial.device[:, :width], buffers.partial.host[:, :width])
-    lanes.copy(buffers.partial_lse.device[:, side.heads], buffers.partial_lse.host[:, side.heads])
-    _merge_older(lanes, side, parameters, buffers)
+    attend_recent()
+    lanes.pull(buffers.partial, 0, width)
+    lanes.pull(buffers.partial_lse, 0, side.heads.stop)
+    _merge_older(lanes, older, parameters, buffers)
 
 
 def _stream_older(

@@ -5,7 +5,7 @@ own streams, events, page-locked buffers and threads. Exactly one thread calls t
 overlap, else the caller's own.
 
 An activation that more than one lane needs is an `Activation`: the same rows in GPU memory and in host memory. Each
-side holds the columns that its lanes produced; `exchange` brings over the others.
+side holds the columns that its lanes produced; `push` and `pull` bring over the others.
 
 Why no race can happen: copies of activations and kernels share one stream, so they run in the order they are queued.
 Host jobs run in the order they are given. A job that follows a copy waits for it (an event), so it reads only what has
@@ -248,18 +248,16 @@ class Lanes:
         with self._waiting():
             self.handover.join()
 
-    def exchange(self, activation: Activation, column: int, *, to_device: bool, to_host: bool) -> None:
-        """Complete an activation whose columns [0, column) are on the GPU and [column, width) in host memory.
+    def push(self, activation: Activation, start: int, stop: int) -> None:
+        """Bring columns [start, stop) from the GPU to host memory, in place, in order with the GPU's compute."""
+        if self.device is not None and start < stop:
+            self.copy(activation.host[:, start:stop], activation.device[:, start:stop])
 
-        Each wanted side is written in place; nothing is copied where the other side produced no column.
-        """
-        if self.device is None:
-            return
-        if to_host and column > 0:
-            self.copy(activation.host[:, :column], activation.device[:, :column])
-        if to_device and column < activation.host.shape[1]:
-            self.order_device()
-            self.copy(activation.device[:, column:], activation.host[:, column:])
+    def pull(self, activation: Activation, start: int, stop: int, given: int | None = None) -> None:
+        """Bring columns [start, stop) to the GPU once the first `given` host jobs, None for all, have written them."""
+        if self.device is not None and start < stop:
+            self.order_device(given)
+            self.copy(activation.device[:, start:stop], activation.host[:, start:stop])
 
     def finish(self) -> None:
         """Wait until every job and all queued GPU work have ended; host memory then holds what they wrote."""

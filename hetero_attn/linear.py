@@ -126,25 +126,48 @@ def linear(lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: 
 
 
 def linear_add(
-    lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, residual: Activation, scratch: Activation
+    lanes: Lanes,
+    weights: LinearWeights,
+    tier: int,
+    x: Activation,
+    column: int,
+    residual: Activation,
+    scratch: Activation,
 ) -> None:
     """Add `x @ W.T + bias` to the residual where it lives; `scratch` carries what the CPU lane computed to a GPU.
 
-    x must be where `complete_input` brings it.
+    x: its columns [0, column) are in GPU memory, or will be, and the rest in host memory; it is completed here on every
+    side that multiplies it. The CPU lane is asked right behind the copy that completes its side, and works while the
+    GPU waits for its own.
     """
     if lanes.device is None:
         run_on_host(lanes, weights, tier, x, residual, add=True)
         return
     on_host = run_row_cut_on_host if weights.spec.row_unit else run_on_host
     on_device = run_row_cut_on_device if weights.spec.row_unit else run_on_device
+    given, wanted = lanes.given, _wanted_input(weights, tier)
+    lanes.push(x, wanted.start, column)
     if weights.has_host_features(tier):
         lanes.on_host(lambda: on_host(lanes, weights, tier, x, scratch))
+    lanes.pull(x, column, wanted.stop, given)
     if weights.device_units(tier):
         on_device(lanes, weights, tier, x, residual, True)
     if weights.has_host_features(tier):
-        column = 0 if weights.spec.row_unit else weights.device_features(tier)
-        lanes.exchange(scratch, column, to_device=True, to_host=False)
-        residual.device[:, column:].add_(scratch.device[:, column:])
+        start = 0 if weights.spec.row_unit else weights.device_features(tier)
+        lanes.pull(scratch, start, scratch.host.shape[1])
+        residual.device[:, start:].add_(scratch.device[:, start:])
+
+
+def _wanted_input(weights: LinearWeights, tier: int) -> slice:
+    """The host multiplies the input features from `start` on, the GPU those before `stop`.
+
+    A column cut needs all of them on every side that computes a column; a row cut has one boundary between the sides.
+    """
+    if weights.spec.row_unit:
+        boundary = weights.device_inputs(tier)
+        return slice(boundary, boundary)
+    width = weights.spec.in_features
+    return slice(0 if weights.has_host_features(tier) else width, width if weights.device_units(tier) else 0)
 
 
 def run_row_cut_on_device(
@@ -171,22 +194,3 @@ def run_row_cut_on_host(lanes: Lanes, weights: LinearWeights, tier: int, x: Acti
     first = weights.device_inputs(tier)
     bias = weights.bias.host if first == 0 else None
     lanes.host_ops.linear(x.host[:, first:], weights.dram, weights.weight_dtype, bias, out.host, False)
-
-
-def complete_input(lanes: Lanes, consumer: LinearWeights, tier: int, x: Activation, column: int) -> None:
-    """Bring a linear's input, split at `column` between GPU and host, to every side that multiplies it.
-
-    A column cut needs all of it on every side that computes a column; a row cut needs only what lies between the two
-    boundaries on the other side, nothing where they are one.
-    """
-    if lanes.device is None:
-        return
-    if not consumer.spec.row_unit:
-        lanes.exchange(x, column, to_device=consumer.device_units(tier) > 0, to_host=consumer.has_host_features(tier))
-        return
-    wanted = consumer.device_inputs(tier)
-    if column > wanted:
-        lanes.copy(x.host[:, wanted:column], x.device[:, wanted:column])
-    elif column < wanted:
-        lanes.order_device()
-        lanes.copy(x.device[:, column:wanted], x.host[:, column:wanted])

@@ -13,7 +13,7 @@ import torch
 from hetero_attn.attention import AttentionBuffers, AttentionParameters, attend
 from hetero_attn.lanes import Activation, Lanes
 from hetero_attn.layer_group import LayerGroup
-from hetero_attn.linear import LinearWeights, complete_input, linear, linear_add
+from hetero_attn.linear import LinearWeights, linear, linear_add
 from hetero_attn.step import GroupStep, Step
 from placement.workload import row_tier
 
@@ -87,7 +87,8 @@ def normalize(
     """RMS-normalise the residual into `normed`, and bring it to the host if the CPU lane will need it."""
     hidden_size = weight.shape[0]
     lanes.main_ops.rms_norm(residual.main[:, :hidden_size], weight, norm_eps, normed.main)
-    lanes.exchange(normed, hidden_size, to_device=False, to_host=to_host)
+    if to_host:
+        lanes.push(normed, 0, hidden_size)
 
 
 def attention_block(
@@ -104,11 +105,9 @@ def attention_block(
     tier, qkv, out = step.tier, layer.qkv, work.attention.out
     normalize(lanes, layer.input_norm, norm_eps, work.residual, work.normed, qkv.has_host_features(tier))
     linear(lanes, qkv, tier, work.normed, work.qkv)
-    deliver_to_owners(lanes, qkv, tier, group.gpu_groups, work.qkv)
-    attend(lanes, step, segments, group, index, layer.attention, work.qkv, work.attention)
+    attend(lanes, step, segments, group, index, layer.attention, work.qkv, qkv.device_units(tier), work.attention)
     column = group.gpu_groups * layer.attention.heads_per_group * layer.attention.head_dim
-    complete_input(lanes, layer.o, tier, out, column)
-    linear_add(lanes, layer.o, tier, out, work.residual, work.scratch)
+    linear_add(lanes, layer.o, tier, out, column, work.residual, work.scratch)
 
 
 def mlp_block(lanes: Lanes, step: Step, layer: LayerWeights, norm_eps: float, work: Workspace) -> None:
@@ -124,8 +123,7 @@ def mlp_block(lanes: Lanes, step: Step, layer: LayerWeights, norm_eps: float, wo
     if column:
         lanes.device.ops.silu_mul(work.gate_up.device[:, :column], work.activated.device[:, : column // 2])
     activated = work.activated.columns(0, down.spec.in_features)
-    complete_input(lanes, down, tier, activated, min(column // 2, down.spec.in_features))
-    linear_add(lanes, down, tier, activated, work.residual, work.scratch)
+    linear_add(lanes, down, tier, activated, min(column // 2, down.spec.in_features), work.residual, work.scratch)
 
 
 def logits(lanes: Lanes, weights: ModelWeights, residual: Activation, normed: Activation, out: Activation) -> None:
@@ -135,15 +133,4 @@ def logits(lanes: Lanes, weights: ModelWeights, residual: Activation, normed: Ac
     head, tier = weights.head, row_tier(out.main.shape[0])
     normalize(lanes, weights.final_norm, weights.norm_eps, residual, normed, head.has_host_features(tier))
     linear(lanes, head, tier, normed, out)
-    lanes.exchange(out, head.device_features(tier), to_device=False, to_host=True)
-
-
-def deliver_to_owners(lanes: Lanes, qkv: LinearWeights, tier: int, gpu_groups: int, out: Activation) -> None:
-    """Move the q, k, v of every KV-head group whose owner is not the side that computed them."""
-    unit = qkv.spec.unit_features
-    computed, owned = qkv.device_units(tier), gpu_groups
-    if computed > owned:
-        lanes.copy(out.host[:, owned * unit : computed * unit], out.device[:, owned * unit : computed * unit])
-    elif computed < owned:
-        lanes.order_device()
-        lanes.copy(out.device[:, computed * unit : owned * unit], out.host[:, computed * unit : owned * unit])
+    lanes.push(out, 0, head.device_features(tier))

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from gpu_kernels import reference
 from hetero_attn.devices.libcuda import DEVICE, Copy2D, LibCuda
 
@@ -37,10 +39,10 @@ class FakeStream:
         self._thread = threading.Thread(target=self._serve, daemon=True, name=f"fake-stream-{self.cuda_stream}")
         self._thread.start()
 
-    def add(self, work: Callable[[], None]) -> None:
+    def add(self, work: Callable[[], None], name: str = "") -> None:
         """Queue an entry, or keep it for the graph that is being captured."""
         if self.capture is not None:
-            self.capture.entries.append((self, work))
+            self.capture.entries.append((self, work, name))
             return
         with self._cuda.in_driver():
             try:
@@ -60,7 +62,7 @@ class FakeStream:
                 raise RuntimeError("a captured stream waits for an event from outside of the capture")
             if self is self.capture.origin:
                 self.capture.open_streams.discard(event.stream)
-        self.add(event.wait)
+        self.add(event.wait, "wait event")
 
     def stop(self) -> None:
         """End the thread after what is queued."""
@@ -87,7 +89,7 @@ class FakeEvent:
         """Mark the entries queued so far."""
         self.stream, self.capture = stream, stream.capture
         self._reached.clear()
-        stream.add(self._reach)
+        stream.add(self._reach, "event")
 
     def _reach(self) -> None:
         self.time = time.perf_counter()
@@ -124,15 +126,19 @@ class Capture:
         self.origin = origin
         self.streams = [origin]
         self.open_streams: set[FakeStream] = set()
-        self.entries: list[tuple[FakeStream, Callable[[], None]]] = []
+        self.entries: list[tuple[FakeStream, Callable[[], None], str]] = []
 
 
 class FakeGraph:
-    """`torch.cuda.CUDAGraph`: replayed on the stream that is current, one entry after another."""
+    """`torch.cuda.CUDAGraph`: replayed on the stream that is current, one entry after another.
+
+    names: of the entries of each stream that took part, the one that was captured first.
+    """
 
     def __init__(self, cuda: FakeCuda) -> None:
         self._cuda = cuda
         self.entries: list[Callable[[], None]] = []
+        self.names: list[list[str]] = []
 
     def replay(self) -> None:
         """Queue everything captured; the order of capture is one that the graph allows."""
@@ -211,7 +217,8 @@ class FakeCuda:
                 member.capture = None
         if capture.open_streams:
             raise RuntimeError("a stream that joined the capture has not come back")
-        graph.entries = [entry for _, entry in capture.entries]
+        graph.entries = [entry for _, entry, _ in capture.entries]
+        graph.names = [[name for stream, _, name in capture.entries if stream is each] for each in capture.streams]
 
     def current_stream(self, index: int) -> FakeStream:
         """Where kernels go."""
@@ -286,7 +293,7 @@ class FakeLibrary:
         """Ordinary memory is taken into a buffer of the driver's before the call returns, as CUDA says it is."""
         keeper = None if self._locked(source) else ctypes.create_string_buffer(ctypes.string_at(source, count), count)
         start = source if keeper is None else ctypes.addressof(keeper)
-        self._cuda.streams[stream].add(lambda keeper=keeper: ctypes.memmove(target, start, count) and None)
+        self._cuda.streams[stream].add(lambda keeper=keeper: ctypes.memmove(target, start, count) and None, "pull")
         return self._failure()
 
     def _failure(self) -> int:
@@ -304,7 +311,7 @@ class FakeLibrary:
 
     def _cuMemcpyDtoHAsync(self, target: int, source: int, count: int, stream: int) -> None:  # noqa: N802
         """A copy to ordinary memory has been made when the call returns."""
-        self._cuda.streams[stream].add(lambda: ctypes.memmove(target, source, count) and None)
+        self._cuda.streams[stream].add(lambda: ctypes.memmove(target, source, count) and None, "push")
         if not self._locked(target):
             event = FakeEvent()
             event.record(self._cuda.streams[stream])
@@ -319,7 +326,7 @@ class FakeLibrary:
             for row in range(copied.Height):
                 ctypes.memmove(target + row * copied.dstPitch, source + row * copied.srcPitch, copied.WidthInBytes)
 
-        self._cuda.streams[stream].add(move)
+        self._cuda.streams[stream].add(move, "pull" if copied.dstMemoryType == DEVICE else "push")
 
     def _cuMemHostRegister(self, address: int, count: int, flags: int) -> int:  # noqa: N802
         pages = range(address // 4096, (address + count - 1) // 4096 + 1)
@@ -344,7 +351,7 @@ class FakeLibrary:
     def _cuStreamWriteValue32(self, stream: int, address: int, value: int, flags: int) -> None:  # noqa: N802
         self.memory_operations += 1
         word = ctypes.c_uint32.from_address(address)
-        self._cuda.streams[stream].add(lambda: setattr(word, "value", value))
+        self._cuda.streams[stream].add(lambda: setattr(word, "value", value), "request")
 
     def _cuStreamWaitValue32(self, stream: int, address: int, value: int, flags: int) -> None:  # noqa: N802
         self.memory_operations += 1
@@ -357,18 +364,27 @@ class FakeLibrary:
                 if time.monotonic() > deadline:
                     raise RuntimeError(f"a flag stays at {word.value}, {value} is waited for")
 
-        self._cuda.streams[stream].add(wait)
+        self._cuda.streams[stream].add(wait, "wait")
 
 
 class QueuedOps:
-    """The reference operations as kernels: each call is an entry of the current stream."""
+    """The reference operations as kernels: each call is an entry of the current stream.
 
-    def __init__(self, cuda: FakeCuda) -> None:
+    in_gpu_memory: whether a tensor is there, which tells a copy to the GPU from one to the host.
+    """
+
+    def __init__(self, cuda: FakeCuda, in_gpu_memory: Callable[[torch.Tensor], bool]) -> None:
         self._cuda = cuda
+        self._in_gpu_memory = in_gpu_memory
+
+    def copy_rows(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """A small copy, which is a kernel."""
+        name = "pull" if self._in_gpu_memory(target) else "push"
+        self._cuda.current.add(lambda: reference.copy_rows(target, source), name)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         operation = getattr(reference, name)
-        return lambda *arguments: self._cuda.current.add(lambda: operation(*arguments))
+        return lambda *arguments: self._cuda.current.add(lambda: operation(*arguments), name)
 
 
 def fake_driver(slab_bytes: int, refuse_pins: bool = False, queue_entries: int = QUEUE_ENTRIES) -> Any:
@@ -380,6 +396,7 @@ def fake_driver(slab_bytes: int, refuse_pins: bool = False, queue_entries: int =
 
     cuda = FakeCuda(queue_entries=queue_entries)
     driver = Driver(0, slab_bytes, 1 << 20, cuda, LibCuda(FakeLibrary(cuda, refuse_pins)))
-    driver.ops = QueuedOps(cuda)
+    slab = driver._memory
+    driver.ops = QueuedOps(cuda, lambda tensor: slab.data_ptr() <= tensor.data_ptr() < slab.data_ptr() + slab_bytes)
     driver.fake = cuda
     return driver

@@ -46,7 +46,7 @@ class QueuedTorchCalls:
         return start <= tensor.data_ptr() < start + self._driver._slab.size_bytes
 
     def launch(self, stream, name, work, reads, writes) -> None:
-        self._driver.fake.current.add(work)
+        self._driver.fake.current.add(work, name)
 
     def run_host(self, name, reads, writes) -> None:
         pass
@@ -141,6 +141,35 @@ def test_a_captured_step_is_a_program_and_follows_a_moved_boundary(run, plan):
         assert steps and all(len(captured.jobs.program) > len(captured.jobs.jobs) for captured in steps)
 
     assert nmse(torch.cat(rows), run.logits[16:24]) <= 1e-11
+
+
+def captured_names(path: Path, plan: Plan, token_ids: list[int], prompt_tokens: int) -> list[str]:
+    """The entries of the compute stream in a captured decode step."""
+    with fake_engine(path, plan, handover="graph") as engine:
+        run_logits(engine, token_ids, prompt_tokens)
+        (step,) = [captured for captured in engine.replay._captured.values() if captured is not None]
+        return step.graph.names[0]
+
+
+def crossing(plan: Plan) -> Plan:
+    """The CPU computes every q, k and v of a cache that is partly the GPU's."""
+    linears = [replace(linear, gpu_units=0, stream_units=(0,) * 5) if "qkv" in linear.name else linear
+               for linear in plan.linears]  # fmt: skip
+    return emulated_plan(plan.workload, linears, plan.kv)
+
+
+@pytest.mark.parametrize("shape", ["spills", "crosses", "recent only"])
+def test_no_request_of_a_captured_step_stands_behind_a_wait_that_its_job_does_not_need(long_run, long_plan, shape):
+    """The CPU lane is asked right behind the copy that feeds it, and what the GPU waits for it fetches next."""
+    plan = {"spills": long_plan, "crosses": crossing(long_plan), "recent only": long_plan}[shape]
+    tokens = 40 if shape != "recent only" else 12
+    names = captured_names(long_run.path, plan, long_run.token_ids[:tokens], tokens - 6)
+    requests = [index for index, name in enumerate(names) if name == "request"]
+    waits = [index for index, name in enumerate(names) if name == "wait"]
+
+    assert {names[index - 1] for index in requests} == {"push"}
+    assert {names[index + 1] for index in waits} == {"pull"}
+    assert len(requests) >= 8 and len(waits) >= 6
 
 
 def test_a_replayed_step_counts_the_bytes_of_a_plain_one(long_run, long_plan):
