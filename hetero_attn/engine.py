@@ -54,6 +54,7 @@ class Engine:
         self.report = LaneReport()
         self.weights = weights
         self._fault: str | None = None
+        self._watch: Callable[[int, torch.Tensor], None] | None = None
         self._rows = max(plan.prefill_chunk, plan.max_batch)
         self._work = make_workspace(config, self._rows, lanes)
         logits_rows = max(LOGITS_ROWS, plan.max_batch)
@@ -167,6 +168,19 @@ class Engine:
             self._logits_of(step.rows - 1, step.rows)
         return stopwatch.seconds
 
+    @contextmanager
+    def watched_layers(self, watch: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+        """Within this, `watch(layer, residual)` sees the residual before every layer, and after the last one.
+
+        residual: float32 [rows, hidden_size] where the residual stream lives, complete; what `watch` writes into it is
+        what the layer reads. Steps take the plain path.
+        """
+        self._watch = watch
+        try:
+            yield
+        finally:
+            self._watch = None
+
     def recut(self, plan: Plan) -> None:
         """Take over the stream/cpu boundaries of a plan that is the present one otherwise; between two steps."""
         self.lanes.finish()
@@ -240,7 +254,7 @@ class Engine:
                         lanes.pages.announce(older_blocks(self.kv_cache, step, lanes.pages.block_pages))
                     self._announce(weights.linears[:-1], step.tier)
                     self._layers(step)
-                elif self.replay is not None and lanes.can_replay:
+                elif self.replay is not None and lanes.can_replay and self._watch is None:
                     self.replay.run(step)
                 else:
                     self._decode(step)
@@ -261,6 +275,7 @@ class Engine:
         for index, layer in enumerate(weights.layers):
             lanes.begin_layer()
             group, place = self.kv_cache.places[index]
+            self._show(index, work)
             model.attention_block(
                 lanes,
                 step,
@@ -272,6 +287,13 @@ class Engine:
                 work,
             )
             model.mlp_block(lanes, step, layer, weights.norm_eps, work)
+        self._show(len(weights.layers), work)
+
+    def _show(self, layer: int, work: Workspace) -> None:
+        if self._watch is None:
+            return
+        self.lanes.settle_device()
+        self._watch(layer, work.residual.main[:, : self.config.hidden_size])
 
     def _project(self, start: int, stop: int) -> None:
         """Logits of rows [start, stop) of the residual into the first rows of the logits buffer."""

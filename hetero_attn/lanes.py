@@ -197,6 +197,21 @@ class Lanes:
             self.finish()
 
     @contextmanager
+    def computing_by(self, ops: Any) -> Iterator[None]:
+        """Within this, `ops` computes on both sides, in order on the calling thread. Not for a real GPU."""
+        self.join()
+        kept = self.host_ops, self.handover, None if self.device is None else self.device.ops
+        self.host_ops, self.handover = ops, InOrder(self.device)
+        if self.device is not None:
+            self.device.ops = ops
+        try:
+            yield
+        finally:
+            self.host_ops, self.handover = kept[:2]
+            if self.device is not None:
+                self.device.ops = kept[2]
+
+    @contextmanager
     def only(self, term: str | None) -> Iterator[None]:
         """Within this, CPU operations of other terms (placement.phase_cost.TERMS) do nothing; for recording a step."""
         ops, self.host_ops = self.host_ops, SelectedOps(self.host_ops, term)
@@ -259,11 +274,16 @@ class Lanes:
             self.order_device(given)
             self.copy(activation.device[:, start:stop], activation.host[:, start:stop])
 
-    def finish(self) -> None:
-        """Wait until every job and all queued GPU work have ended; host memory then holds what they wrote."""
+    def settle_device(self) -> None:
+        """Wait until every job and all queued compute have ended, in the middle of a step."""
         self.join()
         if self.device is not None:
             self.device.synchronize(self.device.record(self.device.compute))
+
+    def finish(self) -> None:
+        """Wait until every job and all queued GPU work have ended; host memory then holds what they wrote."""
+        self.settle_device()
+        if self.device is not None:
             self._copied = False
             for ahead in self._ahead:
                 ahead.settle()

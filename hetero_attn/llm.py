@@ -186,7 +186,9 @@ class LLM:
     def resize(self, gpu_memory: str | int) -> Plan:
         """Change the GPU budget of an elastic model, up or down, without loading anything again; returns the new plan.
 
-        Requests in flight go on with the same tokens: the change is made between two steps. On CUDA the memory is one
+        Requests in flight keep every token: the change is made between two steps. Their next tokens are those of the new
+        plan, whose lanes add in another order: in fp32 logits agree to 1e-11, while with bf16 or int8 activations a
+        greedy token can turn where two are nearly as likely. On CUDA the memory is one
         piece, taken at load: a smaller budget binds the model, but frees nothing for other programs. Raises
         MemoryBudgetError, and leaves the model as it was, for a budget too small (the message names the smallest that
         works), for a model loaded without `elastic`, and on CUDA for a budget above that of the load.

@@ -226,6 +226,7 @@ def test_verify_fails_where_the_answers_differ(
     monkeypatch.setitem(vars(hetero_attn), "verify", SimpleNamespace(run=lambda llm, prompt: report))
 
     assert run("verify", "some/model").exit_code == code
+    assert "exit 5" in run("verify", "--help").stdout
     assert json.loads(run("verify", "some/model", "--json").stdout) == {"passed": passed}
 
 
@@ -493,6 +494,20 @@ def test_verify_passes_on_a_split_model() -> None:
 
     assert result.exit_code == 0
     assert json.loads(result.stdout)["passed"] is True
+
+
+def test_verify_takes_a_text_file(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("A list holds numbers. " * 3, encoding="utf-8")
+    result = run("verify", TINY, "--file", str(text), "--device", "cpu", "--context", "256", "--json")
+
+    assert (result.exit_code, json.loads(result.stdout)["passed"]) == (0, True)
+
+    text.write_bytes(b"\xff\xfe")
+    result = run("verify", TINY, "--file", str(text))
+
+    assert result.exit_code == 2 and "UTF-8" in result.stderr
+    assert run("verify", TINY, "--file", str(tmp_path / "absent")).exit_code == 2
 
 
 def test_bench_has_a_row_for_each_phase_and_depth() -> None:

@@ -145,3 +145,31 @@ def test_wrong_arguments_name_the_rule(change, message):
 
     with pytest.raises(ValueError, match=message):
         kernels().linear(**(arguments | change))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("weight_dtype", ["q8", "q4"])
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_a_column_is_the_same_to_the_bit_wherever_the_cut_lies(isa, weight_dtype, rows):
+    """Its integer sums are exact and its float sums run over its own groups: moving the boundary between CPU columns and
+    others, or the number of columns, changes no bit of those that stay."""
+    x, weight, _ = make(rows, 200, 9, weight_dtype)
+    whole, part = torch.empty(rows, 144), torch.empty(rows, 144)
+    kernels(isa).linear(x, weight, weight_dtype, None, whole)
+    for first in (1, 4, 8):
+        kernels(isa).linear(x, weight[first:], weight_dtype, None, part[:, 16 * first :])
+
+        assert torch.equal(part[:, 16 * first :], whole[:, 16 * first :])
+
+
+@pytest.mark.parametrize("weight_dtype", ["q8", "q4"])
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_threads_change_no_bit(weight_dtype, rows):
+    x, weight, _ = make(rows, 200, 9, weight_dtype)
+    outs = []
+    for threads in (1, 2, 3):
+        with CpuKernels(threads) as ops:
+            outs.append(torch.empty(rows, 144))
+            ops.linear(x, weight, weight_dtype, None, outs[-1])
+
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
@@ -36,6 +37,16 @@ def write_text(file: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise typer.BadParameter(f"cannot write {file}: {error.strerror}") from None
+
+
+def read_text(file: Path) -> str:
+    """The text of a file, or of stdin when the file is `-`; one that cannot be read as UTF-8 is a usage error."""
+    try:
+        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{file} is no UTF-8 text: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise typer.BadParameter(f"cannot read {file}: {error.strerror}") from None
 
 
 def speed_line(metrics: Metrics) -> str:

@@ -1,0 +1,42 @@
+"""The reference operations with no number rounded on its way into them: what exact arithmetic gives for packed weights.
+
+Weights stay as they are packed; activations, queries and attention weights are not rounded to int8 or bf16. Keys and
+values must lie in float32 pages. Outputs are written in place, as by `gpu_kernels.reference`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gpu_kernels import reference
+
+
+class UnroundedOps:
+    """Operations that compute in `dtype`, float32 or float64, whatever the weights are packed as."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        weight_dtype: str,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        accumulate: bool = False,
+    ) -> None:
+        """As `reference.linear`, but `x` is not rounded."""
+        dense = reference.unpack(weight, weight_dtype, x.shape[-1], self._dtype)
+        reference.linear_unpacked(x.to(self._dtype), dense, bias, out, accumulate)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """Every other operation: the reference's, whose arithmetic follows the dtype of its first argument."""
+        operation = getattr(reference, name)
+        return lambda first, *others: operation(self._widened(first), *others)
+
+    def _widened(self, first: Any) -> Any:
+        if isinstance(first, torch.Tensor):
+            return first.to(self._dtype)
+        return [part.to(self._dtype) for part in first]  # merge takes a list of partials
