@@ -4,10 +4,12 @@ A kernel is a Python function void(arguments, thread) made by a factory in one o
 first use compiles it (numba -> LLVM -> one object file) and stores the object; every later process only maps the
 object, so a warm start imports neither numba nor the factories.
 
-Trust: the directory is ours alone (0700, our uid, no symbolic link) or it is not used at all. Each entry carries a
-SHA-256 of its content: a damaged entry is deleted and built again, never executed. The directory's name hashes the
-package's source, the versions and the CPU, so no entry can be stale; entries are written under a temporary name and
-renamed, so a reader never sees half of one.
+Trust: an object is executed, so its file must be one that only this user or root can write, in such a folder
+(kept_files.py). It begins with a SHA-256 over the build key, its name and its content, so that a damaged entry and one
+that belongs to another kernel or build are known, and its form is checked before the loader sees it (object_file.py),
+because the loader trusts what it is given. What fails is said in one line and built again, never executed. The
+folder's name is the build key, a hash of the package's source, the versions and the CPU, so no entry can be stale. A
+folder that can only be read is used as it is; where nothing can be kept, kernels are compiled at every start.
 """
 
 import ctypes
@@ -15,11 +17,9 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
-import os
 import platform
-import stat
 import sys
-import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,14 +27,18 @@ import llvmlite
 import llvmlite.binding as llvm
 
 from .isa import Isa
+from .kept_files import UnusableFileError, cache_home, check_folder, read_kept, remove_leftovers, write_kept
+from .object_file import ObjectError, check_object
 
 CHECKSUM_BYTES = 32
+MOST_OBJECT_BYTES = 16 << 20  # the largest has a few hundred thousand
 PACKAGE = __name__.partition(".")[0]
 
 
-def default_cache_dir() -> Path:
-    """Where compiled kernels are kept unless told otherwise: the user's cache directory."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hetero_attn" / "cpu_kernels"
+def default_cache_dir() -> Path | None:
+    """Where compiled kernels are kept unless told otherwise: in the user's cache folder, None where there is none."""
+    home = cache_home()
+    return None if home is None else home / "hetero_attn" / "cpu_kernels"
 
 
 def source_digest(package: Path) -> str:
@@ -56,32 +60,31 @@ def build_key() -> str:
     return digest.hexdigest()[:24]
 
 
-def private_dir(path: Path) -> Path:
-    """`path` made if missing and verified to be ours alone; a fresh temporary directory where that cannot be."""
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = path.lstat()
-        ours = not hasattr(os, "getuid") or status.st_uid == os.getuid()
-        if stat.S_ISDIR(status.st_mode) and ours and not status.st_mode & 0o077 and os.access(path, os.W_OK):
-            return path
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="hetero_attn_kernels_"))
-
-
 class KernelStore:
     """Addresses of compiled kernels.
 
-    cache_dir: parent of the private directory; on_compile(name): called before each compilation,
+    cache_dir: parent of the folder of this build; on_compile(name): called before each compilation,
     which takes about a second. Not thread safe: the team's lock covers it. The store owns the machine code, so whoever
     runs a kernel keeps a reference to the store.
     """
 
     def __init__(self, cache_dir: Path | None = None, on_compile: Callable[[str], None] | None = None):
-        self.directory = private_dir((cache_dir or default_cache_dir()) / build_key())
+        parent = cache_dir or default_cache_dir()
+        self.directory = None if parent is None else parent / build_key()
+        self._said_not_kept = False
         self._on_compile = on_compile
         self._addresses: dict[tuple, int] = {}
         self._engine = None
+        if self.directory is None:
+            self._give_up("there is no home folder")
+            return
+        try:
+            check_folder(self.directory)
+            remove_leftovers(self.directory)
+        except FileNotFoundError:
+            pass
+        except OSError as problem:
+            self._give_up(f"{self.directory}: {problem if isinstance(problem, UnusableFileError) else problem.strerror}")
 
     def address(self, module: str, factory: str, *parameters: Isa | int | str) -> int:
         """Entry point of the kernel that `cpu_kernels.<module>.<factory>(*parameters)` describes; `module` may be dotted."""
@@ -92,28 +95,43 @@ class KernelStore:
         return self._addresses[key]
 
     def _load(self, name: str) -> int | None:
-        """Map a stored object; None if there is none or it is damaged."""
+        """Map a stored object; None if there is none or it cannot be used, which is said."""
+        if self.directory is None:
+            return None
         path = self.directory / f"{name}.o"
         try:
-            content = path.read_bytes()
+            content = read_kept(path, MOST_OBJECT_BYTES)
+            code = content[CHECKSUM_BYTES:]
+            if content[:CHECKSUM_BYTES] != self._checksum(name, code):
+                raise ObjectError("its checksum is wrong")
+            if sys.platform == "linux":  # other systems have other forms of object
+                self._loader()  # only then are the symbols of this process known
+                check_object(code, name, platform.machine(), _has_symbol)
         except FileNotFoundError:
             return None
-        body = content[CHECKSUM_BYTES:]
-        if hashlib.sha256(body).digest() != content[:CHECKSUM_BYTES]:
-            path.unlink(missing_ok=True)
+        except (UnusableFileError, ObjectError) as problem:
+            warnings.warn(f"{path} is not used, {problem}: the kernel is compiled again", stacklevel=2)
             return None
-        return self._map(name, body)
+        return self._map(name, code)
 
-    def _map(self, name: str, code: bytes) -> int:
+    @staticmethod
+    def _checksum(name: str, code: bytes) -> bytes:
+        return hashlib.sha256(f"{build_key()}\0{name}\0".encode() + code).digest()
+
+    def _loader(self) -> llvm.ExecutionEngine:
         if self._engine is None:
             llvm.initialize_native_target()
             llvm.initialize_native_asmprinter()
             target = llvm.Target.from_triple(llvm.get_process_triple())
             empty = llvm.parse_assembly(f'target triple = "{llvm.get_process_triple()}"')
             self._engine = llvm.create_mcjit_compiler(empty, target.create_target_machine())
-        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-        self._engine.finalize_object()
-        return self._engine.get_function_address(name)
+        return self._engine
+
+    def _map(self, name: str, code: bytes) -> int:
+        engine = self._loader()
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        engine.finalize_object()
+        return engine.get_function_address(name)
 
     def _build(self, module: str, factory: str, parameters: tuple, name: str) -> int:
         if self._on_compile is not None:
@@ -126,13 +144,32 @@ class KernelStore:
         return self._map(name, code)
 
     def _store(self, name: str, code: bytes) -> None:
-        """Write the entry under a temporary name and rename it; a full disk only costs the next start its speed."""
+        """Keep a compiled object; where that is not possible only the next start loses its speed."""
+        if self.directory is None:
+            return
         try:
-            with tempfile.NamedTemporaryFile(dir=self.directory, delete=False) as entry:
-                entry.write(hashlib.sha256(code).digest() + code)
-            os.replace(entry.name, self.directory / f"{name}.o")
-        except OSError:
-            Path(entry.name).unlink(missing_ok=True)
+            write_kept(self.directory / f"{name}.o", self._checksum(name, code) + code)
+        except UnusableFileError as problem:
+            if not self._said_not_kept:
+                self._said_not_kept = True
+                _note_not_kept(f"{self.directory}: {problem}")
+
+    def _give_up(self, reason: str) -> None:
+        self.directory = None
+        _note_not_kept(reason)
+
+
+def _note_not_kept(reason: str) -> None:
+    warnings.warn(
+        f"compiled kernels are not kept ({reason}), so that every start compiles them again; "
+        "XDG_CACHE_HOME names another folder",
+        stacklevel=4,
+    )
+
+
+def _has_symbol(name: str) -> bool:
+    """Whether the loader will find a function of this process by its name."""
+    return bool(llvm.address_of_symbol(name))
 
 
 def as_function(address: int) -> Callable[[bytes, None, int, int], int]:

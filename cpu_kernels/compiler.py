@@ -5,11 +5,25 @@ numba's C wrapper: the wrapper's error path would need numba loaded, and kernels
 error model), so the object needs nothing but libc. No fastmath: the kernels spell out their vectors and their fma.
 """
 
-from numba import njit, types
+from numba import config, njit, types
 from numba.core import registry
 from numba.core.compiler import Compiler
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.dispatcher import _FunctionCompiler
+
+
+
+class CompileError(RuntimeError):
+    """Kernels cannot be compiled as Python is set up. Exit code 5."""
+
+    exit_code = 5
+
+
+if config.DISABLE_JIT:  # the functions below would be plain Python, which has no machine code
+    raise CompileError(
+        "a CPU kernel must be compiled, but the environment variable NUMBA_DISABLE_JIT forbids it; unset it, at least "
+        "for the first run on this machine"
+    )
 
 OPTIONS = {"nogil": True, "error_model": "numpy"}
 helper = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)  # for functions that kernels call
