@@ -87,7 +87,7 @@ class FlagHandover:
         self._worker = worker
         self._host_ops = host_ops
         self._watchdog_s = watchdog_s
-        self.worked_s = 0.0
+        self.worked_s = self.parked_s = 0.0
         self._unused: list[torch.Tensor] = []
         self._counter = self._new_flags(1)[0, 0, :1]
         self._requests = self._new_flags(REQUESTS)[:, 0, :1]
@@ -273,6 +273,7 @@ class FlagHandover:
             step.program.run(self._watchdog_s)
         finally:
             self.worked_s += time.perf_counter() - started - step.program.waited_s
+            self.parked_s += step.program.waited_s
 
     def _serve_jobs(self, step: RecordedStep) -> None:
         for recorded in step.jobs:

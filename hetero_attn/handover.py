@@ -9,6 +9,7 @@
 
     overhead_s                  seconds that this itself took so far: waking the worker, noticing its end
     worked_s                    seconds for which programs of recorded jobs computed so far
+    parked_s                    seconds for which these programs waited for the GPU so far
 
 `InOrder` is the plain path: jobs run on the calling thread. `EventHandover` runs them on one worker thread and blocks
 the caller wherever GPU work has to see their results.
@@ -32,7 +33,7 @@ class InOrder:
     captures = False
     given = 0
     overhead_s = 0.0
-    worked_s = 0.0
+    worked_s = parked_s = 0.0
 
     def __init__(self, device: Device | None) -> None:
         self._device = device
@@ -64,7 +65,7 @@ class EventHandover:
 
     name = "events"
     captures = False
-    worked_s = 0.0
+    worked_s = parked_s = 0.0
 
     def __init__(self, device: Device, worker: Executor) -> None:
         self._device = device

@@ -1,6 +1,11 @@
-"""The models that `gpu_offload.py` runs: random weights of known shapes, quickly made, and the caps they run under."""
+"""The models that `gpu_offload.py` runs: random weights of known shapes, quickly made, and the caps they run under.
 
+python gpu_checkpoints.py SHAPE WORK_DIR      write one, as `gpu_offload.py` does beside its first parts
+"""
+
+import fcntl
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +16,6 @@ from random_checkpoint import MODEL_FILE, SHAPES, Shape, header_of
 DRAWN_VALUES = 4_000_037  # a prime, so that no two rows of a matrix are equal
 LARGE_SHAPES = {
     "8b": replace(SHAPES["llama-3.2-1b"], hidden_size=4096, num_layers=32, head_dim=128, intermediate_size=14_336),
-    "30b": replace(
-        SHAPES["llama-3.2-1b"], hidden_size=6656, num_layers=24, num_heads=52, num_kv_heads=4, head_dim=128,
-        intermediate_size=17_920, vocab_size=32_000,
-    ),
     "tiny": replace(SHAPES["tiny"], max_positions=2048),
 }  # fmt: skip
 
@@ -25,17 +26,30 @@ def cap_bytes(shape: str, dtype: str, share: float, quick: bool = False) -> int:
 
     dims = [size for size in LARGE_SHAPES[shape].tensors().values() if len(size) == 2]
     weights = sum(rows * columns for rows, columns in dims) * WEIGHT_BYTES[dtype]
-    fixed = 64 << 20 if quick else 3 << 29  # context, temporaries, activations, the cache of some thousand tokens
+    fixed = (
+        64 << 20 if quick else 3 << 29
+    )  # context, temporaries, activations, the cache of some thousand tokens
     return int(share * weights) + fixed
 
 
 def checkpoint(run: Run, shape: str) -> Path:
-    """A checkpoint of the shape, made on first use: the values of one layer serve for all, so it takes seconds."""
-    directory = run.work_dir / shape
-    if not (directory / MODEL_FILE).exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(LARGE_SHAPES[shape].config(), indent=2))
-        write_repeated(LARGE_SHAPES[shape], directory / MODEL_FILE)
+    """A checkpoint of the shape, made on first use."""
+    return made_checkpoint(run.work_dir, shape)
+
+
+def made_checkpoint(work_dir: Path, shape: str) -> Path:
+    """The folder of a checkpoint whose layers all have the values of one; where another process writes it, this waits."""
+    directory = work_dir / shape
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(
+            lock, fcntl.LOCK_EX
+        )  # the system gives it back when its holder dies
+        if not (directory / MODEL_FILE).exists():
+            (directory / "config.json").write_text(
+                json.dumps(LARGE_SHAPES[shape].config(), indent=2)
+            )
+            write_repeated(LARGE_SHAPES[shape], directory / MODEL_FILE)
     return directory
 
 
@@ -60,3 +74,7 @@ def random_bits(generator: np.random.Generator, dims: tuple[int, ...]) -> np.nda
     values -= 0.5
     values *= np.float32((12 / dims[1]) ** 0.5)
     return np.resize((values.view(np.uint32) >> 16).astype(np.uint16), dims)
+
+
+if __name__ == "__main__":
+    made_checkpoint(Path(sys.argv[2]), sys.argv[1])
