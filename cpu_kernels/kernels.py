@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from . import attention, elementwise, linear, memory, pack, rope
+from . import attention, elementwise, linear, memory, pack, repack, rope
 from .cache import KernelStore
 from .flags import Flags, check_flag
 from .isa import choose
@@ -107,6 +107,24 @@ class CpuKernels:
         written. Raises ValueError if a weight is NaN or infinite.
         """
         pack.pack(self._team, rows, weight_dtype, out)
+
+    def repack(self, rows: torch.Tensor, source_type: str, out: torch.Tensor) -> None:
+        """Lay rows of a GGUF file out in the format that holds them without loss; see formats.GGUF_TYPES.
+
+        rows: uint8 [num_blocks * 16, bytes of a row], as in the file; source_type: the file's name of it, such as
+        "Q4_K"; out: uint8 [num_blocks, block_bytes], written. Raises ValueError if a scale is NaN or infinite.
+        """
+        repack.repack(self._team, rows, source_type, out)
+
+    def unpack_rows(
+        self, weight: torch.Tensor, weight_dtype: str, row_ids: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Some rows of a packed weight as the numbers they stand for: an embedding is gathered so.
+
+        weight: uint8 [num_blocks, block_bytes] of a coded format; row_ids: int64 [count], each below num_blocks * 16;
+        out: float32 [count, in_features], written.
+        """
+        repack.unpack_rows(self._team, weight, weight_dtype, row_ids, out)
 
     def linear(
         self,

@@ -1,4 +1,4 @@
-"""linear for fp32 and bf16 weights: y[r, f] = sum_i w[f, i] x[r, i], float32 accumulation, weights row-major.
+"""linear for fp32, fp16 and bf16 weights: y[r, f] = sum_i w[f, i] x[r, i], float32 accumulation, weights row-major.
 
 Both operands run along the inputs, so a register tile of `features` x `rows` vectors collects partial sums that are
 added across lanes once per output. Stage 0 (bf16 only) rounds the input rows to bf16; without an instruction that
@@ -24,14 +24,18 @@ from .vector import (
     I64,
     LANES,
     VF32,
+    VHALF,
+    VI16,
     VI32,
     F32x16,
     emits,
     fma_value,
     intp,
+    lanes_below,
     load_as,
     load_f32,
     load_f32_tail,
+    masked_load,
     picked,
     prefetch_value,
     round_to_bf16,
@@ -46,11 +50,16 @@ STREAM_AHEAD = 3072  # bytes; measured flat from 1 to 5 KB
 
 
 class Line(NamedTuple):
-    """How a 64-byte line of weights meets the inputs: its items, and the bytes of one item and of one line of inputs."""
+    """How a line of weights meets the inputs: its items, and the bytes of one item and of one line of inputs."""
 
     items: int
     item_bytes: int
     x_bytes: int
+
+    @property
+    def w_bytes(self) -> int:
+        """Bytes of a line of weights: 64, but of float16, which meets unrounded inputs, 32."""
+        return self.items * self.item_bytes
 
     @property
     def x_item_bytes(self) -> int:
@@ -59,14 +68,14 @@ class Line(NamedTuple):
 
     @property
     def is_widened(self) -> bool:
-        """Whether inputs are wider than weights."""
-        return self.x_item_bytes > self.item_bytes
+        """Whether the inputs of a line of weights take more than one."""
+        return self.x_bytes > 64
 
 
 def line_of(isa: Isa, weight_dtype: str) -> Line:
-    """fp32: 16 weights and inputs; bf16: 32, whose inputs lie widened in two lines where the CPU cannot multiply bf16."""
-    if weight_dtype == "fp32":
-        return Line(16, 4, 64)
+    """fp32, fp16: 16 weights and inputs; bf16: 32, widened in two lines where the CPU cannot multiply bf16."""
+    if weight_dtype in ("fp32", "fp16"):
+        return Line(16, 4 if weight_dtype == "fp32" else 2, 64)
     return Line(32, 2, 64 if isa.has_bf16 else 128)
 
 
@@ -74,9 +83,23 @@ def products(isa: Isa, weight_dtype: str):
     """[(what becomes of a line of weights, acc + its products with a line of inputs)], one for each line of inputs."""
     if weight_dtype == "fp32":
         return [(lambda b, w: b.bitcast(w, VF32), widened_product)]
+    if weight_dtype == "fp16":
+        return [(lambda b, w: b.fpext(w, VF32), widened_product)]
     if isa.has_bf16:
         return [(lambda b, w: w, lambda b, acc, w, x: emit_dot_bf16(isa, b, acc, w, x))]
     return [(low_halves, widened_product), (high_halves, widened_product)]
+
+
+def weight_line(shape: Line, b, address, index: int = 0):
+    """Line `index` of weights."""
+    return load_as(b, address, VI32 if shape.w_bytes == 64 else VHALF, shape.w_bytes * index)
+
+
+def weight_line_tail(shape: Line, b, address, items):
+    """The first items of a line of weights, zeros behind them."""
+    if shape.w_bytes == 64:
+        return masked_line(b, address, items, shape.item_bytes)
+    return b.bitcast(masked_load(b, address, VI16, lanes_below(b, items), "v16i16"), VHALF)
 
 
 def whole_line(b, address, offset):
@@ -111,15 +134,15 @@ def tile_step(isa: Isa, weight_dtype: str, features: int, rows: int):
     def line(b, sums, w, w_stride, x, x_stride, ahead):
         for index in range(features):
             prefetch_value(b, ahead, 64 * index)
-        ws = [load_as(b, address, VI32) for address in addresses(b, w, w_stride, features)]
+        ws = [weight_line(shape, b, address) for address in addresses(b, w, w_stride, features)]
         return accumulate(b, sums, ws, addresses(b, x, x_stride, rows), whole_line)
 
     @emits(tile, tile, intp, intp, intp, intp, intp)
     def part(b, sums, w, w_stride, x, x_stride, items):
-        ws = [masked_line(b, address, items, shape.item_bytes) for address in addresses(b, w, w_stride, features)]
+        ws = [weight_line_tail(shape, b, address, items) for address in addresses(b, w, w_stride, features)]
 
         def first_items(b, address, offset):
-            return masked_line(b, address, items, shape.item_bytes)
+            return masked_line(b, address, items, shape.x_item_bytes)
 
         load = whole_line if shape.is_widened else first_items  # widened inputs are padded with zeros
         return accumulate(b, sums, ws, addresses(b, x, x_stride, rows), load)
@@ -130,15 +153,15 @@ def tile_step(isa: Isa, weight_dtype: str, features: int, rows: int):
 def stream_step(isa: Isa, weight_dtype: str):
     """Intrinsic (sums, w, x) -> sums: STREAM_LINES lines of one feature, one row."""
     tile = types.UniTuple(F32x16, STREAM_LINES)
-    x_bytes, parts = line_of(isa, weight_dtype).x_bytes, products(isa, weight_dtype)
+    shape, parts = line_of(isa, weight_dtype), products(isa, weight_dtype)
 
     @emits(tile, tile, intp, intp)
     def lines(b, sums, w, x):
         for index in range(STREAM_LINES):
             prefetch_value(b, w, STREAM_AHEAD + 64 * index)
-            w_line, acc = load_as(b, w, VI32, 64 * index), b.extract_value(sums, index)
+            w_line, acc = weight_line(shape, b, w, index), b.extract_value(sums, index)
             for part, (select, add_product) in enumerate(parts):
-                x_line = load_as(b, x, VI32, x_bytes * index + 64 * part)
+                x_line = load_as(b, x, VI32, shape.x_bytes * index + 64 * part)
                 acc = add_product(b, acc, select(b, w_line), x_line)
             sums = b.insert_value(sums, acc, index)
         return sums
@@ -159,6 +182,7 @@ def block_times_row(isa: Isa, weight_dtype: str):
     lines, together = stream_step(isa, weight_dtype)
     line, part = tile_step(isa, weight_dtype, 1, 1)
     line_items, _, x_bytes = line_of(isa, weight_dtype)
+    w_bytes = line_of(isa, weight_dtype).w_bytes
 
     @helper
     def multiply(weight, w_stride, x, x_stride, inputs, bias, out, out_stride, accumulate):
@@ -168,14 +192,15 @@ def block_times_row(isa: Isa, weight_dtype: str):
             sums, w = start(), weight + f * w_stride
             index = 0
             while index + STREAM_LINES <= whole:
-                sums = lines(sums, w + 64 * index, x + x_bytes * index)
+                sums = lines(sums, w + w_bytes * index, x + x_bytes * index)
                 index += STREAM_LINES
             total = together(sums)
             while index < whole:
-                total = line(total, w + 64 * index, w_stride, x + x_bytes * index, x_stride, w + w_stride + 64 * index)
+                at = w + w_bytes * index
+                total = line(total, at, w_stride, x + x_bytes * index, x_stride, at + w_stride)
                 index += 1
             if rest:
-                total = part(total, w + 64 * whole, w_stride, x + x_bytes * whole, x_stride, rest)
+                total = part(total, w + w_bytes * whole, w_stride, x + x_bytes * whole, x_stride, rest)
             store(total, bias + 4 * f if bias else 0, out + 4 * f, out_stride, accumulate)
 
     return multiply
@@ -186,6 +211,7 @@ def block_times_rows(isa: Isa, weight_dtype: str, features: int, rows: int):
     start, store = zeros(features * rows), finish_dots(features, rows)
     line, part = tile_step(isa, weight_dtype, features, rows)
     line_items, _, x_bytes = line_of(isa, weight_dtype)
+    w_bytes = line_of(isa, weight_dtype).w_bytes
 
     @helper
     def multiply(weight, w_stride, x, x_stride, inputs, bias, out, out_stride, accumulate):
@@ -196,9 +222,9 @@ def block_times_rows(isa: Isa, weight_dtype: str, features: int, rows: int):
             ahead = w + features * w_stride
             for index in range(whole):
                 at = ahead + 64 * features * index
-                sums = line(sums, w + 64 * index, w_stride, x + x_bytes * index, x_stride, at)
+                sums = line(sums, w + w_bytes * index, w_stride, x + x_bytes * index, x_stride, at)
             if rest:
-                sums = part(sums, w + 64 * whole, w_stride, x + x_bytes * whole, x_stride, rest)
+                sums = part(sums, w + w_bytes * whole, w_stride, x + x_bytes * whole, x_stride, rest)
             store(sums, bias + 4 * f if bias else 0, out + 4 * f, out_stride, accumulate)
 
     return multiply
@@ -264,7 +290,7 @@ def padded_row_bytes(in_features, x_bytes):
 
 @helper
 def rows_as_they_are(arguments):
-    """fp32 needs no rounding: the input itself."""
+    """fp32 and fp16 need no rounding: the input itself."""
     return parameter(arguments, 1), parameter(arguments, 2)
 
 
@@ -285,6 +311,7 @@ def linear_dot(isa: Isa, weight_dtype: str, features: int, tile: int):
         bias, out, out_stride = parameter(arguments, 8), parameter(arguments, 9), parameter(arguments, 10)
         accumulate, piece = parameter(arguments, 11), parameter(arguments, 12)
         smallest, parts = parameter(arguments, 13), parameter(arguments, 14)
+        run, weight_run, out_run = parameter(arguments, 15), parameter(arguments, 16), parameter(arguments, 17)
         w_stride = in_features * item_bytes
         start, stop = take_range(arguments, 1, num_blocks, smallest, parts)
         while start < stop:
@@ -295,9 +322,10 @@ def linear_dot(isa: Isa, weight_dtype: str, features: int, tile: int):
                     size = tile if row + tile <= rows else 2 if tile > 2 and row + 2 <= rows else 1
                     from_x = x + row * x_stride + first * x_item_bytes
                     for block in range(start, stop):
-                        w = weight + block * block_bytes + first * item_bytes
-                        to = out + row * out_stride + 64 * block
-                        offset = bias + 64 * block if bias and first == 0 else 0
+                        unit, inside = block // run, block % run
+                        w = weight + unit * weight_run + inside * block_bytes + first * item_bytes
+                        column = unit * out_run + 64 * inside
+                        to, offset = out + row * out_stride + column, bias + column if bias and first == 0 else 0
                         if size == 1:
                             multiply_1(w, w_stride, from_x, x_stride, inputs, offset, to, out_stride, add_to)
                         elif size == 2:

@@ -1,4 +1,4 @@
-"""linear for q8 and q4 weights: y[r,f] = sum_g xs[r,g] (scale[f,g] sum_i q[f,i] xq[r,i] + min[f,g] sum_i xq[r,i]).
+"""linear for coded weights: y[r,f] = sum_g xs[r,g] (scale[f,g] sum_i q[f,i] xq[r,i] + min[f,g] sum_i xq[r,i]).
 
 Stage 0 quantises the input per row and group of 64 to int8 and lays it out in panels of up to `row_tile` rows, one
 record per group, so that the inner loop reads it from one pointer at constant offsets. Stage 1 hands out ranges of
@@ -6,7 +6,8 @@ blocks; for each, every panel of rows passes over the block's superblocks. Dot p
 the 16 features of a block are the 16 lanes, so nothing is ever summed across lanes.
 
 Record of a panel of R rows (76 R bytes): R x 64 int8, R float32 scales, R corrections, R second corrections, which are
-q4: scale * sum(xq) as float32, unused;  q8: -128 * sum(xq) as int32 of inputs 0..31, then of 32..63.
+q4: scale * sum(xq) as float32, unused;  q8: -128 * sum(xq) as int32 of inputs 0..31, then of 32..63;
+other formats: sums of 16 inputs as int16 pairs, of inputs 0..31, then of 32..63 (form_kernel.py).
 """
 
 from llvmlite import ir
@@ -15,8 +16,10 @@ from numba import types
 from .chunks import await_stage, finish, parameter, take, take_range
 from .compiler import helper
 from .dot import emit_dot4
+from .form_kernel import form_step, store_sums_of_16
+from .formats import GROUP_INPUTS, LINE_BYTES, format_of
 from .isa import Isa
-from .layout import GROUP_INPUTS, LINE_BYTES, SUPERBLOCK_LINES
+from .layout import SUPERBLOCK_LINES
 from .linear_layout import RECORD_BYTES, SEGMENT_GROUPS
 from .scalar import least
 from .tiles import finish_features, zeros
@@ -42,17 +45,15 @@ from .vector import (
 
 AHEAD_BYTES = 2048  # ahead of the weight stream where memory is the limit; measured flat from 1 to 2 KB
 FAR_AHEAD_BYTES = 6144  # where the dot products are: 8 rows of q8 gain a half, 4 of q4 as much, fewer rows lose a third
-FAR_ROWS = {"q4": 4, "q8": 8}  # from so many rows on they are
+FAR_ROWS = {"q8": 8}  # from so many rows on they are; 4 for the others
 
 
-@emits(types.void, *[F32x16] * 4, intp, intp, intp)
-def store_group(b, v0, v1, v2, v3, quants, scale_at, row_bytes):
-    """Quantise 64 inputs: bytes to `quants`; scale and the two int32 sums to scale_at, + row_bytes, + 2 row_bytes.
+def _store_codes(b, vectors, quants, scale_at):
+    """Quantise 64 inputs: bytes to `quants`, the scale to `scale_at`; returns the int32 sums of every 16, as vectors.
 
     Magnitudes are compared as integers, so that a NaN wins, makes the scale NaN and shows in the output. Adding
     1.5 * 2**23 leaves round_half_even(x / scale) in the low bits, without undefined conversions.
     """
-    vectors = (v0, v1, v2, v3)
     largest = constant(VI32, 0)
     for vector in vectors:
         magnitude = b.and_(b.bitcast(vector, VI32), constant(VI32, 0x7FFFFFFF))
@@ -61,19 +62,34 @@ def store_group(b, v0, v1, v2, v3, quants, scale_at, row_bytes):
     scale = b.fdiv(absmax, ir.Constant(F32, 127.0))
     is_zero = b.fcmp_ordered("==", scale, ir.Constant(F32, 0.0))
     divisor = splat_value(b, b.select(is_zero, ir.Constant(F32, 1.0), scale))
-    sums = []
-    for half in range(2):
-        total = constant(VI32, 0)
-        for part in (2 * half, 2 * half + 1):
-            shifted = b.fadd(b.fdiv(vectors[part], divisor), constant(VF32, 12582912.0))
-            narrow = b.trunc(b.bitcast(shifted, VI32), VI8)
-            store_as(b, narrow, quants, 16 * part)
-            total = b.add(total, b.sext(narrow, VI32))
-        sums.append(call_llvm(b, "llvm.vector.reduce.add.v16i32", I32, total))
-    second = b.add(scale_at, row_bytes)
+    codes = []
+    for part, vector in enumerate(vectors):
+        shifted = b.fadd(b.fdiv(vector, divisor), constant(VF32, 12582912.0))
+        narrow = b.trunc(b.bitcast(shifted, VI32), VI8)
+        store_as(b, narrow, quants, 16 * part)
+        codes.append(b.sext(narrow, VI32))
     store_as(b, scale, scale_at)
-    store_as(b, sums[0], second)
-    store_as(b, sums[1], b.add(second, row_bytes))
+    return codes
+
+
+def _sum(b, vector):
+    return call_llvm(b, "llvm.vector.reduce.add.v16i32", I32, vector)
+
+
+@emits(types.void, *[F32x16] * 4, intp, intp, intp)
+def store_group(b, v0, v1, v2, v3, quants, scale_at, row_bytes):
+    """Quantise 64 inputs: bytes to `quants`; scale and the two int32 sums to scale_at, + row_bytes, + 2 row_bytes."""
+    codes = _store_codes(b, (v0, v1, v2, v3), quants, scale_at)
+    second = b.add(scale_at, row_bytes)
+    store_as(b, _sum(b, b.add(codes[0], codes[1])), second)
+    store_as(b, _sum(b, b.add(codes[2], codes[3])), b.add(second, row_bytes))
+
+
+@emits(types.void, *[F32x16] * 4, intp, intp, intp)
+def store_group_of_16(b, v0, v1, v2, v3, quants, scale_at, row_bytes):
+    """As `store_group`, with the sums of every 16 inputs as int16 pairs."""
+    codes = _store_codes(b, (v0, v1, v2, v3), quants, scale_at)
+    store_sums_of_16(b, [_sum(b, part) for part in codes], b.add(scale_at, row_bytes), row_bytes)
 
 
 @emits(types.void, intp, intp)
@@ -82,6 +98,11 @@ def correct_q4(b, scale_at, row_bytes):
     second = b.add(scale_at, row_bytes)
     total = b.add(load_as(b, second, I32), load_as(b, b.add(second, row_bytes), I32))
     store_as(b, b.fmul(b.sitofp(total, F32), load_as(b, scale_at, F32)), second)
+
+
+@emits(types.void, intp, intp)
+def keep_sums(b, scale_at, row_bytes):
+    """The sums as they are."""
 
 
 @emits(types.void, intp, intp)
@@ -104,8 +125,13 @@ def panel_of(row, rows, tile):
         size //= 2
 
 
+def ahead_bytes(weight_dtype: str, rows: int) -> int:
+    """How far ahead of the weight stream is asked for."""
+    return FAR_AHEAD_BYTES if rows >= FAR_ROWS.get(weight_dtype, 4) else AHEAD_BYTES
+
+
 def superblock(isa: Isa, weight_dtype: str, rows: int):
-    """Intrinsic (sums, weight address, record address) -> sums: one superblock times one record of `rows` rows."""
+    """Intrinsic (sums, weight address, record address) -> sums: one superblock of q4 or q8 times one record."""
     tile = types.UniTuple(F32x16, rows)
 
     def inputs(b, record, row, offset):
@@ -118,9 +144,8 @@ def superblock(isa: Isa, weight_dtype: str, rows: int):
         return b.fpext(load_as(b, weight, VHALF, offset), VF32)
 
     def ahead(b, weight):
-        distance = FAR_AHEAD_BYTES if rows >= FAR_ROWS[weight_dtype] else AHEAD_BYTES
         for line in range(SUPERBLOCK_LINES[weight_dtype]):
-            prefetch_value(b, weight, distance + 64 * line)
+            prefetch_value(b, weight, ahead_bytes(weight_dtype, rows) + 64 * line)
 
     @emits(tile, tile, intp, intp)
     def superblock_q4(b, sums, weight, record):
@@ -165,27 +190,48 @@ def superblock(isa: Isa, weight_dtype: str, rows: int):
 
 
 def block_times_panel(isa: Isa, weight_dtype: str, rows: int):
-    """Function: 16 output features of `rows` rows."""
-    start, step, store = zeros(rows), superblock(isa, weight_dtype, rows), finish_features(rows)
-    weight_bytes, record_bytes = SUPERBLOCK_LINES[weight_dtype] * LINE_BYTES, rows * RECORD_BYTES
+    """Function: 16 output features of `rows` rows, over `groups` of 64 inputs from the start of a superblock on."""
+    item = format_of(weight_dtype)
+    start, store, record_bytes = zeros(rows), finish_features(rows), rows * RECORD_BYTES
+    superblock_bytes, header_bytes = item.superblock_bytes, item.header_lines * LINE_BYTES
+    together, group_bytes = item.group_inputs // GROUP_INPUTS, item.code_lines * LINE_BYTES
+    if weight_dtype in ("q4", "q8"):
+        step = superblock(isa, weight_dtype, rows)
+
+        @helper
+        def multiply(weight, record, groups, bias, out, out_stride, accumulate):
+            sums = start()
+            for group in range(groups):
+                sums = step(sums, weight + superblock_bytes * group, record + record_bytes * group)
+            store(sums, bias, out, out_stride, accumulate)
+
+        return multiply
+    step_of_form = form_step(isa, item, rows, ahead_bytes(weight_dtype, rows))
 
     @helper
-    def multiply(weight, record, groups, bias, out, out_stride, accumulate):
-        sums = start()
-        for group in range(groups):
-            sums = step(sums, weight + weight_bytes * group, record + record_bytes * group)
+    def multiply_form(weight, record, groups, bias, out, out_stride, accumulate):
+        sums, at, group = start(), weight, 0
+        while group < groups:
+            lines = at + header_bytes
+            for inside in range(least(together, groups - group)):
+                sums = step_of_form(sums, at, inside, lines + group_bytes * inside, record)
+                record += record_bytes
+            at += superblock_bytes
+            group += together
         store(sums, bias, out, out_stride, accumulate)
 
-    return multiply
+    return multiply_form
 
 
 def linear_q(isa: Isa, weight_dtype: str, tile: int):
     """Kernel for any number of rows in panels of `tile` (8, 4 or 1) rows; parameters as in linear.py."""
-    correct = {"q4": correct_q4, "q8": correct_q8}[weight_dtype]
+    item = format_of(weight_dtype)
+    correct = {"q4": correct_q4, "q8": correct_q8}.get(weight_dtype, keep_sums)
+    store_codes = store_group if weight_dtype in ("q4", "q8") else store_group_of_16
     multiply_8, multiply_4, multiply_2, multiply_1 = (
         block_times_panel(isa, weight_dtype, min(rows, tile)) for rows in (8, 4, 2, 1)
     )
-    superblock_bytes = SUPERBLOCK_LINES[weight_dtype] * LINE_BYTES
+    superblock_bytes, together = item.superblock_bytes, item.group_inputs // GROUP_INPUTS
 
     @helper
     def quantize(arguments):
@@ -207,7 +253,7 @@ def linear_q(isa: Isa, weight_dtype: str, tile: int):
                 at, left = x + row * x_stride + 256 * group, in_features - GROUP_INPUTS * group
                 record = panel + group * size * RECORD_BYTES
                 scale_at = record + size * GROUP_INPUTS + 4 * (row - first)
-                store_group(
+                store_codes(
                     load_f32_tail(at, left),
                     load_f32_tail(at + 64, left - 16),
                     load_f32_tail(at + 128, left - 32),
@@ -227,7 +273,9 @@ def linear_q(isa: Isa, weight_dtype: str, tile: int):
         weight, num_blocks, block_bytes = parameter(arguments, 5), parameter(arguments, 6), parameter(arguments, 7)
         bias, out, out_stride = parameter(arguments, 8), parameter(arguments, 9), parameter(arguments, 10)
         accumulate, piece = parameter(arguments, 11), (parameter(arguments, 12) + GROUP_INPUTS - 1) // GROUP_INPUTS
-        groups, smallest, parts = block_bytes // superblock_bytes, parameter(arguments, 13), parameter(arguments, 14)
+        smallest, parts = parameter(arguments, 13), parameter(arguments, 14)
+        run, weight_run, out_run = parameter(arguments, 15), parameter(arguments, 16), parameter(arguments, 17)
+        groups = (parameter(arguments, 4) + GROUP_INPUTS - 1) // GROUP_INPUTS
         start, stop = take_range(arguments, 1, num_blocks, smallest, parts)
         while start < stop:
             for first in range(0, groups, piece):
@@ -237,9 +285,10 @@ def linear_q(isa: Isa, weight_dtype: str, tile: int):
                     size = panel_of(row, rows, tile)[1]
                     panel = records + (row * groups + size * first) * RECORD_BYTES
                     for block in range(start, stop):
-                        w = weight + block * block_bytes + first * superblock_bytes
-                        to = out + row * out_stride + 64 * block
-                        offset = bias + 64 * block if bias and first == 0 else 0
+                        unit, inside = block // run, block % run
+                        w = weight + unit * weight_run + inside * block_bytes + first // together * superblock_bytes
+                        column = unit * out_run + 64 * inside
+                        to, offset = out + row * out_stride + column, bias + column if bias and first == 0 else 0
                         if size == 8:
                             multiply_8(w, panel, count, offset, to, out_stride, add_to)
                         elif size == 4:

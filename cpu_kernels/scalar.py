@@ -6,7 +6,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .vector import F32, I8, I32, I64, call_llvm, emits, float32, int32, intp, pointer
+from .vector import F32, HALF, I8, I16, I32, I64, call_llvm, emits, float32, int32, intp, pointer
 
 
 @emits(types.int64, types.int64, types.int64)
@@ -52,6 +52,54 @@ def load_i64(b, address):
 def load_i32(b, address):
     """One int32."""
     return b.load(pointer(b, address, I32), align=4)
+
+
+@emits(types.int64, intp)
+def load_byte(b, address):
+    """One unsigned byte."""
+    return b.zext(b.load(pointer(b, address, I8), align=1), I64)
+
+
+@emits(types.int64, intp)
+def load_short(b, address):
+    """One uint16 at any address."""
+    return b.zext(b.load(pointer(b, address, I16), align=1), I64)
+
+
+@emits(types.int64, intp)
+def load_word(b, address):
+    """One uint32 at any address."""
+    return b.zext(b.load(pointer(b, address, I32), align=1), I64)
+
+
+@emits(float32, intp)
+def load_half(b, address):
+    """One float16 at any address, widened."""
+    return b.fpext(b.load(pointer(b, address, HALF), align=1), F32)
+
+
+@emits(float32, types.int64)
+def as_float(b, bits):
+    """The float32 with these bits."""
+    return b.bitcast(b.trunc(bits, I32), F32)
+
+
+@emits(types.void, types.int64, intp)
+def store_byte(b, value, address):
+    """The low byte."""
+    b.store(b.trunc(value, I8), pointer(b, address, I8), align=1)
+
+
+@emits(types.void, types.int64, intp)
+def store_short(b, value, address):
+    """The low two bytes."""
+    b.store(b.trunc(value, I16), pointer(b, address, I16), align=1)
+
+
+@emits(types.void, types.int64, intp)
+def store_word(b, value, address):
+    """The low four bytes."""
+    b.store(b.trunc(value, I32), pointer(b, address, I32), align=1)
 
 
 @emits(float32, intp)

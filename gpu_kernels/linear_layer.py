@@ -15,8 +15,9 @@ from torch import Tensor
 from gpu_kernels.activation import round_activation
 from gpu_kernels.dequantize import dequantize
 from gpu_kernels.quantized_linear import check_blocks, quantized_linear
-from gpu_kernels.reference import BLOCK_FEATURES, GROUP, SUPERBLOCK_BYTES, WEIGHT_DTYPES
+from gpu_kernels.reference import BLOCK_FEATURES, GROUP, SUPERBLOCK_BYTES
 
+WEIGHT_DTYPES = ("fp32", "bf16", "q8", "q4")
 PRODUCT_BYTES = 32 * 2**20  # of a dense product at once: what a call takes beside its arguments is bounded
 # Of weights as bf16 at once, likewise. The L2 cache of the largest GPUs holds half of it; smaller pieces would stay there
 # whole, but Python queues each with three launches, which took longer than the GPU's work on 32 MiB for 512 rows.

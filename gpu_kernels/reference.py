@@ -25,11 +25,14 @@ import torch
 from torch import Tensor
 
 from gpu_kernels import kv_pages
+from gpu_kernels.unpack_forms import FORMS, superblock_bytes, unpack_form
 
-WEIGHT_DTYPES = ("fp32", "bf16", "q8", "q4")
+PLAIN_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WEIGHT_DTYPES = ("fp32", "bf16", "q8", "q4", "fp16", *FORMS)
 BLOCK_FEATURES = 16
 GROUP = 64
-SUPERBLOCK_BYTES = {"q8": 1088, "q4": 576}
+SUPERBLOCK_INPUTS = {"q8": 64, "q4": 64} | {name: form.inputs for name, form in FORMS.items()}
+SUPERBLOCK_BYTES = {"q8": 1088, "q4": 576} | {name: superblock_bytes(form) for name, form in FORMS.items()}
 LINE_BYTES = 64
 
 
@@ -42,11 +45,44 @@ def linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, ou
            accumulate: bool = False) -> None:
     """Write (or with `accumulate` add) the linear layer of `x` into `out`.
 
-    x: f32 [rows, in_features]. weight: uint8 [num_blocks, block_bytes], packed. weight_dtype: one of WEIGHT_DTYPES.
-    bias: f32 [num_blocks*16] or None. out: f32 [rows, num_blocks*16]. Raises ValueError for an unknown weight dtype.
+    x: f32 [rows, in_features]. weight: uint8 [num_blocks, block_bytes], packed. weight_dtype: one of WEIGHT_DTYPES, or a
+    mix as in cpu_kernels/formats, whose weight is [units, unit_bytes]. bias: f32 [features] or None. out: f32 [rows,
+    features]. Raises ValueError for an unknown weight dtype.
     """
-    dense = unpack(weight, weight_dtype, x.shape[-1], _compute_dtype(x))
-    linear_unpacked(round_activation(x, weight_dtype), dense, bias, out, accumulate)
+    for name, blocks, columns in mixed_parts(weight, weight_dtype, x.shape[-1]):
+        dense = unpack(blocks, name, x.shape[-1], _compute_dtype(x))
+        part = None if bias is None else bias[columns]
+        result = torch.empty(x.shape[0], dense.shape[0], dtype=out.dtype, device=out.device)
+        linear_unpacked(round_activation(x, name), dense, part, result)
+        if accumulate:
+            out[:, columns] += result
+        else:
+            out[:, columns] = result
+
+
+def mixed_parts(weight: Tensor, weight_dtype: str, in_features: int) -> list[tuple[str, Tensor, Tensor | slice]]:
+    """(format, blocks [count, block_bytes], output features) of every format of a mix; all of them of a plain format."""
+    if "*" not in weight_dtype:
+        return [(weight_dtype, weight, slice(None))]
+    parts = [(name, int(count)) for name, _, count in (part.partition("*") for part in weight_dtype.split("+"))]
+    found, at, first = [], 0, 0
+    unit_blocks = sum(count for _, count in parts)
+    features = torch.arange(weight.shape[0] * unit_blocks * BLOCK_FEATURES, device=weight.device)
+    features = features.view(weight.shape[0], unit_blocks, BLOCK_FEATURES)
+    for name, count in parts:
+        size = count * block_bytes(name, in_features)
+        blocks = weight[:, at : at + size].reshape(weight.shape[0] * count, -1)
+        found.append((name, blocks, features[:, first : first + count].flatten()))
+        at, first = at + size, first + count
+    return found
+
+
+def block_bytes(weight_dtype: str, in_features: int) -> int:
+    """Bytes of 16 output features."""
+    _check_weight_dtype(weight_dtype)
+    if weight_dtype in PLAIN_DTYPES:
+        return BLOCK_FEATURES * in_features * PLAIN_DTYPES[weight_dtype].itemsize
+    return -(-in_features // SUPERBLOCK_INPUTS[weight_dtype]) * SUPERBLOCK_BYTES[weight_dtype]
 
 
 def linear_unpacked(x: Tensor, dense: Tensor, bias: Tensor | None, out: Tensor, accumulate: bool = False) -> None:
@@ -66,7 +102,7 @@ def linear_unpacked(x: Tensor, dense: Tensor, bias: Tensor | None, out: Tensor, 
 def round_activation(x: Tensor, weight_dtype: str) -> Tensor:
     """The input of a linear layer as the arithmetic of `weight_dtype` sees it, in the dtype and shape of `x`."""
     _check_weight_dtype(weight_dtype)
-    if weight_dtype == "fp32":
+    if weight_dtype in ("fp32", "fp16"):
         return x
     if weight_dtype == "bf16":
         return x.float().to(torch.bfloat16).to(x.dtype)
@@ -93,9 +129,10 @@ def unpack(weight: Tensor, weight_dtype: str, in_features: int, dtype: torch.dty
     weight: uint8 [num_blocks, block_bytes], contiguous. Raises ValueError for an unknown weight dtype.
     """
     _check_weight_dtype(weight_dtype)
-    if weight_dtype in ("fp32", "bf16"):
-        stored = torch.float32 if weight_dtype == "fp32" else torch.bfloat16
-        return weight.view(stored).reshape(-1, in_features).to(dtype)
+    if weight_dtype in PLAIN_DTYPES:
+        return weight.view(PLAIN_DTYPES[weight_dtype]).reshape(-1, in_features).to(dtype)
+    if weight_dtype in FORMS:
+        return unpack_form(weight, weight_dtype, in_features, dtype)
     superblocks = -(-in_features // GROUP)
     lines = weight.view(weight.shape[0], superblocks, -1, LINE_BYTES)
     values = (_unpack_q4 if weight_dtype == "q4" else _unpack_q8)(lines, dtype)

@@ -34,7 +34,8 @@ class RopeConfig:
 
     `rotary_dim` counts the leading dimensions of a head that are rotated; the rest pass through. Fields that a
     `rope_type` does not use keep their defaults. `original_max_position_embeddings` counts tokens;
-    `attention_factor` None means "derive it from `factor`, `mscale` and `mscale_all_dim`" (yarn only).
+    `attention_factor` None means "derive it from `factor`, `mscale` and `mscale_all_dim`" (yarn only). `divisors`, one for
+    each pair, are the whole scaling of rope type "divisors", which only GGUF files have.
     """
 
     rotary_dim: int
@@ -50,6 +51,7 @@ class RopeConfig:
     mscale: float = 0.0
     mscale_all_dim: float = 0.0
     truncate: bool = True
+    divisors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,8 @@ def _inverse_frequencies(config: ModelConfig, seq_len: int) -> torch.Tensor:
         return _llama3(rope, dim)
     if rope.rope_type == "yarn":
         return _yarn(rope, dim)
+    if rope.rope_type == "divisors":
+        return _plain(rope.theta, dim) / torch.tensor(rope.divisors)
     return _plain(rope.theta, dim)
 
 

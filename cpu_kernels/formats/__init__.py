@@ -1,0 +1,35 @@
+"""The formats of packed weights, described once: what every kernel reads, a planner sizes and a file holds.
+
+Pure Python: nothing here needs torch or a compiler. `base` is the description of a format, `table` the formats there
+are and the mixes of them that one linear may have, `gguf_types` the block types of GGUF files and their formats.
+"""
+
+from cpu_kernels.formats.base import BLOCK_FEATURES, GROUP_INPUTS, LINE_BYTES, WeightFormat
+from cpu_kernels.formats.gguf_types import GGUF_TYPES, GgufType
+from cpu_kernels.formats.table import (
+    FORMATS,
+    Segment,
+    format_of,
+    mix_name,
+    segments,
+    unit_blocks,
+    unit_bytes,
+    widest,
+)
+
+__all__ = [
+    "BLOCK_FEATURES",
+    "FORMATS",
+    "GGUF_TYPES",
+    "GROUP_INPUTS",
+    "LINE_BYTES",
+    "GgufType",
+    "Segment",
+    "WeightFormat",
+    "format_of",
+    "mix_name",
+    "segments",
+    "unit_blocks",
+    "unit_bytes",
+    "widest",
+]

@@ -1,0 +1,107 @@
+"""The formats there are, and the mixes of them that the parts of one linear may have."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+from cpu_kernels.formats.base import WeightFormat
+
+# The 16 values of IQ4_NL and IQ4_XS with 128 added, and twice those of E2M1 with 12 added.
+_IQ4 = (1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241)
+_E2M1 = (12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0)
+
+
+def _row_major(name: str, plane: str, rounds_x_to: str, like: str) -> WeightFormat:
+    return WeightFormat(name=name, plane=plane, rounds_x_to=rounds_x_to, like=like)
+
+
+def _coded(
+    name: str, plane: str, header: str, lines: int, inputs: int, offset: int = 0, table: tuple[int, ...] = ()
+) -> WeightFormat:
+    like = "q8" if plane in ("i8", "u6", "u5") else "q4"
+    return WeightFormat(
+        name=name,
+        plane=plane,
+        rounds_x_to="int8",
+        like=like,
+        header=header,
+        header_lines=lines,
+        group_inputs=inputs,
+        offset=offset,
+        table=table,
+    )
+
+
+FORMATS = {
+    item.name: item
+    for item in (
+        _row_major("fp32", "f32", "fp32", "fp32"),
+        _row_major("bf16", "bf16", "bf16", "bf16"),
+        _coded("q8", "i8", "S32", 1, 64, offset=128),
+        _coded("q4", "u4", "SM64", 1, 64),
+        _row_major("fp16", "f16", "fp32", "bf16"),
+        _coded("q4_0", "u4", "S32", 1, 64, offset=8),
+        _coded("q4_1", "u4", "SM32", 2, 64),
+        _coded("q5_0", "u5", "S32", 1, 64, offset=16),
+        _coded("q5_1", "u5", "SM32", 2, 64),
+        _coded("q4_k", "u4", "K2M32", 5, 256),
+        _coded("q5_k", "u5", "K2M32", 5, 256),
+        _coded("q6_k", "u6", "K2S16", 5, 256, offset=32),
+        _coded("iq4_nl", "t4", "S32", 1, 64, offset=128, table=_IQ4),
+        _coded("iq4_xs", "t4", "K2S32", 3, 256, offset=128, table=_IQ4),
+        _coded("mxfp4", "t4", "E32", 1, 128, offset=12, table=_E2M1),
+    )
+}
+
+
+class Segment(NamedTuple):
+    """Part of a unit in one format: its blocks, and where it begins in the unit, in bytes and blocks."""
+
+    format: WeightFormat
+    blocks: int
+    first_byte: int
+    first_block: int
+
+
+def format_of(name: str) -> WeightFormat:
+    """The format of this name; ValueError names those there are."""
+    if name not in FORMATS:
+        raise ValueError(f"weight format {name!r} is unknown; known: {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def mix_name(parts: Sequence[tuple[str, int]]) -> str:
+    """The name of a mix: in every unit `count` blocks of each format, in this order: "q4_k*12+q6_k*4"."""
+    return "+".join(f"{name}*{count}" for name, count in parts)
+
+
+@cache
+def _parts(name: str) -> tuple[tuple[WeightFormat, int], ...]:
+    pairs = (part.partition("*") for part in name.split("+"))
+    return tuple((format_of(part), int(count or 1)) for part, _, count in pairs)
+
+
+@cache
+def segments(name: str, in_features: int) -> tuple[Segment, ...]:
+    """The segments of a unit of a format, one block, or of a mix, whose packed weight is uint8 [units, unit_bytes]."""
+    found, at, block = [], 0, 0
+    for item, count in _parts(name):
+        found.append(Segment(item, count, at, block))
+        at, block = at + count * item.block_bytes(in_features), block + count
+    return tuple(found)
+
+
+def unit_bytes(name: str, in_features: int) -> int:
+    """Bytes of a block of a format, or of a unit of a mix."""
+    return sum(count * item.block_bytes(in_features) for item, count in _parts(name))
+
+
+def unit_blocks(name: str) -> int:
+    """Blocks of output features in `unit_bytes`: 1 of a format."""
+    return sum(count for _, count in _parts(name))
+
+
+@cache
+def widest(name: str) -> WeightFormat:
+    """The format with the most bytes in a unit: whose rates stand for those of a mix."""
+    return max(_parts(name), key=lambda part: part[1] * part[0].bits_per_weight())[0]

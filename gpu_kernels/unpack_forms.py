@@ -1,0 +1,104 @@
+"""The slow, obvious reading of coded weights: one line of text in cpu_kernels/formats/base.py, one line here.
+
+Written by hand beside that description and without it, so that a wrong table there cannot agree with itself.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FEATURES, GROUP, LINE = 16, 64, 64
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+TWICE_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+
+class Form(NamedTuple):
+    """Code bits beyond four, inputs and header lines of a superblock, header, what is taken from codes, their table."""
+
+    bits: int
+    inputs: int
+    header_lines: int
+    header: str
+    offset: int = 0
+    table: tuple[int, ...] = ()
+
+
+FORMS = {
+    "q4_0": Form(4, 64, 1, "S32", 8),
+    "q4_1": Form(4, 64, 2, "SM32"),
+    "q5_0": Form(5, 64, 1, "S32", 16),
+    "q5_1": Form(5, 64, 2, "SM32"),
+    "q4_k": Form(4, 256, 5, "K2M32"),
+    "q5_k": Form(5, 256, 5, "K2M32"),
+    "q6_k": Form(6, 256, 5, "K2S16", 32),
+    "iq4_nl": Form(4, 64, 1, "S32", table=IQ4),
+    "iq4_xs": Form(4, 256, 3, "K2S32", table=IQ4),
+    "mxfp4": Form(4, 128, 1, "E32", table=TWICE_E2M1),
+}
+
+
+def superblock_bytes(form: Form) -> int:
+    """Bytes of one superblock of 16 features."""
+    lines = {4: 8, 5: 10, 6: 12}[form.bits]
+    return LINE * (form.header_lines + form.inputs // GROUP * lines)
+
+
+def unpack_form(weight: Tensor, name: str, in_features: int, dtype: torch.dtype) -> Tensor:
+    """[num_blocks * 16, in_features] in `dtype` of uint8 [num_blocks, block_bytes] of a form of FORMS."""
+    form = FORMS[name]
+    blocks, superblocks = weight.shape[0], -(-in_features // form.inputs)
+    lines = weight.view(blocks, superblocks, -1, LINE)
+    header, code_lines = lines[:, :, : form.header_lines].flatten(2), lines[:, :, form.header_lines :]
+    codes = _codes(code_lines.unflatten(2, (form.inputs // GROUP, -1)), form)  # (block, superblock, feature, input)
+    runs = codes.unflatten(-1, (-1, 16)).to(dtype)  # of 16 inputs
+    scale, minimum = (part.to(dtype).permute(0, 1, 3, 2)[..., None] for part in _numbers(header, form))
+    values = (runs * scale + minimum).flatten(-2).permute(0, 2, 1, 3)
+    return values.reshape(blocks * FEATURES, -1)[:, :in_features]
+
+
+def _codes(lines: Tensor, form: Form) -> Tensor:
+    """int32 [block, superblock, feature, input of the superblock] of uint8 [block, superblock, group, line, 64]."""
+    words = lines.unflatten(-1, (FEATURES, 4)).int()  # (block, superblock, group, line, feature, byte)
+    nibbles = words[:, :, :, :8]
+    codes = torch.stack((nibbles & 15, nibbles >> 4), dim=4)  # (block, superblock, group, line, low or high, feature, byte)
+    for line in range(8):
+        for high in range(2):
+            if form.bits == 5:
+                upper = words[:, :, :, 8 + line // 4] >> (2 * (line % 4) + high) & 1
+                codes[:, :, :, line, high] |= upper << 4
+            if form.bits == 6:
+                upper = words[:, :, :, 8 + line // 2] >> (4 * (line % 2) + 2 * high) & 3
+                codes[:, :, :, line, high] |= upper << 4
+    if form.table:
+        codes = torch.tensor(form.table, dtype=torch.int32, device=codes.device)[codes.long()]
+    return codes.permute(0, 1, 5, 2, 3, 4, 6).flatten(3) - form.offset
+
+
+def _numbers(header: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """(scale, minimum), float32 [block, superblock, run of 16 inputs, feature], of uint8 [block, superblock, bytes]."""
+
+    def halves(first: int, count: int) -> Tensor:
+        taken = header[..., first : first + 2 * FEATURES * count].contiguous()
+        return taken.view(torch.float16).unflatten(-1, (count, FEATURES)).float()
+
+    def numbers(first: int, count: int, signed: bool) -> Tensor:
+        taken = header[..., first : first + FEATURES * count].contiguous()
+        return (taken.view(torch.int8) if signed else taken).unflatten(-1, (count, FEATURES)).float()
+
+    none = torch.zeros(1, device=header.device).expand(*header.shape[:2], form.inputs // 16, FEATURES)
+    if form.header == "S32":
+        return halves(0, 2).repeat_interleave(2, 2), none
+    if form.header == "SM32":
+        return halves(0, 2).repeat_interleave(2, 2), halves(LINE, 2).repeat_interleave(2, 2)
+    if form.header == "E32":
+        exponents = numbers(0, 4, signed=False)
+        return torch.ldexp(torch.ones_like(exponents), exponents - 128).repeat_interleave(2, 2), none
+    if form.header == "K2S16":
+        return halves(0, 1) * numbers(LINE, 16, signed=True), none
+    if form.header == "K2S32":
+        return (halves(0, 1) * numbers(LINE, 8, signed=True)).repeat_interleave(2, 2), none
+    scale, minimum = halves(0, 1) * numbers(LINE, 8, signed=False), halves(FEATURES * 2, 1) * numbers(192, 8, False)
+    return scale.repeat_interleave(2, 2), -minimum.repeat_interleave(2, 2)

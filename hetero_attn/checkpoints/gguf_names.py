@@ -1,0 +1,39 @@
+"""Our names of tensors (those of the Hugging Face families) to the names in GGUF files."""
+
+import re
+
+_TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_OURS_LAYER = {theirs: ours for ours, theirs in _LAYER.items()}
+_OURS_TOP = {theirs: ours for ours, theirs in _TOP.items()}
+_BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(.+)")
+
+ROPE_DIVISORS = "rope_freqs.weight"
+
+
+def our_name(name: str) -> str | None:
+    """The name under which a tensor of a GGUF file is known here; None for one that no model of ours has."""
+    stem, _, kind = name.rpartition(".")
+    if stem in _OURS_TOP:
+        return f"{_OURS_TOP[stem]}.{kind}"
+    match = _BLOCK.fullmatch(stem)
+    if match is None or match[2] not in _OURS_LAYER:
+        return None
+    return f"model.layers.{match[1]}.{_OURS_LAYER[match[2]]}.{kind}"
+
+
+def is_rotated(name: str) -> bool:
+    """Whether a tensor, by our name, makes the vectors that rotary embedding turns."""
+    return ".q_proj." in name or ".k_proj." in name

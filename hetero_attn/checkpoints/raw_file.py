@@ -1,0 +1,67 @@
+"""A file of weights as bytes: opened once, read with pread, and not trusted to stay the same."""
+
+import os
+import stat
+from pathlib import Path
+
+from hetero_attn.errors import CheckpointError
+
+
+class RawFile:
+    """An open file. Owns the descriptor; reading is safe from several threads, as pread has no file position.
+
+    Attributes:
+        path: the file. size: its bytes when it was opened.
+    """
+
+    def __init__(self, path: Path):
+        """Open `path`; CheckpointError for anything but a regular file that can be read."""
+        self.path = path
+        self._fd = _open_regular(path)
+        self._opened_as = self._stamp()
+        self.size = self._opened_as[0]
+
+    def close(self) -> None:
+        """Close the descriptor; may be called twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer`, bytes, from byte `offset` of the file.
+
+        Raises:
+            CheckpointError: the file is closed, cannot be read, or changed since it was opened.
+        """
+        if self._fd < 0:
+            raise CheckpointError(f"{self.path}: the checkpoint is closed; open it again")
+        done = 0
+        try:
+            while done < len(buffer):
+                # Linux reads at most 2 GiB in one call.
+                count = os.preadv(self._fd, [buffer[done : done + (1 << 30)]], offset + done)
+                if count == 0:
+                    break
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}; check the disk") from None
+        if done < len(buffer) or self._stamp() != self._opened_as:
+            raise CheckpointError(
+                f"{self.path}: the file changed while it was in use (was {self.size} bytes, is {self._stamp()[0]}); "
+                "leave a checkpoint alone while it loads, then load it again"
+            )
+
+    def _stamp(self) -> tuple[int, int]:
+        """Size in bytes and time of the last change; they differ once somebody has written to the file."""
+        status = os.fstat(self._fd)
+        return status.st_size, status.st_mtime_ns
+
+
+def _open_regular(path: Path) -> int:
+    """A descriptor for reading; a FIFO or a device behind the name would block or never end, so it is refused first."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise CheckpointError(f"{path}: not a regular file, expected a file of weights")
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}; check path and permissions") from None
