@@ -35,54 +35,25 @@ def load(name: str) -> ModuleType:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint, as the benchmark makes it, in the folder where the benchmark looks for it."""
-    script, path = (
-        load("random_checkpoint"),
-        tmp_path_factory.mktemp("benchmarks") / "tiny",
-    )
+    script, path = (load("random_checkpoint"), tmp_path_factory.mktemp("benchmarks") / "tiny")
     script.write_checkpoint(script.SHAPES["tiny"], path)
     return path
 
 
-def run_script(
-    name: str, *arguments: object, lines: str = ""
-) -> subprocess.CompletedProcess[str]:
+def run_script(name: str, *arguments: object, lines: str = "") -> subprocess.CompletedProcess[str]:
     """Run a benchmark as a reader would, with the packages of this checkout."""
-    search_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(
-        os.pathsep
-    )
+    search_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     command = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": search_path}
-    return subprocess.run(
-        command,
-        env=environment,
-        input=lines,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return subprocess.run(command, env=environment, input=lines, capture_output=True, text=True, check=False)
 
 
-def test_whole_model_alone_ends_with_a_json_line(
-    checkpoint: Path, tmp_path: Path
-) -> None:
+def test_whole_model_alone_ends_with_a_json_line(checkpoint: Path, tmp_path: Path) -> None:
     rows = ("prefill-bf16", "depth-bf16")
-    no_peer = [
-        "--llama-python",
-        tmp_path / "no-such-interpreter",
-        "--peers",
-        "llama.cpp",
-    ]
+    no_peer = ["--llama-python", tmp_path / "no-such-interpreter", "--peers", "llama.cpp"]
     out = tmp_path / "result.json"
     run = run_script(
-        "whole_model.py",
-        "--quick",
-        "--work-dir",
-        checkpoint.parent,
-        *no_peer,
-        "--out",
-        out,
-        "--rows",
-        *rows,
+        "whole_model.py", "--quick", "--work-dir", checkpoint.parent, *no_peer, "--out", out, "--rows", *rows
     )
 
     assert run.returncode == 0, run.stderr
@@ -92,11 +63,7 @@ def test_whole_model_alone_ends_with_a_json_line(
     assert all(row["ours"] > 0 and row["peer"] is None for row in record["rows"])
     assert [row["bytes_per_s"] is not None for row in record["rows"]] == [False, True]
     assert record["peers"]["llama.cpp"].startswith("not installed")
-    assert (
-        run.stdout.index("ceiling: ")
-        < run.stdout.index("prefill-bf16")
-        < run.stdout.index("depth-bf16")
-    )
+    assert run.stdout.index("ceiling: ") < run.stdout.index("prefill-bf16") < run.stdout.index("depth-bf16")
 
 
 def test_every_kind_of_request_is_answered_by_our_side(checkpoint: Path) -> None:
@@ -107,31 +74,14 @@ def test_every_kind_of_request_is_answered_by_our_side(checkpoint: Path) -> None
         {"test": "logits", "token_ids": [1, 2, 3]},
     ]
     lines = "".join(json.dumps(request) + "\n" for request in requests)
-    run = run_script(
-        "ours.py",
-        "hetero-attn",
-        "--model",
-        checkpoint,
-        "--threads",
-        2,
-        "--rows",
-        3,
-        lines=lines,
-    )
+    run = run_script("ours.py", "hetero-attn", "--model", checkpoint, "--threads", 2, "--rows", 3, lines=lines)
     assert run.returncode == 0, run.stderr
     ready, *answers = [json.loads(line) for line in run.stdout.splitlines()]
 
     assert ready == {"ready": True}
     assert all(answer["seconds"] > 0 for answer in answers[:3])
-    with LLM(
-        checkpoint, device="cpu", max_context=64, num_threads=2, progress=False
-    ) as llm:
-        assert torch.allclose(
-            torch.tensor(answers[3]["logits"]),
-            llm.logits([1, 2, 3])[-1],
-            rtol=1e-3,
-            atol=1e-3,
-        )
+    with LLM(checkpoint, device="cpu", max_context=64, num_threads=2, progress=False) as llm:
+        assert torch.allclose(torch.tensor(answers[3]["logits"]), llm.logits([1, 2, 3])[-1], rtol=1e-3, atol=1e-3)
 
 
 def test_a_random_checkpoint_is_what_safetensors_reads(checkpoint: Path) -> None:
@@ -140,9 +90,7 @@ def test_a_random_checkpoint_is_what_safetensors_reads(checkpoint: Path) -> None
     shape = load("random_checkpoint").SHAPES["tiny"]
     tensors = load_file(checkpoint / "model.safetensors")
 
-    assert {
-        name: tuple(tensor.shape) for name, tensor in tensors.items()
-    } == shape.tensors()
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shape.tensors()
     assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
     down = tensors["model.layers.1.mlp.down_proj.weight"].float()
     assert down.std().item() == pytest.approx(shape.intermediate_size**-0.5, rel=0.02)
@@ -157,22 +105,13 @@ def test_rows_for_adjacent_pairs_rotate_like_halves() -> None:
     rows = np.arange(2 * 8, dtype=np.uint16).reshape(16, 1)
     config = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
 
-    moved = script._for_adjacent_pairs(
-        "model.layers.0.self_attn.q_proj.weight", rows, config
-    )[:, 0].tolist()
+    moved = script._for_adjacent_pairs("model.layers.0.self_attn.q_proj.weight", rows, config)[:, 0].tolist()
 
     assert moved == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
-    assert (
-        script._for_adjacent_pairs(
-            "model.layers.0.self_attn.v_proj.weight", rows, config
-        )
-        is rows
-    )
+    assert script._for_adjacent_pairs("model.layers.0.self_attn.v_proj.weight", rows, config) is rows
 
 
-def test_a_peer_that_runs_another_model_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_peer_that_runs_another_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(SCRIPTS)
     script = load("whole_model")
 
@@ -190,63 +129,29 @@ def test_a_peer_that_runs_another_model_is_refused(
 
 def test_a_row_without_a_target_shows_its_ratio_and_no_verdict() -> None:
     script = load("comparisons")
-    depths = {
-        row.depth: row.least
-        for row in script.COMPARISONS
-        if row.name.startswith("depth-")
-    }
-    row = script.Result(
-        "depth-1k-bf16",
-        "tokens/s",
-        9.0,
-        6.0,
-        "peer",
-        1.5,
-        None,
-        None,
-        (9.0,),
-        (6.0,),
-        1e9,
-    )
+    depths = {row.depth: row.least for row in script.COMPARISONS if row.name.startswith("depth-")}
+    row = script.Result("depth-1k-bf16", "tokens/s", 9.0, 6.0, "peer", 1.5, None, None, (9.0,), (6.0,), 1e9)
 
     assert depths == {0: None, 1024: None, 4096: None, 16_384: 1.0, 65_536: None}
     assert row.verdict == "-"
     assert row.line().split()[:6] == ["depth-1k-bf16", "9.00", "6.00", "1.50", "-", "-"]
 
 
-def test_llama_bench_is_asked_in_its_own_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_llama_bench_is_asked_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for the binary: it writes its arguments down and answers as llama-bench does with -o json."""
     binary, seen = tmp_path / "llama-bench", tmp_path / "seen"
-    answer = json.dumps(
-        [{"avg_ns": 2_000_000_000, "build_commit": "abc", "build_number": 7}]
-    )
+    answer = json.dumps([{"avg_ns": 2_000_000_000, "build_commit": "abc", "build_number": 7}])
     binary.write_text(f"#!/bin/sh\necho \"$@\" > '{seen}'\necho '{answer}'\n")
     binary.chmod(0o755)
     monkeypatch.syspath_prepend(SCRIPTS)
     peers = load("peers")
-    settings = peers.Settings(
-        tmp_path / "m.gguf", "bf16", 3, 512, 8, 512, "f16", "auto", binary
-    )
+    settings = peers.Settings(tmp_path / "m.gguf", "bf16", 3, 512, 8, 512, "f16", "auto", binary)
     side = peers.LlamaBench(settings)
 
-    assert side.answer({"test": "decode", "tokens": 32, "depth": 100}) == {
-        "seconds": 2.0
-    }
+    assert side.answer({"test": "decode", "tokens": 32, "depth": 100}) == {"seconds": 2.0}
     words = seen.read_text().split()
-    asked = {
-        flag: words[words.index(flag) + 1]
-        for flag in ("-t", "-p", "-n", "-d", "-r", "-o")
-    }
-    assert asked == {
-        "-t": "3",
-        "-p": "0",
-        "-n": "32",
-        "-d": "100",
-        "-r": "1",
-        "-o": "json",
-    }
+    asked = {flag: words[words.index(flag) + 1] for flag in ("-t", "-p", "-n", "-d", "-r", "-o")}
+    assert asked == {"-t": "3", "-p": "0", "-n": "32", "-d": "100", "-r": "1", "-o": "json"}
     assert side.answer({"test": "batch", "tokens": 5, "rows": 8}) == {"seconds": 10.0}
     assert "-ub 8" in seen.read_text()
     assert side.about() == {"versions": {"llama-bench": "abc (7)"}}
@@ -257,34 +162,19 @@ def test_growth_ends_with_a_json_line_that_says_what_was_met() -> None:
 
     assert run.returncode == 0, run.stderr
     record = json.loads(run.stdout.splitlines()[-1])
-    assert [(row["dtype"], row["is_met"]) for row in record["exact"]] == [
-        ("fp32", True),
-        ("bf16", True),
-    ]
+    assert [(row["dtype"], row["is_met"]) for row in record["exact"]] == [("fp32", True), ("bf16", True)]
 
 
-def test_the_gpu_script_runs_every_part_on_the_emulated_device_and_keeps_what_it_has(
-    tmp_path: Path,
-) -> None:
+def test_the_gpu_script_runs_every_part_on_the_emulated_device_and_keeps_what_it_has(tmp_path: Path) -> None:
     """A run without time, one with, and one that asks for parts which are done: it repeats nothing."""
-    arguments = (
-        "--device",
-        "emulated",
-        "--quick",
-        "--work-dir",
-        tmp_path,
-        "--out",
-        tmp_path / "out",
-    )
+    arguments = ("--device", "emulated", "--quick", "--work-dir", tmp_path, "--out", tmp_path / "out")
     results = tmp_path / "out" / "results.jsonl"
 
     def lines() -> list[dict[str, object]]:
         return [json.loads(line) for line in results.read_text().splitlines()]
 
     assert run_script("gpu_offload.py", *arguments, "--minutes", 0).returncode == 0
-    skipped = {
-        line["name"] for line in lines() if "0 s are left" in str(line.get("skipped"))
-    }
+    skipped = {line["name"] for line in lines() if "0 s are left" in str(line.get("skipped"))}
     assert {"sanity kernels", "rates", "model tiny q4 25% prompts"} <= skipped
     run = run_script("gpu_offload.py", *arguments, "--minutes", 60)
     assert run.returncode == 0, run.stderr
@@ -295,58 +185,30 @@ def test_the_gpu_script_runs_every_part_on_the_emulated_device_and_keeps_what_it
     # An emulated GPU runs its work at once and captures none.
     assert set(failed) == {"sanity hop graph", "sanity hop graph busy"}
     assert first[-1]["reason"] == "no part is left"
-    assert skipped - set(found) == {
-        "sanity full queue",
-        "kernels linear stages",
-        "probe full queue by events",
-    }
+    assert skipped - set(found) == {"sanity full queue", "kernels linear stages", "probe full queue by events"}
     for row in ("decode", "pp16", "pp64"):
         assert found[f"model tiny q4 75% auto: {row}"]["tokens_per_s"] > 0
     trace = found["model tiny q4 75% prompts"]["trace"]
     assert json.loads((tmp_path / "out" / trace["file"]).read_text())["traceEvents"]
     assert trace["spans"]["GPU compute: linear"][0] > 0
 
-    report = run_script(
-        "gpu_report.py",
-        tmp_path / "out",
-        tmp_path / "record.json",
-        "--plot",
-        tmp_path / "plot.png",
-    )
+    report = run_script("gpu_report.py", tmp_path / "out", tmp_path / "record.json", "--plot", tmp_path / "plot.png")
     assert report.returncode == 0, report.stderr
-    assert (
-        "| tiny q4 50% auto: pp16 |" in report.stdout
-        and (tmp_path / "plot.png").stat().st_size > 0
-    )
+    assert "| tiny q4 50% auto: pp16 |" in report.stdout and (tmp_path / "plot.png").stat().st_size > 0
     assert "- sanity hop graph: NotImplementedError" in report.stdout
-    assert "sanity hop flags" in {
-        result["name"] for result in json.loads((tmp_path / "record.json").read_text())
-    }
+    assert "sanity hop flags" in {result["name"] for result in json.loads((tmp_path / "record.json").read_text())}
 
-    assert (
-        run_script(
-            "gpu_offload.py", *arguments, "--only", "model", "--skip", "model tiny q4 2"
-        ).returncode
-        == 0
-    )
-    assert [line["name"] for line in lines()[len(first) :]] == [
-        "start",
-        "machine",
-        "end",
-    ]
+    assert run_script("gpu_offload.py", *arguments, "--only", "model", "--skip", "model tiny q4 2").returncode == 0
+    assert [line["name"] for line in lines()[len(first) :]] == ["start", "machine", "end"]
 
 
-def gpu_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: object
-) -> object:
+def gpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> object:
     """A run of the GPU script, as on a GPU machine."""
     monkeypatch.syspath_prepend(SCRIPTS)
     return load("gpu_run").Run(tmp_path, tmp_path, "cuda", False, 2e12, None, **options)
 
 
-def test_the_gpu_script_has_its_headlines_within_five_minutes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gpu_script_has_its_headlines_within_five_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = gpu_run(tmp_path, monkeypatch)
     parts = list(load("gpu_parts").parts(run))
     names = [part.name for part in parts]
@@ -361,17 +223,10 @@ def test_the_gpu_script_has_its_headlines_within_five_minutes(
         assert expected.low <= expected.high and expected.decide
 
 
-def test_parts_are_chosen_by_the_beginnings_of_their_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = gpu_run(
-        tmp_path, monkeypatch, only=("model", "rates"), skip=("model 8b q4 50%",)
-    )
+def test_parts_are_chosen_by_the_beginnings_of_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = gpu_run(tmp_path, monkeypatch, only=("model", "rates"), skip=("model 8b q4 50%",))
 
-    assert [
-        run.wants(name)
-        for name in ("rates", "model 8b q4 25%", "model 8b q4 50% auto", "tests")
-    ] == [1, 1, 0, 0]
+    assert [run.wants(name) for name in ("rates", "model 8b q4 25%", "model 8b q4 50% auto", "tests")] == [1, 1, 0, 0]
 
 
 def test_a_plan_without_measured_rates_has_the_recorded_machines_true_ones(
@@ -384,10 +239,7 @@ def test_a_plan_without_measured_rates_has_the_recorded_machines_true_ones(
     assert profile.dram_bytes_per_s == 156e9 and profile.h2d_bytes_per_s == 50e9
     assert profile.cpu_linear_bytes_per_s.q4 == 130e9
     assert profile.cpu_linear_bytes_per_s.bf16 == recorded.cpu_linear_bytes_per_s.bf16
-    slower = [
-        row.ops_per_s.q4 / old.ops_per_s.q4
-        for row, old in zip(profile.cpu_rows, recorded.cpu_rows, strict=True)
-    ]
+    slower = [row.ops_per_s.q4 / old.ops_per_s.q4 for row, old in zip(profile.cpu_rows, recorded.cpu_rows, strict=True)]
     assert slower[0] == pytest.approx(130e9 / recorded.cpu_linear_bytes_per_s.q4)
     assert slower[-1] == 1 and all(share <= 1 for share in slower)
     (tmp_path / rates.PROFILE_FILE).write_text(recorded.to_json())
@@ -399,12 +251,7 @@ def test_a_checkpoint_that_another_process_writes_is_waited_for(
 ) -> None:
     """Both ask at once: one writes it, and what both then see is whole."""
     monkeypatch.syspath_prepend(SCRIPTS)
-    command = [
-        sys.executable,
-        str(SCRIPTS / "gpu_checkpoints.py"),
-        "tiny",
-        str(tmp_path),
-    ]
+    command = [sys.executable, str(SCRIPTS / "gpu_checkpoints.py"), "tiny", str(tmp_path)]
     other = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
     directory = load("gpu_checkpoints").made_checkpoint(tmp_path, "tiny")
     written = (directory / "model.safetensors").stat()
@@ -414,9 +261,7 @@ def test_a_checkpoint_that_another_process_writes_is_waited_for(
     assert not list(directory.glob("*.partial"))
 
 
-def test_a_paced_device_keeps_the_rates_it_was_given(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_paced_device_keeps_the_rates_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """Queues are clocks: kernels and copies overlap, events order them, and waiting lasts until the work would have ended."""
     from hetero_attn.devices import EmulatedDriver
     from placement import HardwareProfile
@@ -425,61 +270,37 @@ def test_a_paced_device_keeps_the_rates_it_was_given(
     compute, copies = driver.stream("compute"), driver.stream("copies")
     now = compute.ready_at = copies.ready_at = 1e12
 
-    driver.copy(
-        torch.empty(12_000_000, dtype=torch.uint8),
-        torch.empty(12_000_000, dtype=torch.uint8),
-        copies,
-    )
-    driver.ops.linear(
-        torch.empty(1, 64),
-        torch.empty(250_000, 1000, dtype=torch.uint8),
-        "q4",
-        None,
-        None,
-    )
+    driver.copy(torch.empty(12_000_000, dtype=torch.uint8), torch.empty(12_000_000, dtype=torch.uint8), copies)
+    driver.ops.linear(torch.empty(1, 64), torch.empty(250_000, 1000, dtype=torch.uint8), "q4", None, None)
     times = [compute.ready_at - now, copies.ready_at - now]
     driver.wait(compute, driver.record(copies))
 
     assert times == pytest.approx([1e-3, 1e-3], rel=0.3)
     assert compute.ready_at >= copies.ready_at
     public = {name for name in dir(EmulatedDriver) if not name.startswith("_")}
-    assert public - {"ops"} <= {
-        name for name in dir(driver) if not name.startswith("_")
-    }
+    assert public - {"ops"} <= {name for name in dir(driver) if not name.startswith("_")}
 
 
-def test_prediction_rows_cover_what_the_table_promises(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_prediction_rows_cover_what_the_table_promises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(SCRIPTS)
     script = load("prediction")
 
-    assert len(script.ROWS) >= 12 and len({row.name for row in script.ROWS}) == len(
-        script.ROWS
-    )
+    assert len(script.ROWS) >= 12 and len({row.name for row in script.ROWS}) == len(script.ROWS)
     assert {row.dtype for row in script.ROWS} == {"fp32", "bf16", "q8", "q4"}
     assert {row.budget is None for row in script.ROWS} == {True, False}
     figures = [
-        {"phase": phase, "prediction_error": error}
-        for phase in ("decode", "prefill")
-        for error in (-0.3, 0.1, 0.2)
+        {"phase": phase, "prediction_error": error} for phase in ("decode", "prefill") for error in (-0.3, 0.1, 0.2)
     ]
     assert script.medians(figures) == {"decode": 0.2, "prefill": 0.2}
-    assert script.middle(
-        [{"prediction_error": error} for error in (0.4, -0.1, 0.1)]
-    ) == {"prediction_error": 0.1}
+    assert script.middle([{"prediction_error": error} for error in (0.4, -0.1, 0.1)]) == {"prediction_error": 0.1}
 
 
-def test_a_part_that_hangs_is_ended_with_all_that_it_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(SCRIPTS)
     running = tmp_path / "running.json"
     running.write_text('{"name": "a part", "limit_s": 0.1}')
     script = "sleep 60 & echo $!; wait"
-    child = subprocess.Popen(
-        ["sh", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    child = subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True)
     grandchild = psutil.Process(int(child.stdout.readline()))
 
     fault = load("gpu_offload")._await(child, running, 2e12)

@@ -26,9 +26,7 @@ def cap_bytes(shape: str, dtype: str, share: float, quick: bool = False) -> int:
 
     dims = [size for size in LARGE_SHAPES[shape].tensors().values() if len(size) == 2]
     weights = sum(rows * columns for rows, columns in dims) * WEIGHT_BYTES[dtype]
-    fixed = (
-        64 << 20 if quick else 3 << 29
-    )  # context, temporaries, activations, the cache of some thousand tokens
+    fixed = 64 << 20 if quick else 3 << 29  # context, temporaries, activations, the cache of some thousand tokens
     return int(share * weights) + fixed
 
 
@@ -38,17 +36,13 @@ def checkpoint(run: Run, shape: str) -> Path:
 
 
 def made_checkpoint(work_dir: Path, shape: str) -> Path:
-    """The folder of a checkpoint whose layers all have the values of one; where another process writes it, this waits."""
+    """The folder of a checkpoint whose layers have the values of one; where another process writes it, this waits."""
     directory = work_dir / shape
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "lock").open("w") as lock:
-        fcntl.flock(
-            lock, fcntl.LOCK_EX
-        )  # the system gives it back when its holder dies
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system gives it back when its holder dies
         if not (directory / MODEL_FILE).exists():
-            (directory / "config.json").write_text(
-                json.dumps(LARGE_SHAPES[shape].config(), indent=2)
-            )
+            (directory / "config.json").write_text(json.dumps(LARGE_SHAPES[shape].config(), indent=2))
             write_repeated(LARGE_SHAPES[shape], directory / MODEL_FILE)
     return directory
 

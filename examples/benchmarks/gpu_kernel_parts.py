@@ -1,4 +1,4 @@
-"""GPU kernels alone: the q4 linear by rows and by stages, products straight into columns, attention beside torch's own."""
+"""GPU kernels alone: the q4 linear by rows and by stages, products into columns, attention beside torch's own."""
 
 import statistics
 import time
@@ -13,9 +13,7 @@ HEADS, KV_HEADS, HEAD_DIM, PAGE_TOKENS = 32, 8, 128, 64
 SHAPES = ((4096, 6144), (4096, 28_672), (14_336, 4096))
 ROW_COUNTS = (1, 512, 1024, 2048)
 STAGE_ROWS = (512, 2048)
-MODEL_WEIGHTS = 32 * (
-    4096 * (6144 + 4096 + 28_672) + 14_336 * 4096
-)  # of the 8B shape's layers
+MODEL_WEIGHTS = 32 * (4096 * (6144 + 4096 + 28_672) + 14_336 * 4096)  # of the 8B shape's layers
 BEYOND_CACHE = 160 << 20  # bytes, three times the largest GPU's last cache
 
 
@@ -28,19 +26,11 @@ def linear_kernel(run: Run) -> dict[str, Any]:
     for inputs, features in ((4096, 256),) if run.quick else SHAPES:
         block = (features // BLOCK_FEATURES, block_bytes("q4", inputs))
         copies = 1 if run.quick else 1 + BEYOND_CACHE // (block[0] * block[1])
-        weights = [
-            torch.full(block, 60, dtype=torch.uint8, device=device)
-            for _ in range(copies)
-        ]
+        weights = [torch.full(block, 60, dtype=torch.uint8, device=device) for _ in range(copies)]
         for count in (1, 16) if run.quick else ROW_COUNTS:
-            x, out = (
-                torch.randn(count, inputs, device=device),
-                torch.empty(count, features, device=device),
-            )
+            x, out = (torch.randn(count, inputs, device=device), torch.empty(count, features, device=device))
             weight = in_turn(weights)
-            seconds = device_seconds(
-                run, lambda x=x, w=weight, out=out: ops.linear(x, w(), "q4", None, out)
-            )
+            seconds = device_seconds(run, lambda x=x, w=weight, out=out: ops.linear(x, w(), "q4", None, out))
             operations = 2 * count * features * inputs
             rows.append(
                 {"shape": [inputs, features], "rows": count, "bytes_per_s": weights[0].numel() / seconds,
@@ -59,16 +49,11 @@ def linear_stages(run: Run) -> dict[str, Any]:
     from gpu_kernels.dequantize import dequantize
 
     inputs, features = 4096, 8192  # a piece of 64 MiB as bf16, as `linear` takes them
-    packed = torch.full(
-        (features // BLOCK_FEATURES, block_bytes("q4", inputs)), 60, dtype=torch.uint8
-    )
+    packed = torch.full((features // BLOCK_FEATURES, block_bytes("q4", inputs)), 60, dtype=torch.uint8)
     weight, found = packed.to(run.device), []
     dense, scale = dequantize(weight, "q4"), 1e3 * MODEL_WEIGHTS / (inputs * features)
     for rows in STAGE_ROWS:
-        x, wide = (
-            torch.randn(rows, inputs, device=run.device),
-            torch.zeros(rows, 2 * features, device=run.device),
-        )
+        x, wide = (torch.randn(rows, inputs, device=run.device), torch.zeros(rows, 2 * features, device=run.device))
         rounded, target = round_activation(x), wide[:, features:]
         result = torch.mm(rounded, dense.T, out_dtype=torch.float32)
         stages: dict[str, Callable[[], object]] = {
@@ -77,27 +62,17 @@ def linear_stages(run: Run) -> dict[str, Any]:
             "mm": lambda r=rounded: torch.mm(r, dense.T, out_dtype=torch.float32),
             "copy": lambda t=target, r=result: t.copy_(r),
             "add": lambda t=target, r=result: t.add_(r),
-            "mm into columns": lambda t=target, r=rounded: torch.mm(
-                r, dense.T, out_dtype=torch.float32, out=t
-            ),
+            "mm into columns": lambda t=target, r=rounded: torch.mm(r, dense.T, out_dtype=torch.float32, out=t),
             "addmm onto columns": lambda t=target, r=rounded: torch.addmm(
                 t, r, dense.T, out_dtype=torch.float32, out=t
             ),
         }
-        found.append(
-            {"rows": rows}
-            | {
-                f"{name} ms": _attempt(run, stage, scale)
-                for name, stage in stages.items()
-            }
-        )
+        found.append({"rows": rows} | {f"{name} ms": _attempt(run, stage, scale) for name, stage in stages.items()})
         try:
             torch.mm(rounded, dense.T, out_dtype=torch.float32, out=target)
             found[-1]["mm into columns is right"] = bool(torch.equal(target, result))
         except Exception as error:  # an overload that this torch lacks is an answer
-            found[-1]["mm into columns is right"] = f"{type(error).__name__}: {error}"[
-                :300
-            ]
+            found[-1]["mm into columns is right"] = f"{type(error).__name__}: {error}"[:300]
     return {"rows": found}
 
 
@@ -112,11 +87,7 @@ def _attempt(run: Run, work: Callable[[], object], scale: float) -> float | str:
 
 def attention_kernels(run: Run) -> dict[str, Any]:
     """Decode in microseconds by tokens, prefill in operations a second, each beside torch's own attention."""
-    lengths, prompts = (
-        ((256,), ((64, 0),))
-        if run.quick
-        else ((1024, 16_384), ((4096, 0), (1024, 3072)))
-    )
+    lengths, prompts = ((256,), ((64, 0),)) if run.quick else ((1024, 16_384), ((4096, 0), (1024, 3072)))
     return {
         "decode": [decode_kernel(run, tokens) for tokens in lengths],
         "prefill": [prefill_kernel(run, rows, before) for rows, before in prompts],
@@ -128,66 +99,38 @@ def decode_kernel(run: Run, tokens: int) -> dict[str, float]:
     """One query over `tokens` tokens in pages, and torch's attention over them in one piece."""
     device, ops = tensor_device(run)
     q, out, lse = torch.randn(1, HEADS, HEAD_DIM, device=device), *_results(1, device)
-    caches = [
-        _pages(tokens, device)
-        for _ in range(1 if run.quick else 1 + BEYOND_CACHE // (tokens * 4096))
-    ]
-    start, stop = (
-        torch.full((1,), value, dtype=torch.int32, device=device)
-        for value in (0, tokens)
-    )
+    caches = [_pages(tokens, device) for _ in range(1 if run.quick else 1 + BEYOND_CACHE // (tokens * 4096))]
+    start, stop = (torch.full((1,), value, dtype=torch.int32, device=device) for value in (0, tokens))
     cache, scale = in_turn(caches), HEAD_DIM**-0.5
 
     def decode() -> None:
         k, v, table = cache()
         ops.decode_attention(q, k, v, table[None], start, stop, scale, out, lse)
 
-    dense = [
-        torch.randn(2, 1, KV_HEADS, tokens, HEAD_DIM, device=device).bfloat16()
-        for _ in caches
-    ]
-    query, pair = (
-        torch.randn(1, HEADS, 1, HEAD_DIM, device=device).bfloat16(),
-        in_turn(dense),
-    )
+    dense = [torch.randn(2, 1, KV_HEADS, tokens, HEAD_DIM, device=device).bfloat16() for _ in caches]
+    query, pair = (torch.randn(1, HEADS, 1, HEAD_DIM, device=device).bfloat16(), in_turn(dense))
     seconds, read = device_seconds(run, decode), 2 * caches[0][0].nbytes
     return {
         "tokens": tokens,
         "us": 1e6 * seconds,
         "bytes_per_s": read / seconds,
-        "torch_bytes_per_s": read
-        / device_seconds(run, lambda: _attend(query, *pair())),
+        "torch_bytes_per_s": read / device_seconds(run, lambda: _attend(query, *pair())),
     }
 
 
 def prefill_kernel(run: Run, rows: int, before: int) -> dict[str, Any]:
-    """A chunk behind `before` tokens, causal: operations a second of ours and of torch's flash attention with its lse."""
+    """A chunk behind `before` tokens, causal: operations a second of ours and of torch's flash attention."""
     device, ops = tensor_device(run)
     tokens = before + rows
     k, v, table = _pages(tokens, device)
-    q, (out, lse) = (
-        torch.randn(rows, HEADS, HEAD_DIM, device=device),
-        _results(rows, device),
-    )
-    scale, operations = (
-        HEAD_DIM**-0.5,
-        4 * HEADS * HEAD_DIM * rows * (before + (rows + 1) / 2),
-    )
-    own = device_seconds(
-        run,
-        lambda: ops.prefill_attention(
-            q, k, v, table, 0, tokens, before, 0, scale, out, lse
-        ),
-        4,
-    )
+    q, (out, lse) = (torch.randn(rows, HEADS, HEAD_DIM, device=device), _results(rows, device))
+    scale, operations = (HEAD_DIM**-0.5, 4 * HEADS * HEAD_DIM * rows * (before + (rows + 1) / 2))
+    own = device_seconds(run, lambda: ops.prefill_attention(q, k, v, table, 0, tokens, before, 0, scale, out, lse), 4)
     found = {"rows": rows, "before": before, "ops_per_s": operations / own}
     if not run.has_gpu:
         return found
     pages = (k, v)
-    keys, values = (
-        side.view(-1, KV_HEADS, PAGE_TOKENS, HEAD_DIM).transpose(1, 2).flatten(0, 1)
-        for side in pages
-    )
+    keys, values = (side.view(-1, KV_HEADS, PAGE_TOKENS, HEAD_DIM).transpose(1, 2).flatten(0, 1) for side in pages)
     dense = [each[None].contiguous() for each in (q.bfloat16(), keys, values)]
 
     def flash() -> tuple[torch.Tensor, ...]:
@@ -198,12 +141,8 @@ def prefill_kernel(run: Run, rows: int, before: int) -> dict[str, Any]:
         found["torch_ops_per_s"] = operations / device_seconds(run, flash, 4)
         theirs, their_lse = flash()[:2]
         found["torch_nmse"] = _nmse(theirs[0].float(), out)
-        found["torch_lse_error"] = float(
-            (their_lse[0].T.float() - lse).abs().max().item()
-        )
-    except (
-        Exception
-    ) as error:  # another torch names or orders it otherwise: ours counts all the same
+        found["torch_lse_error"] = float((their_lse[0].T.float() - lse).abs().max().item())
+    except Exception as error:  # another torch names or orders it otherwise: ours counts all the same
         found["torch_error"] = f"{type(error).__name__}: {error}"[:500]
     return found
 
@@ -219,31 +158,18 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def _pages(tokens: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """bf16 pages of K and of V, and their table [KV_HEADS, pages]."""
     pages = tokens // PAGE_TOKENS * KV_HEADS
-    k, v = (
-        torch.randn(pages, PAGE_TOKENS, HEAD_DIM, device=device).bfloat16()
-        for _ in range(2)
-    )
-    return (
-        k,
-        v,
-        torch.arange(pages, dtype=torch.int32, device=device)
-        .view(-1, KV_HEADS)
-        .T.contiguous(),
-    )
+    k, v = (torch.randn(pages, PAGE_TOKENS, HEAD_DIM, device=device).bfloat16() for _ in range(2))
+    return (k, v, torch.arange(pages, dtype=torch.int32, device=device).view(-1, KV_HEADS).T.contiguous())
 
 
 def _results(rows: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty(rows, HEADS, HEAD_DIM, device=device), torch.empty(
-        rows, HEADS, device=device
-    )
+    return torch.empty(rows, HEADS, HEAD_DIM, device=device), torch.empty(rows, HEADS, device=device)
 
 
 def copy_rate(run: Run) -> float:
     """Bytes a second read and written by a copy within the memory that kernels use: the ceiling."""
     device, _ = tensor_device(run)
-    source = torch.zeros(
-        (1 << 20) if run.quick else (1 << 30), dtype=torch.uint8, device=device
-    )
+    source = torch.zeros((1 << 20) if run.quick else (1 << 30), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / device_seconds(run, lambda: target.copy_(source))
 

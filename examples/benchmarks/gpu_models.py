@@ -14,8 +14,8 @@ from gpu_run import Run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CONTEXT = 1024
-# What long prompts want of a plan: no CPU work where many rows pass, and the GPU attends. The planner that looks at long
-# prompts itself comes to the like.
+# What long prompts want of a plan: no CPU work where many rows pass, and the GPU attends. A planner that looks at
+# long prompts itself comes to the like.
 FOR_PROMPTS = """
 rules:
   - {match: "layers.*.kv", kv: {gpu_heads: all}}
@@ -23,15 +23,11 @@ rules:
 """
 PLANS = {"auto": None, "prompts": FOR_PROMPTS}
 DECODE_ATTEMPTS = 3
-TIMELINE_SHARE = (
-    0.75  # whose timelines are kept: little may come back from a lent machine
-)
+TIMELINE_SHARE = 0.75  # whose timelines are kept: little may come back from a lent machine
 
 
-def model(
-    shape: str, share: float, plan: str = "auto"
-) -> Callable[[Run], dict[str, Any]]:
-    """The model with `share` of the weights' bytes on the GPU, loaded anew, by one of PLANS; a line for every figure."""
+def model(shape: str, share: float, plan: str = "auto") -> Callable[[Run], dict[str, Any]]:
+    """The model with `share` of the weights' bytes on the GPU, loaded anew, by one of PLANS; a line a figure."""
 
     def measure(run: Run) -> dict[str, Any]:
         name = f"model {shape} q4 {share:.0%} {plan}"
@@ -41,20 +37,11 @@ def model(
         written = time.monotonic()
         with load(run, path, cap_bytes(shape, "q4", share, run.quick), plan) as llm:
             loaded = time.monotonic()
-            run.write(
-                f"{name}: loaded",
-                checkpoint_s=written - started,
-                load_s=loaded - written,
-                **about(run, llm),
-            )
+            run.write(f"{name}: loaded", checkpoint_s=written - started, load_s=loaded - written, **about(run, llm))
             for row, values in rows(run, llm):
                 run.write(f"{name}: {row}", **values)
             peak = llm.engine.lanes.device.arena.peak_bytes
-            used = {
-                "arena_peak_bytes": peak,
-                "used_bytes": run.used_bytes,
-                "gpu_memory": llm.plan.gpu_memory_bytes,
-            }
+            used = {"arena_peak_bytes": peak, "used_bytes": run.used_bytes, "gpu_memory": llm.plan.gpu_memory_bytes}
             if run.has_gpu:
                 used["reserved_bytes"] = torch.cuda.max_memory_reserved()
             run.write(f"{name}: memory", **used)
@@ -130,10 +117,7 @@ def decode(run: Run, llm: Any) -> dict[str, Any]:
     with lanes.torch_at_rest():
         for attempt in range(1 + DECODE_ATTEMPTS):  # the first compiles and captures
             token, count = 1, 4 if attempt == 0 else tokens
-            began, before = (
-                time.perf_counter(),
-                (lanes.cpu_lane_s, lanes.handover.parked_s),
-            )
+            began, before = (time.perf_counter(), (lanes.cpu_lane_s, lanes.handover.parked_s))
             for _ in range(count):
                 started = time.perf_counter()
                 logits = engine.decode_step([sequence], [token], copy=False)[0]
@@ -144,10 +128,7 @@ def decode(run: Run, llm: Any) -> dict[str, Any]:
                     chosen.append(time.perf_counter() - computed)
             if attempt:
                 speeds.append(count / (time.perf_counter() - began))
-                spent = (
-                    lanes.cpu_lane_s - before[0],
-                    lanes.handover.parked_s - before[1],
-                )
+                spent = (lanes.cpu_lane_s - before[0], lanes.handover.parked_s - before[1])
                 lane.append([part / count for part in spent])
             if not engine.kv_cache.rewind(sequence, context):
                 engine.kv_cache.close(sequence)
@@ -187,20 +168,10 @@ def prompt(run: Run, llm: Any, tokens: int) -> dict[str, Any]:
     _once(engine, tokens)  # compiles
     before = _counters(engine)
     times = [_once(engine, tokens) for _ in range(1 if run.quick else 3)]
-    spent = [
-        (after - earlier) / len(times)
-        for earlier, after in zip(before, _counters(engine), strict=True)
-    ]
+    spent = [(after - earlier) / len(times) for earlier, after in zip(before, _counters(engine), strict=True)]
     speeds = [tokens / seconds for seconds in times]
     cost = predict(
-        plan.workload,
-        plan.linears,
-        plan.kv,
-        llm.planned.hardware,
-        phase="prefill",
-        rows=tokens,
-        context=0,
-        on_gpu=True,
+        plan.workload, plan.linears, plan.kv, llm.planned.hardware, phase="prefill", rows=tokens, context=0, on_gpu=True
     )
     counts = _launches(run, engine, tokens)
     launches = sum(counts.values())
@@ -243,8 +214,8 @@ def _once(engine: Any, tokens: int) -> float:
 
 
 def _prompt_trace(run: Run, llm: Any, name: str, save: bool) -> dict[str, Any]:
-    """Milliseconds of a long prompt and a step by lane and kind of work, by the GPU's own clock, with their counts. save:
-    the timeline in a file of its own."""
+    """Milliseconds of a long prompt and a step by lane and kind of work, by the GPU's own clock, with their counts.
+    save: the timeline in a file of its own."""
     from hetero_attn.trace import trace_steps
 
     trace = trace_steps(llm.engine, 64 if run.quick else 4096, 1)
@@ -258,9 +229,7 @@ def _prompt_trace(run: Run, llm: Any, name: str, save: bool) -> dict[str, Any]:
         counts[kind] += 1
     return {
         "file": file.name if save else None,
-        "spans": {
-            kind: [counts[kind], 1e3 * seconds[kind]] for kind in sorted(seconds)
-        },
+        "spans": {kind: [counts[kind], 1e3 * seconds[kind]] for kind in sorted(seconds)},
     }
 
 
@@ -270,16 +239,14 @@ def _launches(run: Run, engine: Any, tokens: int) -> dict[str, int]:
         with _counted(run) as counts:
             _once(engine, tokens)
     except Exception as error:  # another Triton or torch counts otherwise: the prompt's speed is known all the same
-        run.write(
-            "launches cannot be counted", error=f"{type(error).__name__}: {error}"[:500]
-        )
+        run.write("launches cannot be counted", error=f"{type(error).__name__}: {error}"[:500])
         return {}
     return dict(counts)
 
 
 @contextlib.contextmanager
 def _counted(run: Run) -> Iterator[Counter]:
-    """Count what this thread launches inside: kernels of Triton, and operations of torch on the GPU, which are launches too."""
+    """Count what this thread launches inside: kernels of Triton, and operations of torch on the GPU."""
     counts, mode = Counter(), _TorchOps()
     if not run.has_gpu:
         yield counts
@@ -305,9 +272,7 @@ class _TorchOps(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation."""
         result = func(*args, **(kwargs or {}))
         is_launch = not getattr(func, "is_view", False) and "empty" not in func.name()

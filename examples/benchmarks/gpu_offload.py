@@ -2,7 +2,7 @@
 
     python gpu_offload.py --out DIR                                              nine minutes
     python gpu_offload.py --out DIR --minutes 5 --skip tests --skip kernels
-    python gpu_offload.py --out DIR --minutes 1 --device emulated --quick        the same code without a GPU; no figure counts
+    python gpu_offload.py --out DIR --minutes 1 --device emulated --quick    the same without a GPU; no figure counts
 
     sanity    kernels against float64, a toy model through captured steps beside one lane, percentiles of a hand-over, a
               launch queue that is full behind a parked wait
@@ -17,10 +17,10 @@
     probe     a worker that waits inside the driver while the launch queue is full: last, because it may hang
 
 Every part states its seconds and is skipped, with a line, where less is left. Every result is a line of
-DIR/results.jsonl, written when it is known, so a run that is cut keeps what it has; parts already there are not repeated.
-Parts run in a process of their own: one that fails is a line with its error and the next one begins; one that hangs, dies
-or leaves the GPU broken is a line too, and the next one begins in a new process. Checkpoints are random weights made
-here, one layer's values for all layers, while the sanity parts run; --work-dir keeps them. `gpu_report.py` makes tables
+DIR/results.jsonl, written when it is known, so a run that is cut keeps what it has; parts already there are not
+repeated. Parts run in a process of their own: one that fails is a line with its error and the next one begins; one that
+hangs, dies or leaves the GPU broken is a line too, and the next one begins in a new process. Checkpoints are random weights
+made here, one layer's values for all layers, while the sanity parts run; --work-dir keeps them. `gpu_report.py` makes tables
 of the results, with what was expected and what to do where it differs.
 """
 
@@ -35,16 +35,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from gpu_run import (
-    BROKEN,
-    LEAST_S,
-    RUNNING_FILE,
-    START,
-    Run,
-    gpu_used_bytes,
-    run_parts,
-    write_result,
-)
+from gpu_run import BROKEN, LEAST_S, RUNNING_FILE, START, Run, gpu_used_bytes, run_parts, write_result
 
 MINUTES = 9.0  # a command on a lent machine often ends at ten
 POLL_S = 0.2
@@ -57,34 +48,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--minutes", type=float, default=MINUTES)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or emulated")
-    parser.add_argument(
-        "--quick", action="store_true", help="toy shapes: does every part run?"
-    )
-    parser.add_argument(
-        "--work-dir",
-        type=Path,
-        help="where checkpoints are kept (default: a temporary folder)",
-    )
-    parser.add_argument(
-        "--llama-bench", type=Path, help="a llama-bench binary built for this GPU"
-    )
-    parser.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="parts whose name begins so",
-    )
-    parser.add_argument(
-        "--skip",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="no parts whose name begins so",
-    )
-    parser.add_argument(
-        "--child", type=float, help=argparse.SUPPRESS
-    )  # the deadline, by the clock of the system
+    parser.add_argument("--quick", action="store_true", help="toy shapes: does every part run?")
+    parser.add_argument("--work-dir", type=Path, help="where checkpoints are kept (default: a temporary folder)")
+    parser.add_argument("--llama-bench", type=Path, help="a llama-bench binary built for this GPU")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="parts whose name begins so")
+    parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="no parts whose name begins so")
+    parser.add_argument("--child", type=float, help=argparse.SUPPRESS)  # the deadline, by the clock of the system
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.child is not None:
@@ -95,9 +64,7 @@ def main() -> None:
         sys.exit(run_parts(run))
     with tempfile.TemporaryDirectory() as temporary:
         work_dir = options.work_dir or Path(temporary)
-        sys.exit(
-            supervise([*sys.argv[1:], "--work-dir", str(work_dir)], options, work_dir)
-        )
+        sys.exit(supervise([*sys.argv[1:], "--work-dir", str(work_dir)], options, work_dir))
 
 
 def supervise(arguments: list[str], options: argparse.Namespace, work_dir: Path) -> int:
@@ -106,9 +73,7 @@ def supervise(arguments: list[str], options: argparse.Namespace, work_dir: Path)
     running = options.out / RUNNING_FILE
     running.unlink(missing_ok=True)
     write_result(options.out, START)
-    writer = (
-        None if options.quick or options.minutes <= 0 else write_checkpoint(work_dir)
-    )
+    writer = None if options.quick or options.minutes <= 0 else write_checkpoint(work_dir)
     try:
         while True:
             command = [sys.executable, __file__, *arguments, "--child", str(deadline)]
@@ -119,9 +84,7 @@ def supervise(arguments: list[str], options: argparse.Namespace, work_dir: Path)
                 _end(child)
                 raise
             if running.exists():
-                write_result(
-                    options.out, json.loads(running.read_text())["name"], error=fault
-                )
+                write_result(options.out, json.loads(running.read_text())["name"], error=fault)
                 running.unlink()
             elif child.returncode != BROKEN:
                 return child.returncode
@@ -132,12 +95,7 @@ def supervise(arguments: list[str], options: argparse.Namespace, work_dir: Path)
 
 def write_checkpoint(work_dir: Path) -> subprocess.Popen:
     """Begin to write the model's checkpoint in a process of its own."""
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("gpu_checkpoints.py")),
-        "8b",
-        str(work_dir),
-    ]
+    command = [sys.executable, str(Path(__file__).with_name("gpu_checkpoints.py")), "8b", str(work_dir)]
     return subprocess.Popen(command, start_new_session=True)
 
 
@@ -145,14 +103,9 @@ def _await(child: subprocess.Popen, running: Path, deadline: float) -> str:
     """Wait for the child, but not longer than its part may take, nor much longer than all of them; what ended it."""
     while child.poll() is None:
         time.sleep(POLL_S)
-        with suppress(
-            FileNotFoundError, json.JSONDecodeError
-        ):  # between two parts, or a name that is being written
+        with suppress(FileNotFoundError, json.JSONDecodeError):  # between two parts, or a name that is being written
             limit_s = json.loads(running.read_text()).get("limit_s", LEAST_S)
-            if (
-                time.time() - running.stat().st_mtime > limit_s
-                or time.time() > deadline + GRACE_S
-            ):
+            if time.time() - running.stat().st_mtime > limit_s or time.time() > deadline + GRACE_S:
                 _end(child)
                 return f"took longer than {limit_s:g} s, or than all parts may, and was ended"
     return f"the process ended with {child.returncode}"

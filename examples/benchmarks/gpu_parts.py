@@ -15,12 +15,7 @@ from gpu_run import Part, Run
 from gpu_sanity import full_queue, hops, kernels, toy_model
 
 ROOT = Path(__file__).resolve().parents[2]
-GPU_TESTS = (
-    "test_cuda_lanes.py",
-    "test_cuda_graph.py",
-    "test_triton_attention.py",
-    "test_triton_linear.py",
-)
+GPU_TESTS = ("test_cuda_lanes.py", "test_cuda_graph.py", "test_triton_attention.py", "test_triton_linear.py")
 LEAST_TEST_S = 30.0
 TIDY_S = 5.0  # kept back from the tests for the last lines
 
@@ -38,9 +33,7 @@ def parts(run: Run) -> Iterator[Part]:
     yield Part(f"model {shape} q4 75% auto", 45, model(shape, 0.75))
     yield Part(f"model {shape} q4 75% prompts", 40, model(shape, 0.75, "prompts"))
     for share in (0.5, 0.25):
-        yield Part(
-            f"model {shape} q4 {share:.0%} prompts", 40, model(shape, share, "prompts")
-        )
+        yield Part(f"model {shape} q4 {share:.0%} prompts", 40, model(shape, share, "prompts"))
     yield Part("kernels linear", 15, linear_kernel)
     yield Part("kernels linear stages", 10, linear_stages)
     yield Part("kernels attention", 20, attention_kernels)
@@ -48,13 +41,9 @@ def parts(run: Run) -> Iterator[Part]:
         yield Part(f"model {shape} q4 {share:.0%} auto", 40, model(shape, share))
     yield Part(f"resize {shape} q4", 40, resize(shape, 0.75, 0.5))
     for share in (0.75, 0.5, 0.25) if run.llama_bench else ():
-        yield Part(
-            f"peer llama.cpp {shape} q4 {share:.0%}", 40, llama_cpp(shape, share)
-        )
+        yield Part(f"peer llama.cpp {shape} q4 {share:.0%}", 40, llama_cpp(shape, share))
     if run.has_gpu:
-        yield Part(
-            "tests", min(180.0, max(LEAST_TEST_S, run.time_left_s - TIDY_S)), gpu_tests
-        )
+        yield Part("tests", min(180.0, max(LEAST_TEST_S, run.time_left_s - TIDY_S)), gpu_tests)
     yield Part(f"peer accelerate {shape} bf16 50%", 120, accelerate(shape, 0.5))
     yield Part("probe full queue by events", 8, partial(full_queue, by="events"))
 
@@ -76,32 +65,16 @@ def gpu_tests(run: Run) -> dict[str, Any]:
         *names,
         "tests/gpu",
     ]
-    with (
-        log.open("w") as file,
-        subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
-        ) as tests,
-    ):
+    with log.open("w") as file, subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT) as tests:
         try:
-            returncode = tests.wait(
-                max(LEAST_TEST_S, min(180.0, run.time_left_s - TIDY_S))
-            )
+            returncode = tests.wait(max(LEAST_TEST_S, min(180.0, run.time_left_s - TIDY_S)))
         except subprocess.TimeoutExpired:
             tests.kill()
             returncode = None
     lines = log.read_text().splitlines()
-    ends = {
-        word: sum(f" {word} " in f"{line} " for line in lines)
-        for word in ("PASSED", "FAILED", "ERROR", "SKIPPED")
-    }
+    ends = {word: sum(f" {word} " in f"{line} " for line in lines) for word in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
     failed = [line for line in lines if " FAILED" in line or " ERROR" in line][:20]
-    found = {
-        "returncode": returncode,
-        "is_whole": returncode is not None,
-        **ends,
-        "failed": failed,
-        "end": lines[-1:],
-    }
+    found = {"returncode": returncode, "is_whole": returncode is not None, **ends, "failed": failed, "end": lines[-1:]}
     if failed or returncode not in (0, None):
         raise RuntimeError(f"the tests found faults: {found}")
     return found

@@ -1,7 +1,7 @@
 """Rates as the runtime uses them, with nothing cached and all lanes at once, and the profile that plans are made with.
 
 A whole profile takes more than a minute. What a lent machine of a known kind does with fp32, q8, few threads or small
-caches was measured once and is kept in results/gpu_h100.json; here only what plans of q4 models depend on is measured again.
+caches was measured once and is kept in results/gpu_h100.json; what plans of q4 models depend on is measured again.
 """
 
 import json
@@ -49,22 +49,16 @@ def rates(run: Run) -> dict[str, Any]:
         if not run.has_gpu:
             return {"bytes_per_s": found, "profile": "the catalogue's: no GPU"}
         found |= _bus(run) | _together(run, linear, weight.nbytes)
-        del weight, linear
     run.write("rates alone and together", bytes_per_s=found)
     rows = _gpu_rows(run)
     profile, notes = _profile(run, found, rows)
     (run.out / PROFILE_FILE).write_text(profile.to_json() + "\n")
-    return {
-        "bytes_per_s": found,
-        "gpu_rows_ops_per_s": rows,
-        "notes": notes,
-        "profile": profile.to_dict(),
-    }
+    return {"bytes_per_s": found, "gpu_rows_ops_per_s": rows, "notes": notes, "profile": profile.to_dict()}
 
 
 def planning_profile(run: Run) -> Any:
-    """The profile to plan with: the one measured in this run, else the recorded machine's at its true rates; None, which
-    is the catalogue's, for an emulated GPU."""
+    """The profile to plan with: the one measured in this run, else the recorded machine's at its true rates; None,
+    which is the catalogue's, for an emulated GPU."""
     from placement import HardwareProfile
 
     if not run.has_gpu:
@@ -79,23 +73,14 @@ def recorded_profile() -> Any:
     from placement import HardwareProfile
 
     results = json.loads(RECORD.read_text())["last_run"]
-    return HardwareProfile.from_dict(
-        next(result["profile"] for result in results if result["name"] == "profile")
-    )
+    return HardwareProfile.from_dict(next(result["profile"] for result in results if result["name"] == "profile"))
 
 
 def with_rates(profile: Any, dram: float, h2d: float, linear_q4: float) -> Any:
-    """The profile with other rates of memory, bus and the CPU's q4 linear, bytes a second; few rows wait for memory too."""
-    one_row = (
-        linear_q4 / profile.cpu_linear_bytes_per_s.q4 * profile.cpu_rows[0].ops_per_s.q4
-    )
+    """The profile with other rates of memory, bus and the CPU's q4 linear, bytes a second, few rows included."""
+    one_row = linear_q4 / profile.cpu_linear_bytes_per_s.q4 * profile.cpu_rows[0].ops_per_s.q4
     rows = tuple(
-        replace(
-            rate,
-            ops_per_s=replace(
-                rate.ops_per_s, q4=min(rate.ops_per_s.q4, rate.rows * one_row)
-            ),
-        )
+        replace(rate, ops_per_s=replace(rate.ops_per_s, q4=min(rate.ops_per_s.q4, rate.rows * one_row)))
         for rate in profile.cpu_rows
     )
     return replace(
@@ -104,9 +89,7 @@ def with_rates(profile: Any, dram: float, h2d: float, linear_q4: float) -> Any:
     )  # fmt: skip
 
 
-def _profile(
-    run: Run, found: dict[str, float], rows: dict[int, float]
-) -> tuple[Any, list[str]]:
+def _profile(run: Run, found: dict[str, float], rows: dict[int, float]) -> tuple[Any, list[str]]:
     """The recorded profile with what was found just now, Python's and the hand-overs' costs too; what could not be."""
     import gpu_kernels
     from hetero_attn.profiles import host_memory_bytes
@@ -114,50 +97,32 @@ def _profile(
     from placement.gpu_profiler import TorchGpu, gpu_attention_rate
 
     base, notes = recorded_profile(), []
-    profile = with_rates(
-        base, max(found["sweep"], found["sum"]), found["h2d"], found["linear_q4"]
-    )
+    profile = with_rates(base, max(found["sweep"], found["sum"]), found["h2d"], found["linear_q4"])
     gpu_rows = {rate.rows: rate for rate in profile.gpu_rows}
     for count, ops_per_s in rows.items():
         like = gpu_rows.get(count, profile.gpu_rows[-1])
-        gpu_rows[count] = replace(
-            like, rows=count, ops_per_s=replace(like.ops_per_s, q4=ops_per_s)
-        )
+        gpu_rows[count] = replace(like, rows=count, ops_per_s=replace(like.ops_per_s, q4=ops_per_s))
     profile = replace(
         profile,
         cores=int(found["threads"]),
         dram_bytes=host_memory_bytes(),
         d2h_bytes_per_s=found["d2h"],
-        cpu_slowdown_while_copying=min(
-            1.0, found["linear_q4_beside"] / found["linear_q4"]
-        ),
+        cpu_slowdown_while_copying=min(1.0, found["linear_q4_beside"] / found["linear_q4"]),
         gpu_memory_bytes=torch.cuda.get_device_properties(0).total_memory,
         gpu_rows=tuple(gpu_rows[count] for count in sorted(gpu_rows)),
-        gpu_flops=replace(
-            profile.gpu_flops, q4=max(rate.ops_per_s.q4 for rate in gpu_rows.values())
-        ),
+        gpu_flops=replace(profile.gpu_flops, q4=max(rate.ops_per_s.q4 for rate in gpu_rows.values())),
     )
     try:
-        profile = replace(
-            profile, gpu_attention_ops_per_s=gpu_attention_rate(TorchGpu(gpu_kernels))
-        )
+        profile = replace(profile, gpu_attention_ops_per_s=gpu_attention_rate(TorchGpu(gpu_kernels)))
         profile = with_runtime_costs(profile, "cuda")
     except Exception as error:  # the recorded costs are better than no plan
-        notes.append(
-            f"costs of Python and attention are the recorded ones: {type(error).__name__}: {error}"[
-                :500
-            ]
-        )
+        notes.append(f"costs of Python and attention are the recorded ones: {type(error).__name__}: {error}"[:500])
     return profile, notes
 
 
 def _bus(run: Run) -> dict[str, float]:
     """Bytes a second each way, in pieces as weights pass."""
-    host = (
-        torch.empty(PINNED_BYTES, dtype=torch.uint8, pin_memory=True)
-        .fill_(1)
-        .view(-1, PIECE_BYTES)
-    )
+    host = torch.empty(PINNED_BYTES, dtype=torch.uint8, pin_memory=True).fill_(1).view(-1, PIECE_BYTES)
     device = torch.empty(PIECE_BYTES, dtype=torch.uint8, device=run.device)
     found = {}
     for name in ("h2d", "d2h"):
@@ -176,11 +141,7 @@ def _bus(run: Run) -> dict[str, float]:
 
 def _together(run: Run, linear: Any, weight_bytes: int) -> dict[str, float]:
     """Bytes a second of the CPU's linear and of copies to the GPU while both run, and their sum: what memory gives."""
-    host = (
-        torch.empty(PINNED_BYTES, dtype=torch.uint8, pin_memory=True)
-        .fill_(1)
-        .view(-1, PIECE_BYTES)
-    )
+    host = torch.empty(PINNED_BYTES, dtype=torch.uint8, pin_memory=True).fill_(1).view(-1, PIECE_BYTES)
     device = torch.empty(PIECE_BYTES, dtype=torch.uint8, device=run.device)
     copies, pairs = torch.cuda.Stream(), []
     for _ in range(ROUNDS):
@@ -194,17 +155,12 @@ def _together(run: Run, linear: Any, weight_bytes: int) -> dict[str, float]:
         before = sum(event.query() for event in events)
         started = time.perf_counter()
         linear()
-        taken, after = (
-            time.perf_counter() - started,
-            sum(event.query() for event in events),
-        )
+        taken, after = (time.perf_counter() - started, sum(event.query() for event in events))
         torch.cuda.synchronize()
         if after < len(events):  # else the copies ended first
             pairs.append((weight_bytes / taken, (after - before) * PIECE_BYTES / taken))
     if not pairs:
-        raise RuntimeError(
-            "the copies ended before the CPU's linear did; queue more of them"
-        )
+        raise RuntimeError("the copies ended before the CPU's linear did; queue more of them")
     cpu, bus = (statistics.median(rates) for rates in zip(*pairs, strict=True))
     return {"linear_q4_beside": cpu, "h2d_beside": bus, "sum": cpu + bus}
 
@@ -215,26 +171,13 @@ def _gpu_rows(run: Run) -> dict[int, float]:
 
     device, ops = tensor_device(run)
     shape = (FEATURES // BLOCK_FEATURES, block_bytes("q4", INPUTS))
-    weights, found = (
-        [torch.full(shape, 60, dtype=torch.uint8, device=device) for _ in range(3)],
-        {},
-    )
+    weights, found = ([torch.full(shape, 60, dtype=torch.uint8, device=device) for _ in range(3)], {})
     for rows in ROW_COUNTS:
-        x, out = (
-            torch.randn(rows, INPUTS, device=device),
-            torch.empty(rows, FEATURES, device=device),
-        )
+        x, out = (torch.randn(rows, INPUTS, device=device), torch.empty(rows, FEATURES, device=device))
 
         def all_weights(x: torch.Tensor = x, out: torch.Tensor = out) -> None:
             for weight in weights:
                 ops.linear(x, weight, "q4", None, out)
 
-        found[rows] = (
-            len(weights)
-            * 2
-            * rows
-            * INPUTS
-            * FEATURES
-            / device_seconds(run, all_weights, 4)
-        )
+        found[rows] = len(weights) * 2 * rows * INPUTS * FEATURES / device_seconds(run, all_weights, 4)
     return found

@@ -2,10 +2,10 @@
 
     python gpu_report.py DIR RECORD.json [--plot PLOT.png]
 
-The record holds every result without timelines; a part that failed or was skipped stays in it with the reason. The first
-table (standard output, Markdown) puts the bound of each plan first, then what was measured, predicted, and what peers
-reach under the same cap: in this run, or in the recorded one where it ran none. The second says what was expected of each
-figure and what to decide where it lies elsewhere. The plot shows decode speed against the GPU memory that was allowed.
+The record holds every result without timelines; a part that failed or was skipped stays in it with the reason. The
+first table (standard output, Markdown) puts the bound of each plan first, then what was measured, predicted, and what
+peers reach under the same cap: in this run, or in the recorded one where it ran none. The second says what was expected of
+each figure and what to decide where it lies elsewhere. The plot shows decode speed against the GPU memory allowed.
 Needs matplotlib for the plot.
 """
 
@@ -18,9 +18,7 @@ from typing import Any
 from gpu_expectations import EXPECTATIONS, Expectation
 
 Result = dict[str, Any]
-RECORD = (
-    Path(__file__).resolve().parent / "results" / "gpu_h100.json"
-)  # its peers ran on the same kind of machine
+RECORD = Path(__file__).resolve().parent / "results" / "gpu_h100.json"  # its peers ran on the same kind of machine
 
 
 def main() -> None:
@@ -32,11 +30,7 @@ def main() -> None:
     options = parser.parse_args()
     results = read_results(options.directory)
     options.record.write_text(json.dumps(results, indent=1) + "\n")
-    print(
-        "\n".join(
-            [*table(results), "", *expectations(results), "", *unfinished(results)]
-        )
-    )
+    print("\n".join([*table(results), "", *expectations(results), "", *unfinished(results)]))
     if options.plot is not None:
         plot(results, options.plot)
 
@@ -47,9 +41,7 @@ def read_results(directory: Path) -> list[Result]:
     for line in (directory / "results.jsonl").read_text().splitlines():
         result = json.loads(line)
         before = last.get(result["name"])
-        if result["name"] in ("start", "end") or (
-            before is not None and _rank(result) < _rank(before)
-        ):
+        if result["name"] in ("start", "end") or (before is not None and _rank(result) < _rank(before)):
             continue
         last[result["name"]] = result
     return list(last.values())
@@ -62,15 +54,13 @@ def _rank(result: Result) -> int:
 
 def table(results: list[Result]) -> Iterator[str]:
     """Lines of Markdown: a row for each test of each plan and share of the weights."""
-    yield "| model, share of the weights, plan: test | bound | measured | of bound | predicted | llama.cpp | accelerate |"
+    yield "| model, share, plan: test | bound | measured | of bound | predicted | llama.cpp | accelerate |"
     yield "|---|---|---|---|---|---|---|"
     peers = _peers(results)
     for result in results:
         if "bound_tokens_per_s" not in result:
             continue
-        bound, speed, predicted = (
-            result[f"{kind}tokens_per_s"] for kind in ("bound_", "", "predicted_")
-        )
+        bound, speed, predicted = (result[f"{kind}tokens_per_s"] for kind in ("bound_", "", "predicted_"))
         yield (
             f"| {result['name'].removeprefix('model ')} | {bound:.1f} | **{speed:.1f}** | {speed / bound:.0%} "
             f"| {predicted:.1f} ({predicted / speed - 1:+.0%}) | {_beside(speed, _llama(peers, result['name']))} "
@@ -85,11 +75,7 @@ def expectations(results: list[Result]) -> Iterator[str]:
     found = {result["name"]: result for result in results}
     for expected in EXPECTATIONS:
         value = expected.value(found)
-        shown, verdict = (
-            ("-", "not run")
-            if value is None
-            else (f"{value:.4g}", _verdict(expected, value))
-        )
+        shown, verdict = ("-", "not run") if value is None else (f"{value:.4g}", _verdict(expected, value))
         yield (
             f"| {expected.name}, {expected.field} | {expected.low:g} to {expected.high:g} | {shown} | {verdict} "
             f"| {expected.decide} |"
@@ -119,17 +105,9 @@ def plot(results: list[Result], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for label, points in curves(results).items():
         axes.plot(
-            *zip(*sorted(points), strict=True),
-            marker="o",
-            label=label,
-            linestyle="--" if "bound" in label else "-",
+            *zip(*sorted(points), strict=True), marker="o", label=label, linestyle="--" if "bound" in label else "-"
         )
-    axes.set(
-        xlabel="GPU memory allowed (GiB)",
-        ylabel="decode (tokens/s)",
-        ylim=(0, None),
-        title=_hardware(results),
-    )
+    axes.set(xlabel="GPU memory allowed (GiB)", ylabel="decode (tokens/s)", ylim=(0, None), title=_hardware(results))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
@@ -139,25 +117,14 @@ def plot(results: list[Result], path: Path) -> None:
 def curves(results: list[Result]) -> dict[str, list[tuple[float, float]]]:
     """(GiB, tokens/s) of decode by what ran."""
     found: dict[str, list[tuple[float, float]]] = {}
-    peers, memory = (
-        _peers(results),
-        {result["name"]: result.get("gpu_memory") for result in results},
-    )
+    peers, memory = (_peers(results), {result["name"]: result.get("gpu_memory") for result in results})
     for result in results:
         part, _, row = result["name"].partition(": ")
-        if not (
-            row == "decode"
-            and "tokens_per_s" in result
-            and memory.get(f"{part}: memory")
-        ):
+        if not (row == "decode" and "tokens_per_s" in result and memory.get(f"{part}: memory")):
             continue
         gib, plan = memory[f"{part}: memory"] / 2**30, part.split()[-1]
-        found.setdefault(f"hetero_attn, plan {plan}", []).append(
-            (gib, result["tokens_per_s"])
-        )
-        found.setdefault(f"bound of plan {plan}", []).append(
-            (gib, result["bound_tokens_per_s"])
-        )
+        found.setdefault(f"hetero_attn, plan {plan}", []).append((gib, result["tokens_per_s"]))
+        found.setdefault(f"bound of plan {plan}", []).append((gib, result["bound_tokens_per_s"]))
         for label, speed in (("llama.cpp q4_0", _llama(peers, result["name"])),):
             if speed is not None and (gib, speed) not in found.get(label, ()):
                 found.setdefault(label, []).append((gib, speed))
@@ -166,15 +133,8 @@ def curves(results: list[Result]) -> dict[str, list[tuple[float, float]]]:
 
 def _peers(results: list[Result]) -> dict[str, Result]:
     """Results of peers by name: recorded ones, and this run's in their place."""
-    recorded = [
-        result | {"name": f"peer {result['name']}"}
-        for result in json.loads(RECORD.read_text())["last_run"]
-    ]
-    return {
-        result["name"]: result
-        for result in (*recorded, *results)
-        if result["name"].startswith("peer ")
-    }
+    recorded = [result | {"name": f"peer {result['name']}"} for result in json.loads(RECORD.read_text())["last_run"]]
+    return {result["name"]: result for result in (*recorded, *results) if result["name"].startswith("peer ")}
 
 
 def _beside(speed: float, peer: float | None) -> str:
@@ -184,16 +144,8 @@ def _beside(speed: float, peer: float | None) -> str:
 def _llama(peers: dict[str, Result], name: str) -> float | None:
     """The best of llama.cpp's figures for the same test under the same cap."""
     part, _, row = name.partition(": ")
-    shape, dtype, share = (
-        part.split()[1:4] if part.startswith("model ") else ("", "", "")
-    )
-    wanted = (
-        {"n_gen": 32}
-        if row == "decode"
-        else {"n_prompt": int(row[2:] or 0)}
-        if row.startswith("pp")
-        else None
-    )
+    shape, dtype, share = part.split()[1:4] if part.startswith("model ") else ("", "", "")
+    wanted = {"n_gen": 32} if row == "decode" else {"n_prompt": int(row[2:] or 0)} if row.startswith("pp") else None
     if wanted is None:
         return None
     rows = peers.get(f"peer llama.cpp {shape} {dtype} {share}", {}).get("rows", ())
@@ -202,7 +154,7 @@ def _llama(peers: dict[str, Result], name: str) -> float | None:
 
 
 def _accelerate(peers: dict[str, Result], name: str) -> float | None:
-    """accelerate's figure in bf16 for as large a share of the weights: four times the bytes under four times the cap."""
+    """accelerate's figure in bf16 for as large a share of the weights, under a cap as much larger."""
     part, _, row = name.partition(": ")
     words = part.split()
     field = {"decode": "decode_tokens_per_s", "pp512": "prefill_tokens_per_s"}.get(row)

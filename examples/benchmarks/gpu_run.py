@@ -16,13 +16,9 @@ from typing import Any
 import torch
 
 RESULTS_FILE = "results.jsonl"
-RUNNING_FILE = (
-    "running.json"  # names the part that is under way and says how long it may take
-)
+RUNNING_FILE = "running.json"  # names the part that is under way and says how long it may take
 START = "start"
-BROKEN = (
-    17  # exit code: the GPU answers everything with an error that an earlier part left
-)
+BROKEN = 17  # exit code: the GPU answers everything with an error that an earlier part left
 LONGEST = 2.5  # times the seconds that a part states it may take before it is ended
 LEAST_S = 30.0  # a first use compiles
 
@@ -56,18 +52,14 @@ class Run:
 
     def wants(self, name: str) -> bool:
         """Whether a part is asked for."""
-        return (not self.only or name.startswith(self.only)) and not (
-            self.skip and name.startswith(self.skip)
-        )
+        return (not self.only or name.startswith(self.only)) and not (self.skip and name.startswith(self.skip))
 
     def done(self) -> set[str]:
         """Names of the parts that ran in any run and did not fail, or that ran at all since the last start."""
         path = self.out / RESULTS_FILE
         done: set[str] = set()
         failed: set[str] = set()
-        for line in map(
-            json.loads, path.read_text().splitlines() if path.exists() else ()
-        ):
+        for line in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
             if line["name"] == START:
                 failed.clear()
             elif "left_s" not in line:
@@ -100,22 +92,14 @@ class Part:
 
 def gpu_used_bytes(device: str) -> int:
     """GPU memory in use by anybody; asked of NVML by index, which makes no CUDA context. 0 where nothing answers."""
-    with suppress(
-        Exception
-    ):  # without nvidia-ml-py, or in a container that hides NVML: each has an error of its own
-        return (
-            torch.cuda.device_memory_used(int(device.partition(":")[2] or 0))
-            if device.startswith("cuda")
-            else 0
-        )
+    with suppress(Exception):  # without nvidia-ml-py, or in a container that hides NVML: each has an error of its own
+        return torch.cuda.device_memory_used(int(device.partition(":")[2] or 0)) if device.startswith("cuda") else 0
     return 0
 
 
 def write_result(out: Path, name: str, **values: Any) -> None:
     """Append one line to the results in `out`, and show its beginning."""
-    line = json.dumps(
-        {"name": name, "at": datetime.now(UTC).isoformat(timespec="seconds"), **values}
-    )
+    line = json.dumps({"name": name, "at": datetime.now(UTC).isoformat(timespec="seconds"), **values})
     with (out / RESULTS_FILE).open("a") as file:
         file.write(line + "\n")
     print(line if len(line) < 600 else line[:600] + " ...", flush=True)
@@ -132,11 +116,7 @@ def run_parts(run: Run) -> int:
             continue
         if part.seconds > run.time_left_s:
             left = round(max(0.0, run.time_left_s), 1)
-            run.write(
-                part.name,
-                skipped=f"takes {part.seconds:g} s, and {left:g} s are left",
-                left_s=left,
-            )
+            run.write(part.name, skipped=f"takes {part.seconds:g} s, and {left:g} s are left", left_s=left)
             continue
         run_part(run, part)
         if is_broken(run):
@@ -153,28 +133,15 @@ def run_part(run: Run, part: Part) -> None:
     try:
         values = part.measure(run)
     except Exception as error:  # whatever it is, the next part may still work
-        values = {
-            "error": f"{type(error).__name__}: {error}"[:1500],
-            "trace": traceback.format_exc()[-4000:],
-        }
+        values = {"error": f"{type(error).__name__}: {error}"[:1500], "trace": traceback.format_exc()[-4000:]}
     gpu = {"clocks": [before, clocks(run)]} if run.has_gpu else {}
-    run.write(
-        part.name,
-        took_s=round(time.monotonic() - started, 1),
-        planned_s=part.seconds,
-        **values,
-        **gpu,
-    )
+    run.write(part.name, took_s=round(time.monotonic() - started, 1), planned_s=part.seconds, **values, **gpu)
     running.unlink()
     gc.collect()
     if run.has_gpu:
-        with suppress(
-            RuntimeError
-        ):  # a GPU that met a fault answers everything with it
+        with suppress(RuntimeError):  # a GPU that met a fault answers everything with it
             torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(
-                1.0
-            )  # a device that was not closed leaves its limit behind
+            torch.cuda.set_per_process_memory_fraction(1.0)  # a device that was not closed leaves its limit behind
 
 
 def is_broken(run: Run) -> bool:
@@ -191,16 +158,10 @@ def is_broken(run: Run) -> bool:
 
 def clocks(run: Run) -> dict[str, int]:
     """MHz, degrees and milliwatts of the GPU now; what NVML does not tell is left out."""
-    asked = {
-        "mhz": torch.cuda.clock_rate,
-        "celsius": torch.cuda.temperature,
-        "mw": torch.cuda.power_draw,
-    }
+    asked = {"mhz": torch.cuda.clock_rate, "celsius": torch.cuda.temperature, "mw": torch.cuda.power_draw}
     found: dict[str, int] = {}
     for name, ask in asked.items() if run.has_gpu else ():
-        with suppress(
-            Exception
-        ):  # NVML's own types of error, or a missing nvidia-ml-py
+        with suppress(Exception):  # NVML's own types of error, or a missing nvidia-ml-py
             found[name] = int(ask())
     return found
 
@@ -213,15 +174,11 @@ def machine(run: Run) -> dict[str, Any]:
     from placement.fingerprint import cpu_name
 
     return {
-        "gpu": torch.cuda.get_device_name()
-        if run.has_gpu
-        else "none (emulated: no figure counts)",
+        "gpu": torch.cuda.get_device_name() if run.has_gpu else "none (emulated: no figure counts)",
         "capability": list(torch.cuda.get_device_capability()) if run.has_gpu else None,
         "cpu": f"{len(physical_cpus())} cores of {cpu_name()}",
         "memory_bytes": psutil.virtual_memory().available,
-        "disk_bytes": psutil.disk_usage(
-            str(run.work_dir if run.work_dir.exists() else run.out)
-        ).free,
+        "disk_bytes": psutil.disk_usage(str(run.work_dir if run.work_dir.exists() else run.out)).free,
         "torch": torch.__version__,
         "triton": _version("triton"),
         "numba": _version("numba"),

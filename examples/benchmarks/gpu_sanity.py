@@ -1,4 +1,4 @@
-"""The first minute of `gpu_offload.py`: is what the GPU computes right, and do GPU and host wait for each other as they should?"""
+"""The first minute of `gpu_offload.py`: does the GPU compute what it should, do GPU and host wait as they should?"""
 
 import statistics
 import sys
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,7 @@ from gpu_run import Run
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 HOPS = 100  # of a step
 FLOATS = 4096  # 16 KiB each way
-BUSY_BYTES, BUSY_COPIES = (
-    16 << 20,
-    16,
-)  # 5 ms of copies beside the 2 ms of a step's hops
+BUSY_BYTES, BUSY_COPIES = (16 << 20, 16)  # 5 ms of copies beside the 2 ms of a step's hops
 QUEUED = 4096  # launches, four times what a stream takes before it blocks who launches
 RELEASE_S, WORKER_S = 3.0, 0.5
 TOY_NMSE = 5e-4  # of bf16 weights, as tests/gpu allows
@@ -38,55 +36,18 @@ def kernels(run: Run) -> dict[str, Any]:
     device, ops = tensor_device(run)
     bf16, dense = torch.bfloat16, checks.DENSE_NMSE
     calls: dict[str, Callable[[], None]] = {
-        "linear q4, 1 row": partial(
-            checks.check_linear, ops.linear, device, "q4", 1, 8, 4096
-        ),
-        "linear q4, 16 rows": partial(
-            checks.check_linear, ops.linear, device, "q4", 16, 8, 1024
-        ),
-        "linear q4, 130 rows": partial(
-            checks.check_linear, ops.linear, device, "q4", 130, 8, 1024, tolerance=dense
-        ),
+        "linear q4, 1 row": partial(checks.check_linear, ops.linear, device, "q4", 1, 8, 4096),
+        "linear q4, 16 rows": partial(checks.check_linear, ops.linear, device, "q4", 16, 8, 1024),
+        "linear q4, 130 rows": partial(checks.check_linear, ops.linear, device, "q4", 130, 8, 1024, tolerance=dense),
         "decode_attention": partial(
-            checks.check_decode,
-            ops.decode_attention,
-            device,
-            bf16,
-            2,
-            4,
-            128,
-            64,
-            320,
-            [(0, 320)],
+            checks.check_decode, ops.decode_attention, device, bf16, 2, 4, 128, 64, 320, [(0, 320)]
         ),
         "prefill_attention": partial(
-            checks.check_prefill,
-            ops.prefill_attention,
-            device,
-            bf16,
-            70,
-            1,
-            4,
-            128,
-            64,
-            0,
-            98,
-            28,
-            0,
+            checks.check_prefill, ops.prefill_attention, device, bf16, 70, 1, 4, 128, 64, 0, 98, 28, 0
         ),
         "merge": partial(checks.check_merge, ops.merge, device, 3, (4, 4, 128), [2]),
         "rms_norm": partial(checks.check_rms_norm, ops.rms_norm, device, 3, 4096),
-        "rope_append": partial(
-            checks.check_rope_append,
-            ops.rope_append,
-            device,
-            bf16,
-            2,
-            4,
-            128,
-            128,
-            (False, False),
-        ),
+        "rope_append": partial(checks.check_rope_append, ops.rope_append, device, bf16, 2, 4, 128, 128, (False, False)),
         "silu_mul": partial(checks.check_silu_mul, ops.silu_mul, device, 3, 8),
         "copy_rows": partial(checks.check_copy_rows, ops.copy_rows, device, 2, 4096),
     }
@@ -109,28 +70,15 @@ def toy_model(run: Run) -> dict[str, Any]:
     from placement import Policy
 
     path, ids = checkpoint(run, "tiny"), [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
-    common = {
-        "dtype": "bf16",
-        "max_context": 256,
-        "max_batch": 1,
-        "num_threads": 2,
-        "progress": False,
-    }
+    common = {"dtype": "bf16", "max_context": 256, "max_batch": 1, "num_threads": 2, "progress": False}
     logits, names = {}, {}
     for device in (run.device, "cpu"):
-        placed = (
-            {}
-            if device == "cpu"
-            else {"policy": Policy.parse(SHARED, "shared"), "gpu_memory": "2GiB"}
-        )
+        placed = {} if device == "cpu" else {"policy": Policy.parse(SHARED, "shared"), "gpu_memory": "2GiB"}
         with LLM(path, device=device, **placed, **common) as llm:
             engine = llm.engine
             sequence = engine.kv_cache.open()
             rows = [engine.prefill(sequence, ids)]
-            rows += [
-                engine.decode_step([sequence], [7 + step])[0]
-                for step in range(TOY_STEPS)
-            ]
+            rows += [engine.decode_step([sequence], [7 + step])[0] for step in range(TOY_STEPS)]
             logits[device], names[device] = (
                 torch.stack([row.float().cpu() for row in rows]),
                 engine.lanes.handover.name,
@@ -139,9 +87,7 @@ def toy_model(run: Run) -> dict[str, Any]:
     error = logits[run.device] - logits["cpu"]
     nmse = float((error.square().mean() / logits["cpu"].square().mean()).item())
     if not nmse < TOY_NMSE:
-        raise RuntimeError(
-            f"NMSE of the logits is {nmse:g}, more than {TOY_NMSE:g}; hand-over {names[run.device]}"
-        )
+        raise RuntimeError(f"NMSE of the logits is {nmse:g}, more than {TOY_NMSE:g}; hand-over {names[run.device]}")
     return {"nmse": nmse, "handover": names[run.device]}
 
 
@@ -162,19 +108,11 @@ def hops(run: Run, name: str, busy: bool) -> dict[str, Any]:
         ThreadPoolExecutor(1) as worker,
         device.current(),
     ):
-        host, there = (
-            make((2, FLOATS), torch.float32, "activations")
-            for make in (device.host_empty, device.empty)
-        )
-        source, target = (
-            make((BUSY_BYTES,), torch.uint8, "weights")
-            for make in (device.host_empty, device.empty)
-        )
+        host, there = (make((2, FLOATS), torch.float32, "activations") for make in (device.host_empty, device.empty))
+        source, target = (make((BUSY_BYTES,), torch.uint8, "weights") for make in (device.host_empty, device.empty))
         captures = name == "graph"
         handover = (
-            EventHandover(device, worker)
-            if name == "events"
-            else FlagHandover(device, worker, kernels, captures)
+            EventHandover(device, worker) if name == "events" else FlagHandover(device, worker, kernels, captures)
         )
 
         def queue(job: Callable[[], None]) -> None:
@@ -190,10 +128,7 @@ def hops(run: Run, name: str, busy: bool) -> dict[str, Any]:
             settle()
             work = partial(queue, job)
             if captures:
-                with (
-                    handover.record(ops_only=ops_only) as jobs,
-                    device.capture() as graph,
-                ):
+                with handover.record(ops_only=ops_only) as jobs, device.capture() as graph:
                     queue(job)
                 work = partial(_replay, handover, jobs, graph)
 
@@ -220,7 +155,7 @@ def hops(run: Run, name: str, busy: bool) -> dict[str, Any]:
         for _ in range(3 if run.quick else 10):
             stamps.clear()
             stamped()
-            between += [later - earlier for earlier, later in zip(stamps, stamps[1:])]
+            between += [later - earlier for earlier, later in pairwise(stamps)]
     between.sort()
     return {
         "us_per_hop": hop_s and 1e6 * hop_s,
@@ -234,21 +169,15 @@ def hops(run: Run, name: str, busy: bool) -> dict[str, Any]:
 def full_queue(run: Run, by: str) -> dict[str, Any]:
     """Launches far beyond what a stream takes, queued behind a wait of the GPU that a worker has to end.
 
-    by: `flags`, the worker waits for a flag that the GPU set, as the runtime's does; `events`, it waits in the driver for
+    by: `flags`, the worker waits for a flag that the GPU set, as the runtime's; `events`, it waits in the driver for
     an event long reached. Somebody else ends the GPU's wait after RELEASE_S, and that says that the worker was stuck.
     """
     if not run.has_gpu:
-        return {
-            "skipped": "an emulated GPU runs its work at once, so no queue is ever full"
-        }
+        return {"skipped": "an emulated GPU runs its work at once, so no queue is ever full"}
     from cpu_kernels import CpuKernels
 
     found: dict[str, Any] = {}
-    with (
-        closing(make_device(run)) as device,
-        CpuKernels(1) as host_ops,
-        device.current(),
-    ):
+    with closing(make_device(run)) as device, CpuKernels(1) as host_ops, device.current():
         flags = device.host_empty((2, 16), torch.int64, "flags").zero_()
         request, done = flags[0, :1], flags[1, :1]
         numbers = torch.zeros(64, device=run.device)
@@ -274,10 +203,7 @@ def full_queue(run: Run, by: str) -> dict[str, Any]:
             found["released"] = "worker_s" not in found
             done.fill_(1)
 
-        worker, timer = (
-            threading.Thread(target=serve, daemon=True),
-            threading.Timer(RELEASE_S, release),
-        )
+        worker, timer = (threading.Thread(target=serve, daemon=True), threading.Timer(RELEASE_S, release))
         worker.start()
         timer.start()
         for _ in range(QUEUED):
@@ -296,11 +222,7 @@ def make_device(run: Run) -> Any:
     from hetero_attn.devices import CudaDriver, Device, EmulatedDriver
     from hetero_attn.devices.machine import device_index
 
-    return Device(
-        CudaDriver(device_index(run.device), 1 << 26, 1 << 28)
-        if run.has_gpu
-        else EmulatedDriver()
-    )
+    return Device(CudaDriver(device_index(run.device), 1 << 26, 1 << 28) if run.has_gpu else EmulatedDriver())
 
 
 def _replay(handover: Any, jobs: Any, graph: Any) -> None:
