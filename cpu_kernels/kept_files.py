@@ -70,9 +70,15 @@ def write_kept(path: Path, content: bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder that only this user can enter, unless it is there; raises UnusableFileError for one not to be trusted."""
+    """Make a folder that only this user can enter; one of this user's own that is there is closed for others' writing.
+
+    Raises UnusableFileError for one that is not to be trusted.
+    """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_mode & 0o022 and status.st_uid == os.getuid():
+            path.chmod(stat.S_IMODE(status.st_mode) & ~0o022)
     except OSError as error:
         raise UnusableFileError(error.strerror or str(error)) from None
     check_folder(path)

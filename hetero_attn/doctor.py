@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cpu_kernels.cgroups import cpu_quota, memory_limit_bytes, read_text
+from cpu_kernels.kept_files import why_not_writable
 
 GIB = 2**30
 REQUIRED = (
@@ -184,7 +185,7 @@ def caches() -> Iterator[Finding]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     hub = Path(HF_HUB_CACHE)
-    existing = next((folder for folder in (hub, *hub.parents) if folder.exists()), Path.cwd())
+    existing = next((folder for folder in (hub, *hub.parents) if os.path.exists(folder)), Path.cwd())
     free = shutil.disk_usage(existing).free
     verdict, advice = "ok", ""
     if free < LEAST_FREE_DISK_BYTES:
@@ -254,24 +255,36 @@ def _kernel_cache() -> Finding:
     from cpu_kernels.cache import default_cache_dir
 
     folder = default_cache_dir()
-    if not folder.exists():
-        return Finding("caches", "compiled kernels", f"{folder} (nothing compiled yet)")
-    kernels = list(folder.glob("*/*.o"))
-    text = f"{folder} ({len(kernels)} kernels, {sum(kernel.stat().st_size for kernel in kernels) / 2**20:.1f} MiB)"
-    if not os.access(folder, os.W_OK):
-        return Finding("caches", "compiled kernels", text, "note",
-                       "not writable, so every start compiles again; XDG_CACHE_HOME names another folder")
+    if folder is None:
+        return _nothing_kept("compiled kernels", "none, there is no home folder")
+    try:
+        if not folder.exists():
+            home = next(parent for parent in folder.parents if parent.exists())
+            if not (home.is_dir() and os.access(home, os.W_OK)):
+                return _nothing_kept("compiled kernels", f"{folder} ({home} is no folder that can be written)")
+            return Finding("caches", "compiled kernels", f"{folder} (nothing compiled yet)")
+        sizes = [kernel.stat().st_size for kernel in folder.glob("*/*.o")]
+    except OSError as error:
+        return _nothing_kept("compiled kernels", f"{folder} ({error.strerror})")
+    text = f"{folder} ({len(sizes)} kernels, {sum(sizes) / 2**20:.1f} MiB)"
+    if reason := why_not_writable(folder / "kernel"):
+        return _nothing_kept("compiled kernels", f"{text}, {reason}")
     return Finding("caches", "compiled kernels", text)
+
+
+def _nothing_kept(name: str, text: str) -> Finding:
+    advice = "kernels that are not there yet are compiled at every start; XDG_CACHE_HOME names another folder"
+    return Finding("caches", name, text, "note", advice)
 
 
 def _profile() -> Finding:
     try:
-        from hetero_attn.profiles import profile_path, stored_profile
+        from hetero_attn.profiles import is_kept, profile_path, stored_profile
     except ImportError:
         return Finding("caches", "machine profile", "unknown, its packages cannot be imported")
     if stored_profile() is not None:
         return Finding("caches", "machine profile", str(profile_path()))
-    state = "stale or damaged" if profile_path().exists() else "none"
+    state = "stale or damaged" if is_kept() else "none"
     return Finding("caches", "machine profile", state, "note",
                    "plans use a generic machine's rates; `hetero-attn profile` measures this one")
 

@@ -3,14 +3,15 @@
 import warnings
 from collections.abc import Callable
 
-from hetero_attn.profiles import host_memory_bytes, keep, lane_threads, profile_path, stored_profile
+from hetero_attn.profiles import host_memory_bytes, is_kept, keep, lane_threads, stored_profile, why_not_kept
 from placement.hardware import HardwareProfile
 
 
 def profile_machine(on_progress: Callable[[str], None] = lambda what: None, save: bool = True) -> HardwareProfile:
     """Measure this machine, keep the result for later plans, and return it; takes well under a minute.
 
-    on_progress(what) is called before each measurement. save=False leaves the kept profile alone.
+    on_progress(what) is called before each measurement. save=False leaves the kept profile alone; where it
+    cannot be kept a warning says why.
     """
     import torch
 
@@ -37,9 +38,10 @@ def _with_gpu(profile: HardwareProfile, on_progress: Callable[[str], None]) -> H
 def refresh_profile() -> None:
     """Measure this machine again, which takes some seconds, where the kept profile is damaged, stale or of another one.
 
-    Nothing is measured where none was ever kept: nobody asked for it.
+    Nothing is measured where none was ever kept, for nobody asked for it, and where the result could not be kept: every
+    start would measure.
     """
-    if profile_path().exists() and stored_profile() is None:
+    if is_kept() and stored_profile() is None and not why_not_kept():
         message = "the kept profile is damaged or of another machine or version: measuring this machine again"
         warnings.warn(message, stacklevel=3)
         profile_machine()

@@ -11,28 +11,39 @@ from pathlib import Path
 import psutil
 
 from cpu_kernels.cgroups import memory_limit_bytes
+from cpu_kernels.kept_files import UnusableFileError, cache_home, read_kept, why_not_writable, write_kept
 from cpu_kernels.topology import default_threads, physical_cpus
 from placement.hardware import HardwareProfile
 
 LEAST_TO_SHARE = 4  # cores; with fewer, one is too large a part of the lane
+MOST_PROFILE_BYTES = 1 << 20
 HOST_MEMORY_SHARE = 0.9  # the rest is for the system and for Python itself
 
 
 def stored_profile() -> HardwareProfile | None:
-    """The kept profile of this very machine and these versions; None when there is none or it is damaged or stale."""
+    """The kept profile of this very machine and these versions; None when there is none that can be used."""
     from placement.fingerprint import machine_fingerprint
 
-    try:
-        profile = HardwareProfile.from_json(profile_path().read_text())
-    except (OSError, ValueError):
+    path, threads = profile_path(), lane_threads()
+    if path is None:
         return None
-    return profile if profile.fingerprint == machine_fingerprint(lane_threads()) else None
+    try:
+        profile = HardwareProfile.from_json(read_kept(path, MOST_PROFILE_BYTES).decode())
+    except (OSError, ValueError):  # not to be trusted, damaged, or with values that no machine has
+        return None
+    return profile if profile.fingerprint == machine_fingerprint(threads) and profile.cores <= threads else None
+
+
+def is_kept() -> bool:
+    """Whether there is anything where the profile of this machine is kept."""
+    path = profile_path()
+    return path is not None and os.path.lexists(path)
 
 
 def current_profile() -> HardwareProfile | None:
     """The kept profile to plan with, None where there is none; warns where one is kept that cannot be used."""
     profile = stored_profile()
-    if profile is None and profile_path().exists():
+    if profile is None and is_kept():
         message = (
             "the kept profile is damaged or of another machine or version and is not used; "
             "`hetero-attn profile` measures this machine again"
@@ -41,13 +52,22 @@ def current_profile() -> HardwareProfile | None:
     return profile
 
 
-def keep(profile: HardwareProfile) -> None:
-    """Keep a profile of this machine for later plans, in place of the one before."""
+def why_not_kept() -> str:
+    """Why a profile of this machine could not be kept; empty where it could."""
     path = profile_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(profile.to_json() + "\n")
-    temporary.replace(path)
+    return "there is no home folder" if path is None else why_not_writable(path)
+
+
+def keep(profile: HardwareProfile) -> None:
+    """Keep a profile of this machine for later plans, in place of the one before; warns where that is not possible."""
+    reason = why_not_kept()
+    try:
+        if not reason:
+            write_kept(profile_path(), f"{profile.to_json()}\n".encode())
+    except UnusableFileError as error:
+        reason = str(error)
+    if reason:
+        warnings.warn(f"the profile is not kept ({reason}); XDG_CACHE_HOME names another folder", stacklevel=3)
 
 
 def lane_threads() -> int:
@@ -61,11 +81,11 @@ def lane_threads() -> int:
     return threads - 1 if threads >= LEAST_TO_SHARE and torch.cuda.is_available() else threads
 
 
-def profile_path() -> Path:
-    """Where this machine's profile is kept: one file a host, in the user's cache directory."""
+def profile_path() -> Path | None:
+    """Where this machine's profile is kept: one file a host, in the user's cache folder; None where there is none."""
     host = hashlib.sha256(os.uname().nodename.encode() if hasattr(os, "uname") else b"host").hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "hetero_attn" / "profiles" / f"{host}.json"
+    home = cache_home()
+    return None if home is None else home / "hetero_attn" / "profiles" / f"{host}.json"
 
 
 def host_memory_bytes() -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from placement.profile_ranges import check_ranges
 from placement.rates import (
     DTYPES,
     NO_RATES,
@@ -30,6 +31,7 @@ from placement.rates import (
 # Fewer rows than this wait for weights, more compute.
 FEW_ROWS = 4
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "q8": 8.5 / 8, "q4": 4.5 / 8}
+MOST_ENTRIES = 1000  # of a table
 CATALOGUE = Path(__file__).parent / "catalogue"
 TABLES = {
     "cpu_rows": RowRate,
@@ -106,9 +108,6 @@ class HardwareProfile:
     fingerprint: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("dram_bytes_per_s", "cpu_attention_bytes_per_s", "cpu_attention_ops_per_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"hardware profile {self.name}: {name} must be positive, got {getattr(self, name)}")
         if self.has_gpu and not (
             self.gpu_bytes_per_s > 0 and self.d2h_bytes_per_s > 0 and self.gpu_attention_ops_per_s > 0
         ):
@@ -116,9 +115,7 @@ class HardwareProfile:
                 f"hardware profile {self.name}: a GPU (h2d_bytes_per_s > 0) needs positive d2h_bytes_per_s, "
                 "gpu_bytes_per_s and gpu_attention_ops_per_s"
             )
-        for name in ("cpu_slowdown_while_copying", "cpu_attention_slowdown_while_copying"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"hardware profile {self.name}: {name} must be in (0, 1], got {getattr(self, name)}")
+        check_ranges(self)
         for name in ("cpu_rows", "gpu_rows"):
             rows = [rate.rows for rate in getattr(self, name)]
             if rows != sorted(set(rows)) or (rows and rows[0] < 1):
@@ -284,16 +281,19 @@ class HardwareProfile:
             elif name in parsed and known[name].type in (int, float):
                 parsed[name] = number(parsed[name], known[name].type, f"{where}: {name}")
         for name, kind in TABLES.items():
-            parsed[name] = tuple(
-                parse(kind, entry, f"{where}: {name}[{i}]") for i, entry in enumerate(values.get(name, ()))
-            )
-        parsed["fingerprint"] = tuple(sorted((str(k), str(v)) for k, v in dict(values.get("fingerprint", {})).items()))
+            rows = _expected(values, name, (), (list, tuple), where)
+            parsed[name] = tuple(parse(kind, entry, f"{where}: {name}[{i}]") for i, entry in enumerate(rows))
+        fingerprint = _expected(values, "fingerprint", {}, dict, where)
+        parsed["fingerprint"] = tuple(sorted((str(key), str(value)) for key, value in fingerprint.items()))
         return cls(**parsed)
 
     @classmethod
     def from_json(cls, text: str, where: str = "hardware profile") -> "HardwareProfile":
-        """Read what `to_json` wrote."""
-        values = json.loads(text)
+        """Read what `to_json` wrote; ValueError for anything else."""
+        try:
+            values = json.loads(text)
+        except RecursionError:
+            raise ValueError(f"{where}: nested too deeply for a profile") from None
         if not isinstance(values, dict):
             raise ValueError(f"{where}: expected a JSON object, found {type(values).__name__}")
         return cls.from_dict(values, where)
@@ -318,6 +318,13 @@ def _catalogue_entry(name: str) -> HardwareProfile:
         raise ValueError(f"unknown hardware {name!r}{hint} (known: {', '.join(names)})")
     values = yaml.safe_load((CATALOGUE / f"{name}.yaml").read_text(encoding="utf-8"))
     return HardwareProfile.from_dict(values | {"name": name}, f"{name}.yaml")
+
+
+def _expected(values: dict[str, Any], name: str, default: Any, kind: Any, where: str) -> Any:
+    value = values.get(name, default)
+    if not isinstance(value, kind) or len(value) > MOST_ENTRIES:
+        raise ValueError(f"{where}: {name} has an impossible type or size, got {value!r:.80}")
+    return value
 
 
 def _check_keys(values: dict[str, Any], known: dict[str, Any], where: str) -> None:

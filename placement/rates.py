@@ -131,7 +131,7 @@ def parse(kind: type, value: Any, where: str) -> Any:
     hints = get_type_hints(kind)
     names = [entry.name for entry in fields(kind)]
     if not isinstance(value, dict) or set(value) != set(names):
-        raise ValueError(f"{where} needs one value for each of {', '.join(names)}, got {value!r}")
+        raise ValueError(f"{where} needs one value for each of {', '.join(names)}, got {value!r:.80}")
     nested = {name: f"{where}.{name}" for name in names}
     return kind(
         **{
@@ -148,7 +148,9 @@ def number(value: Any, kind: type, where: str) -> int | float:
     try:
         read = float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{where} must be a number, got {value!r}") from None
+        raise ValueError(f"{where} must be a number, got {value!r:.80}") from None
+    except OverflowError:
+        read = float("inf")
     if isinstance(value, bool) or not 0 <= read < float("inf"):
-        raise ValueError(f"{where} must be a finite number >= 0, got {value!r}")
+        raise ValueError(f"{where} must be a finite number >= 0, got {value!r:.80}")
     return kind(read)

@@ -28,6 +28,21 @@ def table_width() -> int:
     return max(shutil.get_terminal_size((120, 24)).columns, NARROWEST_TABLE)
 
 
+def expect_writable(*files: Path | None) -> None:
+    """Raise a usage error for a file that could not be written, before the work whose result it is to hold."""
+    for file in files:
+        if file is None or str(file) == "-":
+            continue
+        is_new = not file.exists()
+        try:
+            with file.open("ab"):
+                pass
+        except OSError as error:
+            raise typer.BadParameter(f"cannot write {file}: {error.strerror}") from None
+        if is_new:
+            file.unlink()
+
+
 def write_text(file: Path, text: str) -> None:
     """Write text to a file, or to stdout when the file is `-`; a file that cannot be written is a usage error."""
     if str(file) == "-":

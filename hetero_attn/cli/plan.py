@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hetero_attn.cli import options
-from hetero_attn.cli.output import print_json, table_width, write_text
+from hetero_attn.cli.output import expect_writable, print_json, table_width, write_text
 
 if TYPE_CHECKING:
     from hetero_attn.planning import PlannedModel
@@ -39,6 +39,7 @@ def plan(
     from hetero_attn.planning import PAGE_TOKENS, prepare
     from hetero_attn.progress import working
 
+    expect_writable(yaml)
     if hardware is None and device != "emulated":
         refresh_profile()
     planned = prepare(

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hetero_attn.cli import options
-from hetero_attn.cli.output import print_json, table_width, write_text
+from hetero_attn.cli.output import expect_writable, print_json, table_width, write_text
 from hetero_attn.cli.profile_table import profile_table
 
 
@@ -18,6 +18,7 @@ def profile(
     """Measure what this machine's memory, cores and bus can do, and keep it for later plans; takes under a minute."""
     from hetero_attn import profile_machine
 
+    expect_writable(save)
     measured = profile_machine(on_progress=lambda what: typer.echo(f"measuring {what}", err=True))
     if save is not None:
         write_text(save, measured.to_json() + "\n")
