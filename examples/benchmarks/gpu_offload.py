@@ -19,9 +19,9 @@
 Every part states its seconds and is skipped, with a line, where less is left. Every result is a line of
 DIR/results.jsonl, written when it is known, so a run that is cut keeps what it has; parts already there are not
 repeated. Parts run in a process of their own: one that fails is a line with its error and the next one begins; one that
-hangs, dies or leaves the GPU broken is a line too, and the next one begins in a new process. Checkpoints are random weights
-made here, one layer's values for all layers, while the sanity parts run; --work-dir keeps them. `gpu_report.py` makes tables
-of the results, with what was expected and what to do where it differs.
+hangs, dies or leaves the GPU broken is a line too, and the next one begins in a new process. Checkpoints are random
+weights made here, one layer's values for all layers, while the sanity parts run; --work-dir keeps them. `gpu_report.py`
+makes tables of the results, with what was expected and what to do where it differs.
 """
 
 import argparse

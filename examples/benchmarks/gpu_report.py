@@ -4,8 +4,8 @@
 
 The record holds every result without timelines; a part that failed or was skipped stays in it with the reason. The
 first table (standard output, Markdown) puts the bound of each plan first, then what was measured, predicted, and what
-peers reach under the same cap: in this run, or in the recorded one where it ran none. The second says what was expected of
-each figure and what to decide where it lies elsewhere. The plot shows decode speed against the GPU memory allowed.
+peers reach under the same cap: in this run, or in the recorded one where it ran none. The second says what was expected
+of each figure and what to decide where it lies elsewhere. The plot shows decode speed against the GPU memory allowed.
 Needs matplotlib for the plot.
 """
 
