@@ -11,9 +11,9 @@ from importlib import import_module
 
 _HOMES = {
     "CpuKernels": "cpu_kernels.kernels",
-    "HUGE_PAGE_BYTES": "cpu_kernels.memory",
-    "advise_huge_pages": "cpu_kernels.memory",
-    "fresh_memory": "cpu_kernels.memory",
+    "HUGE_PAGE_BYTES": "cpu_kernels.small.memory",
+    "advise_huge_pages": "cpu_kernels.small.memory",
+    "fresh_memory": "cpu_kernels.small.memory",
 }
 
 __all__ = sorted(_HOMES)

@@ -5,13 +5,17 @@ from pathlib import Path
 
 import torch
 
-from . import attention, elementwise, linear, memory, pack, repack, rope
-from .cache import KernelStore
-from .flags import Flags, check_flag
-from .isa import choose
-from .program import Program
-from .team import RecordedOp, Team
-from .team_layout import AWAIT, SET
+from cpu_kernels.attention import op as attention
+from cpu_kernels.attention import rope_op as rope
+from cpu_kernels.linear import op as linear
+from cpu_kernels.linear import pack, repack
+from cpu_kernels.small import elementwise, memory
+from cpu_kernels.team.flags import Flags, check_flag
+from cpu_kernels.team.program import Program
+from cpu_kernels.team.store import KernelStore
+from cpu_kernels.team.team import RecordedOp, Team
+from cpu_kernels.team.words import AWAIT, SET
+from cpu_kernels.vectors.isa import choose
 
 
 class CpuKernels:
@@ -175,8 +179,8 @@ class CpuKernels:
         positions: int64 [rows]; cos, sin: float32 [max_positions, rotary_dim / 2], pairs (i, i + rotary_dim / 2), later
         dims pass through; q_norm, k_norm: float32 [head_dim] or None (per-head RMS norm with eps before rotation);
         q: float32 [rows, num_heads, head_dim], written; k_pages, v_pages: [num_pages, page_size,
-        row_items] of the KV dtype (kv_layout.py), written at slots: int64 [rows, num_kv_heads], page * page_size +
-        offset. For q8 and q4, q and k are also multiplied by the Hadamard matrix of kv_layout.py: such a q is for
+        row_items] of the KV dtype (formats/pages.py), written at slots: int64 [rows, num_kv_heads], page * page_size +
+        offset. For q8 and q4, q and k are also multiplied by the Hadamard matrix of formats/pages.py: such a q is for
         attention over such pages alone.
         """
         rope.rope_append(self._team, qkv, positions, cos, sin, q_norm, k_norm, eps, q, k_pages, v_pages, slots)
@@ -196,7 +200,7 @@ class CpuKernels:
         """One query row per sequence over positions [kv_start, kv_stop) of its cache.
 
         q: float32 [batch, num_heads, head_dim], rounded inside to the KV dtype, bf16 for q8 and q4; k_pages, v_pages:
-        [num_pages, page_size, row_items] of the KV dtype (kv_layout.py); page_table: int32 [batch, num_kv_heads, max_pages], logical page -> page;
+        [num_pages, page_size, row_items] of the KV dtype (formats/pages.py); page_table: int32 [batch, num_kv_heads, max_pages], logical page -> page;
         kv_start, kv_stop: int32 [batch]; out: float32 [batch, num_heads, head_dim] and lse: float32 [batch, num_heads]
         (natural log), written. Query head h reads KV head h // (num_heads // num_kv_heads); empty: (0, -inf).
         """

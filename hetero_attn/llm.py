@@ -8,21 +8,21 @@ from pathlib import Path
 
 import torch
 
-from hetero_attn.builder import build_engine
+from hetero_attn.engine.build import build_engine
+from hetero_attn.engine.lane_report import LaneReport
+from hetero_attn.engine.measure import refresh_profile
+from hetero_attn.engine.rebalance import Rebalancer
+from hetero_attn.engine.replan import Replanner
 from hetero_attn.errors import EngineDeadError, PromptError
-from hetero_attn.measure import refresh_profile
-from hetero_attn.planning import PAGE_TOKENS, PlannedModel, prepare
-from hetero_attn.progress import PrefillBar, compile_note, loading_bar
-from hetero_attn.rebalancing import Rebalancer
-from hetero_attn.replanning import Replanner
-from hetero_attn.report import LaneReport
-from hetero_attn.request import Piece, Request, RequestOutput
-from hetero_attn.sampling import Sampler
-from hetero_attn.sampling_params import SamplingParams
-from hetero_attn.scheduler import Scheduler
-from hetero_attn.tokenizer import Tokenizer, has_tokenizer
+from hetero_attn.planning.settle import PAGE_TOKENS, PlannedModel, prepare
+from hetero_attn.serving.progress import PrefillBar, compile_note, loading_bar
+from hetero_attn.serving.request import Piece, Request, RequestOutput
+from hetero_attn.serving.sampling import Sampler
+from hetero_attn.serving.sampling_params import SamplingParams
+from hetero_attn.serving.scheduler import Scheduler
+from hetero_attn.serving.tokenizer import Tokenizer, has_tokenizer
 from placement import HardwareProfile, Plan, Policy
-from placement.units import parse_bytes
+from placement.plan.units import parse_bytes
 
 Prompt = str | Sequence[int]
 Messages = Sequence[dict[str, str]]

@@ -4,13 +4,21 @@ workload: what a model asks; hardware: what a machine gives; policy: what the us
 cost: how long it takes; plan: the answer.
 """
 
-from placement.hardware import HardwareProfile, catalogue_names
-from placement.memory import KvPlacement, LinearPlacement, MemoryReport
-from placement.phase_cost import Prediction
-from placement.plan import Plan
-from placement.planner import BudgetError, make_plan
-from placement.policy import Policy, PolicyError, policy_schema, shipped_policies
-from placement.workload import NUM_ROW_TIERS, ROW_TIER_LIMITS, ROW_TIER_NAMES, KvShard, LinearShard, Workload, row_tier
+from placement.machine.hardware import HardwareProfile, catalogue_names
+from placement.plan.memory import KvPlacement, LinearPlacement, MemoryReport
+from placement.plan.phase import Prediction
+from placement.plan.plan import Plan
+from placement.plan.workload import (
+    NUM_ROW_TIERS,
+    ROW_TIER_LIMITS,
+    ROW_TIER_NAMES,
+    KvShard,
+    LinearShard,
+    Workload,
+    row_tier,
+)
+from placement.policy.policy import Policy, PolicyError, policy_schema, shipped_policies
+from placement.solve.make_plan import BudgetError, make_plan
 
 __all__ = [
     "BudgetError",

@@ -4,16 +4,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from placement.baselines import largest_layer_split, layer_split
-from placement.cost import predict
-from placement.hardware import HardwareProfile
-from placement.phase_cost import RESOURCE_WORDS, PhaseCost
-from placement.plan import Plan
-from placement.planner import BudgetError, make_plan, plan_with_alternatives, predict_plan
-from placement.policy import Policy, PolicyError
-from placement.search import Candidate
-from placement.units import format_bytes
-from placement.workload import Workload
+from placement.cost.baselines import largest_layer_split, layer_split
+from placement.cost.model import predict
+from placement.machine.hardware import HardwareProfile
+from placement.plan.phase import RESOURCE_WORDS, PhaseCost
+from placement.plan.plan import Plan
+from placement.plan.units import format_bytes
+from placement.plan.workload import Workload
+from placement.policy.policy import Policy, PolicyError
+from placement.solve.make_plan import BudgetError, make_plan, plan_with_alternatives, predict_plan
+from placement.solve.search import Candidate
 
 GIB = 2**30
 SHAPE_WORDS = {"column": "shape column: four hand-overs a layer", "paired": "shape paired: two hand-overs a layer"}

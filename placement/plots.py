@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from placement.plan import Plan
+from placement.plan.plan import Plan
 
 
 def draw_budgets(axis: Any, plan: Plan, curve: Sequence[Plan]) -> None:

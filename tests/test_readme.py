@@ -33,10 +33,24 @@ def test_the_two_commands_are_targets():
     assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in targets)
 
 
-def test_every_file_of_the_tree_exists():
+def tree_of_the_readme() -> list[str]:
+    """Paths of the folders and files that the tree names, each with the folder above it."""
     (tree,) = [block for block in blocks("") if block.startswith("hetero_attn/ ")]
-    names = re.findall(r"\b[\w/]+\.py\b", tree)
-    packages = ("hetero_attn", "cpu_kernels", "gpu_kernels", "placement", "examples")
+    paths, above = [], ""
+    for indent, name in re.findall(r"^( *)([\w.]+/?) ", tree, re.MULTILINE):
+        above = above if indent else name
+        paths.append(above + name if indent else name)
+    return paths
 
-    assert len(names) > 20
-    assert [name for name in names if not any((ROOT / package / name).exists() for package in packages)] == []
+
+def test_everything_in_the_tree_exists_and_every_folder_is_in_it():
+    paths = tree_of_the_readme()
+    folders = {
+        str(folder.relative_to(ROOT)) + "/"
+        for package in ("hetero_attn", "placement", "cpu_kernels", "gpu_kernels")
+        for folder in (ROOT / package).iterdir()
+        if (folder / "__init__.py").exists()
+    }
+
+    assert len(folders) > 20
+    assert [path for path in paths if not (ROOT / path).exists()] == [] and folders <= set(paths)

@@ -22,7 +22,7 @@ LARGE_SHAPES = {
 
 def cap_bytes(shape: str, dtype: str, share: float, quick: bool = False) -> int:
     """The GPU budget that leaves room for `share` of the weights beside what else must be there."""
-    from placement.hardware import WEIGHT_BYTES
+    from placement.machine.hardware import WEIGHT_BYTES
 
     dims = [size for size in LARGE_SHAPES[shape].tensors().values() if len(size) == 2]
     weights = sum(rows * columns for rows, columns in dims) * WEIGHT_BYTES[dtype]

@@ -19,7 +19,7 @@ BEYOND_CACHE = 160 << 20  # bytes, three times the largest GPU's last cache
 
 def linear_kernel(run: Run) -> dict[str, Any]:
     """The GPU's q4 linear by shape and rows: weight bytes and operations a second."""
-    from cpu_kernels.layout import BLOCK_FEATURES, block_bytes
+    from cpu_kernels.formats.weights import BLOCK_FEATURES, block_bytes
 
     device, ops = tensor_device(run)
     rows = []
@@ -44,7 +44,7 @@ def linear_stages(run: Run) -> dict[str, Any]:
     result goes straight into its columns, or onto what is there, beside the product and copy of today."""
     if not run.has_gpu:
         return {"skipped": "no GPU: the reference has no stages"}
-    from cpu_kernels.layout import BLOCK_FEATURES, block_bytes
+    from cpu_kernels.formats.weights import BLOCK_FEATURES, block_bytes
     from gpu_kernels.activation import round_activation
     from gpu_kernels.dequantize import dequantize
 

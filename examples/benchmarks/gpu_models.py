@@ -107,7 +107,7 @@ def decode(run: Run, llm: Any) -> dict[str, Any]:
 
     The first two are known where steps are captured.
     """
-    from placement.cost import predict
+    from placement.cost.model import predict
 
     engine, tokens = llm.engine, 4 if run.quick else 64
     context = CONTEXT - tokens - 2
@@ -162,7 +162,7 @@ def decode(run: Run, llm: Any) -> dict[str, Any]:
 def prompt(run: Run, llm: Any, tokens: int) -> dict[str, Any]:
     """Tokens a second of a prompt; of one prompt in milliseconds the CPU lane's work and the caller's waiting for it;
     its launches and copies."""
-    from placement.cost import predict
+    from placement.cost.model import predict
 
     engine, plan = llm.engine, llm.planned.plan
     _once(engine, tokens)  # compiles
@@ -216,7 +216,7 @@ def _once(engine: Any, tokens: int) -> float:
 def _prompt_trace(run: Run, llm: Any, name: str, save: bool) -> dict[str, Any]:
     """Milliseconds of a long prompt and a step by lane and kind of work, by the GPU's own clock, with their counts.
     save: the timeline in a file of its own."""
-    from hetero_attn.trace import trace_steps
+    from hetero_attn.tools.trace import trace_steps
 
     trace = trace_steps(llm.engine, 64 if run.quick else 4096, 1)
     file = run.out / f"trace-{name.replace(' ', '-').replace('%', '')}.json"

@@ -51,7 +51,7 @@ def parts(run: Run) -> Iterator[Part]:
 def gpu_tests(run: Run) -> dict[str, Any]:
     """The tests that need a GPU, those of lanes, graphs and attention first; what ran until the time was up."""
     log = run.out / "tests.txt"
-    names = [f"tests/gpu/{name}" for name in GPU_TESTS]
+    names = [f"tests/gpu_kernels/{name}" for name in GPU_TESTS]
     command = [
         sys.executable,
         "-m",

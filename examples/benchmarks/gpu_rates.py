@@ -31,9 +31,9 @@ ROW_COUNTS = (1, 512, 1024, 2048)
 def rates(run: Run) -> dict[str, Any]:
     """DRAM read, CPU linear q4, copies each way, all at once, and the GPU's linear by rows; kept as a profile."""
     from cpu_kernels import CpuKernels
-    from hetero_attn.profiles import lane_threads
-    from placement.linear_profiler import linear_call, packed
-    from placement.timing import seconds
+    from hetero_attn.planning.profiles import lane_threads
+    from placement.profilers.cpu_linear import linear_call, packed
+    from placement.profilers.timing import seconds
 
     if not run.quick:
         made_checkpoint(run.work_dir, "8b")  # nothing else may use the memory meanwhile
@@ -92,9 +92,9 @@ def with_rates(profile: Any, dram: float, h2d: float, linear_q4: float) -> Any:
 def _profile(run: Run, found: dict[str, float], rows: dict[int, float]) -> tuple[Any, list[str]]:
     """The recorded profile with what was found just now, Python's and the hand-overs' costs too; what could not be."""
     import gpu_kernels
-    from hetero_attn.profiles import host_memory_bytes
-    from hetero_attn.runtime_profile import with_runtime_costs
-    from placement.gpu_profiler import TorchGpu, gpu_attention_rate
+    from hetero_attn.engine.runtime_costs import with_runtime_costs
+    from hetero_attn.planning.profiles import host_memory_bytes
+    from placement.profilers.gpu import TorchGpu, gpu_attention_rate
 
     base, notes = recorded_profile(), []
     profile = with_rates(base, max(found["sweep"], found["sum"]), found["h2d"], found["linear_q4"])
@@ -167,7 +167,7 @@ def _together(run: Run, linear: Any, weight_bytes: int) -> dict[str, float]:
 
 def _gpu_rows(run: Run) -> dict[int, float]:
     """Operations a second of the GPU's q4 linear by rows."""
-    from cpu_kernels.layout import BLOCK_FEATURES, block_bytes
+    from cpu_kernels.formats.weights import BLOCK_FEATURES, block_bytes
 
     device, ops = tensor_device(run)
     shape = (FEATURES // BLOCK_FEATURES, block_bytes("q4", INPUTS))

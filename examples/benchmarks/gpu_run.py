@@ -170,8 +170,8 @@ def machine(run: Run) -> dict[str, Any]:
     """What the figures were measured on."""
     import psutil
 
-    from cpu_kernels.topology import physical_cpus
-    from placement.fingerprint import cpu_name
+    from cpu_kernels.team.topology import physical_cpus
+    from placement.machine.fingerprint import cpu_name
 
     return {
         "gpu": torch.cuda.get_device_name() if run.has_gpu else "none (emulated: no figure counts)",

@@ -98,8 +98,8 @@ def hops(run: Run, name: str, busy: bool) -> dict[str, Any]:
     the next, where each is a Python function that looks at the clock. busy: copies run to the GPU meanwhile.
     """
     from cpu_kernels import CpuKernels
-    from hetero_attn.flag_handover import FlagHandover
-    from hetero_attn.handover import EventHandover
+    from hetero_attn.lanes.flag_handover import FlagHandover
+    from hetero_attn.lanes.handover import EventHandover
 
     stamps: list[float] = []
     with (

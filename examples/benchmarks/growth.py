@@ -35,11 +35,11 @@ import torch
 from random_checkpoint import Shape, write_checkpoint
 
 from hetero_attn import LLM, HardwareProfile, Policy
-from hetero_attn.measure import profile_machine
-from hetero_attn.planning import plan_model
-from hetero_attn.profiles import stored_profile
-from placement.cost import predict, working_set_bytes
-from placement.timing import host_full
+from hetero_attn.engine.measure import profile_machine
+from hetero_attn.planning.profiles import stored_profile
+from hetero_attn.planning.settle import plan_model
+from placement.cost.model import predict, working_set_bytes
+from placement.profilers.timing import host_full
 
 EXACT = Shape(64, 2, 4, 2, 32, 128, 512, 32_768)
 SPEED = Shape(1536, 8, 24, 8, 64, 4096, 4096, 32_768)

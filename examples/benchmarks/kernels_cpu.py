@@ -21,7 +21,9 @@ from itertools import product
 
 import torch
 
-from cpu_kernels import CpuKernels, advise_huge_pages, kv_layout, layout
+from cpu_kernels import CpuKernels, advise_huge_pages
+from cpu_kernels.formats import pages as kv_layout
+from cpu_kernels.formats import weights as layout
 
 HIDDEN = 2048
 ROWS = (1, 2, 4, 8, 16, 64, 512)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from placement.hardware import HardwareProfile
+from placement.machine.hardware import HardwareProfile
 
 BLOCK_FEATURES = 16
 # Activations and tables up to this size are really copied: page tables steer the CPU kernels.

@@ -26,19 +26,19 @@ from paced_driver import PacedDriver
 from random_checkpoint import Shape, write_checkpoint
 
 from cpu_kernels import CpuKernels
-from hetero_attn.benchmark import measure as bench
-from hetero_attn.builder import assemble, build_engine
-from hetero_attn.engine import Engine
-from hetero_attn.planning import PAGE_TOKENS, PlannedModel, prepare
-from hetero_attn.profiles import host_memory_bytes
-from hetero_attn.runtime_profile import lanes_over, with_runtime_costs
-from placement.cost import predict
-from placement.hardware import WEIGHT_BYTES, HardwareProfile
-from placement.linear_profiler import IN_FEATURES, MANY_WEIGHTS, SWEEP_BYTES, linear_call, packed, shape
-from placement.policy import Policy
-from placement.profiler import measure as measure_cpu
-from placement.rates import DtypeRates, seconds_per_operation_of_a_row
-from placement.timing import seconds
+from hetero_attn.engine.build import assemble, build_engine
+from hetero_attn.engine.engine import Engine
+from hetero_attn.engine.runtime_costs import lanes_over, with_runtime_costs
+from hetero_attn.planning.profiles import host_memory_bytes
+from hetero_attn.planning.settle import PAGE_TOKENS, PlannedModel, prepare
+from hetero_attn.tools.bench import measure as bench
+from placement.cost.model import predict
+from placement.machine.hardware import WEIGHT_BYTES, HardwareProfile
+from placement.machine.rates import DtypeRates, seconds_per_operation_of_a_row
+from placement.policy.policy import Policy
+from placement.profilers.cpu import measure as measure_cpu
+from placement.profilers.cpu_linear import IN_FEATURES, MANY_WEIGHTS, SWEEP_BYTES, linear_call, packed, shape
+from placement.profilers.timing import seconds
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parent / "tiny"

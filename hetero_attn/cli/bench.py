@@ -26,7 +26,7 @@ def bench(
     as_json: options.Json = False,
 ) -> None:
     """Measure prefill and decode as llama-bench does, beside prediction and ceiling."""
-    from hetero_attn import benchmark
+    from hetero_attn.tools import bench as benchmark
 
     depths = parse_depths(depth or ["0"])
     # Without a wish of the user, the context is what the measurement itself needs.
@@ -36,7 +36,7 @@ def bench(
             llm, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens, depths=depths, repetitions=repetitions
         )
         if trace is not None:
-            from hetero_attn.trace import trace_steps
+            from hetero_attn.tools.trace import trace_steps
 
             trace_steps(llm.engine, prompt_tokens).save(trace)
     if as_json:

@@ -10,7 +10,7 @@ NOT_USABLE = 5
 
 def doctor(as_json: options.Json = False) -> None:
     """Look at versions, CPU, memory, GPUs and settings; exit code 5 where something stops hetero-attn from running."""
-    from hetero_attn.doctor import examine
+    from hetero_attn.tools.doctor import examine
 
     report = examine()
     if as_json:

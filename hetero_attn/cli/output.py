@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from hetero_attn.request import Metrics, Piece, RequestOutput
+    from hetero_attn.serving.request import Metrics, Piece, RequestOutput
 
 NARROWEST_TABLE = 100
 

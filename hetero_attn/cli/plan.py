@@ -12,7 +12,7 @@ from hetero_attn.cli import options
 from hetero_attn.cli.output import expect_writable, print_json, table_width, write_text
 
 if TYPE_CHECKING:
-    from hetero_attn.planning import PlannedModel
+    from hetero_attn.planning.settle import PlannedModel
     from placement import HardwareProfile, Policy
     from placement.explain import Explanation
 
@@ -35,9 +35,9 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Show what of a model would live on which lane, the bytes and the predicted speed."""
-    from hetero_attn.measure import refresh_profile
-    from hetero_attn.planning import PAGE_TOKENS, prepare
-    from hetero_attn.progress import working
+    from hetero_attn.engine.measure import refresh_profile
+    from hetero_attn.planning.settle import PAGE_TOKENS, prepare
+    from hetero_attn.serving.progress import working
 
     expect_writable(yaml)
     if hardware is None and device != "emulated":
@@ -77,7 +77,7 @@ def explained(planned: PlannedModel, policy: str, threads: int | None) -> Explan
 def draw(planned: PlannedModel, policy: str, threads: int | None, file: Path) -> None:
     """Draw the plan, and the speeds of plans for a dozen GPU budgets."""
     from hetero_attn.cli.plots import plot_plan
-    from hetero_attn.progress import steps_bar
+    from hetero_attn.serving.progress import steps_bar
     from placement.explain import budget_curve
 
     made, plans = planned.plan, []

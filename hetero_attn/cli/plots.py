@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from placement.hardware import HardwareProfile
-    from placement.plan import Plan
+    from placement.machine.hardware import HardwareProfile
+    from placement.plan.plan import Plan
 
 LANES = ("gpu", "stream", "cpu")
 COLOURS = {"gpu": "#3b7a57", "stream": "#d99a2b", "cpu": "#4a6fa5"}

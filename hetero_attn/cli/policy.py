@@ -15,7 +15,7 @@ File = Annotated[str, typer.Argument(help="A policy file, or the name of a shipp
 @app.command()
 def lint(file: File, as_json: options.Json = False) -> None:
     """Report every problem of a policy with its line; exit code 2 where there is one."""
-    from placement.policy import Policy, PolicyError
+    from placement.policy.policy import Policy, PolicyError
 
     try:
         policy, problems = Policy.load(file), ()
@@ -34,7 +34,7 @@ def lint(file: File, as_json: options.Json = False) -> None:
 @app.command()
 def show(file: File, as_json: options.Json = False) -> None:
     """Print a policy as it was understood; what is left out is auto."""
-    from placement.policy import Policy
+    from placement.policy.policy import Policy
 
     policy = Policy.load(file)
     if as_json:
@@ -46,7 +46,7 @@ def show(file: File, as_json: options.Json = False) -> None:
 @app.command()
 def diff(file: File, other: File, as_json: options.Json = False) -> None:
     """Print where two policies differ, one line each; exit code 1 where they do, as diff does."""
-    from placement.policy import Policy
+    from placement.policy.policy import Policy
 
     lines = Policy.load(file).diff(Policy.load(other))
     if as_json:

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from placement.hardware import HardwareProfile
-    from placement.rates import RowRate
+    from placement.machine.hardware import HardwareProfile
+    from placement.machine.rates import RowRate
 
 DTYPES = ("fp32", "bf16", "q8", "q4")
 
@@ -83,7 +83,7 @@ def row_rows(rates: Sequence[RowRate]) -> Iterator[tuple[str, ...]]:
 
 def attention_rows(profile: HardwareProfile) -> Iterator[tuple[str, ...]]:
     """By cache dtype, head sharing and head size."""
-    from placement.rates import KV_BITS
+    from placement.machine.rates import KV_BITS
 
     names = {bits: kv_dtype for kv_dtype, bits in KV_BITS.items()}
     for rate in profile.cpu_attention:
@@ -94,7 +94,7 @@ def attention_rows(profile: HardwareProfile) -> Iterator[tuple[str, ...]]:
 
 def gpu_rows(profile: HardwareProfile) -> Iterator[tuple[str, str]]:
     """GPU memory, the bus and what happens when both sides work."""
-    from placement.gpu_profiler import crossovers
+    from placement.profilers.gpu import crossovers
 
     yield "GPU memory", f"{profile.gpu_memory_bytes / 2**30:.1f} GiB"
     yield "GPU memory read", _gigabytes(profile.gpu_bytes_per_s)
@@ -113,7 +113,7 @@ def gpu_rows(profile: HardwareProfile) -> Iterator[tuple[str, str]]:
 
 def copy_rows(profile: HardwareProfile) -> Iterator[tuple[str, ...]]:
     """Both ways, pinned and pageable, by size."""
-    from placement.units import format_bytes
+    from placement.plan.units import format_bytes
 
     for rate in profile.copies:
         rates = (rate.h2d_pinned, rate.d2h_pinned, rate.h2d_pageable, rate.d2h_pageable)

@@ -30,7 +30,7 @@ def verify(
     NMSE, KL divergence and the likeliest tokens at the end, and the first layer that differs. Of a long text the first
     512 tokens are compared.
     """
-    from hetero_attn import verify as verification
+    from hetero_attn.tools import verify as verification
 
     text = prompt if file is None else read_text(file)
     with options.load_llm(model, policy, gpu_memory, dtype, device, context, threads, kv_dtype=kv_dtype) as llm:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from hetero_attn.errors import MemoryBudgetError
-from placement.units import format_bytes
+from placement.plan.units import format_bytes
 
 
 @dataclass(slots=True)

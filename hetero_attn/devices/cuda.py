@@ -17,7 +17,7 @@ from gpu_kernels.device_ops import DeviceOps
 from hetero_attn.devices.libcuda import DEVICE, HOST, WAIT_EQ, WAIT_GEQ, LibCuda
 from hetero_attn.devices.slab import ALIGN_BYTES, Slab
 from hetero_attn.errors import MemoryBudgetError
-from placement.units import format_bytes
+from placement.plan.units import format_bytes
 
 PAGE_BYTES = 4096
 # Up to here a copy is a kernel: 16 KiB each way took 3.6 us by kernels and 13.1 us by the copy engine on an H100.

@@ -32,7 +32,7 @@ import torch
 from cpu_kernels import HUGE_PAGE_BYTES, fresh_memory
 from hetero_attn.devices.arena import Arena
 from hetero_attn.errors import MemoryBudgetError
-from placement.units import format_bytes
+from placement.plan.units import format_bytes
 
 PAGE_BYTES = 4096
 STAYING = ("activations", "resident")  # kinds of GPU memory that no change of plan moves

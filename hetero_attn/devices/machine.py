@@ -7,10 +7,10 @@ from functools import cache
 import torch
 
 from hetero_attn.errors import MemoryBudgetError, UnsupportedModelError
-from placement.hardware import HardwareProfile, catalogue_names
-from placement.plan import Plan
-from placement.units import format_bytes
-from placement.workload import Workload
+from placement.machine.hardware import HardwareProfile, catalogue_names
+from placement.plan.plan import Plan
+from placement.plan.units import format_bytes
+from placement.plan.workload import Workload
 
 # Beside the arena, whatever the model: cuBLAS's workspace (32 MiB on the largest GPUs), products of at most 32 MiB and
 # weights as bf16 of at most 64, rounding of torch's allocator, and kernels that CUDA loads when they are first used.

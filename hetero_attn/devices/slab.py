@@ -1,7 +1,7 @@
 """Places in one allocation made at the start: first fit from either end, neighbours that are free become one again."""
 
 from hetero_attn.errors import MemoryBudgetError
-from placement.units import format_bytes
+from placement.plan.units import format_bytes
 
 ALIGN_BYTES = 256  # what CUDA's own allocator gives, and more than any kernel's vector load needs
 

@@ -1,0 +1,270 @@
+"""decode_attention: one query row per item over paged K and V, out = softmax(scale * q K^T) V with an online softmax.
+
+An item is (query row, block of KV-head groups, split of the key range), taken tile by tile (decode_tile.py). Splits of
+the same row are merged at the end (Flash-Decoding), so that all threads have work even with one group. An empty range
+gives (0, -inf).
+
+The pages of a token's groups lie side by side, so an item takes as many groups as leave every thread enough items, page
+by page: memory is then read in the order of its addresses. One group alone would skip the pages of the others, and what
+the prefetchers fetch beyond the end of each page is lost: 0.56 of what a plain read reaches, and not 0.75 (q8, four
+heads).
+"""
+
+import numpy as np
+from numba import types
+
+from cpu_kernels.attention.codes import q_code_writer
+from cpu_kernels.attention.decode_tile import attend_tile
+from cpu_kernels.attention.parameters import (
+    HEAD_SCALARS,
+    KEY_TILE,
+    P_BATCH,
+    P_GROUPS,
+    P_HEAD_DIM,
+    P_HEADS,
+    P_LSE,
+    P_LSE_ROW,
+    P_MAX_PAGES,
+    P_OUT,
+    P_OUT_HEAD,
+    P_OUT_ROW,
+    P_PAGE_SIZE,
+    P_Q,
+    P_Q_HEAD,
+    P_Q_ROW,
+    P_ROW_ITEMS,
+    P_SLOTS,
+    P_SPLITS,
+    P_START,
+    P_STOP,
+    P_TABLE,
+    P_TABLE_GROUP,
+    P_TABLE_ROW,
+    P_THREAD_BYTES,
+    P_THREADS,
+    SCALE_OF_Q,
+    SPLIT_TILES,
+    RowShape,
+)
+from cpu_kernels.attention.tiles import MINUS_INFINITY, page_at, q_line_writer, tile_at, write_lse
+from cpu_kernels.attention.values import head_writer
+from cpu_kernels.team.chunks import await_stage, fail, finish, parameter, take
+from cpu_kernels.vectors.compiler import helper
+from cpu_kernels.vectors.isa import Isa
+from cpu_kernels.vectors.scalar import larger, least, load_i32, load_scalar, most, store_scalar
+from cpu_kernels.vectors.vector import (
+    add,
+    exp2_not_positive,
+    fma,
+    keep_below,
+    load_f32,
+    mul,
+    splat,
+    store_f32,
+    sub,
+    sum_lanes,
+)
+
+ZERO = np.float32(0.0)
+
+
+def merge_splits(kv_dtype: str):
+    """Function: merge the splits of one head into split 0's acc and (m, l), and write out and lse."""
+    write = head_writer(kv_dtype)
+
+    @helper
+    def merge(part_bytes, splits, acc, acc_bytes, running, head_dim, to, lse_to):
+        largest = MINUS_INFINITY
+        for split in range(splits):
+            largest = larger(largest, load_scalar(running + split * part_bytes))
+        m, total = splat(largest), splat(ZERO)
+        for split in range(splits):
+            state = running + split * part_bytes
+            weight = splat(ZERO)
+            if load_scalar(state) != MINUS_INFINITY:
+                weight = exp2_not_positive(sub(splat(load_scalar(state)), m))
+            total = fma(splat(load_scalar(state + 4)), weight, total)
+            for i in range(0, acc_bytes, 64):
+                value = mul(load_f32(acc + split * part_bytes + i), weight)
+                store_f32(add(load_f32(acc + i), value) if split else value, acc + i)
+        store_scalar(largest, running)
+        store_scalar(sum_lanes(keep_below(total, 1, ZERO)), running + 4)
+        write(acc, write_lse(running, lse_to), to, head_dim)
+
+    return merge
+
+
+def attend_item(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: int):
+    """Function: one item, its queries loaded and its keys [start, stop) taken page by page; False: invalid page."""
+    take_tile, ask_tile, places_of = attend_tile(isa, kv_dtype, score_heads, value_heads, words)
+    shape = RowShape.of(kv_dtype)
+    has_codes, q_line, acc_line = shape.has_codes, shape.line_bytes * shape.planes, shape.acc_bytes
+    load_q = q_code_writer(isa, kv_dtype, words) if has_codes else q_line_writer(kv_dtype)
+
+    @helper
+    def load_heads(arguments, row, group, places, heads, lines):
+        """A group's queries; padding repeats the last one."""
+        head_dim, group_heads = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_HEADS)
+        scratch, _, q, scalars, sums = places
+        first = parameter(arguments, P_Q) + row * parameter(arguments, P_Q_ROW)
+        for head in range(heads):
+            index = group * group_heads + least(head, group_heads - 1)
+            source, to = first + index * parameter(arguments, P_Q_HEAD), q + q_line * lines * head
+            if has_codes:
+                scale_at, head_sums = scalars + HEAD_SCALARS * head + SCALE_OF_Q, sums + 4 * lines * head
+                load_q(source, head_dim, lines, to, scale_at, head_sums, scratch)
+            else:
+                load_q(source, head_dim, lines, to)
+
+    @helper
+    def step(arguments, row, first_group, groups, stop, place):
+        """The tile at a place, (K page, V page, offset in them, keys, group), and the place after it.
+
+        A place is (group, position, start of the page's keys); keys are 0 at the end and -1 where the page is invalid.
+        """
+        group, position, page_start = place
+        if page_start >= stop:
+            return (0, 0, 0, 0, 0), place
+        table = parameter(arguments, P_TABLE) + row * parameter(arguments, P_TABLE_ROW)
+        page = page_at(arguments, table + (first_group + group) * parameter(arguments, P_TABLE_GROUP), position)
+        if page < 0:
+            return (0, 0, 0, -1, 0), place
+        page_size = parameter(arguments, P_PAGE_SIZE)
+        page_stop = least(stop, (page_start // page_size + 1) * page_size)
+        k_page, v_page, offset, keys = tile_at(arguments, page, position, page_stop)
+        tile = k_page, v_page, offset, keys, group
+        if position + keys < page_stop:
+            return tile, (group, position + keys, page_start)
+        if group + 1 < groups:
+            return tile, (group + 1, page_start, page_start)
+        return tile, (0, page_stop, page_stop)
+
+    @helper
+    def item(arguments, row, first_group, groups, start, stop, work, heads, lines, acc, group_bytes):
+        """acc: of the first group, and `group_bytes` behind it of the next; (m, l) follow a group's accumulators."""
+        acc_size = heads * acc_line * lines
+        for group in range(groups):
+            load_heads(arguments, row, first_group + group, places_of(work, group, heads, lines), heads, lines)
+        tile, place = step(arguments, row, first_group, groups, stop, (0, start, start))
+        following, place = step(arguments, row, first_group, groups, stop, place)
+        if following[3] > 0:
+            ask_tile(arguments, following, lines)
+        while tile[3] > 0:
+            ahead, place = step(arguments, row, first_group, groups, stop, place)
+            group = tile[4]
+            places, at = places_of(work, group, heads, lines), acc + group * group_bytes
+            take_tile(arguments, tile, ahead if ahead[3] > 0 else tile, places, heads, lines, at, at + acc_size)
+            tile, following = following, ahead
+        return tile[3] == 0
+
+    return item
+
+
+@helper
+def share_out(arguments, row):
+    """(groups an item takes, splits, first key, last key, keys of a split) of a row; no keys and a failure for a range
+    outside the table.
+
+    As many groups as leave the row its items: all of them where there are many keys.
+    """
+    groups, items = parameter(arguments, P_GROUPS), parameter(arguments, P_ROW_ITEMS)
+    start = types.int64(load_i32(parameter(arguments, P_START) + 4 * row))
+    stop = types.int64(load_i32(parameter(arguments, P_STOP) + 4 * row))
+    if start < 0 or stop > parameter(arguments, P_PAGE_SIZE) * parameter(arguments, P_MAX_PAGES):
+        fail(arguments, 1)
+        start, stop = 0, 0
+    tiles = (most(0, stop - start) + KEY_TILE - 1) // KEY_TILE
+    splits = most(tiles // SPLIT_TILES, least(tiles, (items + groups - 1) // groups))
+    splits = most(1, least(parameter(arguments, P_SPLITS), splits))
+    at_once = groups if groups * splits >= 2 * items else 1
+    while at_once > 1 and (groups % at_once > 0 or groups // at_once * splits < items):
+        at_once -= 1
+    blocks = groups // at_once
+    splits = least(splits, (items + blocks - 1) // blocks)
+    return at_once, splits, start, stop, (tiles + splits - 1) // splits * KEY_TILE
+
+
+def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: int):
+    """Kernel of decode_attention; parameters in parameters.py, the others are DecodeTiles."""
+    attend, merge = attend_item(isa, kv_dtype, score_heads, value_heads, words), merge_splits(kv_dtype)
+    line_items, acc_line = RowShape.of(kv_dtype).line_items, RowShape.of(kv_dtype).acc_bytes
+
+    @helper
+    def sizes(arguments):
+        """(padded heads, lines of a row, bytes of a group's acc, bytes of its partial result)."""
+        head_dim, group_heads = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_HEADS)
+        heads = (group_heads + score_heads - 1) // score_heads * score_heads
+        lines = (head_dim + line_items - 1) // line_items
+        acc_size = heads * acc_line * lines
+        return heads, lines, acc_size, acc_size + (8 * heads + 63) // 64 * 64
+
+    @helper
+    def clear(acc, acc_size, heads):
+        for i in range(0, acc_size, 64):
+            store_f32(splat(ZERO), acc + i)
+        for head in range(heads):
+            store_scalar(MINUS_INFINITY, acc + acc_size + 8 * head)
+            store_scalar(ZERO, acc + acc_size + 8 * head + 4)
+
+    @helper
+    def attend_slot(arguments, row, slot, work, first_part):
+        """The item of a row that this slot stands for, if it has that many, into the parts of its groups and split."""
+        heads, lines, acc_size, part_bytes = sizes(arguments)
+        groups, most_splits = parameter(arguments, P_GROUPS), parameter(arguments, P_SPLITS)
+        at_once, splits, start, stop, share = share_out(arguments, row)
+        blocks = groups // at_once
+        if slot >= blocks * splits:
+            return
+        split, group = slot // blocks, slot % blocks * at_once
+        first, last = start + split * share, least(stop, start + split * share + share)
+        acc, group_bytes = first_part + (group * most_splits + split) * part_bytes, most_splits * part_bytes
+        for i in range(at_once):
+            clear(acc + i * group_bytes, acc_size, heads)
+        if first < last and not attend(
+            arguments, row, group, at_once, first, last, work, heads, lines, acc, group_bytes
+        ):
+            fail(arguments, 2)
+
+    @helper
+    def attend_all(arguments, work, parts, row_bytes):
+        """Stage 0: every item, into memory of its own."""
+        slots = parameter(arguments, P_SLOTS)
+        chunks = parameter(arguments, P_BATCH) * slots
+        chunk = take(arguments, 0)
+        while chunk < chunks:
+            row = chunk // slots
+            attend_slot(arguments, row, chunk % slots, work, parts + row * row_bytes)
+            finish(arguments, 0)
+            chunk = take(arguments, 0)
+        await_stage(arguments, 0, chunks)
+
+    @helper
+    def merge_all(arguments, parts):
+        """Stage 1: merge every row's splits and write its results."""
+        batch, groups = parameter(arguments, P_BATCH), parameter(arguments, P_GROUPS)
+        group_heads, head_dim = parameter(arguments, P_HEADS), parameter(arguments, P_HEAD_DIM)
+        heads, _, acc_size, part_bytes = sizes(arguments)
+        acc_bytes = acc_size // heads
+        chunk = take(arguments, 1)
+        while chunk < batch * groups:
+            row, group = chunk // groups, chunk % groups
+            splits = share_out(arguments, row)[1]
+            out = parameter(arguments, P_OUT) + row * parameter(arguments, P_OUT_ROW)
+            lse = parameter(arguments, P_LSE) + row * parameter(arguments, P_LSE_ROW)
+            part = parts + chunk * parameter(arguments, P_SPLITS) * part_bytes
+            for head in range(group_heads):
+                index = group * group_heads + head
+                acc, running = part + head * acc_bytes, part + acc_size + 8 * head
+                to = out + index * parameter(arguments, P_OUT_HEAD)
+                merge(part_bytes, splits, acc, acc_bytes, running, head_dim, to, lse + 4 * index)
+            chunk = take(arguments, 1)
+
+    def kernel(arguments, thread):
+        scratch, thread_bytes = parameter(arguments, 0), parameter(arguments, P_THREAD_BYTES)
+        parts = scratch + thread_bytes * parameter(arguments, P_THREADS)
+        part_bytes = sizes(arguments)[3]
+        row_bytes = parameter(arguments, P_GROUPS) * parameter(arguments, P_SPLITS) * part_bytes
+        attend_all(arguments, scratch + thread * thread_bytes, parts, row_bytes)
+        merge_all(arguments, parts)
+
+    return kernel

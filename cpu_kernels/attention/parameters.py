@@ -1,0 +1,185 @@
+"""Parameters and working memory that the attention kernels and their wrappers share. Strides and sizes are in bytes."""
+
+from dataclasses import dataclass
+
+from cpu_kernels.formats.pages import GROUP_DIMS, GROUP_NUMBERS
+
+KEY_TILE = 64  # keys of one tile: a run of rows of one page
+LINE_BYTES = 64
+LANES = 16  # of a register, as in vectors/vector.py, which a warm start does not import
+
+(
+    P_Q,
+    P_Q_ROW,
+    P_Q_HEAD,
+    P_BATCH,
+    P_GROUPS,
+    P_HEADS,  # query heads per group
+    P_HEAD_DIM,
+    P_K,
+    P_K_PAGE,
+    P_K_ROW,  # of quantised pages: codes of one token
+    P_V,
+    P_V_PAGE,
+    P_V_ROW,
+    P_NUM_PAGES,
+    P_PAGE_SIZE,
+    P_TABLE,
+    P_TABLE_ROW,
+    P_TABLE_GROUP,
+    P_MAX_PAGES,
+    P_START,
+    P_STOP,
+    P_SCALE,  # float64
+    P_OUT,
+    P_OUT_ROW,
+    P_OUT_HEAD,
+    P_LSE,
+    P_LSE_ROW,
+    P_THREADS,
+    P_THREAD_BYTES,
+    P_SPLITS,  # decode only, as are the next two: the most of a row
+    P_ROW_ITEMS,  # wanted of a row, so that all threads have work
+    P_SLOTS,  # the most items that a row may have
+) = range(1, 33)
+P_Q_START, P_WINDOW = P_SPLITS, P_ROW_ITEMS  # what prefill has in their places: position of row 0, window
+
+SPLIT_TILES = 8  # tiles of a split; shorter ones cost more in merging than they balance
+PREFILL_SCORES = 4  # query vectors per score tile: 4 x 64 keys fill 16 registers
+PREFILL_VALUES = 8  # query vectors per pass over V
+PREFILL_VECTORS = 64  # query vectors (rows x heads of a group) per item: what one transposed tile of K serves
+
+
+@dataclass(frozen=True, slots=True)
+class RowShape:
+    """How a KV dtype's rows meet registers.
+
+    line_items, line_bytes: dims and bytes in a page of one line, the piece of V that a strip takes: a register, or a
+    group of codes. parts: registers of its accumulator. word_items: dims in 4 bytes of a row of K. planes: runs of q that
+    one run of K's words is multiplied by. numbers: scale and minimum of a group; 0 where rows hold plain numbers.
+    """
+
+    line_items: int
+    line_bytes: int
+    parts: int
+    word_items: int
+    planes: int
+    numbers: int
+
+    @classmethod
+    def of(cls, kv_dtype: str) -> "RowShape":
+        """The shape of a KV dtype's rows."""
+        return ROW_SHAPES[kv_dtype]
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether a line is a group of codes with a scale of its own."""
+        return self.numbers > 0
+
+    @property
+    def acc_bytes(self) -> int:
+        """Of one line's accumulator, float32 per dim."""
+        return LINE_BYTES * self.parts
+
+    @property
+    def group_words(self) -> int:
+        """Words of K that share a scale; all of a block where there is none."""
+        return self.line_bytes // 4 if self.has_codes else LANES
+
+    def lines(self, head_dim: int) -> int:
+        """Lines of one row, the last one padded."""
+        return -(-head_dim // self.line_items)
+
+
+ROW_SHAPES = {
+    "fp32": RowShape(16, LINE_BYTES, 1, 1, 1, 0),
+    "bf16": RowShape(32, LINE_BYTES, 2, 2, 1, 0),
+    "q8": RowShape(GROUP_DIMS["q8"], 64, 4, 4, 2, GROUP_NUMBERS["q8"]),
+    "q4": RowShape(GROUP_DIMS["q4"], 16, 2, 8, 4, GROUP_NUMBERS["q4"]),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTiles:
+    """Register tiles of decode for one head shape; a kernel is compiled for each.
+
+    score_heads, value_heads: query heads that share a block of K, a strip of V. words: of K's rows in a block.
+    """
+
+    score_heads: int
+    value_heads: int
+    words: int
+
+    @classmethod
+    def of(cls, kv_dtype: str, group_heads: int, head_dim: int) -> "DecodeTiles":
+        """For this many query heads per group. Blocks of codes are whole, so that no scale is read beyond a row's."""
+        shape, padded = RowShape.of(kv_dtype), padded_heads(group_heads)
+        if not shape.has_codes:
+            most = 8 if padded % 8 == 0 else min(padded, 4)
+            return cls(most, most, LANES)
+        row_words = shape.lines(head_dim) * shape.group_words
+        words = next(words for words in (16, 8, 4) if row_words % words == 0)
+        return cls(min(padded, 4), min(padded, 8 // shape.parts), words)
+
+
+def whole_pages(size: int) -> int:
+    """Bytes rounded up to 4096, so that threads share no line."""
+    return -(-size // 4096) * 4096
+
+
+def padded_heads(group_heads: int) -> int:
+    """Query heads per group, padded to whole score tiles."""
+    return group_heads if group_heads <= 2 else -(-group_heads // 4) * 4
+
+
+# Working memory of one query head: scores as float32; codes' weights, two planes; and its scalars: what its acc is
+# multiplied by, what its strip is multiplied by, what is added, the scale of its codes, the weight of a tile's p.
+HEAD_SCORES, HEAD_WEIGHTS, HEAD_SCALARS = 4 * KEY_TILE, 2 * KEY_TILE, 32
+SCALE_OF_STRIP, OFFSET_OF_STRIP, SCALE_OF_Q, WEIGHT_OF_TILE = 4, 8, 12, 16  # bytes into the scalars
+
+
+def decode_thread_bytes(kv_dtype: str, groups: int, group_heads: int, head_dim: int) -> int:
+    """Working memory of one thread of decode.
+
+    Scores and weights of every head; scales and minima of a tile's keys; then of every group and head q, scalars and
+    sums of q per group of codes.
+    """
+    shape, lines, heads = RowShape.of(kv_dtype), RowShape.of(kv_dtype).lines(head_dim), padded_heads(group_heads)
+    tile = heads * (HEAD_SCORES + HEAD_WEIGHTS) + lines * shape.numbers * 4 * KEY_TILE
+    query = heads * (lines * (shape.line_bytes * shape.planes + 4) + HEAD_SCALARS)
+    return whole_pages(tile + groups * (query + LINE_BYTES) + 8 * LINE_BYTES)
+
+
+def decode_part_bytes(kv_dtype: str, group_heads: int, head_dim: int) -> int:
+    """The partial result of one group and split: acc of every head, then (m, l) of every head."""
+    heads, shape = padded_heads(group_heads), RowShape.of(kv_dtype)
+    return heads * shape.lines(head_dim) * shape.acc_bytes + -(-8 * heads // 64) * 64
+
+
+def prefill_rows(group_heads: int) -> int:
+    """Query rows per item of prefill."""
+    return max(1, PREFILL_VECTORS // group_heads)
+
+
+def prefill_vectors(group_heads: int) -> int:
+    """Query vectors per item of prefill, padded to whole passes over V."""
+    return -(-prefill_rows(group_heads) * group_heads // PREFILL_VALUES) * PREFILL_VALUES
+
+
+def prefill_thread_bytes(kv_dtype: str, group_heads: int, head_dim: int) -> int:
+    """Working memory of one thread of prefill.
+
+    K transposed; K and V of a tile as bf16, where pages hold codes; scores and scalars of one pass; queries,
+    acc and (m, l) of every vector.
+    """
+    shape, wide = RowShape.of(kv_dtype), RowShape.of(wide_dtype(kv_dtype))
+    lines = wide.lines(shape.lines(head_dim) * shape.line_items)
+    widened = 2 * LINE_BYTES * lines * KEY_TILE if shape.has_codes else 0
+    scores = PREFILL_VALUES * (HEAD_SCORES + HEAD_SCALARS)
+    vectors = prefill_vectors(group_heads) * (lines * (LINE_BYTES + wide.acc_bytes) + 8)
+    return whole_pages(LINE_BYTES * lines * KEY_TILE + widened + scores + vectors + 8 * LINE_BYTES)
+
+
+def wide_dtype(kv_dtype: str) -> str:
+    """What prefill multiplies rows of this dtype as: codes are widened to bf16."""
+    return "bf16" if RowShape.of(kv_dtype).has_codes else kv_dtype

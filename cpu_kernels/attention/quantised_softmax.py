@@ -1,0 +1,142 @@
+"""Softmax of a tile's scores beside pages of codes, up to four queries at a time.
+
+As in tiles.py, but weights count from the tile's own maximum, so that 16 bits hold the largest of them well:
+    t = ceil(max s)    m' = max(m, t)    p = 2^(s - t)    l' = l 2^(m - m') + 2^(t - m') sum p
+The queries' maxima and sums are reduced together and their scalars are lanes of one register, because one query's
+chain of dependent steps is several times as long as the work in it.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from cpu_kernels.attention.parameters import (
+    HEAD_SCALARS,
+    HEAD_SCORES,
+    KEY_TILE,
+    LANES,
+    LINE_BYTES,
+    SCALE_OF_Q,
+    WEIGHT_OF_TILE,
+)
+from cpu_kernels.vectors.vector import (
+    EXP2_COEFFICIENTS,
+    F32,
+    I32,
+    I64,
+    VF32,
+    VI32,
+    call_llvm,
+    constant,
+    emits,
+    float32,
+    fma_value,
+    intp,
+    lanes_below,
+    load_as,
+    picked,
+    splat_value,
+    store_as,
+)
+
+QUERIES = 4
+V4F32 = ir.VectorType(F32, QUERIES)
+LOWEST = -127.0  # its power is 0 in float32's exponent bits
+
+
+def larger_value(b, x, y):
+    """Lane-wise maximum; a NaN in y stays."""
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+def reduced(b, vectors, combine):
+    """Four <16 x float> -> <4 x float>: each one's lanes combined."""
+    halves = [[half + lane + side for side in (0, LANES) for lane in range(8)] for half in (0, 8)]
+    pairs = [combine(b, *(picked(b, vectors[at], vectors[at + 1], lanes) for lanes in halves)) for at in (0, 2)]
+    quads = [[quad + lane + side for side in (0, 8, 16, 24) for lane in range(4)] for quad in (0, 4)]
+    value = combine(b, *(picked(b, *pairs, lanes) for lanes in quads))
+    for stride in (2, 1):
+        value = combine(b, value, picked(b, value, value, [lane ^ stride for lane in range(LANES)]))
+    return picked(b, value, value, list(range(0, LANES, LANES // QUERIES)))
+
+
+def power_of_whole(b, k):
+    """2**k per lane, k whole and not positive; 0 below -126."""
+    magic = constant(k.type, 12582912.0 + 127.0)
+    shifted = b.fadd(larger_value(b, constant(k.type, LOWEST), k), magic)
+    bits = ir.VectorType(I32, k.type.count)
+    return b.bitcast(b.shl(b.bitcast(shifted, bits), constant(bits, 23)), k.type)
+
+
+def exp2_value(b, x):
+    """2**x for x <= 0, as exp2_not_positive, in fewer instructions; 0 below -126.5."""
+    magic = constant(VF32, 12582912.0 + 127.0)
+    x = larger_value(b, constant(VF32, LOWEST), x)
+    shifted = b.fadd(x, magic)
+    r = b.fsub(x, b.fsub(shifted, magic))
+    p = constant(VF32, EXP2_COEFFICIENTS[0])
+    for coefficient in EXP2_COEFFICIENTS[1:]:
+        p = fma_value(b, p, r, constant(VF32, coefficient))
+    return b.fmul(p, b.bitcast(b.shl(b.bitcast(shifted, VI32), constant(VI32, 23)), VF32))
+
+
+def tree(b, values, combine):
+    """Four values combined."""
+    return combine(b, combine(b, *values[:2]), combine(b, *values[2:]))
+
+
+def added(b, x, y):
+    """x + y."""
+    return b.fadd(x, y)
+
+
+def code_softmax(heads: int):
+    """Intrinsic (scores, keys, scale, running, scalars): scores of `heads` queries, at most 4, -> p in place, m, l.
+
+    scale includes log2(e), not the scale of q's codes. Of the scalars it writes what acc is to be multiplied by and the
+    weight of the tile's p.
+    """
+
+    def scaled(b, scores, keys, scale, scalars):
+        """[query][part] of scores times their scale, -inf beyond the keys."""
+        offsets = []
+        for part in range(0, KEY_TILE, LANES):
+            mask = lanes_below(b, b.sub(keys, ir.Constant(I64, part)))
+            offsets.append(b.select(mask, constant(VF32, 0.0), constant(VF32, -np.inf)))
+        for head in range(heads):
+            factor = splat_value(b, b.fmul(scale, load_as(b, scalars, F32, HEAD_SCALARS * head + SCALE_OF_Q)))
+            at = [HEAD_SCORES * head + LINE_BYTES * part for part in range(len(offsets))]
+            values = (load_as(b, scores, VF32, place) for place in at)
+            yield [fma_value(b, value, factor, offset) for value, offset in zip(values, offsets)]
+
+    def together(b, vectors, combine):
+        return reduced(b, vectors + vectors[-1:] * (QUERIES - heads), combine)
+
+    def running_state(b, running):
+        """(m, l) of the queries, <4 x float> each."""
+        state = load_as(b, running, ir.VectorType(F32, 2 * heads))
+        lanes = [2 * min(head, heads - 1) for head in range(QUERIES)]
+        return (picked(b, state, state, [lane + field for lane in lanes]) for field in (0, 1))
+
+    @emits(types.void, intp, intp, float32, intp, intp)
+    def soften(b, scores, keys, scale, running, scalars):
+        values = list(scaled(b, scores, keys, scale, scalars))
+        top = together(b, [tree(b, parts, larger_value) for parts in values], larger_value)
+        top = call_llvm(b, "llvm.ceil.v4f32", V4F32, top)
+        before, total = running_state(b, running)
+        largest = larger_value(b, before, top)
+        correction, weight = (power_of_whole(b, b.fsub(m, largest)) for m in (before, top))
+        sums = []
+        for head, parts in enumerate(values):
+            m = picked(b, top, top, [head] * LANES)
+            powers = [exp2_value(b, b.fsub(value, m)) for value in parts]
+            for part, power in enumerate(powers):
+                store_as(b, power, scores, HEAD_SCORES * head + LINE_BYTES * part)
+            sums.append(tree(b, powers, added))
+        total = b.fadd(b.fmul(total, correction), b.fmul(together(b, sums, added), weight))
+        store_as(b, picked(b, largest, total, [at for head in range(heads) for at in (head, QUERIES + head)]), running)
+        for head in range(heads):
+            for value, at in ((correction, 0), (weight, WEIGHT_OF_TILE)):
+                store_as(b, b.extract_element(value, ir.Constant(I32, head)), scalars, HEAD_SCALARS * head + at)
+
+    return soften

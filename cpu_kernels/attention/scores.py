@@ -1,0 +1,181 @@
+"""Dot products of queries with a block of K: 16 keys, transposed in registers, so that no sum crosses lanes.
+
+A block is up to 16 words, 4 bytes each, of 16 rows: register w of it holds word w of every key. A query's word w in all
+lanes then meets 16 keys in one instruction, and the sum of a lane is the score of its key. Transposing costs 4 shuffles
+a register, whatever the number of heads; summing lanes would cost about 3 a head and key.
+
+Codes are multiplied as bytes, by q in 16 bits; see vectors/split_dot.py.
+"""
+
+from llvmlite import ir
+from numba import types
+
+from cpu_kernels.attention.parameters import HEAD_SCORES, LANES, LINE_BYTES, RowShape
+from cpu_kernels.attention.row_vectors import dot_pairs
+from cpu_kernels.vectors.isa import Isa
+from cpu_kernels.vectors.split_dot import Split
+from cpu_kernels.vectors.tiles import masked_line
+from cpu_kernels.vectors.vector import (
+    F32,
+    I32,
+    I64,
+    VF32,
+    VI32,
+    I32x16,
+    constant,
+    emits,
+    fma_value,
+    intp,
+    load_as,
+    picked,
+    prefetch_value,
+    splat_value,
+    store_as,
+)
+
+BLOCK = types.UniTuple(I32x16, LANES)
+CHAINS = 2  # sums of one head that do not wait for each other
+
+
+def alternating(width, high):
+    """Lanes of two registers, `width` of each in turn, from the lower or upper halves of their groups of 4."""
+    halves = (range(lane + 2 * high, lane + 2 * high + 2, width) for lane in range(0, LANES, 4))
+    return [source + at + step for half in halves for at in half for source in (0, LANES) for step in range(width)]
+
+
+def groups_of_four(odd):
+    """Lanes of two registers: every second group of 4 lanes of the first, then of the second."""
+    groups = [group for source in (0, LANES) for group in (source + 4 * odd, source + 4 * odd + 8)]
+    return [lane for group in groups for lane in range(group, group + 4)]
+
+
+def transposed(b, values):
+    """16 registers whose element [i][j] is that of [j][i] before.
+
+    Two rounds inside groups of 4 lanes, which any shuffle unit does, make a column of four keys of every group; two
+    rounds of whole groups put these columns together.
+    """
+    quads = []
+    for at in range(0, LANES, 4):
+        pairs = [[picked(b, *values[key : key + 2], alternating(1, high)) for key in (at, at + 2)] for high in (0, 1)]
+        quads.append([picked(b, *pair, alternating(2, high)) for pair in pairs for high in (0, 1)])
+    words = [None] * LANES
+    for column in range(4):
+        for odd in (0, 1):
+            halves = [picked(b, quads[at][column], quads[at + 1][column], groups_of_four(odd)) for at in (0, 2)]
+            for upper in (0, 1):
+                words[4 * odd + 8 * upper + column] = picked(b, *halves, groups_of_four(upper))
+    return words
+
+
+def rows_from(b, base, row_bytes, last):
+    """Addresses of 16 rows; those beyond `last` repeat it."""
+    for key in range(LANES):
+        number = ir.Constant(I64, key)
+        number = b.select(b.icmp_signed("<", number, last), number, last)
+        yield b.add(base, b.mul(number, row_bytes))
+
+
+def packed(b, vectors):
+    """LLVM vectors as the value of a numba tuple."""
+    value = ir.Constant(ir.ArrayType(VI32, len(vectors)), ir.Undefined)
+    for index, vector in enumerate(vectors):
+        value = b.insert_value(value, vector, index)
+    return value
+
+
+def whole_block(words: int):
+    """Intrinsic (base, row bytes, last, ahead) -> block of `words` words; asks for as much memory at `ahead`."""
+    narrow = ir.VectorType(I32, words)
+    lanes = ir.Constant(VI32, [min(lane, words) for lane in range(LANES)])  # a lane past the words is undefined
+
+    def load_words(b, address):
+        value = load_as(b, address, narrow)
+        return value if words == LANES else b.shuffle_vector(value, ir.Constant(narrow, ir.Undefined), lanes)
+
+    @emits(BLOCK, intp, intp, intp, intp)
+    def load(b, base, row_bytes, last, ahead):
+        values = [load_words(b, row) for row in rows_from(b, base, row_bytes, last)]
+        for line in range(words):
+            prefetch_value(b, ahead, LINE_BYTES * line)
+        return packed(b, transposed(b, values))
+
+    return load
+
+
+def part_block(kv_dtype: str):
+    """Intrinsic (base, row bytes, last, items) -> block whose rows have `items` numbers, then zeros; plain rows only."""
+    item_bytes = 4 // RowShape.of(kv_dtype).word_items
+
+    @emits(BLOCK, intp, intp, intp, intp)
+    def load(b, base, row_bytes, last, items):
+        rows = rows_from(b, base, row_bytes, last)
+        return packed(b, transposed(b, [masked_line(b, row, items, item_bytes) for row in rows]))
+
+    return load
+
+
+@emits(types.void, BLOCK, intp, intp)
+def store_block(b, block, to, stride):
+    """The registers of a block, `stride` bytes apart."""
+    for word in range(LANES):
+        store_as(b, b.extract_value(block, word), b.add(to, b.mul(stride, ir.Constant(I64, word))))
+
+
+def plain_dots(isa: Isa, kv_dtype: str, heads: int):
+    """Intrinsic (block, q, q bytes, to): scores of 16 keys added to those of `heads` queries."""
+
+    @emits(types.void, BLOCK, intp, intp, intp)
+    def dots(b, block, q, q_bytes, to):
+        for head in range(heads):
+            row = b.add(q, b.mul(q_bytes, ir.Constant(I64, head)))
+            sums = [load_as(b, to, VF32, HEAD_SCORES * head)] + [constant(VF32, 0.0)] * (CHAINS - 1)
+            for word in range(LANES):
+                x = splat_value(b, load_as(b, row, I32, 4 * word))
+                sums[word % CHAINS] = dot_pairs(isa, kv_dtype, b, sums[word % CHAINS], b.extract_value(block, word), x)
+            store_as(b, b.fadd(*sums), to, HEAD_SCORES * head)
+
+    return dots
+
+
+def code_dots(isa: Isa, kv_dtype: str, heads: int, words: int):
+    """Intrinsic (block, q, q bytes, sums, sums bytes, scales, scales bytes, to): as plain_dots, for codes.
+
+    q: `planes` runs of `words` words. sums: of q's codes, float32 per group. scales: of 16 keys, float32, and the next
+    group's `scales bytes` behind.
+    """
+    split, group_words, plane_bytes = Split(isa), RowShape.of(kv_dtype).group_words, 4 * words
+
+    def factors(b, word):
+        """For every two planes of q what multiplies them."""
+        if kv_dtype == "q8":
+            return [split.keys(b, word)]
+        nibbles = constant(VI32, 0x0F0F0F0F)
+        return [split.values(b, b.and_(half, nibbles)) for half in (word, b.lshr(word, constant(VI32, 4)))]
+
+    def group_sum(b, codes, q, sums):
+        """int32 sums of one group and query; codes: (word, its factors)."""
+        start = split.key_start(b, load_as(b, sums, F32)) if kv_dtype == "q8" else ir.Constant(I32, 0)
+        totals = [constant(VI32, 0), splat_value(b, start)]
+        for word, pairs in codes:
+            for pair, values in enumerate(pairs):
+                for plane, value in enumerate(values):
+                    x = splat_value(b, load_as(b, q, I32, (2 * pair + plane) * plane_bytes + 4 * word))
+                    totals[plane] = split.key_dot(b, totals[plane], value, x)
+        return split.whole(b, *totals)
+
+    @emits(types.void, BLOCK, intp, intp, intp, intp, intp, intp, intp)
+    def dots(b, block, q, q_bytes, sums, sums_bytes, scales, scales_bytes, to):
+        for group in range(words // group_words):
+            first = group * group_words
+            codes = [(word, factors(b, b.extract_value(block, word))) for word in range(first, first + group_words)]
+            scale = load_as(b, b.add(scales, b.mul(scales_bytes, ir.Constant(I64, group))), VF32)
+            for head in range(heads):
+                row, row_sums = (
+                    b.add(at, b.mul(stride, ir.Constant(I64, head))) for at, stride in ((q, q_bytes), (sums, sums_bytes))
+                )
+                value = b.sitofp(group_sum(b, codes, row, b.add(row_sums, ir.Constant(I64, 4 * group))), VF32)
+                before = load_as(b, to, VF32, HEAD_SCORES * head)
+                store_as(b, fma_value(b, value, scale, before), to, HEAD_SCORES * head)
+
+    return dots

@@ -1,0 +1,1 @@
+"""Rows of activations times one packed weight, and the packing of weights."""

@@ -1,0 +1,231 @@
+"""64 inputs of a coded format times one record of int8 activations: what linear_q_kernel repeats; see formats/base.py.
+
+Codes are unsigned bytes, so a format's offset is taken off again by way of the activations' sums. A record holds those
+of every 16 inputs as int16, and one dot2 with a constant pair gives offset * sum where a dot product begins. Two-level
+scales stay integers: sub-scale times dot product is exact in int32, and only the total meets d.
+"""
+
+from collections.abc import Callable
+
+from llvmlite import ir
+from numba import types
+
+from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat
+from cpu_kernels.vectors.dot import emit_dot2, emit_dot4
+from cpu_kernels.vectors.isa import Isa
+from cpu_kernels.vectors.vector import (
+    F32,
+    I8,
+    I16,
+    I32,
+    VF32,
+    VHALF,
+    VI8,
+    VI32,
+    F32x16,
+    constant,
+    emits,
+    fma_value,
+    intp,
+    load_as,
+    prefetch_value,
+    splat_value,
+)
+
+NIBBLES = 0x0F0F0F0F
+V64I8, V32I8, V16I8 = (ir.VectorType(I8, count) for count in (64, 32, 16))
+
+
+def pair(low: int, high: int) -> int:
+    """Two int16 as one int32."""
+    return (low & 0xFFFF) | (high & 0xFFFF) << 16
+
+
+def look_up(isa: Isa, b, table: tuple[int, ...], indexes):
+    """The bytes of a table of 16, by 64 indexes below 16 in an <16 x i32>."""
+    if isa.has_avx512:
+        entries = ir.Constant(V64I8, list(table) * 4)
+        found = b.call(_shuffle(b, "llvm.x86.avx512.pshuf.b.512", V64I8), [entries, b.bitcast(indexes, V64I8)])
+        return b.bitcast(found, VI32)
+    if isa.name in ("avxvnni", "avx2"):
+        entries, bytes_ = ir.Constant(V32I8, list(table) * 2), b.bitcast(indexes, V64I8)
+        lanes = ir.VectorType(I32, 32)
+        halves = [b.shuffle_vector(bytes_, bytes_, ir.Constant(lanes, [*range(at, at + 32)])) for at in (0, 32)]
+        function = _shuffle(b, "llvm.x86.avx2.pshuf.b", V32I8)
+        low, high = (b.call(function, [entries, half]) for half in halves)
+        return b.bitcast(b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, 64), [*range(64)])), VI32)
+    indexes, found = b.bitcast(indexes, V64I8), constant(V64I8, table[0])
+    for index, entry in enumerate(table[1:], 1):
+        found = b.select(b.icmp_unsigned("==", indexes, constant(V64I8, index)), constant(V64I8, entry), found)
+    return b.bitcast(found, VI32)
+
+
+def _shuffle(b, name: str, vector):
+    from numba.core import cgutils
+
+    return cgutils.get_or_insert_function(b.module, ir.FunctionType(vector, [vector, vector]), name)
+
+
+def code_words(isa: Isa, item: WeightFormat, b, lines) -> Callable[[int], object]:
+    """word(k): the codes of inputs 4k..4k+3 of all features, unsigned bytes; `lines` is the address of the code lines."""
+    loaded: dict[int, object] = {}
+
+    def line(index: int):
+        if index not in loaded:
+            loaded[index] = load_as(b, lines, VI32, LINE_BYTES * index)
+        return loaded[index]
+
+    def shifted(value, left: int):
+        if left == 0:
+            return value
+        return b.shl(value, constant(VI32, left)) if left > 0 else b.lshr(value, constant(VI32, -left))
+
+    def nibble(k: int):
+        return b.and_(shifted(line(k // 2), -4 * (k % 2)), constant(VI32, NIBBLES))
+
+    def word(k: int):
+        if item.plane == "i8":
+            return line(k)
+        if item.plane == "t4":
+            return look_up(isa, b, item.table, nibble(k))
+        if item.plane == "u5":
+            upper, mask = shifted(line(8 + k // 8), 4 - k % 8), 0x10101010
+        elif item.plane == "u6":
+            upper, mask = shifted(line(8 + k // 4), 4 - 2 * (k % 4)), 0x30303030
+        else:
+            return nibble(k)
+        return b.or_(nibble(k), b.and_(upper, constant(VI32, mask)))
+
+    return word
+
+
+def halves(b, address, offset: int):
+    """16 float16, widened."""
+    return b.fpext(load_as(b, address, VHALF, offset), VF32)
+
+
+def byte_numbers(b, address, offset: int, signed: bool):
+    """16 bytes as int32."""
+    values = load_as(b, address, VI8, offset)
+    return b.sext(values, VI32) if signed else b.zext(values, VI32)
+
+
+def exponents(b, address, offset: int):
+    """16 powers of two, 2^(e - 128) of u8 e: no normal numbers below e = 2."""
+    e = byte_numbers(b, address, offset, signed=False)
+    normal = b.shl(b.sub(e, constant(VI32, 1)), constant(VI32, 23))
+    small = b.shl(constant(VI32, 0x00200000), b.and_(e, constant(VI32, 1)))
+    return b.bitcast(b.select(b.icmp_unsigned(">=", e, constant(VI32, 2)), normal, small), VF32)
+
+
+class Record:
+    """The activations of one record of `rows` rows, as LLVM values."""
+
+    def __init__(self, b, address, rows: int):
+        self._b, self._address, self._rows = b, address, rows
+
+    def inputs(self, row: int, k: int):
+        """Inputs 4k..4k+3 in every lane."""
+        return splat_value(self._b, load_as(self._b, self._address, I32, GROUP_INPUTS * row + 4 * k))
+
+    def scale(self, row: int):
+        """The row's scale in every lane."""
+        return splat_value(self._b, load_as(self._b, self._address, F32, self._offset(row, 0)))
+
+    def sums(self, row: int, half: int):
+        """The sums of both 16 inputs of a half, int16 pairs in every lane."""
+        return splat_value(self._b, load_as(self._b, self._address, I32, self._offset(row, 1 + half)))
+
+    def _offset(self, row: int, field: int) -> int:
+        return self._rows * (GROUP_INPUTS + 4 * field) + 4 * row
+
+
+def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
+    """Intrinsic (sums, superblock, group, code lines, record) -> sums; group: which 64 inputs of the superblock."""
+    tile = types.UniTuple(F32x16, rows)
+    run = 16 if item.header == "K2S16" else 32  # inputs that share a scale
+    runs = GROUP_INPUTS // run
+
+    def dots(b, word, record, part: int):
+        """int32 sums of (code - offset) * input over run `part`, for every row."""
+        sums = []
+        for row in range(rows):
+            start = constant(VI32, 0)
+            if item.offset:
+                low = pair(-item.offset, -item.offset if run == 32 else 0)
+                taken = constant(VI32, low if run == 32 or part % 2 == 0 else pair(0, -item.offset))
+                start = emit_dot2(isa, b, start, record.sums(row, part * run // 32), taken)
+            sums.append(start)
+        for k in range(part * run // 4, (part + 1) * run // 4):
+            codes = word(k)
+            for row in range(rows):
+                sums[row] = emit_dot4(isa, b, sums[row], codes, record.inputs(row, k))
+        return sums
+
+    def one_level(b, superblock, group, word, record):
+        """Sums of scale * dot (+ minimum * sum) as float32, for every row."""
+        offset = b.mul(group, ir.Constant(group.type, 32))
+        totals = [None] * rows
+        for part in range(runs):
+            if item.header == "E32":
+                scale = exponents(b, b.add(superblock, offset), 16 * part)
+            else:
+                scale = halves(b, superblock, 32 * part)
+            for row, dot in enumerate(dots(b, word, record, part)):
+                value = b.sitofp(dot, VF32)
+                totals[row] = b.fmul(value, scale) if part == 0 else fma_value(b, value, scale, totals[row])
+        if item.header == "SM32":
+            for part in range(runs):
+                minimum = halves(b, superblock, LINE_BYTES + 32 * part)
+                for row in range(rows):
+                    total = emit_dot2(isa, b, constant(VI32, 0), record.sums(row, part), constant(VI32, pair(1, 1)))
+                    totals[row] = fma_value(b, b.sitofp(total, VF32), minimum, totals[row])
+        return totals
+
+    def two_levels(b, superblock, group, word, record):
+        """d * (sum of sub-scale * dot) - dmin * (sum of sub-minimum * sum), for every row."""
+        signed = item.header != "K2M32"
+        subs = b.add(superblock, b.mul(group, ir.Constant(group.type, 16 * runs)))
+        totals = [None] * rows
+        for part in range(runs):
+            scale = byte_numbers(b, subs, 64 + 16 * part, signed)
+            for row, dot in enumerate(dots(b, word, record, part)):
+                product = b.mul(dot, scale)
+                totals[row] = product if part == 0 else b.add(totals[row], product)
+        d = halves(b, superblock, 0)
+        scaled = [b.fmul(b.sitofp(total, VF32), d) for total in totals]
+        if item.header != "K2M32":
+            return scaled
+        dmin = b.fneg(halves(b, superblock, 32))
+        minima = [b.mul(byte_numbers(b, subs, 192 + 16 * part, False), constant(VI32, pair(1, 1))) for part in (0, 1)]
+        for row in range(rows):
+            taken = constant(VI32, 0)
+            for part in range(2):
+                taken = emit_dot2(isa, b, taken, minima[part], record.sums(row, part))
+            scaled[row] = fma_value(b, b.sitofp(taken, VF32), dmin, scaled[row])
+        return scaled
+
+    multiply = two_levels if item.header.startswith("K2") else one_level
+    stream_lines = item.code_lines + -(-item.header_lines * GROUP_INPUTS // item.group_inputs)
+
+    @emits(tile, tile, intp, intp, intp, intp)
+    def step(b, sums, superblock, group, lines, record):
+        for line in range(stream_lines):
+            prefetch_value(b, lines, ahead_bytes + LINE_BYTES * line)
+        activations = Record(b, record, rows)
+        totals = multiply(b, superblock, group, code_words(isa, item, b, lines), activations)
+        for row, total in enumerate(totals):
+            added = fma_value(b, total, activations.scale(row), b.extract_value(sums, row))
+            sums = b.insert_value(sums, added, row)
+        return sums
+
+    return step
+
+
+def store_sums_of_16(b, v_sums, second, row_bytes):
+    """Four int32 sums of 16 inputs as int16 pairs at `second` and `row_bytes` behind it."""
+    for half in range(2):
+        low, high = (b.trunc(v_sums[2 * half + part], I16) for part in range(2))
+        both = b.or_(b.zext(low, I32), b.shl(b.zext(high, I32), ir.Constant(I32, 16)))
+        at = second if half == 0 else b.add(second, row_bytes)
+        b.store(both, b.inttoptr(at, I32.as_pointer()), align=4)

@@ -1,0 +1,120 @@
+"""linear: rows of activations times one packed weight, y = x W^T + bias; see formats/weights.py and the two kernel files.
+
+Parameters of every linear kernel, in order: scratch, x, x row stride, rows, in_features, weight, num_blocks,
+block_bytes, bias (0: none), out, out row stride, accumulate, inputs per piece, fewest blocks of a range, parts that the
+remaining blocks are divided into for the next range, blocks of a run, bytes from one run of weights to the next, and
+from one run of outputs to the next. Addresses and strides are in bytes. A format has one run of blocks; of a mix, whose
+units have blocks of several formats, each format is a call of its own with one run a unit.
+"""
+
+import torch
+
+from cpu_kernels.checks import check_tensor
+from cpu_kernels.formats import (
+    BLOCK_FEATURES,
+    GROUP_INPUTS,
+    LINE_BYTES,
+    Segment,
+    format_of,
+    segments,
+    unit_blocks,
+    unit_bytes,
+)
+from cpu_kernels.linear.sizes import PIECE_INPUTS, RANGE_BYTES, RECORD_BYTES, STREAM_ROWS, WIDE_PIECE_INPUTS
+from cpu_kernels.team.team import Team
+from cpu_kernels.vectors.isa import Isa
+
+
+def scratch_bytes(isa: Isa, weight_dtype: str, rows: int, in_features: int) -> int:
+    """Working memory of one call: the input as the kernel wants it."""
+    rounds_x_to = format_of(weight_dtype).rounds_x_to
+    if rounds_x_to == "fp32":
+        return 0
+    if rounds_x_to == "bf16":
+        lines = 1 if isa.has_bf16 else 2  # inputs are kept widened where the CPU cannot multiply bf16
+        return rows * (lines * -(-in_features // 32) | 1) * 64
+    return rows * -(-in_features // GROUP_INPUTS) * RECORD_BYTES
+
+
+def kernel_of(isa: Isa, weight_dtype: str, rows: int) -> tuple[tuple[str, str], tuple[int, ...]]:
+    """(module and factory of the kernel, its [features,] rows of a register tile) for a call of so many rows."""
+    if not format_of(weight_dtype).is_row_major:
+        return ("linear.q_kernel", "linear_q"), (isa.row_tile if rows > 1 else 1,)
+    kernel = ("linear.dot_kernel", "linear_dot")
+    if rows == 1:
+        return kernel, (1, 1)
+    if rows > STREAM_ROWS or not isa.has_avx512:
+        return kernel, (isa.dot_features, isa.dot_rows)
+    return kernel, (4, 4)
+
+
+def piece_inputs(isa: Isa, weight_dtype: str) -> int:
+    """Inputs that panels of rows are multiplied with at a time."""
+    is_wide = weight_dtype in ("fp32", "fp16") or weight_dtype == "bf16" and not isa.has_bf16
+    return WIDE_PIECE_INPUTS if is_wide else PIECE_INPUTS
+
+
+def linear(
+    team: Team,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_dtype: str,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    accumulate: bool,
+) -> None:
+    """See CpuKernels.linear."""
+    check_tensor("x", x, torch.float32, (None, None))
+    rows, in_features = x.shape
+    check_tensor("weight", weight, torch.uint8, (None, unit_bytes(weight_dtype, in_features)))
+    units, features = weight.shape[0], BLOCK_FEATURES * unit_blocks(weight_dtype)
+    if not weight.is_contiguous():
+        raise ValueError("weight must be contiguous: blocks are read as one stream")
+    check_tensor("out", out, torch.float32, (rows, units * features))
+    if bias is not None:
+        check_tensor("bias", bias, torch.float32, (units * features,))
+    if rows == 0 or units == 0:
+        return
+    parts = segments(weight_dtype, in_features)
+    for part in parts:
+        run = units if len(parts) == 1 else part.blocks
+        _run(team, x, weight, part, run, 4 * features, bias, out, accumulate)
+
+
+def _run(
+    team: Team,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    part: Segment,
+    run: int,
+    out_run: int,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    accumulate: bool,
+) -> None:
+    """One segment of every unit of `weight`; run: its blocks that follow each other, out_run: bytes of a unit's outputs."""
+    name, (rows, in_features) = part.format.name, x.shape
+    num_blocks, block_bytes = weight.shape[0] * part.blocks, part.format.block_bytes(in_features)
+    kernel, tile = kernel_of(team.isa, name, rows)
+    first_out = LINE_BYTES * part.first_block  # 16 float32
+    team.run(
+        (*kernel, team.isa, name, *tile),
+        scratch_bytes(team.isa, name, rows, in_features),
+        x.data_ptr(),
+        4 * x.stride(0),
+        rows,
+        in_features,
+        weight.data_ptr() + part.first_byte,
+        num_blocks,
+        block_bytes,
+        0 if bias is None else bias.data_ptr() + first_out,
+        out.data_ptr() + first_out,
+        4 * out.stride(0),
+        int(accumulate),
+        in_features if rows <= STREAM_ROWS else piece_inputs(team.isa, name),
+        max(1, min(RANGE_BYTES // block_bytes if block_bytes else 1, -(-num_blocks // team.num_threads))),
+        2 * team.num_threads if rows <= tile[-1] else num_blocks,  # ranges of several panels of rows stay in cache
+        run,
+        weight.stride(0),
+        out_run,
+    )

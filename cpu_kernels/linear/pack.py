@@ -1,0 +1,35 @@
+"""pack: rows of weights into the layout that every lane reads (formats/weights.py)."""
+
+import torch
+
+from cpu_kernels.checks import check_tensor, expect
+from cpu_kernels.formats import weights as layout
+from cpu_kernels.team.team import Team
+
+SOURCE_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def pack(team: Team, rows: torch.Tensor, weight_dtype: str, out: torch.Tensor) -> None:
+    """See CpuKernels.pack."""
+    check_tensor("rows", rows, tuple(SOURCE_DTYPES), (None, None))
+    features, in_features = rows.shape
+    expect(
+        features % layout.BLOCK_FEATURES == 0,
+        f"rows has {features} features; pad them with zero rows to a multiple of {layout.BLOCK_FEATURES}",
+    )
+    num_blocks, block_bytes = features // layout.BLOCK_FEATURES, layout.block_bytes(weight_dtype, in_features)
+    check_tensor("out", out, torch.uint8, (num_blocks, block_bytes))
+    expect(out.is_contiguous(), "out must be contiguous")
+    if out.numel() == 0:
+        return
+    failure = team.run(
+        ("linear.pack_kernel", "pack", SOURCE_DTYPES[rows.dtype], weight_dtype),
+        0,
+        rows.data_ptr(),
+        rows.element_size() * rows.stride(0),
+        num_blocks,
+        in_features,
+        out.data_ptr(),
+        block_bytes,
+    )
+    expect(failure == 0, "rows holds a non-finite value (NaN or Inf); out is not a usable weight")

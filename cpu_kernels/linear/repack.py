@@ -1,0 +1,68 @@
+"""repack: rows of a GGUF file into the format that holds them exactly; unpack_rows: rows of a packed weight as numbers."""
+
+import torch
+
+from cpu_kernels.checks import check_tensor, expect
+from cpu_kernels.formats import GGUF_TYPES, format_of, unit_bytes
+from cpu_kernels.formats import weights as layout
+from cpu_kernels.team.team import Team
+
+SOURCE_TYPES = {item.name: item for item in GGUF_TYPES.values() if item.format and item.items > 1}
+
+
+def repack(team: Team, rows: torch.Tensor, source_type: str, out: torch.Tensor) -> None:
+    """See CpuKernels.repack."""
+    expect(source_type in SOURCE_TYPES, f"source_type is {source_type!r}; it must be one of {', '.join(SOURCE_TYPES)}")
+    source = SOURCE_TYPES[source_type]
+    check_tensor("rows", rows, torch.uint8, (None, None))
+    features, row_bytes = rows.shape
+    expect(
+        features % layout.BLOCK_FEATURES == 0,
+        f"rows has {features} features; pad them with zero rows to a multiple of {layout.BLOCK_FEATURES}",
+    )
+    expect(row_bytes % source.block_bytes == 0, f"rows of {row_bytes} bytes are no whole blocks of {source_type}")
+    in_features = row_bytes // source.block_bytes * source.items
+    num_blocks, block_bytes = features // layout.BLOCK_FEATURES, unit_bytes(source.format, in_features)
+    check_tensor("out", out, torch.uint8, (num_blocks, block_bytes))
+    expect(out.is_contiguous(), "out must be contiguous")
+    if out.numel() == 0:
+        return
+    failure = team.run(
+        ("linear.repack_kernel", "repack", source_type),
+        0,
+        rows.data_ptr(),
+        rows.stride(0),
+        num_blocks,
+        row_bytes // source.block_bytes,
+        out.data_ptr(),
+        block_bytes,
+    )
+    expect(failure == 0, "rows holds a scale that is not finite (NaN or Inf); out is not a usable weight")
+
+
+def unpack_rows(
+    team: Team, weight: torch.Tensor, weight_dtype: str, row_ids: torch.Tensor, out: torch.Tensor
+) -> None:
+    """See CpuKernels.unpack_rows."""
+    item = format_of(weight_dtype)
+    expect(not item.is_row_major, f"weight_dtype is {weight_dtype}: its blocks are plain rows, index them")
+    check_tensor("row_ids", row_ids, torch.int64, (None,))
+    check_tensor("out", out, torch.float32, (row_ids.shape[0], None))
+    in_features = out.shape[1]
+    check_tensor("weight", weight, torch.uint8, (None, item.block_bytes(in_features)))
+    expect(weight.is_contiguous(), "weight must be contiguous")
+    if out.numel() == 0:
+        return
+    failure = team.run(
+        ("linear.unpack_kernel", "unpack", weight_dtype),
+        0,
+        weight.data_ptr(),
+        weight.shape[1],
+        weight.shape[0] * layout.BLOCK_FEATURES,
+        row_ids.data_ptr(),
+        row_ids.shape[0],
+        in_features,
+        out.data_ptr(),
+        4 * out.stride(0),
+    )
+    expect(failure == 0, f"row_ids holds an id that is not in 0..{weight.shape[0] * layout.BLOCK_FEATURES - 1}")

@@ -1,0 +1,1 @@
+"""Norms, the gated activation, the merge of partial attention, and reading or writing plain memory."""

@@ -1,0 +1,77 @@
+"""rms_norm, silu_mul and merge: checks and launches; the arithmetic is in elementwise_kernel.py."""
+
+import torch
+
+from cpu_kernels.checks import bits_of, check_tensor, expect
+from cpu_kernels.small.elementwise_sizes import MERGE_PARTS
+from cpu_kernels.team.team import Team
+
+
+def rms_norm(team: Team, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+    """See CpuKernels.rms_norm."""
+    check_tensor("x", x, torch.float32, (None, None))
+    rows, hidden = x.shape
+    check_tensor("weight", weight, torch.float32, (hidden,))
+    check_tensor("out", out, torch.float32, (rows, hidden))
+    if rows and hidden:
+        team.run(
+            ("small.elementwise_kernel", "rms_norm"),
+            0,
+            x.data_ptr(),
+            4 * x.stride(0),
+            weight.data_ptr(),
+            bits_of(eps),
+            out.data_ptr(),
+            4 * out.stride(0),
+            rows,
+            hidden,
+        )
+
+
+def silu_mul(team: Team, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    """See CpuKernels.silu_mul."""
+    check_tensor("gate_up", gate_up, torch.float32, (None, None))
+    rows, width = gate_up.shape
+    expect(width % 32 == 0, f"gate_up has {width} columns; it must be whole units of 16 gate and 16 up columns")
+    check_tensor("out", out, torch.float32, (rows, width // 2))
+    if rows and width:
+        team.run(
+            ("small.elementwise_kernel", "silu_mul"),
+            0,
+            gate_up.data_ptr(),
+            4 * gate_up.stride(0),
+            out.data_ptr(),
+            4 * out.stride(0),
+            rows,
+            width // 32,
+        )
+
+
+def merge(team: Team, outs: list[torch.Tensor], lses: list[torch.Tensor], out: torch.Tensor, lse: torch.Tensor) -> None:
+    """See CpuKernels.merge."""
+    expect(len(outs) == len(lses) > 0, f"merge needs as many outs as lses, at least one: {len(outs)}, {len(lses)}")
+    shape = tuple(out.shape)
+    check_tensor("out", out, torch.float32, shape)
+    check_tensor("lse", lse, torch.float32, shape[:-1])
+    for index, (part, part_lse) in enumerate(zip(outs, lses)):
+        check_tensor(f"outs[{index}]", part, torch.float32, shape)
+        check_tensor(f"lses[{index}]", part_lse, torch.float32, shape[:-1])
+    if out.numel() == 0:
+        return
+    parts = [(part.contiguous(), part_lse.contiguous()) for part, part_lse in zip(outs, lses)]
+    to = out if out.is_contiguous() else torch.empty(shape)
+    lse_to = lse if lse.is_contiguous() else torch.empty(shape[:-1])
+    copies = [pair for pair, own in zip(parts, zip(outs, lses)) if pair[0] is not own[0] or pair[1] is not own[1]]
+    if team.is_recording:
+        expect(not copies and to is out and lse_to is lse, "merge can be recorded with contiguous tensors only")
+    while parts:
+        taken, parts = parts[:MERGE_PARTS], parts[MERGE_PARTS:]
+        addresses = [tensor.data_ptr() for pair in taken for tensor in pair]
+        kernel = ("small.elementwise_kernel", "merge")
+        team.run(kernel, 0, len(taken), to.data_ptr(), lse_to.data_ptr(), lse_to.numel(), shape[-1], *addresses)
+        # A row reads all its inputs before it is written, so what is merged so far may be an input of the next round.
+        parts = [(to, lse_to), *parts] if parts else []
+    if to is not out:
+        out.copy_(to)
+    if lse_to is not lse:
+        lse.copy_(lse_to)

@@ -1,0 +1,142 @@
+"""The ops between the linears, one pass each over rows of float32.
+
+rms_norm      y = x * weight / sqrt(mean(x^2) + eps)
+silu_mul      y = gate / (1 + exp(-gate)) * up
+merge         w_i = exp(lse_i - max lse); out = sum w_i out_i / sum w_i; lse = max + log sum w_i
+"""
+
+import math
+
+import numpy as np
+from numba import types
+
+from cpu_kernels.small.elementwise_sizes import MERGE_FIRST, MERGE_ROWS, SILU_UNITS
+from cpu_kernels.team.chunks import parameter, real_parameter, take
+from cpu_kernels.vectors.compiler import helper
+from cpu_kernels.vectors.scalar import least, load_scalar, store_scalar
+from cpu_kernels.vectors.vector import (
+    add,
+    div,
+    exp,
+    fma,
+    keep_below,
+    load_f32,
+    load_f32_tail,
+    mul,
+    splat,
+    store_f32,
+    store_f32_tail,
+    sub,
+    sum_lanes,
+)
+
+MINUS_INFINITY, ZERO, ONE = np.float32(-np.inf), np.float32(0.0), np.float32(1.0)
+
+
+@helper
+def inverse_rms(x, count, eps):
+    """1 / sqrt(mean(x^2) + eps) of `count` float32."""
+    total, more = splat(ZERO), splat(ZERO)
+    i = 0
+    while i + 32 <= count:
+        a, b = load_f32(x + 4 * i), load_f32(x + 4 * i + 64)
+        total, more = fma(a, a, total), fma(b, b, more)
+        i += 32
+    while i < count:
+        a = load_f32_tail(x + 4 * i, count - i)
+        total = fma(a, a, total)
+        i += 16
+    mean = types.float64(sum_lanes(add(total, more))) / count
+    return types.float32(1.0 / math.sqrt(mean + eps))
+
+
+def rms_norm():
+    """Parameters: scratch, x, x row stride, weight, eps, out, out row stride, rows, hidden."""
+
+    def kernel(arguments, thread):
+        x, x_stride, weight = parameter(arguments, 1), parameter(arguments, 2), parameter(arguments, 3)
+        eps, out, out_stride = real_parameter(arguments, 4), parameter(arguments, 5), parameter(arguments, 6)
+        rows, hidden = parameter(arguments, 7), parameter(arguments, 8)
+        row = take(arguments, 0)
+        while row < rows:
+            source, to = x + row * x_stride, out + row * out_stride
+            factor = splat(inverse_rms(source, hidden, eps))
+            i = 0
+            while i + 16 <= hidden:
+                value = mul(mul(load_f32(source + 4 * i), factor), load_f32(weight + 4 * i))
+                store_f32(value, to + 4 * i)
+                i += 16
+            if i < hidden:
+                left = hidden - i
+                value = mul(mul(load_f32_tail(source + 4 * i, left), factor), load_f32_tail(weight + 4 * i, left))
+                store_f32_tail(value, to + 4 * i, left)
+            row = take(arguments, 0)
+
+    return kernel
+
+
+def silu_mul():
+    """Parameters: scratch, gate_up, its row stride, out, its row stride, rows, units."""
+
+    def kernel(arguments, thread):
+        gate_up, in_stride = parameter(arguments, 1), parameter(arguments, 2)
+        out, out_stride = parameter(arguments, 3), parameter(arguments, 4)
+        rows, units = parameter(arguments, 5), parameter(arguments, 6)
+        parts = (units + SILU_UNITS - 1) // SILU_UNITS
+        chunk = take(arguments, 0)
+        while chunk < rows * parts:
+            row, first = chunk // parts, chunk % parts * SILU_UNITS
+            for unit in range(first, least(units, first + SILU_UNITS)):
+                at = gate_up + row * in_stride + 128 * unit
+                gate = load_f32(at)
+                denominator = add(splat(ONE), exp(sub(splat(ZERO), gate)))
+                store_f32(mul(div(gate, denominator), load_f32(at + 64)), out + row * out_stride + 64 * unit)
+            chunk = take(arguments, 0)
+
+    return kernel
+
+
+@helper
+def part_lse(arguments, part, row):
+    """The lse of one partial's row."""
+    return load_scalar(parameter(arguments, MERGE_FIRST + 2 * part + 1) + 4 * row)
+
+
+@helper
+def part_weight(arguments, part, row, m):
+    """exp(lse - m) in all lanes."""
+    return exp(sub(splat(part_lse(arguments, part, row)), m))
+
+
+def merge():
+    """Parameters: scratch, count, out, lse, rows, head_dim, then (out, lse) of every partial; all contiguous."""
+
+    def kernel(arguments, thread):
+        count, out, lse = parameter(arguments, 1), parameter(arguments, 2), parameter(arguments, 3)
+        rows, head_dim = parameter(arguments, 4), parameter(arguments, 5)
+        chunk = take(arguments, 0)
+        while chunk * MERGE_ROWS < rows:
+            for row in range(chunk * MERGE_ROWS, least(rows, (chunk + 1) * MERGE_ROWS)):
+                largest = MINUS_INFINITY
+                for part in range(count):
+                    value = part_lse(arguments, part, row)
+                    if not value <= largest:
+                        largest = value
+                m = splat(ZERO if largest == MINUS_INFINITY else largest)
+                total = splat(ZERO)
+                for part in range(count):
+                    total = add(total, part_weight(arguments, part, row, m))
+                empty = largest == MINUS_INFINITY
+                inverse = div(splat(ONE), splat(ONE) if empty else total)
+                for i in range(0, head_dim, 16):
+                    value = splat(ZERO)
+                    for part in range(count):
+                        source = parameter(arguments, MERGE_FIRST + 2 * part) + 4 * (row * head_dim + i)
+                        weight = part_weight(arguments, part, row, m)
+                        value = fma(mul(load_f32_tail(source, head_dim - i), weight), inverse, value)
+                    store_f32_tail(value, out + 4 * (row * head_dim + i), head_dim - i)
+                scalar = sum_lanes(keep_below(total, 1, ZERO))
+                store_scalar(MINUS_INFINITY if empty else types.float32(largest + math.log(scalar)), lse + 4 * row)
+            chunk = take(arguments, 0)
+
+    return kernel

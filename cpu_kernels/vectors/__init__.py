@@ -1,0 +1,1 @@
+"""Vectors, scalars and dot products as LLVM instructions, for every instruction set."""

@@ -1,0 +1,60 @@
+"""From a Python function void(arguments, thread) to one object file with one exported symbol, through numba.
+
+The exported function keeps numba's native convention, int32(void *result, void **exception, int64, int64), without
+numba's C wrapper: the wrapper's error path would need numba loaded, and kernels never raise (no exceptions, numpy's
+error model), so the object needs nothing but libc. No fastmath: the kernels spell out their vectors and their fma.
+"""
+
+from numba import config, njit, types
+from numba.core import registry
+from numba.core.compiler import Compiler
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.dispatcher import _FunctionCompiler
+
+
+class CompileError(RuntimeError):
+    """Kernels cannot be compiled as Python is set up. Exit code 5."""
+
+    exit_code = 5
+
+
+if config.DISABLE_JIT:  # the functions below would be plain Python, which has no machine code
+    raise CompileError(
+        "a CPU kernel must be compiled, but the environment variable NUMBA_DISABLE_JIT forbids it; unset it, at least "
+        "for the first run on this machine"
+    )
+
+OPTIONS = {"nogil": True, "error_model": "numpy"}
+helper = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)  # for functions that kernels call
+# For those that take or give many registers, which a real call would pass through memory.
+inlined = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, inline="always", **OPTIONS)
+
+
+class _ObjectCompiler(_FunctionCompiler):
+    """numba's function compiler, told to make neither wrapper."""
+
+    def _customize_flags(self, flags):
+        flags.no_cpython_wrapper = True
+        flags.no_cfunc_wrapper = True
+        flags.no_compile = True
+        flags.enable_pyobject = False
+        return flags
+
+
+def compile_object(kernel, name: str) -> bytes:
+    """Object code of `kernel(arguments: int64, thread: int64)`, exported as `name`; raises numba's errors."""
+    kernel.__name__ = kernel.__qualname__ = name
+    compiler = _ObjectCompiler(kernel, registry.cpu_target, {"nopython": True, **OPTIONS}, {}, Compiler)
+    with global_compiler_lock:
+        result = compiler.compile((types.int64, types.int64), types.void)
+        library = result.library
+        library.finalize()
+        module = library._final_module
+        for function in module.functions:
+            # numba numbers helper functions per process, so another process's object may hold a different function of
+            # the same name: only the kernel itself may be visible to the loader.
+            if function.name == result.fndesc.llvm_func_name:
+                function.name = name
+            elif not function.is_declaration:
+                function.linkage = "internal"
+        return library.codegen._tm.emit_object(module)

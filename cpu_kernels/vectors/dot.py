@@ -1,0 +1,105 @@
+"""The dot products that instruction sets disagree on; what they compute is said in isa.py."""
+
+from llvmlite import ir
+
+from cpu_kernels.vectors.isa import Isa
+from cpu_kernels.vectors.vector import I16, I32, VF32, VI16, VI32, call_llvm, constant, fma_value, round_to_bf16
+
+V32I16, V8I32 = ir.VectorType(I16, 32), ir.VectorType(I32, 8)
+
+
+class _BFloat(ir.types.Type):
+    """LLVM's bfloat, which llvmlite has no name for; only the dpbf16ps operands use it."""
+
+    def _to_string(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, _BFloat)
+
+    def __hash__(self):
+        return hash(_BFloat)
+
+
+def _halves(builder, vector):
+    """<16 x i32> as two <8 x i32>."""
+    picks = [ir.Constant(V8I32, list(range(start, start + 8))) for start in (0, 8)]
+    return [builder.shuffle_vector(vector, vector, pick) for pick in picks]
+
+
+def _join(builder, low, high):
+    """Two <8 x i32> as one <16 x i32>."""
+    return builder.shuffle_vector(low, high, ir.Constant(VI32, list(range(16))))
+
+
+def _vpdpbusd_256(builder, acc, unsigned, signed):
+    parts = [_halves(builder, value) for value in (acc, unsigned, signed)]
+    dots = [call_llvm(builder, "llvm.x86.avx512.vpdpbusd.256", V8I32, *operands) for operands in zip(*parts)]
+    return _join(builder, *dots)
+
+
+def _even_odd(builder, acc, unsigned, signed):
+    """Even and odd bytes as int16, multiplied and added in pairs; LLVM matches the pattern to vpmaddwd."""
+    eight = constant(V32I16, 8)
+    wide_unsigned, wide_signed = builder.bitcast(unsigned, V32I16), builder.bitcast(signed, V32I16)
+    pairs = (
+        (builder.and_(wide_unsigned, constant(V32I16, 0xFF)), builder.ashr(builder.shl(wide_signed, eight), eight)),
+        (builder.lshr(wide_unsigned, eight), builder.ashr(wide_signed, eight)),
+    )
+    v32i32 = ir.VectorType(I32, 32)
+    picks = [ir.Constant(VI32, list(range(start, 32, 2))) for start in (0, 1)]
+    for a, b in pairs:
+        product = builder.mul(builder.sext(a, v32i32), builder.sext(b, v32i32))
+        even, odd = (builder.shuffle_vector(product, product, pick) for pick in picks)
+        acc = builder.add(acc, builder.add(even, odd))
+    return acc
+
+
+def emit_dot4(isa: Isa, builder, acc, unsigned, signed):
+    """acc + groups of four unsigned-by-signed byte products; LLVM values <16 x i32>."""
+    if isa.has_avx512:
+        return call_llvm(builder, "llvm.x86.avx512.vpdpbusd.512", VI32, acc, unsigned, signed)
+    if isa.name == "avxvnni":
+        return _vpdpbusd_256(builder, acc, unsigned, signed)
+    return _even_odd(builder, acc, unsigned, signed)
+
+
+def emit_dot2(isa: Isa, builder, acc, a, b):
+    """acc + pairs of int16 products, exact in int32; LLVM values <16 x i32> holding 32 int16."""
+    if isa.has_avx512:
+        return call_llvm(builder, "llvm.x86.avx512.vpdpwssd.512", VI32, acc, a, b)
+    wide = ir.VectorType(I32, 32)
+    a, b = (builder.sext(builder.bitcast(value, V32I16), wide) for value in (a, b))
+    product = builder.mul(a, b)
+    picks = [ir.Constant(VI32, list(range(start, 32, 2))) for start in (0, 1)]
+    even, odd = (builder.shuffle_vector(product, product, pick) for pick in picks)
+    return builder.add(acc, builder.add(even, odd))
+
+
+def emit_dot_bf16(isa: Isa, builder, acc, a, b):
+    """acc + pairs of bf16 products; a, b are LLVM values <16 x i32> holding 32 bf16."""
+    if isa.has_bf16:
+        pairs = ir.VectorType(_BFloat(), 32)
+        a, b = builder.bitcast(a, pairs), builder.bitcast(b, pairs)
+        return call_llvm(builder, "llvm.x86.avx512bf16.dpbf16ps.512", VF32, acc, a, b)
+    for widen in (low_halves, high_halves):
+        acc = fma_value(builder, widen(builder, a), widen(builder, b), acc)
+    return acc
+
+
+def low_halves(builder, pairs):
+    """The even bf16 of each pair, widened."""
+    return builder.bitcast(builder.shl(pairs, constant(VI32, 16)), VF32)
+
+
+def high_halves(builder, pairs):
+    """The odd bf16 of each pair, widened."""
+    return builder.bitcast(builder.and_(pairs, constant(VI32, 0xFFFF0000)), VF32)
+
+
+def emit_round_bf16(isa: Isa, builder, vector):
+    """<16 x float> -> <16 x i16>, bf16 rounded to nearest even; denormal numbers may become 0."""
+    if not isa.has_bf16:
+        return round_to_bf16(builder, vector)
+    rounded = call_llvm(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(_BFloat(), 16), vector)
+    return builder.bitcast(rounded, VI16)

@@ -1,0 +1,175 @@
+"""Single numbers in memory and registers, atomics and what a thread asks of the system: for kernels, as intrinsics."""
+
+import time
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from cpu_kernels.vectors.vector import F32, HALF, I8, I16, I32, I64, call_llvm, emits, float32, int32, intp, pointer
+
+
+@emits(types.int64, types.int64, types.int64)
+def least(b, x, y):
+    """The smaller integer; the builtin min costs a compilation per kernel."""
+    return b.select(b.icmp_signed("<", x, y), x, y)
+
+
+@emits(types.int64, types.int64, types.int64)
+def most(b, x, y):
+    """The larger integer."""
+    return b.select(b.icmp_signed(">", x, y), x, y)
+
+
+@emits(float32, float32, float32)
+def larger(b, x, y):
+    """The larger float; a NaN on either side wins."""
+    return b.select(b.fcmp_unordered(">", y, x), y, x)
+
+
+@emits(float32, float32)
+def power_of_two(b, x):
+    """2**x of a whole x <= 0; 0 below -126, also for -inf."""
+    is_small = b.fcmp_ordered(">=", x, ir.Constant(F32, -126.0))
+    whole = b.fptosi(b.select(is_small, x, ir.Constant(F32, 0.0)), I32)
+    bits = b.shl(b.add(whole, ir.Constant(I32, 127)), ir.Constant(I32, 23))
+    return b.select(is_small, b.bitcast(bits, F32), ir.Constant(F32, 0.0))
+
+
+@emits(float32, float32)
+def round_up(b, x):
+    """The next whole number; infinities and NaN stay what they are."""
+    return call_llvm(b, "llvm.ceil.f32", F32, x)
+
+
+@emits(types.int64, intp)
+def load_i64(b, address):
+    """One int64."""
+    return b.load(pointer(b, address, I64), align=8)
+
+
+@emits(int32, intp)
+def load_i32(b, address):
+    """One int32."""
+    return b.load(pointer(b, address, I32), align=4)
+
+
+@emits(types.int64, intp)
+def load_byte(b, address):
+    """One unsigned byte."""
+    return b.zext(b.load(pointer(b, address, I8), align=1), I64)
+
+
+@emits(types.int64, intp)
+def load_short(b, address):
+    """One uint16 at any address."""
+    return b.zext(b.load(pointer(b, address, I16), align=1), I64)
+
+
+@emits(types.int64, intp)
+def load_word(b, address):
+    """One uint32 at any address."""
+    return b.zext(b.load(pointer(b, address, I32), align=1), I64)
+
+
+@emits(float32, intp)
+def load_half(b, address):
+    """One float16 at any address, widened."""
+    return b.fpext(b.load(pointer(b, address, HALF), align=1), F32)
+
+
+@emits(float32, types.int64)
+def as_float(b, bits):
+    """The float32 with these bits."""
+    return b.bitcast(b.trunc(bits, I32), F32)
+
+
+@emits(types.void, types.int64, intp)
+def store_byte(b, value, address):
+    """The low byte."""
+    b.store(b.trunc(value, I8), pointer(b, address, I8), align=1)
+
+
+@emits(types.void, types.int64, intp)
+def store_short(b, value, address):
+    """The low two bytes."""
+    b.store(b.trunc(value, I16), pointer(b, address, I16), align=1)
+
+
+@emits(types.void, types.int64, intp)
+def store_word(b, value, address):
+    """The low four bytes."""
+    b.store(b.trunc(value, I32), pointer(b, address, I32), align=1)
+
+
+@emits(float32, intp)
+def load_scalar(b, address):
+    """One float32."""
+    return b.load(pointer(b, address, F32), align=4)
+
+
+@emits(types.void, float32, intp)
+def store_scalar(b, value, address):
+    """One float32."""
+    b.store(value, pointer(b, address, F32), align=4)
+
+
+@emits(types.void, types.int64, intp)
+def store_i64(b, value, address):
+    """One int64."""
+    b.store(value, pointer(b, address, I64), align=8)
+
+
+@emits(types.int64, intp)
+def load_acquire(b, address):
+    """Atomic int64 load: what was written before the matching store_release is visible after it."""
+    return b.load_atomic(pointer(b, address, I64), "acquire", 8)
+
+
+@emits(types.void, types.int64, intp)
+def store_release(b, value, address):
+    """Atomic int64 store, ordered after all earlier writes and against later atomic loads."""
+    b.store_atomic(value, pointer(b, address, I64), "seq_cst", 8)
+
+
+@emits(types.int64, intp, types.int64)
+def fetch_add(b, address, value):
+    """Atomic add; returns the value before."""
+    return b.atomic_rmw("add", pointer(b, address, I64), value, "seq_cst")
+
+
+@emits(types.void)
+def pause(b):
+    """Tell the core that this is a spin loop (x86); nothing elsewhere."""
+    if "x86_64" in str(b.module.triple):
+        call_llvm(b, "llvm.x86.sse2.pause", ir.VoidType())
+
+
+@emits(types.void)
+def yield_core(b):
+    """sched_yield()."""
+    call_llvm(b, "sched_yield", I32)
+
+
+@emits(types.void, intp)
+def sleep_us(b, microseconds):
+    """usleep()."""
+    call_llvm(b, "usleep", I32, b.trunc(microseconds, I32))
+
+
+@emits(types.int64)
+def clock_ns(b):
+    """clock_gettime() of a clock that only goes forward, in nanoseconds."""
+    time_spec = cgutils.alloca_once(b, ir.ArrayType(I64, 2))
+    call_llvm(b, "clock_gettime", I32, ir.Constant(I32, time.CLOCK_MONOTONIC), b.bitcast(time_spec, I8.as_pointer()))
+    seconds, nanoseconds = (b.load(cgutils.gep_inbounds(b, time_spec, 0, part)) for part in range(2))
+    return b.add(b.mul(seconds, ir.Constant(I64, 10**9)), nanoseconds)
+
+
+@emits(types.void, types.int64, types.int64, types.int64)
+def call_kernel(b, address, arguments, thread):
+    """Call a compiled kernel (arguments, thread) in the convention of compiler.py."""
+    opaque = I8.as_pointer()
+    signature = ir.FunctionType(I32, [opaque.as_pointer(), opaque, I64, I64])
+    result = cgutils.alloca_once(b, opaque)
+    b.call(b.inttoptr(address, signature.as_pointer()), [result, ir.Constant(opaque, None), arguments, thread])

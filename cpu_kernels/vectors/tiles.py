@@ -1,0 +1,158 @@
+"""Tuples of vectors as register tiles: their start and their way to memory."""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from cpu_kernels.vectors.vector import (
+    F32,
+    I16,
+    I32,
+    I64,
+    LANES,
+    VF32,
+    VI32,
+    F32x16,
+    constant,
+    emits,
+    intp,
+    lanes_below,
+    load_as,
+    masked_load,
+    store_as,
+)
+
+ZERO64 = ir.Constant(I64, 0)
+
+
+def masked_line(b, address, count, item_bytes):
+    """<16 x i32> whose first `count` items of 2 or 4 bytes are read and the rest are 0 without touching memory."""
+    if item_bytes == 4:
+        return masked_load(b, address, VI32, lanes_below(b, count), "v16i32")
+    halves, lanes = ir.VectorType(I16, 2 * LANES), ir.VectorType(I32, 2 * LANES)
+    first = b.insert_element(ir.Constant(lanes, ir.Undefined), b.trunc(count, I32), ir.Constant(I32, 0))
+    limit = b.shuffle_vector(first, first, ir.Constant(lanes, [0] * lanes.count))
+    mask = b.icmp_signed("<", ir.Constant(lanes, list(range(lanes.count))), limit)
+    return b.bitcast(masked_load(b, address, halves, mask, "v32i16"), VI32)
+
+
+def zeros(count: int):
+    """Intrinsic () -> tuple of `count` zero vectors."""
+    tile = types.UniTuple(F32x16, count)
+
+    @emits(tile)
+    def zero_tile(b):
+        value = ir.Constant(ir.ArrayType(VF32, count), ir.Undefined)
+        for index in range(count):
+            value = b.insert_value(value, constant(VF32, 0.0), index)
+        return value
+
+    return zero_tile
+
+
+def add_and_store(b, value, bias, out, accumulate):
+    """out = value + bias, or out += that; bias 0 means none. `value` is any float LLVM vector."""
+    for source, wanted in ((bias, b.icmp_signed("!=", bias, ZERO64)), (out, b.icmp_signed("!=", accumulate, ZERO64))):
+        before = b.block
+        with b.if_then(wanted):
+            added = b.fadd(value, load_as(b, source, value.type))
+            inside = b.block
+        merged = b.phi(value.type)
+        merged.add_incoming(value, before)
+        merged.add_incoming(added, inside)
+        value = merged
+    store_as(b, value, out)
+
+
+def finish_features(rows: int):
+    """Intrinsic (tile, bias, out, out_stride, accumulate): row r's 16 features go to out + r * out_stride."""
+    tile = types.UniTuple(F32x16, rows)
+
+    @emits(types.void, tile, intp, intp, intp, intp)
+    def store_features(b, sums, bias, out, out_stride, accumulate):
+        for row in range(rows):
+            at = b.add(out, b.mul(out_stride, ir.Constant(I64, row)))
+            add_and_store(b, b.extract_value(sums, row), bias, at, accumulate)
+
+    return store_features
+
+
+def finish_dots(features: int, rows: int):
+    """Intrinsic (tile, bias, out, out_stride, accumulate) for a tile whose vectors are partial sums of one dot product.
+
+    Vector row * features + f is summed over its lanes into out + row * out_stride + 4 * f.
+    """
+    tile = types.UniTuple(F32x16, features * rows)
+
+    @emits(types.void, tile, intp, intp, intp, intp)
+    def store_dots(b, sums, bias, out, out_stride, accumulate):
+        vectors = [b.extract_value(sums, index) for index in range(features * rows)]
+        for row, value in enumerate(sum_rows(b, vectors, features)):
+            add_and_store(b, value, bias, b.add(out, b.mul(out_stride, ir.Constant(I64, row))), accumulate)
+
+    return store_dots
+
+
+def fold_lanes(width):
+    """Which of the 32 lanes of two vectors hold lower halves of their `width`-lane segments, in an order cheap to pick.
+
+    Down to 128-bit lanes whole lanes move; inside a lane the two vectors alternate, so that one shuffle does it.
+    """
+    if width > 4:
+        return [lane for lane in range(2 * LANES) if lane % width < width // 2]
+    picked = []
+    for quad in range(0, LANES, 4):
+        for vector in (0, LANES):
+            picked += [vector + quad + lane for lane in range(4) if lane % width < width // 2]
+    return picked
+
+
+def sum_each(b, vectors):
+    """<n x float> of the lane sums of n vectors, in order; n is 8 or 16.
+
+    Neighbours fold into one vector that holds half sums of both, until one is left; `owners` says whose sum a lane is.
+    """
+    pieces = [(vector, [index] * LANES) for index, vector in enumerate(vectors)]
+    width = LANES
+    while len(pieces) > 1:
+        low = fold_lanes(width)
+        masks = [ir.Constant(VI32, [lane + shift for lane in low]) for shift in (0, width // 2)]
+        folded = []
+        for (left, left_owners), (right, right_owners) in zip(pieces[::2], pieces[1::2]):
+            value = b.fadd(*(b.shuffle_vector(left, right, mask) for mask in masks))
+            folded.append((value, [(left_owners + right_owners)[lane] for lane in low]))
+        pieces, width = folded, width // 2
+    value, owners = pieces[0]
+    if width == 2:
+        swapped = b.shuffle_vector(value, value, ir.Constant(VI32, [lane ^ 1 for lane in range(LANES)]))
+        value = b.fadd(value, swapped)
+    order = ir.Constant(ir.VectorType(I32, len(vectors)), [owners.index(index) for index in range(len(vectors))])
+    return b.shuffle_vector(value, value, order)
+
+
+def sum_rows(b, vectors, features):
+    """For every `features` (a divisor of 16) vectors, one <features x float> of their lane sums."""
+    if len(vectors) < LANES // 2:
+        return [sum_few(b, vectors[at : at + features]) for at in range(0, len(vectors), features)]
+    half = LANES // 2
+    padded = vectors + [constant(VF32, 0.0)] * (-len(vectors) % half)
+    rows = []
+    for start in range(0, len(padded), LANES):
+        sums = sum_each(b, padded[start : start + LANES])
+        for at in range(0, min(LANES, len(vectors) - start), features):
+            rows.append(
+                b.shuffle_vector(sums, sums, ir.Constant(ir.VectorType(I32, features), list(range(at, at + features))))
+            )
+    return rows
+
+
+def sum_few(b, vectors):
+    """<n x float> of the lane sums of n vectors."""
+    value = ir.Constant(ir.VectorType(F32, len(vectors)), ir.Undefined)
+    reduce = cgutils.get_or_insert_function(
+        b.module, ir.FunctionType(F32, [F32, VF32]), "llvm.vector.reduce.fadd.v16f32"
+    )
+    for index, vector in enumerate(vectors):
+        total = b.call(reduce, [ir.Constant(F32, -0.0), vector], fastmath=("reassoc",))
+        value = b.insert_element(value, total, ir.Constant(I32, index))
+    return value

@@ -1,0 +1,166 @@
+"""Pages of keys and values: the memory they are in, and one page as the sequences that share it see it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from cpu_kernels import fresh_memory
+from cpu_kernels.formats import pages as kv_layout
+from hetero_attn.devices import Device
+from hetero_attn.errors import MemoryBudgetError
+
+Allocate = Callable[[tuple[int, ...], torch.dtype, str], torch.Tensor]
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "q8": torch.int8, "q4": torch.uint8}
+
+
+def host_empty(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.Tensor:
+    """Allocate ordinary host memory; pages are touched, and so counted by the system, only when they are written."""
+    return fresh_memory(shape, dtype)
+
+
+@dataclass(slots=True, eq=False)
+class Page:
+    """`page_size` consecutive tokens in all layers of a layer group, from token `index * page_size` on.
+
+    host, recent, spilled: its number in the stores of those names; a page of the GPU's groups is in one of the last
+    two. slots: the sequences that hold it. node: where the prefix tree remembers it, None where it does not.
+    """
+
+    index: int
+    host: int | None = None
+    recent: int | None = None
+    spilled: int | None = None
+    slots: set[int] = field(default_factory=set)
+    node: "Node | None" = None
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One page of tokens after its parent's in the prefix tree.
+
+    pages: by layer group, None where it is not stored any more.
+    """
+
+    parent: "Node | None"
+    tokens: tuple[int, ...]
+    pages: list[Page | None]
+    children: dict[tuple[int, ...], "Node"] = field(default_factory=dict)
+
+
+class PagedStore:
+    """Pages of `groups` KV-head groups for a run of layers, in one memory.
+
+    k[i], v[i]: [num_pages * groups, page_size, row_items] of the run's i-th layer, laid out as cpu_kernels.formats.pages
+    says for the KV dtype; page p of group g is row p * groups + g. table: int32 [max_batch, groups, pages of
+    max_context] in host memory, the row number of each logical page. allocate: where k and v come from, called with
+    (shape, dtype, "kv"). device: whose memory that is, None for host memory.
+    """
+
+    def __init__(
+        self,
+        allocate: Allocate,
+        device: Device | None = None,
+        *,
+        layers: int,
+        groups: int,
+        num_pages: int,
+        page_size: int,
+        head_dim: int,
+        kv_dtype: str,
+        max_batch: int,
+        max_pages: int,
+    ) -> None:
+        self.groups = groups
+        self.page_size = page_size
+        self.max_batch = max_batch
+        self.num_pages = num_pages
+        self._allocate = allocate
+        self._device = device
+        self._parked: list[torch.Tensor] | None = None
+        self._row_shape = (page_size, kv_layout.row_items(kv_dtype, head_dim))
+        self._dtype = TORCH_DTYPES[kv_dtype]
+        self.k = [self._new_pages() for _ in range(layers)]
+        self.v = [self._new_pages() for _ in range(layers)]
+        self.table = torch.zeros((max_batch, groups, max_pages), dtype=torch.int32)
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._group_rows = torch.arange(groups, dtype=torch.int32)
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether the pages in use wait in host memory for a `resize` that fits."""
+        return self._parked is not None
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that are in no use."""
+        return len(self._free)
+
+    def acquire(self) -> int:
+        """Take a free page; raises MemoryBudgetError when there is none."""
+        if not self._free:
+            raise MemoryBudgetError("the KV cache has no free page; raise kv_tokens, max_context or max_batch at load")
+        return self._free.pop()
+
+    def free(self, page: int) -> None:
+        """Take a page back."""
+        self._free.append(page)
+
+    def place(self, slot: int, logical_page: int, page: int) -> None:
+        """Let a sequence find its tokens [logical_page * page_size, ...) in a page."""
+        self.table[slot, :, logical_page] = page * self.groups + self._group_rows
+
+    def page_rows(self, page: int) -> slice:
+        """Rows of k and v that hold this page, all groups."""
+        return slice(page * self.groups, (page + 1) * self.groups)
+
+    def slots(self, slot: int, positions: torch.Tensor) -> torch.Tensor:
+        """Where tokens at `positions` int64 [n] of a sequence are written: int64 [n, groups] into k viewed as tokens."""
+        pages = self.table[slot, :, positions // self.page_size].T.long()  # [n, groups]
+        return pages * self.page_size + (positions % self.page_size)[:, None]
+
+    def resize(self, num_pages: int, used: list[int]) -> None:
+        """Keep `num_pages` pages from now on: those in `used`, numbered from 0 in that order, and free ones.
+
+        Only a store in GPU memory is resized: those in DRAM have room for every token from the start. No queued work
+        may use the store. The pages wait in host memory while the old ones are given back before the new ones are
+        allocated. Where those do not fit, MemoryBudgetError is raised and the pages go on waiting for a `resize` that
+        fits.
+        """
+        assert self._device is not None and len(used) <= num_pages, (self._device, used, num_pages)
+        self._park(used)
+        self.num_pages = num_pages
+        layers = len(self._parked) // 2
+        for index, parked in enumerate(self._parked):
+            pages = self._new_pages()
+            (self.k if index < layers else self.v).append(pages)
+            self._copy(pages[: parked.shape[0]], parked)
+        self._finish_copies()
+        self._parked = None
+        self._free = list(range(num_pages - 1, len(used) - 1, -1))
+
+    def _park(self, used: list[int]) -> None:
+        """Move the used pages of every layer to host memory and give the store's memory back."""
+        if self._parked is None:
+            parked = [self._in_host_memory(pages, used) for pages in (*self.k, *self.v)]
+            self._finish_copies()
+            self._parked = parked
+        for pages in (*self.k, *self.v):
+            self._device.release(pages, "kv")
+        self.k, self.v = [], []
+
+    def _in_host_memory(self, pages: torch.Tensor, used: list[int]) -> torch.Tensor:
+        parked = torch.empty((len(used) * self.groups, *self._row_shape), dtype=self._dtype)
+        for number, page in enumerate(used):
+            self._copy(parked[self.page_rows(number)], pages[self.page_rows(page)])
+        return parked
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        if source.numel():
+            self._device.copy(target, source, self._device.compute)
+
+    def _finish_copies(self) -> None:
+        self._device.synchronize(self._device.record(self._device.compute))
+
+    def _new_pages(self) -> torch.Tensor:
+        return self._allocate((self.num_pages * self.groups, *self._row_shape), self._dtype, "kv")

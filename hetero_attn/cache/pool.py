@@ -1,0 +1,334 @@
+"""The KV cache of the layers that one placement and one window describe: who holds which page, and in which store.
+
+    host     the KV-head groups the CPU owns: every token, DRAM
+    recent   the KV-head groups the GPU owns: the newest tokens, GPU memory
+    spilled  the same groups: the older tokens, DRAM, page-locked because they come from the GPU and go back there
+
+A sequence of a GPU group is the segment [first, boundary) in `spilled` and [boundary, length) in `recent`. A page that
+several sequences hold has one place for all of them, so moving it moves their boundaries together. When the newest
+tokens would not fit, idle pages leave `recent` first and then the oldest page of the fullest sequence. Pages wholly
+older than a sliding window are let go as the sequence grows. A page that nobody holds stays, idle, while the prefix
+tree remembers it and nobody needs its memory; the one idle for longest goes first.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from hetero_attn.cache.moves import PageMoves
+from hetero_attn.cache.pages import Allocate, Page, PagedStore, host_empty
+from hetero_attn.devices import Device
+from hetero_attn.errors import MemoryBudgetError
+from placement.plan.memory import kv_recent_tokens, kv_spilled_tokens
+from placement.plan.plan import Plan
+
+
+@dataclass(slots=True)
+class SequenceState:
+    """One sequence in the cache: the slot of its page tables and how many of its tokens are stored."""
+
+    slot: int
+    length: int = 0
+
+
+class LayerGroup:
+    """Pages of up to `plan.max_batch` sequences for some layers of a plan; see the module docstring.
+
+    device: None without a GPU. idle: remembered pages that no sequence holds, the one idle for longest first. forget:
+    set to what is called before a remembered page is taken for something else.
+    """
+
+    def __init__(self, plan: Plan, layers: Sequence[int], device: Device | None) -> None:
+        workload, shard, placement = plan.workload, plan.workload.kv[layers[0]], plan.kv[layers[0]]
+        self.layers = tuple(layers)
+        self.window = shard.window
+        self.page_size = plan.page_size
+        self.gpu_groups = placement.gpu_groups
+        self.capacity = workload.layer_tokens(shard) // self.page_size
+        self.forget: Callable[[Page], None] = lambda page: None
+        self.moves = None if device is None else PageMoves(device, len(layers))
+        self._sequence_pages = workload.sequence_tokens(shard) // self.page_size
+        self._held: list[dict[int, Page]] = [{} for _ in range(plan.max_batch)]
+        self._reserved = [0] * plan.max_batch
+        self._boundary = [0] * plan.max_batch  # in pages
+        self.idle: dict[Page, None] = {}
+
+        def store(groups: int, tokens: int, allocate: Allocate, device: Device | None = None) -> PagedStore | None:
+            if groups == 0 or tokens == 0:
+                return None
+            return PagedStore(
+                allocate,
+                device,
+                layers=len(layers),
+                groups=groups,
+                num_pages=tokens // plan.page_size,
+                page_size=plan.page_size,
+                head_dim=workload.head_dim,
+                kv_dtype=workload.kv_dtype,
+                max_batch=plan.max_batch,
+                max_pages=-(-plan.max_context // plan.page_size),
+            )
+
+        recent, spilled = (f(workload, shard, placement.gpu_tokens) for f in (kv_recent_tokens, kv_spilled_tokens))
+        self.host = store(shard.groups - self.gpu_groups, workload.layer_tokens(shard), host_empty)
+        self.recent = None if device is None else store(self.gpu_groups, recent, device.empty, device)
+        self.spilled = None if device is None else store(self.gpu_groups, spilled, device.host_empty)
+
+    @property
+    def stores(self) -> dict[str, PagedStore]:
+        """The stores that exist, by name."""
+        named = {name: getattr(self, name) for name in ("host", "recent", "spilled")}
+        return {name: store for name, store in named.items() if store is not None}
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """The most tokens of one append, None without a limit: every other sequence keeps the page it is writing to."""
+        return None if self.spilled is None else (self.recent.num_pages - self.recent.max_batch) * self.page_size
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence has reserved."""
+        return self.capacity - sum(self._reserved)
+
+    def pages_for(self, tokens: int) -> int:
+        """Most pages that a sequence of `tokens` tokens ever holds."""
+        return min(-(-tokens // self.page_size), self._sequence_pages)
+
+    def first_visible(self, length: int) -> int:
+        """The first token that a new one at position `length` attends to."""
+        return max(0, length + 1 - self.window) if self.window else 0
+
+    def boundary(self, slot: int) -> int:
+        """The first token of a sequence that is in `recent`."""
+        return self._boundary[slot] * self.page_size
+
+    def held(self, slot: int) -> dict[int, Page]:
+        """The pages of a sequence by logical number; not to be changed."""
+        return self._held[slot]
+
+    def reserve(self, slot: int, tokens: int) -> None:
+        """Set pages aside for a new sequence of at most `tokens` tokens; `free_pages` must allow it."""
+        self._reserved[slot] = self.pages_for(tokens)
+
+    def make_room(self, sequence: SequenceState, new_tokens: int, others: Iterable[SequenceState]) -> None:
+        """Hold pages for `new_tokens` more; lets go of pages that the window has passed.
+
+        others: every open sequence. Raises MemoryBudgetError beyond the reservation.
+        """
+        slot, held = sequence.slot, self._held[sequence.slot]
+        first = self.first_visible(sequence.length) // self.page_size
+        for logical in [logical for logical in held if logical < first]:
+            self._let_go(slot, logical)
+        self._boundary[slot] = max(self._boundary[slot], first)
+        stop = -(-(sequence.length + new_tokens) // self.page_size)
+        missing = [logical for logical in range(sequence.length // self.page_size, stop) if logical not in held]
+        if len(held) + len(missing) > self._reserved[slot]:
+            raise MemoryBudgetError(
+                f"the sequence reserved {self._reserved[slot]} pages of {self.page_size} tokens and needs "
+                f"{len(held) + len(missing)}; reserve more when it is opened"
+            )
+        for logical in missing:
+            self._hold(slot, self._new_page(logical, others))
+        self._start_moves()
+
+    def share(self, slot: int, pages: Iterable[Page]) -> None:
+        """Let a sequence hold pages that exist, in order and before any of its own."""
+        pages = list(pages)
+        for page in pages:
+            self.idle.pop(page, None)
+            self._hold(slot, page)
+        self._boundary[slot] = pages[0].index if pages else 0
+        older = [page.index for page in pages if page.recent is None]
+        if self.recent is not None and older:
+            self._boundary[slot] = max(older) + 1
+            for page in pages:
+                if page.recent is not None and page.index <= max(older):
+                    self._spill(page)
+        self._start_moves()
+
+    def own_tail(self, sequence: SequenceState, others: Iterable[SequenceState]) -> None:
+        """Make the page that a sequence writes to next, if it is partly filled, its own and, on the GPU, recent."""
+        slot, logical = sequence.slot, sequence.length // self.page_size
+        self._boundary[slot] = min(self._boundary[slot], logical)
+        if sequence.length % self.page_size == 0:
+            return
+        page = self._held[slot][logical]
+        if page.slots == {slot}:
+            self._forget(page)
+            if self.recent is not None and page.recent is None:
+                self._fetch(page, others)
+        else:
+            self._copy_for(slot, page, others)
+        self._start_moves()
+
+    def cut(self, slot: int, length: int) -> None:
+        """Let go of the pages of the tokens from `length` on."""
+        first = -(-length // self.page_size)
+        for logical in sorted((logical for logical in self._held[slot] if logical >= first), reverse=True):
+            self._let_go(slot, logical)
+        self._boundary[slot] = min(self._boundary[slot], length // self.page_size)
+
+    def end(self, slot: int) -> None:
+        """Let go of everything that a sequence holds or has reserved."""
+        self.cut(slot, 0)
+        self._reserved[slot] = 0
+
+    def drop(self, page: Page) -> None:
+        """Free a page that the prefix tree no longer remembers, unless a sequence holds it."""
+        if not page.slots:
+            self.idle.pop(page, None)
+            self._free(page)
+
+    def shrink(self, gpu_tokens: int, others: Iterable[SequenceState]) -> None:
+        """Keep no more than `gpu_tokens` in GPU memory; older pages move to DRAM as needed."""
+        pages = self._recent_pages(gpu_tokens)
+        if self.recent is not None and pages < self.recent.num_pages:
+            while self.recent.num_pages - self.recent.free_pages > pages:
+                self._vacate_recent(others)
+            self._resize_recent(pages)
+
+    def grow(self, gpu_tokens: int, others: Iterable[SequenceState], anew: bool = False) -> None:
+        """Keep up to `gpu_tokens` in GPU memory; the newest pages in DRAM come back. Raises MemoryBudgetError.
+
+        anew: give the store another place even if its size stays, where GPU memory is in pieces.
+        """
+        pages = self._recent_pages(gpu_tokens)
+        if self.recent is not None and (anew or pages > self.recent.num_pages or self.recent.is_parked):
+            self._resize_recent(pages)
+            while self.recent.free_pages and (page := self._newest_spilled(others)) is not None:
+                self._fetch(page, others)
+            self._start_moves()
+
+    def _recent_pages(self, gpu_tokens: int) -> int:
+        return min(-(-gpu_tokens // self.page_size), self.capacity)
+
+    def _resize_recent(self, num_pages: int) -> None:
+        self.moves.finish()
+        pages = {page: None for held in self._held for page in held.values() if page.recent is not None}
+        pages |= {page: None for page in self.idle if page.recent is not None}
+        self.recent.resize(num_pages, [page.recent for page in pages])
+        for number, page in enumerate(pages):
+            page.recent = number
+            for slot in page.slots:
+                self.recent.place(slot, page.index, number)
+
+    def _newest_spilled(self, sequences: Iterable[SequenceState]) -> Page | None:
+        """The last page in DRAM of the sequence with the most there; its sharers have their boundary behind it too."""
+        slot = max((sequence.slot for sequence in sequences), key=lambda slot: self._boundary[slot], default=None)
+        return None if slot is None else self._held[slot].get(self._boundary[slot] - 1)
+
+    def _new_page(self, logical: int, others: Iterable[SequenceState]) -> Page:
+        page = Page(logical)
+        try:
+            if self.host is not None:
+                page.host = self._acquire(self.host, "host")
+            if self.recent is not None:
+                page.recent = self._acquire_recent(others)
+        except BaseException:
+            self._free(page)
+            raise
+        return page
+
+    def _hold(self, slot: int, page: Page) -> None:
+        page.slots.add(slot)
+        self._held[slot][page.index] = page
+        for name, store in self.stores.items():
+            if getattr(page, name) is not None:
+                store.place(slot, page.index, getattr(page, name))
+
+    def _let_go(self, slot: int, logical: int) -> None:
+        page = self._held[slot].pop(logical)
+        page.slots.discard(slot)
+        if not page.slots:
+            if page.node is None:
+                self._free(page)
+            else:
+                self.idle[page] = None
+
+    def _free(self, page: Page) -> None:
+        for name, store in self.stores.items():
+            if getattr(page, name) is not None:
+                store.free(getattr(page, name))
+                setattr(page, name, None)
+
+    def _forget(self, page: Page) -> None:
+        if page.node is not None:
+            self.forget(page)
+
+    def _acquire(self, store: PagedStore, name: str) -> int:
+        """A free page of a store, taken from the page idle for longest if need be."""
+        while not store.free_pages and (idle := self._longest_idle(name)) is not None:
+            self._forget(idle)
+        return store.acquire()
+
+    def _longest_idle(self, name: str) -> Page | None:
+        return next((page for page in self.idle if getattr(page, name) is not None), None)
+
+    def _acquire_recent(self, others: Iterable[SequenceState]) -> int:
+        while not self.recent.free_pages:
+            self._vacate_recent(others)
+        return self.recent.acquire()
+
+    def _vacate_recent(self, others: Iterable[SequenceState]) -> None:
+        """Take a page out of GPU memory: the one idle for longest, else the oldest of the fullest sequence."""
+        idle = self._longest_idle("recent")
+        if idle is None:
+            self._spill_oldest(others)
+        elif self.spilled is not None and self.spilled.free_pages:
+            self._spill(idle)
+        else:
+            self._forget(idle)
+
+    def _spill_oldest(self, sequences: Iterable[SequenceState]) -> None:
+        """Move the oldest recent page of the sequence with the most full ones to DRAM."""
+
+        def full_pages(sequence: SequenceState) -> int:
+            return sequence.length // self.page_size - self._boundary[sequence.slot]
+
+        fullest = max(sequences, key=full_pages)
+        if full_pages(fullest) <= 0 or self.spilled is None:
+            raise MemoryBudgetError(
+                f"the KV cache keeps {self.recent.num_pages} pages of {self.page_size} tokens in GPU memory and none "
+                "is left to move to DRAM; give the plan more kv gpu_tokens, or fewer sequences at once"
+            )
+        self._spill(self._held[fullest.slot][self._boundary[fullest.slot]])
+
+    def _spill(self, page: Page) -> None:
+        """Move a page to DRAM, after every older one of its sequences: one whose window is behind may hold some."""
+        for slot in page.slots:
+            for logical in range(self._boundary[slot], page.index):
+                if logical in self._held[slot] and self._held[slot][logical].recent is not None:
+                    self._spill(self._held[slot][logical])
+        page.spilled = self._acquire(self.spilled, "spilled")
+        self.moves.queue(self.spilled, page.spilled, self.recent, page.recent)
+        self.recent.free(page.recent)
+        page.recent = None
+        for slot in page.slots:
+            self.spilled.place(slot, page.index, page.spilled)
+            self._boundary[slot] = max(self._boundary[slot], page.index + 1)
+
+    def _fetch(self, page: Page, others: Iterable[SequenceState]) -> None:
+        """Bring a page back, the last in DRAM of every sequence that holds it."""
+        page.recent = self._acquire_recent(others)
+        self.moves.queue(self.recent, page.recent, self.spilled, page.spilled)
+        self.spilled.free(page.spilled)
+        page.spilled = None
+        for slot in page.slots:
+            self.recent.place(slot, page.index, page.recent)
+            self._boundary[slot] = page.index
+
+    def _copy_for(self, slot: int, page: Page, others: Iterable[SequenceState]) -> None:
+        """Give a sequence a copy of a page that it shares."""
+        copy = self._new_page(page.index, others)
+        if self.host is not None:
+            to, frm = self.host.page_rows(copy.host), self.host.page_rows(page.host)
+            for pages in (*self.host.k, *self.host.v):
+                pages[to] = pages[frm]
+        if self.recent is not None:
+            source = "spilled" if page.recent is None else "recent"
+            self.moves.queue(self.recent, copy.recent, getattr(self, source), getattr(page, source))
+        page.slots.discard(slot)
+        self._hold(slot, copy)
+
+    def _start_moves(self) -> None:
+        if self.moves is not None:
+            self.moves.start()

@@ -1,0 +1,62 @@
+"""Older keys and values on their way to the GPU: a prompt's chunk attends them there, block by block.
+
+A step announces, in order, every block of pages that its layers will read; two buffers take turns, so the next block
+arrives while the last one is attended (`copy_ahead`).
+
+Every buffer is a small store of its own: page p of group g is row p * widest + g, and one constant table says so.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from cpu_kernels.formats.pages import row_items
+from hetero_attn.cache.pages import TORCH_DTYPES, PagedStore
+from hetero_attn.devices import Device
+from hetero_attn.devices.copy_ahead import CopyAhead
+from placement.plan.memory import KV_STAGING_BUFFERS, kv_staging_pages
+from placement.plan.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class PageBlock:
+    """Consecutive logical pages of one sequence in one layer: where they are, and which logical page is the first."""
+
+    store: PagedStore
+    layer: int
+    first: int
+    pages: tuple[int, ...]
+
+
+class PageStream(CopyAhead[PageBlock, tuple[torch.Tensor, torch.Tensor]]):
+    """The buffers of a plan, each of `block_pages` pages of as many KV-head groups as the widest layer has.
+
+    What arrives is K and V of a block, rows as `table` says.
+    """
+
+    def __init__(self, device: Device, workload: Workload) -> None:
+        super().__init__(device, KV_STAGING_BUFFERS)
+        self.block_pages = kv_staging_pages(workload)
+        self._widest = max(shard.groups for shard in workload.kv)
+        shape = (self.block_pages * self._widest, workload.page_size, row_items(workload.kv_dtype, workload.head_dim))
+        dtype = TORCH_DTYPES[workload.kv_dtype]
+        self._k = [device.empty(shape, dtype, "resident") for _ in range(KV_STAGING_BUFFERS)]
+        self._v = [device.empty(shape, dtype, "resident") for _ in range(KV_STAGING_BUFFERS)]
+        rows = torch.arange(self.block_pages * self._widest, dtype=torch.int32)
+        self._table = device.empty((self._widest, self.block_pages), torch.int32, "resident")
+        self._rows = rows.view(self.block_pages, self._widest).T.contiguous()  # lives as long as its copy may take
+        device.copy(self._table, self._rows, device.compute)
+
+    def table(self, groups: int) -> torch.Tensor:
+        """Where a buffer has each page of a block: int32 [groups, block_pages] in device memory."""
+        return self._table[:groups]
+
+    def _copy(self, buffer: int, block: PageBlock) -> tuple[torch.Tensor, torch.Tensor]:
+        device, k, v = self.device, self._k[buffer], self._v[buffer]
+        for place, page in enumerate(block.pages):
+            to = slice(place * self._widest, place * self._widest + block.store.groups)
+            frm = block.store.page_rows(page)
+            device.copy(k[to], block.store.k[block.layer][frm], device.copies)
+            device.copy(v[to], block.store.v[block.layer][frm], device.copies)
+            self.copied_bytes += 2 * k[to].nbytes
+        return k, v

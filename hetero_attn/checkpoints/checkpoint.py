@@ -1,0 +1,198 @@
+"""The weights of a model on disk: safetensors, single or sharded, read tensor by tensor or by row range.
+
+A `Checkpoint` knows names, shapes, dtypes and byte ranges; it never holds weights. The headers of the weight files are
+the truth; `model.safetensors.index.json` only says which files there are. Pickle files (.bin, .pt) are never opened.
+"""
+
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from hetero_attn.checkpoints.files import open_files, some
+from hetero_attn.checkpoints.safetensors import SafetensorsFile, TensorEntry
+from hetero_attn.errors import CheckpointError
+from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.tensor_names import LAYER_PREFIX, expected_tensors, tensor_name
+
+if TYPE_CHECKING:
+    import torch
+
+_DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+_TORCH_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_COMPARED_ROWS = 4096  # rows of a vocabulary matrix compared at a time: tens of MB
+
+
+class Checkpoint:
+    """The tensors of one model directory. Made by `Checkpoint.open`; close it, or use it as a context manager.
+
+    Reading is safe from several threads at once.
+
+    Attributes:
+        path: the model directory.
+        warnings: oddities met on opening that do not change the weights, in plain words.
+    """
+
+    def __init__(self, path: Path, files: list[SafetensorsFile], warnings: list[str]):
+        self.path = path
+        self.warnings = warnings
+        self._files = files
+        self._entries = {name: entry for file in files for name, entry in file.entries.items()}
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Checkpoint":
+        """Open the safetensors files of a model directory and check every header; no weight is read.
+
+        Args:
+            path: local directory with `model.safetensors`, or `model.safetensors.index.json` and the files it names.
+
+        Raises:
+            CheckpointError: files are missing, truncated, empty, not safetensors, contradict each other, or are there
+                only in another format.
+        """
+        path = Path(path)
+        files, warnings = open_files(path)
+        return cls(path, files, warnings)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tensor names, in file order."""
+        return tuple(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor. Raises CheckpointError when there is none of that name, as all methods here do."""
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> str:
+        """Dtype of a tensor: "fp32", "bf16" or "fp16"; any other keeps its safetensors name (such as "I32")."""
+        return _DTYPES.get(self._entry(name).dtype, self._entry(name).dtype)
+
+    def torch_dtype(self, name: str) -> "torch.dtype":
+        """The dtype that `read` returns for tensor `name`; CheckpointError where it is one that cannot be run."""
+        import torch
+
+        entry = self._entry(name)
+        _check_dtype(entry, name)
+        return getattr(torch, _TORCH_DTYPES[entry.dtype])
+
+    def read(self, name: str, rows: slice | None = None, out: "torch.Tensor | None" = None) -> "torch.Tensor":
+        """Read a tensor, or a range of its rows, from disk; no other byte is read.
+
+        Args:
+            name: tensor name. rows: range of the first dimension, step 1; None reads everything.
+            out: contiguous CPU tensor (pinned or not) of the very dtype and shape, written in place; None allocates.
+
+        Returns:
+            `out`, or a new CPU tensor, in the dtype of the file.
+
+        Raises:
+            CheckpointError: no such tensor, a dtype that cannot be run, or a file that changed since it was opened.
+        """
+        import torch
+
+        entry, dtype = self._entry(name), self.torch_dtype(name)
+        start, stop, step = (rows or slice(None)).indices(entry.shape[0] if entry.shape else 1)
+        assert step == 1, f"rows of {name} with step {step}, expected 1"
+        shape = (max(stop - start, 0), *entry.shape[1:]) if entry.shape else ()
+        out = torch.empty(shape, dtype=dtype) if out is None else out
+        assert out.shape == shape and out.dtype == dtype and out.is_contiguous() and out.device.type == "cpu", (
+            f"out for {name} is {out.dtype} {tuple(out.shape)} on {out.device}, expected {dtype} {shape} on cpu"
+        )
+        row_bytes = entry.nbytes // max(entry.shape[0] if entry.shape else 1, 1)
+        buffer = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+        entry.file.read_into(buffer, entry.offset + start * row_bytes)
+        return out
+
+    def check(self, config: ModelConfig) -> list[str]:
+        """Compare the tensors with what `config` asks for.
+
+        Returns:
+            Warnings in plain words: those of opening, and tensors that the model does not use.
+
+        Raises:
+            CheckpointError: tensors missing, of the wrong shape, of a dtype that cannot be run, layers beyond
+                `config.num_layers`, or a head that a tied model would ignore.
+        """
+        expected = expected_tensors(config)
+        if missing := [name for name in expected if name not in self]:
+            raise CheckpointError(
+                f"{self.path}: {len(missing)} of {len(expected)} tensors that config.json asks for are missing from "
+                f"the weight files: {some(missing)}. Download the checkpoint again, or correct config.json"
+            )
+        for name, shape in expected.items():
+            self._check_tensor(name, shape)
+        unexpected = [name for name in self.names if name not in expected]
+        if config.tie_word_embeddings and tensor_name("head") in unexpected:
+            unexpected.remove(tensor_name("head"))
+            self._check_tied(tensor_name("embed"), tensor_name("head"))
+        self._check_layers(unexpected, config.num_layers)
+        if not unexpected:
+            return list(self.warnings)
+        unused = f"{self.path}: {len(unexpected)} tensors are not used by this model: {some(unexpected)}"
+        return [*self.warnings, unused]
+
+    def close(self) -> None:
+        """Close all files; reading afterwards is an error. May be called twice."""
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _entry(self, name: str) -> TensorEntry:
+        if name not in self._entries:
+            raise CheckpointError(f"{self.path}: no tensor {name} among the {len(self._entries)} of the checkpoint")
+        return self._entries[name]
+
+    def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        entry = self._entry(name)
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"{entry.file.path}: tensor {name} has shape {list(entry.shape)}, expected {list(shape)} from "
+                "config.json; config and weights are of different models, download both again"
+            )
+        _check_dtype(entry, name)
+
+    def _check_tied(self, embed: str, head: str) -> None:
+        """A tied model may carry a copy of its embedding as the head, never other values: they would be ignored."""
+        import torch
+
+        num_rows = self.shape(embed)[0]
+        ranges = (slice(row, row + _COMPARED_ROWS) for row in range(0, num_rows, _COMPARED_ROWS))
+        same_form = self.shape(head) == self.shape(embed) and self.dtype(head) == self.dtype(embed)
+        if not same_form or not all(torch.equal(self.read(embed, rows), self.read(head, rows)) for rows in ranges):
+            raise CheckpointError(
+                f"{self.path}: tie_word_embeddings is true in config.json, but {head} and {embed} hold different "
+                "values; set tie_word_embeddings to false to use both"
+            )
+
+    def _check_layers(self, unexpected: list[str], num_layers: int) -> None:
+        layers = {
+            name.removeprefix(LAYER_PREFIX).split(".")[0] for name in unexpected if name.startswith(LAYER_PREFIX)
+        }
+        extra = sorted(int(layer) for layer in layers if layer.isdecimal() and int(layer) >= num_layers)
+        if extra:
+            raise CheckpointError(
+                f"{self.path}: the weight files have layers up to {extra[-1]}, but num_hidden_layers in config.json is "
+                f"{num_layers}, so {len(extra)} layers would be dropped; correct config.json or download both again"
+            )
+
+
+def _check_dtype(entry: TensorEntry, name: str) -> None:
+    if entry.dtype not in _DTYPES:
+        raise CheckpointError(
+            f"{entry.file.path}: tensor {name} has dtype {entry.dtype}, expected one of {', '.join(_DTYPES)}; use a "
+            "checkpoint with fp32, fp16 or bf16 weights"
+        )

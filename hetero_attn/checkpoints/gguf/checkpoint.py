@@ -1,0 +1,180 @@
+"""The weights of a model in GGUF files, under our names, read by row range; the counterpart of `Checkpoint`."""
+
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from hetero_attn.checkpoints.gguf.config import PERMUTED, gguf_config
+from hetero_attn.checkpoints.gguf.fields import GgufFields
+from hetero_attn.checkpoints.gguf.file import GgufFile, GgufTensor
+from hetero_attn.checkpoints.gguf.names import ROPE_DIVISORS, is_rotated, our_name
+from hetero_attn.checkpoints.gguf.parts import open_parts
+from hetero_attn.errors import CheckpointError, UnsupportedModelError
+from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.tensor_names import expected_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+_TORCH_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_INSTEAD_BITS = 4.5  # of Q4_K, which is offered where a type is refused
+
+
+class GgufCheckpoint:
+    """The tensors of one model in GGUF files. Made by `GgufCheckpoint.open`; close it, or use it as a context manager.
+
+    Reading is safe from several threads at once. Rows of q and k that the file keeps in another order come in ours.
+
+    Attributes:
+        path: the file with the metadata. warnings: oddities met on opening; none are known of GGUF.
+    """
+
+    def __init__(self, path: Path, files: list[GgufFile], tensors: dict[str, GgufTensor]):
+        self.path = path
+        self.warnings: list[str] = []
+        self._files = files
+        self._theirs = tensors
+        self.fields = GgufFields(path, files[0].metadata)
+        self._entries = {ours: tensor for name, tensor in tensors.items() if (ours := our_name(name)) is not None}
+
+    @classmethod
+    def open(cls, path: str | Path) -> "GgufCheckpoint":
+        """Open a model by any of its files and check every header; no weight is read.
+
+        Raises:
+            CheckpointError: a file is damaged or missing, or the parts contradict each other.
+        """
+        files, tensors = open_parts(Path(path))
+        try:
+            return cls(files[0].path, files, tensors)
+        except BaseException:
+            for file in files:
+                file.close()
+            raise
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The model's configuration; raises as `gguf_config` does."""
+        divisors = ()
+        if ROPE_DIVISORS in self._theirs:
+            divisors = tuple(self._read(ROPE_DIVISORS, self._theirs[ROPE_DIVISORS]).float().tolist())
+        return gguf_config(self.fields, self._theirs, divisors)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tensor names, in file order."""
+        return tuple(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor. Raises CheckpointError when there is none of that name, as all methods here do."""
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> str:
+        """The format that holds a tensor exactly: "fp32", "bf16", "fp16", or a coded one such as "q4_k"."""
+        return self._entry(name).type.format
+
+    def source_type(self, name: str) -> str | None:
+        """The file's type of a tensor of codes, as `CpuKernels.repack` wants it; None for plain numbers."""
+        kind = self._entry(name).type
+        return None if kind.items == 1 else kind.name
+
+    def row_bytes(self, name: str) -> int:
+        """Bytes of one row in the file."""
+        return self._entry(name).row_bytes
+
+    def torch_dtype(self, name: str) -> "torch.dtype":
+        """The dtype that `read` returns: that of plain numbers, and uint8 for codes."""
+        import torch
+
+        return getattr(torch, _TORCH_DTYPES.get(self._entry(name).type.name, "uint8"))
+
+    def read(self, name: str, rows: slice | None = None, out: "torch.Tensor | None" = None) -> "torch.Tensor":
+        """Read a tensor, or a range of its rows, from disk; no other byte is read.
+
+        Args:
+            name: tensor name. rows: range of the first dimension, step 1; None reads everything. Of q and k whole heads.
+            out: contiguous CPU tensor of `torch_dtype` and shape, of codes [rows, row_bytes]; None allocates.
+
+        Raises:
+            CheckpointError: no such tensor, or a file that changed since it was opened.
+        """
+        entry = self._entry(name)
+        first, stop, _ = (rows or slice(None)).indices(entry.shape[0])
+        out = self._read(name, entry, first, max(first, stop), out)
+        if is_rotated(name) and self.fields.architecture in PERMUTED:
+            half = self.config.head_dim // 2
+            heads = out.view(-1, half, 2, *out.shape[1:])
+            out.copy_(heads.transpose(1, 2).contiguous().view(out.shape))
+        return out
+
+    def check(self, config: ModelConfig) -> list[str]:
+        """Compare the tensors with what `config` asks for; returns warnings in plain words.
+
+        Raises:
+            CheckpointError: tensors missing, of the wrong shape, or such as the model would ignore.
+            UnsupportedModelError: tensors of a type that is not run.
+        """
+        expected = expected_tensors(config)
+        if missing := [name for name in expected if name not in self]:
+            raise CheckpointError(f"{self.path}: {len(missing)} tensors are missing, the first is {missing[0]}")
+        for name, shape in expected.items():
+            if self.shape(name) != shape:
+                raise CheckpointError(
+                    f"{self.path}: tensor {name} has shape {list(self.shape(name))}, expected {list(shape)} by the metadata"
+                )
+        known = {ours for ours in expected}
+        if unused := [name for name in self._theirs if name != ROPE_DIVISORS and our_name(name) not in known]:
+            raise UnsupportedModelError(
+                f"{self.path}: {len(unused)} tensors would be ignored, the first is {unused[0]}: the architecture "
+                f"{self.fields.architecture} does not have them here, and its answers would not be the model's"
+            )
+        self._check_types()
+        return list(self.warnings)
+
+    def close(self) -> None:
+        """Close all files; reading afterwards is an error. May be called twice."""
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> "GgufCheckpoint":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_types(self) -> None:
+        refused = {name: entry for name, entry in self._entries.items() if not entry.type.format}
+        if refused:
+            kinds = sorted({entry.type.name for entry in refused.values()})
+            items = sum(entry.nbytes // entry.type.block_bytes * entry.type.items for entry in refused.values())
+            raise UnsupportedModelError(
+                f"{self.path}: {len(refused)} tensors are of type {', '.join(kinds)}, which is not run (the first is "
+                f"{next(iter(refused))}); take the model as IQ4_XS or Q4_K_M, where they are about "
+                f"{items * _INSTEAD_BITS / 8 / 2**30:.2f} GiB"
+            )
+
+    def _entry(self, name: str) -> GgufTensor:
+        if name not in self._entries:
+            raise CheckpointError(f"{self.path}: no tensor {name} among the {len(self._entries)} of the model")
+        return self._entries[name]
+
+    def _read(
+        self, name: str, entry: GgufTensor, first: int = 0, stop: int | None = None, out: "torch.Tensor | None" = None
+    ) -> "torch.Tensor":
+        import torch
+
+        rows = (entry.shape[0] if stop is None else stop) - first
+        plain = _TORCH_DTYPES.get(entry.type.name)
+        shape = (rows, *entry.shape[1:]) if plain else (rows, entry.row_bytes)
+        dtype = getattr(torch, plain or "uint8")
+        out = torch.empty(shape, dtype=dtype) if out is None else out
+        assert out.shape == shape and out.dtype == dtype and out.is_contiguous(), (name, out.shape, out.dtype, shape)
+        buffer = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+        entry.file.read_into(buffer, entry.offset + first * (entry.nbytes // entry.shape[0]))
+        return out

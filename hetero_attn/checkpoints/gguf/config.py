@@ -1,0 +1,161 @@
+"""A GGUF file's metadata as a `ModelConfig`: the second door through which other people's names enter."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hetero_attn.checkpoints.gguf.fields import GgufFields
+from hetero_attn.checkpoints.gguf.file import GgufTensor
+from hetero_attn.errors import ConfigError, UnsupportedModelError, nearest
+from hetero_attn.spec.config import (
+    MAX_CONTEXT,
+    MAX_HEAD_DIM,
+    MAX_HEADS,
+    MAX_HIDDEN,
+    MAX_INTERMEDIATE,
+    MAX_LAYERS,
+    MAX_VOCAB,
+    ModelConfig,
+    RopeConfig,
+)
+
+# Mistral's files have the architecture llama.
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+PERMUTED = ("llama",)  # the rows of every q and k head are stored as pairs that are rotated together
+# Keys that change what a layer computes, in ways that these architectures of ours do not have.
+_UNKNOWN_TERMS = (
+    ".expert_count",
+    ".logit_scale",
+    ".residual_scale",
+    ".embedding_scale",
+    ".attention.scale",
+    ".attention.clamp_kqv",
+    ".attn_logit_softcapping",
+    ".final_logit_softcapping",
+    ".nextn_predict_layers",
+    ".attention.sliding_window",
+)
+
+
+def gguf_config(
+    fields: GgufFields, tensors: Mapping[str, GgufTensor], rope_divisors: tuple[float, ...] = ()
+) -> ModelConfig:
+    """The configuration of a model; rope_divisors: what the tensor rope_freqs holds, one number a pair.
+
+    Raises:
+        ConfigError: a value that is missing, mistyped or impossible.
+        UnsupportedModelError: an architecture or a term of it that is not run.
+    """
+    _check_architecture(fields)
+    num_layers, hidden_size = fields.integer(".block_count", MAX_LAYERS), fields.integer(".embedding_length", MAX_HIDDEN)
+    num_heads = fields.integer(".attention.head_count", MAX_HEADS)
+    num_kv_heads = fields.integer(".attention.head_count_kv", MAX_HEADS, num_heads)
+    head_dim = _head_dim(fields, hidden_size, num_heads)
+    if num_heads % num_kv_heads:
+        raise ConfigError(f"{fields.path}: {num_heads} heads are no multiple of {num_kv_heads} KV heads")
+    vocab_size, context = _vocab_size(fields, tensors), fields.integer(".context_length", MAX_CONTEXT)
+    token = lambda name: fields.integer(f"tokenizer.ggml.{name}_token_id", vocab_size - 1, None, low=0)  # noqa: E731
+    ends = {token(name) for name in ("eos", "eot", "eom")} - {None}
+    return ModelConfig(
+        architecture=ARCHITECTURES[fields.architecture],
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer(".feed_forward_length", MAX_INTERMEDIATE),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab_size,
+        max_position_embeddings=context,
+        rms_norm_eps=fields.number(".attention.layer_norm_rms_epsilon", 0.0, 1.0),
+        tie_word_embeddings="output.weight" not in tensors,
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        o_bias="blk.0.attn_output.bias" in tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in tensors,
+        hidden_act="silu",
+        sliding_window=(0,) * num_layers,
+        rope=_rope(fields, head_dim, context, tensors, rope_divisors),
+        dtype=None,
+        bos_token_id=token("bos"),
+        eos_token_ids=tuple(sorted(ends)),
+        pad_token_id=token("padding"),
+    )
+
+
+def _check_architecture(fields: GgufFields) -> None:
+    if fields.architecture not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{fields.path}: architecture {fields.architecture[:80]!r} is not supported"
+            f"{nearest(fields.architecture, ARCHITECTURES)}. Known in GGUF files: {', '.join(ARCHITECTURES)}"
+        )
+    for name in _UNKNOWN_TERMS:
+        if fields.values.get(fields.key(name)):
+            raise UnsupportedModelError(
+                f"{fields.path}: {fields.key(name)} is {fields.values[fields.key(name)]!r}: this term of the "
+                "architecture is not computed, and leaving it out would change every answer"
+            )
+
+
+def _head_dim(fields: GgufFields, hidden_size: int, num_heads: int) -> int:
+    head_dim = fields.integer(".attention.key_length", MAX_HEAD_DIM, None, low=2)
+    if head_dim is None:
+        if hidden_size % num_heads:
+            raise ConfigError(
+                f"{fields.path}: width {hidden_size} is no multiple of {num_heads} heads and there is no "
+                f"{fields.key('.attention.key_length')}"
+            )
+        head_dim = hidden_size // num_heads
+    if (values := fields.integer(".attention.value_length", MAX_HEAD_DIM, head_dim)) != head_dim:
+        raise UnsupportedModelError(f"{fields.path}: keys of {head_dim} and values of {values} numbers a head; only equal")
+    return head_dim
+
+
+def _vocab_size(fields: GgufFields, tensors: Mapping[str, GgufTensor]) -> int:
+    if "token_embd.weight" not in tensors:
+        raise ConfigError(f"{fields.path}: tensor token_embd.weight is missing; this file holds no whole model")
+    rows = tensors["token_embd.weight"].shape[0]
+    tokens = len(fields.texts("tokenizer.ggml.tokens"))
+    if not max(tokens, 1) <= rows <= MAX_VOCAB:
+        raise ConfigError(f"{fields.path}: {tokens} tokens, but token_embd.weight has {rows} rows")
+    return rows
+
+
+def _rope(
+    fields: GgufFields,
+    head_dim: int,
+    context: int,
+    tensors: Mapping[str, GgufTensor],
+    divisors: tuple[float, ...],
+) -> RopeConfig:
+    rotary_dim = fields.integer(".rope.dimension_count", MAX_HEAD_DIM, head_dim, low=4)
+    if rotary_dim % 2 or rotary_dim > head_dim:
+        fields.fail(".rope.dimension_count", rotary_dim, f"an even number up to {head_dim}")
+    base = {"rotary_dim": rotary_dim, "theta": fields.number(".rope.freq_base", 1.0, 1e15, 10000.0)}
+    if "rope_factors_long.weight" in tensors:
+        raise UnsupportedModelError(f"{fields.path}: rope with long and short factors (longrope) is not supported")
+    if divisors:
+        if len(divisors) != rotary_dim // 2 or not all(0 < value < 1e9 for value in divisors):
+            raise ConfigError(f"{fields.path}: rope_freqs.weight must hold {rotary_dim // 2} positive numbers")
+        return RopeConfig(**base, rope_type="divisors", divisors=divisors)
+    kind = fields.text(".rope.scaling.type", "none")
+    if kind in ("none", ""):
+        old = fields.number(".rope.scale_linear", 0.0, 1e6, 1.0)
+        return RopeConfig(**base) if old == 1.0 else RopeConfig(**base, rope_type="linear", factor=old)
+    return RopeConfig(**base, **_scaling(fields, kind, context))
+
+
+def _scaling(fields: GgufFields, kind: str, context: int) -> dict[str, Any]:
+    factor = fields.number(".rope.scaling.factor", 0.0, 1e6)
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    if kind == "yarn":
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": fields.integer(
+                ".rope.scaling.original_context_length", MAX_CONTEXT, context
+            ),
+            "attention_factor": fields.number(".rope.scaling.attn_factor", 0.0, 1e6, None),
+            "beta_fast": fields.number(".rope.scaling.yarn_beta_fast", 0.0, 1e6, 32.0),
+            "beta_slow": fields.number(".rope.scaling.yarn_beta_slow", 0.0, 1e6, 1.0),
+        }
+    raise UnsupportedModelError(f"{fields.path}: rope scaling {kind[:40]!r} is not supported; known: linear, yarn")

@@ -1,0 +1,169 @@
+"""A tokenizer from a GGUF file's metadata, through `tokenizers`: byte-level BPE and SentencePiece vocabularies.
+
+How text is split before the merges is not in the file, only a name for it. A name that is not known here is refused: the
+wrong split gives other tokens, and a model that is a little worse for it without anybody noticing.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from hetero_attn.checkpoints.gguf.fields import GgufFields
+from hetero_attn.errors import UnsupportedModelError, nearest
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_REST_WITH_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
+_QWEN2 = rf"{_WORDS}|\p{{N}}|{_REST}"
+
+
+def _cased(tail: str) -> str:
+    """Words by the case of their letters, with what may follow them."""
+    start = r"[^\r\n\p{L}\p{N}]?"
+    return f"{start}{_UPPER}*{_LOWER}+{tail}|{start}{_UPPER}+{_LOWER}*{tail}"
+
+
+_TEKKEN = _cased("") + rf"|\p{{N}}|{_REST_WITH_SLASH}"
+_GPT4O = _cased(f"{_CONTRACTIONS}?") + rf"|\p{{N}}{{1,3}}|{_REST_WITH_SLASH}"
+
+# Names of tokenizer.ggml.pre: pattern (None: that of GPT-2), whether digits are split off first, whether a whole word of
+# the vocabulary needs no merges, whether a text begins with bos where the file does not say.
+_PRE = {
+    "gpt-2": (None, False, False, False),
+    "smollm": (None, True, False, False),
+    "llama-bpe": (_LLAMA3, False, True, True),
+    "llama3": (_LLAMA3, False, True, True),
+    "qwen2": (_QWEN2, False, False, False),
+    "tekken": (_TEKKEN, False, True, True),
+    "gpt-4o": (_GPT4O, False, False, False),
+}
+
+
+def gguf_tokenizer(fields: GgufFields) -> Any:
+    """The tokenizer of a file as transformers has it, chat template included.
+
+    Raises:
+        ConfigError: lists that do not belong together. UnsupportedModelError: a kind or a split that is not known.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    kind = fields.text("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        raise UnsupportedModelError(
+            f"{fields.path}: tokenizer model {kind[:40]!r} is not supported{_ways_out(fields)}. Known: gpt2, llama"
+        )
+    tokens = fields.texts("tokenizer.ggml.tokens")
+    if not tokens or len(set(tokens)) != len(tokens):
+        fields.fail("tokenizer.ggml.tokens", f"{len(tokens)} tokens, {len(set(tokens))} different", "different tokens")
+    tokenizer = (_byte_level if kind == "gpt2" else _sentencepiece)(fields, tokens)
+    _add_special(fields, tokenizer, tokens)
+    named = {f"{name}_token": _token(fields, tokens, key) for name, key in _NAMED.items()}
+    template = fields.text("tokenizer.chat_template", None)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        chat_template=template,
+        **{name: token for name, token in named.items() if token is not None},
+    )
+
+
+_NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+
+
+def _ways_out(fields: GgufFields) -> str:
+    return f"; put the model's own tokenizer.json into {fields.path.parent}, or give prompts as token ids"
+
+
+def _token(fields: GgufFields, tokens: list[str], name: str) -> str | None:
+    index = fields.integer(f"tokenizer.ggml.{name}_token_id", len(tokens) - 1, None, low=0)
+    return None if index is None else tokens[index]
+
+
+def _byte_level(fields: GgufFields, tokens: list[str]) -> "Tokenizer":
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    name = fields.text("tokenizer.ggml.pre", "default")
+    if name not in _PRE:
+        raise UnsupportedModelError(
+            f"{fields.path}: tokenizer.ggml.pre is {name[:40]!r}, a way to split text that is not known here"
+            f"{nearest(name, _PRE)}{_ways_out(fields)}. Known: {', '.join(_PRE)}"
+        )
+    pattern, splits_digits, ignore_merges, _ = _PRE[name]
+    merges = [tuple(pair.split(" ")) for pair in fields.texts("tokenizer.ggml.merges")]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    if wrong := [pair for pair in merges if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys()]:
+        fields.fail("tokenizer.ggml.merges", wrong[0], "two tokens whose join is one too")
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    steps = [pre_tokenizers.Digits(individual_digits=True)] if splits_digits else []
+    if pattern is not None:
+        steps.append(pre_tokenizers.Split(Regex(pattern), "isolated"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_level])
+    if name == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return tokenizer
+
+
+def _sentencepiece(fields: GgufFields, tokens: list[str]) -> "Tokenizer":
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    scores = fields.numbers("tokenizer.ggml.scores", len(tokens))
+    if scores is None:
+        fields.fail("tokenizer.ggml.scores", None, "one score for each token")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    unknown = _token(fields, tokens, "unknown")
+    merges = _merges(vocab, scores)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    begins_with_space = fields.boolean("tokenizer.ggml.add_space_prefix", True)
+    prefix = [normalizers.Prepend("▁")] if begins_with_space else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if begins_with_space else [])])
+    return tokenizer
+
+
+def _merges(vocab: dict[str, int], scores: Any) -> list[tuple[str, str]]:
+    """Every pair of tokens that joins into one, best score of the joined token first, as SentencePiece merges."""
+    found = []
+    for token, index in vocab.items():
+        pairs = ((token[:at], token[at:]) for at in range(1, len(token)))
+        here = [(left, right) for left, right in pairs if left in vocab and right in vocab]
+        here.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        found += [(-scores[index], order, pair) for order, pair in enumerate(here)]
+    return [pair for _, _, pair in sorted(found, key=lambda item: item[:2])]
+
+
+def _add_special(fields: GgufFields, tokenizer: "Tokenizer", tokens: list[str]) -> None:
+    """Tokens that text never makes (control) or always does (user-defined); and what every text begins and ends with."""
+    from tokenizers import AddedToken, processors
+
+    types = fields.numbers("tokenizer.ggml.token_type", len(tokens))
+    if types is not None:
+        special = [tokens[index] for index in (types == CONTROL).nonzero()[0]]
+        user = [tokens[index] for index in (types == USER).nonzero()[0]]
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in user])
+    pre = fields.text("tokenizer.ggml.pre", "default")
+    begins = pre not in _PRE if fields.text("tokenizer.ggml.model") == "llama" else _PRE[pre][3]
+    edges = []
+    for name, default in (("bos", begins), ("eos", False)):
+        index = fields.integer(f"tokenizer.ggml.{name}_token_id", len(tokens) - 1, None, low=0)
+        if fields.boolean(f"tokenizer.ggml.add_{name}_token", default) and index is not None:
+            edges.append((name, tokens[index], index))
+    if edges:
+        before, after = (" ".join(token for name, token, _ in edges if name == which) for which in ("bos", "eos"))
+        single = f"{before} $A {after}".strip()
+        pair = f"{before} $A {after} {before} $B {after}".strip()
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=" ".join(single.split()),
+            pair=" ".join(f"{part}:1" if part != "$A" and part != "$B" else part for part in pair.split()),
+            special_tokens=[(token, index) for _, token, index in edges],
+        )

@@ -1,0 +1,245 @@
+"""Weights from the file straight into their homes.
+
+A linear is read unit by unit: a run of units is gathered from its tensors' rows, packed, and lands in host memory or,
+by way of one small buffer, in GPU memory. Nothing larger than a run is ever held twice. A tensor with a NaN or an
+infinity is named and refused before anything is computed with it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from cpu_kernels import fresh_memory
+from cpu_kernels.formats.weights import block_bytes
+from hetero_attn.checkpoints.checkpoint import Checkpoint
+from hetero_attn.checkpoints.unit_rows import UnitRows, units_at_once
+from hetero_attn.errors import CheckpointError
+from hetero_attn.lanes.lanes import Activation, Lanes
+from hetero_attn.models.decoder import LayerWeights, ModelWeights
+from hetero_attn.models.rope import rope_tables
+from hetero_attn.ops.attend import AttentionParameters
+from hetero_attn.ops.linear import LinearWeights
+from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.weights import LayerSpec, LinearSpec, ModelSpec, model_spec
+from placement.plan.memory import LinearPlacement, first_dram_unit, staging_piece_units
+from placement.plan.plan import Plan
+
+EMBED_CHECK_ROWS = 512  # rows looked at together, so that the check's own masks stay small
+WEIGHT_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "q8": torch.bfloat16, "q4": torch.bfloat16}
+
+
+class Loader:
+    """Loads the weights of one checkpoint by one plan.
+
+    progress(count) is called with the number of weight bytes just placed.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        plan: Plan,
+        weight_dtype: str,
+        lanes: Lanes,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._config = config
+        self._plan = plan
+        self._weight_dtype = weight_dtype
+        self._lanes = lanes
+        self._progress = progress
+
+    def load(self) -> ModelWeights:
+        """Read everything; raises CheckpointError naming the tensor that is not finite."""
+        spec = model_spec(self._config, paired=any(shard.row_cut for shard in self._plan.workload.linears))
+        self._unit_rows = UnitRows(self._checkpoint, spec.linears)
+        with self._landing_buffer(spec):
+            return self._load(spec)
+
+    def _load(self, spec: ModelSpec) -> ModelWeights:
+        placements = {placement.name: placement for placement in self._plan.linears}
+        cos, sin = (self._on_both(table) for table in rope_tables(self._config, self._plan.max_context))
+        head = self._linear(spec.head, placements["head"])
+        return ModelWeights(
+            layers=tuple(self._layer(index, layer, placements, cos, sin) for index, layer in enumerate(spec.layers)),
+            head=head,
+            embed=self._embed(spec, head),
+            final_norm=self._norm(spec.final_norm).main,
+            norm_eps=self._config.rms_norm_eps,
+        )
+
+    def _layer(
+        self, index: int, spec: LayerSpec, placements: dict[str, LinearPlacement], cos: Activation, sin: Activation
+    ) -> LayerWeights:
+        config = self._config
+        no_norm = Activation(None, None)
+        attention = AttentionParameters(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            window=config.sliding_window[index],
+            norm_eps=config.rms_norm_eps,
+            cos=cos,
+            sin=sin,
+            q_norm=no_norm if spec.q_norm is None else self._norm(spec.q_norm),
+            k_norm=no_norm if spec.k_norm is None else self._norm(spec.k_norm),
+        )
+        linears = {linear.kind: self._linear(linear, placements[linear.name]) for linear in spec.linears}
+        norms = (self._norm(spec.input_norm).main, self._norm(spec.post_attention_norm).main)
+        return LayerWeights(*(linears[kind] for kind in ("qkv", "o", "gate_up", "down")), *norms, attention)
+
+    def _linear(self, spec: LinearSpec, placement: LinearPlacement) -> LinearWeights:
+        return (self._row_cut if spec.row_unit else self._column_cut)(spec, placement)
+
+    def _row_cut(self, spec: LinearSpec, placement: LinearPlacement) -> LinearWeights:
+        """Every output feature in both homes, each with the input features of its units."""
+        home, blocks = placement.gpu_units * spec.row_unit, spec.column_units * spec.unit_blocks
+        gpu_bytes, dram_bytes = (
+            block_bytes(self._weight_dtype, width) if width else 0 for width in (home, spec.in_features - home)
+        )
+        dram = self._dram((blocks, dram_bytes), placement.streams)
+        gpu = None
+        if self._lanes.device is not None:
+            gpu = self._lanes.device.empty((blocks, gpu_bytes), torch.uint8, "weights")
+        for start, stop, rows in self._unit_rows.runs(spec):
+            run = slice(start * spec.unit_blocks, stop * spec.unit_blocks)
+            if home:
+                self._place(spec, rows[:, :home], gpu[run], on_device=True)
+            if home < spec.in_features:
+                self._place(spec, rows[:, home:], dram[run], on_device=False)
+        slot_bytes = staging_piece_units(spec.shard(self._weight_dtype)) * spec.unit_bytes(self._weight_dtype)
+        return LinearWeights(
+            spec=spec,
+            placement=placement,
+            weight_dtype=self._weight_dtype,
+            gpu=gpu,
+            dram=dram,
+            bias=self._bias(spec),
+            piece_blocks=max(1, slot_bytes // max(1, dram_bytes)),
+            first_dram_unit=placement.gpu_units,
+        )
+
+    def _column_cut(self, spec: LinearSpec, placement: LinearPlacement) -> LinearWeights:
+        row_bytes = block_bytes(self._weight_dtype, spec.in_features)
+        home_blocks = placement.gpu_units * spec.unit_blocks
+        in_dram = first_dram_unit(self._plan.workload, placement)
+        may_stream = placement.streams or self._plan.workload.elastic
+        dram = self._dram(((spec.units - in_dram) * spec.unit_blocks, row_bytes), may_stream)
+        gpu = None
+        if self._lanes.device is not None:
+            gpu = self._lanes.device.empty((home_blocks, row_bytes), torch.uint8, "weights")
+        for start, stop, rows in self._unit_rows.runs(spec):
+            for first, last, target, offset in (
+                (start, min(stop, in_dram), gpu, 0),
+                (max(start, in_dram), stop, dram, in_dram),
+            ):
+                if first < last:
+                    part = rows[(first - start) * spec.unit_features : (last - start) * spec.unit_features]
+                    blocks = slice((first - offset) * spec.unit_blocks, (last - offset) * spec.unit_blocks)
+                    self._place(spec, part, target[blocks], on_device=target is gpu)
+        if in_dram < placement.gpu_units:
+            self._lanes.copy(gpu, dram[:home_blocks])
+        return LinearWeights(
+            spec=spec,
+            placement=placement,
+            weight_dtype=self._weight_dtype,
+            gpu=gpu,
+            dram=dram,
+            bias=self._bias(spec),
+            piece_blocks=staging_piece_units(spec.shard(self._weight_dtype)) * spec.unit_blocks,
+            first_dram_unit=in_dram,
+        )
+
+    def _dram(self, shape: tuple[int, int], streams: bool) -> torch.Tensor:
+        """Host memory of one linear, page-locked where it streams: the stream and the CPU lane share this one copy."""
+        if streams:
+            return self._lanes.device.host_empty(shape, torch.uint8, "weights")
+        return fresh_memory(shape, torch.uint8)
+
+    @contextmanager
+    def _landing_buffer(self, spec: ModelSpec) -> Iterator[None]:
+        """Host memory through which every piece for GPU memory passes; gone when the last has arrived."""
+        device = self._lanes.device
+        if device is None:
+            yield
+            return
+        size = max(units_at_once(linear) * linear.unit_bytes(self._weight_dtype) for linear in spec.linears)
+        self._landing = device.host_empty((size,), torch.uint8, "loading")
+        self._landed = None
+        try:
+            yield
+        finally:
+            self._await_landing()
+            device.host_release(self._landing, "loading")
+            del self._landing
+
+    def _await_landing(self) -> None:
+        """Wait until the last piece has left the buffer."""
+        if self._landed is not None:
+            self._lanes.device.synchronize(self._landed)
+
+    def _place(self, spec: LinearSpec, rows: torch.Tensor, target: torch.Tensor, on_device: bool) -> None:
+        packed = target
+        if on_device:
+            self._await_landing()
+            packed = self._landing[: target.numel()].view(target.shape)
+        try:
+            self._lanes.host_ops.pack(rows, self._weight_dtype, packed)
+        except ValueError as error:
+            tensors = ", ".join(part.tensor for part in spec.parts)
+            raise CheckpointError(
+                f"{self._checkpoint.path}: {tensors}: {error}; the checkpoint is damaged or was exported wrongly, download it again"
+            ) from error
+        if on_device:
+            self._lanes.copy(target, packed)
+            self._landed = self._lanes.device.record(self._lanes.device.compute)
+        self._progress(target.numel())
+
+    def _bias(self, spec: LinearSpec) -> Activation:
+        if not spec.has_bias:
+            return Activation(None, None)
+        rows = torch.zeros((spec.column_units, spec.unit_features))
+        offset = 0
+        for part in spec.parts:
+            values = torch.zeros(spec.column_units * part.rows_per_unit)
+            values[: part.rows] = self._finite(part.bias)
+            rows[:, offset : offset + part.rows_per_unit] = values.view(spec.column_units, part.rows_per_unit)
+            offset += part.rows_per_unit
+        return self._on_both(rows.view(-1))
+
+    def _norm(self, name: str) -> Activation:
+        return self._on_both(self._finite(name))
+
+    def _embed(self, spec: ModelSpec, head: LinearWeights) -> torch.Tensor:
+        dtype = WEIGHT_TORCH_DTYPES[self._weight_dtype]
+        if self._plan.workload.embed_bytes == 0:  # a tied head in host memory: its row-major blocks are the embedding
+            return head.dram.view(dtype).view(-1, spec.head.in_features)
+        rows = fresh_memory(self._checkpoint.shape(spec.embed), self._checkpoint.torch_dtype(spec.embed))
+        self._checkpoint.read(spec.embed, out=rows)
+        for start in range(0, rows.shape[0], EMBED_CHECK_ROWS):
+            self._check_finite(spec.embed, rows[start : start + EMBED_CHECK_ROWS])
+        return rows.to(dtype)
+
+    def _finite(self, name: str) -> torch.Tensor:
+        values = self._checkpoint.read(name).float()
+        self._check_finite(name, values)
+        return values
+
+    def _check_finite(self, name: str, values: torch.Tensor) -> None:
+        if not torch.isfinite(values).all():
+            raise CheckpointError(
+                f"{self._checkpoint.path}: {name} holds NaN or infinite values; the checkpoint is damaged, download it again"
+            )
+
+    def _on_both(self, values: torch.Tensor) -> Activation:
+        """The same float32 values in host memory and, where there is a device, in its memory."""
+        values = values.contiguous()
+        device = self._lanes.device
+        if device is None:
+            return Activation(None, values)
+        copy = device.empty(tuple(values.shape), torch.float32, "resident")
+        device.copy(copy, values, device.compute)
+        return Activation(copy, values)
+

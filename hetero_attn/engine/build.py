@@ -1,0 +1,115 @@
+"""Put a planned model together: device, lanes, weights, cache, engine. A failure leaves nothing behind."""
+
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
+
+from cpu_kernels import CpuKernels
+from hetero_attn.cache.cache import KVCache
+from hetero_attn.cache.stream import PageStream
+from hetero_attn.checkpoints.checkpoint import Checkpoint
+from hetero_attn.checkpoints.load import Loader
+from hetero_attn.devices import CudaDriver, Device, EmulatedDriver
+from hetero_attn.devices.machine import (
+    SLACK_BYTES,
+    arena_bytes,
+    device_index,
+    temporary_bytes,
+)
+from hetero_attn.engine.engine import Engine
+from hetero_attn.engine.warm_up import warm_up
+from hetero_attn.lanes.handover_choice import choose_handover
+from hetero_attn.lanes.lanes import Lanes
+from hetero_attn.lanes.staging import make_ring
+from hetero_attn.lanes.tables import StepTables
+from hetero_attn.planning.settle import PlannedModel
+from hetero_attn.spec.weights import step_table_bytes
+from placement.plan.plan import Plan
+
+Progress = Callable[[int], None]
+
+
+def build_engine(
+    planned: PlannedModel,
+    overlap: bool = True,
+    progress: Progress = lambda count: None,
+    on_compile: Callable[[str], None] | None = None,
+    prefix_cache: bool = True,
+    handover: str = "auto",
+) -> Engine:
+    """Load a planned model.
+
+    progress(count) is called with the bytes of weights just placed, on_compile(name) before a CPU kernel is compiled.
+
+    Raises CheckpointError for weights that do not fit the config, MemoryBudgetError when memory runs out.
+    """
+    lanes = make_lanes(planned.plan, planned.device, overlap, on_compile, handover)
+    return assemble(planned, lanes, overlap, progress, prefix_cache)
+
+
+def assemble(
+    planned: PlannedModel,
+    lanes: Lanes,
+    overlap: bool = True,
+    progress: Progress = lambda count: None,
+    prefix_cache: bool = True,
+) -> Engine:
+    """Load a planned model onto lanes that are there; closes them if anything fails."""
+    try:
+        with Checkpoint.open(planned.path) as checkpoint:
+            for warning in checkpoint.check(planned.config):
+                warnings.warn(f"{planned.path}: {warning}", stacklevel=3)
+            warm_up(lanes.host_ops, planned.config, planned.weight_dtype, planned.plan.workload.kv_dtype)
+            weights = Loader(checkpoint, planned.config, planned.plan, planned.weight_dtype, lanes, progress).load()
+            return Engine(
+                planned.config, planned.plan, weights, lanes, KVCache(planned.plan, lanes.device, prefix_cache), overlap
+            )
+    except BaseException:
+        lanes.close()
+        raise
+
+
+def make_lanes(
+    plan: Plan,
+    device: str,
+    overlap: bool,
+    on_compile: Callable[[str], None] | None = None,
+    handover: str = "auto",
+) -> Lanes:
+    """Start the lanes of a plan."""
+    with ExitStack() as undo:
+        gpu = make_device(plan, device)
+        if gpu is not None:
+            undo.callback(gpu.close)
+        host_ops = undo.enter_context(CpuKernels(plan.num_threads, on_compile=on_compile))
+        # The worker's thread starts with its first job, so a failure here leaves none.
+        worker = ThreadPoolExecutor(1, thread_name_prefix="hetero-attn-host") if overlap else None
+        lanes = Lanes(host_ops) if gpu is None else connect(plan, host_ops, gpu, worker, handover)
+        undo.pop_all()
+    return lanes
+
+
+def connect(plan: Plan, host_ops: CpuKernels, gpu: Device, worker: Executor | None, handover: str = "auto") -> Lanes:
+    """The lanes of a plan over a device; `worker` is the one thread of host jobs, None runs them on the caller's."""
+    tables = StepTables(gpu, _step_table_bytes(plan))
+    chosen = None if worker is None else choose_handover(handover, gpu, worker, host_ops, tables)
+    return Lanes(host_ops, gpu, make_ring(plan, gpu), tables, chosen, PageStream(gpu, plan.workload))
+
+
+def _step_table_bytes(plan: Plan) -> int:
+    workload, pages = plan.workload, -(-plan.max_context // plan.page_size)
+    groups = max(shard.groups for shard in workload.kv)
+    return step_table_bytes(len(workload.kv), groups, workload.activation_rows, workload.max_batch, pages)
+
+
+def make_device(plan: Plan, device: str) -> Device | None:
+    """The device of a plan; None for the CPU alone."""
+    if device == "cpu":
+        return None
+    if device == "emulated":
+        return Device(EmulatedDriver(), plan.gpu_memory_bytes)
+    index = device_index(device)
+    arena = arena_bytes(plan, index)
+    driver = CudaDriver(index, arena + SLACK_BYTES, temporary_bytes(plan.workload))
+    return Device(driver, arena)

@@ -1,0 +1,348 @@
+"""The two functions that everything else serves: `prefill` and `decode_step`.
+
+    embed -> for each layer: attention block, MLP block -> logits
+
+Both build a `Step` and run the same forward pass; what differs is which rows it computes. Nothing is allocated here
+that grows with the sequence: buffers and pages exist since the engine was made.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from hetero_attn.cache.cache import KVCache
+from hetero_attn.cache.pool import SequenceState
+from hetero_attn.engine.graph_replay import GraphReplay
+from hetero_attn.engine.lane_report import LaneReport
+from hetero_attn.engine.move import go_over
+from hetero_attn.engine.replay import DecodeReplay
+from hetero_attn.errors import EngineDeadError
+from hetero_attn.lanes.lanes import Activation, Lanes
+from hetero_attn.lanes.stopwatch import Stopwatch, time_recorded
+from hetero_attn.models import decoder as model
+from hetero_attn.models.decoder import ModelWeights, Workspace
+from hetero_attn.ops.attend import AttentionBuffers, store
+from hetero_attn.ops.linear import LinearWeights
+from hetero_attn.ops.step import Step, older_blocks, plan_step
+from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.weights import LOGITS_ROWS, ActivationWidths, model_spec
+from placement.plan.plan import Plan
+from placement.plan.workload import row_tier
+
+
+class Engine:
+    """Runs a model's forward passes over the lanes by a plan. One thread at a time may use it.
+
+    report: where the time of its steps went. replay: record decode steps where the lanes can, and replay them; the
+    plain path computes the same.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        plan: Plan,
+        weights: ModelWeights,
+        lanes: Lanes,
+        kv_cache: KVCache,
+        replay: bool = True,
+    ) -> None:
+        self.config = config
+        self.plan = plan
+        self.lanes = lanes
+        self.kv_cache = kv_cache
+        self.report = LaneReport()
+        self.weights = weights
+        self._fault: str | None = None
+        self._watch: Callable[[int, torch.Tensor], None] | None = None
+        self._rows = max(plan.prefill_chunk, plan.max_batch)
+        self._work = make_workspace(config, self._rows, lanes)
+        logits_rows = max(LOGITS_ROWS, plan.max_batch)
+        self.replay = self._make_replay() if replay else None
+        self._logits = _buffer(lanes, logits_rows, weights.head.spec.out_features, "resident")
+
+    def _make_replay(self) -> DecodeReplay | GraphReplay | None:
+        if self.lanes.device is None:
+            return DecodeReplay(self.lanes.host_ops, self._decode)
+        return GraphReplay(self.lanes, self._decode) if self.lanes.handover.captures else None
+
+    @property
+    def prefill_chunk(self) -> int:
+        """The most prompt tokens that one step computes."""
+        return min(self._rows, self.kv_cache.max_new_tokens)
+
+    @torch.inference_mode()
+    def prefill(self, sequence: SequenceState, token_ids: Sequence[int], logits: bool = True) -> torch.Tensor | None:
+        """Append a prompt to a sequence, one chunk; returns the last token's logits, float32 [vocab_size].
+
+        token_ids: at most `prefill_chunk`. The result is the caller's own; None with logits=False, for a chunk that is not
+        the last: the head's weights are then not read.
+        """
+        with self.report.measure(self.lanes, "prefill", len(token_ids)), self.lanes.torch_at_rest():
+            step = self._prefill_step(sequence, token_ids)
+            self._forward(step, token_ids)
+            last = self._logits_of(step.rows - 1, step.rows)[0] if logits else self._finish()
+        sequence.length += len(token_ids)
+        return last
+
+    @torch.inference_mode()
+    def prefill_logits(self, sequence: SequenceState, token_ids: Sequence[int]) -> torch.Tensor:
+        """As `prefill`, but returns the logits of every token, float32 [len(token_ids), vocab_size]."""
+        with self.lanes.torch_at_rest():
+            step = self._prefill_step(sequence, token_ids)
+            self._forward(step, token_ids)
+            starts = range(0, step.rows, LOGITS_ROWS)
+            rows = torch.cat([self._logits_of(start, min(start + LOGITS_ROWS, step.rows)) for start in starts])
+        sequence.length += len(token_ids)
+        return rows
+
+    @torch.inference_mode()
+    def decode_step(
+        self, sequences: Sequence[SequenceState], token_ids: Sequence[int], copy: bool = True
+    ) -> torch.Tensor:
+        """Append one token to each sequence; returns their logits, float32 [len(sequences), vocab_size].
+
+        copy=False: the result is the engine's own buffer, valid until its next step. Copying a large batch's logits costs
+        more than the layers' small operations together.
+        """
+        with self.report.measure(self.lanes, "decode", len(sequences)), self.lanes.torch_at_rest():
+            step = plan_step(self.lanes, self.kv_cache, sequences, len(sequences), is_prefill=False)
+            self._forward(step, token_ids)
+            rows = self._logits_view(step.rows)
+            rows = rows.clone() if copy else rows
+        for sequence in sequences:
+            sequence.length += 1
+        return rows
+
+    @torch.inference_mode()
+    def fill(self, sequence: SequenceState, tokens: int) -> None:
+        """Append tokens with random keys and values, nothing computed: a long context in seconds, for measurements."""
+        with self.lanes.torch_at_rest():
+            for side in (self._work.qkv.device, self._work.qkv.host):
+                if side is not None:
+                    side.normal_()
+        stop = sequence.length + tokens
+        while sequence.length < stop:
+            rows = min(self.prefill_chunk, stop - sequence.length)
+            with self._guarded(), self.lanes.torch_at_rest():
+                self._store_rows(plan_step(self.lanes, self.kv_cache, [sequence], rows, is_prefill=True))
+            sequence.length += rows
+
+    def _store_rows(self, step: Step) -> None:
+        """Store what the qkv buffer holds in every layer, as if the layers had computed it."""
+        work = self._work.rows(step.rows)
+        for layer, (group, place) in self.kv_cache.places.items():
+            parameters, cache = self.weights.layers[layer].attention, self.kv_cache.layer_groups[group]
+            store(self.lanes, step, step.groups[group], cache, place, parameters, work.qkv, work.attention.query)
+        self.lanes.finish()
+
+    @torch.inference_mode()
+    def decode_terms(self, sequence: SequenceState, token_id: int) -> dict[str, float]:
+        """Seconds of the next decode step by kind of work (placement.plan.phase.TERMS), each by itself.
+
+        The sequence does not grow; the step's KV entries and activations are left with values of no meaning.
+        """
+        step = plan_step(self.lanes, self.kv_cache, [sequence], 1, is_prefill=False)
+        if self.lanes.device is not None or self.replay is None:
+            stopwatch = Stopwatch()
+            with self.lanes.torch_at_rest(), self.lanes.watched(stopwatch):
+                self._forward(step, [token_id])
+            return stopwatch.seconds
+
+        def replay_of(term: str | None) -> Callable[[], None]:
+            replay = DecodeReplay(self.lanes.host_ops, self._decode)
+            with self.lanes.only(term):
+                replay.run(step)
+            return lambda: replay.run(step)
+
+        with self.lanes.torch_at_rest():
+            return time_recorded(replay_of)
+
+    @torch.inference_mode()
+    def prefill_terms(self, sequence: SequenceState, token_ids: Sequence[int]) -> dict[str, float]:
+        """As `decode_terms`, of a prompt of at most `prefill_chunk` tokens with the logits of its last one."""
+        stopwatch = Stopwatch()
+        with self.lanes.torch_at_rest(), self.lanes.watched(stopwatch):
+            step = self._prefill_step(sequence, token_ids)
+            self._forward(step, token_ids)
+            self._logits_of(step.rows - 1, step.rows)
+        return stopwatch.seconds
+
+    @contextmanager
+    def watched_layers(self, watch: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+        """Within this, `watch(layer, residual)` sees the residual before every layer, and after the last one.
+
+        residual: float32 [rows, hidden_size] where the residual stream lives, complete; what `watch` writes into it is
+        what the layer reads. Steps take the plain path.
+        """
+        self._watch = watch
+        try:
+            yield
+        finally:
+            self._watch = None
+
+    def recut(self, plan: Plan) -> None:
+        """Take over the stream/cpu boundaries of a plan that is the present one otherwise; between two steps."""
+        self.lanes.finish()
+        for weights, placement in zip(self.weights.linears, plan.linears, strict=True):
+            assert weights.placement.gpu_units == placement.gpu_units, f"{placement.name}: its home would move"
+            weights.placement = placement
+        self._forget_captured()
+        self.plan = plan
+
+    def move(self, plan: Plan) -> None:
+        """Go over to another plan of an elastic model between two steps; open sequences keep every token.
+
+        What fails half-way is undone and raised; if even that fails the engine is dead and says so from then on.
+        """
+        try:
+            self._go_over(plan)
+        except BaseException as error:
+            try:
+                self._go_over(self.plan)
+            except BaseException:
+                self._fault = f"{type(error).__name__}: {error}"
+                raise EngineDeadError(self._dead_message) from error
+            raise
+        self.plan = plan
+
+    def _go_over(self, plan: Plan) -> None:
+        with self.lanes.torch_at_rest():
+            go_over(self.lanes, self.weights.linears, self.kv_cache, plan)
+        self._forget_captured()
+
+    def _forget_captured(self) -> None:
+        if isinstance(self.replay, GraphReplay):
+            self.replay.forget()
+
+    def check_alive(self) -> None:
+        """Raise EngineDeadError if a move between plans failed and could not be undone."""
+        if self._fault is not None:
+            raise EngineDeadError(self._dead_message)
+
+    @property
+    def _dead_message(self) -> str:
+        return f"{self.plan.model}: the engine is unusable after {self._fault}; close it and load it again"
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Around the work of a step: one that fails leaves nothing behind, one whose lanes are stuck is the last."""
+        try:
+            with self.lanes.given_up_on_error():
+                yield
+        except EngineDeadError as error:
+            self._fault = f"{type(error).__name__}: {error}"
+            raise
+
+    def close(self) -> None:
+        """Release lanes, threads and buffers; idempotent."""
+        self.lanes.close()
+
+    def _prefill_step(self, sequence: SequenceState, token_ids: Sequence[int]) -> Step:
+        return plan_step(self.lanes, self.kv_cache, [sequence], len(token_ids), is_prefill=True)
+
+    def _forward(self, step: Step, token_ids: Sequence[int]) -> None:
+        """Embed and run the layers; a decode step goes on to the logits of all its rows."""
+        lanes, weights = self.lanes, self.weights
+        with self._guarded():
+            if not step.is_prefill:
+                self.kv_cache.wait_for_moves()
+            model.embed(lanes, weights, torch.tensor(token_ids), self._work.residual.rows(0, step.rows))
+            with lanes.main_lane():
+                if step.is_prefill:
+                    if step.streams_older and lanes.pages is not None:
+                        lanes.pages.announce(older_blocks(self.kv_cache, step, lanes.pages.block_pages))
+                    self._announce(weights.linears[:-1], step.tier)
+                    self._layers(step)
+                elif self.replay is not None and lanes.can_replay and self._watch is None:
+                    self.replay.run(step)
+                else:
+                    self._decode(step)
+            if not step.is_prefill:
+                lanes.finish()
+
+    def _announce(self, linears: Sequence[LinearWeights], tier: int) -> None:
+        if self.lanes.ring is not None:
+            self.lanes.ring.announce(piece for linear in linears for piece in linear.pieces(tier))
+
+    def _decode(self, step: Step) -> None:
+        self._announce(self.weights.linears, step.tier)
+        self._layers(step)
+        self._project(0, step.rows)
+
+    def _layers(self, step: Step) -> None:
+        lanes, weights, work = self.lanes, self.weights, self._work.rows(step.rows)
+        for index, layer in enumerate(weights.layers):
+            lanes.begin_layer()
+            group, place = self.kv_cache.places[index]
+            self._show(index, work)
+            model.attention_block(
+                lanes,
+                step,
+                layer,
+                self.kv_cache.layer_groups[group],
+                step.groups[group],
+                place,
+                weights.norm_eps,
+                work,
+            )
+            model.mlp_block(lanes, step, layer, weights.norm_eps, work)
+        self._show(len(weights.layers), work)
+
+    def _show(self, layer: int, work: Workspace) -> None:
+        if self._watch is None:
+            return
+        self.lanes.settle_device()
+        self._watch(layer, work.residual.main[:, : self.config.hidden_size])
+
+    def _project(self, start: int, stop: int) -> None:
+        """Logits of rows [start, stop) of the residual into the first rows of the logits buffer."""
+        work, out = self._work, self._logits.rows(0, stop - start)
+        model.logits(self.lanes, self.weights, work.residual.rows(start, stop), work.normed.rows(start, stop), out)
+
+    def _logits_of(self, start: int, stop: int) -> torch.Tensor:
+        with self._guarded():
+            self._announce((self.weights.head,), row_tier(stop - start))
+            with self.lanes.main_lane():
+                self._project(start, stop)
+            self.lanes.finish()
+        return self._logits_view(stop - start).clone()
+
+    def _finish(self) -> None:
+        with self._guarded():
+            self.lanes.finish()
+
+    def _logits_view(self, rows: int) -> torch.Tensor:
+        return self._logits.host[:rows, : self.config.vocab_size]
+
+
+def make_workspace(config: ModelConfig, rows: int, lanes: Lanes) -> Workspace:
+    """Allocate the activation buffers of a step of at most `rows` rows, on every side that a lane uses."""
+    widths = ActivationWidths.of(config, model_spec(config))
+
+    def buffer(width: int) -> Activation:
+        return _buffer(lanes, rows, width, "activations")
+
+    attention = AttentionBuffers(
+        query=buffer(widths.query),
+        out=buffer(widths.attention),
+        partial=buffer(widths.attention),
+        lse=buffer(widths.lse),
+        partial_lse=buffer(widths.lse),
+    )
+    return Workspace(
+        residual=buffer(widths.residual),
+        scratch=buffer(widths.residual),
+        normed=buffer(widths.normed),
+        qkv=buffer(widths.qkv),
+        gate_up=buffer(widths.gate_up),
+        activated=buffer(widths.activated),
+        attention=attention,
+    )
+
+
+def _buffer(lanes: Lanes, rows: int, width: int, kind: str) -> Activation:
+    if lanes.device is None:
+        return Activation(None, torch.empty((rows, width)))
+    host = lanes.device.host_empty((rows, width), torch.float32, kind)
+    return Activation(lanes.device.empty((rows, width), torch.float32, kind), host)

@@ -1,0 +1,107 @@
+"""Where the time of a loaded model's steps went: wall time by phase, how busy the CPU lane was, what was streamed."""
+
+import io
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+
+from rich.console import Console
+from rich.table import Table
+
+from hetero_attn.lanes.lanes import Lanes
+from placement.plan.workload import row_tier
+
+PHASES = ("prefill", "decode")
+COUNTERS = ("wall_s", "cpu_lane_s", "waited_s", "handover_s", "streamed_bytes")
+
+
+@dataclass(slots=True)
+class PhaseTimes:
+    """Totals of one phase. wall_s: of its steps; cpu_lane_s: CPU kernels at work; waited_s: for the CPU lane to finish.
+    handover_s: waking the worker and noticing its end.
+
+    tokens: rows computed; streamed_bytes: weights, and older keys and values, copied to the GPU ahead of use.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    wall_s: float = 0.0
+    cpu_lane_s: float = 0.0
+    waited_s: float = 0.0
+    handover_s: float = 0.0
+    streamed_bytes: int = 0
+
+    def add(self, tokens: int, spent: Sequence[float]) -> None:
+        """Count one step; spent: in the order of COUNTERS."""
+        self.steps += 1
+        self.tokens += tokens
+        for name, value in zip(COUNTERS, spent, strict=True):
+            setattr(self, name, getattr(self, name) + value)
+
+    def since(self, earlier: "PhaseTimes") -> "PhaseTimes":
+        """What came after `earlier` was copied from these totals."""
+        return PhaseTimes(*(getattr(self, entry.name) - getattr(earlier, entry.name) for entry in fields(self)))
+
+
+@dataclass(slots=True)
+class LaneReport:
+    """Totals since a model was loaded, or since `reset`. tiers: by row tier, since the model was loaded."""
+
+    phases: dict[str, PhaseTimes] = field(default_factory=lambda: {phase: PhaseTimes() for phase in PHASES})
+    tiers: dict[int, PhaseTimes] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, lanes: Lanes, phase: str, tokens: int) -> Iterator[None]:
+        """Count one step; a step that raises is not counted."""
+        before = _counters(lanes)
+        yield
+        spent = [end - start for start, end in zip(before, _counters(lanes), strict=True)]
+        self.phases[phase].add(tokens, spent)
+        self.tiers.setdefault(row_tier(tokens), PhaseTimes()).add(tokens, spent)
+
+    def reset(self) -> None:
+        """Forget everything counted so far, except what `tiers` holds for rebalancing."""
+        self.phases = {phase: PhaseTimes() for phase in PHASES}
+
+    def to_dict(self) -> dict[str, dict[str, float]]:
+        """Plain values for JSON."""
+        return {phase: asdict(times) for phase, times in self.phases.items()}
+
+    def table(self, width: int = 120) -> str:
+        """Plain text for people."""
+        table = Table("phase", box=None)
+        for heading in (
+            "steps",
+            "tokens",
+            "tokens/s",
+            "ms/step",
+            "CPU lane busy",
+            "waiting for it",
+            "hand-overs",
+            "streamed GB/s",
+        ):
+            table.add_column(heading, justify="right")
+        for phase, times in self.phases.items():
+            if times.steps:
+                table.add_row(phase, *_cells(times))
+        console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+        console.print(table)
+        return console.file.getvalue()
+
+
+def _counters(lanes: Lanes) -> tuple[float, ...]:
+    return (time.perf_counter(), *(getattr(lanes, name) for name in COUNTERS[1:]))
+
+
+def _cells(times: PhaseTimes) -> tuple[str, ...]:
+    return (
+        str(times.steps),
+        str(times.tokens),
+        f"{times.tokens / times.wall_s:.1f}",
+        f"{1e3 * times.wall_s / times.steps:.2f}",
+        f"{times.cpu_lane_s / times.wall_s:.0%}",
+        f"{times.waited_s / times.wall_s:.0%}",
+        f"{times.handover_s / times.wall_s:.0%}",
+        f"{times.streamed_bytes / times.wall_s / 1e9:.2f}",
+    )

@@ -1,0 +1,334 @@
+"""The lanes and what passes between them: one device, one host worker, copies and events.
+
+Only this module and those it builds on (`devices`, `copy_ahead`, `staging`, `page_stream`, `step_tables`, `handover`)
+own streams, events, page-locked buffers and threads. Exactly one thread calls the CPU kernels: the worker while lanes
+overlap, else the caller's own.
+
+An activation that more than one lane needs is an `Activation`: the same rows in GPU memory and in host memory. Each
+side holds the columns that its lanes produced; `push` and `pull` bring over the others.
+
+Why no race can happen: copies of activations and kernels share one stream, so they run in the order they are queued.
+Host jobs run in the order they are given. A job that follows a copy waits for it (an event), so it reads only what has
+arrived and overwrites only what has left. A copy that follows a job is queued behind `order_device` or `join`; where
+activations could not be page-locked, the caller itself waits for the job, whatever the hand-over.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cpu_kernels import CpuKernels
+from hetero_attn.cache.stream import PageStream
+from hetero_attn.devices import Device
+from hetero_attn.devices.copy_ahead import CopyAhead
+from hetero_attn.lanes.handover import InOrder
+from hetero_attn.lanes.staging import StagingRing
+from hetero_attn.lanes.stopwatch import SelectedOps, Stopwatch, WatchedDevice, WatchedOps
+from hetero_attn.lanes.tables import StepTables
+from hetero_attn.lanes.traced import TracedDevice, TracedOps
+
+HANDED_OVER = ("activations", "resident")  # kinds of host memory that an Activation may have
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """One activation, float32 [max_rows, width], in GPU memory and in host memory; a side that no lane uses is None."""
+
+    device: torch.Tensor | None
+    host: torch.Tensor | None
+
+    def rows(self, start: int, stop: int) -> "Activation":
+        """Rows [start, stop) of both sides."""
+        return self._map(lambda side: side[start:stop])
+
+    def columns(self, start: int, stop: int) -> "Activation":
+        """Columns [start, stop) of both sides."""
+        return self._map(lambda side: side[:, start:stop])
+
+    @property
+    def main(self) -> torch.Tensor:
+        """The side where the residual stream lives: the GPU's when there is one."""
+        return self.host if self.device is None else self.device
+
+    def _map(self, view: Callable[[torch.Tensor], torch.Tensor]) -> "Activation":
+        return Activation(*(None if side is None else view(side) for side in (self.device, self.host)))
+
+
+class Lanes:
+    """A device (None: CPU only), the CPU kernels, the order between them, the staging ring and the step's tables.
+
+    handover: how host jobs and GPU work wait for each other; None runs everything in order on the calling thread, the
+    plain path. waited_s: seconds for which the caller waited for the CPU lane since the start.
+    """
+
+    def __init__(
+        self,
+        host_ops: CpuKernels,
+        device: Device | None = None,
+        ring: StagingRing | None = None,
+        tables: StepTables | None = None,
+        handover: Any = None,
+        pages: PageStream | None = None,
+    ) -> None:
+        self.host_ops = host_ops
+        self.device = device
+        self.ring = ring
+        self.tables = tables
+        self.handover = handover or InOrder(device)
+        self.pages = pages
+        self._copied = False
+        self._tracing = False
+        self._called_s = 0.0
+        self.waited_s = 0.0
+
+    @property
+    def cpu_lane_s(self) -> float:
+        """Seconds for which the CPU lane worked so far, in calls from Python and in recorded programs."""
+        return self._called_s + self.handover.worked_s
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of weights and of older keys and values that were copied to the GPU ahead of use so far."""
+        return sum(ahead.copied_bytes for ahead in self._ahead)
+
+    @property
+    def handover_s(self) -> float:
+        """Seconds that hand-overs themselves took so far: waking the worker, noticing that it has finished."""
+        return self.handover.overhead_s
+
+    @property
+    def can_replay(self) -> bool:
+        """Whether a recorded decode step can be run again."""
+        if self._tracing or self._copies_at_once or (self.ring is not None and self.ring.passes_caller):
+            return False
+        return self.device is None or self.handover.captures
+
+    @property
+    def main_ops(self):
+        """The operations of the place where the residual stream lives."""
+        return self.host_ops if self.device is None else self.device.ops
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue a copy between GPU and host memory, in order with the GPU's compute."""
+        self._copied = True
+        self.device.copy(target, source, self.device.compute)
+
+    def upload(self, tables: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Bring a step's integer tables to the device, all in one copy; they stay until the next step's."""
+        self._copied = True
+        return self.tables.upload(tables)
+
+    @contextmanager
+    def copies_beside(self) -> Iterator[None]:
+        """Around a step that is captured: the ring's copies branch off from the compute stream and come back to it.
+
+        What was queued before belongs to no capture, so the first job asks for itself.
+        """
+        self._copied = True
+        compute, copies = self.device.compute, self.device.copies
+        if self.ring is not None:
+            self.device.wait(copies, self.device.record(compute))
+        yield
+        if self.ring is not None:
+            self.device.wait(compute, self.device.record(copies))
+
+    @contextmanager
+    def cpu_lane(self) -> Iterator[None]:
+        """Count the time of the enclosed work as the CPU lane's."""
+        started = time.perf_counter()
+        yield
+        self._called_s += time.perf_counter() - started
+
+    @contextmanager
+    def main_lane(self) -> Iterator[None]:
+        """Work that runs where the residual stream lives: the CPU lane's time when there is no device."""
+        with self.cpu_lane() if self.device is None else nullcontext():
+            yield
+
+    @contextmanager
+    def torch_at_rest(self) -> Iterator[None]:
+        """What a thread needs around a step: its kernels go to the compute stream, and torch's own pool is kept out.
+
+        The pool's idle threads spin on the cores of the thread team; beside one, a copy of the logits took 4 ms.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with nullcontext() if self.device is None else self.device.current():
+                yield
+        finally:
+            torch.set_num_threads(threads)
+
+    @contextmanager
+    def watched(self, stopwatch: Stopwatch) -> Iterator[None]:
+        """Run the enclosed steps in order on the calling thread, every operation and copy timed."""
+        self.join()
+        kept = self.host_ops, self.device, self.handover
+        self.host_ops = WatchedOps(self.host_ops, "cpu", stopwatch.time)
+        self.handover = InOrder(self.device)
+        if self.device is not None:
+            self.device = WatchedDevice(self.device, stopwatch)
+        self._copy_ahead_on(self.device)
+        try:
+            yield
+        finally:
+            self.host_ops, self.device, self.handover = kept
+            self._copy_ahead_on(self.device)
+
+    @contextmanager
+    def traced(self, trace: Any) -> Iterator[None]:
+        """Run the enclosed steps with every operation and copy in the trace; when it ends the device has finished."""
+        kept = self.host_ops, self.device
+        self.host_ops = TracedOps(self.host_ops, lambda name, work: _timed(trace, name, work))
+        if self.device is not None:
+            self.device = TracedDevice(self.device, trace)
+        self._copy_ahead_on(self.device)
+        self._tracing = True
+        try:
+            yield
+        finally:
+            self.host_ops, self.device = kept
+            self._copy_ahead_on(self.device)
+            self._tracing = False
+            self.finish()
+
+    @contextmanager
+    def computing_by(self, ops: Any) -> Iterator[None]:
+        """Within this, `ops` computes on both sides, in order on the calling thread. Not for a real GPU."""
+        self.join()
+        kept = self.host_ops, self.handover, None if self.device is None else self.device.ops
+        self.host_ops, self.handover = ops, InOrder(self.device)
+        if self.device is not None:
+            self.device.ops = ops
+        try:
+            yield
+        finally:
+            self.host_ops, self.handover = kept[:2]
+            if self.device is not None:
+                self.device.ops = kept[2]
+
+    @contextmanager
+    def only(self, term: str | None) -> Iterator[None]:
+        """Within this, CPU operations of other terms (placement.plan.phase.TERMS) do nothing; for recording a step."""
+        ops, self.host_ops = self.host_ops, SelectedOps(self.host_ops, term)
+        try:
+            yield
+        finally:
+            self.host_ops = ops
+
+    @contextmanager
+    def given_up_on_error(self) -> Iterator[None]:
+        """Leave no job, no announced copy and no queued work behind when the enclosed step fails."""
+        try:
+            yield
+        except BaseException:
+            self.reset()
+            raise
+
+    def on_host(self, job: Callable[[], None]) -> None:
+        """Give the host worker a job; it starts once the copies queued so far have been made.
+
+        It calls `host_ops` and does nothing else: in a captured step the calls are recorded, and made again without it.
+        """
+        if self.device is None:
+            job()
+            return
+        self.handover.submit(lambda: self._run(job), self._copied)
+        self._copied = False
+
+    @property
+    def given(self) -> int:
+        """How many host jobs were given so far, for `order_device`."""
+        return self.handover.given
+
+    def begin_layer(self) -> None:
+        """Before a layer is queued: wait where the caller is too far ahead of the host worker."""
+        with self._waiting():
+            self.handover.begin_layer()
+
+    def order_device(self, given: int | None = None) -> None:
+        """GPU work queued from now on sees what the first `given` jobs wrote; None: all given so far."""
+        with self._waiting():
+            if self._copies_at_once:
+                self.handover.join(given)
+            else:
+                self.handover.order_device(given)
+
+    def join(self) -> None:
+        """Wait for every job given so far; raises what the first failed one raised, after all have ended."""
+        with self._waiting():
+            self.handover.join()
+
+    def push(self, activation: Activation, start: int, stop: int) -> None:
+        """Bring columns [start, stop) from the GPU to host memory, in place, in order with the GPU's compute."""
+        if self.device is not None and start < stop:
+            self.copy(activation.host[:, start:stop], activation.device[:, start:stop])
+
+    def pull(self, activation: Activation, start: int, stop: int, given: int | None = None) -> None:
+        """Bring columns [start, stop) to the GPU once the first `given` host jobs, None for all, have written them."""
+        if self.device is not None and start < stop:
+            self.order_device(given)
+            self.copy(activation.device[:, start:stop], activation.host[:, start:stop])
+
+    def settle_device(self) -> None:
+        """Wait until every job and all queued compute have ended, in the middle of a step."""
+        self.join()
+        if self.device is not None:
+            self.device.synchronize(self.device.record(self.device.compute))
+
+    def finish(self) -> None:
+        """Wait until every job and all queued GPU work have ended; host memory then holds what they wrote."""
+        self.settle_device()
+        if self.device is not None:
+            self._copied = False
+            for ahead in self._ahead:
+                ahead.settle()
+
+    def reset(self) -> None:
+        """Leave no job, no queued work and nothing announced; for a step that was given up half-way."""
+        self.handover.give_up()
+        if self.device is not None:
+            for stream in (self.device.copies, self.device.compute):
+                self.device.synchronize(self.device.record(stream))
+        for ahead in self._ahead:
+            ahead.reset()
+
+    def close(self) -> None:
+        """Finish the worker's jobs, stop it, and release the device and the CPU kernels; idempotent."""
+        self.handover.close()
+        if self.device is not None:
+            self.device.close()
+        self.host_ops.close()
+
+    @property
+    def _copies_at_once(self) -> bool:
+        """Whether host memory that jobs write may be ordinary: a copy reads that when it is queued, not in its turn."""
+        return self.device is not None and not self.device.refused_kinds.isdisjoint(HANDED_OVER)
+
+    @property
+    def _ahead(self) -> Iterator[CopyAhead]:
+        """The queues of copies ahead of use that there are: weights, older keys and values."""
+        return (ahead for ahead in (self.ring, self.pages) if ahead is not None)
+
+    def _copy_ahead_on(self, device: Any) -> None:
+        for ahead in self._ahead:
+            ahead.device = device
+
+    def _run(self, job: Callable[[], None]) -> None:
+        with self.cpu_lane():
+            job()
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.waited_s += time.perf_counter() - started
+
+
+def _timed(trace: Any, name: str, work: Callable[[], object]) -> None:
+    with trace.span("CPU lane", name):
+        work()

@@ -1,0 +1,1 @@
+"""A decoder as a sequence of operations, and its rotary tables."""

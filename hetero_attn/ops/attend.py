@@ -1,0 +1,256 @@
+"""Attention over a sequence cut into segments: one partial where each segment lives, merged by online softmax.
+
+Heads go by affinity. A KV-head group that the CPU owns is rotated, stored and attended on the host; one that the GPU
+owns keeps its newest tokens in GPU memory and its older ones in DRAM. In decode the CPU attends those in place, so that
+only q, the partial output and its lse cross the bus; for a prompt they come to the GPU, block by block. The partials of
+one head combine as
+
+    m = max(lse_i),  w_i = exp(lse_i - m),  out = sum(w_i out_i) / sum(w_i),  lse = m + log(sum(w_i))
+
+which is associative and commutative: any number of segments, in any order, gives the same answer.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from hetero_attn.cache.pages import PagedStore
+from hetero_attn.cache.pool import LayerGroup
+from hetero_attn.lanes.lanes import Activation, Lanes
+from hetero_attn.ops.step import GroupStep, Segment, Step, layer_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionParameters:
+    """What one layer's attention needs beside its linears, float32, where each lane needs it.
+
+    cos, sin: [max_context, rotary_dim / 2]. q_norm, k_norm: [head_dim], None on both sides where the family has none.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int
+    norm_eps: float
+    cos: Activation
+    sin: Activation
+    q_norm: Activation
+    k_norm: Activation
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by."""
+        return self.head_dim**-0.5
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBuffers:
+    """Float32 workspaces of a step: query, out, partial [rows, num_heads * head_dim]; lse, partial_lse [rows, num_heads]."""
+
+    query: Activation
+    out: Activation
+    partial: Activation
+    lse: Activation
+    partial_lse: Activation
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One side's view of a layer: its operations, its heads and its pages."""
+
+    name: str
+    ops: object
+    store: PagedStore
+    layer: int
+    groups: slice
+    heads: slice
+
+    def of(self, activation: Activation) -> torch.Tensor | None:
+        return getattr(activation, self.name)
+
+    def per_head(self, activation: Activation, head_dim: int) -> torch.Tensor:
+        tensor = self.of(activation)
+        return tensor.view(tensor.shape[0], -1, head_dim)[:, self.heads]
+
+
+def attend(
+    lanes: Lanes,
+    step: Step,
+    segments: GroupStep,
+    group: LayerGroup,
+    layer: int,
+    parameters: AttentionParameters,
+    qkv: Activation,
+    computed: int,
+    buffers: AttentionBuffers,
+) -> None:
+    """Rotate, store and attend; fills `buffers.out`, each head on its owner's side.
+
+    qkv: float32 [rows, num_kv_heads * unit_features], the units of the first `computed` KV-head groups on the GPU, the
+    others on the host; those of other owners are moved. layer: which of the layer group's layers this is. What the CPU
+    lane is asked for never stands behind a wait of the GPU.
+    """
+    given, unit = lanes.given, qkv.main.shape[1] // parameters.num_kv_heads
+    lanes.push(qkv, group.gpu_groups * unit, computed * unit)
+    sides = {side.name: (side, segment) for side, segment in _writers(lanes, segments, group, layer, parameters)}
+    if "host" in sides:
+        side, segment = sides["host"]
+        lanes.on_host(partial(_store_and_attend, side, step, segment, parameters, qkv, buffers))
+    lanes.pull(qkv, computed * unit, group.gpu_groups * unit, given)
+    if "device" in sides:
+        _attend_on_device(lanes, step, segments, group, *sides["device"], parameters, qkv, buffers)
+
+
+def store(
+    lanes: Lanes,
+    step: Step,
+    segments: GroupStep,
+    group: LayerGroup,
+    layer: int,
+    parameters: AttentionParameters,
+    qkv: Activation,
+    query: Activation,
+) -> None:
+    """Rotate and store the step's keys and values without attending; `query` receives the rotated queries."""
+    for side, segment in _writers(lanes, segments, group, layer, parameters):
+        _store(side, step, segment, parameters, qkv, query)
+
+
+def _writers(
+    lanes: Lanes, segments: GroupStep, group: LayerGroup, layer: int, parameters: AttentionParameters
+) -> Iterator[tuple[_Side, Segment]]:
+    """The sides that the step writes to, with their segments: the CPU's groups, then the GPU's, its pages in place."""
+    if group.moves is not None:
+        group.moves.wait(layer)
+    owned = group.gpu_groups
+    heads = owned * parameters.heads_per_group
+    if segments.host is not None:
+        yield _Side("host", lanes.host_ops, group.host, layer, slice(owned, None), slice(heads, None)), segments.host
+    if segments.recent is not None:
+        yield _Side("device", lanes.device.ops, group.recent, layer, slice(owned), slice(heads)), segments.recent
+
+
+def _store(
+    side: _Side, step: Step, segment: Segment, parameters: AttentionParameters, qkv: Activation, query: Activation
+) -> None:
+    side.ops.rope_append(
+        side.of(qkv).view(step.rows, parameters.num_kv_heads, -1)[:, side.groups],
+        side.of(step.positions),
+        side.of(parameters.cos),
+        side.of(parameters.sin),
+        side.of(parameters.q_norm),
+        side.of(parameters.k_norm),
+        parameters.norm_eps,
+        side.per_head(query, parameters.head_dim),
+        side.store.k[side.layer],
+        side.store.v[side.layer],
+        segment.slots,
+    )
+
+
+def _store_and_attend(
+    side: _Side,
+    step: Step,
+    segment: Segment,
+    parameters: AttentionParameters,
+    qkv: Activation,
+    buffers: AttentionBuffers,
+) -> None:
+    _store(side, step, segment, parameters, qkv, buffers.query)
+    _partial(side, step, segment, parameters, buffers.query, buffers.out, buffers.lse)
+
+
+def _partial(
+    side: _Side,
+    step: Step,
+    segment: Segment,
+    parameters: AttentionParameters,
+    query: Activation,
+    out: Activation,
+    lse: Activation,
+) -> None:
+    arguments = (
+        side.per_head(query, parameters.head_dim),
+        side.store.k[side.layer],
+        side.store.v[side.layer],
+        segment.table,
+        segment.start,
+        segment.stop,
+    )
+    results = (parameters.scale, side.per_head(out, parameters.head_dim), side.of(lse)[:, side.heads])
+    if step.is_prefill:
+        side.ops.prefill_attention(*arguments, step.q_start, parameters.window, *results)
+    else:
+        side.ops.decode_attention(*arguments, *results)
+
+
+def _attend_on_device(
+    lanes: Lanes,
+    step: Step,
+    segments: GroupStep,
+    group: LayerGroup,
+    side: _Side,
+    recent: Segment,
+    parameters: AttentionParameters,
+    qkv: Activation,
+    buffers: AttentionBuffers,
+) -> None:
+    """The GPU's groups: over their recent tokens on the GPU, over older ones meanwhile on the CPU, or then on the GPU."""
+    _store(side, step, recent, parameters, qkv, buffers.query)
+    attend_recent = partial(_partial, side, step, recent, parameters, buffers.query, buffers.out, buffers.lse)
+    if segments.spilled is None:
+        attend_recent()
+        return
+    older = _Side("host", lanes.host_ops, group.spilled, side.layer, side.groups, side.heads)
+    if step.streams_older:
+        attend_recent()
+        _stream_older(lanes, older, step, segments.spilled, parameters, buffers)
+        return
+    width = side.heads.stop * parameters.head_dim
+    lanes.push(buffers.query, 0, width)
+    lanes.on_host(
+        lambda: _partial(
+            older, step, segments.spilled, parameters, buffers.query, buffers.partial, buffers.partial_lse
+        )
+    )
+    attend_recent()
+    lanes.pull(buffers.partial, 0, width)
+    lanes.pull(buffers.partial_lse, 0, side.heads.stop)
+    _merge_older(lanes, older, parameters, buffers)
+
+
+def _stream_older(
+    lanes: Lanes, side: _Side, step: Step, segment: Segment, parameters: AttentionParameters, buffers: AttentionBuffers
+) -> None:
+    """Attend the GPU's groups over their tokens in DRAM, on the GPU, block by block as they arrive there.
+
+    Positions count from the first token of a block, which is what a buffer's table knows.
+    """
+    on_device = _Side("device", lanes.device.ops, side.store, side.layer, side.groups, side.heads)
+    query, out = (on_device.per_head(each, parameters.head_dim) for each in (buffers.query, buffers.partial))
+    table, page_size = lanes.pages.table(side.groups.stop), side.store.page_size
+    for block in layer_blocks(side.store, segment, side.layer, lanes.pages.block_pages):
+        base = block.first * page_size
+        start, stop = max(segment.start - base, 0), min(segment.stop - base, len(block.pages) * page_size)
+        k, v = lanes.pages.take()
+        on_device.ops.prefill_attention(
+            query, k, v, table, start, stop, step.q_start - base, parameters.window, parameters.scale, out,
+            buffers.partial_lse.device[:, side.heads],
+        )  # fmt: skip
+        lanes.pages.give_back()
+        _merge_older(lanes, side, parameters, buffers)
+
+
+def _merge_older(lanes: Lanes, side: _Side, parameters: AttentionParameters, buffers: AttentionBuffers) -> None:
+    """Merge a partial over older tokens, which is on the GPU, into the one that is there already."""
+    on_device = _Side("device", lanes.device.ops, side.store, side.layer, side.groups, side.heads)
+    outs = [on_device.per_head(activation, parameters.head_dim) for activation in (buffers.out, buffers.partial)]
+    lses = [activation.device[:, side.heads] for activation in (buffers.lse, buffers.partial_lse)]
+    lanes.device.ops.merge(outs, lses, outs[0], lses[0])

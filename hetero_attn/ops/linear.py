@@ -1,0 +1,196 @@
+"""Run one linear layer over its lanes, each output column computed in exactly one place.
+
+A weight's packed units lie in the order gpu | stream | cpu. The first run is in GPU memory; the rest is one tensor in
+host memory, of which the first part is streamed through the staging ring and the second computed in place by CPU
+cores. The boundary between those two is an integer per row tier; no weight moves when it does.
+
+In an elastic plan host memory holds a copy of the gpu run too, so the first boundary moves as well: a run given up is
+simply read from its copy from the next step on.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from cpu_kernels.formats.weights import BLOCK_FEATURES
+from hetero_attn.lanes.lanes import Activation, Lanes
+from hetero_attn.spec.weights import LinearSpec
+from placement.plan.memory import LinearPlacement
+
+
+@dataclass(slots=True)
+class LinearWeights:
+    """The packed weight of one linear in its two homes; `placement` and `gpu` change between steps only.
+
+    gpu: uint8 [gpu blocks, block_bytes] in GPU memory. dram: uint8 [blocks, block_bytes] in host memory, those of the
+    units from `first_dram_unit` on. Of a row cut, both hold every output feature and the input features of their units.
+    bias: float32 [out_features] on both sides, None on both where the linear has none.
+    piece_blocks: the most blocks a staging slot takes.
+    """
+
+    spec: LinearSpec
+    placement: LinearPlacement
+    weight_dtype: str
+    gpu: torch.Tensor | None
+    dram: torch.Tensor
+    bias: Activation
+    piece_blocks: int
+    first_dram_unit: int
+
+    def device_units(self, tier: int) -> int:
+        """Units computed on the GPU, resident and streamed, in this row tier."""
+        gpu, stream, _ = self.placement.cut(tier)
+        return gpu + stream
+
+    def device_inputs(self, tier: int) -> int:
+        """Input features of a row cut that the GPU multiplies in this row tier; the CPU lane takes those behind them."""
+        return self.device_units(tier) * self.spec.row_unit
+
+    def device_features(self, tier: int) -> int:
+        """Packed output features computed on the GPU in this row tier; the CPU lane computes the rest."""
+        return self.device_units(tier) * self.spec.unit_features
+
+    def has_host_features(self, tier: int) -> bool:
+        """Whether the CPU lane computes any column in this row tier."""
+        return self.device_units(tier) < self.spec.units
+
+    def pieces(self, tier: int) -> Iterator[torch.Tensor]:
+        """The streamed blocks of this tier, cut into pieces that fit a staging slot."""
+        first, stop = self._dram_block(self.placement.gpu_units), self._dram_block(self.device_units(tier))
+        if self.spec.row_unit:
+            first, stop = 0, self.dram.shape[0] if self.placement.stream_units[tier] else 0
+        for start in range(first, stop, self.piece_blocks):
+            yield self.dram[start : min(start + self.piece_blocks, stop)]
+
+    def host_weight(self, tier: int) -> torch.Tensor:
+        """The blocks that the CPU lane computes in place."""
+        if self.spec.row_unit:
+            return self.dram
+        return self.dram[self._dram_block(self.device_units(tier)) :]
+
+    def gpu_copy(self, gpu_units: int) -> torch.Tensor:
+        """The copies in host memory of the first `gpu_units` units; an elastic plan only."""
+        assert self.first_dram_unit == 0, f"{self.spec.name} keeps no copy of what is in GPU memory"
+        return self.dram[: gpu_units * self.spec.unit_blocks]
+
+    def _dram_block(self, unit: int) -> int:
+        return (unit - self.first_dram_unit) * self.spec.unit_blocks
+
+
+def run_on_device(
+    lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: Activation, add: bool = False
+) -> None:
+    """Queue the GPU's resident and streamed columns of `x @ W.T + bias` into (or onto) the left columns of `out`.
+
+    x float32 [rows, in_features], out float32 [rows, out_features]; written in place on the device side.
+    """
+    start = 0
+    for is_streamed, blocks in _device_weights(lanes, weights, tier):
+        stop = start + blocks.shape[0] * BLOCK_FEATURES
+        bias = None if weights.bias.device is None else weights.bias.device[start:stop]
+        lanes.device.ops.linear(x.device, blocks, weights.weight_dtype, bias, out.device[:, start:stop], add)
+        if is_streamed:
+            lanes.ring.give_back()
+        start = stop
+
+
+def _device_weights(lanes: Lanes, weights: LinearWeights, tier: int) -> Iterator[tuple[bool, torch.Tensor]]:
+    if weights.gpu is not None and weights.gpu.shape[0]:
+        yield False, weights.gpu
+    for _ in weights.pieces(tier):
+        yield True, lanes.ring.take()
+
+
+def run_on_host(
+    lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: Activation, add: bool = False
+) -> None:
+    """Compute the CPU lane's columns of `x @ W.T + bias` into (or onto) the right columns of `out`; a host job's body.
+
+    x float32 [rows, in_features], out float32 [rows, out_features]; written in place on the host side.
+    """
+    start = weights.device_features(tier)
+    bias = None if weights.bias.host is None else weights.bias.host[start:]
+    lanes.host_ops.linear(x.host, weights.host_weight(tier), weights.weight_dtype, bias, out.host[:, start:], add)
+
+
+def linear(lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: Activation) -> None:
+    """Compute `x @ W.T + bias`, leaving each lane's columns of `out` where they were computed.
+
+    x must be complete in GPU memory if the GPU computes a column, and in host memory if the CPU lane does.
+    """
+    if weights.has_host_features(tier):
+        lanes.on_host(lambda: run_on_host(lanes, weights, tier, x, out))
+    if weights.device_units(tier):
+        run_on_device(lanes, weights, tier, x, out)
+
+
+def linear_add(
+    lanes: Lanes,
+    weights: LinearWeights,
+    tier: int,
+    x: Activation,
+    column: int,
+    residual: Activation,
+    scratch: Activation,
+) -> None:
+    """Add `x @ W.T + bias` to the residual where it lives; `scratch` carries what the CPU lane computed to a GPU.
+
+    x: its columns [0, column) are in GPU memory, or will be, and the rest in host memory; it is completed here on every
+    side that multiplies it. The CPU lane is asked right behind the copy that completes its side, and works while the
+    GPU waits for its own.
+    """
+    if lanes.device is None:
+        run_on_host(lanes, weights, tier, x, residual, add=True)
+        return
+    on_host = run_row_cut_on_host if weights.spec.row_unit else run_on_host
+    on_device = run_row_cut_on_device if weights.spec.row_unit else run_on_device
+    given, wanted = lanes.given, _wanted_input(weights, tier)
+    lanes.push(x, wanted.start, column)
+    if weights.has_host_features(tier):
+        lanes.on_host(lambda: on_host(lanes, weights, tier, x, scratch))
+    lanes.pull(x, column, wanted.stop, given)
+    if weights.device_units(tier):
+        on_device(lanes, weights, tier, x, residual, True)
+    if weights.has_host_features(tier):
+        start = 0 if weights.spec.row_unit else weights.device_features(tier)
+        lanes.pull(scratch, start, scratch.host.shape[1])
+        residual.device[:, start:].add_(scratch.device[:, start:])
+
+
+def _wanted_input(weights: LinearWeights, tier: int) -> slice:
+    """The host multiplies the input features from `start` on, the GPU those before `stop`.
+
+    A column cut needs all of them on every side that computes a column; a row cut has one boundary between the sides.
+    """
+    if weights.spec.row_unit:
+        boundary = weights.device_inputs(tier)
+        return slice(boundary, boundary)
+    width = weights.spec.in_features
+    return slice(0 if weights.has_host_features(tier) else width, width if weights.device_units(tier) else 0)
+
+
+def run_row_cut_on_device(
+    lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: Activation, add: bool = True
+) -> None:
+    """Queue the GPU's part of every output feature of a row cut, the bias included, onto `out`."""
+    home = weights.placement.gpu_units * weights.spec.row_unit
+    bias, ops = weights.bias.device, lanes.device.ops
+    if home:
+        ops.linear(x.device[:, :home], weights.gpu, weights.weight_dtype, bias, out.device, add)
+        bias = None
+    start = 0
+    for _ in weights.pieces(tier):
+        blocks = lanes.ring.take()
+        stop = start + blocks.shape[0] * BLOCK_FEATURES
+        part = None if bias is None else bias[start:stop]
+        ops.linear(x.device[:, home:], blocks, weights.weight_dtype, part, out.device[:, start:stop], add)
+        lanes.ring.give_back()
+        start = stop
+
+
+def run_row_cut_on_host(lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: Activation) -> None:
+    """Compute the CPU lane's part of every output feature of a row cut into `out`, the bias if the GPU has no part."""
+    first = weights.device_inputs(tier)
+    bias = weights.bias.host if first == 0 else None
+    lanes.host_ops.linear(x.host[:, first:], weights.dram, weights.weight_dtype, bias, out.host, False)

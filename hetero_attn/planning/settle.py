@@ -1,0 +1,240 @@
+"""From a model and a wish to a plan: config and file headers in, nothing loaded."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from hetero_attn.checkpoints.checkpoint import Checkpoint
+from hetero_attn.checkpoints.hub import resolve_model
+from hetero_attn.errors import ConfigError, MemoryBudgetError, UnsupportedModelError, nearest
+from hetero_attn.planning.profiles import current_profile, lane_threads
+from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.weights import build_workload, natural_kv_dtype
+from placement import BudgetError, HardwareProfile, Plan, Policy, make_plan
+from placement.plan.memory import activation_bytes
+from placement.plan.units import parse_bytes
+from placement.plan.workload import KV_DTYPES, Workload
+
+WEIGHT_DTYPES = ("bf16", "fp32", "q8", "q4")
+DEVICES = ("auto", "cuda", "cpu", "emulated")
+DEFAULT_MAX_CONTEXT = 8192
+DEFAULT_MAX_BATCH = 4
+THROUGHPUT_MAX_BATCH = 16
+DEFAULT_PREFILL_CHUNK = 512
+MIN_PREFILL_CHUNK = 16
+MAX_PREFILL_CHUNK = 2048
+PAGE_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """A model directory with everything decided that loading needs.
+
+    device: cpu | cuda[:N] | emulated. hardware, policy: the rates and the wishes that the plan was made with.
+    """
+
+    path: Path
+    config: ModelConfig
+    weight_dtype: str
+    device: str
+    hardware: HardwareProfile
+    plan: Plan
+    policy: Policy = Policy()
+
+
+def plan_model(
+    model: str | Path,
+    policy: str | Path | Policy = "auto",
+    gpu_memory: str | int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    hardware: HardwareProfile | str | None = None,
+    max_context: int | None = None,
+    max_batch: int | None = None,
+    num_threads: int | None = None,
+    page_size: int = PAGE_TOKENS,
+    kv_dtype: str = "auto",
+) -> Plan:
+    """Plan a model from its config and headers alone; the arguments are those of `LLM`.
+
+    hardware: a profile, or the name of a catalogue machine; None is this machine, measured if `profile` has been run.
+    Raises what `LLM` raises before it loads weights.
+    """
+    return prepare(
+        model,
+        policy,
+        gpu_memory,
+        dtype,
+        device,
+        hardware,
+        max_context,
+        max_batch,
+        num_threads,
+        page_size,
+        kv_dtype=kv_dtype,
+    ).plan
+
+
+def prepare(
+    model: str | Path,
+    policy: str | Path | Policy,
+    gpu_memory: str | int | None,
+    dtype: str,
+    device: str,
+    hardware: HardwareProfile | str | None,
+    max_context: int | None,
+    max_batch: int | None,
+    num_threads: int | None,
+    page_size: int,
+    elastic: bool = False,
+    kv_tokens: int | None = None,
+    kv_dtype: str = "auto",
+) -> PlannedModel:
+    """Decide everything about a model that can be decided without reading its weights.
+
+    Under `objective: throughput` more sequences share the KV slots that the default batch would have.
+    """
+    path = resolve_model(model)
+    config = ModelConfig.from_dir(path)
+    policy = policy if isinstance(policy, Policy) else Policy.load(policy)
+    policy = policy.model_copy(update={"threads": num_threads or policy.threads, "elastic": elastic or policy.elastic})
+    weight_dtype = choose_weight_dtype(dtype, config, path)
+    place = choose_device(device, hardware)
+    context = choose_context(max_context or policy.context, config)
+    batch, kv_tokens = choose_batch(max_batch or policy.batch, kv_tokens or policy.kv_tokens, context, policy.objective)
+    build = partial(
+        build_workload,
+        config,
+        weight_dtype,
+        model=path.name,
+        max_context=context,
+        max_batch=batch,
+        kv_tokens=kv_tokens,
+        page_size=page_size,
+        kv_dtype=choose_kv_dtype(kv_dtype, policy, weight_dtype),
+        embed_shares_head=config.tie_word_embeddings and weight_dtype in ("fp32", "bf16") and place == "cpu",
+    )
+    kind = place.partition(":")[0]
+    if isinstance(hardware, str):
+        hardware = HardwareProfile.named(hardware)
+    hardware = hardware or machine_profile(place)
+    budget, workload = None, build(prefill_chunk=policy.prefill_chunk or DEFAULT_PREFILL_CHUNK)
+    if kind != "cpu":
+        budget = parse_bytes(gpu_memory) if gpu_memory is not None else policy.gpu_memory or hardware.gpu_memory_bytes
+        if policy.prefill_chunk is None:
+            workload = fit_prefill_chunk(build, budget)
+    if kind == "cuda":
+        from hetero_attn.devices.machine import with_own_bytes
+
+        hardware = with_own_bytes(hardware, place, workload)
+    policy = policy.model_copy(update=dict.fromkeys(("context", "batch", "kv_tokens", "prefill_chunk", "kv_dtype")))
+    try:
+        plan = make_plan(workload, hardware, policy, device=kind, gpu_memory_bytes=budget)
+    except BudgetError as error:
+        raise MemoryBudgetError(str(error)) from error
+    return PlannedModel(path, config, weight_dtype, place, hardware, plan, policy)
+
+
+def machine_profile(device: str) -> HardwareProfile:
+    """The rates to plan with on this machine: measured ones if a profile is kept, else the catalogue's generic ones.
+
+    An emulated GPU has rates of its own in the catalogue; they say nothing about any GPU.
+    """
+    threads = lane_threads()
+    if device == "emulated":
+        return HardwareProfile.named("emulated").with_threads(threads)
+    if device.startswith("cuda"):
+        from hetero_attn.devices.machine import device_index, gpu_profile
+
+        stored = current_profile()
+        profile = gpu_profile(device_index(device), stored)
+        return profile if profile is stored else profile.with_threads(threads)
+    return current_profile() or HardwareProfile.named("generic-cpu").with_threads(threads)
+
+
+def choose_weight_dtype(dtype: str, config: ModelConfig, path: Path) -> str:
+    """The dtype weights are kept in: the wish, or for `auto` the checkpoint's (float16 becomes bfloat16)."""
+    _check_choice("dtype", dtype, ("auto", *WEIGHT_DTYPES))
+    if dtype != "auto":
+        return dtype
+    stored = config.dtype
+    if stored is None:
+        with Checkpoint.open(path) as checkpoint:
+            stored = checkpoint.dtype(checkpoint.names[0])
+    return "fp32" if stored == "fp32" else "bf16"
+
+
+def choose_kv_dtype(kv_dtype: str, policy: Policy, weight_dtype: str) -> str:
+    """The dtype of the cache: the wish, else the policy's, else float32 beside float32 weights and bfloat16 otherwise."""
+    _check_choice("kv_dtype", kv_dtype, ("auto", *KV_DTYPES))
+    if kv_dtype != "auto":
+        return kv_dtype
+    return policy.kv_dtype or natural_kv_dtype(weight_dtype)
+
+
+def choose_device(device: str, hardware: HardwareProfile | str | None) -> str:
+    """The device to plan for: the wish, or for `auto` the given hardware's, else the GPU where there is one, else the CPU."""
+    _check_choice("device", device.partition(":")[0], DEVICES)
+    if device != "auto":
+        return device
+    if hardware is not None:
+        profile = HardwareProfile.named(hardware) if isinstance(hardware, str) else hardware
+        return "cuda" if profile.has_gpu else "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_context(max_context: int | None, config: ModelConfig) -> int:
+    """Tokens to reserve for one sequence: the wish, or the model's limit up to DEFAULT_MAX_CONTEXT."""
+    limit = config.max_position_embeddings
+    if max_context is None:
+        return min(limit, DEFAULT_MAX_CONTEXT)
+    if max_context < 1:
+        raise ConfigError(f"max_context is {max_context}; it must be at least 1")
+    if max_context > limit and config.rope.rope_type != "dynamic":
+        raise ConfigError(
+            f"max_context is {max_context}, but the model was made for {limit} positions; ask for at most {limit}"
+        )
+    return max_context
+
+
+def choose_batch(
+    max_batch: int | None, kv_tokens: int | None, max_context: int, objective: str
+) -> tuple[int, int | None]:
+    """Sequences decoded together, and the KV slots that they share; None is a whole context for each."""
+    if kv_tokens is not None and kv_tokens < max_context:
+        raise ConfigError(
+            f"kv_tokens is {kv_tokens}, but one sequence may have max_context {max_context} tokens; give at least that, "
+            "or a smaller max_context"
+        )
+    if max_batch is None and objective == "throughput":
+        return THROUGHPUT_MAX_BATCH, kv_tokens or DEFAULT_MAX_BATCH * max_context
+    return max_batch or DEFAULT_MAX_BATCH, kv_tokens
+
+
+def fit_prefill_chunk(build: Callable[..., Workload], budget_bytes: int) -> Workload:
+    """The workload with the prefill chunk that suits a GPU budget; `build(prefill_chunk=)` makes it, because other sizes
+    follow the chunk too.
+
+    Beginning from the default, the chunk is halved, to 16 rows at least, until its activations take a quarter of the
+    budget at most. Where it need not be, it is doubled while they take a twelfth: weights are streamed once a chunk, and
+    Python queues the kernels of each chunk anew.
+    """
+    workload = build(prefill_chunk=DEFAULT_PREFILL_CHUNK)
+    while workload.prefill_chunk > MIN_PREFILL_CHUNK and 4 * activation_bytes(workload) > budget_bytes:
+        workload = build(prefill_chunk=workload.prefill_chunk // 2)
+    largest = min(MAX_PREFILL_CHUNK, workload.max_context)
+    while DEFAULT_PREFILL_CHUNK <= workload.prefill_chunk <= largest // 2:
+        larger = build(prefill_chunk=2 * workload.prefill_chunk)
+        if 12 * activation_bytes(larger) > budget_bytes:
+            break
+        workload = larger
+    return workload
+
+
+def _check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    known = tuple(known)
+    if value not in known:
+        raise UnsupportedModelError(f"{name} is {value!r}; it must be one of {', '.join(known)}{nearest(value, known)}")

@@ -1,0 +1,1 @@
+"""Requests from text to tokens and back: tokenizer, scheduler, sampling, progress."""

@@ -1,0 +1,65 @@
+"""Progress on stderr for what takes over a second: loading weights, computing a long prompt, planning many times."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+from rich.console import Console
+from tqdm import tqdm
+
+from hetero_attn.serving.request import Request
+from placement import Plan
+
+Item = TypeVar("Item")
+
+
+def loading_bar(plan: Plan, show: bool) -> tqdm:
+    """A bar over the bytes of a plan's weights; `update(count)` as they are placed."""
+    return tqdm(
+        total=plan.workload.weight_bytes,
+        desc=f"loading {plan.model}",
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        disable=not show,
+        leave=False,
+    )
+
+
+def compile_note(name: str) -> None:
+    """Say that a CPU kernel is being compiled: about a second, once on a machine."""
+    tqdm.write(f"compiling the CPU kernel {name} for this machine, once", file=sys.stderr)
+
+
+class PrefillBar:
+    """A bar over the prompt tokens of some requests, shown while any prompt needs more than one chunk.
+
+    It goes away with the last prompt token, before any text is printed.
+    """
+
+    def __init__(self, requests: Sequence[Request], chunk: int, show: bool) -> None:
+        self._requests = requests
+        total = sum(len(request.prompt_token_ids) for request in requests)
+        is_long = any(len(request.prompt_token_ids) > chunk for request in requests)
+        self._bar = tqdm(total=total, desc="prompt", unit="tok", disable=not (show and is_long), leave=False)
+
+    def update(self) -> None:
+        """Show how far the prompts have come."""
+        self._bar.update(sum(request.computed for request in self._requests) - self._bar.n)
+        if self._bar.n >= self._bar.total:
+            self._bar.close()
+
+    def close(self) -> None:
+        """Take the bar away; idempotent."""
+        self._bar.close()
+
+
+def steps_bar(steps: Sequence[Item], what: str) -> Iterable[Item]:
+    """The steps, one after another, under a bar that only a person sees."""
+    return tqdm(steps, what, file=sys.stderr, disable=None, leave=False)
+
+
+def working(what: str) -> AbstractContextManager:
+    """Say what takes a while, to a person only."""
+    return Console(stderr=True).status(what)

@@ -1,0 +1,224 @@
+"""Choose the next token of one request from its logits.
+
+`SamplingParams` (re-exported here) says how; `Sampler` does it for one request and owns that request's random
+generator. Nothing here knows of models, batches or text: `stop` strings and `max_tokens` are for whoever runs the loop.
+
+The order of operations is vLLM's:
+
+    logit_bias -> min_tokens mask -> repetition, frequency, presence penalty -> (greedy: argmax)
+    -> temperature -> min_p -> top_k -> top_p -> draw
+
+Log-probabilities that are reported are the model's own, of the logits before any of this.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from hetero_attn.errors import NonFiniteLogitsError, SamplingError
+from hetero_attn.serving.sampling_params import SamplingParams
+
+__all__ = ["SampledToken", "Sampler", "SamplingParams", "likely_tokens", "score_token"]
+
+
+class SampledToken(NamedTuple):
+    """One chosen token.
+
+    Attributes:
+        token_id: index into the vocabulary.
+        logprob: natural log of the model's probability of the token; None unless `SamplingParams.logprobs` asks for it.
+        top_logprobs: `(token id, logprob)` of the most likely tokens, best first; empty unless asked for.
+    """
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Choose the tokens of one request, one call per token. Not thread-safe: it owns the request's random generator.
+
+    A draw takes one number from a generator on the CPU, whatever device holds the logits, so a seed gives the same
+    tokens everywhere.
+
+    Attributes:
+        params: the parameters it was made with.
+        stop_token_ids: the tokens that end the request: `params.stop_token_ids`, and the model's unless `ignore_eos`.
+    """
+
+    def __init__(
+        self, params: SamplingParams, eos_token_ids: Sequence[int], vocab_size: int, default_seed: int | None = None
+    ) -> None:
+        """Make the sampler of one request.
+
+        Args:
+            params: how to choose.
+            eos_token_ids: the model's end tokens; those outside the vocabulary can never come up and are dropped.
+            vocab_size: length of the logits.
+            default_seed: seed for when `params.seed` is None or -1; None draws a fresh one. Give each request of a
+                batch its own, or all of them make the same draws.
+
+        Raises:
+            SamplingError: a stop token or a biased token is outside the vocabulary.
+        """
+        self.params = params
+        self._vocab_size = vocab_size
+        self._check_token_ids("stop_token_ids", params.stop_token_ids)
+        self._check_token_ids("logit_bias", [token_id for token_id, _ in params.logit_bias])
+        eos = {token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size}
+        self.stop_token_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
+        self._masked_token_ids = sorted(eos.union(params.stop_token_ids))
+        self._prompt_mask: torch.Tensor | None = None
+        self._repetition = params.repetition_penalty != 1.0
+        self._output_penalty = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+        self._generator = torch.Generator()
+        seed = default_seed if params.seed in (None, -1) else params.seed
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
+
+    def sample(self, logits: torch.Tensor, prompt_ids: Sequence[int], generated_ids: Sequence[int]) -> SampledToken:
+        """Choose the next token.
+
+        Args:
+            logits: float32 [vocab_size], any device; left as it is.
+            prompt_ids: the prompt, the same in every call.
+            generated_ids: the tokens chosen so far.
+
+        Returns:
+            The token, with log-probabilities where `params.logprobs` asks for them.
+
+        Raises:
+            NonFiniteLogitsError: the logits hold a NaN or +inf, or are -inf throughout.
+            SamplingError: `min_tokens` masks all that the model allows, or a penalty takes a logit beyond float32.
+        """
+        assert logits.shape == (self._vocab_size,), f"logits {tuple(logits.shape)}, vocabulary of {self._vocab_size}"
+        best = int(logits.argmax())
+        # argmax takes a NaN for the largest value, so the value that it points to tells of any NaN.
+        self._check_finite(float(logits[best]), len(generated_ids))
+        adjusted = self._adjust(logits, prompt_ids, generated_ids)
+        if adjusted is not logits:
+            best = int(adjusted.argmax())
+            self._check_allowed(float(adjusted[best]), len(generated_ids))
+        token_id = best if self.params.greedy else self._draw(adjusted)
+        if self.params.logprobs is None:
+            return SampledToken(token_id)
+        return score_token(logits, token_id, self.params.logprobs)
+
+    def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        for token_id in token_ids:
+            if token_id >= self._vocab_size:
+                raise SamplingError(f"{name} names token {token_id}, the vocabulary ends at {self._vocab_size - 1}")
+
+    def _check_finite(self, largest: float, position: int) -> None:
+        if not math.isfinite(largest):
+            raise NonFiniteLogitsError(
+                f"the largest logit of output position {position} is {largest}, expected a finite number; look for "
+                "damaged weights, or an activation that overflows in this dtype"
+            )
+
+    def _check_allowed(self, largest: float, position: int) -> None:
+        if largest == -math.inf:
+            raise SamplingError(
+                f"no token is allowed at output position {position}: the model leaves only end tokens, which "
+                f"min_tokens={self.params.min_tokens} masks; lower min_tokens"
+            )
+        if not math.isfinite(largest):
+            raise SamplingError(
+                f"repetition_penalty={self.params.repetition_penalty:g} takes a logit to {largest}, beyond float32; "
+                "choose a value nearer 1"
+            )
+
+    def _adjust(self, logits: torch.Tensor, prompt_ids: Sequence[int], generated_ids: Sequence[int]) -> torch.Tensor:
+        """Return logits with bias, mask and penalties: a copy, or `logits` itself where there is nothing to do."""
+        masked = self._masked_token_ids if len(generated_ids) < self.params.min_tokens else []
+        if not (masked or self.params.logit_bias or self._repetition or self._output_penalty):
+            return logits
+        adjusted = logits.clone()
+        if self.params.logit_bias:
+            token_ids, biases = zip(*self.params.logit_bias)
+            adjusted[list(token_ids)] += adjusted.new_tensor(biases)
+        if masked:
+            adjusted[masked] = -math.inf
+        if self._repetition or self._output_penalty:
+            self._penalise(adjusted, prompt_ids, generated_ids)
+        return adjusted
+
+    def _penalise(self, logits: torch.Tensor, prompt_ids: Sequence[int], generated_ids: Sequence[int]) -> None:
+        """Apply the three penalties to `logits` in place."""
+        params = self.params
+        generated = torch.as_tensor(generated_ids, dtype=torch.int64, device=logits.device)
+        counts = torch.bincount(generated, minlength=self._vocab_size)
+        if self._repetition:
+            if self._prompt_mask is None:
+                prompt = torch.as_tensor(prompt_ids, dtype=torch.int64, device=logits.device)
+                self._prompt_mask = torch.bincount(prompt, minlength=self._vocab_size) > 0
+            seen = self._prompt_mask | (counts > 0)
+            penalty = params.repetition_penalty
+            logits[seen] = torch.where(logits > 0, logits / penalty, logits * penalty)[seen]
+        if self._output_penalty:
+            logits -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+
+    def _draw(self, logits: torch.Tensor) -> int:
+        """Draw a token by inverting the cumulative distribution of the tokens that are kept, in order of id."""
+        token_ids, probabilities = likely_tokens(logits, self.params)
+        cumulative = probabilities.cumsum(dim=0)
+        # In (0, 1]: the first entry that reaches a positive share of the total always has a probability above zero.
+        share = 1.0 - torch.rand((), dtype=torch.float64, generator=self._generator).item()
+        return int(token_ids[torch.searchsorted(cumulative, cumulative[-1] * share)])
+
+
+def likely_tokens(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens that temperature (above 0), min_p, top_k and top_p leave, and their weights for a draw.
+
+    Args:
+        logits: float32 [vocab_size], biased and penalised already; at least one is finite, none is NaN or +inf.
+        params: how to choose.
+
+    Returns:
+        Token ids int64 [kept], ascending, and weights float64 [kept] in the ratio of their probabilities.
+    """
+    # Subtracting the largest first keeps any temperature, however small, from overflowing.
+    scaled = (logits.double() - logits.max().double()) / params.temperature
+    token_ids = _keep_likely(scaled, params.min_p, params.top_k)
+    weights = torch.softmax(scaled[token_ids], dim=0)
+    if params.top_p == 1.0:
+        return token_ids, weights
+    kept = _keep_top_p(weights, params.top_p)
+    return token_ids[kept], weights[kept]
+
+
+def _keep_likely(scaled: torch.Tensor, min_p: float, top_k: int) -> torch.Tensor:
+    """Return the ids, ascending, that min_p and then top_k leave of `scaled` (logits over temperature, largest 0)."""
+    threshold = math.log(min_p) if min_p > 0 else -sys.float_info.max
+    if 0 < top_k < len(scaled):
+        # Where min_p leaves fewer than top_k, the k-th value lies below its threshold, so one comparison does for both.
+        threshold = max(threshold, float(torch.topk(scaled, top_k).values[-1]))
+    return (scaled >= threshold).nonzero().squeeze(1)
+
+
+def _keep_top_p(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Return the indices, ascending, of the fewest largest probabilities that sum to at least `top_p`."""
+    # Even all together, tokens this unlikely cannot make up 1 - top_p: they go without being sorted. The half keeps
+    # rounding from ever dropping the most likely token.
+    hopeful = (probabilities * len(probabilities) >= 0.5 * (1.0 - top_p)).nonzero().squeeze(1)
+    ordered, order = probabilities[hopeful].sort(descending=True, stable=True)
+    before = ordered.cumsum(dim=0) - ordered
+    return hopeful[order[before < top_p]].sort().values
+
+
+def score_token(logits: torch.Tensor, token_id: int, count: int) -> SampledToken:
+    """Return a token with its natural log-probability and those of the `count` (-1: all) most likely tokens.
+
+    Args:
+        logits: float32 [vocab_size], as the model gave them.
+        token_id: the token to score.
+        count: how many of the most likely tokens to report.
+    """
+    logprobs = torch.log_softmax(logits.double(), dim=0)
+    top = torch.topk(logprobs, len(logprobs) if count < 0 else min(count, len(logprobs)))
+    return SampledToken(token_id, float(logprobs[token_id]), tuple(zip(top.indices.tolist(), top.values.tolist())))

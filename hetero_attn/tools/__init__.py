@@ -1,0 +1,1 @@
+"""What examines a model or a machine: benchmark, verification, trace, doctor."""

@@ -1,0 +1,1 @@
+"""How long a placement takes: operations, passes, and the objective that is minimised."""

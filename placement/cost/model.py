@@ -1,0 +1,225 @@
+"""Predicted time of one forward pass under a placement: named terms, one equation each.
+
+A pass is a sequence of steps (four linears and one attention a layer, then the head). Within a step the CPU lane and
+the GPU lane run side by side and the step ends with the slower one; copies run ahead through the staging ring, so they
+bound the whole pass and not single steps; CPU kernels and copies drain the same DRAM:
+
+    T = max( sum_i max(cpu_i, gpu_i) + handovers_i,      steps in order
+             sum_i cpu_i + (1 - slowdown) * T_pcie,      the CPU lane, slowed while copies run
+             T_pcie = streamed bytes / B_h2d,
+             T_pcie(layers) + max(cpu_head, gpu_head),    nothing streamed is left to hide the head behind
+             T_dram = (streamed + computed-in-place bytes + KV read by the CPU) / B_dram )
+
+A `paired` layer cuts o and down by rows of the weight, to follow the heads and neurons of qkv and gate_up: a block is then
+one step of max(cpu, gpu) with one hand-over, rows in and the partial sum back, two hand-overs a layer instead of four.
+
+All coefficients are linear in units, groups and bytes, so the planner optimises exactly what is predicted here.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from math import fsum
+from typing import NamedTuple
+
+from placement.cost.terms import (
+    BLOCKS,
+    Block,
+    Call,
+    attention_cost,
+    attention_handovers,
+    cpu_call_s,
+    linear_cost,
+    queueing_s,
+    small_ops_s,
+    step_cost,
+    step_s,
+)
+from placement.machine.hardware import HardwareProfile
+from placement.plan.memory import KvPlacement, LinearPlacement
+from placement.plan.phase import RESOURCES, TERMS, PhaseCost
+from placement.plan.workload import KvShard, LinearShard, Workload, row_tier
+
+
+class PassCost(NamedTuple):
+    """Seconds of one pass, the seconds that each resource needs by itself, and those of each kind of work."""
+
+    seconds: float
+    lanes: dict[str, float]
+    terms: dict[str, float]
+
+
+def pass_cost(
+    workload: Workload,
+    linears: Sequence[LinearPlacement],
+    kv: Sequence[KvPlacement],
+    hardware: HardwareProfile,
+    call: Call,
+    on_gpu: bool,
+    with_head: bool = True,
+) -> PassCost:
+    """Cost of one pass (equations in the module docstring).
+
+    with_head: whether logits are computed; they are for the last row of each sequence only.
+    """
+    tally = _Tally(on_gpu)
+    small, step = small_ops_s(workload, call, hardware, on_gpu), step_s(workload, call, hardware, on_gpu, with_head)
+    for parts in (tally.lanes["steps"], tally.lanes["gpu" if on_gpu else "cpu"], tally.terms["small_ops"]):
+        parts.append(small)
+    tally.terms["step"].append(step)
+    cpu_qkv_units: dict[int | None, int] = {}
+    paired = {(shard.layer, BLOCKS[shard.kind]) for shard in workload.linears if shard.row_cut}
+    for shard, placement in zip(workload.linears, linears, strict=True):
+        if shard.kind != "head" or with_head:
+            block = (shard.layer, BLOCKS[shard.kind])
+            cpu_units = _add_linear(
+                tally, shard, placement, workload, hardware, call, block if block in paired else None
+            )
+            if shard.kind == "qkv":
+                cpu_qkv_units[shard.layer] = cpu_units
+    for kv_shard, kv_placement in zip(workload.kv, kv, strict=True):
+        block = (kv_shard.layer, BLOCKS["qkv"])
+        cpu_units = cpu_qkv_units.get(kv_shard.layer, 0)
+        _add_attention(
+            tally, kv_shard, kv_placement, cpu_units, workload, hardware, call, block if block in paired else None
+        )
+    tally.end_blocks()
+    lanes, terms = ({name: fsum(parts) for name, parts in sums.items()} for sums in (tally.lanes, tally.terms))
+    if lanes["cpu"]:
+        lanes["cpu"] += (1 - hardware.cpu_slowdown_while_copying) * lanes["pcie"]
+    work = max(*lanes.values(), fsum(tally.before_head_s) + tally.head_s)
+    not_hidden = max(0.0, queueing_s(workload, linears, call, hardware, on_gpu) - work)
+    terms["step"] += not_hidden
+    return PassCost(work + not_hidden + step, lanes, terms)
+
+
+class _Tally:
+    """Seconds of a pass, by resource and by kind of work; kept apart, because their exact sum is the same whatever the
+    order of the layers."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self.on_gpu = on_gpu
+        self.lanes: dict[str, list[float]] = {name: [] for name in RESOURCES}
+        self.terms: dict[str, list[float]] = {name: [] for name in TERMS}
+        self.before_head_s: list[float] = []
+        self.head_s = 0.0
+        self._blocks: dict[Block, list[float]] = {}
+
+    def add_step(
+        self, kind: str, cpu_s: float, gpu_s: float, handovers_s: float, launch_s: float, block: Block | None = None
+    ) -> None:
+        """Both lanes side by side, then the hand-overs. kind: linears | attention. block: of which this is a part; its
+        lanes meet at its end only."""
+        own = 0.0 if self.on_gpu else launch_s
+        self.lanes["steps"].append(handovers_s + launch_s)
+        if block is None:
+            self.lanes["steps"].append(max(cpu_s, gpu_s))
+        else:
+            sums = self._blocks.setdefault(block, [0.0, 0.0])
+            sums[0] += cpu_s
+            sums[1] += gpu_s
+        self.lanes["cpu"].append(cpu_s + own)
+        self.lanes["gpu"].append(gpu_s + (launch_s - own))
+        self.terms[f"cpu_{kind}"].append(cpu_s + own)
+        self.terms[f"gpu_{kind}"].append(gpu_s + (launch_s - own))
+        self.terms["handovers"].append(handovers_s)
+
+    def end_blocks(self) -> None:
+        """Add the slower lane of every block."""
+        self.lanes["steps"].extend(max(sums) for sums in self._blocks.values())
+        self._blocks.clear()
+
+
+def _add_linear(
+    tally: _Tally,
+    shard: LinearShard,
+    placement: LinearPlacement,
+    workload: Workload,
+    hardware: HardwareProfile,
+    call: Call,
+    block: Block | None,
+) -> int:
+    """Add one linear; returns the units that the CPU computes."""
+    rows = call.sequences if shard.kind == "head" else call.rows
+    home, streamed, on_cpu = placement.cut(row_tier(rows))
+    if tally.on_gpu:
+        cost = step_cost(shard, rows, workload.weight_dtype, hardware, block is not None)
+    else:
+        call_s = cpu_call_s(call, hardware, False)
+        cost = linear_cost(shard, rows, workload.weight_dtype, hardware, False, call_s)
+    gpu_s = (home + streamed) * cost.gpu_s_per_unit if home + streamed else 0.0
+    cpu_s, handover = on_cpu * cost.cpu_s_per_unit, cost.handover_s * (on_cpu > 0)
+    tally.add_step("linears", cpu_s, gpu_s, handover, cost.launch_s, block)
+    if shard.kind == "head":
+        tally.head_s = max(cpu_s, gpu_s) + handover + cost.launch_s
+    from_dram = streamed + on_cpu + (home if hardware.unified_memory else 0)
+    tally.lanes["dram"].append(from_dram * shard.unit_bytes / hardware.dram_bytes_per_s)
+    if streamed:
+        copy_s = streamed * shard.unit_bytes / hardware.h2d_bytes_per_s
+        tally.lanes["pcie"].append(copy_s)
+        tally.before_head_s.append(copy_s * (shard.kind != "head"))
+        tally.terms["copies"].append(copy_s)
+    return on_cpu
+
+
+def _add_attention(
+    tally: _Tally,
+    shard: KvShard,
+    placement: KvPlacement,
+    cpu_qkv_units: int,
+    workload: Workload,
+    hardware: HardwareProfile,
+    call: Call,
+    block: Block | None,
+) -> None:
+    """Add one layer's attention."""
+    cost = attention_cost(shard, call, placement.gpu_tokens, workload, hardware, tally.on_gpu)
+    on_gpu_groups, on_cpu_groups = placement.gpu_groups, shard.groups - placement.gpu_groups
+    handovers = attention_handovers(cpu_qkv_units, on_gpu_groups, shard.groups, cost.spilled_s_per_group > 0)
+    cpu_s = on_cpu_groups * cost.cpu_s_per_group + on_gpu_groups * cost.spilled_s_per_group
+    gpu_s = on_gpu_groups * cost.gpu_s_per_group
+    tally.add_step("attention", cpu_s, gpu_s, handovers * cost.handover_s, cost.launch_s, block)
+    read = on_cpu_groups * cost.dram_bytes_per_group + on_gpu_groups * cost.spilled_bytes_per_group
+    tally.lanes["dram"].append(read / hardware.dram_bytes_per_s)
+    streamed_s = on_gpu_groups * cost.streamed_bytes_per_group / hardware.h2d_bytes_per_s if on_gpu_groups else 0.0
+    tally.lanes["pcie"].append(streamed_s)
+    tally.before_head_s.append(streamed_s)
+    tally.terms["copies"].append(streamed_s)
+
+
+def working_set_bytes(workload: Workload, context: int) -> int:
+    """Bytes that a step with one sequence reads: every weight and the cache."""
+    cache = sum(kv.groups * kv.bytes_per_token * kv.visible_tokens(context) for kv in workload.kv)
+    return workload.weight_bytes + cache
+
+
+def predict(
+    workload: Workload,
+    linears: Sequence[LinearPlacement],
+    kv: Sequence[KvPlacement],
+    hardware: HardwareProfile,
+    *,
+    phase: str,
+    rows: int,
+    context: int,
+    on_gpu: bool,
+) -> PhaseCost:
+    """Predicted cost of a decode step of `rows` sequences, or of a prompt of `rows` tokens, after `context` cached
+    tokens.
+
+    A prompt runs in chunks of workload.prefill_chunk rows; only its last chunk chooses a token.
+    """
+    hardware = hardware.for_working_set(working_set_bytes(workload, context))
+    if phase == "decode":
+        cost = pass_cost(workload, linears, kv, hardware, Call(rows, 1, context), on_gpu)
+        return PhaseCost(phase, rows, context, cost.seconds, tuple(cost.lanes.items()), tuple(cost.terms.items()))
+    if phase != "prefill":
+        raise ValueError(f"phase must be decode or prefill, got {phase!r}")
+    total, lanes, terms = 0.0, Counter[str](dict.fromkeys(RESOURCES, 0.0)), Counter[str](dict.fromkeys(TERMS, 0.0))
+    for start in range(0, rows, workload.prefill_chunk):
+        q_len = min(workload.prefill_chunk, rows - start)
+        last = start + q_len == rows
+        cost = pass_cost(workload, linears, kv, hardware, Call(1, q_len, context + start), on_gpu, with_head=last)
+        total += cost.seconds
+        lanes.update(cost.lanes)
+        terms.update(cost.terms)
+    return PhaseCost(phase, rows, context, total, tuple(lanes.items()), tuple(terms.items()))

@@ -1,0 +1,258 @@
+"""Predicted time of single operations of a pass: a linear on either side, attention, hand-overs, what Python adds.
+
+Every coefficient is linear in units, groups and bytes; `cost` adds them up to a pass, `formulation` optimises over them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from placement.machine.hardware import HardwareProfile
+from placement.machine.rates import KV_BITS, AttentionRate, nearest_attention, seconds_per_operation_of_a_row
+from placement.plan.memory import LinearPlacement
+from placement.plan.workload import KvShard, LinearShard, Workload, row_tier
+
+BYTES_PER_ACTIVATION = 4
+BLOCKS = {"qkv": "attention", "o": "attention", "gate_up": "mlp", "down": "mlp", "head": "head"}
+Block = tuple[int | None, str]
+# Two norms, rotary embedding with the KV append, the gated activation; on a GPU also adding what the CPU computed.
+SMALL_CALLS_PER_LAYER_ON_CPU = 4
+SMALL_CALLS_PER_LAYER_ON_GPU = 5
+LINEARS_PER_LAYER = 4
+# Those, the linears and attention.
+LAUNCHES_PER_LAYER = SMALL_CALLS_PER_LAYER_ON_GPU + LINEARS_PER_LAYER + 1
+GPU_PRODUCT_BYTES = 64 << 20  # of weights as bf16 in one product of many rows, as the GPU's linear has it
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One forward pass: `sequences` sequences, `q_len` new tokens each, `context` tokens already cached in each."""
+
+    sequences: int
+    q_len: int
+    context: int
+
+    @property
+    def rows(self) -> int:
+        """Token rows of the pass."""
+        return self.sequences * self.q_len
+
+    @property
+    def tier(self) -> int:
+        """Row tier of the pass."""
+        return row_tier(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedCall:
+    """A pass and how often it counts in the objective. with_head: whether it computes logits."""
+
+    call: Call
+    weight: float
+    with_head: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LinearCost:
+    """Coefficients of one linear in one pass, in seconds: per CPU unit, per GPU unit, fixed if the CPU has a share."""
+
+    cpu_s_per_unit: float
+    gpu_s_per_unit: float
+    handover_s: float
+    launch_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCost:
+    """Coefficients of one layer's attention in one pass, for a given number of KV slots in GPU memory.
+
+    cpu_s, dram_bytes: of a group owned by the CPU; spilled_s, spilled_bytes: of the older tokens of a GPU group, which
+    the CPU attends in place for one row and the GPU for several, once streamed_bytes of them have crossed the bus;
+    gpu_s: of the recent tokens of a GPU group.
+    """
+
+    cpu_s_per_group: float
+    spilled_s_per_group: float
+    gpu_s_per_group: float
+    dram_bytes_per_group: float
+    spilled_bytes_per_group: float
+    streamed_bytes_per_group: float
+    handover_s: float
+    launch_s: float
+
+
+def cpu_linear_s_per_unit(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile) -> float:
+    """CPU lane: unit_bytes / B_cpu while bandwidth bounds it, rows * operations / F_cpu when arithmetic does.
+
+    With rates measured by rows the time is read from them, straight between measured row counts.
+    """
+    if hardware.cpu_rows:
+        return shard.flops_per_row_per_unit * seconds_per_operation_of_a_row(hardware.cpu_rows, rows, dtype)
+    return max(
+        shard.unit_bytes / hardware.cpu_linear_bytes_per_s.of(dtype),
+        rows * shard.flops_per_row_per_unit / hardware.cpu_ops_per_s.of(dtype),
+    )
+
+
+def gpu_linear_s_per_unit(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile) -> float:
+    """GPU lane: unit_bytes / B_gpu or rows * operations / F_gpu, whichever is longer; measured by rows, read from that."""
+    if hardware.gpu_rows:
+        return shard.flops_per_row_per_unit * seconds_per_operation_of_a_row(hardware.gpu_rows, rows, dtype)
+    return max(
+        shard.unit_bytes / hardware.gpu_bytes_per_s, rows * shard.flops_per_row_per_unit / hardware.gpu_flops.of(dtype)
+    )
+
+
+def handover_s(rows: int, in_features: int, out_features: float, hardware: HardwareProfile) -> float:
+    """Hand-over of a step: fixed cost + input rows to the host + output rows back."""
+    down = rows * in_features * BYTES_PER_ACTIVATION / hardware.d2h_bytes_per_s
+    up = rows * out_features * BYTES_PER_ACTIVATION / hardware.h2d_bytes_per_s
+    return hardware.handover_s + down + up
+
+
+def is_recorded(call: Call, on_gpu: bool) -> bool:
+    """Whether a pass replays the CPU's operations instead of calling them: a decode step without a GPU. Beside a GPU the
+    measured hand-over holds what the calls cost."""
+    return call.q_len == 1 and not on_gpu
+
+
+def cpu_call_s(call: Call, hardware: HardwareProfile, on_gpu: bool) -> float:
+    """One operation of the CPU lane beyond its work."""
+    recorded = is_recorded(call, on_gpu) and hardware.cpu_recorded_call_s
+    return recorded or hardware.cpu_call_s
+
+
+def linear_cost(
+    shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile, on_gpu: bool, call_s: float = 0.0
+) -> LinearCost:
+    """Coefficients of one linear. on_gpu: whether there is a GPU lane; without one nothing is handed over and the
+    linear costs one CPU call of call_s."""
+    activation_s = rows * hardware.cpu_activation_s.of(dtype)
+    cpu = cpu_linear_s_per_unit(shard, rows, dtype, hardware) + shard.unit_features * activation_s
+    rounding_s = shard.in_features * activation_s
+    if not on_gpu:
+        return LinearCost(cpu, float("inf"), 0.0, call_s + rounding_s)
+    back = rows * shard.unit_features * BYTES_PER_ACTIVATION / hardware.h2d_bytes_per_s
+    return LinearCost(
+        cpu + back,
+        gpu_linear_s_per_unit(shard, rows, dtype, hardware),
+        handover_s(rows, shard.in_features, 0, hardware) + rounding_s,
+        hardware.launch_overhead_s,
+    )
+
+
+def step_cost(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile, paired: bool) -> LinearCost:
+    """Coefficients of one linear beside a GPU. paired: it is part of a paired block, into which only rows go, before its
+    first linear, and out of which a whole partial sum comes, after its last."""
+    cost = linear_cost(shard, rows, dtype, hardware, True)
+    if not paired:
+        return cost
+    back = rows * shard.out_features * BYTES_PER_ACTIVATION / hardware.h2d_bytes_per_s
+    cpu = cpu_linear_s_per_unit(shard, rows, dtype, hardware)
+    return replace(cost, cpu_s_per_unit=cpu, handover_s=back if shard.row_cut else cost.handover_s)
+
+
+def cpu_attention_rate(shard: KvShard, workload: Workload, hardware: HardwareProfile) -> AttentionRate:
+    """Rates of CPU attention over this cache: measured for the most similar one, else overall."""
+    bits, heads = KV_BITS[workload.kv_dtype], workload.num_heads / shard.groups
+    if hardware.cpu_attention:
+        return nearest_attention(hardware.cpu_attention, bits, heads, workload.head_dim)
+    overall = hardware.cpu_attention_bytes_per_s, hardware.cpu_attention_ops_per_s
+    return AttentionRate(bits, round(heads), workload.head_dim, *overall)
+
+
+def attention_cost(
+    kv: KvShard, call: Call, gpu_tokens: int, workload: Workload, hardware: HardwareProfile, on_gpu: bool
+) -> AttentionCost:
+    """Coefficients of attention: K and V read once per pass, 4 * head_dim operations per query head, row and key.
+
+    A chunk of q_len rows sees on average context + (q_len + 1) / 2 keys, capped by the sliding window.
+    """
+    keys = kv.visible_tokens(call.context + (call.q_len + 1) // 2)
+    stored = kv.visible_tokens(call.context + call.q_len)
+    near = min(stored, gpu_tokens / call.sequences) if on_gpu else 0
+    far_share = (stored - near) / stored
+    heads = workload.num_heads / kv.groups
+    operations = 4 * workload.head_dim * heads * call.rows * keys
+    read = call.sequences * stored * kv.bytes_per_token
+    rate = cpu_attention_rate(kv, workload, hardware)
+    # One row a sequence is what the first rate was measured with, its arithmetic included.
+    computed = 0.0 if call.q_len == 1 else operations * (1 + rate.extra_keys / keys) / rate.ops_per_s
+    cpu = max(read / rate.bytes_per_s, computed)
+    if not on_gpu:
+        return AttentionCost(cpu, 0.0, 0.0, read, 0.0, 0.0, 0.0, cpu_call_s(call, hardware, on_gpu))
+    streams = call.q_len > 1
+    gpu = max(read / hardware.gpu_bytes_per_s, operations / hardware.gpu_attention_ops_per_s)
+    features = workload.num_heads * workload.head_dim
+    return AttentionCost(
+        cpu,
+        0.0 if streams else far_share * cpu,
+        gpu if streams else (1 - far_share) * gpu,
+        read,
+        far_share * read,
+        far_share * read if streams else 0.0,
+        handover_s(call.rows, features, features, hardware),
+        hardware.launch_overhead_s,
+    )
+
+
+def small_ops_s(workload: Workload, call: Call, hardware: HardwareProfile, on_gpu: bool) -> float:
+    """Norms, rotary embedding, activation functions: their calls, and all linears' rows in and out moved once more."""
+    moved = (
+        BYTES_PER_ACTIVATION
+        * call.rows
+        * sum(s.in_features + s.out_features for s in workload.linears if s.kind != "head")
+    )
+    if on_gpu:
+        calls = SMALL_CALLS_PER_LAYER_ON_GPU * workload.num_layers
+        return calls * hardware.launch_overhead_s + moved / hardware.gpu_bytes_per_s
+    calls = SMALL_CALLS_PER_LAYER_ON_CPU * workload.num_layers
+    rate = hardware.cpu_small_bytes_per_s or hardware.dram_bytes_per_s
+    return calls * cpu_call_s(call, hardware, on_gpu) + moved / rate
+
+
+def step_s(workload: Workload, call: Call, hardware: HardwareProfile, on_gpu: bool, with_head: bool = True) -> float:
+    """What a pass costs beside its operations: Python around it and, unless it is recorded, around every layer; and
+    choosing a token from the logits of each sequence.
+
+    With a GPU, Python's time per layer is in the launches and hand-overs.
+    """
+    layers = 0 if on_gpu or is_recorded(call, on_gpu) else workload.num_layers
+    chosen = with_head * call.sequences * workload.vocab_size
+    return hardware.step_overhead_s + layers * hardware.layer_overhead_s + chosen * hardware.logits_s_per_token
+
+
+def attention_handovers(cpu_linear_units: int, gpu_groups: int, groups: int, spills: bool) -> int:
+    """Hand-overs of attention itself, beyond that of qkv.
+
+    None when the GPU owns every group and nothing spilled, or when exactly the groups whose q, k, v the CPU computed
+    are attended there: their results cross once, after attention. Otherwise one.
+    """
+    attended_by_cpu = groups - gpu_groups
+    if spills and gpu_groups:
+        return 1
+    return int(attended_by_cpu > cpu_linear_units)
+
+
+def queueing_s(
+    workload: Workload, linears: Sequence[LinearPlacement], call: Call, hardware: HardwareProfile, on_gpu: bool
+) -> float:
+    """What Python needs to queue a prompt's layers on a GPU, which works on them meanwhile; a decode step is captured.
+
+    The profile's layer is mostly its four linears, each of one product; large ones over codes are several, and so is one
+    of which a part is streamed.
+    """
+    if not on_gpu or call.q_len == 1:
+        return 0.0
+    products = sum(
+        gpu_products(shard, placement, call.rows, workload.weight_dtype)
+        for shard, placement in zip(workload.linears, linears, strict=True)
+        if shard.kind != "head"
+    )
+    return hardware.gpu_layer_overhead_s * max(workload.num_layers, products / LINEARS_PER_LAYER)
+
+
+def gpu_products(shard: LinearShard, placement: LinearPlacement, rows: int, weight_dtype: str) -> int:
+    """Products that Python queues for one linear of many rows, of its columns at home and of those that are streamed."""
+    home, streamed, _ = placement.cut(row_tier(rows))
+    unit = 2 * shard.unit_features * shard.in_features if weight_dtype in ("q8", "q4") else 0  # bytes as bf16
+    return sum(max(1, -(-units * unit // GPU_PRODUCT_BYTES)) for units in (home, streamed) if units)

@@ -1,0 +1,236 @@
+"""How many bytes each placement takes, by place and kind. The runtime allocates by calling the same functions."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from placement.plan.workload import NUM_ROW_TIERS, KvShard, LinearShard, Workload, round_up
+
+PLACES = ("gpu", "pinned", "host")
+KINDS = ("weights", "kv", "staging", "activations", "embed", "resident", "context")
+MAX_STAGING_PIECE_BYTES = 32 * 2**20
+KV_STAGING_BUFFERS = 2
+KV_BLOCKS_PER_CHUNK = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPlacement:
+    """The cut of one linear: the first `gpu_units` live in GPU memory, the rest in DRAM (one copy).
+
+    stream_units: per row tier, how many dram-home units, counted from the home boundary, are copied to the GPU for the
+    call; the CPU computes the remaining ones in place.
+    """
+
+    name: str
+    gpu_units: int
+    stream_units: tuple[int, ...]
+    units: int
+
+    def __post_init__(self) -> None:
+        if len(self.stream_units) != NUM_ROW_TIERS:
+            raise ValueError(f"{self.name}: stream_units needs {NUM_ROW_TIERS} entries, got {len(self.stream_units)}")
+        if not 0 <= self.gpu_units <= self.units:
+            raise ValueError(f"{self.name}: gpu_units must be in 0..{self.units}, got {self.gpu_units}")
+        for tier, stream in enumerate(self.stream_units):
+            if not 0 <= stream <= self.dram_units:
+                raise ValueError(f"{self.name}: stream_units[{tier}] must be in 0..{self.dram_units}, got {stream}")
+
+    @property
+    def dram_units(self) -> int:
+        """Units whose home is DRAM."""
+        return self.units - self.gpu_units
+
+    @property
+    def streams(self) -> bool:
+        """Whether any row tier copies units of this linear to the GPU."""
+        return max(self.stream_units) > 0
+
+    def cut(self, tier: int) -> tuple[int, int, int]:
+        """Contiguous widths (gpu, stream, cpu) in units for a row tier; they sum to `units`."""
+        stream = self.stream_units[tier]
+        return self.gpu_units, stream, self.units - self.gpu_units - stream
+
+
+@dataclass(frozen=True, slots=True)
+class KvPlacement:
+    """Who owns the KV-head groups of one layer.
+
+    Groups [0, gpu_groups) belong to the GPU: their newest `gpu_tokens` tokens, counted over all sequences, stay in GPU
+    memory and older ones go to DRAM. The other groups keep K and V in DRAM and attend on the CPU.
+    """
+
+    name: str
+    gpu_groups: int
+    gpu_tokens: int
+    groups: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gpu_groups <= self.groups:
+            raise ValueError(f"{self.name}: gpu_groups must be in 0..{self.groups}, got {self.gpu_groups}")
+        if (self.gpu_groups == 0) != (self.gpu_tokens == 0):
+            raise ValueError(
+                f"{self.name}: gpu_groups and gpu_tokens must be zero together, got {self.gpu_groups} and "
+                f"{self.gpu_tokens}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """Bytes of a plan by place (one of PLACES) and kind (some of KINDS)."""
+
+    gpu: dict[str, int] = field(default_factory=dict)
+    pinned: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def gpu_bytes(self) -> int:
+        """All bytes in GPU memory."""
+        return sum(self.gpu.values())
+
+    @property
+    def pinned_bytes(self) -> int:
+        """All bytes of page-locked host memory."""
+        return sum(self.pinned.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """All bytes of ordinary host memory."""
+        return sum(self.host.values())
+
+    def to_dict(self) -> dict[str, dict[str, int]]:
+        """Plain nested mapping place -> kind -> bytes."""
+        return {place: dict(getattr(self, place)) for place in PLACES}
+
+
+def kv_recent_tokens(workload: Workload, shard: KvShard, gpu_tokens: int) -> int:
+    """KV slots in GPU memory for a GPU-owned group, in whole pages: `gpu_tokens`, or all that the layer ever takes."""
+    return min(round_up(gpu_tokens, workload.page_size), workload.layer_tokens(shard))
+
+
+def kv_spilled_tokens(workload: Workload, shard: KvShard, gpu_tokens: int) -> int:
+    """KV slots in DRAM for the older tokens of a GPU-owned group: every token may be there once some have to be."""
+    all_tokens = workload.layer_tokens(shard)
+    may_spill = workload.elastic or kv_recent_tokens(workload, shard, gpu_tokens) < all_tokens
+    return all_tokens if may_spill else 0
+
+
+def kv_gpu_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) -> int:
+    """GPU memory of one layer's KV cache."""
+    tokens = kv_recent_tokens(workload, shard, placement.gpu_tokens)
+    return placement.gpu_groups * tokens * shard.bytes_per_token
+
+
+def kv_pinned_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) -> int:
+    """Page-locked DRAM of one layer's KV cache: older tokens of the GPU's groups, whose pages are copied both ways."""
+    return placement.gpu_groups * kv_spilled_tokens(workload, shard, placement.gpu_tokens) * shard.bytes_per_token
+
+
+def kv_host_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) -> int:
+    """Ordinary DRAM of one layer's KV cache: all tokens of the CPU's groups, which never leave it."""
+    return (placement.groups - placement.gpu_groups) * workload.layer_tokens(shard) * shard.bytes_per_token
+
+
+def kv_dram_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) -> int:
+    """DRAM of one layer's KV cache: older tokens of the GPU's groups and all tokens of the CPU's."""
+    return kv_pinned_bytes(workload, shard, placement) + kv_host_bytes(workload, shard, placement)
+
+
+def kv_bytes_at(workload: Workload, kv: Sequence[KvPlacement], context: int) -> tuple[int, int]:
+    """What one sequence of `context` tokens takes of the cache: bytes in (GPU memory, DRAM), in whole pages."""
+    gpu = dram = 0
+    for shard, placement in zip(workload.kv, kv, strict=True):
+        tokens = min(round_up(context, workload.page_size), workload.sequence_tokens(shard))
+        near = min(tokens, kv_recent_tokens(workload, shard, placement.gpu_tokens))
+        gpu += placement.gpu_groups * near * shard.bytes_per_token
+        dram += (placement.groups * tokens - placement.gpu_groups * near) * shard.bytes_per_token
+    return gpu, dram
+
+
+def kv_staging_pages(workload: Workload) -> int:
+    """Pages of older tokens that are copied to the GPU at a time, for a prompt's chunk to attend."""
+    return max(1, workload.prefill_chunk // (KV_BLOCKS_PER_CHUNK * workload.page_size))
+
+
+def kv_staging_bytes(workload: Workload) -> int:
+    """GPU memory of the buffers for them, and of the table that says where a buffer has which page."""
+    widest, pages = max((shard.groups for shard in workload.kv), default=0), kv_staging_pages(workload)
+    token = widest * max((shard.bytes_per_token for shard in workload.kv), default=0)
+    return KV_STAGING_BUFFERS * pages * workload.page_size * token + 4 * widest * pages
+
+
+def gpu_resident_bytes(workload: Workload) -> int:
+    """GPU memory that no placement changes: norms, biases, tables, and the buffers of the older cache."""
+    return workload.resident_bytes + kv_staging_bytes(workload)
+
+
+def staging_piece_units(shard: LinearShard) -> int:
+    """Most units of a linear that one staging slot receives: whole units of at most 32 MiB, at least one."""
+    return max(1, MAX_STAGING_PIECE_BYTES // shard.unit_bytes)
+
+
+def staging_slot_bytes(linears: Sequence[LinearShard], placements: Sequence[LinearPlacement]) -> int:
+    """Size of a staging slot: the largest piece that any linear streams in any tier; 0 when nothing streams."""
+    return max(
+        (
+            min(max(placement.stream_units), staging_piece_units(shard)) * shard.unit_bytes
+            for shard, placement in zip(linears, placements, strict=True)
+        ),
+        default=0,
+    )
+
+
+def activation_bytes(workload: Workload) -> int:
+    """Activations of the largest call, allocated once."""
+    return workload.activation_bytes_per_row * workload.activation_rows
+
+
+def weights_bytes(workload: Workload, placements: Sequence[LinearPlacement], place: str) -> int:
+    """Weight bytes at a place. Units in DRAM are pinned if their linear streams, or may come to stream, in some tier."""
+    total = 0
+    for shard, placement in zip(workload.linears, placements, strict=True):
+        if place == "gpu":
+            total += placement.gpu_units * shard.unit_bytes
+        elif (placement.streams or workload.elastic) == (place == "pinned"):
+            total += (placement.units - first_dram_unit(workload, placement)) * shard.unit_bytes
+    return total
+
+
+def first_dram_unit(workload: Workload, placement: LinearPlacement) -> int:
+    """The unit from which on a linear is in DRAM: its home boundary, or 0 when GPU units have a copy there too."""
+    return 0 if workload.elastic else placement.gpu_units
+
+
+def memory_report(
+    workload: Workload,
+    linears: Sequence[LinearPlacement],
+    kv: Sequence[KvPlacement],
+    *,
+    device: str,
+    staging_slots: int,
+    context_bytes: int = 0,
+) -> MemoryReport:
+    """Count every byte that a run with these placements allocates.
+
+    linears, kv: in workload order. device: cpu | cuda | emulated. context_bytes: the driver's own share of GPU memory.
+    """
+
+    def kv_bytes(of_layer: Callable[[Workload, KvShard, KvPlacement], int]) -> int:
+        return sum(of_layer(workload, shard, placement) for shard, placement in zip(workload.kv, kv, strict=True))
+
+    host = {
+        "weights": weights_bytes(workload, linears, "host"),
+        "kv": kv_bytes(kv_host_bytes),
+        "activations": activation_bytes(workload),
+        "embed": workload.embed_bytes,
+    }
+    if device == "cpu":
+        return MemoryReport(host=host | {"resident": workload.resident_bytes})
+    gpu = {
+        "weights": weights_bytes(workload, linears, "gpu"),
+        "kv": kv_bytes(kv_gpu_bytes),
+        "staging": staging_slots * staging_slot_bytes(workload.linears, linears),
+        "activations": activation_bytes(workload),
+        "resident": gpu_resident_bytes(workload),
+        "context": context_bytes,
+    }
+    pinned = {"weights": weights_bytes(workload, linears, "pinned"), "kv": kv_bytes(kv_pinned_bytes)}
+    return MemoryReport(gpu=gpu, pinned=pinned, host=host)

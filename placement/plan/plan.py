@@ -1,0 +1,259 @@
+"""A plan: where every unit of a linear and every KV-head group lives and is computed. Frozen data, printed three ways.
+
+The runtime reads placements and sizes from here and allocates by the functions of placement.plan.memory, so that the counted
+bytes are the allocated ones. `to_yaml` writes the plan as a policy that make_plan turns into the same plan again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from placement.plan.memory import (
+    MAX_STAGING_PIECE_BYTES,
+    KvPlacement,
+    LinearPlacement,
+    MemoryReport,
+    kv_bytes_at,
+    memory_report,
+    staging_piece_units,
+    staging_slot_bytes,
+)
+from placement.plan.phase import Prediction
+from placement.plan.rows import PlanRow, plan_rows
+from placement.plan.workload import (
+    NUM_ROW_TIERS,
+    ROW_TIER_LIMITS,
+    ROW_TIER_NAMES,
+    KvShard,
+    LinearShard,
+    Workload,
+    row_tier,
+)
+
+__all__ = [
+    "MAX_STAGING_PIECE_BYTES",
+    "NUM_ROW_TIERS",
+    "ROW_TIER_LIMITS",
+    "ROW_TIER_NAMES",
+    "KvPlacement",
+    "KvShard",
+    "LinearPlacement",
+    "LinearShard",
+    "MemoryReport",
+    "Plan",
+    "Prediction",
+    "Workload",
+    "build_plan",
+    "memory_report",
+    "row_tier",
+    "staging_piece_units",
+    "staging_slot_bytes",
+]
+
+DEVICES = ("cpu", "cuda", "emulated")
+CURVE_CONTEXTS = (128, 512, 2048, 8192, 32768, 131072)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One valid placement of a workload. linears and kv are in workload order.
+
+    device: cpu | cuda | emulated; gpu_memory_bytes: the budget, None without a GPU lane; num_threads: CPU lane threads.
+    """
+
+    workload: Workload
+    device: str
+    gpu_memory_bytes: int | None
+    linears: tuple[LinearPlacement, ...]
+    kv: tuple[KvPlacement, ...]
+    staging_slots: int
+    num_threads: int
+    memory: MemoryReport
+    objective: str = "latency"
+    predicted: Prediction | None = None
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {self.device!r}")
+        for shards, placements in ((self.workload.linears, self.linears), (self.workload.kv, self.kv)):
+            names, placed = [shard.name for shard in shards], [placement.name for placement in placements]
+            if names != placed:
+                raise ValueError(f"a plan places every shard once and in order: expected {names}, got {placed}")
+        for shard, placement in zip(self.workload.linears, self.linears, strict=True):
+            if shard.row_cut and not set(placement.stream_units) <= {0, placement.dram_units}:
+                raise ValueError(
+                    f"{shard.name}: its {placement.dram_units} dram-home units are cut by rows, so they stream together "
+                    f"or not at all, got stream_units {placement.stream_units}"
+                )
+
+    @property
+    def shape(self) -> str:
+        """`paired` where some linear is cut by rows, else `column`."""
+        return "paired" if any(shard.row_cut for shard in self.workload.linears) else "column"
+
+    @property
+    def model(self) -> str:
+        """Name of the planned model."""
+        return self.workload.model
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of one sequence."""
+        return self.workload.max_context
+
+    @property
+    def max_batch(self) -> int:
+        """Most sequences decoded together."""
+        return self.workload.max_batch
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of one KV page."""
+        return self.workload.page_size
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Most prompt rows of one call."""
+        return self.workload.prefill_chunk
+
+    @property
+    def staging_slot_bytes(self) -> int:
+        """Bytes of one staging slot in GPU memory."""
+        return staging_slot_bytes(self.workload.linears, self.linears)
+
+    def kv_by_context(self) -> list[tuple[int, int, int]]:
+        """What one sequence takes of the cache as it grows: (context, bytes in GPU memory, bytes in DRAM)."""
+        contexts = sorted({context for context in CURVE_CONTEXTS if context < self.max_context} | {self.max_context})
+        return [(context, *kv_bytes_at(self.workload, self.kv, context)) for context in contexts]
+
+    def linear(self, name: str) -> LinearPlacement:
+        """Placement of the linear called `name`; KeyError if there is none."""
+        return _named(self.linears, name)
+
+    def kv_placement(self, name: str) -> KvPlacement:
+        """Placement of the KV shard called `name` (`layers.N.kv`); KeyError if there is none."""
+        return _named(self.kv, name)
+
+    def table(self, width: int = 120) -> str:
+        """Plain text: what of each linear and of the KV cache is where, bytes by place and kind, predicted speed."""
+        from placement.plan.table import plan_table
+
+        return plan_table(self, width)
+
+    def to_yaml(self) -> str:
+        """A policy that, given to make_plan with the same workload and hardware, gives this plan."""
+        lines = [
+            f"# The plan of {self.model} on {self.device}, written as a policy.",
+            "version: 1",
+            f"objective: {self.objective}",
+        ]
+        if self.gpu_memory_bytes is not None:
+            lines.append(f"gpu_memory: {self.gpu_memory_bytes}")
+        lines += [
+            f"context: {self.max_context}",
+            f"batch: {self.max_batch}",
+            f"threads: {self.num_threads}",
+            f"prefill_chunk: {self.prefill_chunk}",
+            f"kv_dtype: {self.workload.kv_dtype}",
+        ]
+        if self.device != "cpu":
+            lines.append(f"staging_slots: {self.staging_slots}")
+        if self.workload.kv_tokens is not None:
+            lines.append(f"kv_tokens: {self.workload.kv_tokens}")
+        if self.workload.elastic:
+            lines.append("elastic: true")
+        elif self.device != "cpu":
+            lines.append(f"shape: {self.shape}")
+        lines.append("rules:")
+        for row in plan_rows(self.workload.linears, self.linears):
+            lines += _linear_rule(row)
+        for row in plan_rows(self.workload.kv, self.kv):
+            lines += _kv_rule(row)
+        return "\n".join(lines) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: every placement, sizes, memory and prediction."""
+        return {
+            "model": self.model,
+            "device": self.device,
+            "shape": self.shape,
+            "gpu_memory_bytes": self.gpu_memory_bytes,
+            "objective": self.objective,
+            "max_context": self.max_context,
+            "max_batch": self.max_batch,
+            "prefill_chunk": self.prefill_chunk,
+            "page_size": self.page_size,
+            "num_threads": self.num_threads,
+            "staging_slots": self.staging_slots,
+            "staging_slot_bytes": self.staging_slot_bytes,
+            "kv_tokens": self.workload.full_tokens,
+            "elastic": self.workload.elastic,
+            "linears": [
+                {
+                    "name": p.name,
+                    "units": p.units,
+                    "gpu_units": p.gpu_units,
+                    "stream_units": dict(zip(ROW_TIER_NAMES, p.stream_units, strict=True)),
+                    "row_cut": s.row_cut,
+                }
+                for s, p in zip(self.workload.linears, self.linears, strict=True)
+            ],
+            "kv": [
+                {"name": p.name, "groups": p.groups, "gpu_groups": p.gpu_groups, "gpu_tokens": p.gpu_tokens}
+                for p in self.kv
+            ],
+            "memory": self.memory.to_dict(),
+            "kv_by_context": [
+                {"context": context, "gpu_bytes": gpu, "dram_bytes": dram}
+                for context, gpu, dram in self.kv_by_context()
+            ],
+            "predicted": self.predicted.to_dict() if self.predicted else None,
+        }
+
+
+def build_plan(
+    workload: Workload,
+    linears: Sequence[LinearPlacement],
+    kv: Sequence[KvPlacement],
+    *,
+    device: str,
+    gpu_memory_bytes: int | None = None,
+    staging_slots: int = 2,
+    num_threads: int = 1,
+    context_bytes: int = 0,
+    objective: str = "latency",
+    predicted: Prediction | None = None,
+) -> Plan:
+    """Put placements together into a plan, counting its memory. staging_slots becomes 0 when nothing streams."""
+    slots = staging_slots if any(placement.streams for placement in linears) else 0
+    memory = memory_report(workload, linears, kv, device=device, staging_slots=slots, context_bytes=context_bytes)
+    return Plan(
+        workload, device, gpu_memory_bytes, tuple(linears), tuple(kv), slots, num_threads, memory, objective, predicted
+    )
+
+
+def _linear_rule(row: PlanRow) -> list[str]:
+    placement: LinearPlacement = row.placement
+    lines = [f"  - match: {row.label}", f"    gpu: {placement.gpu_units} units"]
+    if len(set(placement.stream_units)) == 1:
+        return [*lines, f"    stream: {placement.stream_units[0]} units"]
+    lines.append("    tiers:")
+    return lines + [
+        f'      "{tier}": {{stream: {stream} units}}'
+        for tier, stream in zip(ROW_TIER_NAMES, placement.stream_units, strict=True)
+    ]
+
+
+def _kv_rule(row: PlanRow) -> list[str]:
+    placement: KvPlacement = row.placement
+    return [
+        f"  - match: {row.label}",
+        f"    kv: {{gpu_heads: {placement.gpu_groups}, gpu_tokens: {placement.gpu_tokens}}}",
+    ]
+
+
+def _named(placements: Sequence[Any], name: str) -> Any:
+    for placement in placements:
+        if placement.name == name:
+            return placement
+    raise KeyError(f"no shard named {name!r} in the plan; shards: {', '.join(p.name for p in placements)}")

@@ -1,0 +1,147 @@
+"""The plan as plain text: placements by lane, bytes by place and kind, predicted speed."""
+
+import io
+from typing import Protocol
+
+from rich.console import Console
+from rich.table import Table
+
+from placement.plan.memory import (
+    KINDS,
+    PLACES,
+    KvPlacement,
+    LinearPlacement,
+    MemoryReport,
+    first_dram_unit,
+    kv_dram_bytes,
+    kv_gpu_bytes,
+)
+from placement.plan.phase import RESOURCE_WORDS, Prediction
+from placement.plan.rows import PlanRow, plan_rows
+from placement.plan.units import format_bytes
+from placement.plan.workload import NUM_ROW_TIERS, Workload
+
+COLUMNS = ("shard", "count", "units", "GPU home", "decode g/s/c", "prefill g/s/c", "GPU bytes", "DRAM bytes")
+PLACE_WORDS = {"gpu": "GPU memory", "pinned": "pinned DRAM", "host": "host DRAM"}
+
+
+class ShownPlan(Protocol):
+    """What of a plan is shown: `placement.plan.plan.Plan` is one."""
+
+    workload: Workload
+    device: str
+    gpu_memory_bytes: int | None
+    linears: tuple[LinearPlacement, ...]
+    kv: tuple[KvPlacement, ...]
+    num_threads: int
+    memory: MemoryReport
+    predicted: Prediction | None
+
+    @property
+    def model(self) -> str:
+        """Name of the planned model."""
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of one sequence."""
+
+    @property
+    def max_batch(self) -> int:
+        """Sequences decoded together."""
+
+    def kv_by_context(self) -> list[tuple[int, int, int]]:
+        """Bytes that one sequence takes of the cache, in GPU memory and in DRAM, by context."""
+
+
+def plan_table(plan: ShownPlan, width: int) -> str:
+    """Render a plan as text of at most `width` columns, without colour codes."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+    budget = f", GPU memory budget {format_bytes(plan.gpu_memory_bytes)}" if plan.gpu_memory_bytes is not None else ""
+    console.print(
+        f"{plan.model} on {plan.device}{budget}, context {plan.max_context}, batch {plan.max_batch}, "
+        f"{plan.workload.weight_dtype} weights, {plan.workload.kv_dtype} KV, "
+        f"{plan.num_threads} CPU threads",
+        highlight=False,
+    )
+    console.print(_placements(plan))
+    console.print(_memory(plan))
+    console.print(kv_line(plan), highlight=False)
+    if plan.predicted is not None:
+        for line in prediction_lines(plan.predicted):
+            console.print(line, highlight=False)
+    return console.file.getvalue()
+
+
+def kv_line(plan: ShownPlan) -> str:
+    """What one sequence takes of the cache as it grows, in GPU memory and in DRAM."""
+    sizes = (
+        f"{context}: " + (f"{format_bytes(gpu)} + {format_bytes(dram)}" if plan.device != "cpu" else format_bytes(dram))
+        for context, gpu, dram in plan.kv_by_context()
+    )
+    places = "DRAM" if plan.device == "cpu" else "GPU memory + DRAM"
+    return f"KV cache of one sequence by context, {places}: {', '.join(sizes)}"
+
+
+def prediction_lines(predicted: Prediction) -> list[str]:
+    """Predicted tokens/s of both phases, each with its binding resource, and decode along the context."""
+    lines = [f"predicted on {predicted.hardware} ({predicted.objective}):"]
+    for cost in (predicted.decode, predicted.prefill):
+        sequences = "1 sequence" if cost.rows == 1 else f"{cost.rows} sequences"
+        what = sequences if cost.phase == "decode" else f"{cost.rows} tokens"
+        lines.append(
+            f"  {cost.phase:8s}{cost.tokens_per_s:10.1f} tokens/s  ({what} at context {cost.context}; "
+            f"bound by {RESOURCE_WORDS[cost.binding]})"
+        )
+    if len(predicted.decode_by_context) > 1:
+        curve = ", ".join(f"{cost.context}: {cost.tokens_per_s:.1f}" for cost in predicted.decode_by_context)
+        lines.append(f"  decode tokens/s by context: {curve}")
+    return lines
+
+
+def _placements(plan: ShownPlan) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    # Without a GPU there is one lane and one home: nothing to say about a cut.
+    shown = (0, 1, 2, 7) if plan.device == "cpu" else range(len(COLUMNS))
+    for index in shown:
+        table.add_column(COLUMNS[index], justify="right" if index else "left", no_wrap=True)
+    rows = [_linear_row(plan, row) for row in plan_rows(plan.workload.linears, plan.linears)]
+    for cells in rows + [_kv_row(plan, row) for row in plan_rows(plan.workload.kv, plan.kv)]:
+        table.add_row(*(cells[index] for index in shown))
+    return table
+
+
+def _linear_row(plan: ShownPlan, row: PlanRow) -> tuple[str, ...]:
+    placement: LinearPlacement = row.placement
+    unit_bytes = row.shards[0].unit_bytes * row.count
+    return (
+        row.label,
+        str(row.count),
+        str(placement.units),
+        str(placement.gpu_units),
+        "/".join(map(str, placement.cut(0))),
+        "/".join(map(str, placement.cut(NUM_ROW_TIERS - 1))),
+        format_bytes(placement.gpu_units * unit_bytes),
+        format_bytes((placement.units - first_dram_unit(plan.workload, placement)) * unit_bytes),
+    )
+
+
+def _kv_row(plan: ShownPlan, row: PlanRow) -> tuple[str, ...]:
+    placement: KvPlacement = row.placement
+    gpu = sum(kv_gpu_bytes(plan.workload, shard, placement) for shard in row.shards)
+    dram = sum(kv_dram_bytes(plan.workload, shard, placement) for shard in row.shards)
+    cut = f"{placement.gpu_groups}/0/{placement.groups - placement.gpu_groups}"
+    home = f"{placement.gpu_groups} ({placement.gpu_tokens} tok)" if placement.gpu_groups else "0"
+    return (row.label, str(row.count), str(placement.groups), home, cut, cut, format_bytes(gpu), format_bytes(dram))
+
+
+def _memory(plan: ShownPlan) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    by_place = plan.memory.to_dict()
+    kinds = [kind for kind in KINDS if any(by_place[place].get(kind) for place in PLACES)]
+    for name in ("bytes", *kinds, "total"):
+        table.add_column(name, justify="left" if name == "bytes" else "right", no_wrap=True)
+    for place in PLACES:
+        if by_place[place]:
+            cells = [format_bytes(by_place[place].get(kind, 0)) for kind in kinds]
+            table.add_row(PLACE_WORDS[place], *cells, format_bytes(sum(by_place[place].values())))
+    return table

@@ -1,0 +1,299 @@
+"""What the user wants of a placement: budgets, an objective, and rules that pin shards by name. Never a Python class.
+
+Everything may be left out or `auto`. What is set is a hard constraint: the planner never bends it, it refuses with the
+file, line, column, value, rule and nearest valid name. Rules are read in order and the first whose pattern matches a
+shard decides it.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from placement.plan.units import format_bytes
+from placement.plan.workload import ROW_TIER_NAMES
+from placement.policy.document import MAX_BYTES, Document, Mark, YamlProblem, read_document
+from placement.policy.document import Path as YamlPath
+from placement.policy.fields import CountField, KvDtypeField, PositiveField, Share, ShareField, SizeField, SlotsField
+
+SHIPPED = Path(__file__).parent / "shipped"
+VERSION = 1
+SUM_TOLERANCE = 1e-6
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be read or obeyed. problems: one line each, `file:line:col: path: message`."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+
+class TierRule(_Strict):
+    """Stream and cpu shares of one row tier; the GPU home is the same in every tier."""
+
+    stream: ShareField = None
+    cpu: ShareField = None
+
+
+class KvRule(_Strict):
+    """KV cache of a layer: how many KV-head groups the GPU owns, and how many of their newest tokens it keeps."""
+
+    gpu_heads: CountField = None
+    gpu_tokens: CountField = None
+
+
+class Rule(_Strict):
+    """Shares for every shard whose name matches.
+
+    match: a glob over shard names; `layers.0-15.qkv` is a range of layers.
+    """
+
+    match: str = Field(min_length=1, max_length=256)
+    gpu: ShareField = None
+    stream: ShareField = None
+    cpu: ShareField = None
+    tiers: dict[str, TierRule] = Field(default_factory=dict)
+    kv: KvRule | None = None
+
+    @property
+    def sets_linears(self) -> bool:
+        """Whether the rule says anything about linears."""
+        return any(share is not None for share in (self.gpu, self.stream, self.cpu)) or bool(self.tiers)
+
+    def tier(self, name: str) -> tuple[Share | None, Share | None, Share | None]:
+        """Shares (gpu, stream, cpu) in a row tier: those of the tier where it has an entry, else those of the rule."""
+        if name in self.tiers:
+            return self.gpu, self.tiers[name].stream, self.tiers[name].cpu
+        return self.gpu, self.stream, self.cpu
+
+    @model_validator(mode="after")
+    def _check(self) -> "Rule":
+        for name in self.tiers:
+            if name not in ROW_TIER_NAMES:
+                raise ValueError(
+                    f"unknown row tier {name!r}; tiers are {', '.join(ROW_TIER_NAMES)}{_nearest(name, ROW_TIER_NAMES)}"
+                )
+        for name in (None, *self.tiers):
+            _check_sum(*self.tier(name), f" in tier {name}" if name else "")
+        if not self.sets_linears and self.kv is None:
+            raise ValueError("the rule sets nothing; give gpu, stream, cpu, tiers or kv")
+        return self
+
+
+def _check_sum(gpu: Share | None, stream: Share | None, cpu: Share | None, where: str) -> None:
+    given = [share for share in (gpu, stream, cpu) if share is not None]
+    if any(share.kind != "fraction" for share in given):
+        return
+    total = sum(share.value for share in given)
+    if len(given) == 3 and abs(total - 1) > SUM_TOLERANCE:
+        raise ValueError(f"gpu, stream and cpu{where} must sum to 1, they sum to {total:g}")
+    if total > 1 + SUM_TOLERANCE:
+        raise ValueError(f"the fractions{where} sum to {total:g}, more than 1")
+
+
+class Policy(_Strict):
+    """What the user asks of the planner; every field may be None, which means `auto`.
+
+    gpu_memory, pinned_memory, host_memory: budgets in bytes. context: tokens; batch: sequences; kv_tokens: tokens that
+    the cache holds for all sequences together; threads: CPU lane threads; prefill_chunk: rows; staging_slots: slots of
+    the streaming ring; kv_dtype: of the cache. elastic: keep a copy in DRAM of what is in GPU memory, so that a loaded model can move to another
+    GPU budget. rebalance: let measured lane times move the boundary between streamed and CPU-computed columns, where no
+    rule fixes it. shape: column cuts every linear by output feature; paired cuts o and down by input feature beside qkv
+    and gate_up, with half the hand-overs.
+    """
+
+    version: Literal[1] = VERSION
+    objective: Literal["latency", "throughput"] = "latency"
+    gpu_memory: SizeField = None
+    pinned_memory: SizeField = None
+    host_memory: SizeField = None
+    context: PositiveField = None
+    batch: PositiveField = None
+    kv_tokens: PositiveField = None
+    threads: PositiveField = None
+    prefill_chunk: PositiveField = None
+    staging_slots: SlotsField = None
+    kv_dtype: KvDtypeField = None
+    elastic: bool = False
+    rebalance: bool = False
+    shape: Literal["auto", "column", "paired"] = "auto"
+    rules: tuple[Rule, ...] = Field(default=(), strict=False)
+
+    _source: str = PrivateAttr(default="policy")
+    _marks: dict[YamlPath, Mark] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str, source: str = "policy") -> "Policy":
+        """Read policy text. Raises PolicyError with every problem found; `source` names the text in them."""
+        try:
+            document = read_document(text)
+        except YamlProblem as problem:
+            line, column = problem.mark
+            raise PolicyError([f"{source}:{line}:{column}: {problem.message}"]) from None
+        if document.value is None:
+            document.value = {}
+        if not isinstance(document.value, dict):
+            raise PolicyError([f"{source}:1:1: a policy is a mapping of keys, found {type(document.value).__name__}"])
+        return cls._from_document(document, source)
+
+    @classmethod
+    def _from_document(cls, document: Document, source: str) -> "Policy":
+        problems = [(mark, path, "the key is given twice") for mark, path in document.duplicates]
+        policy = None
+        try:
+            policy = cls.model_validate(document.value)
+        except ValidationError as error:
+            problems += [_explain(item, document) for item in error.errors(include_url=False)]
+        if problems or policy is None:
+            raise PolicyError(
+                [
+                    f"{source}:{line}:{column}: {_show(path)}: {message}"
+                    for (line, column), path, message in sorted(problems, key=lambda p: p[0])
+                ]
+            )
+        policy._source, policy._marks = source, document.marks
+        return policy
+
+    @classmethod
+    def load(cls, path_or_name: str | Path) -> "Policy":
+        """Read a policy file, or a shipped policy by name. Raises PolicyError."""
+        path = Path(path_or_name)
+        if path.is_file():
+            if path.stat().st_size > MAX_BYTES:
+                raise PolicyError([f"{path}: the file is larger than {MAX_BYTES // 1024} KiB"])
+            try:
+                return cls.parse(path.read_text(encoding="utf-8"), str(path))
+            except UnicodeDecodeError as error:
+                raise PolicyError([f"{path}: not UTF-8 text (byte {error.start})"]) from None
+        if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+            raise PolicyError([f"{path}: no such policy file"])
+        return cls.named(str(path_or_name))
+
+    @classmethod
+    def named(cls, name: str) -> "Policy":
+        """A shipped policy; PolicyError names the nearest."""
+        names = shipped_policies()
+        if name not in names:
+            raise PolicyError(
+                [f"unknown policy {name!r}; shipped policies are {', '.join(names)}{_nearest(name, names)}"]
+            )
+        return cls.parse((SHIPPED / f"{name}.yaml").read_text(encoding="utf-8"), f"{name}.yaml")
+
+    def to_yaml(self) -> str:
+        """The policy as YAML that parses to an equal one; `auto` values are left out."""
+        values = self.model_dump(exclude_none=True)
+        rules = values.pop("rules")
+        lines = [f"{key}: {value}" for key, value in values.items()]
+        if rules:
+            lines.append("rules:")
+        for rule in rules:
+            items = [f"{key}: {_flow(value)}" for key, value in rule.items() if value != {}]
+            lines += [f"  - {items[0]}", *(f"    {item}" for item in items[1:])]
+        return "\n".join(lines) + "\n"
+
+    def where(self, path: YamlPath) -> str:
+        """`file:line:col: path` of a value, the nearest enclosing position when the value itself has none."""
+        line, column = _position(path, self._marks)
+        return f"{self._source}:{line}:{column}: {_show(path)}" if self._marks else f"{self._source}: {_show(path)}"
+
+    def diff(self, other: "Policy") -> list[str]:
+        """Differences to another policy, one line each: `path: left -> right`."""
+        left, right = _flat(self.model_dump()), _flat(other.model_dump())
+        return [
+            f"{key}: {left.get(key, 'unset')} -> {right.get(key, 'unset')}"
+            for key in sorted(left | right)
+            if left.get(key) != right.get(key)
+        ]
+
+
+def shipped_policies() -> tuple[str, ...]:
+    """Names of the policies that come with the package."""
+    return tuple(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+
+
+def policy_schema() -> dict[str, Any]:
+    """JSON Schema of policy files, for editors."""
+    return Policy.model_json_schema()
+
+
+def _nearest(value: object, names: tuple[str, ...] | list[str]) -> str:
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _position(path: YamlPath, marks: dict[YamlPath, Mark]) -> Mark:
+    while path and path not in marks:
+        path = path[:-1]
+    return marks.get(path, (1, 1))
+
+
+def _show(path: YamlPath) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text or "policy"
+
+
+def _explain(item: Any, document: Document) -> tuple[Mark, YamlPath, str]:
+    path: YamlPath = tuple(item["loc"])
+    value = document.value
+    for part in path:
+        value = (
+            value[part]
+            if isinstance(value, dict)
+            and part in value
+            or isinstance(value, list)
+            and isinstance(part, int)
+            and part < len(value)
+            else None
+        )
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        message = f"unknown key{_nearest(path[-1], _keys_at(path))}; known keys are {', '.join(_keys_at(path))}"
+    elif item["type"] == "literal_error":
+        allowed = [text.strip("'") for text in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+        message = f"{_brief(value)} is not one of {', '.join(allowed)}{_nearest(value, allowed)}"
+        if path == ("version",):
+            message = f"version {_brief(value)} is not supported; this program reads version {VERSION}"
+    elif item["type"] == "missing":
+        message = "the key is missing"
+    elif not isinstance(value, dict):
+        message = f"{_brief(value)}: {message}"
+    return _position(path, document.marks), path, message
+
+
+def _keys_at(path: YamlPath) -> list[str]:
+    names = [part for part in path[:-1] if isinstance(part, str)]
+    model = Policy if not names else {"kv": KvRule, "rules": Rule}.get(names[-1], TierRule)
+    return list(model.model_fields)
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _flow(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)}: {_flow(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, str) and not value.replace(".", "").replace(" ", "").replace("-", "").isalnum():
+        return json.dumps(value)
+    return str(value)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else None
+    if items is None:
+        shown = format_bytes(value) if prefix.endswith("_memory") and value is not None else value
+        return {} if value is None else {prefix: str(shown)}
+    flat: dict[str, str] = {}
+    for key, item in items:
+        flat |= _flat(item, f"{prefix}[{key}]" if isinstance(key, int) else f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,0 +1,92 @@
+"""Rates of the CPU lane's attention over caches in DRAM: one row and many, by cache dtype, head sharing and head size."""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from cpu_kernels import CpuKernels
+from cpu_kernels.formats.pages import is_quantised, row_items, token_bytes
+from placement.machine.rates import KV_BITS, AttentionRate, beside_memory
+from placement.profilers.timing import (
+    CALLS,
+    WEIGHT_BYTE,
+    Progress,
+    beyond_caches,
+    host_full,
+    recorded_seconds,
+    seconds,
+    turns,
+)
+
+ATTENTION_BYTES = 96 << 20  # of K and V: still three caches of a few cores, and there are many shapes
+CACHED_BYTES = 4 << 20
+KV_HEADS = 8
+PREFILL_ROWS = 256
+HEADS_PER_GROUP = (1, 4, 8)
+HEAD_DIMS = (64, 128)
+KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "q8": torch.int8, "q4": torch.uint8}
+PAGE_TOKENS = 64
+
+
+def attention_rates(ops: CpuKernels, dram: float, on_progress: Progress) -> tuple[AttentionRate, ...]:
+    """Attention over a cache in DRAM, one row and many, by cache dtype, head sharing and head size."""
+    rates = []
+    for kv_dtype in KV_DTYPES:
+        for head_dim in HEAD_DIMS:
+            on_progress(f"attention over {kv_dtype}, heads of {head_dim}")
+            sizes = beyond_caches(ATTENTION_BYTES), CACHED_BYTES
+            pages, cached = (kv_pages(kv_dtype, head_dim, size) for size in sizes)
+            for heads in HEADS_PER_GROUP:
+                near_s = recorded_seconds(ops, decode_call(ops, cached, heads, head_dim), CALLS // 10)
+                near = 2 * cached[0].nbytes / near_s
+                decode = decode_rate(ops, pages, heads, head_dim, dram, near)
+                many = prefill_rates(ops, pages, heads, head_dim)
+                rates.append(AttentionRate(KV_BITS[kv_dtype], heads, head_dim, decode, *many, near))
+    return tuple(rates)
+
+
+def kv_pages(kv_dtype: str, head_dim: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """K and V pages of `size` bytes together and their table, int32 [KV_HEADS, pages]."""
+    count = max(1, size // (PAGE_TOKENS * token_bytes(kv_dtype, head_dim) * KV_HEADS)) * KV_HEADS
+    dims, value = (count, PAGE_TOKENS, row_items(kv_dtype, head_dim)), WEIGHT_BYTE if is_quantised(kv_dtype) else 0.1
+    k_pages, v_pages = (host_full(dims, KV_DTYPES[kv_dtype], value) for _ in range(2))
+    return k_pages, v_pages, torch.arange(count, dtype=torch.int32).view(-1, KV_HEADS).T.contiguous()
+
+
+def decode_rate(
+    ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim: int, dram: float, cached: float
+) -> float:
+    """Bytes of K and V a second with one row, where a plain read reaches `dram` and the kernel `cached` from the cache;
+    measured beside plain reads of them, for memory may be faster or slower meanwhile."""
+    k_pages, v_pages, _ = pages
+    read = k_pages.nbytes + v_pages.nbytes
+    work = decode_call(ops, pages, heads_per_group, head_dim)
+    found = turns(work, lambda: (ops.sweep(k_pages), ops.sweep(v_pages)))
+    return statistics.median(beside_memory(read / worked, read / swept, dram, cached) for swept, worked in found)
+
+
+def decode_call(ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim: int) -> Callable[[], None]:
+    """A call of `decode_attention` with one row over every page, ready to be timed or recorded."""
+    k_pages, v_pages, table = pages
+    heads, tables = KV_HEADS * heads_per_group, table[None]
+    q, out, lse = torch.randn(1, heads, head_dim), torch.empty(1, heads, head_dim), torch.empty(1, heads)
+    start, stop = (torch.full((1,), tokens, dtype=torch.int32) for tokens in (0, table.shape[1] * PAGE_TOKENS))
+    return lambda: ops.decode_attention(q, k_pages, v_pages, tables, start, stop, 0.1, out, lse)
+
+
+def prefill_rates(ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim: int) -> tuple[float, float]:
+    """Operations a second over tokens before a chunk, and how many keys more than it sees the chunk itself costs a row:
+    a chunk alone and with as many tokens before it."""
+    k_pages, v_pages, table = pages
+    heads, rows = KV_HEADS * heads_per_group, min(PREFILL_ROWS, table.shape[1] * PAGE_TOKENS // 2)
+    q, out, lse = torch.randn(rows, heads, head_dim), torch.empty(rows, heads, head_dim), torch.empty(rows, heads)
+
+    def taken(before: int) -> float:
+        keys = before + rows
+        return seconds(lambda: ops.prefill_attention(q, k_pages, v_pages, table, 0, keys, before, 0, 0.1, out, lse))
+
+    alone, both = taken(0), taken(rows)
+    a_key = 4 * head_dim * heads * rows
+    rate = a_key * rows / max(both - alone, 0.2 * both)
+    return rate, max(0.0, alone * rate / a_key - (rows + 1) / 2)

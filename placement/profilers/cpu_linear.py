@@ -1,0 +1,124 @@
+"""Rates of the CPU lane's linears: by dtype, by rows, by threads, from DRAM and from the cache."""
+
+from collections.abc import Callable
+
+import torch
+
+from cpu_kernels import CpuKernels
+from cpu_kernels.formats.weights import BLOCK_FEATURES, WEIGHT_DTYPES, block_bytes
+from placement.machine.hardware import WEIGHT_BYTES
+from placement.machine.rates import DtypeRates, RowRate, ThreadRate
+from placement.profilers.timing import (
+    CALLS,
+    WEIGHT_BYTE,
+    Progress,
+    beyond_caches,
+    host_full,
+    recorded_seconds,
+    seconds,
+    turn_by_turn,
+)
+
+# Many times what a few cores get of a last-level cache, so that none of it is found again; where the cache is larger
+# than that (servers have some of 300 MiB), CACHES of it.
+SWEEP_BYTES = 256 << 20
+CACHED_BYTES = 4 << 20
+IN_FEATURES = 2048
+ROW_COUNTS = (1, 2, 4, 5, 8, 16, 17, 32, 64, 65, 128, 512)
+MANY_WEIGHTS = 16 << 20  # weights of the linear with many rows
+MANY_ROWS = 256
+SMALL_LINEAR = 512  # inputs of one that is mostly activations
+
+
+def thread_sweep(counts: tuple[int, ...], on_progress: Progress) -> tuple[ThreadRate, ...]:
+    """A one-row q4 linear and a plain read of the same bytes with every thread count."""
+    weight, rates = packed("q4", beyond_caches(SWEEP_BYTES)), []
+    for threads in counts:
+        on_progress(f"{threads} threads")
+        with CpuKernels(threads) as ops:
+            linear = seconds(linear_call(ops, weight, "q4", 1))
+            sweep = seconds(lambda ops=ops: ops.sweep(weight))
+        rates.append(ThreadRate(threads, weight.numel() / linear, weight.numel() / sweep))
+    return tuple(rates)
+
+
+def share_of_sweep(ops: CpuKernels, dtype: str, on_progress: Progress = lambda what: None) -> float:
+    """Rate of a one-row linear that is larger than the cache, as a share of a plain read of the same bytes.
+
+    Turn by turn: where others use the same memory its speed changes within seconds, this share does not.
+    """
+    on_progress(f"linear {dtype}, one row")
+    weight = packed(dtype, beyond_caches(SWEEP_BYTES))
+    return turn_by_turn(linear_call(ops, weight, dtype, 1), lambda: ops.sweep(weight))
+
+
+def activation_s(ops: CpuKernels, on_progress: Progress) -> DtypeRates:
+    """Seconds of a linear per activation, in or out, of a row: rounding them, writing them.
+
+    From a wide and a small linear, whose times are operations / rate + rows * (inputs + outputs) * this.
+    """
+    found = []
+    for dtype in WEIGHT_DTYPES:
+        on_progress(f"linear {dtype}, small and wide")
+        wide, small = packed(dtype, int(MANY_WEIGHTS * WEIGHT_BYTES[dtype])), packed(dtype, 0, SMALL_LINEAR)
+        times = [seconds(linear_call(ops, weight, dtype, MANY_ROWS)) / MANY_ROWS for weight in (wide, small)]
+        (work, values), (less, fewer) = (shape(weight, dtype) for weight in (wide, small))
+        found.append(max(0.0, (times[1] * work - times[0] * less) / (fewer * work - values * less)))
+    return DtypeRates(*found)
+
+
+def row_rates(ops: CpuKernels, few: DtypeRates, activations: DtypeRates, on_progress: Progress) -> tuple[RowRate, ...]:
+    """Operations a second by row count, activations apart; one row is `few`, bytes of weights a second."""
+    times: dict[str, list[float]] = {}
+    for dtype in WEIGHT_DTYPES:
+        on_progress(f"linear {dtype} by rows")
+        # Few rows read the weight from memory, so it must not fit in the cache; many reuse it while they compute.
+        large = packed(dtype, beyond_caches(SWEEP_BYTES))
+        small = packed(dtype, int(MANY_WEIGHTS * WEIGHT_BYTES[dtype]))
+        one_row = linear_call(ops, large, dtype, 1)
+        times[dtype] = [large.numel() / few.of(dtype) / shape(large, dtype)[0]]
+        for rows in ROW_COUNTS[1:]:
+            weight = large if rows < 32 else small
+            work, values = shape(weight, dtype)
+            call = linear_call(ops, weight, dtype, rows)
+            # While memory decides, time is known as a multiple of one row's, whatever else uses the memory now.
+            taken = seconds(call) if rows >= 8 else large.numel() / few.of(dtype) / turn_by_turn(call, one_row)
+            times[dtype].append(max(0.5 * taken, taken - rows * values * activations.of(dtype)) / work)
+    return tuple(
+        RowRate(rows, DtypeRates(*(rows / times[dtype][i] for dtype in WEIGHT_DTYPES)))
+        for i, rows in enumerate(ROW_COUNTS)
+    )
+
+
+def cached_rates(ops: CpuKernels, on_progress: Progress) -> DtypeRates:
+    """Weight bytes a second of one row when they stay in the cache."""
+    on_progress("linears in the cache")
+    cached = []
+    for dtype in WEIGHT_DTYPES:
+        weight = packed(dtype, CACHED_BYTES)
+        cached.append(weight.numel() / recorded_seconds(ops, linear_call(ops, weight, dtype, 1), CALLS))
+    return DtypeRates(*cached)
+
+
+def packed(dtype: str, total_bytes: int, square: int | None = None) -> torch.Tensor:
+    """A packed weight, uint8 [blocks, block_bytes], of about this size and IN_FEATURES inputs; or a square one."""
+    row_bytes = block_bytes(dtype, square or IN_FEATURES)
+    total_bytes = row_bytes * square // BLOCK_FEATURES if square else total_bytes
+    return host_full((max(1, total_bytes // row_bytes), row_bytes), torch.uint8, WEIGHT_BYTE)
+
+
+def inputs_of(weight: torch.Tensor, dtype: str) -> int:
+    """Input features of a packed weight of this module."""
+    return IN_FEATURES if weight.shape[1] == block_bytes(dtype, IN_FEATURES) else SMALL_LINEAR
+
+
+def shape(weight: torch.Tensor, dtype: str) -> tuple[int, int]:
+    """Operations of one row (multiplications plus additions), and its activations, in and out."""
+    inputs, outputs = inputs_of(weight, dtype), weight.shape[0] * BLOCK_FEATURES
+    return 2 * inputs * outputs, inputs + outputs
+
+
+def linear_call(ops: CpuKernels, weight: torch.Tensor, dtype: str, rows: int) -> Callable[[], None]:
+    """A call of `linear` over a packed weight, ready to be timed or recorded."""
+    x, out = torch.randn(rows, inputs_of(weight, dtype)), torch.empty(rows, weight.shape[0] * BLOCK_FEATURES)
+    return lambda: ops.linear(x, weight, dtype, None, out)

@@ -1,0 +1,265 @@
+"""Measure a GPU, the bus, and both sides at work: what the three lanes need beside the CPU lane's own rates.
+
+Everything is asked of a small interface, so that a fake with known rates can stand in for a GPU:
+
+    memory_bytes, free_bytes        of the GPU; what is free of it
+    ops                             the operations of the GPU kernels (linear, prefill_attention)
+    empty(shape, dtype)             GPU memory;  host(shape, dtype, pinned): host memory
+    copy(target, source)            queue a copy on a stream of its own, beside the kernels
+    seconds(work)                   run `work` and return how long the GPU was at it
+    kernel_seconds(work)            the same of kernels alone, as in a captured step: no launch is waited for
+    now(), synchronize()            a clock in seconds; wait for all that is queued
+
+`TorchGpu` is the real one. Copies and kernels are at least some megabytes, so their launches do not count; what launches
+and hand-overs cost is measured with the runtime itself (hetero_attn.engine.runtime_costs).
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from cpu_kernels import CpuKernels
+from cpu_kernels.formats.weights import BLOCK_FEATURES, WEIGHT_DTYPES, block_bytes
+from placement.machine.hardware import HardwareProfile
+from placement.machine.rates import CopyRate, DtypeRates, RowRate
+from placement.profilers.cpu_attention import decode_call, kv_pages
+from placement.profilers.cpu_linear import SWEEP_BYTES, linear_call, packed
+from placement.profilers.timing import WEIGHT_BYTE, Progress, beyond_caches
+
+COPY_BYTES = (64 << 10, 1 << 20, 16 << 20, 128 << 20)
+# Larger than the GPU's own caches, so that one row reads its memory.
+GPU_WEIGHTS = 256 << 20
+IN_FEATURES = 4096
+ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+REPETITIONS = 5
+IN_A_GRAPH = 4
+HEADS, KV_HEADS, HEAD_DIM, PAGE_TOKENS, PREFILL_ROWS = 32, 8, 128, 64, 512
+# Time grows with the rows once a linear takes this much longer than with one.
+FLAT = 1.5
+# A GEMM has arrived where it reaches this share of the best rate.
+NEARLY_ALL = 0.8
+# Seconds that the slowest copies of one size may take in all: a narrow bus shortens the list, not the patience.
+MOST_SECONDS = 2.0
+
+
+class TorchGpu:
+    """A CUDA device by torch. ops: gpu_kernels, or another module with its functions."""
+
+    def __init__(self, ops: Any, index: int = 0) -> None:
+        self.ops = ops
+        self._device = torch.device("cuda", index)
+        self._copies = torch.cuda.Stream(self._device)
+
+    @property
+    def memory_bytes(self) -> int:
+        """All memory of the GPU."""
+        return torch.cuda.get_device_properties(self._device).total_memory
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory that nobody uses now."""
+        return torch.cuda.mem_get_info(self._device)[0]
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """GPU memory full of zeros."""
+        return torch.zeros(shape, dtype=dtype, device=self._device)
+
+    def host(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> torch.Tensor:
+        """Host memory, every page of it touched."""
+        return torch.empty(shape, dtype=dtype, pin_memory=pinned).fill_(0)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue a copy beside the kernels."""
+        with torch.cuda.stream(self._copies):
+            target.copy_(source, non_blocking=True)
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Time between two events around `work`, on whichever of both streams is longer."""
+        self.synchronize()
+        start, kernels, copies = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        start.record()
+        self._copies.wait_event(start)
+        work()
+        kernels.record()
+        copies.record(self._copies)
+        self.synchronize()
+        return max(start.elapsed_time(kernels), start.elapsed_time(copies)) / 1e3
+
+    def kernel_seconds(self, work: Callable[[], object]) -> float:
+        """Median time of `work` in a captured graph that repeats it; it ran before, so nothing is compiled."""
+        self.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(IN_A_GRAPH):
+                work()
+        graph.replay()
+        return statistics.median(self.seconds(graph.replay) for _ in range(REPETITIONS)) / IN_A_GRAPH
+
+    def now(self) -> float:
+        """The system's clock."""
+        return time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Wait for both streams."""
+        torch.cuda.synchronize(self._device)
+
+
+def measure_gpu(
+    gpu: Any, profile: HardwareProfile, on_progress: Progress = lambda what: None, ops: CpuKernels | None = None
+) -> HardwareProfile:
+    """The profile of the CPU lane with the GPU's, the bus's and the shared rates; takes some ten seconds.
+
+    ops: CPU kernels with the profile's threads; made when not given.
+    """
+    on_progress("copies over the bus")
+    copies = copy_rates(gpu)
+    large = max(copies, key=lambda rate: rate.h2d_pinned)  # weights stream in pieces of some megabytes
+    few = DtypeRates(*(gpu_few_rows(gpu, dtype, on_progress) for dtype in WEIGHT_DTYPES))
+    rows = gpu_row_rates(gpu, few, on_progress)
+    on_progress("attention on the GPU")
+    attention = gpu_attention_rate(gpu)
+    on_progress("CPU lane while copies run")
+    if ops is None:
+        with CpuKernels(profile.cores) as own:
+            linear, cache = slowdowns(gpu, own, large.h2d_pinned)
+    else:
+        linear, cache = slowdowns(gpu, ops, large.h2d_pinned)
+    return replace(
+        profile,
+        h2d_bytes_per_s=large.h2d_pinned,
+        d2h_bytes_per_s=large.d2h_pinned,
+        h2d_pageable_bytes_per_s=large.h2d_pageable,
+        d2h_pageable_bytes_per_s=large.d2h_pageable,
+        gpu_memory_bytes=gpu.memory_bytes,
+        gpu_bytes_per_s=max(few.of(dtype) for dtype in WEIGHT_DTYPES),
+        gpu_flops=DtypeRates(*(max(rate.ops_per_s.of(dtype) for rate in rows) for dtype in WEIGHT_DTYPES)),
+        gpu_attention_ops_per_s=attention,
+        gpu_rows=rows,
+        copies=copies,
+        cpu_slowdown_while_copying=linear,
+        cpu_attention_slowdown_while_copying=cache,
+    )
+
+
+def copy_rates(gpu: Any) -> tuple[CopyRate, ...]:
+    """Both ways, pinned and pageable, by size; sizes that take too long are left out."""
+    rates = []
+    for size in COPY_BYTES:
+        device = gpu.empty((size,), torch.uint8)
+        found = []
+        for pinned in (True, False):
+            host = gpu.host((size,), torch.uint8, pinned)
+            for target, source in ((device, host), (host, device)):
+                found.append(size / _median(gpu, lambda target=target, source=source: gpu.copy(target, source)))
+        h2d_pinned, d2h_pinned, h2d_pageable, d2h_pageable = found
+        rates.append(CopyRate(size, h2d_pinned, d2h_pinned, h2d_pageable, d2h_pageable))
+        slowest = min(found)
+        if 8 * size / slowest * (REPETITIONS + 1) * 4 > MOST_SECONDS:
+            break
+    return tuple(rates)
+
+
+def gpu_few_rows(gpu: Any, dtype: str, on_progress: Progress) -> float:
+    """Weight bytes a second of a linear with one row."""
+    on_progress(f"GPU linear {dtype}")
+    weight = _gpu_weight(gpu, dtype)
+    return weight.nbytes / _kernels(gpu, _gpu_linear(gpu, weight, dtype, 1))
+
+
+def gpu_row_rates(gpu: Any, few: DtypeRates, on_progress: Progress) -> tuple[RowRate, ...]:
+    """Operations a second by row count: one row waits for memory, some cost no more, many are bound by arithmetic."""
+    rates: dict[str, list[float]] = {}
+    for dtype in WEIGHT_DTYPES:
+        on_progress(f"GPU linear {dtype} by rows")
+        weight = _gpu_weight(gpu, dtype)
+        work = 2 * weight.shape[0] * BLOCK_FEATURES * IN_FEATURES
+        rates[dtype] = [work * few.of(dtype) / weight.nbytes]
+        for rows in ROW_COUNTS[1:]:
+            rates[dtype].append(rows * work / _kernels(gpu, _gpu_linear(gpu, weight, dtype, rows)))
+    return tuple(
+        RowRate(rows, DtypeRates(*(rates[dtype][i] for dtype in WEIGHT_DTYPES))) for i, rows in enumerate(ROW_COUNTS)
+    )
+
+
+def crossovers(rates: tuple[RowRate, ...], dtype: str) -> tuple[int, int]:
+    """(flat, gemm): the most rows that cost hardly more than one, and the fewest that reach nearly the best rate."""
+    times = {rate.rows: rate.rows / rate.ops_per_s.of(dtype) for rate in rates}
+    best = max(rate.ops_per_s.of(dtype) for rate in rates)
+    flat = max(rows for rows, taken in times.items() if taken <= FLAT * times[rates[0].rows])
+    return flat, min(rate.rows for rate in rates if rate.ops_per_s.of(dtype) >= NEARLY_ALL * best)
+
+
+def gpu_attention_rate(gpu: Any) -> float:
+    """Operations a second of a chunk over itself and as many tokens before it."""
+    pages = 2 * PREFILL_ROWS // PAGE_TOKENS
+    k_pages, v_pages = (gpu.empty((pages * KV_HEADS, PAGE_TOKENS, HEAD_DIM), torch.bfloat16) for _ in range(2))
+    table = gpu.empty((KV_HEADS, pages), torch.int32)
+    q, out = (gpu.empty((PREFILL_ROWS, HEADS, HEAD_DIM), torch.float32) for _ in range(2))
+    lse = gpu.empty((PREFILL_ROWS, HEADS), torch.float32)
+    taken = _kernels(
+        gpu,
+        lambda: gpu.ops.prefill_attention(
+            q, k_pages, v_pages, table, 0, 2 * PREFILL_ROWS, PREFILL_ROWS, 0, 0.1, out, lse
+        ),
+    )
+    return 4 * HEAD_DIM * HEADS * PREFILL_ROWS * (PREFILL_ROWS + (PREFILL_ROWS + 1) / 2) / taken
+
+
+def slowdowns(gpu: Any, ops: CpuKernels, h2d_bytes_per_s: float) -> tuple[float, float]:
+    """CPU rate while copies run as a share of the rate alone: of a one-row linear and of attention over the cache."""
+    size = beyond_caches(SWEEP_BYTES)
+    weight, pages = packed("bf16", size), kv_pages("bf16", HEAD_DIM, size)
+    return (
+        share_while_copying(gpu, linear_call(ops, weight, "bf16", 1), h2d_bytes_per_s),
+        share_while_copying(gpu, decode_call(ops, pages, HEADS // KV_HEADS, HEAD_DIM), h2d_bytes_per_s),
+    )
+
+
+def share_while_copying(gpu: Any, work: Callable[[], object], h2d_bytes_per_s: float) -> float:
+    """Time of CPU work alone over its time while copies to the GPU run all along; at most 1, in turns."""
+    host, device = (make((COPY_BYTES[2],), torch.uint8) for make in (lambda *a: gpu.host(*a, True), gpu.empty))
+    alone_s = _clock(gpu, work)
+    # Three times what the work takes alone: even half as fast it ends while copies run.
+    count = max(2, int(3 * alone_s * h2d_bytes_per_s / host.nbytes) + 1)
+    shares = []
+    for _ in range(REPETITIONS):
+        alone_s = _clock(gpu, work)
+        for _ in range(count):
+            gpu.copy(device, host)
+        shares.append(alone_s / _clock(gpu, work))
+        gpu.synchronize()
+    return min(1.0, statistics.median(shares))
+
+
+def _clock(gpu: Any, work: Callable[[], object]) -> float:
+    started = gpu.now()
+    work()
+    return gpu.now() - started
+
+
+def _median(gpu: Any, work: Callable[[], object]) -> float:
+    """Median GPU time of one call, warmed up."""
+    work()
+    return statistics.median(gpu.seconds(work) for _ in range(REPETITIONS))
+
+
+def _kernels(gpu: Any, work: Callable[[], object]) -> float:
+    """Seconds of kernels, warmed up."""
+    work()
+    return gpu.kernel_seconds(work)
+
+
+def _gpu_weight(gpu: Any, dtype: str) -> torch.Tensor:
+    size = min(GPU_WEIGHTS, gpu.free_bytes // 8)
+    row_bytes = block_bytes(dtype, IN_FEATURES)
+    return gpu.empty((max(1, size // row_bytes), row_bytes), torch.uint8).fill_(WEIGHT_BYTE)
+
+
+def _gpu_linear(gpu: Any, weight: torch.Tensor, dtype: str, rows: int) -> Callable[[], None]:
+    x = gpu.empty((rows, IN_FEATURES), torch.float32)
+    out = gpu.empty((rows, weight.shape[0] * BLOCK_FEATURES), torch.float32)
+    return lambda: gpu.ops.linear(x, weight, dtype, None, out)

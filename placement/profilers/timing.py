@@ -1,0 +1,72 @@
+"""How the profilers time: buffers that no cache keeps, medians after a warm-up, and rivals turn by turn."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from cpu_kernels import CpuKernels, fresh_memory
+from placement.machine.fingerprint import last_level_cache_bytes
+
+CACHES = 8  # with 3, a third of the reads still came from the cache: 210 GB/s where DRAM gives 156
+REPETITIONS = 9
+# Bytes of a packed weight, and of a page of codes: as bfloat16, float32 or a float16 scale they are finite numbers of
+# ordinary size, which is all that timing asks of them.
+WEIGHT_BYTE = 0x3C
+CALLS = 100  # of a small op, timed together
+
+Progress = Callable[[str], None]
+
+
+def seconds(work: Callable[[], object], repetitions: int | None = None) -> float:
+    """Median time of one call, warmed up."""
+    work()
+    times = []
+    for _ in range(repetitions or REPETITIONS):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def recorded_seconds(ops: CpuKernels, work: Callable[[], None], count: int = 1) -> float:
+    """Median time of `work` in a recorded program of `count` of it.
+
+    Many in one program keep the whole team awake, as in a step. `work` keeps the tensors alive that a program only
+    knows by address.
+    """
+
+    def many() -> None:
+        for _ in range(count):
+            work()
+
+    return seconds(ops.record(many).run) / count
+
+
+def turn_by_turn(work: Callable[[], object], yardstick: Callable[[], object]) -> float:
+    """Median of the yardstick's time over that of `work`, measured in turns."""
+    return statistics.median(measured / worked for measured, worked in turns(work, yardstick))
+
+
+def turns(work: Callable[[], object], yardstick: Callable[[], object]) -> list[tuple[float, float]]:
+    """Seconds of the yardstick and of `work` just after it, several times, warmed up."""
+    found = []
+    for _ in range(2 * REPETITIONS + 1):
+        times = []
+        for call in (yardstick, work):
+            started = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - started)
+        found.append((times[0], times[1]))
+    return found[1:]
+
+
+def beyond_caches(least_bytes: int) -> int:
+    """The size of a buffer of which a pass finds nothing in the cache that the pass before left there."""
+    return max(least_bytes, CACHES * last_level_cache_bytes())
+
+
+def host_full(shape: tuple[int, ...], dtype: torch.dtype, value: float) -> torch.Tensor:
+    """Host memory in large pages, as the runtime keeps weights and caches, every page of it touched."""
+    return fresh_memory(shape, dtype).fill_(value)

@@ -1,0 +1,1 @@
+"""From workload, machine and policy to the best placement, as a mixed-integer program."""

@@ -1,0 +1,102 @@
+"""Layers that must look alike to the planner, so that 80 equal layers cost two sets of variables and not eighty.
+
+Equal layers matter to the cost only through their totals and through how many of them hand work to the CPU, so a class
+of them is described by those numbers (placement.solve.formulation) and laid out again afterwards (placement.solve.search).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from placement.plan.workload import KvShard, LinearShard, Workload
+from placement.policy.bind import Bounds, KvBounds, LinearBounds
+
+
+@dataclass(frozen=True, slots=True)
+class LinearClass:
+    """Equal linears of a class of layers: one shard and its bounds stand for all; indices into workload.linears."""
+
+    shard: LinearShard
+    bounds: LinearBounds
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KvClass:
+    """Equal KV shards of a class of layers; indices into workload.kv."""
+
+    shard: KvShard
+    bounds: KvBounds
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerClass:
+    """Layers that are placed alike, up to single units. count: how many; kv is None for the head."""
+
+    count: int
+    linears: tuple[LinearClass, ...]
+    kv: KvClass | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    linears: tuple[int, ...]
+    kv: int | None
+
+
+def layer_families(workload: Workload, bounds: Bounds) -> list[list[_Layer]]:
+    """Group layers with equal shards and bounds; ordered by what they are, not by where they stand in the model."""
+    members: dict[int | None, list[int]] = {}
+    for index, shard in enumerate(workload.linears):
+        members.setdefault(shard.layer, []).append(index)
+    kv_of = {shard.layer: index for index, shard in enumerate(workload.kv)}
+    families: dict[str, list[_Layer]] = {}
+    for layer in [*sorted(key for key in members.keys() | kv_of.keys() if key is not None), None]:
+        entry = _Layer(tuple(members.get(layer, ())), kv_of.get(layer))
+        if entry.linears or entry.kv is not None:
+            families.setdefault(_signature(workload, bounds, entry), []).append(entry)
+    return [families[key] for key in sorted(families)]
+
+
+def _signature(workload: Workload, bounds: Bounds, layer: _Layer) -> str:
+    parts = [
+        (
+            s.kind,
+            s.units,
+            s.unit_bytes,
+            s.unit_features,
+            s.in_features,
+            s.flops_per_row_per_unit,
+            s.row_cut,
+            bounds.linears[i],
+        )
+        for i in layer.linears
+        for s in (workload.linears[i],)
+    ]
+    kv = None if layer.kv is None else workload.kv[layer.kv]
+    cache = None if kv is None else (kv.groups, kv.bytes_per_token, kv.window, bounds.kv[layer.kv])
+    return repr((parts, cache))
+
+
+def layer_classes(workload: Workload, bounds: Bounds) -> list[LayerClass]:
+    """One class for every family of equal layers."""
+    return [_layer_class(workload, bounds, family) for family in layer_families(workload, bounds)]
+
+
+def single_layers(workload: Workload, bounds: Bounds) -> list[LayerClass]:
+    """Every layer in a class of its own: exact, for models of very few layers."""
+    return [_layer_class(workload, bounds, [layer]) for family in layer_families(workload, bounds) for layer in family]
+
+
+def _layer_class(workload: Workload, bounds: Bounds, layers: Sequence[_Layer]) -> LayerClass:
+    first = layers[0]
+    linears = tuple(
+        LinearClass(workload.linears[index], bounds.linears[index], tuple(layer.linears[i] for layer in layers))
+        for i, index in enumerate(first.linears)
+    )
+    kv = (
+        None
+        if first.kv is None
+        else KvClass(workload.kv[first.kv], bounds.kv[first.kv], tuple(layer.kv for layer in layers))
+    )
+    return LayerClass(len(layers), linears, kv)

@@ -1,0 +1,50 @@
+"""What goes into and comes out of one program: budgets, passes, decisions already taken, and the totals it finds."""
+
+from dataclasses import dataclass
+
+from placement.plan.workload import KvShard, Workload
+from placement.policy.bind import KvBounds
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """Limits in bytes beside everything of fixed size. host includes pinned; None is no limit."""
+
+    gpu: float
+    pinned: float | None = None
+    host: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Homes:
+    """Decisions shared by all row tiers: gpu units by (class, linear), gpu groups by class, which linears are pinned
+    and may stream, and the staging slot in bytes."""
+
+    gpu_units: dict[tuple[int, int], int]
+    gpu_groups: dict[int, int]
+    streaming: frozenset[tuple[int, int]]
+    slot_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """A solution by class: units over all layers of the class, before they are spread over layers.
+
+    gpu: by (class, linear); stream, cpu_layers (those with a CPU share): by (class, linear, tier); groups,
+    attending_layers (those with CPU attention): by class; slot_bytes: size of a staging slot.
+    """
+
+    gpu: dict[tuple[int, int], float]
+    stream: dict[tuple[int, int, int], float]
+    cpu_layers: dict[tuple[int, int, int], float]
+    groups: dict[int, float]
+    attending_layers: dict[int, float]
+    slot_bytes: float
+
+
+def gpu_tokens_of(workload: Workload, shard: KvShard, bounds: KvBounds, gpu_tokens: int) -> int:
+    """KV slots that a GPU-owned group of a layer keeps in GPU memory: the policy's, else `gpu_tokens`.
+
+    The layers of a sliding window keep no more than they ever hold.
+    """
+    return min(bounds.gpu_tokens or gpu_tokens, workload.layer_tokens(shard))

@@ -1,0 +1,77 @@
+"""Placement as a mixed-integer program: the equations of placement.cost with placements as the unknowns.
+
+What may be chosen and what memory it takes: placement.solve.unknowns. What a pass costs then: placement.solve.pass_time. Large models
+are nearly pure linear programs.
+"""
+
+from placement.cost.terms import WeightedCall
+from placement.solve.decisions import Totals
+from placement.solve.pass_time import TIE_BREAK, PassTime
+from placement.solve.unknowns import Unknowns
+
+
+class Formulation:
+    """The program over these unknowns: every call's time as costs, every budget as a limit."""
+
+    def __init__(self, unknowns: Unknowns) -> None:
+        self._unknowns = unknowns
+        for weighted in unknowns.calls:
+            PassTime(unknowns, weighted).add()
+        self._prefer_affinity(unknowns.calls[0])
+        self._limit_memory()
+
+    def solve(self) -> Totals | None:
+        """The best placement, or None when the budgets allow none."""
+        unknowns = self._unknowns
+        values = unknowns.program.solve()
+        if values is None:
+            return None
+
+        def by_tier(name: str) -> dict[tuple[int, int, int], float]:
+            return {
+                (*key, tier): values[index]
+                for key, variables in unknowns.linears.items()
+                for tier, index in getattr(variables, name).items()
+            }
+
+        return Totals(
+            {key: values[v.gpu] for key, v in unknowns.linears.items()},
+            by_tier("stream"),
+            by_tier("cpu_layers"),
+            {c: values[index] for c, index in unknowns.groups.items()},
+            {c: max(values[index] for index in indices) for c, indices in unknowns.attending.items()},
+            values[unknowns.slot] * unknowns.bytes_scale,
+        )
+
+    def solve_for_least(self, place: str) -> float | None:
+        """Fewest bytes at a place (gpu | pinned | host) that this program needs, with the other budgets kept."""
+        unknowns, program = self._unknowns, self._unknowns.program
+        needed = unknowns.memory[place]
+        program.costs = [0.0] * len(program.costs)
+        for variable, coefficient in needed.items():
+            program.costs[variable] = coefficient
+        program.rows = [row for row in program.rows if row[0] is not needed]
+        values = program.solve()
+        if values is None:
+            return None
+        return unknowns.bytes_scale * (
+            unknowns.memory_constant[place] + sum(values[v] * k for v, k in needed.items())
+        )
+
+    def _prefer_affinity(self, weighted: WeightedCall) -> None:
+        """Prefer that the GPU owns the cache of no more groups than it computes q, k and v for."""
+        unknowns, tier = self._unknowns, weighted.call.tier
+        for c, groups in unknowns.groups.items():
+            for i, linear in enumerate(unknowns.classes[c].linears):
+                if linear.shard.kind == "qkv":
+                    variables = unknowns.linears[c, i]
+                    copy = unknowns.time_scale * linear.shard.unit_bytes / unknowns.hardware.h2d_bytes_per_s
+                    stray = unknowns.program.variable(cost=2 * TIE_BREAK * weighted.weight * copy)
+                    unknowns.program.at_least({stray: 1, variables.gpu: 1, variables.stream[tier]: 1, groups: -1}, 0)
+
+    def _limit_memory(self) -> None:
+        unknowns = self._unknowns
+        for place, used in unknowns.memory.items():
+            budget = getattr(unknowns.budgets, place)
+            if budget is not None:
+                unknowns.program.at_most(used, budget / unknowns.bytes_scale - unknowns.memory_constant[place])

@@ -1,0 +1,243 @@
+"""From workload, hardware and policy to a plan: pure and deterministic. Same input, same plan."""
+
+from dataclasses import dataclass, replace
+
+from placement.cost.model import predict, working_set_bytes
+from placement.cost.objective import objective_s, reference_batch, reference_calls, reference_context, reference_prompt
+from placement.machine.hardware import HardwareProfile
+from placement.plan.memory import activation_bytes, gpu_resident_bytes
+from placement.plan.phase import Prediction
+from placement.plan.plan import CURVE_CONTEXTS, DEVICES, Plan, build_plan
+from placement.plan.units import format_bytes
+from placement.plan.workload import Workload
+from placement.policy.bind import bind
+from placement.policy.policy import Policy, PolicyError
+from placement.solve.decisions import Budgets
+from placement.solve.pairing import block_apart, is_paired, paired_workload
+from placement.solve.search import Candidate, Problem, candidates, complete, fixed_candidate, least_bytes
+
+DEFAULT_STAGING_SLOTS = 4
+
+
+class BudgetError(ValueError):
+    """A memory budget that no plan can meet.
+
+    needed_bytes: the smallest budget that works; budget_bytes: what was given.
+    """
+
+    def __init__(self, message: str, needed_bytes: int, budget_bytes: int) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        self.budget_bytes = budget_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """The arguments of make_plan, resolved: policy values filled in, the profile at the policy's thread count."""
+
+    workload: Workload
+    hardware: HardwareProfile
+    policy: Policy
+    device: str
+    gpu_memory_bytes: int | None
+    slots: int
+
+    @property
+    def context_bytes(self) -> int:
+        return self.hardware.gpu_context_bytes if self.device == "cuda" else 0
+
+    @property
+    def fixed_bytes(self) -> dict[str, dict[str, int]]:
+        """Bytes by place and kind that no decision changes."""
+        workload = self.workload
+        gpu = {
+            "activations": activation_bytes(workload),
+            "resident": gpu_resident_bytes(workload),
+            "context": self.context_bytes,
+        }
+        return {
+            "gpu": gpu,
+            "pinned": {},
+            "host": {"activations": activation_bytes(workload), "embed": workload.embed_bytes},
+        }
+
+    @property
+    def may_pair(self) -> bool:
+        """Whether there is a paired shape beside that of the workload's linears."""
+        return self.device != "cpu" and not self.workload.elastic and bool(self.workload.row_cuts)
+
+    @property
+    def limits(self) -> dict[str, int | None]:
+        """Budget in bytes by place."""
+        return {"gpu": self.gpu_memory_bytes, "pinned": self.policy.pinned_memory, "host": self.policy.host_memory}
+
+
+def make_plan(
+    workload: Workload, hardware: HardwareProfile, policy: Policy, *, device: str, gpu_memory_bytes: int | None = None
+) -> Plan:
+    """Choose what lives and runs where.
+
+    device: cpu | cuda | emulated. gpu_memory_bytes: the GPU budget; None takes the policy's, then the profile's.
+    Raises PolicyError when a rule cannot be met and BudgetError, with the smallest size that works, for a budget too
+    small.
+    """
+    return plan_with_alternatives(workload, hardware, policy, device=device, gpu_memory_bytes=gpu_memory_bytes)[0]
+
+
+def plan_with_alternatives(
+    workload: Workload, hardware: HardwareProfile, policy: Policy, *, device: str, gpu_memory_bytes: int | None = None
+) -> tuple[Plan, list[Candidate]]:
+    """make_plan, and every candidate that the search compared, fastest first; the first is the plan's."""
+    request = _resolve(workload, hardware, policy, device, gpu_memory_bytes)
+    if policy.shape == "paired":
+        return _plan_shape(_paired(request) if request.may_pair else request)
+    plan, found = _plan_shape(request)
+    if policy.shape == "auto" and request.may_pair:
+        try:
+            rows = _plan_shape(_paired(request))
+        except (BudgetError, PolicyError):
+            return plan, found
+        if rows[0].predicted.objective_s < plan.predicted.objective_s:
+            return rows
+    return plan, found
+
+
+def _paired(request: _Request) -> _Request:
+    return replace(request, workload=paired_workload(request.workload))
+
+
+def _plan_shape(request: _Request) -> tuple[Plan, list[Candidate]]:
+    """The best plan with the linears cut as they are in the request's workload."""
+    policy, device = request.policy, request.device
+    limits, fixed = request.limits, request.fixed_bytes
+    budgets = Budgets(
+        *(
+            None if limits[place] is None else limits[place] - sum(fixed[place].values())
+            for place in ("gpu", "pinned", "host")
+        )
+    )
+    problem = Problem(
+        request.workload,
+        request.hardware,
+        bind(policy, request.workload, device),
+        policy.objective,
+        request.slots,
+        budgets,
+    )
+    only = fixed_candidate(problem, device != "cpu")
+    apart = block_apart(request.workload, only.linears) if only else None
+    if apart:
+        raise PolicyError([_apart(policy, apart)])
+    found = [only] if only else candidates(problem)
+    if not found:
+        if is_paired(request.workload) and least_bytes(problem, "gpu", Budgets(float("inf"))) is None:
+            raise PolicyError([_apart(policy, "the linears of a block")])
+        raise _explain_failure(request, problem)
+    plan = _plan_of(request, complete(problem, found[0]))
+    _check_budgets(request, plan)
+    return plan, found
+
+
+def _apart(policy: Policy, what: str) -> str:
+    return (
+        f"{policy.where(('shape',))}: paired cuts both linears of a block at the same fractions and streams what is in "
+        f"DRAM whole or not at all; the rules cut {what} otherwise: change them, or give column or auto"
+    )
+
+
+def _resolve(
+    workload: Workload, hardware: HardwareProfile, policy: Policy, device: str, gpu_memory_bytes: int | None
+) -> _Request:
+    if device not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
+    if device != "cpu" and not hardware.has_gpu:
+        raise ValueError(f"device {device} needs a hardware profile with a GPU; {hardware.name} has none")
+    workload = replace(
+        workload,
+        max_context=policy.context or workload.max_context,
+        max_batch=policy.batch or workload.max_batch,
+        prefill_chunk=policy.prefill_chunk or workload.prefill_chunk,
+        kv_tokens=policy.kv_tokens or workload.kv_tokens,
+        elastic=device != "cpu" and (policy.elastic or workload.elastic),
+    )
+    machine = hardware.with_threads(policy.threads) if policy.threads else hardware
+    machine = machine.for_working_set(working_set_bytes(workload, reference_context(workload)))
+    budget = None if device == "cpu" else gpu_memory_bytes or policy.gpu_memory or hardware.gpu_memory_bytes
+    slots = DEFAULT_STAGING_SLOTS if policy.staging_slots is None else policy.staging_slots
+    return _Request(workload, machine, policy, device, budget, 0 if device == "cpu" else slots)
+
+
+def _plan_of(request: _Request, candidate: Candidate) -> Plan:
+    plan = build_plan(
+        request.workload,
+        candidate.linears,
+        candidate.kv,
+        device=request.device,
+        gpu_memory_bytes=request.gpu_memory_bytes,
+        staging_slots=request.slots,
+        num_threads=request.hardware.cores,
+        context_bytes=request.context_bytes,
+        objective=request.policy.objective,
+    )
+    return replace(plan, predicted=predict_plan(plan, request.hardware))
+
+
+def predict_plan(plan: Plan, hardware: HardwareProfile) -> Prediction:
+    """Predicted cost of both phases at the reference request, and of decoding along the context."""
+    workload, on_gpu = plan.workload, plan.device != "cpu"
+    batch = reference_batch(workload, plan.objective)
+
+    def cost(phase: str, rows: int, context: int):
+        return predict(
+            workload, plan.linears, plan.kv, hardware, phase=phase, rows=rows, context=context, on_gpu=on_gpu
+        )
+
+    seconds = objective_s(workload, plan.linears, plan.kv, hardware, reference_calls(workload, plan.objective), on_gpu)
+    contexts = sorted({context for context in CURVE_CONTEXTS if context < plan.max_context} | {plan.max_context})
+    return Prediction(
+        hardware.name,
+        plan.objective,
+        seconds,
+        cost("decode", batch, reference_context(workload, batch)),
+        cost("prefill", reference_prompt(workload), 0),
+        tuple(cost("decode", batch, context) for context in contexts),
+    )
+
+
+def _check_budgets(request: _Request, plan: Plan) -> None:
+    """Compare every budget with the bytes that the runtime will allocate, whatever the solver believed."""
+    used = {
+        "gpu": plan.memory.gpu,
+        "pinned": plan.memory.pinned,
+        "host": {**plan.memory.host, "pinned": plan.memory.pinned_bytes},
+    }
+    for place, limit in request.limits.items():
+        if limit is not None and sum(used[place].values()) > limit:
+            raise _budget_error(place, used[place], limit)
+
+
+def _explain_failure(request: _Request, problem: Problem) -> BudgetError:
+    """Find which budget is too small and the smallest that works, with the same program that plans."""
+    gpu = problem.budgets.gpu
+    trials = (("gpu", Budgets(float("inf"))), ("host", Budgets(gpu)), ("pinned", Budgets(gpu, pinned=float("inf"))))
+    for place, budgets in trials:
+        limit, fixed = request.limits[place], request.fixed_bytes[place]
+        least = None if limit is None else least_bytes(problem, place, budgets)
+        if least is not None and round(least) + sum(fixed.values()) > limit:
+            return _budget_error(place, fixed | {"weights, kv and staging": round(least)}, limit)
+    return BudgetError(
+        "the gpu_memory, pinned_memory and host_memory budgets cannot be met together; raise one of them",
+        0,
+        request.gpu_memory_bytes or 0,
+    )
+
+
+def _budget_error(place: str, kinds: dict[str, int], limit: int) -> BudgetError:
+    needed = sum(kinds.values())
+    parts = " + ".join(f"{kind} {format_bytes(size)}" for kind, size in kinds.items() if size)
+    return BudgetError(
+        f"{place}_memory: needs at least {format_bytes(needed)} ({parts}), the budget is {format_bytes(limit)}; "
+        f"the smallest that works is {needed} bytes",
+        needed,
+        limit,
+    )

@@ -1,0 +1,165 @@
+"""The seconds of one pass over the unknowns of a placement program: the equations of placement.cost, term by term.
+
+In k <= n of a class's n layers the CPU has a share of a step. Those k pay a hand-over and overlap both lanes, the others run
+on the GPU alone:
+
+    steps >= C * cpu_s + (n - k) * units * gpu_s,    steps >= (G + S) * gpu_s,    C <= k * units
+
+so the program itself weighs concentrating CPU work in few layers against spreading it. A paired block is one such step
+of the sums of its parts.
+"""
+
+from dataclasses import dataclass, field
+
+from placement.cost.terms import BLOCKS, WeightedCall, attention_cost, small_ops_s, step_cost
+from placement.solve.classes import LayerClass, LinearClass
+from placement.solve.decisions import gpu_tokens_of
+from placement.solve.pairing import pairs
+from placement.solve.program import add
+from placement.solve.unknowns import Unknowns
+
+# Shares of a copy's time charged for what costs nothing by itself, to choose between equals.
+TIE_BREAK = 1e-4
+
+Terms = dict[int, float]
+
+
+@dataclass(slots=True)
+class _Step:
+    """Busy times of both lanes in a step, time of the GPU alone, and which counts of layers have CPU work in it."""
+
+    cpu: Terms = field(default_factory=dict)
+    gpu: Terms = field(default_factory=dict)
+    cpu_layers: Terms = field(default_factory=dict)
+    whole: float = 0.0
+
+    def join(self, part: "_Step") -> None:
+        """Add a part of a paired block."""
+        for mine, more in ((self.cpu, part.cpu), (self.gpu, part.gpu), (self.cpu_layers, part.cpu_layers)):
+            for variable, value in more.items():
+                add(mine, variable, value)
+        self.whole += part.whole
+
+
+class PassTime:
+    """A call's seconds among the program's costs: at least the steps in order, the slowed CPU lane, the copies, and the
+    DRAM traffic."""
+
+    def __init__(self, unknowns: Unknowns, weighted: WeightedCall) -> None:
+        self._unknowns, self._program, self._weighted = unknowns, unknowns.program, weighted
+        self._hardware, self._scale = unknowns.hardware, unknowns.time_scale
+        self._time = self._program.variable(cost=weighted.weight)
+        self._steps, self._cpu, self._copies, self._dram, self._tail = ({self._time: -1.0} for _ in range(5))
+        self._constant = self._scale * small_ops_s(unknowns.workload, weighted.call, self._hardware, True)
+
+    def add(self) -> None:
+        """Add the variables and rows of the pass to the program."""
+        for c, cls in enumerate(self._unknowns.classes):
+            self._class(c, cls)
+        slowed = 1 - self._hardware.cpu_slowdown_while_copying
+        for variable, coefficient in self._copies.items():
+            if variable != self._time and slowed:
+                add(self._cpu, variable, slowed * coefficient)
+        self._program.at_most(self._steps, -self._constant)
+        for lane in (self._cpu, self._copies, self._dram, self._tail):
+            self._program.at_most(lane, 0.0)
+
+    def _class(self, c: int, cls: LayerClass) -> None:
+        blocks = {BLOCKS[cls.linears[i].shard.kind]: _Step() for _, i in pairs(cls)}
+        for i, linear in enumerate(cls.linears):
+            tier = self._unknowns.tier(linear, self._weighted)
+            if tier is not None:
+                self._linear(c, i, cls.count, linear, tier, blocks)
+        if cls.kv is not None:
+            self._attention(c, cls, blocks)
+        for block in blocks.values():
+            add(self._steps, self._step(cls.count, block), 1.0)
+
+    def _linear(
+        self, c: int, i: int, count: int, linear: LinearClass, tier: int, blocks: dict[str, _Step]
+    ) -> None:
+        shard, call, scale = linear.shard, self._weighted.call, self._scale
+        is_head = shard.kind == "head"
+        block = blocks.get(BLOCKS[shard.kind])
+        rows, weight_dtype = call.sequences if is_head else call.rows, self._unknowns.workload.weight_dtype
+        cost = step_cost(shard, rows, weight_dtype, self._hardware, block is not None)
+        variables = self._unknowns.linears[c, i]
+        on_cpu, streamed, layers = variables.cpu[tier], variables.stream[tier], variables.cpu_layers[tier]
+        cpu_s, gpu_s, handover_s = (scale * s for s in (cost.cpu_s_per_unit, cost.gpu_s_per_unit, cost.handover_s))
+        part = _Step({on_cpu: cpu_s}, {variables.gpu: gpu_s, streamed: gpu_s}, {layers: 1.0}, shard.units * gpu_s)
+        if block is None:
+            step = self._step(count, part)
+            add(self._steps, step, 1.0)
+        else:
+            block.join(part)
+        add(self._steps, layers, handover_s)
+        add(self._cpu, on_cpu, cpu_s)
+        copy = scale * shard.unit_bytes / self._hardware.h2d_bytes_per_s
+        add(self._copies, streamed, copy)
+        if is_head:
+            add(self._tail, step, 1.0)
+            add(self._tail, layers, handover_s)
+        else:
+            add(self._tail, streamed, copy)
+        # Where another resource decides, the least streaming among equals: less noise on the bus, fewer staging waits.
+        self._program.costs[streamed] += TIE_BREAK * self._weighted.weight * copy
+        for variable in [on_cpu, streamed] + ([variables.gpu] if self._hardware.unified_memory else []):
+            add(self._dram, variable, scale * shard.unit_bytes / self._hardware.dram_bytes_per_s)
+        self._constant += scale * cost.launch_s * count
+
+    def _attention(self, c: int, cls: LayerClass, blocks: dict[str, _Step]) -> None:
+        unknowns, scale, shard, call = self._unknowns, self._scale, cls.kv.shard, self._weighted.call
+        tokens = gpu_tokens_of(unknowns.workload, shard, cls.kv.bounds, unknowns.gpu_tokens)
+        cost = attention_cost(shard, call, tokens, unknowns.workload, self._hardware, True)
+        groups, spills = unknowns.groups[c], cost.spilled_s_per_group > 0
+        owned, layers = self._program.variable(), unknowns.layers(cls.count)
+        unknowns.attending[c].append(layers)
+        self._program.equal({owned: 1, groups: 1}, cls.count * shard.groups)
+        self._program.at_most({owned: 1, layers: -shard.groups}, 0)
+        busy = {owned: scale * cost.cpu_s_per_group, groups: scale * cost.spilled_s_per_group}
+        whole = 0.0 if spills else scale * shard.groups * cost.gpu_s_per_group
+        part = _Step(dict(busy), {groups: scale * cost.gpu_s_per_group}, {layers: 1.0}, whole)
+        if BLOCKS["qkv"] in blocks:
+            blocks[BLOCKS["qkv"]].join(part)
+        else:
+            add(self._steps, self._step(cls.count, part), 1.0)
+        for variable, coefficient in busy.items():
+            add(self._cpu, variable, coefficient)
+        bandwidth = self._hardware.dram_bytes_per_s
+        add(self._dram, owned, scale * cost.dram_bytes_per_group / bandwidth)
+        add(self._dram, groups, scale * cost.spilled_bytes_per_group / bandwidth)
+        for lane in (self._copies, self._tail):
+            add(lane, groups, scale * cost.streamed_bytes_per_group / self._hardware.h2d_bytes_per_s)
+        add(self._steps, self._attention_handovers(c, cls, owned, layers, spills), scale * cost.handover_s)
+        self._constant += scale * cost.launch_s * cls.count
+
+    def _step(self, count: int, step: _Step) -> int:
+        """A variable for the seconds of a step in all layers of a class: at least the time of either lane."""
+        program = self._program
+        seconds = program.variable()
+        if len(step.cpu_layers) == 1:
+            (layers,) = step.cpu_layers
+        else:
+            layers = self._unknowns.layers(count)
+            program.at_most({layers: 1.0} | {index: -1.0 for index in step.cpu_layers}, 0.0)
+        program.at_least({seconds: 1.0, layers: step.whole} | {v: -s for v, s in step.cpu.items()}, count * step.whole)
+        program.at_least({seconds: 1.0} | {v: -s for v, s in step.gpu.items()}, 0)
+        return seconds
+
+    def _attention_handovers(self, c: int, cls: LayerClass, owned: int, layers: int, spills: bool) -> int:
+        """Layers counted by placement.cost.terms.attention_handovers: more groups attended than computed by the CPU, or any
+        spilled."""
+        program, unknowns, tier = self._program, self._unknowns, self._weighted.call.tier
+        handovers, groups = unknowns.layers(cls.count), unknowns.groups[c]
+        groups_in_layer = -float(cls.kv.shard.groups)
+        uncomputed, alone = {owned: 1.0, handovers: groups_in_layer}, {layers: 1.0, handovers: -1.0}
+        for i, linear in enumerate(cls.linears):
+            if linear.shard.kind == "qkv":
+                add(uncomputed, unknowns.linears[c, i].cpu[tier], -1.0)
+                add(alone, unknowns.linears[c, i].cpu_layers[tier], -1.0)
+        if spills:
+            add(uncomputed, groups, 1.0)
+            program.at_most({groups: 1.0, handovers: groups_in_layer}, 0.0)
+        program.at_most(uncomputed, 0.0)
+        program.at_most(alone, 0.0)
+        return handovers

@@ -1,0 +1,74 @@
+"""A small mixed-integer linear program: named nothing, variables by index, solved by HiGHS through scipy.
+
+scipy is imported only when a program is solved: importing it takes over a second.
+"""
+
+from dataclasses import dataclass, field
+
+from placement.solve.native_output import native_output_to_stderr
+
+INFINITY = float("inf")
+# A node limit and not a time limit: the same program gives the same answer on a slow machine.
+NODE_LIMIT = 300
+RELATIVE_GAP = 1e-4
+
+
+@dataclass(slots=True)
+class Program:
+    """minimise costs . x  subject to  lower <= A x <= upper  and bounds on x; some x are integers."""
+
+    costs: list[float] = field(default_factory=list)
+    lower: list[float] = field(default_factory=list)
+    upper: list[float] = field(default_factory=list)
+    integer: list[bool] = field(default_factory=list)
+    rows: list[tuple[dict[int, float], float, float]] = field(default_factory=list)
+
+    def variable(self, lower: float = 0.0, upper: float = INFINITY, *, integer: bool = False, cost: float = 0.0) -> int:
+        """Add a variable and return its index."""
+        self.costs.append(cost)
+        self.lower.append(lower)
+        self.upper.append(upper)
+        self.integer.append(integer)
+        return len(self.costs) - 1
+
+    def binary(self) -> int:
+        """Add a variable that is 0 or 1."""
+        return self.variable(0, 1, integer=True)
+
+    def at_least(self, terms: dict[int, float], bound: float) -> None:
+        """Require sum(terms) >= bound."""
+        self.rows.append((terms, bound, INFINITY))
+
+    def at_most(self, terms: dict[int, float], bound: float) -> None:
+        """Require sum(terms) <= bound."""
+        self.rows.append((terms, -INFINITY, bound))
+
+    def equal(self, terms: dict[int, float], value: float) -> None:
+        """Require sum(terms) == value."""
+        self.rows.append((terms, value, value))
+
+    def solve(self) -> list[float] | None:
+        """Values of an optimal solution (within RELATIVE_GAP), or None when there is none."""
+        import numpy as np
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import csr_array
+
+        starts = np.cumsum([0] + [len(terms) for terms, _, _ in self.rows])
+        columns = np.fromiter((column for terms, _, _ in self.rows for column in terms), dtype=np.int64)
+        values = np.fromiter((value for terms, _, _ in self.rows for value in terms.values()), dtype=np.float64)
+        matrix = csr_array((values, columns, starts), shape=(len(self.rows), len(self.costs)))
+        limits = np.array([(low, high) for _, low, high in self.rows], dtype=np.float64)
+        with native_output_to_stderr():
+            result = milp(
+                np.array(self.costs),
+                integrality=np.array(self.integer, dtype=np.int64),
+                bounds=Bounds(np.array(self.lower, dtype=np.float64), np.array(self.upper, dtype=np.float64)),
+                constraints=LinearConstraint(matrix, limits[:, 0], limits[:, 1]),
+                options={"mip_rel_gap": RELATIVE_GAP, "node_limit": NODE_LIMIT, "disp": False},
+            )
+        return None if result.x is None else result.x.tolist()
+
+
+def add(terms: dict[int, float], variable: int, coefficient: float) -> None:
+    """Add `coefficient * variable` to a sum."""
+    terms[variable] = terms.get(variable, 0.0) + coefficient

@@ -1,0 +1,220 @@
+"""From class totals back to layers: whole units, within every fixed width, nothing beyond the solution's memory.
+
+Layers with CPU work come last in their class, so that the leading ones, held by the GPU alone, hand nothing over.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from placement.plan.memory import KvPlacement, LinearPlacement, staging_piece_units
+from placement.plan.workload import NUM_ROW_TIERS, Workload
+from placement.solve.classes import LayerClass, LinearClass
+from placement.solve.decisions import Totals, gpu_tokens_of
+from placement.solve.pairing import homes_beside, pairs, streams_beside
+from placement.solve.unknowns import MANY_UNITS
+
+NEARLY_ZERO = 1e-5
+
+Key = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Units of every layer of a class.
+
+    homes: by (class, linear); streams: by (class, linear, tier); groups: KV-head groups of the GPU by class.
+    """
+
+    homes: dict[Key, tuple[int, ...]]
+    streams: dict[tuple[int, int, int], tuple[int, ...]]
+    groups: dict[int, tuple[int, ...]]
+
+
+def lay_out(classes: Sequence[LayerClass], solved: Totals, tier: int | None) -> Layout:
+    """Whole units for every layer of a solution.
+
+    tier: row tier for whose CPU work the homes leave room in as few layers as the solution says; None cuts all layers
+    alike.
+    """
+    homes = _homes(classes, solved, tier)
+    streamed = streams(classes, homes, solved, tier is not None)
+    groups = _groups(classes, solved, tier is not None)
+    return Layout(
+        homes, streamed, {c: _beside_qkv(c, classes[c], homes, streamed, parts) for c, parts in groups.items()}
+    )
+
+
+def placements(
+    workload: Workload, classes: Sequence[LayerClass], layout: Layout, gpu_tokens: int
+) -> tuple[tuple[LinearPlacement, ...], tuple[KvPlacement, ...]]:
+    """Placements in workload order. Tiers without an entry stream nothing."""
+    linears: dict[int, LinearPlacement] = {}
+    for (c, i), homes in layout.homes.items():
+        nothing = (0,) * len(homes)
+        by_tier = [layout.streams.get((c, i, tier), nothing) for tier in range(NUM_ROW_TIERS)]
+        for position, index in enumerate(classes[c].linears[i].indices):
+            shard = workload.linears[index]
+            stream = tuple(tier[position] for tier in by_tier)
+            linears[index] = LinearPlacement(shard.name, homes[position], stream, shard.units)
+    kv: dict[int, KvPlacement] = {}
+    for c, groups in layout.groups.items():
+        kept = gpu_tokens_of(workload, classes[c].kv.shard, classes[c].kv.bounds, gpu_tokens)
+        for index, owned in zip(classes[c].kv.indices, groups, strict=True):
+            shard = workload.kv[index]
+            kv[index] = KvPlacement(shard.name, owned, kept if owned else 0, shard.groups)
+    return tuple(linears[i] for i in sorted(linears)), tuple(kv[i] for i in sorted(kv))
+
+
+def streams(
+    classes: Sequence[LayerClass], homes: dict[Key, tuple[int, ...]], solved: Totals, concentrated: bool
+) -> dict[tuple[int, int, int], tuple[int, ...]]:
+    """Streamed units of every layer by (class, linear, tier): what neither the homes nor the CPU take."""
+    result = {}
+    for (c, i, tier), stream in solved.stream.items():
+        linear, home = classes[c].linears[i], homes[c, i]
+        cpu = _cpu_units(
+            linear,
+            home,
+            solved.gpu[c, i],
+            stream,
+            tier,
+            _count(solved.cpu_layers[c, i, tier]) if concentrated else len(home),
+        )
+        slot_units = _floor(solved.slot_bytes / linear.shard.unit_bytes)
+        fixed = linear.bounds.stream[tier] is not None or linear.bounds.cpu[tier] is not None
+        if fixed or min(linear.shard.units, staging_piece_units(linear.shard)) <= slot_units:
+            slot_units = linear.shard.units
+        result[c, i, tier] = tuple(min(linear.shard.units - g - u, slot_units) for g, u in zip(home, cpu, strict=True))
+    return streams_beside(classes, homes, result)
+
+
+def _cpu_units(
+    linear: LinearClass, home: tuple[int, ...], gpu: float, stream: float, tier: int, layers: int
+) -> list[int]:
+    shard, bounds = linear.shard, linear.bounds
+    room = [shard.units - units for units in home]
+    if bounds.cpu[tier] is not None:
+        return [bounds.cpu[tier]] * len(home)
+    if bounds.stream[tier] is not None:
+        return [units - bounds.stream[tier] for units in room]
+    if stream < 0.5:
+        return room
+    left = len(home) * shard.units - gpu - stream
+    return [0] * len(home) if left < 0.5 else _fill_from_back(left, room, layers, shard.units >= MANY_UNITS)
+
+
+def _fill_from_back(total: float, room: list[int], layers: int, equal: bool) -> list[int]:
+    """Spread a total evenly over the last `layers` places; what finds no room there goes to the others, last first."""
+    layers = max(1, layers)
+    amount = round(total / layers) * layers if equal else round(total)
+    taken = [0] * (len(room) - layers) + _even(amount, layers)
+    taken = [min(want, free) for want, free in zip(taken, room, strict=True)]
+    missing = amount - sum(taken)
+    for position in reversed(range(len(room))):
+        more = min(missing, room[position] - taken[position])
+        taken[position] += more
+        missing -= more
+    return taken
+
+
+def _homes(classes: Sequence[LayerClass], solved: Totals, tier: int | None) -> dict[Key, tuple[int, ...]]:
+    """Home units of every layer.
+
+    Units are dealt in equal parts where they are many; what that leaves over goes to as few linears as possible, so
+    that a plan reads as a few lines.
+    """
+    split, spare = {}, 0.0
+    for key, value in solved.gpu.items():
+        linear = classes[key[0]].linears[key[1]]
+        split[key] = _front_and_back(classes[key[0]].count, linear, value, solved, key, tier)
+        spare += (value - sum(sum(part) for part in split[key])) * linear.shard.unit_bytes
+    for key, parts in split.items():
+        linear = classes[key[0]].linears[key[1]]
+        limit = _most_home(linear)
+        paired = key[1] in {i for pair in pairs(classes[key[0]]) for i in pair}
+        for part in reversed(parts) if linear.bounds.gpu is None and not paired else ():
+            wanted = min(_floor(solved.gpu[key]) - sum(map(sum, parts)), int(spare / linear.shard.unit_bytes))
+            for position, units in enumerate(part):
+                more = min(wanted, limit - units, 1)
+                part[position] += more
+                wanted -= more
+                spare -= more * linear.shard.unit_bytes
+    return homes_beside(
+        classes, {key: tuple(units for part in parts for units in part) for key, parts in split.items()}
+    )
+
+
+def _front_and_back(
+    count: int, linear: LinearClass, value: float, solved: Totals, key: Key, tier: int | None
+) -> tuple[list[int], list[int]]:
+    if linear.bounds.gpu is not None:
+        return [], [linear.bounds.gpu] * count
+    back = _count(solved.cpu_layers.get((*key, tier), count))
+    total, limit = _floor(value), _most_home(linear)
+    front_total = min(total, (count - back) * limit)
+    deal = _floor_even if linear.shard.units >= MANY_UNITS else _even
+    return deal(front_total, count - back), deal(total - front_total, back)
+
+
+def _most_home(linear: LinearClass) -> int:
+    """Most home units that leave room for the widths that rules fix."""
+    bounds = linear.bounds
+    return linear.shard.units - max((s or 0) + (c or 0) for s, c in zip(bounds.stream, bounds.cpu, strict=True))
+
+
+def _groups(classes: Sequence[LayerClass], solved: Totals, concentrated: bool) -> dict[int, tuple[int, ...]]:
+    result = {}
+    for c, value in solved.groups.items():
+        count, shard, bounds = classes[c].count, classes[c].kv.shard, classes[c].kv.bounds
+        if bounds.gpu_groups is not None:
+            result[c] = (bounds.gpu_groups,) * count
+            continue
+        back = _count(solved.attending_layers[c]) if concentrated else count
+        front = min(_floor(value), (count - back) * shard.groups)
+        result[c] = tuple(_even(front, count - back) + _even(_floor(value) - front, back))
+    return result
+
+
+def _beside_qkv(
+    c: int,
+    cls: LayerClass,
+    homes: dict[Key, tuple[int, ...]],
+    streamed: dict[tuple[int, int, int], tuple[int, ...]],
+    groups: tuple[int, ...],
+) -> tuple[int, ...]:
+    """The groups moved to where the GPU computes q, k and v in the lowest tier, if that takes no more memory."""
+    for i, linear in enumerate(cls.linears):
+        tiers = [tier for (other, index, tier) in streamed if (other, index) == (c, i)]
+        if linear.shard.kind == "qkv" and cls.kv.bounds.gpu_groups is None and tiers:
+            computed = [g + s for g, s in zip(homes[c, i], streamed[c, i, min(tiers)], strict=True)]
+            excess = sum(computed) - sum(groups)
+            if abs(excess) < len(groups) and max(computed) <= cls.kv.shard.groups:
+                return tuple(_without(computed, max(0, excess)))
+    return groups
+
+
+def _without(parts: list[int], excess: int) -> list[int]:
+    """The parts less `excess` together, taken from the last ones."""
+    for position in reversed(range(len(parts))):
+        less = min(excess, parts[position])
+        parts[position] -= less
+        excess -= less
+    return parts
+
+
+def _even(total: int, count: int) -> list[int]:
+    """`total` in `count` whole parts that differ by at most one, the larger first."""
+    return [total // count + (i < total % count) for i in range(count)]
+
+
+def _floor_even(total: int, count: int) -> list[int]:
+    """Equal whole parts of at most `total` together."""
+    return [total // max(1, count)] * count
+
+
+def _floor(value: float) -> int:
+    return int(value + NEARLY_ZERO)
+
+
+def _count(layers: float) -> int:
+    return int(layers - NEARLY_ZERO) + 1 if layers > NEARLY_ZERO else 0

@@ -1,0 +1,198 @@
+"""The unknowns of a placement program, with the memory that each takes and the rules that tie them to each other.
+
+Per class of n equal layers and linear, as totals over the class: units at home on the GPU (one number for all row tiers)
+and, per row tier, units streamed, units computed by the CPU and the number k <= n of layers in which the CPU has a share.
+KV-head groups likewise. A paired block's two linears have the same fractions, and in a row tier all layers of a class
+stream them whole or not at all. Bytes are scaled to the order of 10000, far above the solver's tolerances.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from placement.cost.terms import WeightedCall, cpu_linear_s_per_unit
+from placement.machine.hardware import HardwareProfile
+from placement.plan.memory import kv_spilled_tokens, staging_piece_units
+from placement.plan.workload import NUM_ROW_TIERS, Workload, row_tier
+from placement.solve.classes import KvClass, LayerClass, LinearClass
+from placement.solve.decisions import Budgets, Homes, gpu_tokens_of
+from placement.solve.pairing import pairs
+from placement.solve.program import INFINITY, Program, add
+
+# Class totals up to this many units are integers in the program; above it a unit is too small to matter.
+MAX_INTEGER_UNITS = 64
+# From this many units on, one unit a layer is small enough to give equal layers equal cuts.
+MANY_UNITS = 64
+# Up to this many equal layers the number of those with a hand-over is an integer.
+MAX_INTEGER_LAYERS = 8
+
+
+@dataclass(slots=True)
+class LinearVariables:
+    """Indices of one linear's variables in the program; `stream`, `cpu` and `cpu_layers` by row tier."""
+
+    gpu: int
+    stream: dict[int, int] = field(default_factory=dict)
+    cpu: dict[int, int] = field(default_factory=dict)
+    cpu_layers: dict[int, int] = field(default_factory=dict)
+
+
+class Unknowns:
+    """What a program decides. classes: what is placed; gpu_tokens: KV slots that a GPU-owned group keeps in GPU memory.
+
+    homes: fixed decisions when only the row tiers of `calls` are still open; None when everything is. `linears` are by
+    (class, index in it), `groups` and `attending` by class; `memory` and `memory_constant` are bytes over `bytes_scale`
+    by place (gpu, pinned, host).
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        hardware: HardwareProfile,
+        classes: Sequence[LayerClass],
+        calls: Sequence[WeightedCall],
+        gpu_tokens: int,
+        slots: int,
+        budgets: Budgets,
+        homes: Homes | None = None,
+    ) -> None:
+        self.workload, self.hardware, self.classes, self.calls = workload, hardware, classes, calls
+        self.gpu_tokens, self.slots, self.budgets, self.homes = gpu_tokens, slots, budgets, homes
+        self.program = Program()
+        self.time_scale = 100.0 / max(self._cpu_only_s(), 1e-9)
+        cached = sum(kv.groups * kv.bytes_per_token for kv in workload.kv) * workload.full_tokens
+        self.bytes_scale = max(1.0, (workload.weight_bytes + cached) / 10_000)
+        self.memory: dict[str, dict[int, float]] = {"gpu": {}, "pinned": {}, "host": {}}
+        rounding = self._rounding_bytes() / self.bytes_scale
+        self.memory_constant = {"gpu": 0.0, "pinned": rounding, "host": rounding}
+        self.slot = self._slot()
+        self.linears = {
+            (c, i): self._linear(c, i, cls.count, linear)
+            for c, cls in enumerate(classes)
+            for i, linear in enumerate(cls.linears)
+        }
+        for c, cls in enumerate(classes):
+            for first, second in pairs(cls):
+                self._pair(c, cls.count, first, second)
+        self.groups = {c: self._kv(c, cls.count, cls.kv) for c, cls in enumerate(classes) if cls.kv is not None}
+        self.attending: dict[int, list[int]] = {c: [] for c in self.groups}
+
+    def tier(self, linear: LinearClass, weighted: WeightedCall) -> int | None:
+        """Row tier that a call uses of a linear; None when it does not run it."""
+        if linear.shard.kind != "head":
+            return weighted.call.tier
+        return row_tier(weighted.call.sequences) if weighted.with_head else None
+
+    def layers(self, count: int) -> int:
+        """A new variable for a number of `count` equal layers."""
+        return self.program.variable(0, count, integer=count <= MAX_INTEGER_LAYERS)
+
+    def _cpu_only_s(self) -> float:
+        """Seconds of one row on the CPU alone: the yardstick of the program's times."""
+        return sum(
+            c.count
+            * linear.shard.units
+            * cpu_linear_s_per_unit(linear.shard, 1, self.workload.weight_dtype, self.hardware)
+            for c in self.classes
+            for linear in c.linears
+        )
+
+    def _slot(self) -> int:
+        fixed = None if self.homes is None else self.homes.slot_bytes / self.bytes_scale
+        slot = self.program.variable(0 if fixed is None else fixed, INFINITY if fixed is None else fixed)
+        self.memory["gpu"][slot] = float(self.slots)
+        return slot
+
+    def _linear(self, c: int, i: int, count: int, linear: LinearClass) -> LinearVariables:
+        program, shard, bounds = self.program, linear.shard, linear.bounds
+        total = count * shard.units
+        integer = total <= MAX_INTEGER_UNITS
+        fixed = self.homes.gpu_units[c, i] if self.homes else None if bounds.gpu is None else count * bounds.gpu
+        variables = LinearVariables(self._whole(fixed, total, integer))
+        tiers = {self.tier(linear, weighted) for weighted in self.calls} - {None}
+        tiers |= {tier for tier in range(NUM_ROW_TIERS) if (bounds.stream[tier], bounds.cpu[tier]) != (None, None)}
+        for tier in sorted(tiers):
+            stream, cpu = (
+                None if value is None else count * value for value in (bounds.stream[tier], bounds.cpu[tier])
+            )
+            if self.slots == 0 or (self.homes and (c, i) not in self.homes.streaming):
+                stream = 0
+            variables.stream[tier] = self._whole(stream, total, integer)
+            variables.cpu[tier] = self._whole(cpu, total, integer)
+            variables.cpu_layers[tier] = self.layers(count)
+            program.equal({variables.gpu: 1, variables.stream[tier]: 1, variables.cpu[tier]: 1}, total)
+            program.at_most({variables.cpu[tier]: 1, variables.cpu_layers[tier]: -shard.units}, 0)
+        add(self.memory["gpu"], variables.gpu, shard.unit_bytes / self.bytes_scale)
+        if not self.workload.elastic:
+            add(self.memory["host"], variables.gpu, -shard.unit_bytes / self.bytes_scale)
+        self.memory_constant["host"] += total * shard.unit_bytes / self.bytes_scale
+        self._staging(count, linear, variables)
+        return variables
+
+    def _pair(self, c: int, count: int, first: int, second: int) -> None:
+        """Equal fractions of both linears in every lane, and what is in DRAM streams as a whole or not at all."""
+        program = self.program
+        (ours, units), (theirs, others) = (
+            (self.linears[c, i], self.classes[c].linears[i].shard.units) for i in (first, second)
+        )
+        program.equal({ours.gpu: 1.0, theirs.gpu: -units / others}, 0)
+        for tier, stream in theirs.stream.items():
+            streams = program.binary()
+            program.at_most({stream: 1, streams: -count * others}, 0)
+            program.at_most({theirs.cpu[tier]: 1, streams: count * others}, count * others)
+            if tier in ours.stream:
+                program.equal({ours.stream[tier]: 1.0, stream: -units / others}, 0)
+
+    def _whole(self, fixed: int | None, total: int, integer: bool) -> int:
+        low, high = (0, total) if fixed is None else (fixed, fixed)
+        return self.program.variable(low, high, integer=integer)
+
+    def _staging(self, count: int, linear: LinearClass, variables: LinearVariables) -> None:
+        """slot >= min(streamed units of one linear, piece) * unit_bytes, and what streams is pinned."""
+        program, shard = self.program, linear.shard
+        piece, unit = min(shard.units, staging_piece_units(shard)), shard.unit_bytes / self.bytes_scale
+        most, streams = program.variable(0, shard.units), program.binary()
+        for tier, stream in variables.stream.items():
+            # Rounded to whole units, layers stream up to one more than their mean, and so does one whose home is
+            # rounded down beside a fixed CPU width; elsewhere the layout caps what the slot cannot take.
+            rounded_home = linear.bounds.cpu[tier] is not None and count * shard.units > MAX_INTEGER_UNITS
+            uneven = 0 if self.homes or linear.bounds.stream[tier] is not None else count - 1 + rounded_home
+            program.at_least({most: count, stream: -1, streams: -uneven}, 0)
+            program.at_most({stream: 1, streams: -count * shard.units}, 0)
+        if piece < shard.units:
+            beyond = program.binary()
+            program.at_most({most: 1, beyond: piece - shard.units}, piece)
+            program.at_least({self.slot: 1, most: -unit, beyond: shard.units * unit}, 0)
+            program.at_least({self.slot: 1, beyond: -piece * unit}, 0)
+        else:
+            program.at_least({self.slot: 1, most: -unit}, 0)
+        if self.budgets.pinned is not None:
+            held, total = program.variable(), count * shard.units * unit
+            if self.workload.elastic:
+                program.at_least({held: 1}, total)
+            else:
+                program.at_least({held: 1, variables.gpu: unit, streams: -total}, 0)
+            add(self.memory["pinned"], held, 1.0)
+
+    def _kv(self, c: int, count: int, kv: KvClass) -> int:
+        total, shard = count * kv.shard.groups, kv.shard
+        fixed = self.homes.gpu_groups[c] if self.homes else None
+        if fixed is None and kv.bounds.gpu_groups is not None:
+            fixed = count * kv.bounds.gpu_groups
+        groups = self._whole(fixed, total, total <= MAX_INTEGER_UNITS)
+        tokens = gpu_tokens_of(self.workload, kv.shard, kv.bounds, self.gpu_tokens)
+        full = self.workload.layer_tokens(shard)
+        spilled = kv_spilled_tokens(self.workload, shard, tokens)
+        token = shard.bytes_per_token / self.bytes_scale
+        for place, per_group in (("gpu", tokens), ("pinned", spilled), ("host", spilled - full)):
+            add(self.memory[place], groups, per_group * token)
+        self.memory_constant["host"] += total * full * token
+        return groups
+
+    def _rounding_bytes(self) -> float:
+        """Most bytes that rounding GPU homes down to whole units, equal over layers, may leave to host memory."""
+        total = 0
+        for cls in self.classes:
+            for shard in (linear.shard for linear in cls.linears):
+                whole = cls.count * shard.units <= MAX_INTEGER_UNITS
+                total += shard.unit_bytes * (cls.count if shard.units >= MANY_UNITS else 0 if whole else 1)
+        return total

@@ -1,0 +1,191 @@
+"""Every kernel compiled ahead of time for the GPUs we claim: no spills, within shared memory, wide loads, tensor cores.
+
+An ordinary run compiles every launch for one or two architectures; `-m aot_full` compiles all for all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiling needs a process without the interpreter", allow_module_level=True)
+
+import gpu_kernels  # noqa: E402
+from gpu_kernels import attention, kv_pages  # noqa: E402
+from tests.support.ahead_of_time import SHARED_MEMORY_LIMIT, Resources, compile_launches  # noqa: E402
+
+HIDDEN, HEADS, KV_HEADS, PAGE = 4096, 32, 8, 16
+BF16, FP32, Q8, Q4 = torch.bfloat16, torch.float32, torch.int8, torch.uint8
+
+
+def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def kv_store(dtype: torch.dtype, head_dim: int, page: int = PAGE) -> torch.Tensor:
+    return empty(4096, page, kv_pages.row_items(dtype, head_dim), dtype=dtype)
+
+
+def decode(dtype: torch.dtype, head_dim: int, kv_heads: int, max_pages: int = 1024,
+           page: int = PAGE) -> Callable[[], None]:
+    q, pages = empty(2, HEADS, head_dim), kv_store(dtype, head_dim, page)
+    table, limit = empty(2, kv_heads, max_pages, dtype=torch.int32), empty(2, dtype=torch.int32)
+    return lambda: gpu_kernels.decode_attention(q, pages, pages, table, limit, limit, 0.1, q, q[..., 0].contiguous())
+
+
+def prefill(dtype: torch.dtype, head_dim: int, page: int = PAGE) -> Callable[[], None]:
+    q, pages = empty(512, HEADS, head_dim), kv_store(dtype, head_dim, page)
+    table = empty(KV_HEADS, 1024, dtype=torch.int32)
+    return lambda: gpu_kernels.prefill_attention(q, pages, pages, table, 0, 4096, 3584, 0, 0.1, q,
+                                                 q[..., 0].contiguous())
+
+
+def linear(weight_dtype: str, rows: int, out_features: int = HIDDEN, bias: bool = False,
+           accumulate: bool = False) -> Callable[[], None]:
+    block_bytes = HIDDEN // 64 * {"q4": 576, "q8": 1088}[weight_dtype]
+    weight = empty(out_features // 16, block_bytes, dtype=torch.uint8)
+    out = empty(rows, out_features)
+    x, added = empty(rows, HIDDEN), out[0] if bias else None
+    return lambda: gpu_kernels.linear(x, weight, weight_dtype, added, out, accumulate)
+
+
+def merge(parts: int, head_dim: int) -> Callable[[], None]:
+    out, lse = empty(2, HEADS, head_dim), empty(2, HEADS)
+    return lambda: gpu_kernels.merge([out] * parts, [lse] * parts, out, lse)
+
+
+def rms_norm() -> None:
+    gpu_kernels.rms_norm(empty(4, HIDDEN), empty(HIDDEN), 1e-5, empty(4, HIDDEN))
+
+
+def copy_rows(rows: int, columns: int, stride: int) -> None:
+    gpu_kernels.copy_rows(empty(rows, stride)[:, :columns], empty(rows, columns))
+
+
+def silu_mul() -> None:
+    gpu_kernels.silu_mul(empty(4, 28672), empty(4, 14336))
+
+
+def rope_append(head_dim: int, norm: bool, dtype: torch.dtype = BF16) -> Callable[[], None]:
+    qkv, pages = empty(4, KV_HEADS, 6 * head_dim), kv_store(dtype, head_dim)
+    indices, angles = empty(4, dtype=torch.int64), empty(4096, head_dim // 2)
+    weight, q = empty(head_dim) if norm else None, empty(4, HEADS, head_dim)
+    slots = empty(4, KV_HEADS, dtype=torch.int64)
+    return lambda: gpu_kernels.rope_append(qkv, indices, angles, angles, weight, weight, 1e-6, q, pages, pages, slots)
+
+
+# launch: what to call, and the architectures of an ordinary run
+LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
+    "decode bf16 128 group 4": (decode(BF16, 128, 8), (80, 86, 89, 90, 120)),
+    "decode bf16 128 in pages of 64": (decode(BF16, 128, 8, page=64), (86, 90)),
+    "decode q8 128 in pages of 64": (decode(Q8, 128, 8, page=64), (90,)),
+    "prefill bf16 128 in pages of 64": (prefill(BF16, 128, page=64), (86, 90)),
+    "prefill q8 128 in pages of 64": (prefill(Q8, 128, page=64), (90,)),
+    "decode bf16 64 group 1": (decode(BF16, 64, 32), (86,)),
+    "decode bf16 80 group 16": (decode(BF16, 80, 2), (90,)),
+    "decode bf16 256 group 8": (decode(BF16, 256, 4), (80, 86)),
+    "decode fp32 128 group 4": (decode(FP32, 128, 8), (86,)),
+    "decode bf16 128 one split": (decode(BF16, 128, 8, max_pages=4), (120,)),
+    "decode fp32 64 group 1": (decode(FP32, 64, 32), ()),
+    "decode fp32 256 group 8": (decode(FP32, 256, 4), ()),
+    "decode q8 128 group 4": (decode(Q8, 128, 8), (86, 90)),
+    "decode q4 64 group 1": (decode(Q4, 64, 32), (80,)),
+    "decode q4 256 group 8": (decode(Q4, 256, 4), ()),
+    "prefill q8 128": (prefill(Q8, 128), (86,)),
+    "prefill q4 64": (prefill(Q4, 64), ()),
+    "rope_append q8": (rope_append(128, False, Q8), (90,)),
+    "rope_append q4": (rope_append(80, False, Q4), (86,)),
+    "rope_append q4 norm 128": (rope_append(128, True, Q4), (80, 120)),
+    "rope_append q8 256": (rope_append(256, False, Q8), (89,)),
+    "rope_append q4 96": (rope_append(96, False, Q4), ()),
+    "decode bf16 32 group 4": (decode(BF16, 32, 8), ()),
+    "prefill bf16 128": (prefill(BF16, 128), (80, 86, 90, 120)),
+    "prefill bf16 64": (prefill(BF16, 64), (89, 90)),
+    "prefill bf16 80": (prefill(BF16, 80), (86,)),
+    "prefill bf16 256": (prefill(BF16, 256), (86,)),
+    "prefill fp32 128": (prefill(FP32, 128), (89,)),
+    "prefill fp32 64": (prefill(FP32, 64), ()),
+    "prefill fp32 256": (prefill(FP32, 256), ()),
+    "prefill bf16 32": (prefill(BF16, 32), ()),
+    "q4 1 row": (linear("q4", 1), (80, 86, 89, 90, 120)),
+    "q4 1 row bias": (linear("q4", 1, 28672, bias=True, accumulate=True), (90,)),
+    "q8 1 row": (linear("q8", 1), (86, 90)),
+    "q4 8 rows": (linear("q4", 8), (86, 90)),
+    "q4 16 rows": (linear("q4", 16), (80, 90)),
+    "q4 32 rows": (linear("q4", 32), (86,)),
+    "q4 64 rows": (linear("q4", 64), (89,)),
+    "q4 64 rows wide": (linear("q4", 64, 28672, bias=True, accumulate=True), (86, 90, 120)),
+    "q4 512 rows": (linear("q4", 512, bias=True, accumulate=True), (86, 90)),
+    "q8 8 rows": (linear("q8", 8), (80,)),
+    "q8 16 rows": (linear("q8", 16), (89,)),
+    "q8 16 rows wide": (linear("q8", 16, 28672, bias=True), (90,)),
+    "q8 32 rows": (linear("q8", 32), (86,)),
+    "q8 64 rows": (linear("q8", 64), (80,)),
+    "q8 64 rows wide": (linear("q8", 64, 28672, bias=True, accumulate=True), (86, 120)),
+    "q8 512 rows": (linear("q8", 512), (120,)),
+    "merge 2": (merge(2, 128), (86,)),
+    "merge 3 of 80": (merge(3, 80), (90,)),
+    "rms_norm": (rms_norm, (86,)),
+    "silu_mul": (silu_mul, (90,)),
+    "copy_rows": (lambda: copy_rows(1, HIDDEN, HIDDEN), (86, 90)),
+    "copy_rows strided": (lambda: copy_rows(4, 1029, 4099), (80,)),
+    "rope_append": (rope_append(128, False), (80,)),
+    "rope_append norm 80": (rope_append(80, True), (120,)),
+}
+ORDINARY = [(name, architecture) for name, (_, subset) in LAUNCHES.items() for architecture in subset]
+REST = [(name, architecture) for name in LAUNCHES for architecture in SHARED_MEMORY_LIMIT
+        if (name, architecture) not in ORDINARY]
+
+
+def check(used: Resources, name: str, architecture: int) -> None:
+    """Assert what every kernel must keep, and what its kind promises; float32 products have no tensor core."""
+    assert used.stack_bytes == 0 and used.local_accesses == 0, used
+    assert used.shared_bytes <= SHARED_MEMORY_LIMIT[architecture], used
+    if used.kernel in ("_prefill_attention_kernel", "_flat_kernel") and "fp32" not in name:
+        assert used.tensor_core > 0, used
+    if used.kernel == "_decode_attention_kernel":
+        narrow = 0.3 if "q4" in name else 0.4  # the others are page ids, and the scales and minima of codes
+        assert used.wide_loads >= narrow * used.loads, used
+    if used.kernel == "_gemv_kernel":
+        assert used.dp4a > 0 and used.wide_loads > 0, used
+    if used.kernel in ("_gemv_kernel", "_flat_kernel"):
+        assert used.loop_exchanges == 0, used
+    if used.kernel == "_dequantize_kernel":
+        assert used.wide_loads > 0 and used.shared_bytes == 0, used
+
+
+@pytest.fixture(autouse=True)
+def tiles_of_the_architecture(request, monkeypatch):
+    """Tensors without memory have no device that could say what it is."""
+    architecture = getattr(request.node, "callspec", None) and request.node.callspec.params["architecture"]
+    monkeypatch.setattr(attention, "_is_hopper", lambda device: architecture == 90)
+
+
+@pytest.mark.parametrize("name,architecture", ORDINARY)
+def test_compiles_within_limits(name, architecture):
+    kernels = compile_launches(LAUNCHES[name][0], architecture)
+
+    assert kernels
+    for used in kernels:
+        check(used, name, architecture)
+
+
+def test_a_tile_that_spills_is_seen(monkeypatch):
+    monkeypatch.setitem(attention.DECODE_TILES[FP32], 128, attention.Tile(0, 32, 4, 2))
+    used = compile_launches(decode(FP32, 128, 8), 86)[0]
+
+    with pytest.raises(AssertionError, match="stack_bytes"):
+        check(used, "decode fp32 128", 86)
+
+
+@pytest.mark.aot_full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name,architecture", REST)
+def test_compiles_within_limits_on_the_other_architectures(name, architecture):
+    for used in compile_launches(LAUNCHES[name][0], architecture):
+        check(used, name, architecture)

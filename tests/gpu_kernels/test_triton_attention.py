@@ -1,0 +1,141 @@
+"""Decode attention, prefill attention and merge in Triton against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support import kernel_checks as checks
+
+pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
+
+from gpu_kernels import attention, attention_merge  # noqa: E402
+from gpu_kernels.device_ops import DeviceOps  # noqa: E402
+
+FP32, BF16 = torch.float32, torch.bfloat16
+RANGES = [(5, 140), (0, 1), (300, 300), (63, 65)]
+
+
+@pytest.mark.parametrize("dtype,num_kv_heads,group_size,head_dim,page_size,length", [
+    (BF16, 2, 4, 64, 16, 320), (BF16, 1, 7, 128, 8, 600), (FP32, 2, 1, 64, 16, 600), (BF16, 1, 2, 80, 256, 1200),
+    (FP32, 1, 3, 24, 1, 310), (BF16, 1, 8, 256, 32, 320), (BF16, 1, 17, 16, 16, 600), (BF16, 2, 4, 128, 64, 320),
+    (FP32, 1, 2, 64, 48, 320),
+])
+def test_decode_attention(device, dtype, num_kv_heads, group_size, head_dim, page_size, length):
+    checks.check_decode(attention.decode_attention, device, dtype, num_kv_heads, group_size, head_dim, page_size,
+                        length, RANGES)
+
+
+@pytest.mark.parametrize("length", [320, 600])
+def test_decode_attention_with_every_range_empty(device, length):
+    checks.check_decode(attention.decode_attention, device, BF16, 2, 2, 32, 16, length, [(0, 0), (17, 17)])
+
+
+def test_decode_attention_splits_a_long_cache_evenly(device):
+    checks.check_decode(attention.decode_attention, device, BF16, 1, 1, 16, 64, 1024, [(1, 1024), (0, 257)])
+
+
+@pytest.mark.parametrize("page_size,ranges", [
+    (64, [(70, 1000), (0, 3), (640, 704), (9, 9)]), (256, [(255, 257), (0, 1024), (200, 900)]),
+    (16, [(1, 2), (31, 1021)])])
+@pytest.mark.parametrize("max_splits", [64, 3])
+def test_decode_attention_of_very_different_lengths(device, page_size, ranges, max_splits, monkeypatch):
+    monkeypatch.setattr(attention, "MAX_SPLITS", max_splits)
+
+    checks.check_decode(attention.decode_attention, device, BF16, 1, 3, 32, page_size, 1024, ranges)
+
+
+def test_decode_attention_of_more_heads_than_counters_is_not_split(device):
+    def uncounted(*arguments):
+        attention.counted_decode_attention(torch.zeros(1, dtype=torch.int32, device=device), *arguments)
+
+    checks.check_decode(uncounted, device, FP32, 2, 1, 16, 16, 200, [(3, 200)])
+
+
+def test_calls_one_after_another_find_the_counters_clean(device):
+    ops = DeviceOps(device)
+
+    for ranges in ([(5, 600), (0, 70)], [(0, 0), (1, 2)], [(64, 128), (3, 599)], [(5, 600), (0, 70)]):
+        checks.check_decode(ops.decode_attention, device, FP32, 2, 2, 16, 64, 600, ranges)
+
+
+def test_a_decode_attention_is_the_same_every_time(device):
+    q, pages = torch.randn(1, 4, 32, device=device), torch.randn(8, 64, 32, device=device).bfloat16()
+    table = torch.arange(8, dtype=torch.int32, device=device).view(1, 1, 8)
+    start, stop = table.new_zeros(1), table.new_full((1,), 500)
+    outs = [torch.empty_like(q) for _ in range(3)]
+
+    for out in outs:
+        attention.decode_attention(q, pages, pages, table, start, stop, 0.2, out, torch.empty_like(q[..., 0]))
+
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def test_a_scale_that_is_not_positive_is_refused(device):
+    q, pages = torch.zeros(1, 1, 16, device=device), torch.zeros(1, 4, 16, device=device)
+    table = torch.zeros(1, 1, dtype=torch.int32, device=device)
+
+    with pytest.raises(AssertionError, match="the largest score is looked for before it is multiplied by -1"):
+        attention.prefill_attention(q, pages, pages, table, 0, 1, 0, 0, -1.0, q, q[..., 0])
+
+
+@pytest.mark.parametrize("dtype,num_kv_heads,group_size,head_dim,page_size", [
+    (BF16, 2, 2, 64, 16), (FP32, 1, 1, 24, 8), (BF16, 1, 3, 80, 1), (BF16, 1, 4, 128, 64)])
+@pytest.mark.parametrize("start,stop,q_start,window", [
+    (0, 98, 28, 0), (9, 98, 28, 20), (7, 20, 40, 0), (0, 98, 28, 1), (90, 98, 28, 0)])
+def test_prefill_attention(device, dtype, num_kv_heads, group_size, head_dim, page_size, start, stop, q_start, window):
+    checks.check_prefill(attention.prefill_attention, device, dtype, 70, num_kv_heads, group_size, head_dim, page_size,
+                         start, stop, q_start, window)
+
+
+@pytest.mark.parametrize("q_len,start,stop,q_start,window", [
+    (1, 0, 130, 129, 0), (1, 3, 130, 200, 64), (5, 0, 5, 0, 0), (5, 3, 3, 3, 0), (3, 10, 40, 60, 8)])
+def test_prefill_attention_of_few_rows(device, q_len, start, stop, q_start, window):
+    checks.check_prefill(attention.prefill_attention, device, BF16, q_len, 1, 2, 128, 16, start, stop, q_start, window)
+
+
+@pytest.mark.parametrize("page_size", [32, 48, 128])
+@pytest.mark.parametrize("start,stop,q_start,window", [
+    (0, 330, 260, 0), (70, 330, 260, 0), (5, 200, 260, 0), (0, 330, 260, 150), (100, 290, 260, 150), (0, 330, 260, 33)])
+def test_prefill_attention_over_whole_and_cut_blocks(device, page_size, start, stop, q_start, window):
+    checks.check_prefill(attention.prefill_attention, device, FP32, 70, 1, 2, 32, page_size, start, stop, q_start,
+                         window)
+
+
+def test_prefill_attention_of_a_large_head(device):
+    checks.check_prefill(attention.prefill_attention, device, BF16, 66, 1, 1, 256, 16, 0, 66, 0, 0)
+
+
+@pytest.mark.parametrize("parts,shape,empty", [
+    (1, (3, 4, 64), []), (2, (3, 2, 80), []), (2, (3, 2, 64), [0]), (3, (4, 1, 128), [2]), (5, (2, 2, 3, 16), [1, 3]),
+    (2, (4, 16), []), (3, (3, 2, 64), [0, 1, 2]),
+])
+def test_merge(device, parts, shape, empty):
+    checks.check_merge(attention_merge.merge, device, parts, shape, empty)
+
+
+def test_merge_may_write_over_a_partial(device):
+    def merge_in_place(outs, lses, out, lse):
+        attention_merge.merge(outs, lses, outs[1], lses[1])
+        out.copy_(outs[1])
+        lse.copy_(lses[1])
+
+    checks.check_merge(merge_in_place, device, 3, (3, 2, 64), [2])
+
+
+def test_ops_accept_no_rows(device):
+    none, pages = torch.zeros(0, 2, 16, device=device), torch.zeros(1, 4, 16, device=device)
+    limits = torch.zeros(0, dtype=torch.int32, device=device)
+    table = limits.new_zeros(0, 1, 1)
+
+    attention.decode_attention(none, pages, pages, table, limits, limits, 1.0, none, none[..., 0])
+    attention.prefill_attention(none, pages, pages, table.new_zeros(1, 1), 0, 4, 4, 0, 1.0, none, none[..., 0])
+    attention_merge.merge([none, none], [none[..., 0], none[..., 0]], none, none[..., 0])
+
+
+def test_a_head_too_large_is_refused(device):
+    q, pages = torch.zeros(1, 1, 300, device=device), torch.zeros(1, 4, 300, device=device)
+    table = torch.zeros(1, 1, dtype=torch.int32, device=device)
+
+    with pytest.raises(ValueError, match="head_dim 300 has no attention kernel: the largest is 256"):
+        attention.prefill_attention(q, pages, pages, table, 0, 1, 0, 0, 1.0, q, q[..., 0])

@@ -1,0 +1,545 @@
+"""The command line: what it passes on, what it prints where, and with which code it leaves.
+
+The first part runs every subcommand against a stand-in for the Python API, so that each option is seen to arrive. The
+second runs the real thing on the shipped checkpoint.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import hetero_attn
+import hetero_attn.tools
+from cpu_kernels.team.cgroups import cpu_quota, memory_limit_bytes
+from hetero_attn.cli import app
+from hetero_attn.cli.errors import MOST_LINES, exit_code
+from hetero_attn.errors import CheckpointError, MemoryBudgetError, PromptError
+from hetero_attn.serving.request import Metrics, Piece, RequestOutput
+from hetero_attn.tools import doctor
+from placement import BudgetError, HardwareProfile
+from placement.plan.units import parse_bytes
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = str(ROOT / "examples" / "tiny")
+METRICS = Metrics(prompt_tokens=3, generated_tokens=5, prefill_s=0.5, decode_s=2.0)
+WORDS = ("Once", " upon", " a time")
+
+
+class FakeLLM:
+    """Remembers how it was made and asked; answers `WORDS`, or ends as `ending` says."""
+
+    made: list["FakeLLM"] = []
+    ending: str | type[BaseException] = "stop"
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self.model, self.options, self.asked, self.closed = model, options, [], False
+        FakeLLM.made.append(self)
+
+    def __enter__(self) -> "FakeLLM":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.closed = True
+
+    def generate(self, prompts: list[str], params: Any) -> list[RequestOutput]:
+        self.asked.append((prompts, params))
+        return [RequestOutput("".join(WORDS), (1, 2, 3), self.ending, (7, 8), None, METRICS)]
+
+    def stream(self, prompt: str, params: Any) -> Generator[Piece]:
+        self.asked.append((prompt, params))
+        for token_id, word in enumerate(WORDS):
+            yield Piece(word, (token_id,))
+        if not isinstance(self.ending, str):
+            raise self.ending
+        yield Piece("", (), self.ending, METRICS)
+
+    def stream_chat(self, messages: list[dict[str, str]], params: Any) -> Generator[Piece]:
+        return self.stream([dict(message) for message in messages], params)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
+    """Puts `FakeLLM` in the place of `hetero_attn.LLM`."""
+    monkeypatch.setattr(FakeLLM, "made", [])
+    monkeypatch.setattr(FakeLLM, "ending", "stop")
+    monkeypatch.setitem(vars(hetero_attn), "LLM", FakeLLM)
+    return FakeLLM
+
+
+def run(*arguments: str, typed: str | None = None) -> Result:
+    """Call the command in this process."""
+    return CliRunner().invoke(app, list(arguments), input=typed)
+
+
+def test_generate_streams_text_to_stdout_and_speed_to_stderr(fake: type[FakeLLM]) -> None:
+    result = run("generate", "some/model", "-p", "Tell")
+
+    assert (result.exit_code, result.stdout) == (0, "Once upon a time\n")
+    assert result.stderr == "prefill 3 tokens, 6.0 tokens/s; decode 5 tokens, 2.0 tokens/s\n"
+    assert fake.made[0].closed
+
+
+def test_generate_passes_every_option_on(fake: type[FakeLLM]) -> None:
+    result = run(
+        "generate", "some/model", "-p", "Tell", "--policy", "cpu_only", "--gpu-memory", "2GiB", "--dtype", "q4",
+        "--kv-dtype", "q8", "--device", "emulated", "--context", "77", "--threads", "2", "--seed", "9", "--max-tokens", "4",
+        "--temperature", "0.5", "--top-p", "0.9", "--top-k", "3", "--min-p", "0.1", "--repetition-penalty", "1.2",
+        "--stop", "a", "--stop", "b", "--ignore-eos",
+    )
+    (llm,) = fake.made
+    ((prompt, params),) = llm.asked
+
+    assert (result.exit_code, llm.model, prompt) == (0, "some/model", "Tell")
+    assert llm.options == {
+        "policy": "cpu_only", "gpu_memory": "2GiB", "dtype": "q4", "device": "emulated", "max_context": 77,
+        "num_threads": 2, "kv_dtype": "q8", "seed": 9, "progress": False,
+    }
+    assert (params.max_tokens, params.temperature, params.top_p, params.top_k) == (4, 0.5, 0.9, 3)
+    assert (params.min_p, params.repetition_penalty, params.stop, params.ignore_eos) == (0.1, 1.2, ("a", "b"), True)
+
+
+def test_generate_json_is_one_object(fake: type[FakeLLM]) -> None:
+    answer = json.loads(run("generate", "some/model", "-p", "Tell", "--json").stdout)
+
+    assert answer["text"] == "Once upon a time"
+    assert answer["metrics"]["decode_tokens_per_s"] == 2.0
+
+
+def test_generate_reads_the_prompt_from_stdin(fake: type[FakeLLM]) -> None:
+    run("generate", "some/model", "-p", "-", typed="from a pipe")
+
+    assert fake.made[0].asked[0][0] == "from a pipe"
+
+
+@pytest.mark.parametrize("ending", ["abort", KeyboardInterrupt])
+def test_interrupted_generation_keeps_its_text_and_exits_130(fake: type[FakeLLM], ending: Any) -> None:
+    fake.ending = ending
+    result = run("generate", "some/model", "-p", "Tell")
+
+    assert (result.exit_code, result.stdout) == (130, "Once upon a time\n")
+    assert fake.made[0].closed
+
+
+def test_chat_remembers_the_conversation_until_exit(fake: type[FakeLLM]) -> None:
+    result = run("chat", "some/model", "--system", "Be brief.", typed="Hello\nAgain\n/reset\nNew\n/exit\nignored\n")
+    conversations = [[message["content"] for message in messages] for messages, _ in fake.made[0].asked]
+
+    assert result.exit_code == 0
+    assert conversations == [
+        ["Be brief.", "Hello"], ["Be brief.", "Hello", "Once upon a time", "Again"], ["Be brief.", "New"],
+    ]
+
+
+def test_chat_survives_an_interrupted_answer(fake: type[FakeLLM]) -> None:
+    fake.ending = KeyboardInterrupt
+    result = run("chat", "some/model", typed="Hello\nAgain\n")
+
+    assert result.exit_code == 0
+    assert [message["content"] for message in fake.made[0].asked[1][0]] == ["Hello", "Once upon a time", "Again"]
+
+
+def test_chat_forgets_a_question_whose_answer_never_began(fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "WORDS", ())
+    fake.ending = KeyboardInterrupt
+    run("chat", "some/model", typed="Hello\nAgain\n")
+
+    assert [message["content"] for message in fake.made[0].asked[1][0]] == ["Again"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(PromptError("empty prompt"), 2), (CheckpointError("shard.safetensors: cut short"), 3),
+     (MemoryBudgetError("needs 6 GiB, budget 4 GiB"), 4)],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
+)
+def test_errors_of_ours_are_one_message_and_a_code(fake: type[FakeLLM], error: Exception, code: int) -> None:
+    fake.ending = error
+    result = run("generate", "some/model", "-p", "Tell")
+
+    assert (result.exit_code, result.stderr) == (code, f"error: {error}\n")
+
+
+def test_a_budget_that_no_plan_meets_exits_4(fake: type[FakeLLM]) -> None:
+    fake.ending = BudgetError("needs 6 GiB, the budget is 4 GiB", 6, 4)
+
+    assert run("generate", "some/model", "-p", "Tell").exit_code == 4
+
+
+def test_plain_value_errors_of_our_code_are_usage_errors_and_those_of_others_are_not() -> None:
+    codes = []
+    for offend in (lambda: parse_bytes("much"), lambda: int("much")):
+        with pytest.raises(ValueError) as caught:
+            offend()
+        codes.append(exit_code(caught.value))
+
+    assert codes == [2, None]
+
+
+def test_errors_of_others_keep_their_traceback(fake: type[FakeLLM]) -> None:
+    fake.ending = ZeroDivisionError
+    result = run("generate", "some/model", "-p", "Tell")
+
+    assert isinstance(result.exception, ZeroDivisionError)
+    assert exit_code(ZeroDivisionError()) is None
+
+
+def test_sampling_values_out_of_range_are_refused_before_the_model_loads(fake: type[FakeLLM]) -> None:
+    result = run("generate", "some/model", "-p", "Tell", "--top-p", "1.5")
+
+    assert (result.exit_code, fake.made) == (2, [])
+    assert "top_p" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["generate"], ["plna", "m"], ["plan", "m", "--colour"], ["bench", "m", "-d", "0,-1"]])
+def test_usage_errors_exit_2(arguments: list[str]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+def test_bench_asks_for_the_context_that_it_measures(fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def measure(llm: FakeLLM, **options: Any) -> SimpleNamespace:
+        asked.update(options)
+        return SimpleNamespace(table=lambda: "the table", to_dict=lambda: {"rows": []})
+
+    monkeypatch.setitem(vars(hetero_attn.tools), "bench", SimpleNamespace(run=measure))
+    result = run("bench", "some/model", "-p", "64", "-n", "16", "-d", "0,128", "-d", "256", "-r", "5")
+
+    assert (result.exit_code, result.stdout) == (0, "the table\n")
+    assert asked == {"prompt_tokens": 64, "gen_tokens": 16, "depths": (0, 128, 256), "repetitions": 5}
+    assert fake.made[0].options["max_context"] == 320
+    assert json.loads(run("bench", "some/model", "--json").stdout) == {"rows": []}
+
+
+@pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 5)])
+def test_verify_fails_where_the_answers_differ(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, passed: bool, code: int
+) -> None:
+    report = SimpleNamespace(table=lambda: "max error 0", to_dict=lambda: {"passed": passed}, passed=passed)
+    monkeypatch.setitem(vars(hetero_attn.tools), "verify", SimpleNamespace(run=lambda llm, prompt: report))
+
+    assert run("verify", "some/model").exit_code == code
+    assert "exit 5" in run("verify", "--help").stdout
+    assert json.loads(run("verify", "some/model", "--json").stdout) == {"passed": passed}
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> HardwareProfile:
+    """Puts a machine with a GPU in the place of the measurement."""
+    base = HardwareProfile.named("emulated").to_dict() | {"name": "imagined", "source": "measured"}
+    imagined = HardwareProfile.from_dict(base)
+    monkeypatch.setitem(vars(hetero_attn), "profile_machine", lambda on_progress: imagined)
+    return imagined
+
+
+def test_profile_prints_rates_with_units(measured: HardwareProfile) -> None:
+    result = run("profile")
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+
+    assert (result.exit_code, lines[0]) == (0, "imagined (measured)")
+    assert f"copy to the GPU {measured.h2d_bytes_per_s / 1e9:.1f} GB/s" in lines
+
+
+def test_profile_without_a_gpu_has_no_gpu_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = HardwareProfile.named("generic-cpu")
+    monkeypatch.setitem(vars(hetero_attn), "profile_machine", lambda on_progress: profile)
+    lines = run("profile").stdout.splitlines()
+
+    assert lines[-1] == "no GPU was found: the plan uses the CPU lane only"
+    assert not any("GPU" in line for line in lines[:-1])
+
+
+def test_saved_profile_is_a_machine_to_plan_for(measured: HardwareProfile, tmp_path: Path) -> None:
+    file, picture = tmp_path / "machine.json", tmp_path / "machine.png"
+    result = run("profile", "--save", str(file), "--plot", str(picture), "--json")
+    planned = run("plan", TINY, "--hardware", str(file), "--device", "emulated", "--gpu-memory", "12MiB", "--json")
+
+    assert HardwareProfile.from_dict(json.loads(result.stdout)) == measured
+    assert json.loads(planned.stdout)["predicted"]["hardware"] == "imagined"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_file_that_is_no_profile_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "machine.json").write_text("rates: 3")
+    result = run("plan", TINY, "--hardware", str(tmp_path / "machine.json"))
+
+    assert result.exit_code == 2
+    assert "hetero-attn profile --save" in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_policy_lint_reports_every_problem_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("version: 1\ngpu_memoy: 2GiB\nrules:\n  - match: layers.*\n    gpu: 1.5\n")
+    result = run("policy", "lint", str(file))
+    machine = json.loads(run("policy", "lint", str(file), "--json").stdout)
+
+    assert result.exit_code == 2
+    assert [f"{file}:2:" in result.stderr, f"{file}:5:" in result.stderr] == [True, True]
+    assert (machine["valid"], len(machine["problems"])) == (False, 2)
+
+
+def test_policy_schema_is_json_that_knows_every_key() -> None:
+    schema = json.loads(run("policy", "schema").stdout)
+
+    assert {"objective", "gpu_memory", "rebalance", "shape", "rules"} <= set(schema["properties"])
+
+
+def test_policy_show_prints_what_lint_accepts(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("gpu_memory: 2GiB\nrules:\n  - match: layers.*.qkv\n    gpu: 0.5\n    cpu: 0.5\n")
+    shown = run("policy", "show", str(file))
+    (tmp_path / "shown.yaml").write_text(shown.stdout)
+
+    assert shown.exit_code == 0
+    assert run("policy", "lint", str(tmp_path / "shown.yaml")).exit_code == 0
+    assert run("policy", "diff", str(file), str(tmp_path / "shown.yaml")).exit_code == 0
+
+
+def test_policy_diff_names_what_differs(tmp_path: Path) -> None:
+    for name, size in (("left", "2GiB"), ("right", "3GiB")):
+        (tmp_path / f"{name}.yaml").write_text(f"gpu_memory: {size}\n")
+    result = run("policy", "diff", str(tmp_path / "left.yaml"), str(tmp_path / "right.yaml"))
+
+    assert result.exit_code == 1
+    assert "gpu_memory" in result.stdout
+
+
+def test_missing_policy_is_one_message_and_exit_2() -> None:
+    result = run("policy", "show", "no_such_policy")
+
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: unknown policy 'no_such_policy'")
+
+
+def test_doctor_is_ready_here_and_says_so_twice() -> None:
+    table, machine = run("doctor"), json.loads(run("doctor", "--json").stdout)
+
+    assert (table.exit_code, machine["usable"]) == (0, True)
+    assert "verdict: ready" in table.stdout
+    assert set(machine["sections"]) == {"versions", "cpu", "memory", "gpu", "settings", "caches", "threads"}
+
+
+def test_doctor_says_what_to_do_about_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "REQUIRED", ("a-package-that-nobody-wrote",))
+    result = run("doctor")
+
+    assert result.exit_code == 5
+    assert "verdict: not ready, 1 problem(s)" in result.stdout
+    assert "pip install a-package-that-nobody-wrote" in result.stdout
+
+
+def test_doctor_reports_a_gpu_with_half_of_its_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = SimpleNamespace(
+        NVMLError=RuntimeError, nvmlInit=lambda: None, nvmlShutdown=lambda: None, nvmlDeviceGetCount=lambda: 1,
+        nvmlSystemGetDriverVersion=lambda: "600.1", nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetName=lambda handle: "Imagined GPU",
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(free=6 * 2**30, total=8 * 2**30),
+        nvmlDeviceGetMaxPcieLinkGeneration=lambda handle: 4, nvmlDeviceGetCurrPcieLinkWidth=lambda handle: 8,
+        nvmlDeviceGetMaxPcieLinkWidth=lambda handle: 16,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    card, torch_build = doctor.gpus()
+
+    assert card.value == "Imagined GPU, 6.0 GiB free of 8.0 GiB, driver 600.1, PCIe 4.0 x8"
+    assert (card.verdict, "x8 of x16" in card.advice) == ("note", True)
+    assert torch_build.name == "torch"
+
+
+def machine_with(root: Path, files: dict[str, str]) -> Path:
+    """Lay out files of /proc and /sys below `root`."""
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_limits_of_cgroup_version_2_count_from_the_group_and_its_parents(tmp_path: Path) -> None:
+    root = machine_with(tmp_path, {
+        "proc/self/cgroup": "0::/pod/container\n",
+        "sys/fs/cgroup/pod/container/memory.max": "max\n",
+        "sys/fs/cgroup/pod/memory.max": "4294967296\n",
+        "sys/fs/cgroup/pod/container/cpu.max": "150000 100000\n",
+    })
+
+    assert (memory_limit_bytes(root), cpu_quota(root)) == (4 * 2**30, 1.5)
+
+
+def test_limits_of_cgroup_version_1_ignore_the_number_for_none(tmp_path: Path) -> None:
+    root = machine_with(tmp_path, {
+        "proc/self/cgroup": "4:memory:/job\n2:cpu,cpuacct:/job\n1:name=systemd:/job\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+        "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "1073741824\n",
+        "sys/fs/cgroup/cpu,cpuacct/job/cpu.cfs_quota_us": "-1\n",
+        "sys/fs/cgroup/cpu,cpuacct/job/cpu.cfs_period_us": "100000\n",
+    })
+
+    assert (memory_limit_bytes(root), cpu_quota(root)) == (2**30, None)
+
+
+def test_doctor_reads_limits_and_huge_pages_of_the_machine(tmp_path: Path) -> None:
+    root = machine_with(tmp_path, {
+        "proc/self/cgroup": "0::/\n",
+        "proc/cpuinfo": "processor : 0\nmodel name : Imagined CPU\n",
+        "sys/fs/cgroup/memory.max": str(2**29),
+        "sys/fs/cgroup/cpu.max": "50000 100000",
+        "sys/kernel/mm/transparent_hugepage/enabled": "always madvise [never]",
+    })
+    notes = {item.name: item for item in doctor.examine(root).findings if item.verdict == "note"}
+
+    assert {"cgroup limit", "cgroup quota", "transparent huge pages"} <= set(notes)
+    assert notes["cgroup limit"].value == "0.5 GiB"
+    assert doctor.examine(tmp_path / "nothing").usable
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """Start the command in a process of its own, with pipes for everything."""
+    command = [sys.executable, "-m", "hetero_attn", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_plan_as_yaml_is_a_policy_that_gives_the_plan_again(tmp_path: Path) -> None:
+    wishes = ("plan", TINY, "--device", "emulated", "--gpu-memory", "12MiB")
+    first = json.loads(run(*wishes, "--yaml", str(tmp_path / "plan.yaml"), "--json").stdout)
+    again = json.loads(run(*wishes, "--policy", str(tmp_path / "plan.yaml"), "--json").stdout)
+
+    assert first["linears"] == again["linears"]
+    assert first["kv"] == again["kv"]
+    assert run("plan", TINY, "--device", "cpu", "--yaml", "-").stdout.startswith("# The plan of tiny")
+
+
+@pytest.mark.parametrize(("ending", "first_bytes"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_plan_is_drawn_into_the_format_of_the_file(tmp_path: Path, ending: str, first_bytes: bytes) -> None:
+    file = tmp_path / f"plan.{ending}"
+    result = run("plan", TINY, "--device", "emulated", "--gpu-memory", "12MiB", "--plot", str(file))
+
+    assert result.exit_code == 0
+    assert "layers.0" in result.stdout
+    assert file.read_bytes().startswith(first_bytes)
+
+
+def test_explanation_says_what_limits_and_what_would_help() -> None:
+    wishes = ("plan", TINY, "--device", "emulated", "--gpu-memory", "12MiB", "--context", "256")
+    text, machine = run(*wishes).stdout, json.loads(run(*wishes, "--json").stdout)
+
+    assert "Decoding is bound by" in text
+    assert "1 GiB more GPU memory" in text
+    assert {"linears", "predicted", "bottleneck", "gains", "alternatives"} <= set(machine)
+    assert "Decoding is bound by" not in run(*wishes, "--no-explain").stdout
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_speed_over_gpu_memory_and_context_is_drawn(tmp_path: Path, device: str) -> None:
+    file = tmp_path / "curve.png"
+    wishes = ("--device", "emulated", "--gpu-memory", "12MiB") if device == "emulated" else ("--device", "cpu")
+    result = run("plan", TINY, *wishes, "--context", "256", "--plot", str(file))
+
+    assert result.exit_code == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_into_an_unknown_format_is_a_usage_error(tmp_path: Path) -> None:
+    assert run("plan", TINY, "--device", "cpu", "--plot", str(tmp_path / "plan.docx")).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (("plan", TINY, "--dtype", "q5"), 3, "q5"),
+        (("plan", TINY, "--device", "gpu"), 3, "gpu"),
+        (("plan", TINY, "--gpu-memory", "lots", "--device", "emulated"), 2, "lots"),
+        (("plan", TINY, "--gpu-memory", "1KiB", "--device", "emulated"), 4, "gpu_memory"),
+        (("plan", TINY, "--policy", "no_such_policy"), 2, "no_such_policy"),
+        (("plan", TINY, "--hardware", "no_such_machine"), 2, "no_such_machine"),
+        (("plan", TINY, "--context", "4000000"), 3, "4000000"),
+        (("plan", str(ROOT / "no" / "such" / "folder")), 3, "no such directory"),
+        (("plan", str(ROOT / "tests")), 3, "config.json"),
+        (("generate", TINY, "-p", "word " * 90, "--device", "cpu", "--context", "64"), 2, "holds 64"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else str(value),
+)
+def test_bad_wishes_are_one_message_and_a_code(arguments: tuple[str, ...], code: int, word: str) -> None:
+    result = run(*arguments)
+
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert result.stderr.startswith("error: ")
+    assert word in result.stderr
+
+
+def test_generate_runs_the_shipped_model() -> None:
+    result = run("generate", TINY, "-p", "A list is", "-n", "12", "--context", "256", "--device", "cpu", "--json")
+    answer = json.loads(result.stdout)
+
+    assert (answer["finish_reason"], len(answer["token_ids"])) == ("length", 12)
+    assert answer["metrics"]["generated_tokens"] == 12
+
+
+def test_a_hundred_problems_are_not_a_hundred_lines() -> None:
+    result = run("plan", TINY, "--policy", "stream_only", "--device", "cpu")
+
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == MOST_LINES + 1
+    assert result.stderr.rstrip().endswith("more problems")
+
+
+def test_verify_passes_on_a_split_model() -> None:
+    result = run("verify", TINY, "--device", "emulated", "--gpu-memory", "12MiB", "--context", "256", "--json")
+
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["passed"] is True
+
+
+def test_verify_takes_a_text_file(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("A list holds numbers. " * 3, encoding="utf-8")
+    result = run("verify", TINY, "--file", str(text), "--device", "cpu", "--context", "256", "--json")
+
+    assert (result.exit_code, json.loads(result.stdout)["passed"]) == (0, True)
+
+    text.write_bytes(b"\xff\xfe")
+    result = run("verify", TINY, "--file", str(text))
+
+    assert result.exit_code == 2 and "UTF-8" in result.stderr
+    assert run("verify", TINY, "--file", str(tmp_path / "absent")).exit_code == 2
+
+
+def test_bench_has_a_row_for_each_phase_and_depth() -> None:
+    result = run("bench", TINY, "--device", "cpu", "-p", "16", "-n", "4", "-d", "0,32", "-r", "1", "--json")
+    names = [row["name"] for row in json.loads(result.stdout)["rows"]]
+
+    assert names == ["pp16", "tg4", "pp16 @ d32", "tg4 @ d32"]
+
+
+def test_ctrl_c_ends_a_generation_with_130_and_no_traceback() -> None:
+    with start("generate", TINY, "-p", "A list is", "-n", "2000", "--ignore-eos", "--device", "cpu") as process:
+        first = process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+
+    assert (len(first), process.returncode) == (1, 130)
+    assert "Traceback" not in errors
+
+
+def test_ctrl_c_ends_an_answer_of_the_chat_and_the_next_one_comes() -> None:
+    # So hot that every token is as likely as another: an answer goes on until somebody stops it.
+    with start("chat", TINY, "-n", "1500", "--temperature", "50", "--top-p", "1", "--device", "cpu") as process:
+        for question in ("What is a list?", "What is a dictionary?"):
+            process.stdin.write(question + "\n")
+            process.stdin.flush()
+            seen = ""
+            while "> " not in seen[:-1]:
+                seen += process.stdout.read(1)
+            process.send_signal(signal.SIGINT)
+        _, errors = process.communicate("/exit\n")
+
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+    assert "tokens/s" not in errors, "an answer reached its end, so nothing was interrupted"

@@ -1,0 +1,523 @@
+"""The CUDA driver's own code on a `torch.cuda` and a libcuda of Python threads: toy models, memory, refusals."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpu_kernels import CpuKernels
+from hetero_attn.cache.cache import KVCache
+from hetero_attn.devices import Device, machine
+from hetero_attn.devices.libcuda import CudaError, LibCuda
+from hetero_attn.devices.slab import ALIGN_BYTES, Slab
+from hetero_attn.engine import build as builder
+from hetero_attn.engine.build import assemble, connect
+from hetero_attn.engine.engine import Engine
+from hetero_attn.errors import EngineDeadError, MemoryBudgetError, UnsupportedModelError
+from hetero_attn.planning import settle as planning
+from hetero_attn.planning.settle import PlannedModel
+from hetero_attn.spec.config import ModelConfig
+from placement import BudgetError, Policy, make_plan
+from placement.machine.hardware import HardwareProfile
+from placement.plan.plan import Plan
+from tests.support.fake_cuda import QUEUE_ENTRIES, fake_driver
+from tests.support.runtime import THREADS, emulated_plan, nmse, one_device_run, run_logits, toy_workload, uniform_plan
+from tests.support.simulated_gpu import TorchCalls
+from tests.support.toy import make_checkpoint
+
+SLACK_BYTES = 1 << 16
+
+
+class QueuedTorchCalls:
+    """What `TorchCalls` asks of a driver: plain torch calls on GPU memory become entries of the current stream."""
+
+    def __init__(self, driver) -> None:
+        self._driver = driver
+        self.checker = self
+
+    def on_device(self, tensor: torch.Tensor) -> bool:
+        start = self._driver._memory.data_ptr()
+        return start <= tensor.data_ptr() < start + self._driver._slab.size_bytes
+
+    def launch(self, stream, name, work, reads, writes) -> None:
+        self._driver.fake.current.add(work, name)
+
+    def run_host(self, name, reads, writes) -> None:
+        pass
+
+
+@contextmanager
+def fake_engine(
+    path: Path,
+    plan: Plan,
+    refuse_pins: bool = False,
+    handover: str = "events",
+    slack_bytes: int = SLACK_BYTES,
+    queue_entries: int = QUEUE_ENTRIES,
+) -> Iterator[Engine]:
+    """A toy model on the CUDA driver over the fakes."""
+    driver = fake_driver(plan.gpu_memory_bytes + slack_bytes, refuse_pins, queue_entries)
+    device = Device(driver, plan.gpu_memory_bytes)
+    lanes = connect(plan, CpuKernels(THREADS), device, ThreadPoolExecutor(1), handover)
+    planned = PlannedModel(path, ModelConfig.from_dir(path), "fp32", "cuda", HardwareProfile.named("emulated"), plan)
+    engine = assemble(planned, lanes)
+    with TorchCalls(QueuedTorchCalls(driver), None):
+        yield engine
+    engine.close()
+    driver.fake.stop()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = make_checkpoint(tmp_path_factory.mktemp("toy"), "mistral", layers=2, sliding_window=11)
+    return one_device_run(path, "fp32", tokens=24, prompt_tokens=18)
+
+
+@pytest.fixture
+def plan(run) -> Plan:
+    return uniform_plan(toy_workload(run.path, page_size=4, prefill_chunk=8), gpu=0.3, stream=0.4, gpu_groups=1)
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    """Without a window, so that older tokens move to DRAM and the prompt's later chunks read them on the GPU."""
+    path = make_checkpoint(tmp_path_factory.mktemp("long"), "llama", layers=2)
+    return one_device_run(path, "fp32", tokens=40, prompt_tokens=34)
+
+
+@pytest.fixture
+def long_plan(long_run) -> Plan:
+    workload = toy_workload(long_run.path, page_size=4, prefill_chunk=8, max_batch=1)
+    return uniform_plan(workload, gpu=0.3, stream=0.4, gpu_groups=1)
+
+
+@pytest.mark.filterwarnings("ignore:the system refused")
+@pytest.mark.parametrize(
+    "handover,refuse_pins", [("events", False), ("events", True), ("flags", False), ("graph", False)]
+)
+def test_a_toy_model_on_three_lanes_is_right(run, plan, handover, refuse_pins):
+    with fake_engine(run.path, plan, refuse_pins, handover) as engine:
+        actual = run_logits(engine, run.token_ids, run.prompt_tokens)
+        device = engine.lanes.device
+        assert engine.lanes.handover.name == handover
+
+    assert nmse(actual, run.logits) <= 1e-11
+    assert device.arena.peak_bytes <= plan.gpu_memory_bytes
+    assert device.arena.total_bytes == device.pinned.total_bytes == 0
+    assert device.driver._library._library.registered == {}
+
+
+@pytest.mark.parametrize("handover", ["events", "flags", "graph"])
+def test_a_launch_queue_of_six_entries_changes_no_answer_and_stops_nobody(long_run, long_plan, handover):
+    """Every layer fills it several times over, mostly behind a wait for the CPU lane."""
+    with fake_engine(long_run.path, long_plan, handover=handover, queue_entries=6) as engine:
+        actual = run_logits(engine, long_run.token_ids, long_run.prompt_tokens)
+
+    assert nmse(actual, long_run.logits) <= 1e-11
+
+
+def test_a_captured_step_is_a_program_and_follows_a_moved_boundary(run, plan):
+    """A step that was captured before the move would go on with the old boundary."""
+    moved = uniform_plan(toy_workload(run.path, page_size=4, prefill_chunk=8), gpu=0.3, stream=0.2, gpu_groups=1)
+    assert moved.linears != plan.linears
+    with fake_engine(run.path, plan, handover="graph") as engine:
+        sequence = engine.kv_cache.open()
+        for start in range(0, 16, 8):
+            engine.prefill(sequence, run.token_ids[start : start + 8])
+        rows = []
+        for index, token_id in enumerate(run.token_ids[16:24]):
+            if index == 4:
+                assert engine.replay._captured
+                engine.recut(moved)
+                assert not engine.replay._captured
+            rows.append(engine.decode_step([sequence], [token_id]))
+        steps = [captured for captured in engine.replay._captured.values() if captured is not None]
+        assert steps and all(len(captured.jobs.program) > len(captured.jobs.jobs) for captured in steps)
+
+    assert nmse(torch.cat(rows), run.logits[16:24]) <= 1e-11
+
+
+def captured_names(path: Path, plan: Plan, token_ids: list[int], prompt_tokens: int) -> list[str]:
+    """The entries of the compute stream in a captured decode step."""
+    with fake_engine(path, plan, handover="graph") as engine:
+        run_logits(engine, token_ids, prompt_tokens)
+        (step,) = [captured for captured in engine.replay._captured.values() if captured is not None]
+        return step.graph.names[0]
+
+
+def crossing(plan: Plan) -> Plan:
+    """The CPU computes every q, k and v of a cache that is partly the GPU's."""
+    linears = [replace(linear, gpu_units=0, stream_units=(0,) * 5) if "qkv" in linear.name else linear
+               for linear in plan.linears]  # fmt: skip
+    return emulated_plan(plan.workload, linears, plan.kv)
+
+
+@pytest.mark.parametrize("shape", ["spills", "crosses", "recent only"])
+def test_no_request_of_a_captured_step_stands_behind_a_wait_that_its_job_does_not_need(long_run, long_plan, shape):
+    """The CPU lane is asked right behind the copy that feeds it, and what the GPU waits for it fetches next."""
+    plan = {"spills": long_plan, "crosses": crossing(long_plan), "recent only": long_plan}[shape]
+    tokens = 40 if shape != "recent only" else 12
+    names = captured_names(long_run.path, plan, long_run.token_ids[:tokens], tokens - 6)
+    requests = [index for index, name in enumerate(names) if name == "request"]
+    waits = [index for index, name in enumerate(names) if name == "wait"]
+
+    assert {names[index - 1] for index in requests} == {"push"}
+    assert {names[index + 1] for index in waits} == {"pull"}
+    assert len(requests) >= 8 and len(waits) >= 6
+
+
+def test_a_replayed_step_counts_the_bytes_of_a_plain_one(long_run, long_plan):
+    """Capturing once made the older tokens of the prompt count twice."""
+
+    def streamed_bytes(handover: str) -> int:
+        with fake_engine(long_run.path, long_plan, handover=handover) as engine:
+            run_logits(engine, long_run.token_ids, long_run.prompt_tokens)
+            assert engine.lanes.pages.copied_bytes > 0
+            return engine.lanes.streamed_bytes
+
+    assert streamed_bytes("events") == streamed_bytes("graph")
+
+
+@pytest.mark.parametrize("handover", ["events", "flags", "graph"])
+@pytest.mark.parametrize("copies", [0, 3, 9, 16])
+def test_a_step_whose_copy_fails_can_be_taken_again(run, plan, handover, copies):
+    """A prompt's second chunk and then two tokens, each with a failure somewhere inside; nothing is left behind."""
+    with fake_engine(run.path, plan, handover=handover) as engine:
+        library, sequence = engine.lanes.device.driver._library._library, engine.kv_cache.open()
+        engine.prefill(sequence, run.token_ids[:8])
+        rows = []
+        for step in (
+            lambda: engine.prefill(sequence, run.token_ids[8:16])[None],
+            *(
+                lambda token_id=token_id: engine.decode_step([sequence], [token_id])
+                for token_id in run.token_ids[16:20]
+            ),
+        ):
+            library.copies_before_failure = copies
+            try:
+                rows.append(step())
+                library.copies_before_failure = None
+            except CudaError:
+                rows.append(step())
+
+    assert nmse(torch.cat(rows), run.logits[15:20]) <= 1e-11
+
+
+def test_an_engine_whose_cpu_lane_is_stuck_says_that_it_is_dead(run, plan):
+    never = threading.Event()
+    with fake_engine(run.path, plan, handover="flags") as engine:
+        engine.lanes.handover._watchdog_s = 0.2
+        sequence = engine.kv_cache.open()
+        engine.lanes.on_host(lambda: never.wait(20))
+        with pytest.raises(EngineDeadError, match="did not end within 0.2 s"):
+            engine.prefill(sequence, run.token_ids[:8])
+        with pytest.raises(EngineDeadError, match="unusable after EngineDeadError"):
+            engine.check_alive()
+        never.set()
+
+
+def test_weights_that_cannot_be_page_locked_are_said_once(run, plan):
+    with pytest.warns(UserWarning, match="refused to page-lock") as warned, fake_engine(run.path, plan, True):
+        pass
+
+    assert len([warning for warning in warned if "page-lock" in str(warning.message)]) == 1
+
+
+def test_pages_that_move_are_page_locked_and_counted_as_planned(long_run, long_plan):
+    """Pages of the GPU's heads, whole and nothing else of the cache; a copy of any of them is asynchronous."""
+    with fake_engine(long_run.path, long_plan) as engine:
+        device, groups = engine.lanes.device, engine.kv_cache.layer_groups
+        registered = device.driver._library._library.registered
+        moving = [pages for group in groups for pages in (*group.spilled.k, *group.spilled.v)]
+        staying = [pages for group in groups for pages in (*group.host.k, *group.host.v)]
+
+        assert all(registered[pages.data_ptr()] >= pages.nbytes for pages in moving)
+        assert not any(pages.data_ptr() in registered for pages in staying)
+        assert sum(pages.nbytes for pages in moving) == long_plan.memory.pinned["kv"] == device.pinned.used_bytes["kv"]
+        assert sum(pages.nbytes for pages in staying) == long_plan.memory.host["kv"]
+        assert device.pinned.used_bytes["weights"] == long_plan.memory.pinned["weights"]
+        assert not device.refused_pins
+        actual = run_logits(engine, long_run.token_ids, long_run.prompt_tokens)
+        assert engine.lanes.pages.copied_bytes > 0
+
+    assert nmse(actual, long_run.logits) <= 1e-11
+    assert device.pinned.total_bytes == 0
+    assert registered == {}
+
+
+def test_pages_that_cannot_be_page_locked_are_said_and_change_nothing_else(long_run, long_plan, monkeypatch):
+    """The last bytes of the cache are over the budget; weights, which came first, go straight to the GPU."""
+
+    def cache_over_budget(plan: Plan, device: Device, prefix_cache: bool) -> KVCache:
+        device.pinned.budget_bytes = device.pinned.total_bytes + plan.memory.pinned["kv"] - 1
+        return KVCache(plan, device, prefix_cache)
+
+    def logits_of(engine: Engine) -> torch.Tensor:
+        actual, device = run_logits(engine, long_run.token_ids, long_run.prompt_tokens), engine.lanes.device
+        assert "kv" in device.refused_kinds and "weights" not in device.refused_kinds
+        assert device.pinned.used_bytes["weights"] == long_plan.memory.pinned["weights"]
+        assert device.pinned.used_bytes["kv"] < long_plan.memory.pinned["kv"]
+        assert "staging" not in device.pinned.used_bytes and engine.lanes.ring.copied_bytes > 0
+        return actual
+
+    monkeypatch.setattr(builder, "KVCache", cache_over_budget)
+    message = "page-locked memory: kv needs .* raise pinned_memory .* what is not page-locked is copied"
+    with pytest.warns(UserWarning, match=message) as warned, fake_engine(long_run.path, long_plan) as engine:
+        actual = logits_of(engine)
+
+    assert len([warning for warning in warned if "page-locked" in str(warning.message)]) == 1
+    assert nmse(actual, long_run.logits) <= 1e-11
+    assert engine.lanes.device.pinned.total_bytes == 0
+
+
+@pytest.mark.filterwarnings("ignore:the system refused")
+@pytest.mark.parametrize("handover", ["events", "flags", "graph"])
+@pytest.mark.parametrize(
+    "kinds", [("weights", "staging"), ("activations", "resident"), ("kv",)], ids=lambda kinds: kinds[0]
+)
+def test_ordinary_memory_of_one_kind_changes_no_answer(long_run, long_plan, monkeypatch, kinds, handover):
+    """What a copy reads when it is queued must be there: weights captured in a graph once were those of a buffer, and a
+    copy of activations that was queued ahead by flags took them before the CPU lane had written them."""
+    pin = Device._pin
+
+    def pin_others(self: Device, tensor: torch.Tensor, kind: str) -> None:
+        if kind in kinds:
+            self._refuse(f"the system refused to page-lock {kind}", kind)
+        else:
+            pin(self, tensor, kind)
+
+    monkeypatch.setattr(Device, "_pin", pin_others)
+    with fake_engine(long_run.path, long_plan, handover=handover) as engine:
+        actual = run_logits(engine, long_run.token_ids, long_run.prompt_tokens)
+        assert engine.lanes.device.refused_kinds == set(kinds) and engine.lanes.handover.name == handover
+        assert engine.lanes.can_replay == (handover == "graph" and kinds == ("kv",))
+
+    assert nmse(actual, long_run.logits) <= 1e-11
+
+
+def test_host_memory_is_aligned_and_alone_on_its_pages():
+    driver = fake_driver(1 << 16)
+    device = Device(driver, 1 << 16, pin_budget_bytes=1 << 24)
+    tensors = [device.host_empty((size,), torch.uint8, "weights") for size in (1, 4097, 1 << 22, 100)]
+
+    assert [tensor.data_ptr() % 4096 for tensor in tensors] == [0] * 4
+    assert tensors[2].data_ptr() % (2 << 20) == 0
+    assert device.pinned.used_bytes == {"weights": 1 + 4097 + (1 << 22) + 100}
+    for tensor in tensors:
+        device.host_release(tensor, "weights")
+    assert (device.pinned.total_bytes, driver._library._library.registered) == (0, {})
+    driver.close()
+    driver.fake.stop()
+
+
+@pytest.mark.parametrize(
+    "columns,stream,locked,inside,by_kernel",
+    [
+        (4096, "compute", True, True, True),
+        (4097, "compute", True, True, False),  # four rows: too large
+        (4096, "copies", True, True, False),
+        (4096, "compute", False, True, False),
+        (4096, "compute", True, False, False),  # kernels of this thread would go to another stream
+    ],
+)
+def test_a_small_copy_among_kernels_is_a_kernel(columns, stream, locked, inside, by_kernel):
+    driver = fake_driver(1 << 20)
+    device, ran = Device(driver, 1 << 20), []
+    driver.ops = type("Ops", (), {"copy_rows": lambda target, source: (ran.append(1), target.copy_(source))})
+    host = device.host_empty((4, 5000), torch.float32, "activations") if locked else torch.empty(4, 5000)
+    on_device, host = device.empty((4, columns), torch.float32, "activations"), host[:, :columns].uniform_()
+    queue = getattr(device, stream)
+    with device.current() if inside else nullcontext():
+        device.copy(on_device, host, queue)
+        expected = host.clone()
+        device.synchronize(device.record(queue))
+        host.zero_()
+        device.copy(host, on_device, queue)
+        device.synchronize(device.record(queue))
+
+    assert torch.equal(host, expected)
+    assert len(ran) == 2 * by_kernel
+    driver.close()
+    driver.fake.stop()
+
+
+def test_memory_that_is_no_longer_page_locked_is_copied_by_the_engine():
+    driver = fake_driver(1 << 16)
+    device, ran = Device(driver, 1 << 16), []
+    driver.ops = type("Ops", (), {"copy_rows": lambda target, source: ran.append(1)})
+    host, on_device = device.host_empty((16,), torch.float32, "a"), device.empty((16,), torch.float32, "a")
+    with device.current():
+        device.copy(on_device, host, device.compute)
+        device.host_release(host, "a")
+        device.copy(on_device, host, device.compute)
+
+    assert len(ran) == 1
+    driver.close()
+    driver.fake.stop()
+
+
+def test_a_pin_budget_is_kept():
+    driver = fake_driver(1 << 16)
+    device = Device(driver, 1 << 16, pin_budget_bytes=8192)
+    with pytest.warns(UserWarning, match="pinned_memory"):
+        device.host_empty((10_000,), torch.uint8, "weights")
+
+    assert (device.pinned.total_bytes, device.refused_pins) == (0, True)
+    driver.close()
+    driver.fake.stop()
+
+
+def test_torch_is_kept_under_the_budget_while_the_device_is_open():
+    driver = fake_driver(1 << 20)
+    fraction = driver.fake.fraction
+    driver.close()
+    driver.close()
+
+    assert 1 << 20 < fraction * driver.fake.total_bytes < 3 << 20
+    assert driver.fake.fraction == 1.0
+    driver.fake.stop()
+
+
+def test_slab_reuses_and_joins_what_is_given_back():
+    slab = Slab(10 * ALIGN_BYTES)
+    first, second, third = slab.take(1), slab.take(3 * ALIGN_BYTES), slab.take(6 * ALIGN_BYTES)
+    with pytest.raises(MemoryBudgetError, match="no gap"):
+        slab.take(1)
+    slab.give(second)
+    slab.give(first)
+
+    assert slab.take(4 * ALIGN_BYTES) == 0
+    slab.give(third)
+    slab.give(0)
+    assert slab.take(10 * ALIGN_BYTES) == 0
+
+
+def test_what_stays_lies_at_the_end_of_the_slab():
+    """Small tensors that live as long as the model leave one gap, not one beside each of them."""
+    slab = Slab(10 * ALIGN_BYTES)
+    places = [slab.take(ALIGN_BYTES, at_end=index % 2 == 0) for index in range(6)]
+
+    assert [place // ALIGN_BYTES for place in places] == [9, 0, 8, 1, 7, 2]
+    assert slab.take(4 * ALIGN_BYTES) == 3 * ALIGN_BYTES
+
+
+def test_a_failed_call_is_named():
+    driver = fake_driver(1 << 16)
+    with pytest.raises(CudaError, match=r"cuCtxSetCurrent failed: CUDA_ERROR_FAKE \(201\)"):
+        driver._library.set_context(3)
+    driver.close()
+    driver.fake.stop()
+
+
+def test_without_a_driver_library_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: (_ for _ in ()).throw(OSError("not found")))
+
+    with pytest.raises(CudaError, match="install the NVIDIA driver"):
+        LibCuda()
+
+
+class OneGpu:
+    """What `machine` asks of `torch.cuda` where there is one GPU of a known name."""
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    @staticmethod
+    def device_count() -> int:
+        return 1
+
+    @staticmethod
+    def get_device_name(index: int) -> str:
+        return "NVIDIA H200"
+
+    @staticmethod
+    def get_device_properties(index: int):
+        return type("Properties", (), {"total_memory": 123 << 30})
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    monkeypatch.setattr(machine.torch, "cuda", OneGpu)
+    monkeypatch.setattr(machine, "context_bytes", lambda index: 400 << 20)
+
+
+@pytest.mark.parametrize("device,found", [("cuda:1", "1 GPU"), ("cuda:x", "1 GPU")])
+def test_a_gpu_that_is_not_there_is_refused(one_gpu, device, found):
+    with pytest.raises(UnsupportedModelError, match=found):
+        machine.device_index(device)
+
+
+def test_without_a_gpu_the_error_names_what_works(run):
+    with pytest.raises(UnsupportedModelError, match="torch sees no CUDA GPU; use device='cpu' or 'emulated'"):
+        machine.device_index("cuda")
+
+
+def test_auto_takes_the_gpu_where_there_is_one(one_gpu):
+    assert planning.choose_device("auto", None) == "cuda"
+    assert planning.choose_device("cpu", None) == "cpu"
+    assert planning.choose_device("auto", HardwareProfile.named("generic-cpu")) == "cpu"
+
+
+def test_an_unmeasured_gpu_is_planned_with_its_catalogue_entry(one_gpu):
+    with pytest.warns(UserWarning, match="run `hetero-attn profile`"):
+        profile = machine.gpu_profile(0, stored=None)
+
+    assert (profile.name, profile.gpu_memory_bytes) == ("h200-server", 123 << 30)
+
+
+def test_what_cuda_takes_is_part_of_the_budget(run, one_gpu):
+    """With the reserve in the plan, arena and reserve are the plan's bytes; without it the plan is refused."""
+    workload = toy_workload(run.path)
+    hardware = machine.with_own_bytes(HardwareProfile.named("rtx3060-ddr4"), "cuda", workload)
+    plan = make_plan(workload, hardware, Policy(), device="cuda", gpu_memory_bytes=1 << 30)
+    arena = machine.arena_bytes(plan, 0)
+
+    assert hardware.gpu_context_bytes > 400 << 20
+    assert arena + hardware.gpu_context_bytes == plan.memory.gpu_bytes <= 1 << 30
+    unaware = make_plan(
+        workload, HardwareProfile.named("rtx3060-ddr4"), Policy(), device="cuda", gpu_memory_bytes=1 << 30
+    )
+    with pytest.raises(MemoryBudgetError, match="gpu_memory of at least"):
+        machine.arena_bytes(unaware, 0)
+
+
+def test_a_budget_below_cudas_own_says_the_smallest_that_works(run, one_gpu):
+    workload = toy_workload(run.path)
+    hardware = machine.with_own_bytes(HardwareProfile.named("rtx3060-ddr4"), "cuda", workload)
+    with pytest.raises(BudgetError, match="smallest|at least"):
+        make_plan(workload, hardware, Policy(), device="cuda", gpu_memory_bytes=100 << 20)
+
+
+def test_weights_that_leave_no_gap_for_a_larger_one_make_room(long_run):
+    """Every other linear gives its memory back, and the head wants more than any of those gaps: all are placed anew."""
+    workload = replace(toy_workload(long_run.path, page_size=4, prefill_chunk=8, max_batch=1), elastic=True)
+    before = uniform_plan(workload, gpu=0.5, stream=0.0, gpu_groups=1)
+    large_head = [
+        replace(linear, gpu_units=linear.units if linear.name == "head" else linear.gpu_units * (index % 2))
+        for index, linear in enumerate(before.linears)
+    ]
+    before_head = [replace(linear, gpu_units=0) if linear.name == "head" else linear for linear in before.linears]
+    plans = [emulated_plan(workload, linears, before.kv) for linears in (before_head, large_head)]
+    budget = max(plan.gpu_memory_bytes for plan in plans)
+    before, after = (replace(plan, gpu_memory_bytes=budget) for plan in plans)
+    with fake_engine(long_run.path, before, slack_bytes=8192) as engine:
+        sequence = engine.kv_cache.open()
+        rows = [engine.prefill_logits(sequence, long_run.token_ids[start : start + 8]) for start in (0, 8)]
+        moved = []
+        for index, token_id in enumerate(long_run.token_ids[16:24]):
+            homes = [weights.gpu.data_ptr() for weights in engine.weights.linears if weights.gpu is not None]
+            engine.move((after, before)[index % 2])
+            kept = [weights.gpu.data_ptr() for weights in engine.weights.linears if weights.gpu is not None]
+            moved.append(homes[1::2] != kept[1::2])
+            rows.append(engine.decode_step([sequence], [token_id]).clone())
+
+    assert nmse(torch.cat(rows), long_run.logits[:24]) <= 1e-11
+    assert any(moved)

@@ -1,0 +1,336 @@
+"""The kept profile of a machine: written whole, recognised as stale, never fatal when damaged. No speed is asserted."""
+
+import errno
+import json
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cpu_kernels.team import kept_files
+from hetero_attn.engine import measure
+from hetero_attn.engine import runtime_costs as runtime_profile
+from hetero_attn.planning import profiles
+from hetero_attn.planning.settle import machine_profile
+from hetero_attn.tools import doctor
+from placement.machine.fingerprint import kernel_folders, machine_fingerprint, source_digest
+from placement.machine.hardware import HardwareProfile
+from placement.machine.rates import AttentionRate, DtypeRates, RowRate, ThreadRate
+from placement.profilers import (
+    cpu as profiler,
+)
+from placement.profilers import (
+    cpu_attention as attention_profiler,
+)
+from placement.profilers import (
+    cpu_linear as linear_profiler,
+)
+from placement.profilers import (
+    timing,
+)
+from placement.profilers.cpu import best_threads, thread_counts
+
+PROFILERS = (attention_profiler, linear_profiler, profiler, timing)
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """A quick measurement: small buffers, few repetitions, kept in a directory of the test's own."""
+    monkeypatch.setattr(profiles, "profile_path", lambda: tmp_path / "profiles" / "host.json")
+    for name, value in {
+        "ROW_COUNTS": (1, 8, 65),
+        "SWEEP_BYTES": 1 << 20,
+        "CACHES": 0,
+        "ATTENTION_BYTES": 1 << 20,
+        "CACHED_BYTES": 1 << 16,
+        "BETWEEN_BYTES": 1 << 16,
+        "MANY_WEIGHTS": 1 << 16,
+        "HEADS_PER_GROUP": (2,),
+        "HEAD_DIMS": (64,),
+        "MANY_ROWS": 16,
+        "PREFILL_ROWS": 16,
+        "SMALL_ROWS": 16,
+        "REPETITIONS": 1,
+        "CALLS": 10,
+    }.items():
+        holders = [module for module in PROFILERS if hasattr(module, name)]
+        assert holders, f"no profiler has {name}"
+        for module in holders:
+            monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(runtime_profile, "STEPS", 3)
+    monkeypatch.setattr(runtime_profile, "COLD_STEPS", 1)
+    monkeypatch.setattr(runtime_profile, "SWEEP_BYTES", 1 << 20)
+    steps = []
+    return measure.profile_machine(steps.append), steps
+
+
+def test_a_measured_profile_is_kept_and_found_again(measured):
+    profile, steps = measured
+
+    assert profiles.stored_profile() == profile
+    assert {"linear q4, one row", "linear bf16 by rows", "attention over q4, heads of 64"} <= set(steps)
+    assert [rate.rows for rate in profile.cpu_rows] == [1, 8, 65]
+    attention = profile.cpu_attention
+    assert [(rate.bits, rate.heads_per_group) for rate in attention] == [(32, 2), (16, 2), (8.25, 2), (5, 2)]
+    assert all(min(rate.bytes_per_s, rate.ops_per_s, rate.cached_bytes_per_s) > 0 for rate in attention)
+    assert [rate.threads for rate in profile.thread_sweep][0] == 1
+    assert profile.cores in [rate.threads for rate in profile.thread_sweep]
+    assert profile.step_overhead_s > 0
+
+
+def test_the_fingerprint_names_what_the_rates_depend_on(monkeypatch, tmp_path):
+    (tmp_path / "sys/module/nvidia").mkdir(parents=True)
+    (tmp_path / "sys/module/nvidia/version").write_text("580.1\n")
+    link = tmp_path / "sys/bus/pci/devices/0000:0a:00.0"
+    link.mkdir(parents=True)
+    (link / "max_link_speed").write_text("32.0 GT/s PCIe\n")
+    (link / "max_link_width").write_text("16\n")
+    card = SimpleNamespace(name="a GPU", total_memory=8, pci_domain_id=0, pci_bus_id=10, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+
+    fields = dict(machine_fingerprint(6, tmp_path))
+
+    assert ("a GPU", "580.1", "32.0 GT/s PCIe x16", "6") == tuple(
+        fields[key] for key in ("gpu", "driver", "pcie", "cores")
+    )
+    assert {"cpu", "torch", "numba", "cuda", "gpu_memory"} <= set(fields)
+
+
+def test_kernels_that_were_changed_make_a_profile_stale(tmp_path):
+    assert {"cpu_kernels", "gpu_kernels"} == {folder.name for folder in kernel_folders()}
+    (tmp_path / "attention").mkdir()
+    digests = {source_digest([tmp_path])}
+    for place in ("kernel.py", "attention/kernel.py"):
+        for text in ("before", "after"):
+            (tmp_path / place).write_text(text)
+            digests.add(source_digest([tmp_path]))
+    (tmp_path / "attention/kernel.py").rename(tmp_path / "attention/moved.py")
+
+    assert len(digests | {source_digest([tmp_path])}) == 6
+    assert dict(machine_fingerprint(1))["kernels"] == source_digest(kernel_folders())
+
+
+def test_a_profile_of_another_machine_is_not_used(measured):
+    profile, _ = measured
+    foreign = replace(profile, fingerprint=(("cpu", "another"),))
+    profiles.profile_path().write_text(foreign.to_json())
+
+    assert profiles.stored_profile() is None
+
+
+def edited(**changes):
+    """The kept profile with its fingerprint intact and some values changed, by field or by place in a field."""
+
+    def edit(text):
+        values = json.loads(text)
+        for place, value in changes.items():
+            *folders, name = place.split("__")
+            target = values
+            for folder in folders:
+                target = target[int(folder) if folder.isdigit() else folder]
+            target[name] = value
+        return json.dumps(values)
+
+    return edit
+
+
+DAMAGES = {
+    "empty": lambda text: "",
+    "cut": lambda text: text[: len(text) // 2],
+    "a list": lambda text: "[1]",
+    "another object": lambda text: '{"name": 3}',
+    "deep brackets": lambda text: "[" * 200_000,
+    "deep value": lambda text: '{"name": ' + "[" * 200_000,
+    "not UTF-8": lambda text: b"\xff\xfe" + text.encode(),
+    "2 MB": lambda text: text + " " * (2 << 20),
+    "rows are a number": edited(cpu_rows=3),
+    "rows are a million": edited(cpu_rows=[1] * 100_000),
+    "fingerprint is text": edited(fingerprint="x"),
+    "a call of 10^400 s": edited(cpu_call_s=10**400),
+    "a call of an hour": edited(cpu_call_s=3600.0),
+    "no cores": edited(cores=0),
+    "a million cores": edited(cores=1_000_000),
+    "more cores than there are": edited(cores=4096),
+    "half a core": edited(cores=0.5),
+    "q4 is never read": edited(cpu_linear_bytes_per_s__q4=0),
+    "rows are never computed": edited(cpu_rows__0__ops_per_s__bf16=0),
+    "attention never ends": edited(cpu_attention__0__ops_per_s=0),
+    "attention over no bits": edited(cpu_attention__0__bits=0),
+    "memory of 10^30 a second": edited(dram_bytes_per_s=1e30),
+    "NaN": edited(step_overhead_s=float("nan")),
+}
+
+
+@pytest.fixture(scope="module")
+def sound():
+    """A profile of this machine that was not measured: rates of the catalogue under this machine's fingerprint."""
+    machine = HardwareProfile.named("generic-cpu").with_threads(profiles.lane_threads())
+    rates = DtypeRates(1e10, 1e10, 1e10, 1e10)
+    rows, attention = (RowRate(1, rates), RowRate(8, rates)), (AttentionRate(16.0, 2, 64, 1e10, 1e10),)
+    fingerprint = machine_fingerprint(profiles.lane_threads())
+    return replace(machine, cpu_rows=rows, cpu_attention=attention, fingerprint=fingerprint)
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path, sound):
+    """The file in which that profile is kept, and a measurement that only counts itself."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = []
+    monkeypatch.setattr(measure, "profile_machine", lambda: made.append(1))
+    profiles.keep(sound)
+    assert profiles.stored_profile() == sound and profiles.profile_path().stat().st_mode & 0o777 == 0o600
+    return SimpleNamespace(path=profiles.profile_path(), made=made)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_profile_is_not_used_and_measured_again(kept, damage):
+    """Each of these ended every command with a traceback, or started a million threads."""
+    text = DAMAGES[damage](kept.path.read_text())
+    kept.path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    assert profiles.stored_profile() is None
+    with pytest.warns(UserWarning, match="damaged or of another machine"):
+        measure.refresh_profile()
+    assert [1] == kept.made
+
+
+@pytest.mark.parametrize("what", ["FIFO", "endless", "folder", "writable", "foreign"])
+def test_a_profile_that_is_no_file_of_ours_is_not_used(kept, sound, what):
+    """A FIFO hung every command, a link to /dev/zero took 7 GB, a folder ended the measurement with a traceback."""
+    if what in ("FIFO", "endless", "folder"):
+        kept.path.unlink()
+    if what == "FIFO":
+        os.mkfifo(kept.path)
+    elif what == "endless":
+        kept.path.symlink_to("/dev/zero")
+    elif what == "folder":
+        kept.path.mkdir()
+    elif what == "writable":
+        kept.path.chmod(0o666)
+    elif os.getuid() == 0:
+        os.chown(kept.path, 12345, 12345)
+    else:
+        pytest.skip("only root can give files away")
+
+    assert profiles.stored_profile() is None and profiles.is_kept()
+    with pytest.warns(UserWarning, match="is not used"):
+        assert profiles.current_profile() is None
+    if what == "folder":
+        measure.refresh_profile()
+        with pytest.warns(UserWarning, match=r"not kept \(it is a folder\)"):
+            profiles.keep(sound)
+    else:
+        profiles.keep(sound)
+        assert profiles.stored_profile() == sound
+    assert [] == kept.made
+
+
+def test_a_stale_profile_that_cannot_be_replaced_is_not_measured_again(kept, sound, monkeypatch):
+    """On a read-only file system every start measured for minutes and then ended with a traceback."""
+    kept.path.write_text(replace(sound, fingerprint=()).to_json())
+    monkeypatch.setattr(kept_files.tempfile, "mkstemp", refuse_read_only)
+    monkeypatch.setattr(kept_files.tempfile, "NamedTemporaryFile", refuse_read_only)
+    measure.refresh_profile()
+
+    assert [] == kept.made
+    with pytest.warns(UserWarning, match="is not used"):
+        assert profiles.current_profile() is None
+    with pytest.warns(UserWarning, match=r"not kept \(Read-only file system\)"):
+        profiles.keep(sound)
+
+
+def refuse_read_only(*arguments, **named):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+ODD_HOMES = {"no home": None, "too long": "x" * 5000, "below a file": os.devnull}
+
+
+@pytest.mark.parametrize("home", ODD_HOMES)
+def test_where_nothing_can_be_kept_planning_still_works(monkeypatch, sound, home):
+    """A container's user without a home, and a cache folder whose name is too long, ended every command."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(kept_files.Path, "home", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if ODD_HOMES[home]:
+        monkeypatch.setenv("XDG_CACHE_HOME", ODD_HOMES[home])
+
+    assert profiles.current_profile() is None
+    with pytest.warns(UserWarning, match="not kept"):
+        profiles.keep(sound)
+    measure.refresh_profile()
+    caches = {finding.name: finding for finding in doctor.caches()}
+    assert {"compiled kernels", "machine profile", "hub checkpoints"} == set(caches)
+    assert caches["compiled kernels"].verdict == "note"
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_a_stale_profile_is_measured_again_on_request_and_a_missing_one_is_not(measured, monkeypatch):
+    profile, _ = measured
+    made = []
+    monkeypatch.setattr(measure, "profile_machine", lambda: made.append(1))
+    measure.refresh_profile()
+    assert not made
+
+    profiles.profile_path().write_text(replace(profile, fingerprint=(("torch", "0.1"),)).to_json())
+    with pytest.warns(UserWarning, match="of another machine or version: measuring this machine again"):
+        measure.refresh_profile()
+    profiles.profile_path().unlink()
+    measure.refresh_profile()
+
+    assert [1] == made
+
+
+def test_planning_never_measures(measured, monkeypatch):
+    """A plan was made only after seconds of measuring, unseen, where a kept profile had become stale."""
+    profile, _ = measured
+    monkeypatch.setattr(measure, "profile_machine", lambda: pytest.fail("planning has measured the machine"))
+    profiles.profile_path().write_text(replace(profile, fingerprint=(("torch", "0.1"),)).to_json())
+
+    with pytest.warns(UserWarning, match="is not used; `hetero-attn profile` measures this machine again"):
+        used = machine_profile("cpu")
+
+    assert used.name == HardwareProfile.named("generic-cpu").name
+
+
+def test_a_profile_that_was_kept_before_all_caches_were_measured_is_stale(measured):
+    profile, _ = measured
+    older = tuple(pair for pair in profile.fingerprint if pair[0] != "measurements")
+    profiles.profile_path().write_text(replace(profile, fingerprint=older, cpu_attention=()).to_json())
+
+    assert len(older) + 1 == len(profile.fingerprint)
+    assert profiles.stored_profile() is None
+
+
+def test_without_a_profile_plans_use_the_catalogue(monkeypatch, tmp_path):
+    monkeypatch.setattr(profiles, "profile_path", lambda: tmp_path / "none.json")
+
+    assert machine_profile("cpu").name == HardwareProfile.named("generic-cpu").name
+
+
+def test_thread_counts_are_powers_of_two_and_the_maximum():
+    assert thread_counts(1) == (1,)
+    assert thread_counts(6) == (1, 2, 4, 6)
+    assert thread_counts(16) == (1, 2, 4, 8, 16)
+
+
+def test_threads_that_slow_the_others_are_left_out_and_idle_memory_leaves_none_out():
+    """One row that memory limits is as fast with one thread; prompts are not."""
+    slowing = (ThreadRate(1, 10e9, 1.0), ThreadRate(2, 19e9, 1.0), ThreadRate(4, 19.3e9, 1.0), ThreadRate(8, 15e9, 1.0))
+    saturated = (ThreadRate(1, 33e9, 1.0), ThreadRate(2, 32.5e9, 1.0))
+
+    assert (best_threads(slowing), best_threads(saturated)) == (4, 2)
+
+
+@pytest.mark.parametrize("cores,has_gpu,threads", [(16, False, 16), (16, True, 15), (4, True, 3), (2, True, 2)])
+def test_a_core_is_left_to_the_thread_that_feeds_a_gpu(monkeypatch, cores, has_gpu, threads):
+    monkeypatch.setattr(profiles, "default_threads", lambda cpus: cores)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+
+    assert profiles.lane_threads() == threads

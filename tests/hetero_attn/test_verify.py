@@ -1,0 +1,166 @@
+"""`verify` on a deep model: rounding passes whatever the depth, and every planted bug is named by its layer."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import hetero_attn.lanes.staging
+from gpu_kernels import reference
+from hetero_attn import LLM
+from hetero_attn.cache.pool import LayerGroup
+from hetero_attn.engine.build import build_engine
+from hetero_attn.errors import PromptError
+from hetero_attn.planning.settle import PlannedModel
+from hetero_attn.spec.config import ModelConfig
+from hetero_attn.tools import verify
+from hetero_attn.tools.verify import VerifyReport
+from placement.machine.hardware import HardwareProfile
+from tests.support.runtime import cpu_plan, toy_workload, uniform_plan
+from tests.support.toy import make_checkpoint
+
+LAYERS = 30
+TOKEN_IDS = torch.randint(307, (32,), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """As many layers as a small trained model has; the fixed limits that four layers kept do not hold here."""
+    return make_checkpoint(tmp_path_factory.mktemp("deep"), "llama", layers=LAYERS, intermediate=96)
+
+
+@contextmanager
+def loaded(path, weight_dtype: str, split: bool, kv_dtype: str | None = None):
+    """A plan with all three lanes and a spilled cache, or the CPU lane alone, and its engine."""
+    workload = toy_workload(path, weight_dtype, page_size=4, prefill_chunk=8, kv_dtype=kv_dtype)
+    plan = uniform_plan(workload, gpu=0.3, stream=0.4, gpu_groups=1) if split else cpu_plan(workload)
+    machine = HardwareProfile.named("emulated")
+    planned = PlannedModel(path, ModelConfig.from_dir(path), weight_dtype, plan.device, machine, plan)
+    engine = build_engine(planned)
+    try:
+        yield planned, engine
+    finally:
+        engine.close()
+
+
+def report(path, weight_dtype: str, split: bool = True, kv_dtype: str | None = None) -> VerifyReport:
+    """Verify such a plan on 32 tokens and 4 more."""
+    with loaded(path, weight_dtype, split, kv_dtype) as (planned, engine):
+        return verify.compare(planned, engine, TOKEN_IDS, 4)
+
+
+@pytest.mark.parametrize("split", [True, False], ids=["three lanes", "cpu"])
+@pytest.mark.parametrize("weight_dtype", ["fp32", "bf16", "q8", "q4"])
+def test_thirty_layers_pass_in_every_dtype(deep, weight_dtype, split):
+    found = report(deep, weight_dtype, split)
+
+    assert found.passed, found.table()
+    assert len(found.stages) == LAYERS + 2
+    assert found.tokens == 36
+
+
+@pytest.mark.parametrize("kv_dtype", ["q8", "q4"])
+def test_a_quantised_cache_passes(deep, kv_dtype):
+    found = report(deep, "bf16", kv_dtype=kv_dtype)
+
+    assert found.passed, found.table()
+    assert found.kv_cost is not None
+
+
+def caught(path, weight_dtype: str) -> bool:
+    """Whether a bug shows with room to spare: ten times over the limit of some stage, or over that at the end."""
+    found = report(path, weight_dtype)
+    return not found.passed and max(stage.error / stage.limit for stage in found.stages) > 10
+
+
+@pytest.mark.parametrize("weight_dtype", ["bf16", "q4"])
+class TestPlantedBugs:
+    """Each changes little at the end of one layer, and is drowned by rounding at the end of thirty."""
+
+    def test_token_dropped_at_the_boundary(self, deep, monkeypatch, weight_dtype):
+        original = LayerGroup.boundary
+        monkeypatch.setattr(LayerGroup, "boundary", lambda self, slot: (at := original(self, slot)) + (at > 0))
+
+        assert caught(deep, weight_dtype)
+
+    def test_base_two_lse(self, deep, monkeypatch, weight_dtype):
+        for name in ("decode_attention", "prefill_attention"):
+            original = getattr(reference, name)
+
+            def base_two(*arguments, original=original):
+                original(*arguments)
+                arguments[-1].mul_(1.4426950408889634)
+
+            monkeypatch.setattr(reference, name, base_two)
+
+        assert caught(deep, weight_dtype)
+
+    def test_average_instead_of_merge(self, deep, monkeypatch, weight_dtype):
+        def average(outs, lses, out, lse):
+            out.copy_(torch.stack(outs).mean(0))
+
+        monkeypatch.setattr(reference, "merge", average)
+
+        assert caught(deep, weight_dtype)
+
+    def test_stale_staging_buffer(self, deep, monkeypatch, weight_dtype):
+        original, count = hetero_attn.lanes.staging.StagingRing._fill, iter(range(10**9))
+
+        def lossy(self, slot):
+            copy = self.device.copy
+            if next(count) % 5 == 4:
+                self.device.copy = lambda *arguments: None
+            original(self, slot)
+            self.device.copy = copy
+
+        monkeypatch.setattr(hetero_attn.lanes.staging.StagingRing, "_fill", lossy)
+
+        assert caught(deep, weight_dtype)
+
+    def test_norm_forgets_its_epsilon_in_the_operations_of_the_yardstick_too(self, deep, monkeypatch, weight_dtype):
+        """The twin computes by the reference operations: a bug there must not stretch the yardstick over itself."""
+        original = reference.rms_norm
+        monkeypatch.setattr(
+            reference, "rms_norm", lambda x, weight, eps, out: original(x, weight, eps + x.square().mean().item(), out)
+        )
+
+        assert caught(deep, weight_dtype)
+
+
+def test_the_first_layer_that_differs_is_named(deep):
+    """One block of one layer is damaged after loading; the layers behind it get the reference's input, and agree."""
+    with loaded(deep, "bf16", split=True) as (planned, engine):
+        engine.weights.layers[17].down.dram[0].fill_(0)
+        found = verify.compare(planned, engine, TOKEN_IDS, 8)
+
+    assert [stage.name for stage in found.stages if stage.error > stage.limit] == ["layer 17"]
+    assert found.to_dict()["first_divergence"] == "layer 17" and not found.passed
+    assert "layer 17" in found.table() and "THE PLAN CHANGES THE ANSWER" in found.table()
+
+
+def test_the_table_fits_eighty_columns(deep):
+    found = report(deep, "q4", kv_dtype="q4")
+
+    assert max(map(len, found.table().splitlines())) <= 80
+
+
+def test_a_model_without_tokenizer_says_so(tmp_path):
+    """It ended in an AttributeError."""
+    path = make_checkpoint(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path / name).unlink()
+    with LLM(path, device="cpu", progress=False) as llm:
+        with pytest.raises(PromptError, match="no tokenizer"):
+            verify.run(llm, "text")
+
+        assert verify.run(llm, [5, 6, 7, 8], 4).passed
+
+
+def test_a_long_text_is_cut_to_what_fits(tmp_path):
+    path = make_checkpoint(tmp_path)
+    with LLM(path, device="cpu", max_context=64, progress=False) as llm:
+        found = verify.run(llm, "a" * 500, 8)
+
+        assert found.tokens == 64
+        with pytest.raises(PromptError, match="context of this plan holds 64"):
+            verify.run(llm, "a", 64)

@@ -1,0 +1,133 @@
+"""The explanation of a plan: bottleneck, value of more hardware, rejected alternatives, and the picture."""
+
+import json
+
+import pytest
+
+from hetero_attn.cli.plots import plot_plan
+from placement import HardwareProfile, Policy
+from placement.explain import SHAPE_WORDS, budget_curve, explain
+from placement.solve.make_plan import plan_with_alternatives
+from tests.support.planning_models import llama_8b, tiny, with_row_cuts
+
+EMULATED = HardwareProfile.named("emulated")
+
+
+@pytest.fixture(scope="module")
+def explanation():
+    return explain(
+        llama_8b(dtype="q4", context=4096),
+        HardwareProfile.named("rtx3060-ddr4"),
+        Policy(),
+        device="cuda",
+        gpu_memory_bytes=3 * 2**30,
+    )
+
+
+def test_the_bottleneck_is_one_sentence_with_shares(explanation):
+    assert explanation.bottleneck.startswith("Decoding is bound by ") and explanation.bottleneck.endswith(").")
+    assert "% busy" in explanation.bottleneck and "prefill is bound by" in explanation.bottleneck
+
+
+def test_more_hardware_is_planned_again_and_never_hurts(explanation):
+    labels = [gain.label for gain in explanation.gains]
+    decode = explanation.plan.predicted.decode.tokens_per_s
+
+    assert ["1 GiB more GPU memory", "PCIe twice as fast", "one more CPU thread"] == labels
+    assert explanation.gains[0].decode_tokens_per_s > 1.1 * decode
+
+
+def test_no_alternative_is_better_than_the_plan(explanation):
+    predicted = explanation.plan.predicted
+    others = {other.label: other for other in explanation.alternatives}
+
+    assert {"policy cpu_only", "policy stream_only", "policy gpu_only", "policy host_attention"} <= set(others)
+    assert "needs" in others["policy gpu_only"].note and others["policy gpu_only"].decode_tokens_per_s is None
+    for other in explanation.alternatives:
+        if other.decode_tokens_per_s is not None:
+            worse_decode = other.decode_tokens_per_s <= predicted.decode.tokens_per_s * 1.001
+            assert worse_decode or other.prefill_tokens_per_s < predicted.prefill.tokens_per_s, other
+
+
+def test_text_and_json_carry_all_of_it(explanation):
+    text = "\n".join(explanation.lines())
+    values = json.loads(json.dumps(explanation.to_dict()))
+
+    assert "what more hardware would bring" in text and "rejected" in text and "whole layers on the GPU" in text
+    assert {"bottleneck", "notes", "gains", "alternatives"} == set(values) - set(explanation.plan.to_dict())
+
+
+def test_without_a_gpu_only_threads_are_weighed():
+    found = explain(tiny(), HardwareProfile.named("generic-cpu"), Policy(), device="cpu")
+
+    assert (["one more CPU thread"], ()) == ([gain.label for gain in found.gains], found.alternatives)
+
+
+def test_without_a_gpu_nothing_is_said_of_lanes_and_hand_overs():
+    found = explain(tiny(), HardwareProfile.named("generic-cpu"), Policy(), device="cpu")
+    text = "\n".join([found.plan.table(), *found.lines()])
+
+    for word in ("hand-over", "PCIe", "GPU", "g/s/c", "pinned", "wait"):
+        assert word not in text, text
+
+
+def test_invented_and_estimated_rates_are_called_that():
+    notes = [
+        explain(tiny(), HardwareProfile.named(name), Policy(), device=device).notes[0]
+        for name, device in (("emulated", "emulated"), ("generic-cpu", "cpu"))
+    ]
+
+    assert "invented rates" in notes[0] and "predict no GPU" in notes[0]
+    assert "`hetero-attn profile` measures" in notes[1]
+
+
+def test_a_change_too_small_to_see_is_called_the_same(explanation):
+    text = "\n".join(explanation.lines())
+
+    assert "(-0%)" not in text and "(+0%)" not in text
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_both_shapes_are_weighed_and_the_faster_is_the_plan(objective):
+    wish, machine = Policy(objective=objective, batch=4), HardwareProfile.named("rtx4090-ddr5")
+    plan, found = plan_with_alternatives(
+        llama_8b(context=4096), machine, wish, device="cuda", gpu_memory_bytes=4 * 2**30
+    )
+
+    assert {True, False} == {candidate.concentrated for candidate in found}
+    assert [candidate.seconds for candidate in found] == sorted(candidate.seconds for candidate in found)
+    assert plan.predicted.objective_s == pytest.approx(found[0].seconds, rel=1e-3)
+
+
+def test_losing_shapes_and_the_cut_not_chosen_are_shown():
+    machine, workload = HardwareProfile.named("rtx4090-ddr5"), with_row_cuts(llama_8b(context=4096))
+    found = explain(workload, machine, Policy(), device="cuda", gpu_memory_bytes=4 * 2**30)
+    labels = " ".join(other.label for other in found.alternatives)
+
+    assert "CPU work in few whole layers" in labels and "CPU work spread over all layers" in labels
+    assert {"column", "paired"} - {found.plan.shape} == {name for name in SHAPE_WORDS if SHAPE_WORDS[name] in labels}
+
+
+def test_a_model_larger_than_the_machine_is_noted():
+    found = explain(llama_8b(), HardwareProfile.named("generic-cpu"), Policy(), device="cpu")
+
+    assert "of host memory; generic-cpu has 7.45 GiB" in found.notes[1]
+
+
+def test_budget_curve_spans_the_useful_budgets_and_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    seen = []
+
+    def watched(budgets):
+        seen.extend(budgets)
+        return budgets
+
+    curve = budget_curve(tiny(), EMULATED, Policy(), device="emulated", steps=3, watched=watched)
+
+    assert seen == [plan.gpu_memory_bytes for plan in curve]
+    seconds = [plan.predicted.objective_s for plan in curve]
+
+    plot_plan(curve[1], curve, tmp_path / "speed.png")
+
+    assert 4 == len(curve) and seconds == sorted(seconds, reverse=True)
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,104 @@
+"""Hardware profiles: round trips, the catalogue, thread counts, and bad values."""
+
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from placement import HardwareProfile, catalogue_names
+from placement.machine.hardware import CATALOGUE
+
+WELL_KNOWN = {
+    "laptop-8gb-ddr5",
+    "rtx3060-ddr4",
+    "rtx4060ti-ddr5",
+    "rtx4090-ddr5",
+    "rtx5090-ddr5",
+    "a10-server",
+    "l4-server",
+    "a100-server",
+    "h100-server",
+    "h200-server",
+    "jetson-agx-orin",
+}
+
+
+@pytest.mark.parametrize("name", catalogue_names())
+def test_catalogue_machine_is_plausible_and_says_where_it_comes_from(name):
+    machine = HardwareProfile.named(name)
+    text = (CATALOGUE / f"{name}.yaml").read_text(encoding="utf-8")
+
+    assert text.startswith("# ") and machine.source and "measured" != machine.source
+    assert machine.cpu_linear_bytes_per_s.bf16 <= machine.dram_bytes_per_s
+    assert not machine.has_gpu or machine.gpu_bytes_per_s >= machine.h2d_bytes_per_s
+    assert machine == HardwareProfile.from_json(machine.to_json())
+
+
+def test_catalogue_covers_the_well_known_machines():
+    assert set(catalogue_names()) >= WELL_KNOWN
+    assert [name for name in WELL_KNOWN if HardwareProfile.named(name).unified_memory] == ["jetson-agx-orin"]
+
+
+def test_unknown_machine_lists_the_nearest():
+    with pytest.raises(ValueError, match="unknown hardware 'rtx4090'; did you mean rtx4090-ddr5"):
+        HardwareProfile.named("rtx4090")
+
+
+def test_a_path_is_not_a_catalogue_name():
+    with pytest.raises(ValueError, match="unknown hardware"):
+        HardwareProfile.named("../policies/auto")
+
+
+def test_fingerprint_survives_the_round_trip_and_does_not_change_equality():
+    machine = replace(HardwareProfile.named("generic-cpu"), fingerprint=(("cpu", "x"), ("threads", "2")))
+
+    again = HardwareProfile.from_json(machine.to_json())
+
+    assert machine.fingerprint == again.fingerprint
+    assert again == HardwareProfile.named("generic-cpu")
+
+
+def test_threads_scale_operations_and_bandwidth_up_to_dram():
+    machine = HardwareProfile.named("rtx4090-ddr5")
+
+    few, many = machine.with_threads(4), machine.with_threads(64)
+
+    assert machine.cpu_ops_per_s.bf16 / 4 == few.cpu_ops_per_s.bf16
+    assert machine.cpu_linear_bytes_per_s.q4 / 4 == few.cpu_linear_bytes_per_s.q4
+    assert machine.dram_bytes_per_s == many.cpu_linear_bytes_per_s.q4
+
+
+def catalogue_values():
+    return yaml.safe_load((CATALOGUE / "rtx4090-ddr5.yaml").read_text(encoding="utf-8")) | {"name": "x"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dram_bytes_per_sec": 1}, "unknown field 'dram_bytes_per_sec'; did you mean 'dram_bytes_per_s'"),
+        ({"dram_bytes_per_s": 0}, "dram_bytes_per_s must be positive"),
+        ({"dram_bytes_per_s": "fast"}, "dram_bytes_per_s must be a number, got 'fast'"),
+        ({"handover_s": -1}, "handover_s must be a finite number >= 0"),
+        ({"handover_s": float("nan")}, "handover_s must be a finite number >= 0"),
+        ({"cores": True}, "cores must be a finite number"),
+        ({"gpu_bytes_per_s": 0}, "a GPU .* needs positive d2h_bytes_per_s, gpu_bytes_per_s"),
+        ({"gpu_flops": {"fp32": 1}}, "gpu_flops needs one value for each of fp32, bf16, q8, q4"),
+        ({"cpu_slowdown_while_copying": 2}, r"must be in \(0, 1\]"),
+    ],
+)
+def test_bad_values_name_field_and_rule(change, message):
+    with pytest.raises(ValueError, match=message):
+        HardwareProfile.from_dict(catalogue_values() | change)
+
+
+def test_missing_fields_are_named():
+    values = catalogue_values()
+    del values["cores"]
+
+    with pytest.raises(ValueError, match="missing cores"):
+        HardwareProfile.from_dict(values)
+
+
+def test_json_that_is_no_object_is_refused():
+    with pytest.raises(ValueError, match="expected a JSON object, found list"):
+        HardwareProfile.from_json("[]")

@@ -1,0 +1,150 @@
+"""Engines built by hand from a toy checkpoint and an explicit plan, and strategies that draw such plans."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from hypothesis import strategies as st
+
+from hetero_attn.engine.build import build_engine
+from hetero_attn.engine.engine import Engine
+from hetero_attn.planning.settle import PlannedModel
+from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.weights import build_workload
+from placement.machine.hardware import HardwareProfile
+from placement.plan.memory import KvPlacement, LinearPlacement
+from placement.plan.plan import Plan, build_plan
+from placement.plan.workload import NUM_ROW_TIERS, Workload
+
+THREADS = 2
+
+
+def nmse(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Squared error over squared norm, in float64."""
+    difference = (actual.double() - expected.double()).pow(2).sum()
+    return (difference / expected.double().pow(2).sum()).item()
+
+
+def toy_workload(
+    path: Path,
+    weight_dtype: str = "fp32",
+    *,
+    max_context: int = 128,
+    max_batch: int = 2,
+    page_size: int = 4,
+    prefill_chunk: int = 16,
+    kv_dtype: str | None = None,
+    paired: bool = False,
+) -> Workload:
+    """The workload of a toy checkpoint with small pages and chunks, so that boundaries fall inside short prompts."""
+    config = ModelConfig.from_dir(path)
+    return build_workload(
+        config,
+        weight_dtype,
+        model=path.name,
+        max_context=max_context,
+        max_batch=max_batch,
+        page_size=page_size,
+        prefill_chunk=prefill_chunk,
+        kv_dtype=kv_dtype,
+        paired=paired,
+    )
+
+
+def cpu_plan(workload: Workload) -> Plan:
+    """Everything on the CPU lane: the one-device run."""
+    linears = [LinearPlacement(shard.name, 0, (0,) * NUM_ROW_TIERS, shard.units) for shard in workload.linears]
+    kv = [KvPlacement(shard.name, 0, 0, shard.groups) for shard in workload.kv]
+    return build_plan(workload, linears, kv, device="cpu", num_threads=THREADS)
+
+
+def emulated_plan(workload: Workload, linears: Sequence[LinearPlacement], kv: Sequence[KvPlacement]) -> Plan:
+    """A three-lane plan whose budget is exactly what it needs."""
+    plan = build_plan(workload, linears, kv, device="emulated", gpu_memory_bytes=0, num_threads=THREADS)
+    return build_plan(
+        workload, linears, kv, device="emulated", gpu_memory_bytes=plan.memory.gpu_bytes, num_threads=THREADS
+    )
+
+
+def uniform_plan(workload: Workload, gpu: float, stream: float, gpu_groups: int, gpu_tokens: int | None = None) -> Plan:
+    """Every linear cut at the same fractions in every tier, every layer's cache placed alike."""
+    linears = []
+    for shard in workload.linears:
+        home = round(gpu * shard.units)
+        streamed = min(round(stream * shard.units), shard.units - home)
+        linears.append(LinearPlacement(shard.name, home, (streamed,) * NUM_ROW_TIERS, shard.units))
+    tokens = (gpu_tokens or workload.min_gpu_tokens) if gpu_groups else 0
+    kv = [KvPlacement(shard.name, gpu_groups, tokens, shard.groups) for shard in workload.kv]
+    return emulated_plan(workload, linears, kv)
+
+
+@st.composite
+def plans(draw: st.DrawFn, path: Path, weight_dtype: str) -> Plan:
+    """Any valid plan: cuts per linear and tier, head owners and segment sizes per layer, page and chunk sizes, copies."""
+    workload = toy_workload(
+        path,
+        weight_dtype,
+        page_size=draw(st.sampled_from([1, 3, 4, 16, 64])),
+        prefill_chunk=draw(st.sampled_from([1, 5, 16, 40])),
+        max_batch=draw(st.integers(1, 3)),
+    )
+    workload = replace(workload, elastic=draw(st.booleans()))
+    linears = []
+    for shard in workload.linears:
+        home = draw(st.integers(0, shard.units))
+        streams = draw(st.tuples(*[st.integers(0, shard.units - home)] * NUM_ROW_TIERS))
+        linears.append(LinearPlacement(shard.name, home, streams, shard.units))
+    kv = []
+    for shard in workload.kv:
+        groups = draw(st.integers(0, shard.groups))
+        tokens = draw(st.integers(workload.min_gpu_tokens, workload.full_tokens)) if groups else 0
+        kv.append(KvPlacement(shard.name, groups, tokens, shard.groups))
+    return emulated_plan(workload, linears, kv)
+
+
+def make_engine(path: Path, plan: Plan, *, overlap: bool = True) -> Engine:
+    """Load a toy checkpoint by a plan."""
+    planned = PlannedModel(
+        path,
+        ModelConfig.from_dir(path),
+        plan.workload.weight_dtype,
+        plan.device,
+        HardwareProfile.named("emulated"),
+        plan,
+    )
+    return build_engine(planned, overlap)
+
+
+def run_logits(engine: Engine, token_ids: Sequence[int], prompt_tokens: int) -> torch.Tensor:
+    """Teacher-forced logits: a prompt in chunks, then one decode step a token; float32 [len(token_ids), vocab_size]."""
+    sequence = engine.kv_cache.open()
+    rows = []
+    for start in range(0, prompt_tokens, engine.prefill_chunk):
+        rows.append(
+            engine.prefill_logits(sequence, token_ids[start : min(start + engine.prefill_chunk, prompt_tokens)])
+        )
+    rows += [engine.decode_step([sequence], [token_id]) for token_id in token_ids[prompt_tokens:]]
+    engine.kv_cache.close(sequence)
+    return torch.cat(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Token ids and the logits that the one-device run gives for them."""
+
+    path: Path
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    logits: torch.Tensor
+
+
+def one_device_run(path: Path, weight_dtype: str, tokens: int = 70, prompt_tokens: int = 60, vocab: int = 307) -> Run:
+    """The reference of a placement test: the CPU lane alone."""
+    generator = torch.Generator().manual_seed(5)
+    token_ids = tuple(torch.randint(vocab, (tokens,), generator=generator).tolist())
+    engine = make_engine(path, cpu_plan(toy_workload(path, weight_dtype)))
+    try:
+        return Run(path, token_ids, prompt_tokens, run_logits(engine, token_ids, prompt_tokens))
+    finally:
+        engine.close()
