@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hetero_attn.cli import options
-from hetero_attn.cli.output import print_json
+from hetero_attn.cli.output import expect_writable, print_json
 
 
 def bench(
@@ -27,17 +27,25 @@ def bench(
 ) -> None:
     """Measure prefill and decode as llama-bench does, beside prediction and ceiling."""
     from hetero_attn.tools import bench as benchmark
+    from hetero_attn.tools.trace import tokens_traced, trace_steps
 
     depths = parse_depths(depth or ["0"])
+    needed = max(depths) + max(prompt_tokens, gen_tokens + 1)
+    if trace is not None:
+        needed = max(needed, tokens_traced(prompt_tokens))
+    expect_writable(trace)
+    if context is not None and context < needed:
+        raise typer.BadParameter(
+            f"--context {context} is less than the {needed} tokens that this measurement needs; give at least that, or "
+            "lower --prompt-tokens, --gen-tokens or --depth"
+        )
     # Without a wish of the user, the context is what the measurement itself needs.
-    needed = context or max(depths) + max(prompt_tokens, gen_tokens + 1)
-    with options.load_llm(model, policy, gpu_memory, dtype, device, needed, threads, kv_dtype=kv_dtype) as llm:
+    context = context or needed
+    with options.load_llm(model, policy, gpu_memory, dtype, device, context, threads, kv_dtype=kv_dtype) as llm:
         report = benchmark.run(
             llm, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens, depths=depths, repetitions=repetitions
         )
         if trace is not None:
-            from hetero_attn.tools.trace import trace_steps
-
             trace_steps(llm.engine, prompt_tokens).save(trace)
     if as_json:
         print_json(report.to_dict())

@@ -29,12 +29,16 @@ def table_width() -> int:
 
 
 def expect_writable(*files: Path | None) -> None:
-    """Raise a usage error for a file that could not be written, before the work whose result it is to hold."""
+    """Raise a usage error for a file that could not be written, before the work whose result it is to hold.
+
+    Its folder is made.
+    """
     for file in files:
         if file is None or str(file) == "-":
             continue
-        is_new = not file.exists()
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not file.exists()
             with file.open("ab"):
                 pass
         except OSError as error:

@@ -39,7 +39,7 @@ def plan(
     from hetero_attn.planning.settle import PAGE_TOKENS, prepare
     from hetero_attn.serving.progress import working
 
-    expect_writable(yaml)
+    expect_writable(plot, yaml)
     if hardware is None and device != "emulated":
         refresh_profile()
     planned = prepare(

@@ -18,7 +18,7 @@ def profile(
     """Measure what this machine's memory, cores and bus can do, and keep it for later plans; takes under a minute."""
     from hetero_attn import profile_machine
 
-    expect_writable(save)
+    expect_writable(save, plot)
     measured = profile_machine(on_progress=lambda what: typer.echo(f"measuring {what}", err=True))
     if save is not None:
         write_text(save, measured.to_json() + "\n")

@@ -183,7 +183,7 @@ class Lanes:
     def traced(self, trace: Any) -> Iterator[None]:
         """Run the enclosed steps with every operation and copy in the trace; when it ends the device has finished."""
         kept = self.host_ops, self.device
-        self.host_ops = TracedOps(self.host_ops, lambda name, work: _timed(trace, name, work))
+        self.host_ops = TracedOps(self.host_ops, "CPU lane", trace, lambda name, work: _timed(trace, name, work))
         if self.device is not None:
             self.device = TracedDevice(self.device, trace)
         self._copy_ahead_on(self.device)

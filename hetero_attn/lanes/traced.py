@@ -7,14 +7,19 @@ import torch
 
 
 class TracedOps:
-    """Operations of one side; each call goes to `run(name, work)`."""
+    """Operations of one side; each call goes to `run(name, work)`, named after the shard that it reads."""
 
-    def __init__(self, ops: Any, run: Callable[[str, Callable[[], object]], None]) -> None:
-        self._ops, self._run = ops, run
+    def __init__(self, ops: Any, lane: str, trace: Any, run: Callable[[str, Callable[[], object]], None]) -> None:
+        self._ops, self._lane, self._trace, self._run = ops, lane, trace, run
 
     def __getattr__(self, name: str) -> Callable[..., object]:
         operation = getattr(self._ops, name)
-        return lambda *arguments: self._run(name, lambda: operation(*arguments))
+
+        def traced(*arguments: object) -> None:
+            label = f"{name} {self._trace.shards.of(self._lane, arguments)}".rstrip()
+            self._run(label, lambda: operation(*arguments))
+
+        return traced
 
 
 class TracedDevice:
@@ -22,7 +27,9 @@ class TracedDevice:
 
     def __init__(self, device: Any, trace: Any) -> None:
         self._device, self._trace = device, trace
-        self.ops = TracedOps(device.ops, lambda name, work: trace.queue("GPU compute", device.compute, name, work))
+        self.ops = TracedOps(
+            device.ops, "GPU compute", trace, lambda name, work: trace.queue("GPU compute", device.compute, name, work)
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._device, name)
@@ -30,5 +37,5 @@ class TracedDevice:
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
         """As the device's own."""
         lane = "copies" if stream is self._device.copies else "GPU compute"
-        name = f"copy {target.nbytes} B"
+        name = f"copy {target.nbytes} B {self._trace.shards.of_copy(lane, target, source)}".rstrip()
         self._trace.queue(lane, stream, name, lambda: self._device.copy(target, source, stream))

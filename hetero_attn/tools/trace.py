@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hetero_attn.engine.engine import Engine
+from hetero_attn.tools.trace_names import ShardNames
 
 LANES = ("main thread", "GPU compute", "copies", "CPU lane")
 DECODE_TOKENS = 4
@@ -33,9 +34,10 @@ class Span:
 
 
 class Trace:
-    """Spans of the lanes of one engine. device: None for the CPU alone."""
+    """Spans of the lanes of one engine. device: None for the CPU alone. shards: names what an operation works on."""
 
-    def __init__(self, device: Any = None) -> None:
+    def __init__(self, device: Any, shards: ShardNames) -> None:
+        self.shards = shards
         self._spans: list[Span] = []
         self._queued: list[tuple[str, str, Any, Any]] = []
         self._device = device
@@ -90,11 +92,19 @@ class Trace:
         return mark
 
 
+def tokens_traced(prompt_tokens: int, decode_tokens: int = DECODE_TOKENS) -> int:
+    """The tokens that a traced sequence holds at its end: the context that `trace_steps` needs."""
+    return max(1, prompt_tokens) + decode_tokens
+
+
 def trace_steps(engine: Engine, prompt_tokens: int, decode_tokens: int = DECODE_TOKENS) -> Trace:
-    """The timeline of a prompt, if it has any tokens, and of some decode steps; each ran once before, untimed."""
+    """The timeline of a prompt, of one token at least, and of some decode steps; each ran once before, untimed.
+
+    Raises MemoryBudgetError where the cache has no room for `tokens_traced`.
+    """
     for _ in range(2):
-        trace = Trace(engine.lanes.device)
-        sequence = engine.kv_cache.open()
+        sequence = engine.kv_cache.open(tokens_traced(prompt_tokens, decode_tokens))
+        trace = Trace(engine.lanes.device, ShardNames(engine))
         with engine.lanes.traced(trace):
             for start in range(0, max(1, prompt_tokens), engine.prefill_chunk):
                 rows = min(engine.prefill_chunk, max(1, prompt_tokens) - start)

@@ -518,6 +518,43 @@ def test_bench_has_a_row_for_each_phase_and_depth() -> None:
     assert names == ["pp16", "tg4", "pp16 @ d32", "tg4 @ d32"]
 
 
+@pytest.mark.parametrize("device", [["cpu"], ["emulated", "--gpu-memory", "8MiB"]])
+def test_bench_writes_a_trace_whatever_the_sizes(tmp_path: Path, device: list[str]) -> None:
+    """The trace needs a few tokens more than the rows: with the context of the rows it failed after measuring."""
+    trace = tmp_path / "new" / "t.json"
+    result = run("bench", TINY, "-p", "64", "-n", "4", "-r", "1", "--trace", str(trace), "--device", *device)
+
+    assert result.exit_code == 0, result.stderr
+    assert "pp64" in result.stdout
+    assert any("layers.3.qkv" in event["name"] for event in json.loads(trace.read_text())["traceEvents"])
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They were found out after it, and what was measured was lost."""
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setattr(hetero_attn, "profile_machine", lambda **_: pytest.fail("the machine was measured"))
+
+    for command in (
+        ["bench", "m", "--trace"], ["profile", "--save"], ["profile", "--plot"], ["plan", "m", "--plot"],
+        ["plan", "m", "--yaml"],
+    ):
+        result = run(*command, str(blocked / "out.json"))
+
+        assert (result.exit_code, fake.made) == (2, []), command
+        assert "cannot write" in result.stderr
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_bench_says_what_context_it_needs(fake: type[FakeLLM], tmp_path: Path) -> None:
+    result = run("bench", "m", "-p", "64", "-n", "4", "--trace", str(tmp_path / "t.json"), "--context", "65")
+
+    assert (result.exit_code, fake.made) == (2, [])
+    assert "68" in result.stderr and "--context" in result.stderr
+
+
 def test_ctrl_c_ends_a_generation_with_130_and_no_traceback() -> None:
     with start("generate", TINY, "-p", "A list is", "-n", "2000", "--ignore-eos", "--device", "cpu") as process:
         first = process.stdout.read(1)

@@ -65,6 +65,31 @@ def test_every_lane_shows_what_it_does(path, tmp_path, device):
     assert after.isfinite().all()
 
 
+@pytest.mark.parametrize("split", [True, False])
+def test_events_name_their_shard_and_layer(path, tmp_path, split):
+    """They said 605 times "linear"."""
+    workload = toy_workload(path)
+    engine = make_engine(path, uniform_plan(workload, gpu=0.3, stream=0.4, gpu_groups=1) if split else cpu_plan(workload))
+    spans = events_of(engine, tmp_path / "trace.json")
+    shards = {f"layers.{layer}.{kind}" for layer in range(2) for kind in ("qkv", "o", "gate_up", "down")} | {"head"}
+    engine.close()
+    lanes = ("GPU compute", "CPU lane") if split else ("CPU lane",)
+
+    linears = set()
+    for lane in lanes:
+        found = [span["name"].split(" ") for span in spans[lane] if not span["name"].startswith("copy")]
+        linears |= {shard for kind, shard in found if kind == "linear"}
+        assert all(len(words) == 2 for words in found)
+        assert {shard for kind, shard in found if "attention" in kind} == {"layers.0.kv", "layers.1.kv"}
+    assert linears == shards
+    # Layers follow each other within a step, whatever each operation reads.
+    layers = [span["name"].split(".")[1] for span in spans["CPU lane"] if " layers." in span["name"]]
+    steps = [layer for layer, before in zip(layers, [None, *layers], strict=False) if layer != before]
+    assert steps == ["0", "1"] * (len(steps) // 2)
+    if split:
+        assert {span["name"].split(" ")[3] for span in spans["copies"]} <= shards
+
+
 def test_older_keys_and_values_of_a_prompt_are_in_the_trace(path, tmp_path):
     """Copies of blocks took the device behind the trace's back: with no weight streamed, their lane was empty."""
     engine = make_engine(path, uniform_plan(toy_workload(path), gpu=1.0, stream=0.0, gpu_groups=2))
