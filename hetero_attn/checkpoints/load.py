@@ -109,7 +109,7 @@ class Loader:
                 self._place(spec, rows[:, :home], gpu[run], on_device=True)
             if home < spec.in_features:
                 self._place(spec, rows[:, home:], dram[run], on_device=False)
-        slot_bytes = staging_piece_units(spec.shard(self._weight_dtype)) * spec.unit_bytes(self._weight_dtype)
+        slot_bytes = self._piece_units(spec) * spec.unit_bytes(self._weight_dtype)
         return LinearWeights(
             spec=spec,
             placement=placement,
@@ -148,9 +148,12 @@ class Loader:
             gpu=gpu,
             dram=dram,
             bias=self._bias(spec),
-            piece_blocks=staging_piece_units(spec.shard(self._weight_dtype)) * spec.unit_blocks,
+            piece_blocks=self._piece_units(spec) * spec.unit_blocks,
             first_dram_unit=in_dram,
         )
+
+    def _piece_units(self, spec: LinearSpec) -> int:
+        return staging_piece_units(spec.shard(self._weight_dtype), self._plan.workload)
 
     def _dram(self, shape: tuple[int, int], streams: bool) -> torch.Tensor:
         """Host memory of one linear, page-locked where it streams: the stream and the CPU lane share this one copy."""

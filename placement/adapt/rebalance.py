@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from placement.machine.hardware import HardwareProfile
-from placement.plan.memory import LinearPlacement, staging_piece_units
+from placement.plan.memory import LinearPlacement
 from placement.plan.plan import Plan
 from placement.plan.workload import NUM_ROW_TIERS, LinearShard
 from placement.policy.bind import Bounds
@@ -46,8 +46,7 @@ class LaneTimes:
 def movable(plan: Plan, bounds: Bounds) -> tuple[dict[str, int], ...]:
     """By row tier, the linears whose boundary may move and the most units of each that may be streamed.
 
-    A linear may stream if the plan streams it in some tier (only then is it page-locked), as far as the staging slots
-    take its pieces. qkv stays: its cut follows the owners of the cache. So do both linears of a paired block, which move
+    A linear may stream if the plan streams it in some tier: only then is it page-locked. qkv stays: its cut follows the owners of the cache. So do both linears of a paired block, which move
     as a whole. Empty without a staging ring.
     """
     tiers: tuple[dict[str, int], ...] = tuple({} for _ in range(NUM_ROW_TIERS))
@@ -62,7 +61,7 @@ def movable(plan: Plan, bounds: Bounds) -> tuple[dict[str, int], ...]:
             for tier in range(NUM_ROW_TIERS):
                 fixed = bound.stream[tier] is not None or bound.cpu[tier] is not None
                 if not fixed and not (shard.kind == "head" and tier == PROMPT_TIER):
-                    tiers[tier][shard.name] = min(placement.dram_units, _slot_units(shard, plan.staging_slot_bytes))
+                    tiers[tier][shard.name] = placement.dram_units
     return tiers
 
 
@@ -84,12 +83,6 @@ def rebalanced(
     if not moved:
         return None
     return replace(plan, linears=tuple(moved.get(placement.name, placement) for placement in plan.linears))
-
-
-def _slot_units(shard: LinearShard, slot_bytes: int) -> int:
-    """Units that may be streamed: any number where a slot takes the largest piece, else what one slot takes."""
-    fits = slot_bytes // shard.unit_bytes
-    return shard.units if fits >= min(shard.units, staging_piece_units(shard)) else fits
 
 
 def _bytes_to_move(plan: Plan, tier: int, times: LaneTimes, hardware: HardwareProfile) -> float:

@@ -26,6 +26,7 @@ from placement.machine.rates import (
     number,
     parse,
 )
+from placement.plan.workload import STAGING_PIECE_BYTES
 
 # Bytes of one packed weight: q8 and q4 carry a scale (and a minimum) with every group of weights.
 # Fewer rows than this wait for weights, more compute.
@@ -63,6 +64,7 @@ class HardwareProfile:
     cpu_rows, gpu_rows: linears by token rows, ascending; they replace the two-rate estimate where there are any.
     cpu_attention: by cache dtype and head sharing, likewise. h2d_pageable_bytes_per_s, d2h_pageable_bytes_per_s, copies,
     thread_sweep: measured for people, not used by the cost model.
+    staging_piece_bytes: of the weights that are streamed at a time.
     fingerprint: (key, value) pairs by which a measured profile is recognised as stale or foreign.
     """
 
@@ -105,6 +107,7 @@ class HardwareProfile:
     cpu_attention: tuple[AttentionRate, ...] = ()
     copies: tuple[CopyRate, ...] = ()
     thread_sweep: tuple[ThreadRate, ...] = ()
+    staging_piece_bytes: int = STAGING_PIECE_BYTES
     fingerprint: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:

@@ -7,9 +7,7 @@ from placement.plan.workload import NUM_ROW_TIERS, KvShard, LinearShard, Workloa
 
 PLACES = ("gpu", "pinned", "host")
 KINDS = ("weights", "kv", "staging", "activations", "embed", "resident", "context")
-MAX_STAGING_PIECE_BYTES = 32 * 2**20
 KV_STAGING_BUFFERS = 2
-KV_BLOCKS_PER_CHUNK = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +144,8 @@ def kv_bytes_at(workload: Workload, kv: Sequence[KvPlacement], context: int) -> 
 
 
 def kv_staging_pages(workload: Workload) -> int:
-    """Pages of older tokens that are copied to the GPU at a time, for a prompt's chunk to attend."""
-    return max(1, workload.prefill_chunk // (KV_BLOCKS_PER_CHUNK * workload.page_size))
+    """Pages of older tokens that are copied to the GPU at a time, for a prompt's chunk to attend: as many as it has."""
+    return max(1, workload.prefill_chunk // workload.page_size)
 
 
 def kv_staging_bytes(workload: Workload) -> int:
@@ -162,17 +160,19 @@ def gpu_resident_bytes(workload: Workload) -> int:
     return workload.resident_bytes + kv_staging_bytes(workload)
 
 
-def staging_piece_units(shard: LinearShard) -> int:
-    """Most units of a linear that one staging slot receives: whole units of at most 32 MiB, at least one."""
-    return max(1, MAX_STAGING_PIECE_BYTES // shard.unit_bytes)
+def staging_piece_units(shard: LinearShard, workload: Workload) -> int:
+    """Units of a linear in one piece, of which it streams as many as it needs: whole units of at most
+    `workload.staging_piece_bytes`, at least one."""
+    return min(shard.units, max(1, workload.staging_piece_bytes // shard.unit_bytes))
 
 
-def staging_slot_bytes(linears: Sequence[LinearShard], placements: Sequence[LinearPlacement]) -> int:
-    """Size of a staging slot: the largest piece that any linear streams in any tier; 0 when nothing streams."""
+def staging_slot_bytes(workload: Workload, placements: Sequence[LinearPlacement]) -> int:
+    """Size of a staging slot: the largest piece of any linear that streams in some tier; 0 when nothing streams."""
     return max(
         (
-            min(max(placement.stream_units), staging_piece_units(shard)) * shard.unit_bytes
-            for shard, placement in zip(linears, placements, strict=True)
+            staging_piece_units(shard, workload) * shard.unit_bytes
+            for shard, placement in zip(workload.linears, placements, strict=True)
+            if placement.streams
         ),
         default=0,
     )
@@ -227,7 +227,7 @@ def memory_report(
     gpu = {
         "weights": weights_bytes(workload, linears, "gpu"),
         "kv": kv_bytes(kv_gpu_bytes),
-        "staging": staging_slots * staging_slot_bytes(workload.linears, linears),
+        "staging": staging_slots * staging_slot_bytes(workload, linears),
         "activations": activation_bytes(workload),
         "resident": gpu_resident_bytes(workload),
         "context": context_bytes,

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from placement.plan.memory import (
-    MAX_STAGING_PIECE_BYTES,
     KvPlacement,
     LinearPlacement,
     MemoryReport,
@@ -31,7 +30,6 @@ from placement.plan.workload import (
 )
 
 __all__ = [
-    "MAX_STAGING_PIECE_BYTES",
     "NUM_ROW_TIERS",
     "ROW_TIER_LIMITS",
     "ROW_TIER_NAMES",
@@ -119,7 +117,7 @@ class Plan:
     @property
     def staging_slot_bytes(self) -> int:
         """Bytes of one staging slot in GPU memory."""
-        return staging_slot_bytes(self.workload.linears, self.linears)
+        return staging_slot_bytes(self.workload, self.linears)
 
     def kv_by_context(self) -> list[tuple[int, int, int]]:
         """What one sequence takes of the cache as it grows: (context, bytes in GPU memory, bytes in DRAM)."""

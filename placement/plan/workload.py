@@ -10,6 +10,9 @@ from dataclasses import dataclass
 KV_DTYPES = ("fp32", "bf16", "q8", "q4")
 LINEAR_KINDS = ("qkv", "o", "gate_up", "down", "head")
 
+# Long enough for the bus to reach its rate, short enough that slots cost little memory and the first piece is soon there.
+STAGING_PIECE_BYTES = 8 * 2**20
+
 ROW_TIER_LIMITS = (1, 4, 16, 64)
 NUM_ROW_TIERS = len(ROW_TIER_LIMITS) + 1
 ROW_TIER_NAMES = ("1", "2-4", "5-16", "17-64", "65+")
@@ -96,6 +99,7 @@ class Workload:
     sequences; page_size: tokens of one KV page. elastic: units in GPU memory have a copy in DRAM, so that a loaded
     model can move to a plan for another GPU budget. kv_tokens: KV slots that all sequences share, None is max_context
     for each; a sequence reserves the pages of its own prompt and answer, so fewer slots still serve many short ones.
+    staging_piece_bytes: of what crosses the bus at a time, which is what a staging slot holds.
     row_cuts: o and down as a paired plan cuts them, by rows; empty where only column plans are possible.
     """
 
@@ -118,6 +122,7 @@ class Workload:
     elastic: bool = False
     kv_tokens: int | None = None
     row_cuts: tuple[LinearShard, ...] = ()
+    staging_piece_bytes: int = STAGING_PIECE_BYTES
 
     def __post_init__(self) -> None:
         for field in ("max_context", "max_batch", "page_size", "prefill_chunk"):

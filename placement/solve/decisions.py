@@ -31,7 +31,7 @@ class Totals:
     """A solution by class: units over all layers of the class, before they are spread over layers.
 
     gpu: by (class, linear); stream, cpu_layers (those with a CPU share): by (class, linear, tier); groups,
-    attending_layers (those with CPU attention): by class; slot_bytes: size of a staging slot.
+    attending_layers (those with CPU attention): by class.
     """
 
     gpu: dict[tuple[int, int], float]
@@ -39,7 +39,6 @@ class Totals:
     cpu_layers: dict[tuple[int, int, int], float]
     groups: dict[int, float]
     attending_layers: dict[int, float]
-    slot_bytes: float
 
 
 def gpu_tokens_of(workload: Workload, shard: KvShard, bounds: KvBounds, gpu_tokens: int) -> int:

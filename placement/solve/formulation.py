@@ -40,7 +40,6 @@ class Formulation:
             by_tier("cpu_layers"),
             {c: values[index] for c, index in unknowns.groups.items()},
             {c: max(values[index] for index in indices) for c, indices in unknowns.attending.items()},
-            values[unknowns.slot] * unknowns.bytes_scale,
         )
 
     def solve_for_least(self, place: str) -> float | None:

@@ -159,6 +159,7 @@ def _resolve(
         prefill_chunk=policy.prefill_chunk or workload.prefill_chunk,
         kv_tokens=policy.kv_tokens or workload.kv_tokens,
         elastic=device != "cpu" and (policy.elastic or workload.elastic),
+        staging_piece_bytes=hardware.staging_piece_bytes,
     )
     machine = hardware.with_threads(policy.threads) if policy.threads else hardware
     machine = machine.for_working_set(working_set_bytes(workload, reference_context(workload)))

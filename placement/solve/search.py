@@ -149,7 +149,7 @@ def complete(problem: Problem, candidate: Candidate) -> Candidate:
         {key: sum(units) for key, units in layout.homes.items()},
         {c: sum(groups) for c, groups in layout.groups.items()},
         frozenset((c, i) for (c, i, _), units in layout.streams.items() if any(units)),
-        staging_slot_bytes(problem.workload.linears, candidate.linears),
+        staging_slot_bytes(problem.workload, candidate.linears),
     )
     settled = layout.streams
     for tier in range(NUM_ROW_TIERS):

@@ -6,7 +6,7 @@ Layers with CPU work come last in their class, so that the leading ones, held by
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from placement.plan.memory import KvPlacement, LinearPlacement, staging_piece_units
+from placement.plan.memory import KvPlacement, LinearPlacement
 from placement.plan.workload import NUM_ROW_TIERS, Workload
 from placement.solve.classes import LayerClass, LinearClass
 from placement.solve.decisions import Totals, gpu_tokens_of
@@ -80,11 +80,7 @@ def streams(
             tier,
             _count(solved.cpu_layers[c, i, tier]) if concentrated else len(home),
         )
-        slot_units = _floor(solved.slot_bytes / linear.shard.unit_bytes)
-        fixed = linear.bounds.stream[tier] is not None or linear.bounds.cpu[tier] is not None
-        if fixed or min(linear.shard.units, staging_piece_units(linear.shard)) <= slot_units:
-            slot_units = linear.shard.units
-        result[c, i, tier] = tuple(min(linear.shard.units - g - u, slot_units) for g, u in zip(home, cpu, strict=True))
+        result[c, i, tier] = tuple(linear.shard.units - g - u for g, u in zip(home, cpu, strict=True))
     return streams_beside(classes, homes, result)
 
 

@@ -147,24 +147,12 @@ class Unknowns:
         return self.program.variable(low, high, integer=integer)
 
     def _staging(self, count: int, linear: LinearClass, variables: LinearVariables) -> None:
-        """slot >= min(streamed units of one linear, piece) * unit_bytes, and what streams is pinned."""
-        program, shard = self.program, linear.shard
-        piece, unit = min(shard.units, staging_piece_units(shard)), shard.unit_bytes / self.bytes_scale
-        most, streams = program.variable(0, shard.units), program.binary()
-        for tier, stream in variables.stream.items():
-            # Rounded to whole units, layers stream up to one more than their mean, and so does one whose home is
-            # rounded down beside a fixed CPU width; elsewhere the layout caps what the slot cannot take.
-            rounded_home = linear.bounds.cpu[tier] is not None and count * shard.units > MAX_INTEGER_UNITS
-            uneven = 0 if self.homes or linear.bounds.stream[tier] is not None else count - 1 + rounded_home
-            program.at_least({most: count, stream: -1, streams: -uneven}, 0)
+        """A slot holds a piece of every linear that streams, and what streams is pinned."""
+        program, shard, streams = self.program, linear.shard, self.program.binary()
+        unit = shard.unit_bytes / self.bytes_scale
+        for stream in variables.stream.values():
             program.at_most({stream: 1, streams: -count * shard.units}, 0)
-        if piece < shard.units:
-            beyond = program.binary()
-            program.at_most({most: 1, beyond: piece - shard.units}, piece)
-            program.at_least({self.slot: 1, most: -unit, beyond: shard.units * unit}, 0)
-            program.at_least({self.slot: 1, beyond: -piece * unit}, 0)
-        else:
-            program.at_least({self.slot: 1, most: -unit}, 0)
+        program.at_least({self.slot: 1, streams: -unit * staging_piece_units(shard, self.workload)}, 0)
         if self.budgets.pinned is not None:
             held, total = program.variable(), count * shard.units * unit
             if self.workload.elastic:

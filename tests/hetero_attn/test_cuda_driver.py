@@ -21,6 +21,7 @@ from hetero_attn.engine import build as builder
 from hetero_attn.engine.build import assemble, connect
 from hetero_attn.engine.engine import Engine
 from hetero_attn.errors import EngineDeadError, MemoryBudgetError, UnsupportedModelError
+from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.planning import settle as planning
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.config import ModelConfig
@@ -171,6 +172,42 @@ def test_no_request_of_a_captured_step_stands_behind_a_wait_that_its_job_does_no
     assert {names[index - 1] for index in requests} == {"push"}
     assert {names[index + 1] for index in waits} == {"pull"}
     assert len(requests) >= 8 and len(waits) >= 6
+
+
+def in_small_pieces(plan: Plan) -> Plan:
+    """The plan with staging slots that hold two kilobytes or one unit, so that every linear streams in several pieces."""
+    workload = replace(plan.workload, staging_piece_bytes=2048)
+    return emulated_plan(workload, plan.linears, plan.kv)
+
+
+def test_a_linear_passes_the_ring_in_as_many_pieces_as_it_needs(long_run, long_plan):
+    plan = in_small_pieces(long_plan)
+    with fake_engine(long_run.path, plan, handover="graph") as engine:
+        actual = run_logits(engine, long_run.token_ids, long_run.prompt_tokens)
+        pieces = [list(weights.pieces(0)) for weights in engine.weights.linears]
+        slot_bytes = engine.lanes.ring._slots[0].numel()
+
+    assert plan.staging_slot_bytes == slot_bytes < long_plan.staging_slot_bytes
+    assert max(len(each) for each in pieces) > 3
+    assert max(piece.nbytes for each in pieces for piece in each) <= slot_bytes
+    assert nmse(actual, long_run.logits) <= 1e-11
+
+
+def test_a_wrong_boundary_between_pieces_is_seen(long_run, long_plan, monkeypatch):
+    """Planted: every piece but the first begins a block too early, so some columns are another's."""
+    pieces = LinearWeights.pieces
+
+    def shifted(self: LinearWeights, tier: int) -> Iterator[torch.Tensor]:
+        whole = self.dram
+        for index, piece in enumerate(pieces(self, tier)):
+            start = (piece.data_ptr() - whole.data_ptr()) // whole.stride(0) - (index > 0)
+            yield whole[start : start + piece.shape[0]]
+
+    monkeypatch.setattr(LinearWeights, "pieces", shifted)
+    with fake_engine(long_run.path, in_small_pieces(long_plan)) as engine:
+        actual = run_logits(engine, long_run.token_ids, long_run.prompt_tokens)
+
+    assert nmse(actual, long_run.logits) > 1e-3
 
 
 def test_a_replayed_step_counts_the_bytes_of_a_plain_one(long_run, long_plan):

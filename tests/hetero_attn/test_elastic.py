@@ -34,9 +34,14 @@ def path(tmp_path_factory):
     )
 
 
+EMULATED = replace(HardwareProfile.named("emulated").with_threads(THREADS), staging_piece_bytes=8192)
+
+
 def load(path, gpu_memory, **options):
+    """A toy in pieces of toy size: whole linears of it in every staging slot would take most of these budgets."""
     policy = Policy(prefill_chunk=16)
-    options = {"max_batch": 3, "page_size": 4, "elastic": True, "num_threads": THREADS, "policy": policy} | options
+    options = {"hardware": EMULATED, "policy": policy, "max_batch": 3, "page_size": 4, "elastic": True} | options
+    options.setdefault("num_threads", THREADS)
     return LLM(path, dtype="fp32", device="emulated", gpu_memory=gpu_memory, progress=False, **options)
 
 
@@ -153,12 +158,16 @@ def test_a_rigid_model_says_how_to_load_an_elastic_one(path, device):
 
 
 def test_the_cache_takes_memory_from_the_weights_and_gives_it_back(path):
-    """On a machine whose CPU attends slowly, weights leave the GPU while a sequence grows and return when it ends."""
-    slow = replace(HardwareProfile.named("emulated").with_threads(THREADS), cpu_attention_bytes_per_s=2e6)
+    """On a machine whose CPU attends slowly, weights leave the GPU while a sequence grows and return when it ends.
+
+    Nothing streams: a toy's weights would cross the bus as fast as they are read where they are.
+    """
+    policy = Policy(prefill_chunk=16, staging_slots=0)
+    slow = replace(EMULATED, cpu_attention_bytes_per_s=2e6)
     params = SamplingParams(temperature=0.0, max_tokens=90, ignore_eos=True)
-    with load(path, "700KiB", hardware=slow, elastic=False, max_batch=1) as llm:
+    with load(path, "600KiB", hardware=slow, policy=policy, elastic=False, max_batch=1) as llm:
         expected = llm.generate("grow", params)[0].token_ids
-    with load(path, "700KiB", hardware=slow, max_batch=1) as llm:
+    with load(path, "600KiB", hardware=slow, policy=policy, max_batch=1) as llm:
         arena, seen = llm.engine.lanes.device.arena, []
         for _ in llm.stream("grow", params):
             seen.append((llm.plan.memory.gpu["kv"], llm.plan.memory.gpu["weights"]))

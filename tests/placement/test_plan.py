@@ -16,13 +16,7 @@ from placement import (
     row_tier,
     shipped_policies,
 )
-from placement.plan.memory import (
-    MAX_STAGING_PIECE_BYTES,
-    kv_dram_bytes,
-    kv_gpu_bytes,
-    memory_report,
-    staging_slot_bytes,
-)
+from placement.plan.memory import kv_dram_bytes, kv_gpu_bytes, memory_report, staging_slot_bytes
 from placement.plan.plan import build_plan
 from placement.plan.rows import plan_rows
 from tests.support.planning_models import linear, tiny
@@ -179,13 +173,17 @@ def test_kv_bytes_round_up_to_pages():
     assert 128 * shard.bytes_per_token == kv_dram_bytes(workload, shard, replace(placement, gpu_tokens=128))
 
 
-def test_a_staging_slot_holds_the_largest_piece_and_long_ranges_are_split():
+def test_a_staging_slot_holds_one_piece_of_what_streams_however_much_that_is():
     small, large = linear("a", "o", 0, 10, 16, 64), replace(linear("head", "head", None, 100, 16, 64), unit_bytes=2**20)
+    workload = replace(tiny(), linears=(small, large))
     few = [LinearPlacement("a", 0, (3, 0, 0, 0, 5), 10), LinearPlacement("head", 100, ALL, 100)]
     many = [few[0], LinearPlacement("head", 0, (0, 0, 0, 0, 100), 100)]
+    one = [few[0], LinearPlacement("head", 0, (0, 0, 0, 0, 1), 100)]
 
-    assert 5 * small.unit_bytes == staging_slot_bytes([small, large], few)
-    assert MAX_STAGING_PIECE_BYTES == staging_slot_bytes([small, large], many)
+    assert 10 * small.unit_bytes == staging_slot_bytes(workload, few)
+    assert 8 * 2**20 == staging_slot_bytes(workload, many) == staging_slot_bytes(workload, one)
+    assert 2**20 == staging_slot_bytes(replace(workload, staging_piece_bytes=1000), many)  # a unit is never cut
+    assert 0 == staging_slot_bytes(workload, [replace(few[0], stream_units=(0,) * 5), few[1]])
 
 
 def test_a_plan_is_frozen_and_places_every_shard_once():
