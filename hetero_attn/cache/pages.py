@@ -1,6 +1,7 @@
 """Pages of keys and values: the memory they are in, and one page as the sequences that share it see it."""
 
-from collections.abc import Callable
+import heapq
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,6 +49,16 @@ class Node:
     children: dict[tuple[int, ...], "Node"] = field(default_factory=dict)
 
 
+def runs(pages: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], int]]:
+    """(first, length) of each run in which all numbers of a page go up by one from page to page: one copy moves it."""
+    start = 0
+    for index in range(1, len(pages) + 1):
+        expected = tuple(number + index - start for number in pages[start])
+        if index == len(pages) or pages[index] != expected:
+            yield pages[start], index - start
+            start = index
+
+
 class PagedStore:
     """Pages of `groups` KV-head groups for a run of layers, in one memory.
 
@@ -83,7 +94,7 @@ class PagedStore:
         self.k = [self._new_pages() for _ in range(layers)]
         self.v = [self._new_pages() for _ in range(layers)]
         self.table = torch.zeros((max_batch, groups, max_pages), dtype=torch.int32)
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._free = list(range(num_pages))  # a heap: the lowest first, so that what is taken together lies together
         self._group_rows = torch.arange(groups, dtype=torch.int32)
 
     @property
@@ -100,19 +111,19 @@ class PagedStore:
         """Take a free page; raises MemoryBudgetError when there is none."""
         if not self._free:
             raise MemoryBudgetError("the KV cache has no free page; raise kv_tokens, max_context or max_batch at load")
-        return self._free.pop()
+        return heapq.heappop(self._free)
 
     def free(self, page: int) -> None:
         """Take a page back."""
-        self._free.append(page)
+        heapq.heappush(self._free, page)
 
     def place(self, slot: int, logical_page: int, page: int) -> None:
         """Let a sequence find its tokens [logical_page * page_size, ...) in a page."""
         self.table[slot, :, logical_page] = page * self.groups + self._group_rows
 
-    def page_rows(self, page: int) -> slice:
-        """Rows of k and v that hold this page, all groups."""
-        return slice(page * self.groups, (page + 1) * self.groups)
+    def page_rows(self, page: int, pages: int = 1) -> slice:
+        """Rows of k and v that hold this page, all groups, and those that follow it, `pages` together."""
+        return slice(page * self.groups, (page + pages) * self.groups)
 
     def slots(self, slot: int, positions: torch.Tensor) -> torch.Tensor:
         """Where tokens at `positions` int64 [n] of a sequence are written: int64 [n, groups] into k viewed as tokens."""
@@ -137,7 +148,7 @@ class PagedStore:
             self._copy(pages[: parked.shape[0]], parked)
         self._finish_copies()
         self._parked = None
-        self._free = list(range(num_pages - 1, len(used) - 1, -1))
+        self._free = list(range(len(used), num_pages))
 
     def _park(self, used: list[int]) -> None:
         """Move the used pages of every layer to host memory and give the store's memory back."""

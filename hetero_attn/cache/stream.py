@@ -1,7 +1,7 @@
 """Older keys and values on their way to the GPU: a prompt's chunk attends them there, block by block.
 
 A step announces, in order, every block of pages that its layers will read; two buffers take turns, so the next block
-arrives while the last one is attended (`copy_ahead`).
+arrives while the last one is attended (`copy_ahead`). Pages that are neighbours in their store are one copy.
 
 Every buffer is a small store of its own: page p of group g is row p * widest + g, and one constant table says so.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from cpu_kernels.formats.pages import row_items
-from hetero_attn.cache.pages import TORCH_DTYPES, PagedStore
+from hetero_attn.cache.pages import TORCH_DTYPES, PagedStore, runs
 from hetero_attn.devices import Device
 from hetero_attn.devices.copy_ahead import CopyAhead
 from placement.plan.memory import KV_STAGING_BUFFERS, kv_staging_pages
@@ -53,10 +53,13 @@ class PageStream(CopyAhead[PageBlock, tuple[torch.Tensor, torch.Tensor]]):
 
     def _copy(self, buffer: int, block: PageBlock) -> tuple[torch.Tensor, torch.Tensor]:
         device, k, v = self.device, self._k[buffer], self._v[buffer]
-        for place, page in enumerate(block.pages):
-            to = slice(place * self._widest, place * self._widest + block.store.groups)
-            frm = block.store.page_rows(page)
-            device.copy(k[to], block.store.k[block.layer][frm], device.copies)
-            device.copy(v[to], block.store.v[block.layer][frm], device.copies)
-            self.copied_bytes += 2 * k[to].nbytes
+        place = 0
+        for (page,), length in runs([(page,) for page in block.pages]):
+            rows = block.store.page_rows(page, length)
+            for buffer_pages, store_pages in ((k, block.store.k), (v, block.store.v)):
+                source = store_pages[block.layer][rows].view(length, -1)
+                target = buffer_pages.view(self.block_pages, -1)[place : place + length, : source.shape[1]]
+                device.copy(target, source, device.copies)
+                self.copied_bytes += source.nbytes
+            place += length
         return k, v

@@ -4,11 +4,18 @@ from dataclasses import replace
 
 import pytest
 
+from hetero_attn.cache.cache import KVCache
+from hetero_attn.cache.pages import runs
+from hetero_attn.cache.stream import PageStream
+from hetero_attn.devices import Device, EmulatedDriver
+from hetero_attn.lanes.lanes import Lanes
+from hetero_attn.ops.step import older_blocks, plan_step
 from placement import HardwareProfile
 from placement.cost.terms import Call, attention_cost
-from placement.plan.memory import kv_staging_bytes, kv_staging_pages
+from placement.plan.memory import KvPlacement, LinearPlacement, kv_staging_bytes, kv_staging_pages
+from placement.plan.workload import NUM_ROW_TIERS
 from tests.support.planning_models import llama_8b
-from tests.support.runtime import make_engine, toy_workload, uniform_plan
+from tests.support.runtime import emulated_plan, make_engine, toy_workload, uniform_plan
 from tests.support.toy import make_checkpoint
 
 PAGE, CHUNK = 4, 32
@@ -46,9 +53,67 @@ def test_the_buffers_are_counted_and_small():
     workload = llama_8b(context=65536, chunk=512)
     pages = kv_staging_pages(workload)
 
-    assert pages * workload.page_size == 128
-    assert kv_staging_bytes(workload) == 2 * 128 * 8 * workload.kv[0].bytes_per_token + 4 * 8 * pages
+    assert pages * workload.page_size == 512
+    assert kv_staging_bytes(workload) == 2 * 512 * 8 * workload.kv[0].bytes_per_token + 4 * 8 * pages
     assert kv_staging_pages(replace(workload, prefill_chunk=16)) == 1
+
+
+class CountedCopies(EmulatedDriver):
+    """Copies are counted and not made, so that no page of a large cache is touched."""
+
+    def __init__(self) -> None:
+        self.copies = 0
+
+    def copy(self, target, source, stream) -> None:
+        """As a driver copies: of one shape, contiguous or in rows."""
+        assert target.shape == source.shape and (target.is_contiguous() or target.dim() == 2)
+        self.copies += 1
+
+
+def queued_for_older_tokens(prompt: int) -> tuple[int, int]:
+    """Copies and launches for the older tokens of a prompt to the 8B shape with 2112 of its tokens in GPU memory."""
+    workload = replace(llama_8b(context=4352, chunk=1024), max_batch=1)
+    linears = [LinearPlacement(s.name, s.units, (0,) * NUM_ROW_TIERS, s.units) for s in workload.linears]
+    kv = [KvPlacement(s.name, s.groups, 2112, s.groups) for s in workload.kv]
+    device = Device(CountedCopies())
+    cache = KVCache(emulated_plan(workload, linears, kv), device)
+    pages, lanes = PageStream(device, workload), Lanes(None)
+    before, launches, sequence = device.driver.copies, 0, cache.open()
+    for _ in range(0, prompt, 1024):
+        step = plan_step(lanes, cache, [sequence], 1024, is_prefill=True)
+        blocks = list(older_blocks(cache, step, pages.block_pages))
+        pages.announce(blocks)
+        for _ in blocks:
+            pages.take()
+            pages.give_back()
+        launches += 2 * len(blocks)  # attention and merge
+        sequence.length += 1024
+    return device.driver.copies - before, launches
+
+
+def test_older_tokens_of_a_long_prompt_cross_the_bus_in_runs():
+    """Page by page they were 4928 copies and 768 launches, a quarter of the time of 4096 tokens on an H100."""
+    copies, launches = queued_for_older_tokens(4096)
+
+    assert (copies, launches) == (320, 192)
+
+
+def test_runs_are_broken_where_pages_are_not_neighbours_in_both_stores():
+    """Numbers that go up together are one run; a page that goes down, jumps, or goes up on one side only begins another."""
+    pages = [(4, 0), (5, 1), (6, 3), (7, 4), (2, 5), (1, 6), (1, 7)]
+
+    assert list(runs(pages)) == [((4, 0), 2), ((6, 3), 2), ((2, 5), 1), ((1, 6), 1), ((1, 7), 1)]
+    assert list(runs([])) == []
+
+
+def test_pages_freed_in_any_order_are_taken_in_runs_again(path):
+    workload = toy_workload(path, page_size=PAGE, prefill_chunk=CHUNK, max_batch=1)
+    store = KVCache(uniform_plan(workload, gpu=1.0, stream=0.0, gpu_groups=2), Device(EmulatedDriver())).layer_groups[0]
+    taken = [store.spilled.acquire() for _ in range(6)]
+    for page in (taken[3], taken[0], taken[5], taken[1], taken[2], taken[4]):
+        store.spilled.free(page)
+
+    assert [store.spilled.acquire() for _ in range(6)] == sorted(taken)
 
 
 def test_a_chunk_pays_the_bus_and_a_decode_step_the_cpu():

@@ -299,7 +299,7 @@ def test_throughput_plans_for_the_batch():
 def test_a_budget_too_small_states_the_smallest_that_works():
     workload = tiny()
     with pytest.raises(
-        BudgetError, match="gpu_memory: needs at least 86.01 KiB .activations 80.00 KiB .* smallest"
+        BudgetError, match="gpu_memory: needs at least 90.02 KiB .activations 80.00 KiB .* smallest"
     ) as error:
         make_plan(workload, EMULATED, POLICY, device="emulated", gpu_memory_bytes=1000)
     needed = error.value.needed_bytes
