@@ -9,11 +9,21 @@ Exit codes: 2 usage, prompt or policy; 3 checkpoint or config; 4 memory or plan;
 import difflib
 from collections.abc import Iterable
 
+MOST_CHARACTERS = 300  # of a line of a message; its end is kept too, because that is where the way out stands
+KEPT_END = 90
+MOST_LINES = 12  # a rule that is wrong for one layer is wrong for eighty
+
 
 class HeteroError(Exception):
-    """Base of all errors raised on purpose by hetero_attn. Exit code 5 unless a subclass says otherwise."""
+    """Base of all errors raised on purpose by hetero_attn. Exit code 5 unless a subclass says otherwise.
+
+    Its message is made fit to be shown: see `printable`.
+    """
 
     exit_code: int = 5
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class CheckpointError(HeteroError):
@@ -72,3 +82,22 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     matches = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def printable(message: str) -> str:
+    """A message as it may be shown: control characters escaped, lines cut in their middle, at most MOST_LINES of them.
+
+    The one place through which every message to a person passes: names and values in it come from files of strangers. A
+    control character would move a terminal's cursor, and a name of megabytes would bury what the message says.
+    """
+    lines = message.split("\n", MOST_LINES)
+    hidden = message.count("\n") + 1 - MOST_LINES
+    shown = [_cut(line) for line in lines[:MOST_LINES]]
+    return "\n".join(shown if hidden <= 0 else [*shown, f"... and {hidden} more problems"])
+
+
+def _cut(line: str) -> str:
+    if len(line) > MOST_CHARACTERS:
+        begin = MOST_CHARACTERS - KEPT_END - len(" ... ")
+        line = f"{line[:begin]} ... {line[-KEPT_END:]}"
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

@@ -3,13 +3,14 @@
 import re
 from pathlib import Path
 
-from hetero_attn.checkpoints.safetensors import SafetensorsFile
+from hetero_attn.checkpoints.safetensors import SafetensorsFile, is_tensor_name
 from hetero_attn.errors import CheckpointError, ConfigError
 from hetero_attn.spec.json_fields import read_json
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-MAX_INDEX_BYTES = 64 << 20
+MAX_INDEX_BYTES = 32 << 20
+MAX_FILES = 4096
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 _FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}\.safetensors")
 
@@ -53,10 +54,15 @@ def _weight_map(path: Path) -> dict[str, str]:
     for tensor, file_name in weight_map.items():
         _check_file_name(path, tensor, file_name)
     file_names = sorted(set(weight_map.values()))
+    if len(file_names) > MAX_FILES:
+        raise CheckpointError(
+            f"{path / INDEX_NAME}: names {len(file_names)} weight files, at most {MAX_FILES} are expected; no model has so "
+            "many, do not use it"
+        )
     if missing := [name for name in file_names if not (path / name).exists()]:
         raise CheckpointError(
             f"{path}: {len(missing)} of the {len(file_names)} weight files that {INDEX_NAME} names are missing: "
-            f"{', '.join(missing)}. Download them again"
+            f"{some(missing)}. Download them again"
         )
     return weight_map
 
@@ -66,9 +72,9 @@ def _check_file_name(path: Path, tensor: str, file_name: object) -> None:
 
     Symlinks are followed, because the hub's cache is made of them; they are the doing of whoever owns the directory.
     """
-    if not isinstance(file_name, str) or not _FILE_NAME.fullmatch(file_name):
+    if not is_tensor_name(tensor) or not isinstance(file_name, str) or not _FILE_NAME.fullmatch(file_name):
         raise CheckpointError(
-            f"{path / INDEX_NAME}: tensor {tensor} is mapped to {str(file_name)[:200]!r}, expected the bare name of a "
+            f"{path / INDEX_NAME}: tensor {tensor[:60]} is mapped to {str(file_name)[:40]!r}, expected the bare name of a "
             ".safetensors file in the same directory; do not use this checkpoint"
         )
 
@@ -79,8 +85,8 @@ def _why_no_weights(path: Path) -> str:
     expected = f"{path}: neither {SINGLE_NAME} nor {INDEX_NAME} found"
     if pickles := [name for name in files if Path(name).suffix in _PICKLE_SUFFIXES]:
         return (
-            f"{expected}, only {some(pickles)}; pickle files can run code when they are opened, so hetero_attn never "
-            "opens them. If you trust this one, convert it once and copy the tokenizer files beside the result: "
+            f"{expected}, only {some(pickles)};\npickle files can run code when they are opened, so hetero_attn never "
+            "opens them. If you trust this one, convert it once and copy the tokenizer files beside the result:\n"
             'python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{path}', dtype='auto').save_pretrained('{path.name}-safetensors')\""
         )
@@ -115,7 +121,13 @@ def _compare_with_index(path: Path, weight_map: dict[str, str], files: list[Safe
     return [f"{path / INDEX_NAME}: {len(moved)} tensors are in another file than it says: {some(moved)}"]
 
 
-def some(names: list[str], limit: int = 10) -> str:
-    """The first names of a list in words, and how many more there are."""
-    rest = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
+def some(names: list[str], most_characters: int = 120) -> str:
+    """The first names of a list in words, at least one, and how many more there are."""
+    shown, length = names[:1], len(names[0]) if names else 0
+    for name in names[1:]:
+        length += len(name) + 2
+        if length > most_characters:
+            break
+        shown.append(name)
+    hidden = len(names) - len(shown)
+    return ", ".join(shown) + (f", and {hidden} more" if hidden else "")

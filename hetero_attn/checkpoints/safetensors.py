@@ -19,7 +19,14 @@ from typing import Any
 
 from hetero_attn.errors import CheckpointError
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+# The library reads headers of 100 MB, for which a parser takes minutes and gigabytes. A real file has a few thousand tensors
+# and a hundred bytes for each; the marks that JSON needs are counted before it is parsed.
+MAX_HEADER_BYTES = 25_000_000
+MAX_TENSORS = 100_000
+MAX_VALUES = 10 * MAX_TENSORS
+MAX_NAME_CHARACTERS = 500
+MAX_DIMENSIONS = 8
+MAX_SIZE = 2**62
 _LFS_MAGIC = b"version https://git-lfs"
 # Bits per element of every dtype of the format: sizes are checked even for dtypes that hetero_attn does not run.
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
@@ -130,6 +137,11 @@ class SafetensorsFile:
             )
         raw = bytearray(length)
         self.read_into(memoryview(raw), 8)
+        if raw.count(b"{") > MAX_TENSORS + 2 or raw.count(b",") > MAX_VALUES:
+            raise CheckpointError(
+                f"{self.path}: its header describes more than {MAX_TENSORS} tensors or sizes of too many dimensions; no "
+                "model's file does, do not use it"
+            )
         try:
             header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
         except (ValueError, RecursionError) as error:
@@ -141,17 +153,30 @@ class SafetensorsFile:
     def _header_entry(self, name: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
         """(dtype, shape, begin, end) of one header entry, checked against each other."""
         try:
-            dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-            integers = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
-            good = integers and begin <= end and math.prod(shape) * _BITS[dtype] == (end - begin) * 8
+            dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"][: MAX_DIMENSIONS + 1]), value["data_offsets"]
+            integers = all(type(number) is int and 0 <= number < MAX_SIZE for number in (*shape, begin, end))
+            good = integers and begin <= end and len(shape) <= MAX_DIMENSIONS and is_tensor_name(name)
+            good = good and math.prod(shape) * _BITS[dtype] == (end - begin) * 8
         except (KeyError, TypeError, ValueError):
             good = False
         if not good:
             raise CheckpointError(
-                f"{self.path}: header entry of tensor {name[:200]!r} is {str(value)[:200]}, expected a known dtype, a "
-                "shape and offsets of just that size; download the file again"
+                f"{self.path}: header entry of tensor {name[:60]!r} is {_start(value)}, expected a known dtype, a "
+                "shape and offsets of just that size, and a printable name; download the file again"
             )
         return dtype, shape, begin, end
+
+
+def is_tensor_name(name: str) -> bool:
+    """Whether a tensor may be called so: a name goes into messages and tables."""
+    return 0 < len(name) <= MAX_NAME_CHARACTERS and name.isprintable()
+
+
+def _start(value: Any) -> str:
+    """The first characters of a value; one with a million entries is never written out as a whole."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{str(key)[:20]!r}: {_start(item)}" for key, item in list(value.items())[:4]) + "}"
+    return f"{value[:8] if isinstance(value, (list, str)) else value!s:.40}"
 
 
 def _open_regular(path: Path) -> int:

@@ -5,17 +5,19 @@ traceback.
 """
 
 import traceback
+import warnings
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
+
+from hetero_attn.errors import printable
 
 OUR_PACKAGES = ("hetero_attn", "placement", "cpu_kernels", "gpu_kernels")
 USAGE = 2
 # Errors of the planner, which knows of no exit codes.
 CODE_BY_NAME = {"BudgetError": 4}
 INTERRUPTED = 130
-MOST_LINES = 12
 
 
 def exit_code(error: BaseException) -> int | None:
@@ -29,13 +31,6 @@ def exit_code(error: BaseException) -> int | None:
     return USAGE if isinstance(error, ValueError) and raised_in(error) in OUR_PACKAGES else None
 
 
-def shortened(message: str) -> str:
-    """A message of at most MOST_LINES lines: a rule that is wrong for one layer is wrong for eighty."""
-    lines = message.splitlines()
-    hidden = len(lines) - MOST_LINES
-    return message if hidden <= 0 else "\n".join([*lines[:MOST_LINES], f"... and {hidden} more problems"])
-
-
 def raised_in(error: BaseException) -> str:
     """The top-level package whose code raised the error; empty where it was never raised."""
     module = ""
@@ -44,13 +39,20 @@ def raised_in(error: BaseException) -> str:
     return module.partition(".")[0]
 
 
+def show_warning(message: Warning | str, *where: object, **options: object) -> None:
+    """A warning as one line on stderr, without the place in the code that Python would add."""
+    typer.echo(f"warning: {printable(str(message))}", err=True)
+
+
 class CleanErrors(TyperGroup):
     """A command group that reports our errors on stderr and turns them into exit codes."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the subcommand; raises typer.Exit for an error of ours and for Ctrl-C."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = show_warning
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
@@ -58,5 +60,5 @@ class CleanErrors(TyperGroup):
             code = exit_code(error)
             if code is None:
                 raise
-            typer.echo(f"error: {shortened(str(error))}", err=True)
+            typer.echo(f"error: {printable(str(error))}", err=True)
             raise typer.Exit(code) from None

@@ -23,6 +23,7 @@ MAX_INTERMEDIATE = 1 << 20
 MAX_HEADS = 1 << 12
 MAX_HEAD_DIM = 1 << 10
 MAX_CONTEXT = 1 << 25
+MIN_BETA = 1e-6  # turns of yarn's slowest dimension: the logarithm of nearly nothing is no dimension
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -333,8 +334,8 @@ def _rope_scaling(fields: JsonFields, rope: JsonFields, rope_type: str, max_posi
     return scaling | {
         "factor": yarn.number("factor", 0.0, 1e6, max_position_embeddings / original),
         "attention_factor": yarn.number("attention_factor", 0.0, 1e6, None),
-        "beta_fast": yarn.number("beta_fast", 0.0, 1e6, 32.0),
-        "beta_slow": yarn.number("beta_slow", 0.0, 1e6, 1.0),
+        "beta_fast": yarn.number("beta_fast", MIN_BETA, 1e6, 32.0),
+        "beta_slow": yarn.number("beta_slow", MIN_BETA, 1e6, 1.0),
         "mscale": yarn.number("mscale", 0.0, 1e6, 0.0),
         "mscale_all_dim": yarn.number("mscale_all_dim", 0.0, 1e6, 0.0),
         "truncate": rope.boolean("truncate", True),

@@ -20,8 +20,8 @@ import hetero_attn
 import hetero_attn.tools
 from cpu_kernels.team.cgroups import cpu_quota, memory_limit_bytes
 from hetero_attn.cli import app
-from hetero_attn.cli.errors import MOST_LINES, exit_code
-from hetero_attn.errors import CheckpointError, MemoryBudgetError, PromptError
+from hetero_attn.cli.errors import exit_code
+from hetero_attn.errors import MOST_LINES, CheckpointError, MemoryBudgetError, PromptError
 from hetero_attn.serving.request import Metrics, Piece, RequestOutput
 from hetero_attn.tools import doctor
 from placement import BudgetError, HardwareProfile
