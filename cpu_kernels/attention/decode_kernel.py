@@ -45,6 +45,7 @@ from cpu_kernels.attention.parameters import (
     SCALE_OF_Q,
     SPLIT_TILES,
     RowShape,
+    q_line_bytes,
 )
 from cpu_kernels.attention.tiles import MINUS_INFINITY, page_at, q_line_writer, tile_at, write_lse
 from cpu_kernels.attention.values import head_writer
@@ -98,8 +99,8 @@ def attend_item(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
     """Function: one item, its queries loaded and its keys [start, stop) taken page by page; False: invalid page."""
     take_tile, ask_tile, places_of = attend_tile(isa, kv_dtype, score_heads, value_heads, words)
     shape = RowShape.of(kv_dtype)
-    has_codes, q_line, acc_line = shape.has_codes, shape.line_bytes * shape.planes, shape.acc_bytes
-    load_q = q_code_writer(isa, kv_dtype, words) if has_codes else q_line_writer(kv_dtype)
+    has_codes, q_line, acc_line = shape.has_codes, q_line_bytes(kv_dtype, isa.has_bf16), shape.acc_bytes
+    load_q = q_code_writer(isa, kv_dtype, words) if has_codes else q_line_writer(isa, kv_dtype)
 
     @helper
     def load_heads(arguments, row, group, places, heads, lines):

@@ -21,6 +21,7 @@ from cpu_kernels.attention.parameters import (
     P_SCALE,
     P_V_ROW,
     RowShape,
+    q_line_bytes,
 )
 from cpu_kernels.attention.quantised_softmax import code_softmax
 from cpu_kernels.attention.row_vectors import fetch
@@ -39,8 +40,8 @@ def tile_scores(isa: Isa, kv_dtype: str, score_heads: int, words: int):
     """Function: scores[head][key] of a tile, in units of the head's scale where there are codes."""
     shape = RowShape.of(kv_dtype)
     has_codes, has_minimum, groups_at_once = shape.has_codes, shape.numbers == 2, words // shape.group_words
-    block_bytes, q_block, line_items = 4 * words, 4 * words * shape.planes, shape.line_items
-    q_line, line_bytes, numbers_of_group = shape.line_bytes * shape.planes, shape.line_bytes, shape.numbers
+    q_line, block_bytes, line_items = q_line_bytes(kv_dtype, isa.has_bf16), 4 * words, shape.line_items
+    q_block, line_bytes, numbers_of_group = q_line * block_bytes // shape.line_bytes, shape.line_bytes, shape.numbers
     load = whole_block(words)
     load_part = load if has_codes else part_block(kv_dtype)
     dots = code_dots(isa, kv_dtype, score_heads, words) if has_codes else plain_dots(isa, kv_dtype, score_heads)
@@ -96,7 +97,7 @@ def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
     """Function: take one tile of keys into acc and (m, l) of the item's heads; memory as decode_thread_bytes says."""
     scores_of, strip_of = tile_scores(isa, kv_dtype, score_heads, words), value_strip(isa, kv_dtype, value_heads)
     shape = RowShape.of(kv_dtype)
-    has_codes, numbers, q_line = shape.has_codes, shape.numbers, shape.line_bytes * shape.planes
+    has_codes, numbers, q_line = shape.has_codes, shape.numbers, q_line_bytes(kv_dtype, isa.has_bf16)
     line_items, line_bytes, acc_line = shape.line_items, shape.line_bytes, shape.acc_bytes
     soften = code_softmax(score_heads) if has_codes else softmax_tile(isa, kv_dtype)
     weigh = code_weights(isa, kv_dtype) if has_codes else None

@@ -122,6 +122,12 @@ class DecodeTiles:
         return cls(min(padded, 4), min(padded, 8 // shape.parts), words)
 
 
+def q_line_bytes(kv_dtype: str, has_bf16: bool) -> int:
+    """Working memory of one line of q: rounded to bf16 it is kept as float32 where the CPU cannot multiply bf16."""
+    shape = RowShape.of(kv_dtype)
+    return shape.line_bytes * shape.planes * (2 if kv_dtype == "bf16" and not has_bf16 else 1)
+
+
 def whole_pages(size: int) -> int:
     """Bytes rounded up to 4096, so that threads share no line."""
     return -(-size // 4096) * 4096
@@ -138,7 +144,7 @@ HEAD_SCORES, HEAD_WEIGHTS, HEAD_SCALARS = 4 * KEY_TILE, 2 * KEY_TILE, 32
 SCALE_OF_STRIP, OFFSET_OF_STRIP, SCALE_OF_Q, WEIGHT_OF_TILE = 4, 8, 12, 16  # bytes into the scalars
 
 
-def decode_thread_bytes(kv_dtype: str, groups: int, group_heads: int, head_dim: int) -> int:
+def decode_thread_bytes(kv_dtype: str, has_bf16: bool, groups: int, group_heads: int, head_dim: int) -> int:
     """Working memory of one thread of decode.
 
     Scores and weights of every head; scales and minima of a tile's keys; then of every group and head q, scalars and
@@ -146,7 +152,7 @@ def decode_thread_bytes(kv_dtype: str, groups: int, group_heads: int, head_dim: 
     """
     shape, lines, heads = RowShape.of(kv_dtype), RowShape.of(kv_dtype).lines(head_dim), padded_heads(group_heads)
     tile = heads * (HEAD_SCORES + HEAD_WEIGHTS) + lines * shape.numbers * 4 * KEY_TILE
-    query = heads * (lines * (shape.line_bytes * shape.planes + 4) + HEAD_SCALARS)
+    query = heads * (lines * (q_line_bytes(kv_dtype, has_bf16) + 4) + HEAD_SCALARS)
     return whole_pages(tile + groups * (query + LINE_BYTES) + 8 * LINE_BYTES)
 
 
@@ -166,17 +172,18 @@ def prefill_vectors(group_heads: int) -> int:
     return -(-prefill_rows(group_heads) * group_heads // PREFILL_VALUES) * PREFILL_VALUES
 
 
-def prefill_thread_bytes(kv_dtype: str, group_heads: int, head_dim: int) -> int:
+def prefill_thread_bytes(kv_dtype: str, has_bf16: bool, group_heads: int, head_dim: int) -> int:
     """Working memory of one thread of prefill.
 
     K transposed; K and V of a tile as bf16, where pages hold codes; scores and scalars of one pass; queries,
     acc and (m, l) of every vector.
     """
     shape, wide = RowShape.of(kv_dtype), RowShape.of(wide_dtype(kv_dtype))
+    q_line = q_line_bytes(wide_dtype(kv_dtype), has_bf16)
     lines = wide.lines(shape.lines(head_dim) * shape.line_items)
     widened = 2 * LINE_BYTES * lines * KEY_TILE if shape.has_codes else 0
     scores = PREFILL_VALUES * (HEAD_SCORES + HEAD_SCALARS)
-    vectors = prefill_vectors(group_heads) * (lines * (LINE_BYTES + wide.acc_bytes) + 8)
+    vectors = prefill_vectors(group_heads) * (lines * (q_line + wide.acc_bytes) + 8)
     return whole_pages(LINE_BYTES * lines * KEY_TILE + widened + scores + vectors + 8 * LINE_BYTES)
 
 

@@ -2,7 +2,7 @@
 
 An item is (KV-head group, block of rows): its rows x heads are up to 64 query vectors that share one pass over the
 keys. A tile of 64 keys is transposed once, so that 16 keys are the lanes of a register and 4 queries x 64 keys fill 16
-of them without sums across lanes; then softmax and the weighted sum of V as in tiles.py. Pages of codes are
+of them without sums across lanes; then softmax and the weighted sum of V as in vectors/tiles.py. Pages of codes are
 widened to bf16 first, a tile at a time. Causal and window masks become a visible range of lanes per row. Items are
 handed out from the end, where rows see most keys, so that the last ones to finish are short.
 """
@@ -45,9 +45,9 @@ from cpu_kernels.attention.parameters import (
     PREFILL_VALUES,
     PREFILL_VECTORS,
     RowShape,
+    q_line_bytes,
     wide_dtype,
 )
-from cpu_kernels.attention.row_vectors import dot_pairs
 from cpu_kernels.attention.scores import part_block, store_block, whole_block
 from cpu_kernels.attention.tiles import (
     LOG2_E,
@@ -63,6 +63,7 @@ from cpu_kernels.attention.tiles import (
 from cpu_kernels.attention.values import head_writer, value_strip
 from cpu_kernels.team.chunks import fail, parameter, real_parameter, take
 from cpu_kernels.vectors.compiler import helper
+from cpu_kernels.vectors.dot import line_products
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.scalar import least, most, store_scalar
 from cpu_kernels.vectors.tiles import zeros
@@ -88,16 +89,19 @@ KEY_VECTORS = KEY_TILE // LANES
 def scores_of_tile(isa: Isa, kv_dtype: str):
     """Function: scores[query][64 keys] of PREFILL_SCORES queries and a transposed tile of K of `words` 4-byte rows."""
     tile = types.UniTuple(F32x16, PREFILL_SCORES * KEY_VECTORS)
+    products = line_products(isa, kv_dtype)
+    word_bytes = 4 * len(products)
 
     @emits(tile, tile, intp, intp, intp)
     def step(b, sums, q, q_bytes, keys):
-        ks = [load_as(b, keys, VI32, LINE_BYTES * part) for part in range(KEY_VECTORS)]
-        for query in range(PREFILL_SCORES):
-            x = splat_value(b, load_as(b, b.add(q, b.mul(q_bytes, ir.Constant(I64, query))), I32))
-            for part, k in enumerate(ks):
-                index = query * KEY_VECTORS + part
-                total = dot_pairs(isa, kv_dtype, b, b.extract_value(sums, index), k, x)
-                sums = b.insert_value(sums, total, index)
+        rows = [b.add(q, b.mul(q_bytes, ir.Constant(I64, query))) for query in range(PREFILL_SCORES)]
+        for half, (select, add_product) in enumerate(products):
+            ks = [select(b, load_as(b, keys, VI32, LINE_BYTES * part)) for part in range(KEY_VECTORS)]
+            for query, row in enumerate(rows):
+                x = splat_value(b, load_as(b, row, I32, 4 * half))
+                for part, k in enumerate(ks):
+                    index = query * KEY_VECTORS + part
+                    sums = b.insert_value(sums, add_product(b, b.extract_value(sums, index), k, x), index)
         return sums
 
     @emits(types.void, tile, intp)
@@ -111,7 +115,7 @@ def scores_of_tile(isa: Isa, kv_dtype: str):
     def scores(q, q_bytes, keys, words, to):
         sums = start()
         for word in range(words):
-            sums = step(sums, q + 4 * word, q_bytes, keys + 4 * KEY_TILE * word)
+            sums = step(sums, q + word_bytes * word, q_bytes, keys + 4 * KEY_TILE * word)
         store(sums, to)
 
     return scores
@@ -149,7 +153,7 @@ def attend_tile(isa: Isa, kv_dtype: str):
     """Function: one tile of keys, K transposed, for all query vectors of an item. kv_dtype: of the rows multiplied."""
     scores_of, strip_of = scores_of_tile(isa, kv_dtype), value_strip(isa, kv_dtype, PREFILL_VALUES)
     soften_one, shape = softmax_tile(isa, kv_dtype), RowShape.of(kv_dtype)
-    line_items, acc_line = shape.line_items, shape.acc_bytes
+    line_items, acc_line, q_line = shape.line_items, shape.acc_bytes, q_line_bytes(kv_dtype, isa.has_bf16)
 
     @helper
     def soften(arguments, first_row, group_heads, count, vector, position, keys, scores, running):
@@ -178,7 +182,7 @@ def attend_tile(isa: Isa, kv_dtype: str):
     def attend(
         arguments, first_row, group_heads, count, position, keys, lines, v_rows, v_row, k_t, scores, q, acc, running
     ):
-        q_bytes, acc_bytes = LINE_BYTES * lines, acc_line * lines
+        q_bytes, acc_bytes = q_line * lines, acc_line * lines
         for vector in range(0, count, PREFILL_VALUES):
             last_row = first_row + least(count - 1, vector + PREFILL_VALUES - 1) // group_heads
             last = visible(arguments, last_row, position, keys)[1]
@@ -197,7 +201,7 @@ def attend_tile(isa: Isa, kv_dtype: str):
 def attend_block(isa: Isa, kv_dtype: str):
     """Function: one item: load its queries, pass over its keys, write its rows. False: a page is invalid."""
     shape, wide = RowShape.of(kv_dtype), wide_dtype(kv_dtype)
-    load_q, write = q_line_writer(wide), head_writer(wide)
+    load_q, write, q_line = q_line_writer(isa, wide), head_writer(wide), q_line_bytes(wide, isa.has_bf16)
     load, load_part = whole_block(LANES), part_block(wide)
     rows_of, attend = rows_of_tile(kv_dtype), attend_tile(isa, wide)
     row_items, has_codes = shape.line_items, shape.has_codes
@@ -225,7 +229,7 @@ def attend_block(isa: Isa, kv_dtype: str):
             head, row = group * group_heads + real % group_heads, first_row + real // group_heads
             source = parameter(arguments, P_Q) + row * parameter(arguments, P_Q_ROW)
             source += head * parameter(arguments, P_Q_HEAD)
-            load_q(source, head_dim, lines, q + vector * LINE_BYTES * lines)
+            load_q(source, head_dim, lines, q + vector * q_line * lines)
             store_scalar(MINUS_INFINITY, running + 8 * vector)
             store_scalar(ZERO, running + 8 * vector + 4)
         for i in range(0, padded * acc_line * lines, 64):
@@ -257,7 +261,7 @@ def attend_block(isa: Isa, kv_dtype: str):
         widened = work + row_size * KEY_TILE
         scores = widened + (2 * row_size * KEY_TILE if has_codes else 0)
         q = scores + PREFILL_VALUES * (HEAD_SCORES + HEAD_SCALARS)
-        acc = q + padded * row_size
+        acc = q + padded * q_line * lines
         running = acc + padded * acc_line * lines
         start_vectors(arguments, group, first_row, count, padded, lines, q, acc, running)
         position, stop = key_range(arguments, first_row, rows)

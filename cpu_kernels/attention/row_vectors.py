@@ -3,8 +3,7 @@
 from llvmlite import ir
 from numba import types
 
-from cpu_kernels.vectors.dot import V32I16, emit_dot_bf16
-from cpu_kernels.vectors.isa import Isa
+from cpu_kernels.vectors.dot import V32I16
 from cpu_kernels.vectors.vector import (
     F32,
     I8,
@@ -39,13 +38,6 @@ def load_codes(b, kv_dtype, address):
         return b.bitcast(b.sext(load_as(b, address, V32I8), V32I16), VI32)
     both = b.zext(load_as(b, address, VI8), VI32)
     return b.and_(b.or_(both, b.shl(both, constant(VI32, 12))), constant(VI32, 0x000F000F))
-
-
-def dot_pairs(isa: Isa, kv_dtype, b, acc, left, right):
-    """acc + products of two registers of bf16 pairs, or of float32; left and right are <16 x i32>."""
-    if kv_dtype == "fp32":
-        return fma_value(b, b.bitcast(left, VF32), b.bitcast(right, VF32), acc)
-    return emit_dot_bf16(isa, b, acc, left, right)
 
 
 def interleave(b, first, second):

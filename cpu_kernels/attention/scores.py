@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 
 from cpu_kernels.attention.parameters import HEAD_SCORES, LANES, LINE_BYTES, RowShape
-from cpu_kernels.attention.row_vectors import dot_pairs
+from cpu_kernels.vectors.dot import line_products
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.split_dot import Split
 from cpu_kernels.vectors.tiles import masked_line
@@ -35,6 +35,7 @@ from cpu_kernels.vectors.vector import (
 
 BLOCK = types.UniTuple(I32x16, LANES)
 CHAINS = 2  # sums of one head that do not wait for each other
+NARROW_HEADS = 2  # heads whose sums fit in 16 registers of 8 lanes
 
 
 def alternating(width, high):
@@ -123,17 +124,29 @@ def store_block(b, block, to, stride):
 
 
 def plain_dots(isa: Isa, kv_dtype: str, heads: int):
-    """Intrinsic (block, q, q bytes, to): scores of 16 keys added to those of `heads` queries."""
+    """Intrinsic (block, q, q bytes, to): scores of 16 keys added to those of `heads` queries.
+
+    Heads whose sums fit in the registers share a word of K, which is widened once for them where it has to be.
+    """
+    at_once = heads if isa.has_avx512 else min(heads, NARROW_HEADS)
+    products = line_products(isa, kv_dtype)
+
+    def dots_of(b, block, rows, to, first):
+        sums = [[load_as(b, to, VF32, HEAD_SCORES * (first + head)), constant(VF32, 0.0)] for head in range(len(rows))]
+        for word in range(LANES):
+            keys = [select(b, b.extract_value(block, word)) for select, _ in products]
+            for row, chains in zip(rows, sums):
+                for part, (_, add_product) in enumerate(products):
+                    x = splat_value(b, load_as(b, row, I32, 4 * (len(products) * word + part)))
+                    chains[word % CHAINS] = add_product(b, chains[word % CHAINS], keys[part], x)
+        for head, chains in enumerate(sums):
+            store_as(b, b.fadd(*chains), to, HEAD_SCORES * (first + head))
 
     @emits(types.void, BLOCK, intp, intp, intp)
     def dots(b, block, q, q_bytes, to):
-        for head in range(heads):
-            row = b.add(q, b.mul(q_bytes, ir.Constant(I64, head)))
-            sums = [load_as(b, to, VF32, HEAD_SCORES * head)] + [constant(VF32, 0.0)] * (CHAINS - 1)
-            for word in range(LANES):
-                x = splat_value(b, load_as(b, row, I32, 4 * word))
-                sums[word % CHAINS] = dot_pairs(isa, kv_dtype, b, sums[word % CHAINS], b.extract_value(block, word), x)
-            store_as(b, b.fadd(*sums), to, HEAD_SCORES * head)
+        rows = [b.add(q, b.mul(q_bytes, ir.Constant(I64, head))) for head in range(heads)]
+        for first in range(0, heads, at_once):
+            dots_of(b, block, rows[first : first + at_once], to, first)
 
     return dots
 

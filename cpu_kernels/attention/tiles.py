@@ -45,6 +45,7 @@ from cpu_kernels.vectors.vector import (
     load_f32_tail,
     max_lanes,
     mul,
+    round_to_bf16,
     splat,
     store_as,
     store_bf16_tail,
@@ -163,10 +164,14 @@ def write_lse(running, to):
     return ONE / total
 
 
-def q_line_writer(kv_dtype: str):
-    """Function: one query head in a plain KV dtype, zero padded to whole lines."""
-    is_fp32 = kv_dtype == "fp32"
+def q_line_writer(isa: Isa, kv_dtype: str):
+    """Function: one query head as numbers of a plain KV dtype, zero padded to whole lines; see `q_line_bytes`."""
+    is_fp32, has_bf16 = kv_dtype == "fp32", isa.has_bf16
     line_items = RowShape.of(kv_dtype).line_items
+
+    @emits(F32x16, F32x16)
+    def rounded(b, vector):
+        return widen_halves(b, round_to_bf16(b, vector), 1)
 
     @helper
     def load_q(source, head_dim, lines, to):
@@ -174,7 +179,9 @@ def q_line_writer(kv_dtype: str):
             vector = load_f32_tail(source + 4 * i, head_dim - i)
             if is_fp32:
                 store_f32(vector, to + 4 * i)
-            else:
+            elif has_bf16:
                 store_bf16_tail(vector, to + 2 * i, 16)
+            else:
+                store_f32(rounded(vector), to + 4 * i)
 
     return load_q

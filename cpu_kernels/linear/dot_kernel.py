@@ -16,7 +16,7 @@ from cpu_kernels.formats.weights import BLOCK_FEATURES
 from cpu_kernels.linear.sizes import SEGMENT_INPUTS
 from cpu_kernels.team.chunks import await_stage, finish, parameter, take, take_range
 from cpu_kernels.vectors.compiler import helper
-from cpu_kernels.vectors.dot import emit_dot_bf16, high_halves, low_halves
+from cpu_kernels.vectors.dot import line_products
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.scalar import least
 from cpu_kernels.vectors.tiles import finish_dots, masked_line, zeros
@@ -29,7 +29,6 @@ from cpu_kernels.vectors.vector import (
     VI32,
     F32x16,
     emits,
-    fma_value,
     intp,
     lanes_below,
     load_as,
@@ -79,17 +78,6 @@ def line_of(isa: Isa, weight_dtype: str) -> Line:
     return Line(32, 2, 64 if isa.has_bf16 else 128)
 
 
-def products(isa: Isa, weight_dtype: str):
-    """[(what becomes of a line of weights, acc + its products with a line of inputs)], one for each line of inputs."""
-    if weight_dtype == "fp32":
-        return [(lambda b, w: b.bitcast(w, VF32), widened_product)]
-    if weight_dtype == "fp16":
-        return [(lambda b, w: b.fpext(w, VF32), widened_product)]
-    if isa.has_bf16:
-        return [(lambda b, w: w, lambda b, acc, w, x: emit_dot_bf16(isa, b, acc, w, x))]
-    return [(low_halves, widened_product), (high_halves, widened_product)]
-
-
 def weight_line(shape: Line, b, address, index: int = 0):
     """Line `index` of weights."""
     return load_as(b, address, VI32 if shape.w_bytes == 64 else VHALF, shape.w_bytes * index)
@@ -107,15 +95,10 @@ def whole_line(b, address, offset):
     return load_as(b, address, VI32, offset)
 
 
-def widened_product(b, acc, w, x):
-    """acc + w * x in float32."""
-    return fma_value(b, w, b.bitcast(x, VF32), acc)
-
-
 def tile_step(isa: Isa, weight_dtype: str, features: int, rows: int):
     """Intrinsics (sums, w, w_stride, x, x_stride[, items]) -> sums: one 64-byte line, whole or its first items."""
     tile = types.UniTuple(F32x16, features * rows)
-    shape, parts = line_of(isa, weight_dtype), products(isa, weight_dtype)
+    shape, parts = line_of(isa, weight_dtype), line_products(isa, weight_dtype)
 
     def accumulate(b, sums, w_lines, x_rows, load):
         for part, (select, add_product) in enumerate(parts):
@@ -153,7 +136,7 @@ def tile_step(isa: Isa, weight_dtype: str, features: int, rows: int):
 def stream_step(isa: Isa, weight_dtype: str):
     """Intrinsic (sums, w, x) -> sums: STREAM_LINES lines of one feature, one row."""
     tile = types.UniTuple(F32x16, STREAM_LINES)
-    shape, parts = line_of(isa, weight_dtype), products(isa, weight_dtype)
+    shape, parts = line_of(isa, weight_dtype), line_products(isa, weight_dtype)
 
     @emits(tile, tile, intp, intp)
     def lines(b, sums, w, x):

@@ -5,7 +5,7 @@ import numpy as np
 from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat, format_of
 from cpu_kernels.team.chunks import fail, parameter, take
 from cpu_kernels.vectors.compiler import helper
-from cpu_kernels.vectors.scalar import as_float, load_byte, load_half, load_i64, load_word, store_scalar
+from cpu_kernels.vectors.scalar import as_float, load_byte, load_half, load_i64, store_scalar
 
 
 @helper

@@ -87,6 +87,26 @@ def emit_dot_bf16(isa: Isa, builder, acc, a, b):
     return acc
 
 
+def line_products(isa: Isa, dtype: str):
+    """How a register of fp32, fp16 (16 halves) or bf16 numbers meets another: [(what becomes of it, acc + its products with the other)].
+
+    Where the CPU cannot multiply bf16 there are two: the even numbers and the odd ones are widened, and the other operand
+    lies in memory as two registers of float32.
+    """
+    if dtype == "fp32":
+        return [(lambda b, line: b.bitcast(line, VF32), _widened_product)]
+    if dtype == "fp16":
+        return [(lambda b, line: b.fpext(line, VF32), _widened_product)]
+    if isa.has_bf16:
+        return [(lambda b, line: line, lambda b, acc, line, x: emit_dot_bf16(isa, b, acc, line, x))]
+    return [(low_halves, _widened_product), (high_halves, _widened_product)]
+
+
+def _widened_product(b, acc, line, x):
+    """acc + line * x in float32; x: <16 x i32>."""
+    return fma_value(b, line, b.bitcast(x, VF32), acc)
+
+
 def low_halves(builder, pairs):
     """The even bf16 of each pair, widened."""
     return builder.bitcast(builder.shl(pairs, constant(VI32, 16)), VF32)
