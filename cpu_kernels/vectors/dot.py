@@ -88,10 +88,10 @@ def emit_dot_bf16(isa: Isa, builder, acc, a, b):
 
 
 def line_products(isa: Isa, dtype: str):
-    """How a register of fp32, fp16 (16 halves) or bf16 numbers meets another: [(what becomes of it, acc + its products with the other)].
+    """How a register of fp32, fp16 (16 halves) or bf16 meets another: [(what becomes of it, acc + its products)].
 
-    Where the CPU cannot multiply bf16 there are two: the even numbers and the odd ones are widened, and the other operand
-    lies in memory as two registers of float32.
+    Where the CPU cannot multiply bf16 there are two: the even numbers and the odd ones are widened, and the other
+    operand lies in memory as two registers of float32.
     """
     if dtype == "fp32":
         return [(lambda b, line: b.bitcast(line, VF32), _widened_product)]
