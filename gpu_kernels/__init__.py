@@ -11,6 +11,7 @@ from typing import Any
 
 _MODULE_OF_OP = {
     "linear": "linear_layer",
+    "rounded": "linear_layer",
     "decode_attention": "attention",
     "prefill_attention": "attention",
     "merge": "attention_merge",

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.kept import kept
 from gpu_kernels.reference import GROUP
 
 GROUPS = 16  # of one row a program
@@ -24,6 +25,7 @@ def _steps_and_scale(values):
     return tl.minimum(tl.maximum((steps + ROUNDING) - ROUNDING, -127.0), 127.0), scale
 
 
+@kept
 @triton.jit
 def _quantize_kernel(x, q, scales, sums, in_features, num_groups, x_stride, q_stride, scale_stride,
                      IS_Q4: tl.constexpr, GROUPS: tl.constexpr):
@@ -45,6 +47,7 @@ def _quantize_kernel(x, q, scales, sums, in_features, num_groups, x_stride, q_st
     tl.store(sums + groups * scale_stride + row, scale * tl.sum(steps, axis=1), mask=inside)
 
 
+@kept
 @triton.jit
 def _round_kernel(x, out, in_features, num_groups, x_stride, out_stride, GROUPS: tl.constexpr):
     """grid: (rows, cdiv(num_groups, GROUPS)). x: [rows, in_features]; out: bf16 [rows, num_groups * 64]."""

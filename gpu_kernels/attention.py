@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_kernels.attention_merge import merge_splits
+from gpu_kernels.kept import kept
 from gpu_kernels.kv_rows import check_pages, load_block, load_page_ids
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -51,6 +52,7 @@ def _normalised(maximum, total, acc):
     return acc / nonzero[:, None], lse
 
 
+@kept
 @triton.jit(do_not_specialize=["num_kv_heads", "min_blocks"])
 def _decode_attention_kernel(
         q, k_pages, v_pages, page_table, kv_start, kv_stop, out, lse, partial, partial_lse, arrivals, scale,
@@ -115,6 +117,7 @@ def _decode_attention_kernel(
             tl.store(arrivals + group, 0)
 
 
+@kept
 @triton.jit(do_not_specialize=["q_len", "kv_start", "kv_stop", "q_start", "window"])
 def _prefill_attention_kernel(
         q, k_pages, v_pages, page_table, out, lse, scale, q_len, kv_start, kv_stop, q_start, window,

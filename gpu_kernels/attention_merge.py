@@ -12,7 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.kept import kept
 
+
+@kept
 @triton.jit
 def _merge_kernel(outs, lses, out, lse, strides, num_heads, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr,
                   HEAD_PAD: tl.constexpr):

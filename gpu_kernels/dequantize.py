@@ -7,12 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.kept import kept
 from gpu_kernels.reference import BLOCK_FEATURES, GROUP, SUPERBLOCK_BYTES
 
 SPANS = 16
 NUM_WARPS = 4
 
 
+@kept
 @triton.jit
 def _dequantize_kernel(weight, out, num_spans, block_bytes, out_stride, IS_Q4: tl.constexpr, SPANS: tl.constexpr):
     """grid: (num_blocks, cdiv(num_spans, SPANS)). weight: uint8 [num_blocks, block_bytes]; out: bf16 [num_blocks * 16,

@@ -22,13 +22,21 @@ class DeviceOps:
 
     def __init__(self, device: torch.device | str) -> None:
         self._arrivals = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        self._counted: Any = None  # imported as late as the other ops: it needs Triton
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(gpu_kernels, name)
+        """An op of the package, which is looked up, and its module imported, once."""
+        op = getattr(gpu_kernels, name)
+        setattr(self, name, op)
+        return op
+
+    def clear(self) -> None:
+        """Count from zero again, after a launch that was given up half-way."""
+        self._arrivals.zero_()
 
     def decode_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, kv_start: Tensor,
                          kv_stop: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
         """See gpu_kernels.attention.decode_attention."""
-        attention = importlib.import_module("gpu_kernels.attention")  # as late as the other ops: it imports Triton
-        attention.counted_decode_attention(self._arrivals, q, k_pages, v_pages, page_table, kv_start, kv_stop, scale,
-                                           out, lse)
+        if self._counted is None:
+            self._counted = importlib.import_module("gpu_kernels.attention").counted_decode_attention
+        self._counted(self._arrivals, q, k_pages, v_pages, page_table, kv_start, kv_stop, scale, out, lse)

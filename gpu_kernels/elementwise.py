@@ -12,12 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.kept import kept
 from gpu_kernels.kv_pages import hadamard_block
 from gpu_kernels.kv_rows import check_pages, store_row
 
 SILU_BLOCK = 1024
 
 
+@kept
 @triton.jit
 def _rms_norm_kernel(x, weight, out, eps, x_stride, out_stride, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
     """grid: (rows,). x, out: [rows, hidden]; weight: [hidden]."""
@@ -30,6 +32,7 @@ def _rms_norm_kernel(x, weight, out, eps, x_stride, out_stride, HIDDEN: tl.const
     tl.store(out + row * out_stride + columns, scaled, mask=inside)
 
 
+@kept
 @triton.jit(do_not_specialize=["units"])
 def _silu_mul_kernel(gate_up, out, units, in_stride, out_stride, BLOCK: tl.constexpr):
     """grid: (rows, cdiv(units * 16, BLOCK)). gate_up: [rows, units * 32], units of 16 gate | 16 up; out: [rows,
@@ -78,6 +81,7 @@ def _spread(row, HEAD_PAD: tl.constexpr, STAGES: tl.constexpr):
     return row * 2.0 ** (-0.5 * STAGES)
 
 
+@kept
 @triton.jit
 def _rope_append_kernel(
         qkv, positions, cos, sin, q_norm, k_norm, eps, q, k_pages, v_pages, slots,

@@ -3,16 +3,20 @@
     y = round(x) W^T + b        round: none for fp32, to bf16 for bf16, to int8 per group of 64 for q8 and q4
 
 Many rows over q8 and q4 blocks are bound by arithmetic, which cuBLAS does best: pieces of the weight become bf16 in a
-buffer, and the rounded x becomes bf16 too. Beside the exact arithmetic of few rows the only
-difference is the rounding of both factors to bf16.
+buffer, and the rounded x becomes bf16 too. Beside the exact arithmetic of few rows the only difference is the rounding of
+both factors to bf16. A product goes straight into its columns of `out`, or onto them. x is rounded once for all pieces
+of a weight, which come one at a time (`rounded`).
 """
 
 from __future__ import annotations
 
+from functools import cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from gpu_kernels.activation import round_activation
+from gpu_kernels.activation import quantize_activation, round_activation
 from gpu_kernels.dequantize import dequantize
 from gpu_kernels.quantized_linear import check_blocks, quantized_linear
 from gpu_kernels.reference import BLOCK_FEATURES, GROUP, SUPERBLOCK_BYTES
@@ -26,50 +30,86 @@ DENSE_BYTES = 64 * 2**20
 QUANTIZED_ROWS = 64
 
 
-def linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
+class RoundedInput(NamedTuple):
+    """The input of a linear as its products read it, for all the pieces of one weight: see `rounded`.
+
+    shape: (rows, in_features). values: int8 with scales and sums for few rows over q8 and q4 blocks, else one matrix.
+    """
+
+    shape: tuple[int, int]
+    values: tuple[Tensor, ...]
+
+
+def rounded(x: Tensor, weight_dtype: str) -> RoundedInput:
+    """x, f32 [rows, in_features], rounded as linears over weights of this dtype round it; newly allocated."""
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"weight dtype {weight_dtype!r} is unknown; known: {', '.join(WEIGHT_DTYPES)}")
+    assert x.stride(1) == 1, x.stride()
+    shape = tuple(x.shape)
+    if x.numel() == 0 or weight_dtype == "fp32":
+        return RoundedInput(shape, (x,))
+    if weight_dtype == "bf16":
+        return RoundedInput(shape, (x.to(torch.bfloat16),))
+    if shape[0] <= QUANTIZED_ROWS:
+        return RoundedInput(shape, quantize_activation(x, weight_dtype))
+    return RoundedInput(shape, (round_activation(x),))
+
+
+def linear(x: Tensor | RoundedInput, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
            accumulate: bool = False) -> None:
     """Write (or with `accumulate` add) the linear layer of `x` into `out`.
 
-    x: f32 [rows, in_features]. weight: uint8 [num_blocks, block_bytes], packed. weight_dtype: fp32, bf16, q8 or q4.
-    bias: f32 [num_blocks*16] or None. out: f32 [rows, num_blocks*16]. Raises ValueError for an unknown weight dtype.
+    x: f32 [rows, in_features], or what `rounded` made of it for this dtype. weight: uint8 [num_blocks, block_bytes],
+    packed. weight_dtype: fp32, bf16, q8 or q4. bias: f32 [num_blocks*16] or None. out: f32 [rows, num_blocks*16]. Raises
+    ValueError for an unknown weight dtype.
     """
-    if weight_dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"weight dtype {weight_dtype!r} is unknown; known: {', '.join(WEIGHT_DTYPES)}")
+    if not isinstance(x, RoundedInput):
+        x = rounded(x, weight_dtype)
     assert out.shape == (x.shape[0], weight.shape[0] * BLOCK_FEATURES), (x.shape, weight.shape, out.shape)
-    strides = (weight.stride(), x.stride(), out.stride())
-    assert weight.is_contiguous() and x.stride(1) == 1 and out.stride(1) == 1, strides
+    assert weight.is_contiguous() and out.stride(1) == 1, (weight.stride(), out.stride())
     if out.numel() == 0:
         return
     if weight_dtype in SUPERBLOCK_BYTES:
         check_blocks(weight, weight_dtype, x.shape[1])
         if x.shape[0] <= QUANTIZED_ROWS:
-            quantized_linear(x, weight, weight_dtype, bias, out, accumulate)
+            quantized_linear(x.values, weight, weight_dtype, bias, out, accumulate)
             return
-    rounded = _rounded(x, weight_dtype)
-    blocks = _blocks_at_once(x, weight_dtype)
+    in_place = not out.is_cuda or products_in_place(out.device)
+    blocks = _blocks_at_once(x, weight_dtype, in_place)
     for start in range(0, weight.shape[0], blocks):
         columns = slice(start * BLOCK_FEATURES, (start + blocks) * BLOCK_FEATURES)
-        result = _dense_product(rounded, _dense(weight[start:start + blocks], weight_dtype, x.shape[1]))
+        dense = _dense(weight[start:start + blocks], weight_dtype, x.shape[1])
+        target = out[:, columns]
+        _product(x.values[0], dense, target, accumulate, in_place)
         if bias is not None:
-            result += bias[columns]
-        if accumulate:
-            out[:, columns] += result
-        else:
-            out[:, columns] = result
+            target += bias[columns]
 
 
-def _rounded(x: Tensor, weight_dtype: str) -> Tensor:
+@cache
+def products_in_place(device: torch.device) -> bool:
+    """Whether torch multiplies bf16 straight into, and onto, columns of a wider float32 matrix on this device.
+
+    Tried once, before anything is captured: with a release that cannot, results go through a buffer.
+    """
+    x, dense = (torch.ones(shape, dtype=torch.bfloat16, device=device) for shape in ((16, 64), (32, 64)))
+    wide = torch.zeros(16, 48, device=device)
+    try:
+        for accumulate in (False, True):
+            _product(x, dense, wide[:, 8:40], accumulate, True)
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError):
+        return False
+    expected = torch.zeros_like(wide)
+    expected[:, 8:40] = 128
+    return torch.equal(wide, expected)
+
+
+def _blocks_at_once(x: Tensor | RoundedInput, weight_dtype: str, in_place: bool = False) -> int:
+    """Blocks of which neither the product, where it needs a buffer, nor the weights as bf16 exceed their bound."""
+    rows, in_features = x.shape
+    bounds = [] if in_place else [PRODUCT_BYTES // (4 * BLOCK_FEATURES * rows)]
     if weight_dtype in SUPERBLOCK_BYTES:
-        return round_activation(x)
-    return x if weight_dtype == "fp32" else x.to(torch.bfloat16)
-
-
-def _blocks_at_once(x: Tensor, weight_dtype: str) -> int:
-    """Blocks of which neither the product nor the weights as bf16 exceed their bound, at least one."""
-    blocks = PRODUCT_BYTES // (4 * BLOCK_FEATURES * x.shape[0])
-    if weight_dtype in SUPERBLOCK_BYTES:
-        blocks = min(blocks, DENSE_BYTES // (2 * BLOCK_FEATURES * (x.shape[1] + GROUP)))
-    return max(1, blocks)
+        bounds.append(DENSE_BYTES // (2 * BLOCK_FEATURES * (in_features + GROUP)))
+    return max(1, min(bounds, default=1 << 30))
 
 
 def _dense(weight: Tensor, weight_dtype: str, in_features: int) -> Tensor:
@@ -79,10 +119,15 @@ def _dense(weight: Tensor, weight_dtype: str, in_features: int) -> Tensor:
     return weight.view(torch.float32 if weight_dtype == "fp32" else torch.bfloat16).view(-1, in_features)
 
 
-def _dense_product(x: Tensor, dense: Tensor) -> Tensor:
-    """float32 x W^T of float32 or bf16 factors."""
-    if x.dtype == torch.float32:
-        return torch.mm(x, dense.T)
-    if x.is_cuda:
-        return torch.mm(x, dense.T, out_dtype=torch.float32)
-    return torch.mm(x.float(), dense.T.float())  # torch has bf16 products with a float32 result on CUDA only
+def _product(x: Tensor, dense: Tensor, out: Tensor, accumulate: bool, in_place: bool) -> None:
+    """float32 x W^T of float32 or bf16 factors into, or onto, `out`, which may be columns of a wider matrix."""
+    if not x.is_cuda and x.dtype == torch.bfloat16:  # torch has bf16 products with a float32 result on CUDA only
+        x, dense = x.float(), dense.float()
+    wide = () if x.dtype == torch.float32 else (torch.float32,)
+    if in_place and accumulate:
+        (torch.ops.aten.addmm.dtype_out if wide else torch.ops.aten.addmm.out)(out, x, dense.T, *wide, out=out)
+    elif in_place:
+        (torch.ops.aten.mm.dtype_out if wide else torch.ops.aten.mm.out)(x, dense.T, *wide, out=out)
+    else:
+        result = torch.mm(x, dense.T, out_dtype=torch.float32) if wide else torch.mm(x, dense.T)
+        out.copy_(result) if not accumulate else out.add_(result)

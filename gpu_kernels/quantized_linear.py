@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_kernels.activation import quantize_activation
+from gpu_kernels.kept import kept
 from gpu_kernels.reference import GROUP, SUPERBLOCK_BYTES
 
 Q4_BYTES = tl.constexpr(SUPERBLOCK_BYTES["q4"])
@@ -56,6 +56,7 @@ def _signed(packed):
                                      pack=4)
 
 
+@kept
 @triton.jit
 def _gemv_kernel(weight, q, scales, sums, bias, out, num_groups, block_bytes, IS_Q4: tl.constexpr, WARPS: tl.constexpr,
                  UNROLL: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr):
@@ -127,6 +128,7 @@ def _row_values(pointers, inside, first, rows, ROWS: tl.constexpr, WARPS: tl.con
         return tl.join(low, high).permute(0, 2, 1).reshape(WARPS, ROWS)
 
 
+@kept
 @triton.jit(do_not_specialize=["rows", "num_blocks"])
 def _flat_kernel(weight, q, scales, sums, bias, out, rows, num_blocks, num_groups, block_bytes, q_stride, scale_stride,
                  out_row_stride, IS_Q4: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
@@ -232,15 +234,12 @@ def tile_for(rows: int, num_blocks: int) -> Tile:
     return next((tile for tile in tiles if rows <= tile.rows), tiles[-1])
 
 
-def quantized_linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
+def quantized_linear(x: tuple[Tensor, ...], weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
                      accumulate: bool) -> None:
-    """Write (or add) the product of `x` with packed q8 or q4 blocks into `out`; arguments as `linear`.
-
-    Allocates the int8 copy of x.
-    """
+    """Write (or add) the product of `x`, as `quantize_activation` gives it, with packed q8 or q4 blocks into `out`."""
     flags = {"IS_Q4": weight_dtype == "q4", "HAS_BIAS": bias is not None, "ACCUMULATE": accumulate}
-    launch = _launch_gemv if x.shape[0] == 1 else _launch_flat
-    launch(weight, *quantize_activation(x, weight_dtype), bias, out, flags)
+    launch = _launch_gemv if out.shape[0] == 1 else _launch_flat
+    launch(weight, *x, bias, out, flags)
 
 
 def _launch_gemv(weight: Tensor, q: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None, out: Tensor,

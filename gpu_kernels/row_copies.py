@@ -9,9 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.kept import kept
+
 COPY_BLOCK = 1024
 
 
+@kept
 @triton.jit
 def _copy_rows_kernel(target, source, columns, target_stride, source_stride, BLOCK: tl.constexpr):
     """grid: (rows, cdiv(columns, BLOCK)). target, source: [rows, columns]."""

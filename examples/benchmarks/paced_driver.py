@@ -50,6 +50,10 @@ class PacedOps:
         self._machine = machine
         self.stream: PacedStream | None = None
 
+    def rounded(self, x, weight_dtype) -> torch.Tensor:
+        """Counted with the products."""
+        return x
+
     def linear(self, x, weight, weight_dtype, bias, out, accumulate=False) -> None:
         """The longer of weight bytes over GPU memory and operations."""
         operations = 2 * x.shape[0] * x.shape[1] * weight.shape[0] * BLOCK_FEATURES

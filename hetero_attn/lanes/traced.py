@@ -15,9 +15,10 @@ class TracedOps:
     def __getattr__(self, name: str) -> Callable[..., object]:
         operation = getattr(self._ops, name)
 
-        def traced(*arguments: object) -> None:
-            label = f"{name} {self._trace.shards.of(self._lane, arguments)}".rstrip()
-            self._run(label, lambda: operation(*arguments))
+        def traced(*arguments: object) -> object:
+            label, results = f"{name} {self._trace.shards.of(self._lane, arguments)}".rstrip(), []
+            self._run(label, lambda: results.append(operation(*arguments)))
+            return results[0]
 
         return traced
 

@@ -85,11 +85,11 @@ def run_on_device(
 
     x float32 [rows, in_features], out float32 [rows, out_features]; written in place on the device side.
     """
-    start = 0
+    start, inputs = 0, lanes.device.ops.rounded(x.device, weights.weight_dtype)
     for is_streamed, blocks in _device_weights(lanes, weights, tier):
         stop = start + blocks.shape[0] * BLOCK_FEATURES
         bias = None if weights.bias.device is None else weights.bias.device[start:stop]
-        lanes.device.ops.linear(x.device, blocks, weights.weight_dtype, bias, out.device[:, start:stop], add)
+        lanes.device.ops.linear(inputs, blocks, weights.weight_dtype, bias, out.device[:, start:stop], add)
         if is_streamed:
             lanes.ring.give_back()
         start = stop
@@ -179,12 +179,14 @@ def run_row_cut_on_device(
     if home:
         ops.linear(x.device[:, :home], weights.gpu, weights.weight_dtype, bias, out.device, add)
         bias = None
-    start = 0
+    start, inputs = 0, None
     for _ in weights.pieces(tier):
+        if inputs is None:
+            inputs = ops.rounded(x.device[:, home:], weights.weight_dtype)
         blocks = lanes.ring.take()
         stop = start + blocks.shape[0] * BLOCK_FEATURES
         part = None if bias is None else bias[start:stop]
-        ops.linear(x.device[:, home:], blocks, weights.weight_dtype, part, out.device[:, start:stop], add)
+        ops.linear(inputs, blocks, weights.weight_dtype, part, out.device[:, start:stop], add)
         lanes.ring.give_back()
         start = stop
 
