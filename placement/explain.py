@@ -169,7 +169,8 @@ def _alternatives(
 ) -> Iterator[Estimate]:
     machine = hardware if hardware.cores == plan.num_threads else hardware.with_threads(plan.num_threads)
     for candidate in _nearest(found):
-        predicted = predict_plan(replace(plan, linears=candidate.linears, kv=candidate.kv), machine)
+        workload = candidate.problem.workload
+        predicted = predict_plan(replace(plan, workload=workload, linears=candidate.linears, kv=candidate.kv), machine)
         yield Estimate(candidate.label, predicted.decode.tokens_per_s, predicted.prefill.tokens_per_s)
     yield _whole_layers(plan, machine)
     yield from _other_shape(workload, hardware, policy, plan)

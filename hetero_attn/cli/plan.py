@@ -69,7 +69,7 @@ def explained(planned: PlannedModel, policy: str, threads: int | None) -> Explan
 
     made = planned.plan
     return explain(
-        made.workload, planned.hardware, wishes(policy, threads), device=made.device,
+        planned.workload, planned.hardware, wishes(policy, threads), device=made.device,
         gpu_memory_bytes=made.gpu_memory_bytes,
     )
 
@@ -83,7 +83,7 @@ def draw(planned: PlannedModel, policy: str, threads: int | None, file: Path) ->
     made, plans = planned.plan, []
     if made.device != "cpu":
         plans = budget_curve(
-            made.workload, planned.hardware, wishes(policy, threads), device=made.device,
+            planned.workload, planned.hardware, wishes(policy, threads), device=made.device,
             watched=lambda budgets: steps_bar(budgets, "planning for GPU budgets"),
         )
     plot_plan(made, plans, file)

@@ -8,6 +8,7 @@ import torch
 
 from hetero_attn.errors import MemoryBudgetError, UnsupportedModelError
 from placement.machine.hardware import HardwareProfile, catalogue_names
+from placement.plan.memory import rounded_input_bytes
 from placement.plan.plan import Plan
 from placement.plan.units import format_bytes
 from placement.plan.workload import Workload
@@ -31,18 +32,17 @@ def device_index(device: str) -> int:
     return int(number)
 
 
-def with_own_bytes(hardware: HardwareProfile, device: str, workload: Workload) -> HardwareProfile:
-    """The profile with what CUDA and the kernels' temporaries will take of the budget, measured where there is a GPU."""
+def with_own_bytes(hardware: HardwareProfile, device: str) -> HardwareProfile:
+    """The profile with what CUDA and the kernels' fixed temporaries take of the budget, measured where there is a GPU."""
     if not torch.cuda.is_available():
         return hardware
-    own_bytes = context_bytes(device_index(device)) + temporary_bytes(workload) + SLACK_BYTES
+    own_bytes = context_bytes(device_index(device)) + TEMPORARY_BYTES + SLACK_BYTES
     return replace(hardware, gpu_context_bytes=own_bytes)
 
 
 def temporary_bytes(workload: Workload) -> int:
     """The most that kernels allocate beside the arena: fixed parts, and the rounded copy of a linear's input."""
-    widest = max(shard.in_features for shard in workload.linears)
-    return TEMPORARY_BYTES + 4 * workload.activation_rows * widest
+    return TEMPORARY_BYTES + rounded_input_bytes(workload)
 
 
 def arena_bytes(plan: Plan, index: int) -> int:

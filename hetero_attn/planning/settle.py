@@ -1,7 +1,7 @@
 """From a model and a wish to a plan: config and file headers in, nothing loaded."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from hetero_attn.spec.weights import build_workload, natural_kv_dtype
 from placement import BudgetError, HardwareProfile, Plan, Policy, make_plan
 from placement.plan.memory import activation_bytes
 from placement.plan.units import parse_bytes
-from placement.plan.workload import KV_DTYPES, Workload
+from placement.plan.workload import KV_DTYPES, ChunkChoice, Workload
 
 WEIGHT_DTYPES = ("bf16", "fp32", "q8", "q4")
 DEVICES = ("auto", "cuda", "cpu", "emulated")
@@ -31,7 +31,8 @@ PAGE_TOKENS = 64
 class PlannedModel:
     """A model directory with everything decided that loading needs.
 
-    device: cpu | cuda[:N] | emulated. hardware, policy: the rates and the wishes that the plan was made with.
+    device: cpu | cuda[:N] | emulated. hardware, policy: the rates and the wishes that the plan was made with. workload: what
+    was asked of the planner, its shape and prefill chunk still open; plan.workload has those that were chosen.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class PlannedModel:
     hardware: HardwareProfile
     plan: Plan
     policy: Policy = Policy()
+    workload: Workload | None = None
 
 
 def plan_model(
@@ -123,17 +125,17 @@ def prepare(
     if kind != "cpu":
         budget = parse_bytes(gpu_memory) if gpu_memory is not None else policy.gpu_memory or hardware.gpu_memory_bytes
         if policy.prefill_chunk is None:
-            workload = fit_prefill_chunk(build, budget)
+            workload = with_chunk_choices(build, budget)
     if kind == "cuda":
         from hetero_attn.devices.machine import with_own_bytes
 
-        hardware = with_own_bytes(hardware, place, workload)
+        hardware = with_own_bytes(hardware, place)
     policy = policy.model_copy(update=dict.fromkeys(("context", "batch", "kv_tokens", "prefill_chunk", "kv_dtype")))
     try:
         plan = make_plan(workload, hardware, policy, device=kind, gpu_memory_bytes=budget)
     except BudgetError as error:
         raise MemoryBudgetError(str(error)) from error
-    return PlannedModel(path, config, weight_dtype, place, hardware, plan, policy)
+    return PlannedModel(path, config, weight_dtype, place, hardware, plan, policy, workload)
 
 
 def machine_profile(device: str) -> HardwareProfile:
@@ -214,24 +216,25 @@ def choose_batch(
     return max_batch or DEFAULT_MAX_BATCH, kv_tokens
 
 
-def fit_prefill_chunk(build: Callable[..., Workload], budget_bytes: int) -> Workload:
-    """The workload with the prefill chunk that suits a GPU budget; `build(prefill_chunk=)` makes it, because other sizes
-    follow the chunk too.
+def with_chunk_choices(build: Callable[..., Workload], budget_bytes: int) -> Workload:
+    """The workload with the prefill chunks that the planner may choose from; `build(prefill_chunk=)` makes it, because other
+    sizes follow the chunk too.
 
-    Beginning from the default, the chunk is halved, to 16 rows at least, until its activations take a quarter of the
-    budget at most. Where it need not be, it is doubled while they take a twelfth: weights are streamed once a chunk, and
-    Python queues the kernels of each chunk anew.
+    Weights are streamed once a chunk and Python queues the kernels of each chunk anew, so large chunks serve prompts; their
+    activations take memory that weights and cache could have. Beginning from the default, the chunk is halved, to 16 rows at
+    least, until its activations take a quarter of the budget at most, and doubled while they do and the context is longer.
     """
     workload = build(prefill_chunk=DEFAULT_PREFILL_CHUNK)
     while workload.prefill_chunk > MIN_PREFILL_CHUNK and 4 * activation_bytes(workload) > budget_bytes:
         workload = build(prefill_chunk=workload.prefill_chunk // 2)
-    largest = min(MAX_PREFILL_CHUNK, workload.max_context)
-    while DEFAULT_PREFILL_CHUNK <= workload.prefill_chunk <= largest // 2:
-        larger = build(prefill_chunk=2 * workload.prefill_chunk)
-        if 12 * activation_bytes(larger) > budget_bytes:
+    choices, largest = [workload], min(MAX_PREFILL_CHUNK, workload.max_context)
+    while 2 * choices[-1].prefill_chunk <= largest:
+        larger = build(prefill_chunk=2 * choices[-1].prefill_chunk)
+        if 4 * activation_bytes(larger) > budget_bytes:
             break
-        workload = larger
-    return workload
+        choices.append(larger)
+    known = tuple(ChunkChoice(choice.prefill_chunk, choice.resident_bytes) for choice in choices)
+    return replace(workload, chunk_choices=known)
 
 
 def _check_choice(name: str, value: str, known: Iterable[str]) -> None:

@@ -17,14 +17,15 @@ All coefficients are linear in units, groups and bytes, so the planner optimises
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from math import fsum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from placement.cost.terms import (
     BLOCKS,
     Block,
     Call,
+    LinearCost,
     attention_cost,
     attention_handovers,
     cpu_call_s,
@@ -103,6 +104,13 @@ class _Tally:
         self.before_head_s: list[float] = []
         self.head_s = 0.0
         self._blocks: dict[Block, list[float]] = {}
+        self._once: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives for the first of equal layers; the others have it from here."""
+        if key not in self._once:
+            self._once[key] = compute()
+        return self._once[key]
 
     def add_step(
         self, kind: str, cpu_s: float, gpu_s: float, handovers_s: float, launch_s: float, block: Block | None = None
@@ -141,11 +149,13 @@ def _add_linear(
     """Add one linear; returns the units that the CPU computes."""
     rows = call.sequences if shard.kind == "head" else call.rows
     home, streamed, on_cpu = placement.cut(row_tier(rows))
-    if tally.on_gpu:
-        cost = step_cost(shard, rows, workload.weight_dtype, hardware, block is not None)
-    else:
-        call_s = cpu_call_s(call, hardware, False)
-        cost = linear_cost(shard, rows, workload.weight_dtype, hardware, False, call_s)
+
+    def computed() -> LinearCost:
+        if tally.on_gpu:
+            return step_cost(shard, rows, workload.weight_dtype, hardware, block is not None)
+        return linear_cost(shard, rows, workload.weight_dtype, hardware, False, cpu_call_s(call, hardware, False))
+
+    cost = tally.once((shard.kind, shard.shape, block is not None), computed)
     gpu_s = (home + streamed) * cost.gpu_s_per_unit if home + streamed else 0.0
     cpu_s, handover = on_cpu * cost.cpu_s_per_unit, cost.handover_s * (on_cpu > 0)
     tally.add_step("linears", cpu_s, gpu_s, handover, cost.launch_s, block)
@@ -172,7 +182,10 @@ def _add_attention(
     block: Block | None,
 ) -> None:
     """Add one layer's attention."""
-    cost = attention_cost(shard, call, placement.gpu_tokens, workload, hardware, tally.on_gpu)
+    cost = tally.once(
+        (shard.groups, shard.bytes_per_token, shard.window, placement.gpu_tokens),
+        lambda: attention_cost(shard, call, placement.gpu_tokens, workload, hardware, tally.on_gpu),
+    )
     on_gpu_groups, on_cpu_groups = placement.gpu_groups, shard.groups - placement.gpu_groups
     handovers = attention_handovers(cpu_qkv_units, on_gpu_groups, shard.groups, cost.spilled_s_per_group > 0)
     cpu_s = on_cpu_groups * cost.cpu_s_per_group + on_gpu_groups * cost.spilled_s_per_group

@@ -1,6 +1,11 @@
-"""What is minimised: the seconds of a reference request, a prompt and the tokens generated after it."""
+"""What is minimised: the seconds of reference requests, prompts and the tokens generated after them.
+
+Two requests stand for what people send: one with a short prompt and one with a long one, half of the longest context. A plan
+that is best for short prompts only can be several times too slow for long ones, whose rows outweigh every hand-over.
+"""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from placement.cost.model import pass_cost
 from placement.cost.terms import Call, WeightedCall
@@ -9,11 +14,27 @@ from placement.plan.memory import KvPlacement, LinearPlacement
 from placement.plan.workload import ROW_TIER_LIMITS, Workload
 
 REFERENCE_PROMPT = 512
-REFERENCE_OUTPUT = 128
+# A long prompt counts as much as one of this many tokens, or prompts of 64k would be all that a plan is made for.
+LONG_PROMPT_TOKENS = 4096
+
+
+class Requests(NamedTuple):
+    """What one unit of the objective is made of: decode steps, and how often each prompt is read."""
+
+    decode_steps: int
+    short_prompts: float
+    long_prompts: float
+
+
+REQUESTS = {
+    "latency": Requests(128, 1.0, 1.0),
+    "throughput": Requests(128, 1.0, 1.0),
+    "prefill": Requests(16, 2.0, 2.0),
+}
 
 
 def reference_batch(workload: Workload, objective: str) -> int:
-    """Sequences decoded together: one for latency, max_batch for throughput."""
+    """Sequences decoded together: max_batch for throughput, else one."""
     return workload.max_batch if objective == "throughput" else 1
 
 
@@ -24,25 +45,48 @@ def reference_context(workload: Workload, batch: int = 1) -> int:
 
 
 def reference_prompt(workload: Workload) -> int:
-    """Tokens of the reference prompt."""
+    """Tokens of the short reference prompt."""
     return max(1, min(REFERENCE_PROMPT, workload.max_context // 2))
 
 
-def reference_calls(workload: Workload, objective: str) -> list[WeightedCall]:
-    """Passes of the reference request with their counts: decode steps, the chunks of the prompt, its last chunk.
+def long_prompt(workload: Workload) -> int:
+    """Tokens of the long reference prompt: half of the longest context."""
+    return max(1, workload.max_context // 2)
 
-    Chunks before the last are represented by the middle one; under `throughput` every sequence of the batch brings a
-    prompt.
+
+def reference_calls(workload: Workload, objective: str) -> list[WeightedCall]:
+    """Passes of the reference requests with their counts: decode steps, the chunks of both prompts.
+
+    Under `throughput` every sequence of the batch brings its prompts.
     """
-    batch, prompt, chunk = reference_batch(workload, objective), reference_prompt(workload), workload.prefill_chunk
-    steps = max(1, min(REFERENCE_OUTPUT, workload.max_context // 2))
-    calls = [WeightedCall(Call(batch, 1, reference_context(workload, batch)), steps)]
+    requests, batch = REQUESTS[objective], reference_batch(workload, objective)
+    steps = max(1, min(requests.decode_steps, workload.max_context // 2))
+    short, long = reference_prompt(workload), long_prompt(workload)
+    share = requests.long_prompts * min(1.0, LONG_PROMPT_TOKENS / long)
+    return [
+        WeightedCall(Call(batch, 1, reference_context(workload, batch)), steps),
+        *_merged(_prompt_calls(workload, short, batch * requests.short_prompts)
+                 + _prompt_calls(workload, long, batch * share)),
+    ]
+
+
+def _prompt_calls(workload: Workload, prompt: int, weight: float) -> list[WeightedCall]:
+    """A prompt's chunks; those before the last are represented by the middle one."""
+    chunk = workload.prefill_chunk
     before = (prompt - 1) // chunk
+    calls = [WeightedCall(Call(1, prompt - before * chunk, before * chunk), weight)]
     if before:
-        middle = (before - 1) * chunk // 2
-        calls.append(WeightedCall(Call(1, chunk, middle), before * batch, with_head=False))
-    calls.append(WeightedCall(Call(1, prompt - before * chunk, before * chunk), batch))
+        calls.append(WeightedCall(Call(1, chunk, (before - 1) * chunk // 2), before * weight, with_head=False))
     return calls
+
+
+def _merged(calls: list[WeightedCall]) -> list[WeightedCall]:
+    """Equal passes as one, which counts as often as they do together."""
+    weights: dict[tuple[Call, bool], float] = {}
+    for weighted in calls:
+        key = weighted.call, weighted.with_head
+        weights[key] = weights.get(key, 0.0) + weighted.weight
+    return [WeightedCall(call, weight, with_head) for (call, with_head), weight in weights.items()]
 
 
 def tier_call(workload: Workload, tier: int) -> WeightedCall:

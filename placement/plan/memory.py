@@ -183,6 +183,11 @@ def activation_bytes(workload: Workload) -> int:
     return workload.activation_bytes_per_row * workload.activation_rows
 
 
+def rounded_input_bytes(workload: Workload) -> int:
+    """Most bytes of the rounded copy that a GPU kernel makes of a linear's input, beside what a plan allocates."""
+    return 4 * workload.activation_rows * max(shard.in_features for shard in workload.linears)
+
+
 def weights_bytes(workload: Workload, placements: Sequence[LinearPlacement], place: str) -> int:
     """Weight bytes at a place. Units in DRAM are pinned if their linear streams, or may come to stream, in some tier."""
     total = 0

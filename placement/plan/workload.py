@@ -5,7 +5,8 @@ The runtime describes its model this way; the planner and the cost model know no
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 KV_DTYPES = ("fp32", "bf16", "q8", "q4")
 LINEAR_KINDS = ("qkv", "o", "gate_up", "down", "head")
@@ -60,6 +61,12 @@ class LinearShard:
             )
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Everything that decides what the linear costs, without its name and layer."""
+        sizes = self.units, self.unit_bytes, self.unit_features, self.in_features, self.flops_per_row_per_unit
+        return (*sizes, int(self.row_cut))
+
+    @property
     def total_bytes(self) -> int:
         """Packed bytes of the whole linear."""
         return self.units * self.unit_bytes
@@ -88,6 +95,13 @@ class KvShard:
         return min(context, self.window) if self.window else context
 
 
+class ChunkChoice(NamedTuple):
+    """A prefill chunk in rows, and `Workload.resident_bytes` with it: the tables of a step grow with its rows."""
+
+    rows: int
+    resident_bytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
     """Everything the planner may know about a model and the use made of it.
@@ -101,6 +115,7 @@ class Workload:
     for each; a sequence reserves the pages of its own prompt and answer, so fewer slots still serve many short ones.
     staging_piece_bytes: of what crosses the bus at a time, which is what a staging slot holds.
     row_cuts: o and down as a paired plan cuts them, by rows; empty where only column plans are possible.
+    chunk_choices: prefill chunks that the planner may choose instead, ascending; empty where the chunk is given.
     """
 
     model: str
@@ -123,6 +138,7 @@ class Workload:
     kv_tokens: int | None = None
     row_cuts: tuple[LinearShard, ...] = ()
     staging_piece_bytes: int = STAGING_PIECE_BYTES
+    chunk_choices: tuple[ChunkChoice, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("max_context", "max_batch", "page_size", "prefill_chunk"):
@@ -135,6 +151,10 @@ class Workload:
                 f"workload {self.model}: kv_tokens is {self.kv_tokens}, less than one sequence of max_context "
                 f"{self.max_context}; give at least that"
             )
+
+    def with_chunk(self, choice: ChunkChoice) -> "Workload":
+        """The workload with one of its chunk choices, and none left."""
+        return replace(self, prefill_chunk=choice.rows, resident_bytes=choice.resident_bytes, chunk_choices=())
 
     @property
     def weight_bytes(self) -> int:

@@ -2,9 +2,11 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import translate
 
+from placement.plan.memory import KvPlacement, LinearPlacement
 from placement.plan.workload import LINEAR_KINDS, NUM_ROW_TIERS, ROW_TIER_NAMES, KvShard, LinearShard, Workload
 from placement.policy.fields import Share
 from placement.policy.policy import Policy, PolicyError, Rule
@@ -26,6 +28,15 @@ class LinearBounds:
         """Whether nothing is left to choose."""
         return self.gpu is not None and None not in self.stream
 
+    def allows(self, placement: LinearPlacement) -> bool:
+        """Whether a placement has every width that is fixed."""
+        wanted = ((self.gpu, stream, cpu) for stream, cpu in zip(self.stream, self.cpu, strict=True))
+        return all(
+            want is None or want == has
+            for tier, wants in enumerate(wanted)
+            for want, has in zip(wants, placement.cut(tier), strict=True)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class KvBounds:
@@ -34,6 +45,12 @@ class KvBounds:
     gpu_groups: int | None = None
     gpu_tokens: int | None = None
 
+    def allows(self, placement: KvPlacement) -> bool:
+        """Whether a placement has what is fixed."""
+        groups_fit = self.gpu_groups is None or self.gpu_groups == placement.gpu_groups
+        tokens_fit = not placement.gpu_groups or self.gpu_tokens in (None, placement.gpu_tokens)
+        return groups_fit and tokens_fit
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
@@ -41,6 +58,10 @@ class Bounds:
 
     linears: tuple[LinearBounds, ...]
     kv: tuple[KvBounds, ...]
+
+    def allow(self, linears: Sequence[LinearPlacement], kv: Sequence[KvPlacement]) -> bool:
+        """Whether placements in workload order have every width that is fixed."""
+        return all(map(LinearBounds.allows, self.linears, linears)) and all(map(KvBounds.allows, self.kv, kv))
 
 
 class _Conflict(ValueError):

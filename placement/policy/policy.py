@@ -110,7 +110,7 @@ class Policy(_Strict):
     """
 
     version: Literal[1] = VERSION
-    objective: Literal["latency", "throughput"] = "latency"
+    objective: Literal["latency", "throughput", "prefill"] = "latency"
     gpu_memory: SizeField = None
     pinned_memory: SizeField = None
     host_memory: SizeField = None

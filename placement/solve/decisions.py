@@ -31,7 +31,8 @@ class Totals:
     """A solution by class: units over all layers of the class, before they are spread over layers.
 
     gpu: by (class, linear); stream, cpu_layers (those with a CPU share): by (class, linear, tier); groups,
-    attending_layers (those with CPU attention): by class.
+    attending_layers (those with CPU attention): by class; gpu_tokens: KV slots that a GPU-owned group
+    keeps in GPU memory, in whole pages; seconds: of the passes, were nothing rounded.
     """
 
     gpu: dict[tuple[int, int], float]
@@ -39,6 +40,8 @@ class Totals:
     cpu_layers: dict[tuple[int, int, int], float]
     groups: dict[int, float]
     attending_layers: dict[int, float]
+    gpu_tokens: int
+    seconds: float
 
 
 def gpu_tokens_of(workload: Workload, shard: KvShard, bounds: KvBounds, gpu_tokens: int) -> int:

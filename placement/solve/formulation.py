@@ -40,7 +40,26 @@ class Formulation:
             by_tier("cpu_layers"),
             {c: values[index] for c, index in unknowns.groups.items()},
             {c: max(values[index] for index in indices) for c, indices in unknowns.attending.items()},
+            self._whole_pages(values),
+            self._seconds(values),
         )
+
+    def least_s(self) -> float | None:
+        """Seconds below which no placement gets: those of the program without whole numbers. None when there is none."""
+        values = self._unknowns.program.solve(whole_numbers=False)
+        return None if values is None else self._seconds(values)
+
+    def _seconds(self, values: list[float]) -> float:
+        program = self._unknowns.program
+        cost = sum(cost * value for cost, value in zip(program.costs, values, strict=True) if cost)
+        return cost / self._unknowns.time_scale
+
+    def _whole_pages(self, values: list[float]) -> int:
+        unknowns = self._unknowns
+        if unknowns.tokens is None:
+            return unknowns.gpu_tokens
+        page = unknowns.workload.page_size
+        return max(unknowns.workload.min_gpu_tokens, int(values[unknowns.tokens] / page + 1e-6) * page)
 
     def solve_for_least(self, place: str) -> float | None:
         """Fewest bytes at a place (gpu | pinned | host) that this program needs, with the other budgets kept."""

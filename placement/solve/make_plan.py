@@ -1,11 +1,12 @@
 """From workload, hardware and policy to a plan: pure and deterministic. Same input, same plan."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from placement.cost.model import predict, working_set_bytes
 from placement.cost.objective import objective_s, reference_batch, reference_calls, reference_context, reference_prompt
 from placement.machine.hardware import HardwareProfile
-from placement.plan.memory import activation_bytes, gpu_resident_bytes
+from placement.plan.memory import activation_bytes, gpu_resident_bytes, rounded_input_bytes
 from placement.plan.phase import Prediction
 from placement.plan.plan import CURVE_CONTEXTS, DEVICES, Plan, build_plan
 from placement.plan.units import format_bytes
@@ -14,7 +15,7 @@ from placement.policy.bind import bind
 from placement.policy.policy import Policy, PolicyError
 from placement.solve.decisions import Budgets
 from placement.solve.pairing import block_apart, is_paired, paired_workload
-from placement.solve.search import Candidate, Problem, candidates, complete, fixed_candidate, least_bytes
+from placement.solve.search import Candidate, Problem, candidates, complete, fastest_first, fixed_candidate, least_bytes
 
 DEFAULT_STAGING_SLOTS = 4
 
@@ -44,7 +45,10 @@ class _Request:
 
     @property
     def context_bytes(self) -> int:
-        return self.hardware.gpu_context_bytes if self.device == "cuda" else 0
+        """What CUDA and the temporaries of kernels take of GPU memory."""
+        if self.device != "cuda":
+            return 0
+        return self.hardware.gpu_context_bytes + rounded_input_bytes(self.workload)
 
     @property
     def fixed_bytes(self) -> dict[str, dict[str, int]]:
@@ -88,27 +92,55 @@ def plan_with_alternatives(
     workload: Workload, hardware: HardwareProfile, policy: Policy, *, device: str, gpu_memory_bytes: int | None = None
 ) -> tuple[Plan, list[Candidate]]:
     """make_plan, and every candidate that the search compared, fastest first; the first is the plan's."""
-    request = _resolve(workload, hardware, policy, device, gpu_memory_bytes)
-    if policy.shape == "paired":
-        return _plan_shape(_paired(request) if request.may_pair else request)
-    plan, found = _plan_shape(request)
-    if policy.shape == "auto" and request.may_pair:
-        try:
-            rows = _plan_shape(_paired(request))
-        except (BudgetError, PolicyError):
-            return plan, found
-        if rows[0].predicted.objective_s < plan.predicted.objective_s:
-            return rows
+    asked = _resolve(workload, hardware, policy, device, gpu_memory_bytes)
+    requests = [request for shape in _shapes(asked) for request in _with_chunks(shape)]
+    found = _candidates(requests)
+    if not found:
+        raise _explain_failure(requests[-1] if asked.policy.shape == "paired" else _with_chunks(asked)[0])
+    best = found[0]
+    request = next(request for request in requests if request.workload is best.problem.workload)
+    plan = _plan_of(request, complete(best))
+    _check_budgets(request, plan)
     return plan, found
 
 
-def _paired(request: _Request) -> _Request:
-    return replace(request, workload=paired_workload(request.workload))
+def _shapes(request: _Request) -> list[_Request]:
+    """The request for every shape that its policy and its rules allow."""
+    if not request.may_pair or request.policy.shape == "column":
+        return [request]
+    paired = replace(request, workload=paired_workload(request.workload))
+    if request.policy.shape == "paired":
+        return [paired]
+    try:
+        _problem(paired)
+    except PolicyError:
+        return [request]
+    return [request, paired]
 
 
-def _plan_shape(request: _Request) -> tuple[Plan, list[Candidate]]:
-    """The best plan with the linears cut as they are in the request's workload."""
-    policy, device = request.policy, request.device
+def _with_chunks(request: _Request) -> list[_Request]:
+    """The request for every prefill chunk that may be chosen, the smallest first."""
+    if not request.workload.chunk_choices:
+        return [request]
+    return [
+        replace(request, workload=request.workload.with_chunk(choice)) for choice in request.workload.chunk_choices
+    ]
+
+
+def _candidates(requests: Sequence[_Request]) -> list[Candidate]:
+    """The placements that rules leave no choice in, and those that the search finds; fastest first."""
+    fixed, open_ = [], []
+    for problem in map(_problem, requests):
+        only = fixed_candidate(problem, requests[0].device != "cpu")
+        if only is None:
+            open_.append(problem)
+        else:
+            fixed.append(only)
+    return fastest_first(fixed + candidates(open_))
+
+
+def _problem(request: _Request) -> Problem:
+    """What the search is asked; raises PolicyError for rules that cannot be met."""
     limits, fixed = request.limits, request.fixed_bytes
     budgets = Budgets(
         *(
@@ -116,26 +148,15 @@ def _plan_shape(request: _Request) -> tuple[Plan, list[Candidate]]:
             for place in ("gpu", "pinned", "host")
         )
     )
+    bounds = bind(request.policy, request.workload, request.device)
     problem = Problem(
-        request.workload,
-        request.hardware,
-        bind(policy, request.workload, device),
-        policy.objective,
-        request.slots,
-        budgets,
+        request.workload, request.hardware, bounds, request.policy.objective, request.slots, budgets
     )
-    only = fixed_candidate(problem, device != "cpu")
+    only = fixed_candidate(problem, request.device != "cpu")
     apart = block_apart(request.workload, only.linears) if only else None
     if apart:
-        raise PolicyError([_apart(policy, apart)])
-    found = [only] if only else candidates(problem)
-    if not found:
-        if is_paired(request.workload) and least_bytes(problem, "gpu", Budgets(float("inf"))) is None:
-            raise PolicyError([_apart(policy, "the linears of a block")])
-        raise _explain_failure(request, problem)
-    plan = _plan_of(request, complete(problem, found[0]))
-    _check_budgets(request, plan)
-    return plan, found
+        raise PolicyError([_apart(request.policy, apart)])
+    return problem
 
 
 def _apart(policy: Policy, what: str) -> str:
@@ -157,6 +178,7 @@ def _resolve(
         max_context=policy.context or workload.max_context,
         max_batch=policy.batch or workload.max_batch,
         prefill_chunk=policy.prefill_chunk or workload.prefill_chunk,
+        chunk_choices=() if policy.prefill_chunk else workload.chunk_choices,
         kv_tokens=policy.kv_tokens or workload.kv_tokens,
         elastic=device != "cpu" and (policy.elastic or workload.elastic),
         staging_piece_bytes=hardware.staging_piece_bytes,
@@ -217,8 +239,11 @@ def _check_budgets(request: _Request, plan: Plan) -> None:
             raise _budget_error(place, used[place], limit)
 
 
-def _explain_failure(request: _Request, problem: Problem) -> BudgetError:
+def _explain_failure(request: _Request) -> BudgetError | PolicyError:
     """Find which budget is too small and the smallest that works, with the same program that plans."""
+    problem = _problem(request)
+    if is_paired(request.workload) and least_bytes(problem, "gpu", Budgets(float("inf"))) is None:
+        return PolicyError([_apart(request.policy, "the linears of a block")])
     gpu = problem.budgets.gpu
     trials = (("gpu", Budgets(float("inf"))), ("host", Budgets(gpu)), ("pinned", Budgets(gpu, pinned=float("inf"))))
     for place, budgets in trials:

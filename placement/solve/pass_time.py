@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 from placement.cost.terms import BLOCKS, WeightedCall, attention_cost, small_ops_s, step_cost
 from placement.solve.classes import LayerClass, LinearClass
-from placement.solve.decisions import gpu_tokens_of
 from placement.solve.pairing import pairs
 from placement.solve.program import add
 from placement.solve.unknowns import Unknowns
@@ -108,23 +107,27 @@ class PassTime:
         self._constant += scale * cost.launch_s * count
 
     def _attention(self, c: int, cls: LayerClass, blocks: dict[str, _Step]) -> None:
+        tokens = self._unknowns.kept_tokens(cls.kv)
+        if tokens is None:
+            part = self._attention_over_free_tokens(c, cls)
+        else:
+            part = self._attention_over(c, cls, tokens)
+        if BLOCKS["qkv"] in blocks:
+            blocks[BLOCKS["qkv"]].join(part)
+        else:
+            add(self._steps, self._step(cls.count, part), 1.0)
+        for variable, coefficient in part.cpu.items():
+            add(self._cpu, variable, coefficient)
+
+    def _attention_over(self, c: int, cls: LayerClass, tokens: int) -> _Step:
+        """Attention where a GPU-owned group keeps `tokens` slots in GPU memory."""
         unknowns, scale, shard, call = self._unknowns, self._scale, cls.kv.shard, self._weighted.call
-        tokens = gpu_tokens_of(unknowns.workload, shard, cls.kv.bounds, unknowns.gpu_tokens)
         cost = attention_cost(shard, call, tokens, unknowns.workload, self._hardware, True)
         groups, spills = unknowns.groups[c], cost.spilled_s_per_group > 0
         owned, layers = self._program.variable(), unknowns.layers(cls.count)
         unknowns.attending[c].append(layers)
         self._program.equal({owned: 1, groups: 1}, cls.count * shard.groups)
         self._program.at_most({owned: 1, layers: -shard.groups}, 0)
-        busy = {owned: scale * cost.cpu_s_per_group, groups: scale * cost.spilled_s_per_group}
-        whole = 0.0 if spills else scale * shard.groups * cost.gpu_s_per_group
-        part = _Step(dict(busy), {groups: scale * cost.gpu_s_per_group}, {layers: 1.0}, whole)
-        if BLOCKS["qkv"] in blocks:
-            blocks[BLOCKS["qkv"]].join(part)
-        else:
-            add(self._steps, self._step(cls.count, part), 1.0)
-        for variable, coefficient in busy.items():
-            add(self._cpu, variable, coefficient)
         bandwidth = self._hardware.dram_bytes_per_s
         add(self._dram, owned, scale * cost.dram_bytes_per_group / bandwidth)
         add(self._dram, groups, scale * cost.spilled_bytes_per_group / bandwidth)
@@ -132,6 +135,33 @@ class PassTime:
             add(lane, groups, scale * cost.streamed_bytes_per_group / self._hardware.h2d_bytes_per_s)
         add(self._steps, self._attention_handovers(c, cls, owned, layers, spills), scale * cost.handover_s)
         self._constant += scale * cost.launch_s * cls.count
+        busy = {owned: scale * cost.cpu_s_per_group, groups: scale * cost.spilled_s_per_group}
+        whole = 0.0 if spills else scale * shard.groups * cost.gpu_s_per_group
+        return _Step(busy, {groups: scale * cost.gpu_s_per_group}, {layers: 1.0}, whole)
+
+    def _attention_over_free_tokens(self, c: int, cls: LayerClass) -> _Step:
+        """Attention of groups that the GPU owns all, where the program decides how many slots they keep: a share `far` of
+        what the call sees is in DRAM."""
+        unknowns, program, scale, shard, call = (
+            self._unknowns, self._program, self._scale, cls.kv.shard, self._weighted.call,
+        )
+        every, total = unknowns.workload.full_tokens, cls.count * shard.groups
+        away, near = (attention_cost(shard, call, n, unknowns.workload, self._hardware, True) for n in (0, every))
+        groups, far, spills, layers = unknowns.groups[c], program.variable(0, 1), program.binary(), program.variable()
+        unknowns.attending[c].append(layers)
+        seen = shard.visible_tokens(call.context + call.q_len)
+        program.at_least({far: seen, unknowns.tokens: 1 / call.sequences}, seen)
+        program.at_most({far: 1.0, spills: -1.0}, 0)
+        in_place = cls.count if away.spilled_s_per_group > 0 else 0
+        program.equal({layers: 1.0, spills: -in_place}, 0)
+        add(self._dram, far, scale * total * away.spilled_bytes_per_group / self._hardware.dram_bytes_per_s)
+        for lane in (self._copies, self._tail):
+            add(lane, far, scale * total * away.streamed_bytes_per_group / self._hardware.h2d_bytes_per_s)
+        add(self._steps, layers, scale * near.handover_s)
+        self._constant += scale * near.launch_s * cls.count
+        gpu_s = scale * near.gpu_s_per_group
+        gpu = {groups: gpu_s, far: scale * total * (away.gpu_s_per_group - near.gpu_s_per_group)}
+        return _Step({far: scale * total * away.spilled_s_per_group}, gpu, {layers: 1.0}, shard.groups * gpu_s)
 
     def _step(self, count: int, step: _Step) -> int:
         """A variable for the seconds of a step in all layers of a class: at least the time of either lane."""

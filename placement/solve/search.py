@@ -3,22 +3,28 @@
 Every candidate is judged by the cost model itself, so the prediction that a plan prints is the number that chose it.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from placement.cost.baselines import NO_STREAM, largest_layer_split, layer_split, stream_all
 from placement.cost.objective import objective_s, reference_batch, reference_calls, reference_context, tier_call
-from placement.cost.terms import WeightedCall
+from placement.cost.terms import WeightedCall, linear_cost, step_s
 from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import KvPlacement, LinearPlacement, memory_report, staging_slot_bytes
-from placement.plan.workload import NUM_ROW_TIERS, ROW_TIER_NAMES, Workload, round_up
-from placement.policy.bind import Bounds
+from placement.plan.workload import NUM_ROW_TIERS, ROW_TIER_NAMES, LinearShard, Workload, round_up
+from placement.policy.bind import Bounds, LinearBounds
 from placement.solve.classes import LayerClass, layer_classes, single_layers
-from placement.solve.decisions import Budgets, Homes
+from placement.solve.decisions import Budgets, Homes, Totals
 from placement.solve.formulation import Formulation
+from placement.solve.pairing import is_paired
 from placement.solve.spread import Layout, lay_out, placements, streams
 from placement.solve.unknowns import Unknowns
 
 # Up to this many linears every layer is a class of its own.
 MAX_SINGLE_LINEARS = 20
+# A program that cannot get this much below the best placement found is not solved: its costs hold tie-breaks, and the
+# solver stops at a gap.
+PROGRAM_NOISE = 5e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +40,7 @@ class Problem:
 
     @property
     def calls(self) -> list[WeightedCall]:
-        """Passes of the reference request."""
+        """Passes of the reference requests."""
         return reference_calls(self.workload, self.objective)
 
     @property
@@ -43,8 +49,16 @@ class Problem:
         small = len(self.workload.linears) <= MAX_SINGLE_LINEARS
         return (single_layers if small else layer_classes)(self.workload, self.bounds)
 
+    @property
+    def once_s(self) -> float:
+        """Seconds of the reference requests that no placement changes and no program counts."""
+        return sum(
+            weighted.weight * step_s(self.workload, weighted.call, self.hardware, True, weighted.with_head)
+            for weighted in self.calls
+        )
+
     def formulation(
-        self, calls: list[WeightedCall], tokens: int, homes: Homes | None = None, budgets: Budgets | None = None
+        self, calls: list[WeightedCall], tokens: int | None, homes: Homes | None = None, budgets: Budgets | None = None
     ) -> Formulation:
         """The program for some passes and a number of KV slots; budgets are the problem's own unless given."""
         slots = self.slots if homes is None or homes.slot_bytes else 0
@@ -52,14 +66,27 @@ class Problem:
             Unknowns(self.workload, self.hardware, self.classes, calls, tokens, slots, budgets or self.budgets, homes)
         )
 
+    def with_owned_groups(self, every: bool) -> "Problem":
+        """The problem in which the GPU owns all KV-head groups that are free to choose, or none."""
+        kv = tuple(
+            replace(bound, gpu_groups=shard.groups if every else 0) if bound.gpu_groups is None else bound
+            for shard, bound in zip(self.workload.kv, self.bounds.kv, strict=True)
+        )
+        return replace(self, bounds=replace(self.bounds, kv=kv))
+
+    def seconds(self, linears: Sequence[LinearPlacement], kv: Sequence[KvPlacement], on_gpu: bool = True) -> float:
+        """Predicted seconds of the reference requests."""
+        return objective_s(self.workload, linears, kv, self.hardware, self.calls, on_gpu)
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A placement, what distinguishes it, and the predicted seconds of the reference request.
+    """A placement, the problem that it answers, what distinguishes it, and the predicted seconds of the reference requests.
 
     layout, concentrated, gpu_tokens: how it was laid out, for `complete`; None when nothing was left to choose.
     """
 
+    problem: Problem
     label: str
     linears: tuple[LinearPlacement, ...]
     kv: tuple[KvPlacement, ...]
@@ -82,43 +109,158 @@ def fixed_candidate(problem: Problem, on_gpu: bool) -> Candidate | None:
         KvPlacement(s.name, b.gpu_groups, b.gpu_tokens, s.groups)
         for s, b in zip(problem.workload.kv, bounds.kv, strict=True)
     )
-    seconds = objective_s(problem.workload, linears, kv, problem.hardware, problem.calls, on_gpu)
-    return Candidate("as the rules say", linears, kv, seconds)
+    return Candidate(problem, "as the rules say", linears, kv, problem.seconds(linears, kv, on_gpu))
 
 
-def candidates(problem: Problem) -> list[Candidate]:
+def candidates(problems: Sequence[Problem]) -> list[Candidate]:
     """Placements within the budgets, fastest first; empty when there is none. Only reference tiers are settled.
 
-    Should rounding have pushed every one over a budget, they are returned all the same, for their bytes to be reported.
+    problems: the same model cut or called otherwise; the fastest placement of any of them wins. Should rounding have pushed
+    every one over a budget, they are returned all the same, for their bytes to be reported.
     """
-    found: list[Candidate] = []
-    classes, calls = problem.classes, problem.calls
-    tiers = sorted({weighted.call.tier for weighted in calls})
-    for tokens in _token_choices(problem):
-        solved = problem.formulation(calls, tokens).solve()
-        for tier in (*tiers, None) if solved else ():
-            layout = lay_out(classes, solved, tier)
-            linears, kv = placements(problem.workload, classes, layout, tokens)
-            if all(known.linears != linears or known.kv != kv for known in found):
-                shape = _shape_words(tier)
-                seconds = objective_s(problem.workload, linears, kv, problem.hardware, calls, True)
-                found.append(
-                    Candidate(
-                        f"{shape}; {tokens} KV tokens in GPU memory",
-                        linears,
-                        kv,
-                        seconds,
-                        layout,
-                        tier is not None,
-                        tokens,
-                    )
-                )
-        if any(
-            all(p.dram_units == 0 for p in c.linears) and all(k.gpu_groups == k.groups for k in c.kv) for c in found
-        ):
+    fitting = [known for problem in problems for known in known_placements(problem) if _fits(known)]
+    too_large: list[Candidate] = []
+    best_s = min((candidate.seconds for candidate in fitting), default=float("inf"))
+    for least_s, _, problem, tokens in _programs(problems):
+        if least_s * (1 - PROGRAM_NOISE) >= best_s:
             break
-    fitting = [candidate for candidate in found if _fits(problem, candidate)]
-    return sorted(fitting or found, key=lambda candidate: candidate.seconds)
+        solved = problem.formulation(problem.calls, tokens).solve()
+        for candidate in _laid_out(problem, solved) if solved else ():
+            if _fits(candidate):
+                fitting.append(_filled(candidate))
+                best_s = min(best_s, fitting[-1].seconds)
+            else:
+                too_large.append(candidate)
+    return fastest_first(fitting or too_large)
+
+
+def fastest_first(found: Iterable[Candidate]) -> list[Candidate]:
+    """Candidates by seconds; among equals those of a column shape, then of a small chunk."""
+
+    def key(candidate: Candidate) -> tuple[float, bool, int]:
+        workload = candidate.problem.workload
+        return candidate.seconds, is_paired(workload), workload.prefill_chunk
+
+    return sorted(found, key=key)
+
+
+def _programs(problems: Sequence[Problem]) -> list[tuple[float, int, Problem, int | None]]:
+    """Every program worth solving: the seconds below which it cannot get, its place in the list, the problem, and the KV
+    slots of GPU-owned groups, None where the program decides them. The most promising first."""
+    found = []
+    for problem in problems:
+        for variant, tokens in _variants(problem):
+            least_s = variant.formulation(variant.calls, tokens).least_s()
+            if least_s is not None:
+                found.append((least_s + variant.once_s, len(found), variant, tokens))
+    return sorted(found, key=lambda entry: entry[:2])
+
+
+def _variants(problem: Problem) -> Iterator[tuple[Problem, int | None]]:
+    """Who owns the cache and how much of it stays in GPU memory: everything by the GPU, with as many slots as are best;
+    nothing; or the groups that are best for a few numbers of slots."""
+    every, none = problem.with_owned_groups(True), problem.with_owned_groups(False)
+    owns_all = all(bound.gpu_groups == shard.groups for shard, bound in zip(problem.workload.kv, every.bounds.kv, strict=True))
+    if owns_all:
+        yield every, None
+    if none != problem:
+        yield none, problem.workload.min_gpu_tokens
+    if not (owns_all and every == problem):
+        for tokens in _token_choices(problem):
+            yield problem, tokens
+
+
+def _laid_out(problem: Problem, solved: Totals) -> Iterator[Candidate]:
+    """A solution in whole units, with the CPU's work in few whole layers, as is best for each row tier, and in all."""
+    classes, tokens, seen = problem.classes, solved.gpu_tokens, []
+    for tier in (*sorted({weighted.call.tier for weighted in problem.calls}), None):
+        layout = lay_out(classes, solved, tier)
+        linears, kv = placements(problem.workload, classes, layout, tokens)
+        linears = _worth_handing_over(problem, linears, kv)
+        if (linears, kv) not in seen:
+            seen.append((linears, kv))
+            seconds = problem.seconds(linears, kv)
+            label = f"{_shape_words(tier)}; {tokens} KV tokens in GPU memory"
+            yield Candidate(problem, label, linears, kv, seconds, layout, tier is not None, tokens)
+
+
+def _worth_handing_over(
+    problem: Problem, linears: tuple[LinearPlacement, ...], kv: tuple[KvPlacement, ...]
+) -> tuple[LinearPlacement, ...]:
+    """The linears with every share of the CPU streamed that takes less time than its hand-over, where the linear streams
+    in some row tier and no rule says otherwise. Whole numbers leave such shares, and each stalls both lanes.
+
+    A paired block has one hand-over for two linears, and qkv may be cut beside the owners of the cache: both stay.
+    """
+    workload, hardware = problem.workload, problem.hardware
+    attends = {shard.layer: placement.gpu_groups < placement.groups for shard, placement in zip(workload.kv, kv, strict=True)}
+    paired, handover_units = is_paired(workload), {}
+
+    def smallest(shard: LinearShard, tier: int) -> float:
+        if (shard.shape, tier) not in handover_units:
+            call = tier_call(workload, tier).call
+            rows = call.sequences if shard.kind == "head" else call.rows
+            cost = linear_cost(shard, rows, workload.weight_dtype, hardware, True)
+            handover_units[shard.shape, tier] = cost.handover_s / cost.cpu_s_per_unit
+        return handover_units[shard.shape, tier]
+
+    def tidy(shard: LinearShard, placement: LinearPlacement, bound: LinearBounds) -> LinearPlacement:
+        stays = shard.kind == "qkv" and attends.get(shard.layer, False) or paired and shard.kind != "head"
+        if stays or not placement.streams:
+            return placement
+        streamed = tuple(
+            placement.dram_units
+            if (bound.stream[tier], bound.cpu[tier]) == (None, None)
+            and placement.cut(tier)[2] < smallest(shard, tier)
+            else units
+            for tier, units in enumerate(placement.stream_units)
+        )
+        return placement if streamed == placement.stream_units else replace(placement, stream_units=streamed)
+
+    return tuple(map(tidy, workload.linears, linears, problem.bounds.linears))
+
+
+def _filled(candidate: Candidate) -> Candidate:
+    """The candidate with the memory that it leaves given to the cache, as far as that makes nothing slower."""
+    problem, workload = candidate.problem, candidate.problem.workload
+    open_ = [
+        (shard, placement)
+        for shard, placement, bound in zip(workload.kv, candidate.kv, problem.bounds.kv, strict=True)
+        if placement.gpu_groups and not bound.gpu_tokens
+    ]
+    slot_bytes = sum(placement.gpu_groups * shard.bytes_per_token for shard, placement in open_)
+    room = problem.budgets.gpu - used_bytes(candidate)["gpu"]
+    if not slot_bytes or room == float("inf"):
+        return candidate
+    more = int(room / slot_bytes) // workload.page_size * workload.page_size
+    tokens = min(workload.full_tokens, candidate.gpu_tokens + more)
+    if tokens <= candidate.gpu_tokens:
+        return candidate
+    kept = {shard.name: min(tokens, workload.layer_tokens(shard)) for shard, _ in open_}
+    kv = tuple(replace(p, gpu_tokens=kept.get(p.name, p.gpu_tokens)) for p in candidate.kv)
+    seconds = problem.seconds(candidate.linears, kv)
+    if seconds > candidate.seconds:
+        return candidate
+    label = candidate.label.replace(f"{candidate.gpu_tokens} KV", f"{tokens} KV")
+    return replace(candidate, kv=kv, seconds=seconds, gpu_tokens=tokens, label=label)
+
+
+def known_placements(problem: Problem) -> Iterator[Candidate]:
+    """Placements that need no search, where the bounds allow them: what other systems do, and the simplest of all."""
+    workload = problem.workload
+    everything = (
+        tuple(LinearPlacement(s.name, s.units, NO_STREAM, s.units) for s in workload.linears),
+        tuple(KvPlacement(s.name, s.groups, workload.layer_tokens(s), s.groups) for s in workload.kv),
+    )
+    layers = largest_layer_split(workload, problem.budgets.gpu)
+    for label, (linears, kv) in (
+        ("everything in GPU memory", everything),
+        ("every weight streamed", stream_all(workload)),
+        (f"{layers} whole layers on the GPU", layer_split(workload, layers)),
+        ("everything on the CPU", layer_split(workload, 0)),
+    ):
+        if problem.bounds.allow(linears, kv) and (problem.slots or not any(p.streams for p in linears)):
+            yield Candidate(problem, label, linears, kv, problem.seconds(linears, kv))
 
 
 def _shape_words(tier: int | None) -> str:
@@ -128,21 +270,27 @@ def _shape_words(tier: int | None) -> str:
     return f"CPU work in few whole layers, as is best for {rows} row{'' if rows == '1' else 's'}"
 
 
-def _fits(problem: Problem, candidate: Candidate) -> bool:
-    """Whether the allocated bytes, everything of fixed size left out, are within the budgets."""
+def used_bytes(candidate: Candidate) -> dict[str, int]:
+    """Bytes by place that the placement allocates, everything of fixed size left out; host includes pinned."""
+    problem = candidate.problem
     slots = problem.slots if any(placement.streams for placement in candidate.linears) else 0
     memory = memory_report(
         problem.workload, candidate.linears, candidate.kv, device="emulated", staging_slots=slots
     ).to_dict()
     used = {place: sum(memory[place].get(kind, 0) for kind in ("weights", "kv", "staging")) for place in memory}
     used["host"] += used["pinned"]
-    limits = {place: getattr(problem.budgets, place) for place in used}
-    return all(limits[place] is None or used[place] <= limits[place] for place in used)
+    return used
 
 
-def complete(problem: Problem, candidate: Candidate) -> Candidate:
+def _fits(candidate: Candidate) -> bool:
+    limits = candidate.problem.budgets
+    used = used_bytes(candidate)
+    return all(getattr(limits, place) is None or used[place] <= getattr(limits, place) for place in used)
+
+
+def complete(candidate: Candidate) -> Candidate:
     """Settle the row tiers that no reference call uses; homes and staging slots stay, and so do the seconds."""
-    layout = candidate.layout
+    problem, layout = candidate.problem, candidate.layout
     if layout is None:
         return candidate
     homes = Homes(
@@ -160,7 +308,7 @@ def complete(problem: Problem, candidate: Candidate) -> Candidate:
             assert solved is not None, f"no cut for tier {tier} with the homes of {candidate.label}"
             settled = streams(problem.classes, layout.homes, solved, candidate.concentrated) | settled
     linears, _ = placements(problem.workload, problem.classes, replace(layout, streams=settled), candidate.gpu_tokens)
-    return replace(candidate, linears=linears)
+    return replace(candidate, linears=_worth_handing_over(problem, linears, candidate.kv))
 
 
 def least_bytes(problem: Problem, place: str, budgets: Budgets) -> float | None:

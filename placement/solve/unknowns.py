@@ -37,7 +37,8 @@ class LinearVariables:
 
 
 class Unknowns:
-    """What a program decides. classes: what is placed; gpu_tokens: KV slots that a GPU-owned group keeps in GPU memory.
+    """What a program decides. classes: what is placed; gpu_tokens: KV slots that a GPU-owned group keeps in GPU memory;
+    None leaves them to the program too, where the bounds fix who owns the groups.
 
     homes: fixed decisions when only the row tiers of `calls` are still open; None when everything is. `linears` are by
     (class, index in it), `groups` and `attending` by class; `memory` and `memory_constant` are bytes over `bytes_scale`
@@ -50,7 +51,7 @@ class Unknowns:
         hardware: HardwareProfile,
         classes: Sequence[LayerClass],
         calls: Sequence[WeightedCall],
-        gpu_tokens: int,
+        gpu_tokens: int | None,
         slots: int,
         budgets: Budgets,
         homes: Homes | None = None,
@@ -65,6 +66,7 @@ class Unknowns:
         rounding = self._rounding_bytes() / self.bytes_scale
         self.memory_constant = {"gpu": 0.0, "pinned": rounding, "host": rounding}
         self.slot = self._slot()
+        self.tokens = self._tokens()
         self.linears = {
             (c, i): self._linear(c, i, cls.count, linear)
             for c, cls in enumerate(classes)
@@ -101,6 +103,17 @@ class Unknowns:
         slot = self.program.variable(0 if fixed is None else fixed, INFINITY if fixed is None else fixed)
         self.memory["gpu"][slot] = float(self.slots)
         return slot
+
+    def kept_tokens(self, kv: KvClass) -> int | None:
+        """KV slots that a GPU-owned group of a class keeps; None where the program decides them."""
+        if self.gpu_tokens is None and not kv.bounds.gpu_tokens and not kv.shard.window:
+            return None
+        return gpu_tokens_of(self.workload, kv.shard, kv.bounds, self.gpu_tokens or self.workload.full_tokens)
+
+    def _tokens(self) -> int | None:
+        if self.gpu_tokens is not None:
+            return None
+        return self.program.variable(self.workload.min_gpu_tokens, self.workload.full_tokens)
 
     def _linear(self, c: int, i: int, count: int, linear: LinearClass) -> LinearVariables:
         program, shard, bounds = self.program, linear.shard, linear.bounds
@@ -167,14 +180,26 @@ class Unknowns:
         if fixed is None and kv.bounds.gpu_groups is not None:
             fixed = count * kv.bounds.gpu_groups
         groups = self._whole(fixed, total, total <= MAX_INTEGER_UNITS)
-        tokens = gpu_tokens_of(self.workload, kv.shard, kv.bounds, self.gpu_tokens)
-        full = self.workload.layer_tokens(shard)
-        spilled = kv_spilled_tokens(self.workload, shard, tokens)
+        tokens, full = self.kept_tokens(kv), self.workload.layer_tokens(shard)
         token = shard.bytes_per_token / self.bytes_scale
+        self.memory_constant["host"] += total * full * token
+        if tokens is None:
+            self._free_tokens(fixed * token, full)
+            return groups
+        spilled = kv_spilled_tokens(self.workload, shard, tokens)
         for place, per_group in (("gpu", tokens), ("pinned", spilled), ("host", spilled - full)):
             add(self.memory[place], groups, per_group * token)
-        self.memory_constant["host"] += total * full * token
         return groups
+
+    def _free_tokens(self, token_bytes: float, full: int) -> None:
+        """Memory of groups that the GPU owns for certain, with as many slots as the program decides: some in DRAM unless
+        that is all. token_bytes: of one slot in all of them."""
+        add(self.memory["gpu"], self.tokens, token_bytes)
+        beyond = self.program.variable(1, 1) if self.workload.elastic else self.program.binary()
+        self.program.at_least({self.tokens: 1.0, beyond: full}, full)
+        add(self.memory["pinned"], beyond, full * token_bytes)
+        add(self.memory["host"], beyond, full * token_bytes)
+        self.memory_constant["host"] -= full * token_bytes
 
     def _rounding_bytes(self) -> float:
         """Most bytes that rounding GPU homes down to whole units, equal over layers, may leave to host memory."""

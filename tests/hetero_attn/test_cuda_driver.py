@@ -27,6 +27,7 @@ from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.config import ModelConfig
 from placement import BudgetError, Policy, make_plan
 from placement.machine.hardware import HardwareProfile
+from placement.plan.memory import rounded_input_bytes
 from placement.plan.plan import Plan
 from tests.support.fake_cuda import QUEUE_ENTRIES, fake_driver
 from tests.support.runtime import THREADS, emulated_plan, nmse, one_device_run, run_logits, toy_workload, uniform_plan
@@ -513,12 +514,12 @@ def test_an_unmeasured_gpu_is_planned_with_its_catalogue_entry(one_gpu):
 def test_what_cuda_takes_is_part_of_the_budget(run, one_gpu):
     """With the reserve in the plan, arena and reserve are the plan's bytes; without it the plan is refused."""
     workload = toy_workload(run.path)
-    hardware = machine.with_own_bytes(HardwareProfile.named("rtx3060-ddr4"), "cuda", workload)
+    hardware = machine.with_own_bytes(HardwareProfile.named("rtx3060-ddr4"), "cuda")
     plan = make_plan(workload, hardware, Policy(), device="cuda", gpu_memory_bytes=1 << 30)
     arena = machine.arena_bytes(plan, 0)
 
     assert hardware.gpu_context_bytes > 400 << 20
-    assert arena + hardware.gpu_context_bytes == plan.memory.gpu_bytes <= 1 << 30
+    assert arena + hardware.gpu_context_bytes + rounded_input_bytes(workload) == plan.memory.gpu_bytes <= 1 << 30
     unaware = make_plan(
         workload, HardwareProfile.named("rtx3060-ddr4"), Policy(), device="cuda", gpu_memory_bytes=1 << 30
     )
@@ -528,7 +529,7 @@ def test_what_cuda_takes_is_part_of_the_budget(run, one_gpu):
 
 def test_a_budget_below_cudas_own_says_the_smallest_that_works(run, one_gpu):
     workload = toy_workload(run.path)
-    hardware = machine.with_own_bytes(HardwareProfile.named("rtx3060-ddr4"), "cuda", workload)
+    hardware = machine.with_own_bytes(HardwareProfile.named("rtx3060-ddr4"), "cuda")
     with pytest.raises(BudgetError, match="smallest|at least"):
         make_plan(workload, hardware, Policy(), device="cuda", gpu_memory_bytes=100 << 20)
 

@@ -4,18 +4,42 @@ from dataclasses import replace
 
 import pytest
 
-from hetero_attn.planning.settle import fit_prefill_chunk
+from hetero_attn.planning.settle import with_chunk_choices
+from placement import HardwareProfile, Policy, make_plan
+from placement.plan.workload import ChunkChoice
 from tests.support.planning_models import llama_8b
 
 
 @pytest.mark.parametrize(
-    "budget_mib,context,chunk",
-    [(1, 8192, 16), (100, 8192, 256), (400, 8192, 512), (1200, 8192, 1024), (1 << 16, 8192, 2048), (1 << 16, 700, 512)],
+    "budget_mib,context,chunks",
+    [
+        (1, 8192, (16,)),
+        (100, 8192, (256,)),
+        (400, 8192, (512, 1024)),
+        (1 << 16, 8192, (512, 1024, 2048)),
+        (1 << 16, 700, (512,)),
+    ],
 )
-def test_the_chunk_follows_the_budget_and_never_passes_the_context(budget_mib, context, chunk):
-    """A row of activations takes 64 KiB here: a quarter of a small budget at most, a twelfth of a large one."""
+def test_chunks_to_choose_from_follow_the_budget_and_never_pass_the_context(budget_mib, context, chunks):
+    """A row of activations takes 64 KiB here: a quarter of the budget at most."""
     workload = replace(llama_8b(), max_context=context, activation_bytes_per_row=1 << 16)
 
-    fitted = fit_prefill_chunk(lambda prefill_chunk: replace(workload, prefill_chunk=prefill_chunk), budget_mib << 20)
+    fitted = with_chunk_choices(lambda prefill_chunk: replace(workload, prefill_chunk=prefill_chunk), budget_mib << 20)
 
-    assert fitted.prefill_chunk == chunk
+    assert tuple(choice.rows for choice in fitted.chunk_choices) == chunks
+    assert fitted.prefill_chunk == chunks[0]
+
+
+def test_the_planner_takes_a_large_chunk_where_weights_are_streamed_and_a_small_one_where_memory_is_short():
+    """Half of the weights cross the bus once a chunk; a chunk of any size does where everything fits."""
+    workload = replace(llama_8b(dtype="q4", context=8192), activation_bytes_per_row=288 << 10)
+    machine = HardwareProfile.named("h100-server")
+    wide = replace(workload, chunk_choices=tuple(ChunkChoice(rows, workload.resident_bytes) for rows in (256, 1024)))
+
+    def chunk(objective, gib):
+        policy = Policy(objective=objective)
+        return make_plan(wide, machine, policy, device="cuda", gpu_memory_bytes=int(gib * 2**30)).prefill_chunk
+
+    assert [chunk("latency", 2.5), chunk("latency", 4.5), chunk("prefill", 4.5)] == [1024, 256, 1024]
+    given = make_plan(wide, machine, Policy(prefill_chunk=512), device="cuda", gpu_memory_bytes=3 << 30)
+    assert given.prefill_chunk == 512 and given.workload.chunk_choices == ()

@@ -125,7 +125,7 @@ def test_auto_takes_the_faster_shape_and_column_among_equals(seed):
 
 
 def test_dear_hand_overs_are_paired_and_free_ones_are_not():
-    workload, machine = with_row_cuts(llama_8b(dtype="q4", context=4096)), HardwareProfile.named("rtx4090-ddr5")
+    workload, machine = with_row_cuts(llama_8b(dtype="q4", context=4096)), HardwareProfile.named("rtx4060ti-ddr5")
     free, dear = (
         make_plan(workload, replace(machine, handover_s=seconds), Policy(), device="cuda", gpu_memory_bytes=3 * 2**30)
         for seconds in (0.0, 1e-4)

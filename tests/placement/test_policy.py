@@ -78,7 +78,7 @@ def test_every_problem_is_reported_in_one_pass_with_its_place():
         ("a: &x 1\n", "p.yaml:1:4: anchors are not allowed"),
         ("a: !!python/object/apply:os.system ['true']\n", "p.yaml:1:4: tags are not allowed"),
         ("version: 2\n", "version 2 is not supported; this program reads version 1"),
-        ("objective: speed\n", "'speed' is not one of latency, throughput"),
+        ("objective: speed\n", "'speed' is not one of latency, throughput, prefill"),
         ("gpu_memory: plenty\n", "'plenty' is not a size"),
         ("gpu_memory: -5\n", "is not a size"),
         ("gpu_memory: .nan\n", "nan"),

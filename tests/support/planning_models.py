@@ -83,6 +83,18 @@ def llama_8b(**options) -> Workload:
     )
 
 
+def qwen_14b(**options) -> Workload:
+    """The shape of Qwen3-14B."""
+    shape = {"hidden": 5120, "intermediate": 17408, "heads": 40, "kv_heads": 8, "head_dim": 128, "vocab": 151936}
+    return decoder("qwen-14b", layers=40, **shape, **options)
+
+
+def qwen_32b(**options) -> Workload:
+    """The shape of Qwen3-32B."""
+    shape = {"hidden": 5120, "intermediate": 25600, "heads": 64, "kv_heads": 8, "head_dim": 128, "vocab": 151936}
+    return decoder("qwen-32b", layers=64, **shape, **options)
+
+
 def llama_70b(**options) -> Workload:
     """The shape of Llama-3.1-70B."""
     return decoder(
