@@ -1,21 +1,25 @@
 """The public API: load a model by a plan, generate, stream, chat, score."""
 
 import threading
+import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from hetero_attn.engine.build import build_engine
+from hetero_attn.engine.host_memory import memory_named
 from hetero_attn.engine.lane_report import LaneReport
 from hetero_attn.engine.measure import refresh_profile
 from hetero_attn.engine.rebalance import Rebalancer
 from hetero_attn.engine.replan import Replanner
-from hetero_attn.errors import EngineDeadError, PromptError
+from hetero_attn.errors import ConfigError, EngineDeadError, PromptError, SamplingError
+from hetero_attn.planning.arguments import checked_arguments
 from hetero_attn.planning.settle import PAGE_TOKENS, PlannedModel, prepare
 from hetero_attn.serving.progress import PrefillBar, compile_note, loading_bar
+from hetero_attn.serving.prompts import as_prompt, as_prompts, as_token_ids
 from hetero_attn.serving.request import Piece, Request, RequestOutput
 from hetero_attn.serving.sampling import Sampler
 from hetero_attn.serving.sampling_params import SamplingParams
@@ -25,7 +29,7 @@ from placement import HardwareProfile, Plan, Policy
 from placement.plan.units import parse_bytes
 
 Prompt = str | Sequence[int]
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[Mapping[str, object]]
 
 
 class LLM:
@@ -68,6 +72,10 @@ class LLM:
         handover: str = "auto",
         progress: bool = True,
     ) -> None:
+        checked = checked_arguments(
+            seed=seed, prefix_cache=prefix_cache, overlap=overlap, handover=handover, progress=progress
+        )
+        seed = checked["seed"]
         if hardware is None and device != "emulated":
             refresh_profile()
         planned = prepare(
@@ -89,6 +97,7 @@ class LLM:
             on_compile = compile_note if progress else None
             self.engine = build_engine(planned, overlap, bar.update, on_compile, prefix_cache, handover)
         self._progress = progress
+        self._tokenizer_failure: ConfigError | None = None
         self._replanner = Replanner(self.engine, planned)
         self._rebalancer = Rebalancer(self.engine, self._replanner)
         self._scheduler = Scheduler(self.engine)
@@ -119,7 +128,7 @@ class LLM:
         prompts: one prompt or several, each a string or a list of token ids. params: None is `SamplingParams()`.
         Raises PromptError before anything is computed. Prompts that begin alike compute what they share once.
         """
-        requests = [self._request(prompt, params) for prompt in _as_list(prompts)]
+        requests = [self._request(prompt, params) for prompt in as_prompts(prompts)]
         self._run(requests)
         return [request.output() for request in requests]
 
@@ -131,13 +140,29 @@ class LLM:
         """
         return self._pieces(self._request(prompt, params))
 
-    def chat(self, messages: Messages, params: SamplingParams | None = None) -> RequestOutput:
-        """Answer a conversation, a list of {"role", "content"}, through the model's chat template."""
-        return self.generate([self._require_tokenizer().encode_chat(messages)], params)[0]
+    def chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        template_variables: Mapping[str, object] | None = None,
+    ) -> RequestOutput:
+        """Answer a conversation, a list of {"role", "content"}, through the model's chat template.
 
-    def stream_chat(self, messages: Messages, params: SamplingParams | None = None) -> Iterator[Piece]:
+        content: text, or a list of {"type": "text", "text"} parts, which are joined. template_variables: what the template
+        knows beside the messages, such as {"enable_thinking": False}, tools or documents.
+        """
+        return self.generate([self._require_tokenizer().encode_chat(messages, True, template_variables)], params)[0]
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        template_variables: Mapping[str, object] | None = None,
+    ) -> Iterator[Piece]:
         """As `chat`, yielding pieces like `stream`."""
-        return self.stream(self._require_tokenizer().encode_chat(messages), params)
+        return self.stream(self._require_tokenizer().encode_chat(messages, True, template_variables), params)
 
     def add(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
         """Queue a prompt for `step`, as a server does; returns at once. Raises PromptError.
@@ -154,7 +179,7 @@ class LLM:
 
         Requests of every thread take part, those of `generate` and `stream` too. Empty when there is nothing to do.
         """
-        with self._lock:
+        with self._lock, memory_named("computing a step"):
             if not self._scheduler.has_work:
                 return ()
             self.engine.check_alive()
@@ -220,38 +245,58 @@ class LLM:
         self.close()
 
     def _request(self, prompt: Prompt, params: SamplingParams | None) -> Request:
-        params = params or SamplingParams()
-        config = self.engine.config
-        ids = self._require_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise SamplingError(f"params is {params!r:.60}; it must be one SamplingParams, used for every prompt, or None")
+        self._check_open()
+        config, prompt = self.engine.config, as_prompt(prompt)
+        ids = self._require_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
         if not ids and config.bos_token_id is not None:
             ids = [config.bos_token_id]
         ids = self._check_ids(ids, reserve=1)
-        room = self.plan.max_context - len(ids)
-        seed = None if self._seeds is None else int(torch.randint(1 << 62, (), generator=self._seeds))
+        room, tokenizer = self.plan.max_context - len(ids), self._tokenizer_if_any()
+        if tokenizer is not None and params.skip_special_tokens:
+            params = tokenizer.with_special_stops(params)
+        seed = None if self._seeds is None else int(torch.randint(1 << 62, (), generator=self._seeds, device="cpu"))
         return Request(
             prompt_token_ids=ids,
             params=params,
             sampler=Sampler(params, self._end_token_ids(), config.vocab_size, seed),
-            stream=None if self.tokenizer is None else self.tokenizer.stream(params.stop, params.skip_special_tokens),
+            stream=None if tokenizer is None else tokenizer.stream(params.stop, params.skip_special_tokens),
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
         )
 
     def _end_token_ids(self) -> tuple[int, ...]:
-        own = () if self.tokenizer is None else self.tokenizer.eos_token_ids
+        tokenizer = self._tokenizer_if_any()
+        own = () if tokenizer is None else tokenizer.eos_token_ids
         return tuple(sorted({*self.planned.config.eos_token_ids, *own}))
 
+    def _tokenizer_if_any(self) -> Tokenizer | None:
+        """The tokenizer; None for a model without one, and, with a warning, for one that cannot be opened: prompts of
+        token ids need none."""
+        if self._tokenizer_failure is not None:
+            return None
+        try:
+            return self.tokenizer
+        except ConfigError as error:
+            self._tokenizer_failure = error
+            warnings.warn(f"answers have no text, only token ids: {error}", stacklevel=4)
+            return None
+
     def _require_tokenizer(self) -> Tokenizer:
+        if self._tokenizer_failure is not None:
+            raise self._tokenizer_failure
         if self.tokenizer is None:
             raise PromptError(f"{self.plan.model} has no tokenizer files; give prompts as lists of token ids")
         return self.tokenizer
 
     def _check_ids(self, token_ids: Sequence[int], reserve: int) -> tuple[int, ...]:
         self._check_open()
-        ids, vocab_size = tuple(token_ids), self.engine.config.vocab_size
+        ids, vocab_size = as_token_ids(token_ids), self.engine.config.vocab_size
         if not ids:
             raise PromptError("the prompt is empty and this model has no token to begin with; give at least one token")
         for position, token_id in enumerate(ids):
-            if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+            if not 0 <= token_id < vocab_size:
                 raise PromptError(
                     f"token {token_id!r} at position {position} of the prompt is not in 0..{vocab_size - 1}"
                 )
@@ -298,8 +343,3 @@ class LLM:
     def _abort(self, requests: Sequence[Request]) -> None:
         for request in requests:
             self.abort(request)
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    is_single = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(item, int) for item in prompts))
-    return [prompts] if is_single else list(prompts)

@@ -21,6 +21,22 @@ def memory_limit_bytes(root: Path) -> int | None:
     return min(limits, default=None)
 
 
+def free_memory_bytes(root: Path) -> int | None:
+    """What the memory limits of this process's control groups leave, the least of all; None where there is none.
+
+    Pages of files count as used there, though the kernel takes them back when memory is wanted.
+    """
+    left = []
+    for folder in _cgroup_folders(root, "memory"):
+        for limit_name, used_name in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            limit, used = read_text(folder / limit_name), read_text(folder / used_name)
+            if limit.isdigit() and used.isdigit() and int(limit) < NO_LIMIT_BYTES:
+                fields = dict(line.split() for line in read_text(folder / "memory.stat").splitlines() if " " in line)
+                files = sum(int(fields.get(name, 0)) for name in ("inactive_file", "active_file"))
+                left.append(max(0, int(limit) - max(0, int(used) - files)))
+    return min(left, default=None)
+
+
 def cpu_quota(root: Path) -> float | None:
     """CPUs' worth of time that this process's control groups allow, versions 1 and 2; None where there is no quota."""
     quotas = []

@@ -132,8 +132,12 @@ class Team:
             )
             for thread in range(1, self.num_threads)
         ]
-        for member in members:
-            member.start()
+        try:
+            for member in members:
+                member.start()
+        except RuntimeError:  # no more threads: those that have started must not wait for a team that never was
+            _stop(self._shared, [member for member in members if member.ident is not None])
+            raise
         self._finalizer = weakref.finalize(self, _stop, self._shared, members)
 
     def run(self, kernel: tuple, scratch_bytes: int, *parameters: int) -> int:

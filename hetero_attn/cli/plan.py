@@ -35,6 +35,7 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Show what of a model would live on which lane, the bytes and the predicted speed."""
+    from hetero_attn.engine.host_memory import why_too_large
     from hetero_attn.engine.measure import refresh_profile
     from hetero_attn.planning.settle import PAGE_TOKENS, prepare
     from hetero_attn.serving.progress import working
@@ -46,6 +47,8 @@ def plan(
         model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, device=device, hardware=machine(hardware),
         max_context=context, max_batch=None, num_threads=threads, page_size=PAGE_TOKENS, kv_dtype=kv_dtype,
     )
+    if hardware is None and (reason := why_too_large(planned.plan)):
+        typer.echo(f"note: this would not load now: {reason}", err=True)
     # A policy on stdout is all that its reader wants.
     explanation = None
     if explain and str(yaml) != "-":

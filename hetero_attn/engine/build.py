@@ -18,7 +18,9 @@ from hetero_attn.devices.machine import (
     temporary_bytes,
 )
 from hetero_attn.engine.engine import Engine
+from hetero_attn.engine.host_memory import WAY_OUT, memory_named, why_too_large
 from hetero_attn.engine.warm_up import warm_up
+from hetero_attn.errors import MemoryBudgetError
 from hetero_attn.lanes.handover_choice import choose_handover
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.lanes.staging import make_ring
@@ -44,8 +46,11 @@ def build_engine(
 
     Raises CheckpointError for weights that do not fit the config, MemoryBudgetError when memory runs out.
     """
-    lanes = make_lanes(planned.plan, planned.device, overlap, on_compile, handover)
-    return assemble(planned, lanes, overlap, progress, prefix_cache)
+    if reason := why_too_large(planned.plan):
+        raise MemoryBudgetError(f"{planned.plan.model}: {reason}; {WAY_OUT}")
+    with memory_named(f"loading {planned.plan.model}"):
+        lanes = make_lanes(planned.plan, planned.device, overlap, on_compile, handover)
+        return assemble(planned, lanes, overlap, progress, prefix_cache)
 
 
 def assemble(

@@ -1,13 +1,15 @@
 """From a model and a wish to a plan: config and file headers in, nothing loaded."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.checkpoints.hub import resolve_model
-from hetero_attn.errors import ConfigError, MemoryBudgetError, UnsupportedModelError, nearest
+from hetero_attn.errors import CheckpointError, ConfigError, MemoryBudgetError
+from hetero_attn.planning.arguments import check_choice, checked_arguments
 from hetero_attn.planning.profiles import current_profile, lane_threads
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.weights import build_workload, natural_kv_dtype
@@ -97,6 +99,15 @@ def prepare(
 
     Under `objective: throughput` more sequences share the KV slots that the default batch would have.
     """
+    given = checked_arguments(
+        model=model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, device=device, hardware=hardware,
+        max_context=max_context, max_batch=max_batch, num_threads=num_threads, page_size=page_size, elastic=elastic,
+        kv_tokens=kv_tokens, kv_dtype=kv_dtype,
+    )
+    gpu_memory, device, max_context, max_batch, num_threads, page_size, kv_tokens = (
+        given[name]
+        for name in ("gpu_memory", "device", "max_context", "max_batch", "num_threads", "page_size", "kv_tokens")
+    )
     path = resolve_model(model)
     config = ModelConfig.from_dir(path)
     policy = policy if isinstance(policy, Policy) else Policy.load(policy)
@@ -109,7 +120,7 @@ def prepare(
         build_workload,
         config,
         weight_dtype,
-        model=path.name,
+        model=model_name(model, path),
         max_context=context,
         max_batch=batch,
         kv_tokens=kv_tokens,
@@ -157,19 +168,42 @@ def machine_profile(device: str) -> HardwareProfile:
 
 def choose_weight_dtype(dtype: str, config: ModelConfig, path: Path) -> str:
     """The dtype weights are kept in: the wish, or for `auto` the checkpoint's (float16 becomes bfloat16)."""
-    _check_choice("dtype", dtype, ("auto", *WEIGHT_DTYPES))
+    check_choice("dtype", dtype, ("auto", *WEIGHT_DTYPES))
     if dtype != "auto":
         return dtype
-    stored = config.dtype
-    if stored is None:
-        with Checkpoint.open(path) as checkpoint:
-            stored = checkpoint.dtype(checkpoint.names[0])
+    stored = stored_dtype(path) or config.dtype or "bf16"
     return "fp32" if stored == "fp32" else "bf16"
+
+
+def stored_dtype(path: Path) -> str | None:
+    """The dtype of most of the bytes in the weight files, by their headers; None where they are not there or not sound.
+
+    The config may name another one than the files have: weights would then take twice the memory for nothing.
+    """
+    try:
+        with Checkpoint.open(path) as checkpoint:
+            sizes: dict[str, int] = {}
+            for name in checkpoint.names:
+                dtype = checkpoint.dtype(name)
+                sizes[dtype] = sizes.get(dtype, 0) + math.prod(checkpoint.shape(name))
+    except CheckpointError:
+        return None
+    return max(sizes, key=sizes.get)
+
+
+def model_name(given: str | Path, path: Path) -> str:
+    """What a model is called in tables: the hub id it was asked by, else the name of its directory."""
+    if not Path(given).expanduser().is_dir():
+        return str(given)
+    parts = path.resolve().parts
+    cached = [part for part in parts if part.startswith("models--")]
+    name = cached[-1].removeprefix("models--").replace("--", "/") if cached and "snapshots" in parts else path.resolve().name
+    return "".join(c if c.isprintable() else "?" for c in name)
 
 
 def choose_kv_dtype(kv_dtype: str, policy: Policy, weight_dtype: str) -> str:
     """The dtype of the cache: the wish, else the policy's, else float32 beside float32 weights and bfloat16 otherwise."""
-    _check_choice("kv_dtype", kv_dtype, ("auto", *KV_DTYPES))
+    check_choice("kv_dtype", kv_dtype, ("auto", *KV_DTYPES))
     if kv_dtype != "auto":
         return kv_dtype
     return policy.kv_dtype or natural_kv_dtype(weight_dtype)
@@ -177,7 +211,7 @@ def choose_kv_dtype(kv_dtype: str, policy: Policy, weight_dtype: str) -> str:
 
 def choose_device(device: str, hardware: HardwareProfile | str | None) -> str:
     """The device to plan for: the wish, or for `auto` the given hardware's, else the GPU where there is one, else the CPU."""
-    _check_choice("device", device.partition(":")[0], DEVICES)
+    check_choice("device", device.partition(":")[0], DEVICES)
     if device != "auto":
         return device
     if hardware is not None:
@@ -235,9 +269,3 @@ def with_chunk_choices(build: Callable[..., Workload], budget_bytes: int) -> Wor
         choices.append(larger)
     known = tuple(ChunkChoice(choice.prefill_chunk, choice.resident_bytes) for choice in choices)
     return replace(workload, chunk_choices=known)
-
-
-def _check_choice(name: str, value: str, known: Iterable[str]) -> None:
-    known = tuple(known)
-    if value not in known:
-        raise UnsupportedModelError(f"{name} is {value!r}; it must be one of {', '.join(known)}{nearest(value, known)}")

@@ -65,9 +65,14 @@ def _checked_number(name: str, value: object, rule: _Range | None = None) -> flo
     if value is None and rule.optional:
         return None
     right_type = isinstance(value, Integral if rule.integer else Real) and not isinstance(value, bool)
-    if not right_type or not rule.holds(value):
-        raise SamplingError(f"{name} must be {rule}, got {value!r}; {rule.way_out}")
-    return int(value) if rule.integer else float(value)
+    try:
+        # A plain number first: comparing numpy's small floats with large limits warns of an overflow.
+        plain = (int(value) if rule.integer else float(value)) if right_type else None
+    except OverflowError:
+        plain = None
+    if plain is None or not rule.holds(plain):
+        raise SamplingError(f"{name} must be {rule}, got {value!r:.80}; {rule.way_out}")
+    return plain
 
 
 def _checked_flag(name: str, value: object) -> bool:

@@ -4,11 +4,16 @@ Nothing from a model directory is executed: remote code is never trusted, and ch
 transformers' sandbox. transformers is imported when a tokenizer is opened, because importing it takes a second.
 """
 
+import importlib.util
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hetero_attn.errors import ConfigError, PromptError
+from hetero_attn.serving.prompts import as_messages, as_template_variables
+from hetero_attn.serving.sampling_params import SamplingParams
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 REPLACEMENT = "\ufffd"
@@ -47,8 +52,9 @@ class Tokenizer:
             path: the directory. vocab_size: rows of the model's embedding, checked against the tokenizer's ids.
 
         Raises:
-            ConfigError: there is no tokenizer, it cannot be read, it needs remote code, or it has ids that the model
-                has no embedding for (fewer ids than rows are fine: embeddings are often padded).
+            ConfigError: there is no tokenizer, it cannot be read or it needs remote code.
+
+        Warns of ids that the model has no embedding for; fewer ids than rows are fine, embeddings are often padded.
         """
         path = Path(path)
         if not has_tokenizer(path):
@@ -62,12 +68,11 @@ class Tokenizer:
         # Damaged files surface as nearly any exception type of transformers, tokenizers or sentencepiece.
         except Exception as error:
             raise ConfigError(
-                f"{path}: the tokenizer cannot be loaded: {_first_line(error)}; download the tokenizer files again "
-                "(code that comes with a model is never run)"
+                f"{path}: the tokenizer cannot be loaded: {_first_line(error)}; {_way_out(path)}"
             ) from error
         opened = cls(path, tokenizer)
         if vocab_size is not None:
-            opened._check_vocab(vocab_size)
+            opened._compare_vocab(vocab_size)
         return opened
 
     def encode(self, text: str) -> list[int]:
@@ -84,26 +89,28 @@ class Tokenizer:
             ) from None
         return list(self._tokenizer.encode(text, add_special_tokens=True, verbose=False))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Token ids of a conversation through the model's own chat template.
 
         Args:
-            messages: each with "role" and "content".
+            messages: each with "role" and "content", text or a list of text parts, which are joined.
             add_generation_prompt: end with the words that open the assistant's turn.
+            template_variables: what the template knows beside the messages, such as {"enable_thinking": False}.
 
         Raises:
-            PromptError: no messages, a message without role or content, no template, or one that refuses them.
+            PromptError: no messages, a message without role or text, no template, or one that refuses them.
         """
-        if not messages or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages):
-            raise PromptError("chat messages must be a non-empty list of {'role': ..., 'content': ...}")
+        plain, variables = as_messages(messages), as_template_variables(template_variables)
         if not self._tokenizer.chat_template:
             raise PromptError(f"{self.path}: the tokenizer has no chat template; use generate with a plain prompt")
         try:
             ids = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=False,
+                plain, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False, **variables
             )
         # A template raises what it likes: jinja2 errors, its own raise_exception, type errors from odd content.
         except Exception as error:
@@ -120,12 +127,23 @@ class Tokenizer:
         """A fresh `TextStream` over this tokenizer."""
         return TextStream(lambda token_ids: self.decode(token_ids, skip_special_tokens), stop)
 
-    def _check_vocab(self, vocab_size: int) -> None:
+    def with_special_stops(self, params: SamplingParams) -> SamplingParams:
+        """The parameters with special tokens among the stop strings as stop ids too: their text is left out of the answer,
+        so the strings alone could never match."""
+        if not params.stop:
+            return params
+        added = self._tokenizer.added_tokens_decoder.items()
+        special = {token.content: token_id for token_id, token in added if token.special}
+        ids = {special[text] for text in params.stop if text in special} - set(params.stop_token_ids)
+        return replace(params, stop_token_ids=(*params.stop_token_ids, *sorted(ids))) if ids else params
+
+    def _compare_vocab(self, vocab_size: int) -> None:
         token, token_id = max(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
         if token_id >= vocab_size:
-            raise ConfigError(
-                f"{self.path}: the tokenizer's token {token!r} has id {token_id}, but vocab_size of the model is "
-                f"{vocab_size}; tokenizer and weights are of different models, download both again"
+            warnings.warn(
+                f"{self.path}: the tokenizer's token {token!r:.60} has id {token_id}, but the model has embeddings for "
+                f"{vocab_size}; a prompt that holds such a token is refused",
+                stacklevel=3,
             )
 
 
@@ -213,6 +231,14 @@ class StopMatcher:
             if any(stop.startswith(text[-length:]) for stop in self._stop):
                 return length
         return 0
+
+
+def _way_out(path: Path) -> str:
+    """What helps against a tokenizer that cannot be opened."""
+    only_sentencepiece = (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file()
+    if only_sentencepiece and importlib.util.find_spec("sentencepiece") is None:
+        return "tokenizer.model needs the sentencepiece package: pip install sentencepiece protobuf"
+    return "download the tokenizer files again (code that comes with a model is never run), or give prompts as token ids"
 
 
 def _first_line(error: Exception) -> str:

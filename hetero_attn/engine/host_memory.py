@@ -1,0 +1,67 @@
+"""Is there host memory for a plan, asked before anything is loaded; and what runs out all the same has one name.
+
+Without a look before, a model that is too large ends in the kernel's out-of-memory killer after minutes of loading.
+"""
+
+import errno
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from cpu_kernels.team.cgroups import free_memory_bytes
+from hetero_attn.errors import MemoryBudgetError
+from placement.plan.plan import Plan
+from placement.plan.units import format_bytes
+
+# How torch and Python say that there is no memory, in errors that have no type of their own.
+NO_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
+WAY_OUT = "use a smaller dtype, max_context or max_batch, fewer threads, or free some memory"
+
+
+def why_too_large(plan: Plan, root: Path = Path("/")) -> str:
+    """Why a plan does not fit in the host memory that is free now, in plain words; empty where it does.
+
+    Weights are written at once and must fit; a cache is only reserved and fills with use, so it counts against a limit of
+    address space alone. An emulated GPU's memory is host memory.
+    """
+    memory, workload = plan.memory, plan.workload
+    emulated = memory.gpu if plan.device == "emulated" else {}
+    total = memory.host_bytes + memory.pinned_bytes + sum(emulated.values())
+    written = workload.embed_bytes + workload.weight_bytes - (0 if plan.device != "cuda" else memory.gpu.get("weights", 0))
+    free, space = free_host_bytes(root), free_address_space()
+    if written > free:
+        return f"its weights need {format_bytes(written)} of host memory, and {format_bytes(free)} are free"
+    if space is not None and total > space:
+        return f"it needs {format_bytes(total)} of address space, and the limit of this process leaves {format_bytes(space)}"
+    return ""
+
+
+def free_host_bytes(root: Path = Path("/")) -> int:
+    """Host memory that can be written now, swap included, within the control groups' limits."""
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    within = free_memory_bytes(root)
+    return free if within is None else min(free, within)
+
+
+def free_address_space() -> int | None:
+    """What a limit of this process's address space leaves; None without one."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if limit == resource.RLIM_INFINITY else max(0, limit - psutil.Process().memory_info().vms)
+
+
+@contextmanager
+def memory_named(what: str) -> Iterator[None]:
+    """Around work on `what`: whatever runs out of memory or threads in it is a MemoryBudgetError."""
+    try:
+        yield
+    except MemoryBudgetError:
+        raise
+    except (MemoryError, OSError, RuntimeError) as error:
+        ran_out = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        if not ran_out and not any(words in str(error) for words in NO_MEMORY_WORDS):
+            raise
+        first_line = str(error).strip().partition("\n")[0][:120] or type(error).__name__
+        raise MemoryBudgetError(f"memory ran out while {what} ({first_line}); {WAY_OUT}") from error

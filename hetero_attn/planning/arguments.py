@@ -1,0 +1,90 @@
+"""The arguments of `LLM` and `plan_model`, checked where they enter: type and range of each, whatever else is wished.
+
+Integers may be numpy's. What is wrong is a ConfigError that names the argument, the value and the rule.
+"""
+
+from collections.abc import Iterable
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from hetero_attn.errors import ConfigError, UnsupportedModelError, nearest
+from hetero_attn.lanes.handover_choice import HANDOVERS
+from placement import HardwareProfile, Policy
+from placement.plan.units import parse_bytes
+
+# name -> (least, most): far above what a machine has, far below what would take its memory for tables alone.
+INTEGERS = {
+    "max_context": (1, 1 << 25),
+    "max_batch": (1, 1 << 16),
+    "num_threads": (1, 4096),
+    "page_size": (1, 1 << 16),
+    "kv_tokens": (1, 1 << 40),
+    "seed": (0, 2**63 - 1),
+}
+FLAGS = ("elastic", "prefix_cache", "overlap", "progress")
+
+
+def checked_arguments(**values: Any) -> dict[str, Any]:
+    """The same arguments as plain values: integers as int, a torch.device as text.
+
+    Raises ConfigError, or UnsupportedModelError for a name that is none of the known ones.
+    """
+    return {name: _checked(name, value) for name, value in values.items()}
+
+
+def _checked(name: str, value: Any) -> Any:
+    if name in INTEGERS:
+        return _integer(name, value)
+    if name in FLAGS:
+        _expect(isinstance(value, bool), name, value, "True or False")
+    elif name == "gpu_memory":
+        return None if value is None else _size(value)
+    elif name == "device":
+        value = str(value) if type(value).__module__ == "torch" and type(value).__name__ == "device" else value
+        _expect(isinstance(value, str), name, value, "a name such as 'cpu' or 'cuda:0'")
+    elif name in ("dtype", "kv_dtype"):
+        _expect(isinstance(value, str), name, value, "a name such as 'auto', 'bf16' or 'q4'")
+    elif name == "handover":
+        _expect(isinstance(value, str), name, value, "a name")
+        check_choice(name, value, HANDOVERS)
+    elif name == "model":
+        _expect(isinstance(value, str | Path), name, value, "a directory or a hub id")
+    elif name == "policy":
+        _expect(isinstance(value, str | Path | Policy), name, value, "a policy's name, its file or a Policy")
+    elif name == "hardware":
+        right = value is None or isinstance(value, str | HardwareProfile)
+        _expect(right, name, value, "None, a machine's name or a HardwareProfile")
+    return value
+
+
+def _integer(name: str, value: Any) -> int | None:
+    if value is None and name != "page_size":
+        return None
+    least, most = INTEGERS[name]
+    if isinstance(value, Integral) and not isinstance(value, bool) and value < least:
+        raise ConfigError(f"{name} is {value}; it must be at least {least}")
+    right = isinstance(value, Integral) and not isinstance(value, bool) and value <= most
+    _expect(right, name, value, f"an integer from {least} to {most}")
+    return int(value)
+
+
+def _size(value: Any) -> int | str:
+    value = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+    try:
+        parse_bytes(value)
+    except ValueError as error:
+        raise ConfigError(f"gpu_memory: {error}") from None
+    return value
+
+
+def _expect(is_right: bool, name: str, value: Any, expected: str) -> None:
+    if not is_right:
+        raise ConfigError(f"{name} is {value!r:.80}; it must be {expected}")
+
+
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    """Raise UnsupportedModelError, with the nearest known name, where `value` is none of them."""
+    known = tuple(known)
+    if value not in known:
+        raise UnsupportedModelError(f"{name} is {value!r}; it must be one of {', '.join(known)}{nearest(value, known)}")

@@ -1,0 +1,280 @@
+"""Every argument of every public call is checked where it enters: the error names argument, value and rule.
+
+| situation (user_reports.md)                                    | now                                                  |
+|----------------------------------------------------------------|------------------------------------------------------|
+| ids as numpy array, numpy integers, tensor of 1 or 2 dimensions | taken                                               |
+| [True, False], [None], None, bytes, floats                     | PromptError                                          |
+| params a dict or a list                                        | SamplingError that names it                          |
+| max_context=0 and the like, wrong types, impossible numbers    | ConfigError                                          |
+| --gpu-memory banana on the CPU, --seed -5                      | refused                                              |
+| device=torch.device("cpu")                                     | taken                                                |
+| temperature=np.float32(0.5) under -W error                     | taken                                                |
+| stop string that is a special token                            | ends the text                                        |
+| content a list of text parts; None, numbers, other parts       | joined; PromptError                                  |
+| template variables (enable_thinking)                           | template_variables=                                  |
+| odd tokenizer, prompts as ids                                  | runs, one warning; text is refused with the way out  |
+| text that begins with BOS already                              | two, as the tokenizer of transformers gives          |
+| special tokens typed by a user in chat text                    | become special, as in transformers                   |
+"""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hetero_attn import LLM, SamplingParams, plan_model
+from hetero_attn.cli import app
+from hetero_attn.errors import ConfigError, HeteroError, PromptError, SamplingError
+from hetero_attn.serving.prompts import as_messages, as_prompts
+from hetero_attn.serving.tokenizer import Tokenizer
+from tests.support.toy import edit_json, make_checkpoint
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+OPTIONS = {"device": "cpu", "dtype": "fp32", "max_context": 64, "num_threads": 1}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("arguments"), "llama", layers=1)
+
+
+@pytest.fixture(scope="module")
+def llm(path):
+    with LLM(path, progress=False, **OPTIONS) as llm:
+        yield llm
+
+
+ONE_PROMPT = {
+    "list": [5, 6, 7],
+    "tuple": (5, 6, 7),
+    "range": range(5, 8),
+    "numpy integers": [np.int64(5), np.int32(6), np.uint8(7)],
+    "array": np.array([5, 6, 7]),
+    "small array": np.array([5, 6, 7], dtype=np.uint8),
+    "tensor": torch.tensor([5, 6, 7]),
+    "int32 tensor": torch.tensor([5, 6, 7], dtype=torch.int32),
+}
+
+
+@pytest.mark.parametrize("kind", ONE_PROMPT)
+def test_one_prompt_of_ids_is_taken_however_it_is_held(llm, kind):
+    expected = llm.generate([5, 6, 7], GREEDY)[0].token_ids
+
+    assert [output.token_ids for output in llm.generate(ONE_PROMPT[kind], GREEDY)] == [expected]
+    assert [output.token_ids for output in llm.generate([ONE_PROMPT[kind]], GREEDY)] == [expected]
+    assert torch.equal(llm.logits(ONE_PROMPT[kind]), llm.logits([5, 6, 7]))
+
+
+@pytest.mark.parametrize("several", [np.array([[5, 6], [7, 8]]), torch.tensor([[5, 6], [7, 8]]), ["a", [5, 6]], [(5,), [6]]], ids=str)
+def test_several_prompts_are_taken(llm, several):
+    assert len(llm.generate(several, GREEDY)) == len(several)
+    assert as_prompts([]) == []
+
+
+BAD_PROMPTS = [None, 5, 5.0, [None], [True, False], [5.0], {"prompt": "x"}, b"bytes", [[5], None], np.array([0.5]),
+               torch.zeros(1, 1, 1, dtype=torch.int64), np.array(5), [np.bool_(True)], [[[5]]], object(), {5, 6}, [400], [-1]]
+
+
+@pytest.mark.parametrize("prompt", BAD_PROMPTS, ids=lambda value: repr(value)[:30])
+def test_what_is_no_prompt_is_named(llm, prompt):
+    for call in (llm.generate, llm.stream, llm.add):
+        with pytest.raises(PromptError):
+            call(prompt, GREEDY)
+
+
+@pytest.mark.parametrize("token_ids", [None, "text", [None], [0.5], [True], b"x"], ids=repr)
+def test_logits_take_token_ids_alone(llm, token_ids):
+    with pytest.raises(PromptError):
+        llm.logits(token_ids)
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 3}, [GREEDY, GREEDY], "greedy", 0, SamplingParams], ids=lambda v: repr(v)[:20])
+def test_params_are_one_sampling_params(llm, params):
+    with pytest.raises(SamplingError, match="must be one SamplingParams"):
+        llm.generate([5], params)
+
+
+BAD_OPTIONS = [
+    *((name, value) for name in ("max_context", "max_batch", "num_threads", "kv_tokens", "page_size")
+      for value in (0, -1, "128", 2.5, True, 2**70, float("nan"))),
+    ("seed", "x"), ("seed", -5), ("seed", 0.5), ("dtype", torch.bfloat16), ("dtype", None), ("dtype", "bf17"),
+    ("kv_dtype", 8), ("device", 0), ("device", None), ("device", "gpu"), ("gpu_memory", "banana"), ("gpu_memory", -1),
+    ("gpu_memory", 1.5), ("handover", "xx"), ("handover", None), ("elastic", 1), ("overlap", "no"), ("prefix_cache", None),
+    ("progress", "yes"), ("model", None), ("model", 3), ("policy", 3), ("policy", None), ("hardware", 3),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_OPTIONS, ids=lambda value: repr(value)[:20])
+def test_a_bad_option_is_named_whatever_else_is_wished(path, name, value):
+    """0 counted as not given, and the rest ended as ZeroDivisionError, TypeError or AttributeError, or not at all."""
+    given = {"model": path, "device": "cpu", "progress": False} | {name: value}
+    with pytest.raises(HeteroError, match=name) as caught:
+        LLM(**given)
+    assert isinstance(caught.value, ValueError)
+    if name not in ("seed", "handover", "elastic", "overlap", "prefix_cache", "progress", "kv_tokens"):
+        with pytest.raises(HeteroError, match=name):
+            plan_model(**{key: item for key, item in given.items() if key != "progress"})
+
+
+def test_plain_equivalents_of_options_are_taken(path):
+    plan = plan_model(path, device=torch.device("cpu"), max_context=np.int64(64), num_threads=np.int32(1))
+
+    assert (plan.device, plan.max_context, plan.num_threads) == ("cpu", 64, 1)
+    assert plan_model(path, device="emulated", gpu_memory=np.int64(8 << 20)).gpu_memory_bytes == 8 << 20
+
+
+@pytest.mark.parametrize("options", [["--gpu-memory", "banana"], ["--seed", "-5"], ["--context", "0"], ["--threads", "0"]], ids=str)
+def test_options_are_refused_on_the_command_line(path, options):
+    result = CliRunner().invoke(app, ["generate", str(path), "-p", "x", "--device", "cpu", *options])
+
+    assert result.exit_code in (2, 3) and result.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty"])
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_numpy_floats_make_no_warning(name, kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+
+        assert getattr(SamplingParams(**{name: kind(0.5)}), name) == 0.5
+
+
+@pytest.mark.parametrize("value", [10**400, float("inf"), np.float32("nan")], ids=lambda value: repr(value)[:20])
+def test_numbers_that_are_none_are_refused(value):
+    with pytest.raises(SamplingError, match="temperature"):
+        SamplingParams(temperature=value)
+
+
+def test_a_special_token_as_stop_string_ends_the_text(path, llm):
+    """Its text is left out of the answer, so the string alone never matched, and nobody said so."""
+    ids = llm.generate([5], SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True))[0].token_ids
+    biased = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True, "logit_bias": {3: 100.0}}
+    assert len(ids) == 1 and llm.generate([5], SamplingParams(**biased))[0].finish_reason == "length"
+
+    (output,) = llm.generate([5], SamplingParams(stop="<|end|>", **biased))
+
+    assert (output.finish_reason, output.token_ids, output.text) == ("stop", (3,), "")
+
+
+CONTENTS = {
+    "text": ("hello", "hello"),
+    "parts": ([{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}], "hello"),
+}
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_parts_of_text_are_joined(path, kind):
+    """A template with a filter put Python's own form of the list into the prompt."""
+    content, expected = CONTENTS[kind]
+    tokenizer = Tokenizer.open(path)
+
+    ids = tokenizer.encode_chat([{"role": "user", "content": content}])
+    assert ids == tokenizer.encode_chat([{"role": "user", "content": expected}])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [None, "hello", {}, {"role": "user"}, {"role": "user", "content": None}, {"role": "user", "content": 3}, {"role": 1, "content": "x"},
+     {"role": "user", "content": []}, {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]},
+     {"role": "user", "content": [{"type": "text"}]}, {"role": "user", "content": ["hello"]}, {"role": "user", "content": b"x"}],
+    ids=repr,
+)
+def test_other_content_is_refused(message):
+    with pytest.raises(PromptError, match="message"):
+        as_messages([message])
+
+
+@pytest.mark.parametrize("messages", [None, [], "hello", {"role": "user", "content": "x"}, 3], ids=repr)
+def test_messages_are_a_list(llm, messages):
+    with pytest.raises(PromptError, match="messages"):
+        llm.chat(messages, GREEDY)
+
+
+def test_a_message_may_carry_tool_calls_in_place_of_text():
+    message = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+
+    assert as_messages([message]) == [message]
+
+
+@pytest.fixture
+def thinking(tmp_path) -> Path:
+    """A model whose template takes a variable."""
+    path = make_checkpoint(tmp_path, "llama", layers=1)
+    (path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}"
+    )
+    return path
+
+
+def test_template_variables_reach_the_template(thinking):
+    tokenizer, messages = Tokenizer.open(thinking), [{"role": "user", "content": "x"}]
+    texts = [tokenizer.decode(tokenizer.encode_chat(messages, True, variables)) for variables in
+             (None, {"enable_thinking": False}, {"tools": [], "enable_thinking": True})]
+
+    assert texts == ["x", "xFalse", "xTrue"]
+    with LLM(thinking, progress=False, **OPTIONS) as llm:
+        output = llm.chat(messages, GREEDY, template_variables={"enable_thinking": False})
+        assert llm.tokenizer.decode(output.prompt_token_ids) == "xFalse"
+        pieces = list(llm.stream_chat(messages, GREEDY, template_variables={"enable_thinking": False}))
+        assert "".join(piece.text for piece in pieces) == output.text
+
+
+@pytest.mark.parametrize("variables", [3, [("a", 1)], {1: 2}, {"tokenize": False}, {"add_generation_prompt": 1}], ids=repr)
+def test_template_variables_that_are_none_are_refused(llm, variables):
+    with pytest.raises(PromptError, match="template_variables"):
+        llm.chat([{"role": "user", "content": "x"}], GREEDY, template_variables=variables)
+
+
+def spoil_too_large_id(path):
+    """An added token whose id is vocab_size, which transformers loads too."""
+    values = json.loads((path / "tokenizer.json").read_text())
+    values["added_tokens"].append({"id": 260, "content": "[PAD]", "special": True, "single_word": False, "lstrip": False,
+                                   "rstrip": False, "normalized": False})
+    (path / "tokenizer.json").write_text(json.dumps(values))
+
+
+def spoil_damaged(path):
+    (path / "tokenizer.json").write_text("{")
+
+
+def spoil_only_sentencepiece(path):
+    (path / "tokenizer.json").unlink()
+    (path / "tokenizer_config.json").unlink()
+    (path / "tokenizer.model").write_bytes(b"\x0a\x05model")
+
+
+@pytest.mark.parametrize("spoil", [spoil_damaged, spoil_only_sentencepiece], ids=lambda spoil: spoil.__name__)
+def test_a_tokenizer_that_cannot_be_opened_blocks_text_alone(tmp_path, spoil):
+    """Prompts given as ids failed as well, and only after the weights were loaded."""
+    path = make_checkpoint(tmp_path, "llama", layers=1)
+    with LLM(path, progress=False, **OPTIONS) as sound:
+        expected = sound.generate([5, 6], GREEDY)[0].token_ids
+    spoil(path)
+    with LLM(path, progress=False, **OPTIONS) as llm:
+        with pytest.warns(UserWarning, match="answers have no text"):
+            (output,) = llm.generate([5, 6], GREEDY)
+        assert (output.token_ids, output.text) == (expected, "")
+        with pytest.raises(ConfigError, match="tokenizer"):
+            llm.generate("text", GREEDY)
+        assert llm.generate([5, 6], GREEDY)[0].token_ids == expected
+
+
+def test_a_token_beyond_the_vocabulary_refuses_only_prompts_that_hold_it(tmp_path):
+    path = make_checkpoint(tmp_path, "llama", layers=1, vocab=260)
+    spoil_too_large_id(path)
+    with LLM(path, progress=False, **OPTIONS) as llm:
+        with pytest.warns(UserWarning, match=r"\[PAD\].* has id 260"):
+            assert len(llm.generate(["plain text"], GREEDY)[0].token_ids) == 3
+        with pytest.raises(PromptError, match="token 260 at position"):
+            llm.generate(["with [PAD]"], GREEDY)
+
+
+def test_config_names_are_left_as_they_were(path):
+    """The checks look at types alone: what a model cannot do is still said by what knows the model."""
+    with pytest.raises(ConfigError, match="was made for 512 positions"):
+        plan_model(path, max_context=513, device="cpu")
+    edit_json(path / "generation_config.json", temperature=0.5)

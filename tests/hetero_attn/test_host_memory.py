@@ -1,0 +1,142 @@
+"""Host memory: what does not fit is said before a load, and what runs out all the same has one name and exit code 4.
+
+| situation                                                        | now                                                   |
+|------------------------------------------------------------------|-------------------------------------------------------|
+| 13 and 18 GB models under an address-space limit, cpu, emulated  | MemoryBudgetError before anything is read              |
+| max_context=2**40, max_batch=10**9, page_size=10**9, 10**6 threads | ConfigError: beyond what is allowed, test_arguments.py |
+| max_context=2**25 under a limit of 10 GB                         | the model's own limit, or MemoryBudgetError            |
+| num_threads that the system refuses                              | MemoryBudgetError, the threads that started are joined |
+| plan of a model larger than the machine                          | a note on stderr                                       |
+"""
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cpu_kernels.team.cgroups import free_memory_bytes
+from hetero_attn import LLM, plan_model
+from hetero_attn.cli import app
+from hetero_attn.engine import host_memory
+from hetero_attn.engine.host_memory import memory_named, why_too_large
+from hetero_attn.errors import MemoryBudgetError, PromptError
+from tests.support.toy import make_checkpoint
+
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "examples" / "tiny")
+LIMITED = """
+import resource, sys
+from hetero_attn.cli import main
+limit = int(sys.argv.pop(1))
+import torch, hetero_attn.llm
+from pathlib import Path
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + limit, used + limit))
+sys.argv[0] = "hetero-attn"
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("memory"), "llama", layers=1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_weights_larger_than_free_memory_are_refused_before_they_are_read(path, monkeypatch, device):
+    plan = plan_model(path, device=device, max_context=64)
+    assert why_too_large(plan) == ""
+    monkeypatch.setattr(host_memory, "free_host_bytes", lambda root: plan.workload.weight_bytes // 2)
+    monkeypatch.setattr("hetero_attn.engine.build.make_lanes", lambda *arguments: pytest.fail("loading has begun"))
+
+    with pytest.raises(MemoryBudgetError, match=r"its weights need .* of host memory, and .* are free; use a smaller") as caught:
+        LLM(path, device=device, max_context=64, progress=False)
+    assert caught.value.exit_code == 4
+
+
+def test_an_address_space_too_small_is_said(path, monkeypatch):
+    plan = plan_model(path, device="cpu", max_context=512)
+    monkeypatch.setattr(host_memory, "free_address_space", lambda: 1000)
+
+    assert "of address space, and the limit of this process leaves 1000 B" in why_too_large(plan)
+
+
+def test_plan_says_that_a_model_would_not_load(monkeypatch):
+    monkeypatch.setattr(host_memory, "free_host_bytes", lambda root: 1000)
+    result = CliRunner().invoke(app, ["plan", TINY, "--device", "cpu", "--no-explain"])
+
+    assert result.exit_code == 0 and "note: this would not load now: its weights need" in result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
+@pytest.mark.parametrize("limit_mb", [0, 8, 60])
+def test_a_real_limit_ends_in_a_named_error_or_an_answer(limit_mb):
+    """OSError 12, MemoryError and a RuntimeError of torch came out before, whatever ran out first."""
+    command = ["generate", TINY, "-p", "def", "-n", "2", "--device", "cpu", "--context", "64", "--threads", "1"]
+    run = [sys.executable, "-c", LIMITED, str(limit_mb << 20), *command]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, check=False)
+
+    assert done.returncode in (0, 4), done.stderr
+    assert done.returncode == 0 or done.stderr.splitlines()[-1].startswith("error: ")
+
+
+OUT_OF_MEMORY = [
+    MemoryError(),
+    OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    RuntimeError("can't start new thread"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
+def test_whatever_runs_out_has_one_name(error):
+    with pytest.raises(MemoryBudgetError, match="while loading x"), memory_named("loading x"):
+        raise error
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOENT, "x"), RuntimeError("x"), PromptError("x"), MemoryBudgetError("x")], ids=repr)
+def test_other_errors_stay_what_they_are(error):
+    with pytest.raises(type(error)) as caught, memory_named("loading"):
+        raise error
+    assert caught.value is error
+
+
+def test_threads_that_the_system_refuses_leave_none_behind(path, monkeypatch):
+    before, start, started = threading.active_count(), threading.Thread.start, []
+
+    def refuse(thread):
+        if thread.name.startswith("cpu_kernels"):
+            if len(started) == 3:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(MemoryBudgetError, match="can't start new thread"):
+        LLM(path, device="cpu", num_threads=64, max_context=64, progress=False)
+
+    assert len(started) == 3 and not any(thread.is_alive() for thread in started)
+    assert threading.active_count() <= before
+
+
+@pytest.mark.parametrize(("version", "free"), [(2, 700), (1, 700)])
+def test_a_control_group_counts_what_is_used_but_files(tmp_path, version, free):
+    line, names = ("0::/g", ("memory.max", "memory.current")) if version == 2 else (
+        "3:memory:/g", ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+    folder = tmp_path / ("sys/fs/cgroup/g" if version == 2 else "sys/fs/cgroup/memory/g")
+    folder.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(line)
+    for name, text in zip(names, ("1000", "400"), strict=True):
+        (folder / name).write_text(text)
+    (folder / "memory.stat").write_text("anon 300\ninactive_file 60\nactive_file 40\n")
+
+    assert free_memory_bytes(tmp_path) == free
+    assert free_memory_bytes(tmp_path / "nothing") is None
+    assert host_memory.free_host_bytes(tmp_path) == free
