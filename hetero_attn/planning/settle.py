@@ -21,8 +21,10 @@ from placement.plan.workload import KV_DTYPES, ChunkChoice, Workload
 WEIGHT_DTYPES = ("bf16", "fp32", "q8", "q4")
 DEVICES = ("auto", "cuda", "cpu", "emulated")
 DEFAULT_MAX_CONTEXT = 8192
-DEFAULT_MAX_BATCH = 4
+DEFAULT_MAX_BATCH = 1
+# Under `objective: throughput` so many sequences share the cache of so many whole contexts.
 THROUGHPUT_MAX_BATCH = 16
+THROUGHPUT_CONTEXTS = 4
 DEFAULT_PREFILL_CHUNK = 512
 MIN_PREFILL_CHUNK = 16
 MAX_PREFILL_CHUNK = 2048
@@ -97,7 +99,7 @@ def prepare(
 ) -> PlannedModel:
     """Decide everything about a model that can be decided without reading its weights.
 
-    Under `objective: throughput` more sequences share the KV slots that the default batch would have.
+    One sequence is planned for unless more are asked for; under `objective: throughput` many share the KV slots of a few.
     """
     given = checked_arguments(
         model=model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, device=device, hardware=hardware,
@@ -246,7 +248,7 @@ def choose_batch(
             "or a smaller max_context"
         )
     if max_batch is None and objective == "throughput":
-        return THROUGHPUT_MAX_BATCH, kv_tokens or DEFAULT_MAX_BATCH * max_context
+        return THROUGHPUT_MAX_BATCH, kv_tokens or THROUGHPUT_CONTEXTS * max_context
     return max_batch or DEFAULT_MAX_BATCH, kv_tokens
 
 

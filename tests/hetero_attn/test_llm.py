@@ -244,7 +244,7 @@ def test_a_long_prompt_shows_progress_and_a_short_one_does_not(path, capsys):
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 def test_the_report_says_where_the_time_went(path, device):
-    with LLM(path, dtype="fp32", device=device, gpu_memory="1200KiB", progress=False) as llm:
+    with LLM(path, dtype="fp32", device=device, gpu_memory="1200KiB", max_batch=4, progress=False) as llm:
         llm.generate("report", GREEDY)
         report = llm.report()
         prefill, decode = report.to_dict()["prefill"], report.to_dict()["decode"]

@@ -153,16 +153,26 @@ def test_a_prompt_of_thousands_of_tokens_needs_no_more_activations_than_a_short_
         assert request.output().metrics.generated_tokens == 8
 
 
-def test_throughput_plans_for_more_sequences_in_the_same_cache(path):
-    latency, throughput = (
-        plan_model(path, Policy(objective=objective), device="emulated", gpu_memory="4MiB", max_context=128)
-        for objective in ("latency", "throughput")
+def test_one_sequence_is_planned_for_and_throughput_shares_four_contexts_among_many(path):
+    """More sequences take the cache of more, unless `kv_tokens` says how much of it they share."""
+    one, four, throughput = (
+        plan_model(path, policy, device="emulated", gpu_memory="4MiB", max_context=128)
+        for policy in (Policy(), Policy(batch=4), Policy(objective="throughput"))
     )
 
-    assert (4, 16) == (latency.max_batch, throughput.max_batch)
-    assert latency.workload.full_tokens == throughput.workload.full_tokens == 4 * 128
+    assert [plan.max_batch for plan in (one, four, throughput)] == [1, 4, 16]
+    assert [plan.workload.full_tokens for plan in (one, four, throughput)] == [128, 4 * 128, 4 * 128]
     assert throughput.predicted.decode.rows == 16
-    assert throughput.predicted.decode.tokens_per_s > latency.predicted.decode.tokens_per_s
+    assert throughput.predicted.decode.tokens_per_s > one.predicted.decode.tokens_per_s
+
+
+def test_prompts_beyond_the_batch_wait_their_turn(path):
+    with load(path, max_batch=None) as llm:
+        assert llm.plan.max_batch == 1
+        together = llm.generate(["one", "two", "three"], SamplingParams(max_tokens=4, temperature=0))
+        apart = [llm.generate(text, SamplingParams(max_tokens=4, temperature=0))[0] for text in ("one", "two", "three")]
+
+    assert [output.token_ids for output in together] == [output.token_ids for output in apart]
 
 
 def test_too_few_slots_for_one_sequence_are_refused(path):
