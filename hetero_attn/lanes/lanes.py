@@ -81,6 +81,7 @@ class Lanes:
         self.handover = handover or InOrder(device)
         self.pages = pages
         self._copied = False
+        self._inputs: object | None = None
         self._tracing = False
         self._called_s = 0.0
         self.waited_s = 0.0
@@ -119,8 +120,20 @@ class Lanes:
 
     def upload(self, tables: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Bring a step's integer tables to the device, all in one copy; they stay until the next step's."""
+        self._await_inputs()
         self._copied = True
         return self.tables.upload(tables)
+
+    def inputs_queued(self) -> None:
+        """The copies of a step's tables and embedded rows are queued: the next step's may follow once they were made."""
+        if self.device is not None:
+            self._inputs = self.device.record(self.device.compute)
+
+    def _await_inputs(self) -> None:
+        """Block the caller until the host memory that the last step's inputs came from may be written again."""
+        if self._inputs is not None:
+            self.device.synchronize(self._inputs)
+            self._inputs = None
 
     @contextmanager
     def copies_beside(self) -> Iterator[None]:
@@ -285,6 +298,7 @@ class Lanes:
         self.settle_device()
         if self.device is not None:
             self._copied = False
+            self._inputs = None
             for ahead in self._ahead:
                 ahead.settle()
 
@@ -294,6 +308,7 @@ class Lanes:
         if self.device is not None:
             for stream in (self.device.copies, self.device.compute):
                 self.device.synchronize(self.device.record(stream))
+        self._inputs = None
         for ahead in self._ahead:
             ahead.reset()
 
