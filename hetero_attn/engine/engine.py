@@ -252,7 +252,8 @@ class Engine:
         with self._guarded():
             if not step.is_prefill:
                 self.kv_cache.wait_for_moves()
-            model.embed(lanes, weights, torch.tensor(token_ids), self._work.residual.rows(0, step.rows))
+            ids = torch.tensor(token_ids, device="cpu")
+            model.embed(lanes, weights, ids, self._work.residual.rows(0, step.rows))
             lanes.inputs_queued()
             with lanes.main_lane():
                 if step.is_prefill:
@@ -361,6 +362,6 @@ def make_workspace(config: ModelConfig, rows: int, lanes: Lanes) -> Workspace:
 
 def _buffer(lanes: Lanes, rows: int, width: int, kind: str) -> Activation:
     if lanes.device is None:
-        return Activation(None, torch.empty((rows, width)))
+        return Activation(None, torch.empty((rows, width), dtype=torch.float32, device="cpu"))
     host = lanes.device.host_empty((rows, width), torch.float32, kind)
     return Activation(lanes.device.empty((rows, width), torch.float32, kind), host)

@@ -15,7 +15,7 @@ activations could not be page-locked, the caller itself waits for the job, whate
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,12 +166,13 @@ class Lanes:
     def torch_at_rest(self) -> Iterator[None]:
         """What a thread needs around a step: its kernels go to the compute stream, and torch's own pool is kept out.
 
-        The pool's idle threads spin on the cores of the thread team; beside one, a copy of the logits took 4 ms.
+        The pool's idle threads spin on the cores of the thread team; beside one, a copy of the logits took 4 ms. An
+        autocast of the caller's would round our products, so it is off inside.
         """
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            with nullcontext() if self.device is None else self.device.current():
+            with _without_autocast(), nullcontext() if self.device is None else self.device.current():
                 yield
         finally:
             torch.set_num_threads(threads)
@@ -347,3 +348,13 @@ class Lanes:
 def _timed(trace: Any, name: str, work: Callable[[], object]) -> None:
     with trace.span("CPU lane", name):
         work()
+
+
+def _without_autocast() -> AbstractContextManager:
+    enabled = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    if not enabled:
+        return nullcontext()
+    off = ExitStack()
+    for device in enabled:
+        off.enter_context(torch.autocast(device, enabled=False))
+    return off
