@@ -60,21 +60,19 @@ def unpack_form(weight: Tensor, name: str, in_features: int, dtype: torch.dtype)
 
 
 def _codes(lines: Tensor, form: Form) -> Tensor:
-    """int32 [block, superblock, feature, input of the superblock] of uint8 [block, superblock, group, line, 64]."""
-    words = lines.unflatten(-1, (FEATURES, 4)).int()  # (block, superblock, group, line, feature, byte)
+    """int16 [block, superblock, feature, input of the superblock] of uint8 [block, superblock, group, line, 64]."""
+    words = lines.unflatten(-1, (FEATURES, 4))  # (block, superblock, group, line, feature, byte)
     nibbles = words[:, :, :, :8]
     codes = torch.stack((nibbles & 15, nibbles >> 4), dim=4)  # (block, superblock, group, line, low or high, feature, byte)
-    for line in range(8):
-        for high in range(2):
-            if form.bits == 5:
-                upper = words[:, :, :, 8 + line // 4] >> (2 * (line % 4) + high) & 1
-                codes[:, :, :, line, high] |= upper << 4
-            if form.bits == 6:
-                upper = words[:, :, :, 8 + line // 2] >> (4 * (line % 2) + 2 * high) & 3
-                codes[:, :, :, line, high] |= upper << 4
+    if form.bits > 4:
+        bits, lines_each = form.bits - 4, 4 if form.bits == 5 else 2
+        shifts = bits * torch.arange(2 * lines_each, dtype=torch.uint8, device=lines.device)
+        shifts = shifts.view(lines_each, 2, 1, 1)  # code line of a line of upper bits, low or high
+        upper = words[:, :, :, 8:, None, None] >> shifts & ((1 << bits) - 1)
+        codes |= upper.flatten(3, 4) << 4
     if form.table:
-        codes = torch.tensor(form.table, dtype=torch.int32, device=codes.device)[codes.long()]
-    return codes.permute(0, 1, 5, 2, 3, 4, 6).flatten(3) - form.offset
+        codes = torch.tensor(form.table, dtype=torch.int16, device=codes.device)[codes.int()]
+    return codes.permute(0, 1, 5, 2, 3, 4, 6).flatten(3).to(torch.int16) - form.offset
 
 
 def _numbers(header: Tensor, form: Form) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,8 @@ Messages = Sequence[Mapping[str, object]]
 class LLM:
     """A language model whose layers are split over GPU memory, PCIe and CPU cores by a plan.
 
-    model: local directory or hub id. policy: a shipped policy's name, a YAML file or a Policy. gpu_memory: budget
+    model: local directory, GGUF file or hub id. file: which GGUF file of a directory or repository, such as "*Q4_K_M*";
+    with it dtype "auto" keeps every tensor as the file has it. policy: a shipped policy's name, a YAML file or a Policy. gpu_memory: budget
     such as "8GiB". dtype: auto | bf16 | fp32 | q8 | q4. device: auto | cuda | cuda:N | cpu | emulated. max_context:
     tokens of one sequence. max_batch: sequences decoded together. seed: of requests that bring none. num_threads: of
     the CPU lane. hardware: the profile to plan with. kv_dtype: of keys and values, auto | bf16 | fp32 | q8 | q4
@@ -68,6 +69,7 @@ class LLM:
         kv_tokens: int | None = None,
         prefix_cache: bool = True,
         kv_dtype: str = "auto",
+        file: str | None = None,
         overlap: bool = True,
         handover: str = "auto",
         progress: bool = True,
@@ -92,6 +94,7 @@ class LLM:
             elastic,
             kv_tokens,
             kv_dtype,
+            file,
         )
         with loading_bar(planned.plan, progress) as bar:
             on_compile = compile_note if progress else None

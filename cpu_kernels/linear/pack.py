@@ -20,6 +20,10 @@ def pack(team: Team, rows: torch.Tensor, weight_dtype: str, out: torch.Tensor) -
     num_blocks, block_bytes = features // layout.BLOCK_FEATURES, layout.block_bytes(weight_dtype, in_features)
     check_tensor("out", out, torch.uint8, (num_blocks, block_bytes))
     expect(out.is_contiguous(), "out must be contiguous")
+    if weight_dtype == "fp16":
+        _copy_halves(rows, out)
+        return
+    layout.check_weight_dtype(weight_dtype)
     if out.numel() == 0:
         return
     failure = team.run(
@@ -33,3 +37,10 @@ def pack(team: Team, rows: torch.Tensor, weight_dtype: str, out: torch.Tensor) -
         block_bytes,
     )
     expect(failure == 0, "rows holds a non-finite value (NaN or Inf); out is not a usable weight")
+
+
+def _copy_halves(rows: torch.Tensor, out: torch.Tensor) -> None:
+    """float16 stays what it is; other numbers are not made float16, whose range is small."""
+    expect(rows.dtype == torch.float16, f"rows is {rows.dtype}; only float16 rows are kept as fp16")
+    expect(bool(torch.isfinite(rows).all()), "rows holds a non-finite value (NaN or Inf); out is not a usable weight")
+    out.view(torch.float16).view(rows.shape).copy_(rows)

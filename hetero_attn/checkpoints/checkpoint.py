@@ -74,6 +74,15 @@ class Checkpoint:
         """Dtype of a tensor: "fp32", "bf16" or "fp16"; any other keeps its safetensors name (such as "I32")."""
         return _DTYPES.get(self._entry(name).dtype, self._entry(name).dtype)
 
+    def source_type(self, name: str) -> str | None:
+        """None: every tensor is plain numbers."""
+        return None
+
+    def row_bytes(self, name: str) -> int:
+        """Bytes of one row of a tensor in the file."""
+        entry = self._entry(name)
+        return entry.nbytes // max(entry.shape[0], 1)
+
     def torch_dtype(self, name: str) -> "torch.dtype":
         """The dtype that `read` returns for tensor `name`; CheckpointError where it is one that cannot be run."""
         import torch

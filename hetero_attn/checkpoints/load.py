@@ -11,9 +11,9 @@ from contextlib import contextmanager
 import torch
 
 from cpu_kernels import fresh_memory
-from cpu_kernels.formats.weights import block_bytes
-from hetero_attn.checkpoints.checkpoint import Checkpoint
-from hetero_attn.checkpoints.unit_rows import UnitRows, units_at_once
+from cpu_kernels.formats import BLOCK_FEATURES, format_of, segments, unit_bytes
+from hetero_attn.checkpoints.sources import WeightSource
+from hetero_attn.checkpoints.unit_rows import UnitRows, dequantised, units_at_once
 from hetero_attn.errors import CheckpointError
 from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.models.decoder import LayerWeights, ModelWeights
@@ -21,12 +21,14 @@ from hetero_attn.models.rope import rope_tables
 from hetero_attn.ops.attend import AttentionParameters
 from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
 from hetero_attn.spec.weights import LayerSpec, LinearSpec, ModelSpec, model_spec
 from placement.plan.memory import LinearPlacement, first_dram_unit, staging_piece_units
 from placement.plan.plan import Plan
 
+EMBED_RUN_ROWS = 4096  # rows of codes read at once, whole blocks
 EMBED_CHECK_ROWS = 512  # rows looked at together, so that the check's own masks stay small
-WEIGHT_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "q8": torch.bfloat16, "q4": torch.bfloat16}
+PLAIN_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Loader:
@@ -37,24 +39,25 @@ class Loader:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: WeightSource,
         config: ModelConfig,
         plan: Plan,
-        weight_dtype: str,
+        weight_dtype: str | WeightFormats,
         lanes: Lanes,
         progress: Callable[[int], None],
     ) -> None:
         self._checkpoint = checkpoint
         self._config = config
         self._plan = plan
-        self._weight_dtype = weight_dtype
+        self._formats = weight_formats(weight_dtype)
         self._lanes = lanes
         self._progress = progress
 
     def load(self) -> ModelWeights:
         """Read everything; raises CheckpointError naming the tensor that is not finite."""
-        spec = model_spec(self._config, paired=any(shard.row_cut for shard in self._plan.workload.linears))
-        self._unit_rows = UnitRows(self._checkpoint, spec.linears)
+        paired = any(shard.row_cut for shard in self._plan.workload.linears)
+        spec = model_spec(self._config, paired, self._formats)
+        self._unit_rows = UnitRows(self._checkpoint, spec.linears, self._lanes.host_ops)
         with self._landing_buffer(spec):
             return self._load(spec)
 
@@ -66,6 +69,7 @@ class Loader:
             layers=tuple(self._layer(index, layer, placements, cos, sin) for index, layer in enumerate(spec.layers)),
             head=head,
             embed=self._embed(spec, head),
+            embed_format=self._formats.embed,
             final_norm=self._norm(spec.final_norm).main,
             norm_eps=self._config.rms_norm_eps,
         )
@@ -95,25 +99,25 @@ class Loader:
 
     def _row_cut(self, spec: LinearSpec, placement: LinearPlacement) -> LinearWeights:
         """Every output feature in both homes, each with the input features of its units."""
-        home, blocks = placement.gpu_units * spec.row_unit, spec.column_units * spec.unit_blocks
+        home, blocks = placement.gpu_units * spec.row_unit, spec.column_units * spec.unit_rows
         gpu_bytes, dram_bytes = (
-            block_bytes(self._weight_dtype, width) if width else 0 for width in (home, spec.in_features - home)
+            unit_bytes(spec.format, width) if width else 0 for width in (home, spec.in_features - home)
         )
         dram = self._dram((blocks, dram_bytes), placement.streams)
         gpu = None
         if self._lanes.device is not None:
             gpu = self._lanes.device.empty((blocks, gpu_bytes), torch.uint8, "weights")
-        for start, stop, rows in self._unit_rows.runs(spec):
-            run = slice(start * spec.unit_blocks, stop * spec.unit_blocks)
+        for start, stop, (rows,) in self._unit_rows.runs(spec):
+            run = slice(start * spec.unit_rows, stop * spec.unit_rows)
+            split = home * rows.shape[1] // spec.in_features  # of bytes, where rows are the file's
             if home:
-                self._place(spec, rows[:, :home], gpu[run], on_device=True)
+                self._place(spec, [rows[:, :split]], home, gpu[run], on_device=True)
             if home < spec.in_features:
-                self._place(spec, rows[:, home:], dram[run], on_device=False)
-        slot_bytes = self._piece_units(spec) * spec.unit_bytes(self._weight_dtype)
+                self._place(spec, [rows[:, split:]], spec.in_features - home, dram[run], on_device=False)
+        slot_bytes = self._piece_units(spec) * spec.unit_bytes
         return LinearWeights(
             spec=spec,
             placement=placement,
-            weight_dtype=self._weight_dtype,
             gpu=gpu,
             dram=dram,
             bias=self._bias(spec),
@@ -122,38 +126,38 @@ class Loader:
         )
 
     def _column_cut(self, spec: LinearSpec, placement: LinearPlacement) -> LinearWeights:
-        row_bytes = block_bytes(self._weight_dtype, spec.in_features)
-        home_blocks = placement.gpu_units * spec.unit_blocks
+        row_bytes = unit_bytes(spec.format, spec.in_features)
+        home_blocks = placement.gpu_units * spec.unit_rows
         in_dram = first_dram_unit(self._plan.workload, placement)
         may_stream = placement.streams or self._plan.workload.elastic
-        dram = self._dram(((spec.units - in_dram) * spec.unit_blocks, row_bytes), may_stream)
+        dram = self._dram(((spec.units - in_dram) * spec.unit_rows, row_bytes), may_stream)
         gpu = None
         if self._lanes.device is not None:
             gpu = self._lanes.device.empty((home_blocks, row_bytes), torch.uint8, "weights")
-        for start, stop, rows in self._unit_rows.runs(spec):
+        for start, stop, runs in self._unit_rows.runs(spec):
             for first, last, target, offset in (
                 (start, min(stop, in_dram), gpu, 0),
                 (max(start, in_dram), stop, dram, in_dram),
             ):
                 if first < last:
-                    part = rows[(first - start) * spec.unit_features : (last - start) * spec.unit_features]
-                    blocks = slice((first - offset) * spec.unit_blocks, (last - offset) * spec.unit_blocks)
-                    self._place(spec, part, target[blocks], on_device=target is gpu)
+                    parts = [rows.view(stop - start, -1, rows.shape[1])[first - start : last - start] for rows in runs]
+                    blocks = slice((first - offset) * spec.unit_rows, (last - offset) * spec.unit_rows)
+                    rows = [part.flatten(0, 1) for part in parts]
+                    self._place(spec, rows, spec.in_features, target[blocks], on_device=target is gpu)
         if in_dram < placement.gpu_units:
             self._lanes.copy(gpu, dram[:home_blocks])
         return LinearWeights(
             spec=spec,
             placement=placement,
-            weight_dtype=self._weight_dtype,
             gpu=gpu,
             dram=dram,
             bias=self._bias(spec),
-            piece_blocks=self._piece_units(spec) * spec.unit_blocks,
+            piece_blocks=self._piece_units(spec) * spec.unit_rows,
             first_dram_unit=in_dram,
         )
 
     def _piece_units(self, spec: LinearSpec) -> int:
-        return staging_piece_units(spec.shard(self._weight_dtype), self._plan.workload)
+        return staging_piece_units(spec.shard(), self._plan.workload)
 
     def _dram(self, shape: tuple[int, int], streams: bool) -> torch.Tensor:
         """Host memory of one linear, page-locked where it streams: the stream and the CPU lane share this one copy."""
@@ -168,7 +172,7 @@ class Loader:
         if device is None:
             yield
             return
-        size = max(units_at_once(linear) * linear.unit_bytes(self._weight_dtype) for linear in spec.linears)
+        size = max(units_at_once(linear) * linear.unit_bytes for linear in spec.linears)
         self._landing = device.host_empty((size,), torch.uint8, "loading")
         self._landed = None
         try:
@@ -183,22 +187,41 @@ class Loader:
         if self._landed is not None:
             self._lanes.device.synchronize(self._landed)
 
-    def _place(self, spec: LinearSpec, rows: torch.Tensor, target: torch.Tensor, on_device: bool) -> None:
+    def _place(
+        self, spec: LinearSpec, runs: list[torch.Tensor], in_features: int, target: torch.Tensor, on_device: bool
+    ) -> None:
+        """Pack the rows of every run of parts into `target`."""
         packed = target
         if on_device:
             self._await_landing()
             packed = self._landing[: target.numel()].view(target.shape)
-        try:
-            self._lanes.host_ops.pack(rows, self._weight_dtype, packed)
-        except ValueError as error:
-            tensors = ", ".join(part.tensor for part in spec.parts)
-            raise CheckpointError(
-                f"{self._checkpoint.path}: {tensors}: {error}; the checkpoint is damaged or was exported wrongly, download it again"
-            ) from error
+        for (_, parts), segment, rows in zip(spec.runs, segments(spec.format, in_features), runs, strict=True):
+            tensors, name = [part.tensor for part in parts], segment.format.name
+            if len(runs) == 1:
+                self._pack(tensors, rows, name, packed)
+                continue
+            blocks = torch.empty(rows.shape[0] // BLOCK_FEATURES, segment.format.block_bytes(in_features), dtype=torch.uint8)
+            self._pack(tensors, rows, name, blocks)
+            size = segment.blocks * blocks.shape[1]
+            packed[:, segment.first_byte : segment.first_byte + size] = blocks.view(-1, size)
         if on_device:
             self._lanes.copy(target, packed)
             self._landed = self._lanes.device.record(self._lanes.device.compute)
         self._progress(target.numel())
+
+    def _pack(self, tensors: list[str], rows: torch.Tensor, name: str, out: torch.Tensor) -> None:
+        """Rows of these tensors into blocks of a format: codes as they are in the file, or numbers."""
+        ops = self._lanes.host_ops
+        try:
+            if rows.dtype == torch.uint8:
+                ops.repack(rows, self._checkpoint.source_type(tensors[0]), out)
+            else:
+                ops.pack(rows, name, out)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self._checkpoint.path}: {', '.join(tensors)}: {error}; the checkpoint is damaged or was exported "
+                "wrongly, download it again"
+            ) from error
 
     def _bias(self, spec: LinearSpec) -> Activation:
         if not spec.has_bias:
@@ -216,14 +239,42 @@ class Loader:
         return self._on_both(self._finite(name))
 
     def _embed(self, spec: ModelSpec, head: LinearWeights) -> torch.Tensor:
-        dtype = WEIGHT_TORCH_DTYPES[self._weight_dtype]
-        if self._plan.workload.embed_bytes == 0:  # a tied head in host memory: its row-major blocks are the embedding
-            return head.dram.view(dtype).view(-1, spec.head.in_features)
+        item = format_of(self._formats.embed)
+        if self._plan.workload.embed_bytes == 0:  # a tied head in host memory: its blocks are the embedding
+            return head.dram.view(PLAIN_DTYPES[item.name]).view(-1, spec.head.in_features) if item.is_row_major else head.dram
+        if not item.is_row_major:
+            return self._packed_embed(spec)
         rows = fresh_memory(self._checkpoint.shape(spec.embed), self._checkpoint.torch_dtype(spec.embed))
+        if rows.dtype == torch.uint8:  # codes of a file that is held in another dtype
+            return self._dequantised_embed(spec).to(PLAIN_DTYPES[item.name])
         self._checkpoint.read(spec.embed, out=rows)
         for start in range(0, rows.shape[0], EMBED_CHECK_ROWS):
             self._check_finite(spec.embed, rows[start : start + EMBED_CHECK_ROWS])
-        return rows.to(dtype)
+        return rows.to(PLAIN_DTYPES[item.name])
+
+    def _packed_embed(self, spec: ModelSpec) -> torch.Tensor:
+        """The embedding's own codes, from which rows are gathered."""
+        vocab_size, width = self._checkpoint.shape(spec.embed)
+        item, kind = format_of(self._formats.embed), self._checkpoint.source_type(spec.embed)
+        blocks = fresh_memory((-(-vocab_size // BLOCK_FEATURES), item.block_bytes(width)), torch.uint8)
+        for start in range(0, vocab_size, EMBED_RUN_ROWS):
+            stop = min(vocab_size, start + EMBED_RUN_ROWS)
+            rows = torch.zeros(-(-(stop - start) // BLOCK_FEATURES) * BLOCK_FEATURES, self._checkpoint.row_bytes(spec.embed), dtype=torch.uint8)
+            self._checkpoint.read(spec.embed, slice(start, stop), out=rows[: stop - start])
+            first = start // BLOCK_FEATURES
+            assert kind is not None, f"{spec.embed} is no tensor of codes"
+            self._pack([spec.embed], rows, item.name, blocks[first : first + rows.shape[0] // BLOCK_FEATURES])
+        return blocks
+
+    def _dequantised_embed(self, spec: ModelSpec) -> torch.Tensor:
+        values = fresh_memory(self._checkpoint.shape(spec.embed), torch.bfloat16)
+        if self._formats.embed == "fp32":
+            values = fresh_memory(self._checkpoint.shape(spec.embed), torch.float32)
+        kind = self._checkpoint.source_type(spec.embed)
+        for start in range(0, values.shape[0], EMBED_RUN_ROWS):
+            rows = self._checkpoint.read(spec.embed, slice(start, min(values.shape[0], start + EMBED_RUN_ROWS)))
+            values[start : start + rows.shape[0]] = dequantised(self._lanes.host_ops, rows, kind, spec.embed)
+        return values
 
     def _finite(self, name: str) -> torch.Tensor:
         values = self._checkpoint.read(name).float()

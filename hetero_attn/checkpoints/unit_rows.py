@@ -1,7 +1,8 @@
 """The rows of a linear's units, read a run at a time through buffers that are reused until the load is over.
 
-Fresh memory for every run is not given back evenly by the C library: a load then held up to half of the packed weights
-beside them as holes in its heap.
+Rows come as numbers, ready to be packed, or, where the file already holds codes of the very format wanted, as the file's
+own bytes, ready to be repacked. Fresh memory for every run is not given back evenly by the C library: a load then held up
+to half of the packed weights beside them as holes in its heap.
 """
 
 import math
@@ -9,11 +10,14 @@ from collections.abc import Iterator
 
 import torch
 
-from cpu_kernels import fresh_memory
-from hetero_attn.checkpoints.checkpoint import Checkpoint
+from cpu_kernels import CpuKernels, fresh_memory
+from cpu_kernels.formats import BLOCK_FEATURES, GGUF_TYPES, format_of
+from hetero_attn.checkpoints.sources import WeightSource
+from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.weights import LinearSpec, Part
 
 RUN_BYTES = 16 << 20  # of a run's rows in float32
+FORMAT_OF = {item.name: item.format for item in GGUF_TYPES.values()}
 
 
 def units_at_once(spec: LinearSpec) -> int:
@@ -24,46 +28,83 @@ def units_at_once(spec: LinearSpec) -> int:
 class UnitRows:
     """Reads runs of units of `linears`; what a run returns is overwritten by the next."""
 
-    def __init__(self, checkpoint: Checkpoint, linears: tuple[LinearSpec, ...]) -> None:
+    def __init__(self, source: WeightSource, linears: tuple[LinearSpec, ...], ops: CpuKernels) -> None:
         size = max(units_at_once(spec) * spec.unit_features * spec.in_features * 4 for spec in linears)
-        self._checkpoint = checkpoint
+        self._source, self._ops = source, ops
         self._rows, self._part = (fresh_memory((size,), torch.uint8) for _ in range(2))
 
-    def runs(self, spec: LinearSpec) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Runs of units [start, stop) with their rows, [(stop - start) * unit_features, in_features], padding zero.
+    def runs(self, spec: LinearSpec) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
+        """Runs of units [start, stop) with the rows of every run of parts of one format (`LinearSpec.runs`).
 
-        The rows have the dtype of the first part's tensor.
+        Rows are [(stop - start) * features of these parts, in_features] of numbers, or uint8 [.., bytes of a row in the
+        file] of codes, padded with zeros to whole blocks a unit.
 
         Raises:
-            CheckpointError: see Checkpoint.read.
+            CheckpointError: the file cannot be read, or holds a scale that is not finite.
         """
         step = units_at_once(spec)
         for start in range(0, spec.column_units, step):
-            stop = min(start + step, spec.column_units)
-            yield start, stop, self._run(spec, start, stop)
+            stop, used, found = min(start + step, spec.column_units), 0, []
+            for name, parts in spec.runs:
+                rows = self._run(spec, name, parts, start, stop, used)
+                used += rows.nbytes
+                found.append(rows)
+            yield start, stop, found
 
-    def _run(self, spec: LinearSpec, start: int, stop: int) -> torch.Tensor:
-        dtype = self._checkpoint.torch_dtype(spec.parts[0].tensor)
-        rows = _front(self._rows, dtype, (stop - start, spec.unit_features, spec.in_features))
+    def _run(
+        self, spec: LinearSpec, name: str, parts: tuple[Part, ...], start: int, stop: int, used: int
+    ) -> torch.Tensor:
+        features = -(-sum(part.rows_per_unit for part in parts) // BLOCK_FEATURES) * BLOCK_FEATURES
+        dtype, width = self._form(spec, name, parts)
+        rows = _front(self._rows[used:], dtype, (stop - start, features, width))
         offset = 0
-        for part in spec.parts:
+        for part in parts:
             self._lay(part, start, rows[:, offset : offset + part.rows_per_unit])
             offset += part.rows_per_unit
         rows[:, offset:] = 0
-        return rows.view(-1, spec.in_features)
+        return rows.view(-1, width)
+
+    def _form(self, spec: LinearSpec, name: str, parts: tuple[Part, ...]) -> tuple[torch.dtype, int]:
+        """(dtype, items of a row): bytes of the file where all parts are the codes wanted, else numbers."""
+        kinds = [self._source.source_type(part.tensor) for part in parts]
+        if all(kind is not None and FORMAT_OF[kind] == name for kind in kinds):
+            return torch.uint8, self._source.row_bytes(parts[0].tensor)
+        dtypes = {self._source.torch_dtype(part.tensor) for part in parts}
+        return torch.float32 if any(kinds) or len(dtypes) > 1 else dtypes.pop(), spec.in_features
 
     def _lay(self, part: Part, start: int, target: torch.Tensor) -> None:
-        """Rows of one part into `target`, [units from `start` on, rows_per_unit, in_features]; none left: zeros."""
-        units, rows_per_unit, in_features = target.shape
+        """Rows of one part into `target`, [units from `start` on, rows_per_unit, items]; none left: zeros."""
+        units, rows_per_unit, items = target.shape
         first, wanted = start * rows_per_unit, units * rows_per_unit
         here = min(wanted, part.rows - first)
-        dtype = self._checkpoint.torch_dtype(part.tensor)
+        dtype = self._source.torch_dtype(part.tensor)
         direct = target.is_contiguous() and dtype == target.dtype
-        rows = target.view(-1, in_features) if direct else _front(self._part, dtype, (wanted, in_features))
-        self._checkpoint.read(part.tensor, slice(first, first + here), out=rows[:here])
+        if direct:
+            rows = target.view(-1, items)
+        else:
+            width = items if dtype != torch.uint8 else self._source.row_bytes(part.tensor)
+            rows = _front(self._part, dtype, (wanted, width))
+        self._source.read(part.tensor, slice(first, first + here), out=rows[:here])
         rows[here:] = 0
         if not direct:
-            target.copy_(rows.view(units, rows_per_unit, in_features))
+            if dtype == torch.uint8 and target.dtype != torch.uint8:
+                rows = dequantised(self._ops, rows, self._source.source_type(part.tensor), part.tensor)
+            target.copy_(rows.view(units, rows_per_unit, -1))
+
+
+def dequantised(ops: CpuKernels, rows: torch.Tensor, source_type: str, tensor: str) -> torch.Tensor:
+    """float32 values of rows as they are in a GGUF file; CheckpointError names the tensor whose scale is not finite."""
+    kind = next(item for item in GGUF_TYPES.values() if item.name == source_type)
+    in_features = rows.shape[1] // kind.block_bytes * kind.items
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % BLOCK_FEATURES))
+    blocks = torch.empty(padded.shape[0] // BLOCK_FEATURES, format_of(kind.format).block_bytes(in_features), dtype=torch.uint8)
+    values = torch.empty(rows.shape[0], in_features)
+    try:
+        ops.repack(padded, source_type, blocks)
+    except ValueError as error:
+        raise CheckpointError(f"{tensor}: {error}; the file is damaged, download it again") from error
+    ops.unpack_rows(blocks, kind.format, torch.arange(rows.shape[0]), values)
+    return values
 
 
 def _front(buffer: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from cpu_kernels import CpuKernels
 from hetero_attn.cache.cache import KVCache
 from hetero_attn.cache.stream import PageStream
-from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.checkpoints.load import Loader
+from hetero_attn.checkpoints.sources import open_source
 from hetero_attn.devices import CudaDriver, Device, EmulatedDriver
 from hetero_attn.devices.machine import (
     SLACK_BYTES,
@@ -62,11 +62,12 @@ def assemble(
 ) -> Engine:
     """Load a planned model onto lanes that are there; closes them if anything fails."""
     try:
-        with Checkpoint.open(planned.path) as checkpoint:
+        with open_source(planned.path) as checkpoint:
             for warning in checkpoint.check(planned.config):
                 warnings.warn(f"{planned.path}: {warning}", stacklevel=3)
-            warm_up(lanes.host_ops, planned.config, planned.weight_dtype, planned.plan.workload.kv_dtype)
-            weights = Loader(checkpoint, planned.config, planned.plan, planned.weight_dtype, lanes, progress).load()
+            formats = planned.weight_formats
+            warm_up(lanes.host_ops, planned.config, formats.names, planned.plan.workload.kv_dtype)
+            weights = Loader(checkpoint, planned.config, planned.plan, formats, lanes, progress).load()
             return Engine(
                 planned.config, planned.plan, weights, lanes, KVCache(planned.plan, lanes.device, prefix_cache), overlap
             )

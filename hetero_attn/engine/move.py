@@ -58,7 +58,7 @@ def _take_all(lanes: Lanes, moving: Sequence[Moving], kv_cache: KVCache, plan: P
 
 
 def _is_home(weights: LinearWeights, placement: LinearPlacement) -> bool:
-    return weights.gpu is not None and weights.gpu.shape[0] == placement.gpu_units * weights.spec.unit_blocks
+    return weights.gpu is not None and weights.gpu.shape[0] == placement.gpu_units * weights.spec.unit_rows
 
 
 def _give_back(lanes: Lanes, weights: LinearWeights) -> None:

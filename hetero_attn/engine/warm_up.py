@@ -17,10 +17,11 @@ WIDTH = 64
 ROW_COUNTS = (1, 4, 65)  # one row, a few, a prompt: the kernels' own tiers
 
 
-def warm_up(ops: CpuKernels, config: ModelConfig, weight_dtype: str, kv_dtype: str) -> None:
-    """Run every operation once on toy tensors with the model's dtypes and head shape."""
-    for rows in ROW_COUNTS:
-        _linears(ops, weight_dtype, rows)
+def warm_up(ops: CpuKernels, config: ModelConfig, formats: tuple[str, ...], kv_dtype: str) -> None:
+    """Run every operation once on toy tensors with the model's formats of weights, dtypes and head shape."""
+    for name in formats:
+        for rows in ROW_COUNTS:
+            _linears(ops, name, rows)
     _attention(ops, config, kv_dtype)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cpu_kernels.formats import format_of
 from hetero_attn.cache.pool import LayerGroup
 from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.ops.attend import AttentionBuffers, AttentionParameters, attend
@@ -38,11 +39,15 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """Every weight of a model in its home. embed: [vocab_size, hidden_size] in host memory, in the cache's dtype."""
+    """Every weight of a model in its home.
+
+    embed: in host memory, [vocab_size, hidden_size] of numbers, or uint8 [blocks, block_bytes] of the coded embed_format.
+    """
 
     layers: tuple[LayerWeights, ...]
     head: LinearWeights
     embed: torch.Tensor
+    embed_format: str
     final_norm: torch.Tensor
     norm_eps: float
 
@@ -75,8 +80,11 @@ class Workspace:
 
 def embed(lanes: Lanes, weights: ModelWeights, token_ids: torch.Tensor, residual: Activation) -> None:
     """Start the residual stream with the rows of `token_ids` int64 [rows]; on its way to a GPU it passes the host side."""
-    residual = residual.columns(0, weights.embed.shape[1])
-    residual.host.copy_(weights.embed[token_ids])
+    residual = residual.columns(0, weights.final_norm.shape[0])
+    if format_of(weights.embed_format).is_row_major:
+        residual.host.copy_(weights.embed[token_ids])
+    else:
+        lanes.host_ops.unpack_rows(weights.embed, weights.embed_format, token_ids, residual.host)
     if lanes.device is not None:
         lanes.copy(residual.device, residual.host)
 

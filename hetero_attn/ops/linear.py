@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 
-from cpu_kernels.formats.weights import BLOCK_FEATURES
 from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.spec.weights import LinearSpec
 from placement.plan.memory import LinearPlacement
@@ -23,7 +22,7 @@ from placement.plan.memory import LinearPlacement
 class LinearWeights:
     """The packed weight of one linear in its two homes; `placement` and `gpu` change between steps only.
 
-    gpu: uint8 [gpu blocks, block_bytes] in GPU memory. dram: uint8 [blocks, block_bytes] in host memory, those of the
+    gpu: uint8 [gpu blocks, block_bytes] in GPU memory, of a mix of formats [units, unit_bytes]. dram: the same in host memory, those of the
     units from `first_dram_unit` on. Of a row cut, both hold every output feature and the input features of their units.
     bias: float32 [out_features] on both sides, None on both where the linear has none.
     piece_blocks: the most blocks a staging slot takes.
@@ -31,7 +30,6 @@ class LinearWeights:
 
     spec: LinearSpec
     placement: LinearPlacement
-    weight_dtype: str
     gpu: torch.Tensor | None
     dram: torch.Tensor
     bias: Activation
@@ -72,10 +70,10 @@ class LinearWeights:
     def gpu_copy(self, gpu_units: int) -> torch.Tensor:
         """The copies in host memory of the first `gpu_units` units; an elastic plan only."""
         assert self.first_dram_unit == 0, f"{self.spec.name} keeps no copy of what is in GPU memory"
-        return self.dram[: gpu_units * self.spec.unit_blocks]
+        return self.dram[: gpu_units * self.spec.unit_rows]
 
     def _dram_block(self, unit: int) -> int:
-        return (unit - self.first_dram_unit) * self.spec.unit_blocks
+        return (unit - self.first_dram_unit) * self.spec.unit_rows
 
 
 def run_on_device(
@@ -85,11 +83,11 @@ def run_on_device(
 
     x float32 [rows, in_features], out float32 [rows, out_features]; written in place on the device side.
     """
-    start, inputs = 0, lanes.device.ops.rounded(x.device, weights.weight_dtype)
+    start, inputs = 0, lanes.device.ops.rounded(x.device, weights.spec.format)
     for is_streamed, blocks in _device_weights(lanes, weights, tier):
-        stop = start + blocks.shape[0] * BLOCK_FEATURES
+        stop = start + blocks.shape[0] * weights.spec.row_features
         bias = None if weights.bias.device is None else weights.bias.device[start:stop]
-        lanes.device.ops.linear(inputs, blocks, weights.weight_dtype, bias, out.device[:, start:stop], add)
+        lanes.device.ops.linear(inputs, blocks, weights.spec.format, bias, out.device[:, start:stop], add)
         if is_streamed:
             lanes.ring.give_back()
         start = stop
@@ -111,7 +109,7 @@ def run_on_host(
     """
     start = weights.device_features(tier)
     bias = None if weights.bias.host is None else weights.bias.host[start:]
-    lanes.host_ops.linear(x.host, weights.host_weight(tier), weights.weight_dtype, bias, out.host[:, start:], add)
+    lanes.host_ops.linear(x.host, weights.host_weight(tier), weights.spec.format, bias, out.host[:, start:], add)
 
 
 def linear(lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: Activation) -> None:
@@ -177,16 +175,16 @@ def run_row_cut_on_device(
     home = weights.placement.gpu_units * weights.spec.row_unit
     bias, ops = weights.bias.device, lanes.device.ops
     if home:
-        ops.linear(x.device[:, :home], weights.gpu, weights.weight_dtype, bias, out.device, add)
+        ops.linear(x.device[:, :home], weights.gpu, weights.spec.format, bias, out.device, add)
         bias = None
     start, inputs = 0, None
     for _ in weights.pieces(tier):
         if inputs is None:
-            inputs = ops.rounded(x.device[:, home:], weights.weight_dtype)
+            inputs = ops.rounded(x.device[:, home:], weights.spec.format)
         blocks = lanes.ring.take()
-        stop = start + blocks.shape[0] * BLOCK_FEATURES
+        stop = start + blocks.shape[0] * weights.spec.row_features
         part = None if bias is None else bias[start:stop]
-        ops.linear(inputs, blocks, weights.weight_dtype, part, out.device[:, start:stop], add)
+        ops.linear(inputs, blocks, weights.spec.format, part, out.device[:, start:stop], add)
         lanes.ring.give_back()
         start = stop
 
@@ -195,4 +193,4 @@ def run_row_cut_on_host(lanes: Lanes, weights: LinearWeights, tier: int, x: Acti
     """Compute the CPU lane's part of every output feature of a row cut into `out`, the bias if the GPU has no part."""
     first = weights.device_inputs(tier)
     bias = weights.bias.host if first == 0 else None
-    lanes.host_ops.linear(x.host[:, first:], weights.dram, weights.weight_dtype, bias, out.host, False)
+    lanes.host_ops.linear(x.host[:, first:], weights.dram, weights.spec.format, bias, out.host, False)

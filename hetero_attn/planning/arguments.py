@@ -50,6 +50,8 @@ def _checked(name: str, value: Any) -> Any:
         check_choice(name, value, HANDOVERS)
     elif name == "model":
         _expect(isinstance(value, str | Path), name, value, "a directory or a hub id")
+    elif name == "file":
+        _expect(value is None or isinstance(value, str), name, value, "the name of a GGUF file, wildcards allowed")
     elif name == "policy":
         _expect(isinstance(value, str | Path | Policy), name, value, "a policy's name, its file or a Policy")
     elif name == "hardware":

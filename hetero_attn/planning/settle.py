@@ -1,17 +1,18 @@
 """From a model and a wish to a plan: config and file headers in, nothing loaded."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.checkpoints.hub import resolve_model
-from hetero_attn.errors import CheckpointError, ConfigError, MemoryBudgetError
+from hetero_attn.checkpoints.sources import read_config, stored_formats
+from hetero_attn.errors import ConfigError, MemoryBudgetError
 from hetero_attn.planning.arguments import check_choice, checked_arguments
 from hetero_attn.planning.profiles import current_profile, lane_threads
 from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.tensor_names import tensor_name
+from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
 from hetero_attn.spec.weights import build_workload, natural_kv_dtype
 from placement import BudgetError, HardwareProfile, Plan, Policy, make_plan
 from placement.plan.memory import activation_bytes
@@ -33,10 +34,12 @@ PAGE_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
-    """A model directory with everything decided that loading needs.
+    """A model with everything decided that loading needs.
 
-    device: cpu | cuda[:N] | emulated. hardware, policy: the rates and the wishes that the plan was made with. workload: what
-    was asked of the planner, its shape and prefill chunk still open; plan.workload has those that were chosen.
+    path: its directory or GGUF file. weight_dtype: what tables call the formats of its weights, which `formats` has where
+    they are not all one. device: cpu | cuda[:N] | emulated. hardware, policy: the rates and the wishes that the plan was
+    made with. workload: what was asked of the planner, its shape and prefill chunk still open; plan.workload has those that
+    were chosen.
     """
 
     path: Path
@@ -47,6 +50,12 @@ class PlannedModel:
     plan: Plan
     policy: Policy = Policy()
     workload: Workload | None = None
+    formats: WeightFormats | None = None
+
+    @property
+    def weight_formats(self) -> WeightFormats:
+        """In which format every weight is held."""
+        return self.formats or weight_formats(self.weight_dtype)
 
 
 def plan_model(
@@ -61,6 +70,7 @@ def plan_model(
     num_threads: int | None = None,
     page_size: int = PAGE_TOKENS,
     kv_dtype: str = "auto",
+    file: str | None = None,
 ) -> Plan:
     """Plan a model from its config and headers alone; the arguments are those of `LLM`.
 
@@ -79,6 +89,7 @@ def plan_model(
         num_threads,
         page_size,
         kv_dtype=kv_dtype,
+        file=file,
     ).plan
 
 
@@ -96,6 +107,7 @@ def prepare(
     elastic: bool = False,
     kv_tokens: int | None = None,
     kv_dtype: str = "auto",
+    file: str | None = None,
 ) -> PlannedModel:
     """Decide everything about a model that can be decided without reading its weights.
 
@@ -104,31 +116,31 @@ def prepare(
     given = checked_arguments(
         model=model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, device=device, hardware=hardware,
         max_context=max_context, max_batch=max_batch, num_threads=num_threads, page_size=page_size, elastic=elastic,
-        kv_tokens=kv_tokens, kv_dtype=kv_dtype,
+        kv_tokens=kv_tokens, kv_dtype=kv_dtype, file=file,
     )
     gpu_memory, device, max_context, max_batch, num_threads, page_size, kv_tokens = (
         given[name]
         for name in ("gpu_memory", "device", "max_context", "max_batch", "num_threads", "page_size", "kv_tokens")
     )
-    path = resolve_model(model)
-    config = ModelConfig.from_dir(path)
+    path = resolve_model(model, file)
+    config = read_config(path)
     policy = policy if isinstance(policy, Policy) else Policy.load(policy)
     policy = policy.model_copy(update={"threads": num_threads or policy.threads, "elastic": elastic or policy.elastic})
-    weight_dtype = choose_weight_dtype(dtype, config, path)
+    formats = choose_formats(dtype, config, path)
     place = choose_device(device, hardware)
     context = choose_context(max_context or policy.context, config)
     batch, kv_tokens = choose_batch(max_batch or policy.batch, kv_tokens or policy.kv_tokens, context, policy.objective)
     build = partial(
         build_workload,
         config,
-        weight_dtype,
+        formats,
         model=model_name(model, path),
         max_context=context,
         max_batch=batch,
         kv_tokens=kv_tokens,
         page_size=page_size,
-        kv_dtype=choose_kv_dtype(kv_dtype, policy, weight_dtype),
-        embed_shares_head=config.tie_word_embeddings and weight_dtype in ("fp32", "bf16") and place == "cpu",
+        kv_dtype=choose_kv_dtype(kv_dtype, policy, formats.label),
+        embed_shares_head=shares_head(formats, config) and place == "cpu",
     )
     kind = place.partition(":")[0]
     if isinstance(hardware, str):
@@ -148,7 +160,7 @@ def prepare(
         plan = make_plan(workload, hardware, policy, device=kind, gpu_memory_bytes=budget)
     except BudgetError as error:
         raise MemoryBudgetError(str(error)) from error
-    return PlannedModel(path, config, weight_dtype, place, hardware, plan, policy, workload)
+    return PlannedModel(path, config, formats.label, place, hardware, plan, policy, workload, formats)
 
 
 def machine_profile(device: str) -> HardwareProfile:
@@ -168,33 +180,21 @@ def machine_profile(device: str) -> HardwareProfile:
     return current_profile() or HardwareProfile.named("generic-cpu").with_threads(threads)
 
 
-def choose_weight_dtype(dtype: str, config: ModelConfig, path: Path) -> str:
-    """The dtype weights are kept in: the wish, or for `auto` the checkpoint's (float16 becomes bfloat16)."""
+def choose_formats(dtype: str, config: ModelConfig, path: Path) -> WeightFormats:
+    """The formats weights are kept in: one dtype for all where it is wished, for `auto` those of the files."""
     check_choice("dtype", dtype, ("auto", *WEIGHT_DTYPES))
-    if dtype != "auto":
-        return dtype
-    stored = stored_dtype(path) or config.dtype or "bf16"
-    return "fp32" if stored == "fp32" else "bf16"
+    return stored_formats(path, config) if dtype == "auto" else weight_formats(dtype)
 
 
-def stored_dtype(path: Path) -> str | None:
-    """The dtype of most of the bytes in the weight files, by their headers; None where they are not there or not sound.
-
-    The config may name another one than the files have: weights would then take twice the memory for nothing.
-    """
-    try:
-        with Checkpoint.open(path) as checkpoint:
-            sizes: dict[str, int] = {}
-            for name in checkpoint.names:
-                dtype = checkpoint.dtype(name)
-                sizes[dtype] = sizes.get(dtype, 0) + math.prod(checkpoint.shape(name))
-    except CheckpointError:
-        return None
-    return max(sizes, key=sizes.get)
+def shares_head(formats: WeightFormats, config: ModelConfig) -> bool:
+    """Whether the rows of the head are those of the token embedding, in one and the same format."""
+    return config.tie_word_embeddings and formats.embed == formats.of(tensor_name("embed"))
 
 
 def model_name(given: str | Path, path: Path) -> str:
     """What a model is called in tables: the hub id it was asked by, else the name of its directory."""
+    if path.is_file():
+        return path.name
     if not Path(given).expanduser().is_dir():
         return str(given)
     parts = path.resolve().parts

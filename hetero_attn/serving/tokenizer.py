@@ -11,6 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
+from hetero_attn.checkpoints.gguf.tokenizer import gguf_tokenizer
+from hetero_attn.checkpoints.sources import is_gguf
 from hetero_attn.errors import ConfigError, PromptError
 from hetero_attn.serving.prompts import as_messages, as_template_variables
 from hetero_attn.serving.sampling_params import SamplingParams
@@ -25,8 +28,12 @@ _GARBAGE_RUN = 8
 
 
 def has_tokenizer(path: str | Path) -> bool:
-    """Whether a model directory carries a tokenizer; without one, prompts must be token ids."""
-    return any((Path(path) / name).is_file() for name in _FILES)
+    """Whether a model carries a tokenizer; without one, prompts must be token ids."""
+    path = Path(path)
+    if is_gguf(path):
+        with GgufCheckpoint.open(path) as source:
+            return "tokenizer.ggml.tokens" in source.fields.values
+    return any((path / name).is_file() for name in _FILES)
 
 
 class Tokenizer:
@@ -46,10 +53,10 @@ class Tokenizer:
 
     @classmethod
     def open(cls, path: str | Path, vocab_size: int | None = None) -> "Tokenizer":
-        """Open the tokenizer of a local model directory.
+        """Open the tokenizer of a local model: of a GGUF file that in its metadata, or a tokenizer.json beside it.
 
         Args:
-            path: the directory. vocab_size: rows of the model's embedding, checked against the tokenizer's ids.
+            path: the directory or file. vocab_size: rows of the model's embedding, checked against the tokenizer's ids.
 
         Raises:
             ConfigError: there is no tokenizer, it cannot be read or it needs remote code.
@@ -57,6 +64,17 @@ class Tokenizer:
         Warns of ids that the model has no embedding for; fewer ids than rows are fine, embeddings are often padded.
         """
         path = Path(path)
+        if is_gguf(path) and not (path.parent / "tokenizer.json").is_file():
+            with GgufCheckpoint.open(path) as source:
+                opened = cls(path, gguf_tokenizer(source.fields))
+        else:
+            opened = cls._from_files(path.parent if is_gguf(path) else path)
+        if vocab_size is not None:
+            opened._compare_vocab(vocab_size)
+        return opened
+
+    @classmethod
+    def _from_files(cls, path: Path) -> "Tokenizer":
         if not has_tokenizer(path):
             raise ConfigError(
                 f"{path}: no tokenizer found ({', '.join(_FILES)}); download its files or give prompts as token ids"
@@ -70,10 +88,7 @@ class Tokenizer:
             raise ConfigError(
                 f"{path}: the tokenizer cannot be loaded: {_first_line(error)}; {_way_out(path)}"
             ) from error
-        opened = cls(path, tokenizer)
-        if vocab_size is not None:
-            opened._compare_vocab(vocab_size)
-        return opened
+        return cls(path, tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the model's texts begin (and end) with.

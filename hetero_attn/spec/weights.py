@@ -14,26 +14,33 @@ This module knows names and sizes; it reads nothing and knows no device.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 
+from cpu_kernels.formats import BLOCK_FEATURES, GROUP_INPUTS, format_of, mix_name, unit_blocks, unit_bytes
 from cpu_kernels.formats.pages import token_bytes
-from cpu_kernels.formats.weights import BLOCK_FEATURES, GROUP_INPUTS, block_bytes
+from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.tensor_names import tensor_name
+from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
 from placement.plan.workload import KvShard, LinearShard, Workload, round_up
 
 FLOAT32_BYTES = 4
 TABLE_ALIGN_BYTES = 64
 LOGITS_ROWS = 16  # rows of logits computed at once when a prompt's every position is asked for
-EMBED_BYTES = {"fp32": 4, "bf16": 2, "q8": 2, "q4": 2}  # the embedding is float32 for float32 models, else bfloat16
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`rows_per_unit` consecutive rows of one checkpoint tensor go into every unit; `rows` is the tensor's total."""
+    """`rows_per_unit` consecutive rows of one checkpoint tensor go into every unit; `rows` is the tensor's total.
+
+    format: the name of the format that they are held in.
+    """
 
     tensor: str
     rows_per_unit: int
     rows: int
+    format: str
 
     @property
     def bias(self) -> str:
@@ -41,7 +48,7 @@ class Part:
         return self.tensor.removesuffix("weight") + "bias"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LinearSpec:
     """One linear layer as a run of units.
 
@@ -57,49 +64,74 @@ class LinearSpec:
     has_bias: bool
     row_unit: int = 0
 
-    @property
+    @cached_property
+    def runs(self) -> tuple[tuple[str, tuple[Part, ...]], ...]:
+        """Neighbouring parts of one format: (format, parts), in order."""
+        return tuple((name, tuple(parts)) for name, parts in groupby(self.parts, key=lambda part: part.format))
+
+    @cached_property
+    def format(self) -> str:
+        """The format of all parts, or the mix of them."""
+        if len(self.runs) == 1:
+            return self.parts[0].format
+        rows = [(name, sum(part.rows_per_unit for part in parts)) for name, parts in self.runs]
+        if odd := [name for name, count in rows[:-1] if count % BLOCK_FEATURES]:
+            raise UnsupportedModelError(
+                f"{self.name} mixes formats ({', '.join(name for name, _ in rows)}), and its part in {odd[0]} is no whole "
+                f"number of {BLOCK_FEATURES} rows a unit; ask for one dtype, such as q8"
+            )
+        return mix_name([(name, -(-count // BLOCK_FEATURES)) for name, count in rows])
+
+    @cached_property
     def unit_features(self) -> int:
         """Packed output features of one column unit, a multiple of the kernels' block."""
         return round_up(sum(part.rows_per_unit for part in self.parts), BLOCK_FEATURES)
 
-    @property
-    def unit_blocks(self) -> int:
-        """Blocks of output features in one column unit."""
-        return self.unit_features // BLOCK_FEATURES
+    @cached_property
+    def row_features(self) -> int:
+        """Output features of one row of the packed weight: a block's, or of a mix those of a whole unit."""
+        return BLOCK_FEATURES * unit_blocks(self.format)
 
-    @property
+    @cached_property
+    def unit_rows(self) -> int:
+        """Rows of the packed weight in one column unit."""
+        return self.unit_features // self.row_features
+
+    @cached_property
     def column_units(self) -> int:
         """Number of runs of output features that are gathered and packed together."""
         return -(-self.parts[0].rows // self.parts[0].rows_per_unit)
 
-    @property
+    @cached_property
     def units(self) -> int:
         """Number of units that a cut may separate."""
         return self.in_features // self.row_unit if self.row_unit else self.column_units
 
-    @property
+    @cached_property
     def out_features(self) -> int:
         """Packed output features of the whole linear, padding included."""
         return self.column_units * self.unit_features
 
-    def unit_bytes(self, weight_dtype: str) -> int:
+    @cached_property
+    def unit_bytes(self) -> int:
         """Bytes of one packed unit."""
         if self.row_unit:
-            return self.column_units * self.unit_blocks * block_bytes(weight_dtype, self.row_unit)
-        return self.unit_blocks * block_bytes(weight_dtype, self.in_features)
+            return self.column_units * self.unit_rows * unit_bytes(self.format, self.row_unit)
+        return self.unit_rows * unit_bytes(self.format, self.in_features)
 
-    def shard(self, weight_dtype: str) -> LinearShard:
+    def shard(self) -> LinearShard:
         """This linear as the planner sees it."""
         return LinearShard(
             name=self.name,
             kind=self.kind,
             layer=self.layer,
             units=self.units,
-            unit_bytes=self.unit_bytes(weight_dtype),
+            unit_bytes=self.unit_bytes,
             unit_features=-(-self.out_features // self.units),
             in_features=self.in_features,
             flops_per_row_per_unit=2 * self.out_features * self.in_features // self.units,
             row_cut=self.row_unit > 0,
+            weight_format=self.format,
         )
 
 
@@ -137,32 +169,42 @@ class ModelSpec:
         return tuple(linear for layer in self.layers for linear in layer.linears) + (self.head,)
 
 
-def model_spec(config: ModelConfig, paired: bool = False) -> ModelSpec:
+def model_spec(
+    config: ModelConfig, paired: bool = False, formats: str | WeightFormats = "bf16"
+) -> ModelSpec:
     """Declare the weights of a model with this configuration.
 
-    paired: cut `o` and `down` by rows where their units fall on whole quantisation groups.
+    paired: cut `o` and `down` by rows where their units fall on whole superblocks. formats: of the weights, or the one of
+    all of them; widths do not depend on it.
     """
+    formats = weight_formats(formats)
     embed = tensor_name("embed")
-    head_part = Part(embed if config.tie_word_embeddings else tensor_name("head"), BLOCK_FEATURES, config.vocab_size)
+    head = embed if config.tie_word_embeddings else tensor_name("head")
+    head_part = Part(head, BLOCK_FEATURES, config.vocab_size, formats.of(head))
     return ModelSpec(
-        layers=tuple(_layer_spec(config, layer, paired) for layer in range(config.num_layers)),
+        layers=tuple(_layer_spec(config, layer, paired, formats) for layer in range(config.num_layers)),
         head=LinearSpec("head", "head", None, config.hidden_size, (head_part,), has_bias=False),
         embed=embed,
         final_norm=tensor_name("final_norm"),
     )
 
 
-def _layer_spec(config: ModelConfig, layer: int, paired: bool) -> LayerSpec:
+def _layer_spec(config: ModelConfig, layer: int, paired: bool, formats: WeightFormats) -> LayerSpec:
     heads, groups, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     block, hidden, intermediate = BLOCK_FEATURES, config.hidden_size, config.intermediate_size
 
     def part(name: str, rows_per_unit: int, rows: int) -> Part:
-        return Part(tensor_name(name, layer), rows_per_unit, rows)
+        tensor = tensor_name(name, layer)
+        return Part(tensor, rows_per_unit, rows, formats.of(tensor))
 
     def linear(kind: str, in_features: int, has_bias: bool, *parts: Part, row_unit: int = 0) -> LinearSpec:
-        fits = paired and row_unit % GROUP_INPUTS == 0 and in_features % (row_unit or 1) == 0
+        fits = paired and row_unit % superblock(parts[0]) == 0 and in_features % (row_unit or 1) == 0
         return LinearSpec(f"layers.{layer}.{kind}", kind, layer, in_features, parts, has_bias, row_unit if fits else 0)
 
+    def superblock(part: Part) -> int:
+        return max(GROUP_INPUTS, format_of(part.format).group_inputs)
+
+    down = part("down", block, hidden)
     qkv = (
         part("q", heads // groups * head_dim, heads * head_dim),
         part("k", head_dim, groups * head_dim),
@@ -179,7 +221,7 @@ def _layer_spec(config: ModelConfig, layer: int, paired: bool) -> LayerSpec:
             row_unit=heads // groups * head_dim,
         ),
         gate_up=linear("gate_up", hidden, config.mlp_bias, *gate_up),
-        down=linear("down", intermediate, config.mlp_bias, part("down", block, hidden), row_unit=GROUP_INPUTS),
+        down=linear("down", intermediate, config.mlp_bias, down, row_unit=superblock(down)),
         input_norm=tensor_name("attention_norm", layer),
         post_attention_norm=tensor_name("mlp_norm", layer),
         q_norm=tensor_name("q_norm", layer) if config.qk_norm else None,
@@ -234,7 +276,7 @@ def natural_kv_dtype(weight_dtype: str) -> str:
 
 def build_workload(
     config: ModelConfig,
-    weight_dtype: str,
+    weight_dtype: str | WeightFormats,
     *,
     model: str,
     max_context: int,
@@ -248,12 +290,13 @@ def build_workload(
 ) -> Workload:
     """Describe a model to the planner: names, bytes and operations, computed by the code that allocates them.
 
-    kv_dtype: of the cache; None is that of the weights for fp32, else bf16. kv_tokens: KV slots that all sequences
+    weight_dtype: one dtype for all weights, or the format of each. kv_dtype: of the cache; None is that of the weights for fp32, else bf16. kv_tokens: KV slots that all sequences
     share, None is max_context for each. embed_shares_head: the token embedding is read from the head's own rows, which
     must then all be in host memory, unquantised; it takes no bytes of its own. paired: as for `model_spec`.
     """
-    spec, rows = model_spec(config, paired), model_spec(config, paired=True)
-    kv_dtype = kv_dtype or natural_kv_dtype(weight_dtype)
+    formats = weight_formats(weight_dtype)
+    spec, rows = model_spec(config, paired, formats), model_spec(config, True, formats)
+    kv_dtype = kv_dtype or natural_kv_dtype(formats.label)
     bytes_per_token = token_bytes(kv_dtype, config.head_dim)
     kv = tuple(
         KvShard(f"layers.{layer}.kv", layer, config.num_kv_heads, bytes_per_token, config.sliding_window[layer])
@@ -270,11 +313,11 @@ def build_workload(
     )
     return Workload(
         model=model,
-        weight_dtype=weight_dtype,
-        linears=tuple(linear.shard(weight_dtype) for linear in spec.linears),
-        row_cuts=() if paired else tuple(row.shard(weight_dtype) for row in rows.linears if row.row_unit),
+        weight_dtype=formats.label,
+        linears=tuple(linear.shard() for linear in spec.linears),
+        row_cuts=() if paired else tuple(row.shard() for row in rows.linears if row.row_unit),
         kv=kv,
-        embed_bytes=0 if embed_shares_head else config.vocab_size * config.hidden_size * EMBED_BYTES[weight_dtype],
+        embed_bytes=0 if embed_shares_head else _embed_bytes(formats.embed, config),
         resident_bytes=FLOAT32_BYTES * (norm_features + biases + rope_features + logits) + tables,
         activation_bytes_per_row=ActivationWidths.of(config, spec).bytes_per_row,
         max_context=max_context,
@@ -288,6 +331,14 @@ def build_workload(
         kv_dtype=kv_dtype,
         kv_tokens=kv_tokens,
     )
+
+
+def _embed_bytes(name: str, config: ModelConfig) -> int:
+    """Bytes of the token embedding: plain rows, or packed blocks."""
+    item = format_of(name)
+    if item.is_row_major:
+        return config.vocab_size * config.hidden_size * item.item_bytes
+    return -(-config.vocab_size // BLOCK_FEATURES) * item.block_bytes(config.hidden_size)
 
 
 def table_bytes(count: int) -> int:

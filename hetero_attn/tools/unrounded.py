@@ -28,8 +28,16 @@ class UnroundedOps:
         accumulate: bool = False,
     ) -> None:
         """As `reference.linear`, but `x` is not rounded."""
-        dense = reference.unpack(weight, weight_dtype, x.shape[-1], self._dtype)
-        reference.linear_unpacked(x.to(self._dtype), dense, bias, out, accumulate)
+        for name, blocks, columns in reference.mixed_parts(weight, weight_dtype, x.shape[-1]):
+            dense = reference.unpack(blocks, name, x.shape[-1], self._dtype)
+            result = torch.empty(x.shape[0], dense.shape[0], dtype=self._dtype)
+            reference.linear_unpacked(
+                x.to(self._dtype), dense, None if bias is None else bias[columns], result
+            )
+            if accumulate:
+                out[:, columns] += result
+            else:
+                out[:, columns] = result.to(out.dtype)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         """Every other operation: the reference's, whose arithmetic follows the dtype of its first argument."""

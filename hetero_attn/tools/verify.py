@@ -192,11 +192,11 @@ def compare(planned: PlannedModel, engine: Engine, token_ids: Sequence[int], gen
         tokens=len(token_ids),
         max_abs_error=(logits - run.logits).abs().max().item(),
         nmse=found.nmse,
-        nmse_limit=max(SMALLEST_NMSE, END_TO_END_SHARE[planned.weight_dtype] * rounding.nmse),
+        nmse_limit=max(SMALLEST_NMSE, END_TO_END_SHARE[planned.weight_formats.rounding] * rounding.nmse),
         mean_kl=found.mean_kl,
         token_agreement=found.token_agreement,
         rounding=rounding,
-        stages=_stages(errors, twin_errors, planned.weight_dtype, kv_dtype),
+        stages=_stages(errors, twin_errors, planned.weight_formats.rounding, kv_dtype),
         kv_cost=_kv_cost(planned, plan, run) if is_quantised(kv_dtype) else None,
     )
 

@@ -91,7 +91,8 @@ def _bytes_to_move(plan: Plan, tier: int, times: LaneTimes, hardware: HardwarePr
         placement.cut(tier)[2] * shard.unit_bytes
         for shard, placement in zip(plan.workload.linears, plan.linears, strict=True)
     )
-    planned = hardware.cpu_linear_bytes_per_s.of(plan.workload.weight_dtype)
+    largest = max(plan.workload.linears, key=lambda shard: shard.total_bytes)
+    planned = hardware.cpu_linear_bytes_per_s.of(plan.workload.format_of(largest))
     cpu_bytes_per_s = on_cpu / times.cpu_s if on_cpu and times.cpu_s else planned
     return times.surplus_s / 2 / (1 / cpu_bytes_per_s + 1 / hardware.h2d_bytes_per_s)
 

@@ -152,8 +152,8 @@ def _add_linear(
 
     def computed() -> LinearCost:
         if tally.on_gpu:
-            return step_cost(shard, rows, workload.weight_dtype, hardware, block is not None)
-        return linear_cost(shard, rows, workload.weight_dtype, hardware, False, cpu_call_s(call, hardware, False))
+            return step_cost(shard, rows, workload.format_of(shard), hardware, block is not None)
+        return linear_cost(shard, rows, workload.format_of(shard), hardware, False, cpu_call_s(call, hardware, False))
 
     cost = tally.once((shard.kind, shard.shape, block is not None), computed)
     gpu_s = (home + streamed) * cost.gpu_s_per_unit if home + streamed else 0.0

@@ -6,6 +6,7 @@ Every coefficient is linear in units, groups and bytes; `cost` adds them up to a
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from cpu_kernels.formats import widest
 from placement.machine.hardware import HardwareProfile
 from placement.machine.rates import KV_BITS, AttentionRate, nearest_attention, seconds_per_operation_of_a_row
 from placement.plan.memory import LinearPlacement
@@ -244,15 +245,16 @@ def queueing_s(
     if not on_gpu or call.q_len == 1:
         return 0.0
     products = sum(
-        gpu_products(shard, placement, call.rows, workload.weight_dtype)
+        gpu_products(shard, placement, call.rows, workload.format_of(shard))
         for shard, placement in zip(workload.linears, linears, strict=True)
         if shard.kind != "head"
     )
     return hardware.gpu_layer_overhead_s * max(workload.num_layers, products / LINEARS_PER_LAYER)
 
 
-def gpu_products(shard: LinearShard, placement: LinearPlacement, rows: int, weight_dtype: str) -> int:
+def gpu_products(shard: LinearShard, placement: LinearPlacement, rows: int, weight_format: str) -> int:
     """Products that Python queues for one linear of many rows, of its columns at home and of those that are streamed."""
     home, streamed, _ = placement.cut(row_tier(rows))
-    unit = 2 * shard.unit_features * shard.in_features if weight_dtype in ("q8", "q4") else 0  # bytes as bf16
+    is_coded = not widest(weight_format).is_row_major
+    unit = 2 * shard.unit_features * shard.in_features if is_coded else 0  # bytes as bf16
     return sum(max(1, -(-units * unit // GPU_PRODUCT_BYTES)) for units in (home, streamed) if units)

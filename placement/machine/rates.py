@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
+from cpu_kernels.formats import widest
+
 DTYPES = ("fp32", "bf16", "q8", "q4")
 # Bits of a cached value, its share of scales and minima included.
 KV_BITS = {"fp32": 32.0, "bf16": 16.0, "q8": 8.25, "q4": 5.0}
@@ -20,14 +22,22 @@ class DtypeRates:
     q4: float
 
     def of(self, dtype: str) -> float:
-        """The rate of a weight dtype; ValueError names the known ones."""
+        """The rate of a weight dtype, of another format that of its neighbour; ValueError names the known ones."""
         if dtype not in DTYPES:
-            raise ValueError(f"no rate for weight dtype {dtype!r}; known: {', '.join(DTYPES)}")
+            dtype = _measured_like(dtype)
         return getattr(self, dtype)
 
     def scaled(self, factor: float) -> "DtypeRates":
         """Every rate multiplied by `factor`."""
         return DtypeRates(*(getattr(self, dtype) * factor for dtype in DTYPES))
+
+
+def _measured_like(name: str) -> str:
+    """The weight dtype whose rates stand for those of a format, or of the widest in a mix."""
+    try:
+        return widest(name).like
+    except ValueError as error:
+        raise ValueError(f"no rate for weight dtype {name!r}; known: {', '.join(DTYPES)}") from error
 
 
 NO_RATES = DtypeRates(0.0, 0.0, 0.0, 0.0)

@@ -38,6 +38,7 @@ class LinearShard:
     name: closed shard name; kind: one of LINEAR_KINDS; layer: index, or None for the head.
     units: number of cuttable pieces; unit_bytes, unit_features: packed bytes and output features of one unit.
     in_features: width of the input row; flops_per_row_per_unit: multiplications plus additions for one row and unit.
+    weight_format: what the unit is packed as, a format of cpu_kernels/formats or a mix of them; empty is the workload's.
     row_cut: a unit is a run of input features and adds to every output; its dram-home units stream together or not at all.
     """
 
@@ -50,6 +51,7 @@ class LinearShard:
     in_features: int
     flops_per_row_per_unit: int
     row_cut: bool = False
+    weight_format: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in LINEAR_KINDS:
@@ -61,10 +63,10 @@ class LinearShard:
             )
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int | str, ...]:
         """Everything that decides what the linear costs, without its name and layer."""
         sizes = self.units, self.unit_bytes, self.unit_features, self.in_features, self.flops_per_row_per_unit
-        return (*sizes, int(self.row_cut))
+        return (*sizes, int(self.row_cut), self.weight_format)
 
     @property
     def total_bytes(self) -> int:
@@ -106,7 +108,7 @@ class ChunkChoice(NamedTuple):
 class Workload:
     """Everything the planner may know about a model and the use made of it.
 
-    weight_dtype, kv_dtype: fp32 | bf16 | q8 | q4. embed_bytes: the token embedding, read a row at a time from host
+    weight_dtype: what tables call the formats of the linears. kv_dtype: fp32 | bf16 | q8 | q4. embed_bytes: the token embedding, read a row at a time from host
     memory.
     resident_bytes: norms, biases, rotary tables: in GPU memory whenever there is a GPU.
     activation_bytes_per_row: peak activations of one token row. max_context, prefill_chunk: tokens; max_batch:
@@ -155,6 +157,10 @@ class Workload:
     def with_chunk(self, choice: ChunkChoice) -> "Workload":
         """The workload with one of its chunk choices, and none left."""
         return replace(self, prefill_chunk=choice.rows, resident_bytes=choice.resident_bytes, chunk_choices=())
+
+    def format_of(self, shard: LinearShard) -> str:
+        """What the weights of a linear are packed as."""
+        return shard.weight_format or self.weight_dtype
 
     @property
     def weight_bytes(self) -> int:

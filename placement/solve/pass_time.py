@@ -80,8 +80,8 @@ class PassTime:
         shard, call, scale = linear.shard, self._weighted.call, self._scale
         is_head = shard.kind == "head"
         block = blocks.get(BLOCKS[shard.kind])
-        rows, weight_dtype = call.sequences if is_head else call.rows, self._unknowns.workload.weight_dtype
-        cost = step_cost(shard, rows, weight_dtype, self._hardware, block is not None)
+        rows, weight_format = call.sequences if is_head else call.rows, self._unknowns.workload.format_of(shard)
+        cost = step_cost(shard, rows, weight_format, self._hardware, block is not None)
         variables = self._unknowns.linears[c, i]
         on_cpu, streamed, layers = variables.cpu[tier], variables.stream[tier], variables.cpu_layers[tier]
         cpu_s, gpu_s, handover_s = (scale * s for s in (cost.cpu_s_per_unit, cost.gpu_s_per_unit, cost.handover_s))

@@ -93,7 +93,7 @@ class Unknowns:
         return sum(
             c.count
             * linear.shard.units
-            * cpu_linear_s_per_unit(linear.shard, 1, self.workload.weight_dtype, self.hardware)
+            * cpu_linear_s_per_unit(linear.shard, 1, self.workload.format_of(linear.shard), self.hardware)
             for c in self.classes
             for linear in c.linears
         )

@@ -1,0 +1,86 @@
+"""A model on disk, whatever kind of files it is in: opened, and asked for its configuration and its formats."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from hetero_attn.checkpoints.checkpoint import Checkpoint
+from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
+from hetero_attn.errors import CheckpointError
+from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.tensor_names import tensor_name
+from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
+
+if TYPE_CHECKING:
+    import torch
+
+PLAIN = ("fp32", "bf16", "fp16")
+
+
+class WeightSource(Protocol):
+    """Tensors by our names, read by row range; what `Checkpoint` and `GgufCheckpoint` have in common."""
+
+    path: Path
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+
+    def dtype(self, name: str) -> str:
+        """The format that holds a tensor exactly."""
+
+    def source_type(self, name: str) -> str | None:
+        """The type of a tensor of codes; None for plain numbers."""
+
+    def row_bytes(self, name: str) -> int:
+        """Bytes of one row of codes in the file."""
+
+    def torch_dtype(self, name: str) -> "torch.dtype":
+        """The dtype that `read` returns; uint8 for codes."""
+
+    def read(self, name: str, rows: slice | None = None, out: "torch.Tensor | None" = None) -> "torch.Tensor":
+        """A tensor or a range of its rows."""
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a model's path is that of a GGUF file."""
+    return path.suffix == ".gguf"
+
+
+def open_source(path: Path) -> Checkpoint | GgufCheckpoint:
+    """Open a model directory with safetensors, or a GGUF file; raises CheckpointError."""
+    return GgufCheckpoint.open(path) if is_gguf(path) else Checkpoint.open(path)
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The configuration of a model; no weight is read. Raises as `ModelConfig.from_dir` and `gguf_config` do."""
+    if not is_gguf(path):
+        return ModelConfig.from_dir(path)
+    with GgufCheckpoint.open(path) as source:
+        return source.config
+
+
+def stored_formats(path: Path, config: ModelConfig) -> WeightFormats:
+    """The formats in which a model is held as it is on disk; of safetensors fp32 stays and all else is bf16."""
+    if not is_gguf(path):
+        stored = stored_dtype(path) or config.dtype or "bf16"
+        return weight_formats("fp32" if stored == "fp32" else "bf16")
+    with GgufCheckpoint.open(path) as source:
+        source.check(config)
+        formats = {name: source.dtype(name) for name in source.names if len(source.shape(name)) > 1}
+        return WeightFormats("bf16", formats[tensor_name("embed")], formats)
+
+
+def stored_dtype(path: Path) -> str | None:
+    """The dtype of most of the bytes in the weight files, by their headers; None where they are not there or not sound.
+
+    The config may name another one than the files have: weights would then take twice the memory for nothing.
+    """
+    try:
+        with Checkpoint.open(path) as checkpoint:
+            sizes: dict[str, int] = {}
+            for name in checkpoint.names:
+                dtype = checkpoint.dtype(name)
+                sizes[dtype] = sizes.get(dtype, 0) + math.prod(checkpoint.shape(name))
+    except CheckpointError:
+        return None
+    return max(sizes, key=sizes.get)

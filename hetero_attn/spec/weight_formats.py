@@ -1,0 +1,47 @@
+"""In which format each tensor of a model is held."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cpu_kernels.formats import format_of
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormats:
+    """Names of formats by tensor. default: of tensors that `by_tensor` does not name. embed: of the token embedding as
+    rows to gather from, which a tied head may hold otherwise.
+    """
+
+    default: str
+    embed: str
+    by_tensor: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, tensor: str) -> str:
+        """The format of a tensor."""
+        return self.by_tensor.get(tensor, self.default)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every format that a linear may have, without repetition."""
+        return tuple(dict.fromkeys((*self.by_tensor.values(), self.default)))
+
+    @property
+    def label(self) -> str:
+        """What a table calls them: "q4", or "q4_k+q6_k" of a mixture."""
+        return "+".join(sorted(set(self.by_tensor.values()))) or self.default
+
+    @property
+    def rounding(self) -> str:
+        """The dtype whose limits hold for a mixture, by what its formats round activations to: fp32, bf16 or q4."""
+        rounded = {format_of(name).rounds_x_to for name in self.by_tensor.values() or (self.default,)}
+        return "q4" if "int8" in rounded else "bf16" if "bf16" in rounded else "fp32"
+
+
+def weight_formats(wanted: "str | WeightFormats") -> WeightFormats:
+    """The formats of a model that is held in one dtype; formats are returned as they are.
+
+    The embedding is float32 beside float32 weights, else bfloat16.
+    """
+    if isinstance(wanted, WeightFormats):
+        return wanted
+    return WeightFormats(wanted, "fp32" if wanted == "fp32" else "bf16")

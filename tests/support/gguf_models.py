@@ -1,0 +1,114 @@
+"""Whole models as GGUF files, written with gguf's own writer, and the same values as a float32 checkpoint."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from tests.support.gguf_data import dequantised, random_rows
+from safetensors.torch import load_file, save_file
+from tests.support.toy import make_checkpoint
+
+from cpu_kernels.formats import GGUF_TYPES
+from hetero_attn.checkpoints.gguf.names import is_rotated, our_name
+
+TYPES = {item.name: item for item in GGUF_TYPES.values()}
+TOKENS = ["<unk>", "<s>", "</s>", "<|end|>"]
+
+
+def names(layers: int) -> dict[str, str]:
+    """Our names of tensors to GGUF's."""
+    parts = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "attn_q_norm", "attn_k_norm")
+    parts += ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+    theirs = [f"blk.{layer}.{part}" for layer in range(layers) for part in parts]
+    theirs += ["token_embd", "output_norm", "output"]
+    return {our_name(f"{name}.{kind}"): f"{name}.{kind}" for name in theirs for kind in ("weight", "bias")}
+
+
+def permuted(values: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of q or k as the architecture llama stores them: pairs that are rotated together lie side by side."""
+    heads = values.view(-1, 2, head_dim // 2, *values.shape[1:])
+    return heads.transpose(1, 2).reshape(values.shape)
+
+
+def coded(values: torch.Tensor, kind: str, seed: int) -> tuple[np.ndarray, torch.Tensor]:
+    """(bytes in the file, float32 values they stand for) of rows of about this size, in a type."""
+    if kind in ("F32", "F16", "BF16"):
+        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
+        narrow = values.to(dtype)
+        data = narrow.view(torch.int16).numpy().view(np.uint16) if kind == "BF16" else narrow.numpy()
+        return data, narrow.float()
+    try:
+        rows = torch.from_numpy(gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType[kind]))
+    except NotImplementedError:  # types that gguf cannot make: any bytes are valid, and scales make them of this size
+        rows = scaled(random_rows(TYPES[kind], values.shape[0], values.shape[1], seed), kind, values.std().item())
+    return rows.numpy(), dequantised(TYPES[kind], rows)
+
+
+def scaled(rows: torch.Tensor, kind: str, deviation: float) -> torch.Tensor:
+    """The rows with their float16 scales multiplied so that values deviate by about as much."""
+    factor = deviation / dequantised(TYPES[kind], rows).std().item()
+    blocks = rows.view(rows.shape[0], -1, TYPES[kind].block_bytes)
+    for at in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(kind, (0,)):
+        halves = blocks[..., at : at + 2].contiguous().view(torch.float16)
+        blocks[..., at : at + 2] = (halves * factor).half().view(torch.uint8)
+    return rows
+
+
+def make_gguf(
+    folder: Path, kinds: Mapping[str, str], default: str = "Q8_0", family: str = "llama", **shape
+) -> tuple[Path, Path]:
+    """(GGUF file, directory of the same values in float32).
+
+    kinds: GGUF type by part, such as {"attn_v": "Q6_K"}; default: of the other matrices. shape: of `make_checkpoint`.
+    """
+    shape = {"hidden": 256, "intermediate": 512, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "layers": 2} | shape
+    plain = make_checkpoint(folder / "plain", family, **shape)
+    tensors, theirs = load_file(plain / "model.safetensors"), names(shape["layers"])
+    writer = gguf.GGUFWriter(folder / "model.gguf", family)
+    add_metadata(writer, family, shape)
+    for seed, (name, values) in enumerate(sorted(tensors.items())):
+        target = theirs[name]
+        kind = kinds.get(target.split(".")[-2], default) if values.dim() > 1 else "F32"
+        swap = is_rotated(name) and family == "llama"
+        data, exact = coded(permuted(values, shape["head_dim"]) if swap else values, kind, seed)
+        if swap:
+            heads = exact.view(-1, shape["head_dim"] // 2, 2, *exact.shape[1:])
+            exact = heads.transpose(1, 2).reshape(exact.shape)
+        tensors[name] = exact.contiguous()
+        raw = None if kind in ("F32", "F16") else gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(target, data.view(np.uint8) if kind == "BF16" else data, raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    return folder / "model.gguf", plain
+
+
+def add_metadata(writer: gguf.GGUFWriter, family: str, shape: Mapping[str, int]) -> None:
+    """What `make_checkpoint` says of the same model, and its byte-level tokenizer."""
+    from tokenizers import pre_tokenizers
+
+    writer.add_context_length(shape.get("max_position_embeddings", 512))
+    writer.add_embedding_length(shape["hidden"])
+    writer.add_block_count(shape["layers"])
+    writer.add_feed_forward_length(shape["intermediate"])
+    writer.add_head_count(shape["num_heads"])
+    writer.add_head_count_kv(shape["num_kv_heads"])
+    writer.add_key_length(shape["head_dim"])
+    writer.add_value_length(shape["head_dim"])
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    tokens = [*TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * len(TOKENS) + [1] * (len(tokens) - len(TOKENS)))
+    writer.add_token_merges([])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_eot_token_id(3)
+    writer.add_add_bos_token(True)
+    writer.add_chat_template("{% for m in messages %}[{{ m.role }}]{{ m.content }}<|end|>{% endfor %}")
