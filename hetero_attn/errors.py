@@ -63,7 +63,11 @@ class MemoryBudgetError(HeteroError, ValueError):
 
 
 class EngineDeadError(HeteroError):
-    """The engine met a fault that it cannot recover from; make a new `LLM`. Exit code 5."""
+    """The engine is closed, was made before a fork, or met a fault that it cannot recover from. Exit code 5."""
+
+
+class BusyError(HeteroError):
+    """A call from inside a step of the same thread that would have to wait for that step. Exit code 5."""
 
 
 class NonFiniteLogitsError(HeteroError):

@@ -1,9 +1,8 @@
 """The public API: load a model by a plan, generate, stream, chat, score."""
 
-import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -15,16 +14,18 @@ from hetero_attn.engine.lane_report import LaneReport
 from hetero_attn.engine.measure import refresh_profile
 from hetero_attn.engine.rebalance import Rebalancer
 from hetero_attn.engine.replan import Replanner
-from hetero_attn.errors import ConfigError, EngineDeadError, PromptError, SamplingError
+from hetero_attn.errors import ConfigError, PromptError, SamplingError
 from hetero_attn.planning.arguments import checked_arguments
 from hetero_attn.planning.settle import PAGE_TOKENS, PlannedModel, prepare
 from hetero_attn.serving.progress import PrefillBar, compile_note, loading_bar
 from hetero_attn.serving.prompts import as_prompt, as_prompts, as_token_ids
-from hetero_attn.serving.request import Piece, Request, RequestOutput
+from hetero_attn.serving.request import Request, RequestOutput
 from hetero_attn.serving.sampling import Sampler
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.serving.scheduler import Scheduler
+from hetero_attn.serving.stream import Stream
 from hetero_attn.serving.tokenizer import Tokenizer, has_tokenizer
+from hetero_attn.serving.turns import Turns
 from placement import HardwareProfile, Plan, Policy
 from placement.plan.units import parse_bytes
 
@@ -47,8 +48,10 @@ class LLM:
     events | flags | graph. overlap=False runs the lanes one after another. progress shows a bar
     while loading.
 
-    Thread-safe: calls from several threads take turns, step by step, and decode together. Close it, or use it as a
-    context manager; raises errors of `hetero_attn.errors` and PolicyError.
+    Thread-safe: calls from several threads take turns, step by step, and decode together. `add`, `abort` and `close`
+    may also come from signal handlers, finalisers and callbacks, in the middle of a step. Close it, or use it as a
+    context manager; raises errors of `hetero_attn.errors` and PolicyError. A forked child cannot use it: processes that
+    are to share a machine load a model each, under multiprocessing's spawn method.
     """
 
     def __init__(
@@ -104,9 +107,9 @@ class LLM:
         self._replanner = Replanner(self.engine, planned)
         self._rebalancer = Rebalancer(self.engine, self._replanner)
         self._scheduler = Scheduler(self.engine)
-        self._lock = threading.Lock()
+        self._turns = Turns(self.engine, self._scheduler)
         self._seeds = torch.Generator().manual_seed(seed) if seed is not None else None
-        self._finalizer = weakref.finalize(self, self.engine.close)
+        self._finalizer = weakref.finalize(self, self._turns.close_soon)
 
     @property
     def planned(self) -> PlannedModel:
@@ -135,13 +138,15 @@ class LLM:
         self._run(requests)
         return [request.output() for request in requests]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Complete one prompt, yielding text as it becomes certain; never half a character, never part of a stop
         string.
 
-        Leaving the loop early ends the request.
+        Leaving the loop early ends the request. Streams may be read in any order, several in one thread, beside
+        `generate` and `step` of any thread: each yields its whole text once.
         """
-        return self._pieces(self._request(prompt, params))
+        request = self._request(prompt, params)
+        return Stream(self._turns, request, self.step, self._bar([request]))
 
     def chat(
         self,
@@ -163,7 +168,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         template_variables: Mapping[str, object] | None = None,
-    ) -> Iterator[Piece]:
+    ) -> Stream:
         """As `chat`, yielding pieces like `stream`."""
         return self.stream(self._require_tokenizer().encode_chat(messages, True, template_variables), params)
 
@@ -173,43 +178,36 @@ class LLM:
         The request's `token_ids` and `text` grow with every step; once `finish_reason` is set, `output()` is complete.
         """
         request = self._request(prompt, params)
-        with self._lock:
-            self._scheduler.add(request)
+        self._turns.add(request)
         return request
 
     def step(self) -> tuple[Request, ...]:
         """Compute one prompt chunk, or the next token of every sequence that decodes; returns whose turn it was.
 
         Requests of every thread take part, those of `generate` and `stream` too. Empty when there is nothing to do.
+        Raises BusyError inside a step of the same thread.
         """
-        with self._lock, memory_named("computing a step"):
-            if not self._scheduler.has_work:
-                return ()
-            self.engine.check_alive()
-            self._replanner.follow(self._scheduler.tokens)
-            active = self._scheduler.step()
-            self._rebalancer.follow()
-            return active
+        with memory_named("computing a step"):
+            return self._turns.alone(self._step)
 
     def abort(self, request: Request) -> None:
-        """End a request where it stands, between two steps; what it generated stays readable. No effect if it ended."""
-        with self._lock:
-            self._scheduler.abort(request)
+        """End a request where it stands; what it generated stays readable. No effect if it ended.
+
+        Returns at once: beside a step that runs, the request ends after it.
+        """
+        self._turns.abort(request)
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Logits after each of `token_ids`, float32 [len(token_ids), vocab_size], through the very same plan."""
-        token_ids = self._check_ids(token_ids, reserve=0)
-        rows = []
-        with self._lock:
-            sequence = self.engine.kv_cache.open(len(token_ids))
-            try:
-                for start in range(0, len(token_ids), self.engine.prefill_chunk):
-                    rows.append(
-                        self.engine.prefill_logits(sequence, token_ids[start : start + self.engine.prefill_chunk])
-                    )
-            finally:
-                self.engine.kv_cache.close(sequence)
-        return torch.cat(rows)
+        """Logits after each of `token_ids`, float32 [len(token_ids), vocab_size], through the very same plan.
+
+        Waits for its place in the queue like any prompt; the steps that it takes are everybody's.
+        """
+        self._turns.check()
+        request = self._scoring(self._check_ids(token_ids, reserve=0))
+        self._run([request])
+        request.output()
+        with memory_named("collecting logits"), self.engine.lanes.torch_at_rest():
+            return torch.cat(request.scores)
 
     def resize(self, gpu_memory: str | int) -> Plan:
         """Change the GPU budget of an elastic model, up or down, without loading anything again; returns the new plan.
@@ -221,9 +219,8 @@ class LLM:
         MemoryBudgetError, and leaves the model as it was, for a budget too small (the message names the smallest that
         works), for a model loaded without `elastic`, and on CUDA for a budget above that of the load.
         """
-        self._check_open()
-        with self._lock:
-            return self._replanner.resize(parse_bytes(gpu_memory))
+        budget_bytes = parse_bytes(gpu_memory)
+        return self._turns.alone(lambda: self._replanner.resize(budget_bytes))
 
     def report(self) -> LaneReport:
         """Where the time of all steps so far went, by phase: `.table()`, `.to_dict()`, `.reset()`."""
@@ -238,8 +235,12 @@ class LLM:
             )
 
     def close(self) -> None:
-        """Stop threads and free memory; idempotent."""
-        self._finalizer()
+        """Stop threads and free memory; idempotent.
+
+        Requests that have not ended do so, with an EngineDeadError. Waits a while for another thread's step; from inside
+        a step, the model is closed when that step ends.
+        """
+        self._turns.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -251,7 +252,7 @@ class LLM:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise SamplingError(f"params is {params!r:.60}; it must be one SamplingParams, used for every prompt, or None")
-        self._check_open()
+        self._turns.check()
         config, prompt = self.engine.config, as_prompt(prompt)
         ids = self._require_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
         if not ids and config.bos_token_id is not None:
@@ -268,6 +269,12 @@ class LLM:
             stream=None if tokenizer is None else tokenizer.stream(params.stop, params.skip_special_tokens),
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
         )
+
+    def _scoring(self, token_ids: tuple[int, ...]) -> Request:
+        """A request for the logits of a prompt's tokens."""
+        params = SamplingParams()
+        sampler = Sampler(params, (), self.engine.config.vocab_size, 0)
+        return Request(token_ids, params, sampler, stream=None, max_tokens=0, scores=[])
 
     def _end_token_ids(self) -> tuple[int, ...]:
         tokenizer = self._tokenizer_if_any()
@@ -294,7 +301,6 @@ class LLM:
         return self.tokenizer
 
     def _check_ids(self, token_ids: Sequence[int], reserve: int) -> tuple[int, ...]:
-        self._check_open()
         ids, vocab_size = as_token_ids(token_ids), self.engine.config.vocab_size
         if not ids:
             raise PromptError("the prompt is empty and this model has no token to begin with; give at least one token")
@@ -306,43 +312,26 @@ class LLM:
         self.check_context(len(ids), reserve)
         return ids
 
-    def _check_open(self) -> None:
-        if not self._finalizer.alive:
-            raise EngineDeadError(f"this LLM of {self.plan.model} is closed; make a new one")
-        self.engine.check_alive()
+    def _step(self) -> tuple[Request, ...]:
+        if not self._scheduler.has_work:
+            return ()
+        self._replanner.follow(self._scheduler.tokens)
+        active = self._scheduler.step()
+        self._rebalancer.follow()
+        return active
 
     def _run(self, requests: Sequence[Request]) -> None:
-        bar = self._add(requests)
+        bar = self._bar(requests)
         try:
+            for request in requests:
+                self._turns.add(request)
             while any(request.finish_reason is None for request in requests):
                 self.step()
                 bar.update()
         finally:
             bar.close()
-            self._abort(requests)
-
-    def _pieces(self, request: Request) -> Iterator[Piece]:
-        bar = self._add([request])
-        text, tokens = 0, 0
-        try:
-            while request.finish_reason is None:
-                self.step()
-                bar.update()
-                if request.finish_reason is None and len(request.text) > text:
-                    yield Piece(request.text[text:], tuple(request.token_ids[tokens:]))
-                    text, tokens = len(request.text), len(request.token_ids)
-            output = request.output()
-            yield Piece(output.text[text:], output.token_ids[tokens:], output.finish_reason, output.metrics)
-        finally:
-            bar.close()
-            self._abort([request])
-
-    def _add(self, requests: Sequence[Request]) -> PrefillBar:
-        with self._lock:
             for request in requests:
-                self._scheduler.add(request)
-        return PrefillBar(requests, self.engine.prefill_chunk, self._progress)
+                self.abort(request)
 
-    def _abort(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            self.abort(request)
+    def _bar(self, requests: Sequence[Request]) -> PrefillBar:
+        return PrefillBar(requests, self.engine.prefill_chunk, self._progress)

@@ -88,7 +88,10 @@ def _serve(shared: _Shared, thread: int, cpu: int | None) -> None:
         event.clear()
 
 
-def _stop(shared: _Shared, members: list[threading.Thread]) -> None:
+def _stop(shared: _Shared, members: list[threading.Thread], pid: int) -> None:
+    """End the members; nothing in a forked child, which has none and whose parent's go on."""
+    if os.getpid() != pid:
+        return
     shared.stopping = True
     shared.word(STOP).value = 1
     while any(member.is_alive() for member in members):
@@ -136,9 +139,9 @@ class Team:
             for member in members:
                 member.start()
         except RuntimeError:  # no more threads: those that have started must not wait for a team that never was
-            _stop(self._shared, [member for member in members if member.ident is not None])
+            _stop(self._shared, [member for member in members if member.ident is not None], self._pid)
             raise
-        self._finalizer = weakref.finalize(self, _stop, self._shared, members)
+        self._finalizer = weakref.finalize(self, _stop, self._shared, members, self._pid)
 
     def run(self, kernel: tuple, scratch_bytes: int, *parameters: int) -> int:
         """Run a kernel, given as KernelStore.address takes it, on all threads; returns when all its work is done.
@@ -172,7 +175,10 @@ class Team:
     def _check_process(self) -> None:
         """RuntimeError in a forked child; asked before the lock, which another thread may have held at the fork."""
         if os.getpid() != self._pid:
-            raise RuntimeError("this CpuKernels was made before a fork and has no threads here; make a new one")
+            raise RuntimeError(
+                "this CpuKernels was made before a fork and has no threads here; make a new one, or start "
+                "processes with multiprocessing's spawn method"
+            )
 
     def _check_open(self) -> None:
         if self._shared.stopping:
@@ -221,7 +227,7 @@ class Team:
     def _grow(self, scratch_bytes: int) -> None:
         """Make the working memory at least this large, with room to spare, aligned to a page."""
         size = max(scratch_bytes, 2 * self._scratch_bytes)
-        self._scratch = torch.empty(size + 4096, dtype=torch.uint8, device="cpu")
+        self._scratch = torch.empty(size + 4096, dtype=torch.uint8)
         self._scratch_at = (self._scratch.data_ptr() + 4095) & ~4095
         self._scratch_bytes = size
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import ExitStack
 
 from cpu_kernels import CpuKernels
@@ -18,10 +18,12 @@ from hetero_attn.devices.machine import (
     temporary_bytes,
 )
 from hetero_attn.engine.engine import Engine
+from hetero_attn.engine.forked import torch_without_lost_threads
 from hetero_attn.engine.host_memory import WAY_OUT, memory_named, why_too_large
 from hetero_attn.engine.warm_up import warm_up
 from hetero_attn.errors import MemoryBudgetError
 from hetero_attn.lanes.handover_choice import choose_handover
+from hetero_attn.lanes.host_worker import HostWorker
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.lanes.staging import make_ring
 from hetero_attn.lanes.tables import StepTables
@@ -48,7 +50,7 @@ def build_engine(
     """
     if reason := why_too_large(planned.plan):
         raise MemoryBudgetError(f"{planned.plan.model}: {reason}; {WAY_OUT}")
-    with memory_named(f"loading {planned.plan.model}"):
+    with memory_named(f"loading {planned.plan.model}"), torch_without_lost_threads():
         lanes = make_lanes(planned.plan, planned.device, overlap, on_compile, handover)
         return assemble(planned, lanes, overlap, progress, prefix_cache)
 
@@ -90,7 +92,7 @@ def make_lanes(
             undo.callback(gpu.close)
         host_ops = undo.enter_context(CpuKernels(plan.num_threads, on_compile=on_compile))
         # The worker's thread starts with its first job, so a failure here leaves none.
-        worker = ThreadPoolExecutor(1, thread_name_prefix="hetero-attn-host") if overlap else None
+        worker = HostWorker() if overlap else None
         lanes = Lanes(host_ops) if gpu is None else connect(plan, host_ops, gpu, worker, handover)
         undo.pop_all()
     return lanes

@@ -10,7 +10,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from cpu_kernels import CpuKernels
 from hetero_attn.devices import Device
 from hetero_attn.engine.build import assemble, build_engine, connect
 from hetero_attn.engine.engine import Engine
+from hetero_attn.lanes.host_worker import HostWorker
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.planning.settle import PAGE_TOKENS, prepare
 from hetero_attn.spec.config import ModelConfig
@@ -131,7 +131,7 @@ def _engine(
 
 def lanes_over(plan: Plan, driver: Any) -> Lanes:
     """The overlapping lanes of a plan over a device driver that is there."""
-    worker = ThreadPoolExecutor(1, thread_name_prefix="hetero-attn-host")
+    worker = HostWorker()
     return connect(plan, CpuKernels(plan.num_threads), Device(driver, plan.gpu_memory_bytes), worker)
 
 
@@ -152,7 +152,7 @@ def _long_prefill(engine: Engine, sequence: object) -> None:
 def _seconds(engine: Engine, work: Callable[[Engine, object], None], cold: bool = False) -> float:
     """Median time of a step. cold: between steps read as many bytes as a large model's step does."""
     sequence, times = engine.kv_cache.open(), []
-    weights = torch.ones(SWEEP_BYTES if cold else 0, dtype=torch.uint8, device="cpu")
+    weights = torch.ones(SWEEP_BYTES if cold else 0, dtype=torch.uint8)
     for _ in range((COLD_STEPS if cold else STEPS) + 2):
         if cold:
             engine.lanes.host_ops.sweep(weights)

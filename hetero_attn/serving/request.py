@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -38,15 +39,16 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A finished generation.
+    """A generation, finished or as far as it has come.
 
-    finish_reason: "stop" (end token, stop id or stop string), "length" (max_tokens or the context), "abort".
+    finish_reason: "stop" (end token, stop id or stop string), "length" (max_tokens or the context), "abort"; None while
+    it waits or runs.
     logprobs: one entry a token when asked for, else None.
     """
 
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: str
+    finish_reason: str | None
     prompt_token_ids: tuple[int, ...]
     logprobs: tuple[SampledToken, ...] | None
     metrics: Metrics
@@ -62,6 +64,18 @@ class Piece:
     metrics: Metrics | None = None
 
 
+class Progress(NamedTuple):
+    """How far a request has come, as one value: who reads it in the middle of a step sees the step before.
+
+    chars: length of the text. tokens: how many of the request's tokens made it.
+    """
+
+    text: str = ""
+    chars: int = 0
+    tokens: int = 0
+    finish_reason: str | None = None
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A prompt on its way through the engine.
@@ -69,6 +83,7 @@ class Request:
     max_tokens is already bounded by the context. `computed` counts prompt tokens in the cache, `reused` those
     of them that were there before; `sequence` is None until the request is admitted and after it has ended. stream:
     None for a model without a tokenizer, whose text stays empty. `error` is what ended the request early, if anything did.
+    scores: None, or where the logits of the prompt's tokens are collected; such a request generates nothing.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -81,12 +96,22 @@ class Request:
     reused: int = 0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[SampledToken] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str | None = None
+    scores: list[torch.Tensor] | None = None
+    progress: Progress = Progress()
     error: HeteroError | None = None
     prefill_s: float = 0.0
     first_token_at: float = 0.0
     last_token_at: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """The text so far, as far as it is certain."""
+        return self.progress.text
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the request ended; None while it waits or runs."""
+        return self.progress.finish_reason
 
     @property
     def is_prefilling(self) -> bool:
@@ -108,7 +133,7 @@ class Request:
         try:
             sampled = self.sampler.sample(logits, self.prompt_token_ids, self.token_ids)
         except HeteroError as error:
-            self.error, self.finish_reason = error, "abort"
+            self.end("abort", error)
             return
         self.last_token_at = time.perf_counter()
         self.first_token_at = self.first_token_at or self.last_token_at
@@ -117,34 +142,53 @@ class Request:
         self.token_ids.append(sampled.token_id)
         self._advance_text(sampled.token_id)
 
+    def end(self, finish_reason: str, error: HeteroError | None = None) -> None:
+        """End the request where it stands; no effect if it has ended."""
+        if self.finish_reason is None:
+            self.error = error
+            self.progress = self.progress._replace(finish_reason=finish_reason)
+
+    def recover(self) -> None:
+        """Undo what a step did that was interrupted half-way: only what `progress` counts has happened."""
+        del self.token_ids[self.progress.tokens :], self.logprobs[self.progress.tokens :]
+        if self.scores is not None:
+            self.computed = sum(map(len, self.scores))
+        elif not self.token_ids:
+            self.computed = min(self.computed, len(self.prompt_token_ids) - 1)
+
     def _advance_text(self, token_id: int) -> None:
+        """Count the newest token. An interruption leaves the text and its stream as they were, or both are new."""
         is_end = token_id in self.sampler.stop_token_ids and len(self.token_ids) > self.params.min_tokens
-        has_stop_string = False
-        if self.stream is not None and not is_end:
-            piece, has_stop_string = self.stream.push(token_id)
-            self.text += piece
+        text, finish_reason, has_stop_string = self.text, None, False
+        stream = None if self.stream is None else self.stream.copy()
+        if stream is not None and not is_end:
+            piece, has_stop_string = stream.push(token_id)
+            text += piece
         if is_end or has_stop_string:
-            self.finish_reason = "stop"
+            finish_reason = "stop"
         elif len(self.token_ids) >= self.max_tokens:
-            self.finish_reason = "length"
-        if self.finish_reason is not None and self.stream is not None:
-            self.text += self.stream.finish()
+            finish_reason = "length"
+        if finish_reason is not None and stream is not None:
+            text += stream.finish()
+        progress = Progress(text, len(text), len(self.token_ids), finish_reason)
+        self.stream, self.progress = stream, progress
 
     @property
     def metrics(self) -> Metrics:
         """What the request has cost so far."""
         decode_s = self.last_token_at - self.first_token_at
-        return Metrics(len(self.prompt_token_ids), len(self.token_ids), self.prefill_s, decode_s, self.reused)
+        return Metrics(len(self.prompt_token_ids), self.progress.tokens, self.prefill_s, decode_s, self.reused)
 
     def output(self) -> RequestOutput:
-        """The finished generation; raises `error` if that is what ended it."""
+        """The generation as far as it has come; raises `error` if that is what ended it."""
+        progress = self.progress
         if self.error is not None:
             raise self.error
         return RequestOutput(
-            text=self.text,
-            token_ids=tuple(self.token_ids),
-            finish_reason=self.finish_reason or "abort",
+            text=progress.text,
+            token_ids=tuple(self.token_ids[: progress.tokens]),
+            finish_reason=progress.finish_reason,
             prompt_token_ids=self.prompt_token_ids,
-            logprobs=tuple(self.logprobs) if self.params.logprobs is not None else None,
+            logprobs=None if self.params.logprobs is None else tuple(self.logprobs[: progress.tokens]),
             metrics=self.metrics,
         )

@@ -11,6 +11,7 @@ import time
 from collections import deque
 
 from hetero_attn.engine.engine import Engine
+from hetero_attn.errors import HeteroError
 from hetero_attn.serving.request import Request
 
 
@@ -28,6 +29,11 @@ class Scheduler:
         return bool(self._waiting or self._running)
 
     @property
+    def waiting(self) -> int:
+        """Requests that wait for a place."""
+        return len(self._waiting)
+
+    @property
     def tokens(self) -> int:
         """Tokens in the cache after the next step: those of every admitted request, and what the step may append."""
         return sum(request.cached_tokens + 1 for request in self._running) + self._engine.prefill_chunk * any(
@@ -35,16 +41,19 @@ class Scheduler:
         )
 
     def add(self, request: Request) -> None:
-        """Queue a request."""
-        self._waiting.append(request)
+        """Queue a request; no effect on one that is here or has ended."""
+        if request.finish_reason is None and request not in self._waiting and request not in self._running:
+            self._waiting.append(request)
 
-    def abort(self, request: Request) -> None:
+    def abort(self, request: Request, error: HeteroError | None = None) -> None:
         """End a request where it stands; what it generated stays readable. No effect on one that has ended."""
-        if request in self._waiting:
-            self._waiting.remove(request)
-        if request.finish_reason is None:
-            request.finish_reason = "abort"
+        request.end("abort", error)
         self._retire()
+
+    def abort_all(self, error: HeteroError) -> None:
+        """End every request with an error."""
+        for request in (*self._waiting, *self._running):
+            self.abort(request, error)
 
     def step(self) -> tuple[Request, ...]:
         """Compute one prompt chunk, or one token of every decoding request; returns the requests that took part.
@@ -56,6 +65,9 @@ class Scheduler:
             return self._step()
 
     def _step(self) -> tuple[Request, ...]:
+        self._retire()
+        for request in self._running:
+            request.recover()
         self._admit()
         prefilling = next((request for request in self._running if request.is_prefilling), None)
         active = tuple(self._running) if prefilling is None else (prefilling,)
@@ -68,23 +80,31 @@ class Scheduler:
 
     def _admit(self) -> None:
         cache = self._engine.kv_cache
-        while self._waiting and cache.has_room(self._waiting[0].most_tokens):
-            request = self._waiting.popleft()
-            request.sequence = cache.open(request.most_tokens)
-            self._running.append(request)
+        while self._waiting and (cache.has_room(self._waiting[0].most_tokens) or not self._running):
+            request = self._waiting[0]
+            if request not in self._running:
+                request.sequence = request.sequence or cache.open(request.most_tokens)
+                self._running.append(request)
+            self._waiting.popleft()
 
     def _prefill(self, request: Request) -> None:
         started = time.perf_counter()
-        if request.computed == 0:
+        if request.computed == 0 and request.scores is None:
             request.computed = request.reused = self._reuse(request)
         request.sequence.length = request.cached_tokens
         chunk = request.prompt_token_ids[request.computed : request.computed + self._engine.prefill_chunk]
-        is_last = request.computed + len(chunk) == len(request.prompt_token_ids)
-        logits = self._engine.prefill(request.sequence, chunk, logits=is_last)
+        stop = request.computed + len(chunk)
+        is_last = stop == len(request.prompt_token_ids)
+        if request.scores is None:
+            logits = self._engine.prefill(request.sequence, chunk, logits=is_last)
+        else:
+            request.scores.append(self._engine.prefill_logits(request.sequence, chunk))
         request.prefill_s += time.perf_counter() - started
-        request.computed += len(chunk)
-        if not request.is_prefilling:
+        request.computed = stop
+        if is_last and request.scores is None:
             request.choose(logits)
+        elif is_last:
+            request.end("length")
         self._remember(request)
 
     def _reuse(self, request: Request) -> int:
@@ -107,8 +127,12 @@ class Scheduler:
             request.choose(row)
 
     def _retire(self) -> None:
+        """Let go of what has ended, each of them whole before the next."""
+        for request in [request for request in self._waiting if request.finish_reason is not None]:
+            self._waiting.remove(request)
         for request in [request for request in self._running if request.finish_reason is not None]:
+            if request.sequence is not None:
+                self._remember(request)
+                self._engine.kv_cache.close(request.sequence)
+                request.sequence = None
             self._running.remove(request)
-            self._remember(request)
-            self._engine.kv_cache.close(request.sequence)
-            request.sequence = None

@@ -7,6 +7,7 @@ transformers' sandbox. transformers is imported when a tokenizer is opened, beca
 import importlib.util
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,9 +179,15 @@ class TextStream:
         self._shown_tokens = 0  # tokens at the front of the window whose text is shown in full
         self._shown_chars = 0  # characters of the window's text that are shown
 
+    def copy(self) -> "TextStream":
+        """One that goes on from here by itself."""
+        twin = copy(self)
+        twin._matcher = copy(self._matcher)
+        return twin
+
     def push(self, token_id: int) -> tuple[str, bool]:
         """Take one token; returns (text that became certain, whether a stop string ended it)."""
-        self._window.append(token_id)
+        self._window = [*self._window, token_id]
         text = self._decode(self._window)
         unfinished = len(text) - len(text.rstrip(REPLACEMENT))
         if unfinished > _GARBAGE_RUN:

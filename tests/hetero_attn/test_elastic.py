@@ -93,8 +93,7 @@ def test_tokens_in_flight_are_those_of_a_model_never_resized(path):
     budgets = {2: SMALL, 6: "500KiB", 9: LARGE, 13: SMALL, 16: "700KiB"}
     with load(path, LARGE) as llm:
         arena, kinds = llm.engine.lanes.device.arena, set()
-        requests = [llm._request(prompt, GREEDY) for prompt in PROMPTS]
-        llm._add(requests)
+        requests = [llm.add(prompt, GREEDY) for prompt in PROMPTS]
         for step in range(100):
             if step in budgets:
                 arena.peak_bytes = 0

@@ -6,7 +6,6 @@ run completes.
 
 import gc
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ import hetero_attn.engine.build
 from hetero_attn import LLM, Policy, SamplingParams
 from hetero_attn.devices import EmulatedDriver
 from hetero_attn.errors import EngineDeadError
+from hetero_attn.lanes.host_worker import HostWorker
 from tests.support.toy import make_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
@@ -85,7 +85,7 @@ def faults(monkeypatch):
         def synchronize(self, event):
             faults.count("synchronize")
 
-    class Worker(ThreadPoolExecutor):
+    class Worker(HostWorker):
         def submit(self, function, *arguments):
             faults.count("submit")
 
@@ -96,7 +96,7 @@ def faults(monkeypatch):
             return super().submit(job)
 
     monkeypatch.setattr(hetero_attn.engine.build, "EmulatedDriver", Driver)
-    monkeypatch.setattr(hetero_attn.engine.build, "ThreadPoolExecutor", Worker)
+    monkeypatch.setattr(hetero_attn.engine.build, "HostWorker", Worker)
     return faults
 
 

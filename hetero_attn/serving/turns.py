@@ -1,0 +1,217 @@
+"""Who may use the engine when: one step at a time, whoever asks, and wishes that anybody may leave at any moment.
+
+Python may run a finaliser between any two bytecodes, also in the middle of a step and in the thread that takes it. So
+`add`, `abort` and `close` leave a note, which needs no lock. Notes are taken up before and after every step, and at once
+where nobody is in one. The lock lets its own thread in again; `_is_inside` then tells a call from inside a step, which
+gets a BusyError where it would have to wait for that step.
+
+Signal handlers run in the main thread, and what they raise comes between any two bytecodes of it. So the main thread
+takes no step itself: a thread of its own does, and the main one waits, as long as no handler raises something.
+"""
+
+import atexit
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+from hetero_attn.engine.engine import Engine
+from hetero_attn.errors import BusyError, EngineDeadError
+from hetero_attn.lanes.host_worker import HostWorker
+from hetero_attn.serving.request import Request
+from hetero_attn.serving.scheduler import Scheduler
+
+CLOSE_WAIT_S = 30.0  # for a step; one that lasts longer closes when it ends
+SETTLE_WAIT_S = 1.0  # for notes to be taken up, where nobody is in a step
+Result = TypeVar("Result")
+
+
+class Turns:
+    """Turns at one engine, and its end. Nothing here waits for a step, except `alone` and, for a while, `close`."""
+
+    def __init__(self, engine: Engine, scheduler: Scheduler) -> None:
+        self._engine = engine
+        self._scheduler = scheduler
+        self._lock = threading.RLock()
+        self._is_inside = False
+        self._arrivals: deque[Request] = deque()
+        self._departures: deque[Request] = deque()
+        self._is_closing = self._is_closed = False
+        self._pid = os.getpid()
+        self._stepper = HostWorker("hetero-attn-steps")
+        self._stepper.submit(int)  # starts the thread
+        weakref.finalize(self, self._stepper.shutdown).atexit = False
+        atexit.register(self._end_with_process)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a place."""
+        return len(self._arrivals) + self._scheduler.waiting
+
+    def check(self) -> None:
+        """Raise EngineDeadError where no step can be taken any more: after close, in a forked child, after a fault."""
+        self._check_process()
+        if self._is_closed:
+            with self._lock:  # when the interpreter ends, other threads wait here until they are gone
+                raise EngineDeadError(self._closed_message)
+        if self._is_closing:
+            raise EngineDeadError(self._closed_message)
+        self._engine.check_alive()
+
+    def add(self, request: Request) -> None:
+        """Queue a request for the next step; returns at once."""
+        self._arrivals.append(request)
+
+    def leave(self, request: Request) -> None:
+        """Ask that a request be ended by the next step. For finalisers: nothing else happens now."""
+        self._departures.append(request)
+
+    def abort(self, request: Request) -> None:
+        """End a request: now, or after the step that runs."""
+        self.leave(request)
+        self.settle()
+
+    def alone(self, work: Callable[[], Result]) -> Result:
+        """Call `work` while no step is under way.
+
+        Raises EngineDeadError as `check`, and BusyError when called from inside a step or from inside such a `work`.
+        """
+        self._check_process()
+        return self._off_main(partial(self._alone, work))
+
+    def settle(self) -> None:
+        """Take up notes, unless a step is under way: whoever takes it does so when it ends."""
+        if self._has_notes and not self._is_inside and os.getpid() == self._pid:
+            self._off_main(self._settle, SETTLE_WAIT_S)
+
+    def close(self) -> None:
+        """End every request with an EngineDeadError and close the engine: now, or after the step that runs.
+
+        Waits for another thread's step, up to CLOSE_WAIT_S. No effect in a forked child.
+        """
+        self._is_closing = True
+        if self._wants_end and os.getpid() == self._pid:
+            self._off_main(self._close, CLOSE_WAIT_S)
+
+    def close_soon(self) -> None:
+        """As `close`, without waiting for a step; for finalisers."""
+        self._is_closing = True
+        self.settle()
+
+    def _off_main(self, work: Callable[[], Result], wait_s: float = -1) -> Result | None:
+        """What `work` returns or raises, called by a thread that no signal handler interrupts; None after `wait_s`."""
+        if self._is_closed or threading.current_thread() is not threading.main_thread():
+            return work()
+        outcome, ended = deque(), threading.Lock()
+        ended.acquire()
+
+        def job() -> None:
+            try:
+                outcome.append((work(), None))
+            except BaseException as failure:
+                outcome.append((None, failure))
+            finally:
+                ended.release()
+
+        self._stepper.submit(job)
+        try:
+            if not ended.acquire(timeout=wait_s):
+                return None
+        except BaseException:
+            if not outcome:
+                ended.acquire(timeout=SETTLE_WAIT_S)  # so that what the caller does next rarely meets a step
+            raise
+        result, failure = outcome.pop()
+        try:
+            if failure is not None:
+                raise failure
+            return result
+        finally:
+            del failure  # its traceback holds this frame
+
+    def _alone(self, work: Callable[[], Result]) -> Result:
+        try:
+            with self._lock:
+                if self._is_inside:
+                    raise BusyError(
+                        f"{self._engine.plan.model}: this call came from inside a step, out of a callback or a finaliser, and "
+                        "would wait for itself; there, use add, abort or close"
+                    )
+                return self._inside(work)
+        finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        while self._has_notes and self._lock.acquire(blocking=False):
+            try:
+                if self._is_inside:
+                    return
+                self._inside(None)
+            finally:
+                self._lock.release()
+
+    def _close(self) -> None:
+        if self._lock.acquire(timeout=CLOSE_WAIT_S):
+            self._lock.release()
+        self._settle()
+
+    @property
+    def _has_notes(self) -> bool:
+        return bool(self._departures) or self._wants_end
+
+    @property
+    def _wants_end(self) -> bool:
+        return self._is_closing and not self._is_closed
+
+    @property
+    def _closed_message(self) -> str:
+        return f"this LLM of {self._engine.plan.model} is closed; make a new one"
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise EngineDeadError(
+                f"this LLM of {self._engine.plan.model} was made before a fork, and its threads are in the parent; load the "
+                "model in the child, or start processes with multiprocessing's spawn method"
+            )
+
+    def _inside(self, work: Callable[[], Result] | None) -> Result | None:
+        """Take up notes, work, take up notes; without work, whatever the state of the engine."""
+        try:
+            self._is_inside = True
+            self._take_notes()
+            if work is None:
+                return None
+            self.check()
+            result = work()
+            self._take_notes()
+            return result
+        finally:
+            self._is_inside = False
+
+    def _take_notes(self) -> None:
+        """A note is dropped only once it has had its effect, so that an interruption loses none."""
+        while self._arrivals:
+            self._scheduler.add(self._arrivals[0])
+            self._arrivals.popleft()
+        while self._departures:
+            self._scheduler.abort(self._departures[0])
+            self._departures.popleft()
+        if self._wants_end:
+            self._end()
+
+    def _end(self) -> None:
+        self._scheduler.abort_all(EngineDeadError(self._closed_message))
+        self._engine.close()
+        self._is_closed = True
+        atexit.unregister(self._end_with_process)
+
+    def _end_with_process(self) -> None:
+        """Close when the interpreter ends, and keep the lock: a daemon thread that generates then waits for its end.
+
+        Such a thread must not be in torch's code while the interpreter tears it down; that would abort the process.
+        """
+        if os.getpid() == self._pid and self._lock.acquire(timeout=2 * CLOSE_WAIT_S):
+            self._end()

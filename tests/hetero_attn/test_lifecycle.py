@@ -1,0 +1,141 @@
+"""Whole processes: forks, spawned workers, and an interpreter that ends while a thread generates."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.toy import make_checkpoint
+
+ROOT = Path(__file__).parent.parent.parent
+
+HEAD = """
+import os, signal, sys, threading, time
+from hetero_attn import LLM, SamplingParams
+from hetero_attn.errors import EngineDeadError
+PARAMS = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+def load():
+    memory = {} if sys.argv[2] == "cpu" else {"gpu_memory": "8MiB"}
+    return LLM(sys.argv[1], dtype="fp32", device=sys.argv[2], progress=False, **memory)
+"""
+
+FORK = """
+import torch
+(torch.randn(4000000) + 1).sum()  # torch's pool has threads, which a child will not have
+llm = load()
+expected = llm.generate("hello", PARAMS)[0].token_ids
+ended = threading.Event()
+def work():
+    while not ended.is_set():
+        llm.generate("another", PARAMS)
+thread = threading.Thread(target=work)
+if sys.argv[3] == "busy":
+    thread.start()
+    time.sleep(0.1)
+for what in ("generate", "exit", "load"):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        if what == "generate":
+            for call in (lambda: llm.generate("hello", PARAMS), lambda: llm.stream("hello"), llm.step, lambda: llm.logits([3])):
+                try:
+                    call()
+                    sys.exit("nothing was raised")
+                except EngineDeadError as error:
+                    assert "spawn" in str(error), error
+            llm.close()
+        if what == "load":
+            with load() as own:
+                assert own.generate("hello", PARAMS)[0].token_ids == expected
+                own.logits(list(range(4, 100)))
+        sys.exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert status == 0, (what, status)
+    assert llm.generate("hello", PARAMS)[0].token_ids == expected
+ended.set()
+if thread.ident:
+    thread.join()
+llm.close()
+print("fine")
+"""
+
+EXIT = """
+llm = load()
+def work():
+    while True:
+        llm.generate("a prompt", PARAMS)
+threading.Thread(target=work, daemon=True).start()
+time.sleep(0.3)
+print("fine", flush=True)
+"""
+
+THREAD_OUTLIVES_MAIN = """
+llm = load()
+expected = llm.generate("a prompt", PARAMS)[0].token_ids
+def work():
+    time.sleep(0.3)
+    assert all(llm.generate("a prompt", PARAMS)[0].token_ids == expected for _ in range(5))
+    print("fine", flush=True)
+threading.Thread(target=work).start()
+"""
+
+SPAWN = """
+import multiprocessing
+def work(queue):
+    with load() as own:
+        queue.put(own.generate("hello", PARAMS)[0].token_ids)
+if __name__ == "__main__":
+    with load() as llm:
+        context = multiprocessing.get_context("spawn")
+        queue = context.Queue()
+        children = [context.Process(target=work, args=(queue,)) for _ in range(2)]
+        for child in children:
+            child.start()
+        got = [queue.get(timeout=100) for _ in children]
+        for child in children:
+            child.join()
+        assert got == 2 * [llm.generate("hello", PARAMS)[0].token_ids]
+        assert [child.exitcode for child in children] == [0, 0]
+    print("fine")
+"""
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("lifecycle"), "llama", max_position_embeddings=128)
+
+
+def run(tmp_path, script, *arguments):
+    """The script's output, its errors and its exit status."""
+    file = tmp_path / "script.py"  # spawn imports the main module again, so it must be a file
+    file.write_text(HEAD + script)
+    command = [sys.executable, str(file), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200, env=environment)
+    return done.stdout, done.stderr, done.returncode
+
+
+@pytest.mark.parametrize("device,parent", [("cpu", "busy"), ("emulated", "busy"), ("cpu", "rest")])
+def test_a_forked_child_is_told_so_and_harms_nobody(tmp_path, path, device, parent):
+    """It gets a named error at once, can load a model of its own, and runs none of its parent's finalisers."""
+    output, errors, status = run(tmp_path, FORK, path, device, parent)
+
+    assert (output, status) == ("fine\n", 0), errors
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_the_interpreter_ends_cleanly_while_a_daemon_thread_generates(tmp_path, path, device):
+    assert run(tmp_path, EXIT, path, device) == ("fine\n", "", 0)
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_a_thread_may_go_on_when_the_main_thread_has_ended(tmp_path, path, device):
+    assert run(tmp_path, THREAD_OUTLIVES_MAIN, path, device) == ("fine\n", "", 0)
+
+
+def test_spawned_processes_load_a_model_each(tmp_path, path):
+    output, errors, status = run(tmp_path, SPAWN, path, "cpu")
+
+    assert (output, status) == ("fine\n", 0), errors
