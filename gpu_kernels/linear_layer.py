@@ -92,7 +92,7 @@ def products_in_place(device: torch.device) -> bool:
     Tried once, before anything is captured: with a release that cannot, results go through a buffer.
     """
     x, dense = (torch.ones(shape, dtype=torch.bfloat16, device=device) for shape in ((16, 64), (32, 64)))
-    wide = torch.zeros(16, 48, device=device)
+    wide = torch.zeros(16, 48, device=device, dtype=torch.float32)
     try:
         for accumulate in (False, True):
             _product(x, dense, wide[:, 8:40], accumulate, True)

@@ -232,7 +232,7 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: T
     Key j is visible to row i iff kv_start <= j < kv_stop and j <= q_start + i and (window == 0 or j > q_start + i -
     window).
     """
-    limits = torch.tensor([kv_start]), torch.tensor([kv_stop])
+    limits = torch.tensor([kv_start], device="cpu"), torch.tensor([kv_stop], device="cpu")
     pages = _needed_pages(*limits, k_pages.shape[1])
     positions = _positions(pages, k_pages)
     rows = q_start + torch.arange(q.shape[0], device=q.device)[:, None]

@@ -86,7 +86,8 @@ def _numbers(header: Tensor, form: Form) -> tuple[Tensor, Tensor]:
         taken = header[..., first : first + FEATURES * count].contiguous()
         return (taken.view(torch.int8) if signed else taken).unflatten(-1, (count, FEATURES)).float()
 
-    none = torch.zeros(1, device=header.device).expand(*header.shape[:2], form.inputs // 16, FEATURES)
+    zero = torch.zeros(1, device=header.device, dtype=torch.float32)
+    none = zero.expand(*header.shape[:2], form.inputs // 16, FEATURES)
     if form.header == "S32":
         return halves(0, 2).repeat_interleave(2, 2), none
     if form.header == "SM32":

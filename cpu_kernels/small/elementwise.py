@@ -59,8 +59,8 @@ def merge(team: Team, outs: list[torch.Tensor], lses: list[torch.Tensor], out: t
     if out.numel() == 0:
         return
     parts = [(part.contiguous(), part_lse.contiguous()) for part, part_lse in zip(outs, lses)]
-    to = out if out.is_contiguous() else torch.empty(shape)
-    lse_to = lse if lse.is_contiguous() else torch.empty(shape[:-1])
+    to = out if out.is_contiguous() else torch.empty(shape, dtype=torch.float32, device="cpu")
+    lse_to = lse if lse.is_contiguous() else torch.empty(shape[:-1], dtype=torch.float32, device="cpu")
     copies = [pair for pair, own in zip(parts, zip(outs, lses)) if pair[0] is not own[0] or pair[1] is not own[1]]
     if team.is_recording:
         expect(not copies and to is out and lse_to is lse, "merge can be recorded with contiguous tensors only")

@@ -33,9 +33,9 @@ class Program:
         self._team = team
         self._ops = tuple(ops)
         scratch_bytes = max((op.scratch_bytes for op in ops), default=0)
-        self._scratch = torch.empty(scratch_bytes + 4096, dtype=torch.uint8)
+        self._scratch = torch.empty(scratch_bytes + 4096, dtype=torch.uint8, device="cpu")
         scratch = (self._scratch.data_ptr() + 4095) & ~4095
-        self._block = torch.zeros(PROGRAM_HEAD_BYTES + PROGRAM_ENTRY_BYTES * len(ops), dtype=torch.uint8)
+        self._block = torch.zeros(PROGRAM_HEAD_BYTES + PROGRAM_ENTRY_BYTES * len(ops), dtype=torch.uint8, device="cpu")
         memory = self._block.numpy()
         struct.pack_into("=q", memory, PROGRAM_COUNT, len(ops))
         for index, op in enumerate(ops):

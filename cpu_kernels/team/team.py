@@ -227,7 +227,7 @@ class Team:
     def _grow(self, scratch_bytes: int) -> None:
         """Make the working memory at least this large, with room to spare, aligned to a page."""
         size = max(scratch_bytes, 2 * self._scratch_bytes)
-        self._scratch = torch.empty(size + 4096, dtype=torch.uint8)
+        self._scratch = torch.empty(size + 4096, dtype=torch.uint8, device="cpu")
         self._scratch_at = (self._scratch.data_ptr() + 4095) & ~4095
         self._scratch_bytes = size
 

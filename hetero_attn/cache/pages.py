@@ -93,9 +93,9 @@ class PagedStore:
         self._dtype = TORCH_DTYPES[kv_dtype]
         self.k = [self._new_pages() for _ in range(layers)]
         self.v = [self._new_pages() for _ in range(layers)]
-        self.table = torch.zeros((max_batch, groups, max_pages), dtype=torch.int32)
+        self.table = torch.zeros((max_batch, groups, max_pages), dtype=torch.int32, device="cpu")
         self._free = list(range(num_pages))  # a heap: the lowest first, so that what is taken together lies together
-        self._group_rows = torch.arange(groups, dtype=torch.int32)
+        self._group_rows = torch.arange(groups, dtype=torch.int32, device="cpu")
 
     @property
     def is_parked(self) -> bool:
@@ -161,7 +161,7 @@ class PagedStore:
         self.k, self.v = [], []
 
     def _in_host_memory(self, pages: torch.Tensor, used: list[int]) -> torch.Tensor:
-        parked = torch.empty((len(used) * self.groups, *self._row_shape), dtype=self._dtype)
+        parked = torch.empty((len(used) * self.groups, *self._row_shape), dtype=self._dtype, device="cpu")
         for number, page in enumerate(used):
             self._copy(parked[self.page_rows(number)], pages[self.page_rows(page)])
         return parked

@@ -42,7 +42,7 @@ class PageStream(CopyAhead[PageBlock, tuple[torch.Tensor, torch.Tensor]]):
         dtype = TORCH_DTYPES[workload.kv_dtype]
         self._k = [device.empty(shape, dtype, "resident") for _ in range(KV_STAGING_BUFFERS)]
         self._v = [device.empty(shape, dtype, "resident") for _ in range(KV_STAGING_BUFFERS)]
-        rows = torch.arange(self.block_pages * self._widest, dtype=torch.int32)
+        rows = torch.arange(self.block_pages * self._widest, dtype=torch.int32, device="cpu")
         self._table = device.empty((self._widest, self.block_pages), torch.int32, "resident")
         self._rows = rows.view(self.block_pages, self._widest).T.contiguous()  # lives as long as its copy may take
         device.copy(self._table, self._rows, device.compute)

@@ -110,7 +110,7 @@ class Checkpoint:
         start, stop, step = (rows or slice(None)).indices(entry.shape[0] if entry.shape else 1)
         assert step == 1, f"rows of {name} with step {step}, expected 1"
         shape = (max(stop - start, 0), *entry.shape[1:]) if entry.shape else ()
-        out = torch.empty(shape, dtype=dtype) if out is None else out
+        out = torch.empty(shape, dtype=dtype, device="cpu") if out is None else out
         assert out.shape == shape and out.dtype == dtype and out.is_contiguous() and out.device.type == "cpu", (
             f"out for {name} is {out.dtype} {tuple(out.shape)} on {out.device}, expected {dtype} {shape} on cpu"
         )

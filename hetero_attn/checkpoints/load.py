@@ -226,10 +226,10 @@ class Loader:
     def _bias(self, spec: LinearSpec) -> Activation:
         if not spec.has_bias:
             return Activation(None, None)
-        rows = torch.zeros((spec.column_units, spec.unit_features))
+        rows = torch.zeros((spec.column_units, spec.unit_features), dtype=torch.float32, device="cpu")
         offset = 0
         for part in spec.parts:
-            values = torch.zeros(spec.column_units * part.rows_per_unit)
+            values = torch.zeros(spec.column_units * part.rows_per_unit, dtype=torch.float32, device="cpu")
             values[: part.rows] = self._finite(part.bias)
             rows[:, offset : offset + part.rows_per_unit] = values.view(spec.column_units, part.rows_per_unit)
             offset += part.rows_per_unit

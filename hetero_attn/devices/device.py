@@ -159,6 +159,6 @@ def _aligned_host_memory(count: int) -> torch.Tensor:
     """uint8 [count] that begins on a page (a huge one if it is large) and shares none with other allocations."""
     if count >= HUGE_PAGE_BYTES:
         return fresh_memory((count,), torch.uint8)
-    memory = torch.empty((-(-count // PAGE_BYTES) + 1) * PAGE_BYTES, dtype=torch.uint8)
+    memory = torch.empty((-(-count // PAGE_BYTES) + 1) * PAGE_BYTES, dtype=torch.uint8, device="cpu")
     start = -memory.data_ptr() % PAGE_BYTES
     return memory[start : start + count]

@@ -39,7 +39,7 @@ class EmulatedDriver:
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, stays: bool) -> torch.Tensor:
         """Uninitialised host memory in the place of GPU memory."""
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
 
     def free(self, tensor: torch.Tensor) -> None:
         """Memory goes with its tensors."""

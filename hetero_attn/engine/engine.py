@@ -54,6 +54,7 @@ class Engine:
         self.report = LaneReport()
         self.weights = weights
         self._fault: str | None = None
+        self._is_running = False
         self._watch: Callable[[int, torch.Tensor], None] | None = None
         self._rows = max(plan.prefill_chunk, plan.max_batch)
         self._work = make_workspace(config, self._rows, lanes)
@@ -76,12 +77,12 @@ class Engine:
         """Append a prompt to a sequence, one chunk; returns the last token's logits, float32 [vocab_size].
 
         token_ids: at most `prefill_chunk`. The result is the caller's own; None with logits=False, for a chunk that is not
-        the last: the head's weights are then not read.
+        the last: the head's weights are then not read, and the GPU may still be at it when the next chunk is queued.
         """
         with self.report.measure(self.lanes, "prefill", len(token_ids)), self.lanes.torch_at_rest():
             step = self._prefill_step(sequence, token_ids)
             self._forward(step, token_ids)
-            last = self._logits_of(step.rows - 1, step.rows)[0] if logits else self._finish()
+            last = self._logits_of(step.rows - 1, step.rows)[0] if logits else self._leave_running()
         sequence.length += len(token_ids)
         return last
 
@@ -106,6 +107,7 @@ class Engine:
         more than the layers' small operations together.
         """
         with self.report.measure(self.lanes, "decode", len(sequences)), self.lanes.torch_at_rest():
+            self._drain()
             step = plan_step(self.lanes, self.kv_cache, sequences, len(sequences), is_prefill=False)
             self._forward(step, token_ids)
             rows = self._logits_view(step.rows)
@@ -118,6 +120,7 @@ class Engine:
     def fill(self, sequence: SequenceState, tokens: int) -> None:
         """Append tokens with random keys and values, nothing computed: a long context in seconds, for measurements."""
         with self.lanes.torch_at_rest():
+            self._drain()
             for side in (self._work.qkv.device, self._work.qkv.host):
                 if side is not None:
                     side.normal_()
@@ -142,6 +145,7 @@ class Engine:
 
         The sequence does not grow; the step's KV entries and activations are left with values of no meaning.
         """
+        self._drain()
         step = plan_step(self.lanes, self.kv_cache, [sequence], 1, is_prefill=False)
         if self.lanes.device is not None or self.replay is None:
             stopwatch = Stopwatch()
@@ -161,6 +165,7 @@ class Engine:
     @torch.inference_mode()
     def prefill_terms(self, sequence: SequenceState, token_ids: Sequence[int]) -> dict[str, float]:
         """As `decode_terms`, of a prompt of at most `prefill_chunk` tokens with the logits of its last one."""
+        self._drain()
         stopwatch = Stopwatch()
         with self.lanes.torch_at_rest(), self.lanes.watched(stopwatch):
             step = self._prefill_step(sequence, token_ids)
@@ -247,7 +252,9 @@ class Engine:
         with self._guarded():
             if not step.is_prefill:
                 self.kv_cache.wait_for_moves()
-            model.embed(lanes, weights, torch.tensor(token_ids), self._work.residual.rows(0, step.rows))
+            ids = torch.tensor(token_ids, device="cpu")
+            model.embed(lanes, weights, ids, self._work.residual.rows(0, step.rows))
+            lanes.inputs_queued()
             with lanes.main_lane():
                 if step.is_prefill:
                     if step.streams_older and lanes.pages is not None:
@@ -259,7 +266,7 @@ class Engine:
                 else:
                     self._decode(step)
             if not step.is_prefill:
-                lanes.finish()
+                self._finish()
 
     def _announce(self, linears: Sequence[LinearWeights], tier: int) -> None:
         if self.lanes.ring is not None:
@@ -305,12 +312,24 @@ class Engine:
             self._announce((self.weights.head,), row_tier(stop - start))
             with self.lanes.main_lane():
                 self._project(start, stop)
-            self.lanes.finish()
+            self._finish()
         return self._logits_view(stop - start).clone()
 
-    def _finish(self) -> None:
+    def _leave_running(self) -> None:
+        """The host's part of a chunk is done, and has not failed; the GPU's runs on while the next chunk is prepared."""
         with self._guarded():
-            self.lanes.finish()
+            self.lanes.join()
+        self._is_running = True
+
+    def _drain(self) -> None:
+        """Wait for a chunk that was left running."""
+        if self._is_running:
+            with self._guarded():
+                self._finish()
+
+    def _finish(self) -> None:
+        self._is_running = False
+        self.lanes.finish()
 
     def _logits_view(self, rows: int) -> torch.Tensor:
         return self._logits.host[:rows, : self.config.vocab_size]
@@ -343,6 +362,6 @@ def make_workspace(config: ModelConfig, rows: int, lanes: Lanes) -> Workspace:
 
 def _buffer(lanes: Lanes, rows: int, width: int, kind: str) -> Activation:
     if lanes.device is None:
-        return Activation(None, torch.empty((rows, width)))
+        return Activation(None, torch.empty((rows, width), dtype=torch.float32, device="cpu"))
     host = lanes.device.host_empty((rows, width), torch.float32, kind)
     return Activation(lanes.device.empty((rows, width), torch.float32, kind), host)

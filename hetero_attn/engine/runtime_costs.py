@@ -152,7 +152,7 @@ def _long_prefill(engine: Engine, sequence: object) -> None:
 def _seconds(engine: Engine, work: Callable[[Engine, object], None], cold: bool = False) -> float:
     """Median time of a step. cold: between steps read as many bytes as a large model's step does."""
     sequence, times = engine.kv_cache.open(), []
-    weights = torch.ones(SWEEP_BYTES if cold else 0, dtype=torch.uint8)
+    weights = torch.ones(SWEEP_BYTES if cold else 0, dtype=torch.uint8, device="cpu")
     for _ in range((COLD_STEPS if cold else STEPS) + 2):
         if cold:
             engine.lanes.host_ops.sweep(weights)

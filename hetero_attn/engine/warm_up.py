@@ -11,6 +11,8 @@ from cpu_kernels.formats.weights import BLOCK_FEATURES, block_bytes
 from hetero_attn.cache.pages import TORCH_DTYPES
 from hetero_attn.spec.config import ModelConfig
 
+FLOAT32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the process has made its default
+
 WIDTH = 64
 ROW_COUNTS = (1, 4, 65)  # one row, a few, a prompt: the kernels' own tiers
 
@@ -24,9 +26,9 @@ def warm_up(ops: CpuKernels, config: ModelConfig, formats: tuple[str, ...], kv_d
 
 
 def _linears(ops: CpuKernels, weight_dtype: str, rows: int) -> None:
-    x, out = torch.zeros(rows, WIDTH), torch.zeros(rows, 2 * BLOCK_FEATURES)
-    weight = torch.zeros(2, block_bytes(weight_dtype, WIDTH), dtype=torch.uint8)
-    ops.record(lambda: ops.rms_norm(x, torch.ones(WIDTH), 1e-6, x)).run()
+    x, out = torch.zeros(rows, WIDTH, **FLOAT32), torch.zeros(rows, 2 * BLOCK_FEATURES, **FLOAT32)
+    weight = torch.zeros(2, block_bytes(weight_dtype, WIDTH), dtype=torch.uint8, device="cpu")
+    ops.record(lambda: ops.rms_norm(x, torch.ones(WIDTH, **FLOAT32), 1e-6, x)).run()
     ops.linear(x, weight, weight_dtype, None, out, True)
     ops.silu_mul(out, x[:, :BLOCK_FEATURES])
 
@@ -34,13 +36,15 @@ def _linears(ops: CpuKernels, weight_dtype: str, rows: int) -> None:
 def _attention(ops: CpuKernels, config: ModelConfig, kv_dtype: str) -> None:
     heads, head_dim, page_size, rows = config.heads_per_kv_head, config.head_dim, 4, 2
     shape = (1, page_size, row_items(kv_dtype, head_dim))
-    k_pages, v_pages = (torch.zeros(shape, dtype=TORCH_DTYPES[kv_dtype]) for _ in range(2))
-    norm = torch.ones(head_dim) if config.qk_norm else None
-    angles = torch.zeros(page_size, config.rope.rotary_dim // 2 or head_dim // 2)
-    qkv, slots = torch.zeros(rows, 1, (heads + 2) * head_dim), torch.arange(rows)[:, None]
-    query, out, lse = torch.zeros(rows, heads, head_dim), torch.zeros(rows, heads, head_dim), torch.zeros(rows, heads)
-    positions = torch.arange(rows)
+    k_pages, v_pages = (torch.zeros(shape, dtype=TORCH_DTYPES[kv_dtype], device="cpu") for _ in range(2))
+    norm = torch.ones(head_dim, **FLOAT32) if config.qk_norm else None
+    angles = torch.zeros(page_size, config.rope.rotary_dim // 2 or head_dim // 2, **FLOAT32)
+    qkv, slots = torch.zeros(rows, 1, (heads + 2) * head_dim, **FLOAT32), torch.arange(rows, device="cpu")[:, None]
+    query, out = (torch.zeros(rows, heads, head_dim, **FLOAT32) for _ in range(2))
+    lse = torch.zeros(rows, heads, **FLOAT32)
+    positions = torch.arange(rows, device="cpu")
     ops.rope_append(qkv, positions, angles, angles, norm, norm, config.rms_norm_eps, query, k_pages, v_pages, slots)
-    table, start, stop = (torch.zeros(*shape, dtype=torch.int32) for shape in ((rows, 1, 1), (rows,), (rows,)))
+    shapes = ((rows, 1, 1), (rows,), (rows,))
+    table, start, stop = (torch.zeros(*shape, dtype=torch.int32, device="cpu") for shape in shapes)
     ops.decode_attention(query, k_pages, v_pages, table, start, stop + rows, 1.0, out, lse)
     ops.prefill_attention(query, k_pages, v_pages, table[0], 0, rows, 0, 0, 1.0, out, lse)

@@ -57,7 +57,7 @@ def _candidates(wish: str, device: Device) -> Iterator[str]:
 def _failure(handover: FlagHandover, device: Device, tables: StepTables) -> str | None:
     """What goes wrong when numbers go to the host, are added to there and come back, some times over."""
     host, on_device = (buffer[:192].view(torch.float32) for buffer in tables.buffers)
-    host[:16] = torch.arange(16.0)
+    host[:16] = torch.arange(16, dtype=torch.float32, device="cpu")
 
     def round_trip() -> None:
         device.copy(host[16:32], on_device[:16], device.compute)
@@ -86,5 +86,5 @@ def _failure(handover: FlagHandover, device: Device, tables: StepTables) -> str 
             device.synchronize(device.record(device.compute))
     except (HeteroError, RuntimeError, NotImplementedError) as error:
         return str(error)
-    right = torch.equal(host[:16], torch.arange(16.0) + ROUNDS)
+    right = torch.equal(host[:16], torch.arange(16, dtype=torch.float32, device="cpu") + ROUNDS)
     return None if right else f"numbers came back wrong: {host[:3].tolist()}"

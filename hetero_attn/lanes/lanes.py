@@ -15,7 +15,7 @@ activations could not be page-locked, the caller itself waits for the job, whate
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,7 @@ class Lanes:
         self.handover = handover or InOrder(device)
         self.pages = pages
         self._copied = False
+        self._inputs: object | None = None
         self._tracing = False
         self._called_s = 0.0
         self.waited_s = 0.0
@@ -119,8 +120,20 @@ class Lanes:
 
     def upload(self, tables: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Bring a step's integer tables to the device, all in one copy; they stay until the next step's."""
+        self._await_inputs()
         self._copied = True
         return self.tables.upload(tables)
+
+    def inputs_queued(self) -> None:
+        """The copies of a step's tables and embedded rows are queued: the next step's may follow once they were made."""
+        if self.device is not None:
+            self._inputs = self.device.record(self.device.compute)
+
+    def _await_inputs(self) -> None:
+        """Block the caller until the host memory that the last step's inputs came from may be written again."""
+        if self._inputs is not None:
+            self.device.synchronize(self._inputs)
+            self._inputs = None
 
     @contextmanager
     def copies_beside(self) -> Iterator[None]:
@@ -153,12 +166,13 @@ class Lanes:
     def torch_at_rest(self) -> Iterator[None]:
         """What a thread needs around a step: its kernels go to the compute stream, and torch's own pool is kept out.
 
-        The pool's idle threads spin on the cores of the thread team; beside one, a copy of the logits took 4 ms.
+        The pool's idle threads spin on the cores of the thread team; beside one, a copy of the logits took 4 ms. An
+        autocast of the caller's would round our products, so it is off inside.
         """
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            with nullcontext() if self.device is None else self.device.current():
+            with _without_autocast(), nullcontext() if self.device is None else self.device.current():
                 yield
         finally:
             torch.set_num_threads(threads)
@@ -285,6 +299,7 @@ class Lanes:
         self.settle_device()
         if self.device is not None:
             self._copied = False
+            self._inputs = None
             for ahead in self._ahead:
                 ahead.settle()
 
@@ -294,6 +309,7 @@ class Lanes:
         if self.device is not None:
             for stream in (self.device.copies, self.device.compute):
                 self.device.synchronize(self.device.record(stream))
+        self._inputs = None
         for ahead in self._ahead:
             ahead.reset()
 
@@ -332,3 +348,13 @@ class Lanes:
 def _timed(trace: Any, name: str, work: Callable[[], object]) -> None:
     with trace.span("CPU lane", name):
         work()
+
+
+def _without_autocast() -> AbstractContextManager:
+    enabled = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    if not enabled:
+        return nullcontext()
+    off = ExitStack()
+    for device in enabled:
+        off.enter_context(torch.autocast(device, enabled=False))
+    return off

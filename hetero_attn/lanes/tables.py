@@ -14,7 +14,7 @@ from hetero_attn.spec.weights import table_bytes
 class StepTables:
     """A buffer in page-locked host memory and one in device memory, both rewritten by every step.
 
-    The step before must have ended: its last act is to wait for the device.
+    The copy of the step before must have been made: the lanes wait for it (`Lanes.upload`).
     """
 
     def __init__(self, device: Device, capacity_bytes: int) -> None:

@@ -35,7 +35,7 @@ def rope_tables(
         pairs with dimension i + rotary_dim / 2.
     """
     frequencies = _inverse_frequencies(config, max_positions if seq_len is None else seq_len)
-    angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies
+    angles = torch.arange(max_positions, dtype=torch.float32, device="cpu")[:, None] * frequencies
     scale = _attention_factor(config.rope) if config.rope.rope_type == "yarn" else 1.0
     return angles.cos() * scale, angles.sin() * scale
 
@@ -52,17 +52,17 @@ def _inverse_frequencies(config: ModelConfig, seq_len: int) -> torch.Tensor:
     if rope.rope_type == "yarn":
         return _yarn(rope, dim)
     if rope.rope_type == "divisors":
-        return _plain(rope.theta, dim) / torch.tensor(rope.divisors)
+        return _plain(rope.theta, dim) / torch.tensor(rope.divisors, dtype=torch.float32, device="cpu")
     return _plain(rope.theta, dim)
 
 
 def _plain(theta: float | torch.Tensor, dim: int) -> torch.Tensor:
-    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
 
 
 def _dynamic(rope: RopeConfig, dim: int, trained: int, seq_len: int) -> torch.Tensor:
     # A tensor, because transformers stretches at run time in float32.
-    length = torch.tensor(seq_len) if seq_len > trained else trained
+    length = torch.tensor(seq_len, dtype=torch.float32, device="cpu") if seq_len > trained else trained
     stretch = rope.factor * length / trained - (rope.factor - 1)
     return _plain(rope.theta * stretch ** (dim / (dim - 2)), dim)
 
@@ -80,14 +80,14 @@ def _llama3(rope: RopeConfig, dim: int) -> torch.Tensor:
 
 def _yarn(rope: RopeConfig, dim: int) -> torch.Tensor:
     """Frequencies that turn often in the trained context are kept, slow ones divided by `factor`, a ramp between."""
-    steps = rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    steps = rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     low = _yarn_pair(rope, dim, rope.beta_fast)
     high = _yarn_pair(rope, dim, rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     width = high - low if high != low else 0.001
-    keep = 1 - torch.clamp((torch.arange(dim // 2, dtype=torch.float32) - low) / width, 0, 1)
+    keep = 1 - torch.clamp((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / width, 0, 1)
     return 1.0 / (rope.factor * steps) * (1 - keep) + 1.0 / steps * keep
 
 

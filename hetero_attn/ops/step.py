@@ -72,7 +72,8 @@ def plan_step(lanes: Lanes, cache: KVCache, sequences: Sequence[SequenceState], 
     new_tokens = rows if is_prefill else 1
     for sequence in sequences:
         cache.make_room(sequence, new_tokens)
-    positions = torch.cat([torch.arange(sequence.length, sequence.length + new_tokens) for sequence in sequences])
+    starts = [sequence.length for sequence in sequences]
+    positions = torch.cat([torch.arange(start, start + new_tokens, device="cpu") for start in starts])
     groups = tuple(
         _group_step(group, sequences, positions.view(len(sequences), new_tokens), is_prefill)
         for group in cache.layer_groups
@@ -133,7 +134,8 @@ def _segment(
     if is_prefill:
         return Segment(slots, store.table[sequences[0].slot], start[0], stop[0])
     tables = store.table[[sequence.slot for sequence in sequences]]
-    return Segment(slots, tables, torch.tensor(start, dtype=torch.int32), torch.tensor(stop, dtype=torch.int32))
+    first, last = (torch.tensor(bounds, dtype=torch.int32, device="cpu") for bounds in (start, stop))
+    return Segment(slots, tables, first, last)
 
 
 def _uploaded(lanes: Lanes, step: Step) -> Step:

@@ -168,7 +168,7 @@ class Sampler:
         token_ids, probabilities = likely_tokens(logits, self.params)
         cumulative = probabilities.cumsum(dim=0)
         # In (0, 1]: the first entry that reaches a positive share of the total always has a probability above zero.
-        share = 1.0 - torch.rand((), dtype=torch.float64, generator=self._generator).item()
+        share = 1.0 - torch.rand((), dtype=torch.float64, generator=self._generator, device="cpu").item()
         return int(token_ids[torch.searchsorted(cumulative, cumulative[-1] * share)])
 
 

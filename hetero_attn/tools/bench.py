@@ -157,7 +157,7 @@ class _Bench:
         generator = torch.Generator().manual_seed(0)
         self._token_ids = torch.randint(
             self._engine.config.vocab_size, (planned.plan.max_context,), generator=generator
-        ).tolist()
+        , device="cpu").tolist()
 
     def __enter__(self) -> "_Bench":
         self._sequence = self._engine.kv_cache.open()

@@ -245,7 +245,7 @@ def _pinned_memory() -> Finding:
 
         if not torch.cuda.is_available():
             return Finding("settings", "pinned memory", "not needed without a GPU")
-        torch.empty(2**20, dtype=torch.uint8, pin_memory=True)
+        torch.empty(2**20, dtype=torch.uint8, pin_memory=True, device="cpu")
     except (ImportError, RuntimeError) as error:
         return Finding("settings", "pinned memory", f"refused: {error}", "note", "copies fall back to pageable memory")
     return Finding("settings", "pinned memory", "possible")

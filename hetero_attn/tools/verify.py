@@ -250,7 +250,7 @@ def _kv_cost(planned: PlannedModel, plan: Plan, run: Run) -> KvCost:
     against = natural_kv_dtype(planned.weight_dtype)
     with _reference_engine(planned, _with_kv_dtype(plan, against)) as engine:
         plain = forced(engine, run.token_ids, run.decoded)
-    following = torch.tensor(run.token_ids[1:])[:, None]
+    following = torch.tensor(run.token_ids[1:], device="cpu")[:, None]
     losses = [-torch.log_softmax(rows[:-1], -1).gather(-1, following).mean().item() for rows in (run.logits, plain)]
     found = distance(run.logits, plain)
     return KvCost(against, found.nmse, found.token_agreement, losses[0] - losses[1])

@@ -18,7 +18,16 @@ from placement.machine.hardware import HardwareProfile
 from placement.machine.rates import DtypeRates, ThreadRate
 from placement.profilers.cpu_attention import attention_rates
 from placement.profilers.cpu_linear import activation_s, cached_rates, row_rates, share_of_sweep, thread_sweep
-from placement.profilers.timing import CALLS, REPETITIONS, WEIGHT_BYTE, Progress, host_full, recorded_seconds, seconds
+from placement.profilers.timing import (
+    CALLS,
+    FLOAT32,
+    REPETITIONS,
+    WEIGHT_BYTE,
+    Progress,
+    host_full,
+    recorded_seconds,
+    seconds,
+)
 
 CLEARLY_SLOWER = 0.95  # of the best one-row rate: a larger count below this is left out
 BETWEEN_BYTES = 16 << 20  # weights that pass through the cache between two small operations
@@ -90,7 +99,7 @@ def best_threads(sweep: tuple[ThreadRate, ...]) -> int:
 
 def calls(ops: CpuKernels) -> tuple[float, float]:
     """Seconds of the smallest op, called from Python and recorded."""
-    x, weight, out = torch.randn(1, 64), torch.ones(64), torch.empty(1, 64)
+    x, weight, out = torch.randn(1, 64, **FLOAT32), torch.ones(64, **FLOAT32), torch.empty(1, 64, **FLOAT32)
 
     def call() -> None:
         ops.rms_norm(x, weight, 1e-6, out)
@@ -106,12 +115,14 @@ def small_rate(ops: CpuKernels) -> float:
     """Activation bytes a second, in and out, through two norms, the rotary embedding and the gated activation of a
     layer, each after weights have passed through the cache as they do between them."""
     rows, hidden, heads, kv_heads, head_dim = SMALL_ROWS, 1024, 16, 8, 64
-    x, weight, normed = torch.randn(rows, hidden), torch.ones(hidden), torch.empty(rows, hidden)
-    gate_up, activated = torch.randn(rows, 7 * hidden), torch.empty(rows, 7 * hidden // 2)
-    qkv, q = torch.randn(rows, kv_heads, (heads // kv_heads + 2) * head_dim), torch.empty(rows, heads, head_dim)
-    pages = [torch.zeros(kv_heads * rows, 1, head_dim, dtype=torch.bfloat16) for _ in range(2)]
-    angles, positions = torch.ones(rows, head_dim // 2), torch.arange(rows)
-    slots = torch.arange(rows * kv_heads).view(rows, kv_heads)
+    x, weight = torch.randn(rows, hidden, **FLOAT32), torch.ones(hidden, **FLOAT32)
+    normed = torch.empty(rows, hidden, **FLOAT32)
+    gate_up, activated = torch.randn(rows, 7 * hidden, **FLOAT32), torch.empty(rows, 7 * hidden // 2, **FLOAT32)
+    qkv = torch.randn(rows, kv_heads, (heads // kv_heads + 2) * head_dim, **FLOAT32)
+    q = torch.empty(rows, heads, head_dim, **FLOAT32)
+    pages = [torch.zeros(kv_heads * rows, 1, head_dim, dtype=torch.bfloat16, device="cpu") for _ in range(2)]
+    angles, positions = torch.ones(rows, head_dim // 2, **FLOAT32), torch.arange(rows, device="cpu")
+    slots = torch.arange(rows * kv_heads, device="cpu").view(rows, kv_heads)
     between = host_full((BETWEEN_BYTES,), torch.uint8, WEIGHT_BYTE)
     rope = (qkv, positions, angles, angles, None, None, 1e-6, q, *pages, slots)
 
@@ -132,5 +143,5 @@ def small_rate(ops: CpuKernels) -> float:
 
 def logits_s(vocab_size: int = 128_256) -> float:
     """Seconds per entry of the vocabulary to copy a row of logits and find its maximum."""
-    logits = torch.randn(1, vocab_size)
+    logits = torch.randn(1, vocab_size, **FLOAT32)
     return seconds(lambda: int(logits.clone()[0].argmax())) / vocab_size

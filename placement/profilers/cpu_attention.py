@@ -9,6 +9,7 @@ from cpu_kernels import CpuKernels
 from cpu_kernels.formats.pages import is_quantised, row_items, token_bytes
 from placement.machine.rates import KV_BITS, AttentionRate, beside_memory
 from placement.profilers.timing import (
+    FLOAT32,
     CALLS,
     WEIGHT_BYTE,
     Progress,
@@ -51,7 +52,7 @@ def kv_pages(kv_dtype: str, head_dim: int, size: int) -> tuple[torch.Tensor, tor
     count = max(1, size // (PAGE_TOKENS * token_bytes(kv_dtype, head_dim) * KV_HEADS)) * KV_HEADS
     dims, value = (count, PAGE_TOKENS, row_items(kv_dtype, head_dim)), WEIGHT_BYTE if is_quantised(kv_dtype) else 0.1
     k_pages, v_pages = (host_full(dims, KV_DTYPES[kv_dtype], value) for _ in range(2))
-    return k_pages, v_pages, torch.arange(count, dtype=torch.int32).view(-1, KV_HEADS).T.contiguous()
+    return k_pages, v_pages, torch.arange(count, dtype=torch.int32, device="cpu").view(-1, KV_HEADS).T.contiguous()
 
 
 def decode_rate(
@@ -70,8 +71,10 @@ def decode_call(ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim: i
     """A call of `decode_attention` with one row over every page, ready to be timed or recorded."""
     k_pages, v_pages, table = pages
     heads, tables = KV_HEADS * heads_per_group, table[None]
-    q, out, lse = torch.randn(1, heads, head_dim), torch.empty(1, heads, head_dim), torch.empty(1, heads)
-    start, stop = (torch.full((1,), tokens, dtype=torch.int32) for tokens in (0, table.shape[1] * PAGE_TOKENS))
+    q = torch.randn(1, heads, head_dim, **FLOAT32)
+    out, lse = torch.empty(1, heads, head_dim, **FLOAT32), torch.empty(1, heads, **FLOAT32)
+    bounds = (0, table.shape[1] * PAGE_TOKENS)
+    start, stop = (torch.full((1,), tokens, dtype=torch.int32, device="cpu") for tokens in bounds)
     return lambda: ops.decode_attention(q, k_pages, v_pages, tables, start, stop, 0.1, out, lse)
 
 
@@ -80,7 +83,8 @@ def prefill_rates(ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim:
     a chunk alone and with as many tokens before it."""
     k_pages, v_pages, table = pages
     heads, rows = KV_HEADS * heads_per_group, min(PREFILL_ROWS, table.shape[1] * PAGE_TOKENS // 2)
-    q, out, lse = torch.randn(rows, heads, head_dim), torch.empty(rows, heads, head_dim), torch.empty(rows, heads)
+    q = torch.randn(rows, heads, head_dim, **FLOAT32)
+    out, lse = torch.empty(rows, heads, head_dim, **FLOAT32), torch.empty(rows, heads, **FLOAT32)
 
     def taken(before: int) -> float:
         keys = before + rows

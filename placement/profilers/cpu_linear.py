@@ -9,6 +9,7 @@ from cpu_kernels.formats.weights import BLOCK_FEATURES, WEIGHT_DTYPES, block_byt
 from placement.machine.hardware import WEIGHT_BYTES
 from placement.machine.rates import DtypeRates, RowRate, ThreadRate
 from placement.profilers.timing import (
+    FLOAT32,
     CALLS,
     WEIGHT_BYTE,
     Progress,
@@ -120,5 +121,6 @@ def shape(weight: torch.Tensor, dtype: str) -> tuple[int, int]:
 
 def linear_call(ops: CpuKernels, weight: torch.Tensor, dtype: str, rows: int) -> Callable[[], None]:
     """A call of `linear` over a packed weight, ready to be timed or recorded."""
-    x, out = torch.randn(rows, inputs_of(weight, dtype)), torch.empty(rows, weight.shape[0] * BLOCK_FEATURES)
+    x = torch.randn(rows, inputs_of(weight, dtype), **FLOAT32)
+    out = torch.empty(rows, weight.shape[0] * BLOCK_FEATURES, **FLOAT32)
     return lambda: ops.linear(x, weight, dtype, None, out)

@@ -70,7 +70,7 @@ class TorchGpu:
 
     def host(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> torch.Tensor:
         """Host memory, every page of it touched."""
-        return torch.empty(shape, dtype=dtype, pin_memory=pinned).fill_(0)
+        return torch.empty(shape, dtype=dtype, pin_memory=pinned, device="cpu").fill_(0)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queue a copy beside the kernels."""

@@ -9,6 +9,8 @@ import torch
 from cpu_kernels import CpuKernels, fresh_memory
 from placement.machine.fingerprint import last_level_cache_bytes
 
+FLOAT32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the process has made its default
+
 CACHES = 8  # with 3, a third of the reads still came from the cache: 210 GB/s where DRAM gives 156
 REPETITIONS = 9
 # Bytes of a packed weight, and of a page of codes: as bfloat16, float32 or a float16 scale they are finite numbers of

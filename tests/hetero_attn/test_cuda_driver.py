@@ -146,6 +146,25 @@ def test_a_captured_step_is_a_program_and_follows_a_moved_boundary(run, plan):
     assert nmse(torch.cat(rows), run.logits[16:24]) <= 1e-11
 
 
+def test_the_border_between_two_chunks_does_not_wait_for_the_gpu(long_run):
+    """The first chunk's call comes back, and the second is embedded, while the GPU has not begun; the answer is right."""
+    workload = toy_workload(long_run.path, page_size=4, prefill_chunk=8, max_batch=1)
+    plan = uniform_plan(workload, gpu=0.5, stream=0.5, gpu_groups=2, gpu_tokens=workload.full_tokens)
+    with fake_engine(long_run.path, plan, handover="flags") as engine:
+        sequence, gate = engine.kv_cache.open(), threading.Event()
+        engine.lanes.device.compute.add(lambda: gate.wait(15) and None)
+        engine.prefill(sequence, long_run.token_ids[:8], logits=False)
+        returned_first = not gate.is_set()
+        gate.set()
+        for start in (8, 16):
+            engine.prefill(sequence, long_run.token_ids[start : start + 8], logits=False)
+        last = engine.prefill(sequence, long_run.token_ids[24:32])
+        following = engine.decode_step([sequence], long_run.token_ids[32:33])
+
+    assert returned_first
+    assert nmse(torch.stack([last, following[0]]), long_run.logits[31:33]) <= 1e-11
+
+
 def captured_names(path: Path, plan: Plan, token_ids: list[int], prompt_tokens: int) -> list[str]:
     """The entries of the compute stream in a captured decode step."""
     with fake_engine(path, plan, handover="graph") as engine:

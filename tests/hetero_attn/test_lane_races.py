@@ -21,6 +21,7 @@ from hetero_attn.engine.engine import Engine
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.lanes.flag_handover import FlagHandover
 from hetero_attn.lanes.handover import EventHandover
+from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.config import ModelConfig
 from placement.machine.hardware import HardwareProfile
@@ -161,6 +162,7 @@ def waits(run: Callable[[], torch.Tensor], leave_out: int | None = None) -> tupl
         patch.setattr(owner, name, wait)
 
     with pytest.MonkeyPatch.context() as patch:
+        counted(Lanes, "_await_inputs", lambda lanes: lanes._inputs is not None)
         counted(Device, "wait")
         counted(Device, "synchronize")
         counted(Device, "wait_flag")
@@ -178,6 +180,20 @@ def short_run(path: Path, plan: Plan, handover: str) -> torch.Tensor:
         rows = [engine.prefill_logits(sequence, list(range(1, 9)))]
         rows += [engine.prefill(sequence, [9, 10, 11])[None], engine.decode_step([sequence], [12])]
         return torch.cat(rows)
+
+
+def run_of_chunks(path: Path, plan: Plan, handover: str) -> torch.Tensor:
+    """Logits of a prompt whose first chunks are left running while the next is prepared, and of a token."""
+    with simulated(path, plan, handover) as engine:
+        sequence = engine.kv_cache.open()
+        engine.prefill(sequence, list(range(1, 9)), logits=False)
+        engine.prefill(sequence, list(range(9, 15)), logits=False)
+        return torch.cat([engine.prefill(sequence, [15, 16])[None], engine.decode_step([sequence], [17])])
+
+
+def streaming_plan(path: Path) -> Plan:
+    """The CPU computes nothing, so no job orders a chunk after the one before; older tokens come back to the GPU."""
+    return spilling_plan(path, gpu=0.5, stream=0.5, gpu_groups=2)
 
 
 def crossing_plan(path: Path) -> Plan:
@@ -208,6 +224,19 @@ def test_leaving_out_any_one_wait_is_reported(tmp_path, make_plan, handover):
 
     assert len(names) > 20
     assert unnoticed == []
+
+
+def test_inputs_of_a_chunk_that_do_not_wait_for_those_of_the_chunk_before_are_reported(tmp_path):
+    """Rows and tables of the next chunk, written over what the copies of this one have still to read."""
+    path = make_checkpoint(tmp_path, layers=1, hidden=32, num_heads=2, num_kv_heads=2, head_dim=16, intermediate=64)
+    plan = streaming_plan(path)
+    names, _ = waits(lambda: run_of_chunks(path, plan, "events"))
+    indices = [index for index, name in enumerate(names) if name == "Lanes._await_inputs"]
+
+    assert len(indices) == 2
+    for index in indices:
+        with pytest.raises(RaceError):
+            waits(lambda: run_of_chunks(path, plan, "events"), leave_out=index)
 
 
 def test_memories_are_not_mixed(runs, monkeypatch):

@@ -173,7 +173,7 @@ class GgufCheckpoint:
         plain = _TORCH_DTYPES.get(entry.type.name)
         shape = (rows, *entry.shape[1:]) if plain else (rows, entry.row_bytes)
         dtype = getattr(torch, plain or "uint8")
-        out = torch.empty(shape, dtype=dtype) if out is None else out
+        out = torch.empty(shape, dtype=dtype, device="cpu") if out is None else out
         assert out.shape == shape and out.dtype == dtype and out.is_contiguous(), (name, out.shape, out.dtype, shape)
         buffer = memoryview(out.reshape(-1).view(torch.uint8).numpy())
         entry.file.read_into(buffer, entry.offset + first * (entry.nbytes // entry.shape[0]))
