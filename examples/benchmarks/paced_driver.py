@@ -184,6 +184,9 @@ class PacedDriver:
         """There is one compute stream."""
         return nullcontext()
 
+    def clear(self) -> None:
+        """Nothing is kept."""
+
     def close(self) -> None:
         """Memory goes with its tensors."""
 

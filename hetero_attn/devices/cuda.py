@@ -160,6 +160,10 @@ class CudaDriver:
         with self._cuda.device(self._index), self._cuda.stream(stream):
             yield
 
+    def clear(self) -> None:
+        """Count the splits of a decode attention from zero again."""
+        self.ops.clear()
+
     def close(self) -> None:
         """Wait for the device, give back all memory and lift the limit; idempotent."""
         if self._memory is None:

@@ -19,6 +19,7 @@ in CUDA:
     current(stream)            a context in which this thread's kernels are queued on the stream
     delay(stream)              queue nothing that takes longer than a launch; for measurements
     mark(stream)               a point in time of the stream; seconds_between(mark, later), both reached
+    clear()                    bring back what operations keep from call to call
     close()                    after all queued work has ended, return everything
 """
 
@@ -54,6 +55,7 @@ class Device:
         self.compute = driver.stream("compute")
         self.copies = driver.stream("copies")
         self.refused_kinds: set[str] = set()
+        self._refused: list[tuple[int, int]] = []
 
     @property
     def refused_pins(self) -> bool:
@@ -91,10 +93,15 @@ class Device:
             self._pin(tensor, kind)
         return tensor
 
+    def is_refused(self, tensor: torch.Tensor) -> bool:
+        """Whether host memory, all or part of what `host_empty` gave, could not be page-locked."""
+        return any(start <= tensor.data_ptr() < stop for start, stop in self._refused)
+
     def host_release(self, tensor: torch.Tensor, kind: str) -> None:
         """Return what `host_empty` gave; no queued work may still use it, and the caller drops its last reference."""
         if tensor.numel() and self.driver.unpin(tensor):
             self.pinned.release(kind, tensor.nbytes)
+        self._refused = [(start, stop) for start, stop in self._refused if start != tensor.data_ptr()]
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
         """Queue a copy between the device and host memory, or within either, in the order of `stream`."""
@@ -128,6 +135,11 @@ class Device:
         """Queue the kernels that this thread launches inside on the compute stream."""
         return self.driver.current(self.compute)
 
+    def clear(self) -> None:
+        """Bring back what operations keep from call to call, after work that was given up half-way and has ended."""
+        with self.current():
+            self.driver.clear()
+
     def close(self) -> None:
         """Release everything the device holds; all of its tensors become invalid."""
         self.driver.close()
@@ -139,13 +151,14 @@ class Device:
         try:
             self.pinned.reserve(tensor.nbytes, kind)
         except MemoryBudgetError as refusal:
-            self._refuse(str(refusal), kind)
+            self._refuse(str(refusal), kind, tensor)
             return
         if not self.driver.pin(tensor):
             self.pinned.release(kind, tensor.nbytes)
-            self._refuse(f"the system refused to page-lock {format_bytes(tensor.nbytes)} for {kind}", kind)
+            self._refuse(f"the system refused to page-lock {format_bytes(tensor.nbytes)} for {kind}", kind, tensor)
 
-    def _refuse(self, reason: str, kind: str) -> None:
+    def _refuse(self, reason: str, kind: str, tensor: torch.Tensor) -> None:
+        self._refused.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes))
         if not self.refused_pins:
             message = (
                 f"{reason}; what is not page-locked is copied to and from the GPU through a small page-locked buffer, "

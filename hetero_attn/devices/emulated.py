@@ -94,5 +94,8 @@ class EmulatedDriver:
         """Kernels run where they are called."""
         return nullcontext()
 
+    def clear(self) -> None:
+        """The reference operations keep nothing."""
+
     def close(self) -> None:
         """Memory goes with its tensors."""

@@ -17,7 +17,7 @@ from hetero_attn.devices.machine import (
     device_index,
     temporary_bytes,
 )
-from hetero_attn.engine.engine import Engine
+from hetero_attn.engine.engine import Engine, make_buffers
 from hetero_attn.engine.forked import torch_without_lost_threads
 from hetero_attn.engine.host_memory import WAY_OUT, memory_named, why_too_large
 from hetero_attn.engine.warm_up import warm_up
@@ -69,10 +69,10 @@ def assemble(
                 warnings.warn(f"{planned.path}: {warning}", stacklevel=3)
             formats = planned.weight_formats
             warm_up(lanes.host_ops, planned.config, formats.names, planned.plan.workload.kv_dtype)
+            buffers = make_buffers(planned.config, planned.plan, lanes)
             weights = Loader(checkpoint, planned.config, planned.plan, formats, lanes, progress).load()
-            return Engine(
-                planned.config, planned.plan, weights, lanes, KVCache(planned.plan, lanes.device, prefix_cache), overlap
-            )
+            cache = KVCache(planned.plan, lanes.device, prefix_cache)
+            return Engine(planned.config, planned.plan, weights, lanes, cache, buffers, overlap)
     except BaseException:
         lanes.close()
         raise

@@ -8,6 +8,7 @@ that grows with the sequence: buffers and pages exist since the engine was made.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -45,6 +46,7 @@ class Engine:
         weights: ModelWeights,
         lanes: Lanes,
         kv_cache: KVCache,
+        buffers: "Buffers",
         replay: bool = True,
     ) -> None:
         self.config = config
@@ -55,12 +57,10 @@ class Engine:
         self.weights = weights
         self._fault: str | None = None
         self._is_running = False
+        self._passes_caller: dict[int, bool] = {}
         self._watch: Callable[[int, torch.Tensor], None] | None = None
-        self._rows = max(plan.prefill_chunk, plan.max_batch)
-        self._work = make_workspace(config, self._rows, lanes)
-        logits_rows = max(LOGITS_ROWS, plan.max_batch)
+        self._rows, self._work, self._logits = buffers
         self.replay = self._make_replay() if replay else None
-        self._logits = _buffer(lanes, logits_rows, weights.head.spec.out_features, "resident")
 
     def _make_replay(self) -> DecodeReplay | GraphReplay | None:
         if self.lanes.device is None:
@@ -217,6 +217,7 @@ class Engine:
         self._forget_captured()
 
     def _forget_captured(self) -> None:
+        self._passes_caller.clear()
         if isinstance(self.replay, GraphReplay):
             self.replay.forget()
 
@@ -261,12 +262,22 @@ class Engine:
                         lanes.pages.announce(older_blocks(self.kv_cache, step, lanes.pages.block_pages))
                     self._announce(weights.linears[:-1], step.tier)
                     self._layers(step)
-                elif self.replay is not None and lanes.can_replay and self._watch is None:
+                elif self._can_replay(step.tier):
                     self.replay.run(step)
                 else:
                     self._decode(step)
             if not step.is_prefill:
                 self._finish()
+
+    def _can_replay(self, tier: int) -> bool:
+        """Whether a step of this tier may be recorded; weights that could not be page-locked matter where they stream."""
+        if self.replay is None or not self.lanes.can_replay or self._watch is not None:
+            return False
+        if tier not in self._passes_caller:
+            ring = self.lanes.ring
+            pieces = (piece for linear in self.weights.linears for piece in linear.pieces(tier))
+            self._passes_caller[tier] = ring is not None and any(map(ring.passes_caller, pieces))
+        return not self._passes_caller[tier]
 
     def _announce(self, linears: Sequence[LinearWeights], tier: int) -> None:
         if self.lanes.ring is not None:
@@ -333,6 +344,21 @@ class Engine:
 
     def _logits_view(self, rows: int) -> torch.Tensor:
         return self._logits.host[:rows, : self.config.vocab_size]
+
+
+class Buffers(NamedTuple):
+    """What an engine's steps write: activations of at most `rows` rows, and logits."""
+
+    rows: int
+    work: Workspace
+    logits: Activation
+
+
+def make_buffers(config: ModelConfig, plan: Plan, lanes: Lanes) -> Buffers:
+    """Allocate them; before the weights, so that where the system page-locks only so much, it locks these."""
+    rows, head = max(plan.prefill_chunk, plan.max_batch), model_spec(config).head
+    logits = _buffer(lanes, max(LOGITS_ROWS, plan.max_batch), head.out_features, "resident")
+    return Buffers(rows, make_workspace(config, rows, lanes), logits)
 
 
 def make_workspace(config: ModelConfig, rows: int, lanes: Lanes) -> Workspace:

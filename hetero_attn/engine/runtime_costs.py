@@ -21,6 +21,7 @@ from cpu_kernels import CpuKernels
 from hetero_attn.devices import Device
 from hetero_attn.engine.build import assemble, build_engine, connect
 from hetero_attn.engine.engine import Engine
+from hetero_attn.engine.greatest import greatest
 from hetero_attn.lanes.host_worker import HostWorker
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.planning.settle import PAGE_TOKENS, prepare
@@ -136,16 +137,16 @@ def lanes_over(plan: Plan, driver: Any) -> Lanes:
 
 
 def _decode(engine: Engine, sequence: object) -> None:
-    engine.decode_step([sequence], [1])[0].argmax().item()
+    greatest(engine.decode_step([sequence], [1])[0])
 
 
 def _prefill(engine: Engine, sequence: object) -> None:
-    engine.prefill(sequence, [1] * PROMPT).argmax().item()
+    greatest(engine.prefill(sequence, [1] * PROMPT))
 
 
 def _long_prefill(engine: Engine, sequence: object) -> None:
     """As many rows as take the GPU's path for many; its sequence begins anew, for the toy's context is short."""
-    engine.prefill(sequence, [1] * LONG_PROMPT).argmax().item()
+    greatest(engine.prefill(sequence, [1] * LONG_PROMPT))
     assert engine.kv_cache.rewind(sequence, 0)
 
 

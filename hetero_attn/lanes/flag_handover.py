@@ -88,7 +88,8 @@ class FlagHandover:
         self._host_ops = host_ops
         self._watchdog_s = watchdog_s
         self.worked_s = self.parked_s = 0.0
-        self._unused: list[torch.Tensor] = []
+        # Made now: what a capture needs is page-locked before weights, which may leave nothing to lock.
+        self._unused = [self._new_flags(JOBS_AT_LEAST)] if captures else []
         self._counter = self._new_flags(1)[0, 0, :1]
         self._requests = self._new_flags(REQUESTS)[:, 0, :1]
         self._given = self._ordered = 0

@@ -103,8 +103,8 @@ class Lanes:
 
     @property
     def can_replay(self) -> bool:
-        """Whether a recorded decode step can be run again."""
-        if self._tracing or self._copies_at_once or (self.ring is not None and self.ring.passes_caller):
+        """Whether a recorded decode step can be run again, if it streams nothing that passes the calling thread."""
+        if self._tracing or self._copies_at_once:
             return False
         return self.device is None or self.handover.captures
 
@@ -309,6 +309,7 @@ class Lanes:
         if self.device is not None:
             for stream in (self.device.copies, self.device.compute):
                 self.device.synchronize(self.device.record(stream))
+            self.device.clear()
         self._inputs = None
         for ahead in self._ahead:
             ahead.reset()

@@ -25,10 +25,9 @@ class StagingRing(CopyAhead[torch.Tensor, torch.Tensor]):
             self.close()
             raise
 
-    @property
-    def passes_caller(self) -> bool:
-        """Whether the calling thread fills a buffer for every piece, which a captured step cannot do again."""
-        return "weights" in self.device.refused_kinds
+    def passes_caller(self, piece: torch.Tensor) -> bool:
+        """Whether the calling thread fills a buffer for this piece, which a captured step cannot do again."""
+        return self.device.is_refused(piece)
 
     def close(self) -> None:
         """Return the slots' memory; nothing queued may still use them."""
@@ -40,7 +39,7 @@ class StagingRing(CopyAhead[torch.Tensor, torch.Tensor]):
 
     def _copy(self, slot: int, piece: torch.Tensor) -> torch.Tensor:
         view = self._slots[slot][: piece.numel()].view(piece.shape)
-        if self.passes_caller:
+        if self.passes_caller(piece):
             piece = self._bounced(slot, piece)
         self.device.copy(view, piece, self.device.copies)
         self.copied_bytes += piece.numel()

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from hetero_attn.engine.greatest import greatest
 from hetero_attn.errors import NonFiniteLogitsError, SamplingError
 from hetero_attn.serving.sampling_params import SamplingParams
 
@@ -97,12 +98,12 @@ class Sampler:
             SamplingError: `min_tokens` masks all that the model allows, or a penalty takes a logit beyond float32.
         """
         assert logits.shape == (self._vocab_size,), f"logits {tuple(logits.shape)}, vocabulary of {self._vocab_size}"
-        best = int(logits.argmax())
-        # argmax takes a NaN for the largest value, so the value that it points to tells of any NaN.
+        best = greatest(logits)
+        # A NaN counts as the largest value, so the value that it points to tells of any NaN.
         self._check_finite(float(logits[best]), len(generated_ids))
         adjusted = self._adjust(logits, prompt_ids, generated_ids)
         if adjusted is not logits:
-            best = int(adjusted.argmax())
+            best = greatest(adjusted)
             self._check_allowed(float(adjusted[best]), len(generated_ids))
         token_id = best if self.params.greedy else self._draw(adjusted)
         if self.params.logprobs is None:

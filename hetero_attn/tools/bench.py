@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hetero_attn.engine.engine import Engine
+from hetero_attn.engine.greatest import greatest
 from hetero_attn.llm import LLM
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.tools.terms import Term, compare_terms, term_lines
@@ -179,7 +180,7 @@ class _Bench:
         token_id = self._token_ids[0]
         with self._engine.lanes.torch_at_rest():
             for _ in range(tokens):
-                token_id = int(self._engine.decode_step([self._sequence], [token_id], copy=False)[0].argmax())
+                token_id = greatest(self._engine.decode_step([self._sequence], [token_id], copy=False)[0])
 
     def row(self, name: str, tokens: int, work: Callable[[int], None], repetitions: int, phase: str) -> BenchRow:
         """Time `work(tokens)` and put prediction and ceiling beside it."""

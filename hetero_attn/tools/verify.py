@@ -25,7 +25,7 @@ from cpu_kernels.formats.pages import is_quantised, token_bytes
 from gpu_kernels import reference
 from hetero_attn.cache.cache import KVCache
 from hetero_attn.engine.build import build_engine
-from hetero_attn.engine.engine import Engine
+from hetero_attn.engine.engine import Engine, make_buffers
 from hetero_attn.errors import PromptError
 from hetero_attn.llm import LLM, Prompt
 from hetero_attn.planning.settle import PlannedModel
@@ -238,9 +238,11 @@ def _reference_engine(planned: PlannedModel, plan: Plan) -> Iterator[Engine]:
 def _yardstick(engine: Engine, run: Run) -> tuple[Distance, tuple[float, ...]]:
     """How far the reference is from exact arithmetic over its own weights: at the end, and stage by stage."""
     plan = _with_kv_dtype(engine.plan, "fp32")
-    twin = Engine(engine.config, plan, engine.weights, engine.lanes, KVCache(plan, engine.lanes.device, False), False)
+    lanes = engine.lanes
+    cache, buffers = KVCache(plan, lanes.device, False), make_buffers(engine.config, plan, lanes)
+    twin = Engine(engine.config, plan, engine.weights, lanes, cache, buffers, False)
     exact = torch.float64 if plan.workload.weight_dtype == "fp32" else torch.float32
-    with engine.lanes.computing_by(UnroundedOps(exact)):
+    with lanes.computing_by(UnroundedOps(exact)):
         # Without rounding a token's numbers are the same by prefill and by decode, and prefill is many times faster.
         logits = forced(twin, run.token_ids, 0)
         return distance(run.logits, logits), stage_errors(twin, replace(run, decoded=0))

@@ -346,7 +346,7 @@ def test_ordinary_memory_of_one_kind_changes_no_answer(long_run, long_plan, monk
 
     def pin_others(self: Device, tensor: torch.Tensor, kind: str) -> None:
         if kind in kinds:
-            self._refuse(f"the system refused to page-lock {kind}", kind)
+            self._refuse(f"the system refused to page-lock {kind}", kind, tensor)
         else:
             pin(self, tensor, kind)
 
@@ -354,9 +354,58 @@ def test_ordinary_memory_of_one_kind_changes_no_answer(long_run, long_plan, monk
     with fake_engine(long_run.path, long_plan, handover=handover) as engine:
         actual = run_logits(engine, long_run.token_ids, long_run.prompt_tokens)
         assert engine.lanes.device.refused_kinds == set(kinds) and engine.lanes.handover.name == handover
-        assert engine.lanes.can_replay == (handover == "graph" and kinds == ("kv",))
+        assert engine._can_replay(0) == (handover == "graph" and kinds == ("kv",))
 
     assert nmse(actual, long_run.logits) <= 1e-11
+
+
+@pytest.mark.filterwarnings("ignore:the system refused")
+def test_weights_that_only_prompts_stream_may_be_refused_without_giving_up_captured_steps(long_run, monkeypatch):
+    """One refused weight once turned every captured step off, whether or not the step streamed it."""
+    workload = toy_workload(long_run.path, page_size=4, prefill_chunk=8, max_batch=1)
+    plan = uniform_plan(workload, gpu=0.3, stream=0.4, gpu_groups=1)
+    linears = [replace(linear, stream_units=(0, *linear.stream_units[1:])) for linear in plan.linears]
+    pin = Device._pin
+
+    def pin_others(self: Device, tensor: torch.Tensor, kind: str) -> None:
+        if kind == "weights":
+            self._refuse("the system refused to page-lock weights", kind, tensor)
+        else:
+            pin(self, tensor, kind)
+
+    monkeypatch.setattr(Device, "_pin", pin_others)
+    with fake_engine(long_run.path, emulated_plan(workload, linears, plan.kv), handover="graph") as engine:
+        actual = run_logits(engine, long_run.token_ids, long_run.prompt_tokens)
+        assert engine.replay._captured and [engine._can_replay(tier) for tier in (0, 2)] == [True, False]
+
+    assert nmse(actual, long_run.logits) <= 1e-11
+
+
+def test_what_hands_over_is_page_locked_before_weights(long_run, long_plan, monkeypatch):
+    """Under a small limit of the system weights are refused, not the flags and activations that every step needs."""
+    kinds, pin = [], Device._pin
+
+    def noted(self: Device, tensor: torch.Tensor, kind: str) -> None:
+        kinds.append(kind)
+        pin(self, tensor, kind)
+
+    monkeypatch.setattr(Device, "_pin", noted)
+    with fake_engine(long_run.path, long_plan, handover="graph") as engine:
+        run_logits(engine, long_run.token_ids, long_run.prompt_tokens)
+    first = kinds.index("weights")
+
+    assert {"flags", "tables", "activations", "resident"} == set(kinds[:first]) - {"loading"}
+    assert not {"flags", "tables", "activations", "resident"} & set(kinds[first:])
+
+
+def test_a_step_that_is_given_up_leaves_no_counter_behind(run, plan):
+    with fake_engine(run.path, plan, handover="flags") as engine:
+        library, sequence = engine.lanes.device.driver._library._library, engine.kv_cache.open()
+        library.copies_before_failure = 3
+        with pytest.raises(CudaError):
+            engine.prefill(sequence, run.token_ids[:8])
+
+        assert engine.lanes.device.driver.ops.cleared == 1
 
 
 def test_host_memory_is_aligned_and_alone_on_its_pages():

@@ -381,6 +381,10 @@ class QueuedOps:
         name = "pull" if self._in_gpu_memory(target) else "push"
         self._cuda.current.add(lambda: reference.copy_rows(target, source), name)
 
+    def clear(self) -> None:
+        """What the operations keep is counted from zero again."""
+        self.cleared = getattr(self, "cleared", 0) + 1
+
     def rounded(self, x: torch.Tensor, weight_dtype: str) -> torch.Tensor:
         """As the reference: x itself."""
         return x

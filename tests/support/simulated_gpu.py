@@ -239,6 +239,9 @@ class SimulatedDriver:
         with TorchCalls(self, stream):
             yield
 
+    def clear(self) -> None:
+        """The reference operations keep nothing."""
+
     def close(self) -> None:
         """Run what is still queued: work that nobody waited for may race too."""
         for stream in self.streams:
