@@ -16,6 +16,7 @@ from placement.solve.make_plan import BudgetError, make_plan, plan_with_alternat
 from placement.solve.search import Candidate
 
 GIB = 2**30
+BASELINE_CHUNK = 512  # rows that llama.cpp computes at a time
 SHAPE_WORDS = {"column": "shape column: four hand-overs a layer", "paired": "shape paired: two hand-overs a layer"}
 COMPARED_POLICIES = ("gpu_only", "stream_only", "host_attention", "cpu_only")
 
@@ -169,8 +170,8 @@ def _alternatives(
 ) -> Iterator[Estimate]:
     machine = hardware if hardware.cores == plan.num_threads else hardware.with_threads(plan.num_threads)
     for candidate in _nearest(found):
-        workload = candidate.problem.workload
-        predicted = predict_plan(replace(plan, workload=workload, linears=candidate.linears, kv=candidate.kv), machine)
+        other = replace(plan, workload=candidate.problem.workload, linears=candidate.linears, kv=candidate.kv)
+        predicted = predict_plan(other, machine)
         yield Estimate(candidate.label, predicted.decode.tokens_per_s, predicted.prefill.tokens_per_s)
     yield _whole_layers(plan, machine)
     yield from _other_shape(workload, hardware, policy, plan)
@@ -180,23 +181,29 @@ def _alternatives(
 
 
 def _nearest(found: list[Candidate]) -> list[Candidate]:
-    """Of the candidates that lost, the fastest of each shape, concentrated and spread."""
-    by_shape = {candidate.concentrated: candidate for candidate in reversed(found[1:])}
+    """Of the candidates that lost and that no policy or baseline is, the fastest of each shape, concentrated and spread."""
+    searched = [candidate for candidate in found[1:] if candidate.layout is not None]
+    by_shape = {candidate.concentrated: candidate for candidate in reversed(searched)}
     return sorted(by_shape.values(), key=lambda candidate: candidate.seconds)
 
 
 def _whole_layers(plan: Plan, hardware: HardwareProfile) -> Estimate:
+    """Whole layers on the GPU as llama.cpp has them: the rest computes on the CPU, except that of a prompt's rows the GPU
+    multiplies all, once the weights have been copied from pageable memory, 512 rows at a time and nothing side by side."""
     fixed = sum(plan.memory.gpu[kind] for kind in ("activations", "resident", "context"))
     layers = largest_layer_split(plan.workload, plan.gpu_memory_bytes - fixed)
-    linears, kv = layer_split(plan.workload, layers)
-    predicted = plan.predicted
+    workload, decode, prefill = plan.workload, plan.predicted.decode, plan.predicted.prefill
+    copies = hardware.h2d_pageable_bytes_per_s or hardware.h2d_bytes_per_s / 2
+    one_by_one = replace(hardware, h2d_bytes_per_s=copies, prompt_overlap=1e-9)
 
-    def speed(cost: PhaseCost) -> float:
-        return predict(
-            plan.workload, linears, kv, hardware, phase=cost.phase, rows=cost.rows, context=cost.context, on_gpu=True
-        ).tokens_per_s
+    def speed(cost: PhaseCost, machine: HardwareProfile, streams_prompts: bool) -> float:
+        linears, kv = layer_split(workload, layers, streams_prompts=streams_prompts)
+        shape = replace(workload, prefill_chunk=min(workload.prefill_chunk, BASELINE_CHUNK))
+        arguments = {"phase": cost.phase, "rows": cost.rows, "context": cost.context, "on_gpu": True}
+        return predict(shape, linears, kv, machine, **arguments).tokens_per_s
 
-    return Estimate(f"{layers} whole layers on the GPU, rest CPU", speed(predicted.decode), speed(predicted.prefill))
+    label = f"{layers} whole layers on the GPU, rest CPU"
+    return Estimate(label, speed(decode, hardware, False), speed(prefill, one_by_one, True))
 
 
 def _other_shape(workload: Workload, hardware: HardwareProfile, policy: Policy, plan: Plan) -> Iterator[Estimate]:

@@ -1,22 +1,29 @@
 """Placements that other systems use, in our terms: plans and published numbers compared under one model."""
 
 from placement.plan.memory import KvPlacement, LinearPlacement
-from placement.plan.workload import NUM_ROW_TIERS, Workload
+from placement.plan.workload import NUM_ROW_TIERS, LinearShard, Workload, row_tier
 
 NO_STREAM = (0,) * NUM_ROW_TIERS
+MANY_ROWS_TIER = row_tier(17)
 
 
 def layer_split(
-    workload: Workload, gpu_layers: int, head_on_gpu: bool = False
+    workload: Workload, gpu_layers: int, head_on_gpu: bool = False, streams_prompts: bool = False
 ) -> tuple[tuple[LinearPlacement, ...], tuple[KvPlacement, ...]]:
-    """Whole layers: the first `gpu_layers` and their KV cache on the GPU, the others on the CPU, nothing streamed."""
+    """Whole layers: the first `gpu_layers` and their KV cache on the GPU, the others on the CPU, nothing streamed; with
+    `streams_prompts` the weights of the others are copied to the GPU for calls of more than 16 rows."""
 
     def on_gpu(layer: int | None) -> bool:
         return head_on_gpu if layer is None else layer < gpu_layers
 
-    linears = tuple(
-        LinearPlacement(s.name, s.units if on_gpu(s.layer) else 0, NO_STREAM, s.units) for s in workload.linears
-    )
+    def placed(shard: LinearShard) -> LinearPlacement:
+        if on_gpu(shard.layer):
+            return LinearPlacement(shard.name, shard.units, NO_STREAM, shard.units)
+        streams = streams_prompts and shard.layer is not None
+        tiers = tuple(shard.units if streams and tier >= MANY_ROWS_TIER else 0 for tier in range(NUM_ROW_TIERS))
+        return LinearPlacement(shard.name, 0, tiers, shard.units)
+
+    linears = tuple(map(placed, workload.linears))
     kv = tuple(
         KvPlacement(s.name, s.groups, workload.layer_tokens(s), s.groups)
         if on_gpu(s.layer)

@@ -10,6 +10,12 @@ bound the whole pass and not single steps; CPU kernels and copies drain the same
              T_pcie(layers) + max(cpu_head, gpu_head),    nothing streamed is left to hide the head behind
              T_dram = (streamed + computed-in-place bytes + KV read by the CPU) / B_dram )
 
+That is the least: lanes that could run side by side do so in part, as machines have shown. What is expected is
+
+    overlap * T + (1 - overlap) * (cpu + gpu + T_pcie + handovers)
+
+with the profile's overlap for decode and for prompts; work on one lane alone has nothing to lose.
+
 A `paired` layer cuts o and down by rows of the weight, to follow the heads and neurons of qkv and gate_up: a block is then
 one step of max(cpu, gpu) with one hand-over, rows in and the partial sum back, two hand-overs a layer instead of four.
 
@@ -42,9 +48,11 @@ from placement.plan.workload import KvShard, LinearShard, Workload, row_tier
 
 
 class PassCost(NamedTuple):
-    """Seconds of one pass, the seconds that each resource needs by itself, and those of each kind of work."""
+    """Seconds of one pass: those expected, and those if all that could run side by side did; the seconds that each resource
+    needs by itself, and those of each kind of work."""
 
     seconds: float
+    overlapped_s: float
     lanes: dict[str, float]
     terms: dict[str, float]
 
@@ -87,10 +95,13 @@ def pass_cost(
     lanes, terms = ({name: fsum(parts) for name, parts in sums.items()} for sums in (tally.lanes, tally.terms))
     if lanes["cpu"]:
         lanes["cpu"] += (1 - hardware.cpu_slowdown_while_copying) * lanes["pcie"]
-    work = max(*lanes.values(), fsum(tally.before_head_s) + tally.head_s)
+    overlapped = max(*lanes.values(), fsum(tally.before_head_s) + tally.head_s)
+    one_by_one = lanes["cpu"] + lanes["gpu"] + lanes["pcie"] + terms["handovers"]
+    lost = 1 - hardware.overlap_of(call.q_len) if on_gpu else 0.0
+    work = overlapped + lost * max(0.0, one_by_one - overlapped)
     not_hidden = max(0.0, queueing_s(workload, linears, call, hardware, on_gpu) - work)
     terms["step"] += not_hidden
-    return PassCost(work + not_hidden + step, lanes, terms)
+    return PassCost(work + not_hidden + step, overlapped + not_hidden + step, lanes, terms)
 
 
 class _Tally:
@@ -224,15 +235,17 @@ def predict(
     hardware = hardware.for_working_set(working_set_bytes(workload, context))
     if phase == "decode":
         cost = pass_cost(workload, linears, kv, hardware, Call(rows, 1, context), on_gpu)
-        return PhaseCost(phase, rows, context, cost.seconds, tuple(cost.lanes.items()), tuple(cost.terms.items()))
+        lanes, terms = tuple(cost.lanes.items()), tuple(cost.terms.items())
+        return PhaseCost(phase, rows, context, cost.seconds, lanes, terms, cost.overlapped_s)
     if phase != "prefill":
         raise ValueError(f"phase must be decode or prefill, got {phase!r}")
-    total, lanes, terms = 0.0, Counter[str](dict.fromkeys(RESOURCES, 0.0)), Counter[str](dict.fromkeys(TERMS, 0.0))
+    total, overlapped, lanes, terms = 0.0, 0.0, Counter[str](dict.fromkeys(RESOURCES, 0.0)), Counter[str](dict.fromkeys(TERMS, 0.0))
     for start in range(0, rows, workload.prefill_chunk):
         q_len = min(workload.prefill_chunk, rows - start)
         last = start + q_len == rows
         cost = pass_cost(workload, linears, kv, hardware, Call(1, q_len, context + start), on_gpu, with_head=last)
         total += cost.seconds
+        overlapped += cost.overlapped_s
         lanes.update(cost.lanes)
         terms.update(cost.terms)
-    return PhaseCost(phase, rows, context, total, tuple(lanes.items()), tuple(terms.items()))
+    return PhaseCost(phase, rows, context, total, tuple(lanes.items()), tuple(terms.items()), overlapped)

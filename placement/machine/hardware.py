@@ -60,6 +60,8 @@ class HardwareProfile:
     layer_overhead_s: Python around a layer of a step that is not recorded; gpu_layer_overhead_s: Python queueing a layer
     of a prompt on a GPU, beside the GPU's own work;
     logits_s_per_token: choosing a token, per entry of the vocabulary.
+    overlap, prompt_overlap: share of what GPU, CPU and bus can do side by side that they do, in decode and in a prompt;
+    overlap_source: on which machine that was seen.
     gpu_context_bytes: GPU memory that the driver takes for itself. unified_memory: GPU and CPU share one DRAM.
     cpu_rows, gpu_rows: linears by token rows, ascending; they replace the two-rate estimate where there are any.
     cpu_attention: by cache dtype and head sharing, likewise. h2d_pageable_bytes_per_s, d2h_pageable_bytes_per_s, copies,
@@ -89,6 +91,9 @@ class HardwareProfile:
     cpu_call_s: float = 5e-6
     step_overhead_s: float = 0.0
     gpu_context_bytes: int = 0
+    overlap: float = 1.0
+    prompt_overlap: float = 1.0
+    overlap_source: str = ""
     unified_memory: bool = False
     cpu_cache_bytes: int = 0
     cpu_cached_bytes_per_s: DtypeRates = NO_RATES
@@ -128,6 +133,10 @@ class HardwareProfile:
     def has_gpu(self) -> bool:
         """Whether the profile describes a GPU lane."""
         return self.h2d_bytes_per_s > 0
+
+    def overlap_of(self, q_len: int) -> float:
+        """The overlap of lanes in a pass of so many rows a sequence."""
+        return self.overlap if q_len == 1 else self.prompt_overlap
 
     def with_threads(self, threads: int) -> "HardwareProfile":
         """The profile with another thread count.

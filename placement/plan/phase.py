@@ -41,6 +41,7 @@ class PhaseCost:
     phase: decode | prefill; rows: sequences of a decode step or tokens of a prompt; context: tokens cached before;
     seconds: of the step or of the whole prompt; lanes: seconds each resource needs when nothing waits. terms: seconds
     of each kind of work by itself (one of TERMS); lanes work side by side, so they sum to more than `seconds`.
+    overlapped_s: seconds if lanes overlapped in full, at most `seconds`; 0 is unknown.
     """
 
     phase: str
@@ -49,6 +50,12 @@ class PhaseCost:
     seconds: float
     lanes: tuple[tuple[str, float], ...]
     terms: tuple[tuple[str, float], ...] = ()
+    overlapped_s: float = 0.0
+
+    @property
+    def most_tokens_per_s(self) -> float:
+        """Rows per second if all that can run side by side did: the upper end of what is predicted."""
+        return self.rows / self.overlapped_s if self.overlapped_s > 0 else self.tokens_per_s
 
     @property
     def tokens_per_s(self) -> float:
@@ -89,6 +96,7 @@ class PhaseCost:
             "context": self.context,
             "seconds": self.seconds,
             "tokens_per_s": self.tokens_per_s,
+            "most_tokens_per_s": self.most_tokens_per_s,
             "binding": self.binding,
             "slack": self.slack,
             "lanes_s": dict(self.lanes),

@@ -83,13 +83,15 @@ def kv_line(plan: ShownPlan) -> str:
 
 
 def prediction_lines(predicted: Prediction) -> list[str]:
-    """Predicted tokens/s of both phases, each with its binding resource, and decode along the context."""
+    """Tokens/s of both phases, expected and, where lanes may overlap more than they have been seen to, at most; each with its
+    binding resource; and decode along the context."""
     lines = [f"predicted on {predicted.hardware} ({predicted.objective}):"]
     for cost in (predicted.decode, predicted.prefill):
         sequences = "1 sequence" if cost.rows == 1 else f"{cost.rows} sequences"
         what = sequences if cost.phase == "decode" else f"{cost.rows} tokens"
+        most = f", at most {cost.most_tokens_per_s:.1f}" if cost.most_tokens_per_s > 1.005 * cost.tokens_per_s else ""
         lines.append(
-            f"  {cost.phase:8s}{cost.tokens_per_s:10.1f} tokens/s  ({what} at context {cost.context}; "
+            f"  {cost.phase:8s}{cost.tokens_per_s:10.1f} tokens/s{most}  ({what} at context {cost.context}; "
             f"bound by {RESOURCE_WORDS[cost.binding]})"
         )
     if len(predicted.decode_by_context) > 1:

@@ -47,7 +47,9 @@ class PassTime:
     def __init__(self, unknowns: Unknowns, weighted: WeightedCall) -> None:
         self._unknowns, self._program, self._weighted = unknowns, unknowns.program, weighted
         self._hardware, self._scale = unknowns.hardware, unknowns.time_scale
-        self._time = self._program.variable(cost=weighted.weight)
+        self._lost = 1 - self._hardware.overlap_of(weighted.call.q_len)
+        self._time = self._program.variable(cost=(1 - self._lost) * weighted.weight)
+        self._after_another: Terms = {}
         self._steps, self._cpu, self._copies, self._dram, self._tail = ({self._time: -1.0} for _ in range(5))
         self._constant = self._scale * small_ops_s(unknowns.workload, weighted.call, self._hardware, True)
 
@@ -59,9 +61,23 @@ class PassTime:
         for variable, coefficient in self._copies.items():
             if variable != self._time and slowed:
                 add(self._cpu, variable, slowed * coefficient)
+        self._charge_lost_overlap()
         self._program.at_most(self._steps, -self._constant)
         for lane in (self._cpu, self._copies, self._dram, self._tail):
             self._program.at_most(lane, 0.0)
+
+    def _charge_lost_overlap(self) -> None:
+        """The share of the pass that is as long as everything one after another: see placement.cost.model."""
+        if not self._lost:
+            return
+        for lane in (self._cpu, self._copies):
+            for variable, seconds in lane.items():
+                if variable != self._time:
+                    add(self._after_another, variable, seconds)
+        share = self._lost * self._weighted.weight
+        for variable, seconds in self._after_another.items():
+            self._program.costs[variable] += share * seconds
+        self._program.variable(1, 1, cost=share * self._constant)
 
     def _class(self, c: int, cls: LayerClass) -> None:
         blocks = {BLOCKS[cls.linears[i].shard.kind]: _Step() for _, i in pairs(cls)}
@@ -91,7 +107,10 @@ class PassTime:
             add(self._steps, step, 1.0)
         else:
             block.join(part)
-        add(self._steps, layers, handover_s)
+        for parts in (self._steps, self._after_another):
+            add(parts, layers, handover_s)
+        for variable, seconds in part.gpu.items():
+            add(self._after_another, variable, seconds)
         add(self._cpu, on_cpu, cpu_s)
         copy = scale * shard.unit_bytes / self._hardware.h2d_bytes_per_s
         add(self._copies, streamed, copy)
@@ -118,6 +137,8 @@ class PassTime:
             add(self._steps, self._step(cls.count, part), 1.0)
         for variable, coefficient in part.cpu.items():
             add(self._cpu, variable, coefficient)
+        for variable, coefficient in part.gpu.items():
+            add(self._after_another, variable, coefficient)
 
     def _attention_over(self, c: int, cls: LayerClass, tokens: int) -> _Step:
         """Attention where a GPU-owned group keeps `tokens` slots in GPU memory."""
@@ -133,7 +154,9 @@ class PassTime:
         add(self._dram, groups, scale * cost.spilled_bytes_per_group / bandwidth)
         for lane in (self._copies, self._tail):
             add(lane, groups, scale * cost.streamed_bytes_per_group / self._hardware.h2d_bytes_per_s)
-        add(self._steps, self._attention_handovers(c, cls, owned, layers, spills), scale * cost.handover_s)
+        handovers = self._attention_handovers(c, cls, owned, layers, spills)
+        for parts in (self._steps, self._after_another):
+            add(parts, handovers, scale * cost.handover_s)
         self._constant += scale * cost.launch_s * cls.count
         busy = {owned: scale * cost.cpu_s_per_group, groups: scale * cost.spilled_s_per_group}
         whole = 0.0 if spills else scale * shard.groups * cost.gpu_s_per_group
@@ -157,7 +180,8 @@ class PassTime:
         add(self._dram, far, scale * total * away.spilled_bytes_per_group / self._hardware.dram_bytes_per_s)
         for lane in (self._copies, self._tail):
             add(lane, far, scale * total * away.streamed_bytes_per_group / self._hardware.h2d_bytes_per_s)
-        add(self._steps, layers, scale * near.handover_s)
+        for parts in (self._steps, self._after_another):
+            add(parts, layers, scale * near.handover_s)
         self._constant += scale * near.launch_s * cls.count
         gpu_s = scale * near.gpu_s_per_group
         gpu = {groups: gpu_s, far: scale * total * (away.gpu_s_per_group - near.gpu_s_per_group)}
