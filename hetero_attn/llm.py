@@ -1,10 +1,12 @@
 """The public API: load a model by a plan, generate, stream, chat, score."""
 
+import time
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,14 +19,16 @@ from hetero_attn.engine.replan import Replanner
 from hetero_attn.errors import ConfigError, PromptError, SamplingError
 from hetero_attn.planning.arguments import checked_arguments
 from hetero_attn.planning.settle import PAGE_TOKENS, PlannedModel, prepare
+from hetero_attn.serving.defaults import default_params
 from hetero_attn.serving.progress import PrefillBar, compile_note, loading_bar
-from hetero_attn.serving.prompts import as_prompt, as_prompts, as_token_ids
+from hetero_attn.serving.parameters import Params, for_each
+from hetero_attn.serving.prompts import are_conversations, as_prompt, as_prompts, as_token_ids
 from hetero_attn.serving.request import Request, RequestOutput
 from hetero_attn.serving.sampling import Sampler
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.serving.scheduler import Scheduler
 from hetero_attn.serving.stream import Stream
-from hetero_attn.serving.tokenizer import Tokenizer, has_tokenizer
+from hetero_attn.serving.tokenizer import Tokenizer, open_beside
 from hetero_attn.serving.turns import Turns
 from placement import HardwareProfile, Plan, Policy
 from placement.plan.units import parse_bytes
@@ -99,6 +103,7 @@ class LLM:
             kv_dtype,
             file,
         )
+        self._opening = open_beside(planned.path)
         with loading_bar(planned.plan, progress) as bar:
             on_compile = compile_note if progress else None
             self.engine = build_engine(planned, overlap, bar.update, on_compile, prefix_cache, handover)
@@ -123,18 +128,28 @@ class LLM:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The model's tokenizer, None for a model without one; opened when first used, because that takes a second."""
-        if not has_tokenizer(self.planned.path):
-            return None
-        return Tokenizer.open(self.planned.path, self.planned.config.vocab_size)
+        """The model's tokenizer, None for a model without one; it is opened while the weights load."""
+        opened = self._opening.result()
+        if opened is not None:
+            opened.compare_vocab(self.planned.config.vocab_size)
+        return opened
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[RequestOutput]:
+    def default_params(self, **given: Any) -> SamplingParams:
+        """The parameters of a request that brings none: as generation_config.json suggests, with `given` over it.
+
+        Without a suggestion temperature is 0.7 and top_p 0.95. Raises SamplingError for a given value out of range.
+        """
+        return default_params(self.planned.path, **given)
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> list[RequestOutput]:
         """Complete every prompt; results come in the order of the prompts.
 
-        prompts: one prompt or several, each a string or a list of token ids. params: None is `SamplingParams()`.
-        Raises PromptError before anything is computed. Prompts that begin alike compute what they share once.
+        prompts: one prompt or several, each a string or a list of token ids. params: one for all, or a list of one for
+        each; None is `default_params()`. Raises PromptError before anything is computed. Prompts that begin alike compute
+        what they share once.
         """
-        requests = [self._request(prompt, params) for prompt in as_prompts(prompts)]
+        prompts = as_prompts(prompts)
+        requests = [self._request(*pair) for pair in zip(prompts, for_each(params, len(prompts)), strict=True)]
         self._run(requests)
         return [request.output() for request in requests]
 
@@ -150,17 +165,21 @@ class LLM:
 
     def chat(
         self,
-        messages: Messages,
-        params: SamplingParams | None = None,
+        messages: Messages | Sequence[Messages],
+        params: Params = None,
         *,
         template_variables: Mapping[str, object] | None = None,
-    ) -> RequestOutput:
+    ) -> RequestOutput | list[RequestOutput]:
         """Answer a conversation, a list of {"role", "content"}, through the model's chat template.
 
-        content: text, or a list of {"type": "text", "text"} parts, which are joined. template_variables: what the template
-        knows beside the messages, such as {"enable_thinking": False}, tools or documents.
+        content: text, or a list of {"type": "text", "text"} parts, which are joined. Several conversations, a list of such
+        lists, give a list of answers. params: as for `generate`. template_variables: what the template knows beside the
+        messages, such as {"enable_thinking": False}, tools or documents.
         """
-        return self.generate([self._require_tokenizer().encode_chat(messages, True, template_variables)], params)[0]
+        tokenizer = self._require_tokenizer()
+        if not are_conversations(messages):
+            return self.generate([tokenizer.encode_chat(messages, True, template_variables)], params)[0]
+        return self.generate([tokenizer.encode_chat(each, True, template_variables) for each in messages], params)
 
     def stream_chat(
         self,
@@ -169,7 +188,7 @@ class LLM:
         *,
         template_variables: Mapping[str, object] | None = None,
     ) -> Stream:
-        """As `chat`, yielding pieces like `stream`."""
+        """As `chat` of one conversation, yielding pieces like `stream`."""
         return self.stream(self._require_tokenizer().encode_chat(messages, True, template_variables), params)
 
     def add(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
@@ -197,12 +216,15 @@ class LLM:
         """
         self._turns.abort(request)
 
-    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+    def logits(self, token_ids: Prompt) -> torch.Tensor:
         """Logits after each of `token_ids`, float32 [len(token_ids), vocab_size], through the very same plan.
 
-        Waits for its place in the queue like any prompt; the steps that it takes are everybody's.
+        token_ids: or a string, which stands for its tokens. Waits for its place in the queue like any prompt; the steps that
+        it takes are everybody's.
         """
         self._turns.check()
+        if isinstance(token_ids, str):
+            token_ids = self._require_tokenizer().encode(token_ids)
         request = self._scoring(self._check_ids(token_ids, reserve=0))
         self._run([request])
         request.output()
@@ -242,6 +264,10 @@ class LLM:
         """
         self._turns.close()
 
+    def __repr__(self) -> str:
+        plan = self.plan
+        return f"LLM({plan.model!r}, {plan.workload.weight_dtype} on {plan.device}, context {plan.max_context})"
+
     def __enter__(self) -> "LLM":
         return self
 
@@ -249,9 +275,10 @@ class LLM:
         self.close()
 
     def _request(self, prompt: Prompt, params: SamplingParams | None) -> Request:
-        params = SamplingParams() if params is None else params
+        asked_at = time.perf_counter()
+        params = self.default_params() if params is None else params
         if not isinstance(params, SamplingParams):
-            raise SamplingError(f"params is {params!r:.60}; it must be one SamplingParams, used for every prompt, or None")
+            raise SamplingError(f"params is {params!r:.60}; it must be one SamplingParams, or None")
         self._turns.check()
         config, prompt = self.engine.config, as_prompt(prompt)
         ids = self._require_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
@@ -268,6 +295,8 @@ class LLM:
             sampler=Sampler(params, self._end_token_ids(), config.vocab_size, seed),
             stream=None if tokenizer is None else tokenizer.stream(params.stop, params.skip_special_tokens),
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            asked_at=asked_at,
+            prefill_s=time.perf_counter() - asked_at,
         )
 
     def _scoring(self, token_ids: tuple[int, ...]) -> Request:

@@ -35,7 +35,7 @@ def show_version(wanted: bool) -> None:
 
 @app.callback()
 def common(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=show_version, is_eager=True)]
+    version: Annotated[bool, typer.Option("--version", "-V", help="Print the version.", callback=show_version, is_eager=True)]
     = False,
 ) -> None:
     """Run language models that do not fit in GPU memory, split over GPU, PCIe and CPU."""

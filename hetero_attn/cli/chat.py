@@ -2,77 +2,155 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import shutil
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hetero_attn.cli import options
-from hetero_attn.cli.output import print_stream, speed_line
+from hetero_attn.cli.talk.commands import HELP, command_of, parse_value, run_command
+from hetero_attn.cli.talk.conversation import Conversation
+from hetero_attn.cli.talk.line_editor import LineSource, line_source, read_message
+from hetero_attn.cli.option_words import in_option_words
+from hetero_attn.cli.output import speed_line
+from hetero_attn.cli.talk.word_wrap import WordWrap
+from hetero_attn.errors import EngineDeadError, HeteroError
 
 if TYPE_CHECKING:
-    from hetero_attn import LLM, SamplingParams
+    from hetero_attn import LLM
 
-HELP = "/exit leaves, /reset forgets the conversation, /help prints this; Ctrl-C ends an answer"
-PROMPT = "> "
+GREETING = "/help lists the commands; Ctrl-C ends an answer, Ctrl-D leaves"
 
 
 def chat(
     model: options.Model,
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
-    max_tokens: options.MaxTokens = 512,
-    temperature: options.Temperature = 0.7,
-    top_p: options.TopP = 0.95,
-    top_k: options.TopK = 0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
+    template_var: Annotated[
+        list[str] | None,
+        typer.Option(help="A variable of the chat template, such as enable_thinking=false; may be given several times."),
+    ] = None,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
     stop: options.Stop = None,
     seed: options.Seed = 0,
     policy: options.Policy = "auto",
     gpu_memory: options.GpuMemory = None,
+    gpu_layers: options.GpuLayers = None,
     dtype: options.Dtype = "auto",
     kv_dtype: options.KvDtype = "auto",
     device: options.Device = "auto",
     context: options.Context = None,
+    batch: options.Batch = None,
     threads: options.Threads = None,
 ) -> None:
-    """Talk with a model; Ctrl-C ends an answer, /exit ends the program."""
-    params = options.sampling_params(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop)
-    with options.load_llm(model, policy, gpu_memory, dtype, device, context, threads, seed, kv_dtype=kv_dtype) as llm:
-        typer.echo(HELP, err=True)
-        converse(llm, params, system)
+    """Talk with a model; Ctrl-C ends an answer, /exit ends the program, /help lists what else there is."""
+    wishes = options.sampling_wishes(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop)
+    variables = dict(map(template_variable, template_var or ()))
+    with options.load_llm(
+        model, policy, gpu_memory, dtype, device, context, threads, seed, kv_dtype=kv_dtype, batch=batch
+    ) as llm:
+        note(banner(llm))
+        talk = Conversation(llm, llm.default_params(**wishes), system, variables=variables)
+        converse(talk, line_source(note, tuple(HELP)))
 
 
-def converse(llm: LLM, params: SamplingParams, system: str | None) -> None:
-    """Read lines and print answers until /exit or the end of the input."""
-    opening = [{"role": "system", "content": system}] if system else []
-    messages = list(opening)
-    while (line := read_line()) is not None:
-        if line == "/exit":
+def converse(talk: Conversation, source: LineSource) -> None:
+    """Read messages and print answers until /exit or the end of the input.
+
+    What a person can mend is reported, and the conversation goes on; only an engine that is dead ends it.
+    """
+    while True:
+        try:
+            line = read_message(source)
+            if line and not take(talk, line):
+                return
+        except EOFError:
             return
-        if line == "/reset":
-            messages = list(opening)
-        elif line.startswith("/"):
-            typer.echo(HELP, err=True)
-        elif line:
-            messages = answer(llm, params, [*messages, {"role": "user", "content": line}])
+        except KeyboardInterrupt:
+            talk.forget_question()
+            note(GREETING)
+        except EngineDeadError:
+            raise
+        except (HeteroError, OSError) as error:
+            talk.forget_question()
+            note(f"error: {in_option_words(str(error))}")
 
 
-def read_line() -> str | None:
-    """One line from the person, stripped; empty after Ctrl-C, None at the end of the input."""
+def take(talk: Conversation, line: str) -> bool:
+    """Carry out a command or answer a message; False to leave."""
+    command = command_of(line)
+    if command == "/exit":
+        return False
+    if command == "/regen":
+        question = talk.last_question()
+        note("there is no question yet") if question is None else answer(talk, question)
+    elif command is not None:
+        run_command(command, line.partition(" ")[2].strip(), talk, note)
+    else:
+        answer(talk, line)
+    return True
+
+
+def answer(talk: Conversation, question: str) -> None:
+    """Stream the answer to a question; what was printed of it becomes part of the conversation."""
+    pieces, dropped = talk.ask(question)
+    if dropped:
+        note(f"the context is full: the {dropped} oldest messages were dropped (--context holds more)")
+    text, last = "", None
+    write = screen()
     try:
-        return input(PROMPT).strip()
+        with closing(pieces):
+            for last in pieces:
+                write.push(last.text)
+                text += last.text
     except KeyboardInterrupt:
-        typer.echo(f"\n{HELP}", err=True)
-        return ""
-    except EOFError:
-        return None
+        last = None
+    finally:
+        write.finish()
+        typer.echo()
+    talk.answered(text)
+    if last is None or last.finish_reason == "abort":
+        note("[interrupted]")
+        return
+    talk.last = last.metrics
+    if last.finish_reason == "length":
+        note(f"[cut after {last.metrics.generated_tokens} tokens: the limit of --max-tokens, or the end of the context]")
+    note(speed_line(last.metrics))
 
 
-def answer(llm: LLM, params: SamplingParams, messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Stream the answer to the last message; returns the conversation with it, as far as it got."""
-    text, last = print_stream(llm.stream_chat(messages, params))
-    if last is not None:
-        typer.echo(speed_line(last.metrics), err=True)
-    # A chat template may refuse two user messages in a row, so an answer that was cut before its first word takes its
-    # question along.
-    return [*messages, {"role": "assistant", "content": text}] if text else messages[:-1]
+def screen() -> WordWrap:
+    """Where an answer is written: wrapped at words in a terminal, as it is into anything else."""
+    width = shutil.get_terminal_size((80, 24)).columns if sys.stdout.isatty() else sys.maxsize
+    return WordWrap(lambda text: typer.echo(text, nl=False), width)
+
+
+def banner(llm: LLM) -> str:
+    """What answers: model, dtype, context, where it runs and how fast the plan expects it to be."""
+    plan = llm.plan
+    speed = "" if plan.predicted is None else f", about {plan.predicted.decode.tokens_per_s:.3g} tokens/s expected"
+    return (
+        f"{plan.model}: {plan.workload.weight_dtype} weights, {plan.workload.kv_dtype} cache, context {plan.max_context}, "
+        f"on {plan.device} with {plan.num_threads} CPU threads{speed}\n{GREETING}"
+    )
+
+
+def template_variable(text: str) -> tuple[str, Any]:
+    """Name and value of NAME=VALUE; raises typer.BadParameter."""
+    name, equals, value = text.partition("=")
+    if not name.isidentifier() or not equals:
+        raise typer.BadParameter(f"--template-var {text!r} is not of the form NAME=VALUE, such as enable_thinking=false")
+    return name, parse_value(value)
+
+
+def note(text: str) -> None:
+    """Say something beside the conversation, on stderr, dim in a terminal."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(text, style="dim"))

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from hetero_attn.cli.option_words import in_option_words
 from hetero_attn.errors import printable
 
 OUR_PACKAGES = ("hetero_attn", "placement", "cpu_kernels", "gpu_kernels")
@@ -60,5 +61,5 @@ class CleanErrors(TyperGroup):
             code = exit_code(error)
             if code is None:
                 raise
-            typer.echo(f"error: {printable(str(error))}", err=True)
+            typer.echo(f"error: {in_option_words(printable(str(error)))}", err=True)
             raise typer.Exit(code) from None

@@ -1,48 +1,72 @@
 """`hetero-attn generate`: one prompt in, text out as it is made, then the speed."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hetero_attn.cli import options
 from hetero_attn.cli.errors import INTERRUPTED
-from hetero_attn.cli.output import output_dict, print_json, print_stream, speed_line
+from hetero_attn.cli.output import output_dict, print_json, print_stream, read_text, speed_line
 
 
 def generate(
     model: options.Model,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; - reads it from stdin.")],
-    max_tokens: options.MaxTokens = 256,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; - reads it from stdin.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Take the prompt from a file; - is stdin.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a message: apply the model's chat template.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat, the system message before it.")] = None,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
     stop: options.Stop = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end token.")] = False,
     seed: options.Seed = 0,
     policy: options.Policy = "auto",
     gpu_memory: options.GpuMemory = None,
+    gpu_layers: options.GpuLayers = None,
     dtype: options.Dtype = "auto",
     kv_dtype: options.KvDtype = "auto",
     device: options.Device = "auto",
     context: options.Context = None,
+    batch: options.Batch = None,
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
-    """Continue a prompt, printing the text as it is made; the speed goes to stderr."""
-    text = sys.stdin.read() if prompt == "-" else prompt
-    params = options.sampling_params(
+    """Continue a prompt, or answer it (--chat), printing the text as it is made; the speed goes to stderr."""
+    text = prompt_text(prompt, file)
+    if system is not None and not chat:
+        raise typer.BadParameter("--system belongs to a chat template; add --chat")
+    wishes = options.sampling_wishes(
         max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, ignore_eos
     )
-    with options.load_llm(model, policy, gpu_memory, dtype, device, context, threads, seed, kv_dtype=kv_dtype) as llm:
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    messages = [*opening, {"role": "user", "content": text}]
+    with options.load_llm(
+        model, policy, gpu_memory, dtype, device, context, threads, seed, kv_dtype=kv_dtype, batch=batch
+    ) as llm:
+        params = llm.default_params(**wishes)
         if as_json:
-            output = llm.generate([text], params)[0]
+            output = llm.chat(messages, params) if chat else llm.generate([text], params)[0]
             print_json(output_dict(output))
         else:
-            _, output = print_stream(llm.stream(text, params))
+            _, output = print_stream(llm.stream_chat(messages, params) if chat else llm.stream(text, params))
             if output is not None:
                 typer.echo(speed_line(output.metrics), err=True)
     if output is None or output.finish_reason == "abort":
         raise typer.Exit(INTERRUPTED)
+
+
+def prompt_text(prompt: str | None, file: Path | None) -> str:
+    """The prompt from one of its two places; raises typer.BadParameter."""
+    if (prompt is None) == (file is None):
+        raise typer.BadParameter("give the prompt by --prompt TEXT or by --file FILE, one of the two")
+    if file is not None:
+        return read_text(file)
+    return sys.stdin.read() if prompt == "-" else prompt

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from hetero_attn import LLM, SamplingParams
+    from hetero_attn import LLM
 
 Model = Annotated[str, typer.Argument(help="Directory of a Hugging Face checkpoint, or a hub id.", show_default=False)]
 Policy = Annotated[str, typer.Option(help="auto, the name of a shipped policy, or a policy file.")]
@@ -18,15 +18,59 @@ KvDtype = Annotated[
     str, typer.Option(metavar="auto|bf16|fp32|q8|q4", help="Keys and values in memory; auto: bf16 or the model's fp32.")
 ]
 Device = Annotated[str, typer.Option(metavar="auto|cuda|cuda:N|cpu|emulated", help="emulated is no GPU: for tests.")]
-Context = Annotated[int | None, typer.Option(help="Most tokens of a sequence. Default: the model's own.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of the CPU lane. Default: one per physical core.")]
+Context = Annotated[
+    int | None,
+    typer.Option("--context", "-c", "--ctx-size", help="Most tokens of a sequence. Default: the model's own, at most 8192."),
+]
+Batch = Annotated[int | None, typer.Option("--batch", "-np", "--parallel", help="Sequences decoded together.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", help="Threads of the CPU lane. Default: one per physical core.")
+]
 Seed = Annotated[int, typer.Option(help="Makes sampling repeatable.")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
-Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
-TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")]
-TopK = Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")]
-MinP = Annotated[float, typer.Option(help="Keep tokens at least this likely beside the likeliest.")]
-RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 discourages tokens that were there before.")]
+
+
+def refuse_layers(layers: int | None) -> None:
+    """Say what stands in the place of llama.cpp's -ngl; raises typer.BadParameter where it was given."""
+    if layers is not None:
+        raise typer.BadParameter(
+            "there is no number of layers to offload: every layer is split over GPU and CPU, and a plan decides how. Give "
+            "the GPU memory that may be used, --gpu-memory 8GiB; for no layers --device cpu, for all --policy gpu_only"
+        )
+
+
+def checked_max_tokens(tokens: int | None) -> int | None:
+    """-1 as None, on to the end of the context; raises typer.BadParameter for other numbers below 1."""
+    if tokens is not None and tokens != -1 and tokens < 1:
+        raise typer.BadParameter(f"{tokens} is no number of tokens; give at least 1, or -1 to go on to the end of the context")
+    return None if tokens == -1 else tokens
+
+
+GpuLayers = Annotated[
+    int | None, typer.Option("-ngl", "--gpu-layers", "--n-gpu-layers", hidden=True, callback=refuse_layers)
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", "-n", help="Most tokens to generate; -1, the default: to the end of the context.",
+                 callback=checked_max_tokens, show_default=False),
+]
+# What is not given is as the model's generation_config.json suggests, else temperature 0.7 and top-p 0.95.
+_SUGGESTED = "Default: as the model suggests, else"
+Temperature = Annotated[
+    float | None, typer.Option(help=f"0 always takes the likeliest token. {_SUGGESTED} 0.7.", show_default=False)
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(help=f"Keep the likeliest tokens up to this probability. {_SUGGESTED} 0.95.", show_default=False),
+]
+TopK = Annotated[int | None, typer.Option(help=f"Keep this many tokens. {_SUGGESTED} 0, all.", show_default=False)]
+MinP = Annotated[
+    float | None,
+    typer.Option(help=f"Keep tokens at least this likely beside the likeliest. {_SUGGESTED} 0.", show_default=False),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(help=f"Above 1 discourages tokens that were there before. {_SUGGESTED} 1.", show_default=False),
+]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given several times.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
@@ -41,30 +85,34 @@ def load_llm(
     threads: int | None,
     seed: int = 0,
     kv_dtype: str = "auto",
+    batch: int | None = None,
 ) -> LLM:
-    """Load a model by the shared options; shows progress only to a person. Raises what `LLM` raises."""
+    """Load a model by the shared options; says on stderr what takes time. Raises what `LLM` raises."""
     from hetero_attn import LLM
 
     return LLM(
         model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, device=device, max_context=context, seed=seed,
-        num_threads=threads, kv_dtype=kv_dtype, progress=sys.stderr.isatty(),
+        num_threads=threads, kv_dtype=kv_dtype, max_batch=batch, progress=sys.stderr.isatty(),
     )
 
 
-def sampling_params(
+def sampling_wishes(
     max_tokens: int | None,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    min_p: float,
-    repetition_penalty: float,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
     stop: list[str] | None,
     ignore_eos: bool = False,
-) -> SamplingParams:
-    """Build `SamplingParams` from the shared options. Raises SamplingError for a value out of range."""
+) -> dict[str, Any]:
+    """The given ones of the shared options, for `LLM.default_params`. Raises SamplingError for a value out of range."""
     from hetero_attn import SamplingParams
 
-    return SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-        repetition_penalty=repetition_penalty, stop=stop or (), ignore_eos=ignore_eos,
-    )
+    wishes = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "stop": tuple(stop or ()) or None, "ignore_eos": ignore_eos or None,
+    }
+    given = {name: value for name, value in wishes.items() if value is not None}
+    SamplingParams(**given)  # before a model is loaded for them
+    return given

@@ -22,11 +22,13 @@ INTEGERS = {
     "kv_tokens": (1, 1 << 40),
     "seed": (0, 2**63 - 1),
 }
+# float16 becomes bfloat16, as it does for `auto`.
+TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "bf16", "torch.float32": "fp32"}
 FLAGS = ("elastic", "prefix_cache", "overlap", "progress")
 
 
 def checked_arguments(**values: Any) -> dict[str, Any]:
-    """The same arguments as plain values: integers as int, a torch.device as text.
+    """The same arguments as plain values: integers as int, a torch.device and torch.dtype as text.
 
     Raises ConfigError, or UnsupportedModelError for a name that is none of the known ones.
     """
@@ -44,6 +46,7 @@ def _checked(name: str, value: Any) -> Any:
         value = str(value) if type(value).__module__ == "torch" and type(value).__name__ == "device" else value
         _expect(isinstance(value, str), name, value, "a name such as 'cpu' or 'cuda:0'")
     elif name in ("dtype", "kv_dtype"):
+        value = TORCH_DTYPES.get(str(value), value)
         _expect(isinstance(value, str), name, value, "a name such as 'auto', 'bf16' or 'q4'")
     elif name == "handover":
         _expect(isinstance(value, str), name, value, "a name")

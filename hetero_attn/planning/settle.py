@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hetero_attn.checkpoints.hub import resolve_model
 from hetero_attn.checkpoints.sources import read_config, stored_formats
@@ -118,9 +119,11 @@ def prepare(
         max_context=max_context, max_batch=max_batch, num_threads=num_threads, page_size=page_size, elastic=elastic,
         kv_tokens=kv_tokens, kv_dtype=kv_dtype, file=file,
     )
-    gpu_memory, device, max_context, max_batch, num_threads, page_size, kv_tokens = (
+    gpu_memory, dtype, device, max_context, max_batch, num_threads, page_size, kv_tokens, kv_dtype = (
         given[name]
-        for name in ("gpu_memory", "device", "max_context", "max_batch", "num_threads", "page_size", "kv_tokens")
+        for name in (
+            "gpu_memory", "dtype", "device", "max_context", "max_batch", "num_threads", "page_size", "kv_tokens", "kv_dtype",
+        )
     )
     path = resolve_model(model, file)
     config = read_config(path)

@@ -69,6 +69,11 @@ def as_messages(messages: Any) -> list[dict[str, Any]]:
     return [_message(position, message) for position, message in enumerate(messages)]
 
 
+def are_conversations(messages: Any) -> bool:
+    """Whether these are several conversations, each a list of messages, and not the messages of one."""
+    return isinstance(messages, (list, tuple)) and bool(messages) and all(isinstance(m, (list, tuple)) for m in messages)
+
+
 def _message(position: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise PromptError(f"message {position} is {message!r:.60}; chat messages must be {{'role': ..., 'content': ...}}")

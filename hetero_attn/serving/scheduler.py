@@ -99,12 +99,12 @@ class Scheduler:
             logits = self._engine.prefill(request.sequence, chunk, logits=is_last)
         else:
             request.scores.append(self._engine.prefill_logits(request.sequence, chunk))
-        request.prefill_s += time.perf_counter() - started
         request.computed = stop
         if is_last and request.scores is None:
             request.choose(logits)
         elif is_last:
             request.end("length")
+        request.prefill_s += time.perf_counter() - started
         self._remember(request)
 
     def _reuse(self, request: Request) -> int:

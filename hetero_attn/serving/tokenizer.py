@@ -7,9 +7,11 @@ transformers' sandbox. transformers is imported when a tokenizer is opened, beca
 import importlib.util
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
@@ -18,8 +20,11 @@ from hetero_attn.checkpoints.sources import is_gguf
 from hetero_attn.errors import ConfigError, PromptError
 from hetero_attn.serving.prompts import as_messages, as_template_variables
 from hetero_attn.serving.sampling_params import SamplingParams
+from hetero_attn.spec.json_fields import read_json
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+# Classes of transformers that are what tokenizer.json says and nothing else.
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 REPLACEMENT = "\ufffd"
 # A character has at most 4 bytes, so 3 may be waiting for the rest; a decoder shows up to one replacement for each.
 _MAX_UNFINISHED = 3
@@ -71,7 +76,7 @@ class Tokenizer:
         else:
             opened = cls._from_files(path.parent if is_gguf(path) else path)
         if vocab_size is not None:
-            opened._compare_vocab(vocab_size)
+            opened.compare_vocab(vocab_size)
         return opened
 
     @classmethod
@@ -80,10 +85,8 @@ class Tokenizer:
             raise ConfigError(
                 f"{path}: no tokenizer found ({', '.join(_FILES)}); download its files or give prompts as token ids"
             )
-        from transformers import AutoTokenizer
-
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+            tokenizer = _loaded(path)
         # Damaged files surface as nearly any exception type of transformers, tokenizers or sentencepiece.
         except Exception as error:
             raise ConfigError(
@@ -104,6 +107,11 @@ class Tokenizer:
                 f"prompt is not valid Unicode: {_first_line(error)}; give text without surrogates"
             ) from None
         return list(self._tokenizer.encode(text, add_special_tokens=True, verbose=False))
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's chat template, None where it has none."""
+        return self._tokenizer.chat_template or None
 
     def encode_chat(
         self,
@@ -153,7 +161,8 @@ class Tokenizer:
         ids = {special[text] for text in params.stop if text in special} - set(params.stop_token_ids)
         return replace(params, stop_token_ids=(*params.stop_token_ids, *sorted(ids))) if ids else params
 
-    def _compare_vocab(self, vocab_size: int) -> None:
+    def compare_vocab(self, vocab_size: int) -> None:
+        """Warn about a token that the model has no embedding for."""
         token, token_id = max(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
         if token_id >= vocab_size:
             warnings.warn(
@@ -261,6 +270,37 @@ def _way_out(path: Path) -> str:
     if only_sentencepiece and importlib.util.find_spec("sentencepiece") is None:
         return "tokenizer.model needs the sentencepiece package: pip install sentencepiece protobuf"
     return "download the tokenizer files again (code that comes with a model is never run), or give prompts as token ids"
+
+
+def open_beside(path: Path) -> Future[Tokenizer | None]:
+    """Open a model's tokenizer on a thread of its own, because importing transformers takes a second that loading weights
+    takes too; the result is None for a model without one, and raises what `Tokenizer.open` raises."""
+    opened: Future[Tokenizer | None] = Future()
+
+    def work() -> None:
+        try:
+            opened.set_result(Tokenizer.open(path) if has_tokenizer(path) else None)
+        except BaseException as error:
+            opened.set_exception(error)
+
+    Thread(target=work, name="hetero-attn-tokenizer").start()
+    return opened
+
+
+def _loaded(path: Path) -> Any:
+    """The tokenizer of transformers for a directory.
+
+    A tokenizer.json of no family's own class is opened without AutoTokenizer, which first imports every family's.
+    """
+    named = path / "tokenizer_config.json"
+    config = read_json(named) if named.is_file() else {}
+    if (path / "tokenizer.json").is_file() and config.get("tokenizer_class") in _GENERIC and "auto_map" not in config:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
 
 
 def _first_line(error: Exception) -> str:

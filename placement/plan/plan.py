@@ -19,6 +19,7 @@ from placement.plan.memory import (
 )
 from placement.plan.phase import Prediction
 from placement.plan.rows import PlanRow, plan_rows
+from placement.plan.units import format_bytes
 from placement.plan.workload import (
     NUM_ROW_TIERS,
     ROW_TIER_LIMITS,
@@ -52,7 +53,7 @@ DEVICES = ("cpu", "cuda", "emulated")
 CURVE_CONTEXTS = (128, 512, 2048, 8192, 32768, 131072)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Plan:
     """One valid placement of a workload. linears and kv are in workload order.
 
@@ -69,6 +70,12 @@ class Plan:
     memory: MemoryReport
     objective: str = "latency"
     predicted: Prediction | None = None
+
+    def __repr__(self) -> str:
+        """A line, where every field of every shard would be pages."""
+        memory = self.memory
+        gpu, dram = format_bytes(memory.gpu_bytes), format_bytes(memory.pinned_bytes + memory.host_bytes)
+        return f"Plan({self.workload.model!r}, {self.workload.weight_dtype} on {self.device}: {gpu} GPU, {dram} DRAM)"
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:

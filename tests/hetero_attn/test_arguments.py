@@ -86,7 +86,7 @@ def test_what_is_no_prompt_is_named(llm, prompt):
             call(prompt, GREEDY)
 
 
-@pytest.mark.parametrize("token_ids", [None, "text", [None], [0.5], [True], b"x"], ids=repr)
+@pytest.mark.parametrize("token_ids", [None, [None], [0.5], [True], b"x"], ids=repr)
 def test_logits_take_token_ids_alone(llm, token_ids):
     with pytest.raises(PromptError):
         llm.logits(token_ids)
@@ -101,7 +101,7 @@ def test_params_are_one_sampling_params(llm, params):
 BAD_OPTIONS = [
     *((name, value) for name in ("max_context", "max_batch", "num_threads", "kv_tokens", "page_size")
       for value in (0, -1, "128", 2.5, True, 2**70, float("nan"))),
-    ("seed", "x"), ("seed", -5), ("seed", 0.5), ("dtype", torch.bfloat16), ("dtype", None), ("dtype", "bf17"),
+    ("seed", "x"), ("seed", -5), ("seed", 0.5), ("dtype", torch.float64), ("dtype", None), ("dtype", "bf17"),
     ("kv_dtype", 8), ("device", 0), ("device", None), ("device", "gpu"), ("gpu_memory", "banana"), ("gpu_memory", -1),
     ("gpu_memory", 1.5), ("handover", "xx"), ("handover", None), ("elastic", 1), ("overlap", "no"), ("prefix_cache", None),
     ("progress", "yes"), ("model", None), ("model", 3), ("policy", 3), ("policy", None), ("hardware", 3),

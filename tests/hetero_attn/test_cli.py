@@ -8,6 +8,8 @@ import json
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Generator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,10 @@ import hetero_attn
 import hetero_attn.tools
 from cpu_kernels.team.cgroups import cpu_quota, memory_limit_bytes
 from hetero_attn.cli import app
+from hetero_attn import SamplingParams
 from hetero_attn.cli.errors import exit_code
+from hetero_attn.cli.talk.line_editor import EditedLines
+from hetero_attn.cli.talk.word_wrap import WordWrap
 from hetero_attn.errors import MOST_LINES, CheckpointError, MemoryBudgetError, PromptError
 from hetero_attn.serving.request import Metrics, Piece, RequestOutput
 from hetero_attn.tools import doctor
@@ -38,9 +43,19 @@ class FakeLLM:
 
     made: list["FakeLLM"] = []
     ending: str | type[BaseException] = "stop"
+    context = 1000
 
     def __init__(self, model: str, **options: Any) -> None:
         self.model, self.options, self.asked, self.closed = model, options, [], False
+        self.plan = SimpleNamespace(
+            model=model, max_context=self.context, device="cpu", num_threads=2, predicted=None, table=lambda width: "the plan",
+            workload=SimpleNamespace(weight_dtype="bf16", kv_dtype="bf16"),
+        )
+        # Every word is a token, and so is every role.
+        self.tokenizer = SimpleNamespace(
+            chat_template="{{ enable_thinking }}",
+            encode_chat=lambda messages, template_variables: [0 for m in messages for _ in (m["role"], *m["content"].split())],
+        )
         FakeLLM.made.append(self)
 
     def __enter__(self) -> "FakeLLM":
@@ -61,8 +76,18 @@ class FakeLLM:
             raise self.ending
         yield Piece("", (), self.ending, METRICS)
 
-    def stream_chat(self, messages: list[dict[str, str]], params: Any) -> Generator[Piece]:
+    def stream_chat(
+        self, messages: list[dict[str, str]], params: Any, template_variables: Any = None
+    ) -> Generator[Piece]:
+        self.variables = template_variables
         return self.stream([dict(message) for message in messages], params)
+
+    def chat(self, messages: list[dict[str, str]], params: Any) -> RequestOutput:
+        return self.generate([messages], params)[0]
+
+    @staticmethod
+    def default_params(**given: Any) -> SamplingParams:
+        return SamplingParams(**given)
 
 
 @pytest.fixture
@@ -70,6 +95,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
     """Puts `FakeLLM` in the place of `hetero_attn.LLM`."""
     monkeypatch.setattr(FakeLLM, "made", [])
     monkeypatch.setattr(FakeLLM, "ending", "stop")
+    monkeypatch.setattr(FakeLLM, "context", 1000)
     monkeypatch.setitem(vars(hetero_attn), "LLM", FakeLLM)
     return FakeLLM
 
@@ -100,7 +126,7 @@ def test_generate_passes_every_option_on(fake: type[FakeLLM]) -> None:
     assert (result.exit_code, llm.model, prompt) == (0, "some/model", "Tell")
     assert llm.options == {
         "policy": "cpu_only", "gpu_memory": "2GiB", "dtype": "q4", "device": "emulated", "max_context": 77,
-        "num_threads": 2, "kv_dtype": "q8", "seed": 9, "progress": False,
+        "num_threads": 2, "kv_dtype": "q8", "seed": 9, "progress": False, "max_batch": None,
     }
     assert (params.max_tokens, params.temperature, params.top_p, params.top_k) == (4, 0.5, 0.9, 3)
     assert (params.min_p, params.repetition_penalty, params.stop, params.ignore_eos) == (0.1, 1.2, ("a", "b"), True)
@@ -152,6 +178,136 @@ def test_chat_forgets_a_question_whose_answer_never_began(fake: type[FakeLLM], m
     run("chat", "some/model", typed="Hello\nAgain\n")
 
     assert [message["content"] for message in fake.made[0].asked[1][0]] == ["Again"]
+
+
+def contents(llm: FakeLLM) -> list[list[str]]:
+    """What each question was asked with."""
+    return [[message["content"] for message in messages] for messages, _ in llm.asked]
+
+
+def test_a_full_context_drops_the_oldest_turns_with_a_note(fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended the program, and the conversation was lost."""
+    monkeypatch.setattr(FakeLLM, "context", 24)  # of these, 6 are kept for the answer
+    result = run("chat", "m", "--system", "Be brief.", typed="one two three\n" * 4)
+
+    assert result.exit_code == 0
+    assert contents(fake.made[0])[-1] == ["Be brief.", "one two three", "Once upon a time", "one two three"]
+    assert "oldest messages were dropped" in result.stderr
+
+
+def test_lines_that_cannot_be_read_are_reported_and_the_session_goes_on(fake: type[FakeLLM]) -> None:
+    result = CliRunner().invoke(app, ["chat", "m"], input=b"good\n\xff\xfe bad\nlast\n")
+
+    assert result.exit_code == 0
+    assert [each[-1] for each in contents(fake.made[0])] == ["good", "last"]
+    assert "no UTF-8" in result.stderr
+
+
+def test_an_error_that_a_person_can_mend_does_not_end_the_session(fake: type[FakeLLM]) -> None:
+    fake.ending = PromptError("the chat template refuses these messages")
+    result = run("chat", "m", "--system", "no", typed="Hello\n/system -\n/set temprature 1\n/load absent\nAgain\n")
+
+    assert result.exit_code == 0
+    assert contents(fake.made[0]) == [["no", "Hello"], ["Again"]]
+    assert "refuses" in result.stderr and "did you mean temperature" in result.stderr and "absent" in result.stderr
+
+
+def test_chat_commands(fake: type[FakeLLM], tmp_path: Path) -> None:
+    saved = tmp_path / "talk.json"
+    result = run(
+        "chat", "m", "--template-var", "enable_thinking=true",
+        typed=f"Hello\n/set temperature 0.25\n/set enable_thinking off\n/regen\n/save {saved}\n/reset\n/load {saved}\n"
+              "/plan\n/stats\n/help\n/etc/hosts is what?\n/exti\n/no_think now\n",
+    )
+    (llm,) = fake.made
+
+    assert result.exit_code == 0
+    assert contents(llm) == [
+        ["Hello"], ["Hello"], ["Hello", "Once upon a time", "/etc/hosts is what?"],
+        ["Hello", "Once upon a time", "/etc/hosts is what?", "Once upon a time", "/no_think now"],
+    ]
+    assert (llm.asked[0][1].temperature, llm.asked[1][1].temperature) == (1.0, 0.25)
+    assert llm.variables == {"enable_thinking": False}
+    assert "the plan" in result.stderr and "of 1000 tokens" in result.stderr and "did you mean /exit" in result.stderr
+    assert json.loads(saved.read_text())["messages"][0] == {"role": "user", "content": "Hello"}
+
+
+def test_three_quotes_hold_several_lines_and_a_pipe_sees_answers_alone(fake: type[FakeLLM]) -> None:
+    result = run("chat", "m", typed='"""one\n\n  two"""\n')
+
+    assert contents(fake.made[0]) == [["one\n\n  two"]]
+    assert result.stdout == "Once upon a time\n"
+
+
+def test_a_cut_answer_is_marked(fake: type[FakeLLM]) -> None:
+    fake.ending = "length"
+
+    assert "cut after 5 tokens" in run("chat", "m", typed="Hello\n").stderr
+
+
+def test_a_banner_says_what_answers(fake: type[FakeLLM]) -> None:
+    banner = run("chat", "some/model", typed="").stderr
+
+    assert "bf16 weights" in banner and "context 1000" in banner and "/help" in banner
+
+
+def test_the_editor_keeps_history_and_takes_several_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        keys.send_text("first\x1b\rsecond\r")
+        assert EditedLines(("/help",)).line("> ") == "first\nsecond"
+        keys.send_text("\x1b[A\r")  # another session: Up brings the last message back
+        assert EditedLines(("/help",)).line("> ") == "first\nsecond"
+    assert (tmp_path / "hetero_attn" / "chat_history").stat().st_mode & 0o77 == 0
+
+
+@pytest.mark.parametrize("pieces", [["one two three four"], ["on", "e two th", "ree", " four"], list("one two three four")])
+def test_words_wrap_at_the_edge(pieces: list[str]) -> None:
+    out: list[str] = []
+    wrap = WordWrap(out.append, 9)
+    for piece in pieces:
+        wrap.push(piece)
+    wrap.finish()
+
+    assert "".join(out) == "one two\nthree\nfour"
+
+
+def test_wrapping_keeps_line_ends_indents_and_long_words() -> None:
+    out: list[str] = []
+    wrap = WordWrap(out.append, 6)
+    wrap.push("a\n\n  b\nabcdefghij k")
+    wrap.finish()
+
+    assert "".join(out) == "a\n\n  b\nabcdefghij\nk"
+
+
+def test_generate_takes_a_file_a_template_and_the_usual_short_names(fake: type[FakeLLM], tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("from a file", encoding="utf-8")
+    result = run(
+        "generate", "m", "-f", str(prompt), "--chat", "--system", "Be brief.", "-n", "-1", "-c", "64", "-t", "2", "-np", "3",
+    )
+    (llm,) = fake.made
+
+    assert result.exit_code == 0
+    assert contents(llm) == [["Be brief.", "from a file"]]
+    assert llm.asked[0][1].max_tokens is None
+    assert (llm.options["max_context"], llm.options["num_threads"], llm.options["max_batch"]) == (64, 2, 3)
+    for arguments in ([], ["-p", "a", "-f", str(prompt)], ["-p", "a", "--system", "b"], ["-p", "a", "-n", "0"]):
+        assert run("generate", "m", *arguments).exit_code == 2
+    refused = run("generate", "m", "-p", "a", "-ngl", "20")
+    assert refused.exit_code == 2 and "--gpu-memory" in refused.stderr
+
+
+def test_messages_name_options(fake: type[FakeLLM]) -> None:
+    fake.ending = PromptError("load with a larger max_context, or lower max_tokens; see max_context.py and `top_k:`")
+    result = run("generate", "m", "-p", "a")
+
+    assert "a larger --context, or lower --max-tokens; see max_context.py and `top_k:`" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -565,17 +721,35 @@ def test_ctrl_c_ends_a_generation_with_130_and_no_traceback() -> None:
     assert "Traceback" not in errors
 
 
+def settled(seen: list[str]) -> int:
+    """How many characters have come, once no more do."""
+    count = -1
+    while count != len(seen):
+        count = len(seen)
+        time.sleep(0.5)
+    return count
+
+
 def test_ctrl_c_ends_an_answer_of_the_chat_and_the_next_one_comes() -> None:
     # So hot that every token is as likely as another: an answer goes on until somebody stops it.
     with start("chat", TINY, "-n", "1500", "--temperature", "50", "--top-p", "1", "--device", "cpu") as process:
+        seen: list[str] = []
+        reader = threading.Thread(target=lambda: seen.extend(iter(lambda: process.stdout.read(1), "")))
+        reader.start()
         for question in ("What is a list?", "What is a dictionary?"):
+            before = settled(seen)
             process.stdin.write(question + "\n")
             process.stdin.flush()
-            seen = ""
-            while "> " not in seen[:-1]:
-                seen += process.stdout.read(1)
+            while len(seen) == before:
+                time.sleep(0.01)
             process.send_signal(signal.SIGINT)
-        _, errors = process.communicate("/exit\n")
+            while "[interrupted]" not in (line := process.stderr.readline()):
+                assert line, "the chat ended"
+        process.stdin.write("/exit\n")
+        process.stdin.close()
+        errors = process.stderr.read()
+        reader.join()
+        process.wait()
 
     assert process.returncode == 0
     assert "Traceback" not in errors

@@ -1,12 +1,13 @@
 """The public API: generate, stream, chat, logits; batches, finish reasons, bad prompts, threads, abandoned streams."""
 
 import threading
+import time
 
 import pytest
 import torch
 
 from hetero_attn import LLM, Policy, SamplingParams
-from hetero_attn.errors import HeteroError, MemoryBudgetError, NonFiniteLogitsError, PromptError
+from hetero_attn.errors import HeteroError, MemoryBudgetError, NonFiniteLogitsError, PromptError, SamplingError
 from tests.support.runtime import nmse
 from tests.support.toy import edit_json, hf_logits, make_checkpoint
 
@@ -256,3 +257,78 @@ def test_the_report_says_where_the_time_went(path, device):
         assert "decode" in report.table()
         report.reset()
         assert "decode" not in report.table()
+
+
+def test_each_prompt_may_have_parameters_of_its_own(llm):
+    short = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    outputs = llm.generate(["one", "two"], [GREEDY, short])
+
+    assert [len(output.token_ids) for output in outputs] == [12, 3]
+    with pytest.raises(SamplingError, match="params holds 1 for 2 prompts"):
+        llm.generate(["one", "two"], [GREEDY])
+    with pytest.raises(SamplingError, match="list of one for each prompt"):
+        llm.generate(["one", "two"], {"max_tokens": 3})
+
+
+def test_several_conversations_give_several_answers(llm):
+    talks = [[{"role": "user", "content": text}] for text in ("hi", "what is a list?")]
+    together = llm.chat(talks, GREEDY)
+
+    assert [output.token_ids for output in together] == [llm.chat(talk, GREEDY).token_ids for talk in talks]
+    with pytest.raises(PromptError):
+        llm.chat([], GREEDY)
+
+
+def test_logits_of_a_text_are_those_of_its_tokens(llm):
+    assert torch.equal(llm.logits("héllo"), llm.logits(llm.tokenizer.encode("héllo")))
+
+
+def test_a_template_gets_its_variables(tmp_path):
+    path = make_checkpoint(tmp_path)
+    edit_json(path / "tokenizer_config.json")
+    template = "{% if thinking %}a{% else %}bbb{% endif %}{{ messages[0].content }}"
+    (path / "chat_template.jinja").write_text(template)
+    with LLM(path, device="cpu", progress=False) as llm:
+        talk = [{"role": "user", "content": "hi"}]
+        lengths = [
+            len(llm.chat(talk, GREEDY, template_variables=variables).prompt_token_ids)
+            for variables in (None, {"thinking": True})
+        ]
+
+    assert lengths[0] - lengths[1] == 2
+
+
+def test_metrics_hold_what_the_caller_waited_for(path, monkeypatch):
+    """The first call opened the tokenizer for four seconds, and said 0.29 s."""
+    with LLM(path, device="cpu", progress=False) as llm:
+        encode = llm.tokenizer.encode
+        monkeypatch.setattr(llm.tokenizer, "encode", lambda text: (time.sleep(0.2), encode(text))[1])
+        started = time.perf_counter()
+        stream = llm.stream("hello", SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True))
+        metrics = list(stream)[-1].metrics
+        waited_s = time.perf_counter() - started
+
+    assert 0.2 <= metrics.prefill_s <= metrics.time_to_first_token_s + 0.05
+    assert 0.2 <= metrics.time_to_first_token_s <= waited_s
+
+
+def test_what_is_not_given_is_as_the_model_suggests(tmp_path):
+    path = make_checkpoint(tmp_path)
+    suggested = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": "nonsense", "do_sample": True}
+    with LLM(path, device="cpu", progress=False) as llm:
+        assert (llm.default_params().temperature, llm.default_params().top_p) == (0.7, 0.95)
+        edit_json(path / "generation_config.json", **suggested)
+        found = llm.default_params(temperature=0.1, max_tokens=5)
+        assert (found.temperature, found.top_p, found.top_k, found.min_p, found.max_tokens) == (0.1, 0.9, 20, 0.0, 5)
+        edit_json(path / "generation_config.json", do_sample=False)
+        assert llm.default_params().greedy
+
+
+def test_reprs_are_short(llm):
+    assert repr(llm) == f"LLM({llm.plan.model!r}, fp32 on cpu, context 128)"
+    assert len(repr(llm.plan)) < 120 and "fp32 on cpu" in repr(llm.plan)
+
+
+def test_dtypes_of_torch_are_taken(path):
+    with LLM(path, dtype=torch.bfloat16, kv_dtype=torch.float32, device="cpu", progress=False) as llm:
+        assert (llm.plan.workload.weight_dtype, llm.plan.workload.kv_dtype) == ("bf16", "fp32")

@@ -12,6 +12,7 @@ from hetero_attn.errors import ConfigError, PromptError
 from hetero_attn.serving.tokenizer import REPLACEMENT, StopMatcher, TextStream, Tokenizer, has_tokenizer
 from tests.support.toy import edit_json, save_tokenizer
 
+TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
 TEXT = "Grüße, Jürgen 😀! 日本語 e\u0301 👩\u200d👩\u200d👧 naïve café"
 
 
@@ -275,3 +276,16 @@ def test_stop_matcher_equals_searching_the_whole_text(text, stop, data):
         assert text == shown
     else:
         assert consumed[: min(ends)] == shown
+
+
+def test_the_short_way_to_a_generic_tokenizer_gives_what_auto_tokenizer_gives(tokenizer_dir):
+    from transformers import AutoTokenizer
+
+    for path in (tokenizer_dir, TINY):
+        ours, theirs = Tokenizer.open(path), AutoTokenizer.from_pretrained(str(path))
+        for text in ("", "A list holds numbers.", " héllo\n\n<s> x", "日本語 🙂"):
+            assert ours.encode(text) == list(theirs.encode(text))
+        talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+        assert ours.encode_chat(talk) == theirs.apply_chat_template(
+            talk, add_generation_prompt=True, tokenize=True, return_dict=False
+        )

@@ -1,0 +1,23 @@
+"""Messages of the Python API in the words of the command line: `max_context` is `--context` here."""
+
+import re
+
+OPTIONS = {
+    "max_context": "--context",
+    "max_tokens": "--max-tokens",
+    "max_batch": "--batch",
+    "num_threads": "--threads",
+    "gpu_memory": "--gpu-memory",
+    "kv_dtype": "--kv-dtype",
+    "top_p": "--top-p",
+    "top_k": "--top-k",
+    "min_p": "--min-p",
+    "repetition_penalty": "--repetition-penalty",
+}
+# Not part of a longer name or path, no key of a file (`top_k:`), no attribute and not already an option.
+_NAMES = re.compile(rf"(?<![\w./-])({'|'.join(OPTIONS)})(?![\w.]|:)")
+
+
+def in_option_words(message: str) -> str:
+    """The message with names of arguments as the options that set them."""
+    return _NAMES.sub(lambda found: OPTIONS[found[1]], message)

@@ -1,0 +1,124 @@
+"""The /commands of a chat."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from hetero_attn.cli.talk.conversation import Conversation
+from hetero_attn.cli.output import speed_line, table_width
+from hetero_attn.errors import HeteroError, PromptError
+
+HELP = {
+    "/help": "this list",
+    "/exit": "leave; also /bye, /quit and Ctrl-D",
+    "/reset": "forget the conversation; also /clear",
+    "/regen": "answer the last question anew",
+    "/system": "/system TEXT sets the system message, /system - removes it, alone it shows it",
+    "/set": "/set temperature 0.2 and the like; /set alone shows what is set; /set enable_thinking off",
+    "/save": "/save FILE writes the conversation as JSON",
+    "/load": "/load FILE goes on with a saved one",
+    "/plan": "what runs where",
+    "/stats": "speed of the last answer, tokens of the context in use",
+}
+OTHER_NAMES = {"/bye": "/exit", "/quit": "/exit", "/clear": "/reset", "/?": "/help"}
+WORDS = {"on": True, "true": True, "off": False, "false": False, "none": None}
+
+
+def command_of(line: str) -> str | None:
+    """The command that a line gives, None for a message to the model; a message may begin with a slash too.
+
+    Raises PromptError for one word that is nearly a command.
+    """
+    word = line.split(maxsplit=1)[0] if line.strip() else ""
+    if not word.startswith("/"):
+        return None
+    command = OTHER_NAMES.get(word, word)
+    if command in HELP:
+        return command
+    near = difflib.get_close_matches(word, [*HELP, *OTHER_NAMES], 1, 0.75)
+    if near and line.strip() == word:
+        raise PromptError(f"{word} is no command; did you mean {near[0]}? /help lists them")
+    return None
+
+
+def help_text() -> str:
+    """All commands, a line each, and how to write a message."""
+    lines = [f"{name:<8} {what}" for name, what in HELP.items()]
+    return "\n".join([*lines, '""" begins and ends a message of several lines (or Alt+Enter); Ctrl-C ends an answer'])
+
+
+def run_command(command: str, argument: str, talk: Conversation, say: Callable[[str], None]) -> None:
+    """Carry out a command that needs no answer of the model; raises PromptError, SamplingError and OSError."""
+    actions: dict[str, Callable[[], None]] = {
+        "/help": lambda: say(help_text()),
+        "/reset": talk.reset,
+        "/system": lambda: _system(argument, talk, say),
+        "/set": lambda: _set(argument, talk, say),
+        "/save": lambda: _file(argument, talk.save, say, "saved to"),
+        "/load": lambda: _file(argument, talk.load, say, "went on with"),
+        "/plan": lambda: say(talk.llm.plan.table(table_width()).rstrip()),
+        "/stats": lambda: say(_stats(talk)),
+    }
+    actions[command]()
+
+
+def _system(argument: str, talk: Conversation, say: Callable[[str], None]) -> None:
+    if not argument:
+        say(talk.system or "no system message")
+        return
+    before, talk.system = talk.system, None if argument == "-" else argument
+    try:
+        _ = talk.tokens
+    except HeteroError:
+        talk.system = before
+        raise
+
+
+def _set(argument: str, talk: Conversation, say: Callable[[str], None]) -> None:
+    names = [field.name for field in fields(talk.params)]
+    if not argument:
+        shown = {name: getattr(talk.params, name) for name in names} | talk.variables
+        say("\n".join(f"{name:<20} {value}" for name, value in shown.items()))
+        return
+    name, _, text = argument.partition(" ")
+    value = parse_value(text.strip())
+    if name in names:
+        talk.params = replace(talk.params, **{name: value})
+    elif name in (getattr(talk.llm.tokenizer, "chat_template", None) or ""):
+        talk.variables[name] = value
+    else:
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise PromptError(
+            f"{name} is neither a sampling parameter nor a variable of the chat template{hint} Sampling parameters: "
+            f"{', '.join(names)}"
+        )
+
+
+def parse_value(text: str) -> Any:
+    """A number, on | off | none, or the text itself."""
+    if text.lower() in WORDS:
+        return WORDS[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _file(argument: str, action: Callable[[Path], None], say: Callable[[str], None], what: str) -> None:
+    if not argument:
+        raise PromptError("a file name is missing")
+    action(Path(argument).expanduser())
+    say(f"{what} {argument}")
+
+
+def _stats(talk: Conversation) -> str:
+    lines = [] if talk.last is None else [speed_line(talk.last)]
+    lines.append(f"context: {talk.tokens} of {talk.llm.plan.max_context} tokens; messages dropped: {talk.dropped}")
+    return "\n".join(lines)

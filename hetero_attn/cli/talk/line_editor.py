@@ -1,0 +1,114 @@
+"""Where the lines of a chat come from: an editor with history in a terminal, plain lines from a pipe.
+
+Three quotes begin and end a message of several lines; in the editor Alt+Enter begins a new line as well.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+QUOTES = '"""'
+PROMPT = "> "
+CONTINUED = "... "
+
+
+class LineSource(Protocol):
+    """Anything that gives lines. `line` raises EOFError at the end and KeyboardInterrupt for Ctrl-C."""
+
+    def line(self, prompt: str) -> str:
+        """The next line, without its end."""
+        ...
+
+
+class PipedLines:
+    """Lines of standard input as they are; one that is no UTF-8 is reported and left out."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
+
+    def line(self, prompt: str) -> str:
+        """The next line that can be read; the prompt is for people, and not printed."""
+        while raw := sys.stdin.buffer.readline():
+            try:
+                return raw.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                self._report(f"a line that is no UTF-8 text was left out ({error.reason} at byte {error.start})")
+        raise EOFError
+
+
+class EditedLines:
+    """Lines edited in a terminal, with the history of earlier sessions."""
+
+    def __init__(self, completions: tuple[str, ...]) -> None:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.completion import WordCompleter
+        from prompt_toolkit.key_binding import KeyBindings
+
+        keys = KeyBindings()
+        keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+        self._session = PromptSession(
+            history=_history(),
+            completer=WordCompleter(list(completions), sentence=True),
+            complete_while_typing=False,
+            key_bindings=keys,
+            enable_open_in_editor=False,
+        )
+
+    def line(self, prompt: str) -> str:
+        """One line from a person, or several joined by Alt+Enter."""
+        from prompt_toolkit.formatted_text import FormattedText
+
+        return self._session.prompt(FormattedText([("ansigreen bold", prompt)]), prompt_continuation=CONTINUED)
+
+
+def line_source(report: Callable[[str], None], completions: tuple[str, ...]) -> LineSource:
+    """The editor where a person types, else plain lines."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return EditedLines(completions)
+    return PipedLines(report)
+
+
+def read_message(source: LineSource) -> str:
+    """The next message, stripped; of several lines where it begins with three quotes.
+
+    Raises EOFError and KeyboardInterrupt as the source does.
+    """
+    text = source.line(PROMPT).strip()
+    if not text.startswith(QUOTES):
+        return text
+    lines = [text[len(QUOTES) :]]
+    while not lines[-1].rstrip().endswith(QUOTES):
+        try:
+            lines.append(source.line(CONTINUED))
+        except EOFError:
+            return "\n".join(lines).strip()
+    lines[-1] = lines[-1].rstrip()[: -len(QUOTES)]
+    return "\n".join(lines).strip()
+
+
+def history_file() -> Path | None:
+    """Where questions are kept between sessions; None where there is no home to keep them in."""
+    try:
+        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+        folder = state / "hetero_attn"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return folder / "chat_history"
+    except (OSError, RuntimeError):
+        return None
+
+
+def _history() -> object:
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    file = history_file()
+    try:
+        if file is not None:
+            file.touch(mode=0o600)
+            return FileHistory(str(file))
+    except OSError:
+        pass
+    return InMemoryHistory()
