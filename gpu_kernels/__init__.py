@@ -25,7 +25,8 @@ __all__ = list(_MODULE_OF_OP)
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module of an op when the op is first asked for."""
+    """Import the module of an op when the op is first asked for, and keep the op."""
     if name not in _MODULE_OF_OP:
         raise AttributeError(f"gpu_kernels has no op {name!r}; ops: {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF_OP[name]}"), name)
+    op = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF_OP[name]}"), name)
+    return op

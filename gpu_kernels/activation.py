@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_kernels.kept import kept
+from gpu_kernels.launching import Kernel, Shape
 from gpu_kernels.reference import GROUP
 
 GROUPS = 16  # of one row a program
+ROUND_SHAPE = Shape(GROUPS=GROUPS, num_warps=4)
 ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds a small float32 half to even
 
 
@@ -25,7 +28,7 @@ def _steps_and_scale(values):
     return tl.minimum(tl.maximum((steps + ROUNDING) - ROUNDING, -127.0), 127.0), scale
 
 
-@kept
+@Kernel
 @triton.jit
 def _quantize_kernel(x, q, scales, sums, in_features, num_groups, x_stride, q_stride, scale_stride,
                      IS_Q4: tl.constexpr, GROUPS: tl.constexpr):
@@ -47,7 +50,7 @@ def _quantize_kernel(x, q, scales, sums, in_features, num_groups, x_stride, q_st
     tl.store(sums + groups * scale_stride + row, scale * tl.sum(steps, axis=1), mask=inside)
 
 
-@kept
+@Kernel
 @triton.jit
 def _round_kernel(x, out, in_features, num_groups, x_stride, out_stride, GROUPS: tl.constexpr):
     """grid: (rows, cdiv(num_groups, GROUPS)). x: [rows, in_features]; out: bf16 [rows, num_groups * 64]."""
@@ -66,21 +69,26 @@ def quantize_activation(x: Tensor, weight_dtype: str) -> tuple[Tensor, Tensor, T
     `quarter` + 4 of a superblock's half (q8) or nibbles (q4) finds the inputs that belong to them side by side.
     """
     rows, in_features = x.shape
-    num_groups = triton.cdiv(in_features, GROUP)
+    num_groups = -(-in_features // GROUP)
     q = torch.empty(rows, num_groups * GROUP, dtype=torch.int8, device=x.device)
-    stride = 1 if rows == 1 else triton.cdiv(rows, 16) * 16  # aligned, so that scales of two rows are one load
+    stride = 1 if rows == 1 else -(-rows // 16) * 16  # aligned, so that scales of two rows are one load
     scales, sums = torch.empty(2, num_groups, stride, dtype=torch.float32, device=x.device)[..., :rows]
-    _quantize_kernel[(rows, triton.cdiv(num_groups, GROUPS))](
-        x, q, scales, sums, in_features, num_groups, x.stride(0), q.stride(0), stride, IS_Q4=weight_dtype == "q4",
-        GROUPS=GROUPS, num_warps=4)
+    _quantize_kernel.launch((rows, -(-num_groups // GROUPS), 1), (x, q, scales, sums), (),
+                            (in_features, num_groups, x.stride(0), num_groups * GROUP, stride),
+                            _quantize_shape(weight_dtype == "q4"))
     return q, scales, sums
 
 
 def round_activation(x: Tensor) -> Tensor:
     """bf16 [rows, groups * 64] of x after its rounding to int8 per group; zero in the padding."""
     rows, in_features = x.shape
-    num_groups = triton.cdiv(in_features, GROUP)
+    num_groups = -(-in_features // GROUP)
     out = torch.empty(rows, num_groups * GROUP, dtype=torch.bfloat16, device=x.device)
-    _round_kernel[(rows, triton.cdiv(num_groups, GROUPS))](
-        x, out, in_features, num_groups, x.stride(0), out.stride(0), GROUPS=GROUPS, num_warps=4)
+    _round_kernel.launch((rows, -(-num_groups // GROUPS), 1), (x, out), (),
+                         (in_features, num_groups, x.stride(0), num_groups * GROUP), ROUND_SHAPE)
     return out
+
+
+@functools.cache
+def _quantize_shape(is_q4: bool) -> Shape:
+    return Shape(IS_Q4=is_q4, GROUPS=GROUPS, num_warps=4)

@@ -15,6 +15,7 @@ order, so the answer does not depend on who that is.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -23,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_kernels.attention_merge import merge_splits
-from gpu_kernels.kept import kept
 from gpu_kernels.kv_rows import check_pages, load_block, load_page_ids
+from gpu_kernels.launching import Kernel, Shape
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -52,18 +53,20 @@ def _normalised(maximum, total, acc):
     return acc / nonzero[:, None], lse
 
 
-@kept
+@Kernel
 @triton.jit(do_not_specialize=["num_kv_heads", "min_blocks"])
 def _decode_attention_kernel(
         q, k_pages, v_pages, page_table, kv_start, kv_stop, out, lse, partial, partial_lse, arrivals, scale,
         num_kv_heads, min_blocks, q_row_stride, q_head_stride, page_stride, row_stride, table_row_stride,
         table_head_stride, out_row_stride, out_head_stride, lse_row_stride, lse_head_stride,
         GROUP_SIZE: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
-        PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MERGE_STEP: tl.constexpr, FORMAT: tl.constexpr):
+        PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MERGE_STEP: tl.constexpr, FORMAT: tl.constexpr,
+        SPLITS: tl.constexpr):
     """grid: (batch * num_kv_heads, most splits). q, out: [batch, num_heads, head_dim]; lse: [batch, num_heads];
     k_pages, v_pages: [num_pages, page_size, head_dim]; page_table: [batch, num_kv_heads, max_pages]. partial: [batch *
     num_kv_heads, most splits, GROUP_SIZE, head_dim], partial_lse: the same without head_dim, both contiguous; arrivals:
-    int32 [batch * num_kv_heads], 0 before and after. Those three are None where the grid has one split."""
+    int32 [batch * num_kv_heads], 0 before and after. Those three are not touched unless SPLITS: the grid has more than
+    one split."""
     group, split = tl.program_id(0), tl.program_id(1)
     batch = (group // num_kv_heads).to(tl.int64)
     kv_head = group % num_kv_heads
@@ -105,7 +108,7 @@ def _decode_attention_kernel(
     if num_splits == 1:
         tl.store(out + rows[:, None] * out_head_stride + dims[None, :], result, mask=live)
         tl.store(lse + rows * lse_head_stride, result_lse, mask=rows < GROUP_SIZE)
-    elif arrivals is not None:
+    elif SPLITS:
         group_splits = group.to(tl.int64) * tl.num_programs(1)
         part = (group_splits + split) * GROUP_SIZE + rows
         tl.store(partial + part[:, None] * HEAD_DIM + dims[None, :], result, mask=live)
@@ -117,7 +120,7 @@ def _decode_attention_kernel(
             tl.store(arrivals + group, 0)
 
 
-@kept
+@Kernel
 @triton.jit(do_not_specialize=["q_len", "kv_start", "kv_stop", "q_start", "window"])
 def _prefill_attention_kernel(
         q, k_pages, v_pages, page_table, out, lse, scale, q_len, kv_start, kv_stop, q_start, window,
@@ -235,7 +238,7 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Te
     equal strides. page_table: int32 [batch, num_kv_heads, max_pages], page id of logical page position // page_size;
     entries outside the range are never read. kv_start, kv_stop: int32 [batch], start <= stop. scale > 0. lse: f32
     [batch, num_heads], natural log. Allocates the partials of the splits and clears the counters of their arrival,
-    which costs a memset (see DeviceOps); nothing is read on the host.
+    which costs a memset (see GpuKernels); nothing is read on the host.
     """
     groups = page_table.shape[0] * page_table.shape[1]
     counted = _num_splits(page_table, k_pages, q.shape[2]) > 1
@@ -255,22 +258,29 @@ def counted_decode_attention(arrivals: Tensor, q: Tensor, k_pages: Tensor, v_pag
     form = _check(k_pages, v_pages, head_dim, num_heads, num_kv_heads, scale)
     if batch == 0:
         return
-    tile, head_pad, group_size = _tile(DECODE_TILES, k_pages, head_dim), _head_pad(head_dim), num_heads // num_kv_heads
-    groups = batch * num_kv_heads
+    group_size, groups = num_heads // num_kv_heads, batch * num_kv_heads
     num_splits = _num_splits(page_table, k_pages, head_dim) if groups <= arrivals.numel() else 1
-    merge_step = tile.num_warps * 32 * MERGE_ITEMS // (triton.next_power_of_2(group_size) * head_pad)
-    partial = partial_lse = None
+    shape = _decode_shape(_tile(DECODE_TILES, k_pages, head_dim), group_size, head_dim, k_pages.shape[1], form,
+                          num_splits > 1, MERGE_ITEMS)
+    parts = (out, lse, kv_start)  # not touched where nothing is split
     if num_splits > 1:
         partial = torch.empty(groups, num_splits, group_size, head_dim, dtype=torch.float32, device=q.device)
-        partial_lse = torch.empty(groups, num_splits, group_size, dtype=torch.float32, device=q.device)
-    _decode_attention_kernel[(groups, num_splits)](
-        q, k_pages, v_pages, page_table, kv_start, kv_stop, out, lse, partial, partial_lse,
-        arrivals if num_splits > 1 else None, scale, num_kv_heads, MIN_BLOCKS_PER_SPLIT,
-        *q.stride()[:2], *k_pages.stride()[:2], *page_table.stride()[:2], *out.stride()[:2], *lse.stride(),
-        GROUP_SIZE=group_size, GROUP_PAD=max(16, triton.next_power_of_2(group_size)), HEAD_DIM=head_dim,
-        HEAD_PAD=head_pad, PAGE_SIZE=k_pages.shape[1], BLOCK_N=tile.block_n,
-        MERGE_STEP=max(1, min(merge_step, triton.next_power_of_2(MAX_SPLITS))), FORMAT=form,
-        num_warps=tile.num_warps, num_stages=tile.num_stages)
+        parts = (partial, torch.empty(groups, num_splits, group_size, dtype=torch.float32, device=q.device), arrivals)
+    _decode_attention_kernel.launch(
+        (groups, num_splits, 1), (q, k_pages, v_pages, page_table, kv_start, kv_stop, out, lse, *parts),
+        (scale, num_kv_heads, MIN_BLOCKS_PER_SPLIT),
+        (*q.stride()[:2], *k_pages.stride()[:2], *page_table.stride()[:2], *out.stride()[:2], *lse.stride()), shape)
+
+
+@functools.cache
+def _decode_shape(tile: Tile, group_size: int, head_dim: int, page_size: int, form: str, splits: bool,
+                  merge_items: int) -> Shape:
+    head_pad = _head_pad(head_dim)
+    merge_step = tile.num_warps * 32 * merge_items // (triton.next_power_of_2(group_size) * head_pad)
+    return Shape(GROUP_SIZE=group_size, GROUP_PAD=max(16, triton.next_power_of_2(group_size)), HEAD_DIM=head_dim,
+                 HEAD_PAD=head_pad, PAGE_SIZE=page_size, BLOCK_N=tile.block_n,
+                 MERGE_STEP=max(1, min(merge_step, triton.next_power_of_2(MAX_SPLITS))), FORMAT=form, SPLITS=splits,
+                 num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, kv_start: int, kv_stop: int,
@@ -288,11 +298,18 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: T
         return
     tiles = HOPPER_PREFILL_TILES if _is_hopper(q.device) else PREFILL_TILES
     tile, group_size = _tile(tiles, k_pages, head_dim), num_heads // num_kv_heads
-    _prefill_attention_kernel[(num_kv_heads, triton.cdiv(q_len * group_size, tile.block_m))](
-        q, k_pages, v_pages, page_table, out, lse, scale, q_len, kv_start, kv_stop, q_start, window or NO_WINDOW,
-        *q.stride()[:2], *k_pages.stride()[:2], page_table.stride(0), *out.stride()[:2], *lse.stride(),
-        GROUP_SIZE=group_size, HEAD_DIM=head_dim, HEAD_PAD=_head_pad(head_dim), PAGE_SIZE=k_pages.shape[1],
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, FORMAT=form, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    _prefill_attention_kernel.launch(
+        (num_kv_heads, -(-(q_len * group_size) // tile.block_m), 1), (q, k_pages, v_pages, page_table, out, lse),
+        (scale, q_len, kv_start, kv_stop, q_start, window or NO_WINDOW),
+        (*q.stride()[:2], *k_pages.stride()[:2], page_table.stride(0), *out.stride()[:2], *lse.stride()),
+        _prefill_shape(tile, group_size, head_dim, k_pages.shape[1], form))
+
+
+@functools.cache
+def _prefill_shape(tile: Tile, group_size: int, head_dim: int, page_size: int, form: str) -> Shape:
+    return Shape(GROUP_SIZE=group_size, HEAD_DIM=head_dim, HEAD_PAD=_head_pad(head_dim), PAGE_SIZE=page_size,
+                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, FORMAT=form, num_warps=tile.num_warps,
+                 num_stages=tile.num_stages)
 
 
 def _num_splits(page_table: Tensor, pages: Tensor, head_dim: int) -> int:
@@ -302,10 +319,12 @@ def _num_splits(page_table: Tensor, pages: Tensor, head_dim: int) -> int:
     return max(1, min(TARGET_PROGRAMS // max(groups, 1), MAX_SPLITS, capacity // (block_n * MIN_BLOCKS_PER_SPLIT)))
 
 
+@functools.cache
 def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
+@functools.cache
 def _head_pad(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 

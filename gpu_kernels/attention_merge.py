@@ -8,16 +8,19 @@ stays (0, -inf). Everything is float32 and natural log.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_kernels.kept import kept
+from gpu_kernels.launching import Kernel, Shape
 
 
-@kept
+@Kernel
 @triton.jit
-def _merge_kernel(outs, lses, out, lse, strides, num_heads, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr,
+def _merge_kernel(outs, lses, out, lse, num_heads, strides, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr,
                   HEAD_PAD: tl.constexpr):
     """grid: (rows * num_heads,). Tuples of PARTS tensors [rows, num_heads(, head_dim)]; strides: (out, lse) pairs of
     (row, head) strides for every part, then for the result."""
@@ -82,15 +85,32 @@ def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> N
     """
     assert outs and len(outs) == len(lses), (len(outs), len(lses))
     head_dim = out.shape[-1]
-    *parts, result = [_as_rows(part, part_lse) for part, part_lse in zip([*outs, out], [*lses, lse])]
+    *parts, result = every = [_as_rows(part, part_lse) for part, part_lse in zip([*outs, out], [*lses, lse])]
     rows, num_heads = result[1].shape
     for part, part_lse in parts:
         assert part.shape == (rows, num_heads, head_dim) and part_lse.shape == (rows, num_heads), part.shape
-    strides = tuple((*part.stride()[:2], *part_lse.stride()) for part, part_lse in [*parts, result])
     if rows * num_heads:
-        _merge_kernel[(rows * num_heads,)](
-            tuple(part for part, _ in parts), tuple(part_lse for _, part_lse in parts), *result, strides, num_heads,
-            PARTS=len(parts), HEAD_DIM=head_dim, HEAD_PAD=triton.next_power_of_2(head_dim), num_warps=1)
+        tensors = (*[part for part, _ in parts], *[part_lse for _, part_lse in parts], *result)
+        strides = [stride for part, part_lse in every for stride in (*part.stride()[:2], *part_lse.stride())]
+        _merge_kernel.launch((rows * num_heads, 1, 1), tensors, (), (num_heads, *strides), _shape(len(parts), head_dim),
+                             nest=_nested(len(parts)))
+
+
+@functools.cache
+def _shape(parts: int, head_dim: int) -> Shape:
+    return Shape(PARTS=parts, HEAD_DIM=head_dim, HEAD_PAD=triton.next_power_of_2(head_dim), num_warps=1)
+
+
+@functools.cache
+def _nested(parts: int) -> Any:
+    """The kernel's arguments, tuples among them, of all tensors and then all numbers in a row."""
+    last = 2 * parts + 3
+
+    def nest(flat: tuple) -> tuple:
+        strides = tuple(flat[first:first + 4] for first in range(last, len(flat), 4))
+        return flat[:parts], flat[parts:2 * parts], *flat[2 * parts:last], strides
+
+    return nest
 
 
 def _as_rows(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_kernels.kept import kept
+from gpu_kernels.launching import Kernel, Shape
 from gpu_kernels.reference import BLOCK_FEATURES, GROUP, SUPERBLOCK_BYTES
 
 SPANS = 16
 NUM_WARPS = 4
 
 
-@kept
+@Kernel
 @triton.jit
 def _dequantize_kernel(weight, out, num_spans, block_bytes, out_stride, IS_Q4: tl.constexpr, SPANS: tl.constexpr):
     """grid: (num_blocks, cdiv(num_spans, SPANS)). weight: uint8 [num_blocks, block_bytes]; out: bf16 [num_blocks * 16,
@@ -50,7 +52,11 @@ def dequantize(weight: Tensor, weight_dtype: str) -> Tensor:
     num_blocks, num_groups = weight.shape[0], weight.shape[1] // SUPERBLOCK_BYTES[weight_dtype]
     out = torch.empty(num_blocks * BLOCK_FEATURES, num_groups * GROUP, dtype=torch.bfloat16, device=weight.device)
     num_spans = num_groups * (1 if weight_dtype == "q4" else 2)
-    _dequantize_kernel[(num_blocks, triton.cdiv(num_spans, SPANS))](
-        weight, out, num_spans, weight.stride(0), out.stride(0), IS_Q4=weight_dtype == "q4", SPANS=SPANS,
-        num_warps=NUM_WARPS)
+    _dequantize_kernel.launch((num_blocks, -(-num_spans // SPANS), 1), (weight, out), (),
+                              (num_spans, weight.stride(0), num_groups * GROUP), _shape(weight_dtype == "q4"))
     return out
+
+
+@functools.cache
+def _shape(is_q4: bool) -> Shape:
+    return Shape(IS_Q4=is_q4, SPANS=SPANS, num_warps=NUM_WARPS)

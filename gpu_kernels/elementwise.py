@@ -8,18 +8,22 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_kernels.kept import kept
 from gpu_kernels.kv_pages import hadamard_block
 from gpu_kernels.kv_rows import check_pages, store_row
+from gpu_kernels.launching import Kernel, Shape
 
 SILU_BLOCK = 1024
+SILU_SHAPE = Shape(BLOCK=SILU_BLOCK, num_warps=4)
 
 
-@kept
+@Kernel
 @triton.jit
 def _rms_norm_kernel(x, weight, out, eps, x_stride, out_stride, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
     """grid: (rows,). x, out: [rows, hidden]; weight: [hidden]."""
@@ -32,7 +36,7 @@ def _rms_norm_kernel(x, weight, out, eps, x_stride, out_stride, HIDDEN: tl.const
     tl.store(out + row * out_stride + columns, scaled, mask=inside)
 
 
-@kept
+@Kernel
 @triton.jit(do_not_specialize=["units"])
 def _silu_mul_kernel(gate_up, out, units, in_stride, out_stride, BLOCK: tl.constexpr):
     """grid: (rows, cdiv(units * 16, BLOCK)). gate_up: [rows, units * 32], units of 16 gate | 16 up; out: [rows,
@@ -81,11 +85,10 @@ def _spread(row, HEAD_PAD: tl.constexpr, STAGES: tl.constexpr):
     return row * 2.0 ** (-0.5 * STAGES)
 
 
-@kept
+@Kernel
 @triton.jit
 def _rope_append_kernel(
-        qkv, positions, cos, sin, q_norm, k_norm, eps, q, k_pages, v_pages, slots,
-        qkv_row_stride, qkv_head_stride, angle_stride, q_row_stride, q_head_stride, page_stride, row_stride,
+        qkv, positions, cos, sin, q_norm, k_norm, q, k_pages, v_pages, slots, eps, qkv_row_stride, qkv_head_stride, angle_stride, q_row_stride, q_head_stride, page_stride, row_stride,
         slots_stride, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, HALF: tl.constexpr,
         PAGE_SIZE: tl.constexpr, HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr, STAGES: tl.constexpr,
         FORMAT: tl.constexpr):
@@ -119,9 +122,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
     rows, hidden = x.shape
     assert weight.shape == (hidden,) and out.shape == x.shape, (x.shape, weight.shape, out.shape)
     if rows:
-        block = triton.next_power_of_2(hidden)
-        _rms_norm_kernel[(rows,)](x, weight, out, eps, x.stride(0), out.stride(0), HIDDEN=hidden, BLOCK=block,
-                                  num_warps=8 if block > 2048 else 4)
+        _rms_norm_kernel.launch((rows, 1, 1), (x, weight, out), (eps,), (x.stride(0), out.stride(0)),
+                                _norm_shape(hidden))
 
 
 def silu_mul(gate_up: Tensor, out: Tensor) -> None:
@@ -129,9 +131,8 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> None:
     rows, features = out.shape
     assert gate_up.shape == (rows, 2 * features) and features % 16 == 0, (gate_up.shape, out.shape)
     if rows and features:
-        grid = (rows, triton.cdiv(features, SILU_BLOCK))
-        _silu_mul_kernel[grid](gate_up, out, features // 16, gate_up.stride(0), out.stride(0), BLOCK=SILU_BLOCK,
-                               num_warps=4)
+        _silu_mul_kernel.launch((rows, -(-features // SILU_BLOCK), 1), (gate_up, out), (features // 16,),
+                                (gate_up.stride(0), out.stride(0)), SILU_SHAPE)
 
 
 def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,
@@ -155,13 +156,28 @@ def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm
     assert cos.stride() == sin.stride(), (cos.stride(), sin.stride())
     assert slots.shape == (rows, num_kv_heads) and 2 * cos.shape[1] <= head_dim, (slots.shape, cos.shape)
     if rows and num_kv_heads:
-        _rope_append_kernel[(rows, num_kv_heads, group_size + 2)](
-            qkv, positions, cos, sin, q_norm, k_norm, eps, q, k_pages, v_pages, slots, *qkv.stride()[:2],
-            cos.stride(0), *q.stride()[:2], *k_pages.stride()[:2], slots.stride(0), GROUP_SIZE=group_size,
-            HEAD_DIM=head_dim, HEAD_PAD=_row_pad(head_dim, form), HALF=cos.shape[1],
-            PAGE_SIZE=k_pages.shape[1], HAS_Q_NORM=q_norm is not None, HAS_K_NORM=k_norm is not None,
-            STAGES=hadamard_block(k_pages.dtype, head_dim).bit_length() - 1, FORMAT=form, num_warps=1,
-            enable_fp_fusion=form == "plain")  # codes are to be the reference's, which rounds every product
+        shape = _rope_shape(group_size, head_dim, cos.shape[1], k_pages.shape[1], k_pages.dtype, form,
+                            q_norm is not None, k_norm is not None)
+        norms = (qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm)  # one that is None is not read
+        _rope_append_kernel.launch(
+            (rows, num_kv_heads, group_size + 2),
+            (qkv, positions, cos, sin, *norms, q, k_pages, v_pages, slots), (eps,),
+            (*qkv.stride()[:2], cos.stride(0), *q.stride()[:2], *k_pages.stride()[:2], slots.stride(0)), shape)
+
+
+@functools.cache
+def _norm_shape(hidden: int) -> Shape:
+    block = triton.next_power_of_2(hidden)
+    return Shape(HIDDEN=hidden, BLOCK=block, num_warps=8 if block > 2048 else 4)
+
+
+@functools.cache
+def _rope_shape(group_size: int, head_dim: int, half: int, page_size: int, dtype: torch.dtype, form: str,
+                has_q_norm: bool, has_k_norm: bool) -> Shape:
+    return Shape(GROUP_SIZE=group_size, HEAD_DIM=head_dim, HEAD_PAD=_row_pad(head_dim, form), HALF=half,
+                 PAGE_SIZE=page_size, HAS_Q_NORM=has_q_norm, HAS_K_NORM=has_k_norm,
+                 STAGES=hadamard_block(dtype, head_dim).bit_length() - 1, FORMAT=form, num_warps=1,
+                 enable_fp_fusion=form == "plain")  # codes are to be the reference's, which rounds every product
 
 
 def _row_pad(head_dim: int, form: str) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gpu_kernels.activation import quantize_activation, round_activation
 from gpu_kernels.dequantize import dequantize
-from gpu_kernels.quantized_linear import check_blocks, quantized_linear
+from gpu_kernels.quantized_linear import check_blocks, multiply_quantized
 from gpu_kernels.reference import BLOCK_FEATURES, GROUP, SUPERBLOCK_BYTES
 
 WEIGHT_DTYPES = ("fp32", "bf16", "q8", "q4")
@@ -70,19 +70,26 @@ def linear(x: Tensor | RoundedInput, weight: Tensor, weight_dtype: str, bias: Te
     if out.numel() == 0:
         return
     if weight_dtype in SUPERBLOCK_BYTES:
-        check_blocks(weight, weight_dtype, x.shape[1])
+        check_blocks(weight.shape[1], weight_dtype, x.shape[1])
         if x.shape[0] <= QUANTIZED_ROWS:
-            quantized_linear(x.values, weight, weight_dtype, bias, out, accumulate)
+            multiply_quantized(x.values, weight, weight_dtype, bias, out, accumulate)
             return
     in_place = not out.is_cuda or products_in_place(out.device)
     blocks = _blocks_at_once(x, weight_dtype, in_place)
+    if weight.shape[0] <= blocks:
+        _dense_linear(x, weight, weight_dtype, bias, out, accumulate, in_place)
+        return
     for start in range(0, weight.shape[0], blocks):
         columns = slice(start * BLOCK_FEATURES, (start + blocks) * BLOCK_FEATURES)
-        dense = _dense(weight[start:start + blocks], weight_dtype, x.shape[1])
-        target = out[:, columns]
-        _product(x.values[0], dense, target, accumulate, in_place)
-        if bias is not None:
-            target += bias[columns]
+        part = None if bias is None else bias[columns]
+        _dense_linear(x, weight[start:start + blocks], weight_dtype, part, out[:, columns], accumulate, in_place)
+
+
+def _dense_linear(x: RoundedInput, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
+                  accumulate: bool, in_place: bool) -> None:
+    _product(x.values[0], _dense(weight, weight_dtype, x.shape[1]), out, accumulate, in_place)
+    if bias is not None:
+        out += bias
 
 
 @cache
@@ -123,11 +130,11 @@ def _product(x: Tensor, dense: Tensor, out: Tensor, accumulate: bool, in_place: 
     """float32 x W^T of float32 or bf16 factors into, or onto, `out`, which may be columns of a wider matrix."""
     if not x.is_cuda and x.dtype == torch.bfloat16:  # torch has bf16 products with a float32 result on CUDA only
         x, dense = x.float(), dense.float()
-    wide = () if x.dtype == torch.float32 else (torch.float32,)
+    wide = {} if x.dtype == torch.float32 else {"out_dtype": torch.float32}
     if in_place and accumulate:
-        (torch.ops.aten.addmm.dtype_out if wide else torch.ops.aten.addmm.out)(out, x, dense.T, *wide, out=out)
+        torch.addmm(out, x, dense.T, out=out, **wide)
     elif in_place:
-        (torch.ops.aten.mm.dtype_out if wide else torch.ops.aten.mm.out)(x, dense.T, *wide, out=out)
+        torch.mm(x, dense.T, out=out, **wide)
     else:
-        result = torch.mm(x, dense.T, out_dtype=torch.float32) if wide else torch.mm(x, dense.T)
+        result = torch.mm(x, dense.T, **wide)
         out.copy_(result) if not accumulate else out.add_(result)

@@ -15,13 +15,15 @@ warp waits for another while loads are in flight (tests/gpu_kernels/test_aot.py)
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_kernels.kept import kept
+from gpu_kernels.activation import quantize_activation
+from gpu_kernels.launching import Kernel, Shape
 from gpu_kernels.reference import GROUP, SUPERBLOCK_BYTES
 
 Q4_BYTES = tl.constexpr(SUPERBLOCK_BYTES["q4"])
@@ -56,7 +58,7 @@ def _signed(packed):
                                      pack=4)
 
 
-@kept
+@Kernel
 @triton.jit
 def _gemv_kernel(weight, q, scales, sums, bias, out, num_groups, block_bytes, IS_Q4: tl.constexpr, WARPS: tl.constexpr,
                  UNROLL: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr):
@@ -128,7 +130,7 @@ def _row_values(pointers, inside, first, rows, ROWS: tl.constexpr, WARPS: tl.con
         return tl.join(low, high).permute(0, 2, 1).reshape(WARPS, ROWS)
 
 
-@kept
+@Kernel
 @triton.jit(do_not_specialize=["rows", "num_blocks"])
 def _flat_kernel(weight, q, scales, sums, bias, out, rows, num_blocks, num_groups, block_bytes, q_stride, scale_stride,
                  out_row_stride, IS_Q4: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
@@ -234,34 +236,52 @@ def tile_for(rows: int, num_blocks: int) -> Tile:
     return next((tile for tile in tiles if rows <= tile.rows), tiles[-1])
 
 
-def quantized_linear(x: tuple[Tensor, ...], weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
+def quantized_linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
                      accumulate: bool) -> None:
-    """Write (or add) the product of `x`, as `quantize_activation` gives it, with packed q8 or q4 blocks into `out`."""
-    flags = {"IS_Q4": weight_dtype == "q4", "HAS_BIAS": bias is not None, "ACCUMULATE": accumulate}
+    """Write (or add) the product of `x` with packed q8 or q4 blocks into `out`; arguments as `linear`.
+
+    Allocates the int8 copy of x.
+    """
+    multiply_quantized(quantize_activation(x, weight_dtype), weight, weight_dtype, bias, out, accumulate)
+
+
+def multiply_quantized(quantized: tuple[Tensor, ...], weight: Tensor, weight_dtype: str,
+                       bias: Tensor | None, out: Tensor, accumulate: bool) -> None:
+    """The same for an x that `quantize_activation` gave."""
     launch = _launch_gemv if out.shape[0] == 1 else _launch_flat
-    launch(weight, *x, bias, out, flags)
+    launch(weight, *quantized, bias, out, (weight_dtype == "q4", bias is not None, accumulate))
 
 
 def _launch_gemv(weight: Tensor, q: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None, out: Tensor,
-                 flags: dict[str, bool]) -> None:
-    shape = gemv_shape(weight.shape[0])
-    _gemv_kernel[(weight.shape[0],)](
-        weight, q, scales, sums, bias, out, scales.shape[0], weight.stride(0), WARPS=shape.warps, UNROLL=shape.unroll,
-        num_warps=shape.warps, **flags)
+                 flags: tuple[bool, bool, bool]) -> None:
+    shape = _gemv_launch(gemv_shape(weight.shape[0]), *flags)
+    _gemv_kernel.launch((weight.shape[0], 1, 1), (weight, q, scales, sums, out if bias is None else bias, out), (),
+                        (scales.shape[0], weight.stride(0)), shape)
 
 
 def _launch_flat(weight: Tensor, q: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None, out: Tensor,
-                 flags: dict[str, bool]) -> None:
+                 flags: tuple[bool, bool, bool]) -> None:
     rows, num_blocks = out.shape[0], weight.shape[0]
     tile = tile_for(rows, num_blocks)
-    grid = (triton.cdiv(rows, tile.rows), triton.cdiv(num_blocks, 2 * tile.tiles))
-    _flat_kernel[grid](
-        weight, q, scales, sums, bias, out, rows, num_blocks, scales.shape[0], weight.stride(0), q.stride(0),
-        scales.stride(0), out.stride(0), ROWS=tile.rows, TILES=tile.tiles, PARTS=tile.parts, UNROLL=tile.unroll,
-        num_warps=tile.tiles * tile.parts, num_stages=1, **flags)
+    _flat_kernel.launch(
+        (-(-rows // tile.rows), -(-num_blocks // (2 * tile.tiles)), 1),
+        (weight, q, scales, sums, out if bias is None else bias, out), (rows, num_blocks),
+        (scales.shape[0], weight.stride(0), q.stride(0), scales.stride(0), out.stride(0)), _flat_launch(tile, *flags))
 
 
-def check_blocks(weight: Tensor, weight_dtype: str, in_features: int) -> None:
+@functools.cache
+def _gemv_launch(shape: GemvShape, is_q4: bool, has_bias: bool, accumulate: bool) -> Shape:
+    return Shape(IS_Q4=is_q4, WARPS=shape.warps, UNROLL=shape.unroll, HAS_BIAS=has_bias, ACCUMULATE=accumulate,
+                 num_warps=shape.warps)
+
+
+@functools.cache
+def _flat_launch(tile: Tile, is_q4: bool, has_bias: bool, accumulate: bool) -> Shape:
+    return Shape(IS_Q4=is_q4, ROWS=tile.rows, TILES=tile.tiles, PARTS=tile.parts, UNROLL=tile.unroll,
+                 HAS_BIAS=has_bias, ACCUMULATE=accumulate, num_warps=tile.tiles * tile.parts, num_stages=1)
+
+
+def check_blocks(block_bytes: int, weight_dtype: str, in_features: int) -> None:
     """Assert that the blocks have the bytes that q8 or q4 blocks of `in_features` have."""
-    block_bytes = triton.cdiv(in_features, GROUP) * SUPERBLOCK_BYTES[weight_dtype]
-    assert weight.shape[1] == block_bytes, (weight_dtype, in_features, weight.shape, block_bytes)
+    expected = -(-in_features // GROUP) * SUPERBLOCK_BYTES[weight_dtype]
+    assert block_bytes == expected, (weight_dtype, in_features, block_bytes, expected)

@@ -9,12 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_kernels.kept import kept
+from gpu_kernels.launching import Kernel, Shape
 
 COPY_BLOCK = 1024
+COPY_SHAPE = Shape(BLOCK=COPY_BLOCK, num_warps=4)
 
 
-@kept
+@Kernel
 @triton.jit
 def _copy_rows_kernel(target, source, columns, target_stride, source_stride, BLOCK: tl.constexpr):
     """grid: (rows, cdiv(columns, BLOCK)). target, source: [rows, columns]."""
@@ -34,6 +35,5 @@ def copy_rows(target: Tensor, source: Tensor) -> None:
     rows, columns = target.shape
     assert source.shape == target.shape and source.dtype == target.dtype, (target.shape, source.shape)
     if rows and columns:
-        grid = (rows, triton.cdiv(columns, COPY_BLOCK))
-        _copy_rows_kernel[grid](target, source, columns, target.stride(0), source.stride(0), BLOCK=COPY_BLOCK,
-                                num_warps=4)
+        _copy_rows_kernel.launch((rows, -(-columns // COPY_BLOCK), 1), (target, source), (),
+                                 (columns, target.stride(0), source.stride(0)), COPY_SHAPE, by_address=False)

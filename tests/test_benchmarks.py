@@ -310,3 +310,18 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path, mon
     psutil.wait_procs([grandchild], timeout=10)
     assert not grandchild.is_running() or grandchild.status() == psutil.STATUS_ZOMBIE
     child.stdout.close()
+
+
+def test_a_layer_of_a_prompt_queues_few_launches() -> None:
+    """Four roundings, a dequantisation for each piece of a weight, and five small kernels; older tokens beside."""
+    pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
+    run = run_script("launches.py", "--repetitions", 1, "--json")
+
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    first, last = found["first chunk"], found["last chunk"]
+    pieces = 4 + found["streamed_pieces"]
+    assert (first["linear"]["launches"], first["rounded"]["launches"]) == (pieces, 4)
+    assert (first["launches"], first["prefill_attention"]["launches"]) == (pieces + 4 + 5, 1)
+    assert (last["linear"]["launches"], last["rounded"]["launches"]) == (pieces, 4)
+    assert 1 <= last["merge"]["launches"] == last["prefill_attention"]["launches"] - 1 <= 5  # blocks of a whole chunk

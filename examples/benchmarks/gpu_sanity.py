@@ -39,6 +39,9 @@ def kernels(run: Run) -> dict[str, Any]:
         "linear q4, 1 row": partial(checks.check_linear, ops.linear, device, "q4", 1, 8, 4096),
         "linear q4, 16 rows": partial(checks.check_linear, ops.linear, device, "q4", 16, 8, 1024),
         "linear q4, 130 rows": partial(checks.check_linear, ops.linear, device, "q4", 130, 8, 1024, tolerance=dense),
+        "linear q4, 130 rows added": partial(
+            checks.check_linear, ops.linear, device, "q4", 130, 8, 1024, accumulate=True, tolerance=dense
+        ),
         "decode_attention": partial(
             checks.check_decode, ops.decode_attention, device, bf16, 2, 4, 128, 64, 320, [(0, 320)]
         ),
