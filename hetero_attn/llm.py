@@ -18,10 +18,11 @@ from hetero_attn.engine.rebalance import Rebalancer
 from hetero_attn.engine.replan import Replanner
 from hetero_attn.errors import ConfigError, PromptError, SamplingError
 from hetero_attn.planning.arguments import checked_arguments
-from hetero_attn.planning.settle import PAGE_TOKENS, PlannedModel, prepare
+from hetero_attn.planning.options import PAGE_TOKENS, LoadOptions
+from hetero_attn.planning.settle import PlannedModel, settle
 from hetero_attn.serving.defaults import default_params
-from hetero_attn.serving.progress import PrefillBar, compile_note, loading_bar
 from hetero_attn.serving.parameters import Params, for_each
+from hetero_attn.serving.progress import PrefillBar, compile_note, loading_bar
 from hetero_attn.serving.prompts import are_conversations, as_prompt, as_prompts, as_token_ids
 from hetero_attn.serving.request import Request, RequestOutput
 from hetero_attn.serving.sampling import Sampler
@@ -85,24 +86,25 @@ class LLM:
             seed=seed, prefix_cache=prefix_cache, overlap=overlap, handover=handover, progress=progress
         )
         seed = checked["seed"]
-        if hardware is None and device != "emulated":
-            refresh_profile()
-        planned = prepare(
-            model,
-            policy,
-            gpu_memory,
-            dtype,
-            device,
-            hardware,
-            max_context,
-            max_batch,
-            num_threads,
-            page_size,
-            elastic,
-            kv_tokens,
-            kv_dtype,
-            file,
+        wishes = LoadOptions(
+            model=model,
+            policy=policy,
+            gpu_memory=gpu_memory,
+            dtype=dtype,
+            device=device,
+            max_context=max_context,
+            max_batch=max_batch,
+            num_threads=num_threads,
+            hardware=hardware,
+            page_size=page_size,
+            elastic=elastic,
+            kv_tokens=kv_tokens,
+            kv_dtype=kv_dtype,
+            file=file,
         )
+        if wishes.asks_for_this_machine:
+            refresh_profile()
+        planned = settle(wishes)
         self._opening = open_beside(planned.path)
         with loading_bar(planned.plan, progress) as bar:
             on_compile = compile_note if progress else None

@@ -29,13 +29,13 @@ from cpu_kernels import CpuKernels
 from hetero_attn.engine.build import assemble, build_engine
 from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.runtime_costs import lanes_over, with_runtime_costs
+from hetero_attn.planning.options import LoadOptions
 from hetero_attn.planning.profiles import host_memory_bytes
-from hetero_attn.planning.settle import PAGE_TOKENS, PlannedModel, prepare
+from hetero_attn.planning.settle import PlannedModel, settle
 from hetero_attn.tools.bench import measure as bench
 from placement.cost.model import predict
 from placement.machine.hardware import WEIGHT_BYTES, HardwareProfile
 from placement.machine.rates import DtypeRates, seconds_per_operation_of_a_row
-from placement.policy.policy import Policy
 from placement.profilers.cpu import measure as measure_cpu
 from placement.profilers.cpu_linear import IN_FEATURES, MANY_WEIGHTS, SWEEP_BYTES, linear_call, packed, shape
 from placement.profilers.timing import seconds
@@ -116,12 +116,20 @@ def planned(row: Row, path: Path, hardware: HardwareProfile) -> PlannedModel:
     """The plan of a row."""
     device = "cpu" if row.budget is None else "emulated"
     context = row.depth + row.prompt + 64
-    plan = prepare(path, "auto", None, row.dtype, "cpu", hardware, context, 1, hardware.cores, PAGE_TOKENS)
+    wishes = LoadOptions(
+        model=path,
+        dtype=row.dtype,
+        device="cpu",
+        hardware=hardware,
+        max_context=context,
+        max_batch=1,
+        num_threads=hardware.cores,
+    )
+    plan = settle(wishes)
     if device == "cpu":
         return plan
     budget = int(row.budget * plan.plan.workload.weight_bytes) + (64 << 20)
-    policy = Policy.named(row.policy)
-    return prepare(path, policy, budget, row.dtype, device, hardware, context, 1, hardware.cores, PAGE_TOKENS)
+    return settle(replace(wishes, policy=row.policy, gpu_memory=budget, device=device))
 
 
 def run(row: Row, path: Path, hardware: HardwareProfile) -> list[dict[str, object]]:

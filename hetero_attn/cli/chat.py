@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hetero_attn.cli import options
+from hetero_attn.cli.option_words import in_option_words
+from hetero_attn.cli.output import speed_line
 from hetero_attn.cli.talk.commands import HELP, command_of, parse_value, run_command
 from hetero_attn.cli.talk.conversation import Conversation
 from hetero_attn.cli.talk.line_editor import LineSource, line_source, read_message
-from hetero_attn.cli.option_words import in_option_words
-from hetero_attn.cli.output import speed_line
 from hetero_attn.cli.talk.word_wrap import WordWrap
 from hetero_attn.errors import EngineDeadError, HeteroError
 

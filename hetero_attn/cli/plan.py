@@ -13,7 +13,7 @@ from hetero_attn.cli.output import expect_writable, print_json, table_width, wri
 
 if TYPE_CHECKING:
     from hetero_attn.planning.settle import PlannedModel
-    from placement import HardwareProfile, Policy
+    from placement import HardwareProfile
     from placement.explain import Explanation
 
 
@@ -37,25 +37,27 @@ def plan(
     """Show what of a model would live on which lane, the bytes and the predicted speed."""
     from hetero_attn.engine.host_memory import why_too_large
     from hetero_attn.engine.measure import refresh_profile
-    from hetero_attn.planning.settle import PAGE_TOKENS, prepare
+    from hetero_attn.planning.options import LoadOptions
+    from hetero_attn.planning.settle import settle
     from hetero_attn.serving.progress import working
 
     expect_writable(plot, yaml)
-    if hardware is None and device != "emulated":
-        refresh_profile()
-    planned = prepare(
-        model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, device=device, hardware=machine(hardware),
-        max_context=context, max_batch=None, num_threads=threads, page_size=PAGE_TOKENS, kv_dtype=kv_dtype,
+    wishes = LoadOptions(
+        model=model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, device=device, hardware=machine(hardware),
+        max_context=context, num_threads=threads, kv_dtype=kv_dtype,
     )
+    if wishes.asks_for_this_machine:
+        refresh_profile()
+    planned = settle(wishes)
     if hardware is None and (reason := why_too_large(planned.plan)):
         typer.echo(f"note: this would not load now: {reason}", err=True)
     # A policy on stdout is all that its reader wants.
     explanation = None
     if explain and str(yaml) != "-":
         with working("looking for what would help"):
-            explanation = explained(planned, policy, threads)
+            explanation = explained(planned)
     if plot is not None:
-        draw(planned, policy, threads, plot)
+        draw(planned, plot)
     if yaml is not None:
         write_text(yaml, planned.plan.to_yaml())
     if as_json:
@@ -66,18 +68,18 @@ def plan(
             typer.echo(line)
 
 
-def explained(planned: PlannedModel, policy: str, threads: int | None) -> Explanation:
+def explained(planned: PlannedModel) -> Explanation:
     """Plan again with more of each resource; takes several times as long as the plan."""
     from placement.explain import explain
 
     made = planned.plan
     return explain(
-        planned.workload, planned.hardware, wishes(policy, threads), device=made.device,
+        planned.workload, planned.hardware, planned.policy, device=made.device,
         gpu_memory_bytes=made.gpu_memory_bytes,
     )
 
 
-def draw(planned: PlannedModel, policy: str, threads: int | None, file: Path) -> None:
+def draw(planned: PlannedModel, file: Path) -> None:
     """Draw the plan, and the speeds of plans for a dozen GPU budgets."""
     from hetero_attn.cli.plots import plot_plan
     from hetero_attn.serving.progress import steps_bar
@@ -86,20 +88,10 @@ def draw(planned: PlannedModel, policy: str, threads: int | None, file: Path) ->
     made, plans = planned.plan, []
     if made.device != "cpu":
         plans = budget_curve(
-            planned.workload, planned.hardware, wishes(policy, threads), device=made.device,
+            planned.workload, planned.hardware, planned.policy, device=made.device,
             watched=lambda budgets: steps_bar(budgets, "planning for GPU budgets"),
         )
     plot_plan(made, plans, file)
-
-
-def wishes(policy: str, threads: int | None) -> Policy:
-    """The policy as the planner sees it: sizes of the workload are already in the workload."""
-    from placement import Policy
-
-    loaded = Policy.load(policy)
-    built_in = dict.fromkeys(("context", "batch", "kv_tokens", "prefill_chunk", "kv_dtype"))
-    settled = built_in | {"threads": threads or loaded.threads}
-    return loaded.model_copy(update=settled)
 
 
 def machine(hardware: str | None) -> str | HardwareProfile | None:

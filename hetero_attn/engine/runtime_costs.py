@@ -24,7 +24,8 @@ from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.greatest import greatest
 from hetero_attn.lanes.host_worker import HostWorker
 from hetero_attn.lanes.lanes import Lanes
-from hetero_attn.planning.settle import PAGE_TOKENS, prepare
+from hetero_attn.planning.options import LoadOptions
+from hetero_attn.planning.settle import settle
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.tensor_names import expected_tensors
 from placement.cost.terms import LAUNCHES_PER_LAYER
@@ -120,7 +121,19 @@ def _engine(
     toy: Path, policy: Policy, profile: HardwareProfile, device: str, make_driver: MakeDriver | None
 ) -> Iterator[Engine]:
     budget = None if device == "cpu" else min(BUDGET_BYTES, profile.gpu_memory_bytes)
-    planned = prepare(toy, policy, budget, "bf16", device, profile, 256, 1, profile.cores, PAGE_TOKENS)
+    planned = settle(
+        LoadOptions(
+            model=toy,
+            policy=policy,
+            gpu_memory=budget,
+            dtype="bf16",
+            device=device,
+            hardware=profile,
+            max_context=256,
+            max_batch=1,
+            num_threads=profile.cores,
+        )
+    )
     engine = (
         build_engine(planned) if make_driver is None else assemble(planned, lanes_over(planned.plan, make_driver()))
     )

@@ -1,15 +1,15 @@
-"""From a model and a wish to a plan: config and file headers in, nothing loaded."""
+"""From a model and wishes to a plan: config and file headers in, nothing loaded and nothing measured."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from hetero_attn.checkpoints.hub import resolve_model
 from hetero_attn.checkpoints.sources import read_config, stored_formats
 from hetero_attn.errors import ConfigError, MemoryBudgetError
-from hetero_attn.planning.arguments import check_choice, checked_arguments
+from hetero_attn.planning.arguments import check_choice
+from hetero_attn.planning.options import PAGE_TOKENS, LoadOptions
 from hetero_attn.planning.profiles import current_profile, lane_threads
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.tensor_names import tensor_name
@@ -30,7 +30,6 @@ THROUGHPUT_CONTEXTS = 4
 DEFAULT_PREFILL_CHUNK = 512
 MIN_PREFILL_CHUNK = 16
 MAX_PREFILL_CHUNK = 2048
-PAGE_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,95 +74,103 @@ def plan_model(
 ) -> Plan:
     """Plan a model from its config and headers alone; the arguments are those of `LLM`.
 
-    hardware: a profile, or the name of a catalogue machine; None is this machine, measured if `profile` has been run.
+    hardware: a profile, or the name of a catalogue machine; None is this machine, by its kept profile if it has one.
     Raises what `LLM` raises before it loads weights.
     """
-    return prepare(
-        model,
-        policy,
-        gpu_memory,
-        dtype,
-        device,
-        hardware,
-        max_context,
-        max_batch,
-        num_threads,
-        page_size,
+    wishes = LoadOptions(
+        model=model,
+        policy=policy,
+        gpu_memory=gpu_memory,
+        dtype=dtype,
+        device=device,
+        hardware=hardware,
+        max_context=max_context,
+        max_batch=max_batch,
+        num_threads=num_threads,
+        page_size=page_size,
         kv_dtype=kv_dtype,
         file=file,
-    ).plan
+    )
+    return settle(wishes).plan
 
 
-def prepare(
-    model: str | Path,
-    policy: str | Path | Policy,
-    gpu_memory: str | int | None,
-    dtype: str,
-    device: str,
-    hardware: HardwareProfile | str | None,
-    max_context: int | None,
-    max_batch: int | None,
-    num_threads: int | None,
-    page_size: int,
-    elastic: bool = False,
-    kv_tokens: int | None = None,
-    kv_dtype: str = "auto",
-    file: str | None = None,
-) -> PlannedModel:
+def settle(options: LoadOptions) -> PlannedModel:
     """Decide everything about a model that can be decided without reading its weights.
 
-    One sequence is planned for unless more are asked for; under `objective: throughput` many share the KV slots of a few.
+    The one place where options, policy, config and machine meet: an option goes before the policy's key, and that before
+    what the model or the machine suggests. Nothing is open afterwards, and sizes are in the plan's workload alone.
     """
-    given = checked_arguments(
-        model=model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, device=device, hardware=hardware,
-        max_context=max_context, max_batch=max_batch, num_threads=num_threads, page_size=page_size, elastic=elastic,
-        kv_tokens=kv_tokens, kv_dtype=kv_dtype, file=file,
-    )
-    gpu_memory, dtype, device, max_context, max_batch, num_threads, page_size, kv_tokens, kv_dtype = (
-        given[name]
-        for name in (
-            "gpu_memory", "dtype", "device", "max_context", "max_batch", "num_threads", "page_size", "kv_tokens", "kv_dtype",
-        )
-    )
-    path = resolve_model(model, file)
+    path = resolve_model(options.model, options.file)
     config = read_config(path)
-    policy = policy if isinstance(policy, Policy) else Policy.load(policy)
-    policy = policy.model_copy(update={"threads": num_threads or policy.threads, "elastic": elastic or policy.elastic})
-    formats = choose_formats(dtype, config, path)
-    place = choose_device(device, hardware)
-    context = choose_context(max_context or policy.context, config)
-    batch, kv_tokens = choose_batch(max_batch or policy.batch, kv_tokens or policy.kv_tokens, context, policy.objective)
-    build = partial(
-        build_workload,
-        config,
-        formats,
-        model=model_name(model, path),
-        max_context=context,
-        max_batch=batch,
-        kv_tokens=kv_tokens,
-        page_size=page_size,
-        kv_dtype=choose_kv_dtype(kv_dtype, policy, formats.label),
-        embed_shares_head=shares_head(formats, config) and place == "cpu",
-    )
-    kind = place.partition(":")[0]
-    if isinstance(hardware, str):
-        hardware = HardwareProfile.named(hardware)
-    hardware = hardware or machine_profile(place)
-    budget, workload = None, build(prefill_chunk=policy.prefill_chunk or DEFAULT_PREFILL_CHUNK)
-    if kind != "cpu":
-        budget = parse_bytes(gpu_memory) if gpu_memory is not None else policy.gpu_memory or hardware.gpu_memory_bytes
-        if policy.prefill_chunk is None:
-            workload = with_chunk_choices(build, budget)
+    policy = _wishes(options)
+    formats = choose_formats(options.dtype, config, path)
+    device = choose_device(options.device, options.hardware)
+    kind = device.partition(":")[0]
+    hardware = _rates(options, device)
+    budget = None if kind == "cpu" else _budget_bytes(options, policy, hardware)
+    workload = _workload(options, policy, config, formats, path, kind, budget)
     if kind == "cuda":
         from hetero_attn.devices.machine import with_own_bytes
 
-        hardware = with_own_bytes(hardware, place)
-    policy = policy.model_copy(update=dict.fromkeys(("context", "batch", "kv_tokens", "prefill_chunk", "kv_dtype")))
+        hardware = with_own_bytes(hardware, device)
+    policy = policy.without_sizes()
     try:
         plan = make_plan(workload, hardware, policy, device=kind, gpu_memory_bytes=budget)
     except BudgetError as error:
         raise MemoryBudgetError(str(error)) from error
-    return PlannedModel(path, config, formats.label, place, hardware, plan, policy, workload, formats)
+    return PlannedModel(path, config, formats.label, device, hardware, plan, policy, workload, formats)
+
+
+def _wishes(options: LoadOptions) -> Policy:
+    """The policy that the options name, with those of its keys that they say themselves."""
+    policy = options.policy if isinstance(options.policy, Policy) else Policy.load(options.policy)
+    said = {"threads": options.num_threads or policy.threads, "elastic": options.elastic or policy.elastic}
+    return policy.model_copy(update=said)
+
+
+def _rates(options: LoadOptions, device: str) -> HardwareProfile:
+    named = options.hardware
+    return (HardwareProfile.named(named) if isinstance(named, str) else named) or machine_profile(device)
+
+
+def _budget_bytes(options: LoadOptions, policy: Policy, hardware: HardwareProfile) -> int:
+    if options.gpu_memory is not None:
+        return parse_bytes(options.gpu_memory)
+    return policy.gpu_memory or hardware.gpu_memory_bytes
+
+
+def _workload(
+    options: LoadOptions,
+    policy: Policy,
+    config: ModelConfig,
+    formats: WeightFormats,
+    path: Path,
+    kind: str,
+    budget_bytes: int | None,
+) -> Workload:
+    """The workload in the sizes that were asked for; on a GPU its prefill chunk is left to the planner unless fixed.
+
+    One sequence is planned for unless more are asked for; under `objective: throughput` many share the KV slots of a few.
+    """
+    context = choose_context(options.max_context or policy.context, config)
+    batch, kv_tokens = choose_batch(
+        options.max_batch or policy.batch, options.kv_tokens or policy.kv_tokens, context, policy.objective
+    )
+    build = partial(
+        build_workload,
+        config,
+        formats,
+        model=model_name(options.model, path),
+        max_context=context,
+        max_batch=batch,
+        kv_tokens=kv_tokens,
+        page_size=options.page_size,
+        kv_dtype=choose_kv_dtype(options.kv_dtype, policy, formats.label),
+        embed_shares_head=shares_head(formats, config) and kind == "cpu",
+    )
+    if policy.prefill_chunk is None and budget_bytes is not None:
+        return with_chunk_choices(build, budget_bytes)
+    return build(prefill_chunk=policy.prefill_chunk or DEFAULT_PREFILL_CHUNK)
 
 
 def machine_profile(device: str) -> HardwareProfile:

@@ -18,6 +18,8 @@ from placement.policy.document import MAX_BYTES, Document, Mark, YamlProblem, re
 from placement.policy.document import Path as YamlPath
 from placement.policy.fields import CountField, KvDtypeField, PositiveField, Share, ShareField, SizeField, SlotsField
 
+# What a policy says about the workload itself; the others are about where it goes.
+SIZES = ("context", "batch", "kv_tokens", "prefill_chunk", "kv_dtype")
 SHIPPED = Path(__file__).parent / "shipped"
 VERSION = 1
 SUM_TOLERANCE = 1e-6
@@ -128,6 +130,10 @@ class Policy(_Strict):
 
     _source: str = PrivateAttr(default="policy")
     _marks: dict[YamlPath, Mark] = PrivateAttr(default_factory=dict)
+
+    def without_sizes(self) -> "Policy":
+        """The wishes that remain open once a workload has been made in the sizes that were asked for."""
+        return self.model_copy(update=dict.fromkeys(SIZES))
 
     @classmethod
     def parse(cls, text: str, source: str = "policy") -> "Policy":

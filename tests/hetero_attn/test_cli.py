@@ -21,8 +21,8 @@ from typer.testing import CliRunner, Result
 import hetero_attn
 import hetero_attn.tools
 from cpu_kernels.team.cgroups import cpu_quota, memory_limit_bytes
-from hetero_attn.cli import app
 from hetero_attn import SamplingParams
+from hetero_attn.cli import app
 from hetero_attn.cli.errors import exit_code
 from hetero_attn.cli.talk.line_editor import EditedLines
 from hetero_attn.cli.talk.word_wrap import WordWrap

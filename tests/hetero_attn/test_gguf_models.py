@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from tests.support.gguf_models import make_gguf
-from tests.support.runtime import cpu_plan, nmse, run_logits, uniform_plan
-from tests.support.toy import hf_logits
 
 from hetero_attn import LLM
-from hetero_attn.engine.build import build_engine
 from hetero_attn.checkpoints.sources import read_config, stored_formats
+from hetero_attn.engine.build import build_engine
 from hetero_attn.errors import CheckpointError, UnsupportedModelError
 from hetero_attn.planning.settle import PlannedModel, plan_model
 from hetero_attn.spec.weights import build_workload
 from placement.machine.hardware import HardwareProfile
+from tests.support.gguf_models import make_gguf
+from tests.support.runtime import cpu_plan, nmse, run_logits, uniform_plan
+from tests.support.toy import hf_logits
 
 TOKENS = tuple(torch.randint(260, (40,), generator=torch.Generator().manual_seed(3)).tolist())
 MIXED = {"attn_v": "Q6_K", "ffn_down": "Q6_K", "attn_k": "Q5_K", "token_embd": "Q8_0", "output": "Q6_K"}

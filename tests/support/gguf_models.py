@@ -6,12 +6,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from tests.support.gguf_data import dequantised, random_rows
 from safetensors.torch import load_file, save_file
-from tests.support.toy import make_checkpoint
 
 from cpu_kernels.formats import GGUF_TYPES
 from hetero_attn.checkpoints.gguf.names import is_rotated, our_name
+from tests.support.gguf_data import dequantised, random_rows
+from tests.support.toy import make_checkpoint
 
 TYPES = {item.name: item for item in GGUF_TYPES.values()}
 TOKENS = ["<unk>", "<s>", "</s>", "<|end|>"]

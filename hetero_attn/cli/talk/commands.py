@@ -8,8 +8,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from hetero_attn.cli.talk.conversation import Conversation
 from hetero_attn.cli.output import speed_line, table_width
+from hetero_attn.cli.talk.conversation import Conversation
 from hetero_attn.errors import HeteroError, PromptError
 
 HELP = {
