@@ -63,7 +63,7 @@ def gpu_tests(run: Run) -> dict[str, Any]:
         "-p",
         "no:cacheprovider",
         *names,
-        "tests/gpu",
+        "tests/gpu_kernels",
     ]
     with log.open("w") as file, subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT) as tests:
         try:

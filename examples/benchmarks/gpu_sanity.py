@@ -17,21 +17,21 @@ from gpu_checkpoints import checkpoint
 from gpu_kernel_parts import median_seconds, tensor_device
 from gpu_run import Run
 
-TESTS = Path(__file__).resolve().parents[2] / "tests"
+ROOT = Path(__file__).resolve().parents[2]
 HOPS = 100  # of a step
 FLOATS = 4096  # 16 KiB each way
 BUSY_BYTES, BUSY_COPIES = (16 << 20, 16)  # 5 ms of copies beside the 2 ms of a step's hops
 QUEUED = 4096  # launches, four times what a stream takes before it blocks who launches
 RELEASE_S, WORKER_S = 3.0, 0.5
-TOY_NMSE = 5e-4  # of bf16 weights, as tests/gpu allows
+TOY_NMSE = 5e-4  # of bf16 weights, as tests/gpu_kernels allow
 TOY_STEPS = 6
 SHARED = 'rules:\n  - {match: "layers.*.kv", kv: {gpu_heads: 1}}\n  - {match: "*", gpu: 0.4, stream: 0.3, cpu: 0.3}\n'
 
 
 def kernels(run: Run) -> dict[str, Any]:
     """Every op once against float64, in the shapes of a large model; raises once all have run if any was wrong."""
-    sys.path[:0] = [str(TESTS), str(TESTS / "gpu")]
-    import kernel_checks as checks
+    sys.path.insert(0, str(ROOT))
+    from tests.support import kernel_checks as checks
 
     device, ops = tensor_device(run)
     bf16, dense = torch.bfloat16, checks.DENSE_NMSE
