@@ -127,3 +127,21 @@ def test_demo_and_test_set_up_the_same_environment() -> None:
     assert plan["demo"][0] == plan["test"][0]
     assert plan["demo"][2].endswith("python examples/demo.py")
     assert plan["test"][2].endswith("python -m pytest")
+
+
+def test_an_installed_wheel_runs_from_an_empty_directory(wheel: Path, tmp_path: Path) -> None:
+    """Nothing of the checkout is on the path: the wheel alone, beside the libraries that are here."""
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    zipfile.ZipFile(wheel).extractall(site)
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); sys.argv = ['hetero-attn', 'plan', "
+        f"{str(ROOT / 'examples' / 'tiny')!r}, '--device', 'cpu', '--no-explain']\n"
+        "import hetero_attn, placement, cpu_kernels\n"
+        f"assert all(m.__file__.startswith({str(site)!r}) for m in (hetero_attn, placement, cpu_kernels))\n"
+        "from hetero_attn.cli import main; main()"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=empty, capture_output=True, text=True, check=False)
+
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("tiny on cpu")

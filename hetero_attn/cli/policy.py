@@ -64,3 +64,11 @@ def schema() -> None:
     from placement import policy_schema
 
     print_json(policy_schema())
+
+
+@app.command()
+def reference() -> None:
+    """Print the page about policy files, every key described, as Markdown."""
+    from placement.policy.reference import policy_page
+
+    typer.echo(policy_page(), nl=False)

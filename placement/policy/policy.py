@@ -40,15 +40,19 @@ class _Strict(BaseModel):
 class TierRule(_Strict):
     """Stream and cpu shares of one row tier; the GPU home is the same in every tier."""
 
-    stream: ShareField = None
-    cpu: ShareField = None
+    stream: ShareField = Field(None, description="Share that is copied to the GPU in this tier.")
+    cpu: ShareField = Field(None, description="Share that CPU cores compute in this tier.")
 
 
 class KvRule(_Strict):
     """KV cache of a layer: how many KV-head groups the GPU owns, and how many of their newest tokens it keeps."""
 
-    gpu_heads: CountField = None
-    gpu_tokens: CountField = None
+    gpu_heads: CountField = Field(
+        None, description="KV-head groups that the GPU owns; all, auto or a number."
+    )
+    gpu_tokens: CountField = Field(
+        None, description="Newest tokens of those groups that stay in GPU memory; all, auto or a number."
+    )
 
 
 class Rule(_Strict):
@@ -57,12 +61,25 @@ class Rule(_Strict):
     match: a glob over shard names; `layers.0-15.qkv` is a range of layers.
     """
 
-    match: str = Field(min_length=1, max_length=256)
-    gpu: ShareField = None
-    stream: ShareField = None
-    cpu: ShareField = None
-    tiers: dict[str, TierRule] = Field(default_factory=dict)
-    kv: KvRule | None = None
+    match: str = Field(
+        min_length=1, max_length=256,
+        description="Which shards: a glob over their names, such as `*.qkv`, or a range of layers, `layers.0-15.qkv`.",
+    )
+    gpu: ShareField = Field(
+        None, description="Share that lives in GPU memory: a fraction of 1, or `N units`, or `N features`, or auto."
+    )
+    stream: ShareField = Field(
+        None, description="Share that lives in DRAM and is copied to the GPU when it is needed."
+    )
+    cpu: ShareField = Field(
+        None, description="Share that lives in DRAM and is computed there by CPU cores."
+    )
+    tiers: dict[str, TierRule] = Field(
+        default_factory=dict, description="Other stream and cpu shares for steps of so many rows, such as `2-4`."
+    )
+    kv: KvRule | None = Field(
+        None, description="For the cache of a layer instead of a linear."
+    )
 
     @property
     def sets_linears(self) -> bool:
@@ -101,32 +118,56 @@ def _check_sum(gpu: Share | None, stream: Share | None, cpu: Share | None, where
 
 
 class Policy(_Strict):
-    """What the user asks of the planner; every field may be None, which means `auto`.
+    """What the user asks of the planner; every field may be None, which means `auto`. Sizes are in bytes."""
 
-    gpu_memory, pinned_memory, host_memory: budgets in bytes. context: tokens; batch: sequences; kv_tokens: tokens that
-    the cache holds for all sequences together; threads: CPU lane threads; prefill_chunk: rows; staging_slots: slots of
-    the streaming ring; kv_dtype: of the cache. elastic: keep a copy in DRAM of what is in GPU memory, so that a loaded model can move to another
-    GPU budget. rebalance: let measured lane times move the boundary between streamed and CPU-computed columns, where no
-    rule fixes it. shape: column cuts every linear by output feature; paired cuts o and down by input feature beside qkv
-    and gate_up, with half the hand-overs.
-    """
-
-    version: Literal[1] = VERSION
-    objective: Literal["latency", "throughput", "prefill"] = "latency"
-    gpu_memory: SizeField = None
-    pinned_memory: SizeField = None
-    host_memory: SizeField = None
-    context: PositiveField = None
-    batch: PositiveField = None
-    kv_tokens: PositiveField = None
-    threads: PositiveField = None
-    prefill_chunk: PositiveField = None
-    staging_slots: SlotsField = None
-    kv_dtype: KvDtypeField = None
-    elastic: bool = False
-    rebalance: bool = False
-    shape: Literal["auto", "column", "paired"] = "auto"
-    rules: tuple[Rule, ...] = Field(default=(), strict=False)
+    version: Literal[1] = Field(
+        VERSION, description="The format of this file. Always 1."
+    )
+    objective: Literal["latency", "throughput", "prefill"] = Field(
+        "latency", description="Make fast one sequence's tokens (latency), many sequences' (throughput), or prompts (prefill)."
+    )
+    gpu_memory: SizeField = Field(
+        None, description="Budget of GPU memory, such as 8GiB; all that is free where it is not given."
+    )
+    pinned_memory: SizeField = Field(
+        None, description="Most page-locked host memory, such as 16GiB: streamed weights, older keys and values."
+    )
+    host_memory: SizeField = Field(
+        None, description="Most host memory in all."
+    )
+    context: PositiveField = Field(
+        None, description="Most tokens of one sequence, prompt and answer together."
+    )
+    batch: PositiveField = Field(
+        None, description="Sequences that are decoded together."
+    )
+    kv_tokens: PositiveField = Field(
+        None, description="Tokens that the cache holds for all sequences; context times batch if not given."
+    )
+    threads: PositiveField = Field(
+        None, description="Threads of the CPU lane."
+    )
+    prefill_chunk: PositiveField = Field(
+        None, description="Rows of a prompt that one step computes."
+    )
+    staging_slots: SlotsField = Field(
+        None, description="Slots of the ring through which weights stream to the GPU; 0 lets nothing stream."
+    )
+    kv_dtype: KvDtypeField = Field(
+        None, description="How keys and values are kept: fp32, bf16, q8 (8.25 bits a number) or q4 (5 bits)."
+    )
+    elastic: bool = Field(
+        False, description="Keep a copy in DRAM of what is in GPU memory, so that a loaded model can be resized."
+    )
+    rebalance: bool = Field(
+        False, description="Let measured times move the boundary between streamed and CPU-computed columns."
+    )
+    shape: Literal["auto", "column", "paired"] = Field(
+        "auto", description="How o and down are cut: column, or paired beside qkv and gate_up; auto: the faster."
+    )
+    rules: tuple[Rule, ...] = Field(
+        default=(), strict=False, description="Shares for single shards; the first rule that matches a shard decides."
+    )
 
     _source: str = PrivateAttr(default="policy")
     _marks: dict[YamlPath, Mark] = PrivateAttr(default_factory=dict)

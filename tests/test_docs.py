@@ -1,0 +1,81 @@
+"""The pages of docs/ are true: their Python and commands run, their links lead somewhere, the generated page is of today."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hetero_attn.errors import HeteroError
+from placement.policy.policy import Policy, policy_schema
+from placement.policy.reference import policy_page
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Fenced blocks of a language, in the order they stand."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run(*command: str) -> None:
+    """Run Python with arguments in the root of the repository."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def test_the_python_of_a_page_runs(page, tmp_path):
+    """In a file, because a spawned process imports what it is to call."""
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(blocks(page, "python")))
+
+    run(str(script))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "console")], ids=lambda page: page.stem)
+def test_the_commands_of_a_page_run(page):
+    import shlex
+
+    for line in "".join(blocks(page, "console")).splitlines():
+        prompt, command, *arguments = shlex.split(line)
+        assert (prompt, command) == ("$", "hetero-attn")
+
+        run("-m", "hetero_attn", *arguments)
+
+
+def test_links_lead_to_files():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_policy_page_is_that_of_the_schema():
+    """`hetero-attn policy reference > docs/policy.md` writes it anew."""
+    assert (ROOT / "docs" / "policy.md").read_text() == policy_page()
+
+
+def test_every_key_of_the_schema_is_described():
+    schema = policy_schema()
+    for part in (schema, *schema["$defs"].values()):
+        assert [key for key, field in part["properties"].items() if not field.get("description")] == []
+
+
+def test_the_policy_shown_is_one():
+    (text,) = blocks(ROOT / "docs" / "policy.md", "yaml")
+
+    assert Policy.parse(text).batch == 1
+
+
+def test_exit_codes_are_those_of_the_errors():
+    listed = set(map(int, re.findall(r"^\| (\d+) \|", (ROOT / "docs" / "exit_codes.md").read_text(), re.MULTILINE)))
+    kinds, codes = [HeteroError], set()
+    while kinds:
+        kind = kinds.pop()
+        codes.add(kind.exit_code)
+        kinds += kind.__subclasses__()
+
+    assert codes <= listed
+    assert {0, 2, 130} <= listed
