@@ -14,6 +14,7 @@ import torch
 
 from hetero_attn.cache.cache import KVCache
 from hetero_attn.cache.pool import SequenceState
+from hetero_attn.devices import Device
 from hetero_attn.engine.graph_replay import GraphReplay
 from hetero_attn.engine.lane_report import LaneReport
 from hetero_attn.engine.move import go_over
@@ -364,26 +365,42 @@ def make_buffers(config: ModelConfig, plan: Plan, lanes: Lanes) -> Buffers:
 def make_workspace(config: ModelConfig, rows: int, lanes: Lanes) -> Workspace:
     """Allocate the activation buffers of a step of at most `rows` rows, on every side that a lane uses."""
     widths = ActivationWidths.of(config, model_spec(config))
+    on_device = {} if lanes.device is None else _shared_buffers(widths, rows, lanes.device)
 
-    def buffer(width: int) -> Activation:
-        return _buffer(lanes, rows, width, "activations")
+    def buffer(name: str, width: int) -> Activation:
+        if name not in on_device:
+            return _buffer(lanes, rows, width, "activations")
+        return Activation(on_device[name], lanes.device.host_empty((rows, width), torch.float32, "activations"))
 
     attention = AttentionBuffers(
-        query=buffer(widths.query),
-        out=buffer(widths.attention),
-        partial=buffer(widths.attention),
-        lse=buffer(widths.lse),
-        partial_lse=buffer(widths.lse),
+        query=buffer("query", widths.query),
+        out=buffer("out", widths.attention),
+        partial=buffer("partial", widths.attention),
+        lse=buffer("lse", widths.lse),
+        partial_lse=buffer("partial_lse", widths.lse),
     )
     return Workspace(
-        residual=buffer(widths.residual),
-        scratch=buffer(widths.residual),
-        normed=buffer(widths.normed),
-        qkv=buffer(widths.qkv),
-        gate_up=buffer(widths.gate_up),
-        activated=buffer(widths.activated),
+        residual=buffer("residual", widths.residual),
+        scratch=buffer("scratch", widths.residual),
+        normed=buffer("normed", widths.normed),
+        qkv=buffer("qkv", widths.qkv),
+        gate_up=buffer("gate_up", widths.gate_up),
+        activated=buffer("activated", widths.activated),
         attention=attention,
     )
+
+
+def _shared_buffers(widths: ActivationWidths, rows: int, device: Device) -> dict[str, torch.Tensor]:
+    """Buffers by name, [rows, width] in GPU memory, that lie in the same places as others: see ActivationWidths.shared."""
+    buffers = {}
+    for name, others in widths.shared.items():
+        memory, start = device.empty((rows * widths.room(name),), torch.float32, "activations"), 0
+        buffers[name] = memory[: rows * widths.width(name)].view(rows, -1)
+        for other in others:
+            stop = start + rows * widths.width(other)
+            buffers[other] = memory[start:stop].view(rows, -1)
+            start = stop
+    return buffers
 
 
 def _buffer(lanes: Lanes, rows: int, width: int, kind: str) -> Activation:

@@ -259,12 +259,34 @@ class ActivationWidths:
         )
 
     @property
+    def shared(self) -> dict[str, tuple[str, ...]]:
+        """What lies one behind the other in the same GPU memory as the buffer named first, for they never live together.
+
+        All that attention computed is dead once `o` has run, and next written after `down`; the normed rows are dead once
+        gate_up has multiplied them. Every access on the GPU is in the order of one stream; host memory is not shared.
+        """
+        return {"gate_up": ("qkv", "query", "out", "partial"), "activated": ("normed",)}
+
+    def width(self, name: str) -> int:
+        """Elements a row of a buffer by its own name: attention has an output and a partial one."""
+        return self.attention if name in ("out", "partial") else getattr(self, name)
+
+    def room(self, name: str) -> int:
+        """Elements a row of GPU memory for a buffer and what shares it."""
+        return max(self.width(name), sum(map(self.width, self.shared.get(name, ()))))
+
+    @property
     def bytes_per_row(self) -> int:
-        """Bytes of all buffers for one token row.
+        """Bytes of GPU memory for one token row.
 
         The residual counts twice, because columns that another lane computed arrive in a buffer of that width before
         they are added; so does attention, whose partial over the older tokens arrives before it is merged.
         """
+        return FLOAT32_BYTES * (2 * self.residual + 2 * self.lse + self.room("gate_up") + self.room("activated"))
+
+    @property
+    def host_bytes_per_row(self) -> int:
+        """Bytes of host memory for one token row, where every buffer has its own."""
         total = 2 * self.residual + self.normed + self.qkv + self.query + 2 * self.attention + 2 * self.lse
         return FLOAT32_BYTES * (total + self.gate_up + self.activated)
 
@@ -320,6 +342,7 @@ def build_workload(
         embed_bytes=0 if embed_shares_head else _embed_bytes(formats.embed, config),
         resident_bytes=FLOAT32_BYTES * (norm_features + biases + rope_features + logits) + tables,
         activation_bytes_per_row=ActivationWidths.of(config, spec).bytes_per_row,
+        host_activation_bytes_per_row=ActivationWidths.of(config, spec).host_bytes_per_row,
         max_context=max_context,
         max_batch=max_batch,
         page_size=page_size,

@@ -179,8 +179,13 @@ def staging_slot_bytes(workload: Workload, placements: Sequence[LinearPlacement]
 
 
 def activation_bytes(workload: Workload) -> int:
-    """Activations of the largest call, allocated once."""
+    """Activations of the largest call in GPU memory, allocated once."""
     return workload.activation_bytes_per_row * workload.activation_rows
+
+
+def host_activation_bytes(workload: Workload) -> int:
+    """Activations of the largest call in host memory, likewise."""
+    return (workload.host_activation_bytes_per_row or workload.activation_bytes_per_row) * workload.activation_rows
 
 
 def rounded_input_bytes(workload: Workload) -> int:
@@ -224,7 +229,7 @@ def memory_report(
     host = {
         "weights": weights_bytes(workload, linears, "host"),
         "kv": kv_bytes(kv_host_bytes),
-        "activations": activation_bytes(workload),
+        "activations": host_activation_bytes(workload),
         "embed": workload.embed_bytes,
     }
     if device == "cpu":

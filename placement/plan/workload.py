@@ -111,7 +111,8 @@ class Workload:
     weight_dtype: what tables call the formats of the linears. kv_dtype: fp32 | bf16 | q8 | q4. embed_bytes: the token embedding, read a row at a time from host
     memory.
     resident_bytes: norms, biases, rotary tables: in GPU memory whenever there is a GPU.
-    activation_bytes_per_row: peak activations of one token row. max_context, prefill_chunk: tokens; max_batch:
+    activation_bytes_per_row: peak activations of one token row in GPU memory; host_activation_bytes_per_row: in host
+    memory, 0 is as many. max_context, prefill_chunk: tokens; max_batch:
     sequences; page_size: tokens of one KV page. elastic: units in GPU memory have a copy in DRAM, so that a loaded
     model can move to a plan for another GPU budget. kv_tokens: KV slots that all sequences share, None is max_context
     for each; a sequence reserves the pages of its own prompt and answer, so fewer slots still serve many short ones.
@@ -140,6 +141,7 @@ class Workload:
     kv_tokens: int | None = None
     row_cuts: tuple[LinearShard, ...] = ()
     staging_piece_bytes: int = STAGING_PIECE_BYTES
+    host_activation_bytes_per_row: int = 0
     chunk_choices: tuple[ChunkChoice, ...] = ()
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from placement.cost.model import predict, working_set_bytes
 from placement.cost.objective import objective_s, reference_batch, reference_calls, reference_context, reference_prompt
 from placement.machine.hardware import HardwareProfile
-from placement.plan.memory import activation_bytes, gpu_resident_bytes, rounded_input_bytes
+from placement.plan.memory import activation_bytes, gpu_resident_bytes, host_activation_bytes, rounded_input_bytes
 from placement.plan.phase import Prediction
 from placement.plan.plan import CURVE_CONTEXTS, DEVICES, Plan, build_plan
 from placement.plan.units import format_bytes
@@ -62,7 +62,7 @@ class _Request:
         return {
             "gpu": gpu,
             "pinned": {},
-            "host": {"activations": activation_bytes(workload), "embed": workload.embed_bytes},
+            "host": {"activations": host_activation_bytes(workload), "embed": workload.embed_bytes},
         }
 
     @property

@@ -24,6 +24,7 @@ from hetero_attn.lanes.handover import EventHandover
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.weights import ActivationWidths
 from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import Plan
 from tests.support.runtime import THREADS, emulated_plan, nmse, one_device_run, run_logits, toy_workload, uniform_plan
@@ -237,6 +238,24 @@ def test_inputs_of_a_chunk_that_do_not_wait_for_those_of_the_chunk_before_are_re
     for index in indices:
         with pytest.raises(RaceError):
             waits(lambda: run_of_chunks(path, plan, "events"), leave_out=index)
+
+
+def test_buffers_that_share_gpu_memory_while_both_live_are_seen(runs, monkeypatch):
+    """Planted: the normed rows where gate_up writes while it still reads them."""
+    run = runs()
+    wrong = {"gate_up": ("normed", "qkv", "query", "out", "partial"), "activated": ()}
+    monkeypatch.setattr(ActivationWidths, "shared", property(lambda widths: wrong))
+    with simulated(run.path, spilling_plan(run.path)) as engine:
+        actual = run_logits(engine, run.token_ids, run.prompt_tokens)
+
+    assert not nmse(actual, run.logits) <= 1e-3
+
+
+def test_a_row_of_the_8b_shape_takes_two_thirds_of_what_its_buffers_have(tmp_path):
+    """288 KiB when each had memory of its own."""
+    widths = ActivationWidths(4096, 4096, 6144, 4096, 4096, 28672, 14336, 32)
+
+    assert (widths.bytes_per_row, widths.host_bytes_per_row) == (200 * 1024 + 256, 288 * 1024 + 256)
 
 
 def test_memories_are_not_mixed(runs, monkeypatch):
