@@ -2,7 +2,7 @@
 
     y = round(x) W^T + b        round: none for fp32, to bf16 for bf16, to int8 per group of 64 for q8 and q4
 
-Many rows over q8 and q4 blocks are bound by arithmetic, which cuBLAS does best: pieces of the weight become bf16 in a
+Blocks of the other coded formats become bf16 for any number of rows, float16 ones float32. Many rows over q8 and q4 blocks are bound by arithmetic, which cuBLAS does best: pieces of the weight become bf16 in a
 buffer, and the rounded x becomes bf16 too. Beside the exact arithmetic of few rows the only difference is the rounding of
 both factors to bf16. A product goes straight into its columns of `out`, or onto them. x is rounded once for all pieces
 of a weight, which come one at a time (`rounded`).
@@ -18,10 +18,13 @@ from torch import Tensor
 
 from gpu_kernels.activation import quantize_activation, round_activation
 from gpu_kernels.dequantize import dequantize
-from gpu_kernels.quantized_linear import check_blocks, multiply_quantized
-from gpu_kernels.reference import BLOCK_FEATURES, GROUP, SUPERBLOCK_BYTES
+from gpu_kernels.forms.dequantize import dequantize_form
+from gpu_kernels.quantized_linear import multiply_quantized
+from gpu_kernels.reference import BLOCK_FEATURES, GROUP, SUPERBLOCK_BYTES, block_bytes, mixed_parts
+from gpu_kernels.forms.unpack import FORMS
 
-WEIGHT_DTYPES = ("fp32", "bf16", "q8", "q4")
+WEIGHT_DTYPES = ("fp32", "bf16", "q8", "q4", "fp16", *FORMS)
+INT8_KERNELS = ("q8", "q4")  # with kernels of their own for few rows
 PRODUCT_BYTES = 32 * 2**20  # of a dense product at once: what a call takes beside its arguments is bounded
 # Of weights as bf16 at once, likewise. The L2 cache of the largest GPUs holds half of it; smaller pieces would stay there
 # whole, but Python queues each with three launches, which took longer than the GPU's work on 32 MiB for 512 rows.
@@ -41,16 +44,21 @@ class RoundedInput(NamedTuple):
 
 
 def rounded(x: Tensor, weight_dtype: str) -> RoundedInput:
-    """x, f32 [rows, in_features], rounded as linears over weights of this dtype round it; newly allocated."""
+    """x, f32 [rows, in_features], rounded as linears over weights of this dtype round it; newly allocated.
+
+    Over a mix of formats x is rounded anew for each of them, and stays here what it is.
+    """
+    if "*" in weight_dtype:
+        return RoundedInput(tuple(x.shape), (x,))
     if weight_dtype not in WEIGHT_DTYPES:
         raise ValueError(f"weight dtype {weight_dtype!r} is unknown; known: {', '.join(WEIGHT_DTYPES)}")
     assert x.stride(1) == 1, x.stride()
     shape = tuple(x.shape)
-    if x.numel() == 0 or weight_dtype == "fp32":
+    if x.numel() == 0 or weight_dtype in ("fp32", "fp16"):
         return RoundedInput(shape, (x,))
     if weight_dtype == "bf16":
         return RoundedInput(shape, (x.to(torch.bfloat16),))
-    if shape[0] <= QUANTIZED_ROWS:
+    if shape[0] <= QUANTIZED_ROWS and weight_dtype in INT8_KERNELS:
         return RoundedInput(shape, quantize_activation(x, weight_dtype))
     return RoundedInput(shape, (round_activation(x),))
 
@@ -60,9 +68,12 @@ def linear(x: Tensor | RoundedInput, weight: Tensor, weight_dtype: str, bias: Te
     """Write (or with `accumulate` add) the linear layer of `x` into `out`.
 
     x: f32 [rows, in_features], or what `rounded` made of it for this dtype. weight: uint8 [num_blocks, block_bytes],
-    packed. weight_dtype: fp32, bf16, q8 or q4. bias: f32 [num_blocks*16] or None. out: f32 [rows, num_blocks*16]. Raises
-    ValueError for an unknown weight dtype.
+    packed. weight_dtype: one of WEIGHT_DTYPES, or a mix of them, whose weight is [units, unit_bytes]. bias: f32
+    [features] or None. out: f32 [rows, features]. Raises ValueError for an unknown weight dtype.
     """
+    if "*" in weight_dtype:
+        _linear_of_mix(x.values[0] if isinstance(x, RoundedInput) else x, weight, weight_dtype, bias, out, accumulate)
+        return
     if not isinstance(x, RoundedInput):
         x = rounded(x, weight_dtype)
     assert out.shape == (x.shape[0], weight.shape[0] * BLOCK_FEATURES), (x.shape, weight.shape, out.shape)
@@ -70,8 +81,9 @@ def linear(x: Tensor | RoundedInput, weight: Tensor, weight_dtype: str, bias: Te
     if out.numel() == 0:
         return
     if weight_dtype in SUPERBLOCK_BYTES:
-        check_blocks(weight.shape[1], weight_dtype, x.shape[1])
-        if x.shape[0] <= QUANTIZED_ROWS:
+        expected = block_bytes(weight_dtype, x.shape[1])
+        assert weight.shape[1] == expected, (weight_dtype, weight.shape, x.shape, expected)
+        if x.shape[0] <= QUANTIZED_ROWS and weight_dtype in INT8_KERNELS:
             multiply_quantized(x.values, weight, weight_dtype, bias, out, accumulate)
             return
     in_place = not out.is_cuda or products_in_place(out.device)
@@ -90,6 +102,18 @@ def _dense_linear(x: RoundedInput, weight: Tensor, weight_dtype: str, bias: Tens
     _product(x.values[0], _dense(weight, weight_dtype, x.shape[1]), out, accumulate, in_place)
     if bias is not None:
         out += bias
+
+
+def _linear_of_mix(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
+                   accumulate: bool) -> None:
+    """Every format of a mix computes its columns of all units, which are then laid between those of the others."""
+    for name, blocks, columns in mixed_parts(weight, weight_dtype, x.shape[1]):
+        part = torch.empty(x.shape[0], blocks.shape[0] * BLOCK_FEATURES, dtype=torch.float32, device=x.device)
+        linear(x, blocks, name, None if bias is None else bias[columns], part)
+        if accumulate:
+            out[:, columns] += part
+        else:
+            out[:, columns] = part
 
 
 @cache
@@ -114,13 +138,17 @@ def _blocks_at_once(x: Tensor | RoundedInput, weight_dtype: str, in_place: bool 
     """Blocks of which neither the product, where it needs a buffer, nor the weights as bf16 exceed their bound."""
     rows, in_features = x.shape
     bounds = [] if in_place else [PRODUCT_BYTES // (4 * BLOCK_FEATURES * rows)]
-    if weight_dtype in SUPERBLOCK_BYTES:
+    if weight_dtype in SUPERBLOCK_BYTES or weight_dtype == "fp16":
         bounds.append(DENSE_BYTES // (2 * BLOCK_FEATURES * (in_features + GROUP)))
     return max(1, min(bounds, default=1 << 30))
 
 
 def _dense(weight: Tensor, weight_dtype: str, in_features: int) -> Tensor:
     """Row-major [features, inputs] of blocks, in the dtype of the product."""
+    if weight_dtype in FORMS:
+        return dequantize_form(weight, weight_dtype, in_features)
+    if weight_dtype == "fp16":
+        return weight.view(torch.float16).view(-1, in_features).float()
     if weight_dtype in SUPERBLOCK_BYTES:
         return dequantize(weight, weight_dtype)
     return weight.view(torch.float32 if weight_dtype == "fp32" else torch.bfloat16).view(-1, in_features)

@@ -279,9 +279,3 @@ def _gemv_launch(shape: GemvShape, is_q4: bool, has_bias: bool, accumulate: bool
 def _flat_launch(tile: Tile, is_q4: bool, has_bias: bool, accumulate: bool) -> Shape:
     return Shape(IS_Q4=is_q4, ROWS=tile.rows, TILES=tile.tiles, PARTS=tile.parts, UNROLL=tile.unroll,
                  HAS_BIAS=has_bias, ACCUMULATE=accumulate, num_warps=tile.tiles * tile.parts, num_stages=1)
-
-
-def check_blocks(block_bytes: int, weight_dtype: str, in_features: int) -> None:
-    """Assert that the blocks have the bytes that q8 or q4 blocks of `in_features` have."""
-    expected = -(-in_features // GROUP) * SUPERBLOCK_BYTES[weight_dtype]
-    assert block_bytes == expected, (weight_dtype, in_features, block_bytes, expected)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from gpu_kernels import kv_pages
-from gpu_kernels.unpack_forms import FORMS, superblock_bytes, unpack_form
+from gpu_kernels.forms.unpack import FORMS, superblock_bytes, unpack_form
 
 PLAIN_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHT_DTYPES = ("fp32", "bf16", "q8", "q4", "fp16", *FORMS)
@@ -76,7 +76,7 @@ def mixed_parts(weight: Tensor, weight_dtype: str, in_features: int) -> list[tup
     features = features.view(weight.shape[0], unit_blocks, BLOCK_FEATURES)
     for name, count in parts:
         size = count * block_bytes(name, in_features)
-        blocks = weight[:, at : at + size].reshape(weight.shape[0] * count, -1)
+        blocks = weight[:, at : at + size].contiguous().view(weight.shape[0] * count, -1)
         found.append((name, blocks, features[:, first : first + count].flatten()))
         at, first = at + size, first + count
     return found

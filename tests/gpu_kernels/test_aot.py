@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process without the interpreter", allow_module_level=True)
 
 import gpu_kernels  # noqa: E402
-from gpu_kernels import attention, kv_pages  # noqa: E402
+from gpu_kernels import attention, kv_pages, reference  # noqa: E402
 from tests.support.ahead_of_time import SHARED_MEMORY_LIMIT, Resources, compile_launches  # noqa: E402
 
 HIDDEN, HEADS, KV_HEADS, PAGE = 4096, 32, 8, 16
@@ -47,8 +47,7 @@ def prefill(dtype: torch.dtype, head_dim: int, page: int = PAGE) -> Callable[[],
 
 def linear(weight_dtype: str, rows: int, out_features: int = HIDDEN, bias: bool = False,
            accumulate: bool = False) -> Callable[[], None]:
-    block_bytes = HIDDEN // 64 * {"q4": 576, "q8": 1088}[weight_dtype]
-    weight = empty(out_features // 16, block_bytes, dtype=torch.uint8)
+    weight = empty(out_features // 16, reference.block_bytes(weight_dtype, HIDDEN), dtype=torch.uint8)
     out = empty(rows, out_features)
     x, added = empty(rows, HIDDEN), out[0] if bias else None
     return lambda: gpu_kernels.linear(x, weight, weight_dtype, added, out, accumulate)
@@ -86,6 +85,12 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "decode q8 128 in pages of 64": (decode(Q8, 128, 8, page=64), (90,)),
     "prefill bf16 128 in pages of 64": (prefill(BF16, 128, page=64), (86, 90)),
     "prefill q8 128 in pages of 64": (prefill(Q8, 128, page=64), (90,)),
+    "linear q4_k 4": (linear("q4_k", 4), (80, 90)),
+    "linear q5_k 4": (linear("q5_k", 4), ()),
+    "linear q6_k 1": (linear("q6_k", 1), (86,)),
+    "linear q5_1 1": (linear("q5_1", 1), ()),
+    "linear iq4_xs 1": (linear("iq4_xs", 1), (120,)),
+    "linear mxfp4 1": (linear("mxfp4", 1), (89,)),
     "decode bf16 64 group 1": (decode(BF16, 64, 32), (86,)),
     "decode bf16 80 group 16": (decode(BF16, 80, 2), (90,)),
     "decode bf16 256 group 8": (decode(BF16, 256, 4), (80, 86)),

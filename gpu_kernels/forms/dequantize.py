@@ -1,0 +1,93 @@
+"""Packed blocks of the coded formats of GGUF files to row-major bf16: exact values in float32, rounded once."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpu_kernels.forms.unpack import FEATURES, FORMS, GROUP, superblock_bytes
+
+GROUPS = 4  # of 64 inputs a program
+
+
+@triton.jit
+def _scale_and_minimum(superblock, inside_group, line, feature, mask, HEADER: tl.constexpr):
+    """float32 [groups, 8, 16], 0-d zero where there is no minimum; see cpu_kernels/formats/base.py."""
+    halves = superblock.to(tl.pointer_type(tl.float16))
+    minimum = 0.0
+    if HEADER == "S32" or HEADER == "SM32":
+        at = line // 4 * 16 + feature
+        scale = tl.load(halves + at, mask=mask, other=0.0).to(tl.float32)
+        if HEADER == "SM32":
+            minimum = tl.load(halves + 32 + at, mask=mask, other=0.0).to(tl.float32)
+    elif HEADER == "E32":
+        exponent = tl.load(superblock + (2 * inside_group + line // 4) * 16 + feature, mask=mask, other=0).to(tl.int32)
+        bits = tl.where(exponent >= 2, (exponent - 1) << 23, 0x00200000 << tl.minimum(exponent, 1))
+        scale = bits.to(tl.float32, bitcast=True)
+    else:
+        d = tl.load(halves + feature, mask=mask, other=0.0).to(tl.float32)
+        if HEADER == "K2S16":
+            at = 64 + (4 * inside_group + line // 2) * 16 + feature
+        else:
+            at = 64 + (2 * inside_group + line // 4) * 16 + feature
+        sub = tl.load(superblock + at, mask=mask, other=0)
+        if HEADER == "K2M32":
+            scale = d * sub.to(tl.float32)
+            dmin = tl.load(halves + 16 + feature, mask=mask, other=0.0).to(tl.float32)
+            minimum = -dmin * tl.load(superblock + at + 128, mask=mask, other=0).to(tl.float32)
+        else:
+            scale = d * sub.to(tl.int8, bitcast=True).to(tl.float32)
+    return scale, minimum
+
+
+@triton.jit
+def _dequantize_form_kernel(weight, out, table, num_groups, block_bytes, out_stride, HEADER: tl.constexpr, BITS: tl.constexpr,
+                       TOGETHER: tl.constexpr, HEADER_BYTES: tl.constexpr, SUPERBLOCK_BYTES: tl.constexpr,
+                       OFFSET: tl.constexpr, HAS_TABLE: tl.constexpr, GROUPS: tl.constexpr):
+    """grid: (num_blocks, cdiv(num_groups, GROUPS)). weight: uint8 [num_blocks, block_bytes]; table: int8 [16]; out: bf16
+    [num_blocks * 16, out_stride]. Dimensions: group, line of 8 inputs, feature, input of the line."""
+    CODE_LINES: tl.constexpr = 8 if BITS == 4 else (10 if BITS == 5 else 12)
+    block = tl.program_id(0).to(tl.int64)
+    group = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[:, None, None]
+    line, feature, index = tl.arange(0, 8)[None, :, None], tl.arange(0, 16)[None, None, :], tl.arange(0, 8)
+    mask = (group < num_groups) & (line >= 0) & (feature >= 0)
+    superblock = weight + block * block_bytes + group // TOGETHER * SUPERBLOCK_BYTES
+    inside_group = group % TOGETHER
+    words = (superblock + HEADER_BYTES + inside_group * (CODE_LINES * 64)).to(tl.pointer_type(tl.int32)) + feature
+    shift = index % 4 * 8
+    code = (tl.load(words + line * 16, mask=mask, other=0)[:, :, :, None] >> (shift + index // 4 * 4)) & 15
+    if BITS == 5:
+        upper = tl.load(words + (8 + line // 4) * 16, mask=mask, other=0)[:, :, :, None]
+        code |= ((upper >> (shift + 2 * (line % 4)[:, :, :, None] + index // 4)) & 1) << 4
+    if BITS == 6:
+        upper = tl.load(words + (8 + line // 2) * 16, mask=mask, other=0)[:, :, :, None]
+        code |= ((upper >> (shift + 4 * (line % 2)[:, :, :, None] + index // 4 * 2)) & 3) << 4
+    if HAS_TABLE:
+        code = tl.load(table + code).to(tl.int32)
+    scale, minimum = _scale_and_minimum(superblock, inside_group, line, feature, mask, HEADER)
+    values = (code - OFFSET).to(tl.float32) * scale[:, :, :, None]
+    if HEADER == "SM32" or HEADER == "K2M32":
+        values += minimum[:, :, :, None]
+    target = out + (block * 16 + feature) * out_stride + group * 64 + line * 8
+    tl.store(target[:, :, :, None] + index, values.to(tl.bfloat16), mask=mask[:, :, :, None])
+
+
+@cache
+def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values or (0,), dtype=torch.int8, device=device)
+
+
+def dequantize_form(weight: Tensor, name: str, in_features: int) -> Tensor:
+    """bf16 [num_blocks * 16, inputs in whole groups of 64], newly allocated, of packed blocks of a format of FORMS."""
+    form, num_blocks = FORMS[name], weight.shape[0]
+    num_groups = triton.cdiv(in_features, GROUP)
+    out = torch.empty(num_blocks * FEATURES, num_groups * GROUP, dtype=torch.bfloat16, device=weight.device)
+    _dequantize_form_kernel[(num_blocks, triton.cdiv(num_groups, GROUPS))](
+        weight, out, _table(form.table, weight.device), num_groups, weight.stride(0), out.stride(0), HEADER=form.header,
+        BITS=form.bits, TOGETHER=form.inputs // GROUP, HEADER_BYTES=64 * form.header_lines,
+        SUPERBLOCK_BYTES=superblock_bytes(form), OFFSET=form.offset, HAS_TABLE=bool(form.table), GROUPS=GROUPS, num_warps=4)
+    return out

@@ -1,0 +1,64 @@
+"""Linears over the formats of GGUF files on the GPU lane, against the reference, which unpacks by its own hand."""
+
+import pytest
+import torch
+
+from gpu_kernels import linear_layer, reference
+from gpu_kernels.forms.dequantize import dequantize_form
+from gpu_kernels.forms.unpack import FORMS
+from tests.support.cpu_oracles import kernels
+from tests.support.gguf_data import CODED, random_rows, repacked
+
+by_form = pytest.mark.parametrize("kind", [kind for kind in CODED if kind.format in FORMS], ids=lambda kind: kind.name)
+
+
+def nmse(actual, expected):
+    return ((actual.double() - expected.double()).square().sum() / expected.double().square().sum()).item()
+
+
+@by_form
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_dequantised_values_are_the_references_rounded_to_bf16(device, kind, blocks):
+    in_features = blocks * kind.items
+    weight = repacked(kernels(), kind, random_rows(kind, 32, in_features)).to(device)
+
+    actual = dequantize_form(weight, kind.format, in_features)[:, :in_features]
+
+    assert torch.equal(actual.float(), reference.unpack(weight, kind.format, in_features).to(torch.bfloat16).float())
+
+
+@by_form
+@pytest.mark.parametrize("rows", [1, 5])
+def test_linear_agrees_with_the_reference(device, kind, rows):
+    torch.manual_seed(rows)
+    weight, x = repacked(kernels(), kind, random_rows(kind, 32, 256)).to(device), torch.randn(rows, 256, device=device)
+    bias, before = torch.randn(32, device=device), torch.randn(rows, 32, device=device)
+    actual, expected = before.clone(), before.clone()
+
+    linear_layer.linear(x, weight, kind.format, bias, actual, accumulate=True)
+    reference.linear(x, weight, kind.format, bias, expected, accumulate=True)
+
+    assert nmse(actual, expected) < 2e-5  # weights and inputs rounded to bf16
+
+
+def test_fp16_weights_are_multiplied_unrounded(device):
+    dense, x = torch.randn(32, 100).half().to(device), torch.randn(3, 100, device=device)
+    out = torch.empty(3, 32, device=device)
+
+    linear_layer.linear(x, dense.view(torch.uint8).reshape(2, -1), "fp16", None, out)
+
+    assert nmse(out, x.double() @ dense.double().T) < 1e-10
+
+
+def test_a_mix_computes_every_format_in_its_columns(device):
+    parts = []
+    for name, count in (("Q4_K", 2), ("Q6_K", 1)):
+        kind = next(item for item in CODED if item.name == name)
+        parts.append(repacked(kernels(), kind, random_rows(kind, 16 * count * 3, 256)).view(3, -1))
+    weight, x = torch.cat(parts, 1).contiguous().to(device), torch.randn(4, 256, device=device)
+    actual, expected = torch.empty(4, 144, device=device), torch.empty(4, 144, device=device)
+
+    linear_layer.linear(linear_layer.rounded(x, "q4_k*2+q6_k*1"), weight, "q4_k*2+q6_k*1", None, actual)
+    reference.linear(x, weight, "q4_k*2+q6_k*1", None, expected)
+
+    assert nmse(actual, expected) < 2e-5
