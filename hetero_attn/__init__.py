@@ -30,9 +30,26 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
-    return getattr(import_module(_HOMES[name]), name)
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    except ImportError as error:
+        from hetero_attn.errors import explain_import
+
+        raise explain_import(error) from error
+
+
+def _version() -> str:
+    """The installed version; "0+sources" where nothing is installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("hetero-attn")
+    except PackageNotFoundError:
+        return "0+sources"
 
 
 def __dir__() -> list[str]:

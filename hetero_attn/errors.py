@@ -7,7 +7,12 @@ Exit codes: 2 usage, prompt or policy; 3 checkpoint or config; 4 memory or plan;
 """
 
 import difflib
+import importlib.util
+import sys
 from collections.abc import Iterable
+from pathlib import Path
+
+NEIGHBOURS = ("cpu_kernels", "gpu_kernels", "placement")  # installed beside this package
 
 MOST_CHARACTERS = 300  # of a line of a message; its end is kept too, because that is where the way out stands
 KEPT_END = 90
@@ -72,6 +77,26 @@ class BusyError(HeteroError):
 
 class NonFiniteLogitsError(HeteroError):
     """The model produced NaN or infinite logits, so no token can be chosen. Exit code 5."""
+
+
+class ShadowedPackageError(HeteroError, ImportError):
+    """Another file or package has the name of one of ours and is found first. Exit code 5."""
+
+
+def explain_import(error: ImportError) -> ImportError:
+    """The error itself, or one that names the file that stands before a package of ours."""
+    home = Path(__file__).resolve().parents[1]
+    for name in NEIGHBOURS:
+        found = sys.modules.get(name)
+        spec = getattr(found, "__spec__", None) if found is not None else importlib.util.find_spec(name)
+        place = getattr(found, "__file__", None) or getattr(spec, "origin", None)
+        if place is None or Path(place).resolve() != home / name / "__init__.py":
+            where = f"{place} is found first" if place else "it is not found"
+            return ShadowedPackageError(
+                f"hetero_attn needs its own package {name!r} of {home / name}, but {where}; rename that file or folder, or "
+                "install hetero_attn where no other package has that name"
+            )
+    return error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

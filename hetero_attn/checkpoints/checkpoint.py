@@ -36,7 +36,7 @@ class Checkpoint:
         self.path = path
         self.warnings = warnings
         self._files = files
-        self._entries = {name: entry for file in files for name, entry in file.entries.items()}
+        self._entries = self._full_names({name: entry for file in files for name, entry in file.entries.items()})
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
@@ -52,6 +52,15 @@ class Checkpoint:
         path = Path(path)
         files, warnings = open_files(path)
         return cls(path, files, warnings)
+
+    @staticmethod
+    def _full_names(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+        """Entries by the names of a whole model: dumps of the part below the head leave their common prefix out."""
+        embed, head = tensor_name("embed"), tensor_name("head")
+        prefix = embed.partition(".")[0] + "."
+        if embed in entries or embed.removeprefix(prefix) not in entries:
+            return entries
+        return {name if name == head else prefix + name: entry for name, entry in entries.items()}
 
     @property
     def names(self) -> tuple[str, ...]:

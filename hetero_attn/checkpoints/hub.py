@@ -31,8 +31,12 @@ def resolve_model(name: str | Path, file: str | None = None) -> Path:
         CheckpointError: neither a directory nor a file nor a hub id that can be downloaded; no GGUF file, or several, of
             that pattern.
     """
-    path = Path(name).expanduser()
-    if str(name) and path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_folder = bool(str(name)) and path.is_dir()
+    except (RuntimeError, OSError, ValueError) as error:  # no home for "~", a name too long, a zero byte in it
+        raise CheckpointError(f"{str(name)[:200]!r}: no directory and no hub id can be called so ({error})") from None
+    if is_folder:
         return _in_directory(path, file)
     if path.is_file():
         if path.suffix != ".gguf":

@@ -5,6 +5,8 @@ may read goes to stdout; progress, speed and errors go to stderr. Exit codes: 0 
 3 checkpoint, 4 memory or plan, 5 at run time, 130 interrupted.
 """
 
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -49,5 +51,23 @@ app.add_typer(policy.app, name="policy")
 
 
 def main() -> None:
-    """Entry point of the `hetero-attn` script; leaves through SystemExit."""
-    app(prog_name="hetero-attn")
+    """Entry point of the `hetero-attn` script; leaves through SystemExit.
+
+    Characters that the terminal's encoding does not have are replaced: an answer must not end in its middle.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(errors="replace")
+    try:
+        app(prog_name="hetero-attn")
+    finally:
+        leave_quietly()
+
+
+def leave_quietly() -> None:
+    """Let Python's own flush at exit succeed where the last of the output could not be written, which has been said."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,7 @@ Only errors that our own packages raise about a user's wishes are treated so. An
 traceback.
 """
 
+import errno
 import traceback
 import warnings
 from typing import Any
@@ -12,13 +13,15 @@ import typer
 from typer.core import TyperGroup
 
 from hetero_attn.cli.option_words import in_option_words
-from hetero_attn.errors import printable
+from hetero_attn.errors import explain_import, printable
 
 OUR_PACKAGES = ("hetero_attn", "placement", "cpu_kernels", "gpu_kernels")
 USAGE = 2
 # Errors of the planner, which knows of no exit codes.
 CODE_BY_NAME = {"BudgetError": 4}
 INTERRUPTED = 130
+AT_RUN_TIME = 5
+OUTPUT_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # what writing to stdout may end with
 
 
 def exit_code(error: BaseException) -> int | None:
@@ -58,8 +61,12 @@ class CleanErrors(TyperGroup):
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
+            error = explain_import(error) if isinstance(error, ImportError) else error
+            if isinstance(error, OSError) and error.errno in OUTPUT_FAILURES and not raised_in(error) in OUR_PACKAGES:
+                typer.echo(f"error: the output cannot be written: {error.strerror}", err=True)
+                raise typer.Exit(AT_RUN_TIME) from None
             code = exit_code(error)
             if code is None:
-                raise
+                raise error
             typer.echo(f"error: {in_option_words(printable(str(error)))}", err=True)
             raise typer.Exit(code) from None

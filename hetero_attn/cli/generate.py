@@ -1,6 +1,5 @@
 """`hetero-attn generate`: one prompt in, text out as it is made, then the speed."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -69,4 +68,4 @@ def prompt_text(prompt: str | None, file: Path | None) -> str:
         raise typer.BadParameter("give the prompt by --prompt TEXT or by --file FILE, one of the two")
     if file is not None:
         return read_text(file)
-    return sys.stdin.read() if prompt == "-" else prompt
+    return read_text(Path("-")) if prompt == "-" else prompt

@@ -60,6 +60,8 @@ def write_text(file: Path, text: str) -> None:
 
 def read_text(file: Path) -> str:
     """The text of a file, or of stdin when the file is `-`; one that cannot be read as UTF-8 is a usage error."""
+    if str(file) == "-" and sys.stdin is None:
+        raise typer.BadParameter("stdin is closed, so nothing can be read from it; give the text itself or a file")
     try:
         return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

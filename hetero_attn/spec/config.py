@@ -351,11 +351,16 @@ def _dtype(fields: JsonFields) -> str | None:
 
 
 def _token_ids(key: str, fields: JsonFields, generation: JsonFields, vocab_size: int) -> tuple[int, ...]:
-    """Ids under `key`; the generation config outranks the model config, and negative means none (old Llama files)."""
+    """Ids under `key`; the generation config outranks the model config, and negative means none (old Llama files).
+
+    Padding, or one of several end tokens, beyond the vocabulary can never come up, so it is left out.
+    """
     source = generation if generation.get(key) is not None else fields
     found = source.get(key)
     ids = found if isinstance(found, list) else [] if found is None else [found]
     for token_id in ids:
-        if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id >= vocab_size:
+        beyond = key != "pad_token_id" and isinstance(token_id, int) and token_id >= vocab_size
+        beyond = beyond and not any(isinstance(other, int) and 0 <= other < vocab_size for other in ids)
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or beyond:
             source.fail(key, found, f"token ids below vocab_size {vocab_size}")
-    return tuple(token_id for token_id in ids if token_id >= 0)
+    return tuple(token_id for token_id in ids if 0 <= token_id < vocab_size)
