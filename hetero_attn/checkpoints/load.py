@@ -200,7 +200,8 @@ class Loader:
             if len(runs) == 1:
                 self._pack(tensors, rows, name, packed)
                 continue
-            blocks = torch.empty(rows.shape[0] // BLOCK_FEATURES, segment.format.block_bytes(in_features), dtype=torch.uint8)
+            shape = (rows.shape[0] // BLOCK_FEATURES, segment.format.block_bytes(in_features))
+            blocks = torch.empty(shape, dtype=torch.uint8, device="cpu")
             self._pack(tensors, rows, name, blocks)
             size = segment.blocks * blocks.shape[1]
             packed[:, segment.first_byte : segment.first_byte + size] = blocks.view(-1, size)
@@ -259,7 +260,8 @@ class Loader:
         blocks = fresh_memory((-(-vocab_size // BLOCK_FEATURES), item.block_bytes(width)), torch.uint8)
         for start in range(0, vocab_size, EMBED_RUN_ROWS):
             stop = min(vocab_size, start + EMBED_RUN_ROWS)
-            rows = torch.zeros(-(-(stop - start) // BLOCK_FEATURES) * BLOCK_FEATURES, self._checkpoint.row_bytes(spec.embed), dtype=torch.uint8)
+            shape = (-(-(stop - start) // BLOCK_FEATURES) * BLOCK_FEATURES, self._checkpoint.row_bytes(spec.embed))
+            rows = torch.zeros(shape, dtype=torch.uint8, device="cpu")
             self._checkpoint.read(spec.embed, slice(start, stop), out=rows[: stop - start])
             first = start // BLOCK_FEATURES
             assert kind is not None, f"{spec.embed} is no tensor of codes"

@@ -97,13 +97,14 @@ def dequantised(ops: CpuKernels, rows: torch.Tensor, source_type: str, tensor: s
     kind = next(item for item in GGUF_TYPES.values() if item.name == source_type)
     in_features = rows.shape[1] // kind.block_bytes * kind.items
     padded = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % BLOCK_FEATURES))
-    blocks = torch.empty(padded.shape[0] // BLOCK_FEATURES, format_of(kind.format).block_bytes(in_features), dtype=torch.uint8)
-    values = torch.empty(rows.shape[0], in_features)
+    shape = (padded.shape[0] // BLOCK_FEATURES, format_of(kind.format).block_bytes(in_features))
+    blocks = torch.empty(shape, dtype=torch.uint8, device="cpu")
+    values = torch.empty(rows.shape[0], in_features, dtype=torch.float32, device="cpu")
     try:
         ops.repack(padded, source_type, blocks)
     except ValueError as error:
         raise CheckpointError(f"{tensor}: {error}; the file is damaged, download it again") from error
-    ops.unpack_rows(blocks, kind.format, torch.arange(rows.shape[0]), values)
+    ops.unpack_rows(blocks, kind.format, torch.arange(rows.shape[0], device="cpu"), values)
     return values
 
 

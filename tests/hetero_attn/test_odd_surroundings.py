@@ -142,7 +142,7 @@ def test_a_model_is_called_by_its_name(path, monkeypatch):
 
     monkeypatch.chdir(path)
     assert plan_model(".", device="cpu").model == "model"
-    monkeypatch.setattr("hetero_attn.planning.settle.resolve_model", lambda name: snapshot)
+    monkeypatch.setattr("hetero_attn.planning.settle.resolve_model", lambda name, file: snapshot)
     assert plan_model("owner/some-model", device="cpu").model == "owner/some-model"
 
 
