@@ -72,7 +72,9 @@ def context_bytes(index: int) -> int:
         torch.cuda.synchronize()
         after = _used_bytes(index)
         free, total = torch.cuda.mem_get_info()
-        used = total - free if before is None or after is None else after - before
+        # A slice of a GPU (MIG) is counted by CUDA alone: the driver's figures are those of the whole GPU.
+        is_slice = " MIG " in torch.cuda.get_device_name(index)
+        used = total - free if before is None or after is None or is_slice else after - before
         return max(0, used - torch.cuda.memory_reserved())
 
 

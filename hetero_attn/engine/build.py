@@ -17,6 +17,7 @@ from hetero_attn.devices.machine import (
     device_index,
     temporary_bytes,
 )
+from hetero_attn.devices.readiness import check_ready
 from hetero_attn.engine.engine import Engine, make_buffers
 from hetero_attn.engine.forked import torch_without_lost_threads
 from hetero_attn.engine.host_memory import WAY_OUT, memory_named, why_too_large
@@ -118,6 +119,7 @@ def make_device(plan: Plan, device: str) -> Device | None:
     if device == "emulated":
         return Device(EmulatedDriver(), plan.gpu_memory_bytes)
     index = device_index(device)
+    check_ready(index)
     arena = arena_bytes(plan, index)
     driver = CudaDriver(index, arena + SLACK_BYTES, temporary_bytes(plan.workload))
     return Device(driver, arena)

@@ -159,6 +159,7 @@ def gpus() -> Iterator[Finding]:
         for index in range(pynvml.nvmlDeviceGetCount()):
             yield _gpu(pynvml, index, driver)
         yield _cuda_torch()
+        yield from _in_the_way()
     finally:
         pynvml.nvmlShutdown()
 
@@ -237,6 +238,21 @@ def _cuda_torch() -> Finding:
         return Finding("gpu", "torch", f"built for CUDA {torch.version.cuda}, sees {torch.cuda.device_count()} GPU(s)")
     return Finding("gpu", "torch", f"{torch.__version__} cannot use the GPU", "note",
                    "device=cuda will not work: install a CUDA build of torch that fits the driver")
+
+
+def _in_the_way() -> Iterator[Finding]:
+    """What keeps the GPU lane's kernels from being compiled or run."""
+    try:
+        import torch
+
+        from hetero_attn.devices.readiness import obstacles
+
+        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            for each in obstacles(index):
+                verdict = "problem" if each.stops else "note"
+                yield Finding("gpu", f"cuda:{index} {each.name}", each.found, verdict, each.way_out)
+    except ImportError:
+        return
 
 
 def _pinned_memory() -> Finding:
