@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -92,7 +91,7 @@ def load_llm(
 
     return LLM(
         model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, device=device, max_context=context, seed=seed,
-        num_threads=threads, kv_dtype=kv_dtype, max_batch=batch, progress=sys.stderr.isatty(),
+        num_threads=threads, kv_dtype=kv_dtype, max_batch=batch, progress=True,
     )
 
 

@@ -15,7 +15,7 @@ def profile(
     plot: Annotated[Path | None, typer.Option(help="Draw the rates into this PNG, SVG or PDF file.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure what this machine's memory, cores and bus can do, and keep it for later plans; takes under a minute."""
+    """Measure what this machine's memory, cores and bus can do, and keep it for later plans; takes two to three minutes on two cores."""
     from hetero_attn import profile_machine
 
     expect_writable(save, plot)

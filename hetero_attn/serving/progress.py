@@ -22,7 +22,7 @@ def loading_bar(plan: Plan, show: bool) -> tqdm:
         unit="B",
         unit_scale=True,
         unit_divisor=1024,
-        disable=not show,
+        disable=None if show else True,  # None: only a person sees it
         leave=False,
     )
 
@@ -42,7 +42,7 @@ class PrefillBar:
         self._requests = requests
         total = sum(len(request.prompt_token_ids) for request in requests)
         is_long = any(len(request.prompt_token_ids) > chunk for request in requests)
-        self._bar = tqdm(total=total, desc="prompt", unit="tok", disable=not (show and is_long), leave=False)
+        self._bar = tqdm(total=total, desc="prompt", unit="tok", disable=None if show and is_long else True, leave=False)
 
     def update(self) -> None:
         """Show how far the prompts have come."""

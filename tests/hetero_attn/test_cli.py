@@ -126,7 +126,7 @@ def test_generate_passes_every_option_on(fake: type[FakeLLM]) -> None:
     assert (result.exit_code, llm.model, prompt) == (0, "some/model", "Tell")
     assert llm.options == {
         "policy": "cpu_only", "gpu_memory": "2GiB", "dtype": "q4", "device": "emulated", "max_context": 77,
-        "num_threads": 2, "kv_dtype": "q8", "seed": 9, "progress": False, "max_batch": None,
+        "num_threads": 2, "kv_dtype": "q8", "seed": 9, "progress": True, "max_batch": None,
     }
     assert (params.max_tokens, params.temperature, params.top_p, params.top_k) == (4, 0.5, 0.9, 3)
     assert (params.min_p, params.repetition_penalty, params.stop, params.ignore_eos) == (0.1, 1.2, ("a", "b"), True)

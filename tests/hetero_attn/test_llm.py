@@ -8,6 +8,7 @@ import torch
 
 from hetero_attn import LLM, Policy, SamplingParams
 from hetero_attn.errors import HeteroError, MemoryBudgetError, NonFiniteLogitsError, PromptError, SamplingError
+from hetero_attn.serving.progress import compile_note, loading_bar
 from tests.support.runtime import nmse
 from tests.support.toy import edit_json, hf_logits, make_checkpoint
 
@@ -332,3 +333,12 @@ def test_reprs_are_short(llm):
 def test_dtypes_of_torch_are_taken(path):
     with LLM(path, dtype=torch.bfloat16, kv_dtype=torch.float32, device="cpu", progress=False) as llm:
         assert (llm.plan.workload.weight_dtype, llm.plan.workload.kv_dtype) == ("bf16", "fp32")
+
+
+def test_a_pipe_sees_what_is_compiled_and_no_bar(llm, capsys):
+    """It saw nothing at all for the 37 s of a first start."""
+    compile_note("linear_q8")
+    with loading_bar(llm.plan, show=True) as bar:
+        bar.update(1)
+
+    assert capsys.readouterr().err == "compiling the CPU kernel linear_q8 for this machine, once\n"
