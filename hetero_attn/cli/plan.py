@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +11,10 @@ import typer
 
 from hetero_attn.cli import options
 from hetero_attn.cli.output import expect_writable, print_json, table_width, write_text
+from hetero_attn.errors import MemoryBudgetError
 
 if TYPE_CHECKING:
+    from hetero_attn.planning.options import LoadOptions
     from hetero_attn.planning.settle import PlannedModel
     from placement import HardwareProfile
     from placement.explain import Explanation
@@ -26,6 +29,7 @@ def plan(
     kv_dtype: options.KvDtype = "auto",
     device: options.Device = "auto",
     context: options.Context = None,
+    batch: options.Batch = None,
     threads: options.Threads = None,
     explain: Annotated[bool, typer.Option(help="Say what limits the plan, what would help, what was rejected.")] = True,
     plot: Annotated[
@@ -37,18 +41,22 @@ def plan(
     """Show what of a model would live on which lane, the bytes and the predicted speed."""
     from hetero_attn.engine.host_memory import why_too_large
     from hetero_attn.engine.measure import refresh_profile
+    from hetero_attn.planning.fitting import why_not_fitting, would_fit
     from hetero_attn.planning.options import LoadOptions
-    from hetero_attn.planning.settle import settle
     from hetero_attn.serving.progress import working
 
     expect_writable(plot, yaml)
     wishes = LoadOptions(
         model=model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, device=device, hardware=machine(hardware),
-        max_context=context, num_threads=threads, kv_dtype=kv_dtype,
+        max_context=context, max_batch=batch, num_threads=threads, kv_dtype=kv_dtype,
     )
     if wishes.asks_for_this_machine:
         refresh_profile()
-    planned = settle(wishes)
+    planned = settled_or_refused(wishes)
+    unfit = why_not_fitting(planned)
+    if unfit:
+        of_this_context = replace(wishes, max_context=planned.plan.max_context)
+        typer.echo(f"DOES NOT FIT: {unfit}; {would_fit(of_this_context)}", err=as_json or str(yaml) == "-")
     if hardware is None and (reason := why_too_large(planned.plan)):
         typer.echo(f"note: this would not load now: {reason}", err=True)
     # A policy on stdout is all that its reader wants.
@@ -66,6 +74,19 @@ def plan(
         typer.echo(planned.plan.table(table_width()), nl=False)
         for line in explanation.lines() if explanation else ():
             typer.echo(line)
+    if unfit:
+        raise typer.Exit(MemoryBudgetError.exit_code)
+
+
+def settled_or_refused(wishes: LoadOptions) -> PlannedModel:
+    """The planned model; a budget that no plan can meet is refused with the options that would fit."""
+    from hetero_attn.planning.fitting import would_fit
+    from hetero_attn.planning.settle import settle
+
+    try:
+        return settle(wishes)
+    except MemoryBudgetError as error:
+        raise MemoryBudgetError(f"does not fit: {error}; {would_fit(wishes)}") from None
 
 
 def explained(planned: PlannedModel) -> Explanation:

@@ -200,7 +200,7 @@ def _worth_handing_over(
         if (shard.shape, tier) not in handover_units:
             call = tier_call(workload, tier).call
             rows = call.sequences if shard.kind == "head" else call.rows
-            cost = linear_cost(shard, rows, workload.weight_dtype, hardware, True)
+            cost = linear_cost(shard, rows, workload.format_of(shard), hardware, True)
             handover_units[shard.shape, tier] = cost.handover_s / cost.cpu_s_per_unit
         return handover_units[shard.shape, tier]
 

@@ -1,0 +1,72 @@
+"""Does a plan fit the machine that it is for, and if not, which smaller wishes would."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from hetero_attn.errors import MemoryBudgetError
+from hetero_attn.planning.options import LoadOptions
+from hetero_attn.planning.settle import PlannedModel, settle
+from placement.plan.units import format_bytes
+
+# From the largest to the smallest, weights and cache.
+SMALLER_DTYPES = ("bf16", "q8", "q4")
+SMALLER_KV_DTYPES = ("bf16", "q8", "q4")
+LEAST_CONTEXT = 1024
+MOST_WAYS = 3
+
+
+def why_not_fitting(planned: PlannedModel) -> str:
+    """Why the machine of a plan's profile cannot hold it, in plain words; empty where it can."""
+    plan, hardware = planned.plan, planned.hardware
+    needed = plan.memory.host_bytes + plan.memory.pinned_bytes
+    if needed > hardware.dram_bytes:
+        has = format_bytes(hardware.dram_bytes)
+        return f"needs {format_bytes(needed)} of host memory; {hardware.name} has {has}"
+    if plan.device == "cuda" and plan.gpu_memory_bytes > hardware.gpu_memory_bytes:
+        has = format_bytes(hardware.gpu_memory_bytes)
+        return f"the GPU budget is {format_bytes(plan.gpu_memory_bytes)}; {hardware.name} has {has}"
+    return ""
+
+
+def would_fit(wishes: LoadOptions) -> str:
+    """What would fit, as part of a sentence."""
+    ways = ways_to_fit(wishes)
+    return f"would fit with {', or '.join(ways)}" if ways else "no smaller dtype, cache, context or batch would fit"
+
+
+def ways_to_fit(wishes: LoadOptions) -> list[str]:
+    """Options of the command line with which the model would fit, the least sacrifice first; empty when none does.
+
+    One wish is made smaller at a time, and all together where one is not enough.
+    """
+    found = [option for option, smaller in _smaller_wishes(wishes) if _fits(smaller)]
+    together = replace(wishes, dtype="q4", kv_dtype="q4", max_batch=1, max_context=LEAST_CONTEXT)
+    if not found and _fits(together):
+        return [f"--dtype q4 --kv-dtype q4 --batch 1 --context {LEAST_CONTEXT} together"]
+    return found[:MOST_WAYS]
+
+
+def _smaller_wishes(wishes: LoadOptions) -> Iterator[tuple[str, LoadOptions]]:
+    """The wishes with one made smaller, and its option."""
+    if (wishes.max_batch or 1) > 1:
+        yield "--batch 1", replace(wishes, max_batch=1)
+    for kv_dtype in _below(wishes.kv_dtype, SMALLER_KV_DTYPES):
+        yield f"--kv-dtype {kv_dtype}", replace(wishes, kv_dtype=kv_dtype)
+    context = wishes.max_context or 0
+    while context // 2 >= LEAST_CONTEXT:
+        context //= 2
+        yield f"--context {context}", replace(wishes, max_context=context)
+    for dtype in _below(wishes.dtype, SMALLER_DTYPES):
+        yield f"--dtype {dtype}", replace(wishes, dtype=dtype)
+
+
+def _below(dtype: str, order: tuple[str, ...]) -> tuple[str, ...]:
+    """The dtypes that take less than one; `auto` is taken for bf16."""
+    return order[order.index(dtype) + 1 :] if dtype in order else order[1 if dtype == "auto" else 0 :]
+
+
+def _fits(wishes: LoadOptions) -> bool:
+    try:
+        return not why_not_fitting(settle(wishes))
+    except MemoryBudgetError:
+        return False

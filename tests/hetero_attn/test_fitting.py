@@ -1,0 +1,69 @@
+"""A model that a machine cannot hold: said first, with what would fit, and exit code 4."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from hetero_attn.cli import app
+from hetero_attn.planning.fitting import ways_to_fit, why_not_fitting
+from hetero_attn.planning.options import LoadOptions
+from hetero_attn.planning.settle import settle
+
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16",
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B), encoding="utf-8")
+    return tmp_path
+
+
+def plan_command(model, *options):
+    return CliRunner().invoke(app, ["plan", str(model), "--no-explain", *options])
+
+
+def test_what_does_not_fit_is_the_first_line_with_the_option_that_would_and_exit_4(model):
+    result = plan_command(model, "--hardware", "rtx4090-ddr5", "--context", "4096")
+
+    assert result.exit_code == 4
+    first = result.output.splitlines()[0]
+    assert first.startswith("DOES NOT FIT: needs 1") and "rtx4090-ddr5 has" in first and "--dtype q4" in first
+
+
+def test_the_options_that_are_named_do_fit(model):
+    wishes = LoadOptions(model=model, hardware="rtx4090-ddr5", max_context=4096, max_batch=2)
+
+    assert ways_to_fit(wishes) == ["--dtype q8", "--dtype q4"]
+    fits = [not why_not_fitting(settle(replace(wishes, dtype=dtype))) for dtype in ("auto", "q8", "q4")]
+    assert fits == [False, True, True]
+
+
+def test_a_rule_that_the_budget_cannot_meet_names_what_would(model):
+    result = plan_command(model, "--hardware", "h100-server", "--policy", "gpu_only", "--context", "4096")
+
+    assert result.exit_code == 4
+    assert "does not fit: gpu_memory: needs at least" in result.stderr and "would fit with --dtype q8" in result.stderr
+
+
+def test_a_model_that_fits_says_nothing_of_it(model):
+    result = plan_command(model, "--hardware", "rtx4090-ddr5", "--context", "4096", "--dtype", "q4")
+
+    assert result.exit_code == 0 and "FIT" not in result.output
