@@ -125,10 +125,14 @@ class PagedStore:
         """Rows of k and v that hold this page, all groups, and those that follow it, `pages` together."""
         return slice(page * self.groups, (page + pages) * self.groups)
 
-    def slots(self, slot: int, positions: torch.Tensor) -> torch.Tensor:
-        """Where tokens at `positions` int64 [n] of a sequence are written: int64 [n, groups] into k viewed as tokens."""
-        pages = self.table[slot, :, positions // self.page_size].T.long()  # [n, groups]
-        return pages * self.page_size + (positions % self.page_size)[:, None]
+    def slots(self, slot: int | list[int], positions: torch.Tensor) -> torch.Tensor:
+        """Where tokens at `positions` int64 [n] of a sequence, or each of another, are written.
+
+        Returns int64 [n, groups] into k viewed as tokens.
+        """
+        pages = self.table[slot, :, positions // self.page_size]
+        pages = pages.T if isinstance(slot, int) else pages  # [n, groups]
+        return (positions % self.page_size)[:, None].add(pages, alpha=self.page_size).contiguous()
 
     def resize(self, num_pages: int, used: list[int]) -> None:
         """Keep `num_pages` pages from now on: those in `used`, numbered from 0 in that order, and free ones.

@@ -72,11 +72,12 @@ def plan_step(lanes: Lanes, cache: KVCache, sequences: Sequence[SequenceState], 
     new_tokens = rows if is_prefill else 1
     for sequence in sequences:
         cache.make_room(sequence, new_tokens)
-    starts = [sequence.length for sequence in sequences]
-    positions = torch.cat([torch.arange(start, start + new_tokens, device="cpu") for start in starts])
+    if is_prefill:
+        positions = torch.arange(sequences[0].length, sequences[0].length + rows, device="cpu")
+    else:
+        positions = torch.tensor([sequence.length for sequence in sequences], device="cpu")
     groups = tuple(
-        _group_step(group, sequences, positions.view(len(sequences), new_tokens), is_prefill)
-        for group in cache.layer_groups
+        _group_step(group, sequences, positions, new_tokens, is_prefill) for group in cache.layer_groups
     )
     step = Step(is_prefill, rows, row_tier(rows), tuple(sequences), Activation(None, positions), groups)
     return step if lanes.device is None else _uploaded(lanes, step)
@@ -102,9 +103,10 @@ def _group_step(
     group: LayerGroup,
     sequences: Sequence[SequenceState],
     positions: torch.Tensor,
+    new_tokens: int,
     is_prefill: bool,
 ) -> GroupStep:
-    stops = [int(row[-1]) + 1 for row in positions]
+    stops = [sequence.length + new_tokens for sequence in sequences]
     starts = [group.first_visible(sequence.length) for sequence in sequences]
     split = [max(start, group.boundary(sequence.slot)) for start, sequence in zip(starts, sequences, strict=True)]
 
@@ -128,12 +130,11 @@ def _segment(
     stop: list[int],
     is_prefill: bool,
 ) -> Segment:
-    slots = None
-    if positions is not None:
-        slots = torch.cat([store.slots(sequence.slot, row) for sequence, row in zip(sequences, positions, strict=True)])
+    of_rows = [sequence.slot for sequence in sequences]
+    slots = None if positions is None else store.slots(of_rows[0] if is_prefill else of_rows, positions)
     if is_prefill:
-        return Segment(slots, store.table[sequences[0].slot], start[0], stop[0])
-    tables = store.table[[sequence.slot for sequence in sequences]]
+        return Segment(slots, store.table[of_rows[0]], start[0], stop[0])
+    tables = store.table[of_rows]
     first, last = (torch.tensor(bounds, dtype=torch.int32, device="cpu") for bounds in (start, stop))
     return Segment(slots, tables, first, last)
 
