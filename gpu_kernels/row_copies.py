@@ -1,6 +1,11 @@
 """Small copies of rows by a kernel, where either side may be page-locked host memory that the GPU reaches over the bus.
 
 A copy of some KiB by the copy engine is mostly start-up; a kernel between two kernels of one stream has nearly none.
+
+Host memory may have been written by the CPU since a kernel last read it, and the loads are ordinary ones: what the CPU
+wrote is seen because a launch begins with nothing of host memory in a cache of the GPU, and because every copy is a launch
+of its own, behind the wait for what it reads. A kernel that polled, or began before that wait had ended, would need
+`ld.relaxed.sys`; Triton drops the modifier `.cv` of a load without a word (tests/gpu_kernels/test_aot.py).
 """
 
 from __future__ import annotations
@@ -22,8 +27,7 @@ def _copy_rows_kernel(target, source, columns, target_stride, source_stride, BLO
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
-    # .cv: host memory was written by the CPU since it was last read, and no cache of the GPU knows of that
-    values = tl.load(source + row * source_stride + column, mask=inside, other=0.0, cache_modifier=".cv")
+    values = tl.load(source + row * source_stride + column, mask=inside, other=0.0)
     tl.store(target + row * target_stride + column, values, mask=inside)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,11 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process without the interpreter", allow_module_level=True)
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
 
 import gpu_kernels  # noqa: E402
 from gpu_kernels import attention, kv_pages, reference  # noqa: E402
@@ -186,6 +192,22 @@ def test_a_tile_that_spills_is_seen(monkeypatch):
 
     with pytest.raises(AssertionError, match="stack_bytes"):
         check(used, "decode fp32 128", 86)
+
+
+@triton.jit
+def _copy_with_cv(target, source):
+    tl.store(target + tl.arange(0, 128), tl.load(source + tl.arange(0, 128), cache_modifier=".cv"))
+
+
+def test_no_kernel_relies_on_a_cache_modifier_that_triton_drops():
+    """`.cv` reads as if it kept the GPU from a stale copy of host memory; the compiled load is an ordinary one."""
+    source = ASTSource(_copy_with_cv, {"target": "*fp32", "source": "*fp32"})
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    relying = [path.name for path in Path(gpu_kernels.__file__).parent.rglob("*.py")
+               if 'cache_modifier=".cv"' in path.read_text()]
+
+    assert "ld.global" in ptx and ".cv" not in ptx
+    assert relying == []
 
 
 @pytest.mark.aot_full
