@@ -75,6 +75,10 @@ class BusyError(HeteroError):
     """A call from inside a step of the same thread that would have to wait for that step. Exit code 5."""
 
 
+class QueueFullError(HeteroError):
+    """As many requests wait as the queue may hold; ask again later. Exit code 5."""
+
+
 class NonFiniteLogitsError(HeteroError):
     """The model produced NaN or infinite logits, so no token can be chosen. Exit code 5."""
 

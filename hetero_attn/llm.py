@@ -16,7 +16,7 @@ from hetero_attn.engine.lane_report import LaneReport
 from hetero_attn.engine.measure import refresh_profile
 from hetero_attn.engine.rebalance import Rebalancer
 from hetero_attn.engine.replan import Replanner
-from hetero_attn.errors import ConfigError, PromptError, SamplingError
+from hetero_attn.errors import ConfigError, PromptError, QueueFullError, SamplingError
 from hetero_attn.planning.arguments import checked_arguments
 from hetero_attn.planning.options import PAGE_TOKENS, LoadOptions
 from hetero_attn.planning.settle import PlannedModel, settle
@@ -51,7 +51,10 @@ class LLM:
     for all sequences together, None is max_context for each. prefix_cache keeps what was computed, as long as nobody
     needs its memory, for prompts that begin alike. handover: how GPU and CPU lane wait for each other, auto |
     events | flags | graph. overlap=False runs the lanes one after another. progress shows a bar
-    while loading.
+    while loading. max_waiting: a call that finds so many requests waiting for a place raises QueueFullError.
+
+    A request with `max_tokens` reserves the cache that it may need. One without takes pages as it grows; when they run
+    out, the youngest of the lowest priority waits again and later goes on where it was.
 
     Thread-safe: calls from several threads take turns, step by step, and decode together. `add`, `abort` and `close`
     may also come from signal handlers, finalisers and callbacks, in the middle of a step. Close it, or use it as a
@@ -81,9 +84,15 @@ class LLM:
         overlap: bool = True,
         handover: str = "auto",
         progress: bool = True,
+        max_waiting: int | None = None,
     ) -> None:
         checked = checked_arguments(
-            seed=seed, prefix_cache=prefix_cache, overlap=overlap, handover=handover, progress=progress
+            seed=seed,
+            prefix_cache=prefix_cache,
+            overlap=overlap,
+            handover=handover,
+            progress=progress,
+            max_waiting=max_waiting,
         )
         seed = checked["seed"]
         wishes = LoadOptions(
@@ -110,6 +119,7 @@ class LLM:
             on_compile = compile_note if progress else None
             self.engine = build_engine(planned, overlap, bar.update, on_compile, prefix_cache, handover)
         self._progress = progress
+        self._max_waiting = checked["max_waiting"]
         self._tokenizer_failure: ConfigError | None = None
         self._replanner = Replanner(self.engine, planned)
         self._rebalancer = Rebalancer(self.engine, self._replanner)
@@ -143,7 +153,9 @@ class LLM:
         """
         return default_params(self.planned.path, **given)
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> list[RequestOutput]:
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: Params = None, *, priority: int = 0
+    ) -> list[RequestOutput]:
         """Complete every prompt; results come in the order of the prompts.
 
         prompts: one prompt or several, each a string or a list of token ids. params: one for all, or a list of one for
@@ -151,18 +163,19 @@ class LLM:
         what they share once.
         """
         prompts = as_prompts(prompts)
-        requests = [self._request(*pair) for pair in zip(prompts, for_each(params, len(prompts)), strict=True)]
+        each = zip(prompts, for_each(params, len(prompts)), strict=True)
+        requests = [self._request(*pair, priority) for pair in each]
         self._run(requests)
         return [request.output() for request in requests]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Stream:
         """Complete one prompt, yielding text as it becomes certain; never half a character, never part of a stop
         string.
 
         Leaving the loop early ends the request. Streams may be read in any order, several in one thread, beside
         `generate` and `step` of any thread: each yields its whole text once.
         """
-        request = self._request(prompt, params)
+        request = self._request(prompt, params, priority)
         return Stream(self._turns, request, self.step, self._bar([request]))
 
     def chat(
@@ -193,12 +206,13 @@ class LLM:
         """As `chat` of one conversation, yielding pieces like `stream`."""
         return self.stream(self._require_tokenizer().encode_chat(messages, True, template_variables), params)
 
-    def add(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+    def add(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Request:
         """Queue a prompt for `step`, as a server does; returns at once. Raises PromptError.
 
+        priority: higher goes first; those of one priority come in their order.
         The request's `token_ids` and `text` grow with every step; once `finish_reason` is set, `output()` is complete.
         """
-        request = self._request(prompt, params)
+        request = self._request(prompt, params, priority)
         self._turns.add(request)
         return request
 
@@ -225,6 +239,7 @@ class LLM:
         it takes are everybody's.
         """
         self._turns.check()
+        self._check_queue()
         if isinstance(token_ids, str):
             token_ids = self._require_tokenizer().encode(token_ids)
         request = self._scoring(self._check_ids(token_ids, reserve=0))
@@ -276,12 +291,15 @@ class LLM:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _request(self, prompt: Prompt, params: SamplingParams | None) -> Request:
+    def _request(self, prompt: Prompt, params: SamplingParams | None, priority: int = 0) -> Request:
         asked_at = time.perf_counter()
         params = self.default_params() if params is None else params
         if not isinstance(params, SamplingParams):
             raise SamplingError(f"params is {params!r:.60}; it must be one SamplingParams, or None")
+        if not isinstance(priority, int):
+            raise SamplingError(f"priority is {priority!r:.60}; it must be an int, higher goes first")
         self._turns.check()
+        self._check_queue()
         config, prompt = self.engine.config, as_prompt(prompt)
         ids = self._require_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
         if not ids and config.bos_token_id is not None:
@@ -299,6 +317,7 @@ class LLM:
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             asked_at=asked_at,
             prefill_s=time.perf_counter() - asked_at,
+            priority=priority,
         )
 
     def _scoring(self, token_ids: tuple[int, ...]) -> Request:
@@ -342,6 +361,14 @@ class LLM:
                 )
         self.check_context(len(ids), reserve)
         return ids
+
+    def _check_queue(self) -> None:
+        waiting = self._turns.waiting
+        if self._max_waiting is not None and waiting >= self._max_waiting:
+            raise QueueFullError(
+                f"{self.plan.model}: {waiting} requests wait for a place, and max_waiting is {self._max_waiting}; try again "
+                "later, or load with a larger max_waiting"
+            )
 
     def _step(self) -> tuple[Request, ...]:
         if not self._scheduler.has_work:

@@ -69,6 +69,15 @@ class KVCache:
             group.reserve(sequence.slot, tokens)
         return sequence
 
+    def extend(self, sequence: SequenceState, tokens: int) -> bool:
+        """Reserve pages for `tokens` tokens of an open sequence in all; False, and nothing is done, without room."""
+        missing = [group.pages_for(tokens) - group.reserved(sequence.slot) for group in self.layer_groups]
+        if any(pages > group.free_pages for pages, group in zip(missing, self.layer_groups, strict=True)):
+            return False
+        for group in self.layer_groups:
+            group.reserve(sequence.slot, max(tokens, group.reserved(sequence.slot) * group.page_size))
+        return True
+
     def close(self, sequence: SequenceState) -> None:
         """End a sequence and let go of its pages."""
         for group in self.layer_groups:

@@ -105,8 +105,12 @@ class LayerGroup:
         """The pages of a sequence by logical number; not to be changed."""
         return self._held[slot]
 
+    def reserved(self, slot: int) -> int:
+        """Pages set aside for a sequence."""
+        return self._reserved[slot]
+
     def reserve(self, slot: int, tokens: int) -> None:
-        """Set pages aside for a new sequence of at most `tokens` tokens; `free_pages` must allow it."""
+        """Set pages aside for a sequence of at most `tokens` tokens; `free_pages` must allow it."""
         self._reserved[slot] = self.pages_for(tokens)
 
     def make_room(self, sequence: SequenceState, new_tokens: int, others: Iterable[SequenceState]) -> None:

@@ -21,6 +21,7 @@ INTEGERS = {
     "page_size": (1, 1 << 16),
     "kv_tokens": (1, 1 << 40),
     "seed": (0, 2**63 - 1),
+    "max_waiting": (1, 1 << 30),
 }
 # float16 becomes bfloat16, as it does for `auto`.
 TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "bf16", "torch.float32": "fp32"}

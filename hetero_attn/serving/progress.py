@@ -46,9 +46,12 @@ class PrefillBar:
 
     def update(self) -> None:
         """Show how far the prompts have come."""
-        self._bar.update(sum(request.computed for request in self._requests) - self._bar.n)
+        self._bar.update(self._computed() - self._bar.n)
         if self._bar.n >= self._bar.total:
             self._bar.close()
+
+    def _computed(self) -> int:
+        return sum(min(request.computed, len(request.prompt_token_ids)) for request in self._requests)
 
     def close(self) -> None:
         """Take the bar away; idempotent."""

@@ -87,8 +87,9 @@ class Request:
     max_tokens is already bounded by the context. `computed` counts prompt tokens in the cache, `reused` those
     of them that were there before; `sequence` is None until the request is admitted and after it has ended. stream:
     None for a model without a tokenizer, whose text stays empty. `error` is what ended the request early, if anything did.
-    scores: None, or where the logits of the prompt's tokens are collected; such a request generates nothing. asked_at:
-    `perf_counter` of the call.
+    priority: higher goes first. arrival: its number in the queue. replayed: how many generated tokens are computed once
+    more, after the prompt, because the request was put back. scores: None, or where the logits of the prompt's tokens are
+    collected; such a request generates nothing. asked_at: `perf_counter` of the call.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -102,6 +103,9 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[SampledToken] = field(default_factory=list)
     scores: list[torch.Tensor] | None = None
+    priority: int = 0
+    arrival: int = -1
+    replayed: int = 0
     progress: Progress = Progress()
     error: HeteroError | None = None
     asked_at: float = 0.0
@@ -120,9 +124,24 @@ class Request:
         return self.progress.finish_reason
 
     @property
+    def rank(self) -> tuple[int, int]:
+        """Who goes first: the smallest."""
+        return -self.priority, self.arrival
+
+    @property
+    def grows(self) -> bool:
+        """Whether pages are taken as the answer grows, because nobody said how long it may get."""
+        return self.params.max_tokens is None and self.scores is None
+
+    @property
+    def chunk_ids(self) -> tuple[int, ...]:
+        """What is computed chunk by chunk: the prompt, and what was generated before the request was put back."""
+        return (*self.prompt_token_ids, *self.token_ids[: self.replayed])
+
+    @property
     def is_prefilling(self) -> bool:
-        """Whether part of the prompt is still to be computed."""
-        return self.computed < len(self.prompt_token_ids)
+        """Whether part of the prompt, or of what is replayed, is still to be computed."""
+        return self.computed < len(self.prompt_token_ids) + self.replayed
 
     @property
     def most_tokens(self) -> int:
@@ -130,9 +149,21 @@ class Request:
         return len(self.prompt_token_ids) + self.max_tokens
 
     @property
+    def reserved_tokens(self) -> int:
+        """The tokens that need pages before the request may run."""
+        least = len(self.prompt_token_ids) + self.replayed + 1
+        return min(self.most_tokens, least) if self.grows else self.most_tokens
+
+    @property
     def cached_tokens(self) -> int:
-        """Tokens whose keys and values are stored: the computed prompt, and all generated tokens but the newest."""
-        return self.computed + max(0, len(self.token_ids) - 1)
+        """Tokens whose keys and values are stored: what was computed in chunks, and what was decoded but the newest."""
+        return self.computed + max(0, len(self.token_ids) - self.replayed - 1)
+
+    def put_back(self) -> None:
+        """Begin again with the prompt and all that was generated, in another place of the cache."""
+        self.sequence, self.computed, self.replayed = None, 0, len(self.token_ids)
+        if self.scores is not None:
+            self.scores.clear()
 
     def choose(self, logits: torch.Tensor) -> None:
         """Sample the next token from float32 [vocab_size], and end the request if it was the last."""
@@ -159,8 +190,8 @@ class Request:
         del self.token_ids[self.progress.tokens :], self.logprobs[self.progress.tokens :]
         if self.scores is not None:
             self.computed = sum(map(len, self.scores))
-        elif not self.token_ids:
-            self.computed = min(self.computed, len(self.prompt_token_ids) - 1)
+        elif len(self.token_ids) == self.replayed:
+            self.computed = min(self.computed, len(self.chunk_ids) - 1)
 
     def _advance_text(self, token_id: int) -> None:
         """Count the newest token. An interruption leaves the text and its stream as they were, or both are new."""

@@ -1,9 +1,14 @@
 """Prompts that begin alike, requests that come and go, and pages reserved in advance: same tokens, less work."""
 
+from dataclasses import replace
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hetero_attn import LLM, Policy, SamplingParams, plan_model
-from hetero_attn.errors import ConfigError, MemoryBudgetError
+from hetero_attn.errors import ConfigError, MemoryBudgetError, QueueFullError
+from hetero_attn.serving.scheduler import rows_within
 from tests.support.runtime import THREADS, nmse
 from tests.support.toy import make_checkpoint
 
@@ -104,12 +109,13 @@ def test_requests_come_and_go_at_any_step(path):
         assert llm.step() == ()
 
 
-def test_a_request_reserves_its_own_length_and_not_the_context(path):
-    """With room for two whole contexts, six short requests decode together; long ones wait for each other."""
+def test_a_request_with_max_tokens_reserves_its_own_length_and_not_the_context(path):
+    """With room for two whole contexts, six short requests decode together; ones that may be long wait for each other."""
     with load(path, max_batch=6, kv_tokens=256) as llm:
         short = [llm.add([seed, 5, 6], GREEDY) for seed in range(4, 10)]
         together = max(len(llm.step()) for _ in range(20))
-        long = [llm.add([seed, 5, 6], SamplingParams(temperature=0.0, ignore_eos=True)) for seed in range(10, 14)]
+        whole = SamplingParams(temperature=0.0, max_tokens=125, ignore_eos=True)
+        long = [llm.add([seed, 5, 6], whole) for seed in range(10, 14)]
         at_once = max(len(llm.step()) for _ in range(20))
         with pytest.raises(MemoryBudgetError, match="no room for a sequence of 128 tokens"):
             llm.engine.kv_cache.open()
@@ -178,3 +184,130 @@ def test_prompts_beyond_the_batch_wait_their_turn(path):
 def test_too_few_slots_for_one_sequence_are_refused(path):
     with pytest.raises(ConfigError, match="kv_tokens is 100, but one sequence may have max_context 128 tokens"):
         load(path, kv_tokens=100)
+
+
+OPEN_END = SamplingParams(temperature=0.0, ignore_eos=True)
+
+
+def alone(path, prompt, params):
+    with load(path, prefix_cache=False) as llm:
+        return llm.generate([prompt], params)[0].token_ids
+
+
+def test_a_running_stream_gets_a_token_at_least_every_second_chunk_of_a_long_prompt(path):
+    params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    long = [4 + position * 7 % 300 for position in range(110)]
+    with load(path) as llm:
+        running = [llm.add([seed, 5, 6], params) for seed in (7, 8)]
+        while not all(request.token_ids for request in running):
+            llm.step()
+        late = llm.add(long, GREEDY)
+        chunks_between, counts = [0], [len(request.token_ids) for request in running]
+        while late.computed < len(long):
+            before = late.computed
+            llm.step()
+            chunks_between[-1] += late.computed > before
+            if all(len(request.token_ids) > count for request, count in zip(running, counts, strict=True)):
+                counts = [len(request.token_ids) for request in running]
+                chunks_between.append(0)
+        while llm.step():
+            pass
+
+    assert len(chunks_between) >= 6 and max(chunks_between) <= 2
+    assert [tuple(request.token_ids) for request in running] == [alone(path, [seed, 5, 6], params) for seed in (7, 8)]
+    assert tuple(late.token_ids) == alone(path, long, GREEDY)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_requests_without_max_tokens_share_the_cache_and_are_put_back_when_it_is_full(path, shape, prefix_cache):
+    """Room for two whole contexts: six begin together, and each answer, which fills a context, is that of a solo run."""
+    prompts = [[seed, 5, 6] for seed in range(4, 10)]
+    with load(path, shape, max_batch=6, kv_tokens=128, prefix_cache=prefix_cache, max_context=64) as llm:
+        groups = llm.engine.kv_cache.layer_groups
+        requests, together = [llm.add(prompt, OPEN_END) for prompt in prompts], 0
+        while took_part := llm.step():
+            together = max(together, len(took_part))
+
+        assert together == 6
+        assert any(request.replayed for request in requests[1:]) and not requests[0].replayed
+        assert all(group.free_pages == group.capacity for group in groups)
+    with load(path, max_context=64, prefix_cache=False) as llm:
+        expected = [llm.generate([prompt], OPEN_END)[0].token_ids for prompt in prompts]
+    assert [tuple(request.token_ids) for request in requests] == expected
+    assert [request.output().finish_reason for request in requests] == ["length"] * 6
+
+
+def test_priority_goes_first_and_the_first_come_among_equals(path):
+    with load(path, max_batch=1) as llm:
+        wishes = [0, 0, 5, -1, 5]
+        requests = [llm.add([9, number], GREEDY, priority=wish) for number, wish in enumerate(wishes)]
+        ended = []
+        while llm.step():
+            ended += [number for number, each in enumerate(requests) if each.finish_reason and number not in ended]
+
+    assert ended == [2, 4, 0, 1, 3]
+
+
+def test_a_full_queue_is_a_named_error(path):
+    with load(path, max_batch=1, max_waiting=2) as llm:
+        running = llm.add([9], GREEDY)
+        llm.step()
+        waiting = [llm.add([9, 8], GREEDY) for _ in range(2)]
+        for call in (lambda: llm.add([4], GREEDY), lambda: llm.generate([[4]]), lambda: llm.logits([4])):
+            with pytest.raises(QueueFullError, match="2 requests wait for a place, and max_waiting is 2"):
+                call()
+        while llm.step():
+            pass
+
+        assert all(request.finish_reason == "length" for request in (running, *waiting))
+        assert llm.generate([[4]], GREEDY)[0].finish_reason == "length"
+
+
+def test_a_chunk_is_cut_short_only_where_that_saves_time_and_somebody_waits(path):
+    with load(path) as llm:
+        plan = llm.plan
+        cost = plan.predicted.prefill
+
+        def slow(one_s, chunk_s, rows=512):
+            prefill = replace(cost, rows=rows, seconds=chunk_s)
+            predicted = replace(plan.predicted, decode=replace(plan.predicted.decode, seconds=one_s), prefill=prefill)
+            return replace(plan, predicted=predicted, workload=replace(plan.workload, prefill_chunk=rows))
+
+        assert rows_within(slow(0.01, 0.9), 1.0) == 512
+        assert rows_within(slow(0.2, 4.2), 1.0) == 102
+        assert rows_within(slow(1.5, 4.2), 1.0) == 512  # one row takes longer: shorter chunks would help nobody
+        assert rows_within(slow(0.99, 400.0), 1.0) == 16
+
+
+ARRIVALS = st.lists(
+    st.tuples(st.integers(0, 4), st.integers(0, 6), st.sampled_from([None, 1, 5, 20]), st.integers(-1, 1)),
+    min_size=1,
+    max_size=8,
+)
+
+
+@pytest.fixture(scope="module")
+def solo(path):
+    """The whole answer of each prompt by itself; shorter ones are its beginnings."""
+    with load(path, max_context=64, prefix_cache=False) as llm:
+        return [llm.generate([prompt], OPEN_END)[0].token_ids for prompt in PROMPTS]
+
+
+@settings(max_examples=12, deadline=None)
+@given(arrivals=ARRIVALS, contexts=st.sampled_from([1, 2]))
+def test_no_schedule_changes_an_answer(path, solo, arrivals, contexts):
+    """Prompts that begin alike, come at any step, of any length and priority, in a cache that is too small for all."""
+    with load(path, max_context=64, kv_tokens=64 * contexts) as llm:
+        requests = []
+        for which, steps, max_tokens, priority in arrivals:
+            params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=max_tokens)
+            requests.append((which, llm.add(PROMPTS[which], params, priority=priority)))
+            for _ in range(steps):
+                llm.step()
+        while llm.step():
+            pass
+
+        for which, request in requests:
+            assert tuple(request.token_ids) == solo[which][: request.max_tokens], which
+        assert llm.engine.kv_cache.free_slots == llm.plan.max_batch
