@@ -80,6 +80,9 @@ class Progress(NamedTuple):
     finish_reason: str | None = None
 
 
+NO_PROGRESS = Progress()
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A prompt on its way through the engine.
@@ -106,7 +109,7 @@ class Request:
     priority: int = 0
     arrival: int = -1
     replayed: int = 0
-    progress: Progress = Progress()
+    progress: Progress = NO_PROGRESS
     error: HeteroError | None = None
     asked_at: float = 0.0
     prefill_s: float = 0.0
