@@ -114,8 +114,8 @@ class LLM:
         if wishes.asks_for_this_machine:
             refresh_profile()
         planned = settle(wishes)
-        self._opening = open_beside(planned.path)
-        with loading_bar(planned.plan, progress) as bar:
+        with memory_named(f"loading {planned.plan.model}"), loading_bar(planned.plan, progress) as bar:
+            self._opening = open_beside(planned.path)
             on_compile = compile_note if progress else None
             self.engine = build_engine(planned, overlap, bar.update, on_compile, prefix_cache, handover)
         self._progress = progress
