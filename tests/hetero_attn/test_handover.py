@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from cpu_kernels import CpuKernels
 from hetero_attn.devices import Device, EmulatedDriver
 from hetero_attn.errors import EngineDeadError, UnsupportedModelError
+from hetero_attn.lanes import handover_choice
 from hetero_attn.lanes.flag_handover import FlagHandover
 from hetero_attn.lanes.handover_choice import choose_handover
 from hetero_attn.lanes.tables import StepTables
@@ -311,11 +313,41 @@ def choose(wish: str, device: Device, worker: ThreadPoolExecutor, kernels: CpuKe
 @pytest.mark.parametrize(
     "wish,chosen", [("auto", "graph"), ("graph", "graph"), ("flags", "flags"), ("events", "events")]
 )
-def test_the_fastest_that_works_is_chosen(device, worker, kernels, wish, chosen):
+def test_the_fastest_that_works_is_chosen(device, worker, kernels, wish, chosen, monkeypatch):
+    monkeypatch.setattr(handover_choice, "PROMPT_S", 60.0)  # threads stand in for the GPU here
     assert choose(wish, device, worker, kernels) == chosen
 
 
+@pytest.mark.parametrize(
+    "p95,chosen",
+    [
+        ({"graph": 15e-6}, "graph"),
+        ({"graph": 5e-3, "flags": 90e-6}, "flags"),
+        ({"graph": 5e-3, "flags": 9e-3, "events": 6e-3}, "graph"),
+        ({"graph": 5e-3, "flags": 9e-3, "events": 100e-6}, "events"),
+    ],
+)
+def test_auto_takes_the_first_prompt_handover_else_the_least_slow(device, worker, kernels, monkeypatch, p95, chosen):
+    """A stream that waits on a card with a display may be looked at only every few milliseconds."""
+    tried, times = handover_choice._tried, []
+
+    def timed(handover, *rest):
+        failure, seconds = tried(handover, *rest)
+        times.append(len(seconds))
+        return failure, [10e-6] * 180 + [p95[handover.name]] * 20
+
+    monkeypatch.setattr(handover_choice, "_tried", timed)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert choose("auto", device, worker, kernels) == chosen
+
+    assert times == [200] * len(p95)
+    assert sum("slow on this device" in str(each.message) for each in said) == sum(each > 1e-3 for each in p95.values())
+
+
 def test_auto_leaves_out_what_fails_and_says_so(device, worker, kernels, monkeypatch):
+    monkeypatch.setattr(handover_choice, "PROMPT_S", 60.0)
+
     def no_capture(stream):
         raise RuntimeError("operation not permitted when stream is capturing")
 
