@@ -1,6 +1,7 @@
 # make demo   set up .venv and run the demonstration on the shipped checkpoint
 # make test   set up .venv and run the whole test suite
 # make test-all  as test, then what takes many minutes: the soak, the full matrix of compilations
+# make lint   set up .venv and check form and types: ruff and mypy
 # make clean  remove .venv and everything that was built
 #
 # PYTHON names the interpreter (3.11 or newer) that the environment is made from.
@@ -21,7 +22,7 @@ CUDA_TORCH := import torch; assert torch.version.cuda
 RUNTIME := import torch, numba, numpy, safetensors, transformers, tokenizers, huggingface_hub, pydantic, yaml, \
 	typer, rich, tqdm, scipy, psutil, hetero_attn, cpu_kernels, gpu_kernels, placement
 
-.PHONY: demo test test-all clean
+.PHONY: demo test test-all lint clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -32,6 +33,10 @@ test: $(READY)
 test-all: test
 	$(BIN)/python -m pytest -m "soak or aot_full"
 
+lint: $(READY)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
 $(READY): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	@echo "setting up $(VENV) with $(PYTHON): some minutes the first time"
@@ -40,7 +45,7 @@ $(READY): pyproject.toml Makefile
 	@if $(BIN)/python -c '$(USABLE_TORCH)' 2>/dev/null; then echo "torch: using the one that is installed"; \
 	elif nvidia-smi -L >/dev/null 2>&1; then $(BIN)/pip install --quiet 'torch>=2.11'; \
 	else $(BIN)/pip install --quiet $(CPU_TORCH); fi
-	@extras=test,plot; if $(BIN)/python -c '$(CUDA_TORCH)' 2>/dev/null; then extras=test-tools,plot; fi; \
+	@extras=test,plot,lint; if $(BIN)/python -c '$(CUDA_TORCH)' 2>/dev/null; then extras=test-tools,plot,lint; fi; \
 	$(BIN)/pip install --quiet --editable ".[$$extras]" \
 		|| $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable . || { \
 		echo "pip could not install this package: its folder is put on the path instead"; \

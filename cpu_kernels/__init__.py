@@ -8,6 +8,13 @@ importing torch or numba; `CpuKernels` holds the ops. Names are imported when th
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cpu_kernels.kernels import CpuKernels as CpuKernels
+    from cpu_kernels.small.memory import HUGE_PAGE_BYTES as HUGE_PAGE_BYTES
+    from cpu_kernels.small.memory import advise_huge_pages as advise_huge_pages
+    from cpu_kernels.small.memory import fresh_memory as fresh_memory
 
 _HOMES = {
     "CpuKernels": "cpu_kernels.kernels",

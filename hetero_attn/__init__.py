@@ -9,6 +9,22 @@ Names are imported when they are first used, so that `import hetero_attn` costs 
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hetero_attn.engine.measure import profile_machine as profile_machine
+    from hetero_attn.errors import HeteroError as HeteroError
+    from hetero_attn.llm import LLM as LLM
+    from hetero_attn.planning.settle import plan_model as plan_model
+    from hetero_attn.serving.request import Metrics as Metrics
+    from hetero_attn.serving.request import Piece as Piece
+    from hetero_attn.serving.request import Request as Request
+    from hetero_attn.serving.request import RequestOutput as RequestOutput
+    from hetero_attn.serving.sampling_params import SamplingParams as SamplingParams
+    from placement import HardwareProfile as HardwareProfile
+    from placement import Plan as Plan
+    from placement import Policy as Policy
+    from placement import make_plan as make_plan
 
 _HOMES = {
     "LLM": "hetero_attn.llm",

@@ -82,9 +82,8 @@ def explain(
 ) -> Explanation:
     """Plan and explain: arguments and errors of make_plan, and several times its time, for it plans several times."""
     plan, found = plan_with_alternatives(workload, hardware, policy, device=device, gpu_memory_bytes=gpu_memory_bytes)
-    gains, alternatives = tuple(_gains(workload, hardware, policy, plan)), ()
-    if device != "cpu":
-        alternatives = tuple(_alternatives(workload, hardware, policy, plan, found))
+    gains = tuple(_gains(workload, hardware, policy, plan))
+    alternatives = () if device == "cpu" else tuple(_alternatives(workload, hardware, policy, plan, found))
     return Explanation(
         plan,
         bottleneck(plan.predicted.decode, plan.predicted.prefill),
@@ -199,8 +198,8 @@ def _whole_layers(plan: Plan, hardware: HardwareProfile) -> Estimate:
     def speed(cost: PhaseCost, machine: HardwareProfile, streams_prompts: bool) -> float:
         linears, kv = layer_split(workload, layers, streams_prompts=streams_prompts)
         shape = replace(workload, prefill_chunk=min(workload.prefill_chunk, BASELINE_CHUNK))
-        arguments = {"phase": cost.phase, "rows": cost.rows, "context": cost.context, "on_gpu": True}
-        return predict(shape, linears, kv, machine, **arguments).tokens_per_s
+        sizes = {"rows": cost.rows, "context": cost.context}
+        return predict(shape, linears, kv, machine, phase=cost.phase, on_gpu=True, **sizes).tokens_per_s
 
     label = f"{layers} whole layers on the GPU, rest CPU"
     return Estimate(label, speed(decode, hardware, False), speed(prefill, one_by_one, True))

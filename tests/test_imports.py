@@ -259,7 +259,9 @@ def test_op_has_one_signature_on_every_lane(op: str) -> None:
     triton_op = getattr(importlib.import_module("gpu_kernels"), op)
     with importlib.import_module("cpu_kernels").CpuKernels(num_threads=1) as kernels:
         cpu_op = getattr(kernels, op)
+        promised = parameters(getattr(importlib.import_module("hetero_attn.devices.protocols").Ops, op))
 
+        assert promised[0][0] == "self" and promised[1:] == parameters(reference)
         assert parameters(cpu_op) == parameters(reference)
     assert parameters(triton_op) == parameters(reference)
 
@@ -269,3 +271,22 @@ def test_command_line_starts_without_heavy_packages() -> None:
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
 
     assert (run.stderr, run.stdout) == ("", "[]\n")
+
+
+@pytest.mark.parametrize("driver", ["CudaDriver", "EmulatedDriver"])
+def test_drivers_offer_what_the_protocol_says(driver: str) -> None:
+    devices, protocol = importlib.import_module("hetero_attn.devices"), "hetero_attn.devices.protocols"
+    promised = importlib.import_module(protocol).Driver
+    for name, call in inspect.getmembers(promised, inspect.isfunction):
+        if not name.startswith("_"):
+            assert parameters(getattr(getattr(devices, driver), name)) == parameters(call), name
+
+
+@pytest.mark.parametrize("order", ["handover.InOrder", "handover.EventHandover", "flag_handover.FlagHandover"])
+def test_orders_between_the_lanes_offer_what_the_protocol_says(order: str) -> None:
+    module, name = order.split(".")
+    lanes = "hetero_attn.lanes."
+    promised = importlib.import_module(lanes + "handover").Handover
+    for method, call in inspect.getmembers(promised, inspect.isfunction):
+        if not method.startswith("_"):
+            assert parameters(getattr(getattr(importlib.import_module(lanes + module), name), method)) == parameters(call), method

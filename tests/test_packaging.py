@@ -112,7 +112,7 @@ def test_check_script_runs_the_tests_through_make() -> None:
 
     assert script.stat().st_mode & 0o111 == 0o111
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
-    assert "make test" in script.read_text()
+    assert "make lint" in script.read_text() and "make test" in script.read_text()
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed here")

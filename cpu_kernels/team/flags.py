@@ -2,6 +2,7 @@
 
 import ctypes
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -37,7 +38,7 @@ class Flags:
         return True
 
     @staticmethod
-    def _call(function: object, flag: torch.Tensor, value: int, naps: int) -> int:
+    def _call(function: Callable[..., int], flag: torch.Tensor, value: int, naps: int) -> int:
         address = check_flag(flag)
         block = ctypes.create_string_buffer(BLOCK_BYTES)
         start = ctypes.addressof(block)

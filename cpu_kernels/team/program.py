@@ -8,6 +8,7 @@ microseconds, an op of a program less than one beyond its work. A program may al
 
 import struct
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -75,7 +76,7 @@ class Program:
         return struct.unpack_from("=q", self._block.numpy(), offset)[0]
 
 
-def _write(memory: object, offset: int, op: RecordedOp, scratch: int) -> None:
+def _write(memory: Any, offset: int, op: RecordedOp, scratch: int) -> None:
     words = (op.kernel_address, scratch, *op.parameters)
     struct.pack_into(f"={len(words)}q", memory, offset, *words)
     assert len(words) <= 1 + MAX_PARAMETERS, f"{op.name} has {len(words) - 1} parameters, at most {MAX_PARAMETERS} fit"

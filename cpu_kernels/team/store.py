@@ -179,6 +179,6 @@ def _has_symbol(name: str) -> bool:
     return bool(llvm.address_of_symbol(name))
 
 
-def as_function(address: int) -> Callable[[bytes, None, int, int], int]:
+def as_function(address: int) -> Callable[..., int]:
     """A ctypes function over a compiled kernel: (result buffer, None, arguments, thread); it releases the GIL."""
     return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(address)

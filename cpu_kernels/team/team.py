@@ -18,7 +18,7 @@ import struct
 import threading
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -38,6 +38,8 @@ from cpu_kernels.team.words import (
     STOP,
 )
 from cpu_kernels.vectors.isa import Isa
+
+Made = TypeVar("Made")
 
 
 class RecordedOp(NamedTuple):
@@ -121,7 +123,7 @@ class Team:
         self._failure = ctypes.c_int64.from_address(self._shared.arguments + FAILURE)
         self._pack = {n: struct.Struct(f"={n + 1}q").pack_into for n in range(MAX_PARAMETERS)}
         self._recording: list[RecordedOp] | None = None
-        self._drive_all = None
+        self._drive_all: Callable[..., int] | None = None
         self._scratch_bytes = 0
         self._grow(1 << 16)
         space = ctypes.c_char * (ARGUMENT_BYTES - PARAMETERS)
@@ -167,7 +169,7 @@ class Team:
             shared.drive(ctypes.addressof(self._result), None, shared.control, 0)
             return self._failure.value
 
-    def locked(self, make: Callable[[KernelStore], object]) -> object:
+    def locked(self, make: Callable[[KernelStore], Made]) -> Made:
         """What `make` builds from the kernel store, while no other thread uses it."""
         with self._lock:
             return make(self._shared.store)

@@ -91,7 +91,7 @@ def linears(ops: CpuKernels, rows: tuple[int, ...], size_bytes: int, repetitions
         for name, weight in used.items():
             out = torch.empty(count, 16 * len(weight))
             calls.append(lambda weight=weight: ops.sweep(weight))
-            calls.append(lambda name=name, weight=weight, out=out: ops.linear(x, weight, name, None, out))
+            calls.append(lambda name=name, weight=weight, x=x, out=out: ops.linear(x, weight, name, None, out))
         times = interleaved(calls, repetitions if count <= STREAM_ROWS else max(3, repetitions // 3))
         for index, (name, weight) in enumerate(used.items()):
             operations = 2 * count * HIDDEN * 16 * len(weight)

@@ -21,7 +21,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -54,11 +53,11 @@ class SilentCuda:
     def __init__(self) -> None:
         self._stream = SimpleNamespace(cuda_stream=1, wait_event=lambda event: None)
 
-    def Stream(self, device: int) -> Any:  # noqa: N802 (torch's own name)
+    def Stream(self, device: int) -> Any:
         """Streams differ by their handle alone."""
         return SimpleNamespace(cuda_stream=2, wait_event=lambda event: None)
 
-    def Event(self, enable_timing: bool = False) -> Any:  # noqa: N802
+    def Event(self, enable_timing: bool = False) -> Any:
         """An event that is reached."""
         return SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
 

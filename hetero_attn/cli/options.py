@@ -112,6 +112,6 @@ def sampling_wishes(
         "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "stop": tuple(stop or ()) or None, "ignore_eos": ignore_eos or None,
     }
-    given = {name: value for name, value in wishes.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in wishes.items() if value is not None}
     SamplingParams(**given)  # before a model is loaded for them
     return given

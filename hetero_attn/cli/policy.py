@@ -18,7 +18,7 @@ def lint(file: File, as_json: options.Json = False) -> None:
     from placement.policy.policy import Policy, PolicyError
 
     try:
-        policy, problems = Policy.load(file), ()
+        policy, problems = Policy.load(file), tuple[str, ...]()
     except PolicyError as error:
         policy, problems = None, error.problems
     if as_json:

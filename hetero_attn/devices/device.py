@@ -2,25 +2,8 @@
 
 Two streams, each running its work in order: `compute` (kernels, activations to and from the host) and `copies`
 (weights and older keys and values ahead of use, pages that change their place). Calls queue work and return; an event
-orders one stream, or a thread, after the work queued on a stream so far. A driver supplies, with the meaning they have
-in CUDA:
-
-    kind, name, ops            "cuda" or "emulated"; for messages; the operations over its tensors
-    stream(name)               a new in-order queue
-    allocate(shape, dtype, stays)  memory of the device, uninitialised; free(tensor) takes it back. stays: until the end,
-                               whatever the plan
-    pin(tensor) -> bool        page-lock host memory; False where the system refuses
-    unpin(tensor) -> bool      undo that; False where it was not page-locked
-    copy(target, source, stream)   same shape and dtype; contiguous, or rows of equal length with a stride; by an engine
-                               or a kernel, in the stream's order either way
-    record(stream) -> event    wait(stream, event)    synchronize(event)
-    write_flag(stream, flag, value)    wait_flag(stream, flag, value, exactly)    flag: int64 [1], page-locked host memory
-    capture(stream) -> context         of a graph whose `replay()` queues again what was queued inside
-    current(stream)            a context in which this thread's kernels are queued on the stream
-    delay(stream)              queue nothing that takes longer than a launch; for measurements
-    mark(stream)               a point in time of the stream; seconds_between(mark, later), both reached
-    clear()                    bring back what operations keep from call to call
-    close()                    after all queued work has ended, return everything
+orders one stream, or a thread, after the work queued on a stream so far. What a driver
+supplies is `protocols.Driver`.
 """
 
 import math
@@ -32,6 +15,7 @@ import torch
 
 from cpu_kernels import HUGE_PAGE_BYTES, fresh_memory
 from hetero_attn.devices.arena import Arena
+from hetero_attn.devices.protocols import Driver
 from hetero_attn.errors import MemoryBudgetError
 from placement.plan.units import format_bytes
 
@@ -46,7 +30,7 @@ class Device:
     refused_kinds: of host memory that could not, or not all, be page-locked.
     """
 
-    def __init__(self, driver: Any, budget_bytes: int | None = None, pin_budget_bytes: int | None = None) -> None:
+    def __init__(self, driver: Driver, budget_bytes: int | None = None, pin_budget_bytes: int | None = None) -> None:
         self.driver = driver
         self.kind: str = driver.kind
         self.ops: Any = driver.ops

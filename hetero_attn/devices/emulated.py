@@ -27,7 +27,7 @@ class EmulatedEvent:
 
 
 class EmulatedDriver:
-    """See `hetero_attn.devices.device` for what each call means."""
+    """See `hetero_attn.devices.protocols` for what each call means."""
 
     kind = "emulated"
     name = "emulated GPU"

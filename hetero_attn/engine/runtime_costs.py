@@ -18,7 +18,9 @@ from typing import Any
 import torch
 
 from cpu_kernels import CpuKernels
+from hetero_attn.cache.pool import SequenceState
 from hetero_attn.devices import Device
+from hetero_attn.devices.protocols import Driver
 from hetero_attn.engine.build import assemble, build_engine, connect
 from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.greatest import greatest
@@ -52,7 +54,7 @@ rules:
     "shared",
 )
 
-MakeDriver = Callable[[], Any]
+MakeDriver = Callable[[], Driver]
 
 
 def with_runtime_costs(profile: HardwareProfile, device: str, make_driver: MakeDriver | None = None) -> HardwareProfile:
@@ -68,7 +70,7 @@ def with_runtime_costs(profile: HardwareProfile, device: str, make_driver: MakeD
     return profile
 
 
-def cpu_costs(toy: Path, profile: HardwareProfile) -> dict[str, float]:
+def cpu_costs(toy: Path, profile: HardwareProfile) -> dict[str, Any]:
     """step_overhead_s of a recorded step, with what the weights of a large model leave of Python in the caches and as
     it is, and layer_overhead_s of a step that is not recorded: all beyond the operations themselves."""
     with _engine(toy, CPU, profile, "cpu", None) as engine:
@@ -90,7 +92,7 @@ def cpu_costs(toy: Path, profile: HardwareProfile) -> dict[str, float]:
 
 def gpu_costs(
     toys: dict[int, Path], profile: HardwareProfile, device: str, make_driver: MakeDriver | None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """launch_overhead_s, gpu_layer_overhead_s, step_overhead_s and handover_s, from steps of the GPU alone and of shared
     linears."""
     times = {}
@@ -143,27 +145,27 @@ def _engine(
         engine.close()
 
 
-def lanes_over(plan: Plan, driver: Any) -> Lanes:
+def lanes_over(plan: Plan, driver: Driver) -> Lanes:
     """The overlapping lanes of a plan over a device driver that is there."""
     worker = HostWorker()
     return connect(plan, CpuKernels(plan.num_threads), Device(driver, plan.gpu_memory_bytes), worker)
 
 
-def _decode(engine: Engine, sequence: object) -> None:
+def _decode(engine: Engine, sequence: SequenceState) -> None:
     greatest(engine.decode_step([sequence], [1])[0])
 
 
-def _prefill(engine: Engine, sequence: object) -> None:
+def _prefill(engine: Engine, sequence: SequenceState) -> None:
     greatest(engine.prefill(sequence, [1] * PROMPT))
 
 
-def _long_prefill(engine: Engine, sequence: object) -> None:
+def _long_prefill(engine: Engine, sequence: SequenceState) -> None:
     """As many rows as take the GPU's path for many; its sequence begins anew, for the toy's context is short."""
     greatest(engine.prefill(sequence, [1] * LONG_PROMPT))
     assert engine.kv_cache.rewind(sequence, 0)
 
 
-def _seconds(engine: Engine, work: Callable[[Engine, object], None], cold: bool = False) -> float:
+def _seconds(engine: Engine, work: Callable[[Engine, SequenceState], None], cold: bool = False) -> float:
     """Median time of a step. cold: between steps read as many bytes as a large model's step does."""
     sequence, times = engine.kv_cache.open(), []
     weights = torch.ones(SWEEP_BYTES if cold else 0, dtype=torch.uint8, device="cpu")

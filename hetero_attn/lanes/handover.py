@@ -1,29 +1,52 @@
 """How host jobs and GPU work wait for each other: the one host worker, and three orders between it and the device.
 
-    submit(job, after_device)   run `job` on the host after the jobs before it and, if asked, the GPU work queued so far
-    given                       how many jobs were given so far
-    order_device(given)         GPU work queued from now on sees what the first `given` jobs wrote; None: all of them
-    join(given)                 the calling thread sees it; raises what the first failed job raised
-    begin_layer()               the caller is about to queue a layer; it waits where it is too far ahead of the jobs
-    give_up()                   let every job end and forget failures; for a step that is abandoned half-way
-
-    overhead_s                  seconds that this itself took so far: waking the worker, noticing its end
-    worked_s                    seconds for which programs of recorded jobs computed so far
-    parked_s                    seconds for which these programs waited for the GPU so far
-
-`InOrder` is the plain path: jobs run on the calling thread. `EventHandover` runs them on one worker thread and blocks
-the caller wherever GPU work has to see their results.
+`Handover` is what every order offers. `InOrder` is the plain path: jobs run on the calling thread. `EventHandover` runs
+them on one worker thread and blocks the caller wherever GPU work has to see their results.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from typing import Any
+from typing import Any, Protocol
 
 from hetero_attn.devices import Device
 
 Job = Callable[[], None]
+
+
+class Handover(Protocol):
+    """An order between jobs of the host worker and work that is queued for the GPU.
+
+    given: how many jobs were given so far. overhead_s: seconds that the hand-over itself took so far, waking the worker
+    and noticing its end. worked_s, parked_s: seconds for which programs of recorded jobs computed, and waited for the GPU.
+    captures: whether a step can be captured in a graph, jobs included.
+    """
+
+    name: str
+    captures: bool
+    given: int
+    overhead_s: float
+    worked_s: float
+    parked_s: float
+
+    def submit(self, job: Job, after_device: bool) -> None:
+        """Run `job` on the host after the jobs before it and, if asked, after the GPU work queued so far."""
+
+    def order_device(self, given: int | None = None) -> None:
+        """GPU work queued from now on sees what the first `given` jobs wrote; None: all of them."""
+
+    def join(self, given: int | None = None) -> None:
+        """The calling thread sees it; raises what the first failed job raised."""
+
+    def begin_layer(self) -> None:
+        """The caller is about to queue a layer; it waits where it is too far ahead of the jobs."""
+
+    def give_up(self) -> None:
+        """Let every job end and forget failures; for a step that is abandoned half-way."""
+
+    def close(self) -> None:
+        """Finish the jobs and stop the worker; idempotent."""
 
 
 class InOrder:

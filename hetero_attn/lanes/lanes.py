@@ -25,7 +25,7 @@ from cpu_kernels import CpuKernels
 from hetero_attn.cache.stream import PageStream
 from hetero_attn.devices import Device
 from hetero_attn.devices.copy_ahead import CopyAhead
-from hetero_attn.lanes.handover import InOrder
+from hetero_attn.lanes.handover import Handover, InOrder
 from hetero_attn.lanes.staging import StagingRing
 from hetero_attn.lanes.stopwatch import SelectedOps, Stopwatch, WatchedDevice, WatchedOps
 from hetero_attn.lanes.tables import StepTables
@@ -71,14 +71,14 @@ class Lanes:
         device: Device | None = None,
         ring: StagingRing | None = None,
         tables: StepTables | None = None,
-        handover: Any = None,
+        handover: Handover | None = None,
         pages: PageStream | None = None,
     ) -> None:
         self.host_ops = host_ops
         self.device = device
         self.ring = ring
         self.tables = tables
-        self.handover = handover or InOrder(device)
+        self.handover: Handover = handover or InOrder(device)
         self.pages = pages
         self._copied = False
         self._inputs: object | None = None
@@ -182,10 +182,10 @@ class Lanes:
         """Run the enclosed steps in order on the calling thread, every operation and copy timed."""
         self.join()
         kept = self.host_ops, self.device, self.handover
-        self.host_ops = WatchedOps(self.host_ops, "cpu", stopwatch.time)
+        self.host_ops = WatchedOps(self.host_ops, "cpu", stopwatch.time)  # type: ignore[assignment]
         self.handover = InOrder(self.device)
         if self.device is not None:
-            self.device = WatchedDevice(self.device, stopwatch)
+            self.device = WatchedDevice(self.device, stopwatch)  # type: ignore[assignment]
         self._copy_ahead_on(self.device)
         try:
             yield
@@ -197,9 +197,9 @@ class Lanes:
     def traced(self, trace: Any) -> Iterator[None]:
         """Run the enclosed steps with every operation and copy in the trace; when it ends the device has finished."""
         kept = self.host_ops, self.device
-        self.host_ops = TracedOps(self.host_ops, "CPU lane", trace, lambda name, work: _timed(trace, name, work))
+        self.host_ops = TracedOps(self.host_ops, "CPU lane", trace, lambda name, work: _timed(trace, name, work))  # type: ignore[assignment]
         if self.device is not None:
-            self.device = TracedDevice(self.device, trace)
+            self.device = TracedDevice(self.device, trace)  # type: ignore[assignment]
         self._copy_ahead_on(self.device)
         self._tracing = True
         try:
@@ -228,7 +228,8 @@ class Lanes:
     @contextmanager
     def only(self, term: str | None) -> Iterator[None]:
         """Within this, CPU operations of other terms (placement.plan.phase.TERMS) do nothing; for recording a step."""
-        ops, self.host_ops = self.host_ops, SelectedOps(self.host_ops, term)
+        ops = self.host_ops
+        self.host_ops = SelectedOps(ops, term)  # type: ignore[assignment]
         try:
             yield
         finally:

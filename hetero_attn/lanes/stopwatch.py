@@ -9,6 +9,10 @@ import statistics
 import time
 from collections.abc import Callable
 
+import torch
+
+from hetero_attn.devices import Device
+from hetero_attn.devices.protocols import Ops
 from placement.plan.phase import TERMS
 
 ATTENTION = ("decode_attention", "prefill_attention")
@@ -28,7 +32,7 @@ class Stopwatch:
         self.seconds[term] += time.perf_counter() - started
         return result
 
-    def time_queued(self, term: str, work: Callable[[], object], device: object, stream: object) -> object:
+    def time_queued(self, term: str, work: Callable[[], object], device: Device, stream: object) -> object:
         """Queue `work` on a stream of the device and count the time that the device takes for it.
 
         The stream is kept busy while the work is queued: a kernel is launched by Python in more time than it runs, and
@@ -47,7 +51,7 @@ class Stopwatch:
 class WatchedOps:
     """The operations of one side (cpu | gpu), every call handed to `time(term, work)`."""
 
-    def __init__(self, ops: object, side: str, time: Callable[[str, Callable[[], object]], object]) -> None:
+    def __init__(self, ops: Ops, side: str, time: Callable[[str, Callable[[], object]], object]) -> None:
         self._ops, self._side, self._time = ops, side, time
 
     def __getattr__(self, name: str) -> Callable[..., object]:
@@ -58,7 +62,7 @@ class WatchedOps:
 class SelectedOps:
     """The CPU operations of one term; calls of all others do nothing. term None: none is selected."""
 
-    def __init__(self, ops: object, term: str | None) -> None:
+    def __init__(self, ops: Ops, term: str | None) -> None:
         self._ops, self._term = ops, term
 
     def __getattr__(self, name: str) -> Callable[..., object]:
@@ -69,14 +73,14 @@ class SelectedOps:
 class WatchedDevice:
     """A device whose operations and copies are timed; all else is the device's own."""
 
-    def __init__(self, device: object, stopwatch: Stopwatch) -> None:
+    def __init__(self, device: Device, stopwatch: Stopwatch) -> None:
         self._device, self._stopwatch = device, stopwatch
         self.ops = WatchedOps(device.ops, "gpu", lambda term, work: self._time(term, work, device.compute))
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._device, name)
 
-    def copy(self, target: object, source: object, stream: object) -> None:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: object) -> None:
         """As the device's own; copies ahead of use and those of activations are different terms."""
         term = "copies" if stream is self._device.copies else "handovers"
         self._time(term, lambda: self._device.copy(target, source, stream), stream)

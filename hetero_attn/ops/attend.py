@@ -18,6 +18,7 @@ import torch
 
 from hetero_attn.cache.pages import PagedStore
 from hetero_attn.cache.pool import LayerGroup
+from hetero_attn.devices.protocols import Ops
 from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.ops.step import GroupStep, Segment, Step, layer_blocks
 
@@ -66,7 +67,7 @@ class _Side:
     """One side's view of a layer: its operations, its heads and its pages."""
 
     name: str
-    ops: object
+    ops: Ops
     store: PagedStore
     layer: int
     groups: slice

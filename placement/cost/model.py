@@ -235,11 +235,12 @@ def predict(
     hardware = hardware.for_working_set(working_set_bytes(workload, context))
     if phase == "decode":
         cost = pass_cost(workload, linears, kv, hardware, Call(rows, 1, context), on_gpu)
-        lanes, terms = tuple(cost.lanes.items()), tuple(cost.terms.items())
-        return PhaseCost(phase, rows, context, cost.seconds, lanes, terms, cost.overlapped_s)
+        parts = tuple(cost.lanes.items()), tuple(cost.terms.items())
+        return PhaseCost(phase, rows, context, cost.seconds, *parts, cost.overlapped_s)
     if phase != "prefill":
         raise ValueError(f"phase must be decode or prefill, got {phase!r}")
-    total, overlapped, lanes, terms = 0.0, 0.0, Counter[str](dict.fromkeys(RESOURCES, 0.0)), Counter[str](dict.fromkeys(TERMS, 0.0))
+    total, overlapped = 0.0, 0.0
+    lanes, terms = Counter[str](dict.fromkeys(RESOURCES, 0.0)), Counter[str](dict.fromkeys(TERMS, 0.0))
     for start in range(0, rows, workload.prefill_chunk):
         q_len = min(workload.prefill_chunk, rows - start)
         last = start + q_len == rows

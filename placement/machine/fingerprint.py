@@ -51,9 +51,10 @@ def kernel_folders() -> list[Path]:
 def source_digest(folders: Iterable[Path]) -> str:
     """A hash of the Python files in these folders and their subfolders: kernels that were changed have other rates."""
     digest = hashlib.sha256()
-    for folder, source in ((folder, source) for folder in folders for source in sorted(folder.rglob("*.py"))):
-        content = source.read_bytes()
-        digest.update(f"{source.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
+    for folder in folders:
+        for source in sorted(folder.rglob("*.py")):
+            content = source.read_bytes()
+            digest.update(f"{source.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:16]
 
 

@@ -153,7 +153,7 @@ def parse(kind: type, value: Any, where: str) -> Any:
     )
 
 
-def number(value: Any, kind: type, where: str) -> int | float:
+def number(value: Any, kind: Any, where: str) -> int | float:
     """A finite number >= 0 of a type (int | float); YAML 1.1 reads "1e9" as text, so text that is a number counts."""
     try:
         read = float(value)

@@ -143,7 +143,7 @@ class Plan:
         """Plain text: what of each linear and of the KV cache is where, bytes by place and kind, predicted speed."""
         from placement.plan.table import plan_table
 
-        return plan_table(self, width)
+        return plan_table(self, width)  # type: ignore[arg-type]  # a protocol's fields could be written, a plan's not
 
     def to_yaml(self) -> str:
         """A policy that, given to make_plan with the same workload and hardware, gives this plan."""

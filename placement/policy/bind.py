@@ -82,11 +82,11 @@ def bind(policy: Policy, workload: Workload, device: str) -> Bounds:
         reached.add(index)
         free = _cpu_only(shard) if device == "cpu" else LinearBounds()
         linears.append(_collect(problems, policy, index, free, _linear_bounds, shard, device))
-    for shard in workload.kv:
-        index = _first(policy.rules, shard.name, lambda rule: rule.kv is not None)
+    for cache in workload.kv:
+        index = _first(policy.rules, cache.name, lambda rule: rule.kv is not None)
         reached.add(index)
-        free = KvBounds(0, 0) if device == "cpu" else KvBounds()
-        kv.append(_collect(problems, policy, index, free, _kv_bounds, shard, device, workload))
+        open_bounds = KvBounds(0, 0) if device == "cpu" else KvBounds()
+        kv.append(_collect(problems, policy, index, open_bounds, _kv_bounds, cache, device, workload))
     for index, rule in enumerate(policy.rules):
         if _matches_any(rule.match, workload) and index not in reached:
             problems.append(

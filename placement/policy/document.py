@@ -73,7 +73,7 @@ def read_document(text: str) -> Document:
     return document
 
 
-def _consume(event: yaml.Event, document: Document, stack: list[_Frame]) -> None:
+def _consume(event: Any, document: Document, stack: list[_Frame]) -> None:
     mark = _mark(event.start_mark)
     if isinstance(event, yaml.AliasEvent):
         raise YamlProblem(mark, f"aliases are not allowed (*{event.anchor}); {QUOTE_HINT}")
@@ -135,7 +135,7 @@ def _scalar(event: yaml.ScalarEvent) -> Any:
     return float(text) if _FLOAT.fullmatch(text) else text
 
 
-def _mark(mark: yaml.Mark) -> Mark:
+def _mark(mark: Any) -> Mark:
     return mark.line + 1, mark.column + 1
 
 

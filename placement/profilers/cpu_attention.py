@@ -9,8 +9,8 @@ from cpu_kernels import CpuKernels
 from cpu_kernels.formats.pages import is_quantised, row_items, token_bytes
 from placement.machine.rates import KV_BITS, AttentionRate, beside_memory
 from placement.profilers.timing import (
-    FLOAT32,
     CALLS,
+    FLOAT32,
     WEIGHT_BYTE,
     Progress,
     beyond_caches,

@@ -9,8 +9,8 @@ from cpu_kernels.formats.weights import BLOCK_FEATURES, WEIGHT_DTYPES, block_byt
 from placement.machine.hardware import WEIGHT_BYTES
 from placement.machine.rates import DtypeRates, RowRate, ThreadRate
 from placement.profilers.timing import (
-    FLOAT32,
     CALLS,
+    FLOAT32,
     WEIGHT_BYTE,
     Progress,
     beyond_caches,

@@ -195,7 +195,7 @@ class PassTime:
             (layers,) = step.cpu_layers
         else:
             layers = self._unknowns.layers(count)
-            program.at_most({layers: 1.0} | {index: -1.0 for index in step.cpu_layers}, 0.0)
+            program.at_most({layers: 1.0} | dict.fromkeys(step.cpu_layers, -1.0), 0.0)
         program.at_least({seconds: 1.0, layers: step.whole} | {v: -s for v, s in step.cpu.items()}, count * step.whole)
         program.at_least({seconds: 1.0} | {v: -s for v, s in step.gpu.items()}, 0)
         return seconds

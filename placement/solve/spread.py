@@ -60,8 +60,8 @@ def placements(
     for c, groups in layout.groups.items():
         kept = gpu_tokens_of(workload, classes[c].kv.shard, classes[c].kv.bounds, gpu_tokens)
         for index, owned in zip(classes[c].kv.indices, groups, strict=True):
-            shard = workload.kv[index]
-            kv[index] = KvPlacement(shard.name, owned, kept if owned else 0, shard.groups)
+            cache = workload.kv[index]
+            kv[index] = KvPlacement(cache.name, owned, kept if owned else 0, cache.groups)
     return tuple(linears[i] for i in sorted(linears)), tuple(kv[i] for i in sorted(kv))
 
 

@@ -9,8 +9,8 @@ from tests.support.kernel_data import boundary_adversarial, lse_error, nmse, ora
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
-import gpu_kernels  # noqa: E402
-from gpu_kernels.device_ops import DeviceOps  # noqa: E402
+import gpu_kernels
+from gpu_kernels.device_ops import DeviceOps
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

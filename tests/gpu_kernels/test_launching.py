@@ -11,14 +11,14 @@ pytest.importorskip("triton", reason="triton is not installed (the test extra ha
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process without the interpreter", allow_module_level=True)
 
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-from triton import knobs  # noqa: E402
+import triton
+import triton.language as tl
+from triton import knobs
 
-from gpu_kernels import elementwise, linear_layer, reference  # noqa: E402
-from gpu_kernels.attention_merge import merge  # noqa: E402
-from gpu_kernels.launching import Kernel, Shape  # noqa: E402
-from tests.support.silent_triton import silent_triton  # noqa: E402
+from gpu_kernels import elementwise, linear_layer, reference
+from gpu_kernels.attention_merge import merge
+from gpu_kernels.launching import Kernel, Shape
+from tests.support.silent_triton import silent_triton
 
 FUNCTION, ARGUMENTS = 4, 9  # of what a launcher is given: the handle, and where the kernel's own arguments begin
 ARCHITECTURE = 90

@@ -9,8 +9,8 @@ from tests.support import kernel_checks as checks
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
-from gpu_kernels import attention, attention_merge  # noqa: E402
-from gpu_kernels.device_ops import DeviceOps  # noqa: E402
+from gpu_kernels import attention, attention_merge
+from gpu_kernels.device_ops import DeviceOps
 
 FP32, BF16 = torch.float32, torch.bfloat16
 RANGES = [(5, 140), (0, 1), (300, 300), (63, 65)]

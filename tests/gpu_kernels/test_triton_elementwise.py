@@ -9,7 +9,7 @@ from tests.support import kernel_checks as checks
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
-from gpu_kernels import elementwise, row_copies  # noqa: E402
+from gpu_kernels import elementwise, row_copies
 
 
 @pytest.mark.parametrize("rows,hidden", [(1, 64), (3, 100), (2, 5000)])

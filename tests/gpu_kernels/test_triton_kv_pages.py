@@ -13,7 +13,7 @@ from tests.support.kernel_data import lse_error, nmse, normal
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
-from gpu_kernels import attention, elementwise, kv_pages, kv_rows, reference  # noqa: E402
+from gpu_kernels import attention, elementwise, kv_pages, kv_rows, reference
 
 CODES_NMSE, CODES_LSE = 1e-4, 1e-2  # keys, values and probabilities are rounded to bf16 for the tensor cores
 

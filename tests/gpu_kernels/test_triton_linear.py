@@ -11,7 +11,7 @@ from tests.support.kernel_data import normal, packed_weight
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
-from gpu_kernels import activation, dequantize, linear_layer, quantized_linear, reference  # noqa: E402
+from gpu_kernels import activation, dequantize, linear_layer, quantized_linear, reference
 
 BORDER = linear_layer.QUANTIZED_ROWS
 TILES = sorted({*quantized_linear.TILES_FEW, *quantized_linear.TILES_MANY, quantized_linear.Tile(8, 2, 2, 2)})

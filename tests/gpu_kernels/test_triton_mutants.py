@@ -14,8 +14,8 @@ from tests.support.code_pages import check_rope_append
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
-from gpu_kernels import attention, linear_layer, quantized_linear  # noqa: E402
-from gpu_kernels.linear_layer import linear  # noqa: E402
+from gpu_kernels import attention, linear_layer
+from gpu_kernels.linear_layer import linear
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ROOT = Path(attention.__file__).parent

@@ -26,9 +26,10 @@ class FakePlanned:
 
 MACHINE = HardwareProfile.named("rtx4090-ddr5")
 DECODE = 0
+NO_WISHES = Policy()
 
 
-def planned(policy: Policy = Policy()):
+def planned(policy: Policy = NO_WISHES):
     return make_plan(llama_8b(), MACHINE, policy, device="cuda", gpu_memory_bytes=6 * 2**30)
 
 

@@ -173,15 +173,15 @@ class FakeCuda:
         finally:
             self._lock.release()
 
-    def Stream(self, device: int) -> FakeStream:  # noqa: N802 (torch's own name)
+    def Stream(self, device: int) -> FakeStream:
         """A new stream."""
         return FakeStream(self)
 
-    def Event(self, enable_timing: bool = False) -> FakeEvent:  # noqa: N802
+    def Event(self, enable_timing: bool = False) -> FakeEvent:
         """A new event."""
         return FakeEvent()
 
-    def CUDAGraph(self) -> FakeGraph:  # noqa: N802
+    def CUDAGraph(self) -> FakeGraph:
         """An empty graph."""
         return FakeGraph(self)
 
@@ -276,19 +276,19 @@ class FakeLibrary:
             raise AttributeError(name)
         return _Function(getattr(self, f"_{name.removesuffix('_v2')}"))
 
-    def _cuGetErrorName(self, result: int, word: Any) -> None:  # noqa: N802
+    def _cuGetErrorName(self, result: int, word: Any) -> None:
         ctypes.cast(word, ctypes.POINTER(ctypes.c_char_p))[0] = b"CUDA_ERROR_FAKE"
 
-    def _cuCtxGetCurrent(self, context: Any) -> None:  # noqa: N802
+    def _cuCtxGetCurrent(self, context: Any) -> None:
         ctypes.cast(context, ctypes.POINTER(ctypes.c_void_p))[0] = 7
 
-    def _cuCtxSetCurrent(self, context: int) -> int:  # noqa: N802
+    def _cuCtxSetCurrent(self, context: int) -> int:
         return 0 if context == 7 else 201
 
     def _locked(self, address: int) -> bool:
         return any(start <= address < start + size for start, size in self.registered.items())
 
-    def _cuMemcpyHtoDAsync(self, target: int, source: int, count: int, stream: int) -> int:  # noqa: N802
+    def _cuMemcpyHtoDAsync(self, target: int, source: int, count: int, stream: int) -> int:
         """Ordinary memory is taken into a buffer of the driver's before the call returns, as CUDA says it is."""
         keeper = None if self._locked(source) else ctypes.create_string_buffer(ctypes.string_at(source, count), count)
         start = source if keeper is None else ctypes.addressof(keeper)
@@ -305,10 +305,10 @@ class FakeLibrary:
         self.copies_before_failure = None
         return 999
 
-    def _cuMemcpyDtoDAsync(self, target: int, source: int, count: int, stream: int) -> None:  # noqa: N802
+    def _cuMemcpyDtoDAsync(self, target: int, source: int, count: int, stream: int) -> None:
         self._cuda.streams[stream].add(lambda: ctypes.memmove(target, source, count) and None)
 
-    def _cuMemcpyDtoHAsync(self, target: int, source: int, count: int, stream: int) -> None:  # noqa: N802
+    def _cuMemcpyDtoHAsync(self, target: int, source: int, count: int, stream: int) -> None:
         """A copy to ordinary memory has been made when the call returns."""
         self._cuda.streams[stream].add(lambda: ctypes.memmove(target, source, count) and None, "push")
         if not self._locked(target):
@@ -316,7 +316,7 @@ class FakeLibrary:
             event.record(self._cuda.streams[stream])
             event.wait()
 
-    def _cuMemcpy2DAsync(self, request: Any, stream: int) -> None:  # noqa: N802
+    def _cuMemcpy2DAsync(self, request: Any, stream: int) -> None:
         copied = Copy2D.from_buffer_copy(ctypes.cast(request, ctypes.POINTER(Copy2D)).contents)
         source = copied.srcDevice if copied.srcMemoryType == DEVICE else copied.srcHost
         target = copied.dstDevice if copied.dstMemoryType == DEVICE else copied.dstHost
@@ -327,7 +327,7 @@ class FakeLibrary:
 
         self._cuda.streams[stream].add(move, "pull" if copied.dstMemoryType == DEVICE else "push")
 
-    def _cuMemHostRegister(self, address: int, count: int, flags: int) -> int:  # noqa: N802
+    def _cuMemHostRegister(self, address: int, count: int, flags: int) -> int:
         pages = range(address // 4096, (address + count - 1) // 4096 + 1)
         taken = {
             page
@@ -341,18 +341,18 @@ class FakeLibrary:
         self.registered[address] = count
         return 0
 
-    def _cuMemHostUnregister(self, address: int) -> None:  # noqa: N802
+    def _cuMemHostUnregister(self, address: int) -> None:
         del self.registered[address]
 
-    def _cuMemHostGetDevicePointer(self, mapped: Any, address: int, flags: int) -> None:  # noqa: N802
+    def _cuMemHostGetDevicePointer(self, mapped: Any, address: int, flags: int) -> None:
         ctypes.cast(mapped, ctypes.POINTER(ctypes.c_uint64))[0] = address
 
-    def _cuStreamWriteValue32(self, stream: int, address: int, value: int, flags: int) -> None:  # noqa: N802
+    def _cuStreamWriteValue32(self, stream: int, address: int, value: int, flags: int) -> None:
         self.memory_operations += 1
         word = ctypes.c_uint32.from_address(address)
         self._cuda.streams[stream].add(lambda: setattr(word, "value", value), "request")
 
-    def _cuStreamWaitValue32(self, stream: int, address: int, value: int, flags: int) -> None:  # noqa: N802
+    def _cuStreamWaitValue32(self, stream: int, address: int, value: int, flags: int) -> None:
         self.memory_operations += 1
         word = ctypes.c_uint32.from_address(address)
 

@@ -35,7 +35,7 @@ def _launcher_of(launches: Launches) -> type:
         def __init__(self, src: Any, metadata: Any) -> None:
             pass
 
-        def __call__(self, gridX, gridY, gridZ, stream, function, *args) -> None:  # noqa: N803 (Triton's own names)
+        def __call__(self, gridX, gridY, gridZ, stream, function, *args) -> None:
             if (enter := args[2]) is not None:
                 enter(args[1])
             launches.add((gridX, gridY, gridZ, stream, function, *args))

@@ -126,7 +126,7 @@ class GgufCheckpoint:
                 raise CheckpointError(
                     f"{self.path}: tensor {name} has shape {list(self.shape(name))}, expected {list(shape)} by the metadata"
                 )
-        known = {ours for ours in expected}
+        known = set(expected)
         if unused := [name for name in self._theirs if name != ROPE_DIVISORS and our_name(name) not in known]:
             raise UnsupportedModelError(
                 f"{self.path}: {len(unused)} tensors would be ignored, the first is {unused[0]}: the architecture "
