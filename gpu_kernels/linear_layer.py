@@ -19,9 +19,9 @@ from torch import Tensor
 from gpu_kernels.activation import quantize_activation, round_activation
 from gpu_kernels.dequantize import dequantize
 from gpu_kernels.forms.dequantize import dequantize_form
+from gpu_kernels.forms.unpack import FORMS
 from gpu_kernels.quantized_linear import multiply_quantized
 from gpu_kernels.reference import BLOCK_FEATURES, GROUP, SUPERBLOCK_BYTES, block_bytes, mixed_parts
-from gpu_kernels.forms.unpack import FORMS
 
 WEIGHT_DTYPES = ("fp32", "bf16", "q8", "q4", "fp16", *FORMS)
 INT8_KERNELS = ("q8", "q4")  # with kernels of their own for few rows

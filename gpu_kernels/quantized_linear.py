@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gpu_kernels.activation import quantize_activation
 from gpu_kernels.launching import Kernel, Shape
-from gpu_kernels.reference import GROUP, SUPERBLOCK_BYTES
+from gpu_kernels.reference import SUPERBLOCK_BYTES
 
 Q4_BYTES = tl.constexpr(SUPERBLOCK_BYTES["q4"])
 Q8_BYTES = tl.constexpr(SUPERBLOCK_BYTES["q8"])

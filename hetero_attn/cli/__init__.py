@@ -57,7 +57,7 @@ def main() -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a text file has it
     try:
         app(prog_name="hetero-attn")
     finally:

@@ -62,7 +62,7 @@ class CleanErrors(TyperGroup):
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             error = explain_import(error) if isinstance(error, ImportError) else error
-            if isinstance(error, OSError) and error.errno in OUTPUT_FAILURES and not raised_in(error) in OUR_PACKAGES:
+            if isinstance(error, OSError) and error.errno in OUTPUT_FAILURES and raised_in(error) not in OUR_PACKAGES:
                 typer.echo(f"error: the output cannot be written: {error.strerror}", err=True)
                 raise typer.Exit(AT_RUN_TIME) from None
             code = exit_code(error)

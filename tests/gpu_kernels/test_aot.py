@@ -16,14 +16,14 @@ pytest.importorskip("triton", reason="triton is not installed (the test extra ha
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process without the interpreter", allow_module_level=True)
 
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-import gpu_kernels  # noqa: E402
-from gpu_kernels import attention, kv_pages, reference  # noqa: E402
-from tests.support.ahead_of_time import SHARED_MEMORY_LIMIT, Resources, compile_launches  # noqa: E402
+import gpu_kernels
+from gpu_kernels import attention, kv_pages, reference
+from tests.support.ahead_of_time import SHARED_MEMORY_LIMIT, Resources, compile_launches
 
 HIDDEN, HEADS, KV_HEADS, PAGE = 4096, 32, 8, 16
 BF16, FP32, Q8, Q4 = torch.bfloat16, torch.float32, torch.int8, torch.uint8
