@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -228,6 +229,27 @@ def test_a_wrong_boundary_between_pieces_is_seen(long_run, long_plan, monkeypatc
         actual = run_logits(engine, long_run.token_ids, long_run.prompt_tokens)
 
     assert nmse(actual, long_run.logits) > 1e-3
+
+
+def test_what_a_layer_adds_to_a_captured_step_is_counted(tmp_path):
+    """Two streamed pieces among the linears, and two hand-overs, of the MLP's CPU columns; attention is all the GPU's."""
+    entries = []
+    for layers in (2, 3):
+        path = make_checkpoint(tmp_path / str(layers), "llama", layers=layers)
+        workload = toy_workload(path, page_size=4, prefill_chunk=8, max_batch=1)
+        plan = uniform_plan(workload, 0.5, 0.25, 2, gpu_tokens=workload.full_tokens)
+        linears = [
+            linear if linear.name.endswith(("gate_up", "down")) else replace(linear, gpu_units=linear.units,
+                                                                             stream_units=(0,) * 5)
+            for linear in plan.linears
+        ]  # fmt: skip
+        names = captured_names(path, emulated_plan(workload, linears, plan.kv), list(range(3, 20)), 12)
+        entries.append(Counter(names))
+
+    assert entries[1] - entries[0] == Counter(
+        {"rms_norm": 2, "linear": 6, "rope_append": 1, "decode_attention": 1, "silu_mul": 1, "push": 2, "request": 2,
+         "wait": 2, "pull": 2, "aten.add_.Tensor": 1, "wait event": 2, "event": 2}  # the last two of the staging ring
+    )  # fmt: skip
 
 
 def test_a_replayed_step_counts_the_bytes_of_a_plain_one(long_run, long_plan):
