@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 def plan(
     model: options.Model,
-    hardware: Annotated[str | None, typer.Option(help="A machine of the catalogue, or a profile's JSON file.")] = None,
+    hardware: Annotated[str | None, typer.Option(help="A machine of the catalogue, or a profile's file, JSON or YAML.")] = None,
     policy: options.Policy = "auto",
     gpu_memory: options.GpuMemory = None,
     dtype: options.Dtype = "auto",
@@ -116,12 +115,12 @@ def draw(planned: PlannedModel, file: Path) -> None:
 
 
 def machine(hardware: str | None) -> str | HardwareProfile | None:
-    """A profile read from a file, or the name as it is; raises ValueError for a file that holds no profile."""
+    """A profile read from a file, or the name as it is; raises BadParameter for a file that holds no profile."""
     if hardware is None or not Path(hardware).is_file():
         return hardware
     from placement import HardwareProfile
 
     try:
-        return HardwareProfile.from_json(Path(hardware).read_text(encoding="utf-8"), hardware)
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise typer.BadParameter(f"{hardware} holds no profile: `hetero-attn profile --save` writes one") from None
+        return HardwareProfile.from_file(Path(hardware))
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}; it holds no profile: `hetero-attn profile --save` writes one") from None

@@ -11,7 +11,7 @@ from hetero_attn.cli.profile_table import profile_table
 
 
 def profile(
-    save: Annotated[Path | None, typer.Option(help="Write a copy as JSON, for `plan --hardware` elsewhere.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write a copy, JSON or YAML by its ending, for `plan --hardware` elsewhere.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the rates into this PNG, SVG or PDF file.")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -21,7 +21,7 @@ def profile(
     expect_writable(save, plot)
     measured = profile_machine(on_progress=lambda what: typer.echo(f"measuring {what}", err=True))
     if save is not None:
-        write_text(save, measured.to_json() + "\n")
+        write_text(save, measured.to_yaml() if save.suffix in (".yaml", ".yml") else measured.to_json() + "\n")
     if plot is not None:
         from hetero_attn.cli.plots import plot_profile
 

@@ -281,6 +281,10 @@ class HardwareProfile:
         """JSON text that `from_json` reads back to an equal profile."""
         return json.dumps(self.to_dict(), indent=2)
 
+    def to_yaml(self) -> str:
+        """YAML text that `from_file` reads back to an equal profile."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
+
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "hardware profile") -> "HardwareProfile":
         """Build a profile from plain values; ValueError names unknown, missing and non-numeric fields."""
@@ -309,6 +313,20 @@ class HardwareProfile:
         if not isinstance(values, dict):
             raise ValueError(f"{where}: expected a JSON object, found {type(values).__name__}")
         return cls.from_dict(values, where)
+
+    @classmethod
+    def from_file(cls, path: Path) -> "HardwareProfile":
+        """Read a profile from a file in JSON or YAML, such as `profile --save` writes and the catalogue has.
+
+        A file without a name has that of the file. Raises ValueError for one that is no text, no mapping or no profile.
+        """
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"{path}: neither JSON nor YAML: {str(error).splitlines()[0]}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: expected a mapping of rates by name, found {type(values).__name__}")
+        return cls.from_dict({"name": path.stem} | values, str(path))
 
     @classmethod
     def named(cls, name: str) -> "HardwareProfile":

@@ -102,3 +102,19 @@ def test_missing_fields_are_named():
 def test_json_that_is_no_object_is_refused():
     with pytest.raises(ValueError, match="expected a JSON object, found list"):
         HardwareProfile.from_json("[]")
+
+
+def test_a_hardware_file_is_json_or_yaml_alike(tmp_path):
+    """A copy of a catalogue file is named by its file; what is no profile is refused with its path."""
+    known = HardwareProfile.named("rtx4090-ddr5")
+    (tmp_path / "mine.json").write_text(known.to_json(), encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text((CATALOGUE / "rtx4090-ddr5.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+
+    (tmp_path / "written.yml").write_text(known.to_yaml(), encoding="utf-8")
+
+    assert HardwareProfile.from_file(tmp_path / "mine.json") == HardwareProfile.from_file(tmp_path / "written.yml") == known
+    assert HardwareProfile.from_file(tmp_path / "mine.yaml") == replace(known, name="mine")
+    for text, words in (("[1, 2]", "expected a mapping"), ("a: [", "neither JSON nor YAML"), ("cores: 3\n", "missing source")):
+        (tmp_path / "bad.yaml").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=f"bad.yaml.*{words}"):
+            HardwareProfile.from_file(tmp_path / "bad.yaml")
