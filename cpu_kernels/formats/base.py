@@ -5,8 +5,8 @@ features; features that a weight does not have are zero rows.
 
 Row-major formats (planes f32, f16, bf16): a block is [16, in_features] in that dtype.
 
-Coded formats: in_features is padded with zeros to whole superblocks of `group_inputs` inputs, which follow each other. A
-superblock is `header_lines` lines of 64 bytes and then, for every 64 inputs, the lines of its code plane. Lines
+Coded formats: in_features is padded with zeros to whole superblocks of `group_inputs` inputs, which follow each other.
+A superblock is `header_lines` lines of 64 bytes and then, for every 64 inputs, the lines of its code plane. Lines
 interleave the 16 features, so that a vector register holds the same inputs of all of them.
 
   plane   lines per 64 inputs, after the header
@@ -22,7 +22,7 @@ interleave the 16 features, so that a vector register holds the same inputs of a
   S32     (c - offset) * s                      float16 s of inputs 0..31, of 32..63
   SM32    c * s + m                             as S32; then float16 m of 0..31, of 32..63
   SM64    c * s + m                             float16 s, float16 m
-  K2M32   (d * s) * c - dmin * m                float16 d, float16 dmin; 8 runs of u8 s, one for every 32 inputs; 8 of u8 m
+  K2M32   (d * s) * c - dmin * m                float16 d, float16 dmin; 8 runs of u8 s, for 32 inputs each; 8 of u8 m
   K2S16   (d * s) * (c - offset)                float16 d, 32 bytes unused; 16 runs of int8 s, one for every 16 inputs
   K2S32   (d * s) * (c - offset)                float16 d, 32 bytes unused; 8 runs of int8 s, one for every 32 inputs
   E32     (c - offset) * 2^(e - 128)            4 runs of u8 e, one for every 32 inputs

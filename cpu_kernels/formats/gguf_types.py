@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class GgufType(NamedTuple):
-    """A tensor type: `items` consecutive inputs take `block_bytes`. format: what holds it exactly, "" where none does."""
+    """A tensor type: `items` consecutive inputs take `block_bytes`. format: what holds it exactly, or ""."""
 
     name: str
     type_id: int

@@ -1,4 +1,4 @@
-"""repack: rows of a GGUF file into the format that holds them exactly; unpack_rows: rows of a packed weight as numbers."""
+"""repack: rows of a GGUF file into the format that holds them exactly; unpack_rows: rows of it as numbers."""
 
 import torch
 
@@ -40,9 +40,7 @@ def repack(team: Team, rows: torch.Tensor, source_type: str, out: torch.Tensor) 
     expect(failure == 0, "rows holds a scale that is not finite (NaN or Inf); out is not a usable weight")
 
 
-def unpack_rows(
-    team: Team, weight: torch.Tensor, weight_dtype: str, row_ids: torch.Tensor, out: torch.Tensor
-) -> None:
+def unpack_rows(team: Team, weight: torch.Tensor, weight_dtype: str, row_ids: torch.Tensor, out: torch.Tensor) -> None:
     """See CpuKernels.unpack_rows."""
     item = format_of(weight_dtype)
     expect(not item.is_row_major, f"weight_dtype is {weight_dtype}: its blocks are plain rows, index them")

@@ -45,10 +45,11 @@ def _scale_and_minimum(superblock, inside_group, line, feature, mask, HEADER: tl
 
 
 @triton.jit
-def _dequantize_form_kernel(weight, out, table, num_groups, block_bytes, out_stride, HEADER: tl.constexpr, BITS: tl.constexpr,
+def _dequantize_form_kernel(weight, out, num_groups, block_bytes, out_stride, HEADER: tl.constexpr, BITS: tl.constexpr,
                        TOGETHER: tl.constexpr, HEADER_BYTES: tl.constexpr, SUPERBLOCK_BYTES: tl.constexpr,
-                       OFFSET: tl.constexpr, HAS_TABLE: tl.constexpr, GROUPS: tl.constexpr):
-    """grid: (num_blocks, cdiv(num_groups, GROUPS)). weight: uint8 [num_blocks, block_bytes]; table: int8 [16]; out: bf16
+                       OFFSET: tl.constexpr, TABLE_LOW: tl.constexpr, TABLE_HIGH: tl.constexpr,
+                            GROUPS: tl.constexpr):
+    """grid: (num_blocks, cdiv(num_groups, GROUPS)). weight: uint8 [num_blocks, block_bytes]; out: bf16
     [num_blocks * 16, out_stride]. Dimensions: group, line of 8 inputs, feature, input of the line."""
     CODE_LINES: tl.constexpr = 8 if BITS == 4 else (10 if BITS == 5 else 12)
     block = tl.program_id(0).to(tl.int64)
@@ -66,8 +67,9 @@ def _dequantize_form_kernel(weight, out, table, num_groups, block_bytes, out_str
     if BITS == 6:
         upper = tl.load(words + (8 + line // 2) * 16, mask=mask, other=0)[:, :, :, None]
         code |= ((upper >> (shift + 4 * (line % 2)[:, :, :, None] + index // 4 * 2)) & 3) << 4
-    if HAS_TABLE:
-        code = tl.load(table + code).to(tl.int32)
+    if TABLE_LOW or TABLE_HIGH:
+        entries = tl.where(code >= 8, TABLE_HIGH, TABLE_LOW).to(tl.int64)
+        code = (entries >> (code % 8 * 8).to(tl.int64)).to(tl.int8).to(tl.int32)
     scale, minimum = _scale_and_minimum(superblock, inside_group, line, feature, mask, HEADER)
     values = (code - OFFSET).to(tl.float32) * scale[:, :, :, None]
     if HEADER == "SM32" or HEADER == "K2M32":
@@ -77,17 +79,21 @@ def _dequantize_form_kernel(weight, out, table, num_groups, block_bytes, out_str
 
 
 @cache
-def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values or (0,), dtype=torch.int8, device=device)
+def _halves_of(table: tuple[int, ...]) -> tuple[int, int]:
+    """A table of 16 signed bytes as two int64, a byte an entry; zeros where there is none."""
+    data = bytes(value & 255 for value in table or (0,) * 16)
+    low, high = (int.from_bytes(data[at : at + 8], "little", signed=True) for at in (0, 8))
+    return low, high
 
 
 def dequantize_form(weight: Tensor, name: str, in_features: int) -> Tensor:
     """bf16 [num_blocks * 16, inputs in whole groups of 64], newly allocated, of packed blocks of a format of FORMS."""
     form, num_blocks = FORMS[name], weight.shape[0]
-    num_groups = triton.cdiv(in_features, GROUP)
+    num_groups, (low, high) = triton.cdiv(in_features, GROUP), _halves_of(form.table)
     out = torch.empty(num_blocks * FEATURES, num_groups * GROUP, dtype=torch.bfloat16, device=weight.device)
     _dequantize_form_kernel[(num_blocks, triton.cdiv(num_groups, GROUPS))](
-        weight, out, _table(form.table, weight.device), num_groups, weight.stride(0), out.stride(0), HEADER=form.header,
+        weight, out, num_groups, weight.stride(0), out.stride(0), HEADER=form.header,
         BITS=form.bits, TOGETHER=form.inputs // GROUP, HEADER_BYTES=64 * form.header_lines,
-        SUPERBLOCK_BYTES=superblock_bytes(form), OFFSET=form.offset, HAS_TABLE=bool(form.table), GROUPS=GROUPS, num_warps=4)
+        SUPERBLOCK_BYTES=superblock_bytes(form), OFFSET=form.offset, TABLE_LOW=low, TABLE_HIGH=high,
+        GROUPS=GROUPS, num_warps=4)
     return out

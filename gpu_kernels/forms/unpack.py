@@ -63,7 +63,8 @@ def _codes(lines: Tensor, form: Form) -> Tensor:
     """int16 [block, superblock, feature, input of the superblock] of uint8 [block, superblock, group, line, 64]."""
     words = lines.unflatten(-1, (FEATURES, 4))  # (block, superblock, group, line, feature, byte)
     nibbles = words[:, :, :, :8]
-    codes = torch.stack((nibbles & 15, nibbles >> 4), dim=4)  # (block, superblock, group, line, low or high, feature, byte)
+    # (block, superblock, group, line, low or high, feature, byte)
+    codes = torch.stack((nibbles & 15, nibbles >> 4), dim=4)
     if form.bits > 4:
         bits, lines_each = form.bits - 4, 4 if form.bits == 5 else 2
         shifts = bits * torch.arange(2 * lines_each, dtype=torch.uint8, device=lines.device)

@@ -28,8 +28,8 @@ def resolve_model(name: str | Path, file: str | None = None) -> Path:
         The directory of a checkpoint in safetensors, or the first GGUF file of a model.
 
     Raises:
-        CheckpointError: neither a directory nor a file nor a hub id that can be downloaded; no GGUF file, or several, of
-            that pattern.
+        CheckpointError: neither a directory nor a file nor a hub id that can be downloaded; no GGUF file, or several,
+            of that pattern.
     """
     try:
         path = Path(name).expanduser()
@@ -40,7 +40,7 @@ def resolve_model(name: str | Path, file: str | None = None) -> Path:
         return _in_directory(path, file)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise CheckpointError(f"{path} is a file, expected a model directory or a .gguf file; give the directory it is in")
+            raise CheckpointError(f"{path} is a file, expected a model directory or a .gguf file")
         return first_part(path)
     if not _REPOSITORY.fullmatch(str(name)) or str(name).startswith("."):
         raise CheckpointError(f"{name}: no such directory, and no hub id either (those look like owner/model)")

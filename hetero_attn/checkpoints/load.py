@@ -242,7 +242,9 @@ class Loader:
     def _embed(self, spec: ModelSpec, head: LinearWeights) -> torch.Tensor:
         item = format_of(self._formats.embed)
         if self._plan.workload.embed_bytes == 0:  # a tied head in host memory: its blocks are the embedding
-            return head.dram.view(PLAIN_DTYPES[item.name]).view(-1, spec.head.in_features) if item.is_row_major else head.dram
+            if not item.is_row_major:
+                return head.dram
+            return head.dram.view(PLAIN_DTYPES[item.name]).view(-1, spec.head.in_features)
         if not item.is_row_major:
             return self._packed_embed(spec)
         rows = fresh_memory(self._checkpoint.shape(spec.embed), self._checkpoint.torch_dtype(spec.embed))

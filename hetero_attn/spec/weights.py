@@ -77,8 +77,8 @@ class LinearSpec:
         rows = [(name, sum(part.rows_per_unit for part in parts)) for name, parts in self.runs]
         if odd := [name for name, count in rows[:-1] if count % BLOCK_FEATURES]:
             raise UnsupportedModelError(
-                f"{self.name} mixes formats ({', '.join(name for name, _ in rows)}), and its part in {odd[0]} is no whole "
-                f"number of {BLOCK_FEATURES} rows a unit; ask for one dtype, such as q8"
+                f"{self.name} mixes formats ({', '.join(name for name, _ in rows)}), and its part in {odd[0]} is no "
+                f"whole number of {BLOCK_FEATURES} rows a unit; ask for one dtype, such as q8"
             )
         return mix_name([(name, -(-count // BLOCK_FEATURES)) for name, count in rows])
 
@@ -174,8 +174,8 @@ def model_spec(
 ) -> ModelSpec:
     """Declare the weights of a model with this configuration.
 
-    paired: cut `o` and `down` by rows where their units fall on whole superblocks. formats: of the weights, or the one of
-    all of them; widths do not depend on it.
+    paired: cut `o` and `down` by rows where their units fall on whole superblocks. formats: of the weights, or the one
+    of all of them; widths do not depend on it.
     """
     formats = weight_formats(formats)
     embed = tensor_name("embed")
@@ -312,7 +312,8 @@ def build_workload(
 ) -> Workload:
     """Describe a model to the planner: names, bytes and operations, computed by the code that allocates them.
 
-    weight_dtype: one dtype for all weights, or the format of each. kv_dtype: of the cache; None is that of the weights for fp32, else bf16. kv_tokens: KV slots that all sequences
+    weight_dtype: one dtype for all weights, or the format of each. kv_dtype: of the cache; None is that of the weights
+    for fp32, else bf16. kv_tokens: KV slots that all sequences
     share, None is max_context for each. embed_shares_head: the token embedding is read from the head's own rows, which
     must then all be in host memory, unquantised; it takes no bytes of its own. paired: as for `model_spec`.
     """

@@ -146,7 +146,8 @@ def test_a_mix_of_formats_is_one_weight(rows):
     weight, mix = torch.cat(weights, 1).contiguous(), "q4_k*4+bf16*2+q6_k*1"
     x, bias, before = torch.randn(rows, in_features), torch.randn(336), torch.randn(rows, 336)
     parts = [
-        torch.einsum("ri,ufi->ruf", round_input(x, "bf16" if name == "BF16" else "q8"), values) for name, values in dense
+        torch.einsum("ri,ufi->ruf", round_input(x, "bf16" if name == "BF16" else "q8"), values)
+        for name, values in dense
     ]
     expected = torch.cat(parts, -1).reshape(rows, 336) + bias + before
 

@@ -124,7 +124,8 @@ def test_parts_that_contradict_each_other_are_refused(tmp_path, second, message)
 
 @pytest.fixture(scope="module")
 def seed(tmp_path_factory):
-    return make_gguf(tmp_path_factory.mktemp("seed"), {}, "Q8_0", layers=1, hidden=64, intermediate=64, num_heads=1, num_kv_heads=1)[0]
+    shape = {"layers": 1, "hidden": 64, "intermediate": 64, "num_heads": 1, "num_kv_heads": 1}
+    return make_gguf(tmp_path_factory.mktemp("seed"), {}, "Q8_0", **shape)[0]
 
 
 def replaced(seed, tmp_path, old: bytes, new: bytes):
@@ -138,7 +139,8 @@ def replaced(seed, tmp_path, old: bytes, new: bytes):
 def test_an_unknown_split_of_text_is_refused_with_the_ways_out(seed, tmp_path):
     path = replaced(seed, tmp_path, text("gpt-2"), text("gpt-9"))
 
-    with GgufCheckpoint.open(path) as source, pytest.raises(UnsupportedModelError, match="'gpt-9'.*did you mean 'gpt-2'.*token ids.*smollm"):
+    message = "'gpt-9'.*did you mean 'gpt-2'.*token ids.*smollm"
+    with GgufCheckpoint.open(path) as source, pytest.raises(UnsupportedModelError, match=message):
         gguf_tokenizer(source.fields)
 
 
@@ -172,7 +174,9 @@ def mutated(content: bytes, header_bytes: int, generator: random.Random) -> byte
         if how == 0:
             data[at] ^= 1 << generator.randrange(8)
         elif how == 1:
-            data[at : at + 8] = struct.pack("<Q", generator.choice([0, 1, 1 << 31, (1 << 63) - 1, generator.getrandbits(64)]))
+            data[at : at + 8] = struct.pack(
+                "<Q", generator.choice([0, 1, 1 << 31, (1 << 63) - 1, generator.getrandbits(64)])
+            )
         elif how == 2:
             data[at] = generator.randrange(256)
         else:
@@ -182,7 +186,7 @@ def mutated(content: bytes, header_bytes: int, generator: random.Random) -> byte
 
 
 def test_mutations_end_in_our_errors_or_in_a_model(seed, tmp_path):
-    """Any change of a header is refused by an error of ours or is no damage; nothing hangs and nothing else is raised."""
+    """Any change of a header is refused by an error of ours or is no damage; nothing hangs."""
     content, path, generator = seed.read_bytes(), tmp_path / "mutant.gguf", random.Random(7)
     with GgufCheckpoint.open(seed) as source:
         header_bytes = min(entry.offset for entry in source._entries.values())

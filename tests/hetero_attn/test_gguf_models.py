@@ -19,7 +19,10 @@ MIXED = {"attn_v": "Q6_K", "ffn_down": "Q6_K", "attn_k": "Q5_K", "token_embd": "
 # Every format at least once, alone and mixed inside qkv and gate_up.
 CASES = {
     "Q4_K_M": (MIXED, "Q4_K"),
-    "legacy": ({"attn_q": "Q5_0", "attn_v": "Q8_0", "ffn_up": "Q5_1", "ffn_down": "Q4_1", "token_embd": "Q5_1"}, "Q4_0"),
+    "legacy": (
+        {"attn_q": "Q5_0", "attn_v": "Q8_0", "ffn_up": "Q5_1", "ffn_down": "Q4_1", "token_embd": "Q5_1"},
+        "Q4_0",
+    ),
     "iq4": ({"attn_v": "IQ4_NL", "ffn_gate": "Q5_K", "token_embd": "IQ4_NL", "output": "IQ4_XS"}, "IQ4_XS"),
     "mxfp4": ({"attn_v": "BF16", "ffn_gate": "F16", "token_embd": "MXFP4"}, "MXFP4"),
     "f16": ({"attn_v": "BF16", "token_embd": "F16"}, "F16"),

@@ -96,7 +96,7 @@ class GgufCheckpoint:
         """Read a tensor, or a range of its rows, from disk; no other byte is read.
 
         Args:
-            name: tensor name. rows: range of the first dimension, step 1; None reads everything. Of q and k whole heads.
+            name: tensor name. rows: range of the first dimension, step 1; None reads all. Of q and k whole heads.
             out: contiguous CPU tensor of `torch_dtype` and shape, of codes [rows, row_bytes]; None allocates.
 
         Raises:
@@ -124,7 +124,7 @@ class GgufCheckpoint:
         for name, shape in expected.items():
             if self.shape(name) != shape:
                 raise CheckpointError(
-                    f"{self.path}: tensor {name} has shape {list(self.shape(name))}, expected {list(shape)} by the metadata"
+                    f"{self.path}: tensor {name} has shape {list(self.shape(name))}, the metadata says {list(shape)}"
                 )
         known = set(expected)
         if unused := [name for name in self._theirs if name != ROPE_DIVISORS and our_name(name) not in known]:

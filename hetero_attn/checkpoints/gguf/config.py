@@ -46,7 +46,10 @@ def gguf_config(
         UnsupportedModelError: an architecture or a term of it that is not run.
     """
     _check_architecture(fields)
-    num_layers, hidden_size = fields.integer(".block_count", MAX_LAYERS), fields.integer(".embedding_length", MAX_HIDDEN)
+    num_layers, hidden_size = (
+        fields.integer(".block_count", MAX_LAYERS),
+        fields.integer(".embedding_length", MAX_HIDDEN),
+    )
     num_heads = fields.integer(".attention.head_count", MAX_HEADS)
     num_kv_heads = fields.integer(".attention.head_count_kv", MAX_HEADS, num_heads)
     head_dim = _head_dim(fields, hidden_size, num_heads)
@@ -105,7 +108,9 @@ def _head_dim(fields: GgufFields, hidden_size: int, num_heads: int) -> int:
             )
         head_dim = hidden_size // num_heads
     if (values := fields.integer(".attention.value_length", MAX_HEAD_DIM, head_dim)) != head_dim:
-        raise UnsupportedModelError(f"{fields.path}: keys of {head_dim} and values of {values} numbers a head; only equal")
+        raise UnsupportedModelError(
+            f"{fields.path}: keys of {head_dim} and values of {values} numbers a head; only equal"
+        )
     return head_dim
 
 

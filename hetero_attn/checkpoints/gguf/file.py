@@ -147,7 +147,9 @@ class GgufFile:
         for name, (kind, shape, offset) in sorted(entries.items(), key=lambda item: item[1][2]):
             nbytes = kind.row_bytes(math.prod(shape))
             if offset != position:
-                reader.fail(f"tensor {name} starts at data byte {offset}, expected {position}: tensors overlap or leave a gap,")
+                reader.fail(
+                    f"tensor {name} starts at data byte {offset}, expected {position}: tensors overlap or leave a gap,"
+                )
             tensors[name] = GgufTensor(self.raw, kind, shape, data_start + offset, nbytes)
             end = position + nbytes
             position = -(-end // alignment) * alignment

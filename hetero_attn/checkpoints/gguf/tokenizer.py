@@ -1,7 +1,7 @@
 """A tokenizer from a GGUF file's metadata, through `tokenizers`: byte-level BPE and SentencePiece vocabularies.
 
-How text is split before the merges is not in the file, only a name for it. A name that is not known here is refused: the
-wrong split gives other tokens, and a model that is a little worse for it without anybody noticing.
+How text is split before the merges is not in the file, only a name for it. A name that is not known here is refused:
+the wrong split gives other tokens, and a model that is a little worse for it without anybody noticing.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -31,8 +31,8 @@ def _cased(tail: str) -> str:
 _TEKKEN = _cased("") + rf"|\p{{N}}|{_REST_WITH_SLASH}"
 _GPT4O = _cased(f"{_CONTRACTIONS}?") + rf"|\p{{N}}{{1,3}}|{_REST_WITH_SLASH}"
 
-# Names of tokenizer.ggml.pre: pattern (None: that of GPT-2), whether digits are split off first, whether a whole word of
-# the vocabulary needs no merges, whether a text begins with bos where the file does not say.
+# Names of tokenizer.ggml.pre: pattern (None: that of GPT-2), whether digits are split off first, whether a whole word
+# of the vocabulary needs no merges, whether a text begins with bos where the file does not say.
 _PRE = {
     "gpt-2": (None, False, False, False),
     "smollm": (None, True, False, False),
@@ -142,7 +142,7 @@ def _merges(vocab: dict[str, int], scores: Any) -> list[tuple[str, str]]:
 
 
 def _add_special(fields: GgufFields, tokenizer: "Tokenizer", tokens: list[str]) -> None:
-    """Tokens that text never makes (control) or always does (user-defined); and what every text begins and ends with."""
+    """Tokens that text never makes (control) or always does (user-defined); what every text begins and ends with."""
     from tokenizers import AddedToken, processors
 
     types = fields.numbers("tokenizer.ggml.token_type", len(tokens))
