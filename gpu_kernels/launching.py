@@ -65,7 +65,8 @@ class Kernel:
         if not self._is_direct:
             self.function[grid](*nest((*tensors, *numbers, *strides)), **shape.constants)
             return
-        hooks, device = knobs.runtime, driver.active.get_current_device()
+        active, hooks = driver.active, knobs.runtime
+        device = active.get_current_device()
         pointers, bits = [tensor.data_ptr() for tensor in tensors], 0
         for pointer in pointers:
             bits |= pointer
@@ -75,7 +76,7 @@ class Kernel:
         if variant is None or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
             self._launch_by_triton(grid, nest((*tensors, *numbers, *strides)), shape, key)
             return
-        variant.run(*grid, driver.active.get_current_stream(device), variant.function, variant.metadata, None, None,
+        variant.run(*grid, active.get_current_stream(device), variant.function, variant.metadata, None, None,
                     None, *nest((*(pointers if by_address else tensors), *numbers, *strides)), *variant.constants)
 
     def _launch_by_triton(self, grid: tuple[int, int, int], arguments: tuple, shape: Shape, key: tuple) -> None:

@@ -19,6 +19,7 @@ class StagingRing(CopyAhead[torch.Tensor, torch.Tensor]):
         super().__init__(device, slots)
         self._bounce: list[torch.Tensor] = []
         self._slots: list[torch.Tensor] = []
+        self._views: dict[tuple[int, torch.Size], torch.Tensor] = {}
         try:
             self._slots += (device.empty((slot_bytes,), torch.uint8, "staging") for _ in range(slots))
         except BaseException:
@@ -32,13 +33,16 @@ class StagingRing(CopyAhead[torch.Tensor, torch.Tensor]):
     def close(self) -> None:
         """Return the slots' memory; nothing queued may still use them."""
         self.reset()
+        self._views.clear()
         while self._slots:
             self.device.release(self._slots.pop(), "staging")
         while self._bounce:
             self.device.host_release(self._bounce.pop(), "staging")
 
     def _copy(self, slot: int, piece: torch.Tensor) -> torch.Tensor:
-        view = self._slots[slot][: piece.numel()].view(piece.shape)
+        view = self._views.get((slot, piece.shape))
+        if view is None:  # of few shapes: a linear's pieces are alike but for the last one
+            view = self._views[slot, piece.shape] = self._slots[slot][: piece.numel()].view(piece.shape)
         if self.passes_caller(piece):
             piece = self._bounced(slot, piece)
         self.device.copy(view, piece, self.device.copies)

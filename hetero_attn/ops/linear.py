@@ -55,11 +55,19 @@ class LinearWeights:
 
     def pieces(self, tier: int) -> Iterator[torch.Tensor]:
         """The streamed blocks of this tier, cut into pieces that fit a staging slot."""
-        first, stop = self._dram_block(self.placement.gpu_units), self._dram_block(self.device_units(tier))
+        starts = self._piece_starts(tier)
+        for start in starts:
+            yield self.dram[start : min(start + self.piece_blocks, starts.stop)]
+
+    def piece_count(self, tier: int) -> int:
+        """How many pieces `pieces` gives."""
+        return len(self._piece_starts(tier))
+
+    def _piece_starts(self, tier: int) -> range:
         if self.spec.row_unit:
-            first, stop = 0, self.dram.shape[0] if self.placement.stream_units[tier] else 0
-        for start in range(first, stop, self.piece_blocks):
-            yield self.dram[start : min(start + self.piece_blocks, stop)]
+            return range(0, self.dram.shape[0] if self.placement.stream_units[tier] else 0, self.piece_blocks)
+        first, stop = self._dram_block(self.placement.gpu_units), self._dram_block(self.device_units(tier))
+        return range(first, stop, self.piece_blocks)
 
     def host_weight(self, tier: int) -> torch.Tensor:
         """The blocks that the CPU lane computes in place."""
@@ -96,7 +104,7 @@ def run_on_device(
 def _device_weights(lanes: Lanes, weights: LinearWeights, tier: int) -> Iterator[tuple[bool, torch.Tensor]]:
     if weights.gpu is not None and weights.gpu.shape[0]:
         yield False, weights.gpu
-    for _ in weights.pieces(tier):
+    for _ in range(weights.piece_count(tier)):
         yield True, lanes.ring.take()
 
 
@@ -178,7 +186,7 @@ def run_row_cut_on_device(
         ops.linear(x.device[:, :home], weights.gpu, weights.spec.format, bias, out.device, add)
         bias = None
     start, inputs = 0, None
-    for _ in weights.pieces(tier):
+    for _ in range(weights.piece_count(tier)):
         if inputs is None:
             inputs = ops.rounded(x.device[:, home:], weights.spec.format)
         blocks = lanes.ring.take()

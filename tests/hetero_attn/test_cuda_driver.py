@@ -30,6 +30,7 @@ from placement import BudgetError, Policy, make_plan
 from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import rounded_input_bytes
 from placement.plan.plan import Plan
+from placement.plan.workload import NUM_ROW_TIERS
 from tests.support.fake_cuda import QUEUE_ENTRIES, fake_driver
 from tests.support.runtime import THREADS, emulated_plan, nmse, one_device_run, run_logits, toy_workload, uniform_plan
 from tests.support.simulated_gpu import TorchCalls
@@ -199,6 +200,19 @@ def in_small_pieces(plan: Plan) -> Plan:
     """The plan with staging slots that hold two kilobytes or one unit, so that every linear streams in several pieces."""
     workload = replace(plan.workload, staging_piece_bytes=2048)
     return emulated_plan(workload, plan.linears, plan.kv)
+
+
+def test_as_many_pieces_are_taken_as_are_announced(long_run, long_plan):
+    plan = in_small_pieces(long_plan)
+    with fake_engine(long_run.path, plan) as engine:
+        pieces = {
+            (linear.spec.name, tier): ([*linear.pieces(tier)], linear.piece_count(tier))
+            for linear in engine.weights.linears
+            for tier in range(NUM_ROW_TIERS)
+        }
+
+    assert all(len(cut) == count for cut, count in pieces.values())
+    assert max(count for _, count in pieces.values()) > 2
 
 
 def test_a_linear_passes_the_ring_in_as_many_pieces_as_it_needs(long_run, long_plan):
