@@ -34,6 +34,7 @@ test-all: test
 	$(BIN)/python -m pytest -m "soak or aot_full"
 
 lint: $(READY)
+	$(BIN)/python -m ruff format --check --quiet .
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 

@@ -81,11 +81,13 @@ class CpuKernels:
         self._team.note(RecordedOp("await_flag", AWAIT, 0, (check_flag(flag), value)))
 
     def record_set(self, flag: torch.Tensor, value: int) -> None:
-        """Inside `record`: the program sets a flag here, after all that its ops before have written; RuntimeError elsewhere."""
+        """Inside `record`: the program sets a flag here, after all that its ops before have written; RuntimeError
+        elsewhere."""
         self._team.note(RecordedOp("set_flag", SET, 0, (check_flag(flag), value)))
 
     def set_flag(self, flag: torch.Tensor, value: int) -> None:
-        """Write a flag, int64 [1], after everything that this thread has written; another thread or a GPU may wait for it."""
+        """Write a flag, int64 [1], after everything that this thread has written; another thread or a GPU may wait for
+        it."""
         self._flags().set(flag, value)
 
     def await_flag(self, flag: torch.Tensor, value: int, timeout_s: float) -> bool:
@@ -120,9 +122,7 @@ class CpuKernels:
         """
         repack.repack(self._team, rows, source_type, out)
 
-    def unpack_rows(
-        self, weight: torch.Tensor, weight_dtype: str, row_ids: torch.Tensor, out: torch.Tensor
-    ) -> None:
+    def unpack_rows(self, weight: torch.Tensor, weight_dtype: str, row_ids: torch.Tensor, out: torch.Tensor) -> None:
         """Some rows of a packed weight as the numbers they stand for: an embedding is gathered so.
 
         weight: uint8 [num_blocks, block_bytes] of a coded format; row_ids: int64 [count], each below num_blocks * 16;
@@ -200,7 +200,8 @@ class CpuKernels:
         """One query row per sequence over positions [kv_start, kv_stop) of its cache.
 
         q: float32 [batch, num_heads, head_dim], rounded inside to the KV dtype, bf16 for q8 and q4; k_pages, v_pages:
-        [num_pages, page_size, row_items] of the KV dtype (formats/pages.py); page_table: int32 [batch, num_kv_heads, max_pages], logical page -> page;
+        [num_pages, page_size, row_items] of the KV dtype (formats/pages.py); page_table: int32 [batch, num_kv_heads,
+        max_pages], logical page -> page;
         kv_start, kv_stop: int32 [batch]; out: float32 [batch, num_heads, head_dim] and lse: float32 [batch, num_heads]
         (natural log), written. Query head h reads KV head h // (num_heads // num_kv_heads); empty: (0, -inf).
         """

@@ -1,6 +1,6 @@
 """A conversation through the model's own chat template; every answer is streamed and then remembered.
 
-    python examples/chat.py [MODEL]
+python examples/chat.py [MODEL]
 """
 
 import sys

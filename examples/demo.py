@@ -58,8 +58,10 @@ def main(model: Path) -> int:
         budget_bytes = int(llm.plan.workload.weight_bytes * BUDGET_SHARE_OF_WEIGHTS)
 
     section(f"2. The same prompt on three lanes, GPU memory budget {budget_bytes / 2**20:.1f} MiB")
-    print("EMULATED: there is no GPU here. Its lane runs plain torch on the CPU, behind an arena that enforces the\n"
-          "budget. The speeds below, predicted and measured, are of no real machine; the answer is what counts.\n")
+    print(
+        "EMULATED: there is no GPU here. Its lane runs plain torch on the CPU, behind an arena that enforces the\n"
+        "budget. The speeds below, predicted and measured, are of no real machine; the answer is what counts.\n"
+    )
     with LLM(model, device="emulated", gpu_memory=budget_bytes, **SETTINGS) as llm:
         print(llm.plan.table())
         split = stream_answer(llm)

@@ -1,6 +1,6 @@
 """The six lines that most programs need.
 
-    python examples/quickstart.py [MODEL] [GPU_MEMORY]      # MODEL: a directory or a hub id; GPU_MEMORY: such as 8GiB
+python examples/quickstart.py [MODEL] [GPU_MEMORY]      # MODEL: a directory or a hub id; GPU_MEMORY: such as 8GiB
 """
 
 import sys

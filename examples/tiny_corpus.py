@@ -76,7 +76,8 @@ def gather_documents(source: Path | None) -> tuple[dict[str, str], dict[str, lis
         documents[name] = "\n\n".join(f"{full_name}{signature}\n\n{text}" for full_name, signature, text in fresh)
         pairs = (
             question_and_answer(f"What does {full_name} do?" if signature else f"What is {full_name}?", text)
-            for full_name, signature, text in fresh if "._" not in full_name
+            for full_name, signature, text in fresh
+            if "._" not in full_name
         )
         exchanges[name] = [pair for pair in pairs if pair is not None]
     return documents, exchanges

@@ -25,7 +25,12 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 BEGIN, END, SYSTEM, USER, ASSISTANT, PAD = SPECIAL_TOKENS = (
-    "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|pad|>"
+    "<|begin|>",
+    "<|end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|pad|>",
 )
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] | trim }}"
@@ -56,12 +61,15 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    ))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     begin = (BEGIN, tokenizer.token_to_id(BEGIN))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN} $B", special_tokens=[begin]
@@ -79,12 +87,23 @@ def encode_stream(tokenizer: Tokenizer, texts: list[str], seed: int) -> torch.Te
 def make_model(tokenizer: Tokenizer, seed: int) -> LlamaForCausalLM:
     """Return the untrained float32 model: 4 layers, 8 query heads over 4 KV heads of 32, tied head."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=256, intermediate_size=704, num_hidden_layers=4,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=32, max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True, rms_norm_eps=1e-5, bos_token_id=tokenizer.token_to_id(BEGIN),
-        eos_token_id=tokenizer.token_to_id(END), pad_token_id=tokenizer.token_to_id(PAD),
-    ))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=tokenizer.get_vocab_size(),
+            hidden_size=256,
+            intermediate_size=704,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=32,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-5,
+            bos_token_id=tokenizer.token_to_id(BEGIN),
+            eos_token_id=tokenizer.token_to_id(END),
+            pad_token_id=tokenizer.token_to_id(PAD),
+        )
+    )
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):  # keep the residual stream's size at the start
             parameter.data /= math.sqrt(2 * model.config.num_hidden_layers)
@@ -115,7 +134,8 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, options: TrainingOption
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.98), fused=True,
+        betas=(0.9, 0.98),
+        fused=True,
     )
     generator = torch.Generator().manual_seed(options.seed)
     start, step, progress, smooth_loss = time.perf_counter(), 0, 0.0, None
@@ -161,10 +181,21 @@ def save_checkpoint(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) ->
     model.generation_config.max_new_tokens = 128
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save(str(out / "tokenizer.json"))
-    (out / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BEGIN, "eos_token": END, "pad_token": PAD,
-        "model_max_length": CONTEXT, "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
-    }, indent=2) + "\n")
+    (out / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": BEGIN,
+                "eos_token": END,
+                "pad_token": PAD,
+                "model_max_length": CONTEXT,
+                "clean_up_tokenization_spaces": False,
+                "chat_template": CHAT_TEMPLATE,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
 
 
 @torch.no_grad()
@@ -220,12 +251,23 @@ The text is part of CPython, under the Python Software Foundation License 2; `he
 def write_readme(model: LlamaForCausalLM, out: Path, figures: dict) -> None:
     """Write the README of the checkpoint, filled with what was measured."""
     config = model.config
-    (out / "README.md").write_text(README.format(
-        num_layers=config.num_hidden_layers, hidden=config.hidden_size, intermediate=config.intermediate_size,
-        heads=config.num_attention_heads, kv_heads=config.num_key_value_heads, head_dim=config.head_dim,
-        context=config.max_position_embeddings, vocab_size=config.vocab_size, parameters=model.num_parameters(),
-        python=sys.version.split()[0], threads=torch.get_num_threads(), **figures,
-    ), "utf-8")
+    (out / "README.md").write_text(
+        README.format(
+            num_layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            context=config.max_position_embeddings,
+            vocab_size=config.vocab_size,
+            parameters=model.num_parameters(),
+            python=sys.version.split()[0],
+            threads=torch.get_num_threads(),
+            **figures,
+        ),
+        "utf-8",
+    )
 
 
 def show_samples(model: LlamaForCausalLM, tokenizer: Tokenizer) -> str:
@@ -244,13 +286,16 @@ def measure(model: LlamaForCausalLM, tokenizer: Tokenizer, stream: torch.Tensor,
     """Return losses (nats per token) and perplexities on the held-out text, its length in tokens, and samples."""
     tokens = tokenizer.encode(held_out_text).ids
     losses = {
-        "": held_out_loss(model, tokens), "long_": held_out_loss(model, tokens, model.config.max_position_embeddings)
+        "": held_out_loss(model, tokens),
+        "long_": held_out_loss(model, tokens, model.config.max_position_embeddings),
     }
     unigram = unigram_loss(stream, tokens, tokenizer.get_vocab_size())
     return {
         **{f"{kind}loss": loss for kind, loss in losses.items()},
         **{f"{kind}perplexity": math.exp(loss) for kind, loss in losses.items()},
-        "unigram": unigram, "unigram_perplexity": math.exp(unigram), "held_out_tokens": len(tokens),
+        "unigram": unigram,
+        "unigram_perplexity": math.exp(unigram),
+        "held_out_tokens": len(tokens),
         "samples": show_samples(model, tokenizer),
     }
 
@@ -264,7 +309,8 @@ def build_checkpoint(out: Path, options: TrainingOptions, source: Path | None = 
     texts = [f"{BEGIN}{documents[name]}{END}" for name in trained for _ in range(2 if name.startswith("topic ") else 1)]
     texts += [
         f"{BEGIN}{USER}{question}{END}{ASSISTANT}{answer}{END}"
-        for name in trained for question, answer in exchanges.get(name, [])
+        for name in trained
+        for question, answer in exchanges.get(name, [])
     ]
     stream = encode_stream(tokenizer, texts, options.seed)
     print(f"{len(trained)} documents, {len(stream)} tokens to train on, {len(held_out_text)} characters held out")
@@ -278,9 +324,15 @@ def build_checkpoint(out: Path, options: TrainingOptions, source: Path | None = 
 
     model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     figures = measure(model, tokenizer, stream, held_out_text) | {
-        "minutes": minutes, "cpu_minutes": cpu_minutes, "steps": steps, "train_tokens": len(stream),
-        "held_out_documents": len(documents) - len(trained), "batch_tokens": options.batch_tokens, "seed": options.seed,
-        "learning_rate": options.learning_rate, "long_share": options.long_context_share,
+        "minutes": minutes,
+        "cpu_minutes": cpu_minutes,
+        "steps": steps,
+        "train_tokens": len(stream),
+        "held_out_documents": len(documents) - len(trained),
+        "batch_tokens": options.batch_tokens,
+        "seed": options.seed,
+        "learning_rate": options.learning_rate,
+        "long_share": options.long_context_share,
     }
     write_readme(model, out, figures)
     for path in out.iterdir():
@@ -306,8 +358,10 @@ def main() -> None:
         steps=arguments.steps, minutes=arguments.minutes, learning_rate=arguments.learning_rate, seed=arguments.seed
     )
     figures = build_checkpoint(arguments.out, options, arguments.source, arguments.vocab_size)
-    print(f"held-out loss {figures['loss']:.4f} (perplexity {figures['perplexity']:.1f}); "
-          f"token frequencies alone {figures['unigram']:.4f} (perplexity {figures['unigram_perplexity']:.1f})")
+    print(
+        f"held-out loss {figures['loss']:.4f} (perplexity {figures['perplexity']:.1f}); "
+        f"token frequencies alone {figures['unigram']:.4f} (perplexity {figures['unigram_perplexity']:.1f})"
+    )
     print(figures["samples"])
 
 

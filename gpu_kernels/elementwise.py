@@ -145,8 +145,8 @@ def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm
 
     qkv: f32 [rows, num_kv_heads, unit_features], a unit being its q heads, k, v and padding. positions: int64 [rows].
     cos, sin: f32 [max_positions, rotary_dim/2], equal strides. q_norm, k_norm: f32 [head_dim] or None. q: f32 [rows,
-    num_heads, head_dim]. k_pages, v_pages: [num_pages, page_size, row_items] as kv_pages says, equal strides. slots: int64
-    [rows, num_kv_heads], page * page_size + offset; no two may be equal.
+    num_heads, head_dim]. k_pages, v_pages: [num_pages, page_size, row_items] as kv_pages says, equal strides. slots:
+    int64 [rows, num_kv_heads], page * page_size + offset; no two may be equal.
     """
     rows, num_heads, head_dim = q.shape
     num_kv_heads = qkv.shape[1]

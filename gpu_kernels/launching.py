@@ -91,7 +91,8 @@ class Kernel:
                               "goes through its own Python, so prompts are slower", stacklevel=2)
 
     def _is_known(self, compiled: Any) -> bool:
-        """Whether the launcher takes what Triton 3.6's does: grid, stream, function, metadata, hooks, all parameters."""
+        """Whether the launcher takes what Triton 3.6's does: grid, stream, function, metadata, hooks, all
+        parameters."""
         parameters = [*inspect.signature(type(compiled.run).__call__).parameters]
         return (parameters == LAUNCHER_PARAMETERS and hasattr(compiled, "packed_metadata")
                 and [*compiled.src.signature] == self.function.arg_names)

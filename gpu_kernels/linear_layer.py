@@ -2,10 +2,11 @@
 
     y = round(x) W^T + b        round: none for fp32, to bf16 for bf16, to int8 per group of 64 for q8 and q4
 
-Blocks of the other coded formats become bf16 for any number of rows, float16 ones float32. Many rows over q8 and q4 blocks are bound by arithmetic, which cuBLAS does best: pieces of the weight become bf16 in a
-buffer, and the rounded x becomes bf16 too. Beside the exact arithmetic of few rows the only difference is the rounding of
-both factors to bf16. A product goes straight into its columns of `out`, or onto them. x is rounded once for all pieces
-of a weight, which come one at a time (`rounded`).
+Blocks of the other coded formats become bf16 for any number of rows, float16 ones float32. Many rows over q8 and q4
+blocks are bound by arithmetic, which cuBLAS does best: pieces of the weight become bf16 in a buffer, and the rounded x
+becomes bf16 too. Beside the exact arithmetic of few rows the only difference is the rounding of both factors to bf16. A
+product goes straight into its columns of `out`, or onto them. x is rounded once for all pieces of a weight, which come
+one at a time (`rounded`).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from gpu_kernels.reference import BLOCK_FEATURES, GROUP, SUPERBLOCK_BYTES, block
 WEIGHT_DTYPES = ("fp32", "bf16", "q8", "q4", "fp16", *FORMS)
 INT8_KERNELS = ("q8", "q4")  # with kernels of their own for few rows
 PRODUCT_BYTES = 32 * 2**20  # of a dense product at once: what a call takes beside its arguments is bounded
-# Of weights as bf16 at once, likewise. The L2 cache of the largest GPUs holds half of it; smaller pieces would stay there
-# whole, but Python queues each with three launches, which took longer than the GPU's work on 32 MiB for 512 rows.
+# Of weights as bf16 at once, likewise. The L2 cache of the largest GPUs holds half of it; smaller pieces would stay
+# there whole, but Python queues each with three launches, which took longer than the GPU's work on 32 MiB for 512 rows.
 DENSE_BYTES = 64 * 2**20
 # Up to here the kernels for few rows are faster: they read a weight once, at a quarter or half of its bytes as bf16.
 QUANTIZED_ROWS = 64

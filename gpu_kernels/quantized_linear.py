@@ -4,9 +4,9 @@
     q4: W_k = n_k * s_w + m                 y = sum over groups of s_x * (s_w * sum a_k n_k + m * sum a_k)
     q8: W_k = w_k * s_w                     y = sum over halves of s_x * s_w * sum a_k w_k
 
-The bytes are those the CPU lane reads (layout: cpu_kernels/formats/weights.py): per block of 16 output features, superblocks of
-64 inputs. A line of 64 bytes holds 4 bytes of each of the 16 features, so four neighbouring features are one 16-byte
-load. One row multiplies with dp4a on the CUDA cores, more rows with int8 tensor cores.
+The bytes are those the CPU lane reads (layout: cpu_kernels/formats/weights.py): per block of 16 output features,
+superblocks of 64 inputs. A line of 64 bytes holds 4 bytes of each of the 16 features, so four neighbouring features are
+one 16-byte load. One row multiplies with dp4a on the CUDA cores, more rows with int8 tensor cores.
 
 Every warp takes its own superblocks and keeps its own sums, added in a fixed order when all are done. Dimensions are
 ordered so that what a thread loads is what it multiplies: no step of the loops exchanges data between threads, so no

@@ -2,12 +2,13 @@
 
 Outputs are written in place into the `out` arguments. Arithmetic is float32; when the activation input is float64 the
 same code computes in float64, and is then the oracle that float32 results are compared with. The roundings that belong
-to the contract (activations to int8 or bf16, q and the weights of attention to the KV dtype) happen in both cases, so both see the same numbers.
+to the contract (activations to int8 or bf16, q and the weights of attention to the KV dtype) happen in both cases, so
+both see the same numbers.
 
     linear      y = round(x) @ unpack(W)^T + b            round: by weight dtype
     attention   s_j = scale * q . k_j over visible j;  lse = log sum_j exp(s_j);  out = sum_j exp(s_j - lse) v_j
-                over bf16 pages round(2^(s_j / ln 2 - M)) v_j / sum_j 2^(s_j / ln 2 - M), M whole: weights rounded to bf16
-                are the same whatever M is, so every lane, tile and segment rounds them alike
+                over bf16 pages round(2^(s_j / ln 2 - M)) v_j / sum_j 2^(s_j / ln 2 - M), M whole: weights rounded to
+                bf16 are the same whatever M is, so every lane, tile and segment rounds them alike
     merge       m = max_i lse_i;  w_i = exp(lse_i - m);  out = sum w_i out_i / sum w_i;  lse = m + log sum w_i
     rms_norm    y = x / sqrt(mean(x^2) + eps) * weight
     silu_mul    y = gate / (1 + exp(-gate)) * up
@@ -50,8 +51,8 @@ def linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, ou
            accumulate: bool = False) -> None:
     """Write (or with `accumulate` add) the linear layer of `x` into `out`.
 
-    x: f32 [rows, in_features]. weight: uint8 [num_blocks, block_bytes], packed. weight_dtype: one of WEIGHT_DTYPES, or a
-    mix as in cpu_kernels/formats, whose weight is [units, unit_bytes]. bias: f32 [features] or None. out: f32 [rows,
+    x: f32 [rows, in_features]. weight: uint8 [num_blocks, block_bytes], packed. weight_dtype: one of WEIGHT_DTYPES, or
+    a mix as in cpu_kernels/formats, whose weight is [units, unit_bytes]. bias: f32 [features] or None. out: f32 [rows,
     features]. Raises ValueError for an unknown weight dtype.
     """
     for name, blocks, columns in mixed_parts(weight, weight_dtype, x.shape[-1]):
@@ -66,7 +67,8 @@ def linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, ou
 
 
 def mixed_parts(weight: Tensor, weight_dtype: str, in_features: int) -> list[tuple[str, Tensor, Tensor | slice]]:
-    """(format, blocks [count, block_bytes], output features) of every format of a mix; all of them of a plain format."""
+    """(format, blocks [count, block_bytes], output features) of every format of a mix; all of them of a plain
+    format."""
     if "*" not in weight_dtype:
         return [(weight_dtype, weight, slice(None))]
     parts = [(name, int(count)) for name, _, count in (part.partition("*") for part in weight_dtype.split("+"))]
@@ -209,7 +211,8 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Te
     """Attention of one query per sequence over the positions [kv_start, kv_stop) of its cache.
 
     q, out: f32 [batch, num_heads, head_dim]. k_pages, v_pages: [num_pages, page_size, row_items], see kv_pages; q is
-    rounded to their dtype, bf16 for codes. page_table: int32 [batch, num_kv_heads, max_pages], page id of logical page position // page_size; entries outside the range are
+    rounded to their dtype, bf16 for codes. page_table: int32 [batch, num_kv_heads, max_pages], page id of logical page
+    position // page_size; entries outside the range are
     never read. kv_start, kv_stop: int32 [batch]. lse: f32 [batch, num_heads].
     """
     pages = _needed_pages(kv_start, kv_stop, k_pages.shape[1])

@@ -97,7 +97,8 @@ def explain_import(error: ImportError) -> ImportError:
         if place is None or Path(place).resolve() != home / name / "__init__.py":
             where = f"{place} is found first" if place else "it is not found"
             return ShadowedPackageError(
-                f"hetero_attn needs its own package {name!r} of {home / name}, but {where}; rename that file or folder, or "
+                f"hetero_attn needs its own package {name!r} of {home / name}, but {where}; rename that file or "
+                "folder, or "
                 "install hetero_attn where no other package has that name"
             )
     return error

@@ -42,13 +42,15 @@ class LLM:
     """A language model whose layers are split over GPU memory, PCIe and CPU cores by a plan.
 
     model: local directory, GGUF file or hub id. file: which GGUF file of a directory or repository, such as "*Q4_K_M*";
-    with it dtype "auto" keeps every tensor as the file has it. policy: a shipped policy's name, a YAML file or a Policy. gpu_memory: budget
-    such as "8GiB". dtype: auto | bf16 | fp32 | q8 | q4. device: auto | cuda | cuda:N | cpu | emulated. max_context:
+    with it dtype "auto" keeps every tensor as the file has it. policy: a shipped policy's name, a YAML file or a
+    Policy. gpu_memory: budget such as "8GiB". dtype: auto | bf16 | fp32 | q8 | q4. device: auto | cuda | cuda:N | cpu |
+    emulated. max_context:
     tokens of one sequence. max_batch: sequences decoded together. seed: of requests that bring none. num_threads: of
     the CPU lane. hardware: the profile to plan with. kv_dtype: of keys and values, auto | bf16 | fp32 | q8 | q4
     (auto: fp32 beside fp32 weights, else bf16). elastic keeps a copy in DRAM of what is in GPU memory, so that
-    `resize` works and the cache may take GPU memory from the weights as it grows. kv_tokens: tokens that the cache holds
-    for all sequences together, None is max_context for each. prefix_cache keeps what was computed, as long as nobody
+    `resize` works and the cache may take GPU memory from the weights as it grows. kv_tokens: tokens that the cache
+    holds for all sequences together, None is max_context for each. prefix_cache keeps what was computed, as long as
+    nobody
     needs its memory, for prompts that begin alike. handover: how GPU and CPU lane wait for each other, auto |
     events | flags | graph. overlap=False runs the lanes one after another. progress shows a bar
     while loading. max_waiting: a call that finds so many requests waiting for a place raises QueueFullError.
@@ -159,8 +161,8 @@ class LLM:
         """Complete every prompt; results come in the order of the prompts.
 
         prompts: one prompt or several, each a string or a list of token ids. params: one for all, or a list of one for
-        each; None is `default_params()`. Raises PromptError before anything is computed. Prompts that begin alike compute
-        what they share once.
+        each; None is `default_params()`. Raises PromptError before anything is computed. Prompts that begin alike
+        compute what they share once.
         """
         prompts = as_prompts(prompts)
         each = zip(prompts, for_each(params, len(prompts)), strict=True)
@@ -187,7 +189,8 @@ class LLM:
     ) -> RequestOutput | list[RequestOutput]:
         """Answer a conversation, a list of {"role", "content"}, through the model's chat template.
 
-        content: text, or a list of {"type": "text", "text"} parts, which are joined. Several conversations, a list of such
+        content: text, or a list of {"type": "text", "text"} parts, which are joined. Several conversations, a list of
+        such
         lists, give a list of answers. params: as for `generate`. template_variables: what the template knows beside the
         messages, such as {"enable_thinking": False}, tools or documents.
         """
@@ -235,8 +238,8 @@ class LLM:
     def logits(self, token_ids: Prompt) -> torch.Tensor:
         """Logits after each of `token_ids`, float32 [len(token_ids), vocab_size], through the very same plan.
 
-        token_ids: or a string, which stands for its tokens. Waits for its place in the queue like any prompt; the steps that
-        it takes are everybody's.
+        token_ids: or a string, which stands for its tokens. Waits for its place in the queue like any prompt; the steps
+        that it takes are everybody's.
         """
         self._turns.check()
         self._check_queue()
@@ -251,7 +254,8 @@ class LLM:
     def resize(self, gpu_memory: str | int) -> Plan:
         """Change the GPU budget of an elastic model, up or down, without loading anything again; returns the new plan.
 
-        Requests in flight keep every token: the change is made between two steps. Their next tokens are those of the new
+        Requests in flight keep every token: the change is made between two steps. Their next tokens are those of the
+        new
         plan, whose lanes add in another order: in fp32 logits agree to 1e-11, while with bf16 or int8 activations a
         greedy token can turn where two are nearly as likely. On CUDA the memory is one
         piece, taken at load: a smaller budget binds the model, but frees nothing for other programs. Raises
@@ -269,15 +273,16 @@ class LLM:
         """Raise PromptError unless `tokens`, and `reserve` more, fit the context that the plan reserves."""
         if tokens + reserve > self.plan.max_context:
             raise PromptError(
-                f"the prompt has {tokens} tokens, but the context of this plan holds {self.plan.max_context} including the "
+                f"the prompt has {tokens} tokens, but the context of this plan holds {self.plan.max_context} including "
+                "the "
                 "answer; shorten the prompt or load with a larger max_context"
             )
 
     def close(self) -> None:
         """Stop threads and free memory; idempotent.
 
-        Requests that have not ended do so, with an EngineDeadError. Waits a while for another thread's step; from inside
-        a step, the model is closed when that step ends.
+        Requests that have not ended do so, with an EngineDeadError. Waits a while for another thread's step; from
+        inside a step, the model is closed when that step ends.
         """
         self._turns.close()
 
@@ -366,7 +371,8 @@ class LLM:
         waiting = self._turns.waiting
         if self._max_waiting is not None and waiting >= self._max_waiting:
             raise QueueFullError(
-                f"{self.plan.model}: {waiting} requests wait for a place, and max_waiting is {self._max_waiting}; try again "
+                f"{self.plan.model}: {waiting} requests wait for a place, and max_waiting is {self._max_waiting}; try "
+                "again "
                 "later, or load with a larger max_waiting"
             )
 

@@ -113,7 +113,9 @@ def budget_curve(
         least = error.needed_bytes
     most = _everything_bytes(workload, hardware, policy, device)
     budgets = [least + (most - least) * step // steps for step in range(steps + 1)]
-    return [make_plan(workload, hardware, policy, device=device, gpu_memory_bytes=budget) for budget in watched(budgets)]
+    return [
+        make_plan(workload, hardware, policy, device=device, gpu_memory_bytes=budget) for budget in watched(budgets)
+    ]
 
 
 def bottleneck(decode: PhaseCost, prefill: PhaseCost) -> str:
@@ -180,15 +182,17 @@ def _alternatives(
 
 
 def _nearest(found: list[Candidate]) -> list[Candidate]:
-    """Of the candidates that lost and that no policy or baseline is, the fastest of each shape, concentrated and spread."""
+    """Of the candidates that lost and that no policy or baseline is, the fastest of each shape, concentrated and
+    spread."""
     searched = [candidate for candidate in found[1:] if candidate.layout is not None]
     by_shape = {candidate.concentrated: candidate for candidate in reversed(searched)}
     return sorted(by_shape.values(), key=lambda candidate: candidate.seconds)
 
 
 def _whole_layers(plan: Plan, hardware: HardwareProfile) -> Estimate:
-    """Whole layers on the GPU as llama.cpp has them: the rest computes on the CPU, except that of a prompt's rows the GPU
-    multiplies all, once the weights have been copied from pageable memory, 512 rows at a time and nothing side by side."""
+    """Whole layers on the GPU as llama.cpp has them: the rest computes on the CPU, except that of a prompt's rows the
+    GPU multiplies all, once the weights have been copied from pageable memory, 512 rows at a time and nothing side by
+    side."""
     fixed = sum(plan.memory.gpu[kind] for kind in ("activations", "resident", "context"))
     layers = largest_layer_split(plan.workload, plan.gpu_memory_bytes - fixed)
     workload, decode, prefill = plan.workload, plan.predicted.decode, plan.predicted.prefill
@@ -215,7 +219,9 @@ def _other_shape(workload: Workload, hardware: HardwareProfile, policy: Policy, 
 
 def _notes(plan: Plan, hardware: HardwareProfile) -> Iterator[str]:
     if plan.shape == "paired":
-        yield "The shape is paired: o and down are cut beside the heads and neurons before them, two hand-overs a layer."
+        yield (
+            "The shape is paired: o and down are cut beside the heads and neurons before them, two hand-overs a layer."
+        )
     if plan.device == "emulated":
         yield "This GPU is emulated with invented rates: the figures show how plans behave, they predict no GPU."
     elif hardware.source != "measured":

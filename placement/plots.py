@@ -7,7 +7,8 @@ from placement.plan.plan import Plan
 
 
 def draw_budgets(axis: Any, plan: Plan, curve: Sequence[Plan]) -> None:
-    """Decode and prefill speed over GPU budgets; curve: of placement.explain.budget_curve, the plan's own budget marked."""
+    """Decode and prefill speed over GPU budgets; curve: of placement.explain.budget_curve, the plan's own budget
+    marked."""
     gib = [other.gpu_memory_bytes / 2**30 for other in curve]
     decode = axis.plot(gib, [other.predicted.decode.tokens_per_s for other in curve], marker="o", label="decode")
     axis.axvline(plan.gpu_memory_bytes / 2**30, linestyle=":", color="grey")

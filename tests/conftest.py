@@ -6,7 +6,8 @@ import signal
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# A shell starts background work with Ctrl-C ignored, and processes inherit that: tests that send it would wait for nothing.
+# A shell starts background work with Ctrl-C ignored, and processes inherit that: tests that send it would wait for
+# nothing.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

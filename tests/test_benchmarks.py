@@ -262,7 +262,8 @@ def test_a_checkpoint_that_another_process_writes_is_waited_for(
 
 
 def test_a_paced_device_keeps_the_rates_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Queues are clocks: kernels and copies overlap, events order them, and waiting lasts until the work would have ended."""
+    """Queues are clocks: kernels and copies overlap, events order them, and waiting lasts until the work would have
+    ended."""
     from hetero_attn.devices import EmulatedDriver
     from placement import HardwareProfile
 

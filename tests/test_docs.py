@@ -1,4 +1,5 @@
-"""The pages of docs/ are true: their Python and commands run, their links lead somewhere, the generated page is of today."""
+"""The pages of docs/ are true: their Python and commands run, their links lead somewhere, the generated page is of
+today."""
 
 import re
 import subprocess

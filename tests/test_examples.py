@@ -15,7 +15,10 @@ def run_example(name: str) -> subprocess.CompletedProcess[str]:
     search_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return subprocess.run(
         [sys.executable, str(ROOT / "examples" / name)],
-        env=os.environ | {"PYTHONPATH": search_path}, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": search_path},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

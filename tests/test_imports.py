@@ -28,8 +28,22 @@ PROFILERS = "placement.profilers"  # the one part of placement that may import t
 # Top to bottom: a folder, or a file beside the folders, imports only what stands after it. "" is the package's face.
 FLOORS = {
     "hetero_attn": (
-        "__main__", "cli", "", "tools", "llm", "serving", "engine", "planning", "checkpoints", "models", "ops", "lanes",
-        "cache", "devices", "spec", "errors",
+        "__main__",
+        "cli",
+        "",
+        "tools",
+        "llm",
+        "serving",
+        "engine",
+        "planning",
+        "checkpoints",
+        "models",
+        "ops",
+        "lanes",
+        "cache",
+        "devices",
+        "spec",
+        "errors",
     ),
     "placement": ("", "explain", "plots", "adapt", "profilers", "solve", "cost", "policy", "machine", "plan"),
     "cpu_kernels": ("", "kernels", "attention", "linear", "small", "team", "checks", "vectors", "formats"),
@@ -289,4 +303,6 @@ def test_orders_between_the_lanes_offer_what_the_protocol_says(order: str) -> No
     promised = importlib.import_module(lanes + "handover").Handover
     for method, call in inspect.getmembers(promised, inspect.isfunction):
         if not method.startswith("_"):
-            assert parameters(getattr(getattr(importlib.import_module(lanes + module), name), method)) == parameters(call), method
+            assert parameters(getattr(getattr(importlib.import_module(lanes + module), name), method)) == parameters(
+                call
+            ), method

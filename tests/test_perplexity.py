@@ -1,4 +1,5 @@
-"""What rounding weights, keys and values costs on real text: perplexity of the shipped checkpoint on its held-out text."""
+"""What rounding weights, keys and values costs on real text: perplexity of the shipped checkpoint on its held-out
+text."""
 
 import json
 import math

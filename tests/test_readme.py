@@ -1,4 +1,5 @@
-"""The README is true: its Python runs, its plan is what is printed, its files exist, its commands are the Makefile's."""
+"""The README is true: its Python runs, its plan is what is printed, its files exist, its commands are the
+Makefile's."""
 
 import re
 import subprocess
@@ -11,12 +12,16 @@ README = (ROOT / "README.md").read_text()
 
 def blocks(language: str) -> list[str]:
     """Fenced blocks of a language ("" for none), fences paired in the order they stand."""
-    return [body for name, body in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE) if name == language]
+    return [
+        body
+        for name, body in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+        if name == language
+    ]
 
 
 def test_the_python_runs_and_prints_the_plan_shown():
     (code,) = blocks("python")
-    code = code.replace("gpu_memory=\"8MiB\"", "gpu_memory=\"8MiB\", num_threads=2")  # the plan shown is of two threads
+    code = code.replace('gpu_memory="8MiB"', 'gpu_memory="8MiB", num_threads=2')  # the plan shown is of two threads
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert run.returncode == 0, run.stderr
     shown = next(block for block in blocks("") if "GPU home" in block)

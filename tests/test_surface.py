@@ -25,8 +25,19 @@ WRITTEN_DOWN = json.loads((HERE / "public_surface.json").read_text())
 ON_CPU = ("--device", "cpu", "--threads", "1", "--context", "256")
 COMMANDS = {
     "plan": ("plan", TINY, *ON_CPU, "--json"),
-    "plan for a catalogue machine": ("plan", TINY, "--hardware", "rtx3060-ddr4", "--device", "cuda", "--context", "256",
-                                     "--gpu-memory", "1GiB", "--json"),
+    "plan for a catalogue machine": (
+        "plan",
+        TINY,
+        "--hardware",
+        "rtx3060-ddr4",
+        "--device",
+        "cuda",
+        "--context",
+        "256",
+        "--gpu-memory",
+        "1GiB",
+        "--json",
+    ),
     "generate": ("generate", TINY, "-p", "Once", "-n", "2", *ON_CPU, "--json"),
     "verify": ("verify", TINY, "-p", "Once upon", *ON_CPU, "--json"),
     "bench": ("bench", TINY, "--prompt-tokens", "16", "--gen-tokens", "2", *ON_CPU, "--json"),
@@ -44,7 +55,9 @@ def parameters(function: Any) -> dict[str, str]:
     for item in inspect.signature(function).parameters.values():
         plain = item.default is None or isinstance(item.default, (bool, int, float, str, tuple))
         default = repr(item.default) if plain else "has a default"
-        found[item.name] = item.kind.description if item.default is item.empty else f"{item.kind.description}, {default}"
+        found[item.name] = (
+            item.kind.description if item.default is item.empty else f"{item.kind.description}, {default}"
+        )
     return found
 
 

@@ -14,7 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = EXAMPLES / "tiny"
 FILES = {
-    "README.md", "config.json", "generation_config.json", "heldout.txt", "model.safetensors", "tokenizer.json",
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "heldout.txt",
+    "model.safetensors",
+    "tokenizer.json",
     "tokenizer_config.json",
 }
 
@@ -48,8 +53,9 @@ def test_the_files_are_there_readable_and_small():
 def test_config_and_weights_agree():
     config = json.loads((TINY / "config.json").read_text())
     with safe_open(TINY / "model.safetensors", "pt") as weights:
-        shapes = {name: (weights.get_slice(name).get_shape(), weights.get_slice(name).get_dtype())
-                  for name in weights.keys()}
+        shapes = {
+            name: (weights.get_slice(name).get_shape(), weights.get_slice(name).get_dtype()) for name in weights.keys()
+        }
 
     assert config["architectures"] == ["LlamaForCausalLM"] and config["max_position_embeddings"] == 2048
     assert (config["num_attention_heads"], config["num_key_value_heads"]) == (8, 4)
@@ -64,11 +70,15 @@ def test_the_head_is_tied_as_declared(model):
     assert tied == model.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("text", [
-    "The with statement is used to wrap a block.",
-    "def f(x):\n    return x  # two\n\n\ttab",
-    "naïve café, Żółć, 漢字, emoji 🙂👩‍👩‍👧, \u202e\x00",
-], ids=["prose", "code", "unicode"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The with statement is used to wrap a block.",
+        "def f(x):\n    return x  # two\n\n\ttab",
+        "naïve café, Żółć, 漢字, emoji 🙂👩‍👩‍👧, \u202e\x00",
+    ],
+    ids=["prose", "code", "unicode"],
+)
 def test_the_tokenizer_gives_text_back(tokenizer, text):
     token_ids = tokenizer(text)["input_ids"]
 

@@ -1,8 +1,7 @@
 """One tile of keys in decode: the scores of all query heads of a group, their softmax, and the weighted sum of V.
 
-All heads share one pass over the tile's K (scores.py) and one over its V (values.py). Meanwhile the
-tile after the next is asked for, a few lines at a time: with one tile less between asking and reading, and with V asked
-for in bursts between the passes, a q8 cache was read at 0.78 of a plain read's speed and not at 0.82 (four heads).
+All heads share one pass over the tile's K (scores.py) and one over its V (values.py). Meanwhile the tile after the next
+is asked for, a few lines at a time; other distances and bursts were slower (docs/log.md).
 """
 
 import numpy as np

@@ -55,8 +55,8 @@ class RowShape:
     """How a KV dtype's rows meet registers.
 
     line_items, line_bytes: dims and bytes in a page of one line, the piece of V that a strip takes: a register, or a
-    group of codes. parts: registers of its accumulator. word_items: dims in 4 bytes of a row of K. planes: runs of q that
-    one run of K's words is multiplied by. numbers: scale and minimum of a group; 0 where rows hold plain numbers.
+    group of codes. parts: registers of its accumulator. word_items: dims in 4 bytes of a row of K. planes: runs of q
+    that one run of K's words is multiplied by. numbers: scale and minimum of a group; 0 where rows hold plain numbers.
     """
 
     line_items: int

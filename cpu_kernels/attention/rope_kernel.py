@@ -1,7 +1,7 @@
 """rope_append: optional RMS norm of a head, then (a, b) -> (a cos - b sin, b cos + a sin) on (i, i + rotary_dim/2).
 
-q goes to its output, k and v to their slots in the pages. Rows of codes are made as formats/pages.py says, from a float32
-row in the thread's working memory; for them q and k are multiplied by its Hadamard matrix, in place.
+q goes to its output, k and v to their slots in the pages. Rows of codes are made as formats/pages.py says, from a
+float32 row in the thread's working memory; for them q and k are multiplied by its Hadamard matrix, in place.
 """
 
 import numpy as np

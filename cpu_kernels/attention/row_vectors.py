@@ -1,4 +1,5 @@
-"""KV rows and probabilities as vector registers: what formats/pages.py describes, and the conversions that it asks for."""
+"""KV rows and probabilities as vector registers: what formats/pages.py describes, and the conversions that it asks
+for."""
 
 from llvmlite import ir
 from numba import types

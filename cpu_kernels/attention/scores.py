@@ -105,7 +105,8 @@ def whole_block(words: int):
 
 
 def part_block(kv_dtype: str):
-    """Intrinsic (base, row bytes, last, items) -> block whose rows have `items` numbers, then zeros; plain rows only."""
+    """Intrinsic (base, row bytes, last, items) -> block whose rows have `items` numbers, then zeros; plain rows
+    only."""
     item_bytes = 4 // RowShape.of(kv_dtype).word_items
 
     @emits(BLOCK, intp, intp, intp, intp)
@@ -185,7 +186,8 @@ def code_dots(isa: Isa, kv_dtype: str, heads: int, words: int):
             scale = load_as(b, b.add(scales, b.mul(scales_bytes, ir.Constant(I64, group))), VF32)
             for head in range(heads):
                 row, row_sums = (
-                    b.add(at, b.mul(stride, ir.Constant(I64, head))) for at, stride in ((q, q_bytes), (sums, sums_bytes))
+                    b.add(at, b.mul(stride, ir.Constant(I64, head)))
+                    for at, stride in ((q, q_bytes), (sums, sums_bytes))
                 )
                 value = b.sitofp(group_sum(b, codes, row, b.add(row_sums, ir.Constant(I64, 4 * group))), VF32)
                 before = load_as(b, to, VF32, HEAD_SCORES * head)

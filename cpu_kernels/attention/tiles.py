@@ -6,8 +6,8 @@ a first-level buffer:
 Scores include log2(e), so m counts powers of two until the end. acc stays in memory of its own, in registers only while
 a column strip of V, one line wide, passes by (Rabe and Staats, arXiv 2112.05682).
 
-Because m is whole, scaling by 2^(m - m') changes no mantissa: p rounded to bf16, as it multiplies rows of bf16, is the same
-weight whatever tiles, splits or segments the keys were met in. l sums p before that rounding, so lse is exact.
+Because m is whole, scaling by 2^(m - m') changes no mantissa: p rounded to bf16, as it multiplies rows of bf16, is the
+same weight whatever tiles, splits or segments the keys were met in. l sums p before that rounding, so lse is exact.
 """
 
 import math
@@ -79,7 +79,8 @@ def scaled_scores(scores, first, keys, scale):
 def raise_maximum(scores, first, keys, scale, running, correction):
     """m = m' for the scores of a tile; correction: 2^(m - m'), what l and acc have to be multiplied by.
 
-    scale includes log2(e); running holds m then l; only keys [first, keys) are visible. A function of its own, because the
+    scale includes log2(e); running holds m then l; only keys [first, keys) are visible. A function of its own, because
+    the
     exponentials of a tile wait for its maximum: run for one query after another, both halves keep the core busy.
     """
     if keys <= first:

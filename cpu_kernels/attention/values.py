@@ -1,8 +1,8 @@
 """Weighted sums of V: a strip, one line wide, of a tile's rows times the weights of several query heads.
 
 One instruction takes one row of float32, two of bf16 where the CPU has products of bf16, or four of codes: rows are
-interleaved, so that a lane holds the same dim of all of them, and the weights of these rows, side by side in memory, are
-put in every lane. Codes meet weights of 16 bits, see vectors/split_dot.py.
+interleaved, so that a lane holds the same dim of all of them, and the weights of these rows, side by side in memory,
+are put in every lane. Codes meet weights of 16 bits, see vectors/split_dot.py.
 
 acc of a line, 64 bytes a register: fp32 in the order of dims; bf16 and q4 even dims, then odd; q8 register r holds dims
 4 r .. 4 r + 3 of every 16.
@@ -69,9 +69,7 @@ def interleave_lines(b, rows):
 def interleave_nibbles(b, rows):
     """Four <16 x i8> -> (low nibbles, high nibbles), <16 x i32>: lane i holds those of byte i of every row."""
     wide = ir.VectorType(I32, 32)
-    halves = [
-        b.shuffle_vector(rows[at], rows[at + 1], ir.Constant(wide, list(range(32)))) for at in (0, 2)
-    ]
+    halves = [b.shuffle_vector(rows[at], rows[at + 1], ir.Constant(wide, list(range(32)))) for at in (0, 2)]
     order = [16 * row + byte for byte in range(16) for row in range(4)]
     both = b.shuffle_vector(*halves, ir.Constant(ir.VectorType(I32, 64), order))
     both, nibbles = b.bitcast(both, VI32), constant(VI32, 0x0F0F0F0F)
@@ -95,8 +93,8 @@ def registers_of(b, isa: Isa, kv_dtype: str, load):
 def value_strip(isa: Isa, kv_dtype: str, heads: int):
     """Function: acc[head] = acc[head] * correction[head] + sum_key weight[head][key] * V[key] for one line of V.
 
-    weights: of plain rows as softmax_tile leaves them, HEAD_SCORES apart; of codes two planes, HEAD_WEIGHTS apart, whose
-    sums are also multiplied and offset by the head's scalars. `ahead` is where the next tile's share of V begins.
+    weights: of plain rows as softmax_tile leaves them, HEAD_SCORES apart; of codes two planes, HEAD_WEIGHTS apart,
+    whose sums are also multiplied and offset by the head's scalars. `ahead` is where the next tile's share of V begins.
     """
     shape, step, split = RowShape.of(kv_dtype), rows_at_once(isa, kv_dtype), Split(isa)
     parts, has_codes, item_bytes = shape.parts, shape.has_codes, 4 // shape.word_items
@@ -188,7 +186,9 @@ def in_order(b, kv_dtype: str, parts):
     if kv_dtype == "q8":
         registers = []
         for lane in range(0, LANES, 4):
-            picked = ir.Constant(ir.VectorType(I32, 8), [*range(lane, lane + 4), *range(LANES + lane, LANES + lane + 4)])
+            picked = ir.Constant(
+                ir.VectorType(I32, 8), [*range(lane, lane + 4), *range(LANES + lane, LANES + lane + 4)]
+            )
             pairs = [b.shuffle_vector(parts[at], parts[at + 1], picked) for at in (0, 2)]
             registers.append(b.shuffle_vector(*pairs, ir.Constant(VI32, list(range(LANES)))))
         return registers

@@ -233,7 +233,8 @@ def keep_rounded(x, count, to):
 
 @helper
 def keep_widened(x, count, to):
-    """The next 32 inputs, or the first `count` and zeros, rounded to bf16 and widened, even ones apart from odd ones."""
+    """The next 32 inputs, or the first `count` and zeros, rounded to bf16 and widened, even ones apart from odd
+    ones."""
     if count >= 32:
         store_even_odd(load_f32(x), load_f32(x + 64), to)
     else:

@@ -67,7 +67,8 @@ def _shuffle(b, name: str, vector):
 
 
 def code_words(isa: Isa, item: WeightFormat, b, lines) -> Callable[[int], object]:
-    """word(k): the codes of inputs 4k..4k+3 of all features, unsigned bytes; `lines` is the address of the code lines."""
+    """word(k): the codes of inputs 4k..4k+3 of all features, unsigned bytes; `lines` is the address of the code
+    lines."""
     loaded: dict[int, object] = {}
 
     def line(index: int):

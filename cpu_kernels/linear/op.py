@@ -1,4 +1,5 @@
-"""linear: rows of activations times one packed weight, y = x W^T + bias; see formats/weights.py and the two kernel files.
+"""linear: rows of activations times one packed weight, y = x W^T + bias; see formats/weights.py and the two kernel
+files.
 
 Parameters of every linear kernel, in order: scratch, x, x row stride, rows, in_features, weight, num_blocks,
 block_bytes, bias (0: none), out, out row stride, accumulate, inputs per piece, fewest blocks of a range, parts that the
@@ -92,7 +93,8 @@ def _run(
     out: torch.Tensor,
     accumulate: bool,
 ) -> None:
-    """One segment of every unit of `weight`; run: its blocks that follow each other, out_run: bytes of a unit's outputs."""
+    """One segment of every unit of `weight`; run: its blocks that follow each other, out_run: bytes of a unit's
+    outputs."""
     name, (rows, in_features) = part.format.name, x.shape
     num_blocks, block_bytes = weight.shape[0] * part.blocks, part.format.block_bytes(in_features)
     kernel, tile = kernel_of(team.isa, name, rows)

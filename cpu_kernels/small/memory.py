@@ -21,8 +21,9 @@ def sweep(team: Team, tensor: torch.Tensor) -> None:
 def fresh_memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Host memory with unknown content, straight from the system and in huge pages, for what is read over and over.
 
-    The C library may hand out memory that was used before and lies in small pages for good: weights of 4 to 12 MB then read
-    a fifth slower. Pages count as used when they are first written; a tensor smaller than a huge page is an ordinary one.
+    The C library may hand out memory that was used before and lies in small pages for good: weights of 4 to 12 MB then
+    read a fifth slower. Pages count as used when they are first written; a tensor smaller than a huge page is an
+    ordinary one.
     """
     size = math.prod(shape) * dtype.itemsize
     if size < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):

@@ -28,7 +28,10 @@ def free_memory_bytes(root: Path) -> int | None:
     """
     left = []
     for folder in _cgroup_folders(root, "memory"):
-        for limit_name, used_name in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        for limit_name, used_name in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
             limit, used = read_text(folder / limit_name), read_text(folder / used_name)
             if limit.isdigit() and used.isdigit() and int(limit) < NO_LIMIT_BYTES:
                 fields = dict(line.split() for line in read_text(folder / "memory.stat").splitlines() if " " in line)

@@ -66,8 +66,8 @@ def await_stage(arguments, stage, count):
 def take_range(arguments, stage, count, smallest, parts):
     """The next range [first, last) of `count` items; empty when none is left.
 
-    Each range is 1 / parts of what the ranges before it left, at least `smallest` (guided self-scheduling, Polychronopoulos
-    and Kuck 1987): long streams at first, short ones to end together.
+    Each range is 1 / parts of what the ranges before it left, at least `smallest` (guided self-scheduling,
+    Polychronopoulos and Kuck 1987): long streams at first, short ones to end together.
     """
     index, first = take(arguments, stage), 0
     while index > 0 and (count - first) // parts > smallest:

@@ -52,7 +52,8 @@ def read_kept(path: Path, most_bytes: int) -> bytes:
 
 
 def write_kept(path: Path, content: bytes) -> None:
-    """Put `content` in place of the file whole, its folder made if missing. Raises UnusableFileError, leaving nothing."""
+    """Put `content` in place of the file whole, its folder made if missing. Raises UnusableFileError, leaving
+    nothing."""
     try:
         make_folder(path.parent)
         descriptor, temporary = tempfile.mkstemp(TEMPORARY_SUFFIX, dir=path.parent)

@@ -142,11 +142,11 @@ def _check_relocations(
         _expect(offset + width <= target.size and info >> 32 < num_symbols, "a relocation points nowhere")
 
 
-def _check_symbols(
-    symbols: list[Symbol], sections: list[Section], kernel: str, exists: Callable[[str], bool]
-) -> None:
+def _check_symbols(symbols: list[Symbol], sections: list[Section], kernel: str, exists: Callable[[str], bool]) -> None:
     for symbol in symbols:
-        _expect(symbol.is_defined or not symbol.name or exists(symbol.name), f"it calls {symbol.name}, which is nowhere")
+        _expect(
+            symbol.is_defined or not symbol.name or exists(symbol.name), f"it calls {symbol.name}, which is nowhere"
+        )
     entries = [symbol for symbol in symbols if symbol.name == kernel and symbol.is_defined]
     sound = len(entries) == 1 and entries[0].info == GLOBAL << 4 | FUNCTION and entries[0].section < len(sections)
     _expect(sound, f"it does not define the kernel {kernel}")

@@ -28,7 +28,8 @@ TIMEOUT_S = 60.0
 
 
 class Program:
-    """The given ops and entries over flags in order. Its working memory is its own: direct calls may come between runs."""
+    """The given ops and entries over flags in order. Its working memory is its own: direct calls may come between
+    runs."""
 
     def __init__(self, team: Team, ops: Sequence[RecordedOp]):
         self._team = team

@@ -91,10 +91,13 @@ class KernelStore:
         except FileNotFoundError:
             pass
         except OSError as problem:
-            self._give_up(f"{self.directory}: {problem if isinstance(problem, UnusableFileError) else problem.strerror}")
+            self._give_up(
+                f"{self.directory}: {problem if isinstance(problem, UnusableFileError) else problem.strerror}"
+            )
 
     def address(self, module: str, factory: str, *parameters: Isa | int | str) -> int:
-        """Entry point of the kernel that `cpu_kernels.<module>.<factory>(*parameters)` describes; `module` may be dotted."""
+        """Entry point of the kernel that `cpu_kernels.<module>.<factory>(*parameters)` describes; `module` may be
+        dotted."""
         key = (module, factory, *parameters)
         if key not in self._addresses:
             name = "_".join(str(part) for part in (factory, *parameters))

@@ -63,7 +63,11 @@ class Split:
 
     def key_dot(self, b, total, codes, q):
         """total + products of one plane of q; codes from `keys`, or such as are never negative."""
-        return emit_dot4(self.isa, b, total, codes, q) if self.isa.has_byte_dots else emit_dot2(self.isa, b, total, codes, q)
+        return (
+            emit_dot4(self.isa, b, total, codes, q)
+            if self.isa.has_byte_dots
+            else emit_dot2(self.isa, b, total, codes, q)
+        )
 
     def value_dot(self, b, total, codes, weights):
         """total + products of one plane of weights, which are never negative; codes from `values`."""

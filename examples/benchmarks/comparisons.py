@@ -61,7 +61,8 @@ COMPARISONS = (
 class Result:
     """What a comparison gave. ours, peer: medians in `unit`; *_runs: every run.
 
-    ratio: median over the repetitions of our figure over the peer's just after. bytes_per_s, ceiling_share, other_share: of
+    ratio: median over the repetitions of our figure over the peer's just after. bytes_per_s, ceiling_share,
+    other_share: of
     our decode steps, None for prompts and batches: bytes of weights and cache read a second; speed of the linears over
     that of a sweep of the same weights, turn by turn; share of a step that reads neither. ceiling_bytes_per_s: a sweep
     before the row.

@@ -97,7 +97,8 @@ def _profile(run: Run, found: dict[str, float], rows: dict[int, float]) -> tuple
     from placement.profilers.gpu import TorchGpu, gpu_attention_rate
 
     base, notes = recorded_profile(), []
-    # The bus as decode uses it, beside a CPU lane that drains the same DRAM: 43 of 53 GB/s on the H100 machine of 2026-11-27.
+    # The bus as decode uses it, beside a CPU lane that drains the same DRAM: 43 of 53 GB/s on the H100 machine of
+    # 2026-11-27.
     profile = with_rates(base, max(found["sweep"], found["sum"]), found["h2d_beside"], found["linear_q4"])
     gpu_rows = {rate.rows: rate for rate in profile.gpu_rows}
     for count, ops_per_s in rows.items():

@@ -7,7 +7,8 @@ Two runs over toy models of random weights, each looked at in 20 places between 
 exact   three lanes on the emulated device, under a GPU budget whose cache holds a few per cent of the final one. Logits
         are compared with those of the CPU lane alone, the squared error over the square (NMSE); the most bytes ever in
         use are compared with the budget. fp32 and bf16.
-speed   the CPU lane, whose cache grows until it outweighs the weights: seconds of a decode step beside the curve that the
+speed   the CPU lane, whose cache grows until it outweighs the weights: seconds of a decode step beside the curve that
+the
         cost model draws from this machine's profile. The cache is filled with random keys and values. The emulated
         device is not timed: its GPU lane runs at the speed of plain torch, which says nothing.
 
@@ -79,7 +80,8 @@ class Speed:
     """One checkpoint: seconds of a decode step, the median of several, and what was predicted.
 
     predicted_s: by the profile as it stands; predicted_now_s: for memory that is read at swept_bytes_per_s, the median
-    of what the plain reads around the steps reached. error_now: the median of every step's own, as memory may change its
+    of what the plain reads around the steps reached. error_now: the median of every step's own, as memory may change
+    its
     speed between two of them. others: share of the cores that other processes took meanwhile.
     """
 

@@ -30,7 +30,15 @@ ROWS = (1, 2, 4, 8, 16, 64, 512)
 STREAM_ROWS = 16  # up to here every call reads weights that no cache holds; above, a few MB are enough
 LABELS = ("weight_dtype", "kv_dtype", "rows", "tokens", "q_len", "head_dim", "group_heads")
 ATTENTION_SHAPES = (  # head_dim, query heads per KV head, KV heads
-    (64, 1, 16), (64, 4, 8), (64, 8, 8), (128, 1, 8), (128, 4, 8), (128, 8, 4), (256, 1, 4), (256, 4, 4), (256, 8, 2),
+    (64, 1, 16),
+    (64, 4, 8),
+    (64, 8, 8),
+    (128, 1, 8),
+    (128, 4, 8),
+    (128, 8, 4),
+    (256, 1, 4),
+    (256, 4, 4),
+    (256, 8, 2),
 )
 KV_DTYPES = {"bf16": torch.bfloat16, "q8": torch.int8, "q4": torch.uint8}
 KV_TOKENS = (4096, 16384, 65536, 131072)

@@ -211,7 +211,8 @@ def measure(chunks: int, repetitions: int) -> dict[str, Any]:
 
 
 def operations(engine: Engine, launches: Launches, chunk: int) -> dict[str, Any]:
-    """Calls and launches a layer and microseconds a call of every op in a chunk of a prompt; launches of all of them."""
+    """Calls and launches a layer and microseconds a call of every op in a chunk of a prompt; launches of all of
+    them."""
     device, sequence = engine.lanes.device, engine.kv_cache.open()
     for _ in range(chunk):
         engine.prefill(sequence, [1] * CHUNK, logits=False)

@@ -6,7 +6,7 @@ Drives the engine's two functions, `prefill` and `decode_step`, without schedule
 its own library. Two requests more, for the physics of a step:
 
     {"test": "sweep",   "megabytes": 512}    bytes a second of reading memory and doing nothing with it: the ceiling
-    {"test": "physics"}                      seconds of a decode step, of its reading ops alone, and of sweeps: see `_physics`
+    {"test": "physics"}                      seconds of a decode step, of its reading ops alone, of sweeps: `_physics`
 """
 
 import platform
@@ -109,8 +109,8 @@ class HeteroAttn(Side):
         }
 
     def answer(self, request: dict[str, object]) -> dict[str, object]:
-        """See Side; knows `sweep` and `physics` besides. As in `LLM`, torch's threads rest: choosing a token is one of its
-        parallel operations, and its threads would then spin on the cores of the next step."""
+        """See Side; knows `sweep` and `physics` besides. As in `LLM`, torch's threads rest: choosing a token is one of
+        its parallel operations, and its threads would then spin on the cores of the next step."""
         with self._engine.lanes.torch_at_rest():
             return self._answer(request)
 

@@ -1,10 +1,11 @@
 """A device driver whose GPU and bus take exactly the time that a hardware profile says, and compute nothing.
 
-It has what a real GPU has for timing: queues that run beside the calling thread, events, copies that overlap with kernels.
-A queue is a clock: an operation starts when the one before it has ended and ends after bytes / rate or operations / rate;
-waiting for an event is sleeping until its time. So the CPU lane, Python, the hand-overs between the lanes and the way
-they overlap are real, and the GPU's and the bus's own speeds are the set ones. Results have no meaning. Copies of weights
-cost no DRAM traffic here, so the profile must not slow the CPU lane while they run.
+It has what a real GPU has for timing: queues that run beside the calling thread, events, copies that overlap with
+kernels.
+A queue is a clock: an operation starts when the one before it has ended and ends after bytes / rate or operations /
+rate; waiting for an event is sleeping until its time. So the CPU lane, Python, the hand-overs between the lanes and the
+way they overlap are real, and the GPU's and the bus's own speeds are the set ones. Results have no meaning. Copies of
+weights cost no DRAM traffic here, so the profile must not slow the CPU lane while they run.
 """
 
 import ctypes

@@ -11,7 +11,8 @@ Reads one JSON request a line from standard input and answers each with one JSON
     {"test": "about"}                                 versions
 
 An answer is {"seconds": of the whole test} and what else the test gives; depth is filled before the clock starts, by
-ours with random keys and values, by llama.cpp with copies of a computed piece, and kept for the next request. Processes of their own, so that thread pools never share cores and a peer may live in another
+ours with random keys and values, by llama.cpp with copies of a computed piece, and kept for the next request. Processes
+of their own, so that thread pools never share cores and a peer may live in another
 environment: apart from its own library a peer needs the standard library alone.
 
 What a side does in a decode step: ours takes the argmax of the logits, as does transformers; llama.cpp is fed random
@@ -149,7 +150,8 @@ class LlamaCpp(Side):
             self._compute(token_ids[start : start + self._batch])
 
     def fill(self, tokens: int) -> None:
-        """See Side; one piece is computed, its copies are moved to the positions behind it and joined to the sequence."""
+        """See Side; one piece is computed, its copies are moved to the positions behind it and joined to the
+        sequence."""
         library, memory, stop = self._library, self._library.llama_get_memory(self._context), self.length + tokens
         piece = -(-stop // -(-stop // FILL_PIECE))
         self.rewind(0)

@@ -1,7 +1,7 @@
 """Copies of whole pages between GPU memory and DRAM, in the background of the steps that do not need them yet.
 
-Pages whose numbers go up together in both stores are one copy. Moves are queued while a step is planned and start, layer
-by layer, on the copy stream:
+Pages whose numbers go up together in both stores are one copy. Moves are queued while a step is planned and start,
+layer by layer, on the copy stream:
 
     compute stream  [work so far] --queued--> copies stream [layer 0] --done[0]--> [layer 1] --done[1]--> ...
 

@@ -62,10 +62,10 @@ def runs(pages: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], in
 class PagedStore:
     """Pages of `groups` KV-head groups for a run of layers, in one memory.
 
-    k[i], v[i]: [num_pages * groups, page_size, row_items] of the run's i-th layer, laid out as cpu_kernels.formats.pages
-    says for the KV dtype; page p of group g is row p * groups + g. table: int32 [max_batch, groups, pages of
-    max_context] in host memory, the row number of each logical page. allocate: where k and v come from, called with
-    (shape, dtype, "kv"). device: whose memory that is, None for host memory.
+    k[i], v[i]: [num_pages * groups, page_size, row_items] of the run's i-th layer, laid out as
+    cpu_kernels.formats.pages says for the KV dtype; page p of group g is row p * groups + g. table: int32 [max_batch,
+    groups, pages of max_context] in host memory, the row number of each logical page. allocate: where k and v come
+    from, called with (shape, dtype, "kv"). device: whose memory that is, None for host memory.
     """
 
     def __init__(

@@ -197,9 +197,7 @@ class Checkpoint:
             )
 
     def _check_layers(self, unexpected: list[str], num_layers: int) -> None:
-        layers = {
-            name.removeprefix(LAYER_PREFIX).split(".")[0] for name in unexpected if name.startswith(LAYER_PREFIX)
-        }
+        layers = {name.removeprefix(LAYER_PREFIX).split(".")[0] for name in unexpected if name.startswith(LAYER_PREFIX)}
         extra = sorted(int(layer) for layer in layers if layer.isdecimal() and int(layer) >= num_layers)
         if extra:
             raise CheckpointError(

@@ -288,7 +288,8 @@ class Loader:
     def _check_finite(self, name: str, values: torch.Tensor) -> None:
         if not torch.isfinite(values).all():
             raise CheckpointError(
-                f"{self._checkpoint.path}: {name} holds NaN or infinite values; the checkpoint is damaged, download it again"
+                f"{self._checkpoint.path}: {name} holds NaN or infinite values; the checkpoint is damaged, download it "
+                "again"
             )
 
     def _on_both(self, values: torch.Tensor) -> Activation:
@@ -300,4 +301,3 @@ class Loader:
         copy = device.empty(tuple(values.shape), torch.float32, "resident")
         device.copy(copy, values, device.compute)
         return Activation(copy, values)
-

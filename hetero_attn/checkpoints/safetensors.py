@@ -19,8 +19,8 @@ from typing import Any
 
 from hetero_attn.errors import CheckpointError
 
-# The library reads headers of 100 MB, for which a parser takes minutes and gigabytes. A real file has a few thousand tensors
-# and a hundred bytes for each; the marks that JSON needs are counted before it is parsed.
+# The library reads headers of 100 MB, for which a parser takes minutes and gigabytes. A real file has a few thousand
+# tensors and a hundred bytes for each; the marks that JSON needs are counted before it is parsed.
 MAX_HEADER_BYTES = 25_000_000
 MAX_TENSORS = 100_000
 MAX_VALUES = 10 * MAX_TENSORS
@@ -139,7 +139,8 @@ class SafetensorsFile:
         self.read_into(memoryview(raw), 8)
         if raw.count(b"{") > MAX_TENSORS + 2 or raw.count(b",") > MAX_VALUES:
             raise CheckpointError(
-                f"{self.path}: its header describes more than {MAX_TENSORS} tensors or sizes of too many dimensions; no "
+                f"{self.path}: its header describes more than {MAX_TENSORS} tensors or sizes of too many dimensions; "
+                "no "
                 "model's file does, do not use it"
             )
         try:
@@ -153,7 +154,11 @@ class SafetensorsFile:
     def _header_entry(self, name: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
         """(dtype, shape, begin, end) of one header entry, checked against each other."""
         try:
-            dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"][: MAX_DIMENSIONS + 1]), value["data_offsets"]
+            dtype, shape, (begin, end) = (
+                value["dtype"],
+                tuple(value["shape"][: MAX_DIMENSIONS + 1]),
+                value["data_offsets"],
+            )
             integers = all(type(number) is int and 0 <= number < MAX_SIZE for number in (*shape, begin, end))
             good = integers and begin <= end and len(shape) <= MAX_DIMENSIONS and is_tensor_name(name)
             good = good and math.prod(shape) * _BITS[dtype] == (end - begin) * 8

@@ -1,8 +1,8 @@
 """The rows of a linear's units, read a run at a time through buffers that are reused until the load is over.
 
 Rows come as numbers, ready to be packed, or, where the file already holds codes of the very format wanted, as the
-file's own bytes, ready to be repacked. Fresh memory for every run is not given back evenly by the C library: a load then
-held up to half of the packed weights beside them as holes in its heap.
+file's own bytes, ready to be repacked. Fresh memory for every run is not given back evenly by the C library: a load
+then held up to half of the packed weights beside them as holes in its heap.
 """
 
 import math

@@ -37,14 +37,21 @@ def show_version(wanted: bool) -> None:
 
 @app.callback()
 def common(
-    version: Annotated[bool, typer.Option("--version", "-V", help="Print the version.", callback=show_version, is_eager=True)]
-    = False,
+    version: Annotated[
+        bool, typer.Option("--version", "-V", help="Print the version.", callback=show_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Run language models that do not fit in GPU memory, split over GPU, PCIe and CPU."""
 
 
 for command in (
-    generate.generate, chat.chat, plan.plan, profile.profile, bench.bench, verify.verify, doctor.doctor,
+    generate.generate,
+    chat.chat,
+    plan.plan,
+    profile.profile,
+    bench.bench,
+    verify.verify,
+    doctor.doctor,
 ):
     app.command()(command)
 app.add_typer(policy.app, name="policy")

@@ -29,7 +29,9 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
     template_var: Annotated[
         list[str] | None,
-        typer.Option(help="A variable of the chat template, such as enable_thinking=false; may be given several times."),
+        typer.Option(
+            help="A variable of the chat template, such as enable_thinking=false; may be given several times."
+        ),
     ] = None,
     max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = None,
@@ -120,7 +122,9 @@ def answer(talk: Conversation, question: str) -> None:
         return
     talk.last = last.metrics
     if last.finish_reason == "length":
-        note(f"[cut after {last.metrics.generated_tokens} tokens: the limit of --max-tokens, or the end of the context]")
+        note(
+            f"[cut after {last.metrics.generated_tokens} tokens: the limit of --max-tokens, or the end of the context]"
+        )
     note(speed_line(last.metrics))
 
 
@@ -135,7 +139,8 @@ def banner(llm: LLM) -> str:
     plan = llm.plan
     speed = "" if plan.predicted is None else f", about {plan.predicted.decode.tokens_per_s:.3g} tokens/s expected"
     return (
-        f"{plan.model}: {plan.workload.weight_dtype} weights, {plan.workload.kv_dtype} cache, context {plan.max_context}, "
+        f"{plan.model}: {plan.workload.weight_dtype} weights, {plan.workload.kv_dtype} cache, context "
+        f"{plan.max_context}, "
         f"on {plan.device} with {plan.num_threads} CPU threads{speed}\n{GREETING}"
     )
 
@@ -144,7 +149,9 @@ def template_variable(text: str) -> tuple[str, Any]:
     """Name and value of NAME=VALUE; raises typer.BadParameter."""
     name, equals, value = text.partition("=")
     if not name.isidentifier() or not equals:
-        raise typer.BadParameter(f"--template-var {text!r} is not of the form NAME=VALUE, such as enable_thinking=false")
+        raise typer.BadParameter(
+            f"--template-var {text!r} is not of the form NAME=VALUE, such as enable_thinking=false"
+        )
     return name, parse_value(value)
 
 

@@ -12,7 +12,9 @@ from hetero_attn.cli.output import output_dict, print_json, print_stream, read_t
 
 def generate(
     model: options.Model,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; - reads it from stdin.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Text to continue; - reads it from stdin.")
+    ] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Take the prompt from a file; - is stdin.")] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a message: apply the model's chat template.")
@@ -42,9 +44,7 @@ def generate(
     text = prompt_text(prompt, file)
     if system is not None and not chat:
         raise typer.BadParameter("--system belongs to a chat template; add --chat")
-    wishes = options.sampling_wishes(
-        max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, ignore_eos
-    )
+    wishes = options.sampling_wishes(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, ignore_eos)
     opening = [] if system is None else [{"role": "system", "content": system}]
     messages = [*opening, {"role": "user", "content": text}]
     with options.load_llm(

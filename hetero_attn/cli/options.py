@@ -19,7 +19,9 @@ KvDtype = Annotated[
 Device = Annotated[str, typer.Option(metavar="auto|cuda|cuda:N|cpu|emulated", help="emulated is no GPU: for tests.")]
 Context = Annotated[
     int | None,
-    typer.Option("--context", "-c", "--ctx-size", help="Most tokens of a sequence. Default: the model's own, at most 8192."),
+    typer.Option(
+        "--context", "-c", "--ctx-size", help="Most tokens of a sequence. Default: the model's own, at most 8192."
+    ),
 ]
 Batch = Annotated[int | None, typer.Option("--batch", "-np", "--parallel", help="Sequences decoded together.")]
 Threads = Annotated[
@@ -32,7 +34,8 @@ def refuse_layers(layers: int | None) -> None:
     """Say what stands in the place of llama.cpp's -ngl; raises typer.BadParameter where it was given."""
     if layers is not None:
         raise typer.BadParameter(
-            "there is no number of layers to offload: every layer is split over GPU and CPU, and a plan decides how. Give "
+            "there is no number of layers to offload: every layer is split over GPU and CPU, and a plan decides how. "
+            "Give "
             "the GPU memory that may be used, --gpu-memory 8GiB; for no layers --device cpu, for all --policy gpu_only"
         )
 
@@ -40,7 +43,9 @@ def refuse_layers(layers: int | None) -> None:
 def checked_max_tokens(tokens: int | None) -> int | None:
     """-1 as None, on to the end of the context; raises typer.BadParameter for other numbers below 1."""
     if tokens is not None and tokens != -1 and tokens < 1:
-        raise typer.BadParameter(f"{tokens} is no number of tokens; give at least 1, or -1 to go on to the end of the context")
+        raise typer.BadParameter(
+            f"{tokens} is no number of tokens; give at least 1, or -1 to go on to the end of the context"
+        )
     return None if tokens == -1 else tokens
 
 
@@ -49,8 +54,13 @@ GpuLayers = Annotated[
 ]
 MaxTokens = Annotated[
     int | None,
-    typer.Option("--max-tokens", "-n", help="Most tokens to generate; -1, the default: to the end of the context.",
-                 callback=checked_max_tokens, show_default=False),
+    typer.Option(
+        "--max-tokens",
+        "-n",
+        help="Most tokens to generate; -1, the default: to the end of the context.",
+        callback=checked_max_tokens,
+        show_default=False,
+    ),
 ]
 # What is not given is as the model's generation_config.json suggests, else temperature 0.7 and top-p 0.95.
 _SUGGESTED = "Default: as the model suggests, else"
@@ -90,8 +100,17 @@ def load_llm(
     from hetero_attn import LLM
 
     return LLM(
-        model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, device=device, max_context=context, seed=seed,
-        num_threads=threads, kv_dtype=kv_dtype, max_batch=batch, progress=True,
+        model,
+        policy=policy,
+        gpu_memory=gpu_memory,
+        dtype=dtype,
+        device=device,
+        max_context=context,
+        seed=seed,
+        num_threads=threads,
+        kv_dtype=kv_dtype,
+        max_batch=batch,
+        progress=True,
     )
 
 
@@ -109,8 +128,14 @@ def sampling_wishes(
     from hetero_attn import SamplingParams
 
     wishes = {
-        "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "stop": tuple(stop or ()) or None, "ignore_eos": ignore_eos or None,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": tuple(stop or ()) or None,
+        "ignore_eos": ignore_eos or None,
     }
     given: dict[str, Any] = {name: value for name, value in wishes.items() if value is not None}
     SamplingParams(**given)  # before a model is loaded for them

@@ -83,9 +83,14 @@ def speed_line(metrics: Metrics) -> str:
 def metrics_dict(metrics: Metrics) -> dict[str, float]:
     """The same numbers, and the seconds behind them, for JSON."""
     names = (
-        "prompt_tokens", "cached_prompt_tokens", "generated_tokens", "prefill_s", "decode_s",
+        "prompt_tokens",
+        "cached_prompt_tokens",
+        "generated_tokens",
+        "prefill_s",
+        "decode_s",
         "time_to_first_token_s",
-        "prefill_tokens_per_s", "decode_tokens_per_s",
+        "prefill_tokens_per_s",
+        "decode_tokens_per_s",
     )
     return {name: getattr(metrics, name) for name in names}
 

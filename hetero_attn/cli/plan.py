@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 def plan(
     model: options.Model,
-    hardware: Annotated[str | None, typer.Option(help="A machine of the catalogue, or a profile's file, JSON or YAML.")] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="A machine of the catalogue, or a profile's file, JSON or YAML.")
+    ] = None,
     policy: options.Policy = "auto",
     gpu_memory: options.GpuMemory = None,
     dtype: options.Dtype = "auto",
@@ -46,8 +48,16 @@ def plan(
 
     expect_writable(plot, yaml)
     wishes = LoadOptions(
-        model=model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, device=device, hardware=machine(hardware),
-        max_context=context, max_batch=batch, num_threads=threads, kv_dtype=kv_dtype,
+        model=model,
+        policy=policy,
+        gpu_memory=gpu_memory,
+        dtype=dtype,
+        device=device,
+        hardware=machine(hardware),
+        max_context=context,
+        max_batch=batch,
+        num_threads=threads,
+        kv_dtype=kv_dtype,
     )
     if wishes.asks_for_this_machine:
         refresh_profile()
@@ -94,7 +104,10 @@ def explained(planned: PlannedModel) -> Explanation:
 
     made = planned.plan
     return explain(
-        planned.workload, planned.hardware, planned.policy, device=made.device,
+        planned.workload,
+        planned.hardware,
+        planned.policy,
+        device=made.device,
         gpu_memory_bytes=made.gpu_memory_bytes,
     )
 
@@ -108,7 +121,10 @@ def draw(planned: PlannedModel, file: Path) -> None:
     made, plans = planned.plan, []
     if made.device != "cpu":
         plans = budget_curve(
-            planned.workload, planned.hardware, planned.policy, device=made.device,
+            planned.workload,
+            planned.hardware,
+            planned.policy,
+            device=made.device,
             watched=lambda budgets: steps_bar(budgets, "planning for GPU budgets"),
         )
     plot_plan(made, plans, file)

@@ -91,8 +91,11 @@ def plot_profile(profile: HardwareProfile, file: Path) -> None:
         rates[f"CPU {dtype}"] = profile.cpu_ops_per_s.of(dtype)
     bandwidth["CPU attention"] = profile.cpu_attention_bytes_per_s
     if profile.has_gpu:
-        bandwidth |= {"copy to GPU": profile.h2d_bytes_per_s, "copy from GPU": profile.d2h_bytes_per_s,
-                      "GPU memory": profile.gpu_bytes_per_s}
+        bandwidth |= {
+            "copy to GPU": profile.h2d_bytes_per_s,
+            "copy from GPU": profile.d2h_bytes_per_s,
+            "GPU memory": profile.gpu_bytes_per_s,
+        }
         rates |= {f"GPU {dtype}": profile.gpu_flops.of(dtype) for dtype in DTYPES}
     drawers = [_draw_threads] * bool(profile.thread_sweep) + [_draw_rows] * bool(profile.cpu_rows)
     drawers += [_draw_copies] * bool(profile.copies)
@@ -125,7 +128,9 @@ def _draw_rows(axis: Any, profile: HardwareProfile) -> None:
 def _draw_copies(axis: Any, profile: HardwareProfile) -> None:
     for name in ("h2d_pinned", "d2h_pinned", "h2d_pageable", "d2h_pageable"):
         values = [getattr(rate, name) / 1e9 for rate in profile.copies]
-        axis.plot([rate.size_bytes / 2**20 for rate in profile.copies], values, marker="o", label=name.replace("_", " "))
+        axis.plot(
+            [rate.size_bytes / 2**20 for rate in profile.copies], values, marker="o", label=name.replace("_", " ")
+        )
     axis.set(title="copies over the bus", xlabel="MiB", ylabel="GB/s", xscale="log", ylim=(0, None))
     axis.legend()
 

@@ -11,11 +11,14 @@ from hetero_attn.cli.profile_table import profile_table
 
 
 def profile(
-    save: Annotated[Path | None, typer.Option(help="Write a copy, JSON or YAML by its ending, for `plan --hardware` elsewhere.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write a copy, JSON or YAML by its ending, for `plan --hardware` elsewhere.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the rates into this PNG, SVG or PDF file.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure what this machine's memory, cores and bus can do, and keep it for later plans; takes two to three minutes on two cores."""
+    """Measure what this machine's memory, cores and bus can do, and keep it for later plans; takes two to three minutes
+    on two cores."""
     from hetero_attn import profile_machine
 
     expect_writable(save, plot)

@@ -55,7 +55,8 @@ class Device:
         except torch.OutOfMemoryError as error:
             self.arena.release(kind, count)
             raise MemoryBudgetError(
-                f"{self.arena.name} memory: {kind} needs {format_bytes(count)}, which the budget has and the GPU has not; "
+                f"{self.arena.name} memory: {kind} needs {format_bytes(count)}, which the budget has and the GPU has "
+                "not; "
                 "other programs use it too, so lower gpu_memory"
             ) from error
         except BaseException:
@@ -108,7 +109,8 @@ class Device:
         self.driver.write_flag(self.compute, flag, value)
 
     def wait_flag(self, flag: torch.Tensor, value: int, exactly: bool = False) -> None:
-        """Queue on the compute stream: wait until a flag is at least `value` (as a counter that may wrap), or exactly."""
+        """Queue on the compute stream: wait until a flag is at least `value` (as a counter that may wrap), or
+        exactly."""
         self.driver.wait_flag(self.compute, flag, value, exactly)
 
     def capture(self) -> AbstractContextManager:

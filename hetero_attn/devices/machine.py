@@ -14,8 +14,8 @@ from placement.plan.units import format_bytes
 from placement.plan.workload import Workload
 
 # Beside the arena, whatever the model: cuBLAS's workspace (32 MiB on the largest GPUs), products of at most 32 MiB and
-# weights as bf16 of at most 64, rounding of torch's allocator, and kernels that CUDA loads when they are first used. With
-# 256 MiB an H100 held 164 to 234 MB more than three budgets of an 8B model allowed, by the driver's own figure.
+# weights as bf16 of at most 64, rounding of torch's allocator, and kernels that CUDA loads when they are first used.
+# With 256 MiB an H100 held 164 to 234 MB more than three budgets of an 8B model allowed, by the driver's own figure.
 TEMPORARY_BYTES = 512 * 2**20
 UNKNOWN_GPU = "rtx3060-ddr4"  # slow in everything, so its plans are right and only more careful than need be
 SLACK_BYTES = 2**20  # what aligning every allocation may take
@@ -34,7 +34,8 @@ def device_index(device: str) -> int:
 
 
 def with_own_bytes(hardware: HardwareProfile, device: str) -> HardwareProfile:
-    """The profile with what CUDA and the kernels' fixed temporaries take of the budget, measured where there is a GPU."""
+    """The profile with what CUDA and the kernels' fixed temporaries take of the budget, measured where there is a
+    GPU."""
     if not torch.cuda.is_available():
         return hardware
     own_bytes = context_bytes(device_index(device)) + TEMPORARY_BYTES + SLACK_BYTES

@@ -1,4 +1,5 @@
-"""The two contracts behind a device: the operations of a transformer, and the driver of a GPU or of what stands in for it.
+"""The two contracts behind a device: the operations of a transformer, and the driver of a GPU or of what stands in for
+it.
 
 `cpu_kernels.CpuKernels`, the Triton kernels and `gpu_kernels.reference` all offer `Ops`; `CudaDriver` and
 `EmulatedDriver` are drivers, and so are those of the tests.
@@ -12,7 +13,8 @@ from torch import Tensor
 
 
 class Ops(Protocol):
-    """The operations of one place, shapes and bytes as `gpu_kernels.reference` describes them; `out` is written in place."""
+    """The operations of one place, shapes and bytes as `gpu_kernels.reference` describes them; `out` is written in
+    place."""
 
     def linear(
         self, x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor, accumulate: bool = False
@@ -78,7 +80,8 @@ class Ops(Protocol):
 class Driver(Protocol):
     """A GPU's memory, streams and events, with the meaning they have in CUDA. Calls queue work and return.
 
-    kind: "cuda" or "emulated"; name: for messages; ops: over its tensors. A stream runs its work in order; an event is a
+    kind: "cuda" or "emulated"; name: for messages; ops: over its tensors. A stream runs its work in order; an event is
+    a
     point on one. flag: int64 [1] in page-locked host memory.
     """
 

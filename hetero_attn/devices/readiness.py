@@ -24,7 +24,8 @@ COMPILERS = ("cc", "gcc", "clang")
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """Something in the way. stops: nothing runs on this GPU; else it is slower, or fails where nothing is compiled yet."""
+    """Something in the way. stops: nothing runs on this GPU; else it is slower, or fails where nothing is compiled
+    yet."""
 
     name: str
     found: str
@@ -35,7 +36,8 @@ class Obstacle:
 def obstacles(
     index: int, cuda: Any = torch.cuda, find: Callable[[str], str | None] = shutil.which, library: Any = LibCuda
 ) -> Iterator[Obstacle]:
-    """What is in the way of GPU `index`. cuda, find, library: torch.cuda, shutil.which and libcuda, or what a test has."""
+    """What is in the way of GPU `index`. cuda, find, library: torch.cuda, shutil.which and libcuda, or what a test
+    has."""
     capability = tuple(cuda.get_device_capability(index))
     if capability < LEAST_CAPABILITY:
         yield Obstacle(

@@ -25,7 +25,8 @@ class Slab:
         offset = max(fitting, default=None) if at_end else next(fitting, None)
         if offset is None:
             raise NoGapError(
-                f"GPU memory: no gap of {format_bytes(size)} is left in the {format_bytes(self.size_bytes)} taken at the "
+                f"GPU memory: no gap of {format_bytes(size)} is left in the {format_bytes(self.size_bytes)} taken at "
+                "the "
                 "start; raise gpu_memory or shorten the context"
             )
         gap = self._free.pop(offset)

@@ -77,7 +77,8 @@ class Engine:
     def prefill(self, sequence: SequenceState, token_ids: Sequence[int], logits: bool = True) -> torch.Tensor | None:
         """Append a prompt to a sequence, one chunk; returns the last token's logits, float32 [vocab_size].
 
-        token_ids: at most `prefill_chunk`. The result is the caller's own; None with logits=False, for a chunk that is not
+        token_ids: at most `prefill_chunk`. The result is the caller's own; None with logits=False, for a chunk that is
+        not
         the last: the head's weights are then not read, and the GPU may still be at it when the next chunk is queued.
         """
         with self.report.measure(self.lanes, "prefill", len(token_ids)), self.lanes.torch_at_rest():
@@ -104,8 +105,8 @@ class Engine:
     ) -> torch.Tensor:
         """Append one token to each sequence; returns their logits, float32 [len(sequences), vocab_size].
 
-        copy=False: the result is the engine's own buffer, valid until its next step. Copying a large batch's logits costs
-        more than the layers' small operations together.
+        copy=False: the result is the engine's own buffer, valid until its next step. Copying a large batch's logits
+        costs more than the layers' small operations together.
         """
         with self.report.measure(self.lanes, "decode", len(sequences)), self.lanes.torch_at_rest():
             self._drain()
@@ -271,7 +272,8 @@ class Engine:
                 self._finish()
 
     def _can_replay(self, tier: int) -> bool:
-        """Whether a step of this tier may be recorded; weights that could not be page-locked matter where they stream."""
+        """Whether a step of this tier may be recorded; weights that could not be page-locked matter where they
+        stream."""
         if self.replay is None or not self.lanes.can_replay or self._watch is not None:
             return False
         if tier not in self._passes_caller:
@@ -328,7 +330,8 @@ class Engine:
         return self._logits_view(stop - start).clone()
 
     def _leave_running(self) -> None:
-        """The host's part of a chunk is done, and has not failed; the GPU's runs on while the next chunk is prepared."""
+        """The host's part of a chunk is done, and has not failed; the GPU's runs on while the next chunk is
+        prepared."""
         with self._guarded():
             self.lanes.join()
         self._is_running = True
@@ -391,7 +394,8 @@ def make_workspace(config: ModelConfig, rows: int, lanes: Lanes) -> Workspace:
 
 
 def _shared_buffers(widths: ActivationWidths, rows: int, device: Device) -> dict[str, torch.Tensor]:
-    """Buffers by name, [rows, width] in GPU memory, that lie in the same places as others: see ActivationWidths.shared."""
+    """Buffers by name, [rows, width] in GPU memory, that lie in the same places as others: see
+    ActivationWidths.shared."""
     buffers = {}
     for name, others in widths.shared.items():
         memory, start = device.empty((rows * widths.room(name),), torch.float32, "activations"), 0

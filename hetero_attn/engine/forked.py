@@ -1,4 +1,5 @@
-"""What a forked child has to know: torch's pool of threads stayed in the parent, and who waits for it waits for ever."""
+"""What a forked child has to know: torch's pool of threads stayed in the parent, and who waits for it waits for
+ever."""
 
 import os
 from collections.abc import Iterator

@@ -24,18 +24,21 @@ WAY_OUT = "use a smaller dtype, max_context or max_batch, fewer threads, or free
 def why_too_large(plan: Plan, root: Path = Path("/")) -> str:
     """Why a plan does not fit in the host memory that is free now, in plain words; empty where it does.
 
-    Weights are written at once and must fit; a cache is only reserved and fills with use, so it counts against a limit of
-    address space alone. An emulated GPU's memory is host memory.
+    Weights are written at once and must fit; a cache is only reserved and fills with use, so it counts against a limit
+    of address space alone. An emulated GPU's memory is host memory.
     """
     memory, workload = plan.memory, plan.workload
     emulated = memory.gpu if plan.device == "emulated" else {}
     total = memory.host_bytes + memory.pinned_bytes + sum(emulated.values())
-    written = workload.embed_bytes + workload.weight_bytes - (0 if plan.device != "cuda" else memory.gpu.get("weights", 0))
+    written = (
+        workload.embed_bytes + workload.weight_bytes - (0 if plan.device != "cuda" else memory.gpu.get("weights", 0))
+    )
     free, space = free_host_bytes(root), free_address_space()
     if written > free:
         return f"its weights need {format_bytes(written)} of host memory, and {format_bytes(free)} are free"
     if space is not None and total > space:
-        return f"it needs {format_bytes(total)} of address space, and the limit of this process leaves {format_bytes(space)}"
+        room = format_bytes(space)
+        return f"it needs {format_bytes(total)} of address space, and the limit of this process leaves {room}"
     return ""
 
 

@@ -8,7 +8,8 @@ from placement.machine.hardware import HardwareProfile
 
 
 def profile_machine(on_progress: Callable[[str], None] = lambda what: None, save: bool = True) -> HardwareProfile:
-    """Measure this machine, keep the result for later plans, and return it; takes two to three minutes on two cores, kernels compiled for it included.
+    """Measure this machine, keep the result for later plans, and return it; takes two to three minutes on two cores,
+    kernels compiled for it included.
 
     on_progress(what) is called before each measurement. save=False leaves the kept profile alone; where it
     cannot be kept a warning says why.

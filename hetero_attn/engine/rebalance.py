@@ -26,7 +26,8 @@ class Rebalancer:
         self._limits: tuple[dict[str, int], ...] = ()
 
     def follow(self) -> None:
-        """Look at every row tier that has made enough steps, and move its boundaries if its lanes are out of balance."""
+        """Look at every row tier that has made enough steps, and move its boundaries if its lanes are out of
+        balance."""
         planned = self._replanner.planned
         if not planned.policy.rebalance or self._engine.lanes.ring is None:
             return

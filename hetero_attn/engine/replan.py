@@ -34,8 +34,9 @@ class Replanner:
     def resize(self, gpu_memory_bytes: int) -> Plan:
         """Go over to the fastest plan within another GPU budget; returns it.
 
-        Raises MemoryBudgetError, and leaves everything as it was, for a plan that is not elastic, for a budget too small
-        (the message names the smallest that works), and on CUDA for one above that of the load: its memory is taken once.
+        Raises MemoryBudgetError, and leaves everything as it was, for a plan that is not elastic, for a budget too
+        small (the message names the smallest that works), and on CUDA for one above that of the load: its memory is
+        taken once.
         """
         plan = self.planned.plan
         if not plan.workload.elastic:
@@ -45,7 +46,8 @@ class Replanner:
             )
         if plan.device == "cuda" and gpu_memory_bytes > self._loaded_bytes:
             raise MemoryBudgetError(
-                f"{plan.model}: its GPU memory was taken in one piece of {format_bytes(self._loaded_bytes)} and cannot grow to "
+                f"{plan.model}: its GPU memory was taken in one piece of {format_bytes(self._loaded_bytes)} and cannot "
+                "grow to "
                 f"{format_bytes(gpu_memory_bytes)}; load it with that much, and resize downwards"
             )
         self._move(self._checked(plan_for_budget, gpu_memory_bytes))

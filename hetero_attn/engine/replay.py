@@ -16,7 +16,8 @@ from hetero_attn.ops.step import Segment, Step
 
 
 class DecodeReplay:
-    """Programs of decode steps by batch size. `forward(step)` computes one step without its embedding, logits included."""
+    """Programs of decode steps by batch size. `forward(step)` computes one step without its embedding, logits
+    included."""
 
     def __init__(self, ops: CpuKernels, forward: Callable[[Step], None]) -> None:
         self._ops = ops

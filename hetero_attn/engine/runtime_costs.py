@@ -1,7 +1,8 @@
 """What Python and the hand-over between lanes cost on this machine, measured with the runtime itself.
 
-The kernels' rates do not contain them, and for small models they decide. A toy model, small enough that its arithmetic is
-nothing, is run as a real one would be; the differences between few and many layers, and between a GPU alone and one that
+The kernels' rates do not contain them, and for small models they decide. A toy model, small enough that its arithmetic
+is nothing, is run as a real one would be; the differences between few and many layers, and between a GPU alone and one
+that
 shares its linears with the CPU, are the terms of the cost model: its own step, a layer, a launch, a hand-over.
 """
 
@@ -93,8 +94,8 @@ def cpu_costs(toy: Path, profile: HardwareProfile) -> dict[str, Any]:
 def gpu_costs(
     toys: dict[int, Path], profile: HardwareProfile, device: str, make_driver: MakeDriver | None
 ) -> dict[str, Any]:
-    """launch_overhead_s, gpu_layer_overhead_s, step_overhead_s and handover_s, from steps of the GPU alone and of shared
-    linears."""
+    """launch_overhead_s, gpu_layer_overhead_s, step_overhead_s and handover_s, from steps of the GPU alone and of
+    shared linears."""
     times = {}
     for name, layers, policy in (
         ("few", FEW_LAYERS, ON_GPU),

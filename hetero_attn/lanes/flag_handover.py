@@ -7,8 +7,8 @@ that is over; a job that never ends is released, with an error, when `join` has 
 every job that follows GPU work has a flag, one of a ring, to which the stream writes the job's number.
 
 The worker waits for flags alone, never inside the driver: a launch that finds its queue full behind a parked wait holds
-the driver's lock until the worker has set what the GPU waits for. Nor does the caller run ahead without bound: a layer is
-queued once the jobs of the layer before the last have ended.
+the driver's lock until the worker has set what the GPU waits for. Nor does the caller run ahead without bound: a layer
+is queued once the jobs of the layer before the last have ended.
 
 In a captured step (`record`, then `replay` for every step) numbers would be the same each time, so every job has two
 flags of its own, each set by one side and waited for by the other. `replay` clears them all with one write before it
@@ -139,7 +139,8 @@ class FlagHandover:
             self._wait_for(self._layers.popleft())
 
     def join(self, given: int | None = None) -> None:
-        """Block the caller until the jobs, or the first `given`, have ended; raises EngineDeadError for one that does not."""
+        """Block the caller until the jobs, or the first `given`, have ended; raises EngineDeadError for one that does
+        not."""
         failures = []
         while self._jobs and (given is None or self._jobs[0][0] <= given):
             self._wait_for(self._jobs[0][0])
@@ -232,7 +233,8 @@ class FlagHandover:
                 self._jobs.clear()
                 self._host_ops.set_flag(self._counter, self._given & COUNTER_MASK)
                 raise EngineDeadError(
-                    f"a job of the CPU lane did not end within {self._watchdog_s:g} s; the GPU was released, make a new "
+                    f"a job of the CPU lane did not end within {self._watchdog_s:g} s; the GPU was released, make a "
+                    "new "
                     "LLM"
                 ) from None
 
@@ -263,9 +265,7 @@ class FlagHandover:
             raise
 
     def _unasked(self) -> EngineDeadError:
-        return EngineDeadError(
-            f"the GPU did not ask for its CPU columns within {self._watchdog_s:g} s; make a new LLM"
-        )
+        return EngineDeadError(f"the GPU did not ask for its CPU columns within {self._watchdog_s:g} s; make a new LLM")
 
     def _serve_program(self, step: RecordedStep) -> None:
         started = time.perf_counter()

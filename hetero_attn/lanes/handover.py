@@ -19,7 +19,8 @@ class Handover(Protocol):
     """An order between jobs of the host worker and work that is queued for the GPU.
 
     given: how many jobs were given so far. overhead_s: seconds that the hand-over itself took so far, waking the worker
-    and noticing its end. worked_s, parked_s: seconds for which programs of recorded jobs computed, and waited for the GPU.
+    and noticing its end. worked_s, parked_s: seconds for which programs of recorded jobs computed, and waited for the
+    GPU.
     captures: whether a step can be captured in a graph, jobs included.
     """
 

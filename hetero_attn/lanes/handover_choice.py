@@ -48,13 +48,16 @@ def choose_handover(wish: str, device: Device, worker: Executor, host_ops: CpuKe
         if failure is not None and wish != "auto":
             raise UnsupportedModelError(f"handover={wish!r} does not work on this device: {failure}; use 'auto'")
         if failure is not None:
-            warnings.warn(f"hand-over by {name} does not work on this device ({failure}): trying the next", stacklevel=2)
+            warnings.warn(
+                f"hand-over by {name} does not work on this device ({failure}): trying the next", stacklevel=2
+            )
             continue
         p50, p95 = percentiles(seconds)
         if not measures or p95 <= PROMPT_S:
             return handover
         warnings.warn(
-            f"hand-over by {name} is slow on this device, p50 {1e6 * p50:.0f} us and p95 {1e6 * p95:.0f} us: trying the "
+            f"hand-over by {name} is slow on this device, p50 {1e6 * p50:.0f} us and p95 {1e6 * p95:.0f} us: trying "
+            "the "
             "next; a display on the same GPU, or other programs, may take its time",
             stacklevel=2,
         )

@@ -125,7 +125,8 @@ class Lanes:
         return self.tables.upload(tables)
 
     def inputs_queued(self) -> None:
-        """The copies of a step's tables and embedded rows are queued: the next step's may follow once they were made."""
+        """The copies of a step's tables and embedded rows are queued: the next step's may follow once they were
+        made."""
         if self.device is not None:
             self._inputs = self.device.record(self.device.compute)
 

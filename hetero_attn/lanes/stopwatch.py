@@ -1,7 +1,8 @@
 """What each kind of work of a step costs by itself: operations and copies one at a time, each timed.
 
-Overlapped lanes cannot be told apart from outside. For a few steps the engine therefore takes everything in order on one
-thread and wraps the operations of both sides; what they compute, and in which order, stays the same. A recorded step has
+Overlapped lanes cannot be told apart from outside. For a few steps the engine therefore takes everything in order on
+one thread and wraps the operations of both sides; what they compute, and in which order, stays the same. A recorded
+step has
 no calls to wrap: it is recorded once more for each kind of work, with that kind's operations alone.
 """
 

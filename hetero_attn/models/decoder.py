@@ -41,7 +41,8 @@ class LayerWeights:
 class ModelWeights:
     """Every weight of a model in its home.
 
-    embed: in host memory, [vocab_size, hidden_size] of numbers, or uint8 [blocks, block_bytes] of the coded embed_format.
+    embed: in host memory, [vocab_size, hidden_size] of numbers, or uint8 [blocks, block_bytes] of the coded
+    embed_format.
     """
 
     layers: tuple[LayerWeights, ...]
@@ -79,7 +80,8 @@ class Workspace:
 
 
 def embed(lanes: Lanes, weights: ModelWeights, token_ids: torch.Tensor, residual: Activation) -> None:
-    """Start the residual stream with the rows of `token_ids` int64 [rows]; on its way to a GPU it passes the host side."""
+    """Start the residual stream with the rows of `token_ids` int64 [rows]; on its way to a GPU it passes the host
+    side."""
     residual = residual.columns(0, weights.final_norm.shape[0])
     if format_of(weights.embed_format).is_row_major:
         residual.host.copy_(weights.embed[token_ids])

@@ -53,7 +53,8 @@ class AttentionParameters:
 
 @dataclass(frozen=True, slots=True)
 class AttentionBuffers:
-    """Float32 workspaces of a step: query, out, partial [rows, num_heads * head_dim]; lse, partial_lse [rows, num_heads]."""
+    """Float32 workspaces of a step: query, out, partial [rows, num_heads * head_dim]; lse, partial_lse [rows,
+    num_heads]."""
 
     query: Activation
     out: Activation
@@ -203,7 +204,8 @@ def _attend_on_device(
     qkv: Activation,
     buffers: AttentionBuffers,
 ) -> None:
-    """The GPU's groups: over their recent tokens on the GPU, over older ones meanwhile on the CPU, or then on the GPU."""
+    """The GPU's groups: over their recent tokens on the GPU, over older ones meanwhile on the CPU, or then on the
+    GPU."""
     _store(side, step, recent, parameters, qkv, buffers.query)
     attend_recent = partial(_partial, side, step, recent, parameters, buffers.query, buffers.out, buffers.lse)
     if segments.spilled is None:
@@ -217,9 +219,7 @@ def _attend_on_device(
     width = side.heads.stop * parameters.head_dim
     lanes.push(buffers.query, 0, width)
     lanes.on_host(
-        lambda: _partial(
-            older, step, segments.spilled, parameters, buffers.query, buffers.partial, buffers.partial_lse
-        )
+        lambda: _partial(older, step, segments.spilled, parameters, buffers.query, buffers.partial, buffers.partial_lse)
     )
     attend_recent()
     lanes.pull(buffers.partial, 0, width)

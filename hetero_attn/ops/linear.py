@@ -22,8 +22,9 @@ from placement.plan.memory import LinearPlacement
 class LinearWeights:
     """The packed weight of one linear in its two homes; `placement` and `gpu` change between steps only.
 
-    gpu: uint8 [gpu blocks, block_bytes] in GPU memory, of a mix of formats [units, unit_bytes]. dram: the same in host memory, those of the
-    units from `first_dram_unit` on. Of a row cut, both hold every output feature and the input features of their units.
+    gpu: uint8 [gpu blocks, block_bytes] in GPU memory, of a mix of formats [units, unit_bytes]. dram: the same in host
+    memory, those of the units from `first_dram_unit` on. Of a row cut, both hold every output feature and the input
+    features of their units.
     bias: float32 [out_features] on both sides, None on both where the linear has none.
     piece_blocks: the most blocks a staging slot takes.
     """
@@ -42,7 +43,8 @@ class LinearWeights:
         return gpu + stream
 
     def device_inputs(self, tier: int) -> int:
-        """Input features of a row cut that the GPU multiplies in this row tier; the CPU lane takes those behind them."""
+        """Input features of a row cut that the GPU multiplies in this row tier; the CPU lane takes those behind
+        them."""
         return self.device_units(tier) * self.spec.row_unit
 
     def device_features(self, tier: int) -> int:

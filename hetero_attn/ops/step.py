@@ -76,9 +76,7 @@ def plan_step(lanes: Lanes, cache: KVCache, sequences: Sequence[SequenceState], 
         positions = torch.arange(sequences[0].length, sequences[0].length + rows, device="cpu")
     else:
         positions = torch.tensor([sequence.length for sequence in sequences], device="cpu")
-    groups = tuple(
-        _group_step(group, sequences, positions, new_tokens, is_prefill) for group in cache.layer_groups
-    )
+    groups = tuple(_group_step(group, sequences, positions, new_tokens, is_prefill) for group in cache.layer_groups)
     step = Step(is_prefill, rows, row_tier(rows), tuple(sequences), Activation(None, positions), groups)
     return step if lanes.device is None else _uploaded(lanes, step)
 

@@ -13,7 +13,8 @@ PAGE_TOKENS = 64
 class LoadOptions:
     """What a user may say about a load; the fields are the arguments of `LLM`, where they are described.
 
-    None and "auto" leave a choice to the policy, else to the model and the machine: `settle` makes all of them. Types and
+    None and "auto" leave a choice to the policy, else to the model and the machine: `settle` makes all of them. Types
+    and
     ranges are checked here: raises ConfigError, or UnsupportedModelError for a name that is none of the known ones.
     """
 

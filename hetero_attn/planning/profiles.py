@@ -71,7 +71,8 @@ def keep(profile: HardwareProfile) -> None:
 
 
 def lane_threads() -> int:
-    """The most threads that the CPU lane should have here: the cores, but for one where a GPU is fed from another thread.
+    """The most threads that the CPU lane should have here: the cores, but for one where a GPU is fed from another
+    thread.
 
     With 16 threads on 16 cores beside an H100 the CPU's part of a layer took 550 us, with 15 it took 300.
     """

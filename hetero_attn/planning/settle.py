@@ -36,10 +36,12 @@ MAX_PREFILL_CHUNK = 2048
 class PlannedModel:
     """A model with everything decided that loading needs.
 
-    path: its directory or GGUF file. weight_dtype: what tables call the formats of its weights, which `formats` has where
-    they are not all one. device: cpu | cuda[:N] | emulated. hardware, policy: the rates and the wishes that the plan was
-    made with. workload: what was asked of the planner, its shape and prefill chunk still open; plan.workload has those that
-    were chosen.
+    path: its directory or GGUF file. weight_dtype: what tables call the formats of its weights, which `formats` has
+    where
+    they are not all one. device: cpu | cuda[:N] | emulated. hardware, policy: the rates and the wishes that the plan
+    was
+    made with. workload: what was asked of the planner, its shape and prefill chunk still open; plan.workload has those
+    that were chosen.
     """
 
     path: Path
@@ -97,8 +99,9 @@ def plan_model(
 def settle(options: LoadOptions) -> PlannedModel:
     """Decide everything about a model that can be decided without reading its weights.
 
-    The one place where options, policy, config and machine meet: an option goes before the policy's key, and that before
-    what the model or the machine suggests. Nothing is open afterwards, and sizes are in the plan's workload alone.
+    The one place where options, policy, config and machine meet: an option goes before the policy's key, and that
+    before what the model or the machine suggests. Nothing is open afterwards, and sizes are in the plan's workload
+    alone.
     """
     path = resolve_model(options.model, options.file)
     config = read_config(path)
@@ -150,7 +153,8 @@ def _workload(
 ) -> Workload:
     """The workload in the sizes that were asked for; on a GPU its prefill chunk is left to the planner unless fixed.
 
-    One sequence is planned for unless more are asked for; under `objective: throughput` many share the KV slots of a few.
+    One sequence is planned for unless more are asked for; under `objective: throughput` many share the KV slots of a
+    few.
     """
     context = choose_context(options.max_context or policy.context, config)
     batch, kv_tokens = choose_batch(
@@ -209,12 +213,17 @@ def model_name(given: str | Path, path: Path) -> str:
         return str(given)
     parts = path.resolve().parts
     cached = [part for part in parts if part.startswith("models--")]
-    name = cached[-1].removeprefix("models--").replace("--", "/") if cached and "snapshots" in parts else path.resolve().name
+    name = (
+        cached[-1].removeprefix("models--").replace("--", "/")
+        if cached and "snapshots" in parts
+        else path.resolve().name
+    )
     return "".join(c if c.isprintable() else "?" for c in name)
 
 
 def choose_kv_dtype(kv_dtype: str, policy: Policy, weight_dtype: str) -> str:
-    """The dtype of the cache: the wish, else the policy's, else float32 beside float32 weights and bfloat16 otherwise."""
+    """The dtype of the cache: the wish, else the policy's, else float32 beside float32 weights and bfloat16
+    otherwise."""
     check_choice("kv_dtype", kv_dtype, ("auto", *KV_DTYPES))
     if kv_dtype != "auto":
         return kv_dtype
@@ -222,7 +231,8 @@ def choose_kv_dtype(kv_dtype: str, policy: Policy, weight_dtype: str) -> str:
 
 
 def choose_device(device: str, hardware: HardwareProfile | str | None) -> str:
-    """The device to plan for: the wish, or for `auto` the given hardware's, else the GPU where there is one, else the CPU."""
+    """The device to plan for: the wish, or for `auto` the given hardware's, else the GPU where there is one, else the
+    CPU."""
     check_choice("device", device.partition(":")[0], DEVICES)
     if device != "auto":
         return device
@@ -254,7 +264,8 @@ def choose_batch(
     """Sequences decoded together, and the KV slots that they share; None is a whole context for each."""
     if kv_tokens is not None and kv_tokens < max_context:
         raise ConfigError(
-            f"kv_tokens is {kv_tokens}, but one sequence may have max_context {max_context} tokens; give at least that, "
+            f"kv_tokens is {kv_tokens}, but one sequence may have max_context {max_context} tokens; give at least "
+            "that, "
             "or a smaller max_context"
         )
     if max_batch is None and objective == "throughput":
@@ -263,12 +274,13 @@ def choose_batch(
 
 
 def with_chunk_choices(build: Callable[..., Workload], budget_bytes: int) -> Workload:
-    """The workload with the prefill chunks that the planner may choose from; `build(prefill_chunk=)` makes it, because other
-    sizes follow the chunk too.
+    """The workload with the prefill chunks that the planner may choose from; `build(prefill_chunk=)` makes it, because
+    other sizes follow the chunk too.
 
-    Weights are streamed once a chunk and Python queues the kernels of each chunk anew, so large chunks serve prompts; their
-    activations take memory that weights and cache could have. Beginning from the default, the chunk is halved, to 16 rows at
-    least, until its activations take a quarter of the budget at most, and doubled while they do and the context is longer.
+    Weights are streamed once a chunk and Python queues the kernels of each chunk anew, so large chunks serve prompts;
+    their activations take memory that weights and cache could have. Beginning from the default, the chunk is halved, to
+    16 rows at least, until its activations take a quarter of the budget at most, and doubled while they do and the
+    context is longer.
     """
     workload = build(prefill_chunk=DEFAULT_PREFILL_CHUNK)
     while workload.prefill_chunk > MIN_PREFILL_CHUNK and 4 * activation_bytes(workload) > budget_bytes:

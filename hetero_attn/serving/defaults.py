@@ -16,7 +16,8 @@ _SUGGESTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 def default_params(path: Path, **given: Any) -> SamplingParams:
     """The parameters of a request to the model in a directory; `given` wins over what the model suggests.
 
-    Raises SamplingError for a given value out of range, ConfigError for a generation_config.json that is no JSON object.
+    Raises SamplingError for a given value out of range, ConfigError for a generation_config.json that is no JSON
+    object.
     """
     return SamplingParams(**(_suggestion(path) | given))
 

@@ -13,7 +13,11 @@ def for_each(params: Params, count: int) -> Sequence[SamplingParams | None]:
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
     if not isinstance(params, (list, tuple)) or not all(p is None or isinstance(p, SamplingParams) for p in params):
-        raise SamplingError(f"params is {params!r:.60}; it must be one SamplingParams, a list of one for each prompt, or None")
+        raise SamplingError(
+            f"params is {params!r:.60}; it must be one SamplingParams, a list of one for each prompt, or None"
+        )
     if len(params) != count:
-        raise SamplingError(f"params holds {len(params)} for {count} prompts; it must be one SamplingParams for all, or one for each")
+        raise SamplingError(
+            f"params holds {len(params)} for {count} prompts; it must be one SamplingParams for all, or one for each"
+        )
     return params

@@ -15,8 +15,19 @@ EXPECTED = "give text or a list of token ids, or a list of those"
 MOST_PROMPTS = 1 << 20
 # What `apply_chat_template` takes itself; as template variables they would change what it returns.
 RESERVED = {
-    "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding",
-    "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+    "conversation",
+    "messages",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
 }
 
 
@@ -71,12 +82,16 @@ def as_messages(messages: Any) -> list[dict[str, Any]]:
 
 def are_conversations(messages: Any) -> bool:
     """Whether these are several conversations, each a list of messages, and not the messages of one."""
-    return isinstance(messages, (list, tuple)) and bool(messages) and all(isinstance(m, (list, tuple)) for m in messages)
+    return (
+        isinstance(messages, (list, tuple)) and bool(messages) and all(isinstance(m, (list, tuple)) for m in messages)
+    )
 
 
 def _message(position: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise PromptError(f"message {position} is {message!r:.60}; chat messages must be {{'role': ..., 'content': ...}}")
+        raise PromptError(
+            f"message {position} is {message!r:.60}; chat messages must be {{'role': ..., 'content': ...}}"
+        )
     content = message.get("content")
     if content is None and message.get("tool_calls"):
         return dict(message)
@@ -87,10 +102,13 @@ def _text(position: int, content: Any) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, (list, tuple)) else ()
-    if parts and all(isinstance(p, Mapping) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
+    if parts and all(
+        isinstance(p, Mapping) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts
+    ):
         return "".join(part["text"] for part in parts)
     raise PromptError(
-        f"the content of message {position} is {content!r:.60}; it must be text or a list of {{'type': 'text', 'text': ...}}, "
+        f"the content of message {position} is {content!r:.60}; it must be text or a list of "
+        f"{{'type': 'text', 'text': ...}}, "
         "beside the role"
     )
 

@@ -17,8 +17,8 @@ from hetero_attn.serving.tokenizer import TextStream
 class Metrics:
     """How long a request took: counts of tokens, wall seconds of its prefill and of its decoding.
 
-    prefill_s: everything between the call and the first token but the time for which it waited for others: making the prompt
-    into tokens (and opening the tokenizer, where that is not done yet), computing it, choosing the token.
+    prefill_s: everything between the call and the first token but the time for which it waited for others: making the
+    prompt into tokens (and opening the tokenizer, where that is not done yet), computing it, choosing the token.
     time_to_first_token_s: all of it, as the caller waited; 0 before there is a token.
     cached_prompt_tokens: how many of the prompt's tokens were not computed, because an earlier prompt began alike.
     """
@@ -89,10 +89,11 @@ class Request:
 
     max_tokens is already bounded by the context. `computed` counts prompt tokens in the cache, `reused` those
     of them that were there before; `sequence` is None until the request is admitted and after it has ended. stream:
-    None for a model without a tokenizer, whose text stays empty. `error` is what ended the request early, if anything did.
+    None for a model without a tokenizer, whose text stays empty. `error` is what ended the request early, if anything
+    did.
     priority: higher goes first. arrival: its number in the queue. replayed: how many generated tokens are computed once
-    more, after the prompt, because the request was put back. scores: None, or where the logits of the prompt's tokens are
-    collected; such a request generates nothing. asked_at: `perf_counter` of the call.
+    more, after the prompt, because the request was put back. scores: None, or where the logits of the prompt's tokens
+    are collected; such a request generates nothing. asked_at: `perf_counter` of the call.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -218,9 +219,7 @@ class Request:
         """What the request has cost so far."""
         decode_s = self.last_token_at - self.first_token_at
         first_s = self.first_token_at - self.asked_at if self.first_token_at else 0.0
-        return Metrics(
-            len(self.prompt_token_ids), self.progress.tokens, self.prefill_s, decode_s, self.reused, first_s
-        )
+        return Metrics(len(self.prompt_token_ids), self.progress.tokens, self.prefill_s, decode_s, self.reused, first_s)
 
     def output(self) -> RequestOutput:
         """The generation as far as it has come; raises `error` if that is what ended it."""

@@ -108,10 +108,15 @@ def _checked_stop_token_ids(value: object) -> tuple[int, ...]:
 
 def _checked_logit_bias(value: object) -> tuple[tuple[int, float], ...]:
     pairs = _checked_items("logit_bias", value, dict, MAX_LOGIT_BIASES)
-    return tuple(sorted(
-        (_checked_number("logit_bias key", token_id, _RANGES["token id"]), _checked_number("logit_bias value", bias))
-        for token_id, bias in pairs.items()
-    ))
+    return tuple(
+        sorted(
+            (
+                _checked_number("logit_bias key", token_id, _RANGES["token id"]),
+                _checked_number("logit_bias value", bias),
+            )
+            for token_id, bias in pairs.items()
+        )
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +165,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         checks = {
-            "stop": _checked_stop, "stop_token_ids": _checked_stop_token_ids, "logit_bias": _checked_logit_bias,
+            "stop": _checked_stop,
+            "stop_token_ids": _checked_stop_token_ids,
+            "logit_bias": _checked_logit_bias,
         }
         for field in fields(self):
             value = getattr(self, field.name)

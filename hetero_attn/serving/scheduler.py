@@ -3,12 +3,13 @@
 A request waits, by priority and then first come first served, until it can have the pages it needs: those of its prompt
 and of the longest answer that it may have, or, where nobody said how long that is, of its prompt and one token. Such a
 request takes pages as it grows. When they run out, the youngest of the lowest priority is put back into the queue; it
-resumes by computing its prompt and its answer so far again, from where the prefix cache ends. The oldest always goes on.
+resumes by computing its prompt and its answer so far again, from where the prefix cache ends. The oldest always goes
+on.
 
-A prompt is computed chunk by chunk, from where it stops being like an earlier one, one prompt at a time, so that prompts
-that begin alike compute what they share once. While others decode, chunks and their tokens take turns, and a chunk that
-would take longer than CHUNK_S is cut short while anybody waits for it. How far a request has come is derived from its own
-tokens at the start of each step; an interrupted step leaves nothing to undo.
+A prompt is computed chunk by chunk, from where it stops being like an earlier one, one prompt at a time, so that
+prompts that begin alike compute what they share once. While others decode, chunks and their tokens take turns, and a
+chunk that would take longer than CHUNK_S is cut short while anybody waits for it. How far a request has come is derived
+from its own tokens at the start of each step; an interrupted step leaves nothing to undo.
 """
 
 import time
@@ -159,7 +160,9 @@ class Scheduler:
     def _chunk_rows(self) -> int:
         """Rows of the next chunk: as many as fit a step, or CHUNK_S where anybody else waits for its end."""
         most = self._engine.prefill_chunk
-        return min(most, rows_within(self._engine.plan, CHUNK_S)) if len(self._running) + len(self._waiting) > 1 else most
+        return (
+            min(most, rows_within(self._engine.plan, CHUNK_S)) if len(self._running) + len(self._waiting) > 1 else most
+        )
 
     def _reuse(self, request: Request) -> int:
         """Begin with what is known of the prompt, all but its last token, whose logits are wanted."""

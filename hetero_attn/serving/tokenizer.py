@@ -152,8 +152,8 @@ class Tokenizer:
         return TextStream(lambda token_ids: self.decode(token_ids, skip_special_tokens), stop)
 
     def with_special_stops(self, params: SamplingParams) -> SamplingParams:
-        """The parameters with special tokens among the stop strings as stop ids too: their text is left out of the answer,
-        so the strings alone could never match."""
+        """The parameters with special tokens among the stop strings as stop ids too: their text is left out of the
+        answer, so the strings alone could never match."""
         if not params.stop:
             return params
         added = self._tokenizer.added_tokens_decoder.items()
@@ -269,12 +269,14 @@ def _way_out(path: Path) -> str:
     only_sentencepiece = (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file()
     if only_sentencepiece and importlib.util.find_spec("sentencepiece") is None:
         return "tokenizer.model needs the sentencepiece package: pip install sentencepiece protobuf"
-    return "download the tokenizer files again (code that comes with a model is never run), or give prompts as token ids"
+    return (
+        "download the tokenizer files again (code that comes with a model is never run), or give prompts as token ids"
+    )
 
 
 def open_beside(path: Path) -> Future[Tokenizer | None]:
-    """Open a model's tokenizer on a thread of its own, because importing transformers takes a second that loading weights
-    takes too; the result is None for a model without one, and raises what `Tokenizer.open` raises."""
+    """Open a model's tokenizer on a thread of its own, because importing transformers takes a second that loading
+    weights takes too; the result is None for a model without one, and raises what `Tokenizer.open` raises."""
     opened: Future[Tokenizer | None] = Future()
 
     def work() -> None:

@@ -1,9 +1,9 @@
 """Who may use the engine when: one step at a time, whoever asks, and wishes that anybody may leave at any moment.
 
 Python may run a finaliser between any two bytecodes, also in the middle of a step and in the thread that takes it. So
-`add`, `abort` and `close` leave a note, which needs no lock. Notes are taken up before and after every step, and at once
-where nobody is in one. The lock lets its own thread in again; `_is_inside` then tells a call from inside a step, which
-gets a BusyError where it would have to wait for that step.
+`add`, `abort` and `close` leave a note, which needs no lock. Notes are taken up before and after every step, and at
+once where nobody is in one. The lock lets its own thread in again; `_is_inside` then tells a call from inside a step,
+which gets a BusyError where it would have to wait for that step.
 
 Signal handlers run in the main thread, and what they raise comes between any two bytecodes of it. So the main thread
 takes no step itself: a thread of its own does, and the main one waits, as long as no handler raises something.
@@ -137,7 +137,8 @@ class Turns:
             with self._lock:
                 if self._is_inside:
                     raise BusyError(
-                        f"{self._engine.plan.model}: this call came from inside a step, out of a callback or a finaliser, and "
+                        f"{self._engine.plan.model}: this call came from inside a step, out of a callback or a "
+                        "finaliser, and "
                         "would wait for itself; there, use add, abort or close"
                     )
                 return self._inside(work)
@@ -173,7 +174,8 @@ class Turns:
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise EngineDeadError(
-                f"this LLM of {self._engine.plan.model} was made before a fork, and its threads are in the parent; load the "
+                f"this LLM of {self._engine.plan.model} was made before a fork, and its threads are in the parent; "
+                "load the "
                 "model in the child, or start processes with multiprocessing's spawn method"
             )
 

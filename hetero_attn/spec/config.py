@@ -35,8 +35,8 @@ class RopeConfig:
 
     `rotary_dim` counts the leading dimensions of a head that are rotated; the rest pass through. Fields that a
     `rope_type` does not use keep their defaults. `original_max_position_embeddings` counts tokens;
-    `attention_factor` None means "derive it from `factor`, `mscale` and `mscale_all_dim`" (yarn only). `divisors`, one for
-    each pair, are the whole scaling of rope type "divisors", which only GGUF files have.
+    `attention_factor` None means "derive it from `factor`, `mscale` and `mscale_all_dim`" (yarn only). `divisors`, one
+    for each pair, are the whole scaling of rope type "divisors", which only GGUF files have.
     """
 
     rotary_dim: int

@@ -169,9 +169,7 @@ class ModelSpec:
         return tuple(linear for layer in self.layers for linear in layer.linears) + (self.head,)
 
 
-def model_spec(
-    config: ModelConfig, paired: bool = False, formats: str | WeightFormats = "bf16"
-) -> ModelSpec:
+def model_spec(config: ModelConfig, paired: bool = False, formats: str | WeightFormats = "bf16") -> ModelSpec:
     """Declare the weights of a model with this configuration.
 
     paired: cut `o` and `down` by rows where their units fall on whole superblocks. formats: of the weights, or the one
@@ -260,10 +258,12 @@ class ActivationWidths:
 
     @property
     def shared(self) -> dict[str, tuple[str, ...]]:
-        """What lies one behind the other in the same GPU memory as the buffer named first, for they never live together.
+        """What lies one behind the other in the same GPU memory as the buffer named first, for they never live
+        together.
 
-        All that attention computed is dead once `o` has run, and next written after `down`; the normed rows are dead once
-        gate_up has multiplied them. Every access on the GPU is in the order of one stream; host memory is not shared.
+        All that attention computed is dead once `o` has run, and next written after `down`; the normed rows are dead
+        once gate_up has multiplied them. Every access on the GPU is in the order of one stream; host memory is not
+        shared.
         """
         return {"gate_up": ("qkv", "query", "out", "partial"), "activated": ("normed",)}
 

@@ -2,8 +2,9 @@
 
 Rows are named as llama-bench names them: `pp512` computes a prompt of 512 tokens, `tg128` generates 128 one at a
 time, `@ d4096` after that many tokens are in the cache. On the CPU alone the ceiling of a decode row is the DRAM's read
-bandwidth over the bytes that a token must read, and a prompt, which depends on arithmetic, has only its prediction. With a
-GPU the ceiling is what the plan's busiest lane (GPU, PCIe, CPU cores, DRAM) allows at its measured rate if it never waits.
+bandwidth over the bytes that a token must read, and a prompt, which depends on arithmetic, has only its prediction.
+With a GPU the ceiling is what the plan's busiest lane (GPU, PCIe, CPU cores, DRAM) allows at its measured rate if it
+never waits.
 
 The tokens of a depth are random keys and values, stored without computing a prompt: what attention costs depends on how
 many there are and not on what they say.
@@ -28,7 +29,9 @@ from hetero_attn.tools.terms import Term, compare_terms, term_lines
 from placement.cost.model import predict
 from placement.plan.phase import PhaseCost
 
-EMULATED_NOTE = "an emulated GPU is no GPU: `predicted` is for its invented rates, and no error against them means anything\n"
+EMULATED_NOTE = (
+    "an emulated GPU is no GPU: `predicted` is for its invented rates, and no error against them means anything\n"
+)
 DEPTH_NOTE = "@ dN: on top of N tokens in the cache, random keys and values that no prompt computed\n"
 
 
@@ -36,8 +39,9 @@ DEPTH_NOTE = "@ dN: on top of N tokens in the cache, random keys and values that
 class BenchRow:
     """One figure. tokens_per_s: median, least and most over the repetitions.
 
-    bytes_per_token: weights and cache that one generated token reads, None for prompts. ceiling_tokens_per_s: on the CPU
-    alone the DRAM's read bandwidth over those bytes, None for prompts; with a GPU what the busiest lane of the plan allows
+    bytes_per_token: weights and cache that one generated token reads, None for prompts. ceiling_tokens_per_s: on the
+    CPU alone the DRAM's read bandwidth over those bytes, None for prompts; with a GPU what the busiest lane of the plan
+    allows
     when it never waits. predicted_tokens_per_s: by the plan. terms: of one generated token or of the whole prompt.
     """
 
@@ -89,7 +93,8 @@ class BenchReport:
                 f"{row.predicted_tokens_per_s:.2f}",
                 f"{row.prediction_error:+.0%}",
             )
-        head = f"{self.model} {self.weight_dtype} on {self.device}, {self.num_threads} CPU threads; rates of {self.hardware}"
+        where = f"on {self.device}, {self.num_threads} CPU threads"
+        head = f"{self.model} {self.weight_dtype} {where}; rates of {self.hardware}"
         console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
         console.print(table)
         terms = "".join(f"{line}\n" for row in self.rows for line in term_lines(row.name, row.terms))
@@ -157,8 +162,8 @@ class _Bench:
         self._plan, self._hardware, self._engine, self._depth = planned.plan, planned.hardware, engine, depth
         generator = torch.Generator().manual_seed(0)
         self._token_ids = torch.randint(
-            self._engine.config.vocab_size, (planned.plan.max_context,), generator=generator
-        , device="cpu").tolist()
+            self._engine.config.vocab_size, (planned.plan.max_context,), generator=generator, device="cpu"
+        ).tolist()
 
     def __enter__(self) -> "_Bench":
         self._sequence = self._engine.kv_cache.open()

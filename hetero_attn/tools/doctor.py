@@ -25,8 +25,21 @@ from cpu_kernels.team.kept_files import why_not_writable
 
 GIB = 2**30
 REQUIRED = (
-    "torch", "numba", "llvmlite", "numpy", "safetensors", "transformers", "tokenizers", "huggingface_hub", "pydantic",
-    "PyYAML", "typer", "rich", "tqdm", "scipy", "psutil",
+    "torch",
+    "numba",
+    "llvmlite",
+    "numpy",
+    "safetensors",
+    "transformers",
+    "tokenizers",
+    "huggingface_hub",
+    "pydantic",
+    "PyYAML",
+    "typer",
+    "rich",
+    "tqdm",
+    "scipy",
+    "psutil",
 )
 OPTIONAL = {"triton": "GPU kernels", "nvidia-ml-py": "GPU details in this report", "matplotlib": "plots"}
 NAMED_FEATURES = ("avx2", "fma", "avxvnni", "avx512f", "avx512vnni", "avx512bf16", "amx-tile", "neon", "dotprod")
@@ -117,8 +130,13 @@ def processor(root: Path) -> Iterator[Finding]:
     yield Finding("cpu", "CPU lane threads", str(lane_threads()))
     quota = cpu_quota(root)
     if quota is not None and quota < usable:
-        yield Finding("cpu", "cgroup quota", f"{quota:g} CPUs", "note",
-                      f"more than {max(1, int(quota))} CPU lane threads would wait for each other")
+        yield Finding(
+            "cpu",
+            "cgroup quota",
+            f"{quota:g} CPUs",
+            "note",
+            f"more than {max(1, int(quota))} CPU lane threads would wait for each other",
+        )
     features = host_features()
     named = [name for name in NAMED_FEATURES if name in features]
     yield Finding("cpu", "instruction sets", " ".join(named) or "none of those the kernels look for")
@@ -137,8 +155,13 @@ def memory(root: Path) -> Iterator[Finding]:
     yield Finding("memory", "host", f"{_gib(host.available)} available of {_gib(host.total)}")
     limit = memory_limit_bytes(root)
     if limit is not None and limit < host.total:
-        yield Finding("memory", "cgroup limit", _gib(limit), "note",
-                      f"weights and DRAM-side cache must fit in {_gib(limit)}, not in what the machine has")
+        yield Finding(
+            "memory",
+            "cgroup limit",
+            _gib(limit),
+            "note",
+            f"weights and DRAM-side cache must fit in {_gib(limit)}, not in what the machine has",
+        )
     else:
         yield Finding("memory", "cgroup limit", "none below the host's memory")
     if swap.used > GIB:
@@ -173,8 +196,13 @@ def host_memory_settings(root: Path) -> Iterator[Finding]:
     setting = read_text(root / "sys/kernel/mm/transparent_hugepage/enabled")
     chosen = setting.partition("[")[2].partition("]")[0] or "unknown"
     if chosen == "never":
-        yield Finding("settings", "transparent huge pages", chosen, "note",
-                      "the CPU lane reads weights faster with them: set them to madvise or always")
+        yield Finding(
+            "settings",
+            "transparent huge pages",
+            chosen,
+            "note",
+            "the CPU lane reads weights faster with them: set them to madvise or always",
+        )
     else:
         yield Finding("settings", "transparent huge pages", chosen)
 
@@ -224,8 +252,13 @@ def _gpu(pynvml: Any, index: int, driver: str) -> Finding:
         return Finding("gpu", f"cuda:{index}", f"{text}, PCIe link unknown")
     text += f", PCIe {generation}.0 x{width}"
     if width < most:
-        return Finding("gpu", f"cuda:{index}", text, "note",
-                       f"the link runs at x{width} of x{most} and streams slower by as much: look at the slot")
+        return Finding(
+            "gpu",
+            f"cuda:{index}",
+            text,
+            "note",
+            f"the link runs at x{width} of x{most} and streams slower by as much: look at the slot",
+        )
     return Finding("gpu", f"cuda:{index}", text)
 
 
@@ -236,8 +269,13 @@ def _cuda_torch() -> Finding:
         return Finding("gpu", "torch", "missing", "problem", "pip install torch")
     if torch.cuda.is_available():
         return Finding("gpu", "torch", f"built for CUDA {torch.version.cuda}, sees {torch.cuda.device_count()} GPU(s)")
-    return Finding("gpu", "torch", f"{torch.__version__} cannot use the GPU", "note",
-                   "device=cuda will not work: install a CUDA build of torch that fits the driver")
+    return Finding(
+        "gpu",
+        "torch",
+        f"{torch.__version__} cannot use the GPU",
+        "note",
+        "device=cuda will not work: install a CUDA build of torch that fits the driver",
+    )
 
 
 def _in_the_way() -> Iterator[Finding]:
@@ -301,8 +339,13 @@ def _profile() -> Finding:
     if stored_profile() is not None:
         return Finding("caches", "machine profile", str(profile_path()))
     state = "stale or damaged" if is_kept() else "none"
-    return Finding("caches", "machine profile", state, "note",
-                   "plans use a generic machine's rates; `hetero-attn profile` measures this one")
+    return Finding(
+        "caches",
+        "machine profile",
+        state,
+        "note",
+        "plans use a generic machine's rates; `hetero-attn profile` measures this one",
+    )
 
 
 def _version(distribution: str) -> str | None:

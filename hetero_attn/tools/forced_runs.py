@@ -1,7 +1,7 @@
 """Runs of a text through an engine with its tokens given (teacher forcing), and comparisons of two such runs.
 
-    free       every layer reads what the layer before it wrote: errors add up over the depth of the model
-    following  every layer reads what another run had there: what differs is one layer's own doing, however deep it lies
+free       every layer reads what the layer before it wrote: errors add up over the depth of the model
+following  every layer reads what another run had there: what differs is one layer's own doing, however deep it lies
 """
 
 from collections.abc import Sequence

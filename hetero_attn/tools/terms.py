@@ -40,7 +40,8 @@ def compare_terms(
 ) -> tuple[Term, ...]:
     """Put the measured seconds of each kind of work beside a prediction of the same pass.
 
-    seconds: of the whole pass, measured as it runs; handover_s: of these, waiting for hand-overs as the lanes report it.
+    seconds: of the whole pass, measured as it runs; handover_s: of these, waiting for hand-overs as the lanes report
+    it.
     """
     found: dict[str, float | None] = {name: measured.get(name, 0.0) for name, _ in cost.terms}
     found["handovers"] += handover_s

@@ -31,9 +31,7 @@ class UnroundedOps:
         for name, blocks, columns in reference.mixed_parts(weight, weight_dtype, x.shape[-1]):
             dense = reference.unpack(blocks, name, x.shape[-1], self._dtype)
             result = torch.empty(x.shape[0], dense.shape[0], dtype=self._dtype, device="cpu")
-            reference.linear_unpacked(
-                x.to(self._dtype), dense, None if bias is None else bias[columns], result
-            )
+            reference.linear_unpacked(x.to(self._dtype), dense, None if bias is None else bias[columns], result)
             if accumulate:
                 out[:, columns] += result
             else:

@@ -46,12 +46,12 @@ from placement.plan.plan import Plan, build_plan
 from placement.plan.workload import NUM_ROW_TIERS
 
 MOST_TOKENS = 512  # of a longer text the first ones are compared: the residuals of all layers are kept
-# Two runs with independent errors of one size are twice as far from each other as from the truth; few tokens scatter. In
-# fp32 the sums of one implementation may be several times as exact as another's.
+# Two runs with independent errors of one size are twice as far from each other as from the truth; few tokens scatter.
+# In fp32 the sums of one implementation may be several times as exact as another's.
 END_TO_END_SHARE = {"fp32": 25.0, "bf16": 5.0, "q8": 5.0, "q4": 5.0}
-# Given the same input, two lanes round alike but for numbers at an edge: measured, at most 0.07 of the rounding itself in
-# 30 trained layers. In fp32 nothing is rounded alike. The CPU's prefill rounds quantised keys and values to bf16, which
-# the others do not: measured, 0.39 of the rounding.
+# Given the same input, two lanes round alike but for numbers at an edge: measured, at most 0.07 of the rounding itself
+# in 30 trained layers. In fp32 nothing is rounded alike. The CPU's prefill rounds quantised keys and values to bf16,
+# which the others do not: measured, 0.39 of the rounding.
 STAGE_SHARE = {"fp32": 25.0, "bf16": 0.5, "q8": 0.5, "q4": 0.5}
 QUANTISED_KV_SHARE = 1.0
 SMALLEST_NMSE = 1e-11  # of float32 sums in another order
@@ -98,8 +98,10 @@ class StageError:
 class VerifyReport:
     """How far a plan's logits are from the reference's, and how far rounding alone puts the reference from the truth.
 
-    nmse, mean_kl, token_agreement: of the plan against the reference, see `Distance`. rounding: of the reference against
-    its twin in exact arithmetic. stages: layer by layer. kv_cost: what a quantised cache costs, None beside a plain one.
+    nmse, mean_kl, token_agreement: of the plan against the reference, see `Distance`. rounding: of the reference
+    against
+    its twin in exact arithmetic. stages: layer by layer. kv_cost: what a quantised cache costs, None beside a plain
+    one.
     """
 
     model: str

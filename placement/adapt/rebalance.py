@@ -30,8 +30,8 @@ PROMPT_TIER = NUM_ROW_TIERS - 1
 
 @dataclass(frozen=True, slots=True)
 class LaneTimes:
-    """Means over measured steps of one row tier, in seconds: of a step, of the CPU lane at work in it, and for which the
-    caller waited for the CPU lane."""
+    """Means over measured steps of one row tier, in seconds: of a step, of the CPU lane at work in it, and for which
+    the caller waited for the CPU lane."""
 
     wall_s: float
     cpu_s: float
@@ -46,8 +46,8 @@ class LaneTimes:
 def movable(plan: Plan, bounds: Bounds) -> tuple[dict[str, int], ...]:
     """By row tier, the linears whose boundary may move and the most units of each that may be streamed.
 
-    A linear may stream if the plan streams it in some tier: only then is it page-locked. qkv stays: its cut follows the owners of the cache. So do both linears of a paired block, which move
-    as a whole. Empty without a staging ring.
+    A linear may stream if the plan streams it in some tier: only then is it page-locked. qkv stays: its cut follows the
+    owners of the cache. So do both linears of a paired block, which move as a whole. Empty without a staging ring.
     """
     tiers: tuple[dict[str, int], ...] = tuple({} for _ in range(NUM_ROW_TIERS))
     whole = {name for row in plan.workload.linears if row.row_cut for name in (row.name, first_name(row))}

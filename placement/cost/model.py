@@ -16,8 +16,9 @@ That is the least: lanes that could run side by side do so in part, as machines 
 
 with the profile's overlap for decode and for prompts; work on one lane alone has nothing to lose.
 
-A `paired` layer cuts o and down by rows of the weight, to follow the heads and neurons of qkv and gate_up: a block is then
-one step of max(cpu, gpu) with one hand-over, rows in and the partial sum back, two hand-overs a layer instead of four.
+A `paired` layer cuts o and down by rows of the weight, to follow the heads and neurons of qkv and gate_up: a block is
+then one step of max(cpu, gpu) with one hand-over, rows in and the partial sum back, two hand-overs a layer instead of
+four.
 
 All coefficients are linear in units, groups and bytes, so the planner optimises exactly what is predicted here.
 """
@@ -48,8 +49,8 @@ from placement.plan.workload import KvShard, LinearShard, Workload, row_tier
 
 
 class PassCost(NamedTuple):
-    """Seconds of one pass: those expected, and those if all that could run side by side did; the seconds that each resource
-    needs by itself, and those of each kind of work."""
+    """Seconds of one pass: those expected, and those if all that could run side by side did; the seconds that each
+    resource needs by itself, and those of each kind of work."""
 
     seconds: float
     overlapped_s: float

@@ -1,7 +1,8 @@
 """What is minimised: the seconds of reference requests, prompts and the tokens generated after them.
 
-Two requests stand for what people send: one with a short prompt and one with a long one, half of the longest context. A plan
-that is best for short prompts only can be several times too slow for long ones, whose rows outweigh every hand-over.
+Two requests stand for what people send: one with a short prompt and one with a long one, half of the longest context. A
+plan that is best for short prompts only can be several times too slow for long ones, whose rows outweigh every
+hand-over.
 """
 
 from collections.abc import Sequence
@@ -65,8 +66,10 @@ def reference_calls(workload: Workload, objective: str) -> list[WeightedCall]:
     share = requests.long_prompts * min(1.0, LONG_PROMPT_TOKENS / long)
     return [
         WeightedCall(Call(batch, 1, reference_context(workload, batch)), steps),
-        *_merged(_prompt_calls(workload, short, batch * requests.short_prompts)
-                 + _prompt_calls(workload, long, batch * share)),
+        *_merged(
+            _prompt_calls(workload, short, batch * requests.short_prompts)
+            + _prompt_calls(workload, long, batch * share)
+        ),
     ]
 
 

@@ -1,6 +1,7 @@
 """Predicted time of single operations of a pass: a linear on either side, attention, hand-overs, what Python adds.
 
-Every coefficient is linear in units, groups and bytes; `cost` adds them up to a pass, `formulation` optimises over them.
+Every coefficient is linear in units, groups and bytes; `cost` adds them up to a pass, `formulation` optimises over
+them.
 """
 
 from collections.abc import Sequence
@@ -95,7 +96,8 @@ def cpu_linear_s_per_unit(shard: LinearShard, rows: int, dtype: str, hardware: H
 
 
 def gpu_linear_s_per_unit(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile) -> float:
-    """GPU lane: unit_bytes / B_gpu or rows * operations / F_gpu, whichever is longer; measured by rows, read from that."""
+    """GPU lane: unit_bytes / B_gpu or rows * operations / F_gpu, whichever is longer; measured by rows, read from
+    that."""
     if hardware.gpu_rows:
         return shard.flops_per_row_per_unit * seconds_per_operation_of_a_row(hardware.gpu_rows, rows, dtype)
     return max(
@@ -111,8 +113,8 @@ def handover_s(rows: int, in_features: int, out_features: float, hardware: Hardw
 
 
 def is_recorded(call: Call, on_gpu: bool) -> bool:
-    """Whether a pass replays the CPU's operations instead of calling them: a decode step without a GPU. Beside a GPU the
-    measured hand-over holds what the calls cost."""
+    """Whether a pass replays the CPU's operations instead of calling them: a decode step without a GPU. Beside a GPU
+    the measured hand-over holds what the calls cost."""
     return call.q_len == 1 and not on_gpu
 
 
@@ -142,8 +144,8 @@ def linear_cost(
 
 
 def step_cost(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile, paired: bool) -> LinearCost:
-    """Coefficients of one linear beside a GPU. paired: it is part of a paired block, into which only rows go, before its
-    first linear, and out of which a whole partial sum comes, after its last."""
+    """Coefficients of one linear beside a GPU. paired: it is part of a paired block, into which only rows go, before
+    its first linear, and out of which a whole partial sum comes, after its last."""
     cost = linear_cost(shard, rows, dtype, hardware, True)
     if not paired:
         return cost
@@ -239,8 +241,8 @@ def queueing_s(
 ) -> float:
     """What Python needs to queue a prompt's layers on a GPU, which works on them meanwhile; a decode step is captured.
 
-    The profile's layer is mostly its four linears, each of one product; large ones over codes are several, and so is one
-    of which a part is streamed.
+    The profile's layer is mostly its four linears, each of one product; large ones over codes are several, and so is
+    one of which a part is streamed.
     """
     if not on_gpu or call.q_len == 1:
         return 0.0
@@ -253,7 +255,8 @@ def queueing_s(
 
 
 def gpu_products(shard: LinearShard, placement: LinearPlacement, rows: int, weight_format: str) -> int:
-    """Products that Python queues for one linear of many rows, of its columns at home and of those that are streamed."""
+    """Products that Python queues for one linear of many rows, of its columns at home and of those that are
+    streamed."""
     home, streamed, _ = placement.cut(row_tier(rows))
     is_coded = not widest(weight_format).is_row_major
     unit = 2 * shard.unit_features * shard.in_features if is_coded else 0  # bytes as bf16

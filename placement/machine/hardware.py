@@ -55,16 +55,18 @@ class HardwareProfile:
     handover_s: activations to the CPU, wake-up and result back, without their bytes. launch_overhead_s: one GPU kernel;
     cpu_activation_s: a linear's own time per activation, in or out, of a row;
     cpu_call_s: one call of the CPU kernel team; cpu_recorded_call_s: the same in a recorded step, 0 is as a call;
-    cpu_small_bytes_per_s: activations through norms and such, 0 is the DRAM rate; step_overhead_s: Python once per step,
+    cpu_small_bytes_per_s: activations through norms and such, 0 is the DRAM rate; step_overhead_s: Python once per
+    step,
     cached_step_overhead_s: the same when a step's weights leave it in the cache;
-    layer_overhead_s: Python around a layer of a step that is not recorded; gpu_layer_overhead_s: Python queueing a layer
-    of a prompt on a GPU, beside the GPU's own work;
+    layer_overhead_s: Python around a layer of a step that is not recorded; gpu_layer_overhead_s: Python queueing a
+    layer of a prompt on a GPU, beside the GPU's own work;
     logits_s_per_token: choosing a token, per entry of the vocabulary.
     overlap, prompt_overlap: share of what GPU, CPU and bus can do side by side that they do, in decode and in a prompt;
     overlap_source: on which machine that was seen.
     gpu_context_bytes: GPU memory that the driver takes for itself. unified_memory: GPU and CPU share one DRAM.
     cpu_rows, gpu_rows: linears by token rows, ascending; they replace the two-rate estimate where there are any.
-    cpu_attention: by cache dtype and head sharing, likewise. h2d_pageable_bytes_per_s, d2h_pageable_bytes_per_s, copies,
+    cpu_attention: by cache dtype and head sharing, likewise. h2d_pageable_bytes_per_s, d2h_pageable_bytes_per_s,
+    copies,
     thread_sweep: measured for people, not used by the cost model.
     staging_piece_bytes: of the weights that are streamed at a time.
     fingerprint: (key, value) pairs by which a measured profile is recognised as stale or foreign.

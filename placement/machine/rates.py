@@ -71,8 +71,8 @@ class AttentionRate:
     """CPU attention over a cache in DRAM: bytes of K and V a second with one row a sequence, operations with many.
 
     bits: of one cached value. heads_per_group: query heads that share a KV head. extra_keys: keys that a row of a chunk
-    costs beyond those it sees, for tiles along the diagonal are computed whole. cached_bytes_per_s: with one row, when K
-    and V are in the cache; 0 is unknown.
+    costs beyond those it sees, for tiles along the diagonal are computed whole. cached_bytes_per_s: with one row, when
+    K and V are in the cache; 0 is unknown.
     """
 
     bits: float
@@ -87,13 +87,14 @@ class AttentionRate:
 def beside_memory(
     bytes_per_s: float, sweep_bytes_per_s: float, now_bytes_per_s: float, own_bytes_per_s: float = 0.0
 ) -> float:
-    """What a kernel reads a second when a plain read of memory reaches `now_bytes_per_s`, if it read `bytes_per_s` while
-    a plain read reached `sweep_bytes_per_s`.
+    """What a kernel reads a second when a plain read of memory reaches `now_bytes_per_s`, if it read `bytes_per_s`
+    while a plain read reached `sweep_bytes_per_s`.
 
     A kernel waits for memory and computes at once, so the slower decides: rate^-4 = sweep^-4 + own^-4, where own is its
-    rate if memory were no limit, and the power takes a sixth off where both are alike. own_bytes_per_s is that rate where
-    it was measured, from the cache; the rest by which the kernel missed the formula is then taken as it was. Where it was
-    not, it is what the formula makes of both rates, and a kernel that kept up with the plain read follows it.
+    rate if memory were no limit, and the power takes a sixth off where both are alike. own_bytes_per_s is that rate
+    where it was measured, from the cache; the rest by which the kernel missed the formula is then taken as it was.
+    Where it was not, it is what the formula makes of both rates, and a kernel that kept up with the plain read follows
+    it.
     """
     if own_bytes_per_s:
         then, now = ((rate**-4 + own_bytes_per_s**-4) ** -0.25 for rate in (sweep_bytes_per_s, now_bytes_per_s))
@@ -137,7 +138,8 @@ class ThreadRate:
 
 
 def parse(kind: type, value: Any, where: str) -> Any:
-    """Build one of these classes from plain values; ValueError names the field that is missing, unknown or no number."""
+    """Build one of these classes from plain values; ValueError names the field that is missing, unknown or no
+    number."""
     hints = get_type_hints(kind)
     names = [entry.name for entry in fields(kind)]
     if not isinstance(value, dict) or set(value) != set(names):

@@ -194,7 +194,8 @@ def rounded_input_bytes(workload: Workload) -> int:
 
 
 def weights_bytes(workload: Workload, placements: Sequence[LinearPlacement], place: str) -> int:
-    """Weight bytes at a place. Units in DRAM are pinned if their linear streams, or may come to stream, in some tier."""
+    """Weight bytes at a place. Units in DRAM are pinned if their linear streams, or may come to stream, in some
+    tier."""
     total = 0
     for shard, placement in zip(workload.linears, placements, strict=True):
         if place == "gpu":

@@ -1,7 +1,8 @@
 """A plan: where every unit of a linear and every KV-head group lives and is computed. Frozen data, printed three ways.
 
-The runtime reads placements and sizes from here and allocates by the functions of placement.plan.memory, so that the counted
-bytes are the allocated ones. `to_yaml` writes the plan as a policy that make_plan turns into the same plan again.
+The runtime reads placements and sizes from here and allocates by the functions of placement.plan.memory, so that the
+counted bytes are the allocated ones. `to_yaml` writes the plan as a policy that make_plan turns into the same plan
+again.
 """
 
 from collections.abc import Sequence
@@ -87,7 +88,8 @@ class Plan:
         for shard, placement in zip(self.workload.linears, self.linears, strict=True):
             if shard.row_cut and not set(placement.stream_units) <= {0, placement.dram_units}:
                 raise ValueError(
-                    f"{shard.name}: its {placement.dram_units} dram-home units are cut by rows, so they stream together "
+                    f"{shard.name}: its {placement.dram_units} dram-home units are cut by rows, so they stream "
+                    "together "
                     f"or not at all, got stream_units {placement.stream_units}"
                 )
 

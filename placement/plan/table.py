@@ -83,8 +83,8 @@ def kv_line(plan: ShownPlan) -> str:
 
 
 def prediction_lines(predicted: Prediction) -> list[str]:
-    """Tokens/s of both phases, expected and, where lanes may overlap more than they have been seen to, at most; each with its
-    binding resource; and decode along the context."""
+    """Tokens/s of both phases, expected and, where lanes may overlap more than they have been seen to, at most; each
+    with its binding resource; and decode along the context."""
     lines = [f"predicted on {predicted.hardware} ({predicted.objective}):"]
     for cost in (predicted.decode, predicted.prefill):
         sequences = "1 sequence" if cost.rows == 1 else f"{cost.rows} sequences"

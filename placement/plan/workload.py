@@ -11,7 +11,8 @@ from typing import NamedTuple
 KV_DTYPES = ("fp32", "bf16", "q8", "q4")
 LINEAR_KINDS = ("qkv", "o", "gate_up", "down", "head")
 
-# Long enough for the bus to reach its rate, short enough that slots cost little memory and the first piece is soon there.
+# Long enough for the bus to reach its rate, short enough that slots cost little memory and the first piece is soon
+# there.
 STAGING_PIECE_BYTES = 8 * 2**20
 
 ROW_TIER_LIMITS = (1, 4, 16, 64)
@@ -38,8 +39,10 @@ class LinearShard:
     name: closed shard name; kind: one of LINEAR_KINDS; layer: index, or None for the head.
     units: number of cuttable pieces; unit_bytes, unit_features: packed bytes and output features of one unit.
     in_features: width of the input row; flops_per_row_per_unit: multiplications plus additions for one row and unit.
-    weight_format: what the unit is packed as, a format of cpu_kernels/formats or a mix of them; empty is the workload's.
-    row_cut: a unit is a run of input features and adds to every output; its dram-home units stream together or not at all.
+    weight_format: what the unit is packed as, a format of cpu_kernels/formats or a mix of them; empty is the
+    workload's.
+    row_cut: a unit is a run of input features and adds to every output; its dram-home units stream together or not at
+    all.
     """
 
     name: str
@@ -108,8 +111,8 @@ class ChunkChoice(NamedTuple):
 class Workload:
     """Everything the planner may know about a model and the use made of it.
 
-    weight_dtype: what tables call the formats of the linears. kv_dtype: fp32 | bf16 | q8 | q4. embed_bytes: the token embedding, read a row at a time from host
-    memory.
+    weight_dtype: what tables call the formats of the linears. kv_dtype: fp32 | bf16 | q8 | q4. embed_bytes: the token
+    embedding, read a row at a time from host memory.
     resident_bytes: norms, biases, rotary tables: in GPU memory whenever there is a GPU.
     activation_bytes_per_row: peak activations of one token row in GPU memory; host_activation_bytes_per_row: in host
     memory, 0 is as many. max_context, prefill_chunk: tokens; max_batch:

@@ -47,9 +47,7 @@ class TierRule(_Strict):
 class KvRule(_Strict):
     """KV cache of a layer: how many KV-head groups the GPU owns, and how many of their newest tokens it keeps."""
 
-    gpu_heads: CountField = Field(
-        None, description="KV-head groups that the GPU owns; all, auto or a number."
-    )
+    gpu_heads: CountField = Field(None, description="KV-head groups that the GPU owns; all, auto or a number.")
     gpu_tokens: CountField = Field(
         None, description="Newest tokens of those groups that stay in GPU memory; all, auto or a number."
     )
@@ -62,24 +60,19 @@ class Rule(_Strict):
     """
 
     match: str = Field(
-        min_length=1, max_length=256,
+        min_length=1,
+        max_length=256,
         description="Which shards: a glob over their names, such as `*.qkv`, or a range of layers, `layers.0-15.qkv`.",
     )
     gpu: ShareField = Field(
         None, description="Share that lives in GPU memory: a fraction of 1, or `N units`, or `N features`, or auto."
     )
-    stream: ShareField = Field(
-        None, description="Share that lives in DRAM and is copied to the GPU when it is needed."
-    )
-    cpu: ShareField = Field(
-        None, description="Share that lives in DRAM and is computed there by CPU cores."
-    )
+    stream: ShareField = Field(None, description="Share that lives in DRAM and is copied to the GPU when it is needed.")
+    cpu: ShareField = Field(None, description="Share that lives in DRAM and is computed there by CPU cores.")
     tiers: dict[str, TierRule] = Field(
         default_factory=dict, description="Other stream and cpu shares for steps of so many rows, such as `2-4`."
     )
-    kv: KvRule | None = Field(
-        None, description="For the cache of a layer instead of a linear."
-    )
+    kv: KvRule | None = Field(None, description="For the cache of a layer instead of a linear.")
 
     @property
     def sets_linears(self) -> bool:
@@ -120,11 +113,10 @@ def _check_sum(gpu: Share | None, stream: Share | None, cpu: Share | None, where
 class Policy(_Strict):
     """What the user asks of the planner; every field may be None, which means `auto`. Sizes are in bytes."""
 
-    version: Literal[1] = Field(
-        VERSION, description="The format of this file. Always 1."
-    )
+    version: Literal[1] = Field(VERSION, description="The format of this file. Always 1.")
     objective: Literal["latency", "throughput", "prefill"] = Field(
-        "latency", description="Make fast one sequence's tokens (latency), many sequences' (throughput), or prompts (prefill)."
+        "latency",
+        description="Make fast one sequence's tokens (latency), many sequences' (throughput), or prompts (prefill).",
     )
     gpu_memory: SizeField = Field(
         None, description="Budget of GPU memory, such as 8GiB; all that is free where it is not given."
@@ -132,24 +124,14 @@ class Policy(_Strict):
     pinned_memory: SizeField = Field(
         None, description="Most page-locked host memory, such as 16GiB: streamed weights, older keys and values."
     )
-    host_memory: SizeField = Field(
-        None, description="Most host memory in all."
-    )
-    context: PositiveField = Field(
-        None, description="Most tokens of one sequence, prompt and answer together."
-    )
-    batch: PositiveField = Field(
-        None, description="Sequences that are decoded together."
-    )
+    host_memory: SizeField = Field(None, description="Most host memory in all.")
+    context: PositiveField = Field(None, description="Most tokens of one sequence, prompt and answer together.")
+    batch: PositiveField = Field(None, description="Sequences that are decoded together.")
     kv_tokens: PositiveField = Field(
         None, description="Tokens that the cache holds for all sequences; context times batch if not given."
     )
-    threads: PositiveField = Field(
-        None, description="Threads of the CPU lane."
-    )
-    prefill_chunk: PositiveField = Field(
-        None, description="Rows of a prompt that one step computes."
-    )
+    threads: PositiveField = Field(None, description="Threads of the CPU lane.")
+    prefill_chunk: PositiveField = Field(None, description="Rows of a prompt that one step computes.")
     staging_slots: SlotsField = Field(
         None, description="Slots of the ring through which weights stream to the GPU; 0 lets nothing stream."
     )

@@ -1,7 +1,8 @@
 """Measure one machine's CPU lane with the runtime's own kernels: the numbers that the planner works with.
 
-Every rate is what an op reaches, not what a data sheet says: bytes of weights or cache a second with one row, operations
-a second by row count, on buffers larger than the last-level cache and, apart from that, on a small one that stays in it.
+Every rate is what an op reaches, not what a data sheet says: bytes of weights or cache a second with one row,
+operations a second by row count, on buffers larger than the last-level cache and, apart from that, on a small one that
+stays in it.
 Medians of repetitions, because machines are shared. The GPU, the bus and both sides at once: placement.profilers.gpu.
 """
 

@@ -1,4 +1,5 @@
-"""Rates of the CPU lane's attention over caches in DRAM: one row and many, by cache dtype, head sharing and head size."""
+"""Rates of the CPU lane's attention over caches in DRAM: one row and many, by cache dtype, head sharing and head
+size."""
 
 import statistics
 from collections.abc import Callable

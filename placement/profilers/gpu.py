@@ -10,8 +10,8 @@ Everything is asked of a small interface, so that a fake with known rates can st
     kernel_seconds(work)            the same of kernels alone, as in a captured step: no launch is waited for
     now(), synchronize()            a clock in seconds; wait for all that is queued
 
-`TorchGpu` is the real one. Copies and kernels are at least some megabytes, so their launches do not count; what launches
-and hand-overs cost is measured with the runtime itself (hetero_attn.engine.runtime_costs).
+`TorchGpu` is the real one. Copies and kernels are at least some megabytes, so their launches do not count; what
+launches and hand-overs cost is measured with the runtime itself (hetero_attn.engine.runtime_costs).
 """
 
 import statistics

@@ -1,7 +1,8 @@
 """Layers that must look alike to the planner, so that 80 equal layers cost two sets of variables and not eighty.
 
 Equal layers matter to the cost only through their totals and through how many of them hand work to the CPU, so a class
-of them is described by those numbers (placement.solve.formulation) and laid out again afterwards (placement.solve.search).
+of them is described by those numbers (placement.solve.formulation) and laid out again afterwards
+(placement.solve.search).
 """
 
 from collections.abc import Sequence

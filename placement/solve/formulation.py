@@ -1,7 +1,7 @@
 """Placement as a mixed-integer program: the equations of placement.cost with placements as the unknowns.
 
-What may be chosen and what memory it takes: placement.solve.unknowns. What a pass costs then: placement.solve.pass_time. Large models
-are nearly pure linear programs.
+What may be chosen and what memory it takes: placement.solve.unknowns. What a pass costs then:
+placement.solve.pass_time. Large models are nearly pure linear programs.
 """
 
 from placement.cost.terms import WeightedCall
@@ -45,7 +45,8 @@ class Formulation:
         )
 
     def least_s(self) -> float | None:
-        """Seconds below which no placement gets: those of the program without whole numbers. None when there is none."""
+        """Seconds below which no placement gets: those of the program without whole numbers. None when there is
+        none."""
         values = self._unknowns.program.solve(whole_numbers=False)
         return None if values is None else self._seconds(values)
 
@@ -72,9 +73,7 @@ class Formulation:
         values = program.solve()
         if values is None:
             return None
-        return unknowns.bytes_scale * (
-            unknowns.memory_constant[place] + sum(values[v] * k for v, k in needed.items())
-        )
+        return unknowns.bytes_scale * (unknowns.memory_constant[place] + sum(values[v] * k for v, k in needed.items()))
 
     def _prefer_affinity(self, weighted: WeightedCall) -> None:
         """Prefer that the GPU owns the cache of no more groups than it computes q, k and v for."""

@@ -122,9 +122,7 @@ def _with_chunks(request: _Request) -> list[_Request]:
     """The request for every prefill chunk that may be chosen, the smallest first."""
     if not request.workload.chunk_choices:
         return [request]
-    return [
-        replace(request, workload=request.workload.with_chunk(choice)) for choice in request.workload.chunk_choices
-    ]
+    return [replace(request, workload=request.workload.with_chunk(choice)) for choice in request.workload.chunk_choices]
 
 
 def _candidates(requests: Sequence[_Request]) -> list[Candidate]:
@@ -149,9 +147,7 @@ def _problem(request: _Request) -> Problem:
         )
     )
     bounds = bind(request.policy, request.workload, request.device)
-    problem = Problem(
-        request.workload, request.hardware, bounds, request.policy.objective, request.slots, budgets
-    )
+    problem = Problem(request.workload, request.hardware, bounds, request.policy.objective, request.slots, budgets)
     only = fixed_candidate(problem, request.device != "cpu")
     apart = block_apart(request.workload, only.linears) if only else None
     if apart:

@@ -19,7 +19,8 @@ _ONE_AT_A_TIME = threading.Lock()
 def native_output_to_stderr() -> Iterator[None]:
     """Send what is written to descriptor 1 meanwhile to descriptor 2; always restores it.
 
-    Does nothing where descriptor 1 is closed. Python's own buffered output is written when it is flushed, so before or after.
+    Does nothing where descriptor 1 is closed. Python's own buffered output is written when it is flushed, so before or
+    after.
     """
     with _ONE_AT_A_TIME:
         try:

@@ -1,7 +1,8 @@
 """Paired blocks: o cut by rows beside the heads of qkv, down beside the neurons of gate_up.
 
 Both linears of such a block are cut at the same fractions, so that each lane goes on with what it has computed and
-the block costs one hand-over. What a row cut has in DRAM streams as a whole or not at all, and so does the linear before it.
+the block costs one hand-over. What a row cut has in DRAM streams as a whole or not at all, and so does the linear
+before it.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,7 @@
 """The seconds of one pass over the unknowns of a placement program: the equations of placement.cost, term by term.
 
-In k <= n of a class's n layers the CPU has a share of a step. Those k pay a hand-over and overlap both lanes, the others run
-on the GPU alone:
+In k <= n of a class's n layers the CPU has a share of a step. Those k pay a hand-over and overlap both lanes, the
+others run on the GPU alone:
 
     steps >= C * cpu_s + (n - k) * units * gpu_s,    steps >= (G + S) * gpu_s,    C <= k * units
 
@@ -90,9 +90,7 @@ class PassTime:
         for block in blocks.values():
             add(self._steps, self._step(cls.count, block), 1.0)
 
-    def _linear(
-        self, c: int, i: int, count: int, linear: LinearClass, tier: int, blocks: dict[str, _Step]
-    ) -> None:
+    def _linear(self, c: int, i: int, count: int, linear: LinearClass, tier: int, blocks: dict[str, _Step]) -> None:
         shard, call, scale = linear.shard, self._weighted.call, self._scale
         is_head = shard.kind == "head"
         block = blocks.get(BLOCKS[shard.kind])
@@ -163,10 +161,14 @@ class PassTime:
         return _Step(busy, {groups: scale * cost.gpu_s_per_group}, {layers: 1.0}, whole)
 
     def _attention_over_free_tokens(self, c: int, cls: LayerClass) -> _Step:
-        """Attention of groups that the GPU owns all, where the program decides how many slots they keep: a share `far` of
-        what the call sees is in DRAM."""
+        """Attention of groups that the GPU owns all, where the program decides how many slots they keep: a share `far`
+        of what the call sees is in DRAM."""
         unknowns, program, scale, shard, call = (
-            self._unknowns, self._program, self._scale, cls.kv.shard, self._weighted.call,
+            self._unknowns,
+            self._program,
+            self._scale,
+            cls.kv.shard,
+            self._weighted.call,
         )
         every, total = unknowns.workload.full_tokens, cls.count * shard.groups
         away, near = (attention_cost(shard, call, n, unknowns.workload, self._hardware, True) for n in (0, every))
@@ -201,8 +203,8 @@ class PassTime:
         return seconds
 
     def _attention_handovers(self, c: int, cls: LayerClass, owned: int, layers: int, spills: bool) -> int:
-        """Layers counted by placement.cost.terms.attention_handovers: more groups attended than computed by the CPU, or any
-        spilled."""
+        """Layers counted by placement.cost.terms.attention_handovers: more groups attended than computed by the CPU, or
+        any spilled."""
         program, unknowns, tier = self._program, self._unknowns, self._weighted.call.tier
         handovers, groups = unknowns.layers(cls.count), unknowns.groups[c]
         groups_in_layer = -float(cls.kv.shard.groups)

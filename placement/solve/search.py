@@ -81,7 +81,8 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A placement, the problem that it answers, what distinguishes it, and the predicted seconds of the reference requests.
+    """A placement, the problem that it answers, what distinguishes it, and the predicted seconds of the reference
+    requests.
 
     layout, concentrated, gpu_tokens: how it was laid out, for `complete`; None when nothing was left to choose.
     """
@@ -115,8 +116,8 @@ def fixed_candidate(problem: Problem, on_gpu: bool) -> Candidate | None:
 def candidates(problems: Sequence[Problem]) -> list[Candidate]:
     """Placements within the budgets, fastest first; empty when there is none. Only reference tiers are settled.
 
-    problems: the same model cut or called otherwise; the fastest placement of any of them wins. Should rounding have pushed
-    every one over a budget, they are returned all the same, for their bytes to be reported.
+    problems: the same model cut or called otherwise; the fastest placement of any of them wins. Should rounding have
+    pushed every one over a budget, they are returned all the same, for their bytes to be reported.
     """
     fitting = [known for problem in problems for known in known_placements(problem) if _fits(known)]
     too_large: list[Candidate] = []
@@ -145,8 +146,8 @@ def fastest_first(found: Iterable[Candidate]) -> list[Candidate]:
 
 
 def _programs(problems: Sequence[Problem]) -> list[tuple[float, int, Problem, int | None]]:
-    """Every program worth solving: the seconds below which it cannot get, its place in the list, the problem, and the KV
-    slots of GPU-owned groups, None where the program decides them. The most promising first."""
+    """Every program worth solving: the seconds below which it cannot get, its place in the list, the problem, and the
+    KV slots of GPU-owned groups, None where the program decides them. The most promising first."""
     found = []
     for problem in problems:
         for variant, tokens in _variants(problem):
@@ -160,7 +161,9 @@ def _variants(problem: Problem) -> Iterator[tuple[Problem, int | None]]:
     """Who owns the cache and how much of it stays in GPU memory: everything by the GPU, with as many slots as are best;
     nothing; or the groups that are best for a few numbers of slots."""
     every, none = problem.with_owned_groups(True), problem.with_owned_groups(False)
-    owns_all = all(bound.gpu_groups == shard.groups for shard, bound in zip(problem.workload.kv, every.bounds.kv, strict=True))
+    owns_all = all(
+        bound.gpu_groups == shard.groups for shard, bound in zip(problem.workload.kv, every.bounds.kv, strict=True)
+    )
     if owns_all:
         yield every, None
     if none != problem:
@@ -187,13 +190,15 @@ def _laid_out(problem: Problem, solved: Totals) -> Iterator[Candidate]:
 def _worth_handing_over(
     problem: Problem, linears: tuple[LinearPlacement, ...], kv: tuple[KvPlacement, ...]
 ) -> tuple[LinearPlacement, ...]:
-    """The linears with every share of the CPU streamed that takes less time than its hand-over, where the linear streams
-    in some row tier and no rule says otherwise. Whole numbers leave such shares, and each stalls both lanes.
+    """The linears with every share of the CPU streamed that takes less time than its hand-over, where the linear
+    streams in some row tier and no rule says otherwise. Whole numbers leave such shares, and each stalls both lanes.
 
     A paired block has one hand-over for two linears, and qkv may be cut beside the owners of the cache: both stay.
     """
     workload, hardware = problem.workload, problem.hardware
-    attends = {shard.layer: placement.gpu_groups < placement.groups for shard, placement in zip(workload.kv, kv, strict=True)}
+    attends = {
+        shard.layer: placement.gpu_groups < placement.groups for shard, placement in zip(workload.kv, kv, strict=True)
+    }
     paired, handover_units = is_paired(workload), {}
 
     def smallest(shard: LinearShard, tier: int) -> float:
@@ -210,8 +215,7 @@ def _worth_handing_over(
             return placement
         streamed = tuple(
             placement.dram_units
-            if (bound.stream[tier], bound.cpu[tier]) == (None, None)
-            and placement.cut(tier)[2] < smallest(shard, tier)
+            if (bound.stream[tier], bound.cpu[tier]) == (None, None) and placement.cut(tier)[2] < smallest(shard, tier)
             else units
             for tier, units in enumerate(placement.stream_units)
         )

@@ -1,9 +1,9 @@
 """The unknowns of a placement program, with the memory that each takes and the rules that tie them to each other.
 
-Per class of n equal layers and linear, as totals over the class: units at home on the GPU (one number for all row tiers)
-and, per row tier, units streamed, units computed by the CPU and the number k <= n of layers in which the CPU has a share.
-KV-head groups likewise. A paired block's two linears have the same fractions, and in a row tier all layers of a class
-stream them whole or not at all. Bytes are scaled to the order of 10000, far above the solver's tolerances.
+Per class of n equal layers and linear, as totals over the class: units at home on the GPU (one number for all row
+tiers) and, per row tier, units streamed, units computed by the CPU and the number k <= n of layers in which the CPU has
+a share. KV-head groups likewise. A paired block's two linears have the same fractions, and in a row tier all layers of
+a class stream them whole or not at all. Bytes are scaled to the order of 10000, far above the solver's tolerances.
 """
 
 from collections.abc import Sequence
@@ -192,7 +192,8 @@ class Unknowns:
         return groups
 
     def _free_tokens(self, token_bytes: float, full: int) -> None:
-        """Memory of groups that the GPU owns for certain, with as many slots as the program decides: some in DRAM unless
+        """Memory of groups that the GPU owns for certain, with as many slots as the program decides: some in DRAM
+        unless
         that is all. token_bytes: of one slot in all of them."""
         add(self.memory["gpu"], self.tokens, token_bytes)
         beyond = self.program.variable(1, 1) if self.workload.elastic else self.program.binary()

@@ -174,15 +174,17 @@ def test_a_checksum_of_content_alone_is_not_enough(store):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="objects of other systems have other forms")
 def test_no_mutation_of_an_object_ends_the_process(filled, tmp_path):
-    """Every field that the loader follows is checked before: bytes of headers and tables changed at random, with a right
-    checksum, load or are refused."""
+    """Every field that the loader follows is checked before: bytes of headers and tables changed at random, with a
+    right checksum, load or are refused."""
     store, draw = filled / build_key(), random.Random(7)
     code = code_of(store)
     (table,) = (int.from_bytes(code[40:48], "little"),)
     for number in range(300):
         changed = bytearray(code)
         for _ in range(draw.choice((1, 1, 2, 8))):
-            place = draw.choice((draw.randrange(64), draw.randrange(table, len(code)), draw.randrange(len(code) // 2, len(code))))
+            place = draw.choice(
+                (draw.randrange(64), draw.randrange(table, len(code)), draw.randrange(len(code) // 2, len(code)))
+            )
             changed[place] = draw.choice((0, 1, 255, draw.randrange(256), changed[place] ^ 1 << draw.randrange(8)))
         folder = tmp_path / f"{number:03}" / build_key()
         folder.mkdir(mode=0o700, parents=True)

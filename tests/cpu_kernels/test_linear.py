@@ -162,8 +162,8 @@ def test_wrong_arguments_name_the_rule(change, message):
 @pytest.mark.parametrize("weight_dtype", ["q8", "q4"])
 @pytest.mark.parametrize("rows", [1, 5, 70])
 def test_a_column_is_the_same_to_the_bit_wherever_the_cut_lies(isa, weight_dtype, rows):
-    """Its integer sums are exact and its float sums run over its own groups: moving the boundary between CPU columns and
-    others, or the number of columns, changes no bit of those that stay."""
+    """Its integer sums are exact and its float sums run over its own groups: moving the boundary between CPU columns
+    and others, or the number of columns, changes no bit of those that stay."""
     x, weight, _ = make(rows, 200, 9, weight_dtype)
     whole, part = torch.empty(rows, 144), torch.empty(rows, 144)
     kernels(isa).linear(x, weight, weight_dtype, None, whole)

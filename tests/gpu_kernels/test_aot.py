@@ -37,8 +37,9 @@ def kv_store(dtype: torch.dtype, head_dim: int, page: int = PAGE) -> torch.Tenso
     return empty(4096, page, kv_pages.row_items(dtype, head_dim), dtype=dtype)
 
 
-def decode(dtype: torch.dtype, head_dim: int, kv_heads: int, max_pages: int = 1024,
-           page: int = PAGE) -> Callable[[], None]:
+def decode(
+    dtype: torch.dtype, head_dim: int, kv_heads: int, max_pages: int = 1024, page: int = PAGE
+) -> Callable[[], None]:
     q, pages = empty(2, HEADS, head_dim), kv_store(dtype, head_dim, page)
     table, limit = empty(2, kv_heads, max_pages, dtype=torch.int32), empty(2, dtype=torch.int32)
     return lambda: gpu_kernels.decode_attention(q, pages, pages, table, limit, limit, 0.1, q, q[..., 0].contiguous())
@@ -47,12 +48,14 @@ def decode(dtype: torch.dtype, head_dim: int, kv_heads: int, max_pages: int = 10
 def prefill(dtype: torch.dtype, head_dim: int, page: int = PAGE) -> Callable[[], None]:
     q, pages = empty(512, HEADS, head_dim), kv_store(dtype, head_dim, page)
     table = empty(KV_HEADS, 1024, dtype=torch.int32)
-    return lambda: gpu_kernels.prefill_attention(q, pages, pages, table, 0, 4096, 3584, 0, 0.1, q,
-                                                 q[..., 0].contiguous())
+    return lambda: gpu_kernels.prefill_attention(
+        q, pages, pages, table, 0, 4096, 3584, 0, 0.1, q, q[..., 0].contiguous()
+    )
 
 
-def linear(weight_dtype: str, rows: int, out_features: int = HIDDEN, bias: bool = False,
-           accumulate: bool = False) -> Callable[[], None]:
+def linear(
+    weight_dtype: str, rows: int, out_features: int = HIDDEN, bias: bool = False, accumulate: bool = False
+) -> Callable[[], None]:
     weight = empty(out_features // 16, reference.block_bytes(weight_dtype, HIDDEN), dtype=torch.uint8)
     out = empty(rows, out_features)
     x, added = empty(rows, HIDDEN), out[0] if bias else None
@@ -149,8 +152,12 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "rope_append norm 80": (rope_append(80, True), (120,)),
 }
 ORDINARY = [(name, architecture) for name, (_, subset) in LAUNCHES.items() for architecture in subset]
-REST = [(name, architecture) for name in LAUNCHES for architecture in SHARED_MEMORY_LIMIT
-        if (name, architecture) not in ORDINARY]
+REST = [
+    (name, architecture)
+    for name in LAUNCHES
+    for architecture in SHARED_MEMORY_LIMIT
+    if (name, architecture) not in ORDINARY
+]
 
 
 def check(used: Resources, name: str, architecture: int) -> None:
@@ -203,8 +210,11 @@ def test_no_kernel_relies_on_a_cache_modifier_that_triton_drops():
     """`.cv` reads as if it kept the GPU from a stale copy of host memory; the compiled load is an ordinary one."""
     source = ASTSource(_copy_with_cv, {"target": "*fp32", "source": "*fp32"})
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
-    relying = [path.name for path in Path(gpu_kernels.__file__).parent.rglob("*.py")
-               if 'cache_modifier=".cv"' in path.read_text()]
+    relying = [
+        path.name
+        for path in Path(gpu_kernels.__file__).parent.rglob("*.py")
+        if 'cache_modifier=".cv"' in path.read_text()
+    ]
 
     assert "ld.global" in ptx and ".cv" not in ptx
     assert relying == []

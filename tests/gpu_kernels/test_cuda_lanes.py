@@ -1,4 +1,5 @@
-"""On a CUDA device: whole toy models on three lanes, by every hand-over, and the budget by the allocator's own figures."""
+"""On a CUDA device: whole toy models on three lanes, by every hand-over, and the budget by the allocator's own
+figures."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ pytestmark = [
     pytest.mark.filterwarnings("error:hand-over by"),  # a hand-over that auto had to leave out is a failure here
 ]
 HANDOVERS = ("events", "flags", "graph")
-# As between the CPU's lanes and the reference; bf16 probabilities for tensor cores add what BF16_NMSE of the kernels allows.
+# As between the CPU's lanes and the reference; bf16 probabilities for tensor cores add what BF16_NMSE of the kernels
+# allows.
 LIMITS = {"fp32": 1e-9, "bf16": 5e-4, "q8": 2e-3, "q4": 2e-3}
 
 

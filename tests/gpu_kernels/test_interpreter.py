@@ -24,8 +24,14 @@ def test_kernels_pass_under_the_interpreter():
     files = sorted(str(path) for path in HERE.glob("test_triton_*.py"))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", *files]
 
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE.parents[1],
-                          env=os.environ | ONE_THREAD | {"TRITON_INTERPRET": "1"})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=HERE.parents[1],
+        env=os.environ | ONE_THREAD | {"TRITON_INTERPRET": "1"},
+    )
 
     assert done.returncode == 0, f"{done.stdout[-20_000:]}\n{done.stderr[-5_000:]}"
     assert " skipped" not in done.stdout, f"a kernel test was skipped under the interpreter:\n{done.stdout[-5_000:]}"

@@ -65,10 +65,10 @@ def test_each_launch_is_of_the_variant_that_triton_would_choose():
 
     ours, tritons = launches.kept[::2], launches.kept[1::2]
     for made, expected in zip(ours, tritons, strict=True):
-        assert made[:FUNCTION + 2] == expected[:FUNCTION + 2]  # grid, stream, handle, metadata
+        assert made[: FUNCTION + 2] == expected[: FUNCTION + 2]  # grid, stream, handle, metadata
         assert addresses(made[ARGUMENTS:]) == addresses(expected[ARGUMENTS:])
     assert len({made[FUNCTION] for made in ours}) == len(kernel._variants) == len(CALLS)
-    direct = ours[len(CALLS):]
+    direct = ours[len(CALLS) :]
     assert not any(isinstance(each, torch.Tensor) for made in direct for each in made)
 
 
@@ -80,8 +80,12 @@ def test_numbers_that_select_no_variant_make_none():
             kernel.launch((1, 1, 1), (MEMORY, MEMORY), numbers, (16,), SMALL)
 
     assert len(kernel._variants) == 1
-    assert [launch[ARGUMENTS + 2:ARGUMENTS + 4] for launch in launches.kept] == [(2.0, 3), (0.5, 16), (1.0, 1),
-                                                                                 (-7.25, 40)]
+    assert [launch[ARGUMENTS + 2 : ARGUMENTS + 4] for launch in launches.kept] == [
+        (2.0, 3),
+        (0.5, 16),
+        (1.0, 1),
+        (-7.25, 40),
+    ]
 
 
 def test_memory_of_the_host_goes_as_tensors():
@@ -133,7 +137,10 @@ def test_a_launcher_of_another_kind_is_left_to_triton_and_said_once():
 def calls():
     """Launches of some kernels whose arguments Triton tells apart: alignment, ones, multiples of 16, None, tuples."""
     for rows, hidden, offset in ((4, 64, 0), (4, 64, 1), (1, 64, 0), (4, 48, 0), (3, 50, 0)):
-        x, weight = torch.zeros(rows * hidden + 8)[offset:offset + rows * hidden].view(rows, hidden), torch.zeros(hidden)
+        x, weight = (
+            torch.zeros(rows * hidden + 8)[offset : offset + rows * hidden].view(rows, hidden),
+            torch.zeros(hidden),
+        )
         yield lambda x=x, weight=weight: elementwise.rms_norm(x, weight, 1e-6, x)
     for units in (1, 2, 16, 40):
         gate_up, out = torch.zeros(3, units * 32), torch.zeros(3, units * 16)
@@ -156,8 +163,8 @@ def test_each_op_launches_what_triton_would(monkeypatch):
                 call()
 
     for start in range(1, launches.count, 3):
-        direct, expected = launches.kept[start:start + 2]
-        assert direct[:FUNCTION + 2] == expected[:FUNCTION + 2]
+        direct, expected = launches.kept[start : start + 2]
+        assert direct[: FUNCTION + 2] == expected[: FUNCTION + 2]
         assert addresses(direct[ARGUMENTS:]) == addresses(expected[ARGUMENTS:])
 
 
@@ -181,7 +188,7 @@ def test_an_input_rounded_once_serves_every_piece(rows):
         inputs = linear_layer.rounded(torch.zeros(rows, 64), "q4")
         rounding = launches.count
         for start in (0, 2):
-            linear_layer.linear(inputs, weight[start:start + 2], "q4", None, torch.zeros(rows, 32))
+            linear_layer.linear(inputs, weight[start : start + 2], "q4", None, torch.zeros(rows, 32))
 
     assert (rounding, launches.count) == (1, 3)
     assert reference.rounded(weight, "q4") is weight

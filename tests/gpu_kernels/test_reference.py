@@ -135,10 +135,20 @@ def test_decode_attention_with_every_range_empty():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("start,stop,q_start,window", [
-    (0, 33, 22, 0), (0, 33, 22, 5), (0, 33, 22, 1), (9, 30, 20, 0), (9, 30, 40, 12), (13, 13, 20, 0),
-    (25, 33, 22, 0), (0, 22, 22, 3), (0, 11, 0, 0),
-])
+@pytest.mark.parametrize(
+    "start,stop,q_start,window",
+    [
+        (0, 33, 22, 0),
+        (0, 33, 22, 5),
+        (0, 33, 22, 1),
+        (9, 30, 20, 0),
+        (9, 30, 40, 12),
+        (13, 13, 20, 0),
+        (25, 33, 22, 0),
+        (0, 22, 22, 3),
+        (0, 11, 0, 0),
+    ],
+)
 def test_prefill_attention(dtype, start, stop, q_start, window):
     _, keys, values = boundary_adversarial(1, 2, 3, 33, 24, [9, 22, 30], dtype)
     cache = paged_cache(keys, values, 8, [range(start, stop)])
@@ -146,8 +156,9 @@ def test_prefill_attention(dtype, start, stop, q_start, window):
     out, lse = nan(11, 6, 24), nan(11, 6)
     expected, expected_lse = oracle_prefill(q, cache, start, stop, q_start, window, 0.2)
 
-    reference.prefill_attention(q, cache.k_pages, cache.v_pages, cache.page_table[0], start, stop, q_start, window, 0.2,
-                                out, lse)
+    reference.prefill_attention(
+        q, cache.k_pages, cache.v_pages, cache.page_table[0], start, stop, q_start, window, 0.2, out, lse
+    )
 
     assert nmse(out, expected) <= FLOAT32_NMSE
     assert lse_error(lse, expected_lse) <= LSE_TOLERANCE
@@ -192,8 +203,10 @@ def test_any_split_in_any_order_equals_no_split(cuts, order):
 @settings(max_examples=60, deadline=None)
 @given(lses=st.lists(st.floats(-1e4, 1e4) | st.just(-math.inf), min_size=1, max_size=5), cut=st.integers(0, 5))
 def test_merge_is_associative_and_minus_infinity_is_its_identity(lses, cut):
-    partials = [((normal(8, seed=index) * (lse > -math.inf)).double(), torch.tensor(lse, dtype=torch.float64))
-                for index, lse in enumerate(lses)]
+    partials = [
+        ((normal(8, seed=index) * (lse > -math.inf)).double(), torch.tensor(lse, dtype=torch.float64))
+        for index, lse in enumerate(lses)
+    ]
     expected = merged([partial for partial in partials if partial[1] > -math.inf] or partials)
     parts = [part for part in (partials[:cut], partials[cut:]) if part]
 
@@ -225,8 +238,10 @@ def split_with_bug(bug: str):
     q, keys, values = boundary_adversarial(1, 2, 4, 512, 32, [200])
     cache = paged_cache(keys, values, 16, [range(512)])
     first_stop, second_start = {"drop": (199, 200), "repeat": (200, 199)}.get(bug, (200, 200))
-    partials = [decode(q, cache, [0], [first_stop]),
-                decode(q, cache, [second_start], [511 if bug == "drop newest" else 512])]
+    partials = [
+        decode(q, cache, [0], [first_stop]),
+        decode(q, cache, [second_start], [511 if bug == "drop newest" else 512]),
+    ]
     whole = decode(q.double(), cache, [0], [512])
     if bug == "base 2 lse":
         partials[1] = partials[1][0], partials[1][1] / math.log(2)
@@ -276,7 +291,7 @@ def test_rope_append_equals_complex_rotation(rotary_dim, with_norm):
 
     reference.rope_append(qkv, positions, angles.cos(), angles.sin(), norm, norm, 1e-6, q, k_pages, v_pages, slots)
 
-    heads = qkv[..., :5 * head_dim].double().unflatten(-1, (5, head_dim))
+    heads = qkv[..., : 5 * head_dim].double().unflatten(-1, (5, head_dim))
     expected = heads.clone()
     if with_norm:
         expected = heads / (heads.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.double()

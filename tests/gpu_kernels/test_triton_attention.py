@@ -16,14 +16,24 @@ FP32, BF16 = torch.float32, torch.bfloat16
 RANGES = [(5, 140), (0, 1), (300, 300), (63, 65)]
 
 
-@pytest.mark.parametrize("dtype,num_kv_heads,group_size,head_dim,page_size,length", [
-    (BF16, 2, 4, 64, 16, 320), (BF16, 1, 7, 128, 8, 600), (FP32, 2, 1, 64, 16, 600), (BF16, 1, 2, 80, 256, 1200),
-    (FP32, 1, 3, 24, 1, 310), (BF16, 1, 8, 256, 32, 320), (BF16, 1, 17, 16, 16, 600), (BF16, 2, 4, 128, 64, 320),
-    (FP32, 1, 2, 64, 48, 320),
-])
+@pytest.mark.parametrize(
+    "dtype,num_kv_heads,group_size,head_dim,page_size,length",
+    [
+        (BF16, 2, 4, 64, 16, 320),
+        (BF16, 1, 7, 128, 8, 600),
+        (FP32, 2, 1, 64, 16, 600),
+        (BF16, 1, 2, 80, 256, 1200),
+        (FP32, 1, 3, 24, 1, 310),
+        (BF16, 1, 8, 256, 32, 320),
+        (BF16, 1, 17, 16, 16, 600),
+        (BF16, 2, 4, 128, 64, 320),
+        (FP32, 1, 2, 64, 48, 320),
+    ],
+)
 def test_decode_attention(device, dtype, num_kv_heads, group_size, head_dim, page_size, length):
-    checks.check_decode(attention.decode_attention, device, dtype, num_kv_heads, group_size, head_dim, page_size,
-                        length, RANGES)
+    checks.check_decode(
+        attention.decode_attention, device, dtype, num_kv_heads, group_size, head_dim, page_size, length, RANGES
+    )
 
 
 @pytest.mark.parametrize("length", [320, 600])
@@ -35,9 +45,14 @@ def test_decode_attention_splits_a_long_cache_evenly(device):
     checks.check_decode(attention.decode_attention, device, BF16, 1, 1, 16, 64, 1024, [(1, 1024), (0, 257)])
 
 
-@pytest.mark.parametrize("page_size,ranges", [
-    (64, [(70, 1000), (0, 3), (640, 704), (9, 9)]), (256, [(255, 257), (0, 1024), (200, 900)]),
-    (16, [(1, 2), (31, 1021)])])
+@pytest.mark.parametrize(
+    "page_size,ranges",
+    [
+        (64, [(70, 1000), (0, 3), (640, 704), (9, 9)]),
+        (256, [(255, 257), (0, 1024), (200, 900)]),
+        (16, [(1, 2), (31, 1021)]),
+    ],
+)
 @pytest.mark.parametrize("max_splits", [64, 3])
 def test_decode_attention_of_very_different_lengths(device, page_size, ranges, max_splits, monkeypatch):
     monkeypatch.setattr(attention, "MAX_SPLITS", max_splits)
@@ -79,37 +94,72 @@ def test_a_scale_that_is_not_positive_is_refused(device):
         attention.prefill_attention(q, pages, pages, table, 0, 1, 0, 0, -1.0, q, q[..., 0])
 
 
-@pytest.mark.parametrize("dtype,num_kv_heads,group_size,head_dim,page_size", [
-    (BF16, 2, 2, 64, 16), (FP32, 1, 1, 24, 8), (BF16, 1, 3, 80, 1), (BF16, 1, 4, 128, 64)])
-@pytest.mark.parametrize("start,stop,q_start,window", [
-    (0, 98, 28, 0), (9, 98, 28, 20), (7, 20, 40, 0), (0, 98, 28, 1), (90, 98, 28, 0)])
+@pytest.mark.parametrize(
+    "dtype,num_kv_heads,group_size,head_dim,page_size",
+    [(BF16, 2, 2, 64, 16), (FP32, 1, 1, 24, 8), (BF16, 1, 3, 80, 1), (BF16, 1, 4, 128, 64)],
+)
+@pytest.mark.parametrize(
+    "start,stop,q_start,window", [(0, 98, 28, 0), (9, 98, 28, 20), (7, 20, 40, 0), (0, 98, 28, 1), (90, 98, 28, 0)]
+)
 def test_prefill_attention(device, dtype, num_kv_heads, group_size, head_dim, page_size, start, stop, q_start, window):
-    checks.check_prefill(attention.prefill_attention, device, dtype, 70, num_kv_heads, group_size, head_dim, page_size,
-                         start, stop, q_start, window)
+    checks.check_prefill(
+        attention.prefill_attention,
+        device,
+        dtype,
+        70,
+        num_kv_heads,
+        group_size,
+        head_dim,
+        page_size,
+        start,
+        stop,
+        q_start,
+        window,
+    )
 
 
-@pytest.mark.parametrize("q_len,start,stop,q_start,window", [
-    (1, 0, 130, 129, 0), (1, 3, 130, 200, 64), (5, 0, 5, 0, 0), (5, 3, 3, 3, 0), (3, 10, 40, 60, 8)])
+@pytest.mark.parametrize(
+    "q_len,start,stop,q_start,window",
+    [(1, 0, 130, 129, 0), (1, 3, 130, 200, 64), (5, 0, 5, 0, 0), (5, 3, 3, 3, 0), (3, 10, 40, 60, 8)],
+)
 def test_prefill_attention_of_few_rows(device, q_len, start, stop, q_start, window):
     checks.check_prefill(attention.prefill_attention, device, BF16, q_len, 1, 2, 128, 16, start, stop, q_start, window)
 
 
 @pytest.mark.parametrize("page_size", [32, 48, 128])
-@pytest.mark.parametrize("start,stop,q_start,window", [
-    (0, 330, 260, 0), (70, 330, 260, 0), (5, 200, 260, 0), (0, 330, 260, 150), (100, 290, 260, 150), (0, 330, 260, 33)])
+@pytest.mark.parametrize(
+    "start,stop,q_start,window",
+    [
+        (0, 330, 260, 0),
+        (70, 330, 260, 0),
+        (5, 200, 260, 0),
+        (0, 330, 260, 150),
+        (100, 290, 260, 150),
+        (0, 330, 260, 33),
+    ],
+)
 def test_prefill_attention_over_whole_and_cut_blocks(device, page_size, start, stop, q_start, window):
-    checks.check_prefill(attention.prefill_attention, device, FP32, 70, 1, 2, 32, page_size, start, stop, q_start,
-                         window)
+    checks.check_prefill(
+        attention.prefill_attention, device, FP32, 70, 1, 2, 32, page_size, start, stop, q_start, window
+    )
 
 
 def test_prefill_attention_of_a_large_head(device):
     checks.check_prefill(attention.prefill_attention, device, BF16, 66, 1, 1, 256, 16, 0, 66, 0, 0)
 
 
-@pytest.mark.parametrize("parts,shape,empty", [
-    (1, (3, 4, 64), []), (2, (3, 2, 80), []), (2, (3, 2, 64), [0]), (3, (4, 1, 128), [2]), (5, (2, 2, 3, 16), [1, 3]),
-    (2, (4, 16), []), (3, (3, 2, 64), [0, 1, 2]),
-])
+@pytest.mark.parametrize(
+    "parts,shape,empty",
+    [
+        (1, (3, 4, 64), []),
+        (2, (3, 2, 80), []),
+        (2, (3, 2, 64), [0]),
+        (3, (4, 1, 128), [2]),
+        (5, (2, 2, 3, 16), [1, 3]),
+        (2, (4, 16), []),
+        (3, (3, 2, 64), [0, 1, 2]),
+    ],
+)
 def test_merge(device, parts, shape, empty):
     checks.check_merge(attention_merge.merge, device, parts, shape, empty)
 

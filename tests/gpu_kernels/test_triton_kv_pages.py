@@ -75,9 +75,17 @@ APPEND = {name: (name, 40, 4) for name in DTYPES}
 
 
 @pytest.mark.parametrize("kv_dtype", DTYPES)
-@pytest.mark.parametrize("group_size,head_dim,page_size,start,stop", [
-    (1, 64, 64, 0, 130), (4, 128, 16, 7, 90), (3, 24, 1, 0, 33), (2, 96, 8, 40, 40 + 600), (1, 16, 4, 9, 9),
-    (2, 64, 128, 30, 300)])
+@pytest.mark.parametrize(
+    "group_size,head_dim,page_size,start,stop",
+    [
+        (1, 64, 64, 0, 130),
+        (4, 128, 16, 7, 90),
+        (3, 24, 1, 0, 33),
+        (2, 96, 8, 40, 40 + 600),
+        (1, 16, 4, 9, 9),
+        (2, 64, 128, 30, 300),
+    ],
+)
 def test_decode_attention(device, kv_dtype, group_size, head_dim, page_size, start, stop):
     check_decode(attention.decode_attention, device, kv_dtype, group_size, head_dim, page_size, start, stop)
 
@@ -112,21 +120,37 @@ def test_rope_append_multiplies_q_and_k_by_the_matrix(device, kv_dtype, head_dim
 MUTANTS = {
     "scale of another group": ("load_block", DECODE["q4"], "columns[None, :] * PAGE_SIZE", "0 * columns[None, :]"),
     "scale of another token": ("load_block", DECODE["q8"], "// 2 + token)[:, None]", "// 2 + 0 * token)[:, None]"),
-    "rows of a page are shifted": ("load_block", DECODE["q8"], "load_rows(v_pages, page, token,",
-        "load_rows(v_pages, page, token ^ 1,"),
+    "rows of a page are shifted": (
+        "load_block",
+        DECODE["q8"],
+        "load_rows(v_pages, page, token,",
+        "load_rows(v_pages, page, token ^ 1,",
+    ),
     "token of another block of the page": ("load_block", LONG_PAGE, "start % PAGE_SIZE + tl", "tl"),
-    "token of another page": ("load_block", DECODE["q8"], "(start + tl.arange(0, BLOCK_N)) % PAGE_SIZE",
-        "tl.arange(0, BLOCK_N) % (PAGE_SIZE + 1)"),
+    "token of another page": (
+        "load_block",
+        DECODE["q8"],
+        "(start + tl.arange(0, BLOCK_N)) % PAGE_SIZE",
+        "tl.arange(0, BLOCK_N) % (PAGE_SIZE + 1)",
+    ),
     "page of another position": ("load_page_ids", DECODE["q8"], "positions // PAGE_SIZE, mask", "positions * 0, mask"),
     "page of another block": ("load_page_ids", LONG_PAGE, "table + start // PAGE_SIZE", "table"),
-    "nibbles swapped": ("load_block", DECODE["q4"], "interleave(both & 15, both >> 4)",
-        "interleave(both >> 4, both & 15)"),
+    "nibbles swapped": (
+        "load_block",
+        DECODE["q4"],
+        "interleave(both & 15, both >> 4)",
+        "interleave(both >> 4, both & 15)",
+    ),
     "no minimum": ("load_block", DECODE["q4"], "values += minimum[:, :, None]", "values += 0.0 * minimum[:, :, None]"),
     "codes of another token": ("load_block", DECODE["q8"], "at = (page + token * ROW)", "at = (page + 0 * token)"),
     "scale of q8 is too small": ("store_row", APPEND["q8"], "axis=1), 127.0)", "axis=1), 128.0)"),
     "codes are cut off": ("store_row", APPEND["q8"], "_round(tl.div_rn(grouped", "(tl.div_rn(grouped"),
-    "padding takes part in the minimum": ("store_row", APPEND["q4"],
-        'tl.where(inside, grouped, float("inf"))', "grouped"),
+    "padding takes part in the minimum": (
+        "store_row",
+        APPEND["q4"],
+        'tl.where(inside, grouped, float("inf"))',
+        "grouped",
+    ),
     "minima are not stored": ("store_row", APPEND["q4"], "minimum, mask=columns < GROUPS", "minimum, mask=columns < 0"),
 }
 

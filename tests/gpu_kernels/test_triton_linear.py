@@ -21,15 +21,30 @@ GEMV_SHAPES = [quantized_linear.GEMV_FEW, quantized_linear.GEMV_MANY, quantized_
 def check(device, weight_dtype, rows, num_blocks, in_features, **options):
     """check_linear with the tolerance of the regime that `rows` is in."""
     tolerance = checks.FLOAT32_NMSE if rows <= BORDER else checks.DENSE_NMSE
-    checks.check_linear(linear_layer.linear, device, weight_dtype, rows, num_blocks, in_features, tolerance=tolerance,
-                        **options)
+    checks.check_linear(
+        linear_layer.linear, device, weight_dtype, rows, num_blocks, in_features, tolerance=tolerance, **options
+    )
 
 
 @pytest.mark.parametrize("weight_dtype", ["q4", "q8"])
-@pytest.mark.parametrize("rows,num_blocks,in_features", [
-    (1, 3, 100), (1, 2, 2112), (1, 1, 64), (2, 3, 100), (5, 2, 2112), (8, 1, 64), (9, 3, 130), (16, 1, 320),
-    (17, 3, 130), (33, 5, 64), (BORDER, 3, 100), (BORDER + 1, 3, 100), (130, 5, 1088),
-])
+@pytest.mark.parametrize(
+    "rows,num_blocks,in_features",
+    [
+        (1, 3, 100),
+        (1, 2, 2112),
+        (1, 1, 64),
+        (2, 3, 100),
+        (5, 2, 2112),
+        (8, 1, 64),
+        (9, 3, 130),
+        (16, 1, 320),
+        (17, 3, 130),
+        (33, 5, 64),
+        (BORDER, 3, 100),
+        (BORDER + 1, 3, 100),
+        (130, 5, 1088),
+    ],
+)
 def test_quantised_linear(device, weight_dtype, rows, num_blocks, in_features):
     check(device, weight_dtype, rows, num_blocks, in_features)
 
@@ -45,8 +60,14 @@ def test_quantised_linear_accumulates(device, weight_dtype, rows, in_features):
 def test_every_tile_serves_any_shape(device, weight_dtype, tile, monkeypatch):
     monkeypatch.setattr(quantized_linear, "tile_for", lambda rows, num_blocks: tile)
 
-    check(device, weight_dtype, min(tile.rows + 3, BORDER), 2 * tile.tiles + 1, 64 * tile.parts * tile.unroll + 30,
-          accumulate=True)
+    check(
+        device,
+        weight_dtype,
+        min(tile.rows + 3, BORDER),
+        2 * tile.tiles + 1,
+        64 * tile.parts * tile.unroll + 30,
+        accumulate=True,
+    )
 
 
 @pytest.mark.parametrize("weight_dtype", ["q4", "q8"])
@@ -65,9 +86,15 @@ def test_many_rows_are_computed_in_pieces(device, weight_dtype, bound, monkeypat
     check(device, weight_dtype, 70, 5, 100, accumulate=True)
 
 
-@pytest.mark.parametrize("rows,in_features,expected", [
-    (1, 2**20, 1), (65, 4096, 504), (512, 4096, 504), (4096, 64, 128),
-])
+@pytest.mark.parametrize(
+    "rows,in_features,expected",
+    [
+        (1, 2**20, 1),
+        (65, 4096, 504),
+        (512, 4096, 504),
+        (4096, 64, 128),
+    ],
+)
 def test_a_piece_stays_within_its_bounds(rows, in_features, expected):
     x = torch.empty(rows, in_features, device="meta")
 

@@ -67,8 +67,12 @@ def interpreted_only(device):
 
 
 def test_float32_to_bf16_rounds_to_nearest_even(device):
-    x = torch.cat([normal(1015, seed=1), torch.tensor([0.0, -0.0, 1e-40, 3e38, torch.inf, -torch.inf, 1 + 2**-8,
-                                                       1 + 3 * 2**-8, 1e-38])]).to(device)
+    x = torch.cat(
+        [
+            normal(1015, seed=1),
+            torch.tensor([0.0, -0.0, 1e-40, 3e38, torch.inf, -torch.inf, 1 + 2**-8, 1 + 3 * 2**-8, 1e-38]),
+        ]
+    ).to(device)
     out = torch.full_like(x, torch.nan)
 
     _round_trip_kernel[(1,)](x, out, SIZE=1024)
@@ -94,8 +98,10 @@ def test_a_loop_bound_may_be_loaded(device):
 
 
 def test_dp4a_multiplies_signed_bytes(device):
-    x, y = (torch.randint(-128, 128, (16, 4), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
-            for seed in (1, 2))
+    x, y = (
+        torch.randint(-128, 128, (16, 4), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+        for seed in (1, 2)
+    )
     out = torch.zeros(16, dtype=torch.int32, device=device)
 
     _dot4_kernel[(1,)](x.to(device).view(torch.int32), y.to(device).view(torch.int32), out, SIZE=16)
@@ -113,10 +119,14 @@ def test_a_masked_load_without_other_yields_garbage():
 
 
 @pytest.mark.usefixtures("interpreted_only")
-@pytest.mark.parametrize("launch,message", [
-    (lambda: _bf16_sum_kernel[(1,)](torch.ones(16).bfloat16(), torch.zeros(16), SIZE=16), "bf16 arithmetic"),
-    (lambda: _short_dot_kernel[(1,)](torch.ones(16, 8), torch.zeros(16, 16)), "inner dimension under 16"),
-], ids=["bf16 arithmetic", "a dot too short"])
+@pytest.mark.parametrize(
+    "launch,message",
+    [
+        (lambda: _bf16_sum_kernel[(1,)](torch.ones(16).bfloat16(), torch.zeros(16), SIZE=16), "bf16 arithmetic"),
+        (lambda: _short_dot_kernel[(1,)](torch.ones(16, 8), torch.zeros(16, 16)), "inner dimension under 16"),
+    ],
+    ids=["bf16 arithmetic", "a dot too short"],
+)
 def test_what_a_gpu_would_not_do_is_refused(launch, message):
     with pytest.raises(Exception) as raised:
         launch()

@@ -69,14 +69,34 @@ def test_one_prompt_of_ids_is_taken_however_it_is_held(llm, kind):
     assert torch.equal(llm.logits(ONE_PROMPT[kind]), llm.logits([5, 6, 7]))
 
 
-@pytest.mark.parametrize("several", [np.array([[5, 6], [7, 8]]), torch.tensor([[5, 6], [7, 8]]), ["a", [5, 6]], [(5,), [6]]], ids=str)
+@pytest.mark.parametrize(
+    "several", [np.array([[5, 6], [7, 8]]), torch.tensor([[5, 6], [7, 8]]), ["a", [5, 6]], [(5,), [6]]], ids=str
+)
 def test_several_prompts_are_taken(llm, several):
     assert len(llm.generate(several, GREEDY)) == len(several)
     assert as_prompts([]) == []
 
 
-BAD_PROMPTS = [None, 5, 5.0, [None], [True, False], [5.0], {"prompt": "x"}, b"bytes", [[5], None], np.array([0.5]),
-               torch.zeros(1, 1, 1, dtype=torch.int64), np.array(5), [np.bool_(True)], [[[5]]], object(), {5, 6}, [400], [-1]]
+BAD_PROMPTS = [
+    None,
+    5,
+    5.0,
+    [None],
+    [True, False],
+    [5.0],
+    {"prompt": "x"},
+    b"bytes",
+    [[5], None],
+    np.array([0.5]),
+    torch.zeros(1, 1, 1, dtype=torch.int64),
+    np.array(5),
+    [np.bool_(True)],
+    [[[5]]],
+    object(),
+    {5, 6},
+    [400],
+    [-1],
+]
 
 
 @pytest.mark.parametrize("prompt", BAD_PROMPTS, ids=lambda value: repr(value)[:30])
@@ -92,19 +112,44 @@ def test_logits_take_token_ids_alone(llm, token_ids):
         llm.logits(token_ids)
 
 
-@pytest.mark.parametrize("params", [{"max_tokens": 3}, [GREEDY, GREEDY], "greedy", 0, SamplingParams], ids=lambda v: repr(v)[:20])
+@pytest.mark.parametrize(
+    "params", [{"max_tokens": 3}, [GREEDY, GREEDY], "greedy", 0, SamplingParams], ids=lambda v: repr(v)[:20]
+)
 def test_params_are_one_sampling_params(llm, params):
     with pytest.raises(SamplingError, match="must be one SamplingParams"):
         llm.generate([5], params)
 
 
 BAD_OPTIONS = [
-    *((name, value) for name in ("max_context", "max_batch", "num_threads", "kv_tokens", "page_size")
-      for value in (0, -1, "128", 2.5, True, 2**70, float("nan"))),
-    ("seed", "x"), ("seed", -5), ("seed", 0.5), ("dtype", torch.float64), ("dtype", None), ("dtype", "bf17"),
-    ("kv_dtype", 8), ("device", 0), ("device", None), ("device", "gpu"), ("gpu_memory", "banana"), ("gpu_memory", -1),
-    ("gpu_memory", 1.5), ("handover", "xx"), ("handover", None), ("elastic", 1), ("overlap", "no"), ("prefix_cache", None),
-    ("progress", "yes"), ("model", None), ("model", 3), ("policy", 3), ("policy", None), ("hardware", 3),
+    *(
+        (name, value)
+        for name in ("max_context", "max_batch", "num_threads", "kv_tokens", "page_size")
+        for value in (0, -1, "128", 2.5, True, 2**70, float("nan"))
+    ),
+    ("seed", "x"),
+    ("seed", -5),
+    ("seed", 0.5),
+    ("dtype", torch.float64),
+    ("dtype", None),
+    ("dtype", "bf17"),
+    ("kv_dtype", 8),
+    ("device", 0),
+    ("device", None),
+    ("device", "gpu"),
+    ("gpu_memory", "banana"),
+    ("gpu_memory", -1),
+    ("gpu_memory", 1.5),
+    ("handover", "xx"),
+    ("handover", None),
+    ("elastic", 1),
+    ("overlap", "no"),
+    ("prefix_cache", None),
+    ("progress", "yes"),
+    ("model", None),
+    ("model", 3),
+    ("policy", 3),
+    ("policy", None),
+    ("hardware", 3),
 ]
 
 
@@ -127,7 +172,9 @@ def test_plain_equivalents_of_options_are_taken(path):
     assert plan_model(path, device="emulated", gpu_memory=np.int64(8 << 20)).gpu_memory_bytes == 8 << 20
 
 
-@pytest.mark.parametrize("options", [["--gpu-memory", "banana"], ["--seed", "-5"], ["--context", "0"], ["--threads", "0"]], ids=str)
+@pytest.mark.parametrize(
+    "options", [["--gpu-memory", "banana"], ["--seed", "-5"], ["--context", "0"], ["--threads", "0"]], ids=str
+)
 def test_options_are_refused_on_the_command_line(path, options):
     result = CliRunner().invoke(app, ["generate", str(path), "-p", "x", "--device", "cpu", *options])
 
@@ -178,9 +225,20 @@ def test_parts_of_text_are_joined(path, kind):
 
 @pytest.mark.parametrize(
     "message",
-    [None, "hello", {}, {"role": "user"}, {"role": "user", "content": None}, {"role": "user", "content": 3}, {"role": 1, "content": "x"},
-     {"role": "user", "content": []}, {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]},
-     {"role": "user", "content": [{"type": "text"}]}, {"role": "user", "content": ["hello"]}, {"role": "user", "content": b"x"}],
+    [
+        None,
+        "hello",
+        {},
+        {"role": "user"},
+        {"role": "user", "content": None},
+        {"role": "user", "content": 3},
+        {"role": 1, "content": "x"},
+        {"role": "user", "content": []},
+        {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]},
+        {"role": "user", "content": [{"type": "text"}]},
+        {"role": "user", "content": ["hello"]},
+        {"role": "user", "content": b"x"},
+    ],
     ids=repr,
 )
 def test_other_content_is_refused(message):
@@ -212,8 +270,10 @@ def thinking(tmp_path) -> Path:
 
 def test_template_variables_reach_the_template(thinking):
     tokenizer, messages = Tokenizer.open(thinking), [{"role": "user", "content": "x"}]
-    texts = [tokenizer.decode(tokenizer.encode_chat(messages, True, variables)) for variables in
-             (None, {"enable_thinking": False}, {"tools": [], "enable_thinking": True})]
+    texts = [
+        tokenizer.decode(tokenizer.encode_chat(messages, True, variables))
+        for variables in (None, {"enable_thinking": False}, {"tools": [], "enable_thinking": True})
+    ]
 
     assert texts == ["x", "xFalse", "xTrue"]
     with LLM(thinking, progress=False, **OPTIONS) as llm:
@@ -223,7 +283,9 @@ def test_template_variables_reach_the_template(thinking):
         assert "".join(piece.text for piece in pieces) == output.text
 
 
-@pytest.mark.parametrize("variables", [3, [("a", 1)], {1: 2}, {"tokenize": False}, {"add_generation_prompt": 1}], ids=repr)
+@pytest.mark.parametrize(
+    "variables", [3, [("a", 1)], {1: 2}, {"tokenize": False}, {"add_generation_prompt": 1}], ids=repr
+)
 def test_template_variables_that_are_none_are_refused(llm, variables):
     with pytest.raises(PromptError, match="template_variables"):
         llm.chat([{"role": "user", "content": "x"}], GREEDY, template_variables=variables)
@@ -232,8 +294,17 @@ def test_template_variables_that_are_none_are_refused(llm, variables):
 def spoil_too_large_id(path):
     """An added token whose id is vocab_size, which transformers loads too."""
     values = json.loads((path / "tokenizer.json").read_text())
-    values["added_tokens"].append({"id": 260, "content": "[PAD]", "special": True, "single_word": False, "lstrip": False,
-                                   "rstrip": False, "normalized": False})
+    values["added_tokens"].append(
+        {
+            "id": 260,
+            "content": "[PAD]",
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+    )
     (path / "tokenizer.json").write_text(json.dumps(values))
 
 

@@ -122,7 +122,12 @@ def test_many_missing_tensors_are_cut(single):
 
     message = refusal(single)
 
-    expect(message, "18 of 39 tensors", tensor_name("q", 2), "and 15 more. Download the checkpoint again, or correct config.json")
+    expect(
+        message,
+        "18 of 39 tensors",
+        tensor_name("q", 2),
+        "and 15 more. Download the checkpoint again, or correct config.json",
+    )
     assert len(message) <= MOST_CHARACTERS
 
 

@@ -48,13 +48,20 @@ class FakeLLM:
     def __init__(self, model: str, **options: Any) -> None:
         self.model, self.options, self.asked, self.closed = model, options, [], False
         self.plan = SimpleNamespace(
-            model=model, max_context=self.context, device="cpu", num_threads=2, predicted=None, table=lambda width: "the plan",
+            model=model,
+            max_context=self.context,
+            device="cpu",
+            num_threads=2,
+            predicted=None,
+            table=lambda width: "the plan",
             workload=SimpleNamespace(weight_dtype="bf16", kv_dtype="bf16"),
         )
         # Every word is a token, and so is every role.
         self.tokenizer = SimpleNamespace(
             chat_template="{{ enable_thinking }}",
-            encode_chat=lambda messages, template_variables: [0 for m in messages for _ in (m["role"], *m["content"].split())],
+            encode_chat=lambda messages, template_variables: [
+                0 for m in messages for _ in (m["role"], *m["content"].split())
+            ],
         )
         FakeLLM.made.append(self)
 
@@ -115,18 +122,59 @@ def test_generate_streams_text_to_stdout_and_speed_to_stderr(fake: type[FakeLLM]
 
 def test_generate_passes_every_option_on(fake: type[FakeLLM]) -> None:
     result = run(
-        "generate", "some/model", "-p", "Tell", "--policy", "cpu_only", "--gpu-memory", "2GiB", "--dtype", "q4",
-        "--kv-dtype", "q8", "--device", "emulated", "--context", "77", "--threads", "2", "--seed", "9", "--max-tokens", "4",
-        "--temperature", "0.5", "--top-p", "0.9", "--top-k", "3", "--min-p", "0.1", "--repetition-penalty", "1.2",
-        "--stop", "a", "--stop", "b", "--ignore-eos",
+        "generate",
+        "some/model",
+        "-p",
+        "Tell",
+        "--policy",
+        "cpu_only",
+        "--gpu-memory",
+        "2GiB",
+        "--dtype",
+        "q4",
+        "--kv-dtype",
+        "q8",
+        "--device",
+        "emulated",
+        "--context",
+        "77",
+        "--threads",
+        "2",
+        "--seed",
+        "9",
+        "--max-tokens",
+        "4",
+        "--temperature",
+        "0.5",
+        "--top-p",
+        "0.9",
+        "--top-k",
+        "3",
+        "--min-p",
+        "0.1",
+        "--repetition-penalty",
+        "1.2",
+        "--stop",
+        "a",
+        "--stop",
+        "b",
+        "--ignore-eos",
     )
     (llm,) = fake.made
     ((prompt, params),) = llm.asked
 
     assert (result.exit_code, llm.model, prompt) == (0, "some/model", "Tell")
     assert llm.options == {
-        "policy": "cpu_only", "gpu_memory": "2GiB", "dtype": "q4", "device": "emulated", "max_context": 77,
-        "num_threads": 2, "kv_dtype": "q8", "seed": 9, "progress": True, "max_batch": None,
+        "policy": "cpu_only",
+        "gpu_memory": "2GiB",
+        "dtype": "q4",
+        "device": "emulated",
+        "max_context": 77,
+        "num_threads": 2,
+        "kv_dtype": "q8",
+        "seed": 9,
+        "progress": True,
+        "max_batch": None,
     }
     assert (params.max_tokens, params.temperature, params.top_p, params.top_k) == (4, 0.5, 0.9, 3)
     assert (params.min_p, params.repetition_penalty, params.stop, params.ignore_eos) == (0.1, 1.2, ("a", "b"), True)
@@ -160,7 +208,9 @@ def test_chat_remembers_the_conversation_until_exit(fake: type[FakeLLM]) -> None
 
     assert result.exit_code == 0
     assert conversations == [
-        ["Be brief.", "Hello"], ["Be brief.", "Hello", "Once upon a time", "Again"], ["Be brief.", "New"],
+        ["Be brief.", "Hello"],
+        ["Be brief.", "Hello", "Once upon a time", "Again"],
+        ["Be brief.", "New"],
     ]
 
 
@@ -185,7 +235,9 @@ def contents(llm: FakeLLM) -> list[list[str]]:
     return [[message["content"] for message in messages] for messages, _ in llm.asked]
 
 
-def test_a_full_context_drops_the_oldest_turns_with_a_note(fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_context_drops_the_oldest_turns_with_a_note(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It ended the program, and the conversation was lost."""
     monkeypatch.setattr(FakeLLM, "context", 24)  # of these, 6 are kept for the answer
     result = run("chat", "m", "--system", "Be brief.", typed="one two three\n" * 4)
@@ -215,15 +267,20 @@ def test_an_error_that_a_person_can_mend_does_not_end_the_session(fake: type[Fak
 def test_chat_commands(fake: type[FakeLLM], tmp_path: Path) -> None:
     saved = tmp_path / "talk.json"
     result = run(
-        "chat", "m", "--template-var", "enable_thinking=true",
+        "chat",
+        "m",
+        "--template-var",
+        "enable_thinking=true",
         typed=f"Hello\n/set temperature 0.25\n/set enable_thinking off\n/regen\n/save {saved}\n/reset\n/load {saved}\n"
-              "/plan\n/stats\n/help\n/etc/hosts is what?\n/exti\n/no_think now\n",
+        "/plan\n/stats\n/help\n/etc/hosts is what?\n/exti\n/no_think now\n",
     )
     (llm,) = fake.made
 
     assert result.exit_code == 0
     assert contents(llm) == [
-        ["Hello"], ["Hello"], ["Hello", "Once upon a time", "/etc/hosts is what?"],
+        ["Hello"],
+        ["Hello"],
+        ["Hello", "Once upon a time", "/etc/hosts is what?"],
         ["Hello", "Once upon a time", "/etc/hosts is what?", "Once upon a time", "/no_think now"],
     ]
     assert (llm.asked[0][1].temperature, llm.asked[1][1].temperature) == (1.0, 0.25)
@@ -265,7 +322,9 @@ def test_the_editor_keeps_history_and_takes_several_lines(monkeypatch: pytest.Mo
     assert (tmp_path / "hetero_attn" / "chat_history").stat().st_mode & 0o77 == 0
 
 
-@pytest.mark.parametrize("pieces", [["one two three four"], ["on", "e two th", "ree", " four"], list("one two three four")])
+@pytest.mark.parametrize(
+    "pieces", [["one two three four"], ["on", "e two th", "ree", " four"], list("one two three four")]
+)
 def test_words_wrap_at_the_edge(pieces: list[str]) -> None:
     out: list[str] = []
     wrap = WordWrap(out.append, 9)
@@ -289,7 +348,21 @@ def test_generate_takes_a_file_a_template_and_the_usual_short_names(fake: type[F
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("from a file", encoding="utf-8")
     result = run(
-        "generate", "m", "-f", str(prompt), "--chat", "--system", "Be brief.", "-n", "-1", "-c", "64", "-t", "2", "-np", "3",
+        "generate",
+        "m",
+        "-f",
+        str(prompt),
+        "--chat",
+        "--system",
+        "Be brief.",
+        "-n",
+        "-1",
+        "-c",
+        "64",
+        "-t",
+        "2",
+        "-np",
+        "3",
     )
     (llm,) = fake.made
 
@@ -312,8 +385,11 @@ def test_messages_name_options(fake: type[FakeLLM]) -> None:
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(PromptError("empty prompt"), 2), (CheckpointError("shard.safetensors: cut short"), 3),
-     (MemoryBudgetError("needs 6 GiB, budget 4 GiB"), 4)],
+    [
+        (PromptError("empty prompt"), 2),
+        (CheckpointError("shard.safetensors: cut short"), 3),
+        (MemoryBudgetError("needs 6 GiB, budget 4 GiB"), 4),
+    ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
 )
 def test_errors_of_ours_are_one_message_and_a_code(fake: type[FakeLLM], error: Exception, code: int) -> None:
@@ -354,7 +430,9 @@ def test_sampling_values_out_of_range_are_refused_before_the_model_loads(fake: t
     assert "top_p" in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["generate"], ["plna", "m"], ["plan", "m", "--colour"], ["bench", "m", "-d", "0,-1"]])
+@pytest.mark.parametrize(
+    "arguments", [["generate"], ["plna", "m"], ["plan", "m", "--colour"], ["bench", "m", "-d", "0,-1"]]
+)
 def test_usage_errors_exit_2(arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
 
@@ -494,11 +572,16 @@ def test_doctor_says_what_to_do_about_a_problem(monkeypatch: pytest.MonkeyPatch)
 
 def test_doctor_reports_a_gpu_with_half_of_its_link(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = SimpleNamespace(
-        NVMLError=RuntimeError, nvmlInit=lambda: None, nvmlShutdown=lambda: None, nvmlDeviceGetCount=lambda: 1,
-        nvmlSystemGetDriverVersion=lambda: "600.1", nvmlDeviceGetHandleByIndex=lambda index: index,
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlSystemGetDriverVersion=lambda: "600.1",
+        nvmlDeviceGetHandleByIndex=lambda index: index,
         nvmlDeviceGetName=lambda handle: "Imagined GPU",
         nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(free=6 * 2**30, total=8 * 2**30),
-        nvmlDeviceGetMaxPcieLinkGeneration=lambda handle: 4, nvmlDeviceGetCurrPcieLinkWidth=lambda handle: 8,
+        nvmlDeviceGetMaxPcieLinkGeneration=lambda handle: 4,
+        nvmlDeviceGetCurrPcieLinkWidth=lambda handle: 8,
         nvmlDeviceGetMaxPcieLinkWidth=lambda handle: 16,
     )
     monkeypatch.setitem(sys.modules, "pynvml", driver)
@@ -518,36 +601,45 @@ def machine_with(root: Path, files: dict[str, str]) -> Path:
 
 
 def test_limits_of_cgroup_version_2_count_from_the_group_and_its_parents(tmp_path: Path) -> None:
-    root = machine_with(tmp_path, {
-        "proc/self/cgroup": "0::/pod/container\n",
-        "sys/fs/cgroup/pod/container/memory.max": "max\n",
-        "sys/fs/cgroup/pod/memory.max": "4294967296\n",
-        "sys/fs/cgroup/pod/container/cpu.max": "150000 100000\n",
-    })
+    root = machine_with(
+        tmp_path,
+        {
+            "proc/self/cgroup": "0::/pod/container\n",
+            "sys/fs/cgroup/pod/container/memory.max": "max\n",
+            "sys/fs/cgroup/pod/memory.max": "4294967296\n",
+            "sys/fs/cgroup/pod/container/cpu.max": "150000 100000\n",
+        },
+    )
 
     assert (memory_limit_bytes(root), cpu_quota(root)) == (4 * 2**30, 1.5)
 
 
 def test_limits_of_cgroup_version_1_ignore_the_number_for_none(tmp_path: Path) -> None:
-    root = machine_with(tmp_path, {
-        "proc/self/cgroup": "4:memory:/job\n2:cpu,cpuacct:/job\n1:name=systemd:/job\n",
-        "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
-        "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "1073741824\n",
-        "sys/fs/cgroup/cpu,cpuacct/job/cpu.cfs_quota_us": "-1\n",
-        "sys/fs/cgroup/cpu,cpuacct/job/cpu.cfs_period_us": "100000\n",
-    })
+    root = machine_with(
+        tmp_path,
+        {
+            "proc/self/cgroup": "4:memory:/job\n2:cpu,cpuacct:/job\n1:name=systemd:/job\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+            "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "1073741824\n",
+            "sys/fs/cgroup/cpu,cpuacct/job/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu,cpuacct/job/cpu.cfs_period_us": "100000\n",
+        },
+    )
 
     assert (memory_limit_bytes(root), cpu_quota(root)) == (2**30, None)
 
 
 def test_doctor_reads_limits_and_huge_pages_of_the_machine(tmp_path: Path) -> None:
-    root = machine_with(tmp_path, {
-        "proc/self/cgroup": "0::/\n",
-        "proc/cpuinfo": "processor : 0\nmodel name : Imagined CPU\n",
-        "sys/fs/cgroup/memory.max": str(2**29),
-        "sys/fs/cgroup/cpu.max": "50000 100000",
-        "sys/kernel/mm/transparent_hugepage/enabled": "always madvise [never]",
-    })
+    root = machine_with(
+        tmp_path,
+        {
+            "proc/self/cgroup": "0::/\n",
+            "proc/cpuinfo": "processor : 0\nmodel name : Imagined CPU\n",
+            "sys/fs/cgroup/memory.max": str(2**29),
+            "sys/fs/cgroup/cpu.max": "50000 100000",
+            "sys/kernel/mm/transparent_hugepage/enabled": "always madvise [never]",
+        },
+    )
     notes = {item.name: item for item in doctor.examine(root).findings if item.verdict == "note"}
 
     assert {"cgroup limit", "cgroup quota", "transparent huge pages"} <= set(notes)
@@ -694,7 +786,10 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(
     monkeypatch.setattr(hetero_attn, "profile_machine", lambda **_: pytest.fail("the machine was measured"))
 
     for command in (
-        ["bench", "m", "--trace"], ["profile", "--save"], ["profile", "--plot"], ["plan", "m", "--plot"],
+        ["bench", "m", "--trace"],
+        ["profile", "--save"],
+        ["profile", "--plot"],
+        ["plan", "m", "--plot"],
         ["plan", "m", "--yaml"],
     ):
         result = run(*command, str(blocked / "out.json"))

@@ -21,7 +21,11 @@ from hetero_attn.cli import main
 sys.argv[0] = "hetero-attn"
 main()
 """
-PLACES = {"no home": {}, "too long": {"XDG_CACHE_HOME": "/" + "x" * 3000}, "below a file": {"XDG_CACHE_HOME": os.devnull}}
+PLACES = {
+    "no home": {},
+    "too long": {"XDG_CACHE_HOME": "/" + "x" * 3000},
+    "below a file": {"XDG_CACHE_HOME": os.devnull},
+}
 COMMANDS = {
     "generate": ["generate", TINY, "-p", "def f(", "-n", "3", "--device", "cpu", "--context", "64"],
     "plan": ["plan", TINY, "--device", "cpu", "--no-explain"],
@@ -40,9 +44,7 @@ def test_commands_work_where_nothing_can_be_kept(command, place, tmp_path):
     if command == "generate":  # without its kernels it would compile for a minute: test_kernel_store.py does without
         settings["XDG_CACHE_HOME"] = str(kept_files.cache_home())
     run = [sys.executable, "-c", AS_NOBODY_KNOWN, *COMMANDS[command]]
-    done = subprocess.run(
-        run, capture_output=True, text=True, cwd=ROOT, env=settings, check=False
-    )
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=settings, check=False)
 
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr

@@ -149,7 +149,8 @@ def test_a_captured_step_is_a_program_and_follows_a_moved_boundary(run, plan):
 
 
 def test_the_border_between_two_chunks_does_not_wait_for_the_gpu(long_run):
-    """The first chunk's call comes back, and the second is embedded, while the GPU has not begun; the answer is right."""
+    """The first chunk's call comes back, and the second is embedded, while the GPU has not begun; the answer is
+    right."""
     workload = toy_workload(long_run.path, page_size=4, prefill_chunk=8, max_batch=1)
     plan = uniform_plan(workload, gpu=0.5, stream=0.5, gpu_groups=2, gpu_tokens=workload.full_tokens)
     with fake_engine(long_run.path, plan, handover="flags") as engine:
@@ -197,7 +198,8 @@ def test_no_request_of_a_captured_step_stands_behind_a_wait_that_its_job_does_no
 
 
 def in_small_pieces(plan: Plan) -> Plan:
-    """The plan with staging slots that hold two kilobytes or one unit, so that every linear streams in several pieces."""
+    """The plan with staging slots that hold two kilobytes or one unit, so that every linear streams in several
+    pieces."""
     workload = replace(plan.workload, staging_piece_bytes=2048)
     return emulated_plan(workload, plan.linears, plan.kv)
 
@@ -246,7 +248,8 @@ def test_a_wrong_boundary_between_pieces_is_seen(long_run, long_plan, monkeypatc
 
 
 def test_what_a_layer_adds_to_a_captured_step_is_counted(tmp_path):
-    """Two streamed pieces among the linears, and two hand-overs, of the MLP's CPU columns; attention is all the GPU's."""
+    """Two streamed pieces among the linears, and two hand-overs, of the MLP's CPU columns; attention is all the
+    GPU's."""
     entries = []
     for layers in (2, 3):
         path = make_checkpoint(tmp_path / str(layers), "llama", layers=layers)

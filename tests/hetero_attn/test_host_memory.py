@@ -54,7 +54,9 @@ def test_weights_larger_than_free_memory_are_refused_before_they_are_read(path, 
     monkeypatch.setattr(host_memory, "free_host_bytes", lambda root: plan.workload.weight_bytes // 2)
     monkeypatch.setattr("hetero_attn.engine.build.make_lanes", lambda *arguments: pytest.fail("loading has begun"))
 
-    with pytest.raises(MemoryBudgetError, match=r"its weights need .* of host memory, and .* are free; use a smaller") as caught:
+    with pytest.raises(
+        MemoryBudgetError, match=r"its weights need .* of host memory, and .* are free; use a smaller"
+    ) as caught:
         LLM(path, device=device, max_context=64, progress=False)
     assert caught.value.exit_code == 4
 
@@ -100,7 +102,9 @@ def test_whatever_runs_out_has_one_name(error):
         raise error
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOENT, "x"), RuntimeError("x"), PromptError("x"), MemoryBudgetError("x")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOENT, "x"), RuntimeError("x"), PromptError("x"), MemoryBudgetError("x")], ids=repr
+)
 def test_other_errors_stay_what_they_are(error):
     with pytest.raises(type(error)) as caught, memory_named("loading"):
         raise error
@@ -127,8 +131,11 @@ def test_threads_that_the_system_refuses_leave_none_behind(path, monkeypatch):
 
 @pytest.mark.parametrize(("version", "free"), [(2, 700), (1, 700)])
 def test_a_control_group_counts_what_is_used_but_files(tmp_path, version, free):
-    line, names = ("0::/g", ("memory.max", "memory.current")) if version == 2 else (
-        "3:memory:/g", ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+    line, names = (
+        ("0::/g", ("memory.max", "memory.current"))
+        if version == 2
+        else ("3:memory:/g", ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+    )
     folder = tmp_path / ("sys/fs/cgroup/g" if version == 2 else "sys/fs/cgroup/memory/g")
     folder.mkdir(parents=True)
     (tmp_path / "proc/self").mkdir(parents=True)

@@ -40,7 +40,9 @@ def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Python in a folder whose files come first, as beside a script."""
     paths = os.pathsep.join([str(folder), str(ROOT)])
     environment = os.environ | {"PYTHONPATH": paths}
-    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize("name", PACKAGES)
@@ -87,7 +89,9 @@ def test_characters_that_a_terminal_has_not_are_replaced(encoding):
     code = "import sys; from hetero_attn.cli import app, main; app.command('say')(lambda: print('a\\U0001f600b'))"
     code += "; sys.argv = ['x', 'say']; main()"
     run = [sys.executable, "-c", code]
-    done = subprocess.run(run, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, check=False)
+    done = subprocess.run(
+        run, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, check=False
+    )
 
     assert (done.returncode, done.stdout) == (0, b"a?b\n")
 

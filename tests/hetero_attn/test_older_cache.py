@@ -99,7 +99,8 @@ def test_older_tokens_of_a_long_prompt_cross_the_bus_in_runs():
 
 
 def test_runs_are_broken_where_pages_are_not_neighbours_in_both_stores():
-    """Numbers that go up together are one run; a page that goes down, jumps, or goes up on one side only begins another."""
+    """Numbers that go up together are one run; a page that goes down, jumps, or goes up on one side only begins
+    another."""
     pages = [(4, 0), (5, 1), (6, 3), (7, 4), (2, 5), (1, 6), (1, 7)]
 
     assert list(runs(pages)) == [((4, 0), 2), ((6, 3), 2), ((2, 5), 1), ((1, 6), 1), ((1, 7), 1)]

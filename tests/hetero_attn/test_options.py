@@ -10,7 +10,15 @@ from hetero_attn.planning.options import LoadOptions
 from hetero_attn.planning.settle import settle
 from tests.support.toy import make_checkpoint
 
-OF_THE_RUN = {"self", "seed", "prefix_cache", "overlap", "handover", "progress"}  # they leave the plan as it is
+OF_THE_RUN = {
+    "self",
+    "seed",
+    "max_waiting",
+    "prefix_cache",
+    "overlap",
+    "handover",
+    "progress",
+}  # they leave the plan as it is
 
 
 def test_the_arguments_of_a_load_are_the_options_with_the_same_defaults():

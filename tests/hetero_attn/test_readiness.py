@@ -75,12 +75,17 @@ def test_a_driver_without_memory_operations_is_named() -> None:
 def test_doctor_shows_what_is_in_the_way(monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    things = {0: [], 1: [Obstacle("compute capability", "7.5", "use another GPU", True), Obstacle("C compiler", "no", "a")]}
+    things = {
+        0: [],
+        1: [Obstacle("compute capability", "7.5", "use another GPU", True), Obstacle("C compiler", "no", "a")],
+    }
     monkeypatch.setattr(readiness, "obstacles", lambda index: iter(things[index]))
     findings = list(doctor._in_the_way())
 
     assert [(each.name, each.verdict) for each in findings] == [
-        ("cuda:1 compute capability", "problem"), ("cuda:1 C compiler", "note")]
+        ("cuda:1 compute capability", "problem"),
+        ("cuda:1 C compiler", "note"),
+    ]
 
 
 @pytest.mark.parametrize("name,expected", [("NVIDIA H100 80GB HBM3", 300), ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", 500)])
@@ -88,11 +93,22 @@ def test_a_slice_of_a_gpu_is_measured_by_cuda_and_not_by_the_driver_of_the_whole
     """The driver counts what every slice of the GPU uses."""
     used = iter([1000, 1300])
     cuda = SimpleNamespace(
-        is_initialized=lambda: False, device=lambda index: machine.torch.inference_mode(), synchronize=lambda: None,
-        get_device_name=lambda index: name, mem_get_info=lambda: (9500, 10_000), memory_reserved=lambda: 0)
+        is_initialized=lambda: False,
+        device=lambda index: machine.torch.inference_mode(),
+        synchronize=lambda: None,
+        get_device_name=lambda index: name,
+        mem_get_info=lambda: (9500, 10_000),
+        memory_reserved=lambda: 0,
+    )
     monkeypatch.setattr(machine, "_used_bytes", lambda index: next(used))
-    fake = SimpleNamespace(cuda=cuda, ones=lambda *a, **k: None, mm=lambda *a, **k: None, bfloat16=None, float32=None,
-                           inference_mode=machine.torch.inference_mode)
+    fake = SimpleNamespace(
+        cuda=cuda,
+        ones=lambda *a, **k: None,
+        mm=lambda *a, **k: None,
+        bfloat16=None,
+        float32=None,
+        inference_mode=machine.torch.inference_mode,
+    )
     monkeypatch.setattr(machine, "torch", fake)
 
     assert machine.context_bytes.__wrapped__(0) == expected

@@ -1,4 +1,5 @@
-"""The closed loop: measured lane times move the stream/cpu boundary to where both lanes end together, and no further."""
+"""The closed loop: measured lane times move the stream/cpu boundary to where both lanes end together, and no
+further."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace

@@ -110,7 +110,8 @@ def test_requests_come_and_go_at_any_step(path):
 
 
 def test_a_request_with_max_tokens_reserves_its_own_length_and_not_the_context(path):
-    """With room for two whole contexts, six short requests decode together; ones that may be long wait for each other."""
+    """With room for two whole contexts, six short requests decode together; ones that may be long wait for each
+    other."""
     with load(path, max_batch=6, kv_tokens=256) as llm:
         short = [llm.add([seed, 5, 6], GREEDY) for seed in range(4, 10)]
         together = max(len(llm.step()) for _ in range(20))
@@ -221,7 +222,8 @@ def test_a_running_stream_gets_a_token_at_least_every_second_chunk_of_a_long_pro
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_requests_without_max_tokens_share_the_cache_and_are_put_back_when_it_is_full(path, shape, prefix_cache):
-    """Room for two whole contexts: six begin together, and each answer, which fills a context, is that of a solo run."""
+    """Room for two whole contexts: six begin together, and each answer, which fills a context, is that of a solo
+    run."""
     prompts = [[seed, 5, 6] for seed in range(4, 10)]
     with load(path, shape, max_batch=6, kv_tokens=128, prefix_cache=prefix_cache, max_context=64) as llm:
         groups = llm.engine.kv_cache.layer_groups

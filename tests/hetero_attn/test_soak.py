@@ -19,7 +19,9 @@ from hetero_attn import LLM, Policy, SamplingParams
 from tests.support.runtime import THREADS
 from tests.support.toy import make_checkpoint
 
-PROMPTS = [[4 + (7 * position + seed) % 300 for position in range(length)] for seed, length in enumerate((3, 9, 17, 30, 5))]
+PROMPTS = [
+    [4 + (7 * position + seed) % 300 for position in range(length)] for seed, length in enumerate((3, 9, 17, 30, 5))
+]
 SHARED = [[*PROMPTS[3], seed] for seed in (7, 8, 9)]
 LARGE, SMALL = "900KiB", "700KiB"
 SHAPES = {
@@ -147,7 +149,13 @@ def path(tmp_path_factory):
 
 
 def soak(path, shape, requests):
-    options = {"max_batch": 3, "page_size": 4, "num_threads": THREADS, "policy": Policy(prefill_chunk=16), "kv_tokens": 128}
+    options = {
+        "max_batch": 3,
+        "page_size": 4,
+        "num_threads": THREADS,
+        "policy": Policy(prefill_chunk=16),
+        "kv_tokens": 128,
+    }
     before = signal.getsignal(signal.SIGALRM)
     with LLM(path, dtype="fp32", progress=False, **SHAPES[shape], **options) as llm:
         whole = SamplingParams(temperature=0.0, ignore_eos=True)

@@ -154,7 +154,10 @@ def test_importing_the_module_does_not_import_transformers():
     """transformers takes a second; `hetero-attn --help` must not wait for it."""
     code = "import sys, hetero_attn.serving.tokenizer, hetero_attn.checkpoints.hub; sys.exit('transformers' in sys.modules)"
 
-    assert 0 == subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2], check=False).returncode
+    assert (
+        0
+        == subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2], check=False).returncode
+    )
 
 
 def test_a_character_is_shown_when_its_last_byte_is_there(tokenizer):

@@ -17,7 +17,21 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("hetero_attn", "cpu_kernels", "gpu_kernels", "placement")
 PARAMS = SamplingParams(seed=7, max_tokens=6, ignore_eos=True, logit_bias={5: 0.3}, repetition_penalty=1.1, logprobs=1)
 # Makers of tensors that follow the default device; those of floats without given values follow the default dtype too.
-MAKERS = {"empty", "zeros", "ones", "full", "arange", "tensor", "as_tensor", "rand", "randn", "randint", "randperm", "eye", "linspace"}
+MAKERS = {
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "arange",
+    "tensor",
+    "as_tensor",
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "eye",
+    "linspace",
+}
 FLOATS = {"empty", "zeros", "ones", "rand", "randn", "eye", "linspace"}
 
 
@@ -52,7 +66,9 @@ STATES = {
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("state"), "qwen3", layers=2, rope="dynamic", max_position_embeddings=64)
+    return make_checkpoint(
+        tmp_path_factory.mktemp("state"), "qwen3", layers=2, rope="dynamic", max_position_embeddings=64
+    )
 
 
 def load(path, device):
@@ -92,7 +108,11 @@ def test_state_of_the_process_changes_nothing(path, expected, device, state):
 def careless_makers(tree):
     """Lines of calls that leave device or dtype to the process; `**settings` may hold them."""
     for node in ast.walk(tree):
-        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)):
+        if not (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and isinstance(node.func.value, ast.Name)
+        ):
             continue
         if node.func.value.id != "torch" or node.func.attr not in MAKERS:
             continue
@@ -111,6 +131,8 @@ def test_every_tensor_is_made_with_a_device_and_a_dtype(package):
 
 
 def test_the_reader_sees_a_careless_maker():
-    text = "torch.empty(3)\ntorch.arange(3)\ntorch.zeros(3, device=d)\ntorch.ones(3, **k)\ntorch.tensor([1], device=d)\n"
+    text = (
+        "torch.empty(3)\ntorch.arange(3)\ntorch.zeros(3, device=d)\ntorch.ones(3, **k)\ntorch.tensor([1], device=d)\n"
+    )
 
     assert list(careless_makers(ast.parse(text))) == [1, 2, 3]

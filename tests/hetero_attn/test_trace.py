@@ -69,7 +69,9 @@ def test_every_lane_shows_what_it_does(path, tmp_path, device):
 def test_events_name_their_shard_and_layer(path, tmp_path, split):
     """They said 605 times "linear"."""
     workload = toy_workload(path)
-    engine = make_engine(path, uniform_plan(workload, gpu=0.3, stream=0.4, gpu_groups=1) if split else cpu_plan(workload))
+    engine = make_engine(
+        path, uniform_plan(workload, gpu=0.3, stream=0.4, gpu_groups=1) if split else cpu_plan(workload)
+    )
     spans = events_of(engine, tmp_path / "trace.json")
     shards = {f"layers.{layer}.{kind}" for layer in range(2) for kind in ("qkv", "o", "gate_up", "down")} | {"head"}
     engine.close()
@@ -98,7 +100,9 @@ def test_older_keys_and_values_of_a_prompt_are_in_the_trace(path, tmp_path):
     engine.close()
 
     assert names(spans) == {"copy"}
-    assert 2 * sum(int(span["name"].split(" ")[1]) for span in spans) == copied_bytes  # the steps ran twice, the second time in this trace
+    assert (
+        2 * sum(int(span["name"].split(" ")[1]) for span in spans) == copied_bytes
+    )  # the steps ran twice, the second time in this trace
 
 
 def test_the_cpu_alone_has_one_busy_lane(path, tmp_path):

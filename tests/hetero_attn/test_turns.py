@@ -1,4 +1,5 @@
-"""Calls that come at any time and from anywhere: no text is lost, nothing waits for itself, closed is closed by name."""
+"""Calls that come at any time and from anywhere: no text is lost, nothing waits for itself, closed is closed by
+name."""
 
 import gc
 import random
@@ -146,7 +147,9 @@ def test_two_threads_that_share_a_stream_share_its_text(llm, alone):
 
 MOVES = st.lists(
     st.tuples(
-        st.sampled_from(["next", "next", "next", "open", "step", "generate", "logits", "add", "abort", "drop", "collect"]),
+        st.sampled_from(
+            ["next", "next", "next", "open", "step", "generate", "logits", "add", "abort", "drop", "collect"]
+        ),
         st.integers(0, 9),
     ),
     min_size=4,

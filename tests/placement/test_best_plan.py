@@ -1,4 +1,5 @@
-"""Nothing that is reported beside a plan is better than it, more of anything is never worse, and no memory lies idle."""
+"""Nothing that is reported beside a plan is better than it, more of anything is never worse, and no memory lies
+idle."""
 
 import itertools
 import random
@@ -17,9 +18,7 @@ GIB = 2**30
 NOISE = 1.001
 SHAPES = {"8b": llama_8b, "14b": qwen_14b, "32b": qwen_32b, "70b": llama_70b}
 MACHINES = [name for name in catalogue_names() if HardwareProfile.named(name).has_gpu and name != "emulated"]
-MATRIX = list(
-    itertools.product(SHAPES, MACHINES, ("bf16", "q8", "q4"), (2048, 8192, 32768), (0.25, 0.5, 0.75, 1.0))
-)
+MATRIX = list(itertools.product(SHAPES, MACHINES, ("bf16", "q8", "q4"), (2048, 8192, 32768), (0.25, 0.5, 0.75, 1.0)))
 
 
 def drawn(count, seed):
@@ -59,7 +58,9 @@ def assert_more_is_never_worse(case_):
     plan = plan_of(workload, hardware, budget)
     if plan is None:
         return
-    faster = replace(hardware, h2d_bytes_per_s=2 * hardware.h2d_bytes_per_s, d2h_bytes_per_s=2 * hardware.d2h_bytes_per_s)
+    faster = replace(
+        hardware, h2d_bytes_per_s=2 * hardware.h2d_bytes_per_s, d2h_bytes_per_s=2 * hardware.d2h_bytes_per_s
+    )
     more = {
         "memory": plan_of(workload, hardware, budget + GIB),
         "bus": plan_of(workload, faster, budget),
@@ -67,8 +68,10 @@ def assert_more_is_never_worse(case_):
     }
     for name, other in more.items():
         assert other.predicted.objective_s <= NOISE * plan.predicted.objective_s, name
-        both = [getattr(other.predicted, phase).seconds > NOISE * getattr(plan.predicted, phase).seconds for phase in
-                ("decode", "prefill")]
+        both = [
+            getattr(other.predicted, phase).seconds > NOISE * getattr(plan.predicted, phase).seconds
+            for phase in ("decode", "prefill")
+        ]
         assert both != [True, True], name
 
 
@@ -106,10 +109,14 @@ def test_what_more_would_bring_is_what_planning_with_it_gives():
     direct = plan_of(workload, hardware, budget + GIB).predicted
 
     gain = next(gain for gain in found.gains if gain.label == "1 GiB more GPU memory")
-    assert (gain.decode_tokens_per_s, gain.prefill_tokens_per_s) == (direct.decode.tokens_per_s, direct.prefill.tokens_per_s)
+    assert (gain.decode_tokens_per_s, gain.prefill_tokens_per_s) == (
+        direct.decode.tokens_per_s,
+        direct.prefill.tokens_per_s,
+    )
 
 
-# (shape, machine, dtype, context, budget in GiB): the hand-made plan has the whole cache in GPU memory, or as much as fits.
+# (shape, machine, dtype, context, budget in GiB): the hand-made plan has the whole cache in GPU memory, or as much as
+# fits.
 HAND_MADE = [
     ("8b", "rtx4090-ddr5", "q4", 8192, 8),
     ("8b", "rtx3060-ddr4", "q8", 8192, 11.18),

@@ -105,7 +105,9 @@ def test_losing_shapes_and_the_cut_not_chosen_are_shown():
     found = explain(workload, machine, Policy(), device="cuda", gpu_memory_bytes=4 * 2**30)
     labels = " ".join(other.label for other in found.alternatives)
 
-    assert {"few whole layers", "spread over all layers"} & set(re.findall("few whole layers|spread over all layers", labels))
+    assert {"few whole layers", "spread over all layers"} & set(
+        re.findall("few whole layers|spread over all layers", labels)
+    )
     assert re.search(r"\d+ whole layers on the GPU, rest CPU", labels)
     assert {"column", "paired"} - {found.plan.shape} == {name for name in SHAPE_WORDS if SHAPE_WORDS[name] in labels}
 

@@ -112,9 +112,17 @@ def test_a_hardware_file_is_json_or_yaml_alike(tmp_path):
 
     (tmp_path / "written.yml").write_text(known.to_yaml(), encoding="utf-8")
 
-    assert HardwareProfile.from_file(tmp_path / "mine.json") == HardwareProfile.from_file(tmp_path / "written.yml") == known
+    assert (
+        HardwareProfile.from_file(tmp_path / "mine.json")
+        == HardwareProfile.from_file(tmp_path / "written.yml")
+        == known
+    )
     assert HardwareProfile.from_file(tmp_path / "mine.yaml") == replace(known, name="mine")
-    for text, words in (("[1, 2]", "expected a mapping"), ("a: [", "neither JSON nor YAML"), ("cores: 3\n", "missing source")):
+    for text, words in (
+        ("[1, 2]", "expected a mapping"),
+        ("a: [", "neither JSON nor YAML"),
+        ("cores: 3\n", "missing source"),
+    ):
         (tmp_path / "bad.yaml").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=f"bad.yaml.*{words}"):
             HardwareProfile.from_file(tmp_path / "bad.yaml")

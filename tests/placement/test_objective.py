@@ -1,4 +1,5 @@
-"""The plan serves the requests that people send: decode, a short prompt and a long one, none at the cost of the others."""
+"""The plan serves the requests that people send: decode, a short prompt and a long one, none at the cost of the
+others."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,10 @@ LONG_PROMPT = 4096
 CASES = [
     *(pytest.param("8b", None, gib, id=f"8b h100 {gib}") for gib in (4.45, 3.47, 2.48)),
     *(pytest.param("14b", name, 7, id=f"14b {name}") for name in ("rtx4060ti-ddr5", "rtx4090-ddr5", "laptop-8gb-ddr5")),
-    *(pytest.param("32b", name, gib, id=f"32b {name} {gib}") for name, gib in (("rtx4060ti-ddr5", 14), ("rtx4090-ddr5", 16))),
+    *(
+        pytest.param("32b", name, gib, id=f"32b {name} {gib}")
+        for name, gib in (("rtx4060ti-ddr5", 14), ("rtx4090-ddr5", 16))
+    ),
 ]
 
 
@@ -38,9 +42,7 @@ def workload_of(model):
 
 
 def planned(model, machine, gib, **policy):
-    return make_plan(
-        workload_of(model), machine, Policy(**policy), device="cuda", gpu_memory_bytes=int(gib * GIB)
-    )
+    return make_plan(workload_of(model), machine, Policy(**policy), device="cuda", gpu_memory_bytes=int(gib * GIB))
 
 
 def prompt_cost(plan, machine):

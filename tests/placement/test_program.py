@@ -17,7 +17,8 @@ def one_variable() -> Program:
 
 
 def test_a_solver_that_prints_does_not_disturb_json(capfd, monkeypatch):
-    """HiGHS wrote a line from C into `plan --json` now and then; here it does so every time, buffered and unbuffered."""
+    """HiGHS wrote a line from C into `plan --json` now and then; here it does so every time, buffered and
+    unbuffered."""
     solve = scipy.optimize.milp
 
     def noisy(*arguments, **options):

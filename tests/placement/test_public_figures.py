@@ -31,7 +31,9 @@ def test_where_lanes_overlap_the_prediction_is_a_range_below_what_dram_allows():
     assert 0 < machine.overlap < 1 and "H100" in machine.overlap_source
 
 
-@pytest.mark.parametrize("name", [name for name in catalogue_names() if name not in ("emulated", "generic-cpu", "strix-halo")])
+@pytest.mark.parametrize(
+    "name", [name for name in catalogue_names() if name not in ("emulated", "generic-cpu", "strix-halo")]
+)
 def test_catalogue_machines_carry_what_python_and_lost_overlap_cost(name):
     machine = HardwareProfile.named(name)
 

@@ -1,4 +1,5 @@
-"""Measured rates: between row counts, by cache dtype and head sharing, in cache and from DRAM, and how costs use them."""
+"""Measured rates: between row counts, by cache dtype and head sharing, in cache and from DRAM, and how costs use
+them."""
 
 from dataclasses import replace
 

@@ -111,8 +111,11 @@ def _resources(name: str, kernel: Any) -> Resources:
 def _longest_loop(code: str) -> list[str]:
     """The instructions of the longest piece of code that a jump back repeats."""
     labels = {match.group(1): match.start() for match in _LABEL.finditer(code)}
-    loops = [code[labels[jump.group(1)]:jump.start()] for jump in _JUMP.finditer(code)
-             if labels[jump.group(1)] < jump.start()]
+    loops = [
+        code[labels[jump.group(1)] : jump.start()]
+        for jump in _JUMP.finditer(code)
+        if labels[jump.group(1)] < jump.start()
+    ]
     return max(map(_INSTRUCTION.findall, loops), key=len, default=[])
 
 

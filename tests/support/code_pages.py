@@ -29,7 +29,8 @@ def bf16_at(content: bytes, at: int) -> float:
 
 
 def read_row(page: Tensor, offset: int, head_dim: int) -> Tensor:
-    """One token of a page, number by number from the description in cpu_kernels/formats/pages.py, float64 [head_dim]."""
+    """One token of a page, number by number from the description in cpu_kernels/formats/pages.py, float64
+    [head_dim]."""
     kv_dtype = "q8" if page.dtype == torch.int8 else "q4"
     content, page_size, group = page.numpy().tobytes(), page.shape[0], GROUP_DIMS[kv_dtype]
     groups = -(-head_dim // group)
@@ -97,8 +98,9 @@ def append(op: Callable[..., None], device: str, kv_dtype: str, head_dim: int, d
     return Appended(query, key, parts[:, :, -1:], q.cpu().view(query.shape), k_pages.cpu(), v_pages.cpu(), slots)
 
 
-def check_rope_append(op: Callable[..., None], device: str, kv_dtype: str, head_dim: int,
-                      dtype: torch.dtype = torch.float32) -> None:
+def check_rope_append(
+    op: Callable[..., None], device: str, kv_dtype: str, head_dim: int, dtype: torch.dtype = torch.float32
+) -> None:
     """q and the stored keys are the rotated ones times the explicit matrix, and the stored values are the values."""
     run, matrix = append(op, device, kv_dtype, head_dim, dtype), hadamard(head_dim)
 

@@ -1,8 +1,9 @@
 """`torch.cuda` and libcuda on a machine without a GPU, so that the CUDA driver's own code runs there.
 
 Every stream is a thread that runs its queue in order; an event, a copy, a kernel and a memory operation are entries of
-a queue. As in CUDA a queue takes so many entries, a call that finds it full waits inside the driver, and meanwhile holds
-the one lock that every other call needs, whichever thread makes it. GPU memory is host memory. Page-locking is recorded, and may be refused. A stream that is being captured keeps
+a queue. As in CUDA a queue takes so many entries, a call that finds it full waits inside the driver, and meanwhile
+holds the one lock that every other call needs, whichever thread makes it. GPU memory is host memory. Page-locking is
+recorded, and may be refused. A stream that is being captured keeps
 its entries instead, under the rules of CUDA: only streams that the capture's events have reached take part, and all of
 them must have come back when it ends.
 """
@@ -262,7 +263,8 @@ class _Function:
 
 
 class FakeLibrary:
-    """The functions of libcuda that `LibCuda` calls. refuse_pins: page-locking fails, as under a limit of the system."""
+    """The functions of libcuda that `LibCuda` calls. refuse_pins: page-locking fails, as under a limit of the
+    system."""
 
     def __init__(self, cuda: FakeCuda, refuse_pins: bool = False) -> None:
         self._cuda = cuda

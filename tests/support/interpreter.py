@@ -34,8 +34,14 @@ def install() -> None:
     if getattr(InterpreterBuilder, "honest", False):
         return
     InterpreterBuilder.honest = True
-    for name in ("create_si_to_fp", "create_ui_to_fp", "create_fp_to_si", "create_fp_to_ui", "create_fp_ext",
-                 "create_fp_trunc"):
+    for name in (
+        "create_si_to_fp",
+        "create_ui_to_fp",
+        "create_fp_to_si",
+        "create_fp_to_ui",
+        "create_fp_ext",
+        "create_fp_trunc",
+    ):
         setattr(InterpreterBuilder, name, _wrap_cast(getattr(InterpreterBuilder, name)))
     InterpreterBuilder.create_fp_to_fp = _wrap_cast(InterpreterBuilder.create_fp_to_fp)
     InterpreterBuilder.binary_op = _wrap_binary(InterpreterBuilder.binary_op)
@@ -75,6 +81,7 @@ def _wrap_cast(cast: Any) -> Any:
             return _widened(source)
         assert not _is_bf16(source), f"cast of bf16 to {target}: go through float32"
         return cast(self, source, target, *rest)
+
     return honest_cast
 
 
@@ -82,6 +89,7 @@ def _wrap_binary(binary_op: Any) -> Any:
     def honest_binary(self: Any, left: TensorHandle, right: TensorHandle, op: Any) -> TensorHandle:
         assert not (_is_bf16(left) or _is_bf16(right)), f"bf16 arithmetic ({op}): cast to float32 first"
         return binary_op(self, left, right, op)
+
     return honest_binary
 
 
@@ -91,6 +99,7 @@ def _wrap_dot(create_dot: Any) -> Any:
         least = 256 // a.dtype.scalar.primitive_bitwidth if a.dtype.scalar.primitive_bitwidth == 8 else 16
         assert a.data.shape[-1] >= least, f"dot of {a.data.shape} and {b.data.shape}: inner dimension under {least}"
         return create_dot(self, _widened(a), _widened(b), c, *rest)
+
     return honest_dot
 
 
@@ -98,14 +107,16 @@ def _wrap_masked_load(masked_load: Any) -> Any:
     def honest_load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any) -> TensorHandle:
         loaded = masked_load(self, pointers, mask, other, *rest)
         if other is None:
-            garbage = np.frombuffer(b"\xff\xff\xff\xff\xff\xff\xff\x7f"[-loaded.data.itemsize:], loaded.data.dtype)[0]
+            garbage = np.frombuffer(b"\xff\xff\xff\xff\xff\xff\xff\x7f"[-loaded.data.itemsize :], loaded.data.dtype)[0]
             loaded.data = np.where(np.broadcast_to(mask.data, loaded.data.shape), loaded.data, garbage)
         return loaded
+
     return honest_load
 
 
-def _inline_asm(self: Any, asm: str, constraints: str, values: list, types: list, is_pure: bool,
-                pack: int) -> TensorHandle:
+def _inline_asm(
+    self: Any, asm: str, constraints: str, values: list, types: list, is_pure: bool, pack: int
+) -> TensorHandle:
     if asm == "dp4a.s32.s32 $0, $1, $2, $3;" and pack == 1:
         words = (np.ascontiguousarray(handle.data, dtype=np.int32) for handle in values)
         result = TensorHandle(_dp4a(*words), tl.int32)
@@ -125,4 +136,5 @@ def _wrap_patch_tensor(patch_tensor: Any) -> Any:
     def patch(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).reshape(-1)[0]))
+
     return patch

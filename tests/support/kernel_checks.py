@@ -39,8 +39,14 @@ LSE_TOLERANCE = 1e-5
 class Guarded:
     """An output tensor inside a larger NaN-filled buffer, so its rows are strided and its surroundings watched."""
 
-    def __init__(self, device: str, *shape: int, dtype: torch.dtype = torch.float32, fill: Tensor | None = None,
-                 unguarded_dims: int = 0) -> None:
+    def __init__(
+        self,
+        device: str,
+        *shape: int,
+        dtype: torch.dtype = torch.float32,
+        fill: Tensor | None = None,
+        unguarded_dims: int = 0,
+    ) -> None:
         guards = [int(index >= unguarded_dims) for index in range(len(shape))]
         self.inside = tuple(slice(guard, guard + size) for guard, size in zip(guards, shape))
         sizes = [size + 2 * guard for guard, size in zip(guards, shape)]
@@ -58,39 +64,80 @@ class Guarded:
         return inside
 
 
-def check_decode(op: Op, device: str, dtype: torch.dtype, num_kv_heads: int, group_size: int, head_dim: int,
-                 page_size: int, length: int, ranges: list[tuple[int, int]]) -> None:
+def check_decode(
+    op: Op,
+    device: str,
+    dtype: torch.dtype,
+    num_kv_heads: int,
+    group_size: int,
+    head_dim: int,
+    page_size: int,
+    length: int,
+    ranges: list[tuple[int, int]],
+) -> None:
     """decode_attention over `ranges`, one per sequence, of a cache with room for `length` positions."""
     start, stop = map(list, zip(*ranges))
     edges = sorted({edge + step for low, high in ranges for edge in range(low, high, 64) for step in (0, 1)})
-    q, keys, values = boundary_adversarial(len(ranges), num_kv_heads, group_size, length, head_dim, [*edges, *stop],
-                                           dtype)
+    q, keys, values = boundary_adversarial(
+        len(ranges), num_kv_heads, group_size, length, head_dim, [*edges, *stop], dtype
+    )
     cache = paged_cache(keys, values, page_size, [range(low, high) for low, high in ranges])
-    scale = head_dim ** -0.5
+    scale = head_dim**-0.5
     expected, expected_lse = oracle_decode(q, cache, start, stop, scale)
     out, lse = Guarded(device, *q.shape), Guarded(device, *q.shape[:2])
     limits = (torch.tensor(limit, dtype=torch.int32, device=device) for limit in (start, stop))
 
-    op(_strided(q, device), cache.k_pages.to(device), cache.v_pages.to(device), cache.page_table.to(device), *limits,
-       scale, out.view, lse.view)
+    op(
+        _strided(q, device),
+        cache.k_pages.to(device),
+        cache.v_pages.to(device),
+        cache.page_table.to(device),
+        *limits,
+        scale,
+        out.view,
+        lse.view,
+    )
 
     _assert_attention(out, lse, expected, expected_lse, dtype)
 
 
-def check_prefill(op: Op, device: str, dtype: torch.dtype, q_len: int, num_kv_heads: int, group_size: int,
-                  head_dim: int, page_size: int, start: int, stop: int, q_start: int, window: int) -> None:
+def check_prefill(
+    op: Op,
+    device: str,
+    dtype: torch.dtype,
+    q_len: int,
+    num_kv_heads: int,
+    group_size: int,
+    head_dim: int,
+    page_size: int,
+    start: int,
+    stop: int,
+    q_start: int,
+    window: int,
+) -> None:
     """prefill_attention of q_len rows from position q_start over the keys [start, stop)."""
     length = max(stop, q_start + q_len)
     edges = [start, stop, q_start, q_start + q_len, max(0, q_start - window), start + 64]
     _, keys, values = boundary_adversarial(1, num_kv_heads, 1, length, head_dim, edges, dtype)
     q = normal(q_len, num_kv_heads * group_size, head_dim, seed=9) * 2
     cache = paged_cache(keys, values, page_size, [range(start, stop)])
-    scale = head_dim ** -0.5
+    scale = head_dim**-0.5
     expected, expected_lse = oracle_prefill(q, cache, start, stop, q_start, window, scale)
     out, lse = Guarded(device, *q.shape), Guarded(device, *q.shape[:2])
 
-    op(_strided(q, device), cache.k_pages.to(device), cache.v_pages.to(device), cache.page_table[0].to(device), start,
-       stop, q_start, window, scale, out.view, lse.view)
+    op(
+        _strided(q, device),
+        cache.k_pages.to(device),
+        cache.v_pages.to(device),
+        cache.page_table[0].to(device),
+        start,
+        stop,
+        q_start,
+        window,
+        scale,
+        out.view,
+        lse.view,
+    )
 
     _assert_attention(out, lse, expected, expected_lse, dtype)
 
@@ -118,23 +165,40 @@ def check_merge(op: Op, device: str, parts: int, shape: tuple[int, ...], empty: 
     assert lse_error(lse.result(), torch.log(total)) <= LSE_TOLERANCE
 
 
-def check_linear(op: Op, device: str, weight_dtype: str, rows: int, num_blocks: int, in_features: int,
-                 with_bias: bool = True, accumulate: bool = False, tolerance: float = FLOAT32_NMSE) -> None:
+def check_linear(
+    op: Op,
+    device: str,
+    weight_dtype: str,
+    rows: int,
+    num_blocks: int,
+    in_features: int,
+    with_bias: bool = True,
+    accumulate: bool = False,
+    tolerance: float = FLOAT32_NMSE,
+) -> None:
     """linear over random packed blocks; a group of x is zero and one holds the ties of rounding to int8.
 
     With more than FLOAT32_NMSE as `tolerance` the error of the whole output counts, since one row may nearly cancel.
     """
     weight = packed_weight(weight_dtype, num_blocks, in_features, seed=3)
-    x, bias, before = (normal(*shape, seed=seed) for seed, shape in
-                       enumerate([(rows, in_features), (num_blocks * 16,), (rows, num_blocks * 16)]))
+    x, bias, before = (
+        normal(*shape, seed=seed)
+        for seed, shape in enumerate([(rows, in_features), (num_blocks * 16,), (rows, num_blocks * 16)])
+    )
     x[0, :4] = torch.tensor([127.0, 0.5, 1.5, -2.5])
     x[-1, 64:128] = 0.0
     expected = oracle_linear(x, weight, weight_dtype)
     expected = expected + (bias.double() if with_bias else 0) + (before.double() if accumulate else 0)
     out = Guarded(device, rows, num_blocks * 16, fill=before)
 
-    op(_strided(x, device), weight.to(device), weight_dtype, bias.to(device) if with_bias else None, out.view,
-       accumulate)
+    op(
+        _strided(x, device),
+        weight.to(device),
+        weight_dtype,
+        bias.to(device) if with_bias else None,
+        out.view,
+        accumulate,
+    )
 
     dims = (-1,) if tolerance == FLOAT32_NMSE else (-2, -1)
     assert nmse(out.result(), expected, dims) <= tolerance
@@ -171,26 +235,48 @@ def check_silu_mul(op: Op, device: str, rows: int, units: int) -> None:
     assert nmse(out.result(), (gate / (1 + torch.exp(-gate)) * up).flatten(1)) <= FLOAT32_NMSE
 
 
-def check_rope_append(op: Op, device: str, dtype: torch.dtype, num_kv_heads: int, group_size: int, head_dim: int,
-                      rotary_dim: int, norms: tuple[bool, bool]) -> None:
+def check_rope_append(
+    op: Op,
+    device: str,
+    dtype: torch.dtype,
+    num_kv_heads: int,
+    group_size: int,
+    head_dim: int,
+    rotary_dim: int,
+    norms: tuple[bool, bool],
+) -> None:
     """rope_append of three rows; padding of the units and slots that no row owns must stay as they are."""
     heads, half, page_size = group_size + 2, rotary_dim // 2, 4
     qkv = normal(3, num_kv_heads, heads * head_dim + 5, seed=1)
-    qkv[..., heads * head_dim:] = torch.nan
+    qkv[..., heads * head_dim :] = torch.nan
     positions = torch.tensor([8, 0, 3])
-    slots = torch.randperm(16, generator=torch.Generator().manual_seed(2))[:3 * num_kv_heads].view(3, num_kv_heads)
+    slots = torch.randperm(16, generator=torch.Generator().manual_seed(2))[: 3 * num_kv_heads].view(3, num_kv_heads)
     angles = torch.outer(torch.arange(9.0), 0.5 ** torch.arange(half))
     q_norm, k_norm = (normal(head_dim, seed=4 + index) if has else None for index, has in enumerate(norms))
-    q, k_pages, v_pages = (Guarded(device, 3, num_kv_heads * group_size, head_dim),
-                           *(Guarded(device, 4, page_size, head_dim, dtype=dtype) for _ in range(2)))
+    q, k_pages, v_pages = (
+        Guarded(device, 3, num_kv_heads * group_size, head_dim),
+        *(Guarded(device, 4, page_size, head_dim, dtype=dtype) for _ in range(2)),
+    )
     on_device = [None if part is None else part.to(device) for part in (q_norm, k_norm)]
 
-    op(_strided(qkv, device), positions.to(device), angles.cos().to(device), angles.sin().to(device), *on_device, 1e-3,
-       q.view, k_pages.view, v_pages.view, slots.to(device))
+    op(
+        _strided(qkv, device),
+        positions.to(device),
+        angles.cos().to(device),
+        angles.sin().to(device),
+        *on_device,
+        1e-3,
+        q.view,
+        k_pages.view,
+        v_pages.view,
+        slots.to(device),
+    )
 
-    parts = qkv[..., :heads * head_dim].double().unflatten(-1, (heads, head_dim))
-    query, key = (_turned(part, norm, angles[positions]) for part, norm in
-                  ((parts[:, :, :group_size], q_norm), (parts[:, :, group_size:-1], k_norm)))
+    parts = qkv[..., : heads * head_dim].double().unflatten(-1, (heads, head_dim))
+    query, key = (
+        _turned(part, norm, angles[positions])
+        for part, norm in ((parts[:, :, :group_size], q_norm), (parts[:, :, group_size:-1], k_norm))
+    )
     keys, values = (pages.result().flatten(0, 1) for pages in (k_pages, v_pages))
     tolerance = STORED_NMSE if dtype == torch.bfloat16 else FLOAT32_NMSE
     assert nmse(q.result(), query.flatten(1, 2)) <= FLOAT32_NMSE
@@ -204,16 +290,16 @@ def _turned(heads: Tensor, norm: Tensor | None, angles: Tensor) -> Tensor:
     if norm is not None:
         heads = heads / (heads.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.double()
     half = angles.shape[1]
-    pairs = torch.complex(heads[..., :half], heads[..., half:2 * half])
+    pairs = torch.complex(heads[..., :half], heads[..., half : 2 * half])
     pairs = pairs * torch.polar(torch.ones(()).double(), angles.double())[:, None, None]
-    return torch.cat((pairs.real, pairs.imag, heads[..., 2 * half:]), -1)
+    return torch.cat((pairs.real, pairs.imag, heads[..., 2 * half :]), -1)
 
 
 def _strided(tensor: Tensor, device: str) -> Tensor:
     """The same numbers with NaN between the rows."""
     wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), torch.nan, dtype=tensor.dtype, device=device)
-    wide[..., :tensor.shape[-1]] = tensor.to(device)
-    return wide[..., :tensor.shape[-1]]
+    wide[..., : tensor.shape[-1]] = tensor.to(device)
+    return wide[..., : tensor.shape[-1]]
 
 
 def _assert_attention(out: Guarded, lse: Guarded, expected: Tensor, expected_lse: Tensor, dtype: torch.dtype) -> None:

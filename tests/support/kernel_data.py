@@ -56,9 +56,16 @@ def paged_cache(keys: Tensor, values: Tensor, page_size: int, stored: list[range
     return PagedCache(keys, values, k_pages, v_pages, table)
 
 
-def boundary_adversarial(batch: int, num_kv_heads: int, group_size: int, length: int, head_dim: int,
-                         boundaries: list[int], dtype: torch.dtype = torch.float32,
-                         seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def boundary_adversarial(
+    batch: int,
+    num_kv_heads: int,
+    group_size: int,
+    length: int,
+    head_dim: int,
+    boundaries: list[int],
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(q [batch, num_heads, head_dim], keys, values): positions around `boundaries` carry high scores and large values.
 
     Losing or repeating any one of these tokens moves the output visibly; with plain random data it would not.
@@ -92,8 +99,9 @@ def oracle_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, s
     return out, torch.where(sums > 0, torch.log(sums), -torch.inf)
 
 
-def oracle_decode(q: Tensor, cache: PagedCache, start: list[int], stop: list[int],
-                  scale: float) -> tuple[Tensor, Tensor]:
+def oracle_decode(
+    q: Tensor, cache: PagedCache, start: list[int], stop: list[int], scale: float
+) -> tuple[Tensor, Tensor]:
     """float64 (out [batch, num_heads, head_dim], lse [batch, num_heads]) of decode attention."""
     positions = torch.arange(cache.keys.shape[2])
     rows = []
@@ -104,14 +112,15 @@ def oracle_decode(q: Tensor, cache: PagedCache, start: list[int], stop: list[int
     return torch.stack([out[:, 0] for out, _ in rows]), torch.stack([lse[:, 0] for _, lse in rows])
 
 
-def oracle_prefill(q: Tensor, cache: PagedCache, start: int, stop: int, q_start: int, window: int,
-                   scale: float) -> tuple[Tensor, Tensor]:
+def oracle_prefill(
+    q: Tensor, cache: PagedCache, start: int, stop: int, q_start: int, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
     """float64 (out [q_len, num_heads, head_dim], lse [q_len, num_heads]) of prefill attention of the one sequence."""
     visible = torch.zeros(q.shape[0], cache.keys.shape[2], dtype=torch.bool)
     for row in range(q.shape[0]):
         position = q_start + row
         first = max(start, position - window + 1 if window else 0)
-        visible[row, first:max(first, min(stop, position + 1))] = True
+        visible[row, first : max(first, min(stop, position + 1))] = True
     out, lse = oracle_attention(q.transpose(0, 1), cache.keys[0], cache.values[0], visible, scale)
     return out.transpose(0, 1), lse.T
 
@@ -133,8 +142,11 @@ def packed_weight(weight_dtype: str, num_blocks: int, in_features: int, seed: in
 def read_packed(weight: Tensor, weight_dtype: str, in_features: int) -> Tensor:
     """The published layout read one number at a time, float64 [num_blocks*16, in_features]."""
     blocks = [bytes(block.tolist()) for block in weight]
-    rows = [[_weight_at(block, weight_dtype, in_features, feature, column) for column in range(in_features)]
-            for block in blocks for feature in range(16)]
+    rows = [
+        [_weight_at(block, weight_dtype, in_features, feature, column) for column in range(in_features)]
+        for block in blocks
+        for feature in range(16)
+    ]
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -142,7 +154,7 @@ def _weight_at(block: bytes, weight_dtype: str, in_features: int, feature: int, 
     if weight_dtype == "fp32":
         return struct.unpack_from("<f", block, 4 * (feature * in_features + column))[0]
     if weight_dtype == "bf16":
-        bits = block[2 * (feature * in_features + column):][:2]
+        bits = block[2 * (feature * in_features + column) :][:2]
         return struct.unpack("<f", b"\0\0" + bits)[0]
     superblock, inside = divmod(column, 64)
     start = superblock * (576 if weight_dtype == "q4" else 1088)
@@ -165,10 +177,10 @@ def oracle_linear(x: Tensor, weight: Tensor, weight_dtype: str) -> Tensor:
         return x.bfloat16().double() @ dense.T
     rounded = x.clone().double()
     for first in range(0, x.shape[1], 64):
-        group = x[:, first:first + 64]
+        group = x[:, first : first + 64]
         scale = group.abs().amax(1, keepdim=True) / 127
         steps = torch.where(scale > 0, group / scale, 0.0).round()
-        rounded[:, first:first + 64] = steps.double() * scale.double()
+        rounded[:, first : first + 64] = steps.double() * scale.double()
     return rounded @ dense.T
 
 

@@ -81,7 +81,8 @@ def uniform_plan(workload: Workload, gpu: float, stream: float, gpu_groups: int,
 
 @st.composite
 def plans(draw: st.DrawFn, path: Path, weight_dtype: str) -> Plan:
-    """Any valid plan: cuts per linear and tier, head owners and segment sizes per layer, page and chunk sizes, copies."""
+    """Any valid plan: cuts per linear and tier, head owners and segment sizes per layer, page and chunk sizes,
+    copies."""
     workload = toy_workload(
         path,
         weight_dtype,

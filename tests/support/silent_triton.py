@@ -44,8 +44,9 @@ def _launcher_of(launches: Launches) -> type:
 
 
 @contextmanager
-def silent_triton(architecture: int, keep: bool = False, launcher_of: Callable[[Launches], type] = _launcher_of
-                  ) -> Iterator[Launches]:
+def silent_triton(
+    architecture: int, keep: bool = False, launcher_of: Callable[[Launches], type] = _launcher_of
+) -> Iterator[Launches]:
     """Within this, kernels are compiled for `architecture`, each has a number for its handle, and none runs."""
     launches, handles, active = Launches(keep), itertools.count(1), driver._active
     utils = SimpleNamespace(

@@ -22,7 +22,8 @@ ROLES = ("system", "user", "assistant")
 class Conversation:
     """What was said, and how answers are made.
 
-    system: the message that every turn begins with. turns: user and assistant messages in their order. variables: of the
+    system: the message that every turn begins with. turns: user and assistant messages in their order. variables: of
+    the
     chat template. dropped: turns that no longer fitted the context.
     """
 
@@ -57,8 +58,8 @@ class Conversation:
         return self.llm.stream_chat(self.messages, self.params, **variables), dropped
 
     def answered(self, text: str) -> None:
-        """Remember an answer, however far it got; one that never began takes its question along, because a chat template
-        may refuse two user messages in a row."""
+        """Remember an answer, however far it got; one that never began takes its question along, because a chat
+        template may refuse two user messages in a row."""
         if text:
             self.turns.append({"role": "assistant", "content": text})
         else:
@@ -114,5 +115,7 @@ def _parsed(file: Path) -> list[Message]:
     except (ValueError, KeyError, TypeError):
         found = []
     if not found or any(m["role"] not in ROLES or not isinstance(m["content"], str) for m in found):
-        raise PromptError(f'{file} holds no conversation; it must be JSON such as {{"messages": [{{"role": "user", ...}}]}}')
+        raise PromptError(
+            f'{file} holds no conversation; it must be JSON such as {{"messages": [{{"role": "user", ...}}]}}'
+        )
     return found
