@@ -7,8 +7,11 @@ bound the whole pass and not single steps; CPU kernels and copies drain the same
     T = max( sum_i max(cpu_i, gpu_i) + handovers_i,      steps in order
              sum_i cpu_i + (1 - slowdown) * T_pcie,      the CPU lane, slowed while copies run
              T_pcie = streamed bytes / B_h2d,
-             T_pcie(layers) + max(cpu_head, gpu_head),    nothing streamed is left to hide the head behind
+             T_pcie(layers) + head,                       nothing streamed is left to hide the head behind
              T_dram = (streamed + computed-in-place bytes + KV read by the CPU) / B_dram )
+
+The head's step is max(cpu, gpu, its own copies): the ring holds a few pieces of it, so most of what it streams crosses the
+bus when the layers are done.
 
 That is the least: lanes that could run side by side do so in part, as machines have shown. What is expected is
 
@@ -170,13 +173,14 @@ def _add_linear(
     cost = tally.once((shard.kind, shard.shape, block is not None), computed)
     gpu_s = (home + streamed) * cost.gpu_s_per_unit if home + streamed else 0.0
     cpu_s, handover = on_cpu * cost.cpu_s_per_unit, cost.handover_s * (on_cpu > 0)
+    copy_s = streamed * shard.unit_bytes / hardware.h2d_bytes_per_s if streamed else 0.0
     tally.add_step("linears", cpu_s, gpu_s, handover, cost.launch_s, block)
     if shard.kind == "head":
-        tally.head_s = max(cpu_s, gpu_s) + handover + cost.launch_s
+        tally.head_s = max(cpu_s, gpu_s, copy_s) + handover + cost.launch_s
+        tally.lanes["steps"].append(max(0.0, copy_s - max(cpu_s, gpu_s)))
     from_dram = streamed + on_cpu + (home if hardware.unified_memory else 0)
     tally.lanes["dram"].append(from_dram * shard.unit_bytes / hardware.dram_bytes_per_s)
     if streamed:
-        copy_s = streamed * shard.unit_bytes / hardware.h2d_bytes_per_s
         tally.lanes["pcie"].append(copy_s)
         tally.before_head_s.append(copy_s * (shard.kind != "head"))
         tally.terms["copies"].append(copy_s)

@@ -113,6 +113,7 @@ class PassTime:
         copy = scale * shard.unit_bytes / self._hardware.h2d_bytes_per_s
         add(self._copies, streamed, copy)
         if is_head:
+            self._program.at_least({step: 1.0, streamed: -copy}, 0.0)
             add(self._tail, step, 1.0)
             add(self._tail, layers, handover_s)
         else:
