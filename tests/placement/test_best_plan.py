@@ -14,6 +14,7 @@ from placement.machine.hardware import catalogue_names
 from placement.plan.workload import ChunkChoice
 from tests.support.planning_models import llama_8b, llama_70b, qwen_14b, qwen_32b, with_row_cuts
 
+NO_WISHES = Policy()
 GIB = 2**30
 NOISE = 1.001
 SHAPES = {"8b": llama_8b, "14b": qwen_14b, "32b": qwen_32b, "70b": llama_70b}
@@ -34,7 +35,7 @@ def case(model, machine, dtype, context, share):
     return with_row_cuts(replace(shape, chunk_choices=choices)), hardware, int(share * hardware.gpu_memory_bytes)
 
 
-def plan_of(workload, hardware, budget, policy=Policy()):
+def plan_of(workload, hardware, budget, policy=NO_WISHES):
     try:
         return make_plan(workload, hardware, policy, device="cuda", gpu_memory_bytes=budget)
     except BudgetError:
