@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hetero_attn.cli import options
-from hetero_attn.cli.output import expect_writable, print_json, table_width, write_text
+from hetero_attn.cli.output import expect_writable, print_json, table_width, wrapped, write_text
 from hetero_attn.errors import MemoryBudgetError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def plan(
     from hetero_attn.planning.fitting import why_not_fitting, would_fit
     from hetero_attn.planning.options import LoadOptions
     from hetero_attn.serving.progress import working
+    from placement.plan.table import opening_lines
 
     expect_writable(plot, yaml)
     wishes = LoadOptions(
@@ -80,9 +81,10 @@ def plan(
     if as_json:
         print_json((explanation or planned.plan).to_dict())
     elif str(yaml) != "-":
-        typer.echo(planned.plan.table(table_width()), nl=False)
-        for line in explanation.lines() if explanation else ():
-            typer.echo(line)
+        width = table_width()
+        lines = [*opening_lines(planned.plan), "", *planned.plan.table(width).splitlines()]
+        for line in [*lines, *(explanation.lines() if explanation else ())]:
+            typer.echo(wrapped(line, width))
     if unfit:
         raise typer.Exit(MemoryBudgetError.exit_code)
 

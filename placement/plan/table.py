@@ -22,6 +22,10 @@ from placement.plan.units import format_bytes
 from placement.plan.workload import NUM_ROW_TIERS, Workload
 
 COLUMNS = ("shard", "count", "units", "GPU home", "decode g/s/c", "prefill g/s/c", "GPU bytes", "DRAM bytes")
+# In a narrow terminal: without what the cut and the label tell, so that no number is ever cut.
+NARROW_COLUMNS = {0: "shard", 3: "home", 4: "decode", 5: "prefill", 6: "GPU", 7: "DRAM"}
+WIDE = 98
+LEGEND = "g/s/c: units computed on the gpu, stream and cpu lane in one step; home: units in GPU memory"
 PLACE_WORDS = {"gpu": "GPU memory", "pinned": "pinned DRAM", "host": "host DRAM"}
 
 
@@ -63,13 +67,43 @@ def plan_table(plan: ShownPlan, width: int) -> str:
         f"{plan.num_threads} CPU threads",
         highlight=False,
     )
-    console.print(_placements(plan))
-    console.print(_memory(plan))
+    console.print(_placements(plan, width))
+    if plan.device != "cpu":
+        console.print(LEGEND if width >= WIDE else LEGEND.replace("g/s/c", "decode, prefill (gpu/stream/cpu)"), highlight=False)
+    console.print(_memory(plan, width))
     console.print(kv_line(plan), highlight=False)
     if plan.predicted is not None:
         for line in prediction_lines(plan.predicted):
             console.print(line, highlight=False)
     return console.file.getvalue()
+
+
+def opening_lines(plan: ShownPlan) -> list[str]:
+    """The four things that a newcomer wants: does it fit, how fast, what is where, what would change it."""
+    memory, on_gpu = plan.memory, plan.device != "cpu"
+    in_dram = memory.pinned_bytes + memory.host_bytes
+    budget = "" if plan.gpu_memory_bytes is None else f" of {format_bytes(plan.gpu_memory_bytes)}"
+    gpu = f"{format_bytes(memory.gpu_bytes)}{budget} GPU memory and " if on_gpu else ""
+    lines = [f"fits: {gpu}{format_bytes(in_dram)} DRAM"]
+    if plan.predicted is not None:
+        decode, prefill = plan.predicted.decode, plan.predicted.prefill
+        lines.append(
+            f"speed: about {_rounded(decode.tokens_per_s)} tokens/s, prompts {_rounded(prefill.tokens_per_s)} tokens/s, predicted"
+        )
+    by_place = memory.to_dict()
+    where = []
+    for name, kind in (("weights", "weights"), ("cache", "kv")):
+        dram = sum(by_place[place].get(kind, 0) for place in ("pinned", "host"))
+        gpu_part = f"{format_bytes(by_place['gpu'].get(kind, 0))} GPU, " if on_gpu else ""
+        where.append(f"{name} {gpu_part}{format_bytes(dram)} DRAM")
+    lines.append(f"where: {'; '.join(where)}")
+    ways = "--gpu-memory, " if on_gpu else ""
+    lines.append(f"to change it: {ways}--context, --batch, --dtype, --kv-dtype")
+    return lines
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def kv_line(plan: ShownPlan) -> str:
@@ -100,12 +134,14 @@ def prediction_lines(predicted: Prediction) -> list[str]:
     return lines
 
 
-def _placements(plan: ShownPlan) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+def _placements(plan: ShownPlan, width: int) -> Table:
+    is_wide = width >= WIDE or plan.device == "cpu"
+    table = Table(box=None, pad_edge=False, padding=(0, 2 if is_wide else 1, 0, 0))
+    headings = dict(enumerate(COLUMNS)) if is_wide else NARROW_COLUMNS
     # Without a GPU there is one lane and one home: nothing to say about a cut.
-    shown = (0, 1, 2, 7) if plan.device == "cpu" else range(len(COLUMNS))
+    shown = (0, 1, 2, 7) if plan.device == "cpu" else tuple(headings)
     for index in shown:
-        table.add_column(COLUMNS[index], justify="right" if index else "left", no_wrap=True)
+        table.add_column(headings[index], justify="right" if index else "left", no_wrap=True)
     rows = [_linear_row(plan, row) for row in plan_rows(plan.workload.linears, plan.linears)]
     for cells in rows + [_kv_row(plan, row) for row in plan_rows(plan.workload.kv, plan.kv)]:
         table.add_row(*(cells[index] for index in shown))
@@ -136,10 +172,19 @@ def _kv_row(plan: ShownPlan, row: PlanRow) -> tuple[str, ...]:
     return (row.label, str(row.count), str(placement.groups), home, cut, cut, format_bytes(gpu), format_bytes(dram))
 
 
-def _memory(plan: ShownPlan) -> Table:
+def _memory(plan: ShownPlan, width: int) -> Table:
+    """Bytes by place and kind; in a narrow terminal a line for each kind."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     by_place = plan.memory.to_dict()
     kinds = [kind for kind in KINDS if any(by_place[place].get(kind) for place in PLACES)]
+    if width < WIDE:
+        places = [place for place in PLACES if by_place[place]]
+        for name in ("bytes", *(PLACE_WORDS[place] for place in places)):
+            table.add_column(name, justify="left" if name == "bytes" else "right", no_wrap=True)
+        for kind in kinds:
+            table.add_row(kind, *(format_bytes(by_place[place].get(kind, 0)) for place in places))
+        table.add_row("total", *(format_bytes(sum(by_place[place].values())) for place in places))
+        return table
     for name in ("bytes", *kinds, "total"):
         table.add_column(name, justify="left" if name == "bytes" else "right", no_wrap=True)
     for place in PLACES:
