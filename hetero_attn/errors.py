@@ -43,6 +43,12 @@ class ConfigError(HeteroError, ValueError):
     exit_code = 3
 
 
+class ArgumentError(ConfigError):
+    """An argument of a call that is of the wrong kind or outside its range. Exit code 2."""
+
+    exit_code = 2
+
+
 class UnsupportedModelError(HeteroError, ValueError):
     """A well-formed model that hetero_attn does not run: architecture, rope type, quantisation. Exit code 3."""
 

@@ -35,8 +35,13 @@ def wrapped(line: str, width: int) -> str:
     if len(line) <= width:
         return line
     indent = " " * (len(line) - len(line.lstrip()) + 4)
-    return textwrap.fill(re.sub(r"(?<=\S) {2,}", "  ", line), width, subsequent_indent=indent, break_long_words=False,
-                         break_on_hyphens=False)
+    return textwrap.fill(
+        re.sub(r"(?<=\S) {2,}", "  ", line),
+        width,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def expect_writable(*files: Path | None) -> None:

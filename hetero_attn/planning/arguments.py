@@ -1,6 +1,6 @@
 """The arguments of `LLM` and `plan_model`, checked where they enter: type and range of each, whatever else is wished.
 
-Integers may be numpy's. What is wrong is a ConfigError that names the argument, the value and the rule.
+Integers may be numpy's. What is wrong is a ArgumentError that names the argument, the value and the rule.
 """
 
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from hetero_attn.errors import ConfigError, UnsupportedModelError, nearest
+from hetero_attn.errors import ArgumentError, UnsupportedModelError, nearest
 from hetero_attn.lanes.handover_choice import HANDOVERS
 from placement import HardwareProfile, Policy
 from placement.plan.units import parse_bytes
@@ -31,7 +31,7 @@ FLAGS = ("elastic", "prefix_cache", "overlap", "progress")
 def checked_arguments(**values: Any) -> dict[str, Any]:
     """The same arguments as plain values: integers as int, a torch.device and torch.dtype as text.
 
-    Raises ConfigError, or UnsupportedModelError for a name that is none of the known ones.
+    Raises ArgumentError, or UnsupportedModelError for a name that is none of the known ones.
     """
     return {name: _checked(name, value) for name, value in values.items()}
 
@@ -69,7 +69,7 @@ def _integer(name: str, value: Any) -> int | None:
         return None
     least, most = INTEGERS[name]
     if isinstance(value, Integral) and not isinstance(value, bool) and value < least:
-        raise ConfigError(f"{name} is {value}; it must be at least {least}")
+        raise ArgumentError(f"{name} is {value}; it must be at least {least}")
     right = isinstance(value, Integral) and not isinstance(value, bool) and value <= most
     _expect(right, name, value, f"an integer from {least} to {most}")
     return int(value)
@@ -80,13 +80,13 @@ def _size(value: Any) -> int | str:
     try:
         parse_bytes(value)
     except ValueError as error:
-        raise ConfigError(f"gpu_memory: {error}") from None
+        raise ArgumentError(f"gpu_memory: {error}") from None
     return value
 
 
 def _expect(is_right: bool, name: str, value: Any, expected: str) -> None:
     if not is_right:
-        raise ConfigError(f"{name} is {value!r:.80}; it must be {expected}")
+        raise ArgumentError(f"{name} is {value!r:.80}; it must be {expected}")
 
 
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:

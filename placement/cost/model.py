@@ -10,8 +10,8 @@ bound the whole pass and not single steps; CPU kernels and copies drain the same
              T_pcie(layers) + head,                       nothing streamed is left to hide the head behind
              T_dram = (streamed + computed-in-place bytes + KV read by the CPU) / B_dram )
 
-The head's step is max(cpu, gpu, its own copies): the ring holds a few pieces of it, so most of what it streams crosses the
-bus when the layers are done.
+The head's step is max(cpu, gpu, its own copies): the ring holds a few pieces of it, so most of what it streams crosses
+the bus when the layers are done.
 
 That is the least: lanes that could run side by side do so in part, as machines have shown. What is expected is
 

@@ -69,7 +69,9 @@ def plan_table(plan: ShownPlan, width: int) -> str:
     )
     console.print(_placements(plan, width))
     if plan.device != "cpu":
-        console.print(LEGEND if width >= WIDE else LEGEND.replace("g/s/c", "decode, prefill (gpu/stream/cpu)"), highlight=False)
+        console.print(
+            LEGEND if width >= WIDE else LEGEND.replace("g/s/c", "decode, prefill (gpu/stream/cpu)"), highlight=False
+        )
     console.print(_memory(plan, width))
     console.print(kv_line(plan), highlight=False)
     if plan.predicted is not None:
@@ -88,7 +90,8 @@ def opening_lines(plan: ShownPlan) -> list[str]:
     if plan.predicted is not None:
         decode, prefill = plan.predicted.decode, plan.predicted.prefill
         lines.append(
-            f"speed: about {_rounded(decode.tokens_per_s)} tokens/s, prompts {_rounded(prefill.tokens_per_s)} tokens/s, predicted"
+            f"speed: about {_rounded(decode.tokens_per_s)} tokens/s, "
+            f"prompts {_rounded(prefill.tokens_per_s)} tokens/s, predicted"
         )
     by_place = memory.to_dict()
     where = []

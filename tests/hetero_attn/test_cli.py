@@ -851,8 +851,12 @@ def test_ctrl_c_ends_an_answer_of_the_chat_and_the_next_one_comes() -> None:
     assert "tokens/s" not in errors, "an answer reached its end, so nothing was interrupted"
 
 
-@pytest.mark.parametrize("arguments", [["--device", "cpu"], ["--device", "emulated", "--gpu-memory", "8MiB", "--context", "512"]])
-def test_a_plan_opens_with_four_lines_and_fits_eighty_columns(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments", [["--device", "cpu"], ["--device", "emulated", "--gpu-memory", "8MiB", "--context", "512"]]
+)
+def test_a_plan_opens_with_four_lines_and_fits_eighty_columns(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
     """It drew 100 columns, whatever the terminal had, and rows broke."""
     monkeypatch.setenv("COLUMNS", "80")
     lines = run("plan", TINY, *arguments).stdout.splitlines()
