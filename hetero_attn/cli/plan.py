@@ -82,7 +82,7 @@ def plan(
         print_json((explanation or planned.plan).to_dict())
     elif str(yaml) != "-":
         width = table_width()
-        lines = [*opening_lines(planned.plan), "", *planned.plan.table(width).splitlines()]
+        lines = [*opening_lines(planned.plan), "", *planned.plan.table(width).splitlines()]  # type: ignore[arg-type]
         for line in [*lines, *(explanation.lines() if explanation else ())]:
             typer.echo(wrapped(line, width))
     if unfit:
