@@ -427,7 +427,7 @@ def test_sampling_values_out_of_range_are_refused_before_the_model_loads(fake: t
     result = run("generate", "some/model", "-p", "Tell", "--top-p", "1.5")
 
     assert (result.exit_code, fake.made) == (2, [])
-    assert "top_p" in result.stderr
+    assert "--top-p" in result.stderr
 
 
 @pytest.mark.parametrize(
