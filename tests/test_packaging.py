@@ -144,4 +144,4 @@ def test_an_installed_wheel_runs_from_an_empty_directory(wheel: Path, tmp_path: 
     run = subprocess.run([sys.executable, "-c", code], cwd=empty, capture_output=True, text=True, check=False)
 
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("tiny on cpu")
+    assert run.stdout.startswith("fits: ") and "\ntiny on cpu" in run.stdout

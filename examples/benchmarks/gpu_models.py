@@ -224,7 +224,7 @@ def _prompt_trace(run: Run, llm: Any, name: str, save: bool) -> dict[str, Any]:
         trace.save(file)
     seconds, counts = Counter(), Counter()
     for span in trace.spans:
-        kind = f"{span.lane}: {'copy' if span.name.startswith('copy') else span.name}"
+        kind = f"{span.lane}: {span.name.partition(' ')[0]}"  # without the shard that it is of
         seconds[kind] += span.stop - span.start
         counts[kind] += 1
     return {

@@ -42,9 +42,7 @@ class PrefillBar:
         self._requests = requests
         total = sum(len(request.prompt_token_ids) for request in requests)
         is_long = any(len(request.prompt_token_ids) > chunk for request in requests)
-        self._bar = tqdm(
-            total=total, desc="prompt", unit="tok", disable=None if show and is_long else True, leave=False
-        )
+        self._bar = tqdm(total=total, desc="prompt", unit="tok", disable=not (show and is_long), leave=False)
 
     def update(self) -> None:
         """Show how far the prompts have come."""
