@@ -11,13 +11,15 @@ class RawFile:
     """An open file. Owns the descriptor; reading is safe from several threads, as pread has no file position.
 
     Attributes:
-        path: the file. size: its bytes when it was opened.
+        path: the file. size: its bytes when it was opened. kind: what errors say was expected.
     """
+
+    kind = "a file of weights"
 
     def __init__(self, path: Path):
         """Open `path`; CheckpointError for anything but a regular file that can be read."""
         self.path = path
-        self._fd = _open_regular(path)
+        self._fd = _open_regular(path, self.kind)
         self._opened_as = self._stamp()
         self.size = self._opened_as[0]
 
@@ -57,11 +59,11 @@ class RawFile:
         return status.st_size, status.st_mtime_ns
 
 
-def _open_regular(path: Path) -> int:
+def _open_regular(path: Path, kind: str) -> int:
     """A descriptor for reading; a FIFO or a device behind the name would block or never end, so it is refused first."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise CheckpointError(f"{path}: not a regular file, expected a file of weights")
+            raise CheckpointError(f"{path}: not a regular file, expected {kind}")
         return os.open(path, os.O_RDONLY)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened: {error.strerror}; check path and permissions") from None

@@ -11,12 +11,11 @@ documentation, "Format").
 
 import json
 import math
-import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hetero_attn.checkpoints.raw_file import RawFile
 from hetero_attn.errors import CheckpointError
 
 # The library reads headers of 100 MB, for which a parser takes minutes and gigabytes. A real file has a few thousand
@@ -45,62 +44,27 @@ class TensorEntry:
     nbytes: int
 
 
-class SafetensorsFile:
-    """An open file. Owns the descriptor; reading is safe from several threads, as pread has no file position.
+class SafetensorsFile(RawFile):
+    """An open file whose header was checked.
 
     Attributes:
-        path: the file. entries: its tensors by name, in data order.
+        entries: its tensors by name, in data order.
     """
+
+    kind = "a safetensors file"
 
     def __init__(self, path: Path):
         """Open `path` and check its header. Raises CheckpointError for anything but a whole safetensors file."""
-        self.path = path
-        self._fd = _open_regular(path)
-        self._opened_as = self._stamp()
+        super().__init__(path)
         try:
             self.entries = self._read_entries()
         except BaseException:
             self.close()
             raise
 
-    def close(self) -> None:
-        """Close the descriptor; may be called twice."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer`, bytes, from byte `offset` of the file.
-
-        Raises:
-            CheckpointError: the file is closed, cannot be read, or changed since it was opened.
-        """
-        if self._fd < 0:
-            raise CheckpointError(f"{self.path}: the checkpoint is closed; open it again")
-        done = 0
-        try:
-            while done < len(buffer):
-                # Linux reads at most 2 GiB in one call.
-                count = os.preadv(self._fd, [buffer[done : done + (1 << 30)]], offset + done)
-                if count == 0:
-                    break
-                done += count
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}; check the disk") from None
-        if done < len(buffer) or self._stamp() != self._opened_as:
-            raise CheckpointError(
-                f"{self.path}: the file changed while it was in use (was {self._opened_as[0]} bytes, is "
-                f"{self._stamp()[0]}); leave a checkpoint alone while it loads, then load it again"
-            )
-
-    def _stamp(self) -> tuple[int, int]:
-        """Size in bytes and time of the last change; they differ once somebody has written to the file."""
-        status = os.fstat(self._fd)
-        return status.st_size, status.st_mtime_ns
-
     def _read_entries(self) -> dict[str, TensorEntry]:
         """The tensors in data order; every byte of the file belongs to the header or to one of them."""
-        size = self._opened_as[0]
+        size = self.size
         header, data_start = self._header(size)
         items = [(name, *self._header_entry(name, value)) for name, value in header.items() if name != "__metadata__"]
         entries, position = {}, 0
@@ -182,16 +146,6 @@ def _start(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{str(key)[:20]!r}: {_start(item)}" for key, item in list(value.items())[:4]) + "}"
     return f"{value[:8] if isinstance(value, (list, str)) else value!s:.40}"
-
-
-def _open_regular(path: Path) -> int:
-    """A descriptor for reading; a FIFO or a device behind the name would block or never end, so it is refused first."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise CheckpointError(f"{path}: not a regular file, expected a safetensors file")
-        return os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}; check path and permissions") from None
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
