@@ -97,9 +97,7 @@ def _profile(run: Run, found: dict[str, float], rows: dict[int, float]) -> tuple
     from placement.profilers.gpu import TorchGpu, gpu_attention_rate
 
     base, notes = recorded_profile(), []
-    # The bus as decode uses it, beside a CPU lane that drains the same DRAM: 43 of 53 GB/s on the H100 machine of
-    # 2026-11-27.
-    profile = with_rates(base, max(found["sweep"], found["sum"]), found["h2d_beside"], found["linear_q4"])
+    profile = with_rates(base, max(found["sweep"], found["sum"]), found["h2d"], found["linear_q4"])
     gpu_rows = {rate.rows: rate for rate in profile.gpu_rows}
     for count, ops_per_s in rows.items():
         like = gpu_rows.get(count, profile.gpu_rows[-1])
@@ -110,6 +108,7 @@ def _profile(run: Run, found: dict[str, float], rows: dict[int, float]) -> tuple
         dram_bytes=host_memory_bytes(),
         d2h_bytes_per_s=found["d2h"],
         cpu_slowdown_while_copying=min(1.0, found["linear_q4_beside"] / found["linear_q4"]),
+        copy_slowdown_while_computing=min(1.0, found["h2d_beside"] / found["h2d"]),
         gpu_memory_bytes=torch.cuda.get_device_properties(0).total_memory,
         gpu_rows=tuple(gpu_rows[count] for count in sorted(gpu_rows)),
         gpu_flops=replace(profile.gpu_flops, q4=max(rate.ops_per_s.q4 for rate in gpu_rows.values())),

@@ -107,6 +107,7 @@ def gpu_rows(profile: HardwareProfile) -> Iterator[tuple[str, str]]:
     yield "copy from the GPU", _gigabytes(profile.d2h_bytes_per_s)
     yield "CPU linears while copies run", f"{profile.cpu_slowdown_while_copying:.0%}"
     yield "CPU attention while copies run", f"{profile.cpu_attention_slowdown_while_copying:.0%}"
+    yield "copies while the CPU lane computes", f"{profile.copy_slowdown_while_computing:.0%}"
     yield "hand-over GPU to CPU and back", f"{profile.handover_s * 1e6:.0f} us"
     yield "one GPU kernel", f"{profile.launch_overhead_s * 1e6:.1f} us"
 

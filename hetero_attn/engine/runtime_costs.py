@@ -38,7 +38,8 @@ from placement.policy.policy import Policy
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 64, 4, 2, 16, 64
 FEW_LAYERS, MANY_LAYERS = 2, 10
-PROMPT, LONG_PROMPT = 2, 128
+PROMPT, CHUNK, CHUNKS = 2, 128, 4  # a chunk has as many rows as take the GPU's path for many
+MAX_CONTEXT = 1024
 STEPS, COLD_STEPS = 40, 10
 SWEEP_BYTES = 128 << 20  # between steps, to drive Python out of the caches
 LINEARS_PER_LAYER = 4
@@ -53,6 +54,27 @@ rules:
   - {match: "layers.*", gpu: 0.5, cpu: 0.5}
 """,
     "shared",
+)
+
+# Prompts by the GPU alone, of weights at home and half streamed, beside steps in which the CPU team is at work: it is
+# awake when the prompt begins, as it is when somebody asks.
+AT_HOME = Policy.parse(
+    """
+rules:
+  - {match: layers.*.kv, kv: {gpu_heads: all, gpu_tokens: all}}
+  - {match: head, gpu: 0, cpu: 1}
+  - {match: "layers.*", gpu: 1}
+""",
+    "at home",
+)
+STREAMED = Policy.parse(
+    """
+rules:
+  - {match: layers.*.kv, kv: {gpu_heads: all, gpu_tokens: all}}
+  - {match: head, gpu: 0, cpu: 1}
+  - {match: "layers.*", gpu: 0.5, tiers: {"1": {cpu: 0.5}, "65+": {cpu: 0}}}
+""",
+    "streamed",
 )
 
 MakeDriver = Callable[[], Driver]
@@ -94,8 +116,8 @@ def cpu_costs(toy: Path, profile: HardwareProfile) -> dict[str, Any]:
 def gpu_costs(
     toys: dict[int, Path], profile: HardwareProfile, device: str, make_driver: MakeDriver | None
 ) -> dict[str, Any]:
-    """launch_overhead_s, gpu_layer_overhead_s, step_overhead_s and handover_s, from steps of the GPU alone and of
-    shared linears."""
+    """launch_overhead_s, step_overhead_s and handover_s from steps of the GPU alone and of shared linears, the costs of
+    queueing from prompts."""
     times = {}
     for name, layers, policy in (
         ("few", FEW_LAYERS, ON_GPU),
@@ -106,17 +128,33 @@ def gpu_costs(
             times[name] = _seconds(engine, _decode)
             if policy is ON_GPU:
                 times[f"{name}, cold"] = _seconds(engine, _decode, cold=True)
-                times[f"{name}, prompt"] = _seconds(engine, _long_prefill)
-    queued = max(0.0, times["many, prompt"] - times["few, prompt"]) / (MANY_LAYERS - FEW_LAYERS)
     layer = max(0.0, times["many"] - times["few"]) / (MANY_LAYERS - FEW_LAYERS)
     handover = max(0.0, times["shared"] - times["many"]) / (MANY_LAYERS * LINEARS_PER_LAYER)
     return {
         "launch_overhead_s": layer / LAUNCHES_PER_LAYER,
-        "gpu_layer_overhead_s": queued,
+        **queueing_costs(toys, profile, device, make_driver),
         "step_overhead_s": max(0.0, times["few, cold"] - FEW_LAYERS * layer),
         "cached_step_overhead_s": max(0.0, times["few"] - FEW_LAYERS * layer),
         "handover_s": handover,
     }
+
+
+def queueing_costs(
+    toys: dict[int, Path], profile: HardwareProfile, device: str, make_driver: MakeDriver | None
+) -> dict[str, float]:
+    """gpu_layer_overhead_s and gpu_product_overhead_s: what a layer adds to a prompt in chunks that are left running,
+    with four products and, half of each linear streamed, with eight."""
+    layer_s = []
+    for policy in (AT_HOME, STREAMED):
+        seconds = {}
+        for layers in (FEW_LAYERS, MANY_LAYERS):
+            with _engine(toys[layers], policy, profile, device, make_driver) as engine:
+                seconds[layers] = _seconds(engine, _chunks, before=_decode)
+        added = max(0.0, seconds[MANY_LAYERS] - seconds[FEW_LAYERS]) / (MANY_LAYERS - FEW_LAYERS)
+        layer_s.append(added / CHUNKS)
+    at_home, streamed = layer_s
+    product_s = max(0.0, streamed - at_home) / LINEARS_PER_LAYER
+    return {"gpu_layer_overhead_s": at_home, "gpu_product_overhead_s": product_s}
 
 
 @contextmanager
@@ -132,7 +170,7 @@ def _engine(
             dtype="bf16",
             device=device,
             hardware=profile,
-            max_context=256,
+            max_context=MAX_CONTEXT,
             max_batch=1,
             num_threads=profile.cores,
         )
@@ -160,19 +198,28 @@ def _prefill(engine: Engine, sequence: SequenceState) -> None:
     greatest(engine.prefill(sequence, [1] * PROMPT))
 
 
-def _long_prefill(engine: Engine, sequence: SequenceState) -> None:
-    """As many rows as take the GPU's path for many; its sequence begins anew, for the toy's context is short."""
-    greatest(engine.prefill(sequence, [1] * LONG_PROMPT))
-    assert engine.kv_cache.rewind(sequence, 0)
+def _chunks(engine: Engine, sequence: SequenceState) -> None:
+    """A prompt in chunks of which each is queued while the one before may still run."""
+    assert engine.kv_cache.rewind(sequence, 0), "the toy's context is short, so every prompt begins anew"
+    for chunk in range(CHUNKS):
+        engine.prefill(sequence, [1] * CHUNK, logits=chunk == CHUNKS - 1)
 
 
-def _seconds(engine: Engine, work: Callable[[Engine, SequenceState], None], cold: bool = False) -> float:
-    """Median time of a step. cold: between steps read as many bytes as a large model's step does."""
+def _seconds(
+    engine: Engine,
+    work: Callable[[Engine, SequenceState], None],
+    cold: bool = False,
+    before: Callable[[Engine, SequenceState], None] | None = None,
+) -> float:
+    """Median time of a step. cold: between steps read as many bytes as a large model's step does. before: untimed work
+    ahead of each."""
     sequence, times = engine.kv_cache.open(), []
     weights = torch.ones(SWEEP_BYTES if cold else 0, dtype=torch.uint8, device="cpu")
-    for _ in range((COLD_STEPS if cold else STEPS) + 2):
+    for _ in range((COLD_STEPS if cold or before else STEPS) + 2):
         if cold:
             engine.lanes.host_ops.sweep(weights)
+        if before is not None:
+            before(engine, sequence)
         started = time.perf_counter()
         work(engine, sequence)
         times.append(time.perf_counter() - started)
@@ -195,7 +242,7 @@ def write_toy(folder: Path, layers: int) -> Path:
         "num_key_value_heads": KV_HEADS,
         "head_dim": HEAD_DIM,
         "vocab_size": VOCAB,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": MAX_CONTEXT,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": True,

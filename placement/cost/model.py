@@ -5,10 +5,14 @@ the GPU lane run side by side and the step ends with the slower one; copies run 
 bound the whole pass and not single steps; CPU kernels and copies drain the same DRAM:
 
     T = max( sum_i max(cpu_i, gpu_i) + handovers_i,      steps in order
-             sum_i cpu_i + (1 - slowdown) * T_pcie,      the CPU lane, slowed while copies run
-             T_pcie = streamed bytes / B_h2d,
-             T_pcie(layers) + head,                       nothing streamed is left to hide the head behind
+             sum_i cpu_i + (1 - a) * T_pcie / b,          the CPU lane at its share a of speed while copies run
+             T_pcie + (1 - b) * reads / a,                copies at their share b while the CPU lane reads DRAM
+             T_pcie(layers) + (1 - b) * reads / a + head, nothing streamed is left to hide the head behind
              T_dram = (streamed + computed-in-place bytes + KV read by the CPU) / B_dram )
+
+T_pcie is streamed bytes / B_h2d, reads the CPU lane's seconds of reading at its own full rate. Both rows hold at once
+because two lanes together do more than one alone, a + b >= 1: whichever ends last was slowed for as long as the other
+ran.
 
 The head's step is max(cpu, gpu, its own copies): the ring holds a few pieces of it, so most of what it streams crosses
 the bus when the layers are done.
@@ -39,6 +43,7 @@ from placement.cost.terms import (
     attention_cost,
     attention_handovers,
     cpu_call_s,
+    interference,
     linear_cost,
     queueing_s,
     small_ops_s,
@@ -97,10 +102,13 @@ def pass_cost(
         )
     tally.end_blocks()
     lanes, terms = ({name: fsum(parts) for name, parts in sums.items()} for sums in (tally.lanes, tally.terms))
-    if lanes["cpu"]:
-        lanes["cpu"] += (1 - hardware.cpu_slowdown_while_copying) * lanes["pcie"]
-    overlapped = max(*lanes.values(), fsum(tally.before_head_s) + tally.head_s)
     one_by_one = lanes["cpu"] + lanes["gpu"] + lanes["pcie"] + terms["handovers"]
+    per_copy, per_read = interference(hardware)
+    waits = per_read * fsum(tally.reads_s) if lanes["pcie"] else 0.0
+    if lanes["cpu"]:
+        lanes["cpu"] += per_copy * lanes["pcie"]
+    lanes["pcie"] += waits
+    overlapped = max(*lanes.values(), fsum(tally.before_head_s) + waits + tally.head_s)
     lost = 1 - hardware.overlap_of(call.q_len) if on_gpu else 0.0
     work = overlapped + lost * max(0.0, one_by_one - overlapped)
     not_hidden = max(0.0, queueing_s(workload, linears, call, hardware, on_gpu) - work)
@@ -117,6 +125,7 @@ class _Tally:
         self.lanes: dict[str, list[float]] = {name: [] for name in RESOURCES}
         self.terms: dict[str, list[float]] = {name: [] for name in TERMS}
         self.before_head_s: list[float] = []
+        self.reads_s: list[float] = []
         self.head_s = 0.0
         self._blocks: dict[Block, list[float]] = {}
         self._once: dict[Hashable, Any] = {}
@@ -175,6 +184,7 @@ def _add_linear(
     cpu_s, handover = on_cpu * cost.cpu_s_per_unit, cost.handover_s * (on_cpu > 0)
     copy_s = streamed * shard.unit_bytes / hardware.h2d_bytes_per_s if streamed else 0.0
     tally.add_step("linears", cpu_s, gpu_s, handover, cost.launch_s, block)
+    tally.reads_s.append(on_cpu * cost.read_s_per_unit)
     if shard.kind == "head":
         tally.head_s = max(cpu_s, gpu_s, copy_s) + handover + cost.launch_s
         tally.lanes["steps"].append(max(0.0, copy_s - max(cpu_s, gpu_s)))
@@ -207,6 +217,7 @@ def _add_attention(
     cpu_s = on_cpu_groups * cost.cpu_s_per_group + on_gpu_groups * cost.spilled_s_per_group
     gpu_s = on_gpu_groups * cost.gpu_s_per_group
     tally.add_step("attention", cpu_s, gpu_s, handovers * cost.handover_s, cost.launch_s, block)
+    tally.reads_s.append(on_cpu_groups * cost.read_s_per_group + on_gpu_groups * cost.spilled_s_per_group)
     read = on_cpu_groups * cost.dram_bytes_per_group + on_gpu_groups * cost.spilled_bytes_per_group
     tally.lanes["dram"].append(read / hardware.dram_bytes_per_s)
     streamed_s = on_gpu_groups * cost.streamed_bytes_per_group / hardware.h2d_bytes_per_s if on_gpu_groups else 0.0

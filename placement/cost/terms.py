@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from cpu_kernels.formats import widest
 from placement.machine.hardware import HardwareProfile
 from placement.machine.rates import KV_BITS, AttentionRate, nearest_attention, seconds_per_operation_of_a_row
-from placement.plan.memory import LinearPlacement
+from placement.plan.memory import LinearPlacement, staging_piece_units
 from placement.plan.workload import KvShard, LinearShard, Workload, row_tier
 
 BYTES_PER_ACTIVATION = 4
@@ -55,12 +55,16 @@ class WeightedCall:
 
 @dataclass(frozen=True, slots=True)
 class LinearCost:
-    """Coefficients of one linear in one pass, in seconds: per CPU unit, per GPU unit, fixed if the CPU has a share."""
+    """Coefficients of one linear in one pass, in seconds: per CPU unit, per GPU unit, fixed if the CPU has a share.
+
+    read_s_per_unit: of the CPU's seconds, those for which it reads DRAM as fast as it can.
+    """
 
     cpu_s_per_unit: float
     gpu_s_per_unit: float
     handover_s: float
     launch_s: float
+    read_s_per_unit: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ class AttentionCost:
 
     cpu_s, dram_bytes: of a group owned by the CPU; spilled_s, spilled_bytes: of the older tokens of a GPU group, which
     the CPU attends in place for one row and the GPU for several, once streamed_bytes of them have crossed the bus;
-    gpu_s: of the recent tokens of a GPU group.
+    gpu_s: of the recent tokens of a GPU group. read_s: of cpu_s, the seconds for which it reads DRAM as fast as it can.
     """
 
     cpu_s_per_group: float
@@ -80,6 +84,7 @@ class AttentionCost:
     streamed_bytes_per_group: float
     handover_s: float
     launch_s: float
+    read_s_per_group: float
 
 
 def cpu_linear_s_per_unit(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile) -> float:
@@ -112,6 +117,13 @@ def handover_s(rows: int, in_features: int, out_features: float, hardware: Hardw
     return hardware.handover_s + down + up
 
 
+def interference(hardware: HardwareProfile) -> tuple[float, float]:
+    """How much longer the CPU lane takes for a second of copies beside it, and copies for a second in which it reads
+    DRAM."""
+    cpu, copies = hardware.cpu_slowdown_while_copying, hardware.copy_slowdown_while_computing
+    return (1 - cpu) / copies, (1 - copies) / cpu
+
+
 def is_recorded(call: Call, on_gpu: bool) -> bool:
     """Whether a pass replays the CPU's operations instead of calling them: a decode step without a GPU. Beside a GPU
     the measured hand-over holds what the calls cost."""
@@ -131,15 +143,17 @@ def linear_cost(
     linear costs one CPU call of call_s."""
     activation_s = rows * hardware.cpu_activation_s.of(dtype)
     cpu = cpu_linear_s_per_unit(shard, rows, dtype, hardware) + shard.unit_features * activation_s
+    read = min(cpu, shard.unit_bytes / hardware.cpu_linear_bytes_per_s.of(dtype))
     rounding_s = shard.in_features * activation_s
     if not on_gpu:
-        return LinearCost(cpu, float("inf"), 0.0, call_s + rounding_s)
+        return LinearCost(cpu, float("inf"), 0.0, call_s + rounding_s, read)
     back = rows * shard.unit_features * BYTES_PER_ACTIVATION / hardware.h2d_bytes_per_s
     return LinearCost(
         cpu + back,
         gpu_linear_s_per_unit(shard, rows, dtype, hardware),
         handover_s(rows, shard.in_features, 0, hardware) + rounding_s,
         hardware.launch_overhead_s,
+        read,
     )
 
 
@@ -182,7 +196,7 @@ def attention_cost(
     computed = 0.0 if call.q_len == 1 else operations * (1 + rate.extra_keys / keys) / rate.ops_per_s
     cpu = max(read / rate.bytes_per_s, computed)
     if not on_gpu:
-        return AttentionCost(cpu, 0.0, 0.0, read, 0.0, 0.0, 0.0, cpu_call_s(call, hardware, on_gpu))
+        return AttentionCost(cpu, 0.0, 0.0, read, 0.0, 0.0, 0.0, cpu_call_s(call, hardware, on_gpu), 0.0)
     streams = call.q_len > 1
     gpu = max(read / hardware.gpu_bytes_per_s, operations / hardware.gpu_attention_ops_per_s)
     features = workload.num_heads * workload.head_dim
@@ -195,6 +209,7 @@ def attention_cost(
         far_share * read if streams else 0.0,
         handover_s(call.rows, features, features, hardware),
         hardware.launch_overhead_s,
+        read / rate.bytes_per_s,
     )
 
 
@@ -241,23 +256,26 @@ def queueing_s(
 ) -> float:
     """What Python needs to queue a prompt's layers on a GPU, which works on them meanwhile; a decode step is captured.
 
-    The profile's layer is mostly its four linears, each of one product; large ones over codes are several, and so is
-    one of which a part is streamed.
+    The profile's layer has four linears of one product each; large ones over codes are several, and so is one of which
+    a part is streamed.
     """
     if not on_gpu or call.q_len == 1:
         return 0.0
     products = sum(
-        gpu_products(shard, placement, call.rows, workload.format_of(shard))
+        gpu_products(shard, placement, call.rows, workload)
         for shard, placement in zip(workload.linears, linears, strict=True)
         if shard.kind != "head"
     )
-    return hardware.gpu_layer_overhead_s * max(workload.num_layers, products / LINEARS_PER_LAYER)
+    layer_s = hardware.gpu_layer_overhead_s
+    product_s = hardware.gpu_product_overhead_s or layer_s / LINEARS_PER_LAYER
+    return layer_s * workload.num_layers + product_s * max(0, products - LINEARS_PER_LAYER * workload.num_layers)
 
 
-def gpu_products(shard: LinearShard, placement: LinearPlacement, rows: int, weight_format: str) -> int:
-    """Products that Python queues for one linear of many rows, of its columns at home and of those that are
-    streamed."""
+def gpu_products(shard: LinearShard, placement: LinearPlacement, rows: int, workload: Workload) -> int:
+    """Products that Python queues for one linear of many rows: of its columns at home, as many as it becomes bf16 in,
+    and one for each streamed piece."""
     home, streamed, _ = placement.cut(row_tier(rows))
-    is_coded = not widest(weight_format).is_row_major
+    is_coded = not widest(workload.format_of(shard)).is_row_major
     unit = 2 * shard.unit_features * shard.in_features if is_coded else 0  # bytes as bf16
-    return sum(max(1, -(-units * unit // GPU_PRODUCT_BYTES)) for units in (home, streamed) if units)
+    at_home = max(1, -(-home * unit // GPU_PRODUCT_BYTES)) if home else 0
+    return at_home + -(-streamed // staging_piece_units(shard, workload))

@@ -51,7 +51,8 @@ class HardwareProfile:
     cpu_linear_bytes_per_s, cpu_ops_per_s: weight bytes and operations of a linear on all cores.
     cpu_cached_bytes_per_s: weight bytes when all that a step reads stays in a cache of cpu_cache_bytes; 0 is unknown.
     cpu_slowdown_while_copying, cpu_attention_slowdown_while_copying: CPU rate while PCIe copies run, as a share of the
-    rate alone (1 = not slowed).
+    rate alone (1 = not slowed). copy_slowdown_while_computing: the other way round, copies while the CPU lane reads
+    DRAM.
     handover_s: activations to the CPU, wake-up and result back, without their bytes. launch_overhead_s: one GPU kernel;
     cpu_activation_s: a linear's own time per activation, in or out, of a row;
     cpu_call_s: one call of the CPU kernel team; cpu_recorded_call_s: the same in a recorded step, 0 is as a call;
@@ -59,7 +60,8 @@ class HardwareProfile:
     step,
     cached_step_overhead_s: the same when a step's weights leave it in the cache;
     layer_overhead_s: Python around a layer of a step that is not recorded; gpu_layer_overhead_s: Python queueing a
-    layer of a prompt on a GPU, beside the GPU's own work;
+    layer of a prompt on a GPU, four products and all around them, beside the GPU's own work; gpu_product_overhead_s:
+    each product more, of a large linear or of a streamed piece, 0 is a quarter of the layer's;
     logits_s_per_token: choosing a token, per entry of the vocabulary.
     overlap, prompt_overlap: share of what GPU, CPU and bus can do side by side that they do, in decode and in a prompt;
     overlap_source: on which machine that was seen.
@@ -89,6 +91,7 @@ class HardwareProfile:
     gpu_attention_ops_per_s: float = 0.0
     handover_s: float = 0.0
     cpu_slowdown_while_copying: float = 1.0
+    copy_slowdown_while_computing: float = 1.0
     launch_overhead_s: float = 0.0
     cpu_call_s: float = 5e-6
     step_overhead_s: float = 0.0
@@ -105,6 +108,7 @@ class HardwareProfile:
     cpu_small_bytes_per_s: float = 0.0
     layer_overhead_s: float = 0.0
     gpu_layer_overhead_s: float = 0.0
+    gpu_product_overhead_s: float = 0.0
     cached_step_overhead_s: float = 0.0
     logits_s_per_token: float = 0.0
     h2d_pageable_bytes_per_s: float = 0.0

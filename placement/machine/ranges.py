@@ -11,7 +11,13 @@ from typing import Any
 MOST_CORES = 4096
 MOST_SECONDS = 60.0  # of any single overhead
 MOST = 1e18  # bytes, operations, or either a second
-SHARES = ("cpu_slowdown_while_copying", "cpu_attention_slowdown_while_copying", "overlap", "prompt_overlap")
+SHARES = (
+    "cpu_slowdown_while_copying",
+    "cpu_attention_slowdown_while_copying",
+    "copy_slowdown_while_computing",
+    "overlap",
+    "prompt_overlap",
+)
 POSITIVE = (
     "dram_bytes_per_s",
     "cpu_attention_bytes_per_s",

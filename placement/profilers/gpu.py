@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,6 +45,7 @@ FLAT = 1.5
 NEARLY_ALL = 0.8
 # Seconds that the slowest copies of one size may take in all: a narrow bus shortens the list, not the patience.
 MOST_SECONDS = 2.0
+LEAST_SHARE = 1e-6  # a share is above 0, whatever a clock says
 
 
 class TorchGpu:
@@ -146,8 +147,9 @@ def measure_gpu(
         gpu_attention_ops_per_s=attention,
         gpu_rows=rows,
         copies=copies,
-        cpu_slowdown_while_copying=linear,
-        cpu_attention_slowdown_while_copying=cache,
+        cpu_slowdown_while_copying=linear.cpu,
+        cpu_attention_slowdown_while_copying=cache.cpu,
+        copy_slowdown_while_computing=linear.copies,
     )
 
 
@@ -215,30 +217,44 @@ def gpu_attention_rate(gpu: Any) -> float:
     return 4 * HEAD_DIM * HEADS * PREFILL_ROWS * (PREFILL_ROWS + (PREFILL_ROWS + 1) / 2) / taken
 
 
-def slowdowns(gpu: Any, ops: CpuKernels, h2d_bytes_per_s: float) -> tuple[float, float]:
-    """CPU rate while copies run as a share of the rate alone: of a one-row linear and of attention over the cache."""
+class Together(NamedTuple):
+    """Rates of CPU work and of copies to the GPU side by side, each as a share of its rate alone."""
+
+    cpu: float
+    copies: float
+
+
+def slowdowns(gpu: Any, ops: CpuKernels, h2d_bytes_per_s: float) -> tuple[Together, Together]:
+    """How copies and CPU work slow each other: a one-row linear, and attention over the cache."""
     size = beyond_caches(SWEEP_BYTES)
     weight, pages = packed("bf16", size), kv_pages("bf16", HEAD_DIM, size)
     return (
-        share_while_copying(gpu, linear_call(ops, weight, "bf16", 1), h2d_bytes_per_s),
-        share_while_copying(gpu, decode_call(ops, pages, HEADS // KV_HEADS, HEAD_DIM), h2d_bytes_per_s),
+        shares_together(gpu, linear_call(ops, weight, "bf16", 1), h2d_bytes_per_s),
+        shares_together(gpu, decode_call(ops, pages, HEADS // KV_HEADS, HEAD_DIM), h2d_bytes_per_s),
     )
 
 
-def share_while_copying(gpu: Any, work: Callable[[], object], h2d_bytes_per_s: float) -> float:
-    """Time of CPU work alone over its time while copies to the GPU run all along; at most 1, in turns."""
+def shares_together(gpu: Any, work: Callable[[], object], h2d_bytes_per_s: float) -> Together:
+    """CPU work while copies to the GPU run all along, in turns with each alone; shares of at most 1.
+
+    The work ends before the copies do; what is then left of them tells how far they had come beside it.
+    """
     host, device = (make((COPY_BYTES[2],), torch.uint8) for make in (lambda *a: gpu.host(*a, True), gpu.empty))
     alone_s = _clock(gpu, work)
     # Three times what the work takes alone: even half as fast it ends while copies run.
     count = max(2, int(3 * alone_s * h2d_bytes_per_s / host.nbytes) + 1)
-    shares = []
-    for _ in range(REPETITIONS):
-        alone_s = _clock(gpu, work)
+
+    def copy_all() -> None:
         for _ in range(count):
             gpu.copy(device, host)
-        shares.append(alone_s / _clock(gpu, work))
-        gpu.synchronize()
-    return min(1.0, statistics.median(shares))
+
+    shares = []
+    for _ in range(REPETITIONS):
+        alone_s, copies_s = _clock(gpu, work), gpu.seconds(copy_all)
+        copy_all()
+        beside_s, left_s = _clock(gpu, work), _clock(gpu, gpu.synchronize)
+        shares.append(Together(alone_s / beside_s, max(LEAST_SHARE, copies_s - left_s) / beside_s))
+    return Together(*(min(1.0, statistics.median(part)) for part in zip(*shares, strict=True)))
 
 
 def _clock(gpu: Any, work: Callable[[], object]) -> float:

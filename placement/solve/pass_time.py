@@ -11,7 +11,7 @@ of the sums of its parts.
 
 from dataclasses import dataclass, field
 
-from placement.cost.terms import BLOCKS, WeightedCall, attention_cost, small_ops_s, step_cost
+from placement.cost.terms import BLOCKS, WeightedCall, attention_cost, interference, small_ops_s, step_cost
 from placement.solve.classes import LayerClass, LinearClass
 from placement.solve.pairing import pairs
 from placement.solve.program import add
@@ -50,6 +50,7 @@ class PassTime:
         self._lost = 1 - self._hardware.overlap_of(weighted.call.q_len)
         self._time = self._program.variable(cost=(1 - self._lost) * weighted.weight)
         self._after_another: Terms = {}
+        self._reads: Terms = {}
         self._steps, self._cpu, self._copies, self._dram, self._tail = ({self._time: -1.0} for _ in range(5))
         self._constant = self._scale * small_ops_s(unknowns.workload, weighted.call, self._hardware, True)
 
@@ -57,14 +58,22 @@ class PassTime:
         """Add the variables and rows of the pass to the program."""
         for c, cls in enumerate(self._unknowns.classes):
             self._class(c, cls)
-        slowed = 1 - self._hardware.cpu_slowdown_while_copying
-        for variable, coefficient in self._copies.items():
-            if variable != self._time and slowed:
-                add(self._cpu, variable, slowed * coefficient)
         self._charge_lost_overlap()
+        self._slow_each_other()
         self._program.at_most(self._steps, -self._constant)
         for lane in (self._cpu, self._copies, self._dram, self._tail):
             self._program.at_most(lane, 0.0)
+
+    def _slow_each_other(self) -> None:
+        """Copies and the CPU lane share the DRAM: see placement.cost.model."""
+        per_copy, per_read = interference(self._hardware)
+        for variable, seconds in self._copies.items():
+            if variable != self._time and per_copy:
+                add(self._cpu, variable, per_copy * seconds)
+        for lane in (self._copies, self._tail):
+            for variable, seconds in self._reads.items():
+                if per_read:
+                    add(lane, variable, per_read * seconds)
 
     def _charge_lost_overlap(self) -> None:
         """The share of the pass that is as long as everything one after another: see placement.cost.model."""
@@ -110,6 +119,7 @@ class PassTime:
         for variable, seconds in part.gpu.items():
             add(self._after_another, variable, seconds)
         add(self._cpu, on_cpu, cpu_s)
+        add(self._reads, on_cpu, scale * cost.read_s_per_unit)
         copy = scale * shard.unit_bytes / self._hardware.h2d_bytes_per_s
         add(self._copies, streamed, copy)
         if is_head:
@@ -151,6 +161,8 @@ class PassTime:
         bandwidth = self._hardware.dram_bytes_per_s
         add(self._dram, owned, scale * cost.dram_bytes_per_group / bandwidth)
         add(self._dram, groups, scale * cost.spilled_bytes_per_group / bandwidth)
+        add(self._reads, owned, scale * cost.read_s_per_group)
+        add(self._reads, groups, scale * cost.spilled_s_per_group)
         for lane in (self._copies, self._tail):
             add(lane, groups, scale * cost.streamed_bytes_per_group / self._hardware.h2d_bytes_per_s)
         handovers = self._attention_handovers(c, cls, owned, layers, spills)
@@ -181,6 +193,7 @@ class PassTime:
         in_place = cls.count if away.spilled_s_per_group > 0 else 0
         program.equal({layers: 1.0, spills: -in_place}, 0)
         add(self._dram, far, scale * total * away.spilled_bytes_per_group / self._hardware.dram_bytes_per_s)
+        add(self._reads, far, scale * total * away.spilled_s_per_group)
         for lane in (self._copies, self._tail):
             add(lane, far, scale * total * away.streamed_bytes_per_group / self._hardware.h2d_bytes_per_s)
         for parts in (self._steps, self._after_another):

@@ -17,13 +17,13 @@ from placement.profilers.gpu import (
     crossovers,
     gpu_attention_rate,
     measure_gpu,
-    share_while_copying,
+    shares_together,
 )
 
 MEMORY, FLOPS = 400e9, {"fp32": 10e12, "bf16": 40e12, "q8": 40e12, "q4": 30e12}
 PINNED_H2D, PINNED_D2H, PAGEABLE_H2D, PAGEABLE_D2H = 20e9, 18e9, 6e9, 5e9
 ATTENTION = 15e12
-CPU_BYTES, LEFT_WHILE_COPYING = 30e9, 0.75
+CPU_BYTES, LEFT_WHILE_COPYING, COPIES_LEFT = 30e9, 0.75, 0.8
 
 
 class FakeTensor:
@@ -79,10 +79,13 @@ class FakeGpu:
         self.clock = max(self.clock, self.copies_end)
 
     def cpu_work(self, size):
-        """CPU work of known size, slower by a known share while copies run."""
-        alone = size / CPU_BYTES
-        assert self.copies_end <= self.clock or self.copies_end >= self.clock + alone / LEFT_WHILE_COPYING
-        self.clock += alone / (LEFT_WHILE_COPYING if self.copies_end > self.clock else 1.0)
+        """CPU work of known size; it and copies beside it slow each other by known shares."""
+        taken, is_beside = size / CPU_BYTES, self.copies_end > self.clock
+        if is_beside:
+            taken /= LEFT_WHILE_COPYING
+            self.copies_end += (1 - COPIES_LEFT) * taken
+        self.clock += taken
+        assert not is_beside or self.copies_end >= self.clock
 
     def _linear(self, x, weight, dtype, bias, out):
         operations = 2 * x.shape[0] * x.shape[1] * weight.shape[0] * BLOCK_FEATURES
@@ -128,9 +131,10 @@ def test_known_rates_come_out(small_buffers):
     )
     assert pytest.approx((MEMORY, ATTENTION)) == (profile.gpu_bytes_per_s, profile.gpu_attention_ops_per_s)
     assert pytest.approx(FLOPS) == {dtype: profile.gpu_flops.of(dtype) for dtype in FLOPS}
-    assert pytest.approx((LEFT_WHILE_COPYING, LEFT_WHILE_COPYING)) == (
+    assert pytest.approx((LEFT_WHILE_COPYING, LEFT_WHILE_COPYING, COPIES_LEFT)) == (
         profile.cpu_slowdown_while_copying,
         profile.cpu_attention_slowdown_while_copying,
+        profile.copy_slowdown_while_computing,
     )
     assert cpu.cpu_linear_bytes_per_s == profile.cpu_linear_bytes_per_s
     assert {"copies over the bus", "GPU linear bf16 by rows", "CPU lane while copies run"} <= set(steps)
@@ -174,7 +178,7 @@ def test_work_that_copies_do_not_disturb_is_not_sped_up():
     gpu = FakeGpu()
     quiet = lambda: setattr(gpu, "clock", gpu.clock + 0.01)  # noqa: E731
 
-    assert 1.0 == share_while_copying(gpu, quiet, PINNED_H2D)
+    assert pytest.approx((1.0, 1.0)) == shares_together(gpu, quiet, PINNED_H2D)
 
 
 def test_a_plan_uses_the_measured_gpu(small_buffers):

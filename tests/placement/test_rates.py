@@ -15,6 +15,7 @@ from placement.cost.terms import (
     cpu_linear_s_per_unit,
     gpu_products,
     linear_cost,
+    queueing_s,
     step_s,
 )
 from placement.machine.rates import (
@@ -288,13 +289,37 @@ def test_a_prompt_takes_at_least_what_python_needs_to_queue_it_and_a_captured_st
     assert decoded == before
 
 
-def test_large_linears_over_codes_are_several_products_and_a_streamed_part_one_more():
+def kind(workload, name="gate_up"):
+    """The first linear of a kind."""
+    return next(shard for shard in workload.linears if shard.kind == name)
+
+
+def test_large_linears_over_codes_are_several_products_and_each_streamed_piece_is_one():
     shard = next(shard for shard in llama_8b().linears if shard.kind == "gate_up")
     half = shard.units // 2
     whole, split = (
         LinearPlacement(shard.name, home, (shard.units - home,) * 5, shard.units) for home in (shard.units, half)
     )
-    products = -(-2 * shard.out_features * shard.in_features // GPU_PRODUCT_BYTES)
+    q4, bf16 = llama_8b(dtype="q4"), llama_8b(dtype="bf16")
+    at_home = -(-2 * shard.out_features * shard.in_features // GPU_PRODUCT_BYTES)
+    pieces = [-(-half // (each.staging_piece_bytes // kind(each).unit_bytes)) for each in (q4, bf16)]
 
-    assert (products, 1) == (gpu_products(shard, whole, 512, "q4"), gpu_products(shard, whole, 512, "bf16"))
-    assert (products, 2) == (gpu_products(shard, split, 512, "q4"), gpu_products(shard, split, 512, "bf16"))
+    assert (at_home, 1) == tuple(gpu_products(kind(each), whole, 512, each) for each in (q4, bf16))
+    assert (2 + pieces[0], 1 + pieces[1]) == tuple(gpu_products(kind(each), split, 512, each) for each in (q4, bf16))
+    assert at_home == 4 and pieces[0] > 3 and pieces[1] > 12
+
+
+def test_a_product_more_than_the_four_of_a_layer_costs_what_was_measured_of_one():
+    workload = llama_8b()
+    linears, kv = placed(workload, 0.5, 0.5, groups=8)
+    machine = replace(MACHINE, gpu_layer_overhead_s=1.0, gpu_product_overhead_s=0.25)
+    pairs = list(zip(workload.linears, linears, strict=True))
+    products = sum(gpu_products(s, p, 64, workload) for s, p in pairs if s.kind != "head")
+
+    cheap, dear = (
+        queueing_s(workload, linears, Call(1, 64, 0), replace(machine, gpu_product_overhead_s=each), True)
+        for each in (0.25, 0.5)
+    )
+
+    assert cheap == workload.num_layers + 0.25 * (products - 4 * workload.num_layers)
+    assert dear - cheap == 0.25 * (products - 4 * workload.num_layers) > 0
