@@ -1,12 +1,18 @@
 """`hetero-attn bench`: measured speed beside what the plan predicted and what the machine's ceiling allows."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hetero_attn.cli import options
-from hetero_attn.cli.output import expect_writable, print_json
+from hetero_attn.cli.output import expect_writable, print_json, table_width
+from hetero_attn.cli.plan import machine
+
+if TYPE_CHECKING:
+    from hetero_attn.planning.options import LoadOptions
 
 
 def bench(
@@ -23,9 +29,19 @@ def bench(
     context: options.Context = None,
     threads: options.Threads = None,
     trace: Annotated[Path | None, typer.Option("--trace", help="Write a timeline of the lanes (Chrome trace).")] = None,
+    simulate: Annotated[
+        str | None,
+        typer.Option(
+            "--simulate",
+            metavar="MACHINE",
+            help="Measure nothing: a timeline of what would be queued, by the rates of a machine of the catalogue or "
+            "of a profile's file; reads no weights.",
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure prefill and decode as llama-bench does, beside prediction and ceiling."""
+    from hetero_attn.planning.options import LoadOptions
     from hetero_attn.tools import bench as benchmark
     from hetero_attn.tools.trace import tokens_traced, trace_steps
 
@@ -41,6 +57,13 @@ def bench(
         )
     # Without a wish of the user, the context is what the measurement itself needs.
     context = context or needed
+    if simulate is not None:
+        wishes = LoadOptions(
+            model=model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, kv_dtype=kv_dtype, device=device,
+            hardware=machine(simulate), max_context=context, num_threads=threads,
+        )  # fmt: skip
+        _simulate(wishes, prompt_tokens, gen_tokens, depths, trace, as_json)
+        return
     with options.load_llm(model, policy, gpu_memory, dtype, device, context, threads, kv_dtype=kv_dtype) as llm:
         report = benchmark.run(
             llm, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens, depths=depths, repetitions=repetitions
@@ -51,6 +74,31 @@ def bench(
         print_json(report.to_dict())
     else:
         typer.echo(report.table().rstrip())
+
+
+def _simulate(
+    wishes: LoadOptions, prompt_tokens: int, gen_tokens: int, depths: tuple[int, ...], trace: Path | None, as_json: bool
+) -> None:
+    """Simulate the prompt and a decode step at each depth; print, or write, what came out."""
+    from hetero_attn.planning.settle import settle
+    from hetero_attn.tools.timeline.report import simulated_table
+    from hetero_attn.tools.timeline.simulate import Simulation, save_trace
+
+    planned = settle(wishes)
+    if planned.plan.device == "cpu":
+        raise typer.BadParameter(
+            f"--simulate {planned.hardware.name}: this plan has no GPU whose lanes could be simulated; name a machine "
+            "with a GPU, or see `plan` for the CPU's speed"
+        )
+    simulation = Simulation(planned.config, planned.plan, planned.hardware)
+    timelines = [simulation.prompt(prompt_tokens)] if prompt_tokens else []
+    timelines += [simulation.decode(depth) for depth in depths] if gen_tokens else []
+    if trace is not None:
+        save_trace(timelines, trace)
+    if as_json:
+        print_json({"machine": planned.hardware.name, "timelines": [timeline.to_dict() for timeline in timelines]})
+    else:
+        typer.echo(simulated_table(planned.plan, planned.hardware, timelines, table_width()).rstrip())
 
 
 def parse_depths(texts: list[str]) -> tuple[int, ...]:

@@ -101,12 +101,13 @@ def make_lanes(
 
 def connect(plan: Plan, host_ops: CpuKernels, gpu: Device, worker: Executor | None, handover: str = "auto") -> Lanes:
     """The lanes of a plan over a device; `worker` is the one thread of host jobs, None runs them on the caller's."""
-    tables = StepTables(gpu, _step_table_bytes(plan))
+    tables = StepTables(gpu, step_table_bytes_of(plan))
     chosen = None if worker is None else choose_handover(handover, gpu, worker, host_ops, tables)
     return Lanes(host_ops, gpu, make_ring(plan, gpu), tables, chosen, PageStream(gpu, plan.workload))
 
 
-def _step_table_bytes(plan: Plan) -> int:
+def step_table_bytes_of(plan: Plan) -> int:
+    """What the largest tables of a step take."""
     workload, pages = plan.workload, -(-plan.max_context // plan.page_size)
     groups = max(shard.groups for shard in workload.kv)
     return step_table_bytes(len(workload.kv), groups, workload.activation_rows, workload.max_batch, pages)

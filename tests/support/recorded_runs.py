@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,14 @@ def _runs(part: str, results: list[dict[str, Any]]) -> Iterator[RecordedRun]:
         yield RecordedRun(f"{part}, {model}", plan_of(result), profile, measured)
 
 
+def first_run() -> tuple[Plan, HardwareProfile, float]:
+    """The older run at 75 % of the weights: its plan, the machine's true rates, and seconds of a decode step."""
+    record = json.loads((RESULTS / "gpu_h100.json").read_text())["last_run"]
+    result = next(each for each in record if each["name"] == "offload 8b q4 75% @ 1024")
+    profile = HardwareProfile.from_json((Path(__file__).parent / "h100_true_rates.json").read_text())
+    return plan_of({"prefill_chunk": 1024, "shape": "column"} | result), profile, 1 / result["rows"][0]["tokens_per_s"]
+
+
 def plan_of(result: dict[str, Any]) -> Plan:
     """The plan whose table a result holds."""
     workload = llama_8b(result["prefill_chunk"], result["shape"] == "paired")
@@ -96,13 +105,18 @@ def plan_of(result: dict[str, Any]) -> Plan:
 
 def llama_8b(prefill_chunk: int, paired: bool = False) -> Workload:
     """The 8B shape in q4 for one sequence, as the runs had it."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(LLAMA_8B))
-        config = ModelConfig.from_dir(folder)
     return build_workload(
-        config, "q4", model="8b", max_context=CONTEXT, max_batch=1, page_size=PAGE_TOKENS,
+        llama_8b_config(), "q4", model="8b", max_context=CONTEXT, max_batch=1, page_size=PAGE_TOKENS,
         prefill_chunk=prefill_chunk, paired=paired,
     )  # fmt: skip
+
+
+@cache
+def llama_8b_config() -> ModelConfig:
+    """The shape's own config."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(LLAMA_8B))
+        return ModelConfig.from_dir(folder)
 
 
 def _linears(match: re.Match[str]) -> dict[str, tuple[int, int, int]]:
