@@ -141,7 +141,7 @@ class PacedDriver:
             target.copy_(source)
         stream.take(size / self._bytes_per_s)
 
-    def record(self, stream: PacedStream) -> PacedEvent:
+    def record(self, stream: PacedStream, reuse: PacedEvent | None = None) -> PacedEvent:
         """When the work queued so far will have ended."""
         return PacedEvent(stream.ready_at)
 

@@ -6,8 +6,10 @@ across linears and layers. Ownership of a slot passes by events alone:
     copies stream   [copy item i -> slot]  --ready-->  compute stream  [reads slot]  --free-->  copies stream
 
 A copy into a slot waits for the `free` event of the item that was there; a reader waits for the `ready` event of its
-own item. So nothing is overwritten while it is read, nor read before it has arrived. At the end of a step, when the
-calling thread has waited for the device, `settle` forgets the events.
+own item. So nothing is overwritten while it is read, nor read before it has arrived. A slot has one event of each kind,
+recorded anew for each item: by then the waits for the item before are queued, and those keep what they wait for. At the
+end of a step, when the calling thread has waited for the device, `settle` forgets the events, so that those of a
+captured step and of others never mix.
 """
 
 from collections import deque
@@ -33,6 +35,7 @@ class CopyAhead(Generic[Item, Arrived]):
         self._arriving: deque[tuple[int, Arrived, object]] = deque()
         self._sent: list[object | None] = [None] * slots
         self._free: list[object | None] = [None] * slots
+        self._read: list[object | None] = [None] * slots
 
     def announce(self, items: Iterable[Item]) -> None:
         """Say what the coming step will read, in order, and start the first copies."""
@@ -50,13 +53,14 @@ class CopyAhead(Generic[Item, Arrived]):
     def give_back(self) -> None:
         """Say that all compute queued so far is the last to read what was taken; starts the next copy into its slot."""
         slot, _, _ = self._arriving.popleft()
-        self._free[slot] = self.device.record(self.device.compute)
+        self._free[slot] = self._read[slot] = self.device.record(self.device.compute, self._read[slot])
         self._fill(slot)
 
     def settle(self) -> None:
         """Say that all queued work has ended, so nothing needs to be waited for."""
         self._free = [None] * len(self._free)
         self._sent = [None] * len(self._sent)
+        self._read = [None] * len(self._read)
 
     def reset(self) -> None:
         """Forget what was announced; for a step that was given up half-way, after all queued work has ended."""
@@ -71,7 +75,7 @@ class CopyAhead(Generic[Item, Arrived]):
         if self._free[slot] is not None:
             self.device.wait(self.device.copies, self._free[slot])
         arrived = self._copy(slot, item)
-        ready = self._sent[slot] = self.device.record(self.device.copies)
+        ready = self._sent[slot] = self.device.record(self.device.copies, self._sent[slot])
         self._arriving.append((slot, arrived, ready))
 
     def _copy(self, slot: int, item: Item) -> Arrived:

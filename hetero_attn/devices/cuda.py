@@ -105,9 +105,9 @@ class CudaDriver:
         width = target.shape[1] * target.itemsize
         self._library.copy_rows(to, pitches[0], start, pitches[1], width, target.shape[0], queue)
 
-    def record(self, stream: Any) -> Any:
-        """Mark the work queued so far."""
-        event = self._cuda.Event()
+    def record(self, stream: Any, reuse: Any = None) -> Any:
+        """Mark the work queued so far; an event is made only where none is to be used again."""
+        event = self._cuda.Event() if reuse is None else reuse
         event.record(stream)
         return event
 

@@ -92,9 +92,9 @@ class Device:
         """Queue a copy between the device and host memory, or within either, in the order of `stream`."""
         self.driver.copy(target, source, stream)
 
-    def record(self, stream: Any) -> Any:
-        """Mark the work queued on `stream` so far."""
-        return self.driver.record(stream)
+    def record(self, stream: Any, reuse: Any = None) -> Any:
+        """Mark the work queued on `stream` so far, with an event of an earlier mark if its waits are all queued."""
+        return self.driver.record(stream, reuse)
 
     def wait(self, stream: Any, event: Any) -> None:
         """Order later work of `stream` after `event`."""

@@ -56,7 +56,7 @@ class EmulatedDriver:
         """Copy now."""
         target.copy_(source)
 
-    def record(self, stream: EmulatedStream) -> EmulatedEvent:
+    def record(self, stream: EmulatedStream, reuse: EmulatedEvent | None = None) -> EmulatedEvent:
         """Mark the work queued so far, which has run."""
         return EmulatedEvent(stream)
 

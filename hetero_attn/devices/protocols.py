@@ -116,8 +116,9 @@ class Driver(Protocol):
         """Same shape and dtype; contiguous, or rows of equal length with a stride; by an engine or a kernel, in the
         stream's order either way."""
 
-    def record(self, stream: Any) -> Any:
-        """An event after the work queued on the stream so far."""
+    def record(self, stream: Any, reuse: Any = None) -> Any:
+        """An event after the work queued on the stream so far: a new one, or `reuse`, for which nobody is to wait
+        any more but whose waits were queued; those stay what they were."""
 
     def wait(self, stream: Any, event: Any) -> None:
         """Let what is queued on the stream from now on come after the event."""

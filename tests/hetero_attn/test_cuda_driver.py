@@ -16,6 +16,8 @@ import torch
 from cpu_kernels import CpuKernels
 from hetero_attn.cache.cache import KVCache
 from hetero_attn.devices import Device, machine
+from hetero_attn.devices.copy_ahead import CopyAhead
+from hetero_attn.devices.cuda import CudaDriver
 from hetero_attn.devices.libcuda import CudaError, LibCuda
 from hetero_attn.devices.slab import ALIGN_BYTES, Slab
 from hetero_attn.engine import build as builder
@@ -666,3 +668,27 @@ def test_weights_that_leave_no_gap_for_a_larger_one_make_room(long_run):
 
     assert nmse(torch.cat(rows), long_run.logits[:24]) <= 1e-11
     assert any(moved)
+
+
+@pytest.mark.parametrize("handover", ["flags", "graph"])
+def test_the_ring_makes_an_event_of_each_kind_for_a_slot_and_step_not_for_a_piece(long_run, monkeypatch, handover):
+    """Making events was much of what Python needed to queue a streamed piece."""
+    workload = toy_workload(long_run.path, page_size=4, prefill_chunk=8, max_batch=1)
+    plan = uniform_plan(workload, gpu=0.3, stream=0.7, gpu_groups=2)
+    made, takes, record, take = [], [], CudaDriver.record, CopyAhead.take
+
+    def counted(driver, stream, reuse=None):
+        made.append(reuse is None)
+        return record(driver, stream, reuse)
+
+    monkeypatch.setattr(CudaDriver, "record", counted)
+    monkeypatch.setattr(CopyAhead, "take", lambda ahead: (takes.append(1), take(ahead))[1])
+    with fake_engine(long_run.path, plan, handover=handover) as engine:
+        sequence = engine.kv_cache.open()
+        made.clear(), takes.clear()
+        engine.prefill(sequence, long_run.token_ids[:8])
+        slots = plan.staging_slots + 2  # those of older pages, of which there are none yet
+        assert len(takes) > 2 * slots and sum(made) <= 2 * slots + 4 and len(made) > 2 * len(takes)
+        actual = [engine.decode_step([sequence], [token]).clone() for token in long_run.token_ids[8:14]]
+
+    assert nmse(torch.cat(actual), long_run.logits[8:14]) <= 1e-11

@@ -62,7 +62,7 @@ class FakeStream:
                 raise RuntimeError("a captured stream waits for an event from outside of the capture")
             if self is self.capture.origin:
                 self.capture.open_streams.discard(event.stream)
-        self.add(event.wait, "wait event")
+        self.add(event.queued_wait(), "wait event")
 
     def stop(self) -> None:
         """End the thread after what is queued."""
@@ -78,7 +78,8 @@ class FakeStream:
 
 
 class FakeEvent:
-    """A point on a stream."""
+    """A point on a stream. Recorded again it is a later one, for those who wait from then on; as in CUDA, a wait that was
+    queued before keeps the point that it was queued for. One that a graph holds is not recorded outside of it."""
 
     def __init__(self) -> None:
         self._reached = threading.Event()
@@ -87,13 +88,21 @@ class FakeEvent:
 
     def record(self, stream: FakeStream) -> None:
         """Mark the entries queued so far."""
+        if self.stream is not None and self.capture is not stream.capture:
+            raise RuntimeError("an event of a captured step is recorded outside of it, or the other way round")
         self.stream, self.capture = stream, stream.capture
-        self._reached.clear()
-        stream.add(self._reach, "event")
+        reached = self._reached = threading.Event()
 
-    def _reach(self) -> None:
-        self.time = time.perf_counter()
-        self._reached.set()
+        def reach() -> None:
+            self.time = time.perf_counter()
+            reached.set()
+
+        stream.add(reach, "event")
+
+    def queued_wait(self) -> Callable[[], None]:
+        """What a stream does that waits for the point recorded last."""
+        reached = self._reached
+        return lambda: _await(reached)
 
     def elapsed_time(self, later: FakeEvent) -> float:
         """Milliseconds between two points that were reached."""
@@ -101,8 +110,7 @@ class FakeEvent:
 
     def wait(self) -> None:
         """Block the thread that calls."""
-        if not self._reached.wait(20):
-            raise RuntimeError("an event was not reached within 20 s")
+        _await(self._reached)
 
     def synchronize(self) -> None:
         """As CUDA: not allowed for an event of a capture."""
@@ -117,6 +125,11 @@ class FakeEvent:
     def query(self) -> bool:
         """Whether it is reached."""
         return self._reached.is_set()
+
+
+def _await(reached: threading.Event) -> None:
+    if not reached.wait(20):
+        raise RuntimeError("an event was not reached within 20 s")
 
 
 class Capture:

@@ -187,7 +187,7 @@ class SimulatedDriver:
         """Queue a copy; the target must not be read, nor the source written, before it has run."""
         self._enqueue(stream, "copy", lambda: target.copy_(source), [source], [target])
 
-    def record(self, stream: Stream) -> Event:
+    def record(self, stream: Stream, reuse: Event | None = None) -> Event:
         """Mark the work queued so far."""
         event = Event(stream)
 

@@ -179,7 +179,7 @@ class RecordingDriver:
         to_gpu = source.device.type != "meta"
         self.recording.work(stream, "copy", {"nbytes": source.nbytes, "to_gpu": to_gpu}, [source], [target])
 
-    def record(self, stream: str) -> int:
+    def record(self, stream: str, reuse: int | None = None) -> int:
         """A key of its own for every record."""
         key = next(self._events)
         self.recording.post(stream, key, "event")
