@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cpu_kernels.formats import segments
 from placement.cost.baselines import largest_layer_split, layer_split
 from placement.cost.model import predict
 from placement.machine.hardware import HardwareProfile
@@ -226,6 +227,7 @@ def _notes(plan: Plan, hardware: HardwareProfile) -> Iterator[str]:
         yield "This GPU is emulated with invented rates: the figures show how plans behave, they predict no GPU."
     elif hardware.source != "measured":
         yield f"The rates of {hardware.name} are {hardware.source} (`hetero-attn profile` measures this machine's)."
+    yield from _borrowed_rates(plan.workload, hardware)
     host = plan.memory.host_bytes + plan.memory.pinned_bytes
     if host > hardware.dram_bytes:
         has = format_bytes(hardware.dram_bytes)
@@ -233,6 +235,19 @@ def _notes(plan: Plan, hardware: HardwareProfile) -> Iterator[str]:
     if plan.gpu_memory_bytes is not None and plan.gpu_memory_bytes > hardware.gpu_memory_bytes:
         has = format_bytes(hardware.gpu_memory_bytes)
         yield f"The GPU budget of {format_bytes(plan.gpu_memory_bytes)} is more than the {has} of {hardware.name}."
+
+
+def _borrowed_rates(workload: Workload, hardware: HardwareProfile) -> Iterator[str]:
+    """Which formats of the weights the profile has not met, and whose rates are taken."""
+    names = dict.fromkeys(
+        segment.format.name
+        for shard in workload.linears
+        for segment in segments(workload.format_of(shard), shard.in_features)
+    )
+    borrowed = hardware.cpu_linear_bytes_per_s.borrowed(names)
+    if borrowed:
+        pairs = ", ".join(f"{name} by those of {measured}" for name, measured in borrowed.items())
+        yield f"{hardware.name} has no rates of some formats of these weights; planned are {pairs}."
 
 
 def _change(estimate: Estimate, decode: float, prefill: float) -> str:

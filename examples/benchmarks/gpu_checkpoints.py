@@ -22,10 +22,10 @@ LARGE_SHAPES = {
 
 def cap_bytes(shape: str, dtype: str, share: float, quick: bool = False) -> int:
     """The GPU budget that leaves room for `share` of the weights beside what else must be there."""
-    from placement.machine.hardware import WEIGHT_BYTES
+    from placement.machine.rates import weight_bytes_of
 
     dims = [size for size in LARGE_SHAPES[shape].tensors().values() if len(size) == 2]
-    weights = sum(rows * columns for rows, columns in dims) * WEIGHT_BYTES[dtype]
+    weights = sum(rows * columns for rows, columns in dims) * weight_bytes_of(dtype)
     fixed = 64 << 20 if quick else 3 << 29  # context, temporaries, activations, the cache of some thousand tokens
     return int(share * weights) + fixed
 

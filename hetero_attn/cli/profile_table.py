@@ -13,32 +13,48 @@ if TYPE_CHECKING:
     from placement.machine.hardware import HardwareProfile
     from placement.machine.rates import RowRate
 
-DTYPES = ("fp32", "bf16", "q8", "q4")
-
 
 def profile_table(profile: HardwareProfile, width: int) -> str:
     """Render a profile as plain text of at most `width` columns."""
+    formats = tuple(profile.cpu_linear_bytes_per_s.by_format)
     tables = [_table(f"{profile.name} ({profile.source})", ("what", "rate"), host_rows(profile))]
     if profile.thread_sweep:
         tables.append(_table("CPU threads", ("threads", "q4 linear", "plain read", ""), thread_rows(profile)))
     if profile.cpu_rows:
-        tables.append(_table("CPU linears by token rows, Gop/s", ("rows", *DTYPES), row_rows(profile.cpu_rows)))
+        tables.append(
+            _table("CPU linears by token rows, Gop/s", ("rows", *formats), row_rows(profile.cpu_rows, formats))
+        )
     if profile.cpu_attention:
         headings = ("cache", "heads/group", "head size", "one row", "many rows")
         tables.append(_table("CPU attention", headings, attention_rows(profile)))
     if profile.has_gpu:
         tables.append(_table("GPU and bus", ("what", "rate"), gpu_rows(profile)))
     if profile.gpu_rows:
-        tables.append(_table("GPU linears by token rows, Gop/s", ("rows", *DTYPES), row_rows(profile.gpu_rows)))
+        tables.append(
+            _table("GPU linears by token rows, Gop/s", ("rows", *formats), row_rows(profile.gpu_rows, formats))
+        )
     if profile.copies:
         headings = ("size", "to GPU pinned", "from GPU pinned", "to GPU pageable", "from GPU pageable")
         tables.append(_table("copies over the bus", headings, copy_rows(profile)))
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
     for table in tables:
         console.print(table)
+    for line in stand_in_lines(profile):
+        console.print(line, highlight=False)
     if not profile.has_gpu:
         console.print("no GPU was found: the plan uses the CPU lane only", highlight=False)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+
+
+def stand_in_lines(profile: HardwareProfile) -> Iterator[str]:
+    """By whose rates the formats are planned that were not measured, a line for each that was."""
+    from cpu_kernels.formats import FORMATS
+
+    by_measured: dict[str, list[str]] = {}
+    for name, measured in profile.cpu_linear_bytes_per_s.borrowed(FORMATS).items():
+        by_measured.setdefault(measured, []).append(name)
+    for measured, names in by_measured.items():
+        yield f"planned by the rates of {measured}: {', '.join(names)}"
 
 
 def _table(title: str, headings: Sequence[str], rows: Iterator[Sequence[str]]) -> Table:
@@ -55,13 +71,13 @@ def host_rows(profile: HardwareProfile) -> Iterator[tuple[str, str]]:
     yield "CPU lane threads", str(profile.cores)
     yield "DRAM size", f"{profile.dram_bytes / 2**30:.1f} GiB"
     yield "DRAM read", _gigabytes(profile.dram_bytes_per_s)
-    for dtype in DTYPES:
-        yield f"CPU linear {dtype}, one row", _gigabytes(profile.cpu_linear_bytes_per_s.of(dtype))
+    for name, rate in profile.cpu_linear_bytes_per_s.by_format.items():
+        yield f"CPU linear {name}, one row", _gigabytes(rate)
     if profile.cpu_cache_bytes:
         yield "last-level cache", f"{profile.cpu_cache_bytes / 2**20:.0f} MiB"
         yield "CPU linear q4 in the cache", _gigabytes(profile.cpu_cached_bytes_per_s.q4)
-    for dtype in DTYPES:
-        yield f"CPU linear {dtype}, many rows", _gigaops(profile.cpu_ops_per_s.of(dtype))
+    for name, rate in profile.cpu_ops_per_s.by_format.items():
+        yield f"CPU linear {name}, many rows", _gigaops(rate)
     yield "CPU attention, one row", _gigabytes(profile.cpu_attention_bytes_per_s)
     yield "CPU attention, many rows", _gigaops(profile.cpu_attention_ops_per_s)
     if profile.step_overhead_s:
@@ -75,10 +91,10 @@ def thread_rows(profile: HardwareProfile) -> Iterator[tuple[str, ...]]:
         yield str(rate.threads), _gigabytes(rate.linear_bytes_per_s), _gigabytes(rate.sweep_bytes_per_s), used
 
 
-def row_rows(rates: Sequence[RowRate]) -> Iterator[tuple[str, ...]]:
-    """Operations a second by token rows and weight dtype."""
+def row_rows(rates: Sequence[RowRate], formats: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Operations a second by token rows and weight format."""
     for rate in rates:
-        yield str(rate.rows), *(f"{rate.ops_per_s.of(dtype) / 1e9:.0f}" for dtype in DTYPES)
+        yield str(rate.rows), *(f"{rate.ops_per_s.of(name) / 1e9:.0f}" for name in formats)
 
 
 def attention_rows(profile: HardwareProfile) -> Iterator[tuple[str, ...]]:
@@ -98,11 +114,11 @@ def gpu_rows(profile: HardwareProfile) -> Iterator[tuple[str, str]]:
 
     yield "GPU memory", f"{profile.gpu_memory_bytes / 2**30:.1f} GiB"
     yield "GPU memory read", _gigabytes(profile.gpu_bytes_per_s)
-    for dtype in DTYPES:
-        yield f"GPU linear {dtype}, many rows", _gigaops(profile.gpu_flops.of(dtype))
-    for dtype in DTYPES if profile.gpu_rows else ():
-        flat, gemm = crossovers(profile.gpu_rows, dtype)
-        yield f"GPU linear {dtype}", f"flat up to {flat} rows, full rate from {gemm}"
+    for name, rate in profile.gpu_flops.by_format.items():
+        yield f"GPU linear {name}, many rows", _gigaops(rate)
+    for name in profile.gpu_flops.by_format if profile.gpu_rows else ():
+        flat, gemm = crossovers(profile.gpu_rows, name)
+        yield f"GPU linear {name}", f"flat up to {flat} rows, full rate from {gemm}"
     yield "copy to the GPU", _gigabytes(profile.h2d_bytes_per_s)
     yield "copy from the GPU", _gigabytes(profile.d2h_bytes_per_s)
     yield "CPU linears while copies run", f"{profile.cpu_slowdown_while_copying:.0%}"

@@ -14,11 +14,12 @@ from hetero_attn.planning.profiles import current_profile, lane_threads
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.tensor_names import tensor_name
 from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
-from hetero_attn.spec.weights import build_workload, natural_kv_dtype
+from hetero_attn.spec.weights import build_workload, model_spec, natural_kv_dtype
 from placement import BudgetError, HardwareProfile, Plan, Policy, make_plan
 from placement.plan.memory import activation_bytes
 from placement.plan.units import parse_bytes
 from placement.plan.workload import KV_DTYPES, ChunkChoice, Workload
+from placement.policy.bind import dtype_by_rules
 
 WEIGHT_DTYPES = ("bf16", "fp32", "q8", "q4")
 DEVICES = ("auto", "cuda", "cpu", "emulated")
@@ -106,7 +107,7 @@ def settle(options: LoadOptions) -> PlannedModel:
     path = resolve_model(options.model, options.file)
     config = read_config(path)
     policy = _wishes(options)
-    formats = choose_formats(options.dtype, config, path)
+    formats = formats_by_rules(choose_formats(options.dtype, config, path), policy, config)
     device = choose_device(options.device, options.hardware)
     kind = device.partition(":")[0]
     hardware = _rates(options, device)
@@ -198,6 +199,16 @@ def choose_formats(dtype: str, config: ModelConfig, path: Path) -> WeightFormats
     """The formats weights are kept in: one dtype for all where it is wished, for `auto` those of the files."""
     check_choice("dtype", dtype, ("auto", *WEIGHT_DTYPES))
     return stored_formats(path, config) if dtype == "auto" else weight_formats(dtype)
+
+
+def formats_by_rules(formats: WeightFormats, policy: Policy, config: ModelConfig) -> WeightFormats:
+    """The formats with those that the policy's rules ask for single linears."""
+    by_tensor, changed = {}, False
+    for linear in model_spec(config, formats=formats).linears:
+        dtype = dtype_by_rules(policy, linear.name)
+        changed |= dtype is not None
+        by_tensor |= {part.tensor: dtype or part.format for part in linear.parts}
+    return replace(formats, by_tensor=by_tensor) if changed else formats
 
 
 def shares_head(formats: WeightFormats, config: ModelConfig) -> bool:

@@ -6,7 +6,8 @@ an operation is one multiplication or one addition. A rate of 0 for `h2d_bytes_p
 
 import difflib
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import yaml
 
 from placement.machine.ranges import check_ranges
 from placement.machine.rates import (
-    DTYPES,
     NO_RATES,
     AttentionRate,
     CopyRate,
@@ -25,13 +25,12 @@ from placement.machine.rates import (
     beside_memory,
     number,
     parse,
+    weight_bytes_of,
 )
 from placement.plan.workload import STAGING_PIECE_BYTES
 
-# Bytes of one packed weight: q8 and q4 carry a scale (and a minimum) with every group of weights.
 # Fewer rows than this wait for weights, more compute.
 FEW_ROWS = 4
-WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "q8": 8.5 / 8, "q4": 4.5 / 8}
 MOST_ENTRIES = 1000  # of a table
 CATALOGUE = Path(__file__).parent / "catalogue"
 TABLES = {
@@ -150,8 +149,8 @@ class HardwareProfile:
         CPU operations scale with threads; CPU bandwidth does too until it meets the DRAM rate.
         """
         factor = threads / self.cores
-        linear = DtypeRates(
-            *(min(self.cpu_linear_bytes_per_s.of(dtype) * factor, self._cpu_ceiling(dtype)) for dtype in DTYPES)
+        linear = self.cpu_linear_bytes_per_s.mapped(
+            lambda _, rate: min(rate * factor, max(self.dram_bytes_per_s, rate))
         )
         attention = min(
             self.cpu_attention_bytes_per_s * factor, max(self.dram_bytes_per_s, self.cpu_attention_bytes_per_s)
@@ -178,21 +177,12 @@ class HardwareProfile:
 
     def _rows_with(self, rate: RowRate, factor: float) -> RowRate:
         """A measured row count at another thread count: never past what the DRAM gives at that many rows."""
-        return replace(
-            rate,
-            ops_per_s=DtypeRates(
-                *(
-                    min(
-                        rate.ops_per_s.of(dtype) * factor,
-                        max(rate.ops_per_s.of(dtype), 2 * rate.rows * self.dram_bytes_per_s / WEIGHT_BYTES[dtype]),
-                    )
-                    for dtype in DTYPES
-                )
-            ),
-        )
 
-    def _cpu_ceiling(self, dtype: str) -> float:
-        return max(self.dram_bytes_per_s, self.cpu_linear_bytes_per_s.of(dtype))
+        def at_most_memory(name: str, ops_per_s: float) -> float:
+            ceiling = 2 * rate.rows * self.dram_bytes_per_s / weight_bytes_of(name)
+            return min(ops_per_s * factor, max(ops_per_s, ceiling))
+
+        return replace(rate, ops_per_s=rate.ops_per_s.mapped(at_most_memory))
 
     @property
     def sweep_bytes_per_s(self) -> float:
@@ -245,28 +235,19 @@ class HardwareProfile:
         def blend(dram: float, cached: float) -> float:
             return 1 / (kept / max(dram, cached) + (1 - kept) / dram)
 
-        def blended(rates: DtypeRates, cached: dict[str, float]) -> DtypeRates:
-            return DtypeRates(*(blend(rates.of(dtype), cached[dtype]) for dtype in DTYPES))
+        def blended(rates: DtypeRates, cached: Callable[[str], float]) -> DtypeRates:
+            return rates.mapped(lambda name, rate: blend(rate, cached(name)))
 
-        cached = {dtype: self.cpu_cached_bytes_per_s.of(dtype) for dtype in DTYPES}
-        rows = tuple(
-            replace(
-                rate,
-                ops_per_s=blended(
-                    rate.ops_per_s,
-                    {
-                        dtype: min(2 * rate.rows * cached[dtype] / WEIGHT_BYTES[dtype], self._most_ops(dtype))
-                        for dtype in DTYPES
-                    },
-                ),
-            )
-            for rate in self.cpu_rows
-        )
+        def cached_ops(rate: RowRate) -> Callable[[str], float]:
+            return lambda name: min(2 * rate.rows * cached.of(name) / weight_bytes_of(name), self._most_ops(name))
+
+        cached = self.cpu_cached_bytes_per_s
+        rows = tuple(replace(rate, ops_per_s=blended(rate.ops_per_s, cached_ops(rate))) for rate in self.cpu_rows)
         return replace(
             self,
             cpu_cache_bytes=0,
-            dram_bytes_per_s=blend(self.dram_bytes_per_s, max(cached.values())),
-            cpu_linear_bytes_per_s=blended(self.cpu_linear_bytes_per_s, cached),
+            dram_bytes_per_s=blend(self.dram_bytes_per_s, max(cached.by_format.values())),
+            cpu_linear_bytes_per_s=blended(self.cpu_linear_bytes_per_s, cached.of),
             cpu_rows=rows,
             cpu_attention=tuple(
                 replace(rate, bytes_per_s=blend(rate.bytes_per_s, rate.cached_bytes_per_s))
@@ -281,7 +262,9 @@ class HardwareProfile:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON or YAML."""
-        return asdict(self) | {"fingerprint": dict(self.fingerprint)}
+        return {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self)} | {
+            "fingerprint": dict(self.fingerprint)
+        }
 
     def to_json(self) -> str:
         """JSON text that `from_json` reads back to an equal profile."""
@@ -354,6 +337,17 @@ def _catalogue_entry(name: str) -> HardwareProfile:
         raise ValueError(f"unknown hardware {name!r}{hint} (known: {', '.join(names)})")
     values = yaml.safe_load((CATALOGUE / f"{name}.yaml").read_text(encoding="utf-8"))
     return HardwareProfile.from_dict(values | {"name": name}, f"{name}.yaml")
+
+
+def _plain(value: Any) -> Any:
+    """A field as JSON has it: rates keyed by the names of their formats."""
+    if isinstance(value, DtypeRates):
+        return value.by_format
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if is_dataclass(value):
+        return {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
+    return value
 
 
 def _expected(values: dict[str, Any], name: str, default: Any, kind: Any, where: str) -> Any:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from placement.machine.rates import DtypeRates
+
 MOST_CORES = 4096
 MOST_SECONDS = 60.0  # of any single overhead
 MOST = 1e18  # bytes, operations, or either a second
@@ -44,7 +46,9 @@ def check_ranges(profile: Any) -> None:
 
 def _numbers(place: str, value: Any) -> Iterator[tuple[str, float]]:
     """Every number in a field, with its place."""
-    if is_dataclass(value):
+    if isinstance(value, DtypeRates):
+        yield from ((f"{place}.{name}", rate) for name, rate in value.by_format.items())
+    elif is_dataclass(value):
         for entry in fields(value):
             yield from _numbers(f"{place}.{entry.name}", getattr(value, entry.name))
     elif isinstance(value, tuple):

@@ -1,11 +1,12 @@
-"""Measured rates as data: by weight dtype, by token rows, by cache dtype and head sharing, by copy size, by threads."""
+"""Measured rates as data: by weight format, by token rows, by cache dtype and head sharing, copy size, threads."""
 
+import difflib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
-from cpu_kernels.formats import widest
+from cpu_kernels.formats import FORMATS, format_of, widest
 
 DTYPES = ("fp32", "bf16", "q8", "q4")
 # Bits of a cached value, its share of scales and minima included.
@@ -14,30 +15,59 @@ KV_BITS = {"fp32": 32.0, "bf16": 16.0, "q8": 8.25, "q4": 5.0}
 
 @dataclass(frozen=True, slots=True)
 class DtypeRates:
-    """One rate per weight dtype."""
+    """One rate per weight format, by its name: of the four that `pack` makes, and of any `others` that were measured.
+
+    A format that has no rate here is not refused: it has that of a neighbour, which `stands_for` names.
+    """
 
     fp32: float
     bf16: float
     q8: float
     q4: float
+    others: tuple[tuple[str, float], ...] = field(default=(), kw_only=True)
 
-    def of(self, dtype: str) -> float:
-        """The rate of a weight dtype, of another format that of its neighbour; ValueError names the known ones."""
-        if dtype not in DTYPES:
-            dtype = _measured_like(dtype)
-        return getattr(self, dtype)
+    @property
+    def by_format(self) -> dict[str, float]:
+        """Every rate that was measured, by the name of its format."""
+        return {dtype: getattr(self, dtype) for dtype in DTYPES} | dict(self.others)
+
+    def stands_for(self, name: str) -> str:
+        """The measured format whose rate is taken for a format, or for a mix of them: itself, or a neighbour.
+
+        Of a mix it is that of the format with most bytes; a neighbour is what the format says it is like. Raises
+        ValueError for a name that is no format.
+        """
+        if name in DTYPES or any(name == measured for measured, _ in self.others):
+            return name
+        try:
+            item = widest(name)
+        except ValueError as error:
+            raise ValueError(f"no rate for weight format {name!r}; known: {', '.join(FORMATS)}") from error
+        return item.like if item.name == name else self.stands_for(item.name)
+
+    def borrowed(self, names: Iterable[str]) -> dict[str, str]:
+        """Of these formats those that were not measured, and by whose rates each is planned."""
+        stand_ins = {name: self.stands_for(name) for name in names}
+        return {name: measured for name, measured in stand_ins.items() if measured != name}
+
+    def of(self, name: str) -> float:
+        """The rate of a weight format or a mix, its neighbour's where it was not measured; ValueError as above."""
+        measured = self.stands_for(name)
+        return getattr(self, measured) if measured in DTYPES else dict(self.others)[measured]
 
     def scaled(self, factor: float) -> "DtypeRates":
         """Every rate multiplied by `factor`."""
-        return DtypeRates(*(getattr(self, dtype) * factor for dtype in DTYPES))
+        return self.mapped(lambda _, rate: rate * factor)
+
+    def mapped(self, change: Callable[[str, float], float]) -> "DtypeRates":
+        """The rates that change(format name, rate) makes of these."""
+        others = tuple((name, change(name, rate)) for name, rate in self.others)
+        return DtypeRates(*(change(dtype, getattr(self, dtype)) for dtype in DTYPES), others=others)
 
 
-def _measured_like(name: str) -> str:
-    """The weight dtype whose rates stand for those of a format, or of the widest in a mix."""
-    try:
-        return widest(name).like
-    except ValueError as error:
-        raise ValueError(f"no rate for weight dtype {name!r}; known: {', '.join(DTYPES)}") from error
+def weight_bytes_of(name: str) -> float:
+    """Bytes of one weight of a format, its share of scales and minima included."""
+    return format_of(name).bits_per_weight() / 8
 
 
 NO_RATES = DtypeRates(0.0, 0.0, 0.0, 0.0)
@@ -140,6 +170,8 @@ class ThreadRate:
 def parse(kind: type, value: Any, where: str) -> Any:
     """Build one of these classes from plain values; ValueError names the field that is missing, unknown or no
     number."""
+    if kind is DtypeRates:
+        return _parse_by_format(value, where)
     hints = get_type_hints(kind)
     names = [entry.name for entry in fields(kind)]
     if not isinstance(value, dict) or set(value) != set(names):
@@ -147,12 +179,25 @@ def parse(kind: type, value: Any, where: str) -> Any:
     nested = {name: f"{where}.{name}" for name in names}
     return kind(
         **{
-            name: parse(DtypeRates, value[name], nested[name])
+            name: _parse_by_format(value[name], nested[name])
             if hints[name] is DtypeRates
             else number(value[name], hints[name], nested[name])
             for name in names
         }
     )
+
+
+def _parse_by_format(value: Any, where: str) -> DtypeRates:
+    """Rates keyed by format name: those that `pack` makes must be there, others may."""
+    if not isinstance(value, dict) or not set(DTYPES) <= set(value):
+        raise ValueError(f"{where} needs one value for each of {', '.join(DTYPES)}, got {value!r:.80}")
+    read = {name: number(rate, float, f"{where}.{name}") for name, rate in value.items()}
+    if unknown := [name for name in read if name not in FORMATS]:
+        near = difflib.get_close_matches(str(unknown[0]), FORMATS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{where}: {unknown[0]!r:.40} is no weight format{hint} (known: {', '.join(FORMATS)})")
+    others = tuple(sorted((name, rate) for name, rate in read.items() if name not in DTYPES))
+    return DtypeRates(*(read[dtype] for dtype in DTYPES), others=others)
 
 
 def number(value: Any, kind: Any, where: str) -> int | float:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cpu_kernels.formats.weights import WEIGHT_DTYPES
 from placement.plan.memory import (
     KvPlacement,
     LinearPlacement,
@@ -173,7 +174,7 @@ class Plan:
             lines.append(f"shape: {self.shape}")
         lines.append("rules:")
         for row in plan_rows(self.workload.linears, self.linears):
-            lines += _linear_rule(row)
+            lines += _linear_rule(row) + _dtype_lines(row, self.workload)
         for row in plan_rows(self.workload.kv, self.kv):
             lines += _kv_rule(row)
         return "\n".join(lines) + "\n"
@@ -202,6 +203,7 @@ class Plan:
                     "gpu_units": p.gpu_units,
                     "stream_units": dict(zip(ROW_TIER_NAMES, p.stream_units, strict=True)),
                     "row_cut": s.row_cut,
+                    "weight_format": self.workload.format_of(s),
                 }
                 for s, p in zip(self.workload.linears, self.linears, strict=True)
             ],
@@ -249,6 +251,12 @@ def _linear_rule(row: PlanRow) -> list[str]:
         f'      "{tier}": {{stream: {stream} units}}'
         for tier, stream in zip(ROW_TIER_NAMES, placement.stream_units, strict=True)
     ]
+
+
+def _dtype_lines(row: PlanRow, workload: Workload) -> list[str]:
+    """The weight format of a row where linears differ in it and a rule can ask for it; one of a file is found there."""
+    name = workload.format_of(row.shards[0])
+    return [f"    dtype: {name}"] if workload.is_mixed and name in WEIGHT_DTYPES else []
 
 
 def _kv_rule(row: PlanRow) -> list[str]:

@@ -23,6 +23,7 @@ from placement.plan.workload import NUM_ROW_TIERS, Workload
 
 COLUMNS = ("shard", "count", "units", "GPU home", "decode g/s/c", "prefill g/s/c", "GPU bytes", "DRAM bytes")
 # In a narrow terminal: without what the cut and the label tell, so that no number is ever cut.
+FORMAT_COLUMN = "weights"  # only where linears differ in it
 NARROW_COLUMNS = {0: "shard", 3: "home", 4: "decode", 5: "prefill", 6: "GPU", 7: "DRAM"}
 WIDE = 98
 LEGEND = "g/s/c: units computed on the gpu, stream and cpu lane in one step; home: units in GPU memory"
@@ -72,6 +73,9 @@ def plan_table(plan: ShownPlan, width: int) -> str:
         console.print(
             LEGEND if width >= WIDE else LEGEND.replace("g/s/c", "decode, prefill (gpu/stream/cpu)"), highlight=False
         )
+    if plan.workload.is_mixed and not _is_wide(plan, width):
+        rows = plan_rows(plan.workload.linears, plan.linears)
+        console.print(f"weights: {'; '.join(f'{row.label} {_format(plan, row)}' for row in rows)}", highlight=False)
     console.print(_memory(plan, width))
     console.print(kv_line(plan), highlight=False)
     if plan.predicted is not None:
@@ -138,17 +142,31 @@ def prediction_lines(predicted: Prediction) -> list[str]:
 
 
 def _placements(plan: ShownPlan, width: int) -> Table:
-    is_wide = width >= WIDE or plan.device == "cpu"
+    is_wide = _is_wide(plan, width)
     table = Table(box=None, pad_edge=False, padding=(0, 2 if is_wide else 1, 0, 0))
     headings = dict(enumerate(COLUMNS)) if is_wide else NARROW_COLUMNS
     # Without a GPU there is one lane and one home: nothing to say about a cut.
     shown = (0, 1, 2, 7) if plan.device == "cpu" else tuple(headings)
     for index in shown:
         table.add_column(headings[index], justify="right" if index else "left", no_wrap=True)
-    rows = [_linear_row(plan, row) for row in plan_rows(plan.workload.linears, plan.linears)]
-    for cells in rows + [_kv_row(plan, row) for row in plan_rows(plan.workload.kv, plan.kv)]:
-        table.add_row(*(cells[index] for index in shown))
+    with_formats = is_wide and plan.workload.is_mixed
+    if with_formats:
+        table.add_column(FORMAT_COLUMN, no_wrap=True)
+    linears = [(_linear_row(plan, row), _format(plan, row)) for row in plan_rows(plan.workload.linears, plan.linears)]
+    caches = [(_kv_row(plan, row), plan.workload.kv_dtype) for row in plan_rows(plan.workload.kv, plan.kv)]
+    for cells, name in linears + caches:
+        table.add_row(*(cells[index] for index in shown), *((name,) if with_formats else ()))
     return table
+
+
+def _is_wide(plan: ShownPlan, width: int) -> bool:
+    return width >= WIDE or plan.device == "cpu"
+
+
+def _format(plan: ShownPlan, row: PlanRow) -> str:
+    """The weight format of a row of linears; of a mix those in it."""
+    mix = plan.workload.format_of(row.shards[0]).split("+")
+    return "+".join(part.partition("*")[0] for part in mix)
 
 
 def _linear_row(plan: ShownPlan, row: PlanRow) -> tuple[str, ...]:

@@ -168,6 +168,11 @@ class Workload:
         return shard.weight_format or self.weight_dtype
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether linears differ in what their weights are packed as."""
+        return len({self.format_of(shard) for shard in self.linears}) > 1
+
+    @property
     def weight_bytes(self) -> int:
         """Packed bytes of every linear."""
         return sum(shard.total_bytes for shard in self.linears)

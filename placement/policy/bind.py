@@ -87,6 +87,7 @@ def bind(policy: Policy, workload: Workload, device: str) -> Bounds:
         reached.add(index)
         open_bounds = KvBounds(0, 0) if device == "cpu" else KvBounds()
         kv.append(_collect(problems, policy, index, open_bounds, _kv_bounds, cache, device, workload))
+    reached |= {_dtype_rule(policy, shard.name) for shard in workload.linears}
     for index, rule in enumerate(policy.rules):
         if _matches_any(rule.match, workload) and index not in reached:
             problems.append(
@@ -120,6 +121,16 @@ def matches(pattern: str, name: str) -> bool:
     if span and layer:
         return int(span[1]) <= int(layer[1]) <= int(span[2]) and matches(span[3], layer[2])
     return re.fullmatch(translate(pattern), name) is not None
+
+
+def dtype_by_rules(policy: Policy, name: str) -> str | None:
+    """The weight format that the rules ask for a linear; None where they leave it open."""
+    index = _dtype_rule(policy, name)
+    return None if index is None else policy.rules[index].dtype
+
+
+def _dtype_rule(policy: Policy, name: str) -> int | None:
+    return _first(policy.rules, name, lambda rule: rule.dtype is not None)
 
 
 def _first(rules: tuple[Rule, ...], name: str, concerns) -> int | None:

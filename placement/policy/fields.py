@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
+from cpu_kernels.formats.weights import WEIGHT_DTYPES
 from placement.plan.units import parse_bytes
 from placement.plan.workload import KV_DTYPES
 
@@ -72,6 +73,14 @@ def _parse_kv_dtype(value: Any) -> str | None:
     raise ValueError(f"must be one of {', '.join(KV_DTYPES)} or auto")
 
 
+def _parse_dtype(value: Any) -> str | None:
+    if value is None or value == "auto":
+        return None
+    if value in WEIGHT_DTYPES:
+        return value
+    raise ValueError(f"must be one of {', '.join(WEIGHT_DTYPES)} or auto")
+
+
 def _parse_slots(value: Any) -> int | None:
     if value is None or value == "auto":
         return None
@@ -105,4 +114,5 @@ SlotsField = Annotated[
     int | None, BeforeValidator(_parse_slots), _auto_or({"const": 0}, {"type": "integer", "minimum": 2})
 ]
 KvDtypeField = Annotated[str | None, BeforeValidator(_parse_kv_dtype), _auto_or({"enum": list(KV_DTYPES)})]
+DtypeField = Annotated[str | None, BeforeValidator(_parse_dtype), _auto_or({"enum": list(WEIGHT_DTYPES)})]
 PositiveField = Annotated[int | None, BeforeValidator(_parse_positive), _auto_or({"type": "integer", "minimum": 1})]

@@ -16,7 +16,16 @@ from placement.plan.units import format_bytes
 from placement.plan.workload import ROW_TIER_NAMES
 from placement.policy.document import MAX_BYTES, Document, Mark, YamlProblem, read_document
 from placement.policy.document import Path as YamlPath
-from placement.policy.fields import CountField, KvDtypeField, PositiveField, Share, ShareField, SizeField, SlotsField
+from placement.policy.fields import (
+    CountField,
+    DtypeField,
+    KvDtypeField,
+    PositiveField,
+    Share,
+    ShareField,
+    SizeField,
+    SlotsField,
+)
 
 # What a policy says about the workload itself; the others are about where it goes.
 SIZES = ("context", "batch", "kv_tokens", "prefill_chunk", "kv_dtype")
@@ -54,7 +63,7 @@ class KvRule(_Strict):
 
 
 class Rule(_Strict):
-    """Shares for every shard whose name matches.
+    """Shares, and the weight format, of every shard whose name matches.
 
     match: a glob over shard names; `layers.0-15.qkv` is a range of layers.
     """
@@ -73,6 +82,9 @@ class Rule(_Strict):
         default_factory=dict, description="Other stream and cpu shares for steps of so many rows, such as `2-4`."
     )
     kv: KvRule | None = Field(None, description="For the cache of a layer instead of a linear.")
+    dtype: DtypeField = Field(
+        None, description="How weights of a linear are kept: fp32, bf16, q8 or q4; the first rule that says it decides."
+    )
 
     @property
     def sets_linears(self) -> bool:
@@ -94,8 +106,8 @@ class Rule(_Strict):
                 )
         for name in (None, *self.tiers):
             _check_sum(*self.tier(name), f" in tier {name}" if name else "")
-        if not self.sets_linears and self.kv is None:
-            raise ValueError("the rule sets nothing; give gpu, stream, cpu, tiers or kv")
+        if not self.sets_linears and self.kv is None and self.dtype is None:
+            raise ValueError("the rule sets nothing; give gpu, stream, cpu, tiers, kv or dtype")
         return self
 
 

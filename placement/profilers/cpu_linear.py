@@ -6,8 +6,7 @@ import torch
 
 from cpu_kernels import CpuKernels
 from cpu_kernels.formats.weights import BLOCK_FEATURES, WEIGHT_DTYPES, block_bytes
-from placement.machine.hardware import WEIGHT_BYTES
-from placement.machine.rates import DtypeRates, RowRate, ThreadRate
+from placement.machine.rates import DtypeRates, RowRate, ThreadRate, weight_bytes_of
 from placement.profilers.timing import (
     CALLS,
     FLOAT32,
@@ -61,7 +60,7 @@ def activation_s(ops: CpuKernels, on_progress: Progress) -> DtypeRates:
     found = []
     for dtype in WEIGHT_DTYPES:
         on_progress(f"linear {dtype}, small and wide")
-        wide, small = packed(dtype, int(MANY_WEIGHTS * WEIGHT_BYTES[dtype])), packed(dtype, 0, SMALL_LINEAR)
+        wide, small = packed(dtype, int(MANY_WEIGHTS * weight_bytes_of(dtype))), packed(dtype, 0, SMALL_LINEAR)
         times = [seconds(linear_call(ops, weight, dtype, MANY_ROWS)) / MANY_ROWS for weight in (wide, small)]
         (work, values), (less, fewer) = (shape(weight, dtype) for weight in (wide, small))
         found.append(max(0.0, (times[1] * work - times[0] * less) / (fewer * work - values * less)))
@@ -75,7 +74,7 @@ def row_rates(ops: CpuKernels, few: DtypeRates, activations: DtypeRates, on_prog
         on_progress(f"linear {dtype} by rows")
         # Few rows read the weight from memory, so it must not fit in the cache; many reuse it while they compute.
         large = packed(dtype, beyond_caches(SWEEP_BYTES))
-        small = packed(dtype, int(MANY_WEIGHTS * WEIGHT_BYTES[dtype]))
+        small = packed(dtype, int(MANY_WEIGHTS * weight_bytes_of(dtype)))
         one_row = linear_call(ops, large, dtype, 1)
         times[dtype] = [large.numel() / few.of(dtype) / shape(large, dtype)[0]]
         for rows in ROW_COUNTS[1:]:

@@ -46,6 +46,15 @@ def test_every_measurement_is_in_the_table(machine):
     assert "62%" in text and "no GPU was found" not in text
 
 
+def test_formats_that_were_not_measured_are_listed_under_their_neighbour(machine):
+    rates = replace(machine.cpu_linear_bytes_per_s, others=(("q6_k", 44e9),))
+    text = profile_table(replace(machine, cpu_linear_bytes_per_s=rates), 200)
+
+    assert "CPU linear q6_k, one row" in text and "44.0 GB/s" in text
+    lines = {line.partition(":")[0]: line.partition(":")[2].split(", ") for line in text.splitlines() if ":" in line}
+    assert "q4_k" in lines["planned by the rates of q4"] and "q6_k" not in lines["planned by the rates of q8"]
+
+
 def test_without_a_gpu_its_tables_are_left_out(machine):
     text = profile_table(replace(machine, h2d_bytes_per_s=0.0, gpu_rows=(), copies=()), 120)
 

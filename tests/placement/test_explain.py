@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -135,3 +136,14 @@ def test_budget_curve_spans_the_useful_budgets_and_is_drawn(tmp_path):
 
     assert 4 == len(curve) and seconds == sorted(seconds, reverse=True)
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_formats_that_the_profile_has_not_met_are_named_with_whose_rates_are_taken():
+    workload = tiny()
+    first = replace(workload.linears[0], weight_format="q4_k*12+q6_k*4")
+    mixed = replace(workload, linears=(first, *workload.linears[1:]))
+    words = "planned are q4_k by those of q4, q6_k by those of q8"
+
+    for shown, expected in ((mixed, True), (workload, False)):
+        notes = explain(shown, EMULATED, Policy(), device="emulated", gpu_memory_bytes=2**30).notes
+        assert any(words in note for note in notes) is expected

@@ -1,5 +1,6 @@
 """Hardware profiles: round trips, the catalogue, thread counts, and bad values."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -89,6 +90,49 @@ def catalogue_values():
 def test_bad_values_name_field_and_rule(change, message):
     with pytest.raises(ValueError, match=message):
         HardwareProfile.from_dict(catalogue_values() | change)
+
+
+def test_rates_are_keyed_by_format_and_a_file_may_have_more_than_the_four():
+    values = catalogue_values()
+    values["cpu_linear_bytes_per_s"] |= {"q6_k": 40e9}
+    values["cpu_rows"] = [{"rows": 1, "ops_per_s": {"fp32": 1e9, "bf16": 2e9, "q8": 4e9, "q4": 8e9, "q6_k": 5e9}}]
+    machine = HardwareProfile.from_dict(values)
+
+    again = HardwareProfile.from_json(machine.to_json())
+
+    assert again == machine == HardwareProfile.from_dict(yaml.safe_load(machine.to_yaml()))
+    assert machine.cpu_linear_bytes_per_s.of("q6_k") == 40e9
+    assert machine.cpu_rows[0].ops_per_s.of("q6_k") == 5e9
+    assert machine.with_threads(machine.cores // 2).cpu_linear_bytes_per_s.of("q6_k") == 20e9
+    assert json.loads(machine.to_json())["cpu_linear_bytes_per_s"]["q6_k"] == 40e9
+
+
+def test_a_format_without_a_rate_has_that_of_a_named_neighbour():
+    rates = HardwareProfile.named("rtx4090-ddr5").cpu_linear_bytes_per_s
+
+    assert {name: rates.stands_for(name) for name in ("q4", "q4_k", "q6_k", "fp16", "q4_k*12+q6_k*4")} == {
+        "q4": "q4",
+        "q4_k": "q4",
+        "q6_k": "q8",
+        "fp16": "bf16",
+        "q4_k*12+q6_k*4": "q4",
+    }
+    assert rates.of("q6_k") == rates.q8
+    assert rates.borrowed(("q8", "q6_k")) == {"q6_k": "q8"}
+    with pytest.raises(ValueError, match="no rate for weight format 'q9'; known: fp32, bf16"):
+        rates.of("q9")
+
+
+def test_a_rate_of_a_format_that_does_not_exist_is_refused_with_the_nearest():
+    values = catalogue_values()
+    values["cpu_ops_per_s"] |= {"q6k": 1e9}
+
+    with pytest.raises(ValueError, match="cpu_ops_per_s: 'q6k' is no weight format; did you mean 'q6_k'"):
+        HardwareProfile.from_dict(values)
+    values["cpu_ops_per_s"] = values["cpu_ops_per_s"] | {"q6_k": 0}
+    del values["cpu_ops_per_s"]["q6k"]
+    with pytest.raises(ValueError, match="cpu_ops_per_s.q6_k must be positive"):
+        HardwareProfile.from_dict(values)
 
 
 def test_missing_fields_are_named():
