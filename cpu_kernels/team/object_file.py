@@ -23,10 +23,11 @@ KINDS = {NOTHING, BITS, SYMBOLS, STRINGS, RELOCATIONS, NOTE, NO_BITS, UNWIND}  #
 WIDTHS = {"x86_64": {0: 0, 1: 8, 2: 4, 4: 4, 9: 4, 10: 4, 11: 4, 24: 8, 25: 8, 26: 4, 41: 4, 42: 4}}
 MOST_ALIGNMENT = 1 << 21
 MOST_SECTION_BYTES = 1 << 26
-EXECUTABLE = 4
+ALLOCATED, EXECUTABLE = 2, 4
+UNWIND_NAME = ".eh_frame"  # the loader hands what has this name to the unwinder, whatever its kind
 # Write, allocate, execute, merge, strings, info is a link, far away: no thread-local memory, nothing compressed.
 FLAGS = 0x10000077
-GLOBAL, FUNCTION = 1, 2
+GLOBAL, FUNCTION, FILE = 1, 2, 4
 BINDINGS, TYPES = {0, 1, 2}, {0, 1, 2, 3, 4}  # local, global, weak; none, object, function, section, file
 # Places of symbols that are in no section: fixed numbers, and memory that the loader is to make, `value` its alignment.
 ABSOLUTE, COMMON = 0xFFF1, 0xFFF2
@@ -77,7 +78,7 @@ def check_object(code: bytes, kernel: str, machine: str, exists: Callable[[str],
         symbols = _symbols(code, sections)
         for section in sections:
             if section.kind == RELOCATIONS:
-                _check_relocations(code, section, sections, len(symbols), WIDTHS.get(machine))
+                _check_relocations(code, section, sections, symbols, WIDTHS.get(machine))
     except (struct.error, UnicodeDecodeError, IndexError):
         raise ObjectError("it ends too early or its tables are damaged") from None
     _check_symbols(symbols, sections, kernel, exists)
@@ -99,8 +100,19 @@ def _sections(code: bytes, machine: str) -> list[Section]:
         _expect(sizes and not section.alignment & (section.alignment - 1), "a section has an impossible size")
     _expect(names < count and sections[names].kind == STRINGS, "its sections have no names")
     for section in sections:
-        _text(code, sections[names], section.name)
+        is_unwind = _text(code, sections[names], section.name) == UNWIND_NAME
+        _expect(not is_unwind or _is_loaded(section), "its unwind table is of a wrong kind")
     return sections
+
+
+def _is_loaded(section: Section) -> bool:
+    """Whether the section's bytes of the file get a place in memory."""
+    return section.kind in (BITS, UNWIND) and bool(section.flags & ALLOCATED)
+
+
+def _is_table(section: Section, entry: struct.Struct) -> bool:
+    """Whether a section is a row of whole entries."""
+    return section.entry_size == entry.size and section.size % entry.size == 0
 
 
 def _symbols(code: bytes, sections: list[Section]) -> list[Symbol]:
@@ -108,9 +120,9 @@ def _symbols(code: bytes, sections: list[Section]) -> list[Symbol]:
     _expect(len(tables) == 1, f"it has {len(tables)} symbol tables")
     (table,) = tables
     names = sections[table.link]
-    _expect(names.kind == STRINGS and table.entry_size == SYMBOL.size, "its symbol table is damaged")
+    _expect(names.kind == STRINGS and _is_table(table, SYMBOL), "its symbol table is damaged")
     found = []
-    for at in range(table.offset, table.offset + table.size - table.size % SYMBOL.size, SYMBOL.size):
+    for at in range(table.offset, table.offset + table.size, SYMBOL.size):
         name, info, _, section, value, size = SYMBOL.unpack_from(code, at)
         _expect(info >> 4 in BINDINGS and info & 15 in TYPES, "a symbol is of an unknown kind")
         if section == COMMON:
@@ -130,16 +142,19 @@ def _text(code: bytes, table: Section, name: int) -> str:
 
 
 def _check_relocations(
-    code: bytes, table: Section, sections: list[Section], num_symbols: int, widths: dict[int, int] | None
+    code: bytes, table: Section, sections: list[Section], symbols: list[Symbol], widths: dict[int, int] | None
 ) -> None:
-    _expect(0 < table.info < len(sections) and table.entry_size == RELOCATION.size, "a relocation table is damaged")
+    sound = table.info < len(sections) and sections[table.link].kind == SYMBOLS and _is_table(table, RELOCATION)
+    _expect(sound, "a relocation table is damaged")
     target = sections[table.info]
-    for at in range(table.offset, table.offset + table.size - table.size % RELOCATION.size, RELOCATION.size):
+    _expect(_is_loaded(target), "a relocation table is for a section that is not loaded")
+    for at in range(table.offset, table.offset + table.size, RELOCATION.size):
         offset, info, _ = RELOCATION.unpack_from(code, at)
         kind = info & 0xFFFFFFFF
         _expect(widths is None or kind in widths, f"relocations of type {kind} are unknown")
         width = 8 if widths is None else widths[kind]
-        _expect(offset + width <= target.size and info >> 32 < num_symbols, "a relocation points nowhere")
+        _expect(offset + width <= target.size and info >> 32 < len(symbols), "a relocation points nowhere")
+        _expect(symbols[info >> 32].info & 15 != FILE, "a relocation is to a file's name")
 
 
 def _check_symbols(symbols: list[Symbol], sections: list[Section], kernel: str, exists: Callable[[str], bool]) -> None:

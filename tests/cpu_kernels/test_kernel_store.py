@@ -25,7 +25,9 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ from cpu_kernels import CpuKernels
 from cpu_kernels.team import kept_files
 from cpu_kernels.team import store as cache
 from cpu_kernels.team.kept_files import UnusableFileError, read_kept, write_kept
-from cpu_kernels.team.object_file import ObjectError, check_object
+from cpu_kernels.team.object_file import NO_BITS, NOTE, RELOCATIONS, SYMBOLS, UNWIND, ObjectError, check_object
 from cpu_kernels.team.store import KernelStore, build_key
 
 PACKAGE = Path(__file__).resolve().parents[2] / "cpu_kernels"
@@ -178,7 +180,7 @@ def test_no_mutation_of_an_object_ends_the_process(filled, tmp_path):
     right checksum, load or are refused."""
     store, draw = filled / build_key(), random.Random(7)
     code = code_of(store)
-    (table,) = (int.from_bytes(code[40:48], "little"),)
+    table = int.from_bytes(code[40:48], "little")
     for number in range(300):
         changed = bytearray(code)
         for _ in range(draw.choice((1, 1, 2, 8))):
@@ -186,6 +188,9 @@ def test_no_mutation_of_an_object_ends_the_process(filled, tmp_path):
                 (draw.randrange(64), draw.randrange(table, len(code)), draw.randrange(len(code) // 2, len(code)))
             )
             changed[place] = draw.choice((0, 1, 255, draw.randrange(256), changed[place] ^ 1 << draw.randrange(8)))
+        if number % 2:
+            section, field = draw.choice(list(sections_of(code))), draw.choice(list(FIELDS))
+            change(changed, section, field, draw.choice((0, 1, 2, 3, 4, 8, 9, 24, section.size - 8, section.size + 8)))
         folder = tmp_path / f"{number:03}" / build_key()
         folder.mkdir(mode=0o700, parents=True)
         (folder / f"{KERNEL}.o").write_bytes(entry(KERNEL, bytes(changed)))
@@ -204,6 +209,54 @@ def test_a_sound_object_passes_and_a_cut_one_does_not(filled):
     for length in range(0, len(code), 7):
         with pytest.raises(ObjectError):
             check_object(code[:length], KERNEL, platform.machine(), lambda name: True)
+
+
+FIELDS = {"kind": (4, 4), "flags": (8, 8), "size": (32, 8), "link": (40, 4), "info": (44, 4), "entry_size": (56, 8)}
+# What random mutations found: each ended the process in the loader.
+FATAL = {
+    "an unwind table without memory": (UNWIND, "flags", lambda was: 0),
+    "an unwind table of notes": (UNWIND, "kind", lambda was: NOTE),
+    "an unwind table of zeros": (UNWIND, "kind", lambda was: NO_BITS),
+    "relocations without symbols": (RELOCATIONS, "link", lambda was: 0),
+    "half a relocation": (RELOCATIONS, "size", lambda was: was - 8),
+    "half a symbol": (SYMBOLS, "size", lambda was: was - 8),
+    "relocations of names": (RELOCATIONS, "info", lambda was: 1),
+}
+
+
+class Place(NamedTuple):
+    """A section of an object, and where its entry in the section table begins."""
+
+    at: int
+    kind: int
+    size: int
+
+
+def sections_of(code: bytes) -> Iterator[Place]:
+    table, count = int.from_bytes(code[40:48], "little"), int.from_bytes(code[60:62], "little")
+    for at in range(table, table + 64 * count, 64):
+        kind, size = code[at + 4 : at + 8], code[at + 32 : at + 40]
+        yield Place(at, int.from_bytes(kind, "little"), int.from_bytes(size, "little"))
+
+
+def change(code: bytearray, section: Place, field: str, value: int) -> None:
+    start, width = FIELDS[field]
+    code[section.at + start : section.at + start + width] = (value % (1 << 8 * width)).to_bytes(width, "little")
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other machines have other sections")
+@pytest.mark.parametrize("case", FATAL)
+def test_what_ended_the_process_in_the_loader_is_refused(filled, case):
+    kind, field, changed_to = FATAL[case]
+    code = code_of(filled / build_key(), "member")
+    for section in [section for section in sections_of(code) if section.kind == kind]:
+        changed, (start, width) = bytearray(code), FIELDS[field]
+        was = int.from_bytes(code[section.at + start : section.at + start + width], "little")
+        change(changed, section, field, changed_to(was))
+
+        with pytest.raises(ObjectError):
+            check_object(bytes(changed), "member", platform.machine(), lambda name: True)
+        check_object(code, "member", platform.machine(), lambda name: True)
 
 
 def as_folder(path):
