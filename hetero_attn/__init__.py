@@ -50,12 +50,10 @@ def __getattr__(name: str) -> object:
         return _version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
-    try:
-        return getattr(import_module(_HOMES[name]), name)
-    except ImportError as error:
-        from hetero_attn.errors import explain_import
+    from hetero_attn.errors import check_neighbours
 
-        raise explain_import(error) from error
+    check_neighbours()
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def _version() -> str:

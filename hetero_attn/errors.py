@@ -93,8 +93,11 @@ class ShadowedPackageError(HeteroError, ImportError):
     """Another file or package has the name of one of ours and is found first. Exit code 5."""
 
 
-def explain_import(error: ImportError) -> ImportError:
-    """The error itself, or one that names the file that stands before a package of ours."""
+def check_neighbours() -> None:
+    """Raise ShadowedPackageError where a file or package of another has the name of one of ours and is found first.
+
+    Asked for before anything is imported: a shadow may serve some imports and fail at others, much later.
+    """
     home = Path(__file__).resolve().parents[1]
     for name in NEIGHBOURS:
         found = sys.modules.get(name)
@@ -102,12 +105,10 @@ def explain_import(error: ImportError) -> ImportError:
         place = getattr(found, "__file__", None) or getattr(spec, "origin", None)
         if place is None or Path(place).resolve() != home / name / "__init__.py":
             where = f"{place} is found first" if place else "it is not found"
-            return ShadowedPackageError(
+            raise ShadowedPackageError(
                 f"hetero_attn needs its own package {name!r} of {home / name}, but {where}; rename that file or "
-                "folder, or "
-                "install hetero_attn where no other package has that name"
+                "folder, or install hetero_attn where no other package has that name"
             )
-    return error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from hetero_attn.cli.option_words import in_option_words
-from hetero_attn.errors import explain_import, printable
+from hetero_attn.errors import check_neighbours, printable
 
 OUR_PACKAGES = ("hetero_attn", "placement", "cpu_kernels", "gpu_kernels")
 USAGE = 2
@@ -56,12 +56,12 @@ class CleanErrors(TyperGroup):
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = show_warning
+                check_neighbours()
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
-            error = explain_import(error) if isinstance(error, ImportError) else error
             if isinstance(error, OSError) and error.errno in OUTPUT_FAILURES and raised_in(error) not in OUR_PACKAGES:
                 typer.echo(f"error: the output cannot be written: {error.strerror}", err=True)
                 raise typer.Exit(AT_RUN_TIME) from None
