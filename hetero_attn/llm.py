@@ -166,7 +166,8 @@ class LLM:
         """
         prompts = as_prompts(prompts)
         each = zip(prompts, for_each(params, len(prompts)), strict=True)
-        requests = [self._request(*pair, priority) for pair in each]
+        with self._turns.beside_steps():
+            requests = [self._request(*pair, priority) for pair in each]
         self._run(requests)
         return [request.output() for request in requests]
 
@@ -177,7 +178,8 @@ class LLM:
         Leaving the loop early ends the request. Streams may be read in any order, several in one thread, beside
         `generate` and `step` of any thread: each yields its whole text once.
         """
-        request = self._request(prompt, params, priority)
+        with self._turns.beside_steps():
+            request = self._request(prompt, params, priority)
         return Stream(self._turns, request, self.step, self._bar([request]))
 
     def chat(
@@ -194,10 +196,12 @@ class LLM:
         lists, give a list of answers. params: as for `generate`. template_variables: what the template knows beside the
         messages, such as {"enable_thinking": False}, tools or documents.
         """
-        tokenizer = self._require_tokenizer()
-        if not are_conversations(messages):
-            return self.generate([tokenizer.encode_chat(messages, True, template_variables)], params)[0]
-        return self.generate([tokenizer.encode_chat(each, True, template_variables) for each in messages], params)
+        several = are_conversations(messages)
+        with self._turns.beside_steps():
+            encode = self._require_tokenizer().encode_chat
+            prompts = [encode(each, True, template_variables) for each in (messages if several else [messages])]
+        outputs = self.generate(prompts, params)
+        return outputs if several else outputs[0]
 
     def stream_chat(
         self,
@@ -207,7 +211,9 @@ class LLM:
         template_variables: Mapping[str, object] | None = None,
     ) -> Stream:
         """As `chat` of one conversation, yielding pieces like `stream`."""
-        return self.stream(self._require_tokenizer().encode_chat(messages, True, template_variables), params)
+        with self._turns.beside_steps():
+            prompt = self._require_tokenizer().encode_chat(messages, True, template_variables)
+        return self.stream(prompt, params)
 
     def add(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Request:
         """Queue a prompt for `step`, as a server does; returns at once. Raises PromptError.
@@ -215,7 +221,8 @@ class LLM:
         priority: higher goes first; those of one priority come in their order.
         The request's `token_ids` and `text` grow with every step; once `finish_reason` is set, `output()` is complete.
         """
-        request = self._request(prompt, params, priority)
+        with self._turns.beside_steps():
+            request = self._request(prompt, params, priority)
         self._turns.add(request)
         return request
 
@@ -243,12 +250,13 @@ class LLM:
         """
         self._turns.check()
         self._check_queue()
-        if isinstance(token_ids, str):
-            token_ids = self._require_tokenizer().encode(token_ids)
-        request = self._scoring(self._check_ids(token_ids, reserve=0))
+        with self._turns.beside_steps():
+            if isinstance(token_ids, str):
+                token_ids = self._require_tokenizer().encode(token_ids)
+            request = self._scoring(self._check_ids(token_ids, reserve=0))
         self._run([request])
         request.output()
-        with memory_named("collecting logits"), self.engine.lanes.torch_at_rest():
+        with memory_named("collecting logits"), self._turns.beside_steps(), self.engine.lanes.torch_at_rest():
             return torch.cat(request.scores)
 
     def resize(self, gpu_memory: str | int) -> Plan:

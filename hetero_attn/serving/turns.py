@@ -12,9 +12,11 @@ takes no step itself: a thread of its own does, and the main one waits, as long 
 import atexit
 import os
 import threading
+import time
 import weakref
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -39,6 +41,8 @@ class Turns:
         self._is_inside = False
         self._arrivals: deque[Request] = deque()
         self._departures: deque[Request] = deque()
+        self._beside: Counter[int] = Counter()  # threads in calls beside the steps, by their number
+        self._has_ended = False
         self._is_closing = self._is_closed = False
         self._pid = os.getpid()
         self._stepper = HostWorker("hetero-attn-steps")
@@ -54,12 +58,29 @@ class Turns:
     def check(self) -> None:
         """Raise EngineDeadError where no step can be taken any more: after close, in a forked child, after a fault."""
         self._check_process()
-        if self._is_closed:
-            with self._lock:  # when the interpreter ends, other threads wait here until they are gone
-                raise EngineDeadError(self._closed_message)
-        if self._is_closing:
+        if self._has_ended:
+            self._wait_for_the_end()
+        if self._is_closed or self._is_closing:
             raise EngineDeadError(self._closed_message)
         self._engine.check_alive()
+
+    @contextmanager
+    def beside_steps(self) -> Iterator[None]:
+        """For a call's work that needs no turn, in torch's or the tokenizer's code; needs no lock either.
+
+        A daemon thread that gets back from such code while the interpreter goes down ends the process with an abort. So
+        the end waits for those that are here, and who comes later waits for the end.
+        """
+        thread = threading.get_ident()
+        self._beside[thread] += 1
+        try:
+            if self._has_ended:
+                self._wait_for_the_end()
+            yield
+        finally:
+            self._beside[thread] -= 1
+            if not self._beside[thread]:
+                del self._beside[thread]
 
     def add(self, request: Request) -> None:
         """Queue a request for the next step; returns at once."""
@@ -216,4 +237,18 @@ class Turns:
         Such a thread must not be in torch's code while the interpreter tears it down; that would abort the process.
         """
         if os.getpid() == self._pid and self._lock.acquire(timeout=2 * CLOSE_WAIT_S):
+            self._has_ended = True
             self._end()
+            stop = time.monotonic() + CLOSE_WAIT_S
+            while self._is_anybody_beside and time.monotonic() < stop:
+                time.sleep(0.001)
+
+    @property
+    def _is_anybody_beside(self) -> bool:
+        return bool(self._beside.keys() - {threading.get_ident()})
+
+    def _wait_for_the_end(self) -> None:
+        """Never to return, for any thread but the one that ends the interpreter."""
+        if threading.current_thread() is not threading.main_thread():
+            self._beside.pop(threading.get_ident(), None)
+            threading.Event().wait()

@@ -71,6 +71,20 @@ time.sleep(0.3)
 print("fine", flush=True)
 """
 
+EXIT_BESIDE_STEPS = (
+    """
+import torch
+import hetero_attn.llm as module
+sampler = module.Sampler
+def slow_sampler(*arguments):
+    for _ in range(300):
+        torch.ones(200, 200) @ torch.ones(200, 200)
+    return sampler(*arguments)
+module.Sampler = slow_sampler
+"""
+    + EXIT
+)
+
 THREAD_OUTLIVES_MAIN = """
 llm = load()
 expected = llm.generate("a prompt", PARAMS)[0].token_ids
@@ -128,6 +142,11 @@ def test_a_forked_child_is_told_so_and_harms_nobody(tmp_path, path, device, pare
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 def test_the_interpreter_ends_cleanly_while_a_daemon_thread_generates(tmp_path, path, device):
     assert run(tmp_path, EXIT, path, device) == ("fine\n", "", 0)
+
+
+def test_the_interpreter_ends_cleanly_while_a_daemon_thread_is_in_torch_beside_the_steps(tmp_path, path):
+    """A thread that makes a request is in torch's code too, and ended the process when it came back from there."""
+    assert run(tmp_path, EXIT_BESIDE_STEPS, path, "cpu") == ("fine\n", "", 0)
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
