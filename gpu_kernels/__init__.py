@@ -19,6 +19,7 @@ _MODULE_OF_OP = {
     "rope_append": "elementwise",
     "silu_mul": "elementwise",
     "copy_rows": "row_copies",
+    "add_rows": "row_copies",
 }
 
 __all__ = list(_MODULE_OF_OP)

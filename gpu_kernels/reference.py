@@ -42,6 +42,11 @@ def copy_rows(target: Tensor, source: Tensor) -> None:
     target.copy_(source)
 
 
+def add_rows(target: Tensor, source: Tensor) -> None:
+    """target += source, both f32 [rows, columns]."""
+    target += source
+
+
 def rounded(x: Tensor, weight_dtype: str) -> Tensor:
     """What `linear` takes for x where it multiplies several pieces of a weight: here x itself, rounded every time."""
     return x

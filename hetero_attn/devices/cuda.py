@@ -93,7 +93,7 @@ class CudaDriver:
         assert target.shape == source.shape and target.dtype == source.dtype, (target.shape, source.shape)
         if target.numel() == 0:
             return
-        if self._suits_kernel(target, source, stream):
+        if self.reaches(target, source, stream):
             self.ops.copy_rows(*(tensor.view(-1, tensor.shape[-1]) for tensor in (target, source)))
             return
         self._library.set_context(self._context)
@@ -186,8 +186,8 @@ class CudaDriver:
             self._addresses[host] = self._library.device_address(host)
         return self._addresses[host]
 
-    def _suits_kernel(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> bool:
-        """Whether a copy is a small one of activations that the GPU reaches, on the stream of this thread's kernels."""
+    def reaches(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> bool:
+        """Whether both are small activations that the GPU reaches, and the stream is that of this thread's kernels."""
         if target.nbytes > KERNEL_COPY_BYTES or target.dtype != torch.float32 or target.dim() not in (1, 2):
             return False
         if self._cuda.current_stream(self._index).cuda_stream != stream.cuda_stream:

@@ -92,6 +92,10 @@ class Device:
         """Queue a copy between the device and host memory, or within either, in the order of `stream`."""
         self.driver.copy(target, source, stream)
 
+    def reaches(self, target: torch.Tensor, source: torch.Tensor) -> bool:
+        """Whether an operation on the compute stream may read `source` where it is, in host memory."""
+        return self.driver.reaches(target, source, self.compute)
+
     def record(self, stream: Any, reuse: Any = None) -> Any:
         """Mark the work queued on `stream` so far, with an event of an earlier mark if its waits are all queued."""
         return self.driver.record(stream, reuse)

@@ -95,7 +95,7 @@ class Driver(Protocol):
 
     @property
     def ops(self) -> Any:
-        """An `Ops` over tensors of the device, and copy_rows."""
+        """An `Ops` over tensors of the device, and copy_rows and add_rows."""
 
     def stream(self, name: str) -> Any:
         """A new in-order queue."""
@@ -115,6 +115,9 @@ class Driver(Protocol):
     def copy(self, target: Tensor, source: Tensor, stream: Any) -> None:
         """Same shape and dtype; contiguous, or rows of equal length with a stride; by an engine or a kernel, in the
         stream's order either way."""
+
+    def reaches(self, target: Tensor, source: Tensor, stream: Any) -> bool:
+        """Whether kernels of the stream read `source`, in host memory, as fast as it could be copied to the device."""
 
     def record(self, stream: Any, reuse: Any = None) -> Any:
         """An event after the work queued on the stream so far: a new one, or `reuse`, for which nobody is to wait

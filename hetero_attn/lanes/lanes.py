@@ -290,6 +290,18 @@ class Lanes:
             self.order_device(given)
             self.copy(activation.device[:, start:stop], activation.host[:, start:stop])
 
+    def pull_onto(self, residual: torch.Tensor, scratch: Activation, start: int) -> None:
+        """Add columns [start, ...) of what all host jobs given so far wrote to `residual`, in GPU memory: by a kernel
+        that reads them in host memory where it can, else through the device's side of `scratch`."""
+        self.order_device()
+        target, source = residual[:, start:], scratch.host[:, start:]
+        if self.device.reaches(target, source):
+            self._copied = True
+            self.device.ops.add_rows(target, source)
+        else:
+            self.copy(scratch.device[:, start:], source)
+            target.add_(scratch.device[:, start:])
+
     def settle_device(self) -> None:
         """Wait until every job and all queued compute have ended, in the middle of a step."""
         self.join()

@@ -162,8 +162,7 @@ def linear_add(
         on_device(lanes, weights, tier, x, residual, True)
     if weights.has_host_features(tier):
         start = 0 if weights.spec.row_unit else weights.device_features(tier)
-        lanes.pull(scratch, start, scratch.host.shape[1])
-        residual.device[:, start:].add_(scratch.device[:, start:])
+        lanes.pull_onto(residual.device, scratch, start)
 
 
 def _wanted_input(weights: LinearWeights, tier: int) -> slice:

@@ -148,6 +148,7 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "silu_mul": (silu_mul, (90,)),
     "copy_rows": (lambda: copy_rows(1, HIDDEN, HIDDEN), (86, 90)),
     "copy_rows strided": (lambda: copy_rows(4, 1029, 4099), (80,)),
+    "add_rows": (lambda: gpu_kernels.add_rows(empty(1, HIDDEN), empty(1, HIDDEN)), (86, 90)),
     "rope_append": (rope_append(128, False), (80,)),
     "rope_append norm 80": (rope_append(80, True), (120,)),
 }

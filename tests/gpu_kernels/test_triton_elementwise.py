@@ -22,6 +22,12 @@ def test_copy_rows(device, rows, columns):
     checks.check_copy_rows(row_copies.copy_rows, device, rows, columns)
 
 
+@pytest.mark.parametrize("rows,columns", [(1, 4096), (3, 1030)])
+def test_add_rows(device, rows, columns):
+    """One kernel where a copy and an addition were: the same sums, to the bit."""
+    checks.check_add_rows(row_copies.add_rows, device, rows, columns)
+
+
 @pytest.mark.parametrize("rows,units", [(1, 1), (3, 5), (2, 70)])
 def test_silu_mul(device, rows, units):
     checks.check_silu_mul(elementwise.silu_mul, device, rows, units)
@@ -49,3 +55,4 @@ def test_ops_accept_no_rows(device):
     elementwise.rms_norm(none, torch.ones(32, device=device), 1e-6, none)
     elementwise.silu_mul(none, none[:, :16])
     row_copies.copy_rows(none, none)
+    row_copies.add_rows(none, none)

@@ -93,6 +93,7 @@ DENSE_Q4 = partial(
 DENSE_Q8 = partial(DENSE_Q4, weight_dtype="q8")
 RMS_NORM = partial(checks.check_rms_norm, device="cpu", rows=2, hidden=100)
 SILU_MUL = partial(checks.check_silu_mul, device="cpu", rows=2, units=3)
+ADD_ROWS = partial(checks.check_add_rows, device="cpu", rows=3, columns=1030)
 COPY_ROWS = partial(checks.check_copy_rows, device="cpu", rows=3, columns=1030)
 ROPE = partial(
     checks.check_rope_append,
@@ -522,6 +523,14 @@ MUTANTS = {
         COPY_ROWS,
         "inside = column < columns",
         "inside = column <= columns",
+    ),
+    "an addition forgets what was there": ("row_copies", "add_rows", ADD_ROWS, "if ADD:", "if not ADD:"),
+    "an addition reads the residual at the other stride": (
+        "row_copies",
+        "add_rows",
+        ADD_ROWS,
+        "tl.load(target + row * target_stride",
+        "tl.load(target + row * source_stride",
     ),
     "a copy leaves out what is behind a block": (
         "row_copies",

@@ -34,6 +34,7 @@ from placement.plan.memory import rounded_input_bytes
 from placement.plan.plan import Plan
 from placement.plan.workload import NUM_ROW_TIERS
 from tests.support.fake_cuda import QUEUE_ENTRIES, fake_driver
+from tests.support.recorded_runs import recorded_runs
 from tests.support.runtime import THREADS, emulated_plan, nmse, one_device_run, run_logits, toy_workload, uniform_plan
 from tests.support.simulated_gpu import TorchCalls
 from tests.support.toy import make_checkpoint
@@ -195,7 +196,7 @@ def test_no_request_of_a_captured_step_stands_behind_a_wait_that_its_job_does_no
     waits = [index for index, name in enumerate(names) if name == "wait"]
 
     assert {names[index - 1] for index in requests} == {"push"}
-    assert {names[index + 1] for index in waits} == {"pull"}
+    assert {names[index + 1] for index in waits} == {"pull", "add_rows"}
     assert len(requests) >= 8 and len(waits) >= 6
 
 
@@ -267,7 +268,7 @@ def test_what_a_layer_adds_to_a_captured_step_is_counted(tmp_path):
 
     assert entries[1] - entries[0] == Counter(
         {"rms_norm": 2, "linear": 6, "rope_append": 1, "decode_attention": 1, "silu_mul": 1, "push": 2, "request": 2,
-         "wait": 2, "pull": 2, "aten.add_.Tensor": 1, "wait event": 2, "event": 2}  # the last two of the staging ring
+         "wait": 2, "pull": 1, "add_rows": 1, "wait event": 2, "event": 2}  # the last two of the staging ring
     )  # fmt: skip
 
 
@@ -634,6 +635,17 @@ def test_what_cuda_takes_is_part_of_the_budget(run, one_gpu):
     )
     with pytest.raises(MemoryBudgetError, match="gpu_memory of at least"):
         machine.arena_bytes(unaware, 0)
+
+
+def test_what_is_kept_for_cuda_and_torch_is_what_they_took_of_an_h100():
+    """By the plan's own bytes: `context` was CUDA's at the load, 256 MiB, 1 of slack and a linear's rounded input."""
+    for run in recorded_runs():
+        memory, rounded = run.measured["memory"], rounded_input_bytes(run.plan.workload)
+        by_torch = memory["reserved_bytes"] - memory["arena_peak_bytes"] - rounded
+        at_load = memory["gpu_memory"] - memory["arena_peak_bytes"] - rounded - (257 << 20)
+        by_cuda = memory["used_bytes"] - memory["reserved_bytes"] - at_load
+        assert 300 << 20 < by_torch <= machine.TEMPORARY_BYTES, run.name
+        assert 50 << 20 < by_cuda <= machine.LATE_CUDA_BYTES, run.name
 
 
 def test_a_budget_below_cudas_own_says_the_smallest_that_works(run, one_gpu):

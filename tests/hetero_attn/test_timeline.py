@@ -14,7 +14,17 @@ from hetero_attn.models import decoder
 from hetero_attn.ops import linear as linears
 from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.tools.timeline.clocks import Clocks, OrderError
-from hetero_attn.tools.timeline.recording import COPIES, CPU, GPU, LANES, MAIN, Entry, RecordedHostOps, Region
+from hetero_attn.tools.timeline.recording import (
+    COPIES,
+    CPU,
+    GPU,
+    LANES,
+    MAIN,
+    Entry,
+    RecordedHostOps,
+    RecordingDriver,
+    Region,
+)
 from hetero_attn.tools.timeline.simulate import Simulation, chrome_trace
 from tests.placement.test_recorded_runs import profile_of
 from tests.support.recorded_runs import first_run, llama_8b_config, recorded_runs
@@ -27,7 +37,13 @@ def older_run() -> Simulation:
     return Simulation(llama_8b_config(), plan, machine)
 
 
-def test_the_older_run_of_an_h100_takes_as_long_as_it_took():
+@pytest.fixture
+def as_it_was(monkeypatch):
+    """What the CPU lane computed was copied to the GPU and then added, when the H100 was there."""
+    monkeypatch.setattr(RecordingDriver, "reaches", lambda *arguments: False)
+
+
+def test_the_older_run_of_an_h100_takes_as_long_as_it_took(as_it_was):
     """95.7 tokens/s at 75 % of the weights, 10.45 ms a token."""
     measured_s = first_run()[2]
 
@@ -38,7 +54,20 @@ def test_the_older_run_of_an_h100_takes_as_long_as_it_took():
     assert sum(taken for _, _, taken in timeline.path) == pytest.approx(timeline.spans[-1].stop, rel=1e-6)
 
 
-def test_decode_of_every_recorded_plan_takes_as_long_as_it_took():
+def test_adding_in_the_kernel_that_fetches_makes_the_step_shorter(monkeypatch):
+    added = older_run().decode(990)
+    monkeypatch.setattr(RecordingDriver, "reaches", lambda *arguments: False)
+    copied = older_run().decode(990)
+
+    assert copied.seconds > added.seconds + 32 * 1e-6
+    assert (
+        sum(span.entry.operation == "add_rows" for span in added.spans)
+        == 32
+        == sum(span.entry.operation == "add_" for span in copied.spans)
+    )
+
+
+def test_decode_of_every_recorded_plan_takes_as_long_as_it_took(as_it_was):
     errors = {}
     for run in recorded_runs():
         machine = profile_of(run)

@@ -225,6 +225,17 @@ def check_copy_rows(op: Op, device: str, rows: int, columns: int) -> None:
     assert torch.equal(target.result().contiguous().view(torch.int32), source.contiguous().view(torch.int32))
 
 
+def check_add_rows(op: Op, device: str, rows: int, columns: int) -> None:
+    """add_rows of rows with a stride onto others with one: the bits of one addition each."""
+    wide, target = normal(rows, columns + 3, seed=1), Guarded(device, rows, columns)
+    before = normal(rows, columns, seed=2)
+    target.view.copy_(before)
+
+    op(target.view, wide.to(device)[:, :columns])
+
+    assert torch.equal(target.result().contiguous(), before + wide[:, :columns])
+
+
 def check_silu_mul(op: Op, device: str, rows: int, units: int) -> None:
     """silu_mul with gates of both signs and large size."""
     gate_up, out = 8 * normal(rows, units * 32, seed=1), Guarded(device, rows, units * 16)

@@ -24,7 +24,7 @@ from placement.plan.workload import NUM_ROW_TIERS, Workload
 
 RESULTS = Path(__file__).resolve().parents[2] / "examples/benchmarks/results"
 CONTEXT, PAGE_TOKENS = 4097, 64
-FIGURES = ("decode", "pp512", "pp4096")
+FIGURES = ("decode", "pp512", "pp4096", "memory")
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from cpu_kernels.formats import BLOCK_FEATURES, unit_blocks, widest
+from hetero_attn.devices.cuda import KERNEL_COPY_BYTES
 from hetero_attn.tools.timeline.recording import COPIES, CPU, GPU, MAIN, Entry
 from placement.cost.terms import GPU_PRODUCT_BYTES, LINEARS_PER_LAYER
 from placement.machine.hardware import HardwareProfile
@@ -16,7 +17,6 @@ KERNEL_S, ENGINE_COPY_S = 1.8e-6, 6e-6
 # What a linear of the CPU lane takes within a step beyond its bytes at the rate of large ones: threads that start and
 # end apart. 33 to 97 linears a step took 5 to 14 us more each on 15 threads beside that H100.
 CPU_LINEAR_S = 8e-6
-SMALL_COPY_BYTES = 64 << 10  # by a kernel
 # Of a layer of a prompt with one product a linear: a rounding and two launches each, and five small kernels.
 LAUNCHES_OF_A_LAYER = 3 * LINEARS_PER_LAYER + 5
 KV_BITS_OF = {torch.float32: 32.0, torch.bfloat16: 16.0, torch.int8: KV_BITS["q8"], torch.uint8: KV_BITS["q4"]}
@@ -64,7 +64,7 @@ class Durations:
     def _copy(self, arguments: dict[str, Any], entry: Entry) -> float:
         hardware, nbytes = self.hardware, arguments["nbytes"]
         rate = hardware.h2d_bytes_per_s if arguments["to_gpu"] else hardware.d2h_bytes_per_s
-        by_kernel = entry.lane == GPU and nbytes <= SMALL_COPY_BYTES
+        by_kernel = entry.lane == GPU and nbytes <= KERNEL_COPY_BYTES
         return (KERNEL_S if by_kernel else ENGINE_COPY_S if entry.lane == GPU else 0.0) + nbytes / rate
 
     def _linear(self, arguments: dict[str, Any], entry: Entry) -> float:
@@ -80,6 +80,9 @@ class Durations:
 
     def _prefill_attention(self, arguments: dict[str, Any], entry: Entry) -> float:
         return _prefill_operations(arguments) / self.hardware.gpu_attention_ops_per_s
+
+    def _add_rows(self, arguments: dict[str, Any], entry: Entry) -> float:
+        return arguments["source"].nbytes / self.hardware.h2d_bytes_per_s  # which the kernel reads in host memory
 
     def _small(self, arguments: dict[str, Any], entry: Entry) -> float:
         return _moved_bytes(entry) / self.hardware.gpu_bytes_per_s

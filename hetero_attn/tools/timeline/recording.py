@@ -17,11 +17,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from gpu_kernels import reference
+from hetero_attn.devices.cuda import KERNEL_COPY_BYTES
 
 MAIN, GPU, COPIES, CPU = LANES = ("main thread", "GPU compute", "copies", "CPU lane")
-WRITTEN = {"q", "k_pages", "v_pages", "out", "lse"}
+WRITTEN = {"q", "k_pages", "v_pages", "out", "lse", "target"}
 ONLY_READ = {"decode_attention": {"q", "k_pages", "v_pages"}, "prefill_attention": {"q", "k_pages", "v_pages"}}
-OPS = ("linear", "rms_norm", "silu_mul", "rope_append", "decode_attention", "prefill_attention", "merge")
+OPS = ("add_rows", "linear", "rms_norm", "silu_mul", "rope_append", "decode_attention", "prefill_attention", "merge")
 
 
 class Region(NamedTuple):
@@ -178,6 +179,10 @@ class RecordingDriver:
                 target.copy_(source)
         to_gpu = source.device.type != "meta"
         self.recording.work(stream, "copy", {"nbytes": source.nbytes, "to_gpu": to_gpu}, [source], [target])
+
+    def reaches(self, target: torch.Tensor, source: torch.Tensor, stream: str) -> bool:
+        """As CUDA's driver has it."""
+        return target.nbytes <= KERNEL_COPY_BYTES
 
     def record(self, stream: str, reuse: int | None = None) -> int:
         """A key of its own for every record."""
