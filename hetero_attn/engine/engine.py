@@ -1,9 +1,9 @@
-"""The two functions that everything else serves: `prefill` and `decode_step`.
+"""The one function that everything else serves: `run`, a forward pass over rows of any number of sequences.
 
     embed -> for each layer: attention block, MLP block -> logits
 
-Both build a `Step` and run the same forward pass; what differs is which rows it computes. Nothing is allocated here
-that grows with the sequence: buffers and pages exist since the engine was made.
+`prefill` and `decode_step` are a pass with one prompt's chunk, and one with the newest token of each sequence. Nothing
+is allocated here that grows with the sequence: buffers and pages exist since the engine was made.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ from hetero_attn.models import decoder as model
 from hetero_attn.models.decoder import ModelWeights, Workspace
 from hetero_attn.ops.attend import AttentionBuffers, store
 from hetero_attn.ops.linear import LinearWeights
-from hetero_attn.ops.step import Step, older_blocks, plan_step
+from hetero_attn.ops.step import Rows, Step, most_lines, older_blocks, plan_step
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.weights import LOGITS_ROWS, ActivationWidths, model_spec
 from placement.plan.plan import Plan
@@ -73,31 +73,105 @@ class Engine:
         """The most prompt tokens that one step computes."""
         return min(self._rows, self.kv_cache.max_new_tokens)
 
+    def chunk_rows(self, beside: int = 0) -> int:
+        """The most rows of prompts that one step computes beside so many that attend one by one."""
+        return min(self._rows - beside, self.kv_cache.max_new_tokens)
+
+    @torch.inference_mode()
+    def run(self, work: Sequence[Rows], copy: bool = True) -> list[torch.Tensor]:
+        """Append tokens to sequences, all in one pass; returns the logits of each one's last `logits` tokens.
+
+        work: each sequence once, in any order, as `check` allows: at most `chunk_rows` rows of chunks. A row sees what
+        stands before it, so its logits are those of a pass of its own. Rows that turn out to be unwanted are taken back
+        by `kv_cache.rewind`.
+
+        Float32 [logits, vocab_size] each. copy=False: in the engine's own buffer where they fit, valid until its next
+        step; copying a large batch's logits costs more than the layers' small operations together. Where no logits are
+        wanted the head's weights are not read, and the GPU may still be at it when the next step is queued.
+        """
+        order = sorted(range(len(work)), key=lambda index: work[index].is_chunk)
+        ordered = [work[index] for index in order]
+        self.check(ordered)
+        logits = self._pass(ordered, copy).split([each.logits for each in ordered])
+        return [each for _, each in sorted(zip(order, logits, strict=True), key=lambda pair: pair[0])]
+
+    def check(self, work: Sequence[Rows]) -> None:
+        """Raise ValueError for rows that one step cannot compute."""
+        slots = {each.sequence.slot for each in work}
+        if not work or len(slots) < len(work) or not all(each.token_ids for each in work):
+            raise ValueError("a step takes at least one sequence, each once, with at least one token")
+        rows = sum(len(each.token_ids) for each in work)
+        several = sum(len(each.token_ids) for each in work if each.is_chunk or len(each.token_ids) > 1)
+        lines = sum(1 if each.is_chunk else len(each.token_ids) for each in work)
+        limits = (
+            (rows, self._rows, "rows"),
+            (several, self.kv_cache.max_new_tokens, "rows of chunks and of sequences with several"),
+            (lines, max(self.plan.max_batch, self.most_lines), "rows that attend one by one, and chunks"),
+        )
+        for count, most, what in limits:
+            if count > most:
+                raise ValueError(f"a step of this engine takes at most {most} {what}, not {count}")
+
+    @property
+    def most_lines(self) -> int:
+        """The most rows that attend one by one, and chunks, of one step."""
+        return most_lines(self.lanes, self.kv_cache, self._rows)
+
+    def _pass(self, work: Sequence[Rows], copy: bool) -> torch.Tensor:
+        """`run`, of rows in the order of a step; returns the logits of all that want some, one after the other."""
+        token_ids = [token_id for each in work for token_id in each.token_ids]
+        with self.report.measure(self.lanes, _counts(work), len(token_ids)), self.lanes.torch_at_rest():
+            if not work[-1].is_chunk:
+                self._drain()
+            step = plan_step(self.lanes, self.kv_cache, work)
+            self._forward(step, token_ids)
+            logits = self._logits_after(step, work, copy)
+        for sequence, added, _, _ in work:
+            sequence.length += len(added)
+        return logits
+
+    def _logits_after(self, step: Step, work: Sequence[Rows], copy: bool) -> torch.Tensor:
+        if step.is_one_by_one:
+            logits = self._logits_view(step.rows)
+            if sum(each.logits for each in work) < step.rows:
+                logits = logits[_wanted_rows(work)]
+            return logits.clone() if copy else logits
+        wanted = _wanted_rows(work)
+        if not wanted:
+            self._leave_running()
+            return self._logits_view(0)
+        start = self._gathered(wanted)
+        pieces = range(start, start + len(wanted), self._logits_rows)
+        stops = [min(piece + self._logits_rows, start + len(wanted)) for piece in pieces]
+        if len(stops) == 1 and not copy:
+            return self._logits_of(start, stops[0])
+        return torch.cat([self._logits_of(*piece).clone() for piece in zip(pieces, stops, strict=True)])
+
+    def _gathered(self, wanted: Sequence[int]) -> int:
+        """Bring the residual's wanted rows side by side, where they are not; returns where the first one is."""
+        if wanted[-1] - wanted[0] == len(wanted) - 1:
+            return wanted[0]
+        residual = self._work.residual.main
+        with self._guarded():
+            for place, row in enumerate(wanted):
+                if place != row:
+                    residual[place].copy_(residual[row])
+        return 0
+
     @torch.inference_mode()
     def prefill(self, sequence: SequenceState, token_ids: Sequence[int], logits: bool = True) -> torch.Tensor | None:
         """Append a prompt to a sequence, one chunk; returns the last token's logits, float32 [vocab_size].
 
         token_ids: at most `prefill_chunk`. The result is the caller's own; None with logits=False, for a chunk that is
-        not
-        the last: the head's weights are then not read, and the GPU may still be at it when the next chunk is queued.
+        not the last, as in `run`.
         """
-        with self.report.measure(self.lanes, "prefill", len(token_ids)), self.lanes.torch_at_rest():
-            step = self._prefill_step(sequence, token_ids)
-            self._forward(step, token_ids)
-            last = self._logits_of(step.rows - 1, step.rows)[0] if logits else self._leave_running()
-        sequence.length += len(token_ids)
-        return last
+        rows = self._pass([Rows(sequence, token_ids, int(logits), is_chunk=True)], True)
+        return rows[0] if logits else None
 
     @torch.inference_mode()
     def prefill_logits(self, sequence: SequenceState, token_ids: Sequence[int]) -> torch.Tensor:
         """As `prefill`, but returns the logits of every token, float32 [len(token_ids), vocab_size]."""
-        with self.lanes.torch_at_rest():
-            step = self._prefill_step(sequence, token_ids)
-            self._forward(step, token_ids)
-            starts = range(0, step.rows, LOGITS_ROWS)
-            rows = torch.cat([self._logits_of(start, min(start + LOGITS_ROWS, step.rows)) for start in starts])
-        sequence.length += len(token_ids)
-        return rows
+        return self._pass([Rows(sequence, token_ids, len(token_ids), is_chunk=True)], True)
 
     @torch.inference_mode()
     def decode_step(
@@ -105,18 +179,10 @@ class Engine:
     ) -> torch.Tensor:
         """Append one token to each sequence; returns their logits, float32 [len(sequences), vocab_size].
 
-        copy=False: the result is the engine's own buffer, valid until its next step. Copying a large batch's logits
-        costs more than the layers' small operations together.
+        copy: as in `run`.
         """
-        with self.report.measure(self.lanes, "decode", len(sequences)), self.lanes.torch_at_rest():
-            self._drain()
-            step = plan_step(self.lanes, self.kv_cache, sequences, len(sequences), is_prefill=False)
-            self._forward(step, token_ids)
-            rows = self._logits_view(step.rows)
-            rows = rows.clone() if copy else rows
-        for sequence in sequences:
-            sequence.length += 1
-        return rows
+        pairs = zip(sequences, token_ids, strict=True)
+        return self._pass([Rows(sequence, (token_id,)) for sequence, token_id in pairs], copy)
 
     @torch.inference_mode()
     def fill(self, sequence: SequenceState, tokens: int) -> None:
@@ -130,7 +196,8 @@ class Engine:
         while sequence.length < stop:
             rows = min(self.prefill_chunk, stop - sequence.length)
             with self._guarded(), self.lanes.torch_at_rest():
-                self._store_rows(plan_step(self.lanes, self.kv_cache, [sequence], rows, is_prefill=True))
+                chunk = Rows(sequence, range(rows), 0, is_chunk=True)
+                self._store_rows(plan_step(self.lanes, self.kv_cache, [chunk]))
             sequence.length += rows
 
     def _store_rows(self, step: Step) -> None:
@@ -148,7 +215,7 @@ class Engine:
         The sequence does not grow; the step's KV entries and activations are left with values of no meaning.
         """
         self._drain()
-        step = plan_step(self.lanes, self.kv_cache, [sequence], 1, is_prefill=False)
+        step = plan_step(self.lanes, self.kv_cache, [Rows(sequence, [token_id])])
         if self.lanes.device is not None or self.replay is None:
             stopwatch = Stopwatch()
             with self.lanes.torch_at_rest(), self.lanes.watched(stopwatch):
@@ -170,7 +237,7 @@ class Engine:
         self._drain()
         stopwatch = Stopwatch()
         with self.lanes.torch_at_rest(), self.lanes.watched(stopwatch):
-            step = self._prefill_step(sequence, token_ids)
+            step = plan_step(self.lanes, self.kv_cache, [Rows(sequence, token_ids, is_chunk=True)])
             self._forward(step, token_ids)
             self._logits_of(step.rows - 1, step.rows)
         return stopwatch.seconds
@@ -246,21 +313,18 @@ class Engine:
         """Release lanes, threads and buffers; idempotent."""
         self.lanes.close()
 
-    def _prefill_step(self, sequence: SequenceState, token_ids: Sequence[int]) -> Step:
-        return plan_step(self.lanes, self.kv_cache, [sequence], len(token_ids), is_prefill=True)
-
     def _forward(self, step: Step, token_ids: Sequence[int]) -> None:
-        """Embed and run the layers; a decode step goes on to the logits of all its rows."""
+        """Embed and run the layers; a step without a chunk goes on to the logits of all its rows."""
         lanes, weights = self.lanes, self.weights
         with self._guarded():
-            if not step.is_prefill:
+            if step.is_one_by_one:
                 self.kv_cache.wait_for_moves()
             ids = torch.tensor(token_ids, device="cpu")
             model.embed(lanes, weights, ids, self._work.residual.rows(0, step.rows))
             lanes.inputs_queued()
             with lanes.main_lane():
-                if step.is_prefill:
-                    if step.streams_older and lanes.pages is not None:
+                if not step.is_one_by_one:
+                    if lanes.pages is not None:
                         lanes.pages.announce(older_blocks(self.kv_cache, step, lanes.pages.block_pages))
                     self._announce(weights.linears[:-1], step.tier)
                     self._layers(step)
@@ -268,7 +332,7 @@ class Engine:
                     self.replay.run(step)
                 else:
                     self._decode(step)
-            if not step.is_prefill:
+            if step.is_one_by_one:
                 self._finish()
 
     def _can_replay(self, tier: int) -> bool:
@@ -322,12 +386,13 @@ class Engine:
         model.logits(self.lanes, self.weights, work.residual.rows(start, stop), work.normed.rows(start, stop), out)
 
     def _logits_of(self, start: int, stop: int) -> torch.Tensor:
+        """Logits of rows [start, stop) of the residual, in the engine's own buffer."""
         with self._guarded():
             self._announce((self.weights.head,), row_tier(stop - start))
             with self.lanes.main_lane():
                 self._project(start, stop)
             self._finish()
-        return self._logits_view(stop - start).clone()
+        return self._logits_view(stop - start)
 
     def _leave_running(self) -> None:
         """The host's part of a chunk is done, and has not failed; the GPU's runs on while the next chunk is
@@ -346,8 +411,33 @@ class Engine:
         self._is_running = False
         self.lanes.finish()
 
+    @property
+    def _logits_rows(self) -> int:
+        return self._logits.main.shape[0]
+
     def _logits_view(self, rows: int) -> torch.Tensor:
         return self._logits.host[:rows, : self.config.vocab_size]
+
+
+def _counts(work: Sequence[Rows]) -> dict[str, int]:
+    """Rows of a step by phase. A chunk whose every logit is asked for is in none: the head's work for it is no
+    prompt's."""
+    counts = {"prefill": 0, "decode": 0}
+    for _, token_ids, logits, is_chunk in work:
+        if not is_chunk:
+            counts["decode"] += len(token_ids)
+        elif logits <= 1:
+            counts["prefill"] += len(token_ids)
+    return counts
+
+
+def _wanted_rows(work: Sequence[Rows]) -> list[int]:
+    """Which rows of a step logits are wanted of, in their order."""
+    wanted, stop = [], 0
+    for each in work:
+        stop += len(each.token_ids)
+        wanted += range(stop - each.logits, stop)
+    return wanted
 
 
 class Buffers(NamedTuple):

@@ -68,4 +68,5 @@ class GraphReplay:
 
 def _structure(step: Step) -> Structure:
     """What decides which calls a step makes: its rows and which segments there are."""
-    return step.rows, tuple((group.host is None, group.recent is None, group.spilled is None) for group in step.groups)
+    parts = (part for group in step.groups for part in group.parts)
+    return step.rows, tuple((part.host is None, part.recent is None, part.spilled is None) for part in parts)

@@ -52,13 +52,19 @@ class LaneReport:
     tiers: dict[int, PhaseTimes] = field(default_factory=dict)
 
     @contextmanager
-    def measure(self, lanes: Lanes, phase: str, tokens: int) -> Iterator[None]:
-        """Count one step; a step that raises is not counted."""
+    def measure(self, lanes: Lanes, tokens: dict[str, int], rows: int) -> Iterator[None]:
+        """Count one step of `rows` rows; a step that raises is not counted.
+
+        tokens: rows by phase. Phases that share a step share its time by their rows.
+        """
         before = _counters(lanes)
         yield
         spent = [end - start for start, end in zip(before, _counters(lanes), strict=True)]
-        self.phases[phase].add(tokens, spent)
-        self.tiers.setdefault(row_tier(tokens), PhaseTimes()).add(tokens, spent)
+        for phase, count in tokens.items():
+            if count:
+                self.phases[phase].add(count, [value * count / rows for value in spent])
+        if any(tokens.values()):
+            self.tiers.setdefault(row_tier(rows), PhaseTimes()).add(rows, spent)
 
     def reset(self) -> None:
         """Forget everything counted so far, except what `tiers` holds for rebalancing."""

@@ -12,7 +12,8 @@ import torch
 
 from cpu_kernels import CpuKernels
 from cpu_kernels.team.program import Program
-from hetero_attn.ops.step import Segment, Step
+from hetero_attn.lanes.lanes import Activation
+from hetero_attn.ops.step import GroupStep, Segment, Step
 
 
 class DecodeReplay:
@@ -40,8 +41,14 @@ class DecodeReplay:
 
 def own_copy(step: Step) -> Step:
     """The same step in host tensors that no other step shares; those on a device are where every step's are."""
-    groups = tuple(replace(group, host=_clone(group.host), spilled=_clone(group.spilled)) for group in step.groups)
-    return replace(step, positions=replace(step.positions, host=step.positions.host.clone()), groups=groups)
+    groups = tuple(
+        GroupStep(
+            _own(group.slots),
+            tuple(replace(part, host=_clone(part.host), spilled=_clone(part.spilled)) for part in group.parts),
+        )
+        for group in step.groups
+    )
+    return replace(step, positions=_own(step.positions), groups=groups)
 
 
 def refresh(own: Step, step: Step) -> None:
@@ -50,14 +57,20 @@ def refresh(own: Step, step: Step) -> None:
         target.copy_(source)
 
 
+def _own(tables: Activation) -> Activation:
+    return replace(tables, host=None if tables.host is None else tables.host.clone())
+
+
 def _clone(segment: Segment | None) -> Segment | None:
     if segment is None:
         return None
-    fields = (segment.slots, segment.table, segment.start, segment.stop)
-    return Segment(*(None if field is None else field.clone() for field in fields))
+    return Segment(segment.table.clone(), segment.start.clone(), segment.stop.clone())
 
 
-def _tensors(step: Step) -> tuple[torch.Tensor, ...]:
-    segments = [segment for group in step.groups for segment in (group.host, group.spilled) if segment is not None]
-    fields = [field for part in segments for field in (part.slots, part.table, part.start, part.stop)]
-    return (step.positions.host, *(field for field in fields if field is not None))
+def _tensors(step: Step) -> list[torch.Tensor]:
+    tensors = [step.positions.host]
+    for group in step.groups:
+        tensors += [] if group.slots.host is None else [group.slots.host]
+        for segment in (segment for part in group.parts for segment in (part.host, part.spilled)):
+            tensors += [] if segment is None else [segment.table, segment.start, segment.stop]
+    return tensors

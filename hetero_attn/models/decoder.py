@@ -72,11 +72,8 @@ class Workspace:
 
     def rows(self, count: int) -> "Workspace":
         """The first `count` rows of every buffer."""
-        attention = AttentionBuffers(
-            *(getattr(self.attention, name).rows(0, count) for name in AttentionBuffers.__slots__)
-        )
         buffers = (getattr(self, name).rows(0, count) for name in Workspace.__slots__ if name != "attention")
-        return Workspace(*buffers, attention)
+        return Workspace(*buffers, self.attention.rows(0, count))
 
 
 def embed(lanes: Lanes, weights: ModelWeights, token_ids: torch.Tensor, residual: Activation) -> None:

@@ -20,7 +20,7 @@ from hetero_attn.cache.pages import PagedStore
 from hetero_attn.cache.pool import LayerGroup
 from hetero_attn.devices.protocols import Ops
 from hetero_attn.lanes.lanes import Activation, Lanes
-from hetero_attn.ops.step import GroupStep, Segment, Step, layer_blocks
+from hetero_attn.ops.step import GroupStep, Part, Segment, Segments, Step, layer_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,10 @@ class AttentionBuffers:
     lse: Activation
     partial_lse: Activation
 
+    def rows(self, start: int, stop: int) -> "AttentionBuffers":
+        """Rows [start, stop) of every buffer."""
+        return AttentionBuffers(*(getattr(self, name).rows(start, stop) for name in AttentionBuffers.__slots__))
+
 
 @dataclass(frozen=True, slots=True)
 class _Side:
@@ -101,13 +105,15 @@ def attend(
     """
     given, unit = lanes.given, qkv.main.shape[1] // parameters.num_kv_heads
     lanes.push(qkv, group.gpu_groups * unit, computed * unit)
-    sides = {side.name: (side, segment) for side, segment in _writers(lanes, segments, group, layer, parameters)}
+    sides = {side.name: side for side in _writers(lanes, segments, group, layer, parameters)}
     if "host" in sides:
-        side, segment = sides["host"]
-        lanes.on_host(partial(_store_and_attend, side, step, segment, parameters, qkv, buffers))
+        lanes.on_host(partial(_store_and_attend, sides["host"], step, segments, parameters, qkv, buffers))
     lanes.pull(qkv, computed * unit, group.gpu_groups * unit, given)
     if "device" in sides:
-        _attend_on_device(lanes, step, segments, group, *sides["device"], parameters, qkv, buffers)
+        side = sides["device"]
+        _store(side, step, segments, parameters, qkv, buffers.query)
+        for part, those in zip(step.parts, segments.parts, strict=True):
+            _attend_on_device(lanes, part, those, group, side, parameters, _rows_of(buffers, part, step))
 
 
 def store(
@@ -121,26 +127,30 @@ def store(
     query: Activation,
 ) -> None:
     """Rotate and store the step's keys and values without attending; `query` receives the rotated queries."""
-    for side, segment in _writers(lanes, segments, group, layer, parameters):
-        _store(side, step, segment, parameters, qkv, query)
+    for side in _writers(lanes, segments, group, layer, parameters):
+        _store(side, step, segments, parameters, qkv, query)
 
 
 def _writers(
     lanes: Lanes, segments: GroupStep, group: LayerGroup, layer: int, parameters: AttentionParameters
-) -> Iterator[tuple[_Side, Segment]]:
-    """The sides that the step writes to, with their segments: the CPU's groups, then the GPU's, its pages in place."""
+) -> Iterator[_Side]:
+    """The sides that the step writes to: the CPU's groups, then the GPU's, its pages in place."""
     if group.moves is not None:
         group.moves.wait(layer)
     owned = group.gpu_groups
     heads = owned * parameters.heads_per_group
-    if segments.host is not None:
-        yield _Side("host", lanes.host_ops, group.host, layer, slice(owned, None), slice(heads, None)), segments.host
-    if segments.recent is not None:
-        yield _Side("device", lanes.device.ops, group.recent, layer, slice(owned), slice(heads)), segments.recent
+    if segments.slots.host is not None:
+        yield _Side("host", lanes.host_ops, group.host, layer, slice(owned, None), slice(heads, None))
+    if segments.slots.device is not None:
+        yield _Side("device", lanes.device.ops, group.recent, layer, slice(owned), slice(heads))
+
+
+def _rows_of(buffers: AttentionBuffers, part: Part, step: Step) -> AttentionBuffers:
+    return buffers if part.rows == step.rows else buffers.rows(part.first, part.first + part.rows)
 
 
 def _store(
-    side: _Side, step: Step, segment: Segment, parameters: AttentionParameters, qkv: Activation, query: Activation
+    side: _Side, step: Step, segments: GroupStep, parameters: AttentionParameters, qkv: Activation, query: Activation
 ) -> None:
     side.ops.rope_append(
         side.of(qkv).view(step.rows, parameters.num_kv_heads, -1)[:, side.groups],
@@ -153,25 +163,27 @@ def _store(
         side.per_head(query, parameters.head_dim),
         side.store.k[side.layer],
         side.store.v[side.layer],
-        segment.slots,
+        side.of(segments.slots),
     )
 
 
 def _store_and_attend(
     side: _Side,
     step: Step,
-    segment: Segment,
+    segments: GroupStep,
     parameters: AttentionParameters,
     qkv: Activation,
     buffers: AttentionBuffers,
 ) -> None:
-    _store(side, step, segment, parameters, qkv, buffers.query)
-    _partial(side, step, segment, parameters, buffers.query, buffers.out, buffers.lse)
+    _store(side, step, segments, parameters, qkv, buffers.query)
+    for part, those in zip(step.parts, segments.parts, strict=True):
+        own = _rows_of(buffers, part, step)
+        _partial(side, part, those.host, parameters, own.query, own.out, own.lse)
 
 
 def _partial(
     side: _Side,
-    step: Step,
+    part: Part,
     segment: Segment,
     parameters: AttentionParameters,
     query: Activation,
@@ -187,39 +199,36 @@ def _partial(
         segment.stop,
     )
     results = (parameters.scale, side.per_head(out, parameters.head_dim), side.of(lse)[:, side.heads])
-    if step.is_prefill:
-        side.ops.prefill_attention(*arguments, step.q_start, parameters.window, *results)
+    if part.is_chunk:
+        side.ops.prefill_attention(*arguments, part.q_start, parameters.window, *results)
     else:
         side.ops.decode_attention(*arguments, *results)
 
 
 def _attend_on_device(
     lanes: Lanes,
-    step: Step,
-    segments: GroupStep,
+    part: Part,
+    segments: Segments,
     group: LayerGroup,
     side: _Side,
-    recent: Segment,
     parameters: AttentionParameters,
-    qkv: Activation,
     buffers: AttentionBuffers,
 ) -> None:
-    """The GPU's groups: over their recent tokens on the GPU, over older ones meanwhile on the CPU, or then on the
-    GPU."""
-    _store(side, step, recent, parameters, qkv, buffers.query)
-    attend_recent = partial(_partial, side, step, recent, parameters, buffers.query, buffers.out, buffers.lse)
+    """The GPU's groups of one part, stored already: over their recent tokens on the GPU, over older ones meanwhile on
+    the CPU, or then on the GPU."""
+    attend_recent = partial(_partial, side, part, segments.recent, parameters, buffers.query, buffers.out, buffers.lse)
     if segments.spilled is None:
         attend_recent()
         return
     older = _Side("host", lanes.host_ops, group.spilled, side.layer, side.groups, side.heads)
-    if step.streams_older:
+    if part.streams_older:
         attend_recent()
-        _stream_older(lanes, older, step, segments.spilled, parameters, buffers)
+        _stream_older(lanes, older, part, segments.spilled, parameters, buffers)
         return
     width = side.heads.stop * parameters.head_dim
     lanes.push(buffers.query, 0, width)
     lanes.on_host(
-        lambda: _partial(older, step, segments.spilled, parameters, buffers.query, buffers.partial, buffers.partial_lse)
+        lambda: _partial(older, part, segments.spilled, parameters, buffers.query, buffers.partial, buffers.partial_lse)
     )
     attend_recent()
     lanes.pull(buffers.partial, 0, width)
@@ -228,7 +237,7 @@ def _attend_on_device(
 
 
 def _stream_older(
-    lanes: Lanes, side: _Side, step: Step, segment: Segment, parameters: AttentionParameters, buffers: AttentionBuffers
+    lanes: Lanes, side: _Side, part: Part, segment: Segment, parameters: AttentionParameters, buffers: AttentionBuffers
 ) -> None:
     """Attend the GPU's groups over their tokens in DRAM, on the GPU, block by block as they arrive there.
 
@@ -242,7 +251,7 @@ def _stream_older(
         start, stop = max(segment.start - base, 0), min(segment.stop - base, len(block.pages) * page_size)
         k, v = lanes.pages.take()
         on_device.ops.prefill_attention(
-            query, k, v, table, start, stop, step.q_start - base, parameters.window, parameters.scale, out,
+            query, k, v, table, start, stop, part.q_start - base, parameters.window, parameters.scale, out,
             buffers.partial_lse.device[:, side.heads],
         )  # fmt: skip
         lanes.pages.give_back()

@@ -1,10 +1,19 @@
-"""One forward pass as data: which rows it computes, and which segments of the KV cache it reads and writes.
+"""One forward pass as data: which rows of which sequences it computes, and what of the KV cache they read and write.
 
-A *prefill* step computes consecutive rows of one sequence; a *decode* step one row for each of several sequences.
+    rows of a step   [a][b][c c c][d d d d d d d d][e e e e e]
+    parts            | one by one | a chunk        | a chunk |
+
+Embedding, norms, linears and the writing of keys and values know only rows. Attention takes them part by part: rows
+that attend *one by one*, each to its own range of keys, are one part however many sequences they are of (the newest
+token of each, or a chain of drafts behind it); a *chunk*, consecutive rows of one prompt that attend together, is a
+part of its own. A step whose rows all attend one by one makes the same calls whatever their tokens, so it may be
+recorded.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -13,27 +22,38 @@ from hetero_attn.cache.pages import PagedStore
 from hetero_attn.cache.pool import LayerGroup, SequenceState
 from hetero_attn.cache.stream import PageBlock
 from hetero_attn.lanes.lanes import Activation, Lanes
+from hetero_attn.spec.weights import table_bytes
 from placement.plan.workload import row_tier
+
+
+class Rows(NamedTuple):
+    """What one sequence brings to a step: the tokens behind those that it has.
+
+    logits: of how many of them, the last ones, logits are wanted. is_chunk: they attend together; else one by one.
+    """
+
+    sequence: SequenceState
+    token_ids: Sequence[int]
+    logits: int = 1
+    is_chunk: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """What one step reads and writes in one store, in the store's own memory.
+    """What one part reads in one store, in the store's own memory.
 
-    slots: int64 [rows, groups], or None where the step writes nothing.
-    decode: table int32 [batch, groups, max_pages]; start and stop int32 [batch].
-    prefill: table int32 [groups, max_pages]; start and stop ints.
+    one by one: table int32 [rows, groups, max_pages]; start and stop int32 [rows].
+    chunk: table int32 [groups, max_pages]; start and stop ints.
     """
 
-    slots: torch.Tensor | None
     table: torch.Tensor
     start: torch.Tensor | int
     stop: torch.Tensor | int
 
 
 @dataclass(frozen=True, slots=True)
-class GroupStep:
-    """One step's segments in the stores of one layer group; None where there is no store or nothing visible in it."""
+class Segments:
+    """One part's segments in the stores of one layer group; None where there is no store or nothing visible in it."""
 
     host: Segment | None
     recent: Segment | None
@@ -41,121 +61,227 @@ class GroupStep:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One forward pass of `rows` rows.
+class GroupStep:
+    """A step in one layer group. slots: where each row is written, int64 [rows, groups of the side], None for a side
+    without groups. parts: in the order of the step's."""
 
-    is_prefill: consecutive rows of the only sequence, the first at position `q_start`; else one row for each
-    sequence. positions: int64 [rows] on both sides. tier: the row tier that selects every linear's cut. groups:
-    segments for each layer group of the cache, in its order.
+    slots: Activation
+    parts: tuple[Segments, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows [first, first + rows) of a step, which attend in one call.
+
+    q_start: the position of the first one of a chunk; None for rows that attend one by one.
     """
 
-    is_prefill: bool
+    first: int
     rows: int
-    tier: int
-    sequences: tuple[SequenceState, ...]
-    positions: Activation
-    groups: tuple[GroupStep, ...]
+    q_start: int | None = None
+
+    @property
+    def is_chunk(self) -> bool:
+        """Whether the rows are consecutive ones of one sequence that attend together."""
+        return self.q_start is not None
 
     @property
     def streams_older(self) -> bool:
-        """Whether older tokens of the GPU's groups come to the GPU; for a single row the CPU attends them in place."""
-        return self.is_prefill and self.rows > 1
+        """Whether older tokens of the GPU's groups come to the GPU; for single rows the CPU attends them in place."""
+        return self.is_chunk and self.rows > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass of `rows` rows.
+
+    positions: int64 [rows] on both sides. tier: the row tier that selects every linear's cut. groups: for each layer
+    group of the cache, in its order.
+    """
+
+    rows: int
+    tier: int
+    positions: Activation
+    parts: tuple[Part, ...]
+    groups: tuple[GroupStep, ...]
 
     @property
-    def q_start(self) -> int:
-        """Position of the first row of a prefill step."""
-        return self.sequences[0].length
+    def is_one_by_one(self) -> bool:
+        """Whether no row is of a chunk."""
+        return len(self.parts) == 1 and not self.parts[0].is_chunk
 
 
-def plan_step(lanes: Lanes, cache: KVCache, sequences: Sequence[SequenceState], rows: int, is_prefill: bool) -> Step:
-    """Hold pages for the step's tokens and work out its segments; moves old pages to DRAM where the plan says so."""
-    new_tokens = rows if is_prefill else 1
-    for sequence in sequences:
-        cache.make_room(sequence, new_tokens)
-    if is_prefill:
-        positions = torch.arange(sequences[0].length, sequences[0].length + rows, device="cpu")
-    else:
-        positions = torch.tensor([sequence.length for sequence in sequences], device="cpu")
-    groups = tuple(_group_step(group, sequences, positions, new_tokens, is_prefill) for group in cache.layer_groups)
-    step = Step(is_prefill, rows, row_tier(rows), tuple(sequences), Activation(None, positions), groups)
-    return step if lanes.device is None else _uploaded(lanes, step)
+def plan_step(lanes: Lanes, cache: KVCache, work: Sequence[Rows]) -> Step:
+    """Hold pages for the step's tokens and work out its segments; moves old pages to DRAM where the plan says so.
+
+    work: each sequence once; those whose rows attend one by one come first.
+    """
+    for sequence, token_ids, _, _ in work:
+        cache.make_room(sequence, len(token_ids))
+    layout = _lay_out(work)
+    rows = len(layout.positions)
+    stores = [_in_stores(group, layout) for group in cache.layer_groups]
+    positions = Activation(None, layout.positions)
+    if lanes.device is not None:
+        positions, stores = _uploaded(lanes, positions, stores)
+    groups = tuple(GroupStep(_slots(each), tuple(_segments(each, layout))) for each in stores)
+    return Step(rows, row_tier(rows), positions, tuple(_parts(layout)), groups)
 
 
 def older_blocks(cache: KVCache, step: Step, block_pages: int) -> Iterator[PageBlock]:
     """The blocks of older pages that the layers of a step attend on the GPU, in their order."""
     for index in range(len(cache.places)):
         group, layer = cache.places[index]
-        if step.groups[group].spilled is not None:
-            yield from layer_blocks(cache.layer_groups[group].spilled, step.groups[group].spilled, layer, block_pages)
+        for part, segments in zip(step.parts, step.groups[group].parts, strict=True):
+            if part.streams_older and segments.spilled is not None:
+                yield from layer_blocks(cache.layer_groups[group].spilled, segments.spilled, layer, block_pages)
 
 
 def layer_blocks(store: PagedStore, segment: Segment, layer: int, block_pages: int) -> Iterator[PageBlock]:
-    """The pages of a prefill segment in host memory, in blocks of at most `block_pages`."""
+    """The pages of a chunk's segment in host memory, in blocks of at most `block_pages`."""
     stop = -(-segment.stop // store.page_size)
     for first in range(segment.start // store.page_size, stop, block_pages):
         rows = segment.table[0, first : min(first + block_pages, stop)].tolist()
         yield PageBlock(store, layer, first, tuple(row // store.groups for row in rows))
 
 
-def _group_step(
-    group: LayerGroup,
-    sequences: Sequence[SequenceState],
-    positions: torch.Tensor,
-    new_tokens: int,
-    is_prefill: bool,
-) -> GroupStep:
-    stops = [sequence.length + new_tokens for sequence in sequences]
-    starts = [group.first_visible(sequence.length) for sequence in sequences]
-    split = [max(start, group.boundary(sequence.slot)) for start, sequence in zip(starts, sequences, strict=True)]
+def most_lines(lanes: Lanes, cache: KVCache, rows: int) -> int:
+    """How many lines the page tables of a step of at most `rows` rows may have: one a single row, one a chunk.
 
-    def segment(store: PagedStore | None, start: list[int], stop: list[int], writes: bool) -> Segment | None:
-        if store is None or all(first >= last for first, last in zip(start, stop, strict=True)):
-            return None
-        return _segment(store, sequences, positions if writes else None, start, stop, is_prefill)
+    On a device they share a buffer, which holds `max_batch` lines for every layer; layers placed alike share theirs.
+    """
+    if lanes.tables is None:
+        return rows
+    stores = [group.recent for group in cache.layer_groups if group.recent is not None]
 
-    return GroupStep(
-        host=segment(group.host, starts, stops, True),
-        recent=segment(group.recent, split, stops, True),
-        spilled=segment(group.spilled, starts, split, False),
+    def size_bytes(lines: int) -> int:
+        per_store = (
+            table_bytes(8 * rows * store.groups) + table_bytes(lines * store.table[0].nbytes) for store in stores
+        )
+        return table_bytes(8 * rows) + sum(per_store) + 2 * len(stores) * table_bytes(4 * lines)
+
+    return bisect_right(range(rows + 1), lanes.tables.buffers[0].nbytes, key=size_bytes) - 1
+
+
+class _Entry(NamedTuple):
+    """One line of a step's page tables: positions [first, stop) of a sequence, one row or a chunk."""
+
+    slot: int
+    first: int
+    stop: int
+
+
+class _Layout(NamedTuple):
+    """The rows of a step, whatever the store. singles: how many entries, the first ones, are one row.
+
+    slots: the sequence slot of each row, or the only one. positions: int64 [rows].
+    """
+
+    entries: tuple[_Entry, ...]
+    singles: int
+    slots: int | list[int]
+    positions: torch.Tensor
+
+
+class _InStore(NamedTuple):
+    """A step in one store. bounds: keys that each entry sees there, [start, stop).
+
+    slots: int64 [rows, groups], None where nothing is written. table: int32 [entries, groups, max_pages]. start, stop:
+    the bounds of single rows, int32, None without any.
+    """
+
+    bounds: list[tuple[int, int]]
+    slots: torch.Tensor | None
+    table: torch.Tensor
+    start: torch.Tensor | None
+    stop: torch.Tensor | None
+
+
+Stores = tuple[_InStore | None, _InStore | None, _InStore | None]  # host, recent, spilled
+
+
+def _lay_out(work: Sequence[Rows]) -> _Layout:
+    entries, slots, positions = [], [], []
+    for sequence, token_ids, _, is_chunk in work:
+        first, stop = sequence.length, sequence.length + len(token_ids)
+        each = [(first, stop)] if is_chunk else [(position, position + 1) for position in range(first, stop)]
+        entries += [_Entry(sequence.slot, *bounds) for bounds in each]
+        slots += [sequence.slot] * len(token_ids)
+        positions += range(first, stop)
+    singles = sum(0 if is_chunk else len(token_ids) for _, token_ids, _, is_chunk in work)
+    only = slots[0] if len(work) == 1 and not singles else slots
+    return _Layout(tuple(entries), singles, only, torch.tensor(positions, device="cpu"))
+
+
+def _parts(layout: _Layout) -> Iterator[Part]:
+    if layout.singles:
+        yield Part(0, layout.singles)
+    first = layout.singles
+    for entry in layout.entries[layout.singles :]:
+        yield Part(first, entry.stop - entry.first, entry.first)
+        first += entry.stop - entry.first
+
+
+def _in_stores(group: LayerGroup, layout: _Layout) -> Stores:
+    starts = [group.first_visible(entry.first) for entry in layout.entries]
+    stops = [entry.stop for entry in layout.entries]
+    split = [max(start, group.boundary(entry.slot)) for start, entry in zip(starts, layout.entries, strict=True)]
+    return (
+        _in_store(group.host, layout, starts, stops, True),
+        _in_store(group.recent, layout, split, stops, True),
+        _in_store(group.spilled, layout, starts, split, False),
     )
 
 
-def _segment(
-    store: PagedStore,
-    sequences: Sequence[SequenceState],
-    positions: torch.Tensor | None,
-    start: list[int],
-    stop: list[int],
-    is_prefill: bool,
-) -> Segment:
-    of_rows = [sequence.slot for sequence in sequences]
-    slots = None if positions is None else store.slots(of_rows[0] if is_prefill else of_rows, positions)
-    if is_prefill:
-        return Segment(slots, store.table[of_rows[0]], start[0], stop[0])
-    tables = store.table[of_rows]
-    first, last = (torch.tensor(bounds, dtype=torch.int32, device="cpu") for bounds in (start, stop))
-    return Segment(slots, tables, first, last)
+def _in_store(
+    store: PagedStore | None, layout: _Layout, start: list[int], stop: list[int], writes: bool
+) -> _InStore | None:
+    bounds = list(zip(start, stop, strict=True))
+    if store is None or all(first >= last for first, last in bounds):
+        return None
+    slots = store.slots(layout.slots, layout.positions) if writes else None
+    table = store.tables([entry.slot for entry in layout.entries])
+    if not layout.singles:
+        return _InStore(bounds, slots, table, None, None)
+    singles = torch.tensor([start[: layout.singles], stop[: layout.singles]], dtype=torch.int32, device="cpu")
+    return _InStore(bounds, slots, table, *singles.unbind())
 
 
-def _uploaded(lanes: Lanes, step: Step) -> Step:
-    """The step with its positions and every `recent` segment on the device, brought there together."""
-    recent = [group.recent for group in step.groups if group.recent is not None]
-    tables = [step.positions.host] + [table for segment in recent for table in _tables(segment)]
-    on_device = iter(lanes.upload(tables))
-    positions = Activation(next(on_device), step.positions.host)
-    groups = tuple(
-        group if group.recent is None else replace(group, recent=_with_tables(group.recent, on_device))
-        for group in step.groups
-    )
-    return replace(step, positions=positions, groups=groups)
+def _uploaded(lanes: Lanes, positions: Activation, stores: list[Stores]) -> tuple[Activation, list[Stores]]:
+    """The positions, and what every `recent` store needs, on the device, brought there together."""
+    recent = [tensor for _, each, _ in stores if each is not None for tensor in each[1:] if tensor is not None]
+    on_device = iter(lanes.upload([positions.host, *recent]))
+    positions = Activation(next(on_device), positions.host)
+    return positions, [(host, _with_tables(recent, on_device), spilled) for host, recent, spilled in stores]
 
 
-def _tables(segment: Segment) -> list[torch.Tensor]:
-    """What of a segment is a tensor, in a fixed order."""
-    fields = (segment.slots, segment.table, segment.start, segment.stop)
-    return [field for field in fields if isinstance(field, torch.Tensor)]
+def _with_tables(store: _InStore | None, tables: Iterator[torch.Tensor]) -> _InStore | None:
+    if store is None:
+        return None
+    return _InStore(store.bounds, *(None if tensor is None else next(tables) for tensor in store[1:]))
 
 
-def _with_tables(segment: Segment, tables: Iterator[torch.Tensor]) -> Segment:
-    fields = (segment.slots, segment.table, segment.start, segment.stop)
-    return Segment(*(next(tables) if isinstance(field, torch.Tensor) else field for field in fields))
+def _slots(stores: Stores) -> Activation:
+    host, recent, _ = stores
+    return Activation(*(None if store is None else store.slots for store in (recent, host)))
+
+
+def _segments(stores: Stores, layout: _Layout) -> Iterator[Segments]:
+    if layout.singles:
+        yield Segments(*(_one_by_one(store, layout) for store in stores))
+    for entry in range(layout.singles, len(layout.entries)):
+        yield Segments(*(_of_chunk(store, entry) for store in stores))
+
+
+def _one_by_one(store: _InStore | None, layout: _Layout) -> Segment | None:
+    singles = layout.singles
+    if store is None or all(first >= last for first, last in store.bounds[:singles]):
+        return None
+    table = store.table if singles == len(layout.entries) else store.table[:singles]
+    return Segment(table, store.start, store.stop)
+
+
+def _of_chunk(store: _InStore | None, entry: int) -> Segment | None:
+    if store is None or store.bounds[entry][0] >= store.bounds[entry][1]:
+        return None
+    return Segment(store.table[entry], *store.bounds[entry])

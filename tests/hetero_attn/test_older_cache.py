@@ -9,7 +9,7 @@ from hetero_attn.cache.pages import runs
 from hetero_attn.cache.stream import PageStream
 from hetero_attn.devices import Device, EmulatedDriver
 from hetero_attn.lanes.lanes import Lanes
-from hetero_attn.ops.step import older_blocks, plan_step
+from hetero_attn.ops.step import Rows, older_blocks, plan_step
 from placement import HardwareProfile
 from placement.cost.terms import Call, attention_cost
 from placement.plan.memory import KvPlacement, LinearPlacement, kv_staging_bytes, kv_staging_pages
@@ -80,7 +80,7 @@ def queued_for_older_tokens(prompt: int) -> tuple[int, int]:
     pages, lanes = PageStream(device, workload), Lanes(None)
     before, launches, sequence = device.driver.copies, 0, cache.open()
     for _ in range(0, prompt, 1024):
-        step = plan_step(lanes, cache, [sequence], 1024, is_prefill=True)
+        step = plan_step(lanes, cache, [Rows(sequence, range(1024), is_chunk=True)])
         blocks = list(older_blocks(cache, step, pages.block_pages))
         pages.announce(blocks)
         for _ in blocks:
