@@ -20,6 +20,7 @@ from hetero_attn.errors import MemoryBudgetError
 from placement.plan.units import format_bytes
 
 PAGE_BYTES = 4096
+LEAST_SHARED_BYTES = 1 << 20  # of which a part is page-locked where not all can be
 STAYING = ("activations", "resident")  # kinds of GPU memory that no change of plan moves
 
 
@@ -79,14 +80,17 @@ class Device:
         return tensor
 
     def is_refused(self, tensor: torch.Tensor) -> bool:
-        """Whether host memory, all or part of what `host_empty` gave, could not be page-locked."""
-        return any(start <= tensor.data_ptr() < stop for start, stop in self._refused)
+        """Whether host memory, all or part of what `host_empty` gave, could not all be page-locked."""
+        first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        return any(start < last and first < stop for start, stop in self._refused)
 
     def host_release(self, tensor: torch.Tensor, kind: str) -> None:
         """Return what `host_empty` gave; no queued work may still use it, and the caller drops its last reference."""
+        first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         if tensor.numel() and self.driver.unpin(tensor):
-            self.pinned.release(kind, tensor.nbytes)
-        self._refused = [(start, stop) for start, stop in self._refused if start != tensor.data_ptr()]
+            refused = sum(stop - start for start, stop in self._refused if first <= start < last)
+            self.pinned.release(kind, tensor.nbytes - refused)
+        self._refused = [(start, stop) for start, stop in self._refused if not first <= start < last]
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
         """Queue a copy between the device and host memory, or within either, in the order of `stream`."""
@@ -138,14 +142,30 @@ class Device:
                 arena.release(kind)
 
     def _pin(self, tensor: torch.Tensor, kind: str) -> None:
-        try:
-            self.pinned.reserve(tensor.nbytes, kind)
-        except MemoryBudgetError as refusal:
-            self._refuse(str(refusal), kind, tensor)
+        """Page-lock all of it, else as many eighths of it, from its beginning, as the budget and the system allow.
+
+        One run of memory, because a copy may not reach from one locked range into the next.
+        """
+        reason = self._lock(tensor, kind)
+        if reason is None:
             return
-        if not self.driver.pin(tensor):
-            self.pinned.release(kind, tensor.nbytes)
-            self._refuse(f"the system refused to page-lock {format_bytes(tensor.nbytes)} for {kind}", kind, tensor)
+        memory, locked = tensor.view(-1).view(torch.uint8), 0
+        if tensor.nbytes >= LEAST_SHARED_BYTES:
+            sizes = (eighths * tensor.nbytes // 8 // PAGE_BYTES * PAGE_BYTES for eighths in range(7, 0, -1))
+            locked = next((size for size in sizes if self._lock(memory[:size], kind) is None), 0)
+            reason = f"{reason} ({format_bytes(locked)} of it are)" if locked else reason
+        self._refuse(reason, kind, memory[locked:])
+
+    def _lock(self, memory: torch.Tensor, kind: str) -> str | None:
+        """Page-lock memory and count it; what stands against it, None where it is done."""
+        try:
+            self.pinned.reserve(memory.nbytes, kind)
+        except MemoryBudgetError as refusal:
+            return str(refusal)
+        if self.driver.pin(memory):
+            return None
+        self.pinned.release(kind, memory.nbytes)
+        return f"the system refused to page-lock {format_bytes(memory.nbytes)} for {kind}"
 
     def _refuse(self, reason: str, kind: str, tensor: torch.Tensor) -> None:
         self._refused.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes))

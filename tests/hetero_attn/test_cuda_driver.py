@@ -704,3 +704,26 @@ def test_the_ring_makes_an_event_of_each_kind_for_a_slot_and_step_not_for_a_piec
         actual = [engine.decode_step([sequence], [token]).clone() for token in long_run.token_ids[8:14]]
 
     assert nmse(torch.cat(actual), long_run.logits[8:14]) <= 1e-11
+
+
+@pytest.mark.parametrize("by_system", [True, False], ids=["system", "budget"])
+def test_what_cannot_all_be_page_locked_is_page_locked_in_part_and_says_how_much(by_system):
+    """Five eighths fit; a piece that reaches beyond them passes the small buffer, and all is counted and given back."""
+    size, room = 8 << 20, (5 << 20) + 12_345
+    driver = fake_driver(1 << 16)
+    library = driver._library._library
+    register = library._cuMemHostRegister
+    library._cuMemHostRegister = lambda address, count, flags: (
+        304 if by_system and sum(library.registered.values()) + count > room else register(address, count, flags)
+    )
+    device = Device(driver, 1 << 16, pin_budget_bytes=None if by_system else room)
+    with pytest.warns(UserWarning, match=r"\(5.00 MiB of it are\); what is not page-locked is copied"):
+        tensor = device.host_empty((size,), torch.uint8, "weights")
+
+    assert [*library.registered.values()] == [5 << 20] and device.pinned.used_bytes == {"weights": 5 << 20}
+    pieces = [device.is_refused(tensor[start : start + (1 << 20)]) for start in range(0, size, 1 << 19)]
+    assert pieces == [start > 4 << 20 for start in range(0, size, 1 << 19)]
+    device.host_release(tensor, "weights")
+    assert (device.pinned.total_bytes, library.registered, device.is_refused(tensor)) == (0, {}, False)
+    driver.close()
+    driver.fake.stop()
