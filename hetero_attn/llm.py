@@ -22,7 +22,7 @@ from hetero_attn.planning.options import PAGE_TOKENS, LoadOptions
 from hetero_attn.planning.settle import PlannedModel, settle
 from hetero_attn.serving.defaults import default_params
 from hetero_attn.serving.parameters import Params, for_each
-from hetero_attn.serving.progress import PrefillBar, compile_note, loading_bar
+from hetero_attn.serving.progress import PrefillBar, compile_note, loading_bar, prepare_note
 from hetero_attn.serving.prompts import are_conversations, as_prompt, as_prompts, as_token_ids
 from hetero_attn.serving.request import Request, RequestOutput
 from hetero_attn.serving.sampling import Sampler
@@ -119,7 +119,8 @@ class LLM:
         with memory_named(f"loading {planned.plan.model}"), loading_bar(planned.plan, progress) as bar:
             self._opening = open_beside(planned.path)
             on_compile = compile_note if progress else None
-            self.engine = build_engine(planned, overlap, bar.update, on_compile, prefix_cache, handover)
+            on_prepare = prepare_note if progress else lambda name: None
+            self.engine = build_engine(planned, overlap, bar.update, on_compile, prefix_cache, handover, on_prepare)
         self._progress = progress
         self._max_waiting = checked["max_waiting"]
         self._tokenizer_failure: ConfigError | None = None

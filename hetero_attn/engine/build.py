@@ -21,7 +21,7 @@ from hetero_attn.devices.readiness import check_ready
 from hetero_attn.engine.engine import Engine, make_buffers
 from hetero_attn.engine.forked import torch_without_lost_threads
 from hetero_attn.engine.host_memory import WAY_OUT, memory_named, why_too_large
-from hetero_attn.engine.warm_up import warm_up
+from hetero_attn.engine.warm_up import make_first_steps, warm_up
 from hetero_attn.errors import MemoryBudgetError
 from hetero_attn.lanes.handover_choice import choose_handover
 from hetero_attn.lanes.host_worker import HostWorker
@@ -42,10 +42,12 @@ def build_engine(
     on_compile: Callable[[str], None] | None = None,
     prefix_cache: bool = True,
     handover: str = "auto",
+    on_prepare: Callable[[str], None] = lambda name: None,
 ) -> Engine:
     """Load a planned model.
 
-    progress(count) is called with the bytes of weights just placed, on_compile(name) before a CPU kernel is compiled.
+    progress(count) is called with the bytes of weights just placed, on_compile(name) before a CPU kernel is compiled,
+    on_prepare(name) before each of the first steps on a GPU, which compile its kernels.
 
     Raises CheckpointError for weights that do not fit the config, MemoryBudgetError when memory runs out.
     """
@@ -53,7 +55,14 @@ def build_engine(
         raise MemoryBudgetError(f"{planned.plan.model}: {reason}; {WAY_OUT}")
     with memory_named(f"loading {planned.plan.model}"), torch_without_lost_threads():
         lanes = make_lanes(planned.plan, planned.device, overlap, on_compile, handover)
-        return assemble(planned, lanes, overlap, progress, prefix_cache)
+        engine = assemble(planned, lanes, overlap, progress, prefix_cache)
+        if lanes.device is not None and lanes.device.kind == "cuda":
+            try:
+                make_first_steps(engine, on_prepare)
+            except BaseException:
+                engine.close()
+                raise
+        return engine
 
 
 def assemble(

@@ -70,6 +70,11 @@ class LaneReport:
         """Forget everything counted so far, except what `tiers` holds for rebalancing."""
         self.phases = {phase: PhaseTimes() for phase in PHASES}
 
+    def forget(self) -> None:
+        """Forget everything, as if nothing had run."""
+        self.reset()
+        self.tiers = {}
+
     def to_dict(self) -> dict[str, dict[str, float]]:
         """Plain values for JSON."""
         return {phase: asdict(times) for phase, times in self.phases.items()}

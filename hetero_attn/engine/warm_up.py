@@ -1,7 +1,11 @@
-"""Compile or map every CPU kernel that a model will use while it loads, not inside its first answer.
+"""Compile or map every kernel that a model will use while it loads, not inside its first answer.
 
-Each operation runs once on a few rows of toy size: kernels depend on dtypes, row counts and head shape, not on widths.
+CPU kernels depend on dtypes, row counts and head shape, not on widths: each runs once on a few rows of toy size. GPU
+kernels are compiled for the widths, strides and alignments that they are launched with: the model's own first steps do
+that, and compile nothing else. The numbers that they compute are of no use to anybody.
 """
+
+from collections.abc import Callable
 
 import torch
 
@@ -9,11 +13,14 @@ from cpu_kernels import CpuKernels
 from cpu_kernels.formats.pages import row_items
 from cpu_kernels.formats.weights import BLOCK_FEATURES, block_bytes
 from hetero_attn.cache.pages import TORCH_DTYPES
+from hetero_attn.engine.engine import Engine
 from hetero_attn.spec.config import ModelConfig
 
 FLOAT32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the process has made its default
 
 WIDTH = 64
+PROMPT_ROWS = (80, 40, 20, 10, 2)  # more than the kernels for few rows take, then one prompt for each of their tiles
+DECODE_STEPS = 3  # plainly, captured, replayed
 ROW_COUNTS = (1, 4, 65)  # one row, a few, a prompt: the kernels' own tiers
 
 
@@ -23,6 +30,25 @@ def warm_up(ops: CpuKernels, config: ModelConfig, formats: tuple[str, ...], kv_d
         for rows in ROW_COUNTS:
             _linears(ops, name, rows)
     _attention(ops, config, kv_dtype)
+
+
+def make_first_steps(engine: Engine, on_prepare: Callable[[str], None] = lambda name: None) -> None:
+    """Run short prompts and some tokens in sequences of their own; on_prepare(name) is called before each kind of them.
+
+    The cache is as empty as before, and the engine's report has counted nothing.
+    """
+    longest = engine.plan.max_context - DECODE_STEPS
+    rows = [count for count in PROMPT_ROWS if count <= min(engine.prefill_chunk, longest)]
+    for count in rows:
+        on_prepare(f"GPU kernels for prompts of {count} tokens")
+        sequence = engine.kv_cache.open(count + DECODE_STEPS)
+        engine.prefill(sequence, [0] * count)
+        if count == rows[-1]:
+            on_prepare("GPU kernels for single tokens")
+            for _ in range(DECODE_STEPS):
+                engine.decode_step([sequence], [0])
+        engine.kv_cache.close(sequence)
+    engine.report.forget()
 
 
 def _linears(ops: CpuKernels, weight_dtype: str, rows: int) -> None:

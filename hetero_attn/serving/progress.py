@@ -32,6 +32,11 @@ def compile_note(name: str) -> None:
     tqdm.write(f"compiling the CPU kernel {name} for this machine, once", file=sys.stderr)
 
 
+def prepare_note(name: str) -> None:
+    """Say what is made ready on a GPU: seconds where kernels are compiled, once on a machine, else next to none."""
+    tqdm.write(f"preparing {name}", file=sys.stderr)
+
+
 class PrefillBar:
     """A bar over the prompt tokens of some requests, shown while any prompt needs more than one chunk.
 
