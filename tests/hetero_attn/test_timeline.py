@@ -1,6 +1,7 @@
 """A timeline without a GPU: it takes as long as a GPU took, and what is wrong with the order of things shows in it."""
 
 import json
+import runpy
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -210,3 +211,13 @@ def test_a_machine_without_a_gpu_has_no_lanes_to_simulate():
     result = CliRunner().invoke(app, ["bench", TINY, "--simulate", "generic-cpu"])
 
     assert result.exit_code == 2 and "no GPU whose lanes" in result.output
+
+
+def test_the_table_of_critical_paths_has_every_change_and_none_is_for_the_worse():
+    root = Path(__file__).resolve().parents[2]
+    script = runpy.run_path(str(root / "examples/benchmarks/critical_paths.py"))
+    written = (root / "docs/timeline.md").read_text()
+
+    for name, before, after in script["rows"]():
+        assert f"| {name} |" in written
+        assert after.seconds < before.seconds, name

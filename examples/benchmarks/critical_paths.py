@@ -1,0 +1,116 @@
+"""What each change to how work is queued does to the step of an 8B model on an H100 that is not there: one table.
+
+    python examples/benchmarks/critical_paths.py
+
+Plans are those of recorded runs, rates those of their machines. Every row takes one change back in the code that is
+simulated, so that before and after differ in nothing else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from hetero_attn.models import decoder
+from hetero_attn.ops import linear as linears
+from hetero_attn.tools.timeline.recording import CPU, GPU, MAIN, RecordingDriver
+from hetero_attn.tools.timeline.simulate import Simulation, Timeline
+from placement.machine.hardware import HardwareProfile
+from placement.plan.plan import build_plan
+from tests.support.recorded_runs import first_run, llama_8b, llama_8b_config, recorded_runs
+
+CONTEXT = 990
+
+
+def request_behind_wait(lanes: Any, weights: Any, tier: int, x: Any, column: int, residual: Any, scratch: Any) -> None:
+    """`linear_add` as it once was: the CPU lane is asked when the GPU has what the CPU lane computed before."""
+    given, wanted = lanes.given, linears._wanted_input(weights, tier)
+    lanes.push(x, wanted.start, column)
+    lanes.pull(x, column, wanted.stop, given)
+    if weights.has_host_features(tier):
+        lanes._copied = True
+        lanes.on_host(lambda: linears.run_on_host(lanes, weights, tier, x, scratch))
+    linears.run_on_device(lanes, weights, tier, x, residual, True)
+    if weights.has_host_features(tier):
+        lanes.pull_onto(residual.device, scratch, weights.device_features(tier))
+
+
+@contextmanager
+def late_requests() -> Iterator[None]:
+    """Requests stand behind waits."""
+    with mock.patch.object(decoder, "linear_add", request_behind_wait):
+        yield
+
+
+@contextmanager
+def copied_then_added() -> Iterator[None]:
+    """What the CPU lane computed is copied to the GPU, then added."""
+    with mock.patch.object(RecordingDriver, "reaches", lambda *arguments: False):
+        yield
+
+
+CHANGES: dict[str, Callable[[], Any]] = {
+    "requests right behind the copy that feeds them": late_requests,
+    "added by the kernel that fetches": copied_then_added,
+}
+
+
+def simulated() -> Timeline:
+    """A decode step of the older run's plan."""
+    plan, machine, _ = first_run()
+    return Simulation(llama_8b_config(), plan, machine).decode(CONTEXT)
+
+
+def prompt(chunk: int) -> Timeline:
+    """A prompt of 4096 tokens by the newer plan at 75 % of the weights, queued as the catalogue's H100 machine does."""
+    run, shown = recorded_runs(parts=("after",))[0], HardwareProfile.named("h100-server")
+    machine = replace(
+        run.profile,
+        gpu_layer_overhead_s=shown.gpu_layer_overhead_s,
+        gpu_product_overhead_s=shown.gpu_product_overhead_s,
+    )
+    plan = build_plan(
+        llama_8b(chunk), run.plan.linears, run.plan.kv, device="cuda", gpu_memory_bytes=5 << 30, staging_slots=4
+    )
+    return Simulation(llama_8b_config(), plan, machine).prompt(4096)
+
+
+def row(name: str, before: Timeline, after: Timeline) -> str:
+    """A line of the table: milliseconds, and those of the critical path on each lane."""
+    cells = []
+    for timeline in (before, after):
+        lanes = {lane: sum(taken for each, _, taken in timeline.path if each == lane) for lane in (CPU, GPU, MAIN)}
+        parts = " / ".join(f"{1e3 * seconds:.2f}" for seconds in lanes.values())
+        cells.append(f"{1e3 * timeline.seconds:.2f} | {parts}")
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def rows() -> Iterator[tuple[str, Timeline, Timeline]]:
+    """Every change with what was before and what is after it."""
+    after = simulated()
+    for name, take_back in CHANGES.items():
+        with take_back():
+            yield f"step: {name}", simulated(), after
+    with late_requests(), copied_then_added():
+        yield "step: both", simulated(), after
+    yield "prompt of 4096: chunks of 1024, not 512", prompt(512), prompt(1024)
+
+
+def main() -> None:
+    """Print the table."""
+    print("| change | before, ms | CPU lane / GPU / main thread | after, ms | CPU lane / GPU / main thread |")
+    print("|---|---|---|---|---|")
+    for change in rows():
+        print(row(*change))
+    print(f"\nmeasured with the code as it was before both: {1e3 * first_run()[2]:.2f} ms a step")
+
+
+if __name__ == "__main__":
+    main()
