@@ -228,7 +228,7 @@ class LLM:
         return request
 
     def step(self) -> tuple[Request, ...]:
-        """Compute one prompt chunk, or the next token of every sequence that decodes; returns whose turn it was.
+        """Compute the next token of every sequence that decodes, and prompts' next rows; returns whose turn it was.
 
         Requests of every thread take part, those of `generate` and `stream` too. Empty when there is nothing to do.
         Raises BusyError inside a step of the same thread.

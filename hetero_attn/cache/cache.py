@@ -134,6 +134,15 @@ class KVCache:
         for group in self.layer_groups:
             group.grow(_gpu_tokens(group, plan), tuple(self._open.values()), anew)
 
+    @property
+    def remembers(self) -> bool:
+        """Whether prompts that begin alike find what earlier ones stored."""
+        return self._tree is not None
+
+    def stored(self, token_ids: Sequence[int]) -> int:
+        """How many of `token_ids`, from the first on, `reuse` would find."""
+        return 0 if self._tree is None else self._tree.match(token_ids)
+
     def reuse(self, sequence: SequenceState, token_ids: Sequence[int]) -> int:
         """Begin an empty sequence with the stored part of `token_ids`, whole pages; returns how many tokens that is."""
         if self._tree is None:

@@ -6,18 +6,23 @@ request takes pages as it grows. When they run out, the youngest of the lowest p
 resumes by computing its prompt and its answer so far again, from where the prefix cache ends. The oldest always goes
 on.
 
-A prompt is computed chunk by chunk, from where it stops being like an earlier one, one prompt at a time, so that
-prompts that begin alike compute what they share once. While others decode, chunks and their tokens take turns, and a
-chunk that would take longer than CHUNK_S is cut short while anybody waits for it. How far a request has come is derived
-from its own tokens at the start of each step; an interrupted step leaves nothing to undo.
+A step is one pass: a token of every request that decodes, and beside them as many rows of prompts as fit. A prompt is
+computed chunk by chunk, from where it stops being like an earlier one; prompts share a pass unless they begin alike
+beyond what is stored, so that what they share is computed once. A chunk that would take longer than CHUNK_S is cut
+short while anybody else is there. A prompt whose every logit is asked for takes turns with all that. How far a request
+has come is derived from its own tokens at the start of each step; an interrupted step leaves nothing to undo.
 """
 
 import time
 from bisect import insort
+from collections.abc import Iterable, Sequence
 from itertools import count
+
+import torch
 
 from hetero_attn.engine.engine import Engine
 from hetero_attn.errors import HeteroError
+from hetero_attn.ops.step import Rows
 from hetero_attn.serving.request import Request
 from placement.plan.plan import Plan
 
@@ -33,7 +38,7 @@ class Scheduler:
         self._waiting: list[Request] = []
         self._running: list[Request] = []
         self._arrivals = count()
-        self._chunk_is_next = True
+        self._scoring_is_next = True
 
     @property
     def has_work(self) -> bool:
@@ -69,9 +74,7 @@ class Scheduler:
             self.abort(request, error)
 
     def step(self) -> tuple[Request, ...]:
-        """Compute one prompt chunk, or one token of every decoding request; returns the requests that took part.
-
-        Where some decode and a prompt is to be computed, two steps are one of each.
+        """Compute one token of every decoding request, and prompts' next rows; returns the requests that took part.
 
         A request whose sampling fails ends with its `error` set. Whatever else is raised leaves every request as it was
         before the step, so that the step can be taken again.
@@ -83,19 +86,17 @@ class Scheduler:
         self._retire()
         for request in self._running:
             request.recover()
+        decoding = self._with_pages()
         self._admit()
-        active = () if self._chunk_is_next and self._prompts else self._with_pages()
-        if active:
-            self._chunk_is_next = True
-            self._decode(active)
-        else:
-            self._chunk_is_next = False
-            self._admit()
-            active = self._prompts[:1]
-            for request in active:
-                self._prefill(request)
+        decoding, chunks = self._shared_out(decoding)
+        for request in (*decoding, *chunks):
+            request.sequence.length = request.cached_tokens
+        if chunks:
+            self._compute(decoding, chunks)
+        elif decoding:
+            self._decode(decoding)
         self._retire()
-        return active
+        return (*decoding, *chunks)
 
     def _admit(self) -> None:
         cache = self._engine.kv_cache
@@ -135,34 +136,75 @@ class Scheduler:
         request.put_back()
         insort(self._waiting, request, key=_rank)
 
-    def _prefill(self, request: Request) -> None:
-        started = time.perf_counter()
-        if request.computed == 0 and request.scores is None:
-            request.computed = self._reuse(request)
-            request.reused = request.reused if request.replayed else request.computed
-        request.sequence.length = request.cached_tokens
-        token_ids = request.chunk_ids
-        chunk = token_ids[request.computed : request.computed + self._chunk_rows()]
-        stop = request.computed + len(chunk)
-        is_last = stop == len(token_ids)
-        if request.scores is None:
-            logits = self._engine.prefill(request.sequence, chunk, logits=is_last)
-        else:
-            request.scores.append(self._engine.prefill_logits(request.sequence, chunk))
-        request.computed = stop
-        if is_last and request.scores is None:
-            request.choose(logits)
-        elif is_last:
-            request.end("length")
-        request.prefill_s += time.perf_counter() - started
-        self._remember(request)
+    def _shared_out(self, decoding: tuple[Request, ...]) -> tuple[tuple[Request, ...], dict[Request, tuple[int, ...]]]:
+        """Who decodes in this step, and whose prompts go on, each with its next tokens.
 
-    def _chunk_rows(self) -> int:
-        """Rows of the next chunk: as many as fit a step, or CHUNK_S where anybody else waits for its end."""
-        most = self._engine.prefill_chunk
-        return (
-            min(most, rows_within(self._engine.plan, CHUNK_S)) if len(self._running) + len(self._waiting) > 1 else most
-        )
+        A prompt whose every logit is asked for takes steps of its own, in turns with the others: rows beside it would
+        change the last bits of its numbers.
+        """
+        first = next(iter(self._prompts), None)
+        if first is not None and first.scores is not None and (self._scoring_is_next or not decoding):
+            self._scoring_is_next = False
+            return (), {first: first.chunk_ids[first.computed : first.computed + self._chunk_rows(0)]}
+        self._scoring_is_next = True
+        return decoding, self._chunks(len(decoding))
+
+    def _chunks(self, beside: int) -> dict[Request, tuple[int, ...]]:
+        """Whose prompts go on in a step beside so many that decode, each with its next tokens."""
+        rows, chunks = self._chunk_rows(beside), {}
+        for request in [request for request in self._prompts if request.scores is None]:
+            if rows > 0 and not self._waits_for(request, chunks):
+                if request.computed == 0:
+                    request.computed = self._reuse(request)
+                    request.reused = request.reused if request.replayed else request.computed
+                chunks[request] = request.chunk_ids[request.computed : request.computed + rows]
+                rows -= len(chunks[request])
+        return chunks
+
+    def _waits_for(self, request: Request, chunks: Iterable[Request]) -> bool:
+        """Whether a prompt that is not begun yet would compute what one of these is about to store."""
+        cache = self._engine.kv_cache
+        if request.computed or not cache.remembers:
+            return False
+        own = request.chunk_ids[:-1]
+        alike = max((_common_tokens(own, other.chunk_ids) for other in chunks), default=0)
+        page_size = self._engine.plan.page_size
+        return alike >= page_size and alike // page_size * page_size > cache.stored(own)
+
+    def _compute(self, decoding: tuple[Request, ...], chunks: dict[Request, tuple[int, ...]]) -> None:
+        """One pass of prompts' rows and of those that decode."""
+        started = time.perf_counter()
+        work = [Rows(request.sequence, request.token_ids[-1:]) for request in decoding]
+        for request, token_ids in chunks.items():
+            is_last = request.computed + len(token_ids) == len(request.chunk_ids)
+            wanted = int(is_last) if request.scores is None else len(token_ids)
+            work.append(Rows(request.sequence, token_ids, wanted, is_chunk=True))
+        logits = iter(self._engine.run(work, copy=False))
+        for request in decoding:
+            request.choose(next(logits)[0])
+        for request, token_ids in chunks.items():
+            self._computed(request, len(token_ids), next(logits))
+            request.prefill_s += time.perf_counter() - started
+            self._remember(request)
+
+    def _computed(self, request: Request, rows: int, logits: torch.Tensor) -> None:
+        """Count a chunk, and choose the first token behind the last one."""
+        if request.scores is not None:
+            request.scores.append(logits.clone())
+        request.computed += rows
+        if request.is_prefilling:
+            return
+        if request.scores is None:
+            request.choose(logits[0])
+        else:
+            request.end("length")
+
+    def _chunk_rows(self, beside: int) -> int:
+        """Rows of prompts in the next step: as many as fit, or CHUNK_S where anybody else waits for its end."""
+        most = self._engine.chunk_rows(beside)
+        if len(self._running) + len(self._waiting) > 1:
+            return min(most, rows_within(self._engine.plan, CHUNK_S))
+        return most
 
     def _reuse(self, request: Request) -> int:
         """Begin with what is known of the prompt, all but its last token, whose logits are wanted."""
@@ -174,10 +216,6 @@ class Scheduler:
             self._engine.kv_cache.remember(request.sequence, stored)
 
     def _decode(self, requests: tuple[Request, ...]) -> None:
-        if not requests:
-            return
-        for request in requests:
-            request.sequence.length = request.cached_tokens
         sequences = [request.sequence for request in requests]
         logits = self._engine.decode_step(sequences, [request.token_ids[-1] for request in requests], copy=False)
         for request, row in zip(requests, logits, strict=True):
@@ -207,6 +245,12 @@ def rows_within(plan: Plan, seconds: float) -> int:
     if chunk_s <= seconds or one_s >= seconds or chunk_s <= one_s:
         return plan.prefill_chunk
     return max(LEAST_CHUNK, int(rows * (seconds - one_s) / (chunk_s - one_s)))
+
+
+def _common_tokens(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two prompts begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _rank(request: Request) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.lanes.flag_handover import FlagHandover
 from hetero_attn.lanes.handover import EventHandover
 from hetero_attn.lanes.lanes import Lanes
+from hetero_attn.ops.step import Rows
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.weights import ActivationWidths
@@ -109,6 +110,25 @@ def test_every_shape_of_plan_is_right_and_without_a_race(runs, gpu, stream, gpu_
         actual = run_logits(engine, run.token_ids, run.prompt_tokens)
 
     assert nmse(actual, run.logits) <= LIMIT
+
+
+@pytest.mark.parametrize("handover", ["events", "flags"])
+def test_a_pass_of_rows_of_every_kind_is_right_and_without_a_race(runs, handover: str) -> None:
+    """A single row over a cache that has spilled, a chain, and the end of a chunk, whose logits are brought together."""
+    run = runs("mistral")
+    ids = run.token_ids
+    workload = toy_workload(run.path, page_size=4, prefill_chunk=8, max_batch=3)
+    with simulated(run.path, uniform_plan(workload, 0.3, 0.4, gpu_groups=1), handover) as engine:
+        old, chained, new = (engine.kv_cache.open() for _ in range(3))
+        for sequence in (old, chained):
+            engine.prefill(sequence, ids[:8], logits=False)
+        engine.prefill(old, ids[8:16], logits=False)
+        rows = [Rows(old, ids[16:17]), Rows(chained, ids[8:10], 2), Rows(new, ids[:5], is_chunk=True)]
+        found = [engine.run(rows), engine.run([Rows(new, ids[5:8]), Rows(old, ids[17:21], is_chunk=True)])]
+
+    wanted = [[run.logits[16:17], run.logits[8:10], run.logits[4:5]], [run.logits[7:8], run.logits[20:21]]]
+    for actual, expected in zip(found, wanted, strict=True):
+        assert nmse(torch.cat(actual), torch.cat(expected)) <= LIMIT
 
 
 @pytest.mark.parametrize("handover", ["events", "flags"])

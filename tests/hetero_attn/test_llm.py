@@ -197,7 +197,7 @@ def test_an_interrupted_step_leaves_the_engine_usable(llm, monkeypatch):
 
 
 def test_logits_that_are_not_finite_end_their_request_only(llm, monkeypatch):
-    monkeypatch.setattr(llm.engine, "prefill", lambda *arguments, **options: torch.full((307,), float("nan")))
+    monkeypatch.setattr(llm.engine, "run", lambda *arguments, **options: [torch.full((1, 307), float("nan"))])
     with pytest.raises(NonFiniteLogitsError):
         llm.generate("nan", GREEDY)
     monkeypatch.undo()
