@@ -5,6 +5,7 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hetero_attn.engine.lane_report import LaneReport
 from hetero_attn.engine.measure import refresh_profile
 from hetero_attn.engine.rebalance import Rebalancer
 from hetero_attn.engine.replan import Replanner
-from hetero_attn.errors import ConfigError, PromptError, QueueFullError, SamplingError
+from hetero_attn.errors import ArgumentError, ConfigError, PromptError, QueueFullError, SamplingError
 from hetero_attn.planning.arguments import checked_arguments
 from hetero_attn.planning.options import PAGE_TOKENS, LoadOptions
 from hetero_attn.planning.settle import PlannedModel, settle
@@ -29,7 +30,7 @@ from hetero_attn.serving.sampling import Sampler
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.serving.scheduler import Scheduler
 from hetero_attn.serving.stream import Stream
-from hetero_attn.serving.tokenizer import Tokenizer, open_beside
+from hetero_attn.serving.tokenizer import NO_TEXT, Tokenizer, open_beside, watch_opening
 from hetero_attn.serving.turns import Turns
 from placement import HardwareProfile, Plan, Policy
 from placement.plan.units import parse_bytes
@@ -54,6 +55,8 @@ class LLM:
     needs its memory, for prompts that begin alike. handover: how GPU and CPU lane wait for each other, auto |
     events | flags | graph. overlap=False runs the lanes one after another. progress shows a bar
     while loading. max_waiting: a call that finds so many requests waiting for a place raises QueueFullError.
+    needs_text=True refuses a model whose tokenizer is missing or cannot be opened, as soon as that is known, and stops
+    loading its weights; else such a model warns and takes token ids.
 
     A request with `max_tokens` reserves the cache that it may need. One without takes pages as it grows; when they run
     out, the youngest of the lowest priority waits again and later goes on where it was.
@@ -87,6 +90,7 @@ class LLM:
         handover: str = "auto",
         progress: bool = True,
         max_waiting: int | None = None,
+        needs_text: bool = False,
     ) -> None:
         checked = checked_arguments(
             seed=seed,
@@ -95,6 +99,7 @@ class LLM:
             handover=handover,
             progress=progress,
             max_waiting=max_waiting,
+            needs_text=needs_text,
         )
         seed = checked["seed"]
         wishes = LoadOptions(
@@ -118,9 +123,11 @@ class LLM:
         planned = settle(wishes)
         with memory_named(f"loading {planned.plan.model}"), loading_bar(planned.plan, progress) as bar:
             self._opening = open_beside(planned.path)
+            watched = watch_opening(self._opening, planned.plan.model, needs_text, bar.update)
+            watched(0)
             on_compile = compile_note if progress else None
             on_prepare = prepare_note if progress else lambda name: None
-            self.engine = build_engine(planned, overlap, bar.update, on_compile, prefix_cache, handover, on_prepare)
+            self.engine = build_engine(planned, overlap, watched, on_compile, prefix_cache, handover, on_prepare)
         self._progress = progress
         self._max_waiting = checked["max_waiting"]
         self._tokenizer_failure: ConfigError | None = None
@@ -241,6 +248,8 @@ class LLM:
 
         Returns at once: beside a step that runs, the request ends after it.
         """
+        if not isinstance(request, Request):
+            raise ArgumentError(f"request is {request!r:.60}; it must be one that `add` returned")
         self._turns.abort(request)
 
     def logits(self, token_ids: Prompt) -> torch.Tensor:
@@ -271,7 +280,10 @@ class LLM:
         MemoryBudgetError, and leaves the model as it was, for a budget too small (the message names the smallest that
         works), for a model loaded without `elastic`, and on CUDA for a budget above that of the load.
         """
-        budget_bytes = parse_bytes(gpu_memory)
+        size = checked_arguments(gpu_memory=gpu_memory)["gpu_memory"]
+        if size is None:
+            raise ArgumentError("gpu_memory is None; give the new budget, such as 6GiB")
+        budget_bytes = parse_bytes(size)
         return self._turns.alone(lambda: self._replanner.resize(budget_bytes))
 
     def report(self) -> LaneReport:
@@ -280,6 +292,9 @@ class LLM:
 
     def check_context(self, tokens: int, reserve: int = 0) -> None:
         """Raise PromptError unless `tokens`, and `reserve` more, fit the context that the plan reserves."""
+        for name, count in (("tokens", tokens), ("reserve", reserve)):
+            if not isinstance(count, Integral) or isinstance(count, bool) or count < 0:
+                raise ArgumentError(f"{name} is {count!r:.60}; it must be a number of tokens")
         if tokens + reserve > self.plan.max_context:
             raise PromptError(
                 f"the prompt has {tokens} tokens, but the context of this plan holds {self.plan.max_context} including "
@@ -354,7 +369,7 @@ class LLM:
             return self.tokenizer
         except ConfigError as error:
             self._tokenizer_failure = error
-            warnings.warn(f"answers have no text, only token ids: {error}", stacklevel=4)
+            warnings.warn(f"{NO_TEXT}: {error}", stacklevel=4)
             return None
 
     def _require_tokenizer(self) -> Tokenizer:

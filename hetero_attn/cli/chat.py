@@ -55,7 +55,17 @@ def chat(
     wishes = options.sampling_wishes(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop)
     variables = dict(map(template_variable, template_var or ()))
     with options.load_llm(
-        model, policy, gpu_memory, dtype, device, context, threads, seed, kv_dtype=kv_dtype, batch=batch
+        model,
+        policy,
+        gpu_memory,
+        dtype,
+        device,
+        context,
+        threads,
+        seed,
+        kv_dtype=kv_dtype,
+        batch=batch,
+        needs_text=True,
     ) as llm:
         note(banner(llm))
         talk = Conversation(llm, llm.default_params(**wishes), system, variables=variables)

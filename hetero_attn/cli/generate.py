@@ -48,7 +48,17 @@ def generate(
     opening = [] if system is None else [{"role": "system", "content": system}]
     messages = [*opening, {"role": "user", "content": text}]
     with options.load_llm(
-        model, policy, gpu_memory, dtype, device, context, threads, seed, kv_dtype=kv_dtype, batch=batch
+        model,
+        policy,
+        gpu_memory,
+        dtype,
+        device,
+        context,
+        threads,
+        seed,
+        kv_dtype=kv_dtype,
+        batch=batch,
+        needs_text=True,
     ) as llm:
         params = llm.default_params(**wishes)
         if as_json:

@@ -95,6 +95,7 @@ def load_llm(
     seed: int = 0,
     kv_dtype: str = "auto",
     batch: int | None = None,
+    needs_text: bool = False,
 ) -> LLM:
     """Load a model by the shared options; says on stderr what takes time. Raises what `LLM` raises."""
     from hetero_attn import LLM
@@ -111,6 +112,7 @@ def load_llm(
         kv_dtype=kv_dtype,
         max_batch=batch,
         progress=True,
+        needs_text=needs_text,
     )
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hetero_attn.serving.request import Metrics, Piece, RequestOutput
 
 NARROWEST_TABLE = 80
+MOST_CHARACTERS = 1 << 24  # of a prompt; a device behind the name never ends
 
 
 def print_json(value: Any) -> None:
@@ -79,7 +80,14 @@ def read_text(file: Path) -> str:
     if str(file) == "-" and sys.stdin is None:
         raise typer.BadParameter("stdin is closed, so nothing can be read from it; give the text itself or a file")
     try:
-        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        if str(file) == "-":
+            text = sys.stdin.read(MOST_CHARACTERS + 1)
+        else:
+            with file.open(encoding="utf-8") as stream:
+                text = stream.read(MOST_CHARACTERS + 1)
+        if len(text) > MOST_CHARACTERS:
+            raise typer.BadParameter(f"{file} holds more than {MOST_CHARACTERS} characters; give a part of it")
+        return text
     except UnicodeDecodeError as error:
         raise typer.BadParameter(f"{file} is no UTF-8 text: {error.reason} at byte {error.start}") from None
     except OSError as error:

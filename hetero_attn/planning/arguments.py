@@ -25,7 +25,8 @@ INTEGERS = {
 }
 # float16 becomes bfloat16, as it does for `auto`.
 TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "bf16", "torch.float32": "fp32"}
-FLAGS = ("elastic", "prefix_cache", "overlap", "progress")
+FLAGS = ("elastic", "prefix_cache", "overlap", "progress", "needs_text")
+MOST_BYTES = 1 << 60  # of GPU memory; what is far beyond any machine overflows a planner that divides
 
 
 def checked_arguments(**values: Any) -> dict[str, Any]:
@@ -61,6 +62,8 @@ def _checked(name: str, value: Any) -> Any:
     elif name == "hardware":
         right = value is None or isinstance(value, str | HardwareProfile)
         _expect(right, name, value, "None, a machine's name or a HardwareProfile")
+        if isinstance(value, str):
+            _check_machine(value)
     return value
 
 
@@ -78,10 +81,19 @@ def _integer(name: str, value: Any) -> int | None:
 def _size(value: Any) -> int | str:
     value = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
     try:
-        parse_bytes(value)
+        size = parse_bytes(value)
     except ValueError as error:
         raise ArgumentError(f"gpu_memory: {error}") from None
+    if size > MOST_BYTES:
+        raise ArgumentError(f"gpu_memory is {value!r:.80}; no machine has so much, write bytes or text such as 6GiB")
     return value
+
+
+def _check_machine(name: str) -> None:
+    try:
+        HardwareProfile.named(name)
+    except ValueError as error:
+        raise ArgumentError(f"hardware: {error}") from None
 
 
 def _expect(is_right: bool, name: str, value: Any, expected: str) -> None:

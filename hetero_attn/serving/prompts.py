@@ -60,7 +60,10 @@ def _items(value: Any) -> list:
     if hasattr(value, "tolist") and hasattr(value, "ndim"):
         if value.ndim not in (1, 2):
             raise PromptError(f"the prompt is an array of {value.ndim} dimensions, 1 or 2 are expected; {EXPECTED}")
-        value = value.tolist()
+        try:
+            value = value.tolist()
+        except RuntimeError as error:  # torch's meta and sparse tensors have no list
+            raise PromptError(f"the prompt is a tensor without plain values ({error}); {EXPECTED}") from None
     if isinstance(value, (bytes, Mapping)) or not isinstance(value, Sequence):
         raise PromptError(f"the prompt is {value!r:.60} of type {type(value).__name__}; {EXPECTED}")
     return list(value)
@@ -93,7 +96,7 @@ def _message(position: int, message: Any) -> dict[str, Any]:
             f"message {position} is {message!r:.60}; chat messages must be {{'role': ..., 'content': ...}}"
         )
     content = message.get("content")
-    if content is None and message.get("tool_calls"):
+    if content is None and isinstance(calls := message.get("tool_calls"), (list, tuple)) and calls:
         return dict(message)
     return {**message, "content": _text(position, content)}
 

@@ -64,9 +64,13 @@ class Scheduler:
             insort(self._waiting, request, key=_rank)
 
     def abort(self, request: Request, error: HeteroError | None = None) -> None:
-        """End a request where it stands; what it generated stays readable. No effect on one that has ended."""
-        request.end("abort", error)
-        self._retire()
+        """End a request where it stands; what it generated stays readable.
+
+        No effect on one that has ended or was never queued here: another engine may be in the middle of its step.
+        """
+        if request in self._waiting or request in self._running:
+            request.end("abort", error)
+            self._retire()
 
     def abort_all(self, error: HeteroError) -> None:
         """End every request with an error."""

@@ -25,6 +25,7 @@ from hetero_attn.spec.json_fields import read_json
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 # Classes of transformers that are what tokenizer.json says and nothing else.
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+NO_TEXT = "answers have no text, only token ids"
 REPLACEMENT = "\ufffd"
 # A character has at most 4 bytes, so 3 may be waiting for the rest; a decoder shows up to one replacement for each.
 _MAX_UNFINISHED = 3
@@ -287,6 +288,31 @@ def open_beside(path: Path) -> Future[Tokenizer | None]:
 
     Thread(target=work, name="hetero-attn-tokenizer").start()
     return opened
+
+
+def watch_opening(
+    opening: Future[Tokenizer | None], model: str, needs_text: bool, progress: Callable[[int], None]
+) -> Callable[[int], None]:
+    """`progress` that also looks, at each call, whether a tokenizer that is being opened has failed.
+
+    With needs_text that ends the work under way: raises PromptError for a model without a tokenizer, else what
+    `Tokenizer.open` raised. Without, it warns once.
+    """
+    is_settled = False
+
+    def watched(count: int) -> None:
+        nonlocal is_settled
+        if not is_settled and opening.done():
+            is_settled, failure = True, opening.exception()
+            if needs_text and failure is not None:
+                raise failure
+            if needs_text and opening.result() is None:
+                raise PromptError(f"{model} has no tokenizer files; give prompts as lists of token ids")
+            if isinstance(failure, ConfigError):
+                warnings.warn(f"{NO_TEXT}: {failure}", stacklevel=4)
+        progress(count)
+
+    return watched
 
 
 def _loaded(path: Path) -> Any:

@@ -79,8 +79,8 @@ class Turns:
             yield
         finally:
             self._beside[thread] -= 1
-            if not self._beside[thread]:
-                del self._beside[thread]
+            if not self._beside[thread]:  # a signal handler may come and go in between
+                self._beside.pop(thread, None)
 
     def add(self, request: Request) -> None:
         """Queue a request for the next step; returns at once."""

@@ -296,22 +296,33 @@ def _rope(fields: JsonFields, head_dim: int, max_position_embeddings: int) -> Ro
         raise UnsupportedModelError(
             f"{fields.path}: rope parameters per layer type ({', '.join(nested)}) are not supported, one set for all is"
         )
+    _check_whole_rotation(rope)
     return RopeConfig(
-        rotary_dim=_rotary_dim(fields, head_dim, rope.number("partial_rotary_factor", 0.0, 1.0, 1.0)),
+        rotary_dim=_rotary_dim(fields, head_dim),
         rope_type=rope_type,
         theta=rope.number("rope_theta", 1.0, 1e15, 10000.0),
         **_rope_scaling(fields, rope, rope_type, max_position_embeddings),
     )
 
 
-def _rotary_dim(fields: JsonFields, head_dim: int, factor: float) -> int:
-    rotary_dim = int(head_dim * factor)
-    if rotary_dim % 2 or rotary_dim < 4:
-        raise ConfigError(
-            f"{fields.path}: head_dim {head_dim} x partial_rotary_factor {factor:g} rotates {rotary_dim} dimensions, "
-            "expected an even number of at least 4, as rotation works on pairs"
+def _check_whole_rotation(rope: JsonFields) -> None:
+    """Heads are rotated whole in these families. A factor below 1 beside them means nothing that all agree on:
+    transformers ignores it for the default rope type and fails in the first layer for the others, vLLM applies it."""
+    if (factor := rope.number("partial_rotary_factor", 0.0, 1.0, 1.0)) != 1.0:
+        raise UnsupportedModelError(
+            f"{rope.path}: partial_rotary_factor is {factor:g}, and this architecture rotates whole heads; "
+            "transformers ignores it here and others do not, so take it out of the config if the model was trained "
+            "without it"
         )
-    return rotary_dim
+
+
+def _rotary_dim(fields: JsonFields, head_dim: int) -> int:
+    if head_dim % 2 or head_dim < 4:
+        raise ConfigError(
+            f"{fields.path}: head_dim {head_dim} would be rotated whole, expected an even number of at least 4, as "
+            "rotation works on pairs"
+        )
+    return head_dim
 
 
 def _rope_scaling(fields: JsonFields, rope: JsonFields, rope_type: str, max_position_embeddings: int) -> dict[str, Any]:

@@ -206,11 +206,13 @@ class Policy(_Strict):
     def load(cls, path_or_name: str | Path) -> "Policy":
         """Read a policy file, or a shipped policy by name. Raises PolicyError."""
         path = Path(path_or_name)
-        if path.is_file():
+        if _is_file(path):
             if path.stat().st_size > MAX_BYTES:
                 raise PolicyError([f"{path}: the file is larger than {MAX_BYTES // 1024} KiB"])
             try:
                 return cls.parse(path.read_text(encoding="utf-8"), str(path))
+            except OSError as error:
+                raise PolicyError([f"{path}: cannot be read: {error.strerror}"]) from None
             except UnicodeDecodeError as error:
                 raise PolicyError([f"{path}: not UTF-8 text (byte {error.start})"]) from None
         if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
@@ -262,6 +264,14 @@ def shipped_policies() -> tuple[str, ...]:
 def policy_schema() -> dict[str, Any]:
     """JSON Schema of policy files, for editors."""
     return Policy.model_json_schema()
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that no file can have names none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _nearest(value: object, names: tuple[str, ...] | list[str]) -> str:

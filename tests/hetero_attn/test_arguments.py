@@ -13,12 +13,15 @@
 | content a list of text parts; None, numbers, other parts       | joined; PromptError                                  |
 | template variables (enable_thinking)                           | template_variables=                                  |
 | odd tokenizer, prompts as ids                                  | runs, one warning; text is refused with the way out  |
+| odd tokenizer, text on the command line, needs_text=True       | refused before the weights are read                  |
+| abort(None), a request of another model                        | ArgumentError; no effect                             |
 | text that begins with BOS already                              | two, as the tokenizer of transformers gives          |
 | special tokens typed by a user in chat text                    | become special, as in transformers                   |
 """
 
 import json
 import warnings
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +31,13 @@ from typer.testing import CliRunner
 
 from hetero_attn import LLM, SamplingParams, plan_model
 from hetero_attn.cli import app
-from hetero_attn.errors import ConfigError, HeteroError, PromptError, SamplingError
+from hetero_attn.errors import ArgumentError, ConfigError, HeteroError, PromptError, SamplingError
 from hetero_attn.serving.prompts import as_messages, as_prompts
-from hetero_attn.serving.tokenizer import Tokenizer
+from hetero_attn.serving.tokenizer import Tokenizer, open_beside, watch_opening
+from placement import PolicyError
 from tests.support.toy import edit_json, make_checkpoint
 
+TINY = str(Path(__file__).parents[2] / "examples" / "tiny")
 GREEDY = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
 OPTIONS = {"device": "cpu", "dtype": "fp32", "max_context": 64, "num_threads": 1}
 
@@ -325,13 +330,104 @@ def test_a_tokenizer_that_cannot_be_opened_blocks_text_alone(tmp_path, spoil):
     with LLM(path, progress=False, **OPTIONS) as sound:
         expected = sound.generate([5, 6], GREEDY)[0].token_ids
     spoil(path)
-    with LLM(path, progress=False, **OPTIONS) as llm:
-        with pytest.warns(UserWarning, match="answers have no text"):
-            (output,) = llm.generate([5, 6], GREEDY)
+    with pytest.warns(UserWarning, match="answers have no text"):
+        llm = LLM(path, progress=False, **OPTIONS)
+        (output,) = llm.generate([5, 6], GREEDY)
+    with llm:
         assert (output.token_ids, output.text) == (expected, "")
         with pytest.raises(ConfigError, match="tokenizer"):
             llm.generate("text", GREEDY)
         assert llm.generate([5, 6], GREEDY)[0].token_ids == expected
+
+
+@pytest.mark.parametrize("spoil", [spoil_damaged, spoil_only_sentencepiece], ids=lambda spoil: spoil.__name__)
+def test_a_tokenizer_that_is_needed_is_refused_before_the_weights_are_read(tmp_path, monkeypatch, spoil):
+    """On the command line a text was refused only after minutes of loading."""
+    path = make_checkpoint(tmp_path, "llama", layers=1)
+    spoil(path)
+
+    def opened(path):
+        wait([opening := open_beside(path)])
+        return opening
+
+    monkeypatch.setattr("hetero_attn.llm.open_beside", opened)
+    monkeypatch.setattr("hetero_attn.llm.build_engine", lambda *arguments: pytest.fail("loading has begun"))
+    with pytest.raises(ConfigError, match="the tokenizer cannot be loaded"):
+        LLM(path, progress=False, needs_text=True, **OPTIONS)
+    for command in (["generate", str(path), "-p", "x"], ["chat", str(path)]):
+        result = CliRunner().invoke(app, [*command, "--device", "cpu", "--context", "64"], input="x\n")
+        assert result.exit_code == 3 and "the tokenizer cannot be loaded" in result.stderr
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+        (path / name).unlink(missing_ok=True)
+    with pytest.raises(PromptError, match="has no tokenizer files"):
+        LLM(path, progress=False, needs_text=True, **OPTIONS)
+
+
+def test_a_tokenizer_that_fails_in_the_middle_of_a_load_ends_it():
+    opening, placed = Future(), []
+    needed, unneeded = (watch_opening(opening, "m", needs_text, placed.append) for needs_text in (True, False))
+    needed(1)
+    unneeded(2)
+    opening.set_exception(ConfigError("damaged"))
+
+    with pytest.raises(ConfigError, match="damaged"):
+        needed(3)
+    with pytest.warns(UserWarning, match="answers have no text, only token ids: damaged"):
+        unneeded(4)
+    unneeded(5)
+    assert placed == [1, 2, 4, 5]
+
+
+@pytest.mark.parametrize("thing", [None, 3, "x", [], object()], ids=lambda thing: type(thing).__name__)
+def test_what_is_no_request_cannot_be_aborted(llm, thing):
+    """It became a note that every later step, and close, failed at: the model was lost."""
+    with pytest.raises(ArgumentError, match="one that `add` returned"):
+        llm.abort(thing)
+
+    assert len(llm.generate([5, 6], GREEDY)[0].token_ids) == GREEDY.max_tokens
+
+
+def test_a_request_of_another_model_is_left_alone(llm, path):
+    request = llm.add([5, 6], GREEDY)
+    with LLM(path, progress=False, **OPTIONS) as other:
+        other.abort(request)
+        other.step()
+    while llm.step():
+        pass
+
+    assert request.finish_reason == "length"
+
+
+BAD_CALLS = {
+    "resize None": lambda llm: llm.resize(None),
+    "resize text": lambda llm: llm.resize("much"),
+    "resize list": lambda llm: llm.resize([1]),
+    "context None": lambda llm: llm.check_context(None),
+    "context text": lambda llm: llm.check_context("5"),
+    "context nan": lambda llm: llm.check_context(float("nan")),
+    "reserve negative": lambda llm: llm.check_context(1, -2),
+    "meta tensor": lambda llm: llm.generate(torch.zeros(2, dtype=torch.int64, device="meta")),
+    "sparse tensor": lambda llm: llm.logits(torch.tensor([3]).to_sparse()),
+    "tool calls": lambda llm: llm.chat([{"role": "user", "content": None, "tool_calls": np.array([1, 2])}]),
+    "hardware": lambda llm: plan_model(TINY, hardware="rtx9090"),
+    "gpu_memory": lambda llm: plan_model(TINY, device="emulated", gpu_memory=10**400),
+    "policy": lambda llm: plan_model(TINY, device="cpu", policy="x" * 5000),
+}
+
+
+@pytest.mark.parametrize("call", BAD_CALLS)
+def test_other_odd_arguments_are_named(llm, call):
+    """TypeError, OverflowError, OSError, NotImplementedError and a bare ValueError came out, or nothing at all."""
+    with pytest.raises((ArgumentError, PromptError, PolicyError)):
+        BAD_CALLS[call](llm)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="there is no device that never ends")
+def test_a_prompt_that_never_ends_is_refused():
+    """It took memory until there was none."""
+    result = CliRunner().invoke(app, ["generate", TINY, "-f", "/dev/zero", "--device", "cpu"])
+
+    assert result.exit_code == 2 and "characters" in result.stderr
 
 
 def test_a_token_beyond_the_vocabulary_refuses_only_prompts_that_hold_it(tmp_path):

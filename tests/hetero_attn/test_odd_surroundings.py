@@ -10,7 +10,7 @@
 | bf16 file under a float32 config                                 | 2 bytes a weight                               |
 | config alone, no dtype                                           | planned as bf16                                |
 | hub id, `plan .`                                                 | owner/model, the folder's name                 |
-| partial_rotary_factor in a Llama config                          | as it was: applied, as the config says         |
+| partial_rotary_factor in a Llama config                          | refused by name, see test_rope.py              |
 """
 
 import os

@@ -3,10 +3,13 @@
 import importlib
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoConfig
 
+from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.models.rope import rope_tables
 from hetero_attn.spec.config import ModelConfig
 from tests.support.toy import FAMILIES, ROPES
@@ -23,11 +26,10 @@ VARIANTS = dict(ROPES) | {name: ROPES["yarn"] | extra for name, extra in YARNS.i
 
 def both_configs(directory, family="llama", rope="default", **changes):
     """(our config, transformers' config) read from the same config.json."""
-    from transformers import AutoConfig
-
     values = {"model_type": family, "hidden_size": 128, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
     values |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 512}
     parameters = VARIANTS[rope] if isinstance(rope, str) else rope
+    directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(values | {"rope_parameters": parameters} | changes))
     return ModelConfig.from_dir(directory), AutoConfig.from_pretrained(directory)
 
@@ -94,8 +96,24 @@ def test_dynamic_within_the_trained_length_is_default(tmp_path):
     assert not torch.equal(rope_tables(default, 512)[0], rope_tables(dynamic, 512, seq_len=600)[0])
 
 
-def test_partial_rotary_factor_narrows_the_tables(tmp_path):
-    config, _ = both_configs(tmp_path, rope=ROPES["linear"] | {"partial_rotary_factor": 0.5})
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rope", ["default", "linear"])
+def test_a_partial_rotary_factor_is_refused_by_name(tmp_path, family, rope):
+    """transformers ignores it for the default type, which was applied here: another model, and no word of it."""
+    _, whole = both_configs(tmp_path / "whole", family, rope)
+    with pytest.raises(UnsupportedModelError, match="partial_rotary_factor is 0.5"):
+        both_configs(tmp_path / "part", family, ROPES[rope] | {"partial_rotary_factor": 0.5})
+
+    part = AutoConfig.from_pretrained(tmp_path / "part")
+    same = torch.equal(hf_tables(part, torch.arange(9))[0], hf_tables(whole, torch.arange(9))[0])
+    assert same == (rope == "default")
+    assert both_configs(tmp_path / "one", family, ROPES[rope] | {"partial_rotary_factor": 1.0})[0].rope.rotary_dim == 64
+
+
+def test_heads_that_are_rotated_in_part_have_narrow_tables(tmp_path):
+    """As GGUF files may ask for."""
+    config, _ = both_configs(tmp_path, rope="linear")
+    config = replace(config, rope=replace(config.rope, rotary_dim=32))
 
     cos, sin = rope_tables(config, 10)
 
