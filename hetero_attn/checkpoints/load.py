@@ -13,7 +13,7 @@ import torch
 from cpu_kernels import fresh_memory
 from cpu_kernels.formats import BLOCK_FEATURES, format_of, segments, unit_bytes
 from hetero_attn.checkpoints.sources import WeightSource
-from hetero_attn.checkpoints.unit_rows import UnitRows, dequantised, units_at_once
+from hetero_attn.checkpoints.unit_rows import FORMAT_OF, UnitRows, dequantised, units_at_once
 from hetero_attn.errors import CheckpointError
 from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.models.decoder import LayerWeights, ModelWeights
@@ -256,17 +256,17 @@ class Loader:
         return rows.to(PLAIN_DTYPES[item.name])
 
     def _packed_embed(self, spec: ModelSpec) -> torch.Tensor:
-        """The embedding's own codes, from which rows are gathered."""
+        """The embedding as blocks of codes, from which rows are gathered: the file's own codes, or its numbers
+        packed."""
         vocab_size, width = self._checkpoint.shape(spec.embed)
         item, kind = format_of(self._formats.embed), self._checkpoint.source_type(spec.embed)
         blocks = fresh_memory((-(-vocab_size // BLOCK_FEATURES), item.block_bytes(width)), torch.uint8)
         for start in range(0, vocab_size, EMBED_RUN_ROWS):
-            stop = min(vocab_size, start + EMBED_RUN_ROWS)
-            shape = (-(-(stop - start) // BLOCK_FEATURES) * BLOCK_FEATURES, self._checkpoint.row_bytes(spec.embed))
-            rows = torch.zeros(shape, dtype=torch.uint8, device="cpu")
-            self._checkpoint.read(spec.embed, slice(start, stop), out=rows[: stop - start])
+            rows = self._checkpoint.read(spec.embed, slice(start, min(vocab_size, start + EMBED_RUN_ROWS)))
+            if kind is not None and FORMAT_OF[kind] != item.name:
+                rows = dequantised(self._lanes.host_ops, rows, kind, spec.embed)
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % BLOCK_FEATURES))
             first = start // BLOCK_FEATURES
-            assert kind is not None, f"{spec.embed} is no tensor of codes"
             self._pack([spec.embed], rows, item.name, blocks[first : first + rows.shape[0] // BLOCK_FEATURES])
         return blocks
 

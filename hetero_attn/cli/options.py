@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(help="Directory of a Hugging Face checkpoint, or a hub id.", show_default=False)]
 Policy = Annotated[str, typer.Option(help="auto, the name of a shipped policy, or a policy file.")]
 GpuMemory = Annotated[str | None, typer.Option(help="Budget of GPU memory, such as 8GiB. Default: what is free.")]
-Dtype = Annotated[str, typer.Option(metavar="auto|bf16|fp32|q8|q4", help="Weights in memory; q8 and q4 quantise.")]
+Dtype = Annotated[
+    str, typer.Option(metavar="auto|bf16|fp32|q8|q4_m|q4", help="Weights in memory; q8, q4_m and q4 quantise.")
+]
 KvDtype = Annotated[
     str, typer.Option(metavar="auto|bf16|fp32|q8|q4", help="Keys and values in memory; auto: bf16 or the model's fp32.")
 ]

@@ -12,6 +12,7 @@ from hetero_attn.planning.arguments import check_choice
 from hetero_attn.planning.options import PAGE_TOKENS, LoadOptions
 from hetero_attn.planning.profiles import current_profile, lane_threads
 from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.recipes import formats_of
 from hetero_attn.spec.tensor_names import tensor_name
 from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
 from hetero_attn.spec.weights import build_workload, model_spec, natural_kv_dtype
@@ -21,7 +22,7 @@ from placement.plan.units import parse_bytes
 from placement.plan.workload import KV_DTYPES, ChunkChoice, Workload
 from placement.policy.bind import dtype_by_rules
 
-WEIGHT_DTYPES = ("bf16", "fp32", "q8", "q4")
+WEIGHT_DTYPES = ("bf16", "fp32", "q8", "q4", "q4_m")
 DEVICES = ("auto", "cuda", "cpu", "emulated")
 DEFAULT_MAX_CONTEXT = 8192
 DEFAULT_MAX_BATCH = 1
@@ -196,9 +197,9 @@ def machine_profile(device: str) -> HardwareProfile:
 
 
 def choose_formats(dtype: str, config: ModelConfig, path: Path) -> WeightFormats:
-    """The formats weights are kept in: one dtype for all where it is wished, for `auto` those of the files."""
+    """The formats weights are kept in: a dtype or recipe where it is wished, for `auto` those of the files."""
     check_choice("dtype", dtype, ("auto", *WEIGHT_DTYPES))
-    return stored_formats(path, config) if dtype == "auto" else weight_formats(dtype)
+    return stored_formats(path, config) if dtype == "auto" else formats_of(dtype, config)
 
 
 def formats_by_rules(formats: WeightFormats, policy: Policy, config: ModelConfig) -> WeightFormats:
@@ -208,7 +209,7 @@ def formats_by_rules(formats: WeightFormats, policy: Policy, config: ModelConfig
         dtype = dtype_by_rules(policy, linear.name)
         changed |= dtype is not None
         by_tensor |= {part.tensor: dtype or part.format for part in linear.parts}
-    return replace(formats, by_tensor=by_tensor) if changed else formats
+    return replace(formats, by_tensor=by_tensor, name="") if changed else formats
 
 
 def shares_head(formats: WeightFormats, config: ModelConfig) -> bool:

@@ -9,12 +9,13 @@ from cpu_kernels.formats import format_of
 @dataclass(frozen=True, slots=True)
 class WeightFormats:
     """Names of formats by tensor. default: of tensors that `by_tensor` does not name. embed: of the token embedding as
-    rows to gather from, which a tied head may hold otherwise.
+    rows to gather from, which a tied head may hold otherwise. name: of the recipe that says so, if one does.
     """
 
     default: str
     embed: str
     by_tensor: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""
 
     def of(self, tensor: str) -> str:
         """The format of a tensor."""
@@ -27,8 +28,8 @@ class WeightFormats:
 
     @property
     def label(self) -> str:
-        """What a table calls them: "q4", or "q4_k+q6_k" of a mixture."""
-        return "+".join(sorted(set(self.by_tensor.values()))) or self.default
+        """What a table calls them: "q4", or "q4_k+q6_k" of a mixture without a name."""
+        return self.name or "+".join(sorted(set(self.by_tensor.values()))) or self.default
 
     @property
     def rounding(self) -> str:
