@@ -1,7 +1,7 @@
 """`hetero-attn verify`: does the plan give the same answer as one device alone?"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,13 @@ def verify(
     model: options.Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to compare on.")] = PROMPT,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Take the text from a file; - is stdin.")] = None,
+    quality: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPES",
+            help="Instead: perplexity and KL on the text with weights held so (q4,q4_m,q8), beside the model's own.",
+        ),
+    ] = None,
     policy: options.Policy = "auto",
     gpu_memory: options.GpuMemory = None,
     dtype: options.Dtype = "auto",
@@ -30,6 +37,10 @@ def verify(
     NMSE, KL divergence and the likeliest tokens at the end, and the first layer that differs. Of a long text the first
     512 tokens are compared.
     """
+    if quality is not None:
+        wishes = {"policy": policy, "gpu_memory": gpu_memory, "device": device, "num_threads": threads}
+        show_quality(model, quality, file, as_json, kv_dtype=kv_dtype, **wishes)
+        return
     from hetero_attn.tools import verify as verification
 
     text = prompt if file is None else read_text(file)
@@ -41,3 +52,22 @@ def verify(
         typer.echo(report.table().rstrip())
     if not report.passed:
         raise typer.Exit(DISAGREES)
+
+
+def show_quality(model: str, dtypes: str, file: Path | None, as_json: bool, **wishes: Any) -> None:
+    """Print what each of the comma-separated dtypes costs on a text; raises typer.BadParameter for wrong options."""
+    from hetero_attn.planning.arguments import check_choice
+    from hetero_attn.planning.options import LoadOptions
+    from hetero_attn.planning.settle import WEIGHT_DTYPES
+    from hetero_attn.tools import quality
+
+    names = [name.strip() for name in dtypes.split(",")]
+    for name in names:
+        check_choice("dtype", name, ("auto", *WEIGHT_DTYPES))
+    if file is None:
+        raise typer.BadParameter("--quality reads a text of some thousands of tokens; give it by --file")
+    report = quality.run(LoadOptions(model=model, **wishes), read_text(file), names, progress=True)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        typer.echo(report.table())

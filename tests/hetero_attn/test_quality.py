@@ -1,0 +1,86 @@
+"""verify --quality: perplexity, KL and agreement against an oracle that keeps everything, and its refusals."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hetero_attn import LLM
+from hetero_attn.cli import app
+from hetero_attn.errors import PromptError
+from hetero_attn.planning.options import LoadOptions
+from hetero_attn.tools import quality
+
+TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
+TEXT = (TINY / "heldout.txt").read_text()[:3000]
+
+
+def scores(dtype, ids):
+    with LLM(TINY, dtype=dtype, device="cpu", max_context=quality.WINDOW_TOKENS, progress=False) as llm:
+        return torch.log_softmax(llm.logits(ids), -1).double()
+
+
+def test_figures_are_those_of_a_slow_reading():
+    wishes = LoadOptions(model=TINY, device="cpu")
+    report = quality.run(wishes, TEXT, ["q4"])
+    with LLM(TINY, device="cpu", max_context=64, progress=False) as llm:
+        ids = llm.tokenizer.encode(TEXT)
+    starts = range(0, min(len(ids), quality.MOST_WINDOWS * quality.WINDOW_TOKENS), quality.WINDOW_TOKENS)
+    windows = [ids[start : start + quality.WINDOW_TOKENS] for start in starts]
+    plain, coarse = ([scores(dtype, window) for window in windows] for dtype in ("bf16", "q4"))
+    losses = [-row[token].item() for logs, window in zip(coarse, windows) for row, token in zip(logs[:-1], window[1:])]
+    first, last = torch.cat(plain), torch.cat(coarse)
+
+    assert [row.dtype for row in report.rows] == ["bf16", "q4"] and report.tokens == len(ids)
+    assert report.rows[1].perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert report.rows[1].mean_kl == pytest.approx((first.exp() * (first - last)).sum(-1).mean().item(), rel=1e-3)
+    assert report.rows[1].same_top == (first.argmax(-1) == last.argmax(-1)).double().mean().item()
+    assert report.rows[1].weight_bytes < report.rows[0].weight_bytes
+
+
+def test_the_command_prints_a_narrow_table_and_json(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT[:600])
+    arguments = ["verify", str(TINY), "--quality", "q8,q4", "--file", str(text), "--device", "cpu"]
+
+    table, as_json = (CliRunner().invoke(app, arguments + more) for more in ([], ["--json"]))
+
+    assert table.exit_code == 0, table.output
+    assert max(map(len, table.stdout.splitlines())) <= 80 and "perplexity" in table.stdout
+    assert [row["dtype"] for row in json.loads(as_json.stdout)["rows"]] == ["bf16", "q8", "q4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--quality", "q4"], "give it by --file"), (["--quality", "q3", "--file", "-"], "must be one of")],
+)
+def test_wrong_options_are_refused_before_anything_is_loaded(arguments, said):
+    result = CliRunner().invoke(app, ["verify", str(TINY), *arguments])
+
+    assert result.exit_code in (2, 3) and said in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_text_without_two_tokens_is_refused():
+    with pytest.raises(PromptError, match="at least two are needed"):
+        quality.run(LoadOptions(model=TINY, device="cpu"), "", ["q4"])
+
+
+def test_the_benchmark_writes_what_it_prints(tmp_path):
+    script, file = TINY.parent / "benchmarks" / "quality.py", tmp_path / "found.json"
+    run = subprocess.run(
+        [sys.executable, str(script), str(TINY), "--dtypes", "q8", "--json", str(file)],
+        env=os.environ | {"PYTHONPATH": str(TINY.parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout.splitlines()[-1]) == json.loads(file.read_text())
+    assert [row["dtype"] for row in json.loads(file.read_text())["ours"]["rows"]] == ["bf16", "q8"]
