@@ -115,7 +115,7 @@ class CpuKernels:
         pack.pack(self._team, rows, weight_dtype, out)
 
     def repack(self, rows: torch.Tensor, source_type: str, out: torch.Tensor) -> None:
-        """Lay rows of a GGUF file out in the format that holds them without loss; see formats.GGUF_TYPES.
+        """Lay rows of a GGUF file out in the format that holds them without loss; see formats.SOURCE_TYPES.
 
         rows: uint8 [num_blocks * 16, bytes of a row], as in the file; source_type: the file's name of it, such as
         "Q4_K"; out: uint8 [num_blocks, block_bytes], written. Raises ValueError if a scale is NaN or infinite.

@@ -1,11 +1,13 @@
 """The formats of packed weights, described once: what every kernel reads, a planner sizes and a file holds.
 
 Pure Python: nothing here needs torch or a compiler. `base` is the description of a format, `table` the formats there
-are and the mixes of them that one linear may have, `gguf_types` the block types of GGUF files and their formats.
+are and the mixes of them that one linear may have, `gguf_types` the block types of GGUF files and their formats,
+`source_types` every form in which coded rows come from files.
 """
 
 from cpu_kernels.formats.base import BLOCK_FEATURES, GROUP_INPUTS, LINE_BYTES, WeightFormat
 from cpu_kernels.formats.gguf_types import GGUF_TYPES, GgufType
+from cpu_kernels.formats.source_types import INT4_GROUPS, INT4_HEADER_BYTES, INT4_TYPES, SOURCE_TYPES
 from cpu_kernels.formats.table import (
     FORMATS,
     Segment,
@@ -22,7 +24,11 @@ __all__ = [
     "FORMATS",
     "GGUF_TYPES",
     "GROUP_INPUTS",
+    "INT4_GROUPS",
+    "INT4_HEADER_BYTES",
+    "INT4_TYPES",
     "LINE_BYTES",
+    "SOURCE_TYPES",
     "GgufType",
     "Segment",
     "WeightFormat",

@@ -25,6 +25,7 @@ interleave the 16 features, so that a vector register holds the same inputs of a
   K2M32   (d * s) * c - dmin * m                float16 d, float16 dmin; 8 runs of u8 s, for 32 inputs each; 8 of u8 m
   K2S16   (d * s) * (c - offset)                float16 d, 32 bytes unused; 16 runs of int8 s, one for every 16 inputs
   K2S32   (d * s) * (c - offset)                float16 d, 32 bytes unused; 8 runs of int8 s, one for every 32 inputs
+  SZ32, SZ64, SZ128   (c - z) * s               of every 32, 64 or 128 inputs: all float16 s, then 16-byte runs of u8 z
   E32     (c - offset) * 2^(e - 128)            4 runs of u8 e, one for every 32 inputs
 """
 

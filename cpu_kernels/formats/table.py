@@ -49,6 +49,9 @@ FORMATS = {
         _coded("q6_k", "u6", "K2S16", 5, 256, offset=32),
         _coded("iq4_nl", "t4", "S32", 1, 64, offset=128, table=_IQ4),
         _coded("iq4_xs", "t4", "K2S32", 3, 256, offset=128, table=_IQ4),
+        _coded("int4_g32", "u4", "SZ32", 6, 256),
+        _coded("int4_g64", "u4", "SZ64", 3, 256),
+        _coded("int4_g128", "u4", "SZ128", 1, 128),
         _coded("mxfp4", "t4", "E32", 1, 128, offset=12, table=_E2M1),
     )
 }

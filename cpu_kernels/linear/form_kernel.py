@@ -18,6 +18,7 @@ from cpu_kernels.vectors.vector import (
     I8,
     I16,
     I32,
+    I64,
     VF32,
     VHALF,
     VI8,
@@ -144,7 +145,9 @@ class Record:
 def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
     """Intrinsic (sums, superblock, group, code lines, record) -> sums; group: which 64 inputs of the superblock."""
     tile = types.UniTuple(F32x16, rows)
-    run = 16 if item.header == "K2S16" else 32  # inputs that share a scale
+    has_zeros = item.header.startswith("SZ")
+    group_inputs = int(item.header.removeprefix("SZ")) if has_zeros else 0
+    run = 16 if item.header == "K2S16" else 64 if group_inputs > 32 else 32  # inputs that share a scale
     runs = GROUP_INPUTS // run
 
     def dots(b, word, record, part: int):
@@ -206,7 +209,24 @@ def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
             scaled[row] = fma_value(b, b.sitofp(taken, VF32), dmin, scaled[row])
         return scaled
 
-    multiply = two_levels if item.header.startswith("K2") else one_level
+    def with_zeros(b, superblock, group, word, record):
+        """Sums of scale * (dot - zero point * sum), the difference in whole numbers, for every row."""
+        zeros_at, totals = 32 * item.group_inputs // group_inputs, [None] * rows
+        for part in range(runs):
+            first = b.add(b.mul(group, I64(GROUP_INPUTS)), I64(run * part))
+            index = b.udiv(first, I64(group_inputs))
+            scale = halves(b, b.add(superblock, b.mul(index, I64(32))), 0)
+            zero = byte_numbers(b, b.add(superblock, b.mul(index, I64(16))), zeros_at, signed=False)
+            zeros = b.mul(zero, constant(VI32, pair(1, 1)))
+            for row, dot in enumerate(dots(b, word, record, part)):
+                taken = constant(VI32, 0)
+                for half in range(run * part // 32, run * (part + 1) // 32):
+                    taken = emit_dot2(isa, b, taken, zeros, record.sums(row, half))
+                value = b.sitofp(b.sub(dot, taken), VF32)
+                totals[row] = b.fmul(value, scale) if part == 0 else fma_value(b, value, scale, totals[row])
+        return totals
+
+    multiply = with_zeros if has_zeros else two_levels if item.header.startswith("K2") else one_level
     stream_lines = item.code_lines + -(-item.header_lines * GROUP_INPUTS // item.group_inputs)
 
     @emits(tile, tile, intp, intp, intp, intp)

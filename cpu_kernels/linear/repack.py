@@ -1,13 +1,11 @@
-"""repack: rows of a GGUF file into the format that holds them exactly; unpack_rows: rows of it as numbers."""
+"""repack: coded rows of a file into the format that holds them exactly; unpack_rows: rows of it as numbers."""
 
 import torch
 
 from cpu_kernels.checks import check_tensor, expect
-from cpu_kernels.formats import GGUF_TYPES, format_of, unit_bytes
+from cpu_kernels.formats import SOURCE_TYPES, format_of, unit_bytes
 from cpu_kernels.formats import weights as layout
 from cpu_kernels.team.team import Team
-
-SOURCE_TYPES = {item.name: item for item in GGUF_TYPES.values() if item.format and item.items > 1}
 
 
 def repack(team: Team, rows: torch.Tensor, source_type: str, out: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Rows of a GGUF file into the blocks of formats/base.py, exactly: codes move, scales are copied, nothing is rounded.
+"""Coded rows of a file into the blocks of formats/base.py, exactly: codes move, scales are copied, nothing is rounded.
 
 A kernel is made of two small functions for its source type: `word(source, k)`, the codes of the four inputs from 4k on
 of a source block as the bytes of one number, and `header(source, blocks, to, feature)`, which writes a superblock's
@@ -6,7 +6,16 @@ header for one feature and says whether its numbers are finite. `source` is the 
 the superblock comes. The layouts are those of ggml's block structures.
 """
 
-from cpu_kernels.formats import BLOCK_FEATURES, GGUF_TYPES, GROUP_INPUTS, LINE_BYTES, format_of
+from cpu_kernels.formats import (
+    BLOCK_FEATURES,
+    GROUP_INPUTS,
+    INT4_GROUPS,
+    INT4_HEADER_BYTES,
+    INT4_TYPES,
+    LINE_BYTES,
+    SOURCE_TYPES,
+    format_of,
+)
 from cpu_kernels.team.chunks import fail, parameter, take
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.scalar import least, load_byte, load_short, load_word, store_byte, store_short, store_word
@@ -141,7 +150,39 @@ def header_mxfp4(source, blocks, to, feature):
     return good
 
 
-SOURCES = {
+def word_int4(group: int):
+    """`word` of blocks of `group` int4: inputs follow each other, two in a byte, low nibble first."""
+    words, block_bytes = group // 4, INT4_TYPES[group].block_bytes
+
+    @helper
+    def word(source, k):
+        nibbles = load_short(source + k // words * block_bytes + INT4_HEADER_BYTES + 2 * (k % words))
+        spread = (nibbles & 0xF) | (nibbles & 0xF0) << 4
+        return spread | (nibbles & 0xF00) << 8 | (nibbles & 0xF000) << 12
+
+    return word
+
+
+def header_int4(group: int):
+    """`header` of float16 scales, then u8 zero points, of every `group` inputs of a superblock."""
+    block_bytes = INT4_TYPES[group].block_bytes
+    together = format_of(INT4_TYPES[group].format).group_inputs // group
+
+    @helper
+    def header(source, blocks, to, feature):
+        good = True
+        for block in range(together):
+            at = source + block * block_bytes
+            scale = load_short(at) if block < blocks else 0
+            good = good and is_finite(scale)
+            store_short(scale, to + 32 * block + 2 * feature)
+            store_byte(load_byte(at + 2) if block < blocks else 0, to + 32 * together + 16 * block + feature)
+        return good
+
+    return header
+
+
+KERNEL_SOURCES = {
     "Q4_0": (words_of_32(18, 2, 0), header_of_32(18, 1)),
     "Q4_1": (words_of_32(20, 4, 0), header_of_32(20, 2)),
     "Q5_0": (words_of_32(22, 6, 2), header_of_32(22, 1)),
@@ -153,7 +194,7 @@ SOURCES = {
     "IQ4_NL": (words_of_32(18, 2, 0), header_of_32(18, 1)),
     "IQ4_XS": (word_iq4_xs, header_iq4_xs),
     "MXFP4": (words_of_32(17, 1, 0), header_mxfp4),
-}
+} | {INT4_TYPES[group].name: (word_int4(group), header_int4(group)) for group in INT4_GROUPS}
 
 
 def planes_of(plane: str, word):
@@ -199,9 +240,9 @@ def planes_of(plane: str, word):
 
 def repack(source_type: str):
     """Parameters: scratch, rows, row stride, num_blocks, source blocks of a row, out, block_bytes."""
-    source = next(item for item in GGUF_TYPES.values() if item.name == source_type)
+    source = SOURCE_TYPES[source_type]
     target = format_of(source.format)
-    word, header = SOURCES[source_type]
+    word, header = KERNEL_SOURCES[source_type]
     lay_group = planes_of(target.plane, word)
     together = max(1, target.group_inputs // source.items)  # source blocks of a superblock
     source_bytes, source_words = source.block_bytes, source.items // 4

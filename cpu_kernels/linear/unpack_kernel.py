@@ -101,6 +101,19 @@ def scale_minimum_e32(header, feature, run):
     return as_float((exponent - 1) << 23 if exponent >= 2 else 0x00200000 << exponent), np.float32(0.0)
 
 
+def scale_minimum_sz(item: WeightFormat):
+    """As above: code * scale - zero point * scale, both exact, is the exact difference."""
+    group = int(item.header.removeprefix("SZ"))
+    runs, groups = group // 16, item.group_inputs // group
+
+    @helper
+    def scale_minimum(header, feature, run):
+        scale = load_half(header + 32 * (run // runs) + 2 * feature)
+        return scale, -(np.float32(load_byte(header + 32 * groups + 16 * (run // runs) + feature)) * scale)
+
+    return scale_minimum
+
+
 HEADERS = {
     "S32": scale_minimum_s32,
     "SM32": scale_minimum_sm32,
@@ -115,7 +128,9 @@ HEADERS = {
 def unpack(weight_dtype: str):
     """Parameters: scratch, weight, block_bytes, rows of the weight, ids, count, in_features, out, out row stride."""
     item = format_of(weight_dtype)
-    code, scale_minimum, has_minimum = code_reader(item), HEADERS[item.header], "M" in item.header
+    has_zeros = item.header.startswith("SZ")
+    code, has_minimum = code_reader(item), has_zeros or "M" in item.header
+    scale_minimum = scale_minimum_sz(item) if has_zeros else HEADERS[item.header]
     header_bytes, superblock_bytes = item.header_lines * LINE_BYTES, item.superblock_bytes
     groups, group_bytes = item.group_inputs // GROUP_INPUTS, item.code_lines * LINE_BYTES
 

@@ -28,6 +28,13 @@ def _scale_and_minimum(superblock, inside_group, line, feature, mask, HEADER: tl
         exponent = tl.load(superblock + (2 * inside_group + line // 4) * 16 + feature, mask=mask, other=0).to(tl.int32)
         bits = tl.where(exponent >= 2, (exponent - 1) << 23, 0x00200000 << tl.minimum(exponent, 1))
         scale = bits.to(tl.float32, bitcast=True)
+    elif HEADER == "SZ32" or HEADER == "SZ64" or HEADER == "SZ128":
+        EACH: tl.constexpr = 32 if HEADER == "SZ32" else (64 if HEADER == "SZ64" else 128)
+        SUPERBLOCK: tl.constexpr = 128 if HEADER == "SZ128" else 256
+        at = (64 * inside_group + 8 * line) // EACH * 16 + feature
+        scale = tl.load(halves + at, mask=mask, other=0.0).to(tl.float32)
+        zero = tl.load(superblock + SUPERBLOCK // EACH * 32 + at, mask=mask, other=0)
+        minimum = -(zero.to(tl.float32) * scale)
     else:
         d = tl.load(halves + feature, mask=mask, other=0.0).to(tl.float32)
         if HEADER == "K2S16":
@@ -72,7 +79,7 @@ def _dequantize_form_kernel(weight, out, num_groups, block_bytes, out_stride, HE
         code = (entries >> (code % 8 * 8).to(tl.int64)).to(tl.int8).to(tl.int32)
     scale, minimum = _scale_and_minimum(superblock, inside_group, line, feature, mask, HEADER)
     values = (code - OFFSET).to(tl.float32) * scale[:, :, :, None]
-    if HEADER == "SM32" or HEADER == "K2M32":
+    if HEADER == "SM32" or HEADER == "K2M32" or HEADER == "SZ32" or HEADER == "SZ64" or HEADER == "SZ128":
         values += minimum[:, :, :, None]
     target = out + (block * 16 + feature) * out_stride + group * 64 + line * 8
     tl.store(target[:, :, :, None] + index, values.to(tl.bfloat16), mask=mask[:, :, :, None])

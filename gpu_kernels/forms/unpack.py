@@ -36,6 +36,9 @@ FORMS = {
     "q6_k": Form(6, 256, 5, "K2S16", 32),
     "iq4_nl": Form(4, 64, 1, "S32", table=IQ4),
     "iq4_xs": Form(4, 256, 3, "K2S32", table=IQ4),
+    "int4_g32": Form(4, 256, 6, "SZ32"),
+    "int4_g64": Form(4, 256, 3, "SZ64"),
+    "int4_g128": Form(4, 128, 1, "SZ128"),
     "mxfp4": Form(4, 128, 1, "E32", table=TWICE_E2M1),
 }
 
@@ -96,6 +99,12 @@ def _numbers(header: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     if form.header == "E32":
         exponents = numbers(0, 4, signed=False)
         return torch.ldexp(torch.ones_like(exponents), exponents - 128).repeat_interleave(2, 2), none
+    if form.header.startswith("SZ"):
+        each = int(form.header[2:])
+        groups = form.inputs // each
+        scale = halves(0, groups)
+        minimum = -numbers(2 * FEATURES * groups, groups, signed=False) * scale
+        return scale.repeat_interleave(each // 16, 2), minimum.repeat_interleave(each // 16, 2)
     if form.header == "K2S16":
         return halves(0, 1) * numbers(LINE, 16, signed=True), none
     if form.header == "K2S32":

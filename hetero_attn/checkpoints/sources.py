@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
+from hetero_attn.checkpoints.int4.checkpoint import Int4Checkpoint
+from hetero_attn.checkpoints.int4.scheme import read_scheme
 from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.tensor_names import tensor_name
@@ -47,8 +49,18 @@ def is_gguf(path: Path) -> bool:
 
 
 def open_source(path: Path) -> Checkpoint | GgufCheckpoint:
-    """Open a model directory with safetensors, or a GGUF file; raises CheckpointError."""
-    return GgufCheckpoint.open(path) if is_gguf(path) else Checkpoint.open(path)
+    """Open a model directory with safetensors, or a GGUF file.
+
+    Raises CheckpointError, and UnsupportedModelError for quantised weights that are not read.
+    """
+    if is_gguf(path):
+        return GgufCheckpoint.open(path)
+    return Int4Checkpoint.open(path) if is_quantised(path) else Checkpoint.open(path)
+
+
+def is_quantised(path: Path) -> bool:
+    """Whether the config of a model directory says how its weights are quantised; raises as `read_scheme` does."""
+    return (path / "config.json").exists() and read_scheme(path) is not None
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -60,11 +72,11 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def stored_formats(path: Path, config: ModelConfig) -> WeightFormats:
-    """The formats in which a model is held as it is on disk; of safetensors fp32 stays and all else is bf16."""
-    if not is_gguf(path):
+    """The formats in which a model is held as it is on disk; of plain safetensors fp32 stays and all else is bf16."""
+    if not is_gguf(path) and not is_quantised(path):
         stored = stored_dtype(path) or config.dtype or "bf16"
         return weight_formats("fp32" if stored == "fp32" else "bf16")
-    with GgufCheckpoint.open(path) as source:
+    with open_source(path) as source:
         source.check(config)
         formats = {name: source.dtype(name) for name in source.names if len(source.shape(name)) > 1}
         return WeightFormats("bf16", formats[tensor_name("embed")], formats)

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 import torch
 
 from cpu_kernels import CpuKernels, fresh_memory
-from cpu_kernels.formats import BLOCK_FEATURES, GGUF_TYPES, format_of
+from cpu_kernels.formats import BLOCK_FEATURES, SOURCE_TYPES, format_of
 from hetero_attn.checkpoints.sources import WeightSource
 from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.weights import LinearSpec, Part
 
 RUN_BYTES = 16 << 20  # of a run's rows in float32
-FORMAT_OF = {item.name: item.format for item in GGUF_TYPES.values()}
+FORMAT_OF = {item.name: item.format for item in SOURCE_TYPES.values()}
 
 
 def units_at_once(spec: LinearSpec) -> int:
@@ -93,8 +93,8 @@ class UnitRows:
 
 
 def dequantised(ops: CpuKernels, rows: torch.Tensor, source_type: str, tensor: str) -> torch.Tensor:
-    """float32 values of rows as they are in a GGUF file; CheckpointError names the tensor whose scale is not finite."""
-    kind = next(item for item in GGUF_TYPES.values() if item.name == source_type)
+    """float32 values of coded rows of a file; CheckpointError names the tensor whose scale is not finite."""
+    kind = SOURCE_TYPES[source_type]
     in_features = rows.shape[1] // kind.block_bytes * kind.items
     padded = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % BLOCK_FEATURES))
     shape = (padded.shape[0] // BLOCK_FEATURES, format_of(kind.format).block_bytes(in_features))

@@ -23,6 +23,7 @@ MAX_INTERMEDIATE = 1 << 20
 MAX_HEADS = 1 << 12
 MAX_HEAD_DIM = 1 << 10
 MAX_CONTEXT = 1 << 25
+READ_METHODS = ("gptq", "awq", "compressed-tensors")
 MIN_BETA = 1e-6  # turns of yarn's slowest dimension: the logarithm of nearly nothing is no dimension
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -209,11 +210,12 @@ def _family_name(fields: JsonFields) -> str:
 def _check_supported(fields: JsonFields) -> None:
     for key in ("quantization_config", "compression_config"):
         if (found := fields.get(key)) is not None:
+            if key == "quantization_config" and isinstance(found, dict) and found.get("quant_method") in READ_METHODS:
+                continue  # checkpoints.int4 reads the rest of it
             method = found.get("quant_method", "unnamed") if isinstance(found, dict) else found
             raise UnsupportedModelError(
-                f"{fields.path}: {key} says the weights are already quantised (method {show(method)}); hetero_attn "
-                "reads fp32, fp16 and bf16 weights and quantises them itself (dtype q8 or q4). Use the unquantised "
-                "checkpoint"
+                f"{fields.path}: {key}: the weights are quantised by {show(method)}, which is not read; take them "
+                f"unquantised, as GGUF, or int4 of {', '.join(READ_METHODS)}"
             )
     if (act := fields.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise UnsupportedModelError(f"{fields.path}: hidden_act is {show(act)}, only silu is supported")

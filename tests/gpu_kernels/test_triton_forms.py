@@ -1,13 +1,15 @@
-"""Linears over the formats of GGUF files on the GPU lane, against the reference, which unpacks by its own hand."""
+"""Linears over the formats of GGUF files and over groups of int4 on the GPU lane, against the reference, which unpacks by its own hand."""
 
 import pytest
 import torch
 
+from cpu_kernels.formats import INT4_GROUPS
 from gpu_kernels import linear_layer, reference
 from gpu_kernels.forms.dequantize import dequantize_form
 from gpu_kernels.forms.unpack import FORMS
 from tests.support.cpu_oracles import kernels
 from tests.support.gguf_data import CODED, random_rows, repacked
+from tests.support.int4_data import packed, random_groups
 
 by_form = pytest.mark.parametrize("kind", [kind for kind in CODED if kind.format in FORMS], ids=lambda kind: kind.name)
 
@@ -39,6 +41,29 @@ def test_linear_agrees_with_the_reference(device, kind, rows):
     reference.linear(x, weight, kind.format, bias, expected, accumulate=True)
 
     assert nmse(actual, expected) < 2e-5  # weights and inputs rounded to bf16
+
+
+@pytest.mark.parametrize("group", INT4_GROUPS)
+@pytest.mark.parametrize("count", [1, 9])
+def test_groups_of_int4_are_the_references_rounded_to_bf16(device, group, count):
+    name, weight = packed(kernels(), random_groups(32, group * count, group))
+    weight = weight.to(device)
+
+    actual = dequantize_form(weight, name, group * count)[:, : group * count]
+
+    assert torch.equal(actual.float(), reference.unpack(weight, name, group * count).to(torch.bfloat16).float())
+
+
+@pytest.mark.parametrize("group", INT4_GROUPS)
+def test_linear_over_groups_of_int4_agrees_with_the_reference(device, group):
+    name, weight = packed(kernels(), random_groups(32, 256, group))
+    weight, x = weight.to(device), torch.randn(5, 256, device=device)
+    actual, expected = torch.empty(5, 32, device=device), torch.empty(5, 32, device=device)
+
+    linear_layer.linear(x, weight, name, None, actual)
+    reference.linear(x, weight, name, None, expected)
+
+    assert nmse(actual, expected) < 2e-5
 
 
 def test_fp16_weights_are_multiplied_unrounded(device):
