@@ -24,6 +24,7 @@ from hetero_attn.planning.settle import PlannedModel, settle
 from hetero_attn.serving.defaults import default_params
 from hetero_attn.serving.parameters import Params, for_each
 from hetero_attn.serving.progress import PrefillBar, compile_note, loading_bar, prepare_note
+from hetero_attn.serving.prompt_scores import PromptScores
 from hetero_attn.serving.prompts import are_conversations, as_prompt, as_prompts, as_token_ids
 from hetero_attn.serving.request import Request, RequestOutput
 from hetero_attn.serving.sampling import Sampler
@@ -231,6 +232,23 @@ class LLM:
         """
         with self._turns.beside_steps():
             request = self._request(prompt, params, priority)
+        self._turns.add(request)
+        return request
+
+    def add_scoring(self, prompt: Prompt, logprobs: int = 0, *, priority: int = 0) -> Request:
+        """Queue a prompt whose own tokens are to be scored, not continued, for `step`. Raises PromptError.
+
+        logprobs: how many of the most likely tokens to report at each position beside the prompt's own; -1 for all.
+        Once the request has ended, `request.scores.tokens` holds an entry for each token of the prompt: None for the
+        first, else its natural log-probability by the very same plan. The logits themselves are not kept.
+        """
+        self._turns.check()
+        self._check_queue()
+        params = SamplingParams(logprobs=logprobs)
+        token_ids = self._require_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
+        request = self._scoring(self._check_ids(token_ids, reserve=0))
+        request.scores = PromptScores(request.prompt_token_ids, params.logprobs or 0)
+        request.priority, request.asked_at = priority, time.perf_counter()
         self._turns.add(request)
         return request
 

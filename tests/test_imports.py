@@ -30,6 +30,7 @@ FLOORS = {
     "hetero_attn": (
         "__main__",
         "cli",
+        "server",
         "",
         "tools",
         "llm",
@@ -51,7 +52,7 @@ FLOORS = {
 LONGEST_CHAIN = {"hetero_attn": 14, "placement": 6, "cpu_kernels": 6}
 MOST_MODULES = 14  # in one folder
 OPS = ("linear", "rms_norm", "silu_mul", "rope_append", "decode_attention", "prefill_attention", "merge")
-SLOW_TO_IMPORT = ("torch", "transformers", "scipy", "matplotlib", "numba")
+SLOW_TO_IMPORT = ("torch", "transformers", "scipy", "matplotlib", "numba", "starlette", "uvicorn")
 
 
 def sources(package: str) -> list[Path]:

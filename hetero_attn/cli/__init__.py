@@ -13,6 +13,7 @@ import typer
 
 from hetero_attn.cli import bench, chat, doctor, generate, plan, policy, profile, verify
 from hetero_attn.cli.errors import CleanErrors
+from hetero_attn.cli.serve import command
 
 app = typer.Typer(
     cls=CleanErrors,
@@ -44,7 +45,7 @@ def common(
     """Run language models that do not fit in GPU memory, split over GPU, PCIe and CPU."""
 
 
-for command in (
+for subcommand in (
     generate.generate,
     chat.chat,
     plan.plan,
@@ -52,8 +53,9 @@ for command in (
     bench.bench,
     verify.verify,
     doctor.doctor,
+    command.serve,
 ):
-    app.command()(command)
+    app.command()(subcommand)
 app.add_typer(policy.app, name="policy")
 
 

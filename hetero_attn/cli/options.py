@@ -94,7 +94,7 @@ def load_llm(
     device: str,
     context: int | None,
     threads: int | None,
-    seed: int = 0,
+    seed: int | None = 0,
     kv_dtype: str = "auto",
     batch: int | None = None,
     needs_text: bool = False,

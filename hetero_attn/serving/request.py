@@ -8,6 +8,7 @@ import torch
 
 from hetero_attn.cache.pool import SequenceState
 from hetero_attn.errors import HeteroError
+from hetero_attn.serving.prompt_scores import PromptScores
 from hetero_attn.serving.sampling import SampledToken, Sampler
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.serving.tokenizer import TextStream
@@ -106,7 +107,7 @@ class Request:
     reused: int = 0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[SampledToken] = field(default_factory=list)
-    scores: list[torch.Tensor] | None = None
+    scores: list[torch.Tensor] | PromptScores | None = None
     priority: int = 0
     arrival: int = -1
     replayed: int = 0

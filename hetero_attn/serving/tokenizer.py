@@ -5,11 +5,13 @@ transformers' sandbox. transformers is imported when a tokenizer is opened, beca
 """
 
 import importlib.util
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from copy import copy
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -32,6 +34,17 @@ _MAX_UNFINISHED = 3
 # With more replacement characters than this at the end, the bytes are garbage rather than the start of a character
 # (a byte-fallback vocabulary shows the whole run of bytes, so the character before counts too).
 _GARBAGE_RUN = 8
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2's table): printable Latin-1 stands for
+    itself, every other byte, in order, for the characters from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_level_alphabet()
 
 
 def has_tokenizer(path: str | Path) -> bool:
@@ -95,8 +108,8 @@ class Tokenizer:
             ) from error
         return cls(path, tokenizer)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the model's texts begin (and end) with.
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with the special tokens that the model's texts begin (and end) with unless told not to.
 
         Raises:
             PromptError: the text cannot be encoded, for instance because it holds half of a surrogate pair.
@@ -107,7 +120,7 @@ class Tokenizer:
             raise PromptError(
                 f"prompt is not valid Unicode: {_first_line(error)}; give text without surrogates"
             ) from None
-        return list(self._tokenizer.encode(text, add_special_tokens=True, verbose=False))
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
 
     @property
     def chat_template(self) -> str | None:
@@ -119,6 +132,7 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         template_variables: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """Token ids of a conversation through the model's own chat template.
 
@@ -126,6 +140,7 @@ class Tokenizer:
             messages: each with "role" and "content", text or a list of text parts, which are joined.
             add_generation_prompt: end with the words that open the assistant's turn.
             template_variables: what the template knows beside the messages, such as {"enable_thinking": False}.
+            continue_final_message: leave the last message open, so that the answer goes on with it.
 
         Raises:
             PromptError: no messages, a message without role or text, no template, or one that refuses them.
@@ -135,7 +150,12 @@ class Tokenizer:
             raise PromptError(f"{self.path}: the tokenizer has no chat template; use generate with a plain prompt")
         try:
             ids = self._tokenizer.apply_chat_template(
-                plain, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False, **variables
+                plain,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+                tokenize=True,
+                return_dict=False,
+                **variables,
             )
         # A template raises what it likes: jinja2 errors, its own raise_exception, type errors from odd content.
         except Exception as error:
@@ -147,6 +167,37 @@ class Tokenizer:
         return self._tokenizer.decode(
             list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text; those of a special token are its name."""
+        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        if piece is None:
+            return b""
+        if token_id in self._tokenizer.added_tokens_decoder:
+            return piece.encode()
+        if self._is_byte_level and all(character in _BYTE_OF for character in piece):
+            return bytes(_BYTE_OF[character] for character in piece)
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Special tokens by their part, such as {"eos_token": "</s>"}."""
+        named = ("bos_token", "eos_token", "pad_token", "unk_token")
+        found = {name: getattr(self._tokenizer, name, None) for name in named}
+        return {name: str(token) for name, token in found.items() if token is not None}
+
+    @cached_property
+    def special_token_ids(self) -> frozenset[int]:
+        """Ids of the tokens that are left out of a text."""
+        added = self._tokenizer.added_tokens_decoder.items()
+        return frozenset(token_id for token_id, token in added if token.special)
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        return backend is not None and "ByteLevel" in str(backend.decoder)
 
     def stream(self, stop: Sequence[str] = (), skip_special_tokens: bool = True) -> "TextStream":
         """A fresh `TextStream` over this tokenizer."""

@@ -1,0 +1,1 @@
+"""`hetero-attn serve`, which needs the extra `[server]`."""

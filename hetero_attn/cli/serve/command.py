@@ -1,0 +1,91 @@
+"""`hetero-attn serve`: a model over HTTP, for the tools that people have."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hetero_attn.cli import options
+from hetero_attn.cli.output import read_text
+
+if TYPE_CHECKING:
+    from hetero_attn import LLM
+
+SEQUENCES = 4
+
+
+def serve(
+    model: options.Model,
+    host: Annotated[
+        str, typer.Option(help="Where to listen; elsewhere than on loopback a key is needed.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any free one.", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(help="Key that clients must present; seen in lists of processes.")
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="Take the key from a file.")] = None,
+    served_name: Annotated[str | None, typer.Option(help="The model's name to clients. Default: its own.")] = None,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; others get 429.", min=0)] = 256,
+    ping_interval: Annotated[
+        float, typer.Option(help="Seconds of silence before a stream is kept alive; 0: never.")
+    ] = 15,
+    allow_host: Annotated[list[str] | None, typer.Option(help="A Host that requests may name.")] = None,
+    allow_origin: Annotated[list[str] | None, typer.Option(help="An origin whose pages may ask.")] = None,
+    policy: options.Policy = "auto",
+    gpu_memory: options.GpuMemory = None,
+    gpu_layers: options.GpuLayers = None,
+    dtype: options.Dtype = "auto",
+    kv_dtype: options.KvDtype = "auto",
+    device: options.Device = "auto",
+    context: options.Context = None,
+    batch: options.Batch = None,
+    threads: options.Threads = None,
+) -> None:
+    """Serve a model by OpenAI's protocols; it answers /health at once and everything else once it is loaded."""
+    try:
+        from hetero_attn.server.run import listen
+        from hetero_attn.server.run import serve as serve_on
+        from hetero_attn.server.settings import ServerSettings
+    except ImportError as missing:
+        if missing.name is None or missing.name.partition(".")[0] not in ("starlette", "uvicorn", "prometheus_client"):
+            raise
+        raise typer.BadParameter(f"serve needs {missing.name}: pip install 'hetero-attn[server]'") from None
+    key = _key(api_key, api_key_file)
+    settings = ServerSettings(
+        host=host,
+        port=port,
+        api_key=key,
+        served_name=served_name,
+        max_waiting=max_waiting,
+        ping_interval_s=ping_interval,
+        allowed_hosts=tuple(allow_host or ()),
+        allowed_origins=tuple(allow_origin or ()),
+    )
+    try:
+        sock = listen(settings)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+
+    def load() -> LLM:
+        from hetero_attn.server.driver import warmed
+
+        places = SEQUENCES if batch is None else batch
+        return warmed(
+            options.load_llm(model, policy, gpu_memory, dtype, device, context, threads, None, kv_dtype, batch=places)
+        )
+
+    settings = replace(settings, port=sock.getsockname()[1])
+    typer.echo(f"loading {model}; http://{host}:{settings.port}/health tells when it is ready", err=True)
+    serve_on(load, settings, lambda text: typer.echo(text, err=True), sock)
+
+
+def _key(key: str | None, file: Path | None) -> str | None:
+    if key is not None and file is not None:
+        raise typer.BadParameter("give the key by --api-key or by --api-key-file, one of the two")
+    found = key if file is None else read_text(file).strip()
+    if found == "":
+        raise typer.BadParameter("the key is empty; give one, or leave the option out")
+    return found

@@ -1,0 +1,31 @@
+"""What a server says when it is ready: what it serves, how fast that is expected to be, and what clients are set to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hetero_attn.server.settings import ServerSettings
+
+if TYPE_CHECKING:  # it needs torch, whose import would keep a server from answering while it loads
+    from hetero_attn.llm import LLM
+
+
+def banner(llm: LLM, settings: ServerSettings) -> str:
+    """The lines, none wider than 100 columns unless a name is long."""
+    plan, address = llm.plan, f"http://{settings.host}:{settings.port}"
+    name, key = settings.served_name or plan.model, "KEY" if settings.api_key else "none"
+    speed = ""
+    if plan.predicted is not None:
+        prefill, decode = plan.predicted.prefill.tokens_per_s, plan.predicted.decode.tokens_per_s
+        speed = f"\nexpected: {prefill:.3g} tokens/s of a prompt, {decode:.3g} tokens/s of an answer"
+    return (
+        f"{name} is served on {address}\n"
+        f"context {plan.max_context} tokens (--context), {plan.max_batch} sequences at once (--batch), "
+        f"{settings.max_waiting} more may wait (--max-waiting){speed}\n"
+        "settings of clients:\n"
+        f"  openai-python  OpenAI(base_url='{address}/v1', api_key='{key}')\n"
+        f"  Open WebUI     OPENAI_API_BASE_URL={address}/v1 OPENAI_API_KEY={key}\n"
+        f"  aider          aider --openai-api-base {address}/v1 --openai-api-key {key} --model openai/{name}\n"
+        f"  Continue       provider: vllm, apiBase: {address}/v1, apiKey: {key}, model: {name}\n"
+        f"  lm-eval        --model local-completions --model_args base_url={address}/v1/completions,model={name}"
+    )

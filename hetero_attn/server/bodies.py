@@ -1,0 +1,105 @@
+"""A request's body: read within limits of bytes, seconds and depth, and checked against what a protocol knows."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from hetero_attn.server.failures import ApiError
+from hetero_attn.server.settings import ServerSettings
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+async def read_json(request: Request, settings: ServerSettings) -> dict[str, Any]:
+    """The JSON object of a request. Raises ApiError: 413 too large, 408 too slow, 400 no such object."""
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > settings.body_bytes:
+        raise _too_large(settings)
+    try:
+        data = await asyncio.wait_for(_read(request, settings), settings.body_s)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {settings.body_s:g} s; send it again") from None
+    except ClientDisconnect:
+        raise ApiError(499, "the client is gone") from None
+    return parse_object(data, settings.depth)
+
+
+async def _read(request: Request, settings: ServerSettings) -> bytes:
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > settings.body_bytes:
+            raise _too_large(settings)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def parse_object(data: bytes, depth: int) -> dict[str, Any]:
+    """The JSON object that some bytes are: no key twice, no NaN, nested at most `depth` deep. Raises ApiError."""
+    try:
+        value = json.loads(data, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+    except RecursionError:
+        raise _too_deep(depth) from None
+    except UnicodeDecodeError:
+        raise ApiError(400, "the body is not UTF-8; send JSON in UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ApiError(400, f"the body is no JSON: {error.msg} at character {error.pos}") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, f"the body is a JSON {type(value).__name__}; it must be an object")
+    _check_depth(value, depth)
+    return value
+
+
+def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ApiError(400, f"the key {twice!r:.60} stands twice in one object; give it once", param=f"{twice:.60}")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ApiError(400, f"the body holds {name}, which is no JSON; leave the value out or give a number")
+
+
+def _check_depth(value: Any, most: int) -> None:
+    level = [value]
+    for _ in range(most):
+        inner = [item for item in level if isinstance(item, (dict, list))]
+        if not inner:
+            return
+        level = [child for item in inner for child in (item.values() if isinstance(item, dict) else item)]
+    raise _too_deep(most)
+
+
+def _too_deep(depth: int) -> ApiError:
+    return ApiError(400, f"the body nests more than {depth} deep; flatten it")
+
+
+def _too_large(settings: ServerSettings) -> ApiError:
+    error = ApiError(413, f"the body is larger than {settings.body_bytes} bytes; send less")
+    return error
+
+
+def checked(kind: type[Body], data: dict[str, Any]) -> Body:
+    """A body as its protocol knows it. Raises ApiError that names the field at fault, by path, and the rule."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        path = ".".join(map(str, first["loc"]))
+        found = "" if first["type"] == "missing" else f", got {first['input']!r:.60}"
+        raise ApiError(400, f"{path}: {first['msg']}{found}", param=path or None) from None
+
+
+def refuse(data: BaseModel, **reasons: str) -> None:
+    """Raise ApiError for a field that is set and that this server does not do: to ignore it would be a silent lie."""
+    for name, reason in reasons.items():
+        value = getattr(data, name, None)
+        if value not in (None, False, "", [], {}):
+            raise ApiError(400, f"{name} is not supported: {reason}", param=name, code="unsupported_field")

@@ -1,0 +1,191 @@
+"""The thread that owns a model: it loads it, takes its steps and ends what clients gave up.
+
+The event loop never waits for it. `enter` and `leave` note what is to be done; the thread takes the notes up between
+two steps. After a step one call on the loop wakes those whose requests moved, and counts what they made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from hetero_attn.errors import EngineDeadError, HeteroError
+from hetero_attn.server.failures import LOG
+from hetero_attn.server.generation import Generation
+from hetero_attn.server.metrics import ServerMetrics
+from hetero_attn.serving.sampling_params import SamplingParams
+
+if TYPE_CHECKING:  # they need torch, whose import would keep a server from answering while it loads
+    from hetero_attn.llm import LLM
+    from hetero_attn.serving.request import Request
+
+
+class State(enum.Enum):
+    """What a server is doing. FAILED: the model could not be loaded, or its engine is dead."""
+
+    LOADING = "loading"
+    READY = "ready"
+    STOPPING = "stopping"
+    FAILED = "failed"
+
+
+class Driver:
+    """One model and its thread. Everything but `_work` and what it calls happens on the event loop.
+
+    load: makes the model; called by the thread. changed: called on the loop with every new state.
+    """
+
+    def __init__(self, load: Callable[[], LLM], metrics: ServerMetrics, changed: Callable[[State], None]) -> None:
+        self.llm: LLM | None = None
+        self.state = State.LOADING
+        self.failure: BaseException | None = None
+        self.live: dict[Request, Generation] = {}
+        self._load, self._metrics, self._changed = load, metrics, changed
+        self._notes: deque[tuple[Request, HeteroError | None]] = deque()  # to be ended by the thread
+        self._moved: deque[Request] = deque()  # for the loop to look at
+        self._is_announced = False
+        self._wake = threading.Event()
+        self._is_over = False
+        self._thread = threading.Thread(target=self._work, name="hetero-attn-driver", daemon=True)
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start loading."""
+        self._loop = loop
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        """Requests that have a place."""
+        return sum(request.sequence is not None for request in self.live)
+
+    def enter(self, generation: Generation) -> None:
+        """Let requests that were added to the model be computed."""
+        for request in generation.requests:
+            self.live[request] = generation
+        if self.state is State.FAILED:
+            generation.fail(self._dead())
+        self._wake.set()
+        generation.wake()
+
+    def leave(self, generation: Generation) -> None:
+        """End the requests of a client that is gone; no effect on those that have ended."""
+        self.give_up(request for request in generation.requests if request in self.live)
+
+    def give_up(self, requests: Iterable[Request], error: HeteroError | None = None) -> None:
+        """End requests where they stand, after the step that runs."""
+        self._notes.extend((request, error) for request in requests if request.finish_reason is None)
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Take nothing new."""
+        if self.state is not State.FAILED:
+            self._become(State.STOPPING)
+
+    def finish(self, wait_s: float) -> None:
+        """End the thread after the step that runs and close the model; waits a while. Idempotent."""
+        self._is_over = True
+        self._wake.set()
+        self._thread.join(wait_s)
+
+    def _become(self, state: State) -> None:
+        self.state = state
+        self._changed(state)
+
+    def _dead(self) -> EngineDeadError:
+        return EngineDeadError(f"the engine is dead: {type(self.failure).__name__}; the server has to be started again")
+
+    def _work(self) -> None:
+        try:
+            llm = self._load()
+        except BaseException as failure:
+            self._call(self._fail, failure)
+            return
+        with llm:
+            if self._is_over:
+                return
+            self.llm = llm
+            self._call(self._ready)
+            try:
+                while not self._is_over:
+                    self._step(llm)
+            except BaseException as failure:
+                self._call(self._fail, failure)
+
+    def _step(self, llm: LLM) -> None:
+        """One step, or a wait for something to do. A step that fails ends what took part, unless the engine is dead."""
+        while self._notes:
+            request, _ = note = self._notes.popleft()
+            llm.abort(request)
+            self._note_end(*note)
+        try:
+            moved = llm.step()
+        except EngineDeadError:
+            raise
+        except HeteroError as error:
+            LOG.error("a step failed: %s", type(error).__name__)
+            for request in list(self.live):
+                llm.abort(request)
+                self._note_end(request, error)
+            return
+        if moved:
+            self._announce(moved)
+        else:
+            self._wake.wait()
+            self._wake.clear()
+
+    def _note_end(self, request: Request, error: HeteroError | None) -> None:
+        if error is not None:
+            request.error = request.error or error
+        self._announce((request,))
+
+    def _announce(self, requests: Iterable[Request]) -> None:
+        self._moved.extend(requests)
+        if not self._is_announced:
+            self._is_announced = True
+            self._call(self._look)
+
+    def _call(self, function: Callable, *arguments: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the loop is closed, so nobody listens
+            self._is_over = True
+
+    def _look(self) -> None:
+        """Wake the clients of what moved; on the loop."""
+        self._is_announced = False
+        while self._moved:
+            request = self._moved.popleft()
+            generation = self.live.get(request)
+            if generation is None:
+                continue
+            self._metrics.moved(request)
+            if request.finish_reason is not None:
+                del self.live[request]
+                self._metrics.ended(request)
+            generation.wake()
+
+    def _ready(self) -> None:
+        if self.state is State.LOADING:
+            self._become(State.READY)
+
+    def _fail(self, failure: BaseException) -> None:
+        self.failure = failure
+        LOG.error("the model is lost: %s: %s", type(failure).__name__, failure if self.llm is None else "")
+        error = self._dead()
+        for request, generation in list(self.live.items()):
+            del self.live[request]
+            self._metrics.lost(request)
+            generation.fail(error)
+        self._become(State.FAILED)
+
+
+def warmed(llm: LLM) -> LLM:
+    """The model with its kernels compiled and loaded, so that the first client does not wait for that."""
+    begin = llm.engine.config.bos_token_id or 0
+    llm.generate([[begin] * 4], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
+    llm.report().reset()
+    return llm

@@ -1,0 +1,94 @@
+"""Who may ask: Host, Origin and key are looked at before anything else; addresses are tidied.
+
+A page of a stranger's site reaches a server on loopback through its visitor's browser, directly (the Origin tells) or
+by a name that it lets point there (the Host tells).
+"""
+
+import hmac
+import re
+from collections.abc import Iterable
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hetero_attn.server.failures import ApiError, response_of
+from hetero_attn.server.settings import LOCAL_NAMES, ServerSettings
+
+WITHOUT_KEY = ("/health", "/", "/version")  # and what lies under /ui/
+_ASKED_BY_BROWSERS = {b"access-control-allow-methods": b"GET, POST", b"access-control-max-age": b"600"}
+
+
+class Guard:
+    """Lets through what is allowed, and answers the rest itself; an ASGI application around another."""
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+        self._app, self._settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check one request and pass it on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope = scope | {"path": re.sub("/{2,}", "/", scope["path"]).rstrip("/") or "/"}
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        try:
+            self._check(scope, headers)
+        except ApiError as error:
+            await response_of(error, scope["path"])(scope, receive, send)
+            return
+        if (origin := headers.get("origin")) in self._settings.allowed_origins and origin:
+            send = _with_headers(send, origin)
+            if scope["method"] == "OPTIONS":
+                wanted = headers.get("access-control-request-headers", "authorization, content-type")
+                allowed = _ASKED_BY_BROWSERS | {b"access-control-allow-headers": wanted.encode("latin-1")}
+                await Response(status_code=204, headers={k.decode(): v.decode("latin-1") for k, v in allowed.items()})(
+                    scope, receive, send
+                )
+                return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope, headers: dict[str, str]) -> None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if not self._is_known_host(host):
+            raise ApiError(
+                400, f"the Host {host!r:.80} is not this server's; serve with --allow-host, or ask 127.0.0.1"
+            )
+        if origin is not None and not self._is_known_origin(origin, host):
+            raise ApiError(403, f"pages of {origin!r:.80} may not ask this server; serve with --allow-origin {origin}")
+        if scope["method"] == "OPTIONS" and origin in self._settings.allowed_origins:
+            return
+        path = scope["path"]
+        if self._settings.api_key and path not in WITHOUT_KEY and not path.startswith("/ui/"):
+            self._check_key(headers)
+
+    def _is_known_host(self, host: str) -> bool:
+        name = re.sub(r":\d+$", "", host).lower()
+        known = {*LOCAL_NAMES, self._settings.host.lower(), *map(str.lower, self._settings.allowed_hosts)}
+        return name in known or (not self._settings.is_local and not self._settings.allowed_hosts)
+
+    def _is_known_origin(self, origin: str, host: str) -> bool:
+        return origin.partition("://")[2].lower() == host.lower() or origin in self._settings.allowed_origins
+
+    def _check_key(self, headers: dict[str, str]) -> None:
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        bearer = token.strip() if scheme.lower() == "bearer" else ""
+        given: Iterable[str] = (bearer, headers.get("x-api-key", ""), headers.get("api-key", ""))
+        key = self._settings.api_key.encode()
+        if not any(hmac.compare_digest(each.encode("latin-1", "replace"), key) for each in given):
+            raise ApiError(
+                401,
+                "a key is missing or wrong; send the server's key as Authorization: Bearer KEY, or as x-api-key",
+                code="invalid_api_key",
+            )
+
+
+def _with_headers(send: Send, origin: str) -> Send:
+    """A `send` that lets pages of an allowed origin read what is answered."""
+
+    async def wrapped(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            allowed = [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"origin")]
+            message = message | {"headers": [*message.get("headers", ()), *allowed]}
+        await send(message)
+
+    return wrapped

@@ -1,0 +1,111 @@
+"""Fields that bodies of several protocols share, and what they ask of `SamplingParams`."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hetero_attn.server.failures import ApiError
+from hetero_attn.server.service import Service
+from hetero_attn.serving.sampling_params import LARGEST_SEED
+
+MOST_LOGPROBS = 20
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "min_tokens",
+    "logit_bias",
+    "skip_special_tokens",
+)
+
+
+class Fields(BaseModel):
+    """A body, or part of one; what it does not know is ignored, and counted."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class StreamOptions(Fields):
+    """What a stream carries beside the answer."""
+
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
+
+
+class SamplingFields(Fields):
+    """How to choose tokens, by OpenAI's and vLLM's names."""
+
+    model: str | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: int | None = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    logit_bias: dict[int, float] | None = None
+    skip_special_tokens: bool | None = None
+    priority: int | None = 0
+    user: str | None = None
+
+    def wishes(self, max_tokens: int | None) -> dict[str, Any]:
+        """The given ones, by their name in `SamplingParams`."""
+        found = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
+        if self.seed is not None:
+            found["seed"] = self.seed & LARGEST_SEED
+        if max_tokens is not None:
+            found["max_tokens"] = max_tokens
+        return found
+
+    @property
+    def usage_at_end(self) -> bool:
+        """Whether a stream's last chunk says what the turn has cost."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def usage_always(self) -> bool:
+        """Whether every chunk does."""
+        return self.usage_at_end and bool(self.stream_options.continuous_usage_stats)
+
+
+Logprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
+
+
+def count_unknown(service: Service, *bodies: BaseModel) -> None:
+    """Count the fields that nothing here knows."""
+    service.metrics.ignored(sum(len(body.model_extra or ()) for body in bodies))
+
+
+def check_model(service: Service, model: str | None) -> None:
+    """Any name does where one model is served, the empty one does not. Raises ApiError."""
+    if model == "":
+        raise ApiError(400, f"model is empty; it is called {service.model_name}", param="model")
+
+
+def new_id(prefix: str) -> str:
+    """A name that no other answer has."""
+    return f"{prefix}{uuid.uuid4().hex}"
+
+
+def now() -> int:
+    """Seconds since the epoch."""
+    return int(time.time())

@@ -1,0 +1,74 @@
+"""Log-probabilities of tokens in OpenAI's two forms.
+
+Text of a token is what its bytes say; a token that is only a part of a character has U+FFFD in its text, and the bytes
+beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # they need torch, whose import would keep a server from answering while it loads
+    from hetero_attn.serving.request import Request
+    from hetero_attn.serving.sampling import SampledToken
+    from hetero_attn.serving.tokenizer import Tokenizer
+
+
+def shown_tokens(request: Request, first: int, last: int) -> list[SampledToken]:
+    """Entries of the tokens [first, last) of an answer, but for the end token, which is no part of its text."""
+    entries = request.logprobs[first:last]
+    if entries and request.finish_reason == "stop" and entries[-1].token_id in request.sampler.stop_token_ids:
+        entries = entries[:-1]
+    return entries
+
+
+def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[SampledToken]) -> dict[str, Any]:
+    """As chat completions carry them."""
+
+    def one(token_id: int, logprob: float) -> dict[str, Any]:
+        data = tokenizer.token_bytes(token_id)
+        return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
+
+    return {
+        "content": [
+            one(entry.token_id, entry.logprob) | {"top_logprobs": [one(*pair) for pair in entry.top_logprobs]}
+            for entry in entries
+        ],
+        "refusal": None,
+    }
+
+
+def completion_logprobs(
+    tokenizer: Tokenizer,
+    entries: Sequence[SampledToken | None],
+    offset: int,
+    first_token: int | None = None,
+) -> tuple[dict[str, Any], int]:
+    """As completions carry them, and the offset of the text behind them.
+
+    None stands for the first token of an echoed prompt, `first_token`, which nothing predicts. The chosen token is
+    among the top ones, with the very same number: that is how evaluations tell whether it was the likeliest.
+    """
+    found: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+    def text_of(token_id: int) -> str:
+        return tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+
+    for entry in entries:
+        token_id = first_token if entry is None else entry.token_id
+        token = text_of(token_id)
+        found["tokens"].append(token)
+        found["text_offset"].append(offset)
+        found["token_logprobs"].append(None if entry is None else entry.logprob)
+        found["top_logprobs"].append(None if entry is None else _top(text_of, token, entry))
+        offset += 0 if token_id in tokenizer.special_token_ids else len(token)  # its name is not in the text
+    return found, offset
+
+
+def _top(text_of: Any, token: str, entry: SampledToken) -> dict[str, float]:
+    top: dict[str, float] = {}
+    for token_id, logprob in entry.top_logprobs:
+        top.setdefault(text_of(token_id), logprob)  # best first; another token may read the same
+    top.setdefault(token, entry.logprob)
+    return top

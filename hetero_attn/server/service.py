@@ -1,0 +1,193 @@
+"""What the protocols share: admission, text to tokens on threads of their own, turns begun and scored.
+
+Everything is checked before a client gets headers: fields, context, room in the queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hetero_attn.server.driver import Driver, State
+from hetero_attn.server.failures import ApiError, too_long
+from hetero_attn.server.generation import Generation
+from hetero_attn.server.metrics import ServerMetrics
+from hetero_attn.server.settings import ServerSettings
+from hetero_attn.server.turn import Conversation, Turn
+from hetero_attn.serving.sampling_params import LARGEST_SEED
+
+if TYPE_CHECKING:  # they need torch, whose import would keep a server from answering while it loads
+    from hetero_attn.llm import LLM
+    from hetero_attn.serving.request import Request
+    from hetero_attn.serving.tokenizer import Tokenizer
+
+ENCODING_S = 30.0  # for a prompt to become tokens; a template is a program of a stranger
+MOST_CHOICES = 16
+LONGEST_RETRY_S = 120
+Result = TypeVar("Result")
+
+
+class Service:
+    """One model being served. load: makes the model. changed: called on the loop with every state of the driver."""
+
+    def __init__(
+        self, load: Callable[[], LLM], settings: ServerSettings, changed: Callable[[State], None] = lambda state: None
+    ) -> None:
+        self.settings = settings
+        self.metrics = ServerMetrics(self._gauges, self._phases)
+        self.driver = Driver(load, self.metrics, changed)
+        self.started_at = int(time.time())
+        self._entering = 0  # requests that were let in and are not yet the driver's
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="hetero-attn-text")
+
+    @property
+    def llm(self) -> LLM:
+        """The model. Raises ApiError while there is none, or none any more."""
+        driver = self.driver
+        if driver.state is State.LOADING:
+            raise ApiError(503, "the model is loading; ask again in a moment", code="loading", retry_after_s=5)
+        if driver.state is State.FAILED:
+            raise ApiError(503, "the model is lost; the server has to be started again", code="engine_dead")
+        return driver.llm
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises ApiError without one."""
+        tokenizer = self.llm.tokenizer
+        if tokenizer is None:
+            raise ApiError(400, "this model has no tokenizer; give prompts as token ids to /v1/completions")
+        return tokenizer
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        return self.settings.served_name or self.llm.plan.model
+
+    async def on_thread(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns, on a thread for text. Raises ApiError after ENCODING_S."""
+        job = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        try:
+            return await asyncio.wait_for(job, ENCODING_S)
+        except TimeoutError:
+            raise ApiError(400, f"the prompt did not become tokens within {ENCODING_S:g} s; send less") from None
+
+    async def encode(self, turn: Turn) -> list[tuple[int, ...]]:
+        """The token ids of a turn's prompts. Raises ApiError where one leaves no room for an answer."""
+        found = await self.on_thread(lambda: self._encode(turn))
+        most = self.llm.plan.max_context
+        for ids in found:
+            if len(ids) >= most:
+                raise too_long(len(ids), most, turn.field)
+        return found
+
+    async def begin(self, turn: Turn) -> Generation:
+        """Let a turn in and have it computed. Raises ApiError, and what `LLM.add` raises, before anything is."""
+        if not 1 <= turn.choices <= MOST_CHOICES:
+            raise ApiError(400, f"n is {turn.choices}; it must be in 1..{MOST_CHOICES}", param="n")
+        prompts = _count(turn)
+
+        def add(llm: LLM, ids: list[tuple[int, ...]]) -> list[Request]:
+            pairs = [(prompt, choice) for prompt in ids for choice in range(turn.choices)]
+            params = [llm.default_params(**_wishes_of(turn, choice)) for choice in range(turn.choices)]
+            return [llm.add(prompt, params[choice], priority=turn.priority) for prompt, choice in pairs]
+
+        return await self._admit(turn, prompts * turn.choices, add)
+
+    async def score(self, turn: Turn, logprobs: int) -> Generation:
+        """Have the prompts' own tokens scored, each by a request of its own."""
+
+        def add(llm: LLM, ids: list[tuple[int, ...]]) -> list[Request]:
+            return [llm.add_scoring(prompt, logprobs, priority=turn.priority) for prompt in ids]
+
+        return await self._admit(turn, _count(turn), add)
+
+    async def _admit(self, turn: Turn, count: int, add: Callable[[LLM, list], list[Request]]) -> Generation:
+        llm = self.llm
+        if self.driver.state is State.STOPPING:
+            raise ApiError(503, "the server is stopping; ask another one", code="stopping", retry_after_s=30)
+        self._check_queue(count)
+        self._entering += count
+        try:
+            ids = await self.encode(turn)
+            adding = asyncio.get_running_loop().run_in_executor(self._pool, lambda: add(llm, ids))
+            try:
+                requests = await asyncio.shield(adding)
+            except asyncio.CancelledError:
+                adding.add_done_callback(self._drop)
+                raise
+        finally:
+            self._entering -= count
+        generation = Generation(requests, self.driver.leave)
+        self.driver.enter(generation)
+        return generation
+
+    def _drop(self, adding: asyncio.Future) -> None:
+        if not adding.cancelled() and adding.exception() is None:
+            self.driver.give_up(adding.result())
+
+    def _check_queue(self, count: int) -> None:
+        places, limit = self.llm.plan.max_batch, self.settings.max_waiting
+        taken = len(self.driver.live) + self._entering
+        if taken + count > places + max(limit, count - places if taken == 0 else 0):
+            raise ApiError(
+                429,
+                f"{taken} requests are computed or wait, and {limit} may wait; ask again later, or serve with a larger "
+                "--max-waiting",
+                code="queue_full",
+                retry_after_s=self._retry_after_s(taken),
+            )
+
+    def _retry_after_s(self, taken: int) -> int:
+        """When a place is likely to be free: the tokens that are still to be made, at the plan's speed."""
+        plan = self.llm.plan
+        rate = plan.predicted.decode.tokens_per_s if plan.predicted is not None else 10.0
+        left = [request.max_tokens - request.progress.tokens for request in self.driver.live]
+        shortest = min(left, default=0) * min(taken, plan.max_batch)
+        return min(max(1, math.ceil(shortest / max(rate, 0.1))), LONGEST_RETRY_S)
+
+    def _encode(self, turn: Turn) -> list[tuple[int, ...]]:
+        if isinstance(turn.prompts, Conversation):
+            return [tuple(self._encode_chat(turn.prompts))]
+        return [tuple(self.tokenizer.encode(text)) if isinstance(text, str) else text for text in turn.prompts]
+
+    def _encode_chat(self, talk: Conversation) -> list[int]:
+        variables: dict[str, Any] = dict(talk.variables)
+        if talk.tools:
+            variables["tools"] = list(talk.tools)
+        return self.tokenizer.encode_chat(talk.messages, talk.opens_answer, variables, talk.continues)
+
+    def _gauges(self) -> dict[str, float]:
+        driver, llm = self.driver, self.driver.llm
+        running = driver.running
+        found: dict[str, float] = {
+            "vllm:num_requests_running": running,
+            "vllm:num_requests_waiting": len(driver.live) - running + self._entering,
+        }
+        if llm is None:
+            return found
+        groups = llm.engine.kv_cache.layer_groups
+        used = max((1 - group.free_pages / group.capacity for group in groups if group.capacity), default=0.0)
+        predicted = llm.plan.predicted
+        speed = {} if predicted is None else {"hetero_predicted_decode_tokens_per_s": predicted.decode.tokens_per_s}
+        return found | {"vllm:kv_cache_usage_perc": used} | speed
+
+    def _phases(self) -> dict[str, dict[str, float]]:
+        return {} if self.driver.llm is None else self.driver.llm.report().to_dict()
+
+    def close(self) -> None:
+        """Let go of the threads for text."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _count(turn: Turn) -> int:
+    return 1 if isinstance(turn.prompts, Conversation) else len(turn.prompts)
+
+
+def _wishes_of(turn: Turn, choice: int) -> dict[str, Any]:
+    """The parameters of one of several answers: a seed that is given makes each of them repeatable, not alike."""
+    seed = turn.wishes.get("seed")
+    return dict(turn.wishes) if seed is None else {**turn.wishes, "seed": (seed + choice) & LARGEST_SEED}

@@ -1,0 +1,107 @@
+"""Answers over HTTP that end when the client does: streams of server-sent events with pings, and plain JSON.
+
+Whether the client is gone is watched by a task of ours: nobody else tells an answer that waits for a step.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from starlette.types import Receive, Scope, Send
+
+HEADERS = {
+    b"content-type": b"text/event-stream; charset=utf-8",
+    b"cache-control": b"no-store",
+    b"x-accel-buffering": b"no",
+}
+Result = TypeVar("Result")
+
+
+class ClientGone(Exception):
+    """The client closed its connection; nobody waits for an answer."""
+
+
+def frame(value: Any, event: str | None = None) -> bytes:
+    """One server-sent event: a line of JSON, named where a protocol wants names."""
+    data = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return (f"event: {event}\n" if event else "").encode() + f"data: {data}\n\n".encode("utf-8", "replace")
+
+
+class EventStream:
+    """An answer that is a stream; an ASGI application, as Starlette's responses are.
+
+    frames: what is sent, piece by piece; closed when the client is gone. ping: what is sent after `interval_s` of
+    silence; 0 for never. blocked_s: how long a client may read nothing before it is taken for gone.
+    """
+
+    def __init__(
+        self,
+        frames: AsyncGenerator[bytes],
+        ping: Callable[[], bytes],
+        interval_s: float,
+        blocked_s: float,
+        content_type: bytes = HEADERS[b"content-type"],
+    ) -> None:
+        self._frames, self._ping, self._interval_s, self._blocked_s = frames, ping, interval_s, blocked_s
+        self._headers = [*(HEADERS | {b"content-type": content_type}).items()]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send headers at once, then frames as they come."""
+        await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+        gone = asyncio.ensure_future(disconnected(receive))
+        pumping = asyncio.ensure_future(self._pump(send))
+        try:
+            await asyncio.wait({gone, pumping}, return_when=asyncio.FIRST_COMPLETED)
+            if pumping.done():
+                pumping.result()
+        finally:
+            for task in (gone, pumping):
+                task.cancel()
+            await asyncio.gather(gone, pumping, return_exceptions=True)
+            await self._frames.aclose()
+
+    async def _pump(self, send: Send) -> None:
+        async def deliver(data: bytes, more: bool = True) -> None:
+            message = {"type": "http.response.body", "body": data, "more_body": more}
+            await asyncio.wait_for(send(message), self._blocked_s)
+
+        following = asyncio.ensure_future(anext(self._frames, None))
+        try:
+            while True:
+                done, _ = await asyncio.wait({following}, timeout=self._interval_s or None)
+                if not done:
+                    await deliver(self._ping())
+                    continue
+                data = following.result()
+                if data is None:
+                    break
+                await deliver(data)
+                following = asyncio.ensure_future(anext(self._frames, None))
+            await deliver(b"", more=False)
+        except TimeoutError as blocked:
+            raise ClientGone("the client reads nothing") from blocked
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+
+
+async def disconnected(receive: Receive) -> None:
+    """Return when the client is gone; the body has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """What `work` returns; cancels it, and raises ClientGone, when the client goes first."""
+    working = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(disconnected(receive))
+    try:
+        await asyncio.wait({gone, working}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone("the client is gone")
+        return working.result()
+    finally:
+        for task in (gone, working):
+            task.cancel()
+        await asyncio.gather(gone, working, return_exceptions=True)

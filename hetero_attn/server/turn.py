@@ -1,0 +1,37 @@
+"""What a client wants, whichever protocol it speaks: prompts, how to choose tokens, how many answers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Prompt = str | tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """Messages for the chat template. tools, variables: what the template gets beside them.
+
+    opens_answer: end with the words that open the assistant's turn. continues: the last message is the answer's begin.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    opens_answer: bool = True
+    continues: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One request of a client.
+
+    prompts: one or several, or a conversation in their place. wishes: given sampling parameters by their name in
+    `SamplingParams`; what is not given is as the model suggests. choices: answers to each prompt. field: where the body
+    holds the prompt, for errors.
+    """
+
+    prompts: Sequence[Prompt] | Conversation
+    wishes: Mapping[str, Any] = field(default_factory=dict)
+    choices: int = 1
+    priority: int = 0
+    field: str = "messages"

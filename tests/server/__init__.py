@@ -1,0 +1,1 @@
+"""Black-box tests of the HTTP server over loopback."""

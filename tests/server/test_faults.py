@@ -1,0 +1,174 @@
+"""What clients send wrong, and who may ask: each is refused by its name, and nobody else notices."""
+
+import json
+import socket
+
+import pytest
+
+from hetero_attn.server.settings import ServerSettings
+from tests.server.test_lifecycle import read_until
+
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def chat(**more: object) -> bytes:
+    return json.dumps({"messages": HI, "max_tokens": 2, **more}).encode()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "said"),
+    [
+        ("chat/completions", b"", 400, "no JSON"),
+        ("chat/completions", b"[1]", 400, "must be an object"),
+        ("chat/completions", b'"x"', 400, "must be an object"),
+        ("chat/completions", b"{", 400, "no JSON"),
+        ("chat/completions", b"\xff\xfe\xff", 400, "UTF-8"),
+        ("chat/completions", b'{"messages": [], "messages": []}', 400, "twice"),
+        ("chat/completions", b'{"temperature": NaN}', 400, "NaN"),
+        ("chat/completions", b'{"a":' * 100 + b"1" + b"}" * 100, 400, "deep"),
+        ("chat/completions", b"[" * 100_000, 400, "deep"),
+        ("chat/completions", b"{}", 400, "messages"),
+        ("chat/completions", chat(messages=[]), 400, "messages"),
+        ("chat/completions", chat(messages="Hi"), 400, "messages"),
+        ("chat/completions", chat(messages=["Hi"]), 400, "messages.0"),
+        ("chat/completions", chat(messages=[{"content": "Hi"}]), 400, "messages.0.role"),
+        ("chat/completions", chat(messages=[{"role": "cat", "content": "Hi"}]), 400, "messages.0.role"),
+        ("chat/completions", chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, "text only"),
+        ("chat/completions", chat(messages=[{"role": "user", "content": "\ud800"}]), 400, "Unicode"),
+        ("chat/completions", chat(temperature=-1), 400, "temperature"),
+        ("chat/completions", chat(temperature="hot"), 400, "temperature"),
+        ("chat/completions", chat(top_p=2), 400, "top_p"),
+        ("chat/completions", chat(max_tokens=0), 400, "max_tokens"),
+        ("chat/completions", chat(n=17), 400, "n is 17"),
+        ("chat/completions", chat(stop=["x"] * 17), 400, "stop"),
+        ("chat/completions", chat(logit_bias={"5000": 1}), 400, "logit_bias"),
+        ("chat/completions", chat(top_logprobs=2), 400, "logprobs: true"),
+        ("chat/completions", chat(logprobs=True, top_logprobs=21), 400, "top_logprobs"),
+        ("chat/completions", chat(response_format={"type": "json_object"}), 400, "response_format"),
+        ("chat/completions", chat(tools=[{"type": "function"}]), 400, "tools"),
+        ("chat/completions", chat(chat_template="{{ 1 }}"), 400, "chat_template"),
+        ("chat/completions", chat(chat_template_kwargs={"tokenize": False}), 400, "chat_template_kwargs"),
+        ("chat/completions", chat(model=""), 400, "model"),
+        (
+            "chat/completions",
+            chat(messages=[{"role": "user", "content": "a b " * 600}]),
+            400,
+            "maximum context length is 512",
+        ),
+        ("completions", b"{}", 400, "prompt"),
+        ("completions", b'{"prompt": []}', 400, "empty"),
+        ("completions", b'{"prompt": [4096]}', 400, "4096"),
+        ("completions", b'{"prompt": "a", "suffix": "b"}', 400, "suffix"),
+        ("completions", b'{"prompt": "a", "best_of": 3}', 400, "best_of"),
+        ("completions", b'{"prompt": "a", "max_tokens": 0}', 400, "max_tokens"),
+        ("embeddings", b'{"input": "a"}', 404, "embeddings"),
+        ("nothing", b"{}", 404, "nothing at this address"),
+    ],
+    ids=lambda value: value[:40].decode("latin-1") if isinstance(value, bytes) else str(value),
+)
+def test_a_bad_request_is_told_what_is_wrong(http, path, body, status, said):
+    answer = http.post(f"/v1/{path}", content=body)
+    error = answer.json()["error"]
+
+    assert answer.status_code == status and said in error["message"], answer.text
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_an_overlong_prompt_has_the_code_that_agents_know(http):
+    answer = http.post(
+        "/v1/chat/completions", json={"messages": [{"role": "user", "content": "a b " * 600}], "stream": True}
+    )
+
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    assert answer.json()["error"]["param"] == "messages"
+
+
+@pytest.mark.parametrize("kind", ["declared", "chunked"])
+def test_a_huge_body_is_not_read(server, kind):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        if kind == "declared":
+            sock.sendall(head + b"Content-Length: 200000000\r\n\r\n")
+        else:
+            sock.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+            for _ in range(8):
+                sock.sendall(b"100000\r\n" + b" " * 0x100000 + b"\r\n")
+            sock.sendall(b"1\r\n \r\n")
+        assert read_until(sock, b"\r\n").startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"host": "localhost:1"}, 200),
+        ({"host": "evil.example"}, 400),
+        ({"host": "127.0.0.1.evil.example"}, 400),
+        ({"origin": "https://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"host": "localhost:9", "origin": "http://localhost:9"}, 200),
+    ],
+    ids=str,
+)
+def test_strangers_pages_may_not_ask(http, headers, status):
+    assert http.get("/v1/models", headers=headers).status_code == status
+
+
+def test_an_allowed_origin_may_ask_before_it_asks():
+    from starlette.testclient import TestClient
+
+    from hetero_attn.server.app import make_app
+    from hetero_attn.server.service import Service
+
+    settings = ServerSettings(api_key="k", allowed_origins=("https://a.example",))
+    client = TestClient(make_app(Service(lambda: None, settings)), base_url="http://localhost")
+    asked = client.options("/v1/models", headers={"origin": "https://a.example"})
+
+    assert asked.status_code == 204 and asked.headers["access-control-allow-origin"] == "https://a.example"
+    assert client.get("/v1/models", headers={"origin": "https://a.example"}).status_code == 401
+    assert client.get("/health", headers={"origin": "https://a.example"}).status_code == 503
+
+
+def test_a_text_cut_anywhere_by_the_socket_arrives_whole(http, server):
+    """Every offset of the body, one byte at a time: emoji and letters of two bytes come back as they went."""
+    text = "déjà 🎉"
+    body = json.dumps({"prompt": text, "max_tokens": 0, "echo": True}, ensure_ascii=False).encode()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.sendall(
+            f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        )
+        for offset in range(len(body)):
+            sock.sendall(body[offset : offset + 1])
+        answer = read_until(sock, b"}}")
+
+    assert text in answer.decode()
+
+
+def test_a_slow_body_is_given_up():
+    from tests.support.http_server import RunningServer
+
+    with RunningServer(body_s=0.3) as server, socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        assert read_until(sock, b"\r\n").startswith(b"HTTP/1.1 408")
+
+
+def test_a_slow_head_is_given_up(monkeypatch):
+    from tests.support.http_server import RunningServer
+
+    monkeypatch.setattr("hetero_attn.server.connection.HEAD_S", 0.3)
+    with RunningServer() as server, socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHos")
+        assert sock.recv(100) == b""
+
+
+def test_a_reader_that_reads_nothing_stops_nobody(http, server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
+        body = chat(max_tokens=300, ignore_eos=True, stream=True)
+        sock.sendall(
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        for _ in range(3):
+            assert http.post("/v1/completions", json={"prompt": "A list", "max_tokens": 4}).status_code == 200

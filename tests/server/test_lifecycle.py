@@ -1,0 +1,249 @@
+"""Beginning, silence, load, clients that leave, and the end."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+
+from hetero_attn.errors import ArgumentError, EngineDeadError
+from hetero_attn.server.settings import ServerSettings
+from tests.support.http_server import TINY, RunningServer, load_tiny
+
+MESSAGES = [{"role": "user", "content": "What is a list?"}]
+LONG = {"messages": MESSAGES, "max_tokens": 400, "ignore_eos": True, "temperature": 0}
+
+
+def gauges(url: str) -> dict[str, float]:
+    """What /metrics says, by name and labels."""
+    lines = httpx.get(url + "/metrics", trust_env=False).text.splitlines()
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line and line[0] != "#"}
+
+
+def at_rest(server: RunningServer) -> bool:
+    found = gauges(server.url)
+    return found["vllm:num_requests_running"] == found["vllm:num_requests_waiting"] == 0
+
+
+def raw(server: RunningServer, path: str, body: dict) -> socket.socket:
+    """A connection whose request is sent and whose answer nobody reads yet."""
+    data = json.dumps(body).encode()
+    found = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(data)}\r\n\r\n"
+    found.sendall(head.encode() + data)
+    return found
+
+
+def read_until(sock: socket.socket, end: bytes) -> bytes:
+    found = b""
+    while end not in found:
+        data = sock.recv(65536)
+        assert data, found
+        found += data
+    return found
+
+
+@pytest.fixture
+def slow():
+    with RunningServer(step_s=0.05, max_waiting=16, ping_interval_s=0.3, drain_s=30.0) as server:
+        yield server
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize("clients", [1, 8], ids=["decoding", "queued"])
+def test_a_client_that_leaves_ends_its_requests(slow, stream, clients):
+    socks = [raw(slow, "/v1/chat/completions", {**LONG, "stream": stream}) for _ in range(clients)]
+    slow.wait_until(lambda: len(slow.service.driver.live) == clients)
+    for sock in socks:
+        sock.close()
+    slow.wait_until(lambda: at_rest(slow), 30)
+
+    assert gauges(slow.url)['hetero_requests_aborted_total{cause="client"}'] == clients
+    assert all(group.free_pages == group.capacity for group in slow.llm.engine.kv_cache.layer_groups)
+
+
+def test_connections_that_come_and_drop_leave_nothing(slow):
+    for _ in range(60):
+        raw(slow, "/v1/chat/completions", {**LONG, "stream": True}).close()
+    slow.wait_until(lambda: at_rest(slow), 60)
+
+    assert slow.service.driver.live == {} and slow.service._entering == 0
+
+
+def test_silence_is_broken_by_comments_and_the_loop_never_waits_for_a_step():
+    with RunningServer(step_s=1.5, ping_interval_s=0.3) as server:
+        lags: list[float] = []
+
+        async def measure() -> None:
+            while True:
+                start = time.perf_counter()
+                await asyncio.sleep(0.01)
+                lags.append(time.perf_counter() - start - 0.01)
+
+        asyncio.run_coroutine_threadsafe(measure(), server.server._loop)
+        sock = raw(server, "/v1/chat/completions", {**LONG, "max_tokens": 2, "stream": True})
+        head = read_until(sock, b"\r\n\r\n")
+        told = read_until(sock, b"[DONE]\n\n")
+        sock.close()
+
+    assert head.startswith(b"HTTP/1.1 200") and b"text/event-stream" in head
+    before_first_token = told.partition(b"data:")[0]
+    assert before_first_token.count(b": ping ") >= 2 and before_first_token.count(b"/11") >= 2
+    assert sorted(lags)[len(lags) // 2] < 0.1, "the loop answers whatever a step takes"
+
+
+def test_a_full_queue_is_429_and_the_others_are_answered():
+    with RunningServer(max_waiting=8, step_s=0.1) as server:
+
+        async def ask_all() -> list[httpx.Response]:
+            limits = httpx.Limits(max_connections=40)
+            async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits, trust_env=False) as client:
+                body = {"prompt": "A list is", "max_tokens": 8, "ignore_eos": True}
+                return await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(40)))
+
+        answers = asyncio.run(ask_all())
+        counted = gauges(server.url)
+        is_at_rest = at_rest(server)
+
+    served = [each for each in answers if each.status_code == 200]
+    refused = [each for each in answers if each.status_code == 429]
+    assert len(served) >= 12 and len(served) + len(refused) == 40 and refused
+    assert all(1 <= int(each.headers["retry-after"]) <= 120 for each in refused)
+    assert all(each.json()["error"]["code"] == "queue_full" for each in refused)
+    assert is_at_rest
+    assert counted["vllm:generation_tokens_total"] == 8 * len(served)
+    assert counted['vllm:request_success_total{finished_reason="length"}'] == len(served)
+    assert counted['hetero_requests_refused_total{status="429"}'] == len(refused)
+
+
+def test_while_it_loads_it_says_so():
+    may_load = threading.Event()
+
+    def load():
+        may_load.wait(60)
+        return load_tiny()
+
+    server = RunningServer(load)
+    try:
+        health = httpx.get(server.url + "/health", trust_env=False, timeout=30)
+        chat = httpx.post(server.url + "/v1/chat/completions", json={"messages": MESSAGES}, trust_env=False, timeout=30)
+    finally:
+        may_load.set()
+    with server:
+        ready = httpx.get(server.url + "/health", trust_env=False, timeout=30)
+
+    assert (health.status_code, health.json()["status"]) == (503, "loading")
+    assert chat.status_code == 503 and chat.headers["retry-after"] == "5"
+    assert ready.status_code == 200
+    assert "context 512 tokens" in server.said[0] and server.said[0].count(f":{server.port}/v1") >= 5
+
+
+def test_a_dead_engine_ends_streams_with_an_error_and_the_server():
+    server = RunningServer(step_s=0.05)
+    with server:
+        sock = raw(server, "/v1/chat/completions", {**LONG, "stream": True})
+        read_until(sock, b"data:")
+
+        def die():
+            raise EngineDeadError("a lane is gone")
+
+        server.llm.step = die
+        told = read_until(sock, b'"error"')
+        server.wait_until(lambda: server.service.driver.failure is not None, 10)
+
+    assert b"engine" in told
+    assert isinstance(server.server.failure, EngineDeadError)
+
+
+def test_told_to_stop_it_finishes_what_runs_and_takes_nothing_new(slow):
+    sock = raw(slow, "/v1/chat/completions", {**LONG, "max_tokens": 60, "stream": True})
+    read_until(sock, b"data:")
+    slow.server._loop.call_soon_threadsafe(slow.server.stop)
+    slow.wait_until(lambda: slow.service.driver.state.value == "stopping", 10)
+    refused = httpx.post(slow.url + "/v1/chat/completions", json=LONG, trust_env=False)
+    told = read_until(sock, b"[DONE]\n\n")
+
+    assert refused.status_code == 503 and b'"finish_reason":"length"' in told
+
+
+def test_what_does_not_finish_in_time_ends_with_an_error():
+    with RunningServer(step_s=0.2, drain_s=0.2) as server:
+        sock = raw(server, "/v1/chat/completions", {**LONG, "stream": True})
+        read_until(sock, b"data:")
+        server.server._loop.call_soon_threadsafe(server.server.stop)
+        told = read_until(sock, b'"error"')
+
+    assert b"stopping" in told
+
+
+def test_the_command_serves_until_a_signal(tmp_path):
+    """The key is needed, nothing of a prompt is logged, and SIGTERM ends it with exit code 0."""
+    key = tmp_path / "key"
+    key.write_text("secret\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "hetero_attn",
+        "serve",
+        TINY,
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--context",
+        "256",
+    ]
+    process = subprocess.Popen(
+        [*command, "--port", str(port), "--api-key-file", str(key)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        end, status = time.monotonic() + 120, None
+        while status != 200 and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.1)
+            try:
+                status = httpx.get(f"http://localhost:{port}/health", trust_env=False, timeout=10).status_code
+            except httpx.TransportError:
+                status = None
+        assert status == 200, process.poll()
+        url, body = (
+            f"http://localhost:{port}/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "zebra crossing"}]},
+        )
+        statuses = [
+            httpx.post(url, json={**body, "max_tokens": 2}, headers=headers, trust_env=False, timeout=60).status_code
+            for headers in (
+                {},
+                {"authorization": "Bearer wrong"},
+                {"authorization": "Bearer secret"},
+                {"api-key": "secret"},
+                {"x-api-key": "secret"},
+            )
+        ]
+        httpx.post(url, json={**body, "n": "zebra"}, headers={"api-key": "secret"}, trust_env=False)
+        os.kill(process.pid, signal.SIGTERM)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+
+    assert statuses == [401, 401, 200, 200, 200]
+    assert process.returncode == 0, stderr
+    assert "tiny is served on" in stderr and "zebra" not in stdout + stderr and "secret" not in stderr
+
+
+def test_others_may_not_reach_it_without_a_key():
+    with pytest.raises(ArgumentError, match="--api-key-file"):
+        ServerSettings(host="0.0.0.0")
+    assert not ServerSettings(host="0.0.0.0", api_key="k").is_local
