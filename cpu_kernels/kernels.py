@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from cpu_kernels.ahead.builders import build_all
 from cpu_kernels.attention import op as attention
 from cpu_kernels.attention import rope_op as rope
 from cpu_kernels.linear import op as linear
@@ -71,6 +72,15 @@ class CpuKernels:
         place; what they hold may change between runs. `work` must compute with this object's ops alone.
         """
         return Program(self._team, self._team.record(work))
+
+    def prepare(self, work: Callable[[], None]) -> None:
+        """Compile the kernels of the ops that `work` calls, several at once, where a call of an op compiles one.
+
+        Nothing is computed. For the first thing that is done with this object: no other thread may call an op
+        meanwhile. What cannot be compiled ahead is compiled by the first call.
+        """
+        missing = self._team.missing(work)
+        self._team.locked(lambda store: build_all(store, missing, self.num_threads))
 
     def record_wait(self, flag: torch.Tensor, value: int) -> None:
         """Inside `record`: the program waits here until a flag, int64 [1], is `value`; RuntimeError elsewhere.

@@ -47,7 +47,7 @@ FLOORS = {
         "errors",
     ),
     "placement": ("", "explain", "plots", "adapt", "profilers", "solve", "cost", "policy", "machine", "plan"),
-    "cpu_kernels": ("", "kernels", "attention", "linear", "small", "team", "checks", "vectors", "formats"),
+    "cpu_kernels": ("", "kernels", "ahead", "attention", "linear", "small", "team", "checks", "vectors", "formats"),
 }
 LONGEST_CHAIN = {"hetero_attn": 14, "placement": 6, "cpu_kernels": 6}
 MOST_MODULES = 14  # in one folder

@@ -32,6 +32,7 @@ from cpu_kernels.team.kept_files import (
     check_folder,
     read_kept,
     remove_leftovers,
+    why_not_writable,
     write_kept,
 )
 from cpu_kernels.team.object_file import ObjectError, check_object
@@ -76,11 +77,12 @@ class KernelStore:
     """
 
     def __init__(self, cache_dir: Path | None = None, on_compile: Callable[[str], None] | None = None):
-        parent = cache_dir or default_cache_dir()
+        parent = self.parent = cache_dir or default_cache_dir()
         self.directory = None if parent is None else parent / build_key()
         self._said_not_kept = False
         self._on_compile = on_compile
         self._addresses: dict[tuple, int] = {}
+        self._missing: list[tuple] | None = None
         self._engine = None
         if self.directory is None:
             self._give_up("there is no home folder")
@@ -100,9 +102,42 @@ class KernelStore:
         dotted."""
         key = (module, factory, *parameters)
         if key not in self._addresses:
-            name = "_".join(str(part) for part in (factory, *parameters))
-            self._addresses[key] = self._load(name) or self._build(module, factory, parameters, name)
+            name = _name(*key[1:])
+            address = self._load(name)
+            if address is None and self._missing is not None:
+                self._missing.append(key)
+                return 0
+            self._addresses[key] = address or self._build(module, factory, parameters, name)
         return self._addresses[key]
+
+    def missing(self, work: Callable[[], None]) -> list[tuple]:
+        """The kernels that `work` asks for and that are not there yet; for those `address` answers 0 meanwhile."""
+        self._missing = []
+        try:
+            work()
+            return list(dict.fromkeys(self._missing))
+        finally:
+            self._missing = None
+
+    def keep_compiled(self, module: str, factory: str, *parameters: Isa | int | str) -> None:
+        """Compile a kernel for other processes, without mapping it."""
+        name = _name(factory, *parameters)
+        self._store(name, self._compile(module, factory, parameters, name))
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what is compiled now can be kept for later starts and by other processes."""
+        return self.directory is not None and not why_not_writable(self.directory / "any.o")
+
+    def build(self, kernel: tuple) -> None:
+        """Compile and map a kernel, (module, factory, *parameters), whatever is kept."""
+        module, factory, *parameters = kernel
+        self._addresses[kernel] = self._build(module, factory, tuple(parameters), _name(*kernel[1:]))
+
+    def say(self, kernel: tuple) -> None:
+        """Tell who wants to know that a kernel is being compiled."""
+        if self._on_compile is not None:
+            self._on_compile(_name(*kernel[1:]))
 
     def _load(self, name: str) -> int | None:
         """Map a stored object; None if there is none or it cannot be used, which is said."""
@@ -144,14 +179,17 @@ class KernelStore:
         return engine.get_function_address(name)
 
     def _build(self, module: str, factory: str, parameters: tuple, name: str) -> int:
+        code = self._compile(module, factory, parameters, name)
+        self._store(name, code)
+        return self._map(name, code)
+
+    def _compile(self, module: str, factory: str, parameters: tuple, name: str) -> bytes:
         if self._on_compile is not None:
             self._on_compile(name)
         from cpu_kernels.vectors.compiler import compile_object
 
         kernel = getattr(importlib.import_module(f"{PACKAGE}.{module}"), factory)(*parameters)
-        code = compile_object(kernel, name)
-        self._store(name, code)
-        return self._map(name, code)
+        return compile_object(kernel, name)
 
     def _store(self, name: str, code: bytes) -> None:
         """Keep a compiled object; where that is not possible only the next start loses its speed."""
@@ -167,6 +205,10 @@ class KernelStore:
     def _give_up(self, reason: str) -> None:
         self.directory = None
         _note_not_kept(reason)
+
+
+def _name(factory: str, *parameters: Isa | int | str) -> str:
+    return "_".join(str(part) for part in (factory, *parameters))
 
 
 def _note_not_kept(reason: str) -> None:

@@ -205,6 +205,14 @@ class Team:
         finally:
             self._recording = None
 
+    def missing(self, work: Callable[[], None]) -> list[tuple]:
+        """The kernels of the ops that `work` would run which are not compiled yet; nothing is computed. Before the team
+        is used: ops of other threads must not run meanwhile."""
+        try:
+            return self._shared.store.missing(lambda: self.record(work) and None)
+        finally:
+            self._drive_all = None  # it may have been among the missing
+
     def note(self, entry: RecordedOp) -> None:
         """Put an entry that is no op into what is being recorded; RuntimeError outside of record."""
         if self._recording is None:

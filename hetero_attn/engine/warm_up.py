@@ -26,10 +26,17 @@ ROW_COUNTS = (1, 4, 65)  # one row, a few, a prompt: the kernels' own tiers
 
 def warm_up(ops: CpuKernels, config: ModelConfig, formats: tuple[str, ...], kv_dtype: str) -> None:
     """Run every operation once on toy tensors with the model's formats of weights, dtypes and head shape."""
-    for name in formats:
-        for rows in ROW_COUNTS:
-            _linears(ops, name, rows)
-    _attention(ops, config, kv_dtype)
+
+    def run() -> None:
+        _attention(ops, config, kv_dtype)
+        for name in formats:
+            for rows in ROW_COUNTS:
+                _linears(ops, name, rows)
+
+    ops.prepare(run)
+    run()
+    x, weight = torch.zeros(1, WIDTH, **FLOAT32), torch.ones(WIDTH, **FLOAT32)
+    ops.record(lambda: ops.rms_norm(x, weight, 1e-6, x)).run()
 
 
 def make_first_steps(engine: Engine, on_prepare: Callable[[str], None] = lambda name: None) -> None:
@@ -54,7 +61,7 @@ def make_first_steps(engine: Engine, on_prepare: Callable[[str], None] = lambda 
 def _linears(ops: CpuKernels, weight_dtype: str, rows: int) -> None:
     x, out = torch.zeros(rows, WIDTH, **FLOAT32), torch.zeros(rows, 2 * BLOCK_FEATURES, **FLOAT32)
     weight = torch.zeros(2, block_bytes(weight_dtype, WIDTH), dtype=torch.uint8, device="cpu")
-    ops.record(lambda: ops.rms_norm(x, torch.ones(WIDTH, **FLOAT32), 1e-6, x)).run()
+    ops.rms_norm(x, torch.ones(WIDTH, **FLOAT32), 1e-6, x)
     ops.linear(x, weight, weight_dtype, None, out, True)
     ops.silu_mul(out, x[:, :BLOCK_FEATURES])
 

@@ -1,7 +1,8 @@
 """Text to token ids and back: a thin door to the tokenizer of transformers, and text as it streams.
 
 Nothing from a model directory is executed: remote code is never trusted, and chat templates run only inside
-transformers' sandbox. transformers is imported when a tokenizer is opened, because importing it takes a second.
+transformers' sandbox. transformers is imported only where it is needed, because importing it takes a second: for files
+that tokenizer.json alone does not decide (plain_tokenizer.py), and for chat templates.
 """
 
 import importlib.util
@@ -20,13 +21,12 @@ from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.gguf.tokenizer import gguf_tokenizer
 from hetero_attn.checkpoints.sources import is_gguf
 from hetero_attn.errors import ConfigError, PromptError
+from hetero_attn.serving.plain_tokenizer import is_generic, plain_tokenizer
 from hetero_attn.serving.prompts import as_messages, as_template_variables
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.spec.json_fields import read_json
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-# Classes of transformers that are what tokenizer.json says and nothing else.
-_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 NO_TEXT = "answers have no text, only token ids"
 REPLACEMENT = "\ufffd"
 # A character has at most 4 bytes, so 3 may be waiting for the rest; a decoder shows up to one replacement for each.
@@ -100,7 +100,7 @@ class Tokenizer:
                 f"{path}: no tokenizer found ({', '.join(_FILES)}); download its files or give prompts as token ids"
             )
         try:
-            tokenizer = _loaded(path)
+            tokenizer = plain_tokenizer(path, lambda: _loaded(path)) or _loaded(path)
         # Damaged files surface as nearly any exception type of transformers, tokenizers or sentencepiece.
         except Exception as error:
             raise ConfigError(
@@ -327,8 +327,9 @@ def _way_out(path: Path) -> str:
 
 
 def open_beside(path: Path) -> Future[Tokenizer | None]:
-    """Open a model's tokenizer on a thread of its own, because importing transformers takes a second that loading
-    weights takes too; the result is None for a model without one, and raises what `Tokenizer.open` raises."""
+    """Open a model's tokenizer on a thread of its own, because importing transformers, where it needs that, takes a
+    second that loading weights takes too; the result is None for a model without one, and raises what `Tokenizer.open`
+    raises."""
     opened: Future[Tokenizer | None] = Future()
 
     def work() -> None:
@@ -366,6 +367,11 @@ def watch_opening(
     return watched
 
 
+def import_beside() -> None:
+    """Begin to import transformers on a thread of its own: whoever will need a chat template has it sooner."""
+    Thread(target=importlib.import_module, args=("transformers",), name="hetero-attn-transformers", daemon=True).start()
+
+
 def _loaded(path: Path) -> Any:
     """The tokenizer of transformers for a directory.
 
@@ -373,7 +379,7 @@ def _loaded(path: Path) -> Any:
     """
     named = path / "tokenizer_config.json"
     config = read_json(named) if named.is_file() else {}
-    if (path / "tokenizer.json").is_file() and config.get("tokenizer_class") in _GENERIC and "auto_map" not in config:
+    if (path / "tokenizer.json").is_file() and is_generic(config):
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)

@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ import pytest
 import torch
 
 from cpu_kernels import CpuKernels
+from cpu_kernels.ahead.builders import build_all
 from cpu_kernels.team import kept_files
 from cpu_kernels.team import store as cache
 from cpu_kernels.team.kept_files import UnusableFileError, read_kept, write_kept
@@ -199,6 +201,57 @@ def test_no_mutation_of_an_object_ends_the_process(filled, tmp_path):
 
     assert done.returncode == 0, f"mutant {done.stdout.split()[-1]} ended the process: {done.stderr[-2000:]}"
     assert int(done.stdout.split()[-1]) > 0, "everything is refused, so nothing was tried"
+
+
+SMALL_KERNELS = [("small.elementwise_kernel", name) for name in ("rms_norm", "silu_mul")] + [("team.kernel", "drive")]
+
+
+def test_kernels_that_are_missing_are_compiled_by_several_processes(tmp_path):
+    """The first start compiled a dozen kernels one after another on one of the cores."""
+    said, store = [], KernelStore(tmp_path)
+    store._on_compile = said.append
+    kept = tmp_path / build_key()
+    build = store._build
+
+    def build_slowly(*kernel: object) -> int:
+        """Until another process has compiled one."""
+        for _ in range(1200):
+            if list(kept.glob("*.o")):
+                break
+            time.sleep(0.1)
+        return build(*kernel)
+
+    store._build = build_slowly
+    build_all(store, SMALL_KERNELS, processes=2)
+
+    assert sorted(said) == sorted(name for _, name in SMALL_KERNELS)
+    assert sorted(path.stem for path in kept.glob("*.o")) == sorted(said)
+    assert len(store._addresses) < len(SMALL_KERNELS), "nothing was compiled elsewhere"
+    assert KernelStore(tmp_path, said.append).address(*SMALL_KERNELS[0]) and len(said) == len(SMALL_KERNELS)
+
+
+@pytest.mark.parametrize("executable", ["/bin/false", "/nowhere/python", ""])
+def test_without_other_processes_all_kernels_are_compiled_here(tmp_path, monkeypatch, executable):
+    monkeypatch.setattr(sys, "executable", executable)
+    with CpuKernels(num_threads=2, cache_dir=tmp_path) as ops:
+        ops.prepare(lambda: norm(ops))
+        x = torch.arange(8.0)[None]
+
+        assert torch.allclose(norm(ops), x / x.pow(2).mean().sqrt())
+
+
+def test_a_damaged_object_is_said_once_when_kernels_are_prepared(store):
+    (store / f"{KERNEL}.o").write_bytes(b"damaged")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with CpuKernels(num_threads=2, cache_dir=store.parent) as ops:
+            ops.prepare(lambda: (norm(ops), ops.silu_mul(torch.ones(1, 32), torch.empty(1, 16))))
+            norm(ops)
+            x, weight, out = torch.arange(8.0)[None], torch.ones(8), torch.empty(1, 8)
+            ops.record(lambda: ops.rms_norm(x, weight, 0.0, out)).run()
+
+    assert len(caught) == 1
+    assert torch.allclose(out, x / x.pow(2).mean().sqrt())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="objects of other systems have other forms")

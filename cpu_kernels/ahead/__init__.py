@@ -1,0 +1,1 @@
+"""Kernels compiled before they are called, in several processes at once."""
