@@ -19,8 +19,9 @@ from hetero_attn.engine.rebalance import Rebalancer
 from hetero_attn.engine.replan import Replanner
 from hetero_attn.errors import ArgumentError, ConfigError, PromptError, QueueFullError, SamplingError
 from hetero_attn.planning.arguments import checked_arguments
+from hetero_attn.planning.fitting import settle_or_suggest
 from hetero_attn.planning.options import PAGE_TOKENS, LoadOptions
-from hetero_attn.planning.settle import PlannedModel, settle
+from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.serving.defaults import default_params
 from hetero_attn.serving.parameters import Params, for_each
 from hetero_attn.serving.progress import PrefillBar, compile_note, loading_bar, prepare_note
@@ -121,7 +122,7 @@ class LLM:
         )
         if wishes.asks_for_this_machine:
             refresh_profile()
-        planned = settle(wishes)
+        planned = settle_or_suggest(wishes)
         with memory_named(f"loading {planned.plan.model}"), loading_bar(planned.plan, progress) as bar:
             self._opening = open_beside(planned.path)
             watched = watch_opening(self._opening, planned.plan.model, needs_text, bar.update)

@@ -9,13 +9,14 @@ OPTIONS = {
     "num_threads": "--threads",
     "gpu_memory": "--gpu-memory",
     "kv_dtype": "--kv-dtype",
+    "dtype=": "--dtype=",  # alone it is a word of many sentences
     "top_p": "--top-p",
     "top_k": "--top-k",
     "min_p": "--min-p",
     "repetition_penalty": "--repetition-penalty",
 }
 # Not part of a longer name or path, no key of a file (`top_k:`), no attribute and not already an option.
-_NAMES = re.compile(rf"(?<![\w./-])({'|'.join(OPTIONS)})(?![\w.]|:)")
+_NAMES = re.compile(rf"(?<![\w./-])({'|'.join(OPTIONS)})(?:(?<==)|(?![\w.]|:))")
 
 
 def in_option_words(message: str) -> str:

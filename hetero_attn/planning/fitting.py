@@ -1,5 +1,6 @@
 """Does a plan fit the machine that it is for, and if not, which smaller wishes would."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from placement.plan.units import format_bytes
 # From the largest to the smallest, weights and cache.
 SMALLER_DTYPES = ("bf16", "q8", "q4")
 SMALLER_KV_DTYPES = ("bf16", "q8", "q4")
+ARGUMENTS = {"dtype": "dtype", "kv-dtype": "kv_dtype", "batch": "max_batch", "context": "max_context"}
 LEAST_CONTEXT = 1024
 MOST_WAYS = 3
 
@@ -26,6 +28,19 @@ def why_not_fitting(planned: PlannedModel) -> str:
         has = format_bytes(hardware.gpu_memory_bytes)
         return f"the GPU budget is {format_bytes(plan.gpu_memory_bytes)}; {hardware.name} has {has}"
     return ""
+
+
+def settle_or_suggest(wishes: LoadOptions) -> PlannedModel:
+    """As `settle`; where no plan fits the budget, the MemoryBudgetError names arguments of `LLM` that would."""
+    try:
+        return settle(wishes)
+    except MemoryBudgetError as error:
+        raise MemoryBudgetError(f"{error}; {as_arguments(would_fit(wishes))}") from None
+
+
+def as_arguments(suggestion: str) -> str:
+    """Options of the command line, such as `--kv-dtype q8`, as arguments of `LLM`: `kv_dtype=q8`."""
+    return re.sub(r"--([a-z-]+) (\w+)", lambda found: f"{ARGUMENTS[found[1]]}={found[2]}", suggestion)
 
 
 def would_fit(wishes: LoadOptions) -> str:

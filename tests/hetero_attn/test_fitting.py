@@ -6,8 +6,11 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
+from hetero_attn import LLM
 from hetero_attn.cli import app
-from hetero_attn.planning.fitting import ways_to_fit, why_not_fitting
+from hetero_attn.cli.option_words import in_option_words
+from hetero_attn.errors import MemoryBudgetError
+from hetero_attn.planning.fitting import as_arguments, ways_to_fit, why_not_fitting
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.planning.settle import settle
 
@@ -54,6 +57,24 @@ def test_the_options_that_are_named_do_fit(model):
     assert ways_to_fit(wishes) == ["--dtype q8", "--dtype q4"]
     fits = [not why_not_fitting(settle(replace(wishes, dtype=dtype))) for dtype in ("auto", "q8", "q4")]
     assert fits == [False, True, True]
+
+
+def test_a_load_that_does_not_fit_names_the_arguments_that_would(model):
+    """Only `plan` did; whoever loaded was told a number of bytes."""
+    with pytest.raises(MemoryBudgetError, match="would fit with .*kv_dtype=q4|would fit with .*dtype=q4") as raised:
+        LLM(model, hardware="h100-server", device="cuda", policy="gpu_only", gpu_memory="60GiB", max_context=4096)
+
+    assert "--" not in str(raised.value)
+    assert "--dtype=q4" in in_option_words(str(raised.value))
+
+
+def test_suggestions_are_arguments_in_python_and_options_in_a_shell():
+    said = as_arguments("would fit with --batch 1, or --kv-dtype q8, or --context 2048, or --dtype q4")
+
+    assert said == "would fit with max_batch=1, or kv_dtype=q8, or max_context=2048, or dtype=q4"
+    options = "would fit with --batch=1, or --kv-dtype=q8, or --context=2048, or --dtype=q4"
+    assert in_option_words(said) == options
+    assert in_option_words("its dtype is F8") == "its dtype is F8"
 
 
 def test_a_rule_that_the_budget_cannot_meet_names_what_would(model):
