@@ -18,6 +18,7 @@ OF_THE_RUN = {
     "overlap",
     "handover",
     "progress",
+    "needs_text",
 }  # they leave the plan as it is
 
 
