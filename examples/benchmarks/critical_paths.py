@@ -18,7 +18,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from hetero_attn.models import decoder
+from hetero_attn.models import attention, mlp
 from hetero_attn.ops import linear as linears
 from hetero_attn.tools.timeline.recording import CPU, GPU, MAIN, RecordingDriver
 from hetero_attn.tools.timeline.simulate import Simulation, Timeline
@@ -45,7 +45,10 @@ def request_behind_wait(lanes: Any, weights: Any, tier: int, x: Any, column: int
 @contextmanager
 def late_requests() -> Iterator[None]:
     """Requests stand behind waits."""
-    with mock.patch.object(decoder, "linear_add", request_behind_wait):
+    with (
+        mock.patch.object(attention, "linear_add", request_behind_wait),
+        mock.patch.object(mlp, "linear_add", request_behind_wait),
+    ):
         yield
 
 

@@ -203,7 +203,8 @@ def measure(chunks: int, repetitions: int) -> dict[str, Any]:
         time_chunks(engine, chunks)
         runs = [time_chunks(engine, chunks) for _ in range(repetitions)]
         least = [min(each) * 1e6 / LAYERS for each in zip(*runs, strict=True)]
-        pieces = sum(len([*linear.pieces(row_tier(CHUNK))]) for linear in engine.weights.layers[0].linears)
+        first_layer = [linear for linear in engine.weights.layer_linears if linear.spec.layer == 0]
+        pieces = sum(len([*linear.pieces(row_tier(CHUNK))]) for linear in first_layer)
         found = {"streamed_pieces": pieces, "us_per_layer": {"first chunk": least[0], "last chunk": least[-1]}}
         for name, chunk in (("first chunk", 0), ("last chunk", chunks - 1)):
             found[name] = operations(engine, launches, chunk)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from hetero_attn.cache.pool import LayerGroup, SequenceState
 from hetero_attn.cache.prefix_tree import PrefixTree
+from hetero_attn.cache.states import FixedStates
 from hetero_attn.devices import Device
 from hetero_attn.errors import MemoryBudgetError
 from placement.plan.plan import Plan
@@ -24,17 +25,20 @@ class KVCache:
         self._plan = plan
         self._free_slots = list(range(plan.max_batch - 1, -1, -1))
         self._open: dict[int, SequenceState] = {}
-        kinds: dict[tuple[int, int, int], list[int]] = {}
-        for layer, (placement, shard) in enumerate(zip(plan.kv, plan.workload.kv, strict=True)):
-            kinds.setdefault((placement.gpu_groups, placement.gpu_tokens, shard.window), []).append(layer)
-        self.layer_groups = tuple(LayerGroup(plan, layers, device) for layers in kinds.values())
+        kinds: dict[tuple[int, ...], list[int]] = {}
+        for index, (placement, shard) in enumerate(zip(plan.kv, plan.workload.kv, strict=True)):
+            kind = (placement.gpu_groups, placement.gpu_tokens, shard.groups, shard.bytes_per_token, shard.window)
+            kinds.setdefault(kind, []).append(index)
+        self.layer_groups = tuple(LayerGroup(plan, indices, device) for indices in kinds.values())
         # layer -> (index of its layer group, its place in that group)
         self.places = {
-            layer: (index, place)
+            plan.workload.kv[shard].layer: (index, place)
             for index, group in enumerate(self.layer_groups)
-            for place, layer in enumerate(group.layers)
+            for place, shard in enumerate(group.layers)
         }
-        self._tree = PrefixTree(self.layer_groups) if prefix_cache else None
+        self.states = FixedStates(plan, device)
+        # What a state of fixed size held at the end of a prefix is gone when the sequence has grown beyond it.
+        self._tree = PrefixTree(self.layer_groups) if prefix_cache and not self.states else None
 
     @property
     def free_slots(self) -> int:
@@ -60,14 +64,21 @@ class KVCache:
         if not self.has_room(tokens):
             raise MemoryBudgetError(
                 f"no room for a sequence of {tokens} tokens: {self.free_slots} of {self._plan.max_batch} sequences and "
-                f"{min(group.free_pages for group in self.layer_groups) * self._plan.page_size} KV slots are free; "
+                f"{self._free_tokens} KV slots are free; "
                 "close a sequence, or raise max_batch or kv_tokens at load"
             )
         sequence = SequenceState(self._free_slots.pop())
         self._open[sequence.slot] = sequence
         for group in self.layer_groups:
             group.reserve(sequence.slot, tokens)
+        self.states.clear(sequence.slot)
         return sequence
+
+    @property
+    def _free_tokens(self) -> int:
+        """KV slots that no sequence has reserved in any layer."""
+        pages = min((group.free_pages for group in self.layer_groups), default=0)
+        return pages * self._plan.page_size
 
     def extend(self, sequence: SequenceState, tokens: int) -> bool:
         """Reserve pages for `tokens` tokens of an open sequence in all; False, and nothing is done, without room."""
@@ -94,11 +105,15 @@ class KVCache:
         for group in self.layer_groups:
             group.share(twin.slot, [page for _, page in sorted(group.held(sequence.slot).items())])
         twin.length = sequence.length
+        self.states.copy(twin.slot, sequence.slot)
         self._own_tails(twin)
         return twin
 
     def rewind(self, sequence: SequenceState, length: int) -> bool:
-        """Forget the tokens from `length` on; False, and nothing is done, where a window has let go of what is seen."""
+        """Forget the tokens from `length` on; False, and nothing is done, where a window has let go of what is seen, or
+        a layer's state of fixed size has taken them in."""
+        if self.states and length != sequence.length:
+            return False
         for group in self.layer_groups:
             first, held = group.first_visible(length) // group.page_size, group.held(sequence.slot)
             if any(logical not in held for logical in range(first, -(-length // group.page_size))):

@@ -62,7 +62,7 @@ class LayerGroup:
                 groups=groups,
                 num_pages=tokens // plan.page_size,
                 page_size=plan.page_size,
-                head_dim=workload.head_dim,
+                head_dim=workload.head_dim_of(shard),
                 kv_dtype=workload.kv_dtype,
                 max_batch=plan.max_batch,
                 max_pages=-(-plan.max_context // plan.page_size),

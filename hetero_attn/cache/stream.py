@@ -37,7 +37,7 @@ class PageStream(CopyAhead[PageBlock, tuple[torch.Tensor, torch.Tensor]]):
     def __init__(self, device: Device, workload: Workload) -> None:
         super().__init__(device, KV_STAGING_BUFFERS)
         self.block_pages = kv_staging_pages(workload)
-        self._widest = max(shard.groups for shard in workload.kv)
+        self._widest = max((shard.groups for shard in workload.kv), default=0)
         shape = (self.block_pages * self._widest, workload.page_size, row_items(workload.kv_dtype, workload.head_dim))
         dtype = TORCH_DTYPES[workload.kv_dtype]
         self._k = [device.empty(shape, dtype, "resident") for _ in range(KV_STAGING_BUFFERS)]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from hetero_attn.checkpoints.files import open_files, some
 from hetero_attn.checkpoints.safetensors import SafetensorsFile, TensorEntry
 from hetero_attn.errors import CheckpointError
-from hetero_attn.spec.config import ModelConfig
-from hetero_attn.spec.tensor_names import LAYER_PREFIX, expected_tensors, tensor_name
+from hetero_attn.spec.blocks import ModelSpec
+from hetero_attn.spec.tensor_names import LAYER_PREFIX, tensor_name
 
 if TYPE_CHECKING:
     import torch
@@ -128,17 +128,17 @@ class Checkpoint:
         entry.file.read_into(buffer, entry.offset + start * row_bytes)
         return out
 
-    def check(self, config: ModelConfig) -> list[str]:
-        """Compare the tensors with what `config` asks for.
+    def check(self, model: ModelSpec) -> list[str]:
+        """Compare the tensors with those that the model's blocks declare.
 
         Returns:
             Warnings in plain words: those of opening, and tensors that the model does not use.
 
         Raises:
             CheckpointError: tensors missing, of the wrong shape, of a dtype that cannot be run, layers beyond
-                `config.num_layers`, or a head that a tied model would ignore.
+                the model's, or a head that a tied model would ignore.
         """
-        expected = expected_tensors(config)
+        expected = model.tensors
         if missing := [name for name in expected if name not in self]:
             raise CheckpointError(
                 f"{self.path}: {len(missing)} of {len(expected)} tensors that config.json asks for are missing from "
@@ -147,10 +147,10 @@ class Checkpoint:
         for name, shape in expected.items():
             self._check_tensor(name, shape)
         unexpected = [name for name in self.names if name not in expected]
-        if config.tie_word_embeddings and tensor_name("head") in unexpected:
+        if model.is_tied and tensor_name("head") in unexpected:
             unexpected.remove(tensor_name("head"))
             self._check_tied(tensor_name("embed"), tensor_name("head"))
-        self._check_layers(unexpected, config.num_layers)
+        self._check_layers(unexpected, len(model.layers))
         if not unexpected:
             return list(self.warnings)
         unused = f"{self.path}: {len(unexpected)} tensors are not used by this model: {some(unexpected)}"

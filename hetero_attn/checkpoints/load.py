@@ -16,13 +16,14 @@ from hetero_attn.checkpoints.sources import WeightSource
 from hetero_attn.checkpoints.unit_rows import FORMAT_OF, UnitRows, dequantised, units_at_once
 from hetero_attn.errors import CheckpointError
 from hetero_attn.lanes.lanes import Activation, Lanes
-from hetero_attn.models.decoder import LayerWeights, ModelWeights
+from hetero_attn.models.block import BlockWeights
+from hetero_attn.models.decoder import ModelWeights
 from hetero_attn.models.rope import rope_tables
-from hetero_attn.ops.attend import AttentionParameters
 from hetero_attn.ops.linear import LinearWeights
-from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.blocks import Declaration, ModelSpec, Vector
+from hetero_attn.spec.config import ModelConfig, RopeConfig
 from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
-from hetero_attn.spec.weights import LayerSpec, LinearSpec, ModelSpec, model_spec
+from hetero_attn.spec.weights import LinearSpec
 from placement.plan.memory import LinearPlacement, first_dram_unit, staging_piece_units
 from placement.plan.plan import Plan
 
@@ -32,7 +33,7 @@ PLAIN_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 
 
 class Loader:
-    """Loads the weights of one checkpoint by one plan.
+    """Loads the weights of one checkpoint by one plan. model: the blocks that they belong to.
 
     progress(count) is called with the number of weight bytes just placed.
     """
@@ -41,6 +42,7 @@ class Loader:
         self,
         checkpoint: WeightSource,
         config: ModelConfig,
+        model: ModelSpec,
         plan: Plan,
         weight_dtype: str | WeightFormats,
         lanes: Lanes,
@@ -48,6 +50,7 @@ class Loader:
     ) -> None:
         self._checkpoint = checkpoint
         self._config = config
+        self._model = model
         self._plan = plan
         self._formats = weight_formats(weight_dtype)
         self._lanes = lanes
@@ -55,47 +58,39 @@ class Loader:
 
     def load(self) -> ModelWeights:
         """Read everything; raises CheckpointError naming the tensor that is not finite."""
-        paired = any(shard.row_cut for shard in self._plan.workload.linears)
-        spec = model_spec(self._config, paired, self._formats)
-        self._unit_rows = UnitRows(self._checkpoint, spec.linears, self._lanes.host_ops)
-        with self._landing_buffer(spec):
-            return self._load(spec)
+        self._placed = {
+            shard.name: (shard.row_cut, placement)
+            for shard, placement in zip(self._plan.workload.linears, self._plan.linears, strict=True)
+        }
+        self._unit_rows = UnitRows(self._checkpoint, self._model.linears, self._lanes.host_ops)
+        with self._landing_buffer(self._model):
+            return self._load(self._model)
 
-    def _load(self, spec: ModelSpec) -> ModelWeights:
-        placements = {placement.name: placement for placement in self._plan.linears}
-        cos, sin = (self._on_both(table) for table in rope_tables(self._config, self._plan.max_context))
-        head = self._linear(spec.head, placements["head"])
+    def _load(self, model: ModelSpec) -> ModelWeights:
+        ropes = {rope: self._rope(rope) for rope in model.ropes}
+        head = self._block(model.head, ropes)
         return ModelWeights(
-            layers=tuple(self._layer(index, layer, placements, cos, sin) for index, layer in enumerate(spec.layers)),
+            spec=model,
+            layers=tuple(tuple(self._block(block, ropes) for block in layer) for layer in model.layers),
             head=head,
-            embed=self._embed(spec, head),
+            embed=self._embed(model, head.linears["head"]),
             embed_format=self._formats.embed,
-            final_norm=self._norm(spec.final_norm).main,
-            norm_eps=self._config.rms_norm_eps,
         )
 
-    def _layer(
-        self, index: int, spec: LayerSpec, placements: dict[str, LinearPlacement], cos: Activation, sin: Activation
-    ) -> LayerWeights:
-        config = self._config
-        no_norm = Activation(None, None)
-        attention = AttentionParameters(
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            window=config.sliding_window[index],
-            norm_eps=config.rms_norm_eps,
-            cos=cos,
-            sin=sin,
-            q_norm=no_norm if spec.q_norm is None else self._norm(spec.q_norm),
-            k_norm=no_norm if spec.k_norm is None else self._norm(spec.k_norm),
-        )
-        linears = {linear.kind: self._linear(linear, placements[linear.name]) for linear in spec.linears}
-        norms = (self._norm(spec.input_norm).main, self._norm(spec.post_attention_norm).main)
-        return LayerWeights(*(linears[kind] for kind in ("qkv", "o", "gate_up", "down")), *norms, attention)
+    def _rope(self, rope: RopeConfig) -> tuple[Activation, Activation]:
+        cos, sin = rope_tables(self._config, self._plan.max_context, rope=rope)
+        return self._on_both(cos), self._on_both(sin)
 
-    def _linear(self, spec: LinearSpec, placement: LinearPlacement) -> LinearWeights:
-        return (self._row_cut if spec.row_unit else self._column_cut)(spec, placement)
+    def _block(self, block: Declaration, ropes: dict[RopeConfig, tuple[Activation, Activation]]) -> BlockWeights:
+        return BlockWeights(
+            linears={linear.kind: self._linear(linear) for linear in block.linears},
+            vectors={vector.name: self._vector(vector) for vector in block.vectors},
+            rope=None if block.rope is None else ropes[block.rope],
+        )
+
+    def _linear(self, spec: LinearSpec) -> LinearWeights:
+        by_rows, placement = self._placed[spec.name]
+        return self._row_cut(spec.by_rows, placement) if by_rows else self._column_cut(spec, placement)
 
     def _row_cut(self, spec: LinearSpec, placement: LinearPlacement) -> LinearWeights:
         """Every output feature in both homes, each with the input features of its units."""
@@ -236,48 +231,51 @@ class Loader:
             offset += part.rows_per_unit
         return self._on_both(rows.view(-1))
 
-    def _norm(self, name: str) -> Activation:
-        return self._on_both(self._finite(name))
+    def _vector(self, vector: Vector) -> Activation:
+        values = self._finite(vector.tensor)
+        return self._on_both(values + vector.offset if vector.offset else values)
 
-    def _embed(self, spec: ModelSpec, head: LinearWeights) -> torch.Tensor:
-        item = format_of(self._formats.embed)
+    def _embed(self, model: ModelSpec, head: LinearWeights) -> torch.Tensor:
+        item, tensor = format_of(self._formats.embed), model.embedding.tensor
         if self._plan.workload.embed_bytes == 0:  # a tied head in host memory: its blocks are the embedding
             if not item.is_row_major:
                 return head.dram
-            return head.dram.view(PLAIN_DTYPES[item.name]).view(-1, spec.head.in_features)
+            return head.dram.view(PLAIN_DTYPES[item.name]).view(-1, model.hidden_size)
         if not item.is_row_major:
-            return self._packed_embed(spec)
-        rows = fresh_memory(self._checkpoint.shape(spec.embed), self._checkpoint.torch_dtype(spec.embed))
+            return self._packed_embed(model)
+        rows = fresh_memory(self._checkpoint.shape(tensor), self._checkpoint.torch_dtype(tensor))
         if rows.dtype == torch.uint8:  # codes of a file that is held in another dtype
-            return self._dequantised_embed(spec).to(PLAIN_DTYPES[item.name])
-        self._checkpoint.read(spec.embed, out=rows)
+            return self._dequantised_embed(model).to(PLAIN_DTYPES[item.name])
+        self._checkpoint.read(tensor, out=rows)
         for start in range(0, rows.shape[0], EMBED_CHECK_ROWS):
-            self._check_finite(spec.embed, rows[start : start + EMBED_CHECK_ROWS])
+            self._check_finite(tensor, rows[start : start + EMBED_CHECK_ROWS])
         return rows.to(PLAIN_DTYPES[item.name])
 
-    def _packed_embed(self, spec: ModelSpec) -> torch.Tensor:
+    def _packed_embed(self, model: ModelSpec) -> torch.Tensor:
         """The embedding as blocks of codes, from which rows are gathered: the file's own codes, or its numbers
         packed."""
-        vocab_size, width = self._checkpoint.shape(spec.embed)
-        item, kind = format_of(self._formats.embed), self._checkpoint.source_type(spec.embed)
+        tensor = model.embedding.tensor
+        vocab_size, width = self._checkpoint.shape(tensor)
+        item, kind = format_of(self._formats.embed), self._checkpoint.source_type(tensor)
         blocks = fresh_memory((-(-vocab_size // BLOCK_FEATURES), item.block_bytes(width)), torch.uint8)
         for start in range(0, vocab_size, EMBED_RUN_ROWS):
-            rows = self._checkpoint.read(spec.embed, slice(start, min(vocab_size, start + EMBED_RUN_ROWS)))
+            rows = self._checkpoint.read(tensor, slice(start, min(vocab_size, start + EMBED_RUN_ROWS)))
             if kind is not None and FORMAT_OF[kind] != item.name:
-                rows = dequantised(self._lanes.host_ops, rows, kind, spec.embed)
+                rows = dequantised(self._lanes.host_ops, rows, kind, tensor)
             rows = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % BLOCK_FEATURES))
             first = start // BLOCK_FEATURES
-            self._pack([spec.embed], rows, item.name, blocks[first : first + rows.shape[0] // BLOCK_FEATURES])
+            self._pack([tensor], rows, item.name, blocks[first : first + rows.shape[0] // BLOCK_FEATURES])
         return blocks
 
-    def _dequantised_embed(self, spec: ModelSpec) -> torch.Tensor:
-        values = fresh_memory(self._checkpoint.shape(spec.embed), torch.bfloat16)
+    def _dequantised_embed(self, model: ModelSpec) -> torch.Tensor:
+        tensor = model.embedding.tensor
+        values = fresh_memory(self._checkpoint.shape(tensor), torch.bfloat16)
         if self._formats.embed == "fp32":
-            values = fresh_memory(self._checkpoint.shape(spec.embed), torch.float32)
-        kind = self._checkpoint.source_type(spec.embed)
+            values = fresh_memory(self._checkpoint.shape(tensor), torch.float32)
+        kind = self._checkpoint.source_type(tensor)
         for start in range(0, values.shape[0], EMBED_RUN_ROWS):
-            rows = self._checkpoint.read(spec.embed, slice(start, min(values.shape[0], start + EMBED_RUN_ROWS)))
-            values[start : start + rows.shape[0]] = dequantised(self._lanes.host_ops, rows, kind, spec.embed)
+            rows = self._checkpoint.read(tensor, slice(start, min(values.shape[0], start + EMBED_RUN_ROWS)))
+            values[start : start + rows.shape[0]] = dequantised(self._lanes.host_ops, rows, kind, tensor)
         return values
 
     def _finite(self, name: str) -> torch.Tensor:

@@ -9,6 +9,7 @@ from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.int4.checkpoint import Int4Checkpoint
 from hetero_attn.checkpoints.int4.scheme import read_scheme
 from hetero_attn.errors import CheckpointError
+from hetero_attn.models.decoder import decoder
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.tensor_names import tensor_name
 from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
@@ -77,7 +78,7 @@ def stored_formats(path: Path, config: ModelConfig) -> WeightFormats:
         stored = stored_dtype(path) or config.dtype or "bf16"
         return weight_formats("fp32" if stored == "fp32" else "bf16")
     with open_source(path) as source:
-        source.check(config)
+        source.check(decoder(config))
         formats = {name: source.dtype(name) for name in source.names if len(source.shape(name)) > 1}
         return WeightFormats("bf16", formats[tensor_name("embed")], formats)
 

@@ -29,7 +29,7 @@ from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.lanes.staging import make_ring
 from hetero_attn.lanes.tables import StepTables
 from hetero_attn.planning.settle import PlannedModel
-from hetero_attn.spec.weights import step_table_bytes
+from hetero_attn.spec.workload import step_table_bytes
 from placement.plan.plan import Plan
 
 Progress = Callable[[int], None]
@@ -75,12 +75,12 @@ def assemble(
     """Load a planned model onto lanes that are there; closes them if anything fails."""
     try:
         with open_source(planned.path) as checkpoint:
-            for warning in checkpoint.check(planned.config):
+            for warning in checkpoint.check(planned.model):
                 warnings.warn(f"{planned.path}: {warning}", stacklevel=3)
             formats = planned.weight_formats
             warm_up(lanes.host_ops, planned.config, formats.names, planned.plan.workload.kv_dtype)
-            buffers = make_buffers(planned.config, planned.plan, lanes)
-            weights = Loader(checkpoint, planned.config, planned.plan, formats, lanes, progress).load()
+            buffers = make_buffers(planned.model, planned.plan, lanes)
+            weights = Loader(checkpoint, planned.config, planned.model, planned.plan, formats, lanes, progress).load()
             cache = KVCache(planned.plan, lanes.device, prefix_cache)
             return Engine(planned.config, planned.plan, weights, lanes, cache, buffers, overlap)
     except BaseException:
@@ -118,8 +118,10 @@ def connect(plan: Plan, host_ops: CpuKernels, gpu: Device, worker: Executor | No
 def step_table_bytes_of(plan: Plan) -> int:
     """What the largest tables of a step take."""
     workload, pages = plan.workload, -(-plan.max_context // plan.page_size)
-    groups = max(shard.groups for shard in workload.kv)
-    return step_table_bytes(len(workload.kv), groups, workload.activation_rows, workload.max_batch, pages)
+    groups = max((shard.groups for shard in workload.kv), default=0)
+    return step_table_bytes(
+        len(workload.kv), groups, workload.activation_rows, workload.max_batch, pages, bool(workload.states)
+    )
 
 
 def make_device(plan: Plan, device: str) -> Device | None:

@@ -1,6 +1,6 @@
 """The one function that everything else serves: `run`, a forward pass over rows of any number of sequences.
 
-    embed -> for each layer: attention block, MLP block -> logits
+    embed -> for each layer, for each of its blocks: block.forward -> logits
 
 `prefill` and `decode_step` are a pass with one prompt's chunk, and one with the newest token of each sequence. Nothing
 is allocated here that grows with the sequence: buffers and pages exist since the engine was made.
@@ -14,7 +14,6 @@ import torch
 
 from hetero_attn.cache.cache import KVCache
 from hetero_attn.cache.pool import SequenceState
-from hetero_attn.devices import Device
 from hetero_attn.engine.graph_replay import GraphReplay
 from hetero_attn.engine.lane_report import LaneReport
 from hetero_attn.engine.move import go_over
@@ -22,13 +21,15 @@ from hetero_attn.engine.replay import DecodeReplay
 from hetero_attn.errors import EngineDeadError
 from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.lanes.stopwatch import Stopwatch, time_recorded
-from hetero_attn.models import decoder as model
-from hetero_attn.models.decoder import ModelWeights, Workspace
-from hetero_attn.ops.attend import AttentionBuffers, store
+from hetero_attn.models.block import FixedView, KvView, Run, StateView
+from hetero_attn.models.decoder import ModelWeights, embed
+from hetero_attn.models.workspace import Workspace, make_buffer, make_workspace
 from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.ops.step import Rows, Step, most_lines, older_blocks, plan_step
+from hetero_attn.spec.blocks import Declaration, FixedState, KvState, ModelSpec
+from hetero_attn.spec.buffers import ActivationWidths
 from hetero_attn.spec.config import ModelConfig
-from hetero_attn.spec.weights import LOGITS_ROWS, ActivationWidths, model_spec
+from hetero_attn.spec.workload import LOGITS_ROWS
 from placement.plan.plan import Plan
 from placement.plan.workload import row_tier
 
@@ -189,9 +190,8 @@ class Engine:
         """Append tokens with random keys and values, nothing computed: a long context in seconds, for measurements."""
         with self.lanes.torch_at_rest():
             self._drain()
-            for side in (self._work.qkv.device, self._work.qkv.host):
-                if side is not None:
-                    side.normal_()
+            for name in dict.fromkeys(block.stored for block in self.weights.spec.blocks if block.stored):
+                self._work.randomise(name)
         stop = sequence.length + tokens
         while sequence.length < stop:
             rows = min(self.prefill_chunk, stop - sequence.length)
@@ -201,11 +201,12 @@ class Engine:
             sequence.length += rows
 
     def _store_rows(self, step: Step) -> None:
-        """Store what the qkv buffer holds in every layer, as if the layers had computed it."""
-        work = self._work.rows(step.rows)
-        for layer, (group, place) in self.kv_cache.places.items():
-            parameters, cache = self.weights.layers[layer].attention, self.kv_cache.layer_groups[group]
-            store(self.lanes, step, step.groups[group], cache, place, parameters, work.qkv, work.attention.query)
+        """Store random keys and values in every layer, as if the layers had computed them."""
+        work, run = self._work.rows(0, step.rows), Run(self.lanes, step)
+        for blocks, weights in zip(self.weights.spec.layers, self.weights.layers, strict=True):
+            for block, of_block in zip(blocks, weights, strict=True):
+                if isinstance(block.state, KvState):
+                    block.store(run, of_block, self._state(block, step), work)
         self.lanes.finish()
 
     @torch.inference_mode()
@@ -320,13 +321,13 @@ class Engine:
             if step.is_one_by_one:
                 self.kv_cache.wait_for_moves()
             ids = torch.tensor(token_ids, device="cpu")
-            model.embed(lanes, weights, ids, self._work.residual.rows(0, step.rows))
+            embed(lanes, weights, ids, self._work.residual.rows(0, step.rows))
             lanes.inputs_queued()
             with lanes.main_lane():
                 if not step.is_one_by_one:
                     if lanes.pages is not None:
                         lanes.pages.announce(older_blocks(self.kv_cache, step, lanes.pages.block_pages))
-                    self._announce(weights.linears[:-1], step.tier)
+                    self._announce(weights.layer_linears, step.tier)
                     self._layers(step)
                 elif self._can_replay(step.tier):
                     self.replay.run(step)
@@ -339,6 +340,8 @@ class Engine:
         """Whether a step of this tier may be recorded; weights that could not be page-locked matter where they
         stream."""
         if self.replay is None or not self.lanes.can_replay or self._watch is not None:
+            return False
+        if not all(block.records for block in self.weights.spec.blocks):
             return False
         if tier not in self._passes_caller:
             ring = self.lanes.ring
@@ -356,23 +359,22 @@ class Engine:
         self._project(0, step.rows)
 
     def _layers(self, step: Step) -> None:
-        lanes, weights, work = self.lanes, self.weights, self._work.rows(step.rows)
-        for index, layer in enumerate(weights.layers):
-            lanes.begin_layer()
-            group, place = self.kv_cache.places[index]
+        run, work, spec = Run(self.lanes, step), self._work.rows(0, step.rows), self.weights.spec
+        for index, (blocks, weights) in enumerate(zip(spec.layers, self.weights.layers, strict=True)):
+            self.lanes.begin_layer()
             self._show(index, work)
-            model.attention_block(
-                lanes,
-                step,
-                layer,
-                self.kv_cache.layer_groups[group],
-                step.groups[group],
-                place,
-                weights.norm_eps,
-                work,
-            )
-            model.mlp_block(lanes, step, layer, weights.norm_eps, work)
-        self._show(len(weights.layers), work)
+            for block, of_block in zip(blocks, weights, strict=True):
+                block.forward(run, of_block, self._state(block, step), work)
+        self._show(len(spec.layers), work)
+
+    def _state(self, block: Declaration, step: Step) -> StateView:
+        """What the block keeps of the step's sequences."""
+        if isinstance(block.state, KvState):
+            group, place = self.kv_cache.places[block.layer]
+            return KvView(self.kv_cache.layer_groups[group], place, step.groups[group])
+        if isinstance(block.state, FixedState):
+            return FixedView(self.kv_cache.states[block.layer], step.slots.main)
+        return None
 
     def _show(self, layer: int, work: Workspace) -> None:
         if self._watch is None:
@@ -382,13 +384,13 @@ class Engine:
 
     def _project(self, start: int, stop: int) -> None:
         """Logits of rows [start, stop) of the residual into the first rows of the logits buffer."""
-        work, out = self._work, self._logits.rows(0, stop - start)
-        model.logits(self.lanes, self.weights, work.residual.rows(start, stop), work.normed.rows(start, stop), out)
+        weights, out = self.weights, self._logits.rows(0, stop - start)
+        weights.spec.head.project(self.lanes, weights.head, self._work.rows(start, stop), out)
 
     def _logits_of(self, start: int, stop: int) -> torch.Tensor:
         """Logits of rows [start, stop) of the residual, in the engine's own buffer."""
         with self._guarded():
-            self._announce((self.weights.head,), row_tier(stop - start))
+            self._announce(tuple(self.weights.head.linears.values()), row_tier(stop - start))
             with self.lanes.main_lane():
                 self._project(start, stop)
             self._finish()
@@ -448,57 +450,8 @@ class Buffers(NamedTuple):
     logits: Activation
 
 
-def make_buffers(config: ModelConfig, plan: Plan, lanes: Lanes) -> Buffers:
+def make_buffers(model: ModelSpec, plan: Plan, lanes: Lanes) -> Buffers:
     """Allocate them; before the weights, so that where the system page-locks only so much, it locks these."""
-    rows, head = max(plan.prefill_chunk, plan.max_batch), model_spec(config).head
-    logits = _buffer(lanes, max(LOGITS_ROWS, plan.max_batch), head.out_features, "resident")
-    return Buffers(rows, make_workspace(config, rows, lanes), logits)
-
-
-def make_workspace(config: ModelConfig, rows: int, lanes: Lanes) -> Workspace:
-    """Allocate the activation buffers of a step of at most `rows` rows, on every side that a lane uses."""
-    widths = ActivationWidths.of(config, model_spec(config))
-    on_device = {} if lanes.device is None else _shared_buffers(widths, rows, lanes.device)
-
-    def buffer(name: str, width: int) -> Activation:
-        if name not in on_device:
-            return _buffer(lanes, rows, width, "activations")
-        return Activation(on_device[name], lanes.device.host_empty((rows, width), torch.float32, "activations"))
-
-    attention = AttentionBuffers(
-        query=buffer("query", widths.query),
-        out=buffer("out", widths.attention),
-        partial=buffer("partial", widths.attention),
-        lse=buffer("lse", widths.lse),
-        partial_lse=buffer("partial_lse", widths.lse),
-    )
-    return Workspace(
-        residual=buffer("residual", widths.residual),
-        scratch=buffer("scratch", widths.residual),
-        normed=buffer("normed", widths.normed),
-        qkv=buffer("qkv", widths.qkv),
-        gate_up=buffer("gate_up", widths.gate_up),
-        activated=buffer("activated", widths.activated),
-        attention=attention,
-    )
-
-
-def _shared_buffers(widths: ActivationWidths, rows: int, device: Device) -> dict[str, torch.Tensor]:
-    """Buffers by name, [rows, width] in GPU memory, that lie in the same places as others: see
-    ActivationWidths.shared."""
-    buffers = {}
-    for name, others in widths.shared.items():
-        memory, start = device.empty((rows * widths.room(name),), torch.float32, "activations"), 0
-        buffers[name] = memory[: rows * widths.width(name)].view(rows, -1)
-        for other in others:
-            stop = start + rows * widths.width(other)
-            buffers[other] = memory[start:stop].view(rows, -1)
-            start = stop
-    return buffers
-
-
-def _buffer(lanes: Lanes, rows: int, width: int, kind: str) -> Activation:
-    if lanes.device is None:
-        return Activation(None, torch.empty((rows, width), dtype=torch.float32, device="cpu"))
-    host = lanes.device.host_empty((rows, width), torch.float32, kind)
-    return Activation(lanes.device.empty((rows, width), torch.float32, kind), host)
+    rows, head = max(plan.prefill_chunk, plan.max_batch), model.head.linears[0]
+    logits = make_buffer(lanes, max(LOGITS_ROWS, plan.max_batch), head.out_features, "resident")
+    return Buffers(rows, make_workspace(ActivationWidths.of(model), rows, lanes), logits)

@@ -48,7 +48,7 @@ def own_copy(step: Step) -> Step:
         )
         for group in step.groups
     )
-    return replace(step, positions=_own(step.positions), groups=groups)
+    return replace(step, positions=_own(step.positions), groups=groups, slots=_own(step.slots))
 
 
 def refresh(own: Step, step: Step) -> None:
@@ -68,7 +68,7 @@ def _clone(segment: Segment | None) -> Segment | None:
 
 
 def _tensors(step: Step) -> list[torch.Tensor]:
-    tensors = [step.positions.host]
+    tensors = [item.host for item in (step.positions, step.slots) if item.host is not None]
     for group in step.groups:
         tensors += [] if group.slots.host is None else [group.slots.host]
         for segment in (segment for part in group.parts for segment in (part.host, part.spilled)):

@@ -27,10 +27,10 @@ from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.greatest import greatest
 from hetero_attn.lanes.host_worker import HostWorker
 from hetero_attn.lanes.lanes import Lanes
+from hetero_attn.models.decoder import decoder
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.planning.settle import settle
 from hetero_attn.spec.config import ModelConfig
-from hetero_attn.spec.tensor_names import expected_tensors
 from placement.cost.terms import LAUNCHES_PER_LAYER
 from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import Plan
@@ -249,7 +249,7 @@ def write_toy(folder: Path, layers: int) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     header, offset = {}, 0
-    for name, shape in expected_tensors(ModelConfig.from_dir(folder)).items():
+    for name, shape in decoder(ModelConfig.from_dir(folder)).tensors.items():
         size = 2 * torch.Size(shape).numel()
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size

@@ -49,6 +49,10 @@ class Activation:
         """Columns [start, stop) of both sides."""
         return self._map(lambda side: side[:, start:stop])
 
+    def shaped(self, rows: int, width: int) -> "Activation":
+        """The front of both sides, flat memory, as [rows, width]."""
+        return self._map(lambda side: side[: rows * width].view(rows, width))
+
     @property
     def main(self) -> torch.Tensor:
         """The side where the residual stream lives: the GPU's when there is one."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from hetero_attn.devices import Device
-from hetero_attn.spec.weights import table_bytes
+from hetero_attn.spec.workload import table_bytes
 
 Layout = tuple[tuple[torch.dtype, torch.Size], ...]
 LAYOUTS = 16  # whose views are kept: a decode step's never changes, and making them took longer than the copies

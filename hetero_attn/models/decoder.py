@@ -1,143 +1,102 @@
-"""The decoder as plain functions over weights, cache and lanes, all passed in.
-
-    residual += o(attention(qkv(norm(residual))))
-    residual += down(silu(gate) * up)             with gate, up = gate_up(norm(residual))
-
-No function here knows where anything lives: a `LinearWeights` carries its cut, an `Activation` both its sides.
-"""
+"""The decoder families as lists of blocks, and the two ends of every model: token embedding and head."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from cpu_kernels.formats import format_of
-from hetero_attn.cache.pool import LayerGroup
+from cpu_kernels.formats import BLOCK_FEATURES, format_of
 from hetero_attn.lanes.lanes import Activation, Lanes
-from hetero_attn.ops.attend import AttentionBuffers, AttentionParameters, attend
-from hetero_attn.ops.linear import LinearWeights, linear, linear_add
-from hetero_attn.ops.step import GroupStep, Step
+from hetero_attn.models.attention import Attention
+from hetero_attn.models.block import Block, BlockWeights, normalize
+from hetero_attn.models.mlp import GatedMlp
+from hetero_attn.models.workspace import Workspace
+from hetero_attn.ops.linear import LinearWeights, linear
+from hetero_attn.spec.blocks import BufferGroup, ModelSpec, Vector
+from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.tensor_names import tensor_name
+from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
+from hetero_attn.spec.weights import LinearSpec, Part
 from placement.plan.workload import row_tier
 
 
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One decoder layer; norms are float32 [hidden_size] where the residual stream lives."""
+class Head(Block):
+    """logits = head(norm(residual)), for the rows that they are wanted of."""
 
-    qkv: LinearWeights
-    o: LinearWeights
-    gate_up: LinearWeights
-    down: LinearWeights
-    input_norm: torch.Tensor
-    post_attention_norm: torch.Tensor
-    attention: AttentionParameters
+    kind = "head"
+    layer = None
 
-    @property
-    def linears(self) -> tuple[LinearWeights, ...]:
-        """The four linears in the order they run."""
-        return (self.qkv, self.o, self.gate_up, self.down)
+    def __init__(self, config: ModelConfig, formats: WeightFormats) -> None:
+        tensor = tensor_name("embed" if config.tie_word_embeddings else "head")
+        part = Part(tensor, BLOCK_FEATURES, config.vocab_size, formats.of(tensor))
+        self._eps = config.rms_norm_eps
+        self.linears = (LinearSpec("head", "head", None, config.hidden_size, (part,), False, block="head"),)
+        self.vectors = (Vector("norm", tensor_name("final_norm"), config.hidden_size),)
+        self.buffers = (BufferGroup("narrow", (("normed", config.hidden_size),)),)
+
+    def project(self, lanes: Lanes, weights: BlockWeights, work: Workspace, out: Activation) -> None:
+        """Project the residual rows of `work` onto the vocabulary; once the lanes are finished `out.host`, float32
+        [rows, packed vocabulary], is complete."""
+        head, tier = weights.linears["head"], row_tier(out.main.shape[0])
+        normed = work.of("normed", head.spec.in_features)
+        normalize(lanes, weights.vector("norm"), self._eps, work.residual, normed, head.has_host_features(tier))
+        linear(lanes, head, tier, normed, out)
+        lanes.push(out, 0, head.device_features(tier))
 
 
-@dataclass(frozen=True, slots=True)
+def decoder(config: ModelConfig, formats: str | WeightFormats = "bf16") -> ModelSpec:
+    """The blocks of a model with this configuration. formats: of the weights, or the one of all of them; widths do not
+    depend on it."""
+    formats = weight_formats(formats)
+    return ModelSpec(
+        embedding=Vector("embed", tensor_name("embed"), config.hidden_size),
+        vocab_size=config.vocab_size,
+        embedding_scale=1.0,
+        layers=tuple(
+            (Attention(config, layer, formats), GatedMlp(config, layer, formats)) for layer in range(config.num_layers)
+        ),
+        head=Head(config, formats),
+    )
+
+
+@dataclass(frozen=True)
 class ModelWeights:
-    """Every weight of a model in its home.
+    """Every weight of a model in its home, block by block.
 
     embed: in host memory, [vocab_size, hidden_size] of numbers, or uint8 [blocks, block_bytes] of the coded
     embed_format.
     """
 
-    layers: tuple[LayerWeights, ...]
-    head: LinearWeights
+    spec: ModelSpec
+    layers: tuple[tuple[BlockWeights, ...], ...]
+    head: BlockWeights
     embed: torch.Tensor
     embed_format: str
-    final_norm: torch.Tensor
-    norm_eps: float
 
-    @property
+    @cached_property
+    def layer_linears(self) -> tuple[LinearWeights, ...]:
+        """Every linear of the layers in the order a forward pass runs them."""
+        return tuple(linear for layer in self.layers for block in layer for linear in block.linears.values())
+
+    @cached_property
     def linears(self) -> tuple[LinearWeights, ...]:
-        """Every linear in the order a forward pass runs them."""
-        return tuple(weights for layer in self.layers for weights in layer.linears) + (self.head,)
+        """Those, and the head's."""
+        return (*self.layer_linears, *self.head.linears.values())
 
-
-@dataclass(frozen=True, slots=True)
-class Workspace:
-    """The activation buffers of one step, float32 [rows, width]; see `ActivationWidths` for their widths."""
-
-    residual: Activation
-    scratch: Activation
-    normed: Activation
-    qkv: Activation
-    gate_up: Activation
-    activated: Activation
-    attention: AttentionBuffers
-
-    def rows(self, count: int) -> "Workspace":
-        """The first `count` rows of every buffer."""
-        buffers = (getattr(self, name).rows(0, count) for name in Workspace.__slots__ if name != "attention")
-        return Workspace(*buffers, self.attention.rows(0, count))
+    def linear(self, name: str) -> LinearWeights:
+        """A linear by its shard name."""
+        return next(weights for weights in self.linears if weights.spec.name == name)
 
 
 def embed(lanes: Lanes, weights: ModelWeights, token_ids: torch.Tensor, residual: Activation) -> None:
     """Start the residual stream with the rows of `token_ids` int64 [rows]; on its way to a GPU it passes the host
     side."""
-    residual = residual.columns(0, weights.final_norm.shape[0])
+    residual = residual.columns(0, weights.spec.hidden_size)
     if format_of(weights.embed_format).is_row_major:
         residual.host.copy_(weights.embed[token_ids])
     else:
         lanes.host_ops.unpack_rows(weights.embed, weights.embed_format, token_ids, residual.host)
+    if weights.spec.embedding_scale != 1.0:
+        residual.host.mul_(weights.spec.embedding_scale)
     if lanes.device is not None:
         lanes.copy(residual.device, residual.host)
-
-
-def normalize(
-    lanes: Lanes, weight: torch.Tensor, norm_eps: float, residual: Activation, normed: Activation, to_host: bool
-) -> None:
-    """RMS-normalise the residual into `normed`, and bring it to the host if the CPU lane will need it."""
-    hidden_size = weight.shape[0]
-    lanes.main_ops.rms_norm(residual.main[:, :hidden_size], weight, norm_eps, normed.main)
-    if to_host:
-        lanes.push(normed, 0, hidden_size)
-
-
-def attention_block(
-    lanes: Lanes,
-    step: Step,
-    layer: LayerWeights,
-    group: LayerGroup,
-    segments: GroupStep,
-    index: int,
-    norm_eps: float,
-    work: Workspace,
-) -> None:
-    """Add one layer's attention to the residual; `index` is the layer's place in its group of the cache."""
-    tier, qkv, out = step.tier, layer.qkv, work.attention.out
-    normalize(lanes, layer.input_norm, norm_eps, work.residual, work.normed, qkv.has_host_features(tier))
-    linear(lanes, qkv, tier, work.normed, work.qkv)
-    attend(lanes, step, segments, group, index, layer.attention, work.qkv, qkv.device_units(tier), work.attention)
-    column = group.gpu_groups * layer.attention.heads_per_group * layer.attention.head_dim
-    linear_add(lanes, layer.o, tier, out, column, work.residual, work.scratch)
-
-
-def mlp_block(lanes: Lanes, step: Step, layer: LayerWeights, norm_eps: float, work: Workspace) -> None:
-    """Add one layer's gated MLP to the residual; each lane activates the columns it computed."""
-    tier, gate_up, down = step.tier, layer.gate_up, layer.down
-    normalize(lanes, layer.post_attention_norm, norm_eps, work.residual, work.normed, gate_up.has_host_features(tier))
-    linear(lanes, gate_up, tier, work.normed, work.gate_up)
-    column = gate_up.device_features(tier)
-    if gate_up.has_host_features(tier):
-        lanes.on_host(
-            lambda: lanes.host_ops.silu_mul(work.gate_up.host[:, column:], work.activated.host[:, column // 2 :])
-        )
-    if column:
-        lanes.device.ops.silu_mul(work.gate_up.device[:, :column], work.activated.device[:, : column // 2])
-    activated = work.activated.columns(0, down.spec.in_features)
-    linear_add(lanes, down, tier, activated, min(column // 2, down.spec.in_features), work.residual, work.scratch)
-
-
-def logits(lanes: Lanes, weights: ModelWeights, residual: Activation, normed: Activation, out: Activation) -> None:
-    """Project residual rows onto the vocabulary; once the lanes are finished `out.host`, float32 [rows, packed
-    vocabulary], is complete.
-    """
-    head, tier = weights.head, row_tier(out.main.shape[0])
-    normalize(lanes, weights.final_norm, weights.norm_eps, residual, normed, head.has_host_features(tier))
-    linear(lanes, head, tier, normed, out)
-    lanes.push(out, 0, head.device_features(tier))

@@ -19,12 +19,12 @@ from hetero_attn.spec.config import ModelConfig, RopeConfig
 
 
 def rope_tables(
-    config: ModelConfig, max_positions: int, seq_len: int | None = None
+    config: ModelConfig, max_positions: int, seq_len: int | None = None, rope: RopeConfig | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin for positions 0 .. max_positions-1, attention scaling of yarn folded in.
 
     Args:
-        config: the model. max_positions: rows of the tables, tokens.
+        config: the model. max_positions: rows of the tables, tokens. rope: of some layers, None is the model's own.
         seq_len: only for rope type `dynamic`: the sequence length, in tokens, that the frequencies are stretched for.
             transformers stretches anew whenever a sequence grows beyond `max_position_embeddings`, which leaves keys
             cached under older frequencies; here one set serves the whole run. None means `max_positions`, the longest
@@ -34,19 +34,22 @@ def rope_tables(
         (cos, sin), float32 [max_positions, rotary_dim / 2] on the CPU, for the rotate-half convention: dimension i
         pairs with dimension i + rotary_dim / 2.
     """
-    frequencies = _inverse_frequencies(config, max_positions if seq_len is None else seq_len)
+    rope = rope or config.rope
+    frequencies = _inverse_frequencies(
+        rope, config.max_position_embeddings, max_positions if seq_len is None else seq_len
+    )
     angles = torch.arange(max_positions, dtype=torch.float32, device="cpu")[:, None] * frequencies
-    scale = _attention_factor(config.rope) if config.rope.rope_type == "yarn" else 1.0
+    scale = _attention_factor(rope) if rope.rope_type == "yarn" else 1.0
     return angles.cos() * scale, angles.sin() * scale
 
 
-def _inverse_frequencies(config: ModelConfig, seq_len: int) -> torch.Tensor:
+def _inverse_frequencies(rope: RopeConfig, trained: int, seq_len: int) -> torch.Tensor:
     """float32 [rotary_dim / 2], radians per position."""
-    rope, dim = config.rope, config.rope.rotary_dim
+    dim = rope.rotary_dim
     if rope.rope_type == "linear":
         return _plain(rope.theta, dim) / rope.factor
     if rope.rope_type == "dynamic":
-        return _dynamic(rope, dim, config.max_position_embeddings, seq_len)
+        return _dynamic(rope, dim, trained, seq_len)
     if rope.rope_type == "llama3":
         return _llama3(rope, dim)
     if rope.rope_type == "yarn":

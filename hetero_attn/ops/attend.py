@@ -27,13 +27,15 @@ from hetero_attn.ops.step import GroupStep, Part, Segment, Segments, Step, layer
 class AttentionParameters:
     """What one layer's attention needs beside its linears, float32, where each lane needs it.
 
-    cos, sin: [max_context, rotary_dim / 2]. q_norm, k_norm: [head_dim], None on both sides where the family has none.
+    scale: what scores are multiplied by. cos, sin: [max_context, rotary_dim / 2]. q_norm, k_norm: [head_dim], None on
+    both sides where the family has none.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     window: int
+    scale: float
     norm_eps: float
     cos: Activation
     sin: Activation
@@ -44,11 +46,6 @@ class AttentionParameters:
     def heads_per_group(self) -> int:
         """Query heads that share one KV head."""
         return self.num_heads // self.num_kv_heads
-
-    @property
-    def scale(self) -> float:
-        """What scores are multiplied by."""
-        return self.head_dim**-0.5
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from hetero_attn.cache.pages import PagedStore
 from hetero_attn.cache.pool import LayerGroup, SequenceState
 from hetero_attn.cache.stream import PageBlock
 from hetero_attn.lanes.lanes import Activation, Lanes
-from hetero_attn.spec.weights import table_bytes
+from hetero_attn.spec.workload import table_bytes
 from placement.plan.workload import row_tier
 
 
@@ -96,7 +96,8 @@ class Step:
     """One forward pass of `rows` rows.
 
     positions: int64 [rows] on both sides. tier: the row tier that selects every linear's cut. groups: for each layer
-    group of the cache, in its order.
+    group of the cache, in its order. slots: int64 [rows] on both sides, the place of each row's sequence among the
+    states of fixed size; neither side where the model has none.
     """
 
     rows: int
@@ -104,6 +105,7 @@ class Step:
     positions: Activation
     parts: tuple[Part, ...]
     groups: tuple[GroupStep, ...]
+    slots: Activation = Activation(None, None)
 
     @property
     def is_one_by_one(self) -> bool:
@@ -121,17 +123,19 @@ def plan_step(lanes: Lanes, cache: KVCache, work: Sequence[Rows]) -> Step:
     layout = _lay_out(work)
     rows = len(layout.positions)
     stores = [_in_stores(group, layout) for group in cache.layer_groups]
-    positions = Activation(None, layout.positions)
+    positions, slots = Activation(None, layout.positions), Activation(None, None)
+    if cache.states:
+        of_rows = [sequence.slot for sequence, token_ids, _, _ in work for _ in token_ids]
+        slots = Activation(None, torch.tensor(of_rows, device="cpu"))
     if lanes.device is not None:
-        positions, stores = _uploaded(lanes, positions, stores)
+        positions, slots, stores = _uploaded(lanes, positions, slots, stores)
     groups = tuple(GroupStep(_slots(each), tuple(_segments(each, layout))) for each in stores)
-    return Step(rows, row_tier(rows), positions, tuple(_parts(layout)), groups)
+    return Step(rows, row_tier(rows), positions, tuple(_parts(layout)), groups, slots)
 
 
 def older_blocks(cache: KVCache, step: Step, block_pages: int) -> Iterator[PageBlock]:
     """The blocks of older pages that the layers of a step attend on the GPU, in their order."""
-    for index in range(len(cache.places)):
-        group, layer = cache.places[index]
+    for _, (group, layer) in sorted(cache.places.items()):
         for part, segments in zip(step.parts, step.groups[group].parts, strict=True):
             if part.streams_older and segments.spilled is not None:
                 yield from layer_blocks(cache.layer_groups[group].spilled, segments.spilled, layer, block_pages)
@@ -158,7 +162,8 @@ def most_lines(lanes: Lanes, cache: KVCache, rows: int) -> int:
         per_store = (
             table_bytes(8 * rows * store.groups) + table_bytes(lines * store.table[0].nbytes) for store in stores
         )
-        return table_bytes(8 * rows) + sum(per_store) + 2 * len(stores) * table_bytes(4 * lines)
+        own = (2 if cache.states else 1) * table_bytes(8 * rows)
+        return own + sum(per_store) + 2 * len(stores) * table_bytes(4 * lines)
 
     return bisect_right(range(rows + 1), lanes.tables.buffers[0].nbytes, key=size_bytes) - 1
 
@@ -247,12 +252,17 @@ def _in_store(
     return _InStore(bounds, slots, table, *singles.unbind())
 
 
-def _uploaded(lanes: Lanes, positions: Activation, stores: list[Stores]) -> tuple[Activation, list[Stores]]:
-    """The positions, and what every `recent` store needs, on the device, brought there together."""
+def _uploaded(
+    lanes: Lanes, positions: Activation, slots: Activation, stores: list[Stores]
+) -> tuple[Activation, Activation, list[Stores]]:
+    """The positions, the slots, and what every `recent` store needs, on the device, brought there together."""
+    own = [item.host for item in (positions, slots) if item.host is not None]
     recent = [tensor for _, each, _ in stores if each is not None for tensor in each[1:] if tensor is not None]
-    on_device = iter(lanes.upload([positions.host, *recent]))
+    on_device = iter(lanes.upload([*own, *recent]))
     positions = Activation(next(on_device), positions.host)
-    return positions, [(host, _with_tables(recent, on_device), spilled) for host, recent, spilled in stores]
+    if slots.host is not None:
+        slots = Activation(next(on_device), slots.host)
+    return positions, slots, [(host, _with_tables(recent, on_device), spilled) for host, recent, spilled in stores]
 
 
 def _with_tables(store: _InStore | None, tables: Iterator[torch.Tensor]) -> _InStore | None:

@@ -8,14 +8,16 @@ from pathlib import Path
 from hetero_attn.checkpoints.hub import resolve_model
 from hetero_attn.checkpoints.sources import read_config, stored_formats
 from hetero_attn.errors import ConfigError, MemoryBudgetError
+from hetero_attn.models.decoder import decoder
 from hetero_attn.planning.arguments import check_choice
 from hetero_attn.planning.options import PAGE_TOKENS, LoadOptions
 from hetero_attn.planning.profiles import current_profile, lane_threads
+from hetero_attn.spec.blocks import ModelSpec
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.recipes import formats_of
 from hetero_attn.spec.tensor_names import tensor_name
 from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
-from hetero_attn.spec.weights import build_workload, model_spec, natural_kv_dtype
+from hetero_attn.spec.workload import build_workload, natural_kv_dtype
 from placement import BudgetError, HardwareProfile, Plan, Policy, make_plan
 from placement.plan.memory import activation_bytes
 from placement.plan.units import parse_bytes
@@ -43,7 +45,7 @@ class PlannedModel:
     they are not all one. device: cpu | cuda[:N] | emulated. hardware, policy: the rates and the wishes that the plan
     was
     made with. workload: what was asked of the planner, its shape and prefill chunk still open; plan.workload has those
-    that were chosen.
+    that were chosen. spec: the model's blocks, None for those of the family that `config` names.
     """
 
     path: Path
@@ -55,6 +57,12 @@ class PlannedModel:
     policy: Policy = Policy()
     workload: Workload | None = None
     formats: WeightFormats | None = None
+    spec: ModelSpec | None = None
+
+    @property
+    def model(self) -> ModelSpec:
+        """The blocks of the model."""
+        return self.spec or decoder(self.config, self.weight_formats)
 
     @property
     def weight_formats(self) -> WeightFormats:
@@ -164,9 +172,9 @@ def _workload(
     )
     build = partial(
         build_workload,
-        config,
+        decoder(config, formats),
         formats,
-        model=model_name(options.model, path),
+        name=model_name(options.model, path),
         max_context=context,
         max_batch=batch,
         kv_tokens=kv_tokens,
@@ -205,7 +213,7 @@ def choose_formats(dtype: str, config: ModelConfig, path: Path) -> WeightFormats
 def formats_by_rules(formats: WeightFormats, policy: Policy, config: ModelConfig) -> WeightFormats:
     """The formats with those that the policy's rules ask for single linears."""
     by_tensor, changed = {}, False
-    for linear in model_spec(config, formats=formats).linears:
+    for linear in decoder(config, formats).linears:
         dtype = dtype_by_rules(policy, linear.name)
         changed |= dtype is not None
         by_tensor |= {part.tensor: dtype or part.format for part in linear.parts}

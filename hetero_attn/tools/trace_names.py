@@ -20,12 +20,12 @@ class ShardNames:
         for linear in engine.weights.linears:
             found += _ranges(linear.spec.name, (linear.dram, linear.gpu))
         for index, layer in enumerate(engine.weights.layers):
-            norms = layer.input_norm, layer.post_attention_norm
-            found += _ranges(f"layers.{index}.norm", norms)
-            group, place = engine.kv_cache.places[index]
+            for block in layer:
+                found += _ranges(f"layers.{index}.norm", tuple(vector.main for vector in block.vectors.values()))
+        for index, (group, place) in engine.kv_cache.places.items():
             for store in engine.kv_cache.layer_groups[group].stores.values():
                 found += _ranges(f"layers.{index}.kv", (store.k[place], store.v[place]))
-        found += _ranges("final_norm", (engine.weights.final_norm,))
+        found += _ranges("final_norm", tuple(vector.main for vector in engine.weights.head.vectors.values()))
         self._ranges = sorted(found)
         self._starts = [start for start, _, _ in self._ranges]
         self._slots: dict[int, str] = {}

@@ -29,7 +29,7 @@ from hetero_attn.engine.engine import Engine, make_buffers
 from hetero_attn.errors import PromptError
 from hetero_attn.llm import LLM, Prompt
 from hetero_attn.planning.settle import PlannedModel
-from hetero_attn.spec.weights import natural_kv_dtype
+from hetero_attn.spec.workload import natural_kv_dtype
 from hetero_attn.tools.forced_runs import (
     Distance,
     Run,
@@ -241,7 +241,7 @@ def _yardstick(engine: Engine, run: Run) -> tuple[Distance, tuple[float, ...]]:
     """How far the reference is from exact arithmetic over its own weights: at the end, and stage by stage."""
     plan = _with_kv_dtype(engine.plan, "fp32")
     lanes = engine.lanes
-    cache, buffers = KVCache(plan, lanes.device, False), make_buffers(engine.config, plan, lanes)
+    cache, buffers = KVCache(plan, lanes.device, False), make_buffers(engine.weights.spec, plan, lanes)
     twin = Engine(engine.config, plan, engine.weights, lanes, cache, buffers, False)
     exact = torch.float64 if plan.workload.weight_dtype == "fp32" else torch.float32
     with lanes.computing_by(UnroundedOps(exact)):

@@ -18,7 +18,7 @@ from placement.plan.memory import LinearPlacement
 from placement.plan.plan import Plan
 from placement.plan.workload import NUM_ROW_TIERS, LinearShard
 from placement.policy.bind import Bounds
-from placement.solve.pairing import first_name
+from placement.solve.pairing import first_names
 
 # Lanes that end within this share of a step of each other are balanced: less is noise.
 HYSTERESIS = 0.1
@@ -50,17 +50,17 @@ def movable(plan: Plan, bounds: Bounds) -> tuple[dict[str, int], ...]:
     owners of the cache. So do both linears of a paired block, which move as a whole. Empty without a staging ring.
     """
     tiers: tuple[dict[str, int], ...] = tuple({} for _ in range(NUM_ROW_TIERS))
-    whole = {name for row in plan.workload.linears if row.row_cut for name in (row.name, first_name(row))}
+    whole = {name for pair in first_names(plan.workload).items() for name in pair}
     for shard, placement, bound in zip(plan.workload.linears, plan.linears, bounds.linears, strict=True):
         if (
             plan.staging_slots
-            and shard.kind != "qkv"
+            and not shard.per_kv_head
             and shard.name not in whole
             and (placement.streams or plan.workload.elastic)
         ):
             for tier in range(NUM_ROW_TIERS):
                 fixed = bound.stream[tier] is not None or bound.cpu[tier] is not None
-                if not fixed and not (shard.kind == "head" and tier == PROMPT_TIER):
+                if not fixed and not (shard.is_head and tier == PROMPT_TIER):
                     tiers[tier][shard.name] = placement.dram_units
     return tiers
 

@@ -36,7 +36,6 @@ from math import fsum
 from typing import Any, NamedTuple
 
 from placement.cost.terms import (
-    BLOCKS,
     Block,
     Call,
     LinearCost,
@@ -84,19 +83,18 @@ def pass_cost(
     for parts in (tally.lanes["steps"], tally.lanes["gpu" if on_gpu else "cpu"], tally.terms["small_ops"]):
         parts.append(small)
     tally.terms["step"].append(step)
-    cpu_qkv_units: dict[int | None, int] = {}
-    paired = {(shard.layer, BLOCKS[shard.kind]) for shard in workload.linears if shard.row_cut}
+    attending: dict[int | None, tuple[Block, int]] = {}
+    paired = {(shard.layer, shard.block) for shard in workload.linears if shard.row_cut}
     for shard, placement in zip(workload.linears, linears, strict=True):
-        if shard.kind != "head" or with_head:
-            block = (shard.layer, BLOCKS[shard.kind])
+        if not shard.is_head or with_head:
+            block = (shard.layer, shard.block)
             cpu_units = _add_linear(
                 tally, shard, placement, workload, hardware, call, block if block in paired else None
             )
-            if shard.kind == "qkv":
-                cpu_qkv_units[shard.layer] = cpu_units
+            if shard.per_kv_head:
+                attending[shard.layer] = block, cpu_units
     for kv_shard, kv_placement in zip(workload.kv, kv, strict=True):
-        block = (kv_shard.layer, BLOCKS["qkv"])
-        cpu_units = cpu_qkv_units.get(kv_shard.layer, 0)
+        block, cpu_units = attending.get(kv_shard.layer, ((kv_shard.layer, ""), 0))
         _add_attention(
             tally, kv_shard, kv_placement, cpu_units, workload, hardware, call, block if block in paired else None
         )
@@ -171,7 +169,7 @@ def _add_linear(
     block: Block | None,
 ) -> int:
     """Add one linear; returns the units that the CPU computes."""
-    rows = call.sequences if shard.kind == "head" else call.rows
+    rows = call.sequences if shard.is_head else call.rows
     home, streamed, on_cpu = placement.cut(row_tier(rows))
 
     def computed() -> LinearCost:
@@ -185,14 +183,14 @@ def _add_linear(
     copy_s = streamed * shard.unit_bytes / hardware.h2d_bytes_per_s if streamed else 0.0
     tally.add_step("linears", cpu_s, gpu_s, handover, cost.launch_s, block)
     tally.reads_s.append(on_cpu * cost.read_s_per_unit)
-    if shard.kind == "head":
+    if shard.is_head:
         tally.head_s = max(cpu_s, gpu_s, copy_s) + handover + cost.launch_s
         tally.lanes["steps"].append(max(0.0, copy_s - max(cpu_s, gpu_s)))
     from_dram = streamed + on_cpu + (home if hardware.unified_memory else 0)
     tally.lanes["dram"].append(from_dram * shard.unit_bytes / hardware.dram_bytes_per_s)
     if streamed:
         tally.lanes["pcie"].append(copy_s)
-        tally.before_head_s.append(copy_s * (shard.kind != "head"))
+        tally.before_head_s.append(copy_s * (not shard.is_head))
         tally.terms["copies"].append(copy_s)
     return on_cpu
 

@@ -14,9 +14,9 @@ from placement.plan.memory import LinearPlacement, staging_piece_units
 from placement.plan.workload import KvShard, LinearShard, Workload, row_tier
 
 BYTES_PER_ACTIVATION = 4
-BLOCKS = {"qkv": "attention", "o": "attention", "gate_up": "mlp", "down": "mlp", "head": "head"}
 Block = tuple[int | None, str]
-# Two norms, rotary embedding with the KV append, the gated activation; on a GPU also adding what the CPU computed.
+# Two norms, rotary embedding with the KV append, the gated activation, where a workload says nothing else; on a GPU
+# also adding what the CPU computed.
 SMALL_CALLS_PER_LAYER_ON_CPU = 4
 SMALL_CALLS_PER_LAYER_ON_GPU = 5
 LINEARS_PER_LAYER = 4
@@ -170,11 +170,11 @@ def step_cost(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfi
 
 def cpu_attention_rate(shard: KvShard, workload: Workload, hardware: HardwareProfile) -> AttentionRate:
     """Rates of CPU attention over this cache: measured for the most similar one, else overall."""
-    bits, heads = KV_BITS[workload.kv_dtype], workload.num_heads / shard.groups
+    bits, heads = KV_BITS[workload.kv_dtype], workload.heads_of(shard) / shard.groups
     if hardware.cpu_attention:
-        return nearest_attention(hardware.cpu_attention, bits, heads, workload.head_dim)
+        return nearest_attention(hardware.cpu_attention, bits, heads, workload.head_dim_of(shard))
     overall = hardware.cpu_attention_bytes_per_s, hardware.cpu_attention_ops_per_s
-    return AttentionRate(bits, round(heads), workload.head_dim, *overall)
+    return AttentionRate(bits, round(heads), workload.head_dim_of(shard), *overall)
 
 
 def attention_cost(
@@ -188,8 +188,8 @@ def attention_cost(
     stored = kv.visible_tokens(call.context + call.q_len)
     near = min(stored, gpu_tokens / call.sequences) if on_gpu else 0
     far_share = (stored - near) / stored
-    heads = workload.num_heads / kv.groups
-    operations = 4 * workload.head_dim * heads * call.rows * keys
+    heads = workload.heads_of(kv) / kv.groups
+    operations = 4 * workload.head_dim_of(kv) * heads * call.rows * keys
     read = call.sequences * stored * kv.bytes_per_token
     rate = cpu_attention_rate(kv, workload, hardware)
     # One row a sequence is what the first rate was measured with, its arithmetic included.
@@ -199,7 +199,7 @@ def attention_cost(
         return AttentionCost(cpu, 0.0, 0.0, read, 0.0, 0.0, 0.0, cpu_call_s(call, hardware, on_gpu), 0.0)
     streams = call.q_len > 1
     gpu = max(read / hardware.gpu_bytes_per_s, operations / hardware.gpu_attention_ops_per_s)
-    features = workload.num_heads * workload.head_dim
+    features = workload.heads_of(kv) * workload.head_dim_of(kv)
     return AttentionCost(
         cpu,
         0.0 if streams else far_share * cpu,
@@ -218,12 +218,13 @@ def small_ops_s(workload: Workload, call: Call, hardware: HardwareProfile, on_gp
     moved = (
         BYTES_PER_ACTIVATION
         * call.rows
-        * sum(s.in_features + s.out_features for s in workload.linears if s.kind != "head")
+        * sum(s.in_features + s.out_features for s in workload.linears if not s.is_head)
     )
+    moved += 2 * call.sequences * sum(state.bytes_per_sequence for state in workload.states)
+    calls = workload.small_calls or SMALL_CALLS_PER_LAYER_ON_CPU * workload.num_layers
     if on_gpu:
-        calls = SMALL_CALLS_PER_LAYER_ON_GPU * workload.num_layers
+        calls += (SMALL_CALLS_PER_LAYER_ON_GPU - SMALL_CALLS_PER_LAYER_ON_CPU) * workload.num_layers
         return calls * hardware.launch_overhead_s + moved / hardware.gpu_bytes_per_s
-    calls = SMALL_CALLS_PER_LAYER_ON_CPU * workload.num_layers
     rate = hardware.cpu_small_bytes_per_s or hardware.dram_bytes_per_s
     return calls * cpu_call_s(call, hardware, on_gpu) + moved / rate
 
@@ -264,7 +265,7 @@ def queueing_s(
     products = sum(
         gpu_products(shard, placement, call.rows, workload)
         for shard, placement in zip(workload.linears, linears, strict=True)
-        if shard.kind != "head"
+        if not shard.is_head
     )
     layer_s = hardware.gpu_layer_overhead_s
     product_s = hardware.gpu_product_overhead_s or layer_s / LINEARS_PER_LAYER

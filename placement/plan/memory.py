@@ -156,8 +156,8 @@ def kv_staging_bytes(workload: Workload) -> int:
 
 
 def gpu_resident_bytes(workload: Workload) -> int:
-    """GPU memory that no placement changes: norms, biases, tables, and the buffers of the older cache."""
-    return workload.resident_bytes + kv_staging_bytes(workload)
+    """GPU memory that no placement changes: norms, biases, tables, states, and the buffers of the older cache."""
+    return workload.resident_bytes + workload.state_bytes + kv_staging_bytes(workload)
 
 
 def staging_piece_units(shard: LinearShard, workload: Workload) -> int:
@@ -234,7 +234,7 @@ def memory_report(
         "embed": workload.embed_bytes,
     }
     if device == "cpu":
-        return MemoryReport(host=host | {"resident": workload.resident_bytes})
+        return MemoryReport(host=host | {"resident": workload.resident_bytes + workload.state_bytes})
     gpu = {
         "weights": weights_bytes(workload, linears, "gpu"),
         "kv": kv_bytes(kv_gpu_bytes),

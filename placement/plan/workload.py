@@ -1,15 +1,16 @@
 """What a model asks of a machine, in names, bytes and operations. No tensors, no devices, no torch.
 
-A workload is a list of shards with closed names: `layers.N.qkv|o|gate_up|down`, `head`, `layers.N.kv` and `embed`.
+A workload is a list of shards with closed names: `layers.N.` with the kinds of its linears, `head`, `layers.N.kv` and
+`embed`.
 The runtime describes its model this way; the planner and the cost model know nothing else about it.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from typing import NamedTuple
 
 KV_DTYPES = ("fp32", "bf16", "q8", "q4")
-LINEAR_KINDS = ("qkv", "o", "gate_up", "down", "head")
 
 # Long enough for the bus to reach its rate, short enough that slots cost little memory and the first piece is soon
 # there.
@@ -36,7 +37,9 @@ def round_up(value: int, multiple: int) -> int:
 class LinearShard:
     """One fused linear layer, cut into equal units: by output feature, or by input feature where `row_cut`.
 
-    name: closed shard name; kind: one of LINEAR_KINDS; layer: index, or None for the head.
+    name: closed shard name; kind: its last word; layer: index, or None for the head, which runs on the rows of which
+    logits are wanted. block: of the layer, whose linears a paired plan cuts alike. per_kv_head: a unit makes the q, k
+    and v of a KV-head group of the layer's cache.
     units: number of cuttable pieces; unit_bytes, unit_features: packed bytes and output features of one unit.
     in_features: width of the input row; flops_per_row_per_unit: multiplications plus additions for one row and unit.
     weight_format: what the unit is packed as, a format of cpu_kernels/formats or a mix of them; empty is the
@@ -55,15 +58,22 @@ class LinearShard:
     flops_per_row_per_unit: int
     row_cut: bool = False
     weight_format: str = ""
+    block: str = ""
+    per_kv_head: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in LINEAR_KINDS:
-            raise ValueError(f"{self.name}: kind is {self.kind!r}, known kinds are {', '.join(LINEAR_KINDS)}")
+        if self.name.rpartition(".")[2] != self.kind:
+            raise ValueError(f"{self.name}: kind is {self.kind!r}, expected the last word of the name")
         if self.units < 1 or self.unit_bytes < 1 or self.unit_features < 1:
             raise ValueError(
                 f"{self.name}: units, unit_bytes and unit_features must be positive, got "
                 f"{self.units}, {self.unit_bytes}, {self.unit_features}"
             )
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it runs only on the rows of which logits are wanted."""
+        return self.layer is None
 
     @property
     def shape(self) -> tuple[int | str, ...]:
@@ -86,7 +96,8 @@ class LinearShard:
 class KvShard:
     """The KV cache of one layer: `groups` KV-head groups, K plus V of one group for one token is `bytes_per_token`.
 
-    window: sliding window in tokens, 0 for full attention.
+    window: sliding window in tokens, 0 for full attention. heads, head_dim: of the layer's queries, 0 is as many as the
+    workload says.
     """
 
     name: str
@@ -94,10 +105,26 @@ class KvShard:
     groups: int
     bytes_per_token: int
     window: int = 0
+    heads: int = 0
+    head_dim: int = 0
 
     def visible_tokens(self, context: int) -> int:
         """How many of `context` cached tokens a new token attends to."""
         return min(context, self.window) if self.window else context
+
+
+@dataclass(frozen=True, slots=True)
+class StateShard:
+    """What one layer keeps of a sequence, however long that is: float32 values of this shape, beside the residual."""
+
+    name: str
+    layer: int
+    shape: tuple[int, ...]
+
+    @property
+    def bytes_per_sequence(self) -> int:
+        """What one sequence takes."""
+        return 4 * prod(self.shape)
 
 
 class ChunkChoice(NamedTuple):
@@ -122,6 +149,8 @@ class Workload:
     staging_piece_bytes: of what crosses the bus at a time, which is what a staging slot holds.
     row_cuts: o and down as a paired plan cuts them, by rows; empty where only column plans are possible.
     chunk_choices: prefill chunks that the planner may choose instead, ascending; empty where the chunk is given.
+    small_calls: operations of a pass on the CPU beside linears and attention; 0 is four a layer. states: what layers
+    keep of each sequence beside keys and values.
     """
 
     model: str
@@ -146,6 +175,8 @@ class Workload:
     staging_piece_bytes: int = STAGING_PIECE_BYTES
     host_activation_bytes_per_row: int = 0
     chunk_choices: tuple[ChunkChoice, ...] = ()
+    small_calls: int = 0
+    states: tuple[StateShard, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("max_context", "max_batch", "page_size", "prefill_chunk"):
@@ -167,6 +198,14 @@ class Workload:
         """What the weights of a linear are packed as."""
         return shard.weight_format or self.weight_dtype
 
+    def heads_of(self, shard: KvShard) -> int:
+        """Query heads of a layer."""
+        return shard.heads or self.num_heads
+
+    def head_dim_of(self, shard: KvShard) -> int:
+        """Numbers in a head of a layer."""
+        return shard.head_dim or self.head_dim
+
     @property
     def is_mixed(self) -> bool:
         """Whether linears differ in what their weights are packed as."""
@@ -180,7 +219,23 @@ class Workload:
     @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
-        return len(self.kv)
+        return len(self.layers)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Every layer that has a linear or a cache."""
+        of_linears = {shard.layer for shard in self.linears if shard.layer is not None}
+        return tuple(sorted(of_linears | {shard.layer for shard in self.kv}))
+
+    @property
+    def linear_kinds(self) -> tuple[str, ...]:
+        """What the linears of the layers are called, in order."""
+        return tuple(dict.fromkeys(shard.kind for shard in self.linears if not shard.is_head))
+
+    @property
+    def state_bytes(self) -> int:
+        """States of all sequences: in GPU memory whenever there is a GPU."""
+        return self.max_batch * sum(shard.bytes_per_sequence for shard in self.states)
 
     @property
     def full_tokens(self) -> int:
@@ -218,7 +273,9 @@ class Workload:
         by_layer: dict[int | None, list[str]] = {}
         for shard in self.linears:
             by_layer.setdefault(shard.layer, []).append(shard.name)
-        for kv in self.kv:
-            yield from by_layer.get(kv.layer, [])
-            yield kv.name
+        kv = {shard.layer: shard.name for shard in self.kv}
+        for layer in self.layers:
+            yield from by_layer.get(layer, [])
+            if layer in kv:
+                yield kv[layer]
         yield from by_layer.get(None, [])

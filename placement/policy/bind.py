@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import translate
 
 from placement.plan.memory import KvPlacement, LinearPlacement
-from placement.plan.workload import LINEAR_KINDS, NUM_ROW_TIERS, ROW_TIER_NAMES, KvShard, LinearShard, Workload
+from placement.plan.workload import NUM_ROW_TIERS, ROW_TIER_NAMES, KvShard, LinearShard, Workload
 from placement.policy.fields import Share
 from placement.policy.policy import Policy, PolicyError, Rule
 
@@ -155,7 +155,7 @@ def _unmatched(policy: Policy, workload: Workload) -> list[str]:
         hint = f"; did you mean {near[0]!r}?" if near and not span else ""
         problems.append(
             f"{where}: {rule.match!r} matches no shard of {workload.model}{hint} (shards are embed, head and "
-            f"layers.0-{workload.num_layers - 1}.{{{','.join(LINEAR_KINDS[:-1])},kv}})"
+            f"layers.0-{workload.num_layers - 1}.{{{','.join(workload.linear_kinds)},kv}})"
         )
     return problems
 

@@ -80,7 +80,7 @@ class Formulation:
         unknowns, tier = self._unknowns, weighted.call.tier
         for c, groups in unknowns.groups.items():
             for i, linear in enumerate(unknowns.classes[c].linears):
-                if linear.shard.kind == "qkv":
+                if linear.shard.per_kv_head:
                     variables = unknowns.linears[c, i]
                     copy = unknowns.time_scale * linear.shard.unit_bytes / unknowns.hardware.h2d_bytes_per_s
                     stray = unknowns.program.variable(cost=2 * TIE_BREAK * weighted.weight * copy)

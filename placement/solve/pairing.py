@@ -12,8 +12,6 @@ from placement.plan.memory import LinearPlacement
 from placement.plan.workload import LinearShard, Workload
 from placement.solve.classes import LayerClass
 
-FIRST_OF = {"o": "qkv", "down": "gate_up"}
-
 Homes = dict[tuple[int, int], tuple[int, ...]]
 Streams = dict[tuple[int, int, int], tuple[int, ...]]
 
@@ -29,17 +27,26 @@ def is_paired(workload: Workload) -> bool:
     return any(shard.row_cut for shard in workload.linears)
 
 
-def first_name(row: LinearShard) -> str:
-    """Name of the linear before a row cut in its block."""
-    return f"layers.{row.layer}.{FIRST_OF[row.kind]}"
+def first_names(workload: Workload) -> dict[str, str]:
+    """By name of a row cut, the name of the linear before it in its block."""
+    linears = workload.linears
+    return {linears[i].name: linears[_first(linears, i)].name for i, shard in enumerate(linears) if shard.row_cut}
+
+
+def _first(linears: Sequence[LinearShard], row: int) -> int:
+    """Position of the linear before a row cut in its block."""
+    block = (linears[row].layer, linears[row].block)
+    before = [i for i in range(row) if (linears[i].layer, linears[i].block) == block]
+    assert before, f"{linears[row].name} is cut by rows, and its block has no linear before it"
+    return before[-1]
 
 
 def pairs(cls: LayerClass) -> Iterator[tuple[int, int]]:
     """Positions in a class of the two linears of every paired block."""
-    position = {linear.shard.kind: i for i, linear in enumerate(cls.linears)}
-    for i, linear in enumerate(cls.linears):
-        if linear.shard.row_cut:
-            yield position[FIRST_OF[linear.shard.kind]], i
+    shards = [linear.shard for linear in cls.linears]
+    for i, shard in enumerate(shards):
+        if shard.row_cut:
+            yield _first(shards, i), i
 
 
 def homes_beside(classes: Sequence[LayerClass], homes: Homes) -> Homes:
@@ -71,12 +78,10 @@ def streams_beside(classes: Sequence[LayerClass], homes: Homes, streams: Streams
 def block_apart(workload: Workload, linears: Sequence[LinearPlacement]) -> str | None:
     """Name of a row cut whose lanes have other fractions than the linear before it, or which streams in part."""
     placed = {shard.name: placement for shard, placement in zip(workload.linears, linears, strict=True)}
-    for shard in workload.linears:
-        if shard.row_cut:
-            cut = placed[shard.name]
-            first = placed[first_name(shard)]
-            ours, theirs = ((p.gpu_units, *p.stream_units) for p in (cut, first))
-            whole = set(cut.stream_units) <= {0, cut.dram_units}
-            if not whole or any(a * first.units != b * cut.units for a, b in zip(ours, theirs, strict=True)):
-                return shard.name
+    for name, before in first_names(workload).items():
+        cut, first = placed[name], placed[before]
+        ours, theirs = ((p.gpu_units, *p.stream_units) for p in (cut, first))
+        whole = set(cut.stream_units) <= {0, cut.dram_units}
+        if not whole or any(a * first.units != b * cut.units for a, b in zip(ours, theirs, strict=True)):
+            return name
     return None

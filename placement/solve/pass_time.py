@@ -11,7 +11,7 @@ of the sums of its parts.
 
 from dataclasses import dataclass, field
 
-from placement.cost.terms import BLOCKS, WeightedCall, attention_cost, interference, small_ops_s, step_cost
+from placement.cost.terms import WeightedCall, attention_cost, interference, small_ops_s, step_cost
 from placement.solve.classes import LayerClass, LinearClass
 from placement.solve.pairing import pairs
 from placement.solve.program import add
@@ -89,7 +89,7 @@ class PassTime:
         self._program.variable(1, 1, cost=share * self._constant)
 
     def _class(self, c: int, cls: LayerClass) -> None:
-        blocks = {BLOCKS[cls.linears[i].shard.kind]: _Step() for _, i in pairs(cls)}
+        blocks = {cls.linears[i].shard.block: _Step() for _, i in pairs(cls)}
         for i, linear in enumerate(cls.linears):
             tier = self._unknowns.tier(linear, self._weighted)
             if tier is not None:
@@ -101,8 +101,8 @@ class PassTime:
 
     def _linear(self, c: int, i: int, count: int, linear: LinearClass, tier: int, blocks: dict[str, _Step]) -> None:
         shard, call, scale = linear.shard, self._weighted.call, self._scale
-        is_head = shard.kind == "head"
-        block = blocks.get(BLOCKS[shard.kind])
+        is_head = shard.is_head
+        block = blocks.get(shard.block)
         rows, weight_format = call.sequences if is_head else call.rows, self._unknowns.workload.format_of(shard)
         cost = step_cost(shard, rows, weight_format, self._hardware, block is not None)
         variables = self._unknowns.linears[c, i]
@@ -140,8 +140,9 @@ class PassTime:
             part = self._attention_over_free_tokens(c, cls)
         else:
             part = self._attention_over(c, cls, tokens)
-        if BLOCKS["qkv"] in blocks:
-            blocks[BLOCKS["qkv"]].join(part)
+        block = next((blocks.get(item.shard.block) for item in cls.linears if item.shard.per_kv_head), None)
+        if block is not None:
+            block.join(part)
         else:
             add(self._steps, self._step(cls.count, part), 1.0)
         for variable, coefficient in part.cpu.items():
@@ -224,7 +225,7 @@ class PassTime:
         groups_in_layer = -float(cls.kv.shard.groups)
         uncomputed, alone = {owned: 1.0, handovers: groups_in_layer}, {layers: 1.0, handovers: -1.0}
         for i, linear in enumerate(cls.linears):
-            if linear.shard.kind == "qkv":
+            if linear.shard.per_kv_head:
                 add(uncomputed, unknowns.linears[c, i].cpu[tier], -1.0)
                 add(alone, unknowns.linears[c, i].cpu_layers[tier], -1.0)
         if spills:

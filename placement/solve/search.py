@@ -204,13 +204,13 @@ def _worth_handing_over(
     def smallest(shard: LinearShard, tier: int) -> float:
         if (shard.shape, tier) not in handover_units:
             call = tier_call(workload, tier).call
-            rows = call.sequences if shard.kind == "head" else call.rows
+            rows = call.sequences if shard.is_head else call.rows
             cost = linear_cost(shard, rows, workload.format_of(shard), hardware, True)
             handover_units[shard.shape, tier] = cost.handover_s / cost.cpu_s_per_unit
         return handover_units[shard.shape, tier]
 
     def tidy(shard: LinearShard, placement: LinearPlacement, bound: LinearBounds) -> LinearPlacement:
-        stays = shard.kind == "qkv" and attends.get(shard.layer, False) or paired and shard.kind != "head"
+        stays = shard.per_kv_head and attends.get(shard.layer, False) or paired and not shard.is_head
         if stays or not placement.streams:
             return placement
         streamed = tuple(

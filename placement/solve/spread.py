@@ -181,7 +181,7 @@ def _beside_qkv(
     """The groups moved to where the GPU computes q, k and v in the lowest tier, if that takes no more memory."""
     for i, linear in enumerate(cls.linears):
         tiers = [tier for (other, index, tier) in streamed if (other, index) == (c, i)]
-        if linear.shard.kind == "qkv" and cls.kv.bounds.gpu_groups is None and tiers:
+        if linear.shard.per_kv_head and cls.kv.bounds.gpu_groups is None and tiers:
             computed = [g + s for g, s in zip(homes[c, i], streamed[c, i, min(tiers)], strict=True)]
             excess = sum(computed) - sum(groups)
             if abs(excess) < len(groups) and max(computed) <= cls.kv.shard.groups:

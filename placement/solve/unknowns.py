@@ -80,7 +80,7 @@ class Unknowns:
 
     def tier(self, linear: LinearClass, weighted: WeightedCall) -> int | None:
         """Row tier that a call uses of a linear; None when it does not run it."""
-        if linear.shard.kind != "head":
+        if not linear.shard.is_head:
             return weighted.call.tier
         return row_tier(weighted.call.sequences) if weighted.with_head else None
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.checkpoints.files import INDEX_NAME, SINGLE_NAME
 from hetero_attn.errors import MOST_CHARACTERS, CheckpointError
+from hetero_attn.models.decoder import decoder
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.tensor_names import tensor_name
 from tests.support.toy import edit_json, make_checkpoint
@@ -37,7 +38,7 @@ def refusal(path):
     """The message with which opening and checking the directory fails; no file stays open."""
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(CheckpointError) as caught, Checkpoint.open(path) as checkpoint:
-        checkpoint.check(ModelConfig.from_dir(path))
+        checkpoint.check(decoder(ModelConfig.from_dir(path)))
 
     assert before == len(os.listdir("/proc/self/fd"))
     assert 3 == caught.value.exit_code

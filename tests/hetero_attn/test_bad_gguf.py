@@ -11,6 +11,7 @@ from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.gguf.tokenizer import gguf_tokenizer
 from hetero_attn.checkpoints.sources import read_config
 from hetero_attn.errors import CheckpointError, ConfigError, HeteroError, UnsupportedModelError
+from hetero_attn.models.decoder import decoder
 from hetero_attn.planning.settle import plan_model
 from tests.support.gguf_models import make_gguf
 
@@ -196,7 +197,7 @@ def test_mutations_end_in_our_errors_or_in_a_model(seed, tmp_path):
         started = time.perf_counter()
         try:
             with GgufCheckpoint.open(path) as source:
-                source.check(source.config)
+                source.check(decoder(source.config))
                 gguf_tokenizer(source.fields)
         except HeteroError:
             refused += 1

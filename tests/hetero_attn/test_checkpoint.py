@@ -17,8 +17,9 @@ from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.checkpoints.files import INDEX_NAME, SINGLE_NAME
 from hetero_attn.checkpoints.safetensors import SafetensorsFile
 from hetero_attn.errors import CheckpointError
+from hetero_attn.models.decoder import decoder
 from hetero_attn.spec.config import ModelConfig
-from hetero_attn.spec.tensor_names import expected_tensors, tensor_name
+from hetero_attn.spec.tensor_names import tensor_name
 from tests.support.toy import FAMILIES, make_checkpoint
 
 
@@ -127,8 +128,8 @@ def test_expected_tensors_are_those_that_transformers_writes(tmp_path, family, b
     config = ModelConfig.from_dir(path)
 
     with Checkpoint.open(path) as checkpoint:
-        assert {name: checkpoint.shape(name) for name in checkpoint.names} == expected_tensors(config)
-        assert [] == checkpoint.check(config)
+        assert {name: checkpoint.shape(name) for name in checkpoint.names} == decoder(config).tensors
+        assert [] == checkpoint.check(decoder(config))
 
 
 def test_tensors_the_model_does_not_use_are_a_warning(tmp_path):
@@ -137,7 +138,7 @@ def test_tensors_the_model_does_not_use_are_a_warning(tmp_path):
     save_file(tensors, path / SINGLE_NAME)
 
     with Checkpoint.open(path) as checkpoint:
-        (warning,) = checkpoint.check(ModelConfig.from_dir(path))
+        (warning,) = checkpoint.check(decoder(ModelConfig.from_dir(path)))
 
     assert "1 tensors are not used by this model: model.layers.0.self_attn.rotary_emb.inv_freq" in warning
 
@@ -148,7 +149,7 @@ def test_a_tied_model_may_carry_a_copy_of_its_head(tmp_path):
     save_file(tensors | {tensor_name("head"): tensors[tensor_name("embed")].clone()}, path / SINGLE_NAME)
 
     with Checkpoint.open(path) as checkpoint:
-        assert [] == checkpoint.check(ModelConfig.from_dir(path))
+        assert [] == checkpoint.check(decoder(ModelConfig.from_dir(path)))
 
 
 def test_an_index_that_names_the_wrong_file_is_a_warning(tmp_path):
@@ -161,7 +162,7 @@ def test_an_index_that_names_the_wrong_file_is_a_warning(tmp_path):
     (path / INDEX_NAME).write_text(json.dumps(index))
 
     with Checkpoint.open(path) as checkpoint:
-        (warning,) = checkpoint.check(ModelConfig.from_dir(path))
+        (warning,) = checkpoint.check(decoder(ModelConfig.from_dir(path)))
 
     assert INDEX_NAME in warning and moved in warning
 
@@ -174,7 +175,7 @@ def test_symlinked_files_of_the_hub_cache_are_followed(tmp_path):
         (snapshot / file.name).symlink_to(os.path.relpath(file, snapshot))
 
     with Checkpoint.open(snapshot) as checkpoint:
-        assert [] == checkpoint.check(ModelConfig.from_dir(snapshot))
+        assert [] == checkpoint.check(decoder(ModelConfig.from_dir(snapshot)))
 
 
 def test_closed_files_leave_no_descriptor(tmp_path):

@@ -7,8 +7,9 @@ from hetero_attn import LLM
 from hetero_attn.checkpoints.sources import read_config, stored_formats
 from hetero_attn.engine.build import build_engine
 from hetero_attn.errors import CheckpointError, UnsupportedModelError
+from hetero_attn.models.decoder import decoder
 from hetero_attn.planning.settle import PlannedModel, plan_model
-from hetero_attn.spec.weights import build_workload
+from hetero_attn.spec.workload import build_workload
 from placement.machine.hardware import HardwareProfile
 from tests.support.gguf_models import make_gguf
 from tests.support.runtime import cpu_plan, nmse, run_logits, uniform_plan
@@ -75,7 +76,14 @@ def engine_of(path, make_plan, elastic=False, paired=False):
     config = read_config(path)
     formats = stored_formats(path, config)
     workload = build_workload(
-        config, formats, model="m", max_context=64, max_batch=2, page_size=4, prefill_chunk=16, paired=paired
+        decoder(config, formats),
+        formats,
+        name="m",
+        max_context=64,
+        max_batch=2,
+        page_size=4,
+        prefill_chunk=16,
+        paired=paired,
     )
     plan = make_plan(workload)
     return build_engine(

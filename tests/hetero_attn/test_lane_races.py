@@ -24,8 +24,9 @@ from hetero_attn.lanes.handover import EventHandover
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.ops.step import Rows
 from hetero_attn.planning.settle import PlannedModel
+from hetero_attn.spec.blocks import BufferGroup
+from hetero_attn.spec.buffers import ActivationWidths
 from hetero_attn.spec.config import ModelConfig
-from hetero_attn.spec.weights import ActivationWidths
 from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import Plan
 from tests.support.runtime import THREADS, emulated_plan, nmse, one_device_run, run_logits, toy_workload, uniform_plan
@@ -263,8 +264,16 @@ def test_inputs_of_a_chunk_that_do_not_wait_for_those_of_the_chunk_before_are_re
 def test_buffers_that_share_gpu_memory_while_both_live_are_seen(runs, monkeypatch):
     """Planted: the normed rows where gate_up writes while it still reads them."""
     run = runs()
-    wrong = {"gate_up": ("normed", "qkv", "query", "out", "partial"), "activated": ()}
-    monkeypatch.setattr(ActivationWidths, "shared", property(lambda widths: wrong))
+    right = ActivationWidths.regions.fget
+
+    def wrong(widths):
+        wide, *_ = (group for group in widths.groups if group.buffers[0][0] == "qkv")
+        (normed,) = (group for group in widths.groups if group.buffers[0][0] == "normed")
+        mixed = BufferGroup("wide", normed.buffers + wide.buffers)
+        kept = {name: tuple(g for g in groups if g not in (wide, normed)) for name, groups in right(widths).items()}
+        return kept | {"wide": (*kept["wide"], mixed)}
+
+    monkeypatch.setattr(ActivationWidths, "regions", property(wrong))
     with simulated(run.path, spilling_plan(run.path)) as engine:
         actual = run_logits(engine, run.token_ids, run.prompt_tokens)
 
@@ -273,7 +282,14 @@ def test_buffers_that_share_gpu_memory_while_both_live_are_seen(runs, monkeypatc
 
 def test_a_row_of_the_8b_shape_takes_two_thirds_of_what_its_buffers_have(tmp_path):
     """288 KiB when each had memory of its own."""
-    widths = ActivationWidths(4096, 4096, 6144, 4096, 4096, 28672, 14336, 32)
+    groups = (
+        BufferGroup("wide", (("qkv", 6144), ("query", 4096), ("out", 4096), ("partial", 4096))),
+        BufferGroup("narrow", (("normed", 4096),)),
+        BufferGroup("lse", (("lse", 32), ("partial_lse", 32))),
+        BufferGroup("wide", (("gate_up", 28672),)),
+        BufferGroup("narrow", (("activated", 14336),)),
+    )
+    widths = ActivationWidths(4096, groups)
 
     assert (widths.bytes_per_row, widths.host_bytes_per_row) == (200 * 1024 + 256, 288 * 1024 + 256)
 
@@ -282,14 +298,14 @@ def test_memories_are_not_mixed(runs, monkeypatch):
     """An operation of one side that is given a tensor of the other, and a tensor made outside of the arena."""
     run = runs()
     with simulated(run.path, spilling_plan(run.path)) as engine:
-        lanes, work = engine.lanes, engine._work
-        weight = torch.ones(work.normed.host.shape[1])
+        lanes, normed = engine.lanes, engine._work.of("normed", engine.config.hidden_size)
+        weight = torch.ones(normed.host.shape[1])
 
         with pytest.raises(MixedMemoryError, match="GPU was given host memory"):
-            lanes.device.ops.rms_norm(work.normed.device, weight, 1e-5, work.normed.device)
+            lanes.device.ops.rms_norm(normed.device, weight, 1e-5, normed.device)
         with pytest.raises(MixedMemoryError, match="CPU was given GPU memory"):
-            lanes.host_ops.rms_norm(work.normed.device, weight, 1e-5, work.normed.host)
+            lanes.host_ops.rms_norm(normed.device, weight, 1e-5, normed.host)
         with lanes.device.current(), pytest.raises(MixedMemoryError, match="outside of the arena"):
-            work.normed.device + work.normed.device
+            normed.device + normed.device
         with lanes.device.current(), pytest.raises(MixedMemoryError, match="given host memory"):
-            work.normed.device.add_(work.normed.host)
+            normed.device.add_(normed.host)

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hetero_attn.lanes.lanes import Lanes
+from hetero_attn.models.decoder import decoder
 from hetero_attn.spec.config import ModelConfig
-from hetero_attn.spec.weights import model_spec
 from placement.plan.memory import KvPlacement, LinearPlacement
 from placement.plan.plan import build_plan
 from placement.plan.workload import NUM_ROW_TIERS
@@ -134,9 +134,9 @@ def test_a_paired_layer_hands_over_twice_and_a_column_layer_four_times(runs, mon
 
 def test_a_linear_whose_runs_split_a_quantisation_group_stays_a_column_cut(tmp_path):
     path = make_checkpoint(tmp_path, "llama", layers=1)  # heads of 40, 150 neurons
-    spec = model_spec(ModelConfig.from_dir(path), paired=True)
+    spec = decoder(ModelConfig.from_dir(path))
 
-    assert [linear.name for linear in spec.linears if linear.row_unit] == []
+    assert [linear.name for linear in spec.linears if linear.by_rows] == []
 
 
 def test_a_row_cut_streams_as_a_whole(runs):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hetero_attn.models.decoder import decoder
 from hetero_attn.spec.config import ModelConfig
-from hetero_attn.spec.weights import model_spec
 from tests.support.toy import make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,16 +66,10 @@ def write_wide_checkpoint(path: Path) -> int:
     values |= {"num_attention_heads": 12, "num_key_value_heads": 4, "dtype": "bfloat16"}
     (path / "config.json").write_text(json.dumps(values))
     config = ModelConfig.from_dir(path)
-    spec = model_spec(config)
-    tensors = {spec.embed: torch.zeros(config.vocab_size, config.hidden_size, dtype=torch.bfloat16)}
-    for linear in spec.linears:
-        for part in linear.parts:
-            tensors[part.tensor] = torch.zeros(part.rows, linear.in_features, dtype=torch.bfloat16)
-    norms = [
-        spec.final_norm,
-        *(name for layer in spec.layers for name in (layer.input_norm, layer.post_attention_norm)),
-    ]
-    tensors |= {name: torch.ones(config.hidden_size, dtype=torch.bfloat16) for name in norms}
+    tensors = {
+        name: (torch.zeros if len(shape) > 1 else torch.ones)(shape, dtype=torch.bfloat16)
+        for name, shape in decoder(config).tensors.items()
+    }
     save_file(tensors, path / "model.safetensors")
     return max(tensor.nbytes for tensor in tensors.values())
 

@@ -18,12 +18,12 @@ def toys(tmp_path):
 @pytest.mark.parametrize("policy,streamed,on_cpu", [(AT_HOME, 0, 0), (STREAMED, 4, 4)], ids=["at home", "streamed"])
 def test_toys_queue_four_products_a_layer_or_eight_and_decode_on_the_cpu(toys, policy, streamed, on_cpu):
     with runtime_costs._engine(toys[2], policy, PROFILE, "emulated", None) as engine:
-        many, one, layer = row_tier(CHUNK), row_tier(1), engine.weights.layers[1].linears
+        many, one, layer = row_tier(CHUNK), row_tier(1), [w for w in engine.weights.layer_linears if w.spec.layer == 1]
         pieces = sum(linear.piece_count(many) for linear in layer)
         homes = sum(linear.gpu is not None for linear in layer)
         by_cpu = [sum(linear.has_host_features(tier) for linear in layer) for tier in (many, one)]
         assert (homes, pieces, by_cpu) == (4, streamed, [0, on_cpu])
-        assert engine.weights.head.has_host_features(one), "a decode step wakes the team"
+        assert engine.weights.linear("head").has_host_features(one), "a decode step wakes the team"
         assert engine.prefill_chunk >= CHUNK
 
 
@@ -38,7 +38,9 @@ def test_what_a_layer_and_a_product_add_comes_from_prompts_left_running(toys, mo
         work(engine, sequence)
         engine.prefill = kept
         layers = engine.weights.layers
-        products = sum(linear.piece_count(row_tier(CHUNK)) for linear in layers[0].linears)
+        products = sum(
+            linear.piece_count(row_tier(CHUNK)) for linear in engine.weights.layer_linears if linear.spec.layer == 0
+        )
         return 7e-3 + CHUNKS * len(layers) * (3e-3 + 0.5e-3 * products)
 
     monkeypatch.setattr(runtime_costs, "_seconds", seconds)

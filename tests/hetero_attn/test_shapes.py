@@ -11,9 +11,9 @@ from placement import HardwareProfile, KvShard, LinearPlacement, Policy, PolicyE
 from placement.cost.objective import objective_s, reference_calls
 from placement.plan.memory import memory_report
 from placement.plan.workload import NUM_ROW_TIERS
-from placement.solve.pairing import FIRST_OF, block_apart, paired_workload
+from placement.solve.pairing import block_apart, paired_workload
 from tests.placement.test_planner import POLICY, SLOTS, _kv_choices
-from tests.support.planning_models import linear, llama_8b, random_machine, tiny, with_row_cuts
+from tests.support.planning_models import FIRST_OF, linear, llama_8b, random_machine, tiny, with_row_cuts
 from tests.support.runtime import nmse
 from tests.support.toy import make_checkpoint
 

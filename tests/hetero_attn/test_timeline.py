@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from hetero_attn.cli import app
 from hetero_attn.devices.copy_ahead import CopyAhead
-from hetero_attn.models import decoder
+from hetero_attn.models import attention, mlp
 from hetero_attn.ops import linear as linears
 from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.tools.timeline.clocks import Clocks, OrderError
@@ -97,7 +97,8 @@ def test_a_request_behind_a_wait_makes_the_step_longer(monkeypatch):
             lanes.pull(scratch, start, scratch.host.shape[1])
             residual.device[:, start:].add_(scratch.device[:, start:])
 
-    monkeypatch.setattr(decoder, "linear_add", linear_add)
+    for block in (attention, mlp):
+        monkeypatch.setattr(block, "linear_add", linear_add)
     behind = older_run().decode(990)
 
     assert behind.seconds > as_it_is.seconds + 32 * 3e-6

@@ -130,7 +130,7 @@ class TestPlantedBugs:
 def test_the_first_layer_that_differs_is_named(deep):
     """One block of one layer is damaged after loading; the layers behind it get the reference's input, and agree."""
     with loaded(deep, "bf16", split=True) as (planned, engine):
-        engine.weights.layers[17].down.dram[0].fill_(0)
+        engine.weights.linear("layers.17.down").dram[0].fill_(0)
         found = verify.compare(planned, engine, TOKEN_IDS, 8)
 
     assert [stage.name for stage in found.stages if stage.error > stage.limit] == ["layer 17"]

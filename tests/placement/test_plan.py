@@ -75,8 +75,8 @@ def test_impossible_kv_placements_are_refused(groups, tokens):
 
 
 def test_bad_shards_and_workloads_are_refused():
-    with pytest.raises(ValueError, match="kind is 'qkw', known kinds are qkv"):
-        LinearShard("layers.0.qkw", "qkw", 0, 1, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="layers.0.qkv: kind is 'qkw', expected the last word of the name"):
+        LinearShard("layers.0.qkv", "qkw", 0, 1, 1, 1, 1, 1)
     with pytest.raises(ValueError, match="units, unit_bytes and unit_features must be positive"):
         LinearShard("head", "head", None, 0, 1, 1, 1, 1)
     with pytest.raises(ValueError, match="max_batch must be at least 1, got 0"):
@@ -174,9 +174,12 @@ def test_kv_bytes_round_up_to_pages():
 
 
 def test_a_staging_slot_holds_one_piece_of_what_streams_however_much_that_is():
-    small, large = linear("a", "o", 0, 10, 16, 64), replace(linear("head", "head", None, 100, 16, 64), unit_bytes=2**20)
+    small, large = (
+        linear("layers.0.o", "o", 0, 10, 16, 64),
+        replace(linear("head", "head", None, 100, 16, 64), unit_bytes=2**20),
+    )
     workload = replace(tiny(), linears=(small, large))
-    few = [LinearPlacement("a", 0, (3, 0, 0, 0, 5), 10), LinearPlacement("head", 100, ALL, 100)]
+    few = [LinearPlacement("layers.0.o", 0, (3, 0, 0, 0, 5), 10), LinearPlacement("head", 100, ALL, 100)]
     many = [few[0], LinearPlacement("head", 0, (0, 0, 0, 0, 100), 100)]
     one = [few[0], LinearPlacement("head", 0, (0, 0, 0, 0, 1), 100)]
 

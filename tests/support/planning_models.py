@@ -5,7 +5,10 @@ from dataclasses import replace
 
 from placement import HardwareProfile, KvShard, LinearShard, Workload
 from placement.machine.rates import DtypeRates
-from placement.solve.pairing import FIRST_OF
+
+# The blocks of a decoder's layer: a linear, and the one behind it that a paired plan cuts by rows.
+BLOCKS = {"qkv": "attention", "o": "attention", "gate_up": "mlp", "down": "mlp", "head": "head"}
+FIRST_OF = {"o": "qkv", "down": "gate_up"}
 
 BITS_PER_WEIGHT = {"fp32": 32, "bf16": 16, "q8": 8.5, "q4": 4.5}
 
@@ -16,7 +19,16 @@ def linear(
     """A shard with the sizes that its shape implies."""
     unit_bytes = int(unit_features * in_features * BITS_PER_WEIGHT[dtype] / 8)
     return LinearShard(
-        name, kind, layer, units, unit_bytes, unit_features, in_features, 2 * unit_features * in_features
+        name,
+        kind,
+        layer,
+        units,
+        unit_bytes,
+        unit_features,
+        in_features,
+        2 * unit_features * in_features,
+        block=BLOCKS[kind],
+        per_kv_head=kind == "qkv",
     )
 
 

@@ -15,8 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hetero_attn.models.decoder import decoder
 from hetero_attn.spec.config import ModelConfig
-from hetero_attn.spec.weights import build_workload
+from hetero_attn.spec.workload import build_workload
 from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import KvPlacement, LinearPlacement
 from placement.plan.plan import Plan, build_plan
@@ -106,7 +107,7 @@ def plan_of(result: dict[str, Any]) -> Plan:
 def llama_8b(prefill_chunk: int, paired: bool = False) -> Workload:
     """The 8B shape in q4 for one sequence, as the runs had it."""
     return build_workload(
-        llama_8b_config(), "q4", model="8b", max_context=CONTEXT, max_batch=1, page_size=PAGE_TOKENS,
+        decoder(llama_8b_config(), "q4"), "q4", name="8b", max_context=CONTEXT, max_batch=1, page_size=PAGE_TOKENS,
         prefill_chunk=prefill_chunk, paired=paired,
     )  # fmt: skip
 

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from hetero_attn.engine.build import build_engine
 from hetero_attn.engine.engine import Engine
+from hetero_attn.models.decoder import decoder
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.config import ModelConfig
-from hetero_attn.spec.weights import build_workload
+from hetero_attn.spec.workload import build_workload
 from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import KvPlacement, LinearPlacement
 from placement.plan.plan import Plan, build_plan
@@ -38,11 +39,10 @@ def toy_workload(
     paired: bool = False,
 ) -> Workload:
     """The workload of a toy checkpoint with small pages and chunks, so that boundaries fall inside short prompts."""
-    config = ModelConfig.from_dir(path)
     return build_workload(
-        config,
+        decoder(ModelConfig.from_dir(path), weight_dtype),
         weight_dtype,
-        model=path.name,
+        name=path.name,
         max_context=max_context,
         max_batch=max_batch,
         page_size=page_size,

@@ -11,8 +11,8 @@ from hetero_attn.checkpoints.gguf.file import GgufFile, GgufTensor
 from hetero_attn.checkpoints.gguf.names import ROPE_DIVISORS, is_rotated, our_name
 from hetero_attn.checkpoints.gguf.parts import open_parts
 from hetero_attn.errors import CheckpointError, UnsupportedModelError
+from hetero_attn.spec.blocks import ModelSpec
 from hetero_attn.spec.config import ModelConfig
-from hetero_attn.spec.tensor_names import expected_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -111,14 +111,14 @@ class GgufCheckpoint:
             out.copy_(heads.transpose(1, 2).contiguous().view(out.shape))
         return out
 
-    def check(self, config: ModelConfig) -> list[str]:
-        """Compare the tensors with what `config` asks for; returns warnings in plain words.
+    def check(self, model: ModelSpec) -> list[str]:
+        """Compare the tensors with those that the model's blocks declare; returns warnings in plain words.
 
         Raises:
             CheckpointError: tensors missing, of the wrong shape, or such as the model would ignore.
             UnsupportedModelError: tensors of a type that is not run.
         """
-        expected = expected_tensors(config)
+        expected = model.tensors
         if missing := [name for name in expected if name not in self]:
             raise CheckpointError(f"{self.path}: {len(missing)} tensors are missing, the first is {missing[0]}")
         for name, shape in expected.items():

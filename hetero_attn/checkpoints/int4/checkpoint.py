@@ -24,7 +24,7 @@ from hetero_attn.checkpoints.int4.module import (
 from hetero_attn.checkpoints.int4.scheme import Int4Scheme, read_scheme
 from hetero_attn.checkpoints.safetensors import SafetensorsFile
 from hetero_attn.errors import CheckpointError
-from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.blocks import ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +120,7 @@ class Int4Checkpoint(Checkpoint):
         row_blocks(module, self._scheme, self._tensors(name, module), first, first + shape[0], out)
         return out
 
-    def check(self, config: ModelConfig) -> list[str]:
+    def check(self, model: ModelSpec) -> list[str]:
         """As `Checkpoint.check`; the order of groups is looked at too, and a bias that would be ignored must be zero.
 
         Raises:
@@ -129,10 +129,7 @@ class Int4Checkpoint(Checkpoint):
         for module in self._modules.values():
             if name := module.parts[GROUP_OF_INPUT]:
                 check_group_order(module, self._raw(name), str(self.path))
-        warnings = super().check(config)
-        from hetero_attn.spec.tensor_names import expected_tensors
-
-        known = expected_tensors(config)
+        warnings, known = super().check(model), model.tensors
         biases = [f"{module.prefix}.bias" for module in self._modules.values()]
         ignored = [name for name in biases if name in self._entries and name not in known]
         if wrong := [name for name in ignored if bool(self.read(name).any())]:

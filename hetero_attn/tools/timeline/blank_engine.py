@@ -12,12 +12,13 @@ from hetero_attn.lanes.flag_handover import FlagHandover
 from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.lanes.staging import make_ring
 from hetero_attn.lanes.tables import StepTables
-from hetero_attn.models.decoder import LayerWeights, ModelWeights
-from hetero_attn.ops.attend import AttentionParameters
+from hetero_attn.models.block import BlockWeights
+from hetero_attn.models.decoder import ModelWeights, decoder
 from hetero_attn.ops.linear import LinearWeights
+from hetero_attn.spec.blocks import Declaration, ModelSpec
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.weight_formats import weight_formats
-from hetero_attn.spec.weights import LayerSpec, LinearSpec, model_spec
+from hetero_attn.spec.weights import LinearSpec
 from hetero_attn.tools.timeline.recording import RecordedHostOps, RecordedWorker, Recording, RecordingDriver
 from placement.plan.memory import LinearPlacement, first_dram_unit, staging_piece_units
 from placement.plan.plan import Plan
@@ -31,39 +32,34 @@ def blank_engine(config: ModelConfig, plan: Plan) -> tuple[Engine, Recording]:
     tables = StepTables(device, step_table_bytes_of(plan))
     ring, pages = make_ring(plan, device), PageStream(device, plan.workload)
     lanes = Lanes(host_ops, device, ring, tables, handover, pages)  # type: ignore[arg-type]
-    buffers = make_buffers(config, plan, lanes)
-    engine = Engine(config, plan, blank_weights(config, plan), lanes, KVCache(plan, device, False), buffers)
+    model = decoder(config, weight_formats(plan.workload.weight_dtype))
+    buffers = make_buffers(model, plan, lanes)
+    engine = Engine(config, plan, blank_weights(model, plan), lanes, KVCache(plan, device, False), buffers)
     for linear in engine.weights.linears:
         for home in (linear.gpu, linear.dram):
             recording.names[home.untyped_storage()._cdata] = linear.spec.name
     return engine, recording
 
 
-def blank_weights(config: ModelConfig, plan: Plan) -> ModelWeights:
+def blank_weights(model: ModelSpec, plan: Plan) -> ModelWeights:
     """Weights of the plan's placements without memory; an embedding of one row of zeros for every token."""
-    spec = model_spec(config, plan.shape == "paired", weight_formats(plan.workload.weight_dtype))
-    placements = {placement.name: placement for placement in plan.linears}
-    norm = _blank(config.hidden_size)
-    embed = torch.zeros(1, config.hidden_size, dtype=torch.bfloat16, device="cpu").expand(config.vocab_size, -1)
-    layers = tuple(_layer(config, plan, index, layer, placements) for index, layer in enumerate(spec.layers))
-    return ModelWeights(layers, _linear(spec.head, placements["head"], plan), embed, "bf16", norm, config.rms_norm_eps)
+    placed = {
+        shard.name: (shard.row_cut, placement)
+        for shard, placement in zip(plan.workload.linears, plan.linears, strict=True)
+    }
+    embed = torch.zeros(1, model.hidden_size, dtype=torch.bfloat16, device="cpu").expand(model.vocab_size, -1)
+    layers = tuple(tuple(_block(block, placed, plan) for block in layer) for layer in model.layers)
+    return ModelWeights(model, layers, _block(model.head, placed, plan), embed, "bf16")
 
 
-def _layer(
-    config: ModelConfig, plan: Plan, index: int, spec: LayerSpec, placements: dict[str, LinearPlacement]
-) -> LayerWeights:
-    angles, none = _blank(plan.max_context, config.rope.rotary_dim // 2), Activation(None, None)
-    cos = Activation(angles, torch.empty(angles.shape, device="cpu"))
-    head_norm = (
-        none if spec.q_norm is None else Activation(_blank(config.head_dim), torch.empty(config.head_dim, device="cpu"))
-    )
-    attention = AttentionParameters(
-        config.num_heads, config.num_kv_heads, config.head_dim, config.sliding_window[index], config.rms_norm_eps,
-        cos, cos, head_norm, head_norm,
-    )  # fmt: skip
-    linears = {linear.kind: _linear(linear, placements[linear.name], plan) for linear in spec.linears}
-    norm = _blank(config.hidden_size)
-    return LayerWeights(**linears, input_norm=norm, post_attention_norm=norm, attention=attention)
+def _block(block: Declaration, placed: dict[str, tuple[bool, LinearPlacement]], plan: Plan) -> BlockWeights:
+    rope = None if block.rope is None else _both(plan.max_context, block.rope.rotary_dim // 2)
+    linears = {}
+    for linear in block.linears:
+        by_rows, placement = placed[linear.name]
+        linears[linear.kind] = _linear(linear.by_rows or linear if by_rows else linear, placement, plan)
+    vectors = {vector.name: _both(vector.features) for vector in block.vectors}
+    return BlockWeights(linears, vectors, None if rope is None else (rope, rope))
 
 
 def _linear(spec: LinearSpec, placement: LinearPlacement, plan: Plan) -> LinearWeights:
@@ -82,9 +78,13 @@ def _linear(spec: LinearSpec, placement: LinearPlacement, plan: Plan) -> LinearW
         piece_blocks = piece_bytes // spec.unit_bytes * spec.unit_rows
     bias = Activation(None, None)
     if spec.has_bias:
-        bias = Activation(_blank(spec.out_features), torch.empty(spec.out_features, device="cpu"))
+        bias = _both(spec.out_features)
     return LinearWeights(spec, placement, gpu, dram, bias, piece_blocks, first)
 
 
 def _blank(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _both(*shape: int) -> Activation:
+    return Activation(_blank(*shape), torch.empty(shape, device="cpu"))

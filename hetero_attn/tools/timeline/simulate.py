@@ -113,7 +113,7 @@ class Simulation:
             if entry.kind == "work":
                 copied[entry.name.partition(" ")[2]] += entry.arguments["nbytes"]
         for shard, placement in zip(self._plan.workload.linears, self._plan.linears, strict=True):
-            counts = head_passes if shard.kind == "head" else passes
+            counts = head_passes if shard.is_head else passes
             planned = sum(times * placement.stream_units[tier] * shard.unit_bytes for tier, times in counts.items())
             if copied[shard.name] != planned:
                 raise OrderError(

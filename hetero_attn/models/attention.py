@@ -1,0 +1,144 @@
+"""Grouped-query attention with rotary positions: qkv, attention over the cache, o."""
+
+from hetero_attn.lanes.lanes import Activation
+from hetero_attn.models.block import Block, BlockWeights, KvView, Run, normalize
+from hetero_attn.models.workspace import Workspace
+from hetero_attn.ops.attend import AttentionBuffers, AttentionParameters, attend, store
+from hetero_attn.ops.linear import linear, linear_add
+from hetero_attn.spec.blocks import BufferGroup, KvState, Vector
+from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.tensor_names import tensor_name
+from hetero_attn.spec.weight_formats import WeightFormats
+from hetero_attn.spec.weights import BLOCK_FEATURES, LinearSpec, Part
+
+
+class Attention(Block):
+    """residual += o(attention(qkv(norm(residual))))."""
+
+    kind = "attention"
+    small_calls = 2  # norm; rotation with the append to the cache
+    stored = "qkv"
+
+    def __init__(self, config: ModelConfig, layer: int, formats: WeightFormats) -> None:
+        self.layer = layer
+        self.state = self.cache = KvState(
+            config.num_kv_heads, config.num_heads, config.head_dim, config.sliding_window[layer]
+        )
+        self.rope = config.rope
+        self._eps, self._scale = config.rms_norm_eps, config.attention_scale
+        self.qkv, self.o = _linears(config, layer, formats)
+        self.linears = (self.qkv, self.o)
+        self.vectors = (Vector("norm", tensor_name("attention_norm", layer), config.hidden_size),)
+        if config.qk_norm:
+            self.vectors += tuple(
+                Vector(name, tensor_name(name, layer), config.head_dim) for name in ("q_norm", "k_norm")
+            )
+        heads_width = config.num_heads * config.head_dim
+        self.buffers = (
+            BufferGroup(
+                "wide",
+                (
+                    ("qkv", self.qkv.out_features),
+                    ("query", heads_width),
+                    ("out", heads_width),
+                    ("partial", heads_width),
+                ),
+            ),
+            BufferGroup("narrow", (("normed", config.hidden_size),)),
+            BufferGroup("lse", (("lse", config.num_heads), ("partial_lse", config.num_heads))),
+        )
+
+    def forward(self, run: Run, weights: BlockWeights, state: KvView, work: Workspace) -> None:
+        """Queue the block; each head is attended on its owner's side."""
+        lanes, step = run
+        qkv, o = weights.linears["qkv"], weights.linears["o"]
+        normed, heads = work.of("normed", self.qkv.in_features), work.of("qkv", self.qkv.out_features)
+        normalize(lanes, weights.vector("norm"), self._eps, work.residual, normed, qkv.has_host_features(step.tier))
+        linear(lanes, qkv, step.tier, normed, heads)
+        buffers = self._buffers(work)
+        parameters = self._parameters(weights)
+        attend(
+            lanes,
+            step,
+            state.segments,
+            state.group,
+            state.place,
+            parameters,
+            heads,
+            qkv.device_units(step.tier),
+            buffers,
+        )
+        column = state.group.gpu_groups * parameters.heads_per_group * parameters.head_dim
+        linear_add(lanes, o, step.tier, buffers.out, column, work.residual, work.scratch)
+
+    def store(self, run: Run, weights: BlockWeights, state: KvView, work: Workspace) -> None:
+        """Rotate and store what the qkv buffer holds, as if the block had computed it."""
+        query = work.of("query", self.o.in_features)
+        store(
+            run.lanes,
+            run.step,
+            state.segments,
+            state.group,
+            state.place,
+            self._parameters(weights),
+            work.of("qkv", self.qkv.out_features),
+            query,
+        )
+
+    def _buffers(self, work: Workspace) -> AttentionBuffers:
+        width, heads = self.o.in_features, self.cache.heads
+        rows = (work.of(name, width) for name in ("query", "out", "partial"))
+        return AttentionBuffers(*rows, *(work.of(name, heads) for name in ("lse", "partial_lse")))
+
+    def _parameters(self, weights: BlockWeights) -> AttentionParameters:
+        cos, sin = weights.rope or (Activation(None, None),) * 2
+        return AttentionParameters(
+            num_heads=self.cache.heads,
+            num_kv_heads=self.cache.kv_heads,
+            head_dim=self.cache.head_dim,
+            window=self.cache.window,
+            scale=self._scale,
+            norm_eps=self._eps,
+            cos=cos,
+            sin=sin,
+            q_norm=weights.vector("q_norm"),
+            k_norm=weights.vector("k_norm"),
+        )
+
+
+def _linears(config: ModelConfig, layer: int, formats: WeightFormats) -> tuple[LinearSpec, LinearSpec]:
+    """A unit of qkv is a KV-head group; o follows the groups where it is cut by rows."""
+    heads, groups, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    group_width = heads // groups * head_dim
+
+    def part(name: str, rows_per_unit: int, rows: int) -> Part:
+        tensor = tensor_name(name, layer)
+        return Part(tensor, rows_per_unit, rows, formats.of(tensor))
+
+    qkv = (
+        part("q", group_width, heads * head_dim),
+        part("k", head_dim, groups * head_dim),
+        part("v", head_dim, groups * head_dim),
+    )
+    return (
+        LinearSpec(
+            f"layers.{layer}.qkv",
+            "qkv",
+            layer,
+            config.hidden_size,
+            qkv,
+            config.qkv_bias,
+            block="attention",
+            per_kv_head=True,
+        ),
+        LinearSpec(
+            f"layers.{layer}.o",
+            "o",
+            layer,
+            heads * head_dim,
+            (part("o", BLOCK_FEATURES, config.hidden_size),),
+            config.o_bias,
+            block="attention",
+            row_choice=group_width,
+        ),
+    )

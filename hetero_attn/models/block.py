@@ -1,0 +1,87 @@
+"""What a block of a model computes with: its weights, the step, its state, and the buffers of the step.
+
+    residual += block(norm(residual))
+
+No block knows where anything lives: a `LinearWeights` carries its cut, an `Activation` both its sides.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from hetero_attn.cache.pool import LayerGroup
+from hetero_attn.lanes.lanes import Activation, Lanes
+from hetero_attn.models.workspace import Workspace
+from hetero_attn.ops.linear import LinearWeights
+from hetero_attn.ops.step import GroupStep, Step
+from hetero_attn.spec.blocks import Declaration
+
+
+class Run(NamedTuple):
+    """A step on its lanes."""
+
+    lanes: Lanes
+    step: Step
+
+
+class KvView(NamedTuple):
+    """One layer's keys and values in a step: their pool, the layer's place in it, and the step's segments."""
+
+    group: LayerGroup
+    place: int
+    segments: GroupStep
+
+
+class FixedView(NamedTuple):
+    """One layer's states of fixed size, float32 [max_batch, *shape] where the residual stream lives, and in slots,
+    int64 [rows] at the same side, the place in it of each row's sequence.
+
+    Rows of one sequence are in the order of its tokens; what the step leaves in its state, the next one finds.
+    """
+
+    values: torch.Tensor
+    slots: torch.Tensor
+
+
+StateView = KvView | FixedView | None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWeights:
+    """The weights of one block by the names that it declares; vectors, and cos and sin of its rope, float32 on both
+    sides."""
+
+    linears: Mapping[str, LinearWeights]
+    vectors: Mapping[str, Activation]
+    rope: tuple[Activation, Activation] | None
+
+    def vector(self, name: str) -> Activation:
+        """A vector, or nothing on both sides where the block has none of that name."""
+        return self.vectors.get(name, Activation(None, None))
+
+
+class Block(Declaration):
+    """One block of a layer: what it declares, and what it adds to the residual stream."""
+
+    def forward(self, run: Run, weights: BlockWeights, state: Any, work: Workspace) -> None:
+        """Add the block's output to `work.residual`, float32 [rows, width], where that lives; queue it on the lanes.
+
+        state: the `StateView` of the state that the block declares.
+        """
+        raise NotImplementedError(f"{type(self).__name__} computes nothing")
+
+    def store(self, run: Run, weights: BlockWeights, state: KvView, work: Workspace) -> None:
+        """Write what the buffer `stored` holds to the cache as the step's keys and values, nothing attended."""
+        raise NotImplementedError(f"{type(self).__name__} has no keys and values")
+
+
+def normalize(
+    lanes: Lanes, weight: Activation, norm_eps: float, residual: Activation, normed: Activation, to_host: bool
+) -> None:
+    """RMS-normalise the residual into `normed`, and bring it to the host if the CPU lane will need it."""
+    hidden_size = weight.main.shape[0]
+    lanes.main_ops.rms_norm(residual.main[:, :hidden_size], weight.main, norm_eps, normed.main)
+    if to_host:
+        lanes.push(normed, 0, hidden_size)

@@ -1,0 +1,75 @@
+"""The gated MLP: gate and up side by side, an activation, down."""
+
+from cpu_kernels.formats import GROUP_INPUTS, format_of
+from hetero_attn.models.block import Block, BlockWeights, Run, StateView, normalize
+from hetero_attn.models.workspace import Workspace
+from hetero_attn.ops.linear import linear, linear_add
+from hetero_attn.spec.blocks import BufferGroup, Vector
+from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.tensor_names import tensor_name
+from hetero_attn.spec.weight_formats import WeightFormats
+from hetero_attn.spec.weights import BLOCK_FEATURES, LinearSpec, Part
+
+
+class GatedMlp(Block):
+    """residual += down(silu(gate) * up) with gate, up = gate_up(norm(residual))."""
+
+    kind = "mlp"
+    small_calls = 2  # norm, activation
+
+    def __init__(self, config: ModelConfig, layer: int, formats: WeightFormats) -> None:
+        self.layer = layer
+        self._eps = config.rms_norm_eps
+        self.gate_up, self.down = _linears(config, layer, formats)
+        self.linears = (self.gate_up, self.down)
+        self.vectors = (Vector("norm", tensor_name("mlp_norm", layer), config.hidden_size),)
+        self.buffers = (
+            BufferGroup("wide", (("gate_up", self.gate_up.out_features),)),
+            BufferGroup("narrow", (("normed", config.hidden_size),)),
+            # The normed rows are dead once gate_up has multiplied them.
+            BufferGroup("narrow", (("activated", self.gate_up.out_features // 2),)),
+        )
+
+    def forward(self, run: Run, weights: BlockWeights, state: StateView, work: Workspace) -> None:
+        """Queue the block; each lane activates the columns that it computed."""
+        lanes, tier = run.lanes, run.step.tier
+        gate_up, down = weights.linears["gate_up"], weights.linears["down"]
+        normed, both = work.of("normed", self.gate_up.in_features), work.of("gate_up", self.gate_up.out_features)
+        activated = work.of("activated", self.gate_up.out_features // 2)
+        normalize(lanes, weights.vector("norm"), self._eps, work.residual, normed, gate_up.has_host_features(tier))
+        linear(lanes, gate_up, tier, normed, both)
+        column = gate_up.device_features(tier)
+        if gate_up.has_host_features(tier):
+            lanes.on_host(lambda: lanes.host_ops.silu_mul(both.host[:, column:], activated.host[:, column // 2 :]))
+        if column:
+            lanes.device.ops.silu_mul(both.device[:, :column], activated.device[:, : column // 2])
+        inputs = self.down.in_features
+        linear_add(
+            lanes, down, tier, activated.columns(0, inputs), min(column // 2, inputs), work.residual, work.scratch
+        )
+
+
+def _linears(config: ModelConfig, layer: int, formats: WeightFormats) -> tuple[LinearSpec, LinearSpec]:
+    """A unit of gate_up is a block of gate rows and the up rows beside them."""
+
+    def part(name: str, rows: int) -> Part:
+        tensor = tensor_name(name, layer)
+        return Part(tensor, BLOCK_FEATURES, rows, formats.of(tensor))
+
+    gate_up = tuple(part(name, config.intermediate_size) for name in ("gate", "up"))
+    down = part("down", config.hidden_size)
+    return (
+        LinearSpec(
+            f"layers.{layer}.gate_up", "gate_up", layer, config.hidden_size, gate_up, config.mlp_bias, block="mlp"
+        ),
+        LinearSpec(
+            f"layers.{layer}.down",
+            "down",
+            layer,
+            config.intermediate_size,
+            (down,),
+            config.mlp_bias,
+            block="mlp",
+            row_choice=max(GROUP_INPUTS, format_of(down.format).group_inputs),
+        ),
+    )

@@ -1,0 +1,137 @@
+"""What a model says of itself: a list of blocks, each with its linears, vectors, state and buffers, said once.
+
+Expected tensors, activation buffers, the workload, the loader and the planner's counts are read off these declarations.
+What a block computes is in `hetero_attn.models`; nothing here knows a tensor or a device.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from hetero_attn.spec.config import RopeConfig
+from hetero_attn.spec.weights import LinearSpec
+
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """A float32 vector of a block, such as a norm's weight. offset: added to what the checkpoint holds."""
+
+    name: str
+    tensor: str
+    features: int
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class KvState:
+    """Keys and values of every token. window: how many newest tokens are seen, 0 for all."""
+
+    kv_heads: int
+    heads: int
+    head_dim: int
+    window: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FixedState:
+    """float32 values of this shape for every sequence, however long it is; zeros at its start."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def bytes_per_sequence(self) -> int:
+        """What one sequence takes."""
+        return FLOAT32_BYTES * prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class BufferGroup:
+    """Activation buffers of a step, (name, float32 elements a row), that lie one behind the other in a region of GPU
+    memory.
+
+    The groups of a region never live together: each may begin where the others do. What one block leaves in a buffer
+    no other block may rely on. Every access on the GPU is in the order of one stream; host memory is not shared.
+    """
+
+    region: str
+    buffers: tuple[tuple[str, int], ...]
+
+
+class Declaration:
+    """What one block of a model is; `models.block.Block` adds what it computes.
+
+    kind: what it is called in its layer. linears: in the order they run. small_calls: operations of a step beside
+    linears and attention. rope: the rotary tables that it reads. stored: the buffer whose rows its cache takes.
+    records: whether a decode step of it may be recorded: on the CPU that asks that all it computes are operations of
+    the CPU kernels, which torch's own are not.
+    """
+
+    kind: str
+    layer: int | None
+    linears: tuple[LinearSpec, ...] = ()
+    vectors: tuple[Vector, ...] = ()
+    state: KvState | FixedState | None = None
+    buffers: tuple[BufferGroup, ...] = ()
+    small_calls: int = 0
+    rope: RopeConfig | None = None
+    stored: str | None = None
+    records: bool = True
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """The checkpoint's tensors that it is made of, name -> shape."""
+        found: dict[str, tuple[int, ...]] = {}
+        for linear in self.linears:
+            found |= linear.tensors
+        return found | {vector.tensor: (vector.features,) for vector in self.vectors}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model as its blocks: the token embedding, those of every layer, and the head.
+
+    embedding: its tensor and shape; the rows that it gives are multiplied by embedding_scale. layers, head: each block
+    is a `Declaration`, and where it is to be computed a `models.block.Block`, which this floor does not know.
+    """
+
+    embedding: Vector
+    vocab_size: int
+    embedding_scale: float
+    layers: tuple[tuple[Any, ...], ...]
+    head: Any
+
+    @cached_property
+    def blocks(self) -> tuple[Declaration, ...]:
+        """Every block of every layer, and the head, in the order a forward pass runs them."""
+        return tuple(block for layer in self.layers for block in layer) + (self.head,)
+
+    @cached_property
+    def linears(self) -> tuple[LinearSpec, ...]:
+        """Every linear in the order a forward pass runs them."""
+        return tuple(linear for block in self.blocks for linear in block.linears)
+
+    @cached_property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """Every different set of rotary tables."""
+        return tuple(dict.fromkeys(block.rope for block in self.blocks if block.rope is not None))
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return self.embedding.features
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head multiplies by the token embedding."""
+        return self.head.linears[0].parts[0].tensor == self.embedding.tensor
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor the model must have, name -> shape; weights are [out_features, in_features]."""
+        found = {self.embedding.tensor: (self.vocab_size, self.hidden_size)} | self.head.tensors
+        for block in self.blocks:
+            found |= block.tensors
+        return found

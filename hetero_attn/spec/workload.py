@@ -1,0 +1,120 @@
+"""A model as the planner sees it: names, bytes and operations, read off its declaration."""
+
+from cpu_kernels.formats import BLOCK_FEATURES, format_of
+from cpu_kernels.formats.pages import token_bytes
+from hetero_attn.spec.blocks import FLOAT32_BYTES, FixedState, KvState, ModelSpec
+from hetero_attn.spec.buffers import ActivationWidths
+from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
+from placement.plan.workload import KvShard, StateShard, Workload, round_up
+
+TABLE_ALIGN_BYTES = 64
+LOGITS_ROWS = 16  # rows of logits computed at once when a prompt's every position is asked for
+
+
+def natural_kv_dtype(weight_dtype: str) -> str:
+    """What a cache holds unless asked otherwise: float32 beside float32 weights, else bfloat16."""
+    return "fp32" if weight_dtype == "fp32" else "bf16"
+
+
+def build_workload(
+    model: ModelSpec,
+    weight_dtype: str | WeightFormats,
+    *,
+    name: str,
+    max_context: int,
+    max_batch: int,
+    page_size: int,
+    prefill_chunk: int,
+    kv_dtype: str | None = None,
+    kv_tokens: int | None = None,
+    embed_shares_head: bool = False,
+    paired: bool = False,
+) -> Workload:
+    """Describe a model to the planner: names, bytes and operations, computed by the code that allocates them.
+
+    weight_dtype: one dtype for all weights, or the format of each, as the model was declared with. name: what tables
+    call the model. kv_dtype: of the cache; None is that of the weights for fp32, else bf16. kv_tokens: KV slots that
+    all sequences share, None is max_context for each. embed_shares_head: the token embedding is read from the head's
+    own rows, which must then all be in host memory, unquantised; it takes no bytes of its own. paired: cut by rows the
+    linears that can be.
+    """
+    formats = weight_formats(weight_dtype)
+    kv_dtype = kv_dtype or natural_kv_dtype(formats.label)
+    by_rows = {linear.name: rows for linear in model.linears if (rows := linear.by_rows) is not None}
+    kv, widths = _kv_shards(model, kv_dtype), ActivationWidths.of(model)
+    vectors = sum(vector.features for block in model.blocks for vector in block.vectors)
+    biases = sum(linear.out_features for linear in model.linears if linear.has_bias)
+    rope_features = max_context * sum(rope.rotary_dim for rope in model.ropes)
+    logits = max(max_batch, LOGITS_ROWS) * model.head.linears[0].out_features
+    states = tuple(
+        StateShard(f"layers.{block.layer}.state", block.layer, block.state.shape)
+        for block in model.blocks
+        if isinstance(block.state, FixedState)
+    )
+    tables = step_table_bytes(
+        len(kv),
+        max((shard.groups for shard in kv), default=0),
+        max(prefill_chunk, max_batch),
+        max_batch,
+        -(-max_context // page_size),
+        has_states=bool(states),
+    )
+    return Workload(
+        model=name,
+        weight_dtype=formats.label,
+        linears=tuple((by_rows.get(linear.name, linear) if paired else linear).shard() for linear in model.linears),
+        row_cuts=() if paired else tuple(linear.shard() for linear in by_rows.values()),
+        kv=kv,
+        embed_bytes=0 if embed_shares_head else _embed_bytes(formats.embed, model),
+        resident_bytes=FLOAT32_BYTES * (vectors + biases + rope_features + logits) + tables,
+        activation_bytes_per_row=widths.bytes_per_row,
+        host_activation_bytes_per_row=widths.host_bytes_per_row,
+        max_context=max_context,
+        max_batch=max_batch,
+        page_size=page_size,
+        num_heads=max((shard.heads for shard in kv), default=0),
+        head_dim=max((shard.head_dim for shard in kv), default=0),
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        prefill_chunk=prefill_chunk,
+        kv_dtype=kv_dtype,
+        kv_tokens=kv_tokens,
+        small_calls=sum(block.small_calls for layer in model.layers for block in layer),
+        states=states,
+    )
+
+
+def _kv_shards(model: ModelSpec, kv_dtype: str) -> tuple[KvShard, ...]:
+    return tuple(
+        KvShard(
+            f"layers.{block.layer}.kv",
+            block.layer,
+            block.state.kv_heads,
+            token_bytes(kv_dtype, block.state.head_dim),
+            block.state.window,
+            block.state.heads,
+            block.state.head_dim,
+        )
+        for block in model.blocks
+        if isinstance(block.state, KvState)
+    )
+
+
+def _embed_bytes(name: str, model: ModelSpec) -> int:
+    """Bytes of the token embedding: plain rows, or packed blocks."""
+    item = format_of(name)
+    if item.is_row_major:
+        return model.vocab_size * model.hidden_size * item.item_bytes
+    return -(-model.vocab_size // BLOCK_FEATURES) * item.block_bytes(model.hidden_size)
+
+
+def table_bytes(count: int) -> int:
+    """What a step's table of `count` bytes takes in the tables' buffer: its size up to the next aligned address."""
+    return round_up(count, TABLE_ALIGN_BYTES)
+
+
+def step_table_bytes(layers: int, groups: int, rows: int, batch: int, pages: int, has_states: bool = False) -> int:
+    """Bytes that hold any step's tables: positions, for each of `layers` slots, a page table, starts and stops, and
+    each row's place among the states of fixed size where a model has such."""
+    per_layer = table_bytes(8 * rows * groups) + table_bytes(4 * batch * groups * pages) + 2 * table_bytes(4 * batch)
+    return table_bytes(8 * rows) + layers * per_layer + (table_bytes(8 * rows) if has_states else 0)
