@@ -69,9 +69,9 @@ def _serve_helper(kernels: Iterator[Kernel], cache_dir: Path | None, on_handed: 
     package = Path(__file__).resolve().parents[2]
     paths = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-P", "-m", WORKER, "" if cache_dir is None else str(cache_dir)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    environment, pipe, nowhere = os.environ | {"PYTHONPATH": paths}, subprocess.PIPE, subprocess.DEVNULL
     try:
-        with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, **pipes) as process:
+        with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=nowhere, text=True) as process:
             for kernel in kernels:
                 on_handed(kernel)
                 process.stdin.write(f"{json.dumps([_plain(part) for part in kernel])}\n")

@@ -102,7 +102,7 @@ class KernelStore:
         dotted."""
         key = (module, factory, *parameters)
         if key not in self._addresses:
-            name = _name(*key[1:])
+            name = _name(factory, *parameters)
             address = self._load(name)
             if address is None and self._missing is not None:
                 self._missing.append(key)
@@ -110,7 +110,7 @@ class KernelStore:
             self._addresses[key] = address or self._build(module, factory, parameters, name)
         return self._addresses[key]
 
-    def missing(self, work: Callable[[], None]) -> list[tuple]:
+    def missing(self, work: Callable[[], object]) -> list[tuple]:
         """The kernels that `work` asks for and that are not there yet; for those `address` answers 0 meanwhile."""
         self._missing = []
         try:

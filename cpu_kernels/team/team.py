@@ -209,7 +209,7 @@ class Team:
         """The kernels of the ops that `work` would run which are not compiled yet; nothing is computed. Before the team
         is used: ops of other threads must not run meanwhile."""
         try:
-            return self._shared.store.missing(lambda: self.record(work) and None)
+            return self._shared.store.missing(lambda: self.record(work))
         finally:
             self._drive_all = None  # it may have been among the missing
 
