@@ -47,7 +47,7 @@ class PlainTokenizer:
     """
 
     def __init__(self, backend: "Tokenizer", named: Mapping[str, str], full: Callable[[], Any]) -> None:
-        self._backend, self._open_full = backend, full
+        self._backend, self._open_full, self._named = backend, full, named
         backend.no_truncation()
         backend.no_padding()
         self.eos_token_id, self.bos_token_id = (
@@ -63,6 +63,20 @@ class PlainTokenizer:
     ) -> str:
         """Text of token ids; nothing is cleaned up."""
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    @property
+    def backend_tokenizer(self) -> "Tokenizer":
+        """The tokenizer of `tokenizers`."""
+        return self._backend
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """The contents of bos_token and such, those that there are."""
+        return dict(self._named)
+
+    def convert_ids_to_tokens(self, token_id: int) -> str | None:
+        """A token as the vocabulary spells it; None for an id that no token has."""
+        return self._backend.id_to_token(token_id)
 
     def get_vocab(self) -> dict[str, int]:
         """Every token and its id."""

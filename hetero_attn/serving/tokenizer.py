@@ -20,14 +20,18 @@ from typing import Any
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.gguf.tokenizer import gguf_tokenizer
 from hetero_attn.checkpoints.sources import is_gguf
-from hetero_attn.errors import ConfigError, PromptError
+from hetero_attn.checkpoints.transformers_import import transformers_part
+from hetero_attn.engine.host_memory import free_address_space
+from hetero_attn.errors import ConfigError, MemoryBudgetError, PromptError
 from hetero_attn.serving.plain_tokenizer import is_generic, plain_tokenizer
 from hetero_attn.serving.prompts import as_messages, as_template_variables
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.spec.json_fields import read_json
+from placement.plan.units import format_bytes
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 NO_TEXT = "answers have no text, only token ids"
+LEAST_BYTES_TO_OPEN = 128 << 20  # of the tokenizers package, its threads' stacks and a large vocabulary
 REPLACEMENT = "\ufffd"
 # A character has at most 4 bytes, so 3 may be waiting for the rest; a decoder shows up to one replacement for each.
 _MAX_UNFINISHED = 3
@@ -99,6 +103,7 @@ class Tokenizer:
             raise ConfigError(
                 f"{path}: no tokenizer found ({', '.join(_FILES)}); download its files or give prompts as token ids"
             )
+        _check_address_space(path)
         try:
             tokenizer = plain_tokenizer(path, lambda: _loaded(path)) or _loaded(path)
         # Damaged files surface as nearly any exception type of transformers, tokenizers or sentencepiece.
@@ -185,8 +190,7 @@ class Tokenizer:
     def special_tokens(self) -> dict[str, str]:
         """Special tokens by their part, such as {"eos_token": "</s>"}."""
         named = ("bos_token", "eos_token", "pad_token", "unk_token")
-        found = {name: getattr(self._tokenizer, name, None) for name in named}
-        return {name: str(token) for name, token in found.items() if token is not None}
+        return {name: str(token) for name, token in self._tokenizer.special_tokens_map.items() if name in named}
 
     @cached_property
     def special_token_ids(self) -> frozenset[int]:
@@ -369,7 +373,17 @@ def watch_opening(
 
 def import_beside() -> None:
     """Begin to import transformers on a thread of its own: whoever will need a chat template has it sooner."""
-    Thread(target=importlib.import_module, args=("transformers",), name="hetero-attn-transformers", daemon=True).start()
+    Thread(target=transformers_part, args=("PreTrainedTokenizerFast",), name="hetero-attn-transformers").start()
+
+
+def _check_address_space(path: Path) -> None:
+    """Raise MemoryBudgetError where memory would run out in tokenizers, which then ends the process with an abort."""
+    free_bytes, needed_bytes = free_address_space(), LEAST_BYTES_TO_OPEN
+    if free_bytes is not None and free_bytes < needed_bytes:
+        raise MemoryBudgetError(
+            f"{path}: opening the tokenizer takes up to {format_bytes(needed_bytes)} of address space, and the limit "
+            f"of this process leaves {format_bytes(free_bytes)}; raise the limit (ulimit -v)"
+        )
 
 
 def _loaded(path: Path) -> Any:
@@ -380,12 +394,8 @@ def _loaded(path: Path) -> Any:
     named = path / "tokenizer_config.json"
     config = read_json(named) if named.is_file() else {}
     if (path / "tokenizer.json").is_file() and is_generic(config):
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+        return transformers_part("PreTrainedTokenizerFast").from_pretrained(str(path), local_files_only=True)
+    return transformers_part("AutoTokenizer").from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
 
 
 def _first_line(error: Exception) -> str:

@@ -292,3 +292,30 @@ def test_the_short_way_to_a_generic_tokenizer_gives_what_auto_tokenizer_gives(to
         assert ours.encode_chat(talk) == theirs.apply_chat_template(
             talk, add_generation_prompt=True, tokenize=True, return_dict=False
         )
+
+
+IMPORT_IN_TWO_THREADS = """
+import sys, threading
+from pathlib import Path
+from hetero_attn.serving.tokenizer import Tokenizer, import_beside
+
+import_beside()
+results = []
+def work():
+    results.append(Tokenizer.open(Path(sys.argv[1])).encode_chat([{"role": "user", "content": "x"}], True, {}))
+threads = [threading.Thread(target=work) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert len(results) == 3 and results[0] == results[1] == results[2], results
+"""
+
+
+def test_transformers_is_imported_by_several_threads_at_once():
+    """The second thread got a package without its names, and a chat ended with an ImportError."""
+    tiny = Path(__file__).parents[2] / "examples" / "tiny"
+    command = [sys.executable, "-c", IMPORT_IN_TWO_THREADS, str(tiny)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")

@@ -7,6 +7,7 @@ the wrong split gives other tokens, and a model that is a little worse for it wi
 from typing import TYPE_CHECKING, Any
 
 from hetero_attn.checkpoints.gguf.fields import GgufFields
+from hetero_attn.checkpoints.transformers_import import transformers_part
 from hetero_attn.errors import UnsupportedModelError, nearest
 
 if TYPE_CHECKING:
@@ -50,8 +51,7 @@ def gguf_tokenizer(fields: GgufFields) -> Any:
     Raises:
         ConfigError: lists that do not belong together. UnsupportedModelError: a kind or a split that is not known.
     """
-    from transformers import PreTrainedTokenizerFast
-
+    fast = transformers_part("PreTrainedTokenizerFast")
     kind = fields.text("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise UnsupportedModelError(
@@ -64,7 +64,7 @@ def gguf_tokenizer(fields: GgufFields) -> Any:
     _add_special(fields, tokenizer, tokens)
     named = {f"{name}_token": _token(fields, tokens, key) for name, key in _NAMED.items()}
     template = fields.text("tokenizer.chat_template", None)
-    return PreTrainedTokenizerFast(
+    return fast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
         chat_template=template,
