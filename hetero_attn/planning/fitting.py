@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from hetero_attn.errors import MemoryBudgetError
+from hetero_attn.errors import ConfigError, MemoryBudgetError
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.planning.settle import PlannedModel, settle
 from placement.plan.units import format_bytes
@@ -83,5 +83,5 @@ def _below(dtype: str, order: tuple[str, ...]) -> tuple[str, ...]:
 def _fits(wishes: LoadOptions) -> bool:
     try:
         return not why_not_fitting(settle(wishes))
-    except MemoryBudgetError:
+    except (MemoryBudgetError, ConfigError):  # the latter where the model was made for fewer positions
         return False
