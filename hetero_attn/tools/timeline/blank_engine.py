@@ -87,4 +87,4 @@ def _blank(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def _both(*shape: int) -> Activation:
-    return Activation(_blank(*shape), torch.empty(shape, device="cpu"))
+    return Activation(_blank(*shape), torch.empty(shape, dtype=torch.float32, device="cpu"))
