@@ -32,7 +32,7 @@ def test_chunks_to_choose_from_follow_the_budget_and_never_pass_the_context(budg
 
 def test_the_planner_takes_a_large_chunk_where_weights_are_streamed_and_a_small_one_where_memory_is_short():
     """Half of the weights cross the bus once a chunk; a chunk of any size does where everything fits."""
-    workload = replace(llama_8b(dtype="q4", context=8192), activation_bytes_per_row=288 << 10)
+    workload = replace(llama_8b(dtype="q4", context=8192), activation_bytes_per_row=1200 << 10)
     machine = HardwareProfile.named("h100-server")
     wide = replace(workload, chunk_choices=tuple(ChunkChoice(rows, workload.resident_bytes) for rows in (256, 1024)))
 
