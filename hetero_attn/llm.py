@@ -176,8 +176,7 @@ class LLM:
         """
         prompts = as_prompts(prompts)
         each = zip(prompts, for_each(params, len(prompts)), strict=True)
-        with self._turns.beside_steps():
-            requests = [self._request(*pair, priority) for pair in each]
+        requests = [self._request(*pair, priority) for pair in each]
         self._run(requests)
         return [request.output() for request in requests]
 
@@ -188,8 +187,7 @@ class LLM:
         Leaving the loop early ends the request. Streams may be read in any order, several in one thread, beside
         `generate` and `step` of any thread: each yields its whole text once.
         """
-        with self._turns.beside_steps():
-            request = self._request(prompt, params, priority)
+        request = self._request(prompt, params, priority)
         return Stream(self._turns, request, self.step, self._bar([request]))
 
     def chat(
@@ -202,16 +200,12 @@ class LLM:
         """Answer a conversation, a list of {"role", "content"}, through the model's chat template.
 
         content: text, or a list of {"type": "text", "text"} parts, which are joined. Several conversations, a list of
-        such
-        lists, give a list of answers. params: as for `generate`. template_variables: what the template knows beside the
-        messages, such as {"enable_thinking": False}, tools or documents.
+        such lists, give a list of answers. params: as for `generate`. template_variables: what the template knows
+        beside the messages, such as {"enable_thinking": False}, tools or documents.
         """
-        several = are_conversations(messages)
-        with self._turns.beside_steps():
-            encode = self._require_tokenizer().encode_chat
-            prompts = [encode(each, True, template_variables) for each in (messages if several else [messages])]
-        outputs = self.generate(prompts, params)
-        return outputs if several else outputs[0]
+        if not are_conversations(messages):
+            return self.generate([self._chat_prompt(messages, template_variables)], params)[0]
+        return self.generate([self._chat_prompt(each, template_variables) for each in messages], params)
 
     def stream_chat(
         self,
@@ -221,9 +215,7 @@ class LLM:
         template_variables: Mapping[str, object] | None = None,
     ) -> Stream:
         """As `chat` of one conversation, yielding pieces like `stream`."""
-        with self._turns.beside_steps():
-            prompt = self._require_tokenizer().encode_chat(messages, True, template_variables)
-        return self.stream(prompt, params)
+        return self.stream(self._chat_prompt(messages, template_variables), params)
 
     def add(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Request:
         """Queue a prompt for `step`, as a server does; returns at once. Raises PromptError.
@@ -231,8 +223,7 @@ class LLM:
         priority: higher goes first; those of one priority come in their order.
         The request's `token_ids` and `text` grow with every step; once `finish_reason` is set, `output()` is complete.
         """
-        with self._turns.beside_steps():
-            request = self._request(prompt, params, priority)
+        request = self._request(prompt, params, priority)
         self._turns.add(request)
         return request
 
@@ -243,11 +234,8 @@ class LLM:
         Once the request has ended, `request.scores.tokens` holds an entry for each token of the prompt: None for the
         first, else its natural log-probability by the very same plan. The logits themselves are not kept.
         """
-        self._turns.check()
-        self._check_queue()
         params = SamplingParams(logprobs=logprobs)
-        token_ids = self._require_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
-        request = self._scoring(self._check_ids(token_ids, reserve=0))
+        request = self._scoring(prompt)
         request.scores = PromptScores(request.prompt_token_ids, params.logprobs or 0)
         request.priority, request.asked_at = priority, time.perf_counter()
         self._turns.add(request)
@@ -277,12 +265,7 @@ class LLM:
         token_ids: or a string, which stands for its tokens. Waits for its place in the queue like any prompt; the steps
         that it takes are everybody's.
         """
-        self._turns.check()
-        self._check_queue()
-        with self._turns.beside_steps():
-            if isinstance(token_ids, str):
-                token_ids = self._require_tokenizer().encode(token_ids)
-            request = self._scoring(self._check_ids(token_ids, reserve=0))
+        request = self._scoring(token_ids)
         self._run([request])
         request.output()
         with memory_named("collecting logits"), self._turns.beside_steps(), self.engine.lanes.torch_at_rest():
@@ -317,8 +300,7 @@ class LLM:
         if tokens + reserve > self.plan.max_context:
             raise PromptError(
                 f"the prompt has {tokens} tokens, but the context of this plan holds {self.plan.max_context} including "
-                "the "
-                "answer; shorten the prompt or load with a larger max_context"
+                "the answer; shorten the prompt or load with a larger max_context"
             )
 
     def close(self) -> None:
@@ -348,31 +330,41 @@ class LLM:
             raise SamplingError(f"priority is {priority!r:.60}; it must be an int, higher goes first")
         self._turns.check()
         self._check_queue()
-        config, prompt = self.engine.config, as_prompt(prompt)
-        ids = self._require_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
-        if not ids and config.bos_token_id is not None:
-            ids = [config.bos_token_id]
-        ids = self._check_ids(ids, reserve=1)
-        room, tokenizer = self.plan.max_context - len(ids), self._tokenizer_if_any()
-        if tokenizer is not None and params.skip_special_tokens:
-            params = tokenizer.with_special_stops(params)
-        seed = None if self._seeds is None else int(torch.randint(1 << 62, (), generator=self._seeds, device="cpu"))
-        return Request(
-            prompt_token_ids=ids,
-            params=params,
-            sampler=Sampler(params, self._end_token_ids(), config.vocab_size, seed),
-            stream=None if tokenizer is None else tokenizer.stream(params.stop, params.skip_special_tokens),
-            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            asked_at=asked_at,
-            prefill_s=time.perf_counter() - asked_at,
-            priority=priority,
-        )
+        with self._turns.beside_steps():
+            config, prompt = self.engine.config, as_prompt(prompt)
+            ids = self._require_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
+            if not ids and config.bos_token_id is not None:
+                ids = [config.bos_token_id]
+            ids = self._check_ids(ids, reserve=1)
+            room, tokenizer = self.plan.max_context - len(ids), self._tokenizer_if_any()
+            if tokenizer is not None and params.skip_special_tokens:
+                params = tokenizer.with_special_stops(params)
+            seed = None if self._seeds is None else int(torch.randint(1 << 62, (), generator=self._seeds, device="cpu"))
+            return Request(
+                prompt_token_ids=ids,
+                params=params,
+                sampler=Sampler(params, self._end_token_ids(), config.vocab_size, seed),
+                stream=None if tokenizer is None else tokenizer.stream(params.stop, params.skip_special_tokens),
+                max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+                asked_at=asked_at,
+                prefill_s=time.perf_counter() - asked_at,
+                priority=priority,
+            )
 
-    def _scoring(self, token_ids: tuple[int, ...]) -> Request:
+    def _scoring(self, prompt: Prompt) -> Request:
         """A request for the logits of a prompt's tokens."""
-        params = SamplingParams()
-        sampler = Sampler(params, (), self.engine.config.vocab_size, 0)
-        return Request(token_ids, params, sampler, stream=None, max_tokens=0, scores=[])
+        self._turns.check()
+        self._check_queue()
+        with self._turns.beside_steps():
+            token_ids = self._require_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
+            params = SamplingParams()
+            sampler = Sampler(params, (), self.engine.config.vocab_size, 0)
+            return Request(self._check_ids(token_ids, reserve=0), params, sampler, stream=None, max_tokens=0, scores=[])
+
+    def _chat_prompt(self, messages: Messages, template_variables: Mapping[str, object] | None) -> list[int]:
+        """A conversation as the model's template writes it."""
+        with self._turns.beside_steps():
+            return self._require_tokenizer().encode_chat(messages, True, template_variables)
 
     def _end_token_ids(self) -> tuple[int, ...]:
         tokenizer = self._tokenizer_if_any()
@@ -415,8 +407,7 @@ class LLM:
         if self._max_waiting is not None and waiting >= self._max_waiting:
             raise QueueFullError(
                 f"{self.plan.model}: {waiting} requests wait for a place, and max_waiting is {self._max_waiting}; try "
-                "again "
-                "later, or load with a larger max_waiting"
+                "again later, or load with a larger max_waiting"
             )
 
     def _step(self) -> tuple[Request, ...]:
