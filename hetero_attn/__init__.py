@@ -8,6 +8,7 @@
 Names are imported when they are first used, so that `import hetero_attn` costs nothing.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -50,9 +51,10 @@ def __getattr__(name: str) -> object:
         return _version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
-    from hetero_attn.errors import check_neighbours
+    if _HOMES[name] not in sys.modules:
+        from hetero_attn.errors import check_neighbours
 
-    check_neighbours()
+        check_neighbours()
     return getattr(import_module(_HOMES[name]), name)
 
 

@@ -107,7 +107,11 @@ class Engine:
         limits = (
             (rows, self._rows, "rows"),
             (several, self.kv_cache.max_new_tokens, "rows of chunks and of sequences with several"),
-            (lines, max(self.plan.max_batch, self.most_lines), "rows that attend one by one, and chunks"),
+            (
+                lines,
+                self.plan.max_batch if lines <= self.plan.max_batch else self.most_lines,
+                "rows that attend one by one, and chunks",
+            ),
         )
         for count, most, what in limits:
             if count > most:

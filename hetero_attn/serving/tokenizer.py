@@ -378,11 +378,11 @@ def import_beside() -> None:
 
 def _check_address_space(path: Path) -> None:
     """Raise MemoryBudgetError where memory would run out in tokenizers, which then ends the process with an abort."""
-    free_bytes, needed_bytes = free_address_space(), LEAST_BYTES_TO_OPEN
-    if free_bytes is not None and free_bytes < needed_bytes:
+    free_bytes = free_address_space()
+    if free_bytes is not None and free_bytes < LEAST_BYTES_TO_OPEN:
         raise MemoryBudgetError(
-            f"{path}: opening the tokenizer takes up to {format_bytes(needed_bytes)} of address space, and the limit "
-            f"of this process leaves {format_bytes(free_bytes)}; raise the limit (ulimit -v)"
+            f"{path}: opening the tokenizer takes up to {format_bytes(LEAST_BYTES_TO_OPEN)} of address space, and the "
+            f"limit of this process leaves {format_bytes(free_bytes)}; raise the limit (ulimit -v)"
         )
 
 
