@@ -19,27 +19,14 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hetero_attn.models import attention, mlp
-from hetero_attn.ops import linear as linears
 from hetero_attn.tools.timeline.recording import CPU, GPU, MAIN, RecordingDriver
 from hetero_attn.tools.timeline.simulate import Simulation, Timeline
 from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import build_plan
+from tests.support.older_queueing import request_behind_wait
 from tests.support.recorded_runs import first_run, llama_8b, llama_8b_config, recorded_runs
 
 CONTEXT = 990
-
-
-def request_behind_wait(lanes: Any, weights: Any, tier: int, x: Any, column: int, residual: Any, scratch: Any) -> None:
-    """`linear_add` as it once was: the CPU lane is asked when the GPU has what the CPU lane computed before."""
-    given, wanted = lanes.given, linears._wanted_input(weights, tier)
-    lanes.push(x, wanted.start, column)
-    lanes.pull(x, column, wanted.stop, given)
-    if weights.has_host_features(tier):
-        lanes._copied = True
-        lanes.on_host(lambda: linears.run_on_host(lanes, weights, tier, x, scratch))
-    linears.run_on_device(lanes, weights, tier, x, residual, True)
-    if weights.has_host_features(tier):
-        lanes.pull_onto(residual.device, scratch, weights.device_features(tier))
 
 
 @contextmanager

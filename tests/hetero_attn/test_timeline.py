@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from hetero_attn.cli import app
 from hetero_attn.devices.copy_ahead import CopyAhead
 from hetero_attn.models import attention, mlp
-from hetero_attn.ops import linear as linears
 from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.tools.timeline.clocks import Clocks, OrderError
 from hetero_attn.tools.timeline.recording import (
@@ -28,6 +27,7 @@ from hetero_attn.tools.timeline.recording import (
 )
 from hetero_attn.tools.timeline.simulate import Simulation, chrome_trace
 from tests.placement.test_recorded_runs import profile_of
+from tests.support.older_queueing import request_behind_wait
 from tests.support.recorded_runs import first_run, llama_8b_config, recorded_runs
 
 TINY = str(Path(__file__).resolve().parents[2] / "examples" / "tiny")
@@ -84,21 +84,8 @@ def test_a_request_behind_a_wait_makes_the_step_longer(monkeypatch):
     """As it was queued once: the GPU asked for `down` only when it had what the CPU lane computed before."""
     as_it_is = older_run().decode(990)
 
-    def linear_add(lanes, weights, tier, x, column, residual, scratch):
-        given, wanted = lanes.given, linears._wanted_input(weights, tier)
-        lanes.push(x, wanted.start, column)
-        lanes.pull(x, column, wanted.stop, given)
-        if weights.has_host_features(tier):
-            lanes._copied = True
-            lanes.on_host(lambda: linears.run_on_host(lanes, weights, tier, x, scratch))
-        linears.run_on_device(lanes, weights, tier, x, residual, True)
-        if weights.has_host_features(tier):
-            start = weights.device_features(tier)
-            lanes.pull(scratch, start, scratch.host.shape[1])
-            residual.device[:, start:].add_(scratch.device[:, start:])
-
     for block in (attention, mlp):
-        monkeypatch.setattr(block, "linear_add", linear_add)
+        monkeypatch.setattr(block, "linear_add", request_behind_wait)
     behind = older_run().decode(990)
 
     assert behind.seconds > as_it_is.seconds + 32 * 3e-6
