@@ -14,7 +14,7 @@ from placement.plan.memory import KvPlacement, LinearPlacement, memory_report, s
 from placement.plan.workload import NUM_ROW_TIERS, ROW_TIER_NAMES, LinearShard, Workload, round_up
 from placement.policy.bind import Bounds, LinearBounds
 from placement.solve.classes import LayerClass, layer_classes, single_layers
-from placement.solve.decisions import Budgets, Homes, Totals
+from placement.solve.decisions import Budgets, Homes, Totals, gpu_tokens_of
 from placement.solve.formulation import Formulation
 from placement.solve.pairing import is_paired
 from placement.solve.spread import Layout, lay_out, placements, streams
@@ -22,6 +22,8 @@ from placement.solve.unknowns import Unknowns
 
 # Up to this many linears every layer is a class of its own.
 MAX_SINGLE_LINEARS = 20
+# Placements that are tried with every prefill chunk, the fastest first.
+MOST_TRANSFERRED = 4
 # A program that cannot get this much below the best placement found is not solved: its costs hold tie-breaks, and the
 # solver stops at a gap.
 PROGRAM_NOISE = 5e-4
@@ -132,7 +134,42 @@ def candidates(problems: Sequence[Problem]) -> list[Candidate]:
                 best_s = min(best_s, fitting[-1].seconds)
             else:
                 too_large.append(candidate)
+    fitting += _with_other_chunks(problems, fitting)
     return fastest_first(fitting or too_large)
+
+
+def _with_other_chunks(problems: Sequence[Problem], fitting: Sequence[Candidate]) -> Iterator[Candidate]:
+    """The fastest placements that were searched for, called with every other prefill chunk.
+
+    Whole units lose less of one program's solution than of another's: what was found for one chunk may be better than
+    what was found for the chunk that suits it.
+    """
+    searched = [candidate for candidate in fastest_first(fitting) if candidate.layout is not None]
+    for candidate in searched[:MOST_TRANSFERRED]:
+        found_for = candidate.problem
+        for problem in problems:
+            is_other = problem.workload.prefill_chunk != found_for.workload.prefill_chunk
+            if (
+                is_other
+                and problem.workload.linears == found_for.workload.linears
+                and _tiers(problem) == _tiers(found_for)
+            ):
+                other = replace(found_for, workload=problem.workload, budgets=problem.budgets)
+                moved = _with_tokens(candidate, other, candidate.gpu_tokens)
+                moved = _with_tokens(moved, other, moved.gpu_tokens + _free_slots(moved))
+                if _fits(moved) and not any(_is_same(moved, known) for known in fitting):
+                    yield moved
+
+
+def _is_same(one: Candidate, other: Candidate) -> bool:
+    """Whether two candidates are one placement with one prefill chunk."""
+    chunks = (candidate.problem.workload.prefill_chunk for candidate in (one, other))
+    return (one.linears, one.kv, next(chunks)) == (other.linears, other.kv, next(chunks))
+
+
+def _tiers(problem: Problem) -> set[int]:
+    """Row tiers of the reference passes."""
+    return {weighted.call.tier for weighted in problem.calls}
 
 
 def fastest_first(found: Iterable[Candidate]) -> list[Candidate]:
@@ -226,27 +263,45 @@ def _worth_handing_over(
 
 def _filled(candidate: Candidate) -> Candidate:
     """The candidate with the memory that it leaves given to the cache, as far as that makes nothing slower."""
+    room = _free_slots(candidate)
+    filled = _with_tokens(candidate, candidate.problem, candidate.gpu_tokens + room) if room > 0 else candidate
+    return filled if filled.seconds <= candidate.seconds else candidate
+
+
+def _free_slots(candidate: Candidate) -> int:
+    """Whole pages of KV slots for which the GPU budget has room, below 0 where it is exceeded; 0 where the rules say
+    how many there are."""
     problem, workload = candidate.problem, candidate.problem.workload
-    open_ = [
-        (shard, placement)
+    slot_bytes = sum(
+        placement.gpu_groups * shard.bytes_per_token
         for shard, placement, bound in zip(workload.kv, candidate.kv, problem.bounds.kv, strict=True)
-        if placement.gpu_groups and not bound.gpu_tokens
-    ]
-    slot_bytes = sum(placement.gpu_groups * shard.bytes_per_token for shard, placement in open_)
+        if not bound.gpu_tokens
+    )
     room = problem.budgets.gpu - used_bytes(candidate)["gpu"]
     if not slot_bytes or room == float("inf"):
-        return candidate
-    more = int(room / slot_bytes) // workload.page_size * workload.page_size
-    tokens = min(workload.full_tokens, candidate.gpu_tokens + more)
-    if tokens <= candidate.gpu_tokens:
-        return candidate
-    kept = {shard.name: min(tokens, workload.layer_tokens(shard)) for shard, _ in open_}
-    kv = tuple(replace(p, gpu_tokens=kept.get(p.name, p.gpu_tokens)) for p in candidate.kv)
-    seconds = problem.seconds(candidate.linears, kv)
-    if seconds > candidate.seconds:
-        return candidate
-    label = candidate.label.replace(f"{candidate.gpu_tokens} KV", f"{tokens} KV")
-    return replace(candidate, kv=kv, seconds=seconds, gpu_tokens=tokens, label=label)
+        return 0
+    return int(room // slot_bytes) // workload.page_size * workload.page_size
+
+
+def _with_tokens(candidate: Candidate, problem: Problem, tokens: int) -> Candidate:
+    """The same linears under a problem that differs in chunk and budget at most, with another number of KV slots for
+    GPU-owned groups, as far as there can be so many."""
+    workload = problem.workload
+    tokens = max(workload.min_gpu_tokens, min(workload.full_tokens, tokens))
+    kv = tuple(
+        replace(placement, gpu_tokens=gpu_tokens_of(workload, shard, bound, tokens))
+        if placement.gpu_groups
+        else placement
+        for shard, placement, bound in zip(workload.kv, candidate.kv, problem.bounds.kv, strict=True)
+    )
+    return replace(
+        candidate,
+        problem=problem,
+        kv=kv,
+        seconds=problem.seconds(candidate.linears, kv),
+        gpu_tokens=tokens,
+        label=candidate.label.replace(f"{candidate.gpu_tokens} KV", f"{tokens} KV"),
+    )
 
 
 def known_placements(problem: Problem) -> Iterator[Candidate]:

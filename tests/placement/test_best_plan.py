@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from placement import BudgetError, HardwareProfile, Policy, make_plan, shipped_policies
-from placement.cost.model import predict
+from placement.cost.model import predict, working_set_bytes
+from placement.cost.objective import objective_s, reference_calls, reference_context
 from placement.explain import explain
 from placement.machine.hardware import catalogue_names
 from placement.plan.workload import ChunkChoice
@@ -77,14 +78,62 @@ def assert_more_is_never_worse(case_):
 
 
 def assert_no_memory_lies_idle(case_):
-    """At most 2 % of the budget, unless everything is in it."""
+    """At most 2 % of the budget, unless nothing that lies in DRAM would gain from it: memory is for speed.
+
+    A part of the head that the CPU computes while the GPU has the rest, or linears of a board whose two sides share one
+    memory, are faster where they are. By the cost model itself, beside the search.
+    """
     workload, hardware, budget = case(*case_)
     plan = plan_of(workload, hardware, budget)
-    if plan is None:
+    if plan is None or plan.memory.gpu_bytes >= 0.98 * budget:
         return
-    everything = all(p.dram_units == 0 for p in plan.linears) and not any(plan.memory.pinned.values())
-    whole_cache = all(k.gpu_groups == k.groups for k in plan.kv)
-    assert plan.memory.gpu_bytes >= 0.98 * budget or everything and whole_cache
+    assert better_in(plan, hardware, budget - plan.memory.gpu_bytes) == []
+
+
+def better_in(plan, hardware, room_bytes):
+    """What of the plan would be faster if it had so many bytes more of GPU memory."""
+    machine = hardware.for_working_set(working_set_bytes(plan.workload, reference_context(plan.workload)))
+    calls = reference_calls(plan.workload, plan.objective)
+
+    def seconds(linears, kv):
+        return objective_s(plan.workload, linears, kv, machine, calls, True)
+
+    assert seconds(plan.linears, plan.kv) == pytest.approx(plan.predicted.objective_s)
+    moves = moves_into(plan, room_bytes)
+    return [what for what, linears, kv in moves if plan.predicted.objective_s > NOISE * seconds(linears, kv)]
+
+
+def moves_into(plan, room_bytes):
+    """The plan's placements with more of what it keeps in DRAM in GPU memory: of each kind of linear, with the one that
+    is cut beside it, in all layers alike as many units as there is room for, half of them and one; the cache."""
+    blocks = {}
+    for index, (shard, placement) in enumerate(zip(plan.workload.linears, plan.linears, strict=True)):
+        if placement.dram_units:
+            blocks.setdefault(shard.block if plan.shape == "paired" else shard.kind, []).append(index)
+    for name, indices in blocks.items():
+        in_dram = sum(plan.linears[i].dram_units * plan.workload.linears[i].unit_bytes for i in indices)
+        for share in (1.0, 0.5, 0.1):
+            part = share * min(1.0, room_bytes / in_dram)
+            moved = list(plan.linears)
+            for i in indices:
+                moved[i] = with_more_at_home(moved[i], int(part * moved[i].dram_units))
+            yield f"{part:.0%} of what {name} has in DRAM", moved, plan.kv
+    slot_bytes = sum(s.bytes_per_token * p.gpu_groups for s, p in zip(plan.workload.kv, plan.kv, strict=True))
+    slots = int(room_bytes / slot_bytes) if slot_bytes else 0
+    if slots >= plan.workload.page_size and any(k.gpu_tokens < plan.workload.full_tokens for k in plan.kv):
+        layers = zip(plan.workload.kv, plan.kv, strict=True)
+        more = [
+            replace(p, gpu_tokens=min(plan.workload.layer_tokens(s), p.gpu_tokens + slots)) if p.gpu_groups else p
+            for s, p in layers
+        ]
+        yield f"{slots} slots of the cache", plan.linears, more
+
+
+def with_more_at_home(placement, units):
+    """The linear with more units in GPU memory, taken from the CPU's part where it has one, else from what streams."""
+    at_home = placement.gpu_units + units
+    streams = tuple(min(streamed, placement.units - at_home) for streamed in placement.stream_units)
+    return replace(placement, gpu_units=at_home, stream_units=streams)
 
 
 CHECKS = [assert_no_rejected_row_is_better, assert_more_is_never_worse, assert_no_memory_lies_idle]
@@ -94,6 +143,35 @@ CHECKS = [assert_no_rejected_row_is_better, assert_more_is_never_worse, assert_n
 @pytest.mark.parametrize("check", CHECKS)
 def test_the_plan_is_the_best_that_is_known(check, case_):
     check(case_)
+
+
+# Cases of the matrix in which a run over it found fault: what each stands for.
+FOUND_AT_FAULT = [
+    # Twice the bus gave a slower plan: rounding to whole units lost more of the better program's solution.
+    (assert_more_is_never_worse, ("8b", "rtx3090-epyc", "q4", 32768, 0.25)),
+    # GPU memory is left where the CPU computes a part of the head beside the GPU,
+    (assert_no_memory_lies_idle, ("8b", "rtx4060ti-ddr5", "q8", 2048, 0.75)),
+    (assert_no_memory_lies_idle, ("14b", "rtx3090-epyc", "bf16", 2048, 1.0)),
+    # where a fast host computes paired parts of layers,
+    (assert_no_memory_lies_idle, ("14b", "rtx3090-epyc", "q8", 2048, 0.75)),
+    # and where both sides read one memory.
+    (assert_no_memory_lies_idle, ("8b", "jetson-agx-orin", "q4", 32768, 0.25)),
+    (assert_no_memory_lies_idle, ("32b", "jetson-agx-orin", "q8", 2048, 1.0)),
+]
+
+
+@pytest.mark.parametrize("check,case_", FOUND_AT_FAULT, ids=str)
+def test_the_plan_is_the_best_where_a_run_over_the_matrix_found_fault(check, case_):
+    check(case_)
+
+
+@pytest.mark.parametrize("machine,kind", [("rtx4070-ddr5", "cache"), ("rtx3060-ddr4", "mlp")])
+def test_memory_that_lies_idle_is_noticed(machine, kind):
+    """A plan that had less to work with, beside the rest."""
+    workload, hardware, budget = case("8b", machine, "q8", 32768, 0.5)
+    starved = plan_of(workload, hardware, budget)
+
+    assert any(kind in what for what in better_in(starved, hardware, budget // 2))
 
 
 @pytest.mark.soak
