@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from hetero_attn.server.failures import as_api_error, response_of
 from hetero_attn.server.guard import Guard
-from hetero_attn.server.protocols import chat, completions, system
+from hetero_attn.server.protocols import chat, completions, messages, ollama, responses, system
 from hetero_attn.server.service import Service
 from hetero_attn.server.sse import ClientGone
 
@@ -20,6 +20,14 @@ Handler = Callable[[Service, Request], Awaitable[Any]]
 ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/chat/completions", chat.chat_completions),
     ("POST", "/v1/completions", completions.completions),
+    ("POST", "/v1/responses", responses.responses),
+    ("POST", "/v1/messages", messages.messages),
+    ("POST", "/v1/messages/count_tokens", messages.count_tokens),
+    ("POST", "/api/chat", ollama.chat),
+    ("POST", "/api/generate", ollama.generate),
+    ("GET", "/api/tags", ollama.tags),
+    ("POST", "/api/show", ollama.show),
+    ("GET", "/api/version", ollama.version),
     ("POST", "/v1/embeddings", system.embeddings),
     ("GET", "/v1/models", system.models),
     ("GET", "/v1/models/{name:path}", system.model),

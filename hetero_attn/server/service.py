@@ -10,8 +10,11 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from hetero_attn.server.dialogue.answer import Parser, PlainText
+from hetero_attn.server.dialogue.formats import AnswerFormat, end_of, format_of
 from hetero_attn.server.driver import Driver, State
 from hetero_attn.server.failures import ApiError, too_long
 from hetero_attn.server.generation import Generation
@@ -67,6 +70,19 @@ class Service:
         """What clients call the model."""
         return self.settings.served_name or self.llm.plan.model
 
+    @cached_property
+    def answer_format(self) -> AnswerFormat:
+        """How the model writes reasoning and calls."""
+        return format_of(self.llm.tokenizer)
+
+    def parsers(self, turn: Turn, generation: Generation) -> list[Parser]:
+        """What tells reasoning and calls from the text of each answer."""
+        count = len(generation.requests)
+        if not isinstance(turn.prompts, Conversation):
+            return [PlainText() for _ in range(count)]
+        prompt_end = end_of(self.tokenizer, generation.requests[0].prompt_token_ids)
+        return self.answer_format.parsers(count, turn.prompts.tools, prompt_end)
+
     async def on_thread(self, work: Callable[[], Result]) -> Result:
         """What `work` returns, on a thread for text. Raises ApiError after ENCODING_S."""
         job = asyncio.get_running_loop().run_in_executor(self._pool, work)
@@ -74,6 +90,10 @@ class Service:
             return await asyncio.wait_for(job, ENCODING_S)
         except TimeoutError:
             raise ApiError(400, f"the prompt did not become tokens within {ENCODING_S:g} s; send less") from None
+
+    async def count_tokens(self, turn: Turn) -> int:
+        """How many tokens a turn's prompts are, however many that be."""
+        return sum(map(len, await self.on_thread(lambda: self._encode(turn))))
 
     async def encode(self, turn: Turn) -> list[tuple[int, ...]]:
         """The token ids of a turn's prompts. Raises ApiError where one leaves no room for an answer."""
@@ -92,7 +112,7 @@ class Service:
 
         def add(llm: LLM, ids: list[tuple[int, ...]]) -> list[Request]:
             pairs = [(prompt, choice) for prompt in ids for choice in range(turn.choices)]
-            params = [llm.default_params(**_wishes_of(turn, choice)) for choice in range(turn.choices)]
+            params = [llm.default_params(**self._wishes_of(turn, choice)) for choice in range(turn.choices)]
             return [llm.add(prompt, params[choice], priority=turn.priority) for prompt, choice in pairs]
 
         return await self._admit(turn, prompts * turn.choices, add)
@@ -156,9 +176,26 @@ class Service:
 
     def _encode_chat(self, talk: Conversation) -> list[int]:
         variables: dict[str, Any] = dict(talk.variables)
-        if talk.tools:
-            variables["tools"] = list(talk.tools)
+        if tools := talk.tools.for_template:
+            if not self.answer_format.knows_tools:
+                raise ApiError(
+                    400,
+                    f"the chat template of {self.model_name} knows no tools; describe what you need in a message",
+                    param="tools",
+                )
+            variables["tools"] = tools
+        if talk.tools.must_call:
+            raise ApiError(400, "tool_choice must be auto or none: the model decides", param="tool_choice")
         return self.tokenizer.encode_chat(talk.messages, talk.opens_answer, variables, talk.continues)
+
+    def _wishes_of(self, turn: Turn, choice: int) -> dict[str, Any]:
+        """The parameters of one of several answers: a seed that is given makes each of them repeatable, not alike."""
+        wishes, seed = dict(turn.wishes), turn.wishes.get("seed")
+        if seed is not None:
+            wishes["seed"] = (seed + choice) & LARGEST_SEED
+        if isinstance(turn.prompts, Conversation) and self.answer_format.keeps_specials:
+            wishes["skip_special_tokens"] = False  # the parser leaves them out
+        return wishes
 
     def _gauges(self) -> dict[str, float]:
         driver, llm = self.driver, self.driver.llm
@@ -185,9 +222,3 @@ class Service:
 
 def _count(turn: Turn) -> int:
     return 1 if isinstance(turn.prompts, Conversation) else len(turn.prompts)
-
-
-def _wishes_of(turn: Turn, choice: int) -> dict[str, Any]:
-    """The parameters of one of several answers: a seed that is given makes each of them repeatable, not alike."""
-    seed = turn.wishes.get("seed")
-    return dict(turn.wishes) if seed is None else {**turn.wishes, "seed": (seed + choice) & LARGEST_SEED}

@@ -4,18 +4,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hetero_attn.server.dialogue.tools import NO_TOOLS, Tools
+
 Prompt = str | tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """Messages for the chat template. tools, variables: what the template gets beside them.
+    """Messages for the chat template. tools: what the model may call. variables: what the template gets beside.
 
     opens_answer: end with the words that open the assistant's turn. continues: the last message is the answer's begin.
     """
 
     messages: Sequence[Mapping[str, Any]]
-    tools: Sequence[Mapping[str, Any]] = ()
+    tools: Tools = NO_TOOLS
     variables: Mapping[str, Any] = field(default_factory=dict)
     opens_answer: bool = True
     continues: bool = False

@@ -129,6 +129,11 @@ class Request:
         return self.progress.finish_reason
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        return None if self.stream is None else self.stream.matched
+
+    @property
     def rank(self) -> tuple[int, int]:
         """Who goes first: the smallest."""
         return -self.priority, self.arrival

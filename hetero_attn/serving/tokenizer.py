@@ -244,6 +244,11 @@ class TextStream:
         self._shown_tokens = 0  # tokens at the front of the window whose text is shown in full
         self._shown_chars = 0  # characters of the window's text that are shown
 
+    @property
+    def matched(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        return self._matcher.matched
+
     def copy(self) -> "TextStream":
         """One that goes on from here by itself."""
         twin = copy(self)

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from hetero_attn.server.bodies import checked, read_json, refuse
 from hetero_attn.server.dialogue.answer import Answer, Piece
 from hetero_attn.server.dialogue.messages import template_messages
+from hetero_attn.server.dialogue.tools import Tools, openai_choice, tools_of
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.generation import Generation
 from hetero_attn.server.protocols.fields import Logprobs, SamplingFields, check_model, count_unknown
@@ -40,6 +41,7 @@ class Body(SamplingFields):
     top_logprobs: Logprobs | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = True
     functions: Any = None
     function_call: Any = None
     response_format: dict[str, Any] | None = None
@@ -62,8 +64,11 @@ async def chat_completions(service: Service, request: Request) -> Any:
     count_unknown(service, body)
     choices = body.n or 1
     turn = Turn(prompts=conversation_of(body), wishes=_wishes(body), choices=choices, priority=body.priority or 0)
-    generation = await service.begin(turn)
-    return await reply(service, request, generation, ChatWriter(service, body, generation, choices), bool(body.stream))
+
+    def make_writer(generation: Generation) -> ChatWriter:
+        return ChatWriter(service, body, generation, choices)
+
+    return await reply(service, request, turn, make_writer, bool(body.stream))
 
 
 def _refuse(body: Body) -> None:
@@ -72,7 +77,6 @@ def _refuse(body: Body) -> None:
         audio="the model makes text",
         web_search_options="nothing is looked up",
         chat_template="the model's own template is used; strangers' templates are programs",
-        tools="answers are text; describe what you need in a message",
         functions="use tools",
         function_call="use tool_choice",
         structured_outputs="answers are free text",
@@ -103,12 +107,25 @@ def conversation_of(body: Body) -> Conversation:
             )
     if body.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", body.reasoning_effort)
+        variables.setdefault("enable_thinking", body.reasoning_effort != "none")
     return Conversation(
         messages=template_messages(body.messages),
+        tools=_tools(body),
         variables=variables,
         opens_answer=body.add_generation_prompt,
         continues=body.continue_final_message,
     )
+
+
+def _tools(body: Body) -> Tools:
+    functions = []
+    for number, tool in enumerate(body.tools or ()):
+        if tool.get("type", "function") != "function" or "function" not in tool:
+            raise ApiError(
+                400, f"tools.{number} is a {tool.get('type')!r:.40}; only functions can be called", param="tools"
+            )
+        functions.append(tool["function"])
+    return tools_of(functions, openai_choice(body.tool_choice), body.parallel_tool_calls)
 
 
 class ChatWriter(OpenAIWriter):

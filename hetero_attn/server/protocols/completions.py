@@ -58,9 +58,11 @@ async def completions(service: Service, request: Request) -> Any:
     scored = await _scored(service, request, turn, body.logprobs) if body.echo and body.logprobs is not None else None
     if body.max_tokens == 0:
         return await _only_prompt(service, body, turn, scored)
-    generation = await service.begin(turn)
-    writer = CompletionWriter(service, body, generation, choices, scored)
-    return await reply(service, request, generation, writer, bool(body.stream))
+
+    def make_writer(generation: Generation) -> CompletionWriter:
+        return CompletionWriter(service, body, generation, choices, scored)
+
+    return await reply(service, request, turn, make_writer, bool(body.stream))
 
 
 def _prompts(body: Body) -> list[Prompt]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple, Protocol
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from hetero_attn.server.dialogue.answer import Answer, Parser, Piece, PlainText, read
+from hetero_attn.server.dialogue.answer import Answer, Parser, Piece, read
 from hetero_attn.server.failures import ApiError, as_api_error
 from hetero_attn.server.generation import Generation
 from hetero_attn.server.service import Service
 from hetero_attn.server.sse import EventStream, unless_gone
+from hetero_attn.server.turn import Turn
 
 
 class Usage(NamedTuple):
@@ -59,14 +60,14 @@ class Writer(Protocol):
 async def reply(
     service: Service,
     request: Request,
-    generation: Generation,
-    writer: Writer,
+    turn: Turn,
+    make_writer: Callable[[Generation], Writer],
     is_stream: bool,
-    parsers: Sequence[Parser] = (),
     content_type: bytes | None = None,
 ) -> Response | EventStream:
-    """The answer to a request; the generation ends when the client is gone."""
-    parsers = parsers or [PlainText() for _ in generation.requests]
+    """Have a turn computed and answer the request with it; it ends when the client is gone. Raises as `begin`."""
+    generation = await service.begin(turn)
+    writer, parsers = make_writer(generation), service.parsers(turn, generation)
     if is_stream:
         frames = _frames(generation, writer, parsers)
         settings = service.settings

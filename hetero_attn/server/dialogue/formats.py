@@ -1,0 +1,90 @@
+"""How a model writes reasoning and calls: told by its chat template, which shows it both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from hetero_attn.server.dialogue import harmony
+from hetero_attn.server.dialogue.answer import Parser, PlainText
+from hetero_attn.server.dialogue.harmony import HarmonyParser
+from hetero_attn.server.dialogue.marked import MarkedParser, Marks
+from hetero_attn.server.dialogue.tools import Tools
+
+if TYPE_CHECKING:  # it needs torch, whose import would keep a server from answering while it loads
+    from hetero_attn.serving.tokenizer import Tokenizer
+
+TAIL = 24  # tokens at the end of a prompt that may open the reasoning
+TAGS = ("<tool_call>", "</tool_call>")
+_DEEPSEEK_GROUP = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
+# By what only this family's template holds, the particular before the common.
+FAMILIES: tuple[tuple[str, str, Marks], ...] = (
+    (
+        "<｜tool▁call▁begin｜>",
+        "deepseek",
+        Marks(None, ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"), unseen=_DEEPSEEK_GROUP),
+    ),
+    ("[TOOL_CALLS]", "mistral", Marks(None, ("[TOOL_CALLS]", None), id_letters=9)),
+    ("<arg_key>", "glm", Marks(None, TAGS)),
+    ("<tool_call>", "hermes", Marks(None, TAGS)),  # Qwen3-Coder's too
+    ("<|python_tag|>", "llama3", Marks(None, ("<|python_tag|>", None), bare=True)),
+    ("<|start_header_id|>", "llama3", Marks(None, ("<|python_tag|>", None), bare=True)),
+)
+THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """The form of one model's answers. marks: None for plain text. is_harmony: gpt-oss's form instead.
+
+    specials: texts of the tokenizer's special tokens. knows_tools: whether the template shows tools to the model.
+    """
+
+    name: str
+    marks: Marks | None
+    is_harmony: bool = False
+    specials: frozenset[str] = frozenset()
+    knows_tools: bool = False
+
+    @cached_property
+    def keeps_specials(self) -> bool:
+        """Whether markers are special tokens, which have to stay in the text that is read."""
+        marks = harmony.MARKS if self.is_harmony else self.marks.all if self.marks else set()
+        return bool(marks & self.specials)
+
+    def parsers(self, count: int, tools: Tools, prompt_end: str) -> list[Parser]:
+        """One parser for each of several answers to a prompt that ends so."""
+        return [self._parser(tools, prompt_end) for _ in range(count)]
+
+    def _parser(self, tools: Tools, prompt_end: str) -> Parser:
+        unseen = self.specials if self.keeps_specials else ()
+        if self.is_harmony:
+            return HarmonyParser(tools, unseen)
+        if self.marks is None or not (self.marks.thought or (self.marks.call and tools.callable)):
+            return PlainText()
+        is_thinking = bool(self.marks.thought) and prompt_end.rstrip().endswith(self.marks.thought[0])
+        return MarkedParser(self.marks, tools, is_thinking, set(unseen) - self.marks.all)
+
+
+def format_of(tokenizer: Tokenizer | None) -> AnswerFormat:
+    """The form in which a model answers."""
+    template = (tokenizer.chat_template if tokenizer is not None else None) or ""
+    if not template:
+        return AnswerFormat("plain", None)
+    specials = frozenset(tokenizer.token_bytes(each).decode() for each in tokenizer.special_token_ids)
+    knows_tools = "tools" in template
+    if "<|channel|>" in template and "<|message|>" in template:
+        return AnswerFormat("harmony", None, True, specials, knows_tools)
+    thought = next((pair for pair in THOUGHTS if pair[1] in template or pair[0] in template), None)
+    for sign, name, marks in FAMILIES:
+        if sign in template:
+            return AnswerFormat(name, replace(marks, thought=thought), False, specials, knows_tools)
+    marks = Marks(thought, TAGS if knows_tools else None)
+    return AnswerFormat("hermes" if knows_tools else "plain", marks, False, specials, knows_tools)
+
+
+def end_of(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    """The text that a prompt ends with, special tokens and all."""
+    return tokenizer.decode(token_ids[-TAIL:], skip_special_tokens=False)
