@@ -157,9 +157,14 @@ class CpuKernels:
         """
         linear.linear(self._team, x, weight, weight_dtype, bias, out, accumulate)
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
-        """out = x * weight / sqrt(mean(x^2) + eps). x, out: float32 [rows, hidden]; weight: float32 [hidden]."""
-        elementwise.rms_norm(self._team, x, weight, eps, out)
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, accumulate: bool = False
+    ) -> None:
+        """out = x * weight / sqrt(mean(x^2) + eps), or out += that.
+
+        x, out: float32 [rows, hidden]; weight: float32 [hidden].
+        """
+        elementwise.rms_norm(self._team, x, weight, eps, out, accumulate)
 
     def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         """out = silu(gate) * up.
@@ -167,7 +172,11 @@ class CpuKernels:
         gate_up: float32 [rows, units * 32], a unit is 16 gate columns, then their 16 up columns; out: float32
         [rows, units * 16], written.
         """
-        elementwise.silu_mul(self._team, gate_up, out)
+        elementwise.gated(self._team, "silu_mul", gate_up, out)
+
+    def gelu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        """out = gelu(gate) * up, gelu in its form by tanh; shapes as in silu_mul."""
+        elementwise.gated(self._team, "gelu_mul", gate_up, out)
 
     def rope_append(
         self,

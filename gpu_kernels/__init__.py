@@ -18,6 +18,7 @@ _MODULE_OF_OP = {
     "rms_norm": "elementwise",
     "rope_append": "elementwise",
     "silu_mul": "elementwise",
+    "gelu_mul": "elementwise",
     "copy_rows": "row_copies",
     "add_rows": "row_copies",
 }

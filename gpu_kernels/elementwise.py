@@ -1,7 +1,8 @@
-"""The small ops between the products: RMS norm, SwiGLU's silu(gate) * up, rotary embedding with append to the cache.
+"""The small ops between the products: RMS norm, silu(gate) * up or gelu(gate) * up, rotary embedding with append to the cache.
 
-    rms_norm    y = x / sqrt(mean(x^2) + eps) * weight
+    rms_norm    y = x / sqrt(mean(x^2) + eps) * weight, or y += that
     silu_mul    y = gate / (1 + exp(-gate)) * up
+    gelu_mul    y = gelu(gate) * up, gelu by tanh: g / (1 + exp(-2 sqrt(2 / pi) (g + 0.044715 g^3)))
     rope        (a, b) -> (a cos - b sin, b cos + a sin) for the pairs (i, i + rotary_dim / 2);
                 then, for pages of codes, q and k times the Walsh-Hadamard matrix of kv_pages.spread
 """
@@ -20,12 +21,15 @@ from gpu_kernels.kv_rows import check_pages, store_row
 from gpu_kernels.launching import Kernel, Shape
 
 SILU_BLOCK = 1024
-SILU_SHAPE = Shape(BLOCK=SILU_BLOCK, num_warps=4)
+SILU_SHAPE = Shape(BLOCK=SILU_BLOCK, GELU=False, num_warps=4)
+GELU_SHAPE = Shape(BLOCK=SILU_BLOCK, GELU=True, num_warps=4)
+GELU_FACTOR = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 
 
 @Kernel
 @triton.jit
-def _rms_norm_kernel(x, weight, out, eps, x_stride, out_stride, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm_kernel(x, weight, out, eps, x_stride, out_stride, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+                     ADD: tl.constexpr):
     """grid: (rows,). x, out: [rows, hidden]; weight: [hidden]."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -33,12 +37,15 @@ def _rms_norm_kernel(x, weight, out, eps, x_stride, out_stride, HIDDEN: tl.const
     values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0)
     inverse = tl.rsqrt(tl.sum(values * values, axis=0) / HIDDEN + eps)
     scaled = values * inverse * tl.load(weight + columns, mask=inside, other=0.0)
-    tl.store(out + row * out_stride + columns, scaled, mask=inside)
+    target = out + row * out_stride + columns
+    if ADD:
+        scaled += tl.load(target, mask=inside, other=0.0)
+    tl.store(target, scaled, mask=inside)
 
 
 @Kernel
 @triton.jit(do_not_specialize=["units"])
-def _silu_mul_kernel(gate_up, out, units, in_stride, out_stride, BLOCK: tl.constexpr):
+def _gated_kernel(gate_up, out, units, in_stride, out_stride, BLOCK: tl.constexpr, GELU: tl.constexpr):
     """grid: (rows, cdiv(units * 16, BLOCK)). gate_up: [rows, units * 32], units of 16 gate | 16 up; out: [rows,
     units * 16]."""
     row = tl.program_id(0).to(tl.int64)
@@ -47,7 +54,10 @@ def _silu_mul_kernel(gate_up, out, units, in_stride, out_stride, BLOCK: tl.const
     source = gate_up + row * in_stride + columns // 16 * 32 + columns % 16
     gate = tl.load(source, mask=inside, other=0.0)
     up = tl.load(source + 16, mask=inside, other=0.0)
-    tl.store(out + row * out_stride + columns, gate / (1.0 + tl.exp(-gate)) * up, mask=inside)
+    power = gate
+    if GELU:
+        power = gate * GELU_FACTOR * (1.0 + 0.044715 * gate * gate)
+    tl.store(out + row * out_stride + columns, gate / (1.0 + tl.exp(-power)) * up, mask=inside)
 
 
 @triton.jit
@@ -117,22 +127,32 @@ def _rope_append_kernel(
             store_row(v_pages, slot, value, dims, page_stride, row_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE, FORMAT)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
-    """Root-mean-square norm of each row of `x` into `out`, both f32 [rows, hidden]; weight f32 [hidden]."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, accumulate: bool = False) -> None:
+    """Root-mean-square norm of each row of `x` into `out`, or added to it, both f32 [rows, hidden]; weight f32
+    [hidden]."""
     rows, hidden = x.shape
     assert weight.shape == (hidden,) and out.shape == x.shape, (x.shape, weight.shape, out.shape)
     if rows:
         _rms_norm_kernel.launch((rows, 1, 1), (x, weight, out), (eps,), (x.stride(0), out.stride(0)),
-                                _norm_shape(hidden))
+                                _norm_shape(hidden, accumulate))
 
 
 def silu_mul(gate_up: Tensor, out: Tensor) -> None:
     """silu(gate) * up into `out`, f32 [rows, units*16]; gate_up: f32 [rows, units*32], a unit being 16 gate | 16 up."""
+    _gated(gate_up, out, SILU_SHAPE)
+
+
+def gelu_mul(gate_up: Tensor, out: Tensor) -> None:
+    """gelu(gate) * up, gelu in its form by tanh; shapes as in silu_mul."""
+    _gated(gate_up, out, GELU_SHAPE)
+
+
+def _gated(gate_up: Tensor, out: Tensor, shape: Shape) -> None:
     rows, features = out.shape
     assert gate_up.shape == (rows, 2 * features) and features % 16 == 0, (gate_up.shape, out.shape)
     if rows and features:
-        _silu_mul_kernel.launch((rows, -(-features // SILU_BLOCK), 1), (gate_up, out), (features // 16,),
-                                (gate_up.stride(0), out.stride(0)), SILU_SHAPE)
+        _gated_kernel.launch((rows, -(-features // SILU_BLOCK), 1), (gate_up, out), (features // 16,),
+                             (gate_up.stride(0), out.stride(0)), shape)
 
 
 def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,
@@ -166,9 +186,9 @@ def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm
 
 
 @functools.cache
-def _norm_shape(hidden: int) -> Shape:
+def _norm_shape(hidden: int, accumulate: bool) -> Shape:
     block = triton.next_power_of_2(hidden)
-    return Shape(HIDDEN=hidden, BLOCK=block, num_warps=8 if block > 2048 else 4)
+    return Shape(HIDDEN=hidden, BLOCK=block, ADD=accumulate, num_warps=8 if block > 2048 else 4)
 
 
 @functools.cache

@@ -10,8 +10,9 @@ both see the same numbers.
                 over bf16 pages round(2^(s_j / ln 2 - M)) v_j / sum_j 2^(s_j / ln 2 - M), M whole: weights rounded to
                 bf16 are the same whatever M is, so every lane, tile and segment rounds them alike
     merge       m = max_i lse_i;  w_i = exp(lse_i - m);  out = sum w_i out_i / sum w_i;  lse = m + log sum w_i
-    rms_norm    y = x / sqrt(mean(x^2) + eps) * weight
+    rms_norm    y = x / sqrt(mean(x^2) + eps) * weight, or y += that
     silu_mul    y = gate / (1 + exp(-gate)) * up
+    gelu_mul    y = gate (1 + tanh(sqrt(2 / pi) (gate + 0.044715 gate^3))) / 2 * up
     rope        (a, b) -> (a cos - b sin, b cos + a sin) for the pairs (i, i + rotary_dim / 2);
                 then, for pages of codes, q and k times the Walsh-Hadamard matrix of kv_pages.spread
 
@@ -170,16 +171,27 @@ def _unpack_q8(lines: Tensor, dtype: torch.dtype) -> Tensor:
     return (stored.to(dtype) - 128) * scale
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
-    """Root-mean-square norm of each row of `x` into `out`, both f32 [rows, hidden]; weight f32 [hidden]."""
-    out.copy_(_rms_normalized(x, weight, eps))
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, accumulate: bool = False) -> None:
+    """Root-mean-square norm of each row of `x` into `out`, or added to it, both f32 [rows, hidden]; weight f32
+    [hidden]."""
+    result = _rms_normalized(x, weight, eps)
+    out.copy_(out + result if accumulate else result)
 
 
 def silu_mul(gate_up: Tensor, out: Tensor) -> None:
     """silu(gate) * up into `out`, f32 [rows, units*16]; gate_up: f32 [rows, units*32], a unit being 16 gate | 16 up."""
-    units = gate_up.unflatten(-1, (gate_up.shape[-1] // 32, 2, BLOCK_FEATURES))
-    gate, up = units.unbind(-2)
+    gate, up = _gate_and_up(gate_up)
     out.copy_((torch.nn.functional.silu(gate) * up).flatten(1))
+
+
+def gelu_mul(gate_up: Tensor, out: Tensor) -> None:
+    """gelu(gate) * up, gelu in its form by tanh; shapes as in silu_mul."""
+    gate, up = _gate_and_up(gate_up)
+    out.copy_((torch.nn.functional.gelu(gate, approximate="tanh") * up).flatten(1))
+
+
+def _gate_and_up(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    return gate_up.unflatten(-1, (gate_up.shape[-1] // 32, 2, BLOCK_FEATURES)).unbind(-2)
 
 
 def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,

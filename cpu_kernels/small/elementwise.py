@@ -1,4 +1,4 @@
-"""rms_norm, silu_mul and merge: checks and launches; the arithmetic is in elementwise_kernel.py."""
+"""rms_norm, silu_mul, gelu_mul and merge: checks and launches; the arithmetic is in elementwise_kernel.py."""
 
 import torch
 
@@ -7,7 +7,9 @@ from cpu_kernels.small.elementwise_sizes import MERGE_PARTS
 from cpu_kernels.team.team import Team
 
 
-def rms_norm(team: Team, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+def rms_norm(
+    team: Team, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, accumulate: bool
+) -> None:
     """See CpuKernels.rms_norm."""
     check_tensor("x", x, torch.float32, (None, None))
     rows, hidden = x.shape
@@ -15,7 +17,7 @@ def rms_norm(team: Team, x: torch.Tensor, weight: torch.Tensor, eps: float, out:
     check_tensor("out", out, torch.float32, (rows, hidden))
     if rows and hidden:
         team.run(
-            ("small.elementwise_kernel", "rms_norm"),
+            ("small.elementwise_kernel", "rms_norm", *([True] if accumulate else [])),
             0,
             x.data_ptr(),
             4 * x.stride(0),
@@ -28,15 +30,15 @@ def rms_norm(team: Team, x: torch.Tensor, weight: torch.Tensor, eps: float, out:
         )
 
 
-def silu_mul(team: Team, gate_up: torch.Tensor, out: torch.Tensor) -> None:
-    """See CpuKernels.silu_mul."""
+def gated(team: Team, name: str, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    """See CpuKernels.silu_mul and gelu_mul; name: of the kernel."""
     check_tensor("gate_up", gate_up, torch.float32, (None, None))
     rows, width = gate_up.shape
     expect(width % 32 == 0, f"gate_up has {width} columns; it must be whole units of 16 gate and 16 up columns")
     check_tensor("out", out, torch.float32, (rows, width // 2))
     if rows and width:
         team.run(
-            ("small.elementwise_kernel", "silu_mul"),
+            ("small.elementwise_kernel", name),
             0,
             gate_up.data_ptr(),
             4 * gate_up.stride(0),

@@ -1,7 +1,8 @@
 """The ops between the linears, one pass each over rows of float32.
 
-rms_norm      y = x * weight / sqrt(mean(x^2) + eps)
+rms_norm      y = x * weight / sqrt(mean(x^2) + eps), or y += that
 silu_mul      y = gate / (1 + exp(-gate)) * up
+gelu_mul      y = gelu(gate) * up, gelu by tanh: g / (1 + exp(-2 sqrt(2 / pi) (g + 0.044715 g^3)))
 merge         w_i = exp(lse_i - max lse); out = sum w_i out_i / sum w_i; lse = max + log sum w_i
 """
 
@@ -31,6 +32,7 @@ from cpu_kernels.vectors.vector import (
 )
 
 MINUS_INFINITY, ZERO, ONE = np.float32(-np.inf), np.float32(0.0), np.float32(1.0)
+GELU_FACTOR, GELU_CUBIC = np.float32(-2.0 * math.sqrt(2.0 / math.pi)), np.float32(0.044715)
 
 
 @helper
@@ -50,8 +52,12 @@ def inverse_rms(x, count, eps):
     return types.float32(1.0 / math.sqrt(mean + eps))
 
 
-def rms_norm():
-    """Parameters: scratch, x, x row stride, weight, eps, out, out row stride, rows, hidden."""
+def rms_norm(adds: bool = False):
+    """Parameters: scratch, x, x row stride, weight, eps, out, out row stride, rows, hidden. adds: onto `out`."""
+
+    @helper
+    def result(value, to, left):
+        return add(load_f32_tail(to, left), value) if adds else value
 
     def kernel(arguments, thread):
         x, x_stride, weight = parameter(arguments, 1), parameter(arguments, 2), parameter(arguments, 3)
@@ -64,19 +70,43 @@ def rms_norm():
             i = 0
             while i + 16 <= hidden:
                 value = mul(mul(load_f32(source + 4 * i), factor), load_f32(weight + 4 * i))
-                store_f32(value, to + 4 * i)
+                store_f32(result(value, to + 4 * i, 16), to + 4 * i)
                 i += 16
             if i < hidden:
                 left = hidden - i
                 value = mul(mul(load_f32_tail(source + 4 * i, left), factor), load_f32_tail(weight + 4 * i, left))
-                store_f32_tail(value, to + 4 * i, left)
+                store_f32_tail(result(value, to + 4 * i, left), to + 4 * i, left)
             row = take(arguments, 0)
 
     return kernel
 
 
+@helper
+def silu_power(gate):
+    """-gate."""
+    return sub(splat(ZERO), gate)
+
+
+@helper
+def gelu_power(gate):
+    """-2 sqrt(2 / pi) (gate + 0.044715 gate^3)."""
+    cubic = mul(mul(gate, gate), splat(GELU_CUBIC))
+    return mul(mul(gate, splat(GELU_FACTOR)), add(splat(ONE), cubic))
+
+
 def silu_mul():
-    """Parameters: scratch, gate_up, its row stride, out, its row stride, rows, units."""
+    """Parameters: see gated."""
+    return gated(silu_power)
+
+
+def gelu_mul():
+    """Parameters: see gated."""
+    return gated(gelu_power)
+
+
+def gated(power):
+    """gate / (1 + exp(power(gate))) * up. Parameters: scratch, gate_up, its row stride, out, its row stride, rows,
+    units."""
 
     def kernel(arguments, thread):
         gate_up, in_stride = parameter(arguments, 1), parameter(arguments, 2)
@@ -89,7 +119,7 @@ def silu_mul():
             for unit in range(first, least(units, first + SILU_UNITS)):
                 at = gate_up + row * in_stride + 128 * unit
                 gate = load_f32(at)
-                denominator = add(splat(ONE), exp(sub(splat(ZERO), gate)))
+                denominator = add(splat(ONE), exp(power(gate)))
                 store_f32(mul(div(gate, denominator), load_f32(at + 64)), out + row * out_stride + 64 * unit)
             chunk = take(arguments, 0)
 

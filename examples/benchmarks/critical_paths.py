@@ -18,7 +18,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from hetero_attn.models import attention, mlp
+from hetero_attn.models import block
 from hetero_attn.tools.timeline.recording import CPU, GPU, MAIN, RecordingDriver
 from hetero_attn.tools.timeline.simulate import Simulation, Timeline
 from placement.machine.hardware import HardwareProfile
@@ -32,10 +32,7 @@ CONTEXT = 990
 @contextmanager
 def late_requests() -> Iterator[None]:
     """Requests stand behind waits."""
-    with (
-        mock.patch.object(attention, "linear_add", request_behind_wait),
-        mock.patch.object(mlp, "linear_add", request_behind_wait),
-    ):
+    with mock.patch.object(block, "linear_add", request_behind_wait):
         yield
 
 

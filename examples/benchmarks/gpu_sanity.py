@@ -51,6 +51,7 @@ def kernels(run: Run) -> dict[str, Any]:
         "merge": partial(checks.check_merge, ops.merge, device, 3, (4, 4, 128), [2]),
         "rms_norm": partial(checks.check_rms_norm, ops.rms_norm, device, 3, 4096),
         "rope_append": partial(checks.check_rope_append, ops.rope_append, device, bf16, 2, 4, 128, 128, (False, False)),
+        "gelu_mul": partial(checks.check_gelu_mul, ops.gelu_mul, device, 3, 8),
         "silu_mul": partial(checks.check_silu_mul, ops.silu_mul, device, 3, 8),
         "add_rows": partial(checks.check_add_rows, ops.add_rows, device, 2, 4096),
         "copy_rows": partial(checks.check_copy_rows, ops.copy_rows, device, 2, 4096),

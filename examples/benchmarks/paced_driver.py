@@ -61,11 +61,15 @@ class PacedOps:
         machine = self._machine
         self.stream.take(max(weight.nbytes / machine.gpu_bytes_per_s, operations / machine.gpu_flops.of(weight_dtype)))
 
-    def rms_norm(self, x, weight, eps, out) -> None:
+    def rms_norm(self, x, weight, eps, out, accumulate=False) -> None:
         """Bytes in and out."""
         self._move(x, out)
 
     def silu_mul(self, gate_up, out) -> None:
+        """Bytes in and out."""
+        self._move(gate_up, out)
+
+    def gelu_mul(self, gate_up, out) -> None:
         """Bytes in and out."""
         self._move(gate_up, out)
 

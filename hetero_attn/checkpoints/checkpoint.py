@@ -12,7 +12,7 @@ from hetero_attn.checkpoints.files import open_files, some
 from hetero_attn.checkpoints.safetensors import SafetensorsFile, TensorEntry
 from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.blocks import ModelSpec
-from hetero_attn.spec.tensor_names import LAYER_PREFIX, tensor_name
+from hetero_attn.spec.tensor_names import AS_OURS, LAYER_PREFIX, TensorNames, tensor_name
 
 if TYPE_CHECKING:
     import torch
@@ -32,18 +32,22 @@ class Checkpoint:
         warnings: oddities met on opening that do not change the weights, in plain words.
     """
 
-    def __init__(self, path: Path, files: list[SafetensorsFile], warnings: list[str]):
+    def __init__(
+        self, path: Path, files: list[SafetensorsFile], warnings: list[str], tensor_names: TensorNames = AS_OURS
+    ):
         self.path = path
         self.warnings = warnings
         self._files = files
-        self._entries = self._full_names({name: entry for file in files for name, entry in file.entries.items()})
+        entries = {name: entry for file in files for name, entry in file.entries.items()}
+        self._entries = {tensor_names.ours(name): entry for name, entry in self._full_names(entries).items()}
 
     @classmethod
-    def open(cls, path: str | Path) -> "Checkpoint":
+    def open(cls, path: str | Path, tensor_names: TensorNames = AS_OURS) -> "Checkpoint":
         """Open the safetensors files of a model directory and check every header; no weight is read.
 
         Args:
             path: local directory with `model.safetensors`, or `model.safetensors.index.json` and the files it names.
+            tensor_names: what the family calls its tensors; here they go by our names.
 
         Raises:
             CheckpointError: files are missing, truncated, empty, not safetensors, contradict each other, or are there
@@ -51,7 +55,7 @@ class Checkpoint:
         """
         path = Path(path)
         files, warnings = open_files(path)
-        return cls(path, files, warnings)
+        return cls(path, files, warnings, tensor_names)
 
     @staticmethod
     def _full_names(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:

@@ -10,7 +10,7 @@ from hetero_attn.checkpoints.int4.checkpoint import Int4Checkpoint
 from hetero_attn.checkpoints.int4.scheme import read_scheme
 from hetero_attn.errors import CheckpointError
 from hetero_attn.models.decoder import decoder
-from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.config import ModelConfig, tensor_names
 from hetero_attn.spec.tensor_names import tensor_name
 from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
 
@@ -56,7 +56,8 @@ def open_source(path: Path) -> Checkpoint | GgufCheckpoint:
     """
     if is_gguf(path):
         return GgufCheckpoint.open(path)
-    return Int4Checkpoint.open(path) if is_quantised(path) else Checkpoint.open(path)
+    names = tensor_names(path)
+    return Int4Checkpoint.open(path, names) if is_quantised(path) else Checkpoint.open(path, names)
 
 
 def is_quantised(path: Path) -> bool:

@@ -21,11 +21,14 @@ class Ops(Protocol):
     ) -> None:
         """Rows of x times a packed weight."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
-        """Root-mean-square norm of each row."""
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor, accumulate: bool = False) -> None:
+        """Root-mean-square norm of each row, written or added."""
 
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         """silu(gate) * up."""
+
+    def gelu_mul(self, gate_up: Tensor, out: Tensor) -> None:
+        """gelu(gate) * up, gelu by tanh."""
 
     def rope_append(
         self,

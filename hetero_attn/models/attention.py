@@ -1,10 +1,10 @@
 """Grouped-query attention with rotary positions: qkv, attention over the cache, o."""
 
 from hetero_attn.lanes.lanes import Activation
-from hetero_attn.models.block import Block, BlockWeights, KvView, Run, normalize
+from hetero_attn.models.block import Block, BlockWeights, KvView, Run, add_output, normalize, projected_buffer
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.attend import AttentionBuffers, AttentionParameters, attend, store
-from hetero_attn.ops.linear import linear, linear_add
+from hetero_attn.ops.linear import linear
 from hetero_attn.spec.blocks import BufferGroup, KvState, Vector
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.tensor_names import tensor_name
@@ -13,7 +13,7 @@ from hetero_attn.spec.weights import BLOCK_FEATURES, LinearSpec, Part
 
 
 class Attention(Block):
-    """residual += o(attention(qkv(norm(residual))))."""
+    """residual += o(attention(qkv(norm(residual)))), or the post norm of that."""
 
     kind = "attention"
     small_calls = 2  # norm; rotation with the append to the cache
@@ -24,15 +24,20 @@ class Attention(Block):
         self.state = self.cache = KvState(
             config.num_kv_heads, config.num_heads, config.head_dim, config.sliding_window[layer]
         )
-        self.rope = config.rope
+        self.rope = config.rope_of(layer)
         self._eps, self._scale = config.rms_norm_eps, config.attention_scale
         self.qkv, self.o = _linears(config, layer, formats)
         self.linears = (self.qkv, self.o)
-        self.vectors = (Vector("norm", tensor_name("attention_norm", layer), config.hidden_size),)
+        vectors = {"norm": ("attention_norm", config.hidden_size)}
         if config.qk_norm:
-            self.vectors += tuple(
-                Vector(name, tensor_name(name, layer), config.head_dim) for name in ("q_norm", "k_norm")
-            )
+            vectors |= {name: (name, config.head_dim) for name in ("q_norm", "k_norm")}
+        if config.post_norms:
+            vectors["post_norm"] = ("attention_post_norm", config.hidden_size)
+            self.small_calls += 1
+        self.vectors = tuple(
+            Vector(name, tensor_name(part, layer), features, config.norm_offset)
+            for name, (part, features) in vectors.items()
+        )
         heads_width = config.num_heads * config.head_dim
         self.buffers = (
             BufferGroup(
@@ -46,6 +51,7 @@ class Attention(Block):
             ),
             BufferGroup("narrow", (("normed", config.hidden_size),)),
             BufferGroup("lse", (("lse", config.num_heads), ("partial_lse", config.num_heads))),
+            *((projected_buffer(self.o),) if config.post_norms else ()),
         )
 
     def forward(self, run: Run, weights: BlockWeights, state: KvView, work: Workspace) -> None:
@@ -69,7 +75,7 @@ class Attention(Block):
             buffers,
         )
         column = state.group.gpu_groups * parameters.heads_per_group * parameters.head_dim
-        linear_add(lanes, o, step.tier, buffers.out, column, work.residual, work.scratch)
+        add_output(run, o, buffers.out, column, work, weights.vector("post_norm"), self._eps)
 
     def store(self, run: Run, weights: BlockWeights, state: KvView, work: Workspace) -> None:
         """Rotate and store what the qkv buffer holds, as if the block had computed it."""

@@ -1,6 +1,6 @@
 """What a block of a model computes with: its weights, the step, its state, and the buffers of the step.
 
-    residual += block(norm(residual))
+    residual += block(norm(residual)), or post_norm(block(norm(residual)))
 
 No block knows where anything lives: a `LinearWeights` carries its cut, an `Activation` both its sides.
 """
@@ -14,9 +14,10 @@ import torch
 from hetero_attn.cache.pool import LayerGroup
 from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.models.workspace import Workspace
-from hetero_attn.ops.linear import LinearWeights
+from hetero_attn.ops.linear import LinearWeights, linear_add
 from hetero_attn.ops.step import GroupStep, Step
-from hetero_attn.spec.blocks import Declaration
+from hetero_attn.spec.blocks import BufferGroup, Declaration
+from hetero_attn.spec.weights import LinearSpec
 
 
 class Run(NamedTuple):
@@ -85,3 +86,25 @@ def normalize(
     lanes.main_ops.rms_norm(residual.main[:, :hidden_size], weight.main, norm_eps, normed.main)
     if to_host:
         lanes.push(normed, 0, hidden_size)
+
+
+def projected_buffer(last: LinearSpec) -> BufferGroup:
+    """Where a block with a post norm keeps what its last linear gives until it is normalised."""
+    return BufferGroup("projected", (("projected", last.out_features),))
+
+
+def add_output(
+    run: Run, last: LinearWeights, x: Activation, column: int, work: Workspace, post_norm: Activation, norm_eps: float
+) -> None:
+    """Add what the last linear of a block gives to the residual, RMS-normalised by `post_norm` where that is there.
+
+    x, column: as `linear_add` takes them.
+    """
+    lanes, tier = run.lanes, run.step.tier
+    if post_norm.main is None:
+        linear_add(lanes, last, tier, x, column, work.residual, work.scratch)
+        return
+    hidden_size, projected = post_norm.main.shape[0], work.of("projected", last.spec.out_features)
+    linear_add(lanes, last, tier, x, column, projected, work.scratch, add=False)
+    residual = work.residual.main[:, :hidden_size]
+    lanes.main_ops.rms_norm(projected.main[:, :hidden_size], post_norm.main, norm_eps, residual, True)

@@ -31,7 +31,7 @@ class Head(Block):
         part = Part(tensor, BLOCK_FEATURES, config.vocab_size, formats.of(tensor))
         self._eps = config.rms_norm_eps
         self.linears = (LinearSpec("head", "head", None, config.hidden_size, (part,), False, block="head"),)
-        self.vectors = (Vector("norm", tensor_name("final_norm"), config.hidden_size),)
+        self.vectors = (Vector("norm", tensor_name("final_norm"), config.hidden_size, config.norm_offset),)
         self.buffers = (BufferGroup("narrow", (("normed", config.hidden_size),)),)
 
     def project(self, lanes: Lanes, weights: BlockWeights, work: Workspace, out: Activation) -> None:
@@ -51,7 +51,7 @@ def decoder(config: ModelConfig, formats: str | WeightFormats = "bf16") -> Model
     return ModelSpec(
         embedding=Vector("embed", tensor_name("embed"), config.hidden_size),
         vocab_size=config.vocab_size,
-        embedding_scale=1.0,
+        embedding_scale=config.embedding_scale,
         layers=tuple(
             (Attention(config, layer, formats), GatedMlp(config, layer, formats)) for layer in range(config.num_layers)
         ),

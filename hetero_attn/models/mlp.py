@@ -1,33 +1,45 @@
 """The gated MLP: gate and up side by side, an activation, down."""
 
+import torch
+
 from cpu_kernels.formats import GROUP_INPUTS, format_of
-from hetero_attn.models.block import Block, BlockWeights, Run, StateView, normalize
+from hetero_attn.devices.protocols import Ops
+from hetero_attn.models.block import Block, BlockWeights, Run, StateView, add_output, normalize, projected_buffer
 from hetero_attn.models.workspace import Workspace
-from hetero_attn.ops.linear import linear, linear_add
+from hetero_attn.ops.linear import linear
 from hetero_attn.spec.blocks import BufferGroup, Vector
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.tensor_names import tensor_name
 from hetero_attn.spec.weight_formats import WeightFormats
 from hetero_attn.spec.weights import BLOCK_FEATURES, LinearSpec, Part
 
+# The activations of `ModelConfig.hidden_act` -> the operation that applies one to gate and multiplies by up.
+GATED_OPS = {"silu": "silu_mul", "gelu_tanh": "gelu_mul"}
+
 
 class GatedMlp(Block):
-    """residual += down(silu(gate) * up) with gate, up = gate_up(norm(residual))."""
+    """residual += down(activation(gate) * up) with gate, up = gate_up(norm(residual)), or the post norm of that."""
 
     kind = "mlp"
     small_calls = 2  # norm, activation
 
     def __init__(self, config: ModelConfig, layer: int, formats: WeightFormats) -> None:
         self.layer = layer
-        self._eps = config.rms_norm_eps
+        self._eps, self._activate = config.rms_norm_eps, GATED_OPS[config.hidden_act]
         self.gate_up, self.down = _linears(config, layer, formats)
         self.linears = (self.gate_up, self.down)
-        self.vectors = (Vector("norm", tensor_name("mlp_norm", layer), config.hidden_size),)
+        parts = {"norm": "mlp_norm"} | ({"post_norm": "mlp_post_norm"} if config.post_norms else {})
+        self.vectors = tuple(
+            Vector(name, tensor_name(part, layer), config.hidden_size, config.norm_offset)
+            for name, part in parts.items()
+        )
+        self.small_calls += len(parts) - 1
         self.buffers = (
             BufferGroup("wide", (("gate_up", self.gate_up.out_features),)),
             BufferGroup("narrow", (("normed", config.hidden_size),)),
             # The normed rows are dead once gate_up has multiplied them.
             BufferGroup("narrow", (("activated", self.gate_up.out_features // 2),)),
+            *((projected_buffer(self.down),) if config.post_norms else ()),
         )
 
     def forward(self, run: Run, weights: BlockWeights, state: StateView, work: Workspace) -> None:
@@ -40,13 +52,15 @@ class GatedMlp(Block):
         linear(lanes, gate_up, tier, normed, both)
         column = gate_up.device_features(tier)
         if gate_up.has_host_features(tier):
-            lanes.on_host(lambda: lanes.host_ops.silu_mul(both.host[:, column:], activated.host[:, column // 2 :]))
+            lanes.on_host(lambda: self._gated(lanes.host_ops, both.host[:, column:], activated.host[:, column // 2 :]))
         if column:
-            lanes.device.ops.silu_mul(both.device[:, :column], activated.device[:, : column // 2])
+            self._gated(lanes.device.ops, both.device[:, :column], activated.device[:, : column // 2])
         inputs = self.down.in_features
-        linear_add(
-            lanes, down, tier, activated.columns(0, inputs), min(column // 2, inputs), work.residual, work.scratch
-        )
+        x, computed = activated.columns(0, inputs), min(column // 2, inputs)
+        add_output(run, down, x, computed, work, weights.vector("post_norm"), self._eps)
+
+    def _gated(self, ops: Ops, both: torch.Tensor, out: torch.Tensor) -> None:
+        getattr(ops, self._activate)(both, out)
 
 
 def _linears(config: ModelConfig, layer: int, formats: WeightFormats) -> tuple[LinearSpec, LinearSpec]:

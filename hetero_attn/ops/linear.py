@@ -141,15 +141,17 @@ def linear_add(
     column: int,
     residual: Activation,
     scratch: Activation,
+    add: bool = True,
 ) -> None:
     """Add `x @ W.T + bias` to the residual where it lives; `scratch` carries what the CPU lane computed to a GPU.
 
+    add: False writes it there instead, whatever was there before.
     x: its columns [0, column) are in GPU memory, or will be, and the rest in host memory; it is completed here on every
     side that multiplies it. The CPU lane is asked right behind the copy that completes its side, and works while the
     GPU waits for its own.
     """
     if lanes.device is None:
-        run_on_host(lanes, weights, tier, x, residual, add=True)
+        run_on_host(lanes, weights, tier, x, residual, add)
         return
     on_host = run_row_cut_on_host if weights.spec.row_unit else run_on_host
     on_device = run_row_cut_on_device if weights.spec.row_unit else run_on_device
@@ -159,10 +161,13 @@ def linear_add(
         lanes.on_host(lambda: on_host(lanes, weights, tier, x, scratch))
     lanes.pull(x, column, wanted.stop, given)
     if weights.device_units(tier):
-        on_device(lanes, weights, tier, x, residual, True)
+        on_device(lanes, weights, tier, x, residual, add)
     if weights.has_host_features(tier):
         start = 0 if weights.spec.row_unit else weights.device_features(tier)
-        lanes.pull_onto(residual.device, scratch, start)
+        if add or (weights.spec.row_unit and weights.device_units(tier)):
+            lanes.pull_onto(residual.device, scratch, start)
+        else:
+            lanes.pull(Activation(residual.device, scratch.host), start, residual.device.shape[1])
 
 
 def _wanted_input(weights: LinearWeights, tier: int) -> slice:
@@ -180,12 +185,12 @@ def _wanted_input(weights: LinearWeights, tier: int) -> slice:
 def run_row_cut_on_device(
     lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: Activation, add: bool = True
 ) -> None:
-    """Queue the GPU's part of every output feature of a row cut, the bias included, onto `out`."""
+    """Queue the GPU's part of every output feature of a row cut, the bias included, into (or onto) `out`."""
     home = weights.placement.gpu_units * weights.spec.row_unit
     bias, ops = weights.bias.device, lanes.device.ops
     if home:
         ops.linear(x.device[:, :home], weights.gpu, weights.spec.format, bias, out.device, add)
-        bias = None
+        bias, add = None, True
     start, inputs = 0, None
     for _ in range(weights.piece_count(tier)):
         if inputs is None:

@@ -8,52 +8,29 @@ A value that no real model has (100 000 layers, a head count that does not divid
 here, before any weight is read or any memory is sized by it.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hetero_attn.errors import ConfigError, UnsupportedModelError, nearest
+from hetero_attn.spec.families import FAMILIES, Family
 from hetero_attn.spec.json_fields import JsonFields, read_json, show
+from hetero_attn.spec.limits import (
+    MAX_CONTEXT,
+    MAX_HEAD_DIM,
+    MAX_HEADS,
+    MAX_HIDDEN,
+    MAX_INTERMEDIATE,
+    MAX_LAYERS,
+    MAX_VOCAB,
+)
+from hetero_attn.spec.rope_config import RopeConfig
+from hetero_attn.spec.tensor_names import AS_OURS, TensorNames
 
-MAX_LAYERS = 1024
-MAX_VOCAB = 1 << 22
-MAX_HIDDEN = 1 << 18
-MAX_INTERMEDIATE = 1 << 20
-MAX_HEADS = 1 << 12
-MAX_HEAD_DIM = 1 << 10
-MAX_CONTEXT = 1 << 25
 READ_METHODS = ("gptq", "awq", "compressed-tensors")
-MIN_BETA = 1e-6  # turns of yarn's slowest dimension: the logarithm of nearly nothing is no dimension
-
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+# Names of activations in config files -> ours.
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
-
-@dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """Rotary position embedding: which frequencies, and how they stretch beyond the trained context.
-
-    `rotary_dim` counts the leading dimensions of a head that are rotated; the rest pass through. Fields that a
-    `rope_type` does not use keep their defaults. `original_max_position_embeddings` counts tokens;
-    `attention_factor` None means "derive it from `factor`, `mscale` and `mscale_all_dim`" (yarn only). `divisors`, one
-    for each pair, are the whole scaling of rope type "divisors", which only GGUF files have.
-    """
-
-    rotary_dim: int
-    rope_type: str = "default"
-    theta: float = 10000.0
-    factor: float = 1.0
-    original_max_position_embeddings: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 0.0
-    mscale_all_dim: float = 0.0
-    truncate: bool = True
-    divisors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +43,14 @@ class ModelConfig:
             visible to query i iff j <= i and (window == 0 or j > i - window).
         qkv_bias, o_bias, mlp_bias: whether those linears carry a bias.
         qk_norm: whether q and k heads are RMS-normalised (over head_dim) before rotation.
+        hidden_act: of the gated MLP, "silu" or "gelu_tanh".
+        rope: of all layers, or of those that attend to everything; layer_ropes: of each layer, empty where all have
+            the one.
+        norm_offset: added to every norm's weight. post_norms: whether what attention and MLP give is normalised before
+            it is added to the residual stream.
+        query_scale: factor on q @ k before the softmax; None is head_dim ** -0.5.
+        embedding_scale: factor on the rows of the token embedding.
+
         dtype: dtype named by the config ("fp32", "bf16", "fp16"), None when it names none; the headers of the weight
             files are the truth.
         bos_token_id, pad_token_id: None when the model has none. eos_token_ids: any of them ends a sequence.
@@ -93,6 +78,11 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+    layer_ropes: tuple[RopeConfig, ...] = ()
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    query_scale: float | None = None
+    embedding_scale: float = 1.0
 
     @property
     def heads_per_kv_head(self) -> int:
@@ -102,7 +92,11 @@ class ModelConfig:
     @property
     def attention_scale(self) -> float:
         """Factor on q @ k before the softmax."""
-        return self.head_dim**-0.5
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
+    def rope_of(self, layer: int) -> RopeConfig:
+        """The rotary embedding of a layer."""
+        return self.layer_ropes[layer] if self.layer_ropes else self.rope
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "ModelConfig":
@@ -123,80 +117,67 @@ class ModelConfig:
         return _parse(fields, JsonFields(path / "generation_config.json", generation))
 
 
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """What differs between the families; `defaults` are those of transformers for keys absent from the JSON."""
-
-    architecture: str
-    defaults: Mapping[str, Any]
-    qkv_bias: bool | None = None  # None: the key attention_bias decides, for qkv and o alike
-    mlp_bias: bool | None = False  # None: the key mlp_bias decides
-    qk_norm: bool = False
-
-
-_FAMILIES = {
-    "llama": _Family("LlamaForCausalLM", {"max_position_embeddings": 2048}, mlp_bias=None),
-    "mistral": _Family(
-        "MistralForCausalLM",
-        {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-        qkv_bias=False,
-    ),
-    "qwen2": _Family(
-        "Qwen2ForCausalLM",
-        {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
-        qkv_bias=True,
-    ),
-    "qwen3": _Family(
-        "Qwen3ForCausalLM",
-        {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "head_dim": 128},
-        qk_norm=True,
-    ),
-}
-
-
 def _parse(fields: JsonFields, generation: JsonFields) -> ModelConfig:
-    name = _family_name(fields)
-    family = _FAMILIES[name]
+    fields = _of_text(fields)
+    family = FAMILIES[_family_name(fields)]
     fields = JsonFields(fields.path, fields.values, family.defaults)
     _check_supported(fields)
     num_layers = fields.integer("num_hidden_layers", MAX_LAYERS)
     vocab_size = fields.integer("vocab_size", MAX_VOCAB)
     max_position_embeddings = fields.integer("max_position_embeddings", MAX_CONTEXT)
-    attention_bias = fields.boolean("attention_bias") if family.qkv_bias is None else False
     bos = _token_ids("bos_token_id", fields, generation, vocab_size)
     pad = _token_ids("pad_token_id", fields, generation, vocab_size)
     sizes = _sizes(fields)
-    return ModelConfig(
-        architecture=family.architecture,
+    found: dict[str, Any] = {
+        "architecture": family.architecture,
         **sizes,
-        num_layers=num_layers,
-        vocab_size=vocab_size,
-        max_position_embeddings=max_position_embeddings,
-        rms_norm_eps=fields.number("rms_norm_eps", 0.0, 1.0, 1e-6),
-        tie_word_embeddings=fields.boolean("tie_word_embeddings"),
-        qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
-        o_bias=attention_bias,
-        mlp_bias=fields.boolean("mlp_bias") if family.mlp_bias is None else family.mlp_bias,
-        qk_norm=family.qk_norm,
-        hidden_act="silu",
-        sliding_window=_windows(fields, name, num_layers),
-        rope=_rope(fields, sizes["head_dim"], max_position_embeddings),
-        dtype=_dtype(fields),
-        bos_token_id=bos[0] if bos else None,
-        eos_token_ids=_token_ids("eos_token_id", fields, generation, vocab_size),
-        pad_token_id=pad[0] if pad else None,
-    )
+        "num_layers": num_layers,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": max_position_embeddings,
+        "rms_norm_eps": fields.number("rms_norm_eps", 0.0, 1.0, 1e-6),
+        "tie_word_embeddings": fields.boolean("tie_word_embeddings"),
+        "qkv_bias": _switch(fields, family.qkv_bias),
+        "o_bias": _switch(fields, family.o_bias),
+        "mlp_bias": _switch(fields, family.mlp_bias),
+        "qk_norm": family.qk_norm,
+        "hidden_act": _activation(fields, family.act_key),
+        "sliding_window": family.windows(fields, num_layers),
+        "rope": family.rope(fields, sizes["head_dim"], max_position_embeddings),
+        "dtype": _dtype(fields),
+        "bos_token_id": bos[0] if bos else None,
+        "eos_token_ids": _token_ids("eos_token_id", fields, generation, vocab_size),
+        "pad_token_id": pad[0] if pad else None,
+    }
+    return ModelConfig(**found | family.terms(fields, found))
+
+
+def _of_text(fields: JsonFields) -> JsonFields:
+    """The part of a config of text and images that describes its text model, what is said of both beside it."""
+    name = fields.get("model_type")
+    text = fields.get("text_config")
+    family = next((family for family in FAMILIES.values() if family.wrapper and family.wrapper[0] == name), None)
+    if family is None or not isinstance(text, dict):
+        return fields
+    around = {key: value for key, value in fields.values.items() if not key.endswith("_config") or "quant" in key}
+    inner = {key: value for key, value in text.items() if key != "architectures"}
+    model_type = next(key for key, value in FAMILIES.items() if value is family)
+    return JsonFields(fields.path, around | inner | {"model_type": model_type})
+
+
+def _switch(fields: JsonFields, value: bool | str) -> bool:
+    """What a family says of a bias: whether it has one, or which key decides."""
+    return fields.boolean(value) if isinstance(value, str) else value
 
 
 def _family_name(fields: JsonFields) -> str:
     """The family key; `model_type` decides, as in transformers, and `architectures` must not contradict it."""
-    by_architecture = {family.architecture: name for name, family in _FAMILIES.items()}
+    by_architecture = {family.architecture: name for name, family in FAMILIES.items()}
     known = f"Known architectures: {', '.join(by_architecture)}"
     listed = fields.get("architectures") or []
     architecture = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else None
     model_type = fields.get("model_type") or by_architecture.get(architecture)
-    family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None or (architecture is not None and architecture != family.architecture):
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None or (architecture is not None and architecture not in _architectures(family)):
         found = architecture or model_type
         if found is None:
             raise ConfigError(f"{fields.path}: neither model_type nor architectures is given. {known}")
@@ -205,6 +186,10 @@ def _family_name(fields: JsonFields) -> str:
             f"{nearest(str(found), by_architecture)}. {known}"
         )
     return model_type
+
+
+def _architectures(family: Family) -> tuple[str, ...]:
+    return (family.architecture, *(family.wrapper or ())[1:])
 
 
 def _check_supported(fields: JsonFields) -> None:
@@ -217,8 +202,15 @@ def _check_supported(fields: JsonFields) -> None:
                 f"{fields.path}: {key}: the weights are quantised by {show(method)}, which is not read; take them "
                 f"unquantised, as GGUF, or int4 of {', '.join(READ_METHODS)}"
             )
-    if (act := fields.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise UnsupportedModelError(f"{fields.path}: hidden_act is {show(act)}, only silu is supported")
+
+
+def _activation(fields: JsonFields, key: str) -> str:
+    name = fields.get(key, "silu")
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"{fields.path}: {key} is {show(name)}, which is not computed. Known: {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[name]
 
 
 def _sizes(fields: JsonFields) -> dict[str, int]:
@@ -248,113 +240,6 @@ def _sizes(fields: JsonFields) -> dict[str, int]:
     }
 
 
-def _windows(fields: JsonFields, family: str, num_layers: int) -> tuple[int, ...]:
-    """Sliding window of each layer, 0 for none: uniform in Mistral, from layer types in Qwen, never in Llama."""
-    if family == "llama":
-        return (0,) * num_layers
-    window = fields.integer("sliding_window", MAX_CONTEXT, 0)
-    if family == "mistral":
-        return (window,) * num_layers
-    if not fields.boolean("use_sliding_window"):
-        window = 0
-    layer_types = fields.get("layer_types")
-    if layer_types is None:
-        first = fields.integer("max_window_layers", MAX_CONTEXT, 28, low=0)
-        return tuple(window if layer >= first else 0 for layer in range(num_layers))
-    return _windows_from_types(fields, layer_types, window, num_layers)
-
-
-def _windows_from_types(fields: JsonFields, layer_types: Any, window: int, num_layers: int) -> tuple[int, ...]:
-    known = ("full_attention", "sliding_attention")
-    if not isinstance(layer_types, list) or len(layer_types) != num_layers:
-        fields.fail("layer_types", layer_types, f"a list of num_hidden_layers = {num_layers} names")
-    for name in layer_types:
-        if name not in known:
-            raise UnsupportedModelError(
-                f"{fields.path}: layer type {show(name)} is not supported. Known layer types: {', '.join(known)}"
-            )
-    if "sliding_attention" in layer_types and not window:
-        raise ConfigError(
-            f"{fields.path}: layer_types has sliding_attention, but sliding_window is null or use_sliding_window "
-            "false; set both or use full_attention"
-        )
-    return tuple(window if name == "sliding_attention" else 0 for name in layer_types)
-
-
-def _rope(fields: JsonFields, head_dim: int, max_position_embeddings: int) -> RopeConfig:
-    """Rope parameters from the new form (`rope_parameters`) or the old (`rope_theta` beside `rope_scaling`)."""
-    found = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    if not isinstance(found, dict):
-        fields.fail("rope_scaling", found, "an object")
-    inherited = {key: fields.get(key) for key in ("rope_theta", "partial_rotary_factor")}
-    rope = JsonFields(fields.path, found, inherited)
-    rope_type = found.get("rope_type", found.get("type", "default"))
-    if rope_type not in ROPE_TYPES:
-        raise UnsupportedModelError(
-            f"{fields.path}: rope type {show(rope_type)} is not supported{nearest(str(rope_type), ROPE_TYPES)}. "
-            f"Known rope types: {', '.join(ROPE_TYPES)}"
-        )
-    if nested := [key for key, value in found.items() if isinstance(value, dict)]:
-        raise UnsupportedModelError(
-            f"{fields.path}: rope parameters per layer type ({', '.join(nested)}) are not supported, one set for all is"
-        )
-    _check_whole_rotation(rope)
-    return RopeConfig(
-        rotary_dim=_rotary_dim(fields, head_dim),
-        rope_type=rope_type,
-        theta=rope.number("rope_theta", 1.0, 1e15, 10000.0),
-        **_rope_scaling(fields, rope, rope_type, max_position_embeddings),
-    )
-
-
-def _check_whole_rotation(rope: JsonFields) -> None:
-    """Heads are rotated whole in these families. A factor below 1 beside them means nothing that all agree on:
-    transformers ignores it for the default rope type and fails in the first layer for the others, vLLM applies it."""
-    if (factor := rope.number("partial_rotary_factor", 0.0, 1.0, 1.0)) != 1.0:
-        raise UnsupportedModelError(
-            f"{rope.path}: partial_rotary_factor is {factor:g}, and this architecture rotates whole heads; "
-            "transformers ignores it here and others do not, so take it out of the config if the model was trained "
-            "without it"
-        )
-
-
-def _rotary_dim(fields: JsonFields, head_dim: int) -> int:
-    if head_dim % 2 or head_dim < 4:
-        raise ConfigError(
-            f"{fields.path}: head_dim {head_dim} would be rotated whole, expected an even number of at least 4, as "
-            "rotation works on pairs"
-        )
-    return head_dim
-
-
-def _rope_scaling(fields: JsonFields, rope: JsonFields, rope_type: str, max_position_embeddings: int) -> dict[str, Any]:
-    """The fields that only scaled rope types have."""
-    if rope_type == "default":
-        return {}
-    if rope_type in ("linear", "dynamic"):
-        return {"factor": rope.number("factor", 0.0, 1e6)}
-    # A value beside the rope parameters outranks the one inside them, as in transformers.
-    original = fields.integer("original_max_position_embeddings", MAX_CONTEXT, 0) or rope.integer(
-        "original_max_position_embeddings", MAX_CONTEXT, max_position_embeddings
-    )
-    scaling = {"original_max_position_embeddings": original}
-    if rope_type == "llama3":
-        low = rope.number("low_freq_factor", 0.0, 1e6)
-        high = rope.number("high_freq_factor", low, 1e6)
-        return scaling | {"factor": rope.number("factor", 0.0, 1e6), "low_freq_factor": low, "high_freq_factor": high}
-    # transformers takes 0 as "not given" for every number of yarn that may be left out.
-    yarn = JsonFields(rope.path, {key: value or None for key, value in rope.values.items() if key != "truncate"})
-    return scaling | {
-        "factor": yarn.number("factor", 0.0, 1e6, max_position_embeddings / original),
-        "attention_factor": yarn.number("attention_factor", 0.0, 1e6, None),
-        "beta_fast": yarn.number("beta_fast", MIN_BETA, 1e6, 32.0),
-        "beta_slow": yarn.number("beta_slow", MIN_BETA, 1e6, 1.0),
-        "mscale": yarn.number("mscale", 0.0, 1e6, 0.0),
-        "mscale_all_dim": yarn.number("mscale_all_dim", 0.0, 1e6, 0.0),
-        "truncate": rope.boolean("truncate", True),
-    }
-
-
 def _dtype(fields: JsonFields) -> str | None:
     name = fields.get("dtype") or fields.get("torch_dtype")
     if name is None or name == "auto":
@@ -377,3 +262,11 @@ def _token_ids(key: str, fields: JsonFields, generation: JsonFields, vocab_size:
         if not isinstance(token_id, int) or isinstance(token_id, bool) or beyond:
             source.fail(key, found, f"token ids below vocab_size {vocab_size}")
     return tuple(token_id for token_id in ids if 0 <= token_id < vocab_size)
+
+
+def tensor_names(path: Path) -> TensorNames:
+    """What the files of a model directory call their tensors; ours where the directory has no config of a family."""
+    if not (path / "config.json").exists():
+        return AS_OURS
+    fields = _of_text(JsonFields(path / "config.json", read_json(path / "config.json")))
+    return FAMILIES[_family_name(fields)].tensor_names

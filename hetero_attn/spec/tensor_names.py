@@ -1,8 +1,10 @@
-"""What the parts of a model are called in a checkpoint."""
+"""What the parts of a model are called: by us, and in the files of the families that call them otherwise."""
+
+from dataclasses import dataclass
 
 LAYER_PREFIX = "model.layers."
 
-# Our word for each part of the model -> where the Llama, Mistral and Qwen families keep it.
+# Our word for each part of the model -> where the Llama, Mistral and Qwen families keep it, or a name that only we use.
 _TOP_PARTS = {"embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
 _LAYER_PARTS = {
     "attention_norm": "input_layernorm",
@@ -12,21 +14,50 @@ _LAYER_PARTS = {
     "q_norm": "self_attn.q_norm",
     "k_norm": "self_attn.k_norm",
     "o": "self_attn.o_proj",
+    "attention_post_norm": "self_attn.post_norm",
     "mlp_norm": "post_attention_layernorm",
     "gate": "mlp.gate_proj",
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
+    "mlp_post_norm": "mlp.post_norm",
 }
 
 
 def tensor_name(part: str, layer: int | None = None, kind: str = "weight") -> str:
-    """Name in the checkpoint of one part of the model.
+    """Our name of one part of the model, that of Llama's checkpoints where those have it.
 
     Args:
         part: embed, final_norm, head (layer None), or, in a layer: attention_norm, q, k, v, q_norm, k_norm, o,
-            mlp_norm, gate, up, down.
+            attention_post_norm, mlp_norm, gate, up, down, mlp_post_norm.
         layer: layer index. kind: "weight" or "bias".
     """
     if layer is None:
         return f"{_TOP_PARTS[part]}.{kind}"
     return f"{LAYER_PREFIX}{layer}.{_LAYER_PARTS[part]}.{kind}"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorNames:
+    """How the files of a family call the tensors where they do not call them as we do.
+
+    layer_parts: pairs of their name of a part of a layer and our word for it. prefixes: what stands in the place of
+    "model." in files that hold other models too.
+    """
+
+    layer_parts: tuple[tuple[str, str], ...] = ()
+    prefixes: tuple[str, ...] = ()
+
+    def ours(self, name: str) -> str:
+        """Our name of a tensor of theirs; a tensor that none of these rules is about keeps its name."""
+        for prefix in self.prefixes:
+            if name.startswith(prefix):
+                name = "model." + name.removeprefix(prefix)
+        if not name.startswith(LAYER_PREFIX):
+            return name
+        layer, _, rest = name.removeprefix(LAYER_PREFIX).partition(".")
+        part, _, kind = rest.rpartition(".")
+        word = dict(self.layer_parts).get(part)
+        return name if word is None or not layer.isdecimal() else tensor_name(word, int(layer), kind)
+
+
+AS_OURS = TensorNames()

@@ -1,4 +1,4 @@
-"""rms_norm, silu_mul and rope_append against float64."""
+"""rms_norm, silu_mul, gelu_mul and rope_append against float64."""
 
 import pytest
 import torch
@@ -20,6 +20,35 @@ def test_rms_norm(rows, hidden):
     expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight
     assert only_inside_written(memory)
     assert nmse(out, expected) < ROUNDING
+
+
+@pytest.mark.parametrize("hidden", [5, 64, 75])
+def test_rms_norm_added(hidden):
+    torch.manual_seed(hidden)
+    x, weight, before = 3 * torch.randn(2, hidden), torch.randn(hidden), torch.randn(2, hidden)
+    out, memory = guarded(2, hidden)
+    out.copy_(before)
+
+    kernels().rms_norm(x, weight, 1e-5, out, True)
+
+    wide = x.double()
+    expected = before + wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight
+    assert only_inside_written(memory)
+    assert nmse(out, expected) < ROUNDING
+
+
+@pytest.mark.parametrize(("rows", "units"), [(1, 1), (3, 65)])
+def test_gelu_mul(rows, units):
+    torch.manual_seed(units)
+    gate_up = 3 * torch.randn(rows, units * 32)
+    gate_up[0, :5] = torch.tensor([-200.0, 200.0, -8.5, 0.0, -3e4])
+    out, memory = guarded(rows, units * 16)
+
+    kernels().gelu_mul(gate_up, out)
+
+    gate, up = gate_up.double().reshape(rows, units, 2, 16).unbind(2)
+    assert only_inside_written(memory)
+    assert nmse(out, (torch.nn.functional.gelu(gate, approximate="tanh") * up).reshape(rows, -1)) < ROUNDING
 
 
 @pytest.mark.parametrize(("rows", "units"), [(1, 1), (3, 65), (5, 7)])

@@ -75,6 +75,14 @@ def copy_rows(rows: int, columns: int, stride: int) -> None:
     gpu_kernels.copy_rows(empty(rows, stride)[:, :columns], empty(rows, columns))
 
 
+def rms_norm_added() -> None:
+    gpu_kernels.rms_norm(empty(4, HIDDEN), empty(HIDDEN), 1e-5, empty(4, HIDDEN), True)
+
+
+def gelu_mul() -> None:
+    gpu_kernels.gelu_mul(empty(4, 28672), empty(4, 14336))
+
+
 def silu_mul() -> None:
     gpu_kernels.silu_mul(empty(4, 28672), empty(4, 14336))
 
@@ -145,7 +153,9 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "merge 2": (merge(2, 128), (86,)),
     "merge 3 of 80": (merge(3, 80), (90,)),
     "rms_norm": (rms_norm, (86,)),
+    "rms_norm added": (rms_norm_added, (90,)),
     "silu_mul": (silu_mul, (90,)),
+    "gelu_mul": (gelu_mul, (86,)),
     "copy_rows": (lambda: copy_rows(1, HIDDEN, HIDDEN), (86, 90)),
     "copy_rows strided": (lambda: copy_rows(4, 1029, 4099), (80,)),
     "add_rows": (lambda: gpu_kernels.add_rows(empty(1, HIDDEN), empty(1, HIDDEN)), (86, 90)),

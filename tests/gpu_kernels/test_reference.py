@@ -269,6 +269,25 @@ def test_rms_norm(rows):
     assert nmse(out, expected) <= FLOAT32_NMSE
 
 
+def test_rms_norm_is_added_to_what_is_there():
+    x, weight, out = normal(3, 100, seed=1) * 3, normal(100, seed=2), normal(3, 100, seed=3)
+    expected = out + x.double() / (x.double().square().sum(-1, keepdim=True) / 100 + 1e-5).sqrt() * weight.double()
+
+    reference.rms_norm(x, weight, 1e-5, out, True)
+
+    assert nmse(out, expected) <= FLOAT32_NMSE
+
+
+def test_gelu_mul_is_that_of_its_formula():
+    gate_up, out = normal(2, 96, seed=1), nan(2, 48)
+    gate, up = gate_up.double().view(2, 3, 2, 16).unbind(2)
+    inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+
+    reference.gelu_mul(gate_up, out)
+
+    assert nmse(out, (gate * (1 + torch.tanh(inner)) / 2 * up).flatten(1)) <= FLOAT32_NMSE
+
+
 def test_silu_mul_reads_sixteen_gates_then_sixteen_ups():
     gate_up, out = normal(2, 96, seed=1), nan(2, 48)
     columns = [(32 * (i // 16) + i % 16, 32 * (i // 16) + 16 + i % 16) for i in range(48)]

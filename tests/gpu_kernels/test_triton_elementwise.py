@@ -28,6 +28,16 @@ def test_add_rows(device, rows, columns):
     checks.check_add_rows(row_copies.add_rows, device, rows, columns)
 
 
+@pytest.mark.parametrize("rows,hidden", [(1, 64), (3, 75)])
+def test_rms_norm_added(device, rows, hidden):
+    checks.check_rms_norm_added(elementwise.rms_norm, device, rows, hidden)
+
+
+@pytest.mark.parametrize("rows,units", [(1, 1), (2, 70)])
+def test_gelu_mul(device, rows, units):
+    checks.check_gelu_mul(elementwise.gelu_mul, device, rows, units)
+
+
 @pytest.mark.parametrize("rows,units", [(1, 1), (3, 5), (2, 70)])
 def test_silu_mul(device, rows, units):
     checks.check_silu_mul(elementwise.silu_mul, device, rows, units)

@@ -93,6 +93,8 @@ DENSE_Q4 = partial(
 DENSE_Q8 = partial(DENSE_Q4, weight_dtype="q8")
 RMS_NORM = partial(checks.check_rms_norm, device="cpu", rows=2, hidden=100)
 SILU_MUL = partial(checks.check_silu_mul, device="cpu", rows=2, units=3)
+GELU_MUL = partial(checks.check_gelu_mul, device="cpu", rows=2, units=3)
+RMS_NORM_ADDED = partial(checks.check_rms_norm_added, device="cpu", rows=2, hidden=100)
 ADD_ROWS = partial(checks.check_add_rows, device="cpu", rows=3, columns=1030)
 COPY_ROWS = partial(checks.check_copy_rows, device="cpu", rows=3, columns=1030)
 ROPE = partial(
@@ -538,6 +540,14 @@ MUTANTS = {
         COPY_ROWS,
         "-(-columns // COPY_BLOCK)",
         "1",
+    ),
+    "gelu without its cubic": ("elementwise", "gelu_mul", GELU_MUL, "0.044715 * gate * gate", "0.0"),
+    "a norm that writes where it should add": (
+        "elementwise",
+        "rms_norm",
+        RMS_NORM_ADDED,
+        "scaled += tl.load",
+        "tl.load",
     ),
     "up column off by one": ("elementwise", "silu_mul", SILU_MUL, "source + 16", "source + 15"),
     "rotation turns backwards": ("elementwise", "rope_append", ROPE, "-sine, sine)", "sine, -sine)"),

@@ -38,7 +38,7 @@ from tests.support.simulated_gpu import (
     StuckError,
     checked_host_ops,
 )
-from tests.support.toy import FAMILIES, make_checkpoint
+from tests.support.toy import FAMILIES, make_checkpoint, make_family_checkpoint
 
 LIMIT = 1e-11
 
@@ -57,6 +57,12 @@ def simulated(path: Path, plan: Plan, handover: str | None = "events") -> Iterat
         engine = assemble(planned, lanes)
     yield engine
     engine.close()
+
+
+# Families whose blocks queue other work than those of Llama.
+OTHERS = {
+    "gemma3_text": {"sliding_window": 11, "layer_types": ["sliding_attention", "full_attention"]},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +92,11 @@ def runs(tmp_path_factory):
 
     def run(family: str = "llama"):
         if family not in made:
-            path = make_checkpoint(tmp_path_factory.mktemp(family), family, layers=2, sliding_window=11, biases=True)
+            folder = tmp_path_factory.mktemp(family)
+            if family in FAMILIES:
+                path = make_checkpoint(folder, family, layers=2, sliding_window=11, biases=True)
+            else:
+                path = make_family_checkpoint(folder, family, num_hidden_layers=2, **OTHERS[family])
             made[family] = one_device_run(path, "fp32", tokens=22, prompt_tokens=18)
         return made[family]
 
@@ -94,7 +104,13 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "family,handover", [*((family, "events") for family in FAMILIES), ("llama", None), ("mistral", "flags")]
+    "family,handover",
+    [
+        *((family, "events") for family in (*FAMILIES, *OTHERS)),
+        ("llama", None),
+        ("mistral", "flags"),
+        ("gemma3_text", "flags"),
+    ],
 )
 def test_every_family_is_right_and_without_a_race(runs, family, handover):
     run = runs(family)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from hetero_attn.cli import app
 from hetero_attn.devices.copy_ahead import CopyAhead
-from hetero_attn.models import attention, mlp
+from hetero_attn.models import block
 from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.tools.timeline.clocks import Clocks, OrderError
 from hetero_attn.tools.timeline.recording import (
@@ -84,8 +84,7 @@ def test_a_request_behind_a_wait_makes_the_step_longer(monkeypatch):
     """As it was queued once: the GPU asked for `down` only when it had what the CPU lane computed before."""
     as_it_is = older_run().decode(990)
 
-    for block in (attention, mlp):
-        monkeypatch.setattr(block, "linear_add", request_behind_wait)
+    monkeypatch.setattr(block, "linear_add", request_behind_wait)
     behind = older_run().decode(990)
 
     assert behind.seconds > as_it_is.seconds + 32 * 3e-6

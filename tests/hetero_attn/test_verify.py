@@ -121,7 +121,9 @@ class TestPlantedBugs:
         """The twin computes by the reference operations: a bug there must not stretch the yardstick over itself."""
         original = reference.rms_norm
         monkeypatch.setattr(
-            reference, "rms_norm", lambda x, weight, eps, out: original(x, weight, eps + x.square().mean().item(), out)
+            reference,
+            "rms_norm",
+            lambda x, weight, eps, out, *how: original(x, weight, eps + x.square().mean().item(), out, *how),
         )
 
         assert caught(deep, weight_dtype)

@@ -236,6 +236,33 @@ def check_add_rows(op: Op, device: str, rows: int, columns: int) -> None:
     assert torch.equal(target.result().contiguous(), before + wide[:, :columns])
 
 
+def check_rms_norm_added(op: Op, device: str, rows: int, hidden: int) -> None:
+    """rms_norm onto what is there."""
+    x, weight, before = normal(rows, hidden, seed=1), normal(hidden, seed=2), normal(rows, hidden, seed=3)
+    out = Guarded(device, rows, hidden)
+    out.view.copy_(before)
+
+    op(_strided(x, device), weight.to(device), 0.3, out.view, True)
+
+    wide = x.double()
+    expected = before + wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 0.3) * weight
+    assert nmse(out.result(), expected) <= FLOAT32_NMSE
+
+
+def check_gelu_mul(op: Op, device: str, rows: int, units: int) -> None:
+    """gelu_mul with gates of both signs, small and so large that their cube is infinite."""
+    gate_up, out = 3 * normal(rows, units * 32, seed=1), Guarded(device, rows, units * 16)
+    gate_up[0, :2] = torch.tensor([3e13, -3e13])
+    gate, up = gate_up.double().view(rows, units, 2, 16).unbind(2)
+
+    op(_strided(gate_up, device), out.view)
+
+    result, expected = out.result(), (torch.nn.functional.gelu(gate, approximate="tanh") * up).flatten(1)
+    assert nmse(result[0, :2], expected[0, :2]) <= FLOAT32_NMSE
+    result[0, :2], expected[0, :2] = 0, 0
+    assert nmse(result, expected) <= FLOAT32_NMSE
+
+
 def check_silu_mul(op: Op, device: str, rows: int, units: int) -> None:
     """silu_mul with gates of both signs and large size."""
     gate_up, out = 8 * normal(rows, units * 32, seed=1), Guarded(device, rows, units * 16)

@@ -308,7 +308,8 @@ class CheckedOps:
 
     def __getattr__(self, name: str) -> Any:
         operation = getattr(self._ops, name)
-        if name not in ("add_rows", "pack", "linear", "rms_norm", "silu_mul", "merge", "rope_append", *ONLY_READ):
+        ops = ("add_rows", "pack", "linear", "rms_norm", "silu_mul", "gelu_mul", "merge", "rope_append", *ONLY_READ)
+        if name not in ops:
             return operation
         signature = inspect.signature(operation)
 

@@ -87,6 +87,30 @@ def make_checkpoint(
     return Path(path)
 
 
+def make_family_checkpoint(path: Path, family: str, *, seed: int = 0, **values: Any) -> Path:
+    """Write a small checkpoint of any family of transformers: random weights, every vector drawn anew.
+
+    values: of its config, beside small sizes for all.
+    """
+    sizes: dict[str, Any] = {
+        "vocab_size": 307,
+        "hidden_size": 72,
+        "intermediate_size": 150,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 40,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+    }
+    model = _random_model(_hf_config(family, **sizes | values), seed)
+    model.save_pretrained(path)
+    save_tokenizer(path)
+    return Path(path)
+
+
 def edit_json(path: Path, **changes: Any) -> None:
     """Set keys of a JSON object file; a value of `...` removes its key."""
     values = json.loads(path.read_text()) | changes

@@ -25,6 +25,7 @@ from hetero_attn.checkpoints.int4.scheme import Int4Scheme, read_scheme
 from hetero_attn.checkpoints.safetensors import SafetensorsFile
 from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.blocks import ModelSpec
+from hetero_attn.spec.tensor_names import AS_OURS, TensorNames
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +41,10 @@ class Int4Checkpoint(Checkpoint):
     is read whole when its first rows are asked for, and kept until KEPT_MODULES others were.
     """
 
-    def __init__(self, path: Path, files: list[SafetensorsFile], warnings: list[str]):
-        super().__init__(path, files, warnings)
+    def __init__(
+        self, path: Path, files: list[SafetensorsFile], warnings: list[str], tensor_names: TensorNames = AS_OURS
+    ):
+        super().__init__(path, files, warnings, tensor_names)
         scheme = read_scheme(path)
         if scheme is None:
             raise CheckpointError(f"{path}: config.json has no quantization_config; its weights are not quantised")

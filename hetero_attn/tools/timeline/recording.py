@@ -22,7 +22,17 @@ from hetero_attn.devices.cuda import KERNEL_COPY_BYTES
 MAIN, GPU, COPIES, CPU = LANES = ("main thread", "GPU compute", "copies", "CPU lane")
 WRITTEN = {"q", "k_pages", "v_pages", "out", "lse", "target"}
 ONLY_READ = {"decode_attention": {"q", "k_pages", "v_pages"}, "prefill_attention": {"q", "k_pages", "v_pages"}}
-OPS = ("add_rows", "linear", "rms_norm", "silu_mul", "rope_append", "decode_attention", "prefill_attention", "merge")
+OPS = (
+    "add_rows",
+    "linear",
+    "rms_norm",
+    "silu_mul",
+    "gelu_mul",
+    "rope_append",
+    "decode_attention",
+    "prefill_attention",
+    "merge",
+)
 
 
 class Region(NamedTuple):
