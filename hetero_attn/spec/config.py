@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from hetero_attn.errors import ConfigError, UnsupportedModelError, nearest
-from hetero_attn.spec.families import FAMILIES, Family
+from hetero_attn.spec.families.family import Family
+from hetero_attn.spec.families.table import FAMILIES
 from hetero_attn.spec.json_fields import JsonFields, read_json, show
 from hetero_attn.spec.limits import (
     MAX_CONTEXT,

@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from cpu_kernels.formats import GGUF_TYPES
 from hetero_attn.checkpoints.gguf.names import is_rotated, our_name
+from hetero_attn.spec.config import tensor_names
+from hetero_attn.spec.families.table import FAMILIES
 from tests.support.gguf_data import dequantised, random_rows
-from tests.support.toy import make_checkpoint
+from tests.support.toy import make_checkpoint, make_family_checkpoint
 
 TYPES = {item.name: item for item in GGUF_TYPES.values()}
 TOKENS = ["<unk>", "<s>", "</s>", "<|end|>"]
@@ -20,7 +22,7 @@ TOKENS = ["<unk>", "<s>", "</s>", "<|end|>"]
 def names(layers: int) -> dict[str, str]:
     """Our names of tensors to GGUF's."""
     parts = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "attn_q_norm", "attn_k_norm")
-    parts += ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+    parts += ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down", "post_attention_norm", "post_ffw_norm")
     theirs = [f"blk.{layer}.{part}" for layer in range(layers) for part in parts]
     theirs += ["token_embd", "output_norm", "output"]
     return {our_name(f"{name}.{kind}"): f"{name}.{kind}" for name in theirs for kind in ("weight", "bias")}
@@ -56,6 +58,25 @@ def scaled(rows: torch.Tensor, kind: str, deviation: float) -> torch.Tensor:
     return rows
 
 
+def make_family_gguf(folder: Path, family: str, metadata: Mapping[str, int | float], **values) -> tuple[Path, Path]:
+    """(GGUF file in Q8_0, directory of the same values in float32) of any family that has an architecture in GGUF.
+
+    metadata: further keys, without the architecture. values: of `make_family_checkpoint`.
+    """
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    values = sizes | {"head_dim": 64, "num_hidden_layers": 2} | values
+    plain = make_family_checkpoint(folder / "plain", family, **values)
+    shape = {
+        "hidden": values["hidden_size"],
+        "intermediate": values["intermediate_size"],
+        "num_heads": values["num_attention_heads"],
+        "num_kv_heads": values["num_key_value_heads"],
+        "head_dim": values["head_dim"],
+        "layers": values["num_hidden_layers"],
+    }
+    return _write_gguf(folder, plain, family, {}, "Q8_0", shape, metadata), plain
+
+
 def make_gguf(
     folder: Path, kinds: Mapping[str, str], default: str = "Q8_0", family: str = "llama", **shape
 ) -> tuple[Path, Path]:
@@ -65,13 +86,34 @@ def make_gguf(
     """
     shape = {"hidden": 256, "intermediate": 512, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "layers": 2} | shape
     plain = make_checkpoint(folder / "plain", family, **shape)
+    return _write_gguf(folder, plain, family, kinds, default, shape, {}), plain
+
+
+def _write_gguf(
+    folder: Path,
+    plain: Path,
+    family: str,
+    kinds: Mapping[str, str],
+    default: str,
+    shape: Mapping[str, int],
+    metadata: Mapping[str, int | float],
+) -> Path:
+    """Write the file, and the values that it holds back into the plain checkpoint."""
     tensors, theirs = load_file(plain / "model.safetensors"), names(shape["layers"])
-    writer = gguf.GGUFWriter(folder / "model.gguf", family)
+    declared = FAMILIES[family]
+    architecture, ours = declared.gguf.architecture, tensor_names(plain).ours
+    writer = gguf.GGUFWriter(folder / "model.gguf", architecture)
     add_metadata(writer, family, shape)
+    for key, value in ({"rope.freq_base": 10000.0} | dict(metadata)).items():
+        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+        add(f"{architecture}.{key}", value)
     for seed, (name, values) in enumerate(sorted(tensors.items())):
-        target = theirs[name]
+        target = theirs[ours(name)]
         kind = kinds.get(target.split(".")[-2], default) if values.dim() > 1 else "F32"
-        swap = is_rotated(name) and family == "llama"
+        if values.dim() == 1 and family.startswith("gemma"):
+            writer.add_tensor(target, (values + 1).numpy())
+            continue
+        swap = is_rotated(name) and declared.gguf.is_turned
         data, exact = coded(permuted(values, shape["head_dim"]) if swap else values, kind, seed)
         if swap:
             heads = exact.view(-1, shape["head_dim"] // 2, 2, *exact.shape[1:])
@@ -84,7 +126,7 @@ def make_gguf(
     writer.write_tensors_to_file()
     writer.close()
     save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
-    return folder / "model.gguf", plain
+    return folder / "model.gguf"
 
 
 def add_metadata(writer: gguf.GGUFWriter, family: str, shape: Mapping[str, int]) -> None:
@@ -100,7 +142,6 @@ def add_metadata(writer: gguf.GGUFWriter, family: str, shape: Mapping[str, int])
     writer.add_key_length(shape["head_dim"])
     writer.add_value_length(shape["head_dim"])
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
     tokens = [*TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")

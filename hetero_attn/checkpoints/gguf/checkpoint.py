@@ -5,7 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from hetero_attn.checkpoints.gguf.config import PERMUTED, gguf_config
+from hetero_attn.checkpoints.gguf.config import gguf_config, is_turned
 from hetero_attn.checkpoints.gguf.fields import GgufFields
 from hetero_attn.checkpoints.gguf.file import GgufFile, GgufTensor
 from hetero_attn.checkpoints.gguf.names import ROPE_DIVISORS, is_rotated, our_name
@@ -105,7 +105,7 @@ class GgufCheckpoint:
         entry = self._entry(name)
         first, stop, _ = (rows or slice(None)).indices(entry.shape[0])
         out = self._read(name, entry, first, max(first, stop), out)
-        if is_rotated(name) and self.fields.architecture in PERMUTED:
+        if is_rotated(name) and is_turned(self.fields):
             half = self.config.head_dim // 2
             heads = out.view(-1, half, 2, *out.shape[1:])
             out.copy_(heads.transpose(1, 2).contiguous().view(out.shape))

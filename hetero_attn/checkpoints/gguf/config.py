@@ -6,7 +6,10 @@ from typing import Any
 from hetero_attn.checkpoints.gguf.fields import GgufFields
 from hetero_attn.checkpoints.gguf.file import GgufTensor
 from hetero_attn.errors import ConfigError, UnsupportedModelError, nearest
-from hetero_attn.spec.config import (
+from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.families.family import Family, GgufTerms
+from hetero_attn.spec.families.table import GGUF_FAMILIES
+from hetero_attn.spec.limits import (
     MAX_CONTEXT,
     MAX_HEAD_DIM,
     MAX_HEADS,
@@ -14,14 +17,14 @@ from hetero_attn.spec.config import (
     MAX_INTERMEDIATE,
     MAX_LAYERS,
     MAX_VOCAB,
-    ModelConfig,
-    RopeConfig,
 )
+from hetero_attn.spec.rope_config import RopeConfig
 
-# Mistral's files have the architecture llama.
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-PERMUTED = ("llama",)  # the rows of every q and k head are stored as pairs that are rotated together
-# Keys that change what a layer computes, in ways that these architectures of ours do not have.
+# Tokens that end a turn of a dialogue, which files often name by no key of its own.
+_END_KEYS = ("eos", "eot", "eom")
+CONTROL = 3  # type of tokens that text never makes
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>")
+# Keys that change what a layer computes, in ways that only some families have.
 _UNKNOWN_TERMS = (
     ".expert_count",
     ".logit_scale",
@@ -45,7 +48,7 @@ def gguf_config(
         ConfigError: a value that is missing, mistyped or impossible.
         UnsupportedModelError: an architecture or a term of it that is not run.
     """
-    _check_architecture(fields)
+    family, terms = _family(fields)
     num_layers, hidden_size = (
         fields.integer(".block_count", MAX_LAYERS),
         fields.integer(".embedding_length", MAX_HIDDEN),
@@ -57,45 +60,58 @@ def gguf_config(
         raise ConfigError(f"{fields.path}: {num_heads} heads are no multiple of {num_kv_heads} KV heads")
     vocab_size, context = _vocab_size(fields, tensors), fields.integer(".context_length", MAX_CONTEXT)
     token = lambda name: fields.integer(f"tokenizer.ggml.{name}_token_id", vocab_size - 1, None, low=0)  # noqa: E731
-    ends = {token(name) for name in ("eos", "eot", "eom")} - {None}
-    return ModelConfig(
-        architecture=ARCHITECTURES[fields.architecture],
-        hidden_size=hidden_size,
-        intermediate_size=fields.integer(".feed_forward_length", MAX_INTERMEDIATE),
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        vocab_size=vocab_size,
-        max_position_embeddings=context,
-        rms_norm_eps=fields.number(".attention.layer_norm_rms_epsilon", 0.0, 1.0),
-        tie_word_embeddings="output.weight" not in tensors,
-        qkv_bias="blk.0.attn_q.bias" in tensors,
-        o_bias="blk.0.attn_output.bias" in tensors,
-        mlp_bias="blk.0.ffn_gate.bias" in tensors,
-        qk_norm="blk.0.attn_q_norm.weight" in tensors,
-        hidden_act="silu",
-        sliding_window=(0,) * num_layers,
-        rope=_rope(fields, head_dim, context, tensors, rope_divisors),
-        dtype=None,
-        bos_token_id=token("bos"),
-        eos_token_ids=tuple(sorted(ends)),
-        pad_token_id=token("padding"),
-    )
+    found = {
+        "architecture": family.architecture,
+        "hidden_size": hidden_size,
+        "intermediate_size": fields.integer(".feed_forward_length", MAX_INTERMEDIATE),
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": context,
+        "rms_norm_eps": fields.number(".attention.layer_norm_rms_epsilon", 0.0, 1.0),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "qkv_bias": "blk.0.attn_q.bias" in tensors,
+        "o_bias": "blk.0.attn_output.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+        "qk_norm": "blk.0.attn_q_norm.weight" in tensors,
+        "hidden_act": "silu",
+        "sliding_window": (0,) * num_layers,
+        "rope": _rope(fields, head_dim, context, tensors, rope_divisors),
+        "dtype": None,
+        "bos_token_id": token("bos"),
+        "eos_token_ids": _ends(fields, vocab_size),
+        "pad_token_id": token("padding"),
+    }
+    return ModelConfig(**found | terms.terms(fields, found))
 
 
-def _check_architecture(fields: GgufFields) -> None:
-    if fields.architecture not in ARCHITECTURES:
+def _ends(fields: GgufFields, vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end an answer: those of the keys, and what dialogues end their turns with."""
+    found = {fields.integer(f"tokenizer.ggml.{name}_token_id", vocab_size - 1, None, low=0) for name in _END_KEYS}
+    tokens = fields.texts("tokenizer.ggml.tokens")
+    types = fields.numbers("tokenizer.ggml.token_type", len(tokens))
+    if types is not None:
+        control = {tokens[index]: int(index) for index in (types == CONTROL).nonzero()[0]}
+        found |= {control[token] for token in TURN_ENDS if token in control}
+    return tuple(sorted(found - {None}))
+
+
+def _family(fields: GgufFields) -> tuple[Family, GgufTerms]:
+    family = GGUF_FAMILIES.get(fields.architecture)
+    if family is None or family.gguf is None:
         raise UnsupportedModelError(
             f"{fields.path}: architecture {fields.architecture[:80]!r} is not supported"
-            f"{nearest(fields.architecture, ARCHITECTURES)}. Known in GGUF files: {', '.join(ARCHITECTURES)}"
+            f"{nearest(fields.architecture, GGUF_FAMILIES)}. Known in GGUF files: {', '.join(GGUF_FAMILIES)}"
         )
     for name in _UNKNOWN_TERMS:
-        if fields.values.get(fields.key(name)):
+        if name not in family.gguf.keys and fields.values.get(fields.key(name)):
             raise UnsupportedModelError(
                 f"{fields.path}: {fields.key(name)} is {fields.values[fields.key(name)]!r}: this term of the "
                 "architecture is not computed, and leaving it out would change every answer"
             )
+    return family, family.gguf
 
 
 def _head_dim(fields: GgufFields, hidden_size: int, num_heads: int) -> int:
@@ -164,3 +180,9 @@ def _scaling(fields: GgufFields, kind: str, context: int) -> dict[str, Any]:
             "beta_slow": fields.number(".rope.scaling.yarn_beta_slow", 0.0, 1e6, 1.0),
         }
     raise UnsupportedModelError(f"{fields.path}: rope scaling {kind[:40]!r} is not supported; known: linear, yarn")
+
+
+def is_turned(fields: GgufFields) -> bool:
+    """Whether the rows of every q and k head are stored as pairs that are turned together."""
+    family = GGUF_FAMILIES.get(fields.architecture)
+    return family is not None and family.gguf is not None and family.gguf.is_turned

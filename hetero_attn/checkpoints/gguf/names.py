@@ -11,10 +11,12 @@ _LAYER = {
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
+    "self_attn.post_norm": "post_attention_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.post_norm": "post_ffw_norm",
 }
 _OURS_LAYER = {theirs: ours for ours, theirs in _LAYER.items()}
 _OURS_TOP = {theirs: ours for ours, theirs in _TOP.items()}

@@ -1,0 +1,55 @@
+"""What a family declares."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hetero_attn.spec.families.windows import Windows, no_windows
+from hetero_attn.spec.json_fields import JsonFields
+from hetero_attn.spec.rope_config import RopeConfig, read_rope
+from hetero_attn.spec.tensor_names import TensorNames
+
+
+def nothing_more(fields: Any, found: Mapping[str, Any]) -> dict[str, Any]:
+    """No term beside those of Llama."""
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTerms:
+    """What GGUF files of a family have beside those of Llama.
+
+    architecture: their name of it. keys: metadata of further terms, which `terms` reads: (fields, the fields of
+    ModelConfig so far) -> more of those. is_turned: whether the rows of q and k lie as pairs that are turned together.
+    """
+
+    architecture: str
+    keys: tuple[str, ...] = ()
+    terms: Callable[[Any, Mapping[str, Any]], dict[str, Any]] = nothing_more
+    is_turned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What differs between the families. Every default is that of transformers for a key that config.json lacks.
+
+    qkv_bias, o_bias, mlp_bias: whether the linears have one, or the key that decides. windows: the sliding window of
+    each layer. rope: (fields, head_dim, max_position_embeddings) -> the rotary embedding of layers that see everything.
+    terms: (fields, the fields of ModelConfig so far) -> those that Llama leaves at their defaults, and better ones.
+    wrapper: model_type and architecture of a model of text and images whose text model is of this family.
+    tensor_names: what its files call the tensors. gguf: what GGUF files of it say; None where there are none.
+    """
+
+    architecture: str
+    defaults: Mapping[str, Any]
+    qkv_bias: bool | str = "attention_bias"
+    o_bias: bool | str = "attention_bias"
+    mlp_bias: bool | str = False
+    qk_norm: bool = False
+    act_key: str = "hidden_act"
+    windows: Windows = no_windows
+    rope: Callable[[JsonFields, int, int], RopeConfig] = read_rope
+    terms: Callable[[JsonFields, Mapping[str, Any]], dict[str, Any]] = nothing_more
+    wrapper: tuple[str, str] | None = None
+    tensor_names: TensorNames = TensorNames()
+    gguf: GgufTerms | None = None

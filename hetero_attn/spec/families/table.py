@@ -1,0 +1,40 @@
+"""Every family by the model_type of its config.json."""
+
+from hetero_attn.spec.families.family import Family, GgufTerms
+from hetero_attn.spec.families.gemma import GEMMA3
+from hetero_attn.spec.families.windows import one_window, windows_from
+
+# Mistral's GGUF files have the architecture llama.
+FAMILIES = {
+    "llama": Family(
+        "LlamaForCausalLM",
+        {"max_position_embeddings": 2048},
+        mlp_bias="mlp_bias",
+        gguf=GgufTerms("llama", is_turned=True),
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+        qkv_bias=False,
+        o_bias=False,
+        windows=one_window,
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
+        qkv_bias=True,
+        o_bias=False,
+        windows=windows_from("max_window_layers"),
+        gguf=GgufTerms("qwen2"),
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "head_dim": 128},
+        qk_norm=True,
+        windows=windows_from("max_window_layers"),
+        gguf=GgufTerms("qwen3"),
+    ),
+    "gemma3_text": GEMMA3,
+}
+
+GGUF_FAMILIES = {family.gguf.architecture: family for family in FAMILIES.values() if family.gguf is not None}

@@ -1,0 +1,70 @@
+"""Families from GGUF files against transformers holding the same values in float32."""
+
+import pytest
+import torch
+
+from hetero_attn import LLM
+from hetero_attn.checkpoints.sources import read_config
+from hetero_attn.errors import UnsupportedModelError
+from hetero_attn.planning.settle import plan_model
+from tests.support.gguf_models import make_family_gguf
+from tests.support.runtime import nmse
+from tests.support.toy import hf_logits
+
+TOKENS = tuple(torch.randint(260, (40,), generator=torch.Generator().manual_seed(3)).tolist())
+# family: (metadata, values of the config); the metadata says the same in GGUF's words.
+CASES = {
+    "gemma3_text": (
+        {
+            "attention.sliding_window": 9,
+            "attention.sliding_window_pattern": 3,
+            "rope.freq_base": 5e4,
+            "rope.freq_base_swa": 5e2,
+        },
+        {
+            "sliding_window": 9,
+            "sliding_window_pattern": 3,
+            "query_pre_attn_scalar": 64,
+            "num_hidden_layers": 4,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 5e4},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e2},
+            },
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_values_are_those_of_the_file(tmp_path, family):
+    metadata, values = CASES[family]
+    gguf_file, plain = make_family_gguf(tmp_path, family, metadata, **values)
+    found = {}
+    for device in ("cpu", "emulated"):
+        with LLM(gguf_file, dtype="fp32", device=device, max_context=64, progress=False, num_threads=2) as llm:
+            found[device] = llm.logits(TOKENS)
+
+    for logits in found.values():
+        assert nmse(logits, hf_logits(plain, list(TOKENS))) < 1e-10
+
+
+def test_gemma3_keys_at_their_defaults(tmp_path):
+    """Published files have neither the period nor the base of the windows' rotary embedding."""
+    gguf_file, _ = make_family_gguf(
+        tmp_path, "gemma3_text", {"attention.sliding_window": 512}, sliding_window=512, num_hidden_layers=7
+    )
+    config = read_config(gguf_file)
+
+    assert config.sliding_window == (512,) * 5 + (0, 512)
+    assert [config.rope_of(layer).theta for layer in (0, 5)] == [1e4, 1e4]
+    assert config.hidden_act == "gelu_tanh" and config.norm_offset == 0.0 and config.eos_token_ids == (2, 3)
+
+
+def test_a_term_of_another_family_is_refused(tmp_path):
+    """Gemma 3 has no soft caps, and leaving one out would change every answer."""
+    gguf_file, _ = make_family_gguf(
+        tmp_path, "gemma3_text", {"attention.sliding_window": 9, "final_logit_softcapping": 30.0}, sliding_window=9
+    )
+
+    with pytest.raises(UnsupportedModelError, match="final_logit_softcapping is 30.0"):
+        plan_model(gguf_file, device="cpu")
