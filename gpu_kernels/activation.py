@@ -31,17 +31,19 @@ def _steps_and_scale(values):
 @Kernel
 @triton.jit
 def _quantize_kernel(x, q, scales, sums, in_features, num_groups, x_stride, q_stride, scale_stride,
-                     IS_Q4: tl.constexpr, GROUPS: tl.constexpr):
+                     ORDER: tl.constexpr, GROUPS: tl.constexpr):
     """grid: (rows, cdiv(num_groups, GROUPS)). x: [rows, in_features]; q: int8 [rows, num_groups * 64]; scales, sums:
     [num_groups, rows], sums = scale * sum of q. The inputs of a group are stored as `quantize_activation` says."""
     row = tl.program_id(0).to(tl.int64)
     groups = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     stored = tl.arange(0, 64)
     quarter, half, high, byte = stored // 16, stored // 8 % 2, stored // 4 % 2, stored % 4
-    if IS_Q4:
+    if ORDER == "q4":
         source = high * 32 + quarter * 8 + half * 4 + byte
-    else:
+    elif ORDER == "q8":
         source = half * 32 + high * 16 + quarter * 4 + byte
+    else:
+        source = stored
     columns = groups[:, None] * 64 + source[None, :]
     steps, scale = _steps_and_scale(tl.load(x + row * x_stride + columns, mask=columns < in_features, other=0.0))
     inside = groups < num_groups
@@ -62,11 +64,12 @@ def _round_kernel(x, out, in_features, num_groups, x_stride, out_stride, GROUPS:
     tl.store(target, (steps * scale[:, None]).to(tl.bfloat16), mask=(groups < num_groups)[:, None])
 
 
-def quantize_activation(x: Tensor, weight_dtype: str) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_activation(x: Tensor, order: str) -> tuple[Tensor, Tensor, Tensor]:
     """(int8 [rows, groups * 64], scale f32 [groups, rows], scale * sum of the int8 f32 [groups, rows]) of x.
 
-    The inputs of a group are stored as [quarter, half, high, byte], so that a thread which holds lines `quarter` and
-    `quarter` + 4 of a superblock's half (q8) or nibbles (q4) finds the inputs that belong to them side by side.
+    order: of the inputs of a group. "q4" and "q8", for few rows over such weights, are [quarter, half, high, byte], so
+    that a thread which holds lines `quarter` and `quarter` + 4 of a superblock's half (q8) or nibbles (q4) finds the
+    inputs that belong to them side by side; "own", for many rows, is as they come.
     """
     rows, in_features = x.shape
     num_groups = -(-in_features // GROUP)
@@ -75,7 +78,7 @@ def quantize_activation(x: Tensor, weight_dtype: str) -> tuple[Tensor, Tensor, T
     scales, sums = torch.empty(2, num_groups, stride, dtype=torch.float32, device=x.device)[..., :rows]
     _quantize_kernel.launch((rows, -(-num_groups // GROUPS), 1), (x, q, scales, sums), (),
                             (in_features, num_groups, x.stride(0), num_groups * GROUP, stride),
-                            _quantize_shape(weight_dtype == "q4"))
+                            _quantize_shape(order))
     return q, scales, sums
 
 
@@ -90,5 +93,5 @@ def round_activation(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _quantize_shape(is_q4: bool) -> Shape:
-    return Shape(IS_Q4=is_q4, GROUPS=GROUPS, num_warps=4)
+def _quantize_shape(order: str) -> Shape:
+    return Shape(ORDER=order, GROUPS=GROUPS, num_warps=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,9 +19,12 @@ class DeviceOps:
 
     Keeps the counters by which the splits of a decode attention find out who is last. A call leaves them zero, as it
     finds them, so nothing clears them in between. They are ready when the work queued here is done.
+
+    int8_rows: the most rows that this card multiplies in int8, by weight format; see `linear_layer`.
     """
 
-    def __init__(self, device: torch.device | str) -> None:
+    def __init__(self, device: torch.device | str, int8_rows: Mapping[str, int] | None = None) -> None:
+        self._int8_rows = {format_name: {"int8_rows": rows} for format_name, rows in (int8_rows or {}).items()}
         self._arrivals = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
         self._counted: Any = None  # imported as late as the other ops: it needs Triton
 
@@ -33,6 +37,16 @@ class DeviceOps:
     def clear(self) -> None:
         """Count from zero again, after a launch that was given up half-way."""
         self._arrivals.zero_()
+
+    def rounded(self, x: Tensor, weight_dtype: str) -> Any:
+        """See gpu_kernels.linear_layer.rounded."""
+        return gpu_kernels.rounded(x, weight_dtype, **self._int8_rows.get(weight_dtype, {}))
+
+    def linear(self, x: Any, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
+               accumulate: bool = False) -> None:
+        """See gpu_kernels.linear_layer.linear."""
+        inputs = self.rounded(x, weight_dtype) if isinstance(x, Tensor) else x
+        gpu_kernels.linear(inputs, weight, weight_dtype, bias, out, accumulate)
 
     def decode_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, kv_start: Tensor,
                          kv_stop: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:

@@ -1,12 +1,12 @@
-"""The `linear` op of the GPU lane: cuBLAS for fp32 and bf16 blocks, our kernels for few rows over q8 and q4 blocks.
+"""The `linear` op of the GPU lane: cuBLAS for fp32 and bf16 blocks, our int8 kernels over q8 and q4 blocks.
 
     y = round(x) W^T + b        round: none for fp32, to bf16 for bf16, to int8 per group of 64 for q8 and q4
 
-Blocks of the other coded formats become bf16 for any number of rows, float16 ones float32. Many rows over q8 and q4
-blocks are bound by arithmetic, which cuBLAS does best: pieces of the weight become bf16 in a buffer, and the rounded x
-becomes bf16 too. Beside the exact arithmetic of few rows the only difference is the rounding of both factors to bf16. A
-product goes straight into its columns of `out`, or onto them. x is rounded once for all pieces of a weight, which come
-one at a time (`rounded`).
+Blocks of the other coded formats become bf16 for any number of rows, float16 ones float32. Many rows are bound by
+arithmetic, and whether that is faster in int8 or in bf16 depends on the card: up to `int8_rows` rows over q8 and q4
+blocks are int8 products; beyond, pieces of the weight become bf16 in a buffer for cuBLAS, and the rounded x becomes bf16
+too. The only difference is then the rounding of both factors to bf16. A product goes straight into its columns of
+`out`, or onto them. x is rounded once for all pieces of a weight, which come one at a time (`rounded`).
 """
 
 from __future__ import annotations
@@ -21,33 +21,40 @@ from gpu_kernels.activation import quantize_activation, round_activation
 from gpu_kernels.dequantize import dequantize
 from gpu_kernels.forms.dequantize import dequantize_form
 from gpu_kernels.forms.unpack import FORMS
-from gpu_kernels.quantized_linear import multiply_quantized
+from gpu_kernels.int8_tile import multiply_many_rows
+from gpu_kernels.quantized_linear import LARGEST_TILE_ROWS, multiply_quantized
 from gpu_kernels.reference import BLOCK_FEATURES, GROUP, SUPERBLOCK_BYTES, block_bytes, mixed_parts
 
 WEIGHT_DTYPES = ("fp32", "bf16", "q8", "q4", "fp16", *FORMS)
-INT8_KERNELS = ("q8", "q4")  # with kernels of their own for few rows
+INT8_KERNELS = ("q8", "q4")  # formats that int8 kernels multiply
 PRODUCT_BYTES = 32 * 2**20  # of a dense product at once: what a call takes beside its arguments is bounded
 # Of weights as bf16 at once, likewise. The L2 cache of the largest GPUs holds half of it; smaller pieces would stay
 # there whole, but Python queues each with three launches, which took longer than the GPU's work on 32 MiB for 512 rows.
 DENSE_BYTES = 64 * 2**20
-# Up to here the kernels for few rows are faster: they read a weight once, at a quarter or half of its bytes as bf16.
-QUANTIZED_ROWS = 64
+# Up to here int8 kernels are faster on every card: they read a weight once, at a quarter or half of its bytes as bf16.
+INT8_ROWS = 64
 
 
 class RoundedInput(NamedTuple):
     """The input of a linear as its products read it, for all the pieces of one weight: see `rounded`.
 
-    shape: (rows, in_features). values: int8 with scales and sums for few rows over q8 and q4 blocks, else one matrix.
+    shape: (rows, in_features). values: int8 with scales and sums for int8 products, else one matrix.
     """
 
     shape: tuple[int, int]
     values: tuple[Tensor, ...]
 
+    @property
+    def is_int8(self) -> bool:
+        """Whether the products are in int8."""
+        return len(self.values) == 3
 
-def rounded(x: Tensor, weight_dtype: str) -> RoundedInput:
+
+def rounded(x: Tensor, weight_dtype: str, int8_rows: int = INT8_ROWS) -> RoundedInput:
     """x, f32 [rows, in_features], rounded as linears over weights of this dtype round it; newly allocated.
 
-    Over a mix of formats x is rounded anew for each of them, and stays here what it is.
+    int8_rows: the most rows that q8 and q4 weights multiply in int8. Over a mix of formats x is rounded anew for each
+    of them, and stays here what it is.
     """
     if "*" in weight_dtype:
         return RoundedInput(tuple(x.shape), (x,))
@@ -59,8 +66,8 @@ def rounded(x: Tensor, weight_dtype: str) -> RoundedInput:
         return RoundedInput(shape, (x,))
     if weight_dtype == "bf16":
         return RoundedInput(shape, (x.to(torch.bfloat16),))
-    if shape[0] <= QUANTIZED_ROWS and weight_dtype in INT8_KERNELS:
-        return RoundedInput(shape, quantize_activation(x, weight_dtype))
+    if shape[0] <= int8_rows and weight_dtype in INT8_KERNELS:
+        return RoundedInput(shape, quantize_activation(x, weight_dtype if shape[0] <= LARGEST_TILE_ROWS else "own"))
     return RoundedInput(shape, (round_activation(x),))
 
 
@@ -73,7 +80,8 @@ def linear(x: Tensor | RoundedInput, weight: Tensor, weight_dtype: str, bias: Te
     [features] or None. out: f32 [rows, features]. Raises ValueError for an unknown weight dtype.
     """
     if "*" in weight_dtype:
-        _linear_of_mix(x.values[0] if isinstance(x, RoundedInput) else x, weight, weight_dtype, bias, out, accumulate)
+        plain = x.values[0] if isinstance(x, RoundedInput) else x
+        _linear_of_mix(plain, weight, weight_dtype, bias, out, accumulate)
         return
     if not isinstance(x, RoundedInput):
         x = rounded(x, weight_dtype)
@@ -84,8 +92,9 @@ def linear(x: Tensor | RoundedInput, weight: Tensor, weight_dtype: str, bias: Te
     if weight_dtype in SUPERBLOCK_BYTES:
         expected = block_bytes(weight_dtype, x.shape[1])
         assert weight.shape[1] == expected, (weight_dtype, weight.shape, x.shape, expected)
-        if x.shape[0] <= QUANTIZED_ROWS and weight_dtype in INT8_KERNELS:
-            multiply_quantized(x.values, weight, weight_dtype, bias, out, accumulate)
+        if x.is_int8:
+            multiply = multiply_quantized if x.shape[0] <= LARGEST_TILE_ROWS else multiply_many_rows
+            multiply(x.values, weight, weight_dtype, bias, out, accumulate)
             return
     in_place = not out.is_cuda or products_in_place(out.device)
     blocks = _blocks_at_once(x, weight_dtype, in_place)

@@ -38,21 +38,21 @@ def _dot4(a, b, total):
 
 
 @triton.jit
-def _low_nibbles(packed):
+def low_nibbles(packed):
     """The low nibble of each byte, four bytes an instruction."""
     return tl.inline_asm_elementwise("and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [packed], dtype=tl.int8, is_pure=True,
                                      pack=4)
 
 
 @triton.jit
-def _high_nibbles(packed):
+def high_nibbles(packed):
     """The high nibble of each byte, four bytes an instruction."""
     return tl.inline_asm_elementwise("{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }", "=r,r", [packed],
                                      dtype=tl.int8, is_pure=True, pack=4)
 
 
 @triton.jit
-def _signed(packed):
+def signed(packed):
     """Stored q + 128 as signed q, four bytes an instruction."""
     return tl.inline_asm_elementwise("xor.b32 $0, $1, 0x80808080;", "=r,r", [packed], dtype=tl.int8, is_pure=True,
                                      pack=4)
@@ -168,7 +168,7 @@ def _flat_kernel(weight, q, scales, sums, bias, out, rows, num_blocks, num_group
             row_scale = _row_values(scales + group * scale_stride, inside, first_row, rows, ROWS, WARPS)
             if IS_Q4:
                 packed = tl.load(lines, mask=line_mask, other=0)
-                a = tl.join(_low_nibbles(packed), _high_nibbles(packed)).reshape(4, 8, WARPS, 2, 4, 4, 2)
+                a = tl.join(low_nibbles(packed), high_nibbles(packed)).reshape(4, 8, WARPS, 2, 4, 4, 2)
                 a = a.permute(2, 4, 1, 6, 0, 3, 5).reshape(WARPS, 32, 64)
                 x = tl.load(inputs + byte, mask=input_mask, other=0).reshape(4, 8, WARPS, ROWS // 8, 2, 2, 4)
                 x = x.permute(2, 4, 0, 5, 6, 3, 1).reshape(WARPS, 64, ROWS)
@@ -180,7 +180,7 @@ def _flat_kernel(weight, q, scales, sums, bias, out, rows, num_blocks, num_group
             else:
                 for half in tl.static_range(2):
                     packed = tl.load(lines + half * 512, mask=line_mask, other=0)
-                    a = _signed(packed).reshape(4, 8, WARPS, 2, 4, 4).permute(2, 4, 1, 3, 0, 5).reshape(WARPS, 32, 32)
+                    a = signed(packed).reshape(4, 8, WARPS, 2, 4, 4).permute(2, 4, 1, 3, 0, 5).reshape(WARPS, 32, 32)
                     x = tl.load(inputs + half * 8 + tl.arange(0, 8), mask=input_mask, other=0)
                     x = x.reshape(4, 8, WARPS, ROWS // 8, 2, 4).permute(2, 4, 0, 5, 3, 1).reshape(WARPS, 32, ROWS)
                     scale = _feature_values(header + half * 4, stored, WARPS)
@@ -223,6 +223,7 @@ GEMV_MANY = GemvShape(4, 4)
 # Two tiles of 64 rows share the inputs that a multiprocessor caches. None may spill (tests/gpu_kernels/test_aot.py).
 TILES_FEW = (Tile(8, 1, 8, 2), Tile(16, 1, 8, 2), Tile(32, 1, 8, 1), Tile(64, 1, 4, 1))
 TILES_MANY = (Tile(8, 1, 4, 2), Tile(16, 1, 4, 2), Tile(32, 1, 4, 1), Tile(64, 2, 2, 1))
+LARGEST_TILE_ROWS = 64
 
 
 def gemv_shape(num_blocks: int) -> GemvShape:

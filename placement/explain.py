@@ -227,6 +227,11 @@ def _notes(plan: Plan, hardware: HardwareProfile) -> Iterator[str]:
         yield "This GPU is emulated with invented rates: the figures show how plans behave, they predict no GPU."
     elif hardware.source != "measured":
         yield f"The rates of {hardware.name} are {hardware.source} (`hetero-attn profile` measures this machine's)."
+    if plan.device == "cuda" and not hardware.streams_in_decode and plan.memory.pinned_bytes:
+        yield (
+            f"Decode streams no weights unless a rule says so: that it brings more than it takes from the CPU lane's "
+            f"reads of DRAM was not measured on {hardware.name}."
+        )
     yield from _borrowed_rates(plan.workload, hardware)
     host = plan.memory.host_bytes + plan.memory.pinned_bytes
     if host > hardware.dram_bytes:

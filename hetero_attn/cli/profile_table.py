@@ -110,7 +110,8 @@ def attention_rows(profile: HardwareProfile) -> Iterator[tuple[str, ...]]:
 
 def gpu_rows(profile: HardwareProfile) -> Iterator[tuple[str, str]]:
     """GPU memory, the bus and what happens when both sides work."""
-    from placement.profilers.gpu import crossovers
+    from placement.machine.rates import ANY_ROWS
+    from placement.profilers.gpu_linear import crossovers
 
     yield "GPU memory", f"{profile.gpu_memory_bytes / 2**30:.1f} GiB"
     yield "GPU memory read", _gigabytes(profile.gpu_bytes_per_s)
@@ -119,6 +120,8 @@ def gpu_rows(profile: HardwareProfile) -> Iterator[tuple[str, str]]:
     for name in profile.gpu_flops.by_format if profile.gpu_rows else ():
         flat, gemm = crossovers(profile.gpu_rows, name)
         yield f"GPU linear {name}", f"flat up to {flat} rows, full rate from {gemm}"
+    for name, rows in profile.int8_rows.items():
+        yield f"GPU linear {name} in int8", "any number of rows" if rows >= ANY_ROWS else f"up to {rows} rows"
     yield "copy to the GPU", _gigabytes(profile.h2d_bytes_per_s)
     yield "copy from the GPU", _gigabytes(profile.d2h_bytes_per_s)
     yield "CPU linears while copies run", f"{profile.cpu_slowdown_while_copying:.0%}"

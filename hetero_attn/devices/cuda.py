@@ -6,7 +6,7 @@ torch copies rows with a stride by way of temporaries and cannot leave them out 
 activations between kernels are kernels themselves.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import prod
 from typing import Any
@@ -30,13 +30,20 @@ class CudaDriver:
     """See `hetero_attn.devices.device` for what each call means.
 
     index: of the device. slab_bytes: its memory for everything that `allocate` gives. temporary_bytes: what kernels may
-    take beside it. cuda, library: `torch.cuda` and libcuda, or what a test puts in their place.
+    take beside it. cuda, library: `torch.cuda` and libcuda, or what a test puts in their place. int8_rows: the most
+    rows that the card multiplies in int8, by weight format.
     """
 
     kind = "cuda"
 
     def __init__(
-        self, index: int, slab_bytes: int, temporary_bytes: int, cuda: Any = torch.cuda, library: LibCuda | None = None
+        self,
+        index: int,
+        slab_bytes: int,
+        temporary_bytes: int,
+        cuda: Any = torch.cuda,
+        library: LibCuda | None = None,
+        int8_rows: Mapping[str, int] | None = None,
     ) -> None:
         self.name = f"GPU {index}"
         self._cuda = cuda
@@ -47,7 +54,7 @@ class CudaDriver:
             self._context = self._library.current_context()
             self._limit(slab_bytes + temporary_bytes)
             self._memory = self._take(slab_bytes)
-            self.ops: Any = DeviceOps(self._device())
+            self.ops: Any = DeviceOps(self._device(), int8_rows)
             cuda.synchronize()  # other streams use what the operations keep
         self._slab = Slab(slab_bytes)
         self._pool: Any = None

@@ -54,11 +54,11 @@ def build_engine(
     if reason := why_too_large(planned.plan):
         raise MemoryBudgetError(f"{planned.plan.model}: {reason}; {WAY_OUT}")
     with memory_named(f"loading {planned.plan.model}"), torch_without_lost_threads():
-        lanes = make_lanes(planned.plan, planned.device, overlap, on_compile, handover)
+        lanes = make_lanes(planned, overlap, on_compile, handover)
         engine = assemble(planned, lanes, overlap, progress, prefix_cache)
         if lanes.device is not None and lanes.device.kind == "cuda":
             try:
-                make_first_steps(engine, on_prepare)
+                make_first_steps(engine, on_prepare, planned.hardware.int8_rows.values())
             except BaseException:
                 engine.close()
                 raise
@@ -89,15 +89,15 @@ def assemble(
 
 
 def make_lanes(
-    plan: Plan,
-    device: str,
+    planned: PlannedModel,
     overlap: bool,
     on_compile: Callable[[str], None] | None = None,
     handover: str = "auto",
 ) -> Lanes:
     """Start the lanes of a plan."""
+    plan = planned.plan
     with ExitStack() as undo:
-        gpu = make_device(plan, device)
+        gpu = make_device(planned)
         if gpu is not None:
             undo.callback(gpu.close)
         host_ops = undo.enter_context(CpuKernels(plan.num_threads, on_compile=on_compile))
@@ -124,8 +124,9 @@ def step_table_bytes_of(plan: Plan) -> int:
     )
 
 
-def make_device(plan: Plan, device: str) -> Device | None:
-    """The device of a plan; None for the CPU alone."""
+def make_device(planned: PlannedModel) -> Device | None:
+    """The device of a plan, which computes as its hardware does best; None for the CPU alone."""
+    plan, device = planned.plan, planned.device
     if device == "cpu":
         return None
     if device == "emulated":
@@ -133,5 +134,7 @@ def make_device(plan: Plan, device: str) -> Device | None:
     index = device_index(device)
     check_ready(index)
     arena = arena_bytes(plan, index)
-    driver = CudaDriver(index, arena + SLACK_BYTES, temporary_bytes(plan.workload))
+    driver = CudaDriver(
+        index, arena + SLACK_BYTES, temporary_bytes(plan.workload), int8_rows=planned.hardware.int8_rows
+    )
     return Device(driver, arena)

@@ -5,7 +5,7 @@ kernels are compiled for the widths, strides and alignments that they are launch
 that, and compile nothing else. The numbers that they compute are of no use to anybody.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -19,7 +19,7 @@ from hetero_attn.spec.config import ModelConfig
 FLOAT32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the process has made its default
 
 WIDTH = 64
-PROMPT_ROWS = (80, 40, 20, 10, 2)  # more than the kernels for few rows take, then one prompt for each of their tiles
+PROMPT_ROWS = {80, 40, 20, 10, 2}  # more than the kernels for few rows take, then one prompt for each of their tiles
 DECODE_STEPS = 3  # plainly, captured, replayed
 ROW_COUNTS = (1, 4, 65)  # one row, a few, a prompt: the kernels' own tiers
 
@@ -39,13 +39,17 @@ def warm_up(ops: CpuKernels, config: ModelConfig, formats: tuple[str, ...], kv_d
     ops.record(lambda: ops.rms_norm(x, weight, 1e-6, x)).run()
 
 
-def make_first_steps(engine: Engine, on_prepare: Callable[[str], None] = lambda name: None) -> None:
+def make_first_steps(
+    engine: Engine, on_prepare: Callable[[str], None] = lambda name: None, int8_rows: Collection[int] = ()
+) -> None:
     """Run short prompts and some tokens in sequences of their own; on_prepare(name) is called before each kind of them.
 
+    int8_rows: numbers of rows beyond which the GPU multiplies in another way.
     The cache is as empty as before, and the engine's report has counted nothing.
     """
     longest = engine.plan.max_context - DECODE_STEPS
-    rows = [count for count in PROMPT_ROWS if count <= min(engine.prefill_chunk, longest)]
+    wanted = PROMPT_ROWS | {rows + 1 for rows in int8_rows}
+    rows = sorted((count for count in wanted if count <= min(engine.prefill_chunk, longest)), reverse=True)
     for count in rows:
         on_prepare(f"GPU kernels for prompts of {count} tokens")
         sequence = engine.kv_cache.open(count + DECODE_STEPS)

@@ -106,7 +106,8 @@ def gpu_linear_s_per_unit(shard: LinearShard, rows: int, dtype: str, hardware: H
     if hardware.gpu_rows:
         return shard.flops_per_row_per_unit * seconds_per_operation_of_a_row(hardware.gpu_rows, rows, dtype)
     return max(
-        shard.unit_bytes / hardware.gpu_bytes_per_s, rows * shard.flops_per_row_per_unit / hardware.gpu_flops.of(dtype)
+        shard.unit_bytes / hardware.gpu_bytes_per_s,
+        rows * shard.flops_per_row_per_unit / hardware.gpu_ops_per_s(dtype, rows),
     )
 
 
@@ -263,7 +264,7 @@ def queueing_s(
     if not on_gpu or call.q_len == 1:
         return 0.0
     products = sum(
-        gpu_products(shard, placement, call.rows, workload)
+        gpu_products(shard, placement, call.rows, workload, hardware)
         for shard, placement in zip(workload.linears, linears, strict=True)
         if not shard.is_head
     )
@@ -272,11 +273,14 @@ def queueing_s(
     return layer_s * workload.num_layers + product_s * max(0, products - LINEARS_PER_LAYER * workload.num_layers)
 
 
-def gpu_products(shard: LinearShard, placement: LinearPlacement, rows: int, workload: Workload) -> int:
-    """Products that Python queues for one linear of many rows: of its columns at home, as many as it becomes bf16 in,
-    and one for each streamed piece."""
+def gpu_products(
+    shard: LinearShard, placement: LinearPlacement, rows: int, workload: Workload, hardware: HardwareProfile
+) -> int:
+    """Products that Python queues for one linear of many rows: of its columns at home, one in int8, else as many as it
+    becomes bf16 in, and one for each streamed piece."""
     home, streamed, _ = placement.cut(row_tier(rows))
-    is_coded = not widest(workload.format_of(shard)).is_row_major
+    fmt = workload.format_of(shard)
+    is_coded = not widest(fmt).is_row_major and rows > hardware.int8_rows.get(fmt, 0)
     unit = 2 * shard.unit_features * shard.in_features if is_coded else 0  # bytes as bf16
     at_home = max(1, -(-home * unit // GPU_PRODUCT_BYTES)) if home else 0
     return at_home + -(-streamed // staging_piece_units(shard, workload))

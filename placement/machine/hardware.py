@@ -23,6 +23,7 @@ from placement.machine.rates import (
     RowRate,
     ThreadRate,
     beside_memory,
+    int8_rows_by_rates,
     number,
     parse,
     weight_bytes_of,
@@ -62,9 +63,14 @@ class HardwareProfile:
     layer of a prompt on a GPU, four products and all around them, beside the GPU's own work; gpu_product_overhead_s:
     each product more, of a large linear or of a streamed piece, 0 is a quarter of the layer's;
     logits_s_per_token: choosing a token, per entry of the vocabulary.
+    gpu_int8_ops_per_s: products of many rows over q8 and q4 weights in int8, 0 is unknown; without gpu_rows, gpu_flops
+    has those in bf16.
+    gpu_q8_int8_rows, gpu_q4_int8_rows: the most rows for which int8 was measured to be faster, 0 is not measured.
     overlap, prompt_overlap: share of what GPU, CPU and bus can do side by side that they do, in decode and in a prompt;
     overlap_source: on which machine that was seen.
     gpu_context_bytes: GPU memory that the driver takes for itself. unified_memory: GPU and CPU share one DRAM.
+    streams_in_decode: whether streaming weights was seen to bring a step of one row more than it takes from the CPU
+    lane, which reads the same memory. Prompts stream in any case.
     cpu_rows, gpu_rows: linears by token rows, ascending; they replace the two-rate estimate where there are any.
     cpu_attention: by cache dtype and head sharing, likewise. h2d_pageable_bytes_per_s, d2h_pageable_bytes_per_s,
     copies,
@@ -99,6 +105,7 @@ class HardwareProfile:
     prompt_overlap: float = 1.0
     overlap_source: str = ""
     unified_memory: bool = False
+    streams_in_decode: bool = True
     cpu_cache_bytes: int = 0
     cpu_cached_bytes_per_s: DtypeRates = NO_RATES
     cpu_attention_slowdown_while_copying: float = 1.0
@@ -108,6 +115,9 @@ class HardwareProfile:
     layer_overhead_s: float = 0.0
     gpu_layer_overhead_s: float = 0.0
     gpu_product_overhead_s: float = 0.0
+    gpu_int8_ops_per_s: float = 0.0
+    gpu_q8_int8_rows: int = 0
+    gpu_q4_int8_rows: int = 0
     cached_step_overhead_s: float = 0.0
     logits_s_per_token: float = 0.0
     h2d_pageable_bytes_per_s: float = 0.0
@@ -138,6 +148,19 @@ class HardwareProfile:
     def has_gpu(self) -> bool:
         """Whether the profile describes a GPU lane."""
         return self.h2d_bytes_per_s > 0
+
+    @property
+    def int8_rows(self) -> dict[str, int]:
+        """The most rows that the GPU is to multiply in int8, by weight format: measured, else from the rates."""
+        measured = {"q8": self.gpu_q8_int8_rows, "q4": self.gpu_q4_int8_rows}
+        rates = self.gpu_int8_ops_per_s, self.gpu_flops.bf16, self.gpu_bytes_per_s
+        return {name: rows or int8_rows_by_rates(name, *rates) for name, rows in measured.items()}
+
+    def gpu_ops_per_s(self, dtype: str, rows: int) -> float:
+        """Operations a second of a linear of many rows, in int8 or in bf16 as `int8_rows` says."""
+        if self.gpu_int8_ops_per_s and rows <= self.int8_rows.get(dtype, 0):
+            return self.gpu_int8_ops_per_s
+        return self.gpu_flops.of(dtype)
 
     def overlap_of(self, q_len: int) -> float:
         """The overlap of lanes in a pass of so many rows a sequence."""

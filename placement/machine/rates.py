@@ -12,6 +12,9 @@ DTYPES = ("fp32", "bf16", "q8", "q4")
 # Bits of a cached value, its share of scales and minima included.
 KV_BITS = {"fp32": 32.0, "bf16": 16.0, "q8": 8.25, "q4": 5.0}
 
+# On every card int8 is faster up to here, where weights are read once; ANY_ROWS stands for no end.
+FEWEST_INT8_ROWS, ANY_ROWS = 64, 1 << 16
+
 
 @dataclass(frozen=True, slots=True)
 class DtypeRates:
@@ -211,3 +214,15 @@ def number(value: Any, kind: Any, where: str) -> int | float:
     if isinstance(value, bool) or not 0 <= read < float("inf"):
         raise ValueError(f"{where} must be a finite number >= 0, got {value!r:.80}")
     return kind(read)
+
+
+def int8_rows_by_rates(dtype: str, int8_ops_per_s: float, bf16_ops_per_s: float, gpu_bytes_per_s: float) -> int:
+    """The most rows that a GPU multiplies faster in int8 than in bf16 after it has unpacked the weight, q8 or q4, to
+    bf16: that writes and reads two bytes of every number more, once for all rows."""
+    if not int8_ops_per_s:
+        return FEWEST_INT8_ROWS
+    saved_s = 2 / int8_ops_per_s - 2 / bf16_ops_per_s  # of a row and number, by bf16
+    if saved_s <= 0:
+        return ANY_ROWS
+    unpacking_s = (weight_bytes_of(dtype) + 4) / gpu_bytes_per_s
+    return round(min(ANY_ROWS, max(FEWEST_INT8_ROWS, unpacking_s / saved_s)))

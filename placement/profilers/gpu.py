@@ -23,29 +23,23 @@ from typing import Any, NamedTuple
 import torch
 
 from cpu_kernels import CpuKernels
-from cpu_kernels.formats.weights import BLOCK_FEATURES, WEIGHT_DTYPES, block_bytes
+from cpu_kernels.formats.weights import WEIGHT_DTYPES
 from placement.machine.hardware import HardwareProfile
-from placement.machine.rates import CopyRate, DtypeRates, RowRate
+from placement.machine.rates import CopyRate, DtypeRates
 from placement.profilers.cpu_attention import decode_call, kv_pages
 from placement.profilers.cpu_linear import SWEEP_BYTES, linear_call, packed
-from placement.profilers.timing import WEIGHT_BYTE, Progress, beyond_caches
+from placement.profilers.gpu_linear import few_rows, int8_products, kernels_s, row_rates
+from placement.profilers.timing import Progress, beyond_caches
 
 OVERLAP_SHOWN_BY = "h100-server"
 COPY_BYTES = (64 << 10, 1 << 20, 16 << 20, 128 << 20)
-# Larger than the GPU's own caches, so that one row reads its memory.
-GPU_WEIGHTS = 256 << 20
-IN_FEATURES = 4096
-ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 REPETITIONS = 5
 IN_A_GRAPH = 4
 HEADS, KV_HEADS, HEAD_DIM, PAGE_TOKENS, PREFILL_ROWS = 32, 8, 128, 64, 512
-# Time grows with the rows once a linear takes this much longer than with one.
-FLAT = 1.5
-# A GEMM has arrived where it reaches this share of the best rate.
-NEARLY_ALL = 0.8
 # Seconds that the slowest copies of one size may take in all: a narrow bus shortens the list, not the patience.
 MOST_SECONDS = 2.0
 LEAST_SHARE = 1e-6  # a share is above 0, whatever a clock says
+LEAST_GAIN = 1.05  # of both sides together over the CPU lane alone, for which streaming in decode is worth its trouble
 
 
 class TorchGpu:
@@ -120,8 +114,9 @@ def measure_gpu(
     on_progress("copies over the bus")
     copies = copy_rates(gpu)
     large = max(copies, key=lambda rate: rate.h2d_pinned)  # weights stream in pieces of some megabytes
-    few = DtypeRates(*(gpu_few_rows(gpu, dtype, on_progress) for dtype in WEIGHT_DTYPES))
-    rows = gpu_row_rates(gpu, few, on_progress)
+    few = DtypeRates(*(few_rows(gpu, dtype, on_progress) for dtype in WEIGHT_DTYPES))
+    int8 = int8_products(gpu, on_progress)
+    rows = row_rates(gpu, few, int8.rows, on_progress)
     on_progress("attention on the GPU")
     attention = gpu_attention_rate(gpu)
     on_progress("CPU lane while copies run")
@@ -146,10 +141,14 @@ def measure_gpu(
         gpu_flops=DtypeRates(*(max(rate.ops_per_s.of(dtype) for rate in rows) for dtype in WEIGHT_DTYPES)),
         gpu_attention_ops_per_s=attention,
         gpu_rows=rows,
+        gpu_int8_ops_per_s=int8.ops_per_s,
+        gpu_q8_int8_rows=int8.rows["q8"],
+        gpu_q4_int8_rows=int8.rows["q4"],
         copies=copies,
         cpu_slowdown_while_copying=linear.cpu,
         cpu_attention_slowdown_while_copying=cache.cpu,
         copy_slowdown_while_computing=linear.copies,
+        streams_in_decode=streaming_pays(linear, profile.cpu_linear_bytes_per_s.bf16, large.h2d_pinned),
     )
 
 
@@ -171,36 +170,6 @@ def copy_rates(gpu: Any) -> tuple[CopyRate, ...]:
     return tuple(rates)
 
 
-def gpu_few_rows(gpu: Any, dtype: str, on_progress: Progress) -> float:
-    """Weight bytes a second of a linear with one row."""
-    on_progress(f"GPU linear {dtype}")
-    weight = _gpu_weight(gpu, dtype)
-    return weight.nbytes / _kernels(gpu, _gpu_linear(gpu, weight, dtype, 1))
-
-
-def gpu_row_rates(gpu: Any, few: DtypeRates, on_progress: Progress) -> tuple[RowRate, ...]:
-    """Operations a second by row count: one row waits for memory, some cost no more, many are bound by arithmetic."""
-    rates: dict[str, list[float]] = {}
-    for dtype in WEIGHT_DTYPES:
-        on_progress(f"GPU linear {dtype} by rows")
-        weight = _gpu_weight(gpu, dtype)
-        work = 2 * weight.shape[0] * BLOCK_FEATURES * IN_FEATURES
-        rates[dtype] = [work * few.of(dtype) / weight.nbytes]
-        for rows in ROW_COUNTS[1:]:
-            rates[dtype].append(rows * work / _kernels(gpu, _gpu_linear(gpu, weight, dtype, rows)))
-    return tuple(
-        RowRate(rows, DtypeRates(*(rates[dtype][i] for dtype in WEIGHT_DTYPES))) for i, rows in enumerate(ROW_COUNTS)
-    )
-
-
-def crossovers(rates: tuple[RowRate, ...], dtype: str) -> tuple[int, int]:
-    """(flat, gemm): the most rows that cost hardly more than one, and the fewest that reach nearly the best rate."""
-    times = {rate.rows: rate.rows / rate.ops_per_s.of(dtype) for rate in rates}
-    best = max(rate.ops_per_s.of(dtype) for rate in rates)
-    flat = max(rows for rows, taken in times.items() if taken <= FLAT * times[rates[0].rows])
-    return flat, min(rate.rows for rate in rates if rate.ops_per_s.of(dtype) >= NEARLY_ALL * best)
-
-
 def gpu_attention_rate(gpu: Any) -> float:
     """Operations a second of a chunk over itself and as many tokens before it."""
     pages = 2 * PREFILL_ROWS // PAGE_TOKENS
@@ -208,7 +177,7 @@ def gpu_attention_rate(gpu: Any) -> float:
     table = gpu.empty((KV_HEADS, pages), torch.int32)
     q, out = (gpu.empty((PREFILL_ROWS, HEADS, HEAD_DIM), torch.float32) for _ in range(2))
     lse = gpu.empty((PREFILL_ROWS, HEADS), torch.float32)
-    taken = _kernels(
+    taken = kernels_s(
         gpu,
         lambda: gpu.ops.prefill_attention(
             q, k_pages, v_pages, table, 0, 2 * PREFILL_ROWS, PREFILL_ROWS, 0, 0.1, out, lse
@@ -232,6 +201,12 @@ def slowdowns(gpu: Any, ops: CpuKernels, h2d_bytes_per_s: float) -> tuple[Togeth
         shares_together(gpu, linear_call(ops, weight, "bf16", 1), h2d_bytes_per_s),
         shares_together(gpu, decode_call(ops, pages, HEADS // KV_HEADS, HEAD_DIM), h2d_bytes_per_s),
     )
+
+
+def streaming_pays(together: Together, cpu_bytes_per_s: float, h2d_bytes_per_s: float) -> bool:
+    """Whether a CPU lane and copies read more of DRAM side by side than the CPU lane reads alone."""
+    both = cpu_bytes_per_s * together.cpu + h2d_bytes_per_s * together.copies
+    return both >= LEAST_GAIN * cpu_bytes_per_s
 
 
 def shares_together(gpu: Any, work: Callable[[], object], h2d_bytes_per_s: float) -> Together:
@@ -267,21 +242,3 @@ def _median(gpu: Any, work: Callable[[], object]) -> float:
     """Median GPU time of one call, warmed up."""
     work()
     return statistics.median(gpu.seconds(work) for _ in range(REPETITIONS))
-
-
-def _kernels(gpu: Any, work: Callable[[], object]) -> float:
-    """Seconds of kernels, warmed up."""
-    work()
-    return gpu.kernel_seconds(work)
-
-
-def _gpu_weight(gpu: Any, dtype: str) -> torch.Tensor:
-    size = min(GPU_WEIGHTS, gpu.free_bytes // 8)
-    row_bytes = block_bytes(dtype, IN_FEATURES)
-    return gpu.empty((max(1, size // row_bytes), row_bytes), torch.uint8).fill_(WEIGHT_BYTE)
-
-
-def _gpu_linear(gpu: Any, weight: torch.Tensor, dtype: str, rows: int) -> Callable[[], None]:
-    x = gpu.empty((rows, IN_FEATURES), torch.float32)
-    out = gpu.empty((rows, weight.shape[0] * BLOCK_FEATURES), torch.float32)
-    return lambda: gpu.ops.linear(x, weight, dtype, None, out)

@@ -127,7 +127,10 @@ class Unknowns:
             stream, cpu = (
                 None if value is None else count * value for value in (bounds.stream[tier], bounds.cpu[tier])
             )
+            is_free = (stream, cpu) == (None, None)
             if self.slots == 0 or (self.homes and (c, i) not in self.homes.streaming):
+                stream = 0
+            elif is_free and tier == 0 and not self.hardware.streams_in_decode:
                 stream = 0
             variables.stream[tier] = self._whole(stream, total, integer)
             variables.cpu[tier] = self._whole(cpu, total, integer)

@@ -54,12 +54,19 @@ def prefill(dtype: torch.dtype, head_dim: int, page: int = PAGE) -> Callable[[],
 
 
 def linear(
-    weight_dtype: str, rows: int, out_features: int = HIDDEN, bias: bool = False, accumulate: bool = False
+    weight_dtype: str,
+    rows: int,
+    out_features: int = HIDDEN,
+    bias: bool = False,
+    accumulate: bool = False,
+    int8_rows: int = 64,
 ) -> Callable[[], None]:
     weight = empty(out_features // 16, reference.block_bytes(weight_dtype, HIDDEN), dtype=torch.uint8)
     out = empty(rows, out_features)
     x, added = empty(rows, HIDDEN), out[0] if bias else None
-    return lambda: gpu_kernels.linear(x, weight, weight_dtype, added, out, accumulate)
+    return lambda: gpu_kernels.linear(
+        gpu_kernels.rounded(x, weight_dtype, int8_rows), weight, weight_dtype, added, out, accumulate
+    )
 
 
 def merge(parts: int, head_dim: int) -> Callable[[], None]:
@@ -150,6 +157,12 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "q8 64 rows": (linear("q8", 64), (80,)),
     "q8 64 rows wide": (linear("q8", 64, 28672, bias=True, accumulate=True), (86, 120)),
     "q8 512 rows": (linear("q8", 512), (120,)),
+    "q4 512 rows in int8": (linear("q4", 512, 28672, int8_rows=512), (86, 120)),
+    "q4 512 rows in int8 onto": (linear("q4", 512, 28672, True, True, int8_rows=512), (80, 89)),
+    "q4 80 rows in int8": (linear("q4", 80, int8_rows=512), (86,)),
+    "q8 512 rows in int8": (linear("q8", 512, 28672, int8_rows=512), (80, 89)),
+    "q8 512 rows in int8 onto": (linear("q8", 512, 28672, True, True, int8_rows=512), (86, 120)),
+    "q8 80 rows in int8": (linear("q8", 80, accumulate=True, int8_rows=512), (90,)),
     "merge 2": (merge(2, 128), (86,)),
     "merge 3 of 80": (merge(3, 80), (90,)),
     "rms_norm": (rms_norm, (86,)),
@@ -175,8 +188,10 @@ def check(used: Resources, name: str, architecture: int) -> None:
     """Assert what every kernel must keep, and what its kind promises; float32 products have no tensor core."""
     assert used.stack_bytes == 0 and used.local_accesses == 0, used
     assert used.shared_bytes <= SHARED_MEMORY_LIMIT[architecture], used
-    if used.kernel in ("_prefill_attention_kernel", "_flat_kernel") and "fp32" not in name:
+    if used.kernel in ("_prefill_attention_kernel", "_flat_kernel", "_int8_tile_kernel") and "fp32" not in name:
         assert used.tensor_core > 0, used
+    if used.kernel in ("_flat_kernel", "_int8_tile_kernel"):
+        assert used.int8_products > 0, used
     if used.kernel == "_decode_attention_kernel":
         narrow = 0.3 if "q4" in name else 0.4  # the others are page ids, and the scales and minima of codes
         assert used.wide_loads >= narrow * used.loads, used

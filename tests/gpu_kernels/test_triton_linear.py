@@ -11,9 +11,10 @@ from tests.support.kernel_data import normal, packed_weight
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
-from gpu_kernels import activation, dequantize, linear_layer, quantized_linear, reference
+from gpu_kernels import activation, dequantize, int8_tile, linear_layer, quantized_linear, reference
+from gpu_kernels.device_ops import DeviceOps
 
-BORDER = linear_layer.QUANTIZED_ROWS
+BORDER = linear_layer.INT8_ROWS
 TILES = sorted({*quantized_linear.TILES_FEW, *quantized_linear.TILES_MANY, quantized_linear.Tile(8, 2, 2, 2)})
 GEMV_SHAPES = [quantized_linear.GEMV_FEW, quantized_linear.GEMV_MANY, quantized_linear.GemvShape(2, 1)]
 
@@ -76,6 +77,40 @@ def test_every_shape_of_one_row_serves_any_inputs(device, weight_dtype, shape, m
     monkeypatch.setattr(quantized_linear, "gemv_shape", lambda num_blocks: shape)
 
     check(device, weight_dtype, 1, 2, 64 * shape.warps * shape.unroll + 30, accumulate=True)
+
+
+@pytest.mark.parametrize("weight_dtype", ["q4", "q8"])
+@pytest.mark.parametrize("tile", [int8_tile.TILE, int8_tile.SMALL_TILE], ids=str)
+@pytest.mark.parametrize("rows,num_blocks,in_features", [(65, 3, 100), (130, 9, 192)])
+def test_many_rows_in_int8_are_as_exact_as_few(device, weight_dtype, tile, rows, num_blocks, in_features, monkeypatch):
+    monkeypatch.setattr(int8_tile, "tile_for", lambda rows, num_blocks: tile)
+    accumulate = rows == 130
+
+    checks.check_linear(
+        DeviceOps(device, {weight_dtype: 512}).linear,
+        device,
+        weight_dtype,
+        rows,
+        num_blocks,
+        in_features,
+        not accumulate,
+        accumulate,
+    )
+
+
+@pytest.mark.parametrize("weight_dtype", ["q4", "q8"])
+def test_what_a_card_multiplies_in_int8_is_said_once_for_its_operations(device, weight_dtype, monkeypatch):
+    """At 70 rows: in int8 with 70, in bf16 with 69; x rounded before is multiplied as it was rounded."""
+    used = []
+    monkeypatch.setattr(linear_layer, "multiply_many_rows", lambda *arguments: used.append("int8"))
+    monkeypatch.setattr(linear_layer, "_dense_linear", lambda *arguments: used.append("bf16"))
+    x, out = torch.ones(70, 64, device=device), torch.empty(70, 16, device=device)
+    weight = packed_weight(weight_dtype, 1, 64, seed=1).to(device)
+    for limit, expected in ((70, "int8"), (69, "bf16")):
+        ops = DeviceOps(device, {"q4": limit, "q8": limit})
+        for given in (x, ops.rounded(x, weight_dtype)):
+            ops.linear(given, weight, weight_dtype, None, out)
+            assert used.pop() == expected
 
 
 @pytest.mark.parametrize("weight_dtype", ["bf16", "q4", "q8"])

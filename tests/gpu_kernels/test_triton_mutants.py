@@ -14,11 +14,21 @@ from tests.support.code_pages import check_rope_append
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
-from gpu_kernels import attention, linear_layer
+from gpu_kernels import activation, attention, linear_layer
 from gpu_kernels.linear_layer import linear
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ROOT = Path(attention.__file__).parent
+
+
+def tiled(multiply, weight_dtype):
+    """Few rows by the tile for many, of inputs in their own order."""
+
+    def op(x, weight, weight_dtype, bias, out, accumulate):
+        multiply(activation.quantize_activation(x, "own"), weight, weight_dtype, bias, out, accumulate)
+
+    checks.check_linear(op, "cpu", weight_dtype, rows=5, num_blocks=3, in_features=192)
+
 
 DECODE = partial(
     checks.check_decode,
@@ -80,6 +90,8 @@ GEMV_Q4 = partial(checks.check_linear, device="cpu", weight_dtype="q4", rows=1, 
 GEMV_Q8 = partial(checks.check_linear, device="cpu", weight_dtype="q8", rows=1, num_blocks=2, in_features=192)
 FLAT_Q4 = partial(checks.check_linear, device="cpu", weight_dtype="q4", rows=18, num_blocks=3, in_features=192)
 FLAT_Q8 = partial(checks.check_linear, device="cpu", weight_dtype="q8", rows=18, num_blocks=3, in_features=192)
+TILE_Q4 = partial(tiled, weight_dtype="q4")
+TILE_Q8 = partial(tiled, weight_dtype="q8")
 LONG_FLAT_Q4 = partial(checks.check_linear, device="cpu", weight_dtype="q4", rows=3, num_blocks=2, in_features=1088)
 DENSE_Q4 = partial(
     checks.check_linear,
@@ -429,8 +441,43 @@ MUTANTS = {
         "quantized_linear",
         "quantized_linear",
         FLAT_Q4,
-        "tl.join(_low_nibbles(packed), _high_nibbles(packed))",
-        "tl.join(_high_nibbles(packed), _low_nibbles(packed))",
+        "tl.join(low_nibbles(packed), high_nibbles(packed))",
+        "tl.join(high_nibbles(packed), low_nibbles(packed))",
+    ),
+    "tile forgets the minima": (
+        "int8_tile",
+        "multiply_many_rows",
+        TILE_Q4,
+        "acc += row_sum[:, None] * minimum",
+        "acc += 0.0 * row_sum[:, None] * minimum",
+    ),
+    "tile swaps the nibbles": (
+        "int8_tile",
+        "multiply_many_rows",
+        TILE_Q4,
+        "tl.join(low_nibbles(packed), high_nibbles(packed))",
+        "tl.join(high_nibbles(packed), low_nibbles(packed))",
+    ),
+    "tile multiplies the weights of the step before": (
+        "int8_tile",
+        "multiply_many_rows",
+        TILE_Q4,
+        "following = step + 1 ",
+        "following = step ",
+    ),
+    "tile of q8 reads the first half twice": (
+        "int8_tile",
+        "multiply_many_rows",
+        TILE_Q8,
+        "half = 0 if IS_Q4 else following % 2",
+        "half = 0",
+    ),
+    "tile of q8 scales by the other row": (
+        "int8_tile",
+        "multiply_many_rows",
+        TILE_Q8,
+        "tl.load(scales + group * scale_stride + row, mask",
+        "tl.load(scales + group * scale_stride + (row ^ 1), mask",
     ),
     "flat forgets the minima": (
         "quantized_linear",
@@ -443,7 +490,7 @@ MUTANTS = {
         "quantized_linear",
         "quantized_linear",
         FLAT_Q8,
-        "_signed(packed).reshape",
+        "signed(packed).reshape",
         "packed.to(tl.int8, bitcast=True).reshape",
     ),
     "flat of q8 uses one scale for both halves": (

@@ -19,7 +19,7 @@ EMULATED = HardwareProfile.named("emulated")
 def explanation():
     return explain(
         llama_8b(dtype="q4", context=4096),
-        HardwareProfile.named("rtx3060-ddr4"),
+        replace(HardwareProfile.named("rtx3060-ddr4"), gpu_int8_ops_per_s=0.0),  # whose GPU prompts keep busy
         Policy(),
         device="cuda",
         gpu_memory_bytes=3 * 2**30,

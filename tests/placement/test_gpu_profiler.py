@@ -8,20 +8,23 @@ import torch
 
 from cpu_kernels.formats.weights import BLOCK_FEATURES
 from placement import HardwareProfile
-from placement.machine.rates import DtypeRates, RowRate
+from placement.machine.rates import ANY_ROWS, DtypeRates, RowRate
 from placement.profilers import gpu as gpu_profiler
 from placement.profilers import timing
 from placement.profilers.gpu import (
     COPY_BYTES,
+    Together,
     copy_rates,
-    crossovers,
     gpu_attention_rate,
     measure_gpu,
     shares_together,
+    streaming_pays,
 )
+from placement.profilers.gpu_linear import crossing, crossovers
 
 MEMORY, FLOPS = 400e9, {"fp32": 10e12, "bf16": 40e12, "q8": 40e12, "q4": 30e12}
 PINNED_H2D, PINNED_D2H, PAGEABLE_H2D, PAGEABLE_D2H = 20e9, 18e9, 6e9, 5e9
+INT8 = {"q8": 60e12, "q4": 25e12}  # one faster than in bf16, one slower once memory is no longer waited for
 ATTENTION = 15e12
 CPU_BYTES, LEFT_WHILE_COPYING, COPIES_LEFT = 30e9, 0.75, 0.8
 
@@ -45,7 +48,7 @@ class FakeGpu:
     def __init__(self, slower_bus=1.0):
         self.clock = self.copies_end = self.kernels = 0.0
         self.slower = slower_bus
-        self.ops = SimpleNamespace(linear=self._linear, prefill_attention=self._attention)
+        self.ops = SimpleNamespace(linear=self._linear, rounded=self._rounded, prefill_attention=self._attention)
 
     def empty(self, shape, dtype):
         return FakeTensor(shape, dtype, "gpu")
@@ -87,9 +90,13 @@ class FakeGpu:
         self.clock += taken
         assert not is_beside or self.copies_end >= self.clock
 
-    def _linear(self, x, weight, dtype, bias, out):
+    def _rounded(self, x, dtype, int8_rows=64):
+        return x, INT8[dtype] if dtype in INT8 and x.shape[0] <= int8_rows else FLOPS[dtype]
+
+    def _linear(self, rounded, weight, dtype, bias, out):
+        x, rate = rounded
         operations = 2 * x.shape[0] * x.shape[1] * weight.shape[0] * BLOCK_FEATURES
-        self.kernels += max(weight.nbytes / MEMORY, operations / FLOPS[dtype])
+        self.kernels += max(weight.nbytes / MEMORY, operations / rate)
 
     def _attention(self, q, k_pages, v_pages, table, start, stop, q_start, window, scale, out, lse):
         rows, heads, head_dim = q.shape
@@ -130,12 +137,15 @@ def test_known_rates_come_out(small_buffers):
         profile.d2h_pageable_bytes_per_s,
     )
     assert pytest.approx((MEMORY, ATTENTION)) == (profile.gpu_bytes_per_s, profile.gpu_attention_ops_per_s)
-    assert pytest.approx(FLOPS) == {dtype: profile.gpu_flops.of(dtype) for dtype in FLOPS}
+    assert pytest.approx(FLOPS | {"q8": INT8["q8"]}) == {dtype: profile.gpu_flops.of(dtype) for dtype in FLOPS}
+    assert profile.int8_rows == {"q8": ANY_ROWS, "q4": 16}
+    assert pytest.approx(INT8["q4"]) == profile.gpu_int8_ops_per_s
     assert pytest.approx((LEFT_WHILE_COPYING, LEFT_WHILE_COPYING, COPIES_LEFT)) == (
         profile.cpu_slowdown_while_copying,
         profile.cpu_attention_slowdown_while_copying,
         profile.copy_slowdown_while_computing,
     )
+    assert profile.streams_in_decode
     assert cpu.cpu_linear_bytes_per_s == profile.cpu_linear_bytes_per_s
     assert {"copies over the bus", "GPU linear bf16 by rows", "CPU lane while copies run"} <= set(steps)
     assert profile == HardwareProfile.from_json(profile.to_json())
@@ -170,8 +180,29 @@ def test_crossovers_say_where_rows_stop_being_free_and_where_a_gemm_has_arrived(
     assert (16, 64) == crossovers(rates, "bf16")
 
 
+def test_int8_is_left_where_bf16_becomes_faster():
+    """Seconds at 16, 64, 128 and 512 rows; unpacking costs 100, a row 1 in bf16 and more or less in int8."""
+    counts = (16, 64, 128, 512)
+    in_bf16 = [100.0 + rows for rows in counts]
+
+    def limit(per_row: float, start: float = 0.0) -> int:
+        return crossing(counts, [start + per_row * rows for rows in counts], in_bf16)
+
+    assert limit(2.0) == 100
+    assert limit(1.1) == pytest.approx(1000, abs=1)  # beyond what was measured
+    assert limit(0.9) == limit(1.0) == ANY_ROWS
+    assert limit(2.0, start=1000.0) == 1
+
+
 def test_attention_counts_what_a_causal_chunk_sees():
     assert pytest.approx(ATTENTION) == gpu_attention_rate(FakeGpu())
+
+
+def test_streaming_in_decode_is_left_where_copies_only_take_from_the_cpu_lane():
+    """60 GB/s alone; beside copies of 12 GB/s it keeps a share."""
+    pays = [streaming_pays(Together(share, 0.9), 60e9, 12e9) for share in (1.0, 0.9, 0.86, 0.8)]
+
+    assert pays == [True, True, False, False]
 
 
 def test_work_that_copies_do_not_disturb_is_not_sped_up():

@@ -1,9 +1,12 @@
 """What others have measured with whole models on one GPU, and what the catalogue's machines are predicted to do."""
 
+from dataclasses import replace
+
 import pytest
 
 from placement import HardwareProfile, Policy, make_plan
 from placement.machine.hardware import catalogue_names
+from placement.machine.rates import ANY_ROWS
 from tests.support.planning_models import llama_8b, qwen_14b
 
 # (workload, machine, what people measured in tokens/s, where, how far the prediction may be off)
@@ -34,9 +37,64 @@ def test_where_lanes_overlap_the_prediction_is_a_range_below_what_dram_allows():
 @pytest.mark.parametrize(
     "name", [name for name in catalogue_names() if name not in ("emulated", "generic-cpu", "strix-halo")]
 )
+def test_cards_with_slow_bf16_products_stay_in_int8_and_the_others_leave_it(name):
+    """GeForce multiplies bf16 with float32 sums at a quarter of its int8 rate, data-centre cards at half of it."""
+    machine = HardwareProfile.named(name)
+    is_geforce = name.startswith(("rtx", "laptop"))
+
+    for dtype in ("q8", "q4"):
+        rows = machine.int8_rows[dtype]
+        assert rows == ANY_ROWS if is_geforce else 64 < rows < ANY_ROWS
+        fast, slow = machine.gpu_ops_per_s(dtype, rows), machine.gpu_ops_per_s(dtype, rows + 1)
+        assert (fast, slow) == (machine.gpu_int8_ops_per_s, machine.gpu_flops.of(dtype))
+    assert machine.gpu_ops_per_s("bf16", 64) == machine.gpu_flops.bf16
+
+
+def test_decode_streams_only_where_that_was_measured_to_pay():
+    """On estimated rates the bus was loaded to its last byte; a rule and a measurement may still do that."""
+    machine, workload = HardwareProfile.named("laptop-8gb-ddr5"), qwen_14b(dtype="q4", context=4096)
+    plan, measured, wished = (
+        make_plan(workload, each, policy, device="cuda", gpu_memory_bytes=7 << 30)
+        for each, policy in (
+            (machine, Policy()),
+            (replace(machine, streams_in_decode=True), Policy()),
+            (machine, Policy.named("stream_only")),
+        )
+    )
+
+    decoded, prompts = (sum(each.stream_units[tier] for each in plan.linears) for tier in (0, -1))
+    assert decoded == 0 < prompts
+    assert all(sum(each.stream_units[0] for each in other.linears) > 0 for other in (measured, wished))
+    assert plan.predicted.decode.seconds <= 1.25 * measured.predicted.decode.seconds
+
+
+def test_measured_limits_count_and_without_rates_there_is_one_for_every_card():
+    machine = HardwareProfile.named("rtx4090-ddr5")
+
+    assert replace(machine, gpu_q4_int8_rows=300).int8_rows == {"q8": ANY_ROWS, "q4": 300}
+    assert replace(machine, gpu_int8_ops_per_s=0.0).int8_rows == {"q8": 64, "q4": 64}
+
+
+def test_a_prompt_on_a_card_that_stays_in_int8_is_predicted_by_its_int8_rate():
+    """Of 8B in q4 wholly on an RTX 4090, linears are most of the prompt."""
+    machine = HardwareProfile.named("rtx4090-ddr5")
+    workload = llama_8b(dtype="q4", context=1024)
+    fast, slow = (
+        make_plan(workload, each, Policy(), device="cuda").predicted.prefill.seconds
+        for each in (machine, replace(machine, gpu_int8_ops_per_s=0.0))
+    )
+
+    assert 1.2 * fast < slow
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in catalogue_names() if name not in ("emulated", "generic-cpu", "strix-halo")]
+)
 def test_catalogue_machines_carry_what_python_and_lost_overlap_cost(name):
     machine = HardwareProfile.named(name)
 
     assert machine.step_overhead_s > 0 and machine.gpu_layer_overhead_s > 0 and machine.handover_s > 0
+    assert machine.launch_overhead_s > 0 and machine.gpu_product_overhead_s > 0 and machine.logits_s_per_token > 0
+    assert machine.copy_slowdown_while_computing < 1 or machine.unified_memory
     assert machine.overlap < 1 and machine.prompt_overlap < 1 and machine.overlap_source
     assert machine.gpu_memory_bytes % 2**20 == 0 or machine.unified_memory

@@ -304,8 +304,12 @@ def test_large_linears_over_codes_are_several_products_and_each_streamed_piece_i
     at_home = -(-2 * shard.out_features * shard.in_features // GPU_PRODUCT_BYTES)
     pieces = [-(-half // (each.staging_piece_bytes // kind(each).unit_bytes)) for each in (q4, bf16)]
 
-    assert (at_home, 1) == tuple(gpu_products(kind(each), whole, 512, each) for each in (q4, bf16))
-    assert (2 + pieces[0], 1 + pieces[1]) == tuple(gpu_products(kind(each), split, 512, each) for each in (q4, bf16))
+    assert (at_home, 1) == tuple(gpu_products(kind(each), whole, 512, each, MACHINE) for each in (q4, bf16))
+    assert (2 + pieces[0], 1 + pieces[1]) == tuple(
+        gpu_products(kind(each), split, 512, each, MACHINE) for each in (q4, bf16)
+    )
+    in_int8 = replace(MACHINE, gpu_q4_int8_rows=512)
+    assert 1 == gpu_products(kind(q4), whole, 512, q4, in_int8) < gpu_products(kind(q4), whole, 513, q4, in_int8)
     assert at_home == 4 and pieces[0] > 3 and pieces[1] > 12
 
 
@@ -314,7 +318,7 @@ def test_a_product_more_than_the_four_of_a_layer_costs_what_was_measured_of_one(
     linears, kv = placed(workload, 0.5, 0.5, groups=8)
     machine = replace(MACHINE, gpu_layer_overhead_s=1.0, gpu_product_overhead_s=0.25)
     pairs = list(zip(workload.linears, linears, strict=True))
-    products = sum(gpu_products(s, p, 64, workload) for s, p in pairs if s.kind != "head")
+    products = sum(gpu_products(s, p, 64, workload, machine) for s, p in pairs if s.kind != "head")
 
     cheap, dear = (
         queueing_s(workload, linears, Call(1, 64, 0), replace(machine, gpu_product_overhead_s=each), True)

@@ -33,7 +33,7 @@ _JUMP = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
 class Resources(NamedTuple):
     """What one compiled kernel uses; a spilled register shows as stack bytes and local accesses. Loads and products are
     counted as instructions in the machine code; exchanges between threads, by shuffles or shared memory, in its longest
-    loop."""
+    loop. int8_products: of the PTX, products of int8 tensor cores."""
 
     kernel: str
     registers: int
@@ -45,6 +45,7 @@ class Resources(NamedTuple):
     tensor_core: int
     dp4a: int
     loop_exchanges: int
+    int8_products: int
 
 
 class _NamedTarget:
@@ -105,6 +106,7 @@ def _resources(name: str, kernel: Any) -> Resources:
         tensor_core=count("HMMA", "HGMMA", "IMMA", "IGMMA", "QGMMA"),
         dp4a=count("IDP", having="4A"),
         loop_exchanges=sum(op.split(".")[0] in ("SHFL", "LDS", "LDSM", "STS", "BAR") for op in _longest_loop(code)),
+        int8_products=len(re.findall(r"^\s+w?g?mma\S*\.s8\.s8", kernel.asm["ptx"], re.M)),
     )
 
 

@@ -59,7 +59,8 @@ class Durations:
             return 0.0
         if queued.kind != "work" or queued.lane == COPIES:
             return self._turn_s
-        return self._launch_s * (2 * products(queued.arguments) if queued.operation == "linear" else 1)
+        count = 2 * products(queued.arguments, self.hardware) if queued.operation == "linear" else 1
+        return self._launch_s * count
 
     def _copy(self, arguments: dict[str, Any], entry: Entry) -> float:
         hardware, nbytes = self.hardware, arguments["nbytes"]
@@ -73,7 +74,7 @@ class Durations:
         if hardware.gpu_rows:
             return operations * seconds_per_operation_of_a_row(hardware.gpu_rows, rows, fmt)
         read_s = arguments["weight"].nbytes / hardware.gpu_bytes_per_s
-        return max(read_s, rows * operations / hardware.gpu_flops.of(fmt))
+        return max(read_s, rows * operations / hardware.gpu_ops_per_s(fmt, rows))
 
     def _decode_attention(self, arguments: dict[str, Any], entry: Entry) -> float:
         return _decode_bytes(arguments) / self.hardware.gpu_bytes_per_s + 4 * KERNEL_S  # 10 us for 1k tokens
@@ -121,9 +122,10 @@ class Durations:
         return rate.bytes_per_s, rate.ops_per_s
 
 
-def products(arguments: dict[str, Any]) -> int:
+def products(arguments: dict[str, Any], hardware: HardwareProfile) -> int:
     """In how many products a GPU's linear of many rows computes a weight: what becomes bf16 at once is bounded."""
-    if widest(arguments["weight_dtype"]).is_row_major:
+    fmt = arguments["weight_dtype"]
+    if widest(fmt).is_row_major or arguments["out"].shape[0] <= hardware.int8_rows.get(fmt, 0):
         return 1
     return max(1, -(-_operations_of_a_row(arguments) // GPU_PRODUCT_BYTES))  # two operations and two bytes a weight
 
