@@ -7,9 +7,21 @@ are and the mixes of them that one linear may have, `gguf_types` the block types
 
 from cpu_kernels.formats.base import BLOCK_FEATURES, GROUP_INPUTS, LINE_BYTES, WeightFormat
 from cpu_kernels.formats.gguf_types import GGUF_TYPES, GgufType
-from cpu_kernels.formats.source_types import INT4_GROUPS, INT4_HEADER_BYTES, INT4_TYPES, SOURCE_TYPES
+from cpu_kernels.formats.source_types import (
+    E2M1_TYPE,
+    FP8_TYPE,
+    INT4_GROUPS,
+    INT4_HEADER_BYTES,
+    INT4_TYPES,
+    INT8_TYPE,
+    NF4_TYPE,
+    SCALE_BYTES,
+    SCALED_TYPES,
+    SOURCE_TYPES,
+)
 from cpu_kernels.formats.table import (
     FORMATS,
+    NF4_VALUES,
     Segment,
     format_of,
     mix_name,
@@ -21,13 +33,20 @@ from cpu_kernels.formats.table import (
 
 __all__ = [
     "BLOCK_FEATURES",
+    "E2M1_TYPE",
     "FORMATS",
+    "FP8_TYPE",
     "GGUF_TYPES",
     "GROUP_INPUTS",
     "INT4_GROUPS",
     "INT4_HEADER_BYTES",
     "INT4_TYPES",
+    "INT8_TYPE",
     "LINE_BYTES",
+    "NF4_TYPE",
+    "NF4_VALUES",
+    "SCALED_TYPES",
+    "SCALE_BYTES",
     "SOURCE_TYPES",
     "GgufType",
     "Segment",

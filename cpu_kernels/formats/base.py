@@ -16,7 +16,8 @@ interleave the 16 features, so that a vector register holds the same inputs of a
           nibble first.
   u6      the 8 of u4, then 4: line h, byte 4f+i: bits 4k, 4k+1 and 4k+2, 4k+3 are bits 4 and 5 of the codes in byte
           4f+i of line 2h+k, low nibble first.
-  i8      16: line j, byte 4f+i: input 4j+i of feature f.
+  i8, f8  16: line j, byte 4f+i: input 4j+i of feature f. Of f8 a code is the number that it is as float8 E4M3.
+  v4      as u4; a nibble is an index into `values`, 16 float32 numbers that are the code.
 
   header  value of code c                       header lines, of 16 numbers a feature each unless said otherwise
   S32     (c - offset) * s                      float16 s of inputs 0..31, of 32..63
@@ -27,6 +28,7 @@ interleave the 16 features, so that a vector register holds the same inputs of a
   K2S32   (d * s) * (c - offset)                float16 d, 32 bytes unused; 8 runs of int8 s, one for every 32 inputs
   SZ32, SZ64, SZ128   (c - z) * s               of every 32, 64 or 128 inputs: all float16 s, then 16-byte runs of u8 z
   E32     (c - offset) * 2^(e - 128)            4 runs of u8 e, one for every 32 inputs
+  F16, F64, F128   (c - offset) * s             float32 s of every 16, 64 or 128 inputs
 """
 
 from dataclasses import dataclass
@@ -35,7 +37,7 @@ BLOCK_FEATURES = 16
 GROUP_INPUTS = 64  # inputs that share one scale of the activations
 LINE_BYTES = 64
 ROW_MAJOR_ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
-CODE_LINES = {"u4": 8, "t4": 8, "u5": 10, "u6": 12, "i8": 16}
+CODE_LINES = {"u4": 8, "t4": 8, "v4": 8, "u5": 10, "u6": 12, "i8": 16, "f8": 16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,7 @@ class WeightFormat:
 
     name: how plans, policies and ops call it. plane, header, header_lines: of a coded format, header "" of a row-major
     one. group_inputs: inputs of a superblock; only at its multiples may a weight be cut by rows. offset: taken from
-    every code. table: codes of a t4 plane. rounds_x_to: what activations become before they are multiplied, "fp32",
+    every code. table: codes of a t4 plane. values: of a v4 plane. rounds_x_to: what activations become before they are multiplied, "fp32",
     "bf16" or "int8" (per group of 64). like: a format whose rates are taken where this one's were not measured.
     """
 
@@ -57,6 +59,12 @@ class WeightFormat:
     group_inputs: int = 1
     offset: int = 0
     table: tuple[int, ...] = ()
+    values: tuple[float, ...] = ()
+
+    @property
+    def has_float_codes(self) -> bool:
+        """Whether codes are floating-point numbers, which no integer dot product can take."""
+        return self.plane in ("f8", "v4")
 
     @property
     def is_row_major(self) -> bool:

@@ -9,6 +9,25 @@ from cpu_kernels.formats.base import WeightFormat
 # The 16 values of IQ4_NL and IQ4_XS with 128 added, and twice those of E2M1 with 12 added.
 _IQ4 = (1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241)
 _E2M1 = (12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0)
+# Quantiles of the normal distribution, as bitsandbytes has them: QLoRA, arXiv 2305.14314, appendix E.
+NF4_VALUES = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 
 
 def _row_major(name: str, plane: str, rounds_x_to: str, like: str) -> WeightFormat:
@@ -16,9 +35,16 @@ def _row_major(name: str, plane: str, rounds_x_to: str, like: str) -> WeightForm
 
 
 def _coded(
-    name: str, plane: str, header: str, lines: int, inputs: int, offset: int = 0, table: tuple[int, ...] = ()
+    name: str,
+    plane: str,
+    header: str,
+    lines: int,
+    inputs: int,
+    offset: int = 0,
+    table: tuple[int, ...] = (),
+    values: tuple[float, ...] = (),
 ) -> WeightFormat:
-    like = "q8" if plane in ("i8", "u6", "u5") else "q4"
+    like = "fp32" if plane in ("f8", "v4") else "q8" if plane in ("i8", "u6", "u5") else "q4"
     return WeightFormat(
         name=name,
         plane=plane,
@@ -29,6 +55,7 @@ def _coded(
         group_inputs=inputs,
         offset=offset,
         table=table,
+        values=values,
     )
 
 
@@ -53,6 +80,10 @@ FORMATS = {
         _coded("int4_g64", "u4", "SZ64", 3, 256),
         _coded("int4_g128", "u4", "SZ128", 1, 128),
         _coded("mxfp4", "t4", "E32", 1, 128, offset=12, table=_E2M1),
+        _coded("nvfp4", "t4", "F16", 4, 64, offset=12, table=_E2M1),
+        _coded("nf4", "v4", "F64", 1, 64, values=NF4_VALUES),
+        _coded("int8", "i8", "F128", 1, 128, offset=128),
+        _coded("fp8", "f8", "F128", 1, 128),
     )
 }
 

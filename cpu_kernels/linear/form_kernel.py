@@ -6,6 +6,7 @@ scales stay integers: sub-scale times dot product is exact in int32, and only th
 """
 
 from collections.abc import Callable
+from functools import reduce
 
 from llvmlite import ir
 from numba import types
@@ -22,6 +23,7 @@ from cpu_kernels.vectors.vector import (
     VF32,
     VHALF,
     VI8,
+    VI16,
     VI32,
     F32x16,
     constant,
@@ -61,6 +63,31 @@ def look_up(isa: Isa, b, table: tuple[int, ...], indexes):
     return b.bitcast(found, VI32)
 
 
+def look_up_numbers(isa: Isa, b, values: tuple[float, ...], indexes):
+    """Numbers of a table of 16, by an <16 x i32> of indexes whose bits from the fifth on are 0."""
+    from numba.core import cgutils
+
+    if isa.has_avx512:
+        kind = ir.FunctionType(VF32, [VF32, VI32])
+        function = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512.permvar.sf.512")
+        return b.call(function, [ir.Constant(VF32, list(values)), indexes])
+    found = constant(VF32, values[0])
+    for index, entry in enumerate(values[1:], 1):
+        found = b.select(b.icmp_unsigned("==", indexes, constant(VI32, index)), constant(VF32, entry), found)
+    return found
+
+
+def number_of_code(isa: Isa, item: WeightFormat, b, codes, place: int):
+    """Byte `place` of every lane of `codes` as the number that it stands for."""
+    code = b.lshr(codes, constant(VI32, 8 * place)) if place else codes
+    if item.plane == "v4":
+        return look_up_numbers(isa, b, item.values, b.and_(code, constant(VI32, 15)))
+    # Shifted by 7, exponent and mantissa are those of a float16 that is 256 times smaller, subnormal ones too.
+    sign = b.shl(b.and_(code, constant(VI32, 0x80)), constant(VI32, 8))
+    half = b.or_(sign, b.shl(b.and_(code, constant(VI32, 0x7F)), constant(VI32, 7)))
+    return b.fmul(b.fpext(b.bitcast(b.trunc(half, VI16), VHALF), VF32), constant(VF32, 256.0))
+
+
 def _shuffle(b, name: str, vector):
     from numba.core import cgutils
 
@@ -86,7 +113,7 @@ def code_words(isa: Isa, item: WeightFormat, b, lines) -> Callable[[int], object
         return b.and_(shifted(line(k // 2), -4 * (k % 2)), constant(VI32, NIBBLES))
 
     def word(k: int):
-        if item.plane == "i8":
+        if item.plane in ("i8", "f8"):
             return line(k)
         if item.plane == "t4":
             return look_up(isa, b, item.table, nibble(k))
@@ -130,6 +157,10 @@ class Record:
         """Inputs 4k..4k+3 in every lane."""
         return splat_value(self._b, load_as(self._b, self._address, I32, GROUP_INPUTS * row + 4 * k))
 
+    def numbers(self, row: int, k: int):
+        """Inputs 16k..16k+15 as float32, one in a lane."""
+        return self._b.sitofp(load_as(self._b, self._address, VI8, GROUP_INPUTS * row + 16 * k), VF32)
+
     def scale(self, row: int):
         """The row's scale in every lane."""
         return splat_value(self._b, load_as(self._b, self._address, F32, self._offset(row, 0)))
@@ -145,9 +176,10 @@ class Record:
 def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
     """Intrinsic (sums, superblock, group, code lines, record) -> sums; group: which 64 inputs of the superblock."""
     tile = types.UniTuple(F32x16, rows)
-    has_zeros = item.header.startswith("SZ")
-    group_inputs = int(item.header.removeprefix("SZ")) if has_zeros else 0
-    run = 16 if item.header == "K2S16" else 64 if group_inputs > 32 else 32  # inputs that share a scale
+    has_zeros, has_floats = item.header.startswith("SZ"), item.header.startswith("F")
+    group_inputs = int(item.header.lstrip("SZF")) if has_zeros or has_floats else 0
+    # inputs that share a scale, up to 64
+    run = 16 if item.header in ("K2S16", "F16") else 64 if group_inputs > 32 else 32
     runs = GROUP_INPUTS // run
 
     def dots(b, word, record, part: int):
@@ -155,16 +187,46 @@ def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
         sums = []
         for row in range(rows):
             start = constant(VI32, 0)
-            if item.offset:
-                low = pair(-item.offset, -item.offset if run == 32 else 0)
-                taken = constant(VI32, low if run == 32 or part % 2 == 0 else pair(0, -item.offset))
-                start = emit_dot2(isa, b, start, record.sums(row, part * run // 32), taken)
+            if item.offset and run == 16:
+                taken = pair(-item.offset, 0) if part % 2 == 0 else pair(0, -item.offset)
+                start = emit_dot2(isa, b, start, record.sums(row, part // 2), constant(VI32, taken))
+            elif item.offset:
+                for half in range(part * run // 32, (part + 1) * run // 32):
+                    taken = constant(VI32, pair(-item.offset, -item.offset))
+                    start = emit_dot2(isa, b, start, record.sums(row, half), taken)
             sums.append(start)
         for k in range(part * run // 4, (part + 1) * run // 4):
             codes = word(k)
             for row in range(rows):
                 sums[row] = emit_dot4(isa, b, sums[row], codes, record.inputs(row, k))
         return sums
+
+    def float_dots(b, word, record):
+        """float32 sums of code * input over all 64, for every row, in as many chains as hide the additions."""
+        chains = max(1, 4 // rows)
+        sums = [[constant(VF32, 0.0)] * chains for _ in range(rows)]
+        for quarter in range(4):
+            inputs = [record.numbers(row, quarter) for row in range(rows)]
+            for index in range(16):
+                number = number_of_code(isa, item, b, word(4 * quarter + index // 4), index % 4)
+                lanes = ir.Constant(VI32, [index] * 16)
+                for row in range(rows):
+                    x, chain = b.shuffle_vector(inputs[row], inputs[row], lanes), index % chains
+                    sums[row][chain] = fma_value(b, number, x, sums[row][chain])
+        return [reduce(b.fadd, chained) for chained in sums]
+
+    def with_float_scales(b, superblock, group, word, record):
+        """Sums of scale * dot, for every row; a superblock is one group of inputs or 64."""
+        totals = [None] * rows
+        for part in range(runs):
+            scale = load_as(b, superblock, VF32, LINE_BYTES * part)
+            if item.has_float_codes:
+                values = float_dots(b, word, record)
+            else:
+                values = [b.sitofp(dot, VF32) for dot in dots(b, word, record, part)]
+            for row, value in enumerate(values):
+                totals[row] = b.fmul(value, scale) if part == 0 else fma_value(b, value, scale, totals[row])
+        return totals
 
     def one_level(b, superblock, group, word, record):
         """Sums of scale * dot (+ minimum * sum) as float32, for every row."""
@@ -226,7 +288,8 @@ def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
                 totals[row] = b.fmul(value, scale) if part == 0 else fma_value(b, value, scale, totals[row])
         return totals
 
-    multiply = with_zeros if has_zeros else two_levels if item.header.startswith("K2") else one_level
+    two = item.header.startswith("K2")
+    multiply = with_zeros if has_zeros else with_float_scales if has_floats else two_levels if two else one_level
     stream_lines = item.code_lines + -(-item.header_lines * GROUP_INPUTS // item.group_inputs)
 
     @emits(tile, tile, intp, intp, intp, intp)

@@ -13,7 +13,10 @@ from cpu_kernels.formats import (
     INT4_HEADER_BYTES,
     INT4_TYPES,
     LINE_BYTES,
+    SCALE_BYTES,
+    SCALED_TYPES,
     SOURCE_TYPES,
+    GgufType,
     format_of,
 )
 from cpu_kernels.team.chunks import fail, parameter, take
@@ -23,7 +26,7 @@ from cpu_kernels.vectors.scalar import least, load_byte, load_short, load_word, 
 NIBBLES, BITS, PAIRS = 0x0F0F0F0F, 0x01010101, 0x03030303
 SPREAD = 0x00204081  # times four bits: bit i is the lowest of byte i
 GROUP_WORDS = GROUP_INPUTS // 4
-HALF_INFINITY = 0x7C00
+HALF_INFINITY, FLOAT_INFINITY = 0x7C00, 0x7F800000
 
 
 @helper
@@ -150,17 +153,52 @@ def header_mxfp4(source, blocks, to, feature):
     return good
 
 
-def word_int4(group: int):
-    """`word` of blocks of `group` int4: inputs follow each other, two in a byte, low nibble first."""
-    words, block_bytes = group // 4, INT4_TYPES[group].block_bytes
+def word_nibbles(kind: GgufType, header_bytes: int):
+    """`word` of blocks of a group of 4-bit codes: inputs follow each other, two in a byte, low nibble first."""
+    words, block_bytes = kind.items // 4, kind.block_bytes
 
     @helper
     def word(source, k):
-        nibbles = load_short(source + k // words * block_bytes + INT4_HEADER_BYTES + 2 * (k % words))
+        nibbles = load_short(source + k // words * block_bytes + header_bytes + 2 * (k % words))
         spread = (nibbles & 0xF) | (nibbles & 0xF0) << 4
         return spread | (nibbles & 0xF00) << 8 | (nibbles & 0xF000) << 12
 
     return word
+
+
+def word_bytes(kind: GgufType, flipped: int):
+    """`word` of blocks of a scale and a group of bytes; flipped: their bits that are turned over."""
+    words, block_bytes = kind.items // 4, kind.block_bytes
+
+    @helper
+    def word(source, k):
+        return load_word(source + k // words * block_bytes + SCALE_BYTES + 4 * (k % words)) ^ flipped
+
+    return word
+
+
+def header_scaled(kind: GgufType):
+    """`header` of a float32 scale for every group of a superblock."""
+    block_bytes, together = kind.block_bytes, max(1, format_of(kind.format).group_inputs // kind.items)
+
+    @helper
+    def header(source, blocks, to, feature):
+        good = True
+        for block in range(together):
+            scale = load_word(source + block * block_bytes) if block < blocks else 0
+            good = good and scale & FLOAT_INFINITY != FLOAT_INFINITY
+            store_word(scale, to + LINE_BYTES * block + 4 * feature)
+        return good
+
+    return header
+
+
+def word_scaled(kind: GgufType):
+    """`word` of a kind with a float32 scale."""
+    plane = format_of(kind.format).plane
+    if plane in ("t4", "v4"):
+        return word_nibbles(kind, SCALE_BYTES)
+    return word_bytes(kind, 0x80808080 if plane == "i8" else 0)
 
 
 def header_int4(group: int):
@@ -194,7 +232,12 @@ KERNEL_SOURCES = {
     "IQ4_NL": (words_of_32(18, 2, 0), header_of_32(18, 1)),
     "IQ4_XS": (word_iq4_xs, header_iq4_xs),
     "MXFP4": (words_of_32(17, 1, 0), header_mxfp4),
-} | {INT4_TYPES[group].name: (word_int4(group), header_int4(group)) for group in INT4_GROUPS}
+}
+KERNEL_SOURCES |= {
+    INT4_TYPES[group].name: (word_nibbles(INT4_TYPES[group], INT4_HEADER_BYTES), header_int4(group))
+    for group in INT4_GROUPS
+}
+KERNEL_SOURCES |= {name: (word_scaled(kind), header_scaled(kind)) for name, kind in SCALED_TYPES.items()}
 
 
 def planes_of(plane: str, word):
@@ -235,7 +278,8 @@ def planes_of(plane: str, word):
         for k in range(16):
             store_word(code(source, first + k, stop), to + LINE_BYTES * k)
 
-    return {"u4": nibble_lines, "t4": nibble_lines, "u5": five_bits, "u6": six_bits, "i8": whole_bytes}[plane]
+    four = {"u4": nibble_lines, "t4": nibble_lines, "v4": nibble_lines}
+    return (four | {"u5": five_bits, "u6": six_bits, "i8": whole_bytes, "f8": whole_bytes})[plane]
 
 
 def repack(source_type: str):

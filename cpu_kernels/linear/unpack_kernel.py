@@ -5,13 +5,50 @@ import numpy as np
 from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat, format_of
 from cpu_kernels.team.chunks import fail, parameter, take
 from cpu_kernels.vectors.compiler import helper
-from cpu_kernels.vectors.scalar import as_float, load_byte, load_half, load_i64, store_scalar
+from cpu_kernels.vectors.scalar import as_float, load_byte, load_half, load_i64, load_scalar, store_scalar
 
 
 @helper
 def signed_byte(address):
     """One int8 as an integer."""
     return (load_byte(address) ^ 128) - 128
+
+
+@helper
+def e4m3(byte):
+    """The number that a float8 E4M3 is."""
+    mantissa, exponent = byte & 7, byte >> 3 & 15
+    if exponent == 0:
+        value = np.float32(mantissa) * np.float32(2.0**-9)
+    else:
+        value = as_float((exponent + 120) << 23 | mantissa << 20)
+    return -value if byte >= 128 else value
+
+
+def number_reader(item: WeightFormat):
+    """Function (lines, index): the number of one of 64 inputs; arguments as of `code_reader`'s."""
+    if item.plane == "f8":
+
+        @helper
+        def number(lines, index):
+            return e4m3(load_byte(lines + LINE_BYTES * (index >> 2) + (index & 3)))
+
+        return number
+    code = code_reader(item)
+    if item.plane == "v4":
+        bits = tuple(int(np.float32(value).view(np.int32)) for value in item.values)
+
+        @helper
+        def number(lines, index):
+            return as_float(bits[code(lines, index)])
+
+        return number
+
+    @helper
+    def number(lines, index):
+        return np.float32(code(lines, index))
+
+    return number
 
 
 def code_reader(item: WeightFormat):
@@ -49,7 +86,14 @@ def code_reader(item: WeightFormat):
     def from_byte(lines, index):
         return load_byte(lines + LINE_BYTES * (index >> 2) + (index & 3)) - offset
 
-    readers = {"u4": from_nibble, "t4": from_table, "u5": from_more_bits, "u6": from_more_bits, "i8": from_byte}
+    readers = {
+        "u4": from_nibble,
+        "v4": from_nibble,
+        "t4": from_table,
+        "u5": from_more_bits,
+        "u6": from_more_bits,
+        "i8": from_byte,
+    }
     return readers[item.plane]
 
 
@@ -114,6 +158,17 @@ def scale_minimum_sz(item: WeightFormat):
     return scale_minimum
 
 
+def scale_minimum_f(item: WeightFormat):
+    """As above."""
+    runs = int(item.header.removeprefix("F")) // 16
+
+    @helper
+    def scale_minimum(header, feature, run):
+        return load_scalar(header + LINE_BYTES * (run // runs) + 4 * feature), np.float32(0.0)
+
+    return scale_minimum
+
+
 HEADERS = {
     "S32": scale_minimum_s32,
     "SM32": scale_minimum_sm32,
@@ -129,8 +184,8 @@ def unpack(weight_dtype: str):
     """Parameters: scratch, weight, block_bytes, rows of the weight, ids, count, in_features, out, out row stride."""
     item = format_of(weight_dtype)
     has_zeros = item.header.startswith("SZ")
-    code, has_minimum = code_reader(item), has_zeros or "M" in item.header
-    scale_minimum = scale_minimum_sz(item) if has_zeros else HEADERS[item.header]
+    number, has_minimum = number_reader(item), has_zeros or "M" in item.header
+    scale_minimum = HEADERS.get(item.header) or (scale_minimum_sz if has_zeros else scale_minimum_f)(item)
     header_bytes, superblock_bytes = item.header_lines * LINE_BYTES, item.superblock_bytes
     groups, group_bytes = item.group_inputs // GROUP_INPUTS, item.code_lines * LINE_BYTES
 
@@ -144,7 +199,7 @@ def unpack(weight_dtype: str):
             for index in range(16):
                 column = 16 * run + index
                 if column < in_features:
-                    value = np.float32(code(lines, 16 * (run & 3) + index)) * scale
+                    value = number(lines, 16 * (run & 3) + index) * scale
                     store_scalar(value + minimum if has_minimum else value, out + 4 * column)
 
     def kernel(arguments, thread):

@@ -28,6 +28,11 @@ def _scale_and_minimum(superblock, inside_group, line, feature, mask, HEADER: tl
         exponent = tl.load(superblock + (2 * inside_group + line // 4) * 16 + feature, mask=mask, other=0).to(tl.int32)
         bits = tl.where(exponent >= 2, (exponent - 1) << 23, 0x00200000 << tl.minimum(exponent, 1))
         scale = bits.to(tl.float32, bitcast=True)
+    elif HEADER == "F16":
+        floats = superblock.to(tl.pointer_type(tl.float32))
+        scale = tl.load(floats + line // 2 * 16 + feature, mask=mask, other=0.0)
+    elif HEADER == "F64" or HEADER == "F128":
+        scale = tl.load(superblock.to(tl.pointer_type(tl.float32)) + feature, mask=mask, other=0.0)
     elif HEADER == "SZ32" or HEADER == "SZ64" or HEADER == "SZ128":
         EACH: tl.constexpr = 32 if HEADER == "SZ32" else (64 if HEADER == "SZ64" else 128)
         SUPERBLOCK: tl.constexpr = 128 if HEADER == "SZ128" else 256
@@ -55,10 +60,10 @@ def _scale_and_minimum(superblock, inside_group, line, feature, mask, HEADER: tl
 def _dequantize_form_kernel(weight, out, num_groups, block_bytes, out_stride, HEADER: tl.constexpr, BITS: tl.constexpr,
                        TOGETHER: tl.constexpr, HEADER_BYTES: tl.constexpr, SUPERBLOCK_BYTES: tl.constexpr,
                        OFFSET: tl.constexpr, TABLE_LOW: tl.constexpr, TABLE_HIGH: tl.constexpr,
-                            GROUPS: tl.constexpr):
+                            VALUES: tl.constexpr, IS_E4M3: tl.constexpr, GROUPS: tl.constexpr):
     """grid: (num_blocks, cdiv(num_groups, GROUPS)). weight: uint8 [num_blocks, block_bytes]; out: bf16
     [num_blocks * 16, out_stride]. Dimensions: group, line of 8 inputs, feature, input of the line."""
-    CODE_LINES: tl.constexpr = 8 if BITS == 4 else (10 if BITS == 5 else 12)
+    CODE_LINES: tl.constexpr = 8 if BITS == 4 else (10 if BITS == 5 else (12 if BITS == 6 else 16))
     block = tl.program_id(0).to(tl.int64)
     group = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[:, None, None]
     line, feature, index = tl.arange(0, 8)[None, :, None], tl.arange(0, 16)[None, None, :], tl.arange(0, 8)
@@ -67,7 +72,11 @@ def _dequantize_form_kernel(weight, out, num_groups, block_bytes, out_stride, HE
     inside_group = group % TOGETHER
     words = (superblock + HEADER_BYTES + inside_group * (CODE_LINES * 64)).to(tl.pointer_type(tl.int32)) + feature
     shift = index % 4 * 8
-    code = (tl.load(words + line * 16, mask=mask, other=0)[:, :, :, None] >> (shift + index // 4 * 4)) & 15
+    if BITS == 8:
+        pointers = (words + line * 32)[:, :, :, None] + index // 4 * 16
+        code = (tl.load(pointers, mask=mask[:, :, :, None], other=0) >> shift) & 255
+    else:
+        code = (tl.load(words + line * 16, mask=mask, other=0)[:, :, :, None] >> (shift + index // 4 * 4)) & 15
     if BITS == 5:
         upper = tl.load(words + (8 + line // 4) * 16, mask=mask, other=0)[:, :, :, None]
         code |= ((upper >> (shift + 2 * (line % 4)[:, :, :, None] + index // 4)) & 1) << 4
@@ -78,7 +87,16 @@ def _dequantize_form_kernel(weight, out, num_groups, block_bytes, out_stride, HE
         entries = tl.where(code >= 8, TABLE_HIGH, TABLE_LOW).to(tl.int64)
         code = (entries >> (code % 8 * 8).to(tl.int64)).to(tl.int8).to(tl.int32)
     scale, minimum = _scale_and_minimum(superblock, inside_group, line, feature, mask, HEADER)
-    values = (code - OFFSET).to(tl.float32) * scale[:, :, :, None]
+    if IS_E4M3:  # exponent and mantissa of a float16 that is 256 times smaller, subnormal ones too
+        half = (code & 128) << 8 | (code & 127) << 7
+        number = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    elif len(VALUES) > 0:
+        number = tl.full(code.shape, VALUES[0], tl.float32)
+        for entry in tl.static_range(1, 16):
+            number = tl.where(code == entry, VALUES[entry], number)
+    else:
+        number = (code - OFFSET).to(tl.float32)
+    values = number * scale[:, :, :, None]
     if HEADER == "SM32" or HEADER == "K2M32" or HEADER == "SZ32" or HEADER == "SZ64" or HEADER == "SZ128":
         values += minimum[:, :, :, None]
     target = out + (block * 16 + feature) * out_stride + group * 64 + line * 8
@@ -102,5 +120,5 @@ def dequantize_form(weight: Tensor, name: str, in_features: int) -> Tensor:
         weight, out, num_groups, weight.stride(0), out.stride(0), HEADER=form.header,
         BITS=form.bits, TOGETHER=form.inputs // GROUP, HEADER_BYTES=64 * form.header_lines,
         SUPERBLOCK_BYTES=superblock_bytes(form), OFFSET=form.offset, TABLE_LOW=low, TABLE_HIGH=high,
-        GROUPS=GROUPS, num_warps=4)
+        VALUES=form.values, IS_E4M3=form.e4m3, GROUPS=GROUPS, num_warps=4)
     return out

@@ -12,11 +12,17 @@ from torch import Tensor
 
 FEATURES, GROUP, LINE = 16, 64, 64
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)
 TWICE_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 class Form(NamedTuple):
-    """Code bits beyond four, inputs and header lines of a superblock, header, what is taken from codes, their table."""
+    """Bits of a code, inputs and header lines of a superblock, header, what is taken from codes, their table of whole
+    numbers, their table of others; of "e4m3" codes are float8."""
 
     bits: int
     inputs: int
@@ -24,6 +30,8 @@ class Form(NamedTuple):
     header: str
     offset: int = 0
     table: tuple[int, ...] = ()
+    values: tuple[float, ...] = ()
+    e4m3: bool = False
 
 
 FORMS = {
@@ -40,12 +48,16 @@ FORMS = {
     "int4_g64": Form(4, 256, 3, "SZ64"),
     "int4_g128": Form(4, 128, 1, "SZ128"),
     "mxfp4": Form(4, 128, 1, "E32", table=TWICE_E2M1),
+    "nvfp4": Form(4, 64, 4, "F16", table=TWICE_E2M1),
+    "nf4": Form(4, 64, 1, "F64", values=NF4),
+    "int8": Form(8, 128, 1, "F128", 128),
+    "fp8": Form(8, 128, 1, "F128", e4m3=True),
 }
 
 
 def superblock_bytes(form: Form) -> int:
     """Bytes of one superblock of 16 features."""
-    lines = {4: 8, 5: 10, 6: 12}[form.bits]
+    lines = {4: 8, 5: 10, 6: 12, 8: 16}[form.bits]
     return LINE * (form.header_lines + form.inputs // GROUP * lines)
 
 
@@ -63,8 +75,11 @@ def unpack_form(weight: Tensor, name: str, in_features: int, dtype: torch.dtype)
 
 
 def _codes(lines: Tensor, form: Form) -> Tensor:
-    """int16 [block, superblock, feature, input of the superblock] of uint8 [block, superblock, group, line, 64]."""
+    """Codes [block, superblock, feature, input of the superblock] of uint8 [block, superblock, group, line, 64]."""
     words = lines.unflatten(-1, (FEATURES, 4))  # (block, superblock, group, line, feature, byte)
+    if form.bits == 8:
+        codes = words.permute(0, 1, 4, 2, 3, 5).flatten(3)
+        return codes.view(torch.float8_e4m3fn).float() if form.e4m3 else codes.to(torch.int16) - form.offset
     nibbles = words[:, :, :, :8]
     # (block, superblock, group, line, low or high, feature, byte)
     codes = torch.stack((nibbles & 15, nibbles >> 4), dim=4)
@@ -76,7 +91,10 @@ def _codes(lines: Tensor, form: Form) -> Tensor:
         codes |= upper.flatten(3, 4) << 4
     if form.table:
         codes = torch.tensor(form.table, dtype=torch.int16, device=codes.device)[codes.int()]
-    return codes.permute(0, 1, 5, 2, 3, 4, 6).flatten(3).to(torch.int16) - form.offset
+    if form.values:
+        codes = torch.tensor(form.values, dtype=torch.float32, device=codes.device)[codes.int()]
+    codes = codes.permute(0, 1, 5, 2, 3, 4, 6).flatten(3)
+    return codes if form.values else codes.to(torch.int16) - form.offset
 
 
 def _numbers(header: Tensor, form: Form) -> tuple[Tensor, Tensor]:
@@ -99,6 +117,10 @@ def _numbers(header: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     if form.header == "E32":
         exponents = numbers(0, 4, signed=False)
         return torch.ldexp(torch.ones_like(exponents), exponents - 128).repeat_interleave(2, 2), none
+    if form.header.startswith("F"):
+        each = int(form.header[1:])
+        scale = header.contiguous().view(torch.float32).unflatten(-1, (-1, FEATURES))
+        return scale.repeat_interleave(each // 16, 2), none
     if form.header.startswith("SZ"):
         each = int(form.header[2:])
         groups = form.inputs // each

@@ -1,4 +1,4 @@
-"""Linears over the formats of GGUF files and over groups of int4 on the GPU lane, against the reference, which unpacks by its own hand."""
+"""Linears over the coded formats of files on the GPU lane, against the reference, which unpacks by its own hand."""
 
 import pytest
 import torch
@@ -10,6 +10,8 @@ from gpu_kernels.forms.unpack import FORMS
 from tests.support.cpu_oracles import kernels
 from tests.support.gguf_data import CODED, random_rows, repacked
 from tests.support.int4_data import packed, random_groups
+from tests.support.scaled_data import KINDS, random_blocks
+from tests.support.scaled_data import packed as packed_blocks
 
 by_form = pytest.mark.parametrize("kind", [kind for kind in CODED if kind.format in FORMS], ids=lambda kind: kind.name)
 
@@ -62,6 +64,29 @@ def test_linear_over_groups_of_int4_agrees_with_the_reference(device, group):
 
     linear_layer.linear(x, weight, name, None, actual)
     reference.linear(x, weight, name, None, expected)
+
+    assert nmse(actual, expected) < 2e-5
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.format)
+@pytest.mark.parametrize("count", [1, 9])
+def test_groups_with_float32_scales_are_the_references_rounded_to_bf16(device, kind, count):
+    in_features = kind.items * count
+    weight = packed_blocks(kernels(), kind, random_blocks(kind, 32, count)[0]).to(device)
+
+    actual = dequantize_form(weight, kind.format, in_features)[:, :in_features]
+
+    assert torch.equal(actual.float(), reference.unpack(weight, kind.format, in_features).to(torch.bfloat16).float())
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.format)
+def test_linear_over_groups_with_float32_scales_agrees_with_the_reference(device, kind):
+    weight = packed_blocks(kernels(), kind, random_blocks(kind, 32, 512 // kind.items)[0]).to(device)
+    x = torch.randn(5, 512, device=device)
+    actual, expected = torch.empty(5, 32, device=device), torch.empty(5, 32, device=device)
+
+    linear_layer.linear(x, weight, kind.format, None, actual)
+    reference.linear(x, weight, kind.format, None, expected)
 
     assert nmse(actual, expected) < 2e-5
 

@@ -1,0 +1,84 @@
+"""FP8, int8, NF4 and NVFP4 with float32 scales: packed and unpacked to the bit, and multiplied, on every instruction
+set."""
+
+import pytest
+import torch
+
+from cpu_kernels.formats import format_of
+from gpu_kernels import reference
+from tests.support.cpu_oracles import ISAS, guarded, kernels, nmse, only_inside_written, round_input
+from tests.support.scaled_data import KINDS, packed, random_blocks
+
+KERNEL_NMSE = 1e-11
+by_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.format)
+
+
+@by_kind
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_values_are_code_times_scale_to_the_bit(kind, count):
+    blocks, expected = random_blocks(kind, 37, count)
+    weight, in_features = packed(kernels(), kind, blocks), count * kind.items
+    ids, values = torch.tensor([36, 0, 5, 5]), torch.empty(4, in_features)
+
+    kernels().unpack_rows(weight, kind.format, ids, values)
+
+    assert torch.equal(values, expected[ids])
+    assert torch.equal(reference.unpack(weight, kind.format, in_features)[:37], expected)
+
+
+def test_every_fp8_number_is_read():
+    kind = next(item for item in KINDS if item.format == "fp8")
+    codes = torch.tensor([code for code in range(256) if code & 127 != 127] + [0, 0], dtype=torch.uint8).view(2, 128)
+    blocks = torch.cat((torch.ones(2, 1).view(torch.uint8), codes), 1).flatten()[None]
+    values = torch.empty(1, 256)
+
+    kernels().unpack_rows(packed(kernels(), kind, blocks), "fp8", torch.tensor([0]), values)
+
+    assert torch.equal(values.view(2, 128), codes.view(torch.float8_e4m3fn).float())
+
+
+@by_kind
+@pytest.mark.parametrize(("rows", "count"), [(1, 5), (2, 1), (7, 3), (17, 40)])
+def test_linear_agrees_with_float64(kind, rows, count):
+    torch.manual_seed(rows)
+    (blocks, values), x = random_blocks(kind, 48, count), torch.randn(rows, kind.items * count)
+    bias, (out, memory) = torch.randn(48), guarded(rows, 48)
+
+    kernels().linear(x, packed(kernels(), kind, blocks), kind.format, bias, out)
+
+    assert only_inside_written(memory)
+    assert nmse(out, round_input(x, "q8") @ values.double().T + bias) < KERNEL_NMSE
+
+
+@by_kind
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_isa_agrees_with_float64(kind, isa):
+    (blocks, values), out = random_blocks(kind, 48, 512 // kind.items), torch.empty(5, 48)
+    x = torch.randn(5, 512, generator=torch.Generator().manual_seed(1))
+
+    kernels(isa).linear(x, packed(kernels(), kind, blocks), kind.format, None, out)
+
+    assert nmse(out, round_input(x, "q8") @ values.double().T) < KERNEL_NMSE
+
+
+@by_kind
+def test_rows_that_end_inside_a_superblock_are_padded(kind):
+    """576 inputs are no whole superblocks of 128: the last group's codes are given, and zero."""
+    count = -(-576 // kind.items)
+    blocks, values = random_blocks(kind, 16, count)
+    x, out = torch.randn(3, 576), torch.empty(3, 16)
+    padded = torch.nn.functional.pad(x, (0, count * kind.items - 576))
+
+    kernels().linear(x, packed(kernels(), kind, blocks), kind.format, None, out)
+
+    assert format_of(kind.format).block_bytes(576) == format_of(kind.format).block_bytes(padded.shape[1])
+    assert nmse(out, round_input(padded, "q8") @ values.double().T) < KERNEL_NMSE
+
+
+@by_kind
+def test_a_scale_that_is_not_finite_is_refused(kind):
+    blocks, _ = random_blocks(kind, 16, 2)
+    blocks[3, kind.block_bytes : kind.block_bytes + 4] = torch.tensor([torch.inf]).view(torch.uint8)
+
+    with pytest.raises(ValueError, match="not finite"):
+        packed(kernels(), kind, blocks)

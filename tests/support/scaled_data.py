@@ -1,0 +1,42 @@
+"""Rows of codes with a float32 scale a group: drawn at random, their blocks, and the values they stand for."""
+
+import torch
+
+from cpu_kernels.formats import NF4_VALUES, SCALED_TYPES, GgufType, format_of
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+KINDS = tuple(SCALED_TYPES.values())
+
+
+def numbers(kind: GgufType, codes: torch.Tensor) -> torch.Tensor:
+    """float32 of uint8 codes, one in an item."""
+    if kind.format == "fp8":
+        return codes.view(torch.float8_e4m3fn).float()
+    if kind.format == "int8":
+        return codes.view(torch.int8).float()
+    table = NF4_VALUES if kind.format == "nf4" else (*E2M1, *(-value for value in E2M1))
+    return torch.tensor(table, dtype=torch.float32)[codes.int()]
+
+
+def random_blocks(kind: GgufType, rows: int, count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(uint8 [rows, count * block_bytes], float32 [rows, count * items]): blocks, and their values."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = kind.format in ("fp8", "int8")
+    codes = torch.randint(256 if wide else 16, (rows, count, kind.items), generator=generator).to(torch.uint8)
+    if kind.format == "fp8":
+        codes[codes & 127 == 127] = 1  # NaN
+    scales = torch.randn(rows, count, 1, generator=generator)
+    values = (numbers(kind, codes) * scales).flatten(1)
+    held = scales / 2 if kind.format == "nvfp4" else scales
+    stored = codes if wide else codes[..., 0::2] | codes[..., 1::2] << 4
+    return torch.cat((held.view(torch.uint8), stored), -1).flatten(1), values
+
+
+def packed(ops, kind: GgufType, blocks: torch.Tensor) -> torch.Tensor:
+    """The packed weight of blocks, padded with zero rows to whole blocks of features."""
+    blocks = torch.nn.functional.pad(blocks, (0, 0, 0, -blocks.shape[0] % 16))
+    in_features = blocks.shape[1] // kind.block_bytes * kind.items
+    shape = (blocks.shape[0] // 16, format_of(kind.format).block_bytes(in_features))
+    out = torch.full(shape, 171, dtype=torch.uint8)
+    ops.repack(blocks, kind.name, out)
+    return out
