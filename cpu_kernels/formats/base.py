@@ -46,7 +46,8 @@ class WeightFormat:
 
     name: how plans, policies and ops call it. plane, header, header_lines: of a coded format, header "" of a row-major
     one. group_inputs: inputs of a superblock; only at its multiples may a weight be cut by rows. offset: taken from
-    every code. table: codes of a t4 plane. values: of a v4 plane. rounds_x_to: what activations become before they are multiplied, "fp32",
+    every code. table: codes of a t4 plane. values: of a v4 plane. rounds_x_to: what activations become before they are
+    multiplied, "fp32",
     "bf16" or "int8" (per group of 64). like: a format whose rates are taken where this one's were not measured.
     """
 

@@ -1,6 +1,6 @@
-"""The forms in which rows of weights come from files: GGUF's block types, and groups of codes with numbers of their own.
+"""The forms in which rows of weights come from files: GGUF's block types, and groups of codes with a scale.
 
-GPTQ, AWQ and compressed-tensors store codes, scales and zero points apart and each in its own order; their reader lays
+GPTQ, AWQ and compressed-tensors store codes, scales and zero points apart, each in its own order; their reader lays
 a row out as blocks of one group. INT4: float16 scale, u8 zero point, an unused byte, then the codes, two in a byte, the
 first in the low nibble; a value is (code - zero point) * scale. The others begin with a float32 scale, and a value is
 code * scale: FP8 has E4M3 bytes, INT8 signed bytes, NF4 indexes of its table, two in a byte, and E2M1 codes of that

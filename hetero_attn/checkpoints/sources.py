@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
-from hetero_attn.checkpoints.int4.checkpoint import Int4Checkpoint
-from hetero_attn.checkpoints.int4.scheme import read_scheme
+from hetero_attn.checkpoints.quantised.checkpoint import QuantisedCheckpoint
+from hetero_attn.checkpoints.quantised.scheme import read_scheme
 from hetero_attn.errors import CheckpointError
 from hetero_attn.models.decoder import decoder
 from hetero_attn.spec.config import ModelConfig, tensor_names
@@ -57,7 +57,7 @@ def open_source(path: Path) -> Checkpoint | GgufCheckpoint:
     if is_gguf(path):
         return GgufCheckpoint.open(path)
     names = tensor_names(path)
-    return Int4Checkpoint.open(path, names) if is_quantised(path) else Checkpoint.open(path, names)
+    return QuantisedCheckpoint.open(path, names) if is_quantised(path) else Checkpoint.open(path, names)
 
 
 def is_quantised(path: Path) -> bool:

@@ -88,12 +88,14 @@ class UnitRows:
         rows[here:] = 0
         if not direct:
             if dtype == torch.uint8 and target.dtype != torch.uint8:
-                rows = dequantised(self._ops, rows, self._source.source_type(part.tensor), part.tensor)
-            target.copy_(rows.view(units, rows_per_unit, -1))
+                kind = self._source.source_type(part.tensor)
+                rows = dequantised(self._ops, rows, kind, part.tensor)[:, :items]
+            target.copy_(rows.reshape(units, rows_per_unit, -1))
 
 
 def dequantised(ops: CpuKernels, rows: torch.Tensor, source_type: str, tensor: str) -> torch.Tensor:
-    """float32 values of coded rows of a file; CheckpointError names the tensor whose scale is not finite."""
+    """float32 values of coded rows of a file, whole groups; CheckpointError names the tensor with a scale that is not
+    finite."""
     kind = SOURCE_TYPES[source_type]
     in_features = rows.shape[1] // kind.block_bytes * kind.items
     padded = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % BLOCK_FEATURES))

@@ -28,7 +28,7 @@ from hetero_attn.spec.limits import (
 from hetero_attn.spec.rope_config import RopeConfig
 from hetero_attn.spec.tensor_names import AS_OURS, TensorNames
 
-READ_METHODS = ("gptq", "awq", "compressed-tensors")
+READ_METHODS = ("gptq", "awq", "compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "bitsandbytes")
 # Names of activations in config files -> ours.
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -197,11 +197,11 @@ def _check_supported(fields: JsonFields) -> None:
     for key in ("quantization_config", "compression_config"):
         if (found := fields.get(key)) is not None:
             if key == "quantization_config" and isinstance(found, dict) and found.get("quant_method") in READ_METHODS:
-                continue  # checkpoints.int4 reads the rest of it
+                continue  # checkpoints.quantised reads the rest of it
             method = found.get("quant_method", "unnamed") if isinstance(found, dict) else found
             raise UnsupportedModelError(
                 f"{fields.path}: {key}: the weights are quantised by {show(method)}, which is not read; take them "
-                f"unquantised, as GGUF, or int4 of {', '.join(READ_METHODS)}"
+                f"unquantised, as GGUF, or quantised by {', '.join(READ_METHODS)}"
             )
 
 

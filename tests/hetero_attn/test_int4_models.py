@@ -19,6 +19,7 @@ from tests.support.int4_models import (
     gptq,
     gptq_config,
     make_int4,
+    words,
 )
 from tests.support.runtime import nmse
 from tests.support.toy import hf_logits
@@ -91,7 +92,7 @@ def test_lanes_agree_and_differ_from_the_file_by_the_rounding_of_activations_alo
 
 
 def test_a_plan_knows_the_formats_and_reads_no_code(models, monkeypatch):
-    monkeypatch.setattr("hetero_attn.checkpoints.int4.checkpoint.Int4Checkpoint.read", None)
+    monkeypatch.setattr("hetero_attn.checkpoints.quantised.checkpoint.QuantisedCheckpoint.read", None)
 
     plan = plan_model(models("gptq") / "int4", device="cpu", max_context=64)
 
@@ -124,8 +125,8 @@ def replaced(part, make):
     return change
 
 
-def scattered(found):
-    return found.flip(0)
+def one_more(found):
+    return torch.where(found == 1, 0, found)
 
 
 def one_other(found):
@@ -138,15 +139,10 @@ BAD = {
     "no zero points": ("gptq", without("qzeros"), CheckpointError, "up_proj has no qzeros"),
     "no scales": ("awq", without("scales"), CheckpointError, "up_proj has no scales"),
     "no shape of zeros": ("compressed asymmetric", without("weight_zero_point"), CheckpointError, "weight_zero_point"),
-    "scattered": (
-        "gptq v2",
-        replaced("g_idx", scattered),
-        UnsupportedModelError,
-        "g_idx scatters the groups.*desc_act",
-    ),
+    "groups of other sizes": ("gptq v2", replaced("g_idx", one_more), CheckpointError, "g_idx is no such order"),
     "g_idx too short": ("gptq", replaced("g_idx", lambda found: found[:-1]), CheckpointError, "g_idx has shape"),
     "float codes": ("gptq", replaced("qweight", torch.Tensor.float), CheckpointError, "qweight is F32, expected I32"),
-    "codes of one dimension": ("awq", replaced("qweight", torch.Tensor.flatten), CheckpointError, "expected matrices"),
+    "codes of one dimension": ("awq", replaced("qweight", torch.Tensor.flatten), CheckpointError, "expected a matrix"),
     "fewer groups": ("awq", replaced("scales", lambda found: found[:1]), CheckpointError, "group_size in config.json"),
     "groups that do not divide": (
         "gptq sym",
@@ -216,6 +212,29 @@ BAD = {
 }
 
 
+def scatter(tensors):
+    """Give one linear the order of inputs that act-order leaves: every other input first."""
+    order = torch.cat((torch.arange(1, 128, 2), torch.arange(0, 128, 2)))
+    found = tensors[UP + "qweight"].t()
+    codes = ((found[..., None] >> (4 * torch.arange(8, dtype=torch.int32))) & 15).flatten(1)
+    tensors[UP + "qweight"] = words(codes[:, order]).t()
+    tensors[UP + "g_idx"] = tensors[UP + "g_idx"][order]
+    return order
+
+
+def test_groups_that_act_order_scattered_are_float32_and_said_so(models, tmp_path):
+    shutil.copytree(models("gptq v2") / "plain", tmp_path / "plain")
+    path, orders = copy(models, tmp_path, "gptq v2"), []
+    edit_tensors(path, lambda tensors: orders.append(scatter(tensors)))
+    edit_tensors(
+        tmp_path / "plain",
+        lambda tensors: tensors.__setitem__(UP + "weight", tensors[UP + "weight"][:, orders[0]]),
+    )
+
+    with pytest.warns(UserWarning, match="1 quantised linears .*up_proj.* float32, exactly but large.*act-order"):
+        assert torch.equal(logits(path, "fp32"), logits(tmp_path / "plain", "fp32"))
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_files_that_contradict_themselves_are_refused_by_name(models, tmp_path, name):
     case, change, kind, message = BAD[name]
@@ -241,7 +260,7 @@ CONFIGS = {
     "group_size": (gptq_config(0), "group_size is 0, expected -1 or"),
     "format": (
         compressed_config(32) | {"format": "marlin-24"},
-        "format is 'marlin-24', not run; read is pack-quantized",
+        "format is 'marlin-24', not run; read is pack-quantized or int-quantized",
     ),
     "config_groups": (compressed_config(32) | {"config_groups": 7}, "config_groups"),
     "weights": (compressed_config(32) | {"config_groups": {"a": []}}, "no weights object"),

@@ -1,4 +1,4 @@
-"""A model directory whose linears are int4 groups: its plain tensors as `Checkpoint` has them, the others as codes."""
+"""A model directory whose linears are quantised: its plain tensors as `Checkpoint` has them, the others as codes."""
 
 from __future__ import annotations
 
@@ -7,21 +7,11 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from cpu_kernels.formats import INT4_TYPES
 from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.checkpoints.files import some
-from hetero_attn.checkpoints.int4.module import (
-    CODES,
-    GROUP_OF_INPUT,
-    PARTS,
-    Module,
-    ModuleTensors,
-    check_group_order,
-    find_module,
-    read_module,
-    row_blocks,
-)
-from hetero_attn.checkpoints.int4.scheme import Int4Scheme, read_scheme
+from hetero_attn.checkpoints.quantised.find import find_modules
+from hetero_attn.checkpoints.quantised.module import Module, RowWriter
+from hetero_attn.checkpoints.quantised.scheme import read_scheme
 from hetero_attn.checkpoints.safetensors import SafetensorsFile
 from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.blocks import ModelSpec
@@ -31,14 +21,25 @@ if TYPE_CHECKING:
     import torch
 
 KEPT_MODULES = 3  # whose tensors stay in memory: q, k and v are read in turns
-_RAW_DTYPES = {"I32": "int32", "I64": "int64", "F16": "float16", "BF16": "bfloat16"}
+_RAW_DTYPES = {
+    "I8": "int8",
+    "U8": "uint8",
+    "I32": "int32",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "uint8",  # exponents
+}
 
 
-class Int4Checkpoint(Checkpoint):
-    """The tensors of a GPTQ, AWQ or compressed-tensors model; made by `Int4Checkpoint.open`, read as a `Checkpoint`.
+class QuantisedCheckpoint(Checkpoint):
+    """The tensors of a quantised model; made by `QuantisedCheckpoint.open`, read as a `Checkpoint`.
 
-    A quantised linear is one tensor of codes, `NAME.weight`. Codes lie across rows in two of the layouts, so a module
-    is read whole when its first rows are asked for, and kept until KEPT_MODULES others were.
+    A quantised linear is one tensor, `NAME.weight`, of codes, or of float32 values where no format holds its codes. In
+    some layouts codes lie across rows, so a module is read whole when its first rows are asked for, and kept until
+    KEPT_MODULES others were.
     """
 
     def __init__(
@@ -48,27 +49,14 @@ class Int4Checkpoint(Checkpoint):
         scheme = read_scheme(path)
         if scheme is None:
             raise CheckpointError(f"{path}: config.json has no quantization_config; its weights are not quantised")
-        self._scheme: Int4Scheme = scheme
-        self._modules = self._find_modules()
-        self._read: OrderedDict[str, ModuleTensors] = OrderedDict()
-        self._lock = Lock()
-
-    def _find_modules(self) -> dict[str, Module]:
-        """Modules by the name of their weight; their parts are no tensors of their own from here on."""
-        parts = PARTS[self._scheme.method]
+        self._parts = dict(self._entries)  # also of modules, by the names that they have in the file
         shapes = {name: (entry.dtype, entry.shape) for name, entry in self._entries.items()}
-        suffixes = {part for part in parts if part}
-        prefixes = dict.fromkeys(name.rpartition(".")[0] for name in shapes if name.rpartition(".")[2] in suffixes)
-        found = {f"{prefix}.weight": find_module(prefix, self._scheme, shapes, str(self.path)) for prefix in prefixes}
-        if not found:
-            raise CheckpointError(
-                f"{self.path}: config.json says {self._scheme.method}, but no tensor is called {parts[CODES]}; "
-                "config and weights are of different models, download both again"
-            )
-        if both := [name for name in found if name in shapes]:
-            raise CheckpointError(f"{self.path}: {both[0]} is there both quantised and plain; download the model again")
-        self._parts = {name: self._entries.pop(name) for module in found.values() for name in module.parts if name}
-        return found
+        self._modules: dict[str, Module] = find_modules(scheme, shapes, self._raw, str(path))
+        for module in self._modules.values():
+            for name in module.names:
+                self._entries.pop(name)
+        self._read: OrderedDict[str, RowWriter] = OrderedDict()
+        self._lock = Lock()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,12 +74,14 @@ class Int4Checkpoint(Checkpoint):
     def dtype(self, name: str) -> str:
         """The format that holds a tensor exactly."""
         module = self._modules.get(name)
-        return super().dtype(name) if module is None else INT4_TYPES[module.group].format
+        if module is None:
+            return super().dtype(name)
+        return "fp32" if module.kind is None else module.kind.format
 
     def source_type(self, name: str) -> str | None:
         """The form of rows of codes, as `CpuKernels.repack` wants it; None for plain numbers."""
         module = self._modules.get(name)
-        return None if module is None else INT4_TYPES[module.group].name
+        return None if module is None or module.kind is None else module.kind.name
 
     def row_bytes(self, name: str) -> int:
         """Bytes of one row as `read` gives it."""
@@ -102,13 +92,17 @@ class Int4Checkpoint(Checkpoint):
         """The dtype that `read` returns; uint8 for codes."""
         import torch
 
-        return super().torch_dtype(name) if name not in self._modules else torch.uint8
+        module = self._modules.get(name)
+        if module is None:
+            return super().torch_dtype(name)
+        return torch.float32 if module.kind is None else torch.uint8
 
     def read(self, name: str, rows: slice | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
-        """A tensor or a range of its rows; of a quantised linear blocks of groups, uint8 [rows, row_bytes].
+        """A tensor or a range of its rows; of a quantised linear blocks of groups, uint8 [rows, row_bytes], or float32.
 
         Raises:
-            CheckpointError: no such tensor, or one that the file contradicts. UnsupportedModelError: scattered groups.
+            CheckpointError: no such tensor, or one that the file contradicts. UnsupportedModelError: values that no
+                format holds.
         """
         module = self._modules.get(name)
         if module is None:
@@ -117,21 +111,15 @@ class Int4Checkpoint(Checkpoint):
 
         first, stop, step = (rows or slice(None)).indices(module.out_features)
         assert step == 1, f"rows of {name} with step {step}, expected 1"
-        shape = (max(stop - first, 0), module.row_bytes)
-        out = torch.empty(shape, dtype=torch.uint8, device="cpu") if out is None else out
-        assert out.shape == shape and out.dtype == torch.uint8 and out.is_contiguous(), (name, out.shape, shape)
-        row_blocks(module, self._scheme, self._tensors(name, module), first, first + shape[0], out)
+        dtype = self.torch_dtype(name)
+        shape = (max(stop - first, 0), module.row_bytes // dtype.itemsize)
+        out = torch.empty(shape, dtype=dtype, device="cpu") if out is None else out
+        assert out.shape == shape and out.dtype == dtype and out.is_contiguous(), (name, out.shape, shape)
+        self._rows(name, module)(first, first + shape[0], out)
         return out
 
     def check(self, model: ModelSpec) -> list[str]:
-        """As `Checkpoint.check`; the order of groups is looked at too, and a bias that would be ignored must be zero.
-
-        Raises:
-            CheckpointError: as there. UnsupportedModelError: scattered groups.
-        """
-        for module in self._modules.values():
-            if name := module.parts[GROUP_OF_INPUT]:
-                check_group_order(module, self._raw(name), str(self.path))
+        """As `Checkpoint.check`; a bias that would be ignored must be zero, and linears without a format are named."""
         warnings, known = super().check(model), model.tensors
         biases = [f"{module.prefix}.bias" for module in self._modules.values()]
         ignored = [name for name in biases if name in self._entries and name not in known]
@@ -140,7 +128,19 @@ class Int4Checkpoint(Checkpoint):
                 f"{self.path}: {some(wrong)} would be ignored and is not zero; the model is not of the architecture "
                 "that config.json says"
             )
-        return [] if len(ignored) == len([name for name in self.names if name not in known]) else warnings
+        if len(ignored) == len([name for name in self.names if name not in known]):
+            warnings = []
+        return [*warnings, *self._as_values()]
+
+    def _as_values(self) -> list[str]:
+        """A warning where linears are held as float32."""
+        held = {name: module.why for name, module in self._modules.items() if module.kind is None}
+        if not held:
+            return []
+        return [
+            f"{self.path}: {len(held)} quantised linears ({some(list(held))}) are held as float32, exactly but large, "
+            f"for no format has {' or '.join(dict.fromkeys(held.values()))}; dtype q8 takes a quarter of it"
+        ]
 
     def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._modules:
@@ -150,16 +150,16 @@ class Int4Checkpoint(Checkpoint):
                 f"{self.path}: {name} is {list(self.shape(name))} by its codes, expected {list(shape)} from config.json"
             )
 
-    def _tensors(self, name: str, module: Module) -> ModuleTensors:
+    def _rows(self, name: str, module: Module) -> RowWriter:
         with self._lock:
             if name not in self._read:
-                self._read[name] = read_module(module, self._scheme, self._raw, str(self.path))
+                self._read[name] = module.rows(self._raw, str(self.path))
                 while len(self._read) > KEPT_MODULES:
                     self._read.popitem(last=False)
             return self._read[name]
 
     def _raw(self, name: str) -> torch.Tensor:
-        """A part of a module as it is in the file."""
+        """A tensor of the file as it is there."""
         import torch
 
         entry = self._parts[name]

@@ -1,0 +1,235 @@
+"""One quantised linear: its tensors in the file, checked, and rows of it in the order that everything else has.
+
+  method               codes                              scales         zero points
+  gptq                 qweight [in/8, out], along inputs  [groups, out]  qzeros [groups, out/8], along outputs
+  awq (gemm)           qweight [in, out/8]                [groups, out]  qzeros [groups, out/8]
+  compressed-tensors   weight_packed [out, in/8]          [out, groups]  weight_zero_point [out/8, groups]
+
+All int32, eight codes each, the lowest bits first; awq has output 8c + i of its words at nibble 0 4 1 5 2 6 3 7.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cpu_kernels.formats import INT4_GROUPS, INT4_HEADER_BYTES, INT4_TYPES
+from hetero_attn.checkpoints.quantised.module import (
+    AGAIN,
+    INSTEAD,
+    Module,
+    Read,
+    RowWriter,
+    Shapes,
+    check_dtype,
+    matrix,
+    needed,
+    refuse,
+    refuse_shape,
+    unsupported,
+)
+from hetero_attn.checkpoints.quantised.scheme import GroupScheme
+from hetero_attn.errors import CheckpointError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+
+CODES, SCALES, ZEROS, GROUP_OF_INPUT, SHAPE = range(5)
+PARTS = {
+    "gptq": ("qweight", "scales", "qzeros", "g_idx", ""),
+    "awq": ("qweight", "scales", "qzeros", "", ""),
+    "compressed-tensors": ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape"),
+}
+DTYPES = (("I32",), ("F16", "BF16"), ("I32",), ("I32",), ("I64", "I32"))
+IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+PER_WORD = 8
+MIDDLE = 8  # the zero point of symmetric codes
+SCATTERED = "groups that act-order scattered over the inputs"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int4Module(Module):
+    """parts: names of its tensors, "" of those that it does not have. group: inputs that share a scale, as they are
+    held; file_group: in the file."""
+
+    scheme: GroupScheme
+    parts: tuple[str, ...]
+    group: int
+    file_group: int
+
+    def rows(self, read: Read, where: str) -> RowWriter:
+        """See `Module.rows`."""
+        codes, (scales, zeros) = read(self.parts[CODES]), self._groups(read, where)
+        if self.kind is None:
+            return self._values(codes, scales, zeros, read(self.parts[GROUP_OF_INPUT]).long())
+        repeats = self.file_group // self.group
+        return self._blocks(codes, *(part.repeat_interleave(repeats, 1).contiguous() for part in (scales, zeros)))
+
+    def _groups(self, read: Read, where: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """float16 scales and u8 zero points, [out, groups of the file]."""
+        import torch
+
+        scales = read(self.parts[SCALES])
+        halves = scales.half()
+        if not torch.equal(halves.float(), scales.float()) and torch.isfinite(scales).all():
+            raise UnsupportedModelError(
+                f"{where}: {self.parts[SCALES]} holds bfloat16 scales that float16 cannot hold exactly. {INSTEAD}"
+            )
+        halves = halves if self.scheme.method == "compressed-tensors" else halves.t()
+        if not self.parts[ZEROS]:
+            return halves, torch.full_like(halves, MIDDLE).byte()
+        return halves, _zeros(self, read(self.parts[ZEROS]), where)
+
+    def _blocks(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> RowWriter:
+        """Rows as formats/source_types.py lays them out."""
+        import torch
+
+        def write(first: int, stop: int, out: torch.Tensor) -> None:
+            target = out.view(stop - first, self.in_features // self.group, -1)
+            target[:, :, :2] = scales[first:stop, :, None].view(torch.uint8)
+            target[:, :, 2] = zeros[first:stop]
+            target[:, :, 3] = 0
+            pairs = _pairs(self.scheme.method, codes, first, stop)
+            target[:, :, INT4_HEADER_BYTES:] = pairs.view(*target.shape[:2], -1)
+
+        return write
+
+    def _values(
+        self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, groups: torch.Tensor
+    ) -> RowWriter:
+        """Rows as float32, each input with the scale of its own group: exact, a code has 5 bits and a scale 11."""
+        import torch
+
+        def write(first: int, stop: int, out: torch.Tensor) -> None:
+            pairs = _pairs(self.scheme.method, codes, first, stop)
+            values = torch.stack((pairs & 15, pairs >> 4), -1).flatten(1).float()
+            values -= zeros[first:stop].float()[:, groups]
+            torch.mul(values, scales[first:stop].float()[:, groups], out=out)
+
+        return write
+
+
+def find_int4(prefix: str, scheme: GroupScheme, shapes: Shapes, where: str, read: Read) -> Int4Module:
+    """A module by its tensors; only the order of groups is read. Raises CheckpointError or UnsupportedModelError."""
+    names = tuple(f"{prefix}.{part}" if part else "" for part in PARTS[scheme.method])
+    names = tuple(name if name in shapes else "" for name in names)
+    compressed = scheme.method == "compressed-tensors"
+    needs_zeros = not compressed or not scheme.symmetric
+    for index in (CODES, SCALES, ZEROS)[: 3 if needs_zeros else 2]:
+        needed(where, shapes, prefix, PARTS[scheme.method][index], scheme.method)
+    for name, dtypes in zip(names, DTYPES, strict=True):
+        if name:
+            check_dtype(where, shapes, name, dtypes)
+    code, scale = matrix(where, shapes, names[CODES]), matrix(where, shapes, names[SCALES])
+    rows, columns = code if compressed else code[::-1]
+    out, inputs = (rows * PER_WORD, columns) if scheme.method == "awq" else (rows, columns * PER_WORD)
+    groups = scale[1] if compressed else scale[0]
+    each = _file_group(prefix, scheme, inputs, groups, where)
+    wide = -(-out // PER_WORD)
+    wanted = {
+        SCALES: (out, groups) if compressed else (groups, out),
+        ZEROS: (wide, groups) if compressed else (groups, wide),
+        GROUP_OF_INPUT: (inputs,),
+        SHAPE: (2,),
+    }
+    for index, shape in wanted.items():
+        if names[index] and shapes[names[index]][1] != shape:
+            refuse_shape(where, shapes, names[index], list(shape))
+    if (name := names[SHAPE]) and (said := read(name).tolist()) != [out, inputs]:
+        raise CheckpointError(f"{where}: {name} says {said}, the codes are {[out, inputs]}; {AGAIN}")
+    scattered = bool(names[GROUP_OF_INPUT]) and _scattered(read(names[GROUP_OF_INPUT]), groups, each, names, where)
+    held = each if scattered else _held_group(prefix, each, where)
+    return Int4Module(
+        prefix=prefix,
+        names=tuple(name for name in names if name),
+        out_features=out,
+        in_features=inputs,
+        kind=None if scattered else INT4_TYPES[held],
+        why=SCATTERED if scattered else "",
+        scheme=scheme,
+        parts=names,
+        group=held,
+        file_group=each,
+    )
+
+
+def _file_group(prefix: str, scheme: GroupScheme, inputs: int, groups: int, where: str) -> int:
+    if inputs % groups:
+        raise CheckpointError(f"{where}: {prefix} has {inputs} inputs and scales for {groups} groups of them; {AGAIN}")
+    each = inputs // groups
+    if each != (scheme.group or inputs):
+        raise CheckpointError(
+            f"{where}: {prefix} has {groups} scales for {inputs} inputs, but group_size in config.json is "
+            f"{scheme.group or -1}; {AGAIN}"
+        )
+    return each
+
+
+def _held_group(prefix: str, each: int, where: str) -> int:
+    """The largest group that a format has and that divides one of the file."""
+    fitting = [group for group in INT4_GROUPS if each == group or each % group == 0 and group == INT4_GROUPS[-1]]
+    if not fitting:
+        known = ", ".join(map(str, INT4_GROUPS))
+        unsupported(
+            where,
+            f"{prefix} has groups of {each} inputs; run are groups of {known} and whole multiples of {INT4_GROUPS[-1]}",
+        )
+    return fitting[-1]
+
+
+def _scattered(found: torch.Tensor, groups: int, each: int, names: tuple[str, ...], where: str) -> bool:
+    """Whether groups are no runs of inputs; CheckpointError where they are no groups of `each` at all."""
+    import torch
+
+    runs = torch.arange(found.shape[0], device="cpu") // each
+    if torch.equal(found.long(), runs):
+        return False
+    if not torch.equal(found.long().sort().values, runs):
+        refuse(where, names[GROUP_OF_INPUT], "no such order", f"{groups} groups of {each} inputs each")
+    return True
+
+
+def _zeros(module: Int4Module, words: torch.Tensor, where: str) -> torch.Tensor:
+    """u8 [out, groups of the file]."""
+    name, scheme = module.parts[ZEROS], module.scheme
+    if scheme.method == "compressed-tensors":
+        stored = nibbles(words.t(), IN_ORDER).t()[: module.out_features]
+    else:
+        stored = nibbles(words, AWQ_ORDER if scheme.method == "awq" else IN_ORDER).t()[: module.out_features]
+    if scheme.zero_offset is None:
+        values = stored.unique().tolist()
+        if values not in ([MIDDLE - 1], [MIDDLE]):
+            raise CheckpointError(
+                f"{where}: config.json says sym, but {name} holds zero points {values[:8]}, expected all {MIDDLE - 1} "
+                f"or all {MIDDLE}; {AGAIN}"
+            )
+        return stored * 0 + MIDDLE
+    if scheme.zero_offset and bool((stored == 15).any()):
+        raise UnsupportedModelError(
+            f"{where}: {name} stores a zero point of 15 in the first version of GPTQ's format, where programs disagree "
+            f"whether it is 16 or 0. {INSTEAD}"
+        )
+    return stored + scheme.zero_offset
+
+
+def nibbles(words: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """uint8 [..., 8n] of int32 [..., n]; order: which nibble of its word every value is."""
+    import torch
+
+    shifts = torch.tensor(order, dtype=torch.int32, device="cpu") * 4
+    return ((words[..., None] >> shifts) & 15).to(torch.uint8).flatten(-2)
+
+
+def _pairs(method: str, codes: torch.Tensor, first: int, stop: int) -> torch.Tensor:
+    """uint8 [rows, in_features / 2], two codes a byte."""
+    import torch
+
+    if method == "compressed-tensors":
+        return codes[first:stop].contiguous().view(torch.uint8)
+    if method == "gptq":
+        return codes[:, first:stop].t().contiguous().view(torch.uint8)
+    start = first // PER_WORD
+    values = nibbles(codes[:, start : -(-stop // PER_WORD)], AWQ_ORDER)
+    rows = values[:, first - start * PER_WORD : stop - start * PER_WORD].t()
+    return (rows[:, 0::2] | rows[:, 1::2] << 4).contiguous()
