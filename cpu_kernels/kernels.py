@@ -8,9 +8,9 @@ import torch
 from cpu_kernels.ahead.builders import build_all
 from cpu_kernels.attention import op as attention
 from cpu_kernels.attention import rope_op as rope
+from cpu_kernels.linear import expert_op, pack, repack
 from cpu_kernels.linear import op as linear
-from cpu_kernels.linear import pack, repack
-from cpu_kernels.small import elementwise, memory
+from cpu_kernels.small import elementwise, memory, route
 from cpu_kernels.team.flags import Flags, check_flag
 from cpu_kernels.team.program import Program
 from cpu_kernels.team.store import KernelStore
@@ -156,6 +156,68 @@ class CpuKernels:
         bias: float32 [num_blocks * 16] or None; out: float32 [rows, num_blocks * 16], written.
         """
         linear.linear(self._team, x, weight, weight_dtype, bias, out, accumulate)
+
+    def expert_linear(
+        self,
+        x: torch.Tensor,
+        sources: torch.Tensor | None,
+        starts: torch.Tensor,
+        first: int,
+        weight: torch.Tensor,
+        weight_dtype: str,
+        out: torch.Tensor,
+    ) -> None:
+        """out = x W^T for every pick of some experts, each with its expert's W; picks are sorted as `route` says.
+
+        x: float32 [rows, in_features], rounded as in `linear`; sources: int32 [picks], the row of x of each pick, None
+        where it is the pick's own; starts: int32 [all experts + 1], where each expert's picks begin; first: the expert
+        of weight[0]; weight: uint8 [experts, blocks, block_bytes]; out: float32 [picks, blocks * 16], written for the
+        picks of these experts and for no other. Contents of sources and starts are trusted.
+        """
+        expert_op.expert_linear(self._team, x, sources, starts, first, weight, weight_dtype, out)
+
+    def route(
+        self,
+        x: torch.Tensor,
+        router: torch.Tensor,
+        gated: bool,
+        normalise: bool,
+        ids: torch.Tensor,
+        places: torch.Tensor,
+        sources: torch.Tensor,
+        starts: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> None:
+        """Choose the experts of every row by x router^T, and sort all choices by expert.
+
+        x: float32 [rows, hidden]; router: float32 [experts, hidden], one more row where it is gated, zeros to a
+        multiple of 16 rows. Written: ids int32 [rows, k], the k highest scores of a row, of equal ones the lower id,
+        ascending; weights float32 [rows, k + 1], the softmax over all experts at these, divided by their sum if
+        `normalise`, then sigmoid of the gate's product, 1 without one; starts int32 [experts + 1]; places int32
+        [rows, k], where each pick is among all, sorted by expert, then by row; sources int32 [rows * k], the row of the
+        pick at each place.
+        """
+        route.route(self._team, x, router, gated, normalise, ids, places, sources, starts, weights)
+
+    def combine(
+        self,
+        near: torch.Tensor,
+        far: torch.Tensor,
+        border: torch.Tensor,
+        places: torch.Tensor,
+        weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """out[r] += sum over j, ascending, of weights[r, j] * the output of its pick places[r, j].
+
+        near, far: float32 [rows * k, features], outputs by place: those before border, int32 [1], from near, others
+        from far; places int32 [rows, k]; weights float32 [rows, k]; out: float32 [rows, features], written.
+        """
+        route.combine(self._team, near, far, border, places, weights, out)
+
+    def scale_rows(self, factors: torch.Tensor, out: torch.Tensor) -> None:
+        """out[r] *= factors[r]. factors: float32 [rows, 1]; out: float32 [rows, features], written."""
+        route.scale_rows(self._team, factors, out)
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, accumulate: bool = False

@@ -19,6 +19,9 @@ _MODULE_OF_OP = {
     "rope_append": "elementwise",
     "silu_mul": "elementwise",
     "gelu_mul": "elementwise",
+    "route": "experts",
+    "combine": "experts",
+    "scale_rows": "experts",
     "copy_rows": "row_copies",
     "add_rows": "row_copies",
 }

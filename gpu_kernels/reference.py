@@ -13,6 +13,8 @@ both see the same numbers.
     rms_norm    y = x / sqrt(mean(x^2) + eps) * weight, or y += that
     silu_mul    y = gate / (1 + exp(-gate)) * up
     gelu_mul    y = gate (1 + tanh(sqrt(2 / pi) (gate + 0.044715 gate^3))) / 2 * up
+    route       ids = the k largest of x router^T, w = softmax(x router^T) there;  expert_linear  p = x W[id]^T;
+                combine  y += sum_j w_j p_j;  scale_rows  y *= f
     rope        (a, b) -> (a cos - b sin, b cos + a sin) for the pairs (i, i + rotary_dim / 2);
                 then, for pages of codes, q and k times the Walsh-Hadamard matrix of kv_pages.spread
 
@@ -192,6 +194,63 @@ def gelu_mul(gate_up: Tensor, out: Tensor) -> None:
 
 def _gate_and_up(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return gate_up.unflatten(-1, (gate_up.shape[-1] // 32, 2, BLOCK_FEATURES)).unbind(-2)
+
+
+def route(x: Tensor, router: Tensor, gated: bool, normalise: bool, ids: Tensor, places: Tensor, sources: Tensor,
+          starts: Tensor, weights: Tensor) -> None:
+    """Choose the experts of every row by x router^T, and sort all choices by expert.
+
+    x: f32 [rows, hidden]. router: f32 [experts, hidden], one more row where it is gated, zeros behind. Written: ids
+    int32 [rows, k], the highest scores of a row, of equal ones the lower id, ascending; weights f32 [rows, k + 1], the
+    softmax over all experts at these, divided by their sum if `normalise`, then sigmoid of the gate's product, 1
+    without one; starts int32 [experts + 1], where each expert's picks begin; places int32 [rows, k], where each pick is
+    among all, sorted by expert, then by row; sources int32 [rows * k], the row of the pick at each place.
+    """
+    experts, top_k = starts.shape[0] - 1, ids.shape[1]
+    logits = x @ router.T
+    scores = torch.softmax(logits[:, :experts], dim=-1)
+    best = torch.sort(logits[:, :experts], dim=-1, descending=True, stable=True).indices[:, :top_k].sort(-1).values
+    chosen = scores.gather(1, best)
+    weights[:, :top_k] = chosen / chosen.sum(-1, keepdim=True) if normalise else chosen
+    weights[:, top_k] = torch.sigmoid(logits[:, experts]) if gated else 1.0
+    ids.copy_(best)
+    order = torch.sort(best.flatten(), stable=True).indices
+    sources.copy_(order // top_k)
+    places.view(-1)[order] = torch.arange(order.shape[0], dtype=places.dtype, device=places.device)
+    starts[0] = 0
+    everyone = torch.arange(experts, device=best.device)
+    starts[1:] = (best.flatten()[:, None] == everyone).sum(0).cumsum(0)
+
+
+def expert_linear(x: Tensor, sources: Tensor | None, starts: Tensor, first: int, weight: Tensor, weight_dtype: str,
+                  out: Tensor) -> None:
+    """x W^T for every pick of some experts, each with its expert's W, into the picks' rows of `out`.
+
+    x: f32 [rows, in_features]. sources: int32 [picks], the row of x of each pick, None where it is the pick's own.
+    starts: int32 [all experts + 1], from `route`. first: the expert of weight[0]. weight: uint8 [experts, blocks,
+    block_bytes], or of a mix [experts, units, unit_bytes]. out: f32 [picks, features]; picks of others stay.
+    """
+    bounds = starts[first:first + weight.shape[0] + 1].tolist()
+    for expert, (start, stop) in enumerate(zip(bounds, bounds[1:])):
+        if start < stop:
+            rows = x[start:stop] if sources is None else x[sources[start:stop].long()]
+            linear(rows, weight[expert], weight_dtype, None, out[start:stop])
+
+
+def combine(near: Tensor, far: Tensor, border: Tensor, places: Tensor, weights: Tensor, out: Tensor) -> None:
+    """Add to every row of `out` the weighted outputs of its picks, one after the other.
+
+    near, far: f32 [rows * k, features], outputs by place: those before border, int32 [1], from near, others from far.
+    places: int32 [rows, k]. weights: f32 [rows, k]. out: f32 [rows, features].
+    """
+    for pick, place in enumerate(places.long().unbind(1)):
+        output = torch.where((place < border)[:, None], near[place], far[place])
+        out += weights[:, pick, None] * output
+
+
+def scale_rows(factors: Tensor, out: Tensor) -> None:
+    """out[r] *= factors[r]; factors: f32 [rows, 1], out: f32 [rows, features]."""
+    out *= factors
 
 
 def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,

@@ -51,7 +51,19 @@ FLOORS = {
 }
 LONGEST_CHAIN = {"hetero_attn": 14, "placement": 6, "cpu_kernels": 6}
 MOST_MODULES = 14  # in one folder
-OPS = ("linear", "rms_norm", "silu_mul", "gelu_mul", "rope_append", "decode_attention", "prefill_attention", "merge")
+OPS = (
+    "linear",
+    "rms_norm",
+    "silu_mul",
+    "gelu_mul",
+    "route",
+    "combine",
+    "scale_rows",
+    "rope_append",
+    "decode_attention",
+    "prefill_attention",
+    "merge",
+)
 SLOW_TO_IMPORT = ("torch", "transformers", "scipy", "matplotlib", "numba", "starlette", "uvicorn")
 
 

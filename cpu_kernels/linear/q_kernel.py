@@ -223,11 +223,36 @@ def block_times_panel(isa: Isa, weight_dtype: str, rows: int):
     return multiply_form
 
 
+def row_quantiser(weight_dtype: str):
+    """Function: the groups [group, last) of a row's inputs into its place in the records of a panel of `size` rows."""
+    correct = {"q4": correct_q4, "q8": correct_q8}.get(weight_dtype, keep_sums)
+    store_codes = store_group if weight_dtype in ("q4", "q8") else store_group_of_16
+
+    @helper
+    def quantize_row(source, in_features, group, last, panel, row, size):
+        while group < last:
+            at, left = source + 256 * group, in_features - GROUP_INPUTS * group
+            record = panel + group * size * RECORD_BYTES
+            scale_at = record + size * GROUP_INPUTS + 4 * row
+            store_codes(
+                load_f32_tail(at, left),
+                load_f32_tail(at + 64, left - 16),
+                load_f32_tail(at + 128, left - 32),
+                load_f32_tail(at + 192, left - 48),
+                record + GROUP_INPUTS * row,
+                scale_at,
+                4 * size,
+            )
+            correct(scale_at, 4 * size)
+            group += 1
+
+    return quantize_row
+
+
 def linear_q(isa: Isa, weight_dtype: str, tile: int):
     """Kernel for any number of rows in panels of `tile` (8, 4 or 1) rows; parameters as in op.py."""
     item = format_of(weight_dtype)
-    correct = {"q4": correct_q4, "q8": correct_q8}.get(weight_dtype, keep_sums)
-    store_codes = store_group if weight_dtype in ("q4", "q8") else store_group_of_16
+    quantize_row = row_quantiser(weight_dtype)
     multiply_8, multiply_4, multiply_2, multiply_1 = (
         block_times_panel(isa, weight_dtype, min(rows, tile)) for rows in (8, 4, 2, 1)
     )
@@ -248,21 +273,9 @@ def linear_q(isa: Isa, weight_dtype: str, tile: int):
         while chunk < rows * segments:
             row, segment = chunk // segments, chunk % segments
             first, size = panel_of(row, rows, tile)
+            last = least(groups, (segment + 1) * SEGMENT_GROUPS)
             panel = records + first * groups * RECORD_BYTES
-            for group in range(segment * SEGMENT_GROUPS, least(groups, (segment + 1) * SEGMENT_GROUPS)):
-                at, left = x + row * x_stride + 256 * group, in_features - GROUP_INPUTS * group
-                record = panel + group * size * RECORD_BYTES
-                scale_at = record + size * GROUP_INPUTS + 4 * (row - first)
-                store_codes(
-                    load_f32_tail(at, left),
-                    load_f32_tail(at + 64, left - 16),
-                    load_f32_tail(at + 128, left - 32),
-                    load_f32_tail(at + 192, left - 48),
-                    record + GROUP_INPUTS * (row - first),
-                    scale_at,
-                    4 * size,
-                )
-                correct(scale_at, 4 * size)
+            quantize_row(x + row * x_stride, in_features, segment * SEGMENT_GROUPS, last, panel, row - first, size)
             finish(arguments, 0)
             chunk = take(arguments, 0)
         await_stage(arguments, 0, rows * segments)

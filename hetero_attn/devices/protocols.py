@@ -30,6 +30,38 @@ class Ops(Protocol):
     def gelu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         """gelu(gate) * up, gelu by tanh."""
 
+    def route(
+        self,
+        x: Tensor,
+        router: Tensor,
+        gated: bool,
+        normalise: bool,
+        ids: Tensor,
+        places: Tensor,
+        sources: Tensor,
+        starts: Tensor,
+        weights: Tensor,
+    ) -> None:
+        """The experts of every row, and all picks sorted by expert."""
+
+    def expert_linear(
+        self,
+        x: Tensor,
+        sources: Tensor | None,
+        starts: Tensor,
+        first: int,
+        weight: Tensor,
+        weight_dtype: str,
+        out: Tensor,
+    ) -> None:
+        """Each pick's row of x times its own expert's packed weight; not yet in the Triton kernels."""
+
+    def combine(self, near: Tensor, far: Tensor, border: Tensor, places: Tensor, weights: Tensor, out: Tensor) -> None:
+        """Add the weighted outputs of experts to the rows that chose them."""
+
+    def scale_rows(self, factors: Tensor, out: Tensor) -> None:
+        """Every row times its factor."""
+
     def rope_append(
         self,
         qkv: Tensor,

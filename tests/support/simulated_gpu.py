@@ -38,6 +38,22 @@ WRITTEN = {
     "target",
 }  # of rope_append, and of every other operation its results
 ONLY_READ = {"decode_attention": {"q", "k_pages", "v_pages"}, "prefill_attention": {"q", "k_pages", "v_pages"}}
+ROUTED = {"ids", "places", "sources", "starts", "weights"}
+CHECKED_OPS = {
+    "add_rows",
+    "pack",
+    "linear",
+    "rms_norm",
+    "silu_mul",
+    "gelu_mul",
+    "route",
+    "expert_linear",
+    "combine",
+    "scale_rows",
+    "merge",
+    "rope_append",
+    *ONLY_READ,
+}
 
 
 class RaceError(AssertionError):
@@ -308,8 +324,7 @@ class CheckedOps:
 
     def __getattr__(self, name: str) -> Any:
         operation = getattr(self._ops, name)
-        ops = ("add_rows", "pack", "linear", "rms_norm", "silu_mul", "gelu_mul", "merge", "rope_append", *ONLY_READ)
-        if name not in ops:
+        if name not in CHECKED_OPS:
             return operation
         signature = inspect.signature(operation)
 
@@ -319,9 +334,9 @@ class CheckedOps:
             writes, reads = [], []
             for parameter, value in bound.arguments.items():
                 tensors = tensors_in(value)
-                written = parameter in WRITTEN - ONLY_READ.get(name, set())
+                written = parameter in (ROUTED if name == "route" else WRITTEN - ONLY_READ.get(name, set()))
                 (writes if written else reads).extend(tensors)
-            if bound.arguments.get("accumulate") or name == "add_rows":
+            if bound.arguments.get("accumulate") or name in ("add_rows", "combine", "scale_rows"):
                 reads += writes
             self._launch(name, lambda: operation(*arguments, **named), reads, writes)
 

@@ -1,0 +1,236 @@
+"""expert_linear: the picks of every expert, sorted by expert, times that expert's packed weight.
+
+Stage 0 rounds the picks' inputs, each into its place in the sorted order, for coded formats in panels of the rows of
+one expert (q_kernel.py). Stage 1 hands out ranges of blocks over the experts that have picks, expert after expert, and
+no other weight is read: few picks are one stream over scattered runs, many are panels of rows that pass over a range
+kept in cache. Threads own blocks of outputs and nothing is summed between them, so an expert that has most of the rows
+is shared like any other.
+
+Which experts and how many rows are memory contents: a recorded call follows whatever the router has written.
+
+Parameters: scratch, x, x row stride, sources (0: a pick's input is the row of its place), starts, first expert,
+experts here, in_features, weight, bytes from one expert to the next, blocks of an expert, block_bytes, out, out row
+stride, inputs per piece, fewest blocks of a range, threads, then blocks of a run, bytes from one run of weights to the
+next, and of outputs, as in op.py.
+"""
+
+from cpu_kernels.formats import GROUP_INPUTS, format_of
+from cpu_kernels.linear.dot_kernel import (
+    block_times_row,
+    block_times_rows,
+    keep_rounded,
+    keep_widened,
+    line_of,
+    padded_row_bytes,
+)
+from cpu_kernels.linear.q_kernel import block_times_panel, panel_of, row_quantiser
+from cpu_kernels.linear.sizes import RECORD_BYTES, SEGMENT_GROUPS
+from cpu_kernels.team.chunks import await_stage, finish, parameter, take, take_range
+from cpu_kernels.vectors.compiler import helper
+from cpu_kernels.vectors.isa import Isa
+from cpu_kernels.vectors.scalar import least, load_i32, most
+from cpu_kernels.vectors.vector import load_f32_tail, store_f32_tail
+
+
+@helper
+def expert_of(starts, first, count, place):
+    """The expert of [first, first + count) whose picks hold `place`, which lies in theirs."""
+    low, high = first, first + count
+    while high - low > 1:
+        middle = (low + high) // 2
+        if load_i32(starts + 4 * middle) <= place:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@helper
+def source_row(arguments, place):
+    """Address of the input of the pick at a place."""
+    x, stride, sources = parameter(arguments, 1), parameter(arguments, 2), parameter(arguments, 3)
+    return x + (load_i32(sources + 4 * place) if sources else place) * stride
+
+
+@helper
+def busy_experts(starts, first, count):
+    """How many experts have picks, and the most picks of one."""
+    busy, largest = 0, 0
+    for e in range(first, first + count):
+        picks = load_i32(starts + 4 * e + 4) - load_i32(starts + 4 * e)
+        busy += 1 if picks else 0
+        largest = most(largest, picks)
+    return busy, largest
+
+
+@helper
+def next_busy(starts, e):
+    """The first expert from e on that has picks; there is one."""
+    while load_i32(starts + 4 * e + 4) == load_i32(starts + 4 * e):
+        e += 1
+    return e
+
+
+def shared_ranges(multiply):
+    """Stage 1: `multiply(arguments, prepared, expert, place, picks, start, stop)` for every range of an expert's
+    blocks."""
+
+    @helper
+    def over_ranges(arguments, prepared, tile):
+        starts, first, count = parameter(arguments, 4), parameter(arguments, 5), parameter(arguments, 6)
+        num_blocks, threads = parameter(arguments, 10), parameter(arguments, 16)
+        busy, largest = busy_experts(starts, first, count)
+        total = busy * num_blocks
+        smallest = most(1, least(parameter(arguments, 15), (total + threads - 1) // threads))
+        parts = most(1, 2 * threads if largest <= tile else total)
+        before, e = 0, first  # experts with picks before e; ranges come in order
+        start, stop = take_range(arguments, 1, total, smallest, parts)
+        while start < stop:
+            e = next_busy(starts, e)
+            while (before + 1) * num_blocks <= start:
+                e = next_busy(starts, e + 1)
+                before += 1
+            place = load_i32(starts + 4 * e)
+            picks = load_i32(starts + 4 * e + 4) - place
+            last = least(stop, (before + 1) * num_blocks)
+            multiply(
+                arguments, prepared, e - first, place, picks, start - before * num_blocks, last - before * num_blocks
+            )
+            start = last
+            if start == stop:
+                start, stop = take_range(arguments, 1, total, smallest, parts)
+
+    return over_ranges
+
+
+def expert_linear_q(isa: Isa, weight_dtype: str, tile: int):
+    """Kernel for coded weights, in panels of up to `tile` rows."""
+    item = format_of(weight_dtype)
+    quantize_row = row_quantiser(weight_dtype)
+    multiply_8, multiply_4, multiply_2, multiply_1 = (
+        block_times_panel(isa, weight_dtype, min(rows, tile)) for rows in (8, 4, 2, 1)
+    )
+    superblock_bytes, together = item.superblock_bytes, item.group_inputs // GROUP_INPUTS
+
+    @helper
+    def quantize(arguments):
+        records, starts = parameter(arguments, 0), parameter(arguments, 4)
+        first, count, in_features = parameter(arguments, 5), parameter(arguments, 6), parameter(arguments, 7)
+        groups = (in_features + GROUP_INPUTS - 1) // GROUP_INPUTS
+        segments = (groups + SEGMENT_GROUPS - 1) // SEGMENT_GROUPS
+        begin, end = load_i32(starts + 4 * first), load_i32(starts + 4 * (first + count))
+        chunk = take(arguments, 0)
+        while chunk < (end - begin) * segments:
+            place, segment = begin + chunk // segments, chunk % segments
+            e = expert_of(starts, first, count, place)
+            own = load_i32(starts + 4 * e)
+            row, size = panel_of(place - own, load_i32(starts + 4 * e + 4) - own, tile)
+            panel, source = records + (own + row) * groups * RECORD_BYTES, source_row(arguments, place)
+            last = least(groups, (segment + 1) * SEGMENT_GROUPS)
+            quantize_row(source, in_features, segment * SEGMENT_GROUPS, last, panel, place - own - row, size)
+            finish(arguments, 0)
+            chunk = take(arguments, 0)
+        await_stage(arguments, 0, (end - begin) * segments)
+        return records
+
+    @helper
+    def multiply(arguments, records, expert, place, picks, start, stop):
+        groups = (parameter(arguments, 7) + GROUP_INPUTS - 1) // GROUP_INPUTS
+        weight = parameter(arguments, 8) + expert * parameter(arguments, 9)
+        block_bytes, out, out_stride = parameter(arguments, 11), parameter(arguments, 12), parameter(arguments, 13)
+        piece = (parameter(arguments, 14) + GROUP_INPUTS - 1) // GROUP_INPUTS
+        run, weight_run, out_run = parameter(arguments, 17), parameter(arguments, 18), parameter(arguments, 19)
+        for first in range(0, groups, piece):
+            count, add_to, row = least(piece, groups - first), 1 if first else 0, 0
+            while row < picks:
+                size = panel_of(row, picks, tile)[1]
+                panel = records + ((place + row) * groups + size * first) * RECORD_BYTES
+                for block in range(start, stop):
+                    unit, inside = block // run, block % run
+                    w = weight + unit * weight_run + inside * block_bytes + first // together * superblock_bytes
+                    to = out + (place + row) * out_stride + unit * out_run + 64 * inside
+                    if size == 8:
+                        multiply_8(w, panel, count, 0, to, out_stride, add_to)
+                    elif size == 4:
+                        multiply_4(w, panel, count, 0, to, out_stride, add_to)
+                    elif size == 2:
+                        multiply_2(w, panel, count, 0, to, out_stride, add_to)
+                    else:
+                        multiply_1(w, panel, count, 0, to, out_stride, add_to)
+                row += size
+
+    over_ranges = shared_ranges(multiply)
+
+    def kernel(arguments, thread):
+        over_ranges(arguments, quantize(arguments), tile)
+
+    return kernel
+
+
+@helper
+def keep_as_it_is(x, count, to):
+    """The next 16 inputs, or the first `count` and zeros."""
+    store_f32_tail(load_f32_tail(x, count), to, 16)
+
+
+def expert_linear_dot(isa: Isa, weight_dtype: str, features: int, tile: int):
+    """Kernel for row-major weights, in panels of `tile` rows, then 2, then 1."""
+    items, item_bytes, x_bytes = line_of(isa, weight_dtype)
+    x_item_bytes, is_bf16 = line_of(isa, weight_dtype).x_item_bytes, weight_dtype == "bf16"
+    keep = (keep_widened if line_of(isa, "bf16").is_widened else keep_rounded) if is_bf16 else keep_as_it_is
+    multiply_1 = block_times_row(isa, weight_dtype)
+    multiply_2 = block_times_rows(isa, weight_dtype, features, 2)
+    multiply_tile = block_times_rows(isa, weight_dtype, features, tile)
+
+    @helper
+    def row_bytes_of(in_features):
+        if is_bf16:
+            return padded_row_bytes(in_features, x_bytes)
+        return ((in_features + 15) // 16 | 1) * 64
+
+    @helper
+    def gather(arguments):
+        scratch, starts = parameter(arguments, 0), parameter(arguments, 4)
+        first, count, in_features = parameter(arguments, 5), parameter(arguments, 6), parameter(arguments, 7)
+        begin, end = load_i32(starts + 4 * first), load_i32(starts + 4 * (first + count))
+        chunk = take(arguments, 0)
+        while chunk < end - begin:
+            place = begin + chunk
+            source, to = source_row(arguments, place), scratch + place * row_bytes_of(in_features)
+            for i in range(0, in_features, items):
+                keep(source + 4 * i, in_features - i, to + i // items * x_bytes)
+            finish(arguments, 0)
+            chunk = take(arguments, 0)
+        await_stage(arguments, 0, end - begin)
+        return scratch
+
+    @helper
+    def multiply(arguments, scratch, expert, place, picks, start, stop):
+        in_features = parameter(arguments, 7)
+        weight = parameter(arguments, 8) + expert * parameter(arguments, 9)
+        block_bytes, out, out_stride = parameter(arguments, 11), parameter(arguments, 12), parameter(arguments, 13)
+        piece, x_stride, w_stride = parameter(arguments, 14), row_bytes_of(in_features), in_features * item_bytes
+        run, weight_run, out_run = parameter(arguments, 17), parameter(arguments, 18), parameter(arguments, 19)
+        for first in range(0, in_features, piece):
+            inputs, add_to, row = least(piece, in_features - first), 1 if first else 0, 0
+            while row < picks:
+                size = tile if row + tile <= picks else 2 if tile > 2 and row + 2 <= picks else 1
+                x = scratch + (place + row) * x_stride + first * x_item_bytes
+                for block in range(start, stop):
+                    unit, inside = block // run, block % run
+                    w = weight + unit * weight_run + inside * block_bytes + first * item_bytes
+                    to = out + (place + row) * out_stride + unit * out_run + 64 * inside
+                    if size == 1:
+                        multiply_1(w, w_stride, x, x_stride, inputs, 0, to, out_stride, add_to)
+                    elif size == 2:
+                        multiply_2(w, w_stride, x, x_stride, inputs, 0, to, out_stride, add_to)
+                    else:
+                        multiply_tile(w, w_stride, x, x_stride, inputs, 0, to, out_stride, add_to)
+                row += size
+
+    over_ranges = shared_ranges(multiply)
+
+    def kernel(arguments, thread):
+        over_ranges(arguments, gather(arguments), tile)
+
+    return kernel

@@ -1,0 +1,116 @@
+"""route, combine and scale_rows: checks and launches; the arithmetic is in route_kernel.py and combine_kernel.py."""
+
+import torch
+
+from cpu_kernels.checks import check_tensor, expect
+from cpu_kernels.small.route_sizes import EXPERTS_AT_ONCE
+from cpu_kernels.team.team import Team
+
+
+def route(
+    team: Team,
+    x: torch.Tensor,
+    router: torch.Tensor,
+    gated: bool,
+    normalise: bool,
+    ids: torch.Tensor,
+    places: torch.Tensor,
+    sources: torch.Tensor,
+    starts: torch.Tensor,
+    weights: torch.Tensor,
+) -> None:
+    """See CpuKernels.route."""
+    check_tensor("x", x, torch.float32, (None, None))
+    check_tensor("ids", ids, torch.int32, (x.shape[0], None))
+    check_tensor("starts", starts, torch.int32, (None,))
+    (rows, hidden), top_k, experts = x.shape, ids.shape[1], starts.shape[0] - 1
+    check_tensor("router", router, torch.float32, (None, hidden))
+    check_tensor("places", places, torch.int32, (rows, top_k))
+    check_tensor("sources", sources, torch.int32, (rows * top_k,))
+    check_tensor("weights", weights, torch.float32, (rows, top_k + 1))
+    expect(1 <= top_k <= experts, f"ids has {top_k} experts a row; there are {experts}, and a row takes at least one")
+    expect(
+        router.shape[0] % EXPERTS_AT_ONCE == 0 and router.shape[0] >= experts + gated,
+        f"router has {router.shape[0]} rows; it must have those of {experts} experts"
+        f"{' and the gate' if gated else ''}, then zeros to a multiple of {EXPERTS_AT_ONCE}",
+    )
+    for name, tensor in (("router", router), ("ids", ids), ("places", places)):
+        expect(tensor.is_contiguous(), f"{name} must be contiguous")
+    if rows:
+        team.run(
+            ("small.route_kernel", "route"),
+            8 * rows * router.shape[0],
+            x.data_ptr(),
+            4 * x.stride(0),
+            rows,
+            hidden,
+            router.data_ptr(),
+            experts,
+            router.shape[0],
+            top_k,
+            int(normalise),
+            int(gated),
+            ids.data_ptr(),
+            places.data_ptr(),
+            sources.data_ptr(),
+            starts.data_ptr(),
+            weights.data_ptr(),
+            4 * weights.stride(0),
+        )
+
+
+def combine(
+    team: Team,
+    near: torch.Tensor,
+    far: torch.Tensor,
+    border: torch.Tensor,
+    places: torch.Tensor,
+    weights: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """See CpuKernels.combine."""
+    check_tensor("out", out, torch.float32, (None, None))
+    rows, features = out.shape
+    check_tensor("places", places, torch.int32, (rows, None))
+    picks = places.shape[1]
+    check_tensor("border", border, torch.int32, (1,))
+    check_tensor("weights", weights, torch.float32, (rows, picks))
+    for name, tensor in (("near", near), ("far", far)):
+        check_tensor(name, tensor, torch.float32, (rows * picks, features))
+    expect(places.is_contiguous(), "places must be contiguous")
+    if rows and features:
+        team.run(
+            ("small.combine_kernel", "combine"),
+            0,
+            near.data_ptr(),
+            4 * near.stride(0),
+            far.data_ptr(),
+            4 * far.stride(0),
+            border.data_ptr(),
+            places.data_ptr(),
+            weights.data_ptr(),
+            4 * weights.stride(0),
+            out.data_ptr(),
+            4 * out.stride(0),
+            rows,
+            picks,
+            features,
+        )
+
+
+def scale_rows(team: Team, factors: torch.Tensor, out: torch.Tensor) -> None:
+    """See CpuKernels.scale_rows."""
+    check_tensor("out", out, torch.float32, (None, None))
+    rows, features = out.shape
+    check_tensor("factors", factors, torch.float32, (rows, 1))
+    if rows and features:
+        team.run(
+            ("small.combine_kernel", "scale_rows"),
+            0,
+            factors.data_ptr(),
+            4 * factors.stride(0),
+            out.data_ptr(),
+            4 * out.stride(0),
+            rows,
+            features,
+        )

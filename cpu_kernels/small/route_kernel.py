@@ -1,0 +1,173 @@
+"""route: the router's scores of every row, its best experts, and the order in which experts are computed.
+
+Stage 0 makes logits: one vector of sums for each row and expert, inputs ascending, its lanes added as a tree, so that a
+row's logits are the same bits whatever rows stand beside it. Stage 1 chooses: the highest logit, of equal ones the
+lower id; a NaN is never higher, so that ids stay valid and the weights show it. Stage 2, one chunk, sorts all picks by
+expert, those of one expert by row.
+
+Scratch: per row `experts` logits, the gate's behind them, then as many int32 marks of those chosen.
+"""
+
+import math
+
+import numpy as np
+from numba import types
+
+from cpu_kernels.small.route_sizes import EXPERTS_AT_ONCE, ROWS_AT_ONCE
+from cpu_kernels.team.chunks import await_stage, finish, parameter, take
+from cpu_kernels.vectors.compiler import helper
+from cpu_kernels.vectors.scalar import least, load_i32, load_scalar, store_scalar, store_word
+from cpu_kernels.vectors.vector import (
+    add,
+    div,
+    exp,
+    fma,
+    keep_below,
+    load_f32,
+    load_f32_tail,
+    splat,
+    store_f32_tail,
+    sub,
+    sum_lanes,
+)
+
+ZERO, ONE, MINUS_INFINITY = np.float32(0.0), np.float32(1.0), np.float32(-np.inf)
+
+
+@helper
+def four_logits(x, router, stride, hidden, to):
+    """Products of one row with four neighbouring rows of the router."""
+    first, second, third, fourth = splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO)
+    i = 0
+    while i + 16 <= hidden:
+        value, at = load_f32(x + 4 * i), router + 4 * i
+        first = fma(value, load_f32(at), first)
+        second = fma(value, load_f32(at + stride), second)
+        third = fma(value, load_f32(at + 2 * stride), third)
+        fourth = fma(value, load_f32(at + 3 * stride), fourth)
+        i += 16
+    if i < hidden:
+        left, at = hidden - i, router + 4 * i
+        value = load_f32_tail(x + 4 * i, left)
+        first = fma(value, load_f32_tail(at, left), first)
+        second = fma(value, load_f32_tail(at + stride, left), second)
+        third = fma(value, load_f32_tail(at + 2 * stride, left), third)
+        fourth = fma(value, load_f32_tail(at + 3 * stride, left), fourth)
+    store_scalar(sum_lanes(first), to)
+    store_scalar(sum_lanes(second), to + 4)
+    store_scalar(sum_lanes(third), to + 8)
+    store_scalar(sum_lanes(fourth), to + 12)
+
+
+@helper
+def softmax(logits, count):
+    """Replace `count` logits by their softmax."""
+    largest = MINUS_INFINITY
+    for e in range(count):
+        value = load_scalar(logits + 4 * e)
+        if not value <= largest:
+            largest = value
+    total, m = splat(ZERO), splat(largest)
+    for e in range(0, count, 16):
+        power = keep_below(exp(sub(load_f32_tail(logits + 4 * e, count - e), m)), count - e, ZERO)
+        total = add(total, power)
+        store_f32_tail(power, logits + 4 * e, count - e)
+    whole = splat(sum_lanes(total))
+    for e in range(0, count, 16):
+        store_f32_tail(div(load_f32_tail(logits + 4 * e, count - e), whole), logits + 4 * e, count - e)
+
+
+@helper
+def mark_best(logits, marks, count, top_k):
+    """Mark the top_k experts with 1, all others with 0."""
+    for e in range(count):
+        store_word(0, marks + 4 * e)
+    for _ in range(top_k):
+        best, highest = -1, MINUS_INFINITY
+        for e in range(count):
+            if load_i32(marks + 4 * e) == 0:
+                value = load_scalar(logits + 4 * e)
+                if best < 0 or value > highest:
+                    best = e
+                    highest = value
+        store_word(1, marks + 4 * best)
+
+
+@helper
+def sigmoid(value):
+    """1 / (1 + exp(-value))."""
+    return types.float32(1.0 / (1.0 + math.exp(-types.float64(value))))
+
+
+@helper
+def sort_picks(ids, places, sources, starts, rows, top_k, experts):
+    """Positions of all picks in the order of their experts, then of their rows."""
+    for e in range(experts + 1):
+        store_word(0, starts + 4 * e)
+    for pick in range(rows * top_k):
+        at = starts + 4 * (load_i32(ids + 4 * pick) + 1)
+        store_word(load_i32(at) + 1, at)
+    for e in range(experts):
+        store_word(load_i32(starts + 4 * e) + load_i32(starts + 4 * e + 4), starts + 4 * e + 4)
+    for pick in range(rows * top_k):
+        at = starts + 4 * load_i32(ids + 4 * pick)
+        place = load_i32(at)
+        store_word(place, places + 4 * pick)
+        store_word(pick // top_k, sources + 4 * place)
+        store_word(place + 1, at)
+    # Each start is now where its expert's picks end: where those of the next one begin.
+    for e in range(experts, 0, -1):
+        store_word(load_i32(starts + 4 * e - 4), starts + 4 * e)
+    store_word(0, starts)
+
+
+def route():
+    """Parameters: scratch, x, its row stride, rows, hidden, router, experts, router rows, top_k, normalise, gated, ids,
+    places, sources, starts, weights, their row stride. ids, places and sources are contiguous."""
+
+    def kernel(arguments, thread):
+        scratch, x, x_stride = parameter(arguments, 0), parameter(arguments, 1), parameter(arguments, 2)
+        rows, hidden, router = parameter(arguments, 3), parameter(arguments, 4), parameter(arguments, 5)
+        experts, padded, top_k = parameter(arguments, 6), parameter(arguments, 7), parameter(arguments, 8)
+        normalise, gated, ids = parameter(arguments, 9), parameter(arguments, 10), parameter(arguments, 11)
+        weights, weights_stride = parameter(arguments, 15), parameter(arguments, 16)
+        row_bytes, stride = 8 * padded, 4 * hidden
+        parts, row_blocks = padded // EXPERTS_AT_ONCE, (rows + ROWS_AT_ONCE - 1) // ROWS_AT_ONCE
+        chunk = take(arguments, 0)
+        while chunk < parts * row_blocks:
+            first, start = chunk % parts * EXPERTS_AT_ONCE, chunk // parts * ROWS_AT_ONCE
+            for e in range(first, first + EXPERTS_AT_ONCE, 4):
+                for row in range(start, least(rows, start + ROWS_AT_ONCE)):
+                    to = scratch + row * row_bytes + 4 * e
+                    four_logits(x + row * x_stride, router + e * stride, stride, hidden, to)
+            finish(arguments, 0)
+            chunk = take(arguments, 0)
+        await_stage(arguments, 0, parts * row_blocks)
+        row = take(arguments, 1)
+        while row < rows:
+            logits, to = scratch + row * row_bytes, weights + row * weights_stride
+            marks = logits + 4 * padded
+            gate = load_scalar(logits + 4 * experts) if gated else ZERO
+            mark_best(logits, marks, experts, top_k)
+            softmax(logits, experts)
+            pick, total = 0, types.float32(0.0)
+            for e in range(experts):
+                if load_i32(marks + 4 * e):
+                    store_word(e, ids + 4 * (row * top_k + pick))
+                    weight = load_scalar(logits + 4 * e)
+                    store_scalar(weight, to + 4 * pick)
+                    total += weight
+                    pick += 1
+            if normalise:
+                for pick in range(top_k):
+                    store_scalar(types.float32(load_scalar(to + 4 * pick) / total), to + 4 * pick)
+            store_scalar(sigmoid(gate) if gated else ONE, to + 4 * top_k)
+            finish(arguments, 1)
+            row = take(arguments, 1)
+        await_stage(arguments, 1, rows)
+        if take(arguments, 2) == 0:
+            sort_picks(
+                ids, parameter(arguments, 12), parameter(arguments, 13), parameter(arguments, 14), rows, top_k, experts
+            )
+
+    return kernel

@@ -1,0 +1,5 @@
+"""Sizes that the routing kernels and their wrappers share."""
+
+EXPERTS_AT_ONCE = 16  # router rows in a chunk; a router is padded to whole ones
+ROWS_AT_ONCE = 8  # rows of x that read them from the first cache levels
+COMBINE_FEATURES = 256  # features of a row combined per chunk

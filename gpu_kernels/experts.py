@@ -1,0 +1,65 @@
+"""Routing and what surrounds experts on the GPU lane, in torch's own kernels: small, of fixed shapes, read by no host.
+
+    route       ids = the k largest of x router^T, of equal ones the lower id;  w = softmax(x router^T) there
+    combine     y += sum_j w_j p_j, experts ascending
+    scale_rows  y[r] = f[r] y[r]
+
+The products of a router are float32: with TF32, or rounded to bf16, near scores would change places.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def route(x: Tensor, router: Tensor, gated: bool, normalise: bool, ids: Tensor, places: Tensor, sources: Tensor,
+          starts: Tensor, weights: Tensor) -> None:
+    """Choose the experts of every row by x router^T, and sort all choices by expert.
+
+    x: f32 [rows, hidden]. router: f32 [experts, hidden], one more row where it is gated, zeros behind. Written: ids
+    int32 [rows, k], the highest scores of a row, of equal ones the lower id, ascending; weights f32 [rows, k + 1], the
+    softmax over all experts at these, divided by their sum if `normalise`, then sigmoid of the gate's product, 1
+    without one; starts int32 [experts + 1], where each expert's picks begin; places int32 [rows, k], where each pick is
+    among all, sorted by expert, then by row; sources int32 [rows * k], the row of the pick at each place.
+    """
+    experts, top_k = starts.shape[0] - 1, ids.shape[1]
+    logits = (x[:, None, :] * router[None]).sum(-1) if x.shape[0] == 1 else _product(x, router)
+    best = torch.sort(logits[:, :experts], dim=-1, descending=True, stable=True).indices[:, :top_k].sort(-1).values
+    chosen = torch.softmax(logits[:, :experts], dim=-1).gather(1, best)
+    weights[:, :top_k].copy_(chosen / chosen.sum(-1, keepdim=True) if normalise else chosen)
+    weights[:, top_k].copy_(torch.sigmoid(logits[:, experts]) if gated else torch.ones_like(logits[:, 0]))
+    ids.copy_(best)
+    picks = best.flatten()
+    order = torch.sort(picks, stable=True).indices
+    sources.copy_(order // top_k)
+    places.view(-1).scatter_(0, order, torch.arange(order.shape[0], dtype=places.dtype, device=places.device))
+    below = picks[:, None] < torch.arange(experts + 1, device=picks.device)
+    starts.copy_(below.sum(0))
+
+
+def _product(x: Tensor, router: Tensor) -> Tensor:
+    """x router^T in float32 whatever the process allows its products."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        return x @ router.T
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def combine(near: Tensor, far: Tensor, border: Tensor, places: Tensor, weights: Tensor, out: Tensor) -> None:
+    """Add to every row of `out` the weighted outputs of its picks, one after the other.
+
+    near, far: f32 [rows * k, features], outputs by place: those before border, int32 [1], from near, others from far.
+    places: int32 [rows, k]. weights: f32 [rows, k]. out: f32 [rows, features].
+    """
+    for pick in range(places.shape[1]):
+        place = places[:, pick].long()
+        output = torch.where((place < border)[:, None], near[place], far[place])
+        out.addcmul_(weights[:, pick, None], output)
+
+
+def scale_rows(factors: Tensor, out: Tensor) -> None:
+    """out[r] *= factors[r]; factors: f32 [rows, 1], out: f32 [rows, features]."""
+    out.mul_(factors)

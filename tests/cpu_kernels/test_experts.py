@@ -1,0 +1,269 @@
+"""route, expert_linear, combine and scale_rows against plain formulas: routing of every shape, every format, every cut."""
+
+import pytest
+import torch
+
+from cpu_kernels.formats import FORMATS, mix_name, unit_bytes
+from cpu_kernels.formats import weights as layout
+from gpu_kernels import reference
+from tests.support.cpu_oracles import ISAS, guarded, kernels, nmse, only_inside_written, pack, round_input, unpack
+
+KERNEL_NMSE = 1e-11
+
+
+def routing(rows: int, hidden: int, experts: int, top_k: int, *, gated=True, normalise=False, ops=None, x=None):
+    """What `route` writes: (ids, places, sources, starts, weights), and the x and router that it read."""
+    generator = torch.Generator().manual_seed(rows + experts)
+    drawn = torch.randn(rows, hidden, generator=generator)
+    x = drawn if x is None else x
+    router = torch.zeros(-(-(experts + gated) // 16) * 16, hidden)
+    router[: experts + gated] = torch.randn(experts + gated, hidden, generator=generator) * 0.3
+    ids, places = (torch.full((rows, top_k), -1, dtype=torch.int32) for _ in range(2))
+    sources, starts = (torch.full((size,), -1, dtype=torch.int32) for size in (rows * top_k, experts + 1))
+    weights = torch.full((rows, top_k + 1), torch.nan)
+    (ops or kernels()).route(x, router, gated, normalise, ids, places, sources, starts, weights)
+    return (ids, places, sources, starts, weights), x, router
+
+
+def chosen_plainly(x, router, experts, top_k, gated, normalise):
+    """Ids and weights by sorting pairs (score, id) in Python, in float64."""
+    logits = x.double() @ router.double().T
+    scores = torch.softmax(logits[:, :experts], -1)
+    ids = [sorted(sorted(range(experts), key=lambda e: (-row[e], e))[:top_k]) for row in logits.tolist()]
+    weights = torch.stack([row[each] for row, each in zip(scores, ids, strict=True)])
+    if normalise:
+        weights /= weights.sum(-1, keepdim=True)
+    gate = torch.sigmoid(logits[:, experts]) if gated else torch.ones(len(ids), dtype=torch.float64)
+    return torch.tensor(ids), torch.cat([weights, gate[:, None]], -1)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize(("rows", "experts", "top_k"), [(1, 8, 2), (3, 128, 8), (19, 60, 4), (9, 5, 5), (4, 1, 1)])
+def test_the_best_experts_are_chosen(rows, experts, top_k, gated, normalise):
+    (ids, places, sources, starts, weights), x, router = routing(
+        rows, 100, experts, top_k, gated=gated, normalise=normalise
+    )
+    expected_ids, expected_weights = chosen_plainly(x, router, experts, top_k, gated, normalise)
+
+    assert torch.equal(ids.long(), expected_ids)
+    assert torch.allclose(weights.double(), expected_weights, rtol=2e-6, atol=1e-12)
+    in_order = sorted((int(e), row) for row in range(rows) for e in ids[row])
+    assert [row for _, row in in_order] == sources.tolist()
+    assert starts.tolist() == [sum(e < each for e, _ in in_order) for each in range(experts + 1)]
+    assert all(in_order[places[row, j]] == (int(ids[row, j]), row) for row in range(rows) for j in range(top_k))
+
+
+@pytest.mark.parametrize("ops", [reference, None], ids=["reference", "kernels"])
+def test_of_equal_scores_the_lower_id_wins(ops):
+    """Every score equal, then two groups of equals; all negative."""
+    x, router = torch.ones(2, 16), torch.zeros(16, 16)
+    router[:12] = -1.0
+    router[[3, 7, 9]] = -0.5
+    outputs = [torch.zeros(2, 5, dtype=torch.int32) for _ in range(2)]
+    outputs += [torch.zeros(10, dtype=torch.int32), torch.zeros(13, dtype=torch.int32), torch.zeros(2, 6)]
+    (ops or kernels()).route(x, router, False, True, *outputs)
+
+    assert outputs[0].tolist() == [[0, 1, 3, 7, 9]] * 2
+
+
+def test_a_row_is_routed_alike_whatever_stands_beside_it():
+    """The same bits of every weight, alone and among others, for any number of threads."""
+    together, x, _ = routing(37, 200, 24, 3)
+    for row in (0, 5, 36):
+        ids, weights = (torch.zeros(1, 3, dtype=torch.int32), torch.zeros(1, 4))
+        router = routing(37, 200, 24, 3)[2]
+        spare = [torch.zeros(size, dtype=torch.int32) for size in (3, 25)]
+        kernels().route(x[row : row + 1], router, True, False, ids, torch.zeros_like(ids), *spare, weights)
+
+        assert torch.equal(ids[0], together[0][row]) and torch.equal(weights[0], together[4][row])
+
+
+def test_a_bad_value_gives_valid_ids_and_shows_in_its_row_alone():
+    x = torch.randn(3, 64)
+    x[1, 5] = torch.nan
+    (ids, places, _, _, weights), *_ = routing(3, 64, 20, 4, x=x)
+
+    assert ids.min() >= 0 and ids.max() < 20 and (ids.diff(dim=1) > 0).all()
+    assert sorted(places.flatten().tolist()) == list(range(12))
+    assert weights[1].isnan().all() and not weights[[0, 2]].isnan().any()
+
+
+def test_reference_and_kernels_route_alike():
+    ours, x, _ = routing(11, 96, 40, 6, normalise=True)
+    theirs, *_ = routing(11, 96, 40, 6, normalise=True, ops=reference, x=x)
+
+    assert all(torch.equal(a, b) for a, b in zip(ours[:4], theirs[:4], strict=True))
+    assert torch.allclose(ours[4], theirs[4], rtol=2e-5)
+
+
+def expert_weights(experts: int, blocks: int, in_features: int, weight_dtype: str, gap: int = 0):
+    """(packed [experts, blocks, bytes], each expert's run `gap` bytes behind the last one's end; plain in float64)."""
+    generator = torch.Generator().manual_seed(blocks + in_features)
+    size = blocks * unit_bytes(weight_dtype, in_features)
+    memory = torch.full((experts, size + gap), 255, dtype=torch.uint8)
+    plain = []
+    for each in memory:
+        packed = pack(torch.randn(16 * blocks, in_features, generator=generator), weight_dtype)
+        each[:size] = packed.flatten()
+        plain.append(unpack(packed, weight_dtype, in_features))
+    return memory[:, :size].unflatten(1, (blocks, -1)), torch.stack(plain)
+
+
+def one_by_one(x, sources, starts, first, plain, weight_dtype, out):
+    """Every pick multiplied by itself."""
+    rounded = round_input(x, weight_dtype)
+    for expert in range(plain.shape[0]):
+        for place in range(int(starts[first + expert]), int(starts[first + expert + 1])):
+            source = place if sources is None else int(sources[place])
+            out[place] = (rounded[source] @ plain[expert].T).float()
+
+
+@pytest.mark.parametrize("weight_dtype", layout.WEIGHT_DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "experts", "top_k", "in_features"),
+    [(1, 8, 2, 192), (3, 16, 4, 100), (40, 6, 2, 63), (30, 3, 3, 64), (5, 64, 1, 200), (2, 2, 1, 4200)],
+)
+def test_every_pick_meets_its_own_expert(rows, experts, top_k, in_features, weight_dtype):
+    (_, _, sources, starts, _), *_ = routing(rows, 64, experts, top_k)
+    weight, plain = expert_weights(experts, 3, in_features, weight_dtype, gap=64)
+    x, expected = torch.randn(rows, in_features), torch.zeros(rows * top_k, 48)
+    one_by_one(x, sources, starts, 0, plain, weight_dtype, expected)
+    out, memory = guarded(rows * top_k, 48)
+
+    kernels().expert_linear(x, sources, starts, 0, weight, weight_dtype, out)
+
+    assert only_inside_written(memory)
+    assert nmse(out, expected) < KERNEL_NMSE
+
+
+@pytest.mark.parametrize("weight_dtype", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize(("first", "last"), [(0, 3), (2, 9), (5, 6), (9, 9)])
+def test_a_lane_writes_the_picks_of_its_experts_only(first, last, weight_dtype):
+    """Inputs by place, as behind the activation; what other lanes have is left as it was."""
+    (_, _, _, starts, _), *_ = routing(7, 64, 9, 3)
+    weight, plain = expert_weights(9, 2, 128, weight_dtype)
+    x, out = torch.randn(21, 128), torch.full((21, 32), 5.0)
+    expected = out.clone()
+    one_by_one(x, None, starts, first, plain[first:last], weight_dtype, expected)
+    kernels().expert_linear(x, None, starts, first, weight[first:last], weight_dtype, out)
+
+    assert nmse(out, expected) < KERNEL_NMSE
+    assert (out[: starts[first]] == 5).all() and (out[starts[last] :] == 5).all()
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in layout.WEIGHT_DTYPES])
+def test_experts_of_every_format_are_what_linear_gives(name):
+    """Bytes of any value: scales from small exponents, codes as they come; one expert of many rows, one of few."""
+    (_, _, sources, starts, _), *_ = routing(12, 64, 4, 2)
+    generator = torch.Generator().manual_seed(3)
+    in_features, x = 512, torch.randn(12, 512, generator=generator)
+    weight = torch.randint(0, 60, (4, 2, unit_bytes(name, in_features)), generator=generator, dtype=torch.uint8)
+    out, expected = torch.zeros(24, 32), torch.zeros(24, 32)
+    kernels().expert_linear(x, sources, starts, 0, weight, name, out)
+    for place, source in enumerate(sources.tolist()):
+        expert = int((starts[1:] <= place).sum())
+        kernels().linear(x[source : source + 1], weight[expert], name, None, expected[place : place + 1])
+
+    assert torch.equal(out, expected) or nmse(out, expected) < KERNEL_NMSE
+
+
+def test_a_mix_of_formats_in_every_unit():
+    (_, _, sources, starts, _), *_ = routing(5, 64, 4, 2)
+    mix, parts = mix_name([("q4", 1), ("q8", 2)]), [("q4", 1), ("q8", 2)]
+    weight, out = torch.zeros(4, 2, unit_bytes(mix, 128), dtype=torch.uint8), torch.zeros(10, 96)
+    plain, at = torch.zeros(4, 2, 48, 128, dtype=torch.float64), 0
+    for name, blocks in parts:
+        packed, values = expert_weights(4 * 2, blocks, 128, name)
+        size = packed[0].numel()
+        weight.view(8, -1)[:, at : at + size] = packed.flatten(1)
+        rows = slice(0, 16) if name == "q4" else slice(16, 48)
+        plain.view(8, 48, 128)[:, rows] = values
+        at += size
+    x = torch.randn(5, 128)
+    expected = torch.zeros(10, 96)
+    one_by_one(x, sources, starts, 0, plain.flatten(1, 2), "q8", expected)
+    kernels().expert_linear(x, sources, starts, 0, weight, mix, out)
+
+    assert nmse(out, expected) < KERNEL_NMSE
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("weight_dtype", ["q8", "q4"])
+def test_every_isa_gives_the_bits_of_single_rows(isa, weight_dtype):
+    """Integer formats: a row among many is the same bits as alone, so that chunks and batches agree."""
+    (_, _, sources, starts, _), *_ = routing(33, 64, 5, 2)
+    weight, _ = expert_weights(5, 2, 192, weight_dtype)
+    x, out, single = torch.randn(33, 192), torch.zeros(66, 32), torch.zeros(1, 32)
+    kernels(isa).expert_linear(x, sources, starts, 0, weight, weight_dtype, out)
+    for place in (0, 20, 65):
+        expert = int((starts[1:] <= place).sum())
+        kernels(isa).linear(x[sources[place]][None], weight[expert], weight_dtype, None, single)
+
+        assert torch.equal(single[0], out[place])
+
+
+def test_a_recorded_call_follows_the_routes_in_memory():
+    """One recording; every run reads ids, starts and sources anew."""
+    weight, plain = expert_weights(12, 2, 64, "q8")
+    x, router = torch.zeros(1, 64), routing(1, 64, 12, 3)[2]
+    ids, places = (torch.zeros(1, 3, dtype=torch.int32) for _ in range(2))
+    sources, starts = torch.zeros(3, dtype=torch.int32), torch.zeros(13, dtype=torch.int32)
+    weights, parts, out = torch.zeros(1, 4), torch.zeros(3, 32), torch.zeros(1, 32)
+    ops, seen = kernels(), set()
+
+    def step():
+        ops.route(x, router, True, True, ids, places, sources, starts, weights)
+        ops.expert_linear(x, sources, starts, 0, weight, "q8", parts)
+        ops.combine(parts, parts, starts[12:], places, weights[:, :3], out)
+
+    program = ops.record(step)
+    for seed in range(6):
+        x.copy_(torch.randn(1, 64, generator=torch.Generator().manual_seed(seed)))
+        out.zero_()
+        program.run()
+        seen.add(tuple(ids[0].tolist()))
+        expected = sum(weights[0, j].double() * (round_input(x, "q8") @ plain[ids[0, j]].T) for j in range(3))
+        assert nmse(out, expected) < KERNEL_NMSE
+    assert len(seen) > 3
+
+
+@pytest.mark.parametrize("border", [0, 7, 30])
+def test_combine_adds_near_and_far_picks_in_order(border):
+    (_, places, _, _, weights), *_ = routing(10, 64, 9, 3)
+    near, far, out = torch.randn(30, 70), torch.randn(30, 70), torch.randn(10, 70)
+    expected = out.double()
+    for row in range(10):
+        for j in range(3):
+            place = int(places[row, j])
+            expected[row] += weights[row, j].double() * (near if place < border else far)[place].double()
+    kernels().combine(near, far, torch.tensor([border], dtype=torch.int32), places, weights[:, :3], out)
+
+    assert nmse(out, expected) < 1e-13
+
+
+def test_scale_rows():
+    factors, out = torch.randn(5, 3)[:, 1:2], torch.randn(5, 41)
+    expected = out * factors
+    kernels().scale_rows(factors, out)
+
+    assert torch.equal(out, expected)
+
+
+def wrong_calls():
+    """A call of each op with one argument that does not fit, and what the error names."""
+    (ids, places, sources, starts, weights), x, router = routing(3, 64, 8, 2)
+    weight, _ = expert_weights(8, 1, 64, "q8")
+    out = torch.zeros(6, 16)
+    yield "router", lambda ops: ops.route(x, router[:9], True, True, ids, places, sources, starts, weights)
+    yield "weights", lambda ops: ops.route(x, router, True, True, ids, places, sources, starts, weights[:, :2])
+    yield "starts", lambda ops: ops.expert_linear(x, sources, starts, 1, weight, "q8", out)
+    yield "sources", lambda ops: ops.expert_linear(x, sources[:5], starts, 0, weight, "q8", out)
+    yield "weight", lambda ops: ops.expert_linear(x, sources, starts, 0, weight[:, :, :-1], "q8", out)
+    yield "far", lambda ops: ops.combine(out, out[:3], starts[8:], places, weights[:, :2], torch.zeros(3, 16))
+
+
+@pytest.mark.parametrize(("named", "call"), list(wrong_calls()))
+def test_wrong_arguments_are_named(named, call):
+    with pytest.raises(ValueError, match=named):
+        call(kernels())
