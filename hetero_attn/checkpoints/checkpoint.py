@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from hetero_attn.checkpoints.expert_entries import by_our_names
 from hetero_attn.checkpoints.files import open_files, some
 from hetero_attn.checkpoints.safetensors import SafetensorsFile, TensorEntry
 from hetero_attn.errors import CheckpointError
@@ -39,7 +40,9 @@ class Checkpoint:
         self.warnings = warnings
         self._files = files
         entries = {name: entry for file in files for name, entry in file.entries.items()}
-        self._entries = {tensor_names.ours(name): entry for name, entry in self._full_names(entries).items()}
+        self._entries = by_our_names(
+            {tensor_names.ours(name): entry for name, entry in self._full_names(entries).items()}
+        )
 
     @classmethod
     def open(cls, path: str | Path, tensor_names: TensorNames = AS_OURS) -> "Checkpoint":

@@ -20,8 +20,9 @@ from hetero_attn.models.block import BlockWeights
 from hetero_attn.models.decoder import ModelWeights
 from hetero_attn.models.rope import rope_tables
 from hetero_attn.ops.linear import LinearWeights
-from hetero_attn.spec.blocks import Declaration, ModelSpec, Vector
+from hetero_attn.spec.blocks import Declaration, Matrix, ModelSpec, Vector
 from hetero_attn.spec.config import ModelConfig, RopeConfig
+from hetero_attn.spec.experts import ExpertsSpec
 from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
 from hetero_attn.spec.weights import LinearSpec
 from placement.plan.memory import LinearPlacement, first_dram_unit, staging_piece_units
@@ -62,7 +63,7 @@ class Loader:
             shard.name: (shard.row_cut, placement)
             for shard, placement in zip(self._plan.workload.linears, self._plan.linears, strict=True)
         }
-        self._unit_rows = UnitRows(self._checkpoint, self._model.linears, self._lanes.host_ops)
+        self._unit_rows = UnitRows(self._checkpoint, self._model.packed_linears, self._lanes.host_ops)
         with self._landing_buffer(self._model):
             return self._load(self._model)
 
@@ -84,12 +85,15 @@ class Loader:
     def _block(self, block: Declaration, ropes: dict[RopeConfig, tuple[Activation, Activation]]) -> BlockWeights:
         return BlockWeights(
             linears={linear.kind: self._linear(linear) for linear in block.linears},
-            vectors={vector.name: self._vector(vector) for vector in block.vectors},
+            vectors={vector.name: self._vector(vector) for vector in block.vectors}
+            | {matrix.name: self._matrix(matrix) for matrix in block.matrices},
             rope=None if block.rope is None else ropes[block.rope],
         )
 
     def _linear(self, spec: LinearSpec) -> LinearWeights:
         by_rows, placement = self._placed[spec.name]
+        if isinstance(spec, ExpertsSpec):
+            return self._experts(spec, placement)
         return self._row_cut(spec.by_rows, placement) if by_rows else self._column_cut(spec, placement)
 
     def _row_cut(self, spec: LinearSpec, placement: LinearPlacement) -> LinearWeights:
@@ -151,6 +155,47 @@ class Loader:
             first_dram_unit=in_dram,
         )
 
+    def _experts(self, spec: ExpertsSpec, placement: LinearPlacement) -> LinearWeights:
+        """Whole experts in both homes, gate_up and down of each behind each other."""
+        in_dram = first_dram_unit(self._plan.workload, placement)
+        may_stream = placement.streams or self._plan.workload.elastic
+        dram, gpu = self._dram((spec.experts - in_dram, spec.unit_bytes), may_stream), None
+        if self._lanes.device is not None:
+            gpu = self._lanes.device.empty((placement.gpu_units, spec.unit_bytes), torch.uint8, "weights")
+        for index in range(spec.experts):
+            if index >= in_dram:
+                self._expert(spec, index, dram[index - in_dram], on_device=False)
+            if index < min(in_dram, placement.gpu_units):
+                self._expert(spec, index, gpu[index], on_device=True)
+        if in_dram < placement.gpu_units:
+            self._lanes.copy(gpu, dram[: placement.gpu_units])
+        return LinearWeights(
+            spec=spec,
+            placement=placement,
+            gpu=gpu,
+            dram=dram,
+            bias=Activation(None, None),
+            piece_blocks=self._piece_units(spec),
+            first_dram_unit=in_dram,
+        )
+
+    def _expert(self, spec: ExpertsSpec, index: int, target: torch.Tensor, on_device: bool) -> None:
+        """Read, pack and place one expert; target: uint8 [unit_bytes]."""
+        parts = target[: spec.gate_up_bytes], target[spec.gate_up_bytes :]
+        for linear, part in zip(spec.expert(index), parts, strict=True):
+            blocks = part.view(linear.units * linear.unit_rows, -1)
+            for start, stop, rows in self._unit_rows.runs(linear):
+                run = blocks[start * linear.unit_rows : stop * linear.unit_rows]
+                self._place(linear, rows, linear.in_features, run, on_device)
+
+    def _matrix(self, matrix: Matrix) -> Activation:
+        values = torch.zeros((matrix.padded_rows, matrix.features), dtype=torch.float32, device="cpu")
+        start = 0
+        for tensor, rows in matrix.tensors:
+            values[start : start + rows] = self._finite(tensor)
+            start += rows
+        return self._on_both(values)
+
     def _piece_units(self, spec: LinearSpec) -> int:
         return staging_piece_units(spec.shard(), self._plan.workload)
 
@@ -167,7 +212,7 @@ class Loader:
         if device is None:
             yield
             return
-        size = max(units_at_once(linear) * linear.unit_bytes for linear in spec.linears)
+        size = max(units_at_once(linear) * linear.unit_bytes for linear in spec.packed_linears)
         self._landing = device.host_empty((size,), torch.uint8, "loading")
         self._landed = None
         try:

@@ -32,6 +32,8 @@ def warm_up(ops: CpuKernels, config: ModelConfig, formats: tuple[str, ...], kv_d
         for name in formats:
             for rows in ROW_COUNTS:
                 _linears(ops, name, rows)
+                if config.experts is not None:
+                    _experts(ops, name, rows)
 
     ops.prepare(run)
     run()
@@ -68,6 +70,18 @@ def _linears(ops: CpuKernels, weight_dtype: str, rows: int) -> None:
     ops.rms_norm(x, torch.ones(WIDTH, **FLOAT32), 1e-6, x)
     ops.linear(x, weight, weight_dtype, None, out, True)
     ops.silu_mul(out, x[:, :BLOCK_FEATURES])
+
+
+def _experts(ops: CpuKernels, weight_dtype: str, rows: int) -> None:
+    x, out = torch.zeros(rows, WIDTH, **FLOAT32), torch.zeros(rows, BLOCK_FEATURES, **FLOAT32)
+    ids, weights = torch.zeros(rows, 1, dtype=torch.int32, device="cpu"), torch.zeros(rows, 2, **FLOAT32)
+    places, starts = torch.zeros_like(ids), torch.zeros(2, dtype=torch.int32, device="cpu")
+    weight = torch.zeros(1, 1, block_bytes(weight_dtype, WIDTH), dtype=torch.uint8, device="cpu")
+    router = torch.zeros(BLOCK_FEATURES, WIDTH, **FLOAT32)
+    ops.route(x, router, True, True, ids, places, places.view(-1), starts, weights)
+    ops.expert_linear(x, None, starts, 0, weight, weight_dtype, out)
+    ops.combine(out, out, starts[1:], places, weights[:, :1], out)
+    ops.scale_rows(weights[:, 1:], out)
 
 
 def _attention(ops: CpuKernels, config: ModelConfig, kv_dtype: str) -> None:

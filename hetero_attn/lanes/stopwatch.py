@@ -92,7 +92,7 @@ class WatchedDevice:
 
 def term_of(side: str, name: str) -> str:
     """The term that an operation of a side (cpu | gpu) belongs to."""
-    if name in ("linear", "rounded"):
+    if name in ("linear", "rounded", "expert_linear"):
         return f"{side}_linears"
     return f"{side}_attention" if name in ATTENTION else "small_ops"
 

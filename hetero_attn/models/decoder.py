@@ -9,6 +9,7 @@ from cpu_kernels.formats import BLOCK_FEATURES, format_of
 from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.models.attention import Attention
 from hetero_attn.models.block import Block, BlockWeights, normalize
+from hetero_attn.models.experts import Experts
 from hetero_attn.models.mlp import GatedMlp
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.linear import LinearWeights, linear
@@ -53,10 +54,17 @@ def decoder(config: ModelConfig, formats: str | WeightFormats = "bf16") -> Model
         vocab_size=config.vocab_size,
         embedding_scale=config.embedding_scale,
         layers=tuple(
-            (Attention(config, layer, formats), GatedMlp(config, layer, formats)) for layer in range(config.num_layers)
+            (Attention(config, layer, formats), _feed_forward(config, layer, formats))
+            for layer in range(config.num_layers)
         ),
         head=Head(config, formats),
     )
+
+
+def _feed_forward(config: ModelConfig, layer: int, formats: WeightFormats) -> Block:
+    if config.experts is not None and config.experts.layers[layer]:
+        return Experts(config, config.experts, layer, formats)
+    return GatedMlp(config, layer, formats)
 
 
 @dataclass(frozen=True)

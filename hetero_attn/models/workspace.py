@@ -25,6 +25,10 @@ class Workspace:
             self._views[name, width] = self._memory[name].shaped(self.residual.main.shape[0], width)
         return self._views[name, width]
 
+    def flat(self, name: str, rows: int, width: int) -> Activation:
+        """The first numbers of a buffer as float32 [rows, width], whatever rows the step has."""
+        return self._memory[name].shaped(rows, width)
+
     def rows(self, start: int, stop: int) -> "Workspace":
         """Buffers for the rows [start, stop) of the residual; the others are used from their first row on."""
         return Workspace(self.residual.rows(start, stop), self.scratch.rows(start, stop), self._memory)

@@ -26,6 +26,19 @@ class Vector:
 
 
 @dataclass(frozen=True, slots=True)
+class Matrix:
+    """A float32 matrix of a block, its tensors one below the other, (name, rows), then zeros to `padded_rows`.
+
+    Unlike a linear it is whole wherever the residual stream lives, and its products round nothing: a router.
+    """
+
+    name: str
+    tensors: tuple[tuple[str, int], ...]
+    features: int
+    padded_rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class KvState:
     """Keys and values of every token. window: how many newest tokens are seen, 0 for all."""
 
@@ -73,6 +86,7 @@ class Declaration:
     layer: int | None
     linears: tuple[LinearSpec, ...] = ()
     vectors: tuple[Vector, ...] = ()
+    matrices: tuple[Matrix, ...] = ()
     state: KvState | FixedState | None = None
     buffers: tuple[BufferGroup, ...] = ()
     small_calls: int = 0
@@ -86,6 +100,8 @@ class Declaration:
         found: dict[str, tuple[int, ...]] = {}
         for linear in self.linears:
             found |= linear.tensors
+        for matrix in self.matrices:
+            found |= {name: (rows, matrix.features) for name, rows in matrix.tensors}
         return found | {vector.tensor: (vector.features,) for vector in self.vectors}
 
 
@@ -112,6 +128,17 @@ class ModelSpec:
     def linears(self) -> tuple[LinearSpec, ...]:
         """Every linear in the order a forward pass runs them."""
         return tuple(linear for block in self.blocks for linear in block.linears)
+
+    @property
+    def packed_linears(self) -> tuple[LinearSpec, ...]:
+        """The linears as they are packed: in the place of a layer's experts the two of the first one."""
+        return tuple(each for linear in self.linears for each in linear.packed)
+
+    @property
+    def resident_features(self) -> int:
+        """Numbers of all vectors and matrices together."""
+        vectors = sum(vector.features for block in self.blocks for vector in block.vectors)
+        return vectors + sum(m.padded_rows * m.features for block in self.blocks for m in block.matrices)
 
     @cached_property
     def ropes(self) -> tuple[RopeConfig, ...]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hetero_attn.errors import ConfigError, UnsupportedModelError, nearest
+from hetero_attn.spec.experts_config import ExpertsConfig
 from hetero_attn.spec.families.family import Family
 from hetero_attn.spec.families.table import FAMILIES
 from hetero_attn.spec.json_fields import JsonFields, read_json, show
@@ -51,6 +52,7 @@ class ModelConfig:
             it is added to the residual stream.
         query_scale: factor on q @ k before the softmax; None is head_dim ** -0.5.
         embedding_scale: factor on the rows of the token embedding.
+        experts: of a mixture of experts, None for a dense model.
 
         dtype: dtype named by the config ("fp32", "bf16", "fp16"), None when it names none; the headers of the weight
             files are the truth.
@@ -84,6 +86,7 @@ class ModelConfig:
     post_norms: bool = False
     query_scale: float | None = None
     embedding_scale: float = 1.0
+    experts: ExpertsConfig | None = None
 
     @property
     def heads_per_kv_head(self) -> int:
@@ -184,7 +187,7 @@ def _family_name(fields: JsonFields) -> str:
             raise ConfigError(f"{fields.path}: neither model_type nor architectures is given. {known}")
         raise UnsupportedModelError(
             f"{fields.path}: architecture {show(found)} (model_type {show(model_type)}) is not supported"
-            f"{nearest(str(found), by_architecture)}. {known}"
+            f"{nearest(str(found), by_architecture)}.\n{known}"
         )
     return model_type
 

@@ -20,7 +20,13 @@ _LAYER_PARTS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
     "mlp_post_norm": "mlp.post_norm",
+    "router": "mlp.gate",
+    "shared_gate": "mlp.shared_expert.gate_proj",
+    "shared_up": "mlp.shared_expert.up_proj",
+    "shared_down": "mlp.shared_expert.down_proj",
+    "shared_factor": "mlp.shared_expert_gate",
 }
+_EXPERT_PARTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
 def tensor_name(part: str, layer: int | None = None, kind: str = "weight") -> str:
@@ -28,12 +34,18 @@ def tensor_name(part: str, layer: int | None = None, kind: str = "weight") -> st
 
     Args:
         part: embed, final_norm, head (layer None), or, in a layer: attention_norm, q, k, v, q_norm, k_norm, o,
-            attention_post_norm, mlp_norm, gate, up, down, mlp_post_norm.
+            attention_post_norm, mlp_norm, gate, up, down, mlp_post_norm, router, shared_gate, shared_up, shared_down,
+            shared_factor.
         layer: layer index. kind: "weight" or "bias".
     """
     if layer is None:
         return f"{_TOP_PARTS[part]}.{kind}"
     return f"{LAYER_PREFIX}{layer}.{_LAYER_PARTS[part]}.{kind}"
+
+
+def expert_tensor(layer: int, expert: int, part: str) -> str:
+    """Name of the weight of one routed expert's part: gate, up or down."""
+    return f"{LAYER_PREFIX}{layer}.mlp.experts.{expert}.{_EXPERT_PARTS[part]}.weight"
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,11 @@ class LinearSpec:
         return replace(self, row_unit=unit)
 
     @property
+    def packed(self) -> "tuple[LinearSpec, ...]":
+        """What is packed at a time: the linear."""
+        return (self,)
+
+    @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """The checkpoint's tensors that it is made of, name -> shape, biases included."""
         found: dict[str, tuple[int, ...]] = {part.tensor: (part.rows, self.in_features) for part in self.parts}
@@ -108,6 +113,11 @@ class LinearSpec:
     def unit_rows(self) -> int:
         """Rows of the packed weight in one column unit."""
         return self.unit_features // self.row_features
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of the packed weight of a column cut."""
+        return unit_bytes(self.format, self.in_features)
 
     @cached_property
     def column_units(self) -> int:

@@ -42,7 +42,6 @@ def build_workload(
     kv_dtype = kv_dtype or natural_kv_dtype(formats.label)
     by_rows = {linear.name: rows for linear in model.linears if (rows := linear.by_rows) is not None}
     kv, widths = _kv_shards(model, kv_dtype), ActivationWidths.of(model)
-    vectors = sum(vector.features for block in model.blocks for vector in block.vectors)
     biases = sum(linear.out_features for linear in model.linears if linear.has_bias)
     rope_features = max_context * sum(rope.rotary_dim for rope in model.ropes)
     logits = max(max_batch, LOGITS_ROWS) * model.head.linears[0].out_features
@@ -66,7 +65,7 @@ def build_workload(
         row_cuts=() if paired else tuple(linear.shard() for linear in by_rows.values()),
         kv=kv,
         embed_bytes=0 if embed_shares_head else _embed_bytes(formats.embed, model),
-        resident_bytes=FLOAT32_BYTES * (vectors + biases + rope_features + logits) + tables,
+        resident_bytes=FLOAT32_BYTES * (model.resident_features + biases + rope_features + logits) + tables,
         activation_bytes_per_row=widths.bytes_per_row,
         host_activation_bytes_per_row=widths.host_bytes_per_row,
         max_context=max_context,

@@ -186,7 +186,7 @@ def _add_linear(
     if shard.is_head:
         tally.head_s = max(cpu_s, gpu_s, copy_s) + handover + cost.launch_s
         tally.lanes["steps"].append(max(0.0, copy_s - max(cpu_s, gpu_s)))
-    from_dram = streamed + on_cpu + (home if hardware.unified_memory else 0)
+    from_dram = streamed + shard.touched(rows) * (on_cpu + (home if hardware.unified_memory else 0))
     tally.lanes["dram"].append(from_dram * shard.unit_bytes / hardware.dram_bytes_per_s)
     if streamed:
         tally.lanes["pcie"].append(copy_s)
@@ -225,9 +225,10 @@ def _add_attention(
 
 
 def working_set_bytes(workload: Workload, context: int) -> int:
-    """Bytes that a step with one sequence reads: every weight and the cache."""
+    """Bytes that a step with one sequence reads: every weight, of experts those that a row is computed by, and the
+    cache."""
     cache = sum(kv.groups * kv.bytes_per_token * kv.visible_tokens(context) for kv in workload.kv)
-    return workload.weight_bytes + cache
+    return round(sum(shard.touched(1) * shard.total_bytes for shard in workload.linears)) + cache
 
 
 def predict(

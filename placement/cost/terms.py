@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from cpu_kernels.formats import widest
 from placement.machine.hardware import HardwareProfile
-from placement.machine.rates import KV_BITS, AttentionRate, nearest_attention, seconds_per_operation_of_a_row
+from placement.machine.rates import KV_BITS, AttentionRate, RowRate, nearest_attention, seconds_per_operation_of_a_row
 from placement.plan.memory import LinearPlacement, staging_piece_units
 from placement.plan.workload import KvShard, LinearShard, Workload, row_tier
 
@@ -90,25 +90,43 @@ class AttentionCost:
 def cpu_linear_s_per_unit(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile) -> float:
     """CPU lane: unit_bytes / B_cpu while bandwidth bounds it, rows * operations / F_cpu when arithmetic does.
 
-    With rates measured by rows the time is read from them, straight between measured row counts.
+    With rates measured by rows the time is read from them, straight between measured row counts. Of experts it is the
+    expected share of those that have a row, each with the rows that it then has.
     """
-    if hardware.cpu_rows:
-        return shard.flops_per_row_per_unit * seconds_per_operation_of_a_row(hardware.cpu_rows, rows, dtype)
-    return max(
-        shard.unit_bytes / hardware.cpu_linear_bytes_per_s.of(dtype),
-        rows * shard.flops_per_row_per_unit / hardware.cpu_ops_per_s.of(dtype),
+    return shard.touched(rows) * _unit_s(
+        shard,
+        shard.rows_of_one(rows),
+        dtype,
+        hardware.cpu_rows,
+        hardware.cpu_linear_bytes_per_s.of(dtype),
+        hardware.cpu_ops_per_s.of(dtype),
     )
 
 
 def gpu_linear_s_per_unit(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile) -> float:
     """GPU lane: unit_bytes / B_gpu or rows * operations / F_gpu, whichever is longer; measured by rows, read from
-    that."""
-    if hardware.gpu_rows:
-        return shard.flops_per_row_per_unit * seconds_per_operation_of_a_row(hardware.gpu_rows, rows, dtype)
-    return max(
-        shard.unit_bytes / hardware.gpu_bytes_per_s,
-        rows * shard.flops_per_row_per_unit / hardware.gpu_ops_per_s(dtype, rows),
+    that; of experts as on the CPU."""
+    return shard.touched(rows) * _unit_s(
+        shard,
+        shard.rows_of_one(rows),
+        dtype,
+        hardware.gpu_rows,
+        hardware.gpu_bytes_per_s,
+        hardware.gpu_ops_per_s(dtype, rows),
     )
+
+
+def _unit_s(
+    shard: LinearShard,
+    rows: float,
+    dtype: str,
+    measured: tuple[RowRate, ...],
+    bytes_per_s: float,
+    operations_per_s: float,
+) -> float:
+    if measured:
+        return shard.flops_per_row_per_unit * seconds_per_operation_of_a_row(measured, rows, dtype)
+    return max(shard.unit_bytes / bytes_per_s, rows * shard.flops_per_row_per_unit / operations_per_s)
 
 
 def handover_s(rows: int, in_features: int, out_features: float, hardware: HardwareProfile) -> float:
@@ -144,7 +162,7 @@ def linear_cost(
     linear costs one CPU call of call_s."""
     activation_s = rows * hardware.cpu_activation_s.of(dtype)
     cpu = cpu_linear_s_per_unit(shard, rows, dtype, hardware) + shard.unit_features * activation_s
-    read = min(cpu, shard.unit_bytes / hardware.cpu_linear_bytes_per_s.of(dtype))
+    read = min(cpu, shard.touched(rows) * shard.unit_bytes / hardware.cpu_linear_bytes_per_s.of(dtype))
     rounding_s = shard.in_features * activation_s
     if not on_gpu:
         return LinearCost(cpu, float("inf"), 0.0, call_s + rounding_s, read)

@@ -84,7 +84,7 @@ class RowRate:
     ops_per_s: DtypeRates
 
 
-def seconds_per_operation_of_a_row(rates: Sequence[RowRate], rows: int, dtype: str) -> float:
+def seconds_per_operation_of_a_row(rates: Sequence[RowRate], rows: float, dtype: str) -> float:
     """Seconds of one operation for each of `rows` rows: time runs straight between measured row counts.
 
     rates: ascending in rows. Below the first row count the time is its own, above the last it grows with the rows.

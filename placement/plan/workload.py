@@ -44,6 +44,7 @@ class LinearShard:
     in_features: width of the input row; flops_per_row_per_unit: multiplications plus additions for one row and unit.
     weight_format: what the unit is packed as, a format of cpu_kernels/formats or a mix of them; empty is the
     workload's.
+    picks: of experts, whose units are whole experts: how many of them a row is computed by; 0 where it is all units.
     row_cut: a unit is a run of input features and adds to every output; its dram-home units stream together or not at
     all.
     """
@@ -60,6 +61,7 @@ class LinearShard:
     weight_format: str = ""
     block: str = ""
     per_kv_head: bool = False
+    picks: int = 0
 
     def __post_init__(self) -> None:
         if self.name.rpartition(".")[2] != self.kind:
@@ -75,11 +77,19 @@ class LinearShard:
         """Whether it runs only on the rows of which logits are wanted."""
         return self.layer is None
 
+    def touched(self, rows: int) -> float:
+        """Expected share of the units that a call of so many rows reads: of experts 1 - (1 - picks / units)^rows."""
+        return 1.0 - (1.0 - self.picks / self.units) ** rows if self.picks else 1.0
+
+    def rows_of_one(self, rows: int) -> float:
+        """Expected rows of a unit that a call of so many rows reads."""
+        return rows * self.picks / (self.units * self.touched(rows)) if self.picks else rows
+
     @property
     def shape(self) -> tuple[int | str, ...]:
         """Everything that decides what the linear costs, without its name and layer."""
         sizes = self.units, self.unit_bytes, self.unit_features, self.in_features, self.flops_per_row_per_unit
-        return (*sizes, int(self.row_cut), self.weight_format)
+        return (*sizes, int(self.row_cut), self.picks, self.weight_format)
 
     @property
     def total_bytes(self) -> int:

@@ -69,6 +69,7 @@ def _signature(workload: Workload, bounds: Bounds, layer: _Layer) -> str:
             s.in_features,
             s.flops_per_row_per_unit,
             s.row_cut,
+            s.picks,
             bounds.linears[i],
         )
         for i in layer.linears

@@ -130,8 +130,10 @@ class PassTime:
             add(self._tail, streamed, copy)
         # Where another resource decides, the least streaming among equals: less noise on the bus, fewer staging waits.
         self._program.costs[streamed] += TIE_BREAK * self._weighted.weight * copy
-        for variable in [on_cpu, streamed] + ([variables.gpu] if self._hardware.unified_memory else []):
-            add(self._dram, variable, scale * shard.unit_bytes / self._hardware.dram_bytes_per_s)
+        read_s = scale * shard.unit_bytes / self._hardware.dram_bytes_per_s
+        add(self._dram, streamed, read_s)
+        for variable in [on_cpu] + ([variables.gpu] if self._hardware.unified_memory else []):
+            add(self._dram, variable, shard.touched(rows) * read_s)
         self._constant += scale * cost.launch_s * count
 
     def _attention(self, c: int, cls: LayerClass, blocks: dict[str, _Step]) -> None:

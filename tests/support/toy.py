@@ -79,7 +79,7 @@ def make_checkpoint(
         pad_token_id=None,
         **_family_switches(family, sliding_window, biases),
     )
-    model = _random_model(config, seed).to(dtype)
+    model = random_model(config, seed).to(dtype)
     model.generation_config.eos_token_id = [2, 3]
     total_bytes = sum(parameter.nbytes for parameter in model.parameters())
     model.save_pretrained(path, max_shard_size=total_bytes // 3 if sharded else "1GB")
@@ -105,7 +105,7 @@ def make_family_checkpoint(path: Path, family: str, *, seed: int = 0, **values: 
         "eos_token_id": 2,
         "pad_token_id": None,
     }
-    model = _random_model(_hf_config(family, **sizes | values), seed)
+    model = random_model(_hf_config(family, **sizes | values), seed)
     model.save_pretrained(path)
     save_tokenizer(path)
     return Path(path)
@@ -196,7 +196,7 @@ def _hf_config(family: str, **values: Any) -> Any:
     return AutoConfig.for_model(family, **values)
 
 
-def _random_model(config: Any, seed: int) -> Any:
+def random_model(config: Any, seed: int) -> Any:
     """A float32 model: linears keep the variance of their input, norms lie around one, biases around zero."""
     from transformers import AutoModelForCausalLM
 

@@ -1,5 +1,6 @@
 """Every family by the model_type of its config.json."""
 
+from hetero_attn.spec.families.experts import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from hetero_attn.spec.families.family import Family, GgufTerms
 from hetero_attn.spec.families.gemma import GEMMA3
 from hetero_attn.spec.families.windows import one_window, windows_from
@@ -35,6 +36,9 @@ FAMILIES = {
         gguf=GgufTerms("qwen3"),
     ),
     "gemma3_text": GEMMA3,
+    "mixtral": MIXTRAL,
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3_moe": QWEN3_MOE,
 }
 
 GGUF_FAMILIES = {family.gguf.architecture: family for family in FAMILIES.values() if family.gguf is not None}

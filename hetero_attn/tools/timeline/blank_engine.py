@@ -59,6 +59,7 @@ def _block(block: Declaration, placed: dict[str, tuple[bool, LinearPlacement]], 
         by_rows, placement = placed[linear.name]
         linears[linear.kind] = _linear(linear.by_rows or linear if by_rows else linear, placement, plan)
     vectors = {vector.name: _both(vector.features) for vector in block.vectors}
+    vectors |= {matrix.name: _both(matrix.padded_rows, matrix.features) for matrix in block.matrices}
     return BlockWeights(linears, vectors, None if rope is None else (rope, rope))
 
 
@@ -70,7 +71,7 @@ def _linear(spec: LinearSpec, placement: LinearPlacement, plan: Plan) -> LinearW
         gpu, dram = (_blank(blocks, width, dtype=torch.uint8) for width in widths)
         piece_blocks, first = max(1, piece_bytes // max(1, dram.shape[1])), placement.gpu_units
     else:
-        width, first = unit_bytes(spec.format, spec.in_features), first_dram_unit(plan.workload, placement)
+        width, first = spec.row_bytes, first_dram_unit(plan.workload, placement)
         gpu, dram = (
             _blank(units * spec.unit_rows, width, dtype=torch.uint8)
             for units in (placement.gpu_units, spec.units - first)

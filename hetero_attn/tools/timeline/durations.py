@@ -104,6 +104,14 @@ class Durations:
         read_s = arguments["weight"].nbytes / self._linear_rate(arguments)
         return fixed_s + max(read_s, rows * operations / hardware.cpu_ops_per_s.of(fmt))
 
+    def _expert_linear(self, arguments: dict[str, Any], entry: Entry) -> float:
+        share, rows = _expert_share(arguments)
+        return share * self._linear(_as_linear(arguments, rows), entry)
+
+    def _cpu_expert_linear(self, arguments: dict[str, Any], entry: Entry) -> float:
+        share, rows = _expert_share(arguments)
+        return share * self._cpu_linear(_as_linear(arguments, rows), entry)
+
     def _cpu_decode_attention(self, arguments: dict[str, Any], entry: Entry) -> float:
         return _decode_bytes(arguments) / self._attention_rates(arguments)[0]
 
@@ -133,6 +141,25 @@ def products(arguments: dict[str, Any], hardware: HardwareProfile) -> int:
 def _operations_of_a_row(arguments: dict[str, Any]) -> int:
     weight, in_features = arguments["weight"], arguments["x"].shape[1]
     return 2 * weight.shape[0] * BLOCK_FEATURES * unit_blocks(arguments["weight_dtype"]) * in_features
+
+
+def _expert_share(arguments: dict[str, Any]) -> tuple[float, int]:
+    """The expected share of a call's experts that have a pick, and how many picks such a one has, at least one."""
+    picks, all_experts = arguments["out"].shape[0], arguments["starts"].shape[0] - 1
+    share = 1 - (1 - 1 / all_experts) ** picks
+    return share, max(1, round(picks / (all_experts * share)))
+
+
+def _as_linear(arguments: dict[str, Any], rows: int) -> dict[str, Any]:
+    """All experts of a call as one linear of so many rows."""
+    weight, x, out = arguments["weight"], arguments["x"], arguments["out"]
+    shape = (rows, weight.shape[0] * out.shape[1])
+    return {
+        "x": x[:1].expand(rows, -1),
+        "weight": weight.flatten(0, 1),
+        "weight_dtype": arguments["weight_dtype"],
+        "out": torch.empty(shape, device="meta"),
+    }
 
 
 def _decode_bytes(arguments: dict[str, Any]) -> int:

@@ -22,12 +22,17 @@ from hetero_attn.devices.cuda import KERNEL_COPY_BYTES
 MAIN, GPU, COPIES, CPU = LANES = ("main thread", "GPU compute", "copies", "CPU lane")
 WRITTEN = {"q", "k_pages", "v_pages", "out", "lse", "target"}
 ONLY_READ = {"decode_attention": {"q", "k_pages", "v_pages"}, "prefill_attention": {"q", "k_pages", "v_pages"}}
+ROUTED = {"ids", "places", "sources", "starts", "weights"}
 OPS = (
     "add_rows",
     "linear",
     "rms_norm",
     "silu_mul",
     "gelu_mul",
+    "route",
+    "expert_linear",
+    "combine",
+    "scale_rows",
     "rope_append",
     "decode_attention",
     "prefill_attention",
@@ -276,7 +281,7 @@ class RecordedOps:
             reads: list[torch.Tensor] = []
             writes: list[torch.Tensor] = []
             for parameter, value in bound.arguments.items():
-                is_written = parameter in WRITTEN - ONLY_READ.get(name, set())
+                is_written = parameter in (ROUTED if name == "route" else WRITTEN - ONLY_READ.get(name, set()))
                 (writes if is_written else reads).extend(tensors_in(value))
             self._keep(name, dict(bound.arguments), reads, writes)
 

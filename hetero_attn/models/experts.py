@@ -1,0 +1,158 @@
+"""The mixture of experts in the place of a layer's MLP: a router, the experts that it chooses for a row, a shared one.
+
+    scores = softmax(router normed), w = the scores of the k highest, over their sum where the model says so
+    residual += sigmoid(factor . normed) * shared(normed)                                      where there is one
+    residual += sum over the chosen, ascending id, of w_e * down_e(silu(gate_e normed) * (up_e normed))
+
+Routing is computed once, in float32, where the residual stream lives; see `ops.experts` for the lanes of the experts.
+"""
+
+from hetero_attn.lanes.lanes import Activation, Lanes
+from hetero_attn.models.block import Block, BlockWeights, Run, StateView, normalize
+from hetero_attn.models.workspace import Workspace
+from hetero_attn.ops.experts import ExpertBuffers, Routes, add_experts, compute_experts
+from hetero_attn.ops.linear import LinearWeights, linear, linear_add
+from hetero_attn.spec.blocks import BufferGroup, Matrix, Vector
+from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.experts import experts_spec
+from hetero_attn.spec.experts_config import ExpertsConfig
+from hetero_attn.spec.tensor_names import tensor_name
+from hetero_attn.spec.weight_formats import WeightFormats
+from hetero_attn.spec.weights import BLOCK_FEATURES, LinearSpec, Part
+from placement.plan.workload import round_up
+
+
+class Experts(Block):
+    """A layer's experts; see the module's text."""
+
+    kind = "experts"
+
+    def __init__(self, config: ModelConfig, experts: ExpertsConfig, layer: int, formats: WeightFormats) -> None:
+        self.layer, self._config = layer, experts
+        self._eps, self._hidden = config.rms_norm_eps, config.hidden_size
+        self.experts = experts_spec(experts, config.hidden_size, layer, formats.of)
+        self.shared = _shared_linears(config, experts, layer, formats) if experts.is_gated else ()
+        self.linears = (self.experts, *self.shared)
+        self.vectors = (Vector("norm", tensor_name("mlp_norm", layer), config.hidden_size),)
+        self.matrices = (_router(config, experts, layer),)
+        self.small_calls = 7 if experts.is_gated else 4  # norm, route, activation, sum; of a shared one two, its factor
+        self._gate_up, self._down = self.experts.first
+        per_row, padded = experts.per_row, round_up(config.hidden_size, BLOCK_FEATURES)
+        self.buffers = (
+            BufferGroup("narrow", (("normed", config.hidden_size),)),
+            BufferGroup("routes", (("routes", Routes.size(1, self.experts)), ("expert_weights", per_row + 1))),
+            BufferGroup(
+                "wide",
+                (
+                    ("expert_gate_up", per_row * self._gate_up.out_features),
+                    ("expert_activated", per_row * self._gate_up.out_features // 2),
+                    ("expert_parts", per_row * padded),
+                    ("expert_near", per_row * padded),
+                    *_shared_buffers(self.shared),
+                ),
+            ),
+        )
+
+    def forward(self, run: Run, weights: BlockWeights, state: StateView, work: Workspace) -> None:
+        """Queue the block; the CPU's experts run beside the GPU's and beside the shared one."""
+        lanes, tier, experts = run.lanes, run.step.tier, weights.linears["experts"]
+        buffers = self._buffers(work, run.step.rows)
+        on_host = any(linear.has_host_features(tier) for linear in (experts, *self._shared_of(weights)[:1]))
+        normalize(lanes, weights.vector("norm"), self._eps, work.residual, buffers.x, on_host)
+        self._route(lanes, weights, buffers)
+        compute_experts(lanes, experts, tier, buffers)
+        given = lanes.given
+        if self.shared:
+            self._add_shared(run, weights, buffers, work)
+        add_experts(lanes, experts, tier, buffers, given, work.residual)
+
+    def _buffers(self, work: Workspace, rows: int) -> ExpertBuffers:
+        per_row, features = self._config.per_row, self._gate_up.out_features
+
+        def by_place(name: str, width: int) -> Activation:
+            return work.flat(name, rows * per_row, width)
+
+        return ExpertBuffers(
+            x=work.of("normed", self._hidden),
+            routes=work.flat("routes", 1, Routes.size(rows, self.experts)),
+            weights=work.of("expert_weights", per_row + 1),
+            gate_up=by_place("expert_gate_up", features),
+            activated=by_place("expert_activated", features // 2),
+            parts=by_place("expert_parts", self._down.out_features),
+            near=by_place("expert_near", self._down.out_features),
+        )
+
+    def _route(self, lanes: Lanes, weights: BlockWeights, buffers: ExpertBuffers) -> None:
+        x = buffers.x.main
+        routes = Routes.of(buffers.routes.main, x.shape[0], self.experts)
+        lanes.main_ops.route(
+            x,
+            weights.vector("router").main,
+            self._config.is_gated,
+            self._config.normalised,
+            routes.ids,
+            routes.places,
+            routes.sources,
+            routes.starts,
+            buffers.weights.main,
+        )
+
+    def _shared_of(self, weights: BlockWeights) -> tuple[LinearWeights, ...]:
+        return tuple(weights.linears[linear.kind] for linear in self.shared)
+
+    def _add_shared(self, run: Run, weights: BlockWeights, buffers: ExpertBuffers, work: Workspace) -> None:
+        """The shared expert as an MLP whose activated rows are scaled: down(f a) = f down(a)."""
+        lanes, tier = run.lanes, run.step.tier
+        gate_up, down = self._shared_of(weights)
+        both = work.of("shared_gate_up", gate_up.spec.out_features)
+        activated = work.of("shared_activated", gate_up.spec.out_features // 2)
+        per_row, column, on_host = self._config.per_row, gate_up.device_features(tier), gate_up.has_host_features(tier)
+        if on_host:
+            lanes.push(buffers.weights, per_row, per_row + 1)
+        linear(lanes, gate_up, tier, buffers.x, both)
+
+        def activate(side: str, columns: slice) -> None:
+            ops = lanes.host_ops if side == "host" else lanes.device.ops
+            out = getattr(activated, side)[:, columns.start // 2 : columns.stop // 2]
+            ops.silu_mul(getattr(both, side)[:, columns], out)
+            ops.scale_rows(getattr(buffers.weights, side)[:, per_row:], out)
+
+        if on_host:
+            lanes.on_host(lambda: activate("host", slice(column, gate_up.spec.out_features)))
+        if column:
+            activate("device", slice(0, column))
+        inputs = down.spec.in_features
+        linear_add(
+            lanes, down, tier, activated.columns(0, inputs), min(column // 2, inputs), work.residual, work.scratch
+        )
+
+
+def _router(config: ModelConfig, experts: ExpertsConfig, layer: int) -> Matrix:
+    tensors: tuple[tuple[str, int], ...] = ((tensor_name("router", layer), experts.experts),)
+    if experts.is_gated:
+        tensors = (*tensors, (tensor_name("shared_factor", layer), 1))
+    rows = sum(count for _, count in tensors)
+    return Matrix("router", tensors, config.hidden_size, round_up(rows, BLOCK_FEATURES))
+
+
+def _shared_linears(
+    config: ModelConfig, experts: ExpertsConfig, layer: int, formats: WeightFormats
+) -> tuple[LinearSpec, LinearSpec]:
+    def part(name: str, rows: int) -> Part:
+        tensor = tensor_name(name, layer)
+        return Part(tensor, BLOCK_FEATURES, rows, formats.of(tensor))
+
+    def spec(kind: str, inputs: int, *parts: Part) -> LinearSpec:
+        return LinearSpec(f"layers.{layer}.{kind}", kind, layer, inputs, parts, False, block="shared")
+
+    width = experts.shared_width
+    return (
+        spec("shared_gate_up", config.hidden_size, part("shared_gate", width), part("shared_up", width)),
+        spec("shared_down", width, part("shared_down", config.hidden_size)),
+    )
+
+
+def _shared_buffers(shared: tuple[LinearSpec, ...]) -> tuple[tuple[str, int], ...]:
+    if not shared:
+        return ()
+    return (("shared_gate_up", shared[0].out_features), ("shared_activated", shared[0].out_features // 2))

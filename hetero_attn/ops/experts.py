@@ -1,0 +1,143 @@
+"""Run a layer's experts over the lanes: each on the lane where it lives, their outputs added in the order of their ids.
+
+Experts lie in the order gpu | stream | cpu, as the columns of a linear do (`ops.linear`), and every lane computes the
+picks of its own. What it writes are rows by *place*: all picks of a step sorted by expert, then by row, so that a
+lane's picks are neighbours. The sum over a row's experts is made in one place, in ascending id, so that it does not
+depend on where an expert was computed. Routes are contents of memory, which recorded steps read.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from hetero_attn.devices.protocols import Ops
+from hetero_attn.lanes.lanes import Activation, Lanes
+from hetero_attn.ops.linear import LinearWeights
+from hetero_attn.spec.experts import ExpertsSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """What `route` writes for a step of some rows, on one side; shapes as it says."""
+
+    ids: torch.Tensor
+    places: torch.Tensor
+    sources: torch.Tensor
+    starts: torch.Tensor
+
+    @classmethod
+    def of(cls, memory: torch.Tensor, rows: int, spec: ExpertsSpec) -> "Routes":
+        """Views of float32 memory [1, size(rows, spec)] as the int32 that it holds."""
+        picks = rows * spec.per_row
+        ids, places, sources, starts = memory[0].view(torch.int32).split([picks, picks, picks, spec.experts + 1])
+        return cls(ids.view(rows, -1), places.view(rows, -1), sources, starts)
+
+    @staticmethod
+    def size(rows: int, spec: ExpertsSpec) -> int:
+        """Numbers in all of them."""
+        return 3 * rows * spec.per_row + spec.experts + 1
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertBuffers:
+    """Float32 workspaces of a step of some rows, by place but for the first three.
+
+    x: [rows, hidden]. routes: memory of `Routes`. weights: [rows, per_row + 1]. gate_up, activated: [picks, features].
+    parts: [picks, hidden, padded], of the CPU's experts, on both sides; near: the same of the GPU's.
+    """
+
+    x: Activation
+    routes: Activation
+    weights: Activation
+    gate_up: Activation
+    activated: Activation
+    parts: Activation
+    near: Activation
+
+
+def compute_experts(lanes: Lanes, experts: LinearWeights, tier: int, buffers: ExpertBuffers) -> None:
+    """Give the CPU lane its experts, then queue the GPU's; x is complete on every side that has any, routes where the
+    residual lives.
+
+    The CPU's outputs come back with `add_experts`; work queued between the two runs beside them.
+    """
+    spec, on_gpu = _spec(experts), experts.device_units(tier)
+    if experts.has_host_features(tier):
+        lanes.push(buffers.routes, 0, buffers.routes.main.shape[1])
+        lanes.on_host(
+            lambda: _run(lanes.host_ops, spec, on_gpu, experts.host_weight(tier), _Side("host", buffers), buffers.parts)
+        )
+    side = _Side("device", buffers)
+    first = 0
+    if experts.placement.gpu_units:
+        _run(lanes.device.ops, spec, 0, experts.gpu, side, buffers.near)
+        first = experts.placement.gpu_units
+    for _ in range(experts.piece_count(tier)):
+        weight = lanes.ring.take()
+        _run(lanes.device.ops, spec, first, weight, side, buffers.near)
+        lanes.ring.give_back()
+        first += weight.shape[0]
+
+
+def add_experts(
+    lanes: Lanes, experts: LinearWeights, tier: int, buffers: ExpertBuffers, given: int, out: Activation
+) -> None:
+    """Add the weighted outputs of `compute_experts`, after which `given` host jobs were given, to `out`."""
+    spec, features = _spec(experts), experts.spec.in_features
+    side = _Side("host" if lanes.device is None else "device", buffers)
+    if experts.has_host_features(tier):
+        lanes.pull(buffers.parts, 0, features, given)
+    routes, border = side.routes(spec), experts.device_units(tier)
+    far, near = (side.of(activation)[:, :features] for activation in (buffers.parts, buffers.near))
+    lanes.main_ops.combine(
+        near,
+        far,
+        routes.starts[border : border + 1],
+        routes.places,
+        side.of(buffers.weights)[:, : spec.per_row],
+        out.main[:, :features],
+    )
+
+
+def _spec(experts: LinearWeights) -> ExpertsSpec:
+    assert isinstance(experts.spec, ExpertsSpec), f"{experts.spec.name} has no experts"
+    return experts.spec
+
+
+class _Side:
+    """The buffers of one side."""
+
+    def __init__(self, name: str, buffers: ExpertBuffers) -> None:
+        self._name, self._buffers = name, buffers
+
+    def of(self, activation: Activation) -> torch.Tensor:
+        return getattr(activation, self._name)
+
+    def routes(self, spec: ExpertsSpec) -> Routes:
+        return Routes.of(self.of(self._buffers.routes), self.of(self._buffers.x).shape[0], spec)
+
+    @property
+    def x(self) -> torch.Tensor:
+        return self.of(self._buffers.x)
+
+    @property
+    def gate_up(self) -> torch.Tensor:
+        return self.of(self._buffers.gate_up)
+
+    @property
+    def activated(self) -> torch.Tensor:
+        return self.of(self._buffers.activated)
+
+
+def _run(ops: Ops, spec: ExpertsSpec, first: int, weight: torch.Tensor, side: _Side, parts: Activation) -> None:
+    """The picks of the experts from `first` on whose packed bytes `weight` has, uint8 [experts, unit_bytes]."""
+    gate_up, down = spec.first
+    routes, border = side.routes(spec), spec.gate_up_bytes
+    both, down_blocks = (
+        part.unflatten(1, (linear.units * linear.unit_rows, -1))
+        for part, linear in zip((weight[:, :border], weight[:, border:]), spec.first, strict=True)
+    )
+    ops.expert_linear(side.x, routes.sources, routes.starts, first, both, gate_up.format, side.gate_up)
+    ops.silu_mul(side.gate_up, side.activated)
+    x = side.activated[:, : spec.width]
+    ops.expert_linear(x, None, routes.starts, first, down_blocks, down.format, side.of(parts))

@@ -1,0 +1,87 @@
+"""The mixture of experts of a model, out of the keys of its config: a function for each family that has one.
+
+A family with experts of another kind (biases, groups, other scores) has none, and its models are refused by name.
+"""
+
+from dataclasses import dataclass
+
+from hetero_attn.errors import UnsupportedModelError
+from hetero_attn.spec.json_fields import JsonFields, show
+
+MAX_EXPERTS = 1 << 12
+MAX_WIDTH = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """The experts that take the place of some layers' MLP.
+
+    experts: how many a layer has; per_row: how many compute a row; width: neurons of one. normalised: whether the
+    weights of a row's experts are divided by their sum. shared_width: neurons of an expert that computes every row, 0
+    without one; its output is multiplied by the sigmoid of a product with the row. layers: which layers have experts.
+    """
+
+    experts: int
+    per_row: int
+    width: int
+    normalised: bool
+    shared_width: int
+    layers: tuple[bool, ...]
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether there is a shared expert, and so its factor."""
+        return self.shared_width > 0
+
+
+def mixtral_experts(fields: JsonFields, num_layers: int) -> ExpertsConfig:
+    """Experts in every layer, as wide as the config's MLP; weights always normalised, none shared."""
+    return ExpertsConfig(
+        **_counts(fields, "num_local_experts", 8, 2),
+        width=fields.integer("intermediate_size", MAX_WIDTH, 14336),
+        normalised=True,
+        shared_width=0,
+        layers=(True,) * num_layers,
+    )
+
+
+def qwen2_moe_experts(fields: JsonFields, num_layers: int) -> ExpertsConfig:
+    """Experts in some layers and a shared one beside them."""
+    if not fields.boolean("qkv_bias", True):
+        raise UnsupportedModelError(f"{fields.path}: qkv_bias is false, and this architecture runs with biases only")
+    return ExpertsConfig(
+        **_counts(fields, "num_experts", 60, 4),
+        width=fields.integer("moe_intermediate_size", MAX_WIDTH, 1408),
+        normalised=fields.boolean("norm_topk_prob"),
+        shared_width=fields.integer("shared_expert_intermediate_size", MAX_WIDTH, 5632),
+        layers=_sparse_layers(fields, num_layers),
+    )
+
+
+def qwen3_moe_experts(fields: JsonFields, num_layers: int) -> ExpertsConfig:
+    """Experts in some layers. Hub configs say num_experts, those that transformers 5 writes num_local_experts."""
+    key = "num_experts" if fields.get("num_experts") is not None else "num_local_experts"
+    return ExpertsConfig(
+        **_counts(fields, key, 128, 8),
+        width=fields.integer("moe_intermediate_size", MAX_WIDTH, 768),
+        normalised=fields.boolean("norm_topk_prob"),
+        shared_width=0,
+        layers=_sparse_layers(fields, num_layers),
+    )
+
+
+def _counts(fields: JsonFields, key: str, experts: int, per_row: int) -> dict[str, int]:
+    experts = fields.integer(key, MAX_EXPERTS, experts)
+    found = fields.integer("num_experts_per_tok", MAX_EXPERTS, per_row)
+    if found > experts:
+        fields.fail("num_experts_per_tok", found, f"at most the {experts} of {key}")
+    return {"experts": experts, "per_row": found}
+
+
+def _sparse_layers(fields: JsonFields, num_layers: int) -> tuple[bool, ...]:
+    """Every decoder_sparse_step-th layer has experts, but for those of mlp_only_layers."""
+    step = fields.integer("decoder_sparse_step", num_layers, 1)
+    dense = fields.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        fields.fail("mlp_only_layers", show(dense), "a list of layers")
+    return tuple((layer + 1) % step == 0 and layer not in dense for layer in range(num_layers))

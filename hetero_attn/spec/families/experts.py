@@ -1,0 +1,46 @@
+"""The families whose layers have experts in the place of an MLP."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hetero_attn.spec.experts_config import ExpertsConfig, mixtral_experts, qwen2_moe_experts, qwen3_moe_experts
+from hetero_attn.spec.families.family import Family
+from hetero_attn.spec.families.windows import no_windows, one_window, windows_from
+from hetero_attn.spec.json_fields import JsonFields
+
+
+def with_experts(
+    read: Callable[[JsonFields, int], ExpertsConfig],
+) -> Callable[[JsonFields, Mapping[str, Any]], dict[str, Any]]:
+    """The experts that `read` finds in a config."""
+    return lambda fields, found: {"experts": read(fields, found["num_layers"])}
+
+
+def window_if_used(fields: JsonFields, num_layers: int) -> tuple[int, ...]:
+    """The same window in every layer, where windows are used."""
+    return one_window(fields, num_layers) if fields.boolean("use_sliding_window") else no_windows(fields, num_layers)
+
+
+MIXTRAL = Family(
+    "MixtralForCausalLM",
+    {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+    qkv_bias=False,
+    o_bias=False,
+    windows=one_window,
+    terms=with_experts(mixtral_experts),
+)
+QWEN2_MOE = Family(
+    "Qwen2MoeForCausalLM",
+    {"num_key_value_heads": 16, "max_position_embeddings": 32768, "intermediate_size": 5632},
+    qkv_bias=True,
+    o_bias=False,
+    windows=windows_from("max_window_layers"),
+    terms=with_experts(qwen2_moe_experts),
+)
+QWEN3_MOE = Family(
+    "Qwen3MoeForCausalLM",
+    {"num_key_value_heads": 4, "max_position_embeddings": 32768, "intermediate_size": 6144},
+    qk_norm=True,
+    windows=window_if_used,
+    terms=with_experts(qwen3_moe_experts),
+)
