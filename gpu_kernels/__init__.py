@@ -19,9 +19,9 @@ _MODULE_OF_OP = {
     "rope_append": "elementwise",
     "silu_mul": "elementwise",
     "gelu_mul": "elementwise",
-    "route": "experts",
-    "combine": "experts",
-    "scale_rows": "experts",
+    "route": "experts.routing",
+    "combine": "experts.routing",
+    "scale_rows": "experts.routing",
     "copy_rows": "row_copies",
     "add_rows": "row_copies",
 }
