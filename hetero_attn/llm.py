@@ -23,6 +23,7 @@ from hetero_attn.planning.fitting import settle_or_suggest
 from hetero_attn.planning.options import PAGE_TOKENS, LoadOptions
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.serving.defaults import default_params
+from hetero_attn.serving.grammar import Grammars
 from hetero_attn.serving.parameters import Params, for_each
 from hetero_attn.serving.progress import PrefillBar, compile_note, loading_bar, prepare_note
 from hetero_attn.serving.prompt_scores import PromptScores
@@ -157,6 +158,11 @@ class LLM:
         if opened is not None:
             opened.compare_vocab(self.planned.config.vocab_size)
         return opened
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What makes answers follow a schema or a grammar."""
+        return Grammars(self._tokenizer_if_any(), self.engine.config.vocab_size, self._end_token_ids())
 
     def default_params(self, **given: Any) -> SamplingParams:
         """The parameters of a request that brings none: as generation_config.json suggests, with `given` over it.
@@ -343,7 +349,7 @@ class LLM:
             return Request(
                 prompt_token_ids=ids,
                 params=params,
-                sampler=Sampler(params, self._end_token_ids(), config.vocab_size, seed),
+                sampler=Sampler(params, self._end_token_ids(), config.vocab_size, seed, self.grammars.mask(params)),
                 stream=None if tokenizer is None else tokenizer.stream(params.stop, params.skip_special_tokens),
                 max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
                 asked_at=asked_at,

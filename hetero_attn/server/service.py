@@ -14,14 +14,16 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hetero_attn.server.dialogue.answer import Parser, PlainText
+from hetero_attn.server.dialogue.forced import call_grammar, holds_after
 from hetero_attn.server.dialogue.formats import AnswerFormat, end_of, format_of
+from hetero_attn.server.dialogue.tools import Tools
 from hetero_attn.server.driver import Driver, State
 from hetero_attn.server.failures import ApiError, too_long
 from hetero_attn.server.generation import Generation
 from hetero_attn.server.metrics import ServerMetrics
 from hetero_attn.server.settings import ServerSettings
 from hetero_attn.server.turn import Conversation, Turn
-from hetero_attn.serving.sampling_params import LARGEST_SEED
+from hetero_attn.serving.sampling_params import GRAMMARS, LARGEST_SEED
 
 if TYPE_CHECKING:  # they need torch, whose import would keep a server from answering while it loads
     from hetero_attn.llm import LLM
@@ -112,7 +114,7 @@ class Service:
 
         def add(llm: LLM, ids: list[tuple[int, ...]]) -> list[Request]:
             pairs = [(prompt, choice) for prompt in ids for choice in range(turn.choices)]
-            params = [llm.default_params(**self._wishes_of(turn, choice)) for choice in range(turn.choices)]
+            params = [llm.default_params(**self._wishes_of(turn, choice, ids[0])) for choice in range(turn.choices)]
             return [llm.add(prompt, params[choice], priority=turn.priority) for prompt, choice in pairs]
 
         return await self._admit(turn, prompts * turn.choices, add)
@@ -184,18 +186,31 @@ class Service:
                     param="tools",
                 )
             variables["tools"] = tools
-        if talk.tools.must_call:
-            raise ApiError(400, "tool_choice must be auto or none: the model decides", param="tool_choice")
         return self.tokenizer.encode_chat(talk.messages, talk.opens_answer, variables, talk.continues)
 
-    def _wishes_of(self, turn: Turn, choice: int) -> dict[str, Any]:
+    def _wishes_of(self, turn: Turn, choice: int, prompt: tuple[int, ...]) -> dict[str, Any]:
         """The parameters of one of several answers: a seed that is given makes each of them repeatable, not alike."""
         wishes, seed = dict(turn.wishes), turn.wishes.get("seed")
         if seed is not None:
             wishes["seed"] = (seed + choice) & LARGEST_SEED
-        if isinstance(turn.prompts, Conversation) and self.answer_format.keeps_specials:
-            wishes["skip_special_tokens"] = False  # the parser leaves them out
+        if isinstance(turn.prompts, Conversation):
+            wishes |= self._form_wishes(turn.prompts.tools, wishes, prompt)
         return wishes
+
+    def _form_wishes(self, tools: Tools, wishes: dict[str, Any], prompt: tuple[int, ...]) -> dict[str, Any]:
+        """What an answer to a conversation needs beside what the client asks for."""
+        form = self.answer_format
+        found: dict[str, Any] = {}
+        if form.keeps_specials:
+            found["skip_special_tokens"] = False  # the parser leaves them out
+        is_forced = any(wishes.get(name) is not None for name in GRAMMARS)
+        if is_forced and tools.callable:
+            raise ApiError(400, "give tools or a form of the answer; with both, set tool_choice to none", param="tools")
+        if tools.must_call:
+            found["grammar"] = call_grammar(form, tools, self.llm.grammars.mark)
+        if is_forced or (tools.must_call and not form.is_harmony):
+            found["grammar_after"] = holds_after(form, end_of(self.tokenizer, prompt))
+        return found
 
     def _gauges(self) -> dict[str, float]:
         driver, llm = self.driver, self.driver.llm

@@ -5,7 +5,7 @@ generator. Nothing here knows of models, batches or text: `stop` strings and `ma
 
 The order of operations is vLLM's:
 
-    logit_bias -> min_tokens mask -> repetition, frequency, presence penalty -> (greedy: argmax)
+    logit_bias -> min_tokens mask -> grammar -> repetition, frequency, presence penalty -> (greedy: argmax)
     -> temperature -> min_p -> top_k -> top_p -> draw
 
 Log-probabilities that are reported are the model's own, of the logits before any of this.
@@ -20,6 +20,7 @@ import torch
 
 from hetero_attn.engine.greatest import greatest
 from hetero_attn.errors import NonFiniteLogitsError, SamplingError
+from hetero_attn.serving.grammar import TokenMask
 from hetero_attn.serving.sampling_params import SamplingParams
 
 __all__ = ["SampledToken", "Sampler", "SamplingParams", "likely_tokens", "score_token"]
@@ -51,7 +52,12 @@ class Sampler:
     """
 
     def __init__(
-        self, params: SamplingParams, eos_token_ids: Sequence[int], vocab_size: int, default_seed: int | None = None
+        self,
+        params: SamplingParams,
+        eos_token_ids: Sequence[int],
+        vocab_size: int,
+        default_seed: int | None = None,
+        token_mask: TokenMask | None = None,
     ) -> None:
         """Make the sampler of one request.
 
@@ -61,12 +67,13 @@ class Sampler:
             vocab_size: length of the logits.
             default_seed: seed for when `params.seed` is None or -1; None draws a fresh one. Give each request of a
                 batch its own, or all of them make the same draws.
+            token_mask: what the grammar of `params` allows, where there is one.
 
         Raises:
             SamplingError: a stop token or a biased token is outside the vocabulary.
         """
         self.params = params
-        self._vocab_size = vocab_size
+        self._vocab_size, self._token_mask = vocab_size, token_mask
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
         self._check_token_ids("logit_bias", [token_id for token_id, _ in params.logit_bias])
         eos = {token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size}
@@ -95,7 +102,8 @@ class Sampler:
 
         Raises:
             NonFiniteLogitsError: the logits hold a NaN or +inf, or are -inf throughout.
-            SamplingError: `min_tokens` masks all that the model allows, or a penalty takes a logit beyond float32.
+            SamplingError: `min_tokens` masks all that the model or the grammar allows, the grammar cannot be followed
+                further, or a penalty takes a logit beyond float32.
         """
         assert logits.shape == (self._vocab_size,), f"logits {tuple(logits.shape)}, vocabulary of {self._vocab_size}"
         best = greatest(logits)
@@ -125,8 +133,8 @@ class Sampler:
     def _check_allowed(self, largest: float, position: int) -> None:
         if largest == -math.inf:
             raise SamplingError(
-                f"no token is allowed at output position {position}: the model leaves only end tokens, which "
-                f"min_tokens={self.params.min_tokens} masks; lower min_tokens"
+                f"no token is allowed at output position {position}: the model, or the grammar, leaves "
+                f"only end tokens, which min_tokens={self.params.min_tokens} masks; lower min_tokens"
             )
         if not math.isfinite(largest):
             raise SamplingError(
@@ -137,7 +145,9 @@ class Sampler:
     def _adjust(self, logits: torch.Tensor, prompt_ids: Sequence[int], generated_ids: Sequence[int]) -> torch.Tensor:
         """Return logits with bias, mask and penalties: a copy, or `logits` itself where there is nothing to do."""
         masked = self._masked_token_ids if len(generated_ids) < self.params.min_tokens else []
-        if not (masked or self.params.logit_bias or self._repetition or self._output_penalty):
+        allowed = None if self._token_mask is None else self._token_mask.allowed(generated_ids)
+        has_penalty = self._repetition or self._output_penalty
+        if allowed is None and not (masked or self.params.logit_bias or has_penalty):
             return logits
         adjusted = logits.clone()
         if self.params.logit_bias:
@@ -145,7 +155,9 @@ class Sampler:
             adjusted[list(token_ids)] += adjusted.new_tensor(biases)
         if masked:
             adjusted[masked] = -math.inf
-        if self._repetition or self._output_penalty:
+        if allowed is not None:
+            adjusted.masked_fill_(~allowed.to(adjusted.device), -math.inf)
+        if has_penalty:
             self._penalise(adjusted, prompt_ids, generated_ids)
         return adjusted
 

@@ -4,10 +4,12 @@ Every value is checked here, once, when the object is made; `sampling.Sampler` a
 it. The caps on list lengths keep one request from costing the others time or memory.
 """
 
+import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -17,6 +19,11 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIASES = 1024
+MAX_GRAMMAR_CHARACTERS = 1 << 16
+MAX_SCHEMA_DEPTH = 32
+# As json.dumps writes it. Where blanks are free, a model may write them until its context is full.
+JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+GRAMMARS = ("json_schema", "regex", "grammar")
 LARGEST_SEED = 2**63 - 1
 
 
@@ -119,6 +126,36 @@ def _checked_logit_bias(value: object) -> tuple[tuple[int, float], ...]:
     )
 
 
+def _checked_json_schema(value: object) -> str | None:
+    """A schema, a mapping or its text, as text; raises where it is neither, or deeper than any use."""
+    if value is None:
+        return None
+    try:
+        schema = json.loads(value) if isinstance(value, (str, bytes)) else value
+        text = json.dumps(schema, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        raise SamplingError(f"json_schema must be a JSON schema, a mapping or its text, got {value!r:.80}") from None
+    if not isinstance(schema, (Mapping, bool)):
+        raise SamplingError(f"json_schema must be an object, got {text:.80}; write {{'type': 'object', ...}}")
+    level: list = [schema]
+    for _ in range(MAX_SCHEMA_DEPTH):
+        inner = [item for item in level if isinstance(item, (dict, list))]
+        level = [child for item in inner for child in (item.values() if isinstance(item, dict) else item)]
+    if level:
+        raise SamplingError(f"json_schema nests more than {MAX_SCHEMA_DEPTH} deep; name its parts under $defs")
+    return _checked_text("json_schema", text)
+
+
+def _checked_text(name: str, value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value:
+        raise SamplingError(f"{name} must be None or text, got {value!r:.80}")
+    if len(value) > MAX_GRAMMAR_CHARACTERS:
+        raise SamplingError(f"{name} has {len(value)} characters, at most {MAX_GRAMMAR_CHARACTERS} are allowed")
+    return value
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens and when to stop. Names, defaults and meaning are vLLM's, but for `max_tokens`.
@@ -141,6 +178,11 @@ class SamplingParams:
         min_tokens: no end token and no `stop_token_ids` before this many tokens.
         logit_bias: added to the logits, `{token id: bias in [-100, 100]}`, at most 1024; kept as sorted pairs.
         skip_special_tokens: leave special tokens out of the text.
+        json_schema: the answer is JSON that this schema allows; a mapping or its text, kept as text.
+        regex: the answer is matched by this regular expression, from its first to its last character.
+        grammar: the answer follows this grammar, in llguidance's form of Lark. One of the three at most; they need the
+            extra `[grammar]`.
+        grammar_after: text, such as </think>, behind which that begins to hold; None is from the start.
 
     Raises:
         SamplingError: a value of the wrong type or out of range; the message names parameter, value and range.
@@ -162,12 +204,18 @@ class SamplingParams:
     min_tokens: int = 0
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = ()
     skip_special_tokens: bool = True
+    json_schema: Mapping | str | bool | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    grammar_after: str | None = None
 
     def __post_init__(self) -> None:
-        checks = {
+        checks: dict[str, Callable[[object], object]] = {
             "stop": _checked_stop,
             "stop_token_ids": _checked_stop_token_ids,
             "logit_bias": _checked_logit_bias,
+            "json_schema": _checked_json_schema,
+            **{name: partial(_checked_text, name) for name in ("regex", "grammar", "grammar_after")},
         }
         for field in fields(self):
             value = getattr(self, field.name)
@@ -182,6 +230,18 @@ class SamplingParams:
             raise SamplingError(
                 f"min_tokens must be at most max_tokens, got {self.min_tokens} > {self.max_tokens}; raise max_tokens"
             )
+        wanted = [name for name in GRAMMARS if getattr(self, name) is not None]
+        if len(wanted) > 1:
+            raise SamplingError(f"{' and '.join(wanted)} are both given; an answer follows one of them")
+        if wanted and self.ignore_eos:
+            raise SamplingError(
+                f"{wanted[0]} says where an answer ends, and ignore_eos goes on behind it; give one of them"
+            )
+
+    @property
+    def wanted_grammar(self) -> tuple[str, str] | None:
+        """What an answer has to follow: the name of the parameter that is given, and its text."""
+        return next(((name, text) for name in GRAMMARS if (text := getattr(self, name)) is not None), None)
 
     @property
     def greedy(self) -> bool:

@@ -187,6 +187,12 @@ class Tokenizer:
         return piece.replace("\u2581", " ").encode()
 
     @property
+    def description(self) -> str | None:
+        """What tokenizer.json says of it, None for one of another kind."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        return None if backend is None else backend.to_str()
+
+    @property
     def special_tokens(self) -> dict[str, str]:
         """Special tokens by their part, such as {"eos_token": "</s>"}."""
         named = ("bos_token", "eos_token", "pad_token", "unk_token")

@@ -9,6 +9,7 @@ from hetero_attn.server.settings import ServerSettings
 from tests.server.test_lifecycle import read_until
 
 HI = [{"role": "user", "content": "Hi"}]
+FORM = {"type": "json_object"}
 
 
 def chat(**more: object) -> bytes:
@@ -44,7 +45,17 @@ def chat(**more: object) -> bytes:
         ("chat/completions", chat(logit_bias={"5000": 1}), 400, "logit_bias"),
         ("chat/completions", chat(top_logprobs=2), 400, "logprobs: true"),
         ("chat/completions", chat(logprobs=True, top_logprobs=21), 400, "top_logprobs"),
-        ("chat/completions", chat(response_format={"type": "json_object"}), 400, "response_format"),
+        ("chat/completions", chat(response_format={"type": "yaml"}), 400, "response_format"),
+        ("chat/completions", chat(response_format={"type": "json_schema"}), 400, "without a schema"),
+        ("chat/completions", chat(response_format=FORM, ignore_eos=True), 400, "ignore_eos"),
+        ("chat/completions", chat(response_format=FORM, structured_outputs={"regex": "a"}), 400, "both given"),
+        ("chat/completions", chat(structured_outputs={"regex": "("}), 400, "regex cannot be followed"),
+        ("chat/completions", chat(structured_outputs={"grammar": "start: x"}), 400, "unknown name"),
+        ("chat/completions", chat(structured_outputs={"yaml": "x"}), 400, "structured_outputs"),
+        ("chat/completions", chat(structured_outputs={"json": {"type": "nope"}}), 400, "nope"),
+        ("chat/completions", chat(structured_outputs={"json": {"enum": ["x" * 70_000]}}), 400, "65536"),
+        ("chat/completions", chat(tool_choice="required"), 400, "tool_choice"),
+        ("chat/completions", chat(tool_choice="often"), 400, "tool_choice"),
         ("chat/completions", chat(tools=[{"type": "function"}]), 400, "tools"),
         ("chat/completions", chat(chat_template="{{ 1 }}"), 400, "chat_template"),
         ("chat/completions", chat(chat_template_kwargs={"tokenize": False}), 400, "chat_template_kwargs"),

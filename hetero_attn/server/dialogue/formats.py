@@ -40,6 +40,7 @@ class AnswerFormat:
     """The form of one model's answers. marks: None for plain text. is_harmony: gpt-oss's form instead.
 
     specials: texts of the tokenizer's special tokens. knows_tools: whether the template shows tools to the model.
+    is_fenced, is_named: which of two forms of calls DeepSeek's and Mistral's templates show.
     """
 
     name: str
@@ -47,6 +48,8 @@ class AnswerFormat:
     is_harmony: bool = False
     specials: frozenset[str] = frozenset()
     knows_tools: bool = False
+    is_fenced: bool = False
+    is_named: bool = False
 
     @cached_property
     def keeps_specials(self) -> bool:
@@ -64,8 +67,11 @@ class AnswerFormat:
             return HarmonyParser(tools, unseen)
         if self.marks is None or not (self.marks.thought or (self.marks.call and tools.callable)):
             return PlainText()
-        is_thinking = bool(self.marks.thought) and prompt_end.rstrip().endswith(self.marks.thought[0])
-        return MarkedParser(self.marks, tools, is_thinking, set(unseen) - self.marks.all)
+        return MarkedParser(self.marks, tools, self.opens_thought(prompt_end), set(unseen) - self.marks.all)
+
+    def opens_thought(self, prompt_end: str) -> bool:
+        """Whether a prompt that ends so has opened the reasoning."""
+        return bool(self.marks.thought) and prompt_end.rstrip().endswith(self.marks.thought[0])
 
 
 def format_of(tokenizer: Tokenizer | None) -> AnswerFormat:
@@ -80,7 +86,8 @@ def format_of(tokenizer: Tokenizer | None) -> AnswerFormat:
     thought = next((pair for pair in THOUGHTS if pair[1] in template or pair[0] in template), None)
     for sign, name, marks in FAMILIES:
         if sign in template:
-            return AnswerFormat(name, replace(marks, thought=thought), False, specials, knows_tools)
+            is_fenced, is_named, marks = "```json" in template, "[ARGS]" in template, replace(marks, thought=thought)
+            return AnswerFormat(name, marks, False, specials, knows_tools, is_fenced, is_named)
     marks = Marks(thought, TAGS if knows_tools else None)
     return AnswerFormat("hermes" if knows_tools else "plain", marks, False, specials, knows_tools)
 

@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 from hetero_attn.server.bodies import checked, read_json, refuse
 from hetero_attn.server.dialogue.answer import Answer, Piece
+from hetero_attn.server.dialogue.forced import format_wishes
 from hetero_attn.server.dialogue.messages import template_messages
 from hetero_attn.server.dialogue.tools import Tools, openai_choice, tools_of
 from hetero_attn.server.failures import ApiError
@@ -45,7 +46,6 @@ class Body(SamplingFields):
     functions: Any = None
     function_call: Any = None
     response_format: dict[str, Any] | None = None
-    structured_outputs: Any = None
     modalities: list[str] | None = None
     audio: Any = None
     web_search_options: Any = None
@@ -79,12 +79,9 @@ def _refuse(body: Body) -> None:
         chat_template="the model's own template is used; strangers' templates are programs",
         functions="use tools",
         function_call="use tool_choice",
-        structured_outputs="answers are free text",
     )
     if body.modalities not in (None, [], ["text"]):
         raise ApiError(400, "modalities must be ['text']: the model makes text", param="modalities")
-    if (body.response_format or {}).get("type", "text") != "text":
-        raise ApiError(400, "response_format must be of type text: answers are free text", param="response_format")
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
 
@@ -92,7 +89,9 @@ def _refuse(body: Body) -> None:
 def _wishes(body: Body) -> dict[str, Any]:
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = {"logprobs": body.top_logprobs or 0} if body.logprobs else {}
-    return body.wishes(most) | logprobs
+    wanted = body.response_format or {}
+    schema = (wanted.get("json_schema") or {}).get("schema") if wanted.get("type") == "json_schema" else None
+    return body.wishes(most) | logprobs | format_wishes(wanted.get("type", "text"), schema, "response_format")
 
 
 def conversation_of(body: Body) -> Conversation:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hetero_attn.server.dialogue.forced import structured_wishes
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.service import Service
 from hetero_attn.serving.sampling_params import LARGEST_SEED
@@ -66,6 +67,7 @@ class SamplingFields(Fields):
     skip_special_tokens: bool | None = None
     priority: int | None = 0
     user: str | None = None
+    structured_outputs: dict[str, Any] | None = None
 
     def wishes(self, max_tokens: int | None) -> dict[str, Any]:
         """The given ones, by their name in `SamplingParams`."""
@@ -74,7 +76,7 @@ class SamplingFields(Fields):
             found["seed"] = self.seed & LARGEST_SEED
         if max_tokens is not None:
             found["max_tokens"] = max_tokens
-        return found
+        return found | structured_wishes(self.structured_outputs or {})
 
     @property
     def usage_at_end(self) -> bool:

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from hetero_attn.server.bodies import checked, read_json, refuse
+from hetero_attn.server.dialogue.forced import format_wishes
 from hetero_attn.server.dialogue.messages import template_messages, text_of
 from hetero_attn.server.dialogue.tools import Tools, tools_of
 from hetero_attn.server.failures import ApiError
@@ -49,6 +50,8 @@ class Body(CountBody):
     top_k: int | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
+    output_config: dict[str, Any] | None = None
+    output_format: dict[str, Any] | None = None
 
 
 async def messages(service: Service, request: Request) -> Any:
@@ -70,7 +73,9 @@ async def count_tokens(service: Service, request: Request) -> Any:
 
 def _wishes(body: Body) -> dict[str, Any]:
     found = {name: value for field, name in _SAMPLING.items() if (value := getattr(body, field)) is not None}
-    return found | {"max_tokens": body.max_tokens}
+    wanted = (body.output_config or {}).get("format") or body.output_format or {}
+    forced = format_wishes(wanted.get("type", "text"), wanted.get("schema"), "output_config.format")
+    return found | {"max_tokens": body.max_tokens} | forced
 
 
 def _turn_of(service: Service, body: CountBody, wishes: dict[str, Any]) -> Turn:

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from hetero_attn.server.bodies import checked, read_json, refuse
+from hetero_attn.server.dialogue.forced import format_wishes
 from hetero_attn.server.dialogue.messages import template_messages
 from hetero_attn.server.dialogue.tools import tools_of
 from hetero_attn.server.failures import ApiError
@@ -157,7 +158,6 @@ async def _answer(service: Service, request: Request, body: Asking, turn: Turn, 
 
 def _check(service: Service, body: Asking) -> None:
     refuse(body, logprobs="use /v1/chat/completions for them", top_logprobs="use /v1/chat/completions for them")
-    refuse(body, format="answers are free text")
     check_model(service, body.model)
     count_unknown(service, body)
 
@@ -179,7 +179,8 @@ def _wishes(body: Asking) -> dict[str, Any]:
         found["max_tokens"] = limit
     if seed is not None:
         found["seed"] = seed & LARGEST_SEED
-    return found
+    kind = "text" if not body.format else "json_object" if body.format == "json" else "json_schema"
+    return found | format_wishes(kind, body.format, "format")
 
 
 def _thinking(body: Asking) -> dict[str, Any]:

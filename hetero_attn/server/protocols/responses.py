@@ -8,6 +8,7 @@ from typing import Any
 from starlette.requests import Request
 
 from hetero_attn.server.bodies import checked, read_json, refuse
+from hetero_attn.server.dialogue.forced import format_wishes
 from hetero_attn.server.dialogue.messages import template_messages, text_of
 from hetero_attn.server.dialogue.tools import Tools, openai_choice, tools_of
 from hetero_attn.server.failures import ApiError
@@ -62,7 +63,7 @@ async def responses(service: Service, request: Request) -> Any:
     shown = body.model_dump(
         include={"instructions", "metadata", "temperature", "top_p", "max_output_tokens", "reasoning"}
     )
-    shown |= {"tool_choice": body.tool_choice or "auto", "tools": list(body.tools or ())}
+    shown |= {"tool_choice": body.tool_choice or "auto", "tools": list(body.tools or ()), "text": body.text}
     shown |= {"parallel_tool_calls": body.parallel_tool_calls is not False, "model": body.model or service.model_name}
 
     def make_writer(generation: Generation) -> ResponseWriter:
@@ -90,8 +91,6 @@ def _refuse(body: Body) -> None:
         raise ApiError(400, "truncation must be disabled: nothing is left out of a prompt unasked", param="truncation")
     if not body.input:
         raise ApiError(400, "input is empty; give text or items", param="input")
-    if ((body.text or {}).get("format") or {}).get("type", "text") != "text":
-        raise ApiError(400, "text.format must be of type text: answers are free text", param="text.format")
 
 
 def _tools(service: Service, body: Body) -> Tools:
@@ -111,7 +110,9 @@ def _turn(body: Body, tools: Tools) -> Turn:
         tools=tools,
         variables={} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"},
     )
-    return Turn(prompts=talk, wishes={k: v for k, v in given.items() if v is not None}, field="input")
+    wanted = (body.text or {}).get("format") or {}
+    forced = format_wishes(wanted.get("type", "text"), wanted.get("schema"), "text.format")
+    return Turn(prompts=talk, wishes={k: v for k, v in given.items() if v is not None} | forced, field="input")
 
 
 def _messages(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

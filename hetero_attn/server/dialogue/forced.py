@@ -1,0 +1,93 @@
+"""Answers that a client forces: a call of a tool, or text that follows a schema, as parameters of the sampler."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hetero_attn.server.dialogue.formats import AnswerFormat
+from hetero_attn.server.dialogue.tools import Tools
+from hetero_attn.server.failures import ApiError
+from hetero_attn.serving.sampling_params import JSON_OPTIONS
+
+SEPARATOR = "<｜tool▁sep｜>"
+Mark = Callable[[str], str]
+
+
+def format_wishes(kind: str, schema: Any, field: str) -> dict[str, Any]:
+    """Sampling parameters for an answer of a kind: text, json_object or json_schema. Raises ApiError."""
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json_schema": {"type": "object"}}
+    if kind == "json_schema" and isinstance(schema, (Mapping, bool)):
+        return {"json_schema": schema}
+    found = f"of type {kind!r:.40}" if kind != "json_schema" else "of type json_schema without a schema"
+    raise ApiError(400, f"{field} is {found}; it must be text, json_object, or json_schema with a schema", param=field)
+
+
+def structured_wishes(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling parameters for `structured_outputs` in vLLM's form: json, regex, choice or grammar. Raises ApiError."""
+    names = {"json": "json_schema", "regex": "regex", "grammar": "grammar"}
+    given = {name: value for name, value in wanted.items() if value not in (None, False)}
+    if choice := given.pop("choice", None):
+        given["grammar"] = "start: " + " | ".join(json.dumps(str(each), ensure_ascii=False) for each in choice)
+    if given.pop("json_object", None):
+        given["json"] = {"type": "object"}
+    for name in given:
+        if name not in names:
+            raise ApiError(400, f"structured_outputs.{name!s:.40} is not known; give json, regex, choice or grammar")
+    return {names[name]: value for name, value in given.items()}
+
+
+def holds_after(form: AnswerFormat, prompt_end: str) -> str | None:
+    """What an answer writes before that begins to hold: its reasoning is free."""
+    if form.is_harmony:
+        return "<|channel|>final<|message|>"
+    if form.marks is not None and form.marks.thought and form.opens_thought(prompt_end):
+        return form.marks.thought[1]
+    return None
+
+
+def call_grammar(form: AnswerFormat, tools: Tools, mark: Mark) -> str:
+    """A Lark grammar of one call, written as the family writes it. mark: a marker as such a grammar names it."""
+    calls = [_call(form, function["name"], function["parameters"], mark) for function in tools.callable]
+    return "start: BLANK? call\nBLANK: /[ \\n]{1,4}/\ncall: " + "\n | ".join(calls)
+
+
+def _call(form: AnswerFormat, name: str, schema: Mapping[str, Any], mark: Mark) -> str:
+    if "properties" in schema:
+        schema = {"additionalProperties": False, **schema}  # what is invented is never right
+    arguments = f"%json {_schema(schema)}"
+    if form.is_harmony:
+        to = [mark("<|channel|>"), _text(f"commentary to=functions.{name} "), mark("<|constrain|>"), _text("json")]
+        return " ".join([*to, mark("<|message|>"), arguments])
+    opening, end = form.marks.call
+    if form.name == "llama3":
+        return f"%json {_named(name, 'parameters', schema)}"
+    if form.name == "deepseek":
+        head = _text("function") + " " + mark(SEPARATOR) + " " + _text(f"{name}\n```json\n")
+        body = f"{_text(name)} {mark(SEPARATOR)} {arguments}" if not form.is_fenced else f'{head} {arguments} "\\n```"'
+        group = form.marks.unseen
+        return " ".join([mark(group[0]), mark(opening), body, mark(end), mark(group[1])])
+    if form.name == "mistral":
+        if form.is_named:
+            return f"{mark(opening)} {_text(name)} {mark('[ARGS]')} {arguments}"
+        return f'{mark(opening)} "[" %json {_named(name, "arguments", schema)} "]"'
+    return f'{mark(opening)} "\\n" %json {_named(name, "arguments", schema)} "\\n" {mark(end)}'
+
+
+def _named(name: str, field: str, schema: Mapping[str, Any]) -> str:
+    properties = {"name": {"const": name}, field: dict(schema)}
+    return _schema(
+        {"type": "object", "properties": properties, "required": ["name", field], "additionalProperties": False}
+    )
+
+
+def _schema(schema: Mapping[str, Any]) -> str:
+    return json.dumps({**schema, "x-guidance": JSON_OPTIONS}, ensure_ascii=False)
+
+
+def _text(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

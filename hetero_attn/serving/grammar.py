@@ -1,0 +1,152 @@
+"""Answers that follow a JSON schema, a regular expression or a grammar: the one door to llguidance (extra `[grammar]`).
+
+Before a token is chosen, a mask leaves those that the grammar allows next. It depends only on the tokens so far, so it
+is worked out anew, or taken back, wherever a request stands. llguidance bounds what a grammar may cost, at the begin
+and in every step; sizes and depth are bounded here. Source: https://github.com/guidance-ai/llguidance
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from threading import Lock
+from typing import Any
+
+import torch
+
+from hetero_attn.errors import SamplingError
+from hetero_attn.serving.sampling_params import JSON_OPTIONS, SamplingParams
+from hetero_attn.serving.tokenizer import Tokenizer
+
+MOST_COMPILED = 64
+
+
+class TokenMask:
+    """What one request may say next. matcher: llguidance's. after: token ids behind which the grammar holds, empty for
+    from the start."""
+
+    def __init__(self, matcher: Any, after: Sequence[int]) -> None:
+        self._matcher, self._after = matcher, list(after)
+        self._start = None if after else 0  # position of the first token that has to follow the grammar
+        self._seen: list[int] = []  # tokens that the matcher has taken
+
+    def copy(self) -> "TokenMask":
+        """A fresh one, from the start."""
+        return TokenMask(self._matcher.deep_copy(), self._after)
+
+    def allowed(self, generated_ids: Sequence[int]) -> torch.Tensor | None:
+        """Which tokens may come next: bool [vocab_size] on the CPU, or None while every one may.
+
+        generated_ids: all tokens of the answer so far; they may be fewer than at the call before. Raises SamplingError
+        where the grammar has become too costly to follow.
+        """
+        start = self._found_start(generated_ids)
+        if start is None:
+            return None
+        self._follow(list(generated_ids[start:]))
+        bias = self._matcher.compute_logit_bias()
+        if self._matcher.is_error():
+            raise SamplingError(f"the grammar cannot be followed further: {_first_line(self._matcher.get_error())}")
+        return torch.frombuffer(bytearray(bias), dtype=torch.uint8) > 0
+
+    def _found_start(self, generated_ids: Sequence[int]) -> int | None:
+        width = len(self._after)
+        if not width:
+            return 0
+        if self._start is None or self._start > len(generated_ids):
+            self._start = next(
+                (
+                    end
+                    for end in range(width, len(generated_ids) + 1)
+                    if [*generated_ids[end - width : end]] == self._after
+                ),
+                None,
+            )
+        return self._start
+
+    def _follow(self, tokens: list[int]) -> None:
+        """Bring the matcher to where the answer stands."""
+        shared = 0
+        while shared < min(len(tokens), len(self._seen)) and tokens[shared] == self._seen[shared]:
+            shared += 1
+        if shared < len(self._seen):
+            self._matcher.rollback(len(self._seen) - shared)
+            self._seen = self._seen[:shared]
+        if tokens[shared:]:
+            self._matcher.consume_tokens(tokens[shared:])
+            self._seen = tokens
+
+
+class Grammars:
+    """Makes masks for one model. Thread-safe; the tokenizer is read at the first grammar.
+
+    tokenizer: None for a model without text. vocab_size: length of the logits. end_token_ids: what may end an answer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, end_token_ids: Sequence[int]) -> None:
+        self._tokenizer, self._vocab_size, self._end_token_ids = tokenizer, vocab_size, list(end_token_ids)
+        self._lock = Lock()
+        self._compiled: OrderedDict[tuple[str, str], TokenMask] = OrderedDict()
+        self._known_tokens: Any = None
+
+    def mask(self, params: SamplingParams) -> TokenMask | None:
+        """The mask that the parameters ask for. Raises SamplingError for a grammar that is wrong or too large."""
+        wanted = params.wanted_grammar
+        if wanted is None:
+            return None
+        with self._lock:
+            key = (repr(wanted), params.grammar_after or "")
+            if key not in self._compiled:
+                self._compiled[key] = self._compile(*wanted, params.grammar_after)
+            self._compiled.move_to_end(key)
+            if len(self._compiled) > MOST_COMPILED:
+                self._compiled.popitem(last=False)
+            return self._compiled[key].copy()
+
+    def mark(self, text: str) -> str:
+        """A marker of a chat template as a Lark grammar names it: a special token is no text. Raises SamplingError."""
+        (token_id, *more) = self._ids_of(text)
+        is_special = not more and self._tokens().is_special_token(token_id)
+        return f"<[{token_id}]>" if is_special else json.dumps(text, ensure_ascii=False)
+
+    def _compile(self, kind: str, text: str, after: str | None) -> TokenMask:
+        llguidance, tokens = _llguidance(), self._tokens()
+        make = llguidance.LLMatcher
+        try:
+            if kind == "json_schema":
+                grammar = make.grammar_from_json_schema(text, defaults=JSON_OPTIONS)
+            else:
+                grammar = make.grammar_from_regex(text) if kind == "regex" else make.grammar_from_lark(text)
+            matcher = make(tokens, grammar, log_level=0)
+        except ValueError as error:
+            raise SamplingError(f"{kind} cannot be followed: {_first_line(str(error))}") from None
+        if matcher.is_error():
+            raise SamplingError(f"{kind} cannot be followed: {_first_line(matcher.get_error())}")
+        return TokenMask(matcher, [] if after is None else self._ids_of(after))
+
+    def _ids_of(self, text: str) -> list[int]:
+        if self._tokenizer is None:
+            raise SamplingError("this model has no tokenizer, so its answers cannot follow a grammar of text")
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _tokens(self) -> Any:
+        if self._known_tokens is None:
+            llguidance = _llguidance()
+            description = None if self._tokenizer is None else self._tokenizer.description
+            if description is None:
+                raise SamplingError("this model's tokenizer is not of the kind that tokenizer.json describes, so its "
+                                    "answers cannot follow a grammar")  # fmt: skip
+            ends = [each for each in self._end_token_ids if each < self._vocab_size]
+            self._known_tokens = llguidance.LLTokenizer(description, n_vocab=self._vocab_size, eos_token=ends)
+        return self._known_tokens
+
+
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise SamplingError("grammars need llguidance: pip install 'hetero-attn[grammar]'") from None
+    return llguidance
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0][:300]

@@ -1,0 +1,184 @@
+"""Answers that follow a schema, a regular expression or a grammar, whatever the model would rather say."""
+
+import json
+import re
+import time
+
+import pytest
+import torch
+
+from hetero_attn.errors import SamplingError
+from hetero_attn.serving.grammar import Grammars
+from hetero_attn.serving.sampling_params import SamplingParams
+from hetero_attn.serving.tokenizer import Tokenizer
+from tests.support.http_server import TINY, load_tiny
+
+llguidance = pytest.importorskip("llguidance", reason="llguidance is not installed (extra grammar)")
+jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed (extra test-tools)")
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 1, "maxItems": 2},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with load_tiny() as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.open(TINY)
+
+
+@pytest.fixture(scope="module")
+def grammars(tokenizer):
+    return Grammars(tokenizer, 4096, tokenizer.eos_token_ids)
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.5, "seed": 7}], ids=str)
+def test_every_answer_is_json_that_the_schema_allows(llm, sampling):
+    outputs = llm.generate(["A person:", "Q"], SamplingParams(json_schema=PERSON, max_tokens=100, **sampling))
+
+    for output in outputs:
+        assert output.finish_reason == "stop"
+        jsonschema.validate(json.loads(output.text), PERSON)
+
+
+def test_beside_others_the_answer_is_as_alone_and_theirs_as_without_it(llm):
+    plain, forced = (
+        SamplingParams(temperature=0.0, max_tokens=20),
+        SamplingParams(regex="(list|set|[0-9]){4}", temperature=0.0),
+    )
+    alone = [llm.generate("A list is", params)[0].token_ids for params in (plain, forced)]
+
+    assert [output.token_ids for output in llm.generate(["A list is"] * 2, [plain, forced])] == alone
+
+
+@pytest.mark.parametrize(
+    ("wish", "holds"),
+    [
+        ({"regex": r"[a-c]{3}-\d{2}"}, lambda text: re.fullmatch(r"[a-c]{3}-\d{2}", text)),
+        ({"regex": "déjà 🎉+!"}, lambda text: re.fullmatch("déjà 🎉+!", text)),
+        ({"grammar": 'start: "yes" | "no"'}, lambda text: text in ("yes", "no")),
+        ({"json_schema": '{"type": "boolean"}'}, lambda text: text in ("true", "false")),
+        ({"json_schema": {"const": {"a": [1, None]}}}, lambda text: json.loads(text) == {"a": [1, None]}),
+        ({"regex": "[ab]+", "repetition_penalty": 1.3, "logit_bias": {5: 50.0}, "max_tokens": 9}, lambda text: set(text) <= {"a", "b"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_kinds_of_grammar_hold(llm, wish, holds):
+    params = SamplingParams(**{"temperature": 1.0, "seed": 3, "max_tokens": 40} | wish)
+
+    assert holds(llm.generate("Say", params)[0].text)
+
+
+def test_it_begins_behind_a_text(grammars, tokenizer):
+    mask = grammars.mask(SamplingParams(regex="ab", grammar_after="</think>"))
+    ids = tokenizer.encode("any words</think>", add_special_tokens=False)
+
+    assert all(mask.allowed(ids[:length]) is None for length in range(len(ids)))
+    assert mask.allowed(ids) is not None
+    assert mask.allowed(ids[:2]) is None
+
+
+def test_a_mask_is_that_of_the_tokens_wherever_the_request_stands(grammars, tokenizer):
+    """An oracle that is made anew for every call: going on, going back, and taking another way."""
+    params = SamplingParams(json_schema=PERSON)
+    ids = tokenizer.encode('{"name": "Ada", "age": 36', add_special_tokens=False)
+    other = tokenizer.encode('{"name": "Bob', add_special_tokens=False)
+    mask = grammars.mask(params)
+    for tokens in ([], ids[:3], ids[:4], ids, ids[:2], other, other[:1], ids, []):
+        fresh = grammars.mask(params)
+
+        assert torch.equal(mask.allowed(tokens), fresh.allowed(tokens)), tokens
+
+
+def test_the_end_is_allowed_where_the_grammar_may_end_and_only_there(grammars, tokenizer):
+    mask, (end,) = grammars.mask(SamplingParams(regex="ab?")), tokenizer.eos_token_ids
+    a, b = (tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "ab")
+
+    assert not mask.allowed([])[end] and mask.allowed([])[a]
+    assert mask.allowed([a])[end] and mask.allowed([a])[b]
+    assert mask.allowed([a, b]).nonzero().flatten().tolist() == [end]
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        ({"regex": "("}, "regex cannot be followed"),
+        ({"grammar": "start: x"}, "unknown name"),
+        ({"json_schema": {"type": "nope"}}, "nope"),
+    ],
+    ids=str,
+)
+def test_a_wrong_grammar_is_told_before_anything_is_computed(llm, wish, said):
+    with pytest.raises(SamplingError, match=said):
+        llm.generate("a", SamplingParams(**wish))
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        ({"regex": "a", "json_schema": {}}, "json_schema and regex"),
+        ({"regex": "a", "ignore_eos": True}, "ignore_eos"),
+        ({"regex": 3}, "regex must be"),
+        ({"regex": ""}, "regex must be"),
+        ({"regex": "a" * 70_000}, "65536"),
+        ({"json_schema": "{"}, "json_schema must be"),
+        ({"json_schema": [1]}, "json_schema must be an object"),
+        ({"json_schema": json.loads('{"not":' * 40 + "{}" + "}" * 40)}, "32 deep"),
+    ],
+    ids=str,
+)
+def test_a_bad_wish_is_refused_by_name(wish, said):
+    with pytest.raises(SamplingError, match=said):
+        SamplingParams(**wish)
+
+
+HOSTILE = {
+    "nested repeats": {"type": "string", "pattern": "(a{1,1000}){1,1000}"},
+    "overlapping choices": {"type": "string", "pattern": "(a|aa|aaa|b?c*)*" * 30},
+    "a long minimum": {"type": "string", "minLength": 1_000_000, "maxLength": 5_000_000},
+    "many items": {"type": "array", "minItems": 100_000, "items": {"type": "object"}},
+    "a large enum": {"enum": [f"x{number}" * 8 for number in range(1500)]},
+    "doubling references": {
+        "$defs": {f"a{n}": {"allOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(20)} | {"a20": {"type": "object"}},
+        "$ref": "#/$defs/a0",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_schema_costs_little(grammars, tokenizer, name):
+    """Processor time, so that a busy machine does not count: making the mask and eight steps of it."""
+    start = time.process_time()
+    try:
+        mask = grammars.mask(SamplingParams(json_schema=HOSTILE[name]))
+        for length in range(8):
+            mask.allowed(tokenizer.encode('"aaaaaaaa', add_special_tokens=False)[:length])
+    except SamplingError:
+        pass
+
+    assert time.process_time() - start < 2
+
+
+def test_what_was_compiled_is_kept_and_bounded(tokenizer, monkeypatch):
+    grammars = Grammars(tokenizer, 4096, tokenizer.eos_token_ids)
+    monkeypatch.setattr("hetero_attn.serving.grammar.MOST_COMPILED", 3)
+    for number in range(6):
+        grammars.mask(SamplingParams(regex=f"a{{{number + 1}}}"))
+
+    assert len(grammars._compiled) == 3
+
+
+def test_without_a_tokenizer_it_is_refused():
+    with pytest.raises(SamplingError, match="no tokenizer|not of the kind"):
+        Grammars(None, 100, ()).mask(SamplingParams(regex="a"))

@@ -1,0 +1,165 @@
+"""Forms of answers and forced calls, asked for in each protocol's way."""
+
+import json
+
+import httpx
+import pytest
+
+from hetero_attn.server.dialogue.forced import call_grammar
+from hetero_attn.server.dialogue.formats import FAMILIES, AnswerFormat
+from hetero_attn.server.dialogue.tools import tools_of
+from hetero_attn.serving.grammar import Grammars
+from hetero_attn.serving.sampling_params import SamplingParams
+from hetero_attn.serving.tokenizer import Tokenizer
+from tests.server.test_dialogue import answer_of
+from tests.support.http_server import TINY, RunningServer
+from tests.support.scripted import load_with, model_with
+
+pytest.importorskip("llguidance", reason="llguidance is not installed (extra grammar)")
+USER = [{"role": "user", "content": "What is a list?"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["list", "set"]}, "size": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["kind", "size"],
+    "additionalProperties": False,
+}
+LOOK = {
+    "name": "look",
+    "parameters": {"type": "object", "properties": {"at": {"enum": ["é", "b"]}}, "required": ["at"]},
+}
+WAIT = {"name": "wait", "parameters": {"type": "object", "properties": {"s": {"type": "boolean"}}, "required": ["s"]}}
+
+
+@pytest.fixture(scope="module")
+def tooled(tmp_path_factory):
+    """A server of a model whose template knows tools and thinking."""
+    folder = model_with(tmp_path_factory.mktemp("model") / "tooled")
+    with RunningServer(lambda: load_with(folder, context=1024)) as running:
+        yield running
+
+
+def is_right(text: str) -> bool:
+    found = json.loads(text)
+    return set(found) == {"kind", "size"} and found["kind"] in ("list", "set") and 0 <= found["size"] <= 99
+
+
+def post(http: httpx.Client, path: str, **body: object) -> dict:
+    answer = http.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_every_protocol_can_ask_for_a_schema(http):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+    chat = post(http, "/v1/chat/completions", messages=USER, response_format=form, temperature=1.2, seed=1)
+    text = post(http, "/v1/completions", prompt="A", structured_outputs={"json": SCHEMA}, max_tokens=60)
+    flat = {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}}
+    response = post(http, "/v1/responses", input="A", text=flat, max_output_tokens=60)
+    message = post(http, "/v1/messages", messages=USER, max_tokens=60, output_config=flat)
+    ollama = post(http, "/api/chat", messages=USER, format=SCHEMA, stream=False)
+
+    assert is_right(chat["choices"][0]["message"]["content"]) and chat["choices"][0]["finish_reason"] == "stop"
+    assert is_right(text["choices"][0]["text"])
+    assert is_right(response["output"][0]["content"][0]["text"])
+    assert is_right(message["content"][0]["text"])
+    assert is_right(ollama["message"]["content"])
+
+
+def test_other_forms(http):
+    choice = {"choice": ["yes", "no"]}
+    said = post(http, "/v1/chat/completions", messages=USER, structured_outputs=choice)["choices"][0]["message"][
+        "content"
+    ]
+    item = {"type": "json_object"}
+    text = post(http, "/v1/chat/completions", messages=USER, response_format=item, temperature=0, max_tokens=40)
+
+    assert said in ("yes", "no")
+    assert text["choices"][0]["message"]["content"].startswith("{")
+
+
+def test_openai_python_parses_into_a_type(server):
+    openai = pytest.importorskip("openai", reason="the openai package is not installed")
+    from pydantic import BaseModel
+
+    class Thing(BaseModel):
+        """What is asked for."""
+
+        is_list: bool
+        size: int
+
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+    chat = client.chat.completions.parse(
+        model="tiny", messages=USER, response_format=Thing, temperature=0, max_tokens=80
+    )
+    response = client.responses.parse(
+        model="tiny", input="What?", text_format=Thing, temperature=0, max_output_tokens=80
+    )
+
+    assert isinstance(chat.choices[0].message.parsed, Thing) and isinstance(response.output_parsed, Thing)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "wait"}}], ids=str)
+def test_a_call_can_be_forced(tooled, choice, stream):
+    openai = pytest.importorskip("openai", reason="the openai package is not installed")
+    client = openai.OpenAI(base_url=tooled.url + "/v1", api_key="none", max_retries=0)
+    tools = [{"type": "function", "function": each} for each in (LOOK, WAIT)]
+    body = {"model": "m", "messages": USER, "tools": tools, "tool_choice": choice, "temperature": 1.0, "seed": 5}
+    if stream:
+        with client.chat.completions.stream(**body) as answer:
+            answer.until_done()
+            found = answer.get_final_completion().choices[0]
+    else:
+        found = client.chat.completions.create(**body).choices[0]
+
+    (call,) = found.message.tool_calls
+    assert found.finish_reason == "tool_calls" and not found.message.content
+    arguments = json.loads(call.function.arguments)
+    assert arguments["at"] in ("é", "b") if call.function.name == "look" else isinstance(arguments["s"], bool)
+    assert choice == "required" or call.function.name == "wait"
+
+
+def test_other_protocols_force_calls_too(tooled):
+    with httpx.Client(base_url=tooled.url, timeout=60, trust_env=False) as http:
+        flat = [{"type": "function", **WAIT}]
+        response = post(http, "/v1/responses", input="A", tools=flat, tool_choice="required", temperature=0)
+        anthropic = [{"name": "wait", "input_schema": WAIT["parameters"]}]
+        any_tool = {"type": "any"}
+        message = post(http, "/v1/messages", messages=USER, max_tokens=60, tools=anthropic, tool_choice=any_tool)
+        both = http.post(
+            "/v1/responses", json={"input": "A", "tools": flat, "text": {"format": {"type": "json_object"}}}
+        )
+
+    assert [item["type"] for item in response["output"]] == ["function_call"]
+    assert message["stop_reason"] == "tool_use" and message["content"][-1]["name"] == "wait"
+    assert both.status_code == 400 and "tool_choice to none" in both.json()["error"]["message"]
+
+
+FORMS = [AnswerFormat(name, marks) for _, name, marks in FAMILIES]
+FORMS += [
+    AnswerFormat("deepseek", FORMS[0].marks, is_fenced=True),
+    AnswerFormat("mistral", FORMS[1].marks, is_named=True),
+]
+FORMS += [AnswerFormat("harmony", None, is_harmony=True)]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name + "-2" * (form.is_fenced or form.is_named))
+def test_a_forced_call_is_read_as_one_in_every_form(form):
+    """Random answers that the grammar allows, by the family's own parser."""
+    import torch
+
+    tokenizer = Tokenizer.open(TINY)
+    grammars, tools = Grammars(tokenizer, 4096, tokenizer.eos_token_ids), tools_of([LOOK, WAIT], "required", True)
+    params = SamplingParams(grammar=call_grammar(form, tools, grammars.mark))
+    for seed in range(4):
+        mask, ids, draw = grammars.mask(params), [], torch.Generator().manual_seed(seed)
+        while not ids or ids[-1] not in tokenizer.eos_token_ids:
+            allowed = mask.allowed(ids).nonzero().flatten()
+            ids.append(int(allowed[torch.randint(len(allowed), (), generator=draw)]))
+            assert len(ids) < 400
+        answer = answer_of(form.name, [tokenizer.decode(ids[:-1])], tools=tools)
+
+        (call,) = answer.calls
+        arguments = json.loads(call.arguments)
+        assert answer.text == "" and call.name in ("look", "wait")
+        assert arguments["at"] in ("é", "b") if call.name == "look" else isinstance(arguments["s"], bool)
