@@ -59,17 +59,17 @@ def _decode_attention_kernel(
         q, k_pages, v_pages, page_table, kv_start, kv_stop, out, lse, partial, partial_lse, arrivals, scale,
         num_kv_heads, min_blocks, q_row_stride, q_head_stride, page_stride, row_stride, table_row_stride,
         table_head_stride, out_row_stride, out_head_stride, lse_row_stride, lse_head_stride,
-        GROUP_SIZE: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
+        QUERIES_PER_KV: tl.constexpr, QUERIES_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
         PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MERGE_STEP: tl.constexpr, FORMAT: tl.constexpr,
         SPLITS: tl.constexpr):
     """grid: (batch * num_kv_heads, most splits). q, out: [batch, num_heads, head_dim]; lse: [batch, num_heads];
     k_pages, v_pages: [num_pages, page_size, head_dim]; page_table: [batch, num_kv_heads, max_pages]. partial: [batch *
-    num_kv_heads, most splits, GROUP_SIZE, head_dim], partial_lse: the same without head_dim, both contiguous; arrivals:
+    num_kv_heads, most splits, QUERIES_PER_KV, head_dim], partial_lse: the same without head_dim, both contiguous; arrivals:
     int32 [batch * num_kv_heads], 0 before and after. Those three are not touched unless SPLITS: the grid has more than
     one split."""
-    group, split = tl.program_id(0), tl.program_id(1)
-    batch = (group // num_kv_heads).to(tl.int64)
-    kv_head = group % num_kv_heads
+    pair, split = tl.program_id(0), tl.program_id(1)
+    batch = (pair // num_kv_heads).to(tl.int64)
+    kv_head = pair % num_kv_heads
     first = tl.load(kv_start + batch)
     stop = tl.load(kv_stop + batch)
     first_block = first // BLOCK_N
@@ -79,16 +79,16 @@ def _decode_attention_kernel(
     if split >= num_splits:
         return
 
-    rows = tl.arange(0, GROUP_PAD)
+    rows = tl.arange(0, QUERIES_PAD)
     dims = tl.arange(0, HEAD_PAD)
-    heads = kv_head * GROUP_SIZE + rows
-    live = (rows < GROUP_SIZE)[:, None] & (dims < HEAD_DIM)[None, :]
+    heads = kv_head * QUERIES_PER_KV + rows
+    live = (rows < QUERIES_PER_KV)[:, None] & (dims < HEAD_DIM)[None, :]
     query = tl.load(q + batch * q_row_stride + heads[:, None] * q_head_stride + dims[None, :], mask=live, other=0.0)
     query = query.to(k_pages.dtype.element_ty if FORMAT == "plain" else tl.bfloat16)
     table = page_table + batch * table_row_stride + kv_head * table_head_stride
-    maximum = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PAD], tl.float32)
-    acc = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
+    maximum = tl.full([QUERIES_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES_PAD], tl.float32)
+    acc = tl.zeros([QUERIES_PAD, HEAD_PAD], tl.float32)
     low = first_block + split * split_blocks
     page_ids = load_page_ids(table, low * BLOCK_N, first, stop, PAGE_SIZE, BLOCK_N)
     for block in range(low, tl.minimum(low + split_blocks, first_block + num_blocks)):
@@ -103,21 +103,21 @@ def _decode_attention_kernel(
         page_ids = next_ids
 
     result, result_lse = _normalised(maximum, total, acc)
-    out += batch * out_row_stride + kv_head * GROUP_SIZE * out_head_stride
-    lse += batch * lse_row_stride + kv_head * GROUP_SIZE * lse_head_stride
+    out += batch * out_row_stride + kv_head * QUERIES_PER_KV * out_head_stride
+    lse += batch * lse_row_stride + kv_head * QUERIES_PER_KV * lse_head_stride
     if num_splits == 1:
         tl.store(out + rows[:, None] * out_head_stride + dims[None, :], result, mask=live)
-        tl.store(lse + rows * lse_head_stride, result_lse, mask=rows < GROUP_SIZE)
+        tl.store(lse + rows * lse_head_stride, result_lse, mask=rows < QUERIES_PER_KV)
     elif SPLITS:
-        group_splits = group.to(tl.int64) * tl.num_programs(1)
-        part = (group_splits + split) * GROUP_SIZE + rows
+        first_split = pair.to(tl.int64) * tl.num_programs(1)
+        part = (first_split + split) * QUERIES_PER_KV + rows
         tl.store(partial + part[:, None] * HEAD_DIM + dims[None, :], result, mask=live)
-        tl.store(partial_lse + part, result_lse, mask=rows < GROUP_SIZE)
+        tl.store(partial_lse + part, result_lse, mask=rows < QUERIES_PER_KV)
         tl.debug_barrier()  # every thread has stored its part before one of them says so
-        if tl.atomic_add(arrivals + group, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
-            merge_splits(partial, partial_lse, group_splits, num_splits, out, lse, out_head_stride, lse_head_stride,
-                         GROUP_SIZE, HEAD_DIM, HEAD_PAD, MERGE_STEP)
-            tl.store(arrivals + group, 0)
+        if tl.atomic_add(arrivals + pair, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
+            merge_splits(partial, partial_lse, first_split, num_splits, out, lse, out_head_stride, lse_head_stride,
+                         QUERIES_PER_KV, HEAD_DIM, HEAD_PAD, MERGE_STEP)
+            tl.store(arrivals + pair, 0)
 
 
 @Kernel
@@ -126,15 +126,15 @@ def _prefill_attention_kernel(
         q, k_pages, v_pages, page_table, out, lse, scale, q_len, kv_start, kv_stop, q_start, window,
         q_row_stride, q_head_stride, page_stride, row_stride, table_head_stride,
         out_row_stride, out_head_stride, lse_row_stride, lse_head_stride,
-        GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
+        QUERIES_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMAT: tl.constexpr):
-    """grid: (num_kv_heads, cdiv(q_len * GROUP_SIZE, BLOCK_M)). q, out: [q_len, num_heads, head_dim]; lse: [q_len,
+    """grid: (num_kv_heads, cdiv(q_len * QUERIES_PER_KV, BLOCK_M)). q, out: [q_len, num_heads, head_dim]; lse: [q_len,
     num_heads]; k_pages, v_pages: [num_pages, page_size, head_dim]; page_table: [num_kv_heads, max_pages]."""
     kv_head = tl.program_id(0)
     first_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # the longest rows start first
     rows = first_row + tl.arange(0, BLOCK_M)
-    places = (rows // GROUP_SIZE).to(tl.int64)  # in the chunk; a row is one query head at one of them
-    heads = kv_head * GROUP_SIZE + rows % GROUP_SIZE
+    places = (rows // QUERIES_PER_KV).to(tl.int64)  # in the chunk; a row is one query head at one of them
+    heads = kv_head * QUERIES_PER_KV + rows % QUERIES_PER_KV
     dims = tl.arange(0, HEAD_PAD)
     live = (places < q_len)[:, None] & (dims < HEAD_DIM)[None, :]
     query = tl.load(q + (places * q_row_stride + heads * q_head_stride)[:, None] + dims[None, :], mask=live, other=0.0)
@@ -145,8 +145,8 @@ def _prefill_attention_kernel(
     acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
 
     # Of the keys [low, high) that some row of the tile sees, all rows see [whole_low, whole_high).
-    oldest = q_start + first_row // GROUP_SIZE
-    newest = q_start + tl.minimum((first_row + BLOCK_M - 1) // GROUP_SIZE, q_len - 1)
+    oldest = q_start + first_row // QUERIES_PER_KV
+    newest = q_start + tl.minimum((first_row + BLOCK_M - 1) // QUERIES_PER_KV, q_len - 1)
     low = tl.maximum(kv_start, oldest - window + 1)
     high = tl.minimum(kv_stop, newest + 1)
     whole_low = tl.maximum(kv_start, newest - window + 1)
@@ -165,7 +165,7 @@ def _prefill_attention_kernel(
         maximum, total, acc = _online_softmax(scores, scale * LOG2_E, values, maximum, total, acc)
         page_ids = next_ids
 
-    newest_seen = q_start + rows // GROUP_SIZE
+    newest_seen = q_start + rows // QUERIES_PER_KV
     first_seen = tl.maximum(newest_seen - window + 1, low)
     stop_seen = tl.minimum(newest_seen + 1, high)
     num_whole = stop_whole - first_whole
@@ -241,9 +241,9 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Te
     [batch, num_heads], natural log. Allocates the partials of the splits and clears the counters of their arrival,
     which costs a memset (see GpuKernels); nothing is read on the host.
     """
-    groups = page_table.shape[0] * page_table.shape[1]
+    pairs = page_table.shape[0] * page_table.shape[1]
     counted = _num_splits(page_table, k_pages, q.shape[2]) > 1
-    arrivals = torch.zeros(groups if counted else 0, dtype=torch.int32, device=q.device)
+    arrivals = torch.zeros(pairs if counted else 0, dtype=torch.int32, device=q.device)
     counted_decode_attention(arrivals, q, k_pages, v_pages, page_table, kv_start, kv_stop, scale, out, lse)
 
 
@@ -259,26 +259,26 @@ def counted_decode_attention(arrivals: Tensor, q: Tensor, k_pages: Tensor, v_pag
     form = _check(k_pages, v_pages, head_dim, num_heads, num_kv_heads, scale)
     if batch == 0:
         return
-    group_size, groups = num_heads // num_kv_heads, batch * num_kv_heads
-    num_splits = _num_splits(page_table, k_pages, head_dim) if groups <= arrivals.numel() else 1
-    shape = _decode_shape(_tile(DECODE_TILES, k_pages, head_dim), group_size, head_dim, k_pages.shape[1], form,
+    queries_per_kv, pairs = num_heads // num_kv_heads, batch * num_kv_heads
+    num_splits = _num_splits(page_table, k_pages, head_dim) if pairs <= arrivals.numel() else 1
+    shape = _decode_shape(_tile(DECODE_TILES, k_pages, head_dim), queries_per_kv, head_dim, k_pages.shape[1], form,
                           num_splits > 1, MERGE_ITEMS)
     parts = (out, lse, kv_start)  # not touched where nothing is split
     if num_splits > 1:
-        partial = torch.empty(groups, num_splits, group_size, head_dim, dtype=torch.float32, device=q.device)
-        parts = (partial, torch.empty(groups, num_splits, group_size, dtype=torch.float32, device=q.device), arrivals)
+        partial = torch.empty(pairs, num_splits, queries_per_kv, head_dim, dtype=torch.float32, device=q.device)
+        parts = (partial, torch.empty(pairs, num_splits, queries_per_kv, dtype=torch.float32, device=q.device), arrivals)
     _decode_attention_kernel.launch(
-        (groups, num_splits, 1), (q, k_pages, v_pages, page_table, kv_start, kv_stop, out, lse, *parts),
+        (pairs, num_splits, 1), (q, k_pages, v_pages, page_table, kv_start, kv_stop, out, lse, *parts),
         (scale, num_kv_heads, MIN_BLOCKS_PER_SPLIT),
         (*q.stride()[:2], *k_pages.stride()[:2], *page_table.stride()[:2], *out.stride()[:2], *lse.stride()), shape)
 
 
 @functools.cache
-def _decode_shape(tile: Tile, group_size: int, head_dim: int, page_size: int, form: str, splits: bool,
+def _decode_shape(tile: Tile, queries_per_kv: int, head_dim: int, page_size: int, form: str, splits: bool,
                   merge_items: int) -> Shape:
     head_pad = _head_pad(head_dim)
-    merge_step = tile.num_warps * 32 * merge_items // (triton.next_power_of_2(group_size) * head_pad)
-    return Shape(GROUP_SIZE=group_size, GROUP_PAD=max(16, triton.next_power_of_2(group_size)), HEAD_DIM=head_dim,
+    merge_step = tile.num_warps * 32 * merge_items // (triton.next_power_of_2(queries_per_kv) * head_pad)
+    return Shape(QUERIES_PER_KV=queries_per_kv, QUERIES_PAD=max(16, triton.next_power_of_2(queries_per_kv)), HEAD_DIM=head_dim,
                  HEAD_PAD=head_pad, PAGE_SIZE=page_size, BLOCK_N=tile.block_n,
                  MERGE_STEP=max(1, min(merge_step, triton.next_power_of_2(MAX_SPLITS))), FORMAT=form, SPLITS=splits,
                  num_warps=tile.num_warps, num_stages=tile.num_stages)
@@ -298,26 +298,26 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: T
     if q_len == 0:
         return
     tiles = HOPPER_PREFILL_TILES if _is_hopper(q.device) else PREFILL_TILES
-    tile, group_size = _tile(tiles, k_pages, head_dim), num_heads // num_kv_heads
+    tile, queries_per_kv = _tile(tiles, k_pages, head_dim), num_heads // num_kv_heads
     _prefill_attention_kernel.launch(
-        (num_kv_heads, -(-(q_len * group_size) // tile.block_m), 1), (q, k_pages, v_pages, page_table, out, lse),
+        (num_kv_heads, -(-(q_len * queries_per_kv) // tile.block_m), 1), (q, k_pages, v_pages, page_table, out, lse),
         (scale, q_len, kv_start, kv_stop, q_start, window or NO_WINDOW),
         (*q.stride()[:2], *k_pages.stride()[:2], page_table.stride(0), *out.stride()[:2], *lse.stride()),
-        _prefill_shape(tile, group_size, head_dim, k_pages.shape[1], form))
+        _prefill_shape(tile, queries_per_kv, head_dim, k_pages.shape[1], form))
 
 
 @functools.cache
-def _prefill_shape(tile: Tile, group_size: int, head_dim: int, page_size: int, form: str) -> Shape:
-    return Shape(GROUP_SIZE=group_size, HEAD_DIM=head_dim, HEAD_PAD=_head_pad(head_dim), PAGE_SIZE=page_size,
+def _prefill_shape(tile: Tile, queries_per_kv: int, head_dim: int, page_size: int, form: str) -> Shape:
+    return Shape(QUERIES_PER_KV=queries_per_kv, HEAD_DIM=head_dim, HEAD_PAD=_head_pad(head_dim), PAGE_SIZE=page_size,
                  BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, FORMAT=form, num_warps=tile.num_warps,
                  num_stages=tile.num_stages)
 
 
 def _num_splits(page_table: Tensor, pages: Tensor, head_dim: int) -> int:
     """The most splits of a sequence; what a device-side range needs of them is found on the device."""
-    groups, capacity = page_table.shape[0] * page_table.shape[1], page_table.shape[2] * pages.shape[1]
+    pairs, capacity = page_table.shape[0] * page_table.shape[1], page_table.shape[2] * pages.shape[1]
     block_n = _tile(DECODE_TILES, pages, head_dim).block_n
-    return max(1, min(TARGET_PROGRAMS // max(groups, 1), MAX_SPLITS, capacity // (block_n * MIN_BLOCKS_PER_SPLIT)))
+    return max(1, min(TARGET_PROGRAMS // max(pairs, 1), MAX_SPLITS, capacity // (block_n * MIN_BLOCKS_PER_SPLIT)))
 
 
 @functools.cache

@@ -45,16 +45,16 @@ def _merge_kernel(outs, lses, out, lse, num_heads, strides, PARTS: tl.constexpr,
 
 
 @triton.jit
-def merge_splits(outs, lses, first, num_splits, out, lse, out_head_stride, lse_head_stride, GROUP_SIZE: tl.constexpr,
+def merge_splits(outs, lses, first, num_splits, out, lse, out_head_stride, lse_head_stride, QUERIES_PER_KV: tl.constexpr,
                  HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, STEP: tl.constexpr):
-    """Merge the splits [first, first + num_splits), in their order, into out [GROUP_SIZE, head_dim], lse [GROUP_SIZE].
+    """Merge the splits [first, first + num_splits), in their order, into out [QUERIES_PER_KV, head_dim], lse [QUERIES_PER_KV].
 
-    outs: [splits, GROUP_SIZE, head_dim], lses: [splits, GROUP_SIZE], contiguous, each of at least one key, so without
+    outs: [splits, QUERIES_PER_KV, head_dim], lses: [splits, QUERIES_PER_KV], contiguous, each of at least one key, so without
     -inf. Other programs have just written them, so they are read past the first-level cache. STEP of them at once."""
-    HEADS: tl.constexpr = triton.next_power_of_2(GROUP_SIZE)
+    HEADS: tl.constexpr = triton.next_power_of_2(QUERIES_PER_KV)
     heads = tl.arange(0, HEADS)
     dims = tl.arange(0, HEAD_PAD)
-    live = heads < GROUP_SIZE
+    live = heads < QUERIES_PER_KV
     inside = live[:, None] & (dims < HEAD_DIM)[None, :]
     maximum = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
@@ -62,7 +62,7 @@ def merge_splits(outs, lses, first, num_splits, out, lse, out_head_stride, lse_h
     for step in range(0, num_splits, STEP):
         splits = step + tl.arange(0, STEP)
         present = splits < num_splits
-        parts = ((first + splits) * GROUP_SIZE)[:, None] + heads[None, :]
+        parts = ((first + splits) * QUERIES_PER_KV)[:, None] + heads[None, :]
         part_lse = tl.load(lses + parts, mask=present[:, None] & live[None, :], other=float("-inf"),
                            cache_modifier=".cg")
         part = tl.load(outs + parts[:, :, None] * HEAD_DIM + dims[None, None, :],

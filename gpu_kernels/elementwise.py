@@ -99,10 +99,10 @@ def _spread(row, HEAD_PAD: tl.constexpr, STAGES: tl.constexpr):
 @triton.jit
 def _rope_append_kernel(
         qkv, positions, cos, sin, q_norm, k_norm, q, k_pages, v_pages, slots, eps, qkv_row_stride, qkv_head_stride, angle_stride, q_row_stride, q_head_stride, page_stride, row_stride,
-        slots_stride, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, HALF: tl.constexpr,
+        slots_stride, QUERIES_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, HALF: tl.constexpr,
         PAGE_SIZE: tl.constexpr, HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr, STAGES: tl.constexpr,
         FORMAT: tl.constexpr):
-    """grid: (rows, num_kv_heads, GROUP_SIZE + 2), the last axis being the heads of a unit: its q, k and v."""
+    """grid: (rows, num_kv_heads, QUERIES_PER_KV + 2), the last axis being the heads of a unit: its q, k and v."""
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     member = tl.program_id(2)
@@ -110,14 +110,14 @@ def _rope_append_kernel(
     inside = dims < HEAD_DIM
     head = qkv + row * qkv_row_stride + kv_head * qkv_head_stride + member * HEAD_DIM
     angle = tl.load(positions + row) * angle_stride
-    if member < GROUP_SIZE:
+    if member < QUERIES_PER_KV:
         turned = _normed_and_rotated(head, q_norm, cos + angle, sin + angle, eps, HEAD_DIM, HEAD_PAD, HALF, HAS_Q_NORM)
         turned = _spread(turned, HEAD_PAD, STAGES)
-        target = q + row * q_row_stride + (kv_head * GROUP_SIZE + member) * q_head_stride
+        target = q + row * q_row_stride + (kv_head * QUERIES_PER_KV + member) * q_head_stride
         tl.store(target + dims, turned, mask=inside)
     else:
         slot = tl.load(slots + row * slots_stride + kv_head)
-        if member == GROUP_SIZE:
+        if member == QUERIES_PER_KV:
             turned = _normed_and_rotated(head, k_norm, cos + angle, sin + angle, eps, HEAD_DIM, HEAD_PAD, HALF,
                                          HAS_K_NORM)
             turned = _spread(turned, HEAD_PAD, STAGES)
@@ -170,17 +170,17 @@ def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm
     """
     rows, num_heads, head_dim = q.shape
     num_kv_heads = qkv.shape[1]
-    group_size = num_heads // num_kv_heads
-    assert qkv.shape[0] == rows and qkv.shape[2] >= (group_size + 2) * head_dim, (qkv.shape, q.shape)
+    queries_per_kv = num_heads // num_kv_heads
+    assert qkv.shape[0] == rows and qkv.shape[2] >= (queries_per_kv + 2) * head_dim, (qkv.shape, q.shape)
     form = check_pages(k_pages, v_pages, head_dim)
     assert cos.stride() == sin.stride(), (cos.stride(), sin.stride())
     assert slots.shape == (rows, num_kv_heads) and 2 * cos.shape[1] <= head_dim, (slots.shape, cos.shape)
     if rows and num_kv_heads:
-        shape = _rope_shape(group_size, head_dim, cos.shape[1], k_pages.shape[1], k_pages.dtype, form,
+        shape = _rope_shape(queries_per_kv, head_dim, cos.shape[1], k_pages.shape[1], k_pages.dtype, form,
                             q_norm is not None, k_norm is not None)
         norms = (qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm)  # one that is None is not read
         _rope_append_kernel.launch(
-            (rows, num_kv_heads, group_size + 2),
+            (rows, num_kv_heads, queries_per_kv + 2),
             (qkv, positions, cos, sin, *norms, q, k_pages, v_pages, slots), (eps,),
             (*qkv.stride()[:2], cos.stride(0), *q.stride()[:2], *k_pages.stride()[:2], slots.stride(0)), shape)
 
@@ -192,9 +192,9 @@ def _norm_shape(hidden: int, accumulate: bool) -> Shape:
 
 
 @functools.cache
-def _rope_shape(group_size: int, head_dim: int, half: int, page_size: int, dtype: torch.dtype, form: str,
+def _rope_shape(queries_per_kv: int, head_dim: int, half: int, page_size: int, dtype: torch.dtype, form: str,
                 has_q_norm: bool, has_k_norm: bool) -> Shape:
-    return Shape(GROUP_SIZE=group_size, HEAD_DIM=head_dim, HEAD_PAD=_row_pad(head_dim, form), HALF=half,
+    return Shape(QUERIES_PER_KV=queries_per_kv, HEAD_DIM=head_dim, HEAD_PAD=_row_pad(head_dim, form), HALF=half,
                  PAGE_SIZE=page_size, HAS_Q_NORM=has_q_norm, HAS_K_NORM=has_k_norm,
                  STAGES=hadamard_block(dtype, head_dim).bit_length() - 1, FORMAT=form, num_warps=1,
                  enable_fp_fusion=form == "plain")  # codes are to be the reference's, which rounds every product

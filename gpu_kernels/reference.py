@@ -267,9 +267,9 @@ def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm
     page * page_size + offset; no two may be equal.
     """
     head_dim, num_kv_heads = q.shape[2], qkv.shape[1]
-    group_size = q.shape[1] // num_kv_heads
-    heads = qkv[..., :(group_size + 2) * head_dim].unflatten(-1, (group_size + 2, head_dim))
-    query, key, value = heads[:, :, :group_size], heads[:, :, group_size], heads[:, :, group_size + 1]
+    queries_per_kv = q.shape[1] // num_kv_heads
+    heads = qkv[..., :(queries_per_kv + 2) * head_dim].unflatten(-1, (queries_per_kv + 2, head_dim))
+    query, key, value = heads[:, :, :queries_per_kv], heads[:, :, queries_per_kv], heads[:, :, queries_per_kv + 1]
     if q_norm is not None:
         query = _rms_normalized(query, q_norm, eps)
     if k_norm is not None:
@@ -295,7 +295,7 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Te
     positions = _positions(pages, k_pages)
     visible = (positions >= kv_start[:, None]) & (positions < kv_stop[:, None])  # (batch, kv_len)
     keys, values = _gather(k_pages, v_pages, page_table, pages, visible[:, None], q)
-    query = _grouped(q, k_pages, page_table.shape[1])[:, :, :, None]  # (batch, num_kv_heads, group_size, 1, head_dim)
+    query = _grouped(q, k_pages, page_table.shape[1])[:, :, :, None]  # (batch, num_kv_heads, queries_per_kv, 1, head_dim)
     rounded = k_pages.dtype == torch.bfloat16
     partial, partial_lse = _attend(query, keys[:, :, None], values[:, :, None], visible[:, None, None, None], scale,
                                    rounded)
@@ -320,7 +320,7 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: T
     if window:
         visible = visible & (positions > rows - window)
     keys, values = _gather(k_pages, v_pages, page_table, pages, stored, q)
-    query = _grouped(q, k_pages, page_table.shape[0]).permute(1, 2, 0, 3)  # (num_kv_heads, group_size, q_len, head_dim)
+    query = _grouped(q, k_pages, page_table.shape[0]).permute(1, 2, 0, 3)  # (num_kv_heads, queries_per_kv, q_len, head_dim)
     rounded = k_pages.dtype == torch.bfloat16
     partial, partial_lse = _attend(query, keys[:, None], values[:, None], visible, scale, rounded)
     out.copy_(partial.permute(2, 0, 1, 3).reshape(out.shape))
@@ -378,7 +378,7 @@ def _gather(k_pages: Tensor, v_pages: Tensor, page_table: Tensor, pages: slice, 
 
 
 def _grouped(q: Tensor, k_pages: Tensor, num_kv_heads: int) -> Tensor:
-    """q rounded to the KV dtype, [rows, num_kv_heads, group_size, head_dim]."""
+    """q rounded to the KV dtype, [rows, num_kv_heads, queries_per_kv, head_dim]."""
     return q.to(kv_pages.query_dtype(k_pages.dtype)).to(_compute_dtype(q)).unflatten(1, (num_kv_heads, q.shape[1] // num_kv_heads))
 
 

@@ -185,7 +185,7 @@ def _alternatives(
 def _nearest(found: list[Candidate]) -> list[Candidate]:
     """Of the candidates that lost and that no policy or baseline is, the fastest of each shape, concentrated and
     spread."""
-    searched = [candidate for candidate in found[1:] if candidate.layout is not None]
+    searched = [candidate for candidate in found[1:] if candidate.spread is not None]
     by_shape = {candidate.concentrated: candidate for candidate in reversed(searched)}
     return sorted(by_shape.values(), key=lambda candidate: candidate.seconds)
 

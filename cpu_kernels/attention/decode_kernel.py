@@ -1,6 +1,6 @@
 """decode_attention: one query row per item over paged K and V, out = softmax(scale * q K^T) V with an online softmax.
 
-An item is (query row, block of KV-head groups, split of the key range), taken tile by tile (decode_tile.py). Splits of
+An item is (query row, block of KV heads, split of the key range), taken tile by tile (decode_tile.py). Splits of
 the same row are merged at the end (Flash-Decoding), so that all threads have work even with one group. An empty range
 gives (0, -inf).
 
@@ -105,11 +105,11 @@ def attend_item(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
     @helper
     def load_heads(arguments, row, group, places, heads, lines):
         """A group's queries; padding repeats the last one."""
-        head_dim, group_heads = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_HEADS)
+        head_dim, queries_per_kv = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_HEADS)
         scratch, _, q, scalars, sums = places
         first = parameter(arguments, P_Q) + row * parameter(arguments, P_Q_ROW)
         for head in range(heads):
-            index = group * group_heads + least(head, group_heads - 1)
+            index = group * queries_per_kv + least(head, queries_per_kv - 1)
             source, to = first + index * parameter(arguments, P_Q_HEAD), q + q_line * lines * head
             if has_codes:
                 scale_at, head_sums = scalars + HEAD_SCALARS * head + SCALE_OF_Q, sums + 4 * lines * head
@@ -193,8 +193,8 @@ def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: i
     @helper
     def sizes(arguments):
         """(padded heads, lines of a row, bytes of a group's acc, bytes of its partial result)."""
-        head_dim, group_heads = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_HEADS)
-        heads = (group_heads + score_heads - 1) // score_heads * score_heads
+        head_dim, queries_per_kv = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_HEADS)
+        heads = (queries_per_kv + score_heads - 1) // score_heads * score_heads
         lines = (head_dim + line_items - 1) // line_items
         acc_size = heads * acc_line * lines
         return heads, lines, acc_size, acc_size + (8 * heads + 63) // 64 * 64
@@ -243,7 +243,7 @@ def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: i
     def merge_all(arguments, parts):
         """Stage 1: merge every row's splits and write its results."""
         batch, groups = parameter(arguments, P_BATCH), parameter(arguments, P_GROUPS)
-        group_heads, head_dim = parameter(arguments, P_HEADS), parameter(arguments, P_HEAD_DIM)
+        queries_per_kv, head_dim = parameter(arguments, P_HEADS), parameter(arguments, P_HEAD_DIM)
         heads, _, acc_size, part_bytes = sizes(arguments)
         acc_bytes = acc_size // heads
         chunk = take(arguments, 1)
@@ -253,8 +253,8 @@ def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: i
             out = parameter(arguments, P_OUT) + row * parameter(arguments, P_OUT_ROW)
             lse = parameter(arguments, P_LSE) + row * parameter(arguments, P_LSE_ROW)
             part = parts + chunk * parameter(arguments, P_SPLITS) * part_bytes
-            for head in range(group_heads):
-                index = group * group_heads + head
+            for head in range(queries_per_kv):
+                index = group * queries_per_kv + head
                 acc, running = part + head * acc_bytes, part + acc_size + 8 * head
                 to = out + index * parameter(arguments, P_OUT_HEAD)
                 merge(part_bytes, splits, acc, acc_bytes, running, head_dim, to, lse + 4 * index)

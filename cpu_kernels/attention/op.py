@@ -81,11 +81,11 @@ def decode_attention(
     if batch == 0 or num_heads == 0 or head_dim == 0:
         return
     num_pages, page_size, _ = k_pages.shape
-    group_heads = num_heads // num_kv_heads
+    queries_per_kv = num_heads // num_kv_heads
     limits = split_limits(batch, num_kv_heads, max_pages * page_size, team.num_threads)
-    tiles = shared.DecodeTiles.of(kv_dtype, group_heads, head_dim)
-    thread_bytes = shared.decode_thread_bytes(kv_dtype, team.isa.has_bf16, num_kv_heads, group_heads, head_dim)
-    results = batch * num_kv_heads * limits[0] * shared.decode_part_bytes(kv_dtype, group_heads, head_dim)
+    tiles = shared.DecodeTiles.of(kv_dtype, queries_per_kv, head_dim)
+    thread_bytes = shared.decode_thread_bytes(kv_dtype, team.isa.has_bf16, num_kv_heads, queries_per_kv, head_dim)
+    results = batch * num_kv_heads * limits[0] * shared.decode_part_bytes(kv_dtype, queries_per_kv, head_dim)
     failure = team.run(
         ("attention.decode_kernel", "decode", team.isa, kv_dtype, tiles.score_heads, tiles.value_heads, tiles.words),
         team.num_threads * thread_bytes + results,

@@ -111,9 +111,9 @@ class DecodeTiles:
     words: int
 
     @classmethod
-    def of(cls, kv_dtype: str, group_heads: int, head_dim: int) -> "DecodeTiles":
+    def of(cls, kv_dtype: str, queries_per_kv: int, head_dim: int) -> "DecodeTiles":
         """For this many query heads per group. Blocks of codes are whole, so that no scale is read beyond a row's."""
-        shape, padded = RowShape.of(kv_dtype), padded_heads(group_heads)
+        shape, padded = RowShape.of(kv_dtype), padded_heads(queries_per_kv)
         if not shape.has_codes:
             most = 8 if padded % 8 == 0 else min(padded, 4)
             return cls(most, most, LANES)
@@ -133,9 +133,9 @@ def whole_pages(size: int) -> int:
     return -(-size // 4096) * 4096
 
 
-def padded_heads(group_heads: int) -> int:
+def padded_heads(queries_per_kv: int) -> int:
     """Query heads per group, padded to whole score tiles."""
-    return group_heads if group_heads <= 2 else -(-group_heads // 4) * 4
+    return queries_per_kv if queries_per_kv <= 2 else -(-queries_per_kv // 4) * 4
 
 
 # Working memory of one query head: scores as float32; codes' weights, two planes; and its scalars: what its acc is
@@ -144,35 +144,35 @@ HEAD_SCORES, HEAD_WEIGHTS, HEAD_SCALARS = 4 * KEY_TILE, 2 * KEY_TILE, 32
 SCALE_OF_STRIP, OFFSET_OF_STRIP, SCALE_OF_Q, WEIGHT_OF_TILE = 4, 8, 12, 16  # bytes into the scalars
 
 
-def decode_thread_bytes(kv_dtype: str, has_bf16: bool, groups: int, group_heads: int, head_dim: int) -> int:
+def decode_thread_bytes(kv_dtype: str, has_bf16: bool, groups: int, queries_per_kv: int, head_dim: int) -> int:
     """Working memory of one thread of decode.
 
     Scores and weights of every head; scales and minima of a tile's keys; then of every group and head q, scalars and
     sums of q per group of codes.
     """
-    shape, lines, heads = RowShape.of(kv_dtype), RowShape.of(kv_dtype).lines(head_dim), padded_heads(group_heads)
+    shape, lines, heads = RowShape.of(kv_dtype), RowShape.of(kv_dtype).lines(head_dim), padded_heads(queries_per_kv)
     tile = heads * (HEAD_SCORES + HEAD_WEIGHTS) + lines * shape.numbers * 4 * KEY_TILE
     query = heads * (lines * (q_line_bytes(kv_dtype, has_bf16) + 4) + HEAD_SCALARS)
     return whole_pages(tile + groups * (query + LINE_BYTES) + 8 * LINE_BYTES)
 
 
-def decode_part_bytes(kv_dtype: str, group_heads: int, head_dim: int) -> int:
+def decode_part_bytes(kv_dtype: str, queries_per_kv: int, head_dim: int) -> int:
     """The partial result of one group and split: acc of every head, then (m, l) of every head."""
-    heads, shape = padded_heads(group_heads), RowShape.of(kv_dtype)
+    heads, shape = padded_heads(queries_per_kv), RowShape.of(kv_dtype)
     return heads * shape.lines(head_dim) * shape.acc_bytes + -(-8 * heads // 64) * 64
 
 
-def prefill_rows(group_heads: int) -> int:
+def prefill_rows(queries_per_kv: int) -> int:
     """Query rows per item of prefill."""
-    return max(1, PREFILL_VECTORS // group_heads)
+    return max(1, PREFILL_VECTORS // queries_per_kv)
 
 
-def prefill_vectors(group_heads: int) -> int:
+def prefill_vectors(queries_per_kv: int) -> int:
     """Query vectors per item of prefill, padded to whole passes over V."""
-    return -(-prefill_rows(group_heads) * group_heads // PREFILL_VALUES) * PREFILL_VALUES
+    return -(-prefill_rows(queries_per_kv) * queries_per_kv // PREFILL_VALUES) * PREFILL_VALUES
 
 
-def prefill_thread_bytes(kv_dtype: str, has_bf16: bool, group_heads: int, head_dim: int) -> int:
+def prefill_thread_bytes(kv_dtype: str, has_bf16: bool, queries_per_kv: int, head_dim: int) -> int:
     """Working memory of one thread of prefill.
 
     K transposed; K and V of a tile as bf16, where pages hold codes; scores and scalars of one pass; queries,
@@ -183,7 +183,7 @@ def prefill_thread_bytes(kv_dtype: str, has_bf16: bool, group_heads: int, head_d
     lines = wide.lines(shape.lines(head_dim) * shape.line_items)
     widened = 2 * LINE_BYTES * lines * KEY_TILE if shape.has_codes else 0
     scores = PREFILL_VALUES * (HEAD_SCORES + HEAD_SCALARS)
-    vectors = prefill_vectors(group_heads) * (lines * (q_line + wide.acc_bytes) + 8)
+    vectors = prefill_vectors(queries_per_kv) * (lines * (q_line + wide.acc_bytes) + 8)
     return whole_pages(LINE_BYTES * lines * KEY_TILE + widened + scores + vectors + 8 * LINE_BYTES)
 
 

@@ -1,6 +1,6 @@
 """prefill_attention: causal attention of many rows of one sequence, tiled over queries and keys.
 
-An item is (KV-head group, block of rows): its rows x heads are up to 64 query vectors that share one pass over the
+An item is (KV head, block of rows): its rows x heads are up to 64 query vectors that share one pass over the
 keys. A tile of 64 keys is transposed once, so that 16 keys are the lanes of a register and 4 queries x 64 keys fill 16
 of them without sums across lanes; then softmax and the weighted sum of V as in vectors/tiles.py. Pages of codes are
 widened to bf16 first, a tile at a time. Causal and window masks become a visible range of lanes per row. Items are
@@ -156,17 +156,17 @@ def attend_tile(isa: Isa, kv_dtype: str):
     line_items, acc_line, q_line = shape.line_items, shape.acc_bytes, q_line_bytes(kv_dtype, isa.has_bf16)
 
     @helper
-    def soften(arguments, first_row, group_heads, count, vector, position, keys, scores, running):
+    def soften(arguments, first_row, queries_per_kv, count, vector, position, keys, scores, running):
         """Scores -> weights of one pass of query vectors."""
         scale = splat(types.float32(real_parameter(arguments, P_SCALE) * LOG2_E))
         scalars = scores + HEAD_SCORES * PREFILL_VALUES
         for part in range(PREFILL_VALUES):
-            row = first_row + least(count - 1, vector + part) // group_heads
+            row = first_row + least(count - 1, vector + part) // queries_per_kv
             low, high = visible(arguments, row, position, keys)
             at, scalar_at = scores + HEAD_SCORES * part, scalars + HEAD_SCALARS * part
             raise_maximum(at, low, high, scale, running + 8 * (vector + part), scalar_at)
         for part in range(PREFILL_VALUES):
-            row = first_row + least(count - 1, vector + part) // group_heads
+            row = first_row + least(count - 1, vector + part) // queries_per_kv
             low, high = visible(arguments, row, position, keys)
             at, scalar_at = scores + HEAD_SCORES * part, scalars + HEAD_SCALARS * part
             soften_one(at, low, high, scale, running + 8 * (vector + part), scalar_at)
@@ -180,18 +180,18 @@ def attend_tile(isa: Isa, kv_dtype: str):
 
     @helper
     def attend(
-        arguments, first_row, group_heads, count, position, keys, lines, v_rows, v_row, k_t, scores, q, acc, running
+        arguments, first_row, queries_per_kv, count, position, keys, lines, v_rows, v_row, k_t, scores, q, acc, running
     ):
         q_bytes, acc_bytes = q_line * lines, acc_line * lines
         for vector in range(0, count, PREFILL_VALUES):
-            last_row = first_row + least(count - 1, vector + PREFILL_VALUES - 1) // group_heads
+            last_row = first_row + least(count - 1, vector + PREFILL_VALUES - 1) // queries_per_kv
             last = visible(arguments, last_row, position, keys)[1]
-            if last <= 0 or visible(arguments, first_row + vector // group_heads, position, keys)[0] >= keys:
+            if last <= 0 or visible(arguments, first_row + vector // queries_per_kv, position, keys)[0] >= keys:
                 continue
             for part in range(0, PREFILL_VALUES, PREFILL_SCORES):
                 at = q + (vector + part) * q_bytes
                 scores_of(at, q_bytes, k_t, LANES * lines, scores + HEAD_SCORES * part)
-            soften(arguments, first_row, group_heads, count, vector, position, keys, scores, running)
+            soften(arguments, first_row, queries_per_kv, count, vector, position, keys, scores, running)
             head_dim = parameter(arguments, P_HEAD_DIM)
             add_values(head_dim, lines, last, v_rows, v_row, scores, acc + vector * acc_bytes)
 
@@ -223,10 +223,10 @@ def attend_block(isa: Isa, kv_dtype: str):
     @helper
     def start_vectors(arguments, group, first_row, count, padded, lines, q, acc, running):
         """Load the item's queries, the last one repeated as padding; acc and (m, l) of nothing."""
-        group_heads, head_dim = parameter(arguments, P_HEADS), parameter(arguments, P_HEAD_DIM)
+        queries_per_kv, head_dim = parameter(arguments, P_HEADS), parameter(arguments, P_HEAD_DIM)
         for vector in range(padded):
             real = least(count - 1, vector)
-            head, row = group * group_heads + real % group_heads, first_row + real // group_heads
+            head, row = group * queries_per_kv + real % queries_per_kv, first_row + real // queries_per_kv
             source = parameter(arguments, P_Q) + row * parameter(arguments, P_Q_ROW)
             source += head * parameter(arguments, P_Q_HEAD)
             load_q(source, head_dim, lines, q + vector * q_line * lines)
@@ -237,9 +237,9 @@ def attend_block(isa: Isa, kv_dtype: str):
 
     @helper
     def write_vectors(arguments, group, first_row, count, lines, acc, running):
-        group_heads, head_dim = parameter(arguments, P_HEADS), parameter(arguments, P_HEAD_DIM)
+        queries_per_kv, head_dim = parameter(arguments, P_HEADS), parameter(arguments, P_HEAD_DIM)
         for vector in range(count):
-            head, row = group * group_heads + vector % group_heads, first_row + vector // group_heads
+            head, row = group * queries_per_kv + vector % queries_per_kv, first_row + vector // queries_per_kv
             to = parameter(arguments, P_OUT) + row * parameter(arguments, P_OUT_ROW)
             lse = parameter(arguments, P_LSE) + row * parameter(arguments, P_LSE_ROW) + 4 * head
             weight = write_lse(running + 8 * vector, lse)
@@ -254,9 +254,9 @@ def attend_block(isa: Isa, kv_dtype: str):
 
     @helper
     def block(arguments, group, first_row, rows, work):
-        group_heads, head_dim = parameter(arguments, P_HEADS), parameter(arguments, P_HEAD_DIM)
+        queries_per_kv, head_dim = parameter(arguments, P_HEADS), parameter(arguments, P_HEAD_DIM)
         lines = ((head_dim + row_items - 1) // row_items * row_items + line_items - 1) // line_items
-        row_size, count = LINE_BYTES * lines, rows * group_heads
+        row_size, count = LINE_BYTES * lines, rows * queries_per_kv
         padded = (count + PREFILL_VALUES - 1) // PREFILL_VALUES * PREFILL_VALUES
         widened = work + row_size * KEY_TILE
         scores = widened + (2 * row_size * KEY_TILE if has_codes else 0)
@@ -277,7 +277,7 @@ def attend_block(isa: Isa, kv_dtype: str):
             attend(
                 arguments,
                 first_row,
-                group_heads,
+                queries_per_kv,
                 count,
                 position,
                 keys,

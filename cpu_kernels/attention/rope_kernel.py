@@ -199,15 +199,15 @@ def rope_append(kv_dtype: str):
     @helper
     def append(arguments, thread, row, group, slot, cos, sin):
         """The heads of one unit."""
-        group_heads, head_dim, half = parameter(arguments, 6), parameter(arguments, 7), parameter(arguments, 8)
+        queries_per_kv, head_dim, half = parameter(arguments, 6), parameter(arguments, 7), parameter(arguments, 8)
         q_norm, k_norm, eps = parameter(arguments, 14), parameter(arguments, 15), real_parameter(arguments, 16)
         page_size = parameter(arguments, 27)
         block, factor = parameter(arguments, 31), splat(np.float32(real_parameter(arguments, 32)))
         page, offset = slot // page_size, slot % page_size
         source = parameter(arguments, 1) + row * parameter(arguments, 2) + group * parameter(arguments, 3)
         q = parameter(arguments, 17) + row * parameter(arguments, 18)
-        for head in range(group_heads):
-            to = q + (group * group_heads + head) * parameter(arguments, 19)
+        for head in range(queries_per_kv):
+            to = q + (group * queries_per_kv + head) * parameter(arguments, 19)
             rotate_head(source, head_dim, half, cos, sin, q_norm, eps, to)
             if has_codes:
                 spread(to, head_dim, block, factor)

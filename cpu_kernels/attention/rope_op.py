@@ -33,10 +33,10 @@ def rope_append(
     check_tensor("q", q, torch.float32, (rows, None, None))
     _, num_heads, head_dim = q.shape
     expect(groups > 0 and num_heads % groups == 0, f"{num_heads} query heads do not divide over {groups} KV heads")
-    group_heads = num_heads // groups
+    queries_per_kv = num_heads // groups
     expect(
-        unit_features >= (group_heads + 2) * head_dim,
-        f"qkv has {unit_features} features per group; {group_heads} query heads, k and v of {head_dim} need more",
+        unit_features >= (queries_per_kv + 2) * head_dim,
+        f"qkv has {unit_features} features per group; {queries_per_kv} query heads, k and v of {head_dim} need more",
     )
     kv_dtype = check_pages(k_pages, v_pages, head_dim)
     check_tensor("positions", positions, torch.int64, (rows,))
@@ -62,7 +62,7 @@ def rope_append(
         4 * qkv.stride(1),
         rows,
         groups,
-        group_heads,
+        queries_per_kv,
         head_dim,
         half,
         positions.data_ptr(),

@@ -49,7 +49,7 @@ NMSE_LIMITS = {"fp32": 1e-10, "bf16": 1e-4}
 SPEED_LIMIT = 0.25
 STEPS = 12
 WARM_STEPS = 100  # the first second of a process, in which memory is still being mapped
-# The cache of both KV-head groups is the GPU's, 1024 tokens of it stay there; every lane has columns to compute.
+# The cache of both KV heads is the GPU's, 1024 tokens of it stay there; every lane has columns to compute.
 SPLIT = f"""
 prefill_chunk: {CHUNK}
 batch: 1

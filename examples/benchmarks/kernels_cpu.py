@@ -128,8 +128,8 @@ def in_order(pages: int, kv_heads: int) -> torch.Tensor:
 
 def decodes(ops: CpuKernels, tokens: tuple[int, ...], dtypes: tuple[str, ...], repetitions: int):
     """decode_attention of one row over caches of every dtype, length and head shape, each beside its own sweep."""
-    for kv_dtype, (head_dim, group_heads, kv_heads), kv_len in product(dtypes, ATTENTION_SHAPES, tokens):
-        pages, num_heads, scale = kv_len // 64 * kv_heads, kv_heads * group_heads, head_dim**-0.5
+    for kv_dtype, (head_dim, queries_per_kv, kv_heads), kv_len in product(dtypes, ATTENTION_SHAPES, tokens):
+        pages, num_heads, scale = kv_len // 64 * kv_heads, kv_heads * queries_per_kv, head_dim**-0.5
         cache = random_cache(kv_dtype, pages, head_dim)
         table = in_order(pages, kv_heads)[None]
         bounds = torch.zeros(1, dtype=torch.int32), torch.full((1,), kv_len, dtype=torch.int32)
@@ -138,20 +138,20 @@ def decodes(ops: CpuKernels, tokens: tuple[int, ...], dtypes: tuple[str, ...], r
         arguments = (q, cache[0], cache[1], table, *bounds, scale, out, lse)
         calls = [lambda cache=cache: ops.sweep(cache), lambda given=arguments: ops.decode_attention(*given)]
         sweep_s, decode_s = interleaved(calls, repetitions)
-        labels = {"kv_dtype": kv_dtype, "tokens": kv_len, "head_dim": head_dim, "group_heads": group_heads}
+        labels = {"kv_dtype": kv_dtype, "tokens": kv_len, "head_dim": head_dim, "group_heads": queries_per_kv}
         yield result("decode_attention", decode_s, sweep_s, cache.nbytes, 4 * num_heads * kv_len * head_dim, **labels)
 
 
 def prefills(ops: CpuKernels, q_len: int, dtypes: tuple[str, ...]):
     """prefill_attention of a prompt of `q_len`."""
-    for kv_dtype, (head_dim, group_heads, kv_heads) in product(dtypes, ATTENTION_SHAPES):
-        pages, num_heads = -(-q_len // 64) * kv_heads, kv_heads * group_heads
+    for kv_dtype, (head_dim, queries_per_kv, kv_heads) in product(dtypes, ATTENTION_SHAPES):
+        pages, num_heads = -(-q_len // 64) * kv_heads, kv_heads * queries_per_kv
         cache = random_cache(kv_dtype, pages, head_dim)
         table = in_order(pages, kv_heads)
         q, lse = torch.randn(q_len, num_heads, head_dim), torch.empty(q_len, num_heads)
         arguments = (q, cache[0], cache[1], table, 0, q_len, 0, 0, head_dim**-0.5, torch.empty_like(q), lse)
         (prefill_s,) = interleaved([lambda given=arguments: ops.prefill_attention(*given)], 3)
-        labels = {"kv_dtype": kv_dtype, "q_len": q_len, "head_dim": head_dim, "group_heads": group_heads}
+        labels = {"kv_dtype": kv_dtype, "q_len": q_len, "head_dim": head_dim, "group_heads": queries_per_kv}
         operations = 4 * num_heads * q_len * (q_len + 1) / 2 * head_dim
         yield result("prefill_attention", prefill_s, prefill_s, 0, operations, **labels)
 

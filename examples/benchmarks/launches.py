@@ -146,7 +146,7 @@ def queueing_engine(plan_of: Any, folder: Path) -> Iterator[Engine]:
 
 def prompt_plan(workload: Any) -> Plan:
     """Half of every linear at home, half streamed; a part of the cache stays on the GPU."""
-    plan = uniform_plan(workload, gpu=0.5, stream=0.5, gpu_groups=2, gpu_tokens=3 * CHUNK)
+    plan = uniform_plan(workload, gpu=0.5, stream=0.5, gpu_kv_heads=2, gpu_tokens=3 * CHUNK)
     return build_plan(workload, plan.linears, plan.kv, device="cuda", gpu_memory_bytes=64 << 20, num_threads=1)
 
 

@@ -105,7 +105,7 @@ class HeteroAttn(Side):
             "versions": versions,
             "isa": isa,
             "weight_bytes": workload.weight_bytes,
-            "kv_bytes_per_token": sum(shard.groups * shard.bytes_per_token for shard in workload.kv),
+            "kv_bytes_per_token": sum(shard.kv_heads * shard.bytes_per_token for shard in workload.kv),
         }
 
     def answer(self, request: dict[str, object]) -> dict[str, object]:

@@ -17,7 +17,7 @@ from hetero_attn.devices import Device
 
 
 class PageMoves:
-    """The moves of one layer group with `layers` layers."""
+    """The moves of one pool with `layers` layers."""
 
     def __init__(self, device: Device, layers: int) -> None:
         self._device = device

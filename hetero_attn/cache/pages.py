@@ -23,17 +23,17 @@ def host_empty(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.T
 
 @dataclass(slots=True, eq=False)
 class Page:
-    """`page_size` consecutive tokens in all layers of a layer group, from token `index * page_size` on.
+    """`page_size` consecutive tokens in all layers of a pool, from token `index * page_size` on.
 
-    host, recent, spilled: its number in the stores of those names; a page of the GPU's groups is in one of the last
-    two. slots: the sequences that hold it. node: where the prefix tree remembers it, None where it does not.
+    host, recent, spilled: its number in the stores of those names; a page of the GPU's KV heads is in one of the last
+    two. holders: ids of the sequences that hold it. node: where the prefix tree remembers it, None where it does not.
     """
 
     index: int
     host: int | None = None
     recent: int | None = None
     spilled: int | None = None
-    slots: set[int] = field(default_factory=set)
+    holders: set[int] = field(default_factory=set)
     node: "Node | None" = None
 
 
@@ -41,7 +41,7 @@ class Page:
 class Node:
     """One page of tokens after its parent's in the prefix tree.
 
-    pages: by layer group, None where it is not stored any more.
+    pages: by pool, None where it is not stored any more.
     """
 
     parent: "Node | None"
@@ -61,12 +61,12 @@ def runs(pages: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], in
 
 
 class PagedStore:
-    """Pages of `groups` KV-head groups for a run of layers, in one memory.
+    """Pages of `kv_heads` KV heads for a run of layers, in one memory.
 
-    k[i], v[i]: [num_pages * groups, page_size, row_items] of the run's i-th layer, laid out as
-    cpu_kernels.formats.pages says for the KV dtype; page p of group g is row p * groups + g. table: int32 [max_batch,
-    groups, pages of max_context] in host memory, the row number of each logical page. allocate: where k and v come
-    from, called with (shape, dtype, "kv"). device: whose memory that is, None for host memory.
+    k[i], v[i]: [num_pages * kv_heads, page_size, row_items] of the run's i-th layer, laid out as
+    cpu_kernels.formats.pages says for the KV dtype; page p of KV head h is row p * kv_heads + h. table: int32
+    [max_batch, kv_heads, pages of max_context] in host memory, the row number of each logical page. allocate: where k
+    and v come from, called with (shape, dtype, "kv"). device: whose memory that is, None for host memory.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class PagedStore:
         device: Device | None = None,
         *,
         layers: int,
-        groups: int,
+        kv_heads: int,
         num_pages: int,
         page_size: int,
         head_dim: int,
@@ -83,7 +83,7 @@ class PagedStore:
         max_batch: int,
         max_pages: int,
     ) -> None:
-        self.groups = groups
+        self.kv_heads = kv_heads
         self.page_size = page_size
         self.max_batch = max_batch
         self.num_pages = num_pages
@@ -94,10 +94,10 @@ class PagedStore:
         self._dtype = TORCH_DTYPES[kv_dtype]
         self.k = [self._new_pages() for _ in range(layers)]
         self.v = [self._new_pages() for _ in range(layers)]
-        self.table = torch.zeros((max_batch, groups, max_pages), dtype=torch.int32, device="cpu")
+        self.table = torch.zeros((max_batch, kv_heads, max_pages), dtype=torch.int32, device="cpu")
         self._numbers = self.table.numpy()
         self._free = list(range(num_pages))  # a heap: the lowest first, so that what is taken together lies together
-        self._group_rows = torch.arange(groups, dtype=torch.int32, device="cpu")
+        self._head_rows = torch.arange(kv_heads, dtype=torch.int32, device="cpu")
 
     @property
     def is_parked(self) -> bool:
@@ -119,26 +119,26 @@ class PagedStore:
         """Take a page back."""
         heapq.heappush(self._free, page)
 
-    def place(self, slot: int, logical_page: int, page: int) -> None:
+    def place(self, sequence_id: int, logical_page: int, page: int) -> None:
         """Let a sequence find its tokens [logical_page * page_size, ...) in a page."""
-        self.table[slot, :, logical_page] = page * self.groups + self._group_rows
+        self.table[sequence_id, :, logical_page] = page * self.kv_heads + self._head_rows
 
     def page_rows(self, page: int, pages: int = 1) -> slice:
-        """Rows of k and v that hold this page, all groups, and those that follow it, `pages` together."""
-        return slice(page * self.groups, (page + pages) * self.groups)
+        """Rows of k and v that hold this page, all KV heads, and those that follow it, `pages` together."""
+        return slice(page * self.kv_heads, (page + pages) * self.kv_heads)
 
-    def slots(self, slot: int | list[int], positions: torch.Tensor) -> torch.Tensor:
+    def slots(self, sequence_ids: int | list[int], positions: torch.Tensor) -> torch.Tensor:
         """Where tokens at `positions` int64 [n] of a sequence, or each of another, are written.
 
-        Returns int64 [n, groups] into k viewed as tokens.
+        Returns int64 [n, kv_heads] into k viewed as tokens.
         """
         at = positions.numpy()  # whose calls cost a fifth of torch's on a few numbers
-        pages = self._numbers[slot, :, at // self.page_size].astype(np.int64)  # [n, groups]
+        pages = self._numbers[sequence_ids, :, at // self.page_size].astype(np.int64)  # [n, kv_heads]
         return torch.from_numpy(np.ascontiguousarray(pages * self.page_size + (at % self.page_size)[:, None]))
 
-    def tables(self, slots: list[int]) -> torch.Tensor:
-        """A copy of the page tables of some sequences, int32 [len(slots), groups, pages]."""
-        return torch.from_numpy(self._numbers[slots])
+    def tables(self, sequence_ids: list[int]) -> torch.Tensor:
+        """A copy of the page tables of some sequences, int32 [len(sequence_ids), kv_heads, pages]."""
+        return torch.from_numpy(self._numbers[sequence_ids])
 
     def resize(self, num_pages: int, used: list[int]) -> None:
         """Keep `num_pages` pages from now on: those in `used`, numbered from 0 in that order, and free ones.
@@ -171,7 +171,7 @@ class PagedStore:
         self.k, self.v = [], []
 
     def _in_host_memory(self, pages: torch.Tensor, used: list[int]) -> torch.Tensor:
-        parked = torch.empty((len(used) * self.groups, *self._row_shape), dtype=self._dtype, device="cpu")
+        parked = torch.empty((len(used) * self.kv_heads, *self._row_shape), dtype=self._dtype, device="cpu")
         for number, page in enumerate(used):
             self._copy(parked[self.page_rows(number)], pages[self.page_rows(page)])
         return parked
@@ -184,4 +184,4 @@ class PagedStore:
         self._device.synchronize(self._device.record(self._device.compute))
 
     def _new_pages(self) -> torch.Tensor:
-        return self._allocate((self.num_pages * self.groups, *self._row_shape), self._dtype, "kv")
+        return self._allocate((self.num_pages * self.kv_heads, *self._row_shape), self._dtype, "kv")

@@ -1,14 +1,14 @@
 """The KV cache of the layers that one placement and one window describe: who holds which page, and in which store.
 
-    host     the KV-head groups the CPU owns: every token, DRAM
-    recent   the KV-head groups the GPU owns: the newest tokens, GPU memory
-    spilled  the same groups: the older tokens, DRAM, page-locked because they come from the GPU and go back there
+    host     the KV heads the CPU owns: every token, DRAM
+    recent   the KV heads the GPU owns: the newest tokens, GPU memory
+    spilled  the same KV heads: the older tokens, DRAM, page-locked because they come from the GPU and go back there
 
-A sequence of a GPU group is the segment [first, boundary) in `spilled` and [boundary, length) in `recent`. A page that
-several sequences hold has one place for all of them, so moving it moves their boundaries together. When the newest
-tokens would not fit, idle pages leave `recent` first and then the oldest page of the fullest sequence. Pages wholly
-older than a sliding window are let go as the sequence grows. A page that nobody holds stays, idle, while the prefix
-tree remembers it and nobody needs its memory; the one idle for longest goes first.
+A sequence of a KV head of the GPU is the segment [first, boundary) in `spilled` and [boundary, length) in `recent`. A
+page that several sequences hold has one place for all of them, so moving it moves their boundaries together. When the
+newest tokens would not fit, idle pages leave `recent` first and then the oldest page of the fullest sequence. Pages
+wholly older than a sliding window are let go as the sequence grows. A page that nobody holds stays, idle, while the
+prefix tree remembers it and nobody needs its memory; the one idle for longest goes first.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,13 +24,14 @@ from placement.plan.plan import Plan
 
 @dataclass(slots=True)
 class SequenceState:
-    """One sequence in the cache: the slot of its page tables and how many of its tokens are stored."""
+    """One sequence in the cache: the number of its page tables, in 0..max_batch - 1, and how many of its tokens are
+    stored."""
 
-    slot: int
+    id: int
     length: int = 0
 
 
-class LayerGroup:
+class CachePool:
     """Pages of up to `plan.max_batch` sequences for some layers of a plan; see the module docstring.
 
     device: None without a GPU. idle: remembered pages that no sequence holds, the one idle for longest first. forget:
@@ -42,7 +43,7 @@ class LayerGroup:
         self.layers = tuple(layers)
         self.window = shard.window
         self.page_size = plan.page_size
-        self.gpu_groups = placement.gpu_groups
+        self.gpu_kv_heads = placement.gpu_kv_heads
         self.capacity = workload.layer_tokens(shard) // self.page_size
         self.forget: Callable[[Page], None] = lambda page: None
         self.moves = None if device is None else PageMoves(device, len(layers))
@@ -52,14 +53,14 @@ class LayerGroup:
         self._boundary = [0] * plan.max_batch  # in pages
         self.idle: dict[Page, None] = {}
 
-        def store(groups: int, tokens: int, allocate: Allocate, device: Device | None = None) -> PagedStore | None:
-            if groups == 0 or tokens == 0:
+        def store(kv_heads: int, tokens: int, allocate: Allocate, device: Device | None = None) -> PagedStore | None:
+            if kv_heads == 0 or tokens == 0:
                 return None
             return PagedStore(
                 allocate,
                 device,
                 layers=len(layers),
-                groups=groups,
+                kv_heads=kv_heads,
                 num_pages=tokens // plan.page_size,
                 page_size=plan.page_size,
                 head_dim=workload.head_dim_of(shard),
@@ -69,9 +70,9 @@ class LayerGroup:
             )
 
         recent, spilled = (f(workload, shard, placement.gpu_tokens) for f in (kv_recent_tokens, kv_spilled_tokens))
-        self.host = store(shard.groups - self.gpu_groups, workload.layer_tokens(shard), host_empty)
-        self.recent = None if device is None else store(self.gpu_groups, recent, device.empty, device)
-        self.spilled = None if device is None else store(self.gpu_groups, spilled, device.host_empty)
+        self.host = store(shard.kv_heads - self.gpu_kv_heads, workload.layer_tokens(shard), host_empty)
+        self.recent = None if device is None else store(self.gpu_kv_heads, recent, device.empty, device)
+        self.spilled = None if device is None else store(self.gpu_kv_heads, spilled, device.host_empty)
 
     @property
     def stores(self) -> dict[str, PagedStore]:
@@ -97,53 +98,53 @@ class LayerGroup:
         """The first token that a new one at position `length` attends to."""
         return max(0, length + 1 - self.window) if self.window else 0
 
-    def boundary(self, slot: int) -> int:
+    def boundary(self, sequence_id: int) -> int:
         """The first token of a sequence that is in `recent`."""
-        return self._boundary[slot] * self.page_size
+        return self._boundary[sequence_id] * self.page_size
 
-    def held(self, slot: int) -> dict[int, Page]:
+    def held(self, sequence_id: int) -> dict[int, Page]:
         """The pages of a sequence by logical number; not to be changed."""
-        return self._held[slot]
+        return self._held[sequence_id]
 
-    def reserved(self, slot: int) -> int:
+    def reserved(self, sequence_id: int) -> int:
         """Pages set aside for a sequence."""
-        return self._reserved[slot]
+        return self._reserved[sequence_id]
 
-    def reserve(self, slot: int, tokens: int) -> None:
+    def reserve(self, sequence_id: int, tokens: int) -> None:
         """Set pages aside for a sequence of at most `tokens` tokens; `free_pages` must allow it."""
-        self._reserved[slot] = self.pages_for(tokens)
+        self._reserved[sequence_id] = self.pages_for(tokens)
 
     def make_room(self, sequence: SequenceState, new_tokens: int, others: Iterable[SequenceState]) -> None:
         """Hold pages for `new_tokens` more; lets go of pages that the window has passed.
 
         others: every open sequence. Raises MemoryBudgetError beyond the reservation.
         """
-        slot, held = sequence.slot, self._held[sequence.slot]
+        sequence_id, held = sequence.id, self._held[sequence.id]
         first = self.first_visible(sequence.length) // self.page_size
         for logical in [logical for logical in held if logical < first]:
-            self._let_go(slot, logical)
-        self._boundary[slot] = max(self._boundary[slot], first)
+            self._let_go(sequence_id, logical)
+        self._boundary[sequence_id] = max(self._boundary[sequence_id], first)
         stop = -(-(sequence.length + new_tokens) // self.page_size)
         missing = [logical for logical in range(sequence.length // self.page_size, stop) if logical not in held]
-        if len(held) + len(missing) > self._reserved[slot]:
+        if len(held) + len(missing) > self._reserved[sequence_id]:
             raise MemoryBudgetError(
-                f"the sequence reserved {self._reserved[slot]} pages of {self.page_size} tokens and needs "
+                f"the sequence reserved {self._reserved[sequence_id]} pages of {self.page_size} tokens and needs "
                 f"{len(held) + len(missing)}; reserve more when it is opened"
             )
         for logical in missing:
-            self._hold(slot, self._new_page(logical, others))
+            self._hold(sequence_id, self._new_page(logical, others))
         self._start_moves()
 
-    def share(self, slot: int, pages: Iterable[Page]) -> None:
+    def share(self, sequence_id: int, pages: Iterable[Page]) -> None:
         """Let a sequence hold pages that exist, in order and before any of its own."""
         pages = list(pages)
         for page in pages:
             self.idle.pop(page, None)
-            self._hold(slot, page)
-        self._boundary[slot] = pages[0].index if pages else 0
+            self._hold(sequence_id, page)
+        self._boundary[sequence_id] = pages[0].index if pages else 0
         older = [page.index for page in pages if page.recent is None]
         if self.recent is not None and older:
-            self._boundary[slot] = max(older) + 1
+            self._boundary[sequence_id] = max(older) + 1
             for page in pages:
                 if page.recent is not None and page.index <= max(older):
                     self._spill(page)
@@ -151,34 +152,34 @@ class LayerGroup:
 
     def own_tail(self, sequence: SequenceState, others: Iterable[SequenceState]) -> None:
         """Make the page that a sequence writes to next, if it is partly filled, its own and, on the GPU, recent."""
-        slot, logical = sequence.slot, sequence.length // self.page_size
-        self._boundary[slot] = min(self._boundary[slot], logical)
+        sequence_id, logical = sequence.id, sequence.length // self.page_size
+        self._boundary[sequence_id] = min(self._boundary[sequence_id], logical)
         if sequence.length % self.page_size == 0:
             return
-        page = self._held[slot][logical]
-        if page.slots == {slot}:
+        page = self._held[sequence_id][logical]
+        if page.holders == {sequence_id}:
             self._forget(page)
             if self.recent is not None and page.recent is None:
                 self._fetch(page, others)
         else:
-            self._copy_for(slot, page, others)
+            self._copy_for(sequence_id, page, others)
         self._start_moves()
 
-    def cut(self, slot: int, length: int) -> None:
+    def cut(self, sequence_id: int, length: int) -> None:
         """Let go of the pages of the tokens from `length` on."""
         first = -(-length // self.page_size)
-        for logical in sorted((logical for logical in self._held[slot] if logical >= first), reverse=True):
-            self._let_go(slot, logical)
-        self._boundary[slot] = min(self._boundary[slot], length // self.page_size)
+        for logical in sorted((logical for logical in self._held[sequence_id] if logical >= first), reverse=True):
+            self._let_go(sequence_id, logical)
+        self._boundary[sequence_id] = min(self._boundary[sequence_id], length // self.page_size)
 
-    def end(self, slot: int) -> None:
+    def end(self, sequence_id: int) -> None:
         """Let go of everything that a sequence holds or has reserved."""
-        self.cut(slot, 0)
-        self._reserved[slot] = 0
+        self.cut(sequence_id, 0)
+        self._reserved[sequence_id] = 0
 
     def drop(self, page: Page) -> None:
         """Free a page that the prefix tree no longer remembers, unless a sequence holds it."""
-        if not page.slots:
+        if not page.holders:
             self.idle.pop(page, None)
             self._free(page)
 
@@ -212,13 +213,15 @@ class LayerGroup:
         self.recent.resize(num_pages, [page.recent for page in pages])
         for number, page in enumerate(pages):
             page.recent = number
-            for slot in page.slots:
-                self.recent.place(slot, page.index, number)
+            for sequence_id in page.holders:
+                self.recent.place(sequence_id, page.index, number)
 
     def _newest_spilled(self, sequences: Iterable[SequenceState]) -> Page | None:
         """The last page in DRAM of the sequence with the most there; its sharers have their boundary behind it too."""
-        slot = max((sequence.slot for sequence in sequences), key=lambda slot: self._boundary[slot], default=None)
-        return None if slot is None else self._held[slot].get(self._boundary[slot] - 1)
+        sequence_id = max(
+            (sequence.id for sequence in sequences), key=lambda sequence_id: self._boundary[sequence_id], default=None
+        )
+        return None if sequence_id is None else self._held[sequence_id].get(self._boundary[sequence_id] - 1)
 
     def _new_page(self, logical: int, others: Iterable[SequenceState]) -> Page:
         page = Page(logical)
@@ -232,17 +235,17 @@ class LayerGroup:
             raise
         return page
 
-    def _hold(self, slot: int, page: Page) -> None:
-        page.slots.add(slot)
-        self._held[slot][page.index] = page
+    def _hold(self, sequence_id: int, page: Page) -> None:
+        page.holders.add(sequence_id)
+        self._held[sequence_id][page.index] = page
         for name, store in self.stores.items():
             if getattr(page, name) is not None:
-                store.place(slot, page.index, getattr(page, name))
+                store.place(sequence_id, page.index, getattr(page, name))
 
-    def _let_go(self, slot: int, logical: int) -> None:
-        page = self._held[slot].pop(logical)
-        page.slots.discard(slot)
-        if not page.slots:
+    def _let_go(self, sequence_id: int, logical: int) -> None:
+        page = self._held[sequence_id].pop(logical)
+        page.holders.discard(sequence_id)
+        if not page.holders:
             if page.node is None:
                 self._free(page)
             else:
@@ -286,7 +289,7 @@ class LayerGroup:
         """Move the oldest recent page of the sequence with the most full ones to DRAM."""
 
         def full_pages(sequence: SequenceState) -> int:
-            return sequence.length // self.page_size - self._boundary[sequence.slot]
+            return sequence.length // self.page_size - self._boundary[sequence.id]
 
         fullest = max(sequences, key=full_pages)
         if full_pages(fullest) <= 0 or self.spilled is None:
@@ -294,21 +297,21 @@ class LayerGroup:
                 f"the KV cache keeps {self.recent.num_pages} pages of {self.page_size} tokens in GPU memory and none "
                 "is left to move to DRAM; give the plan more kv gpu_tokens, or fewer sequences at once"
             )
-        self._spill(self._held[fullest.slot][self._boundary[fullest.slot]])
+        self._spill(self._held[fullest.id][self._boundary[fullest.id]])
 
     def _spill(self, page: Page) -> None:
         """Move a page to DRAM, after every older one of its sequences: one whose window is behind may hold some."""
-        for slot in page.slots:
-            for logical in range(self._boundary[slot], page.index):
-                if logical in self._held[slot] and self._held[slot][logical].recent is not None:
-                    self._spill(self._held[slot][logical])
+        for sequence_id in page.holders:
+            for logical in range(self._boundary[sequence_id], page.index):
+                if logical in self._held[sequence_id] and self._held[sequence_id][logical].recent is not None:
+                    self._spill(self._held[sequence_id][logical])
         page.spilled = self._acquire(self.spilled, "spilled")
         self.moves.queue(self.spilled, page.spilled, self.recent, page.recent)
         self.recent.free(page.recent)
         page.recent = None
-        for slot in page.slots:
-            self.spilled.place(slot, page.index, page.spilled)
-            self._boundary[slot] = max(self._boundary[slot], page.index + 1)
+        for sequence_id in page.holders:
+            self.spilled.place(sequence_id, page.index, page.spilled)
+            self._boundary[sequence_id] = max(self._boundary[sequence_id], page.index + 1)
 
     def _fetch(self, page: Page, others: Iterable[SequenceState]) -> None:
         """Bring a page back, the last in DRAM of every sequence that holds it."""
@@ -316,11 +319,11 @@ class LayerGroup:
         self.moves.queue(self.recent, page.recent, self.spilled, page.spilled)
         self.spilled.free(page.spilled)
         page.spilled = None
-        for slot in page.slots:
-            self.recent.place(slot, page.index, page.recent)
-            self._boundary[slot] = page.index
+        for sequence_id in page.holders:
+            self.recent.place(sequence_id, page.index, page.recent)
+            self._boundary[sequence_id] = page.index
 
-    def _copy_for(self, slot: int, page: Page, others: Iterable[SequenceState]) -> None:
+    def _copy_for(self, sequence_id: int, page: Page, others: Iterable[SequenceState]) -> None:
         """Give a sequence a copy of a page that it shares."""
         copy = self._new_page(page.index, others)
         if self.host is not None:
@@ -330,8 +333,8 @@ class LayerGroup:
         if self.recent is not None:
             source = "spilled" if page.recent is None else "recent"
             self.moves.queue(self.recent, copy.recent, getattr(self, source), getattr(page, source))
-        page.slots.discard(slot)
-        self._hold(slot, copy)
+        page.holders.discard(sequence_id)
+        self._hold(sequence_id, copy)
 
     def _start_moves(self) -> None:
         if self.moves is not None:

@@ -1,49 +1,49 @@
 """Which prompts have been computed before: a tree whose every edge is one page of token ids.
 
 A path from the root spells a prefix, compared token by token, and its nodes know the pages that hold the keys and
-values of that prefix in every layer group. A page may be taken for something else at any time when no sequence
+values of that prefix in every pool. A page may be taken for something else at any time when no sequence
 holds it; the prefix is then shorter. A layer with a sliding window needs only the pages that the window still sees.
 """
 
 from collections.abc import Sequence
 
 from hetero_attn.cache.pages import Node, Page
-from hetero_attn.cache.pool import LayerGroup
+from hetero_attn.cache.pool import CachePool
 
 
 class PrefixTree:
     """Remembers the full pages of sequences."""
 
-    def __init__(self, groups: Sequence[LayerGroup]) -> None:
-        self._groups = groups
-        self._page_size = groups[0].page_size
+    def __init__(self, pools: Sequence[CachePool]) -> None:
+        self._pools = pools
+        self._page_size = pools[0].page_size
         self._root = Node(None, (), [])
-        for group in groups:
-            group.forget = self.forget
+        for pool in pools:
+            pool.forget = self.forget
 
     def match(self, token_ids: Sequence[int]) -> int:
         """How many leading tokens are stored, in whole pages; looks only, takes nothing."""
         return self._usable(self._path(token_ids)) * self._page_size
 
     def pages(self, token_ids: Sequence[int]) -> list[list[Page]]:
-        """The pages, by layer group, of the leading tokens that `match` counts."""
+        """The pages, by pool, of the leading tokens that `match` counts."""
         path = self._path(token_ids)
         count = self._usable(path)
         return [
-            [node.pages[index] for node in path[self._first_page(group, count) : count]]
-            for index, group in enumerate(self._groups)
+            [node.pages[index] for node in path[self._first_page(pool, count) : count]]
+            for index, pool in enumerate(self._pools)
         ]
 
-    def remember(self, slot: int, token_ids: Sequence[int]) -> None:
+    def remember(self, sequence_id: int, token_ids: Sequence[int]) -> None:
         """Note the pages that a sequence holds of its first tokens, which must all be stored."""
         node, size = self._root, self._page_size
         for logical in range(len(token_ids) // size):
             tokens = tuple(token_ids[logical * size : (logical + 1) * size])
             if tokens not in node.children:
-                node.children[tokens] = Node(node, tokens, [None] * len(self._groups))
+                node.children[tokens] = Node(node, tokens, [None] * len(self._pools))
             node = node.children[tokens]
-            for index, group in enumerate(self._groups):
-                page = group.held(slot).get(logical)
+            for index, pool in enumerate(self._pools):
+                page = pool.held(sequence_id).get(logical)
                 if node.pages[index] is None and page is not None and page.node is None:
                     node.pages[index], page.node = page, node
         self._prune(node)
@@ -51,10 +51,10 @@ class PrefixTree:
     def forget(self, page: Page) -> None:
         """Let a page be used for something else; frees it at once when no sequence holds it."""
         node = page.node
-        for index, group in enumerate(self._groups):
+        for index, pool in enumerate(self._pools):
             if node.pages[index] is page:
                 node.pages[index], page.node = None, None
-                group.drop(page)
+                pool.drop(page)
         self._prune(node)
 
     def clear(self) -> None:
@@ -77,21 +77,21 @@ class PrefixTree:
         return path
 
     def _usable(self, path: list[Node]) -> int:
-        """The most pages of a path of which every layer group stores what a next token would see."""
+        """The most pages of a path of which every pool stores what a next token would see."""
         count = len(path)
-        for index, group in enumerate(self._groups):
-            if not group.window:
+        for index, pool in enumerate(self._pools):
+            if not pool.window:
                 count = next((i for i in range(count) if path[i].pages[index] is None), count)
-        while count and not all(self._is_stored(index, path, count) for index in range(len(self._groups))):
+        while count and not all(self._is_stored(index, path, count) for index in range(len(self._pools))):
             count -= 1
         return count
 
     def _is_stored(self, index: int, path: list[Node], count: int) -> bool:
-        first = self._first_page(self._groups[index], count)
+        first = self._first_page(self._pools[index], count)
         return all(node.pages[index] is not None for node in path[first:count])
 
-    def _first_page(self, group: LayerGroup, count: int) -> int:
-        return group.first_visible(count * self._page_size) // self._page_size
+    def _first_page(self, pool: CachePool, count: int) -> int:
+        return pool.first_visible(count * self._page_size) // self._page_size
 
     def _prune(self, node: Node) -> None:
         while node.parent is not None and not node.children and not any(node.pages):

@@ -1,6 +1,6 @@
 """States of fixed size: what a layer without keys and values keeps of each sequence, however long that is.
 
-They lie where the residual stream lives, one tensor a layer, one row a sequence slot. A step reads and writes the rows
+They lie where the residual stream lives, one tensor a layer, one row a sequence. A step reads and writes the rows
 of its sequences in place, so a step that failed half-way leaves a state that is of no use: its sequence must be closed.
 """
 
@@ -36,9 +36,9 @@ class FixedStates:
         """The states of one layer."""
         return self._by_layer[layer]
 
-    def clear(self, slot: int) -> None:
+    def clear(self, sequence_id: int) -> None:
         """Begin a sequence: zeros."""
-        self._queue(lambda values: values[slot].zero_())
+        self._queue(lambda values: values[sequence_id].zero_())
 
     def copy(self, to: int, source: int) -> None:
         """Begin a sequence with the state of another."""

@@ -3,7 +3,7 @@
 A step announces, in order, every block of pages that its layers will read; two buffers take turns, so the next block
 arrives while the last one is attended (`copy_ahead`). Pages that are neighbours in their store are one copy.
 
-Every buffer is a small store of its own: page p of group g is row p * widest + g, and one constant table says so.
+Every buffer is a small store of its own: page p of KV head h is row p * widest + h, and one constant table says so.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class PageBlock:
 
 
 class PageStream(CopyAhead[PageBlock, tuple[torch.Tensor, torch.Tensor]]):
-    """The buffers of a plan, each of `block_pages` pages of as many KV-head groups as the widest layer has.
+    """The buffers of a plan, each of `block_pages` pages of as many KV heads as the widest layer has.
 
     What arrives is K and V of a block, rows as `table` says.
     """
@@ -37,7 +37,7 @@ class PageStream(CopyAhead[PageBlock, tuple[torch.Tensor, torch.Tensor]]):
     def __init__(self, device: Device, workload: Workload) -> None:
         super().__init__(device, KV_STAGING_BUFFERS)
         self.block_pages = kv_staging_pages(workload)
-        self._widest = max((shard.groups for shard in workload.kv), default=0)
+        self._widest = max((shard.kv_heads for shard in workload.kv), default=0)
         shape = (self.block_pages * self._widest, workload.page_size, row_items(workload.kv_dtype, workload.head_dim))
         dtype = TORCH_DTYPES[workload.kv_dtype]
         self._k = [device.empty(shape, dtype, "resident") for _ in range(KV_STAGING_BUFFERS)]
@@ -47,9 +47,9 @@ class PageStream(CopyAhead[PageBlock, tuple[torch.Tensor, torch.Tensor]]):
         self._rows = rows.view(self.block_pages, self._widest).T.contiguous()  # lives as long as its copy may take
         device.copy(self._table, self._rows, device.compute)
 
-    def table(self, groups: int) -> torch.Tensor:
-        """Where a buffer has each page of a block: int32 [groups, block_pages] in device memory."""
-        return self._table[:groups]
+    def table(self, kv_heads: int) -> torch.Tensor:
+        """Where a buffer has each page of a block: int32 [kv_heads, block_pages] in device memory."""
+        return self._table[:kv_heads]
 
     def _copy(self, buffer: int, block: PageBlock) -> tuple[torch.Tensor, torch.Tensor]:
         device, k, v = self.device, self._k[buffer], self._v[buffer]

@@ -113,14 +113,14 @@ class Loader:
                 self._place(spec, [rows[:, :split]], home, gpu[run], on_device=True)
             if home < spec.in_features:
                 self._place(spec, [rows[:, split:]], spec.in_features - home, dram[run], on_device=False)
-        slot_bytes = self._piece_units(spec) * spec.unit_bytes
+        piece_bytes = self._piece_units(spec) * spec.unit_bytes
         return LinearWeights(
             spec=spec,
             placement=placement,
             gpu=gpu,
             dram=dram,
             bias=self._bias(spec),
-            piece_blocks=max(1, slot_bytes // max(1, dram_bytes)),
+            piece_blocks=max(1, piece_bytes // max(1, dram_bytes)),
             first_dram_unit=placement.gpu_units,
         )
 

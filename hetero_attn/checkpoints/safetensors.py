@@ -1,8 +1,8 @@
 """One safetensors file: its header checked to the last byte, its data read with pread into the caller's buffer.
 
 The header is parsed here rather than by the safetensors library for two reasons: rows go straight into a buffer that
-already is the weight's home (pinned memory, a staging slot) with no copy in between, and an error can name the file and
-the number of missing bytes. Nothing is memory-mapped, so a file that is cut off while it loads is an error and not
+already is the weight's home (pinned memory, a staging buffer) with no copy in between, and an error can name the file
+and the number of missing bytes. Nothing is memory-mapped, so a file that is cut off while it loads is an error and not
 SIGBUS. A test checks that whatever is accepted here the library accepts too.
 
 Format: header length in 8 little-endian bytes, a JSON header, then the data of all tensors without a gap (safetensors

@@ -118,9 +118,9 @@ def connect(plan: Plan, host_ops: CpuKernels, gpu: Device, worker: Executor | No
 def step_table_bytes_of(plan: Plan) -> int:
     """What the largest tables of a step take."""
     workload, pages = plan.workload, -(-plan.max_context // plan.page_size)
-    groups = max((shard.groups for shard in workload.kv), default=0)
+    kv_heads = max((shard.kv_heads for shard in workload.kv), default=0)
     return step_table_bytes(
-        len(workload.kv), groups, workload.activation_rows, workload.max_batch, pages, bool(workload.states)
+        len(workload.kv), kv_heads, workload.activation_rows, workload.max_batch, pages, bool(workload.states)
     )
 
 

@@ -25,7 +25,7 @@ from hetero_attn.models.block import FixedView, KvView, Run, StateView
 from hetero_attn.models.decoder import ModelWeights, embed
 from hetero_attn.models.workspace import Workspace, make_buffer, make_workspace
 from hetero_attn.ops.linear import LinearWeights
-from hetero_attn.ops.step import Rows, Step, most_lines, older_blocks, plan_step
+from hetero_attn.ops.step import Rows, Step, make_step, most_lines, older_blocks
 from hetero_attn.spec.blocks import Declaration, FixedState, KvState, ModelSpec
 from hetero_attn.spec.buffers import ActivationWidths
 from hetero_attn.spec.config import ModelConfig
@@ -98,8 +98,8 @@ class Engine:
 
     def check(self, work: Sequence[Rows]) -> None:
         """Raise ValueError for rows that one step cannot compute."""
-        slots = {each.sequence.slot for each in work}
-        if not work or len(slots) < len(work) or not all(each.token_ids for each in work):
+        sequences = {each.sequence.id for each in work}
+        if not work or len(sequences) < len(work) or not all(each.token_ids for each in work):
             raise ValueError("a step takes at least one sequence, each once, with at least one token")
         rows = sum(len(each.token_ids) for each in work)
         several = sum(len(each.token_ids) for each in work if each.is_chunk or len(each.token_ids) > 1)
@@ -128,7 +128,7 @@ class Engine:
         with self.report.measure(self.lanes, _counts(work), len(token_ids)), self.lanes.torch_at_rest():
             if not work[-1].is_chunk:
                 self._drain()
-            step = plan_step(self.lanes, self.kv_cache, work)
+            step = make_step(self.lanes, self.kv_cache, work)
             self._forward(step, token_ids)
             logits = self._logits_after(step, work, copy)
         for sequence, added, _, _ in work:
@@ -201,7 +201,7 @@ class Engine:
             rows = min(self.prefill_chunk, stop - sequence.length)
             with self._guarded(), self.lanes.torch_at_rest():
                 chunk = Rows(sequence, range(rows), 0, is_chunk=True)
-                self._store_rows(plan_step(self.lanes, self.kv_cache, [chunk]))
+                self._store_rows(make_step(self.lanes, self.kv_cache, [chunk]))
             sequence.length += rows
 
     def _store_rows(self, step: Step) -> None:
@@ -220,7 +220,7 @@ class Engine:
         The sequence does not grow; the step's KV entries and activations are left with values of no meaning.
         """
         self._drain()
-        step = plan_step(self.lanes, self.kv_cache, [Rows(sequence, [token_id])])
+        step = make_step(self.lanes, self.kv_cache, [Rows(sequence, [token_id])])
         if self.lanes.device is not None or self.replay is None:
             stopwatch = Stopwatch()
             with self.lanes.torch_at_rest(), self.lanes.watched(stopwatch):
@@ -242,7 +242,7 @@ class Engine:
         self._drain()
         stopwatch = Stopwatch()
         with self.lanes.torch_at_rest(), self.lanes.watched(stopwatch):
-            step = plan_step(self.lanes, self.kv_cache, [Rows(sequence, token_ids, is_chunk=True)])
+            step = make_step(self.lanes, self.kv_cache, [Rows(sequence, token_ids, is_chunk=True)])
             self._forward(step, token_ids)
             self._logits_of(step.rows - 1, step.rows)
         return stopwatch.seconds
@@ -374,10 +374,10 @@ class Engine:
     def _state(self, block: Declaration, step: Step) -> StateView:
         """What the block keeps of the step's sequences."""
         if isinstance(block.state, KvState):
-            group, place = self.kv_cache.places[block.layer]
-            return KvView(self.kv_cache.layer_groups[group], place, step.groups[group])
+            index, place = self.kv_cache.places[block.layer]
+            return KvView(self.kv_cache.pools[index], place, step.pools[index])
         if isinstance(block.state, FixedState):
-            return FixedView(self.kv_cache.states[block.layer], step.slots.main)
+            return FixedView(self.kv_cache.states[block.layer], step.sequence_ids.main)
         return None
 
     def _show(self, layer: int, work: Workspace) -> None:

@@ -68,5 +68,5 @@ class GraphReplay:
 
 def _structure(step: Step) -> Structure:
     """What decides which calls a step makes: its rows and which segments there are."""
-    parts = (part for group in step.groups for part in group.parts)
+    parts = (part for pool in step.pools for part in pool.parts)
     return step.rows, tuple((part.host is None, part.recent is None, part.spilled is None) for part in parts)

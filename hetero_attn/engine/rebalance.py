@@ -40,7 +40,7 @@ class Rebalancer:
                 self._look(tier, since)
 
     def _start(self, plan: Plan) -> None:
-        """Take over a plan that was loaded or moved to: its slots and its page-locked linears set the limits."""
+        """Take over a plan that was loaded or moved to: its staging ring and its page-locked linears set the limits."""
         self._plan = plan
         self._limits = movable(plan, bind(self._replanner.planned.policy, plan.workload, plan.device))
         self._seen = {tier: replace(times) for tier, times in self._engine.report.tiers.items()}

@@ -13,7 +13,7 @@ import torch
 from cpu_kernels import CpuKernels
 from cpu_kernels.team.program import Program
 from hetero_attn.lanes.lanes import Activation
-from hetero_attn.ops.step import GroupStep, Segment, Step
+from hetero_attn.ops.step import PoolStep, Segment, Step
 
 
 class DecodeReplay:
@@ -41,14 +41,14 @@ class DecodeReplay:
 
 def own_copy(step: Step) -> Step:
     """The same step in host tensors that no other step shares; those on a device are where every step's are."""
-    groups = tuple(
-        GroupStep(
-            _own(group.slots),
-            tuple(replace(part, host=_clone(part.host), spilled=_clone(part.spilled)) for part in group.parts),
+    pools = tuple(
+        PoolStep(
+            _own(pool.slots),
+            tuple(replace(part, host=_clone(part.host), spilled=_clone(part.spilled)) for part in pool.parts),
         )
-        for group in step.groups
+        for pool in step.pools
     )
-    return replace(step, positions=_own(step.positions), groups=groups, slots=_own(step.slots))
+    return replace(step, positions=_own(step.positions), pools=pools, sequence_ids=_own(step.sequence_ids))
 
 
 def refresh(own: Step, step: Step) -> None:
@@ -68,9 +68,9 @@ def _clone(segment: Segment | None) -> Segment | None:
 
 
 def _tensors(step: Step) -> list[torch.Tensor]:
-    tensors = [item.host for item in (step.positions, step.slots) if item.host is not None]
-    for group in step.groups:
-        tensors += [] if group.slots.host is None else [group.slots.host]
-        for segment in (segment for part in group.parts for segment in (part.host, part.spilled)):
+    tensors = [item.host for item in (step.positions, step.sequence_ids) if item.host is not None]
+    for pool in step.pools:
+        tensors += [] if pool.slots.host is None else [pool.slots.host]
+        for segment in (segment for part in pool.parts for segment in (part.host, part.spilled)):
             tensors += [] if segment is None else [segment.table, segment.start, segment.stop]
     return tensors

@@ -8,20 +8,20 @@ from placement.plan.plan import Plan
 
 
 class StagingRing(CopyAhead[torch.Tensor, torch.Tensor]):
-    """`slots` buffers of `slot_bytes` in GPU memory for pieces of weights.
+    """`buffers` pieces of `buffer_bytes` each in GPU memory for pieces of weights.
 
-    Every piece is a uint8 tensor [blocks, block_bytes] in host memory of at most `slot_bytes`; it arrives in the same
-    shape. Where the system refused to page-lock weights, each piece passes a small page-locked buffer of its slot,
+    Every piece is a uint8 tensor [blocks, block_bytes] in host memory of at most `buffer_bytes`; it arrives in the same
+    shape. Where the system refused to page-lock weights, each piece passes a small page-locked buffer of its own,
     filled by the calling thread.
     """
 
-    def __init__(self, device: Device, slots: int, slot_bytes: int) -> None:
-        super().__init__(device, slots)
+    def __init__(self, device: Device, buffers: int, buffer_bytes: int) -> None:
+        super().__init__(device, buffers)
         self._bounce: list[torch.Tensor] = []
-        self._slots: list[torch.Tensor] = []
+        self._buffers: list[torch.Tensor] = []
         self._views: dict[tuple[int, torch.Size], torch.Tensor] = {}
         try:
-            self._slots += (device.empty((slot_bytes,), torch.uint8, "staging") for _ in range(slots))
+            self._buffers += (device.empty((buffer_bytes,), torch.uint8, "staging") for _ in range(buffers))
         except BaseException:
             self.close()
             raise
@@ -31,30 +31,30 @@ class StagingRing(CopyAhead[torch.Tensor, torch.Tensor]):
         return self.device.is_refused(piece)
 
     def close(self) -> None:
-        """Return the slots' memory; nothing queued may still use them."""
+        """Return the buffers' memory; nothing queued may still use them."""
         self.reset()
         self._views.clear()
-        while self._slots:
-            self.device.release(self._slots.pop(), "staging")
+        while self._buffers:
+            self.device.release(self._buffers.pop(), "staging")
         while self._bounce:
             self.device.host_release(self._bounce.pop(), "staging")
 
-    def _copy(self, slot: int, piece: torch.Tensor) -> torch.Tensor:
-        view = self._views.get((slot, piece.shape))
+    def _copy(self, buffer: int, piece: torch.Tensor) -> torch.Tensor:
+        view = self._views.get((buffer, piece.shape))
         if view is None:  # of few shapes: a linear's pieces are alike but for the last one
-            view = self._views[slot, piece.shape] = self._slots[slot][: piece.numel()].view(piece.shape)
+            view = self._views[buffer, piece.shape] = self._buffers[buffer][: piece.numel()].view(piece.shape)
         if self.passes_caller(piece):
-            piece = self._bounced(slot, piece)
+            piece = self._bounced(buffer, piece)
         self.device.copy(view, piece, self.device.copies)
         self.copied_bytes += piece.numel()
         return view
 
-    def _bounced(self, slot: int, piece: torch.Tensor) -> torch.Tensor:
-        """The piece in the slot's page-locked buffer, once the buffer's last copy has left it."""
+    def _bounced(self, buffer: int, piece: torch.Tensor) -> torch.Tensor:
+        """The piece in the buffer's page-locked counterpart, once the buffer's last copy has left it."""
         if not self._bounce:
-            self._bounce = [self.device.host_empty(slot.shape, slot.dtype, "staging") for slot in self._slots]
-        self._await_copy(slot)
-        target = self._bounce[slot][: piece.numel()].view(piece.shape)
+            self._bounce = [self.device.host_empty(buffer.shape, buffer.dtype, "staging") for buffer in self._buffers]
+        self._await_copy(buffer)
+        target = self._bounce[buffer][: piece.numel()].view(piece.shape)
         target.copy_(piece)
         return target
 

@@ -5,7 +5,7 @@ from hetero_attn.models.block import Block, BlockWeights, KvView, Run, add_outpu
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.attend import AttentionBuffers, AttentionParameters, attend, store
 from hetero_attn.ops.linear import linear
-from hetero_attn.spec.blocks import BufferGroup, KvState, Vector
+from hetero_attn.spec.blocks import BufferSet, KvState, Vector
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.tensor_names import tensor_name
 from hetero_attn.spec.weight_formats import WeightFormats
@@ -40,7 +40,7 @@ class Attention(Block):
         )
         heads_width = config.num_heads * config.head_dim
         self.buffers = (
-            BufferGroup(
+            BufferSet(
                 "wide",
                 (
                     ("qkv", self.qkv.out_features),
@@ -49,8 +49,8 @@ class Attention(Block):
                     ("partial", heads_width),
                 ),
             ),
-            BufferGroup("narrow", (("normed", config.hidden_size),)),
-            BufferGroup("lse", (("lse", config.num_heads), ("partial_lse", config.num_heads))),
+            BufferSet("narrow", (("normed", config.hidden_size),)),
+            BufferSet("lse", (("lse", config.num_heads), ("partial_lse", config.num_heads))),
             *((projected_buffer(self.o),) if config.post_norms else ()),
         )
 
@@ -67,14 +67,14 @@ class Attention(Block):
             lanes,
             step,
             state.segments,
-            state.group,
+            state.pool,
             state.place,
             parameters,
             heads,
             qkv.device_units(step.tier),
             buffers,
         )
-        column = state.group.gpu_groups * parameters.heads_per_group * parameters.head_dim
+        column = state.pool.gpu_kv_heads * parameters.queries_per_kv * parameters.head_dim
         add_output(run, o, buffers.out, column, work, weights.vector("post_norm"), self._eps)
 
     def store(self, run: Run, weights: BlockWeights, state: KvView, work: Workspace) -> None:
@@ -84,7 +84,7 @@ class Attention(Block):
             run.lanes,
             run.step,
             state.segments,
-            state.group,
+            state.pool,
             state.place,
             self._parameters(weights),
             work.of("qkv", self.qkv.out_features),
@@ -113,18 +113,18 @@ class Attention(Block):
 
 
 def _linears(config: ModelConfig, layer: int, formats: WeightFormats) -> tuple[LinearSpec, LinearSpec]:
-    """A unit of qkv is a KV-head group; o follows the groups where it is cut by rows."""
-    heads, groups, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-    group_width = heads // groups * head_dim
+    """A unit of qkv is a KV head; o follows the heads where it is cut by rows."""
+    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    queries_width = heads // kv_heads * head_dim
 
     def part(name: str, rows_per_unit: int, rows: int) -> Part:
         tensor = tensor_name(name, layer)
         return Part(tensor, rows_per_unit, rows, formats.of(tensor))
 
     qkv = (
-        part("q", group_width, heads * head_dim),
-        part("k", head_dim, groups * head_dim),
-        part("v", head_dim, groups * head_dim),
+        part("q", queries_width, heads * head_dim),
+        part("k", head_dim, kv_heads * head_dim),
+        part("v", head_dim, kv_heads * head_dim),
     )
     return (
         LinearSpec(
@@ -145,6 +145,6 @@ def _linears(config: ModelConfig, layer: int, formats: WeightFormats) -> tuple[L
             (part("o", BLOCK_FEATURES, config.hidden_size),),
             config.o_bias,
             block="attention",
-            row_choice=group_width,
+            row_choice=queries_width,
         ),
     )

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hetero_attn.cache.pool import LayerGroup
+from hetero_attn.cache.pool import CachePool
 from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.linear import LinearWeights, linear_add
-from hetero_attn.ops.step import GroupStep, Step
-from hetero_attn.spec.blocks import BufferGroup, Declaration
+from hetero_attn.ops.step import PoolStep, Step
+from hetero_attn.spec.blocks import BufferSet, Declaration
 from hetero_attn.spec.weights import LinearSpec
 
 
@@ -30,20 +30,20 @@ class Run(NamedTuple):
 class KvView(NamedTuple):
     """One layer's keys and values in a step: their pool, the layer's place in it, and the step's segments."""
 
-    group: LayerGroup
+    pool: CachePool
     place: int
-    segments: GroupStep
+    segments: PoolStep
 
 
 class FixedView(NamedTuple):
-    """One layer's states of fixed size, float32 [max_batch, *shape] where the residual stream lives, and in slots,
-    int64 [rows] at the same side, the place in it of each row's sequence.
+    """One layer's states of fixed size, float32 [max_batch, *shape] where the residual stream lives, and
+    sequence_ids, int64 [rows] at the same side, the index in it of each row's sequence.
 
     Rows of one sequence are in the order of its tokens; what the step leaves in its state, the next one finds.
     """
 
     values: torch.Tensor
-    slots: torch.Tensor
+    sequence_ids: torch.Tensor
 
 
 StateView = KvView | FixedView | None
@@ -88,9 +88,9 @@ def normalize(
         lanes.push(normed, 0, hidden_size)
 
 
-def projected_buffer(last: LinearSpec) -> BufferGroup:
+def projected_buffer(last: LinearSpec) -> BufferSet:
     """Where a block with a post norm keeps what its last linear gives until it is normalised."""
-    return BufferGroup("projected", (("projected", last.out_features),))
+    return BufferSet("projected", (("projected", last.out_features),))
 
 
 def add_output(

@@ -13,7 +13,7 @@ from hetero_attn.models.experts import Experts
 from hetero_attn.models.mlp import GatedMlp
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.linear import LinearWeights, linear
-from hetero_attn.spec.blocks import BufferGroup, ModelSpec, Vector
+from hetero_attn.spec.blocks import BufferSet, ModelSpec, Vector
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.tensor_names import tensor_name
 from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
@@ -33,7 +33,7 @@ class Head(Block):
         self._eps = config.rms_norm_eps
         self.linears = (LinearSpec("head", "head", None, config.hidden_size, (part,), False, block="head"),)
         self.vectors = (Vector("norm", tensor_name("final_norm"), config.hidden_size, config.norm_offset),)
-        self.buffers = (BufferGroup("narrow", (("normed", config.hidden_size),)),)
+        self.buffers = (BufferSet("narrow", (("normed", config.hidden_size),)),)
 
     def project(self, lanes: Lanes, weights: BlockWeights, work: Workspace, out: Activation) -> None:
         """Project the residual rows of `work` onto the vocabulary; once the lanes are finished `out.host`, float32

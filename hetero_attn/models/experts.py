@@ -12,7 +12,7 @@ from hetero_attn.models.block import Block, BlockWeights, Run, StateView, normal
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.experts import ExpertBuffers, Routes, add_experts, compute_experts
 from hetero_attn.ops.linear import LinearWeights, linear, linear_add
-from hetero_attn.spec.blocks import BufferGroup, Matrix, Vector
+from hetero_attn.spec.blocks import BufferSet, Matrix, Vector
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.experts import experts_spec
 from hetero_attn.spec.experts_config import ExpertsConfig
@@ -39,9 +39,9 @@ class Experts(Block):
         self._gate_up, self._down = self.experts.first
         per_row, padded = experts.per_row, round_up(config.hidden_size, BLOCK_FEATURES)
         self.buffers = (
-            BufferGroup("narrow", (("normed", config.hidden_size),)),
-            BufferGroup("routes", (("routes", Routes.size(1, self.experts)), ("expert_weights", per_row + 1))),
-            BufferGroup(
+            BufferSet("narrow", (("normed", config.hidden_size),)),
+            BufferSet("routes", (("routes", Routes.size(1, self.experts)), ("expert_weights", per_row + 1))),
+            BufferSet(
                 "wide",
                 (
                     ("expert_gate_up", per_row * self._gate_up.out_features),

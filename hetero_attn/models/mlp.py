@@ -7,7 +7,7 @@ from hetero_attn.devices.protocols import Ops
 from hetero_attn.models.block import Block, BlockWeights, Run, StateView, add_output, normalize, projected_buffer
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.linear import linear
-from hetero_attn.spec.blocks import BufferGroup, Vector
+from hetero_attn.spec.blocks import BufferSet, Vector
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.tensor_names import tensor_name
 from hetero_attn.spec.weight_formats import WeightFormats
@@ -35,10 +35,10 @@ class GatedMlp(Block):
         )
         self.small_calls += len(parts) - 1
         self.buffers = (
-            BufferGroup("wide", (("gate_up", self.gate_up.out_features),)),
-            BufferGroup("narrow", (("normed", config.hidden_size),)),
+            BufferSet("wide", (("gate_up", self.gate_up.out_features),)),
+            BufferSet("narrow", (("normed", config.hidden_size),)),
             # The normed rows are dead once gate_up has multiplied them.
-            BufferGroup("narrow", (("activated", self.gate_up.out_features // 2),)),
+            BufferSet("narrow", (("activated", self.gate_up.out_features // 2),)),
             *((projected_buffer(self.down),) if config.post_norms else ()),
         )
 

@@ -65,11 +65,11 @@ def make_buffer(lanes: Lanes, rows: int, width: int, kind: str) -> Activation:
 def _on_device(widths: ActivationWidths, rows: int, device: Device) -> dict[str, torch.Tensor]:
     """Buffers by name in GPU memory, those of every region in the same place."""
     found = {}
-    for groups in widths.regions.values():
-        memory = device.empty((rows * room(groups),), torch.float32, "activations")
-        for group in groups:
+    for sets in widths.regions.values():
+        memory = device.empty((rows * room(sets),), torch.float32, "activations")
+        for each in sets:
             start = 0
-            for name, width in group.buffers:
+            for name, width in each.buffers:
                 found[name] = memory[start : start + rows * width]
                 start += rows * width
     return found

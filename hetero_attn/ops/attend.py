@@ -1,6 +1,6 @@
 """Attention over a sequence cut into segments: one partial where each segment lives, merged by online softmax.
 
-Heads go by affinity. A KV-head group that the CPU owns is rotated, stored and attended on the host; one that the GPU
+Heads go by affinity. A KV head that the CPU owns is rotated, stored and attended on the host; one that the GPU
 owns keeps its newest tokens in GPU memory and its older ones in DRAM. In decode the CPU attends those in place, so that
 only q, the partial output and its lse cross the bus; for a prompt they come to the GPU, block by block. The partials of
 one head combine as
@@ -17,10 +17,10 @@ from functools import partial
 import torch
 
 from hetero_attn.cache.pages import PagedStore
-from hetero_attn.cache.pool import LayerGroup
+from hetero_attn.cache.pool import CachePool
 from hetero_attn.devices.protocols import Ops
 from hetero_attn.lanes.lanes import Activation, Lanes
-from hetero_attn.ops.step import GroupStep, Part, Segment, Segments, Step, layer_blocks
+from hetero_attn.ops.step import Part, PoolStep, Segment, Segments, Step, layer_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class AttentionParameters:
     k_norm: Activation
 
     @property
-    def heads_per_group(self) -> int:
+    def queries_per_kv(self) -> int:
         """Query heads that share one KV head."""
         return self.num_heads // self.num_kv_heads
 
@@ -72,7 +72,7 @@ class _Side:
     ops: Ops
     store: PagedStore
     layer: int
-    groups: slice
+    kv_heads: slice
     heads: slice
 
     def of(self, activation: Activation) -> torch.Tensor | None:
@@ -86,8 +86,8 @@ class _Side:
 def attend(
     lanes: Lanes,
     step: Step,
-    segments: GroupStep,
-    group: LayerGroup,
+    segments: PoolStep,
+    pool: CachePool,
     layer: int,
     parameters: AttentionParameters,
     qkv: Activation,
@@ -96,50 +96,50 @@ def attend(
 ) -> None:
     """Rotate, store and attend; fills `buffers.out`, each head on its owner's side.
 
-    qkv: float32 [rows, num_kv_heads * unit_features], the units of the first `computed` KV-head groups on the GPU, the
-    others on the host; those of other owners are moved. layer: which of the layer group's layers this is. What the CPU
+    qkv: float32 [rows, num_kv_heads * unit_features], the units of the first `computed` KV heads on the GPU, the
+    others on the host; those of other owners are moved. layer: which of the pool's layers this is. What the CPU
     lane is asked for never stands behind a wait of the GPU.
     """
     given, unit = lanes.given, qkv.main.shape[1] // parameters.num_kv_heads
-    lanes.push(qkv, group.gpu_groups * unit, computed * unit)
-    sides = {side.name: side for side in _writers(lanes, segments, group, layer, parameters)}
+    lanes.push(qkv, pool.gpu_kv_heads * unit, computed * unit)
+    sides = {side.name: side for side in _writers(lanes, segments, pool, layer, parameters)}
     if "host" in sides:
         lanes.on_host(partial(_store_and_attend, sides["host"], step, segments, parameters, qkv, buffers))
-    lanes.pull(qkv, computed * unit, group.gpu_groups * unit, given)
+    lanes.pull(qkv, computed * unit, pool.gpu_kv_heads * unit, given)
     if "device" in sides:
         side = sides["device"]
         _store(side, step, segments, parameters, qkv, buffers.query)
         for part, those in zip(step.parts, segments.parts, strict=True):
-            _attend_on_device(lanes, part, those, group, side, parameters, _rows_of(buffers, part, step))
+            _attend_on_device(lanes, part, those, pool, side, parameters, _rows_of(buffers, part, step))
 
 
 def store(
     lanes: Lanes,
     step: Step,
-    segments: GroupStep,
-    group: LayerGroup,
+    segments: PoolStep,
+    pool: CachePool,
     layer: int,
     parameters: AttentionParameters,
     qkv: Activation,
     query: Activation,
 ) -> None:
     """Rotate and store the step's keys and values without attending; `query` receives the rotated queries."""
-    for side in _writers(lanes, segments, group, layer, parameters):
+    for side in _writers(lanes, segments, pool, layer, parameters):
         _store(side, step, segments, parameters, qkv, query)
 
 
 def _writers(
-    lanes: Lanes, segments: GroupStep, group: LayerGroup, layer: int, parameters: AttentionParameters
+    lanes: Lanes, segments: PoolStep, pool: CachePool, layer: int, parameters: AttentionParameters
 ) -> Iterator[_Side]:
-    """The sides that the step writes to: the CPU's groups, then the GPU's, its pages in place."""
-    if group.moves is not None:
-        group.moves.wait(layer)
-    owned = group.gpu_groups
-    heads = owned * parameters.heads_per_group
+    """The sides that the step writes to: the CPU's kv_heads, then the GPU's, its pages in place."""
+    if pool.moves is not None:
+        pool.moves.wait(layer)
+    owned = pool.gpu_kv_heads
+    heads = owned * parameters.queries_per_kv
     if segments.slots.host is not None:
-        yield _Side("host", lanes.host_ops, group.host, layer, slice(owned, None), slice(heads, None))
+        yield _Side("host", lanes.host_ops, pool.host, layer, slice(owned, None), slice(heads, None))
     if segments.slots.device is not None:
-        yield _Side("device", lanes.device.ops, group.recent, layer, slice(owned), slice(heads))
+        yield _Side("device", lanes.device.ops, pool.recent, layer, slice(owned), slice(heads))
 
 
 def _rows_of(buffers: AttentionBuffers, part: Part, step: Step) -> AttentionBuffers:
@@ -147,10 +147,10 @@ def _rows_of(buffers: AttentionBuffers, part: Part, step: Step) -> AttentionBuff
 
 
 def _store(
-    side: _Side, step: Step, segments: GroupStep, parameters: AttentionParameters, qkv: Activation, query: Activation
+    side: _Side, step: Step, segments: PoolStep, parameters: AttentionParameters, qkv: Activation, query: Activation
 ) -> None:
     side.ops.rope_append(
-        side.of(qkv).view(step.rows, parameters.num_kv_heads, -1)[:, side.groups],
+        side.of(qkv).view(step.rows, parameters.num_kv_heads, -1)[:, side.kv_heads],
         side.of(step.positions),
         side.of(parameters.cos),
         side.of(parameters.sin),
@@ -167,7 +167,7 @@ def _store(
 def _store_and_attend(
     side: _Side,
     step: Step,
-    segments: GroupStep,
+    segments: PoolStep,
     parameters: AttentionParameters,
     qkv: Activation,
     buffers: AttentionBuffers,
@@ -206,18 +206,18 @@ def _attend_on_device(
     lanes: Lanes,
     part: Part,
     segments: Segments,
-    group: LayerGroup,
+    pool: CachePool,
     side: _Side,
     parameters: AttentionParameters,
     buffers: AttentionBuffers,
 ) -> None:
-    """The GPU's groups of one part, stored already: over their recent tokens on the GPU, over older ones meanwhile on
+    """The GPU's KV heads of one part, stored already: over their recent tokens on the GPU, over older ones meanwhile on
     the CPU, or then on the GPU."""
     attend_recent = partial(_partial, side, part, segments.recent, parameters, buffers.query, buffers.out, buffers.lse)
     if segments.spilled is None:
         attend_recent()
         return
-    older = _Side("host", lanes.host_ops, group.spilled, side.layer, side.groups, side.heads)
+    older = _Side("host", lanes.host_ops, pool.spilled, side.layer, side.kv_heads, side.heads)
     if part.streams_older:
         attend_recent()
         _stream_older(lanes, older, part, segments.spilled, parameters, buffers)
@@ -236,13 +236,13 @@ def _attend_on_device(
 def _stream_older(
     lanes: Lanes, side: _Side, part: Part, segment: Segment, parameters: AttentionParameters, buffers: AttentionBuffers
 ) -> None:
-    """Attend the GPU's groups over their tokens in DRAM, on the GPU, block by block as they arrive there.
+    """Attend the GPU's KV heads over their tokens in DRAM, on the GPU, block by block as they arrive there.
 
     Positions count from the first token of a block, which is what a buffer's table knows.
     """
-    on_device = _Side("device", lanes.device.ops, side.store, side.layer, side.groups, side.heads)
+    on_device = _Side("device", lanes.device.ops, side.store, side.layer, side.kv_heads, side.heads)
     query, out = (on_device.per_head(each, parameters.head_dim) for each in (buffers.query, buffers.partial))
-    table, page_size = lanes.pages.table(side.groups.stop), side.store.page_size
+    table, page_size = lanes.pages.table(side.kv_heads.stop), side.store.page_size
     for block in layer_blocks(side.store, segment, side.layer, lanes.pages.block_pages):
         base = block.first * page_size
         start, stop = max(segment.start - base, 0), min(segment.stop - base, len(block.pages) * page_size)
@@ -257,7 +257,7 @@ def _stream_older(
 
 def _merge_older(lanes: Lanes, side: _Side, parameters: AttentionParameters, buffers: AttentionBuffers) -> None:
     """Merge a partial over older tokens, which is on the GPU, into the one that is there already."""
-    on_device = _Side("device", lanes.device.ops, side.store, side.layer, side.groups, side.heads)
+    on_device = _Side("device", lanes.device.ops, side.store, side.layer, side.kv_heads, side.heads)
     outs = [on_device.per_head(activation, parameters.head_dim) for activation in (buffers.out, buffers.partial)]
     lses = [activation.device[:, side.heads] for activation in (buffers.lse, buffers.partial_lse)]
     lanes.device.ops.merge(outs, lses, outs[0], lses[0])

@@ -19,7 +19,7 @@ import torch
 
 from hetero_attn.cache.cache import KVCache
 from hetero_attn.cache.pages import PagedStore
-from hetero_attn.cache.pool import LayerGroup, SequenceState
+from hetero_attn.cache.pool import CachePool, SequenceState
 from hetero_attn.cache.stream import PageBlock
 from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.spec.workload import table_bytes
@@ -42,8 +42,8 @@ class Rows(NamedTuple):
 class Segment:
     """What one part reads in one store, in the store's own memory.
 
-    one by one: table int32 [rows, groups, max_pages]; start and stop int32 [rows].
-    chunk: table int32 [groups, max_pages]; start and stop ints.
+    one by one: table int32 [rows, kv_heads, max_pages]; start and stop int32 [rows].
+    chunk: table int32 [kv_heads, max_pages]; start and stop ints.
     """
 
     table: torch.Tensor
@@ -53,7 +53,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """One part's segments in the stores of one layer group; None where there is no store or nothing visible in it."""
+    """One part's segments in the stores of one pool; None where there is no store or nothing visible in it."""
 
     host: Segment | None
     recent: Segment | None
@@ -61,9 +61,9 @@ class Segments:
 
 
 @dataclass(frozen=True, slots=True)
-class GroupStep:
-    """A step in one layer group. slots: where each row is written, int64 [rows, groups of the side], None for a side
-    without groups. parts: in the order of the step's."""
+class PoolStep:
+    """A step in one pool. slots: where each row is written, int64 [rows, kv_heads of the side], None for a side
+    without kv_heads. parts: in the order of the step's."""
 
     slots: Activation
     parts: tuple[Segments, ...]
@@ -87,7 +87,7 @@ class Part:
 
     @property
     def streams_older(self) -> bool:
-        """Whether older tokens of the GPU's groups come to the GPU; for single rows the CPU attends them in place."""
+        """Whether older tokens of the GPU's KV heads come to the GPU; for single rows the CPU attends them in place."""
         return self.is_chunk and self.rows > 1
 
 
@@ -95,8 +95,8 @@ class Part:
 class Step:
     """One forward pass of `rows` rows.
 
-    positions: int64 [rows] on both sides. tier: the row tier that selects every linear's cut. groups: for each layer
-    group of the cache, in its order. slots: int64 [rows] on both sides, the place of each row's sequence among the
+    positions: int64 [rows] on both sides. tier: the row tier that selects every linear's cut. pools: for each
+    pool of the cache, in its order. sequence_ids: int64 [rows] on both sides, of each row's sequence among the
     states of fixed size; neither side where the model has none.
     """
 
@@ -104,8 +104,8 @@ class Step:
     tier: int
     positions: Activation
     parts: tuple[Part, ...]
-    groups: tuple[GroupStep, ...]
-    slots: Activation = Activation(None, None)
+    pools: tuple[PoolStep, ...]
+    sequence_ids: Activation = Activation(None, None)
 
     @property
     def is_one_by_one(self) -> bool:
@@ -113,32 +113,32 @@ class Step:
         return len(self.parts) == 1 and not self.parts[0].is_chunk
 
 
-def plan_step(lanes: Lanes, cache: KVCache, work: Sequence[Rows]) -> Step:
+def make_step(lanes: Lanes, cache: KVCache, work: Sequence[Rows]) -> Step:
     """Hold pages for the step's tokens and work out its segments; moves old pages to DRAM where the plan says so.
 
     work: each sequence once; those whose rows attend one by one come first.
     """
     for sequence, token_ids, _, _ in work:
         cache.make_room(sequence, len(token_ids))
-    layout = _lay_out(work)
-    rows = len(layout.positions)
-    stores = [_in_stores(group, layout) for group in cache.layer_groups]
-    positions, slots = Activation(None, layout.positions), Activation(None, None)
+    step_rows = _lay_out(work)
+    rows = len(step_rows.positions)
+    stores = [_in_stores(pool, step_rows) for pool in cache.pools]
+    positions, sequence_ids = Activation(None, step_rows.positions), Activation(None, None)
     if cache.states:
-        of_rows = [sequence.slot for sequence, token_ids, _, _ in work for _ in token_ids]
-        slots = Activation(None, torch.tensor(of_rows, device="cpu"))
+        of_rows = [sequence.id for sequence, token_ids, _, _ in work for _ in token_ids]
+        sequence_ids = Activation(None, torch.tensor(of_rows, device="cpu"))
     if lanes.device is not None:
-        positions, slots, stores = _uploaded(lanes, positions, slots, stores)
-    groups = tuple(GroupStep(_slots(each), tuple(_segments(each, layout))) for each in stores)
-    return Step(rows, row_tier(rows), positions, tuple(_parts(layout)), groups, slots)
+        positions, sequence_ids, stores = _uploaded(lanes, positions, sequence_ids, stores)
+    pools = tuple(PoolStep(_slots(each), tuple(_segments(each, step_rows))) for each in stores)
+    return Step(rows, row_tier(rows), positions, tuple(_parts(step_rows)), pools, sequence_ids)
 
 
 def older_blocks(cache: KVCache, step: Step, block_pages: int) -> Iterator[PageBlock]:
     """The blocks of older pages that the layers of a step attend on the GPU, in their order."""
-    for _, (group, layer) in sorted(cache.places.items()):
-        for part, segments in zip(step.parts, step.groups[group].parts, strict=True):
+    for _, (pool, layer) in sorted(cache.places.items()):
+        for part, segments in zip(step.parts, step.pools[pool].parts, strict=True):
             if part.streams_older and segments.spilled is not None:
-                yield from layer_blocks(cache.layer_groups[group].spilled, segments.spilled, layer, block_pages)
+                yield from layer_blocks(cache.pools[pool].spilled, segments.spilled, layer, block_pages)
 
 
 def layer_blocks(store: PagedStore, segment: Segment, layer: int, block_pages: int) -> Iterator[PageBlock]:
@@ -146,7 +146,7 @@ def layer_blocks(store: PagedStore, segment: Segment, layer: int, block_pages: i
     stop = -(-segment.stop // store.page_size)
     for first in range(segment.start // store.page_size, stop, block_pages):
         rows = segment.table[0, first : min(first + block_pages, stop)].tolist()
-        yield PageBlock(store, layer, first, tuple(row // store.groups for row in rows))
+        yield PageBlock(store, layer, first, tuple(row // store.kv_heads for row in rows))
 
 
 def most_lines(lanes: Lanes, cache: KVCache, rows: int) -> int:
@@ -156,11 +156,11 @@ def most_lines(lanes: Lanes, cache: KVCache, rows: int) -> int:
     """
     if lanes.tables is None:
         return rows
-    stores = [group.recent for group in cache.layer_groups if group.recent is not None]
+    stores = [pool.recent for pool in cache.pools if pool.recent is not None]
 
     def size_bytes(lines: int) -> int:
         per_store = (
-            table_bytes(8 * rows * store.groups) + table_bytes(lines * store.table[0].nbytes) for store in stores
+            table_bytes(8 * rows * store.kv_heads) + table_bytes(lines * store.table[0].nbytes) for store in stores
         )
         own = (2 if cache.states else 1) * table_bytes(8 * rows)
         return own + sum(per_store) + 2 * len(stores) * table_bytes(4 * lines)
@@ -171,28 +171,28 @@ def most_lines(lanes: Lanes, cache: KVCache, rows: int) -> int:
 class _Entry(NamedTuple):
     """One line of a step's page tables: positions [first, stop) of a sequence, one row or a chunk."""
 
-    slot: int
+    id: int
     first: int
     stop: int
 
 
-class _Layout(NamedTuple):
+class _StepRows(NamedTuple):
     """The rows of a step, whatever the store. singles: how many entries, the first ones, are one row.
 
-    slots: the sequence slot of each row, or the only one. positions: int64 [rows].
+    sequence_ids: of each row, or the only one. positions: int64 [rows].
     """
 
     entries: tuple[_Entry, ...]
     singles: int
-    slots: int | list[int]
+    sequence_ids: int | list[int]
     positions: torch.Tensor
 
 
 class _InStore(NamedTuple):
     """A step in one store. bounds: keys that each entry sees there, [start, stop).
 
-    slots: int64 [rows, groups], None where nothing is written. table: int32 [entries, groups, max_pages]. start, stop:
-    the bounds of single rows, int32, None without any.
+    slots: int64 [rows, kv_heads], None where nothing is written. table: int32 [entries, kv_heads, max_pages]. start,
+    stop: the bounds of single rows, int32, None without any.
     """
 
     bounds: list[tuple[int, int]]
@@ -205,64 +205,69 @@ class _InStore(NamedTuple):
 Stores = tuple[_InStore | None, _InStore | None, _InStore | None]  # host, recent, spilled
 
 
-def _lay_out(work: Sequence[Rows]) -> _Layout:
-    entries, slots, positions = [], [], []
+def _lay_out(work: Sequence[Rows]) -> _StepRows:
+    entries, sequence_ids, positions = [], [], []
     for sequence, token_ids, _, is_chunk in work:
         first, stop = sequence.length, sequence.length + len(token_ids)
         each = [(first, stop)] if is_chunk else [(position, position + 1) for position in range(first, stop)]
-        entries += [_Entry(sequence.slot, *bounds) for bounds in each]
-        slots += [sequence.slot] * len(token_ids)
+        entries += [_Entry(sequence.id, *bounds) for bounds in each]
+        sequence_ids += [sequence.id] * len(token_ids)
         positions += range(first, stop)
     singles = sum(0 if is_chunk else len(token_ids) for _, token_ids, _, is_chunk in work)
-    only = slots[0] if len(work) == 1 and not singles else slots
-    return _Layout(tuple(entries), singles, only, torch.tensor(positions, device="cpu"))
+    only = sequence_ids[0] if len(work) == 1 and not singles else sequence_ids
+    return _StepRows(tuple(entries), singles, only, torch.tensor(positions, device="cpu"))
 
 
-def _parts(layout: _Layout) -> Iterator[Part]:
-    if layout.singles:
-        yield Part(0, layout.singles)
-    first = layout.singles
-    for entry in layout.entries[layout.singles :]:
+def _parts(step_rows: _StepRows) -> Iterator[Part]:
+    if step_rows.singles:
+        yield Part(0, step_rows.singles)
+    first = step_rows.singles
+    for entry in step_rows.entries[step_rows.singles :]:
         yield Part(first, entry.stop - entry.first, entry.first)
         first += entry.stop - entry.first
 
 
-def _in_stores(group: LayerGroup, layout: _Layout) -> Stores:
-    starts = [group.first_visible(entry.first) for entry in layout.entries]
-    stops = [entry.stop for entry in layout.entries]
-    split = [max(start, group.boundary(entry.slot)) for start, entry in zip(starts, layout.entries, strict=True)]
+def _in_stores(pool: CachePool, step_rows: _StepRows) -> Stores:
+    starts = [pool.first_visible(entry.first) for entry in step_rows.entries]
+    stops = [entry.stop for entry in step_rows.entries]
+    split = [max(start, pool.boundary(entry.id)) for start, entry in zip(starts, step_rows.entries, strict=True)]
     return (
-        _in_store(group.host, layout, starts, stops, True),
-        _in_store(group.recent, layout, split, stops, True),
-        _in_store(group.spilled, layout, starts, split, False),
+        _in_store(pool.host, step_rows, starts, stops, True),
+        _in_store(pool.recent, step_rows, split, stops, True),
+        _in_store(pool.spilled, step_rows, starts, split, False),
     )
 
 
 def _in_store(
-    store: PagedStore | None, layout: _Layout, start: list[int], stop: list[int], writes: bool
+    store: PagedStore | None, step_rows: _StepRows, start: list[int], stop: list[int], writes: bool
 ) -> _InStore | None:
     bounds = list(zip(start, stop, strict=True))
     if store is None or all(first >= last for first, last in bounds):
         return None
-    slots = store.slots(layout.slots, layout.positions) if writes else None
-    table = store.tables([entry.slot for entry in layout.entries])
-    if not layout.singles:
+    slots = store.slots(step_rows.sequence_ids, step_rows.positions) if writes else None
+    table = store.tables([entry.id for entry in step_rows.entries])
+    if not step_rows.singles:
         return _InStore(bounds, slots, table, None, None)
-    singles = torch.tensor([start[: layout.singles], stop[: layout.singles]], dtype=torch.int32, device="cpu")
+    singles = torch.tensor([start[: step_rows.singles], stop[: step_rows.singles]], dtype=torch.int32, device="cpu")
     return _InStore(bounds, slots, table, *singles.unbind())
 
 
 def _uploaded(
-    lanes: Lanes, positions: Activation, slots: Activation, stores: list[Stores]
+    lanes: Lanes, positions: Activation, sequence_ids: Activation, stores: list[Stores]
 ) -> tuple[Activation, Activation, list[Stores]]:
-    """The positions, the slots, and what every `recent` store needs, on the device, brought there together."""
-    own = [item.host for item in (positions, slots) if item.host is not None]
+    """The positions, the ids of the sequences, and what every `recent` store needs, on the device, brought there
+    together."""
+    own = [item.host for item in (positions, sequence_ids) if item.host is not None]
     recent = [tensor for _, each, _ in stores if each is not None for tensor in each[1:] if tensor is not None]
     on_device = iter(lanes.upload([*own, *recent]))
     positions = Activation(next(on_device), positions.host)
-    if slots.host is not None:
-        slots = Activation(next(on_device), slots.host)
-    return positions, slots, [(host, _with_tables(recent, on_device), spilled) for host, recent, spilled in stores]
+    if sequence_ids.host is not None:
+        sequence_ids = Activation(next(on_device), sequence_ids.host)
+    return (
+        positions,
+        sequence_ids,
+        [(host, _with_tables(recent, on_device), spilled) for host, recent, spilled in stores],
+    )
 
 
 def _with_tables(store: _InStore | None, tables: Iterator[torch.Tensor]) -> _InStore | None:
@@ -276,18 +281,18 @@ def _slots(stores: Stores) -> Activation:
     return Activation(*(None if store is None else store.slots for store in (recent, host)))
 
 
-def _segments(stores: Stores, layout: _Layout) -> Iterator[Segments]:
-    if layout.singles:
-        yield Segments(*(_one_by_one(store, layout) for store in stores))
-    for entry in range(layout.singles, len(layout.entries)):
+def _segments(stores: Stores, step_rows: _StepRows) -> Iterator[Segments]:
+    if step_rows.singles:
+        yield Segments(*(_one_by_one(store, step_rows) for store in stores))
+    for entry in range(step_rows.singles, len(step_rows.entries)):
         yield Segments(*(_of_chunk(store, entry) for store in stores))
 
 
-def _one_by_one(store: _InStore | None, layout: _Layout) -> Segment | None:
-    singles = layout.singles
+def _one_by_one(store: _InStore | None, step_rows: _StepRows) -> Segment | None:
+    singles = step_rows.singles
     if store is None or all(first >= last for first, last in store.bounds[:singles]):
         return None
-    table = store.table if singles == len(layout.entries) else store.table[:singles]
+    table = store.table if singles == len(step_rows.entries) else store.table[:singles]
     return Segment(table, store.start, store.stop)
 
 

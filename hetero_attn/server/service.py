@@ -221,8 +221,8 @@ class Service:
         }
         if llm is None:
             return found
-        groups = llm.engine.kv_cache.layer_groups
-        used = max((1 - group.free_pages / group.capacity for group in groups if group.capacity), default=0.0)
+        pools = llm.engine.kv_cache.pools
+        used = max((1 - pool.free_pages / pool.capacity for pool in pools if pool.capacity), default=0.0)
         predicted = llm.plan.predicted
         speed = {} if predicted is None else {"hetero_predicted_decode_tokens_per_s": predicted.decode.tokens_per_s}
         return found | {"vllm:kv_cache_usage_perc": used} | speed

@@ -61,11 +61,11 @@ class FixedState:
 
 
 @dataclass(frozen=True, slots=True)
-class BufferGroup:
+class BufferSet:
     """Activation buffers of a step, (name, float32 elements a row), that lie one behind the other in a region of GPU
     memory.
 
-    The groups of a region never live together: each may begin where the others do. What one block leaves in a buffer
+    The sets of a region never live together: each may begin where the others do. What one block leaves in a buffer
     no other block may rely on. Every access on the GPU is in the order of one stream; host memory is not shared.
     """
 
@@ -88,7 +88,7 @@ class Declaration:
     vectors: tuple[Vector, ...] = ()
     matrices: tuple[Matrix, ...] = ()
     state: KvState | FixedState | None = None
-    buffers: tuple[BufferGroup, ...] = ()
+    buffers: tuple[BufferSet, ...] = ()
     small_calls: int = 0
     rope: RopeConfig | None = None
     stored: str | None = None

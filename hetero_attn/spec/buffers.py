@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hetero_attn.spec.blocks import FLOAT32_BYTES, BufferGroup, ModelSpec
+from hetero_attn.spec.blocks import FLOAT32_BYTES, BufferSet, ModelSpec
 from placement.plan.workload import round_up
 
 RESIDUAL_ALIGN_FEATURES = 16  # output features of a linear come in whole blocks
@@ -14,31 +14,31 @@ class ActivationWidths:
     """Widths, in float32 elements a row, of every activation buffer; the workspace allocates exactly these.
 
     residual: of the residual stream, and of the buffer in which columns that another lane computed arrive before they
-    are added to it. groups: of every block, the widest of each; see `BufferGroup`.
+    are added to it. sets: of every block, the widest of each; see `BufferSet`.
     """
 
     residual: int
-    groups: tuple[BufferGroup, ...]
+    sets: tuple[BufferSet, ...]
 
     @classmethod
     def of(cls, model: ModelSpec) -> "ActivationWidths":
         """Widths for a model."""
         return cls(
             round_up(model.hidden_size, RESIDUAL_ALIGN_FEATURES),
-            widest_groups(group for block in model.blocks for group in block.buffers),
+            widest_sets(each for block in model.blocks for each in block.buffers),
         )
 
     @property
     def by_name(self) -> dict[str, int]:
         """Width of every buffer of the blocks."""
-        return dict(buffer for group in self.groups for buffer in group.buffers)
+        return dict(buffer for each in self.sets for buffer in each.buffers)
 
     @property
-    def regions(self) -> dict[str, tuple[BufferGroup, ...]]:
-        """The groups of every region."""
-        found: dict[str, tuple[BufferGroup, ...]] = {}
-        for group in self.groups:
-            found[group.region] = (*found.get(group.region, ()), group)
+    def regions(self) -> dict[str, tuple[BufferSet, ...]]:
+        """The sets of every region."""
+        found: dict[str, tuple[BufferSet, ...]] = {}
+        for each in self.sets:
+            found[each.region] = (*found.get(each.region, ()), each)
         return found
 
     @property
@@ -52,27 +52,27 @@ class ActivationWidths:
         return FLOAT32_BYTES * (2 * self.residual + sum(self.by_name.values()))
 
 
-def room(groups: Iterable[BufferGroup]) -> int:
+def room(sets: Iterable[BufferSet]) -> int:
     """Elements a row of GPU memory for a region."""
-    return max(sum(width for _, width in group.buffers) for group in groups)
+    return max(sum(width for _, width in each.buffers) for each in sets)
 
 
-def widest_groups(groups: Iterable[BufferGroup]) -> tuple[BufferGroup, ...]:
-    """One group for all of the same buffers, with the greatest width of each.
+def widest_sets(sets: Iterable[BufferSet]) -> tuple[BufferSet, ...]:
+    """One set for all of the same buffers, with the greatest width of each.
 
-    Raises ValueError for a buffer in two groups of different names or regions: it would have two places.
+    Raises ValueError for a buffer in two sets of different names or regions: it would have two places.
     """
-    merged: dict[tuple[str, ...], BufferGroup] = {}
+    merged: dict[tuple[str, ...], BufferSet] = {}
     place: dict[str, tuple[str, ...]] = {}
-    for group in groups:
-        names = tuple(name for name, _ in group.buffers)
+    for each in sets:
+        names = tuple(name for name, _ in each.buffers)
         for name in names:
-            if place.setdefault(name, (group.region, *names)) != (group.region, *names):
+            if place.setdefault(name, (each.region, *names)) != (each.region, *names):
                 raise ValueError(
-                    f"buffer {name} is in a group {names} of region {group.region}, and in {place[name]} elsewhere; "
+                    f"buffer {name} is in a set {names} of region {each.region}, and in {place[name]} elsewhere; "
                     "give it another name"
                 )
-        known = merged.get(names, group)
-        widths = (max(a, b) for (_, a), (_, b) in zip(known.buffers, group.buffers, strict=True))
-        merged[names] = BufferGroup(group.region, tuple(zip(names, widths, strict=True)))
+        known = merged.get(names, each)
+        widths = (max(a, b) for (_, a), (_, b) in zip(known.buffers, each.buffers, strict=True))
+        merged[names] = BufferSet(each.region, tuple(zip(names, widths, strict=True)))
     return tuple(merged.values())

@@ -3,12 +3,12 @@
 A linear layer is a run of *units*, the smallest pieces that a cut may separate. Each unit gathers rows of one or more
 checkpoint tensors (its *parts*) and is padded to whole blocks of output features:
 
-    qkv      one unit per KV-head group   [q heads of the group | k head | v head]
+    qkv      one unit per KV head         [its q heads | k head | v head]
     gate_up  16 gate rows, then the 16 up rows beside them
     o, down, head   16 rows
 
 In a *paired* block the last linear (`o`, `down`) is cut the other way, by input feature, so that each side goes on with
-the heads and neurons that it has computed and adds one partial sum: a unit is a KV-head group's heads, or 64 neurons.
+the heads and neurons that it has computed and adds one partial sum: a unit is a KV head's heads, or 64 neurons.
 
 This module knows names and sizes; it reads nothing and knows no device.
 """
@@ -47,7 +47,7 @@ class LinearSpec:
     `out_features` counts packed features, padding included; `in_features` is the checkpoint's own. block: of the layer,
     to which it belongs. row_unit: input features of a unit where the linear is cut by rows of `x @ W`, 0 where it is
     cut by columns. row_choice: the row_unit that a paired plan would give it, 0 where none can. per_kv_head: its units
-    are the KV-head groups of the layer's cache.
+    are the KV heads of the layer's cache.
     """
 
     name: str

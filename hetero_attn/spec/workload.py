@@ -52,7 +52,7 @@ def build_workload(
     )
     tables = step_table_bytes(
         len(kv),
-        max((shard.groups for shard in kv), default=0),
+        max((shard.kv_heads for shard in kv), default=0),
         max(prefill_chunk, max_batch),
         max_batch,
         -(-max_context // page_size),
@@ -112,8 +112,10 @@ def table_bytes(count: int) -> int:
     return round_up(count, TABLE_ALIGN_BYTES)
 
 
-def step_table_bytes(layers: int, groups: int, rows: int, batch: int, pages: int, has_states: bool = False) -> int:
-    """Bytes that hold any step's tables: positions, for each of `layers` slots, a page table, starts and stops, and
-    each row's place among the states of fixed size where a model has such."""
-    per_layer = table_bytes(8 * rows * groups) + table_bytes(4 * batch * groups * pages) + 2 * table_bytes(4 * batch)
+def step_table_bytes(layers: int, kv_heads: int, rows: int, batch: int, pages: int, has_states: bool = False) -> int:
+    """Bytes that hold any step's tables: positions, for each of `layers` where tokens go, a page table, starts and
+    stops, and each row's place among the states of fixed size where a model has such."""
+    per_layer = (
+        table_bytes(8 * rows * kv_heads) + table_bytes(4 * batch * kv_heads * pages) + 2 * table_bytes(4 * batch)
+    )
     return table_bytes(8 * rows) + layers * per_layer + (table_bytes(8 * rows) if has_states else 0)

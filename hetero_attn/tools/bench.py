@@ -250,5 +250,5 @@ class _Bench:
 
     def _bytes_per_token(self, tokens: int) -> int:
         workload, context = self._plan.workload, self._depth + tokens // 2
-        cache = sum(shard.groups * shard.bytes_per_token * shard.visible_tokens(context) for shard in workload.kv)
+        cache = sum(shard.kv_heads * shard.bytes_per_token * shard.visible_tokens(context) for shard in workload.kv)
         return workload.weight_bytes + cache

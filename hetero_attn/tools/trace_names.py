@@ -1,6 +1,6 @@
 """Which shard an operation of a traced step works on, told from the memory that it reads.
 
-Weights, norms and pages belong to one shard each. A copy ahead of use hands its source's name on to the slot that it
+Weights, norms and pages belong to one shard each. A copy ahead of use hands its source's name on to the buffer that it
 fills. What reads activations alone belongs to the layer of the operation before it on its lane.
 """
 
@@ -22,13 +22,13 @@ class ShardNames:
         for index, layer in enumerate(engine.weights.layers):
             for block in layer:
                 found += _ranges(f"layers.{index}.norm", tuple(vector.main for vector in block.vectors.values()))
-        for index, (group, place) in engine.kv_cache.places.items():
-            for store in engine.kv_cache.layer_groups[group].stores.values():
+        for index, (pool, place) in engine.kv_cache.places.items():
+            for store in engine.kv_cache.pools[pool].stores.values():
                 found += _ranges(f"layers.{index}.kv", (store.k[place], store.v[place]))
         found += _ranges("final_norm", tuple(vector.main for vector in engine.weights.head.vectors.values()))
         self._ranges = sorted(found)
         self._starts = [start for start, _, _ in self._ranges]
-        self._slots: dict[int, str] = {}
+        self._buffers: dict[int, str] = {}
         self._layers: dict[str, str] = {}
 
     def of(self, lane: str, arguments: tuple[Any, ...]) -> str:
@@ -43,7 +43,7 @@ class ShardNames:
         """The shard whose bytes a copy moves; what reads the target later reads that shard."""
         name = self._of(source)
         if name:
-            self._slots[target.data_ptr()] = name
+            self._buffers[target.data_ptr()] = name
         return name or self._of(target) or self._layers.get(lane, "")
 
     def _of(self, tensor: torch.Tensor) -> str:
@@ -51,7 +51,7 @@ class ShardNames:
         place = bisect_right(self._starts, address) - 1
         if place >= 0 and address < self._ranges[place][1]:
             return self._ranges[place][2]
-        return self._slots.get(address, "")
+        return self._buffers.get(address, "")
 
 
 def _ranges(name: str, tensors: tuple[torch.Tensor | None, ...]) -> list[tuple[int, int, str]]:

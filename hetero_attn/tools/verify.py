@@ -282,9 +282,9 @@ def one_lane_plan(plan: Plan) -> Plan:
         for shard in workload.linears
     ]
     kv = [
-        KvPlacement(shard.name, shard.groups, workload.layer_tokens(shard), shard.groups)
+        KvPlacement(shard.name, shard.kv_heads, workload.layer_tokens(shard), shard.kv_heads)
         if on_gpu
-        else KvPlacement(shard.name, 0, 0, shard.groups)
+        else KvPlacement(shard.name, 0, 0, shard.kv_heads)
         for shard in workload.kv
     ]
     return build_plan(workload, linears, kv, device="emulated" if on_gpu else "cpu", num_threads=plan.num_threads)

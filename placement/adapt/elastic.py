@@ -1,6 +1,6 @@
 """Plans that a loaded elastic model can move to: another GPU budget, or cuts for the context that it has reached.
 
-Every unit has a copy in DRAM, so any home boundary can be reached. What stays is who owns which KV-head groups, because
+Every unit has a copy in DRAM, so any home boundary can be reached. What stays is who owns which KV heads, because
 their keys and values are in one owner's store, and everything that buffers were sized for.
 """
 
@@ -80,7 +80,7 @@ def _rules(plan: Plan, policy: Policy, gpu_tokens: int | None) -> tuple[Rule, ..
     workload = plan.workload
 
     def tokens(shard, placement, bound: KvBounds) -> int | None:
-        if not placement.gpu_groups:
+        if not placement.gpu_kv_heads:
             return 0
         return bound.gpu_tokens if gpu_tokens is None else gpu_tokens_of(workload, shard, bound, gpu_tokens)
 
@@ -88,7 +88,7 @@ def _rules(plan: Plan, policy: Policy, gpu_tokens: int | None) -> tuple[Rule, ..
     owners = tuple(
         Rule(
             match=shard.name,
-            kv=KvRule(gpu_heads=placement.gpu_groups, gpu_tokens=tokens(shard, placement, bound)),
+            kv=KvRule(gpu_heads=placement.gpu_kv_heads, gpu_tokens=tokens(shard, placement, bound)),
         )
         for shard, placement, bound in zip(workload.kv, plan.kv, bounds, strict=True)
     )

@@ -25,9 +25,9 @@ def layer_split(
 
     linears = tuple(map(placed, workload.linears))
     kv = tuple(
-        KvPlacement(s.name, s.groups, workload.layer_tokens(s), s.groups)
+        KvPlacement(s.name, s.kv_heads, workload.layer_tokens(s), s.kv_heads)
         if on_gpu(s.layer)
-        else KvPlacement(s.name, 0, 0, s.groups)
+        else KvPlacement(s.name, 0, 0, s.kv_heads)
         for s in workload.kv
     )
     return linears, kv
@@ -35,7 +35,7 @@ def layer_split(
 
 def largest_layer_split(workload: Workload, gpu_bytes: int) -> int:
     """Most leading layers whose weights and full KV cache fit in `gpu_bytes`."""
-    weights = {kv.layer: kv.groups * kv.bytes_per_token * workload.layer_tokens(kv) for kv in workload.kv}
+    weights = {kv.layer: kv.kv_heads * kv.bytes_per_token * workload.layer_tokens(kv) for kv in workload.kv}
     for shard in workload.linears:
         if shard.layer is not None:
             weights[shard.layer] = weights.get(shard.layer, 0) + shard.total_bytes
@@ -51,4 +51,4 @@ def largest_layer_split(workload: Workload, gpu_bytes: int) -> int:
 def stream_all(workload: Workload) -> tuple[tuple[LinearPlacement, ...], tuple[KvPlacement, ...]]:
     """Every weight copied to the GPU for every call, the KV cache on the GPU."""
     linears = tuple(LinearPlacement(s.name, 0, (s.units,) * NUM_ROW_TIERS, s.units) for s in workload.linears)
-    return linears, tuple(KvPlacement(s.name, s.groups, workload.layer_tokens(s), s.groups) for s in workload.kv)
+    return linears, tuple(KvPlacement(s.name, s.kv_heads, workload.layer_tokens(s), s.kv_heads) for s in workload.kv)

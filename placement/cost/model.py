@@ -27,7 +27,7 @@ A `paired` layer cuts o and down by rows of the weight, to follow the heads and 
 then one step of max(cpu, gpu) with one hand-over, rows in and the partial sum back, two hand-overs a layer instead of
 four.
 
-All coefficients are linear in units, groups and bytes, so the planner optimises exactly what is predicted here.
+All coefficients are linear in units, KV heads and bytes, so the planner optimises exactly what is predicted here.
 """
 
 from collections import Counter
@@ -46,7 +46,7 @@ from placement.cost.terms import (
     linear_cost,
     queueing_s,
     small_ops_s,
-    step_cost,
+    stage_cost,
     step_s,
 )
 from placement.machine.hardware import HardwareProfile
@@ -134,7 +134,7 @@ class _Tally:
             self._once[key] = compute()
         return self._once[key]
 
-    def add_step(
+    def add_stage(
         self, kind: str, cpu_s: float, gpu_s: float, handovers_s: float, launch_s: float, block: Block | None = None
     ) -> None:
         """Both lanes side by side, then the hand-overs. kind: linears | attention. block: of which this is a part; its
@@ -174,14 +174,14 @@ def _add_linear(
 
     def computed() -> LinearCost:
         if tally.on_gpu:
-            return step_cost(shard, rows, workload.format_of(shard), hardware, block is not None)
+            return stage_cost(shard, rows, workload.format_of(shard), hardware, block is not None)
         return linear_cost(shard, rows, workload.format_of(shard), hardware, False, cpu_call_s(call, hardware, False))
 
     cost = tally.once((shard.kind, shard.shape, block is not None), computed)
     gpu_s = (home + streamed) * cost.gpu_s_per_unit if home + streamed else 0.0
     cpu_s, handover = on_cpu * cost.cpu_s_per_unit, cost.handover_s * (on_cpu > 0)
     copy_s = streamed * shard.unit_bytes / hardware.h2d_bytes_per_s if streamed else 0.0
-    tally.add_step("linears", cpu_s, gpu_s, handover, cost.launch_s, block)
+    tally.add_stage("linears", cpu_s, gpu_s, handover, cost.launch_s, block)
     tally.reads_s.append(on_cpu * cost.read_s_per_unit)
     if shard.is_head:
         tally.head_s = max(cpu_s, gpu_s, copy_s) + handover + cost.launch_s
@@ -207,18 +207,20 @@ def _add_attention(
 ) -> None:
     """Add one layer's attention."""
     cost = tally.once(
-        (shard.groups, shard.bytes_per_token, shard.window, placement.gpu_tokens),
+        (shard.kv_heads, shard.bytes_per_token, shard.window, placement.gpu_tokens),
         lambda: attention_cost(shard, call, placement.gpu_tokens, workload, hardware, tally.on_gpu),
     )
-    on_gpu_groups, on_cpu_groups = placement.gpu_groups, shard.groups - placement.gpu_groups
-    handovers = attention_handovers(cpu_qkv_units, on_gpu_groups, shard.groups, cost.spilled_s_per_group > 0)
-    cpu_s = on_cpu_groups * cost.cpu_s_per_group + on_gpu_groups * cost.spilled_s_per_group
-    gpu_s = on_gpu_groups * cost.gpu_s_per_group
-    tally.add_step("attention", cpu_s, gpu_s, handovers * cost.handover_s, cost.launch_s, block)
-    tally.reads_s.append(on_cpu_groups * cost.read_s_per_group + on_gpu_groups * cost.spilled_s_per_group)
-    read = on_cpu_groups * cost.dram_bytes_per_group + on_gpu_groups * cost.spilled_bytes_per_group
+    on_gpu_kv_heads, on_cpu_kv_heads = placement.gpu_kv_heads, shard.kv_heads - placement.gpu_kv_heads
+    handovers = attention_handovers(cpu_qkv_units, on_gpu_kv_heads, shard.kv_heads, cost.spilled_s_per_kv_head > 0)
+    cpu_s = on_cpu_kv_heads * cost.cpu_s_per_kv_head + on_gpu_kv_heads * cost.spilled_s_per_kv_head
+    gpu_s = on_gpu_kv_heads * cost.gpu_s_per_kv_head
+    tally.add_stage("attention", cpu_s, gpu_s, handovers * cost.handover_s, cost.launch_s, block)
+    tally.reads_s.append(on_cpu_kv_heads * cost.read_s_per_kv_head + on_gpu_kv_heads * cost.spilled_s_per_kv_head)
+    read = on_cpu_kv_heads * cost.dram_bytes_per_kv_head + on_gpu_kv_heads * cost.spilled_bytes_per_kv_head
     tally.lanes["dram"].append(read / hardware.dram_bytes_per_s)
-    streamed_s = on_gpu_groups * cost.streamed_bytes_per_group / hardware.h2d_bytes_per_s if on_gpu_groups else 0.0
+    streamed_s = (
+        on_gpu_kv_heads * cost.streamed_bytes_per_kv_head / hardware.h2d_bytes_per_s if on_gpu_kv_heads else 0.0
+    )
     tally.lanes["pcie"].append(streamed_s)
     tally.before_head_s.append(streamed_s)
     tally.terms["copies"].append(streamed_s)
@@ -227,7 +229,7 @@ def _add_attention(
 def working_set_bytes(workload: Workload, context: int) -> int:
     """Bytes that a step with one sequence reads: every weight, of experts those that a row is computed by, and the
     cache."""
-    cache = sum(kv.groups * kv.bytes_per_token * kv.visible_tokens(context) for kv in workload.kv)
+    cache = sum(kv.kv_heads * kv.bytes_per_token * kv.visible_tokens(context) for kv in workload.kv)
     return round(sum(shard.touched(1) * shard.total_bytes for shard in workload.linears)) + cache
 
 

@@ -1,6 +1,6 @@
 """Predicted time of single operations of a pass: a linear on either side, attention, hand-overs, what Python adds.
 
-Every coefficient is linear in units, groups and bytes; `cost` adds them up to a pass, `formulation` optimises over
+Every coefficient is linear in units, KV heads and bytes; `cost` adds them up to a pass, `formulation` optimises over
 them.
 """
 
@@ -71,20 +71,22 @@ class LinearCost:
 class AttentionCost:
     """Coefficients of one layer's attention in one pass, for a given number of KV slots in GPU memory.
 
-    cpu_s, dram_bytes: of a group owned by the CPU; spilled_s, spilled_bytes: of the older tokens of a GPU group, which
-    the CPU attends in place for one row and the GPU for several, once streamed_bytes of them have crossed the bus;
-    gpu_s: of the recent tokens of a GPU group. read_s: of cpu_s, the seconds for which it reads DRAM as fast as it can.
+    cpu_s, dram_bytes: of a KV head owned by the CPU; spilled_s, spilled_bytes: of the older tokens of a GPU KV head,
+    which the CPU attends in place for one row and the GPU for several, once streamed_bytes of them have crossed the
+    bus;
+    gpu_s: of the recent tokens of a GPU KV head. read_s: of cpu_s, the seconds for which it reads DRAM as fast as it
+    can.
     """
 
-    cpu_s_per_group: float
-    spilled_s_per_group: float
-    gpu_s_per_group: float
-    dram_bytes_per_group: float
-    spilled_bytes_per_group: float
-    streamed_bytes_per_group: float
+    cpu_s_per_kv_head: float
+    spilled_s_per_kv_head: float
+    gpu_s_per_kv_head: float
+    dram_bytes_per_kv_head: float
+    spilled_bytes_per_kv_head: float
+    streamed_bytes_per_kv_head: float
     handover_s: float
     launch_s: float
-    read_s_per_group: float
+    read_s_per_kv_head: float
 
 
 def cpu_linear_s_per_unit(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile) -> float:
@@ -130,7 +132,7 @@ def _unit_s(
 
 
 def handover_s(rows: int, in_features: int, out_features: float, hardware: HardwareProfile) -> float:
-    """Hand-over of a step: fixed cost + input rows to the host + output rows back."""
+    """Hand-over of a stage: fixed cost + input rows to the host + output rows back."""
     down = rows * in_features * BYTES_PER_ACTIVATION / hardware.d2h_bytes_per_s
     up = rows * out_features * BYTES_PER_ACTIVATION / hardware.h2d_bytes_per_s
     return hardware.handover_s + down + up
@@ -176,7 +178,7 @@ def linear_cost(
     )
 
 
-def step_cost(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile, paired: bool) -> LinearCost:
+def stage_cost(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile, paired: bool) -> LinearCost:
     """Coefficients of one linear beside a GPU. paired: it is part of a paired block, into which only rows go, before
     its first linear, and out of which a whole partial sum comes, after its last."""
     cost = linear_cost(shard, rows, dtype, hardware, True)
@@ -189,7 +191,7 @@ def step_cost(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfi
 
 def cpu_attention_rate(shard: KvShard, workload: Workload, hardware: HardwareProfile) -> AttentionRate:
     """Rates of CPU attention over this cache: measured for the most similar one, else overall."""
-    bits, heads = KV_BITS[workload.kv_dtype], workload.heads_of(shard) / shard.groups
+    bits, heads = KV_BITS[workload.kv_dtype], workload.heads_of(shard) / shard.kv_heads
     if hardware.cpu_attention:
         return nearest_attention(hardware.cpu_attention, bits, heads, workload.head_dim_of(shard))
     overall = hardware.cpu_attention_bytes_per_s, hardware.cpu_attention_ops_per_s
@@ -207,7 +209,7 @@ def attention_cost(
     stored = kv.visible_tokens(call.context + call.q_len)
     near = min(stored, gpu_tokens / call.sequences) if on_gpu else 0
     far_share = (stored - near) / stored
-    heads = workload.heads_of(kv) / kv.groups
+    heads = workload.heads_of(kv) / kv.kv_heads
     operations = 4 * workload.head_dim_of(kv) * heads * call.rows * keys
     read = call.sequences * stored * kv.bytes_per_token
     rate = cpu_attention_rate(kv, workload, hardware)
@@ -259,14 +261,15 @@ def step_s(workload: Workload, call: Call, hardware: HardwareProfile, on_gpu: bo
     return hardware.step_overhead_s + layers * hardware.layer_overhead_s + chosen * hardware.logits_s_per_token
 
 
-def attention_handovers(cpu_linear_units: int, gpu_groups: int, groups: int, spills: bool) -> int:
+def attention_handovers(cpu_linear_units: int, gpu_kv_heads: int, kv_heads: int, spills: bool) -> int:
     """Hand-overs of attention itself, beyond that of qkv.
 
-    None when the GPU owns every group and nothing spilled, or when exactly the groups whose q, k, v the CPU computed
+    None when the GPU owns every KV head and nothing spilled, or when exactly the KV heads whose q, k, v the CPU
+    computed
     are attended there: their results cross once, after attention. Otherwise one.
     """
-    attended_by_cpu = groups - gpu_groups
-    if spills and gpu_groups:
+    attended_by_cpu = kv_heads - gpu_kv_heads
+    if spills and gpu_kv_heads:
         return 1
     return int(attended_by_cpu > cpu_linear_units)
 

@@ -50,25 +50,35 @@ class LinearPlacement:
 
 @dataclass(frozen=True, slots=True)
 class KvPlacement:
-    """Who owns the KV-head groups of one layer.
+    """Who owns the KV heads of one layer.
 
-    Groups [0, gpu_groups) belong to the GPU: their newest `gpu_tokens` tokens, counted over all sequences, stay in GPU
-    memory and older ones go to DRAM. The other groups keep K and V in DRAM and attend on the CPU.
+    Heads [0, gpu_kv_heads) belong to the GPU: their newest `gpu_tokens` tokens, counted over all sequences, stay in GPU
+    memory and older ones go to DRAM. The other KV heads keep K and V in DRAM and attend on the CPU.
     """
 
     name: str
-    gpu_groups: int
+    gpu_kv_heads: int
     gpu_tokens: int
-    groups: int
+    kv_heads: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.gpu_groups <= self.groups:
-            raise ValueError(f"{self.name}: gpu_groups must be in 0..{self.groups}, got {self.gpu_groups}")
-        if (self.gpu_groups == 0) != (self.gpu_tokens == 0):
+        if not 0 <= self.gpu_kv_heads <= self.kv_heads:
+            raise ValueError(f"{self.name}: gpu_kv_heads must be in 0..{self.kv_heads}, got {self.gpu_kv_heads}")
+        if (self.gpu_kv_heads == 0) != (self.gpu_tokens == 0):
             raise ValueError(
-                f"{self.name}: gpu_groups and gpu_tokens must be zero together, got {self.gpu_groups} and "
+                f"{self.name}: gpu_kv_heads and gpu_tokens must be zero together, got {self.gpu_kv_heads} and "
                 f"{self.gpu_tokens}"
             )
+
+    @property
+    def groups(self) -> int:
+        """`kv_heads`, by the name that plans print."""
+        return self.kv_heads
+
+    @property
+    def gpu_groups(self) -> int:
+        """`gpu_kv_heads`, by the name that plans print."""
+        return self.gpu_kv_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +110,13 @@ class MemoryReport:
 
 
 def kv_recent_tokens(workload: Workload, shard: KvShard, gpu_tokens: int) -> int:
-    """KV slots in GPU memory for a GPU-owned group, in whole pages: `gpu_tokens`, or all that the layer ever takes."""
+    """KV slots in GPU memory for a GPU-owned KV head, in whole pages: `gpu_tokens`, or all that the layer ever
+    takes."""
     return min(round_up(gpu_tokens, workload.page_size), workload.layer_tokens(shard))
 
 
 def kv_spilled_tokens(workload: Workload, shard: KvShard, gpu_tokens: int) -> int:
-    """KV slots in DRAM for the older tokens of a GPU-owned group: every token may be there once some have to be."""
+    """KV slots in DRAM for the older tokens of a GPU-owned KV head: every token may be there once some have to be."""
     all_tokens = workload.layer_tokens(shard)
     may_spill = workload.elastic or kv_recent_tokens(workload, shard, gpu_tokens) < all_tokens
     return all_tokens if may_spill else 0
@@ -114,21 +125,22 @@ def kv_spilled_tokens(workload: Workload, shard: KvShard, gpu_tokens: int) -> in
 def kv_gpu_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) -> int:
     """GPU memory of one layer's KV cache."""
     tokens = kv_recent_tokens(workload, shard, placement.gpu_tokens)
-    return placement.gpu_groups * tokens * shard.bytes_per_token
+    return placement.gpu_kv_heads * tokens * shard.bytes_per_token
 
 
 def kv_pinned_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) -> int:
-    """Page-locked DRAM of one layer's KV cache: older tokens of the GPU's groups, whose pages are copied both ways."""
-    return placement.gpu_groups * kv_spilled_tokens(workload, shard, placement.gpu_tokens) * shard.bytes_per_token
+    """Page-locked DRAM of one layer's KV cache: older tokens of the GPU's KV heads, whose pages are copied both
+    ways."""
+    return placement.gpu_kv_heads * kv_spilled_tokens(workload, shard, placement.gpu_tokens) * shard.bytes_per_token
 
 
 def kv_host_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) -> int:
-    """Ordinary DRAM of one layer's KV cache: all tokens of the CPU's groups, which never leave it."""
-    return (placement.groups - placement.gpu_groups) * workload.layer_tokens(shard) * shard.bytes_per_token
+    """Ordinary DRAM of one layer's KV cache: all tokens of the CPU's kv_heads, which never leave it."""
+    return (placement.kv_heads - placement.gpu_kv_heads) * workload.layer_tokens(shard) * shard.bytes_per_token
 
 
 def kv_dram_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) -> int:
-    """DRAM of one layer's KV cache: older tokens of the GPU's groups and all tokens of the CPU's."""
+    """DRAM of one layer's KV cache: older tokens of the GPU's KV heads and all tokens of the CPU's."""
     return kv_pinned_bytes(workload, shard, placement) + kv_host_bytes(workload, shard, placement)
 
 
@@ -138,8 +150,8 @@ def kv_bytes_at(workload: Workload, kv: Sequence[KvPlacement], context: int) -> 
     for shard, placement in zip(workload.kv, kv, strict=True):
         tokens = min(round_up(context, workload.page_size), workload.sequence_tokens(shard))
         near = min(tokens, kv_recent_tokens(workload, shard, placement.gpu_tokens))
-        gpu += placement.gpu_groups * near * shard.bytes_per_token
-        dram += (placement.groups * tokens - placement.gpu_groups * near) * shard.bytes_per_token
+        gpu += placement.gpu_kv_heads * near * shard.bytes_per_token
+        dram += (placement.kv_heads * tokens - placement.gpu_kv_heads * near) * shard.bytes_per_token
     return gpu, dram
 
 
@@ -150,7 +162,7 @@ def kv_staging_pages(workload: Workload) -> int:
 
 def kv_staging_bytes(workload: Workload) -> int:
     """GPU memory of the buffers for them, and of the table that says where a buffer has which page."""
-    widest, pages = max((shard.groups for shard in workload.kv), default=0), kv_staging_pages(workload)
+    widest, pages = max((shard.kv_heads for shard in workload.kv), default=0), kv_staging_pages(workload)
     token = widest * max((shard.bytes_per_token for shard in workload.kv), default=0)
     return KV_STAGING_BUFFERS * pages * workload.page_size * token + 4 * widest * pages
 

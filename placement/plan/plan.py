@@ -1,4 +1,4 @@
-"""A plan: where every unit of a linear and every KV-head group lives and is computed. Frozen data, printed three ways.
+"""A plan: where every unit of a linear and every KV head lives and is computed. Frozen data, printed three ways.
 
 The runtime reads placements and sizes from here and allocates by the functions of placement.plan.memory, so that the
 counted bytes are the allocated ones. `to_yaml` writes the plan as a policy that make_plan turns into the same plan
@@ -208,7 +208,7 @@ class Plan:
                 for s, p in zip(self.workload.linears, self.linears, strict=True)
             ],
             "kv": [
-                {"name": p.name, "groups": p.groups, "gpu_groups": p.gpu_groups, "gpu_tokens": p.gpu_tokens}
+                {"name": p.name, "groups": p.kv_heads, "gpu_groups": p.gpu_kv_heads, "gpu_tokens": p.gpu_tokens}
                 for p in self.kv
             ],
             "memory": self.memory.to_dict(),
@@ -263,7 +263,7 @@ def _kv_rule(row: PlanRow) -> list[str]:
     placement: KvPlacement = row.placement
     return [
         f"  - match: {row.label}",
-        f"    kv: {{gpu_heads: {placement.gpu_groups}, gpu_tokens: {placement.gpu_tokens}}}",
+        f"    kv: {{gpu_heads: {placement.gpu_kv_heads}, gpu_tokens: {placement.gpu_tokens}}}",
     ]
 
 

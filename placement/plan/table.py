@@ -188,9 +188,9 @@ def _kv_row(plan: ShownPlan, row: PlanRow) -> tuple[str, ...]:
     placement: KvPlacement = row.placement
     gpu = sum(kv_gpu_bytes(plan.workload, shard, placement) for shard in row.shards)
     dram = sum(kv_dram_bytes(plan.workload, shard, placement) for shard in row.shards)
-    cut = f"{placement.gpu_groups}/0/{placement.groups - placement.gpu_groups}"
-    home = f"{placement.gpu_groups} ({placement.gpu_tokens} tok)" if placement.gpu_groups else "0"
-    return (row.label, str(row.count), str(placement.groups), home, cut, cut, format_bytes(gpu), format_bytes(dram))
+    cut = f"{placement.gpu_kv_heads}/0/{placement.kv_heads - placement.gpu_kv_heads}"
+    home = f"{placement.gpu_kv_heads} ({placement.gpu_tokens} tok)" if placement.gpu_kv_heads else "0"
+    return (row.label, str(row.count), str(placement.kv_heads), home, cut, cut, format_bytes(gpu), format_bytes(dram))
 
 
 def _memory(plan: ShownPlan, width: int) -> Table:

@@ -39,7 +39,7 @@ class LinearShard:
 
     name: closed shard name; kind: its last word; layer: index, or None for the head, which runs on the rows of which
     logits are wanted. block: of the layer, whose linears a paired plan cuts alike. per_kv_head: a unit makes the q, k
-    and v of a KV-head group of the layer's cache.
+    and v of a KV head of the layer's cache.
     units: number of cuttable pieces; unit_bytes, unit_features: packed bytes and output features of one unit.
     in_features: width of the input row; flops_per_row_per_unit: multiplications plus additions for one row and unit.
     weight_format: what the unit is packed as, a format of cpu_kernels/formats or a mix of them; empty is the
@@ -104,7 +104,7 @@ class LinearShard:
 
 @dataclass(frozen=True, slots=True)
 class KvShard:
-    """The KV cache of one layer: `groups` KV-head groups, K plus V of one group for one token is `bytes_per_token`.
+    """The KV cache of one layer: `kv_heads` KV heads, K plus V of one KV head for one token is `bytes_per_token`.
 
     window: sliding window in tokens, 0 for full attention. heads, head_dim: of the layer's queries, 0 is as many as the
     workload says.
@@ -112,11 +112,16 @@ class KvShard:
 
     name: str
     layer: int
-    groups: int
+    kv_heads: int
     bytes_per_token: int
     window: int = 0
     heads: int = 0
     head_dim: int = 0
+
+    @property
+    def groups(self) -> int:
+        """`kv_heads`, by the name that plans print."""
+        return self.kv_heads
 
     def visible_tokens(self, context: int) -> int:
         """How many of `context` cached tokens a new token attends to."""
@@ -257,7 +262,7 @@ class Workload:
 
     @property
     def min_gpu_tokens(self) -> int:
-        """Fewest KV slots with which a GPU-owned group can work: one prefill chunk and a page for every sequence."""
+        """Fewest KV slots with which a GPU-owned KV head can work: one prefill chunk and a page for every sequence."""
         chunk = round_up(min(self.max_context, self.prefill_chunk), self.page_size)
         return min(self.full_tokens, chunk + self.page_size * self.max_batch)
 

@@ -40,16 +40,16 @@ class LinearBounds:
 
 @dataclass(frozen=True, slots=True)
 class KvBounds:
-    """GPU-owned groups of one layer and KV slots they keep in GPU memory. None is free."""
+    """GPU-owned KV heads of one layer and KV slots they keep in GPU memory. None is free."""
 
-    gpu_groups: int | None = None
+    gpu_kv_heads: int | None = None
     gpu_tokens: int | None = None
 
     def allows(self, placement: KvPlacement) -> bool:
         """Whether a placement has what is fixed."""
-        groups_fit = self.gpu_groups is None or self.gpu_groups == placement.gpu_groups
-        tokens_fit = not placement.gpu_groups or self.gpu_tokens in (None, placement.gpu_tokens)
-        return groups_fit and tokens_fit
+        heads_fit = self.gpu_kv_heads is None or self.gpu_kv_heads == placement.gpu_kv_heads
+        tokens_fit = not placement.gpu_kv_heads or self.gpu_tokens in (None, placement.gpu_tokens)
+        return heads_fit and tokens_fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,17 +266,17 @@ def _tier_units(
 
 
 def _kv_bounds(rule: Rule, shard: KvShard, device: str, workload: Workload) -> KvBounds:
-    groups = shard.groups if rule.kv.gpu_heads == "all" else rule.kv.gpu_heads
+    kv_heads = shard.kv_heads if rule.kv.gpu_heads == "all" else rule.kv.gpu_heads
     every, fewest = workload.layer_tokens(shard), min(workload.min_gpu_tokens, workload.layer_tokens(shard))
     tokens = every if rule.kv.gpu_tokens == "all" else rule.kv.gpu_tokens
-    if groups is not None and groups > shard.groups:
-        raise _Conflict(("kv", "gpu_heads"), f"{groups} is more than its {shard.groups} KV-head groups")
-    if device == "cpu" and (groups or tokens):
+    if kv_heads is not None and kv_heads > shard.kv_heads:
+        raise _Conflict(("kv", "gpu_heads"), f"{kv_heads} is more than its {shard.kv_heads} KV heads")
+    if device == "cpu" and (kv_heads or tokens):
         raise _Conflict(("kv",), "the rule asks for KV cache in GPU memory, and device cpu has none")
-    if groups == 0 or tokens == 0 or device == "cpu":
-        if groups or tokens:
+    if kv_heads == 0 or tokens == 0 or device == "cpu":
+        if kv_heads or tokens:
             raise _Conflict(
-                ("kv",), f"gpu_heads {groups} and gpu_tokens {tokens} contradict each other: both are 0 or none is"
+                ("kv",), f"gpu_heads {kv_heads} and gpu_tokens {tokens} contradict each other: both are 0 or none is"
             )
         return KvBounds(0, 0)
     if tokens is not None:
@@ -287,4 +287,4 @@ def _kv_bounds(rule: Rule, shard: KvShard, device: str, workload: Workload) -> K
                 "for every sequence; give at least that, or 0",
             )
         tokens = min(every, -(-tokens // workload.page_size) * workload.page_size)
-    return KvBounds(groups, tokens)
+    return KvBounds(kv_heads, tokens)

@@ -54,11 +54,11 @@ class TierRule(_Strict):
 
 
 class KvRule(_Strict):
-    """KV cache of a layer: how many KV-head groups the GPU owns, and how many of their newest tokens it keeps."""
+    """KV cache of a layer: how many KV heads the GPU owns, and how many of their newest tokens it keeps."""
 
-    gpu_heads: CountField = Field(None, description="KV-head groups that the GPU owns; all, auto or a number.")
+    gpu_heads: CountField = Field(None, description="KV heads that the GPU owns; all, auto or a number.")
     gpu_tokens: CountField = Field(
-        None, description="Newest tokens of those groups that stay in GPU memory; all, auto or a number."
+        None, description="Newest tokens of those heads that stay in GPU memory; all, auto or a number."
     )
 
 

@@ -25,7 +25,7 @@ ATTENTION_BYTES = 96 << 20  # of K and V: still three caches of a few cores, and
 CACHED_BYTES = 4 << 20
 KV_HEADS = 8
 PREFILL_ROWS = 256
-HEADS_PER_GROUP = (1, 4, 8)
+QUERIES_PER_KV = (1, 4, 8)
 HEAD_DIMS = (64, 128)
 KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "q8": torch.int8, "q4": torch.uint8}
 PAGE_TOKENS = 64
@@ -39,7 +39,7 @@ def attention_rates(ops: CpuKernels, dram: float, on_progress: Progress) -> tupl
             on_progress(f"attention over {kv_dtype}, heads of {head_dim}")
             sizes = beyond_caches(ATTENTION_BYTES), CACHED_BYTES
             pages, cached = (kv_pages(kv_dtype, head_dim, size) for size in sizes)
-            for heads in HEADS_PER_GROUP:
+            for heads in QUERIES_PER_KV:
                 near_s = recorded_seconds(ops, decode_call(ops, cached, heads, head_dim), CALLS // 10)
                 near = 2 * cached[0].nbytes / near_s
                 decode = decode_rate(ops, pages, heads, head_dim, dram, near)
@@ -56,22 +56,20 @@ def kv_pages(kv_dtype: str, head_dim: int, size: int) -> tuple[torch.Tensor, tor
     return k_pages, v_pages, torch.arange(count, dtype=torch.int32, device="cpu").view(-1, KV_HEADS).T.contiguous()
 
 
-def decode_rate(
-    ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim: int, dram: float, cached: float
-) -> float:
+def decode_rate(ops: CpuKernels, pages: tuple, queries_per_kv: int, head_dim: int, dram: float, cached: float) -> float:
     """Bytes of K and V a second with one row, where a plain read reaches `dram` and the kernel `cached` from the cache;
     measured beside plain reads of them, for memory may be faster or slower meanwhile."""
     k_pages, v_pages, _ = pages
     read = k_pages.nbytes + v_pages.nbytes
-    work = decode_call(ops, pages, heads_per_group, head_dim)
+    work = decode_call(ops, pages, queries_per_kv, head_dim)
     found = turns(work, lambda: (ops.sweep(k_pages), ops.sweep(v_pages)))
     return statistics.median(beside_memory(read / worked, read / swept, dram, cached) for swept, worked in found)
 
 
-def decode_call(ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim: int) -> Callable[[], None]:
+def decode_call(ops: CpuKernels, pages: tuple, queries_per_kv: int, head_dim: int) -> Callable[[], None]:
     """A call of `decode_attention` with one row over every page, ready to be timed or recorded."""
     k_pages, v_pages, table = pages
-    heads, tables = KV_HEADS * heads_per_group, table[None]
+    heads, tables = KV_HEADS * queries_per_kv, table[None]
     q = torch.randn(1, heads, head_dim, **FLOAT32)
     out, lse = torch.empty(1, heads, head_dim, **FLOAT32), torch.empty(1, heads, **FLOAT32)
     bounds = (0, table.shape[1] * PAGE_TOKENS)
@@ -79,11 +77,11 @@ def decode_call(ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim: i
     return lambda: ops.decode_attention(q, k_pages, v_pages, tables, start, stop, 0.1, out, lse)
 
 
-def prefill_rates(ops: CpuKernels, pages: tuple, heads_per_group: int, head_dim: int) -> tuple[float, float]:
+def prefill_rates(ops: CpuKernels, pages: tuple, queries_per_kv: int, head_dim: int) -> tuple[float, float]:
     """Operations a second over tokens before a chunk, and how many keys more than it sees the chunk itself costs a row:
     a chunk alone and with as many tokens before it."""
     k_pages, v_pages, table = pages
-    heads, rows = KV_HEADS * heads_per_group, min(PREFILL_ROWS, table.shape[1] * PAGE_TOKENS // 2)
+    heads, rows = KV_HEADS * queries_per_kv, min(PREFILL_ROWS, table.shape[1] * PAGE_TOKENS // 2)
     q = torch.randn(rows, heads, head_dim, **FLOAT32)
     out, lse = torch.empty(rows, heads, head_dim, **FLOAT32), torch.empty(rows, heads, **FLOAT32)
 

@@ -38,7 +38,7 @@ class Formulation:
             {key: values[v.gpu] for key, v in unknowns.linears.items()},
             by_tier("stream"),
             by_tier("cpu_layers"),
-            {c: values[index] for c, index in unknowns.groups.items()},
+            {c: values[index] for c, index in unknowns.kv_heads.items()},
             {c: max(values[index] for index in indices) for c, indices in unknowns.attending.items()},
             self._whole_pages(values),
             self._seconds(values),
@@ -76,15 +76,15 @@ class Formulation:
         return unknowns.bytes_scale * (unknowns.memory_constant[place] + sum(values[v] * k for v, k in needed.items()))
 
     def _prefer_affinity(self, weighted: WeightedCall) -> None:
-        """Prefer that the GPU owns the cache of no more groups than it computes q, k and v for."""
+        """Prefer that the GPU owns the cache of no more KV heads than it computes q, k and v for."""
         unknowns, tier = self._unknowns, weighted.call.tier
-        for c, groups in unknowns.groups.items():
+        for c, kv_heads in unknowns.kv_heads.items():
             for i, linear in enumerate(unknowns.classes[c].linears):
                 if linear.shard.per_kv_head:
                     variables = unknowns.linears[c, i]
                     copy = unknowns.time_scale * linear.shard.unit_bytes / unknowns.hardware.h2d_bytes_per_s
                     stray = unknowns.program.variable(cost=2 * TIE_BREAK * weighted.weight * copy)
-                    unknowns.program.at_least({stray: 1, variables.gpu: 1, variables.stream[tier]: 1, groups: -1}, 0)
+                    unknowns.program.at_least({stray: 1, variables.gpu: 1, variables.stream[tier]: 1, kv_heads: -1}, 0)
 
     def _limit_memory(self) -> None:
         unknowns = self._unknowns

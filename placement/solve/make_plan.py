@@ -41,7 +41,7 @@ class _Request:
     policy: Policy
     device: str
     gpu_memory_bytes: int | None
-    slots: int
+    staging_slots: int
 
     @property
     def context_bytes(self) -> int:
@@ -147,7 +147,9 @@ def _problem(request: _Request) -> Problem:
         )
     )
     bounds = bind(request.policy, request.workload, request.device)
-    problem = Problem(request.workload, request.hardware, bounds, request.policy.objective, request.slots, budgets)
+    problem = Problem(
+        request.workload, request.hardware, bounds, request.policy.objective, request.staging_slots, budgets
+    )
     only = fixed_candidate(problem, request.device != "cpu")
     apart = block_apart(request.workload, only.linears) if only else None
     if apart:
@@ -193,7 +195,7 @@ def _plan_of(request: _Request, candidate: Candidate) -> Plan:
         candidate.kv,
         device=request.device,
         gpu_memory_bytes=request.gpu_memory_bytes,
-        staging_slots=request.slots,
+        staging_slots=request.staging_slots,
         num_threads=request.hardware.cores,
         context_bytes=request.context_bytes,
         objective=request.policy.objective,

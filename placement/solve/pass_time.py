@@ -1,17 +1,17 @@
 """The seconds of one pass over the unknowns of a placement program: the equations of placement.cost, term by term.
 
-In k <= n of a class's n layers the CPU has a share of a step. Those k pay a hand-over and overlap both lanes, the
+In k <= n of a class's n layers the CPU has a share of a stage. Those k pay a hand-over and overlap both lanes, the
 others run on the GPU alone:
 
-    steps >= C * cpu_s + (n - k) * units * gpu_s,    steps >= (G + S) * gpu_s,    C <= k * units
+    stages >= C * cpu_s + (n - k) * units * gpu_s,    stages >= (G + S) * gpu_s,    C <= k * units
 
-so the program itself weighs concentrating CPU work in few layers against spreading it. A paired block is one such step
+so the program itself weighs concentrating CPU work in few layers against spreading it. A paired block is one such stage
 of the sums of its parts.
 """
 
 from dataclasses import dataclass, field
 
-from placement.cost.terms import WeightedCall, attention_cost, interference, small_ops_s, step_cost
+from placement.cost.terms import WeightedCall, attention_cost, interference, small_ops_s, stage_cost
 from placement.solve.classes import LayerClass, LinearClass
 from placement.solve.pairing import pairs
 from placement.solve.program import add
@@ -24,15 +24,15 @@ Terms = dict[int, float]
 
 
 @dataclass(slots=True)
-class _Step:
-    """Busy times of both lanes in a step, time of the GPU alone, and which counts of layers have CPU work in it."""
+class _Stage:
+    """Busy times of both lanes in a stage, time of the GPU alone, and which counts of layers have CPU work in it."""
 
     cpu: Terms = field(default_factory=dict)
     gpu: Terms = field(default_factory=dict)
     cpu_layers: Terms = field(default_factory=dict)
     whole: float = 0.0
 
-    def join(self, part: "_Step") -> None:
+    def join(self, part: "_Stage") -> None:
         """Add a part of a paired block."""
         for mine, more in ((self.cpu, part.cpu), (self.gpu, part.gpu), (self.cpu_layers, part.cpu_layers)):
             for variable, value in more.items():
@@ -41,8 +41,8 @@ class _Step:
 
 
 class PassTime:
-    """A call's seconds among the program's costs: at least the steps in order, the slowed CPU lane, the copies, and the
-    DRAM traffic."""
+    """A call's seconds among the program's costs: at least the stages in order, the slowed CPU lane, the copies, and
+    the DRAM traffic."""
 
     def __init__(self, unknowns: Unknowns, weighted: WeightedCall) -> None:
         self._unknowns, self._program, self._weighted = unknowns, unknowns.program, weighted
@@ -51,7 +51,7 @@ class PassTime:
         self._time = self._program.variable(cost=(1 - self._lost) * weighted.weight)
         self._after_another: Terms = {}
         self._reads: Terms = {}
-        self._steps, self._cpu, self._copies, self._dram, self._tail = ({self._time: -1.0} for _ in range(5))
+        self._stages, self._cpu, self._copies, self._dram, self._tail = ({self._time: -1.0} for _ in range(5))
         self._constant = self._scale * small_ops_s(unknowns.workload, weighted.call, self._hardware, True)
 
     def add(self) -> None:
@@ -60,7 +60,7 @@ class PassTime:
             self._class(c, cls)
         self._charge_lost_overlap()
         self._slow_each_other()
-        self._program.at_most(self._steps, -self._constant)
+        self._program.at_most(self._stages, -self._constant)
         for lane in (self._cpu, self._copies, self._dram, self._tail):
             self._program.at_most(lane, 0.0)
 
@@ -89,7 +89,7 @@ class PassTime:
         self._program.variable(1, 1, cost=share * self._constant)
 
     def _class(self, c: int, cls: LayerClass) -> None:
-        blocks = {cls.linears[i].shard.block: _Step() for _, i in pairs(cls)}
+        blocks = {cls.linears[i].shard.block: _Stage() for _, i in pairs(cls)}
         for i, linear in enumerate(cls.linears):
             tier = self._unknowns.tier(linear, self._weighted)
             if tier is not None:
@@ -97,24 +97,24 @@ class PassTime:
         if cls.kv is not None:
             self._attention(c, cls, blocks)
         for block in blocks.values():
-            add(self._steps, self._step(cls.count, block), 1.0)
+            add(self._stages, self._stage(cls.count, block), 1.0)
 
-    def _linear(self, c: int, i: int, count: int, linear: LinearClass, tier: int, blocks: dict[str, _Step]) -> None:
+    def _linear(self, c: int, i: int, count: int, linear: LinearClass, tier: int, blocks: dict[str, _Stage]) -> None:
         shard, call, scale = linear.shard, self._weighted.call, self._scale
         is_head = shard.is_head
         block = blocks.get(shard.block)
         rows, weight_format = call.sequences if is_head else call.rows, self._unknowns.workload.format_of(shard)
-        cost = step_cost(shard, rows, weight_format, self._hardware, block is not None)
+        cost = stage_cost(shard, rows, weight_format, self._hardware, block is not None)
         variables = self._unknowns.linears[c, i]
         on_cpu, streamed, layers = variables.cpu[tier], variables.stream[tier], variables.cpu_layers[tier]
         cpu_s, gpu_s, handover_s = (scale * s for s in (cost.cpu_s_per_unit, cost.gpu_s_per_unit, cost.handover_s))
-        part = _Step({on_cpu: cpu_s}, {variables.gpu: gpu_s, streamed: gpu_s}, {layers: 1.0}, shard.units * gpu_s)
+        part = _Stage({on_cpu: cpu_s}, {variables.gpu: gpu_s, streamed: gpu_s}, {layers: 1.0}, shard.units * gpu_s)
         if block is None:
-            step = self._step(count, part)
-            add(self._steps, step, 1.0)
+            stage = self._stage(count, part)
+            add(self._stages, stage, 1.0)
         else:
             block.join(part)
-        for parts in (self._steps, self._after_another):
+        for parts in (self._stages, self._after_another):
             add(parts, layers, handover_s)
         for variable, seconds in part.gpu.items():
             add(self._after_another, variable, seconds)
@@ -123,8 +123,8 @@ class PassTime:
         copy = scale * shard.unit_bytes / self._hardware.h2d_bytes_per_s
         add(self._copies, streamed, copy)
         if is_head:
-            self._program.at_least({step: 1.0, streamed: -copy}, 0.0)
-            add(self._tail, step, 1.0)
+            self._program.at_least({stage: 1.0, streamed: -copy}, 0.0)
+            add(self._tail, stage, 1.0)
             add(self._tail, layers, handover_s)
         else:
             add(self._tail, streamed, copy)
@@ -136,7 +136,7 @@ class PassTime:
             add(self._dram, variable, shard.touched(rows) * read_s)
         self._constant += scale * cost.launch_s * count
 
-    def _attention(self, c: int, cls: LayerClass, blocks: dict[str, _Step]) -> None:
+    def _attention(self, c: int, cls: LayerClass, blocks: dict[str, _Stage]) -> None:
         tokens = self._unknowns.kept_tokens(cls.kv)
         if tokens is None:
             part = self._attention_over_free_tokens(c, cls)
@@ -146,39 +146,39 @@ class PassTime:
         if block is not None:
             block.join(part)
         else:
-            add(self._steps, self._step(cls.count, part), 1.0)
+            add(self._stages, self._stage(cls.count, part), 1.0)
         for variable, coefficient in part.cpu.items():
             add(self._cpu, variable, coefficient)
         for variable, coefficient in part.gpu.items():
             add(self._after_another, variable, coefficient)
 
-    def _attention_over(self, c: int, cls: LayerClass, tokens: int) -> _Step:
-        """Attention where a GPU-owned group keeps `tokens` slots in GPU memory."""
+    def _attention_over(self, c: int, cls: LayerClass, tokens: int) -> _Stage:
+        """Attention where a GPU-owned KV head keeps `tokens` slots in GPU memory."""
         unknowns, scale, shard, call = self._unknowns, self._scale, cls.kv.shard, self._weighted.call
         cost = attention_cost(shard, call, tokens, unknowns.workload, self._hardware, True)
-        groups, spills = unknowns.groups[c], cost.spilled_s_per_group > 0
+        kv_heads, spills = unknowns.kv_heads[c], cost.spilled_s_per_kv_head > 0
         owned, layers = self._program.variable(), unknowns.layers(cls.count)
         unknowns.attending[c].append(layers)
-        self._program.equal({owned: 1, groups: 1}, cls.count * shard.groups)
-        self._program.at_most({owned: 1, layers: -shard.groups}, 0)
+        self._program.equal({owned: 1, kv_heads: 1}, cls.count * shard.kv_heads)
+        self._program.at_most({owned: 1, layers: -shard.kv_heads}, 0)
         bandwidth = self._hardware.dram_bytes_per_s
-        add(self._dram, owned, scale * cost.dram_bytes_per_group / bandwidth)
-        add(self._dram, groups, scale * cost.spilled_bytes_per_group / bandwidth)
-        add(self._reads, owned, scale * cost.read_s_per_group)
-        add(self._reads, groups, scale * cost.spilled_s_per_group)
+        add(self._dram, owned, scale * cost.dram_bytes_per_kv_head / bandwidth)
+        add(self._dram, kv_heads, scale * cost.spilled_bytes_per_kv_head / bandwidth)
+        add(self._reads, owned, scale * cost.read_s_per_kv_head)
+        add(self._reads, kv_heads, scale * cost.spilled_s_per_kv_head)
         for lane in (self._copies, self._tail):
-            add(lane, groups, scale * cost.streamed_bytes_per_group / self._hardware.h2d_bytes_per_s)
+            add(lane, kv_heads, scale * cost.streamed_bytes_per_kv_head / self._hardware.h2d_bytes_per_s)
         handovers = self._attention_handovers(c, cls, owned, layers, spills)
-        for parts in (self._steps, self._after_another):
+        for parts in (self._stages, self._after_another):
             add(parts, handovers, scale * cost.handover_s)
         self._constant += scale * cost.launch_s * cls.count
-        busy = {owned: scale * cost.cpu_s_per_group, groups: scale * cost.spilled_s_per_group}
-        whole = 0.0 if spills else scale * shard.groups * cost.gpu_s_per_group
-        return _Step(busy, {groups: scale * cost.gpu_s_per_group}, {layers: 1.0}, whole)
+        busy = {owned: scale * cost.cpu_s_per_kv_head, kv_heads: scale * cost.spilled_s_per_kv_head}
+        whole = 0.0 if spills else scale * shard.kv_heads * cost.gpu_s_per_kv_head
+        return _Stage(busy, {kv_heads: scale * cost.gpu_s_per_kv_head}, {layers: 1.0}, whole)
 
-    def _attention_over_free_tokens(self, c: int, cls: LayerClass) -> _Step:
-        """Attention of groups that the GPU owns all, where the program decides how many slots they keep: a share `far`
-        of what the call sees is in DRAM."""
+    def _attention_over_free_tokens(self, c: int, cls: LayerClass) -> _Stage:
+        """Attention of KV heads that the GPU owns all, where the program decides how many slots they keep: a share
+        `far` of what the call sees is in DRAM."""
         unknowns, program, scale, shard, call = (
             self._unknowns,
             self._program,
@@ -186,53 +186,60 @@ class PassTime:
             cls.kv.shard,
             self._weighted.call,
         )
-        every, total = unknowns.workload.full_tokens, cls.count * shard.groups
+        every, total = unknowns.workload.full_tokens, cls.count * shard.kv_heads
         away, near = (attention_cost(shard, call, n, unknowns.workload, self._hardware, True) for n in (0, every))
-        groups, far, spills, layers = unknowns.groups[c], program.variable(0, 1), program.binary(), program.variable()
+        kv_heads, far, spills, layers = (
+            unknowns.kv_heads[c],
+            program.variable(0, 1),
+            program.binary(),
+            program.variable(),
+        )
         unknowns.attending[c].append(layers)
         seen = shard.visible_tokens(call.context + call.q_len)
         program.at_least({far: seen, unknowns.tokens: 1 / call.sequences}, seen)
         program.at_most({far: 1.0, spills: -1.0}, 0)
-        in_place = cls.count if away.spilled_s_per_group > 0 else 0
+        in_place = cls.count if away.spilled_s_per_kv_head > 0 else 0
         program.equal({layers: 1.0, spills: -in_place}, 0)
-        add(self._dram, far, scale * total * away.spilled_bytes_per_group / self._hardware.dram_bytes_per_s)
-        add(self._reads, far, scale * total * away.spilled_s_per_group)
+        add(self._dram, far, scale * total * away.spilled_bytes_per_kv_head / self._hardware.dram_bytes_per_s)
+        add(self._reads, far, scale * total * away.spilled_s_per_kv_head)
         for lane in (self._copies, self._tail):
-            add(lane, far, scale * total * away.streamed_bytes_per_group / self._hardware.h2d_bytes_per_s)
-        for parts in (self._steps, self._after_another):
+            add(lane, far, scale * total * away.streamed_bytes_per_kv_head / self._hardware.h2d_bytes_per_s)
+        for parts in (self._stages, self._after_another):
             add(parts, layers, scale * near.handover_s)
         self._constant += scale * near.launch_s * cls.count
-        gpu_s = scale * near.gpu_s_per_group
-        gpu = {groups: gpu_s, far: scale * total * (away.gpu_s_per_group - near.gpu_s_per_group)}
-        return _Step({far: scale * total * away.spilled_s_per_group}, gpu, {layers: 1.0}, shard.groups * gpu_s)
+        gpu_s = scale * near.gpu_s_per_kv_head
+        gpu = {kv_heads: gpu_s, far: scale * total * (away.gpu_s_per_kv_head - near.gpu_s_per_kv_head)}
+        return _Stage({far: scale * total * away.spilled_s_per_kv_head}, gpu, {layers: 1.0}, shard.kv_heads * gpu_s)
 
-    def _step(self, count: int, step: _Step) -> int:
-        """A variable for the seconds of a step in all layers of a class: at least the time of either lane."""
+    def _stage(self, count: int, stage: _Stage) -> int:
+        """A variable for the seconds of a stage in all layers of a class: at least the time of either lane."""
         program = self._program
         seconds = program.variable()
-        if len(step.cpu_layers) == 1:
-            (layers,) = step.cpu_layers
+        if len(stage.cpu_layers) == 1:
+            (layers,) = stage.cpu_layers
         else:
             layers = self._unknowns.layers(count)
-            program.at_most({layers: 1.0} | dict.fromkeys(step.cpu_layers, -1.0), 0.0)
-        program.at_least({seconds: 1.0, layers: step.whole} | {v: -s for v, s in step.cpu.items()}, count * step.whole)
-        program.at_least({seconds: 1.0} | {v: -s for v, s in step.gpu.items()}, 0)
+            program.at_most({layers: 1.0} | dict.fromkeys(stage.cpu_layers, -1.0), 0.0)
+        program.at_least(
+            {seconds: 1.0, layers: stage.whole} | {v: -s for v, s in stage.cpu.items()}, count * stage.whole
+        )
+        program.at_least({seconds: 1.0} | {v: -s for v, s in stage.gpu.items()}, 0)
         return seconds
 
     def _attention_handovers(self, c: int, cls: LayerClass, owned: int, layers: int, spills: bool) -> int:
-        """Layers counted by placement.cost.terms.attention_handovers: more groups attended than computed by the CPU, or
-        any spilled."""
+        """Layers counted by placement.cost.terms.attention_handovers: more KV heads attended than computed by the CPU,
+        or any spilled."""
         program, unknowns, tier = self._program, self._unknowns, self._weighted.call.tier
-        handovers, groups = unknowns.layers(cls.count), unknowns.groups[c]
-        groups_in_layer = -float(cls.kv.shard.groups)
-        uncomputed, alone = {owned: 1.0, handovers: groups_in_layer}, {layers: 1.0, handovers: -1.0}
+        handovers, kv_heads = unknowns.layers(cls.count), unknowns.kv_heads[c]
+        heads_in_layer = -float(cls.kv.shard.kv_heads)
+        uncomputed, alone = {owned: 1.0, handovers: heads_in_layer}, {layers: 1.0, handovers: -1.0}
         for i, linear in enumerate(cls.linears):
             if linear.shard.per_kv_head:
                 add(uncomputed, unknowns.linears[c, i].cpu[tier], -1.0)
                 add(alone, unknowns.linears[c, i].cpu_layers[tier], -1.0)
         if spills:
-            add(uncomputed, groups, 1.0)
-            program.at_most({groups: 1.0, handovers: groups_in_layer}, 0.0)
+            add(uncomputed, kv_heads, 1.0)
+            program.at_most({kv_heads: 1.0, handovers: heads_in_layer}, 0.0)
         program.at_most(uncomputed, 0.0)
         program.at_most(alone, 0.0)
         return handovers

@@ -17,7 +17,7 @@ from placement.solve.classes import LayerClass, layer_classes, single_layers
 from placement.solve.decisions import Budgets, Homes, Totals, gpu_tokens_of
 from placement.solve.formulation import Formulation
 from placement.solve.pairing import is_paired
-from placement.solve.spread import Layout, lay_out, placements, streams
+from placement.solve.spread import Spread, lay_out, placements, streams
 from placement.solve.unknowns import Unknowns
 
 # Up to this many linears every layer is a class of its own.
@@ -31,13 +31,13 @@ PROGRAM_NOISE = 5e-4
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is to be placed. slots: staging slots, 0 when nothing may stream."""
+    """What is to be placed. staging_slots: 0 when nothing may stream."""
 
     workload: Workload
     hardware: HardwareProfile
     bounds: Bounds
     objective: str
-    slots: int
+    staging_slots: int
     budgets: Budgets
 
     @property
@@ -63,15 +63,15 @@ class Problem:
         self, calls: list[WeightedCall], tokens: int | None, homes: Homes | None = None, budgets: Budgets | None = None
     ) -> Formulation:
         """The program for some passes and a number of KV slots; budgets are the problem's own unless given."""
-        slots = self.slots if homes is None or homes.slot_bytes else 0
+        slots = self.staging_slots if homes is None or homes.staging_slot_bytes else 0
         return Formulation(
             Unknowns(self.workload, self.hardware, self.classes, calls, tokens, slots, budgets or self.budgets, homes)
         )
 
-    def with_owned_groups(self, every: bool) -> "Problem":
-        """The problem in which the GPU owns all KV-head groups that are free to choose, or none."""
+    def with_owned_heads(self, every: bool) -> "Problem":
+        """The problem in which the GPU owns all KV heads that are free to choose, or none."""
         kv = tuple(
-            replace(bound, gpu_groups=shard.groups if every else 0) if bound.gpu_groups is None else bound
+            replace(bound, gpu_kv_heads=shard.kv_heads if every else 0) if bound.gpu_kv_heads is None else bound
             for shard, bound in zip(self.workload.kv, self.bounds.kv, strict=True)
         )
         return replace(self, bounds=replace(self.bounds, kv=kv))
@@ -86,7 +86,7 @@ class Candidate:
     """A placement, the problem that it answers, what distinguishes it, and the predicted seconds of the reference
     requests.
 
-    layout, concentrated, gpu_tokens: how it was laid out, for `complete`; None when nothing was left to choose.
+    spread, concentrated, gpu_tokens: how it was laid out, for `complete`; None when nothing was left to choose.
     """
 
     problem: Problem
@@ -94,7 +94,7 @@ class Candidate:
     linears: tuple[LinearPlacement, ...]
     kv: tuple[KvPlacement, ...]
     seconds: float
-    layout: Layout | None = None
+    spread: Spread | None = None
     concentrated: bool = False
     gpu_tokens: int = 0
 
@@ -102,14 +102,16 @@ class Candidate:
 def fixed_candidate(problem: Problem, on_gpu: bool) -> Candidate | None:
     """The only placement that the bounds allow, or None when something is left to choose."""
     bounds = problem.bounds
-    if not all(b.fixed for b in bounds.linears) or any(b.gpu_groups is None or b.gpu_tokens is None for b in bounds.kv):
+    if not all(b.fixed for b in bounds.linears) or any(
+        b.gpu_kv_heads is None or b.gpu_tokens is None for b in bounds.kv
+    ):
         return None
     linears = tuple(
         LinearPlacement(s.name, b.gpu, b.stream, s.units)
         for s, b in zip(problem.workload.linears, bounds.linears, strict=True)
     )
     kv = tuple(
-        KvPlacement(s.name, b.gpu_groups, b.gpu_tokens, s.groups)
+        KvPlacement(s.name, b.gpu_kv_heads, b.gpu_tokens, s.kv_heads)
         for s, b in zip(problem.workload.kv, bounds.kv, strict=True)
     )
     return Candidate(problem, "as the rules say", linears, kv, problem.seconds(linears, kv, on_gpu))
@@ -144,7 +146,7 @@ def _with_other_chunks(problems: Sequence[Problem], fitting: Sequence[Candidate]
     Whole units lose less of one program's solution than of another's: what was found for one chunk may be better than
     what was found for the chunk that suits it.
     """
-    searched = [candidate for candidate in fastest_first(fitting) if candidate.layout is not None]
+    searched = [candidate for candidate in fastest_first(fitting) if candidate.spread is not None]
     for candidate in searched[:MOST_TRANSFERRED]:
         found_for = candidate.problem
         for problem in problems:
@@ -184,7 +186,7 @@ def fastest_first(found: Iterable[Candidate]) -> list[Candidate]:
 
 def _programs(problems: Sequence[Problem]) -> list[tuple[float, int, Problem, int | None]]:
     """Every program worth solving: the seconds below which it cannot get, its place in the list, the problem, and the
-    KV slots of GPU-owned groups, None where the program decides them. The most promising first."""
+    KV slots of GPU-owned KV heads, None where the program decides them. The most promising first."""
     found = []
     for problem in problems:
         for variant, tokens in _variants(problem):
@@ -196,10 +198,10 @@ def _programs(problems: Sequence[Problem]) -> list[tuple[float, int, Problem, in
 
 def _variants(problem: Problem) -> Iterator[tuple[Problem, int | None]]:
     """Who owns the cache and how much of it stays in GPU memory: everything by the GPU, with as many slots as are best;
-    nothing; or the groups that are best for a few numbers of slots."""
-    every, none = problem.with_owned_groups(True), problem.with_owned_groups(False)
+    nothing; or the KV heads that are best for a few numbers of slots."""
+    every, none = problem.with_owned_heads(True), problem.with_owned_heads(False)
     owns_all = all(
-        bound.gpu_groups == shard.groups for shard, bound in zip(problem.workload.kv, every.bounds.kv, strict=True)
+        bound.gpu_kv_heads == shard.kv_heads for shard, bound in zip(problem.workload.kv, every.bounds.kv, strict=True)
     )
     if owns_all:
         yield every, None
@@ -214,14 +216,14 @@ def _laid_out(problem: Problem, solved: Totals) -> Iterator[Candidate]:
     """A solution in whole units, with the CPU's work in few whole layers, as is best for each row tier, and in all."""
     classes, tokens, seen = problem.classes, solved.gpu_tokens, []
     for tier in (*sorted({weighted.call.tier for weighted in problem.calls}), None):
-        layout = lay_out(classes, solved, tier)
-        linears, kv = placements(problem.workload, classes, layout, tokens)
+        spread = lay_out(classes, solved, tier)
+        linears, kv = placements(problem.workload, classes, spread, tokens)
         linears = _worth_handing_over(problem, linears, kv)
         if (linears, kv) not in seen:
             seen.append((linears, kv))
             seconds = problem.seconds(linears, kv)
             label = f"{_shape_words(tier)}; {tokens} KV tokens in GPU memory"
-            yield Candidate(problem, label, linears, kv, seconds, layout, tier is not None, tokens)
+            yield Candidate(problem, label, linears, kv, seconds, spread, tier is not None, tokens)
 
 
 def _worth_handing_over(
@@ -234,7 +236,8 @@ def _worth_handing_over(
     """
     workload, hardware = problem.workload, problem.hardware
     attends = {
-        shard.layer: placement.gpu_groups < placement.groups for shard, placement in zip(workload.kv, kv, strict=True)
+        shard.layer: placement.gpu_kv_heads < placement.kv_heads
+        for shard, placement in zip(workload.kv, kv, strict=True)
     }
     paired, handover_units = is_paired(workload), {}
 
@@ -272,25 +275,25 @@ def _free_slots(candidate: Candidate) -> int:
     """Whole pages of KV slots for which the GPU budget has room, below 0 where it is exceeded; 0 where the rules say
     how many there are."""
     problem, workload = candidate.problem, candidate.problem.workload
-    slot_bytes = sum(
-        placement.gpu_groups * shard.bytes_per_token
+    token_bytes = sum(
+        placement.gpu_kv_heads * shard.bytes_per_token
         for shard, placement, bound in zip(workload.kv, candidate.kv, problem.bounds.kv, strict=True)
         if not bound.gpu_tokens
     )
     room = problem.budgets.gpu - used_bytes(candidate)["gpu"]
-    if not slot_bytes or room == float("inf"):
+    if not token_bytes or room == float("inf"):
         return 0
-    return int(room // slot_bytes) // workload.page_size * workload.page_size
+    return int(room // token_bytes) // workload.page_size * workload.page_size
 
 
 def _with_tokens(candidate: Candidate, problem: Problem, tokens: int) -> Candidate:
     """The same linears under a problem that differs in chunk and budget at most, with another number of KV slots for
-    GPU-owned groups, as far as there can be so many."""
+    GPU-owned KV heads, as far as there can be so many."""
     workload = problem.workload
     tokens = max(workload.min_gpu_tokens, min(workload.full_tokens, tokens))
     kv = tuple(
         replace(placement, gpu_tokens=gpu_tokens_of(workload, shard, bound, tokens))
-        if placement.gpu_groups
+        if placement.gpu_kv_heads
         else placement
         for shard, placement, bound in zip(workload.kv, candidate.kv, problem.bounds.kv, strict=True)
     )
@@ -309,7 +312,7 @@ def known_placements(problem: Problem) -> Iterator[Candidate]:
     workload = problem.workload
     everything = (
         tuple(LinearPlacement(s.name, s.units, NO_STREAM, s.units) for s in workload.linears),
-        tuple(KvPlacement(s.name, s.groups, workload.layer_tokens(s), s.groups) for s in workload.kv),
+        tuple(KvPlacement(s.name, s.kv_heads, workload.layer_tokens(s), s.kv_heads) for s in workload.kv),
     )
     layers = largest_layer_split(workload, problem.budgets.gpu)
     for label, (linears, kv) in (
@@ -318,7 +321,7 @@ def known_placements(problem: Problem) -> Iterator[Candidate]:
         (f"{layers} whole layers on the GPU", layer_split(workload, layers)),
         ("everything on the CPU", layer_split(workload, 0)),
     ):
-        if problem.bounds.allow(linears, kv) and (problem.slots or not any(p.streams for p in linears)):
+        if problem.bounds.allow(linears, kv) and (problem.staging_slots or not any(p.streams for p in linears)):
             yield Candidate(problem, label, linears, kv, problem.seconds(linears, kv))
 
 
@@ -332,7 +335,7 @@ def _shape_words(tier: int | None) -> str:
 def used_bytes(candidate: Candidate) -> dict[str, int]:
     """Bytes by place that the placement allocates, everything of fixed size left out; host includes pinned."""
     problem = candidate.problem
-    slots = problem.slots if any(placement.streams for placement in candidate.linears) else 0
+    slots = problem.staging_slots if any(placement.streams for placement in candidate.linears) else 0
     memory = memory_report(
         problem.workload, candidate.linears, candidate.kv, device="emulated", staging_slots=slots
     ).to_dict()
@@ -349,24 +352,24 @@ def _fits(candidate: Candidate) -> bool:
 
 def complete(candidate: Candidate) -> Candidate:
     """Settle the row tiers that no reference call uses; homes and staging slots stay, and so do the seconds."""
-    problem, layout = candidate.problem, candidate.layout
-    if layout is None:
+    problem, spread = candidate.problem, candidate.spread
+    if spread is None:
         return candidate
     homes = Homes(
-        {key: sum(units) for key, units in layout.homes.items()},
-        {c: sum(groups) for c, groups in layout.groups.items()},
-        frozenset((c, i) for (c, i, _), units in layout.streams.items() if any(units)),
+        {key: sum(units) for key, units in spread.homes.items()},
+        {c: sum(kv_heads) for c, kv_heads in spread.kv_heads.items()},
+        frozenset((c, i) for (c, i, _), units in spread.streams.items() if any(units)),
         staging_slot_bytes(problem.workload, candidate.linears),
     )
-    settled = layout.streams
+    settled = spread.streams
     for tier in range(NUM_ROW_TIERS):
-        if any((*key, tier) not in settled for key in layout.homes):
+        if any((*key, tier) not in settled for key in spread.homes):
             solved = problem.formulation(
                 [tier_call(problem.workload, tier)], candidate.gpu_tokens, homes, Budgets(float("inf"))
             ).solve()
             assert solved is not None, f"no cut for tier {tier} with the homes of {candidate.label}"
-            settled = streams(problem.classes, layout.homes, solved, candidate.concentrated) | settled
-    linears, _ = placements(problem.workload, problem.classes, replace(layout, streams=settled), candidate.gpu_tokens)
+            settled = streams(problem.classes, spread.homes, solved, candidate.concentrated) | settled
+    linears, _ = placements(problem.workload, problem.classes, replace(spread, streams=settled), candidate.gpu_tokens)
     return replace(candidate, linears=_worth_handing_over(problem, linears, candidate.kv))
 
 
@@ -381,9 +384,9 @@ def least_bytes(problem: Problem, place: str, budgets: Budgets) -> float | None:
 
 
 def _token_choices(problem: Problem) -> list[int]:
-    """KV slots worth trying for GPU-owned groups: as few as work, the reference contexts, everything."""
+    """KV slots worth trying for GPU-owned KV heads: as few as work, the reference contexts, everything."""
     workload = problem.workload
-    if all(b.gpu_groups == 0 or b.gpu_tokens for b in problem.bounds.kv):
+    if all(b.gpu_kv_heads == 0 or b.gpu_tokens for b in problem.bounds.kv):
         return [workload.min_gpu_tokens]
     batch = reference_batch(workload, problem.objective)
     reference = round_up(reference_context(workload, batch) + 1, workload.page_size) * batch

@@ -19,18 +19,18 @@ Key = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Spread:
     """Units of every layer of a class.
 
-    homes: by (class, linear); streams: by (class, linear, tier); groups: KV-head groups of the GPU by class.
+    homes: by (class, linear); streams: by (class, linear, tier); kv_heads: KV heads of the GPU by class.
     """
 
     homes: dict[Key, tuple[int, ...]]
     streams: dict[tuple[int, int, int], tuple[int, ...]]
-    groups: dict[int, tuple[int, ...]]
+    kv_heads: dict[int, tuple[int, ...]]
 
 
-def lay_out(classes: Sequence[LayerClass], solved: Totals, tier: int | None) -> Layout:
+def lay_out(classes: Sequence[LayerClass], solved: Totals, tier: int | None) -> Spread:
     """Whole units for every layer of a solution.
 
     tier: row tier for whose CPU work the homes leave room in as few layers as the solution says; None cuts all layers
@@ -38,30 +38,30 @@ def lay_out(classes: Sequence[LayerClass], solved: Totals, tier: int | None) -> 
     """
     homes = _homes(classes, solved, tier)
     streamed = streams(classes, homes, solved, tier is not None)
-    groups = _groups(classes, solved, tier is not None)
-    return Layout(
-        homes, streamed, {c: _beside_qkv(c, classes[c], homes, streamed, parts) for c, parts in groups.items()}
+    kv_heads = _kv_heads(classes, solved, tier is not None)
+    return Spread(
+        homes, streamed, {c: _beside_qkv(c, classes[c], homes, streamed, parts) for c, parts in kv_heads.items()}
     )
 
 
 def placements(
-    workload: Workload, classes: Sequence[LayerClass], layout: Layout, gpu_tokens: int
+    workload: Workload, classes: Sequence[LayerClass], spread: Spread, gpu_tokens: int
 ) -> tuple[tuple[LinearPlacement, ...], tuple[KvPlacement, ...]]:
     """Placements in workload order. Tiers without an entry stream nothing."""
     linears: dict[int, LinearPlacement] = {}
-    for (c, i), homes in layout.homes.items():
+    for (c, i), homes in spread.homes.items():
         nothing = (0,) * len(homes)
-        by_tier = [layout.streams.get((c, i, tier), nothing) for tier in range(NUM_ROW_TIERS)]
+        by_tier = [spread.streams.get((c, i, tier), nothing) for tier in range(NUM_ROW_TIERS)]
         for position, index in enumerate(classes[c].linears[i].indices):
             shard = workload.linears[index]
             stream = tuple(tier[position] for tier in by_tier)
             linears[index] = LinearPlacement(shard.name, homes[position], stream, shard.units)
     kv: dict[int, KvPlacement] = {}
-    for c, groups in layout.groups.items():
+    for c, kv_heads in spread.kv_heads.items():
         kept = gpu_tokens_of(workload, classes[c].kv.shard, classes[c].kv.bounds, gpu_tokens)
-        for index, owned in zip(classes[c].kv.indices, groups, strict=True):
+        for index, owned in zip(classes[c].kv.indices, kv_heads, strict=True):
             cache = workload.kv[index]
-            kv[index] = KvPlacement(cache.name, owned, kept if owned else 0, cache.groups)
+            kv[index] = KvPlacement(cache.name, owned, kept if owned else 0, cache.kv_heads)
     return tuple(linears[i] for i in sorted(linears)), tuple(kv[i] for i in sorted(kv))
 
 
@@ -158,15 +158,15 @@ def _most_home(linear: LinearClass) -> int:
     return linear.shard.units - max((s or 0) + (c or 0) for s, c in zip(bounds.stream, bounds.cpu, strict=True))
 
 
-def _groups(classes: Sequence[LayerClass], solved: Totals, concentrated: bool) -> dict[int, tuple[int, ...]]:
+def _kv_heads(classes: Sequence[LayerClass], solved: Totals, concentrated: bool) -> dict[int, tuple[int, ...]]:
     result = {}
-    for c, value in solved.groups.items():
+    for c, value in solved.kv_heads.items():
         count, shard, bounds = classes[c].count, classes[c].kv.shard, classes[c].kv.bounds
-        if bounds.gpu_groups is not None:
-            result[c] = (bounds.gpu_groups,) * count
+        if bounds.gpu_kv_heads is not None:
+            result[c] = (bounds.gpu_kv_heads,) * count
             continue
         back = _count(solved.attending_layers[c]) if concentrated else count
-        front = min(_floor(value), (count - back) * shard.groups)
+        front = min(_floor(value), (count - back) * shard.kv_heads)
         result[c] = tuple(_even(front, count - back) + _even(_floor(value) - front, back))
     return result
 
@@ -176,17 +176,17 @@ def _beside_qkv(
     cls: LayerClass,
     homes: dict[Key, tuple[int, ...]],
     streamed: dict[tuple[int, int, int], tuple[int, ...]],
-    groups: tuple[int, ...],
+    kv_heads: tuple[int, ...],
 ) -> tuple[int, ...]:
-    """The groups moved to where the GPU computes q, k and v in the lowest tier, if that takes no more memory."""
+    """The KV heads moved to where the GPU computes q, k and v in the lowest tier, if that takes no more memory."""
     for i, linear in enumerate(cls.linears):
         tiers = [tier for (other, index, tier) in streamed if (other, index) == (c, i)]
-        if linear.shard.per_kv_head and cls.kv.bounds.gpu_groups is None and tiers:
+        if linear.shard.per_kv_head and cls.kv.bounds.gpu_kv_heads is None and tiers:
             computed = [g + s for g, s in zip(homes[c, i], streamed[c, i, min(tiers)], strict=True)]
-            excess = sum(computed) - sum(groups)
-            if abs(excess) < len(groups) and max(computed) <= cls.kv.shard.groups:
+            excess = sum(computed) - sum(kv_heads)
+            if abs(excess) < len(kv_heads) and max(computed) <= cls.kv.shard.kv_heads:
                 return tuple(_without(computed, max(0, excess)))
-    return groups
+    return kv_heads
 
 
 def _without(parts: list[int], excess: int) -> list[int]:

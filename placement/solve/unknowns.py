@@ -2,7 +2,7 @@
 
 Per class of n equal layers and linear, as totals over the class: units at home on the GPU (one number for all row
 tiers) and, per row tier, units streamed, units computed by the CPU and the number k <= n of layers in which the CPU has
-a share. KV-head groups likewise. A paired block's two linears have the same fractions, and in a row tier all layers of
+a share. KV heads likewise. A paired block's two linears have the same fractions, and in a row tier all layers of
 a class stream them whole or not at all. Bytes are scaled to the order of 10000, far above the solver's tolerances.
 """
 
@@ -37,12 +37,12 @@ class LinearVariables:
 
 
 class Unknowns:
-    """What a program decides. classes: what is placed; gpu_tokens: KV slots that a GPU-owned group keeps in GPU memory;
-    None leaves them to the program too, where the bounds fix who owns the groups.
+    """What a program decides. classes: what is placed; gpu_tokens: KV slots that a GPU-owned KV head keeps in GPU
+    memory; None leaves them to the program too, where the bounds fix who owns the KV heads.
 
     homes: fixed decisions when only the row tiers of `calls` are still open; None when everything is. `linears` are by
-    (class, index in it), `groups` and `attending` by class; `memory` and `memory_constant` are bytes over `bytes_scale`
-    by place (gpu, pinned, host).
+    (class, index in it), `kv_heads` and `attending` by class; `memory` and `memory_constant` are bytes over
+    `bytes_scale` by place (gpu, pinned, host).
     """
 
     def __init__(
@@ -52,20 +52,20 @@ class Unknowns:
         classes: Sequence[LayerClass],
         calls: Sequence[WeightedCall],
         gpu_tokens: int | None,
-        slots: int,
+        staging_slots: int,
         budgets: Budgets,
         homes: Homes | None = None,
     ) -> None:
         self.workload, self.hardware, self.classes, self.calls = workload, hardware, classes, calls
-        self.gpu_tokens, self.slots, self.budgets, self.homes = gpu_tokens, slots, budgets, homes
+        self.gpu_tokens, self.staging_slots, self.budgets, self.homes = gpu_tokens, staging_slots, budgets, homes
         self.program = Program()
         self.time_scale = 100.0 / max(self._cpu_only_s(), 1e-9)
-        cached = sum(kv.groups * kv.bytes_per_token for kv in workload.kv) * workload.full_tokens
+        cached = sum(kv.kv_heads * kv.bytes_per_token for kv in workload.kv) * workload.full_tokens
         self.bytes_scale = max(1.0, (workload.weight_bytes + cached) / 10_000)
         self.memory: dict[str, dict[int, float]] = {"gpu": {}, "pinned": {}, "host": {}}
         rounding = self._rounding_bytes() / self.bytes_scale
         self.memory_constant = {"gpu": 0.0, "pinned": rounding, "host": rounding}
-        self.slot = self._slot()
+        self.staging_slot = self._staging_slot()
         self.tokens = self._tokens()
         self.linears = {
             (c, i): self._linear(c, i, cls.count, linear)
@@ -75,8 +75,8 @@ class Unknowns:
         for c, cls in enumerate(classes):
             for first, second in pairs(cls):
                 self._pair(c, cls.count, first, second)
-        self.groups = {c: self._kv(c, cls.count, cls.kv) for c, cls in enumerate(classes) if cls.kv is not None}
-        self.attending: dict[int, list[int]] = {c: [] for c in self.groups}
+        self.kv_heads = {c: self._kv(c, cls.count, cls.kv) for c, cls in enumerate(classes) if cls.kv is not None}
+        self.attending: dict[int, list[int]] = {c: [] for c in self.kv_heads}
 
     def tier(self, linear: LinearClass, weighted: WeightedCall) -> int | None:
         """Row tier that a call uses of a linear; None when it does not run it."""
@@ -98,14 +98,14 @@ class Unknowns:
             for linear in c.linears
         )
 
-    def _slot(self) -> int:
-        fixed = None if self.homes is None else self.homes.slot_bytes / self.bytes_scale
-        slot = self.program.variable(0 if fixed is None else fixed, INFINITY if fixed is None else fixed)
-        self.memory["gpu"][slot] = float(self.slots)
-        return slot
+    def _staging_slot(self) -> int:
+        fixed = None if self.homes is None else self.homes.staging_slot_bytes / self.bytes_scale
+        staging_slot = self.program.variable(0 if fixed is None else fixed, INFINITY if fixed is None else fixed)
+        self.memory["gpu"][staging_slot] = float(self.staging_slots)
+        return staging_slot
 
     def kept_tokens(self, kv: KvClass) -> int | None:
-        """KV slots that a GPU-owned group of a class keeps; None where the program decides them."""
+        """KV slots that a GPU-owned KV head of a class keeps; None where the program decides them."""
         if self.gpu_tokens is None and not kv.bounds.gpu_tokens and not kv.shard.window:
             return None
         return gpu_tokens_of(self.workload, kv.shard, kv.bounds, self.gpu_tokens or self.workload.full_tokens)
@@ -128,7 +128,7 @@ class Unknowns:
                 None if value is None else count * value for value in (bounds.stream[tier], bounds.cpu[tier])
             )
             is_free = (stream, cpu) == (None, None)
-            if self.slots == 0 or (self.homes and (c, i) not in self.homes.streaming):
+            if self.staging_slots == 0 or (self.homes and (c, i) not in self.homes.streaming):
                 stream = 0
             elif is_free and tier == 0 and not self.hardware.streams_in_decode:
                 stream = 0
@@ -168,7 +168,7 @@ class Unknowns:
         unit = shard.unit_bytes / self.bytes_scale
         for stream in variables.stream.values():
             program.at_most({stream: 1, streams: -count * shard.units}, 0)
-        program.at_least({self.slot: 1, streams: -unit * staging_piece_units(shard, self.workload)}, 0)
+        program.at_least({self.staging_slot: 1, streams: -unit * staging_piece_units(shard, self.workload)}, 0)
         if self.budgets.pinned is not None:
             held, total = program.variable(), count * shard.units * unit
             if self.workload.elastic:
@@ -178,24 +178,24 @@ class Unknowns:
             add(self.memory["pinned"], held, 1.0)
 
     def _kv(self, c: int, count: int, kv: KvClass) -> int:
-        total, shard = count * kv.shard.groups, kv.shard
-        fixed = self.homes.gpu_groups[c] if self.homes else None
-        if fixed is None and kv.bounds.gpu_groups is not None:
-            fixed = count * kv.bounds.gpu_groups
-        groups = self._whole(fixed, total, total <= MAX_INTEGER_UNITS)
+        total, shard = count * kv.shard.kv_heads, kv.shard
+        fixed = self.homes.gpu_kv_heads[c] if self.homes else None
+        if fixed is None and kv.bounds.gpu_kv_heads is not None:
+            fixed = count * kv.bounds.gpu_kv_heads
+        kv_heads = self._whole(fixed, total, total <= MAX_INTEGER_UNITS)
         tokens, full = self.kept_tokens(kv), self.workload.layer_tokens(shard)
         token = shard.bytes_per_token / self.bytes_scale
         self.memory_constant["host"] += total * full * token
         if tokens is None:
             self._free_tokens(fixed * token, full)
-            return groups
+            return kv_heads
         spilled = kv_spilled_tokens(self.workload, shard, tokens)
-        for place, per_group in (("gpu", tokens), ("pinned", spilled), ("host", spilled - full)):
-            add(self.memory[place], groups, per_group * token)
-        return groups
+        for place, per_kv_head in (("gpu", tokens), ("pinned", spilled), ("host", spilled - full)):
+            add(self.memory[place], kv_heads, per_kv_head * token)
+        return kv_heads
 
     def _free_tokens(self, token_bytes: float, full: int) -> None:
-        """Memory of groups that the GPU owns for certain, with as many slots as the program decides: some in DRAM
+        """Memory of KV heads that the GPU owns for certain, with as many slots as the program decides: some in DRAM
         unless
         that is all. token_bytes: of one slot in all of them."""
         add(self.memory["gpu"], self.tokens, token_bytes)

@@ -17,10 +17,10 @@ BF16, FP32 = torch.bfloat16, torch.float32
 LIMITS = {FP32: ATTENTION_NMSE, BF16: BF16_NMSE}
 
 
-def check_decode(ops, cache, group_heads, starts, stops):
+def check_decode(ops, cache, queries_per_kv, starts, stops):
     """Run decode_attention with guarded outputs and compare every head of every sequence."""
     sequences, kv_heads, _ = cache.table.shape
-    head_dim, num_heads = cache.k.shape[2], kv_heads * group_heads
+    head_dim, num_heads = cache.k.shape[2], kv_heads * queries_per_kv
     q, scale = torch.randn(sequences, num_heads, head_dim), head_dim**-0.5
     out, memory = guarded(sequences, num_heads, head_dim)
     lse, lse_memory = guarded(sequences, num_heads)
@@ -31,7 +31,7 @@ def check_decode(ops, cache, group_heads, starts, stops):
     assert only_inside_written(memory) and only_inside_written(lse_memory)
     for row in range(sequences):
         for head in range(num_heads):
-            keys, values = cache.rows(row, head // group_heads, starts[row], stops[row])
+            keys, values = cache.rows(row, head // queries_per_kv, starts[row], stops[row])
             visible = torch.ones(1, len(keys), dtype=torch.bool)
             query = q[row, head].to(cache.k.dtype)[None]
             expected, expected_lse = attention(query, keys, values, visible, scale)
@@ -44,19 +44,19 @@ def check_decode(ops, cache, group_heads, starts, stops):
 
 @pytest.mark.parametrize("group_heads", [1, 2, 4, 7, 8])
 @pytest.mark.parametrize(("head_dim", "page_size"), [(40, 1), (64, 64), (96, 4), (128, 16), (256, 64)])
-def test_decode_agrees_with_float64(group_heads, head_dim, page_size):
-    torch.manual_seed(head_dim + group_heads)
+def test_decode_agrees_with_float64(queries_per_kv, head_dim, page_size):
+    torch.manual_seed(head_dim + queries_per_kv)
     cache = PagedCache(3, 2, 150, page_size, head_dim, BF16)
 
-    check_decode(kernels(), cache, group_heads, [0, 5, 149], [150, 133, 150])
+    check_decode(kernels(), cache, queries_per_kv, [0, 5, 149], [150, 133, 150])
 
 
 @pytest.mark.parametrize("group_heads", [1, 4])
-def test_decode_fp32_cache(group_heads):
+def test_decode_fp32_cache(queries_per_kv):
     torch.manual_seed(1)
     cache = PagedCache(2, 2, 90, 4, 40, FP32)
 
-    check_decode(kernels(), cache, group_heads, [0, 3], [90, 70])
+    check_decode(kernels(), cache, queries_per_kv, [0, 3], [90, 70])
 
 
 @pytest.mark.parametrize("isa", BF16_PATHS)
@@ -118,10 +118,10 @@ def test_a_single_large_value_at_each_boundary_is_seen():
     [(0, 170, 0), (0, 170, 1), (0, 170, 33), (20, 150, 0), (30, 170, 90), (160, 170, 0), (0, 90, 0), (50, 50, 0)],
 )
 @pytest.mark.parametrize(("group_heads", "head_dim", "dtype"), [(4, 64, BF16), (2, 40, FP32), (7, 128, BF16)])
-def test_prefill_agrees_with_float64(group_heads, head_dim, dtype, kv_start, kv_stop, window):
+def test_prefill_agrees_with_float64(queries_per_kv, head_dim, dtype, kv_start, kv_stop, window):
     torch.manual_seed(6)
     cache, q_start, rows = PagedCache(1, 2, 170, 16, head_dim, dtype), 97, 73
-    num_heads, scale = 2 * group_heads, head_dim**-0.5
+    num_heads, scale = 2 * queries_per_kv, head_dim**-0.5
     q = torch.randn(rows, num_heads, head_dim)
     out, memory = guarded(rows, num_heads, head_dim)
     lse, lse_memory = guarded(rows, num_heads)
@@ -136,7 +136,7 @@ def test_prefill_agrees_with_float64(group_heads, head_dim, dtype, kv_start, kv_
     if window:
         visible &= key > row - window
     for head in range(num_heads):
-        keys, values = cache.rows(0, head // group_heads, kv_start, kv_stop)
+        keys, values = cache.rows(0, head // queries_per_kv, kv_start, kv_stop)
         expected, expected_lse = attention(q[:, head].to(dtype), keys, values, visible, scale)
         nothing = ~visible.any(-1)
         assert (out[nothing, head] == 0).all() and (lse[nothing, head] == -math.inf).all()

@@ -80,21 +80,21 @@ def rotated(heads, positions, cos, sin, norm, eps):
     ("head_dim", "half", "group_heads", "page_size", "has_norm"),
     [(64, 32, 4, 64, False), (40, 10, 2, 1, True), (128, 64, 1, 4, True), (80, 0, 3, 16, False)],
 )
-def test_rope_append(dtype, head_dim, half, group_heads, page_size, has_norm):
+def test_rope_append(dtype, head_dim, half, queries_per_kv, page_size, has_norm):
     torch.manual_seed(head_dim)
     rows, groups = 5, 2
-    features = -(-(group_heads + 2) * head_dim // 16) * 16
+    features = -(-(queries_per_kv + 2) * head_dim // 16) * 16
     qkv, cos, sin = torch.randn(rows, groups, features), torch.randn(50, half), torch.randn(50, half)
     positions = torch.tensor([0, 49, 7, 7, 30])
     q_norm, k_norm = (torch.rand(head_dim), torch.rand(head_dim)) if has_norm else (None, None)
     pages = -(-3 * rows * groups // page_size)
     k_pages, v_pages = (torch.full((pages, page_size, head_dim), float("nan"), dtype=dtype) for _ in range(2))
     slots = torch.randperm(pages * page_size)[: rows * groups].reshape(rows, groups)
-    q, memory = guarded(rows, groups * group_heads, head_dim)
+    q, memory = guarded(rows, groups * queries_per_kv, head_dim)
 
     kernels().rope_append(qkv, positions, cos, sin, q_norm, k_norm, 1e-6, q, k_pages, v_pages, slots)
 
-    heads = qkv[..., : (group_heads + 2) * head_dim].reshape(rows, groups, -1, head_dim)
+    heads = qkv[..., : (queries_per_kv + 2) * head_dim].reshape(rows, groups, -1, head_dim)
     k = k_pages.reshape(-1, head_dim)
     expected_k = rotated(heads[:, :, [-2]], positions, cos, sin, k_norm, 1e-6)[:, :, 0]
     expected_q = rotated(heads[:, :, :-2], positions, cos, sin, q_norm, 1e-6)

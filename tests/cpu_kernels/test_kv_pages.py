@@ -222,7 +222,7 @@ def test_rope_append_writes_the_bytes_of_the_reference(isa, kv_dtype, head_dim, 
 
 
 @pytest.mark.parametrize(
-    "isa,kv_dtype,group_heads,head_dim,page_size",
+    "isa,kv_dtype,queries_per_kv,head_dim,page_size",
     [
         (FASTEST, "q8", 1, 64, 64),
         (FASTEST, "q8", 7, 96, 4),
@@ -233,11 +233,11 @@ def test_rope_append_writes_the_bytes_of_the_reference(isa, kv_dtype, head_dim, 
         (PLAIN, "q4", 1, 64, 64),
     ],
 )
-def test_decode_agrees_with_float64(isa, kv_dtype, group_heads, head_dim, page_size):
-    torch.manual_seed(head_dim + group_heads)
+def test_decode_agrees_with_float64(isa, kv_dtype, queries_per_kv, head_dim, page_size):
+    torch.manual_seed(head_dim + queries_per_kv)
     starts, stops, scale = [0, 5, 149, 9], [150, 133, 150, 4], head_dim**-0.5
     cache = CodePages(kv_dtype, 4, 2, 150, page_size, head_dim)
-    q = torch.randn(4, 2 * group_heads, head_dim)
+    q = torch.randn(4, 2 * queries_per_kv, head_dim)
     out, memory = guarded(*q.shape)
     lse, lse_memory = guarded(*q.shape[:2])
     bounds = [torch.tensor(values, dtype=torch.int32) for values in (starts, stops)]
@@ -246,8 +246,8 @@ def test_decode_agrees_with_float64(isa, kv_dtype, group_heads, head_dim, page_s
 
     assert only_inside_written(memory) and only_inside_written(lse_memory)
     for row in range(3):
-        for head in range(2 * group_heads):
-            keys, values = cache.rows(row, head // group_heads, starts[row], stops[row])
+        for head in range(2 * queries_per_kv):
+            keys, values = cache.rows(row, head // queries_per_kv, starts[row], stops[row])
             visible = torch.ones(1, len(keys), dtype=torch.bool)
             expected, expected_lse = attention(q[row, head].bfloat16()[None], keys, values, visible, scale)
             assert nmse(out[row, head], expected[0]) < DECODE_NMSE
@@ -279,10 +279,10 @@ def test_groups_that_one_item_takes_do_not_meet(kv_dtype):
     "group_heads,head_dim,page_size,kv_start,kv_stop,window",
     [(4, 64, 64, 0, 170, 0), (2, 40, 4, 20, 150, 0), (7, 128, 16, 30, 170, 90), (1, 96, 1, 0, 90, 33)],
 )
-def test_prefill_agrees_with_float64(isa, kv_dtype, group_heads, head_dim, page_size, kv_start, kv_stop, window):
+def test_prefill_agrees_with_float64(isa, kv_dtype, queries_per_kv, head_dim, page_size, kv_start, kv_stop, window):
     torch.manual_seed(6)
     cache, q_start, rows = CodePages(kv_dtype, 1, 2, 170, page_size, head_dim), 97, 73
-    q, scale = torch.randn(rows, 2 * group_heads, head_dim), head_dim**-0.5
+    q, scale = torch.randn(rows, 2 * queries_per_kv, head_dim), head_dim**-0.5
     out, memory = guarded(*q.shape)
     lse, lse_memory = guarded(*q.shape[:2])
 
@@ -294,8 +294,8 @@ def test_prefill_agrees_with_float64(isa, kv_dtype, group_heads, head_dim, page_
     row, key = torch.arange(rows)[:, None] + q_start, torch.arange(kv_start, kv_stop)
     visible = (key <= row) & ((key > row - window) if window else True)
     seen = visible.any(-1)
-    for head in range(2 * group_heads):
-        keys, values = cache.rows(0, head // group_heads, kv_start, kv_stop)
+    for head in range(2 * queries_per_kv):
+        keys, values = cache.rows(0, head // queries_per_kv, kv_start, kv_stop)
         expected, expected_lse = attention(q[:, head].bfloat16(), keys, values, visible, scale)
         assert (out[~seen, head] == 0).all() and (lse[~seen, head] == -math.inf).all()
         assert nmse(out[seen, head], expected[seen]) < PREFILL_NMSE

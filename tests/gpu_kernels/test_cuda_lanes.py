@@ -39,10 +39,10 @@ HANDOVERS = ("events", "flags", "graph")
 LIMITS = {"fp32": 1e-9, "bf16": 5e-4, "q8": 2e-3, "q4": 2e-3}
 
 
-def cuda_plan(path: Path, weight_dtype: str, gpu: float = 0.3, stream: float = 0.4, gpu_groups: int = 1) -> Plan:
+def cuda_plan(path: Path, weight_dtype: str, gpu: float = 0.3, stream: float = 0.4, gpu_kv_heads: int = 1) -> Plan:
     """All three lanes and a cache that spills, with CUDA's own memory in the budget."""
     workload = toy_workload(path, weight_dtype, page_size=16, prefill_chunk=32)
-    emulated = uniform_plan(workload, gpu, stream, gpu_groups, gpu_tokens=workload.min_gpu_tokens)
+    emulated = uniform_plan(workload, gpu, stream, gpu_kv_heads, gpu_tokens=workload.min_gpu_tokens)
     own_bytes = context_bytes(0) + LATE_CUDA_BYTES + temporary_bytes(workload) + SLACK_BYTES
 
     def build(budget: int) -> Plan:
@@ -91,10 +91,10 @@ def test_every_family_on_three_lanes(runs, family, handover):
 
 
 @pytest.mark.parametrize("weight_dtype", LIMITS)
-@pytest.mark.parametrize("gpu,stream,gpu_groups", [(1.0, 0.0, 2), (0.0, 1.0, 2), (0.0, 0.0, 0), (0.5, 0.25, 1)])
-def test_every_dtype_and_shape_of_plan(runs, weight_dtype, gpu, stream, gpu_groups):
+@pytest.mark.parametrize("gpu,stream,gpu_kv_heads", [(1.0, 0.0, 2), (0.0, 1.0, 2), (0.0, 0.0, 0), (0.5, 0.25, 1)])
+def test_every_dtype_and_shape_of_plan(runs, weight_dtype, gpu, stream, gpu_kv_heads):
     run = runs("llama", weight_dtype)
-    engine = cuda_engine(run.path, cuda_plan(run.path, weight_dtype, gpu, stream, gpu_groups))
+    engine = cuda_engine(run.path, cuda_plan(run.path, weight_dtype, gpu, stream, gpu_kv_heads))
     actual = run_logits(engine, run.token_ids, run.prompt_tokens)
     engine.close()
 

@@ -110,11 +110,11 @@ def test_quantised_dot_is_exact_in_integers():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("group_size", [1, 4, 7])
+@pytest.mark.parametrize("queries_per_kv", [1, 4, 7])
 @pytest.mark.parametrize("page_size", [1, 8, 16])
-def test_decode_attention(dtype, group_size, page_size):
+def test_decode_attention(dtype, queries_per_kv, page_size):
     start, stop = [0, 5, 40, 17, 0], [41, 17, 40, 18, 1]
-    q, keys, values = boundary_adversarial(5, 2, group_size, 41, 24, [5, 17, 40], dtype)
+    q, keys, values = boundary_adversarial(5, 2, queries_per_kv, 41, 24, [5, 17, 40], dtype)
     cache = paged_cache(keys, values, page_size, [range(low, high) for low, high in zip(start, stop)])
     expected, expected_lse = oracle_decode(q, cache, start, stop, 0.2)
 
@@ -301,7 +301,7 @@ def test_silu_mul_reads_sixteen_gates_then_sixteen_ups():
 @pytest.mark.parametrize("rotary_dim", [16, 12])
 @pytest.mark.parametrize("with_norm", [False, True])
 def test_rope_append_equals_complex_rotation(rotary_dim, with_norm):
-    rows, num_kv_heads, group_size, head_dim, padding = 3, 2, 3, 16, 4
+    rows, num_kv_heads, queries_per_kv, head_dim, padding = 3, 2, 3, 16, 4
     qkv = normal(rows, num_kv_heads, 5 * head_dim + padding, seed=1)
     angles = torch.outer(torch.arange(9.0), 0.3 ** torch.arange(rotary_dim // 2))
     positions, slots = torch.tensor([8, 0, 3]), torch.tensor([[5, 9], [0, 1], [11, 6]])
@@ -320,9 +320,9 @@ def test_rope_append_equals_complex_rotation(rotary_dim, with_norm):
     expected[..., :half], expected[..., half:rotary_dim] = turned.real, turned.imag
     keys, values = k_pages.view(12, head_dim), v_pages.view(12, head_dim)
 
-    assert nmse(q, expected[:, :, :group_size].reshape(q.shape)) <= FLOAT32_NMSE
-    assert nmse(keys[slots], expected[:, :, group_size]) <= FLOAT32_NMSE
-    assert torch.equal(values[slots], heads[:, :, group_size + 1].bfloat16())
+    assert nmse(q, expected[:, :, :queries_per_kv].reshape(q.shape)) <= FLOAT32_NMSE
+    assert nmse(keys[slots], expected[:, :, queries_per_kv]) <= FLOAT32_NMSE
+    assert torch.equal(values[slots], heads[:, :, queries_per_kv + 1].bfloat16())
     assert keys.isnan().all(-1).sum() == 6
 
 

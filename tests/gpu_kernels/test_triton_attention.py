@@ -17,7 +17,7 @@ RANGES = [(5, 140), (0, 1), (300, 300), (63, 65)]
 
 
 @pytest.mark.parametrize(
-    "dtype,num_kv_heads,group_size,head_dim,page_size,length",
+    "dtype,num_kv_heads,queries_per_kv,head_dim,page_size,length",
     [
         (BF16, 2, 4, 64, 16, 320),
         (BF16, 1, 7, 128, 8, 600),
@@ -30,9 +30,9 @@ RANGES = [(5, 140), (0, 1), (300, 300), (63, 65)]
         (FP32, 1, 2, 64, 48, 320),
     ],
 )
-def test_decode_attention(device, dtype, num_kv_heads, group_size, head_dim, page_size, length):
+def test_decode_attention(device, dtype, num_kv_heads, queries_per_kv, head_dim, page_size, length):
     checks.check_decode(
-        attention.decode_attention, device, dtype, num_kv_heads, group_size, head_dim, page_size, length, RANGES
+        attention.decode_attention, device, dtype, num_kv_heads, queries_per_kv, head_dim, page_size, length, RANGES
     )
 
 
@@ -95,20 +95,22 @@ def test_a_scale_that_is_not_positive_is_refused(device):
 
 
 @pytest.mark.parametrize(
-    "dtype,num_kv_heads,group_size,head_dim,page_size",
+    "dtype,num_kv_heads,queries_per_kv,head_dim,page_size",
     [(BF16, 2, 2, 64, 16), (FP32, 1, 1, 24, 8), (BF16, 1, 3, 80, 1), (BF16, 1, 4, 128, 64)],
 )
 @pytest.mark.parametrize(
     "start,stop,q_start,window", [(0, 98, 28, 0), (9, 98, 28, 20), (7, 20, 40, 0), (0, 98, 28, 1), (90, 98, 28, 0)]
 )
-def test_prefill_attention(device, dtype, num_kv_heads, group_size, head_dim, page_size, start, stop, q_start, window):
+def test_prefill_attention(
+    device, dtype, num_kv_heads, queries_per_kv, head_dim, page_size, start, stop, q_start, window
+):
     checks.check_prefill(
         attention.prefill_attention,
         device,
         dtype,
         70,
         num_kv_heads,
-        group_size,
+        queries_per_kv,
         head_dim,
         page_size,
         start,

@@ -45,7 +45,7 @@ def test_silu_mul(device, rows, units):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "num_kv_heads,group_size,head_dim,rotary_dim,norms",
+    "num_kv_heads,queries_per_kv,head_dim,rotary_dim,norms",
     [
         (2, 3, 64, 64, (False, False)),
         (1, 1, 80, 80, (True, True)),
@@ -53,9 +53,9 @@ def test_silu_mul(device, rows, units):
         (1, 4, 16, 4, (False, True)),
     ],
 )
-def test_rope_append(device, dtype, num_kv_heads, group_size, head_dim, rotary_dim, norms):
+def test_rope_append(device, dtype, num_kv_heads, queries_per_kv, head_dim, rotary_dim, norms):
     checks.check_rope_append(
-        elementwise.rope_append, device, dtype, num_kv_heads, group_size, head_dim, rotary_dim, norms
+        elementwise.rope_append, device, dtype, num_kv_heads, queries_per_kv, head_dim, rotary_dim, norms
     )
 
 

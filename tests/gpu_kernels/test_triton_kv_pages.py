@@ -34,9 +34,9 @@ def code_pages(kv_dtype: str, page_size: int, head_dim: int, tokens: int, seed: 
     return *stores, table.to(torch.int32)
 
 
-def check_decode(op, device, kv_dtype, group_size, head_dim, page_size, start, stop):
+def check_decode(op, device, kv_dtype, queries_per_kv, head_dim, page_size, start, stop):
     k, v, table = code_pages(kv_dtype, page_size, head_dim, stop, 1)
-    q, scale = normal(1, 2 * group_size, head_dim, seed=9), head_dim**-0.5
+    q, scale = normal(1, 2 * queries_per_kv, head_dim, seed=9), head_dim**-0.5
     bounds = [torch.tensor([value], dtype=torch.int32) for value in (start, stop)]
     expected, expected_lse = torch.empty_like(q).double(), torch.empty(q.shape[:2]).double()
     reference.decode_attention(q.double(), k, v, table, *bounds, scale, expected, expected_lse)
@@ -76,7 +76,7 @@ APPEND = {name: (name, 40, 4) for name in DTYPES}
 
 @pytest.mark.parametrize("kv_dtype", DTYPES)
 @pytest.mark.parametrize(
-    "group_size,head_dim,page_size,start,stop",
+    "queries_per_kv,head_dim,page_size,start,stop",
     [
         (1, 64, 64, 0, 130),
         (4, 128, 16, 7, 90),
@@ -86,8 +86,8 @@ APPEND = {name: (name, 40, 4) for name in DTYPES}
         (2, 64, 128, 30, 300),
     ],
 )
-def test_decode_attention(device, kv_dtype, group_size, head_dim, page_size, start, stop):
-    check_decode(attention.decode_attention, device, kv_dtype, group_size, head_dim, page_size, start, stop)
+def test_decode_attention(device, kv_dtype, queries_per_kv, head_dim, page_size, start, stop):
+    check_decode(attention.decode_attention, device, kv_dtype, queries_per_kv, head_dim, page_size, start, stop)
 
 
 @pytest.mark.parametrize("kv_dtype", DTYPES)

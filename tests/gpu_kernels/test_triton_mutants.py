@@ -35,7 +35,7 @@ DECODE = partial(
     device="cpu",
     dtype=FP32,
     num_kv_heads=2,
-    group_size=2,
+    queries_per_kv=2,
     head_dim=16,
     page_size=16,
     length=600,
@@ -47,7 +47,7 @@ WHOLE_BLOCKS = partial(
     dtype=FP32,
     q_len=70,
     num_kv_heads=1,
-    group_size=2,
+    queries_per_kv=2,
     head_dim=16,
     page_size=32,
     start=9,
@@ -61,7 +61,7 @@ PREFILL = partial(
     dtype=FP32,
     q_len=70,
     num_kv_heads=2,
-    group_size=2,
+    queries_per_kv=2,
     head_dim=16,
     page_size=16,
     start=9,
@@ -114,7 +114,7 @@ ROPE = partial(
     device="cpu",
     dtype=FP32,
     num_kv_heads=2,
-    group_size=2,
+    queries_per_kv=2,
     head_dim=24,
     rotary_dim=16,
     norms=(True, True),
@@ -197,21 +197,21 @@ MUTANTS = {
         "attention",
         "counted_decode_attention",
         check_counters,
-        "tl.store(arrivals + group, 0)",
-        "tl.store(arrivals + group, num_splits)",
+        "tl.store(arrivals + pair, 0)",
+        "tl.store(arrivals + pair, num_splits)",
     ),
     "all KV heads share a counter": (
         "attention",
         "counted_decode_attention",
         check_counters,
-        "tl.atomic_add(arrivals + group,",
-        "tl.atomic_add(arrivals + group * 0,",
+        "tl.atomic_add(arrivals + pair,",
+        "tl.atomic_add(arrivals + pair * 0,",
     ),
     "merged heads go to another KV head": (
         "attention",
         "decode_attention",
         DECODE,
-        "out += batch * out_row_stride + kv_head * GROUP_SIZE * out_head_stride",
+        "out += batch * out_row_stride + kv_head * QUERIES_PER_KV * out_head_stride",
         "out += batch * out_row_stride",
     ),
     "decode ignores kv_start": (
@@ -291,7 +291,7 @@ MUTANTS = {
         "attention",
         "prefill_attention",
         PREFILL,
-        "newest_seen = q_start + rows // GROUP_SIZE",
+        "newest_seen = q_start + rows // QUERIES_PER_KV",
         "newest_seen = q_start + rows",
     ),
     "prefill ignores kv_start": (
@@ -824,8 +824,8 @@ def test_mutant_of_a_helper_is_caught(name, tmp_path, monkeypatch):
         ("splits < num_splits", "splits < num_splits - 1"),
         ("total = total * correction", "total = total"),
         ("acc * correction[:, None]", "acc"),
-        ("(first + splits) * GROUP_SIZE", "splits * GROUP_SIZE"),
-        ("live = heads < GROUP_SIZE", "live = heads < HEADS"),
+        ("(first + splits) * QUERIES_PER_KV", "splits * QUERIES_PER_KV"),
+        ("live = heads < QUERIES_PER_KV", "live = heads < HEADS"),
     ],
     ids=[
         "splits are averaged",
@@ -840,7 +840,7 @@ def test_mutant_of_a_helper_is_caught(name, tmp_path, monkeypatch):
 def test_mutant_of_the_split_merge_is_caught(right, wrong, tmp_path, monkeypatch):
     monkeypatch.setattr(attention, "MERGE_ITEMS", 1)  # in several steps
     monkeypatch.setattr(torch, "empty", torch.zeros)  # NaN written where it must not be would look like the guards
-    check = partial(DECODE, group_size=3)
+    check = partial(DECODE, queries_per_kv=3)
     check(attention.decode_attention)
     monkeypatch.setattr(attention, "merge_splits", load_mutant(tmp_path, "attention_merge", right, wrong).merge_splits)
 

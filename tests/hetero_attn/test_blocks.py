@@ -19,8 +19,8 @@ from hetero_attn.models.block import Block, normalize
 from hetero_attn.models.decoder import decoder
 from hetero_attn.ops.linear import linear, linear_add
 from hetero_attn.planning.settle import PlannedModel
-from hetero_attn.spec.blocks import BufferGroup, FixedState, Vector
-from hetero_attn.spec.buffers import ActivationWidths, widest_groups
+from hetero_attn.spec.blocks import BufferSet, FixedState, Vector
+from hetero_attn.spec.buffers import ActivationWidths, widest_sets
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.weights import BLOCK_FEATURES, LinearSpec, Part
 from hetero_attn.spec.workload import build_workload
@@ -51,7 +51,7 @@ class Mixer(Block):
             toy_linear("mix_out", layer, MIXED, HIDDEN),
         )
         self.vectors = (Vector("norm", f"toy.{layer}.norm.weight", HIDDEN, offset=1.0),)
-        self.buffers = (BufferGroup("narrow", (("normed", HIDDEN),)), BufferGroup("wide", (("mixed", MIXED),)))
+        self.buffers = (BufferSet("narrow", (("normed", HIDDEN),)), BufferSet("wide", (("mixed", MIXED),)))
 
     def forward(self, run, weights, state, work):
         lanes, tier = run.lanes, run.step.tier
@@ -72,15 +72,15 @@ class Decay(Block):
         self.linears = (toy_linear("decay_out", layer, HIDDEN, HIDDEN),)
         self.vectors = (Vector("norm", f"toy.{layer}.norm.weight", HIDDEN, offset=1.0),)
         self.state = FixedState((HIDDEN,))
-        self.buffers = (BufferGroup("narrow", (("normed", HIDDEN),)),)
+        self.buffers = (BufferSet("narrow", (("normed", HIDDEN),)),)
 
     def forward(self, run, weights, state, work):
         lanes, out = run.lanes, weights.linears["decay_out"]
         normed = work.of("normed", HIDDEN)
         normalize(lanes, weights.vector("norm"), EPS, work.residual, normed, False)
-        for row, slot in zip(normed.main, state.slots, strict=True):
-            values = state.values.index_select(0, slot[None]) * KEPT + row
-            state.values.index_copy_(0, slot[None], values)
+        for row, sequence_id in zip(normed.main, state.sequence_ids, strict=True):
+            values = state.values.index_select(0, sequence_id[None]) * KEPT + row
+            state.values.index_copy_(0, sequence_id[None], values)
             row.copy_(values[0])
         column = HIDDEN if lanes.device is not None else 0
         linear_add(lanes, out, run.step.tier, normed, column, work.residual, work.scratch)
@@ -262,7 +262,7 @@ def test_layers_of_other_widths_share_the_widest_buffers(path, kind):
 
 
 def test_a_buffer_in_two_places_is_refused():
-    groups = (BufferGroup("wide", (("a", 1), ("b", 2))), BufferGroup("wide", (("a", 1),)))
+    groups = (BufferSet("wide", (("a", 1), ("b", 2))), BufferSet("wide", (("a", 1),)))
 
     with pytest.raises(ValueError, match="buffer a"):
-        widest_groups(groups)
+        widest_sets(groups)

@@ -89,7 +89,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def plan(run) -> Plan:
-    return uniform_plan(toy_workload(run.path, page_size=4, prefill_chunk=8), gpu=0.3, stream=0.4, gpu_groups=1)
+    return uniform_plan(toy_workload(run.path, page_size=4, prefill_chunk=8), gpu=0.3, stream=0.4, gpu_kv_heads=1)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def long_run(tmp_path_factory):
 @pytest.fixture
 def long_plan(long_run) -> Plan:
     workload = toy_workload(long_run.path, page_size=4, prefill_chunk=8, max_batch=1)
-    return uniform_plan(workload, gpu=0.3, stream=0.4, gpu_groups=1)
+    return uniform_plan(workload, gpu=0.3, stream=0.4, gpu_kv_heads=1)
 
 
 @pytest.mark.filterwarnings("ignore:the system refused")
@@ -132,7 +132,7 @@ def test_a_launch_queue_of_six_entries_changes_no_answer_and_stops_nobody(long_r
 
 def test_a_captured_step_is_a_program_and_follows_a_moved_boundary(run, plan):
     """A step that was captured before the move would go on with the old boundary."""
-    moved = uniform_plan(toy_workload(run.path, page_size=4, prefill_chunk=8), gpu=0.3, stream=0.2, gpu_groups=1)
+    moved = uniform_plan(toy_workload(run.path, page_size=4, prefill_chunk=8), gpu=0.3, stream=0.2, gpu_kv_heads=1)
     assert moved.linears != plan.linears
     with fake_engine(run.path, plan, handover="graph") as engine:
         sequence = engine.kv_cache.open()
@@ -155,7 +155,7 @@ def test_the_border_between_two_chunks_does_not_wait_for_the_gpu(long_run):
     """The first chunk's call comes back, and the second is embedded, while the GPU has not begun; the answer is
     right."""
     workload = toy_workload(long_run.path, page_size=4, prefill_chunk=8, max_batch=1)
-    plan = uniform_plan(workload, gpu=0.5, stream=0.5, gpu_groups=2, gpu_tokens=workload.full_tokens)
+    plan = uniform_plan(workload, gpu=0.5, stream=0.5, gpu_kv_heads=2, gpu_tokens=workload.full_tokens)
     with fake_engine(long_run.path, plan, handover="flags") as engine:
         sequence, gate = engine.kv_cache.open(), threading.Event()
         engine.lanes.device.compute.add(lambda: gate.wait(15) and None)
@@ -332,7 +332,7 @@ def test_weights_that_cannot_be_page_locked_are_said_once(run, plan):
 def test_pages_that_move_are_page_locked_and_counted_as_planned(long_run, long_plan):
     """Pages of the GPU's heads, whole and nothing else of the cache; a copy of any of them is asynchronous."""
     with fake_engine(long_run.path, long_plan) as engine:
-        device, groups = engine.lanes.device, engine.kv_cache.layer_groups
+        device, groups = engine.lanes.device, engine.kv_cache.pools
         registered = device.driver._library._library.registered
         moving = [pages for group in groups for pages in (*group.spilled.k, *group.spilled.v)]
         staying = [pages for group in groups for pages in (*group.host.k, *group.host.v)]
@@ -405,7 +405,7 @@ def test_ordinary_memory_of_one_kind_changes_no_answer(long_run, long_plan, monk
 def test_weights_that_only_prompts_stream_may_be_refused_without_giving_up_captured_steps(long_run, monkeypatch):
     """One refused weight once turned every captured step off, whether or not the step streamed it."""
     workload = toy_workload(long_run.path, page_size=4, prefill_chunk=8, max_batch=1)
-    plan = uniform_plan(workload, gpu=0.3, stream=0.4, gpu_groups=1)
+    plan = uniform_plan(workload, gpu=0.3, stream=0.4, gpu_kv_heads=1)
     linears = [replace(linear, stream_units=(0, *linear.stream_units[1:])) for linear in plan.linears]
     pin = Device._pin
 
@@ -658,7 +658,7 @@ def test_a_budget_below_cudas_own_says_the_smallest_that_works(run, one_gpu):
 def test_weights_that_leave_no_gap_for_a_larger_one_make_room(long_run):
     """Every other linear gives its memory back, and the head wants more than any of those gaps: all are placed anew."""
     workload = replace(toy_workload(long_run.path, page_size=4, prefill_chunk=8, max_batch=1), elastic=True)
-    before = uniform_plan(workload, gpu=0.5, stream=0.0, gpu_groups=1)
+    before = uniform_plan(workload, gpu=0.5, stream=0.0, gpu_kv_heads=1)
     large_head = [
         replace(linear, gpu_units=linear.units if linear.name == "head" else linear.gpu_units * (index % 2))
         for index, linear in enumerate(before.linears)
@@ -686,7 +686,7 @@ def test_weights_that_leave_no_gap_for_a_larger_one_make_room(long_run):
 def test_the_ring_makes_an_event_of_each_kind_for_a_slot_and_step_not_for_a_piece(long_run, monkeypatch, handover):
     """Making events was much of what Python needed to queue a streamed piece."""
     workload = toy_workload(long_run.path, page_size=4, prefill_chunk=8, max_batch=1)
-    plan = uniform_plan(workload, gpu=0.3, stream=0.7, gpu_groups=2)
+    plan = uniform_plan(workload, gpu=0.3, stream=0.7, gpu_kv_heads=2)
     made, takes, record, take = [], [], CudaDriver.record, CopyAhead.take
 
     def counted(driver, stream, reuse=None):

@@ -10,9 +10,9 @@ def test_every_token_of_a_filled_depth_is_stored(tmp_path):
     """Pages start as NaN, so that one token left out would show in the logits; the split plan spills most of them."""
     path = make_checkpoint(tmp_path, "llama")
     workload = toy_workload(path, max_context=128)
-    for plan in (cpu_plan(workload), uniform_plan(workload, gpu=0.4, stream=0.3, gpu_groups=1)):
+    for plan in (cpu_plan(workload), uniform_plan(workload, gpu=0.4, stream=0.3, gpu_kv_heads=1)):
         engine = make_engine(path, plan)
-        stores = [store for group in engine.kv_cache.layer_groups for store in group.stores.values()]
+        stores = [store for pool in engine.kv_cache.pools for store in pool.stores.values()]
         for pages in (pages for store in stores for pages in (*store.k, *store.v)):
             pages.fill_(float("nan"))
         sequence = engine.kv_cache.open()

@@ -52,7 +52,7 @@ def smallest(llm):
 
 
 def stores(llm):
-    return [store for group in llm.engine.kv_cache.layer_groups for store in group.stores.values()]
+    return [store for pool in llm.engine.kv_cache.pools for store in pool.stores.values()]
 
 
 def assert_counts_are_true(llm):
@@ -65,7 +65,7 @@ def assert_counts_are_true(llm):
     assert used.get("weights", 0) == llm.plan.memory.gpu["weights"]
     assert used.get("staging", 0) == llm.plan.memory.gpu["staging"]
     assert (ring is None) == (llm.plan.memory.gpu["staging"] == 0)
-    recent = [group.recent for group in llm.engine.kv_cache.layer_groups if group.recent is not None]
+    recent = [pool.recent for pool in llm.engine.kv_cache.pools if pool.recent is not None]
     assert used.get("kv", 0) == sum(pages.nbytes for store in recent for pages in (*store.k, *store.v))
     assert used.get("kv", 0) == llm.plan.memory.gpu["kv"]
     assert arena.total_bytes <= arena.budget_bytes == llm.plan.gpu_memory_bytes

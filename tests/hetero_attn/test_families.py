@@ -53,7 +53,7 @@ def test_logits_equal_transformers(checkpoint):
 
 @pytest.mark.parametrize(("gpu", "stream"), [(0.4, 0.3), (0.0, 0.6), (1.0, 0.0)])
 def test_three_lanes_equal_transformers(checkpoint, gpu, stream):
-    plan = uniform_plan(toy_workload(checkpoint), gpu=gpu, stream=stream, gpu_groups=1)
+    plan = uniform_plan(toy_workload(checkpoint), gpu=gpu, stream=stream, gpu_kv_heads=1)
 
     assert nmse(logits_by(checkpoint, plan), hf_logits(checkpoint, TOKENS)) <= 1e-10
 
@@ -78,7 +78,7 @@ def test_paired_cuts_equal_transformers(tmp_path):
     )
     expected = hf_logits(path, TOKENS)
     for gpu, stream in ((0.5, 0.0), (0.0, 0.0), (0.0, 1.0), (0.5, 0.5), (1.0, 0.0)):
-        plan = uniform_plan(toy_workload(path, paired=True), gpu, stream, gpu_groups=1)
+        plan = uniform_plan(toy_workload(path, paired=True), gpu, stream, gpu_kv_heads=1)
 
         assert nmse(logits_by(path, plan), expected) <= 1e-10
 

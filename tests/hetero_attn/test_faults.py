@@ -120,9 +120,9 @@ def state(llm):
     """Everything that a fault must not change."""
     device, cache = llm.engine.lanes.device, llm.engine.kv_cache
     cache.forget_prefixes()
-    free = [store.free_pages for group in cache.layer_groups for store in group.stores.values()]
+    free = [store.free_pages for pool in cache.pools for store in pool.stores.values()]
     used = {kind: count for kind, count in device.arena.used_bytes.items() if count}
-    return used, dict(device.pinned.used_bytes), free, cache.free_slots, llm._scheduler.has_work, llm.plan
+    return used, dict(device.pinned.used_bytes), free, cache.free_sequences, llm._scheduler.has_work, llm.plan
 
 
 def attempts(faults, kind, work):

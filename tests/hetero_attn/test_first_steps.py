@@ -14,11 +14,11 @@ def test_first_steps_take_every_path_once_and_leave_no_trace(tmp_path):
     workload = toy_workload(run.path, page_size=4, prefill_chunk=96, max_batch=1)
     said = []
     with fake_engine(run.path, uniform_plan(workload, 0.3, 0.4, 1), handover="graph") as engine:
-        free = [group.free_pages for group in engine.kv_cache.layer_groups]
+        free = [pool.free_pages for pool in engine.kv_cache.pools]
         make_first_steps(engine, said.append)
 
         assert engine.replay._captured and all(engine.replay._captured.values())
-        assert [group.free_pages for group in engine.kv_cache.layer_groups] == free
+        assert [pool.free_pages for pool in engine.kv_cache.pools] == free
         assert engine.report.tiers == {} and engine.report.phases["prefill"].steps == 0
         assert len(said) == len(PROMPT_ROWS) + 1 and "single" in said[-1]
         actual = run_logits(engine, run.token_ids, run.prompt_tokens)

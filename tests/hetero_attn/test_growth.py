@@ -47,7 +47,7 @@ def test_logits_are_exact_and_the_budget_holds_from_one_token_to_thousands(path,
     alone = make_engine(path, cpu_plan(workload))
     expected = logits_along(alone, token_ids)
     alone.close()
-    plan = uniform_plan(workload, gpu=0.4, stream=0.3, gpu_groups=1)
+    plan = uniform_plan(workload, gpu=0.4, stream=0.3, gpu_kv_heads=1)
     engine = make_engine(path, plan)
     actual = logits_along(engine, token_ids)
     arena = engine.lanes.device.arena

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 
 from hetero_attn.cache.cache import KVCache
 from hetero_attn.cache.moves import PageMoves
-from hetero_attn.cache.pool import LayerGroup
+from hetero_attn.cache.pool import CachePool
 from hetero_attn.cache.prefix_tree import PrefixTree
 from hetero_attn.devices import Device, EmulatedDriver
 from hetero_attn.errors import MemoryBudgetError
@@ -35,7 +35,7 @@ GENERATE = (Phase.generate,)  # a planted bug is not to be shrunk
 MACHINE = settings(max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def cache_plan(page_size, window, gpu_groups, spare_pages, batch, kv_tokens=None, context=40):
+def cache_plan(page_size, window, gpu_kv_heads, spare_pages, batch, kv_tokens=None, context=40):
     """A plan of three tiny layers, the second and third with a window, and a GPU budget of exactly their cache."""
     workload = decoder(
         "pages", layers=3, hidden=16, intermediate=16, heads=2, kv_heads=2, head_dim=2, vocab=16, dtype="fp32",
@@ -44,8 +44,8 @@ def cache_plan(page_size, window, gpu_groups, spare_pages, batch, kv_tokens=None
     kv = tuple(replace(shard, bytes_per_token=16) for shard in workload.kv)
     workload = replace(workload, kv=kv, kv_dtype="fp32", kv_tokens=kv_tokens)
     linears = [LinearPlacement(s.name, 0, (0,) * NUM_ROW_TIERS, s.units) for s in workload.linears]
-    tokens = workload.min_gpu_tokens + spare_pages * page_size if gpu_groups else 0
-    placed = [KvPlacement(shard.name, gpu_groups, tokens, 2) for shard in kv]
+    tokens = workload.min_gpu_tokens + spare_pages * page_size if gpu_kv_heads else 0
+    placed = [KvPlacement(shard.name, gpu_kv_heads, tokens, 2) for shard in kv]
     return within_itself(build_plan(workload, linears, placed, device="emulated"))
 
 
@@ -56,7 +56,7 @@ def within_itself(plan):
 
 def with_gpu_tokens(plan, tokens):
     """The plan with another number of tokens in GPU memory."""
-    kv = [replace(placement, gpu_tokens=tokens if placement.gpu_groups else 0) for placement in plan.kv]
+    kv = [replace(placement, gpu_tokens=tokens if placement.gpu_kv_heads else 0) for placement in plan.kv]
     return within_itself(build_plan(plan.workload, plan.linears, kv, device="emulated"))
 
 
@@ -76,7 +76,7 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(
         page_size=st.sampled_from([2, 3, 1, 5]),
         window=st.sampled_from([0, 4, 7]),
-        gpu_groups=st.integers(0, 2),
+        gpu_kv_heads=st.integers(0, 2),
         spare_pages=st.integers(0, 4),
         batch=st.integers(2, 4),
         kv_tokens=st.sampled_from([None, 64, 100]),
@@ -117,17 +117,17 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.make_room(sequence, len(added))
             tokens += added
             for layer, (index, place) in self.cache.places.items():
-                group = self.cache.layer_groups[index]
-                group.moves.wait(place)
-                self.write(group, place, layer, sequence, tokens)
+                pool = self.cache.pools[index]
+                pool.moves.wait(place)
+                self.write(pool, place, layer, sequence, tokens)
             sequence.length = len(tokens)
 
-    def write(self, group, place, layer, sequence, tokens):
+    def write(self, pool, place, layer, sequence, tokens):
         positions = torch.arange(sequence.length, len(tokens))
-        for store, first in ((group.recent, 0), (group.host, group.gpu_groups)):
+        for store, first in ((pool.recent, 0), (pool.host, pool.gpu_kv_heads)):
             if store is not None:
-                slots = store.slots(sequence.slot, positions)
-                values = numbers(tokens, sequence.length, len(tokens), layer, first, store.groups)
+                slots = store.slots(sequence.id, positions)
+                values = numbers(tokens, sequence.length, len(tokens), layer, first, store.kv_heads)
                 store.k[place].view(-1, 2)[slots] = values
                 store.v[place].view(-1, 2)[slots] = -values
 
@@ -155,7 +155,7 @@ class CacheMachine(RuleBasedStateMachine):
         if self.cache.rewind(sequence, length):
             del tokens[length:]
         else:
-            assert any(group.window for group in self.cache.layer_groups)
+            assert any(pool.window for pool in self.cache.pools)
 
     @precondition(lambda self: len(self.open) > 1)
     @rule(data=st.data(), remembered=st.sampled_from([True, True, False]))
@@ -167,7 +167,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.close(entry[0])
         self.open.remove(entry)
 
-    @precondition(lambda self: any(group.spilled for group in self.cache.layer_groups))
+    @precondition(lambda self: any(pool.spilled for pool in self.cache.pools))
     @rule(pages=st.integers(0, 12))
     def resize(self, pages):
         """Go over to a plan that keeps more or fewer tokens in GPU memory, as an elastic model does."""
@@ -188,7 +188,7 @@ class CacheMachine(RuleBasedStateMachine):
         if hasattr(self, "cache"):
             assert self.device.pinned.used_bytes.get("kv", 0) == self.pinned_bytes
 
-    @precondition(lambda self: any(group.idle for group in self.cache.layer_groups))
+    @precondition(lambda self: any(pool.idle for pool in self.cache.pools))
     @rule()
     def forget(self):
         self.cache.forget_prefixes()
@@ -196,19 +196,19 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def everything_visible_is_readable(self):
         for layer, (index, place) in getattr(self, "cache", None) and self.cache.places.items() or ():
-            group = self.cache.layer_groups[index]
+            pool = self.cache.pools[index]
             for sequence, tokens, _ in self.open:
                 assert len(tokens) == sequence.length
-                first, boundary = group.first_visible(len(tokens)), group.boundary(sequence.slot)
+                first, boundary = pool.first_visible(len(tokens)), pool.boundary(sequence.id)
                 split = max(first, boundary)
-                self.read(group.host, place, layer, group.gpu_groups, sequence, tokens, first, len(tokens))
-                self.read(group.spilled, place, layer, 0, sequence, tokens, first, split)
-                self.read(group.recent, place, layer, 0, sequence, tokens, split, len(tokens))
+                self.read(pool.host, place, layer, pool.gpu_kv_heads, sequence, tokens, first, len(tokens))
+                self.read(pool.spilled, place, layer, 0, sequence, tokens, first, split)
+                self.read(pool.recent, place, layer, 0, sequence, tokens, split, len(tokens))
 
     def read(self, store, place, layer, head, sequence, tokens, start, stop):
         if store is not None and start < stop:
-            slots = store.slots(sequence.slot, torch.arange(start, stop))
-            values = numbers(tokens, start, stop, layer, head, store.groups)
+            slots = store.slots(sequence.id, torch.arange(start, stop))
+            values = numbers(tokens, start, stop, layer, head, store.kv_heads)
             assert torch.equal(store.k[place].view(-1, 2)[slots], values)
             assert torch.equal(store.v[place].view(-1, 2)[slots], -values)
 
@@ -218,14 +218,16 @@ class CacheMachine(RuleBasedStateMachine):
         if not hasattr(self, "cache"):
             return
         assert self.device.arena.total_bytes <= self.plan.gpu_memory_bytes
-        for group in self.cache.layer_groups:
-            pages = {id(page): page for slot in range(self.plan.max_batch) for page in group.held(slot).values()}
-            pages |= {id(page): page for page in group.idle}
-            for name, store in group.stores.items():
+        for pool in self.cache.pools:
+            pages = {
+                id(page): page for sequence_id in range(self.plan.max_batch) for page in pool.held(sequence_id).values()
+            }
+            pages |= {id(page): page for page in pool.idle}
+            for name, store in pool.stores.items():
                 used = [at for page in pages.values() if (at := getattr(page, name)) is not None]
                 assert len(used) == len(set(used)) == store.num_pages - store.free_pages
-            assert all(page.slots or page.node is not None for page in pages.values())
-            assert group.free_pages >= 0
+            assert all(page.holders or page.node is not None for page in pages.values())
+            assert pool.free_pages >= 0
 
     def teardown(self):
         """With everything closed and forgotten, every page is free again."""
@@ -234,10 +236,10 @@ class CacheMachine(RuleBasedStateMachine):
         for sequence, _, _ in self.open:
             self.cache.close(sequence)
         self.cache.forget_prefixes()
-        assert self.cache.free_slots == self.plan.max_batch
-        for group in self.cache.layer_groups:
-            assert group.free_pages == group.capacity
-            assert all(store.free_pages == store.num_pages for store in group.stores.values())
+        assert self.cache.free_sequences == self.plan.max_batch
+        for pool in self.cache.pools:
+            assert pool.free_pages == pool.capacity
+            assert all(store.free_pages == store.num_pages for store in pool.stores.values())
         self.device.close()
         assert self.device.arena.total_bytes == self.device.pinned.total_bytes == 0
 
@@ -267,22 +269,22 @@ def any_path(original, self, tokens):
     return path
 
 
-def freed_for_all(original, self, slot, logical):
+def freed_for_all(original, self, sequence_id, logical):
     """A page that others still hold is freed."""
-    self.held(slot)[logical].slots.clear()
-    original(self, slot, logical)
+    self.held(sequence_id)[logical].holders.clear()
+    original(self, sequence_id, logical)
 
 
 BUGS = {
     "a move is lost": planted(PageMoves, "start", copy_lost),
     "a boundary one page early": planted(
-        LayerGroup, "boundary", lambda original, self, slot: max(0, original(self, slot) - self.page_size)
+        CachePool, "boundary", lambda original, self, sequence_id: max(0, original(self, sequence_id) - self.page_size)
     ),
-    "a page is never freed": planted(LayerGroup, "_free", lambda original, self, page: None),
-    "a forgotten page stays": planted(LayerGroup, "drop", lambda original, self, page: None),
+    "a page is never freed": planted(CachePool, "_free", lambda original, self, page: None),
+    "a forgotten page stays": planted(CachePool, "drop", lambda original, self, page: None),
     "a prefix is not compared": planted(PrefixTree, "_path", any_path),
-    "a page goes with its first holder": planted(LayerGroup, "_let_go", freed_for_all),
-    "a reservation is not kept": planted(LayerGroup, "reserve", lambda original, self, slot, tokens: None),
+    "a page goes with its first holder": planted(CachePool, "_let_go", freed_for_all),
+    "a reservation is not kept": planted(CachePool, "reserve", lambda original, self, sequence_id, tokens: None),
 }
 
 
@@ -299,7 +301,7 @@ def test_planted_bugs_are_caught(bug, monkeypatch):
 def diverged_twins():
     """A sequence and its fork write different tokens to the page that was partly filled."""
     machine = CacheMachine()
-    machine.start(page_size=3, window=0, gpu_groups=1, spare_pages=4, batch=2, kv_tokens=None)
+    machine.start(page_size=3, window=0, gpu_kv_heads=1, spare_pages=4, batch=2, kv_tokens=None)
     machine.open.append((machine.cache.open(20), [], 20))
     machine.step(*machine.open[0], [0, 1, 0, 1])
     machine.open.append((machine.cache.fork(machine.open[0][0], 20), [0, 1, 0, 1], 20))
@@ -312,13 +314,13 @@ def test_a_fork_shares_full_pages_and_owns_its_tail():
     machine = diverged_twins()
     machine.everything_visible_is_readable()
     machine.pages_add_up()
-    full, tail = (sorted(page.slots) for page in machine.cache.layer_groups[0].held(0).values())
+    full, tail = (sorted(page.holders) for page in machine.cache.pools[0].held(0).values())
 
     assert ([0, 1], [0]) == (full, tail)
     machine.teardown()
 
 
 def test_planted_bug_a_tail_that_stays_shared_is_caught(monkeypatch):
-    monkeypatch.setattr(*planted(LayerGroup, "own_tail", lambda original, self, *arguments: None))
+    monkeypatch.setattr(*planted(CachePool, "own_tail", lambda original, self, *arguments: None))
     with pytest.raises(AssertionError):
         diverged_twins().everything_visible_is_readable()

@@ -27,7 +27,7 @@ def test_three_lanes_agree_with_one(tmp_path, kv_dtype, options):
     workload = toy_workload(tmp_path, "fp32", page_size=4, prefill_chunk=8, kv_dtype=kv_dtype)
     token_ids, prompt_tokens = torch.randint(0, 90, (70,), generator=torch.Generator().manual_seed(1)).tolist(), 50
     logits = []
-    for plan in (cpu_plan(workload), uniform_plan(workload, gpu=0.3, stream=0.3, gpu_groups=1)):
+    for plan in (cpu_plan(workload), uniform_plan(workload, gpu=0.3, stream=0.3, gpu_kv_heads=1)):
         engine = make_engine(tmp_path, plan)
         try:
             logits.append(run_logits(engine, token_ids, prompt_tokens))
@@ -53,7 +53,7 @@ def test_pages_take_the_bytes_that_the_plan_counts(tmp_path):
     for kv_dtype in kv_layout.KV_DTYPES:
         workload = toy_workload(tmp_path, "bf16", kv_dtype=kv_dtype)
         engine = make_engine(tmp_path, cpu_plan(workload))
-        store = engine.kv_cache.layer_groups[0].host
+        store = engine.kv_cache.pools[0].host
         sequence = engine.kv_cache.open()
         engine.prefill(sequence, [1, 2, 3])
         page_bytes = store.k[0][0].nbytes + store.v[0][0].nbytes

@@ -24,7 +24,7 @@ from hetero_attn.lanes.handover import EventHandover
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.ops.step import Rows
 from hetero_attn.planning.settle import PlannedModel
-from hetero_attn.spec.blocks import BufferGroup
+from hetero_attn.spec.blocks import BufferSet
 from hetero_attn.spec.buffers import ActivationWidths
 from hetero_attn.spec.config import ModelConfig
 from placement.machine.hardware import HardwareProfile
@@ -80,9 +80,9 @@ def kernels() -> CpuKernels:
     return CpuKernels(THREADS)
 
 
-def spilling_plan(path: Path, gpu: float = 0.3, stream: float = 0.4, gpu_groups: int = 1) -> Plan:
+def spilling_plan(path: Path, gpu: float = 0.3, stream: float = 0.4, gpu_kv_heads: int = 1) -> Plan:
     """All three lanes, two chunks of prompt, and a cache that spills."""
-    return uniform_plan(toy_workload(path, page_size=4, prefill_chunk=8, max_batch=1), gpu, stream, gpu_groups)
+    return uniform_plan(toy_workload(path, page_size=4, prefill_chunk=8, max_batch=1), gpu, stream, gpu_kv_heads)
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +120,10 @@ def test_every_family_is_right_and_without_a_race(runs, family, handover):
     assert nmse(actual, run.logits) <= LIMIT
 
 
-@pytest.mark.parametrize("gpu,stream,gpu_groups", [(1.0, 0.0, 2), (0.0, 1.0, 2), (0.5, 0.0, 0)])
-def test_every_shape_of_plan_is_right_and_without_a_race(runs, gpu, stream, gpu_groups):
+@pytest.mark.parametrize("gpu,stream,gpu_kv_heads", [(1.0, 0.0, 2), (0.0, 1.0, 2), (0.5, 0.0, 0)])
+def test_every_shape_of_plan_is_right_and_without_a_race(runs, gpu, stream, gpu_kv_heads):
     run = runs()
-    with simulated(run.path, spilling_plan(run.path, gpu, stream, gpu_groups)) as engine:
+    with simulated(run.path, spilling_plan(run.path, gpu, stream, gpu_kv_heads)) as engine:
         actual = run_logits(engine, run.token_ids, run.prompt_tokens)
 
     assert nmse(actual, run.logits) <= LIMIT
@@ -135,7 +135,7 @@ def test_a_pass_of_rows_of_every_kind_is_right_and_without_a_race(runs, handover
     run = runs("mistral")
     ids = run.token_ids
     workload = toy_workload(run.path, page_size=4, prefill_chunk=8, max_batch=3)
-    with simulated(run.path, uniform_plan(workload, 0.3, 0.4, gpu_groups=1), handover) as engine:
+    with simulated(run.path, uniform_plan(workload, 0.3, 0.4, gpu_kv_heads=1), handover) as engine:
         old, chained, new = (engine.kv_cache.open() for _ in range(3))
         for sequence in (old, chained):
             engine.prefill(sequence, ids[:8], logits=False)
@@ -154,7 +154,7 @@ def test_a_paired_plan_is_right_and_without_a_race(tmp_path: Path, handover: str
     shape = {"layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "intermediate": 192}
     run = one_device_run(make_checkpoint(tmp_path, "llama", **shape), "fp32", tokens=22, prompt_tokens=18)
     workload = toy_workload(run.path, page_size=4, prefill_chunk=8, max_batch=1, paired=True)
-    plan = uniform_plan(workload, gpu=0.5, stream=0.0, gpu_groups=1)
+    plan = uniform_plan(workload, gpu=0.5, stream=0.0, gpu_kv_heads=1)
     linears = [replace(linear, gpu_units=2) if linear.name == "layers.1.down" else linear for linear in plan.linears]
     with simulated(run.path, emulated_plan(workload, linears, plan.kv), handover) as engine:
         actual = run_logits(engine, run.token_ids, run.prompt_tokens)
@@ -231,13 +231,13 @@ def run_of_chunks(path: Path, plan: Plan, handover: str) -> torch.Tensor:
 
 def streaming_plan(path: Path) -> Plan:
     """The CPU computes nothing, so no job orders a chunk after the one before; older tokens come back to the GPU."""
-    return spilling_plan(path, gpu=0.5, stream=0.5, gpu_groups=2)
+    return spilling_plan(path, gpu=0.5, stream=0.5, gpu_kv_heads=2)
 
 
 def crossing_plan(path: Path) -> Plan:
     """The CPU computes every q, k and v and the GPU owns every head, so all of them cross; nothing streams."""
     workload = toy_workload(path, page_size=4, prefill_chunk=8, max_batch=1)
-    plan = uniform_plan(workload, gpu=0.5, stream=0.0, gpu_groups=2)
+    plan = uniform_plan(workload, gpu=0.5, stream=0.0, gpu_kv_heads=2)
     linears = [replace(linear, gpu_units=0) if "qkv" in linear.name else linear for linear in plan.linears]
     return emulated_plan(workload, linears, plan.kv)
 
@@ -283,9 +283,9 @@ def test_buffers_that_share_gpu_memory_while_both_live_are_seen(runs, monkeypatc
     right = ActivationWidths.regions.fget
 
     def wrong(widths):
-        wide, *_ = (group for group in widths.groups if group.buffers[0][0] == "qkv")
-        (normed,) = (group for group in widths.groups if group.buffers[0][0] == "normed")
-        mixed = BufferGroup("wide", normed.buffers + wide.buffers)
+        wide, *_ = (group for group in widths.sets if group.buffers[0][0] == "qkv")
+        (normed,) = (group for group in widths.sets if group.buffers[0][0] == "normed")
+        mixed = BufferSet("wide", normed.buffers + wide.buffers)
         kept = {name: tuple(g for g in groups if g not in (wide, normed)) for name, groups in right(widths).items()}
         return kept | {"wide": (*kept["wide"], mixed)}
 
@@ -299,11 +299,11 @@ def test_buffers_that_share_gpu_memory_while_both_live_are_seen(runs, monkeypatc
 def test_a_row_of_the_8b_shape_takes_two_thirds_of_what_its_buffers_have(tmp_path):
     """288 KiB when each had memory of its own."""
     groups = (
-        BufferGroup("wide", (("qkv", 6144), ("query", 4096), ("out", 4096), ("partial", 4096))),
-        BufferGroup("narrow", (("normed", 4096),)),
-        BufferGroup("lse", (("lse", 32), ("partial_lse", 32))),
-        BufferGroup("wide", (("gate_up", 28672),)),
-        BufferGroup("narrow", (("activated", 14336),)),
+        BufferSet("wide", (("qkv", 6144), ("query", 4096), ("out", 4096), ("partial", 4096))),
+        BufferSet("narrow", (("normed", 4096),)),
+        BufferSet("lse", (("lse", 32), ("partial_lse", 32))),
+        BufferSet("wide", (("gate_up", 28672),)),
+        BufferSet("narrow", (("activated", 14336),)),
     )
     widths = ActivationWidths(4096, groups)
 

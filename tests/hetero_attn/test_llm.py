@@ -164,13 +164,13 @@ def test_two_threads_generate_at_once(llm):
 
 
 def test_an_abandoned_stream_gives_its_slot_back(llm):
-    free = llm.engine.kv_cache.free_slots
+    free = llm.engine.kv_cache.free_sequences
     stream = llm.stream("abandoned", GREEDY)
     next(stream)
-    assert llm.engine.kv_cache.free_slots == free - 1
+    assert llm.engine.kv_cache.free_sequences == free - 1
     stream.close()
 
-    assert llm.engine.kv_cache.free_slots == free
+    assert llm.engine.kv_cache.free_sequences == free
 
 
 def test_generating_inside_a_stream_loop_works(llm):
@@ -192,7 +192,7 @@ def test_an_interrupted_step_leaves_the_engine_usable(llm, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         llm.generate("interrupt", GREEDY)
 
-    assert llm.engine.kv_cache.free_slots == llm.plan.max_batch
+    assert llm.engine.kv_cache.free_sequences == llm.plan.max_batch
     assert llm.generate("interrupt", GREEDY)[0].token_ids == expected
 
 

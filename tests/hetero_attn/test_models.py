@@ -45,8 +45,8 @@ def test_logits_equal_transformers(checkpoint):
 
 def test_three_lanes_equal_transformers(checkpoint):
     workload = toy_workload(checkpoint)
-    groups = workload.kv[0].groups
-    engine = make_engine(checkpoint, uniform_plan(workload, gpu=0.4, stream=0.3, gpu_groups=(groups + 1) // 2))
+    groups = workload.kv[0].kv_heads
+    engine = make_engine(checkpoint, uniform_plan(workload, gpu=0.4, stream=0.3, gpu_kv_heads=(groups + 1) // 2))
     actual = run_logits(engine, TOKENS, prompt_tokens=70)
     engine.close()
 

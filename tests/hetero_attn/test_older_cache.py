@@ -9,7 +9,7 @@ from hetero_attn.cache.pages import runs
 from hetero_attn.cache.stream import PageStream
 from hetero_attn.devices import Device, EmulatedDriver
 from hetero_attn.lanes.lanes import Lanes
-from hetero_attn.ops.step import Rows, older_blocks, plan_step
+from hetero_attn.ops.step import Rows, make_step, older_blocks
 from placement import HardwareProfile
 from placement.cost.terms import Call, attention_cost
 from placement.plan.memory import KvPlacement, LinearPlacement, kv_staging_bytes, kv_staging_pages
@@ -28,7 +28,7 @@ def path(tmp_path_factory):
 
 def test_a_prompt_streams_what_its_layers_still_see_and_decode_streams_nothing(path):
     workload = toy_workload(path, page_size=PAGE, prefill_chunk=CHUNK, max_batch=1)
-    plan = uniform_plan(workload, gpu=1.0, stream=0.0, gpu_groups=2)  # a chunk and a page stay on the GPU
+    plan = uniform_plan(workload, gpu=1.0, stream=0.0, gpu_kv_heads=2)  # a chunk and a page stay on the GPU
     engine = make_engine(path, plan)
     stream, sequence = engine.lanes.pages, engine.kv_cache.open()
     per_page = PAGE * 2 * workload.kv[0].bytes_per_token
@@ -37,7 +37,7 @@ def test_a_prompt_streams_what_its_layers_still_see_and_decode_streams_nothing(p
         before = stream.copied_bytes
         engine.prefill(sequence, range(4 + start, 4 + start + CHUNK))
         seen.append((stream.copied_bytes - before) // per_page)
-    full, windowed = engine.kv_cache.layer_groups
+    full, windowed = engine.kv_cache.pools
     before = stream.copied_bytes
     engine.decode_step([sequence], [5])
     engine.close()
@@ -74,13 +74,13 @@ def queued_for_older_tokens(prompt: int) -> tuple[int, int]:
     """Copies and launches for the older tokens of a prompt to the 8B shape with 2112 of its tokens in GPU memory."""
     workload = replace(llama_8b(context=4352, chunk=1024), max_batch=1)
     linears = [LinearPlacement(s.name, s.units, (0,) * NUM_ROW_TIERS, s.units) for s in workload.linears]
-    kv = [KvPlacement(s.name, s.groups, 2112, s.groups) for s in workload.kv]
+    kv = [KvPlacement(s.name, s.kv_heads, 2112, s.kv_heads) for s in workload.kv]
     device = Device(CountedCopies())
     cache = KVCache(emulated_plan(workload, linears, kv), device)
     pages, lanes = PageStream(device, workload), Lanes(None)
     before, launches, sequence = device.driver.copies, 0, cache.open()
     for _ in range(0, prompt, 1024):
-        step = plan_step(lanes, cache, [Rows(sequence, range(1024), is_chunk=True)])
+        step = make_step(lanes, cache, [Rows(sequence, range(1024), is_chunk=True)])
         blocks = list(older_blocks(cache, step, pages.block_pages))
         pages.announce(blocks)
         for _ in blocks:
@@ -109,7 +109,7 @@ def test_runs_are_broken_where_pages_are_not_neighbours_in_both_stores():
 
 def test_pages_freed_in_any_order_are_taken_in_runs_again(path):
     workload = toy_workload(path, page_size=PAGE, prefill_chunk=CHUNK, max_batch=1)
-    store = KVCache(uniform_plan(workload, gpu=1.0, stream=0.0, gpu_groups=2), Device(EmulatedDriver())).layer_groups[0]
+    store = KVCache(uniform_plan(workload, gpu=1.0, stream=0.0, gpu_kv_heads=2), Device(EmulatedDriver())).pools[0]
     taken = [store.spilled.acquire() for _ in range(6)]
     for page in (taken[3], taken[0], taken[5], taken[1], taken[2], taken[4]):
         store.spilled.free(page)
@@ -124,6 +124,6 @@ def test_a_chunk_pays_the_bus_and_a_decode_step_the_cpu():
         for call in (Call(1, 512, 16384), Call(1, 1, 16384))
     )
 
-    assert chunk.spilled_s_per_group == 0 and chunk.streamed_bytes_per_group == chunk.spilled_bytes_per_group > 0
-    assert step.streamed_bytes_per_group == 0 and step.spilled_s_per_group > 0
-    assert step.spilled_bytes_per_group == pytest.approx((16385 - 1024) * workload.kv[0].bytes_per_token)
+    assert chunk.spilled_s_per_kv_head == 0 and chunk.streamed_bytes_per_kv_head == chunk.spilled_bytes_per_kv_head > 0
+    assert step.streamed_bytes_per_kv_head == 0 and step.spilled_s_per_kv_head > 0
+    assert step.spilled_bytes_per_kv_head == pytest.approx((16385 - 1024) * workload.kv[0].bytes_per_token)

@@ -52,9 +52,9 @@ def paired_plans(draw, path, weight_dtype):
         home = draw(st.integers(0, shard.units))
         amounts = st.sampled_from([0, shard.units - home]) if shard.row_cut else st.integers(0, shard.units - home)
         linears.append(LinearPlacement(shard.name, home, draw(st.tuples(*[amounts] * NUM_ROW_TIERS)), shard.units))
-    groups = [draw(st.integers(0, shard.groups)) for shard in workload.kv]
+    groups = [draw(st.integers(0, shard.kv_heads)) for shard in workload.kv]
     kv = [
-        KvPlacement(shard.name, owned, workload.min_gpu_tokens if owned else 0, shard.groups)
+        KvPlacement(shard.name, owned, workload.min_gpu_tokens if owned else 0, shard.kv_heads)
         for shard, owned in zip(workload.kv, groups, strict=True)
     ]
     return emulated_plan(workload, linears, kv)
@@ -73,7 +73,7 @@ def aligned_plan(path, paired):
             else shard.units // 2
         )
         linears.append(LinearPlacement(shard.name, home, (0,) * NUM_ROW_TIERS, shard.units))
-    kv = [KvPlacement(shard.name, 1, workload.full_tokens, shard.groups) for shard in workload.kv]
+    kv = [KvPlacement(shard.name, 1, workload.full_tokens, shard.kv_heads) for shard in workload.kv]
     return emulated_plan(workload, linears, kv)
 
 

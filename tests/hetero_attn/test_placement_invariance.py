@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import hetero_attn.lanes.staging
 from gpu_kernels import reference
-from hetero_attn.cache.pool import LayerGroup
+from hetero_attn.cache.pool import CachePool
 from tests.support.runtime import (
     cpu_plan,
     make_engine,
@@ -72,7 +72,7 @@ def test_sequences_of_different_lengths_decode_together(runs):
     """Three prompts prefilled one by one, decoded as one batch, against each alone."""
     run = runs["fp32"]
     workload = toy_workload(run.path, max_batch=3)
-    engine = make_engine(run.path, uniform_plan(workload, gpu=0.3, stream=0.3, gpu_groups=2))
+    engine = make_engine(run.path, uniform_plan(workload, gpu=0.3, stream=0.3, gpu_kv_heads=2))
     prompts = [run.token_ids[:7], run.token_ids[10:11], run.token_ids[20:58]]
     sequences = [engine.kv_cache.open() for _ in prompts]
     for sequence, prompt in zip(sequences, prompts, strict=True):
@@ -110,7 +110,7 @@ def test_a_replayed_decode_step_is_bit_equal_to_the_plain_one(runs):
 
 def test_a_rerun_is_bit_equal(runs):
     run = runs["bf16"]
-    engine = make_engine(run.path, uniform_plan(toy_workload(run.path, "bf16"), gpu=0.3, stream=0.3, gpu_groups=1))
+    engine = make_engine(run.path, uniform_plan(toy_workload(run.path, "bf16"), gpu=0.3, stream=0.3, gpu_kv_heads=1))
     first = run_logits(engine, run.token_ids, run.prompt_tokens)
     second = run_logits(engine, run.token_ids, run.prompt_tokens)
     engine.close()
@@ -121,7 +121,7 @@ def test_a_rerun_is_bit_equal(runs):
 def _spilling_error(run) -> float:
     """How far a bf16 plan with all three lanes and a spilled cache is from the one-device run."""
     workload = toy_workload(run.path, "bf16", page_size=4, prefill_chunk=8)
-    engine = make_engine(run.path, uniform_plan(workload, gpu=0.3, stream=0.4, gpu_groups=1))
+    engine = make_engine(run.path, uniform_plan(workload, gpu=0.3, stream=0.4, gpu_kv_heads=1))
     try:
         return nmse(run_logits(engine, run.token_ids, run.prompt_tokens), run.logits)
     finally:
@@ -134,8 +134,8 @@ def test_without_a_planted_bug_the_spilling_plan_is_right(runs):
 
 def test_planted_bug_token_dropped_at_the_boundary_is_caught(runs, monkeypatch):
     """The boundary is one token further than the pages that were moved: a token is in neither segment."""
-    original = LayerGroup.boundary
-    monkeypatch.setattr(LayerGroup, "boundary", lambda self, slot: (at := original(self, slot)) + (at > 0))
+    original = CachePool.boundary
+    monkeypatch.setattr(CachePool, "boundary", lambda self, slot: (at := original(self, slot)) + (at > 0))
 
     assert _spilling_error(runs["bf16"]) > 10 * LIMITS["bf16"]
 

@@ -46,7 +46,7 @@ try:
         llm.generate(["one prompt", "another prompt of another length"], SamplingParams(max_tokens=400, ignore_eos=True))
 except KeyboardInterrupt:
     print("interrupted", flush=True)
-assert llm.engine.kv_cache.free_slots == llm.plan.max_batch, llm.engine.kv_cache.free_slots
+assert llm.engine.kv_cache.free_sequences == llm.plan.max_batch, llm.engine.kv_cache.free_sequences
 assert llm.generate("hello", params)[0].token_ids == expected
 print("usable", flush=True)
 """

@@ -47,7 +47,7 @@ def measured(monkeypatch, tmp_path):
         "CACHED_BYTES": 1 << 16,
         "BETWEEN_BYTES": 1 << 16,
         "MANY_WEIGHTS": 1 << 16,
-        "HEADS_PER_GROUP": (2,),
+        "QUERIES_PER_KV": (2,),
         "HEAD_DIMS": (64,),
         "MANY_ROWS": 16,
         "PREFILL_ROWS": 16,

@@ -35,7 +35,7 @@ def workload(path, dtype="fp32"):
 
 @pytest.fixture(scope="module", params=["cpu", "emulated"])
 def engine(request, path):
-    plans = {"cpu": cpu_plan, "emulated": lambda work: uniform_plan(work, 0.3, 0.4, gpu_groups=2)}
+    plans = {"cpu": cpu_plan, "emulated": lambda work: uniform_plan(work, 0.3, 0.4, gpu_kv_heads=2)}
     engine = make_engine(path, plans[request.param](workload(path)))
     yield engine
     engine.close()
@@ -87,7 +87,7 @@ def test_no_schedule_of_rows_changes_a_logit(engine, alone, schedule):
             computed += count
     for sequence in sequences:
         cache.close(sequence)
-    assert cache.free_slots == SEQUENCES and computed == sum(sequence.length for sequence in sequences)
+    assert cache.free_sequences == SEQUENCES and computed == sum(sequence.length for sequence in sequences)
 
 
 def test_a_pass_of_every_kind_of_row_is_one_step(engine, alone):
@@ -145,7 +145,7 @@ def test_a_chain_of_rows_is_bit_for_bit_as_many_passes_of_one_row(path, dtype):
             wrong = engine.run(rejected)[0]
             assert torch.equal(wrong[0], expected[0]) and not torch.equal(wrong[1], expected[1])
             assert cache.rewind(chained, chained.length - count)
-            assert all(max(group.held(chained.slot)) == (chained.length - 1) // PAGE for group in cache.layer_groups)
+            assert all(max(pool.held(chained.id)) == (chained.length - 1) // PAGE for pool in cache.pools)
             assert torch.equal(engine.run([Rows(chained, added, count)])[0], expected)
     finally:
         engine.close()
@@ -239,4 +239,4 @@ def test_no_mix_of_prompts_and_streams_changes_an_answer(path, solo, shape, arri
             expected = solo[which][: request.max_tokens]
             assert tuple(request.token_ids) == expected[: len(request.token_ids)], which
             assert request.finish_reason == "abort" or len(request.token_ids) == len(expected)
-        assert llm.engine.kv_cache.free_slots == llm.plan.max_batch
+        assert llm.engine.kv_cache.free_sequences == llm.plan.max_batch

@@ -80,11 +80,11 @@ def test_what_runs_is_never_given_up_for_what_is_remembered(path):
     prompts = [[seed, *SYSTEM] for seed in range(4, 20)]
     with load(path, max_context=64, kv_tokens=128) as llm:
         actual = tokens(llm.generate(prompts, GREEDY))
-        groups = llm.engine.kv_cache.layer_groups
+        groups = llm.engine.kv_cache.pools
         assert all(group.free_pages == group.capacity for group in groups)
         assert any(group.idle for group in groups)
         llm.engine.kv_cache.forget_prefixes()
-        assert all(store.free_pages == store.num_pages for group in groups for store in group.stores.values())
+        assert all(store.free_pages == store.num_pages for pool in groups for store in pool.stores.values())
     with load(path, prefix_cache=False) as llm:
         assert actual == tokens(llm.generate(prompts, GREEDY))
 
@@ -105,7 +105,7 @@ def test_requests_come_and_go_at_any_step(path):
         assert [request.finish_reason for request in requests] == ["length", "abort", "length", "length", "length"]
         for request, expected in zip(requests, alone, strict=True):
             assert tuple(request.token_ids) == expected[: len(request.token_ids)]
-        assert llm.engine.kv_cache.free_slots == 3
+        assert llm.engine.kv_cache.free_sequences == 3
         assert llm.step() == ()
 
 
@@ -226,7 +226,7 @@ def test_requests_without_max_tokens_share_the_cache_and_are_put_back_when_it_is
     run."""
     prompts = [[seed, 5, 6] for seed in range(4, 10)]
     with load(path, shape, max_batch=6, kv_tokens=128, prefix_cache=prefix_cache, max_context=64) as llm:
-        groups = llm.engine.kv_cache.layer_groups
+        groups = llm.engine.kv_cache.pools
         requests, together = [llm.add(prompt, OPEN_END) for prompt in prompts], 0
         while took_part := llm.step():
             together = max(together, len(took_part))
@@ -312,4 +312,4 @@ def test_no_schedule_changes_an_answer(path, solo, arrivals, contexts):
 
         for which, request in requests:
             assert tuple(request.token_ids) == solo[which][: request.max_tokens], which
-        assert llm.engine.kv_cache.free_slots == llm.plan.max_batch
+        assert llm.engine.kv_cache.free_sequences == llm.plan.max_batch

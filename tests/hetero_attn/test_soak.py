@@ -136,9 +136,9 @@ def footprint(llm):
     llm.step()
     cache = llm.engine.kv_cache
     cache.forget_prefixes()
-    pages = [store.num_pages - store.free_pages for group in cache.layer_groups for store in group.stores.values()]
+    pages = [store.num_pages - store.free_pages for pool in cache.pools for store in pool.stores.values()]
     descriptors = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
-    return cache.free_slots, sum(pages), threading.active_count(), descriptors
+    return cache.free_sequences, sum(pages), threading.active_count(), descriptors
 
 
 @pytest.fixture(scope="module")

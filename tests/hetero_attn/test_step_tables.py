@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hetero_attn.cache.cache import KVCache
 from hetero_attn.devices import Device, EmulatedDriver
 from hetero_attn.lanes.tables import LAYOUTS, StepTables
-from hetero_attn.ops.step import Rows, plan_step
+from hetero_attn.ops.step import Rows, make_step
 from tests.support.runtime import make_engine, toy_workload, uniform_plan
 from tests.support.toy import make_checkpoint
 
@@ -37,7 +37,7 @@ def test_tables_of_one_layout_land_in_one_place():
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     path = make_checkpoint(tmp_path_factory.mktemp("toy"), "llama", layers=2)
-    engine = make_engine(path, uniform_plan(toy_workload(path), gpu=0.5, stream=0.2, gpu_groups=1))
+    engine = make_engine(path, uniform_plan(toy_workload(path), gpu=0.5, stream=0.2, gpu_kv_heads=1))
     yield engine
     engine.close()
 
@@ -62,17 +62,17 @@ def opened(cache: KVCache, length: int):
 def test_a_decode_step_finds_each_sequence_where_it_would_alone(engine):
     cache = engine.kv_cache
     sequences = [opened(cache, length) for length in (7, 16)]
-    together = plan_step(engine.lanes, cache, [Rows(sequence, [5]) for sequence in sequences])
-    slots = [group.slots.host.clone() for group in together.groups]
+    together = make_step(engine.lanes, cache, [Rows(sequence, [5]) for sequence in sequences])
+    slots = [pool.slots.host.clone() for pool in together.pools]
     positions = together.positions.device.tolist()
     for row, sequence in enumerate(sequences):
-        alone = plan_step(engine.lanes, cache, [Rows(sequence, [5])])
-        page, offset = divmod(sequence.length, cache.layer_groups[0].host.page_size)
-        store = cache.layer_groups[0].host
-        expected = store.table[sequence.slot, :, page].long() * store.page_size + offset
+        alone = make_step(engine.lanes, cache, [Rows(sequence, [5])])
+        page, offset = divmod(sequence.length, cache.pools[0].host.page_size)
+        store = cache.pools[0].host
+        expected = store.table[sequence.id, :, page].long() * store.page_size + offset
 
         assert positions[row] == sequence.length
-        assert torch.equal(alone.groups[0].slots.host[0], slots[0][row])
+        assert torch.equal(alone.pools[0].slots.host[0], slots[0][row])
         assert torch.equal(slots[0][row], expected)
         cache.close(sequence)
 
@@ -80,10 +80,10 @@ def test_a_decode_step_finds_each_sequence_where_it_would_alone(engine):
 def test_planning_a_decode_step_is_few_calls_of_torch(engine):
     cache = engine.kv_cache
     sequence = opened(cache, 9)
-    plan_step(engine.lanes, cache, [Rows(sequence, [5])])
+    make_step(engine.lanes, cache, [Rows(sequence, [5])])
 
     with Calls() as calls:
-        plan_step(engine.lanes, cache, [Rows(sequence, [5])])
+        make_step(engine.lanes, cache, [Rows(sequence, [5])])
 
     cache.close(sequence)
     assert calls.count <= 30  # in two stores; 84 where views and positions were made anew for every table

@@ -45,7 +45,7 @@ def test_taking_a_step_apart_changes_no_answer(path, lanes):
 
 def test_older_keys_and_values_of_a_prompt_count_as_copies(path):
     """They were not timed at all: only the staging ring's copies were, and here no weight streams."""
-    engine = make_engine(path, uniform_plan(toy_workload(path), gpu=1.0, stream=0.0, gpu_groups=2))
+    engine = make_engine(path, uniform_plan(toy_workload(path), gpu=1.0, stream=0.0, gpu_kv_heads=2))
     sequence = engine.kv_cache.open()
     for start in range(0, 48, 16):
         engine.prefill(sequence, range(start, start + 16))

@@ -45,7 +45,7 @@ def names(spans: list[dict]) -> set[str]:
 
 @pytest.mark.parametrize("device", ["emulated", "cuda"])
 def test_every_lane_shows_what_it_does(path, tmp_path, device):
-    plan = uniform_plan(toy_workload(path), gpu=0.3, stream=0.4, gpu_groups=1)
+    plan = uniform_plan(toy_workload(path), gpu=0.3, stream=0.4, gpu_kv_heads=1)
     if device == "emulated":
         engine = make_engine(path, plan)
         spans = events_of(engine, tmp_path / "trace.json")
@@ -70,7 +70,7 @@ def test_events_name_their_shard_and_layer(path, tmp_path, split):
     """They said 605 times "linear"."""
     workload = toy_workload(path)
     engine = make_engine(
-        path, uniform_plan(workload, gpu=0.3, stream=0.4, gpu_groups=1) if split else cpu_plan(workload)
+        path, uniform_plan(workload, gpu=0.3, stream=0.4, gpu_kv_heads=1) if split else cpu_plan(workload)
     )
     spans = events_of(engine, tmp_path / "trace.json")
     shards = {f"layers.{layer}.{kind}" for layer in range(2) for kind in ("qkv", "o", "gate_up", "down")} | {"head"}
@@ -94,7 +94,7 @@ def test_events_name_their_shard_and_layer(path, tmp_path, split):
 
 def test_older_keys_and_values_of_a_prompt_are_in_the_trace(path, tmp_path):
     """Copies of blocks took the device behind the trace's back: with no weight streamed, their lane was empty."""
-    engine = make_engine(path, uniform_plan(toy_workload(path), gpu=1.0, stream=0.0, gpu_groups=2))
+    engine = make_engine(path, uniform_plan(toy_workload(path), gpu=1.0, stream=0.0, gpu_kv_heads=2))
     spans = events_of(engine, tmp_path / "trace.json", prompt_tokens=60)["copies"]
     copied_bytes = engine.lanes.pages.copied_bytes
     engine.close()

@@ -60,7 +60,7 @@ def joined(pieces):
 def is_at_rest(llm):
     """Whether nothing waits, runs or holds a place."""
     llm.step()
-    return not llm._scheduler.has_work and llm.engine.kv_cache.free_slots == llm.plan.max_batch
+    return not llm._scheduler.has_work and llm.engine.kv_cache.free_sequences == llm.plan.max_batch
 
 
 def during_a_step(llm, monkeypatch, call, name="decode_step"):
@@ -221,7 +221,7 @@ def test_logits_wait_while_every_place_is_taken(llm, alone):
     expected = llm.logits([3, 4, 5])
     streams = [llm.stream(prompt, greedy()) for prompt in PROMPTS[:3]]
     first = [next(stream) for stream in streams]
-    assert llm.engine.kv_cache.free_slots == 0
+    assert llm.engine.kv_cache.free_sequences == 0
 
     assert llm.logits([3, 4, 5]).equal(expected)
     assert [joined([piece, *stream]) for piece, stream in zip(first, streams, strict=True)] == alone[:3]
@@ -230,7 +230,7 @@ def test_logits_wait_while_every_place_is_taken(llm, alone):
 def test_a_wait_that_could_never_end_is_a_named_error(llm):
     """Somebody holds every place outside of any request, so no step makes room."""
     cache = llm.engine.kv_cache
-    sequences = [cache.open(4) for _ in range(cache.free_slots)]
+    sequences = [cache.open(4) for _ in range(cache.free_sequences)]
     try:
         for call in (lambda: llm.logits([3, 4]), lambda: llm.generate("x", greedy()), lambda: next(llm.stream("x"))):
             with pytest.raises(MemoryBudgetError, match="no room for a sequence"):
@@ -382,10 +382,10 @@ def test_exceptions_of_signal_handlers_cost_no_text_and_no_place(path, device, a
         for number, request in enumerate(requests):
             assert (request.output().text, request.output().token_ids) == alone[number % 5]
         assert is_at_rest(llm)
-        pages = [group.free_pages for group in llm.engine.kv_cache.layer_groups]
-        assert pages == [group.capacity for group in llm.engine.kv_cache.layer_groups]
+        pages = [pool.free_pages for pool in llm.engine.kv_cache.pools]
+        assert pages == [pool.capacity for pool in llm.engine.kv_cache.pools]
         llm.engine.kv_cache.forget_prefixes()
-        stores = [store for group in llm.engine.kv_cache.layer_groups for store in group.stores.values()]
+        stores = [store for pool in llm.engine.kv_cache.pools for store in pool.stores.values()]
         assert [store.free_pages for store in stores] == [store.num_pages for store in stores]
 
 

@@ -8,7 +8,7 @@ import torch
 import hetero_attn.lanes.staging
 from gpu_kernels import reference
 from hetero_attn import LLM
-from hetero_attn.cache.pool import LayerGroup
+from hetero_attn.cache.pool import CachePool
 from hetero_attn.engine.build import build_engine
 from hetero_attn.errors import PromptError
 from hetero_attn.planning.settle import PlannedModel
@@ -33,7 +33,7 @@ def deep(tmp_path_factory):
 def loaded(path, weight_dtype: str, split: bool, kv_dtype: str | None = None):
     """A plan with all three lanes and a spilled cache, or the CPU lane alone, and its engine."""
     workload = toy_workload(path, weight_dtype, page_size=4, prefill_chunk=8, kv_dtype=kv_dtype)
-    plan = uniform_plan(workload, gpu=0.3, stream=0.4, gpu_groups=1) if split else cpu_plan(workload)
+    plan = uniform_plan(workload, gpu=0.3, stream=0.4, gpu_kv_heads=1) if split else cpu_plan(workload)
     machine = HardwareProfile.named("emulated")
     planned = PlannedModel(path, ModelConfig.from_dir(path), weight_dtype, plan.device, machine, plan)
     engine = build_engine(planned)
@@ -78,8 +78,8 @@ class TestPlantedBugs:
     """Each changes little at the end of one layer, and is drowned by rounding at the end of thirty."""
 
     def test_token_dropped_at_the_boundary(self, deep, monkeypatch, weight_dtype):
-        original = LayerGroup.boundary
-        monkeypatch.setattr(LayerGroup, "boundary", lambda self, slot: (at := original(self, slot)) + (at > 0))
+        original = CachePool.boundary
+        monkeypatch.setattr(CachePool, "boundary", lambda self, slot: (at := original(self, slot)) + (at > 0))
 
         assert caught(deep, weight_dtype)
 

@@ -118,12 +118,12 @@ def moves_into(plan, room_bytes):
             for i in indices:
                 moved[i] = with_more_at_home(moved[i], int(part * moved[i].dram_units))
             yield f"{part:.0%} of what {name} has in DRAM", moved, plan.kv
-    slot_bytes = sum(s.bytes_per_token * p.gpu_groups for s, p in zip(plan.workload.kv, plan.kv, strict=True))
+    slot_bytes = sum(s.bytes_per_token * p.gpu_kv_heads for s, p in zip(plan.workload.kv, plan.kv, strict=True))
     slots = int(room_bytes / slot_bytes) if slot_bytes else 0
     if slots >= plan.workload.page_size and any(k.gpu_tokens < plan.workload.full_tokens for k in plan.kv):
         layers = zip(plan.workload.kv, plan.kv, strict=True)
         more = [
-            replace(p, gpu_tokens=min(plan.workload.layer_tokens(s), p.gpu_tokens + slots)) if p.gpu_groups else p
+            replace(p, gpu_tokens=min(plan.workload.layer_tokens(s), p.gpu_tokens + slots)) if p.gpu_kv_heads else p
             for s, p in layers
         ]
         yield f"{slots} slots of the cache", plan.linears, more

@@ -56,7 +56,7 @@ def placed(workload, gpu: float, stream: float, groups: int = 0):
         LinearPlacement(s.name, round(gpu * s.units), (round(stream * s.units),) * 5, s.units) for s in workload.linears
     )
     tokens = workload.full_tokens if groups else 0
-    return linears, tuple(KvPlacement(s.name, groups, tokens, s.groups) for s in workload.kv)
+    return linears, tuple(KvPlacement(s.name, groups, tokens, s.kv_heads) for s in workload.kv)
 
 
 def test_cpu_linear_is_bound_by_bytes_then_by_operations():
@@ -91,9 +91,9 @@ def test_attention_reads_its_segment_where_it_lies():
 
     read = 100 * shard.bytes_per_token
     assert pytest.approx((read / 40e9, 0.2 * read / 40e9, 0.8 * read / 400e9)) == (
-        cost.cpu_s_per_group,
-        cost.spilled_s_per_group,
-        cost.gpu_s_per_group,
+        cost.cpu_s_per_kv_head,
+        cost.spilled_s_per_kv_head,
+        cost.gpu_s_per_kv_head,
     )
 
 
@@ -102,11 +102,11 @@ def test_a_sliding_window_bounds_what_is_read():
 
     cost = attention_cost(workload.kv[0], Call(1, 1, 99), 64, workload, MACHINE, True)
 
-    assert (32 * workload.kv[0].bytes_per_token, 0.0) == (cost.dram_bytes_per_group, cost.spilled_s_per_group)
+    assert (32 * workload.kv[0].bytes_per_token, 0.0) == (cost.dram_bytes_per_kv_head, cost.spilled_s_per_kv_head)
 
 
 @pytest.mark.parametrize(
-    ("cpu_units", "gpu_groups", "spills", "expected"),
+    ("cpu_units", "gpu_kv_heads", "spills", "expected"),
     [
         (0, 4, False, 0),
         (1, 3, False, 0),
@@ -117,8 +117,8 @@ def test_a_sliding_window_bounds_what_is_read():
         (4, 0, True, 0),
     ],
 )
-def test_attention_hands_over_only_what_qkv_did_not(cpu_units, gpu_groups, spills, expected):
-    assert expected == attention_handovers(cpu_units, gpu_groups, 4, spills)
+def test_attention_hands_over_only_what_qkv_did_not(cpu_units, gpu_kv_heads, spills, expected):
+    assert expected == attention_handovers(cpu_units, gpu_kv_heads, 4, spills)
 
 
 def test_resources_add_up_over_a_pass():

@@ -51,7 +51,7 @@ def test_a_pinned_budget_below_the_copies_is_refused(plan):
 def test_another_budget_keeps_the_owners_of_the_cache(plan):
     smaller = plan_for_budget(plan, MACHINE, ELASTIC, 2 * GIB)
 
-    assert [kv.gpu_groups for kv in smaller.kv] == [kv.gpu_groups for kv in plan.kv]
+    assert [kv.gpu_kv_heads for kv in smaller.kv] == [kv.gpu_kv_heads for kv in plan.kv]
     assert smaller.memory.gpu_bytes <= 2 * GIB < plan.memory.gpu_bytes <= 3 * GIB
     assert plan_for_budget(smaller, MACHINE, ELASTIC, 3 * GIB).memory.gpu_bytes > smaller.memory.gpu_bytes
 

@@ -78,7 +78,7 @@ def test_no_share_of_the_cpu_takes_less_than_its_hand_over(model, name, gib):
     machine = machine_of(name)
     plan = planned(model, machine, gib)
     workload, small = plan.workload, []
-    attends = {kv.name.split(".kv")[0] for kv in plan.kv if kv.gpu_groups < kv.groups}
+    attends = {kv.name.split(".kv")[0] for kv in plan.kv if kv.gpu_kv_heads < kv.kv_heads}
     for shard, placement in zip(workload.linears, plan.linears, strict=True):
         if shard.kind == "qkv" and f"layers.{shard.layer}" in attends:
             continue  # its heads go where their cache is

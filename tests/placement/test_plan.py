@@ -30,7 +30,7 @@ def plan_of(workload, gpu: float = 0.5, stream: float = 0.5, groups: int = 1):
         LinearPlacement(s.name, int(gpu * s.units), (int(stream * s.units),) * NUM_ROW_TIERS, s.units)
         for s in workload.linears
     ]
-    kv = [KvPlacement(s.name, groups, 64 if groups else 0, s.groups) for s in workload.kv]
+    kv = [KvPlacement(s.name, groups, 64 if groups else 0, s.kv_heads) for s in workload.kv]
     return build_plan(workload, linears, kv, device="emulated", gpu_memory_bytes=2**30)
 
 
@@ -70,7 +70,7 @@ def test_impossible_cuts_are_refused(gpu, stream, message):
 
 @pytest.mark.parametrize(("groups", "tokens"), [(3, 16), (1, 0), (0, 16)])
 def test_impossible_kv_placements_are_refused(groups, tokens):
-    with pytest.raises(ValueError, match=r"layers\.0\.kv: gpu_groups"):
+    with pytest.raises(ValueError, match=r"layers\.0\.kv: gpu_kv_heads"):
         KvPlacement("layers.0.kv", groups, tokens, 2)
 
 
@@ -114,7 +114,7 @@ def test_what_never_streams_is_not_pinned():
 
 def test_only_pages_that_change_their_place_are_pinned():
     workload = tiny()
-    whole = [KvPlacement(s.name, s.groups, workload.full_tokens, s.groups) for s in workload.kv]
+    whole = [KvPlacement(s.name, s.kv_heads, workload.full_tokens, s.kv_heads) for s in workload.kv]
     linears = plan_of(workload).linears
 
     assert 0 == plan_of(workload, groups=0).memory.pinned["kv"]

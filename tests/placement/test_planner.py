@@ -53,9 +53,9 @@ def _cut(shard, gpu, streams):
 def _kv_choices(workload, shard):
     page = workload.page_size
     tokens = range(workload.min_gpu_tokens, workload.full_tokens + page, page)
-    yield KvPlacement(shard.name, 0, 0, shard.groups)
-    for groups, kept in itertools.product(range(1, shard.groups + 1), tokens):
-        yield KvPlacement(shard.name, groups, kept, shard.groups)
+    yield KvPlacement(shard.name, 0, 0, shard.kv_heads)
+    for groups, kept in itertools.product(range(1, shard.kv_heads + 1), tokens):
+        yield KvPlacement(shard.name, groups, kept, shard.kv_heads)
 
 
 def everything_bytes(workload):
@@ -216,7 +216,7 @@ def test_budget_sweep_is_monotone_and_has_no_cliff():
     proper = [
         second
         for plan, second in zip(plans, seconds, strict=True)
-        if (plan.staging_slots or second == seconds[-1]) and all(kv.gpu_groups for kv in plan.kv)
+        if (plan.staging_slots or second == seconds[-1]) and all(kv.gpu_kv_heads for kv in plan.kv)
     ]
     assert len(proper) > 35
     assert all(later >= 0.8 * earlier for earlier, later in itertools.pairwise(proper))
@@ -233,7 +233,7 @@ def test_an_80_layer_model_is_planned_within_its_budget_with_heads_beside_their_
     assert plan.memory.gpu_bytes >= 0.98 * gib * 2**30
     for kv in plan.kv:
         gpu, stream, _ = plan.linear(kv.name.replace("kv", "qkv")).cut(0)
-        assert kv.gpu_groups <= gpu + stream
+        assert kv.gpu_kv_heads <= gpu + stream
 
 
 def test_same_input_same_plan():
@@ -252,7 +252,7 @@ def test_exchanging_layers_changes_nothing():
         return sorted(
             (
                 kv.window,
-                placement.gpu_groups,
+                placement.gpu_kv_heads,
                 placement.gpu_tokens,
                 *[plan.linear(f"layers.{kv.layer}.{kind}").cut(0) for kind in ("qkv", "o", "gate_up", "down")],
             )
@@ -267,7 +267,7 @@ def test_everything_goes_to_a_gpu_that_holds_it():
     plan = make_plan(llama_8b(dtype="q4"), HardwareProfile.named("h100-server"), Policy(), device="cuda")
 
     assert all(p.gpu_units == p.units for p in plan.linears)
-    assert all(kv.gpu_groups == kv.groups for kv in plan.kv)
+    assert all(kv.gpu_kv_heads == kv.kv_heads for kv in plan.kv)
 
 
 def test_prefill_streams_what_decode_computes_in_place():
@@ -352,7 +352,7 @@ def test_a_pinned_budget_limits_what_of_the_cache_may_leave_the_gpu():
     """Heads stay with the GPU by rule: their older tokens are pinned, unless GPU memory holds them all."""
     rules = "staging_slots: 0\nrules:\n  - {match: layers.*.kv, kv: {gpu_heads: all, gpu_tokens: TOKENS}}\n"
     workload = tiny(layers=1, context=1024)
-    cache_bytes = sum(s.groups * s.bytes_per_token for s in workload.kv) * workload.full_tokens
+    cache_bytes = sum(s.kv_heads * s.bytes_per_token for s in workload.kv) * workload.full_tokens
 
     def plan(tokens, pinned_memory, gpu_memory_bytes=2**20):
         policy = Policy.parse(f"pinned_memory: {pinned_memory}\n{rules.replace('TOKENS', tokens)}")

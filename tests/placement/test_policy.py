@@ -208,7 +208,7 @@ def test_tiers_share_one_home():
         ("{match: head, gpu: 17 features}", "the nearest are 16 and 32"),
         ("{match: head, gpu: 10 units, stream: 10 units}", "do not make up its 16 units"),
         ("{match: head, gpu: 1 units, stream: 1 units, cpu: 1 units}", "do not make up its 16 units"),
-        ("{match: layers.0.kv, kv: {gpu_heads: 3}}", "3 is more than its 2 KV-head groups"),
+        ("{match: layers.0.kv, kv: {gpu_heads: 3}}", "3 is more than its 2 KV heads"),
         ("{match: layers.0.kv, kv: {gpu_heads: 1, gpu_tokens: 1}}", "one prefill chunk and a page"),
         ("{match: layers.0.kv, kv: {gpu_heads: 0, gpu_tokens: 64}}", "contradict each other"),
         ("{match: embed, gpu: 1}", "the embedding is always in host memory"),
@@ -250,7 +250,7 @@ def test_user_values_are_hard_constraints():
     plan = make_plan(tiny(), EMULATED, Policy.parse(text), device="emulated", gpu_memory_bytes=2**30)
 
     assert {plan.linear("layers.1.down").cut(tier) for tier in range(5)} == {(0, 0, 4)}
-    assert 0 == plan.kv_placement("layers.2.kv").gpu_groups
+    assert 0 == plan.kv_placement("layers.2.kv").gpu_kv_heads
     assert 4 == plan.linear("layers.0.down").gpu_units
 
 

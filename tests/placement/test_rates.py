@@ -80,7 +80,7 @@ def test_a_chunk_pays_for_whole_tiles_on_its_diagonal():
     plain, tiled = (
         attention_cost(
             workload.kv[0], Call(1, 9, 0), 0, workload, replace(MACHINE, cpu_attention=(rate,)), False
-        ).cpu_s_per_group
+        ).cpu_s_per_kv_head
         for rate in (base, replace(base, extra_keys=5.0))
     )
 

@@ -66,7 +66,7 @@ def test_a_client_that_leaves_ends_its_requests(slow, stream, clients):
     slow.wait_until(lambda: at_rest(slow), 30)
 
     assert gauges(slow.url)['hetero_requests_aborted_total{cause="client"}'] == clients
-    assert all(group.free_pages == group.capacity for group in slow.llm.engine.kv_cache.layer_groups)
+    assert all(pool.free_pages == pool.capacity for pool in slow.llm.engine.kv_cache.pools)
 
 
 def test_connections_that_come_and_drop_leave_nothing(slow):

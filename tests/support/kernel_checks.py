@@ -69,7 +69,7 @@ def check_decode(
     device: str,
     dtype: torch.dtype,
     num_kv_heads: int,
-    group_size: int,
+    queries_per_kv: int,
     head_dim: int,
     page_size: int,
     length: int,
@@ -79,7 +79,7 @@ def check_decode(
     start, stop = map(list, zip(*ranges))
     edges = sorted({edge + step for low, high in ranges for edge in range(low, high, 64) for step in (0, 1)})
     q, keys, values = boundary_adversarial(
-        len(ranges), num_kv_heads, group_size, length, head_dim, [*edges, *stop], dtype
+        len(ranges), num_kv_heads, queries_per_kv, length, head_dim, [*edges, *stop], dtype
     )
     cache = paged_cache(keys, values, page_size, [range(low, high) for low, high in ranges])
     scale = head_dim**-0.5
@@ -107,7 +107,7 @@ def check_prefill(
     dtype: torch.dtype,
     q_len: int,
     num_kv_heads: int,
-    group_size: int,
+    queries_per_kv: int,
     head_dim: int,
     page_size: int,
     start: int,
@@ -119,7 +119,7 @@ def check_prefill(
     length = max(stop, q_start + q_len)
     edges = [start, stop, q_start, q_start + q_len, max(0, q_start - window), start + 64]
     _, keys, values = boundary_adversarial(1, num_kv_heads, 1, length, head_dim, edges, dtype)
-    q = normal(q_len, num_kv_heads * group_size, head_dim, seed=9) * 2
+    q = normal(q_len, num_kv_heads * queries_per_kv, head_dim, seed=9) * 2
     cache = paged_cache(keys, values, page_size, [range(start, stop)])
     scale = head_dim**-0.5
     expected, expected_lse = oracle_prefill(q, cache, start, stop, q_start, window, scale)
@@ -278,13 +278,13 @@ def check_rope_append(
     device: str,
     dtype: torch.dtype,
     num_kv_heads: int,
-    group_size: int,
+    queries_per_kv: int,
     head_dim: int,
     rotary_dim: int,
     norms: tuple[bool, bool],
 ) -> None:
     """rope_append of three rows; padding of the units and slots that no row owns must stay as they are."""
-    heads, half, page_size = group_size + 2, rotary_dim // 2, 4
+    heads, half, page_size = queries_per_kv + 2, rotary_dim // 2, 4
     qkv = normal(3, num_kv_heads, heads * head_dim + 5, seed=1)
     qkv[..., heads * head_dim :] = torch.nan
     positions = torch.tensor([8, 0, 3])
@@ -292,7 +292,7 @@ def check_rope_append(
     angles = torch.outer(torch.arange(9.0), 0.5 ** torch.arange(half))
     q_norm, k_norm = (normal(head_dim, seed=4 + index) if has else None for index, has in enumerate(norms))
     q, k_pages, v_pages = (
-        Guarded(device, 3, num_kv_heads * group_size, head_dim),
+        Guarded(device, 3, num_kv_heads * queries_per_kv, head_dim),
         *(Guarded(device, 4, page_size, head_dim, dtype=dtype) for _ in range(2)),
     )
     on_device = [None if part is None else part.to(device) for part in (q_norm, k_norm)]
@@ -313,7 +313,7 @@ def check_rope_append(
     parts = qkv[..., : heads * head_dim].double().unflatten(-1, (heads, head_dim))
     query, key = (
         _turned(part, norm, angles[positions])
-        for part, norm in ((parts[:, :, :group_size], q_norm), (parts[:, :, group_size:-1], k_norm))
+        for part, norm in ((parts[:, :, :queries_per_kv], q_norm), (parts[:, :, queries_per_kv:-1], k_norm))
     )
     keys, values = (pages.result().flatten(0, 1) for pages in (k_pages, v_pages))
     tolerance = STORED_NMSE if dtype == torch.bfloat16 else FLOAT32_NMSE

@@ -59,7 +59,7 @@ def paged_cache(keys: Tensor, values: Tensor, page_size: int, stored: list[range
 def boundary_adversarial(
     batch: int,
     num_kv_heads: int,
-    group_size: int,
+    queries_per_kv: int,
     length: int,
     head_dim: int,
     boundaries: list[int],
@@ -71,7 +71,7 @@ def boundary_adversarial(
     Losing or repeating any one of these tokens moves the output visibly; with plain random data it would not.
     """
     shared = normal(batch, num_kv_heads, 1, head_dim, seed=seed)
-    q = shared + 0.2 * normal(batch, num_kv_heads, group_size, head_dim, seed=seed + 1)
+    q = shared + 0.2 * normal(batch, num_kv_heads, queries_per_kv, head_dim, seed=seed + 1)
     keys = normal(batch, num_kv_heads, length, head_dim, seed=seed + 2)
     values = normal(batch, num_kv_heads, length, head_dim, seed=seed + 3)
     marked = sorted({near for at in boundaries for near in (at - 1, at) if 0 <= near < length} | {0, length - 1})

@@ -55,7 +55,7 @@ def toy_workload(
 def cpu_plan(workload: Workload) -> Plan:
     """Everything on the CPU lane: the one-device run."""
     linears = [LinearPlacement(shard.name, 0, (0,) * NUM_ROW_TIERS, shard.units) for shard in workload.linears]
-    kv = [KvPlacement(shard.name, 0, 0, shard.groups) for shard in workload.kv]
+    kv = [KvPlacement(shard.name, 0, 0, shard.kv_heads) for shard in workload.kv]
     return build_plan(workload, linears, kv, device="cpu", num_threads=THREADS)
 
 
@@ -67,15 +67,17 @@ def emulated_plan(workload: Workload, linears: Sequence[LinearPlacement], kv: Se
     )
 
 
-def uniform_plan(workload: Workload, gpu: float, stream: float, gpu_groups: int, gpu_tokens: int | None = None) -> Plan:
+def uniform_plan(
+    workload: Workload, gpu: float, stream: float, gpu_kv_heads: int, gpu_tokens: int | None = None
+) -> Plan:
     """Every linear cut at the same fractions in every tier, every layer's cache placed alike."""
     linears = []
     for shard in workload.linears:
         home = round(gpu * shard.units)
         streamed = min(round(stream * shard.units), shard.units - home)
         linears.append(LinearPlacement(shard.name, home, (streamed,) * NUM_ROW_TIERS, shard.units))
-    tokens = (gpu_tokens or workload.min_gpu_tokens) if gpu_groups else 0
-    kv = [KvPlacement(shard.name, gpu_groups, tokens, shard.groups) for shard in workload.kv]
+    tokens = (gpu_tokens or workload.min_gpu_tokens) if gpu_kv_heads else 0
+    kv = [KvPlacement(shard.name, gpu_kv_heads, tokens, shard.kv_heads) for shard in workload.kv]
     return emulated_plan(workload, linears, kv)
 
 
@@ -98,9 +100,9 @@ def plans(draw: st.DrawFn, path: Path, weight_dtype: str) -> Plan:
         linears.append(LinearPlacement(shard.name, home, streams, shard.units))
     kv = []
     for shard in workload.kv:
-        groups = draw(st.integers(0, shard.groups))
+        groups = draw(st.integers(0, shard.kv_heads))
         tokens = draw(st.integers(workload.min_gpu_tokens, workload.full_tokens)) if groups else 0
-        kv.append(KvPlacement(shard.name, groups, tokens, shard.groups))
+        kv.append(KvPlacement(shard.name, groups, tokens, shard.kv_heads))
     return emulated_plan(workload, linears, kv)
 
 

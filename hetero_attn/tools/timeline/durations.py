@@ -23,11 +23,11 @@ KV_BITS_OF = {torch.float32: 32.0, torch.bfloat16: 16.0, torch.int8: KV_BITS["q8
 
 
 class Durations:
-    """Seconds of recorded entries on a machine. heads_per_group, head_dim: of the model's attention."""
+    """Seconds of recorded entries on a machine. queries_per_kv, head_dim: of the model's attention."""
 
-    def __init__(self, hardware: HardwareProfile, heads_per_group: int, head_dim: int) -> None:
+    def __init__(self, hardware: HardwareProfile, queries_per_kv: int, head_dim: int) -> None:
         self.hardware = hardware
-        self._heads, self._head_dim = heads_per_group, head_dim
+        self._heads, self._head_dim = queries_per_kv, head_dim
         self._launch_s = hardware.gpu_layer_overhead_s / LAUNCHES_OF_A_LAYER
         # A product more is two launches and a turn of the ring: a copy, two waits and two events.
         self._turn_s = max(0.0, hardware.gpu_product_overhead_s - 2 * self._launch_s) / 5

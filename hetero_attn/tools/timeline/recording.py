@@ -117,7 +117,7 @@ class Recording:
         )
         shard = next((self.names[region.storage] for region in read if region.storage in self.names), "")
         if lane == COPIES and shard:
-            self._arrived[written[0]] = shard  # who reads the slot reads this
+            self._arrived[written[0]] = shard  # who reads the buffer reads this
         shard = shard or next((self._arrived[region] for region in read if region in self._arrived), "")
         self._add(Entry(lane, "work", f"{operation} {shard}".rstrip(), 0, None, operation, arguments, read, written))
 
