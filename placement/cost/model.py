@@ -1,10 +1,10 @@
 """Predicted time of one forward pass under a placement: named terms, one equation each.
 
-A pass is a sequence of steps (four linears and one attention a layer, then the head). Within a step the CPU lane and
-the GPU lane run side by side and the step ends with the slower one; copies run ahead through the staging ring, so they
-bound the whole pass and not single steps; CPU kernels and copies drain the same DRAM:
+A pass is a sequence of stages (four linears and one attention a layer, then the head). Within a stage the CPU lane and
+the GPU lane run side by side and the stage ends with the slower one; copies run ahead through the staging ring, so they
+bound the whole pass and not single stages; CPU kernels and copies drain the same DRAM:
 
-    T = max( sum_i max(cpu_i, gpu_i) + handovers_i,      steps in order
+    T = max( sum_i max(cpu_i, gpu_i) + handovers_i,      stages in order
              sum_i cpu_i + (1 - a) * T_pcie / b,          the CPU lane at its share a of speed while copies run
              T_pcie + (1 - b) * reads / a,                copies at their share b while the CPU lane reads DRAM
              T_pcie(layers) + (1 - b) * reads / a + head, nothing streamed is left to hide the head behind
@@ -14,7 +14,7 @@ T_pcie is streamed bytes / B_h2d, reads the CPU lane's seconds of reading at its
 because two lanes together do more than one alone, a + b >= 1: whichever ends last was slowed for as long as the other
 ran.
 
-The head's step is max(cpu, gpu, its own copies): the ring holds a few pieces of it, so most of what it streams crosses
+The head's stage is max(cpu, gpu, its own copies): the ring holds a few pieces of it, so most of what it streams crosses
 the bus when the layers are done.
 
 That is the least: lanes that could run side by side do so in part, as machines have shown. What is expected is
@@ -24,7 +24,7 @@ That is the least: lanes that could run side by side do so in part, as machines 
 with the profile's overlap for decode and for prompts; work on one lane alone has nothing to lose.
 
 A `paired` layer cuts o and down by rows of the weight, to follow the heads and neurons of qkv and gate_up: a block is
-then one step of max(cpu, gpu) with one hand-over, rows in and the partial sum back, two hand-overs a layer instead of
+then one stage of max(cpu, gpu) with one hand-over, rows in and the partial sum back, two hand-overs a layer instead of
 four.
 
 All coefficients are linear in units, KV heads and bytes, so the planner optimises exactly what is predicted here.
