@@ -322,6 +322,8 @@ def _num_splits(page_table: Tensor, pages: Tensor, head_dim: int) -> int:
 
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
+    if device.type == "meta" and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())  # for which a launch without memory compiles
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 

@@ -47,7 +47,8 @@ class Variant(NamedTuple):
 class Kernel:
     """A decorator over `triton.jit` for a kernel whose parameters are: tensors, plain numbers, strides, constants.
 
-    Plain numbers select no variant: floats, and ints named in `do_not_specialize`. Strides are any other ints.
+    Plain numbers select no variant: floats, and ints named in `do_not_specialize`. Strides are any other ints. With meta
+    tensors, which have no memory, a launch compiles its variant for the current device and does nothing else.
     """
 
     def __init__(self, function: Any) -> None:
@@ -74,7 +75,11 @@ class Kernel:
         key = (shape, strides, alignments, device, *[tensor.dtype for tensor in tensors])
         variant = self._variants.get(key)
         if variant is None or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
-            self._launch_by_triton(grid, nest((*tensors, *numbers, *strides)), shape, key)
+            arguments = nest((*tensors, *numbers, *strides))
+            if tensors[0].is_meta:
+                self.function.warmup(*arguments, grid=grid, **shape.constants)
+            else:
+                self._launch_by_triton(grid, arguments, shape, key)
             return
         variant.run(*grid, active.get_current_stream(device), variant.function, variant.metadata, None, None,
                     None, *nest((*(pointers if by_address else tensors), *numbers, *strides)), *variant.constants)

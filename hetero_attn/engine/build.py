@@ -18,10 +18,11 @@ from hetero_attn.devices.machine import (
     temporary_bytes,
 )
 from hetero_attn.devices.readiness import check_ready
+from hetero_attn.engine.ahead.compile_ahead import compiling_beside, kernel_calls
+from hetero_attn.engine.ahead.warm_up import make_first_steps, warm_up
 from hetero_attn.engine.engine import Engine, make_buffers
 from hetero_attn.engine.forked import torch_without_lost_threads
 from hetero_attn.engine.host_memory import WAY_OUT, memory_named, why_too_large
-from hetero_attn.engine.warm_up import make_first_steps, warm_up
 from hetero_attn.errors import MemoryBudgetError
 from hetero_attn.lanes.handover_choice import choose_handover
 from hetero_attn.lanes.host_worker import HostWorker
@@ -47,7 +48,8 @@ def build_engine(
     """Load a planned model.
 
     progress(count) is called with the bytes of weights just placed, on_compile(name) before a CPU kernel is compiled,
-    on_prepare(name) before each of the first steps on a GPU, which compile its kernels.
+    on_prepare(name), perhaps in another thread, before GPU kernels are compiled beside the weights, and before each of
+    the first steps on a GPU.
 
     Raises CheckpointError for weights that do not fit the config, MemoryBudgetError when memory runs out.
     """
@@ -55,13 +57,15 @@ def build_engine(
         raise MemoryBudgetError(f"{planned.plan.model}: {reason}; {WAY_OUT}")
     with memory_named(f"loading {planned.plan.model}"), torch_without_lost_threads():
         lanes = make_lanes(planned, overlap, on_compile, handover)
-        engine = assemble(planned, lanes, overlap, progress, prefix_cache)
-        if lanes.device is not None and lanes.device.kind == "cuda":
-            try:
-                make_first_steps(engine, on_prepare, planned.hardware.int8_rows.values())
-            except BaseException:
-                engine.close()
-                raise
+        if lanes.device is None or lanes.device.kind != "cuda":
+            return assemble(planned, lanes, overlap, progress, prefix_cache)
+        with compiling_beside(kernel_calls(planned), device_index(planned.device), on_prepare):
+            engine = assemble(planned, lanes, overlap, progress, prefix_cache)
+        try:
+            make_first_steps(engine, on_prepare, planned.hardware.int8_rows.values())
+        except BaseException:
+            engine.close()
+            raise
         return engine
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from hetero_attn.engine.warm_up import PROMPT_ROWS, make_first_steps
+from hetero_attn.engine.ahead.warm_up import PROMPT_ROWS, make_first_steps
 from placement.plan.workload import row_tier
 from tests.hetero_attn.test_cuda_driver import fake_engine
 from tests.support.runtime import nmse, one_device_run, run_logits, toy_workload, uniform_plan

@@ -1,0 +1,144 @@
+"""Compile the GPU kernels of a model in a thread of its own while its weights are read.
+
+The operations are called on tensors without memory, which compiles what a launch with such dtypes, shapes and strides
+would use. What is left for the first steps are variants of rare strides: they compile whatever they meet.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+import gpu_kernels
+from cpu_kernels.formats import BLOCK_FEATURES, unit_bytes
+from cpu_kernels.formats.pages import row_items
+from hetero_attn.cache.pages import TORCH_DTYPES
+from hetero_attn.engine.ahead.warm_up import PROMPT_ROWS
+from hetero_attn.planning.settle import PlannedModel
+from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.weights import LinearSpec
+from placement.plan.plan import Plan
+
+MOST_BLOCKS = 1024  # of a linear: beyond, launches have the same shape
+ADDED = ("o", "down")  # kinds of linears that add to the residual
+
+Call = Callable[[], None]
+
+
+@contextmanager
+def compiling_beside(
+    calls: Iterator[tuple[str, Call]], index: int, on_prepare: Callable[[str], None]
+) -> Iterator[threading.Thread]:
+    """Make the calls in a thread until all are made or the enclosed work fails; leaves when the thread has ended.
+
+    on_prepare(name) is called in it before the calls of each name. A call that fails ends the thread: the model's first
+    steps meet the same error where somebody can be told.
+    """
+    stopped = threading.Event()
+
+    def compile_all() -> None:
+        said = None
+        try:
+            with torch.cuda.device(index):
+                for name, call in calls:
+                    if stopped.is_set():
+                        return
+                    if name != said:
+                        on_prepare(f"{name}, while weights are read")
+                        said = name
+                    call()
+        except Exception:
+            return
+
+    thread = threading.Thread(target=compile_all, name="compile-gpu-kernels", daemon=True)
+    thread.start()
+    try:
+        yield thread
+    except BaseException:
+        stopped.set()
+        raise
+    finally:
+        thread.join()
+
+
+def kernel_calls(planned: PlannedModel) -> Iterator[tuple[str, Call]]:
+    """Calls of the operations of a planned model by what they are for, rows of decode first."""
+    plan, limits = planned.plan, planned.hardware.int8_rows
+    wanted = {1, *PROMPT_ROWS, *(rows + 1 for rows in limits.values())}
+    for rows in sorted(count for count in wanted if count <= max(1, plan.prefill_chunk)):
+        name = f"GPU kernels for {rows} row{'s' if rows > 1 else ''}"
+        for call in (*_linears(planned, rows), *_small(planned.config, plan, rows), *_attention(planned, rows)):
+            yield name, call
+
+
+def _linears(planned: PlannedModel, rows: int) -> Iterator[Call]:
+    seen: set[tuple] = set()
+    placements = {placement.name: placement for placement in planned.plan.linears}
+    for spec in planned.model.linears:
+        placement = placements[spec.name]
+        for units in {placement.gpu_units, max(placement.stream_units)} - {0}:
+            blocks = min(MOST_BLOCKS, units * spec.unit_rows) if spec.row_unit == 0 else MOST_BLOCKS
+            key = (spec.format, spec.in_features, blocks, spec.has_bias, spec.kind in ADDED)
+            if key not in seen:
+                seen.add(key)
+                yield _linear(spec, blocks, rows, planned.hardware.int8_rows)
+
+
+def _linear(spec: LinearSpec, blocks: int, rows: int, int8_rows: dict[str, int]) -> Call:
+    weight = _meta(blocks, unit_bytes(spec.format, spec.in_features), dtype=torch.uint8)
+    out = _meta(rows, blocks * spec.row_features)
+    bias = _meta(out.shape[1]) if spec.has_bias else None
+    limit = {"int8_rows": int8_rows[spec.format]} if spec.format in int8_rows else {}
+
+    def call() -> None:
+        inputs = gpu_kernels.rounded(_meta(rows, spec.in_features), spec.format, **limit)
+        gpu_kernels.linear(inputs, weight, spec.format, bias, out, spec.kind in ADDED)
+
+    return call
+
+
+def _small(config: ModelConfig, plan: Plan, rows: int) -> Iterator[Call]:
+    hidden = config.hidden_size
+    units = -(-config.intermediate_size // BLOCK_FEATURES)
+    yield lambda: gpu_kernels.rms_norm(_meta(rows, hidden), _meta(hidden), config.rms_norm_eps, _meta(rows, hidden))
+    yield lambda: gpu_kernels.silu_mul(_meta(rows, 2 * units * BLOCK_FEATURES), _meta(rows, units * BLOCK_FEATURES))
+    if rows == 1:
+        for move in (gpu_kernels.add_rows, gpu_kernels.copy_rows):
+            yield partial(move, _meta(rows, hidden), _meta(rows, hidden))
+
+
+def _attention(planned: PlannedModel, rows: int) -> Iterator[Call]:
+    """Rotation, and attention of one row or of a chunk; no kernel of either depends on how many more rows there are."""
+    config, plan = planned.config, planned.plan
+    if rows not in (1, 2):
+        return
+    groups = {placement.gpu_groups for placement in plan.kv if placement.gpu_groups}
+    heads, head_dim = config.heads_per_kv_head, config.head_dim
+    shape = (64, plan.page_size, row_items(plan.workload.kv_dtype, head_dim))
+    pages = _meta(*shape, dtype=TORCH_DTYPES[plan.workload.kv_dtype])
+    slots = -(-plan.max_context // plan.page_size)
+    for count in groups:
+        q, lse = _meta(rows, count * heads, head_dim), _meta(rows, count * heads)
+        yield _rope(config, rows, count, q, pages)
+        if rows == 1:
+            table, bound = _meta(1, count, slots, dtype=torch.int32), _meta(1, dtype=torch.int32)
+            yield partial(gpu_kernels.decode_attention, q, pages, pages, table, bound, bound, 1.0, q, lse)
+        else:
+            table = _meta(count, slots, dtype=torch.int32)
+            yield partial(gpu_kernels.prefill_attention, q, pages, pages, table, 0, rows, 0, 0, 1.0, q, lse)
+
+
+def _rope(config: ModelConfig, rows: int, groups: int, q: torch.Tensor, pages: torch.Tensor) -> Call:
+    features = (config.heads_per_kv_head + 2) * config.head_dim
+    qkv, norm = _meta(rows, groups, features), _meta(config.head_dim) if config.qk_norm else None
+    positions, slots = _meta(rows, dtype=torch.int64), _meta(rows, groups, dtype=torch.int64)
+    angles = _meta(64, (config.rope.rotary_dim or config.head_dim) // 2)
+    return lambda: gpu_kernels.rope_append(
+        qkv, positions, angles, angles, norm, norm, config.rms_norm_eps, q, pages, pages, slots
+    )
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
