@@ -6,24 +6,19 @@ fails because a source of information is missing: an unknown value is said to be
 """
 
 import importlib.metadata
-import io
 import os
 import platform
 import resource
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from rich.console import Console
-from rich.table import Table
 
 from cpu_kernels.team.cgroups import cpu_quota, memory_limit_bytes, read_text
 from cpu_kernels.team.kept_files import why_not_writable
+from hetero_attn.tools.findings import GIB, Finding, Report, gib
+from hetero_attn.tools.gpu_findings import gpus
 
-GIB = 2**30
 REQUIRED = (
     "torch",
     "numba",
@@ -45,56 +40,6 @@ OPTIONAL = {"triton": "GPU kernels", "nvidia-ml-py": "GPU details in this report
 NAMED_FEATURES = ("avx2", "fma", "avxvnni", "avx512f", "avx512vnni", "avx512bf16", "amx-tile", "neon", "dotprod")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 LEAST_FREE_DISK_BYTES = 5 * GIB
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One fact about the machine; `advice` says what to do where the verdict is not ok."""
-
-    section: str
-    name: str
-    value: str
-    verdict: Literal["ok", "note", "problem"] = "ok"
-    advice: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """All findings, in the order of their sections."""
-
-    findings: tuple[Finding, ...]
-
-    @property
-    def usable(self) -> bool:
-        """Whether nothing was found that stops hetero_attn from running."""
-        return all(finding.verdict != "problem" for finding in self.findings)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, by section."""
-        sections: dict[str, dict[str, Any]] = {}
-        for item in self.findings:
-            entry = {"value": item.value, "verdict": item.verdict, "advice": item.advice}
-            sections.setdefault(item.section, {})[item.name] = entry
-        return {"usable": self.usable, "sections": sections}
-
-    def table(self, width: int = 120) -> str:
-        """Plain text of at most `width` columns: the facts, then one line for each thing to do."""
-        console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-        section = ""
-        for item in self.findings:
-            table.add_row("" if item.section == section else item.section, item.name, item.value)
-            section = item.section
-        console.print(table, highlight=False, markup=False)
-        console.print(self._verdict(), highlight=False, markup=False)
-        for item in self.findings:
-            if item.verdict != "ok":
-                console.print(f"{item.verdict}: {item.name}: {item.advice}", highlight=False, markup=False)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
-
-    def _verdict(self) -> str:
-        problems = sum(item.verdict == "problem" for item in self.findings)
-        return "verdict: ready" if self.usable else f"verdict: not ready, {problems} problem(s)"
 
 
 def examine(root: Path = Path("/")) -> Report:
@@ -152,47 +97,27 @@ def memory(root: Path) -> Iterator[Finding]:
     import psutil
 
     host, swap = psutil.virtual_memory(), psutil.swap_memory()
-    yield Finding("memory", "host", f"{_gib(host.available)} available of {_gib(host.total)}")
+    yield Finding("memory", "host", f"{gib(host.available)} available of {gib(host.total)}")
     limit = memory_limit_bytes(root)
     if limit is not None and limit < host.total:
         yield Finding(
             "memory",
             "cgroup limit",
-            _gib(limit),
+            gib(limit),
             "note",
-            f"weights and DRAM-side cache must fit in {_gib(limit)}, not in what the machine has",
+            f"weights and DRAM-side cache must fit in {gib(limit)}, not in what the machine has",
         )
     else:
         yield Finding("memory", "cgroup limit", "none below the host's memory")
     if swap.used > GIB:
-        yield Finding("memory", "swap in use", _gib(swap.used), "note", "paging stalls every lane: free some memory")
-
-
-def gpus() -> Iterator[Finding]:
-    """NVIDIA GPUs as the driver reports them, and whether torch can use them."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # no package, no driver or no device: the library has a type for each
-        yield Finding("gpu", "NVIDIA", "none found; device=cpu and device=emulated work")
-        return
-    try:
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            yield _gpu(pynvml, index, driver)
-        yield _cuda_torch()
-        yield from _in_the_way()
-    finally:
-        pynvml.nvmlShutdown()
+        yield Finding("memory", "swap in use", gib(swap.used), "note", "paging stalls every lane: free some memory")
 
 
 def host_memory_settings(root: Path) -> Iterator[Finding]:
     """Pinned memory for copies and huge pages for the CPU lane."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    locked = "unlimited" if soft == resource.RLIM_INFINITY else _gib(soft)
-    yield Finding("settings", "locked memory limit", f"{locked} (the CUDA driver pins memory without it)")
-    yield _pinned_memory()
+    locked = "unlimited" if soft == resource.RLIM_INFINITY else gib(soft)
+    yield Finding("settings", "locked memory limit", f"{locked} (what the CUDA driver locks is tried under gpu)")
     setting = read_text(root / "sys/kernel/mm/transparent_hugepage/enabled")
     chosen = setting.partition("[")[2].partition("]")[0] or "unknown"
     if chosen == "never":
@@ -219,7 +144,7 @@ def caches() -> Iterator[Finding]:
     verdict, advice = "ok", ""
     if free < LEAST_FREE_DISK_BYTES:
         verdict, advice = "note", "hub downloads may not fit; HF_HOME names another folder"
-    yield Finding("caches", "hub checkpoints", f"{hub} ({_gib(free)} free)", verdict, advice)
+    yield Finding("caches", "hub checkpoints", f"{hub} ({gib(free)} free)", verdict, advice)
 
 
 def thread_pools() -> Iterator[Finding]:
@@ -239,70 +164,6 @@ def thread_pools() -> Iterator[Finding]:
             yield Finding("threads", name, value, "note", f"only {usable} CPUs are usable here; unset it or lower it")
         elif value is not None:
             yield Finding("threads", name, value)
-
-
-def _gpu(pynvml: Any, index: int, driver: str) -> Finding:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    capacity = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    text = f"{pynvml.nvmlDeviceGetName(handle)}, {_gib(capacity.free)} free of {_gib(capacity.total)}, driver {driver}"
-    try:
-        generation = pynvml.nvmlDeviceGetMaxPcieLinkGeneration(handle)
-        width, most = pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle), pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)
-    except pynvml.NVMLError:
-        return Finding("gpu", f"cuda:{index}", f"{text}, PCIe link unknown")
-    text += f", PCIe {generation}.0 x{width}"
-    if width < most:
-        return Finding(
-            "gpu",
-            f"cuda:{index}",
-            text,
-            "note",
-            f"the link runs at x{width} of x{most} and streams slower by as much: look at the slot",
-        )
-    return Finding("gpu", f"cuda:{index}", text)
-
-
-def _cuda_torch() -> Finding:
-    try:
-        import torch
-    except ImportError:
-        return Finding("gpu", "torch", "missing", "problem", "pip install torch")
-    if torch.cuda.is_available():
-        return Finding("gpu", "torch", f"built for CUDA {torch.version.cuda}, sees {torch.cuda.device_count()} GPU(s)")
-    return Finding(
-        "gpu",
-        "torch",
-        f"{torch.__version__} cannot use the GPU",
-        "note",
-        "device=cuda will not work: install a CUDA build of torch that fits the driver",
-    )
-
-
-def _in_the_way() -> Iterator[Finding]:
-    """What keeps the GPU lane's kernels from being compiled or run."""
-    try:
-        import torch
-
-        from hetero_attn.devices.readiness import obstacles
-
-        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-            for each in obstacles(index):
-                verdict = "problem" if each.stops else "note"
-                yield Finding("gpu", f"cuda:{index} {each.name}", each.found, verdict, each.way_out)
-    except ImportError:
-        return
-
-
-def _pinned_memory() -> Finding:
-    try:
-        import torch
-
-        if not torch.cuda.is_available():
-            return Finding("settings", "pinned memory", "not needed without a GPU")
-        torch.empty(2**20, dtype=torch.uint8, pin_memory=True, device="cpu")
-    except (ImportError, RuntimeError) as error:
-        return Finding("settings", "pinned memory", f"refused: {error}", "note", "copies fall back to pageable memory")
-    return Finding("settings", "pinned memory", "possible")
 
 
 def _kernel_cache() -> Finding:
@@ -364,7 +225,3 @@ def _cpu_model(root: Path) -> str:
 
 def _usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def _gib(count: float) -> str:
-    return f"{count / GIB:.1f} GiB"

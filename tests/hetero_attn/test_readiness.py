@@ -1,14 +1,15 @@
 """What is in the way of the GPU lane is named, with the way out, by `doctor` and when a model is loaded."""
 
+import ctypes
 from types import SimpleNamespace
 
 import pytest
 
-from hetero_attn.devices import machine, readiness
+from hetero_attn.devices import machine, probes, readiness
 from hetero_attn.devices.libcuda import CudaError
 from hetero_attn.devices.readiness import Obstacle, check_ready, obstacles
 from hetero_attn.errors import UnsupportedModelError
-from hetero_attn.tools import doctor
+from hetero_attn.tools import gpu_findings
 
 
 def gpu(*capability: int) -> SimpleNamespace:
@@ -80,7 +81,7 @@ def test_doctor_shows_what_is_in_the_way(monkeypatch) -> None:
         1: [Obstacle("compute capability", "7.5", "use another GPU", True), Obstacle("C compiler", "no", "a")],
     }
     monkeypatch.setattr(readiness, "obstacles", lambda index: iter(things[index]))
-    findings = list(doctor._in_the_way())
+    findings = list(gpu_findings._in_the_way())
 
     assert [(each.name, each.verdict) for each in findings] == [
         ("cuda:1 compute capability", "problem"),
@@ -112,3 +113,104 @@ def test_a_slice_of_a_gpu_is_measured_by_cuda_and_not_by_the_driver_of_the_whole
     monkeypatch.setattr(machine, "torch", fake)
 
     assert machine.context_bytes.__wrapped__(0) == expected
+
+
+class LimitedLibrary:
+    """A driver that page-locks up to a limit and whose streams do what a test says with flags."""
+
+    def __init__(self, limit_bytes: int, writes: int | None = 1) -> None:
+        self.limit_bytes, self.writes = limit_bytes, writes
+        self.locked: dict[int, int] = {}
+
+    def register(self, address: int, count: int) -> bool:
+        if sum(self.locked.values()) + count > self.limit_bytes:
+            return False
+        self.locked[address] = count
+        return True
+
+    def unregister(self, address: int) -> None:
+        del self.locked[address]
+
+    def device_address(self, address: int) -> int:
+        return address
+
+    def write_value(self, stream: int, address: int, value: int) -> None:
+        if self.writes is None:
+            raise CudaError("cuStreamWriteValue32_v2 failed: CUDA_ERROR_NOT_SUPPORTED (801)")
+        ctypes.c_int32.from_address(address).value = self.writes
+
+    def wait_value(self, stream: int, address: int, value: int) -> None:
+        assert ctypes.c_int32.from_address(address).value == value
+
+
+@pytest.fixture
+def small_steps(monkeypatch):
+    monkeypatch.setattr(probes, "FIRST_STEP_BYTES", 64 << 10)
+    monkeypatch.setattr(probes, "LAST_STEP_BYTES", 4 << 10)
+
+
+@pytest.mark.parametrize("limit_kib,expected", [(1000, (1000, True)), (1 << 20, (1024, False)), (0, (0, True))])
+def test_how_much_can_be_page_locked_is_found_in_steps_and_given_back(small_steps, limit_kib, expected) -> None:
+    library = LimitedLibrary(limit_kib << 10)
+
+    assert (probes.lockable(library, 1 << 20)) == (expected[0] << 10, expected[1])
+    assert library.locked == {}
+
+
+def test_doctor_says_where_page_locking_ends_and_what_to_do(small_steps) -> None:
+    little, enough = (gpu_findings.page_locking(LimitedLibrary(limit), 1 << 20) for limit in (512 << 10, 1 << 30))
+
+    assert enough.verdict == "ok" and "at least" in enough.value
+    assert little.verdict == "note" and "more is refused (ulimit -l is" in little.value
+    assert all(word in little.advice for word in ("ulimit -l", ".wslconfig", "pinned_memory"))
+
+
+@pytest.mark.parametrize(
+    "library,reason",
+    [
+        (LimitedLibrary(1 << 20), None),
+        (LimitedLibrary(1 << 20, writes=None), "NOT_SUPPORTED"),
+        (LimitedLibrary(0), "not one page"),
+    ],
+    ids=["works", "refused", "nothing locked"],
+)
+def test_doctor_tries_whether_streams_wait_for_flags(library, reason) -> None:
+    found = gpu_findings.memory_operations(library, 1, lambda: None)
+
+    assert (found.verdict == "ok") == (reason is None)
+    assert reason is None or (reason in found.value and "by events" in found.advice)
+    assert library.locked == {}
+
+
+def test_a_flag_that_stays_as_it_was_is_no_memory_operation() -> None:
+    library = LimitedLibrary(1 << 20)
+    library.write_value = lambda stream, address, value: None
+    library.wait_value = lambda stream, address, value: None
+
+    assert "holds 0" in probes.why_no_memory_operations(library, 1, lambda: None)
+
+
+def test_slices_of_a_gpu_are_listed_with_their_own_memory() -> None:
+    class NVMLError(Exception):
+        pass
+
+    def slice_of(handle, number):
+        if number == 1:
+            raise NVMLError("no slice here")
+        return number
+
+    def nvml(enabled):
+        return SimpleNamespace(
+            NVMLError=NVMLError,
+            nvmlDeviceGetHandleByIndex=lambda index: index,
+            nvmlDeviceGetMigMode=lambda handle: (enabled, enabled),
+            nvmlDeviceGetMaxMigDeviceCount=lambda handle: 3,
+            nvmlDeviceGetMigDeviceHandleByIndex=slice_of,
+            nvmlDeviceGetMemoryInfo=lambda part: SimpleNamespace(free=9 << 30, total=(10 + part) << 30),
+        )
+
+    found = list(gpu_findings._slices(nvml(1), 0))
+
+    assert [each.name for each in found] == ["cuda:0 MIG slice 0", "cuda:0 MIG slice 2"]
+    assert "12.0 GiB" in found[1].value
+    assert list(gpu_findings._slices(nvml(0), 0)) == []
