@@ -232,6 +232,11 @@ def _notes(plan: Plan, hardware: HardwareProfile) -> Iterator[str]:
             f"Decode streams no weights unless a rule says so: that it brings more than it takes from the CPU lane's "
             f"reads of DRAM was not measured on {hardware.name}."
         )
+    if hardware.is_of_a_busy_machine:
+        yield (
+            f"Other programs used {hardware.busy_share:.0%} of the CPUs while {hardware.name} was measured: it may be "
+            "faster than predicted (`hetero-attn profile` measures it again)."
+        )
     yield from _borrowed_rates(plan.workload, hardware)
     host = plan.memory.host_bytes + plan.memory.pinned_bytes
     if host > hardware.dram_bytes:

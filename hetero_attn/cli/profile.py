@@ -15,14 +15,17 @@ def profile(
         Path | None, typer.Option(help="Write a copy, JSON or YAML by its ending, for `plan --hardware` elsewhere.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the rates into this PNG, SVG or PDF file.")] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the result even if other programs used the CPUs meanwhile.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Measure what this machine's memory, cores and bus can do, and keep it for later plans; takes two to three minutes
-    on two cores."""
+    """Measure what this machine's memory, cores and bus can do, and keep it for later plans; takes half a minute on two
+    cores, the first time a minute. On a busy machine it says so and keeps nothing unless told to."""
     from hetero_attn import profile_machine
 
     expect_writable(save, plot)
-    measured = profile_machine(on_progress=lambda what: typer.echo(f"measuring {what}", err=True))
+    measured = profile_machine(on_progress=say, keep_when_busy=keep)
     if save is not None:
         write_text(save, measured.to_yaml() if save.suffix in (".yaml", ".yml") else measured.to_json() + "\n")
     if plot is not None:
@@ -33,3 +36,8 @@ def profile(
         print_json(measured.to_dict())
     else:
         typer.echo(profile_table(measured, table_width()), nl=False)
+
+
+def say(what: str) -> None:
+    """Tell what is measured next, or compiled before."""
+    typer.echo(what if what.startswith("compiling ") else f"measuring {what}", err=True)

@@ -80,6 +80,8 @@ def host_rows(profile: HardwareProfile) -> Iterator[tuple[str, str]]:
         yield f"CPU linear {name}, many rows", _gigaops(rate)
     yield "CPU attention, one row", _gigabytes(profile.cpu_attention_bytes_per_s)
     yield "CPU attention, many rows", _gigaops(profile.cpu_attention_ops_per_s)
+    if profile.busy_share:
+        yield "CPUs used by others meanwhile", f"{profile.busy_share:.0%}"
     if profile.step_overhead_s:
         yield "Python around a step", f"{profile.step_overhead_s * 1e6:.0f} us"
 

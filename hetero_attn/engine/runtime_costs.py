@@ -36,7 +36,8 @@ from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import Plan
 from placement.policy.policy import Policy
 
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 64, 4, 2, 16, 64
+# Four heads to a KV head, as in the kernels that the profiler has compiled.
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 64, 8, 2, 16, 64
 FEW_LAYERS, MANY_LAYERS = 2, 10
 PROMPT, CHUNK, CHUNKS = 2, 128, 4  # a chunk has as many rows as take the GPU's path for many
 MAX_CONTEXT = 1024

@@ -43,6 +43,11 @@ TABLES = {
 }
 
 
+# Of the CPUs, what others may use while a machine is measured before its rates are in doubt: on two cores a fifth of
+# one.
+MOST_BUSY_SHARE = 0.1
+
+
 @dataclass(frozen=True, slots=True)
 class HardwareProfile:
     """Rates of one machine.
@@ -76,6 +81,7 @@ class HardwareProfile:
     copies,
     thread_sweep: measured for people, not used by the cost model.
     staging_piece_bytes: of the weights that are streamed at a time.
+    busy_share: of the CPUs, what other programs used while this was measured.
     fingerprint: (key, value) pairs by which a measured profile is recognised as stale or foreign.
     """
 
@@ -128,6 +134,7 @@ class HardwareProfile:
     copies: tuple[CopyRate, ...] = ()
     thread_sweep: tuple[ThreadRate, ...] = ()
     staging_piece_bytes: int = STAGING_PIECE_BYTES
+    busy_share: float = 0.0
     fingerprint: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -161,6 +168,11 @@ class HardwareProfile:
         if self.gpu_int8_ops_per_s and rows <= self.int8_rows.get(dtype, 0):
             return self.gpu_int8_ops_per_s
         return self.gpu_flops.of(dtype)
+
+    @property
+    def is_of_a_busy_machine(self) -> bool:
+        """Whether others used so much of the CPUs meanwhile that the rates may be too low."""
+        return self.busy_share > MOST_BUSY_SHARE
 
     def overlap_of(self, q_len: int) -> float:
         """The overlap of lanes in a pass of so many rows a sequence."""

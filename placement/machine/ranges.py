@@ -20,6 +20,7 @@ SHARES = (
     "overlap",
     "prompt_overlap",
 )
+SHARES_OR_NONE = ("busy_share",)
 POSITIVE = (
     "dram_bytes_per_s",
     "cpu_attention_bytes_per_s",
@@ -63,6 +64,8 @@ def _check(profile: str, place: str, value: float, is_positive: bool) -> None:
     if name in SHARES:
         if not 0 < value <= 1:
             raise ValueError(f"hardware profile {profile}: {name} must be in (0, 1], got {value}")
+    elif name in SHARES_OR_NONE and value > 1:
+        raise ValueError(f"hardware profile {profile}: {name} must be in [0, 1], got {value}")
     elif is_positive and not value > 0:
         raise ValueError(f"hardware profile {profile}: {place} must be positive, got {value}")
     most = MOST_SECONDS if name.endswith("_s") and not name.endswith("per_s") else MOST

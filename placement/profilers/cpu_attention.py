@@ -25,8 +25,15 @@ ATTENTION_BYTES = 96 << 20  # of K and V: still three caches of a few cores, and
 CACHED_BYTES = 4 << 20
 KV_HEADS = 8
 PREFILL_ROWS = 256
-QUERIES_PER_KV = (1, 4, 8)
-HEAD_DIMS = (64, 128)
+# Query heads per KV head and their size that decode is measured with; the nearest stands for others. Over fp32 the
+# limit is memory, whatever the heads are.
+SHAPES = {
+    "fp32": ((4, 64), (4, 128)),
+    "bf16": ((4, 64), (1, 128), (4, 128), (8, 128)),
+    "q8": ((4, 64), (1, 128), (4, 128), (8, 128)),
+    "q4": ((4, 64), (1, 128), (4, 128), (8, 128)),
+}
+PREFILL_HEADS = 4  # of a group: a chunk's rows are many, so their number hardly matters
 KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "q8": torch.int8, "q4": torch.uint8}
 PAGE_TOKENS = 64
 
@@ -34,16 +41,16 @@ PAGE_TOKENS = 64
 def attention_rates(ops: CpuKernels, dram: float, on_progress: Progress) -> tuple[AttentionRate, ...]:
     """Attention over a cache in DRAM, one row and many, by cache dtype, head sharing and head size."""
     rates = []
-    for kv_dtype in KV_DTYPES:
-        for head_dim in HEAD_DIMS:
+    for kv_dtype, shapes in SHAPES.items():
+        for head_dim in sorted({head_dim for _, head_dim in shapes}):
             on_progress(f"attention over {kv_dtype}, heads of {head_dim}")
             sizes = beyond_caches(ATTENTION_BYTES), CACHED_BYTES
             pages, cached = (kv_pages(kv_dtype, head_dim, size) for size in sizes)
-            for heads in QUERIES_PER_KV:
+            many = prefill_rates(ops, pages, PREFILL_HEADS, head_dim)
+            for heads in (heads for heads, of_size in shapes if of_size == head_dim):
                 near_s = recorded_seconds(ops, decode_call(ops, cached, heads, head_dim), CALLS // 10)
                 near = 2 * cached[0].nbytes / near_s
                 decode = decode_rate(ops, pages, heads, head_dim, dram, near)
-                many = prefill_rates(ops, pages, heads, head_dim)
                 rates.append(AttentionRate(KV_BITS[kv_dtype], heads, head_dim, decode, *many, near))
     return tuple(rates)
 
@@ -80,16 +87,19 @@ def decode_call(ops: CpuKernels, pages: tuple, queries_per_kv: int, head_dim: in
 def prefill_rates(ops: CpuKernels, pages: tuple, queries_per_kv: int, head_dim: int) -> tuple[float, float]:
     """Operations a second over tokens before a chunk, and how many keys more than it sees the chunk itself costs a row:
     a chunk alone and with as many tokens before it."""
-    k_pages, v_pages, table = pages
-    heads, rows = KV_HEADS * queries_per_kv, min(PREFILL_ROWS, table.shape[1] * PAGE_TOKENS // 2)
-    q = torch.randn(rows, heads, head_dim, **FLOAT32)
-    out, lse = torch.empty(rows, heads, head_dim, **FLOAT32), torch.empty(rows, heads, **FLOAT32)
-
-    def taken(before: int) -> float:
-        keys = before + rows
-        return seconds(lambda: ops.prefill_attention(q, k_pages, v_pages, table, 0, keys, before, 0, 0.1, out, lse))
-
-    alone, both = taken(0), taken(rows)
+    heads, rows = KV_HEADS * queries_per_kv, min(PREFILL_ROWS, pages[2].shape[1] * PAGE_TOKENS // 2)
+    alone, both = (seconds(prefill_call(ops, pages, queries_per_kv, head_dim, rows, n)) for n in (0, rows))
     a_key = 4 * head_dim * heads * rows
     rate = a_key * rows / max(both - alone, 0.2 * both)
     return rate, max(0.0, alone * rate / a_key - (rows + 1) / 2)
+
+
+def prefill_call(
+    ops: CpuKernels, pages: tuple, queries_per_kv: int, head_dim: int, rows: int, before: int
+) -> Callable[[], None]:
+    """A call of `prefill_attention` with a chunk of `rows` after `before` tokens, ready to be timed."""
+    k_pages, v_pages, table = pages
+    heads, keys = KV_HEADS * queries_per_kv, before + rows
+    q = torch.randn(rows, heads, head_dim, **FLOAT32)
+    out, lse = torch.empty(rows, heads, head_dim, **FLOAT32), torch.empty(rows, heads, **FLOAT32)
+    return lambda: ops.prefill_attention(q, k_pages, v_pages, table, 0, keys, before, 0, 0.1, out, lse)

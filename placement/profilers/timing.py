@@ -13,6 +13,8 @@ FLOAT32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the process has 
 
 CACHES = 8  # with 3, a third of the reads still came from the cache: 210 GB/s where DRAM gives 156
 REPETITIONS = 9
+# Of one measurement that takes longer: its repetitions end after so many seconds, but not before there are a few.
+MOST_SECONDS, LEAST_REPETITIONS = 0.25, 3
 # Bytes of a packed weight, and of a page of codes: as bfloat16, float32 or a float16 scale they are finite numbers of
 # ordinary size, which is all that timing asks of them.
 WEIGHT_BYTE = 0x3C
@@ -29,6 +31,8 @@ def seconds(work: Callable[[], object], repetitions: int | None = None) -> float
         started = time.perf_counter()
         work()
         times.append(time.perf_counter() - started)
+        if sum(times) > MOST_SECONDS and len(times) >= LEAST_REPETITIONS:
+            break
     return statistics.median(times)
 
 
@@ -53,7 +57,7 @@ def turn_by_turn(work: Callable[[], object], yardstick: Callable[[], object]) ->
 
 def turns(work: Callable[[], object], yardstick: Callable[[], object]) -> list[tuple[float, float]]:
     """Seconds of the yardstick and of `work` just after it, several times, warmed up."""
-    found = []
+    found: list[tuple[float, float]] = []
     for _ in range(2 * REPETITIONS + 1):
         times = []
         for call in (yardstick, work):
@@ -61,6 +65,8 @@ def turns(work: Callable[[], object], yardstick: Callable[[], object]) -> list[t
             call()
             times.append(time.perf_counter() - started)
         found.append((times[0], times[1]))
+        if sum(map(sum, found)) > MOST_SECONDS and len(found) > 2 * LEAST_REPETITIONS:
+            break
     return found[1:]
 
 

@@ -471,7 +471,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> HardwareProfile:
     """Puts a machine with a GPU in the place of the measurement."""
     base = HardwareProfile.named("emulated").to_dict() | {"name": "imagined", "source": "measured"}
     imagined = HardwareProfile.from_dict(base)
-    monkeypatch.setitem(vars(hetero_attn), "profile_machine", lambda on_progress: imagined)
+    monkeypatch.setitem(vars(hetero_attn), "profile_machine", lambda **_: imagined)
     return imagined
 
 
@@ -485,7 +485,7 @@ def test_profile_prints_rates_with_units(measured: HardwareProfile) -> None:
 
 def test_profile_without_a_gpu_has_no_gpu_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     profile = HardwareProfile.named("generic-cpu")
-    monkeypatch.setitem(vars(hetero_attn), "profile_machine", lambda on_progress: profile)
+    monkeypatch.setitem(vars(hetero_attn), "profile_machine", lambda **_: profile)
     lines = run("profile").stdout.splitlines()
 
     assert lines[-1] == "no GPU was found: the plan uses the CPU lane only"

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cpu_kernels import kernels
 from cpu_kernels.team import kept_files
 from hetero_attn.engine import measure
 from hetero_attn.engine import runtime_costs as runtime_profile
@@ -19,6 +20,11 @@ from placement.machine.fingerprint import kernel_folders, machine_fingerprint, s
 from placement.machine.hardware import HardwareProfile
 from placement.machine.rates import AttentionRate, DtypeRates, RowRate, ThreadRate
 from placement.profilers import (
+    ahead,
+    neighbours,
+    timing,
+)
+from placement.profilers import (
     cpu as profiler,
 )
 from placement.profilers import (
@@ -28,16 +34,19 @@ from placement.profilers import (
     cpu_linear as linear_profiler,
 )
 from placement.profilers import (
-    timing,
+    cpu_small as small_profiler,
 )
 from placement.profilers.cpu import best_threads, thread_counts
 
-PROFILERS = (attention_profiler, linear_profiler, profiler, timing)
+PROFILERS = (ahead, attention_profiler, linear_profiler, small_profiler, profiler, timing)
+ALONE = SimpleNamespace(share=lambda: 0.0)
 
 
 @pytest.fixture
-def measured(monkeypatch, tmp_path):
-    """A quick measurement: small buffers, few repetitions, kept in a directory of the test's own."""
+def quick(monkeypatch, tmp_path):
+    """Measurements are quick, of small buffers and few repetitions, on a machine that nobody else uses, and kept in a
+    directory of the test's own."""
+    monkeypatch.setattr(neighbours, "Neighbours", lambda: ALONE)
     monkeypatch.setattr(profiles, "profile_path", lambda: tmp_path / "profiles" / "host.json")
     for name, value in {
         "ROW_COUNTS": (1, 8, 65),
@@ -47,8 +56,7 @@ def measured(monkeypatch, tmp_path):
         "CACHED_BYTES": 1 << 16,
         "BETWEEN_BYTES": 1 << 16,
         "MANY_WEIGHTS": 1 << 16,
-        "QUERIES_PER_KV": (2,),
-        "HEAD_DIMS": (64,),
+        "SHAPES": dict.fromkeys(("fp32", "bf16", "q8", "q4"), ((4, 64),)),
         "MANY_ROWS": 16,
         "PREFILL_ROWS": 16,
         "SMALL_ROWS": 16,
@@ -62,6 +70,11 @@ def measured(monkeypatch, tmp_path):
     monkeypatch.setattr(runtime_profile, "STEPS", 3)
     monkeypatch.setattr(runtime_profile, "COLD_STEPS", 1)
     monkeypatch.setattr(runtime_profile, "SWEEP_BYTES", 1 << 20)
+
+
+@pytest.fixture
+def measured(quick):
+    """A quick measurement and its progress."""
     steps = []
     return measure.profile_machine(steps.append), steps
 
@@ -73,7 +86,7 @@ def test_a_measured_profile_is_kept_and_found_again(measured):
     assert {"linear q4, one row", "linear bf16 by rows", "attention over q4, heads of 64"} <= set(steps)
     assert [rate.rows for rate in profile.cpu_rows] == [1, 8, 65]
     attention = profile.cpu_attention
-    assert [(rate.bits, rate.heads_per_group) for rate in attention] == [(32, 2), (16, 2), (8.25, 2), (5, 2)]
+    assert [(rate.bits, rate.queries_per_kv) for rate in attention] == [(32, 4), (16, 4), (8.25, 4), (5, 4)]
     assert all(min(rate.bytes_per_s, rate.ops_per_s, rate.cached_bytes_per_s) > 0 for rate in attention)
     assert [rate.threads for rate in profile.thread_sweep][0] == 1
     assert profile.cores in [rate.threads for rate in profile.thread_sweep]
@@ -111,6 +124,99 @@ def test_kernels_that_were_changed_make_a_profile_stale(tmp_path):
 
     assert len(digests | {source_digest([tmp_path])}) == 6
     assert dict(machine_fingerprint(1))["kernels"] == source_digest(kernel_folders())
+
+
+def test_nothing_is_left_to_compile_when_measuring_begins(quick, monkeypatch, tmp_path):
+    """One by one, by the measurement that needed it, compiling took three quarters of a profile's time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    prepared, asked = set(), set()
+    monkeypatch.setattr(kernels, "build_all", lambda store, missing, processes: prepared.update(missing))
+    with kernels.CpuKernels(1) as ops:
+        ops.prepare(lambda: ahead.call_all(ops))
+        asked.update(ops._team.missing(lambda: measured_calls(ops)))
+
+    assert prepared >= asked and {"decode", "prefill", "linear_q", "rope_append"} <= {key[1] for key in asked}
+
+
+def measured_calls(ops):
+    """Some of the calls that the measurements make, with the sizes that they have there."""
+    for kv_dtype, shapes in attention_profiler.SHAPES.items():
+        for heads, head_dim in shapes:
+            pages = attention_profiler.kv_pages(kv_dtype, head_dim, attention_profiler.ATTENTION_BYTES)
+            attention_profiler.decode_call(ops, pages, heads, head_dim)()
+            attention_profiler.prefill_call(ops, pages, attention_profiler.PREFILL_HEADS, head_dim, 64, 64)()
+    for dtype in ("fp32", "bf16", "q8", "q4"):
+        for rows in linear_profiler.ROW_COUNTS:
+            weight = linear_profiler.packed(dtype, linear_profiler.SWEEP_BYTES)
+            linear_profiler.linear_call(ops, weight, dtype, rows)()
+    for call in small_profiler.small_calls(ops, small_profiler.SMALL_ROWS)[0]:
+        call()
+
+
+@pytest.mark.parametrize("repetitions,times", [(None, 4), (2, 2)])
+def test_a_measurement_ends_after_a_while_but_not_before_some_repetitions(monkeypatch, repetitions, times):
+    """On a slow machine nine repetitions of everything took minutes."""
+    clock, calls = iter(range(1000)), []
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+
+    assert timing.seconds(lambda: calls.append(1), repetitions) == 1.0
+    assert len(calls) == 1 + min(times, timing.LEAST_REPETITIONS)
+    assert len(timing.turns(lambda: None, lambda: None)) == 2 * timing.LEAST_REPETITIONS
+
+
+class FakeSystem:
+    """Stands in for psutil and the clock: on four CPUs this process and its children use one, others `others`."""
+
+    def __init__(self, others, steal=0.0):
+        self.others, self.steal, self.now = others, steal, 100.0
+
+    def perf_counter(self):
+        self.now += 10.0
+        return self.now
+
+    def cpu_count(self):
+        return 4
+
+    def cpu_times(self):
+        own, others = self.now, self.others * self.now
+        times = {
+            "user": own + others,
+            "system": 0.0,
+            "idle": 99 * self.now,
+            "iowait": 9.0,
+            "steal": self.steal * self.now,
+        }
+        return SimpleNamespace(_asdict=lambda: times)
+
+    def Process(self):
+        half = self.now / 2
+        times = SimpleNamespace(user=half, system=0.0, children_user=half / 2, children_system=half / 2)
+        return SimpleNamespace(cpu_times=lambda: times)
+
+
+@pytest.mark.parametrize(
+    "others,steal,share", [(0.0, 0.0, 0.0), (2.0, 0.0, 0.5), (1.0, 1.0, 0.5), (9.0, 0.0, 1.0), (-3.0, 0.0, 0.0)]
+)
+def test_what_others_use_of_the_cpus_is_known(monkeypatch, others, steal, share):
+    system = FakeSystem(others, steal)
+    monkeypatch.setattr(neighbours, "psutil", system)
+    monkeypatch.setattr(neighbours, "time", system)
+
+    assert neighbours.Neighbours().share() == pytest.approx(share)
+
+
+def test_a_profile_of_a_busy_machine_says_so_and_is_not_kept_unless_asked(quick, monkeypatch):
+    """Half the rates were kept without a word, and every plan after them was wrong."""
+    monkeypatch.setattr(neighbours, "Neighbours", lambda: SimpleNamespace(share=lambda: 0.43))
+    monkeypatch.setattr(profiler, "measure", lambda *_: HardwareProfile.named("generic-cpu"))
+    monkeypatch.setattr(runtime_profile, "with_runtime_costs", lambda profile, device: profile)
+    with pytest.warns(UserWarning, match=r"other programs used 43% of the CPUs .* not kept: .*--keep"):
+        profile = measure.profile_machine()
+
+    assert not profiles.is_kept() and profile.busy_share == 0.43
+    with pytest.warns(UserWarning, match="43% of the CPUs .* kept all the same"):
+        measure.profile_machine(keep_when_busy=True)
+    assert profiles.is_kept()
 
 
 def test_a_profile_of_another_machine_is_not_used(measured):
@@ -179,7 +285,7 @@ def kept(monkeypatch, tmp_path, sound):
     """The file in which that profile is kept, and a measurement that only counts itself."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     made = []
-    monkeypatch.setattr(measure, "profile_machine", lambda: made.append(1))
+    monkeypatch.setattr(measure, "profile_machine", lambda **_: made.append(1))
     profiles.keep(sound)
     assert profiles.stored_profile() == sound and profiles.profile_path().stat().st_mode & 0o777 == 0o600
     return SimpleNamespace(path=profiles.profile_path(), made=made)
@@ -274,7 +380,7 @@ def no_home():
 def test_a_stale_profile_is_measured_again_on_request_and_a_missing_one_is_not(measured, monkeypatch):
     profile, _ = measured
     made = []
-    monkeypatch.setattr(measure, "profile_machine", lambda: made.append(1))
+    monkeypatch.setattr(measure, "profile_machine", lambda **_: made.append(1))
     measure.refresh_profile()
     assert not made
 
@@ -290,7 +396,7 @@ def test_a_stale_profile_is_measured_again_on_request_and_a_missing_one_is_not(m
 def test_planning_never_measures(measured, monkeypatch):
     """A plan was made only after seconds of measuring, unseen, where a kept profile had become stale."""
     profile, _ = measured
-    monkeypatch.setattr(measure, "profile_machine", lambda: pytest.fail("planning has measured the machine"))
+    monkeypatch.setattr(measure, "profile_machine", lambda **_: pytest.fail("planning has measured the machine"))
     profiles.profile_path().write_text(replace(profile, fingerprint=(("torch", "0.1"),)).to_json())
 
     with pytest.warns(UserWarning, match="is not used; `hetero-attn profile` measures this machine again"):

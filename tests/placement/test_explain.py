@@ -113,6 +113,15 @@ def test_losing_shapes_and_the_cut_not_chosen_are_shown():
     assert {"column", "paired"} - {found.plan.shape} == {name for name in SHAPE_WORDS if SHAPE_WORDS[name] in labels}
 
 
+def test_rates_of_a_busy_machine_are_noted():
+    machine = replace(HardwareProfile.named("rtx3060-ddr4"), source="measured")
+    notes = [
+        explain(tiny(), replace(machine, busy_share=share), Policy(), device="cuda").notes for share in (0.09, 0.43)
+    ]
+
+    assert [len(found) for found in notes] == [0, 1] and "used 43% of the CPUs" in notes[1][0]
+
+
 def test_a_model_larger_than_the_machine_is_noted():
     found = explain(llama_8b(), HardwareProfile.named("generic-cpu"), Policy(), device="cpu")
 
