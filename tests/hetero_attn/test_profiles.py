@@ -86,7 +86,7 @@ def test_a_measured_profile_is_kept_and_found_again(measured):
     assert {"linear q4, one row", "linear bf16 by rows", "attention over q4, heads of 64"} <= set(steps)
     assert [rate.rows for rate in profile.cpu_rows] == [1, 8, 65]
     attention = profile.cpu_attention
-    assert [(rate.bits, rate.queries_per_kv) for rate in attention] == [(32, 4), (16, 4), (8.25, 4), (5, 4)]
+    assert [(rate.bits, rate.heads_per_group) for rate in attention] == [(32, 4), (16, 4), (8.25, 4), (5, 4)]
     assert all(min(rate.bytes_per_s, rate.ops_per_s, rate.cached_bytes_per_s) > 0 for rate in attention)
     assert [rate.threads for rate in profile.thread_sweep][0] == 1
     assert profile.cores in [rate.threads for rate in profile.thread_sweep]
