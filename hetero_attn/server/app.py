@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 
 from hetero_attn.server.failures import as_api_error, response_of
 from hetero_attn.server.guard import Guard
+from hetero_attn.server.page import files, report
 from hetero_attn.server.protocols import chat, completions, messages, ollama, responses, system
 from hetero_attn.server.service import Service
 from hetero_attn.server.sse import ClientGone
@@ -35,9 +36,13 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/detokenize", system.detokenize),
     ("GET", "/tokenizer_info", system.tokenizer_info),
     ("GET", "/metrics", system.metrics),
+    ("GET", "/hetero/report", report.report),
+    ("GET", "/hetero/plan", report.curve),
+    ("POST", "/hetero/resize", report.resize),
     ("GET", "/health", system.health),
     ("GET", "/version", system.server_version),
 )
+PAGE: tuple[tuple[str, str, Handler], ...] = (("GET", "/", files.page), ("GET", "/ui/{name}", files.part))
 
 
 def make_app(service: Service) -> ASGIApp:
@@ -58,5 +63,6 @@ def make_app(service: Service) -> ASGIApp:
 
         return answer
 
-    routes = [Route(path, endpoint(handler), methods=[method]) for method, path, handler in ROUTES]
+    known = (*ROUTES, *(PAGE if service.settings.has_page else ()))
+    routes = [Route(path, endpoint(handler), methods=[method]) for method, path, handler in known]
     return Guard(Starlette(routes=routes, exception_handlers={HTTPException: failed}), service.settings)

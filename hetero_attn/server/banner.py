@@ -19,7 +19,7 @@ def banner(llm: LLM, settings: ServerSettings) -> str:
         prefill, decode = plan.predicted.prefill.tokens_per_s, plan.predicted.decode.tokens_per_s
         speed = f"\nexpected: {prefill:.3g} tokens/s of a prompt, {decode:.3g} tokens/s of an answer"
     return (
-        f"{name} is served on {address}\n"
+        f"{name} is served on {address}{', with a page for people' if settings.has_page else ''}\n"
         f"context {plan.max_context} tokens (--context), {plan.max_batch} sequences at once (--batch), "
         f"{settings.max_waiting} more may wait (--max-waiting){speed}\n"
         "settings of clients:\n"

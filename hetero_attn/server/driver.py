@@ -11,6 +11,7 @@ import enum
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from hetero_attn.errors import EngineDeadError, HeteroError
@@ -46,6 +47,7 @@ class Driver:
         self.live: dict[Request, Generation] = {}
         self._load, self._metrics, self._changed = load, metrics, changed
         self._notes: deque[tuple[Request, HeteroError | None]] = deque()  # to be ended by the thread
+        self._wishes: deque[tuple[Future, Callable[[], object]]] = deque()  # to be done by the thread
         self._moved: deque[Request] = deque()  # for the loop to look at
         self._is_announced = False
         self._wake = threading.Event()
@@ -79,6 +81,13 @@ class Driver:
         """End requests where they stand, after the step that runs."""
         self._notes.extend((request, error) for request in requests if request.finish_reason is None)
         self._wake.set()
+
+    def between_steps(self, work: Callable[[], object]) -> Future:
+        """Have the thread do something while no step is under way; what comes of it."""
+        outcome: Future = Future()
+        self._wishes.append((outcome, work))
+        self._wake.set()
+        return outcome
 
     def stop(self) -> None:
         """Take nothing new."""
@@ -121,6 +130,8 @@ class Driver:
             request, _ = note = self._notes.popleft()
             llm.abort(request)
             self._note_end(*note)
+        while self._wishes:
+            self._do(*self._wishes.popleft())
         try:
             moved = llm.step()
         except EngineDeadError:
@@ -136,6 +147,14 @@ class Driver:
         else:
             self._wake.wait()
             self._wake.clear()
+
+    def _do(self, outcome: Future, work: Callable[[], object]) -> None:
+        if not outcome.set_running_or_notify_cancel():
+            return
+        try:
+            outcome.set_result(work())
+        except Exception as error:
+            outcome.set_exception(error)
 
     def _note_end(self, request: Request, error: HeteroError | None) -> None:
         if error is not None:
@@ -174,6 +193,8 @@ class Driver:
 
     def _fail(self, failure: BaseException) -> None:
         self.failure = failure
+        while self._wishes:
+            self._wishes.popleft()[0].set_exception(self._dead())
         LOG.error("the model is lost: %s: %s", type(failure).__name__, failure if self.llm is None else "")
         error = self._dead()
         for request, generation in list(self.live.items()):

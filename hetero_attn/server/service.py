@@ -43,7 +43,7 @@ class Service:
         self, load: Callable[[], LLM], settings: ServerSettings, changed: Callable[[State], None] = lambda state: None
     ) -> None:
         self.settings = settings
-        self.metrics = ServerMetrics(self._gauges, self._phases)
+        self.metrics = ServerMetrics(self.gauges, self._phases)
         self.driver = Driver(load, self.metrics, changed)
         self.started_at = int(time.time())
         self._entering = 0  # requests that were let in and are not yet the driver's
@@ -212,7 +212,8 @@ class Service:
             found["grammar_after"] = holds_after(form, end_of(self.tokenizer, prompt))
         return found
 
-    def _gauges(self) -> dict[str, float]:
+    def gauges(self) -> dict[str, float]:
+        """What is true now, by its name in `/metrics`."""
         driver, llm = self.driver, self.driver.llm
         running = driver.running
         found: dict[str, float] = {

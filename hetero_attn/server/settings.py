@@ -16,7 +16,8 @@ class ServerSettings:
     served_name: the model's name to clients, None for its own. max_waiting: requests that wait for a place before
     others are refused. ping_interval_s: silence after which a stream is kept alive, 0 for never. allowed_hosts,
     allowed_origins: beside loopback's names and the page's own origin. drain_s: how long a stop waits for what runs.
-    body_bytes, body_s, depth: limits of a request's body. blocked_s: how long a client may read nothing.
+    has_page: whether `/` is a page for people. body_bytes, body_s, depth: limits of a request's body. blocked_s: how
+    long a client may read nothing.
 
     Raises ArgumentError where others could reach the server without a key.
     """
@@ -30,6 +31,7 @@ class ServerSettings:
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     drain_s: float = 30.0
+    has_page: bool = True
     body_bytes: int = 8 << 20
     body_s: float = 30.0
     depth: int = 64

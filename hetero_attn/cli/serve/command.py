@@ -34,6 +34,7 @@ def serve(
     ] = 15,
     allow_host: Annotated[list[str] | None, typer.Option(help="A Host that requests may name.")] = None,
     allow_origin: Annotated[list[str] | None, typer.Option(help="An origin whose pages may ask.")] = None,
+    ui: Annotated[bool, typer.Option(help="Show a page at /, with a chat and what the lanes do.")] = True,
     policy: options.Policy = "auto",
     gpu_memory: options.GpuMemory = None,
     gpu_layers: options.GpuLayers = None,
@@ -63,6 +64,7 @@ def serve(
         ping_interval_s=ping_interval,
         allowed_hosts=tuple(allow_host or ()),
         allowed_origins=tuple(allow_origin or ()),
+        has_page=ui,
     )
     try:
         sock = listen(settings)
