@@ -207,6 +207,8 @@ def _whole_layers(plan: Plan, hardware: HardwareProfile) -> Estimate:
         return predict(shape, linears, kv, machine, phase=cost.phase, on_gpu=True, **sizes).tokens_per_s
 
     label = f"{layers} whole layers on the GPU, rest CPU"
+    if plan.device == "cuda" and any(shard.picks for shard in workload.linears):
+        label += " (as other engines do; here no GPU kernel computes experts yet)"
     return Estimate(label, speed(decode, hardware, False), speed(prefill, one_by_one, True))
 
 

@@ -77,6 +77,8 @@ def plan_table(plan: ShownPlan, width: int) -> str:
         rows = plan_rows(plan.workload.linears, plan.linears)
         console.print(f"weights: {'; '.join(f'{row.label} {_format(plan, row)}' for row in rows)}", highlight=False)
     console.print(_memory(plan, width))
+    if line := experts_line(plan.workload):
+        console.print(line, highlight=False)
     console.print(kv_line(plan), highlight=False)
     if plan.predicted is not None:
         for line in prediction_lines(plan.predicted):
@@ -121,6 +123,20 @@ def kv_line(plan: ShownPlan) -> str:
     )
     places = "DRAM" if plan.device == "cpu" else "GPU memory + DRAM"
     return f"KV cache of one sequence by context, {places}: {', '.join(sizes)}"
+
+
+def experts_line(workload: Workload) -> str:
+    """How many experts a row chooses, and how many of a layer a step and a prompt's chunk are expected to read; empty
+    for a dense model."""
+    shards = [shard for shard in workload.linears if shard.picks]
+    if not shards:
+        return ""
+    first, rows = shards[0], workload.prefill_chunk
+    read = f"{first.touched(rows) * first.units:.1f}".removesuffix(".0")
+    return (
+        f"experts: a row is computed by {first.picks} of {first.units} in each of {len(shards)} layers, "
+        f"{format_bytes(first.unit_bytes)} each; a prompt's {rows} rows together by about {read}"
+    )
 
 
 def prediction_lines(predicted: Prediction) -> list[str]:

@@ -1,0 +1,137 @@
+"""Plans of mixtures of experts: bytes and rows that a pass is expected to read, from a config alone."""
+
+import json
+
+import pytest
+import torch
+
+from hetero_attn import plan_model
+from hetero_attn.spec.config import ModelConfig
+from placement.cost.terms import cpu_linear_s_per_unit
+from placement.machine.hardware import HardwareProfile
+from placement.plan.workload import LinearShard
+
+QWEN3_30B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "head_dim": 128,
+    "hidden_size": 2048,
+    "max_position_embeddings": 40960,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "vocab_size": 151936,
+}
+MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "vocab_size": 32000,
+}
+
+
+@pytest.fixture
+def config_of(tmp_path):
+    def write(values):
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        return tmp_path
+
+    return write
+
+
+def experts_of(plan):
+    return [shard for shard in plan.workload.linears if shard.picks]
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [(QWEN3_30B, 30.5e9), (MIXTRAL_8X7B, 46.7e9)],
+    ids=["qwen3-30b-a3b", "mixtral-8x7b"],
+)
+def test_bytes_are_those_of_the_model(config_of, config, parameters):
+    """A q8 weight takes 8.5 bits; embedding (bf16) and router (float32) are counted elsewhere."""
+    plan = plan_model(config_of(config), device="cpu", dtype="q8", hardware="rtx4090-ddr5")
+    vocabulary = config["vocab_size"] * config["hidden_size"]
+
+    assert plan.workload.weight_bytes == pytest.approx((parameters - vocabulary) * 8.5 / 8, rel=0.01)
+
+
+def test_a_token_reads_its_experts_only(config_of):
+    """Active bytes of Qwen3-30B-A3B: 3.3 billion weights with the embedding, 3.0 without."""
+    plan = plan_model(config_of(QWEN3_30B), device="cpu", dtype="q8", hardware="rtx4090-ddr5")
+    active = sum(shard.touched(1) * shard.total_bytes for shard in plan.workload.linears)
+    decode, ceiling = plan.predicted.decode, HardwareProfile.named("rtx4090-ddr5").dram_bytes_per_s / active
+
+    assert active == pytest.approx(3.04e9 * 8.5 / 8, rel=0.02)
+    assert 0.3 * ceiling < decode.tokens_per_s < ceiling
+
+
+@pytest.mark.parametrize(
+    ("experts", "picks", "rows"), [(128, 8, 1), (128, 8, 4), (128, 8, 64), (8, 2, 3), (60, 4, 512)]
+)
+def test_distinct_experts_are_those_that_are_counted(experts, picks, rows):
+    shard = LinearShard("layers.0.experts", "experts", 0, experts, 100, 1, 1, 100, picks=picks)
+    generator, draws = torch.Generator().manual_seed(1), 200
+    scores = torch.rand(draws, rows, experts, generator=generator)
+    chosen = scores.topk(picks, -1).indices.flatten(1)
+    counted = sum(len(set(each.tolist())) for each in chosen) / draws
+
+    assert shard.touched(rows) * experts == pytest.approx(counted, rel=0.03)
+    assert shard.rows_of_one(rows) * counted == pytest.approx(rows * picks, rel=0.03)
+
+
+def test_an_expert_costs_what_a_linear_of_its_rows_does():
+    """512 rows over 128 experts, 8 each: every expert is a linear of 32 rows."""
+    hardware = HardwareProfile.named("rtx4090-ddr5")
+    experts = LinearShard("layers.0.experts", "experts", 0, 128, 1 << 20, 16, 2048, 1 << 22, picks=8)
+    dense = LinearShard("layers.0.up", "up", 0, 128, 1 << 20, 16, 2048, 1 << 22)
+
+    assert cpu_linear_s_per_unit(experts, 512, "q4", hardware) == pytest.approx(
+        cpu_linear_s_per_unit(dense, 32, "q4", hardware), rel=1e-6
+    )
+    assert cpu_linear_s_per_unit(experts, 1, "q4", hardware) == pytest.approx(
+        cpu_linear_s_per_unit(dense, 1, "q4", hardware) / 16, rel=1e-6
+    )
+
+
+def test_the_table_says_what_a_row_chooses_and_what_a_chunk_reads(config_of):
+    plan = plan_model(config_of(MIXTRAL_8X7B), device="cpu", dtype="q4", hardware="rtx4090-ddr5", max_context=512)
+
+    assert "layers.0-31.experts" in plan.table(100)
+    assert "experts: a row is computed by 2 of 8 in each of 32 layers, 94.50 MiB each" in plan.table(200)
+
+
+def test_on_a_real_gpu_experts_stay_with_the_cpu_lane(config_of):
+    """No GPU kernel computes them; attention goes to the GPU first."""
+    plan = plan_model(config_of(QWEN3_30B), device="cuda", dtype="q4", hardware="rtx4090-ddr5")
+    placed = {placement.name: placement for placement in plan.linears}
+
+    assert all(placed[shard.name].gpu_units == 0 and not placed[shard.name].streams for shard in experts_of(plan))
+    assert placed["layers.0.qkv"].gpu_units == placed["layers.0.qkv"].units
+
+
+def test_an_emulated_gpu_takes_whole_experts(config_of):
+    """As many as its memory holds, and no byte more than the budget."""
+    plan = plan_model(
+        config_of(QWEN3_30B | {"num_hidden_layers": 4}), device="emulated", dtype="q4", gpu_memory="1GiB",
+        hardware="rtx4090-ddr5",
+    )  # fmt: skip
+
+    assert 0 < sum(plan.linear(shard.name).gpu_units for shard in experts_of(plan)) < 4 * 128
+    assert plan.memory.gpu_bytes <= 1 << 30
+
+
+def test_families_that_are_not_there_are_refused_by_name(config_of):
+    for name in ("gpt_oss", "deepseek_v3", "qwen3_next", "glm4_moe"):
+        with pytest.raises(Exception, match=name):
+            ModelConfig.from_dir(config_of({"model_type": name}))
