@@ -219,6 +219,14 @@ class CpuKernels:
         """out[r] *= factors[r]. factors: float32 [rows, 1]; out: float32 [rows, features], written."""
         route.scale_rows(self._team, factors, out)
 
+    def norm_heads(self, qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor, eps: float) -> None:
+        """RMS norm of q over all its heads together, and of k, in place.
+
+        qkv: float32 [rows, num_kv_heads, unit_features] as in `rope_append`, written; q_norm: float32 [num_heads *
+        head_dim]; k_norm: float32 [num_kv_heads * head_dim].
+        """
+        route.norm_heads(self._team, qkv, q_norm, k_norm, eps)
+
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, accumulate: bool = False
     ) -> None:

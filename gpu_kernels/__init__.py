@@ -22,6 +22,7 @@ _MODULE_OF_OP = {
     "route": "experts.routing",
     "combine": "experts.routing",
     "scale_rows": "experts.routing",
+    "norm_heads": "experts.routing",
     "copy_rows": "row_copies",
     "add_rows": "row_copies",
 }

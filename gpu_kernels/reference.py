@@ -15,6 +15,7 @@ both see the same numbers.
     gelu_mul    y = gate (1 + tanh(sqrt(2 / pi) (gate + 0.044715 gate^3))) / 2 * up
     route       ids = the k largest of x router^T, w = softmax(x router^T) there;  expert_linear  p = x W[id]^T;
                 combine  y += sum_j w_j p_j;  scale_rows  y *= f
+    norm_heads  q = q / sqrt(mean over all heads of q^2 + eps) * weight, k likewise
     rope        (a, b) -> (a cos - b sin, b cos + a sin) for the pairs (i, i + rotary_dim / 2);
                 then, for pages of codes, q and k times the Walsh-Hadamard matrix of kv_pages.spread
 
@@ -251,6 +252,19 @@ def combine(near: Tensor, far: Tensor, border: Tensor, places: Tensor, weights: 
 def scale_rows(factors: Tensor, out: Tensor) -> None:
     """out[r] *= factors[r]; factors: f32 [rows, 1], out: f32 [rows, features]."""
     out *= factors
+
+
+def norm_heads(qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float) -> None:
+    """RMS norm of q over all its heads together, and of k, in place.
+
+    qkv: f32 [rows, num_kv_heads, unit_features], a unit being its q heads, k, v and padding. q_norm: f32 [num_heads *
+    head_dim]. k_norm: f32 [num_kv_heads * head_dim].
+    """
+    groups, q_width, k_width = qkv.shape[1], q_norm.shape[0] // qkv.shape[1], k_norm.shape[0] // qkv.shape[1]
+    parts = (qkv[:, :, :q_width], q_norm), (qkv[:, :, q_width:q_width + k_width], k_norm)
+    for part, weight in parts:
+        inverse = torch.rsqrt(part.square().mean((1, 2), keepdim=True) + eps)
+        part.copy_(part * inverse * weight.view(groups, -1))
 
 
 def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,

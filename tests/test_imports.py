@@ -59,6 +59,7 @@ OPS = (
     "route",
     "combine",
     "scale_rows",
+    "norm_heads",
     "rope_append",
     "decode_attention",
     "prefill_attention",

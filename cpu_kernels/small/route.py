@@ -1,8 +1,8 @@
-"""route, combine and scale_rows: checks and launches; the arithmetic is in route_kernel.py and combine_kernel.py."""
+"""route, combine, scale_rows and norm_heads: checks and launches; route_kernel.py and combine_kernel.py compute."""
 
 import torch
 
-from cpu_kernels.checks import check_tensor, expect
+from cpu_kernels.checks import bits_of, check_tensor, expect
 from cpu_kernels.small.route_sizes import EXPERTS_AT_ONCE
 from cpu_kernels.team.team import Team
 
@@ -113,4 +113,30 @@ def scale_rows(team: Team, factors: torch.Tensor, out: torch.Tensor) -> None:
             4 * out.stride(0),
             rows,
             features,
+        )
+
+
+def norm_heads(team: Team, qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor, eps: float) -> None:
+    """See CpuKernels.norm_heads."""
+    check_tensor("qkv", qkv, torch.float32, (None, None, None))
+    rows, groups, unit = qkv.shape
+    check_tensor("q_norm", q_norm, torch.float32, (None,))
+    check_tensor("k_norm", k_norm, torch.float32, (None,))
+    q_width, k_width = (norm.shape[0] // max(groups, 1) for norm in (q_norm, k_norm))
+    fits = q_width * groups == q_norm.shape[0] and k_width * groups == k_norm.shape[0] and q_width + 2 * k_width <= unit
+    expect(fits, f"q_norm and k_norm have {q_norm.shape[0]} and {k_norm.shape[0]} features; qkv is {list(qkv.shape)}")
+    if rows and groups:
+        team.run(
+            ("small.combine_kernel", "norm_heads"),
+            0,
+            qkv.data_ptr(),
+            4 * qkv.stride(0),
+            4 * qkv.stride(1),
+            rows,
+            groups,
+            q_width,
+            k_width,
+            q_norm.data_ptr(),
+            k_norm.data_ptr(),
+            bits_of(eps),
         )

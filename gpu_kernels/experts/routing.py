@@ -3,6 +3,7 @@
     route       ids = the k largest of x router^T, of equal ones the lower id;  w = softmax(x router^T) there
     combine     y += sum_j w_j p_j, experts ascending
     scale_rows  y[r] = f[r] y[r]
+    norm_heads  q = q / sqrt(mean over all heads of q^2 + eps) * weight, k likewise
 
 The products of a router are float32: with TF32, or rounded to bf16, near scores would change places.
 """
@@ -63,3 +64,16 @@ def combine(near: Tensor, far: Tensor, border: Tensor, places: Tensor, weights: 
 def scale_rows(factors: Tensor, out: Tensor) -> None:
     """out[r] *= factors[r]; factors: f32 [rows, 1], out: f32 [rows, features]."""
     out.mul_(factors)
+
+
+def norm_heads(qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float) -> None:
+    """RMS norm of q over all its heads together, and of k, in place.
+
+    qkv: f32 [rows, num_kv_heads, unit_features], a unit being its q heads, k, v and padding. q_norm: f32 [num_heads *
+    head_dim]. k_norm: f32 [num_kv_heads * head_dim].
+    """
+    groups, q_width, k_width = qkv.shape[1], q_norm.shape[0] // qkv.shape[1], k_norm.shape[0] // qkv.shape[1]
+    parts = (qkv[:, :, :q_width], q_norm), (qkv[:, :, q_width:q_width + k_width], k_norm)
+    for part, weight in parts:
+        inverse = torch.rsqrt(part.square().mean((1, 2), keepdim=True) + eps)
+        part.copy_(part * inverse * weight.view(groups, -1))

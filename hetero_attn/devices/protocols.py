@@ -62,6 +62,9 @@ class Ops(Protocol):
     def scale_rows(self, factors: Tensor, out: Tensor) -> None:
         """Every row times its factor."""
 
+    def norm_heads(self, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float) -> None:
+        """RMS norm of q over all its heads together, and of k."""
+
     def rope_append(
         self,
         qkv: Tensor,

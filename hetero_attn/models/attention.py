@@ -1,6 +1,6 @@
 """Grouped-query attention with rotary positions: qkv, attention over the cache, o."""
 
-from hetero_attn.lanes.lanes import Activation
+from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.models.block import Block, BlockWeights, KvView, Run, add_output, normalize, projected_buffer
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.attend import AttentionBuffers, AttentionParameters, attend, store
@@ -31,6 +31,10 @@ class Attention(Block):
         vectors = {"norm": ("attention_norm", config.hidden_size)}
         if config.qk_norm:
             vectors |= {name: (name, config.head_dim) for name in ("q_norm", "k_norm")}
+        if config.qk_norm_whole:
+            vectors["q_norm_whole"] = "q_norm", config.num_heads * config.head_dim
+            vectors["k_norm_whole"] = "k_norm", config.num_kv_heads * config.head_dim
+            self.small_calls += 1
         if config.post_norms:
             vectors["post_norm"] = ("attention_post_norm", config.hidden_size)
             self.small_calls += 1
@@ -61,6 +65,7 @@ class Attention(Block):
         normed, heads = work.of("normed", self.qkv.in_features), work.of("qkv", self.qkv.out_features)
         normalize(lanes, weights.vector("norm"), self._eps, work.residual, normed, qkv.has_host_features(step.tier))
         linear(lanes, qkv, step.tier, normed, heads)
+        computed = self._norm_whole(lanes, weights, heads, qkv.device_units(step.tier))
         buffers = self._buffers(work)
         parameters = self._parameters(weights)
         attend(
@@ -71,11 +76,22 @@ class Attention(Block):
             state.place,
             parameters,
             heads,
-            qkv.device_units(step.tier),
+            computed,
             buffers,
         )
         column = state.pool.gpu_kv_heads * parameters.queries_per_kv * parameters.head_dim
         add_output(run, o, buffers.out, column, work, weights.vector("post_norm"), self._eps)
+
+    def _norm_whole(self, lanes: Lanes, weights: BlockWeights, heads: Activation, computed: int) -> int:
+        """Norm q and k over all heads, where they all come together for it; returns the KV-head groups that are on the
+        GPU then, of which `computed` are now."""
+        q_norm, k_norm = weights.vector("q_norm_whole").main, weights.vector("k_norm_whole").main
+        if q_norm is None:
+            return computed
+        groups, unit = self.cache.kv_heads, self.qkv.unit_features
+        lanes.pull(heads, computed * unit, groups * unit)
+        lanes.main_ops.norm_heads(heads.main.unflatten(1, (groups, unit)), q_norm, k_norm, self._eps)
+        return groups
 
     def store(self, run: Run, weights: BlockWeights, state: KvView, work: Workspace) -> None:
         """Rotate and store what the qkv buffer holds, as if the block had computed it."""

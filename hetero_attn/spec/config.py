@@ -53,6 +53,7 @@ class ModelConfig:
         query_scale: factor on q @ k before the softmax; None is head_dim ** -0.5.
         embedding_scale: factor on the rows of the token embedding.
         experts: of a mixture of experts, None for a dense model.
+        qk_norm_whole: whether q, and k, is normalised over all its heads together, beside which qk_norm is false.
 
         dtype: dtype named by the config ("fp32", "bf16", "fp16"), None when it names none; the headers of the weight
             files are the truth.
@@ -87,6 +88,7 @@ class ModelConfig:
     query_scale: float | None = None
     embedding_scale: float = 1.0
     experts: ExpertsConfig | None = None
+    qk_norm_whole: bool = False
 
     @property
     def heads_per_kv_head(self) -> int:

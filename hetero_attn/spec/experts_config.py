@@ -45,6 +45,19 @@ def mixtral_experts(fields: JsonFields, num_layers: int) -> ExpertsConfig:
     )
 
 
+def olmoe_experts(fields: JsonFields, num_layers: int) -> ExpertsConfig:
+    """Experts in every layer, as wide as the config's MLP; none shared."""
+    if fields.get("clip_qkv") is not None:
+        raise UnsupportedModelError(f"{fields.path}: clip_qkv is {show(fields.get('clip_qkv'))}, which is not computed")
+    return ExpertsConfig(
+        **_counts(fields, "num_experts", 64, 8),
+        width=fields.integer("intermediate_size", MAX_WIDTH, 2048),
+        normalised=fields.boolean("norm_topk_prob"),
+        shared_width=0,
+        layers=(True,) * num_layers,
+    )
+
+
 def qwen2_moe_experts(fields: JsonFields, num_layers: int) -> ExpertsConfig:
     """Experts in some layers and a shared one beside them."""
     if not fields.boolean("qkv_bias", True):

@@ -250,6 +250,19 @@ def test_scale_rows():
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("ops", [reference, None], ids=["reference", "kernels"])
+def test_norm_heads_is_over_all_heads_together(ops):
+    """3 groups of 2 query heads of 20; v and the padding behind it stay."""
+    qkv, q_norm, k_norm = torch.randn(4, 3, 96), torch.randn(120), torch.randn(60)
+    before, q, k = qkv.clone(), qkv[:, :, :40].double().flatten(1), qkv[:, :, 40:60].double().flatten(1)
+    (ops or kernels()).norm_heads(qkv, q_norm, k_norm, 1e-5)
+
+    for part, plain, weight in ((qkv[:, :, :40], q, q_norm), (qkv[:, :, 40:60], k, k_norm)):
+        expected = plain / (plain.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+        assert nmse(part.flatten(1), expected) < 1e-13
+    assert torch.equal(qkv[:, :, 60:], before[:, :, 60:])
+
+
 def wrong_calls():
     """A call of each op with one argument that does not fit, and what the error names."""
     (ids, places, sources, starts, weights), x, router = routing(3, 64, 8, 2)

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.toy import hf_model, random_model, save_tokenizer
 
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
+FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 SIZES = {
     "mixtral": {"intermediate_size": 80, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None},
+    "olmoe": {"intermediate_size": 56, "num_experts": 9, "num_experts_per_tok": 3, "norm_topk_prob": False},
     "qwen2_moe": {
         "intermediate_size": 112,
         "moe_intermediate_size": 48,

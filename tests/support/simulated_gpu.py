@@ -38,7 +38,7 @@ WRITTEN = {
     "target",
 }  # of rope_append, and of every other operation its results
 ONLY_READ = {"decode_attention": {"q", "k_pages", "v_pages"}, "prefill_attention": {"q", "k_pages", "v_pages"}}
-ROUTED = {"ids", "places", "sources", "starts", "weights"}
+OTHERS_WRITTEN = {"route": {"ids", "places", "sources", "starts", "weights"}, "norm_heads": {"qkv"}}
 CHECKED_OPS = {
     "add_rows",
     "pack",
@@ -50,6 +50,7 @@ CHECKED_OPS = {
     "expert_linear",
     "combine",
     "scale_rows",
+    "norm_heads",
     "merge",
     "rope_append",
     *ONLY_READ,
@@ -334,9 +335,9 @@ class CheckedOps:
             writes, reads = [], []
             for parameter, value in bound.arguments.items():
                 tensors = tensors_in(value)
-                written = parameter in (ROUTED if name == "route" else WRITTEN - ONLY_READ.get(name, set()))
+                written = parameter in OTHERS_WRITTEN.get(name, WRITTEN - ONLY_READ.get(name, set()))
                 (writes if written else reads).extend(tensors)
-            if bound.arguments.get("accumulate") or name in ("add_rows", "combine", "scale_rows"):
+            if bound.arguments.get("accumulate") or name in ("add_rows", "combine", "scale_rows", "norm_heads"):
                 reads += writes
             self._launch(name, lambda: operation(*arguments, **named), reads, writes)
 

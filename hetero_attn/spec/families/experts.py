@@ -3,7 +3,13 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hetero_attn.spec.experts_config import ExpertsConfig, mixtral_experts, qwen2_moe_experts, qwen3_moe_experts
+from hetero_attn.spec.experts_config import (
+    ExpertsConfig,
+    mixtral_experts,
+    olmoe_experts,
+    qwen2_moe_experts,
+    qwen3_moe_experts,
+)
 from hetero_attn.spec.families.family import Family
 from hetero_attn.spec.families.windows import no_windows, one_window, windows_from
 from hetero_attn.spec.json_fields import JsonFields
@@ -28,6 +34,14 @@ MIXTRAL = Family(
     o_bias=False,
     windows=one_window,
     terms=with_experts(mixtral_experts),
+)
+OLMOE = Family(
+    "OlmoeForCausalLM",
+    {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "intermediate_size": 2048, "pad_token_id": 1},
+    terms=lambda fields, found: {
+        "experts": olmoe_experts(fields, found["num_layers"]),
+        "qk_norm_whole": True,
+    },
 )
 QWEN2_MOE = Family(
     "Qwen2MoeForCausalLM",

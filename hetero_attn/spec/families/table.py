@@ -1,6 +1,6 @@
 """Every family by the model_type of its config.json."""
 
-from hetero_attn.spec.families.experts import MIXTRAL, QWEN2_MOE, QWEN3_MOE
+from hetero_attn.spec.families.experts import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from hetero_attn.spec.families.family import Family, GgufTerms
 from hetero_attn.spec.families.gemma import GEMMA3
 from hetero_attn.spec.families.windows import one_window, windows_from
@@ -37,6 +37,7 @@ FAMILIES = {
     ),
     "gemma3_text": GEMMA3,
     "mixtral": MIXTRAL,
+    "olmoe": OLMOE,
     "qwen2_moe": QWEN2_MOE,
     "qwen3_moe": QWEN3_MOE,
 }

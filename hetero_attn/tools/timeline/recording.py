@@ -22,7 +22,7 @@ from hetero_attn.devices.cuda import KERNEL_COPY_BYTES
 MAIN, GPU, COPIES, CPU = LANES = ("main thread", "GPU compute", "copies", "CPU lane")
 WRITTEN = {"q", "k_pages", "v_pages", "out", "lse", "target"}
 ONLY_READ = {"decode_attention": {"q", "k_pages", "v_pages"}, "prefill_attention": {"q", "k_pages", "v_pages"}}
-ROUTED = {"ids", "places", "sources", "starts", "weights"}
+OTHERS_WRITTEN = {"route": {"ids", "places", "sources", "starts", "weights"}, "norm_heads": {"qkv"}}
 OPS = (
     "add_rows",
     "linear",
@@ -33,6 +33,7 @@ OPS = (
     "expert_linear",
     "combine",
     "scale_rows",
+    "norm_heads",
     "rope_append",
     "decode_attention",
     "prefill_attention",
@@ -281,7 +282,7 @@ class RecordedOps:
             reads: list[torch.Tensor] = []
             writes: list[torch.Tensor] = []
             for parameter, value in bound.arguments.items():
-                is_written = parameter in (ROUTED if name == "route" else WRITTEN - ONLY_READ.get(name, set()))
+                is_written = parameter in OTHERS_WRITTEN.get(name, WRITTEN - ONLY_READ.get(name, set()))
                 (writes if is_written else reads).extend(tensors_in(value))
             self._keep(name, dict(bound.arguments), reads, writes)
 
