@@ -16,7 +16,7 @@ def memory_limit_bytes(root: Path) -> int | None:
     for folder in _cgroup_folders(root, "memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
             text = read_text(folder / name)
-            if text.isdigit() and int(text) < NO_LIMIT_BYTES:
+            if _is_number(text) and int(text) < NO_LIMIT_BYTES:
                 limits.append(int(text))
     return min(limits, default=None)
 
@@ -33,9 +33,8 @@ def free_memory_bytes(root: Path) -> int | None:
             ("memory.limit_in_bytes", "memory.usage_in_bytes"),
         ):
             limit, used = read_text(folder / limit_name), read_text(folder / used_name)
-            if limit.isdigit() and used.isdigit() and int(limit) < NO_LIMIT_BYTES:
-                fields = dict(line.split() for line in read_text(folder / "memory.stat").splitlines() if " " in line)
-                files = sum(int(fields.get(name, 0)) for name in ("inactive_file", "active_file"))
+            if _is_number(limit) and _is_number(used) and int(limit) < NO_LIMIT_BYTES:
+                files = sum(_statistic(folder, name) for name in ("inactive_file", "active_file"))
                 left.append(max(0, int(limit) - max(0, int(used) - files)))
     return min(left, default=None)
 
@@ -46,7 +45,7 @@ def cpu_quota(root: Path) -> float | None:
     for folder in _cgroup_folders(root, "cpu"):
         fields = read_text(folder / "cpu.max").split()
         fields = fields or [read_text(folder / "cpu.cfs_quota_us"), read_text(folder / "cpu.cfs_period_us")]
-        if len(fields) == 2 and all(field.isdigit() for field in fields) and int(fields[1]) > 0:
+        if len(fields) == 2 and all(map(_is_number, fields)) and int(fields[1]) > 0:
             quotas.append(int(fields[0]) / int(fields[1]))
     return min(quotas, default=None)
 
@@ -55,7 +54,10 @@ def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
     """Folders of this process's groups and of all their parents: a limit anywhere above counts."""
     base = root / "sys/fs/cgroup"
     for line in read_text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
+        _, separator, rest = line.partition(":")
+        controllers, second, path = rest.partition(":")
+        if not (separator and second):
+            continue
         if controllers and controller not in controllers.split(","):
             continue
         mount = base / controllers if controllers else base
@@ -64,9 +66,23 @@ def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
             yield mount.joinpath(*parts[:depth])
 
 
+def _statistic(folder: Path, name: str) -> int:
+    """A number of memory.stat; 0 where there is none."""
+    for line in read_text(folder / "memory.stat").splitlines():
+        words = line.split()
+        if len(words) == 2 and words[0] == name and _is_number(words[1]):
+            return int(words[1])
+    return 0
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
 def read_text(path: Path) -> str:
-    """A small text file, stripped; empty where it cannot be read."""
+    """A small text file, stripped; empty where it cannot be read. Bytes that are no UTF-8, as names of groups may
+    have, are kept so that they name the same file."""
     try:
-        return path.read_text().strip()
+        return path.read_text(encoding="utf-8", errors="surrogateescape").strip()
     except OSError:
         return ""

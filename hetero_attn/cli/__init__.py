@@ -14,6 +14,7 @@ import typer
 from hetero_attn.cli import bench, chat, doctor, generate, plan, policy, profile, verify
 from hetero_attn.cli.errors import CleanErrors
 from hetero_attn.cli.serve import command
+from hetero_attn.cli.shell.streams import settle_streams
 
 app = typer.Typer(
     cls=CleanErrors,
@@ -60,13 +61,8 @@ app.add_typer(policy.app, name="policy")
 
 
 def main() -> None:
-    """Entry point of the `hetero-attn` script; leaves through SystemExit.
-
-    Characters that the terminal's encoding does not have are replaced: an answer must not end in its middle.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a text file has it
+    """Entry point of the `hetero-attn` script; leaves through SystemExit."""
+    settle_streams()
     try:
         app(prog_name="hetero-attn")
     finally:

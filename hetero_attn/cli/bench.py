@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hetero_attn.cli import options
-from hetero_attn.cli.output import expect_writable, print_json, table_width
+from hetero_attn.cli.output import expect_writable, print_json, table_width, writing
 from hetero_attn.cli.plan import machine
 
 if TYPE_CHECKING:
@@ -68,12 +68,13 @@ def bench(
         report = benchmark.run(
             llm, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens, depths=depths, repetitions=repetitions
         )
+        if as_json:
+            print_json(report.to_dict())
+        else:
+            typer.echo(report.table().rstrip())
         if trace is not None:
-            trace_steps(llm.engine, prompt_tokens).save(trace)
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        typer.echo(report.table().rstrip())
+            with writing(trace):
+                trace_steps(llm.engine, prompt_tokens).save(trace)
 
 
 def _simulate(
@@ -93,12 +94,13 @@ def _simulate(
     simulation = Simulation(planned.config, planned.plan, planned.hardware)
     timelines = [simulation.prompt(prompt_tokens)] if prompt_tokens else []
     timelines += [simulation.decode(depth) for depth in depths] if gen_tokens else []
-    if trace is not None:
-        save_trace(timelines, trace)
     if as_json:
         print_json({"machine": planned.hardware.name, "timelines": [timeline.to_dict() for timeline in timelines]})
     else:
         typer.echo(simulated_table(planned.plan, planned.hardware, timelines, table_width()).rstrip())
+    if trace is not None:
+        with writing(trace):
+            save_trace(timelines, trace)
 
 
 def parse_depths(texts: list[str]) -> tuple[int, ...]:

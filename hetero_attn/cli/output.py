@@ -7,18 +7,21 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from hetero_attn.cli.shell.streams import decoded
+from hetero_attn.tools.whole_file import write_whole
+
 if TYPE_CHECKING:
     from hetero_attn.serving.request import Metrics, Piece, RequestOutput
 
 NARROWEST_TABLE = 80
-MOST_CHARACTERS = 1 << 24  # of a prompt; a device behind the name never ends
+MOST_CHARACTERS = 1 << 24  # of a prompt, bytes from stdin; a device behind the name never ends
 
 
 def print_json(value: Any) -> None:
@@ -69,8 +72,15 @@ def write_text(file: Path, text: str) -> None:
     if str(file) == "-":
         typer.echo(text, nl=False)
         return
+    with writing(file):
+        write_whole(file, text)
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Turn a file that cannot be written into a usage error. What was printed before stays a result: print first."""
     try:
-        file.write_text(text, encoding="utf-8")
+        yield
     except OSError as error:
         raise typer.BadParameter(f"cannot write {file}: {error.strerror}") from None
 
@@ -81,7 +91,7 @@ def read_text(file: Path) -> str:
         raise typer.BadParameter("stdin is closed, so nothing can be read from it; give the text itself or a file")
     try:
         if str(file) == "-":
-            text = sys.stdin.read(MOST_CHARACTERS + 1)
+            text = decoded(sys.stdin.buffer.read(MOST_CHARACTERS + 1), sys.stdin.encoding)
         else:
             with file.open(encoding="utf-8") as stream:
                 text = stream.read(MOST_CHARACTERS + 1)

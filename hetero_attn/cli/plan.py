@@ -74,10 +74,6 @@ def plan(
     if explain and str(yaml) != "-":
         with working("looking for what would help"):
             explanation = explained(planned)
-    if plot is not None:
-        draw(planned, plot)
-    if yaml is not None:
-        write_text(yaml, planned.plan.to_yaml())
     if as_json:
         print_json((explanation or planned.plan).to_dict())
     elif str(yaml) != "-":
@@ -85,6 +81,10 @@ def plan(
         lines = [*opening_lines(planned.plan), "", *planned.plan.table(width).splitlines()]  # type: ignore[arg-type]
         for line in [*lines, *(explanation.lines() if explanation else ())]:
             typer.echo(wrapped(line, width))
+    if yaml is not None:
+        write_text(yaml, planned.plan.to_yaml())
+    if plot is not None:
+        draw(planned, plot)
     if unfit:
         raise typer.Exit(MemoryBudgetError.exit_code)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from hetero_attn.tools.whole_file import write_whole
 
 if TYPE_CHECKING:
     from placement.machine.hardware import HardwareProfile
@@ -28,7 +31,7 @@ def plotting(file: Path) -> Iterator[None]:
     except ImportError:
         raise typer.BadParameter("plots need matplotlib: pip install 'hetero-attn[plot]'") from None
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"cannot draw into {file}: {error}") from None
+        raise typer.BadParameter(f"cannot draw into {file}: {getattr(error, 'strerror', None) or error}") from None
 
 
 @contextmanager
@@ -39,7 +42,9 @@ def figure_in(file: Path, num_axes: int) -> Iterator[Any]:
 
         figure = Figure(figsize=(6.4 * num_axes, 4.2), layout="constrained")
         yield figure.subplots(1, num_axes, squeeze=False)[0]
-        figure.savefig(file, dpi=150)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=150, format=file.suffix[1:] or "png")
+        write_whole(file, drawn.getvalue())
 
 
 def lane_bytes_by_layer(plan: Plan) -> dict[int, dict[str, int]]:

@@ -26,16 +26,16 @@ def profile(
 
     expect_writable(save, plot)
     measured = profile_machine(on_progress=say, keep_when_busy=keep)
+    if as_json:
+        print_json(measured.to_dict())
+    else:
+        typer.echo(profile_table(measured, table_width()), nl=False)
     if save is not None:
         write_text(save, measured.to_yaml() if save.suffix in (".yaml", ".yml") else measured.to_json() + "\n")
     if plot is not None:
         from hetero_attn.cli.plots import plot_profile
 
         plot_profile(measured, plot)
-    if as_json:
-        print_json(measured.to_dict())
-    else:
-        typer.echo(profile_table(measured, table_width()), nl=False)
 
 
 def say(what: str) -> None:

@@ -22,19 +22,25 @@ def loading_bar(plan: Plan, show: bool) -> tqdm:
         unit="B",
         unit_scale=True,
         unit_divisor=1024,
-        disable=None if show else True,  # None: only a person sees it
+        disable=None if show and sys.stderr is not None else True,  # None: only a person sees it
         leave=False,
     )
 
 
 def compile_note(name: str) -> None:
     """Say that a CPU kernel is being compiled: about a second, once on a machine."""
-    tqdm.write(f"compiling the CPU kernel {name} for this machine, once", file=sys.stderr)
+    _note(f"compiling the CPU kernel {name} for this machine, once")
 
 
 def prepare_note(name: str) -> None:
     """Say what is made ready on a GPU: seconds where kernels are compiled, once on a machine, else next to none."""
-    tqdm.write(f"preparing {name}", file=sys.stderr)
+    _note(f"preparing {name}")
+
+
+def _note(text: str) -> None:
+    """A line on stderr, past a bar; nothing where stderr is closed."""
+    if sys.stderr is not None:
+        tqdm.write(text, file=sys.stderr)
 
 
 class PrefillBar:
@@ -47,7 +53,13 @@ class PrefillBar:
         self._requests = requests
         total = sum(len(request.prompt_token_ids) for request in requests)
         is_long = any(len(request.prompt_token_ids) > chunk for request in requests)
-        self._bar = tqdm(total=total, desc="prompt", unit="tok", disable=not (show and is_long), leave=False)
+        self._bar = tqdm(
+            total=total,
+            desc="prompt",
+            unit="tok",
+            disable=not (show and is_long and sys.stderr is not None),
+            leave=False,
+        )
 
     def update(self) -> None:
         """Show how far the prompts have come."""

@@ -103,17 +103,29 @@ def _message(position: int, message: Any) -> dict[str, Any]:
 
 def _text(position: int, content: Any) -> str:
     if isinstance(content, str):
-        return content
+        return _as_unicode(position, content)
     parts = content if isinstance(content, (list, tuple)) else ()
     if parts and all(
         isinstance(p, Mapping) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts
     ):
-        return "".join(part["text"] for part in parts)
+        return _as_unicode(position, "".join(part["text"] for part in parts))
     raise PromptError(
         f"the content of message {position} is {content!r:.60}; it must be text or a list of "
         f"{{'type': 'text', 'text': ...}}, "
         "beside the role"
     )
+
+
+def _as_unicode(position: int, text: str) -> str:
+    """The text, which half a surrogate pair would make unusable; such halves stand for bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"the content of message {position} is not valid Unicode at character {error.start} "
+            f"({text[error.start]!a}); give text without surrogates"
+        ) from None
+    return text
 
 
 def as_template_variables(variables: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from hetero_attn.engine.engine import Engine
 from hetero_attn.tools.trace_names import ShardNames
+from hetero_attn.tools.whole_file import write_whole
 
 LANES = ("main thread", "GPU compute", "copies", "CPU lane")
 DECODE_TOKENS = 4
@@ -83,7 +84,7 @@ class Trace:
 
     def save(self, path: Path) -> None:
         """Write the JSON file."""
-        path.write_text(json.dumps(self.to_dict()))
+        write_whole(path, json.dumps(self.to_dict()))
 
     def _settled_mark(self) -> Any:
         self._device.synchronize(self._device.record(self._device.compute))

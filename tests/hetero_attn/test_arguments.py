@@ -243,8 +243,10 @@ def test_parts_of_text_are_joined(path, kind):
         {"role": "user", "content": [{"type": "text"}]},
         {"role": "user", "content": ["hello"]},
         {"role": "user", "content": b"x"},
+        {"role": "user", "content": "half \ud800"},
+        {"role": "user", "content": [{"type": "text", "text": "\udcff"}]},
     ],
-    ids=repr,
+    ids=ascii,
 )
 def test_other_content_is_refused(message):
     with pytest.raises(PromptError, match="message"):

@@ -181,7 +181,7 @@ def mutated(content: bytes, header_bytes: int, generator: random.Random) -> byte
         elif how == 2:
             data[at] = generator.randrange(256)
         else:
-            del data[generator.randrange(24, len(data)) :]
+            del data[min(24, len(data) - 1) + generator.randrange(max(1, len(data) - 24)) :]
             header_bytes = len(data)
     return bytes(data)
 

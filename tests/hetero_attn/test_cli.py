@@ -4,6 +4,7 @@ The first part runs every subcommand against a stand-in for the Python API, so t
 second runs the real thing on the shipped checkpoint.
 """
 
+import io
 import json
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 import hetero_attn
@@ -24,7 +26,8 @@ from cpu_kernels.team.cgroups import cpu_quota, memory_limit_bytes
 from hetero_attn import SamplingParams
 from hetero_attn.cli import app
 from hetero_attn.cli.errors import exit_code
-from hetero_attn.cli.talk.line_editor import EditedLines
+from hetero_attn.cli.talk import line_editor
+from hetero_attn.cli.talk.line_editor import EditedLines, line_source
 from hetero_attn.cli.talk.word_wrap import WordWrap
 from hetero_attn.errors import MOST_LINES, CheckpointError, MemoryBudgetError, PromptError
 from hetero_attn.serving.request import Metrics, Piece, RequestOutput
@@ -256,6 +259,40 @@ def test_lines_that_cannot_be_read_are_reported_and_the_session_goes_on(fake: ty
     assert "no UTF-8" in result.stderr
 
 
+def piped(monkeypatch: pytest.MonkeyPatch, data: bytes, encoding: str) -> tuple[list[str], list[str]]:
+    """(lines read, lines said) of a pipe in an encoding."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding))
+    said: list[str] = []
+    source, lines = line_source(said.append, ()), []
+    with pytest.raises(EOFError):
+        while True:
+            lines.append(source.line(""))
+    return lines, said
+
+
+def test_lines_are_utf8_or_what_the_terminal_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accents typed in a terminal of latin-1 were left out."""
+    assert piped(monkeypatch, b"h\xe9llo\n", "latin-1") == (["h\u00e9llo"], [])
+    assert piped(monkeypatch, "h\u00e9llo\n".encode(), "latin-1") == (["h\u00e9llo"], [])
+    assert piped(monkeypatch, "h\u00e9llo\n".encode(), "ascii") == (["h\u00e9llo"], [])
+    lines, said = piped(monkeypatch, b"h\xe9llo\nnext\n", "ascii")
+    assert lines == ["next"] and "no UTF-8" in said[0]
+
+
+def test_a_line_that_never_ends_ends_the_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(line_editor, "MOST_LINE_BYTES", 100)
+    lines, said = piped(monkeypatch, b"first\n" + bytes(1000), "utf-8")
+
+    assert lines == ["first"] and len(said) == 1 and "over 100 bytes" in said[0]
+
+
+def test_a_chat_without_stdin_says_so(fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+
+    with pytest.raises(typer.BadParameter, match="stdin is closed"):
+        line_source(print, ())
+
+
 def test_an_error_that_a_person_can_mend_does_not_end_the_session(fake: type[FakeLLM]) -> None:
     fake.ending = PromptError("the chat template refuses these messages")
     result = run("chat", "m", "--system", "no", typed="Hello\n/system -\n/set temprature 1\n/load absent\nAgain\n")
@@ -272,7 +309,7 @@ def test_chat_commands(fake: type[FakeLLM], tmp_path: Path) -> None:
         "m",
         "--template-var",
         "enable_thinking=true",
-        typed=f"Hello\n/set temperature 0.25\n/set enable_thinking off\n/regen\n/save {saved}\n/reset\n/load {saved}\n"
+        typed=f"Hello\n/set --temperature 0.25\n/set enable_thinking off\n/regen\n/save {saved}\n/reset\n/load {saved}\n"
         "/plan\n/stats\n/help\n/etc/hosts is what?\n/exti\n/no_think now\n",
     )
     (llm,) = fake.made
@@ -801,6 +838,23 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(
         assert (result.exit_code, fake.made) == (2, []), command
         assert "cannot write" in result.stderr
     assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_result_is_printed_before_a_file_that_turns_out_to_be_full(measured: HardwareProfile) -> None:
+    """Minutes of measuring were lost with the trace, the copy or the picture that had no room."""
+    small = ["--device", "cpu", "--context", "64", "--threads", "1"]
+    for command, shown in (
+        (["bench", TINY, *small, "-p", "8", "-n", "2", "-r", "1", "--trace"], "pp8"),
+        (["profile", "--save"], "GB/s"),
+        (["profile", "--plot"], "GB/s"),
+        (["plan", TINY, "--device", "cpu", "--no-explain", "--plot"], "speed: about"),
+        (["plan", TINY, "--device", "cpu", "--no-explain", "--yaml"], "speed: about"),
+    ):
+        result = run(*command, "/dev/full")
+
+        assert result.exit_code == 2 and shown in result.stdout, (command, result.stdout)
+        assert "No space left on device" in " ".join(result.stderr.replace("│", "").split()), command
 
 
 def test_bench_says_what_context_it_needs(fake: type[FakeLLM], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@
 
 import errno
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cpu_kernels.team.cgroups import free_memory_bytes
+from cpu_kernels.team.cgroups import cpu_quota, free_memory_bytes, memory_limit_bytes
 from hetero_attn import LLM, plan_model
 from hetero_attn.cli import app
 from hetero_attn.engine import host_memory
@@ -147,3 +148,48 @@ def test_a_control_group_counts_what_is_used_but_files(tmp_path, version, free):
     assert free_memory_bytes(tmp_path) == free
     assert free_memory_bytes(tmp_path / "nothing") is None
     assert host_memory.free_host_bytes(tmp_path) == free
+
+
+LINES = [
+    "0::/",
+    "0::/g",
+    "0::/../../g",
+    "nonsense",
+    "1:cpu:/g",
+    "2:memory:/g/h",
+    "::",
+    "3:name=x:/",
+    "4:memory:/a:b",
+    "",
+]
+VALUES = ["", "max", "0", "1000", "-5", "9" * 30, "\u00b2", "1e9", "100000 100000", "max 1", "0 0", "a b c", "1\n2"]
+STATISTICS = ["anon 300\ninactive_file 60", "inactive_file x", "a b c", "inactive_file", "active_file 1 2"]
+NAMES = ("memory.max", "memory.current", "memory.limit_in_bytes", "memory.usage_in_bytes", "cpu.max", "memory.stat")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_files_of_control_groups_that_nobody_expects_are_no_limit(tmp_path, seed):
+    """A group with a name that is no UTF-8, a line without colons or a digit of another script ended every command."""
+    draw = random.Random(seed)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    groups = b"\n".join(draw.choice(LINES).encode() + draw.choice([b"", b"\xff"]) for _ in range(4))
+    (tmp_path / "proc/self/cgroup").write_bytes(groups)
+    for folder in ("", "g", "memory/g", "cpu/g", "g\udcff"):
+        place = tmp_path / "sys/fs/cgroup" / folder
+        place.mkdir(parents=True, exist_ok=True)
+        for name in NAMES:
+            (place / name).write_text(draw.choice(STATISTICS if name == "memory.stat" else VALUES))
+
+    for function in (memory_limit_bytes, free_memory_bytes, cpu_quota):
+        found = function(tmp_path)
+        assert found is None or found >= 0
+
+
+def test_a_group_whose_name_is_no_text_counts(tmp_path):
+    folder = tmp_path / "sys/fs/cgroup/g\udcff"
+    folder.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_bytes(b"0::/g\xff")
+    (folder / "memory.max").write_text("1000")
+
+    assert memory_limit_bytes(tmp_path) == 1000

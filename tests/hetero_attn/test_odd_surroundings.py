@@ -5,6 +5,8 @@
 | placement.py beside the script, another package of that name     | the error names the file                       |
 | hetero_attn.__version__                                          | there                                          |
 | stdout of latin-1, full, closed; stdin closed or no UTF-8        | replaced; one line; one line                   |
+| stderr closed or full                                            | remarks are dropped, the result is whole       |
+| a disk that is full when a result file is written                | printed before; the older file stays           |
 | tensors without "model."                                         | loads                                          |
 | pad_token_id or one of several end ids beyond the vocabulary     | loads, as transformers                         |
 | bf16 file under a float32 config                                 | 2 bytes a weight                               |
@@ -13,6 +15,7 @@
 | partial_rotary_factor in a Llama config                          | refused by name, see test_rope.py              |
 """
 
+import errno
 import os
 import shutil
 import subprocess
@@ -28,6 +31,7 @@ from hetero_attn import LLM, SamplingParams, plan_model
 from hetero_attn.checkpoints.hub import resolve_model
 from hetero_attn.errors import CheckpointError, ConfigError
 from hetero_attn.spec.config import ModelConfig
+from hetero_attn.tools.whole_file import write_whole
 from tests.support.toy import edit_json, make_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +98,79 @@ def test_characters_that_a_terminal_has_not_are_replaced(encoding):
     )
 
     assert (done.returncode, done.stdout) == (0, b"a?b\n")
+
+
+REMARKS = """
+import sys, typer, warnings
+from hetero_attn.cli import app, main
+from hetero_attn.serving.progress import compile_note, working
+@app.command()
+def say():
+    compile_note("x")
+    typer.echo("a remark", err=True)
+    warnings.warn("a warning")
+    with working("x"):
+        print("the result")
+sys.argv = ["x", "say"]
+main()
+"""
+
+
+@pytest.mark.parametrize("where", ["2>/dev/full", "2>&-", "2>&- <&-"])
+def test_remarks_that_nobody_can_hear_cost_no_result(where):
+    """A closed stderr ended every load in the progress bar, a full one after the answer."""
+    if "full" in where and not Path("/dev/full").exists():
+        pytest.skip("there is no device that is always full")
+    line = f'{sys.executable} -c "$CODE" {where}'
+    done = subprocess.run(
+        ["sh", "-c", line], cwd=ROOT, env=os.environ | {"CODE": REMARKS}, capture_output=True, check=False
+    )
+
+    assert (done.returncode, done.stdout) == (0, b"the result\n"), done.stderr
+
+
+def test_without_stdout_a_command_works_to_its_end():
+    line = f'{sys.executable} -c "$CODE" >&-'
+    done = subprocess.run(
+        ["sh", "-c", line], cwd=ROOT, env=os.environ | {"CODE": REMARKS}, capture_output=True, check=False
+    )
+
+    assert done.returncode == 0 and b"a remark" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_a_bar_without_stderr_is_none(path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with LLM(path, device="cpu", max_context=64, num_threads=1, progress=True) as llm:
+        assert llm.generate([5, 6], GREEDY)[0].token_ids
+
+
+def test_a_result_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    file, write = tmp_path / "talk.json", Path.write_bytes
+    write_whole(file, "old")
+    file.chmod(0o640)
+    write_whole(file, "newer")
+    assert file.read_text() == "newer" and file.stat().st_mode & 0o777 == 0o640
+
+    def fail(path: Path, data: bytes) -> None:
+        write(path, data[:2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(OSError, match="No space left.*talk.json"):
+        write_whole(file, "newest")
+    assert file.read_text() == "newer" and os.listdir(tmp_path) == ["talk.json"]
+
+
+def test_a_result_goes_through_links_and_into_pipes(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    write_whole(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE)
+    write_whole(tmp_path / "pipe", "through")
+    assert reader.communicate()[0] == b"through"
 
 
 @pytest.fixture

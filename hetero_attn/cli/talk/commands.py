@@ -85,6 +85,7 @@ def _set(argument: str, talk: Conversation, say: Callable[[str], None]) -> None:
         say("\n".join(f"{name:<20} {value}" for name, value in shown.items()))
         return
     name, _, text = argument.partition(" ")
+    name = name.lstrip("-").replace("-", "_")  # as errors and the shell's options spell it
     value = parse_value(text.strip())
     if name in names:
         talk.params = replace(talk.params, **{name: value})
@@ -92,9 +93,9 @@ def _set(argument: str, talk: Conversation, say: Callable[[str], None]) -> None:
         talk.variables[name] = value
     else:
         near = difflib.get_close_matches(name, names, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}" if near else ""
         raise PromptError(
-            f"{name} is neither a sampling parameter nor a variable of the chat template{hint} Sampling parameters: "
+            f"{name} is neither a sampling parameter nor a variable of the chat template{hint}. Sampling parameters: "
             f"{', '.join(names)}"
         )
 

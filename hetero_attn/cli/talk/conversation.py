@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hetero_attn.errors import PromptError
+from hetero_attn.tools.whole_file import write_whole
 
 if TYPE_CHECKING:
     from hetero_attn import LLM, SamplingParams
@@ -82,7 +83,7 @@ class Conversation:
 
     def save(self, file: Path) -> None:
         """Write the messages as JSON. Raises OSError."""
-        file.write_text(json.dumps({"messages": self.messages}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_whole(file, json.dumps({"messages": self.messages}, indent=2, ensure_ascii=False) + "\n")
 
     def load(self, file: Path) -> None:
         """Go on with a saved conversation. Raises OSError, or PromptError for a file that holds none."""

@@ -11,6 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import typer
+
+from hetero_attn.cli.shell.streams import MOST_LINE_BYTES, decoded
+
 QUOTES = '"""'
 PROMPT = "> "
 CONTINUED = "... "
@@ -32,9 +36,12 @@ class PipedLines:
 
     def line(self, prompt: str) -> str:
         """The next line that can be read; the prompt is for people, and not printed."""
-        while raw := sys.stdin.buffer.readline():
+        while raw := sys.stdin.buffer.readline(MOST_LINE_BYTES):
+            if len(raw) == MOST_LINE_BYTES:
+                self._report(f"a line of over {MOST_LINE_BYTES} bytes was left out, and what comes after it")
+                break
             try:
-                return raw.decode("utf-8").rstrip("\r\n")
+                return decoded(raw, sys.stdin.encoding).rstrip("\r\n")
             except UnicodeDecodeError as error:
                 self._report(f"a line that is no UTF-8 text was left out ({error.reason} at byte {error.start})")
         raise EOFError
@@ -66,7 +73,9 @@ class EditedLines:
 
 
 def line_source(report: Callable[[str], None], completions: tuple[str, ...]) -> LineSource:
-    """The editor where a person types, else plain lines."""
+    """The editor where a person types, else plain lines. Raises typer.BadParameter where stdin is closed."""
+    if sys.stdin is None:
+        raise typer.BadParameter("stdin is closed, so no message can be read; a chat needs a terminal or a pipe")
     if sys.stdin.isatty() and sys.stdout.isatty():
         return EditedLines(completions)
     return PipedLines(report)

@@ -11,6 +11,7 @@ from hetero_attn.tools.timeline.blank_engine import blank_engine
 from hetero_attn.tools.timeline.clocks import Clocks, OrderError, Span, critical_path
 from hetero_attn.tools.timeline.durations import Durations
 from hetero_attn.tools.timeline.recording import COPIES, LANES
+from hetero_attn.tools.whole_file import write_whole
 from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import Plan
 from placement.plan.workload import row_tier
@@ -147,4 +148,4 @@ def chrome_trace(timelines: list[Timeline]) -> dict[str, Any]:
 
 def save_trace(timelines: list[Timeline], path: Path) -> None:
     """Write the timelines for chrome://tracing or Perfetto."""
-    path.write_text(json.dumps(chrome_trace(timelines)))
+    write_whole(path, json.dumps(chrome_trace(timelines)))

@@ -1,0 +1,1 @@
+"""The shell that a command was started from: its streams."""
