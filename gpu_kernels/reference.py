@@ -208,7 +208,7 @@ def route(x: Tensor, router: Tensor, gated: bool, normalise: bool, ids: Tensor, 
     among all, sorted by expert, then by row; sources int32 [rows * k], the row of the pick at each place.
     """
     experts, top_k = starts.shape[0] - 1, ids.shape[1]
-    logits = x @ router.T
+    logits = x @ router.T.to(x.dtype)
     scores = torch.softmax(logits[:, :experts], dim=-1)
     best = torch.sort(logits[:, :experts], dim=-1, descending=True, stable=True).indices[:, :top_k].sort(-1).values
     chosen = scores.gather(1, best)

@@ -37,6 +37,29 @@ class UnroundedOps:
             else:
                 out[:, columns] = result.to(out.dtype)
 
+    def expert_linear(
+        self,
+        x: torch.Tensor,
+        sources: torch.Tensor | None,
+        starts: torch.Tensor,
+        first: int,
+        weight: torch.Tensor,
+        weight_dtype: str,
+        out: torch.Tensor,
+    ) -> None:
+        """As `reference.expert_linear`, but `x` is not rounded."""
+        bounds = starts[first : first + weight.shape[0] + 1].tolist()
+        for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            if start < stop:
+                rows = x[start:stop] if sources is None else x[sources[start:stop].long()]
+                self.linear(rows, weight[expert], weight_dtype, None, out[start:stop])
+
+    def norm_heads(self, qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor, eps: float) -> None:
+        """As `reference.norm_heads`."""
+        wide = qkv.to(self._dtype)
+        reference.norm_heads(wide, q_norm, k_norm, eps)
+        qkv.copy_(wide)
+
     def __getattr__(self, name: str) -> Callable[..., Any]:
         """Every other operation: the reference's, whose arithmetic follows the dtype of its first argument."""
         operation = getattr(reference, name)

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from gpu_kernels import reference
 from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.errors import CheckpointError, ConfigError
 from hetero_attn.models.decoder import decoder
 from hetero_attn.spec.config import ModelConfig
-from tests.support.moe import FAMILIES, fused, make_moe, moe_logits
+from tests.support.cpu_oracles import kernels
+from tests.support.moe import FAMILIES, LEAST_GAP, fused, make_moe, moe_logits
 from tests.support.runtime import cpu_plan, make_engine, nmse, run_logits, toy_workload, uniform_plan
 from tests.support.toy import edit_json
 
@@ -142,3 +144,151 @@ def test_some_layers_may_be_dense(tmp_path):
 
     assert kinds == ["mlp", "experts", "mlp", "mlp"]
     assert nmse(logits_of(path, cpu_plan(toy_workload(path))), moe_logits(path, TOKENS)) <= EXACT
+
+
+class Planted:
+    """CPU kernels of which one operation does something else: change(ops, name, arguments) runs it."""
+
+    def __init__(self, ops, name, change):
+        self._ops, self._name, self._change = ops, name, change
+
+    def __getattr__(self, name):
+        operation = getattr(self._ops, name)
+        if name != self._name:
+            return operation
+        return lambda *arguments: self._change(operation, *arguments)
+
+
+def routed_after(change):
+    """An error in what `route` writes: change(ids, weights, k)."""
+
+    def planted(route, x, router, gated, normalise, ids, places, sources, starts, weights):
+        route(x, router, gated, normalise, ids, places, sources, starts, weights)
+        change(ids, weights, ids.shape[1])
+
+    return "route", planted
+
+
+def with_router(change):
+    """An error in the router's product: change(x, router, gated, normalise) -> those that it should have been given."""
+
+    def planted(route, x, router, gated, normalise, *outputs):
+        route(*change(x, router, gated, normalise), *outputs)
+
+    return "route", planted
+
+
+def top_k_first(route, x, router, gated, normalise, ids, *others):
+    """Softmax over the chosen alone, which is what normalising gives."""
+    route(x, router, gated, not normalise, ids, *others)
+
+
+def wrong_expert(expert_linear, x, sources, starts, first, weight, weight_dtype, out):
+    expert_linear(x, sources, starts, first, weight.roll(1, 0), weight_dtype, out)
+
+
+def wrong_source(expert_linear, x, sources, starts, first, weight, weight_dtype, out):
+    expert_linear(x, sources if sources is None else sources.flip(0), starts, first, weight, weight_dtype, out)
+
+
+def swapped(silu_mul, gate_up, out):
+    silu_mul(gate_up.unflatten(1, (-1, 2, 16)).flip(2).flatten(1), out)
+
+
+PITFALLS = {
+    "softmax behind the choice, or in front of it": ("qwen2_moe", "route", top_k_first),
+    "weights divided by their sum and a little": (
+        "mixtral", *routed_after(lambda ids, weights, k: weights[:, :k].div_(1.001)),
+    ),
+    "router rounded to bf16": (
+        "qwen3_moe", *with_router(lambda x, router, *flags: (x, router.bfloat16().float(), *flags)),
+    ),
+    "input of the router rounded to bf16": (
+        "qwen3_moe", *with_router(lambda x, router, *flags: (x.bfloat16().float(), router, *flags)),
+    ),
+    "weights in the order of another expert": (
+        "qwen3_moe", *routed_after(lambda ids, weights, k: weights[:, :k].copy_(weights[:, :k].flip(1))),
+    ),
+    "a pick dropped": ("olmoe", *routed_after(lambda ids, weights, k: weights[:, :1].zero_())),
+    "a pick twice": ("olmoe", *routed_after(lambda ids, weights, k: weights[:, :1].mul_(2))),
+    "the factor of the shared expert forgotten": (
+        "qwen2_moe", *routed_after(lambda ids, weights, k: weights[:, k:].fill_(1)),
+    ),
+    "another expert's weights": ("qwen3_moe", "expert_linear", wrong_expert),
+    "another row's input": ("qwen3_moe", "expert_linear", wrong_source),
+    "gate and up exchanged": ("mixtral", "silu_mul", swapped),
+    "norm over all heads forgotten": ("olmoe", "norm_heads", lambda norm_heads, *arguments: None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pitfall", PITFALLS)
+def test_a_planted_error_shows(checkpoints, pitfall):
+    """What the comparison with transformers would say of each of them: far beyond what it allows."""
+    family, name, change = PITFALLS[pitfall]
+    path = checkpoints[family]
+    engine = make_engine(path, cpu_plan(toy_workload(path)), overlap=False)
+    kept = engine.lanes.host_ops
+    engine.lanes.host_ops = Planted(kept, name, change)
+    try:
+        actual = run_logits(engine, TOKENS[:16], 12)
+    finally:
+        engine.lanes.host_ops = kept
+        engine.close()
+
+    assert nmse(actual, moe_logits(path, TOKENS[:16])) > 100 * EXACT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_far_enough_apart(checkpoints, family):
+    """The toy routers leave no near ties, so that one chosen set is right and every other one is an error."""
+    path, gaps = checkpoints[family], []
+
+    def keep(route, x, router, gated, normalise, ids, places, sources, starts, weights):
+        route(x, router, gated, normalise, ids, places, sources, starts, weights)
+        count, k = starts.shape[0] - 1, ids.shape[1]
+        if k < count:
+            scores = (x.double() @ router.double().T)[:, :count].sort(-1, descending=True).values
+            gaps.append((scores[:, k - 1] - scores[:, k]).min().item() / scores.std().item())
+            expected = (x.double() @ router.double().T)[:, :count].topk(k).indices.sort(-1).values
+            assert torch.equal(ids.long(), expected)
+
+    engine = make_engine(path, cpu_plan(toy_workload(path)), overlap=False)
+    kept = engine.lanes.host_ops
+    engine.lanes.host_ops = Planted(kept, "route", keep)
+    try:
+        run_logits(engine, TOKENS, 40)
+    finally:
+        engine.lanes.host_ops = kept
+        engine.close()
+
+    assert gaps and min(gaps) > LEAST_GAP
+
+
+@pytest.mark.parametrize("weight_dtype", ["bf16", "q8", "q4"])
+def test_packed_experts_are_the_same_on_every_lane(checkpoints, weight_dtype):
+    """Against the one-device run in the same format, within what its rounding explains."""
+    path = checkpoints["qwen2_moe"]
+    one = logits_of(path, cpu_plan(toy_workload(path, weight_dtype)))
+    lanes = logits_of(path, uniform_plan(toy_workload(path, weight_dtype), 0.4, 0.3, 1))
+
+    assert nmse(lanes, one) <= 2e-4
+
+
+@pytest.mark.parametrize("ops", ["reference", "kernels"])
+def test_where_experts_live_changes_no_bit_of_their_sum(ops):
+    """Outputs by place from one kernel, near or far, in any split: the sum runs in the order of ids."""
+    generator = torch.Generator().manual_seed(1)
+    parts, weights = torch.randn(24, 40, generator=generator), torch.rand(8, 3, generator=generator)
+    places, rows = torch.randperm(24, generator=generator).view(8, 3).int(), torch.randn(8, 40, generator=generator)
+    sums = []
+    for border in range(0, 25, 6):
+        out = rows.clone()
+        other = torch.full_like(parts, torch.nan)
+        near, far = parts.clone(), parts.clone()
+        near[border:], far[:border] = other[border:], other[:border]
+        {"reference": reference, "kernels": kernels()}[ops].combine(
+            near, far, torch.tensor([border], dtype=torch.int32), places, weights, out
+        )
+        sums.append(out)
+
+    assert all(torch.equal(out, sums[0]) for out in sums)
