@@ -11,6 +11,7 @@ from cpu_kernels.attention import rope_op as rope
 from cpu_kernels.linear import expert_op, pack, repack
 from cpu_kernels.linear import op as linear
 from cpu_kernels.small import elementwise, memory, route
+from cpu_kernels.team.arguments import FLAG
 from cpu_kernels.team.flags import Flags, check_flag
 from cpu_kernels.team.program import Program
 from cpu_kernels.team.store import KernelStore
@@ -88,12 +89,12 @@ class CpuKernels:
         What the flag's writer wrote before is visible to the ops that follow.
         """
         self._flags()  # loads what sets a flag: while the program waits it holds the team, and nothing can be loaded
-        self._team.note(RecordedOp("await_flag", AWAIT, 0, (check_flag(flag), value)))
+        self._team.note(RecordedOp("await_flag", AWAIT, 0, FLAG.filled(address=check_flag(flag), value=value)))
 
     def record_set(self, flag: torch.Tensor, value: int) -> None:
         """Inside `record`: the program sets a flag here, after all that its ops before have written; RuntimeError
         elsewhere."""
-        self._team.note(RecordedOp("set_flag", SET, 0, (check_flag(flag), value)))
+        self._team.note(RecordedOp("set_flag", SET, 0, FLAG.filled(address=check_flag(flag), value=value)))
 
     def set_flag(self, flag: torch.Tensor, value: int) -> None:
         """Write a flag, int64 [1], after everything that this thread has written; another thread or a GPU may wait for

@@ -1,11 +1,11 @@
 """decode_attention: one query row per item over paged K and V, out = softmax(scale * q K^T) V with an online softmax.
 
 An item is (query row, block of KV heads, split of the key range), taken tile by tile (decode_tile.py). Splits of
-the same row are merged at the end (Flash-Decoding), so that all threads have work even with one group. An empty range
+the same row are merged at the end (Flash-Decoding), so that all threads have work even with one KV head. An empty range
 gives (0, -inf).
 
-The pages of a token's groups lie side by side, so an item takes as many groups as leave every thread enough items, page
-by page: memory is then read in the order of its addresses. One group alone would skip the pages of the others, and what
+The pages of a token's heads lie side by side, so an item takes as many heads as leave every thread enough items, page
+by page: memory is then read in the order of its addresses. One head alone would skip the pages of the others, and what
 the prefetchers fetch beyond the end of each page is lost: 0.56 of what a plain read reaches, and not 0.75 (q8, four
 heads).
 """
@@ -18,30 +18,6 @@ from cpu_kernels.attention.decode_tile import attend_tile
 from cpu_kernels.attention.parameters import (
     HEAD_SCALARS,
     KEY_TILE,
-    P_BATCH,
-    P_GROUPS,
-    P_HEAD_DIM,
-    P_HEADS,
-    P_LSE,
-    P_LSE_ROW,
-    P_MAX_PAGES,
-    P_OUT,
-    P_OUT_HEAD,
-    P_OUT_ROW,
-    P_PAGE_SIZE,
-    P_Q,
-    P_Q_HEAD,
-    P_Q_ROW,
-    P_ROW_ITEMS,
-    P_SLOTS,
-    P_SPLITS,
-    P_START,
-    P_STOP,
-    P_TABLE,
-    P_TABLE_GROUP,
-    P_TABLE_ROW,
-    P_THREAD_BYTES,
-    P_THREADS,
     SCALE_OF_Q,
     SPLIT_TILES,
     RowShape,
@@ -49,6 +25,7 @@ from cpu_kernels.attention.parameters import (
 )
 from cpu_kernels.attention.tiles import MINUS_INFINITY, page_at, q_line_writer, tile_at, write_lse
 from cpu_kernels.attention.values import head_writer
+from cpu_kernels.team.arguments import DECODE
 from cpu_kernels.team.chunks import await_stage, fail, finish, parameter, take
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.isa import Isa
@@ -103,14 +80,14 @@ def attend_item(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
     load_q = q_code_writer(isa, kv_dtype, words) if has_codes else q_line_writer(isa, kv_dtype)
 
     @helper
-    def load_heads(arguments, row, group, places, heads, lines):
-        """A group's queries; padding repeats the last one."""
-        head_dim, queries_per_kv = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_HEADS)
+    def load_heads(arguments, row, kv_head, places, heads, lines):
+        """A KV head's queries; padding repeats the last one."""
+        head_dim, queries_per_kv = parameter(arguments, DECODE.head_dim), parameter(arguments, DECODE.queries_per_kv)
         scratch, _, q, scalars, sums = places
-        first = parameter(arguments, P_Q) + row * parameter(arguments, P_Q_ROW)
+        first = parameter(arguments, DECODE.q) + row * parameter(arguments, DECODE.q_row)
         for head in range(heads):
-            index = group * queries_per_kv + least(head, queries_per_kv - 1)
-            source, to = first + index * parameter(arguments, P_Q_HEAD), q + q_line * lines * head
+            index = kv_head * queries_per_kv + least(head, queries_per_kv - 1)
+            source, to = first + index * parameter(arguments, DECODE.q_head), q + q_line * lines * head
             if has_codes:
                 scale_at, head_sums = scalars + HEAD_SCALARS * head + SCALE_OF_Q, sums + 4 * lines * head
                 load_q(source, head_dim, lines, to, scale_at, head_sums, scratch)
@@ -118,42 +95,42 @@ def attend_item(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
                 load_q(source, head_dim, lines, to)
 
     @helper
-    def step(arguments, row, first_group, groups, stop, place):
-        """The tile at a place, (K page, V page, offset in them, keys, group), and the place after it.
+    def advance(arguments, row, first_head, kv_heads, stop, place):
+        """The tile at a place, (K page, V page, offset in them, keys, KV head), and the place after it.
 
-        A place is (group, position, start of the page's keys); keys are 0 at the end and -1 where the page is invalid.
+        A place is (KV head, position, start of the page's keys); keys are 0 at the end, -1 where the page is invalid.
         """
-        group, position, page_start = place
+        kv_head, position, page_start = place
         if page_start >= stop:
             return (0, 0, 0, 0, 0), place
-        table = parameter(arguments, P_TABLE) + row * parameter(arguments, P_TABLE_ROW)
-        page = page_at(arguments, table + (first_group + group) * parameter(arguments, P_TABLE_GROUP), position)
+        table = parameter(arguments, DECODE.table) + row * parameter(arguments, DECODE.table_row)
+        page = page_at(arguments, table + (first_head + kv_head) * parameter(arguments, DECODE.table_head), position)
         if page < 0:
             return (0, 0, 0, -1, 0), place
-        page_size = parameter(arguments, P_PAGE_SIZE)
+        page_size = parameter(arguments, DECODE.page_size)
         page_stop = least(stop, (page_start // page_size + 1) * page_size)
         k_page, v_page, offset, keys = tile_at(arguments, page, position, page_stop)
-        tile = k_page, v_page, offset, keys, group
+        tile = k_page, v_page, offset, keys, kv_head
         if position + keys < page_stop:
-            return tile, (group, position + keys, page_start)
-        if group + 1 < groups:
-            return tile, (group + 1, page_start, page_start)
+            return tile, (kv_head, position + keys, page_start)
+        if kv_head + 1 < kv_heads:
+            return tile, (kv_head + 1, page_start, page_start)
         return tile, (0, page_stop, page_stop)
 
     @helper
-    def item(arguments, row, first_group, groups, start, stop, work, heads, lines, acc, group_bytes):
-        """acc: of the first group, and `group_bytes` behind it of the next; (m, l) follow a group's accumulators."""
+    def item(arguments, row, first_head, kv_heads, start, stop, work, heads, lines, acc, head_bytes):
+        """acc: of the first KV head, and `head_bytes` behind it of the next; (m, l) follow its accumulators."""
         acc_size = heads * acc_line * lines
-        for group in range(groups):
-            load_heads(arguments, row, first_group + group, places_of(work, group, heads, lines), heads, lines)
-        tile, place = step(arguments, row, first_group, groups, stop, (0, start, start))
-        following, place = step(arguments, row, first_group, groups, stop, place)
+        for kv_head in range(kv_heads):
+            load_heads(arguments, row, first_head + kv_head, places_of(work, kv_head, heads, lines), heads, lines)
+        tile, place = advance(arguments, row, first_head, kv_heads, stop, (0, start, start))
+        following, place = advance(arguments, row, first_head, kv_heads, stop, place)
         if following[3] > 0:
             ask_tile(arguments, following, lines)
         while tile[3] > 0:
-            ahead, place = step(arguments, row, first_group, groups, stop, place)
-            group = tile[4]
-            places, at = places_of(work, group, heads, lines), acc + group * group_bytes
+            ahead, place = advance(arguments, row, first_head, kv_heads, stop, place)
+            kv_head = tile[4]
+            places, at = places_of(work, kv_head, heads, lines), acc + kv_head * head_bytes
             take_tile(arguments, tile, ahead if ahead[3] > 0 else tile, places, heads, lines, at, at + acc_size)
             tile, following = following, ahead
         return tile[3] == 0
@@ -163,37 +140,37 @@ def attend_item(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
 
 @helper
 def share_out(arguments, row):
-    """(groups an item takes, splits, first key, last key, keys of a split) of a row; no keys and a failure for a range
-    outside the table.
+    """(KV heads an item takes, splits, first key, last key, keys of a split) of a row; no keys and a failure for a
+    range outside the table.
 
-    As many groups as leave the row its items: all of them where there are many keys.
+    As many heads as leave the row its items: all of them where there are many keys.
     """
-    groups, items = parameter(arguments, P_GROUPS), parameter(arguments, P_ROW_ITEMS)
-    start = types.int64(load_i32(parameter(arguments, P_START) + 4 * row))
-    stop = types.int64(load_i32(parameter(arguments, P_STOP) + 4 * row))
-    if start < 0 or stop > parameter(arguments, P_PAGE_SIZE) * parameter(arguments, P_MAX_PAGES):
+    kv_heads, items = parameter(arguments, DECODE.kv_heads), parameter(arguments, DECODE.items)
+    start = types.int64(load_i32(parameter(arguments, DECODE.start) + 4 * row))
+    stop = types.int64(load_i32(parameter(arguments, DECODE.stop) + 4 * row))
+    if start < 0 or stop > parameter(arguments, DECODE.page_size) * parameter(arguments, DECODE.max_pages):
         fail(arguments, 1)
         start, stop = 0, 0
     tiles = (most(0, stop - start) + KEY_TILE - 1) // KEY_TILE
-    splits = most(tiles // SPLIT_TILES, least(tiles, (items + groups - 1) // groups))
-    splits = most(1, least(parameter(arguments, P_SPLITS), splits))
-    at_once = groups if groups * splits >= 2 * items else 1
-    while at_once > 1 and (groups % at_once > 0 or groups // at_once * splits < items):
+    splits = most(tiles // SPLIT_TILES, least(tiles, (items + kv_heads - 1) // kv_heads))
+    splits = most(1, least(parameter(arguments, DECODE.splits), splits))
+    at_once = kv_heads if kv_heads * splits >= 2 * items else 1
+    while at_once > 1 and (kv_heads % at_once > 0 or kv_heads // at_once * splits < items):
         at_once -= 1
-    blocks = groups // at_once
+    blocks = kv_heads // at_once
     splits = least(splits, (items + blocks - 1) // blocks)
     return at_once, splits, start, stop, (tiles + splits - 1) // splits * KEY_TILE
 
 
 def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: int):
-    """Kernel of decode_attention; parameters in parameters.py, the others are DecodeTiles."""
+    """Kernel of decode_attention; the parameters after the KV dtype are DecodeTiles."""
     attend, merge = attend_item(isa, kv_dtype, score_heads, value_heads, words), merge_splits(kv_dtype)
     line_items, acc_line = RowShape.of(kv_dtype).line_items, RowShape.of(kv_dtype).acc_bytes
 
     @helper
     def sizes(arguments):
-        """(padded heads, lines of a row, bytes of a group's acc, bytes of its partial result)."""
-        head_dim, queries_per_kv = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_HEADS)
+        """(padded heads, lines of a row, bytes of a KV head's acc, bytes of its partial result)."""
+        head_dim, queries_per_kv = parameter(arguments, DECODE.head_dim), parameter(arguments, DECODE.queries_per_kv)
         heads = (queries_per_kv + score_heads - 1) // score_heads * score_heads
         lines = (head_dim + line_items - 1) // line_items
         acc_size = heads * acc_line * lines
@@ -208,33 +185,33 @@ def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: i
             store_scalar(ZERO, acc + acc_size + 8 * head + 4)
 
     @helper
-    def attend_slot(arguments, row, slot, work, first_part):
-        """The item of a row that this slot stands for, if it has that many, into the parts of its groups and split."""
+    def attend_numbered(arguments, row, number, work, first_part):
+        """The item of a row with this number, if it has that many, into the parts of its heads and split."""
         heads, lines, acc_size, part_bytes = sizes(arguments)
-        groups, most_splits = parameter(arguments, P_GROUPS), parameter(arguments, P_SPLITS)
+        kv_heads, most_splits = parameter(arguments, DECODE.kv_heads), parameter(arguments, DECODE.splits)
         at_once, splits, start, stop, share = share_out(arguments, row)
-        blocks = groups // at_once
-        if slot >= blocks * splits:
+        blocks = kv_heads // at_once
+        if number >= blocks * splits:
             return
-        split, group = slot // blocks, slot % blocks * at_once
+        split, kv_head = number // blocks, number % blocks * at_once
         first, last = start + split * share, least(stop, start + split * share + share)
-        acc, group_bytes = first_part + (group * most_splits + split) * part_bytes, most_splits * part_bytes
+        acc, head_bytes = first_part + (kv_head * most_splits + split) * part_bytes, most_splits * part_bytes
         for i in range(at_once):
-            clear(acc + i * group_bytes, acc_size, heads)
+            clear(acc + i * head_bytes, acc_size, heads)
         if first < last and not attend(
-            arguments, row, group, at_once, first, last, work, heads, lines, acc, group_bytes
+            arguments, row, kv_head, at_once, first, last, work, heads, lines, acc, head_bytes
         ):
             fail(arguments, 2)
 
     @helper
     def attend_all(arguments, work, parts, row_bytes):
         """Stage 0: every item, into memory of its own."""
-        slots = parameter(arguments, P_SLOTS)
-        chunks = parameter(arguments, P_BATCH) * slots
+        most_items = parameter(arguments, DECODE.most_items)
+        chunks = parameter(arguments, DECODE.rows) * most_items
         chunk = take(arguments, 0)
         while chunk < chunks:
-            row = chunk // slots
-            attend_slot(arguments, row, chunk % slots, work, parts + row * row_bytes)
+            row = chunk // most_items
+            attend_numbered(arguments, row, chunk % most_items, work, parts + row * row_bytes)
             finish(arguments, 0)
             chunk = take(arguments, 0)
         await_stage(arguments, 0, chunks)
@@ -242,29 +219,29 @@ def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: i
     @helper
     def merge_all(arguments, parts):
         """Stage 1: merge every row's splits and write its results."""
-        batch, groups = parameter(arguments, P_BATCH), parameter(arguments, P_GROUPS)
-        queries_per_kv, head_dim = parameter(arguments, P_HEADS), parameter(arguments, P_HEAD_DIM)
+        batch, kv_heads = parameter(arguments, DECODE.rows), parameter(arguments, DECODE.kv_heads)
+        queries_per_kv, head_dim = parameter(arguments, DECODE.queries_per_kv), parameter(arguments, DECODE.head_dim)
         heads, _, acc_size, part_bytes = sizes(arguments)
         acc_bytes = acc_size // heads
         chunk = take(arguments, 1)
-        while chunk < batch * groups:
-            row, group = chunk // groups, chunk % groups
+        while chunk < batch * kv_heads:
+            row, kv_head = chunk // kv_heads, chunk % kv_heads
             splits = share_out(arguments, row)[1]
-            out = parameter(arguments, P_OUT) + row * parameter(arguments, P_OUT_ROW)
-            lse = parameter(arguments, P_LSE) + row * parameter(arguments, P_LSE_ROW)
-            part = parts + chunk * parameter(arguments, P_SPLITS) * part_bytes
+            out = parameter(arguments, DECODE.out) + row * parameter(arguments, DECODE.out_row)
+            lse = parameter(arguments, DECODE.lse) + row * parameter(arguments, DECODE.lse_row)
+            part = parts + chunk * parameter(arguments, DECODE.splits) * part_bytes
             for head in range(queries_per_kv):
-                index = group * queries_per_kv + head
+                index = kv_head * queries_per_kv + head
                 acc, running = part + head * acc_bytes, part + acc_size + 8 * head
-                to = out + index * parameter(arguments, P_OUT_HEAD)
+                to = out + index * parameter(arguments, DECODE.out_head)
                 merge(part_bytes, splits, acc, acc_bytes, running, head_dim, to, lse + 4 * index)
             chunk = take(arguments, 1)
 
     def kernel(arguments, thread):
-        scratch, thread_bytes = parameter(arguments, 0), parameter(arguments, P_THREAD_BYTES)
-        parts = scratch + thread_bytes * parameter(arguments, P_THREADS)
+        scratch, thread_bytes = parameter(arguments, DECODE.scratch), parameter(arguments, DECODE.thread_bytes)
+        parts = scratch + thread_bytes * parameter(arguments, DECODE.threads)
         part_bytes = sizes(arguments)[3]
-        row_bytes = parameter(arguments, P_GROUPS) * parameter(arguments, P_SPLITS) * part_bytes
+        row_bytes = parameter(arguments, DECODE.kv_heads) * parameter(arguments, DECODE.splits) * part_bytes
         attend_all(arguments, scratch + thread * thread_bytes, parts, row_bytes)
         merge_all(arguments, parts)
 

@@ -1,4 +1,4 @@
-"""One tile of keys in decode: the scores of all query heads of a group, their softmax, and the weighted sum of V.
+"""One tile of keys in decode: the scores of all query heads of a KV head, their softmax, and the weighted sum of V.
 
 All heads share one pass over the tile's K (scores.py) and one over its V (values.py). Meanwhile the tile after the next
 is asked for, a few lines at a time; other distances and bursts were slower (docs/log.md).
@@ -14,11 +14,6 @@ from cpu_kernels.attention.parameters import (
     HEAD_WEIGHTS,
     KEY_TILE,
     LINE_BYTES,
-    P_HEAD_DIM,
-    P_K_ROW,
-    P_PAGE_SIZE,
-    P_SCALE,
-    P_V_ROW,
     RowShape,
     q_line_bytes,
 )
@@ -27,6 +22,7 @@ from cpu_kernels.attention.row_vectors import fetch
 from cpu_kernels.attention.scores import code_dots, part_block, plain_dots, whole_block
 from cpu_kernels.attention.tiles import LOG2_E, raise_maximum, softmax_tile, tile_rows
 from cpu_kernels.attention.values import value_strip
+from cpu_kernels.team.arguments import ATTENTION
 from cpu_kernels.team.chunks import parameter, real_parameter
 from cpu_kernels.vectors.compiler import helper, inlined
 from cpu_kernels.vectors.isa import Isa
@@ -66,12 +62,14 @@ def tile_scores(isa: Isa, kv_dtype: str, score_heads: int, words: int):
     @helper
     def scores(arguments, rows, numbers, keys, ahead, places, heads, lines):
         work, q, scales, sums = places
-        head_dim, row_bytes = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_K_ROW)
+        head_dim, row_bytes = parameter(arguments, ATTENTION.head_dim), parameter(arguments, ATTENTION.k_row)
         q_bytes = q_line * lines
         for i in range(0, HEAD_SCORES * heads, 64):
             store_f32(splat(ZERO), work + i)
         if has_codes:
-            widen_numbers(numbers, lines * numbers_of_group, 2 * parameter(arguments, P_PAGE_SIZE), keys, scales)
+            widen_numbers(
+                numbers, lines * numbers_of_group, 2 * parameter(arguments, ATTENTION.page_size), keys, scales
+            )
         blocks = (line_bytes * lines + block_bytes - 1) // block_bytes
         for key in range(0, keys, LANES):
             row = rows + key * row_bytes
@@ -106,12 +104,12 @@ def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
         """Fetch the numbers of a tile's codes: they lie behind the page's rows, where no stream leads."""
         for i in range(lines * numbers):
             for at in range(0, 2 * KEY_TILE, LINE_BYTES):
-                fetch(ahead + 2 * parameter(arguments, P_PAGE_SIZE) * i + at)
+                fetch(ahead + 2 * parameter(arguments, ATTENTION.page_size) * i + at)
 
     @helper
     def soften_heads(arguments, work, heads, keys, scalars, running):
         """Scores -> weights of every head."""
-        scale = types.float32(real_parameter(arguments, P_SCALE) * LOG2_E)
+        scale = types.float32(real_parameter(arguments, ATTENTION.scale) * LOG2_E)
         if has_codes:
             for head in range(0, heads, score_heads):
                 at = scalars + HEAD_SCALARS * head
@@ -127,8 +125,8 @@ def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
     @helper
     def add_values(arguments, rows, v_numbers, keys, ahead, work, heads, lines, scalars, acc):
         """acc of every head, one strip of V after another."""
-        head_dim, row_bytes = parameter(arguments, P_HEAD_DIM), parameter(arguments, P_V_ROW)
-        acc_bytes, stride = acc_line * lines, 2 * parameter(arguments, P_PAGE_SIZE)
+        head_dim, row_bytes = parameter(arguments, ATTENTION.head_dim), parameter(arguments, ATTENTION.v_row)
+        acc_bytes, stride = acc_line * lines, 2 * parameter(arguments, ATTENTION.page_size)
         weights, weight_bytes = work, HEAD_SCORES
         if has_codes:
             weights, weight_bytes = work + HEAD_SCORES * heads, HEAD_WEIGHTS
@@ -144,11 +142,15 @@ def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
             ahead += line_bytes * keys
 
     @helper
-    def places_of(work, group, heads, lines):
-        """(scores, scales of K, q, scalars, sums of q) in the thread's memory; from q on each group has its own."""
+    def places_of(work, kv_head, heads, lines):
+        """(scores, scales of K, q, scalars, sums of q) in the thread's memory; from q on each KV head has its own."""
         scales = work + (HEAD_SCORES + HEAD_WEIGHTS) * heads
         query_bytes = (q_line * lines + HEAD_SCALARS + 4 * lines) * heads
-        q = scales + 4 * KEY_TILE * lines * numbers + (query_bytes + LINE_BYTES - 1) // LINE_BYTES * LINE_BYTES * group
+        q = (
+            scales
+            + 4 * KEY_TILE * lines * numbers
+            + (query_bytes + LINE_BYTES - 1) // LINE_BYTES * LINE_BYTES * kv_head
+        )
         scalars = q + q_line * lines * heads
         return work, scales, q, scalars, scalars + HEAD_SCALARS * heads
 
@@ -166,7 +168,7 @@ def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
 
     @helper
     def take_tile(arguments, tile, ahead, places, heads, lines, acc, running):
-        """tile: (K page, V page, offset in them, keys, group); ahead: the one to ask for meanwhile."""
+        """tile: (K page, V page, offset in them, keys, kv_head); ahead: the one to ask for meanwhile."""
         k_page, v_page, offset, keys, _ = tile
         work, scales, q, scalars, sums = places
         k_rows, k_numbers, v_rows, v_numbers = tile_rows(arguments, k_page, v_page, offset)

@@ -5,6 +5,7 @@ import torch
 from cpu_kernels.attention import parameters as shared
 from cpu_kernels.checks import bits_of, check_tensor, expect
 from cpu_kernels.formats.pages import ITEM_BYTES, code_bytes, is_quantised, row_items
+from cpu_kernels.team.arguments import DECODE, PREFILL
 from cpu_kernels.team.team import Team
 
 KV_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "q8", torch.uint8: "q4"}
@@ -26,7 +27,7 @@ def check_pages(k_pages: torch.Tensor, v_pages: torch.Tensor, head_dim: int) -> 
     return kv_dtype
 
 
-def page_parameters(pages: torch.Tensor, kv_dtype: str, head_dim: int) -> tuple[int, int, int]:
+def page_words(pages: torch.Tensor, kv_dtype: str, head_dim: int) -> tuple[int, int, int]:
     """(address, bytes from page to page, bytes from one token's numbers or codes to the next one's)."""
     item = ITEM_BYTES[kv_dtype]
     row_bytes = code_bytes(kv_dtype, head_dim) if is_quantised(kv_dtype) else item * pages.stride(1)
@@ -47,12 +48,12 @@ def raise_failure(failure: int, max_pages: int, page_size: int, num_pages: int) 
         raise ValueError(f"page_table has an entry outside 0..{num_pages - 1} inside [kv_start, kv_stop)")
 
 
-def split_limits(batch: int, groups: int, tokens: int, num_threads: int) -> tuple[int, int, int]:
+def split_limits(batch: int, kv_heads: int, tokens: int, num_threads: int) -> tuple[int, int, int]:
     """(most splits of a row's key range, items wanted of a row, most items of a row); how many there are is decided by
     the kernel, which knows the ranges."""
     wanted = -(-ITEMS_PER_THREAD * num_threads // batch)
     splits = max(1, min(wanted, tokens // (shared.SPLIT_TILES * shared.KEY_TILE)))
-    return splits, wanted, min(groups * splits, wanted + groups - 1)
+    return splits, wanted, min(kv_heads * splits, wanted + kv_heads - 1)
 
 
 def decode_attention(
@@ -82,25 +83,29 @@ def decode_attention(
         return
     num_pages, page_size, _ = k_pages.shape
     queries_per_kv = num_heads // num_kv_heads
-    limits = split_limits(batch, num_kv_heads, max_pages * page_size, team.num_threads)
+    splits, items, most_items = split_limits(batch, num_kv_heads, max_pages * page_size, team.num_threads)
     tiles = shared.DecodeTiles.of(kv_dtype, queries_per_kv, head_dim)
     thread_bytes = shared.decode_thread_bytes(kv_dtype, team.isa.has_bf16, num_kv_heads, queries_per_kv, head_dim)
-    results = batch * num_kv_heads * limits[0] * shared.decode_part_bytes(kv_dtype, queries_per_kv, head_dim)
+    results = batch * num_kv_heads * splits * shared.decode_part_bytes(kv_dtype, queries_per_kv, head_dim)
     failure = team.run(
         ("attention.decode_kernel", "decode", team.isa, kv_dtype, tiles.score_heads, tiles.value_heads, tiles.words),
         team.num_threads * thread_bytes + results,
-        *_queries(q, num_kv_heads),
-        *_pages(k_pages, v_pages, kv_dtype, head_dim),
-        page_table.data_ptr(),
-        4 * page_table.stride(0),
-        4 * page_table.stride(1),
-        max_pages,
-        kv_start.data_ptr(),
-        kv_stop.data_ptr(),
-        *_results(scale, out, lse),
-        team.num_threads,
-        thread_bytes,
-        *limits,
+        *DECODE.filled(
+            **_queries(q, num_kv_heads),
+            **_pages(k_pages, v_pages, kv_dtype, head_dim),
+            table=page_table.data_ptr(),
+            table_row=4 * page_table.stride(0),
+            table_head=4 * page_table.stride(1),
+            max_pages=max_pages,
+            start=kv_start.data_ptr(),
+            stop=kv_stop.data_ptr(),
+            **_results(scale, out, lse),
+            threads=team.num_threads,
+            thread_bytes=thread_bytes,
+            splits=splits,
+            items=items,
+            most_items=most_items,
+        ),
     )
     raise_failure(failure, max_pages, page_size, num_pages)
 
@@ -136,43 +141,59 @@ def prefill_attention(
     failure = team.run(
         ("attention.prefill_kernel", "prefill", team.isa, kv_dtype),
         team.num_threads * thread_bytes,
-        *_queries(q, num_kv_heads),
-        *_pages(k_pages, v_pages, kv_dtype, head_dim),
-        page_table.data_ptr(),
-        0,
-        4 * page_table.stride(0),
-        max_pages,
-        kv_start,
-        kv_stop,
-        *_results(scale, out, lse),
-        team.num_threads,
-        thread_bytes,
-        q_start,
-        window,
+        *PREFILL.filled(
+            **_queries(q, num_kv_heads),
+            **_pages(k_pages, v_pages, kv_dtype, head_dim),
+            table=page_table.data_ptr(),
+            table_row=0,
+            table_head=4 * page_table.stride(0),
+            max_pages=max_pages,
+            start=kv_start,
+            stop=kv_stop,
+            **_results(scale, out, lse),
+            threads=team.num_threads,
+            thread_bytes=thread_bytes,
+            q_start=q_start,
+            window=window,
+        ),
     )
     raise_failure(failure, max_pages, page_size, num_pages)
 
 
-def _queries(q: torch.Tensor, num_kv_heads: int) -> tuple[int, ...]:
-    """Parameters P_Q to P_HEAD_DIM."""
+def _queries(q: torch.Tensor, num_kv_heads: int) -> dict[str, int]:
     rows, num_heads, head_dim = q.shape
-    return (
-        q.data_ptr(),
-        4 * q.stride(0),
-        4 * q.stride(1),
-        rows,
-        num_kv_heads,
-        num_heads // num_kv_heads,
-        head_dim,
-    )
+    return {
+        "q": q.data_ptr(),
+        "q_row": 4 * q.stride(0),
+        "q_head": 4 * q.stride(1),
+        "rows": rows,
+        "kv_heads": num_kv_heads,
+        "queries_per_kv": num_heads // num_kv_heads,
+        "head_dim": head_dim,
+    }
 
 
-def _pages(k_pages: torch.Tensor, v_pages: torch.Tensor, kv_dtype: str, head_dim: int) -> tuple[int, ...]:
-    """Parameters P_K to P_PAGE_SIZE."""
-    k, v = (page_parameters(pages, kv_dtype, head_dim) for pages in (k_pages, v_pages))
-    return *k, *v, *k_pages.shape[:2]
+def _pages(k_pages: torch.Tensor, v_pages: torch.Tensor, kv_dtype: str, head_dim: int) -> dict[str, int]:
+    (k, k_page, k_row), (v, v_page, v_row) = (page_words(pages, kv_dtype, head_dim) for pages in (k_pages, v_pages))
+    num_pages, page_size, _ = k_pages.shape
+    return {
+        "k": k,
+        "k_page": k_page,
+        "k_row": k_row,
+        "v": v,
+        "v_page": v_page,
+        "v_row": v_row,
+        "num_pages": num_pages,
+        "page_size": page_size,
+    }
 
 
-def _results(scale: float, out: torch.Tensor, lse: torch.Tensor) -> tuple[int, ...]:
-    """Parameters P_SCALE to P_LSE_ROW."""
-    return bits_of(scale), out.data_ptr(), 4 * out.stride(0), 4 * out.stride(1), lse.data_ptr(), 4 * lse.stride(0)
+def _results(scale: float, out: torch.Tensor, lse: torch.Tensor) -> dict[str, int]:
+    return {
+        "scale": bits_of(scale),
+        "out": out.data_ptr(),
+        "out_row": 4 * out.stride(0),
+        "out_head": 4 * out.stride(1),
+        "lse": lse.data_ptr(),
+        "lse_row": 4 * lse.stride(0),
+    }

@@ -1,4 +1,4 @@
-"""Parameters and working memory that the attention kernels and their wrappers share. Strides and sizes are in bytes."""
+"""Tiles and working memory that the attention kernels and their wrappers share. Sizes are in bytes."""
 
 from dataclasses import dataclass
 
@@ -8,46 +8,10 @@ KEY_TILE = 64  # keys of one tile: a run of rows of one page
 LINE_BYTES = 64
 LANES = 16  # of a register, as in vectors/vector.py, which a warm start does not import
 
-(
-    P_Q,
-    P_Q_ROW,
-    P_Q_HEAD,
-    P_BATCH,
-    P_GROUPS,
-    P_HEADS,  # query heads per group
-    P_HEAD_DIM,
-    P_K,
-    P_K_PAGE,
-    P_K_ROW,  # of quantised pages: codes of one token
-    P_V,
-    P_V_PAGE,
-    P_V_ROW,
-    P_NUM_PAGES,
-    P_PAGE_SIZE,
-    P_TABLE,
-    P_TABLE_ROW,
-    P_TABLE_GROUP,
-    P_MAX_PAGES,
-    P_START,
-    P_STOP,
-    P_SCALE,  # float64
-    P_OUT,
-    P_OUT_ROW,
-    P_OUT_HEAD,
-    P_LSE,
-    P_LSE_ROW,
-    P_THREADS,
-    P_THREAD_BYTES,
-    P_SPLITS,  # decode only, as are the next two: the most of a row
-    P_ROW_ITEMS,  # wanted of a row, so that all threads have work
-    P_SLOTS,  # the most items that a row may have
-) = range(1, 33)
-P_Q_START, P_WINDOW = P_SPLITS, P_ROW_ITEMS  # what prefill has in their places: position of row 0, window
-
 SPLIT_TILES = 8  # tiles of a split; shorter ones cost more in merging than they balance
 PREFILL_SCORES = 4  # query vectors per score tile: 4 x 64 keys fill 16 registers
 PREFILL_VALUES = 8  # query vectors per pass over V
-PREFILL_VECTORS = 64  # query vectors (rows x heads of a group) per item: what one transposed tile of K serves
+PREFILL_VECTORS = 64  # query vectors (rows x heads of a KV head) per item: what one transposed tile of K serves
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +76,7 @@ class DecodeTiles:
 
     @classmethod
     def of(cls, kv_dtype: str, queries_per_kv: int, head_dim: int) -> "DecodeTiles":
-        """For this many query heads per group. Blocks of codes are whole, so that no scale is read beyond a row's."""
+        """For this many query heads per KV head. Blocks of codes are whole: no scale is read beyond a row's."""
         shape, padded = RowShape.of(kv_dtype), padded_heads(queries_per_kv)
         if not shape.has_codes:
             most = 8 if padded % 8 == 0 else min(padded, 4)
@@ -134,7 +98,7 @@ def whole_pages(size: int) -> int:
 
 
 def padded_heads(queries_per_kv: int) -> int:
-    """Query heads per group, padded to whole score tiles."""
+    """Query heads per KV head, padded to whole score tiles."""
     return queries_per_kv if queries_per_kv <= 2 else -(-queries_per_kv // 4) * 4
 
 
@@ -144,20 +108,20 @@ HEAD_SCORES, HEAD_WEIGHTS, HEAD_SCALARS = 4 * KEY_TILE, 2 * KEY_TILE, 32
 SCALE_OF_STRIP, OFFSET_OF_STRIP, SCALE_OF_Q, WEIGHT_OF_TILE = 4, 8, 12, 16  # bytes into the scalars
 
 
-def decode_thread_bytes(kv_dtype: str, has_bf16: bool, groups: int, queries_per_kv: int, head_dim: int) -> int:
+def decode_thread_bytes(kv_dtype: str, has_bf16: bool, kv_heads: int, queries_per_kv: int, head_dim: int) -> int:
     """Working memory of one thread of decode.
 
-    Scores and weights of every head; scales and minima of a tile's keys; then of every group and head q, scalars and
-    sums of q per group of codes.
+    Scores and weights of every head; scales and minima of a tile's keys; then of every KV head its query
+    heads' q, scalars and sums of q per group of codes.
     """
     shape, lines, heads = RowShape.of(kv_dtype), RowShape.of(kv_dtype).lines(head_dim), padded_heads(queries_per_kv)
     tile = heads * (HEAD_SCORES + HEAD_WEIGHTS) + lines * shape.numbers * 4 * KEY_TILE
     query = heads * (lines * (q_line_bytes(kv_dtype, has_bf16) + 4) + HEAD_SCALARS)
-    return whole_pages(tile + groups * (query + LINE_BYTES) + 8 * LINE_BYTES)
+    return whole_pages(tile + kv_heads * (query + LINE_BYTES) + 8 * LINE_BYTES)
 
 
 def decode_part_bytes(kv_dtype: str, queries_per_kv: int, head_dim: int) -> int:
-    """The partial result of one group and split: acc of every head, then (m, l) of every head."""
+    """The partial result of one KV head and split: acc of every head, then (m, l) of every head."""
     heads, shape = padded_heads(queries_per_kv), RowShape.of(kv_dtype)
     return heads * shape.lines(head_dim) * shape.acc_bytes + -(-8 * heads // 64) * 64
 

@@ -17,30 +17,6 @@ from cpu_kernels.attention.parameters import (
     HEAD_SCORES,
     KEY_TILE,
     LINE_BYTES,
-    P_BATCH,
-    P_GROUPS,
-    P_HEAD_DIM,
-    P_HEADS,
-    P_K_ROW,
-    P_LSE,
-    P_LSE_ROW,
-    P_MAX_PAGES,
-    P_OUT,
-    P_OUT_HEAD,
-    P_OUT_ROW,
-    P_PAGE_SIZE,
-    P_Q,
-    P_Q_HEAD,
-    P_Q_ROW,
-    P_Q_START,
-    P_SCALE,
-    P_START,
-    P_STOP,
-    P_TABLE,
-    P_TABLE_GROUP,
-    P_THREAD_BYTES,
-    P_V_ROW,
-    P_WINDOW,
     PREFILL_SCORES,
     PREFILL_VALUES,
     PREFILL_VECTORS,
@@ -61,6 +37,7 @@ from cpu_kernels.attention.tiles import (
     write_lse,
 )
 from cpu_kernels.attention.values import head_writer, value_strip
+from cpu_kernels.team.arguments import PREFILL
 from cpu_kernels.team.chunks import fail, parameter, real_parameter, take
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.dot import line_products
@@ -93,7 +70,7 @@ def scores_of_tile(isa: Isa, kv_dtype: str):
     word_bytes = 4 * len(products)
 
     @emits(tile, tile, intp, intp, intp)
-    def step(b, sums, q, q_bytes, keys):
+    def add_words(b, sums, q, q_bytes, keys):
         rows = [b.add(q, b.mul(q_bytes, ir.Constant(I64, query))) for query in range(PREFILL_SCORES)]
         for half, (select, add_product) in enumerate(products):
             ks = [select(b, load_as(b, keys, VI32, LINE_BYTES * part)) for part in range(KEY_VECTORS)]
@@ -115,7 +92,7 @@ def scores_of_tile(isa: Isa, kv_dtype: str):
     def scores(q, q_bytes, keys, words, to):
         sums = start()
         for word in range(words):
-            sums = step(sums, q + word_bytes * word, q_bytes, keys + 4 * KEY_TILE * word)
+            sums = add_words(sums, q + word_bytes * word, q_bytes, keys + 4 * KEY_TILE * word)
         store(sums, to)
 
     return scores
@@ -124,8 +101,8 @@ def scores_of_tile(isa: Isa, kv_dtype: str):
 @helper
 def visible(arguments, row, position, keys):
     """Visible keys [first, last) of the tile at `position` for this row of q."""
-    at = parameter(arguments, P_Q_START) + row
-    window = parameter(arguments, P_WINDOW)
+    at = parameter(arguments, PREFILL.q_start) + row
+    window = parameter(arguments, PREFILL.window)
     first = most(0, at - window + 1 - position) if window else 0
     return first, least(keys, at + 1 - position)
 
@@ -137,10 +114,10 @@ def rows_of_tile(kv_dtype: str):
 
     @helper
     def rows(arguments, k_page, v_page, offset, keys, lines, work):
-        k_row, v_row = parameter(arguments, P_K_ROW), parameter(arguments, P_V_ROW)
+        k_row, v_row = parameter(arguments, PREFILL.k_row), parameter(arguments, PREFILL.v_row)
         k_rows, k_numbers, v_rows, v_numbers = tile_rows(arguments, k_page, v_page, offset)
         if has_codes:
-            stride, groups, wide = 2 * parameter(arguments, P_PAGE_SIZE), lines // group_lines, LINE_BYTES * lines
+            stride, groups, wide = 2 * parameter(arguments, PREFILL.page_size), lines // group_lines, LINE_BYTES * lines
             widen(k_rows, k_row, k_numbers, stride, keys, groups, work)
             widen(v_rows, v_row, v_numbers, stride, keys, groups, work + KEY_TILE * wide)
             return work, wide, work + KEY_TILE * wide, wide
@@ -158,7 +135,7 @@ def attend_tile(isa: Isa, kv_dtype: str):
     @helper
     def soften(arguments, first_row, queries_per_kv, count, vector, position, keys, scores, running):
         """Scores -> weights of one pass of query vectors."""
-        scale = splat(types.float32(real_parameter(arguments, P_SCALE) * LOG2_E))
+        scale = splat(types.float32(real_parameter(arguments, PREFILL.scale) * LOG2_E))
         scalars = scores + HEAD_SCORES * PREFILL_VALUES
         for part in range(PREFILL_VALUES):
             row = first_row + least(count - 1, vector + part) // queries_per_kv
@@ -192,7 +169,7 @@ def attend_tile(isa: Isa, kv_dtype: str):
                 at = q + (vector + part) * q_bytes
                 scores_of(at, q_bytes, k_t, LANES * lines, scores + HEAD_SCORES * part)
             soften(arguments, first_row, queries_per_kv, count, vector, position, keys, scores, running)
-            head_dim = parameter(arguments, P_HEAD_DIM)
+            head_dim = parameter(arguments, PREFILL.head_dim)
             add_values(head_dim, lines, last, v_rows, v_row, scores, acc + vector * acc_bytes)
 
     return attend
@@ -221,14 +198,14 @@ def attend_block(isa: Isa, kv_dtype: str):
                 store_block(block, to + 4 * KEY_TILE * LANES * line + 4 * key, 4 * KEY_TILE)
 
     @helper
-    def start_vectors(arguments, group, first_row, count, padded, lines, q, acc, running):
+    def start_vectors(arguments, kv_head, first_row, count, padded, lines, q, acc, running):
         """Load the item's queries, the last one repeated as padding; acc and (m, l) of nothing."""
-        queries_per_kv, head_dim = parameter(arguments, P_HEADS), parameter(arguments, P_HEAD_DIM)
+        queries_per_kv, head_dim = parameter(arguments, PREFILL.queries_per_kv), parameter(arguments, PREFILL.head_dim)
         for vector in range(padded):
             real = least(count - 1, vector)
-            head, row = group * queries_per_kv + real % queries_per_kv, first_row + real // queries_per_kv
-            source = parameter(arguments, P_Q) + row * parameter(arguments, P_Q_ROW)
-            source += head * parameter(arguments, P_Q_HEAD)
+            head, row = kv_head * queries_per_kv + real % queries_per_kv, first_row + real // queries_per_kv
+            source = parameter(arguments, PREFILL.q) + row * parameter(arguments, PREFILL.q_row)
+            source += head * parameter(arguments, PREFILL.q_head)
             load_q(source, head_dim, lines, q + vector * q_line * lines)
             store_scalar(MINUS_INFINITY, running + 8 * vector)
             store_scalar(ZERO, running + 8 * vector + 4)
@@ -236,25 +213,28 @@ def attend_block(isa: Isa, kv_dtype: str):
             store_f32(splat(ZERO), acc + i)
 
     @helper
-    def write_vectors(arguments, group, first_row, count, lines, acc, running):
-        queries_per_kv, head_dim = parameter(arguments, P_HEADS), parameter(arguments, P_HEAD_DIM)
+    def write_vectors(arguments, kv_head, first_row, count, lines, acc, running):
+        queries_per_kv, head_dim = parameter(arguments, PREFILL.queries_per_kv), parameter(arguments, PREFILL.head_dim)
         for vector in range(count):
-            head, row = group * queries_per_kv + vector % queries_per_kv, first_row + vector // queries_per_kv
-            to = parameter(arguments, P_OUT) + row * parameter(arguments, P_OUT_ROW)
-            lse = parameter(arguments, P_LSE) + row * parameter(arguments, P_LSE_ROW) + 4 * head
+            head, row = kv_head * queries_per_kv + vector % queries_per_kv, first_row + vector // queries_per_kv
+            to = parameter(arguments, PREFILL.out) + row * parameter(arguments, PREFILL.out_row)
+            lse = parameter(arguments, PREFILL.lse) + row * parameter(arguments, PREFILL.lse_row) + 4 * head
             weight = write_lse(running + 8 * vector, lse)
-            write(acc + vector * acc_line * lines, weight, to + head * parameter(arguments, P_OUT_HEAD), head_dim)
+            write(acc + vector * acc_line * lines, weight, to + head * parameter(arguments, PREFILL.out_head), head_dim)
 
     @helper
     def key_range(arguments, first_row, rows):
         """The keys that any of these rows may see."""
-        q_start, window = parameter(arguments, P_Q_START), parameter(arguments, P_WINDOW)
-        start, stop = parameter(arguments, P_START), least(parameter(arguments, P_STOP), q_start + first_row + rows)
+        q_start, window = parameter(arguments, PREFILL.q_start), parameter(arguments, PREFILL.window)
+        start, stop = (
+            parameter(arguments, PREFILL.start),
+            least(parameter(arguments, PREFILL.stop), q_start + first_row + rows),
+        )
         return most(start, q_start + first_row - window + 1) if window else start, stop
 
     @helper
-    def block(arguments, group, first_row, rows, work):
-        queries_per_kv, head_dim = parameter(arguments, P_HEADS), parameter(arguments, P_HEAD_DIM)
+    def block(arguments, kv_head, first_row, rows, work):
+        queries_per_kv, head_dim = parameter(arguments, PREFILL.queries_per_kv), parameter(arguments, PREFILL.head_dim)
         lines = ((head_dim + row_items - 1) // row_items * row_items + line_items - 1) // line_items
         row_size, count = LINE_BYTES * lines, rows * queries_per_kv
         padded = (count + PREFILL_VALUES - 1) // PREFILL_VALUES * PREFILL_VALUES
@@ -263,9 +243,9 @@ def attend_block(isa: Isa, kv_dtype: str):
         q = scores + PREFILL_VALUES * (HEAD_SCORES + HEAD_SCALARS)
         acc = q + padded * q_line * lines
         running = acc + padded * acc_line * lines
-        start_vectors(arguments, group, first_row, count, padded, lines, q, acc, running)
+        start_vectors(arguments, kv_head, first_row, count, padded, lines, q, acc, running)
         position, stop = key_range(arguments, first_row, rows)
-        table = parameter(arguments, P_TABLE) + group * parameter(arguments, P_TABLE_GROUP)
+        table = parameter(arguments, PREFILL.table) + kv_head * parameter(arguments, PREFILL.table_head)
         items = line_items * lines if has_codes else head_dim
         while position < stop:
             page = page_at(arguments, table, position)
@@ -291,7 +271,7 @@ def attend_block(isa: Isa, kv_dtype: str):
                 running,
             )
             position += keys
-        write_vectors(arguments, group, first_row, count, lines, acc, running)
+        write_vectors(arguments, kv_head, first_row, count, lines, acc, running)
         return True
 
     return block
@@ -302,19 +282,19 @@ def prefill(isa: Isa, kv_dtype: str):
     attend = attend_block(isa, kv_dtype)
 
     def kernel(arguments, thread):
-        q_len, groups = parameter(arguments, P_BATCH), parameter(arguments, P_GROUPS)
-        work = parameter(arguments, 0) + thread * parameter(arguments, P_THREAD_BYTES)
-        block_rows = most(1, PREFILL_VECTORS // parameter(arguments, P_HEADS))
+        q_len, kv_heads = parameter(arguments, PREFILL.rows), parameter(arguments, PREFILL.kv_heads)
+        work = parameter(arguments, PREFILL.scratch) + thread * parameter(arguments, PREFILL.thread_bytes)
+        block_rows = most(1, PREFILL_VECTORS // parameter(arguments, PREFILL.queries_per_kv))
         blocks = (q_len + block_rows - 1) // block_rows
-        limit = parameter(arguments, P_PAGE_SIZE) * parameter(arguments, P_MAX_PAGES)
-        if parameter(arguments, P_START) < 0 or parameter(arguments, P_STOP) > limit:
+        limit = parameter(arguments, PREFILL.page_size) * parameter(arguments, PREFILL.max_pages)
+        if parameter(arguments, PREFILL.start) < 0 or parameter(arguments, PREFILL.stop) > limit:
             fail(arguments, 1)
             return
         chunk = take(arguments, 0)
-        while chunk < blocks * groups:
-            block, group = blocks - 1 - chunk // groups, chunk % groups
+        while chunk < blocks * kv_heads:
+            block, kv_head = blocks - 1 - chunk // kv_heads, chunk % kv_heads
             first_row = block * block_rows
-            if not attend(arguments, group, first_row, least(block_rows, q_len - first_row), work):
+            if not attend(arguments, kv_head, first_row, least(block_rows, q_len - first_row), work):
                 fail(arguments, 2)
             chunk = take(arguments, 0)
 

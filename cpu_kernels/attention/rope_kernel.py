@@ -10,6 +10,7 @@ from cpu_kernels.attention.parameters import RowShape
 from cpu_kernels.attention.row_vectors import bf16_scalar, store_bf16_scalar, store_int8, store_nibbles
 from cpu_kernels.formats.pages import GROUP_DIMS, is_quantised
 from cpu_kernels.small.elementwise_kernel import inverse_rms
+from cpu_kernels.team.arguments import ROPE
 from cpu_kernels.team.chunks import fail, parameter, real_parameter, take
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.scalar import load_i64
@@ -193,56 +194,72 @@ def spread(row, head_dim, block, factor):
 
 
 def rope_append(kv_dtype: str):
-    """Parameters: see rope_op.py."""
+    """Kernel for one KV dtype."""
     write_row, has_codes = row_writer(kv_dtype), is_quantised(kv_dtype)
 
     @helper
-    def append(arguments, thread, row, group, slot, cos, sin):
+    def append(arguments, thread, row, kv_head, slot, cos, sin):
         """The heads of one unit."""
-        queries_per_kv, head_dim, half = parameter(arguments, 6), parameter(arguments, 7), parameter(arguments, 8)
-        q_norm, k_norm, eps = parameter(arguments, 14), parameter(arguments, 15), real_parameter(arguments, 16)
-        page_size = parameter(arguments, 27)
-        block, factor = parameter(arguments, 31), splat(np.float32(real_parameter(arguments, 32)))
+        queries_per_kv, head_dim, half = (
+            parameter(arguments, ROPE.queries_per_kv),
+            parameter(arguments, ROPE.head_dim),
+            parameter(arguments, ROPE.half),
+        )
+        q_norm, k_norm, eps = (
+            parameter(arguments, ROPE.q_norm),
+            parameter(arguments, ROPE.k_norm),
+            real_parameter(arguments, ROPE.eps),
+        )
+        page_size = parameter(arguments, ROPE.page_size)
+        block, factor = parameter(arguments, ROPE.block), splat(np.float32(real_parameter(arguments, ROPE.factor)))
         page, offset = slot // page_size, slot % page_size
-        source = parameter(arguments, 1) + row * parameter(arguments, 2) + group * parameter(arguments, 3)
-        q = parameter(arguments, 17) + row * parameter(arguments, 18)
+        source = (
+            parameter(arguments, ROPE.qkv)
+            + row * parameter(arguments, ROPE.qkv_row)
+            + kv_head * parameter(arguments, ROPE.qkv_unit)
+        )
+        q = parameter(arguments, ROPE.q) + row * parameter(arguments, ROPE.q_row)
         for head in range(queries_per_kv):
-            to = q + (group * queries_per_kv + head) * parameter(arguments, 19)
+            to = q + (kv_head * queries_per_kv + head) * parameter(arguments, ROPE.q_head)
             rotate_head(source, head_dim, half, cos, sin, q_norm, eps, to)
             if has_codes:
                 spread(to, head_dim, block, factor)
             source += 4 * head_dim
-        key = parameter(arguments, 0) + thread * parameter(arguments, 30)
+        key = parameter(arguments, ROPE.scratch) + thread * parameter(arguments, ROPE.row_bytes)
         rotate_head(source, head_dim, half, cos, sin, k_norm, eps, key)
         if has_codes:
             spread(key, head_dim, block, factor)
-        k_page = parameter(arguments, 20) + page * parameter(arguments, 21)
-        v_page = parameter(arguments, 23) + page * parameter(arguments, 24)
-        write_row(key, head_dim, k_page, offset, parameter(arguments, 22), page_size)
-        write_row(source + 4 * head_dim, head_dim, v_page, offset, parameter(arguments, 25), page_size)
+        k_page = parameter(arguments, ROPE.k) + page * parameter(arguments, ROPE.k_page)
+        v_page = parameter(arguments, ROPE.v) + page * parameter(arguments, ROPE.v_page)
+        write_row(key, head_dim, k_page, offset, parameter(arguments, ROPE.k_row), page_size)
+        write_row(source + 4 * head_dim, head_dim, v_page, offset, parameter(arguments, ROPE.v_row), page_size)
 
     def kernel(arguments, thread):
-        rows, groups = parameter(arguments, 4), parameter(arguments, 5)
-        positions, max_positions = parameter(arguments, 9), parameter(arguments, 10)
-        num_slots, slots, slots_row = parameter(arguments, 26), parameter(arguments, 28), parameter(arguments, 29)
+        rows, kv_heads = parameter(arguments, ROPE.rows), parameter(arguments, ROPE.kv_heads)
+        positions, max_positions = parameter(arguments, ROPE.positions), parameter(arguments, ROPE.max_positions)
+        num_slots, slots, slots_row = (
+            parameter(arguments, ROPE.num_slots),
+            parameter(arguments, ROPE.slots),
+            parameter(arguments, ROPE.slots_row),
+        )
         chunk = take(arguments, 0)
-        while chunk < rows * groups:
-            row, group = chunk // groups, chunk % groups
-            position, slot = load_i64(positions + 8 * row), load_i64(slots + row * slots_row + 8 * group)
+        while chunk < rows * kv_heads:
+            row, kv_head = chunk // kv_heads, chunk % kv_heads
+            position, slot = load_i64(positions + 8 * row), load_i64(slots + row * slots_row + 8 * kv_head)
             if position < 0 or position >= max_positions:
                 fail(arguments, 1)
             elif slot < 0 or slot >= num_slots:
                 fail(arguments, 2)
             else:
-                angle = position * parameter(arguments, 13)
+                angle = position * parameter(arguments, ROPE.angle_row)
                 append(
                     arguments,
                     thread,
                     row,
-                    group,
+                    kv_head,
                     slot,
-                    parameter(arguments, 11) + angle,
-                    parameter(arguments, 12) + angle,
+                    parameter(arguments, ROPE.cos) + angle,
+                    parameter(arguments, ROPE.sin) + angle,
                 )
             chunk = take(arguments, 0)
 

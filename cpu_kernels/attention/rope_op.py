@@ -2,9 +2,10 @@
 
 import torch
 
-from cpu_kernels.attention.op import check_pages, page_parameters
+from cpu_kernels.attention.op import check_pages, page_words
 from cpu_kernels.checks import bits_of, check_tensor, expect
 from cpu_kernels.formats.pages import hadamard_block
+from cpu_kernels.team.arguments import ROPE
 from cpu_kernels.team.team import Team
 
 
@@ -29,14 +30,16 @@ def rope_append(
 ) -> None:
     """See CpuKernels.rope_append."""
     check_tensor("qkv", qkv, torch.float32, (None, None, None))
-    rows, groups, unit_features = qkv.shape
+    rows, kv_heads, unit_features = qkv.shape
     check_tensor("q", q, torch.float32, (rows, None, None))
     _, num_heads, head_dim = q.shape
-    expect(groups > 0 and num_heads % groups == 0, f"{num_heads} query heads do not divide over {groups} KV heads")
-    queries_per_kv = num_heads // groups
+    expect(
+        kv_heads > 0 and num_heads % kv_heads == 0, f"{num_heads} query heads do not divide over {kv_heads} KV heads"
+    )
+    queries_per_kv = num_heads // kv_heads
     expect(
         unit_features >= (queries_per_kv + 2) * head_dim,
-        f"qkv has {unit_features} features per group; {queries_per_kv} query heads, k and v of {head_dim} need more",
+        f"qkv has {unit_features} features per KV head; {queries_per_kv} query heads, k and v of {head_dim} need more",
     )
     kv_dtype = check_pages(k_pages, v_pages, head_dim)
     check_tensor("positions", positions, torch.int64, (rows,))
@@ -48,43 +51,49 @@ def rope_append(
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
             check_tensor(name, norm, torch.float32, (head_dim,))
-    check_tensor("slots", slots, torch.int64, (rows, groups))
+    check_tensor("slots", slots, torch.int64, (rows, kv_heads))
     if rows == 0:
         return
     num_pages, page_size, _ = k_pages.shape
-    k, v = (page_parameters(pages, kv_dtype, head_dim) for pages in (k_pages, v_pages))
+    (k, k_page, k_row), (v, v_page, v_row) = (page_words(pages, kv_dtype, head_dim) for pages in (k_pages, v_pages))
     row_bytes, block = row_scratch_bytes(head_dim), hadamard_block(kv_dtype, head_dim)
     failure = team.run(
         ("attention.rope_kernel", "rope_append", kv_dtype),
         team.num_threads * row_bytes,
-        qkv.data_ptr(),
-        4 * qkv.stride(0),
-        4 * qkv.stride(1),
-        rows,
-        groups,
-        queries_per_kv,
-        head_dim,
-        half,
-        positions.data_ptr(),
-        max_positions,
-        cos.data_ptr(),
-        sin.data_ptr(),
-        4 * cos.stride(0),
-        0 if q_norm is None else q_norm.data_ptr(),
-        0 if k_norm is None else k_norm.data_ptr(),
-        bits_of(eps),
-        q.data_ptr(),
-        4 * q.stride(0),
-        4 * q.stride(1),
-        *k,
-        *v,
-        num_pages * page_size,
-        page_size,
-        slots.data_ptr(),
-        8 * slots.stride(0),
-        row_bytes,
-        block,
-        bits_of(block**-0.5),
+        *ROPE.filled(
+            qkv=qkv.data_ptr(),
+            qkv_row=4 * qkv.stride(0),
+            qkv_unit=4 * qkv.stride(1),
+            rows=rows,
+            kv_heads=kv_heads,
+            queries_per_kv=queries_per_kv,
+            head_dim=head_dim,
+            half=half,
+            positions=positions.data_ptr(),
+            max_positions=max_positions,
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            angle_row=4 * cos.stride(0),
+            q_norm=0 if q_norm is None else q_norm.data_ptr(),
+            k_norm=0 if k_norm is None else k_norm.data_ptr(),
+            eps=bits_of(eps),
+            q=q.data_ptr(),
+            q_row=4 * q.stride(0),
+            q_head=4 * q.stride(1),
+            k=k,
+            k_page=k_page,
+            k_row=k_row,
+            v=v,
+            v_page=v_page,
+            v_row=v_row,
+            num_slots=num_pages * page_size,
+            page_size=page_size,
+            slots=slots.data_ptr(),
+            slots_row=8 * slots.stride(0),
+            row_bytes=row_bytes,
+            block=block,
+            factor=bits_of(block**-0.5),
+        ),
     )
     expect(failure != 1, f"positions must lie in 0..{max_positions - 1}, the rows of cos and sin")
     expect(failure != 2, f"slots must lie in 0..{num_pages * page_size - 1}, the slots of the pages")

@@ -39,22 +39,22 @@ NARROW_HEADS = 2  # heads whose sums fit in 16 registers of 8 lanes
 
 
 def alternating(width, high):
-    """Lanes of two registers, `width` of each in turn, from the lower or upper halves of their groups of 4."""
+    """Lanes of two registers, `width` of each in turn, from the lower or upper halves of their runs of 4."""
     halves = (range(lane + 2 * high, lane + 2 * high + 2, width) for lane in range(0, LANES, 4))
-    return [source + at + step for half in halves for at in half for source in (0, LANES) for step in range(width)]
+    return [source + at + lane for half in halves for at in half for source in (0, LANES) for lane in range(width)]
 
 
-def groups_of_four(odd):
-    """Lanes of two registers: every second group of 4 lanes of the first, then of the second."""
-    groups = [group for source in (0, LANES) for group in (source + 4 * odd, source + 4 * odd + 8)]
-    return [lane for group in groups for lane in range(group, group + 4)]
+def fours(odd):
+    """Lanes of two registers: every second run of 4 lanes of the first, then of the second."""
+    firsts = [first for source in (0, LANES) for first in (source + 4 * odd, source + 4 * odd + 8)]
+    return [lane for first in firsts for lane in range(first, first + 4)]
 
 
 def transposed(b, values):
     """16 registers whose element [i][j] is that of [j][i] before.
 
-    Two rounds inside groups of 4 lanes, which any shuffle unit does, make a column of four keys of every group; two
-    rounds of whole groups put these columns together.
+    Two rounds inside runs of 4 lanes, which any shuffle unit does, make a column of four keys of every run; two
+    rounds of whole runs put these columns together.
     """
     quads = []
     for at in range(0, LANES, 4):
@@ -63,9 +63,9 @@ def transposed(b, values):
     words = [None] * LANES
     for column in range(4):
         for odd in (0, 1):
-            halves = [picked(b, quads[at][column], quads[at + 1][column], groups_of_four(odd)) for at in (0, 2)]
+            halves = [picked(b, quads[at][column], quads[at + 1][column], fours(odd)) for at in (0, 2)]
             for upper in (0, 1):
-                words[4 * odd + 8 * upper + column] = picked(b, *halves, groups_of_four(upper))
+                words[4 * odd + 8 * upper + column] = picked(b, *halves, fours(upper))
     return words
 
 

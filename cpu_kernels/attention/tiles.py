@@ -17,16 +17,9 @@ from numba import types
 
 from cpu_kernels.attention.parameters import (
     KEY_TILE,
-    P_K,
-    P_K_PAGE,
-    P_K_ROW,
-    P_NUM_PAGES,
-    P_PAGE_SIZE,
-    P_V,
-    P_V_PAGE,
-    P_V_ROW,
     RowShape,
 )
+from cpu_kernels.team.arguments import ATTENTION
 from cpu_kernels.team.chunks import parameter
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.dot import emit_round_bf16
@@ -130,26 +123,26 @@ def softmax_tile(isa: Isa, kv_dtype: str):
 @helper
 def page_at(arguments, table, position):
     """The page that holds a position; -1 where the table names none."""
-    page = types.int64(load_i32(table + 4 * (position // parameter(arguments, P_PAGE_SIZE))))
-    return page if 0 <= page < parameter(arguments, P_NUM_PAGES) else -1
+    page = types.int64(load_i32(table + 4 * (position // parameter(arguments, ATTENTION.page_size))))
+    return page if 0 <= page < parameter(arguments, ATTENTION.num_pages) else -1
 
 
 @helper
 def tile_at(arguments, page, position, stop):
     """(K page, V page, offset in them, keys) of the tile of keys that starts at a position of a valid page."""
-    page_size = parameter(arguments, P_PAGE_SIZE)
+    page_size = parameter(arguments, ATTENTION.page_size)
     offset = position % page_size
     keys = least(least(KEY_TILE, page_size - offset), stop - position)
-    k_page = parameter(arguments, P_K) + page * parameter(arguments, P_K_PAGE)
-    v_page = parameter(arguments, P_V) + page * parameter(arguments, P_V_PAGE)
+    k_page = parameter(arguments, ATTENTION.k) + page * parameter(arguments, ATTENTION.k_page)
+    v_page = parameter(arguments, ATTENTION.v) + page * parameter(arguments, ATTENTION.v_page)
     return k_page, v_page, offset, keys
 
 
 @helper
 def tile_rows(arguments, k_page, v_page, offset):
     """(rows of K, their numbers, rows of V, their numbers) from a token of a page on; only codes have numbers."""
-    page_size = parameter(arguments, P_PAGE_SIZE)
-    k_row, v_row = parameter(arguments, P_K_ROW), parameter(arguments, P_V_ROW)
+    page_size = parameter(arguments, ATTENTION.page_size)
+    k_row, v_row = parameter(arguments, ATTENTION.k_row), parameter(arguments, ATTENTION.v_row)
     k_numbers, v_numbers = k_page + page_size * k_row + 2 * offset, v_page + page_size * v_row + 2 * offset
     return k_page + offset * k_row, k_numbers, v_page + offset * v_row, v_numbers
 

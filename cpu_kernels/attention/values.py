@@ -96,15 +96,15 @@ def value_strip(isa: Isa, kv_dtype: str, heads: int):
     weights: of plain rows as softmax_tile leaves them, HEAD_SCORES apart; of codes two planes, HEAD_WEIGHTS apart,
     whose sums are also multiplied and offset by the head's scalars. `ahead` is where the next tile's share of V begins.
     """
-    shape, step, split = RowShape.of(kv_dtype), rows_at_once(isa, kv_dtype), Split(isa)
+    shape, together, split = RowShape.of(kv_dtype), rows_at_once(isa, kv_dtype), Split(isa)
     parts, has_codes, item_bytes = shape.parts, shape.has_codes, 4 // shape.word_items
     planes = (0, WEIGHT_PLANE) if has_codes else (0,)
-    weight_bytes, fetched = HEAD_WEIGHTS if has_codes else HEAD_SCORES, step * shape.line_bytes
+    weight_bytes, fetched = HEAD_WEIGHTS if has_codes else HEAD_SCORES, together * shape.line_bytes
     tile = types.UniTuple(F32x16, heads * parts * len(planes))
     zero_tile, line_items = zeros(tile.count), shape.line_items
 
     def multiplied(b, total, value, weight):
-        if step == 2:
+        if together == 2:
             return emit_dot_bf16(isa, b, total, value, weight)
         return fma_value(b, value, b.bitcast(weight, VF32), total)
 
@@ -165,15 +165,15 @@ def value_strip(isa: Isa, kv_dtype: str, heads: int):
     def strip(acc, acc_stride, scalars, row, row_bytes, keys, weights, count, ahead):
         sums = zero_tile()
         if has_codes or count >= line_items:
-            for key in range(0, keys, step):
+            for key in range(0, keys, together):
                 sums = whole_line(sums, row, row_bytes, keys - 1 - key, weights)
                 for offset in range(0, fetched, LINE_BYTES):
                     fetch(ahead + offset)
-                row, weights, ahead = row + step * row_bytes, weights + 4, ahead + fetched
+                row, weights, ahead = row + together * row_bytes, weights + 4, ahead + fetched
         else:
-            for key in range(0, keys, step):
+            for key in range(0, keys, together):
                 sums = part_line(sums, row, row_bytes, keys - 1 - key, weights, count)
-                row, weights = row + step * row_bytes, weights + 4
+                row, weights = row + together * row_bytes, weights + 4
         add_to_acc(sums, acc, acc_stride, scalars)
 
     return strip

@@ -14,6 +14,7 @@ from numba import types
 
 from cpu_kernels.formats.weights import BLOCK_FEATURES
 from cpu_kernels.linear.sizes import SEGMENT_INPUTS
+from cpu_kernels.team.arguments import LINEAR
 from cpu_kernels.team.chunks import await_stage, finish, parameter, take, take_range
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.dot import line_products
@@ -248,8 +249,12 @@ def rounded_rows(isa: Isa):
 
     @helper
     def round_rows(arguments):
-        scratch, x, x_stride = parameter(arguments, 0), parameter(arguments, 1), parameter(arguments, 2)
-        rows, in_features = parameter(arguments, 3), parameter(arguments, 4)
+        scratch, x, x_stride = (
+            parameter(arguments, LINEAR.scratch),
+            parameter(arguments, LINEAR.x),
+            parameter(arguments, LINEAR.x_row),
+        )
+        rows, in_features = parameter(arguments, LINEAR.rows), parameter(arguments, LINEAR.in_features)
         row_bytes = padded_row_bytes(in_features, x_bytes)
         segments = (in_features + SEGMENT_INPUTS - 1) // SEGMENT_INPUTS
         chunk = take(arguments, 0)
@@ -275,11 +280,11 @@ def padded_row_bytes(in_features, x_bytes):
 @helper
 def rows_as_they_are(arguments):
     """fp32 and fp16 need no rounding: the input itself."""
-    return parameter(arguments, 1), parameter(arguments, 2)
+    return parameter(arguments, LINEAR.x), parameter(arguments, LINEAR.x_row)
 
 
 def linear_dot(isa: Isa, weight_dtype: str, features: int, tile: int):
-    """Kernel for any number of rows in panels of `tile` rows, then 2, then 1; parameters: op.py."""
+    """Kernel for any number of rows in panels of `tile` rows, then 2, then 1."""
     prepare = rounded_rows(isa) if weight_dtype == "bf16" else rows_as_they_are
     item_bytes, x_item_bytes = line_of(isa, weight_dtype).item_bytes, line_of(isa, weight_dtype).x_item_bytes
     multiply_1 = block_times_row(isa, weight_dtype)
@@ -290,12 +295,24 @@ def linear_dot(isa: Isa, weight_dtype: str, features: int, tile: int):
 
     def kernel(arguments, thread):
         x, x_stride = prepare(arguments)
-        rows, in_features = parameter(arguments, 3), parameter(arguments, 4)
-        weight, num_blocks, block_bytes = parameter(arguments, 5), parameter(arguments, 6), parameter(arguments, 7)
-        bias, out, out_stride = parameter(arguments, 8), parameter(arguments, 9), parameter(arguments, 10)
-        accumulate, piece = parameter(arguments, 11), parameter(arguments, 12)
-        smallest, parts = parameter(arguments, 13), parameter(arguments, 14)
-        run, weight_run, out_run = parameter(arguments, 15), parameter(arguments, 16), parameter(arguments, 17)
+        rows, in_features = parameter(arguments, LINEAR.rows), parameter(arguments, LINEAR.in_features)
+        weight, num_blocks, block_bytes = (
+            parameter(arguments, LINEAR.weight),
+            parameter(arguments, LINEAR.num_blocks),
+            parameter(arguments, LINEAR.block_bytes),
+        )
+        bias, out, out_stride = (
+            parameter(arguments, LINEAR.bias),
+            parameter(arguments, LINEAR.out),
+            parameter(arguments, LINEAR.out_row),
+        )
+        accumulate, piece = parameter(arguments, LINEAR.accumulate), parameter(arguments, LINEAR.piece)
+        smallest, parts = parameter(arguments, LINEAR.smallest), parameter(arguments, LINEAR.parts)
+        run, weight_run, out_run = (
+            parameter(arguments, LINEAR.run),
+            parameter(arguments, LINEAR.weight_run),
+            parameter(arguments, LINEAR.out_run),
+        )
         w_stride = in_features * item_bytes
         start, stop = take_range(arguments, 1, num_blocks, smallest, parts)
         while start < stop:

@@ -7,11 +7,6 @@ kept in cache. Threads own blocks of outputs and nothing is summed between them,
 is shared like any other.
 
 Which experts and how many rows are memory contents: a recorded call follows whatever the router has written.
-
-Parameters: scratch, x, x row stride, sources (0: a pick's input is the row of its place), starts, first expert,
-experts here, in_features, weight, bytes from one expert to the next, blocks of an expert, block_bytes, out, out row
-stride, inputs per piece, fewest blocks of a range, threads, then blocks of a run, bytes from one run of weights to the
-next, and of outputs, as in op.py.
 """
 
 from cpu_kernels.formats import GROUP_INPUTS, format_of
@@ -25,6 +20,7 @@ from cpu_kernels.linear.dot_kernel import (
 )
 from cpu_kernels.linear.q_kernel import block_times_panel, panel_of, row_quantiser
 from cpu_kernels.linear.sizes import RECORD_BYTES, SEGMENT_GROUPS
+from cpu_kernels.team.arguments import EXPERT_LINEAR
 from cpu_kernels.team.chunks import await_stage, finish, parameter, take, take_range
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.isa import Isa
@@ -48,7 +44,11 @@ def expert_of(starts, first, count, place):
 @helper
 def source_row(arguments, place):
     """Address of the input of the pick at a place."""
-    x, stride, sources = parameter(arguments, 1), parameter(arguments, 2), parameter(arguments, 3)
+    x, stride, sources = (
+        parameter(arguments, EXPERT_LINEAR.x),
+        parameter(arguments, EXPERT_LINEAR.x_row),
+        parameter(arguments, EXPERT_LINEAR.sources),
+    )
     return x + (load_i32(sources + 4 * place) if sources else place) * stride
 
 
@@ -77,11 +77,18 @@ def shared_ranges(multiply):
 
     @helper
     def over_ranges(arguments, prepared, tile):
-        starts, first, count = parameter(arguments, 4), parameter(arguments, 5), parameter(arguments, 6)
-        num_blocks, threads = parameter(arguments, 10), parameter(arguments, 16)
+        starts, first, count = (
+            parameter(arguments, EXPERT_LINEAR.starts),
+            parameter(arguments, EXPERT_LINEAR.first),
+            parameter(arguments, EXPERT_LINEAR.count),
+        )
+        num_blocks, threads = (
+            parameter(arguments, EXPERT_LINEAR.num_blocks),
+            parameter(arguments, EXPERT_LINEAR.threads),
+        )
         busy, largest = busy_experts(starts, first, count)
         total = busy * num_blocks
-        smallest = most(1, least(parameter(arguments, 15), (total + threads - 1) // threads))
+        smallest = most(1, least(parameter(arguments, EXPERT_LINEAR.smallest), (total + threads - 1) // threads))
         parts = most(1, 2 * threads if largest <= tile else total)
         before, e = 0, first  # experts with picks before e; ranges come in order
         start, stop = take_range(arguments, 1, total, smallest, parts)
@@ -114,8 +121,12 @@ def expert_linear_q(isa: Isa, weight_dtype: str, tile: int):
 
     @helper
     def quantize(arguments):
-        records, starts = parameter(arguments, 0), parameter(arguments, 4)
-        first, count, in_features = parameter(arguments, 5), parameter(arguments, 6), parameter(arguments, 7)
+        records, starts = parameter(arguments, EXPERT_LINEAR.scratch), parameter(arguments, EXPERT_LINEAR.starts)
+        first, count, in_features = (
+            parameter(arguments, EXPERT_LINEAR.first),
+            parameter(arguments, EXPERT_LINEAR.count),
+            parameter(arguments, EXPERT_LINEAR.in_features),
+        )
         groups = (in_features + GROUP_INPUTS - 1) // GROUP_INPUTS
         segments = (groups + SEGMENT_GROUPS - 1) // SEGMENT_GROUPS
         begin, end = load_i32(starts + 4 * first), load_i32(starts + 4 * (first + count))
@@ -135,11 +146,19 @@ def expert_linear_q(isa: Isa, weight_dtype: str, tile: int):
 
     @helper
     def multiply(arguments, records, expert, place, picks, start, stop):
-        groups = (parameter(arguments, 7) + GROUP_INPUTS - 1) // GROUP_INPUTS
-        weight = parameter(arguments, 8) + expert * parameter(arguments, 9)
-        block_bytes, out, out_stride = parameter(arguments, 11), parameter(arguments, 12), parameter(arguments, 13)
-        piece = (parameter(arguments, 14) + GROUP_INPUTS - 1) // GROUP_INPUTS
-        run, weight_run, out_run = parameter(arguments, 17), parameter(arguments, 18), parameter(arguments, 19)
+        groups = (parameter(arguments, EXPERT_LINEAR.in_features) + GROUP_INPUTS - 1) // GROUP_INPUTS
+        weight = parameter(arguments, EXPERT_LINEAR.weight) + expert * parameter(arguments, EXPERT_LINEAR.expert_bytes)
+        block_bytes, out, out_stride = (
+            parameter(arguments, EXPERT_LINEAR.block_bytes),
+            parameter(arguments, EXPERT_LINEAR.out),
+            parameter(arguments, EXPERT_LINEAR.out_row),
+        )
+        piece = (parameter(arguments, EXPERT_LINEAR.piece) + GROUP_INPUTS - 1) // GROUP_INPUTS
+        run, weight_run, out_run = (
+            parameter(arguments, EXPERT_LINEAR.run),
+            parameter(arguments, EXPERT_LINEAR.weight_run),
+            parameter(arguments, EXPERT_LINEAR.out_run),
+        )
         for first in range(0, groups, piece):
             count, add_to, row = least(piece, groups - first), 1 if first else 0, 0
             while row < picks:
@@ -190,8 +209,12 @@ def expert_linear_dot(isa: Isa, weight_dtype: str, features: int, tile: int):
 
     @helper
     def gather(arguments):
-        scratch, starts = parameter(arguments, 0), parameter(arguments, 4)
-        first, count, in_features = parameter(arguments, 5), parameter(arguments, 6), parameter(arguments, 7)
+        scratch, starts = parameter(arguments, EXPERT_LINEAR.scratch), parameter(arguments, EXPERT_LINEAR.starts)
+        first, count, in_features = (
+            parameter(arguments, EXPERT_LINEAR.first),
+            parameter(arguments, EXPERT_LINEAR.count),
+            parameter(arguments, EXPERT_LINEAR.in_features),
+        )
         begin, end = load_i32(starts + 4 * first), load_i32(starts + 4 * (first + count))
         chunk = take(arguments, 0)
         while chunk < end - begin:
@@ -206,11 +229,23 @@ def expert_linear_dot(isa: Isa, weight_dtype: str, features: int, tile: int):
 
     @helper
     def multiply(arguments, scratch, expert, place, picks, start, stop):
-        in_features = parameter(arguments, 7)
-        weight = parameter(arguments, 8) + expert * parameter(arguments, 9)
-        block_bytes, out, out_stride = parameter(arguments, 11), parameter(arguments, 12), parameter(arguments, 13)
-        piece, x_stride, w_stride = parameter(arguments, 14), row_bytes_of(in_features), in_features * item_bytes
-        run, weight_run, out_run = parameter(arguments, 17), parameter(arguments, 18), parameter(arguments, 19)
+        in_features = parameter(arguments, EXPERT_LINEAR.in_features)
+        weight = parameter(arguments, EXPERT_LINEAR.weight) + expert * parameter(arguments, EXPERT_LINEAR.expert_bytes)
+        block_bytes, out, out_stride = (
+            parameter(arguments, EXPERT_LINEAR.block_bytes),
+            parameter(arguments, EXPERT_LINEAR.out),
+            parameter(arguments, EXPERT_LINEAR.out_row),
+        )
+        piece, x_stride, w_stride = (
+            parameter(arguments, EXPERT_LINEAR.piece),
+            row_bytes_of(in_features),
+            in_features * item_bytes,
+        )
+        run, weight_run, out_run = (
+            parameter(arguments, EXPERT_LINEAR.run),
+            parameter(arguments, EXPERT_LINEAR.weight_run),
+            parameter(arguments, EXPERT_LINEAR.out_run),
+        )
         for first in range(0, in_features, piece):
             inputs, add_to, row = least(piece, in_features - first), 1 if first else 0, 0
             while row < picks:

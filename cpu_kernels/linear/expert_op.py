@@ -6,6 +6,7 @@ from cpu_kernels.checks import check_tensor, expect
 from cpu_kernels.formats import BLOCK_FEATURES, GROUP_INPUTS, Segment, format_of, segments, unit_blocks, unit_bytes
 from cpu_kernels.linear.op import piece_inputs
 from cpu_kernels.linear.sizes import RANGE_BYTES, RECORD_BYTES, STREAM_ROWS
+from cpu_kernels.team.arguments import EXPERT_LINEAR
 from cpu_kernels.team.team import Team
 from cpu_kernels.vectors.isa import Isa
 
@@ -80,23 +81,25 @@ def _run(
     team.run(
         kernel_of(team.isa, name, picks),
         scratch_bytes(team.isa, name, picks, in_features),
-        x.data_ptr(),
-        4 * x.stride(0),
-        0 if sources is None else sources.data_ptr(),
-        starts.data_ptr(),
-        first,
-        weight.shape[0],
-        in_features,
-        weight.data_ptr() + part.first_byte,
-        weight.stride(0),
-        weight.shape[1] * part.blocks,
-        block_bytes,
-        out.data_ptr() + 4 * BLOCK_FEATURES * part.first_block,
-        4 * out.stride(0),
-        in_features if picks <= STREAM_ROWS else piece_inputs(team.isa, name),
-        max(1, RANGE_BYTES // block_bytes if block_bytes else 1),
-        team.num_threads,
-        run,
-        weight.stride(1),
-        4 * features // weight.shape[1],
+        *EXPERT_LINEAR.filled(
+            x=x.data_ptr(),
+            x_row=4 * x.stride(0),
+            sources=0 if sources is None else sources.data_ptr(),
+            starts=starts.data_ptr(),
+            first=first,
+            count=weight.shape[0],
+            in_features=in_features,
+            weight=weight.data_ptr() + part.first_byte,
+            expert_bytes=weight.stride(0),
+            num_blocks=weight.shape[1] * part.blocks,
+            block_bytes=block_bytes,
+            out=out.data_ptr() + 4 * BLOCK_FEATURES * part.first_block,
+            out_row=4 * out.stride(0),
+            piece=in_features if picks <= STREAM_ROWS else piece_inputs(team.isa, name),
+            smallest=max(1, RANGE_BYTES // block_bytes if block_bytes else 1),
+            threads=team.num_threads,
+            run=run,
+            weight_run=weight.stride(1),
+            out_run=4 * features // weight.shape[1],
+        ),
     )

@@ -1,11 +1,5 @@
 """linear: rows of activations times one packed weight, y = x W^T + bias; see formats/weights.py and the two kernel
 files.
-
-Parameters of every linear kernel, in order: scratch, x, x row stride, rows, in_features, weight, num_blocks,
-block_bytes, bias (0: none), out, out row stride, accumulate, inputs per piece, fewest blocks of a range, parts that the
-remaining blocks are divided into for the next range, blocks of a run, bytes from one run of weights to the next, and
-from one run of outputs to the next. Addresses and strides are in bytes. A format has one run of blocks; of a mix, whose
-units have blocks of several formats, each format is a call of its own with one run a unit.
 """
 
 import torch
@@ -22,6 +16,7 @@ from cpu_kernels.formats import (
     unit_bytes,
 )
 from cpu_kernels.linear.sizes import PIECE_INPUTS, RANGE_BYTES, RECORD_BYTES, STREAM_ROWS, WIDE_PIECE_INPUTS
+from cpu_kernels.team.arguments import LINEAR
 from cpu_kernels.team.team import Team
 from cpu_kernels.vectors.isa import Isa
 
@@ -102,21 +97,24 @@ def _run(
     team.run(
         (*kernel, team.isa, name, *tile),
         scratch_bytes(team.isa, name, rows, in_features),
-        x.data_ptr(),
-        4 * x.stride(0),
-        rows,
-        in_features,
-        weight.data_ptr() + part.first_byte,
-        num_blocks,
-        block_bytes,
-        0 if bias is None else bias.data_ptr() + first_out,
-        out.data_ptr() + first_out,
-        4 * out.stride(0),
-        int(accumulate),
-        in_features if rows <= STREAM_ROWS else piece_inputs(team.isa, name),
-        max(1, min(RANGE_BYTES // block_bytes if block_bytes else 1, -(-num_blocks // team.num_threads))),
-        2 * team.num_threads if rows <= tile[-1] else num_blocks,  # ranges of several panels of rows stay in cache
-        run,
-        weight.stride(0),
-        out_run,
+        *LINEAR.filled(
+            x=x.data_ptr(),
+            x_row=4 * x.stride(0),
+            rows=rows,
+            in_features=in_features,
+            weight=weight.data_ptr() + part.first_byte,
+            num_blocks=num_blocks,
+            block_bytes=block_bytes,
+            bias=0 if bias is None else bias.data_ptr() + first_out,
+            out=out.data_ptr() + first_out,
+            out_row=4 * out.stride(0),
+            accumulate=int(accumulate),
+            piece=in_features if rows <= STREAM_ROWS else piece_inputs(team.isa, name),
+            smallest=max(1, min(RANGE_BYTES // block_bytes if block_bytes else 1, -(-num_blocks // team.num_threads))),
+            # Ranges of several panels of rows stay in cache.
+            parts=2 * team.num_threads if rows <= tile[-1] else num_blocks,
+            run=run,
+            weight_run=weight.stride(0),
+            out_run=out_run,
+        ),
     )

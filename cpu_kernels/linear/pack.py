@@ -4,6 +4,7 @@ import torch
 
 from cpu_kernels.checks import check_tensor, expect
 from cpu_kernels.formats import weights as layout
+from cpu_kernels.team.arguments import PACK
 from cpu_kernels.team.team import Team
 
 SOURCE_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -29,12 +30,14 @@ def pack(team: Team, rows: torch.Tensor, weight_dtype: str, out: torch.Tensor) -
     failure = team.run(
         ("linear.pack_kernel", "pack", SOURCE_DTYPES[rows.dtype], weight_dtype),
         0,
-        rows.data_ptr(),
-        rows.element_size() * rows.stride(0),
-        num_blocks,
-        in_features,
-        out.data_ptr(),
-        block_bytes,
+        *PACK.filled(
+            rows=rows.data_ptr(),
+            row_bytes=rows.element_size() * rows.stride(0),
+            num_blocks=num_blocks,
+            in_features=in_features,
+            out=out.data_ptr(),
+            block_bytes=block_bytes,
+        ),
     )
     expect(failure == 0, "rows holds a non-finite value (NaN or Inf); out is not a usable weight")
 

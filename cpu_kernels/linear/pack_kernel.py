@@ -11,6 +11,7 @@ from llvmlite import ir
 from numba import types
 
 from cpu_kernels.formats.weights import BLOCK_FEATURES, GROUP_INPUTS, LINE_BYTES, SUPERBLOCK_LINES
+from cpu_kernels.team.arguments import PACK
 from cpu_kernels.team.chunks import fail, parameter, take
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.vector import (
@@ -49,8 +50,8 @@ from cpu_kernels.vectors.vector import (
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 HALF_MAX = np.float32(65504.0)
-SHRINK_STEPS = 4
-SHRINK = np.float32(0.025)  # of the range, per step and side; a 7 x 7 grid finds 0.2 % less error in twice the time
+SHRINKS = 4
+SHRINK = np.float32(0.025)  # of the range, each time and side; a 7 x 7 grid finds 0.2 % less error in twice the time
 REFITS = 3
 
 
@@ -154,12 +155,12 @@ def search_q4(v0, v1, v2, v3):
     """(scale, minimum), both float16 values, of least squared error found."""
     low, high = splat(ZERO), splat(np.float32(15.0))
     smallest, largest = min_lanes(vmin(vmin(v0, v1), vmin(v2, v3))), max_lanes(vmax(vmax(v0, v1), vmax(v2, v3)))
-    step = SHRINK * (largest - smallest)
+    less = SHRINK * (largest - smallest)
     best, best_scale, best_minimum = np.float32(np.inf), ZERO, half_scalar(smallest)
-    for up in range(SHRINK_STEPS):
-        minimum = half_scalar(smallest + np.float32(up) * step)
-        for down in range(SHRINK_STEPS):
-            scale = half_scalar((largest - np.float32(down) * step - minimum) * np.float32(1.0 / 15.0))
+    for up in range(SHRINKS):
+        minimum = half_scalar(smallest + np.float32(up) * less)
+        for down in range(SHRINKS):
+            scale = half_scalar((largest - np.float32(down) * less - minimum) * np.float32(1.0 / 15.0))
             error = error_of(v0, v1, v2, v3, scale, minimum, low, high)
             if error < best:
                 best, best_scale, best_minimum = error, scale, minimum
@@ -179,8 +180,8 @@ def search_q8(v0, v1):
     zero, low, high = splat(ZERO), splat(np.float32(-127.0)), splat(np.float32(127.0))
     absmax = max_lanes(vmax(vabs(v0), vabs(v1)))
     best, best_scale = np.float32(np.inf), ZERO
-    for step in range(5):
-        scale = half_scalar(absmax / (np.float32(126.0) + np.float32(0.5) * np.float32(step)))
+    for shrink in range(5):
+        scale = half_scalar(absmax / (np.float32(126.0) + np.float32(0.5) * np.float32(shrink)))
         error = error_of(v0, v1, zero, zero, scale, ZERO, low, high)
         if error < best:
             best, best_scale = error, scale
@@ -222,7 +223,7 @@ def pack_group_q8(v0, v1, v2, v3, to, feature):
 
 
 def pack(source_dtype: str, weight_dtype: str):
-    """Parameters: scratch, rows, row stride, num_blocks, in_features, out, block_bytes."""
+    """Kernel."""
     load = {"fp32": load_f32_tail, "bf16": load_bf16_tail, "fp16": load_half_tail}[source_dtype]
     source_bytes = 4 if source_dtype == "fp32" else 2
     is_row_major = weight_dtype not in SUPERBLOCK_LINES
@@ -251,8 +252,16 @@ def pack(source_dtype: str, weight_dtype: str):
         return True
 
     def kernel(arguments, thread):
-        rows, stride, num_blocks = parameter(arguments, 1), parameter(arguments, 2), parameter(arguments, 3)
-        in_features, out, block_bytes = parameter(arguments, 4), parameter(arguments, 5), parameter(arguments, 6)
+        rows, stride, num_blocks = (
+            parameter(arguments, PACK.rows),
+            parameter(arguments, PACK.row_bytes),
+            parameter(arguments, PACK.num_blocks),
+        )
+        in_features, out, block_bytes = (
+            parameter(arguments, PACK.in_features),
+            parameter(arguments, PACK.out),
+            parameter(arguments, PACK.block_bytes),
+        )
         block = take(arguments, 0)
         while block < num_blocks:
             for feature in range(BLOCK_FEATURES):

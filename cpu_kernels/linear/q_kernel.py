@@ -17,6 +17,7 @@ from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, format_of
 from cpu_kernels.formats.weights import SUPERBLOCK_LINES
 from cpu_kernels.linear.form_kernel import form_step, store_sums_of_16
 from cpu_kernels.linear.sizes import RECORD_BYTES, SEGMENT_GROUPS
+from cpu_kernels.team.arguments import LINEAR
 from cpu_kernels.team.chunks import await_stage, finish, parameter, take, take_range
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.dot import emit_dot4
@@ -250,7 +251,7 @@ def row_quantiser(weight_dtype: str):
 
 
 def linear_q(isa: Isa, weight_dtype: str, tile: int):
-    """Kernel for any number of rows in panels of `tile` (8, 4 or 1) rows; parameters as in op.py."""
+    """Kernel for any number of rows in panels of `tile` (8, 4 or 1) rows."""
     item = format_of(weight_dtype)
     quantize_row = row_quantiser(weight_dtype)
     multiply_8, multiply_4, multiply_2, multiply_1 = (
@@ -261,11 +262,11 @@ def linear_q(isa: Isa, weight_dtype: str, tile: int):
     @helper
     def quantize(arguments):
         records, x, x_stride, rows, in_features = (
-            parameter(arguments, 0),
-            parameter(arguments, 1),
-            parameter(arguments, 2),
-            parameter(arguments, 3),
-            parameter(arguments, 4),
+            parameter(arguments, LINEAR.scratch),
+            parameter(arguments, LINEAR.x),
+            parameter(arguments, LINEAR.x_row),
+            parameter(arguments, LINEAR.rows),
+            parameter(arguments, LINEAR.in_features),
         )
         groups = (in_features + GROUP_INPUTS - 1) // GROUP_INPUTS
         segments = (groups + SEGMENT_GROUPS - 1) // SEGMENT_GROUPS
@@ -282,13 +283,28 @@ def linear_q(isa: Isa, weight_dtype: str, tile: int):
 
     def kernel(arguments, thread):
         quantize(arguments)
-        records, rows = parameter(arguments, 0), parameter(arguments, 3)
-        weight, num_blocks, block_bytes = parameter(arguments, 5), parameter(arguments, 6), parameter(arguments, 7)
-        bias, out, out_stride = parameter(arguments, 8), parameter(arguments, 9), parameter(arguments, 10)
-        accumulate, piece = parameter(arguments, 11), (parameter(arguments, 12) + GROUP_INPUTS - 1) // GROUP_INPUTS
-        smallest, parts = parameter(arguments, 13), parameter(arguments, 14)
-        run, weight_run, out_run = parameter(arguments, 15), parameter(arguments, 16), parameter(arguments, 17)
-        groups = (parameter(arguments, 4) + GROUP_INPUTS - 1) // GROUP_INPUTS
+        records, rows = parameter(arguments, LINEAR.scratch), parameter(arguments, LINEAR.rows)
+        weight, num_blocks, block_bytes = (
+            parameter(arguments, LINEAR.weight),
+            parameter(arguments, LINEAR.num_blocks),
+            parameter(arguments, LINEAR.block_bytes),
+        )
+        bias, out, out_stride = (
+            parameter(arguments, LINEAR.bias),
+            parameter(arguments, LINEAR.out),
+            parameter(arguments, LINEAR.out_row),
+        )
+        accumulate, piece = (
+            parameter(arguments, LINEAR.accumulate),
+            (parameter(arguments, LINEAR.piece) + GROUP_INPUTS - 1) // GROUP_INPUTS,
+        )
+        smallest, parts = parameter(arguments, LINEAR.smallest), parameter(arguments, LINEAR.parts)
+        run, weight_run, out_run = (
+            parameter(arguments, LINEAR.run),
+            parameter(arguments, LINEAR.weight_run),
+            parameter(arguments, LINEAR.out_run),
+        )
+        groups = (parameter(arguments, LINEAR.in_features) + GROUP_INPUTS - 1) // GROUP_INPUTS
         start, stop = take_range(arguments, 1, num_blocks, smallest, parts)
         while start < stop:
             for first in range(0, groups, piece):

@@ -5,6 +5,7 @@ import torch
 from cpu_kernels.checks import check_tensor, expect
 from cpu_kernels.formats import SOURCE_TYPES, format_of, unit_bytes
 from cpu_kernels.formats import weights as layout
+from cpu_kernels.team.arguments import REPACK, UNPACK
 from cpu_kernels.team.team import Team
 
 
@@ -28,12 +29,14 @@ def repack(team: Team, rows: torch.Tensor, source_type: str, out: torch.Tensor) 
     failure = team.run(
         ("linear.repack_kernel", "repack", source_type),
         0,
-        rows.data_ptr(),
-        rows.stride(0),
-        num_blocks,
-        row_bytes // source.block_bytes,
-        out.data_ptr(),
-        block_bytes,
+        *REPACK.filled(
+            rows=rows.data_ptr(),
+            row_bytes=rows.stride(0),
+            num_blocks=num_blocks,
+            blocks=row_bytes // source.block_bytes,
+            out=out.data_ptr(),
+            block_bytes=block_bytes,
+        ),
     )
     expect(failure == 0, "rows holds a scale that is not finite (NaN or Inf); out is not a usable weight")
 
@@ -52,13 +55,15 @@ def unpack_rows(team: Team, weight: torch.Tensor, weight_dtype: str, row_ids: to
     failure = team.run(
         ("linear.unpack_kernel", "unpack", weight_dtype),
         0,
-        weight.data_ptr(),
-        weight.shape[1],
-        weight.shape[0] * layout.BLOCK_FEATURES,
-        row_ids.data_ptr(),
-        row_ids.shape[0],
-        in_features,
-        out.data_ptr(),
-        4 * out.stride(0),
+        *UNPACK.filled(
+            weight=weight.data_ptr(),
+            block_bytes=weight.shape[1],
+            rows=weight.shape[0] * layout.BLOCK_FEATURES,
+            ids=row_ids.data_ptr(),
+            count=row_ids.shape[0],
+            in_features=in_features,
+            out=out.data_ptr(),
+            out_row=4 * out.stride(0),
+        ),
     )
     expect(failure == 0, f"row_ids holds an id that is not in 0..{weight.shape[0] * layout.BLOCK_FEATURES - 1}")

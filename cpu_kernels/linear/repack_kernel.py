@@ -19,6 +19,7 @@ from cpu_kernels.formats import (
     GgufType,
     format_of,
 )
+from cpu_kernels.team.arguments import REPACK
 from cpu_kernels.team.chunks import fail, parameter, take
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.scalar import least, load_byte, load_short, load_word, store_byte, store_short, store_word
@@ -283,7 +284,7 @@ def planes_of(plane: str, word):
 
 
 def repack(source_type: str):
-    """Parameters: scratch, rows, row stride, num_blocks, source blocks of a row, out, block_bytes."""
+    """Kernel; blocks: of the source in a row."""
     source = SOURCE_TYPES[source_type]
     target = format_of(source.format)
     word, header = KERNEL_SOURCES[source_type]
@@ -307,8 +308,16 @@ def repack(source_type: str):
         return good
 
     def kernel(arguments, thread):
-        rows, stride, num_blocks = parameter(arguments, 1), parameter(arguments, 2), parameter(arguments, 3)
-        blocks, out, block_bytes = parameter(arguments, 4), parameter(arguments, 5), parameter(arguments, 6)
+        rows, stride, num_blocks = (
+            parameter(arguments, REPACK.rows),
+            parameter(arguments, REPACK.row_bytes),
+            parameter(arguments, REPACK.num_blocks),
+        )
+        blocks, out, block_bytes = (
+            parameter(arguments, REPACK.blocks),
+            parameter(arguments, REPACK.out),
+            parameter(arguments, REPACK.block_bytes),
+        )
         block = take(arguments, 0)
         while block < num_blocks:
             for feature in range(BLOCK_FEATURES):

@@ -3,6 +3,7 @@
 import numpy as np
 
 from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat, format_of
+from cpu_kernels.team.arguments import UNPACK
 from cpu_kernels.team.chunks import fail, parameter, take
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.scalar import as_float, load_byte, load_half, load_i64, load_scalar, store_scalar
@@ -181,7 +182,7 @@ HEADERS = {
 
 
 def unpack(weight_dtype: str):
-    """Parameters: scratch, weight, block_bytes, rows of the weight, ids, count, in_features, out, out row stride."""
+    """Kernel; rows: of the weight. count: of ids."""
     item = format_of(weight_dtype)
     has_zeros = item.header.startswith("SZ")
     number, has_minimum = number_reader(item), has_zeros or "M" in item.header
@@ -203,9 +204,17 @@ def unpack(weight_dtype: str):
                     store_scalar(value + minimum if has_minimum else value, out + 4 * column)
 
     def kernel(arguments, thread):
-        weight, block_bytes, rows = parameter(arguments, 1), parameter(arguments, 2), parameter(arguments, 3)
-        ids, count, in_features = parameter(arguments, 4), parameter(arguments, 5), parameter(arguments, 6)
-        out, out_stride = parameter(arguments, 7), parameter(arguments, 8)
+        weight, block_bytes, rows = (
+            parameter(arguments, UNPACK.weight),
+            parameter(arguments, UNPACK.block_bytes),
+            parameter(arguments, UNPACK.rows),
+        )
+        ids, count, in_features = (
+            parameter(arguments, UNPACK.ids),
+            parameter(arguments, UNPACK.count),
+            parameter(arguments, UNPACK.in_features),
+        )
+        out, out_stride = parameter(arguments, UNPACK.out), parameter(arguments, UNPACK.out_row)
         index = take(arguments, 0)
         while index < count:
             row = load_i64(ids + 8 * index)

@@ -13,6 +13,7 @@ import numpy as np
 from numba import types
 
 from cpu_kernels.small.route_sizes import COMBINE_FEATURES
+from cpu_kernels.team.arguments import COMBINE, NORM_HEADS, SCALE_ROWS
 from cpu_kernels.team.chunks import parameter, real_parameter, take
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.scalar import least, load_i32, load_scalar
@@ -22,15 +23,26 @@ ZERO = np.float32(0.0)
 
 
 def combine():
-    """Parameters: scratch, near, its row stride, far, its row stride, where the starts say that far begins, places,
-    weights, their row stride, out, its row stride, rows, picks, features."""
+    """Kernel."""
 
     def kernel(arguments, thread):
-        near, near_stride = parameter(arguments, 1), parameter(arguments, 2)
-        far, far_stride, border = parameter(arguments, 3), parameter(arguments, 4), load_i32(parameter(arguments, 5))
-        places, weights, weights_stride = parameter(arguments, 6), parameter(arguments, 7), parameter(arguments, 8)
-        out, out_stride = parameter(arguments, 9), parameter(arguments, 10)
-        rows, picks, features = parameter(arguments, 11), parameter(arguments, 12), parameter(arguments, 13)
+        near, near_stride = parameter(arguments, COMBINE.near), parameter(arguments, COMBINE.near_row)
+        far, far_stride, border = (
+            parameter(arguments, COMBINE.far),
+            parameter(arguments, COMBINE.far_row),
+            load_i32(parameter(arguments, COMBINE.border)),
+        )
+        places, weights, weights_stride = (
+            parameter(arguments, COMBINE.places),
+            parameter(arguments, COMBINE.weights),
+            parameter(arguments, COMBINE.weights_row),
+        )
+        out, out_stride = parameter(arguments, COMBINE.out), parameter(arguments, COMBINE.out_row)
+        rows, picks, features = (
+            parameter(arguments, COMBINE.rows),
+            parameter(arguments, COMBINE.picks),
+            parameter(arguments, COMBINE.features),
+        )
         parts = (features + COMBINE_FEATURES - 1) // COMBINE_FEATURES
         chunk = take(arguments, 0)
         while chunk < rows * parts:
@@ -50,15 +62,15 @@ def combine():
 
 
 def scale_rows():
-    """Parameters: scratch, factors, bytes from one to the next, out, its row stride, rows, features."""
+    """Kernel."""
 
     def kernel(arguments, thread):
-        factors, step = parameter(arguments, 1), parameter(arguments, 2)
-        out, out_stride = parameter(arguments, 3), parameter(arguments, 4)
-        rows, features = parameter(arguments, 5), parameter(arguments, 6)
+        factors, factor_row = parameter(arguments, SCALE_ROWS.factors), parameter(arguments, SCALE_ROWS.factor_row)
+        out, out_stride = parameter(arguments, SCALE_ROWS.out), parameter(arguments, SCALE_ROWS.out_row)
+        rows, features = parameter(arguments, SCALE_ROWS.rows), parameter(arguments, SCALE_ROWS.features)
         row = take(arguments, 0)
         while row < rows:
-            factor = splat(load_scalar(factors + row * step))
+            factor = splat(load_scalar(factors + row * factor_row))
             for i in range(0, features, 16):
                 at, left = out + row * out_stride + 4 * i, features - i
                 store_f32_tail(mul(load_f32_tail(at, left), factor), at, left)
@@ -68,37 +80,44 @@ def scale_rows():
 
 
 @helper
-def norm_parts(first, stride, groups, width, weight, eps):
-    """Norm the `width` numbers at `first` of every group, `stride` bytes apart, by one factor."""
+def norm_parts(first, stride, kv_heads, width, weight, eps):
+    """Norm the `width` numbers at `first` of every KV head, `stride` bytes apart, by one factor."""
     total = splat(ZERO)
-    for group in range(groups):
+    for kv_head in range(kv_heads):
         for i in range(0, width, 16):
-            value = load_f32_tail(first + group * stride + 4 * i, width - i)
+            value = load_f32_tail(first + kv_head * stride + 4 * i, width - i)
             total = fma(value, value, total)
-    mean = types.float64(sum_lanes(total)) / (groups * width)
+    mean = types.float64(sum_lanes(total)) / (kv_heads * width)
     factor = splat(types.float32(1.0 / math.sqrt(mean + eps)))
-    for group in range(groups):
+    for kv_head in range(kv_heads):
         for i in range(0, width, 16):
-            at, left = first + group * stride + 4 * i, width - i
-            scale = load_f32_tail(weight + 4 * (group * width + i), left)
+            at, left = first + kv_head * stride + 4 * i, width - i
+            scale = load_f32_tail(weight + 4 * (kv_head * width + i), left)
             store_f32_tail(mul(mul(load_f32_tail(at, left), factor), scale), at, left)
 
 
 def norm_heads():
-    """Parameters: scratch, qkv, its row stride, its group stride, rows, groups, q features of a group, k features,
-    q_norm, k_norm, eps."""
+    """Kernel; q_width, k_width: features of a KV head's queries and of its key."""
 
     def kernel(arguments, thread):
-        qkv, stride, unit = parameter(arguments, 1), parameter(arguments, 2), parameter(arguments, 3)
-        rows, groups, q_width = parameter(arguments, 4), parameter(arguments, 5), parameter(arguments, 6)
-        k_width, eps = parameter(arguments, 7), real_parameter(arguments, 10)
+        qkv, stride, unit = (
+            parameter(arguments, NORM_HEADS.qkv),
+            parameter(arguments, NORM_HEADS.qkv_row),
+            parameter(arguments, NORM_HEADS.qkv_unit),
+        )
+        rows, kv_heads, q_width = (
+            parameter(arguments, NORM_HEADS.rows),
+            parameter(arguments, NORM_HEADS.kv_heads),
+            parameter(arguments, NORM_HEADS.q_width),
+        )
+        k_width, eps = parameter(arguments, NORM_HEADS.k_width), real_parameter(arguments, NORM_HEADS.eps)
         chunk = take(arguments, 0)
         while chunk < 2 * rows:
             at = qkv + chunk // 2 * stride
             if chunk % 2:
-                norm_parts(at + 4 * q_width, unit, groups, k_width, parameter(arguments, 9), eps)
+                norm_parts(at + 4 * q_width, unit, kv_heads, k_width, parameter(arguments, NORM_HEADS.k_norm), eps)
             else:
-                norm_parts(at, unit, groups, q_width, parameter(arguments, 8), eps)
+                norm_parts(at, unit, kv_heads, q_width, parameter(arguments, NORM_HEADS.q_norm), eps)
             chunk = take(arguments, 0)
 
     return kernel

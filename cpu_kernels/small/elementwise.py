@@ -3,8 +3,10 @@
 import torch
 
 from cpu_kernels.checks import bits_of, check_tensor, expect
-from cpu_kernels.small.elementwise_sizes import MERGE_PARTS
+from cpu_kernels.team.arguments import GATED, MERGE, MERGE_PARTS, RMS_NORM
 from cpu_kernels.team.team import Team
+
+NO_PARTIALS = dict.fromkeys((word for word in MERGE._fields if word.startswith("part_")), 0)
 
 
 def rms_norm(
@@ -19,14 +21,16 @@ def rms_norm(
         team.run(
             ("small.elementwise_kernel", "rms_norm", *([True] if accumulate else [])),
             0,
-            x.data_ptr(),
-            4 * x.stride(0),
-            weight.data_ptr(),
-            bits_of(eps),
-            out.data_ptr(),
-            4 * out.stride(0),
-            rows,
-            hidden,
+            *RMS_NORM.filled(
+                x=x.data_ptr(),
+                x_row=4 * x.stride(0),
+                weight=weight.data_ptr(),
+                eps=bits_of(eps),
+                out=out.data_ptr(),
+                out_row=4 * out.stride(0),
+                rows=rows,
+                hidden=hidden,
+            ),
         )
 
 
@@ -40,12 +44,14 @@ def gated(team: Team, name: str, gate_up: torch.Tensor, out: torch.Tensor) -> No
         team.run(
             ("small.elementwise_kernel", name),
             0,
-            gate_up.data_ptr(),
-            4 * gate_up.stride(0),
-            out.data_ptr(),
-            4 * out.stride(0),
-            rows,
-            width // 32,
+            *GATED.filled(
+                gate_up=gate_up.data_ptr(),
+                gate_up_row=4 * gate_up.stride(0),
+                out=out.data_ptr(),
+                out_row=4 * out.stride(0),
+                rows=rows,
+                units=width // 32,
+            ),
         )
 
 
@@ -68,9 +74,17 @@ def merge(team: Team, outs: list[torch.Tensor], lses: list[torch.Tensor], out: t
         expect(not copies and to is out and lse_to is lse, "merge can be recorded with contiguous tensors only")
     while parts:
         taken, parts = parts[:MERGE_PARTS], parts[MERGE_PARTS:]
-        addresses = [tensor.data_ptr() for pair in taken for tensor in pair]
-        kernel = ("small.elementwise_kernel", "merge")
-        team.run(kernel, 0, len(taken), to.data_ptr(), lse_to.data_ptr(), lse_to.numel(), shape[-1], *addresses)
+        partials = {f"part_{index}": part.data_ptr() for index, (part, _) in enumerate(taken)}
+        partials |= {f"part_lse_{index}": part_lse.data_ptr() for index, (_, part_lse) in enumerate(taken)}
+        words = MERGE.filled(
+            count=len(taken),
+            out=to.data_ptr(),
+            lse=lse_to.data_ptr(),
+            rows=lse_to.numel(),
+            head_dim=shape[-1],
+            **NO_PARTIALS | partials,
+        )
+        team.run(("small.elementwise_kernel", "merge"), 0, *words)
         # A row reads all its inputs before it is written, so what is merged so far may be an input of the next round.
         parts = [(to, lse_to), *parts] if parts else []
     if to is not out:

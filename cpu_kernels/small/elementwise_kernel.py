@@ -11,7 +11,8 @@ import math
 import numpy as np
 from numba import types
 
-from cpu_kernels.small.elementwise_sizes import MERGE_FIRST, MERGE_ROWS, SILU_UNITS
+from cpu_kernels.small.elementwise_sizes import MERGE_ROWS, SILU_UNITS
+from cpu_kernels.team.arguments import GATED, MERGE, RMS_NORM
 from cpu_kernels.team.chunks import parameter, real_parameter, take
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.scalar import least, load_scalar, store_scalar
@@ -53,16 +54,24 @@ def inverse_rms(x, count, eps):
 
 
 def rms_norm(adds: bool = False):
-    """Parameters: scratch, x, x row stride, weight, eps, out, out row stride, rows, hidden. adds: onto `out`."""
+    """Kernel; adds: onto `out`."""
 
     @helper
     def result(value, to, left):
         return add(load_f32_tail(to, left), value) if adds else value
 
     def kernel(arguments, thread):
-        x, x_stride, weight = parameter(arguments, 1), parameter(arguments, 2), parameter(arguments, 3)
-        eps, out, out_stride = real_parameter(arguments, 4), parameter(arguments, 5), parameter(arguments, 6)
-        rows, hidden = parameter(arguments, 7), parameter(arguments, 8)
+        x, x_stride, weight = (
+            parameter(arguments, RMS_NORM.x),
+            parameter(arguments, RMS_NORM.x_row),
+            parameter(arguments, RMS_NORM.weight),
+        )
+        eps, out, out_stride = (
+            real_parameter(arguments, RMS_NORM.eps),
+            parameter(arguments, RMS_NORM.out),
+            parameter(arguments, RMS_NORM.out_row),
+        )
+        rows, hidden = parameter(arguments, RMS_NORM.rows), parameter(arguments, RMS_NORM.hidden)
         row = take(arguments, 0)
         while row < rows:
             source, to = x + row * x_stride, out + row * out_stride
@@ -95,23 +104,22 @@ def gelu_power(gate):
 
 
 def silu_mul():
-    """Parameters: see gated."""
+    """Kernel."""
     return gated(silu_power)
 
 
 def gelu_mul():
-    """Parameters: see gated."""
+    """Kernel."""
     return gated(gelu_power)
 
 
 def gated(power):
-    """gate / (1 + exp(power(gate))) * up. Parameters: scratch, gate_up, its row stride, out, its row stride, rows,
-    units."""
+    """gate / (1 + exp(power(gate))) * up."""
 
     def kernel(arguments, thread):
-        gate_up, in_stride = parameter(arguments, 1), parameter(arguments, 2)
-        out, out_stride = parameter(arguments, 3), parameter(arguments, 4)
-        rows, units = parameter(arguments, 5), parameter(arguments, 6)
+        gate_up, in_stride = parameter(arguments, GATED.gate_up), parameter(arguments, GATED.gate_up_row)
+        out, out_stride = parameter(arguments, GATED.out), parameter(arguments, GATED.out_row)
+        rows, units = parameter(arguments, GATED.rows), parameter(arguments, GATED.units)
         parts = (units + SILU_UNITS - 1) // SILU_UNITS
         chunk = take(arguments, 0)
         while chunk < rows * parts:
@@ -129,7 +137,7 @@ def gated(power):
 @helper
 def part_lse(arguments, part, row):
     """The lse of one partial's row."""
-    return load_scalar(parameter(arguments, MERGE_FIRST + 2 * part + 1) + 4 * row)
+    return load_scalar(parameter(arguments, MERGE.part_lse_0 + 2 * part) + 4 * row)
 
 
 @helper
@@ -139,11 +147,15 @@ def part_weight(arguments, part, row, m):
 
 
 def merge():
-    """Parameters: scratch, count, out, lse, rows, head_dim, then (out, lse) of every partial; all contiguous."""
+    """Kernel."""
 
     def kernel(arguments, thread):
-        count, out, lse = parameter(arguments, 1), parameter(arguments, 2), parameter(arguments, 3)
-        rows, head_dim = parameter(arguments, 4), parameter(arguments, 5)
+        count, out, lse = (
+            parameter(arguments, MERGE.count),
+            parameter(arguments, MERGE.out),
+            parameter(arguments, MERGE.lse),
+        )
+        rows, head_dim = parameter(arguments, MERGE.rows), parameter(arguments, MERGE.head_dim)
         chunk = take(arguments, 0)
         while chunk * MERGE_ROWS < rows:
             for row in range(chunk * MERGE_ROWS, least(rows, (chunk + 1) * MERGE_ROWS)):
@@ -161,7 +173,7 @@ def merge():
                 for i in range(0, head_dim, 16):
                     value = splat(ZERO)
                     for part in range(count):
-                        source = parameter(arguments, MERGE_FIRST + 2 * part) + 4 * (row * head_dim + i)
+                        source = parameter(arguments, MERGE.part_0 + 2 * part) + 4 * (row * head_dim + i)
                         weight = part_weight(arguments, part, row, m)
                         value = fma(mul(load_f32_tail(source, head_dim - i), weight), inverse, value)
                     store_f32_tail(value, out + 4 * (row * head_dim + i), head_dim - i)

@@ -7,6 +7,7 @@ import mmap
 import torch
 
 from cpu_kernels.checks import expect
+from cpu_kernels.team.arguments import SWEEP
 from cpu_kernels.team.team import Team
 
 HUGE_PAGE_BYTES = 2 << 20
@@ -15,7 +16,14 @@ HUGE_PAGE_BYTES = 2 << 20
 def sweep(team: Team, tensor: torch.Tensor) -> None:
     """See CpuKernels.sweep."""
     expect(tensor.is_contiguous() and tensor.device.type == "cpu", "sweep needs a contiguous CPU tensor")
-    team.run(("small.memory_kernel", "sweep"), 64 * team.num_threads, tensor.data_ptr(), tensor.nbytes)
+    team.run(
+        ("small.memory_kernel", "sweep"),
+        64 * team.num_threads,
+        *SWEEP.filled(
+            address=tensor.data_ptr(),
+            size=tensor.nbytes,
+        ),
+    )
 
 
 def fresh_memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

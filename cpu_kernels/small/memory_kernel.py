@@ -1,6 +1,7 @@
 """sweep: read memory and do nothing else, as fast as the cores can; what the other kernels are compared with."""
 
 from cpu_kernels.small.memory_sizes import SWEEP_BYTES
+from cpu_kernels.team.arguments import SWEEP
 from cpu_kernels.team.chunks import parameter, take
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.scalar import least
@@ -29,16 +30,16 @@ def sweep_range(at, stop):
 
 
 def sweep():
-    """Parameters: scratch (a line per thread), address, bytes (at least 512)."""
+    """Kernel; scratch: a line per thread. size: at least 512."""
 
     def kernel(arguments, thread):
-        address, size = parameter(arguments, 1), parameter(arguments, 2)
+        address, size = parameter(arguments, SWEEP.address), parameter(arguments, SWEEP.size)
         chunk = take(arguments, 0)
         while chunk * SWEEP_BYTES < size:
             stop = least(size, (chunk + 1) * SWEEP_BYTES)
             if stop - chunk * SWEEP_BYTES >= 512:
                 line = sweep_range(address + chunk * SWEEP_BYTES, address + stop)
-                store_line(line, parameter(arguments, 0) + 64 * thread)
+                store_line(line, parameter(arguments, SWEEP.scratch) + 64 * thread)
             chunk = take(arguments, 0)
 
     return kernel

@@ -4,6 +4,7 @@ import torch
 
 from cpu_kernels.checks import bits_of, check_tensor, expect
 from cpu_kernels.small.route_sizes import EXPERTS_AT_ONCE
+from cpu_kernels.team.arguments import COMBINE, NORM_HEADS, ROUTE, SCALE_ROWS
 from cpu_kernels.team.team import Team
 
 
@@ -40,22 +41,24 @@ def route(
         team.run(
             ("small.route_kernel", "route"),
             8 * rows * router.shape[0],
-            x.data_ptr(),
-            4 * x.stride(0),
-            rows,
-            hidden,
-            router.data_ptr(),
-            experts,
-            router.shape[0],
-            top_k,
-            int(normalise),
-            int(gated),
-            ids.data_ptr(),
-            places.data_ptr(),
-            sources.data_ptr(),
-            starts.data_ptr(),
-            weights.data_ptr(),
-            4 * weights.stride(0),
+            *ROUTE.filled(
+                x=x.data_ptr(),
+                x_row=4 * x.stride(0),
+                rows=rows,
+                hidden=hidden,
+                router=router.data_ptr(),
+                experts=experts,
+                router_rows=router.shape[0],
+                top_k=top_k,
+                normalise=int(normalise),
+                gated=int(gated),
+                ids=ids.data_ptr(),
+                places=places.data_ptr(),
+                sources=sources.data_ptr(),
+                starts=starts.data_ptr(),
+                weights=weights.data_ptr(),
+                weights_row=4 * weights.stride(0),
+            ),
         )
 
 
@@ -82,19 +85,21 @@ def combine(
         team.run(
             ("small.combine_kernel", "combine"),
             0,
-            near.data_ptr(),
-            4 * near.stride(0),
-            far.data_ptr(),
-            4 * far.stride(0),
-            border.data_ptr(),
-            places.data_ptr(),
-            weights.data_ptr(),
-            4 * weights.stride(0),
-            out.data_ptr(),
-            4 * out.stride(0),
-            rows,
-            picks,
-            features,
+            *COMBINE.filled(
+                near=near.data_ptr(),
+                near_row=4 * near.stride(0),
+                far=far.data_ptr(),
+                far_row=4 * far.stride(0),
+                border=border.data_ptr(),
+                places=places.data_ptr(),
+                weights=weights.data_ptr(),
+                weights_row=4 * weights.stride(0),
+                out=out.data_ptr(),
+                out_row=4 * out.stride(0),
+                rows=rows,
+                picks=picks,
+                features=features,
+            ),
         )
 
 
@@ -107,36 +112,44 @@ def scale_rows(team: Team, factors: torch.Tensor, out: torch.Tensor) -> None:
         team.run(
             ("small.combine_kernel", "scale_rows"),
             0,
-            factors.data_ptr(),
-            4 * factors.stride(0),
-            out.data_ptr(),
-            4 * out.stride(0),
-            rows,
-            features,
+            *SCALE_ROWS.filled(
+                factors=factors.data_ptr(),
+                factor_row=4 * factors.stride(0),
+                out=out.data_ptr(),
+                out_row=4 * out.stride(0),
+                rows=rows,
+                features=features,
+            ),
         )
 
 
 def norm_heads(team: Team, qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor, eps: float) -> None:
     """See CpuKernels.norm_heads."""
     check_tensor("qkv", qkv, torch.float32, (None, None, None))
-    rows, groups, unit = qkv.shape
+    rows, kv_heads, unit = qkv.shape
     check_tensor("q_norm", q_norm, torch.float32, (None,))
     check_tensor("k_norm", k_norm, torch.float32, (None,))
-    q_width, k_width = (norm.shape[0] // max(groups, 1) for norm in (q_norm, k_norm))
-    fits = q_width * groups == q_norm.shape[0] and k_width * groups == k_norm.shape[0] and q_width + 2 * k_width <= unit
+    q_width, k_width = (norm.shape[0] // max(kv_heads, 1) for norm in (q_norm, k_norm))
+    fits = (
+        q_width * kv_heads == q_norm.shape[0]
+        and k_width * kv_heads == k_norm.shape[0]
+        and q_width + 2 * k_width <= unit
+    )
     expect(fits, f"q_norm and k_norm have {q_norm.shape[0]} and {k_norm.shape[0]} features; qkv is {list(qkv.shape)}")
-    if rows and groups:
+    if rows and kv_heads:
         team.run(
             ("small.combine_kernel", "norm_heads"),
             0,
-            qkv.data_ptr(),
-            4 * qkv.stride(0),
-            4 * qkv.stride(1),
-            rows,
-            groups,
-            q_width,
-            k_width,
-            q_norm.data_ptr(),
-            k_norm.data_ptr(),
-            bits_of(eps),
+            *NORM_HEADS.filled(
+                qkv=qkv.data_ptr(),
+                qkv_row=4 * qkv.stride(0),
+                qkv_unit=4 * qkv.stride(1),
+                rows=rows,
+                kv_heads=kv_heads,
+                q_width=q_width,
+                k_width=k_width,
+                q_norm=q_norm.data_ptr(),
+                k_norm=k_norm.data_ptr(),
+                eps=bits_of(eps),
+            ),
         )

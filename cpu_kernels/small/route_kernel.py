@@ -14,6 +14,7 @@ import numpy as np
 from numba import types
 
 from cpu_kernels.small.route_sizes import EXPERTS_AT_ONCE, ROWS_AT_ONCE
+from cpu_kernels.team.arguments import ROUTE
 from cpu_kernels.team.chunks import await_stage, finish, parameter, take
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.scalar import least, load_i32, load_scalar, store_scalar, store_word
@@ -122,15 +123,30 @@ def sort_picks(ids, places, sources, starts, rows, top_k, experts):
 
 
 def route():
-    """Parameters: scratch, x, its row stride, rows, hidden, router, experts, router rows, top_k, normalise, gated, ids,
-    places, sources, starts, weights, their row stride. ids, places and sources are contiguous."""
+    """Kernel."""
 
     def kernel(arguments, thread):
-        scratch, x, x_stride = parameter(arguments, 0), parameter(arguments, 1), parameter(arguments, 2)
-        rows, hidden, router = parameter(arguments, 3), parameter(arguments, 4), parameter(arguments, 5)
-        experts, padded, top_k = parameter(arguments, 6), parameter(arguments, 7), parameter(arguments, 8)
-        normalise, gated, ids = parameter(arguments, 9), parameter(arguments, 10), parameter(arguments, 11)
-        weights, weights_stride = parameter(arguments, 15), parameter(arguments, 16)
+        scratch, x, x_stride = (
+            parameter(arguments, ROUTE.scratch),
+            parameter(arguments, ROUTE.x),
+            parameter(arguments, ROUTE.x_row),
+        )
+        rows, hidden, router = (
+            parameter(arguments, ROUTE.rows),
+            parameter(arguments, ROUTE.hidden),
+            parameter(arguments, ROUTE.router),
+        )
+        experts, padded, top_k = (
+            parameter(arguments, ROUTE.experts),
+            parameter(arguments, ROUTE.router_rows),
+            parameter(arguments, ROUTE.top_k),
+        )
+        normalise, gated, ids = (
+            parameter(arguments, ROUTE.normalise),
+            parameter(arguments, ROUTE.gated),
+            parameter(arguments, ROUTE.ids),
+        )
+        weights, weights_stride = parameter(arguments, ROUTE.weights), parameter(arguments, ROUTE.weights_row)
         row_bytes, stride = 8 * padded, 4 * hidden
         parts, row_blocks = padded // EXPERTS_AT_ONCE, (rows + ROWS_AT_ONCE - 1) // ROWS_AT_ONCE
         chunk = take(arguments, 0)
@@ -167,7 +183,13 @@ def route():
         await_stage(arguments, 1, rows)
         if take(arguments, 2) == 0:
             sort_picks(
-                ids, parameter(arguments, 12), parameter(arguments, 13), parameter(arguments, 14), rows, top_k, experts
+                ids,
+                parameter(arguments, ROUTE.places),
+                parameter(arguments, ROUTE.sources),
+                parameter(arguments, ROUTE.starts),
+                rows,
+                top_k,
+                experts,
             )
 
     return kernel

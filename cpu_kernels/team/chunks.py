@@ -35,13 +35,13 @@ def finish(b, arguments, stage):
 
 @emits(types.int64, intp, intp)
 def parameter(b, arguments, index):
-    """Integer parameter `index` of the call."""
+    """The word at a place of the call's block (arguments.py), an integer."""
     return b.load(pointer(b, _field(b, arguments, index, 8, PARAMETERS), I64), align=8)
 
 
 @emits(types.float64, intp, intp)
 def real_parameter(b, arguments, index):
-    """Float parameter `index` of the call."""
+    """The word at a place of the call's block, a float."""
     return b.load(pointer(b, _field(b, arguments, index, 8, PARAMETERS), F64), align=8)
 
 

@@ -1,5 +1,6 @@
 """What the members of the thread team run: see team.py for the protocol and the control block."""
 
+from cpu_kernels.team.arguments import FLAG, MAX_PARAMETERS
 from cpu_kernels.team.flag_kernel import comes
 from cpu_kernels.team.flag_words import NAPS_AT_ONCE
 from cpu_kernels.team.words import (
@@ -10,7 +11,6 @@ from cpu_kernels.team.words import (
     FAILURE,
     GATE,
     KERNEL,
-    MAX_PARAMETERS,
     NEXT,
     OPEN,
     PARAMETERS,
@@ -106,7 +106,8 @@ def drive_all():
         for index in range(load_i64(program + PROGRAM_COUNT)):
             entry = program + PROGRAM_HEAD_BYTES + index * PROGRAM_ENTRY_BYTES
             store_i64(index, program + PROGRAM_INDEX)
-            kind, flag, value = load_i64(entry), load_i64(entry + 16), load_i64(entry + 24)
+            kind, words = load_i64(entry), entry + 8
+            flag, value = load_i64(words + 8 * FLAG.address), load_i64(words + 8 * FLAG.value)
             if kind == SET:
                 store_release(value, flag)
             elif kind == AWAIT:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from cpu_kernels.team.arguments import MAX_PARAMETERS
 from cpu_kernels.team.team import RecordedOp, Team
 from cpu_kernels.team.words import (
     EXPIRED,
-    MAX_PARAMETERS,
     PROGRAM_COUNT,
     PROGRAM_ENTRY_BYTES,
     PROGRAM_HEAD_BYTES,

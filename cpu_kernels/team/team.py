@@ -23,6 +23,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from cpu_kernels.team import topology
+from cpu_kernels.team.arguments import MAX_PARAMETERS
 from cpu_kernels.team.store import KernelStore, as_function
 from cpu_kernels.team.words import (
     ARGUMENT_BYTES,
@@ -31,7 +32,6 @@ from cpu_kernels.team.words import (
     FAILURE,
     GATE,
     KERNEL,
-    MAX_PARAMETERS,
     OPEN,
     PARAMETERS,
     SERVING,
