@@ -57,8 +57,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     if len(file_names) > MAX_FILES:
         raise CheckpointError(
             f"{path / INDEX_NAME}: names {len(file_names)} weight files, at most {MAX_FILES} are expected; no model "
-            "has so "
-            "many, do not use it"
+            "has so many, do not use it"
         )
     if missing := [name for name in file_names if not (path / name).exists()]:
         raise CheckpointError(
@@ -76,8 +75,7 @@ def _check_file_name(path: Path, tensor: str, file_name: object) -> None:
     if not is_tensor_name(tensor) or not isinstance(file_name, str) or not _FILE_NAME.fullmatch(file_name):
         raise CheckpointError(
             f"{path / INDEX_NAME}: tensor {tensor[:60]} is mapped to {str(file_name)[:40]!r}, expected the bare name "
-            "of a "
-            ".safetensors file in the same directory; do not use this checkpoint"
+            "of a .safetensors file in the same directory; do not use this checkpoint"
         )
 
 

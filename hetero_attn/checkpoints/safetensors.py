@@ -104,8 +104,7 @@ class SafetensorsFile(RawFile):
         if raw.count(b"{") > MAX_TENSORS + 2 or raw.count(b",") > MAX_VALUES:
             raise CheckpointError(
                 f"{self.path}: its header describes more than {MAX_TENSORS} tensors or sizes of too many dimensions; "
-                "no "
-                "model's file does, do not use it"
+                "no model's file does, do not use it"
             )
         try:
             header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)

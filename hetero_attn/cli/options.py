@@ -37,8 +37,8 @@ def refuse_layers(layers: int | None) -> None:
     if layers is not None:
         raise typer.BadParameter(
             "there is no number of layers to offload: every layer is split over GPU and CPU, and a plan decides how. "
-            "Give "
-            "the GPU memory that may be used, --gpu-memory 8GiB; for no layers --device cpu, for all --policy gpu_only"
+            "Give the GPU memory that may be used, --gpu-memory 8GiB; for no layers --device cpu, for all --policy "
+            "gpu_only"
         )
 
 

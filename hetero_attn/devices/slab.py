@@ -26,8 +26,7 @@ class Slab:
         if offset is None:
             raise NoGapError(
                 f"GPU memory: no gap of {format_bytes(size)} is left in the {format_bytes(self.size_bytes)} taken at "
-                "the "
-                "start; raise gpu_memory or shorten the context"
+                "the start; raise gpu_memory or shorten the context"
             )
         gap = self._free.pop(offset)
         start = offset + gap - size if at_end else offset

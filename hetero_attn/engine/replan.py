@@ -47,8 +47,7 @@ class Replanner:
         if plan.device == "cuda" and gpu_memory_bytes > self._loaded_bytes:
             raise MemoryBudgetError(
                 f"{plan.model}: its GPU memory was taken in one piece of {format_bytes(self._loaded_bytes)} and cannot "
-                "grow to "
-                f"{format_bytes(gpu_memory_bytes)}; load it with that much, and resize downwards"
+                f"grow to {format_bytes(gpu_memory_bytes)}; load it with that much, and resize downwards"
             )
         self._move(self._checked(plan_for_budget, gpu_memory_bytes))
         self._plans.clear()

@@ -234,8 +234,7 @@ class FlagHandover:
                 self._host_ops.set_flag(self._counter, self._given & COUNTER_MASK)
                 raise EngineDeadError(
                     f"a job of the CPU lane did not end within {self._watchdog_s:g} s; the GPU was released, make a "
-                    "new "
-                    "LLM"
+                    "new LLM"
                 ) from None
 
     def _device_answers(self) -> bool:

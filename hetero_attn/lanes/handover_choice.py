@@ -57,8 +57,7 @@ def choose_handover(wish: str, device: Device, worker: Executor, host_ops: CpuKe
             return handover
         warnings.warn(
             f"hand-over by {name} is slow on this device, p50 {1e6 * p50:.0f} us and p95 {1e6 * p95:.0f} us: trying "
-            "the "
-            "next; a display on the same GPU, or other programs, may take its time",
+            "the next; a display on the same GPU, or other programs, may take its time",
             stacklevel=2,
         )
         slow.append((p95, handover))

@@ -159,8 +159,7 @@ class Turns:
                 if self._is_inside:
                     raise BusyError(
                         f"{self._engine.plan.model}: this call came from inside a step, out of a callback or a "
-                        "finaliser, and "
-                        "would wait for itself; there, use add, abort or close"
+                        "finaliser, and would wait for itself; there, use add, abort or close"
                     )
                 return self._inside(work)
         finally:
@@ -196,8 +195,7 @@ class Turns:
         if os.getpid() != self._pid:
             raise EngineDeadError(
                 f"this LLM of {self._engine.plan.model} was made before a fork, and its threads are in the parent; "
-                "load the "
-                "model in the child, or start processes with multiprocessing's spawn method"
+                "load the model in the child, or start processes with multiprocessing's spawn method"
             )
 
     def _inside(self, work: Callable[[], Result] | None) -> Result | None:

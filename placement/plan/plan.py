@@ -90,8 +90,7 @@ class Plan:
             if shard.row_cut and not set(placement.stream_units) <= {0, placement.dram_units}:
                 raise ValueError(
                     f"{shard.name}: its {placement.dram_units} dram-home units are cut by rows, so they stream "
-                    "together "
-                    f"or not at all, got stream_units {placement.stream_units}"
+                    f"together or not at all, got stream_units {placement.stream_units}"
                 )
 
     @property
