@@ -42,7 +42,7 @@ def check_decode(ops, cache, queries_per_kv, starts, stops):
                 assert abs(lse[row, head].item() - expected_lse.item()) <= LSE_ERROR * max(1, abs(expected_lse.item()))
 
 
-@pytest.mark.parametrize("group_heads", [1, 2, 4, 7, 8])
+@pytest.mark.parametrize("queries_per_kv", [1, 2, 4, 7, 8])
 @pytest.mark.parametrize(("head_dim", "page_size"), [(40, 1), (64, 64), (96, 4), (128, 16), (256, 64)])
 def test_decode_agrees_with_float64(queries_per_kv, head_dim, page_size):
     torch.manual_seed(head_dim + queries_per_kv)
@@ -51,7 +51,7 @@ def test_decode_agrees_with_float64(queries_per_kv, head_dim, page_size):
     check_decode(kernels(), cache, queries_per_kv, [0, 5, 149], [150, 133, 150])
 
 
-@pytest.mark.parametrize("group_heads", [1, 4])
+@pytest.mark.parametrize("queries_per_kv", [1, 4])
 def test_decode_fp32_cache(queries_per_kv):
     torch.manual_seed(1)
     cache = PagedCache(2, 2, 90, 4, 40, FP32)
@@ -117,7 +117,7 @@ def test_a_single_large_value_at_each_boundary_is_seen():
     ("kv_start", "kv_stop", "window"),
     [(0, 170, 0), (0, 170, 1), (0, 170, 33), (20, 150, 0), (30, 170, 90), (160, 170, 0), (0, 90, 0), (50, 50, 0)],
 )
-@pytest.mark.parametrize(("group_heads", "head_dim", "dtype"), [(4, 64, BF16), (2, 40, FP32), (7, 128, BF16)])
+@pytest.mark.parametrize(("queries_per_kv", "head_dim", "dtype"), [(4, 64, BF16), (2, 40, FP32), (7, 128, BF16)])
 def test_prefill_agrees_with_float64(queries_per_kv, head_dim, dtype, kv_start, kv_stop, window):
     torch.manual_seed(6)
     cache, q_start, rows = PagedCache(1, 2, 170, 16, head_dim, dtype), 97, 73

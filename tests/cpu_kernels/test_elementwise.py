@@ -77,7 +77,7 @@ def rotated(heads, positions, cos, sin, norm, eps):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("head_dim", "half", "group_heads", "page_size", "has_norm"),
+    ("head_dim", "half", "queries_per_kv", "page_size", "has_norm"),
     [(64, 32, 4, 64, False), (40, 10, 2, 1, True), (128, 64, 1, 4, True), (80, 0, 3, 16, False)],
 )
 def test_rope_append(dtype, head_dim, half, queries_per_kv, page_size, has_norm):

@@ -276,7 +276,7 @@ def test_groups_that_one_item_takes_do_not_meet(kv_dtype):
 @pytest.mark.parametrize("isa", BF16_PATHS)
 @pytest.mark.parametrize("kv_dtype", DTYPES)
 @pytest.mark.parametrize(
-    "group_heads,head_dim,page_size,kv_start,kv_stop,window",
+    "queries_per_kv,head_dim,page_size,kv_start,kv_stop,window",
     [(4, 64, 64, 0, 170, 0), (2, 40, 4, 20, 150, 0), (7, 128, 16, 30, 170, 90), (1, 96, 1, 0, 90, 33)],
 )
 def test_prefill_agrees_with_float64(isa, kv_dtype, queries_per_kv, head_dim, page_size, kv_start, kv_stop, window):
