@@ -39,7 +39,7 @@ class DeviceOps:
         self._arrivals.zero_()
 
     def rounded(self, x: Tensor, weight_dtype: str) -> Any:
-        """See gpu_kernels.linear_layer.rounded."""
+        """x as a linear of that format rounds it; see gpu_kernels.linear_layer.rounded."""
         return gpu_kernels.rounded(x, weight_dtype, **self._int8_rows.get(weight_dtype, {}))
 
     def linear(self, x: Any, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,

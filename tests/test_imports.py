@@ -261,19 +261,66 @@ def public_definitions(tree: ast.Module | ast.ClassDef) -> list[ast.FunctionDef 
     return found
 
 
+def folder_of(module: str) -> str:
+    """The folder of a module, as a dotted name."""
+    return module.rpartition(".")[0]
+
+
+def names_others_import() -> set[tuple[str, str]]:
+    """(module, name) of what code of another folder, of another package or of an example imports by name."""
+    found = set()
+    for path in (path for root in (*MAY_IMPORT, "examples") for path in sources(root)):
+        here = folder_of(module_name(path))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and not node.level and folder_of(node.module) != here:
+                found |= {(node.module, alias.name) for alias in node.names}
+    return found
+
+
+def protocol_methods() -> set[str]:
+    """Names of the methods that protocols declare and describe: an implementation inherits their words."""
+    trees = [ast.parse(path.read_text()) for package in MAY_IMPORT for path in sources(package)]
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    protocols = [node for node in classes if any(ast.unparse(base).startswith("Protocol") for base in node.bases)]
+    return {item.name for node in protocols for item in public_definitions(node) if says_something(item)}
+
+
+def says_something(node: ast.Module | ast.FunctionDef | ast.ClassDef) -> bool:
+    """Whether a docstring is more than a word or two."""
+    return len((ast.get_docstring(node) or "").split()) > 2
+
+
+def undocumented(path: Path, tree: ast.Module, called: Collection[str], inherited: Collection[str]) -> list[str]:
+    """What of a module lacks a useful docstring: itself, and of the definitions named in `called` those with their
+    methods that are not `inherited`."""
+    found = [] if says_something(tree) else [f"{path.relative_to(ROOT)}:1"]
+    for node in public_definitions(tree):
+        if node in tree.body and node.name in called:
+            methods = public_definitions(node) if isinstance(node, ast.ClassDef) else []
+            bare = [item for item in (node, *methods) if item.name not in inherited and not says_something(item)]
+            found += [f"{path.relative_to(ROOT)}:{item.lineno} {item.name}" for item in bare]
+    return found
+
+
 @pytest.mark.parametrize("package", MAY_IMPORT)
-def test_everything_public_has_a_docstring(package: str) -> None:
+def test_what_others_call_has_a_useful_docstring(package: str) -> None:
+    """What a folder keeps to itself needs none where its name says it."""
+    imported, inherited = names_others_import(), protocol_methods()
     bare = []
     for path in sources(package):
-        tree = ast.parse(path.read_text())
-        bare += [] if ast.get_docstring(tree) else [f"{path.relative_to(ROOT)}:1"]
-        bare += [
-            f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
-            for node in public_definitions(tree)
-            if not ast.get_docstring(node)
-        ]
+        called = {name for module, name in imported if module == module_name(path)}
+        bare += undocumented(path, ast.parse(path.read_text()), called, inherited)
 
     assert bare == []
+
+
+def test_a_bare_definition_that_others_call_is_found() -> None:
+    text = '"""A module of two."""\n\n\ndef own():\n    pass\n\n\nclass Called:\n    """One that is called."""\n\n    def go(self):\n        """Go."""\n'
+    path = ROOT / "placement" / "imagined.py"
+
+    assert undocumented(path, ast.parse(text), {"Called"}, set()) == ["placement/imagined.py:11 go"]
+    assert undocumented(path, ast.parse(text), {"Called"}, {"go"}) == []
+    assert undocumented(path, ast.parse(text), {"own"}, set()) == ["placement/imagined.py:4 own"]
 
 
 def parameters(function: object) -> list[tuple[str, object, object]]:

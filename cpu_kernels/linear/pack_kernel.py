@@ -223,7 +223,6 @@ def pack_group_q8(v0, v1, v2, v3, to, feature):
 
 
 def pack(source_dtype: str, weight_dtype: str):
-    """Kernel."""
     load = {"fp32": load_f32_tail, "bf16": load_bf16_tail, "fp16": load_half_tail}[source_dtype]
     source_bytes = 4 if source_dtype == "fp32" else 2
     is_row_major = weight_dtype not in SUPERBLOCK_LINES

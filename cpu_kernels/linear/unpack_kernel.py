@@ -106,20 +106,17 @@ def scale_minimum_s32(header, feature, run):
 
 @helper
 def scale_minimum_sm32(header, feature, run):
-    """As above."""
     at = header + 32 * (run >> 1) + 2 * feature
     return load_half(at), load_half(at + LINE_BYTES)
 
 
 @helper
 def scale_minimum_sm64(header, feature, run):
-    """As above."""
     return load_half(header + 2 * feature), load_half(header + 32 + 2 * feature)
 
 
 @helper
 def scale_minimum_k2m32(header, feature, run):
-    """As above."""
     at = header + 64 + 16 * (run >> 1) + feature
     scale, minimum = np.float32(load_byte(at)), np.float32(load_byte(at + 128))
     return load_half(header + 2 * feature) * scale, -(load_half(header + 32 + 2 * feature) * minimum)
@@ -127,14 +124,12 @@ def scale_minimum_k2m32(header, feature, run):
 
 @helper
 def scale_minimum_k2s16(header, feature, run):
-    """As above."""
     scale = np.float32(signed_byte(header + 64 + 16 * run + feature))
     return load_half(header + 2 * feature) * scale, np.float32(0.0)
 
 
 @helper
 def scale_minimum_k2s32(header, feature, run):
-    """As above."""
     scale = np.float32(signed_byte(header + 64 + 16 * (run >> 1) + feature))
     return load_half(header + 2 * feature) * scale, np.float32(0.0)
 
@@ -160,7 +155,6 @@ def scale_minimum_sz(item: WeightFormat):
 
 
 def scale_minimum_f(item: WeightFormat):
-    """As above."""
     runs = int(item.header.removeprefix("F")) // 16
 
     @helper

@@ -23,8 +23,6 @@ ZERO = np.float32(0.0)
 
 
 def combine():
-    """Kernel."""
-
     def kernel(arguments, thread):
         near, near_stride = parameter(arguments, COMBINE.near), parameter(arguments, COMBINE.near_row)
         far, far_stride, border = (
@@ -62,8 +60,6 @@ def combine():
 
 
 def scale_rows():
-    """Kernel."""
-
     def kernel(arguments, thread):
         factors, factor_row = parameter(arguments, SCALE_ROWS.factors), parameter(arguments, SCALE_ROWS.factor_row)
         out, out_stride = parameter(arguments, SCALE_ROWS.out), parameter(arguments, SCALE_ROWS.out_row)

@@ -104,12 +104,10 @@ def gelu_power(gate):
 
 
 def silu_mul():
-    """Kernel."""
     return gated(silu_power)
 
 
 def gelu_mul():
-    """Kernel."""
     return gated(gelu_power)
 
 
@@ -147,8 +145,6 @@ def part_weight(arguments, part, row, m):
 
 
 def merge():
-    """Kernel."""
-
     def kernel(arguments, thread):
         count, out, lse = (
             parameter(arguments, MERGE.count),

@@ -123,8 +123,6 @@ def sort_picks(ids, places, sources, starts, rows, top_k, experts):
 
 
 def route():
-    """Kernel."""
-
     def kernel(arguments, thread):
         scratch, x, x_stride = (
             parameter(arguments, ROUTE.scratch),

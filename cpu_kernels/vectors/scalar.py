@@ -44,13 +44,13 @@ def round_up(b, x):
 
 @emits(types.int64, intp)
 def load_i64(b, address):
-    """One int64."""
+    """One int64 at an address."""
     return b.load(pointer(b, address, I64), align=8)
 
 
 @emits(int32, intp)
 def load_i32(b, address):
-    """One int32."""
+    """One int32 at an address."""
     return b.load(pointer(b, address, I32), align=4)
 
 
@@ -104,19 +104,19 @@ def store_word(b, value, address):
 
 @emits(float32, intp)
 def load_scalar(b, address):
-    """One float32."""
+    """One float32 at an address."""
     return b.load(pointer(b, address, F32), align=4)
 
 
 @emits(types.void, float32, intp)
 def store_scalar(b, value, address):
-    """One float32."""
+    """One float32 at an address."""
     b.store(value, pointer(b, address, F32), align=4)
 
 
 @emits(types.void, types.int64, intp)
 def store_i64(b, value, address):
-    """One int64."""
+    """One int64 at an address."""
     b.store(value, pointer(b, address, I64), align=8)
 
 
@@ -147,13 +147,13 @@ def pause(b):
 
 @emits(types.void)
 def yield_core(b):
-    """sched_yield()."""
+    """Let another thread have the core: sched_yield()."""
     call_llvm(b, "sched_yield", I32)
 
 
 @emits(types.void, intp)
 def sleep_us(b, microseconds):
-    """usleep()."""
+    """Sleep for so many microseconds: usleep()."""
     call_llvm(b, "usleep", I32, b.trunc(microseconds, I32))
 
 

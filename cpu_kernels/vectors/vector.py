@@ -164,7 +164,7 @@ def splat(b, scalar):
 
 @emits(F32x16, intp)
 def load_f32(b, address):
-    """16 float32."""
+    """16 float32 at an address."""
     return load_as(b, address, VF32)
 
 
@@ -176,7 +176,7 @@ def load_f32_tail(b, address, count):
 
 @emits(types.void, F32x16, intp)
 def store_f32(b, vector, address):
-    """16 float32."""
+    """16 float32 at an address."""
     store_as(b, vector, address)
 
 
@@ -188,13 +188,13 @@ def store_f32_tail(b, vector, address, count):
 
 @emits(I32x16, intp)
 def load_line(b, address):
-    """64 bytes."""
+    """64 bytes at an address."""
     return load_as(b, address, VI32)
 
 
 @emits(types.void, I32x16, intp)
 def store_line(b, vector, address):
-    """64 bytes."""
+    """64 bytes at an address."""
     store_as(b, vector, address)
 
 
@@ -295,7 +295,7 @@ def vmin(b, x, y):
 
 @emits(F32x16, F32x16)
 def vabs(b, x):
-    """|x|."""
+    """Every lane without its sign."""
     return b.bitcast(b.and_(b.bitcast(x, VI32), constant(VI32, 0x7FFFFFFF)), VF32)
 
 
@@ -340,13 +340,13 @@ def sum_lanes(b, x):
 
 @emits(float32, F32x16)
 def max_lanes(b, x):
-    """Largest lane."""
+    """The largest of the lanes."""
     return call_llvm(b, "llvm.vector.reduce.fmax.v16f32", F32, x)
 
 
 @emits(float32, F32x16)
 def min_lanes(b, x):
-    """Smallest lane."""
+    """The smallest of the lanes."""
     return call_llvm(b, "llvm.vector.reduce.fmin.v16f32", F32, x)
 
 

@@ -53,7 +53,6 @@ class EmulatedDriver:
         return True
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: EmulatedStream) -> None:
-        """Copy now."""
         target.copy_(source)
 
     def reaches(self, target: torch.Tensor, source: torch.Tensor, stream: EmulatedStream) -> bool:
@@ -65,13 +64,12 @@ class EmulatedDriver:
         return EmulatedEvent(stream)
 
     def wait(self, stream: EmulatedStream, event: EmulatedEvent) -> None:
-        """Nothing to wait for."""
+        pass
 
     def synchronize(self, event: EmulatedEvent) -> None:
-        """Nothing to wait for."""
+        pass
 
     def write_flag(self, stream: EmulatedStream, flag: torch.Tensor, value: int) -> None:
-        """Write now."""
         flag.fill_(value)
 
     def wait_flag(self, stream: EmulatedStream, flag: torch.Tensor, value: int, exactly: bool) -> None:

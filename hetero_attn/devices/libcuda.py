@@ -105,7 +105,7 @@ class LibCuda:
         return self._library.cuMemHostRegister_v2(address, count, PORTABLE | MAPPED) == 0
 
     def unregister(self, address: int) -> None:
-        """Undo `register`."""
+        """Undo `register`: the memory is ordinary again."""
         self._call("cuMemHostUnregister", address)
 
     def device_address(self, address: int) -> int:

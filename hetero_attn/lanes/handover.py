@@ -69,19 +69,19 @@ class InOrder:
         job()
 
     def order_device(self, given: int | None = None) -> None:
-        """Nothing is under way."""
+        pass
 
     def join(self, given: int | None = None) -> None:
-        """Nothing is under way."""
+        pass
 
     def begin_layer(self) -> None:
-        """Nothing is under way."""
+        pass
 
     def give_up(self) -> None:
-        """Nothing is under way."""
+        pass
 
     def close(self) -> None:
-        """Nothing to stop."""
+        pass
 
 
 class EventHandover:

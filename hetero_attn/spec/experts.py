@@ -88,7 +88,7 @@ class ExpertsSpec(LinearSpec):
 
     @property
     def column_units(self) -> int:
-        """Likewise."""
+        """Every expert is a unit of what lies in one piece, too."""
         return self.experts
 
     @property
@@ -98,12 +98,12 @@ class ExpertsSpec(LinearSpec):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of that."""
+        """Packed bytes of one row, which is one expert."""
         return self.unit_bytes
 
     @cached_property
     def unit_features(self) -> int:
-        """See the class."""
+        """Output features that one expert stands for, so that all of them cost what a row's experts do."""
         return -(-self.per_row * self.first[1].out_features // self.experts)
 
     @property

@@ -178,14 +178,13 @@ class RecordingDriver:
         return torch.zeros(shape, dtype=dtype, device="cpu" if is_table else "meta")
 
     def free(self, tensor: torch.Tensor) -> None:
-        """Nothing to give back."""
+        pass
 
     def pin(self, tensor: torch.Tensor) -> bool:
         """Memory that nobody touches."""
         return True
 
     def unpin(self, tensor: torch.Tensor) -> bool:
-        """Likewise."""
         return True
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: str) -> None:
@@ -243,14 +242,13 @@ class RecordingDriver:
         return 0.0
 
     def seconds_between(self, mark: float, later: float) -> float:
-        """None pass."""
         return 0.0
 
     def clear(self) -> None:
         """Nothing is kept from call to call."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        pass
 
 
 class RecordedGraph:
@@ -326,7 +324,7 @@ class RecordedHostOps(RecordedOps):
         self.record_set(flag, value)
 
     def close(self) -> None:
-        """No threads."""
+        pass
 
 
 class RecordedProgram:
@@ -360,7 +358,7 @@ class RecordedWorker(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """No thread."""
+        pass
 
 
 class _JobFuture(Future):
