@@ -83,7 +83,7 @@ class Attention(Block):
         add_output(run, o, buffers.out, column, work, weights.vector("post_norm"), self._eps)
 
     def _norm_whole(self, lanes: Lanes, weights: BlockWeights, heads: Activation, computed: int) -> int:
-        """Norm q and k over all heads, where they all come together for it; returns the KV-head groups that are on the
+        """Norm q and k over all heads, where they all come together for it; returns the KV heads that are on the
         GPU then, of which `computed` are now."""
         q_norm, k_norm = weights.vector("q_norm_whole").main, weights.vector("k_norm_whole").main
         if q_norm is None:

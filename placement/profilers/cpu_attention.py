@@ -33,7 +33,7 @@ SHAPES = {
     "q8": ((4, 64), (1, 128), (4, 128), (8, 128)),
     "q4": ((4, 64), (1, 128), (4, 128), (8, 128)),
 }
-PREFILL_HEADS = 4  # of a group: a chunk's rows are many, so their number hardly matters
+PREFILL_HEADS = 4  # of a KV head: a chunk's rows are many, so their number hardly matters
 KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "q8": torch.int8, "q4": torch.uint8}
 PAGE_TOKENS = 64
 

@@ -114,12 +114,12 @@ def _attention(planned: PlannedModel, rows: int) -> Iterator[Call]:
     config, plan = planned.config, planned.plan
     if rows not in (1, 2):
         return
-    groups = {placement.gpu_groups for placement in plan.kv if placement.gpu_groups}
+    owned = {placement.gpu_kv_heads for placement in plan.kv if placement.gpu_kv_heads}
     heads, head_dim = config.heads_per_kv_head, config.head_dim
     shape = (64, plan.page_size, row_items(plan.workload.kv_dtype, head_dim))
     pages = _meta(*shape, dtype=TORCH_DTYPES[plan.workload.kv_dtype])
     slots = -(-plan.max_context // plan.page_size)
-    for count in groups:
+    for count in owned:
         q, lse = _meta(rows, count * heads, head_dim), _meta(rows, count * heads)
         yield _rope(config, rows, count, q, pages)
         if rows == 1:
@@ -130,10 +130,10 @@ def _attention(planned: PlannedModel, rows: int) -> Iterator[Call]:
             yield partial(gpu_kernels.prefill_attention, q, pages, pages, table, 0, rows, 0, 0, 1.0, q, lse)
 
 
-def _rope(config: ModelConfig, rows: int, groups: int, q: torch.Tensor, pages: torch.Tensor) -> Call:
+def _rope(config: ModelConfig, rows: int, owned: int, q: torch.Tensor, pages: torch.Tensor) -> Call:
     features = (config.heads_per_kv_head + 2) * config.head_dim
-    qkv, norm = _meta(rows, groups, features), _meta(config.head_dim) if config.qk_norm else None
-    positions, slots = _meta(rows, dtype=torch.int64), _meta(rows, groups, dtype=torch.int64)
+    qkv, norm = _meta(rows, owned, features), _meta(config.head_dim) if config.qk_norm else None
+    positions, slots = _meta(rows, dtype=torch.int64), _meta(rows, owned, dtype=torch.int64)
     angles = _meta(64, (config.rope.rotary_dim or config.head_dim) // 2)
     return lambda: gpu_kernels.rope_append(
         qkv, positions, angles, angles, norm, norm, config.rms_norm_eps, q, pages, pages, slots
