@@ -23,9 +23,8 @@ from gpu_kernels.forms.dequantize import dequantize_form
 from gpu_kernels.forms.unpack import FORMS
 from gpu_kernels.int8_tile import multiply_many_rows
 from gpu_kernels.quantized_linear import LARGEST_TILE_ROWS, multiply_quantized
-from gpu_kernels.reference import BLOCK_FEATURES, GROUP, SUPERBLOCK_BYTES, block_bytes, mixed_parts
+from gpu_kernels.reference import BLOCK_FEATURES, GROUP, PLAIN_DTYPES, block_bytes, check_weight_dtype, mixed_parts
 
-WEIGHT_DTYPES = ("fp32", "bf16", "q8", "q4", "fp16", *FORMS)
 INT8_KERNELS = ("q8", "q4")  # formats that int8 kernels multiply
 PRODUCT_BYTES = 32 * 2**20  # of a dense product at once: what a call takes beside its arguments is bounded
 # Of weights as bf16 at once, likewise. The L2 cache of the largest GPUs holds half of it; smaller pieces would stay
@@ -58,8 +57,7 @@ def rounded(x: Tensor, weight_dtype: str, int8_rows: int = INT8_ROWS) -> Rounded
     """
     if "*" in weight_dtype:
         return RoundedInput(tuple(x.shape), (x,))
-    if weight_dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"weight dtype {weight_dtype!r} is unknown; known: {', '.join(WEIGHT_DTYPES)}")
+    check_weight_dtype(weight_dtype)
     assert x.stride(1) == 1, x.stride()
     shape = tuple(x.shape)
     if x.numel() == 0 or weight_dtype in ("fp32", "fp16"):
@@ -76,7 +74,7 @@ def linear(x: Tensor | RoundedInput, weight: Tensor, weight_dtype: str, bias: Te
     """Write (or with `accumulate` add) the linear layer of `x` into `out`.
 
     x: f32 [rows, in_features], or what `rounded` made of it for this dtype. weight: uint8 [num_blocks, block_bytes],
-    packed. weight_dtype: one of WEIGHT_DTYPES, or a mix of them, whose weight is [units, unit_bytes]. bias: f32
+    packed. weight_dtype: a known one, or a mix of them, whose weight is [units, unit_bytes]. bias: f32
     [features] or None. out: f32 [rows, features]. Raises ValueError for an unknown weight dtype.
     """
     if "*" in weight_dtype:
@@ -89,7 +87,7 @@ def linear(x: Tensor | RoundedInput, weight: Tensor, weight_dtype: str, bias: Te
     assert weight.is_contiguous() and out.stride(1) == 1, (weight.stride(), out.stride())
     if out.numel() == 0:
         return
-    if weight_dtype in SUPERBLOCK_BYTES:
+    if weight_dtype not in PLAIN_DTYPES:
         expected = block_bytes(weight_dtype, x.shape[1])
         assert weight.shape[1] == expected, (weight_dtype, weight.shape, x.shape, expected)
         if x.is_int8:
@@ -148,7 +146,7 @@ def _blocks_at_once(x: Tensor | RoundedInput, weight_dtype: str, in_place: bool 
     """Blocks of which neither the product, where it needs a buffer, nor the weights as bf16 exceed their bound."""
     rows, in_features = x.shape
     bounds = [] if in_place else [PRODUCT_BYTES // (4 * BLOCK_FEATURES * rows)]
-    if weight_dtype in SUPERBLOCK_BYTES or weight_dtype == "fp16":
+    if weight_dtype not in ("fp32", "bf16"):
         bounds.append(DENSE_BYTES // (2 * BLOCK_FEATURES * (in_features + GROUP)))
     return max(1, min(bounds, default=1 << 30))
 
@@ -159,7 +157,7 @@ def _dense(weight: Tensor, weight_dtype: str, in_features: int) -> Tensor:
         return dequantize_form(weight, weight_dtype, in_features)
     if weight_dtype == "fp16":
         return weight.view(torch.float16).view(-1, in_features).float()
-    if weight_dtype in SUPERBLOCK_BYTES:
+    if weight_dtype in INT8_KERNELS:
         return dequantize(weight, weight_dtype)
     return weight.view(torch.float32 if weight_dtype == "fp32" else torch.bfloat16).view(-1, in_features)
 

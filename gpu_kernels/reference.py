@@ -33,11 +33,9 @@ from gpu_kernels import kv_pages
 from gpu_kernels.forms.unpack import FORMS, superblock_bytes, unpack_form
 
 PLAIN_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WEIGHT_DTYPES = ("fp32", "bf16", "q8", "q4", "fp16", *FORMS)
 BLOCK_FEATURES = 16
 GROUP = 64
-SUPERBLOCK_INPUTS = {"q8": 64, "q4": 64} | {name: form.inputs for name, form in FORMS.items()}
-SUPERBLOCK_BYTES = {"q8": 1088, "q4": 576} | {name: superblock_bytes(form) for name, form in FORMS.items()}
+SUPERBLOCK_BYTES = {"q8": 1088, "q4": 576}  # of 64 inputs; those of the other coded formats follow from their form
 LINE_BYTES = 64
 
 
@@ -60,7 +58,7 @@ def linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, ou
            accumulate: bool = False) -> None:
     """Write (or with `accumulate` add) the linear layer of `x` into `out`.
 
-    x: f32 [rows, in_features]. weight: uint8 [num_blocks, block_bytes], packed. weight_dtype: one of WEIGHT_DTYPES, or
+    x: f32 [rows, in_features]. weight: uint8 [num_blocks, block_bytes], packed. weight_dtype: one of the known ones, or
     a mix as in cpu_kernels/formats, whose weight is [units, unit_bytes]. bias: f32 [features] or None. out: f32 [rows,
     features]. Raises ValueError for an unknown weight dtype.
     """
@@ -95,10 +93,13 @@ def mixed_parts(weight: Tensor, weight_dtype: str, in_features: int) -> list[tup
 
 def block_bytes(weight_dtype: str, in_features: int) -> int:
     """Bytes of 16 output features."""
-    _check_weight_dtype(weight_dtype)
+    check_weight_dtype(weight_dtype)
     if weight_dtype in PLAIN_DTYPES:
         return BLOCK_FEATURES * in_features * PLAIN_DTYPES[weight_dtype].itemsize
-    return -(-in_features // SUPERBLOCK_INPUTS[weight_dtype]) * SUPERBLOCK_BYTES[weight_dtype]
+    if weight_dtype in FORMS:
+        form = FORMS[weight_dtype]
+        return -(-in_features // form.inputs) * superblock_bytes(form)
+    return -(-in_features // GROUP) * SUPERBLOCK_BYTES[weight_dtype]
 
 
 def linear_unpacked(x: Tensor, dense: Tensor, bias: Tensor | None, out: Tensor, accumulate: bool = False) -> None:
@@ -117,7 +118,7 @@ def linear_unpacked(x: Tensor, dense: Tensor, bias: Tensor | None, out: Tensor, 
 
 def round_activation(x: Tensor, weight_dtype: str) -> Tensor:
     """The input of a linear layer as the arithmetic of `weight_dtype` sees it, in the dtype and shape of `x`."""
-    _check_weight_dtype(weight_dtype)
+    check_weight_dtype(weight_dtype)
     if weight_dtype in ("fp32", "fp16"):
         return x
     if weight_dtype == "bf16":
@@ -144,7 +145,7 @@ def unpack(weight: Tensor, weight_dtype: str, in_features: int, dtype: torch.dty
 
     weight: uint8 [num_blocks, block_bytes], contiguous. Raises ValueError for an unknown weight dtype.
     """
-    _check_weight_dtype(weight_dtype)
+    check_weight_dtype(weight_dtype)
     if weight_dtype in PLAIN_DTYPES:
         return weight.view(PLAIN_DTYPES[weight_dtype]).reshape(-1, in_features).to(dtype)
     if weight_dtype in FORMS:
@@ -412,6 +413,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _check_weight_dtype(weight_dtype: str) -> None:
-    if weight_dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"weight dtype {weight_dtype!r} is unknown; known: {', '.join(WEIGHT_DTYPES)}")
+def check_weight_dtype(weight_dtype: str) -> None:
+    """Raise ValueError, which names those there are, unless this is a format of weights."""
+    known = ("fp32", "bf16", *SUPERBLOCK_BYTES, "fp16", *FORMS)
+    if weight_dtype not in known:
+        raise ValueError(f"weight dtype {weight_dtype!r} is unknown; known: {', '.join(known)}")

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 import torch
 
 from cpu_kernels import fresh_memory
-from cpu_kernels.formats import BLOCK_FEATURES, format_of, segments, unit_bytes
+from cpu_kernels.formats import BLOCK_FEATURES, SOURCE_TYPES, format_of, segments, unit_bytes
 from hetero_attn.checkpoints.sources import WeightSource
-from hetero_attn.checkpoints.unit_rows import FORMAT_OF, UnitRows, dequantised, units_at_once
+from hetero_attn.checkpoints.unit_rows import UnitRows, dequantised, units_at_once
 from hetero_attn.errors import CheckpointError
 from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.models.block import BlockWeights
@@ -305,7 +305,7 @@ class Loader:
         blocks = fresh_memory((-(-vocab_size // BLOCK_FEATURES), item.block_bytes(width)), torch.uint8)
         for start in range(0, vocab_size, EMBED_RUN_ROWS):
             rows = self._checkpoint.read(tensor, slice(start, min(vocab_size, start + EMBED_RUN_ROWS)))
-            if kind is not None and FORMAT_OF[kind] != item.name:
+            if kind is not None and SOURCE_TYPES[kind].format != item.name:
                 rows = dequantised(self._lanes.host_ops, rows, kind, tensor)
             rows = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % BLOCK_FEATURES))
             first = start // BLOCK_FEATURES

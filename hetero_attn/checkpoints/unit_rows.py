@@ -17,7 +17,6 @@ from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.weights import LinearSpec, Part
 
 RUN_BYTES = 16 << 20  # of a run's rows in float32
-FORMAT_OF = {item.name: item.format for item in SOURCE_TYPES.values()}
 
 
 def units_at_once(spec: LinearSpec) -> int:
@@ -67,7 +66,7 @@ class UnitRows:
     def _form(self, spec: LinearSpec, name: str, parts: tuple[Part, ...]) -> tuple[torch.dtype, int]:
         """(dtype, items of a row): bytes of the file where all parts are the codes wanted, else numbers."""
         kinds = [self._source.source_type(part.tensor) for part in parts]
-        if all(kind is not None and FORMAT_OF[kind] == name for kind in kinds):
+        if all(kind is not None and SOURCE_TYPES[kind].format == name for kind in kinds):
             return torch.uint8, self._source.row_bytes(parts[0].tensor)
         dtypes = {self._source.torch_dtype(part.tensor) for part in parts}
         return torch.float32 if any(kinds) or len(dtypes) > 1 else dtypes.pop(), spec.in_features
