@@ -1,6 +1,7 @@
 """The CPU kernels of experts on one layer of Qwen3-30B-A3B: 128 experts of 2048 x 768, 8 a row.
 
-    decode    bytes a second of scattered experts, routes changing every call, beside a plain sweep of as many bytes
+    decode    bytes a second of scattered experts, recorded as in a decode step, other routes in every call, beside a
+              plain sweep of as many bytes at random places
     prompt    operations a second of the grouped product of 512 rows, beside `linear` with the rows that an expert has,
               on weights as cold; and the same rows with 30 % of all picks at one expert
 
@@ -62,20 +63,21 @@ def decode(ops: CpuKernels, dtype: str, arena: torch.Tensor) -> None:
     """One row: eight experts, others every call."""
     generator = torch.Generator().manual_seed(0)
     drawn = [routes(1, 0.0, generator) for _ in range(REPEATS)]
-    x, out, turn = torch.randn(1, HIDDEN), torch.empty(PICKS, 2 * WIDTH), iter(drawn * 2)
+    x, out = torch.randn(1, HIDDEN), torch.empty(PICKS, 2 * WIDTH)
     size = PICKS * arena[0].numel()
-    flat, at = arena.view(-1), iter(torch.randint(0, arena.numel() - size, (2 * REPEATS,)).tolist())
+    flat, places = arena.view(-1), torch.randint(0, arena.numel() - size, (REPEATS,)).tolist()
 
     def scattered() -> None:
-        sources, starts = next(turn)
-        ops.expert_linear(x, sources, starts, 0, arena, dtype, out)
+        for sources, starts in drawn:
+            ops.expert_linear(x, sources, starts, 0, arena, dtype, out)
 
     def sweep() -> None:
-        start = next(at) // 64 * 64
-        ops.sweep(flat[start : start + size])
+        for place in places:
+            start = place // 64 * 64
+            ops.sweep(flat[start : start + size])
 
-    seconds = best({"experts": scattered, "sweep": sweep})
-    rates = {name: size / value / 1e9 for name, value in seconds.items()}
+    programs = {name: ops.record(calls).run for name, calls in (("experts", scattered), ("sweep", sweep))}
+    rates = {name: REPEATS * size / value / 1e9 for name, value in best(programs, 12).items()}
     print(
         f"{dtype:5s} decode  {rates['experts']:6.1f} GB/s, sweep {rates['sweep']:6.1f} GB/s: "
         f"{rates['experts'] / rates['sweep']:.0%}"
