@@ -12,6 +12,8 @@ from typing import Any
 _MODULE_OF_OP = {
     "linear": "linear_layer",
     "rounded": "linear_layer",
+    "rounded_norm": "fused.rounded_ops",
+    "rounded_gated": "fused.rounded_ops",
     "decode_attention": "attention",
     "prefill_attention": "attention",
     "merge": "attention_merge",

@@ -28,6 +28,27 @@ def _steps_and_scale(values):
     return tl.minimum(tl.maximum((steps + ROUNDING) - ROUNDING, -127.0), 127.0), scale
 
 
+@triton.jit
+def store_rounded(values, groups, inside, q, scales, sums, row, q_stride, scale_stride, ORDER: tl.constexpr):
+    """Round float32 values [groups, 64] of a row, zero where there is no input, and store groups that are `inside`: as
+    bf16 to q [rows, q_stride] (ORDER "bf16"), else as `quantize_activation` stores them in that order."""
+    steps, scale = _steps_and_scale(values)
+    k = tl.arange(0, 64)
+    if ORDER == "q4":
+        stored = k // 8 % 4 * 16 + k // 4 % 2 * 8 + k // 32 * 4 + k % 4
+    elif ORDER == "q8":
+        stored = k // 4 % 4 * 16 + k // 32 * 8 + k // 16 % 2 * 4 + k % 4
+    else:
+        stored = k
+    target = q + row * q_stride + groups[:, None] * 64 + stored[None, :]
+    if ORDER == "bf16":
+        tl.store(target, (steps * scale[:, None]).to(tl.bfloat16), mask=inside[:, None])
+    else:
+        tl.store(target, steps.to(tl.int8), mask=inside[:, None])
+        tl.store(scales + groups * scale_stride + row, scale, mask=inside)
+        tl.store(sums + groups * scale_stride + row, scale * tl.sum(steps, axis=1), mask=inside)
+
+
 @Kernel
 @triton.jit
 def _quantize_kernel(x, q, scales, sums, in_features, num_groups, x_stride, q_stride, scale_stride,
@@ -73,13 +94,22 @@ def quantize_activation(x: Tensor, order: str) -> tuple[Tensor, Tensor, Tensor]:
     """
     rows, in_features = x.shape
     num_groups = -(-in_features // GROUP)
-    q = torch.empty(rows, num_groups * GROUP, dtype=torch.int8, device=x.device)
-    stride = 1 if rows == 1 else -(-rows // 16) * 16  # aligned, so that scales of two rows are one load
-    scales, sums = torch.empty(2, num_groups, stride, dtype=torch.float32, device=x.device)[..., :rows]
+    (q, scales, sums), strides = quantized_buffers(rows, in_features, order, x.device)
     _quantize_kernel.launch((rows, -(-num_groups // GROUPS), 1), (x, q, scales, sums), (),
-                            (in_features, num_groups, x.stride(0), num_groups * GROUP, stride),
-                            _quantize_shape(order))
+                            (in_features, num_groups, x.stride(0), *strides), _quantize_shape(order))
     return q, scales, sums
+
+
+def quantized_buffers(rows: int, in_features: int, order: str,
+                      device: torch.device) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    """Uninitialised (q, scales, sums), of order "bf16" (rounded x,) alone, and the strides of rows and of scales."""
+    num_groups = -(-in_features // GROUP)
+    if order == "bf16":
+        return (torch.empty(rows, num_groups * GROUP, dtype=torch.bfloat16, device=device),), (num_groups * GROUP, 1)
+    q = torch.empty(rows, num_groups * GROUP, dtype=torch.int8, device=device)
+    stride = 1 if rows == 1 else -(-rows // 16) * 16  # aligned, so that scales of two rows are one load
+    scales, sums = torch.empty(2, num_groups, stride, dtype=torch.float32, device=device)[..., :rows]
+    return (q, scales, sums), (num_groups * GROUP, stride)
 
 
 def round_activation(x: Tensor) -> Tensor:

@@ -42,6 +42,15 @@ class DeviceOps:
         """x as a linear of that format rounds it; see gpu_kernels.linear_layer.rounded."""
         return gpu_kernels.rounded(x, weight_dtype, **self._int8_rows.get(weight_dtype, {}))
 
+    def rounded_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor, weight_dtype: str) -> Any:
+        """RMS norm into `out`, and its rounding as this card multiplies it with such a weight, in one launch."""
+        return gpu_kernels.rounded_norm(x, weight, eps, out, weight_dtype, **self._int8_rows.get(weight_dtype, {}))
+
+    def rounded_gated(self, gate_up: Tensor, out: Tensor, activation: str, weight_dtype: str) -> Any:
+        """The activation into `out`, and its rounding as this card multiplies it with such a weight, in one launch."""
+        limit = self._int8_rows.get(weight_dtype, {})
+        return gpu_kernels.rounded_gated(gate_up, out, activation, weight_dtype, **limit)
+
     def linear(self, x: Any, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
                accumulate: bool = False) -> None:
         """See gpu_kernels.linear_layer.linear."""

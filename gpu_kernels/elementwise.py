@@ -26,6 +26,26 @@ GELU_SHAPE = Shape(BLOCK=SILU_BLOCK, GELU=True, num_warps=4)
 GELU_FACTOR = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 
 
+@triton.jit
+def normed_values(row, weight, columns, inside, eps, HIDDEN: tl.constexpr):
+    """The normalised row that begins at `row`; zero past its end."""
+    values = tl.load(row + columns, mask=inside, other=0.0)
+    inverse = tl.rsqrt(tl.sum(values * values, axis=0) / HIDDEN + eps)
+    return values * inverse * tl.load(weight + columns, mask=inside, other=0.0)
+
+
+@triton.jit
+def gated_values(row, columns, inside, GELU: tl.constexpr):
+    """activation(gate) * up of a row of units of 16 gate | 16 up that begins at `row`."""
+    source = row + columns // 16 * 32 + columns % 16
+    gate = tl.load(source, mask=inside, other=0.0)
+    up = tl.load(source + 16, mask=inside, other=0.0)
+    power = gate
+    if GELU:
+        power = gate * GELU_FACTOR * (1.0 + 0.044715 * gate * gate)
+    return gate / (1.0 + tl.exp(-power)) * up
+
+
 @Kernel
 @triton.jit
 def _rms_norm_kernel(x, weight, out, eps, x_stride, out_stride, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
@@ -34,9 +54,7 @@ def _rms_norm_kernel(x, weight, out, eps, x_stride, out_stride, HIDDEN: tl.const
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < HIDDEN
-    values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0)
-    inverse = tl.rsqrt(tl.sum(values * values, axis=0) / HIDDEN + eps)
-    scaled = values * inverse * tl.load(weight + columns, mask=inside, other=0.0)
+    scaled = normed_values(x + row * x_stride, weight, columns, inside, eps, HIDDEN)
     target = out + row * out_stride + columns
     if ADD:
         scaled += tl.load(target, mask=inside, other=0.0)
@@ -51,13 +69,8 @@ def _gated_kernel(gate_up, out, units, in_stride, out_stride, BLOCK: tl.constexp
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns // 16 < units  # constant over 16 columns, so the loads stay wide
-    source = gate_up + row * in_stride + columns // 16 * 32 + columns % 16
-    gate = tl.load(source, mask=inside, other=0.0)
-    up = tl.load(source + 16, mask=inside, other=0.0)
-    power = gate
-    if GELU:
-        power = gate * GELU_FACTOR * (1.0 + 0.044715 * gate * gate)
-    tl.store(out + row * out_stride + columns, gate / (1.0 + tl.exp(-power)) * up, mask=inside)
+    values = gated_values(gate_up + row * in_stride, columns, inside, GELU)
+    tl.store(out + row * out_stride + columns, values, mask=inside)
 
 
 @triton.jit
@@ -185,10 +198,15 @@ def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm
             (*qkv.stride()[:2], cos.stride(0), *q.stride()[:2], *k_pages.stride()[:2], slots.stride(0)), shape)
 
 
+def norm_warps(block: int) -> int:
+    """Warps that normalise a row; who sums the same row with as many gets the same sum."""
+    return 8 if block > 2048 else 4
+
+
 @functools.cache
 def _norm_shape(hidden: int, accumulate: bool) -> Shape:
     block = triton.next_power_of_2(hidden)
-    return Shape(HIDDEN=hidden, BLOCK=block, ADD=accumulate, num_warps=8 if block > 2048 else 4)
+    return Shape(HIDDEN=hidden, BLOCK=block, ADD=accumulate, num_warps=norm_warps(block))
 
 
 @functools.cache

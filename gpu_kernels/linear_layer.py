@@ -60,13 +60,22 @@ def rounded(x: Tensor, weight_dtype: str, int8_rows: int = INT8_ROWS) -> Rounded
     check_weight_dtype(weight_dtype)
     assert x.stride(1) == 1, x.stride()
     shape = tuple(x.shape)
-    if x.numel() == 0 or weight_dtype in ("fp32", "fp16"):
-        return RoundedInput(shape, (x,))
     if weight_dtype == "bf16":
         return RoundedInput(shape, (x.to(torch.bfloat16),))
-    if shape[0] <= int8_rows and weight_dtype in INT8_KERNELS:
-        return RoundedInput(shape, quantize_activation(x, weight_dtype if shape[0] <= LARGEST_TILE_ROWS else "own"))
-    return RoundedInput(shape, (round_activation(x),))
+    order = rounding_order(shape[0], weight_dtype, int8_rows)
+    if x.numel() == 0 or order is None:
+        return RoundedInput(shape, (x,))
+    return RoundedInput(shape, (round_activation(x),) if order == "bf16" else quantize_activation(x, order))
+
+
+def rounding_order(rows: int, weight_dtype: str, int8_rows: int) -> str | None:
+    """How `rounded` stores x after its rounding to int8 in groups: in an order of `quantize_activation`, or as "bf16";
+    None for a weight whose x is not rounded so."""
+    if "*" in weight_dtype or weight_dtype in ("fp32", "fp16", "bf16"):
+        return None
+    if rows > int8_rows or weight_dtype not in INT8_KERNELS:
+        return "bf16"
+    return weight_dtype if rows <= LARGEST_TILE_ROWS else "own"
 
 
 def linear(x: Tensor | RoundedInput, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,

@@ -54,6 +54,18 @@ def rounded(x: Tensor, weight_dtype: str) -> Tensor:
     return x
 
 
+def rounded_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, weight_dtype: str) -> Tensor:
+    """`rms_norm` into `out`, and what `rounded` makes of it."""
+    rms_norm(x, weight, eps, out)
+    return rounded(out, weight_dtype)
+
+
+def rounded_gated(gate_up: Tensor, out: Tensor, activation: str, weight_dtype: str) -> Tensor:
+    """`silu_mul` or `gelu_mul`, as `activation` says, into `out`, and what `rounded` makes of it."""
+    (silu_mul if activation == "silu_mul" else gelu_mul)(gate_up, out)
+    return rounded(out, weight_dtype)
+
+
 def linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
            accumulate: bool = False) -> None:
     """Write (or with `accumulate` add) the linear layer of `x` into `out`.

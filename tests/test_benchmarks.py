@@ -314,7 +314,7 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path, mon
 
 
 def test_a_layer_of_a_prompt_queues_few_launches() -> None:
-    """Four roundings, a dequantisation for each piece of a weight, and five small kernels; older tokens beside."""
+    """A dequantisation for each piece of a weight, and six others: norms and the activation round what they give."""
     pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
     run = run_script("launches.py", "--repetitions", 1, "--json")
 
@@ -322,7 +322,8 @@ def test_a_layer_of_a_prompt_queues_few_launches() -> None:
     found = json.loads(run.stdout)
     first, last = found["first chunk"], found["last chunk"]
     pieces = 4 + found["streamed_pieces"]
-    assert (first["linear"]["launches"], first["rounded"]["launches"]) == (pieces, 4)
-    assert (first["launches"], first["prefill_attention"]["launches"]) == (pieces + 4 + 5, 1)
-    assert (last["linear"]["launches"], last["rounded"]["launches"]) == (pieces, 4)
+    small = ("rounded_norm", "rope_append", "prefill_attention", "rounded", "rounded_gated")
+    assert [first[op]["launches"] for op in small] == [2, 1, 1, 1, 1]
+    assert (first["linear"]["launches"], first["launches"]) == (pieces, pieces + 6)
+    assert (last["linear"]["launches"], last["rounded"]["launches"]) == (pieces, 1)
     assert 1 <= last["merge"]["launches"] == last["prefill_attention"]["launches"] - 1 <= 5  # blocks of a whole chunk

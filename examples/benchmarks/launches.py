@@ -137,7 +137,7 @@ def queueing_engine(plan_of: Any, folder: Path) -> Iterator[Engine]:
     engine = assemble(planned, lanes)
     for linear in engine.weights.linears[:-1]:
         streamed = linear.dram.shape[0] // 2
-        linear.piece_blocks = -(-streamed // PIECES[linear.spec.name.rsplit(".", 1)[-1]])
+        linear.piece_blocks = max(1, -(-streamed // PIECES[linear.spec.name.rsplit(".", 1)[-1]]))
     try:
         yield engine
     finally:

@@ -55,6 +55,16 @@ class PacedOps:
         """Counted with the products."""
         return x
 
+    def rounded_norm(self, x, weight, eps, out, weight_dtype) -> torch.Tensor:
+        """Bytes in and out."""
+        self._move(x, out)
+        return out
+
+    def rounded_gated(self, gate_up, out, activation, weight_dtype) -> torch.Tensor:
+        """Bytes in and out."""
+        self._move(gate_up, out)
+        return out
+
     def linear(self, x, weight, weight_dtype, bias, out, accumulate=False) -> None:
         """The longer of weight bytes over GPU memory and operations."""
         operations = 2 * x.shape[0] * x.shape[1] * weight.shape[0] * BLOCK_FEATURES

@@ -1,10 +1,9 @@
 """Grouped-query attention with rotary positions: qkv, attention over the cache, o."""
 
 from hetero_attn.lanes.lanes import Activation, Lanes
-from hetero_attn.models.block import Block, BlockWeights, KvView, Run, add_output, normalize, projected_buffer
+from hetero_attn.models.block import Block, BlockWeights, KvView, Run, add_output, normed_linear, projected_buffer
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.attend import AttentionBuffers, AttentionParameters, attend, store
-from hetero_attn.ops.linear import linear
 from hetero_attn.spec.blocks import BufferSet, KvState, Vector
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.tensor_names import tensor_name
@@ -62,9 +61,8 @@ class Attention(Block):
         """Queue the block; each head is attended on its owner's side."""
         lanes, step = run
         qkv, o = weights.linears["qkv"], weights.linears["o"]
-        normed, heads = work.of("normed", self.qkv.in_features), work.of("qkv", self.qkv.out_features)
-        normalize(lanes, weights.vector("norm"), self._eps, work.residual, normed, qkv.has_host_features(step.tier))
-        linear(lanes, qkv, step.tier, normed, heads)
+        heads = work.of("qkv", self.qkv.out_features)
+        normed_linear(lanes, step.tier, weights.vector("norm"), self._eps, qkv, work, heads)
         computed = self._norm_whole(lanes, weights, heads, qkv.device_units(step.tier))
         buffers = self._buffers(work)
         parameters = self._parameters(weights)
@@ -88,10 +86,10 @@ class Attention(Block):
         q_norm, k_norm = weights.vector("q_norm_whole").main, weights.vector("k_norm_whole").main
         if q_norm is None:
             return computed
-        kv_heads, unit = self.cache.kv_heads, self.qkv.unit_features
-        lanes.pull(heads, computed * unit, kv_heads * unit)
-        lanes.main_ops.norm_heads(heads.main.unflatten(1, (kv_heads, unit)), q_norm, k_norm, self._eps)
-        return kv_heads
+        groups, unit = self.cache.kv_heads, self.qkv.unit_features
+        lanes.pull(heads, computed * unit, groups * unit)
+        lanes.main_ops.norm_heads(heads.main.unflatten(1, (groups, unit)), q_norm, k_norm, self._eps)
+        return groups
 
     def store(self, run: Run, weights: BlockWeights, state: KvView, work: Workspace) -> None:
         """Rotate and store what the qkv buffer holds, as if the block had computed it."""

@@ -14,7 +14,7 @@ import torch
 from hetero_attn.cache.pool import CachePool
 from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.models.workspace import Workspace
-from hetero_attn.ops.linear import LinearWeights, linear_add
+from hetero_attn.ops.linear import LinearWeights, linear, linear_add
 from hetero_attn.ops.step import PoolStep, Step
 from hetero_attn.spec.blocks import BufferSet, Declaration
 from hetero_attn.spec.weights import LinearSpec
@@ -88,23 +88,54 @@ def normalize(
         lanes.push(normed, 0, hidden_size)
 
 
+def normed_linear(
+    lanes: Lanes,
+    tier: int,
+    norm: Activation,
+    norm_eps: float,
+    weights: LinearWeights,
+    work: Workspace,
+    out: Activation,
+) -> None:
+    """A linear of the RMS-normalised residual into `out`; on a GPU one launch normalises it, and rounds it for all
+    pieces of the weight."""
+    normed = work.of("normed", weights.spec.in_features)
+    if lanes.device is None or not weights.device_units(tier):
+        normalize(lanes, norm, norm_eps, work.residual, normed, weights.has_host_features(tier))
+        linear(lanes, weights, tier, normed, out)
+        return
+    hidden_size = norm.device.shape[0]
+    residual = work.residual.device[:, :hidden_size]
+    inputs = lanes.device.ops.rounded_norm(residual, norm.device, norm_eps, normed.device, weights.spec.format)
+    if weights.has_host_features(tier):
+        lanes.push(normed, 0, hidden_size)
+    linear(lanes, weights, tier, normed, out, inputs)
+
+
 def projected_buffer(last: LinearSpec) -> BufferSet:
     """Where a block with a post norm keeps what its last linear gives until it is normalised."""
     return BufferSet("projected", (("projected", last.out_features),))
 
 
 def add_output(
-    run: Run, last: LinearWeights, x: Activation, column: int, work: Workspace, post_norm: Activation, norm_eps: float
+    run: Run,
+    last: LinearWeights,
+    x: Activation,
+    column: int,
+    work: Workspace,
+    post_norm: Activation,
+    norm_eps: float,
+    inputs: Any = None,
 ) -> None:
     """Add what the last linear of a block gives to the residual, RMS-normalised by `post_norm` where that is there.
 
-    x, column: as `linear_add` takes them.
+    x, column, inputs: as `linear_add` takes them.
     """
     lanes, tier = run.lanes, run.step.tier
     if post_norm.main is None:
-        linear_add(lanes, last, tier, x, column, work.residual, work.scratch)
+        linear_add(lanes, last, tier, x, column, work.residual, work.scratch, inputs=inputs)
         return
     hidden_size, projected = post_norm.main.shape[0], work.of("projected", last.spec.out_features)
-    linear_add(lanes, last, tier, x, column, projected, work.scratch, add=False)
+    linear_add(lanes, last, tier, x, column, projected, work.scratch, add=False, inputs=inputs)
     residual = work.residual.main[:, :hidden_size]
     lanes.main_ops.rms_norm(projected.main[:, :hidden_size], post_norm.main, norm_eps, residual, True)

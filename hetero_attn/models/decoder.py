@@ -8,11 +8,11 @@ import torch
 from cpu_kernels.formats import BLOCK_FEATURES, format_of
 from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.models.attention import Attention
-from hetero_attn.models.block import Block, BlockWeights, normalize
+from hetero_attn.models.block import Block, BlockWeights, normed_linear
 from hetero_attn.models.experts import Experts
 from hetero_attn.models.mlp import GatedMlp
 from hetero_attn.models.workspace import Workspace
-from hetero_attn.ops.linear import LinearWeights, linear
+from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.spec.blocks import BufferSet, ModelSpec, Vector
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.tensor_names import tensor_name
@@ -39,9 +39,7 @@ class Head(Block):
         """Project the residual rows of `work` onto the vocabulary; once the lanes are finished `out.host`, float32
         [rows, packed vocabulary], is complete."""
         head, tier = weights.linears["head"], row_tier(out.main.shape[0])
-        normed = work.of("normed", head.spec.in_features)
-        normalize(lanes, weights.vector("norm"), self._eps, work.residual, normed, head.has_host_features(tier))
-        linear(lanes, head, tier, normed, out)
+        normed_linear(lanes, tier, weights.vector("norm"), self._eps, head, work, out)
         lanes.push(out, 0, head.device_features(tier))
 
 

@@ -4,9 +4,8 @@ import torch
 
 from cpu_kernels.formats import GROUP_INPUTS, format_of
 from hetero_attn.devices.protocols import Ops
-from hetero_attn.models.block import Block, BlockWeights, Run, StateView, add_output, normalize, projected_buffer
+from hetero_attn.models.block import Block, BlockWeights, Run, StateView, add_output, normed_linear, projected_buffer
 from hetero_attn.models.workspace import Workspace
-from hetero_attn.ops.linear import linear
 from hetero_attn.spec.blocks import BufferSet, Vector
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.tensor_names import tensor_name
@@ -46,18 +45,21 @@ class GatedMlp(Block):
         """Queue the block; each lane activates the columns that it computed."""
         lanes, tier = run.lanes, run.step.tier
         gate_up, down = weights.linears["gate_up"], weights.linears["down"]
-        normed, both = work.of("normed", self.gate_up.in_features), work.of("gate_up", self.gate_up.out_features)
+        both = work.of("gate_up", self.gate_up.out_features)
         activated = work.of("activated", self.gate_up.out_features // 2)
-        normalize(lanes, weights.vector("norm"), self._eps, work.residual, normed, gate_up.has_host_features(tier))
-        linear(lanes, gate_up, tier, normed, both)
+        normed_linear(lanes, tier, weights.vector("norm"), self._eps, gate_up, work, both)
         column = gate_up.device_features(tier)
         if gate_up.has_host_features(tier):
             lanes.on_host(lambda: self._gated(lanes.host_ops, both.host[:, column:], activated.host[:, column // 2 :]))
+        width, inputs = self.down.in_features, None
         if column:
-            self._gated(lanes.device.ops, both.device[:, :column], activated.device[:, : column // 2])
-        inputs = self.down.in_features
-        x, computed = activated.columns(0, inputs), min(column // 2, inputs)
-        add_output(run, down, x, computed, work, weights.vector("post_norm"), self._eps)
+            ops, on_device = lanes.device.ops, (both.device[:, :column], activated.device[:, : column // 2])
+            if down.multiplies_at_once(tier, column // 2):
+                inputs = ops.rounded_gated(*on_device, self._activate, down.spec.format)
+            else:
+                self._gated(ops, *on_device)
+        x, computed = activated.columns(0, width), min(column // 2, width)
+        add_output(run, down, x, computed, work, weights.vector("post_norm"), self._eps, inputs)
 
     def _gated(self, ops: Ops, both: torch.Tensor, out: torch.Tensor) -> None:
         getattr(ops, self._activate)(both, out)

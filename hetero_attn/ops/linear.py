@@ -10,6 +10,7 @@ simply read from its copy from the next step on.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -51,6 +52,13 @@ class LinearWeights:
         """Packed output features computed on the GPU in this row tier; the CPU lane computes the rest."""
         return self.device_units(tier) * self.spec.unit_features
 
+    def multiplies_at_once(self, tier: int, columns: int) -> bool:
+        """Whether every product of the GPU in this row tier takes the first `columns` inputs, no more and no less, so
+        that they may be rounded together."""
+        if not self.spec.row_unit:
+            return self.device_units(tier) > 0 and columns == self.spec.in_features
+        return columns == self.device_inputs(tier) and not self.piece_count(tier)
+
     def has_host_features(self, tier: int) -> bool:
         """Whether the CPU lane computes any column in this row tier."""
         return self.device_units(tier) < self.spec.units
@@ -87,13 +95,22 @@ class LinearWeights:
 
 
 def run_on_device(
-    lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: Activation, add: bool = False
+    lanes: Lanes,
+    weights: LinearWeights,
+    tier: int,
+    x: Activation,
+    out: Activation,
+    add: bool = False,
+    inputs: Any = None,
 ) -> None:
     """Queue the GPU's resident and streamed columns of `x @ W.T + bias` into (or onto) the left columns of `out`.
 
-    x float32 [rows, in_features], out float32 [rows, out_features]; written in place on the device side.
+    x float32 [rows, in_features], out float32 [rows, out_features]; written in place on the device side. inputs: what
+    `rounded` gives for x, where that is there already.
     """
-    start, inputs = 0, lanes.device.ops.rounded(x.device, weights.spec.format)
+    start = 0
+    if inputs is None:
+        inputs = lanes.device.ops.rounded(x.device, weights.spec.format)
     for is_streamed, blocks in _device_weights(lanes, weights, tier):
         stop = start + blocks.shape[0] * weights.spec.row_features
         bias = None if weights.bias.device is None else weights.bias.device[start:stop]
@@ -122,15 +139,16 @@ def run_on_host(
     lanes.host_ops.linear(x.host, weights.host_weight(tier), weights.spec.format, bias, out.host[:, start:], add)
 
 
-def linear(lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: Activation) -> None:
+def linear(lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: Activation, inputs: Any = None) -> None:
     """Compute `x @ W.T + bias`, leaving each lane's columns of `out` where they were computed.
 
     x must be complete in GPU memory if the GPU computes a column, and in host memory if the CPU lane does.
+    inputs: x as `rounded` gives it for the GPU, where that is there already.
     """
     if weights.has_host_features(tier):
         lanes.on_host(lambda: run_on_host(lanes, weights, tier, x, out))
     if weights.device_units(tier):
-        run_on_device(lanes, weights, tier, x, out)
+        run_on_device(lanes, weights, tier, x, out, False, inputs)
 
 
 def linear_add(
@@ -142,10 +160,12 @@ def linear_add(
     residual: Activation,
     scratch: Activation,
     add: bool = True,
+    inputs: Any = None,
 ) -> None:
     """Add `x @ W.T + bias` to the residual where it lives; `scratch` carries what the CPU lane computed to a GPU.
 
-    add: False writes it there instead, whatever was there before.
+    add: False writes it there instead, whatever was there before. inputs: x as `rounded` gives it for the GPU, where
+    that is there already, which `LinearWeights.multiplies_at_once` allows.
     x: its columns [0, column) are in GPU memory, or will be, and the rest in host memory; it is completed here on every
     side that multiplies it. The CPU lane is asked right behind the copy that completes its side, and works while the
     GPU waits for its own.
@@ -161,7 +181,7 @@ def linear_add(
         lanes.on_host(lambda: on_host(lanes, weights, tier, x, scratch))
     lanes.pull(x, column, wanted.stop, given)
     if weights.device_units(tier):
-        on_device(lanes, weights, tier, x, residual, add)
+        on_device(lanes, weights, tier, x, residual, add, inputs)
     if weights.has_host_features(tier):
         start = 0 if weights.spec.row_unit else weights.device_features(tier)
         if add or (weights.spec.row_unit and weights.device_units(tier)):
@@ -183,15 +203,23 @@ def _wanted_input(weights: LinearWeights, tier: int) -> slice:
 
 
 def run_row_cut_on_device(
-    lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: Activation, add: bool = True
+    lanes: Lanes,
+    weights: LinearWeights,
+    tier: int,
+    x: Activation,
+    out: Activation,
+    add: bool = True,
+    inputs: Any = None,
 ) -> None:
     """Queue the GPU's part of every output feature of a row cut, the bias included, into (or onto) `out`."""
     home = weights.placement.gpu_units * weights.spec.row_unit
     bias, ops = weights.bias.device, lanes.device.ops
     if home:
-        ops.linear(x.device[:, :home], weights.gpu, weights.spec.format, bias, out.device, add)
-        bias, add = None, True
-    start, inputs = 0, None
+        ops.linear(
+            x.device[:, :home] if inputs is None else inputs, weights.gpu, weights.spec.format, bias, out.device, add
+        )
+        bias, add, inputs = None, True, None
+    start = 0
     for _ in range(weights.piece_count(tier)):
         if inputs is None:
             inputs = ops.rounded(x.device[:, home:], weights.spec.format)

@@ -90,6 +90,16 @@ def gelu_mul() -> None:
     gpu_kernels.gelu_mul(empty(4, 28672), empty(4, 14336))
 
 
+def rounded_norm(weight_dtype: str, rows: int) -> Callable[[], None]:
+    x = empty(rows, HIDDEN)
+    return lambda: gpu_kernels.rounded_norm(x, empty(HIDDEN), 1e-5, x, weight_dtype)
+
+
+def rounded_gated(weight_dtype: str, rows: int) -> Callable[[], None]:
+    both, out = empty(rows, 28672), empty(rows, 14336)
+    return lambda: gpu_kernels.rounded_gated(both, out, "silu_mul", weight_dtype)
+
+
 def silu_mul() -> None:
     gpu_kernels.silu_mul(empty(4, 28672), empty(4, 14336))
 
@@ -172,6 +182,11 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "rms_norm added": (rms_norm_added, (90,)),
     "silu_mul": (silu_mul, (90,)),
     "gelu_mul": (gelu_mul, (86,)),
+    "rounded_norm q4": (rounded_norm("q4", 1), (80, 86, 89, 90, 120)),
+    "rounded_norm q8 rows": (rounded_norm("q8", 16), (86, 90)),
+    "rounded_norm prompt": (rounded_norm("q4", 512), (90,)),
+    "rounded_gated q4": (rounded_gated("q4", 1), (86, 90)),
+    "rounded_gated q8 prompt": (rounded_gated("q8", 512), (80,)),
     "copy_rows": (lambda: copy_rows(1, HIDDEN, HIDDEN), (86, 90)),
     "copy_rows strided": (lambda: copy_rows(4, 1029, 4099), (80,)),
     "add_rows": (lambda: gpu_kernels.add_rows(empty(1, HIDDEN), empty(1, HIDDEN)), (86, 90)),

@@ -13,6 +13,7 @@ from hetero_attn.cli import app
 from hetero_attn.devices.copy_ahead import CopyAhead
 from hetero_attn.models import block
 from hetero_attn.ops.linear import LinearWeights
+from hetero_attn.tools.timeline import recording
 from hetero_attn.tools.timeline.clocks import Clocks, OrderError
 from hetero_attn.tools.timeline.recording import (
     COPIES,
@@ -27,7 +28,7 @@ from hetero_attn.tools.timeline.recording import (
 )
 from hetero_attn.tools.timeline.simulate import Simulation, chrome_trace
 from tests.placement.test_recorded_runs import profile_of
-from tests.support.older_queueing import request_behind_wait
+from tests.support.older_queueing import request_behind_wait, rounded_apart
 from tests.support.recorded_runs import first_run, llama_8b_config, recorded_runs
 
 TINY = str(Path(__file__).resolve().parents[2] / "examples" / "tiny")
@@ -40,8 +41,10 @@ def older_run() -> Simulation:
 
 @pytest.fixture
 def as_it_was(monkeypatch):
-    """What the CPU lane computed was copied to the GPU and then added, when the H100 was there."""
+    """When the H100 was there, what the CPU lane computed was copied to the GPU and then added, and every linear
+    rounded its input by a launch of its own."""
     monkeypatch.setattr(RecordingDriver, "reaches", lambda *arguments: False)
+    monkeypatch.setattr(recording, "RecordedOps", rounded_apart(recording.RecordedOps))
 
 
 def test_the_older_run_of_an_h100_takes_as_long_as_it_took(as_it_was):

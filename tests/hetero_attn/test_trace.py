@@ -59,7 +59,7 @@ def test_every_lane_shows_what_it_does(path, tmp_path, device):
     for lane in LANES:
         check_nesting(spans[lane])
     assert {"prefill", "decode", "linear", "copy"} <= names(spans["main thread"])
-    assert {"linear", "rms_norm", "rope_append", "copy"} <= names(spans["GPU compute"])
+    assert {"linear", "rounded_norm", "rope_append", "copy"} <= names(spans["GPU compute"])
     assert names(spans["copies"]) == {"copy"}
     assert {"linear", "decode_attention"} <= names(spans["CPU lane"])
     assert after.isfinite().all()

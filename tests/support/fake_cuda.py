@@ -404,6 +404,16 @@ class QueuedOps:
         """As the reference: x itself."""
         return x
 
+    def rounded_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, fmt: str) -> Any:
+        """One kernel."""
+        self._cuda.current.add(lambda: reference.rounded_norm(x, weight, eps, out, fmt), "rounded_norm")
+        return out
+
+    def rounded_gated(self, gate_up: torch.Tensor, out: torch.Tensor, activation: str, fmt: str) -> Any:
+        """One kernel."""
+        self._cuda.current.add(lambda: reference.rounded_gated(gate_up, out, activation, fmt), "rounded_gated")
+        return out
+
     def __getattr__(self, name: str) -> Callable[..., None]:
         operation = getattr(reference, name)
         return lambda *arguments: self._cuda.current.add(lambda: operation(*arguments), name)

@@ -323,6 +323,16 @@ class CheckedOps:
         self._ops = ops
         self._launch = launch
 
+    def rounded_norm(self, x: Any, weight: Any, eps: float, out: Any, fmt: str) -> Any:
+        """The norm, and x itself as the reference rounds it."""
+        self.rms_norm(x, weight, eps, out)
+        return out
+
+    def rounded_gated(self, gate_up: Any, out: Any, activation: str, fmt: str) -> Any:
+        """The activation, and x itself as the reference rounds it."""
+        getattr(self, activation)(gate_up, out)
+        return out
+
     def __getattr__(self, name: str) -> Any:
         operation = getattr(self._ops, name)
         if name not in CHECKED_OPS:

@@ -16,10 +16,10 @@ from cpu_kernels.formats import BLOCK_FEATURES, unit_bytes
 from cpu_kernels.formats.pages import row_items
 from hetero_attn.cache.pages import TORCH_DTYPES
 from hetero_attn.engine.ahead.warm_up import PROMPT_ROWS
+from hetero_attn.models.mlp import GATED_OPS
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.weights import LinearSpec
-from placement.plan.plan import Plan
 
 MOST_BLOCKS = 1024  # of a linear: beyond, launches have the same shape
 ADDED = ("o", "down")  # kinds of linears that add to the residual
@@ -69,7 +69,7 @@ def kernel_calls(planned: PlannedModel) -> Iterator[tuple[str, Call]]:
     wanted = {1, *PROMPT_ROWS, *(rows + 1 for rows in limits.values())}
     for rows in sorted(count for count in wanted if count <= max(1, plan.prefill_chunk)):
         name = f"GPU kernels for {rows} row{'s' if rows > 1 else ''}"
-        for call in (*_linears(planned, rows), *_small(planned.config, plan, rows), *_attention(planned, rows)):
+        for call in (*_linears(planned, rows), *_small(planned, rows), *_attention(planned, rows)):
             yield name, call
 
 
@@ -99,14 +99,17 @@ def _linear(spec: LinearSpec, blocks: int, rows: int, int8_rows: dict[str, int])
     return call
 
 
-def _small(config: ModelConfig, plan: Plan, rows: int) -> Iterator[Call]:
-    hidden = config.hidden_size
-    units = -(-config.intermediate_size // BLOCK_FEATURES)
-    yield lambda: gpu_kernels.rms_norm(_meta(rows, hidden), _meta(hidden), config.rms_norm_eps, _meta(rows, hidden))
-    yield lambda: gpu_kernels.silu_mul(_meta(rows, 2 * units * BLOCK_FEATURES), _meta(rows, units * BLOCK_FEATURES))
+def _small(planned: PlannedModel, rows: int) -> Iterator[Call]:
+    config, limits = planned.config, planned.hardware.int8_rows
+    hidden, features = config.hidden_size, -(-config.intermediate_size // BLOCK_FEATURES) * BLOCK_FEATURES
+    x, both, activated = _meta(rows, hidden), _meta(rows, 2 * features), _meta(rows, features)
+    for name in dict.fromkeys(spec.format for spec in planned.model.linears):
+        limit = {"int8_rows": limits[name]} if name in limits else {}
+        yield partial(gpu_kernels.rounded_norm, x, x[0], config.rms_norm_eps, x, name, **limit)
+        yield partial(gpu_kernels.rounded_gated, both, activated, GATED_OPS[config.hidden_act], name, **limit)
     if rows == 1:
-        for move in (gpu_kernels.add_rows, gpu_kernels.copy_rows):
-            yield partial(move, _meta(rows, hidden), _meta(rows, hidden))
+        for op in (gpu_kernels.add_rows, gpu_kernels.copy_rows):
+            yield partial(op, x, x)
 
 
 def _attention(planned: PlannedModel, rows: int) -> Iterator[Call]:

@@ -291,6 +291,16 @@ class RecordedOps:
         self._keep("rounded", {"x": x}, [x], [])
         return x
 
+    def rounded_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, fmt: str) -> Any:
+        """One kernel."""
+        self._keep("rounded_norm", {"x": x}, [x, weight], [out])
+        return out
+
+    def rounded_gated(self, gate_up: torch.Tensor, out: torch.Tensor, activation: str, fmt: str) -> Any:
+        """One kernel."""
+        self._keep("rounded_gated", {"gate_up": gate_up}, [gate_up], [out])
+        return out
+
 
 class RecordedHostOps(RecordedOps):
     """The CPU kernels: each call is the CPU lane's, in a program or by itself."""

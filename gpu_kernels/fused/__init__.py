@@ -1,0 +1,1 @@
+"""Ops that are several in one launch, with the bits of the several."""
