@@ -72,8 +72,8 @@ def norm_heads(qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float) -> None:
     qkv: f32 [rows, num_kv_heads, unit_features], a unit being its q heads, k, v and padding. q_norm: f32 [num_heads *
     head_dim]. k_norm: f32 [num_kv_heads * head_dim].
     """
-    groups, q_width, k_width = qkv.shape[1], q_norm.shape[0] // qkv.shape[1], k_norm.shape[0] // qkv.shape[1]
+    kv_heads, q_width, k_width = qkv.shape[1], q_norm.shape[0] // qkv.shape[1], k_norm.shape[0] // qkv.shape[1]
     parts = (qkv[:, :, :q_width], q_norm), (qkv[:, :, q_width:q_width + k_width], k_norm)
     for part, weight in parts:
         inverse = torch.rsqrt(part.square().mean((1, 2), keepdim=True) + eps)
-        part.copy_(part * inverse * weight.view(groups, -1))
+        part.copy_(part * inverse * weight.view(kv_heads, -1))

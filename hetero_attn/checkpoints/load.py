@@ -192,7 +192,7 @@ class Loader:
         values = torch.zeros((matrix.padded_rows, matrix.features), dtype=torch.float32, device="cpu")
         start = 0
         for tensor, rows in matrix.tensors:
-            values[start : start + rows] = self._finite(tensor)
+            values[start : start + rows] = self._finite_numbers(tensor)
             start += rows
         return self._on_both(values)
 
@@ -322,6 +322,13 @@ class Loader:
             rows = self._checkpoint.read(tensor, slice(start, min(values.shape[0], start + EMBED_RUN_ROWS)))
             values[start : start + rows.shape[0]] = dequantised(self._lanes.host_ops, rows, kind, tensor)
         return values
+
+    def _finite_numbers(self, name: str) -> torch.Tensor:
+        """A matrix as float32, also where the file has it in codes."""
+        kind = self._checkpoint.source_type(name)
+        if kind is None:
+            return self._finite(name)
+        return dequantised(self._lanes.host_ops, self._checkpoint.read(name), kind, name)
 
     def _finite(self, name: str) -> torch.Tensor:
         values = self._checkpoint.read(name).float()

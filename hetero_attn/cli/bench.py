@@ -27,6 +27,7 @@ def bench(
     kv_dtype: options.KvDtype = "auto",
     device: options.Device = "auto",
     context: options.Context = None,
+    batch: options.Batch = None,
     threads: options.Threads = None,
     trace: Annotated[Path | None, typer.Option("--trace", help="Write a timeline of the lanes (Chrome trace).")] = None,
     simulate: Annotated[
@@ -60,11 +61,13 @@ def bench(
     if simulate is not None:
         wishes = LoadOptions(
             model=model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, kv_dtype=kv_dtype, device=device,
-            hardware=machine(simulate), max_context=context, num_threads=threads,
+            hardware=machine(simulate), max_context=context, max_batch=batch, num_threads=threads,
         )  # fmt: skip
         _simulate(wishes, prompt_tokens, gen_tokens, depths, trace, as_json)
         return
-    with options.load_llm(model, policy, gpu_memory, dtype, device, context, threads, kv_dtype=kv_dtype) as llm:
+    with options.load_llm(
+        model, policy, gpu_memory, dtype, device, context, threads, kv_dtype=kv_dtype, batch=batch
+    ) as llm:
         report = benchmark.run(
             llm, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens, depths=depths, repetitions=repetitions
         )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
-import textwrap
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -32,20 +30,6 @@ def print_json(value: Any) -> None:
 def table_width() -> int:
     """Columns for a table: those of the terminal, but never so few that numbers are cut."""
     return max(shutil.get_terminal_size((120, 24)).columns, NARROWEST_TABLE)
-
-
-def wrapped(line: str, width: int) -> str:
-    """A line broken at words where it is longer than `width`, its own indent kept and deepened; no number is cut."""
-    if len(line) <= width:
-        return line
-    indent = " " * (len(line) - len(line.lstrip()) + 4)
-    return textwrap.fill(
-        re.sub(r"(?<=\S) {2,}", "  ", line),
-        width,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
 
 
 def expect_writable(*files: Path | None) -> None:

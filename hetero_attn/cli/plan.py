@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hetero_attn.cli import options
-from hetero_attn.cli.output import expect_writable, print_json, table_width, wrapped, write_text
+from hetero_attn.cli.output import expect_writable, print_json, table_width, write_text
 from hetero_attn.errors import MemoryBudgetError
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ def plan(
     plot: Annotated[
         Path | None, typer.Option(help="Draw weights by lane, speed over GPU memory and over context: PNG, SVG or PDF.")
     ] = None,
+    plot_points: Annotated[
+        int, typer.Option(min=2, help="GPU budgets that --plot plans for; each takes as long as a plan.")
+    ] = 9,
     yaml: Annotated[Path | None, typer.Option(help="Write the plan as a policy to this file; - is stdout.")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -46,6 +49,7 @@ def plan(
     from hetero_attn.planning.options import LoadOptions
     from hetero_attn.serving.progress import working
     from placement.plan.table import opening_lines
+    from placement.plan.words import wrapped
 
     expect_writable(plot, yaml)
     wishes = LoadOptions(
@@ -84,7 +88,7 @@ def plan(
     if yaml is not None:
         write_text(yaml, planned.plan.to_yaml())
     if plot is not None:
-        draw(planned, plot)
+        draw(planned, plot, plot_points)
     if unfit:
         raise typer.Exit(MemoryBudgetError.exit_code)
 
@@ -114,8 +118,8 @@ def explained(planned: PlannedModel) -> Explanation:
     )
 
 
-def draw(planned: PlannedModel, file: Path) -> None:
-    """Draw the plan, and the speeds of plans for a dozen GPU budgets."""
+def draw(planned: PlannedModel, file: Path, points: int) -> None:
+    """Draw the plan, and the speeds of plans for so many GPU budgets."""
     from hetero_attn.cli.plots import plot_plan
     from hetero_attn.serving.progress import steps_bar
     from placement.explain import budget_curve
@@ -127,6 +131,7 @@ def draw(planned: PlannedModel, file: Path) -> None:
             planned.hardware,
             planned.policy,
             device=made.device,
+            steps=points - 1,
             watched=lambda budgets: steps_bar(budgets, "planning for GPU budgets"),
         )
     plot_plan(made, plans, file)

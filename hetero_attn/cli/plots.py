@@ -17,8 +17,14 @@ if TYPE_CHECKING:
     from placement.plan.plan import Plan
 
 LANES = ("gpu", "stream", "cpu")
-COLOURS = {"gpu": "#3b7a57", "stream": "#d99a2b", "cpu": "#4a6fa5"}
+# Dark, middle and light, so that a grey print tells them apart; hatched where they meet in one bar.
+COLOURS = {"gpu": "#1b4f72", "stream": "#d99a2b", "cpu": "#b9d6ee"}
+HATCHES = {"gpu": "", "stream": "//", "cpu": ".."}
 DTYPES = ("fp32", "bf16", "q8", "q4")
+# Of Okabe and Ito, with a marker of its own for each.
+LINES = (("#000000", "o"), ("#0072B2", "s"), ("#D55E00", "^"), ("#CC79A7", "D"))
+PAGE_INCHES, PAGE_HEIGHT_INCHES, AXES_INCHES = 7.2, 11.0, 2.7  # a page's text; a panel while there is room
+HEADROOM = 1.12
 DECODE_TIER = 0
 OUTSIDE_LAYERS = -1
 
@@ -36,12 +42,12 @@ def plotting(file: Path) -> Iterator[None]:
 
 @contextmanager
 def figure_in(file: Path, num_axes: int) -> Iterator[Any]:
-    """Axes side by side, written to `file` at the end; no global pyplot state."""
+    """Axes one below the other, as wide as a page, written to `file` at the end; no global pyplot state."""
     with plotting(file):
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(6.4 * num_axes, 4.2), layout="constrained")
-        yield figure.subplots(1, num_axes, squeeze=False)[0]
+        figure = Figure(figsize=(PAGE_INCHES, min(PAGE_HEIGHT_INCHES, AXES_INCHES * num_axes)), layout="constrained")
+        yield figure.subplots(num_axes, 1, squeeze=False)[:, 0]
         drawn = io.BytesIO()
         figure.savefig(drawn, dpi=150, format=file.suffix[1:] or "png")
         write_whole(file, drawn.getvalue())
@@ -65,14 +71,15 @@ def plot_plan(plan: Plan, curve: Sequence[Plan], file: Path) -> None:
     """
     from placement.plots import draw_budgets, draw_contexts
 
-    with figure_in(file, 2 + bool(curve)) as (weights, *middle, contexts):
+    with figure_in(file, 4 if curve else 2) as (weights, *budgets, contexts):
         _draw_weights(weights, plan)
-        if middle:
-            draw_budgets(middle[0], plan, curve)
+        for axis, phase in zip(budgets, ("decode", "prefill"), strict=False):
+            draw_budgets(axis, plan, curve, phase)
         draw_contexts(contexts, plan)
 
 
 def _draw_weights(axis: Any, plan: Plan) -> None:
+    """A bar a layer; the head's may be many times as high, so the layers set the scale and its height is written."""
     layers = lane_bytes_by_layer(plan)
     outside = layers.pop(OUTSIDE_LAYERS)
     names = [*(str(layer) for layer in sorted(layers)), "head"]
@@ -80,11 +87,19 @@ def _draw_weights(axis: Any, plan: Plan) -> None:
     below = [0.0] * len(ordered)
     for lane in LANES:
         heights = [lanes[lane] / 2**20 for lanes in ordered]
-        axis.bar(names, heights, bottom=below, label=lane, color=COLOURS[lane])
+        if any(heights):
+            axis.bar(
+                names, heights, bottom=below, label=lane, color=COLOURS[lane], hatch=HATCHES[lane], edgecolor="black",
+                linewidth=0.3,
+            )  # fmt: skip
         below = [base + height for base, height in zip(below, heights, strict=True)]
-    axis.set(title=f"{plan.model}: weights read per decoded token", xlabel="layer", ylabel="MiB")
+    highest = HEADROOM * max(below[:-1])
+    axis.set(title=f"{plan.model}: weights read for a token", xlabel="layer", ylabel="MiB", ylim=(0, highest))
     axis.set_xticks(_few(names))
-    axis.legend(title="lane")
+    if below[-1] > highest:
+        axis.annotate(f"head: {below[-1]:.0f} MiB", (len(names) - 1, highest), (-4, -12), textcoords="offset points",
+                      ha="right")  # fmt: skip
+    axis.legend(title="lane", loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def plot_profile(profile: HardwareProfile, file: Path) -> None:
@@ -105,45 +120,58 @@ def plot_profile(profile: HardwareProfile, file: Path) -> None:
     drawers = [_draw_threads] * bool(profile.thread_sweep) + [_draw_rows] * bool(profile.cpu_rows)
     drawers += [_draw_copies] * bool(profile.copies)
     with figure_in(file, 2 + len(drawers)) as (left, right, *others):
-        _bars(left, bandwidth, f"{profile.name}: bytes", "GB/s")
-        _bars(right, rates, "many rows: operations", "Gop/s")
+        _bars(left, bandwidth, f"{profile.name}: bytes read", "GB/s")
+        _bars(right, rates, "linears of many rows", "Gop/s")
         for draw, axis in zip(drawers, others, strict=True):
             draw(axis, profile)
 
 
 def _draw_threads(axis: Any, profile: HardwareProfile) -> None:
-    threads = [rate.threads for rate in profile.thread_sweep]
-    for name in ("linear", "sweep"):
-        values = [getattr(rate, f"{name}_bytes_per_s") / 1e9 for rate in profile.thread_sweep]
-        axis.plot(threads, values, marker="o", label={"linear": "q4 linear, one row", "sweep": "plain read"}[name])
-    axis.axvline(profile.cores, linestyle=":", color="grey")
-    axis.set(title=f"threads: {profile.cores} used", xlabel="threads", ylabel="GB/s", xticks=threads, ylim=(0, None))
+    threads, highest = [rate.threads for rate in profile.thread_sweep], 0.0
+    for kind, name, (colour, marker) in zip(
+        ("linear", "sweep"), ("q4 linear, one row", "plain read"), LINES, strict=False
+    ):
+        values = [getattr(rate, f"{kind}_bytes_per_s") / 1e9 for rate in profile.thread_sweep]
+        axis.plot(threads, values, marker=marker, color=colour, label=name)
+        highest = max(highest, *values)
+    axis.axvline(profile.cores, linestyle=":", color="grey", label=f"{profile.cores} threads in use")
+    axis.set(title="CPU lane by threads", xlabel="threads", ylabel="GB/s", xticks=threads)
+    axis.set_ylim(0, HEADROOM * highest)
     axis.legend()
 
 
 def _draw_rows(axis: Any, profile: HardwareProfile) -> None:
     for side, rates, style in (("CPU", profile.cpu_rows, "-"), ("GPU", profile.gpu_rows, "--")):
-        for dtype in DTYPES if rates else ():
+        for dtype, (colour, marker) in zip(DTYPES, LINES, strict=True) if rates else ():
             values = [rate.ops_per_s.of(dtype) / 1e9 for rate in rates]
-            axis.plot([rate.rows for rate in rates], values, style, marker=".", label=f"{side} {dtype}")
-    axis.set(title="linears by token rows", xlabel="rows", ylabel="Gop/s", xscale="log", yscale="log")
-    axis.legend(fontsize="small")
+            rows = [rate.rows for rate in rates]
+            axis.plot(rows, values, style, marker=marker, markersize=4, color=colour, label=f"{side} {dtype}")
+    rows = [rate.rows for rate in profile.cpu_rows or profile.gpu_rows]
+    powers = [count for count in rows if count & (count - 1) == 0]
+    axis.set(title="linears by token rows", xlabel="token rows", ylabel="Gop/s", xscale="log", yscale="log")
+    axis.set_xticks(powers, [str(count) for count in powers], minor=False)
+    axis.set_xticks([], minor=True)
+    axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _draw_copies(axis: Any, profile: HardwareProfile) -> None:
-    for name in ("h2d_pinned", "d2h_pinned", "h2d_pageable", "d2h_pageable"):
+    names = ("h2d_pinned", "d2h_pinned", "h2d_pageable", "d2h_pageable")
+    labels = ("to the GPU, pinned", "from the GPU, pinned", "to the GPU, pageable", "from the GPU, pageable")
+    sizes, highest = [rate.size_bytes / 2**20 for rate in profile.copies], 0.0
+    for name, label, (colour, marker) in zip(names, labels, LINES, strict=True):
         values = [getattr(rate, name) / 1e9 for rate in profile.copies]
-        axis.plot(
-            [rate.size_bytes / 2**20 for rate in profile.copies], values, marker="o", label=name.replace("_", " ")
-        )
-    axis.set(title="copies over the bus", xlabel="MiB", ylabel="GB/s", xscale="log", ylim=(0, None))
-    axis.legend()
+        axis.plot(sizes, values, marker=marker, color=colour, label=label)
+        highest = max(highest, *values)
+    axis.set(title="copies over the bus", xlabel="size, MiB", ylabel="GB/s", xscale="log", ylim=(0, HEADROOM * highest))
+    axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _bars(axis: Any, values: dict[str, float], title: str, unit: str) -> None:
-    colours = [COLOURS["gpu" if "GPU" in name else "cpu"] for name in values]
-    bars = axis.barh(list(values), [value / 1e9 for value in values.values()], color=colours)
-    axis.bar_label(bars, fmt="{:,.0f}", padding=2)
+    on_gpu = ["GPU" in name for name in values]
+    colours, hatches = ([kinds["gpu" if on else "cpu"] for on in on_gpu] for kinds in (COLOURS, HATCHES))
+    rates = [value / 1e9 for value in values.values()]
+    bars = axis.barh(list(values), rates, color=colours, hatch=hatches, edgecolor="black", linewidth=0.3)
+    axis.bar_label(bars, [f"{rate:,.0f}" if rate >= 1000 else f"{rate:.3g}" for rate in rates], padding=2)
     axis.set(title=title, xlabel=unit, xscale="log")
     axis.set_xlim(left=1, right=axis.get_xlim()[1] * 4)
     axis.invert_yaxis()

@@ -29,6 +29,7 @@ def verify(
     kv_dtype: options.KvDtype = "auto",
     device: options.Device = "auto",
     context: options.Context = None,
+    batch: options.Batch = None,
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
@@ -44,7 +45,9 @@ def verify(
     from hetero_attn.tools import verify as verification
 
     text = prompt if file is None else read_text(file)
-    with options.load_llm(model, policy, gpu_memory, dtype, device, context, threads, kv_dtype=kv_dtype) as llm:
+    with options.load_llm(
+        model, policy, gpu_memory, dtype, device, context, threads, kv_dtype=kv_dtype, batch=batch
+    ) as llm:
         report = verification.run(llm, text)
     if as_json:
         print_json(report.to_dict())

@@ -86,10 +86,10 @@ class Attention(Block):
         q_norm, k_norm = weights.vector("q_norm_whole").main, weights.vector("k_norm_whole").main
         if q_norm is None:
             return computed
-        groups, unit = self.cache.kv_heads, self.qkv.unit_features
-        lanes.pull(heads, computed * unit, groups * unit)
-        lanes.main_ops.norm_heads(heads.main.unflatten(1, (groups, unit)), q_norm, k_norm, self._eps)
-        return groups
+        kv_heads, unit = self.cache.kv_heads, self.qkv.unit_features
+        lanes.pull(heads, computed * unit, kv_heads * unit)
+        lanes.main_ops.norm_heads(heads.main.unflatten(1, (kv_heads, unit)), q_norm, k_norm, self._eps)
+        return kv_heads
 
     def store(self, run: Run, weights: BlockWeights, state: KvView, work: Workspace) -> None:
         """Rotate and store what the qkv buffer holds, as if the block had computed it."""

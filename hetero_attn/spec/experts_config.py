@@ -3,7 +3,9 @@
 A family with experts of another kind (biases, groups, other scores) has none, and its models are refused by name.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.spec.json_fields import JsonFields, show
@@ -80,6 +82,24 @@ def qwen3_moe_experts(fields: JsonFields, num_layers: int) -> ExpertsConfig:
         normalised=fields.boolean("norm_topk_prob"),
         shared_width=0,
         layers=_sparse_layers(fields, num_layers),
+    )
+
+
+def gguf_experts(fields: Any, found: Mapping[str, Any], normalised: bool) -> ExpertsConfig:
+    """Experts in every layer of a GGUF file, by its metadata; found: the fields of ModelConfig so far."""
+    experts = fields.integer(".expert_count", MAX_EXPERTS)
+    per_row = fields.integer(".expert_used_count", MAX_EXPERTS)
+    if per_row > experts:
+        fields.fail(".expert_used_count", per_row, f"at most the {experts} experts")
+    if (scale := fields.number(".expert_weights_scale", 0.0, 1e6, 1.0)) != 1.0:
+        raise UnsupportedModelError(f"{fields.path}: expert_weights_scale is {scale:g}, which is not computed")
+    return ExpertsConfig(
+        experts=experts,
+        per_row=per_row,
+        width=fields.integer(".expert_feed_forward_length", MAX_WIDTH, found["intermediate_size"]),
+        normalised=normalised,
+        shared_width=fields.integer(".expert_shared_feed_forward_length", MAX_WIDTH, 0),
+        layers=(True,) * found["num_layers"],
     )
 
 

@@ -233,10 +233,21 @@ def build_plan(
     predicted: Prediction | None = None,
 ) -> Plan:
     """Put placements together into a plan, counting its memory. staging_slots becomes 0 when nothing streams."""
-    slots = staging_slots if any(placement.streams for placement in linears) else 0
-    memory = memory_report(workload, linears, kv, device=device, staging_slots=slots, context_bytes=context_bytes)
+    staging_slots = staging_slots if any(placement.streams for placement in linears) else 0
+    memory = memory_report(
+        workload, linears, kv, device=device, staging_slots=staging_slots, context_bytes=context_bytes
+    )
     return Plan(
-        workload, device, gpu_memory_bytes, tuple(linears), tuple(kv), slots, num_threads, memory, objective, predicted
+        workload,
+        device,
+        gpu_memory_bytes,
+        tuple(linears),
+        tuple(kv),
+        staging_slots,
+        num_threads,
+        memory,
+        objective,
+        predicted,
     )
 
 

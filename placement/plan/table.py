@@ -19,6 +19,7 @@ from placement.plan.memory import (
 from placement.plan.phase import RESOURCE_WORDS, Prediction
 from placement.plan.rows import PlanRow, plan_rows
 from placement.plan.units import format_bytes
+from placement.plan.words import wrapped
 from placement.plan.workload import NUM_ROW_TIERS, Workload
 
 COLUMNS = ("shard", "count", "units", "GPU home", "decode g/s/c", "prefill g/s/c", "GPU bytes", "DRAM bytes")
@@ -61,28 +62,29 @@ class ShownPlan(Protocol):
 def plan_table(plan: ShownPlan, width: int) -> str:
     """Render a plan as text of at most `width` columns, without colour codes."""
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+
+    def say(line: str) -> None:
+        console.print(wrapped(line, width), highlight=False, soft_wrap=True)
+
     budget = f", GPU memory budget {format_bytes(plan.gpu_memory_bytes)}" if plan.gpu_memory_bytes is not None else ""
-    console.print(
+    say(
         f"{plan.model} on {plan.device}{budget}, context {plan.max_context}, batch {plan.max_batch}, "
         f"{plan.workload.weight_dtype} weights, {plan.workload.kv_dtype} KV, "
-        f"{plan.num_threads} CPU threads",
-        highlight=False,
+        f"{plan.num_threads} CPU threads"
     )
     console.print(_placements(plan, width))
     if plan.device != "cpu":
-        console.print(
-            LEGEND if width >= WIDE else LEGEND.replace("g/s/c", "decode, prefill (gpu/stream/cpu)"), highlight=False
-        )
+        say(LEGEND if width >= WIDE else LEGEND.replace("g/s/c", "decode, prefill (gpu/stream/cpu)"))
     if plan.workload.is_mixed and not _is_wide(plan, width):
         rows = plan_rows(plan.workload.linears, plan.linears)
-        console.print(f"weights: {'; '.join(f'{row.label} {_format(plan, row)}' for row in rows)}", highlight=False)
+        say(f"weights: {'; '.join(f'{row.label} {_format(plan, row)}' for row in rows)}")
     console.print(_memory(plan, width))
     if line := experts_line(plan.workload):
-        console.print(line, highlight=False)
-    console.print(kv_line(plan), highlight=False)
+        say(line)
+    say(kv_line(plan))
     if plan.predicted is not None:
         for line in prediction_lines(plan.predicted):
-            console.print(line, highlight=False)
+            say(line)
     return console.file.getvalue()
 
 
@@ -100,12 +102,13 @@ def opening_lines(plan: ShownPlan) -> list[str]:
             f"prompts {_rounded(prefill.tokens_per_s)} tokens/s, predicted"
         )
     by_place = memory.to_dict()
-    where = []
-    for name, kind in (("weights", "weights"), ("cache", "kv")):
-        dram = sum(by_place[place].get(kind, 0) for place in ("pinned", "host"))
-        gpu_part = f"{format_bytes(by_place['gpu'].get(kind, 0))} GPU, " if on_gpu else ""
-        where.append(f"{name} {gpu_part}{format_bytes(dram)} DRAM")
-    lines.append(f"where: {'; '.join(where)}")
+
+    def at(kind: str) -> str:
+        dram = format_bytes(sum(by_place[place].get(kind, 0) for place in ("pinned", "host")))
+        return f"{format_bytes(by_place['gpu'].get(kind, 0))} + {dram}" if on_gpu else dram
+
+    places = "GPU + DRAM" if on_gpu else "DRAM"
+    lines.append(f"where: weights {at('weights')}; cache {at('kv')} ({places})")
     ways = "--gpu-memory, " if on_gpu else ""
     lines.append(f"to change it: {ways}--context, --batch, --dtype, --kv-dtype")
     return lines

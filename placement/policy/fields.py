@@ -81,7 +81,7 @@ def _parse_dtype(value: Any) -> str | None:
     raise ValueError(f"must be one of {', '.join(WEIGHT_DTYPES)} or auto")
 
 
-def _parse_slots(value: Any) -> int | None:
+def _parse_staging_slots(value: Any) -> int | None:
     if value is None or value == "auto":
         return None
     if isinstance(value, int) and not isinstance(value, bool) and (value == 0 or value >= 2):
@@ -110,8 +110,8 @@ SizeField = Annotated[
     BeforeValidator(_parse_size),
     _auto_or({"type": "integer", "minimum": 1}, {"type": "string", "pattern": r"^\d+(\.\d+)? ?([KMGT]i?B?|B)?$"}),
 ]
-SlotsField = Annotated[
-    int | None, BeforeValidator(_parse_slots), _auto_or({"const": 0}, {"type": "integer", "minimum": 2})
+StagingSlotsField = Annotated[
+    int | None, BeforeValidator(_parse_staging_slots), _auto_or({"const": 0}, {"type": "integer", "minimum": 2})
 ]
 KvDtypeField = Annotated[str | None, BeforeValidator(_parse_kv_dtype), _auto_or({"enum": list(KV_DTYPES)})]
 DtypeField = Annotated[str | None, BeforeValidator(_parse_dtype), _auto_or({"enum": list(WEIGHT_DTYPES)})]

@@ -24,7 +24,7 @@ from placement.policy.fields import (
     Share,
     ShareField,
     SizeField,
-    SlotsField,
+    StagingSlotsField,
 )
 
 # What a policy says about the workload itself; the others are about where it goes.
@@ -144,7 +144,7 @@ class Policy(_Strict):
     )
     threads: PositiveField = Field(None, description="Threads of the CPU lane.")
     prefill_chunk: PositiveField = Field(None, description="Rows of a prompt that one step computes.")
-    staging_slots: SlotsField = Field(
+    staging_slots: StagingSlotsField = Field(
         None, description="Slots of the ring through which weights stream to the GPU; 0 lets nothing stream."
     )
     kv_dtype: KvDtypeField = Field(

@@ -184,8 +184,8 @@ def _resolve(
     machine = hardware.with_threads(policy.threads) if policy.threads else hardware
     machine = machine.for_working_set(working_set_bytes(workload, reference_context(workload)))
     budget = None if device == "cpu" else gpu_memory_bytes or policy.gpu_memory or hardware.gpu_memory_bytes
-    slots = DEFAULT_STAGING_SLOTS if policy.staging_slots is None else policy.staging_slots
-    return _Request(workload, machine, policy, device, budget, 0 if device == "cpu" else slots)
+    staging_slots = DEFAULT_STAGING_SLOTS if policy.staging_slots is None else policy.staging_slots
+    return _Request(workload, machine, policy, device, budget, 0 if device == "cpu" else staging_slots)
 
 
 def _plan_of(request: _Request, candidate: Candidate) -> Plan:

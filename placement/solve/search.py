@@ -63,9 +63,11 @@ class Problem:
         self, calls: list[WeightedCall], tokens: int | None, homes: Homes | None = None, budgets: Budgets | None = None
     ) -> Formulation:
         """The program for some passes and a number of KV slots; budgets are the problem's own unless given."""
-        slots = self.staging_slots if homes is None or homes.staging_slot_bytes else 0
+        staging_slots = self.staging_slots if homes is None or homes.staging_slot_bytes else 0
         return Formulation(
-            Unknowns(self.workload, self.hardware, self.classes, calls, tokens, slots, budgets or self.budgets, homes)
+            Unknowns(
+                self.workload, self.hardware, self.classes, calls, tokens, staging_slots, budgets or self.budgets, homes
+            )
         )
 
     def with_owned_heads(self, every: bool) -> "Problem":
@@ -335,9 +337,9 @@ def _shape_words(tier: int | None) -> str:
 def used_bytes(candidate: Candidate) -> dict[str, int]:
     """Bytes by place that the placement allocates, everything of fixed size left out; host includes pinned."""
     problem = candidate.problem
-    slots = problem.staging_slots if any(placement.streams for placement in candidate.linears) else 0
+    staging_slots = problem.staging_slots if any(placement.streams for placement in candidate.linears) else 0
     memory = memory_report(
-        problem.workload, candidate.linears, candidate.kv, device="emulated", staging_slots=slots
+        problem.workload, candidate.linears, candidate.kv, device="emulated", staging_slots=staging_slots
     ).to_dict()
     used = {place: sum(memory[place].get(kind, 0) for kind in ("weights", "kv", "staging")) for place in memory}
     used["host"] += used["pinned"]

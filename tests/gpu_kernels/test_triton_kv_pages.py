@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support import planted
 from tests.support.code_pages import DTYPES, HEAD_DIMS, check_rope_append
 from tests.support.kernel_data import lse_error, nmse, normal
 
@@ -161,13 +161,7 @@ def test_mutant_is_caught(name, device, tmp_path, monkeypatch):
     if device != "cpu":
         pytest.skip("mutants run under the interpreter, where a wrong address cannot hurt the device")
     function, arguments, right, wrong = MUTANTS[name]
-    source = Path(kv_rows.__file__).read_text()
-    assert right in source, f"kv_rows.py no longer holds {right!r}; update the mutant"
-    path = tmp_path / "mutant.py"
-    path.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location("mutant", path)
-    mutant = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mutant)
+    mutant = planted.load_mutant(tmp_path, Path(kv_rows.__file__), right, wrong)
     user = elementwise if function == "store_row" else attention
     monkeypatch.setattr(user, function, getattr(mutant, function))
 

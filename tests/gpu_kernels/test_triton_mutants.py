@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from tests.support import kernel_checks as checks
+from tests.support import planted
 from tests.support.code_pages import check_rope_append
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
@@ -647,14 +647,7 @@ MUTANTS = {
 
 def load_mutant(folder: Path, file: str, right: str, wrong: str):
     """The module `file` with every occurrence of `right` replaced, as a new module."""
-    source = (ROOT / f"{file}.py").read_text()
-    assert right in source, f"{file}.py no longer holds {right!r}; update the mutant"
-    path = folder / f"mutant_{file}.py"
-    path.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return planted.load_mutant(folder, ROOT / f"{file}.py", right, wrong)
 
 
 @pytest.fixture(autouse=True)

@@ -705,7 +705,8 @@ def test_plan_as_yaml_is_a_policy_that_gives_the_plan_again(tmp_path: Path) -> N
 @pytest.mark.parametrize(("ending", "first_bytes"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
 def test_plan_is_drawn_into_the_format_of_the_file(tmp_path: Path, ending: str, first_bytes: bytes) -> None:
     file = tmp_path / f"plan.{ending}"
-    result = run("plan", TINY, "--device", "emulated", "--gpu-memory", "12MiB", "--plot", str(file))
+    wishes = ("--device", "emulated", "--gpu-memory", "12MiB", "--context", "256", "--no-explain")
+    result = run("plan", TINY, *wishes, "--plot", str(file), "--plot-points", "2")
 
     assert result.exit_code == 0
     assert "layers.0" in result.stdout
@@ -726,7 +727,8 @@ def test_explanation_says_what_limits_and_what_would_help() -> None:
 def test_speed_over_gpu_memory_and_context_is_drawn(tmp_path: Path, device: str) -> None:
     file = tmp_path / "curve.png"
     wishes = ("--device", "emulated", "--gpu-memory", "12MiB") if device == "emulated" else ("--device", "cpu")
-    result = run("plan", TINY, *wishes, "--context", "256", "--plot", str(file))
+    few = ("--context", "256", "--no-explain", "--plot-points", "3")
+    result = run("plan", TINY, *wishes, *few, "--plot", str(file))
 
     assert result.exit_code == 0
     assert file.read_bytes().startswith(b"\x89PNG")

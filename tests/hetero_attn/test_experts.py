@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from gpu_kernels import reference
+from hetero_attn import LLM
 from hetero_attn.checkpoints.checkpoint import Checkpoint
+from hetero_attn.checkpoints.sources import open_source, read_config
 from hetero_attn.errors import CheckpointError, ConfigError
 from hetero_attn.models.decoder import decoder
 from hetero_attn.spec.config import ModelConfig
 from tests.support.cpu_oracles import kernels
-from tests.support.moe import FAMILIES, LEAST_GAP, fused, make_moe, moe_logits
+from tests.support.moe import FAMILIES, LEAST_GAP, fused, make_moe, moe_gguf, moe_logits
 from tests.support.runtime import cpu_plan, make_engine, nmse, run_logits, toy_workload, uniform_plan
 from tests.support.toy import edit_json
 
@@ -292,3 +294,26 @@ def test_where_experts_live_changes_no_bit_of_their_sum(ops):
         sums.append(out)
 
     assert all(torch.equal(out, sums[0]) for out in sums)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gguf_files_hold_the_same_model(family, tmp_path):
+    """Experts of a layer in one tensor each; sizes from the metadata; the codes run as they are, or as float32."""
+    file, plain = moe_gguf(tmp_path, family)
+    config, expected = read_config(file), ModelConfig.from_dir(plain)
+    assert config.experts == expected.experts
+    assert config.qk_norm_whole == expected.qk_norm_whole
+    with open_source(file) as source, Checkpoint.open(plain) as other:
+        source.check(decoder(config))
+        name = "model.layers.1.mlp.experts.2.down_proj.weight"
+        assert source.shape(name) == other.shape(name) and source.dtype(name) == "q8"
+
+    llm = LLM(file, device="cpu", dtype="fp32", max_context=64)
+    exact = llm.logits(TOKENS[:12])
+    llm.close()
+    assert nmse(exact, moe_logits(plain, TOKENS[:12])) <= EXACT
+
+    llm = LLM(file, device="cpu", max_context=64)
+    coded = llm.logits(TOKENS[:12])
+    llm.close()
+    assert nmse(coded, moe_logits(plain, TOKENS[:12])) <= 1e-2

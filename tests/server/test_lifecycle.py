@@ -142,6 +142,7 @@ def test_while_it_loads_it_says_so():
     assert (health.status_code, health.json()["status"]) == (503, "loading")
     assert chat.status_code == 503 and chat.headers["retry-after"] == "5"
     assert ready.status_code == 200
+    assert "--context 2048 would take about" in server.said[0]
     assert "context 512 tokens" in server.said[0] and server.said[0].count(f":{server.port}/v1") >= 5
 
 

@@ -17,9 +17,9 @@ TINY = str(Path(__file__).resolve().parents[2] / "examples" / "tiny")
 READY_S = 120
 
 
-def load_tiny(batch: int = 4, context: int = 512, model: str = TINY) -> LLM:
+def load_tiny(batch: int = 4, context: int = 512, model: str = TINY, **more: object) -> LLM:
     """The shipped model, or a copy of it, on one CPU thread."""
-    return LLM(model, device="cpu", num_threads=1, max_context=context, max_batch=batch, progress=False)
+    return LLM(model, device="cpu", num_threads=1, max_context=context, max_batch=batch, progress=False, **more)
 
 
 class RunningServer:

@@ -95,3 +95,87 @@ def fused(source: Path, path: Path) -> Path:
     for file in source.glob("*.json"):
         (path / file.name).write_bytes(file.read_bytes())
     return path
+
+
+GGUF_KEYS = {
+    "mixtral": ("llama", {}),
+    "olmoe": ("olmoe", {}),
+    "qwen2_moe": ("qwen2moe", {"expert_feed_forward_length": 64, "expert_shared_feed_forward_length": 96}),
+    "qwen3_moe": ("qwen3moe", {"expert_feed_forward_length": 64}),
+}
+
+
+def moe_gguf(folder: Path, family: str, kind: str = "Q8_0") -> tuple[Path, Path]:
+    """(GGUF file with its matrices in a type, directory of the same values in float32)."""
+    import gguf
+
+    from hetero_attn.spec.config import ModelConfig
+    from tests.support.gguf_models import add_metadata, coded, permuted
+
+    widths = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 96}
+    sizes = {key: value for key, value in widths.items() if key in SIZES[family]} or {"intermediate_size": 64}
+    shape = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32, "rms_norm_eps": 1e-6}
+    plain = make_moe(folder / "plain", family, layers=2, **shape, **sizes)
+    config, tensors = ModelConfig.from_dir(plain), load_file(plain / "model.safetensors")
+    architecture, keys = GGUF_KEYS[family]
+    writer = gguf.GGUFWriter(folder / "model.gguf", architecture)
+    described = {
+        "hidden": 128,
+        "layers": 2,
+        "intermediate": config.intermediate_size,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+    }
+    add_metadata(writer, family, described | {"head_dim": 32})
+    counts = {"expert_count": config.experts.experts, "expert_used_count": config.experts.per_row}
+    for key, value in (counts | keys).items():
+        writer.add_uint32(f"{architecture}.{key}", value)
+    writer.add_float32(f"{architecture}.rope.freq_base", config.rope.theta)
+    stacked: dict[str, dict[int, torch.Tensor]] = {}
+    for seed, (name, values) in enumerate(sorted(tensors.items())):
+        target, expert = gguf_name(name)
+        if values.dim() == 1 or "gate_inp" in target:
+            writer.add_tensor(target, values.squeeze(0).numpy())
+            continue
+        turned = architecture == "llama" and ("attn_q" in target or "attn_k" in target)
+        data, exact = coded(permuted(values, 32) if turned else values, kind, seed)
+        tensors[name] = exact.view(-1, 16, 2, 128).transpose(1, 2).reshape(values.shape) if turned else exact
+        if expert is not None:
+            stacked.setdefault(target, {})[expert] = torch.from_numpy(data)
+            continue
+        writer.add_tensor(target, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+    for target, experts in stacked.items():
+        rows = torch.stack([experts[index] for index in sorted(experts)]).numpy()
+        writer.add_tensor(target, rows, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    return folder / "model.gguf", plain
+
+
+def gguf_name(name: str) -> tuple[str, int | None]:
+    """(name in a GGUF file, which expert of the tensor it is) of a tensor of transformers."""
+    parts = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+    layer, _, rest = name.removeprefix("model.layers.").partition(".")
+    if ".experts." in name:
+        _, _, expert, part, _ = rest.split(".")
+        return f"blk.{layer}.ffn_{parts[part]}_exps.weight", int(expert)
+    words = {
+        "block_sparse_moe.gate": "ffn_gate_inp",
+        "mlp.gate": "ffn_gate_inp",
+        "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+        "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+        "mlp.shared_expert.up_proj": "ffn_up_shexp",
+        "mlp.shared_expert.down_proj": "ffn_down_shexp",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.o_proj": "attn_output",
+        **{f"self_attn.{each}_proj": f"attn_{each}" for each in "qkv"},
+        **{f"self_attn.{each}_norm": f"attn_{each}_norm" for each in "qk"},
+    }
+    top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    stem, _, kind = (rest if name.startswith("model.layers.") else name).rpartition(".")
+    return (f"{top[stem]}.{kind}" if stem in top else f"blk.{layer}.{words[stem]}.{kind}"), None

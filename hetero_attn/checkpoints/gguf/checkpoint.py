@@ -6,9 +6,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from hetero_attn.checkpoints.gguf.config import gguf_config, is_turned
+from hetero_attn.checkpoints.gguf.expert_tensors import by_our_names
 from hetero_attn.checkpoints.gguf.fields import GgufFields
 from hetero_attn.checkpoints.gguf.file import GgufFile, GgufTensor
-from hetero_attn.checkpoints.gguf.names import ROPE_DIVISORS, is_rotated, our_name
+from hetero_attn.checkpoints.gguf.names import ROPE_DIVISORS, is_rotated
 from hetero_attn.checkpoints.gguf.parts import open_parts
 from hetero_attn.errors import CheckpointError, UnsupportedModelError
 from hetero_attn.spec.blocks import ModelSpec
@@ -36,7 +37,8 @@ class GgufCheckpoint:
         self._files = files
         self._theirs = tensors
         self.fields = GgufFields(path, files[0].metadata)
-        self._entries = {ours: tensor for name, tensor in tensors.items() if (ours := our_name(name)) is not None}
+        self._ours = {name: by_our_names(name, tensor) for name, tensor in tensors.items()}
+        self._entries = {ours: tensor for found in self._ours.values() for ours, tensor in found.items()}
 
     @classmethod
     def open(cls, path: str | Path) -> "GgufCheckpoint":
@@ -127,7 +129,7 @@ class GgufCheckpoint:
                     f"{self.path}: tensor {name} has shape {list(self.shape(name))}, the metadata says {list(shape)}"
                 )
         known = set(expected)
-        if unused := [name for name in self._theirs if name != ROPE_DIVISORS and our_name(name) not in known]:
+        if unused := [name for name, ours in self._ours.items() if name != ROPE_DIVISORS and not known & set(ours)]:
             raise UnsupportedModelError(
                 f"{self.path}: {len(unused)} tensors would be ignored, the first is {unused[0]}: the architecture "
                 f"{self.fields.architecture} does not have them here, and its answers would not be the model's"

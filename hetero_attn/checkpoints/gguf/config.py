@@ -8,7 +8,7 @@ from hetero_attn.checkpoints.gguf.file import GgufTensor
 from hetero_attn.errors import ConfigError, UnsupportedModelError, nearest
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.families.family import Family, GgufTerms
-from hetero_attn.spec.families.table import GGUF_FAMILIES
+from hetero_attn.spec.families.table import GGUF_EXPERT_FAMILIES, GGUF_FAMILIES
 from hetero_attn.spec.limits import (
     MAX_CONTEXT,
     MAX_HEAD_DIM,
@@ -99,11 +99,12 @@ def _ends(fields: GgufFields, vocab_size: int) -> tuple[int, ...]:
 
 
 def _family(fields: GgufFields) -> tuple[Family, GgufTerms]:
-    family = GGUF_FAMILIES.get(fields.architecture)
+    family = _family_or_none(fields)
+    known = dict.fromkeys((*GGUF_FAMILIES, *GGUF_EXPERT_FAMILIES))
     if family is None or family.gguf is None:
         raise UnsupportedModelError(
             f"{fields.path}: architecture {fields.architecture[:80]!r} is not supported"
-            f"{nearest(fields.architecture, GGUF_FAMILIES)}. Known in GGUF files: {', '.join(GGUF_FAMILIES)}"
+            f"{nearest(fields.architecture, known)}. Known in GGUF files: {', '.join(known)}"
         )
     for name in _UNKNOWN_TERMS:
         if name not in family.gguf.keys and fields.values.get(fields.key(name)):
@@ -184,5 +185,11 @@ def _scaling(fields: GgufFields, kind: str, context: int) -> dict[str, Any]:
 
 def is_turned(fields: GgufFields) -> bool:
     """Whether the rows of every q and k head are stored as pairs that are turned together."""
-    family = GGUF_FAMILIES.get(fields.architecture)
+    family = _family_or_none(fields)
     return family is not None and family.gguf is not None and family.gguf.is_turned
+
+
+def _family_or_none(fields: GgufFields) -> Family | None:
+    """The family of an architecture; Mixtral's files have that of Llama, and experts."""
+    with_experts = GGUF_EXPERT_FAMILIES if fields.values.get(fields.key(".expert_count")) else {}
+    return with_experts.get(fields.architecture) or GGUF_FAMILIES.get(fields.architecture)

@@ -17,6 +17,11 @@ _LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "mlp.post_norm": "post_ffw_norm",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
 }
 _OURS_LAYER = {theirs: ours for ours, theirs in _LAYER.items()}
 _OURS_TOP = {theirs: ours for ours, theirs in _TOP.items()}

@@ -69,8 +69,8 @@ def _call(form: AnswerFormat, name: str, schema: Mapping[str, Any], mark: Mark) 
     if form.name == "deepseek":
         head = _text("function") + " " + mark(SEPARATOR) + " " + _text(f"{name}\n```json\n")
         body = f"{_text(name)} {mark(SEPARATOR)} {arguments}" if not form.is_fenced else f'{head} {arguments} "\\n```"'
-        group = form.marks.unseen
-        return " ".join([mark(group[0]), mark(opening), body, mark(end), mark(group[1])])
+        around = form.marks.unseen
+        return " ".join([mark(around[0]), mark(opening), body, mark(end), mark(around[1])])
     if form.name == "mistral":
         if form.is_named:
             return f"{mark(opening)} {_text(name)} {mark('[ARGS]')} {arguments}"

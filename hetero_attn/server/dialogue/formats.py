@@ -18,13 +18,13 @@ if TYPE_CHECKING:  # it needs torch, whose import would keep a server from answe
 
 TAIL = 24  # tokens at the end of a prompt that may open the reasoning
 TAGS = ("<tool_call>", "</tool_call>")
-_DEEPSEEK_GROUP = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
+_DEEPSEEK_CALLS = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
 # By what only this family's template holds, the particular before the common.
 FAMILIES: tuple[tuple[str, str, Marks], ...] = (
     (
         "<｜tool▁call▁begin｜>",
         "deepseek",
-        Marks(None, ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"), unseen=_DEEPSEEK_GROUP),
+        Marks(None, ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"), unseen=_DEEPSEEK_CALLS),
     ),
     ("[TOOL_CALLS]", "mistral", Marks(None, ("[TOOL_CALLS]", None), id_letters=9)),
     ("<arg_key>", "glm", Marks(None, TAGS)),

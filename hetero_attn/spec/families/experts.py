@@ -5,14 +5,17 @@ from typing import Any
 
 from hetero_attn.spec.experts_config import (
     ExpertsConfig,
+    gguf_experts,
     mixtral_experts,
     olmoe_experts,
     qwen2_moe_experts,
     qwen3_moe_experts,
 )
-from hetero_attn.spec.families.family import Family
+from hetero_attn.spec.families.family import Family, GgufTerms
 from hetero_attn.spec.families.windows import no_windows, one_window, windows_from
 from hetero_attn.spec.json_fields import JsonFields
+
+EXPERT_COUNT = ".expert_count"
 
 
 def with_experts(
@@ -20,6 +23,16 @@ def with_experts(
 ) -> Callable[[JsonFields, Mapping[str, Any]], dict[str, Any]]:
     """The experts that `read` finds in a config."""
     return lambda fields, found: {"experts": read(fields, found["num_layers"])}
+
+
+def gguf_with_experts(architecture: str, normalised: bool, is_turned: bool = False, **more: Any) -> GgufTerms:
+    """GGUF files of a family: sizes from their metadata; whether weights are normalised, and `more`, from the
+    architecture, as llama.cpp has it."""
+
+    def terms(fields: Any, found: Mapping[str, Any]) -> dict[str, Any]:
+        return {"experts": gguf_experts(fields, found, normalised)} | more
+
+    return GgufTerms(architecture, (EXPERT_COUNT,), terms, is_turned)
 
 
 def window_if_used(fields: JsonFields, num_layers: int) -> tuple[int, ...]:
@@ -34,6 +47,7 @@ MIXTRAL = Family(
     o_bias=False,
     windows=one_window,
     terms=with_experts(mixtral_experts),
+    gguf=gguf_with_experts("llama", normalised=True, is_turned=True),
 )
 OLMOE = Family(
     "OlmoeForCausalLM",
@@ -42,6 +56,7 @@ OLMOE = Family(
         "experts": olmoe_experts(fields, found["num_layers"]),
         "qk_norm_whole": True,
     },
+    gguf=gguf_with_experts("olmoe", normalised=False, qk_norm=False, qk_norm_whole=True),
 )
 QWEN2_MOE = Family(
     "Qwen2MoeForCausalLM",
@@ -50,6 +65,7 @@ QWEN2_MOE = Family(
     o_bias=False,
     windows=windows_from("max_window_layers"),
     terms=with_experts(qwen2_moe_experts),
+    gguf=gguf_with_experts("qwen2moe", normalised=False),
 )
 QWEN3_MOE = Family(
     "Qwen3MoeForCausalLM",
@@ -57,4 +73,5 @@ QWEN3_MOE = Family(
     qk_norm=True,
     windows=window_if_used,
     terms=with_experts(qwen3_moe_experts),
+    gguf=gguf_with_experts("qwen3moe", normalised=True),
 )

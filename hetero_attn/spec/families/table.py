@@ -1,6 +1,6 @@
 """Every family by the model_type of its config.json."""
 
-from hetero_attn.spec.families.experts import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
+from hetero_attn.spec.families.experts import EXPERT_COUNT, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from hetero_attn.spec.families.family import Family, GgufTerms
 from hetero_attn.spec.families.gemma import GEMMA3
 from hetero_attn.spec.families.windows import one_window, windows_from
@@ -42,4 +42,7 @@ FAMILIES = {
     "qwen3_moe": QWEN3_MOE,
 }
 
-GGUF_FAMILIES = {family.gguf.architecture: family for family in FAMILIES.values() if family.gguf is not None}
+_IN_GGUF = [(family.gguf.architecture, family) for family in FAMILIES.values() if family.gguf is not None]
+# By the architecture that their GGUF files name, which a dense family and one with experts may share.
+GGUF_FAMILIES = {name: family for name, family in _IN_GGUF if EXPERT_COUNT not in family.gguf.keys}
+GGUF_EXPERT_FAMILIES = {name: family for name, family in _IN_GGUF if EXPERT_COUNT in family.gguf.keys}

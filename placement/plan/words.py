@@ -1,0 +1,23 @@
+"""Text of a given width: broken at words, and never between a number and its unit."""
+
+import re
+import textwrap
+
+BOUND = "\u00a0"  # a blank at which no line is broken
+NUMBER_AND_UNIT = re.compile(r"(?<=\d) (?=([KMGT]?i?B|tokens|tok|us|ms|s)\b)|(?<=\d:) (?=\d)")
+
+
+def wrapped(line: str, width: int) -> str:
+    """A line broken at words where it is longer than `width`, its own indent kept and deepened; no number is cut, nor
+    parted from its unit."""
+    if len(line) <= width:
+        return line
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    text = textwrap.fill(
+        NUMBER_AND_UNIT.sub(BOUND, re.sub(r"(?<=\S) {2,}", "  ", line)),
+        width,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return text.replace(BOUND, " ")

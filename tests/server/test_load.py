@@ -1,0 +1,268 @@
+"""Load, counters and ends, with the figures that are promised; what takes long or counts milliseconds is slow-marked."""
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import psutil
+import pytest
+
+from placement import Policy
+from tests.server.test_lifecycle import LONG, at_rest, gauges, raw, read_until
+from tests.support.http_server import TINY, RunningServer, load_tiny
+
+MIB = 1 << 20
+
+
+def resident_bytes() -> int:
+    gc.collect()
+    return psutil.Process().memory_info().rss
+
+
+async def all_at_once(url: str, bodies: list[tuple[str, dict]], connections: int) -> list[tuple[float, httpx.Response]]:
+    """Answers with the seconds that each took, in the order of the bodies."""
+    limits = httpx.Limits(max_connections=connections)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False) as client:
+
+        async def ask(path: str, body: dict) -> tuple[float, httpx.Response]:
+            start = time.perf_counter()
+            answer = await client.post(path, json=body)
+            return time.perf_counter() - start, answer
+
+        return await asyncio.gather(*(ask(*body) for body in bodies))
+
+
+def test_counters_equal_the_truth_after_a_hundred_mixed_requests():
+    question = [{"role": "user", "content": "What is a list?"}]
+    kinds = [
+        ("/v1/completions", {"prompt": "A list is", "max_tokens": 3, "ignore_eos": True}),
+        ("/v1/completions", {"prompt": ["A", "B"], "max_tokens": 2, "ignore_eos": True, "n": 2}),
+        ("/v1/chat/completions", {"messages": question, "max_tokens": 40, "temperature": 0}),
+        ("/v1/messages", {"messages": question, "max_tokens": 2}),
+        ("/v1/responses", {"input": "A list", "max_output_tokens": 2, "some_field": 1}),
+        ("/api/chat", {"messages": question, "stream": False, "options": {"num_predict": 2}}),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 0}),
+        ("/v1/chat/completions", {"messages": []}),
+        ("/nothing", {}),
+        ("/v1/chat/completions", {"messages": question, "max_tokens": 1, "stream": True, "stream_options": {"include_usage": True}}),
+    ]  # fmt: skip
+    with RunningServer() as server:
+        answers = asyncio.run(all_at_once(server.url, kinds * 10, 20))
+        server.wait_until(lambda: at_rest(server), 30)
+        counted = gauges(server.url)
+
+    usages = [_usage(answer) for _, answer in answers if answer.status_code == 200]
+    refused = [answer.status_code for _, answer in answers if answer.status_code != 200]
+    assert len(usages) == 70 and sorted(set(refused)) == [400, 404]
+    assert (
+        counted["vllm:prompt_tokens_total"] == sum(prompt for prompt, _ in usages) + 10 * 4
+    )  # n counts a prompt again
+    assert counted["vllm:generation_tokens_total"] == sum(generated for _, generated in usages)
+    assert sum(count for name, count in counted.items() if name.startswith("vllm:request_success_total")) == 60 + 10 * 4
+    assert counted['hetero_requests_refused_total{status="400"}'] == refused.count(400) == 20
+    assert counted['hetero_requests_refused_total{status="404"}'] == refused.count(404) == 10
+    assert counted["hetero_unknown_fields_total"] == 10
+    assert counted["vllm:time_to_first_token_seconds_count"] == 100
+
+
+def _usage(answer: httpx.Response) -> tuple[int, int]:
+    """Tokens of the prompt and of the answer, by any protocol."""
+    if answer.headers["content-type"].startswith("text/event-stream"):
+        usage = httpx.Response(200, content=answer.text.split("data: ")[-2].strip()).json()["usage"]
+    else:
+        usage = answer.json().get("usage", answer.json())
+    if "eval_count" in usage:
+        return usage["prompt_eval_count"], usage["eval_count"]
+    if "prompt_tokens" in usage:
+        return usage["prompt_tokens"], usage["completion_tokens"]
+    return usage["input_tokens"] + usage.get("cache_read_input_tokens", 0), usage["output_tokens"]
+
+
+def test_a_client_that_leaves_while_its_prompt_is_computed_ends_it():
+    def load():
+        return load_tiny(policy=Policy.parse("version: 1\nprefill_chunk: 16\n"))
+
+    with RunningServer(load, step_s=0.1) as server:
+        sock = raw(server, "/v1/completions", {"prompt": "a b c d e f g h " * 24, "stream": True})
+        server.wait_until(lambda: any(0 < request.computed for request in server.service.driver.live), 30)
+        (request,) = server.service.driver.live
+        sock.close()
+        server.wait_until(lambda: at_rest(server), 30)
+
+        assert request.finish_reason == "abort" and request.computed < len(request.prompt_token_ids)
+        assert all(pool.free_pages == pool.capacity for pool in server.llm.engine.kv_cache.pools)
+
+
+def test_who_waits_goes_by_priority_then_by_arrival():
+    with RunningServer(lambda: load_tiny(batch=1), step_s=0.03) as server:
+        holder = raw(server, "/v1/completions", {**LONG, "prompt": "a", "max_tokens": 60, "stream": True})
+        read_until(holder, b"data:")
+        asked = [(0, 4), (0, 5), (2, 6), (1, 7), (2, 8)]  # priority, and as many tokens as tell them apart
+
+        async def ask_all() -> list[int]:
+            ended: list[int] = []
+            async with httpx.AsyncClient(base_url=server.url, timeout=120, trust_env=False) as client:
+
+                async def ask(priority: int, tokens: int) -> None:
+                    body = {"prompt": "b", "max_tokens": tokens, "ignore_eos": True, "priority": priority}
+                    assert (await client.post("/v1/completions", json=body)).status_code == 200
+                    ended.append(tokens)
+
+                tasks = []
+                for number, pair in enumerate(asked):
+                    tasks.append(asyncio.create_task(ask(*pair)))
+                    while len(server.service.driver.live) < number + 2:
+                        await asyncio.sleep(0.005)
+                await asyncio.gather(*tasks)
+            return ended
+
+        ended = asyncio.run(ask_all())
+        holder.close()
+
+    assert ended == [6, 8, 7, 4, 5]
+
+
+PLANTED = """
+import sys, time
+from hetero_attn.errors import EngineDeadError
+from hetero_attn.llm import LLM
+step = LLM.step
+def planted(self):
+    moved = step(self)
+    if moved and len(moved[0].token_ids) > 3:  # the warm-up is shorter
+        {action}
+    return moved
+LLM.step = planted
+from hetero_attn.cli import main
+sys.argv[1:] = {arguments!r}
+main()
+"""
+
+
+def served(action: str) -> tuple[subprocess.Popen, int]:
+    """The command in a process of its own that does something after the fourth token of a long answer."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["serve", TINY, "--device", "cpu", "--threads", "1", "--context", "256", "--port", str(port)]
+    code = PLANTED.format(action=action, arguments=arguments)
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    end, status = time.monotonic() + 120, None
+    while status != 200 and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.1)
+        try:
+            status = httpx.get(f"http://localhost:{port}/health", trust_env=False, timeout=10).status_code
+        except httpx.TransportError:
+            status = None
+    assert status == 200, process.poll()
+    return process, port
+
+
+def long_stream(port: int) -> socket.socket:
+    import json
+
+    sock = socket.create_connection(("127.0.0.1", port), timeout=60)
+    data = json.dumps({"prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True}).encode()
+    sock.sendall(
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+    )
+    read_until(sock, b"data:")
+    return sock
+
+
+def test_a_lost_engine_ends_the_command_with_code_5():
+    process, port = served("raise EngineDeadError('a lane is gone')")
+    try:
+        sock = long_stream(port)
+        told = read_until(sock, b'"error"')
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+
+    assert b"engine" in told and process.returncode == 5, stderr
+
+
+def test_a_second_signal_ends_at_once():
+    process, port = served("time.sleep(0.3)")
+    try:
+        sock = long_stream(port)
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None, "the first signal lets the stream go on"
+        os.kill(process.pid, signal.SIGTERM)
+        start = time.monotonic()
+        process.communicate(timeout=60)
+        took_s = time.monotonic() - start
+    finally:
+        process.kill()
+        sock.close()
+
+    assert took_s < 15, "200 tokens of 0.3 s each would have taken a minute"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_thousand_requests_at_once_meet_a_queue_of_256():
+    with RunningServer(max_waiting=256) as server:
+        body = {"prompt": "A list is", "max_tokens": 8, "ignore_eos": True}
+        asyncio.run(all_at_once(server.url, [("/v1/completions", body)] * 20, 20))
+        before = resident_bytes()
+        answers = asyncio.run(all_at_once(server.url, [("/v1/completions", body)] * 1000, 1000))
+        grown = resident_bytes() - before
+        server.wait_until(lambda: at_rest(server), 60)
+
+    served_s = [took for took, answer in answers if answer.status_code == 200]
+    refused = [(took, answer) for took, answer in answers if answer.status_code == 429]
+    print(
+        f"served {len(served_s)}, refused {len(refused)}: the slowest refusal {max(t for t, _ in refused):.2f} s, "
+        f"the slowest answer {max(served_s):.2f} s, memory + {grown / MIB:.1f} MiB"
+    )
+    assert len(served_s) >= 260 and len(served_s) + len(refused) == 1000 and refused
+    assert all(1 <= int(answer.headers["retry-after"]) <= 120 for _, answer in refused)
+    assert grown <= 64 * MIB
+
+
+@pytest.mark.soak
+def test_two_hundred_connections_that_drop_leave_nothing():
+    with RunningServer(step_s=0.02, max_waiting=256) as server:
+
+        def drop(count: int) -> None:
+            for _ in range(count):
+                raw(server, "/v1/chat/completions", {**LONG, "stream": True}).close()
+            server.wait_until(lambda: at_rest(server), 120)
+
+        drop(50)
+        before = resident_bytes()
+        drop(200)
+        grown = resident_bytes() - before
+        assert server.service.driver.live == {} and server.service._entering == 0
+    print(f"memory + {grown / MIB:.1f} MiB after 200 drops")
+    assert grown <= 5 * MIB
+
+
+@pytest.mark.soak
+def test_the_loop_lags_by_milliseconds_while_steps_last_two_seconds():
+    with RunningServer(lambda: load_tiny(batch=8), step_s=2.0) as server:
+        lags: list[float] = []
+
+        async def measure() -> None:
+            while True:
+                start = time.perf_counter()
+                await asyncio.sleep(0.005)
+                lags.append(time.perf_counter() - start - 0.005)
+
+        socks = [raw(server, "/v1/chat/completions", {**LONG, "max_tokens": 4, "stream": True}) for _ in range(8)]
+        asyncio.run_coroutine_threadsafe(measure(), server.server._loop)
+        for sock in socks:
+            read_until(sock, b"[DONE]")
+            sock.close()
+        ordered = sorted(lags)
+    p99, most = ordered[len(ordered) * 99 // 100], ordered[-1]
+    print(f"lag of the loop: p99 {1e3 * p99:.1f} ms, most {1e3 * most:.1f} ms of {len(ordered)}")
+    assert p99 <= 0.020

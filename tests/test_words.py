@@ -1,0 +1,122 @@
+"""Words of docs/words.md that once meant several things stand, in names of the code, only where they mean the one."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("hetero_attn", "placement", "cpu_kernels", "gpu_kernels")
+LIBRARY = {"groupby", "TyperGroup"}
+METHODS = {"group", "groups"}  # of a match of a regular expression
+# Where a name with the word may stand, as beginnings of paths, and names that may stand everywhere.
+WHERE = {
+    "group": (
+        (
+            "cpu_kernels/attention",
+            "cpu_kernels/formats",
+            "cpu_kernels/linear",
+            "gpu_kernels/activation.py",
+            "gpu_kernels/dequantize.py",
+            "gpu_kernels/forms",
+            "gpu_kernels/int8_tile.py",
+            "gpu_kernels/kv_pages.py",
+            "gpu_kernels/kv_rows.py",
+            "gpu_kernels/linear_layer.py",
+            "gpu_kernels/quantized_linear.py",
+            "gpu_kernels/reference.py",
+            "hetero_attn/checkpoints/quantised",
+            "placement/plan/memory.py",  # the names that plans print
+            "placement/plan/workload.py",
+        ),
+        {"GROUP_INPUTS", "group_inputs", "heads_per_group"},  # of a weight's format; the key of a profile
+    ),
+    "layout": (("cpu_kernels/linear", "hetero_attn/lanes/tables.py", "hetero_attn/cache/pages.py"), set()),
+    "slot": (
+        (
+            "cpu_kernels/attention",
+            "cpu_kernels/kernels.py",
+            "gpu_kernels/elementwise.py",
+            "gpu_kernels/kv_rows.py",
+            "gpu_kernels/reference.py",
+            "hetero_attn/cache/pages.py",
+            "hetero_attn/devices/protocols.py",
+            "hetero_attn/engine",
+            "hetero_attn/ops",
+            "placement/profilers",
+        ),
+        {"_free_slots"},  # of the cache, in the planner
+    ),
+}
+
+
+def words_of(name: str) -> set[str]:
+    """The words of a name, in lower case and singular."""
+    parts = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)
+    return {part.lower().removesuffix("s") if len(part) > 3 else part.lower() for part in parts}
+
+
+def names_in(tree: ast.AST) -> set[str]:
+    """Every name that a module defines or uses."""
+    found = set()
+    methods = {
+        node.func for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    }
+    for node in set(ast.walk(tree)) - {item for item in methods if item.attr in METHODS}:
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+    return {name for name in found if not name.startswith("__")}
+
+
+def strays(path: str, tree: ast.AST, word: str) -> list[str]:
+    """Names of a module with the word, where it has no business."""
+    places, anywhere = WHERE[word]
+    if path.startswith(places):
+        return []
+    names = names_in(tree) - LIBRARY - anywhere
+    return sorted(name for name in names if word in words_of(name) and not re.search("staging_?slot", name.lower()))
+
+
+@pytest.mark.parametrize("word", WHERE)
+def test_a_word_stands_only_where_it_means_what_the_table_says(word):
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            relative = path.relative_to(ROOT).as_posix()
+            if names := strays(relative, ast.parse(path.read_text()), word):
+                found[relative] = names
+
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "word", "expected"),
+    [
+        (
+            "placement/cost/model.py",
+            "cost.gpu_s_per_group = first_groups",
+            "group",
+            ["first_groups", "gpu_s_per_group"],
+        ),
+        ("hetero_attn/cache/pool.py", "class LayerGroup:\n    def end(self, slot): pass", "group", ["LayerGroup"]),
+        ("hetero_attn/cache/pool.py", "class LayerGroup:\n    def end(self, slot): pass", "slot", ["slot"]),
+        ("placement/solve/search.py", "staging_slots = self.slots", "slot", ["slots"]),
+        ("hetero_attn/spec/config.py", "found.group(1); fields.grouped", "group", []),
+        ("cpu_kernels/linear/pack.py", "group = layout.size", "layout", []),
+    ],
+)
+def test_a_stray_word_is_found(path, text, word, expected):
+    assert expected == strays(path, ast.parse(text), word)
+
+
+def test_the_table_has_every_word_that_is_held():
+    page = (ROOT / "docs" / "words.md").read_text()
+
+    assert all(f"| {word} |" in page for word in WHERE)
