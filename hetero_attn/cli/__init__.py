@@ -13,6 +13,7 @@ import typer
 
 from hetero_attn.cli import bench, chat, doctor, generate, plan, policy, profile, verify
 from hetero_attn.cli.errors import CleanErrors
+from hetero_attn.cli.quantize import command as quantize_command
 from hetero_attn.cli.serve import command
 from hetero_attn.cli.shell.streams import settle_streams
 
@@ -54,6 +55,7 @@ for subcommand in (
     bench.bench,
     verify.verify,
     doctor.doctor,
+    quantize_command.quantize,
     command.serve,
 ):
     app.command()(subcommand)

@@ -48,6 +48,7 @@ def plan(
     from hetero_attn.planning.fitting import why_not_fitting, would_fit
     from hetero_attn.planning.options import LoadOptions
     from hetero_attn.serving.progress import working
+    from hetero_attn.tools.quantize.table import kept_table
     from placement.plan.table import opening_lines
     from placement.plan.words import wrapped
 
@@ -82,7 +83,7 @@ def plan(
         print_json((explanation or planned.plan).to_dict())
     elif str(yaml) != "-":
         width = table_width()
-        lines = [*opening_lines(planned.plan), "", *planned.plan.table(width).splitlines()]  # type: ignore[arg-type]
+        lines = [*opening_lines(planned.plan), *kept_table(planned.path), "", *planned.plan.table(width).splitlines()]  # type: ignore[arg-type]
         for line in [*lines, *(explanation.lines() if explanation else ())]:
             typer.echo(wrapped(line, width))
     if yaml is not None:

@@ -27,6 +27,11 @@ def loading_bar(plan: Plan, show: bool) -> tqdm:
     )
 
 
+def bytes_bar(total: int, what: str) -> tqdm:
+    """A bar over bytes; `update(count)` as they are done. Only a person sees it."""
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024, disable=None, leave=False)
+
+
 def compile_note(name: str) -> None:
     """Say that a CPU kernel is being compiled: about a second, once on a machine."""
     _note(f"compiling the CPU kernel {name} for this machine, once")

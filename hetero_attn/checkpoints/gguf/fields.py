@@ -48,7 +48,7 @@ class GgufFields:
         return value if isinstance(value, bool) else self.fail(name, value, "true or false")
 
     def text(self, name: str, default: Any = _REQUIRED) -> Any:
-        """A string."""
+        """A string, or the default where the key is absent."""
         value = self._value(name, default)
         return value if value is default or isinstance(value, str) else self.fail(name, value, "a text")
 

@@ -41,6 +41,15 @@ def our_name(name: str) -> str | None:
     return f"model.layers.{match[1]}.{_OURS_LAYER[match[2]]}.{kind}"
 
 
+def their_name(name: str) -> str:
+    """The name in GGUF files of a tensor that is known here by `name`; KeyError for one that they do not have."""
+    stem, _, kind = name.rpartition(".")
+    if stem in _TOP:
+        return f"{_TOP[stem]}.{kind}"
+    layer, _, part = stem.removeprefix("model.layers.").partition(".")
+    return f"blk.{layer}.{_LAYER[part]}.{kind}"
+
+
 def is_rotated(name: str) -> bool:
     """Whether a tensor, by our name, makes the vectors that rotary embedding turns."""
     return ".q_proj." in name or ".k_proj." in name

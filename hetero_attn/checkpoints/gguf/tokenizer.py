@@ -44,6 +44,8 @@ _PRE = {
     "gpt-4o": (_GPT4O, False, False, False),
 }
 
+KNOWN_SPLITS = tuple(_PRE)
+
 
 def gguf_tokenizer(fields: GgufFields) -> Any:
     """The tokenizer of a file as transformers has it, chat template included.

@@ -1,0 +1,1 @@
+"""`hetero-attn quantize`: a model to a GGUF file."""

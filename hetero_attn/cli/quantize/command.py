@@ -1,0 +1,51 @@
+"""`hetero-attn quantize`: a model to a GGUF file that loads without quantising again, here and in llama.cpp."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hetero_attn.cli import options
+from hetero_attn.cli.output import print_json, read_text
+
+LEAST_BITS, MOST_BITS = 4.0, 16.0
+
+
+def quantize(
+    model: options.Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The GGUF file to write.", show_default=False)],
+    recipe: Annotated[
+        str | None, typer.Option(metavar="q8|q6|q5|q4_m|q4", help="Types by part of a layer. Default: q4_m.")
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="Instead: at most so many bits a weight, each linear as it needs them.")
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="The text on which --bits measures every linear; - is stdin.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file of that name.")] = False,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+) -> None:
+    """Quantise a model to a GGUF file; with --bits every linear gets the type that loses least on a text."""
+    if recipe is not None and bits is not None:
+        raise typer.BadParameter("--recipe and --bits exclude each other; give one")
+    if bits is not None and not LEAST_BITS <= bits <= MOST_BITS:
+        raise typer.BadParameter(f"--bits is {bits:g}; give {LEAST_BITS:g} to {MOST_BITS:g}")
+    if (bits is None) != (calibrate is None):
+        raise typer.BadParameter("--bits needs --calibrate, a text of some hundreds of words, and nothing else does")
+    if out.suffix != ".gguf":
+        raise typer.BadParameter(f"--out is {out}; a GGUF file's name ends in .gguf")
+    from hetero_attn.tools.quantize.table import table_lines
+    from hetero_attn.tools.quantize.write import quantize as write
+
+    text = "" if calibrate is None else read_text(calibrate)
+    made = write(model, out, recipe, bits, text, force, threads)
+    table = json.loads(made.table)
+    if as_json:
+        print_json({"file": str(made.path), "bytes": made.nbytes, "bits": made.bits} | table)
+        return
+    for line in table_lines(table):
+        typer.echo(line)
+    typer.echo(f"wrote {made.path}: {made.nbytes / 2**20:.1f} MiB")

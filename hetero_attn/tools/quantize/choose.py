@@ -1,0 +1,106 @@
+"""Which type every weight of a model gets: by a recipe, or the least loss in total for a number of bits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hetero_attn.errors import UnsupportedModelError
+from hetero_attn.tools.quantize.blocks import TYPES, fits
+
+# Types to choose between when bits are given, and what takes a type's place where rows are no whole blocks of it.
+CANDIDATES = ("IQ4_XS", "IQ4_NL", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0", "F16")
+INSTEAD = {"Q4_K": "IQ4_NL", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL", "IQ4_NL": "F16", "Q8_0": "F16"}
+INSTEAD |= {"Q5_1": "F16"}
+MOST_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Types of most linears, of v and down, and of the head and the embedding."""
+
+    most: str
+    finer: str
+    head: str
+
+
+RECIPES = {
+    "q8": Recipe("Q8_0", "Q8_0", "Q8_0"),
+    "q6": Recipe("Q6_K", "Q6_K", "Q8_0"),
+    "q5": Recipe("Q5_K", "Q5_K", "Q6_K"),
+    "q4_m": Recipe("Q4_K", "Q6_K", "Q6_K"),
+    "q4": Recipe("Q4_K", "Q4_K", "Q6_K"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What a weight costs in each type that it may have. kl: the divergence on the text if it alone had the type."""
+
+    rows: int
+    in_features: int
+    kl: Mapping[str, float]
+
+    def nbytes(self, name: str) -> int:
+        """Bytes in a type."""
+        return self.rows * TYPES[name].row_bytes(self.in_features)
+
+
+def fitting(name: str, in_features: int) -> str:
+    """The type, or what takes its place for rows of so many inputs."""
+    while not fits(name, in_features):
+        name = INSTEAD[name]
+    return name
+
+
+def by_recipe(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Types of all tensors of a model by our names: vectors are float32."""
+    chosen = {}
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            chosen[name] = "F32"
+            continue
+        finer = ".v_proj." in name or ".down_proj." in name
+        of_layer = recipe.finer if finer else recipe.most
+        chosen[name] = fitting(of_layer if name.startswith("model.layers.") else recipe.head, shape[1])
+    return chosen
+
+
+def by_bits(losses: Mapping[str, Loss], bits: float, fixed_bytes: int = 0, fixed_weights: int = 0) -> dict[str, str]:
+    """The types whose losses add up to the least while all weights together have at most so many bits each.
+
+    fixed_bytes, fixed_weights: of tensors whose type is not chosen. Raises UnsupportedModelError for fewer bits than
+    any choice has.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    options = [(tensor, name) for tensor, loss in losses.items() for name in loss.kl]
+    weights = sum(loss.rows * loss.in_features for loss in losses.values()) + fixed_weights
+    sizes = np.array([losses[tensor].nbytes(name) for tensor, name in options], float)
+    least = sum(min(map(loss.nbytes, loss.kl)) for loss in losses.values()) + fixed_bytes
+    if least * 8 > bits * weights:
+        raise UnsupportedModelError(
+            f"{bits:g} bits a weight are fewer than any choice of formats has; the least is {8 * least / weights:.2f}"
+        )
+    one_each = np.array([[tensor == of for of, _ in options] for tensor in losses], float)
+    constraints = [
+        LinearConstraint(one_each, 1, 1),
+        LinearConstraint(sizes[None] / 1e6, -np.inf, (bits * weights / 8 - fixed_bytes) / 1e6),
+    ]
+    costs = np.array([losses[tensor].kl[name] for tensor, name in options])
+    found = milp(
+        costs / max(costs.max(), 1e-30),
+        integrality=np.ones(len(options)),
+        bounds=Bounds(0, 1),
+        constraints=constraints,
+        options={"time_limit": MOST_SECONDS, "mip_rel_gap": 1e-3},
+    )
+    assert found.x is not None, found.message
+    return {tensor: name for (tensor, name), taken in zip(options, found.x, strict=True) if taken > 0.5}
+
+
+def bits_of(chosen: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], names: Sequence[str] = ()) -> float:
+    """Bits a weight of all matrices, or of those named."""
+    of = [name for name in (names or chosen) if len(shapes[name]) > 1]
+    nbytes = sum(shapes[name][0] * TYPES[chosen[name]].row_bytes(shapes[name][1]) for name in of)
+    return 8 * nbytes / sum(shapes[name][0] * shapes[name][1] for name in of)

@@ -1,0 +1,156 @@
+"""`quantize`: a model as a GGUF file with every weight in a type of its own."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cpu_kernels import CpuKernels
+from hetero_attn.checkpoints.checkpoint import Checkpoint
+from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
+from hetero_attn.checkpoints.gguf.config import is_turned
+from hetero_attn.checkpoints.gguf.file import GgufTensor
+from hetero_attn.checkpoints.gguf.names import ROPE_DIVISORS, is_rotated, their_name
+from hetero_attn.checkpoints.gguf.writer import NewTensor, write_gguf
+from hetero_attn.checkpoints.hub import resolve_model
+from hetero_attn.checkpoints.sources import open_source, read_config
+from hetero_attn.checkpoints.unit_rows import dequantised
+from hetero_attn.errors import CheckpointError, ConfigError
+from hetero_attn.models.decoder import decoder
+from hetero_attn.serving.progress import bytes_bar
+from hetero_attn.spec.config import ModelConfig
+from hetero_attn.tools.quantize.blocks import TYPES, encode
+from hetero_attn.tools.quantize.choose import RECIPES, Loss, bits_of, by_bits, by_recipe, fitting
+from hetero_attn.tools.quantize.metadata import check_same_model, copied_metadata, gguf_architecture, made_metadata
+from hetero_attn.tools.quantize.sensitivity import losses
+from hetero_attn.tools.quantize.table import KEY, table_text
+from hetero_attn.tools.quantize.tokenizer_keys import tokenizer_metadata
+
+RUN_WEIGHTS = 1 << 24  # read and encoded at once
+UNTIED_EMBEDDING = "Q8_0"  # where bits are given: its rows are looked up, not multiplied
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedFile:
+    """What was written. bits: of a weight, over all matrices. types: by our names of tensors."""
+
+    path: Path
+    nbytes: int
+    bits: float
+    types: Mapping[str, str]
+    table: str
+
+
+def quantize(
+    model: str | Path,
+    out: Path,
+    recipe: str | None = None,
+    bits: float | None = None,
+    text: str = "",
+    force: bool = False,
+    threads: int | None = None,
+) -> QuantizedFile:
+    """Write a model to the GGUF file `out`, by a recipe of RECIPES, or with at most so many bits a weight.
+
+    text: on which the effect of every linear is measured when `bits` are given. force: write over a file. Raises
+    CheckpointError, ConfigError, PromptError or UnsupportedModelError before anything is written, and CheckpointError
+    where the disk is full.
+    """
+    if out.exists() and not force:
+        raise CheckpointError(f"{out}: this file is there already; give another name, or --force to write over it")
+    if recipe is not None and recipe not in RECIPES:
+        raise ConfigError(f"recipe is {recipe!r}; known: {', '.join(RECIPES)}")
+    path = resolve_model(model)
+    config, ops = read_config(path), CpuKernels(threads)
+    spec = decoder(config)
+    with open_source(path) as source:
+        source.check(spec)
+        shapes = spec.tensors
+        measured = {} if bits is None else losses(path, text, ops, threads)
+        chosen = by_recipe(RECIPES[recipe or "q4_m"], shapes)
+        if bits is not None:
+            chosen = _by_bits(measured, bits, shapes, chosen)
+        wanted = f"{bits:g} bits" if bits is not None else f"recipe {recipe or 'q4_m'}"
+        table = table_text(wanted, bits_of(chosen, shapes), chosen, measured)
+        nbytes = _write(source, config, shapes, chosen, out, table, ops, force)
+    return QuantizedFile(out, nbytes, bits_of(chosen, shapes), chosen, table)
+
+
+def _by_bits(
+    measured: Mapping[str, Loss], bits: float, shapes: Mapping[str, tuple[int, ...]], others: Mapping[str, str]
+) -> dict[str, str]:
+    fixed = {
+        name: kind if len(shapes[name]) == 1 else fitting(UNTIED_EMBEDDING, shapes[name][1])
+        for name, kind in others.items()
+        if name not in measured
+    }
+    matrices = [name for name in fixed if len(shapes[name]) > 1]
+    weights = sum(shapes[name][0] * shapes[name][1] for name in matrices)
+    nbytes = sum(shapes[name][0] * TYPES[fixed[name]].row_bytes(shapes[name][1]) for name in matrices)
+    return fixed | by_bits(measured, bits, nbytes, weights)
+
+
+def _write(
+    source: Checkpoint | GgufCheckpoint,
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    chosen: Mapping[str, str],
+    out: Path,
+    table: str,
+    ops: CpuKernels,
+    force: bool,
+) -> int:
+    theirs = {their_name(name): name for name in chosen}
+    tensors = [NewTensor(name, TYPES[chosen[ours]], shapes[ours]) for name, ours in theirs.items()]
+    divisors = None
+    if isinstance(source, GgufCheckpoint):
+        metadata, turned = copied_metadata(source), is_turned(source.fields)
+        divisors = torch.tensor(config.rope.divisors) if config.rope.rope_type == "divisors" else None
+    else:
+        architecture, turned = gguf_architecture(config, source.path)
+        metadata, divisors = made_metadata(config, architecture, source.path.name)
+        metadata |= tokenizer_metadata(source.path, config)
+    if divisors is not None:
+        tensors.append(NewTensor(ROPE_DIVISORS, TYPES["F32"], tuple(divisors.shape)))
+    metadata[KEY] = table
+    placed = {item.name: GgufTensor(None, item.type, item.shape, 0, item.nbytes) for item in tensors}  # type: ignore[arg-type]
+    check_same_model(config, metadata, placed, divisors, source.path)
+    with bytes_bar(sum(item.nbytes for item in tensors), f"writing {out.name}") as bar:
+
+        def data(tensor: NewTensor) -> Iterator[np.ndarray]:
+            if tensor.name == ROPE_DIVISORS:
+                yield divisors.numpy().view(np.uint8)
+                return
+            for piece in _encoded(source, theirs[tensor.name], tensor, turned, config.head_dim, ops):
+                bar.update(piece.nbytes)
+                yield piece
+
+        return write_gguf(out, metadata, tensors, data, force)
+
+
+def _encoded(
+    source: Checkpoint | GgufCheckpoint, name: str, tensor: NewTensor, turned: bool, head_dim: int, ops: CpuKernels
+) -> Iterator[np.ndarray]:
+    """The bytes of a tensor, some whole heads of rows at a time."""
+    turned = turned and is_rotated(name)
+    if len(tensor.shape) == 1:
+        values = source.read(name).float()
+        yield _turned(values, head_dim).numpy().view(np.uint8) if turned else values.numpy().view(np.uint8)
+        return
+    rows, in_features = tensor.shape
+    step = max(1, RUN_WEIGHTS // in_features // head_dim) * head_dim
+    for start in range(0, rows, step):
+        values = source.read(name, slice(start, min(rows, start + step)))
+        kind = source.source_type(name)
+        values = values.float() if kind is None else dequantised(ops, values, kind, name)[:, :in_features]
+        if not torch.isfinite(values).all():
+            raise CheckpointError(f"{source.path}: {name} holds NaN or infinite values; the checkpoint is damaged")
+        yield encode(tensor.type.name, _turned(values, head_dim) if turned else values.contiguous()).numpy()
+
+
+def _turned(values: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of q or k with those that are turned together side by side."""
+    heads = values.view(-1, 2, head_dim // 2, *values.shape[1:])
+    return heads.transpose(1, 2).reshape(values.shape).contiguous()

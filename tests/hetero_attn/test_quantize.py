@@ -1,0 +1,267 @@
+"""`quantize`: blocks that gguf reads as they were meant, files that read back as the same model, and a choice by bits."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, quants
+from typer.testing import CliRunner
+
+from hetero_attn import LLM
+from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
+from hetero_attn.checkpoints.gguf.file import GgufFile
+from hetero_attn.checkpoints.gguf.writer import NewTensor, write_gguf
+from hetero_attn.cli import app
+from hetero_attn.errors import CheckpointError, ConfigError, UnsupportedModelError
+from hetero_attn.serving.tokenizer import Tokenizer
+from hetero_attn.tools.quantize.blocks import ENCODERS, TYPES, encode
+from hetero_attn.tools.quantize.choose import RECIPES, Loss, by_bits, by_recipe, fitting
+from hetero_attn.tools.quantize.table import kept_table
+from hetero_attn.tools.quantize.write import quantize
+from tests.support.runtime import nmse
+from tests.support.toy import make_checkpoint
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny"
+# Relative squared error of normal weights: what gguf's own quantiser has, or llama.cpp's of the types that it lacks.
+MOST_ERROR = {
+    "Q4_0": 0.0074,
+    "Q4_1": 0.0062,
+    "Q5_0": 0.00184,
+    "Q5_1": 0.00144,
+    "Q8_0": 0.000035,
+    "Q4_K": 0.0062,
+    "Q5_K": 0.0016,
+    "Q6_K": 0.0005,
+    "IQ4_NL": 0.0062,
+    "IQ4_XS": 0.0063,
+}
+
+
+def read_by_gguf(name, rows):
+    found = quants.dequantize(encode(name, rows).numpy(), GGMLQuantizationType[name])
+    return torch.from_numpy(found.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_blocks_are_read_by_gguf_and_fitted_at_least_as_well(name):
+    rows = torch.randn(16, 1024, generator=torch.Generator().manual_seed(1))
+
+    assert nmse(read_by_gguf(name, rows), rows) < MOST_ERROR[name]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_rows_of_zeros_of_one_number_and_of_huge_ones_are_finite(name):
+    rows = torch.stack((torch.zeros(512), torch.full((512,), -3.0), torch.linspace(-9e5, 9e5, 512), torch.ones(512)))
+    found = read_by_gguf(name, rows)
+
+    assert torch.isfinite(found).all()
+    assert not found[0].any()
+    assert nmse(found[1], rows[1]) < 0.02
+
+
+def test_values_on_a_grid_come_back_as_they_are():
+    generator = torch.Generator().manual_seed(2)
+    codes, scale = torch.randint(16, (8, 512), generator=generator), torch.tensor(0.25)
+    codes.view(-1, 32)[:, 0], codes.view(-1, 32)[:, 1] = 0, 15
+    rows = codes * scale - 2
+
+    assert torch.equal(read_by_gguf("Q4_1", rows), rows)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The shipped checkpoint in Q8_0."""
+    out = tmp_path_factory.mktemp("quantized") / "tiny.gguf"
+    quantize(TINY, out, "q8", threads=2)
+    return out
+
+
+def logits(path, tokens, **options):
+    with LLM(path, device="cpu", max_context=64, progress=False, num_threads=2, **options) as llm:
+        return llm.logits(tokens)
+
+
+def test_a_written_file_is_the_same_model_with_the_same_tokenizer(written):
+    text = "The list is 12 apples, they're red.\n\n  And more"
+    ours, theirs = (Tokenizer.open(path) for path in (TINY, written))
+    tokens = ours.encode(text)
+
+    assert theirs.encode(text) == tokens
+    assert theirs.chat_template == ours.chat_template
+    assert theirs.eos_token_ids == ours.eos_token_ids
+    assert nmse(logits(written, tokens, dtype="fp32"), logits(TINY, tokens, dtype="fp32")) < 1e-3
+
+
+def test_gguf_itself_reads_the_file(written):
+    reader = gguf.GGUFReader(written)
+    with GgufCheckpoint.open(written) as ours:
+        names = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+        assert len(names) == len(ours.names)
+        assert names["blk.0.attn_q.weight"] == "Q8_0" and names["blk.0.attn_norm.weight"] == "F32"
+        for tensor in reader.tensors[:3]:
+            assert list(reversed(tensor.shape.tolist())) == list(ours._theirs[tensor.name].shape)
+
+
+def test_a_gguf_file_is_quantised_again_with_its_metadata(written, tmp_path):
+    made = quantize(written, tmp_path / "again.gguf", "q4", threads=2)
+    with GgufCheckpoint.open(written) as before, GgufCheckpoint.open(made.path) as after:
+        kept = [key for key in before.fields.values if key.startswith("tokenizer.")]
+        assert kept and all(
+            np.array_equal(before.fields.values[key], after.fields.values[key])
+            if isinstance(before.fields.values[key], np.ndarray)
+            else before.fields.values[key] == after.fields.values[key]
+            for key in kept
+        )
+        assert before.config == after.config
+    assert made.bits < 6
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_every_family_is_written_as_its_own(tmp_path, family):
+    path = make_checkpoint(tmp_path / "model", family, hidden=64, intermediate=128, num_heads=4, num_kv_heads=2)
+    quantize(path, tmp_path / "model.gguf", "q8", threads=2)
+    tokens = torch.randint(200, (16,), generator=torch.Generator().manual_seed(3)).tolist()
+
+    assert nmse(logits(tmp_path / "model.gguf", tokens, dtype="fp32"), logits(path, tokens, dtype="fp32")) < 1e-2
+
+
+def test_rope_of_llama3_becomes_divisors(tmp_path):
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    path = make_checkpoint(tmp_path / "model", "llama", hidden=64, intermediate=128, num_heads=2, num_kv_heads=2)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"rope_scaling": scaling, "rope_parameters": None}))
+    quantize(path, tmp_path / "model.gguf", "q8", threads=2)
+    tokens = list(range(3, 60))
+
+    assert nmse(logits(tmp_path / "model.gguf", tokens, dtype="fp32"), logits(path, tokens, dtype="fp32")) < 1e-2
+
+
+def run(*arguments):
+    """What the command printed, and its exit code."""
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    return done.exit_code, done.stdout, " ".join(done.stderr.split())
+
+
+def test_by_bits_every_linear_is_measured_and_the_file_keeps_the_table(tmp_path):
+    calibration = tmp_path / "text.txt"
+    calibration.write_text((TINY / "heldout.txt").read_text()[:600])
+    out = tmp_path / "model.gguf"
+    wishes = ("--out", out, "--bits", 6, "--calibrate", calibration, "-t", 2, "--json")
+
+    code, printed, _ = run("quantize", TINY, *wishes)
+    found = json.loads(printed)
+
+    assert code == 0
+    assert 5 < found["bits"] <= 6 and found["bytes"] == out.stat().st_size
+    with GgufCheckpoint.open(out) as source:
+        for name, entry in found["tensors"].items():
+            assert source._entry(name).type.name == entry["type"]
+            assert entry["type"] in entry["kl"]
+    assert kept_table(out)[0].startswith("quantised to 6 bits: ")
+    assert "quantised to 6 bits: " in run("plan", out, "--device", "cpu", "--no-explain")[1]
+
+
+def test_the_choice_is_the_best_of_all_choices():
+    """Against every combination of three linears."""
+    kinds = ("Q4_K", "Q6_K", "Q8_0")
+    losses = {
+        "a": Loss(64, 256, dict(zip(kinds, (0.5, 0.1, 0.01), strict=True))),
+        "b": Loss(128, 256, dict(zip(kinds, (0.2, 0.15, 0.01), strict=True))),
+        "c": Loss(32, 512, dict(zip(kinds, (0.9, 0.02, 0.01), strict=True))),
+    }
+    combinations = [(x, y, z) for x in kinds for y in kinds for z in kinds]
+    for bits in (4.6, 5.5, 6.0, 7.1, 8.5):
+        allowed = [
+            sum(loss.kl[kind] for loss, kind in zip(losses.values(), chosen, strict=True))
+            for chosen in combinations
+            if sum(loss.nbytes(kind) for loss, kind in zip(losses.values(), chosen, strict=True)) * 8 <= bits * 65536
+        ]
+        chosen = by_bits(losses, bits)
+        assert sum(losses[name].kl[kind] for name, kind in chosen.items()) == pytest.approx(min(allowed), rel=2e-3)
+
+
+def test_fewer_bits_than_any_choice_has_are_refused():
+    with pytest.raises(UnsupportedModelError, match="the least is 4.50"):
+        by_bits({"a": Loss(16, 256, {"Q4_K": 0.1})}, 4.2)
+
+
+def test_rows_that_are_no_whole_blocks_take_another_type():
+    assert [fitting("Q6_K", width) for width in (512, 576, 100)] == ["Q6_K", "Q8_0", "F16"]
+    chosen = by_recipe(
+        RECIPES["q4_m"], {"model.layers.0.self_attn.v_proj.weight": (64, 576), "model.norm.weight": (9,)}
+    )
+    assert list(chosen.values()) == ["Q8_0", "F32"]
+
+
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    taken = tmp_path / "there.gguf"
+    taken.write_bytes(b"old")
+    tensor = NewTensor("a", TYPES["F32"], (4,))
+    good = lambda _: [np.zeros(16, np.uint8)]  # noqa: E731
+
+    with pytest.raises(CheckpointError, match="there already.*--force"):
+        write_gguf(taken, {}, [tensor], good)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        write_gguf(tmp_path / "none" / "x.gguf", {}, [tensor], good)
+    with pytest.raises(CheckpointError, match="8 bytes of data, expected 16"):
+        write_gguf(tmp_path / "x.gguf", {}, [tensor], lambda _: [np.zeros(8, np.uint8)])
+    with pytest.raises(CheckpointError, match="fewer than 64 bytes"):
+        write_gguf(tmp_path / "x.gguf", {}, [NewTensor("a" * 64, TYPES["F32"], (4,))], good)
+    with pytest.raises(ConfigError, match="recipe is 'q3'; known: q8"):
+        quantize(TINY, tmp_path / "x.gguf", "q3")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(CheckpointError, match="bytes are to be written and 10 are free"):
+        write_gguf(tmp_path / "x.gguf", {}, [tensor], good)
+    assert taken.read_bytes() == b"old" and list(tmp_path.iterdir()) == [taken]
+
+
+def test_metadata_of_every_kind_is_read_back(tmp_path):
+    values = {
+        "general.architecture": "x",
+        "b": True,
+        "i": 7,
+        "n": -7,
+        "l": 1 << 40,
+        "f": 0.5,
+        "s": "grüße",
+        "t": ["a", "", "ß"],
+        "a": np.array([1, -2], np.int32),
+        "g": np.array([0.5], np.float32),
+        "y": np.array([True, False]),
+    }
+    out = tmp_path / "x.gguf"
+    write_gguf(out, values, [NewTensor("w", TYPES["F32"], (2, 4))], lambda _: [np.arange(32, dtype=np.uint8)])
+    file = GgufFile(out)
+
+    assert {key: list(item) if isinstance(item, np.ndarray) else item for key, item in file.metadata.items()} == {
+        key: list(item) if isinstance(item, np.ndarray) else item for key, item in values.items()
+    }
+    file.close()
+    found = gguf.GGUFReader(out)
+    assert found.tensors[0].data.tobytes() == bytes(range(32))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "q4", "--bits", "5"], "exclude each other"),
+        (["--bits", "5"], "needs --calibrate"),
+        (["--calibrate", "x"], "needs --calibrate"),
+        (["--bits", "3"], "give 4 to 16"),
+    ],
+)
+def test_wrong_options_are_usage_errors(tmp_path, arguments, message):
+    code, _, complaint = run("quantize", TINY, "--out", tmp_path / "x.gguf", *arguments)
+
+    assert code == 2
+    assert message in complaint
