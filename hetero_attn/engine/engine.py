@@ -62,6 +62,7 @@ class Engine:
         self._passes_caller: dict[int, bool] = {}
         self._watch: Callable[[int, torch.Tensor], None] | None = None
         self._rows, self._work, self._logits = buffers
+        self._records = all(block.records for block in weights.spec.blocks)
         self.replay = self._make_replay() if replay else None
 
     def _make_replay(self) -> DecodeReplay | GraphReplay | None:
@@ -101,12 +102,18 @@ class Engine:
         sequences = {each.sequence.id for each in work}
         if not work or len(sequences) < len(work) or not all(each.token_ids for each in work):
             raise ValueError("a step takes at least one sequence, each once, with at least one token")
-        rows = sum(len(each.token_ids) for each in work)
-        several = sum(len(each.token_ids) for each in work if each.is_chunk or len(each.token_ids) > 1)
-        lines = sum(1 if each.is_chunk else len(each.token_ids) for each in work)
+        rows = several = lines = 0
+        for each in work:
+            count = len(each.token_ids)
+            rows, lines = rows + count, lines + (1 if each.is_chunk else count)
+            several += count if each.is_chunk or count > 1 else 0
         limits = (
             (rows, self._rows, "rows"),
-            (several, self.kv_cache.max_new_tokens, "rows of chunks and of sequences with several"),
+            (
+                several,
+                self.kv_cache.max_new_tokens if several else 0,
+                "rows of chunks and of sequences with several",
+            ),
             (
                 lines,
                 self.plan.max_batch if lines <= self.plan.max_batch else self.most_lines,
@@ -320,15 +327,15 @@ class Engine:
 
     def _forward(self, step: Step, token_ids: Sequence[int]) -> None:
         """Embed and run the layers; a step without a chunk goes on to the logits of all its rows."""
-        lanes, weights = self.lanes, self.weights
+        lanes, weights, is_one_by_one = self.lanes, self.weights, step.is_one_by_one
         with self._guarded():
-            if step.is_one_by_one:
+            if is_one_by_one:
                 self.kv_cache.wait_for_moves()
             ids = torch.tensor(token_ids, device="cpu")
             embed(lanes, weights, ids, self._work.residual.rows(0, step.rows))
             lanes.inputs_queued()
             with lanes.main_lane():
-                if not step.is_one_by_one:
+                if not is_one_by_one:
                     if lanes.pages is not None:
                         lanes.pages.announce(older_blocks(self.kv_cache, step, lanes.pages.block_pages))
                     self._announce(weights.layer_linears, step.tier)
@@ -337,15 +344,13 @@ class Engine:
                     self.replay.run(step)
                 else:
                     self._decode(step)
-            if step.is_one_by_one:
+            if is_one_by_one:
                 self._finish()
 
     def _can_replay(self, tier: int) -> bool:
         """Whether a step of this tier may be recorded; weights that could not be page-locked matter where they
         stream."""
-        if self.replay is None or not self.lanes.can_replay or self._watch is not None:
-            return False
-        if not all(block.records for block in self.weights.spec.blocks):
+        if self.replay is None or not self._records or not self.lanes.can_replay or self._watch is not None:
             return False
         if tier not in self._passes_caller:
             ring = self.lanes.ring

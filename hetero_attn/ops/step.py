@@ -13,6 +13,7 @@ recorded.
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import lt
 from typing import NamedTuple
 
 import torch
@@ -241,9 +242,9 @@ def _in_stores(pool: CachePool, step_rows: _StepRows) -> Stores:
 def _in_store(
     store: PagedStore | None, step_rows: _StepRows, start: list[int], stop: list[int], writes: bool
 ) -> _InStore | None:
-    bounds = list(zip(start, stop, strict=True))
-    if store is None or all(first >= last for first, last in bounds):
+    if store is None or not any(map(lt, start, stop)):
         return None
+    bounds = list(zip(start, stop, strict=True))
     slots = store.slots(step_rows.sequence_ids, step_rows.positions) if writes else None
     table = store.tables([entry.id for entry in step_rows.entries])
     if not step_rows.singles:
