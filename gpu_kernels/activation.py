@@ -1,6 +1,6 @@
 """The input of a linear layer over q8 or q4 blocks, rounded to int8 per group of 64 as on the CPU lane.
 
-    x_k = a_k * s_x(group of 64)            a = round_half_even(x / s_x), s_x = absmax / 127
+x_k = a_k * s_x(group of 64)            a = round_half_even(x / s_x), s_x = absmax / 127
 """
 
 from __future__ import annotations
@@ -51,8 +51,19 @@ def store_rounded(values, groups, inside, q, scales, sums, row, q_stride, scale_
 
 @Kernel
 @triton.jit
-def _quantize_kernel(x, q, scales, sums, in_features, num_groups, x_stride, q_stride, scale_stride,
-                     ORDER: tl.constexpr, GROUPS: tl.constexpr):
+def _quantize_kernel(
+    x,
+    q,
+    scales,
+    sums,
+    in_features,
+    num_groups,
+    x_stride,
+    q_stride,
+    scale_stride,
+    ORDER: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     """grid: (rows, cdiv(num_groups, GROUPS)). x: [rows, in_features]; q: int8 [rows, num_groups * 64]; scales, sums:
     [num_groups, rows], sums = scale * sum of q. The inputs of a group are stored as `quantize_activation` says."""
     row = tl.program_id(0).to(tl.int64)
@@ -95,13 +106,19 @@ def quantize_activation(x: Tensor, order: str) -> tuple[Tensor, Tensor, Tensor]:
     rows, in_features = x.shape
     num_groups = -(-in_features // GROUP)
     (q, scales, sums), strides = quantized_buffers(rows, in_features, order, x.device)
-    _quantize_kernel.launch((rows, -(-num_groups // GROUPS), 1), (x, q, scales, sums), (),
-                            (in_features, num_groups, x.stride(0), *strides), _quantize_shape(order))
+    _quantize_kernel.launch(
+        (rows, -(-num_groups // GROUPS), 1),
+        (x, q, scales, sums),
+        (),
+        (in_features, num_groups, x.stride(0), *strides),
+        _quantize_shape(order),
+    )
     return q, scales, sums
 
 
-def quantized_buffers(rows: int, in_features: int, order: str,
-                      device: torch.device) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+def quantized_buffers(
+    rows: int, in_features: int, order: str, device: torch.device
+) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
     """Uninitialised (q, scales, sums), of order "bf16" (rounded x,) alone, and the strides of rows and of scales."""
     num_groups = -(-in_features // GROUP)
     if order == "bf16":
@@ -117,8 +134,13 @@ def round_activation(x: Tensor) -> Tensor:
     rows, in_features = x.shape
     num_groups = -(-in_features // GROUP)
     out = torch.empty(rows, num_groups * GROUP, dtype=torch.bfloat16, device=x.device)
-    _round_kernel.launch((rows, -(-num_groups // GROUPS), 1), (x, out), (),
-                         (in_features, num_groups, x.stride(0), num_groups * GROUP), ROUND_SHAPE)
+    _round_kernel.launch(
+        (rows, -(-num_groups // GROUPS), 1),
+        (x, out),
+        (),
+        (in_features, num_groups, x.stride(0), num_groups * GROUP),
+        ROUND_SHAPE,
+    )
     return out
 
 

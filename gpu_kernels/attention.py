@@ -56,17 +56,45 @@ def _normalised(maximum, total, acc):
 @Kernel
 @triton.jit(do_not_specialize=["num_kv_heads", "min_blocks"])
 def _decode_attention_kernel(
-        q, k_pages, v_pages, page_table, kv_start, kv_stop, out, lse, partial, partial_lse, arrivals, scale,
-        num_kv_heads, min_blocks, q_row_stride, q_head_stride, page_stride, row_stride, table_row_stride,
-        table_head_stride, out_row_stride, out_head_stride, lse_row_stride, lse_head_stride,
-        QUERIES_PER_KV: tl.constexpr, QUERIES_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
-        PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MERGE_STEP: tl.constexpr, FORMAT: tl.constexpr,
-        SPLITS: tl.constexpr):
+    q,
+    k_pages,
+    v_pages,
+    page_table,
+    kv_start,
+    kv_stop,
+    out,
+    lse,
+    partial,
+    partial_lse,
+    arrivals,
+    scale,
+    num_kv_heads,
+    min_blocks,
+    q_row_stride,
+    q_head_stride,
+    page_stride,
+    row_stride,
+    table_row_stride,
+    table_head_stride,
+    out_row_stride,
+    out_head_stride,
+    lse_row_stride,
+    lse_head_stride,
+    QUERIES_PER_KV: tl.constexpr,
+    QUERIES_PAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MERGE_STEP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
     """grid: (batch * num_kv_heads, most splits). q, out: [batch, num_heads, head_dim]; lse: [batch, num_heads];
     k_pages, v_pages: [num_pages, page_size, head_dim]; page_table: [batch, num_kv_heads, max_pages]. partial: [batch *
-    num_kv_heads, most splits, QUERIES_PER_KV, head_dim], partial_lse: the same without head_dim, both contiguous; arrivals:
-    int32 [batch * num_kv_heads], 0 before and after. Those three are not touched unless SPLITS: the grid has more than
-    one split."""
+    num_kv_heads, most splits, QUERIES_PER_KV, head_dim], partial_lse: the same without head_dim, both contiguous;
+    arrivals: int32 [batch * num_kv_heads], 0 before and after. Those three are not touched unless SPLITS: the grid has
+    more than one split."""
     pair, split = tl.program_id(0), tl.program_id(1)
     batch = (pair // num_kv_heads).to(tl.int64)
     kv_head = pair % num_kv_heads
@@ -95,8 +123,21 @@ def _decode_attention_kernel(
         positions = block * BLOCK_N + tl.arange(0, BLOCK_N)
         stored = (positions >= first) & (positions < stop)
         next_ids = load_page_ids(table, (block + 1) * BLOCK_N, first, stop, PAGE_SIZE, BLOCK_N)
-        keys, values = load_block(k_pages, v_pages, page_ids, block * BLOCK_N, stored, dims, page_stride, row_stride,
-                                  HEAD_DIM, HEAD_PAD, PAGE_SIZE, BLOCK_N, FORMAT)
+        keys, values = load_block(
+            k_pages,
+            v_pages,
+            page_ids,
+            block * BLOCK_N,
+            stored,
+            dims,
+            page_stride,
+            row_stride,
+            HEAD_DIM,
+            HEAD_PAD,
+            PAGE_SIZE,
+            BLOCK_N,
+            FORMAT,
+        )
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
         scores = tl.where(stored[None, :], scores, float("-inf"))
         maximum, total, acc = _online_softmax(scores, scale * LOG2_E, values, maximum, total, acc)
@@ -115,19 +156,55 @@ def _decode_attention_kernel(
         tl.store(partial_lse + part, result_lse, mask=rows < QUERIES_PER_KV)
         tl.debug_barrier()  # every thread has stored its part before one of them says so
         if tl.atomic_add(arrivals + pair, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
-            merge_splits(partial, partial_lse, first_split, num_splits, out, lse, out_head_stride, lse_head_stride,
-                         QUERIES_PER_KV, HEAD_DIM, HEAD_PAD, MERGE_STEP)
+            merge_splits(
+                partial,
+                partial_lse,
+                first_split,
+                num_splits,
+                out,
+                lse,
+                out_head_stride,
+                lse_head_stride,
+                QUERIES_PER_KV,
+                HEAD_DIM,
+                HEAD_PAD,
+                MERGE_STEP,
+            )
             tl.store(arrivals + pair, 0)
 
 
 @Kernel
 @triton.jit(do_not_specialize=["q_len", "kv_start", "kv_stop", "q_start", "window"])
 def _prefill_attention_kernel(
-        q, k_pages, v_pages, page_table, out, lse, scale, q_len, kv_start, kv_stop, q_start, window,
-        q_row_stride, q_head_stride, page_stride, row_stride, table_head_stride,
-        out_row_stride, out_head_stride, lse_row_stride, lse_head_stride,
-        QUERIES_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMAT: tl.constexpr):
+    q,
+    k_pages,
+    v_pages,
+    page_table,
+    out,
+    lse,
+    scale,
+    q_len,
+    kv_start,
+    kv_stop,
+    q_start,
+    window,
+    q_row_stride,
+    q_head_stride,
+    page_stride,
+    row_stride,
+    table_head_stride,
+    out_row_stride,
+    out_head_stride,
+    lse_row_stride,
+    lse_head_stride,
+    QUERIES_PER_KV: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
     """grid: (num_kv_heads, cdiv(q_len * QUERIES_PER_KV, BLOCK_M)). q, out: [q_len, num_heads, head_dim]; lse: [q_len,
     num_heads]; k_pages, v_pages: [num_pages, page_size, head_dim]; page_table: [num_kv_heads, max_pages]."""
     kv_head = tl.program_id(0)
@@ -159,8 +236,21 @@ def _prefill_attention_kernel(
     for block in range(first_whole, stop_whole):
         stored = tl.full([BLOCK_N], True, tl.int1)
         next_ids = load_page_ids(table, (block + 1) * BLOCK_N, low, high, PAGE_SIZE, BLOCK_N)
-        keys, values = load_block(k_pages, v_pages, page_ids, block * BLOCK_N, stored, dims, page_stride, row_stride,
-                                  HEAD_DIM, HEAD_PAD, PAGE_SIZE, BLOCK_N, FORMAT)
+        keys, values = load_block(
+            k_pages,
+            v_pages,
+            page_ids,
+            block * BLOCK_N,
+            stored,
+            dims,
+            page_stride,
+            row_stride,
+            HEAD_DIM,
+            HEAD_PAD,
+            PAGE_SIZE,
+            BLOCK_N,
+            FORMAT,
+        )
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
         maximum, total, acc = _online_softmax(scores, scale * LOG2_E, values, maximum, total, acc)
         page_ids = next_ids
@@ -177,8 +267,21 @@ def _prefill_attention_kernel(
         positions = block * BLOCK_N + tl.arange(0, BLOCK_N)
         stored = (positions >= low) & (positions < high)
         next_ids = load_page_ids(table, next_block * BLOCK_N, low, high, PAGE_SIZE, BLOCK_N)
-        keys, values = load_block(k_pages, v_pages, page_ids, block * BLOCK_N, stored, dims, page_stride, row_stride,
-                                  HEAD_DIM, HEAD_PAD, PAGE_SIZE, BLOCK_N, FORMAT)
+        keys, values = load_block(
+            k_pages,
+            v_pages,
+            page_ids,
+            block * BLOCK_N,
+            stored,
+            dims,
+            page_stride,
+            row_stride,
+            HEAD_DIM,
+            HEAD_PAD,
+            PAGE_SIZE,
+            BLOCK_N,
+            FORMAT,
+        )
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
         visible = (positions[None, :] >= first_seen[:, None]) & (positions[None, :] < stop_seen[:, None])
         scores = tl.where(visible, scores, float("-inf"))
@@ -204,20 +307,50 @@ class Tile(NamedTuple):
 # (tests/gpu_kernels/test_aot.py). float32 products run on the CUDA cores and want small tiles; codes are unpacked in
 # registers.
 DECODE_TILES = {
-    torch.bfloat16: {16: Tile(0, 64, 4, 3), 32: Tile(0, 64, 4, 3), 64: Tile(0, 64, 4, 4), 128: Tile(0, 64, 4, 3),
-                     256: Tile(0, 32, 8, 3)},
-    torch.int8: {16: Tile(0, 64, 4, 3), 32: Tile(0, 64, 4, 3), 64: Tile(0, 64, 4, 4), 128: Tile(0, 64, 4, 4),
-                 256: Tile(0, 32, 8, 3)},
-    torch.float32: {16: Tile(0, 32, 4, 2), 32: Tile(0, 32, 4, 2), 64: Tile(0, 32, 4, 2), 128: Tile(0, 16, 4, 2),
-                    256: Tile(0, 16, 8, 1)},
+    torch.bfloat16: {
+        16: Tile(0, 64, 4, 3),
+        32: Tile(0, 64, 4, 3),
+        64: Tile(0, 64, 4, 4),
+        128: Tile(0, 64, 4, 3),
+        256: Tile(0, 32, 8, 3),
+    },
+    torch.int8: {
+        16: Tile(0, 64, 4, 3),
+        32: Tile(0, 64, 4, 3),
+        64: Tile(0, 64, 4, 4),
+        128: Tile(0, 64, 4, 4),
+        256: Tile(0, 32, 8, 3),
+    },
+    torch.float32: {
+        16: Tile(0, 32, 4, 2),
+        32: Tile(0, 32, 4, 2),
+        64: Tile(0, 32, 4, 2),
+        128: Tile(0, 16, 4, 2),
+        256: Tile(0, 16, 8, 1),
+    },
 }
 PREFILL_TILES = {
-    torch.bfloat16: {16: Tile(64, 64, 4, 3), 32: Tile(64, 64, 4, 3), 64: Tile(64, 64, 4, 3), 128: Tile(128, 32, 8, 3),
-                     256: Tile(64, 32, 8, 2)},
-    torch.int8: {16: Tile(64, 64, 4, 3), 32: Tile(64, 64, 4, 3), 64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2),
-                 256: Tile(64, 32, 8, 2)},
-    torch.float32: {16: Tile(32, 32, 4, 2), 32: Tile(32, 32, 4, 2), 64: Tile(32, 32, 8, 2), 128: Tile(32, 16, 8, 1),
-                    256: Tile(16, 16, 8, 1)},
+    torch.bfloat16: {
+        16: Tile(64, 64, 4, 3),
+        32: Tile(64, 64, 4, 3),
+        64: Tile(64, 64, 4, 3),
+        128: Tile(128, 32, 8, 3),
+        256: Tile(64, 32, 8, 2),
+    },
+    torch.int8: {
+        16: Tile(64, 64, 4, 3),
+        32: Tile(64, 64, 4, 3),
+        64: Tile(64, 64, 4, 3),
+        128: Tile(64, 64, 4, 2),
+        256: Tile(64, 32, 8, 2),
+    },
+    torch.float32: {
+        16: Tile(32, 32, 4, 2),
+        32: Tile(32, 32, 4, 2),
+        64: Tile(32, 32, 8, 2),
+        128: Tile(32, 16, 8, 1),
+        256: Tile(16, 16, 8, 1),
+    },
 }
 # Compute capability 9.0 multiplies out of shared memory, of which it has more, so larger tiles fit its registers.
 HOPPER_PREFILL_TILES = PREFILL_TILES | {
@@ -231,8 +364,17 @@ MERGE_ITEMS = 64  # of the partials that a thread holds at once while it merges:
 NO_WINDOW = 2**30
 
 
-def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, kv_start: Tensor,
-                     kv_stop: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+def decode_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    kv_start: Tensor,
+    kv_stop: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
     """Attention of one query per sequence over the positions [kv_start, kv_stop) of its cache.
 
     q, out: f32 [batch, num_heads, head_dim]. k_pages, v_pages: [num_pages, page_size, row_items] as kv_pages says,
@@ -247,8 +389,18 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Te
     counted_decode_attention(arrivals, q, k_pages, v_pages, page_table, kv_start, kv_stop, scale, out, lse)
 
 
-def counted_decode_attention(arrivals: Tensor, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor,
-                             kv_start: Tensor, kv_stop: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+def counted_decode_attention(
+    arrivals: Tensor,
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    kv_start: Tensor,
+    kv_stop: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
     """decode_attention with counters of the caller's.
 
     arrivals: int32, one for each sequence and KV head, 0 before and after, which no other call uses at the same time.
@@ -261,31 +413,66 @@ def counted_decode_attention(arrivals: Tensor, q: Tensor, k_pages: Tensor, v_pag
         return
     queries_per_kv, pairs = num_heads // num_kv_heads, batch * num_kv_heads
     num_splits = _num_splits(page_table, k_pages, head_dim) if pairs <= arrivals.numel() else 1
-    shape = _decode_shape(_tile(DECODE_TILES, k_pages, head_dim), queries_per_kv, head_dim, k_pages.shape[1], form,
-                          num_splits > 1, MERGE_ITEMS)
+    shape = _decode_shape(
+        _tile(DECODE_TILES, k_pages, head_dim),
+        queries_per_kv,
+        head_dim,
+        k_pages.shape[1],
+        form,
+        num_splits > 1,
+        MERGE_ITEMS,
+    )
     parts = (out, lse, kv_start)  # not touched where nothing is split
     if num_splits > 1:
         partial = torch.empty(pairs, num_splits, queries_per_kv, head_dim, dtype=torch.float32, device=q.device)
-        parts = (partial, torch.empty(pairs, num_splits, queries_per_kv, dtype=torch.float32, device=q.device), arrivals)
+        parts = (
+            partial,
+            torch.empty(pairs, num_splits, queries_per_kv, dtype=torch.float32, device=q.device),
+            arrivals,
+        )
     _decode_attention_kernel.launch(
-        (pairs, num_splits, 1), (q, k_pages, v_pages, page_table, kv_start, kv_stop, out, lse, *parts),
+        (pairs, num_splits, 1),
+        (q, k_pages, v_pages, page_table, kv_start, kv_stop, out, lse, *parts),
         (scale, num_kv_heads, MIN_BLOCKS_PER_SPLIT),
-        (*q.stride()[:2], *k_pages.stride()[:2], *page_table.stride()[:2], *out.stride()[:2], *lse.stride()), shape)
+        (*q.stride()[:2], *k_pages.stride()[:2], *page_table.stride()[:2], *out.stride()[:2], *lse.stride()),
+        shape,
+    )
 
 
 @functools.cache
-def _decode_shape(tile: Tile, queries_per_kv: int, head_dim: int, page_size: int, form: str, splits: bool,
-                  merge_items: int) -> Shape:
+def _decode_shape(
+    tile: Tile, queries_per_kv: int, head_dim: int, page_size: int, form: str, splits: bool, merge_items: int
+) -> Shape:
     head_pad = _head_pad(head_dim)
     merge_step = tile.num_warps * 32 * merge_items // (triton.next_power_of_2(queries_per_kv) * head_pad)
-    return Shape(QUERIES_PER_KV=queries_per_kv, QUERIES_PAD=max(16, triton.next_power_of_2(queries_per_kv)), HEAD_DIM=head_dim,
-                 HEAD_PAD=head_pad, PAGE_SIZE=page_size, BLOCK_N=tile.block_n,
-                 MERGE_STEP=max(1, min(merge_step, triton.next_power_of_2(MAX_SPLITS))), FORMAT=form, SPLITS=splits,
-                 num_warps=tile.num_warps, num_stages=tile.num_stages)
+    return Shape(
+        QUERIES_PER_KV=queries_per_kv,
+        QUERIES_PAD=max(16, triton.next_power_of_2(queries_per_kv)),
+        HEAD_DIM=head_dim,
+        HEAD_PAD=head_pad,
+        PAGE_SIZE=page_size,
+        BLOCK_N=tile.block_n,
+        MERGE_STEP=max(1, min(merge_step, triton.next_power_of_2(MAX_SPLITS))),
+        FORMAT=form,
+        SPLITS=splits,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
 
 
-def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, kv_start: int, kv_stop: int,
-                      q_start: int, window: int, scale: float, out: Tensor, lse: Tensor) -> None:
+def prefill_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    kv_start: int,
+    kv_stop: int,
+    q_start: int,
+    window: int,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
     """Causal attention of a chunk of one sequence; row i of `q` is position q_start + i.
 
     q, out: f32 [q_len, num_heads, head_dim]. k_pages, v_pages: [num_pages, page_size, row_items] as kv_pages says,
@@ -300,17 +487,27 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: T
     tiles = HOPPER_PREFILL_TILES if _is_hopper(q.device) else PREFILL_TILES
     tile, queries_per_kv = _tile(tiles, k_pages, head_dim), num_heads // num_kv_heads
     _prefill_attention_kernel.launch(
-        (num_kv_heads, -(-(q_len * queries_per_kv) // tile.block_m), 1), (q, k_pages, v_pages, page_table, out, lse),
+        (num_kv_heads, -(-(q_len * queries_per_kv) // tile.block_m), 1),
+        (q, k_pages, v_pages, page_table, out, lse),
         (scale, q_len, kv_start, kv_stop, q_start, window or NO_WINDOW),
         (*q.stride()[:2], *k_pages.stride()[:2], page_table.stride(0), *out.stride()[:2], *lse.stride()),
-        _prefill_shape(tile, queries_per_kv, head_dim, k_pages.shape[1], form))
+        _prefill_shape(tile, queries_per_kv, head_dim, k_pages.shape[1], form),
+    )
 
 
 @functools.cache
 def _prefill_shape(tile: Tile, queries_per_kv: int, head_dim: int, page_size: int, form: str) -> Shape:
-    return Shape(QUERIES_PER_KV=queries_per_kv, HEAD_DIM=head_dim, HEAD_PAD=_head_pad(head_dim), PAGE_SIZE=page_size,
-                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, FORMAT=form, num_warps=tile.num_warps,
-                 num_stages=tile.num_stages)
+    return Shape(
+        QUERIES_PER_KV=queries_per_kv,
+        HEAD_DIM=head_dim,
+        HEAD_PAD=_head_pad(head_dim),
+        PAGE_SIZE=page_size,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        FORMAT=form,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
 
 
 def _num_splits(page_table: Tensor, pages: Tensor, head_dim: int) -> int:

@@ -20,8 +20,9 @@ from gpu_kernels.launching import Kernel, Shape
 
 @Kernel
 @triton.jit
-def _merge_kernel(outs, lses, out, lse, num_heads, strides, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr,
-                  HEAD_PAD: tl.constexpr):
+def _merge_kernel(
+    outs, lses, out, lse, num_heads, strides, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr
+):
     """grid: (rows * num_heads,). Tuples of PARTS tensors [rows, num_heads(, head_dim)]; strides: (out, lse) pairs of
     (row, head) strides for every part, then for the result."""
     row = (tl.program_id(0) // num_heads).to(tl.int64)
@@ -45,12 +46,26 @@ def _merge_kernel(outs, lses, out, lse, num_heads, strides, PARTS: tl.constexpr,
 
 
 @triton.jit
-def merge_splits(outs, lses, first, num_splits, out, lse, out_head_stride, lse_head_stride, QUERIES_PER_KV: tl.constexpr,
-                 HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, STEP: tl.constexpr):
-    """Merge the splits [first, first + num_splits), in their order, into out [QUERIES_PER_KV, head_dim], lse [QUERIES_PER_KV].
+def merge_splits(
+    outs,
+    lses,
+    first,
+    num_splits,
+    out,
+    lse,
+    out_head_stride,
+    lse_head_stride,
+    QUERIES_PER_KV: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Merge the splits [first, first + num_splits), in their order, into out [QUERIES_PER_KV, head_dim], lse
+    [QUERIES_PER_KV].
 
-    outs: [splits, QUERIES_PER_KV, head_dim], lses: [splits, QUERIES_PER_KV], contiguous, each of at least one key, so without
-    -inf. Other programs have just written them, so they are read past the first-level cache. STEP of them at once."""
+    outs: [splits, QUERIES_PER_KV, head_dim], lses: [splits, QUERIES_PER_KV], contiguous, each of at least one key, so
+    without -inf. Other programs have just written them, so they are read past the first-level cache. STEP of them at
+    once."""
     HEADS: tl.constexpr = triton.next_power_of_2(QUERIES_PER_KV)
     heads = tl.arange(0, HEADS)
     dims = tl.arange(0, HEAD_PAD)
@@ -63,10 +78,15 @@ def merge_splits(outs, lses, first, num_splits, out, lse, out_head_stride, lse_h
         splits = step + tl.arange(0, STEP)
         present = splits < num_splits
         parts = ((first + splits) * QUERIES_PER_KV)[:, None] + heads[None, :]
-        part_lse = tl.load(lses + parts, mask=present[:, None] & live[None, :], other=float("-inf"),
-                           cache_modifier=".cg")
-        part = tl.load(outs + parts[:, :, None] * HEAD_DIM + dims[None, None, :],
-                       mask=present[:, None, None] & inside[None, :, :], other=0.0, cache_modifier=".cg")
+        part_lse = tl.load(
+            lses + parts, mask=present[:, None] & live[None, :], other=float("-inf"), cache_modifier=".cg"
+        )
+        part = tl.load(
+            outs + parts[:, :, None] * HEAD_DIM + dims[None, None, :],
+            mask=present[:, None, None] & inside[None, :, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
         new_maximum = tl.maximum(maximum, tl.max(part_lse, axis=0))
         correction = tl.exp(maximum - new_maximum)
         weights = tl.exp(part_lse - new_maximum[None, :])
@@ -92,8 +112,14 @@ def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> N
     if rows * num_heads:
         tensors = (*[part for part, _ in parts], *[part_lse for _, part_lse in parts], *result)
         strides = [stride for part, part_lse in every for stride in (*part.stride()[:2], *part_lse.stride())]
-        _merge_kernel.launch((rows * num_heads, 1, 1), tensors, (), (num_heads, *strides), _shape(len(parts), head_dim),
-                             nest=_nested(len(parts)))
+        _merge_kernel.launch(
+            (rows * num_heads, 1, 1),
+            tensors,
+            (),
+            (num_heads, *strides),
+            _shape(len(parts), head_dim),
+            nest=_nested(len(parts)),
+        )
 
 
 @functools.cache
@@ -107,8 +133,8 @@ def _nested(parts: int) -> Any:
     last = 2 * parts + 3
 
     def nest(flat: tuple) -> tuple:
-        strides = tuple(flat[first:first + 4] for first in range(last, len(flat), 4))
-        return flat[:parts], flat[parts:2 * parts], *flat[2 * parts:last], strides
+        strides = tuple(flat[first : first + 4] for first in range(last, len(flat), 4))
+        return flat[:parts], flat[parts : 2 * parts], *flat[2 * parts : last], strides
 
     return nest
 

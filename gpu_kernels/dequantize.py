@@ -52,8 +52,13 @@ def dequantize(weight: Tensor, weight_dtype: str) -> Tensor:
     num_blocks, num_groups = weight.shape[0], weight.shape[1] // SUPERBLOCK_BYTES[weight_dtype]
     out = torch.empty(num_blocks * BLOCK_FEATURES, num_groups * GROUP, dtype=torch.bfloat16, device=weight.device)
     num_spans = num_groups * (1 if weight_dtype == "q4" else 2)
-    _dequantize_kernel.launch((num_blocks, -(-num_spans // SPANS), 1), (weight, out), (),
-                              (num_spans, weight.stride(0), num_groups * GROUP), _shape(weight_dtype == "q4"))
+    _dequantize_kernel.launch(
+        (num_blocks, -(-num_spans // SPANS), 1),
+        (weight, out),
+        (),
+        (num_spans, weight.stride(0), num_groups * GROUP),
+        _shape(weight_dtype == "q4"),
+    )
     return out
 
 

@@ -51,14 +51,25 @@ class DeviceOps:
         limit = self._int8_rows.get(weight_dtype, {})
         return gpu_kernels.rounded_gated(gate_up, out, activation, weight_dtype, **limit)
 
-    def linear(self, x: Any, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
-               accumulate: bool = False) -> None:
+    def linear(
+        self, x: Any, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor, accumulate: bool = False
+    ) -> None:
         """See gpu_kernels.linear_layer.linear."""
         inputs = self.rounded(x, weight_dtype) if isinstance(x, Tensor) else x
         gpu_kernels.linear(inputs, weight, weight_dtype, bias, out, accumulate)
 
-    def decode_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, kv_start: Tensor,
-                         kv_stop: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+    def decode_attention(
+        self,
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        page_table: Tensor,
+        kv_start: Tensor,
+        kv_stop: Tensor,
+        scale: float,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
         """See gpu_kernels.attention.decode_attention."""
         if self._counted is None:
             self._counted = importlib.import_module("gpu_kernels.attention").counted_decode_attention

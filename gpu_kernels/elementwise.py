@@ -1,10 +1,11 @@
-"""The small ops between the products: RMS norm, silu(gate) * up or gelu(gate) * up, rotary embedding with append to the cache.
+"""The small ops between the products: RMS norm, silu(gate) * up or gelu(gate) * up, rotary embedding with append to the
+cache.
 
-    rms_norm    y = x / sqrt(mean(x^2) + eps) * weight, or y += that
-    silu_mul    y = gate / (1 + exp(-gate)) * up
-    gelu_mul    y = gelu(gate) * up, gelu by tanh: g / (1 + exp(-2 sqrt(2 / pi) (g + 0.044715 g^3)))
-    rope        (a, b) -> (a cos - b sin, b cos + a sin) for the pairs (i, i + rotary_dim / 2);
-                then, for pages of codes, q and k times the Walsh-Hadamard matrix of kv_pages.spread
+rms_norm    y = x / sqrt(mean(x^2) + eps) * weight, or y += that
+silu_mul    y = gate / (1 + exp(-gate)) * up
+gelu_mul    y = gelu(gate) * up, gelu by tanh: g / (1 + exp(-2 sqrt(2 / pi) (g + 0.044715 g^3)))
+rope        (a, b) -> (a cos - b sin, b cos + a sin) for the pairs (i, i + rotary_dim / 2);
+            then, for pages of codes, q and k times the Walsh-Hadamard matrix of kv_pages.spread
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ def gated_values(row, columns, inside, GELU: tl.constexpr):
 
 @Kernel
 @triton.jit
-def _rms_norm_kernel(x, weight, out, eps, x_stride, out_stride, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
-                     ADD: tl.constexpr):
+def _rms_norm_kernel(
+    x, weight, out, eps, x_stride, out_stride, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr
+):
     """grid: (rows,). x, out: [rows, hidden]; weight: [hidden]."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -79,8 +81,17 @@ def _normed(values, weight, index, inverse, inside):
 
 
 @triton.jit
-def _normed_and_rotated(head, norm, cos, sin, eps, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, HALF: tl.constexpr,
-                        HAS_NORM: tl.constexpr):
+def _normed_and_rotated(
+    head,
+    norm,
+    cos,
+    sin,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    HALF: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
     """One head [head_dim] after its norm and rotation; cos, sin: rows of this position."""
     dims = tl.arange(0, HEAD_PAD)
     inside = dims < HEAD_DIM
@@ -111,10 +122,35 @@ def _spread(row, HEAD_PAD: tl.constexpr, STAGES: tl.constexpr):
 @Kernel
 @triton.jit
 def _rope_append_kernel(
-        qkv, positions, cos, sin, q_norm, k_norm, q, k_pages, v_pages, slots, eps, qkv_row_stride, qkv_head_stride, angle_stride, q_row_stride, q_head_stride, page_stride, row_stride,
-        slots_stride, QUERIES_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, HALF: tl.constexpr,
-        PAGE_SIZE: tl.constexpr, HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr, STAGES: tl.constexpr,
-        FORMAT: tl.constexpr):
+    qkv,
+    positions,
+    cos,
+    sin,
+    q_norm,
+    k_norm,
+    q,
+    k_pages,
+    v_pages,
+    slots,
+    eps,
+    qkv_row_stride,
+    qkv_head_stride,
+    angle_stride,
+    q_row_stride,
+    q_head_stride,
+    page_stride,
+    row_stride,
+    slots_stride,
+    QUERIES_PER_KV: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    HALF: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HAS_Q_NORM: tl.constexpr,
+    HAS_K_NORM: tl.constexpr,
+    STAGES: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
     """grid: (rows, num_kv_heads, QUERIES_PER_KV + 2), the last axis being the heads of a unit: its q, k and v."""
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -131,8 +167,9 @@ def _rope_append_kernel(
     else:
         slot = tl.load(slots + row * slots_stride + kv_head)
         if member == QUERIES_PER_KV:
-            turned = _normed_and_rotated(head, k_norm, cos + angle, sin + angle, eps, HEAD_DIM, HEAD_PAD, HALF,
-                                         HAS_K_NORM)
+            turned = _normed_and_rotated(
+                head, k_norm, cos + angle, sin + angle, eps, HEAD_DIM, HEAD_PAD, HALF, HAS_K_NORM
+            )
             turned = _spread(turned, HEAD_PAD, STAGES)
             store_row(k_pages, slot, turned, dims, page_stride, row_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE, FORMAT)
         else:
@@ -146,8 +183,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, accumulate: boo
     rows, hidden = x.shape
     assert weight.shape == (hidden,) and out.shape == x.shape, (x.shape, weight.shape, out.shape)
     if rows:
-        _rms_norm_kernel.launch((rows, 1, 1), (x, weight, out), (eps,), (x.stride(0), out.stride(0)),
-                                _norm_shape(hidden, accumulate))
+        _rms_norm_kernel.launch(
+            (rows, 1, 1), (x, weight, out), (eps,), (x.stride(0), out.stride(0)), _norm_shape(hidden, accumulate)
+        )
 
 
 def silu_mul(gate_up: Tensor, out: Tensor) -> None:
@@ -164,13 +202,28 @@ def _gated(gate_up: Tensor, out: Tensor, shape: Shape) -> None:
     rows, features = out.shape
     assert gate_up.shape == (rows, 2 * features) and features % 16 == 0, (gate_up.shape, out.shape)
     if rows and features:
-        _gated_kernel.launch((rows, -(-features // SILU_BLOCK), 1), (gate_up, out), (features // 16,),
-                             (gate_up.stride(0), out.stride(0)), shape)
+        _gated_kernel.launch(
+            (rows, -(-features // SILU_BLOCK), 1),
+            (gate_up, out),
+            (features // 16,),
+            (gate_up.stride(0), out.stride(0)),
+            shape,
+        )
 
 
-def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,
-                k_norm: Tensor | None, eps: float, q: Tensor, k_pages: Tensor, v_pages: Tensor,
-                slots: Tensor) -> None:
+def rope_append(
+    qkv: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+) -> None:
     """Norm (optional) and rotate q and k; write q to `q`, and k and v to their slots of the pages.
 
     For pages of codes q and k are then spread by one Walsh-Hadamard matrix, see kv_pages; such a q is for attention
@@ -189,13 +242,24 @@ def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm
     assert cos.stride() == sin.stride(), (cos.stride(), sin.stride())
     assert slots.shape == (rows, num_kv_heads) and 2 * cos.shape[1] <= head_dim, (slots.shape, cos.shape)
     if rows and num_kv_heads:
-        shape = _rope_shape(queries_per_kv, head_dim, cos.shape[1], k_pages.shape[1], k_pages.dtype, form,
-                            q_norm is not None, k_norm is not None)
+        shape = _rope_shape(
+            queries_per_kv,
+            head_dim,
+            cos.shape[1],
+            k_pages.shape[1],
+            k_pages.dtype,
+            form,
+            q_norm is not None,
+            k_norm is not None,
+        )
         norms = (qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm)  # one that is None is not read
         _rope_append_kernel.launch(
             (rows, num_kv_heads, queries_per_kv + 2),
-            (qkv, positions, cos, sin, *norms, q, k_pages, v_pages, slots), (eps,),
-            (*qkv.stride()[:2], cos.stride(0), *q.stride()[:2], *k_pages.stride()[:2], slots.stride(0)), shape)
+            (qkv, positions, cos, sin, *norms, q, k_pages, v_pages, slots),
+            (eps,),
+            (*qkv.stride()[:2], cos.stride(0), *q.stride()[:2], *k_pages.stride()[:2], slots.stride(0)),
+            shape,
+        )
 
 
 def norm_warps(block: int) -> int:
@@ -210,12 +274,29 @@ def _norm_shape(hidden: int, accumulate: bool) -> Shape:
 
 
 @functools.cache
-def _rope_shape(queries_per_kv: int, head_dim: int, half: int, page_size: int, dtype: torch.dtype, form: str,
-                has_q_norm: bool, has_k_norm: bool) -> Shape:
-    return Shape(QUERIES_PER_KV=queries_per_kv, HEAD_DIM=head_dim, HEAD_PAD=_row_pad(head_dim, form), HALF=half,
-                 PAGE_SIZE=page_size, HAS_Q_NORM=has_q_norm, HAS_K_NORM=has_k_norm,
-                 STAGES=hadamard_block(dtype, head_dim).bit_length() - 1, FORMAT=form, num_warps=1,
-                 enable_fp_fusion=form == "plain")  # codes are to be the reference's, which rounds every product
+def _rope_shape(
+    queries_per_kv: int,
+    head_dim: int,
+    half: int,
+    page_size: int,
+    dtype: torch.dtype,
+    form: str,
+    has_q_norm: bool,
+    has_k_norm: bool,
+) -> Shape:
+    return Shape(
+        QUERIES_PER_KV=queries_per_kv,
+        HEAD_DIM=head_dim,
+        HEAD_PAD=_row_pad(head_dim, form),
+        HALF=half,
+        PAGE_SIZE=page_size,
+        HAS_Q_NORM=has_q_norm,
+        HAS_K_NORM=has_k_norm,
+        STAGES=hadamard_block(dtype, head_dim).bit_length() - 1,
+        FORMAT=form,
+        num_warps=1,
+        enable_fp_fusion=form == "plain",
+    )  # codes are to be the reference's, which rounds every product
 
 
 def _row_pad(head_dim: int, form: str) -> int:

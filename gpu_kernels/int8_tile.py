@@ -49,9 +49,26 @@ def _features(packed, IS_Q4: tl.constexpr, BLOCKS: tl.constexpr):
 
 @Kernel
 @triton.jit(do_not_specialize=["rows", "num_blocks"])
-def _int8_tile_kernel(weight, q, scales, sums, bias, out, rows, num_blocks, num_groups, block_bytes, q_stride,
-                      scale_stride, out_row_stride, IS_Q4: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-                      HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr):
+def _int8_tile_kernel(
+    weight,
+    q,
+    scales,
+    sums,
+    bias,
+    out,
+    rows,
+    num_blocks,
+    num_groups,
+    block_bytes,
+    q_stride,
+    scale_stride,
+    out_row_stride,
+    IS_Q4: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
     """grid: (cdiv(rows, ROWS), cdiv(num_blocks, BLOCKS)), so that programs side by side share weights. weight: uint8
     [num_blocks, block_bytes]; q: int8 [rows, num_groups * 64], inputs in their own order; scales, sums: [num_groups,
     rows]; out: [rows, num_blocks * 16]."""
@@ -112,20 +129,35 @@ def tile_for(rows: int, num_blocks: int) -> Int8Tile:
     return TILE if programs >= FULL_GPU else SMALL_TILE
 
 
-def multiply_many_rows(quantized: tuple[Tensor, Tensor, Tensor], weight: Tensor, weight_dtype: str,
-                       bias: Tensor | None, out: Tensor, accumulate: bool) -> None:
+def multiply_many_rows(
+    quantized: tuple[Tensor, Tensor, Tensor],
+    weight: Tensor,
+    weight_dtype: str,
+    bias: Tensor | None,
+    out: Tensor,
+    accumulate: bool,
+) -> None:
     """Write (or add) the product of an x that `quantize_activation` gave, in the inputs' own order, into `out`."""
     q, scales, sums = quantized
     rows, num_blocks = out.shape[0], weight.shape[0]
     tile = tile_for(rows, num_blocks)
     _int8_tile_kernel.launch(
         (-(-rows // tile.rows), -(-num_blocks // tile.blocks), 1),
-        (weight, q, scales, sums, out if bias is None else bias, out), (rows, num_blocks),
+        (weight, q, scales, sums, out if bias is None else bias, out),
+        (rows, num_blocks),
         (scales.shape[0], weight.stride(0), q.stride(0), scales.stride(0), out.stride(0)),
-        _launch_shape(tile, weight_dtype == "q4", bias is not None, accumulate))
+        _launch_shape(tile, weight_dtype == "q4", bias is not None, accumulate),
+    )
 
 
 @functools.cache
 def _launch_shape(tile: Int8Tile, is_q4: bool, has_bias: bool, accumulate: bool) -> Shape:
-    return Shape(IS_Q4=is_q4, ROWS=tile.rows, BLOCKS=tile.blocks, HAS_BIAS=has_bias, ACCUMULATE=accumulate,
-                 num_warps=tile.warps, num_stages=tile.stages)
+    return Shape(
+        IS_Q4=is_q4,
+        ROWS=tile.rows,
+        BLOCKS=tile.blocks,
+        HAS_BIAS=has_bias,
+        ACCUMULATE=accumulate,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )

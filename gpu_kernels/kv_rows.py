@@ -31,8 +31,21 @@ def load_page_ids(table, start, low, high, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.
 
 
 @triton.jit
-def load_block(k_pages, v_pages, page_ids, start, stored, dims, page_stride, row_stride, HEAD_DIM: tl.constexpr,
-               HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, FORMAT: tl.constexpr):
+def load_block(
+    k_pages,
+    v_pages,
+    page_ids,
+    start,
+    stored,
+    dims,
+    page_stride,
+    row_stride,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
     """Keys and values [BLOCK_N, HEAD_PAD] of the block at start, 0 where not `stored`; page_ids from load_page_ids."""
     if PAGE_SIZE % BLOCK_N == 0:
         token = start % PAGE_SIZE + tl.arange(0, BLOCK_N)
@@ -45,8 +58,18 @@ def load_block(k_pages, v_pages, page_ids, start, stored, dims, page_stride, row
 
 
 @triton.jit
-def load_rows(pages, page, token, stored, dims, row_stride, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
-              PAGE_SIZE: tl.constexpr, FORMAT: tl.constexpr):
+def load_rows(
+    pages,
+    page,
+    token,
+    stored,
+    dims,
+    row_stride,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
     """Rows [len(token), HEAD_PAD], 0 where not `stored`. page: where the page of each token begins, in items, or of all
     of them; token: offset in it. row_stride in items; the bytes of a page of codes are contiguous."""
     mask = stored[:, None] & (dims < HEAD_DIM)[None, :]
@@ -86,8 +109,18 @@ def _round(x):
 
 
 @triton.jit
-def store_row(pages, slot, row, dims, page_stride, row_stride, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
-              PAGE_SIZE: tl.constexpr, FORMAT: tl.constexpr):
+def store_row(
+    pages,
+    slot,
+    row,
+    dims,
+    page_stride,
+    row_stride,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
     """Write a float32 row [HEAD_PAD], 0 from HEAD_DIM on and of whole groups, to slot = page * PAGE_SIZE + offset."""
     page, token = slot // PAGE_SIZE * page_stride, slot % PAGE_SIZE
     if FORMAT == "plain":

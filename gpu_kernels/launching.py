@@ -47,8 +47,8 @@ class Variant(NamedTuple):
 class Kernel:
     """A decorator over `triton.jit` for a kernel whose parameters are: tensors, plain numbers, strides, constants.
 
-    Plain numbers select no variant: floats, and ints named in `do_not_specialize`. Strides are any other ints. With meta
-    tensors, which have no memory, a launch compiles its variant for the current device and does nothing else.
+    Plain numbers select no variant: floats, and ints named in `do_not_specialize`. Strides are any other ints. With
+    meta tensors, which have no memory, a launch compiles its variant for the current device and does nothing else.
     """
 
     def __init__(self, function: Any) -> None:
@@ -56,8 +56,16 @@ class Kernel:
         self._variants: dict[tuple, Variant] = {}
         self._is_direct = isinstance(function, JITFunction)  # else Triton interprets it
 
-    def launch(self, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], numbers: tuple[float, ...],
-               strides: tuple[int, ...], shape: Shape, by_address: bool = True, nest: Nest = tuple) -> None:
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        tensors: tuple[Tensor, ...],
+        numbers: tuple[float, ...],
+        strides: tuple[int, ...],
+        shape: Shape,
+        by_address: bool = True,
+        nest: Nest = tuple,
+    ) -> None:
         """Launch on the current CUDA stream; arguments in the order of the kernel's parameters.
 
         by_address: every tensor is in memory of the device, so that its address is the device's. nest: gives the
@@ -81,23 +89,38 @@ class Kernel:
             else:
                 self._launch_by_triton(grid, arguments, shape, key)
             return
-        variant.run(*grid, active.get_current_stream(device), variant.function, variant.metadata, None, None,
-                    None, *nest((*(pointers if by_address else tensors), *numbers, *strides)), *variant.constants)
+        variant.run(
+            *grid,
+            active.get_current_stream(device),
+            variant.function,
+            variant.metadata,
+            None,
+            None,
+            None,
+            *nest((*(pointers if by_address else tensors), *numbers, *strides)),
+            *variant.constants,
+        )
 
     def _launch_by_triton(self, grid: tuple[int, int, int], arguments: tuple, shape: Shape, key: tuple) -> None:
         compiled = self.function[grid](*arguments, **shape.constants)
         if getattr(compiled, "_run", None) is not None:  # launched, not only compiled
             if self._is_known(compiled):
-                constants = tuple(shape.constants[name] for name in self.function.arg_names[len(arguments):])
+                constants = tuple(shape.constants[name] for name in self.function.arg_names[len(arguments) :])
                 self._variants[key] = Variant(compiled.run, compiled.function, compiled.packed_metadata, constants)
             else:
                 self._is_direct = False
-                warnings.warn("this release of Triton launches kernels in a way that is not known here: every launch "
-                              "goes through its own Python, so prompts are slower", stacklevel=2)
+                warnings.warn(
+                    "this release of Triton launches kernels in a way that is not known here: every launch "
+                    "goes through its own Python, so prompts are slower",
+                    stacklevel=2,
+                )
 
     def _is_known(self, compiled: Any) -> bool:
         """Whether the launcher takes what Triton 3.6's does: grid, stream, function, metadata, hooks, all
         parameters."""
         parameters = [*inspect.signature(type(compiled.run).__call__).parameters]
-        return (parameters == LAUNCHER_PARAMETERS and hasattr(compiled, "packed_metadata")
-                and [*compiled.src.signature] == self.function.arg_names)
+        return (
+            parameters == LAUNCHER_PARAMETERS
+            and hasattr(compiled, "packed_metadata")
+            and [*compiled.src.signature] == self.function.arg_names
+        )

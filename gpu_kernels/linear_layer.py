@@ -4,8 +4,8 @@
 
 Blocks of the other coded formats become bf16 for any number of rows, float16 ones float32. Many rows are bound by
 arithmetic, and whether that is faster in int8 or in bf16 depends on the card: up to `int8_rows` rows over q8 and q4
-blocks are int8 products; beyond, pieces of the weight become bf16 in a buffer for cuBLAS, and the rounded x becomes bf16
-too. The only difference is then the rounding of both factors to bf16. A product goes straight into its columns of
+blocks are int8 products; beyond, pieces of the weight become bf16 in a buffer for cuBLAS, and the rounded x becomes
+bf16 too. The only difference is then the rounding of both factors to bf16. A product goes straight into its columns of
 `out`, or onto them. x is rounded once for all pieces of a weight, which come one at a time (`rounded`).
 """
 
@@ -78,8 +78,14 @@ def rounding_order(rows: int, weight_dtype: str, int8_rows: int) -> str | None:
     return weight_dtype if rows <= LARGEST_TILE_ROWS else "own"
 
 
-def linear(x: Tensor | RoundedInput, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
-           accumulate: bool = False) -> None:
+def linear(
+    x: Tensor | RoundedInput,
+    weight: Tensor,
+    weight_dtype: str,
+    bias: Tensor | None,
+    out: Tensor,
+    accumulate: bool = False,
+) -> None:
     """Write (or with `accumulate` add) the linear layer of `x` into `out`.
 
     x: f32 [rows, in_features], or what `rounded` made of it for this dtype. weight: uint8 [num_blocks, block_bytes],
@@ -111,18 +117,26 @@ def linear(x: Tensor | RoundedInput, weight: Tensor, weight_dtype: str, bias: Te
     for start in range(0, weight.shape[0], blocks):
         columns = slice(start * BLOCK_FEATURES, (start + blocks) * BLOCK_FEATURES)
         part = None if bias is None else bias[columns]
-        _dense_linear(x, weight[start:start + blocks], weight_dtype, part, out[:, columns], accumulate, in_place)
+        _dense_linear(x, weight[start : start + blocks], weight_dtype, part, out[:, columns], accumulate, in_place)
 
 
-def _dense_linear(x: RoundedInput, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
-                  accumulate: bool, in_place: bool) -> None:
+def _dense_linear(
+    x: RoundedInput,
+    weight: Tensor,
+    weight_dtype: str,
+    bias: Tensor | None,
+    out: Tensor,
+    accumulate: bool,
+    in_place: bool,
+) -> None:
     _product(x.values[0], _dense(weight, weight_dtype, x.shape[1]), out, accumulate, in_place)
     if bias is not None:
         out += bias
 
 
-def _linear_of_mix(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
-                   accumulate: bool) -> None:
+def _linear_of_mix(
+    x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor, accumulate: bool
+) -> None:
     """Every format of a mix computes its columns of all units, which are then laid between those of the others."""
     for name, blocks, columns in mixed_parts(weight, weight_dtype, x.shape[1]):
         part = torch.empty(x.shape[0], blocks.shape[0] * BLOCK_FEATURES, dtype=torch.float32, device=x.device)

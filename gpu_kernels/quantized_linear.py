@@ -33,35 +33,57 @@ Q8_BYTES = tl.constexpr(SUPERBLOCK_BYTES["q8"])
 @triton.jit
 def _dot4(a, b, total):
     """total + the dot product of four signed bytes in each int32 of `a` and `b`."""
-    return tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, total], dtype=tl.int32,
-                                     is_pure=True, pack=1)
+    return tl.inline_asm_elementwise(
+        "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, total], dtype=tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
 def low_nibbles(packed):
     """The low nibble of each byte, four bytes an instruction."""
-    return tl.inline_asm_elementwise("and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [packed], dtype=tl.int8, is_pure=True,
-                                     pack=4)
+    return tl.inline_asm_elementwise(
+        "and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
+    )
 
 
 @triton.jit
 def high_nibbles(packed):
     """The high nibble of each byte, four bytes an instruction."""
-    return tl.inline_asm_elementwise("{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }", "=r,r", [packed],
-                                     dtype=tl.int8, is_pure=True, pack=4)
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }",
+        "=r,r",
+        [packed],
+        dtype=tl.int8,
+        is_pure=True,
+        pack=4,
+    )
 
 
 @triton.jit
 def signed(packed):
     """Stored q + 128 as signed q, four bytes an instruction."""
-    return tl.inline_asm_elementwise("xor.b32 $0, $1, 0x80808080;", "=r,r", [packed], dtype=tl.int8, is_pure=True,
-                                     pack=4)
+    return tl.inline_asm_elementwise(
+        "xor.b32 $0, $1, 0x80808080;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
+    )
 
 
 @Kernel
 @triton.jit
-def _gemv_kernel(weight, q, scales, sums, bias, out, num_groups, block_bytes, IS_Q4: tl.constexpr, WARPS: tl.constexpr,
-                 UNROLL: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr):
+def _gemv_kernel(
+    weight,
+    q,
+    scales,
+    sums,
+    bias,
+    out,
+    num_groups,
+    block_bytes,
+    IS_Q4: tl.constexpr,
+    WARPS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
     """grid: (num_blocks,). weight: uint8 [num_blocks, block_bytes]; q: int8 [num_groups * 64]; scales, sums:
     [num_groups]; out: [num_blocks * 16]. WARPS must be num_warps."""
     BYTES: tl.constexpr = Q4_BYTES if IS_Q4 else Q8_BYTES
@@ -132,9 +154,28 @@ def _row_values(pointers, inside, first, rows, ROWS: tl.constexpr, WARPS: tl.con
 
 @Kernel
 @triton.jit(do_not_specialize=["rows", "num_blocks"])
-def _flat_kernel(weight, q, scales, sums, bias, out, rows, num_blocks, num_groups, block_bytes, q_stride, scale_stride,
-                 out_row_stride, IS_Q4: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
-                 UNROLL: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr):
+def _flat_kernel(
+    weight,
+    q,
+    scales,
+    sums,
+    bias,
+    out,
+    rows,
+    num_blocks,
+    num_groups,
+    block_bytes,
+    q_stride,
+    scale_stride,
+    out_row_stride,
+    IS_Q4: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    PARTS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
     """grid: (cdiv(rows, ROWS), cdiv(num_blocks, 2 * TILES)). weight: uint8 [num_blocks, block_bytes]; q: int8 [rows,
     num_groups * 64]; scales, sums: [num_groups, rows]; out: [rows, num_blocks * 16]. TILES * PARTS must be num_warps.
 
@@ -237,8 +278,9 @@ def tile_for(rows: int, num_blocks: int) -> Tile:
     return next((tile for tile in tiles if rows <= tile.rows), tiles[-1])
 
 
-def quantized_linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
-                     accumulate: bool) -> None:
+def quantized_linear(
+    x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor, accumulate: bool
+) -> None:
     """Write (or add) the product of `x` with packed q8 or q4 blocks into `out`; arguments as `linear`.
 
     Allocates the int8 copy of x.
@@ -246,37 +288,75 @@ def quantized_linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor 
     multiply_quantized(quantize_activation(x, weight_dtype), weight, weight_dtype, bias, out, accumulate)
 
 
-def multiply_quantized(quantized: tuple[Tensor, ...], weight: Tensor, weight_dtype: str,
-                       bias: Tensor | None, out: Tensor, accumulate: bool) -> None:
+def multiply_quantized(
+    quantized: tuple[Tensor, ...], weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor, accumulate: bool
+) -> None:
     """The same for an x that `quantize_activation` gave."""
     launch = _launch_gemv if out.shape[0] == 1 else _launch_flat
     launch(weight, *quantized, bias, out, (weight_dtype == "q4", bias is not None, accumulate))
 
 
-def _launch_gemv(weight: Tensor, q: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None, out: Tensor,
-                 flags: tuple[bool, bool, bool]) -> None:
+def _launch_gemv(
+    weight: Tensor,
+    q: Tensor,
+    scales: Tensor,
+    sums: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    flags: tuple[bool, bool, bool],
+) -> None:
     shape = _gemv_launch(gemv_shape(weight.shape[0]), *flags)
-    _gemv_kernel.launch((weight.shape[0], 1, 1), (weight, q, scales, sums, out if bias is None else bias, out), (),
-                        (scales.shape[0], weight.stride(0)), shape)
+    _gemv_kernel.launch(
+        (weight.shape[0], 1, 1),
+        (weight, q, scales, sums, out if bias is None else bias, out),
+        (),
+        (scales.shape[0], weight.stride(0)),
+        shape,
+    )
 
 
-def _launch_flat(weight: Tensor, q: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None, out: Tensor,
-                 flags: tuple[bool, bool, bool]) -> None:
+def _launch_flat(
+    weight: Tensor,
+    q: Tensor,
+    scales: Tensor,
+    sums: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    flags: tuple[bool, bool, bool],
+) -> None:
     rows, num_blocks = out.shape[0], weight.shape[0]
     tile = tile_for(rows, num_blocks)
     _flat_kernel.launch(
         (-(-rows // tile.rows), -(-num_blocks // (2 * tile.tiles)), 1),
-        (weight, q, scales, sums, out if bias is None else bias, out), (rows, num_blocks),
-        (scales.shape[0], weight.stride(0), q.stride(0), scales.stride(0), out.stride(0)), _flat_launch(tile, *flags))
+        (weight, q, scales, sums, out if bias is None else bias, out),
+        (rows, num_blocks),
+        (scales.shape[0], weight.stride(0), q.stride(0), scales.stride(0), out.stride(0)),
+        _flat_launch(tile, *flags),
+    )
 
 
 @functools.cache
 def _gemv_launch(shape: GemvShape, is_q4: bool, has_bias: bool, accumulate: bool) -> Shape:
-    return Shape(IS_Q4=is_q4, WARPS=shape.warps, UNROLL=shape.unroll, HAS_BIAS=has_bias, ACCUMULATE=accumulate,
-                 num_warps=shape.warps)
+    return Shape(
+        IS_Q4=is_q4,
+        WARPS=shape.warps,
+        UNROLL=shape.unroll,
+        HAS_BIAS=has_bias,
+        ACCUMULATE=accumulate,
+        num_warps=shape.warps,
+    )
 
 
 @functools.cache
 def _flat_launch(tile: Tile, is_q4: bool, has_bias: bool, accumulate: bool) -> Shape:
-    return Shape(IS_Q4=is_q4, ROWS=tile.rows, TILES=tile.tiles, PARTS=tile.parts, UNROLL=tile.unroll,
-                 HAS_BIAS=has_bias, ACCUMULATE=accumulate, num_warps=tile.tiles * tile.parts, num_stages=1)
+    return Shape(
+        IS_Q4=is_q4,
+        ROWS=tile.rows,
+        TILES=tile.tiles,
+        PARTS=tile.parts,
+        UNROLL=tile.unroll,
+        HAS_BIAS=has_bias,
+        ACCUMULATE=accumulate,
+        num_warps=tile.tiles * tile.parts,
+        num_stages=1,
+    )

@@ -66,8 +66,9 @@ def rounded_gated(gate_up: Tensor, out: Tensor, activation: str, weight_dtype: s
     return rounded(out, weight_dtype)
 
 
-def linear(x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor,
-           accumulate: bool = False) -> None:
+def linear(
+    x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor, accumulate: bool = False
+) -> None:
     """Write (or with `accumulate` add) the linear layer of `x` into `out`.
 
     x: f32 [rows, in_features]. weight: uint8 [num_blocks, block_bytes], packed. weight_dtype: one of the known ones, or
@@ -136,7 +137,7 @@ def round_activation(x: Tensor, weight_dtype: str) -> Tensor:
     if weight_dtype == "bf16":
         return x.float().to(torch.bfloat16).to(x.dtype)
     q, scale = quantize_activation(x)
-    return (q.to(x.dtype) * scale.to(x.dtype)[..., None]).flatten(1)[:, :x.shape[-1]]
+    return (q.to(x.dtype) * scale.to(x.dtype)[..., None]).flatten(1)[:, : x.shape[-1]]
 
 
 def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,8 +211,17 @@ def _gate_and_up(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return gate_up.unflatten(-1, (gate_up.shape[-1] // 32, 2, BLOCK_FEATURES)).unbind(-2)
 
 
-def route(x: Tensor, router: Tensor, gated: bool, normalise: bool, ids: Tensor, places: Tensor, sources: Tensor,
-          starts: Tensor, weights: Tensor) -> None:
+def route(
+    x: Tensor,
+    router: Tensor,
+    gated: bool,
+    normalise: bool,
+    ids: Tensor,
+    places: Tensor,
+    sources: Tensor,
+    starts: Tensor,
+    weights: Tensor,
+) -> None:
     """Choose the experts of every row by x router^T, and sort all choices by expert.
 
     x: f32 [rows, hidden]. router: f32 [experts, hidden], one more row where it is gated, zeros behind. Written: ids
@@ -236,15 +246,16 @@ def route(x: Tensor, router: Tensor, gated: bool, normalise: bool, ids: Tensor, 
     starts[1:] = (best.flatten()[:, None] == everyone).sum(0).cumsum(0)
 
 
-def expert_linear(x: Tensor, sources: Tensor | None, starts: Tensor, first: int, weight: Tensor, weight_dtype: str,
-                  out: Tensor) -> None:
+def expert_linear(
+    x: Tensor, sources: Tensor | None, starts: Tensor, first: int, weight: Tensor, weight_dtype: str, out: Tensor
+) -> None:
     """x W^T for every pick of some experts, each with its expert's W, into the picks' rows of `out`.
 
     x: f32 [rows, in_features]. sources: int32 [picks], the row of x of each pick, None where it is the pick's own.
     starts: int32 [all experts + 1], from `route`. first: the expert of weight[0]. weight: uint8 [experts, blocks,
     block_bytes], or of a mix [experts, units, unit_bytes]. out: f32 [picks, features]; picks of others stay.
     """
-    bounds = starts[first:first + weight.shape[0] + 1].tolist()
+    bounds = starts[first : first + weight.shape[0] + 1].tolist()
     for expert, (start, stop) in enumerate(zip(bounds, bounds[1:])):
         if start < stop:
             rows = x[start:stop] if sources is None else x[sources[start:stop].long()]
@@ -274,15 +285,25 @@ def norm_heads(qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float) -> None:
     head_dim]. k_norm: f32 [num_kv_heads * head_dim].
     """
     groups, q_width, k_width = qkv.shape[1], q_norm.shape[0] // qkv.shape[1], k_norm.shape[0] // qkv.shape[1]
-    parts = (qkv[:, :, :q_width], q_norm), (qkv[:, :, q_width:q_width + k_width], k_norm)
+    parts = (qkv[:, :, :q_width], q_norm), (qkv[:, :, q_width : q_width + k_width], k_norm)
     for part, weight in parts:
         inverse = torch.rsqrt(part.square().mean((1, 2), keepdim=True) + eps)
         part.copy_(part * inverse * weight.view(groups, -1))
 
 
-def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,
-                k_norm: Tensor | None, eps: float, q: Tensor, k_pages: Tensor, v_pages: Tensor,
-                slots: Tensor) -> None:
+def rope_append(
+    qkv: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+) -> None:
     """Norm (optional) and rotate q and k; write q to `q`, and k and v to their slots of the pages.
 
     For pages of codes q and k are then spread by one Walsh-Hadamard matrix, see kv_pages; such a q is for attention
@@ -295,22 +316,33 @@ def rope_append(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm
     """
     head_dim, num_kv_heads = q.shape[2], qkv.shape[1]
     queries_per_kv = q.shape[1] // num_kv_heads
-    heads = qkv[..., :(queries_per_kv + 2) * head_dim].unflatten(-1, (queries_per_kv + 2, head_dim))
+    heads = qkv[..., : (queries_per_kv + 2) * head_dim].unflatten(-1, (queries_per_kv + 2, head_dim))
     query, key, value = heads[:, :, :queries_per_kv], heads[:, :, queries_per_kv], heads[:, :, queries_per_kv + 1]
     if q_norm is not None:
         query = _rms_normalized(query, q_norm, eps)
     if k_norm is not None:
         key = _rms_normalized(key, k_norm, eps)
-    query, key = (kv_pages.spread(_rotated(part, cos[positions], sin[positions]), k_pages.dtype)
-                  for part in (query.flatten(1, 2), key))
+    query, key = (
+        kv_pages.spread(_rotated(part, cos[positions], sin[positions]), k_pages.dtype)
+        for part in (query.flatten(1, 2), key)
+    )
     q.copy_(query)
     page, offset = slots // k_pages.shape[1], slots % k_pages.shape[1]
     kv_pages.write_rows(k_pages, page, offset, key)
     kv_pages.write_rows(v_pages, page, offset, value)
 
 
-def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, kv_start: Tensor,
-                     kv_stop: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+def decode_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    kv_start: Tensor,
+    kv_stop: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
     """Attention of one query per sequence over the positions [kv_start, kv_stop) of its cache.
 
     q, out: f32 [batch, num_heads, head_dim]. k_pages, v_pages: [num_pages, page_size, row_items], see kv_pages; q is
@@ -322,16 +354,30 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Te
     positions = _positions(pages, k_pages)
     visible = (positions >= kv_start[:, None]) & (positions < kv_stop[:, None])  # (batch, kv_len)
     keys, values = _gather(k_pages, v_pages, page_table, pages, visible[:, None], q)
-    query = _grouped(q, k_pages, page_table.shape[1])[:, :, :, None]  # (batch, num_kv_heads, queries_per_kv, 1, head_dim)
+    query = _grouped(q, k_pages, page_table.shape[1])[
+        :, :, :, None
+    ]  # (batch, num_kv_heads, queries_per_kv, 1, head_dim)
     rounded = k_pages.dtype == torch.bfloat16
-    partial, partial_lse = _attend(query, keys[:, :, None], values[:, :, None], visible[:, None, None, None], scale,
-                                   rounded)
+    partial, partial_lse = _attend(
+        query, keys[:, :, None], values[:, :, None], visible[:, None, None, None], scale, rounded
+    )
     out.copy_(partial.reshape(out.shape))
     lse.copy_(partial_lse.reshape(lse.shape))
 
 
-def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, kv_start: int, kv_stop: int,
-                      q_start: int, window: int, scale: float, out: Tensor, lse: Tensor) -> None:
+def prefill_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    kv_start: int,
+    kv_stop: int,
+    q_start: int,
+    window: int,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
     """Causal attention of a chunk of one sequence; row i of `q` is position q_start + i.
 
     q, out: f32 [q_len, num_heads, head_dim]. page_table: int32 [num_kv_heads, max_pages]. lse: f32 [q_len, num_heads].
@@ -347,7 +393,9 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: T
     if window:
         visible = visible & (positions > rows - window)
     keys, values = _gather(k_pages, v_pages, page_table, pages, stored, q)
-    query = _grouped(q, k_pages, page_table.shape[0]).permute(1, 2, 0, 3)  # (num_kv_heads, queries_per_kv, q_len, head_dim)
+    query = _grouped(q, k_pages, page_table.shape[0]).permute(
+        1, 2, 0, 3
+    )  # (num_kv_heads, queries_per_kv, q_len, head_dim)
     rounded = k_pages.dtype == torch.bfloat16
     partial, partial_lse = _attend(query, keys[:, None], values[:, None], visible, scale, rounded)
     out.copy_(partial.permute(2, 0, 1, 3).reshape(out.shape))
@@ -369,8 +417,9 @@ def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> N
     lse.copy_(safe_maximum + torch.log(total))
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float,
-            rounded: bool) -> tuple[Tensor, Tensor]:
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float, rounded: bool
+) -> tuple[Tensor, Tensor]:
     scores = ((query @ keys.transpose(-1, -2)) * scale).masked_fill(~visible, -torch.inf)
     powers = scores * math.log2(math.e)
     maximum = powers.amax(-1, keepdim=True).ceil() if powers.shape[-1] else powers.new_zeros(powers.shape[:-1] + (1,))
@@ -394,8 +443,9 @@ def _positions(pages: slice, k_pages: Tensor) -> Tensor:
     return torch.arange(pages.start * page_size, pages.stop * page_size, device=k_pages.device)
 
 
-def _gather(k_pages: Tensor, v_pages: Tensor, page_table: Tensor, pages: slice, stored: Tensor,
-            q: Tensor) -> tuple[Tensor, Tensor]:
+def _gather(
+    k_pages: Tensor, v_pages: Tensor, page_table: Tensor, pages: slice, stored: Tensor, q: Tensor
+) -> tuple[Tensor, Tensor]:
     """Keys and values [..., num_kv_heads, kv_len, head_dim] of a slice of logical pages; zero where not `stored`."""
     table = page_table[..., pages].long()
     wanted = stored.unflatten(-1, (table.shape[-1], k_pages.shape[1]))  # (..., pages, page_size)
@@ -406,7 +456,11 @@ def _gather(k_pages: Tensor, v_pages: Tensor, page_table: Tensor, pages: slice, 
 
 def _grouped(q: Tensor, k_pages: Tensor, num_kv_heads: int) -> Tensor:
     """q rounded to the KV dtype, [rows, num_kv_heads, queries_per_kv, head_dim]."""
-    return q.to(kv_pages.query_dtype(k_pages.dtype)).to(_compute_dtype(q)).unflatten(1, (num_kv_heads, q.shape[1] // num_kv_heads))
+    return (
+        q.to(kv_pages.query_dtype(k_pages.dtype))
+        .to(_compute_dtype(q))
+        .unflatten(1, (num_kv_heads, q.shape[1] // num_kv_heads))
+    )
 
 
 def _rms_normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -416,7 +470,7 @@ def _rms_normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate [rows, heads, head_dim]; dimensions beyond the rotary ones pass through."""
     half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
 

@@ -51,5 +51,11 @@ def _launch(target: Tensor, source: Tensor, shape: Shape) -> None:
     rows, columns = target.shape
     assert source.shape == target.shape and source.dtype == target.dtype, (target.shape, source.shape)
     if rows and columns:
-        _copy_rows_kernel.launch((rows, -(-columns // COPY_BLOCK), 1), (target, source), (),
-                                 (columns, target.stride(0), source.stride(0)), shape, by_address=False)
+        _copy_rows_kernel.launch(
+            (rows, -(-columns // COPY_BLOCK), 1),
+            (target, source),
+            (),
+            (columns, target.stride(0), source.stride(0)),
+            shape,
+            by_address=False,
+        )

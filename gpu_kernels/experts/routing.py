@@ -14,8 +14,17 @@ import torch
 from torch import Tensor
 
 
-def route(x: Tensor, router: Tensor, gated: bool, normalise: bool, ids: Tensor, places: Tensor, sources: Tensor,
-          starts: Tensor, weights: Tensor) -> None:
+def route(
+    x: Tensor,
+    router: Tensor,
+    gated: bool,
+    normalise: bool,
+    ids: Tensor,
+    places: Tensor,
+    sources: Tensor,
+    starts: Tensor,
+    weights: Tensor,
+) -> None:
     """Choose the experts of every row by x router^T, and sort all choices by expert.
 
     x: f32 [rows, hidden]. router: f32 [experts, hidden], one more row where it is gated, zeros behind. Written: ids
@@ -73,7 +82,7 @@ def norm_heads(qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float) -> None:
     head_dim]. k_norm: f32 [num_kv_heads * head_dim].
     """
     kv_heads, q_width, k_width = qkv.shape[1], q_norm.shape[0] // qkv.shape[1], k_norm.shape[0] // qkv.shape[1]
-    parts = (qkv[:, :, :q_width], q_norm), (qkv[:, :, q_width:q_width + k_width], k_norm)
+    parts = (qkv[:, :, :q_width], q_norm), (qkv[:, :, q_width : q_width + k_width], k_norm)
     for part, weight in parts:
         inverse = torch.rsqrt(part.square().mean((1, 2), keepdim=True) + eps)
         part.copy_(part * inverse * weight.view(kv_heads, -1))

@@ -57,10 +57,24 @@ def _scale_and_minimum(superblock, inside_group, line, feature, mask, HEADER: tl
 
 
 @triton.jit
-def _dequantize_form_kernel(weight, out, num_groups, block_bytes, out_stride, HEADER: tl.constexpr, BITS: tl.constexpr,
-                       TOGETHER: tl.constexpr, HEADER_BYTES: tl.constexpr, SUPERBLOCK_BYTES: tl.constexpr,
-                       OFFSET: tl.constexpr, TABLE_LOW: tl.constexpr, TABLE_HIGH: tl.constexpr,
-                            VALUES: tl.constexpr, IS_E4M3: tl.constexpr, GROUPS: tl.constexpr):
+def _dequantize_form_kernel(
+    weight,
+    out,
+    num_groups,
+    block_bytes,
+    out_stride,
+    HEADER: tl.constexpr,
+    BITS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    HEADER_BYTES: tl.constexpr,
+    SUPERBLOCK_BYTES: tl.constexpr,
+    OFFSET: tl.constexpr,
+    TABLE_LOW: tl.constexpr,
+    TABLE_HIGH: tl.constexpr,
+    VALUES: tl.constexpr,
+    IS_E4M3: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     """grid: (num_blocks, cdiv(num_groups, GROUPS)). weight: uint8 [num_blocks, block_bytes]; out: bf16
     [num_blocks * 16, out_stride]. Dimensions: group, line of 8 inputs, feature, input of the line."""
     CODE_LINES: tl.constexpr = 8 if BITS == 4 else (10 if BITS == 5 else (12 if BITS == 6 else 16))
@@ -117,8 +131,22 @@ def dequantize_form(weight: Tensor, name: str, in_features: int) -> Tensor:
     num_groups, (low, high) = triton.cdiv(in_features, GROUP), _halves_of(form.table)
     out = torch.empty(num_blocks * FEATURES, num_groups * GROUP, dtype=torch.bfloat16, device=weight.device)
     _dequantize_form_kernel[(num_blocks, triton.cdiv(num_groups, GROUPS))](
-        weight, out, num_groups, weight.stride(0), out.stride(0), HEADER=form.header,
-        BITS=form.bits, TOGETHER=form.inputs // GROUP, HEADER_BYTES=64 * form.header_lines,
-        SUPERBLOCK_BYTES=superblock_bytes(form), OFFSET=form.offset, TABLE_LOW=low, TABLE_HIGH=high,
-        VALUES=form.values, IS_E4M3=form.e4m3, GROUPS=GROUPS, num_warps=4)
+        weight,
+        out,
+        num_groups,
+        weight.stride(0),
+        out.stride(0),
+        HEADER=form.header,
+        BITS=form.bits,
+        TOGETHER=form.inputs // GROUP,
+        HEADER_BYTES=64 * form.header_lines,
+        SUPERBLOCK_BYTES=superblock_bytes(form),
+        OFFSET=form.offset,
+        TABLE_LOW=low,
+        TABLE_HIGH=high,
+        VALUES=form.values,
+        IS_E4M3=form.e4m3,
+        GROUPS=GROUPS,
+        num_warps=4,
+    )
     return out

@@ -25,8 +25,22 @@ MOST_FEATURES = 16384  # of a row that one program normalises and rounds
 
 @Kernel
 @triton.jit
-def _rounded_norm_kernel(x, weight, out, q, scales, sums, eps, x_stride, out_stride, q_stride, scale_stride,
-                         HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ORDER: tl.constexpr):
+def _rounded_norm_kernel(
+    x,
+    weight,
+    out,
+    q,
+    scales,
+    sums,
+    eps,
+    x_stride,
+    out_stride,
+    q_stride,
+    scale_stride,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ORDER: tl.constexpr,
+):
     """grid: (rows,). x, out: [rows, hidden]; weight: [hidden]; q, scales, sums: see activation.store_rounded."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -34,14 +48,37 @@ def _rounded_norm_kernel(x, weight, out, q, scales, sums, eps, x_stride, out_str
     scaled = normed_values(x + row * x_stride, weight, columns, inside, eps, HIDDEN)
     tl.store(out + row * out_stride + columns, scaled, mask=inside)
     groups = tl.arange(0, BLOCK // 64)
-    store_rounded(scaled.reshape(BLOCK // 64, 64), groups, groups * 64 < HIDDEN, q, scales, sums, row, q_stride,
-                  scale_stride, ORDER)
+    store_rounded(
+        scaled.reshape(BLOCK // 64, 64),
+        groups,
+        groups * 64 < HIDDEN,
+        q,
+        scales,
+        sums,
+        row,
+        q_stride,
+        scale_stride,
+        ORDER,
+    )
 
 
 @Kernel
 @triton.jit(do_not_specialize=["units"])
-def _rounded_gated_kernel(gate_up, out, q, scales, sums, units, in_stride, out_stride, q_stride, scale_stride,
-                          BLOCK: tl.constexpr, GELU: tl.constexpr, ORDER: tl.constexpr):
+def _rounded_gated_kernel(
+    gate_up,
+    out,
+    q,
+    scales,
+    sums,
+    units,
+    in_stride,
+    out_stride,
+    q_stride,
+    scale_stride,
+    BLOCK: tl.constexpr,
+    GELU: tl.constexpr,
+    ORDER: tl.constexpr,
+):
     """grid: (rows, cdiv(units * 16, BLOCK)). gate_up: [rows, units * 32], units of 16 gate | 16 up; out: [rows, units *
     16]; q, scales, sums: see activation.store_rounded."""
     row = tl.program_id(0).to(tl.int64)
@@ -51,12 +88,14 @@ def _rounded_gated_kernel(gate_up, out, q, scales, sums, units, in_stride, out_s
     tl.store(out + row * out_stride + columns, values, mask=inside)
     groups = tl.program_id(1) * (BLOCK // 64) + tl.arange(0, BLOCK // 64)
     padded = tl.where(inside, values, 0.0)
-    store_rounded(padded.reshape(BLOCK // 64, 64), groups, groups * 4 < units, q, scales, sums, row, q_stride,
-                  scale_stride, ORDER)
+    store_rounded(
+        padded.reshape(BLOCK // 64, 64), groups, groups * 4 < units, q, scales, sums, row, q_stride, scale_stride, ORDER
+    )
 
 
-def rounded_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, weight_dtype: str,
-                 int8_rows: int = INT8_ROWS) -> RoundedInput:
+def rounded_norm(
+    x: Tensor, weight: Tensor, eps: float, out: Tensor, weight_dtype: str, int8_rows: int = INT8_ROWS
+) -> RoundedInput:
     """`rms_norm` of x into `out`, and what `rounded` makes of that for weights of this dtype."""
     rows, hidden = x.shape
     order = rounding_order(rows, weight_dtype, int8_rows)
@@ -65,13 +104,19 @@ def rounded_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, weight_dtyp
         return rounded(out, weight_dtype, int8_rows)
     assert weight.shape == (hidden,) and out.shape == x.shape, (x.shape, weight.shape, out.shape)
     values, strides = quantized_buffers(rows, hidden, order, x.device)
-    _rounded_norm_kernel.launch((rows, 1, 1), (x, weight, out, *_all_three(values)), (eps,),
-                                (x.stride(0), out.stride(0), *strides), _norm_shape(hidden, order))
+    _rounded_norm_kernel.launch(
+        (rows, 1, 1),
+        (x, weight, out, *_all_three(values)),
+        (eps,),
+        (x.stride(0), out.stride(0), *strides),
+        _norm_shape(hidden, order),
+    )
     return RoundedInput((rows, hidden), values)
 
 
-def rounded_gated(gate_up: Tensor, out: Tensor, activation: str, weight_dtype: str,
-                  int8_rows: int = INT8_ROWS) -> RoundedInput:
+def rounded_gated(
+    gate_up: Tensor, out: Tensor, activation: str, weight_dtype: str, int8_rows: int = INT8_ROWS
+) -> RoundedInput:
     """`silu_mul` or `gelu_mul` (activation) into `out`, and what `rounded` makes of that for weights of this dtype."""
     rows, features = out.shape
     order = rounding_order(rows, weight_dtype, int8_rows)
@@ -80,9 +125,13 @@ def rounded_gated(gate_up: Tensor, out: Tensor, activation: str, weight_dtype: s
         return rounded(out, weight_dtype, int8_rows)
     assert gate_up.shape == (rows, 2 * features) and features % 16 == 0, (gate_up.shape, out.shape)
     values, strides = quantized_buffers(rows, features, order, out.device)
-    _rounded_gated_kernel.launch((rows, -(-features // SILU_BLOCK), 1), (gate_up, out, *_all_three(values)),
-                                 (features // 16,), (gate_up.stride(0), out.stride(0), *strides),
-                                 _gated_shape(activation == "gelu_mul", order))
+    _rounded_gated_kernel.launch(
+        (rows, -(-features // SILU_BLOCK), 1),
+        (gate_up, out, *_all_three(values)),
+        (features // 16,),
+        (gate_up.stride(0), out.stride(0), *strides),
+        _gated_shape(activation == "gelu_mul", order),
+    )
     return RoundedInput((rows, features), values)
 
 
