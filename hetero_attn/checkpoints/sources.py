@@ -79,8 +79,11 @@ def stored_formats(path: Path, config: ModelConfig) -> WeightFormats:
         stored = stored_dtype(path) or config.dtype or "bf16"
         return weight_formats("fp32" if stored == "fp32" else "bf16")
     with open_source(path) as source:
-        source.check(decoder(config))
-        formats = {name: source.dtype(name) for name in source.names if len(source.shape(name)) > 1}
+        model = decoder(config)
+        source.check(model)
+        routers = {tensor for block in model.blocks for matrix in block.matrices for tensor, _ in matrix.tensors}
+        names = [name for name in source.names if len(source.shape(name)) > 1 and name not in routers]
+        formats = {name: source.dtype(name) for name in names}
         return WeightFormats("bf16", formats[tensor_name("embed")], formats)
 
 

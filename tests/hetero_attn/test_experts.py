@@ -6,7 +6,7 @@ import torch
 from gpu_kernels import reference
 from hetero_attn import LLM
 from hetero_attn.checkpoints.checkpoint import Checkpoint
-from hetero_attn.checkpoints.sources import open_source, read_config
+from hetero_attn.checkpoints.sources import open_source, read_config, stored_formats
 from hetero_attn.errors import CheckpointError, ConfigError
 from hetero_attn.models.decoder import decoder
 from hetero_attn.spec.config import ModelConfig
@@ -313,6 +313,7 @@ def test_gguf_files_hold_the_same_model(family, tmp_path):
     llm.close()
     assert nmse(exact, moe_logits(plain, TOKENS[:12])) <= EXACT
 
+    assert stored_formats(file, config).label == "q8"  # routers are float32 whatever the file has
     llm = LLM(file, device="cpu", max_context=64)
     coded = llm.logits(TOKENS[:12])
     llm.close()
