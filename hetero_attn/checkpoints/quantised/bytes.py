@@ -114,8 +114,8 @@ def find_bytes(
 
     Raises CheckpointError by name where a tensor is missing or contradicts another.
     """
-    packed = f"{prefix}.weight_packed" in shapes
-    codes = f"{prefix}.weight_packed" if packed else f"{prefix}.weight"
+    packed = f"{prefix}.weight" not in shapes
+    codes = needed(where, shapes, prefix, "weight_packed" if packed else "weight", "8-bit")
     check_dtype(where, shapes, codes, ("I32",) if packed else ("F8_E4M3", "I8"))
     kind = FP8_TYPE if shapes[codes][0] == "F8_E4M3" else INT8_TYPE
     out, inputs = matrix(where, shapes, codes)

@@ -13,6 +13,7 @@ A value of nvfp4 is code * (scale / global), of nf4 map[code] * absmax, each ste
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 MXFP4_TYPE = SOURCE_TYPES["MXFP4"]
 STATE = "weight.quant_state.bitsandbytes__nf4"
 NESTED_GROUP = 256
+MAX_STATE_BYTES = 1 << 16
+FLOATS = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +144,7 @@ class Nf4Module(Module):
 def nf4_state(values: torch.Tensor, name: str, where: str) -> dict[str, Any]:
     """The JSON object that bitsandbytes keeps as bytes."""
     try:
-        state = json.loads(bytes(values.tolist()))
+        state = json.loads(bytes(values.reshape(-1).tolist()))
     except (ValueError, RecursionError):
         state = None
     if not isinstance(state, dict):
@@ -151,7 +154,7 @@ def nf4_state(values: torch.Tensor, name: str, where: str) -> dict[str, Any]:
 
 def find_mxfp4(prefix: str, shapes: Shapes, where: str) -> Mxfp4Module:
     """A module of MXFP4 by its tensors; raises CheckpointError by name."""
-    codes, scales = f"{prefix}.weight_packed", needed(where, shapes, prefix, "weight_scale", "mxfp4")
+    codes, scales = (needed(where, shapes, prefix, part, "mxfp4") for part in ("weight_packed", "weight_scale"))
     out, inputs = _packed_shape(where, shapes, codes)
     check_dtype(where, shapes, scales, ("U8", "F8_E8M0"))
     if shapes[scales][1] != (out, inputs // 32) or inputs % 32:
@@ -196,10 +199,14 @@ def find_nvfp4(prefix: str, shapes: Shapes, where: str) -> Nvfp4Module:
 
 def find_nf4(prefix: str, shapes: Shapes, where: str, read: Read) -> Nf4Module:
     """A module of NF4 by its tensors; its shape stands in a small tensor of its own. Raises CheckpointError by name."""
-    weight = f"{prefix}.weight"
+    weight = needed(where, shapes, prefix, "weight", "nf4")
     check_dtype(where, shapes, weight, ("U8",))
     named = {part: needed(where, shapes, prefix, f"weight.{part}", "nf4") for part in ("absmax", "quant_map")}
     state_name = needed(where, shapes, prefix, STATE, "nf4")
+    check_dtype(where, shapes, state_name, ("U8",))
+    check_dtype(where, shapes, named["quant_map"], FLOATS)
+    if math.prod(shapes[state_name][1]) > MAX_STATE_BYTES:
+        refuse_shape(where, shapes, state_name, f"at most {MAX_STATE_BYTES} bytes")
     shape = nf4_state(read(state_name), state_name, where).get("shape")
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
         refuse(where, state_name, f"shape {shape}", "two sizes")
@@ -210,6 +217,8 @@ def find_nf4(prefix: str, shapes: Shapes, where: str, read: Read) -> Nf4Module:
     nested = [name for part in ("nested_absmax", "nested_quant_map") if (name := f"{weight}.{part}") in shapes]
     if len(nested) == 1:
         refuse(where, nested[0], "there alone", "with the other of nested_absmax and nested_quant_map")
+    for name in nested:
+        check_dtype(where, shapes, name, FLOATS)
     check_dtype(where, shapes, named["absmax"], ("U8",) if nested else ("F32",))
     wanted = {weight: (count // 2, 1), named["absmax"]: (groups,), named["quant_map"]: (16,)}
     if nested:

@@ -69,7 +69,7 @@ def read_scheme(path: Path) -> Scheme | None:
         return None
     values = JsonFields(fields.path, found)
     method = found.get("quant_method")
-    if method not in _READERS:
+    if not isinstance(method, str) or method not in _READERS:
         raise _refused(values, "quant_method", method, READ_METHODS)
     return _READERS[method](values)
 
@@ -142,7 +142,7 @@ def _compressed_group(values: JsonFields, group: Any) -> GroupScheme:
         raise ConfigError(f"{values.path}: config_groups has no weights object; download config.json again")
     weights = JsonFields(values.path, weights)
     kind, bits = weights.get("type", "int"), weights.get("num_bits")
-    if kind not in BITS:
+    if not isinstance(kind, str) or kind not in BITS:
         raise _refused(weights, "type", kind, tuple(BITS))
     if bits not in BITS[kind] or isinstance(bits, bool):
         raise _refused(weights, "num_bits", bits, tuple(map(str, BITS[kind])))
