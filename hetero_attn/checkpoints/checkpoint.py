@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 from hetero_attn.checkpoints.expert_entries import by_our_names
 from hetero_attn.checkpoints.files import open_files, some
+from hetero_attn.checkpoints.row_order import is_rotated, pieces, turn_back
 from hetero_attn.checkpoints.safetensors import SafetensorsFile, TensorEntry
 from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.blocks import ModelSpec
-from hetero_attn.spec.tensor_names import AS_OURS, LAYER_PREFIX, TensorNames, tensor_name
+from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.tensor_names import AS_OURS, LAYER_PREFIX, TensorNames, split_name, tensor_name
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +36,12 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: Path, files: list[SafetensorsFile], warnings: list[str], tensor_names: TensorNames = AS_OURS
+        self,
+        path: Path,
+        files: list[SafetensorsFile],
+        warnings: list[str],
+        tensor_names: TensorNames = AS_OURS,
+        config: ModelConfig | None = None,
     ):
         self.path = path
         self.warnings = warnings
@@ -43,14 +50,19 @@ class Checkpoint:
         self._entries = by_our_names(
             {tensor_names.ours(name): entry for name, entry in self._full_names(entries).items()}
         )
+        self._config, self._is_turned = config, tensor_names.is_turned
+        self._cut(dict(tensor_names.fused))
 
     @classmethod
-    def open(cls, path: str | Path, tensor_names: TensorNames = AS_OURS) -> "Checkpoint":
+    def open(
+        cls, path: str | Path, tensor_names: TensorNames = AS_OURS, config: ModelConfig | None = None
+    ) -> "Checkpoint":
         """Open the safetensors files of a model directory and check every header; no weight is read.
 
         Args:
             path: local directory with `model.safetensors`, or `model.safetensors.index.json` and the files it names.
-            tensor_names: what the family calls its tensors; here they go by our names.
+            tensor_names: what the family calls its tensors; here they go by our names. config: of the model, where a
+                tensor of the files holds several of ours, or rows in another order.
 
         Raises:
             CheckpointError: files are missing, truncated, empty, not safetensors, contradict each other, or are there
@@ -58,7 +70,20 @@ class Checkpoint:
         """
         path = Path(path)
         files, warnings = open_files(path)
-        return cls(path, files, warnings, tensor_names)
+        try:
+            return cls(path, files, warnings, tensor_names, config)
+        except BaseException:
+            for file in files:
+                file.close()
+            raise
+
+    def _cut(self, fused: dict[str, tuple[str, ...]]) -> None:
+        """Put the parts of tensors that hold several of ours in their places."""
+        for name in [name for name in self._entries if split_name(name)[1] in fused]:
+            layer, part, kind = split_name(name)
+            assert self._config is not None, f"{name} is cut by the sizes of a config, which is not given"
+            for word, piece in pieces(self.path, name, self._entries.pop(name), fused[part], self._config):
+                self._entries[tensor_name(word, layer, kind)] = piece
 
     @staticmethod
     def _full_names(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
@@ -111,7 +136,8 @@ class Checkpoint:
         """Read a tensor, or a range of its rows, from disk; no other byte is read.
 
         Args:
-            name: tensor name. rows: range of the first dimension, step 1; None reads everything.
+            name: tensor name. rows: range of the first dimension, step 1; None reads everything. Of
+                q and k that lie as pairs, whole heads.
             out: contiguous CPU tensor (pinned or not) of the very dtype and shape, written in place; None allocates.
 
         Returns:
@@ -133,6 +159,9 @@ class Checkpoint:
         row_bytes = entry.nbytes // max(entry.shape[0] if entry.shape else 1, 1)
         buffer = memoryview(out.reshape(-1).view(torch.uint8).numpy())
         entry.file.read_into(buffer, entry.offset + start * row_bytes)
+        if self._is_turned and is_rotated(name):
+            assert self._config is not None, f"rows of {name} are turned by the sizes of a config, which is not given"
+            turn_back(out, self._config.head_dim, self._config.rope.rotary_dim)
         return out
 
     def check(self, model: ModelSpec) -> list[str]:

@@ -278,7 +278,8 @@ class Loader:
 
     def _vector(self, vector: Vector) -> Activation:
         values = self._finite(vector.tensor)
-        return self._on_both(values + vector.offset if vector.offset else values)
+        values = values + vector.offset if vector.offset else values
+        return self._on_both(values * vector.scale if vector.scale != 1.0 else values)
 
     def _embed(self, model: ModelSpec, head: LinearWeights) -> torch.Tensor:
         item, tensor = format_of(self._formats.embed), model.embedding.tensor

@@ -57,7 +57,10 @@ def open_source(path: Path) -> Checkpoint | GgufCheckpoint:
     if is_gguf(path):
         return GgufCheckpoint.open(path)
     names = tensor_names(path)
-    return QuantisedCheckpoint.open(path, names) if is_quantised(path) else Checkpoint.open(path, names)
+    if is_quantised(path):
+        return QuantisedCheckpoint.open(path, names)
+    needs_sizes = names.fused or names.is_turned
+    return Checkpoint.open(path, names, ModelConfig.from_dir(path) if needs_sizes else None)
 
 
 def is_quantised(path: Path) -> bool:

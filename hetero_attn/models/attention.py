@@ -27,7 +27,8 @@ class Attention(Block):
         self._eps, self._scale = config.rms_norm_eps, config.attention_scale
         self.qkv, self.o = _linears(config, layer, formats)
         self.linears = (self.qkv, self.o)
-        vectors = {"norm": ("attention_norm", config.hidden_size)}
+        vectors = {"norm": ("attention_norm", config.hidden_size)} if config.pre_norms else {}
+        self.small_calls += len(vectors) - 1
         if config.qk_norm:
             vectors |= {name: (name, config.head_dim) for name in ("q_norm", "k_norm")}
         if config.qk_norm_whole:

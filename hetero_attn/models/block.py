@@ -97,8 +97,11 @@ def normed_linear(
     work: Workspace,
     out: Activation,
 ) -> None:
-    """A linear of the RMS-normalised residual into `out`; on a GPU one launch normalises it, and rounds it for all
-    pieces of the weight."""
+    """A linear of the RMS-normalised residual into `out`, or where there is no norm of the residual as it is; on a GPU
+    one launch normalises it, and rounds it for all pieces of the weight."""
+    if norm.main is None:
+        linear(lanes, weights, tier, _as_it_is(lanes, weights.spec.in_features, work, weights, tier), out)
+        return
     normed = work.of("normed", weights.spec.in_features)
     if lanes.device is None or not weights.device_units(tier):
         normalize(lanes, norm, norm_eps, work.residual, normed, weights.has_host_features(tier))
@@ -110,6 +113,17 @@ def normed_linear(
     if weights.has_host_features(tier):
         lanes.push(normed, 0, hidden_size)
     linear(lanes, weights, tier, normed, out, inputs)
+
+
+def _as_it_is(lanes: Lanes, width: int, work: Workspace, weights: LinearWeights, tier: int) -> Activation:
+    """The residual stream, on the host too if the CPU lane computes a part of what multiplies it."""
+    if lanes.device is None:
+        return work.residual.columns(0, width)
+    # The next step's rows are embedded in the residual's host memory while this step may still compute.
+    x = Activation(work.residual.device[:, :width], work.of("normed", width).host)
+    if weights.has_host_features(tier):
+        lanes.push(x, 0, width)
+    return x
 
 
 def projected_buffer(last: LinearSpec) -> BufferSet:

@@ -32,7 +32,9 @@ class Head(Block):
         part = Part(tensor, BLOCK_FEATURES, config.vocab_size, formats.of(tensor))
         self._eps = config.rms_norm_eps
         self.linears = (LinearSpec("head", "head", None, config.hidden_size, (part,), False, block="head"),)
-        self.vectors = (Vector("norm", tensor_name("final_norm"), config.hidden_size, config.norm_offset),)
+        self.vectors = (
+            Vector("norm", tensor_name("final_norm"), config.hidden_size, config.norm_offset, config.logit_scale),
+        )
         self.buffers = (BufferSet("narrow", (("normed", config.hidden_size),)),)
 
     def project(self, lanes: Lanes, weights: BlockWeights, work: Workspace, out: Activation) -> None:

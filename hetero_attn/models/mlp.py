@@ -27,7 +27,8 @@ class GatedMlp(Block):
         self._eps, self._activate = config.rms_norm_eps, GATED_OPS[config.hidden_act]
         self.gate_up, self.down = _linears(config, layer, formats)
         self.linears = (self.gate_up, self.down)
-        parts = {"norm": "mlp_norm"} | ({"post_norm": "mlp_post_norm"} if config.post_norms else {})
+        parts = {"norm": "mlp_norm"} if config.pre_norms else {}
+        parts |= {"post_norm": "mlp_post_norm"} if config.post_norms else {}
         self.vectors = tuple(
             Vector(name, tensor_name(part, layer), config.hidden_size, config.norm_offset)
             for name, part in parts.items()

@@ -5,10 +5,10 @@ cos and sin. Frequencies and angles are float32 products, in the order transform
 rounding of a float32 angle is 4e-3 radians, so a float64 table would be closer to the formula and farther from the
 numbers that the models were trained and published with.
 
-`dynamic` is the one type whose frequencies depend on how long the sequence is; see `rope_tables`.
+The frequencies of `dynamic` and `longrope` depend on how long the sequence is; see `rope_tables`.
 
-Formulas: RoFormer (arXiv 2104.09864); linear and dynamic NTK scaling; YaRN (2309.00071) section 3; the piecewise
-interpolation of Llama 3.1.
+Formulas: RoFormer (arXiv 2104.09864); linear and dynamic NTK scaling; YaRN (2309.00071) section 3; LongRoPE
+(2402.13753); the piecewise interpolation of Llama 3.1.
 """
 
 import math
@@ -25,7 +25,8 @@ def rope_tables(
 
     Args:
         config: the model. max_positions: rows of the tables, tokens. rope: of some layers, None is the model's own.
-        seq_len: only for rope type `dynamic`: the sequence length, in tokens, that the frequencies are stretched for.
+        seq_len: only for rope types `dynamic` and `longrope`: the sequence length, in tokens, that the frequencies
+            are stretched for.
             transformers stretches anew whenever a sequence grows beyond `max_position_embeddings`, which leaves keys
             cached under older frequencies; here one set serves the whole run. None means `max_positions`, the longest
             sequence that the tables allow. Up to `max_position_embeddings` nothing is stretched, as in transformers.
@@ -39,7 +40,7 @@ def rope_tables(
         rope, config.max_position_embeddings, max_positions if seq_len is None else seq_len
     )
     angles = torch.arange(max_positions, dtype=torch.float32, device="cpu")[:, None] * frequencies
-    scale = _attention_factor(rope) if rope.rope_type == "yarn" else 1.0
+    scale = _attention_factor(rope) if rope.rope_type in ("yarn", "longrope") else 1.0
     return angles.cos() * scale, angles.sin() * scale
 
 
@@ -54,6 +55,10 @@ def _inverse_frequencies(rope: RopeConfig, trained: int, seq_len: int) -> torch.
         return _llama3(rope, dim)
     if rope.rope_type == "yarn":
         return _yarn(rope, dim)
+    if rope.rope_type == "none":
+        return torch.zeros(dim // 2, dtype=torch.float32, device="cpu")
+    if rope.rope_type == "longrope":
+        return _longrope(rope, dim, seq_len)
     if rope.rope_type == "divisors":
         return _plain(rope.theta, dim) / torch.tensor(rope.divisors, dtype=torch.float32, device="cpu")
     return _plain(rope.theta, dim)
@@ -79,6 +84,13 @@ def _llama3(rope: RopeConfig, dim: int) -> torch.Tensor:
     between = (1 - smooth) * plain / rope.factor + smooth * plain
     stretched = torch.where(wavelength > original / low, plain / rope.factor, between)
     return torch.where(wavelength < original / high, plain, stretched)
+
+
+def _longrope(rope: RopeConfig, dim: int, seq_len: int) -> torch.Tensor:
+    """One divisor for each pair, of two sets; transformers chooses anew for every call, here one holds for a run."""
+    chosen = rope.long_divisors if seq_len > rope.original_max_position_embeddings else rope.divisors
+    steps = rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+    return 1.0 / (torch.tensor(chosen, dtype=torch.float32, device="cpu") * steps)
 
 
 def _yarn(rope: RopeConfig, dim: int) -> torch.Tensor:

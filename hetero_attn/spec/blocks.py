@@ -17,12 +17,14 @@ FLOAT32_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class Vector:
-    """A float32 vector of a block, such as a norm's weight. offset: added to what the checkpoint holds."""
+    """A float32 vector of a block, such as a norm's weight. offset, scale: what the checkpoint holds counts as
+    (values + offset) * scale."""
 
     name: str
     tensor: str
     features: int
     offset: float = 0.0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,8 @@ class ModelConfig:
         norm_offset: added to every norm's weight. post_norms: whether what attention and MLP give is normalised before
             it is added to the residual stream.
         query_scale: factor on q @ k before the softmax; None is head_dim ** -0.5.
-        embedding_scale: factor on the rows of the token embedding.
+        pre_norms: whether attention and MLP see the residual stream normalised.
+        embedding_scale: factor on the rows of the token embedding. logit_scale: factor on the logits.
         experts: of a mixture of experts, None for a dense model.
         qk_norm_whole: whether q, and k, is normalised over all its heads together, beside which qk_norm is false.
 
@@ -87,6 +88,8 @@ class ModelConfig:
     post_norms: bool = False
     query_scale: float | None = None
     embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    pre_norms: bool = True
     experts: ExpertsConfig | None = None
     qk_norm_whole: bool = False
 
@@ -99,6 +102,11 @@ class ModelConfig:
     def attention_scale(self) -> float:
         """Factor on q @ k before the softmax."""
         return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
+    def rows_of(self, part: str) -> int:
+        """Output features of a part of a layer: q, k, v, gate or up."""
+        heads = {"q": self.num_heads, "k": self.num_kv_heads, "v": self.num_kv_heads}.get(part)
+        return self.intermediate_size if heads is None else heads * self.head_dim
 
     def rope_of(self, layer: int) -> RopeConfig:
         """The rotary embedding of a layer."""

@@ -1,5 +1,6 @@
 """Rotary position embedding as a config describes it."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from hetero_attn.spec.limits import MAX_CONTEXT
 
 MIN_BETA = 1e-6  # turns of yarn's slowest dimension: the logarithm of nearly nothing is no dimension
 DEFAULT_THETA = 10000.0
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,8 @@ class RopeConfig:
     `rotary_dim` counts the leading dimensions of a head that are rotated; the rest pass through. Fields that a
     `rope_type` does not use keep their defaults. `original_max_position_embeddings` counts tokens;
     `attention_factor` None means "derive it from `factor`, `mscale` and `mscale_all_dim`" (yarn only). `divisors`, one
-    for each pair, are the whole scaling of rope type "divisors", which only GGUF files have.
+    for each pair, are the whole scaling of rope type "divisors", which only GGUF files have; of "longrope" they hold up
+    to the trained context, and `long_divisors` beyond. Rope type "none" turns nothing.
     """
 
     rotary_dim: int
@@ -36,6 +38,7 @@ class RopeConfig:
     mscale_all_dim: float = 0.0
     truncate: bool = True
     divisors: tuple[float, ...] = ()
+    long_divisors: tuple[float, ...] = ()
 
 
 def read_rope(fields: JsonFields, head_dim: int, max_position_embeddings: int, partial: bool = False) -> RopeConfig:
@@ -66,6 +69,8 @@ def rope_from(
     inherited = {"partial_rotary_factor": fields.get("partial_rotary_factor")}
     rope = JsonFields(fields.path, found, inherited)
     rope_type = found.get("rope_type", found.get("type", "default"))
+    if "long_factor" in found and rope_type in ("su", "yarn"):  # what the first files with longrope called it
+        rope_type = "longrope"
     if rope_type not in ROPE_TYPES:
         raise UnsupportedModelError(
             f"{fields.path}: rope type {show(rope_type)} is not supported{nearest(str(rope_type), ROPE_TYPES)}. "
@@ -78,12 +83,26 @@ def rope_from(
     factor = rope.number("partial_rotary_factor", 0.0, 1.0, 1.0)
     if not partial:
         _check_whole_rotation(rope, factor)
+    rotary_dim = _rotary_dim(fields, head_dim, int(head_dim * factor))
     return RopeConfig(
-        rotary_dim=_rotary_dim(fields, head_dim, int(head_dim * factor)),
+        rotary_dim=rotary_dim,
         rope_type=rope_type,
         theta=rope.number("rope_theta", 1.0, 1e15, theta),
         **_rope_scaling(fields, rope, rope_type, max_position_embeddings),
+        **(_long_divisors(rope, rotary_dim // 2) if rope_type == "longrope" else {}),
     )
+
+
+def _long_divisors(rope: JsonFields, pairs: int) -> dict[str, Any]:
+    """Both sets of longrope, a divisor for each pair."""
+    found = {}
+    for key, name in (("short_factor", "divisors"), ("long_factor", "long_divisors")):
+        values = rope.get(key)
+        good = isinstance(values, list) and len(values) == pairs
+        if not good or not all(isinstance(value, int | float) and 0 < value < 1e9 for value in values):
+            rope.fail(key, values, f"a list of {pairs} numbers above 0, one for each pair that is turned")
+        found[name] = tuple(map(float, values))
+    return found
 
 
 def _check_whole_rotation(rope: JsonFields, factor: float) -> None:
@@ -121,6 +140,10 @@ def _rope_scaling(fields: JsonFields, rope: JsonFields, rope_type: str, max_posi
         low = rope.number("low_freq_factor", 0.0, 1e6)
         high = rope.number("high_freq_factor", low, 1e6)
         return scaling | {"factor": rope.number("factor", 0.0, 1e6), "low_freq_factor": low, "high_freq_factor": high}
+    if rope_type == "longrope":
+        factor = rope.number("factor", 0.0, 1e6, max_position_embeddings / original)
+        recommended = (1 + math.log(factor) / math.log(original)) ** 0.5 if factor > 1.0 and original > 1 else 1.0
+        return scaling | {"attention_factor": rope.number("attention_factor", 0.0, 1e6, recommended)}
     # transformers takes 0 as "not given" for every number of yarn that may be left out.
     yarn = JsonFields(rope.path, {key: value or None for key, value in rope.values.items() if key != "truncate"})
     return scaling | {

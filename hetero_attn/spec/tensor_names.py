@@ -53,23 +53,33 @@ class TensorNames:
     """How the files of a family call the tensors where they do not call them as we do.
 
     layer_parts: pairs of their name of a part of a layer and our word for it. prefixes: what stands in the place of
-    "model." in files that hold other models too.
+    "model." in files that hold other models too. fused: pairs of their name of a part and our words of those that it
+    holds, one below the other. is_turned: whether the rows of q and k lie as pairs that are turned together.
     """
 
     layer_parts: tuple[tuple[str, str], ...] = ()
     prefixes: tuple[str, ...] = ()
+    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    is_turned: bool = False
 
     def ours(self, name: str) -> str:
         """Our name of a tensor of theirs; a tensor that none of these rules is about keeps its name."""
         for prefix in self.prefixes:
             if name.startswith(prefix):
                 name = "model." + name.removeprefix(prefix)
-        if not name.startswith(LAYER_PREFIX):
-            return name
-        layer, _, rest = name.removeprefix(LAYER_PREFIX).partition(".")
-        part, _, kind = rest.rpartition(".")
+        layer, part, kind = split_name(name)
         word = dict(self.layer_parts).get(part)
-        return name if word is None or not layer.isdecimal() else tensor_name(word, int(layer), kind)
+        return name if word is None else tensor_name(word, layer, kind)
+
+
+def split_name(name: str) -> tuple[int, str, str]:
+    """Layer, part and kind of a layer's tensor: of model.layers.3.mlp.up_proj.weight 3, mlp.up_proj and weight.
+
+    (0, "", "") of any other name.
+    """
+    layer, _, rest = name.removeprefix(LAYER_PREFIX).partition(".")
+    part, _, kind = rest.rpartition(".")
+    return (int(layer), part, kind) if name.startswith(LAYER_PREFIX) and layer.isdecimal() else (0, "", "")
 
 
 AS_OURS = TensorNames()

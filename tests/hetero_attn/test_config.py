@@ -218,7 +218,7 @@ FAULTS = {
     "rope-unknown": (
         {"rope_scaling": {"rope_type": "weird", "factor": 2}},
         UnsupportedModelError,
-        ["rope type 'weird'", "default, linear, dynamic, llama3, yarn"],
+        ["rope type 'weird'", "default, linear, dynamic, llama3, yarn, longrope"],
     ),
     "rope-near": ({"rope_scaling": {"type": "yran"}}, UnsupportedModelError, ["did you mean 'yarn'?"]),
     "rope-list": ({"rope_scaling": [1]}, ConfigError, ["rope_scaling is [1]", "an object"]),

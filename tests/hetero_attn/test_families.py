@@ -7,14 +7,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hetero_attn.checkpoints.sources import open_source
-from hetero_attn.errors import ConfigError, UnsupportedModelError
+from hetero_attn.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hetero_attn.models.decoder import decoder
+from hetero_attn.models.rope import rope_tables
 from hetero_attn.spec.config import ModelConfig
 from tests.support.runtime import cpu_plan, make_engine, nmse, run_logits, toy_workload, uniform_plan
 from tests.support.toy import edit_json, hf_logits, make_family_checkpoint
 
 TOKENS = torch.randint(307, (60,), generator=torch.Generator().manual_seed(1)).tolist()
 GEMMA3 = {"sliding_window": 9, "query_pre_attn_scalar": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+PAIRS = {"short_factor": [1.0 + 0.1 * i for i in range(15)], "long_factor": [2.0 + 0.3 * i for i in range(15)]}
+LONGROPE = PAIRS | {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+GLM4 = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
 
 MODELS = {
     "gemma3": ("gemma3_text", GEMMA3 | {"num_hidden_layers": 4}),
@@ -30,6 +35,46 @@ MODELS = {
             },
         },
     ),
+}
+
+MODELS |= {
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 2.5,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rms_norm_eps": 1e-3,
+        },
+    ),
+    "smollm3": ("smollm3", {"num_hidden_layers": 4, "no_rope_layer_interval": 2, "head_dim": 12}),
+    "smollm3-windows": (
+        "smollm3",
+        {
+            "no_rope_layers": [1, 0, 1],
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "head_dim": 12,
+        },
+    ),
+    "seed-oss": ("seed_oss", {"attention_out_bias": True, "mlp_bias": True}),
+    "phi3": ("phi3", {"sliding_window": 9, "head_dim": 12}),
+    "phi4-mini": (
+        "phi3",
+        {
+            "hidden_size": 240,
+            "rope_parameters": LONGROPE,
+            "original_max_position_embeddings": 256,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "glm4": ("glm4", GLM4),
+    "olmo2": ("olmo2", {"head_dim": 12, "attention_bias": True}),
 }
 
 
@@ -123,7 +168,37 @@ def test_published_gemma3_defaults(tmp_path):
     assert config.tie_word_embeddings and config.attention_scale == 256**-0.5
 
 
+def test_longrope_takes_the_long_divisors_where_a_run_may_be_long(tmp_path):
+    """transformers does so for each call, here the context of the run decides."""
+    values = {"hidden_size": 240, "rope_parameters": LONGROPE, "original_max_position_embeddings": 40}
+    path = make_family_checkpoint(tmp_path, "phi3", **values)
+
+    assert nmse(logits_by(path, cpu_plan(toy_workload(path))), hf_logits(path, TOKENS)) <= 1e-10
+    config = ModelConfig.from_dir(path)
+    assert not torch.equal(rope_tables(config, 40)[0], rope_tables(config, 41)[0][:40])
+
+
+def test_rows_of_a_fused_tensor_that_do_not_fit_are_named(tmp_path):
+    path = make_family_checkpoint(tmp_path, "phi3", head_dim=12)
+    edit_json(path / "config.json", num_key_value_heads=6)
+
+    with pytest.raises(
+        CheckpointError, match=r"qkv_proj.weight has shape \[120, 72\], expected 216 rows: those of q, k, v"
+    ):
+        open_source(path)
+
+
 REFUSED = {
+    "longrope": (
+        "phi3",
+        {
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 3},
+            "num_attention_heads": 8,
+        },
+        ConfigError,
+        "short_factor is .*a list of 4 numbers",
+    ),
+    "no rope": ("smollm3", {"no_rope_layers": [1], "num_attention_heads": 4}, ConfigError, "no_rope_layers"),
     "soft cap": ("gemma3_text", {"attn_logit_softcapping": 50.0}, UnsupportedModelError, "attn_logit_softcapping"),
     "both ways": ("gemma3_text", {"use_bidirectional_attention": True}, UnsupportedModelError, "bidirectional"),
     "layer kind": ("gemma3_text", {"layer_types": ["linear_attention"] * 3}, UnsupportedModelError, "linear_attention"),
@@ -134,7 +209,13 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_terms_that_are_not_computed_are_refused_by_name(tmp_path, case):
     family, changes, error, words = REFUSED[case]
-    values = {"model_type": family, "num_hidden_layers": 3, "vocab_size": 9, "hidden_size": 64, "intermediate_size": 8}
+    values = {
+        "model_type": family,
+        "num_hidden_layers": 3,
+        "vocab_size": 140000,
+        "hidden_size": 64,
+        "intermediate_size": 8,
+    }
     (tmp_path / "config.json").write_text("{}")
     edit_json(tmp_path / "config.json", **values | changes)
 

@@ -1,5 +1,7 @@
 """Families from GGUF files against transformers holding the same values in float32."""
 
+import math
+
 import pytest
 import torch
 
@@ -13,7 +15,41 @@ from tests.support.toy import hf_logits
 
 TOKENS = tuple(torch.randint(260, (40,), generator=torch.Generator().manual_seed(3)).tolist())
 # family: (metadata, values of the config); the metadata says the same in GGUF's words.
+GRANITE = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+SHORT, LONG = [1.0 + 0.1 * pair for pair in range(24)], [2.0 + 0.3 * pair for pair in range(24)]
 CASES = {
+    "granite": (
+        {"embedding_scale": 3.0, "residual_scale": 0.4, "attention.scale": 0.2, "logit_scale": 2.5},
+        dict(zip(GRANITE, (3.0, 0.4, 0.2, 2.5), strict=True)),
+    ),
+    "smollm3": ({}, {"num_hidden_layers": 5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    "seed_oss": ({}, {"attention_bias": True}),
+    "phi3": (
+        {
+            "rope.dimension_count": 48,
+            "attention.sliding_window": 9,
+            "rope_factors_short.weight": SHORT,
+            "rope_factors_long.weight": LONG,
+            "rope.scaling.original_context_length": 256,
+            "rope.scaling.attn_factor": (1 + math.log(2) / math.log(256)) ** 0.5,
+        },
+        {
+            "sliding_window": 9,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+                "short_factor": SHORT,
+                "long_factor": LONG,
+            },
+        },
+    ),
+    "glm4": (
+        {"rope.dimension_count": 32},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "olmo2": ({}, {}),
     "gemma3_text": (
         {
             "attention.sliding_window": 9,

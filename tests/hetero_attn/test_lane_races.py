@@ -61,6 +61,7 @@ def simulated(path: Path, plan: Plan, handover: str | None = "events") -> Iterat
 
 # Families whose blocks queue other work than those of Llama.
 OTHERS = {
+    "olmo2": {"head_dim": 12},
     "gemma3_text": {"sliding_window": 11, "layer_types": ["sliding_attention", "full_attention"]},
 }
 

@@ -1,5 +1,6 @@
 """Whole models as GGUF files, written with gguf's own writer, and the same values as a float32 checkpoint."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,13 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cpu_kernels.formats import GGUF_TYPES
-from hetero_attn.checkpoints.gguf.names import is_rotated, our_name
+from hetero_attn.checkpoints.gguf.names import our_name
+from hetero_attn.checkpoints.row_order import is_rotated
 from hetero_attn.spec.config import tensor_names
+from hetero_attn.spec.families.family import Family
 from hetero_attn.spec.families.table import FAMILIES
+from hetero_attn.spec.tensor_names import tensor_name
 from tests.support.gguf_data import dequantised, random_rows
 from tests.support.toy import make_checkpoint, make_family_checkpoint
 
 TYPES = {item.name: item for item in GGUF_TYPES.values()}
+Metadata = Mapping[str, int | float | list[float]]
 TOKENS = ["<unk>", "<s>", "</s>", "<|end|>"]
 
 
@@ -26,6 +31,19 @@ def names(layers: int) -> dict[str, str]:
     theirs = [f"blk.{layer}.{part}" for layer in range(layers) for part in parts]
     theirs += ["token_embd", "output_norm", "output"]
     return {our_name(f"{name}.{kind}"): f"{name}.{kind}" for name in theirs for kind in ("weight", "bias")}
+
+
+def special_names(family: Family, layers: int) -> dict[str, str]:
+    """Our names to GGUF's where a family's files have others than Llama's, and theirs to those of fused tensors."""
+    found = {}
+    for layer in range(layers):
+        for theirs, word in family.gguf.parts:
+            found[tensor_name(word, layer)] = f"blk.{layer}.{theirs}.weight"
+        for name, words in family.tensor_names.fused:
+            theirs = next(theirs for theirs, held in family.gguf.fused if held == words)
+            for kind in ("weight", "bias"):
+                found[f"model.layers.{layer}.{name}.{kind}"] = f"blk.{layer}.{theirs}.{kind}"
+    return found
 
 
 def permuted(values: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -58,10 +76,11 @@ def scaled(rows: torch.Tensor, kind: str, deviation: float) -> torch.Tensor:
     return rows
 
 
-def make_family_gguf(folder: Path, family: str, metadata: Mapping[str, int | float], **values) -> tuple[Path, Path]:
+def make_family_gguf(folder: Path, family: str, metadata: Metadata, **values) -> tuple[Path, Path]:
     """(GGUF file in Q8_0, directory of the same values in float32) of any family that has an architecture in GGUF.
 
-    metadata: further keys, without the architecture. values: of `make_family_checkpoint`.
+    metadata: further keys, without the architecture; a list of numbers is a tensor of that name. values: of
+    `make_family_checkpoint`.
     """
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
     values = sizes | {"head_dim": 64, "num_hidden_layers": 2} | values
@@ -96,15 +115,20 @@ def _write_gguf(
     kinds: Mapping[str, str],
     default: str,
     shape: Mapping[str, int],
-    metadata: Mapping[str, int | float],
+    metadata: Metadata,
 ) -> Path:
     """Write the file, and the values that it holds back into the plain checkpoint."""
-    tensors, theirs = load_file(plain / "model.safetensors"), names(shape["layers"])
-    declared = FAMILIES[family]
+    tensors, declared = load_file(plain / "model.safetensors"), FAMILIES[family]
+    theirs = names(shape["layers"]) | special_names(declared, shape["layers"])
     architecture, ours = declared.gguf.architecture, tensor_names(plain).ours
     writer = gguf.GGUFWriter(folder / "model.gguf", architecture)
     add_metadata(writer, family, shape)
-    for key, value in ({"rope.freq_base": 10000.0} | dict(metadata)).items():
+    eps = json.loads((plain / "config.json").read_text())["rms_norm_eps"]
+    said = {"rope.freq_base": 10000.0, "attention.layer_norm_rms_epsilon": eps} | dict(metadata)
+    for key, value in said.items():
+        if isinstance(value, list):
+            writer.add_tensor(key, np.array(value, np.float32))
+            continue
         add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
         add(f"{architecture}.{key}", value)
     for seed, (name, values) in enumerate(sorted(tensors.items())):
@@ -113,7 +137,7 @@ def _write_gguf(
         if values.dim() == 1 and family.startswith("gemma"):
             writer.add_tensor(target, (values + 1).numpy())
             continue
-        swap = is_rotated(name) and declared.gguf.is_turned
+        swap = is_rotated(name) and declared.gguf.is_turned and not declared.tensor_names.is_turned
         data, exact = coded(permuted(values, shape["head_dim"]) if swap else values, kind, seed)
         if swap:
             heads = exact.view(-1, shape["head_dim"] // 2, 2, *exact.shape[1:])
@@ -141,7 +165,6 @@ def add_metadata(writer: gguf.GGUFWriter, family: str, shape: Mapping[str, int])
     writer.add_head_count_kv(shape["num_kv_heads"])
     writer.add_key_length(shape["head_dim"])
     writer.add_value_length(shape["head_dim"])
-    writer.add_layer_norm_rms_eps(1e-6)
     tokens = [*TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")

@@ -127,6 +127,7 @@ def moe_gguf(folder: Path, family: str, kind: str = "Q8_0") -> tuple[Path, Path]
         "num_kv_heads": 2,
     }
     add_metadata(writer, family, described | {"head_dim": 32})
+    writer.add_layer_norm_rms_eps(1e-6)
     counts = {"expert_count": config.experts.experts, "expert_used_count": config.experts.per_row}
     for key, value in (counts | keys).items():
         writer.add_uint32(f"{architecture}.{key}", value)

@@ -5,20 +5,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from hetero_attn.checkpoints.gguf.config import gguf_config, is_turned
+from hetero_attn.checkpoints.gguf.config import gguf_config, gguf_terms
 from hetero_attn.checkpoints.gguf.expert_tensors import by_our_names
 from hetero_attn.checkpoints.gguf.fields import GgufFields
 from hetero_attn.checkpoints.gguf.file import GgufFile, GgufTensor
-from hetero_attn.checkpoints.gguf.names import ROPE_DIVISORS, is_rotated
+from hetero_attn.checkpoints.gguf.names import LONG_DIVISORS, ROPE_DIVISORS, SHORT_DIVISORS, split_block
 from hetero_attn.checkpoints.gguf.parts import open_parts
+from hetero_attn.checkpoints.row_order import is_rotated, pieces, turn_back
 from hetero_attn.errors import CheckpointError, UnsupportedModelError
 from hetero_attn.spec.blocks import ModelSpec
 from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.tensor_names import tensor_name
 
 if TYPE_CHECKING:
     import torch
 
 _TORCH_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_ROPE_TENSORS = (ROPE_DIVISORS, LONG_DIVISORS, SHORT_DIVISORS)
 _INSTEAD_BITS = 4.5  # of Q4_K, which is offered where a type is refused
 
 
@@ -37,8 +40,19 @@ class GgufCheckpoint:
         self._files = files
         self._theirs = tensors
         self.fields = GgufFields(path, files[0].metadata)
-        self._ours = {name: by_our_names(name, tensor) for name, tensor in tensors.items()}
+        self._terms = gguf_terms(self.fields)
+        self._ours = {name: self._held_by(name, tensor) for name, tensor in tensors.items()}
         self._entries = {ours: tensor for found in self._ours.values() for ours, tensor in found.items()}
+
+    def _held_by(self, name: str, tensor: GgufTensor) -> dict[str, GgufTensor]:
+        """The tensors of ours that one of the file holds: one, several, or none where no model of ours has it."""
+        layer, part, kind = split_block(name)
+        if fused := dict(self._terms.fused).get(part):
+            found = pieces(self.path, name, tensor, fused, self.config)
+            return {tensor_name(word, layer, kind): piece for word, piece in found}
+        if word := dict(self._terms.parts).get(part):
+            return {tensor_name(word, layer, kind): tensor}
+        return by_our_names(name, tensor)
 
     @classmethod
     def open(cls, path: str | Path) -> "GgufCheckpoint":
@@ -58,9 +72,11 @@ class GgufCheckpoint:
     @cached_property
     def config(self) -> ModelConfig:
         """The model's configuration; raises as `gguf_config` does."""
-        divisors = ()
-        if ROPE_DIVISORS in self._theirs:
-            divisors = tuple(self._read(ROPE_DIVISORS, self._theirs[ROPE_DIVISORS]).float().tolist())
+        divisors = {
+            name: tuple(self._read(name, self._theirs[name]).float().tolist())
+            for name in _ROPE_TENSORS
+            if name in self._theirs
+        }
         return gguf_config(self.fields, self._theirs, divisors)
 
     @property
@@ -107,10 +123,8 @@ class GgufCheckpoint:
         entry = self._entry(name)
         first, stop, _ = (rows or slice(None)).indices(entry.shape[0])
         out = self._read(name, entry, first, max(first, stop), out)
-        if is_rotated(name) and is_turned(self.fields):
-            half = self.config.head_dim // 2
-            heads = out.view(-1, half, 2, *out.shape[1:])
-            out.copy_(heads.transpose(1, 2).contiguous().view(out.shape))
+        if is_rotated(name) and self._terms.is_turned:
+            turn_back(out, self.config.head_dim, self.config.rope.rotary_dim)
         return out
 
     def check(self, model: ModelSpec) -> list[str]:
@@ -129,7 +143,7 @@ class GgufCheckpoint:
                     f"{self.path}: tensor {name} has shape {list(self.shape(name))}, the metadata says {list(shape)}"
                 )
         known = set(expected)
-        if unused := [name for name, ours in self._ours.items() if name != ROPE_DIVISORS and not known & set(ours)]:
+        if unused := [name for name, ours in self._ours.items() if not known & set(ours) and name not in _ROPE_TENSORS]:
             raise UnsupportedModelError(
                 f"{self.path}: {len(unused)} tensors would be ignored, the first is {unused[0]}: the architecture "
                 f"{self.fields.architecture} does not have them here, and its answers would not be the model's"

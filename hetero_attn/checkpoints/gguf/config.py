@@ -5,6 +5,7 @@ from typing import Any
 
 from hetero_attn.checkpoints.gguf.fields import GgufFields
 from hetero_attn.checkpoints.gguf.file import GgufTensor
+from hetero_attn.checkpoints.gguf.names import LONG_DIVISORS, ROPE_DIVISORS, SHORT_DIVISORS
 from hetero_attn.errors import ConfigError, UnsupportedModelError, nearest
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.families.family import Family, GgufTerms
@@ -40,9 +41,9 @@ _UNKNOWN_TERMS = (
 
 
 def gguf_config(
-    fields: GgufFields, tensors: Mapping[str, GgufTensor], rope_divisors: tuple[float, ...] = ()
+    fields: GgufFields, tensors: Mapping[str, GgufTensor], rope_divisors: Mapping[str, tuple[float, ...]]
 ) -> ModelConfig:
-    """The configuration of a model; rope_divisors: what the tensor rope_freqs holds, one number a pair.
+    """The configuration of a model; rope_divisors: what the tensors of rotary embedding hold, one number a pair.
 
     Raises:
         ConfigError: a value that is missing, mistyped or impossible.
@@ -72,7 +73,7 @@ def gguf_config(
         "max_position_embeddings": context,
         "rms_norm_eps": fields.number(".attention.layer_norm_rms_epsilon", 0.0, 1.0),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "qkv_bias": "blk.0.attn_q.bias" in tensors,
+        "qkv_bias": "blk.0.attn_q.bias" in tensors or "blk.0.attn_qkv.bias" in tensors,
         "o_bias": "blk.0.attn_output.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
         "qk_norm": "blk.0.attn_q_norm.weight" in tensors,
@@ -146,18 +147,28 @@ def _rope(
     head_dim: int,
     context: int,
     tensors: Mapping[str, GgufTensor],
-    divisors: tuple[float, ...],
+    found: Mapping[str, tuple[float, ...]],
 ) -> RopeConfig:
     rotary_dim = fields.integer(".rope.dimension_count", MAX_HEAD_DIM, head_dim, low=4)
     if rotary_dim % 2 or rotary_dim > head_dim:
         fields.fail(".rope.dimension_count", rotary_dim, f"an even number up to {head_dim}")
     base = {"rotary_dim": rotary_dim, "theta": fields.number(".rope.freq_base", 1.0, 1e15, 10000.0)}
-    if "rope_factors_long.weight" in tensors:
-        raise UnsupportedModelError(f"{fields.path}: rope with long and short factors (longrope) is not supported")
-    if divisors:
+    for name, divisors in found.items():
         if len(divisors) != rotary_dim // 2 or not all(0 < value < 1e9 for value in divisors):
-            raise ConfigError(f"{fields.path}: rope_freqs.weight must hold {rotary_dim // 2} positive numbers")
-        return RopeConfig(**base, rope_type="divisors", divisors=divisors)
+            raise ConfigError(f"{fields.path}: {name} must hold {rotary_dim // 2} positive numbers")
+    if LONG_DIVISORS in found:
+        return RopeConfig(
+            **base,
+            rope_type="longrope",
+            divisors=found.get(SHORT_DIVISORS, (1.0,) * (rotary_dim // 2)),
+            long_divisors=found[LONG_DIVISORS],
+            original_max_position_embeddings=fields.integer(
+                ".rope.scaling.original_context_length", MAX_CONTEXT, context
+            ),
+            attention_factor=fields.number(".rope.scaling.attn_factor", 0.0, 1e6, 1.0),
+        )
+    if ROPE_DIVISORS in found:
+        return RopeConfig(**base, rope_type="divisors", divisors=found[ROPE_DIVISORS])
     kind = fields.text(".rope.scaling.type", "none")
     if kind in ("none", ""):
         old = fields.number(".rope.scale_linear", 0.0, 1e6, 1.0)
@@ -183,10 +194,10 @@ def _scaling(fields: GgufFields, kind: str, context: int) -> dict[str, Any]:
     raise UnsupportedModelError(f"{fields.path}: rope scaling {kind[:40]!r} is not supported; known: linear, yarn")
 
 
-def is_turned(fields: GgufFields) -> bool:
-    """Whether the rows of every q and k head are stored as pairs that are turned together."""
+def gguf_terms(fields: GgufFields) -> GgufTerms:
+    """What a file's family declares; nothing special of one that is not known."""
     family = _family_or_none(fields)
-    return family is not None and family.gguf is not None and family.gguf.is_turned
+    return GgufTerms(fields.architecture) if family is None or family.gguf is None else family.gguf
 
 
 def _family_or_none(fields: GgufFields) -> Family | None:

@@ -28,6 +28,7 @@ _OURS_TOP = {theirs: ours for ours, theirs in _TOP.items()}
 _BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(.+)")
 
 ROPE_DIVISORS = "rope_freqs.weight"
+LONG_DIVISORS, SHORT_DIVISORS = "rope_factors_long.weight", "rope_factors_short.weight"
 
 
 def our_name(name: str) -> str | None:
@@ -35,10 +36,15 @@ def our_name(name: str) -> str | None:
     stem, _, kind = name.rpartition(".")
     if stem in _OURS_TOP:
         return f"{_OURS_TOP[stem]}.{kind}"
+    layer, part, kind = split_block(name)
+    return f"model.layers.{layer}.{_OURS_LAYER[part]}.{kind}" if part in _OURS_LAYER else None
+
+
+def split_block(name: str) -> tuple[int, str, str]:
+    """Layer, part and kind of a layer's tensor, of blk.3.ffn_up.weight 3, ffn_up and weight; (0, "", "") of others."""
+    stem, _, kind = name.rpartition(".")
     match = _BLOCK.fullmatch(stem)
-    if match is None or match[2] not in _OURS_LAYER:
-        return None
-    return f"model.layers.{match[1]}.{_OURS_LAYER[match[2]]}.{kind}"
+    return (0, "", "") if match is None else (int(match[1]), match[2], kind)
 
 
 def their_name(name: str) -> str:
@@ -48,8 +54,3 @@ def their_name(name: str) -> str:
         return f"{_TOP[stem]}.{kind}"
     layer, _, part = stem.removeprefix("model.layers.").partition(".")
     return f"blk.{layer}.{_LAYER[part]}.{kind}"
-
-
-def is_rotated(name: str) -> bool:
-    """Whether a tensor, by our name, makes the vectors that rotary embedding turns."""
-    return ".q_proj." in name or ".k_proj." in name

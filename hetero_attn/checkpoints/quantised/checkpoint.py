@@ -13,8 +13,9 @@ from hetero_attn.checkpoints.quantised.find import find_modules
 from hetero_attn.checkpoints.quantised.module import Module, RowWriter
 from hetero_attn.checkpoints.quantised.scheme import read_scheme
 from hetero_attn.checkpoints.safetensors import SafetensorsFile
-from hetero_attn.errors import CheckpointError
+from hetero_attn.errors import CheckpointError, UnsupportedModelError
 from hetero_attn.spec.blocks import ModelSpec
+from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.tensor_names import AS_OURS, TensorNames
 
 if TYPE_CHECKING:
@@ -43,9 +44,19 @@ class QuantisedCheckpoint(Checkpoint):
     """
 
     def __init__(
-        self, path: Path, files: list[SafetensorsFile], warnings: list[str], tensor_names: TensorNames = AS_OURS
+        self,
+        path: Path,
+        files: list[SafetensorsFile],
+        warnings: list[str],
+        tensor_names: TensorNames = AS_OURS,
+        config: ModelConfig | None = None,
     ):
-        super().__init__(path, files, warnings, tensor_names)
+        if tensor_names.fused or tensor_names.is_turned:
+            raise UnsupportedModelError(
+                f"{path}: the rows of this family's files are cut and put in order while they are read, which is not "
+                "done for packed weights; take the model unquantised, or as GGUF"
+            )
+        super().__init__(path, files, warnings, tensor_names, config)
         scheme = read_scheme(path)
         if scheme is None:
             raise CheckpointError(f"{path}: config.json has no quantization_config; its weights are not quantised")

@@ -21,12 +21,15 @@ class GgufTerms:
 
     architecture: their name of it. keys: metadata of further terms, which `terms` reads: (fields, the fields of
     ModelConfig so far) -> more of those. is_turned: whether the rows of q and k lie as pairs that are turned together.
+    parts, fused: of parts of a layer that they call otherwise than others do, or that hold several, as in TensorNames.
     """
 
     architecture: str
     keys: tuple[str, ...] = ()
     terms: Callable[[Any, Mapping[str, Any]], dict[str, Any]] = nothing_more
     is_turned: bool = False
+    parts: tuple[tuple[str, str], ...] = ()
+    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

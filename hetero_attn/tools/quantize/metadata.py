@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
-from hetero_attn.checkpoints.gguf.config import gguf_config
+from hetero_attn.checkpoints.gguf.config import gguf_config, gguf_terms
 from hetero_attn.checkpoints.gguf.fields import GgufFields
 from hetero_attn.checkpoints.gguf.file import GgufTensor
 from hetero_attn.checkpoints.gguf.names import ROPE_DIVISORS
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.models.rope import rope_tables
 from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.families.family import GgufTerms
 from hetero_attn.spec.families.table import FAMILIES
 
 QUANTIZATION_VERSION = 2  # of ggml's block layouts
@@ -27,9 +28,22 @@ _SAME_LAYERS = {"MistralForCausalLM": "llama"}  # a family whose files say anoth
 
 
 def copied_metadata(source: GgufCheckpoint) -> dict[str, Any]:
-    """What a GGUF source says of its model and tokenizer."""
+    """What a GGUF source says of its model and tokenizer.
+
+    Raises UnsupportedModelError for a family whose tensors lie otherwise than they are written here.
+    """
+    terms = gguf_terms(source.fields)
+    if _lies_otherwise(terms):
+        raise UnsupportedModelError(
+            f"{source.path}: files of the architecture {terms.architecture} keep tensors of other names, or several in "
+            "one, which are not written; llama.cpp's llama-quantize does"
+        )
     kept = {key: value for key, value in source.fields.values.items() if not key.startswith(_NOT_COPIED)}
     return kept | {"general.quantization_version": QUANTIZATION_VERSION}
+
+
+def _lies_otherwise(terms: GgufTerms) -> bool:
+    return bool(terms.fused or terms.parts)
 
 
 def gguf_architecture(config: ModelConfig, path: Path) -> tuple[str, bool]:
@@ -41,8 +55,8 @@ def gguf_architecture(config: ModelConfig, path: Path) -> tuple[str, bool]:
     name = _SAME_LAYERS.get(config.architecture)
     terms = next((found for found in known.values() if found.architecture == name), None)
     terms = terms or known.get(config.architecture)
-    if terms is None or terms.keys:
-        makes = [architecture for architecture, found in known.items() if not found.keys]
+    if terms is None or terms.keys or _lies_otherwise(terms):
+        makes = [name for name, found in known.items() if not found.keys and not _lies_otherwise(found)]
         raise UnsupportedModelError(
             f"{path}: GGUF files of {config.architecture} are not made from safetensors, only of "
             f"{', '.join((*makes, *_SAME_LAYERS))}; take a GGUF file of the model as the source"
@@ -96,7 +110,7 @@ def check_same_model(
     config: ModelConfig, metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor], divisors: Any, path: Path
 ) -> None:
     """Read the metadata as the new file's reader will; UnsupportedModelError where it would be another model."""
-    numbers = () if divisors is None else tuple(divisors.tolist())
+    numbers = {} if divisors is None else {ROPE_DIVISORS: tuple(divisors.tolist())}
     theirs = {name: tensor for name, tensor in tensors.items() if name != ROPE_DIVISORS}
     found = gguf_config(GgufFields(path, metadata), theirs, numbers)
     wrong = [

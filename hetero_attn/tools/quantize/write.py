@@ -10,11 +10,12 @@ import torch
 from cpu_kernels import CpuKernels
 from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
-from hetero_attn.checkpoints.gguf.config import is_turned
+from hetero_attn.checkpoints.gguf.config import gguf_terms
 from hetero_attn.checkpoints.gguf.file import GgufTensor
-from hetero_attn.checkpoints.gguf.names import ROPE_DIVISORS, is_rotated, their_name
+from hetero_attn.checkpoints.gguf.names import ROPE_DIVISORS, their_name
 from hetero_attn.checkpoints.gguf.writer import NewTensor, write_gguf
 from hetero_attn.checkpoints.hub import resolve_model
+from hetero_attn.checkpoints.row_order import is_rotated
 from hetero_attn.checkpoints.sources import open_source, read_config
 from hetero_attn.checkpoints.unit_rows import dequantised
 from hetero_attn.errors import CheckpointError, ConfigError
@@ -106,7 +107,7 @@ def _write(
     tensors = [NewTensor(name, TYPES[chosen[ours]], shapes[ours]) for name, ours in theirs.items()]
     divisors = None
     if isinstance(source, GgufCheckpoint):
-        metadata, turned = copied_metadata(source), is_turned(source.fields)
+        metadata, turned = copied_metadata(source), gguf_terms(source.fields).is_turned
         divisors = torch.tensor(config.rope.divisors) if config.rope.rope_type == "divisors" else None
     else:
         architecture, turned = gguf_architecture(config, source.path)

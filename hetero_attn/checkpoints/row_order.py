@@ -1,0 +1,43 @@
+"""Rows of a file's tensors where ours are others: several tensors in one, and pairs that are turned together.
+
+A tensor of several of ours is cut by its offsets alone. Rotary embedding here turns dimension i with dimension
+i + rotary_dim / 2; files whose models turn 2 i with 2 i + 1 have the same rows in another order.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hetero_attn.errors import CheckpointError
+from hetero_attn.spec.config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+
+def pieces(path: Path, name: str, entry: Any, parts: tuple[str, ...], config: ModelConfig) -> Iterator[tuple[str, Any]]:
+    """(our word, entry of its rows) of every part of a tensor that holds several; raises where the rows do not fit."""
+    rows = [config.rows_of(part) for part in parts]
+    if not entry.shape or entry.shape[0] != sum(rows):
+        raise CheckpointError(
+            f"{path}: tensor {name} has shape {list(entry.shape)}, expected {sum(rows)} rows: those of "
+            f"{', '.join(parts)}; config and weights are of different models, download both again"
+        )
+    row_bytes, first = entry.nbytes // entry.shape[0], 0
+    for part, count in zip(parts, rows, strict=True):
+        shape = (count, *entry.shape[1:])
+        yield part, replace(entry, shape=shape, offset=entry.offset + first * row_bytes, nbytes=count * row_bytes)
+        first += count
+
+
+def turn_back(rows: "torch.Tensor", head_dim: int, rotary_dim: int) -> None:
+    """Bring rows of whole heads, [heads * head_dim, ...], from pairs side by side into our order, in place."""
+    heads = rows.view(-1, head_dim, *rows.shape[1:])[:, :rotary_dim]
+    pairs = heads.reshape(heads.shape[0], rotary_dim // 2, 2, *rows.shape[1:])
+    heads.copy_(pairs.transpose(1, 2).reshape(heads.shape))
+
+
+def is_rotated(name: str) -> bool:
+    """Whether a tensor, by our name, makes the vectors that rotary embedding turns."""
+    return ".q_proj." in name or ".k_proj." in name
