@@ -15,6 +15,7 @@ HEADERS = {
     b"cache-control": b"no-store",
     b"x-accel-buffering": b"no",
 }
+NEVER_S = 1e9
 Result = TypeVar("Result")
 
 
@@ -47,43 +48,46 @@ class EventStream:
         self._headers = [*(HEADERS | {b"content-type": content_type}).items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send headers at once, then frames as they come."""
+        """Send headers at once, then frames as they come. Raises ClientGone when nothing is read for too long."""
         await send({"type": "http.response.start", "status": 200, "headers": self._headers})
-        gone = asyncio.ensure_future(disconnected(receive))
-        pumping = asyncio.ensure_future(self._pump(send))
+        self._loop, self._turn = asyncio.get_running_loop(), asyncio.Lock()
+        self._sent_at = self._loop.time()
+        gone, pumping = asyncio.ensure_future(disconnected(receive)), asyncio.ensure_future(self._pump(send))
+        pinging = asyncio.ensure_future(self._keep_alive(send))
+        tasks = (gone, pumping, pinging)
         try:
-            await asyncio.wait({gone, pumping}, return_when=asyncio.FIRST_COMPLETED)
-            if pumping.done():
-                pumping.result()
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in (pumping, pinging):
+                if task.done():
+                    task.result()
         finally:
-            for task in (gone, pumping):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(gone, pumping, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._frames.aclose()
 
     async def _pump(self, send: Send) -> None:
-        async def deliver(data: bytes, more: bool = True) -> None:
-            message = {"type": "http.response.body", "body": data, "more_body": more}
-            await asyncio.wait_for(send(message), self._blocked_s)
+        async for data in self._frames:
+            await self._deliver(send, data)
+        await self._deliver(send, b"", more=False)
 
-        following = asyncio.ensure_future(anext(self._frames, None))
-        try:
-            while True:
-                done, _ = await asyncio.wait({following}, timeout=self._interval_s or None)
-                if not done:
-                    await deliver(self._ping())
-                    continue
-                data = following.result()
-                if data is None:
-                    break
-                await deliver(data)
-                following = asyncio.ensure_future(anext(self._frames, None))
-            await deliver(b"", more=False)
-        except TimeoutError as blocked:
-            raise ClientGone("the client reads nothing") from blocked
-        finally:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
+    async def _keep_alive(self, send: Send) -> None:
+        """A timer of its own: the clock costs nothing with every frame."""
+        while True:
+            wait_s = self._sent_at + self._interval_s - self._loop.time() if self._interval_s else NEVER_S
+            if wait_s > 0:
+                await asyncio.sleep(wait_s)
+            else:
+                await self._deliver(send, self._ping())
+
+    async def _deliver(self, send: Send, data: bytes, more: bool = True) -> None:
+        async with self._turn:
+            try:
+                async with asyncio.timeout(self._blocked_s):
+                    await send({"type": "http.response.body", "body": data, "more_body": more})
+            except TimeoutError as blocked:
+                raise ClientGone("the client reads nothing") from blocked
+        self._sent_at = self._loop.time()
 
 
 async def disconnected(receive: Receive) -> None:
