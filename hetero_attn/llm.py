@@ -35,6 +35,7 @@ from hetero_attn.serving.scheduler import Scheduler
 from hetero_attn.serving.stream import Stream
 from hetero_attn.serving.tokenizer import NO_TEXT, Tokenizer, open_beside, watch_opening
 from hetero_attn.serving.turns import Turns
+from hetero_attn.speculation.speculator import make_speculator
 from placement import HardwareProfile, Plan, Policy
 from placement.plan.units import parse_bytes
 
@@ -59,7 +60,9 @@ class LLM:
     events | flags | graph. overlap=False runs the lanes one after another. progress shows a bar
     while loading. max_waiting: a call that finds so many requests waiting for a place raises QueueFullError.
     needs_text=True refuses a model whose tokenizer is missing or cannot be opened, as soon as that is known, and stops
-    loading its weights; else such a model warns and takes token ids.
+    loading its weights; else such a model warns and takes token ids. speculate: off | ngram | auto; "ngram" computes
+    tokens ahead that came before in prompt or answer, as many as pay by what passes take here, and keeps those that the
+    sampler draws; "auto" does so wherever the model allows it.
 
     A request with `max_tokens` reserves the cache that it may need. One without takes pages as it grows; when they run
     out, the youngest of the lowest priority waits again and later goes on where it was.
@@ -94,6 +97,7 @@ class LLM:
         progress: bool = True,
         max_waiting: int | None = None,
         needs_text: bool = False,
+        speculate: str = "off",
     ) -> None:
         checked = checked_arguments(
             seed=seed,
@@ -103,6 +107,7 @@ class LLM:
             progress=progress,
             max_waiting=max_waiting,
             needs_text=needs_text,
+            speculate=speculate,
         )
         seed = checked["seed"]
         wishes = LoadOptions(
@@ -136,7 +141,8 @@ class LLM:
         self._tokenizer_failure: ConfigError | None = None
         self._replanner = Replanner(self.engine, planned)
         self._rebalancer = Rebalancer(self.engine, self._replanner)
-        self._scheduler = Scheduler(self.engine)
+        speculator = make_speculator(speculate, bool(self.engine.kv_cache.states), self.engine.report)
+        self._scheduler = Scheduler(self.engine, speculator)
         self._turns = Turns(self.engine, self._scheduler)
         self._seeds = torch.Generator().manual_seed(seed) if seed is not None else None
         self._finalizer = weakref.finalize(self, self._turns.close_soon)

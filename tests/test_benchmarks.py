@@ -327,3 +327,14 @@ def test_a_layer_of_a_prompt_queues_few_launches() -> None:
     assert (first["linear"]["launches"], first["launches"]) == (pieces, pieces + 6)
     assert (last["linear"]["launches"], last["rounded"]["launches"]) == (pieces, 1)
     assert 1 <= last["merge"]["launches"] == last["prefill_attention"]["launches"] - 1 <= 5  # blocks of a whole chunk
+
+
+def test_speculation_checks_every_answer_and_prints_a_gain_for_each_kind() -> None:
+    few = ["--tokens", 12, "--repetitions", 1, "--threads", 1, "--acceptance", 1.0, "--json"]
+    run = run_script("speculation.py", *few)
+
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(run.stdout.splitlines()[-1])["rows"]
+    assert [row["drafts"] for row in rows] == 2 * ["plain", "n-gram", "acceptance 1"]
+    assert all(row["gain_wall"] > 0 for row in rows) and rows[0]["drafted"] == 0
+    assert rows[2]["right"] == rows[5]["right"] == 1.0

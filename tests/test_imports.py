@@ -35,6 +35,7 @@ FLOORS = {
         "tools",
         "llm",
         "serving",
+        "speculation",
         "engine",
         "planning",
         "checkpoints",

@@ -9,7 +9,8 @@ from cpu_kernels.team.arguments import DECODE, PREFILL
 from cpu_kernels.team.team import Team
 
 KV_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "q8", torch.uint8: "q4"}
-ITEMS_PER_THREAD = 16  # items to balance on a machine that is also doing something else
+ITEMS_PER_THREAD = 4  # items of a row, to balance on a machine that is also doing something else
+ROWS_ALIKE = 16  # as many rows as q4 and q8 linears sum alike, whoever is beside them
 
 
 def check_pages(k_pages: torch.Tensor, v_pages: torch.Tensor, head_dim: int) -> str:
@@ -50,8 +51,11 @@ def raise_failure(failure: int, max_pages: int, page_size: int, num_pages: int) 
 
 def split_limits(batch: int, kv_heads: int, tokens: int, num_threads: int) -> tuple[int, int, int]:
     """(most splits of a row's key range, items wanted of a row, most items of a row); how many there are is decided by
-    the kernel, which knows the ranges."""
-    wanted = -(-ITEMS_PER_THREAD * num_threads // batch)
+    the kernel, which knows the ranges.
+
+    Up to ROWS_ALIKE rows, a row's sums do not depend on how many are computed beside it.
+    """
+    wanted = -(-ITEMS_PER_THREAD * num_threads * ROWS_ALIKE // max(ROWS_ALIKE, batch))
     splits = max(1, min(wanted, tokens // (shared.SPLIT_TILES * shared.KEY_TILE)))
     return splits, wanted, min(kv_heads * splits, wanted + kv_heads - 1)
 

@@ -49,6 +49,7 @@ def chat(
     device: options.Device = "auto",
     context: options.Context = None,
     batch: options.Batch = None,
+    speculate: options.Speculate = "off",
     threads: options.Threads = None,
 ) -> None:
     """Talk with a model; Ctrl-C ends an answer, /exit ends the program, /help lists what else there is."""
@@ -69,6 +70,7 @@ def chat(
         kv_dtype=kv_dtype,
         batch=batch,
         needs_text=True,
+        speculate=speculate,
     ) as llm:
         note(banner(llm))
         talk = Conversation(llm, llm.default_params(**wishes), system, variables=variables)

@@ -37,6 +37,7 @@ def generate(
     device: options.Device = "auto",
     context: options.Context = None,
     batch: options.Batch = None,
+    speculate: options.Speculate = "off",
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
@@ -63,6 +64,7 @@ def generate(
         kv_dtype=kv_dtype,
         batch=batch,
         needs_text=True,
+        speculate=speculate,
     ) as llm:
         params = llm.default_params(**wishes)
         if as_json:

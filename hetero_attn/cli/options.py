@@ -83,6 +83,13 @@ RepetitionPenalty = Annotated[
     typer.Option(help=f"Above 1 discourages tokens that were there before. {_SUGGESTED} 1.", show_default=False),
 ]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given several times.")]
+Speculate = Annotated[
+    str,
+    typer.Option(
+        help="off | ngram | auto: compute tokens ahead that came before in prompt or answer, as far as that pays; the "
+        "answer stays the same."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -98,6 +105,7 @@ def load_llm(
     kv_dtype: str = "auto",
     batch: int | None = None,
     needs_text: bool = False,
+    speculate: str = "off",
 ) -> LLM:
     """Load a model by the shared options; says on stderr what takes time. Raises what `LLM` raises."""
     from hetero_attn import LLM
@@ -115,6 +123,7 @@ def load_llm(
         max_batch=batch,
         progress=True,
         needs_text=needs_text,
+        speculate=speculate,
     )
 
 

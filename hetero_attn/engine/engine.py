@@ -129,6 +129,11 @@ class Engine:
         """The most rows that attend one by one, and chunks, of one step."""
         return most_lines(self.lanes, self.kv_cache, self._rows)
 
+    @property
+    def most_single_rows(self) -> int:
+        """The most rows that attend one by one in a step and may be several of a sequence, all with their logits."""
+        return min(self.prefill_chunk, self.most_lines, self._logits_rows)
+
     def _pass(self, work: Sequence[Rows], copy: bool) -> torch.Tensor:
         """`run`, of rows in the order of a step; returns the logits of all that want some, one after the other."""
         token_ids = [token_id for each in work for token_id in each.token_ids]

@@ -45,11 +45,37 @@ class PhaseTimes:
 
 
 @dataclass(slots=True)
+class DraftCounts:
+    """Speculative decoding: a request's passes with drafts, drafts computed, drafts that were right.
+
+    reason: what was decided last, and why; empty where nothing is drafted.
+    """
+
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    reason: str = ""
+
+    def judge(self, drafted: int, accepted: int) -> None:
+        """Count one request's share of a pass."""
+        self.passes += 1
+        self.drafted += drafted
+        self.accepted += accepted
+
+    def line(self) -> str:
+        """For people, in one line."""
+        share = f" ({self.accepted / self.drafted:.0%})" if self.drafted else ""
+        return f"drafts: {self.accepted} of {self.drafted} right{share} in {self.passes} passes; now {self.reason}"
+
+
+@dataclass(slots=True)
 class LaneReport:
-    """Totals since a model was loaded, or since `reset`. tiers: by row tier, since the model was loaded."""
+    """Totals since a model was loaded, or since `reset`. tiers: by row tier, since the model was loaded.
+    drafts: of speculative decoding; rows of drafts that were wrong count in no phase's tokens."""
 
     phases: dict[str, PhaseTimes] = field(default_factory=lambda: {phase: PhaseTimes() for phase in PHASES})
     tiers: dict[int, PhaseTimes] = field(default_factory=dict)
+    drafts: DraftCounts = field(default_factory=DraftCounts)
 
     @contextmanager
     def measure(self, lanes: Lanes, tokens: dict[str, int], rows: int) -> Iterator[None]:
@@ -66,9 +92,19 @@ class LaneReport:
         if any(tokens.values()):
             self.tiers.setdefault(row_tier(rows), PhaseTimes()).add(rows, spent)
 
+    def judged(self, drafted: int, accepted: int) -> None:
+        """Count a request's drafts of one pass, already counted as rows, and those of them that were right."""
+        self.drafts.judge(drafted, accepted)
+        self.phases["decode"].tokens -= drafted - accepted
+
+    def decided(self, reason: str) -> None:
+        """Keep why the next pass has as many drafts as it has."""
+        self.drafts.reason = reason
+
     def reset(self) -> None:
         """Forget everything counted so far, except what `tiers` holds for rebalancing."""
         self.phases = {phase: PhaseTimes() for phase in PHASES}
+        self.drafts = DraftCounts(reason=self.drafts.reason)
 
     def forget(self) -> None:
         """Forget everything, as if nothing had run."""
@@ -98,7 +134,7 @@ class LaneReport:
                 table.add_row(phase, *_cells(times))
         console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
         console.print(table)
-        return console.file.getvalue()
+        return console.file.getvalue() + (f"{self.drafts.line()}\n" if self.drafts.reason else "")
 
 
 def _counters(lanes: Lanes) -> tuple[float, ...]:

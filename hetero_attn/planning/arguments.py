@@ -26,6 +26,7 @@ INTEGERS = {
 # float16 becomes bfloat16, as it does for `auto`.
 TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "bf16", "torch.float32": "fp32"}
 FLAGS = ("elastic", "prefix_cache", "overlap", "progress", "needs_text")
+SPECULATIONS = ("off", "ngram", "auto")
 MOST_BYTES = 1 << 60  # of GPU memory; what is far beyond any machine overflows a planner that divides
 
 
@@ -53,6 +54,9 @@ def _checked(name: str, value: Any) -> Any:
     elif name == "handover":
         _expect(isinstance(value, str), name, value, "a name")
         check_choice(name, value, HANDOVERS)
+    elif name == "speculate":
+        _expect(isinstance(value, str), name, value, "a name")
+        check_choice(name, value, SPECULATIONS)
     elif name == "model":
         _expect(isinstance(value, str | Path), name, value, "a directory or a hub id")
     elif name == "file":

@@ -12,6 +12,7 @@ from hetero_attn.serving.prompt_scores import PromptScores
 from hetero_attn.serving.sampling import SampledToken, Sampler
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.serving.tokenizer import TextStream
+from hetero_attn.speculation.speculator import Speculation
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class Metrics:
     prompt into tokens (and opening the tokenizer, where that is not done yet), computing it, choosing the token.
     time_to_first_token_s: all of it, as the caller waited; 0 before there is a token.
     cached_prompt_tokens: how many of the prompt's tokens were not computed, because an earlier prompt began alike.
+    drafted_tokens, accepted_tokens: computed ahead by speculative decoding, and those of them that are of the answer.
     """
 
     prompt_tokens: int
@@ -30,6 +32,8 @@ class Metrics:
     decode_s: float
     cached_prompt_tokens: int = 0
     time_to_first_token_s: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -117,6 +121,7 @@ class Request:
     prefill_s: float = 0.0
     first_token_at: float = 0.0
     last_token_at: float = 0.0
+    speculation: Speculation | None = None
 
     @property
     def text(self) -> str:
@@ -225,7 +230,9 @@ class Request:
         """What the request has cost so far."""
         decode_s = self.last_token_at - self.first_token_at
         first_s = self.first_token_at - self.asked_at if self.first_token_at else 0.0
-        return Metrics(len(self.prompt_token_ids), self.progress.tokens, self.prefill_s, decode_s, self.reused, first_s)
+        drafts = (0, 0) if self.speculation is None else (self.speculation.drafted, self.speculation.accepted)
+        counts = len(self.prompt_token_ids), self.progress.tokens
+        return Metrics(*counts, self.prefill_s, decode_s, self.reused, first_s, *drafts)
 
     def output(self) -> RequestOutput:
         """The generation as far as it has come; raises `error` if that is what ended it."""

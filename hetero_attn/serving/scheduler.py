@@ -10,7 +10,8 @@ A step is one pass: a token of every request that decodes, and beside them as ma
 computed chunk by chunk, from where it stops being like an earlier one; prompts share a pass unless they begin alike
 beyond what is stored, so that what they share is computed once. A chunk that would take longer than CHUNK_S is cut
 short while anybody else is there. A prompt whose every logit is asked for takes turns with all that. How far a request
-has come is derived from its own tokens at the start of each step; an interrupted step leaves nothing to undo.
+has come is derived from its own tokens at the start of each step; an interrupted step leaves nothing to undo. In a step
+without prompts a request may bring drafts of its next tokens along, see hetero_attn/speculation.
 """
 
 import time
@@ -24,6 +25,8 @@ from hetero_attn.engine.engine import Engine
 from hetero_attn.errors import HeteroError
 from hetero_attn.ops.step import Rows
 from hetero_attn.serving.request import Request
+from hetero_attn.speculation.speculator import Speculator
+from hetero_attn.speculation.width import WIDTHS
 from placement.plan.plan import Plan
 
 CHUNK_S = 1.0
@@ -31,10 +34,14 @@ LEAST_CHUNK = 16  # rows; shorter ones cost a pass over the weights each and hel
 
 
 class Scheduler:
-    """Drives an engine: `add` requests, call `step` until `has_work` is false, `abort` at any time between steps."""
+    """Drives an engine: `add` requests, call `step` until `has_work` is false, `abort` at any time between steps.
 
-    def __init__(self, engine: Engine) -> None:
+    speculator: who drafts, None for nobody; may be another one from the next request on.
+    """
+
+    def __init__(self, engine: Engine, speculator: Speculator | None = None) -> None:
         self._engine = engine
+        self.speculator = speculator
         self._waiting: list[Request] = []
         self._running: list[Request] = []
         self._arrivals = count()
@@ -53,7 +60,8 @@ class Scheduler:
     @property
     def tokens(self) -> int:
         """Tokens in the cache after the next step: those of every admitted request, and what the step may append."""
-        return sum(request.cached_tokens + 1 for request in self._running) + self._engine.prefill_chunk * any(
+        new = 1 if self.speculator is None else WIDTHS[-1]
+        return sum(request.cached_tokens + new for request in self._running) + self._engine.prefill_chunk * any(
             request.is_prefilling for request in (*self._running, *self._waiting)
         )
 
@@ -94,7 +102,7 @@ class Scheduler:
         self._admit()
         decoding, chunks = self._shared_out(decoding)
         for request in (*decoding, *chunks):
-            request.sequence.length = request.cached_tokens
+            self._settle(request)
         if chunks:
             self._compute(decoding, chunks)
         elif decoding:
@@ -219,7 +227,44 @@ class Scheduler:
             stored = (*request.prompt_token_ids, *request.token_ids)[: request.cached_tokens]
             self._engine.kv_cache.remember(request.sequence, stored)
 
+    def _settle(self, request: Request) -> None:
+        """Let a sequence hold what the request counts: a step that was interrupted, or drafts, went further."""
+        sequence, stored = request.sequence, request.cached_tokens
+        if sequence.length <= stored or not self._engine.kv_cache.rewind(sequence, stored):
+            sequence.length = stored
+
     def _decode(self, requests: tuple[Request, ...]) -> None:
+        drafts, started = self._drafts(requests), time.perf_counter()
+        if any(drafts):
+            self._verify(requests, drafts)
+        else:
+            self._decode_plainly(requests)
+        if self.speculator is not None:
+            rows = len(requests) + sum(map(len, drafts))
+            self.speculator.costs.observe(rows, time.perf_counter() - started)
+
+    def _drafts(self, requests: tuple[Request, ...]) -> list[list[int]]:
+        """What each request's next tokens may be; none without pages for them."""
+        if self.speculator is None:
+            return [[] for _ in requests]
+        drafts = self.speculator.drafts(requests, self._engine.most_single_rows)
+        for request, drafted in zip(requests, drafts, strict=True):
+            tokens = request.cached_tokens + 1 + len(drafted)
+            if drafted and request.grows and not self._engine.kv_cache.extend(request.sequence, tokens):
+                drafted.clear()
+        return drafts
+
+    def _verify(self, requests: tuple[Request, ...], drafts: list[list[int]]) -> None:
+        """One pass of every request's newest token and its drafts behind it."""
+        pairs = list(zip(requests, drafts, strict=True))
+        work = [Rows(each.sequence, [each.token_ids[-1], *drafted], 1 + len(drafted)) for each, drafted in pairs]
+        for (request, drafted), logits in zip(pairs, self._engine.run(work, copy=False), strict=True):
+            accepted = _choose_while_right(request, drafted, logits)
+            self._settle(request)
+            if drafted:
+                self.speculator.judge(request, len(drafted), accepted)
+
+    def _decode_plainly(self, requests: tuple[Request, ...]) -> None:
         sequences = [request.sequence for request in requests]
         logits = self._engine.decode_step(sequences, [request.token_ids[-1] for request in requests], copy=False)
         for request, row in zip(requests, logits, strict=True):
@@ -235,6 +280,18 @@ class Scheduler:
                 self._engine.kv_cache.close(request.sequence)
                 request.sequence = None
             self._running.remove(request)
+
+
+def _choose_while_right(request: Request, drafts: Sequence[int], logits: torch.Tensor) -> int:
+    """Draw a token from every row as passes of one row would, as long as the drafts say the same; returns how many did.
+
+    logits: float32 [1 + len(drafts), vocab_size].
+    """
+    for accepted, (row, draft) in enumerate(zip(logits, (*drafts, None), strict=True)):
+        request.choose(row)
+        if request.finish_reason is not None or request.token_ids[-1] != draft:
+            return accepted
+    raise AssertionError("no token is None")
 
 
 def rows_within(plan: Plan, seconds: float) -> int:

@@ -19,6 +19,7 @@ OF_THE_RUN = {
     "handover",
     "progress",
     "needs_text",
+    "speculate",
 }  # they leave the plan as it is
 
 

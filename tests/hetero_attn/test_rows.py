@@ -131,7 +131,7 @@ def test_rows_that_no_step_can_compute_are_named(engine):
 
 @pytest.mark.parametrize("dtype", ["q8", "q4"])
 def test_a_chain_of_rows_is_bit_for_bit_as_many_passes_of_one_row(path, dtype):
-    """On the CPU lane, up to 16 rows, where the context is short enough that attention is not split by the batch."""
+    """On the CPU lane, up to 16 rows."""
     engine = make_engine(path, cpu_plan(workload(path, dtype)))
     cache, token_ids = engine.kv_cache, tokens_of(1)
     one_by_one, chained = cache.open(), cache.open()
@@ -147,6 +147,24 @@ def test_a_chain_of_rows_is_bit_for_bit_as_many_passes_of_one_row(path, dtype):
             assert cache.rewind(chained, chained.length - count)
             assert all(max(pool.held(chained.id)) == (chained.length - 1) // PAGE for pool in cache.pools)
             assert torch.equal(engine.run([Rows(chained, added, count)])[0], expected)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("length", [520, 1500, 3000])
+@pytest.mark.parametrize("dtype", ["q8", "q4"])
+def test_a_chain_behind_a_long_context_is_bit_for_bit_as_many_passes(tmp_path, dtype, length):
+    """Attention was split by the batch, so that rows of one pass summed their keys in another order than one alone."""
+    path = make_checkpoint(tmp_path, "llama", layers=1, num_heads=4, num_kv_heads=2, max_position_embeddings=4096)
+    work = toy_workload(path, dtype, max_context=3072, max_batch=2, page_size=16, prefill_chunk=64)
+    engine, added = make_engine(path, cpu_plan(work)), tokens_of(1)[:16]
+    try:
+        one_by_one = engine.kv_cache.open()
+        engine.fill(one_by_one, length)
+        chained = engine.kv_cache.fork(one_by_one)
+        expected = torch.cat([engine.decode_step([one_by_one], [token_id]) for token_id in added])
+
+        assert torch.equal(engine.run([Rows(chained, added, len(added))])[0], expected)
     finally:
         engine.close()
 

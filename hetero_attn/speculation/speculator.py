@@ -1,0 +1,122 @@
+"""Drafts for a batch: which requests get how many in the next pass, and what is learnt from it.
+
+Drafts never change an answer: the request's own sampler draws from every row in turn, as it would pass by pass, and
+goes on while it draws what was drafted. All that is decided here is what is worth computing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from hetero_attn.errors import UnsupportedModelError
+from hetero_attn.speculation.suffix_automaton import SuffixAutomaton
+from hetero_attn.speculation.width import PassCosts, Width
+
+
+class Drafter(Protocol):
+    """Guesses what comes next of one request."""
+
+    def draft(self, prompt_ids: Sequence[int], generated_ids: Sequence[int], count: int) -> list[int]:
+        """At most `count` tokens that may come behind both; called with texts that only ever grow."""
+        ...
+
+
+class NgramDrafter:
+    """Guesses that what came before comes again."""
+
+    def __init__(self) -> None:
+        self._index = SuffixAutomaton()
+
+    def draft(self, prompt_ids: Sequence[int], generated_ids: Sequence[int], count: int) -> list[int]:
+        """As `Drafter`."""
+        known, prompt = len(self._index.tokens), len(prompt_ids)
+        for token_id in (*prompt_ids[known:], *generated_ids[max(0, known - prompt) :]):
+            self._index.append(token_id)
+        return self._index.draft(count)
+
+
+@dataclass(slots=True)
+class Speculation:
+    """What one request's drafts are made from, and what became of them."""
+
+    drafter: Drafter
+    width: Width = field(default_factory=Width)
+    drafted: int = 0
+    accepted: int = 0
+
+
+class Speculating(Protocol):
+    """What is needed of a request."""
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids: list[int]
+    max_tokens: int
+    speculation: Speculation | None
+
+
+class DraftReport(Protocol):
+    """Where drafts are counted and decisions explained."""
+
+    def judged(self, drafted: int, accepted: int) -> None:
+        """Count a request's drafts of one pass, and those of them that were right."""
+        ...
+
+    def decided(self, reason: str) -> None:
+        """Keep the reason of the last decision."""
+        ...
+
+
+class Speculator:
+    """Decides on the drafts of every pass. report: where it says what it does."""
+
+    def __init__(self, report: DraftReport, make_drafter: Callable[[], Drafter] = NgramDrafter) -> None:
+        self.costs = PassCosts()
+        self._report, self._make_drafter = report, make_drafter
+
+    def drafts(self, requests: Sequence[Speculating], most_rows: int) -> list[list[int]]:
+        """Drafts of each request for a pass of at most `most_rows` rows, one of each request without them."""
+        rows, drafts = len(requests), []
+        for request in requests:
+            room = min(most_rows - rows, request.max_tokens - len(request.token_ids) - 1)
+            drafts.append(self._drafts_of(request, rows, room))
+            rows += len(drafts[-1])
+        return drafts
+
+    def judge(self, request: Speculating, drafted: int, accepted: int) -> None:
+        """Learn how many of a request's drafts were right, from the first on."""
+        speculation = request.speculation
+        assert speculation is not None and 0 <= accepted <= drafted
+        speculation.width.judge(drafted, accepted)
+        speculation.drafted += drafted
+        speculation.accepted += accepted
+        self._report.judged(drafted, accepted)
+
+    def _drafts_of(self, request: Speculating, rows: int, room: int) -> list[int]:
+        if request.speculation is None:
+            request.speculation = Speculation(self._make_drafter())
+        speculation = request.speculation
+        width = speculation.width.choose(self.costs, rows)
+        self._report.decided(self._reason(speculation.width, width, rows))
+        if width == 1 or room < 1:
+            return []
+        return speculation.drafter.draft(request.prompt_token_ids, request.token_ids, min(width - 1, room))
+
+    def _reason(self, state: Width, width: int, rows: int) -> str:
+        ratio = self.costs.seconds(rows + max(width, 2) - 1) / self.costs.seconds(rows)
+        what = "no drafts" if width == 1 else f"up to {width - 1} drafts"
+        return f"{what}: {state.acceptance:.0%} are right, {max(width, 2) - 1} make a pass {ratio:.2f} times as long"
+
+
+def make_speculator(wish: str, has_fixed_states: bool, report: DraftReport) -> Speculator | None:
+    """The speculator of a load; None where nothing is drafted.
+
+    has_fixed_states: a layer keeps a state that has taken in a token for good, so that a draft cannot be taken back.
+    Raises UnsupportedModelError where drafts were asked for by name.
+    """
+    if wish == "off" or (wish == "auto" and has_fixed_states):
+        return None
+    if has_fixed_states:
+        raise UnsupportedModelError(
+            "speculate is 'ngram', but this model has layers whose state cannot forget a wrong draft; leave it off"
+        )
+    return Speculator(report)

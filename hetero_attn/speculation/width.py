@@ -1,0 +1,110 @@
+"""How many rows a pass is worth: what passes cost, how often drafts are right, and what follows for the next pass.
+
+A pass of w rows of one request emits E(w) = 1 + a + ... + a^(w-1) tokens where the next draft is right with probability
+a, and takes T(w). The width with the best rate is taken if it beats one row clearly. A drafter that is always wrong
+thus costs the few passes that it takes to notice, and as many again after each pause, which doubles.
+"""
+
+from collections.abc import Iterable
+
+WIDTHS = (2, 4, 8, 16)  # rows, few of them: each is a recorded pass of its own
+SLOPE = 0.07  # what a row adds to the time of one, where nothing was measured yet
+NEW_SHARE = 0.2  # of a measured time in the mean
+OUTLIER = 2.0  # a pass that took longer than so many means says more about the machine's other programs
+KEPT = 0.97  # of what was counted, a pass
+HOPED, FEARED = 0.5, 1.0  # drafts right and wrong, before any was tried
+FIRST_WIDTH = 2
+WORTH, BETTER = 1.03, 1.05  # than one row; than the present width
+PATIENCE = 4  # passes that a larger width must have looked better
+FIRST_PAUSE, LONGEST_PAUSE = 32, 512  # passes
+
+
+class PassCosts:
+    """Seconds of a pass by its rows: a running mean where it was measured, else in the ratio that rows are expected
+    to cost."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+        self._met: set[int] = set()
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """Count a pass; the first one of its rows, which may have been recorded or compiled, is left out."""
+        if rows not in self._met:
+            self._met.add(rows)
+            return
+        mean = self._seconds.get(rows, seconds)
+        self._seconds[rows] = mean + NEW_SHARE * (min(seconds, OUTLIER * mean) - mean)
+
+    def seconds(self, rows: int) -> float:
+        """What a pass of so many rows is expected to take; without any measurement, in units of one row."""
+        if rows in self._seconds:
+            return self._seconds[rows]
+        if not self._seconds:
+            return expected_ratio(rows)
+        nearest = min(self._seconds, key=lambda known: abs(known - rows))
+        return self._seconds[nearest] * expected_ratio(rows) / expected_ratio(nearest)
+
+
+def expected_ratio(rows: int) -> float:
+    """Time of a pass over that of one row, where nobody measured it."""
+    return 1 + SLOPE * (rows - 1)
+
+
+class Width:
+    """The width of one request's passes, from pass to pass."""
+
+    def __init__(self) -> None:
+        self._right, self._wrong = HOPED, FEARED
+        self._width, self._looked_better = FIRST_WIDTH, 0
+        self._pause, self._next_pause = 0, FIRST_PAUSE
+
+    @property
+    def acceptance(self) -> float:
+        """How likely the next draft is right, given that those before it were."""
+        return self._right / (self._right + self._wrong)
+
+    def choose(self, costs: PassCosts, rows: int) -> int:
+        """Rows for this request in the next pass, 1 for no drafts; the pass has `rows` rows without any."""
+        if self._pause > 0:
+            self._pause -= 1
+            if self._pause > 0:
+                return 1
+            self._begin()
+        rates = {width: self._rate(costs, rows, width) for width in (1, *WIDTHS)}
+        best = max(WIDTHS, key=rates.__getitem__)
+        if rates[best] < WORTH * rates[1]:
+            self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, LONGEST_PAUSE)
+            return 1
+        if best < self._width:
+            self._width, self._looked_better = best, 0
+        elif rates[best] > BETTER * rates[self._width]:
+            self._looked_better += 1
+            if self._looked_better >= PATIENCE:
+                self._width, self._looked_better = best, 0
+        else:
+            self._looked_better = 0
+        return self._width
+
+    def judge(self, drafted: int, accepted: int) -> None:
+        """Count a pass: how many of its drafts were right, from the first on."""
+        self._right = KEPT * self._right + accepted
+        self._wrong = KEPT * self._wrong + (accepted < drafted)
+        if self._right > 4 * self._wrong:
+            self._next_pause = FIRST_PAUSE
+
+    def _begin(self) -> None:
+        self._right, self._wrong = HOPED, FEARED
+        self._width, self._looked_better = FIRST_WIDTH, 0
+
+    def _rate(self, costs: PassCosts, rows: int, width: int) -> float:
+        """Tokens a second of the whole pass, every other row of which emits one."""
+        return (rows - 1 + expected_tokens(self.acceptance, width)) / costs.seconds(rows - 1 + width)
+
+
+def expected_tokens(acceptance: float, width: int) -> float:
+    """Tokens that a pass of `width` rows emits: its own one and the drafts that are right."""
+    return sum(_powers(acceptance, width))
+
+
+def _powers(base: float, count: int) -> Iterable[float]:
+    return (base**exponent for exponent in range(count))
