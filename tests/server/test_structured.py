@@ -163,3 +163,19 @@ def test_a_forced_call_is_read_as_one_in_every_form(form):
         arguments = json.loads(call.arguments)
         assert answer.text == "" and call.name in ("look", "wait")
         assert arguments["at"] in ("é", "b") if call.name == "look" else isinstance(arguments["s"], bool)
+
+
+def test_langchain_streams_calls_and_parses(tooled):
+    pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
+    from langchain_openai import ChatOpenAI
+
+    chat = ChatOpenAI(base_url=tooled.url + "/v1", api_key="none", model="tiny", temperature=0, max_tokens=60)
+    streamed = "".join(piece.content for piece in chat.stream("What is a list?"))
+    tools = [{"type": "function", "function": WAIT}]
+    (call,) = chat.bind_tools(tools, tool_choice="wait").invoke("Wait").tool_calls
+    form = {"title": "thing", "description": "A thing.", **SCHEMA}
+    found = chat.with_structured_output(form, method="json_schema").invoke("A list")
+
+    assert streamed == chat.invoke("What is a list?").content
+    assert call["name"] == "wait" and isinstance(call["args"]["s"], bool)
+    assert is_right(json.dumps(found))
