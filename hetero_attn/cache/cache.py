@@ -46,10 +46,19 @@ class KVCache:
         return len(self._free_ids)
 
     @property
+    def max_new_pages(self) -> int | None:
+        """The most pages that one step may begin (`new_pages` of every sequence's tokens), None without a limit."""
+        return min((limit for pool in self.pools if (limit := pool.max_new_pages) is not None), default=None)
+
+    def new_pages(self, tokens: int) -> int:
+        """The most pages that so many new tokens of a sequence begin beside the one that it keeps anyway."""
+        return -(-max(0, tokens - 1) // self._plan.page_size)
+
+    @property
     def max_new_tokens(self) -> int:
         """The most tokens of one sequence that a single step may append."""
-        limits = [limit for pool in self.pools if (limit := pool.max_new_tokens) is not None]
-        return min(limits, default=self._plan.max_context)
+        pages = self.max_new_pages
+        return self._plan.max_context if pages is None else pages * self._plan.page_size
 
     def has_room(self, tokens: int) -> bool:
         """Whether a sequence of at most `tokens` tokens can be opened now."""

@@ -81,9 +81,13 @@ class CachePool:
         return {name: store for name, store in named.items() if store is not None}
 
     @property
-    def max_new_tokens(self) -> int | None:
-        """The most tokens of one append, None without a limit: every other sequence keeps the page it is writing to."""
-        return None if self.spilled is None else (self.recent.num_pages - self.recent.max_batch) * self.page_size
+    def max_new_pages(self) -> int | None:
+        """The most pages that one step may begin, None without a limit: every sequence keeps the one it writes to.
+
+        A sequence's first new token needs none of them, since what it fills last can leave then; n tokens may begin
+        `new_pages(n)`.
+        """
+        return None if self.spilled is None else self.recent.num_pages - self.recent.max_batch
 
     @property
     def free_pages(self) -> int:

@@ -102,18 +102,15 @@ class Engine:
         sequences = {each.sequence.id for each in work}
         if not work or len(sequences) < len(work) or not all(each.token_ids for each in work):
             raise ValueError("a step takes at least one sequence, each once, with at least one token")
-        rows = several = lines = 0
+        rows = pages = lines = 0
         for each in work:
             count = len(each.token_ids)
             rows, lines = rows + count, lines + (1 if each.is_chunk else count)
-            several += count if each.is_chunk or count > 1 else 0
+            pages += self.kv_cache.new_pages(count) if count > 1 else 0
+        most_pages = self.kv_cache.max_new_pages if pages else None
         limits = (
             (rows, self._rows, "rows"),
-            (
-                several,
-                self.kv_cache.max_new_tokens if several else 0,
-                "rows of chunks and of sequences with several",
-            ),
+            (pages, pages if most_pages is None else most_pages, "new pages of the KV cache"),
             (
                 lines,
                 self.plan.max_batch if lines <= self.plan.max_batch else self.most_lines,

@@ -163,14 +163,16 @@ class Scheduler:
 
     def _chunks(self, beside: int) -> dict[Request, tuple[int, ...]]:
         """Whose prompts go on in a step beside so many that decode, each with its next tokens."""
-        rows, chunks = self._chunk_rows(beside), {}
+        rows, chunks, pages = self._chunk_rows(beside), {}, self._engine.kv_cache.max_new_pages
         for request in [request for request in self._prompts if request.scores is None]:
-            if rows > 0 and not self._waits_for(request, chunks):
+            if rows > 0 and pages != 0 and not self._waits_for(request, chunks):
                 if request.computed == 0:
                     request.computed = self._reuse(request)
                     request.reused = request.reused if request.replayed else request.computed
-                chunks[request] = request.chunk_ids[request.computed : request.computed + rows]
+                most = rows if pages is None else min(rows, pages * self._engine.plan.page_size)
+                chunks[request] = request.chunk_ids[request.computed : request.computed + most]
                 rows -= len(chunks[request])
+                pages = None if pages is None else pages - self._engine.kv_cache.new_pages(len(chunks[request]))
         return chunks
 
     def _waits_for(self, request: Request, chunks: Iterable[Request]) -> bool:
@@ -247,11 +249,15 @@ class Scheduler:
         """What each request's next tokens may be; none without pages for them."""
         if self.speculator is None:
             return [[] for _ in requests]
-        drafts = self.speculator.drafts(requests, self._engine.most_single_rows)
+        drafts, cache, pages = self.speculator.drafts(requests, self._engine.most_single_rows), self._engine.kv_cache, 0
         for request, drafted in zip(requests, drafts, strict=True):
+            begun = pages + cache.new_pages(1 + len(drafted))
+            fits = cache.max_new_pages is None or begun <= cache.max_new_pages
             tokens = request.cached_tokens + 1 + len(drafted)
-            if drafted and request.grows and not self._engine.kv_cache.extend(request.sequence, tokens):
+            if drafted and not (fits and (not request.grows or cache.extend(request.sequence, tokens))):
                 drafted.clear()
+            elif drafted:
+                pages = begun
         return drafts
 
     def _verify(self, requests: tuple[Request, ...], drafts: list[list[int]]) -> None:

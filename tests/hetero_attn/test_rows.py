@@ -15,6 +15,13 @@ CONTEXT, SEQUENCES, CHUNK, PAGE = 64, 3, 16, 4
 SHAPES = {
     "cpu": {"device": "cpu"},
     "spilling": {"device": "emulated", "gpu_memory": "700KiB"},
+    "tight": {
+        "device": "emulated",
+        "gpu_memory": "2MiB",
+        "policy": Policy.parse(
+            "prefill_chunk: 16\nrules:\n  - {match: layers.*.kv, kv: {gpu_heads: 2, gpu_tokens: 28}}\n"
+        ),
+    },
 }
 
 
@@ -113,6 +120,30 @@ def test_a_pass_of_every_kind_of_row_is_one_step(engine, alone):
     assert counted == {"prefill": 9, "decode": 2}
 
 
+@pytest.mark.parametrize("counts", [(6, 6, 4), (5, 5, 5), (6, 1, 6), (1, 1, 14)])
+@pytest.mark.parametrize("start", range(PAGE))
+def test_rows_begin_no_more_pages_than_gpu_memory_keeps(engine, counts, start):
+    """Several sequences' rows touch more pages than one's of the same number; a step has them all or is refused."""
+    cache = engine.kv_cache
+    sequences = [cache.open() for _ in counts]
+    try:
+        for index, sequence in enumerate(sequences):
+            engine.run([Rows(sequence, tokens_of(index)[: 12 + start], 0, is_chunk=True)])
+        work = [
+            Rows(sequence, tokens_of(index)[12 + start :][:count], 1, is_chunk=count > 1)
+            for index, (sequence, count) in enumerate(zip(sequences, counts, strict=True))
+        ]
+        new_pages = sum(-(-(count - 1) // PAGE) for count in counts)
+        if cache.max_new_pages is None or new_pages <= cache.max_new_pages:
+            assert len(engine.run(work)) == len(counts)
+        else:
+            with pytest.raises(ValueError, match=f"at most {cache.max_new_pages} new pages"):
+                engine.run(work)
+    finally:
+        for sequence in sequences:
+            cache.close(sequence)
+
+
 def test_rows_that_no_step_can_compute_are_named(engine):
     sequence = engine.kv_cache.open()
     try:
@@ -176,7 +207,7 @@ def load(path, shape, **options):
         "num_threads": THREADS,
         "policy": Policy(prefill_chunk=CHUNK),
     } | options
-    return LLM(path, dtype="fp32", progress=False, **SHAPES[shape], **options)
+    return LLM(path, dtype="fp32", progress=False, **(options | SHAPES[shape]))
 
 
 def greedy(max_tokens=None):
