@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 WIDTHS = (2, 4, 8, 16)  # rows, few of them: each is a recorded pass of its own
 SLOPE = 0.07  # what a row adds to the time of one, where nothing was measured yet
-NEW_SHARE = 0.2  # of a measured time in the mean
+NEW_SHARE, NEW_SHARE_BELOW = 0.2, 0.5  # of a measured time in the mean; other programs never make one shorter
 OUTLIER = 2.0  # a pass that took longer than so many means says more about the machine's other programs
 KEPT = 0.97  # of what was counted, a pass
 HOPED, FEARED = 0.5, 1.0  # drafts right and wrong, before any was tried
@@ -33,7 +33,8 @@ class PassCosts:
             self._met.add(rows)
             return
         mean = self._seconds.get(rows, seconds)
-        self._seconds[rows] = mean + NEW_SHARE * (min(seconds, OUTLIER * mean) - mean)
+        share = NEW_SHARE_BELOW if seconds < mean else NEW_SHARE
+        self._seconds[rows] = mean + share * (min(seconds, OUTLIER * mean) - mean)
 
     def seconds(self, rows: int) -> float:
         """What a pass of so many rows is expected to take; without any measurement, in units of one row."""
@@ -70,6 +71,7 @@ class Width:
             if self._pause > 0:
                 return 1
             self._begin()
+            return FIRST_WIDTH  # whatever was measured: a time that was wrong is never seen again otherwise
         rates = {width: self._rate(costs, rows, width) for width in (1, *WIDTHS)}
         best = max(WIDTHS, key=rates.__getitem__)
         if rates[best] < WORTH * rates[1]:

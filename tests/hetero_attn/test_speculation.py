@@ -131,6 +131,20 @@ def test_after_a_jump_of_acceptance_drafts_come_back():
     assert better - bad <= 0.6 * (all_plain - plain)
 
 
+def test_a_time_that_was_measured_wrongly_is_measured_again():
+    """A pass that another program delayed kept drafts off for ever."""
+    width, costs, made = Width(), PassCosts(), []
+    for rows in (1, 1, *WIDTHS, *WIDTHS):
+        costs.observe(rows, flat(rows) if rows == 1 else 10 * flat(rows))
+    for _ in range(4000):
+        made.append(width.choose(costs, 1))
+        costs.observe(made[-1], flat(made[-1]))
+        if made[-1] > 1:
+            width.judge(made[-1] - 1, made[-1] - 1)
+
+    assert made[0] == 1 and made[-1] > 1
+
+
 def test_dear_rows_are_never_wide_and_cheap_ones_are():
     for seconds, widest in ((steep, 2), (flat, 16)):
         width, costs = Width(), PassCosts()
