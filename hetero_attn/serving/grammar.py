@@ -27,6 +27,7 @@ class TokenMask:
     def __init__(self, matcher: Any, after: Sequence[int]) -> None:
         self._matcher, self._after = matcher, list(after)
         self._start = None if after else 0  # position of the first token that has to follow the grammar
+        self._before: list[int] = []  # tokens among which `after` was looked for last
         self._seen: list[int] = []  # tokens that the matcher has taken
 
     def copy(self) -> "TokenMask":
@@ -49,23 +50,20 @@ class TokenMask:
         return torch.frombuffer(bytearray(bias), dtype=torch.uint8) > 0
 
     def _found_start(self, generated_ids: Sequence[int]) -> int | None:
-        width = len(self._after)
+        width, known = len(self._after), len(self._before)
         if not width:
             return 0
         if self._start is None or self._start > len(generated_ids):
-            self._start = next(
-                (
-                    end
-                    for end in range(width, len(generated_ids) + 1)
-                    if [*generated_ids[end - width : end]] == self._after
-                ),
-                None,
-            )
+            is_longer = list(generated_ids[:known]) == self._before
+            first = max(width, known + 1 if is_longer and self._start is None else 0)
+            ends = range(first, len(generated_ids) + 1)
+            self._start = next((end for end in ends if [*generated_ids[end - width : end]] == self._after), None)
+            self._before = list(generated_ids)
         return self._start
 
     def _follow(self, tokens: list[int]) -> None:
         """Bring the matcher to where the answer stands."""
-        shared = 0
+        shared = len(self._seen) if tokens[: len(self._seen)] == self._seen else 0
         while shared < min(len(tokens), len(self._seen)) and tokens[shared] == self._seen[shared]:
             shared += 1
         if shared < len(self._seen):
@@ -136,7 +134,12 @@ class Grammars:
                 raise SamplingError("this model's tokenizer is not of the kind that tokenizer.json describes, so its "
                                     "answers cannot follow a grammar")  # fmt: skip
             ends = [each for each in self._end_token_ids if each < self._vocab_size]
-            self._known_tokens = llguidance.LLTokenizer(description, n_vocab=self._vocab_size, eos_token=ends)
+            try:
+                self._known_tokens = llguidance.LLTokenizer(description, n_vocab=self._vocab_size, eos_token=ends)
+            except ValueError as error:
+                raise SamplingError(
+                    f"this model's answers cannot follow a grammar: {_first_line(str(error))}"
+                ) from None
         return self._known_tokens
 
 

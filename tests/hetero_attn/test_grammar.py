@@ -182,3 +182,36 @@ def test_what_was_compiled_is_kept_and_bounded(tokenizer, monkeypatch):
 def test_without_a_tokenizer_it_is_refused():
     with pytest.raises(SamplingError, match="no tokenizer|not of the kind"):
         Grammars(None, 100, ()).mask(SamplingParams(regex="a"))
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "ends", "said"), [(4096, (), "eos"), (100, (0,), "vocab")], ids=["ends", "size"]
+)
+def test_a_tokenizer_that_no_grammar_fits_is_told(tokenizer, vocab_size, ends, said):
+    with pytest.raises(SamplingError, match=f"cannot follow a grammar: .*{said}"):
+        Grammars(tokenizer, vocab_size, ends).mask(SamplingParams(regex="a"))
+
+
+class CountedList(list):
+    """A list that counts how many slices of a few tokens are taken of it."""
+
+    def __init__(self, *values: object) -> None:
+        super().__init__(*values)
+        self.looks = 0
+
+    def __getitem__(self, key: object) -> object:
+        self.looks += isinstance(key, slice) and key.stop is not None and key.stop - (key.start or 0) < 8
+        return super().__getitem__(key)
+
+
+def test_a_long_thought_is_searched_once(grammars, tokenizer):
+    """Not from its beginning with every token, which would cost seconds of processor time in the end."""
+    mask, ids = grammars.mask(SamplingParams(regex="ab", grammar_after="</think>")), CountedList()
+    (word,) = tokenizer.encode("a", add_special_tokens=False)
+    for _ in range(500):
+        ids.append(word)
+        assert mask.allowed(ids) is None
+
+    assert ids.looks < 600
+    ids.extend(tokenizer.encode("</think>", add_special_tokens=False))
+    assert mask.allowed(ids) is not None
