@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -115,7 +115,7 @@ class Service:
         def add(llm: LLM, ids: list[tuple[int, ...]]) -> list[Request]:
             pairs = [(prompt, choice) for prompt in ids for choice in range(turn.choices)]
             params = [llm.default_params(**self._wishes_of(turn, choice, ids[0])) for choice in range(turn.choices)]
-            return [llm.add(prompt, params[choice], priority=turn.priority) for prompt, choice in pairs]
+            return _added(llm, (llm.add(prompt, params[choice], priority=turn.priority) for prompt, choice in pairs))
 
         return await self._admit(turn, prompts * turn.choices, add)
 
@@ -123,7 +123,7 @@ class Service:
         """Have the prompts' own tokens scored, each by a request of its own."""
 
         def add(llm: LLM, ids: list[tuple[int, ...]]) -> list[Request]:
-            return [llm.add_scoring(prompt, logprobs, priority=turn.priority) for prompt in ids]
+            return _added(llm, (llm.add_scoring(prompt, logprobs, priority=turn.priority) for prompt in ids))
 
         return await self._admit(turn, _count(turn), add)
 
@@ -234,6 +234,19 @@ class Service:
     def close(self) -> None:
         """Let go of the threads for text."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _added(llm: LLM, adding: Iterator[Request]) -> list[Request]:
+    """The requests of one turn, all of them or, where one is refused, none: nobody would read the others."""
+    found: list[Request] = []
+    try:
+        for request in adding:
+            found.append(request)
+    except BaseException:
+        for request in found:
+            llm.abort(request)
+        raise
+    return found
 
 
 def _count(turn: Turn) -> int:

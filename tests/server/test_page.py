@@ -76,7 +76,10 @@ def test_no_text_becomes_markup():
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", code)
 
 
-@pytest.mark.parametrize("path", ["/ui/none.js", "/ui/__init__.py", "/ui/..%2ffiles.py", "/ui/index.htm"])
+@pytest.mark.parametrize(
+    "path",
+    ["/ui/none.js", "/ui/__init__.py", "/ui/..%2ffiles.py", "/ui/index.htm", "/ui/%00.js", f"/ui/{'a' * 300}.js"],
+)
 def test_nothing_else_is_served(http, path):
     assert http.get(path).status_code == 404
 

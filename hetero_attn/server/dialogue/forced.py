@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hetero_attn.server.dialogue.formats import AnswerFormat
+from hetero_attn.server.dialogue.shapes import as_list
 from hetero_attn.server.dialogue.tools import Tools
 from hetero_attn.server.failures import ApiError
 from hetero_attn.serving.sampling_params import JSON_OPTIONS
@@ -32,7 +33,9 @@ def structured_wishes(wanted: Mapping[str, Any]) -> dict[str, Any]:
     names = {"json": "json_schema", "regex": "regex", "grammar": "grammar"}
     given = {name: value for name, value in wanted.items() if value not in (None, False)}
     if choice := given.pop("choice", None):
-        given["grammar"] = "start: " + " | ".join(json.dumps(str(each), ensure_ascii=False) for each in choice)
+        given["grammar"] = "start: " + " | ".join(
+            json.dumps(str(each), ensure_ascii=False) for each in as_list(choice, "structured_outputs.choice")
+        )
     if given.pop("json_object", None):
         given["json"] = {"type": "object"}
     for name in given:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hetero_attn.server.dialogue.shapes import as_list
 from hetero_attn.server.failures import ApiError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -32,7 +33,7 @@ def _message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
     reasoning = message.get("reasoning_content") or message.get("reasoning")
     if isinstance(reasoning, str):
         found["reasoning_content"] = reasoning
-    if calls := message.get("tool_calls"):
+    if calls := as_list(message.get("tool_calls"), f"{where}.tool_calls"):
         found["tool_calls"] = [_call(call, f"{where}.tool_calls.{place}") for place, call in enumerate(calls)]
     for name in ("name", "tool_call_id"):
         if isinstance(message.get(name), str):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hetero_attn.server.dialogue.shapes import as_object
 from hetero_attn.server.failures import ApiError
 
 MOST_TOOLS = 512
@@ -79,7 +80,7 @@ def openai_choice(choice: Any) -> str:
     if choice in (None, "auto", "none", "required"):
         return choice or "auto"
     if isinstance(choice, Mapping) and choice.get("type") == "function":
-        name = (choice.get("function") or choice).get("name")
+        name = as_object(choice.get("function") or choice, "tool_choice.function").get("name")
         if isinstance(name, str):
             return "=" + name
     raise ApiError(

@@ -12,6 +12,7 @@ from hetero_attn.server.bodies import checked, read_json, refuse
 from hetero_attn.server.dialogue.answer import Answer, Piece
 from hetero_attn.server.dialogue.forced import format_wishes
 from hetero_attn.server.dialogue.messages import template_messages
+from hetero_attn.server.dialogue.shapes import as_object
 from hetero_attn.server.dialogue.tools import Tools, openai_choice, tools_of
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.generation import Generation
@@ -89,8 +90,9 @@ def _refuse(body: Body) -> None:
 def _wishes(body: Body) -> dict[str, Any]:
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = {"logprobs": body.top_logprobs or 0} if body.logprobs else {}
-    wanted = body.response_format or {}
-    schema = (wanted.get("json_schema") or {}).get("schema") if wanted.get("type") == "json_schema" else None
+    wanted, schema = body.response_format or {}, None
+    if wanted.get("type") == "json_schema":
+        schema = as_object(wanted.get("json_schema"), "response_format.json_schema").get("schema")
     return body.wishes(most) | logprobs | format_wishes(wanted.get("type", "text"), schema, "response_format")
 
 

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 from hetero_attn.server.bodies import checked, read_json, refuse
 from hetero_attn.server.dialogue.forced import format_wishes
 from hetero_attn.server.dialogue.messages import template_messages, text_of
+from hetero_attn.server.dialogue.shapes import as_kind, as_object
 from hetero_attn.server.dialogue.tools import Tools, tools_of
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.generation import Generation
@@ -73,7 +74,8 @@ async def count_tokens(service: Service, request: Request) -> Any:
 
 def _wishes(body: Body) -> dict[str, Any]:
     found = {name: value for field, name in _SAMPLING.items() if (value := getattr(body, field)) is not None}
-    wanted = (body.output_config or {}).get("format") or body.output_format or {}
+    given = (body.output_config or {}).get("format") or body.output_format
+    wanted = as_object(given, "output_config.format")
     forced = format_wishes(wanted.get("type", "text"), wanted.get("schema"), "output_config.format")
     return found | {"max_tokens": body.max_tokens} | forced
 
@@ -110,7 +112,7 @@ def _tools(body: CountBody) -> Tools:
         functions.append({**tool, "parameters": tool.get("input_schema")})
     choice = body.tool_choice or {}
     words = {"auto": "auto", "any": "required", "none": "none", "tool": f"={choice.get('name')}"}
-    kind = choice.get("type", "auto")
+    kind = as_kind(choice.get("type", "auto"), "tool_choice.type")
     if kind not in words:
         raise ApiError(
             400, f"tool_choice.type is {kind!r:.40}; it must be one of {', '.join(words)}", param="tool_choice"
@@ -133,7 +135,7 @@ def _openai_messages(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 def _assistant(blocks: Sequence[Mapping[str, Any]], where: str) -> Iterable[dict[str, Any]]:
     kinds: dict[Any, list[Mapping[str, Any]]] = {}
     for block in blocks:
-        kinds.setdefault(block.get("type"), []).append(block)
+        kinds.setdefault(as_kind(block.get("type"), f"{where}.type"), []).append(block)
     for kind in set(kinds) - {"text", "tool_use", "thinking", "redacted_thinking"}:
         raise ApiError(400, f"{where} holds a {kind!r:.40}, which no answer of this model is", param=where)
     found: dict[str, Any] = {"role": "assistant", "content": text_of(kinds.get("text", []), where)}

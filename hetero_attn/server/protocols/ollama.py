@@ -175,7 +175,7 @@ def _wishes(body: Asking) -> dict[str, Any]:
     for name, value in (("num_predict", limit), ("seed", seed)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise ApiError(400, f"options.{name} is {value!r:.40}; it must be a whole number", param=f"options.{name}")
-    if limit is not None and limit >= 0:  # below: as long as there is room
+    if limit is not None and limit > 0:  # else as long as there is room
         found["max_tokens"] = limit
     if seed is not None:
         found["seed"] = seed & LARGEST_SEED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple, Protocol
@@ -33,6 +34,14 @@ def usage_of(generation: Generation, choices: int) -> Usage:
         sum(request.reused for request in requests[::choices]),
         sum(request.progress.tokens for request in requests),
     )
+
+
+class _Json(JSONResponse):
+    """As streams do, it replaces what is no Unicode in fields of the body that an answer repeats."""
+
+    def render(self, content: Any) -> bytes:
+        """The body of the answer."""
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 class Writer(Protocol):
@@ -77,7 +86,7 @@ async def reply(
         answers = await unless_gone(request.receive, _collect(generation, parsers))
     finally:
         generation.close()
-    return JSONResponse(writer.whole(answers))
+    return _Json(writer.whole(answers))
 
 
 async def _collect(generation: Generation, parsers: Sequence[Parser]) -> list[Answer]:

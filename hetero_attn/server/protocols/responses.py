@@ -10,6 +10,7 @@ from starlette.requests import Request
 from hetero_attn.server.bodies import checked, read_json, refuse
 from hetero_attn.server.dialogue.forced import format_wishes
 from hetero_attn.server.dialogue.messages import template_messages, text_of
+from hetero_attn.server.dialogue.shapes import as_object
 from hetero_attn.server.dialogue.tools import Tools, openai_choice, tools_of
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.generation import Generation
@@ -110,7 +111,7 @@ def _turn(body: Body, tools: Tools) -> Turn:
         tools=tools,
         variables={} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"},
     )
-    wanted = (body.text or {}).get("format") or {}
+    wanted = as_object((body.text or {}).get("format"), "text.format")
     forced = format_wishes(wanted.get("type", "text"), wanted.get("schema"), "text.format")
     return Turn(prompts=talk, wishes={k: v for k, v in given.items() if v is not None} | forced, field="input")
 

@@ -1,0 +1,128 @@
+"""Bodies with one value in the place of another, at every place of every protocol: an error of the client's, by name."""
+
+import copy
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from hetero_attn.server.failures import ApiError
+
+USER = [{"role": "user", "content": "What is a list?"}]
+SCHEMA = {"type": "object", "properties": {"at": {"type": "string"}}}
+LOOK = {"name": "look", "description": "Look.", "parameters": SCHEMA}
+CALL = {"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+ITEMS = [
+    {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+    {"type": "reasoning", "summary": [{"type": "summary_text", "text": "s"}]},
+    {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"},
+    {"type": "function_call_output", "call_id": "c", "output": "r"},
+]
+BLOCKS = [
+    {"type": "thinking", "thinking": "t"},
+    {"type": "text", "text": "x"},
+    {"type": "tool_use", "id": "c", "name": "look", "input": {}},
+]
+RESULT = [{"type": "tool_result", "tool_use_id": "c", "content": [{"type": "text", "text": "r"}]}]
+BODIES = {
+    "/v1/chat/completions": {
+        "messages": [*USER, {"role": "assistant", "content": [{"type": "text", "text": "x"}], "tool_calls": [CALL]}],
+        "tools": [{"type": "function", "function": LOOK}],
+        "tool_choice": {"type": "function", "function": {"name": "look"}},
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}},
+        "structured_outputs": {"choice": ["a", "b"]},
+        "logit_bias": {"3": 1},
+        "stop": ["a"],
+        "stream_options": {"include_usage": True},
+        "chat_template_kwargs": {"enable_thinking": False},
+    },
+    "/v1/completions": {"prompt": ["a", "b"], "structured_outputs": {"regex": "a"}, "stop": ["a"], "n": 1},
+    "/v1/responses": {
+        "input": ITEMS,
+        "instructions": "i",
+        "tools": [{"type": "function", **LOOK}],
+        "tool_choice": {"type": "function", "name": "look"},
+        "reasoning": {"effort": "low"},
+        "text": {"format": {"type": "json_schema", "schema": SCHEMA}},
+        "metadata": {"a": "b"},
+    },
+    "/v1/messages": {
+        "messages": [*USER, {"role": "assistant", "content": BLOCKS}, {"role": "user", "content": RESULT}],
+        "system": [{"type": "text", "text": "s"}],
+        "max_tokens": 1,
+        "tools": [{"name": "look", "input_schema": SCHEMA}],
+        "tool_choice": {"type": "tool", "name": "look"},
+        "thinking": {"type": "disabled"},
+        "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}},
+    },
+    "/api/chat": {
+        "messages": [*USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
+        "tools": [{"type": "function", "function": LOOK}],
+        "options": {"num_predict": 1, "temperature": 0.5, "stop": ["a"], "seed": 1},
+        "format": SCHEMA,
+        "think": False,
+    },
+    "/api/generate": {"prompt": "Hi", "system": "s", "options": {"num_predict": 1}, "format": "json"},
+}
+OTHERS = [5, ["x"]]  # no text, no object, no key of a mapping
+
+
+def places(value: object, path: tuple = ()) -> Iterator[tuple]:
+    """The path of every value inside of a value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in inner:
+        yield (*path, key)
+        yield from places(child, (*path, key))
+
+
+def with_other(body: dict, path: tuple, other: object) -> dict:
+    found = at = copy.deepcopy(body)
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = other
+    return found
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_no_value_in_the_place_of_another_is_an_error_of_ours(http, server, monkeypatch, path):
+    """Nothing is computed: what a protocol makes of a body is all that is tried."""
+
+    async def understood(turn: object) -> None:
+        raise ApiError(409, "understood")
+
+    monkeypatch.setattr(server.service, "begin", understood)
+    assert http.post(path, json=BODIES[path]).status_code == 409, "the body itself is right"
+    failed = {}
+    for place in places(BODIES[path]):
+        for other in OTHERS:
+            answer = http.post(path, content=json.dumps(with_other(BODIES[path], place, other)))
+            if answer.status_code >= 500:
+                failed[".".join(map(str, place))] = f"{other!r}: {answer.text:.120}"
+    assert failed == {}
+
+
+def test_what_is_no_unicode_does_not_cost_the_answer(http):
+    body = json.dumps({"input": "Hi", "max_output_tokens": 1, "metadata": {"a": "\ud800"}})
+    answer = http.post("/v1/responses", content=body)
+
+    assert answer.status_code == 200 and answer.json()["metadata"] == {"a": "?"}
+
+
+@pytest.mark.parametrize("more", [{}, {"echo": True, "logprobs": 1}], ids=["answers", "scores"])
+def test_where_one_of_several_prompts_is_refused_nothing_goes_on_for_the_others(http, server, more):
+    body = {"prompt": [[5, 6], [7, 999_999]], "max_tokens": 400, "ignore_eos": True, **more}
+    answer = http.post("/v1/completions", json=body)
+    server.service.driver._wake.set()  # a request that nobody waits for would be computed now
+    server.wait_until(lambda: not server.llm._turns.waiting, 30)
+
+    assert answer.status_code == 400 and "999999" in answer.text
+    assert not server.llm._scheduler.has_work
+
+
+def test_num_predict_of_0_is_no_limit(http):
+    body = {"prompt": "A list is", "stream": False, "options": {"num_predict": 0, "temperature": 0, "seed": 1}}
+    answers = [
+        http.post("/api/generate", json=body | {"options": o}).json() for o in (body["options"], {"temperature": 0})
+    ]
+
+    assert answers[0]["response"] == answers[1]["response"] and answers[0]["done"]
