@@ -148,6 +148,24 @@ def test_some_layers_may_be_dense(tmp_path):
     assert nmse(logits_of(path, cpu_plan(toy_workload(path))), moe_logits(path, TOKENS)) <= EXACT
 
 
+def test_windows_are_those_of_every_other_layer_below_a_limit(tmp_path):
+    """Of Qwen2-MoE, where a config does not name the layers' kinds; dense Qwen2 has them from the limit on."""
+    windows = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}
+    path = make_moe(tmp_path, "qwen2_moe", layers=5, **windows)
+    edit_json(path / "config.json", layer_types=...)
+
+    assert ModelConfig.from_dir(path).sliding_window == (9, 0, 9, 0, 0)
+    assert nmse(logits_of(path, cpu_plan(toy_workload(path))), moe_logits(path, TOKENS)) <= EXACT
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_a_window_that_is_used_and_not_given_is_that_of_transformers(checkpoints, tmp_path, family):
+    (tmp_path / "config.json").write_bytes((checkpoints[family] / "config.json").read_bytes())
+    edit_json(tmp_path / "config.json", layer_types=..., sliding_window=..., use_sliding_window=True)
+
+    assert ModelConfig.from_dir(tmp_path).sliding_window[0] == 4096
+
+
 class Planted:
     """CPU kernels of which one operation does something else: change(ops, name, arguments) runs it."""
 

@@ -12,8 +12,9 @@ from hetero_attn.spec.experts_config import (
     qwen3_moe_experts,
 )
 from hetero_attn.spec.families.family import Family, GgufTerms
-from hetero_attn.spec.families.windows import no_windows, one_window, windows_from
+from hetero_attn.spec.families.windows import FULL, SLIDING, no_windows, one_window, windows_of_types
 from hetero_attn.spec.json_fields import JsonFields
+from hetero_attn.spec.limits import MAX_CONTEXT
 
 EXPERT_COUNT = ".expert_count"
 
@@ -40,6 +41,17 @@ def window_if_used(fields: JsonFields, num_layers: int) -> tuple[int, ...]:
     return one_window(fields, num_layers) if fields.boolean("use_sliding_window") else no_windows(fields, num_layers)
 
 
+def qwen2_moe_windows(fields: JsonFields, num_layers: int) -> tuple[int, ...]:
+    """Windows of the layers that layer_types names, else of every other one below max_window_layers, where they are
+    used; in dense Qwen2 it is those from there on."""
+    window = fields.integer("sliding_window", MAX_CONTEXT, 0) if fields.boolean("use_sliding_window") else 0
+    types, stop = fields.get("layer_types"), fields.integer("max_window_layers", MAX_CONTEXT, 28, low=0)
+    if types is None:
+        has_window = [window > 0 and layer % 2 == 0 and layer < stop for layer in range(num_layers)]
+        types = [SLIDING if has else FULL for has in has_window]
+    return windows_of_types(fields, types, window, num_layers)
+
+
 MIXTRAL = Family(
     "MixtralForCausalLM",
     {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
@@ -60,16 +72,16 @@ OLMOE = Family(
 )
 QWEN2_MOE = Family(
     "Qwen2MoeForCausalLM",
-    {"num_key_value_heads": 16, "max_position_embeddings": 32768, "intermediate_size": 5632},
+    {"num_key_value_heads": 16, "max_position_embeddings": 32768, "intermediate_size": 5632, "sliding_window": 4096},
     qkv_bias=True,
     o_bias=False,
-    windows=windows_from("max_window_layers"),
+    windows=qwen2_moe_windows,
     terms=with_experts(qwen2_moe_experts),
     gguf=gguf_with_experts("qwen2moe", normalised=False),
 )
 QWEN3_MOE = Family(
     "Qwen3MoeForCausalLM",
-    {"num_key_value_heads": 4, "max_position_embeddings": 32768, "intermediate_size": 6144},
+    {"num_key_value_heads": 4, "max_position_embeddings": 32768, "intermediate_size": 6144, "sliding_window": 4096},
     qk_norm=True,
     windows=window_if_used,
     terms=with_experts(qwen3_moe_experts),
