@@ -5,7 +5,7 @@
     scale_rows  y[r] = f[r] y[r]
     norm_heads  q = q / sqrt(mean over all heads of q^2 + eps) * weight, k likewise
 
-The products of a router are float32: with TF32, or rounded to bf16, near scores would change places.
+The products of a router have float32's digits: with TF32, or rounded to bf16, near scores would change places.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def route(
     among all, sorted by expert, then by row; sources int32 [rows * k], the row of the pick at each place.
     """
     experts, top_k = starts.shape[0] - 1, ids.shape[1]
-    logits = (x[:, None, :] * router[None]).sum(-1) if x.shape[0] == 1 else _product(x, router)
+    logits = _product(x, router)
     best = torch.sort(logits[:, :experts], dim=-1, descending=True, stable=True).indices[:, :top_k].sort(-1).values
     chosen = torch.softmax(logits[:, :experts], dim=-1).gather(1, best)
     weights[:, :top_k].copy_(chosen / chosen.sum(-1, keepdim=True) if normalise else chosen)
@@ -49,13 +49,15 @@ def route(
 
 
 def _product(x: Tensor, router: Tensor) -> Tensor:
-    """x router^T in float32 whatever the process allows its products."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        return x @ router.T
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+    """x router^T rounded to float32 once.
+
+    In float64, because whether products of float32 are TF32 is a setting of the whole process, which other threads
+    read, and which raises where the process has made it by torch's other interface. So a row's products are nearly
+    always the same bits whatever rows stand beside it, too. A router is small.
+    """
+    if x.shape[0] == 1:  # without a copy of the router
+        return (x.double()[:, None, :] * router).sum(-1).float()
+    return (x.double() @ router.double().T).float()
 
 
 def combine(near: Tensor, far: Tensor, border: Tensor, places: Tensor, weights: Tensor, out: Tensor) -> None:

@@ -6,6 +6,7 @@ import torch
 from cpu_kernels.formats import FORMATS, mix_name, unit_bytes
 from cpu_kernels.formats import weights as layout
 from gpu_kernels import reference
+from gpu_kernels.experts import routing as gpu_routing
 from tests.support.cpu_oracles import ISAS, guarded, kernels, nmse, only_inside_written, pack, round_input, unpack
 
 KERNEL_NMSE = 1e-11
@@ -54,7 +55,7 @@ def test_the_best_experts_are_chosen(rows, experts, top_k, gated, normalise):
     assert all(in_order[places[row, j]] == (int(ids[row, j]), row) for row in range(rows) for j in range(top_k))
 
 
-@pytest.mark.parametrize("ops", [reference, None], ids=["reference", "kernels"])
+@pytest.mark.parametrize("ops", [reference, gpu_routing, None], ids=["reference", "gpu", "kernels"])
 def test_of_equal_scores_the_lower_id_wins(ops):
     """Every score equal, then two groups of equals; all negative."""
     x, router = torch.ones(2, 16), torch.zeros(16, 16)
@@ -79,10 +80,11 @@ def test_a_row_is_routed_alike_whatever_stands_beside_it():
         assert torch.equal(ids[0], together[0][row]) and torch.equal(weights[0], together[4][row])
 
 
-def test_a_bad_value_gives_valid_ids_and_shows_in_its_row_alone():
+@pytest.mark.parametrize("ops", [gpu_routing, None], ids=["gpu", "kernels"])
+def test_a_bad_value_gives_valid_ids_and_shows_in_its_row_alone(ops):
     x = torch.randn(3, 64)
     x[1, 5] = torch.nan
-    (ids, places, _, _, weights), *_ = routing(3, 64, 20, 4, x=x)
+    (ids, places, _, _, weights), *_ = routing(3, 64, 20, 4, x=x, ops=ops)
 
     assert ids.min() >= 0 and ids.max() < 20 and (ids.diff(dim=1) > 0).all()
     assert sorted(places.flatten().tolist()) == list(range(12))
@@ -95,6 +97,34 @@ def test_reference_and_kernels_route_alike():
 
     assert all(torch.equal(a, b) for a, b in zip(ours[:4], theirs[:4], strict=True))
     assert torch.allclose(ours[4], theirs[4], rtol=2e-5)
+
+
+@pytest.mark.parametrize(("rows", "gated", "normalise"), [(1, True, False), (1, False, True), (11, True, True)])
+def test_the_gpu_lane_routes_as_the_kernels_do(rows, gated, normalise):
+    """Its operations are torch's, so they run anywhere."""
+    ours, *_ = routing(rows, 96, 40, 6, gated=gated, normalise=normalise)
+    theirs, *_ = routing(rows, 96, 40, 6, gated=gated, normalise=normalise, ops=gpu_routing)
+
+    assert all(torch.equal(a, b) for a, b in zip(ours[:4], theirs[:4], strict=True))
+    assert torch.allclose(ours[4], theirs[4], rtol=2e-5)
+
+
+@pytest.fixture
+def products_in_tf32():
+    """The process allows TF32, by the newer of torch's two interfaces for it."""
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "tf32"
+    yield products
+    products.fp32_precision = before
+
+
+def test_the_gpu_lane_routes_whatever_the_process_allows_its_products(products_in_tf32):
+    """torch refuses to say by one interface what was set by the other."""
+    expected, *_ = routing(5, 96, 40, 6)
+    found, *_ = routing(5, 96, 40, 6, ops=gpu_routing)
+
+    assert torch.equal(found[0], expected[0])
+    assert products_in_tf32.fp32_precision == "tf32"
 
 
 def expert_weights(experts: int, blocks: int, in_features: int, weight_dtype: str, gap: int = 0):
@@ -250,7 +280,7 @@ def test_scale_rows():
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("ops", [reference, None], ids=["reference", "kernels"])
+@pytest.mark.parametrize("ops", [reference, gpu_routing, None], ids=["reference", "gpu", "kernels"])
 def test_norm_heads_is_over_all_heads_together(ops):
     """3 groups of 2 query heads of 20; v and the padding behind it stay."""
     qkv, q_norm, k_norm = torch.randn(4, 3, 96), torch.randn(120), torch.randn(60)
