@@ -7,7 +7,9 @@ import torch
 
 from cpu_kernels.formats import format_of
 from hetero_attn import LLM, Policy
+from hetero_attn.checkpoints.sources import open_source, read_config
 from hetero_attn.errors import CheckpointError, HeteroError, UnsupportedModelError
+from hetero_attn.models.decoder import decoder
 from hetero_attn.planning.settle import plan_model
 from tests.support.cpu_oracles import kernels
 from tests.support.int4_models import edit_config, edit_tensors
@@ -173,6 +175,13 @@ def test_what_no_format_holds_is_said(models):
         logits(models("fp8 narrow blocks") / "scaled")
 
 
+def test_oddities_met_on_opening_are_said_of_quantised_models_too(models):
+    with open_source(models("w8a8") / "scaled") as source:
+        source.warnings.append("something odd")
+
+        assert source.check(decoder(read_config(source.path))) == ["something odd"]
+
+
 UP = "model.layers.0.mlp.up_proj."
 
 
@@ -313,6 +322,18 @@ BAD = {
         replaced("weight", lambda found: found[1:]),
         CheckpointError,
         "weight has shape",
+    ),
+    "order of inputs": (
+        "int8 packed",
+        added(UP + "weight_g_idx", torch.arange(128).flip(0).int() // 128),
+        UnsupportedModelError,
+        "up_proj.weight_g_idx belongs to a quantised linear and is not read",
+    ),
+    "factors on inputs": (
+        "modelopt nvfp4",
+        added(UP + "pre_quant_scale", torch.full((128,), 0.5)),
+        UnsupportedModelError,
+        "up_proj.pre_quant_scale belongs to a quantised linear and is not read",
     ),
     "both forms": ("mxfp4", added(UP + "weight", torch.zeros(256, 128)), CheckpointError, "both quantised and plain"),
 }

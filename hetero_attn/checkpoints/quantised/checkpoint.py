@@ -140,7 +140,7 @@ class QuantisedCheckpoint(Checkpoint):
                 "that config.json says"
             )
         if len(ignored) == len([name for name in self.names if name not in known]):
-            warnings = []
+            warnings = list(self.warnings)
         return [*warnings, *self._as_values()]
 
     def _as_values(self) -> list[str]:

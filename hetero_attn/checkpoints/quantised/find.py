@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from hetero_attn.checkpoints.files import some
 from hetero_attn.checkpoints.quantised.bytes import SCALE_NAMES, find_bytes
 from hetero_attn.checkpoints.quantised.int4 import CODES, PARTS, find_int4
-from hetero_attn.checkpoints.quantised.module import AGAIN, Module, Read, Shapes
+from hetero_attn.checkpoints.quantised.module import AGAIN, Module, Read, Shapes, unsupported
 from hetero_attn.checkpoints.quantised.nibbles import STATE, find_mxfp4, find_nf4, find_nvfp4
 from hetero_attn.checkpoints.quantised.scheme import GroupScheme, Scheme
 from hetero_attn.errors import CheckpointError
 
 WORDS = ("gptq", "awq")  # codes are words across several weights, whatever the config says beside
 LOW_BIT = ("F8_E4M3", "I8", "U8")  # of a `weight` that is codes
+# Tensors of a quantised linear that its product does without: activations and the cache are rounded by scales found
+# here. All others, such as an order of inputs or factors on them, would change it.
+BESIDE = ("bias", "activation_scale", "q_scale", "k_scale", "v_scale")
+BESIDE_PREFIXES = ("input_", "output_")
 
 
 def find_modules(scheme: Scheme, shapes: Shapes, read: Read, where: str) -> dict[str, Module]:
@@ -39,6 +45,8 @@ def find_modules(scheme: Scheme, shapes: Shapes, read: Read, where: str) -> dict
             f"{where}: {lost[0]} is a scale without quantised weights; the weights of its linear are not what they "
             "seem, download the model again"
         )
+    if more := [name for name in shapes if name not in taken and _changes(name, found)]:
+        unsupported(where, f"{more[0]} belongs to a quantised linear and is not read; without it values would be wrong")
     return found
 
 
@@ -78,6 +86,12 @@ def _find_as(prefix: str, scheme: Scheme, group: GroupScheme, shapes: Shapes, re
     if dtype == "I32" and group.bits == 4:
         return find_int4(prefix, group, shapes, where, read)
     return find_bytes(prefix, shapes, where, read, group.block, group.group or None)
+
+
+def _changes(name: str, found: Mapping[str, Module]) -> bool:
+    """Whether a tensor that no module took is of one, and may change what it computes."""
+    prefix, _, part = name.rpartition(".")
+    return f"{prefix}.weight" in found and part not in BESIDE and not part.startswith(BESIDE_PREFIXES)
 
 
 def _is_scale(name: str) -> bool:
