@@ -307,7 +307,7 @@ class Loader:
         for start in range(0, vocab_size, EMBED_RUN_ROWS):
             rows = self._checkpoint.read(tensor, slice(start, min(vocab_size, start + EMBED_RUN_ROWS)))
             if kind is not None and SOURCE_TYPES[kind].format != item.name:
-                rows = dequantised(self._lanes.host_ops, rows, kind, tensor)
+                rows = dequantised(self._lanes.host_ops, rows, kind, tensor, width)
             rows = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % BLOCK_FEATURES))
             first = start // BLOCK_FEATURES
             self._pack([tensor], rows, item.name, blocks[first : first + rows.shape[0] // BLOCK_FEATURES])
@@ -321,7 +321,9 @@ class Loader:
         kind = self._checkpoint.source_type(tensor)
         for start in range(0, values.shape[0], EMBED_RUN_ROWS):
             rows = self._checkpoint.read(tensor, slice(start, min(values.shape[0], start + EMBED_RUN_ROWS)))
-            values[start : start + rows.shape[0]] = dequantised(self._lanes.host_ops, rows, kind, tensor)
+            values[start : start + rows.shape[0]] = dequantised(
+                self._lanes.host_ops, rows, kind, tensor, values.shape[1]
+            )
         return values
 
     def _finite_numbers(self, name: str) -> torch.Tensor:
@@ -329,7 +331,8 @@ class Loader:
         kind = self._checkpoint.source_type(name)
         if kind is None:
             return self._finite(name)
-        return dequantised(self._lanes.host_ops, self._checkpoint.read(name), kind, name)
+        in_features = self._checkpoint.shape(name)[1]
+        return dequantised(self._lanes.host_ops, self._checkpoint.read(name), kind, name, in_features)
 
     def _finite(self, name: str) -> torch.Tensor:
         values = self._checkpoint.read(name).float()

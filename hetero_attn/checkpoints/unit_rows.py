@@ -88,25 +88,25 @@ class UnitRows:
         if not direct:
             if dtype == torch.uint8 and target.dtype != torch.uint8:
                 kind = self._source.source_type(part.tensor)
-                rows = dequantised(self._ops, rows, kind, part.tensor)[:, :items]
+                rows = dequantised(self._ops, rows, kind, part.tensor, items)
             target.copy_(rows.reshape(units, rows_per_unit, -1))
 
 
-def dequantised(ops: CpuKernels, rows: torch.Tensor, source_type: str, tensor: str) -> torch.Tensor:
-    """float32 values of coded rows of a file, whole groups; CheckpointError names the tensor with a scale that is not
-    finite."""
+def dequantised(ops: CpuKernels, rows: torch.Tensor, source_type: str, tensor: str, in_features: int) -> torch.Tensor:
+    """float32 values [rows, in_features] of coded rows of a file, whose last group may be longer; CheckpointError names
+    the tensor with a scale that is not finite."""
     kind = SOURCE_TYPES[source_type]
-    in_features = rows.shape[1] // kind.block_bytes * kind.items
+    whole = rows.shape[1] // kind.block_bytes * kind.items
     padded = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % BLOCK_FEATURES))
-    shape = (padded.shape[0] // BLOCK_FEATURES, format_of(kind.format).block_bytes(in_features))
+    shape = (padded.shape[0] // BLOCK_FEATURES, format_of(kind.format).block_bytes(whole))
     blocks = torch.empty(shape, dtype=torch.uint8, device="cpu")
-    values = torch.empty(rows.shape[0], in_features, dtype=torch.float32, device="cpu")
+    values = torch.empty(rows.shape[0], whole, dtype=torch.float32, device="cpu")
     try:
         ops.repack(padded, source_type, blocks)
     except ValueError as error:
         raise CheckpointError(f"{tensor}: {error}; the file is damaged, download it again") from error
     ops.unpack_rows(blocks, kind.format, torch.arange(rows.shape[0], device="cpu"), values)
-    return values
+    return values[:, :in_features]
 
 
 def _front(buffer: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

@@ -175,6 +175,25 @@ def test_what_no_format_holds_is_said(models):
         logits(models("fp8 narrow blocks") / "scaled")
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "q8", "auto"])
+def test_rows_of_an_embedding_may_end_within_a_group_of_codes(tmp_path, dtype):
+    """192 inputs in groups of 128."""
+    shape = {"hidden": 192, "num_heads": 6, "num_kv_heads": 2, "layers": 1}
+    folder = make_scaled(tmp_path, {"": int8_channel}, W8A8, **shape)
+    name, values = "model.embed_tokens.weight", {}
+
+    def quantise(tensors):
+        parts, values[name] = int8_channel(*tensors.pop(name).shape, torch.Generator().manual_seed(1))
+        tensors |= {f"model.embed_tokens.{part}": item for part, item in parts.items()}
+
+    edit_tensors(folder / "scaled", quantise)
+    edit_tensors(folder / "plain", lambda tensors: tensors.update(values))
+
+    assert nmse(logits(folder / "scaled", dtype), logits(folder / "plain", "fp32")) < (
+        1e-10 if dtype == "fp32" else 3e-2
+    )
+
+
 def test_oddities_met_on_opening_are_said_of_quantised_models_too(models):
     with open_source(models("w8a8") / "scaled") as source:
         source.warnings.append("something odd")

@@ -94,7 +94,11 @@ def _errors(rows: torch.Tensor, ops: CpuKernels) -> dict[str, float]:
     found = {}
     for name in CANDIDATES:
         if fits(name, rows.shape[1]):
-            held = rows.half().float() if name not in ENCODERS else dequantised(ops, encode(name, rows), name, "")
+            held = (
+                rows.half().float()
+                if name not in ENCODERS
+                else dequantised(ops, encode(name, rows), name, "", rows.shape[1])
+            )
             found[name] = relative_error(held, rows)
     return {name: error for name, error in found.items() if not _is_beaten(name, error, found)}
 

@@ -145,7 +145,7 @@ def _encoded(
     for start in range(0, rows, step):
         values = source.read(name, slice(start, min(rows, start + step)))
         kind = source.source_type(name)
-        values = values.float() if kind is None else dequantised(ops, values, kind, name)[:, :in_features]
+        values = values.float() if kind is None else dequantised(ops, values, kind, name, in_features)
         if not torch.isfinite(values).all():
             raise CheckpointError(f"{source.path}: {name} holds NaN or infinite values; the checkpoint is damaged")
         yield encode(tensor.type.name, _turned(values, head_dim) if turned else values.contiguous()).numpy()
