@@ -558,7 +558,7 @@ MUTANTS = {
         "inside = column <= num_blocks * 16",
     ),
     "norm without epsilon": ("elementwise", "rms_norm", RMS_NORM, "/ HIDDEN + eps", "/ HIDDEN"),
-    "mean over the padded row": ("elementwise", "rms_norm", RMS_NORM, "axis=0) / HIDDEN", "axis=0) / BLOCK"),
+    "mean over the padded row": ("elementwise", "rms_norm", RMS_NORM, "axis=0) / HIDDEN", "axis=0) / columns.shape[0]"),
     "a copy reads rows of the target's stride": (
         "row_copies",
         "copy_rows",

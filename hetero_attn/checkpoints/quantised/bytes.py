@@ -89,7 +89,7 @@ class ByteModule(Module):
         if found.dtype == torch.uint8:
             if bool((found == 255).any()):
                 refuse(where, self.scales, "NaN (exponent 255)", "finite")
-            found = torch.ldexp(torch.ones(found.shape, device="cpu"), found.int() - 127)
+            found = torch.ldexp(torch.ones(found.shape, dtype=torch.float32, device="cpu"), found.int() - 127)
         high, wide = self.block
         return finite_scales(found, self.scales, where).view(-(-self.out_features // high), -1)[
             :, : -(-self.in_features // wide)

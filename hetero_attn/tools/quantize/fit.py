@@ -34,8 +34,8 @@ class Best:
 
     def __init__(self, groups: int) -> None:
         self.error = torch.full((groups,), torch.inf, device="cpu")
-        self.scale = torch.zeros(groups, device="cpu")
-        self.minimum = torch.zeros(groups, device="cpu")
+        self.scale = torch.zeros(groups, dtype=torch.float32, device="cpu")
+        self.minimum = torch.zeros(groups, dtype=torch.float32, device="cpu")
 
     def offer(self, error: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None = None) -> None:
         """Keep the scale, and the minimum where there is one, of every group that it suits better."""

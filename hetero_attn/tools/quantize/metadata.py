@@ -89,7 +89,9 @@ def made_metadata(config: ModelConfig, architecture: str, name: str) -> tuple[di
 def _scaling(config: ModelConfig) -> tuple[dict[str, Any], torch.Tensor | None]:
     rope = config.rope
     if rope.rope_type == "llama3":
-        plain = 1.0 / rope.theta ** (torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32) / rope.rotary_dim)
+        plain = 1.0 / rope.theta ** (
+            torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32, device="cpu") / rope.rotary_dim
+        )
         cos, sin = rope_tables(config, 2)
         return {}, plain / torch.atan2(sin[1], cos[1])  # angles of position 1 are the frequencies
     if rope.rope_type == "linear":

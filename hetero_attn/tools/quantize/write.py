@@ -108,7 +108,8 @@ def _write(
     divisors = None
     if isinstance(source, GgufCheckpoint):
         metadata, turned = copied_metadata(source), gguf_terms(source.fields).is_turned
-        divisors = torch.tensor(config.rope.divisors) if config.rope.rope_type == "divisors" else None
+        if config.rope.rope_type == "divisors":
+            divisors = torch.tensor(config.rope.divisors, dtype=torch.float32, device="cpu")
     else:
         architecture, turned = gguf_architecture(config, source.path)
         metadata, divisors = made_metadata(config, architecture, source.path.name)

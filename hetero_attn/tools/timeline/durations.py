@@ -158,7 +158,7 @@ def _as_linear(arguments: dict[str, Any], rows: int) -> dict[str, Any]:
         "x": x[:1].expand(rows, -1),
         "weight": weight.flatten(0, 1),
         "weight_dtype": arguments["weight_dtype"],
-        "out": torch.empty(shape, device="meta"),
+        "out": torch.empty(shape, dtype=torch.float32, device="meta"),
     }
 
 
