@@ -88,7 +88,7 @@ def test_a_client_that_leaves_while_its_prompt_is_computed_ends_it():
     def load():
         return load_tiny(policy=Policy.parse("version: 1\nprefill_chunk: 16\n"))
 
-    with RunningServer(load, step_s=0.1) as server:
+    with RunningServer(load, step_s=0.3) as server:
         sock = raw(server, "/v1/completions", {"prompt": "a b c d e f g h " * 24, "stream": True})
         server.wait_until(lambda: any(0 < request.computed for request in server.service.driver.live), 30)
         (request,) = server.service.driver.live
@@ -100,7 +100,7 @@ def test_a_client_that_leaves_while_its_prompt_is_computed_ends_it():
 
 
 def test_who_waits_goes_by_priority_then_by_arrival():
-    with RunningServer(lambda: load_tiny(batch=1), step_s=0.03) as server:
+    with RunningServer(lambda: load_tiny(batch=1), step_s=0.3) as server:
         holder = raw(server, "/v1/completions", {**LONG, "prompt": "a", "max_tokens": 60, "stream": True})
         read_until(holder, b"data:")
         asked = [(0, 4), (0, 5), (2, 6), (1, 7), (2, 8)]  # priority, and as many tokens as tell them apart
@@ -119,6 +119,7 @@ def test_who_waits_goes_by_priority_then_by_arrival():
                     tasks.append(asyncio.create_task(ask(*pair)))
                     while len(server.service.driver.live) < number + 2:
                         await asyncio.sleep(0.005)
+                server.step_s = 0.0  # all of them wait by now
                 await asyncio.gather(*tasks)
             return ended
 
