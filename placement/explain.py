@@ -139,8 +139,11 @@ def _busy(cost: PhaseCost) -> str:
 
 
 def _everything_bytes(workload: Workload, hardware: HardwareProfile, policy: Policy, device: str) -> int:
-    everything = policy.model_copy(update={"rules": Policy.named("gpu_only").rules})
-    return make_plan(workload, hardware, everything, device=device, gpu_memory_bytes=2**60).memory.gpu_bytes
+    try:
+        plan = make_plan(workload, hardware, _with_rules_of("gpu_only", policy), device=device, gpu_memory_bytes=2**60)
+    except PolicyError:  # experts have no GPU kernel: what the planner puts there where it may
+        plan = make_plan(workload, hardware, policy, device=device, gpu_memory_bytes=2**60)
+    return plan.memory.gpu_bytes
 
 
 def _estimate(
@@ -178,8 +181,14 @@ def _alternatives(
     yield _whole_layers(plan, machine)
     yield from _other_shape(workload, hardware, policy, plan)
     for name in COMPARED_POLICIES:
-        rules = policy.model_copy(update={"rules": Policy.named(name).rules})
-        yield _estimate(f"policy {name}", workload, hardware, rules, plan.device, plan.gpu_memory_bytes)
+        shipped = _with_rules_of(name, policy)
+        yield _estimate(f"policy {name}", workload, hardware, shipped, plan.device, plan.gpu_memory_bytes)
+
+
+def _with_rules_of(name: str, policy: Policy) -> Policy:
+    """A shipped policy in the sizes of another, so that its errors name its own file and lines."""
+    sizes = {key: getattr(policy, key) for key in Policy.model_fields if key != "rules"}
+    return Policy.named(name).model_copy(update=sizes)
 
 
 def _nearest(found: list[Candidate]) -> list[Candidate]:

@@ -58,6 +58,15 @@ def test_the_policy_page_is_that_of_the_schema():
     assert (ROOT / "docs" / "policy.md").read_text() == policy_page()
 
 
+def test_every_machine_of_the_catalogue_is_named():
+    """An error has no room for them all."""
+    page = (ROOT / "docs" / "hardware.md").read_text()
+
+    assert {path.stem for path in (ROOT / "placement" / "machine" / "catalogue").glob("*.yaml")} <= set(
+        re.findall(r"`([\w-]+)`", page)
+    )
+
+
 def test_every_key_of_the_schema_is_described():
     schema = policy_schema()
     for part in (schema, *schema["$defs"].values()):

@@ -9,7 +9,9 @@ import typer
 if TYPE_CHECKING:
     from hetero_attn import LLM
 
-Model = Annotated[str, typer.Argument(help="Directory of a Hugging Face checkpoint, or a hub id.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(help="Folder of a Hugging Face checkpoint, a GGUF file, or a hub id.", show_default=False)
+]
 Policy = Annotated[str, typer.Option(help="auto, the name of a shipped policy, or a policy file.")]
 GpuMemory = Annotated[str | None, typer.Option(help="Budget of GPU memory, such as 8GiB. Default: what is free.")]
 Dtype = Annotated[

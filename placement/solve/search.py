@@ -310,7 +310,8 @@ def _with_tokens(candidate: Candidate, problem: Problem, tokens: int) -> Candida
 
 
 def known_placements(problem: Problem) -> Iterator[Candidate]:
-    """Placements that need no search, where the bounds allow them: what other systems do, and the simplest of all."""
+    """Placements that need no search, where the bounds and the machine allow them: what other systems do, and the
+    simplest of all."""
     workload = problem.workload
     everything = (
         tuple(LinearPlacement(s.name, s.units, NO_STREAM, s.units) for s in workload.linears),
@@ -323,7 +324,9 @@ def known_placements(problem: Problem) -> Iterator[Candidate]:
         (f"{layers} whole layers on the GPU", layer_split(workload, layers)),
         ("everything on the CPU", layer_split(workload, 0)),
     ):
-        if problem.bounds.allow(linears, kv) and (problem.staging_slots or not any(p.streams for p in linears)):
+        streams, in_decode = any(p.streams for p in linears), any(p.stream_units[0] for p in linears)
+        may_stream = problem.staging_slots and (problem.hardware.streams_in_decode or not in_decode)
+        if problem.bounds.allow(linears, kv) and (may_stream or not streams):
             yield Candidate(problem, label, linears, kv, problem.seconds(linears, kv))
 
 

@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from hetero_attn import plan_model
+from hetero_attn.planning.options import LoadOptions
+from hetero_attn.planning.settle import settle
 from hetero_attn.spec.config import ModelConfig
+from placement import Policy
 from placement.cost.terms import cpu_linear_s_per_unit
+from placement.explain import budget_curve, explain
 from placement.machine.hardware import HardwareProfile
 from placement.plan.workload import LinearShard
 
@@ -135,3 +139,25 @@ def test_families_that_are_not_there_are_refused_by_name(config_of):
     for name in ("gpt_oss", "deepseek_v3", "qwen3_next", "glm4_moe"):
         with pytest.raises(Exception, match=name):
             ModelConfig.from_dir(config_of({"model_type": name}))
+
+
+@pytest.fixture
+def planned_for_cuda(config_of):
+    path = config_of(QWEN3_30B | {"num_hidden_layers": 2})
+    machine = HardwareProfile.named("rtx4090-ddr5")
+    return settle(LoadOptions(model=path, device="cuda", dtype="q4", max_context=512, hardware=machine))
+
+
+def test_a_shipped_policy_that_cannot_be_is_named_by_its_own_file(planned_for_cuda):
+    found = explain(planned_for_cuda.workload, planned_for_cuda.hardware, Policy.named("auto"), device="cuda")
+    notes = {other.label: other.note for other in found.alternatives}
+
+    assert notes["policy gpu_only"].startswith("gpu_only.yaml:")
+    assert "experts run on the cpu lane" in notes["policy gpu_only"]
+
+
+def test_budgets_are_drawn_where_experts_cannot_all_be_in_gpu_memory(planned_for_cuda):
+    plans = budget_curve(planned_for_cuda.workload, planned_for_cuda.hardware, Policy(), device="cuda", steps=1)
+
+    assert [plan.linear("layers.0.experts").gpu_units for plan in plans] == [0, 0]
+    assert plans[1].linear("layers.0.qkv").gpu_units == plans[1].linear("layers.0.qkv").units

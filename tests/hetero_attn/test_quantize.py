@@ -16,7 +16,7 @@ from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.gguf.file import GgufFile
 from hetero_attn.checkpoints.gguf.writer import NewTensor, write_gguf
 from hetero_attn.cli import app
-from hetero_attn.errors import CheckpointError, ConfigError, UnsupportedModelError
+from hetero_attn.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from hetero_attn.serving.tokenizer import Tokenizer
 from hetero_attn.tools.quantize.blocks import ENCODERS, TYPES, encode
 from hetero_attn.tools.quantize.choose import RECIPES, Loss, by_bits, by_recipe, fitting
@@ -217,7 +217,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, monkeypa
         write_gguf(tmp_path / "x.gguf", {}, [tensor], lambda _: [np.zeros(8, np.uint8)])
     with pytest.raises(CheckpointError, match="fewer than 64 bytes"):
         write_gguf(tmp_path / "x.gguf", {}, [NewTensor("a" * 64, TYPES["F32"], (4,))], good)
-    with pytest.raises(ConfigError, match="recipe is 'q3'; known: q8"):
+    with pytest.raises(ArgumentError, match="recipe is 'q3'; known: q8"):
         quantize(TINY, tmp_path / "x.gguf", "q3")
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(CheckpointError, match="bytes are to be written and 10 are free"):
@@ -249,6 +249,18 @@ def test_metadata_of_every_kind_is_read_back(tmp_path):
     file.close()
     found = gguf.GGUFReader(out)
     assert found.tensors[0].data.tobytes() == bytes(range(32))
+
+
+def test_a_file_that_is_there_is_a_usage_error_and_a_folder_that_is_not_is_made(tmp_path):
+    """Both are looked at before the weights."""
+    taken = tmp_path / "there.gguf"
+    taken.write_bytes(b"old")
+    code, _, said = run("quantize", TINY, "--out", taken)
+
+    assert code == 2 and "there already" in said and "--force" in said and taken.read_bytes() == b"old"
+    assert run("quantize", TINY, "--out", tmp_path / "none.gguf", "--recipe", "q3")[0] == 2
+    assert run("quantize", TINY, "--out", tmp_path / "new" / "model.gguf", "--recipe", "q8")[0] == 0
+    assert (tmp_path / "new" / "model.gguf").is_file()
 
 
 @pytest.mark.parametrize(

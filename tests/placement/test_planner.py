@@ -236,6 +236,18 @@ def test_an_80_layer_model_is_planned_within_its_budget_with_heads_beside_their_
         assert kv.gpu_kv_heads <= gpu + stream
 
 
+def test_decode_streams_nothing_where_it_was_not_measured_to_pay():
+    """Even on a machine whose CPU is so slow that streaming every weight is predicted to be faster."""
+    slow = replace(EMULATED, cpu_linear_bytes_per_s=DtypeRates(*[1e7] * 4), cpu_ops_per_s=DtypeRates(*[1e7] * 4))
+
+    plans = [
+        make_plan(tiny(), replace(slow, streams_in_decode=may), Policy(), device="emulated", gpu_memory_bytes=MIB // 3)
+        for may in (True, False)
+    ]
+
+    assert [any(placement.stream_units[0] for placement in plan.linears) for plan in plans] == [True, False]
+
+
 def test_same_input_same_plan():
     plans = [make_plan(llama_8b(), EMULATED, Policy(), device="emulated", gpu_memory_bytes=4 * 2**30) for _ in range(2)]
 

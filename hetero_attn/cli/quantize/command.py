@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hetero_attn.cli import options
-from hetero_attn.cli.output import print_json, read_text
+from hetero_attn.cli.output import expect_writable, print_json, read_text
 
 LEAST_BITS, MOST_BITS = 4.0, 16.0
 
@@ -40,6 +40,8 @@ def quantize(
     from hetero_attn.tools.quantize.table import table_lines
     from hetero_attn.tools.quantize.write import quantize as write
 
+    if force or not out.exists():
+        expect_writable(out)
     text = "" if calibrate is None else read_text(calibrate)
     made = write(model, out, recipe, bits, text, force, threads)
     table = json.loads(made.table)

@@ -45,7 +45,8 @@ def serve(
     batch: options.Batch = None,
     threads: options.Threads = None,
 ) -> None:
-    """Serve a model by OpenAI's protocols; it answers /health at once and everything else once it is loaded."""
+    """Serve a model by OpenAI's, Anthropic's and Ollama's protocols; /health answers at once, everything else once the
+    model is loaded."""
     try:
         from hetero_attn.server.run import listen
         from hetero_attn.server.run import serve as serve_on

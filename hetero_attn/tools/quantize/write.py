@@ -18,7 +18,7 @@ from hetero_attn.checkpoints.hub import resolve_model
 from hetero_attn.checkpoints.row_order import is_rotated
 from hetero_attn.checkpoints.sources import open_source, read_config
 from hetero_attn.checkpoints.unit_rows import dequantised
-from hetero_attn.errors import CheckpointError, ConfigError
+from hetero_attn.errors import ArgumentError, CheckpointError
 from hetero_attn.models.decoder import decoder
 from hetero_attn.serving.progress import bytes_bar
 from hetero_attn.spec.config import ModelConfig
@@ -56,13 +56,13 @@ def quantize(
     """Write a model to the GGUF file `out`, by a recipe of RECIPES, or with at most so many bits a weight.
 
     text: on which the effect of every linear is measured when `bits` are given. force: write over a file. Raises
-    CheckpointError, ConfigError, PromptError or UnsupportedModelError before anything is written, and CheckpointError
-    where the disk is full.
+    ArgumentError for another recipe or a file that is there, CheckpointError, ConfigError, PromptError or
+    UnsupportedModelError before anything is written, and CheckpointError where the disk is full.
     """
     if out.exists() and not force:
-        raise CheckpointError(f"{out}: this file is there already; give another name, or --force to write over it")
+        raise ArgumentError(f"--out is {out}, which is there already; give another name, or --force to write over it")
     if recipe is not None and recipe not in RECIPES:
-        raise ConfigError(f"recipe is {recipe!r}; known: {', '.join(RECIPES)}")
+        raise ArgumentError(f"recipe is {recipe!r}; known: {', '.join(RECIPES)}")
     path = resolve_model(model)
     config, ops = read_config(path), CpuKernels(threads)
     spec = decoder(config)
