@@ -207,7 +207,7 @@ def _add_attention(
 ) -> None:
     """Add one layer's attention."""
     cost = tally.once(
-        (shard.kv_heads, shard.bytes_per_token, shard.window, placement.gpu_tokens),
+        (shard.kv_heads, shard.bytes_per_token, shard.window, shard.heads, shard.head_dim, placement.gpu_tokens),
         lambda: attention_cost(shard, call, placement.gpu_tokens, workload, hardware, tally.on_gpu),
     )
     on_gpu_kv_heads, on_cpu_kv_heads = placement.gpu_kv_heads, shard.kv_heads - placement.gpu_kv_heads

@@ -76,7 +76,9 @@ def _signature(workload: Workload, bounds: Bounds, layer: _Layer) -> str:
         for s in (workload.linears[i],)
     ]
     kv = None if layer.kv is None else workload.kv[layer.kv]
-    cache = None if kv is None else (kv.kv_heads, kv.bytes_per_token, kv.window, bounds.kv[layer.kv])
+    cache = (
+        None if kv is None else (kv.kv_heads, kv.bytes_per_token, kv.window, kv.heads, kv.head_dim, bounds.kv[layer.kv])
+    )
     return repr((parts, cache))
 
 

@@ -363,3 +363,17 @@ def test_three_lanes_reach_the_derived_roof_and_order_the_methods(name):
 
     assert plan.predicted.decode.tokens_per_s == pytest.approx(three, rel=0.06)
     assert plan.predicted.decode.tokens_per_s > max(split, streamed)
+
+
+def test_layers_that_differ_in_query_heads_alone_cost_their_own():
+    """Layers alike in cache and window: one of few query heads must not be counted as one of many."""
+    machine = ideal_machine(dram=50, cpu=40, pcie=20, gpu=500)
+    machine = replace(machine, cpu_attention_ops_per_s=1e6)
+    plain = tiny(kv_heads=2, head_dim=16)
+
+    def seconds(*heads: int) -> float:
+        kv = tuple(replace(shard, heads=count) for shard, count in zip(plain.kv, heads, strict=False))
+        workload = replace(plain, kv=(*kv, *plain.kv[len(kv) :]))
+        return pass_cost(workload, *layer_split(workload, 0), machine, Call(1, 16, 48), on_gpu=False).seconds
+
+    assert seconds(2, 32) == pytest.approx(seconds(32, 2), rel=1e-9) and seconds(2, 32) > 1.1 * seconds(2, 2)
