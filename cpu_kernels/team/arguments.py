@@ -12,7 +12,7 @@ more: `x_row` is the stride from one row of x to the next, `k_page` that from on
 """
 
 from collections import namedtuple
-from typing import Any
+from typing import Any, cast
 
 MERGE_PARTS = 14  # partials that one call merges
 
@@ -24,7 +24,8 @@ def block(name: str, *words: str) -> Any:
     few.
     """
     names = " ".join(words).split()
-    places = namedtuple(name, ("scratch", *names))  # which numba knows as constants
+    # Numba knows the fields of a named tuple as constants; type checkers know none that is made at run time.
+    places = cast(Any, namedtuple)(name, ("scratch", *names))
     filled = eval(f"lambda *, {', '.join(names)}: ({', '.join(names)},)")  # half the time of a call with **words
     filled.__name__ = filled.__qualname__ = f"{name}.filled"
     places.filled = staticmethod(filled)
