@@ -14,6 +14,7 @@ import torch
 import gpu_kernels
 from cpu_kernels.formats import BLOCK_FEATURES, unit_bytes
 from cpu_kernels.formats.pages import row_items
+from gpu_kernels.device_ops import DeviceOps
 from hetero_attn.cache.pages import TORCH_DTYPES
 from hetero_attn.engine.ahead.warm_up import PROMPT_ROWS
 from hetero_attn.models.mlp import GATED_OPS
@@ -66,14 +67,15 @@ def compiling_beside(
 def kernel_calls(planned: PlannedModel) -> Iterator[tuple[str, Call]]:
     """Calls of the operations of a planned model by what they are for, rows of decode first."""
     plan, limits = planned.plan, planned.hardware.int8_rows
+    ops = DeviceOps("meta", limits)
     wanted = {1, *PROMPT_ROWS, *(rows + 1 for rows in limits.values())}
     for rows in sorted(count for count in wanted if count <= max(1, plan.prefill_chunk)):
         name = f"GPU kernels for {rows} row{'s' if rows > 1 else ''}"
-        for call in (*_linears(planned, rows), *_small(planned, rows), *_attention(planned, rows)):
+        for call in (*_linears(planned, ops, rows), *_small(planned, ops, rows), *_attention(planned, rows)):
             yield name, call
 
 
-def _linears(planned: PlannedModel, rows: int) -> Iterator[Call]:
+def _linears(planned: PlannedModel, ops: DeviceOps, rows: int) -> Iterator[Call]:
     seen: set[tuple] = set()
     placements = {placement.name: placement for placement in planned.plan.linears}
     for spec in planned.model.linears:
@@ -83,30 +85,23 @@ def _linears(planned: PlannedModel, rows: int) -> Iterator[Call]:
             key = (spec.format, spec.in_features, blocks, spec.has_bias, spec.kind in ADDED)
             if key not in seen:
                 seen.add(key)
-                yield _linear(spec, blocks, rows, planned.hardware.int8_rows)
+                yield _linear(ops, spec, blocks, rows)
 
 
-def _linear(spec: LinearSpec, blocks: int, rows: int, int8_rows: dict[str, int]) -> Call:
+def _linear(ops: DeviceOps, spec: LinearSpec, blocks: int, rows: int) -> Call:
     weight = _meta(blocks, unit_bytes(spec.format, spec.in_features), dtype=torch.uint8)
     out = _meta(rows, blocks * spec.row_features)
     bias = _meta(out.shape[1]) if spec.has_bias else None
-    limit = {"int8_rows": int8_rows[spec.format]} if spec.format in int8_rows else {}
-
-    def call() -> None:
-        inputs = gpu_kernels.rounded(_meta(rows, spec.in_features), spec.format, **limit)
-        gpu_kernels.linear(inputs, weight, spec.format, bias, out, spec.kind in ADDED)
-
-    return call
+    return partial(ops.linear, _meta(rows, spec.in_features), weight, spec.format, bias, out, spec.kind in ADDED)
 
 
-def _small(planned: PlannedModel, rows: int) -> Iterator[Call]:
-    config, limits = planned.config, planned.hardware.int8_rows
+def _small(planned: PlannedModel, ops: DeviceOps, rows: int) -> Iterator[Call]:
+    config = planned.config
     hidden, features = config.hidden_size, -(-config.intermediate_size // BLOCK_FEATURES) * BLOCK_FEATURES
     x, both, activated = _meta(rows, hidden), _meta(rows, 2 * features), _meta(rows, features)
     for name in dict.fromkeys(spec.format for spec in planned.model.linears):
-        limit = {"int8_rows": limits[name]} if name in limits else {}
-        yield partial(gpu_kernels.rounded_norm, x, x[0], config.rms_norm_eps, x, name, **limit)
-        yield partial(gpu_kernels.rounded_gated, both, activated, GATED_OPS[config.hidden_act], name, **limit)
+        yield partial(ops.rounded_norm, x, x[0], config.rms_norm_eps, x, name)
+        yield partial(ops.rounded_gated, both, activated, GATED_OPS[config.hidden_act], name)
     if rows == 1:
         for op in (gpu_kernels.add_rows, gpu_kernels.copy_rows):
             yield partial(op, x, x)
