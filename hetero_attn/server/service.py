@@ -114,7 +114,8 @@ class Service:
 
         def add(llm: LLM, ids: list[tuple[int, ...]]) -> list[Request]:
             pairs = [(prompt, choice) for prompt in ids for choice in range(turn.choices)]
-            params = [llm.default_params(**self._wishes_of(turn, choice, ids[0])) for choice in range(turn.choices)]
+            wishes = self._wishes_of(turn, ids[0])
+            params = [llm.default_params(**_wishes_of_choice(wishes, choice)) for choice in range(turn.choices)]
             return _added(llm, (llm.add(prompt, params[choice], priority=turn.priority) for prompt, choice in pairs))
 
         return await self._admit(turn, prompts * turn.choices, add)
@@ -188,11 +189,9 @@ class Service:
             variables["tools"] = tools
         return self.tokenizer.encode_chat(talk.messages, talk.opens_answer, variables, talk.continues)
 
-    def _wishes_of(self, turn: Turn, choice: int, prompt: tuple[int, ...]) -> dict[str, Any]:
-        """The parameters of one of several answers: a seed that is given makes each of them repeatable, not alike."""
-        wishes, seed = dict(turn.wishes), turn.wishes.get("seed")
-        if seed is not None:
-            wishes["seed"] = (seed + choice) & LARGEST_SEED
+    def _wishes_of(self, turn: Turn, prompt: tuple[int, ...]) -> dict[str, Any]:
+        """The parameters that all answers of a turn share."""
+        wishes = dict(turn.wishes)
         if isinstance(turn.prompts, Conversation):
             wishes |= self._form_wishes(turn.prompts.tools, wishes, prompt)
         return wishes
@@ -247,6 +246,12 @@ def _added(llm: LLM, adding: Iterator[Request]) -> list[Request]:
             llm.abort(request)
         raise
     return found
+
+
+def _wishes_of_choice(wishes: dict[str, Any], choice: int) -> dict[str, Any]:
+    """The parameters of one of several answers: a seed that is given makes each of them repeatable, not alike."""
+    seed = wishes.get("seed")
+    return wishes if seed is None else wishes | {"seed": (seed + choice) & LARGEST_SEED}
 
 
 def _count(turn: Turn) -> int:

@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hetero_attn.server.dialogue.calls import SEPARATOR
 from hetero_attn.server.dialogue.formats import AnswerFormat
 from hetero_attn.server.dialogue.shapes import as_list
 from hetero_attn.server.dialogue.tools import Tools
 from hetero_attn.server.failures import ApiError
 from hetero_attn.serving.sampling_params import JSON_OPTIONS
 
-SEPARATOR = "<｜tool▁sep｜>"
 Mark = Callable[[str], str]
 
 
