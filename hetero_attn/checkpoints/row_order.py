@@ -38,6 +38,12 @@ def turn_back(rows: "torch.Tensor", head_dim: int, rotary_dim: int) -> None:
     heads.copy_(pairs.transpose(1, 2).reshape(heads.shape))
 
 
+def turned(rows: "torch.Tensor", head_dim: int) -> "torch.Tensor":
+    """Rows of whole heads, every dimension of which is rotated, from our order into pairs side by side; a copy."""
+    heads = rows.view(-1, 2, head_dim // 2, *rows.shape[1:])
+    return heads.transpose(1, 2).reshape(rows.shape).contiguous()
+
+
 def is_rotated(name: str) -> bool:
     """Whether a tensor, by our name, makes the vectors that rotary embedding turns."""
     return ".q_proj." in name or ".k_proj." in name

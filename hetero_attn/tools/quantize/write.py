@@ -15,7 +15,7 @@ from hetero_attn.checkpoints.gguf.file import GgufTensor
 from hetero_attn.checkpoints.gguf.names import ROPE_DIVISORS, their_name
 from hetero_attn.checkpoints.gguf.writer import NewTensor, write_gguf
 from hetero_attn.checkpoints.hub import resolve_model
-from hetero_attn.checkpoints.row_order import is_rotated
+from hetero_attn.checkpoints.row_order import is_rotated, turned
 from hetero_attn.checkpoints.sources import open_source, read_config
 from hetero_attn.checkpoints.unit_rows import dequantised
 from hetero_attn.errors import ArgumentError, CheckpointError
@@ -107,11 +107,11 @@ def _write(
     tensors = [NewTensor(name, TYPES[chosen[ours]], shapes[ours]) for name, ours in theirs.items()]
     divisors = None
     if isinstance(source, GgufCheckpoint):
-        metadata, turned = copied_metadata(source), gguf_terms(source.fields).is_turned
+        metadata, is_turned = copied_metadata(source), gguf_terms(source.fields).is_turned
         if config.rope.rope_type == "divisors":
             divisors = torch.tensor(config.rope.divisors, dtype=torch.float32, device="cpu")
     else:
-        architecture, turned = gguf_architecture(config, source.path)
+        architecture, is_turned = gguf_architecture(config, source.path)
         metadata, divisors = made_metadata(config, architecture, source.path.name)
         metadata |= tokenizer_metadata(source.path, config)
     if divisors is not None:
@@ -125,7 +125,7 @@ def _write(
             if tensor.name == ROPE_DIVISORS:
                 yield divisors.numpy().view(np.uint8)
                 return
-            for piece in _encoded(source, theirs[tensor.name], tensor, turned, config.head_dim, ops):
+            for piece in _encoded(source, theirs[tensor.name], tensor, is_turned, config.head_dim, ops):
                 bar.update(piece.nbytes)
                 yield piece
 
@@ -133,13 +133,13 @@ def _write(
 
 
 def _encoded(
-    source: Checkpoint | GgufCheckpoint, name: str, tensor: NewTensor, turned: bool, head_dim: int, ops: CpuKernels
+    source: Checkpoint | GgufCheckpoint, name: str, tensor: NewTensor, is_turned: bool, head_dim: int, ops: CpuKernels
 ) -> Iterator[np.ndarray]:
     """The bytes of a tensor, some whole heads of rows at a time."""
-    turned = turned and is_rotated(name)
+    is_turned = is_turned and is_rotated(name)
     if len(tensor.shape) == 1:
         values = source.read(name).float()
-        yield _turned(values, head_dim).numpy().view(np.uint8) if turned else values.numpy().view(np.uint8)
+        yield turned(values, head_dim).numpy().view(np.uint8) if is_turned else values.numpy().view(np.uint8)
         return
     rows, in_features = tensor.shape
     step = max(1, RUN_WEIGHTS // in_features // head_dim) * head_dim
@@ -149,10 +149,4 @@ def _encoded(
         values = values.float() if kind is None else dequantised(ops, values, kind, name, in_features)
         if not torch.isfinite(values).all():
             raise CheckpointError(f"{source.path}: {name} holds NaN or infinite values; the checkpoint is damaged")
-        yield encode(tensor.type.name, _turned(values, head_dim) if turned else values.contiguous()).numpy()
-
-
-def _turned(values: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of q or k with those that are turned together side by side."""
-    heads = values.view(-1, 2, head_dim // 2, *values.shape[1:])
-    return heads.transpose(1, 2).reshape(values.shape).contiguous()
+        yield encode(tensor.type.name, turned(values, head_dim) if is_turned else values.contiguous()).numpy()
