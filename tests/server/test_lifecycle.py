@@ -15,7 +15,7 @@ import pytest
 
 from hetero_attn.errors import ArgumentError, EngineDeadError
 from hetero_attn.server.settings import ServerSettings
-from tests.support.http_server import TINY, RunningServer, load_tiny
+from tests.support.http_server import TINY, RunningServer, await_health, free_port, load_tiny
 
 MESSAGES = [{"role": "user", "content": "What is a list?"}]
 LONG = {"messages": MESSAGES, "max_tokens": 400, "ignore_eos": True, "temperature": 0}
@@ -188,9 +188,7 @@ def test_the_command_serves_until_a_signal(tmp_path):
     """The key is needed, nothing of a prompt is logged, and SIGTERM ends it with exit code 0."""
     key = tmp_path / "key"
     key.write_text("secret\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable,
         "-m",
@@ -211,14 +209,7 @@ def test_the_command_serves_until_a_signal(tmp_path):
         text=True,
     )
     try:
-        end, status = time.monotonic() + 120, None
-        while status != 200 and time.monotonic() < end and process.poll() is None:
-            time.sleep(0.1)
-            try:
-                status = httpx.get(f"http://localhost:{port}/health", trust_env=False, timeout=10).status_code
-            except httpx.TransportError:
-                status = None
-        assert status == 200, process.poll()
+        await_health(process, port)
         url, body = (
             f"http://localhost:{port}/v1/chat/completions",
             {"messages": [{"role": "user", "content": "zebra crossing"}]},

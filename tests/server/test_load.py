@@ -15,7 +15,7 @@ import pytest
 
 from placement import Policy
 from tests.server.test_lifecycle import LONG, at_rest, gauges, raw, read_until
-from tests.support.http_server import TINY, RunningServer, load_tiny
+from tests.support.http_server import TINY, RunningServer, await_health, free_port, load_tiny
 
 MIB = 1 << 20
 
@@ -148,20 +148,11 @@ main()
 
 def served(action: str) -> tuple[subprocess.Popen, int]:
     """The command in a process of its own that does something after the fourth token of a long answer."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     arguments = ["serve", TINY, "--device", "cpu", "--threads", "1", "--context", "256", "--port", str(port)]
     code = PLANTED.format(action=action, arguments=arguments)
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    end, status = time.monotonic() + 120, None
-    while status != 200 and time.monotonic() < end and process.poll() is None:
-        time.sleep(0.1)
-        try:
-            status = httpx.get(f"http://localhost:{port}/health", trust_env=False, timeout=10).status_code
-        except httpx.TransportError:
-            status = None
-    assert status == 200, process.poll()
+    await_health(process, port)
     return process, port
 
 

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+
+from tests.support.http_server import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -29,9 +30,7 @@ BODY = {"prompt": "A list is", "max_tokens": 60, "temperature": 0, "ignore_eos":
 @pytest.fixture(scope="module")
 def replicas(tmp_path_factory):
     """The example's address and process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     search_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     log = tmp_path_factory.mktemp("ray") / "log"
     process = subprocess.Popen(

@@ -2,11 +2,15 @@
 
 import asyncio
 import contextlib
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+import httpx
 
 from hetero_attn.llm import LLM
 from hetero_attn.server.driver import warmed
@@ -20,6 +24,25 @@ READY_S = 120
 def load_tiny(batch: int = 4, context: int = 512, model: str = TINY, **more: object) -> LLM:
     """The shipped model, or a copy of it, on one CPU thread."""
     return LLM(model, device="cpu", num_threads=1, max_context=context, max_batch=batch, progress=False, **more)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def await_health(process: subprocess.Popen, port: int) -> None:
+    """Wait until a server in a process of its own has loaded its model."""
+    end, status = time.monotonic() + READY_S, None
+    while status != 200 and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.1)
+        try:
+            status = httpx.get(f"http://localhost:{port}/health", trust_env=False, timeout=10).status_code
+        except httpx.TransportError:
+            status = None
+    assert status == 200, process.poll()
 
 
 class RunningServer:
