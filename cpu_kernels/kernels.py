@@ -237,6 +237,15 @@ class CpuKernels:
         """
         elementwise.rms_norm(self._team, x, weight, eps, out, accumulate)
 
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, out: torch.Tensor
+    ) -> None:
+        """out = (x - mean(x)) * weight / sqrt(mean((x - mean(x))^2) + eps) + bias.
+
+        x, out: float32 [rows, hidden]; weight, bias: float32 [hidden], bias None for none.
+        """
+        elementwise.layer_norm(self._team, x, weight, bias, eps, out)
+
     def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         """out = silu(gate) * up.
 
@@ -248,6 +257,10 @@ class CpuKernels:
     def gelu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         """out = gelu(gate) * up, gelu in its form by tanh; shapes as in silu_mul."""
         elementwise.gated(self._team, "gelu_mul", gate_up, out)
+
+    def gelu(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """out = gelu(x), gelu in its form by tanh. x, out: float32 [rows, features]."""
+        elementwise.gelu(self._team, x, out)
 
     def rope_append(
         self,

@@ -18,6 +18,8 @@ _MODULE_OF_OP = {
     "prefill_attention": "attention",
     "merge": "attention_merge",
     "rms_norm": "elementwise",
+    "layer_norm": "small.layer_norm",
+    "gelu": "small.gelu",
     "rope_append": "elementwise",
     "silu_mul": "elementwise",
     "gelu_mul": "elementwise",

@@ -11,8 +11,10 @@ both see the same numbers.
                 bf16 are the same whatever M is, so every lane, tile and segment rounds them alike
     merge       m = max_i lse_i;  w_i = exp(lse_i - m);  out = sum w_i out_i / sum w_i;  lse = m + log sum w_i
     rms_norm    y = x / sqrt(mean(x^2) + eps) * weight, or y += that
+    layer_norm  y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias
     silu_mul    y = gate / (1 + exp(-gate)) * up
     gelu_mul    y = gate (1 + tanh(sqrt(2 / pi) (gate + 0.044715 gate^3))) / 2 * up
+    gelu        y = x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2
     route       ids = the k largest of x router^T, w = softmax(x router^T) there;  expert_linear  p = x W[id]^T;
                 combine  y += sum_j w_j p_j;  scale_rows  y *= f
     norm_heads  q = q / sqrt(mean over all heads of q^2 + eps) * weight, k likewise
@@ -193,6 +195,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, accumulate: boo
     [hidden]."""
     result = _rms_normalized(x, weight, eps)
     out.copy_(out + result if accumulate else result)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> None:
+    """Norm of each row of `x` around its mean into `out`, f32 [rows, hidden]; weight, bias: f32 [hidden], or None."""
+    apart = x - x.mean(-1, keepdim=True)
+    normed = _rms_normalized(apart, weight, eps)
+    out.copy_(normed if bias is None else normed + bias)
+
+
+def gelu(x: Tensor, out: Tensor) -> None:
+    """gelu(x) in its form by tanh into `out`, both f32 [rows, features]."""
+    out.copy_(torch.nn.functional.gelu(x, approximate="tanh"))
 
 
 def silu_mul(gate_up: Tensor, out: Tensor) -> None:

@@ -55,8 +55,10 @@ MOST_MODULES = 14  # in one folder
 OPS = (
     "linear",
     "rms_norm",
+    "layer_norm",
     "silu_mul",
     "gelu_mul",
+    "gelu",
     "route",
     "combine",
     "scale_rows",

@@ -1,9 +1,9 @@
-"""rms_norm, silu_mul, gelu_mul and merge: checks and launches; the arithmetic is in elementwise_kernel.py."""
+"""rms_norm, layer_norm, silu_mul, gelu_mul, gelu and merge: checks and launches; the arithmetic is in their kernels."""
 
 import torch
 
 from cpu_kernels.checks import bits_of, check_tensor, expect
-from cpu_kernels.team.arguments import GATED, MERGE, MERGE_PARTS, RMS_NORM
+from cpu_kernels.team.arguments import GATED, GELU, LAYER_NORM, MERGE, MERGE_PARTS, RMS_NORM
 from cpu_kernels.team.team import Team
 
 NO_PARTIALS = dict.fromkeys((word for word in MERGE._fields if word.startswith("part_")), 0)
@@ -32,6 +32,51 @@ def rms_norm(
                 hidden=hidden,
             ),
         )
+
+
+def layer_norm(
+    team: Team, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, out: torch.Tensor
+) -> None:
+    """See CpuKernels.layer_norm."""
+    check_tensor("x", x, torch.float32, (None, None))
+    rows, hidden = x.shape
+    check_tensor("weight", weight, torch.float32, (hidden,))
+    if bias is not None:
+        check_tensor("bias", bias, torch.float32, (hidden,))
+    check_tensor("out", out, torch.float32, (rows, hidden))
+    if rows and hidden:
+        team.run(
+            ("small.layer_norm_kernel", "layer_norm", *([] if bias is None else [True])),
+            0,
+            *LAYER_NORM.filled(
+                x=x.data_ptr(),
+                x_row=4 * x.stride(0),
+                weight=weight.data_ptr(),
+                bias=0 if bias is None else bias.data_ptr(),
+                eps=bits_of(eps),
+                out=out.data_ptr(),
+                out_row=4 * out.stride(0),
+                rows=rows,
+                hidden=hidden,
+            ),
+        )
+
+
+def gelu(team: Team, x: torch.Tensor, out: torch.Tensor) -> None:
+    """See CpuKernels.gelu."""
+    check_tensor("x", x, torch.float32, (None, None))
+    rows, features = x.shape
+    check_tensor("out", out, torch.float32, (rows, features))
+    if rows and features:
+        words = GELU.filled(
+            x=x.data_ptr(),
+            x_row=4 * x.stride(0),
+            out=out.data_ptr(),
+            out_row=4 * out.stride(0),
+            rows=rows,
+            features=features,
+        )
+        team.run(("small.elementwise_kernel", "gelu"), 0, *words)
 
 
 def gated(team: Team, name: str, gate_up: torch.Tensor, out: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 rms_norm      y = x * weight / sqrt(mean(x^2) + eps), or y += that
 silu_mul      y = gate / (1 + exp(-gate)) * up
 gelu_mul      y = gelu(gate) * up, gelu by tanh: g / (1 + exp(-2 sqrt(2 / pi) (g + 0.044715 g^3)))
+gelu          y = gelu(x)
 merge         w_i = exp(lse_i - max lse); out = sum w_i out_i / sum w_i; lse = max + log sum w_i
 """
 
@@ -11,8 +12,8 @@ import math
 import numpy as np
 from numba import types
 
-from cpu_kernels.small.elementwise_sizes import MERGE_ROWS, SILU_UNITS
-from cpu_kernels.team.arguments import GATED, MERGE, RMS_NORM
+from cpu_kernels.small.elementwise_sizes import GELU_FEATURES, MERGE_ROWS, SILU_UNITS
+from cpu_kernels.team.arguments import GATED, GELU, MERGE, RMS_NORM
 from cpu_kernels.team.chunks import parameter, real_parameter, take
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.scalar import least, load_scalar, store_scalar
@@ -127,6 +128,27 @@ def gated(power):
                 gate = load_f32(at)
                 denominator = add(splat(ONE), exp(power(gate)))
                 store_f32(mul(div(gate, denominator), load_f32(at + 64)), out + row * out_stride + 64 * unit)
+            chunk = take(arguments, 0)
+
+    return kernel
+
+
+def gelu():
+    """Kernel; of `GELU_FEATURES` features of a row at a time."""
+
+    def kernel(arguments, thread):
+        x, x_stride = parameter(arguments, GELU.x), parameter(arguments, GELU.x_row)
+        out, out_stride = parameter(arguments, GELU.out), parameter(arguments, GELU.out_row)
+        rows, features = parameter(arguments, GELU.rows), parameter(arguments, GELU.features)
+        parts = (features + GELU_FEATURES - 1) // GELU_FEATURES
+        chunk = take(arguments, 0)
+        while chunk < rows * parts:
+            row, first = chunk // parts, chunk % parts * GELU_FEATURES
+            source, to, stop = x + row * x_stride, out + row * out_stride, least(features, first + GELU_FEATURES)
+            for i in range(first, stop, 16):
+                value = load_f32_tail(source + 4 * i, stop - i)
+                value = div(value, add(splat(ONE), exp(gelu_power(value))))
+                store_f32_tail(value, to + 4 * i, stop - i)
             chunk = take(arguments, 0)
 
     return kernel

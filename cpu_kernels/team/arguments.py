@@ -52,7 +52,10 @@ PACK = block("PACK", "rows row_bytes num_blocks in_features out block_bytes")
 REPACK = block("REPACK", "rows row_bytes num_blocks blocks out block_bytes")
 UNPACK = block("UNPACK", "weight block_bytes rows ids count in_features out out_row")
 RMS_NORM = block("RMS_NORM", "x x_row weight eps out out_row rows hidden")
+# bias: 0 for none.
+LAYER_NORM = block("LAYER_NORM", "x x_row weight bias eps out out_row rows hidden")
 GATED = block("GATED", "gate_up gate_up_row out out_row rows units")
+GELU = block("GELU", "x x_row out out_row rows features")
 # Then out and lse of every partial, all contiguous.
 MERGE = block("MERGE", "count out lse rows head_dim", *(f"part_{part} part_lse_{part}" for part in range(MERGE_PARTS)))
 # router_rows: of the router, padded. ids, places and sources are contiguous.
@@ -91,7 +94,7 @@ FLAG = block("FLAG", "address value")  # an entry of a program that waits for a 
 MAX_PARAMETERS = max(
     map(
         len,
-        (LINEAR, EXPERT_LINEAR, PACK, REPACK, UNPACK, RMS_NORM, GATED, MERGE)
+        (LINEAR, EXPERT_LINEAR, PACK, REPACK, UNPACK, RMS_NORM, LAYER_NORM, GATED, GELU, MERGE)
         + (ROUTE, COMBINE, SCALE_ROWS, NORM_HEADS, SWEEP, ROPE, DECODE, PREFILL, FLAG),
     )
 )

@@ -83,6 +83,14 @@ class PacedOps:
         """Bytes in and out."""
         self._move(gate_up, out)
 
+    def layer_norm(self, x, weight, bias, eps, out) -> None:
+        """Bytes in and out."""
+        self._move(x, out)
+
+    def gelu(self, x, out) -> None:
+        """Bytes in and out."""
+        self._move(x, out)
+
     def rope_append(self, qkv, positions, cos, sin, q_norm, k_norm, eps, q, k_pages, v_pages, slots) -> None:
         """Bytes in and out."""
         self._move(qkv, q)

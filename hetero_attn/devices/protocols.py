@@ -30,6 +30,12 @@ class Ops(Protocol):
     def gelu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         """gelu(gate) * up, gelu by tanh."""
 
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> None:
+        """Layer norm of each row, bias None for none."""
+
+    def gelu(self, x: Tensor, out: Tensor) -> None:
+        """gelu(x), gelu by tanh."""
+
     def route(
         self,
         x: Tensor,

@@ -1,7 +1,19 @@
 """Grouped-query attention with rotary positions: qkv, attention over the cache, o."""
 
 from hetero_attn.lanes.lanes import Activation, Lanes
-from hetero_attn.models.block import Block, BlockWeights, KvView, Run, add_output, normed_linear, projected_buffer
+from hetero_attn.models.block import (
+    NORMED,
+    SHARED,
+    Block,
+    BlockWeights,
+    KvView,
+    Norm,
+    Run,
+    add_output,
+    norm_vectors,
+    normed_linear,
+    projected_buffer,
+)
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.attend import AttentionBuffers, AttentionParameters, attend, store
 from hetero_attn.spec.blocks import BufferSet, KvState, Vector
@@ -24,11 +36,13 @@ class Attention(Block):
             config.num_kv_heads, config.num_heads, config.head_dim, config.sliding_window[layer]
         )
         self.rope = config.rope_of(layer)
-        self._eps, self._scale = config.rms_norm_eps, config.attention_scale
+        self._config, self._eps, self._scale = config, config.rms_norm_eps, config.attention_scale
+        self._normed = SHARED if config.parallel else NORMED
         self.qkv, self.o = _linears(config, layer, formats)
         self.linears = (self.qkv, self.o)
-        vectors = {"norm": ("attention_norm", config.hidden_size)} if config.pre_norms else {}
-        self.small_calls += len(vectors) - 1
+        vectors: dict[str, tuple[str, int]] = {}
+        own_norm = norm_vectors(config, "attention_norm", layer) if config.pre_norms else ()
+        self.small_calls -= not config.pre_norms
         if config.qk_norm:
             vectors |= {name: (name, config.head_dim) for name in ("q_norm", "k_norm")}
         if config.qk_norm_whole:
@@ -38,7 +52,7 @@ class Attention(Block):
         if config.post_norms:
             vectors["post_norm"] = ("attention_post_norm", config.hidden_size)
             self.small_calls += 1
-        self.vectors = tuple(
+        self.vectors = own_norm + tuple(
             Vector(name, tensor_name(part, layer), features, config.norm_offset)
             for name, (part, features) in vectors.items()
         )
@@ -53,7 +67,7 @@ class Attention(Block):
                     ("partial", heads_width),
                 ),
             ),
-            BufferSet("narrow", (("normed", config.hidden_size),)),
+            BufferSet("shared" if config.parallel else "narrow", ((self._normed, config.hidden_size),)),
             BufferSet("lse", (("lse", config.num_heads), ("partial_lse", config.num_heads))),
             *((projected_buffer(self.o),) if config.post_norms else ()),
         )
@@ -63,7 +77,7 @@ class Attention(Block):
         lanes, step = run
         qkv, o = weights.linears["qkv"], weights.linears["o"]
         heads = work.of("qkv", self.qkv.out_features)
-        normed_linear(lanes, step.tier, weights.vector("norm"), self._eps, qkv, work, heads)
+        normed_linear(lanes, step.tier, Norm.of(self._config, weights), qkv, work, heads, self._normed)
         computed = self._norm_whole(lanes, weights, heads, qkv.device_units(step.tier))
         buffers = self._buffers(work)
         parameters = self._parameters(weights)

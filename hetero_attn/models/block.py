@@ -2,6 +2,8 @@
 
     residual += block(norm(residual)), or post_norm(block(norm(residual)))
 
+The MLP of a parallel layer sees what its attention has normalised, in the buffer SHARED, not the residual anew.
+
 No block knows where anything lives: a `LinearWeights` carries its cut, an `Activation` both its sides.
 """
 
@@ -16,8 +18,12 @@ from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.linear import LinearWeights, linear, linear_add
 from hetero_attn.ops.step import PoolStep, Step
-from hetero_attn.spec.blocks import BufferSet, Declaration
+from hetero_attn.spec.blocks import BufferSet, Declaration, Vector
+from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.tensor_names import tensor_name
 from hetero_attn.spec.weights import LinearSpec
+
+NORMED, SHARED = "normed", "shared_normed"  # buffers of normalised rows: a block's own, a parallel layer's
 
 
 class Run(NamedTuple):
@@ -78,38 +84,64 @@ class Block(Declaration):
         raise NotImplementedError(f"{type(self).__name__} has no keys and values")
 
 
-def normalize(
-    lanes: Lanes, weight: Activation, norm_eps: float, residual: Activation, normed: Activation, to_host: bool
-) -> None:
-    """RMS-normalise the residual into `normed`, and bring it to the host if the CPU lane will need it."""
-    hidden_size = weight.main.shape[0]
-    lanes.main_ops.rms_norm(residual.main[:, :hidden_size], weight.main, norm_eps, normed.main)
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """The norm in front of a block: an RMS norm, or a layer norm, which may have a bias; no weight where there is no
+    norm."""
+
+    weight: Activation
+    bias: Activation
+    eps: float
+    is_layer_norm: bool
+
+    @classmethod
+    def of(cls, config: ModelConfig, weights: BlockWeights) -> "Norm":
+        """That of a block which has declared `norm_vectors`."""
+        return cls(weights.vector("norm"), weights.vector("norm_bias"), config.rms_norm_eps, config.layer_norm)
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row."""
+        return self.weight.main.shape[0]
+
+    def apply(self, ops: Any, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Normalise rows where the residual stream lives."""
+        if self.is_layer_norm:
+            ops.layer_norm(x, self.weight.main, self.bias.main, self.eps, out)
+        else:
+            ops.rms_norm(x, self.weight.main, self.eps, out)
+
+
+def norm_vectors(config: ModelConfig, part: str, layer: int | None, scale: float = 1.0) -> tuple[Vector, ...]:
+    """The vectors of the norm in front of a block, whose weight is `part` of a checkpoint; scale: on what it gives."""
+    weight = Vector("norm", tensor_name(part, layer), config.hidden_size, config.norm_offset, scale)
+    bias = Vector("norm_bias", tensor_name(part, layer, "bias"), config.hidden_size, 0.0, scale)
+    return (weight, bias) if config.norm_bias else (weight,)
+
+
+def normalize(lanes: Lanes, norm: Norm, residual: Activation, normed: Activation, to_host: bool) -> None:
+    """Normalise the residual into `normed`, and bring it to the host if the CPU lane will need it."""
+    norm.apply(lanes.main_ops, residual.main[:, : norm.width], normed.main)
     if to_host:
-        lanes.push(normed, 0, hidden_size)
+        lanes.push(normed, 0, norm.width)
 
 
 def normed_linear(
-    lanes: Lanes,
-    tier: int,
-    norm: Activation,
-    norm_eps: float,
-    weights: LinearWeights,
-    work: Workspace,
-    out: Activation,
+    lanes: Lanes, tier: int, norm: Norm, weights: LinearWeights, work: Workspace, out: Activation, name: str = NORMED
 ) -> None:
-    """A linear of the RMS-normalised residual into `out`, or where there is no norm of the residual as it is; on a GPU
-    one launch normalises it, and rounds it for all pieces of the weight."""
-    if norm.main is None:
+    """A linear of the normalised residual into `out`, or where there is no norm of the residual as it is; on a GPU one
+    launch makes an RMS norm, and rounds it for all pieces of the weight. name: of the buffer of normalised rows."""
+    if norm.weight.main is None:
         linear(lanes, weights, tier, _as_it_is(lanes, weights.spec.in_features, work, weights, tier), out)
         return
-    normed = work.of("normed", weights.spec.in_features)
-    if lanes.device is None or not weights.device_units(tier):
-        normalize(lanes, norm, norm_eps, work.residual, normed, weights.has_host_features(tier))
+    normed = work.of(name, weights.spec.in_features)
+    if lanes.device is None or not weights.device_units(tier) or norm.is_layer_norm:
+        normalize(lanes, norm, work.residual, normed, weights.has_host_features(tier))
         linear(lanes, weights, tier, normed, out)
         return
-    hidden_size = norm.device.shape[0]
+    hidden_size = norm.width
     residual = work.residual.device[:, :hidden_size]
-    inputs = lanes.device.ops.rounded_norm(residual, norm.device, norm_eps, normed.device, weights.spec.format)
+    inputs = lanes.device.ops.rounded_norm(residual, norm.weight.device, norm.eps, normed.device, weights.spec.format)
     if weights.has_host_features(tier):
         lanes.push(normed, 0, hidden_size)
     linear(lanes, weights, tier, normed, out, inputs)

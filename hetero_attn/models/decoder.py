@@ -8,9 +8,9 @@ import torch
 from cpu_kernels.formats import BLOCK_FEATURES, format_of
 from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.models.attention import Attention
-from hetero_attn.models.block import Block, BlockWeights, normed_linear
+from hetero_attn.models.block import Block, BlockWeights, Norm, norm_vectors, normed_linear
 from hetero_attn.models.experts import Experts
-from hetero_attn.models.mlp import GatedMlp
+from hetero_attn.models.mlp import Mlp
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.spec.blocks import BufferSet, ModelSpec, Vector
@@ -30,18 +30,16 @@ class Head(Block):
     def __init__(self, config: ModelConfig, formats: WeightFormats) -> None:
         tensor = tensor_name("embed" if config.tie_word_embeddings else "head")
         part = Part(tensor, BLOCK_FEATURES, config.vocab_size, formats.of(tensor))
-        self._eps = config.rms_norm_eps
+        self._config = config
         self.linears = (LinearSpec("head", "head", None, config.hidden_size, (part,), False, block="head"),)
-        self.vectors = (
-            Vector("norm", tensor_name("final_norm"), config.hidden_size, config.norm_offset, config.logit_scale),
-        )
+        self.vectors = norm_vectors(config, "final_norm", None, config.logit_scale)
         self.buffers = (BufferSet("narrow", (("normed", config.hidden_size),)),)
 
     def project(self, lanes: Lanes, weights: BlockWeights, work: Workspace, out: Activation) -> None:
         """Project the residual rows of `work` onto the vocabulary; once the lanes are finished `out.host`, float32
         [rows, packed vocabulary], is complete."""
         head, tier = weights.linears["head"], row_tier(out.main.shape[0])
-        normed_linear(lanes, tier, weights.vector("norm"), self._eps, head, work, out)
+        normed_linear(lanes, tier, Norm.of(self._config, weights), head, work, out)
         lanes.push(out, 0, head.device_features(tier))
 
 
@@ -64,7 +62,7 @@ def decoder(config: ModelConfig, formats: str | WeightFormats = "bf16") -> Model
 def _feed_forward(config: ModelConfig, layer: int, formats: WeightFormats) -> Block:
     if config.experts is not None and config.experts.layers[layer]:
         return Experts(config, config.experts, layer, formats)
-    return GatedMlp(config, layer, formats)
+    return Mlp(config, layer, formats)
 
 
 @dataclass(frozen=True)

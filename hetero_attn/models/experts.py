@@ -8,11 +8,11 @@ Routing is computed once, in float32, where the residual stream lives; see `ops.
 """
 
 from hetero_attn.lanes.lanes import Activation, Lanes
-from hetero_attn.models.block import Block, BlockWeights, Run, StateView, normalize
+from hetero_attn.models.block import Block, BlockWeights, Norm, Run, StateView, norm_vectors, normalize
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.experts import ExpertBuffers, Routes, add_experts, compute_experts
 from hetero_attn.ops.linear import LinearWeights, linear, linear_add
-from hetero_attn.spec.blocks import BufferSet, Matrix, Vector
+from hetero_attn.spec.blocks import BufferSet, Matrix
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.experts import experts_spec
 from hetero_attn.spec.experts_config import ExpertsConfig
@@ -29,11 +29,11 @@ class Experts(Block):
 
     def __init__(self, config: ModelConfig, experts: ExpertsConfig, layer: int, formats: WeightFormats) -> None:
         self.layer, self._config = layer, experts
-        self._eps, self._hidden = config.rms_norm_eps, config.hidden_size
+        self._model, self._hidden = config, config.hidden_size
         self.experts = experts_spec(experts, config.hidden_size, layer, formats.of)
         self.shared = _shared_linears(config, experts, layer, formats) if experts.is_gated else ()
         self.linears = (self.experts, *self.shared)
-        self.vectors = (Vector("norm", tensor_name("mlp_norm", layer), config.hidden_size),)
+        self.vectors = norm_vectors(config, "mlp_norm", layer)
         self.matrices = (_router(config, experts, layer),)
         self.small_calls = 7 if experts.is_gated else 4  # norm, route, activation, sum; of a shared one two, its factor
         self._gate_up, self._down = self.experts.first
@@ -58,7 +58,7 @@ class Experts(Block):
         lanes, tier, experts = run.lanes, run.step.tier, weights.linears["experts"]
         buffers = self._buffers(work, run.step.rows)
         on_host = any(linear.has_host_features(tier) for linear in (experts, *self._shared_of(weights)[:1]))
-        normalize(lanes, weights.vector("norm"), self._eps, work.residual, buffers.x, on_host)
+        normalize(lanes, Norm.of(self._model, weights), work.residual, buffers.x, on_host)
         self._route(lanes, weights, buffers)
         compute_experts(lanes, experts, tier, buffers)
         given = lanes.given

@@ -1,84 +1,129 @@
-"""The gated MLP: gate and up side by side, an activation, down."""
+"""The MLP: gate and up side by side, an activation, down; or up alone, activated itself, and down."""
 
 import torch
 
 from cpu_kernels.formats import GROUP_INPUTS, format_of
 from hetero_attn.devices.protocols import Ops
-from hetero_attn.models.block import Block, BlockWeights, Run, StateView, add_output, normed_linear, projected_buffer
+from hetero_attn.errors import UnsupportedModelError
+from hetero_attn.lanes.lanes import Activation
+from hetero_attn.models.block import (
+    NORMED,
+    SHARED,
+    Block,
+    BlockWeights,
+    Norm,
+    Run,
+    StateView,
+    add_output,
+    norm_vectors,
+    normed_linear,
+    projected_buffer,
+)
 from hetero_attn.models.workspace import Workspace
+from hetero_attn.ops.linear import LinearWeights, linear
 from hetero_attn.spec.blocks import BufferSet, Vector
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.tensor_names import tensor_name
 from hetero_attn.spec.weight_formats import WeightFormats
 from hetero_attn.spec.weights import BLOCK_FEATURES, LinearSpec, Part
 
-# The activations of `ModelConfig.hidden_act` -> the operation that applies one to gate and multiplies by up.
+# The activations of `ModelConfig.hidden_act` -> the operation that applies one to gate and multiplies by up, or that
+# applies it to up where there is no gate.
 GATED_OPS = {"silu": "silu_mul", "gelu_tanh": "gelu_mul"}
+UNGATED_OPS = {"gelu_tanh": "gelu"}
 
 
-class GatedMlp(Block):
-    """residual += down(activation(gate) * up) with gate, up = gate_up(norm(residual)), or the post norm of that."""
+def activation_op(config: ModelConfig) -> str:
+    """The operation of a model's MLP."""
+    known = GATED_OPS if config.gated else UNGATED_OPS
+    if config.hidden_act not in known:
+        raise UnsupportedModelError(
+            f"{config.architecture}: an MLP without a gate whose activation is {config.hidden_act} is not computed, "
+            f"only {', '.join(UNGATED_OPS)}"
+        )
+    return known[config.hidden_act]
+
+
+class Mlp(Block):
+    """residual += down(activation(gate) * up) with gate, up = gate_up(norm(residual)), or the post norm of that.
+
+    Without a gate down(activation(up)). In a parallel layer the rows are those that its attention has normalised.
+    """
 
     kind = "mlp"
     small_calls = 2  # norm, activation
 
     def __init__(self, config: ModelConfig, layer: int, formats: WeightFormats) -> None:
         self.layer = layer
-        self._eps, self._activate = config.rms_norm_eps, GATED_OPS[config.hidden_act]
-        self.gate_up, self.down = _linears(config, layer, formats)
-        self.linears = (self.gate_up, self.down)
-        parts = {"norm": "mlp_norm"} if config.pre_norms else {}
-        parts |= {"post_norm": "mlp_post_norm"} if config.post_norms else {}
-        self.vectors = tuple(
-            Vector(name, tensor_name(part, layer), config.hidden_size, config.norm_offset)
-            for name, part in parts.items()
-        )
-        self.small_calls += len(parts) - 1
+        self._config, self._eps, self._activate = config, config.rms_norm_eps, activation_op(config)
+        self._columns = 2 if config.gated else 1  # of the first linear, for one that down multiplies
+        self.first, self.down = _linears(config, layer, formats)
+        self.linears = (self.first, self.down)
+        has_norm = config.pre_norms and not config.parallel
+        self.vectors = norm_vectors(config, "mlp_norm", layer) if has_norm else ()
+        if config.post_norms:
+            name = tensor_name("mlp_post_norm", layer)
+            self.vectors += (Vector("post_norm", name, config.hidden_size, config.norm_offset),)
+        self.small_calls += has_norm + config.post_norms - 1
+        normed = ("shared", SHARED) if config.parallel else ("narrow", NORMED)
         self.buffers = (
-            BufferSet("wide", (("gate_up", self.gate_up.out_features),)),
-            BufferSet("narrow", (("normed", config.hidden_size),)),
-            # The normed rows are dead once gate_up has multiplied them.
-            BufferSet("narrow", (("activated", self.gate_up.out_features // 2),)),
+            BufferSet("wide", (("gate_up", self.first.out_features),)),
+            BufferSet(normed[0], ((normed[1], config.hidden_size),)),
+            # The normed rows are dead once the first linear has multiplied them.
+            BufferSet("narrow", (("activated", self.first.out_features // self._columns),)),
             *((projected_buffer(self.down),) if config.post_norms else ()),
         )
 
     def forward(self, run: Run, weights: BlockWeights, state: StateView, work: Workspace) -> None:
         """Queue the block; each lane activates the columns that it computed."""
         lanes, tier = run.lanes, run.step.tier
-        gate_up, down = weights.linears["gate_up"], weights.linears["down"]
-        both = work.of("gate_up", self.gate_up.out_features)
-        activated = work.of("activated", self.gate_up.out_features // 2)
-        normed_linear(lanes, tier, weights.vector("norm"), self._eps, gate_up, work, both)
-        column = gate_up.device_features(tier)
-        if gate_up.has_host_features(tier):
-            lanes.on_host(lambda: self._gated(lanes.host_ops, both.host[:, column:], activated.host[:, column // 2 :]))
+        first, down = weights.linears[self.first.kind], weights.linears["down"]
+        wide = work.of("gate_up", self.first.out_features)
+        activated = work.of("activated", self.first.out_features // self._columns)
+        self._multiply(run, weights, first, work, wide)
+        column = first.device_features(tier)
+        computed = column // self._columns
+        if first.has_host_features(tier):
+            lanes.on_host(lambda: self._apply(lanes.host_ops, wide.host[:, column:], activated.host[:, computed:]))
         width, inputs = self.down.in_features, None
         if column:
-            ops, on_device = lanes.device.ops, (both.device[:, :column], activated.device[:, : column // 2])
-            if down.multiplies_at_once(tier, column // 2):
+            ops, on_device = lanes.device.ops, (wide.device[:, :column], activated.device[:, :computed])
+            if self._config.gated and down.multiplies_at_once(tier, computed):
                 inputs = ops.rounded_gated(*on_device, self._activate, down.spec.format)
             else:
-                self._gated(ops, *on_device)
-        x, computed = activated.columns(0, width), min(column // 2, width)
+                self._apply(ops, *on_device)
+        x, computed = activated.columns(0, width), min(computed, width)
         add_output(run, down, x, computed, work, weights.vector("post_norm"), self._eps, inputs)
 
-    def _gated(self, ops: Ops, both: torch.Tensor, out: torch.Tensor) -> None:
-        getattr(ops, self._activate)(both, out)
+    def _multiply(
+        self, run: Run, weights: BlockWeights, first: LinearWeights, work: Workspace, out: Activation
+    ) -> None:
+        """The first linear, of the rows that it sees."""
+        lanes, tier = run.lanes, run.step.tier
+        if not self._config.parallel:
+            normed_linear(lanes, tier, Norm.of(self._config, weights), first, work, out)
+            return
+        shared = work.of(SHARED, self.first.in_features)
+        if first.has_host_features(tier):
+            lanes.push(shared, 0, self.first.in_features)
+        linear(lanes, first, tier, shared, out)
+
+    def _apply(self, ops: Ops, x: torch.Tensor, out: torch.Tensor) -> None:
+        getattr(ops, self._activate)(x, out)
 
 
 def _linears(config: ModelConfig, layer: int, formats: WeightFormats) -> tuple[LinearSpec, LinearSpec]:
-    """A unit of gate_up is a block of gate rows and the up rows beside them."""
+    """A unit of gate_up is a block of gate rows and the up rows beside them; of up a block of its rows."""
 
     def part(name: str, rows: int) -> Part:
         tensor = tensor_name(name, layer)
         return Part(tensor, BLOCK_FEATURES, rows, formats.of(tensor))
 
-    gate_up = tuple(part(name, config.intermediate_size) for name in ("gate", "up"))
+    kind, names = ("gate_up", ("gate", "up")) if config.gated else ("up", ("up",))
+    parts = tuple(part(name, config.intermediate_size) for name in names)
     down = part("down", config.hidden_size)
     return (
-        LinearSpec(
-            f"layers.{layer}.gate_up", "gate_up", layer, config.hidden_size, gate_up, config.mlp_bias, block="mlp"
-        ),
+        LinearSpec(f"layers.{layer}.{kind}", kind, layer, config.hidden_size, parts, config.mlp_bias, block="mlp"),
         LinearSpec(
             f"layers.{layer}.down",
             "down",

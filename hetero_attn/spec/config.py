@@ -45,7 +45,7 @@ class ModelConfig:
             visible to query i iff j <= i and (window == 0 or j > i - window).
         qkv_bias, o_bias, mlp_bias: whether those linears carry a bias.
         qk_norm: whether q and k heads are RMS-normalised (over head_dim) before rotation.
-        hidden_act: of the gated MLP, "silu" or "gelu_tanh".
+        hidden_act: of the MLP, "silu" or "gelu_tanh".
         rope: of all layers, or of those that attend to everything; layer_ropes: of each layer, empty where all have
             the one.
         norm_offset: added to every norm's weight. post_norms: whether what attention and MLP give is normalised before
@@ -55,7 +55,10 @@ class ModelConfig:
         embedding_scale: factor on the rows of the token embedding. logit_scale: factor on the logits.
         experts: of a mixture of experts, None for a dense model.
         qk_norm_whole: whether q, and k, is normalised over all its heads together, beside which qk_norm is false.
-
+        layer_norm: whether norms are layer norms, which take the mean out first; norm_bias: whether they add a bias.
+            rms_norm_eps is the eps of either kind.
+        parallel: whether attention and MLP see the same normalised residual stream, under the norm of attention.
+        gated: whether the MLP has a gate beside what it activates; else it activates that itself.
         dtype: dtype named by the config ("fp32", "bf16", "fp16"), None when it names none; the headers of the weight
             files are the truth.
         bos_token_id, pad_token_id: None when the model has none. eos_token_ids: any of them ends a sequence.
@@ -92,6 +95,10 @@ class ModelConfig:
     pre_norms: bool = True
     experts: ExpertsConfig | None = None
     qk_norm_whole: bool = False
+    layer_norm: bool = False
+    norm_bias: bool = False
+    parallel: bool = False
+    gated: bool = True
 
     @property
     def heads_per_kv_head(self) -> int:
@@ -148,7 +155,7 @@ def _parse(fields: JsonFields, generation: JsonFields) -> ModelConfig:
         "num_layers": num_layers,
         "vocab_size": vocab_size,
         "max_position_embeddings": max_position_embeddings,
-        "rms_norm_eps": fields.number("rms_norm_eps", 0.0, 1.0, 1e-6),
+        "rms_norm_eps": fields.number(family.eps_key, 0.0, 1.0, 1e-6),
         "tie_word_embeddings": fields.boolean("tie_word_embeddings"),
         "qkv_bias": _switch(fields, family.qkv_bias),
         "o_bias": _switch(fields, family.o_bias),

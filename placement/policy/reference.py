@@ -32,7 +32,7 @@ rules:
 
 The first rule that matches a shard and sets shares decides where it goes, the first that sets `dtype` how its weights are kept.
 
-Shards are named `head` and `layers.N.qkv`, `.o`, `.gate_up`, `.down`, `.experts` and `.kv`. Sizes are numbers of bytes or text such as `8GiB`.
+Shards are named `head` and `layers.N.qkv`, `.o`, `.gate_up` (`.up` where the MLP has no gate), `.down`, `.experts` and `.kv`. Sizes are numbers of bytes or text such as `8GiB`.
 Row tiers, the numbers of rows that a step may have, are {", ".join(f"`{name}`" for name in ROW_TIER_NAMES)}.
 """
 TITLES = {"Rule": "A rule", "KvRule": "`kv` of a rule", "TierRule": "An entry of `tiers`"}

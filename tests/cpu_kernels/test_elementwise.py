@@ -1,4 +1,4 @@
-"""rms_norm, silu_mul, gelu_mul and rope_append against float64."""
+"""rms_norm, layer_norm, silu_mul, gelu_mul, gelu and rope_append against float64."""
 
 import pytest
 import torch
@@ -35,6 +35,37 @@ def test_rms_norm_added(hidden):
     expected = before + wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight
     assert only_inside_written(memory)
     assert nmse(out, expected) < ROUNDING
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("rows", "hidden"), [(1, 1), (3, 63), (2, 2048), (0, 16)])
+def test_layer_norm(rows, hidden, has_bias):
+    """Far from zero, where the mean is what counts."""
+    torch.manual_seed(hidden)
+    x, weight, bias = 5 + 3 * torch.randn(rows, hidden), torch.randn(hidden), torch.randn(hidden)
+    out, memory = guarded(rows, hidden)
+
+    kernels().layer_norm(x, weight, bias if has_bias else None, 1e-2, out)
+
+    wide = x.double()
+    apart = wide - wide.mean(-1, keepdim=True)
+    expected = apart * torch.rsqrt(apart.square().mean(-1, keepdim=True) + 1e-2) * weight + (bias if has_bias else 0)
+    assert only_inside_written(memory)
+    assert rows * hidden <= 1 or nmse(out, expected) < ROUNDING
+    assert rows * hidden != 1 or torch.equal(out, expected.float())
+
+
+@pytest.mark.parametrize(("rows", "features"), [(1, 5), (3, 1100), (2, 16)])
+def test_gelu(rows, features):
+    torch.manual_seed(features)
+    x = 3 * torch.randn(rows, features)
+    x[0, :5] = torch.tensor([-200.0, 200.0, -8.5, 0.0, -3e4])
+    out, memory = guarded(rows, features)
+
+    kernels().gelu(x, out)
+
+    assert only_inside_written(memory)
+    assert nmse(out, torch.nn.functional.gelu(x.double(), approximate="tanh")) < ROUNDING
 
 
 @pytest.mark.parametrize(("rows", "units"), [(1, 1), (3, 65)])

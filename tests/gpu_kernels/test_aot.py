@@ -86,6 +86,11 @@ def rms_norm_added() -> None:
     gpu_kernels.rms_norm(empty(4, HIDDEN), empty(HIDDEN), 1e-5, empty(4, HIDDEN), True)
 
 
+def layer_norm(has_bias: bool) -> Callable[[], None]:
+    bias = empty(HIDDEN) if has_bias else None
+    return lambda: gpu_kernels.layer_norm(empty(4, HIDDEN), empty(HIDDEN), bias, 1e-5, empty(4, HIDDEN))
+
+
 def gelu_mul() -> None:
     gpu_kernels.gelu_mul(empty(4, 28672), empty(4, 14336))
 
@@ -182,6 +187,9 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "rms_norm added": (rms_norm_added, (90,)),
     "silu_mul": (silu_mul, (90,)),
     "gelu_mul": (gelu_mul, (86,)),
+    "layer_norm": (layer_norm(False), (90,)),
+    "layer_norm bias": (layer_norm(True), (86,)),
+    "gelu": (lambda: gpu_kernels.gelu(empty(4, 12288), empty(4, 12288)), (86,)),
     "rounded_norm q4": (rounded_norm("q4", 1), (80, 86, 89, 90, 120)),
     "rounded_norm q8 rows": (rounded_norm("q8", 16), (86, 90)),
     "rounded_norm prompt": (rounded_norm("q4", 512), (90,)),

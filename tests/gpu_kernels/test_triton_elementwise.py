@@ -1,4 +1,4 @@
-"""RMS norm, silu_mul, rope_append and copies of rows in Triton against float64."""
+"""RMS norm, layer norm, silu_mul, gelu_mul, gelu, rope_append and copies of rows in Triton against float64."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tests.support import kernel_checks as checks
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
 from gpu_kernels import elementwise, row_copies
+from gpu_kernels.small import gelu, layer_norm
 
 
 @pytest.mark.parametrize("rows,hidden", [(1, 64), (3, 100), (2, 5000)])
@@ -31,6 +32,17 @@ def test_add_rows(device, rows, columns):
 @pytest.mark.parametrize("rows,hidden", [(1, 64), (3, 75)])
 def test_rms_norm_added(device, rows, hidden):
     checks.check_rms_norm_added(elementwise.rms_norm, device, rows, hidden)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("rows,hidden", [(1, 64), (3, 100), (2, 5000)])
+def test_layer_norm(device, rows, hidden, has_bias):
+    checks.check_layer_norm(layer_norm.layer_norm, device, rows, hidden, has_bias)
+
+
+@pytest.mark.parametrize("rows,features", [(1, 16), (2, 1100)])
+def test_gelu(device, rows, features):
+    checks.check_gelu(gelu.gelu, device, rows, features)
 
 
 @pytest.mark.parametrize("rows,units", [(1, 1), (2, 70)])
@@ -64,5 +76,7 @@ def test_ops_accept_no_rows(device):
 
     elementwise.rms_norm(none, torch.ones(32, device=device), 1e-6, none)
     elementwise.silu_mul(none, none[:, :16])
+    layer_norm.layer_norm(none, torch.ones(32, device=device), None, 1e-6, none)
+    gelu.gelu(none, none)
     row_copies.copy_rows(none, none)
     row_copies.add_rows(none, none)

@@ -105,6 +105,9 @@ DENSE_Q4 = partial(
 DENSE_Q8 = partial(DENSE_Q4, weight_dtype="q8")
 RMS_NORM = partial(checks.check_rms_norm, device="cpu", rows=2, hidden=100)
 SILU_MUL = partial(checks.check_silu_mul, device="cpu", rows=2, units=3)
+LAYER_NORM = partial(checks.check_layer_norm, device="cpu", rows=2, hidden=100, has_bias=True)
+LAYER_NORM_ALONE = partial(checks.check_layer_norm, device="cpu", rows=2, hidden=100, has_bias=False)
+GELU = partial(checks.check_gelu, device="cpu", rows=2, features=1100)
 GELU_MUL = partial(checks.check_gelu_mul, device="cpu", rows=2, units=3)
 RMS_NORM_ADDED = partial(checks.check_rms_norm_added, device="cpu", rows=2, hidden=100)
 ADD_ROWS = partial(checks.check_add_rows, device="cpu", rows=3, columns=1030)
@@ -588,6 +591,31 @@ MUTANTS = {
         "-(-columns // COPY_BLOCK)",
         "1",
     ),
+    "layer norm around zero": (
+        "small/layer_norm",
+        "layer_norm",
+        LAYER_NORM,
+        "values - tl.sum(values, axis=0) / HIDDEN",
+        "values",
+    ),
+    "layer norm counts what is past the row": (
+        "small/layer_norm",
+        "layer_norm",
+        LAYER_NORM,
+        "tl.where(inside, values - tl.sum(values, axis=0) / HIDDEN, 0.0)",
+        "(values - tl.sum(values, axis=0) / HIDDEN)",
+    ),
+    "layer norm without epsilon": ("small/layer_norm", "layer_norm", LAYER_NORM, "/ HIDDEN + eps", "/ HIDDEN"),
+    "layer norm without its bias": ("small/layer_norm", "layer_norm", LAYER_NORM, "if HAS_BIAS", "if not HAS_BIAS"),
+    "layer norm with a bias that it lacks": (
+        "small/layer_norm",
+        "layer_norm",
+        LAYER_NORM_ALONE,
+        "if HAS_BIAS",
+        "if True",
+    ),
+    "gelu without its square": ("small/gelu", "gelu", GELU, "0.044715 * values * values", "0.0"),
+    "gelu of one block": ("small/gelu", "gelu", GELU, "tl.program_id(1) * BLOCK", "0 * BLOCK"),
     "gelu without its cubic": ("elementwise", "gelu_mul", GELU_MUL, "0.044715 * gate * gate", "0.0"),
     "a norm that writes where it should add": (
         "elementwise",

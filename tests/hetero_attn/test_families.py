@@ -74,6 +74,35 @@ MODELS |= {
         },
     ),
     "glm4": ("glm4", GLM4),
+    "olmo3": (
+        "olmo3",
+        {
+            "num_hidden_layers": 5,
+            "sliding_window": 9,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 5e4,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 128,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e4},
+            },
+        },
+    ),
+    "cohere2": (
+        "cohere2",
+        {
+            "hidden_size": 240,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 9,
+            "logit_scale": 0.3,
+            "layer_norm_eps": 1e-3,
+            "attention_bias": True,
+        },
+    ),
+    "starcoder2": ("starcoder2", {"sliding_window": 9, "norm_epsilon": 1e-2}),
     "olmo2": ("olmo2", {"head_dim": 12, "attention_bias": True}),
 }
 

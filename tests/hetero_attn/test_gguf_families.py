@@ -17,12 +17,14 @@ TOKENS = tuple(torch.randint(260, (40,), generator=torch.Generator().manual_seed
 # family: (metadata, values of the config); the metadata says the same in GGUF's words.
 GRANITE = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 SHORT, LONG = [1.0 + 0.1 * pair for pair in range(24)], [2.0 + 0.3 * pair for pair in range(24)]
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 CASES = {
     "granite": (
         {"embedding_scale": 3.0, "residual_scale": 0.4, "attention.scale": 0.2, "logit_scale": 2.5},
         dict(zip(GRANITE, (3.0, 0.4, 0.2, 2.5), strict=True)),
     ),
-    "smollm3": ({}, {"num_hidden_layers": 5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    "smollm3": ({}, {"num_hidden_layers": 5, "rope_parameters": PLAIN_ROPE}),
     "seed_oss": ({}, {"attention_bias": True}),
     "phi3": (
         {
@@ -50,6 +52,29 @@ CASES = {
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     ),
     "olmo2": ({}, {}),
+    "olmo3": (
+        {
+            "attention.sliding_window": 9,
+            "attention.sliding_window_pattern": (False, True, True),
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 128,
+        },
+        {
+            "num_hidden_layers": 3,
+            "sliding_window": 9,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": YARN | {"rope_theta": 1e4},
+                "sliding_attention": PLAIN_ROPE,
+            },
+        },
+    ),
+    "cohere2": (
+        {"logit_scale": 0.3, "attention.sliding_window": 9},
+        {"logit_scale": 0.3, "sliding_window": 9, "num_hidden_layers": 5, "rope_parameters": PLAIN_ROPE},
+    ),
+    "starcoder2": ({}, {"sliding_window": None, "rope_parameters": PLAIN_ROPE}),
     "gemma3_text": (
         {
             "attention.sliding_window": 9,

@@ -62,6 +62,8 @@ def simulated(path: Path, plan: Plan, handover: str | None = "events") -> Iterat
 # Families whose blocks queue other work than those of Llama.
 OTHERS = {
     "olmo2": {"head_dim": 12},
+    "cohere2": {"sliding_window": 11, "hidden_size": 240, "layer_types": ["sliding_attention", "full_attention"]},
+    "starcoder2": {"sliding_window": 11},
     "gemma3_text": {"sliding_window": 11, "layer_types": ["sliding_attention", "full_attention"]},
 }
 
@@ -111,6 +113,7 @@ def runs(tmp_path_factory):
         ("llama", None),
         ("mistral", "flags"),
         ("gemma3_text", "flags"),
+        ("cohere2", "flags"),
     ],
 )
 def test_every_family_is_right_and_without_a_race(runs, family, handover):

@@ -20,7 +20,8 @@ from tests.support.gguf_data import dequantised, random_rows
 from tests.support.toy import make_checkpoint, make_family_checkpoint
 
 TYPES = {item.name: item for item in GGUF_TYPES.values()}
-Metadata = Mapping[str, int | float | list[float]]
+Metadata = Mapping[str, int | float | str | tuple[bool, ...] | list[float]]
+SAID_AS = {"olmo3": "olmo2"}  # families whose GGUF files have the architecture of another
 TOKENS = ["<unk>", "<s>", "</s>", "<|end|>"]
 
 
@@ -79,7 +80,7 @@ def scaled(rows: torch.Tensor, kind: str, deviation: float) -> torch.Tensor:
 def make_family_gguf(folder: Path, family: str, metadata: Metadata, **values) -> tuple[Path, Path]:
     """(GGUF file in Q8_0, directory of the same values in float32) of any family that has an architecture in GGUF.
 
-    metadata: further keys, without the architecture; a list of numbers is a tensor of that name. values: of
+    metadata: further keys, without the architecture; a list of numbers is a tensor of that name, a tuple an array. values: of
     `make_family_checkpoint`.
     """
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -118,18 +119,22 @@ def _write_gguf(
     metadata: Metadata,
 ) -> Path:
     """Write the file, and the values that it holds back into the plain checkpoint."""
-    tensors, declared = load_file(plain / "model.safetensors"), FAMILIES[family]
+    tensors, declared = load_file(plain / "model.safetensors"), FAMILIES[SAID_AS.get(family, family)]
     theirs = names(shape["layers"]) | special_names(declared, shape["layers"])
     architecture, ours = declared.gguf.architecture, tensor_names(plain).ours
     writer = gguf.GGUFWriter(folder / "model.gguf", architecture)
     add_metadata(writer, family, shape)
-    eps = json.loads((plain / "config.json").read_text())["rms_norm_eps"]
-    said = {"rope.freq_base": 10000.0, "attention.layer_norm_rms_epsilon": eps} | dict(metadata)
+    eps = json.loads((plain / "config.json").read_text())[declared.eps_key]
+    said = {"rope.freq_base": 10000.0, declared.gguf.eps_key.removeprefix("."): eps} | dict(metadata)
     for key, value in said.items():
         if isinstance(value, list):
             writer.add_tensor(key, np.array(value, np.float32))
             continue
-        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+        if isinstance(value, tuple):
+            writer.add_array(f"{architecture}.{key}", value)
+            continue
+        adders = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add = adders[type(value)]
         add(f"{architecture}.{key}", value)
     for seed, (name, values) in enumerate(sorted(tensors.items())):
         target = theirs[ours(name)]

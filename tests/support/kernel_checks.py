@@ -220,6 +220,31 @@ def check_rms_norm(op: Op, device: str, rows: int, hidden: int) -> None:
     assert nmse(out.result(), expected) <= FLOAT32_NMSE
 
 
+def check_layer_norm(op: Op, device: str, rows: int, hidden: int, has_bias: bool) -> None:
+    """layer_norm of rows far from zero with an epsilon large enough to matter."""
+    x, out = 2.0 + 0.5 * normal(rows, hidden, seed=1), Guarded(device, rows, hidden)
+    weight, bias = normal(hidden, seed=2), normal(hidden, seed=3)
+    apart = x.double() - x.double().mean(-1, keepdim=True)
+    expected = apart / (apart.square().mean(-1, keepdim=True) + 0.1).sqrt() * weight.double()
+
+    op(_strided(x, device), weight.to(device), bias.to(device) if has_bias else None, 0.1, out.view)
+
+    assert nmse(out.result(), expected + bias if has_bias else expected) <= FLOAT32_NMSE
+
+
+def check_gelu(op: Op, device: str, rows: int, features: int) -> None:
+    """gelu of both signs, small and so large that the cube is infinite."""
+    x, out = 3 * normal(rows, features, seed=1), Guarded(device, rows, features)
+    x[0, :2] = torch.tensor([3e13, -3e13])
+
+    op(_strided(x, device), out.view)
+
+    result, expected = out.result(), torch.nn.functional.gelu(x.double(), approximate="tanh")
+    assert nmse(result[0, :2], expected[0, :2]) <= FLOAT32_NMSE
+    result[0, :2], expected[0, :2] = 0, 0
+    assert nmse(result, expected) <= FLOAT32_NMSE
+
+
 def check_copy_rows(op: Op, device: str, rows: int, columns: int) -> None:
     """copy_rows of rows with a stride, infinities and a NaN among them: every bit."""
     wide, target = normal(rows, columns + 3, seed=1), Guarded(device, rows, columns)

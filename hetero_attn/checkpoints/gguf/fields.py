@@ -60,6 +60,10 @@ class GgufFields:
         good = isinstance(value, list) and (not value or isinstance(value[0], str))
         return value if good else self.fail(name, value, "a list of texts")
 
+    def is_list(self, name: str) -> bool:
+        """Whether the value of a key is an array."""
+        return isinstance(self.values.get(self.key(name)), np.ndarray | list)
+
     def numbers(self, name: str, count: int) -> np.ndarray | None:
         """An array of `count` numbers, or None."""
         value = self._value(name, None)

@@ -17,7 +17,7 @@ from cpu_kernels.formats.pages import row_items
 from gpu_kernels.device_ops import DeviceOps
 from hetero_attn.cache.pages import TORCH_DTYPES
 from hetero_attn.engine.ahead.warm_up import PROMPT_ROWS
-from hetero_attn.models.mlp import GATED_OPS
+from hetero_attn.models.mlp import activation_op
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.weights import LinearSpec
@@ -99,9 +99,15 @@ def _small(planned: PlannedModel, ops: DeviceOps, rows: int) -> Iterator[Call]:
     config = planned.config
     hidden, features = config.hidden_size, -(-config.intermediate_size // BLOCK_FEATURES) * BLOCK_FEATURES
     x, both, activated = _meta(rows, hidden), _meta(rows, 2 * features), _meta(rows, features)
+    if config.layer_norm:
+        yield partial(ops.layer_norm, x, x[0], x[0] if config.norm_bias else None, config.rms_norm_eps, x)
+    if not config.gated:
+        yield partial(getattr(ops, activation_op(config)), activated, activated)
     for name in dict.fromkeys(spec.format for spec in planned.model.linears):
-        yield partial(ops.rounded_norm, x, x[0], config.rms_norm_eps, x, name)
-        yield partial(ops.rounded_gated, both, activated, GATED_OPS[config.hidden_act], name)
+        if not config.layer_norm:
+            yield partial(ops.rounded_norm, x, x[0], config.rms_norm_eps, x, name)
+        if config.gated:
+            yield partial(ops.rounded_gated, both, activated, activation_op(config), name)
     if rows == 1:
         for op in (gpu_kernels.add_rows, gpu_kernels.copy_rows):
             yield partial(op, x, x)

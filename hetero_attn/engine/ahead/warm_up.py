@@ -14,6 +14,7 @@ from cpu_kernels.formats.pages import row_items
 from cpu_kernels.formats.weights import BLOCK_FEATURES, block_bytes
 from hetero_attn.cache.pages import TORCH_DTYPES
 from hetero_attn.engine.engine import Engine
+from hetero_attn.models.mlp import activation_op
 from hetero_attn.spec.config import ModelConfig
 
 FLOAT32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the process has made its default
@@ -31,7 +32,7 @@ def warm_up(ops: CpuKernels, config: ModelConfig, formats: tuple[str, ...], kv_d
         _attention(ops, config, kv_dtype)
         for name in formats:
             for rows in ROW_COUNTS:
-                _linears(ops, name, rows)
+                _linears(ops, config, name, rows)
                 if config.experts is not None:
                     _experts(ops, name, rows)
 
@@ -64,12 +65,17 @@ def make_first_steps(
     engine.report.forget()
 
 
-def _linears(ops: CpuKernels, weight_dtype: str, rows: int) -> None:
+def _linears(ops: CpuKernels, config: ModelConfig, weight_dtype: str, rows: int) -> None:
     x, out = torch.zeros(rows, WIDTH, **FLOAT32), torch.zeros(rows, 2 * BLOCK_FEATURES, **FLOAT32)
     weight = torch.zeros(2, block_bytes(weight_dtype, WIDTH), dtype=torch.uint8, device="cpu")
-    ops.rms_norm(x, torch.ones(WIDTH, **FLOAT32), 1e-6, x)
+    ones = torch.ones(WIDTH, **FLOAT32)
+    if config.layer_norm:
+        ops.layer_norm(x, ones, ones if config.norm_bias else None, 1e-6, x)
+    else:
+        ops.rms_norm(x, ones, 1e-6, x)
     ops.linear(x, weight, weight_dtype, None, out, True)
-    ops.silu_mul(out, x[:, :BLOCK_FEATURES])
+    activated = x[:, :BLOCK_FEATURES] if config.gated else x[:, : 2 * BLOCK_FEATURES]
+    getattr(ops, activation_op(config))(out, activated)
 
 
 def _experts(ops: CpuKernels, weight_dtype: str, rows: int) -> None:

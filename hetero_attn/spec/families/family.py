@@ -21,13 +21,15 @@ class GgufTerms:
 
     architecture: their name of it. keys: metadata of further terms, which `terms` reads: (fields, the fields of
     ModelConfig so far) -> more of those. is_turned: whether the rows of q and k lie as pairs that are turned together.
-    parts, fused: of parts of a layer that they call otherwise than others do, or that hold several, as in TensorNames.
+    eps_key: of the eps of norms. parts, fused: of parts of a layer that they call otherwise than others do, or that
+    hold several, as in TensorNames.
     """
 
     architecture: str
     keys: tuple[str, ...] = ()
     terms: Callable[[Any, Mapping[str, Any]], dict[str, Any]] = nothing_more
     is_turned: bool = False
+    eps_key: str = ".attention.layer_norm_rms_epsilon"
     parts: tuple[tuple[str, str], ...] = ()
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
@@ -36,7 +38,8 @@ class GgufTerms:
 class Family:
     """What differs between the families. Every default is that of transformers for a key that config.json lacks.
 
-    qkv_bias, o_bias, mlp_bias: whether the linears have one, or the key that decides. windows: the sliding window of
+    qkv_bias, o_bias, mlp_bias: whether the linears have one, or the key that decides. eps_key: of the eps of norms.
+    windows: the sliding window of
     each layer. rope: (fields, head_dim, max_position_embeddings) -> the rotary embedding of layers that see everything.
     terms: (fields, the fields of ModelConfig so far) -> those that Llama leaves at their defaults, and better ones.
     wrapper: model_type and architecture of a model of text and images whose text model is of this family.
@@ -50,6 +53,7 @@ class Family:
     mlp_bias: bool | str = False
     qk_norm: bool = False
     act_key: str = "hidden_act"
+    eps_key: str = "rms_norm_eps"
     windows: Windows = no_windows
     rope: Callable[[JsonFields, int, int], RopeConfig] = read_rope
     terms: Callable[[JsonFields, Mapping[str, Any]], dict[str, Any]] = nothing_more

@@ -5,10 +5,10 @@ from typing import Any
 
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.spec.families.family import Family, GgufTerms
-from hetero_attn.spec.families.windows import FULL, SLIDING, windows_every
+from hetero_attn.spec.families.layer_ropes import rope_of_kind, ropes_by_window
+from hetero_attn.spec.families.windows import FULL, SLIDING, WINDOW_KEYS, gguf_windows, windows_every
 from hetero_attn.spec.json_fields import JsonFields, show
-from hetero_attn.spec.limits import MAX_CONTEXT
-from hetero_attn.spec.rope_config import RopeConfig, rope_from, rope_object
+from hetero_attn.spec.rope_config import RopeConfig
 from hetero_attn.spec.tensor_names import TensorNames
 
 LARGEST_LAYERS = 62  # of the model whose scale llama.cpp takes from the width, 27B
@@ -16,15 +16,7 @@ LARGEST_LAYERS = 62  # of the model whose scale llama.cpp takes from the width, 
 
 def gemma3_rope(fields: JsonFields, head_dim: int, max_position_embeddings: int) -> RopeConfig:
     """That of the layers that see everything."""
-    return _gemma3_rope(fields, FULL, "rope_theta", 1e6, head_dim, max_position_embeddings)
-
-
-def _gemma3_rope(fields: JsonFields, kind: str, key: str, theta: float, head_dim: int, context: int) -> RopeConfig:
-    """From an object for each kind of layer, or from one that is only of layers that see everything."""
-    found = rope_object(fields)
-    by_kind = isinstance(found.get(kind), dict)
-    own = found[kind] if by_kind else {} if kind == SLIDING or FULL in found or SLIDING in found else found
-    return rope_from(fields, own, fields.number(key, 1.0, 1e15, theta), head_dim, context)
+    return rope_of_kind(fields, FULL, "rope_theta", 1e6, head_dim, max_position_embeddings)
 
 
 def gemma3_terms(fields: JsonFields, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,11 +24,10 @@ def gemma3_terms(fields: JsonFields, found: Mapping[str, Any]) -> dict[str, Any]
     for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
         if fields.get(key):
             raise UnsupportedModelError(f"{fields.path}: {key} is {show(fields.get(key))}, which is not computed")
-    local = _gemma3_rope(
+    local = rope_of_kind(
         fields, SLIDING, "rope_local_base_freq", 1e4, found["head_dim"], found["max_position_embeddings"]
     )
-    return {
-        "layer_ropes": tuple(local if window else found["rope"] for window in found["sliding_window"]),
+    return ropes_by_window(found["sliding_window"], local, found["rope"]) | {
         "norm_offset": 1.0,
         "post_norms": True,
         "query_scale": fields.number("query_pre_attn_scalar", 0.0, 1e6) ** -0.5,
@@ -46,14 +37,11 @@ def gemma3_terms(fields: JsonFields, found: Mapping[str, Any]) -> dict[str, Any]
 
 def gemma3_gguf(fields: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     """The same from a GGUF file, whose norms hold 1 + w."""
-    layers, period = found["num_layers"], fields.integer(".attention.sliding_window_pattern", MAX_CONTEXT, 6)
-    window = fields.integer(".attention.sliding_window", MAX_CONTEXT)
-    windows = tuple(window if (layer + 1) % period else 0 for layer in range(layers))
+    layers, windows = found["num_layers"], gguf_windows(fields, found["num_layers"], period=6)
     local = RopeConfig(found["rope"].rotary_dim, theta=fields.number(".rope.freq_base_swa", 1.0, 1e15, 1e4))
     width = found["hidden_size"] // found["num_heads"] if layers == LARGEST_LAYERS else found["head_dim"]
-    return {
+    return ropes_by_window(windows, local, found["rope"]) | {
         "sliding_window": windows,
-        "layer_ropes": tuple(local if window else found["rope"] for window in windows),
         "hidden_act": "gelu_tanh",
         "post_norms": True,
         "query_scale": width**-0.5,
@@ -97,7 +85,5 @@ GEMMA3 = Family(
     terms=gemma3_terms,
     wrapper=("gemma3", "Gemma3ForConditionalGeneration"),
     tensor_names=GEMMA_NAMES,
-    gguf=GgufTerms(
-        "gemma3", (".attention.sliding_window", ".attention.sliding_window_pattern", ".rope.freq_base_swa"), gemma3_gguf
-    ),
+    gguf=GgufTerms("gemma3", (*WINDOW_KEYS, ".rope.freq_base_swa"), gemma3_gguf),
 )

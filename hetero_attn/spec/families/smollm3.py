@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from hetero_attn.spec.families.family import Family, GgufTerms
+from hetero_attn.spec.families.layer_ropes import ropes_where
 from hetero_attn.spec.families.windows import FULL, SLIDING, windows_of_types
 from hetero_attn.spec.json_fields import JsonFields
 from hetero_attn.spec.limits import MAX_CONTEXT, MAX_LAYERS
-from hetero_attn.spec.rope_config import RopeConfig
 
-NO_ROPE = RopeConfig(2, "none")  # a pair that stands still: the narrowest table
 PERIOD = 4
 
 
@@ -33,19 +32,14 @@ def smollm3_windows(fields: JsonFields, num_layers: int) -> tuple[int, ...]:
     return windows_of_types(fields, types, window, num_layers)
 
 
-def ropes_of(turned: list[bool], rope: RopeConfig) -> dict[str, Any]:
-    """The rotary embedding of every layer."""
-    return {"layer_ropes": tuple(rope if turns else NO_ROPE for turns in turned)}
-
-
 def smollm3_terms(fields: JsonFields, found: Mapping[str, Any]) -> dict[str, Any]:
     """Layers without rotation."""
-    return ropes_of(turned_layers(fields, found["num_layers"]), found["rope"])
+    return ropes_where(turned_layers(fields, found["num_layers"]), found["rope"])
 
 
 def smollm3_gguf(fields: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     """Every fourth layer, which no key says."""
-    return ropes_of([bool((layer + 1) % PERIOD) for layer in range(found["num_layers"])], found["rope"])
+    return ropes_where([bool((layer + 1) % PERIOD) for layer in range(found["num_layers"])], found["rope"])
 
 
 SMOLLM3 = Family(

@@ -1,17 +1,19 @@
 """Every family by the model_type of its config.json."""
 
+from hetero_attn.spec.families.cohere import COHERE2
 from hetero_attn.spec.families.experts import EXPERT_COUNT, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from hetero_attn.spec.families.family import Family, GgufTerms
 from hetero_attn.spec.families.gemma import GEMMA3
 from hetero_attn.spec.families.glm import GLM4
 from hetero_attn.spec.families.granite import GRANITE
-from hetero_attn.spec.families.olmo import OLMO2
+from hetero_attn.spec.families.olmo import OLMO2, OLMO3
 from hetero_attn.spec.families.phi import PHI3
 from hetero_attn.spec.families.seed_oss import SEED_OSS
 from hetero_attn.spec.families.smollm3 import SMOLLM3
+from hetero_attn.spec.families.starcoder import STARCODER2
 from hetero_attn.spec.families.windows import one_window, windows_from
 
-# Mistral's GGUF files have the architecture llama.
+# GGUF files of Mistral have the architecture llama, those of OLMo 3 olmo2.
 FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM",
@@ -41,13 +43,16 @@ FAMILIES = {
         windows=windows_from("max_window_layers"),
         gguf=GgufTerms("qwen3"),
     ),
+    "cohere2": COHERE2,
     "gemma3_text": GEMMA3,
     "glm4": GLM4,
     "granite": GRANITE,
     "olmo2": OLMO2,
+    "olmo3": OLMO3,
     "phi3": PHI3,
     "seed_oss": SEED_OSS,
     "smollm3": SMOLLM3,
+    "starcoder2": STARCODER2,
     "mixtral": MIXTRAL,
     "olmoe": OLMOE,
     "qwen2_moe": QWEN2_MOE,

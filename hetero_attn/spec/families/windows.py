@@ -8,6 +8,7 @@ from hetero_attn.spec.json_fields import JsonFields, show
 from hetero_attn.spec.limits import MAX_CONTEXT
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+WINDOW_KEYS = (".attention.sliding_window", ".attention.sliding_window_pattern")  # of GGUF files
 Windows = Callable[[JsonFields, int], tuple[int, ...]]
 
 
@@ -49,6 +50,17 @@ def windows_every(period_key: str) -> Windows:
         return windows_of_types(fields, types, window, num_layers)
 
     return windows
+
+
+def gguf_windows(fields: Any, num_layers: int, period: int) -> tuple[int, ...]:
+    """The window of every layer of a GGUF file that has one: of those that its pattern names, or of all but every
+    so many; period: where it says nothing of that."""
+    size, pattern = WINDOW_KEYS
+    window = fields.integer(size, MAX_CONTEXT, 0, low=0)
+    if fields.is_list(pattern):
+        return tuple(window if slides else 0 for slides in fields.numbers(pattern, num_layers))
+    period = fields.integer(pattern, MAX_CONTEXT, period)
+    return tuple(window if (layer + 1) % period else 0 for layer in range(num_layers))
 
 
 def windows_of_types(fields: JsonFields, layer_types: Any, window: int, num_layers: int) -> tuple[int, ...]:

@@ -1,0 +1,1 @@
+"""The ops between the products that few families have."""
