@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hetero_attn.checkpoints.transformers_import import transformers_part
 from hetero_attn.spec.json_fields import read_json
 
 if TYPE_CHECKING:
@@ -99,6 +100,31 @@ class PlainTokenizer:
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
         """As transformers does it."""
         return self._full.apply_chat_template(messages, **options)
+
+
+class GgufPlainTokenizer(PlainTokenizer):
+    """That of a GGUF file, whose chat template is rendered by transformers without a second copy of the vocabulary."""
+
+    def __init__(self, backend: "Tokenizer", named: Mapping[str, str], chat_template: str | None) -> None:
+        super().__init__(backend, named, self._open_renderer)
+        self._template = chat_template
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of conversations."""
+        return self._template
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+        """Token ids of what the template makes of the messages."""
+        text = self._full.apply_chat_template(messages, **options | {"tokenize": False})
+        return self.encode(text, add_special_tokens=False)
+
+    def _open_renderer(self) -> Any:
+        """A tokenizer of transformers that has the template and the names of tokens, and no vocabulary."""
+        from tokenizers import Tokenizer, models
+
+        fast = transformers_part("PreTrainedTokenizerFast")
+        return fast(tokenizer_object=Tokenizer(models.BPE()), chat_template=self._template, **self._named)
 
 
 def plain_tokenizer(path: Path, full: Callable[[], Any]) -> PlainTokenizer | None:

@@ -23,13 +23,14 @@ from hetero_attn.checkpoints.sources import is_gguf
 from hetero_attn.checkpoints.transformers_import import transformers_part
 from hetero_attn.engine.host_memory import free_address_space
 from hetero_attn.errors import ConfigError, MemoryBudgetError, PromptError
-from hetero_attn.serving.plain_tokenizer import is_generic, plain_tokenizer
+from hetero_attn.serving.plain_tokenizer import GgufPlainTokenizer, is_generic, plain_tokenizer
 from hetero_attn.serving.prompts import as_messages, as_template_variables
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.spec.json_fields import read_json
 from placement.plan.units import format_bytes
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+TEMPLATE_NAME, MOST_TEMPLATE_BYTES = "chat_template.jinja", 1 << 20
 NO_TEXT = "answers have no text, only token ids"
 LEAST_BYTES_TO_OPEN = 128 << 20  # of the tokenizers package, its threads' stacks and a large vocabulary
 REPLACEMENT = "\ufffd"
@@ -90,7 +91,9 @@ class Tokenizer:
         path = Path(path)
         if is_gguf(path) and not (path.parent / "tokenizer.json").is_file():
             with GgufCheckpoint.open(path) as source:
-                opened = cls(path, gguf_tokenizer(source.fields))
+                found = gguf_tokenizer(source.fields)
+            template = _template_beside(path) or found.chat_template
+            opened = cls(path, GgufPlainTokenizer(found.backend, found.named, template))
         else:
             opened = cls._from_files(path.parent if is_gguf(path) else path)
         if vocab_size is not None:
@@ -152,7 +155,10 @@ class Tokenizer:
         """
         plain, variables = as_messages(messages), as_template_variables(template_variables)
         if not self._tokenizer.chat_template:
-            raise PromptError(f"{self.path}: the tokenizer has no chat template; use generate with a plain prompt")
+            raise PromptError(
+                f"{self.path}: the tokenizer has no chat template, as those of base models have none; use generate "
+                f"with a plain prompt, or put the model's {TEMPLATE_NAME} into its folder"
+            )
         try:
             ids = self._tokenizer.apply_chat_template(
                 plain,
@@ -407,6 +413,19 @@ def _loaded(path: Path) -> Any:
     if (path / "tokenizer.json").is_file() and is_generic(config):
         return transformers_part("PreTrainedTokenizerFast").from_pretrained(str(path), local_files_only=True)
     return transformers_part("AutoTokenizer").from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+
+
+def _template_beside(path: Path) -> str | None:
+    """The chat template that lies beside a GGUF file, None where there is none."""
+    file = path.parent / TEMPLATE_NAME
+    if not file.is_file():
+        return None
+    if (size := file.stat().st_size) > MOST_TEMPLATE_BYTES:
+        raise ConfigError(f"{file}: {size} bytes, a chat template has at most {MOST_TEMPLATE_BYTES}; take it away")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:

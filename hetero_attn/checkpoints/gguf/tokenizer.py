@@ -4,10 +4,12 @@ How text is split before the merges is not in the file, only a name for it. A na
 the wrong split gives other tokens, and a model that is a little worse for it without anybody noticing.
 """
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from hetero_attn.checkpoints.gguf.fields import GgufFields
-from hetero_attn.checkpoints.transformers_import import transformers_part
 from hetero_attn.errors import UnsupportedModelError, nearest
 
 if TYPE_CHECKING:
@@ -45,15 +47,24 @@ _PRE = {
 }
 
 KNOWN_SPLITS = tuple(_PRE)
+MOST_SPLIT_CHARACTERS = 1 << 30  # of all ways to split all tokens: a hundred times those of the largest vocabulary
 
 
-def gguf_tokenizer(fields: GgufFields) -> Any:
-    """The tokenizer of a file as transformers has it, chat template included.
+@dataclass(frozen=True, slots=True)
+class GgufTokenizer:
+    """backend: of the `tokenizers` package. named: the contents of bos_token and such. chat_template: None for none."""
+
+    backend: "Tokenizer"
+    named: dict[str, str]
+    chat_template: str | None
+
+
+def gguf_tokenizer(fields: GgufFields) -> GgufTokenizer:
+    """The tokenizer of a file.
 
     Raises:
         ConfigError: lists that do not belong together. UnsupportedModelError: a kind or a split that is not known.
     """
-    fast = transformers_part("PreTrainedTokenizerFast")
     kind = fields.text("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise UnsupportedModelError(
@@ -64,14 +75,19 @@ def gguf_tokenizer(fields: GgufFields) -> Any:
         fields.fail("tokenizer.ggml.tokens", f"{len(tokens)} tokens, {len(set(tokens))} different", "different tokens")
     tokenizer = (_byte_level if kind == "gpt2" else _sentencepiece)(fields, tokens)
     _add_special(fields, tokenizer, tokens)
-    named = {f"{name}_token": _token(fields, tokens, key) for name, key in _NAMED.items()}
-    template = fields.text("tokenizer.chat_template", None)
-    return fast(
-        tokenizer_object=tokenizer,
-        clean_up_tokenization_spaces=False,
-        chat_template=template,
-        **{name: token for name, token in named.items() if token is not None},
-    )
+    found = {f"{name}_token": _token(fields, tokens, key) for name, key in _NAMED.items()}
+    named = {name: token for name, token in found.items() if token is not None}
+    _add_named(tokenizer, named)
+    return GgufTokenizer(tokenizer, named, fields.text("tokenizer.chat_template", None))
+
+
+def _add_named(tokenizer: "Tokenizer", named: dict[str, str]) -> None:
+    """Tokens that have a part are special, whatever their type in the file."""
+    from tokenizers import AddedToken
+
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    new = [token for token in dict.fromkeys(named.values()) if token not in known]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in new])
 
 
 _NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
@@ -121,6 +137,8 @@ def _sentencepiece(fields: GgufFields, tokens: list[str]) -> "Tokenizer":
         fields.fail("tokenizer.ggml.scores", None, "one score for each token")
     vocab = {token: index for index, token in enumerate(tokens)}
     unknown = _token(fields, tokens, "unknown")
+    if sum(len(token) ** 2 for token in tokens) > MOST_SPLIT_CHARACTERS:
+        fields.fail("tokenizer.ggml.tokens", f"of {sum(map(len, tokens))} characters", "tokens of a few characters")
     merges = _merges(vocab, scores)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     begins_with_space = fields.boolean("tokenizer.ggml.add_space_prefix", True)
@@ -132,15 +150,22 @@ def _sentencepiece(fields: GgufFields, tokens: list[str]) -> "Tokenizer":
     return tokenizer
 
 
-def _merges(vocab: dict[str, int], scores: Any) -> list[tuple[str, str]]:
-    """Every pair of tokens that joins into one, best score of the joined token first, as SentencePiece merges."""
-    found = []
+def _merges(vocab: dict[str, int], scores: np.ndarray) -> list[tuple[str, str]]:
+    """Every pair of tokens that joins into one, best score of the joined token first, as SentencePiece merges; of one
+    token those of lower ids first. Written flat, because vocabularies have hundreds of thousands."""
+    pairs, ids = [], []
     for token, index in vocab.items():
-        pairs = ((token[:at], token[at:]) for at in range(1, len(token)))
-        here = [(left, right) for left, right in pairs if left in vocab and right in vocab]
-        here.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-        found += [(-scores[index], order, pair) for order, pair in enumerate(here)]
-    return [pair for _, _, pair in sorted(found, key=lambda item: item[:2])]
+        for at in range(1, len(token)):
+            left = vocab.get(token[:at])
+            if left is not None and (right := vocab.get(token[at:])) is not None:
+                pairs.append((token[:at], token[at:]))
+                ids.append((index, left, right))
+    joined, left, right = np.array(ids, np.int64).reshape(-1, 3).T
+    by_token = np.lexsort((right, left, joined))
+    joined = joined[by_token]
+    order = np.arange(len(joined)) - np.searchsorted(joined, joined)
+    ranked = np.lexsort((joined, order, -scores[joined].astype(np.float64)))
+    return [pairs[index] for index in by_token[ranked].tolist()]
 
 
 def _add_special(fields: GgufFields, tokenizer: "Tokenizer", tokens: list[str]) -> None:

@@ -48,8 +48,8 @@ def tokenizer_metadata(path: Path, config: ModelConfig) -> dict[str, Any]:
     wanted = [tokenizer.encode(line) for line in LINES]
     for kind, name in _candidates(fields):
         tried = found | {"tokenizer.ggml.model": kind, "tokenizer.ggml.pre": name}
-        read = gguf_tokenizer(GgufFields(file, tried | {"general.architecture": ""}))
-        if all(list(read.encode(line)) == ids for line, ids in zip(LINES, wanted, strict=True)):
+        read = gguf_tokenizer(GgufFields(file, tried | {"general.architecture": ""})).backend
+        if all(read.encode(line).ids == ids for line, ids in zip(LINES, wanted, strict=True)):
             return tried
     raise UnsupportedModelError(
         f"{file}: text is split in a way that no name known here stands for ({', '.join(KNOWN_SPLITS)}), so other "
