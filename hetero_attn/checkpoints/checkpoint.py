@@ -159,10 +159,14 @@ class Checkpoint:
         row_bytes = entry.nbytes // max(entry.shape[0] if entry.shape else 1, 1)
         buffer = memoryview(out.reshape(-1).view(torch.uint8).numpy())
         entry.file.read_into(buffer, entry.offset + start * row_bytes)
+        self._turn(name, out)
+        return out
+
+    def _turn(self, name: str, rows: "torch.Tensor") -> None:
+        """Bring rows of whole heads that lie as pairs into our order, in place; leave those of other tensors."""
         if self._is_turned and is_rotated(name):
             assert self._config is not None, f"rows of {name} are turned by the sizes of a config, which is not given"
-            turn_back(out, self._config.head_dim, self._config.rope.rotary_dim)
-        return out
+            turn_back(rows, self._config.head_dim, self._config.rope.rotary_dim)
 
     def check(self, model: ModelSpec) -> list[str]:
         """Compare the tensors with those that the model's blocks declare.

@@ -18,17 +18,23 @@ if TYPE_CHECKING:
 
 def pieces(path: Path, name: str, entry: Any, parts: tuple[str, ...], config: ModelConfig) -> Iterator[tuple[str, Any]]:
     """(our word, entry of its rows) of every part of a tensor that holds several; raises where the rows do not fit."""
-    rows = [config.rows_of(part) for part in parts]
-    if not entry.shape or entry.shape[0] != sum(rows):
-        raise CheckpointError(
-            f"{path}: tensor {name} has shape {list(entry.shape)}, expected {sum(rows)} rows: those of "
-            f"{', '.join(parts)}; config and weights are of different models, download both again"
-        )
-    row_bytes, first = entry.nbytes // entry.shape[0], 0
-    for part, count in zip(parts, rows, strict=True):
+    rows = rows_of(path, name, entry.shape[0] if entry.shape else 0, parts, config)
+    row_bytes = entry.nbytes // entry.shape[0]
+    for part, (first, count) in zip(parts, rows, strict=True):
         shape = (count, *entry.shape[1:])
         yield part, replace(entry, shape=shape, offset=entry.offset + first * row_bytes, nbytes=count * row_bytes)
-        first += count
+
+
+def rows_of(path: Path, name: str, found: int, parts: tuple[str, ...], config: ModelConfig) -> list[tuple[int, int]]:
+    """(first row, rows) of every part of a tensor that holds several, of `found` rows; CheckpointError where these are
+    others."""
+    counts = [config.rows_of(part) for part in parts]
+    if found != sum(counts):
+        raise CheckpointError(
+            f"{path}: tensor {name} has {found} rows, expected {sum(counts)}: those of {', '.join(parts)}; config and "
+            "weights are of different models, download both again"
+        )
+    return [(sum(counts[:index]), count) for index, count in enumerate(counts)]
 
 
 def turn_back(rows: "torch.Tensor", head_dim: int, rotary_dim: int) -> None:

@@ -57,10 +57,9 @@ def open_source(path: Path) -> Checkpoint | GgufCheckpoint:
     if is_gguf(path):
         return GgufCheckpoint.open(path)
     names = tensor_names(path)
-    if is_quantised(path):
-        return QuantisedCheckpoint.open(path, names)
+    kind = QuantisedCheckpoint if is_quantised(path) else Checkpoint
     needs_sizes = names.fused or names.is_turned
-    return Checkpoint.open(path, names, ModelConfig.from_dir(path) if needs_sizes else None)
+    return kind.open(path, names, ModelConfig.from_dir(path) if needs_sizes else None)
 
 
 def is_quantised(path: Path) -> bool:

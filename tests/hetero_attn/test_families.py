@@ -211,9 +211,7 @@ def test_rows_of_a_fused_tensor_that_do_not_fit_are_named(tmp_path):
     path = make_family_checkpoint(tmp_path, "phi3", head_dim=12)
     edit_json(path / "config.json", num_key_value_heads=6)
 
-    with pytest.raises(
-        CheckpointError, match=r"qkv_proj.weight has shape \[120, 72\], expected 216 rows: those of q, k, v"
-    ):
+    with pytest.raises(CheckpointError, match=r"qkv_proj.weight has 120 rows, expected 216: those of q, k, v"):
         open_source(path)
 
 

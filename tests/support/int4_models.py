@@ -71,12 +71,24 @@ def compressed_config(each: int, symmetric: bool = False) -> dict:
     return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
 
 
-def make_int4(folder: Path, write, config: dict, each: int, *, symmetric=False, family="llama", most_zero=15) -> Path:
+def make_int4(
+    folder: Path,
+    write,
+    config: dict,
+    each: int,
+    *,
+    symmetric=False,
+    family="llama",
+    most_zero=15,
+    plain: Path | None = None,
+) -> Path:
     """Write `folder`/int4 and `folder`/plain, the same values in float32; returns `folder`.
+
+    plain: a checkpoint that is there already, in the place of `folder`/plain.
 
     write: one of the writers above. each: inputs of a group, -1 for a row. Embedding, head and norms stay plain.
     """
-    plain = make_checkpoint(folder / "plain", family, **SHAPE)
+    plain = plain or make_checkpoint(folder / "plain", family, **SHAPE)
     tensors, stored = load_file(plain / "model.safetensors"), {}
     for seed, (name, values) in enumerate(sorted(tensors.items())):
         if "_proj.weight" not in name:

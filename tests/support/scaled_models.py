@@ -144,12 +144,14 @@ def compressed_config(form: str, **weights) -> dict:
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ["lm_head"]}
 
 
-def make_scaled(folder: Path, writers: dict[str, Writer], config: dict, **shape) -> Path:
+def make_scaled(folder: Path, writers: dict[str, Writer], config: dict, *, plain: Path | None = None, **shape) -> Path:
     """Write `folder`/scaled and `folder`/plain, the same values in float32; returns `folder`.
+
+    plain: a checkpoint that is there already, in the place of `folder`/plain.
 
     writers: by the last part of a linear's name, "" for the others; one that is None leaves the linear plain.
     """
-    plain = make_checkpoint(folder / "plain", "llama", **SHAPE | shape)
+    plain = plain or make_checkpoint(folder / "plain", "llama", **SHAPE | shape)
     tensors, stored = load_file(plain / "model.safetensors"), {}
     for seed, (name, values) in enumerate(sorted(tensors.items())):
         short = name.split(".")[-2].removesuffix("_proj")

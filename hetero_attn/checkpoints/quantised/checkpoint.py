@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.checkpoints.files import some
 from hetero_attn.checkpoints.quantised.find import find_modules
 from hetero_attn.checkpoints.quantised.module import Module, RowWriter
 from hetero_attn.checkpoints.quantised.scheme import read_scheme
+from hetero_attn.checkpoints.row_order import rows_of
 from hetero_attn.checkpoints.safetensors import SafetensorsFile
-from hetero_attn.errors import CheckpointError, UnsupportedModelError
+from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.blocks import ModelSpec
 from hetero_attn.spec.config import ModelConfig
-from hetero_attn.spec.tensor_names import AS_OURS, TensorNames
+from hetero_attn.spec.tensor_names import AS_OURS, TensorNames, split_name, tensor_name
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +37,14 @@ _RAW_DTYPES = {
 }
 
 
+class Piece(NamedTuple):
+    """Rows [first, first + rows) of a module, which are one linear of ours."""
+
+    module: Module
+    first: int
+    rows: int
+
+
 class QuantisedCheckpoint(Checkpoint):
     """The tensors of a quantised model; made by `QuantisedCheckpoint.open`, read as a `Checkpoint`.
 
@@ -51,23 +61,35 @@ class QuantisedCheckpoint(Checkpoint):
         tensor_names: TensorNames = AS_OURS,
         config: ModelConfig | None = None,
     ):
-        if tensor_names.fused or tensor_names.is_turned:
-            raise UnsupportedModelError(
-                f"{path}: the rows of this family's files are cut and put in order while they are read, which is not "
-                "done for packed weights; take the model unquantised, or as GGUF"
-            )
         super().__init__(path, files, warnings, tensor_names, config)
         scheme = read_scheme(path)
         if scheme is None:
             raise CheckpointError(f"{path}: config.json has no quantization_config; its weights are not quantised")
         self._parts = dict(self._entries)  # also of modules, by the names that they have in the file
         shapes = {name: (entry.dtype, entry.shape) for name, entry in self._entries.items()}
-        self._modules: dict[str, Module] = find_modules(scheme, shapes, self._raw, str(path))
-        for module in self._modules.values():
+        modules = find_modules(scheme, shapes, self._raw, str(path))
+        for module in modules.values():
             for name in module.names:
                 self._entries.pop(name)
+        fused = dict(tensor_names.fused)
+        super()._cut(fused)
+        self._modules = {name: piece for each in modules.values() for name, piece in self._pieces(each, fused)}
         self._read: OrderedDict[str, RowWriter] = OrderedDict()
         self._lock = Lock()
+
+    def _cut(self, fused: dict[str, tuple[str, ...]]) -> None:
+        """Nothing yet: which tensors are codes, and which hold several of ours, is not known."""
+
+    def _pieces(self, module: Module, fused: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, Piece]]:
+        """(our name, its rows) of what a module holds: one linear, or several one below the other."""
+        layer, part, _ = split_name(f"{module.prefix}.weight")
+        if part not in fused:
+            yield f"{module.prefix}.weight", Piece(module, 0, module.out_features)
+            return
+        assert self._config is not None, f"{module.prefix} is cut by the sizes of a config, which is not given"
+        rows = rows_of(self.path, module.prefix, module.out_features, fused[part], self._config)
+        for word, (first, count) in zip(fused[part], rows, strict=True):
+            yield tensor_name(word, layer), Piece(module, first, count)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,60 +101,63 @@ class QuantisedCheckpoint(Checkpoint):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor; as everywhere here, of a quantised linear that of its values."""
-        module = self._modules.get(name)
-        return super().shape(name) if module is None else (module.out_features, module.in_features)
+        piece = self._modules.get(name)
+        return super().shape(name) if piece is None else (piece.rows, piece.module.in_features)
 
     def dtype(self, name: str) -> str:
         """The format that holds a tensor exactly."""
-        module = self._modules.get(name)
+        module = self._module(name)
         if module is None:
             return super().dtype(name)
         return "fp32" if module.kind is None else module.kind.format
 
     def source_type(self, name: str) -> str | None:
         """The form of rows of codes, as `CpuKernels.repack` wants it; None for plain numbers."""
-        module = self._modules.get(name)
+        module = self._module(name)
         return None if module is None or module.kind is None else module.kind.name
 
     def row_bytes(self, name: str) -> int:
         """Bytes of one row as `read` gives it."""
-        module = self._modules.get(name)
+        module = self._module(name)
         return super().row_bytes(name) if module is None else module.row_bytes
 
     def torch_dtype(self, name: str) -> torch.dtype:
         """The dtype that `read` returns; uint8 for codes."""
         import torch
 
-        module = self._modules.get(name)
+        module = self._module(name)
         if module is None:
             return super().torch_dtype(name)
         return torch.float32 if module.kind is None else torch.uint8
 
     def read(self, name: str, rows: slice | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """A tensor or a range of its rows; of a quantised linear blocks of groups, uint8 [rows, row_bytes], or float32.
+        Of q and k that lie as pairs, whole heads.
 
         Raises:
             CheckpointError: no such tensor, or one that the file contradicts. UnsupportedModelError: values that no
                 format holds.
         """
-        module = self._modules.get(name)
-        if module is None:
+        piece = self._modules.get(name)
+        if piece is None:
             return super().read(name, rows, out)
         import torch
 
-        first, stop, step = (rows or slice(None)).indices(module.out_features)
+        module = piece.module
+        first, stop, step = (rows or slice(None)).indices(piece.rows)
         assert step == 1, f"rows of {name} with step {step}, expected 1"
         dtype = self.torch_dtype(name)
         shape = (max(stop - first, 0), module.row_bytes // dtype.itemsize)
         out = torch.empty(shape, dtype=dtype, device="cpu") if out is None else out
         assert out.shape == shape and out.dtype == dtype and out.is_contiguous(), (name, out.shape, shape)
-        self._rows(name, module)(first, first + shape[0], out)
+        self._rows(module)(piece.first + first, piece.first + first + shape[0], out)
+        self._turn(name, out)
         return out
 
     def check(self, model: ModelSpec) -> list[str]:
         """As `Checkpoint.check`; a bias that would be ignored must be zero, and linears without a format are named."""
         warnings, known = super().check(model), model.tensors
-        biases = [f"{module.prefix}.bias" for module in self._modules.values()]
+        biases = [name.removesuffix("weight") + "bias" for name in self._modules]
         ignored = [name for name in biases if name in self._entries and name not in known]
         if wrong := [name for name in ignored if bool(self.read(name).any())]:
             raise CheckpointError(
@@ -145,7 +170,7 @@ class QuantisedCheckpoint(Checkpoint):
 
     def _as_values(self) -> list[str]:
         """A warning where linears are held as float32."""
-        held = {name: module.why for name, module in self._modules.items() if module.kind is None}
+        held = {name: piece.module.why for name, piece in self._modules.items() if piece.module.kind is None}
         if not held:
             return []
         return [
@@ -161,13 +186,18 @@ class QuantisedCheckpoint(Checkpoint):
                 f"{self.path}: {name} is {list(self.shape(name))} by its codes, expected {list(shape)} from config.json"
             )
 
-    def _rows(self, name: str, module: Module) -> RowWriter:
+    def _module(self, name: str) -> Module | None:
+        """That of a linear by our name, None for a plain tensor."""
+        piece = self._modules.get(name)
+        return None if piece is None else piece.module
+
+    def _rows(self, module: Module) -> RowWriter:
         with self._lock:
-            if name not in self._read:
-                self._read[name] = module.rows(self._raw, str(self.path))
+            if module.prefix not in self._read:
+                self._read[module.prefix] = module.rows(self._raw, str(self.path))
                 while len(self._read) > KEPT_MODULES:
                     self._read.popitem(last=False)
-            return self._read[name]
+            return self._read[module.prefix]
 
     def _raw(self, name: str) -> torch.Tensor:
         """A tensor of the file as it is there."""
