@@ -14,5 +14,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What takes many minutes runs on request."""
     for item in items:
-        if "soak" in item.keywords and "soak" not in config.option.markexpr:
-            item.add_marker(pytest.mark.skip(reason="takes minutes; ask for it with -m soak, or make test-all"))
+        for name in ("soak", "mutations"):
+            if name in item.keywords and name not in config.option.markexpr:
+                item.add_marker(pytest.mark.skip(reason=f"takes minutes; ask for it with -m {name}, or make test-all"))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from cpu_kernels.formats import BLOCK_FEATURES
+from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.spec.experts_config import ExpertsConfig
 from hetero_attn.spec.tensor_names import expert_tensor
 from hetero_attn.spec.weights import LinearSpec, Part
@@ -131,8 +132,19 @@ class ExpertsSpec(LinearSpec):
 def experts_spec(
     config: ExpertsConfig, hidden_size: int, layer: int, format_of_tensor: Callable[[str], str]
 ) -> ExpertsSpec:
-    """The experts of a layer. format_of_tensor(name): in what a tensor is held; all experts have that of the first."""
+    """The experts of a layer. format_of_tensor(name): in what a tensor is held.
 
+    Raises UnsupportedModelError where a part of one expert is held otherwise than that of the first: all experts of a
+    layer lie in one piece, of equal size.
+    """
+    for name in ("gate", "up", "down"):
+        first = format_of_tensor(expert_tensor(layer, 0, name))
+        for index in range(1, config.experts):
+            if (found := format_of_tensor(expert_tensor(layer, index, name))) != first:
+                raise UnsupportedModelError(
+                    f"layers.{layer}.experts: {name} of expert {index} is {found} and that of expert 0 {first}; the "
+                    "experts of a layer are held in one format, so ask for one dtype, such as q8"
+                )
     rows = {"gate": config.width, "up": config.width, "down": hidden_size}
     parts = tuple(
         Part(expert_tensor(layer, 0, name), BLOCK_FEATURES, count, format_of_tensor(expert_tensor(layer, 0, name)))

@@ -1,8 +1,6 @@
 """Damaged and hostile GGUF files: refused by name, at once, and with no more memory than the file is large."""
 
-import random
 import struct
-import time
 
 import numpy as np
 import pytest
@@ -11,12 +9,8 @@ from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.gguf.tokenizer import gguf_tokenizer
 from hetero_attn.checkpoints.sources import read_config
 from hetero_attn.errors import CheckpointError, ConfigError, HeteroError, UnsupportedModelError
-from hetero_attn.models.decoder import decoder
 from hetero_attn.planning.settle import plan_model
 from tests.support.gguf_models import make_gguf
-
-LIMIT_S = 5.0  # a machine with neighbours; a hang is longer
-MUTATIONS = 1500
 
 
 def text(value: str) -> bytes:
@@ -70,7 +64,7 @@ CASES = {
     "0 dims": (gguf([ARCH], [tensor("a", (), 0, 0)], ROW), "has 0 dimensions"),
     "a zero dim": (gguf([ARCH], [tensor("a", (16, 0), 0, 0)], ROW), r"dimensions \[16, 0\]"),
     "dims that wrap": (gguf([ARCH], [tensor("a", (1 << 32, 1 << 32), 0, 0)], ROW), "has dimensions"),
-    "long name": (gguf([ARCH], [tensor("a" * 65, (16,), 0, 0)], ROW), "name of 65 bytes"),
+    "long name": (gguf([ARCH], [tensor("a" * 64, (16,), 0, 0)], ROW), "name of 64 bytes"),
     "name twice": (gguf([ARCH], [tensor("a", (16,), 0, 0), tensor("a", (16,), 0, 64)], 2 * ROW), "stands twice"),
     "dead type": (gguf([ARCH], [tensor("a", (16,), 4, 0)], ROW), "has type 4, which GGUF no longer has"),
     "no whole blocks": (gguf([ARCH], [tensor("a", (48,), 8, 0)], ROW), "no multiple of 32"),
@@ -123,6 +117,15 @@ def test_parts_that_contradict_each_other_are_refused(tmp_path, second, message)
         GgufCheckpoint.open(first)
 
 
+def test_a_part_of_another_model_is_refused(tmp_path):
+    first = split(tmp_path, 0, 2, ["output_norm.weight"])
+    second = split(tmp_path, 1, 2, ["blk.0.attn_norm.weight"])
+    second.write_bytes(second.read_bytes().replace(text("llama"), text("qwen2")))
+
+    with pytest.raises(CheckpointError, match=r"general.architecture is another than in m-00001-of-00002.gguf"):
+        GgufCheckpoint.open(first)
+
+
 @pytest.fixture(scope="module")
 def seed(tmp_path_factory):
     shape = {"layers": 1, "hidden": 64, "intermediate": 64, "num_heads": 1, "num_kv_heads": 1}
@@ -160,51 +163,41 @@ def test_a_tensor_that_would_be_ignored_is_refused(seed, tmp_path):
         plan_model(path, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            key("llama.attention.head_count_kv", 4, b"\1\0\0\0"),
+            key("llama.attention.head_count_kv", 4, b"\2\0\0\0"),
+            "multiple of 2 KV",
+        ),
+        (
+            key("llama.block_count", 4, b"\1\0\0\0"),
+            key("llama.block_count", 6, b"\0\0\x80?"),
+            "block_count is 1.0, expected an integer",
+        ),
+        (
+            key("llama.rope.freq_base", 6, struct.pack("<f", 1e4)),
+            key("llama.rope.freq_base", 6, struct.pack("<f", float("nan"))),
+            "freq_base is nan",
+        ),
+        (
+            key("tokenizer.ggml.bos_token_id", 4, b"\1\0\0\0"),
+            key("tokenizer.ggml.bos_token_id", 4, b"\xff\xff\0\0"),
+            "bos_token_id is 65535",
+        ),
+    ],
+)
+def test_a_value_of_another_type_or_beyond_its_range_is_named(seed, tmp_path, old, new, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_model(replaced(seed, tmp_path, old, new), device="cpu")
+
+
 def test_a_missing_key_is_named(seed, tmp_path):
     path = replaced(seed, tmp_path, text("llama.block_count"), text("llama.block_kount"))
 
     with pytest.raises(ConfigError, match="llama.block_count"):
         plan_model(path, device="cpu")
-
-
-def mutated(content: bytes, header_bytes: int, generator: random.Random) -> bytes:
-    data = bytearray(content)
-    for _ in range(generator.choice([1, 1, 2, 5])):
-        at = generator.randrange(header_bytes)
-        how = generator.randrange(4)
-        if how == 0:
-            data[at] ^= 1 << generator.randrange(8)
-        elif how == 1:
-            data[at : at + 8] = struct.pack(
-                "<Q", generator.choice([0, 1, 1 << 31, (1 << 63) - 1, generator.getrandbits(64)])
-            )
-        elif how == 2:
-            data[at] = generator.randrange(256)
-        else:
-            del data[min(24, len(data) - 1) + generator.randrange(max(1, len(data) - 24)) :]
-            header_bytes = len(data)
-    return bytes(data)
-
-
-def test_mutations_end_in_our_errors_or_in_a_model(seed, tmp_path):
-    """Any change of a header is refused by an error of ours or is no damage; nothing hangs."""
-    content, path, generator = seed.read_bytes(), tmp_path / "mutant.gguf", random.Random(7)
-    with GgufCheckpoint.open(seed) as source:
-        header_bytes = min(entry.offset for entry in source._entries.values())
-    refused, slowest = 0, 0.0
-    for _ in range(MUTATIONS):
-        path.write_bytes(mutated(content, header_bytes, generator))
-        started = time.perf_counter()
-        try:
-            with GgufCheckpoint.open(path) as source:
-                source.check(decoder(source.config))
-                gguf_tokenizer(source.fields)
-        except HeteroError:
-            refused += 1
-        slowest = max(slowest, time.perf_counter() - started)
-
-    assert refused > MUTATIONS // 3
-    assert slowest < LIMIT_S
 
 
 def test_a_large_vocabulary_is_read_as_it_is(tmp_path):

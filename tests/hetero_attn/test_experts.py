@@ -7,9 +7,11 @@ from gpu_kernels import reference
 from hetero_attn import LLM
 from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.checkpoints.sources import open_source, read_config, stored_formats
-from hetero_attn.errors import CheckpointError, ConfigError
+from hetero_attn.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hetero_attn.models.decoder import decoder
 from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.tensor_names import expert_tensor
+from hetero_attn.spec.weight_formats import WeightFormats
 from tests.support.cpu_oracles import kernels
 from tests.support.moe import FAMILIES, LEAST_GAP, fused, make_moe, moe_gguf, moe_logits
 from tests.support.runtime import cpu_plan, make_engine, nmse, run_logits, toy_workload, uniform_plan
@@ -30,6 +32,17 @@ def logits_of(path, plan, prompt_tokens=40, overlap=True):
         return run_logits(engine, TOKENS, prompt_tokens)
     finally:
         engine.close()
+
+
+def test_experts_of_one_layer_in_several_formats_are_refused_by_name(checkpoints):
+    """They lie in one piece, each as large as the first; one that was not used to be read as if it were."""
+    config, odd = ModelConfig.from_dir(checkpoints["qwen3_moe"]), expert_tensor(1, 3, "down")
+    formats = WeightFormats("bf16", "bf16", {odd: "fp8"})
+
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers.1.experts: down of expert 3 is fp8 and that of expert 0 bf16"
+    ):
+        decoder(config, formats)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -61,6 +61,13 @@ def test_a_token_with_a_part_is_special_whatever_its_type(tmp_path):
     assert {index: token.special for index, token in added.items()} == {0: True, 1: True}
 
 
+def test_a_merge_of_no_two_tokens_is_named(tmp_path):
+    changed = {"model": "gpt2", "pre": "gpt-2", "merges": ["a b", "a c"], "tokens": ["<unk>", "<s>", "a", "b"]}
+
+    with pytest.raises(ConfigError, match=r"merges is \('a', 'b'\), expected two tokens whose join is one too"):
+        gguf.gguf_tokenizer(fields(tmp_path, **changed))
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [

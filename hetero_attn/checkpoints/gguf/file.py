@@ -112,7 +112,7 @@ class GgufFile:
     ) -> dict[str, tuple[GgufType, tuple[int, ...], int]]:
         entries: dict[str, tuple[GgufType, tuple[int, ...], int]] = {}
         for _ in range(count):
-            name = reader.string("a tensor's name", MAX_NAME_BYTES)
+            name = reader.string("a tensor's name", MAX_NAME_BYTES - 1)
             if not name or name in entries:
                 reader.fail(f"tensor name {name!r} is empty or stands twice")
             num_dims = reader.number("<I")

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from hetero_attn.checkpoints.gguf.file import GgufFile, GgufTensor
 from hetero_attn.errors import CheckpointError
@@ -63,12 +64,22 @@ def _part_path(first: GgufFile, number: int, count: int) -> Path:
     return path
 
 
+def _is_of_another(key: str, first: dict[str, Any], part: dict[str, Any]) -> bool:
+    """Whether a part says otherwise of the model than the first one, which has all that is said of it."""
+    return key.startswith("general.") and key != "general.alignment" and str(first.get(key)) != str(part[key])
+
+
 def _tensors(files: list[GgufFile]) -> dict[str, GgufTensor]:
     tensors: dict[str, GgufTensor] = {}
     for number, file in enumerate(files):
         found = file.metadata.get("split.no", 0)
         if found != number or file.metadata.get("split.count", len(files)) not in (0, len(files)):
             raise CheckpointError(f"{file.path}: split.no is {found}, expected {number} of {len(files)} parts")
+        if others := [key for key in file.metadata if _is_of_another(key, files[0].metadata, file.metadata)]:
+            raise CheckpointError(
+                f"{file.path}: {others[0]} is another than in {files[0].path.name}; the parts are of different models, "
+                "download all again"
+            )
         if twice := [name for name in file.tensors if name in tensors]:
             raise CheckpointError(f"{file.path}: tensor {twice[0]} is in another part too; download the parts again")
         tensors |= file.tensors
