@@ -90,14 +90,14 @@ class Norm:
     norm."""
 
     weight: Activation
-    bias: Activation
     eps: float
-    is_layer_norm: bool
+    bias: Activation = Activation(None, None)
+    is_layer_norm: bool = False
 
     @classmethod
     def of(cls, config: ModelConfig, weights: BlockWeights) -> "Norm":
         """That of a block which has declared `norm_vectors`."""
-        return cls(weights.vector("norm"), weights.vector("norm_bias"), config.rms_norm_eps, config.layer_norm)
+        return cls(weights.vector("norm"), config.rms_norm_eps, weights.vector("norm_bias"), config.layer_norm)
 
     @property
     def width(self) -> int:

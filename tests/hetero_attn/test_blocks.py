@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.engine.build import build_engine
 from hetero_attn.errors import CheckpointError
-from hetero_attn.models.block import Block, normalize
+from hetero_attn.models.block import Block, Norm, normalize
 from hetero_attn.models.decoder import decoder
 from hetero_attn.ops.linear import linear, linear_add
 from hetero_attn.planning.settle import PlannedModel
@@ -57,7 +57,7 @@ class Mixer(Block):
         lanes, tier = run.lanes, run.step.tier
         first, second = weights.linears["mix_in"], weights.linears["mix_out"]
         normed, mixed = work.of("normed", HIDDEN), work.of("mixed", MIXED)
-        normalize(lanes, weights.vector("norm"), EPS, work.residual, normed, first.has_host_features(tier))
+        normalize(lanes, Norm(weights.vector("norm"), EPS), work.residual, normed, first.has_host_features(tier))
         linear(lanes, first, tier, normed, mixed)
         linear_add(lanes, second, tier, mixed, first.device_features(tier), work.residual, work.scratch)
 
@@ -77,7 +77,7 @@ class Decay(Block):
     def forward(self, run, weights, state, work):
         lanes, out = run.lanes, weights.linears["decay_out"]
         normed = work.of("normed", HIDDEN)
-        normalize(lanes, weights.vector("norm"), EPS, work.residual, normed, False)
+        normalize(lanes, Norm(weights.vector("norm"), EPS), work.residual, normed, False)
         for row, sequence_id in zip(normed.main, state.sequence_ids, strict=True):
             values = state.values.index_select(0, sequence_id[None]) * KEPT + row
             state.values.index_copy_(0, sequence_id[None], values)
