@@ -31,15 +31,20 @@ def test_chunks_to_choose_from_follow_the_budget_and_never_pass_the_context(budg
 
 
 def test_the_planner_takes_a_large_chunk_where_weights_are_streamed_and_a_small_one_where_memory_is_short():
-    """Half of the weights cross the bus once a chunk; a chunk of any size does where everything fits."""
-    workload = replace(llama_8b(dtype="q4", context=8192), activation_bytes_per_row=1200 << 10)
-    machine = HardwareProfile.named("h100-server")
-    wide = replace(workload, chunk_choices=tuple(ChunkChoice(rows, workload.resident_bytes) for rows in (256, 1024)))
+    """Half of the weights cross the bus once a chunk; a chunk of any size does where everything fits. 1024 rows of
+    1200 KiB leave so little to the weights that decode loses more than prompts gain, each by a tenth and not by a
+    rounding; with 400 KiB a row they do not."""
 
-    def chunk(objective, gib):
-        policy = Policy(objective=objective)
-        return make_plan(wide, machine, policy, device="cuda", gpu_memory_bytes=int(gib * 2**30)).prefill_chunk
+    def plan(objective, gib, row_kib, **wishes):
+        workload = replace(llama_8b(dtype="q4", context=8192), activation_bytes_per_row=row_kib << 10)
+        choices = tuple(ChunkChoice(rows, workload.resident_bytes) for rows in (256, 1024))
+        policy = Policy(objective=objective, **wishes)
+        machine = HardwareProfile.named("h100-server")
+        return make_plan(
+            replace(workload, chunk_choices=choices), machine, policy, device="cuda", gpu_memory_bytes=int(gib * 2**30)
+        )
 
-    assert [chunk("latency", 2.5), chunk("latency", 4.5), chunk("prefill", 4.5)] == [1024, 256, 1024]
-    given = make_plan(wide, machine, Policy(prefill_chunk=512), device="cuda", gpu_memory_bytes=3 << 30)
+    found = [plan("latency", 2.5, 400), plan("latency", 4.5, 1200), plan("prefill", 4.5, 1200)]
+    assert [each.prefill_chunk for each in found] == [1024, 256, 1024]
+    given = plan("latency", 3, 1200, prefill_chunk=512)
     assert given.prefill_chunk == 512 and given.workload.chunk_choices == ()

@@ -10,6 +10,7 @@ import pytest
 from hetero_attn.planning.settle import with_chunk_choices
 from placement import HardwareProfile, Policy, make_plan
 from placement.cost.model import predict
+from placement.machine.hardware import catalogue_names
 from tests.support.recorded_runs import RESULTS, llama_8b, recorded_runs
 
 SHOWN = HardwareProfile.named("h100-server")
@@ -55,8 +56,35 @@ def test_decode_of_every_recorded_plan_is_predicted_as_it_was_measured():
     errors = decode_errors()
 
     assert len(errors) == 7
-    assert max(map(abs, errors.values())) <= 0.15, errors
-    assert median(map(abs, errors.values())) <= 0.1, errors
+    assert max(map(abs, errors.values())) <= 0.08, errors
+    assert median(map(abs, errors.values())) <= 0.06, errors
+
+
+def fitted_overlap() -> float:
+    """The overlap of the lanes with which decode of all recorded plans is predicted best: least squares of the relative
+    error of a step's seconds, which are overlap * together + (1 - overlap) * one after another."""
+    numerator = denominator = 0.0
+    for run in recorded_runs():
+        together, apart = (decode_s(run, overlap) * run.measured["decode"]["tokens_per_s"] for overlap in (1.0, 1e-9))
+        numerator += (apart - together) * (apart - 1)
+        denominator += (apart - together) ** 2
+    return numerator / denominator
+
+
+def decode_s(run, overlap) -> float:
+    plan, machine = run.plan, replace(profile_of(run), overlap=overlap)
+    sizes = {"phase": "decode", "rows": 1, "context": 990, "on_gpu": True}
+    return predict(plan.workload, plan.linears, plan.kv, machine, **sizes).seconds
+
+
+def test_the_overlap_of_the_catalogue_is_fitted_to_every_recorded_plan():
+    """0.78 was no fit: with 0.68 the largest error of the seven falls from 13 % to 8 %. Prompts are not fitted: those
+    that were recorded waited for Python, whose launches have been counted apart since."""
+    shown = [HardwareProfile.named(name) for name in catalogue_names()]
+    carriers = {each.name: each.overlap for each in shown if "H100" in each.overlap_source}
+
+    assert "h100-server" in carriers and len(carriers) > 10
+    assert carriers == dict.fromkeys(carriers, pytest.approx(fitted_overlap(), abs=0.015))
 
 
 def test_the_catalogue_has_what_the_runs_showed_of_copies_beside_the_cpu_lane():
