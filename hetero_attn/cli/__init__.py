@@ -15,6 +15,7 @@ from hetero_attn.cli import bench, chat, doctor, generate, plan, policy, profile
 from hetero_attn.cli.errors import CleanErrors
 from hetero_attn.cli.quantize import command as quantize_command
 from hetero_attn.cli.serve import command
+from hetero_attn.cli.shell.collector import leave_garbage
 from hetero_attn.cli.shell.streams import settle_streams
 
 app = typer.Typer(
@@ -69,6 +70,7 @@ def main() -> None:
         app(prog_name="hetero-attn")
     finally:
         leave_quietly()
+        leave_garbage()
 
 
 def leave_quietly() -> None:

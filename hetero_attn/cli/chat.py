@@ -53,11 +53,8 @@ def chat(
     threads: options.Threads = None,
 ) -> None:
     """Talk with a model; Ctrl-C ends an answer, /exit ends the program, /help lists what else there is."""
-    from hetero_attn.serving.tokenizer import import_beside
-
     wishes = options.sampling_wishes(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop)
     variables = dict(map(template_variable, template_var or ()))
-    import_beside()
     with options.load_llm(
         model,
         policy,
@@ -71,6 +68,7 @@ def chat(
         batch=batch,
         needs_text=True,
         speculate=speculate,
+        needs_template=True,
     ) as llm:
         note(banner(llm))
         talk = Conversation(llm, llm.default_params(**wishes), system, variables=variables)

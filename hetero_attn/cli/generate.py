@@ -48,10 +48,6 @@ def generate(
     wishes = options.sampling_wishes(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, ignore_eos)
     opening = [] if system is None else [{"role": "system", "content": system}]
     messages = [*opening, {"role": "user", "content": text}]
-    if chat:
-        from hetero_attn.serving.tokenizer import import_beside
-
-        import_beside()
     with options.load_llm(
         model,
         policy,
@@ -65,6 +61,7 @@ def generate(
         batch=batch,
         needs_text=True,
         speculate=speculate,
+        needs_template=chat,
     ) as llm:
         params = llm.default_params(**wishes)
         if as_json:

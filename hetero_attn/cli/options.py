@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hetero_attn.cli.shell.collector import collector_at_rest
+
 if TYPE_CHECKING:
     from hetero_attn import LLM
 
@@ -108,25 +110,35 @@ def load_llm(
     batch: int | None = None,
     needs_text: bool = False,
     speculate: str = "off",
+    needs_template: bool = False,
 ) -> LLM:
-    """Load a model by the shared options; says on stderr what takes time. Raises what `LLM` raises."""
-    from hetero_attn import LLM
+    """Load a model by the shared options; says on stderr what takes time. Raises what `LLM` raises.
 
-    return LLM(
-        model,
-        policy=policy,
-        gpu_memory=gpu_memory,
-        dtype=dtype,
-        device=device,
-        max_context=context,
-        seed=seed,
-        num_threads=threads,
-        kv_dtype=kv_dtype,
-        max_batch=batch,
-        progress=True,
-        needs_text=needs_text,
-        speculate=speculate,
-    )
+    needs_template: a chat template will be filled in; what that takes is imported while the weights load.
+    """
+    with collector_at_rest():
+        from hetero_attn import LLM
+
+        if needs_template:
+            from hetero_attn.serving.tokenizer import import_beside
+
+            import_beside()
+
+        return LLM(
+            model,
+            policy=policy,
+            gpu_memory=gpu_memory,
+            dtype=dtype,
+            device=device,
+            max_context=context,
+            seed=seed,
+            num_threads=threads,
+            kv_dtype=kv_dtype,
+            max_batch=batch,
+            progress=True,
+            needs_text=needs_text,
+            speculate=speculate,
+        )
 
 
 def sampling_wishes(

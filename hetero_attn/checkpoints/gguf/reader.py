@@ -83,24 +83,31 @@ class GgufReader:
 
     def _strings(self, key: str, count: int) -> list[str]:
         """As `string`, many times: written flat, because vocabularies have hundreds of thousands."""
-        found, unpack, data = [], struct.Struct("<Q").unpack_from, self._data
+        found, unpack, data, start = [], struct.Struct("<Q").unpack_from, self._data, self.position
+        have = len(data)
         for _ in range(count):
-            start = self.position
-            if start + 8 > len(data):
-                self._take(8, key)
-                self.position = start
+            stop = start + 8
+            if stop > have:
+                have = self._read_to(start, 8, key)
             (length,) = unpack(data, start)
-            stop = start + 8 + length
-            if length > self.remaining - 8:
-                self.fail(f"an item of {key} has {length} bytes, {self.remaining - 8} are left")
-            if stop > len(data):
-                self._take(8 + length, key)
-            self.position = stop
+            if stop + length > have:
+                have = self._read_to(start, 8 + length, key)
             try:
-                found.append(data[start + 8 : stop].decode())
+                found.append(str(data[stop : stop + length], "utf-8"))
             except UnicodeDecodeError:
+                self.position = stop + length
                 self.fail(f"item {len(found)} of {key} is not UTF-8")
+            start = stop + length
+        self.position = start
         return found
+
+    def _read_to(self, start: int, count: int, key: str) -> int:
+        """Have an item of `count` bytes from `start` on in `_data`; returns how many bytes there are then."""
+        self.position = start
+        if count > self.remaining:
+            self.fail(f"an item of {key} has {count - 8} bytes, {self.remaining - 8} are left")
+        self._take(count, key)
+        return len(self._data)
 
     def _take(self, count: int, what: str) -> int:
         """Move over `count` bytes, which are then in `_data`; returns where they begin."""
