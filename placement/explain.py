@@ -1,5 +1,6 @@
 """Why a plan is as fast as it is: the bottleneck, what would help, and what was considered and rejected."""
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from cpu_kernels.formats import segments
 from placement.cost.baselines import largest_layer_split, layer_split
 from placement.cost.model import predict
+from placement.cost.objective import MODEL_ERROR
 from placement.machine.hardware import HardwareProfile
 from placement.plan.phase import RESOURCE_WORDS, PhaseCost
 from placement.plan.plan import Plan
@@ -17,7 +19,12 @@ from placement.solve.make_plan import BudgetError, make_plan, plan_with_alternat
 from placement.solve.search import Candidate
 
 GIB = 2**30
+SAME = 1e-3  # what the search may miss
 BASELINE_CHUNK = 512  # rows that llama.cpp computes at a time
+LABEL_COLUMNS = 38
+# What a machine of estimated rates may lack: a display and other programs in its GPU memory, a second memory channel.
+LESS_GPU_BYTES, LESS_DRAM = 2 * GIB, 0.5
+LESS_WORDS = "should other programs hold 2 GiB of GPU memory, and DRAM have half its rate (one channel of two)"
 SHAPE_WORDS = {"column": "shape column: four hand-overs a layer", "paired": "shape paired: two hand-overs a layer"}
 COMPARED_POLICIES = ("gpu_only", "stream_only", "host_attention", "cpu_only")
 
@@ -26,13 +33,15 @@ COMPARED_POLICIES = ("gpu_only", "stream_only", "host_attention", "cpu_only")
 class Estimate:
     """Predicted speed of another plan or another machine.
 
-    decode_tokens_per_s, prefill_tokens_per_s: None when it cannot run; note then says why.
+    decode_tokens_per_s, prefill_tokens_per_s: None when it cannot run; note then says why. objective_s: the seconds
+    that its plan was chosen by, None for what is no plan of ours.
     """
 
     label: str
     decode_tokens_per_s: float | None
     prefill_tokens_per_s: float | None
     note: str = ""
+    objective_s: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -51,22 +60,48 @@ class Explanation:
     plan: Plan
     bottleneck: str
     gains: tuple[Estimate, ...]
+    losses: tuple[Estimate, ...]
     alternatives: tuple[Estimate, ...]
     notes: tuple[str, ...]
 
+    @property
+    def within_error(self) -> tuple[Estimate, ...]:
+        """Alternatives that the model takes for faster, by less than its own error: the simpler plan was chosen."""
+        return tuple(other for other in self.alternatives if self._is_faster(other))
+
+    def _is_faster(self, other: Estimate) -> bool:
+        return other.objective_s is not None and other.objective_s < self.plan.predicted.objective_s * (1 - SAME)
+
     def lines(self) -> list[str]:
-        """The explanation as text, one line each."""
-        decode = self.plan.predicted.decode.tokens_per_s
-        prefill = self.plan.predicted.prefill.tokens_per_s
+        """The explanation as text, one line each, no row of a table wider than 80 columns."""
         lines = [self.bottleneck, *self.notes]
-        width = max((len(estimate.label) for estimate in (*self.gains, *self.alternatives)), default=0)
-        if self.gains:
-            lines.append("what more hardware would bring, planned again:")
-            lines += [f"  {gain.label:{width}s}  {_change(gain, decode, prefill)}" for gain in self.gains]
-        if self.alternatives:
-            lines.append("alternatives that were weighed and rejected:")
-            lines += [f"  {other.label:{width}s}  {_change(other, decode, prefill)}" for other in self.alternatives]
+        beaten = [other for other in self.alternatives if not self._is_faster(other)]
+        for title, estimates in (
+            ("what more hardware would bring, planned again", self.gains),
+            (LESS_WORDS, self.losses),
+            ("alternatives that were weighed and rejected", beaten),
+            (f"faster by less than the model's own error of {MODEL_ERROR:.0%}, so not taken", self.within_error),
+        ):
+            if estimates:
+                lines.append(f"{title} (tokens/s):")
+                lines.append(f"  {'':{LABEL_COLUMNS}s}{'decode':>9s} {'':8s}{'prefill':>11s}")
+                lines += [line for estimate in estimates for line in self._row(estimate)]
         return lines
+
+    def _row(self, estimate: Estimate) -> list[str]:
+        """An estimate as a row of a table; what its label is too long for goes before it."""
+        *before, label = textwrap.wrap(estimate.label, LABEL_COLUMNS)
+        decode, prefill = estimate.decode_tokens_per_s, estimate.prefill_tokens_per_s
+        if decode is None or prefill is None:
+            figures = f"  {estimate.note}"
+        else:
+            planned = self.plan.predicted
+            changes = [
+                _difference(value / cost.tokens_per_s)
+                for value, cost in ((decode, planned.decode), (prefill, planned.prefill))
+            ]
+            figures = f"{decode:9.1f} {changes[0]:8s}{prefill:11.1f} {changes[1]}".rstrip()
+        return [*(f"  {part}" for part in before), f"  {label:{LABEL_COLUMNS}s}{figures}"]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: those of the plan, and beside them why."""
@@ -74,6 +109,7 @@ class Explanation:
             "bottleneck": self.bottleneck,
             "notes": list(self.notes),
             "gains": [gain.to_dict() for gain in self.gains],
+            "losses": [loss.to_dict() for loss in self.losses],
             "alternatives": [other.to_dict() for other in self.alternatives],
         }
 
@@ -84,13 +120,15 @@ def explain(
     """Plan and explain: arguments and errors of make_plan, and several times its time, for it plans several times."""
     plan, found = plan_with_alternatives(workload, hardware, policy, device=device, gpu_memory_bytes=gpu_memory_bytes)
     gains = tuple(_gains(workload, hardware, policy, plan))
+    losses = tuple(_losses(workload, hardware, policy, plan))
     alternatives = () if device == "cpu" else tuple(_alternatives(workload, hardware, policy, plan, found))
     return Explanation(
         plan,
         bottleneck(plan.predicted.decode, plan.predicted.prefill),
         gains,
+        losses,
         alternatives,
-        tuple(_notes(plan, hardware)),
+        tuple(_notes(plan, hardware, policy)),
     )
 
 
@@ -155,7 +193,25 @@ def _estimate(
         return Estimate(label, None, None, f"needs {format_bytes(error.needed_bytes)}")
     except PolicyError as error:
         return Estimate(label, None, None, error.problems[0])
-    return Estimate(label, predicted.decode.tokens_per_s, predicted.prefill.tokens_per_s)
+    return Estimate(
+        label, predicted.decode.tokens_per_s, predicted.prefill.tokens_per_s, objective_s=predicted.objective_s
+    )
+
+
+def _losses(workload: Workload, hardware: HardwareProfile, policy: Policy, plan: Plan) -> Iterator[Estimate]:
+    """What the plan, and whole layers as other engines have them, would do on a machine whose estimated rates are too
+    good: where a part of the model is in DRAM, people see a fraction of what both memories at their best would give."""
+    if plan.device != "cuda" or hardware.source == "measured" or hardware.unified_memory or plan.is_all_on_gpu:
+        return
+    less, budget = hardware.with_less_dram(LESS_DRAM), plan.gpu_memory_bytes - LESS_GPU_BYTES
+    try:
+        slower = make_plan(workload, less, policy, device=plan.device, gpu_memory_bytes=max(1, budget))
+    except (BudgetError, PolicyError):
+        return
+    predicted = slower.predicted
+    yield Estimate("planned again", predicted.decode.tokens_per_s, predicted.prefill.tokens_per_s)
+    machine = less if less.cores == slower.num_threads else less.with_threads(slower.num_threads)
+    yield _whole_layers(slower, machine)
 
 
 def _gains(workload: Workload, hardware: HardwareProfile, policy: Policy, plan: Plan) -> Iterator[Estimate]:
@@ -177,7 +233,12 @@ def _alternatives(
     for candidate in _nearest(found):
         other = replace(plan, workload=candidate.problem.workload, linears=candidate.linears, kv=candidate.kv)
         predicted = predict_plan(other, machine)
-        yield Estimate(candidate.label, predicted.decode.tokens_per_s, predicted.prefill.tokens_per_s)
+        yield Estimate(
+            candidate.label,
+            predicted.decode.tokens_per_s,
+            predicted.prefill.tokens_per_s,
+            objective_s=predicted.objective_s,
+        )
     yield _whole_layers(plan, machine)
     yield from _other_shape(workload, hardware, policy, plan)
     for name in COMPARED_POLICIES:
@@ -229,7 +290,7 @@ def _other_shape(workload: Workload, hardware: HardwareProfile, policy: Policy, 
         yield _estimate(SHAPE_WORDS[shape], workload, hardware, other, plan.device, plan.gpu_memory_bytes)
 
 
-def _notes(plan: Plan, hardware: HardwareProfile) -> Iterator[str]:
+def _notes(plan: Plan, hardware: HardwareProfile, policy: Policy) -> Iterator[str]:
     if plan.shape == "paired":
         yield (
             "The shape is paired: o and down are cut beside the heads and neurons before them, two hand-overs a layer."
@@ -247,6 +308,11 @@ def _notes(plan: Plan, hardware: HardwareProfile) -> Iterator[str]:
         yield (
             f"Other programs used {hardware.busy_share:.0%} of the CPUs while {hardware.name} was measured: it may be "
             "faster than predicted (`hetero-attn profile` measures it again)."
+        )
+    if plan.device != "cpu" and plan.is_all_on_gpu and not policy.rules:
+        yield (
+            f"Everything is in GPU memory: a share for the CPU lane would gain less than the model's own error of "
+            f"{MODEL_ERROR:.0%}, if anything."
         )
     yield from _borrowed_rates(plan.workload, hardware)
     host = plan.memory.host_bytes + plan.memory.pinned_bytes
@@ -271,13 +337,5 @@ def _borrowed_rates(workload: Workload, hardware: HardwareProfile) -> Iterator[s
         yield f"{hardware.name} has no rates of some formats of these weights; planned are {pairs}."
 
 
-def _change(estimate: Estimate, decode: float, prefill: float) -> str:
-    if estimate.decode_tokens_per_s is None:
-        return estimate.note
-    parts = ((estimate.decode_tokens_per_s, decode), (estimate.prefill_tokens_per_s, prefill))
-    decode_text, prefill_text = (f"{value:9.1f} ({_difference(value / planned)})" for value, planned in parts)
-    return f"decode {decode_text}, prefill {prefill_text} tokens/s"
-
-
 def _difference(ratio: float) -> str:
-    return "same" if abs(ratio - 1) < 0.005 else f"{ratio - 1:+.0%}"
+    return "(same)" if abs(ratio - 1) < 0.005 else f"({ratio - 1:+.0%})"

@@ -71,7 +71,8 @@ def plan(
     unfit = why_not_fitting(planned)
     if unfit:
         of_this_context = replace(wishes, max_context=planned.plan.max_context)
-        typer.echo(f"DOES NOT FIT: {unfit}; {would_fit(of_this_context)}", err=as_json or str(yaml) == "-")
+        refusal = wrapped(f"DOES NOT FIT: {unfit}; {would_fit(of_this_context)}", table_width())
+        typer.echo(refusal, err=as_json or str(yaml) == "-")
     if hardware is None and (reason := why_too_large(planned.plan)):
         typer.echo(f"note: this would not load now: {reason}", err=True)
     # A policy on stdout is all that its reader wants.
@@ -83,7 +84,8 @@ def plan(
         print_json((explanation or planned.plan).to_dict())
     elif str(yaml) != "-":
         width = table_width()
-        lines = [*opening_lines(planned.plan), *kept_table(planned.path), "", *planned.plan.table(width).splitlines()]  # type: ignore[arg-type]
+        opening = opening_lines(planned.plan, not unfit)  # type: ignore[arg-type]
+        lines = [*opening, *kept_table(planned.path), "", *planned.plan.table(width).splitlines()]
         for line in [*lines, *(explanation.lines() if explanation else ())]:
             typer.echo(wrapped(line, width))
     if yaml is not None:

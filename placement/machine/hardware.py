@@ -178,6 +178,15 @@ class HardwareProfile:
         """The overlap of lanes in a pass of so many rows a sequence."""
         return self.overlap if q_len == 1 else self.prompt_overlap
 
+    def with_less_dram(self, share: float) -> "HardwareProfile":
+        """The profile with a share of the rate of its DRAM and of what the CPU lane reads of it."""
+        return replace(
+            self,
+            dram_bytes_per_s=self.dram_bytes_per_s * share,
+            cpu_linear_bytes_per_s=self.cpu_linear_bytes_per_s.scaled(share),
+            cpu_attention_bytes_per_s=self.cpu_attention_bytes_per_s * share,
+        )
+
     def with_threads(self, threads: int) -> "HardwareProfile":
         """The profile with another thread count.
 

@@ -190,6 +190,14 @@ def staging_slot_bytes(workload: Workload, placements: Sequence[LinearPlacement]
     )
 
 
+def is_all_on_gpu(workload: Workload, linears: Sequence[LinearPlacement], kv: Sequence[KvPlacement]) -> bool:
+    """Whether all weights and the whole cache are in GPU memory, so that no other lane has anything to do."""
+    return all(placement.gpu_units == placement.units for placement in linears) and all(
+        placement.gpu_kv_heads == placement.kv_heads and placement.gpu_tokens >= workload.layer_tokens(shard)
+        for shard, placement in zip(workload.kv, kv, strict=True)
+    )
+
+
 def activation_bytes(workload: Workload) -> int:
     """Activations of the largest call in GPU memory, allocated once."""
     return workload.activation_bytes_per_row * workload.activation_rows

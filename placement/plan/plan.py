@@ -14,6 +14,7 @@ from placement.plan.memory import (
     KvPlacement,
     LinearPlacement,
     MemoryReport,
+    is_all_on_gpu,
     kv_bytes_at,
     memory_report,
     staging_piece_units,
@@ -97,6 +98,11 @@ class Plan:
     def shape(self) -> str:
         """`paired` where some linear is cut by rows, else `column`."""
         return "paired" if any(shard.row_cut for shard in self.workload.linears) else "column"
+
+    @property
+    def is_all_on_gpu(self) -> bool:
+        """Whether no lane but the GPU's has anything to do."""
+        return is_all_on_gpu(self.workload, self.linears, self.kv)
 
     @property
     def model(self) -> str:

@@ -26,8 +26,9 @@ COLUMNS = ("shard", "count", "units", "GPU home", "decode g/s/c", "prefill g/s/c
 # In a narrow terminal: without what the cut and the label tell, so that no number is ever cut.
 FORMAT_COLUMN = "weights"  # only where linears differ in it
 NARROW_COLUMNS = {0: "shard", 3: "home", 4: "decode", 5: "prefill", 6: "GPU", 7: "DRAM"}
-WIDE = 98
+MOST_COLUMNS = 1000
 LEGEND = "g/s/c: units computed on the gpu, stream and cpu lane in one step; home: units in GPU memory"
+PHASE_INDENT = 12
 PLACE_WORDS = {"gpu": "GPU memory", "pinned": "pinned DRAM", "host": "host DRAM"}
 
 
@@ -72,29 +73,30 @@ def plan_table(plan: ShownPlan, width: int) -> str:
         f"{plan.workload.weight_dtype} weights, {plan.workload.kv_dtype} KV, "
         f"{plan.num_threads} CPU threads"
     )
-    console.print(_placements(plan, width))
+    is_wide = _is_wide(plan, width)
+    console.print(_placements(plan, is_wide))
     if plan.device != "cpu":
-        say(LEGEND if width >= WIDE else LEGEND.replace("g/s/c", "decode, prefill (gpu/stream/cpu)"))
-    if plan.workload.is_mixed and not _is_wide(plan, width):
+        say(LEGEND if is_wide else LEGEND.replace("g/s/c", "decode, prefill (gpu/stream/cpu)"))
+    if plan.workload.is_mixed and not is_wide:
         rows = plan_rows(plan.workload.linears, plan.linears)
         say(f"weights: {'; '.join(f'{row.label} {_format(plan, row)}' for row in rows)}")
-    console.print(_memory(plan, width))
+    console.print(_memory(plan, is_wide))
     if line := experts_line(plan.workload):
         say(line)
     say(kv_line(plan))
     if plan.predicted is not None:
-        for line in prediction_lines(plan.predicted):
+        for line in prediction_lines(plan.predicted, width):
             say(line)
     return console.file.getvalue()
 
 
-def opening_lines(plan: ShownPlan) -> list[str]:
+def opening_lines(plan: ShownPlan, fits: bool = True) -> list[str]:
     """The four things that a newcomer wants: does it fit, how fast, what is where, what would change it."""
     memory, on_gpu = plan.memory, plan.device != "cpu"
     in_dram = memory.pinned_bytes + memory.host_bytes
     budget = "" if plan.gpu_memory_bytes is None else f" of {format_bytes(plan.gpu_memory_bytes)}"
     gpu = f"{format_bytes(memory.gpu_bytes)}{budget} GPU memory and " if on_gpu else ""
-    lines = [f"fits: {gpu}{format_bytes(in_dram)} DRAM"]
+    lines = [f"{'fits' if fits else 'needs'}: {gpu}{format_bytes(in_dram)} DRAM"]
     if plan.predicted is not None:
         decode, prefill = plan.predicted.decode, plan.predicted.prefill
         lines.append(
@@ -142,26 +144,29 @@ def experts_line(workload: Workload) -> str:
     )
 
 
-def prediction_lines(predicted: Prediction) -> list[str]:
+def prediction_lines(predicted: Prediction, width: int) -> list[str]:
     """Tokens/s of both phases, expected and, where lanes may overlap more than they have been seen to, at most; each
-    with its binding resource; and decode along the context."""
+    with its binding resource, on a line of its own where `width` is too narrow; and decode along the context."""
     lines = [f"predicted on {predicted.hardware} ({predicted.objective}):"]
+    speeds, reasons = [], []
     for cost in (predicted.decode, predicted.prefill):
         sequences = "1 sequence" if cost.rows == 1 else f"{cost.rows} sequences"
         what = sequences if cost.phase == "decode" else f"{cost.rows} tokens"
         most = f", at most {cost.most_tokens_per_s:.1f}" if cost.most_tokens_per_s > 1.005 * cost.tokens_per_s else ""
-        lines.append(
-            f"  {cost.phase:8s}{cost.tokens_per_s:10.1f} tokens/s{most}  ({what} at context {cost.context}; "
-            f"bound by {RESOURCE_WORDS[cost.binding]})"
-        )
+        speeds.append(f"  {cost.phase:8s}{cost.tokens_per_s:10.1f} tokens/s{most}")
+        reasons.append(f"({what} at context {cost.context}; bound by {RESOURCE_WORDS[cost.binding]})")
+    is_narrow = any(len(speed) + 2 + len(reason) > width for speed, reason in zip(speeds, reasons, strict=True))
+    between = "\n" + " " * PHASE_INDENT if is_narrow else "  "
+    for speed, reason in zip(speeds, reasons, strict=True):
+        lines += f"{speed}{between}{reason}".splitlines()
     if len(predicted.decode_by_context) > 1:
         curve = ", ".join(f"{cost.context}: {cost.tokens_per_s:.1f}" for cost in predicted.decode_by_context)
         lines.append(f"  decode tokens/s by context: {curve}")
     return lines
 
 
-def _placements(plan: ShownPlan, width: int) -> Table:
-    is_wide = _is_wide(plan, width)
+def _placements(plan: ShownPlan, is_wide: bool) -> Table:
+    is_wide = is_wide or plan.device == "cpu"  # which has few columns
     table = Table(box=None, pad_edge=False, padding=(0, 2 if is_wide else 1, 0, 0))
     headings = dict(enumerate(COLUMNS)) if is_wide else NARROW_COLUMNS
     # Without a GPU there is one lane and one home: nothing to say about a cut.
@@ -179,7 +184,10 @@ def _placements(plan: ShownPlan, width: int) -> Table:
 
 
 def _is_wide(plan: ShownPlan, width: int) -> bool:
-    return width >= WIDE or plan.device == "cpu"
+    """Whether the wide tables fit, so that no number is cut."""
+    console = Console(file=io.StringIO(), width=MOST_COLUMNS)
+    tables = _placements(plan, True), _memory(plan, True)
+    return all(console.measure(table).maximum <= width for table in tables)
 
 
 def _format(plan: ShownPlan, row: PlanRow) -> str:
@@ -212,12 +220,12 @@ def _kv_row(plan: ShownPlan, row: PlanRow) -> tuple[str, ...]:
     return (row.label, str(row.count), str(placement.kv_heads), home, cut, cut, format_bytes(gpu), format_bytes(dram))
 
 
-def _memory(plan: ShownPlan, width: int) -> Table:
+def _memory(plan: ShownPlan, is_wide: bool) -> Table:
     """Bytes by place and kind; in a narrow terminal a line for each kind."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     by_place = plan.memory.to_dict()
     kinds = [kind for kind in KINDS if any(by_place[place].get(kind) for place in PLACES)]
-    if width < WIDE:
+    if not is_wide:
         places = [place for place in PLACES if by_place[place]]
         for name in ("bytes", *(PLACE_WORDS[place] for place in places)):
             table.add_column(name, justify="left" if name == "bytes" else "right", no_wrap=True)

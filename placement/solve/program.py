@@ -5,7 +5,7 @@ scipy is imported only when a program is solved: importing it takes over a secon
 
 from dataclasses import dataclass, field
 
-from placement.solve.native_output import native_output_to_stderr
+from placement.solve.native_output import without_native_output
 
 INFINITY = float("inf")
 # A node limit and not a time limit: the same program gives the same answer on a slow machine.
@@ -61,7 +61,7 @@ class Program:
         values = np.fromiter((value for terms, _, _ in self.rows for value in terms.values()), dtype=np.float64)
         matrix = csr_array((values, columns, starts), shape=(len(self.rows), len(self.costs)))
         limits = np.array([(low, high) for _, low, high in self.rows], dtype=np.float64)
-        with native_output_to_stderr():
+        with without_native_output():
             result = milp(
                 np.array(self.costs),
                 integrality=np.array(self.integer, dtype=np.int64) * whole_numbers,

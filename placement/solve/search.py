@@ -7,10 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from placement.cost.baselines import NO_STREAM, largest_layer_split, layer_split, stream_all
-from placement.cost.objective import objective_s, reference_batch, reference_calls, reference_context, tier_call
+from placement.cost.objective import (
+    judged_s,
+    objective_s,
+    reference_batch,
+    reference_calls,
+    reference_context,
+    tier_call,
+)
 from placement.cost.terms import WeightedCall, linear_cost, step_s
 from placement.machine.hardware import HardwareProfile
-from placement.plan.memory import KvPlacement, LinearPlacement, memory_report, staging_slot_bytes
+from placement.plan.memory import KvPlacement, LinearPlacement, is_all_on_gpu, memory_report, staging_slot_bytes
 from placement.plan.workload import NUM_ROW_TIERS, ROW_TIER_NAMES, LinearShard, Workload, round_up
 from placement.policy.bind import Bounds, LinearBounds
 from placement.solve.classes import LayerClass, layer_classes, single_layers
@@ -100,6 +107,11 @@ class Candidate:
     concentrated: bool = False
     gpu_tokens: int = 0
 
+    @property
+    def judged_s(self) -> float:
+        """The seconds by which it is compared with others."""
+        return judged_s(self.seconds, is_all_on_gpu(self.problem.workload, self.linears, self.kv))
+
 
 def fixed_candidate(problem: Problem, on_gpu: bool) -> Candidate | None:
     """The only placement that the bounds allow, or None when something is left to choose."""
@@ -127,15 +139,16 @@ def candidates(problems: Sequence[Problem]) -> list[Candidate]:
     """
     fitting = [known for problem in problems for known in known_placements(problem) if _fits(known)]
     too_large: list[Candidate] = []
-    best_s = min((candidate.seconds for candidate in fitting), default=float("inf"))
+    best_s = min((candidate.judged_s for candidate in fitting), default=float("inf"))
     for least_s, _, problem, tokens in _programs(problems):
-        if least_s * (1 - PROGRAM_NOISE) >= best_s:
+        # Everything in GPU memory is among those known already; whatever else a program finds is judged as such.
+        if judged_s(least_s, False) * (1 - PROGRAM_NOISE) >= best_s:
             break
         solved = problem.formulation(problem.calls, tokens).solve()
         for candidate in _laid_out(problem, solved) if solved else ():
             if _fits(candidate):
                 fitting.append(_filled(candidate))
-                best_s = min(best_s, fitting[-1].seconds)
+                best_s = min(best_s, fitting[-1].judged_s)
             else:
                 too_large.append(candidate)
     fitting += _with_other_chunks(problems, fitting)
@@ -177,11 +190,11 @@ def _tiers(problem: Problem) -> set[int]:
 
 
 def fastest_first(found: Iterable[Candidate]) -> list[Candidate]:
-    """Candidates by seconds; among equals those of a column shape, then of a small chunk."""
+    """Candidates by judged seconds; among equals those of a column shape, then of a small chunk."""
 
     def key(candidate: Candidate) -> tuple[float, bool, int]:
         workload = candidate.problem.workload
-        return candidate.seconds, is_paired(workload), workload.prefill_chunk
+        return candidate.judged_s, is_paired(workload), workload.prefill_chunk
 
     return sorted(found, key=key)
 

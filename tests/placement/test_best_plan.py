@@ -9,7 +9,7 @@ import pytest
 
 from placement import BudgetError, HardwareProfile, Policy, make_plan, shipped_policies
 from placement.cost.model import predict, working_set_bytes
-from placement.cost.objective import objective_s, reference_calls, reference_context
+from placement.cost.objective import MODEL_ERROR, judged_s, objective_s, reference_calls, reference_context
 from placement.explain import explain
 from placement.machine.hardware import catalogue_names
 from placement.plan.workload import ChunkChoice
@@ -43,6 +43,12 @@ def plan_of(workload, hardware, budget, policy=NO_WISHES):
         return None
 
 
+def judged(plan):
+    """What plans are compared by: the seconds of the objective, with the model's error on top where not everything is
+    in GPU memory."""
+    return judged_s(plan.predicted.objective_s, plan.is_all_on_gpu)
+
+
 def assert_no_rejected_row_is_better(case_):
     workload, hardware, budget = case(*case_)
     plan = plan_of(workload, hardware, budget)
@@ -51,11 +57,12 @@ def assert_no_rejected_row_is_better(case_):
     for name in shipped_policies():
         rules = Policy.named(name).rules
         other = plan_of(workload, hardware, budget, Policy(rules=rules)) if rules else None
-        assert other is None or plan.predicted.objective_s <= NOISE * other.predicted.objective_s, name
+        assert other is None or judged(plan) <= NOISE * judged(other), name
 
 
 def assert_more_is_never_worse(case_):
-    """In the objective, and so never in decode and prefill at once."""
+    """In the objective, and so never in decode and prefill at once: but by less than the model's error where more
+    leaves the other lanes nothing to do."""
     workload, hardware, budget = case(*case_)
     plan = plan_of(workload, hardware, budget)
     if plan is None:
@@ -69,9 +76,11 @@ def assert_more_is_never_worse(case_):
         "thread": plan_of(workload, hardware, budget, Policy(threads=hardware.cores + 1)),
     }
     for name, other in more.items():
-        assert other.predicted.objective_s <= NOISE * plan.predicted.objective_s, name
+        assert judged(other) <= NOISE * judged(plan), name
+        is_simpler = other.is_all_on_gpu and not plan.is_all_on_gpu
+        least = NOISE * (1 + MODEL_ERROR if is_simpler else 1)
         both = [
-            getattr(other.predicted, phase).seconds > NOISE * getattr(plan.predicted, phase).seconds
+            getattr(other.predicted, phase).seconds > least * getattr(plan.predicted, phase).seconds
             for phase in ("decode", "prefill")
         ]
         assert both != [True, True], name
@@ -143,6 +152,46 @@ CHECKS = [assert_no_rejected_row_is_better, assert_more_is_never_worse, assert_n
 @pytest.mark.parametrize("check", CHECKS)
 def test_the_plan_is_the_best_that_is_known(check, case_):
     check(case_)
+
+
+def assert_other_lanes_gain_more_than_the_model_errs(case_):
+    """Where everything fits in GPU memory, anything else is chosen only for more than the model's error."""
+    workload, hardware, budget = case(*case_)
+    plan = plan_of(workload, hardware, budget)
+    whole = plan_of(workload, hardware, budget, Policy(rules=Policy.named("gpu_only").rules)) if plan else None
+    if whole is not None and not plan.is_all_on_gpu:
+        assert whole.predicted.objective_s * NOISE > (1 + MODEL_ERROR) * plan.predicted.objective_s
+
+
+FITS_WHOLE = [each for each in MATRIX if each[-1] == 1.0 and each[0] in ("8b", "14b") and each[2] != "bf16"]
+
+
+@pytest.mark.parametrize("case_", random.Random(4).sample(FITS_WHOLE, 5), ids=str)
+def test_what_goes_to_other_lanes_gains_more_than_the_model_errs(case_):
+    assert_other_lanes_gain_more_than_the_model_errs(case_)
+
+
+def test_a_share_of_the_cpu_for_a_gain_within_the_error_is_noticed(monkeypatch):
+    """An EPYC beside one card took a share of the head for 0.15 %; on a board with one memory it is 3 %."""
+    monkeypatch.setattr("placement.cost.objective.MODEL_ERROR", 0.0)
+    plans = [plan_of(*case("8b", *machine, 1.0)) for machine in FOR_LITTLE]
+    monkeypatch.undo()
+
+    assert [plan.is_all_on_gpu for plan in plans] == [False, False]
+    assert [plan_of(*case("8b", *machine, 1.0)).is_all_on_gpu for machine in FOR_LITTLE] == [True, True]
+
+
+FOR_LITTLE = [("rtx3090-epyc", "bf16", 2048), ("jetson-agx-orin", "q4", 8192)]
+
+
+def test_a_simpler_plan_is_said_to_be_one_and_nothing_faster_is_called_beaten():
+    workload, hardware, budget = case("8b", *FOR_LITTLE[0], 1.0)
+    found = explain(workload, hardware, NO_WISHES, device="cuda", gpu_memory_bytes=budget)
+
+    assert any("less than the model's own error of 5%" in note for note in found.notes)
+    beaten = set(found.alternatives) - set(found.within_error)
+    seconds = [other.objective_s for other in beaten if other.objective_s is not None]
+    assert seconds and min(seconds) * NOISE >= found.plan.predicted.objective_s
 
 
 # Cases of the matrix in which a run over it found fault: what each stands for.

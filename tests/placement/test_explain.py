@@ -56,7 +56,7 @@ def test_text_and_json_carry_all_of_it(explanation):
     values = json.loads(json.dumps(explanation.to_dict()))
 
     assert "what more hardware would bring" in text and "rejected" in text and "whole layers on the GPU" in text
-    assert {"bottleneck", "notes", "gains", "alternatives"} == set(values) - set(explanation.plan.to_dict())
+    assert {"bottleneck", "notes", "gains", "losses", "alternatives"} == set(values) - set(explanation.plan.to_dict())
 
 
 def test_without_a_gpu_only_threads_are_weighed():
@@ -115,11 +115,11 @@ def test_losing_shapes_and_the_cut_not_chosen_are_shown():
 
 def test_rates_of_a_busy_machine_are_noted():
     machine = replace(HardwareProfile.named("rtx3060-ddr4"), source="measured")
-    notes = [
+    quiet, busy = (
         explain(tiny(), replace(machine, busy_share=share), Policy(), device="cuda").notes for share in (0.09, 0.43)
-    ]
+    )
 
-    assert [len(found) for found in notes] == [0, 1] and "used 43% of the CPUs" in notes[1][0]
+    assert len(busy) == len(quiet) + 1 and "used 43% of the CPUs" in busy[0] and "of the CPUs" not in "".join(quiet)
 
 
 def test_a_model_larger_than_the_machine_is_noted():

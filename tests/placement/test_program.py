@@ -1,4 +1,4 @@
-"""The solver behind the planner: what it prints itself never reaches the program's output."""
+"""The solver behind the planner: what it prints itself reaches nobody."""
 
 import ctypes
 import os
@@ -6,7 +6,7 @@ import os
 import pytest
 import scipy.optimize
 
-from placement.solve.native_output import native_output_to_stderr
+from placement.solve.native_output import without_native_output
 from placement.solve.program import Program
 
 
@@ -33,11 +33,11 @@ def test_a_solver_that_prints_does_not_disturb_json(capfd, monkeypatch):
 
     assert [3.0] == values
     assert "json\n" == out
-    assert {"unbuffered", "buffered"} == set(err.split())
+    assert "" == err, "a line of its insides helps nobody"
 
 
 def test_output_is_back_after_an_error(capfd):
-    with pytest.raises(ValueError, match="inside"), native_output_to_stderr():
+    with pytest.raises(ValueError, match="inside"), without_native_output():
         raise ValueError("inside")
     os.write(1, b"after\n")
 

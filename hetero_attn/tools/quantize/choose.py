@@ -7,6 +7,7 @@ import numpy as np
 
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.tools.quantize.blocks import TYPES, fits
+from placement.solve.native_output import without_native_output
 
 # Types to choose between when bits are given, and what takes a type's place where rows are no whole blocks of it.
 CANDIDATES = ("IQ4_XS", "IQ4_NL", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0", "F16")
@@ -88,13 +89,14 @@ def by_bits(losses: Mapping[str, Loss], bits: float, fixed_bytes: int = 0, fixed
         LinearConstraint(sizes[None] / 1e6, -np.inf, (bits * weights / 8 - fixed_bytes) / 1e6),
     ]
     costs = np.array([losses[tensor].kl[name] for tensor, name in options])
-    found = milp(
-        costs / max(costs.max(), 1e-30),
-        integrality=np.ones(len(options)),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"time_limit": MOST_SECONDS, "mip_rel_gap": 1e-3},
-    )
+    with without_native_output():
+        found = milp(
+            costs / max(costs.max(), 1e-30),
+            integrality=np.ones(len(options)),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"time_limit": MOST_SECONDS, "mip_rel_gap": 1e-3},
+        )
     assert found.x is not None, found.message
     return {tensor: name for (tensor, name), taken in zip(options, found.x, strict=True) if taken > 0.5}
 
