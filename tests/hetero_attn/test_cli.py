@@ -323,6 +323,7 @@ def test_chat_commands(fake: type[FakeLLM], tmp_path: Path) -> None:
         ["Hello", "Once upon a time", "/etc/hosts is what?", "Once upon a time", "/no_think now"],
     ]
     assert (llm.asked[0][1].temperature, llm.asked[1][1].temperature) == (1.0, 0.25)
+    assert "temperature is 0.25" in result.stderr and "the conversation is forgotten" in result.stderr
     assert llm.variables == {"enable_thinking": False}
     assert "the plan" in result.stderr and "of 1000 tokens" in result.stderr and "did you mean /exit" in result.stderr
     assert json.loads(saved.read_text())["messages"][0] == {"role": "user", "content": "Hello"}
@@ -490,6 +491,18 @@ def test_bench_asks_for_the_context_that_it_measures(fake: type[FakeLLM], monkey
     assert asked == {"prompt_tokens": 64, "gen_tokens": 16, "depths": (0, 128, 256), "repetitions": 5}
     assert fake.made[0].options["max_context"] == 320
     assert json.loads(run("bench", "some/model", "--json").stdout) == {"rows": []}
+
+
+@pytest.mark.parametrize("command", ["bench", "verify"])
+@pytest.mark.parametrize("option", ["--batch", "-np"])
+def test_bench_and_verify_plan_for_as_many_sequences_as_they_are_told(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, command: str, option: str
+) -> None:
+    report = SimpleNamespace(table=lambda: "", to_dict=dict, passed=True)
+    monkeypatch.setitem(vars(hetero_attn.tools), command, SimpleNamespace(run=lambda *llm, **options: report))
+
+    assert [run(command, "some/model", *wish).exit_code for wish in ((option, "3"), ())] == [0, 0]
+    assert [llm.options["max_batch"] for llm in fake.made] == [3, None]
 
 
 @pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 5)])

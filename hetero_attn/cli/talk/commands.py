@@ -55,7 +55,7 @@ def run_command(command: str, argument: str, talk: Conversation, say: Callable[[
     """Carry out a command that needs no answer of the model; raises PromptError, SamplingError and OSError."""
     actions: dict[str, Callable[[], None]] = {
         "/help": lambda: say(help_text()),
-        "/reset": talk.reset,
+        "/reset": lambda: _reset(talk, say),
         "/system": lambda: _system(argument, talk, say),
         "/set": lambda: _set(argument, talk, say),
         "/save": lambda: _file(argument, talk.save, say, "saved to"),
@@ -64,6 +64,11 @@ def run_command(command: str, argument: str, talk: Conversation, say: Callable[[
         "/stats": lambda: say(_stats(talk)),
     }
     actions[command]()
+
+
+def _reset(talk: Conversation, say: Callable[[str], None]) -> None:
+    talk.reset()
+    say("the conversation is forgotten; the system message stays" if talk.system else "the conversation is forgotten")
 
 
 def _system(argument: str, talk: Conversation, say: Callable[[str], None]) -> None:
@@ -76,6 +81,7 @@ def _system(argument: str, talk: Conversation, say: Callable[[str], None]) -> No
     except HeteroError:
         talk.system = before
         raise
+    say("no system message any more" if talk.system is None else "every turn begins with this system message")
 
 
 def _set(argument: str, talk: Conversation, say: Callable[[str], None]) -> None:
@@ -98,6 +104,7 @@ def _set(argument: str, talk: Conversation, say: Callable[[str], None]) -> None:
             f"{name} is neither a sampling parameter nor a variable of the chat template{hint}. Sampling parameters: "
             f"{', '.join(names)}"
         )
+    say(f"{name} is {value}")
 
 
 def parse_value(text: str) -> Any:
