@@ -24,6 +24,7 @@ _MODULE_OF_OP = {
     "silu_mul": "elementwise",
     "gelu_mul": "elementwise",
     "route": "experts.routing",
+    "expert_linear": "experts.expert_linear",
     "combine": "experts.routing",
     "scale_rows": "experts.routing",
     "norm_heads": "experts.routing",

@@ -31,7 +31,7 @@ Q8_BYTES = tl.constexpr(SUPERBLOCK_BYTES["q8"])
 
 
 @triton.jit
-def _dot4(a, b, total):
+def dot4(a, b, total):
     """total + the dot product of four signed bytes in each int32 of `a` and `b`."""
     return tl.inline_asm_elementwise(
         "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, total], dtype=tl.int32, is_pure=True, pack=1
@@ -107,13 +107,13 @@ def _gemv_kernel(
             scale = tl.load(halves, mask=inside[:, None], other=0.0).to(tl.float32)
             other = tl.load(halves + 16, mask=inside[:, None], other=0.0).to(tl.float32)
             if IS_Q4:
-                dots = _dot4(packed & 0x0F0F0F0F, first_half, zero)
-                dots = _dot4((packed >> 4) & 0x0F0F0F0F, last_half, dots)
+                dots = dot4(packed & 0x0F0F0F0F, first_half, zero)
+                dots = dot4((packed >> 4) & 0x0F0F0F0F, last_half, dots)
                 offsets += other * tl.load(sums + group, mask=inside, other=0.0)[:, None]
             else:
-                dots = _dot4(packed ^ -2139062144, first_half, zero)  # 0x80808080: stored q + 128 becomes signed q
+                dots = dot4(packed ^ -2139062144, first_half, zero)  # 0x80808080: stored q + 128 becomes signed q
                 packed = tl.load(words + 128, mask=inside[:, None, None], other=0, eviction_policy="evict_first")
-                last_dots = _dot4(packed ^ -2139062144, last_half, zero)
+                last_dots = dot4(packed ^ -2139062144, last_half, zero)
                 products += last_dots.to(tl.float32) * (other * row_scale[:, None])[:, None, :]
             products += dots.to(tl.float32) * (scale * row_scale[:, None])[:, None, :]
     columns = tl.program_id(0) * 16 + features

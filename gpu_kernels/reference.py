@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from gpu_kernels import kv_pages
+from gpu_kernels.experts import ordered
 from gpu_kernels.forms.unpack import FORMS, superblock_bytes, unpack_form
 
 PLAIN_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,7 +94,7 @@ def mixed_parts(weight: Tensor, weight_dtype: str, in_features: int) -> list[tup
     format."""
     if "*" not in weight_dtype:
         return [(weight_dtype, weight, slice(None))]
-    parts = [(name, int(count)) for name, _, count in (part.partition("*") for part in weight_dtype.split("+"))]
+    parts = mix_of(weight_dtype)
     found, at, first = [], 0, 0
     unit_blocks = sum(count for _, count in parts)
     features = torch.arange(weight.shape[0] * unit_blocks * BLOCK_FEATURES, device=weight.device)
@@ -104,6 +105,11 @@ def mixed_parts(weight: Tensor, weight_dtype: str, in_features: int) -> list[tup
         found.append((name, blocks, features[:, first : first + count].flatten()))
         at, first = at + size, first + count
     return found
+
+
+def mix_of(weight_dtype: str) -> list[tuple[str, int]]:
+    """(format, blocks in a unit) of every part of a mix; a plain format is one of one."""
+    return [(name, int(count or 1)) for name, _, count in (part.partition("*") for part in weight_dtype.split("+"))]
 
 
 def block_bytes(weight_dtype: str, in_features: int) -> int:
@@ -210,9 +216,13 @@ def gelu(x: Tensor, out: Tensor) -> None:
 
 
 def silu_mul(gate_up: Tensor, out: Tensor) -> None:
-    """silu(gate) * up into `out`, f32 [rows, units*16]; gate_up: f32 [rows, units*32], a unit being 16 gate | 16 up."""
+    """silu(gate) * up into `out`, f32 [rows, units*16]; gate_up: f32 [rows, units*32], a unit being 16 gate | 16 up.
+
+    The exponential of float32 is that of every lane, bit by bit.
+    """
     gate, up = _gate_and_up(gate_up)
-    out.copy_((torch.nn.functional.silu(gate) * up).flatten(1))
+    power = ordered.exp(-gate) if gate.dtype == torch.float32 else torch.exp(-gate)
+    out.copy_((gate / (1.0 + power) * up).flatten(1))
 
 
 def gelu_mul(gate_up: Tensor, out: Tensor) -> None:
@@ -246,8 +256,27 @@ def route(
     """
     experts, top_k = starts.shape[0] - 1, ids.shape[1]
     logits = x @ router.T.to(x.dtype)
-    scores = torch.softmax(logits[:, :experts], dim=-1)
     best = torch.sort(logits[:, :experts], dim=-1, descending=True, stable=True).indices[:, :top_k].sort(-1).values
+    route_to(best, x, router, gated, normalise, ids, places, sources, starts, weights)
+
+
+def route_to(
+    best: Tensor,
+    x: Tensor,
+    router: Tensor,
+    gated: bool,
+    normalise: bool,
+    ids: Tensor,
+    places: Tensor,
+    sources: Tensor,
+    starts: Tensor,
+    weights: Tensor,
+) -> None:
+    """What `route` writes where the experts of every row are `best`, int64 [rows, k], ascending, whatever the scores
+    are."""
+    experts, top_k = starts.shape[0] - 1, ids.shape[1]
+    logits = x @ router.T.to(x.dtype)
+    scores = torch.softmax(logits[:, :experts], dim=-1)
     chosen = scores.gather(1, best)
     weights[:, :top_k] = chosen / chosen.sum(-1, keepdim=True) if normalise else chosen
     weights[:, top_k] = torch.sigmoid(logits[:, experts]) if gated else 1.0
@@ -268,12 +297,23 @@ def expert_linear(
     x: f32 [rows, in_features]. sources: int32 [picks], the row of x of each pick, None where it is the pick's own.
     starts: int32 [all experts + 1], from `route`. first: the expert of weight[0]. weight: uint8 [experts, blocks,
     block_bytes], or of a mix [experts, units, unit_bytes]. out: f32 [picks, features]; picks of others stay.
+    Whole-number formats give the same bits on every lane, see `experts.ordered`.
     """
     bounds = starts[first : first + weight.shape[0] + 1].tolist()
     for expert, (start, stop) in enumerate(zip(bounds, bounds[1:])):
         if start < stop:
             rows = x[start:stop] if sources is None else x[sources[start:stop].long()]
-            linear(rows, weight[expert], weight_dtype, None, out[start:stop])
+            _linear_of_expert(rows, weight[expert], weight_dtype, out[start:stop])
+
+
+def _linear_of_expert(x: Tensor, weight: Tensor, weight_dtype: str, out: Tensor) -> None:
+    for name, blocks, columns in mixed_parts(weight, weight_dtype, x.shape[-1]):
+        if name in ordered.WHOLE_FORMS and x.dtype == torch.float32:
+            out[:, columns] = ordered.whole_linear(*quantize_activation(x), blocks, name)
+        else:
+            part = torch.empty(x.shape[0], blocks.shape[0] * BLOCK_FEATURES, dtype=out.dtype, device=out.device)
+            linear(x, blocks, name, None, part)
+            out[:, columns] = part
 
 
 def combine(near: Tensor, far: Tensor, border: Tensor, places: Tensor, weights: Tensor, out: Tensor) -> None:

@@ -177,11 +177,8 @@ def _busy(cost: PhaseCost) -> str:
 
 
 def _everything_bytes(workload: Workload, hardware: HardwareProfile, policy: Policy, device: str) -> int:
-    try:
-        plan = make_plan(workload, hardware, _with_rules_of("gpu_only", policy), device=device, gpu_memory_bytes=2**60)
-    except PolicyError:  # experts have no GPU kernel: what the planner puts there where it may
-        plan = make_plan(workload, hardware, policy, device=device, gpu_memory_bytes=2**60)
-    return plan.memory.gpu_bytes
+    everything = _with_rules_of("gpu_only", policy)
+    return make_plan(workload, hardware, everything, device=device, gpu_memory_bytes=2**60).memory.gpu_bytes
 
 
 def _estimate(
@@ -277,8 +274,6 @@ def _whole_layers(plan: Plan, hardware: HardwareProfile) -> Estimate:
         return predict(shape, linears, kv, machine, phase=cost.phase, on_gpu=True, **sizes).tokens_per_s
 
     label = f"{layers} whole layers on the GPU, rest CPU"
-    if plan.device == "cuda" and any(shard.picks for shard in workload.linears):
-        label += " (as other engines do; here no GPU kernel computes experts yet)"
     return Estimate(label, speed(decode, hardware, False), speed(prefill, one_by_one, True))
 
 

@@ -18,13 +18,14 @@ from cpu_kernels.linear.dot_kernel import (
     line_of,
     padded_row_bytes,
 )
-from cpu_kernels.linear.q_kernel import block_times_panel, panel_of, row_quantiser
+from cpu_kernels.linear.q_kernel import groups_times_panel, panel_of, row_quantiser
 from cpu_kernels.linear.sizes import RECORD_BYTES, SEGMENT_GROUPS
 from cpu_kernels.team.arguments import EXPERT_LINEAR
 from cpu_kernels.team.chunks import await_stage, finish, parameter, take, take_range
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.scalar import least, load_i32, most
+from cpu_kernels.vectors.tiles import finish_features, sums_so_far
 from cpu_kernels.vectors.vector import load_f32_tail, store_f32_tail
 
 
@@ -110,12 +111,27 @@ def shared_ranges(multiply):
     return over_ranges
 
 
+def further_panel(isa: Isa, weight_dtype: str, rows: int):
+    """Function: 16 output features of `rows` rows over groups that follow, if `goes_on`, those that are in `out`.
+
+    A sum is one chain over all groups, so that its bits depend on no piece of them (gpu_kernels/experts/ordered.py).
+    """
+    begin, store = sums_so_far(rows), finish_features(rows)
+    over_groups = groups_times_panel(isa, weight_dtype, rows)
+
+    @helper
+    def multiply(weight, record, groups, out, out_stride, goes_on):
+        store(over_groups(begin(out, out_stride, goes_on), weight, record, groups), 0, out, out_stride, 0)
+
+    return multiply
+
+
 def expert_linear_q(isa: Isa, weight_dtype: str, tile: int):
     """Kernel for coded weights, in panels of up to `tile` rows."""
     item = format_of(weight_dtype)
     quantize_row = row_quantiser(weight_dtype)
     multiply_8, multiply_4, multiply_2, multiply_1 = (
-        block_times_panel(isa, weight_dtype, min(rows, tile)) for rows in (8, 4, 2, 1)
+        further_panel(isa, weight_dtype, min(rows, tile)) for rows in (8, 4, 2, 1)
     )
     superblock_bytes, together = item.superblock_bytes, item.group_inputs // GROUP_INPUTS
 
@@ -160,7 +176,7 @@ def expert_linear_q(isa: Isa, weight_dtype: str, tile: int):
             parameter(arguments, EXPERT_LINEAR.out_run),
         )
         for first in range(0, groups, piece):
-            count, add_to, row = least(piece, groups - first), 1 if first else 0, 0
+            count, goes_on, row = least(piece, groups - first), 1 if first else 0, 0
             while row < picks:
                 size = panel_of(row, picks, tile)[1]
                 panel = records + ((place + row) * groups + size * first) * RECORD_BYTES
@@ -169,13 +185,13 @@ def expert_linear_q(isa: Isa, weight_dtype: str, tile: int):
                     w = weight + unit * weight_run + inside * block_bytes + first // together * superblock_bytes
                     to = out + (place + row) * out_stride + unit * out_run + 64 * inside
                     if size == 8:
-                        multiply_8(w, panel, count, 0, to, out_stride, add_to)
+                        multiply_8(w, panel, count, to, out_stride, goes_on)
                     elif size == 4:
-                        multiply_4(w, panel, count, 0, to, out_stride, add_to)
+                        multiply_4(w, panel, count, to, out_stride, goes_on)
                     elif size == 2:
-                        multiply_2(w, panel, count, 0, to, out_stride, add_to)
+                        multiply_2(w, panel, count, to, out_stride, goes_on)
                     else:
-                        multiply_1(w, panel, count, 0, to, out_stride, add_to)
+                        multiply_1(w, panel, count, to, out_stride, goes_on)
                 row += size
 
     over_ranges = shared_ranges(multiply)

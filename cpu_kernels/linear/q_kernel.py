@@ -192,26 +192,37 @@ def superblock(isa: Isa, weight_dtype: str, rows: int):
 
 def block_times_panel(isa: Isa, weight_dtype: str, rows: int):
     """Function: 16 output features of `rows` rows, over `groups` of 64 inputs from the start of a superblock on."""
+    start, store = zeros(rows), finish_features(rows)
+    over_groups = groups_times_panel(isa, weight_dtype, rows)
+
+    @helper
+    def multiply(weight, record, groups, bias, out, out_stride, accumulate):
+        store(over_groups(start(), weight, record, groups), bias, out, out_stride, accumulate)
+
+    return multiply
+
+
+def groups_times_panel(isa: Isa, weight_dtype: str, rows: int):
+    """Function (sums, weight, record, groups) -> sums, each group added to those of the groups before it."""
     item = format_of(weight_dtype)
-    start, store, record_bytes = zeros(rows), finish_features(rows), rows * RECORD_BYTES
+    record_bytes = rows * RECORD_BYTES
     superblock_bytes, header_bytes = item.superblock_bytes, item.header_lines * LINE_BYTES
     together, group_bytes = item.group_inputs // GROUP_INPUTS, item.code_lines * LINE_BYTES
     if weight_dtype in ("q4", "q8"):
         step = superblock(isa, weight_dtype, rows)
 
         @helper
-        def multiply(weight, record, groups, bias, out, out_stride, accumulate):
-            sums = start()
+        def add_groups(sums, weight, record, groups):
             for group in range(groups):
                 sums = step(sums, weight + superblock_bytes * group, record + record_bytes * group)
-            store(sums, bias, out, out_stride, accumulate)
+            return sums
 
-        return multiply
+        return add_groups
     step_of_form = form_step(isa, item, rows, ahead_bytes(weight_dtype, rows))
 
     @helper
-    def multiply_form(weight, record, groups, bias, out, out_stride, accumulate):
-        sums, at, group = start(), weight, 0
+    def add_groups_of_form(sums, weight, record, groups):
+        at, group = weight, 0
         while group < groups:
             lines = at + header_bytes
             for inside in range(least(together, groups - group)):
@@ -219,9 +230,9 @@ def block_times_panel(isa: Isa, weight_dtype: str, rows: int):
                 record += record_bytes
             at += superblock_bytes
             group += together
-        store(sums, bias, out, out_stride, accumulate)
+        return sums
 
-    return multiply_form
+    return add_groups_of_form
 
 
 def row_quantiser(weight_dtype: str):

@@ -50,6 +50,21 @@ def zeros(count: int):
     return zero_tile
 
 
+def sums_so_far(count: int):
+    """Intrinsic (out, out_stride, goes_on) -> tuple of `count` vectors: row r of out, or zeros if `goes_on` is 0."""
+    tile = types.UniTuple(F32x16, count)
+
+    @emits(tile, intp, intp, intp)
+    def begin(b, out, out_stride, goes_on):
+        value, wanted = ir.Constant(ir.ArrayType(VF32, count), ir.Undefined), b.icmp_signed("!=", goes_on, ZERO64)
+        for index in range(count):
+            before = load_as(b, b.add(out, b.mul(out_stride, ir.Constant(I64, index))), VF32)
+            value = b.insert_value(value, b.select(wanted, before, constant(VF32, 0.0)), index)
+        return value
+
+    return begin
+
+
 def add_and_store(b, value, bias, out, accumulate):
     """out = value + bias, or out += that; bias 0 means none. `value` is any float LLVM vector."""
     for source, wanted in ((bias, b.icmp_signed("!=", bias, ZERO64)), (out, b.icmp_signed("!=", accumulate, ZERO64))):

@@ -80,14 +80,14 @@ def unpack_form(weight: Tensor, name: str, in_features: int, dtype: torch.dtype)
     blocks, superblocks = weight.shape[0], -(-in_features // form.inputs)
     lines = weight.view(blocks, superblocks, -1, LINE)
     header, code_lines = lines[:, :, : form.header_lines].flatten(2), lines[:, :, form.header_lines :]
-    codes = _codes(code_lines.unflatten(2, (form.inputs // GROUP, -1)), form)  # (block, superblock, feature, input)
+    codes = codes_of(code_lines.unflatten(2, (form.inputs // GROUP, -1)), form)  # (block, superblock, feature, input)
     runs = codes.unflatten(-1, (-1, 16)).to(dtype)  # of 16 inputs
     scale, minimum = (part.to(dtype).permute(0, 1, 3, 2)[..., None] for part in _numbers(header, form))
     values = (runs * scale + minimum).flatten(-2).permute(0, 2, 1, 3)
     return values.reshape(blocks * FEATURES, -1)[:, :in_features]
 
 
-def _codes(lines: Tensor, form: Form) -> Tensor:
+def codes_of(lines: Tensor, form: Form) -> Tensor:
     """Codes [block, superblock, feature, input of the superblock] of uint8 [block, superblock, group, line, 64]."""
     words = lines.unflatten(-1, (FEATURES, 4))  # (block, superblock, group, line, feature, byte)
     if form.bits == 8:

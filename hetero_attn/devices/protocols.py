@@ -60,7 +60,7 @@ class Ops(Protocol):
         weight_dtype: str,
         out: Tensor,
     ) -> None:
-        """Each pick's row of x times its own expert's packed weight; not yet in the Triton kernels."""
+        """Each pick's row of x times its own expert's packed weight."""
 
     def combine(self, near: Tensor, far: Tensor, border: Tensor, places: Tensor, weights: Tensor, out: Tensor) -> None:
         """Add the weighted outputs of experts to the rows that chose them."""

@@ -210,7 +210,13 @@ def host_activation_bytes(workload: Workload) -> int:
 
 def rounded_input_bytes(workload: Workload) -> int:
     """Most bytes of the rounded copy that a GPU kernel makes of a linear's input, beside what a plan allocates."""
-    return 4 * workload.activation_rows * max(shard.in_features for shard in workload.linears)
+    return workload.activation_rows * max(_rounded_bytes_of_a_row(shard) for shard in workload.linears)
+
+
+def _rounded_bytes_of_a_row(shard: LinearShard) -> int:
+    """Its inputs; or what its experts multiply last, the neurons of each in bf16, padded to 64."""
+    neurons = shard.flops_per_row_per_unit // (6 * shard.in_features)  # gate, up and down, two operations a weight
+    return max(4 * shard.in_features, 2 * shard.picks * (neurons + 64))
 
 
 def weights_bytes(workload: Workload, placements: Sequence[LinearPlacement], place: str) -> int:

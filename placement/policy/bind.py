@@ -80,7 +80,7 @@ def bind(policy: Policy, workload: Workload, device: str) -> Bounds:
     for shard in workload.linears:
         index = _first(policy.rules, shard.name, lambda rule: rule.sets_linears)
         reached.add(index)
-        free = LinearBounds() if _may_leave_dram(shard, device) else _cpu_only(shard)
+        free = _cpu_only(shard) if device == "cpu" else LinearBounds()
         linears.append(_collect(problems, policy, index, free, _linear_bounds, shard, device))
     for cache in workload.kv:
         index = _first(policy.rules, cache.name, lambda rule: rule.kv is not None)
@@ -203,11 +203,6 @@ def _units(share: Share | None, shard: LinearShard, path: tuple[str | int, ...])
     return count
 
 
-def _may_leave_dram(shard: LinearShard, device: str) -> bool:
-    """Whether other lanes than the CPU's can compute a linear; experts have no GPU kernel yet."""
-    return device != "cpu" and not (shard.picks and device == "cuda")
-
-
 def _cpu_only(shard: LinearShard) -> LinearBounds:
     return LinearBounds(0, (0,) * NUM_ROW_TIERS, (shard.units,) * NUM_ROW_TIERS)
 
@@ -221,12 +216,9 @@ def _linear_bounds(rule: Rule, shard: LinearShard, device: str) -> LinearBounds:
             gpu, stream, cpu = _tier_units(rule, name, shard, gpu)
             streams.append(stream)
             cpus.append(cpu)
-    if not _may_leave_dram(shard, device):
+    if device == "cpu":
         if gpu or any(streams):
-            lanes = (
-                "device cpu has only the cpu lane" if device == "cpu" else "experts run on the cpu lane of device cuda"
-            )
-            raise _Conflict((), f"the rule asks for the gpu or stream lane, and {lanes}")
+            raise _Conflict((), "the rule asks for the gpu or stream lane, and device cpu has only the cpu lane")
         return _cpu_only(shard)
     return LinearBounds(gpu, tuple(streams), tuple(cpus))
 

@@ -1,12 +1,18 @@
 """route, expert_linear, combine and scale_rows against plain formulas: routing of every shape, every format, every cut."""
 
+from fractions import Fraction
+from itertools import product
+
+import numpy as np
 import pytest
 import torch
 
 from cpu_kernels.formats import FORMATS, mix_name, unit_bytes
 from cpu_kernels.formats import weights as layout
 from gpu_kernels import reference
+from gpu_kernels.experts import ordered
 from gpu_kernels.experts import routing as gpu_routing
+from gpu_kernels.experts.ordered import WHOLE_FORMS
 from tests.support.cpu_oracles import ISAS, guarded, kernels, nmse, only_inside_written, pack, round_input, unpack
 
 KERNEL_NMSE = 1e-11
@@ -216,6 +222,67 @@ def test_a_mix_of_formats_in_every_unit():
     kernels().expert_linear(x, sources, starts, 0, weight, mix, out)
 
     assert nmse(out, expected) < KERNEL_NMSE
+
+
+@pytest.mark.parametrize(
+    ("isa", "name"), [*((ISAS[0], name) for name in WHOLE_FORMS), *product(ISAS[1:], ("q4", "q8", "mxfp4"))]
+)
+def test_whole_number_formats_give_the_bits_of_the_prescribed_order(isa, name):
+    """Experts of many rows and of one; bytes of any value but for what would make a scale infinite."""
+    (_, _, sources, starts, _), *_ = routing(12, 64, 4, 2)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(12, 512, generator=generator)
+    weight = torch.randint(0, 60, (4, 2, unit_bytes(name, 512)), generator=generator, dtype=torch.uint8)
+    out, expected = torch.zeros(24, 32), torch.zeros(24, 32)
+    reference.expert_linear(x, sources, starts, 0, weight, name, expected)
+    kernels(isa).expert_linear(x, sources, starts, 0, weight, name, out)
+
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("weight_dtype", ["q8", "q4", "q4_k"])
+def test_sums_in_pieces_are_one_chain(weight_dtype):
+    """More inputs than a piece has, and more picks than are read as one stream."""
+    (_, _, sources, starts, _), *_ = routing(20, 64, 3, 2)
+    weight = torch.randint(0, 60, (3, 1, unit_bytes(weight_dtype, 4864)), dtype=torch.uint8)
+    x, out, expected = torch.randn(20, 4864), torch.zeros(40, 16), torch.zeros(40, 16)
+    reference.expert_linear(x, sources, starts, 0, weight, weight_dtype, expected)
+    kernels().expert_linear(x, sources, starts, 0, weight, weight_dtype, out)
+
+    assert torch.equal(out, expected)
+
+
+def test_one_multiplication_and_addition_is_rounded_once():
+    """Against whole numbers of any size: products that cancel, halves of a last bit, subnormal results."""
+    generator = torch.Generator().manual_seed(1)
+    a, b, c = (torch.randn(2000, generator=generator) for _ in range(3))
+    c[:500], c[500:900], a[900:1000] = -a[:500] * b[:500], c[500:900] * 2.0**-24, a[900:1000] * 2.0**-130
+    exact = [
+        float(np.float32(_nearest(Fraction(x) * Fraction(y) + Fraction(z))))
+        for x, y, z in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)
+    ]
+
+    assert ordered.fma(a, b, c).tolist() == exact
+
+
+def _nearest(value: Fraction) -> float:
+    """The float32 nearest to a fraction, of two the one whose last bit is 0."""
+    guess = np.float32(float(value))
+    near = sorted(
+        {guess, np.nextafter(guess, np.float32(np.inf)), np.nextafter(guess, np.float32(-np.inf))},
+        key=lambda each: (abs(Fraction(float(each)) - value), int(np.float32(each).view(np.int32)) & 1),
+    )
+    return float(near[0])
+
+
+def test_silu_has_the_references_bits():
+    gate_up = torch.randn(40, 96, generator=torch.Generator().manual_seed(1)) * 20
+    gate_up[0, :7] = torch.tensor([0.0, -0.0, 1e30, -1e30, 88.8, -88.8, 1e-40])
+    out, expected = torch.empty(40, 48), torch.empty(40, 48)
+    reference.silu_mul(gate_up, expected)
+    kernels().silu_mul(gate_up, out)
+
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("isa", ISAS)

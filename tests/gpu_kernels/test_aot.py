@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 import gpu_kernels
 from gpu_kernels import attention, kv_pages, reference
+from gpu_kernels.experts.ordered import WHOLE_FORMS
 from tests.support.ahead_of_time import SHARED_MEMORY_LIMIT, Resources, compile_launches
 
 HIDDEN, HEADS, KV_HEADS, PAGE = 4096, 32, 8, 16
@@ -105,6 +106,14 @@ def rounded_gated(weight_dtype: str, rows: int) -> Callable[[], None]:
     return lambda: gpu_kernels.rounded_gated(both, out, "silu_mul", weight_dtype)
 
 
+def experts(weight_dtype: str, rows: int, by_place: bool = False) -> Callable[[], None]:
+    """8 of 128 experts, of 2048 inputs and 96 blocks of features, for every row."""
+    weight = empty(128, 96, reference.block_bytes(weight_dtype, 2048), dtype=torch.uint8)
+    starts, sources = empty(129, dtype=torch.int32), None if by_place else empty(8 * rows, dtype=torch.int32)
+    x, out = empty(8 * rows if by_place else rows, 2048), empty(8 * rows, 96 * 16)
+    return lambda: gpu_kernels.expert_linear(x, sources, starts, 0, weight, weight_dtype, out)
+
+
 def silu_mul() -> None:
     gpu_kernels.silu_mul(empty(4, 28672), empty(4, 14336))
 
@@ -117,6 +126,7 @@ def rope_append(head_dim: int, norm: bool, dtype: torch.dtype = BF16) -> Callabl
     return lambda: gpu_kernels.rope_append(qkv, indices, angles, angles, weight, weight, 1e-6, q, pages, pages, slots)
 
 
+LESS_USUAL = sorted(set(WHOLE_FORMS) - {"q4", "q8", "mxfp4", "q4_k", "q6_k"})
 # launch: what to call, and the architectures of an ordinary run
 LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "decode bf16 128 group 4": (decode(BF16, 128, 8), (80, 86, 89, 90, 120)),
@@ -198,6 +208,26 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "copy_rows": (lambda: copy_rows(1, HIDDEN, HIDDEN), (86, 90)),
     "copy_rows strided": (lambda: copy_rows(4, 1029, 4099), (80,)),
     "add_rows": (lambda: gpu_kernels.add_rows(empty(1, HIDDEN), empty(1, HIDDEN)), (86, 90)),
+    "experts q4 1": (experts("q4", 1), (80, 86, 89, 90, 120)),
+    "experts q4 64": (experts("q4", 64), (86, 90)),
+    "experts q4 512": (experts("q4", 512), (80, 89, 120)),
+    "experts q4 512 by place": (experts("q4", 512, True), (90,)),
+    "experts q8 1": (experts("q8", 1), (86, 90)),
+    "experts q8 512": (experts("q8", 512), (90,)),
+    "experts mxfp4 1": (experts("mxfp4", 1), (86, 120)),
+    "experts mxfp4 512": (experts("mxfp4", 512), (90,)),
+    "experts q4_k 1": (experts("q4_k", 1), (86,)),
+    "experts q4_k 512": (experts("q4_k", 512), (90,)),
+    "experts q6_k 1": (experts("q6_k", 1), (89,)),
+    "experts q6_k 512": (experts("q6_k", 512), (86,)),
+    **{f"experts {name} 1": (experts(name, 1), ()) for name in LESS_USUAL},
+    **{f"experts {name} 512": (experts(name, 512), ()) for name in LESS_USUAL},
+    "experts bf16 1": (experts("bf16", 1), (80, 90)),
+    "experts bf16 512": (experts("bf16", 512), (86,)),
+    "experts fp32 64": (experts("fp32", 64), ()),
+    "experts fp16 64": (experts("fp16", 64), ()),
+    "experts nf4 64": (experts("nf4", 64), ()),
+    "experts fp8 64": (experts("fp8", 64), ()),
     "rope_append": (rope_append(128, False), (80,)),
     "rope_append norm 80": (rope_append(80, True), (120,)),
 }
@@ -221,7 +251,9 @@ def check(used: Resources, name: str, architecture: int) -> None:
     if used.kernel == "_decode_attention_kernel":
         narrow = 0.3 if "q4" in name else 0.4  # the others are page ids, and the scales and minima of codes
         assert used.wide_loads >= narrow * used.loads, used
-    if used.kernel == "_gemv_kernel":
+    if used.kernel == "_tile_kernel":
+        assert used.int8_products > 0, used
+    if used.kernel in ("_gemv_kernel", "_pick_kernel"):
         assert used.dp4a > 0 and used.wide_loads > 0, used
     if used.kernel in ("_gemv_kernel", "_flat_kernel"):
         assert used.loop_exchanges == 0, used

@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed (the test
 
 import triton.language as tl  # noqa: E402
 
-from gpu_kernels.quantized_linear import _dot4  # noqa: E402
+from gpu_kernels.quantized_linear import dot4  # noqa: E402
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _loop_kernel(stop, out):
 @triton.jit
 def _dot4_kernel(x, y, out, SIZE: tl.constexpr):
     index = tl.arange(0, SIZE)
-    tl.store(out + index, _dot4(tl.load(x + index), tl.load(y + index), index))
+    tl.store(out + index, dot4(tl.load(x + index), tl.load(y + index), index))
 
 
 @triton.jit

@@ -73,7 +73,8 @@ def fake_engine(
     driver = fake_driver(plan.gpu_memory_bytes + slack_bytes, refuse_pins, queue_entries)
     device = Device(driver, plan.gpu_memory_bytes)
     lanes = connect(plan, CpuKernels(THREADS), device, ThreadPoolExecutor(1), handover)
-    planned = PlannedModel(path, ModelConfig.from_dir(path), "fp32", "cuda", HardwareProfile.named("emulated"), plan)
+    config, weight_dtype = ModelConfig.from_dir(path), plan.workload.weight_dtype
+    planned = PlannedModel(path, config, weight_dtype, "cuda", HardwareProfile.named("emulated"), plan)
     engine = assemble(planned, lanes)
     with TorchCalls(QueuedTorchCalls(driver), None):
         yield engine

@@ -12,9 +12,12 @@ from hetero_attn.models.decoder import decoder
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.tensor_names import expert_tensor
 from hetero_attn.spec.weight_formats import WeightFormats
+from placement.plan.memory import KvPlacement, LinearPlacement
+from placement.plan.workload import NUM_ROW_TIERS
+from tests.hetero_attn.test_cuda_driver import fake_engine
 from tests.support.cpu_oracles import kernels
 from tests.support.moe import FAMILIES, LEAST_GAP, fused, make_moe, moe_gguf, moe_logits
-from tests.support.runtime import cpu_plan, make_engine, nmse, run_logits, toy_workload, uniform_plan
+from tests.support.runtime import cpu_plan, emulated_plan, make_engine, nmse, run_logits, toy_workload, uniform_plan
 from tests.support.toy import edit_json
 
 EXACT = 1e-10
@@ -305,6 +308,65 @@ def test_packed_experts_are_the_same_on_every_lane(checkpoints, weight_dtype):
     lanes = logits_of(path, uniform_plan(toy_workload(path, weight_dtype), 0.4, 0.3, 1))
 
     assert nmse(lanes, one) <= 2e-4
+
+
+def experts_at(workload, gpu, stream):
+    """Everything but experts alike: on the GPU what is dense, of the experts such shares on the GPU and streamed."""
+    linears = []
+    for shard in workload.linears:
+        home = round(gpu * shard.units) if shard.picks else shard.units
+        streamed = round(stream * shard.units) if shard.picks else 0
+        linears.append(LinearPlacement(shard.name, home, (streamed,) * NUM_ROW_TIERS, shard.units))
+    kv = [KvPlacement(shard.name, shard.kv_heads, workload.full_tokens, shard.kv_heads) for shard in workload.kv]
+    return emulated_plan(workload, linears, kv)
+
+
+CUTS = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.3, 0.4), (0.8, 0.0)]
+
+
+@pytest.mark.parametrize("weight_dtype", ["q8", "q4"])
+def test_no_bit_depends_on_the_lane_of_an_expert(checkpoints, weight_dtype):
+    """Of whole-number formats: a prompt in chunks and then single tokens, each expert on any lane."""
+    path = checkpoints["qwen3_moe"]
+    logits = [logits_of(path, experts_at(toy_workload(path, weight_dtype), *cut)) for cut in CUTS]
+
+    assert all(torch.equal(other, logits[0]) for other in logits[1:])
+
+
+def test_of_numbers_the_lane_of_an_expert_is_seen(checkpoints):
+    """That the test above could fail: bf16 experts are rounded alike but not added alike."""
+    path = checkpoints["qwen3_moe"]
+    logits = [logits_of(path, experts_at(toy_workload(path, "bf16"), *cut)) for cut in CUTS[:2]]
+
+    assert not torch.equal(*logits)
+
+
+@pytest.mark.parametrize("kind", ["MXFP4", "Q5_1"])
+def test_no_bit_of_a_file_s_codes_depends_on_the_lane(kind, tmp_path):
+    file, _ = moe_gguf(tmp_path, "qwen3_moe", kind)
+    logits = []
+    for units in (0, 7, 12):
+        (tmp_path / "policy.yaml").write_text(
+            "gpu_memory: 1GiB\nrules:\n"
+            f"  - {{match: 'layers.*.experts', gpu: {units} units, cpu: {12 - units} units}}\n"
+            "  - {match: '*', gpu: 1.0}\n"
+        )
+        with LLM(file, device="emulated", policy=tmp_path / "policy.yaml", max_context=64, progress=False) as llm:
+            assert llm.plan.linear("layers.1.experts").gpu_units == units
+            logits.append(llm.logits(TOKENS[:20]))
+
+    assert all(torch.equal(other, logits[0]) for other in logits[1:])
+
+
+@pytest.mark.parametrize("handover", ["events", "flags", "graph"])
+def test_steps_queued_for_cuda_follow_changing_routes(checkpoints, handover):
+    """The CUDA driver over its stand-ins: captured once, experts resident, streamed and on the CPU, to the bit."""
+    path = checkpoints["qwen3_moe"]
+    plan = experts_at(toy_workload(path, "q4"), 0.3, 0.4)
+    with fake_engine(path, plan, handover=handover, slack_bytes=1 << 18) as engine:
+        actual = run_logits(engine, TOKENS, 40)
+
+    assert torch.equal(actual, logits_of(path, plan))
 
 
 @pytest.mark.parametrize("ops", ["reference", "kernels"])

@@ -72,7 +72,8 @@ class FakeStream:
     def _serve(self) -> None:
         while (work := self._queue.get()) is not None:
             try:
-                work()
+                with torch.inference_mode():  # as in the thread that queued it
+                    work()
             except BaseException as failure:
                 self._cuda.failure = self._cuda.failure or failure
 

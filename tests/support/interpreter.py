@@ -6,7 +6,8 @@ The interpreter keeps bfloat16 as raw 16-bit patterns, and multiplies those patt
 - bf16 arithmetic outside of these is an error, since no kernel here may do it;
 - a masked load without `other=` yields garbage, as on a GPU, instead of zeros;
 - a dot whose inner dimension a tensor core cannot take is an error;
-- the PTX that kernels use (dp4a, and operations on four bytes at once) is computed;
+- the PTX that kernels use (dp4a, prmt, and operations on four bytes at once) is computed;
+- a fused multiply-add rounds once;
 - a loop bound may be a loaded scalar under numpy >= 2.4.
 
 Touches private names of one release, which is why the test extra pins triton.
@@ -48,6 +49,7 @@ def install() -> None:
     InterpreterBuilder.create_dot = _wrap_dot(InterpreterBuilder.create_dot)
     InterpreterBuilder.create_masked_load = _wrap_masked_load(InterpreterBuilder.create_masked_load)
     InterpreterBuilder.create_inline_asm = _inline_asm
+    InterpreterBuilder.create_fma = _fused
     interpreter._patch_lang_tensor = _wrap_patch_tensor(interpreter._patch_lang_tensor)
 
 
@@ -120,6 +122,8 @@ def _inline_asm(
     if asm == "dp4a.s32.s32 $0, $1, $2, $3;" and pack == 1:
         words = (np.ascontiguousarray(handle.data, dtype=np.int32) for handle in values)
         result = TensorHandle(_dp4a(*words), tl.int32)
+    elif asm == "prmt.b32 $0, $1, $2, $3;" and pack == 1:
+        result = TensorHandle(_permuted(*(handle.data for handle in values)), tl.int32)
     else:
         assert asm in BYTE_OPERATIONS and pack == 4, f"no emulation of {asm!r}"
         result = TensorHandle(BYTE_OPERATIONS[asm](values[0].data.view(np.uint8)).view(np.int8), tl.int8)
@@ -130,6 +134,25 @@ def _inline_asm(
 def _dp4a(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
     products = a[..., None].view(np.int8).astype(np.int32) * b[..., None].view(np.int8).astype(np.int32)
     return (products.sum(-1) + total).astype(np.int32)
+
+
+def _permuted(low: np.ndarray, high: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    assert not (selector & 0x8888).any(), "prmt that replicates signs"
+    data = np.stack((low, high), -1).astype(np.int32).view(np.uint8)
+    places = np.stack([selector >> (4 * byte) & 7 for byte in range(4)], -1)
+    return np.take_along_axis(data, places.astype(np.int64), -1).view(np.int32)[..., 0]
+
+
+def _fused(self: Any, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+    """The product is exact in float64; its sum is rounded to odd there, which the second rounding cannot shift."""
+    assert all(handle.data.dtype == np.float32 for handle in (x, y, z)), "fma of another type than float32"
+    product, added = np.broadcast_arrays(x.data.astype(np.float64) * y.data.astype(np.float64), z.data.astype(float))
+    total = np.ascontiguousarray(product + added)
+    seen = total - product
+    rest = (product - (total - seen)) + (added - seen)
+    is_cut = np.isfinite(rest) & (rest != 0) & (total.view(np.int64) % 2 == 0)
+    odd = (total.view(np.int64) + np.where((rest > 0) == (total > 0), 1, -1)).view(np.float64)
+    return TensorHandle(np.where(is_cut, odd, total).astype(np.float32), tl.float32)
 
 
 def _wrap_patch_tensor(patch_tensor: Any) -> Any:

@@ -67,6 +67,14 @@ def make_moe(path: Path, family: str, *, layers: int = 3, seed: int = 0, **chang
     return Path(path)
 
 
+def routed(rows: int, experts: int, top_k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sources, starts) as `route` writes them, of experts drawn at random."""
+    ids = torch.rand(rows, experts, generator=torch.Generator().manual_seed(seed)).topk(top_k, -1).indices.flatten()
+    starts = torch.zeros(experts + 1, dtype=torch.int32)
+    starts[1:] = (ids[:, None] == torch.arange(experts)).sum(0).cumsum(0)
+    return (torch.sort(ids, stable=True).indices // top_k).int(), starts
+
+
 def moe_logits(path: Path, token_ids: list[int]) -> torch.Tensor:
     """Logits of transformers in float32, experts one by one: [len(token_ids), vocab]."""
     model = hf_model(path)

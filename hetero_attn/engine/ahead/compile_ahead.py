@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 
 import torch
 
@@ -20,6 +21,7 @@ from hetero_attn.engine.ahead.warm_up import PROMPT_ROWS
 from hetero_attn.models.mlp import activation_op
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.experts import ExpertsSpec
 from hetero_attn.spec.weights import LinearSpec
 
 MOST_BLOCKS = 1024  # of a linear: beyond, launches have the same shape
@@ -71,7 +73,8 @@ def kernel_calls(planned: PlannedModel) -> Iterator[tuple[str, Call]]:
     wanted = {1, *PROMPT_ROWS, *(rows + 1 for rows in limits.values())}
     for rows in sorted(count for count in wanted if count <= max(1, plan.prefill_chunk)):
         name = f"GPU kernels for {rows} row{'s' if rows > 1 else ''}"
-        for call in (*_linears(planned, ops, rows), *_small(planned, ops, rows), *_attention(planned, rows)):
+        calls = _linears(planned, ops, rows), _experts(planned, rows), _small(planned, ops, rows)
+        for call in (*chain.from_iterable(calls), *_attention(planned, rows)):
             yield name, call
 
 
@@ -80,6 +83,8 @@ def _linears(planned: PlannedModel, ops: DeviceOps, rows: int) -> Iterator[Call]
     placements = {placement.name: placement for placement in planned.plan.linears}
     for spec in planned.model.linears:
         placement = placements[spec.name]
+        if isinstance(spec, ExpertsSpec):
+            continue
         for units in {placement.gpu_units, max(placement.stream_units)} - {0}:
             blocks = min(MOST_BLOCKS, units * spec.unit_rows) if spec.row_unit == 0 else MOST_BLOCKS
             key = (spec.format, spec.in_features, blocks, spec.has_bias, spec.kind in ADDED)
@@ -93,6 +98,37 @@ def _linear(ops: DeviceOps, spec: LinearSpec, blocks: int, rows: int) -> Call:
     out = _meta(rows, blocks * spec.row_features)
     bias = _meta(out.shape[1]) if spec.has_bias else None
     return partial(ops.linear, _meta(rows, spec.in_features), weight, spec.format, bias, out, spec.kind in ADDED)
+
+
+def _experts(planned: PlannedModel, rows: int) -> Iterator[Call]:
+    """Both products of the experts that the GPU computes, of as many as it keeps or streams, once for each shape."""
+    placements = {placement.name: placement for placement in planned.plan.linears}
+    seen: set[tuple] = set()
+    for spec in planned.model.linears:
+        if not isinstance(spec, ExpertsSpec):
+            continue
+        placement = placements[spec.name]
+        for units in {placement.gpu_units, max(placement.stream_units)} - {0}:
+            key = (*(linear.format for linear in spec.first), spec.in_features, spec.width, units)
+            if key not in seen:
+                seen.add(key)
+                yield from _of_experts(spec, units, rows)
+
+
+def _of_experts(spec: ExpertsSpec, units: int, rows: int) -> Iterator[Call]:
+    picks, memory = rows * spec.per_row, _meta(units, spec.unit_bytes, dtype=torch.uint8)
+    starts, sources = _meta(spec.experts + 1, dtype=torch.int32), _meta(picks, dtype=torch.int32)
+    gate_up, down = spec.first
+    parts = memory[:, : spec.gate_up_bytes], memory[:, spec.gate_up_bytes :]
+    both, last = (
+        part.unflatten(1, (linear.units * linear.unit_rows, -1)) for part, linear in zip(parts, spec.first, strict=True)
+    )
+    activated, wide = _meta(picks, gate_up.out_features // 2), _meta(picks, gate_up.out_features)
+    x, out = _meta(rows, spec.in_features), _meta(picks, down.out_features)
+    yield partial(gpu_kernels.expert_linear, x, sources, starts, 0, both, gate_up.format, wide)
+    yield partial(gpu_kernels.silu_mul, wide, activated)
+    inputs = activated[:, : spec.width]
+    yield partial(gpu_kernels.expert_linear, inputs, None, starts, 0, last, down.format, out)
 
 
 def _small(planned: PlannedModel, ops: DeviceOps, rows: int) -> Iterator[Call]:

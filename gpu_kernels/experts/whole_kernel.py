@@ -1,0 +1,350 @@
+"""Experts in whole-number formats: int8 activations times packed codes, bit for bit what `ordered` says.
+
+A result is one chain of float32 operations over its groups of 64 inputs, so programs share no sum. One pick an expert
+multiplies with dp4a, a warp a block of 16 features, its lines of codes over the lanes; more picks are tiles that int8
+tensor cores multiply, gathered from the rounded rows by index.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpu_kernels.activation import quantize_activation
+from gpu_kernels.experts.groups import add_group, code_words, runs_of, table_words, takes_sums
+from gpu_kernels.experts.ordered import WHOLE_FORMS
+from gpu_kernels.experts.picks import most_tiles, picks_of
+from gpu_kernels.forms.unpack import GROUP, superblock_bytes
+from gpu_kernels.launching import Kernel, Shape
+from gpu_kernels.quantized_linear import dot4
+
+_UNSPECIALISED = ["first", "count", "num_blocks", "run", "first_column"]
+
+
+@triton.jit
+def _run_sum(values, line, RUN: tl.constexpr, LINES: tl.constexpr):
+    """int32 [blocks, features] or [1, 1]: the sum over the lines of one run of [blocks, lines, features]."""
+    return tl.sum(tl.where(line[None, :, None] // LINES == RUN, values, 0), axis=1)
+
+
+@Kernel
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def _pick_kernel(
+    weight,
+    q,
+    scales,
+    sums,
+    sources,
+    starts,
+    out,
+    first,
+    count,
+    num_blocks,
+    run,
+    first_column,
+    num_groups,
+    expert_stride,
+    unit_stride,
+    block_bytes,
+    unit_features,
+    q_stride,
+    scale_stride,
+    out_stride,
+    HAS_SOURCES: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    HEADER: tl.constexpr,
+    RUNS: tl.constexpr,
+    TAKES_SUMS: tl.constexpr,
+    BITS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    HEADER_BYTES: tl.constexpr,
+    SUPERBLOCK_BYTES: tl.constexpr,
+    T0: tl.constexpr,
+    T1: tl.constexpr,
+    T2: tl.constexpr,
+    T3: tl.constexpr,
+):
+    """grid: (picks, cdiv(num_blocks, BLOCKS)). weight: uint8 [count, units, ...]; q: int8 [rows, num_groups * 64];
+    scales, sums: [num_groups, rows]; out: [picks, features]. BLOCKS must be num_warps."""
+    expert, place, behind = picks_of(starts, first, count, tl.program_id(0), 1, EXPERTS)
+    if place >= behind:
+        return
+    row = tl.load(sources + place) if HAS_SOURCES else place
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    live, line, feature = block < num_blocks, tl.arange(0, 8), tl.arange(0, 16)
+    base = weight + expert.to(tl.int64) * expert_stride
+    base = base + (block // run).to(tl.int64) * unit_stride + block % run * block_bytes
+    inputs = (q + row.to(tl.int64) * q_stride).to(tl.pointer_type(tl.int32))
+    if BITS == 8:
+        low_word, high_word = line, 8 + line
+    else:
+        low_word, high_word = 2 * line, 2 * line + 1
+    LINES: tl.constexpr = 8 // RUNS
+    zero = tl.zeros([BLOCKS, 8, 16], tl.int32)
+    ones = tl.full([1, 8, 1], 0x01010101, tl.int32)
+    result = tl.zeros([BLOCKS, 16], tl.float32)
+    mask, words_mask = live[:, None] & (feature >= 0)[None, :], live[:, None, None] & (line >= 0)[None, :, None]
+    for group in tl.range(0, num_groups, loop_unroll_factor=UNROLL):
+        superblock = base + group // TOGETHER * SUPERBLOCK_BYTES
+        codes = superblock + HEADER_BYTES + group % TOGETHER * (SUPERBLOCK_BYTES - HEADER_BYTES) // TOGETHER
+        codes = codes.to(tl.pointer_type(tl.int32))[:, None, None] + feature[None, None, :]
+        low, high = code_words(codes, line[None, :, None], words_mask, BITS, OFFSET, T0, T1, T2, T3)
+        x_low = tl.load(inputs + group * 16 + low_word)[None, :, None]
+        x_high = tl.load(inputs + group * 16 + high_word)[None, :, None]
+        x_low_all, x_high_all = tl.broadcast_to(x_low, [BLOCKS, 8, 16]), tl.broadcast_to(x_high, [BLOCKS, 8, 16])
+        x0, x1 = tl.zeros([1, 1], tl.int32), tl.zeros([1, 1], tl.int32)
+        if BITS == 8:
+            first_half, last_half = dot4(low, x_low_all, zero), dot4(high, x_high_all, zero)
+            d0, d1 = tl.sum(first_half, axis=1), tl.sum(last_half, axis=1)
+            if RUNS == 1:
+                d0 = d0 + d1
+            d2, d3 = d0, d1
+        else:
+            dots = dot4(high, x_high_all, dot4(low, x_low_all, zero))
+            if TAKES_SUMS:
+                x_sums = dot4(ones, x_high, dot4(ones, x_low, tl.zeros([1, 8, 1], tl.int32)))
+                x0, x1 = _run_sum(x_sums, line, 0, 4), _run_sum(x_sums, line, 1, 4)
+            if RUNS == 1:
+                d0 = tl.sum(dots, axis=1)
+                d1, d2, d3 = d0, d0, d0
+            else:
+                d0, d1 = _run_sum(dots, line, 0, LINES), _run_sum(dots, line, 1, LINES)
+                d2, d3 = d0, d1
+                if RUNS == 4:
+                    d2, d3 = _run_sum(dots, line, 2, LINES), _run_sum(dots, line, 3, LINES)
+        factor, x_sum = tl.load(scales + group * scale_stride + row), tl.load(sums + group * scale_stride + row)
+        result = add_group(
+            result,
+            d0,
+            d1,
+            d2,
+            d3,
+            x0,
+            x1,
+            factor,
+            x_sum,
+            superblock[:, None],
+            feature[None, :],
+            mask,
+            group % TOGETHER,
+            HEADER,
+            TOGETHER,
+        )
+    column = first_column + block // run * unit_features + block % run * 16
+    tl.store(out + place.to(tl.int64) * out_stride + column[:, None] + feature[None, :], result, mask=mask)
+
+
+@triton.jit
+def _as_inputs(low, high, BITS: tl.constexpr, BLOCKS: tl.constexpr, LINES: tl.constexpr):
+    """int8 [BLOCKS * 16, inputs], in their own order, of words [BLOCKS, LINES, 16] of four codes."""
+    shift = tl.arange(0, 4) * 8
+    if BITS == 8:
+        codes = (low[:, :, :, None] >> shift[None, None, None, :]).to(tl.int8)
+        return codes.permute(0, 2, 1, 3).reshape(BLOCKS * 16, LINES * 4)
+    else:
+        both = tl.join(low, high)  # (block, line, feature, low or high)
+        codes = (both[:, :, :, :, None] >> shift[None, None, None, None, :]).to(tl.int8)
+        return codes.permute(0, 2, 1, 3, 4).reshape(BLOCKS * 16, LINES * 8)
+
+
+@Kernel
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def _tile_kernel(
+    weight,
+    q,
+    scales,
+    sums,
+    sources,
+    starts,
+    out,
+    first,
+    count,
+    num_blocks,
+    run,
+    first_column,
+    num_groups,
+    expert_stride,
+    unit_stride,
+    block_bytes,
+    unit_features,
+    q_stride,
+    scale_stride,
+    out_stride,
+    HAS_SOURCES: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    HEADER: tl.constexpr,
+    RUNS: tl.constexpr,
+    TAKES_SUMS: tl.constexpr,
+    BITS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    HEADER_BYTES: tl.constexpr,
+    SUPERBLOCK_BYTES: tl.constexpr,
+    T0: tl.constexpr,
+    T1: tl.constexpr,
+    T2: tl.constexpr,
+    T3: tl.constexpr,
+):
+    """grid: (most_tiles, cdiv(num_blocks, BLOCKS)); arguments as those of `_pick_kernel`."""
+    expert, place, behind = picks_of(starts, first, count, tl.program_id(0), ROWS, EXPERTS)
+    if place >= behind:
+        return
+    places = place + tl.arange(0, ROWS)
+    live_row = places < behind
+    row = tl.load(sources + places, mask=live_row, other=0) if HAS_SOURCES else places
+    column = tl.arange(0, BLOCKS * 16)
+    block, feature = tl.program_id(1) * BLOCKS + column // 16, column % 16
+    live = block < num_blocks
+    base = weight + expert.to(tl.int64) * expert_stride
+    of_column = base + (block // run).to(tl.int64) * unit_stride + block % run * block_bytes
+    own = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    of_block = base + (own // run).to(tl.int64) * unit_stride + own % run * block_bytes
+    HALVES: tl.constexpr = 1 if RUNS == 1 else 2
+    INPUTS: tl.constexpr = 64 // HALVES
+    LINES: tl.constexpr = 8 // HALVES
+    line, k = tl.arange(0, LINES), tl.arange(0, INPUTS)
+    words_mask = (own < num_blocks)[:, None, None] & (line >= 0)[None, :, None]
+    x = q + row.to(tl.int64)[:, None] * q_stride + k[None, :]
+    result = tl.zeros([ROWS, BLOCKS * 16], tl.float32)
+    for group in range(num_groups):
+        superblock = group // TOGETHER * SUPERBLOCK_BYTES
+        codes = of_block + superblock + HEADER_BYTES + group % TOGETHER * (SUPERBLOCK_BYTES - HEADER_BYTES) // TOGETHER
+        codes = codes.to(tl.pointer_type(tl.int32))[:, None, None] + tl.arange(0, 16)[None, None, :]
+        x0, x1 = tl.zeros([ROWS, 1], tl.int32), tl.zeros([ROWS, 1], tl.int32)
+        if BITS == 8:
+            low, high = code_words(
+                codes, tl.arange(0, 8)[None, :, None], (own < num_blocks)[:, None, None], 8, OFFSET, T0, T1, T2, T3
+            )
+            a = tl.load(q + row.to(tl.int64)[:, None] * q_stride + group * 64 + tl.arange(0, 32)[None, :])
+            b = tl.load(q + row.to(tl.int64)[:, None] * q_stride + group * 64 + 32 + tl.arange(0, 32)[None, :])
+            d0 = tl.dot(a, _as_inputs(low, low, 8, BLOCKS, 8).T, out_dtype=tl.int32)
+            d1 = tl.dot(b, _as_inputs(high, high, 8, BLOCKS, 8).T, out_dtype=tl.int32)
+            if RUNS == 1:
+                d0 = d0 + d1
+            d2, d3 = d0, d1
+        elif RUNS == 1:
+            low, high = code_words(codes, line[None, :, None], words_mask, BITS, OFFSET, T0, T1, T2, T3)
+            a = tl.load(x + group * 64)
+            d0 = tl.dot(a, _as_inputs(low, high, BITS, BLOCKS, LINES).T, out_dtype=tl.int32)
+            d1, d2, d3 = d0, d0, d0
+            if TAKES_SUMS:
+                x0 = tl.sum(a.to(tl.int32), axis=1)[:, None]
+        else:
+            low, high = code_words(codes, line[None, :, None], words_mask, BITS, OFFSET, T0, T1, T2, T3)
+            more_low, more_high = code_words(codes, 4 + line[None, :, None], words_mask, BITS, OFFSET, T0, T1, T2, T3)
+            first_codes = _as_inputs(low, high, BITS, BLOCKS, LINES).T
+            last_codes = _as_inputs(more_low, more_high, BITS, BLOCKS, LINES).T
+            a, b = tl.load(x + group * 64), tl.load(x + group * 64 + 32)
+            if TAKES_SUMS:
+                x0, x1 = tl.sum(a.to(tl.int32), axis=1)[:, None], tl.sum(b.to(tl.int32), axis=1)[:, None]
+            if RUNS == 4:  # of 16 inputs, with zeros for the others
+                early = (k < 16)[None, :]
+                zero = tl.zeros([ROWS, INPUTS], tl.int8)
+                d0 = tl.dot(tl.where(early, a, zero), first_codes, out_dtype=tl.int32)
+                d1 = tl.dot(tl.where(early, zero, a), first_codes, out_dtype=tl.int32)
+                d2 = tl.dot(tl.where(early, b, zero), last_codes, out_dtype=tl.int32)
+                d3 = tl.dot(tl.where(early, zero, b), last_codes, out_dtype=tl.int32)
+            else:
+                d0 = tl.dot(a, first_codes, out_dtype=tl.int32)
+                d1 = tl.dot(b, last_codes, out_dtype=tl.int32)
+                d2, d3 = d0, d1
+        factor = tl.load(scales + group * scale_stride + row)[:, None]
+        x_sum = tl.load(sums + group * scale_stride + row)[:, None]
+        result = add_group(
+            result,
+            d0,
+            d1,
+            d2,
+            d3,
+            x0,
+            x1,
+            factor,
+            x_sum,
+            (of_column + superblock)[None, :],
+            feature[None, :],
+            live[None, :],
+            group % TOGETHER,
+            HEADER,
+            TOGETHER,
+        )
+    to = first_column + block // run * unit_features + block % run * 16 + feature
+    target = out + places.to(tl.int64)[:, None] * out_stride + to[None, :]
+    tl.store(target, result, mask=live_row[:, None] & live[None, :])
+
+
+BLOCKS = 4  # of 16 features a program
+FEW_ROWS = 16  # fewer picks an expert than this leave a tile of tensor cores empty, which costs nothing beside memory
+LARGE_TILE = 64
+
+
+def multiply_whole(
+    x: Tensor,
+    sources: Tensor | None,
+    starts: Tensor,
+    first: int,
+    weight: Tensor,
+    weight_dtype: str,
+    run: int,
+    first_column: int,
+    out: Tensor,
+) -> None:
+    """`expert_linear` over one format of WHOLE_FORMS.
+
+    weight: uint8 [experts, units, ...], from the first byte of that format on. run: blocks of it in a unit, whose
+    outputs begin at first_column of the unit's.
+    """
+    form, (picks, features), count = WHOLE_FORMS[weight_dtype], out.shape, weight.shape[0]
+    q, scales, sums = quantize_activation(x, "own")
+    per_expert = picks // (starts.shape[0] - 1)
+    rows = 1 if x.shape[0] == 1 or picks <= FEW_ROWS else FEW_ROWS if per_expert <= FEW_ROWS else LARGE_TILE
+    num_blocks = weight.shape[1] * run
+    shape = _shape(weight_dtype, rows, sources is not None, triton.next_power_of_2(starts.shape[0] - 1))
+    (_pick_kernel if rows == 1 else _tile_kernel).launch(
+        (most_tiles(picks, count, rows), -(-num_blocks // BLOCKS), 1),
+        (weight, q, scales, sums, starts if sources is None else sources, starts, out),
+        (first, count, num_blocks, run, first_column),
+        (
+            scales.shape[0],
+            weight.stride(0),
+            weight.stride(1),
+            superblock_bytes(form) * -(-x.shape[1] // form.inputs),
+            features // weight.shape[1],
+            q.stride(0),
+            scales.stride(0),
+            out.stride(0),
+        ),
+        shape,
+    )
+
+
+@functools.cache
+def _shape(weight_dtype: str, rows: int, has_sources: bool, experts: int) -> Shape:
+    form = WHOLE_FORMS[weight_dtype]
+    runs = runs_of(form.header)
+    one = {"UNROLL": 4 if runs < 4 else 2, "num_warps": BLOCKS}  # more under way would spill with as many sums
+    own = one if rows == 1 else {"ROWS": rows, "num_warps": max(4, rows // 8), "num_stages": 2}
+    words = dict(zip(("T0", "T1", "T2", "T3"), table_words(form.table), strict=True))
+    return Shape(
+        HAS_SOURCES=has_sources,
+        EXPERTS=experts,
+        BLOCKS=BLOCKS,
+        HEADER=form.header,
+        RUNS=runs,
+        TAKES_SUMS=takes_sums(form.header),
+        BITS=form.bits,
+        OFFSET=0 if form.bits == 8 else form.offset,
+        TOGETHER=form.inputs // GROUP,
+        HEADER_BYTES=64 * form.header_lines,
+        SUPERBLOCK_BYTES=superblock_bytes(form),
+        enable_fp_fusion=False,  # what is fused is written so
+        **words,
+        **own,
+    )
