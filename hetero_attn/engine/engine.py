@@ -263,11 +263,11 @@ class Engine:
         residual: float32 [rows, hidden_size] where the residual stream lives, complete; what `watch` writes into it is
         what the layer reads. Steps take the plain path.
         """
-        self._watch = watch
+        before, self._watch = self._watch, watch
         try:
             yield
         finally:
-            self._watch = None
+            self._watch = before
 
     def recut(self, plan: Plan) -> None:
         """Take over the stream/cpu boundaries of a plan that is the present one otherwise; between two steps."""

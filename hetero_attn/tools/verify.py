@@ -11,6 +11,9 @@ reference is compared with its own twin, the same packed weights in exact arithm
     layer by     every layer on the input that the reference had there, where roundings are alike but for a few edges: a
     layer        plan that does anything else shows here first, and the report names the layer
 
+Experts are chosen by scores, of which rounding may exchange near ones. What the plan chooses by itself is compared with
+what the reference chose; all other figures are of the plan with the reference's choices, so that they tell arithmetic.
+
 What a quantised cache itself costs is measured against a run with a plain cache.
 """
 
@@ -40,6 +43,7 @@ from hetero_attn.tools.forced_runs import (
     stage_errors,
     stage_names,
 )
+from hetero_attn.tools.routes import RouteAgreement, Routes, agreement, replayed, watched
 from hetero_attn.tools.unrounded import UnroundedOps
 from placement.plan.memory import KvPlacement, LinearPlacement
 from placement.plan.plan import Plan, build_plan
@@ -101,7 +105,8 @@ class VerifyReport:
     nmse, mean_kl, token_agreement: of the plan against the reference, see `Distance`. rounding: of the reference
     against
     its twin in exact arithmetic. stages: layer by layer. kv_cost: what a quantised cache costs, None beside a plain
-    one.
+    one. routes: of a mixture of experts, whose other figures are of runs by the experts that the reference chose; None
+    for a dense model.
     """
 
     model: str
@@ -118,6 +123,7 @@ class VerifyReport:
     rounding: Distance
     stages: tuple[StageError, ...]
     kv_cost: "KvCost | None"
+    routes: RouteAgreement | None = None
 
     @property
     def first_divergence(self) -> StageError | None:
@@ -127,7 +133,8 @@ class VerifyReport:
     @property
     def passed(self) -> bool:
         """Whether the error is within what the arithmetic explains, at the end and in every layer."""
-        return self.nmse <= self.nmse_limit and self.first_divergence is None
+        routed = self.routes is None or self.routes.wrong == 0
+        return routed and self.nmse <= self.nmse_limit and self.first_divergence is None
 
     def table(self) -> str:
         """Plain text for people, at most 80 columns wide."""
@@ -140,6 +147,7 @@ class VerifyReport:
             f"  {'reference, from exact arithmetic':<36}{_figures(self.rounding)}\n"
             f"  NMSE may be {self.nmse_limit:.1e}; largest error of a logit {self.max_abs_error:.1e}\n"
             f"{self._stage_line()}"
+            f"{'' if self.routes is None else self.routes.line()}"
             f"{'' if self.kv_cost is None else self.kv_cost.line()}"
             f"{verdict}"
         )
@@ -179,11 +187,19 @@ def run(llm: LLM, prompt: Prompt, gen_tokens: int = 16) -> VerifyReport:
 def compare(planned: PlannedModel, engine: Engine, token_ids: Sequence[int], gen_tokens: int) -> VerifyReport:
     """As `run`, for an engine without an LLM around it."""
     plan = one_lane_plan(planned.plan)
-    logits, token_ids = generated(engine, token_ids, gen_tokens)
+    own, others, routes = Routes(), Routes(), None
+    with watched(engine, own):
+        logits, token_ids = generated(engine, token_ids, gen_tokens)
     with _reference_engine(planned, plan) as reference_engine:
-        run = recorded(reference_engine, token_ids, gen_tokens)
-        rounding, twin_errors = _yardstick(reference_engine, run)
-    errors = stage_errors(engine, run)
+        with watched(reference_engine, others):
+            run = recorded(reference_engine, token_ids, gen_tokens)
+        rounding, twin_errors = _yardstick(reference_engine, run, others)
+    if others.ids:
+        routes = agreement(own, others)
+        with replayed(engine, others):
+            logits = forced(engine, token_ids, gen_tokens)
+    with replayed(engine, others):
+        errors = stage_errors(engine, run)
     found, kv_dtype = distance(logits, run.logits), plan.workload.kv_dtype
     return VerifyReport(
         model=plan.model,
@@ -200,6 +216,7 @@ def compare(planned: PlannedModel, engine: Engine, token_ids: Sequence[int], gen
         rounding=rounding,
         stages=_stages(errors, twin_errors, planned.weight_formats.rounding, kv_dtype),
         kv_cost=_kv_cost(planned, plan, run) if is_quantised(kv_dtype) else None,
+        routes=routes,
     )
 
 
@@ -237,17 +254,19 @@ def _reference_engine(planned: PlannedModel, plan: Plan) -> Iterator[Engine]:
         engine.close()
 
 
-def _yardstick(engine: Engine, run: Run) -> tuple[Distance, tuple[float, ...]]:
+def _yardstick(engine: Engine, run: Run, routes: Routes) -> tuple[Distance, tuple[float, ...]]:
     """How far the reference is from exact arithmetic over its own weights: at the end, and stage by stage."""
     plan = _with_kv_dtype(engine.plan, "fp32")
     lanes = engine.lanes
     cache, buffers = KVCache(plan, lanes.device, False), make_buffers(engine.weights.spec, plan, lanes)
     twin = Engine(engine.config, plan, engine.weights, lanes, cache, buffers, False)
     exact = torch.float64 if plan.workload.weight_dtype == "fp32" else torch.float32
+    # Without rounding a token's numbers are the same by prefill and by decode, and prefill is many times faster.
     with lanes.computing_by(UnroundedOps(exact)):
-        # Without rounding a token's numbers are the same by prefill and by decode, and prefill is many times faster.
-        logits = forced(twin, run.token_ids, 0)
-        return distance(run.logits, logits), stage_errors(twin, replace(run, decoded=0))
+        with replayed(twin, routes):
+            logits = forced(twin, run.token_ids, 0)
+        with replayed(twin, routes):
+            return distance(run.logits, logits), stage_errors(twin, replace(run, decoded=0))
 
 
 def _kv_cost(planned: PlannedModel, plan: Plan, run: Run) -> KvCost:
