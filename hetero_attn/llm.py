@@ -46,10 +46,10 @@ Messages = Sequence[Mapping[str, object]]
 class LLM:
     """A language model whose layers are split over GPU memory, PCIe and CPU cores by a plan.
 
-    model: local directory, GGUF file or hub id. file: which GGUF file of a directory or repository, such as "*Q4_K_M*";
-    with it dtype "auto" keeps every tensor as the file has it. policy: a shipped policy's name, a YAML file or a
-    Policy. gpu_memory: budget such as "8GiB". dtype: auto | bf16 | fp32 | q8 | q4. device: auto | cuda | cuda:N | cpu |
-    emulated. max_context:
+    model: local directory, GGUF file or hub id. file: which GGUF file of a directory or repository, such as "*Q4_K_M*"
+    or "Q4_K_M"; with one dtype "auto" keeps every tensor as the file has it. tokenizer: a folder, file or hub id whose
+    tokenizer goes before the model's own. policy: a shipped policy's name, a YAML file or a Policy. gpu_memory: budget
+    such as "8GiB". dtype: auto | bf16 | fp32 | q8 | q4. device: auto | cuda | cuda:N | cpu | emulated. max_context:
     tokens of one sequence. max_batch: sequences decoded together. seed: of requests that bring none. num_threads: of
     the CPU lane. hardware: the profile to plan with. kv_dtype: of keys and values, auto | bf16 | fp32 | q8 | q4
     (auto: fp32 beside fp32 weights, else bf16). elastic keeps a copy in DRAM of what is in GPU memory, so that
@@ -92,6 +92,7 @@ class LLM:
         prefix_cache: bool = True,
         kv_dtype: str = "auto",
         file: str | None = None,
+        tokenizer: str | Path | None = None,
         overlap: bool = True,
         handover: str = "auto",
         progress: bool = True,
@@ -125,12 +126,13 @@ class LLM:
             kv_tokens=kv_tokens,
             kv_dtype=kv_dtype,
             file=file,
+            tokenizer=tokenizer,
         )
         if wishes.asks_for_this_machine:
             refresh_profile()
         planned = settle_or_suggest(wishes)
         with memory_named(f"loading {planned.plan.model}"), loading_bar(planned.plan, progress) as bar:
-            self._opening = open_beside(planned.path)
+            self._opening = open_beside(planned.tokenizer or planned.path)
             watched = watch_opening(self._opening, planned.plan.model, needs_text, bar.update)
             watched(0)
             on_compile = compile_note if progress else None

@@ -1,16 +1,27 @@
 """A model's name to a local path: a directory or GGUF file as it is, or a repository of the hub, downloaded."""
 
+import glob
 import re
-from fnmatch import fnmatch
 from pathlib import Path
 
-from hetero_attn.checkpoints.gguf.parts import first_part, model_files
+from hetero_attn.checkpoints.gguf.choose import choose_model
+from hetero_attn.checkpoints.gguf.parts import first_part
 from hetero_attn.errors import CheckpointError
 
 # Weights in safetensors and what config and tokenizer need; never pickles, code, or a second copy of the weights in the
 # publisher's own format (consolidated.safetensors, original/).
 _WANTED = ("*.json", "model.safetensors", "model-*.safetensors", "tokenizer.model", "*.tiktoken", "*.jinja", "*.txt")
-_BESIDE_GGUF = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+_BESIDE_GGUF = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+_OF_TOKENIZER = (
+    "tokenizer*",
+    "*.tiktoken",
+    "*.jinja",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _UNWANTED = ("*/*",)
 _REPOSITORY = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
 
@@ -22,7 +33,8 @@ def resolve_model(name: str | Path, file: str | None = None) -> Path:
         name: a directory, a GGUF file (of several parts any one), or a hub id such as "Qwen/Qwen3-0.6B". A directory of
             that name wins. The hub's own variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE) apply; a repository that is
             already cached needs no network.
-        file: which GGUF file of a directory or repository, a name with wildcards such as "*Q4_K_M*".
+        file: which GGUF file of a directory or repository: a name, one with wildcards such as "*Q4_K_M*", or a part
+            of it. Folders inside are looked into as well; of several parts all are fetched.
 
     Returns:
         The directory of a checkpoint in safetensors, or the first GGUF file of a model.
@@ -44,30 +56,70 @@ def resolve_model(name: str | Path, file: str | None = None) -> Path:
         return first_part(path)
     if not _REPOSITORY.fullmatch(str(name)) or str(name).startswith("."):
         raise CheckpointError(f"{name}: no such directory, and no hub id either (those look like owner/model)")
-    return _in_directory(_download(str(name), file), file)
+    return _of_repository(str(name), file)
+
+
+def resolve_tokenizer(name: str | Path) -> Path:
+    """The folder or GGUF file that a tokenizer is taken from, downloaded first where `name` is a hub id.
+
+    name: a folder with tokenizer files, one of these files, a GGUF file, or a hub id, of which only these files are
+    fetched. Raises CheckpointError for anything else.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return first_part(path)
+    if not path.exists() and _REPOSITORY.fullmatch(str(name)) and not str(name).startswith("."):
+        path = _fetched(str(name), _OF_TOKENIZER, _UNWANTED)
+    folder = path.parent if path.name in _TOKENIZER_FILES else path
+    if not any((folder / each).is_file() for each in _TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{name}: no tokenizer is there; give a folder with tokenizer.json, that file, a GGUF file or a hub id"
+        )
+    return folder
 
 
 def _in_directory(directory: Path, file: str | None) -> Path:
     """The directory itself where it holds a checkpoint in safetensors and no GGUF file is asked for, else that file."""
     if file is None and ((directory / "config.json").exists() or not any(directory.glob("*.gguf"))):
         return directory
-    models = model_files(directory)
-    found = [path for path in models if file is None or fnmatch(path.name, file)]
-    if len(found) == 1:
-        return found[0]
-    listed = ", ".join(path.name for path in (found or models)[:10]) or "no .gguf file"
-    if file is None:
-        raise CheckpointError(f"{directory}: several GGUF models; say which by file=: {listed}")
-    what = "several GGUF models match" if found else "no GGUF model matches"
-    raise CheckpointError(f"{directory}: {what} file={file!r}; there are: {listed}")
+    paths = (*directory.glob("*.gguf"), *directory.glob("*/*.gguf"))
+    names = [path.relative_to(directory).as_posix() for path in paths]
+    return directory / choose_model(str(directory), names, file)[0]
 
 
-def _download(repository: str, file: str | None) -> Path:
+def _of_repository(repository: str, file: str | None) -> Path:
+    """A repository's safetensors, or where it has none, or a file is asked for, one of its GGUF models."""
+    folder = None if file else _fetched(repository, _WANTED, _UNWANTED)
+    if folder is not None and any(folder.glob("*.safetensors")):
+        return folder
+    names = _listed(repository)
+    if names is None:  # no network: what was fetched before
+        return _in_directory(folder or _fetched(repository, ("*.gguf",), kept=True), file)
+    if folder is not None and not any(name.endswith(".gguf") for name in names):
+        return folder
+    parts = choose_model(repository, names, file)
+    return _fetched(repository, (*_BESIDE_GGUF, *map(glob.escape, parts))) / parts[0]
+
+
+def _listed(repository: str) -> list[str] | None:
+    """The files of a repository; None where the hub does not answer."""
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.HfApi().list_repo_files(repository)
+    except Exception:  # whatever the network stack raises; the download that follows names it
+        return None
+
+
+def _fetched(
+    repository: str, wanted: tuple[str, ...], unwanted: tuple[str, ...] | None = None, kept: bool = False
+) -> Path:
+    """The local folder of a repository's files of some patterns. kept: only what was fetched before."""
     import huggingface_hub
 
     try:
         folder = huggingface_hub.snapshot_download(
-            repository, allow_patterns=_WANTED if file is None else (*_BESIDE_GGUF, file), ignore_patterns=_UNWANTED
+            repository, allow_patterns=wanted, ignore_patterns=unwanted, local_files_only=kept
         )
     except huggingface_hub.errors.GatedRepoError:
         raise CheckpointError(

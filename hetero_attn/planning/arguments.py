@@ -61,6 +61,8 @@ def _checked(name: str, value: Any) -> Any:
         _expect(isinstance(value, str | Path), name, value, "a directory or a hub id")
     elif name == "file":
         _expect(value is None or isinstance(value, str), name, value, "the name of a GGUF file, wildcards allowed")
+    elif name == "tokenizer":
+        _expect(value is None or isinstance(value, str | Path), name, value, "a folder, a file or a hub id")
     elif name == "policy":
         _expect(isinstance(value, str | Path | Policy), name, value, "a policy's name, its file or a Policy")
     elif name == "hardware":

@@ -32,6 +32,7 @@ class LoadOptions:
     kv_tokens: int | None = None
     kv_dtype: str = "auto"
     file: str | None = None
+    tokenizer: str | Path | None = None
 
     def __post_init__(self) -> None:
         given = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from hetero_attn.checkpoints.hub import resolve_model
+from hetero_attn.checkpoints.hub import resolve_model, resolve_tokenizer
 from hetero_attn.checkpoints.sources import read_config, stored_formats
 from hetero_attn.errors import ConfigError, MemoryBudgetError
 from hetero_attn.models.decoder import decoder
@@ -46,6 +46,7 @@ class PlannedModel:
     was
     made with. workload: what was asked of the planner, its shape and prefill chunk still open; plan.workload has those
     that were chosen. spec: the model's blocks, None for those of the family that `config` names.
+    tokenizer: where it is, None for beside the weights.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class PlannedModel:
     workload: Workload | None = None
     formats: WeightFormats | None = None
     spec: ModelSpec | None = None
+    tokenizer: Path | None = None
 
     @property
     def model(self) -> ModelSpec:
@@ -114,6 +116,7 @@ def settle(options: LoadOptions) -> PlannedModel:
     alone.
     """
     path = resolve_model(options.model, options.file)
+    tokenizer = path if options.tokenizer is None else resolve_tokenizer(options.tokenizer)
     config = read_config(path)
     policy = _wishes(options)
     formats = formats_by_rules(choose_formats(options.dtype, config, path), policy, config)
@@ -131,7 +134,9 @@ def settle(options: LoadOptions) -> PlannedModel:
         plan = make_plan(workload, hardware, policy, device=kind, gpu_memory_bytes=budget)
     except BudgetError as error:
         raise MemoryBudgetError(str(error)) from error
-    return PlannedModel(path, config, formats.label, device, hardware, plan, policy, workload, formats)
+    return PlannedModel(
+        path, config, formats.label, device, hardware, plan, policy, workload, formats, tokenizer=tokenizer
+    )
 
 
 def _wishes(options: LoadOptions) -> Policy:

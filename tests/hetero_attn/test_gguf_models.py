@@ -153,6 +153,19 @@ def test_a_directory_with_one_file_is_that_file_and_several_need_a_pattern(model
         plan_model(tmp_path, device="cpu", file="*Q2*")
 
 
+def test_another_tokenizer_goes_before_the_files_own(models, tmp_path):
+    """That of a folder: its ids, whatever lies beside or inside the model."""
+    from tests.support.toy import edit_json, save_tokenizer
+
+    save_tokenizer(tmp_path)
+    edit_json(tmp_path / "tokenizer.json", post_processor=None)
+    with LLM(models("Q4_K_M")[0], device="cpu", max_context=64, progress=False, tokenizer=tmp_path) as llm:
+        assert llm.tokenizer.path == tmp_path
+        assert llm.tokenizer.encode("a") == llm.tokenizer.encode("a", add_special_tokens=False)
+    with pytest.raises(CheckpointError, match="no tokenizer is there"):
+        LLM(models("Q4_K_M")[0], device="cpu", tokenizer=tmp_path / "nothing")
+
+
 def test_a_type_that_is_not_run_is_refused_with_its_cost(tmp_path):
     gguf_file, _ = make_gguf(tmp_path, {"ffn_up": "Q3_K"}, "Q8_0", layers=1)
 

@@ -6,7 +6,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from hetero_attn.checkpoints.hub import resolve_model
+from hetero_attn.checkpoints.gguf.choose import choose_model
+from hetero_attn.checkpoints.hub import resolve_model, resolve_tokenizer
 from hetero_attn.errors import CheckpointError
 
 
@@ -16,7 +17,7 @@ def hub(monkeypatch):
 
     class Hub:
         def __init__(self):
-            self.calls, self.error = [], None
+            self.calls, self.error, self.names = [], None, ["config.json", "model.safetensors"]
 
         def download(self, repository, **options):
             self.calls.append((repository, options))
@@ -24,8 +25,14 @@ def hub(monkeypatch):
                 raise self.error
             return "snapshot"
 
+        def list_repo_files(self, repository):
+            if self.names is None:
+                raise RuntimeError("no network")
+            return self.names
+
     fake = Hub()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
     return fake
 
 
@@ -117,3 +124,101 @@ def test_offline_without_a_cache(tmp_path, monkeypatch):
 
     with pytest.raises(CheckpointError, match="LocalEntryNotFoundError"):
         resolve_model("owner/model")
+
+
+NAMES = [
+    "README.md",
+    "mmproj-F16.gguf",
+    "m-mmproj-BF16.gguf",
+    "imatrix_m.gguf",
+    "m-Q4_K_M.gguf",
+    "m-Q4_K_S.gguf",
+    "m-Q8_0.gguf",
+    "m-Q8_0-UD.gguf",
+    "BF16/m-BF16-00001-of-00002.gguf",
+    "BF16/m-BF16-00002-of-00002.gguf",
+]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("*Q4_K_M*", ["m-Q4_K_M.gguf"]),
+        ("Q4_K_M", ["m-Q4_K_M.gguf"]),
+        ("q4_k_s", ["m-Q4_K_S.gguf"]),
+        ("m-Q8_0", ["m-Q8_0.gguf"]),
+        ("m-Q8_0.gguf", ["m-Q8_0.gguf"]),
+        ("*Q8_0.gguf", ["m-Q8_0.gguf"]),
+        ("BF16", ["BF16/m-BF16-00001-of-00002.gguf", "BF16/m-BF16-00002-of-00002.gguf"]),
+        ("*-00002-of-00002.gguf", ["BF16/m-BF16-00001-of-00002.gguf", "BF16/m-BF16-00002-of-00002.gguf"]),
+    ],
+)
+def test_a_pattern_names_one_model_with_all_its_parts(pattern, found):
+    assert choose_model("here", NAMES, pattern) == found
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        (None, r"here: several GGUF models; say which by file=.*--gguf on the command line\): BF16/m-BF16-00001.*Q8_0"),
+        ("*Q4_K*", r"several GGUF models match file='\*Q4_K\*'; there are: m-Q4_K_M.gguf, m-Q4_K_S.gguf$"),
+        ("Q2_K", r"no GGUF model matches file='Q2_K'; there are: .*m-Q4_K_M.gguf"),
+        ("mmproj", "no GGUF model matches"),
+    ],
+)
+def test_none_or_several_are_refused_with_what_there_is(pattern, words):
+    with pytest.raises(CheckpointError, match=words):
+        choose_model("here", NAMES, pattern)
+
+
+def test_of_a_repository_only_the_files_of_that_model_are_fetched(hub):
+    hub.names = NAMES
+
+    assert str(resolve_model("owner/model", "bf16")) == "snapshot/BF16/m-BF16-00001-of-00002.gguf"
+    ((_, options),) = hub.calls
+    wanted = [name for name in NAMES if any(fnmatch(name, pattern) for pattern in options["allow_patterns"])]
+    assert wanted == ["BF16/m-BF16-00001-of-00002.gguf", "BF16/m-BF16-00002-of-00002.gguf"]
+
+
+def test_a_pattern_of_several_fetches_nothing(hub):
+    hub.names = NAMES
+
+    with pytest.raises(CheckpointError, match="several GGUF models match"):
+        resolve_model("owner/model", "*Q4_K*")
+    assert hub.calls == []
+
+
+def test_a_repository_of_gguf_files_alone_is_its_one_model_or_lists_them(hub):
+    hub.names = ["m-Q4_K_M.gguf", "mmproj.gguf"]
+    assert str(resolve_model("owner/model")) == "snapshot/m-Q4_K_M.gguf"
+    hub.names = NAMES
+
+    with pytest.raises(CheckpointError, match="owner/model: several GGUF models; say which"):
+        resolve_model("owner/model")
+
+
+def test_without_a_network_what_was_fetched_before_counts(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub.names = None
+    (tmp_path / "snapshot" / "BF16").mkdir(parents=True)
+    (tmp_path / "snapshot" / "BF16" / "m-BF16.gguf").touch()
+
+    assert str(resolve_model("owner/model", "bf16")) == "snapshot/BF16/m-BF16.gguf"
+    assert hub.calls[0][1]["local_files_only"]
+    with pytest.raises(CheckpointError, match=r"no GGUF model matches file='q8_0'; there are: BF16/m-BF16.gguf"):
+        resolve_model("owner/model", "q8_0")
+
+
+def test_a_tokenizer_is_a_folder_a_file_or_a_hub_id(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "snapshot").mkdir()
+    for path in (tmp_path / "tokenizer.json", tmp_path / "m.gguf", tmp_path / "snapshot" / "tokenizer.model"):
+        path.touch()
+
+    assert resolve_tokenizer(tmp_path) == resolve_tokenizer(tmp_path / "tokenizer.json") == tmp_path
+    assert resolve_tokenizer(tmp_path / "m.gguf") == tmp_path / "m.gguf"
+    assert str(resolve_tokenizer("owner/model")) == "snapshot"
+    assert not any(fnmatch("model.safetensors", pattern) for pattern in hub.calls[0][1]["allow_patterns"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="no tokenizer is there; give a folder with tokenizer.json"):
+        resolve_tokenizer(tmp_path / "empty")

@@ -11,16 +11,15 @@ _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 MAX_PARTS = 1000
 
 
+def first_name(name: str) -> str:
+    """The name of the first part of the model that a file of this name is a part of."""
+    match = _PART.fullmatch(name)
+    return name if match is None else f"{match['stem']}-00001-of-{match['count']}.gguf"
+
+
 def first_part(path: Path) -> Path:
     """The file that holds the metadata of the model that `path` is a part of."""
-    match = _PART.fullmatch(path.name)
-    return path if match is None else path.with_name(f"{match['stem']}-00001-of-{match['count']}.gguf")
-
-
-def model_files(directory: Path) -> list[Path]:
-    """The GGUF models in a directory, each by its first part; projectors of other media are none."""
-    found = {first_part(path) for path in directory.glob("*.gguf") if not path.name.startswith("mmproj")}
-    return sorted(found)
+    return path.with_name(first_name(path.name))
 
 
 def open_parts(path: Path) -> tuple[list[GgufFile], dict[str, GgufTensor]]:
