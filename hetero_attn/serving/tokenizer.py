@@ -20,6 +20,7 @@ from typing import Any
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.gguf.tokenizer import gguf_tokenizer
 from hetero_attn.checkpoints.sources import is_gguf
+from hetero_attn.checkpoints.template_time import bounded_template
 from hetero_attn.checkpoints.transformers_import import transformers_part
 from hetero_attn.engine.host_memory import free_address_space
 from hetero_attn.errors import ConfigError, MemoryBudgetError, PromptError
@@ -160,14 +161,15 @@ class Tokenizer:
                 f"with a plain prompt, or put the model's {TEMPLATE_NAME} into its folder"
             )
         try:
-            ids = self._tokenizer.apply_chat_template(
-                plain,
-                add_generation_prompt=add_generation_prompt and not continue_final_message,
-                continue_final_message=continue_final_message,
-                tokenize=True,
-                return_dict=False,
-                **variables,
-            )
+            with bounded_template():
+                ids = self._tokenizer.apply_chat_template(
+                    plain,
+                    add_generation_prompt=add_generation_prompt and not continue_final_message,
+                    continue_final_message=continue_final_message,
+                    tokenize=True,
+                    return_dict=False,
+                    **variables,
+                )
         # A template raises what it likes: jinja2 errors, its own raise_exception, type errors from odd content.
         except Exception as error:
             raise PromptError(f"{self.path}: the chat template refuses these messages: {_first_line(error)}") from error

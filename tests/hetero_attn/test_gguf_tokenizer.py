@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from hetero_attn.checkpoints import template_time
 from hetero_attn.checkpoints.gguf import tokenizer as gguf
 from hetero_attn.checkpoints.gguf.fields import GgufFields
 from hetero_attn.errors import ConfigError, PromptError
@@ -132,3 +133,30 @@ def test_opening_needs_no_transformers(tmp_path):
     run = subprocess.run([sys.executable, "-c", code, str(gguf_file)], capture_output=True, text=True, check=False)
 
     assert (run.stderr, run.stdout) == ("", "False\n")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% set x = range(99999) | list %}{% for a in x %}{% for b in x %}{% endfor %}{% endfor %}",
+        "{% macro again(n) %}{% for a in range(99999) %}{{ a }}{% endfor %}{% endmacro %}{% for a in range(99999) %}{{ again(a) }}{% endfor %}",
+    ],
+)
+def test_a_template_that_does_not_end_is_stopped(tmp_path, monkeypatch, template):
+    monkeypatch.setattr(template_time, "MOST_SECONDS", 0.2)
+    found = gguf.gguf_tokenizer(fields(tmp_path))
+    opened = Tokenizer(tmp_path / "m.gguf", GgufPlainTokenizer(found.backend, found.named, template))
+
+    with pytest.raises(PromptError, match="has run for 0.2 s and has not ended"):
+        opened.encode_chat(MESSAGES)
+    assert sys.gettrace() is None
+
+
+def test_code_of_a_stranger_reaches_nothing(tmp_path):
+    """What was executed by programs that render templates without a sandbox."""
+    found = gguf.gguf_tokenizer(fields(tmp_path))
+    template = "{{ messages.__class__.__mro__[-1].__subclasses__() }}"
+    opened = Tokenizer(tmp_path / "m.gguf", GgufPlainTokenizer(found.backend, found.named, template))
+
+    with pytest.raises(PromptError, match="SecurityError"):
+        opened.encode_chat(MESSAGES)
