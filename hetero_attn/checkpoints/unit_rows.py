@@ -28,9 +28,13 @@ class UnitRows:
     """Reads runs of units of `linears`; what a run returns is overwritten by the next."""
 
     def __init__(self, source: WeightSource, linears: tuple[LinearSpec, ...], ops: CpuKernels) -> None:
-        size = max(units_at_once(spec) * spec.unit_features * spec.in_features * 4 for spec in linears)
         self._source, self._ops = source, ops
+        size = max(units_at_once(spec) * spec.unit_features * self._row_bytes(spec) for spec in linears)
         self._rows, self._part = (fresh_memory((size,), torch.uint8) for _ in range(2))
+
+    def _row_bytes(self, spec: LinearSpec) -> int:
+        """The most that a row takes: as float32, or as the file's codes, whose last group may be a longer one."""
+        return max(4 * spec.in_features, *(self._source.row_bytes(part.tensor) for part in spec.parts))
 
     def runs(self, spec: LinearSpec) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
         """Runs of units [start, stop) with the rows of every run of parts of one format (`LinearSpec.runs`).

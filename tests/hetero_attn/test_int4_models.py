@@ -18,6 +18,7 @@ from tests.support.int4_models import (
     edit_tensors,
     gptq,
     gptq_config,
+    gptq_of_8_bits,
     make_int4,
     words,
 )
@@ -212,6 +213,28 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize(("each", "taken"), [(32, 1), (128, 0), (-1, 1)])
+def test_symmetric_gptq_of_8_bits_is_held_packed_and_exactly(tmp_path, each, taken):
+    """Such files were refused. Every code a byte may be, scales of either sign."""
+    folder = make_int4(
+        tmp_path,
+        functools.partial(gptq_of_8_bits, taken=taken),
+        gptq_config(each, sym=True, bits=8),
+        each,
+        remade=lambda groups, draw: groups._replace(
+            codes=torch.randint(256, groups.codes.shape, generator=draw, dtype=torch.uint8),
+            zeros=torch.full_like(groups.zeros, 128),
+        ),
+    )
+    plan = plan_model(folder / "int4", device="cpu", max_context=64)
+
+    assert {plan.workload.format_of(shard) for shard in plan.workload.linears} == {"fp16", "q8"}
+    assert torch.equal(logits(folder / "int4", "fp32"), logits(folder / "plain", "fp32"))
+    edit_tensors(folder / "int4", replaced("qzeros", one_other))
+    with pytest.raises(CheckpointError, match="says sym, but .*up_proj.qzeros holds zero points"):
+        logits(folder / "int4")
+
+
 def scatter(tensors):
     """Give one linear the order of inputs that act-order leaves: every other input first."""
     order = torch.cat((torch.arange(1, 128, 2), torch.arange(0, 128, 2)))
@@ -253,7 +276,8 @@ def test_biases_that_are_zero_are_no_matter(models, tmp_path):
 
 
 CONFIGS = {
-    "bits": (gptq_config(128, bits=3), "bits is 3, not run; read is 4"),
+    "bits": (gptq_config(128, bits=3), "bits is 3, not run; read is 4 or 8"),
+    "8 bits with zero points": (gptq_config(128, bits=8), "sym is 'false beside 8 bits', not run; read is true"),
     "version": (awq_config(64, version="gemv"), "version is 'gemv', not run; read is gemm"),
     "checkpoint_format": (gptq_config(128, checkpoint_format="marlin"), "checkpoint_format is 'marlin'"),
     "dynamic": (gptq_config(128, dynamic={"x": {}}), "dynamic"),

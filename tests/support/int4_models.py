@@ -36,6 +36,23 @@ def gptq(groups: Groups, each: int, taken: int = 1) -> Tensors:
     }
 
 
+def gptq_of_8_bits(groups: Groups, each: int, taken: int = 1) -> Tensors:
+    """As `gptq`, four codes in a word."""
+
+    def packed(codes: torch.Tensor) -> torch.Tensor:
+        rows = [
+            [sum(row[at + i] << (8 * i) for i in range(4)) for at in range(0, len(row), 4)] for row in codes.tolist()
+        ]
+        return torch.tensor([[word - (1 << 32) if word >= 1 << 31 else word for word in row] for row in rows]).int()
+
+    return {
+        "qweight": packed(groups.codes).t().contiguous(),
+        "scales": groups.scales.t().contiguous(),
+        "qzeros": packed((groups.zeros - taken).t()),
+        "g_idx": (torch.arange(groups.codes.shape[1]) // each).int(),
+    }
+
+
 def awq(groups: Groups, each: int) -> Tensors:
     """The version called gemm."""
     return {
@@ -81,10 +98,12 @@ def make_int4(
     family="llama",
     most_zero=15,
     plain: Path | None = None,
+    remade=None,
 ) -> Path:
     """Write `folder`/int4 and `folder`/plain, the same values in float32; returns `folder`.
 
-    plain: a checkpoint that is there already, in the place of `folder`/plain.
+    plain: a checkpoint that is there already, in the place of `folder`/plain. remade: (groups, generator) -> groups to
+    write instead.
 
     write: one of the writers above. each: inputs of a group, -1 for a row. Embedding, head and norms stay plain.
     """
@@ -100,6 +119,8 @@ def make_int4(
         scales = (groups.scales.bfloat16() if config["quant_method"] == "compressed-tensors" else groups.scales).half()
         zeros = torch.full_like(groups.zeros, 8) if symmetric else groups.zeros + 1
         groups = groups._replace(scales=scales, zeros=zeros)
+        if remade is not None:
+            groups = remade(groups, torch.Generator().manual_seed(seed))
         tensors[name] = groups.values
         stored |= {f"{name.removesuffix('weight')}{part}": item for part, item in write(groups, group).items()}
     save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})

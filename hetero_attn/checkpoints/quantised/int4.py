@@ -5,7 +5,8 @@
   awq (gemm)           qweight [in, out/8]                [groups, out]  qzeros [groups, out/8]
   compressed-tensors   weight_packed [out, in/8]          [out, groups]  weight_zero_point [out/8, groups]
 
-All int32, eight codes each, the lowest bits first; awq has output 8c + i of its words at nibble 0 4 1 5 2 6 3 7.
+All int32, eight codes each, the lowest bits first; awq has output 8c + i of its words at nibble 0 4 1 5 2 6 3 7. gptq
+of 8 bits has four codes in each; symmetric ones, the only ones read, are rows of Q8_0 with other headers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cpu_kernels.formats import INT4_GROUPS, INT4_HEADER_BYTES, INT4_TYPES
+from cpu_kernels.formats import INT4_GROUPS, INT4_HEADER_BYTES, INT4_TYPES, SOURCE_TYPES
 from hetero_attn.checkpoints.quantised.module import (
     AGAIN,
     INSTEAD,
@@ -43,8 +44,9 @@ PARTS = {
 DTYPES = (("I32",), ("F16", "BF16"), ("I32",), ("I32",), ("I64", "I32"))
 IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-PER_WORD = 8
-MIDDLE = 8  # the zero point of symmetric codes
+PER_WORD = 8  # of 4 bits
+WORD_BITS = 32
+EIGHT_BITS = SOURCE_TYPES["Q8_0"]
 SCATTERED = "groups that act-order scattered over the inputs"
 
 
@@ -64,6 +66,8 @@ class Int4Module(Module):
         if self.kind is None:
             return self._values(codes, scales, zeros, read(self.parts[GROUP_OF_INPUT]).long())
         repeats = self.file_group // self.group
+        if self.scheme.bits == 8:
+            return self._eight_bit_blocks(codes, scales.repeat_interleave(repeats, 1).contiguous())
         return self._blocks(codes, *(part.repeat_interleave(repeats, 1).contiguous() for part in (scales, zeros)))
 
     def _groups(self, read: Read, where: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +82,7 @@ class Int4Module(Module):
             )
         halves = halves if self.scheme.method == "compressed-tensors" else halves.t()
         if not self.parts[ZEROS]:
-            return halves, torch.full_like(halves, MIDDLE).byte()
+            return halves, torch.full_like(halves, _middle(self.scheme)).byte()
         return halves, _zeros(self, read(self.parts[ZEROS]), where)
 
     def _blocks(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> RowWriter:
@@ -95,15 +99,25 @@ class Int4Module(Module):
 
         return write
 
-    def _values(
-        self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, groups: torch.Tensor
-    ) -> RowWriter:
-        """Rows as float32, each input with the scale of its own group: exact, a code has 5 bits and a scale 11."""
+    def _eight_bit_blocks(self, codes: torch.Tensor, scales: torch.Tensor) -> RowWriter:
+        """Rows of Q8_0: a float16 scale and 32 signed codes, those of the file less the zero point of all."""
         import torch
 
         def write(first: int, stop: int, out: torch.Tensor) -> None:
-            pairs = _pairs(self.scheme.method, codes, first, stop)
-            values = torch.stack((pairs & 15, pairs >> 4), -1).flatten(1).float()
+            target = out.view(stop - first, self.in_features // self.group, -1)
+            target[:, :, :2] = scales[first:stop, :, None].view(torch.uint8)
+            target[:, :, 2:] = (_codes(self.scheme, codes, first, stop) ^ 128).view(*target.shape[:2], -1)
+
+        return write
+
+    def _values(
+        self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, groups: torch.Tensor
+    ) -> RowWriter:
+        """Rows as float32, each input with the scale of its own group: exact, a code has 9 bits and a scale 11."""
+        import torch
+
+        def write(first: int, stop: int, out: torch.Tensor) -> None:
+            values = _codes(self.scheme, codes, first, stop).float()
             values -= zeros[first:stop].float()[:, groups]
             torch.mul(values, scales[first:stop].float()[:, groups], out=out)
 
@@ -123,10 +137,11 @@ def find_int4(prefix: str, scheme: GroupScheme, shapes: Shapes, where: str, read
             check_dtype(where, shapes, name, dtypes)
     code, scale = matrix(where, shapes, names[CODES]), matrix(where, shapes, names[SCALES])
     rows, columns = code if compressed else code[::-1]
-    out, inputs = (rows * PER_WORD, columns) if scheme.method == "awq" else (rows, columns * PER_WORD)
+    per_word = WORD_BITS // scheme.bits
+    out, inputs = (rows * per_word, columns) if scheme.method == "awq" else (rows, columns * per_word)
     groups = scale[1] if compressed else scale[0]
     each = _file_group(prefix, scheme, inputs, groups, where)
-    wide = -(-out // PER_WORD)
+    wide = -(-out // per_word)
     wanted = {
         SCALES: (out, groups) if compressed else (groups, out),
         ZEROS: (wide, groups) if compressed else (groups, wide),
@@ -139,13 +154,13 @@ def find_int4(prefix: str, scheme: GroupScheme, shapes: Shapes, where: str, read
     if (name := names[SHAPE]) and (said := read(name).tolist()) != [out, inputs]:
         raise CheckpointError(f"{where}: {name} says {said}, the codes are {[out, inputs]}; {AGAIN}")
     scattered = bool(names[GROUP_OF_INPUT]) and _scattered(read(names[GROUP_OF_INPUT]), groups, each, names, where)
-    held = each if scattered else _held_group(prefix, each, where)
+    held = each if scattered else _held_group(prefix, scheme, each, where)
     return Int4Module(
         prefix=prefix,
         names=tuple(name for name in names if name),
         out_features=out,
         in_features=inputs,
-        kind=None if scattered else INT4_TYPES[held],
+        kind=None if scattered else EIGHT_BITS if scheme.bits == 8 else INT4_TYPES[held],
         why=SCATTERED if scattered else "",
         scheme=scheme,
         parts=names,
@@ -166,8 +181,14 @@ def _file_group(prefix: str, scheme: GroupScheme, inputs: int, groups: int, wher
     return each
 
 
-def _held_group(prefix: str, each: int, where: str) -> int:
+def _held_group(prefix: str, scheme: GroupScheme, each: int, where: str) -> int:
     """The largest group that a format has and that divides one of the file."""
+    if scheme.bits == 8:
+        if each % EIGHT_BITS.items:
+            unsupported(
+                where, f"{prefix} has groups of {each} inputs; of 8 bits multiples of {EIGHT_BITS.items} are run"
+            )
+        return EIGHT_BITS.items
     fitting = [group for group in INT4_GROUPS if each == group or each % group == 0 and group == INT4_GROUPS[-1]]
     if not fitting:
         known = ", ".join(map(str, INT4_GROUPS))
@@ -195,22 +216,41 @@ def _zeros(module: Int4Module, words: torch.Tensor, where: str) -> torch.Tensor:
     name, scheme = module.parts[ZEROS], module.scheme
     if scheme.method == "compressed-tensors":
         stored = nibbles(words.t(), IN_ORDER).t()[: module.out_features]
+    elif scheme.bits == 8:
+        import torch
+
+        stored = words.contiguous().view(torch.uint8).t()[: module.out_features]
     else:
         stored = nibbles(words, AWQ_ORDER if scheme.method == "awq" else IN_ORDER).t()[: module.out_features]
     if scheme.zero_offset is None:
-        values = stored.unique().tolist()
-        if values not in ([MIDDLE - 1], [MIDDLE]):
+        values, middle = stored.unique().tolist(), _middle(scheme)
+        if values not in ([middle - 1], [middle]):
             raise CheckpointError(
-                f"{where}: config.json says sym, but {name} holds zero points {values[:8]}, expected all {MIDDLE - 1} "
-                f"or all {MIDDLE}; {AGAIN}"
+                f"{where}: config.json says sym, but {name} holds zero points {values[:8]}, expected all {middle - 1} "
+                f"or all {middle}; {AGAIN}"
             )
-        return stored * 0 + MIDDLE
+        return stored * 0 + middle
     if scheme.zero_offset and bool((stored == 15).any()):
         raise UnsupportedModelError(
             f"{where}: {name} stores a zero point of 15 in the first version of GPTQ's format, where programs disagree "
             f"whether it is 16 or 0. {INSTEAD}"
         )
     return stored + scheme.zero_offset
+
+
+def _middle(scheme: GroupScheme) -> int:
+    """The zero point of symmetric codes."""
+    return 1 << (scheme.bits - 1)
+
+
+def _codes(scheme: GroupScheme, codes: torch.Tensor, first: int, stop: int) -> torch.Tensor:
+    """uint8 [rows, in_features]."""
+    import torch
+
+    if scheme.bits == 8:
+        return codes[:, first:stop].t().contiguous().view(torch.uint8)
+    pairs = _pairs(scheme.method, codes, first, stop)
+    return torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)
 
 
 def nibbles(words: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:

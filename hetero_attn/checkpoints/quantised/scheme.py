@@ -103,14 +103,17 @@ def _gptq(values: JsonFields) -> Scheme:
     version = values.get("checkpoint_format", "gptq") or "gptq"
     if version not in ("gptq", "gptq_v2"):
         raise _refused(values, "checkpoint_format", version, ("gptq", "gptq_v2"))
-    _expect(values, "bits", values.get("bits"), 4)
+    if (bits := values.get("bits")) not in (4, 8) or isinstance(bits, bool):
+        raise _refused(values, "bits", bits, ("4", "8"))
     if values.get("dynamic"):
         raise _refused(values, "dynamic", "overrides for single modules", ())
     symmetric = values.boolean("sym", True)
+    if bits == 8 and not symmetric:
+        raise _refused(values, "sym", "false beside 8 bits", ("true",))
     # Symmetric files of either version are told by their values: writers disagree with what they declare.
     offset = None if symmetric else int(version == "gptq")
     group = _group(values, values.get("group_size", 128))
-    return Scheme("gptq", (GroupScheme("gptq", 4, group, symmetric, offset),))
+    return Scheme("gptq", (GroupScheme("gptq", bits, group, symmetric, offset),))
 
 
 def _awq(values: JsonFields) -> Scheme:
