@@ -219,7 +219,7 @@ class Engine:
         for blocks, weights in zip(self.weights.spec.layers, self.weights.layers, strict=True):
             for block, of_block in zip(blocks, weights, strict=True):
                 if isinstance(block.state, KvState):
-                    block.store(run, of_block, self._state(block, step), work)
+                    block.store(run, of_block, self.state_of(block, step), work)
         self.lanes.finish()
 
     @torch.inference_mode()
@@ -375,10 +375,10 @@ class Engine:
             self.lanes.begin_layer()
             self._show(index, work)
             for block, of_block in zip(blocks, weights, strict=True):
-                block.forward(run, of_block, self._state(block, step), work)
+                block.forward(run, of_block, self.state_of(block, step), work)
         self._show(len(spec.layers), work)
 
-    def _state(self, block: Declaration, step: Step) -> StateView:
+    def state_of(self, block: Declaration, step: Step) -> StateView:
         """What the block keeps of the step's sequences."""
         if isinstance(block.state, KvState):
             index, place = self.kv_cache.places[block.layer]

@@ -18,6 +18,12 @@ from hetero_attn.checkpoints.gguf.file import DEFAULT_ALIGNMENT, MAGIC, MAX_NAME
 from hetero_attn.errors import CheckpointError
 
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _UINT64, _INT64 = 4, 5, 6, 7, 8, 9, 10, 11
+_INTEGERS = (
+    (_UINT32, "<II", 0, 1 << 32),
+    (_INT32, "<Ii", -(1 << 31), 0),
+    (_UINT64, "<IQ", 0, 1 << 64),
+    (_INT64, "<Iq", -(1 << 63), 0),
+)
 _ARRAY_TYPES = {"u1": 0, "i1": 1, "u2": 2, "i2": 3, "u4": 4, "i4": 5, "f4": 6, "u8": 10, "i8": 11, "f8": 12}
 
 
@@ -114,9 +120,10 @@ def _value(key: str, value: Any) -> bytes:
     if isinstance(value, bool):
         return struct.pack("<IB", _BOOL, value)
     if isinstance(value, int):
-        kinds = ((_UINT32, "<II", 0, 1 << 32), (_INT32, "<Ii", -(1 << 31), 0), (_UINT64, "<IQ", 0, 1 << 64))
-        kind, code = next((kind, code) for kind, code, low, high in kinds if low <= value < high)
-        return struct.pack(code, kind, value)
+        for kind, code, low, high in _INTEGERS:
+            if low <= value < high:
+                return struct.pack(code, kind, value)
+        raise CheckpointError(f"{key}: {value} has more than the 64 bits of a GGUF file's integers")
     if isinstance(value, float):
         return struct.pack("<If", _FLOAT32, value)
     if isinstance(value, str):

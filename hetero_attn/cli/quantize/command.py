@@ -22,7 +22,8 @@ def quantize(
         float | None, typer.Option(help="Instead: at most so many bits a weight, each linear as it needs them.")
     ] = None,
     calibrate: Annotated[
-        Path | None, typer.Option(help="The text on which --bits measures every linear; - is stdin.")
+        Path | None,
+        typer.Option(help="A text: weights are rounded for it, and --bits measures them on it; - is stdin."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a file of that name.")] = False,
     threads: options.Threads = None,
@@ -33,8 +34,8 @@ def quantize(
         raise typer.BadParameter("--recipe and --bits exclude each other; give one")
     if bits is not None and not LEAST_BITS <= bits <= MOST_BITS:
         raise typer.BadParameter(f"--bits is {bits:g}; give {LEAST_BITS:g} to {MOST_BITS:g}")
-    if (bits is None) != (calibrate is None):
-        raise typer.BadParameter("--bits needs --calibrate, a text of some hundreds of words, and nothing else does")
+    if bits is not None and calibrate is None:
+        raise typer.BadParameter("--bits needs --calibrate, a text of some thousands of words like those to come")
     if out.suffix != ".gguf":
         raise typer.BadParameter(f"--out is {out}; a GGUF file's name ends in .gguf")
     from hetero_attn.tools.quantize.table import table_lines

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from hetero_attn.errors import UnsupportedModelError
-from hetero_attn.tools.quantize.blocks import TYPES, fits
+from hetero_attn.tools.quantize.blocks import TYPES
+from hetero_attn.tools.quantize.encode import fits
 from placement.solve.native_output import without_native_output
 
 # Types to choose between when bits are given, and what takes a type's place where rows are no whole blocks of it.
 CANDIDATES = ("IQ4_XS", "IQ4_NL", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0", "F16")
-INSTEAD = {"Q4_K": "IQ4_NL", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL", "IQ4_NL": "F16", "Q8_0": "F16"}
-INSTEAD |= {"Q5_1": "F16"}
-MOST_SECONDS = 60.0
+INSTEAD = {"Q4_K": "IQ4_NL", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
+PLAIN_OF = {"bf16": "BF16", "fp16": "F16"}
+MOST_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +48,18 @@ class Loss:
         return self.rows * TYPES[name].row_bytes(self.in_features)
 
 
-def fitting(name: str, in_features: int) -> str:
-    """The type, or what takes its place for rows of so many inputs."""
+def fitting(name: str, in_features: int, dtype: str = "") -> str:
+    """The type, or what takes its place for rows of so many inputs; where no blocks do, plain numbers that hold all of
+    `dtype`, the source's."""
     while not fits(name, in_features):
-        name = INSTEAD[name]
+        name = INSTEAD.get(name) or PLAIN_OF.get(dtype, "F32")
     return name
 
 
-def by_recipe(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Types of all tensors of a model by our names: vectors are float32."""
+def by_recipe(
+    recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Types of all tensors of a model by our names: vectors are float32. dtypes: of the source's tensors."""
     chosen = {}
     for name, shape in shapes.items():
         if len(shape) == 1:
@@ -63,7 +67,8 @@ def by_recipe(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
             continue
         finer = ".v_proj." in name or ".down_proj." in name
         of_layer = recipe.finer if finer else recipe.most
-        chosen[name] = fitting(of_layer if name.startswith("model.layers.") else recipe.head, shape[1])
+        wanted = of_layer if name.startswith("model.layers.") else recipe.head
+        chosen[name] = fitting(wanted, shape[1], (dtypes or {}).get(name, ""))
     return chosen
 
 
@@ -71,34 +76,66 @@ def by_bits(losses: Mapping[str, Loss], bits: float, fixed_bytes: int = 0, fixed
     """The types whose losses add up to the least while all weights together have at most so many bits each.
 
     fixed_bytes, fixed_weights: of tensors whose type is not chosen. Raises UnsupportedModelError for fewer bits than
-    any choice has.
+    any choice has. Where the solver finds nothing in its time, what steps of the best exchange give.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    options = [(tensor, name) for tensor, loss in losses.items() for name in loss.kl]
     weights = sum(loss.rows * loss.in_features for loss in losses.values()) + fixed_weights
-    sizes = np.array([losses[tensor].nbytes(name) for tensor, name in options], float)
     least = sum(min(map(loss.nbytes, loss.kl)) for loss in losses.values()) + fixed_bytes
     if least * 8 > bits * weights:
         raise UnsupportedModelError(
             f"{bits:g} bits a weight are fewer than any choice of formats has; the least is {8 * least / weights:.2f}"
         )
-    one_each = np.array([[tensor == of for of, _ in options] for tensor in losses], float)
-    constraints = [
-        LinearConstraint(one_each, 1, 1),
-        LinearConstraint(sizes[None] / 1e6, -np.inf, (bits * weights / 8 - fixed_bytes) / 1e6),
-    ]
+    room = bits * weights / 8 - fixed_bytes
+    return _solved(losses, room) or _stepwise(losses, room)
+
+
+def _solved(losses: Mapping[str, Loss], room: float) -> dict[str, str]:
+    """The best choice by mixed-integer programming; empty where none was found in MOST_SECONDS."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    options = [(tensor, name) for tensor, loss in losses.items() for name in loss.kl]
+    row_of = {tensor: row for row, tensor in enumerate(losses)}
+    sizes = np.array([losses[tensor].nbytes(name) for tensor, name in options], float)
+    of_tensor = ([row_of[tensor] for tensor, _ in options], range(len(options)))
+    one_each = csr_array((np.ones(len(options)), of_tensor))
     costs = np.array([losses[tensor].kl[name] for tensor, name in options])
     with without_native_output():
         found = milp(
             costs / max(costs.max(), 1e-30),
             integrality=np.ones(len(options)),
             bounds=Bounds(0, 1),
-            constraints=constraints,
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes[None] / 1e6, -np.inf, room / 1e6)],
             options={"time_limit": MOST_SECONDS, "mip_rel_gap": 1e-3},
         )
-    assert found.x is not None, found.message
-    return {tensor: name for (tensor, name), taken in zip(options, found.x, strict=True) if taken > 0.5}
+    if found.x is None:
+        return {}
+    chosen = {tensor: name for (tensor, name), taken in zip(options, found.x, strict=True) if taken > 0.5}
+    is_whole = len(chosen) == len(losses) and sum(losses[key].nbytes(name) for key, name in chosen.items()) <= room
+    return chosen if is_whole else {}
+
+
+def _stepwise(losses: Mapping[str, Loss], room: float) -> dict[str, str]:
+    """From the smallest types on, the exchange of one tensor's type that saves most for each byte, while one fits."""
+    chosen = {
+        tensor: min(loss.kl, key=lambda name: (loss.nbytes(name), loss.kl[name])) for tensor, loss in losses.items()
+    }
+    left = room - sum(losses[tensor].nbytes(name) for tensor, name in chosen.items())
+
+    def best_of(tensor: str) -> tuple[float, str, int]:
+        loss, now = losses[tensor], chosen[tensor]
+        found = [
+            ((loss.kl[now] - kl) / more, name, more)
+            for name, kl in loss.kl.items()
+            if 0 < (more := loss.nbytes(name) - loss.nbytes(now)) <= left
+        ]
+        return max(found, default=(0.0, now, 0))
+
+    while True:
+        (saved, name, more), tensor = max((best_of(tensor), tensor) for tensor in chosen)
+        if saved <= 0:
+            return chosen
+        chosen[tensor] = name
+        left -= more
 
 
 def bits_of(chosen: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], names: Sequence[str] = ()) -> float:

@@ -1,7 +1,8 @@
 """Scales and minima of least squared error for groups of weights: a search over ranges, then least squares.
 
-Weights are float32 [groups, inputs of a group]. A candidate's error is that of the numbers as they will be stored,
-rounded to float16, so the best of them never gets worse by being written down.
+Weights are float32 [groups, inputs of a group]; importance, where it is given, has the same shape and says how much
+the square of each error counts. A candidate's error is that of the numbers as they will be stored, rounded to
+float16, so the best of them never gets worse by being written down.
 """
 
 from collections.abc import Callable, Iterable
@@ -9,14 +10,22 @@ from collections.abc import Callable, Iterable
 import torch
 
 Fit = tuple[torch.Tensor, torch.Tensor]  # scale and minimum, [groups]
+Rounding = Callable[[torch.Tensor], torch.Tensor]
 REFITS = 2
 SHRINKS = tuple((up, down) for up in (0.0, 0.035, 0.07, 0.1) for down in (0.0, 0.035, 0.07, 0.1))
 SIDES = (1.0, -1.0)
+# By how much the number furthest from 0 misses the last code: the error has many valleys, one for each number's code.
+STEPS = tuple(0.3 * step for step in range(-2, 11))
 
 
 def half(values: torch.Tensor) -> torch.Tensor:
     """Rounded to float16, within its finite range."""
     return values.clamp(-65504.0, 65504.0).half().float()
+
+
+def unrounded(values: torch.Tensor) -> torch.Tensor:
+    """The values themselves, of numbers that are stored in two levels."""
+    return values
 
 
 def inverse(scale: torch.Tensor) -> torch.Tensor:
@@ -27,6 +36,11 @@ def inverse(scale: torch.Tensor) -> torch.Tensor:
 def codes_of(values: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | float, low: int, high: int):
     """round((value - minimum) / scale) clamped to low..high, float32; scale and minimum broadcast."""
     return ((values - minimum) * inverse(scale)).round_().clamp_(low, high)
+
+
+def weighted(values: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
+    """Values times their importance, those of none as they are."""
+    return values if importance is None else values * importance
 
 
 class Best:
@@ -46,26 +60,40 @@ class Best:
             self.minimum = torch.where(better, minimum, self.minimum)
 
 
+def _columns(values: torch.Tensor, importance: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A group a column: sums over the inputs of many groups at a time are many times faster."""
+    return values.t().contiguous(), None if importance is None else importance.t().contiguous()
+
+
 def fit_symmetric(
-    values: torch.Tensor, low: int, high: int, rounded: Callable[[torch.Tensor], torch.Tensor] = half
+    values: torch.Tensor,
+    low: int,
+    high: int,
+    rounded: Rounding = half,
+    importance: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Scales [groups] for codes low..high without a minimum; negative ones are possible.
 
     rounded: what becomes of a scale when it is stored.
     """
-    values = values.t().contiguous()  # sums over the inputs of many groups at a time are many times faster
+    values, importance = _columns(values, importance)
     best, extreme = Best(values.shape[1]), _extreme(values)
     for side in SIDES:
         end = low if side > 0 else high
-        for step in (0.0, 0.5, 1.0, 1.5):
+        for step in STEPS:
             scale = extreme / (end - step if end > 0 else end + step)
             for _ in range(REFITS):
                 scale = rounded(scale)
                 codes = codes_of(values, scale, 0.0, low, high)
-                best.offer((values - codes * scale).square_().sum(0), scale)
-                square = codes.square().sum(0)
-                scale = (codes * values).sum(0) * inverse(square)
+                best.offer(weighted((values - codes * scale).square_(), importance).sum(0), scale)
+                scale = least_squares_scale(codes, values, importance)
     return best.scale
+
+
+def least_squares_scale(codes: torch.Tensor, values: torch.Tensor, importance: torch.Tensor | None, dim: int = 0):
+    """The scale that brings codes nearest to values, both with a group along `dim`; 0 where all codes are."""
+    heavy = weighted(codes, importance)
+    return (heavy * values).sum(dim) * inverse((heavy * codes).sum(dim))
 
 
 def _extreme(values: torch.Tensor) -> torch.Tensor:
@@ -75,15 +103,18 @@ def _extreme(values: torch.Tensor) -> torch.Tensor:
 
 
 def fit_affine(
-    values: torch.Tensor, high: int, below_zero: bool = False, rounded: Callable[[torch.Tensor], torch.Tensor] = half
+    values: torch.Tensor,
+    high: int,
+    below_zero: bool = False,
+    rounded: Rounding = half,
+    importance: torch.Tensor | None = None,
 ) -> Fit:
     """Scales and minima [groups] for codes 0..high. below_zero: no minimum may be above 0."""
-    values = values.t().contiguous()
-    count, best = values.shape[0], Best(values.shape[1])
+    values, importance = _columns(values, importance)
+    best = Best(values.shape[1])
     smallest, largest = values.amin(0), values.amax(0)
     if below_zero:
         smallest = smallest.clamp(max=0.0)
-    sum_of = values.sum(0)
     for up, down in SHRINKS:
         minimum = smallest + up * (largest - smallest)
         scale = (largest - down * (largest - smallest) - minimum) / high
@@ -91,15 +122,16 @@ def fit_affine(
             scale, minimum = rounded(scale), rounded(minimum)
             codes = codes_of(values, scale, minimum, 0, high)
             fitted = torch.addcmul(minimum, codes, scale)
-            best.offer((values - fitted).square_().sum(0), scale, minimum)
-            scale, minimum = _least_squares(codes, values, sum_of, count, below_zero)
+            best.offer(weighted((values - fitted).square_(), importance).sum(0), scale, minimum)
+            scale, minimum = _least_squares(codes, values, importance, below_zero)
     return best.scale, best.minimum
 
 
-def _least_squares(
-    codes: torch.Tensor, values: torch.Tensor, sum_of: torch.Tensor, count: int, below_zero: bool
-) -> Fit:
-    sum_c, square, product = codes.sum(0), codes.square().sum(0), (codes * values).sum(0)
+def _least_squares(codes: torch.Tensor, values: torch.Tensor, importance: torch.Tensor | None, below_zero: bool) -> Fit:
+    heavy = weighted(codes, importance)
+    sum_c, square, product = heavy.sum(0), (heavy * codes).sum(0), (heavy * values).sum(0)
+    sum_of = weighted(values, importance).sum(0)
+    count: torch.Tensor | int = values.shape[0] if importance is None else importance.sum(0)
     determinant = count * square - sum_c * sum_c
     scale = (count * product - sum_c * sum_of) * inverse(determinant)
     minimum = (sum_of - scale * sum_c) / count
@@ -118,18 +150,18 @@ def nearest_entries(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 def fit_table(
-    values: torch.Tensor, table: torch.Tensor, rounded: Callable[[torch.Tensor], torch.Tensor] = half
+    values: torch.Tensor, table: torch.Tensor, rounded: Rounding = half, importance: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Scales [groups] for codes that are indexes of a sorted table; negative ones are possible."""
-    values = values.t().contiguous()  # sums over the inputs of many groups at a time are many times faster
+    values, importance = _columns(values, importance)
     best, extreme = Best(values.shape[1]), _extreme(values)
     ends: Iterable[float] = (table[0].item(), table[-1].item())
     for end in ends:
-        for factor in (0.88, 0.94, 1.0, 1.06):
+        for factor in (0.82, 0.88, 0.94, 1.0, 1.06, 1.12):
             scale = extreme / (end * factor)
             for _ in range(REFITS):
                 scale = rounded(scale)
                 entries = table[nearest_entries(values * inverse(scale), table).int()]
-                best.offer((values - entries * scale).square_().sum(0), scale)
-                scale = (entries * values).sum(0) * inverse(entries.square().sum(0))
+                best.offer(weighted((values - entries * scale).square_(), importance).sum(0), scale)
+                scale = least_squares_scale(entries, values, importance)
     return best.scale

@@ -1,79 +1,104 @@
 """How much a rounding of each weight, alone, changes what a model says on a text.
 
-To second order the KL divergence of the output grows with the squared error of a weight. So every linear is rounded
-once, coarsely, and its divergence measured; that of a type is in proportion to the type's own error.
+To second order the KL divergence of the output grows with the squared error of a linear's own output. So every weight
+is rounded once, coarsely, and its divergence measured; that of a type is in proportion to the error that the type makes
+in the linear's output. A linear of layer i is measured by the layers from i on, which begin with what the unrounded
+layers before them left; where a head is tied to the embedding both uses are measured together.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TypeVar
 
 import torch
 
 from cpu_kernels import CpuKernels
-from hetero_attn.checkpoints.unit_rows import dequantised
-from hetero_attn.errors import PromptError
-from hetero_attn.llm import LLM
-from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.serving.progress import steps_bar
-from hetero_attn.spec.weights import Part
-from hetero_attn.tools.quantize.blocks import ENCODERS, TYPES, encode, fits
+from hetero_attn.tools.quantize.blocks import TYPES
 from hetero_attn.tools.quantize.choose import CANDIDATES, Loss
+from hetero_attn.tools.quantize.encode import encode, fits, held
+from hetero_attn.tools.quantize.feedback import Moments
+from hetero_attn.tools.quantize.layer_runs import LayerRuns
 
-CALIBRATION_TOKENS = 512
-SAMPLED_ROWS = 128  # of a weight, for the error of a type
+Result = TypeVar("Result")
+MEASURED_TOKENS = 128
+SAMPLED_ROWS = 32  # of a weight, for the error of a type
 COARSE_GROUP, COARSE_CODES = 32, 7
 LEAST_KL = 1e-9  # so that of two weights without any effect the cheaper type is taken for neither by chance
+HALF_MAX = torch.finfo(torch.float16).max
 
 
-def losses(model: Path, text: str, ops: CpuKernels, threads: int | None = None) -> dict[str, Loss]:
-    """What every linear costs in each type that it may have, by the name of its tensor; a tied head with its embedding.
+def losses(runs: LayerRuns, ops: CpuKernels) -> dict[str, Loss]:
+    """What every weight costs in each type that it may have, by the name of its tensor; a tied head with its embedding.
 
-    Raises PromptError for a text of fewer than two tokens, and what loading raises.
+    runs: over one window, several of which run together.
     """
-    with LLM(
-        model,
-        device="cpu",
-        dtype="fp32",
-        kv_dtype="fp32",
-        max_context=CALIBRATION_TOKENS,
-        num_threads=threads,
-        progress=True,
-    ) as llm:
-        if llm.tokenizer is None:
-            raise PromptError(f"{model} has no tokenizer, so a text says nothing; give a --recipe")
-        tokens = list(llm.tokenizer.encode(text))[:CALIBRATION_TOKENS]
-        if len(tokens) < 2:
-            raise PromptError(f"the calibration text has {len(tokens)} tokens; give some hundreds")
-        before = torch.log_softmax(llm.logits(tokens), -1)
-        parts = [found for linear in llm.engine.weights.linears for found in _parts(linear)]
-        measured: dict[str, Loss] = {}
-        for part, rows in steps_bar(parts, "measuring what each linear costs"):
-            measured[part.tensor] = _loss(llm, tokens, before, rows, ops)
-        return measured
+    hidden = runs.embedded()
+    starts: list[torch.Tensor] = [hidden]
+    moments: list[Moments] = []
+    for layer in range(runs.layers):
+        gather = Moments()
+        hidden = runs.after_layer(layer, hidden, gather)
+        starts.append(hidden)
+        moments.append(gather)
+    before = runs.log_probabilities(hidden.flatten(0, 1))
+    measured: dict[str, Loss] = {}
+    for layer in steps_bar(range(runs.layers), "measuring what each linear costs"):
+        parts = list(runs.parts(layer))
+        changed = [_changed(rows, partial(runs.after_layer, layer, starts[layer])) for _, rows, _ in parts]
+        for (part, rows, address), found in zip(parts, _divergences(runs, layer + 1, changed, before), strict=True):
+            measured[part.tensor] = _loss(rows, moments[layer].mean(address), found, ops)
+    for name, rows, starts_at in _ends(runs, starts):
+        found = _changed(rows, lambda: _divergences(runs, *starts_at(), before)[0])  # noqa: B023
+        measured[name] = _loss(rows, None, found, ops)
+    return measured
 
 
-def _parts(linear: LinearWeights) -> Iterator[tuple[Part, torch.Tensor]]:
-    """Every part of a linear with its rows: views of the weights that the model computes with."""
-    spec = linear.spec
-    rows = linear.dram.view(torch.float32).view(spec.column_units, spec.unit_features, spec.in_features)
-    offset = 0
-    for part in spec.parts:
-        yield part, rows[:, offset : offset + part.rows_per_unit]
-        offset += part.rows_per_unit
+def _ends(
+    runs: LayerRuns, starts: list[torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor, Callable[[], tuple[int, list[torch.Tensor]]]]]:
+    """Embedding and head, a tied pair once: the tensor, its rows, and from where on the model is run with others."""
+    name, embedding = runs.embedding
+    for part, rows, _ in runs.head_parts():
+        if part.tensor != name:
+            yield part.tensor, rows, lambda: (runs.layers, [starts[-1]])
+        yield name, rows if part.tensor == name else embedding, lambda: (0, [runs.embedded()])
 
 
-def _loss(llm: LLM, tokens: list[int], before: torch.Tensor, rows: torch.Tensor, ops: CpuKernels) -> Loss:
+def _divergences(runs: LayerRuns, layer: int, changed: list[torch.Tensor], before: torch.Tensor) -> list[float]:
+    """The mean divergence of the output for each of what the layers from `layer` on begin with."""
+    hidden = torch.cat(changed)
+    for index in range(layer, runs.layers):
+        hidden = runs.after_layer(index, hidden)
+    found = []
+    for each in hidden.split(changed[0].shape[0]):
+        after = runs.log_probabilities(each.flatten(0, 1))
+        found.append((before.exp() * (before - after)).sum(-1).mean().item())
+    return found
+
+
+def _changed(rows: torch.Tensor, run: Callable[[], Result]) -> Result:
+    """What `run` gives while a weight's rows are rounded coarsely."""
     kept = rows.clone()
-    flat = kept.view(-1, kept.shape[-1])
-    coarse = rounded_coarsely(flat)
-    rows.copy_(coarse.view(rows.shape))
-    after = torch.log_softmax(llm.logits(tokens), -1)
-    rows.copy_(kept)
-    divergence = (before.exp() * (before - after)).sum(-1).mean().item()
-    error = relative_error(coarse, flat)
-    sample = flat[:: max(1, flat.shape[0] // SAMPLED_ROWS)].contiguous()
+    rows.copy_(rounded_coarsely(_flat(kept)).view(rows.shape))
+    try:
+        return run()
+    finally:
+        rows.copy_(kept)
+
+
+def _flat(rows: torch.Tensor) -> torch.Tensor:
+    return rows.reshape(-1, rows.shape[-1]).float()
+
+
+def _loss(rows: torch.Tensor, moments: torch.Tensor | None, divergence: float, ops: CpuKernels) -> Loss:
+    """divergence: of the rows rounded coarsely. moments: of the inputs, None to count every error alike."""
+    flat = _flat(rows)
+    error = _error(rounded_coarsely(flat), flat, moments) / flat.shape[0]
     scale = max(divergence, LEAST_KL) / max(error, 1e-30)
-    return Loss(flat.shape[0], flat.shape[1], {name: scale * found for name, found in _errors(sample, ops).items()})
+    sample = flat[:: max(1, flat.shape[0] // SAMPLED_ROWS)].contiguous()
+    errors = _errors(sample, moments, ops)
+    return Loss(flat.shape[0], flat.shape[1], {name: scale * found for name, found in errors.items()})
 
 
 def rounded_coarsely(rows: torch.Tensor) -> torch.Tensor:
@@ -84,27 +109,23 @@ def rounded_coarsely(rows: torch.Tensor) -> torch.Tensor:
     return ((groups / scale).round_() * scale).view(rows.shape)
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Squared error over the squares."""
-    return ((found - expected).square().sum() / expected.square().sum().clamp_min(1e-30)).item()
+def _error(found: torch.Tensor, expected: torch.Tensor, moments: torch.Tensor | None) -> float:
+    """The squared error of the output of a linear whose inputs have these moments, or of the weights."""
+    missed = found - expected
+    return (missed.square() if moments is None else missed @ moments * missed).sum().item()
 
 
-def _errors(rows: torch.Tensor, ops: CpuKernels) -> dict[str, float]:
-    """The relative error of rows in every type that they may have."""
+def _errors(rows: torch.Tensor, moments: torch.Tensor | None, ops: CpuKernels) -> dict[str, float]:
+    """The error of a row, on average, in every type that rows may have."""
     found = {}
     for name in CANDIDATES:
-        if fits(name, rows.shape[1]):
-            held = (
-                rows.half().float()
-                if name not in ENCODERS
-                else dequantised(ops, encode(name, rows), name, "", rows.shape[1])
-            )
-            found[name] = relative_error(held, rows)
+        if fits(name, rows.shape[1]) and not (name == "F16" and rows.abs().amax() > HALF_MAX):
+            found[name] = _error(held(name, encode(name, rows), rows.shape[1], ops), rows, moments) / rows.shape[0]
     return {name: error for name, error in found.items() if not _is_beaten(name, error, found)}
 
 
 def _is_beaten(name: str, error: float, found: dict[str, float]) -> bool:
-    """Whether a type of no more bytes is no worse."""
+    """Whether a type of fewer bytes is no worse."""
     size = TYPES[name].block_bytes / TYPES[name].items
     smaller = (other for other in found if TYPES[other].block_bytes / TYPES[other].items < size)
     return any(found[other] <= error for other in smaller)

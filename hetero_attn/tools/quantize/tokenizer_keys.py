@@ -12,11 +12,12 @@ import numpy as np
 from hetero_attn.checkpoints.gguf.fields import GgufFields
 from hetero_attn.checkpoints.gguf.tokenizer import CONTROL, KNOWN_SPLITS, NORMAL, UNUSED, USER, gguf_tokenizer
 from hetero_attn.errors import UnsupportedModelError
-from hetero_attn.serving.tokenizer import Tokenizer
+from hetero_attn.serving.tokenizer import Tokenizer, has_tokenizer
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.json_fields import JsonFields, read_json
 
 MAX_FILE_BYTES = 256 << 20
+_OTHER_SOURCE = "take a GGUF file of the model as the source"
 LINES = (
     "Hello world, it's 2024 and I'VE 12345678 reasons; they'll say 3.14159!",
     "  leading, trailing  \n\n\tTabs\tand\r\nlines   \n",
@@ -39,21 +40,27 @@ def tokenizer_metadata(path: Path, config: ModelConfig) -> dict[str, Any]:
     """
     file = path / "tokenizer.json"
     if not file.is_file():
+        if has_tokenizer(path):
+            raise UnsupportedModelError(
+                f"{path}: the tokenizer is there, but not as tokenizer.json, of which the file's is made; write that "
+                f"with transformers' AutoTokenizer.from_pretrained and save_pretrained, or {_OTHER_SOURCE}"
+            )
         return {}
     fields = JsonFields(file, read_json(file, MAX_FILE_BYTES))
+    candidates = _candidates(fields)
     tokenizer = Tokenizer.open(path, config.vocab_size)
     found = _lists(fields, config.vocab_size) | _ids(tokenizer, config)
     if tokenizer.chat_template:
         found["tokenizer.chat_template"] = tokenizer.chat_template
     wanted = [tokenizer.encode(line) for line in LINES]
-    for kind, name in _candidates(fields):
+    for kind, name in candidates:
         tried = found | {"tokenizer.ggml.model": kind, "tokenizer.ggml.pre": name}
         read = gguf_tokenizer(GgufFields(file, tried | {"general.architecture": ""})).backend
         if all(read.encode(line).ids == ids for line, ids in zip(LINES, wanted, strict=True)):
             return tried
     raise UnsupportedModelError(
         f"{file}: text is split in a way that no name known here stands for ({', '.join(KNOWN_SPLITS)}), so other "
-        "programs would read other tokens; take a GGUF file of the model as the source"
+        f"programs would read other tokens; {_OTHER_SOURCE}"
     )
 
 
@@ -62,7 +69,9 @@ def _candidates(fields: JsonFields) -> list[tuple[str, str]]:
     model = fields.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE":
         found = model.get("type") if isinstance(model, dict) else model
-        raise UnsupportedModelError(f"{fields.path}: the tokenizer is {found!r}, of which only BPE is written")
+        raise UnsupportedModelError(
+            f"{fields.path}: the tokenizer is {str(found)[:40]!r}, and only BPE is written; {_OTHER_SOURCE}"
+        )
     if model.get("byte_fallback"):
         return [("llama", "default")]
     return [("gpt2", name) for name in KNOWN_SPLITS]

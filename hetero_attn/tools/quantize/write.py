@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,15 +23,15 @@ from hetero_attn.errors import ArgumentError, CheckpointError
 from hetero_attn.models.decoder import decoder
 from hetero_attn.serving.progress import bytes_bar
 from hetero_attn.spec.config import ModelConfig
-from hetero_attn.tools.quantize.blocks import TYPES, encode
-from hetero_attn.tools.quantize.choose import RECIPES, Loss, bits_of, by_bits, by_recipe, fitting
+from hetero_attn.tools.quantize.blocks import TYPES
+from hetero_attn.tools.quantize.calibrate import calibration
+from hetero_attn.tools.quantize.choose import RECIPES, Loss, bits_of, by_bits, by_recipe
+from hetero_attn.tools.quantize.encode import encode
 from hetero_attn.tools.quantize.metadata import check_same_model, copied_metadata, gguf_architecture, made_metadata
-from hetero_attn.tools.quantize.sensitivity import losses
 from hetero_attn.tools.quantize.table import KEY, table_text
 from hetero_attn.tools.quantize.tokenizer_keys import tokenizer_metadata
 
 RUN_WEIGHTS = 1 << 24  # read and encoded at once
-UNTIED_EMBEDDING = "Q8_0"  # where bits are given: its rows are looked up, not multiplied
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,16 @@ class QuantizedFile:
     table: str
 
 
+@dataclass(frozen=True, slots=True)
+class _NewFile:
+    """What a file says beside its weights. is_turned: whether rows of q and k are stored as pairs. divisors: of the
+    rotary frequencies, where the file keeps them."""
+
+    metadata: dict[str, Any]
+    is_turned: bool
+    divisors: torch.Tensor | None
+
+
 def quantize(
     model: str | Path,
     out: Path,
@@ -52,12 +63,15 @@ def quantize(
     text: str = "",
     force: bool = False,
     threads: int | None = None,
+    measured: Mapping[str, Loss] | None = None,
 ) -> QuantizedFile:
     """Write a model to the GGUF file `out`, by a recipe of RECIPES, or with at most so many bits a weight.
 
-    text: on which the effect of every linear is measured when `bits` are given. force: write over a file. Raises
-    ArgumentError for another recipe or a file that is there, CheckpointError, ConfigError, PromptError or
-    UnsupportedModelError before anything is written, and CheckpointError where the disk is full.
+    text: on which the effect of every linear is measured when `bits` are given, and for whose activations all weights
+    are rounded; "" rounds each weight to the nearest. force: write over a file. measured: those effects, where they are
+    known from another file of the model. Raises ArgumentError for another recipe
+    or a file that is there, CheckpointError, ConfigError, PromptError or UnsupportedModelError before anything is
+    written, and CheckpointError where the disk is full.
     """
     if out.exists() and not force:
         raise ArgumentError(f"--out is {out}, which is there already; give another name, or --force to write over it")
@@ -69,42 +83,29 @@ def quantize(
     with open_source(path) as source:
         source.check(spec)
         shapes = spec.tensors
-        measured = {} if bits is None else losses(path, text, ops, threads)
-        chosen = by_recipe(RECIPES[recipe or "q4_m"], shapes)
-        if bits is not None:
-            chosen = _by_bits(measured, bits, shapes, chosen)
+        chosen = by_recipe(RECIPES[recipe or "q4_m"], shapes, {name: source.dtype(name) for name in shapes})
+        new = _new_file(source, config, shapes, chosen)
+        encoded: dict[str, torch.Tensor] = {}
+        if text or bits is not None:
+            with calibration(path, text, ops, threads) as calibrated:
+                if bits is not None:
+                    measured = measured or calibrated.losses()
+                    chosen |= by_bits(measured, bits)
+                encoded = calibrated.encoded(chosen)
         wanted = f"{bits:g} bits" if bits is not None else f"recipe {recipe or 'q4_m'}"
-        table = table_text(wanted, bits_of(chosen, shapes), chosen, measured)
-        nbytes = _write(source, config, shapes, chosen, out, table, ops, force)
+        table = table_text(wanted, bits_of(chosen, shapes), chosen, measured or {})
+        new.metadata[KEY] = table
+        nbytes = _write(source, config, new, shapes, chosen, encoded, out, ops, force)
     return QuantizedFile(out, nbytes, bits_of(chosen, shapes), chosen, table)
 
 
-def _by_bits(
-    measured: Mapping[str, Loss], bits: float, shapes: Mapping[str, tuple[int, ...]], others: Mapping[str, str]
-) -> dict[str, str]:
-    fixed = {
-        name: kind if len(shapes[name]) == 1 else fitting(UNTIED_EMBEDDING, shapes[name][1])
-        for name, kind in others.items()
-        if name not in measured
-    }
-    matrices = [name for name in fixed if len(shapes[name]) > 1]
-    weights = sum(shapes[name][0] * shapes[name][1] for name in matrices)
-    nbytes = sum(shapes[name][0] * TYPES[fixed[name]].row_bytes(shapes[name][1]) for name in matrices)
-    return fixed | by_bits(measured, bits, nbytes, weights)
-
-
-def _write(
+def _new_file(
     source: Checkpoint | GgufCheckpoint,
     config: ModelConfig,
     shapes: Mapping[str, tuple[int, ...]],
     chosen: Mapping[str, str],
-    out: Path,
-    table: str,
-    ops: CpuKernels,
-    force: bool,
-) -> int:
-    theirs = {their_name(name): name for name in chosen}
-    tensors = [NewTensor(name, TYPES[chosen[ours]], shapes[ours]) for name, ours in theirs.items()]
+) -> _NewFile:
+    """Raises UnsupportedModelError for a model that no file can say; which types are chosen does not matter."""
     divisors = None
     if isinstance(source, GgufCheckpoint):
         metadata, is_turned = copied_metadata(source), gguf_terms(source.fields).is_turned
@@ -114,29 +115,58 @@ def _write(
         architecture, is_turned = gguf_architecture(config, source.path)
         metadata, divisors = made_metadata(config, architecture, source.path.name)
         metadata |= tokenizer_metadata(source.path, config)
-    if divisors is not None:
-        tensors.append(NewTensor(ROPE_DIVISORS, TYPES["F32"], tuple(divisors.shape)))
-    metadata[KEY] = table
+    tensors = _new_tensors(shapes, chosen, divisors)
     placed = {item.name: GgufTensor(None, item.type, item.shape, 0, item.nbytes) for item in tensors}  # type: ignore[arg-type]
     check_same_model(config, metadata, placed, divisors, source.path)
+    return _NewFile(metadata, is_turned, divisors)
+
+
+def _new_tensors(
+    shapes: Mapping[str, tuple[int, ...]], chosen: Mapping[str, str], divisors: torch.Tensor | None
+) -> list[NewTensor]:
+    tensors = [NewTensor(their_name(name), TYPES[kind], shapes[name]) for name, kind in chosen.items()]
+    if divisors is not None:
+        tensors.append(NewTensor(ROPE_DIVISORS, TYPES["F32"], tuple(divisors.shape)))
+    return tensors
+
+
+def _write(
+    source: Checkpoint | GgufCheckpoint,
+    config: ModelConfig,
+    new: _NewFile,
+    shapes: Mapping[str, tuple[int, ...]],
+    chosen: Mapping[str, str],
+    encoded: Mapping[str, torch.Tensor],
+    out: Path,
+    ops: CpuKernels,
+    force: bool,
+) -> int:
+    theirs = {their_name(name): name for name in chosen}
+    tensors = _new_tensors(shapes, chosen, new.divisors)
     with bytes_bar(sum(item.nbytes for item in tensors), f"writing {out.name}") as bar:
 
         def data(tensor: NewTensor) -> Iterator[np.ndarray]:
             if tensor.name == ROPE_DIVISORS:
-                yield divisors.numpy().view(np.uint8)
+                yield new.divisors.numpy().view(np.uint8)
                 return
-            for piece in _encoded(source, theirs[tensor.name], tensor, is_turned, config.head_dim, ops):
+            name = theirs[tensor.name]
+            is_turned = new.is_turned and is_rotated(name)
+            if name in encoded:
+                rows = encoded[name]
+                yield (turned(rows, config.head_dim) if is_turned else rows).numpy()
+                bar.update(rows.nbytes)
+                return
+            for piece in _encoded(source, name, tensor, is_turned, config.head_dim, ops):
                 bar.update(piece.nbytes)
                 yield piece
 
-        return write_gguf(out, metadata, tensors, data, force)
+        return write_gguf(out, new.metadata, tensors, data, force)
 
 
 def _encoded(
     source: Checkpoint | GgufCheckpoint, name: str, tensor: NewTensor, is_turned: bool, head_dim: int, ops: CpuKernels
 ) -> Iterator[np.ndarray]:
-    """The bytes of a tensor, some whole heads of rows at a time."""
-    is_turned = is_turned and is_rotated(name)
+    """The bytes of a tensor, each weight rounded to the nearest, some whole heads of rows at a time."""
     if len(tensor.shape) == 1:
         values = source.read(name).float()
         yield turned(values, head_dim).numpy().view(np.uint8) if is_turned else values.numpy().view(np.uint8)
