@@ -1,0 +1,127 @@
+"""A model in GGUF types as llama.cpp makes them, beside transformers holding the same values in float32.
+
+    python examples/benchmarks/gguf_exactness.py FILE.gguf ... [--json FILE]
+
+For every file: perplexity of six windows of 512 tokens of the shipped checkpoint's held-out text, each read on its own;
+the largest error of a logit over the first window; and 64 greedy tokens after a prompt, token by token. Ours is
+measured twice: with float32 arithmetic, which is to give transformers' numbers, and as it runs by default, on packed
+codes with activations rounded to int8, whose difference is what that rounding costs. transformers reads the file
+itself, with `gguf`. Results of files that the JSON file holds already are kept. Last comes a line of JSON.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from hetero_attn import LLM, SamplingParams
+from hetero_attn.tools.quality import MOST_WINDOWS, WINDOW_TOKENS
+from placement.machine.fingerprint import cpu_name
+
+TEXT = Path(__file__).resolve().parents[1] / "tiny" / "heldout.txt"
+PROMPT = "The largest planets of the solar system are"
+GREEDY_TOKENS = 64
+
+Windows = list[list[int]]
+Logits = Callable[[list[int]], torch.Tensor]
+
+
+def perplexity(logits: Logits, windows: Windows) -> float:
+    """Of windows that are read each on its own, every token given."""
+    losses: list[float] = []
+    for window in windows:
+        logs = torch.log_softmax(logits(window)[:-1].double(), -1)
+        losses += (-logs.gather(1, torch.tensor(window[1:])[:, None])[:, 0]).tolist()
+    return math.exp(math.fsum(losses) / len(losses))
+
+
+def ours(file: Path, dtype: str) -> tuple[dict[str, Any], Windows, torch.Tensor]:
+    """(what is compared, the windows, the logits of the first)."""
+    with LLM(file, device="cpu", dtype=dtype, kv_dtype="fp32", max_context=WINDOW_TOKENS, progress=False) as llm:
+        ids = llm.tokenizer.encode(TEXT.read_text())[: MOST_WINDOWS * WINDOW_TOKENS]
+        windows = [ids[start : start + WINDOW_TOKENS] for start in range(0, len(ids), WINDOW_TOKENS)]
+        prompt = llm.tokenizer.encode(PROMPT)
+        answer = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=GREEDY_TOKENS, ignore_eos=True))[0]
+        found = {"perplexity": perplexity(llm.logits, windows), "prompt": prompt, "greedy": list(answer.token_ids)}
+        return found, windows, llm.logits(windows[0])
+
+
+def theirs(file: Path, windows: Windows, prompt: list[int]) -> tuple[dict[str, Any], torch.Tensor]:
+    """The same of transformers in float32."""
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def logits(ids: list[int]) -> torch.Tensor:
+        return model(torch.tensor([ids])).logits[0]
+
+    with torch.inference_mode():
+        grown = model.generate(
+            torch.tensor([prompt]), max_new_tokens=GREEDY_TOKENS, min_new_tokens=GREEDY_TOKENS, do_sample=False
+        )
+    return {"perplexity": perplexity(logits, windows), "greedy": grown[0, len(prompt) :].tolist()}, logits(windows[0])
+
+
+def measured(file: Path) -> dict[str, Any]:
+    """One row of the table."""
+    exact, windows, logits = ours(file, "fp32")
+    wanted, wanted_logits = theirs(file, windows, exact["prompt"])
+    packed, _, packed_logits = ours(file, "auto")
+    return {
+        "file": file.name,
+        "file_bytes": file.stat().st_size,
+        "tokens": sum(map(len, windows)),
+        "transformers_perplexity": wanted["perplexity"],
+        "perplexity": exact["perplexity"],
+        "largest_logit_error": (logits - wanted_logits).abs().max().item(),
+        "nmse": ((logits - wanted_logits).double().square().sum() / wanted_logits.double().square().sum()).item(),
+        "largest_logit": wanted_logits.abs().max().item(),
+        "greedy_tokens_equal": _equal(exact["greedy"], wanted["greedy"]),
+        "packed_perplexity": packed["perplexity"],
+        "packed_nmse": (
+            (packed_logits - wanted_logits).double().square().sum() / wanted_logits.double().square().sum()
+        ).item(),
+        "packed_greedy_tokens_equal": _equal(packed["greedy"], wanted["greedy"]),
+    }
+
+
+def _equal(found: list[int], wanted: list[int]) -> int:
+    """How many tokens agree before the first that does not."""
+    return next(
+        (index for index, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1]), len(wanted)
+    )
+
+
+def main() -> int:
+    """Measure and print; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    kept = json.loads(chosen.json.read_text()) if chosen.json and chosen.json.exists() else {"rows": []}
+    result = {"cpu": cpu_name(), "text": TEXT.name, "rows": kept["rows"]}
+    print(f"{'file':<24}{'theirs':>9}{'ours':>9}{'error':>9}{'same':>6}{'packed':>9}{'same':>6}")
+    for file in chosen.files:
+        row = next((row for row in result["rows"] if row["file"] == file.name), None)
+        if row is None:
+            row = measured(file)
+            result["rows"].append(row)
+            if chosen.json:
+                chosen.json.write_text(json.dumps(result, indent=2) + "\n")
+        print(
+            f"{row['file']:<24}{row['transformers_perplexity']:>9.4f}{row['perplexity']:>9.4f}"
+            f"{row['largest_logit_error']:>9.1e}{row['greedy_tokens_equal']:>6}{row['packed_perplexity']:>9.4f}"
+            f"{row['packed_greedy_tokens_equal']:>6}",
+            flush=True,
+        )
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
