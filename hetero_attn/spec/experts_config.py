@@ -12,6 +12,7 @@ from hetero_attn.spec.json_fields import JsonFields, show
 
 MAX_EXPERTS = 1 << 12
 MAX_WIDTH = 1 << 20
+SOFTMAX = 1  # of what GGUF files call their gating function
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +87,24 @@ def qwen3_moe_experts(fields: JsonFields, num_layers: int) -> ExpertsConfig:
 
 
 def gguf_experts(fields: Any, found: Mapping[str, Any], normalised: bool) -> ExpertsConfig:
-    """Experts in every layer of a GGUF file, by its metadata; found: the fields of ModelConfig so far."""
+    """Experts in every layer of a GGUF file, by its metadata; found: the fields of ModelConfig so far. normalised: what
+    the architecture does where the file does not say."""
     experts = fields.integer(".expert_count", MAX_EXPERTS)
     per_row = fields.integer(".expert_used_count", MAX_EXPERTS)
     if per_row > experts:
         fields.fail(".expert_used_count", per_row, f"at most the {experts} experts")
     if (scale := fields.number(".expert_weights_scale", 0.0, 1e6, 1.0)) != 1.0:
         raise UnsupportedModelError(f"{fields.path}: expert_weights_scale is {scale:g}, which is not computed")
+    gating = fields.integer(".expert_gating_func", 255, SOFTMAX, low=0)
+    if gating not in (0, SOFTMAX):  # 0 is said by files whose architecture decides
+        raise UnsupportedModelError(
+            f"{fields.path}: {fields.key('.expert_gating_func')} is {gating}; only {SOFTMAX}, the softmax of all scores"
+        )
     return ExpertsConfig(
         experts=experts,
         per_row=per_row,
         width=fields.integer(".expert_feed_forward_length", MAX_WIDTH, found["intermediate_size"]),
-        normalised=normalised,
+        normalised=fields.boolean(".expert_weights_norm", normalised),
         shared_width=fields.integer(".expert_shared_feed_forward_length", MAX_WIDTH, 0),
         layers=(True,) * found["num_layers"],
     )

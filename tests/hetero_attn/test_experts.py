@@ -1,15 +1,19 @@
 """Mixtures of experts against transformers in float32: every family, every lane, every way that a file has them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from gpu_kernels import reference
 from hetero_attn import LLM
 from hetero_attn.checkpoints.checkpoint import Checkpoint
+from hetero_attn.checkpoints.gguf.fields import GgufFields
 from hetero_attn.checkpoints.sources import open_source, read_config, stored_formats
 from hetero_attn.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hetero_attn.models.decoder import decoder
 from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.experts_config import gguf_experts
 from hetero_attn.spec.tensor_names import expert_tensor
 from hetero_attn.spec.weight_formats import WeightFormats
 from placement.plan.memory import KvPlacement, LinearPlacement
@@ -387,6 +391,32 @@ def test_where_experts_live_changes_no_bit_of_their_sum(ops):
         sums.append(out)
 
     assert all(torch.equal(out, sums[0]) for out in sums)
+
+
+@pytest.mark.parametrize(("key", "value"), [("expert_gating_func", 2), ("expert_weights_scale", 2.5)])
+def test_a_file_whose_router_is_another_is_refused_by_its_key(key, value):
+    with pytest.raises(UnsupportedModelError, match=key):
+        gguf_experts(router_fields(**{key: value}), {"intermediate_size": 64, "num_layers": 2}, True)
+
+
+@pytest.mark.parametrize("said", [None, True, False])
+def test_a_file_that_says_whether_weights_are_normalised_is_believed(said):
+    more = {} if said is None else {"expert_weights_norm": said}
+    found = [
+        gguf_experts(router_fields(expert_gating_func=1, **more), {"intermediate_size": 64, "num_layers": 2}, usual)
+        for usual in (True, False)
+    ]
+
+    assert [config.normalised for config in found] == ([True, False] if said is None else [said] * 2)
+
+
+def router_fields(**values):
+    """Metadata of a GGUF file with experts."""
+    keys = {"expert_count": 8, "expert_used_count": 2} | values
+    return GgufFields(
+        Path("model.gguf"),
+        {"general.architecture": "qwen3moe"} | {f"qwen3moe.{key}": value for key, value in keys.items()},
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
