@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,20 +16,15 @@ if TYPE_CHECKING:
     from hetero_attn.planning.options import LoadOptions
 
 
+@options.spread
 def bench(
     model: options.Model,
+    *,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", "-p", min=0, help="Prompt of the pp row.")] = 512,
     gen_tokens: Annotated[int, typer.Option("--gen-tokens", "-n", min=0, help="Tokens of the tg row.")] = 128,
     depth: Annotated[list[str] | None, typer.Option("--depth", "-d", help="Tokens in the cache, as 0,1024.")] = None,
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="The median is reported.")] = 3,
-    policy: options.Policy = "auto",
-    gpu_memory: options.GpuMemory = None,
-    dtype: options.Dtype = "auto",
-    kv_dtype: options.KvDtype = "auto",
-    device: options.Device = "auto",
-    context: options.Context = None,
-    batch: options.Batch = None,
-    threads: options.Threads = None,
+    loading: options.Loading,
     trace: Annotated[Path | None, typer.Option("--trace", help="Write a timeline of the lanes (Chrome trace).")] = None,
     simulate: Annotated[
         str | None,
@@ -42,7 +38,6 @@ def bench(
     as_json: options.Json = False,
 ) -> None:
     """Measure prefill and decode as llama-bench does, beside prediction and ceiling."""
-    from hetero_attn.planning.options import LoadOptions
     from hetero_attn.tools import bench as benchmark
     from hetero_attn.tools.trace import tokens_traced, trace_steps
 
@@ -51,23 +46,18 @@ def bench(
     if trace is not None:
         needed = max(needed, tokens_traced(prompt_tokens))
     expect_writable(trace)
-    if context is not None and context < needed:
+    if loading.context is not None and loading.context < needed:
         raise typer.BadParameter(
-            f"--context {context} is less than the {needed} tokens that this measurement needs; give at least that, or "
-            "lower --prompt-tokens, --gen-tokens or --depth"
+            f"--context {loading.context} is less than the {needed} tokens that this measurement needs; give at least "
+            "that, or lower --prompt-tokens, --gen-tokens or --depth"
         )
     # Without a wish of the user, the context is what the measurement itself needs.
-    context = context or needed
+    loading = replace(loading, context=loading.context or needed)
     if simulate is not None:
-        wishes = LoadOptions(
-            model=model, policy=policy, gpu_memory=gpu_memory, dtype=dtype, kv_dtype=kv_dtype, device=device,
-            hardware=machine(simulate), max_context=context, max_batch=batch, num_threads=threads,
-        )  # fmt: skip
+        wishes = loading.options(model, hardware=machine(simulate))
         _simulate(wishes, prompt_tokens, gen_tokens, depths, trace, as_json)
         return
-    with options.load_llm(
-        model, policy, gpu_memory, dtype, device, context, threads, kv_dtype=kv_dtype, batch=batch
-    ) as llm:
+    with loading.llm(model) as llm:
         report = benchmark.run(
             llm, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens, depths=depths, repetitions=repetitions
         )

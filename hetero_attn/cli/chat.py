@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 GREETING = "/help lists the commands; Ctrl-C ends an answer, Ctrl-D leaves"
 
 
+@options.spread
 def chat(
     model: options.Model,
+    *,
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
     template_var: Annotated[
         list[str] | None,
@@ -33,43 +35,15 @@ def chat(
             help="A variable of the chat template, such as enable_thinking=false; may be given several times."
         ),
     ] = None,
-    max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    stop: options.Stop = None,
+    sampling: options.Sampling,
     seed: options.Seed = 0,
-    policy: options.Policy = "auto",
-    gpu_memory: options.GpuMemory = None,
-    gpu_layers: options.GpuLayers = None,
-    dtype: options.Dtype = "auto",
-    kv_dtype: options.KvDtype = "auto",
-    device: options.Device = "auto",
-    context: options.Context = None,
-    batch: options.Batch = None,
+    loading: options.Loading,
     speculate: options.Speculate = "off",
-    threads: options.Threads = None,
 ) -> None:
     """Talk with a model; Ctrl-C ends an answer, /exit ends the program, /help lists what else there is."""
-    wishes = options.sampling_wishes(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop)
+    wishes = sampling.wishes()
     variables = dict(map(template_variable, template_var or ()))
-    with options.load_llm(
-        model,
-        policy,
-        gpu_memory,
-        dtype,
-        device,
-        context,
-        threads,
-        seed,
-        kv_dtype=kv_dtype,
-        batch=batch,
-        needs_text=True,
-        speculate=speculate,
-        needs_template=True,
-    ) as llm:
+    with loading.llm(model, needs_template=True, seed=seed, needs_text=True, speculate=speculate) as llm:
         note(banner(llm))
         talk = Conversation(llm, llm.default_params(**wishes), system, variables=variables)
         converse(talk, line_source(note, tuple(HELP)))

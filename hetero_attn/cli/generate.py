@@ -10,8 +10,10 @@ from hetero_attn.cli.errors import INTERRUPTED
 from hetero_attn.cli.output import output_dict, print_json, print_stream, read_text, speed_line
 
 
+@options.spread
 def generate(
     model: options.Model,
+    *,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Text to continue; - reads it from stdin.")
     ] = None,
@@ -20,49 +22,21 @@ def generate(
         bool, typer.Option("--chat", help="The prompt is a message: apply the model's chat template.")
     ] = False,
     system: Annotated[str | None, typer.Option(help="With --chat, the system message before it.")] = None,
-    max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    stop: options.Stop = None,
+    sampling: options.Sampling,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end token.")] = False,
     seed: options.Seed = 0,
-    policy: options.Policy = "auto",
-    gpu_memory: options.GpuMemory = None,
-    gpu_layers: options.GpuLayers = None,
-    dtype: options.Dtype = "auto",
-    kv_dtype: options.KvDtype = "auto",
-    device: options.Device = "auto",
-    context: options.Context = None,
-    batch: options.Batch = None,
+    loading: options.Loading,
     speculate: options.Speculate = "off",
-    threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
     """Continue a prompt, or answer it (--chat), printing the text as it is made; the speed goes to stderr."""
     text = prompt_text(prompt, file)
     if system is not None and not chat:
         raise typer.BadParameter("--system belongs to a chat template; add --chat")
-    wishes = options.sampling_wishes(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, ignore_eos)
+    wishes = sampling.wishes(ignore_eos)
     opening = [] if system is None else [{"role": "system", "content": system}]
     messages = [*opening, {"role": "user", "content": text}]
-    with options.load_llm(
-        model,
-        policy,
-        gpu_memory,
-        dtype,
-        device,
-        context,
-        threads,
-        seed,
-        kv_dtype=kv_dtype,
-        batch=batch,
-        needs_text=True,
-        speculate=speculate,
-        needs_template=chat,
-    ) as llm:
+    with loading.llm(model, needs_template=chat, seed=seed, needs_text=True, speculate=speculate) as llm:
         params = llm.default_params(**wishes)
         if as_json:
             output = llm.chat(messages, params) if chat else llm.generate([text], params)[0]

@@ -1,8 +1,14 @@
-"""Options that several subcommands share, and how they become an `LLM` and its `SamplingParams`."""
+"""Options that several subcommands share, each declared once with its default, and what they become.
+
+A command takes them as one parameter, `loading: Loading`; `spread` puts the fields in its place for typer to read.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -10,30 +16,50 @@ from hetero_attn.cli.shell.collector import collector_at_rest
 
 if TYPE_CHECKING:
     from hetero_attn import LLM
+    from hetero_attn.planning.options import LoadOptions
 
 Model = Annotated[
     str, typer.Argument(help="Folder of a Hugging Face checkpoint, a GGUF file, or a hub id.", show_default=False)
 ]
-Policy = Annotated[str, typer.Option(help="auto, the name of a shipped policy, or a policy file.")]
-GpuMemory = Annotated[str | None, typer.Option(help="Budget of GPU memory, such as 8GiB. Default: what is free.")]
-Dtype = Annotated[
-    str, typer.Option(metavar="auto|bf16|fp32|q8|q4_m|q4", help="Weights in memory; q8, q4_m and q4 quantise.")
-]
-KvDtype = Annotated[
-    str, typer.Option(metavar="auto|bf16|fp32|q8|q4", help="Keys and values in memory; auto: bf16 or the model's fp32.")
-]
-Device = Annotated[str, typer.Option(metavar="auto|cuda|cuda:N|cpu|emulated", help="emulated is no GPU: for tests.")]
-Context = Annotated[
-    int | None,
-    typer.Option(
-        "--context", "-c", "--ctx-size", help="Most tokens of a sequence. Default: the model's own, at most 8192."
-    ),
-]
-Batch = Annotated[int | None, typer.Option("--batch", "-np", "--parallel", help="Sequences decoded together.")]
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", help="Threads of the CPU lane. Default: one per physical core.")
 ]
 Seed = Annotated[int, typer.Option(help="Makes sampling repeatable.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer shall see it: each parameter that is a dataclass of options replaced by that one's fields.
+
+    Such a parameter is keyword-only in the command; its fields keep their order, types and defaults.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    shared: dict[str, Any] = {
+        name: given.annotation for name, given in signature.parameters.items() if is_dataclass(given.annotation)
+    }
+
+    def spread_command(**values: Any) -> None:
+        for name, group in shared.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        command(**values)
+
+    parameters: list[inspect.Parameter] = []
+    for name, given in signature.parameters.items():
+        parameters += _parameters(shared[name]) if name in shared else [given.replace(kind=given.KEYWORD_ONLY)]
+    spread_command.__name__, spread_command.__doc__ = command.__name__, command.__doc__
+    spread_command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    spread_command.__annotations__ = {given.name: given.annotation for given in parameters}
+    return spread_command
+
+
+def _parameters(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(group)
+    ]
 
 
 def refuse_layers(layers: int | None) -> None:
@@ -55,38 +81,125 @@ def checked_max_tokens(tokens: int | None) -> int | None:
     return None if tokens == -1 else tokens
 
 
-GpuLayers = Annotated[
-    int | None, typer.Option("-ngl", "--gpu-layers", "--n-gpu-layers", hidden=True, callback=refuse_layers)
-]
-MaxTokens = Annotated[
-    int | None,
-    typer.Option(
-        "--max-tokens",
-        "-n",
-        help="Most tokens to generate; -1, the default: to the end of the context.",
-        callback=checked_max_tokens,
-        show_default=False,
-    ),
-]
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How a model is to be loaded."""
+
+    policy: Annotated[str, typer.Option(help="auto, the name of a shipped policy, or a policy file.")] = "auto"
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Budget of GPU memory, such as 8GiB. Default: what is free.")
+    ] = None
+    gpu_layers: Annotated[
+        int | None, typer.Option("-ngl", "--gpu-layers", "--n-gpu-layers", hidden=True, callback=refuse_layers)
+    ] = None
+    dtype: Annotated[
+        str, typer.Option(metavar="auto|bf16|fp32|q8|q4_m|q4", help="Weights in memory; q8, q4_m and q4 quantise.")
+    ] = "auto"
+    kv_dtype: Annotated[
+        str,
+        typer.Option(metavar="auto|bf16|fp32|q8|q4", help="Keys and values in memory; auto: bf16 or the model's fp32."),
+    ] = "auto"
+    device: Annotated[
+        str, typer.Option(metavar="auto|cuda|cuda:N|cpu|emulated", help="emulated is no GPU: for tests.")
+    ] = "auto"
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context", "-c", "--ctx-size", help="Most tokens of a sequence. Default: the model's own, at most 8192."
+        ),
+    ] = None
+    batch: Annotated[int | None, typer.Option("--batch", "-np", "--parallel", help="Sequences decoded together.")] = (
+        None
+    )
+    threads: Threads = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The wishes by the names that `LLM` and `LoadOptions` give them."""
+        return {
+            "policy": self.policy,
+            "gpu_memory": self.gpu_memory,
+            "dtype": self.dtype,
+            "kv_dtype": self.kv_dtype,
+            "device": self.device,
+            "max_context": self.context,
+            "max_batch": self.batch,
+            "num_threads": self.threads,
+        }
+
+    def options(self, model: str, **more: Any) -> LoadOptions:
+        """The wishes for who only plans, with more arguments of `LoadOptions`. Raises what that raises."""
+        from hetero_attn.planning.options import LoadOptions
+
+        return LoadOptions(model=model, **self.arguments() | more)
+
+    def llm(self, model: str, needs_template: bool = False, **more: Any) -> LLM:
+        """Load a model, with more arguments of `LLM`; says on stderr what takes time. Raises what `LLM` raises.
+
+        needs_template: a chat template will be filled in; what that takes is imported while the weights load.
+        """
+        with collector_at_rest():
+            from hetero_attn import LLM
+
+            if needs_template:
+                from hetero_attn.serving.tokenizer import import_beside
+
+                import_beside()
+
+            return LLM(model, progress=True, **self.arguments() | more)
+
+
 # What is not given is as the model's generation_config.json suggests, else temperature 0.7 and top-p 0.95.
 _SUGGESTED = "Default: as the model suggests, else"
-Temperature = Annotated[
-    float | None, typer.Option(help=f"0 always takes the likeliest token. {_SUGGESTED} 0.7.", show_default=False)
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(help=f"Keep the likeliest tokens up to this probability. {_SUGGESTED} 0.95.", show_default=False),
-]
-TopK = Annotated[int | None, typer.Option(help=f"Keep this many tokens. {_SUGGESTED} 0, all.", show_default=False)]
-MinP = Annotated[
-    float | None,
-    typer.Option(help=f"Keep tokens at least this likely beside the likeliest. {_SUGGESTED} 0.", show_default=False),
-]
-RepetitionPenalty = Annotated[
-    float | None,
-    typer.Option(help=f"Above 1 discourages tokens that were there before. {_SUGGESTED} 1.", show_default=False),
-]
-Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given several times.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are to be chosen, and when an answer ends; the fields have the names of `SamplingParams`."""
+
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            "-n",
+            help="Most tokens to generate; -1, the default: to the end of the context.",
+            callback=checked_max_tokens,
+            show_default=False,
+        ),
+    ] = None
+    temperature: Annotated[
+        float | None, typer.Option(help=f"0 always takes the likeliest token. {_SUGGESTED} 0.7.", show_default=False)
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(help=f"Keep the likeliest tokens up to this probability. {_SUGGESTED} 0.95.", show_default=False),
+    ] = None
+    top_k: Annotated[
+        int | None, typer.Option(help=f"Keep this many tokens. {_SUGGESTED} 0, all.", show_default=False)
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Keep tokens at least this likely beside the likeliest. {_SUGGESTED} 0.", show_default=False
+        ),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help=f"Above 1 discourages tokens that were there before. {_SUGGESTED} 1.", show_default=False),
+    ] = None
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given several times.")] = (
+        None
+    )
+
+    def wishes(self, ignore_eos: bool = False) -> dict[str, Any]:
+        """The given ones, for `LLM.default_params`. Raises SamplingError for a value out of range."""
+        from hetero_attn import SamplingParams
+
+        wishes = asdict(self) | {"stop": tuple(self.stop or ()) or None, "ignore_eos": ignore_eos or None}
+        given: dict[str, Any] = {name: value for name, value in wishes.items() if value is not None}
+        SamplingParams(**given)  # before a model is loaded for them
+        return given
+
+
 Speculate = Annotated[
     str,
     typer.Option(
@@ -94,76 +207,3 @@ Speculate = Annotated[
         "answer stays the same."
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-
-
-def load_llm(
-    model: str,
-    policy: str,
-    gpu_memory: str | None,
-    dtype: str,
-    device: str,
-    context: int | None,
-    threads: int | None,
-    seed: int | None = 0,
-    kv_dtype: str = "auto",
-    batch: int | None = None,
-    needs_text: bool = False,
-    speculate: str = "off",
-    needs_template: bool = False,
-) -> LLM:
-    """Load a model by the shared options; says on stderr what takes time. Raises what `LLM` raises.
-
-    needs_template: a chat template will be filled in; what that takes is imported while the weights load.
-    """
-    with collector_at_rest():
-        from hetero_attn import LLM
-
-        if needs_template:
-            from hetero_attn.serving.tokenizer import import_beside
-
-            import_beside()
-
-        return LLM(
-            model,
-            policy=policy,
-            gpu_memory=gpu_memory,
-            dtype=dtype,
-            device=device,
-            max_context=context,
-            seed=seed,
-            num_threads=threads,
-            kv_dtype=kv_dtype,
-            max_batch=batch,
-            progress=True,
-            needs_text=needs_text,
-            speculate=speculate,
-        )
-
-
-def sampling_wishes(
-    max_tokens: int | None,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    min_p: float | None,
-    repetition_penalty: float | None,
-    stop: list[str] | None,
-    ignore_eos: bool = False,
-) -> dict[str, Any]:
-    """The given ones of the shared options, for `LLM.default_params`. Raises SamplingError for a value out of range."""
-    from hetero_attn import SamplingParams
-
-    wishes = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "stop": tuple(stop or ()) or None,
-        "ignore_eos": ignore_eos or None,
-    }
-    given: dict[str, Any] = {name: value for name, value in wishes.items() if value is not None}
-    SamplingParams(**given)  # before a model is loaded for them
-    return given

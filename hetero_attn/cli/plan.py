@@ -19,19 +19,14 @@ if TYPE_CHECKING:
     from placement.explain import Explanation
 
 
+@options.spread
 def plan(
     model: options.Model,
+    *,
     hardware: Annotated[
         str | None, typer.Option(help="A machine of the catalogue, or a profile's file, JSON or YAML.")
     ] = None,
-    policy: options.Policy = "auto",
-    gpu_memory: options.GpuMemory = None,
-    dtype: options.Dtype = "auto",
-    kv_dtype: options.KvDtype = "auto",
-    device: options.Device = "auto",
-    context: options.Context = None,
-    batch: options.Batch = None,
-    threads: options.Threads = None,
+    loading: options.Loading,
     explain: Annotated[bool, typer.Option(help="Say what limits the plan, what would help, what was rejected.")] = True,
     plot: Annotated[
         Path | None, typer.Option(help="Draw weights by lane, speed over GPU memory and over context: PNG, SVG or PDF.")
@@ -46,25 +41,13 @@ def plan(
     from hetero_attn.engine.host_memory import why_too_large
     from hetero_attn.engine.measure import refresh_profile
     from hetero_attn.planning.fitting import why_not_fitting, would_fit
-    from hetero_attn.planning.options import LoadOptions
     from hetero_attn.serving.progress import working
     from hetero_attn.tools.quantize.table import kept_table
     from placement.plan.table import opening_lines
     from placement.plan.words import wrapped
 
     expect_writable(plot, yaml)
-    wishes = LoadOptions(
-        model=model,
-        policy=policy,
-        gpu_memory=gpu_memory,
-        dtype=dtype,
-        device=device,
-        hardware=machine(hardware),
-        max_context=context,
-        max_batch=batch,
-        num_threads=threads,
-        kv_dtype=kv_dtype,
-    )
+    wishes = loading.options(model, hardware=machine(hardware))
     if wishes.asks_for_this_machine:
         refresh_profile()
     planned = settled_or_refused(wishes)

@@ -1,7 +1,7 @@
 """`hetero-attn verify`: does the plan give the same answer as one device alone?"""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,8 +12,10 @@ PROMPT = "The quick brown fox jumps over the lazy dog. In the beginning there wa
 DISAGREES = 5
 
 
+@options.spread
 def verify(
     model: options.Model,
+    *,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to compare on.")] = PROMPT,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Take the text from a file; - is stdin.")] = None,
     quality: Annotated[
@@ -23,14 +25,7 @@ def verify(
             help="Instead: perplexity and KL on the text with weights held so (q4,q4_m,q8), beside the model's own.",
         ),
     ] = None,
-    policy: options.Policy = "auto",
-    gpu_memory: options.GpuMemory = None,
-    dtype: options.Dtype = "auto",
-    kv_dtype: options.KvDtype = "auto",
-    device: options.Device = "auto",
-    context: options.Context = None,
-    batch: options.Batch = None,
-    threads: options.Threads = None,
+    loading: options.Loading,
     as_json: options.Json = False,
 ) -> None:
     """Compare the plan with a one-device reference, and both with what rounding alone explains; exit 5 if they differ.
@@ -39,15 +34,12 @@ def verify(
     512 tokens are compared.
     """
     if quality is not None:
-        wishes = {"policy": policy, "gpu_memory": gpu_memory, "device": device, "num_threads": threads}
-        show_quality(model, quality, file, as_json, kv_dtype=kv_dtype, **wishes)
+        show_quality(model, quality, file, as_json, loading)
         return
     from hetero_attn.tools import verify as verification
 
     text = prompt if file is None else read_text(file)
-    with options.load_llm(
-        model, policy, gpu_memory, dtype, device, context, threads, kv_dtype=kv_dtype, batch=batch
-    ) as llm:
+    with loading.llm(model) as llm:
         report = verification.run(llm, text)
     if as_json:
         print_json(report.to_dict())
@@ -57,10 +49,9 @@ def verify(
         raise typer.Exit(DISAGREES)
 
 
-def show_quality(model: str, dtypes: str, file: Path | None, as_json: bool, **wishes: Any) -> None:
+def show_quality(model: str, dtypes: str, file: Path | None, as_json: bool, loading: options.Loading) -> None:
     """Print what each of the comma-separated dtypes costs on a text; raises typer.BadParameter for wrong options."""
     from hetero_attn.planning.arguments import check_choice
-    from hetero_attn.planning.options import LoadOptions
     from hetero_attn.planning.settle import WEIGHT_DTYPES
     from hetero_attn.tools import quality
 
@@ -69,7 +60,7 @@ def show_quality(model: str, dtypes: str, file: Path | None, as_json: bool, **wi
         check_choice("dtype", name, ("auto", *WEIGHT_DTYPES))
     if file is None:
         raise typer.BadParameter("--quality reads a text of some thousands of tokens; give it by --file")
-    report = quality.run(LoadOptions(model=model, **wishes), read_text(file), names, progress=True)
+    report = quality.run(loading.options(model), read_text(file), names, progress=True)
     if as_json:
         print_json(report.to_dict())
     else:

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 SEQUENCES = 4
 
 
+@options.spread
 def serve(
     model: options.Model,
+    *,
     host: Annotated[
         str, typer.Option(help="Where to listen; elsewhere than on loopback a key is needed.")
     ] = "127.0.0.1",
@@ -35,15 +37,7 @@ def serve(
     allow_host: Annotated[list[str] | None, typer.Option(help="A Host that requests may name.")] = None,
     allow_origin: Annotated[list[str] | None, typer.Option(help="An origin whose pages may ask.")] = None,
     ui: Annotated[bool, typer.Option(help="Show a page at /, with a chat and what the lanes do.")] = True,
-    policy: options.Policy = "auto",
-    gpu_memory: options.GpuMemory = None,
-    gpu_layers: options.GpuLayers = None,
-    dtype: options.Dtype = "auto",
-    kv_dtype: options.KvDtype = "auto",
-    device: options.Device = "auto",
-    context: options.Context = None,
-    batch: options.Batch = None,
-    threads: options.Threads = None,
+    loading: options.Loading,
 ) -> None:
     """Serve a model by OpenAI's, Anthropic's and Ollama's protocols; /health answers at once, everything else once the
     model is loaded."""
@@ -75,10 +69,7 @@ def serve(
     def load() -> LLM:
         from hetero_attn.server.driver import warmed
 
-        places = SEQUENCES if batch is None else batch
-        return warmed(
-            options.load_llm(model, policy, gpu_memory, dtype, device, context, threads, None, kv_dtype, batch=places)
-        )
+        return warmed(loading.llm(model, seed=None, max_batch=SEQUENCES if loading.batch is None else loading.batch))
 
     settings = replace(settings, port=sock.getsockname()[1])
     typer.echo(f"loading {model}; http://{host}:{settings.port}/health tells when it is ready", err=True)
