@@ -4,7 +4,8 @@
 # make lint   set up .venv and check form and types: ruff and mypy
 # make clean  remove .venv and everything that was built
 #
-# PYTHON names the interpreter (3.11 or newer) that the environment is made from.
+# PYTHON names the interpreter (3.11 or newer) that the environment is made from. WORKERS is how many processes share the
+# test files out, where pytest-xdist is installed; each takes up to 4 GB and two cores.
 #
 # Which torch: one that PYTHON can already import is used as it is, so a CUDA machine keeps its own build. Otherwise a
 # machine with an NVIDIA GPU gets the default build, and every other machine the release that is known to be a CPU build
@@ -16,11 +17,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CPU_TORCH := torch==2.13.0
+WORKERS ?= 2
 
 USABLE_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 CUDA_TORCH := import torch; assert torch.version.cuda
 RUNTIME := import torch, numba, numpy, safetensors, transformers, tokenizers, huggingface_hub, pydantic, yaml, \
 	typer, rich, tqdm, scipy, psutil, hetero_attn, cpu_kernels, gpu_kernels, placement
+# In the order of the files: tests/conftest.py puts the long ones first.
+SHARED_OUT = $(shell $(BIN)/python -c 'import xdist' 2>/dev/null && \
+	echo --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder)
 
 .PHONY: demo test test-all lint clean
 
@@ -28,7 +33,7 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED_OUT)
 
 test-all: test
 	$(BIN)/python -m pytest -m "soak or aot_full or mutations"

@@ -349,14 +349,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps (%(default)s)")
     parser.add_argument("--minutes", type=float, help="train by the clock instead of by steps")
     parser.add_argument("--vocab-size", type=int, default=4096, help="tokens of the vocabulary (%(default)s)")
+    parser.add_argument(
+        "--batch-tokens", type=int, default=defaults.batch_tokens, help="tokens of a step (%(default)s)"
+    )
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
     parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1), help="CPU threads (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    options = TrainingOptions(
-        steps=arguments.steps, minutes=arguments.minutes, learning_rate=arguments.learning_rate, seed=arguments.seed
-    )
+    names = ("steps", "minutes", "batch_tokens", "learning_rate", "seed")
+    options = TrainingOptions(**{name: getattr(arguments, name) for name in names})
     figures = build_checkpoint(arguments.out, options, arguments.source, arguments.vocab_size)
     print(
         f"held-out loss {figures['loss']:.4f} (perplexity {figures['perplexity']:.1f}); "

@@ -11,8 +11,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Each takes a minute or more: where two processes share the files out, neither may begin with one at the end.
+LONG = ("test_interpreter.py", "test_benchmarks.py")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes many minutes runs on request."""
+    """What takes many minutes runs on request, what takes long in one file runs first."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
         for name in ("soak", "mutations"):
             if name in item.keywords and name not in config.option.markexpr:

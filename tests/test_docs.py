@@ -2,12 +2,16 @@
 today."""
 
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from hetero_attn.cli import app
 from hetero_attn.errors import HeteroError
 from placement.policy.policy import Policy, policy_schema
 from placement.policy.reference import policy_page
@@ -21,30 +25,29 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def run(*command: str) -> None:
-    """Run Python with arguments in the root of the repository."""
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
-def test_the_python_of_a_page_runs(page, tmp_path):
-    """In a file, because a spawned process imports what it is to call."""
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    """In a file, and in a process of its own, where another process is started, which imports what it is to call."""
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks(page, "python")))
+    if "import multiprocessing" in script.read_text():
+        done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return
+    monkeypatch.chdir(ROOT)
 
-    run(str(script))
+    runpy.run_path(str(script), run_name="__main__")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "console")], ids=lambda page: page.stem)
-def test_the_commands_of_a_page_run(page):
-    import shlex
-
+def test_the_commands_of_a_page_run(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
     for line in "".join(blocks(page, "console")).splitlines():
         prompt, command, *arguments = shlex.split(line)
         assert (prompt, command) == ("$", "hetero-attn")
 
-        run("-m", "hetero_attn", *arguments)
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
 
 
 def test_links_lead_to_files():

@@ -5,6 +5,7 @@ one written inside a function, or for a type only, counts as well.
 """
 
 import ast
+import functools
 import importlib
 import inspect
 import re
@@ -269,6 +270,7 @@ def folder_of(module: str) -> str:
     return module.rpartition(".")[0]
 
 
+@functools.cache
 def names_others_import() -> set[tuple[str, str]]:
     """(module, name) of what code of another folder, of another package or of an example imports by name."""
     found = set()
@@ -280,6 +282,7 @@ def names_others_import() -> set[tuple[str, str]]:
     return found
 
 
+@functools.cache
 def protocol_methods() -> set[str]:
     """Names of the methods that protocols declare and describe: an implementation inherits their words."""
     trees = [ast.parse(path.read_text()) for package in MAY_IMPORT for path in sources(package)]

@@ -144,7 +144,8 @@ def test_training_runs_on_a_tiny_corpus(tmp_path):
         (source / f"{name}.py").write_text(f'"""The {name} module: functions that join things."""\n\n{functions}')
     out = tmp_path / "out"
 
-    command = [sys.executable, str(EXAMPLES / "train_tiny.py"), "--steps", "2", "--threads", "2", "--vocab-size", "320"]
+    sizes = ["--steps", "2", "--batch-tokens", "256", "--threads", "1", "--vocab-size", "320"]
+    command = [sys.executable, str(EXAMPLES / "train_tiny.py"), *sizes]
     done = subprocess.run([*command, "--source", str(source), "--out", str(out)], capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr

@@ -546,7 +546,8 @@ def test_profile_without_a_gpu_has_no_gpu_rows(monkeypatch: pytest.MonkeyPatch) 
 def test_saved_profile_is_a_machine_to_plan_for(measured: HardwareProfile, tmp_path: Path) -> None:
     file, picture = tmp_path / "machine.json", tmp_path / "machine.png"
     result = run("profile", "--save", str(file), "--plot", str(picture), "--json")
-    planned = run("plan", TINY, "--hardware", str(file), "--device", "emulated", "--gpu-memory", "12MiB", "--json")
+    wishes = ("--device", "emulated", "--gpu-memory", "12MiB", "--no-explain", "--json")
+    planned = run("plan", TINY, "--hardware", str(file), *wishes)
 
     assert HardwareProfile.from_dict(json.loads(result.stdout)) == measured
     assert json.loads(planned.stdout)["predicted"]["hardware"] == "imagined"
@@ -707,7 +708,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def test_plan_as_yaml_is_a_policy_that_gives_the_plan_again(tmp_path: Path) -> None:
-    wishes = ("plan", TINY, "--device", "emulated", "--gpu-memory", "12MiB")
+    wishes = ("plan", TINY, "--device", "emulated", "--gpu-memory", "12MiB", "--no-explain")
     first = json.loads(run(*wishes, "--yaml", str(tmp_path / "plan.yaml"), "--json").stdout)
     again = json.loads(run(*wishes, "--policy", str(tmp_path / "plan.yaml"), "--json").stdout)
 
@@ -823,7 +824,7 @@ def test_bench_has_a_row_for_each_phase_and_depth() -> None:
     assert names == ["pp16", "tg4", "pp16 @ d32", "tg4 @ d32"]
 
 
-@pytest.mark.parametrize("device", [["cpu"], ["emulated", "--gpu-memory", "8MiB"]])
+@pytest.mark.parametrize("device", [["cpu"], ["emulated", "--gpu-memory", "8960KiB"]])
 def test_bench_writes_a_trace_whatever_the_sizes(tmp_path: Path, device: list[str]) -> None:
     """The trace needs a few tokens more than the rows: with the context of the rows it failed after measuring."""
     trace = tmp_path / "new" / "t.json"
@@ -926,7 +927,7 @@ def test_ctrl_c_ends_an_answer_of_the_chat_and_the_next_one_comes() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--device", "cpu"], ["--device", "emulated", "--gpu-memory", "8MiB", "--context", "512"]]
+    "arguments", [["--device", "cpu"], ["--device", "emulated", "--gpu-memory", "9MiB", "--context", "256"]]
 )
 def test_a_plan_opens_with_four_lines_and_fits_eighty_columns(
     monkeypatch: pytest.MonkeyPatch, arguments: list[str]

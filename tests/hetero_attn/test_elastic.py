@@ -4,7 +4,6 @@ import random
 from dataclasses import replace
 
 import pytest
-import torch
 
 from hetero_attn import LLM, Policy, SamplingParams
 from hetero_attn.engine.replan import Replanner
@@ -13,18 +12,11 @@ from placement.machine.hardware import HardwareProfile
 from tests.support.runtime import THREADS, nmse
 from tests.support.toy import make_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 GREEDY = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)
 PROMPTS = ["a first prompt that is fairly long, so that pages are spilled", "second", "the third one"]
 LARGE, SMALL = "1000KiB", "350KiB"
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    """Torch's pool only waits for itself on tensors as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

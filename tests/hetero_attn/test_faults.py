@@ -8,7 +8,6 @@ import gc
 import threading
 
 import pytest
-import torch
 from tqdm import TMonitor
 
 import hetero_attn.engine.build
@@ -17,6 +16,8 @@ from hetero_attn.devices import EmulatedDriver
 from hetero_attn.errors import EngineDeadError
 from hetero_attn.lanes.host_worker import HostWorker
 from tests.support.toy import make_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
 PROMPTS = ["a prompt of some pages", "b"]
@@ -55,15 +56,6 @@ class Faults:
             if self.left == 0 or (self.lasting and self.left < 0):
                 self.fired = True
                 raise Fault(f"planted in {kind}")
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    """Torch's pool only waits for itself on tensors as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -8,17 +8,10 @@ import torch
 from tests.support.runtime import cpu_plan, make_engine, nmse, toy_workload, uniform_plan
 from tests.support.toy import make_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 CONTEXT, CHUNK, CHECKPOINTS = 2048, 32, 20
 LIMITS = {"fp32": 1e-10, "bf16": 1e-4}
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    """Torch's pool only waits for itself on tensors as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,8 @@ from tests.support.simulated_gpu import (
 )
 from tests.support.toy import FAMILIES, make_checkpoint, make_family_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 LIMIT = 1e-11
 
 
@@ -66,15 +68,6 @@ OTHERS = {
     "starcoder2": {"sliding_window": 11},
     "gemma3_text": {"sliding_window": 11, "layer_types": ["sliding_attention", "full_attention"]},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    """Torch's pool only waits for itself on tensors as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

@@ -1,6 +1,7 @@
 """The plan serves the requests that people send: decode, a short prompt and a long one, none at the cost of the
 others."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +42,12 @@ def workload_of(model):
     return replace(workload, chunk_choices=choices)
 
 
+@functools.cache
+def plan_of_case(model, name, gib):
+    """What several tests look at."""
+    return planned(model, machine_of(name), gib)
+
+
 def planned(model, machine, gib, **policy):
     return make_plan(workload_of(model), machine, Policy(**policy), device="cuda", gpu_memory_bytes=int(gib * GIB))
 
@@ -55,7 +62,7 @@ def prompt_cost(plan, machine):
 def test_a_long_prompt_runs_at_its_bound(model, name, gib):
     """At least 80 % of what its busiest lane allows, Python's queueing left out, which no placement changes."""
     machine = machine_of(name)
-    cost = prompt_cost(planned(model, machine, gib), machine)
+    cost = prompt_cost(plan_of_case(model, name, gib), machine)
 
     assert cost.busiest_s >= 0.8 * (cost.seconds - dict(cost.terms)["step"])
 
@@ -64,7 +71,7 @@ def test_a_long_prompt_runs_at_its_bound(model, name, gib):
 def test_a_long_prompt_costs_decode_next_to_nothing(model, name, gib, monkeypatch):
     """With the same chunk, decode is within 2 % of a plan that looks at short prompts only."""
     machine = machine_of(name)
-    plan = planned(model, machine, gib)
+    plan = plan_of_case(model, name, gib)
     short_only = objective.Requests(128, 1.0, 0.0)
     monkeypatch.setattr(objective, "REQUESTS", {"latency": short_only})
     short = planned(model, machine, gib, prefill_chunk=plan.prefill_chunk)
@@ -76,7 +83,7 @@ def test_a_long_prompt_costs_decode_next_to_nothing(model, name, gib, monkeypatc
 def test_no_share_of_the_cpu_takes_less_than_its_hand_over(model, name, gib):
     """In no row tier: what the CPU computes sooner than its inputs arrive is done sooner where it is streamed."""
     machine = machine_of(name)
-    plan = planned(model, machine, gib)
+    plan = plan_of_case(model, name, gib)
     workload, small = plan.workload, []
     attends = {kv.name.split(".kv")[0] for kv in plan.kv if kv.gpu_kv_heads < kv.kv_heads}
     for shard, placement in zip(workload.linears, plan.linears, strict=True):

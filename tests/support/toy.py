@@ -5,6 +5,8 @@ biases away from zero, so that a forgotten norm, bias or window shows. transform
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -119,13 +121,13 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 def hf_logits(path: Path, token_ids: list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Logits of transformers, eager attention, on one sequence: float32 [len(token_ids), vocab]."""
-    with torch.inference_mode():
+    with torch.inference_mode(), one_torch_thread():
         return hf_model(path, dtype)(torch.tensor([token_ids])).logits[0].float()
 
 
 def hf_generate(path: Path, token_ids: list[int], max_tokens: int, dtype: torch.dtype = torch.float32) -> list[int]:
     """New token ids of transformers' greedy decoding; end-of-sequence tokens do not stop it."""
-    with torch.inference_mode():
+    with torch.inference_mode(), one_torch_thread():
         prompt = torch.tensor([token_ids])
         output = hf_model(path, dtype).generate(
             prompt,
@@ -137,6 +139,17 @@ def hf_generate(path: Path, token_ids: list[int], max_tokens: int, dtype: torch.
             pad_token_id=0,
         )
     return output[0, len(token_ids) :].tolist()
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Torch without its pool, which only waits for itself on tensors as small as these; back as it was after."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @cache
