@@ -27,7 +27,7 @@ class PatientConnection(H11Protocol):
             self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop waiting."""
+        """Take back the deadline of a head that will not come."""
         self._forget_timer()
         super().connection_lost(exc)
 

@@ -55,13 +55,13 @@ class Driver:
         self._thread = threading.Thread(target=self._work, name="hetero-attn-driver", daemon=True)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Start loading."""
+        """Start the thread, which loads the model first; `changed` and generations are told on this loop."""
         self._loop = loop
         self._thread.start()
 
     @property
     def running(self) -> int:
-        """Requests that have a place."""
+        """How many requests have a sequence in the cache; the others of `live` wait for one."""
         return sum(request.sequence is not None for request in self.live)
 
     def enter(self, generation: Generation) -> None:
@@ -90,7 +90,7 @@ class Driver:
         return outcome
 
     def stop(self) -> None:
-        """Take nothing new."""
+        """Become STOPPING, in which nothing new is taken and what runs goes on; no effect on a failed driver."""
         if self.state is not State.FAILED:
             self._become(State.STOPPING)
 

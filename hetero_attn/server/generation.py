@@ -37,7 +37,7 @@ class Generation:
         self._has_moved = asyncio.Event()
 
     def wake(self) -> None:
-        """Say that something is new."""
+        """Let `moves` look at the requests again; called on the loop."""
         self._has_moved.set()
 
     def fail(self, error: Exception) -> None:

@@ -69,7 +69,7 @@ class Service:
 
     @property
     def model_name(self) -> str:
-        """What clients call the model."""
+        """What clients call the model: the name given to `serve`, else the plan's."""
         return self.settings.served_name or self.llm.plan.model
 
     @cached_property

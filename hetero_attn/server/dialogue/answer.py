@@ -50,11 +50,11 @@ class PlainText:
     """A parser for answers that are text and nothing else."""
 
     def feed(self, text: str) -> Part:
-        """All of it is text."""
+        """The text as a part: there is nothing to tell apart."""
         return Part(text)
 
     def finish(self, finish_reason: str) -> Part:
-        """Nothing is held back."""
+        """An empty part, because nothing was held back."""
         return Part()
 
 
@@ -78,7 +78,7 @@ class Answer:
     finish_reason: str | None = None
 
     def take(self, piece: Piece) -> None:
-        """Add a piece."""
+        """Append what a piece brings; arguments go to the call that they belong to."""
         self.text += piece.part.text
         self.reasoning += piece.part.reasoning
         for call in piece.part.calls:

@@ -27,7 +27,7 @@ class Marks:
 
     @property
     def all(self) -> set[str]:
-        """Every marker."""
+        """Every marker that the text is searched for, those left out of it included."""
         return {mark for mark in (*(self.thought or ()), *(self.call or ()), *self.unseen) if mark}
 
 

@@ -36,7 +36,7 @@ class Scanner:
             yield text[position:certain]
 
     def finish(self) -> str:
-        """What was held back."""
+        """Text that could have begun a marker and was held back; the scanner is empty after."""
         held, self._held = self._held, ""
         return held
 

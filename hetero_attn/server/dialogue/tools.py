@@ -41,7 +41,7 @@ class Tools:
 
     @property
     def for_template(self) -> list[dict[str, Any]]:
-        """As chat templates take them."""
+        """The tools in the form that chat templates take, none where the choice is "none"."""
         return [] if self.choice == "none" else [{"type": "function", "function": dict(e)} for e in self.functions]
 
 

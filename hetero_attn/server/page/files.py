@@ -22,7 +22,7 @@ HEADERS = {
 
 
 async def page(service: Service, request: Request) -> Any:
-    """The page itself."""
+    """Answer `/` with the page that shows a chat and the lanes."""
     return _file("index.html")
 
 

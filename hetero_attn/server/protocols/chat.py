@@ -58,7 +58,7 @@ class Body(SamplingFields):
 
 
 async def chat_completions(service: Service, request: Request) -> Any:
-    """Answer one request."""
+    """Answer `POST /v1/chat/completions`, as a stream or as one object. Raises ApiError."""
     body = checked(Body, await read_json(request, service.settings))
     _refuse(body)
     check_model(service, body.model)
@@ -130,7 +130,7 @@ def _tools(body: Body) -> Tools:
 
 
 class ChatWriter(OpenAIWriter):
-    """Writes chat completions."""
+    """Writes the chunks of a streamed chat completion, or the whole of one that is not streamed."""
 
     chunk_object, whole_object = "chat.completion.chunk", "chat.completion"
 
@@ -157,7 +157,7 @@ class ChatWriter(OpenAIWriter):
             yield self.chunk([{"index": number, "delta": {}, "logprobs": None, "finish_reason": piece.finish_reason}])
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """All choices."""
+        """One object with the message of every choice, why it ended, and what the turn has cost."""
         choices = [
             {
                 "index": number,

@@ -28,7 +28,7 @@ MOST_PROMPTS = 256
 
 
 class Body(SamplingFields):
-    """The body of a completion."""
+    """The body of `POST /v1/completions`, beside the fields of sampling."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
     max_tokens: int | None = 16
@@ -40,7 +40,7 @@ class Body(SamplingFields):
 
 
 async def completions(service: Service, request: Request) -> Any:
-    """Answer one request."""
+    """Answer `POST /v1/completions`, for one or several prompts. Raises ApiError."""
     body = checked(Body, await read_json(request, service.settings))
     refuse(body, suffix="the model does not fill in the middle", use_beam_search="answers are sampled")
     check_model(service, body.model)
@@ -145,7 +145,7 @@ class CompletionWriter(OpenAIWriter):
             yield self.chunk([self._choice(number, "", None, piece.finish_reason)])
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """All choices."""
+        """One object with the text of every choice, behind its prompt where that is echoed."""
         choices = []
         for number, answer in enumerate(answers):
             text, logprobs = self._echo(number)
@@ -155,7 +155,7 @@ class CompletionWriter(OpenAIWriter):
         return self.body_with(choices)
 
     def prompt_text(self, token_ids: Sequence[int]) -> str:
-        """A prompt as text."""
+        """The text of a prompt's token ids, as `echo` puts it before the answer."""
         return self.service.tokenizer.decode(token_ids)
 
     def prompt_logprobs(self, prompt: int) -> tuple[dict[str, Any] | None, int]:

@@ -85,7 +85,7 @@ class SamplingFields(Fields):
 
     @property
     def usage_always(self) -> bool:
-        """Whether every chunk does."""
+        """Whether every chunk of a stream says what the turn has cost so far."""
         return self.usage_at_end and bool(self.stream_options.continuous_usage_stats)
 
 
@@ -109,5 +109,5 @@ def new_id(prefix: str) -> str:
 
 
 def now() -> int:
-    """Seconds since the epoch."""
+    """Whole seconds since the epoch, as `created` and `created_at` have them."""
     return int(time.time())

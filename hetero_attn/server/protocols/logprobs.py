@@ -24,7 +24,7 @@ def shown_tokens(request: Request, first: int, last: int) -> list[SampledToken]:
 
 
 def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[SampledToken]) -> dict[str, Any]:
-    """As chat completions carry them."""
+    """Log-probabilities of an answer's tokens, with bytes and alternatives, as chat completions carry them."""
 
     def one(token_id: int, logprob: float) -> dict[str, Any]:
         data = tokenizer.token_bytes(token_id)

@@ -41,7 +41,7 @@ class CountBody(Fields):
 
 
 class Body(CountBody):
-    """The body of a message."""
+    """The body of `POST /v1/messages`, beside what counting its tokens takes."""
 
     max_tokens: Annotated[int, Field(ge=1)]
     stream: bool | None = False
@@ -56,7 +56,7 @@ class Body(CountBody):
 
 
 async def messages(service: Service, request: Request) -> Any:
-    """Answer one request."""
+    """Answer `POST /v1/messages`, as a stream of events or as one message. Raises ApiError."""
     body = checked(Body, await read_json(request, service.settings))
     turn = _turn_of(service, body, _wishes(body))
 

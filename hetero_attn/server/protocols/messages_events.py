@@ -21,7 +21,7 @@ _EMPTY: dict[str, dict[str, Any]] = {
 
 
 class MessageWriter:
-    """Writes one message."""
+    """Writes the events of a streamed message, or the whole of one that is not streamed."""
 
     def __init__(self, generation: Generation, model: str) -> None:
         self._generation = generation
@@ -31,7 +31,7 @@ class MessageWriter:
         self._finish_reason: str | None = None
 
     def opening(self) -> Iterable[bytes]:
-        """The message, still empty."""
+        """`message_start`, with a message that has no content yet and the tokens of the prompt."""
         tokens = len(self._generation.requests[0].prompt_token_ids)
         usage = {"input_tokens": tokens, "output_tokens": 0}
         empty = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
@@ -58,15 +58,15 @@ class MessageWriter:
         yield _event("message_stop")
 
     def ping(self) -> bytes:
-        """An event that clients skip."""
+        """A `ping` event, which keeps the connection open and which clients skip."""
         return _event("ping")
 
     def failure(self, error: ApiError) -> Iterable[bytes]:
-        """An event that clients raise."""
+        """An `error` event, which ends the stream and which clients raise."""
         yield frame(body_of(error, "/v1/messages"), "error")
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """The message."""
+        """The message as one object: thinking, text and tool calls as blocks, why it ended, what it has cost."""
         answer, blocks = answers[0], []
         if answer.reasoning:
             blocks.append(_EMPTY["thinking"] | {"thinking": answer.reasoning})

@@ -48,14 +48,14 @@ class Asking(Fields):
 
 
 class ChatBody(Asking):
-    """The body of `/api/chat`."""
+    """The body of `POST /api/chat`: messages and tools."""
 
     messages: list[dict[str, Any]] = []
     tools: list[dict[str, Any]] | None = None
 
 
 class GenerateBody(Asking):
-    """The body of `/api/generate`."""
+    """The body of `POST /api/generate`: one prompt, through the chat template unless it is raw."""
 
     prompt: str | None = None
     system: str | None = None
@@ -67,14 +67,14 @@ class GenerateBody(Asking):
 
 
 class ShowBody(Fields):
-    """The body of `/api/show`."""
+    """The body of `POST /api/show`: a model by either of the names that clients use for the field."""
 
     model: str | None = None
     name: str | None = None
 
 
 async def chat(service: Service, request: Request) -> Any:
-    """Go on with a conversation."""
+    """Answer `POST /api/chat`; without messages it only says that the model is loaded. Raises ApiError."""
     body = checked(ChatBody, await read_json(request, service.settings))
     _check(service, body)
     if not body.messages:

@@ -29,7 +29,7 @@ class OllamaWriter:
         self._finish_reason: str | None = None
 
     def opening(self) -> Iterable[bytes]:
-        """Nothing."""
+        """No line: the first one carries the first words."""
         return ()
 
     def piece(self, piece: Piece) -> Iterable[bytes]:
@@ -45,7 +45,7 @@ class OllamaWriter:
         yield _line(self._head() | self._words("", "", []) | self._end(self._finish_reason))
 
     def ping(self) -> bytes:
-        """A line without words."""
+        """A line without words, which keeps the connection open."""
         return _line(self._head() | self._words("", "", []) | {"done": False})
 
     def failure(self, error: ApiError) -> Iterable[bytes]:
@@ -53,7 +53,7 @@ class OllamaWriter:
         yield _line({"error": error.message})
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """All in one object."""
+        """The last line with all words in it: the answer of a request that is not streamed."""
         answer = answers[0]
         calls = [(call.name, call.arguments) for call in answer.calls]
         return self._head() | self._words(answer.text, answer.reasoning, calls) | self._end(answer.finish_reason)

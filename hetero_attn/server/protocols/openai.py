@@ -46,7 +46,7 @@ class OpenAIWriter:
         yield frame(body_of(error, ""))
 
     def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
-        """One chunk."""
+        """One event of the stream: these choices, and what the turn has cost where each chunk or this one says it."""
         value = self._head | {"object": self.chunk_object, "choices": choices}
         if usage is None and self.body.usage_always:
             usage = self.usage()
@@ -55,7 +55,7 @@ class OpenAIWriter:
         return frame(value)
 
     def body_with(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """The whole answer."""
+        """The answer that is not streamed: these choices and what the turn has cost."""
         return self._head | {"object": self.whole_object, "choices": choices, "usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:

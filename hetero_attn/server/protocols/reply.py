@@ -40,7 +40,7 @@ class _Json(JSONResponse):
     """As streams do, it replaces what is no Unicode in fields of the body that an answer repeats."""
 
     def render(self, content: Any) -> bytes:
-        """The body of the answer."""
+        """The answer's body as UTF-8."""
         return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
@@ -51,10 +51,10 @@ class Writer(Protocol):
         """What a stream begins with, before anything is computed."""
 
     def piece(self, piece: Piece) -> Iterable[bytes]:
-        """What a piece becomes."""
+        """What a stream gets for a piece of an answer; may be nothing."""
 
     def closing(self) -> Iterable[bytes]:
-        """What a stream ends with."""
+        """What a stream ends with when the answer is whole."""
 
     def ping(self) -> bytes:
         """What keeps a silent stream alive."""

@@ -22,7 +22,7 @@ from hetero_attn.server.turn import Conversation, Turn
 
 
 class Body(Fields):
-    """The body of a response."""
+    """The body of `POST /v1/responses`; what is refused is listed so that it is refused by name."""
 
     model: str | None = None
     input: str | list[dict[str, Any]]
@@ -55,7 +55,7 @@ class Body(Fields):
 
 
 async def responses(service: Service, request: Request) -> Any:
-    """Answer one request."""
+    """Answer `POST /v1/responses`, as a stream of events or as one response. Raises ApiError."""
     body = checked(Body, await read_json(request, service.settings))
     _refuse(body)
     check_model(service, body.model)

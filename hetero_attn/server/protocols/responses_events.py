@@ -26,7 +26,7 @@ class ResponseWriter:
         self._finish_reason: str | None = None
 
     def opening(self) -> Iterable[bytes]:
-        """The response, still empty."""
+        """`response.created` and `response.in_progress`, with a response that has no output yet."""
         for name in ("created", "in_progress"):
             yield self._event(f"response.{name}", response=self._response("in_progress"))
 
@@ -56,7 +56,7 @@ class ResponseWriter:
         yield self._event("response.failed", response=failed)
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """The response."""
+        """The response as one object: reasoning, message and tool calls as items, what it has cost."""
         answer = answers[0]
         for kind, words in (("reasoning", answer.reasoning), ("message", answer.text)):
             if words:

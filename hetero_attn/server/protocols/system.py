@@ -27,7 +27,7 @@ class TokenizeBody(Fields):
 
 
 class DetokenizeBody(Fields):
-    """Tokens to become text."""
+    """The body of `POST /detokenize`: token ids to become text."""
 
     tokens: list[int]
 
@@ -39,7 +39,7 @@ async def health(service: Service, request: Request) -> Response:
 
 
 async def server_version(service: Service, request: Request) -> Response:
-    """The version of this software."""
+    """The version of hetero-attn, "0+sources" where it is not installed."""
     try:
         return JSONResponse({"version": version("hetero-attn")})
     except PackageNotFoundError:
@@ -52,7 +52,7 @@ async def models(service: Service, request: Request) -> Response:
 
 
 async def model(service: Service, request: Request) -> Response:
-    """The model by its name."""
+    """The served model by its name. Raises ApiError (404) for another."""
     name = request.path_params["name"]
     if name != service.model_name:
         raise ApiError(404, f"there is no model {name!r:.80}; the one served is {service.model_name}", param="model")
@@ -89,7 +89,7 @@ async def tokenize(service: Service, request: Request) -> Response:
 
 
 async def detokenize(service: Service, request: Request) -> Response:
-    """Token ids as text."""
+    """The text of token ids, special tokens kept. Raises ApiError for an id beyond the vocabulary."""
     body = checked(DetokenizeBody, await read_json(request, service.settings))
     vocab_size = service.llm.engine.config.vocab_size
     for position, token_id in enumerate(body.tokens):
@@ -106,7 +106,7 @@ async def tokenizer_info(service: Service, request: Request) -> Response:
 
 
 async def metrics(service: Service, request: Request) -> Response:
-    """Counters in Prometheus' text format."""
+    """The server's counters in Prometheus' text format, for a scraper."""
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
