@@ -1,10 +1,13 @@
-"""What several files about whole models share."""
+"""Fixtures of several files about whole models and the command line."""
 
 from collections.abc import Iterator
 
 import pytest
 
+import hetero_attn
+from placement import HardwareProfile
 from tests.support import toy
+from tests.support.command import FakeLLM
 
 
 @pytest.fixture
@@ -12,3 +15,22 @@ def one_torch_thread() -> Iterator[None]:
     """Torch computes with one thread in a test that asks for this, because its tensors are tiny."""
     with toy.one_torch_thread():
         yield
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
+    """Puts `FakeLLM` in the place of `hetero_attn.LLM`."""
+    monkeypatch.setattr(FakeLLM, "made", [])
+    monkeypatch.setattr(FakeLLM, "ending", "stop")
+    monkeypatch.setattr(FakeLLM, "context", 1000)
+    monkeypatch.setitem(vars(hetero_attn), "LLM", FakeLLM)
+    return FakeLLM
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> HardwareProfile:
+    """Puts a machine with a GPU in the place of the measurement."""
+    base = HardwareProfile.named("emulated").to_dict() | {"name": "imagined", "source": "measured"}
+    imagined = HardwareProfile.from_dict(base)
+    monkeypatch.setitem(vars(hetero_attn), "profile_machine", lambda **_: imagined)
+    return imagined

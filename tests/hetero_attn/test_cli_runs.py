@@ -1,0 +1,112 @@
+"""Commands that run the shipped checkpoint: generate, verify and bench as they are, and Ctrl-C."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.command import ROOT, TINY, run
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """Start the command in a process of its own, with pipes for everything."""
+    command = [sys.executable, "-m", "hetero_attn", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_generate_runs_the_shipped_model() -> None:
+    result = run("generate", TINY, "-p", "A list is", "-n", "12", "--context", "256", "--device", "cpu", "--json")
+    answer = json.loads(result.stdout)
+
+    assert (answer["finish_reason"], len(answer["token_ids"])) == ("length", 12)
+    assert answer["metrics"]["generated_tokens"] == 12
+
+
+def test_verify_passes_on_a_split_model() -> None:
+    result = run("verify", TINY, "--device", "emulated", "--gpu-memory", "12MiB", "--context", "256", "--json")
+
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["passed"] is True
+
+
+def test_verify_takes_a_text_file(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("A list holds numbers. " * 3, encoding="utf-8")
+    result = run("verify", TINY, "--file", str(text), "--device", "cpu", "--context", "256", "--json")
+
+    assert (result.exit_code, json.loads(result.stdout)["passed"]) == (0, True)
+
+    text.write_bytes(b"\xff\xfe")
+    result = run("verify", TINY, "--file", str(text))
+
+    assert result.exit_code == 2 and "UTF-8" in result.stderr
+    assert run("verify", TINY, "--file", str(tmp_path / "absent")).exit_code == 2
+
+
+def test_bench_has_a_row_for_each_phase_and_depth() -> None:
+    result = run("bench", TINY, "--device", "cpu", "-p", "16", "-n", "4", "-d", "0,32", "-r", "1", "--json")
+    names = [row["name"] for row in json.loads(result.stdout)["rows"]]
+
+    assert names == ["pp16", "tg4", "pp16 @ d32", "tg4 @ d32"]
+
+
+@pytest.mark.parametrize("device", [["cpu"], ["emulated", "--gpu-memory", "8960KiB"]])
+def test_bench_writes_a_trace_whatever_the_sizes(tmp_path: Path, device: list[str]) -> None:
+    """The trace needs a few tokens more than the rows: with the context of the rows it failed after measuring."""
+    trace = tmp_path / "new" / "t.json"
+    result = run("bench", TINY, "-p", "64", "-n", "4", "-r", "1", "--trace", str(trace), "--device", *device)
+
+    assert result.exit_code == 0, result.stderr
+    assert "pp64" in result.stdout
+    assert any("layers.3.qkv" in event["name"] for event in json.loads(trace.read_text())["traceEvents"])
+
+
+def test_ctrl_c_ends_a_generation_with_130_and_no_traceback() -> None:
+    with start("generate", TINY, "-p", "A list is", "-n", "2000", "--ignore-eos", "--device", "cpu") as process:
+        first = process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+
+    assert (len(first), process.returncode) == (1, 130)
+    assert "Traceback" not in errors
+
+
+def settled(seen: list[str]) -> int:
+    """How many characters have come, once no more do."""
+    count = -1
+    while count != len(seen):
+        count = len(seen)
+        time.sleep(0.5)
+    return count
+
+
+def test_ctrl_c_ends_an_answer_of_the_chat_and_the_next_one_comes() -> None:
+    # So hot that every token is as likely as another: an answer goes on until somebody stops it.
+    with start("chat", TINY, "-n", "1500", "--temperature", "50", "--top-p", "1", "--device", "cpu") as process:
+        seen: list[str] = []
+        reader = threading.Thread(target=lambda: seen.extend(iter(lambda: process.stdout.read(1), "")))
+        reader.start()
+        for question in ("What is a list?", "What is a dictionary?"):
+            before = settled(seen)
+            process.stdin.write(question + "\n")
+            process.stdin.flush()
+            while len(seen) == before:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            while "[interrupted]" not in (line := process.stderr.readline()):
+                assert line, "the chat ended"
+        process.stdin.write("/exit\n")
+        process.stdin.close()
+        errors = process.stderr.read()
+        reader.join()
+        process.wait()
+
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+    assert "tokens/s" not in errors, "an answer reached its end, so nothing was interrupted"
