@@ -1,0 +1,145 @@
+"""Planted bugs of the small ops: norms, activations, rows, rotation and what the cache keeps."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from tests.support import kernel_checks as checks
+from tests.support.code_pages import check_rope_append
+
+RMS_NORM = partial(checks.check_rms_norm, device="cpu", rows=2, hidden=100)
+SILU_MUL = partial(checks.check_silu_mul, device="cpu", rows=2, units=3)
+LAYER_NORM = partial(checks.check_layer_norm, device="cpu", rows=2, hidden=100, has_bias=True)
+LAYER_NORM_ALONE = partial(checks.check_layer_norm, device="cpu", rows=2, hidden=100, has_bias=False)
+GELU = partial(checks.check_gelu, device="cpu", rows=2, features=1100)
+GELU_MUL = partial(checks.check_gelu_mul, device="cpu", rows=2, units=3)
+RMS_NORM_ADDED = partial(checks.check_rms_norm_added, device="cpu", rows=2, hidden=100)
+ADD_ROWS = partial(checks.check_add_rows, device="cpu", rows=3, columns=1030)
+COPY_ROWS = partial(checks.check_copy_rows, device="cpu", rows=3, columns=1030)
+ROPE = partial(
+    checks.check_rope_append,
+    device="cpu",
+    dtype=torch.float32,
+    num_kv_heads=2,
+    queries_per_kv=2,
+    head_dim=24,
+    rotary_dim=16,
+    norms=(True, True),
+)
+SPREAD = partial(check_rope_append, device="cpu", kv_dtype="q4", head_dim=40)
+
+# name: (file, op, check, right text, wrong text)
+MUTANTS = {
+    "norm without epsilon": ("elementwise", "rms_norm", RMS_NORM, "/ HIDDEN + eps", "/ HIDDEN"),
+    "mean over the padded row": ("elementwise", "rms_norm", RMS_NORM, "axis=0) / HIDDEN", "axis=0) / columns.shape[0]"),
+    "a copy reads rows of the target's stride": (
+        "row_copies",
+        "copy_rows",
+        COPY_ROWS,
+        "row * source_stride",
+        "row * target_stride",
+    ),
+    "a copy writes past the last column": (
+        "row_copies",
+        "copy_rows",
+        COPY_ROWS,
+        "inside = column < columns",
+        "inside = column <= columns",
+    ),
+    "an addition forgets what was there": ("row_copies", "add_rows", ADD_ROWS, "if ADD:", "if not ADD:"),
+    "an addition reads the residual at the other stride": (
+        "row_copies",
+        "add_rows",
+        ADD_ROWS,
+        "tl.load(target + row * target_stride",
+        "tl.load(target + row * source_stride",
+    ),
+    "a copy leaves out what is behind a block": (
+        "row_copies",
+        "copy_rows",
+        COPY_ROWS,
+        "-(-columns // COPY_BLOCK)",
+        "1",
+    ),
+    "layer norm around zero": (
+        "small/layer_norm",
+        "layer_norm",
+        LAYER_NORM,
+        "values - tl.sum(values, axis=0) / HIDDEN",
+        "values",
+    ),
+    "layer norm counts what is past the row": (
+        "small/layer_norm",
+        "layer_norm",
+        LAYER_NORM,
+        "tl.where(inside, values - tl.sum(values, axis=0) / HIDDEN, 0.0)",
+        "(values - tl.sum(values, axis=0) / HIDDEN)",
+    ),
+    "layer norm without epsilon": ("small/layer_norm", "layer_norm", LAYER_NORM, "/ HIDDEN + eps", "/ HIDDEN"),
+    "layer norm without its bias": ("small/layer_norm", "layer_norm", LAYER_NORM, "if HAS_BIAS", "if not HAS_BIAS"),
+    "layer norm with a bias that it lacks": (
+        "small/layer_norm",
+        "layer_norm",
+        LAYER_NORM_ALONE,
+        "if HAS_BIAS",
+        "if True",
+    ),
+    "gelu without its square": ("small/gelu", "gelu", GELU, "0.044715 * values * values", "0.0"),
+    "gelu of one block": ("small/gelu", "gelu", GELU, "tl.program_id(1) * BLOCK", "0 * BLOCK"),
+    "gelu without its cubic": ("elementwise", "gelu_mul", GELU_MUL, "0.044715 * gate * gate", "0.0"),
+    "a norm that writes where it should add": (
+        "elementwise",
+        "rms_norm",
+        RMS_NORM_ADDED,
+        "scaled += tl.load",
+        "tl.load",
+    ),
+    "up column off by one": ("elementwise", "silu_mul", SILU_MUL, "source + 16", "source + 15"),
+    "rotation turns backwards": ("elementwise", "rope_append", ROPE, "-sine, sine)", "sine, -sine)"),
+    "norm weight of the wrong partner": (
+        "elementwise",
+        "rope_append",
+        ROPE,
+        "_normed(others, norm, partner,",
+        "_normed(others, norm, dims,",
+    ),
+    "k is stored unrotated": (
+        "elementwise",
+        "rope_append",
+        ROPE,
+        "store_row(k_pages, slot, turned,",
+        "store_row(k_pages, slot, tl.load(head + dims, mask=inside, other=0.0),",
+    ),
+    "only k is spread": (
+        "elementwise",
+        "rope_append",
+        SPREAD,
+        "turned = _spread(turned, HEAD_PAD, STAGES)\n        target",
+        "target",
+    ),
+    "only q is spread": (
+        "elementwise",
+        "rope_append",
+        SPREAD,
+        "turned = _spread(turned, HEAD_PAD, STAGES)\n            store_row",
+        "store_row",
+    ),
+    "spread without its scale": ("elementwise", "rope_append", SPREAD, "row * 2.0 ** (-0.5 * STAGES)", "row"),
+    "spread without its last stage": (
+        "elementwise",
+        "rope_append",
+        SPREAD,
+        "tl.static_range(STAGES)",
+        "tl.static_range(STAGES - 1)",
+    ),
+    "differences the other way round": (
+        "elementwise",
+        "rope_append",
+        SPREAD,
+        "tl.join(a + b, a - b)",
+        "tl.join(a + b, b - a)",
+    ),
+    "slot of another KV head": ("elementwise", "rope_append", ROPE, "slots_stride + kv_head)", "slots_stride)"),
+}
