@@ -4,7 +4,7 @@ import torch
 
 from hetero_attn.engine.ahead.warm_up import PROMPT_ROWS, make_first_steps
 from placement.plan.workload import row_tier
-from tests.hetero_attn.test_cuda_driver import fake_engine
+from tests.support.fake_engine import fake_engine
 from tests.support.runtime import nmse, one_device_run, run_logits, toy_workload, uniform_plan
 from tests.support.toy import make_checkpoint
 

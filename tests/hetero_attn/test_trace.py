@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hetero_attn.tools.trace import LANES, trace_steps
-from tests.hetero_attn.test_cuda_driver import fake_engine
+from tests.support.fake_engine import fake_engine
 from tests.support.runtime import cpu_plan, make_engine, run_logits, toy_workload, uniform_plan
 from tests.support.toy import make_checkpoint
 
