@@ -18,6 +18,9 @@ LONG = ("test_interpreter.py", "test_benchmarks.py")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What takes many minutes runs on request, what takes long in one file runs first."""
     items.sort(key=lambda item: item.path.name not in LONG)
+    moving = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    if moving:
+        raise pytest.UsageError(f"names of tests hold addresses, which each process has of its own: {moving[:3]}")
     for item in items:
         for name in ("soak", "mutations"):
             if name in item.keywords and name not in config.option.markexpr:

@@ -35,6 +35,7 @@ from hetero_attn.errors import ArgumentError, ConfigError, HeteroError, PromptEr
 from hetero_attn.serving.prompts import as_messages, as_prompts
 from hetero_attn.serving.tokenizer import Tokenizer, open_beside, watch_opening
 from placement import PolicyError
+from tests.support.names import case_name
 from tests.support.toy import edit_json, make_checkpoint
 
 TINY = str(Path(__file__).parents[2] / "examples" / "tiny")
@@ -104,7 +105,7 @@ BAD_PROMPTS = [
 ]
 
 
-@pytest.mark.parametrize("prompt", BAD_PROMPTS, ids=lambda value: repr(value)[:30])
+@pytest.mark.parametrize("prompt", BAD_PROMPTS, ids=lambda value: case_name(value)[:30])
 def test_what_is_no_prompt_is_named(llm, prompt):
     for call in (llm.generate, llm.stream, llm.add):
         with pytest.raises(PromptError):

@@ -12,6 +12,7 @@ from hetero_attn.serving.grammar import Grammars
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.serving.tokenizer import Tokenizer
 from tests.support.http_server import TINY, load_tiny
+from tests.support.names import case_name
 
 llguidance = pytest.importorskip("llguidance", reason="llguidance is not installed (extra grammar)")
 jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed (extra test-tools)")
@@ -72,7 +73,7 @@ def test_beside_others_the_answer_is_as_alone_and_theirs_as_without_it(llm):
         ({"json_schema": {"const": {"a": [1, None]}}}, lambda text: json.loads(text) == {"a": [1, None]}),
         ({"regex": "[ab]+", "repetition_penalty": 1.3, "logit_bias": {5: 50.0}, "max_tokens": 9}, lambda text: set(text) <= {"a", "b"}),
     ],
-    ids=str,
+    ids=case_name,
 )  # fmt: skip
 def test_other_kinds_of_grammar_hold(llm, wish, holds):
     params = SamplingParams(**{"temperature": 1.0, "seed": 3, "max_tokens": 40} | wish)

@@ -14,6 +14,7 @@ from placement.cost.objective import MODEL_ERROR, judged_s, objective_s, referen
 from placement.explain import explain
 from placement.machine.hardware import catalogue_names
 from placement.plan.workload import ChunkChoice
+from tests.support.names import case_name
 from tests.support.planning_models import llama_8b, llama_70b, qwen_14b, qwen_32b, with_row_cuts
 
 NO_WISHES = Policy()
@@ -155,11 +156,6 @@ def with_more_at_home(placement, units):
 CHECKS = [assert_no_rejected_row_is_better, assert_more_is_never_worse, assert_no_memory_lies_idle]
 
 
-def name_of(value):
-    """Of a check or a case: the same in every process."""
-    return value.__name__ if callable(value) else str(value)
-
-
 @pytest.mark.parametrize("case_", drawn(6, seed=14), ids=str)
 @pytest.mark.parametrize("check", CHECKS)
 def test_the_plan_is_the_best_that_is_known(check, case_):
@@ -221,7 +217,7 @@ FOUND_AT_FAULT = [
 ]
 
 
-@pytest.mark.parametrize("check,case_", FOUND_AT_FAULT, ids=name_of)
+@pytest.mark.parametrize("check,case_", FOUND_AT_FAULT, ids=case_name)
 def test_the_plan_is_the_best_where_a_run_over_the_matrix_found_fault(check, case_):
     check(case_)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hetero_attn.serving.sampling_params import SamplingParams
+from tests.support.names import case_name
 
 QUESTION = [{"role": "user", "content": "What is a list?"}]
 
@@ -151,7 +152,7 @@ def test_a_streamed_completion_is_the_whole_one(http):
         ({"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.5, "min_p": 0.1}, bool),
         ({"tool_choice": None, "user": "x", "some_new_field": {"a": 1}, "model": "anything"}, bool),
     ],
-    ids=str,
+    ids=case_name,
 )
 def test_sampling_parameters_reach_the_sampler(http, given, holds):
     body = {"messages": QUESTION, "temperature": 0, "max_tokens": 24} | given
