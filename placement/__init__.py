@@ -17,7 +17,8 @@ from placement.plan.workload import (
     Workload,
     row_tier,
 )
-from placement.policy.policy import Policy, PolicyError, policy_schema, shipped_policies
+from placement.policy.policy import Policy, policy_schema, shipped_policies
+from placement.policy.problems import PolicyError
 from placement.solve.make_plan import BudgetError, make_plan
 
 __all__ = [

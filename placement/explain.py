@@ -14,7 +14,8 @@ from placement.plan.phase import RESOURCE_WORDS, PhaseCost
 from placement.plan.plan import Plan
 from placement.plan.units import format_bytes
 from placement.plan.workload import Workload
-from placement.policy.policy import Policy, PolicyError
+from placement.policy.policy import Policy
+from placement.policy.problems import PolicyError
 from placement.solve.make_plan import BudgetError, make_plan, plan_with_alternatives, predict_plan
 from placement.solve.search import Candidate
 

@@ -15,7 +15,8 @@ File = Annotated[str, typer.Argument(help="A policy file, or the name of a shipp
 @app.command()
 def lint(file: File, as_json: options.Json = False) -> None:
     """Report every problem of a policy with its line; exit code 2 where there is one."""
-    from placement.policy.policy import Policy, PolicyError
+    from placement.policy.policy import Policy
+    from placement.policy.problems import PolicyError
 
     try:
         policy, problems = Policy.load(file), tuple[str, ...]()

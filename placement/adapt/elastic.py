@@ -11,7 +11,8 @@ from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import Plan, build_plan
 from placement.plan.workload import round_up
 from placement.policy.bind import KvBounds, bind
-from placement.policy.policy import KvRule, Policy, Rule
+from placement.policy.policy import Policy
+from placement.policy.rules import KvRule, Rule
 from placement.solve.decisions import gpu_tokens_of
 from placement.solve.make_plan import BudgetError, make_plan, predict_plan
 

@@ -9,7 +9,9 @@ from fnmatch import translate
 from placement.plan.memory import KvPlacement, LinearPlacement
 from placement.plan.workload import NUM_ROW_TIERS, ROW_TIER_NAMES, KvShard, LinearShard, Workload
 from placement.policy.fields import Share
-from placement.policy.policy import Policy, PolicyError, Rule
+from placement.policy.policy import Policy
+from placement.policy.problems import PolicyError
+from placement.policy.rules import Rule
 
 _RANGE = re.compile(r"layers\.(\d+)-(\d+)\.(.+)")
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")

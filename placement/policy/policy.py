@@ -5,124 +5,26 @@ file, line, column, value, rule and nearest valid name. Rules are read in order 
 shard decides it.
 """
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError
 
 from placement.plan.units import format_bytes
-from placement.plan.workload import ROW_TIER_NAMES
 from placement.policy.document import MAX_BYTES, Document, Mark, YamlProblem, read_document
 from placement.policy.document import Path as YamlPath
-from placement.policy.fields import (
-    CountField,
-    DtypeField,
-    KvDtypeField,
-    PositiveField,
-    Share,
-    ShareField,
-    SizeField,
-    StagingSlotsField,
-)
+from placement.policy.fields import KvDtypeField, PositiveField, SizeField, StagingSlotsField
+from placement.policy.problems import PolicyError, explained, nearest, position, shown
+from placement.policy.rules import KvRule, Rule, Strict, TierRule
 
 # What a policy says about the workload itself; the others are about where it goes.
 SIZES = ("context", "batch", "kv_tokens", "prefill_chunk", "kv_dtype")
 SHIPPED = Path(__file__).parent / "shipped"
 VERSION = 1
-SUM_TOLERANCE = 1e-6
 
 
-class PolicyError(ValueError):
-    """A policy that cannot be read or obeyed. problems: one line each, `file:line:col: path: message`."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = tuple(problems)
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
-
-
-class TierRule(_Strict):
-    """Stream and cpu shares of one row tier; the GPU home is the same in every tier."""
-
-    stream: ShareField = Field(None, description="Share that is copied to the GPU in this tier.")
-    cpu: ShareField = Field(None, description="Share that CPU cores compute in this tier.")
-
-
-class KvRule(_Strict):
-    """KV cache of a layer: how many KV heads the GPU owns, and how many of their newest tokens it keeps."""
-
-    gpu_heads: CountField = Field(None, description="KV heads that the GPU owns; all, auto or a number.")
-    gpu_tokens: CountField = Field(
-        None, description="Newest tokens of those heads that stay in GPU memory; all, auto or a number."
-    )
-
-
-class Rule(_Strict):
-    """Shares, and the weight format, of every shard whose name matches.
-
-    match: a glob over shard names; `layers.0-15.qkv` is a range of layers.
-    """
-
-    match: str = Field(
-        min_length=1,
-        max_length=256,
-        description="Which shards: a glob over their names, such as `*.qkv`, or a range of layers, `layers.0-15.qkv`.",
-    )
-    gpu: ShareField = Field(
-        None, description="Share that lives in GPU memory: a fraction of 1, or `N units`, or `N features`, or auto."
-    )
-    stream: ShareField = Field(None, description="Share that lives in DRAM and is copied to the GPU when it is needed.")
-    cpu: ShareField = Field(None, description="Share that lives in DRAM and is computed there by CPU cores.")
-    tiers: dict[str, TierRule] = Field(
-        default_factory=dict, description="Other stream and cpu shares for steps of so many rows, such as `2-4`."
-    )
-    kv: KvRule | None = Field(None, description="For the cache of a layer instead of a linear.")
-    dtype: DtypeField = Field(
-        None, description="How weights of a linear are kept: fp32, bf16, q8 or q4; the first rule that says it decides."
-    )
-
-    @property
-    def sets_linears(self) -> bool:
-        """Whether the rule says anything about linears."""
-        return any(share is not None for share in (self.gpu, self.stream, self.cpu)) or bool(self.tiers)
-
-    def tier(self, name: str) -> tuple[Share | None, Share | None, Share | None]:
-        """Shares (gpu, stream, cpu) in a row tier: those of the tier where it has an entry, else those of the rule."""
-        if name in self.tiers:
-            return self.gpu, self.tiers[name].stream, self.tiers[name].cpu
-        return self.gpu, self.stream, self.cpu
-
-    @model_validator(mode="after")
-    def _check(self) -> "Rule":
-        for name in self.tiers:
-            if name not in ROW_TIER_NAMES:
-                raise ValueError(
-                    f"unknown row tier {name!r}; tiers are {', '.join(ROW_TIER_NAMES)}{_nearest(name, ROW_TIER_NAMES)}"
-                )
-        for name in (None, *self.tiers):
-            _check_sum(*self.tier(name), f" in tier {name}" if name else "")
-        if not self.sets_linears and self.kv is None and self.dtype is None:
-            raise ValueError("the rule sets nothing; give gpu, stream, cpu, tiers, kv or dtype")
-        return self
-
-
-def _check_sum(gpu: Share | None, stream: Share | None, cpu: Share | None, where: str) -> None:
-    given = [share for share in (gpu, stream, cpu) if share is not None]
-    if any(share.kind != "fraction" for share in given):
-        return
-    total = sum(share.value for share in given)
-    if len(given) == 3 and abs(total - 1) > SUM_TOLERANCE:
-        raise ValueError(f"gpu, stream and cpu{where} must sum to 1, they sum to {total:g}")
-    if total > 1 + SUM_TOLERANCE:
-        raise ValueError(f"the fractions{where} sum to {total:g}, more than 1")
-
-
-class Policy(_Strict):
+class Policy(Strict):
     """What the user asks of the planner; every field may be None, which means `auto`. Sizes are in bytes."""
 
     version: Literal[1] = Field(VERSION, description="The format of this file. Always 1.")
@@ -191,11 +93,11 @@ class Policy(_Strict):
         try:
             policy = cls.model_validate(document.value)
         except ValidationError as error:
-            problems += [_explain(item, document) for item in error.errors(include_url=False)]
+            problems += [explained(item, document, _keys_at, VERSION) for item in error.errors(include_url=False)]
         if problems or policy is None:
             raise PolicyError(
                 [
-                    f"{source}:{line}:{column}: {_show(path)}: {message}"
+                    f"{source}:{line}:{column}: {shown(path)}: {message}"
                     for (line, column), path, message in sorted(problems, key=lambda p: p[0])
                 ]
             )
@@ -225,7 +127,7 @@ class Policy(_Strict):
         names = shipped_policies()
         if name not in names:
             raise PolicyError(
-                [f"unknown policy {name!r}; shipped policies are {', '.join(names)}{_nearest(name, names)}"]
+                [f"unknown policy {name!r}; shipped policies are {', '.join(names)}{nearest(name, names)}"]
             )
         return cls.parse((SHIPPED / f"{name}.yaml").read_text(encoding="utf-8"), f"{name}.yaml")
 
@@ -243,8 +145,8 @@ class Policy(_Strict):
 
     def where(self, path: YamlPath) -> str:
         """`file:line:col: path` of a value, the nearest enclosing position when the value itself has none."""
-        line, column = _position(path, self._marks)
-        return f"{self._source}:{line}:{column}: {_show(path)}" if self._marks else f"{self._source}: {_show(path)}"
+        line, column = position(path, self._marks)
+        return f"{self._source}:{line}:{column}: {shown(path)}" if self._marks else f"{self._source}: {shown(path)}"
 
     def diff(self, other: "Policy") -> list[str]:
         """Differences to another policy, one line each: `path: left -> right`."""
@@ -266,69 +168,18 @@ def policy_schema() -> dict[str, Any]:
     return Policy.model_json_schema()
 
 
-def _is_file(path: Path) -> bool:
-    """Whether there is such a file; a name that no file can have names none."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def _nearest(value: object, names: tuple[str, ...] | list[str]) -> str:
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _position(path: YamlPath, marks: dict[YamlPath, Mark]) -> Mark:
-    while path and path not in marks:
-        path = path[:-1]
-    return marks.get(path, (1, 1))
-
-
-def _show(path: YamlPath) -> str:
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text or "policy"
-
-
-def _explain(item: Any, document: Document) -> tuple[Mark, YamlPath, str]:
-    path: YamlPath = tuple(item["loc"])
-    value = document.value
-    for part in path:
-        value = (
-            value[part]
-            if isinstance(value, dict)
-            and part in value
-            or isinstance(value, list)
-            and isinstance(part, int)
-            and part < len(value)
-            else None
-        )
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "extra_forbidden":
-        message = f"unknown key{_nearest(path[-1], _keys_at(path))}; known keys are {', '.join(_keys_at(path))}"
-    elif item["type"] == "literal_error":
-        allowed = [text.strip("'") for text in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-        message = f"{_brief(value)} is not one of {', '.join(allowed)}{_nearest(value, allowed)}"
-        if path == ("version",):
-            message = f"version {_brief(value)} is not supported; this program reads version {VERSION}"
-    elif item["type"] == "missing":
-        message = "the key is missing"
-    elif not isinstance(value, dict):
-        message = f"{_brief(value)}: {message}"
-    return _position(path, document.marks), path, message
-
-
 def _keys_at(path: YamlPath) -> list[str]:
     names = [part for part in path[:-1] if isinstance(part, str)]
     model = Policy if not names else {"kv": KvRule, "rules": Rule}.get(names[-1], TierRule)
     return list(model.model_fields)
 
 
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that no file can have names none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _flow(value: Any) -> str:

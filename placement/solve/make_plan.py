@@ -12,7 +12,8 @@ from placement.plan.plan import CURVE_CONTEXTS, DEVICES, Plan, build_plan
 from placement.plan.units import format_bytes
 from placement.plan.workload import Workload
 from placement.policy.bind import bind
-from placement.policy.policy import Policy, PolicyError
+from placement.policy.policy import Policy
+from placement.policy.problems import PolicyError
 from placement.solve.decisions import Budgets
 from placement.solve.pairing import block_apart, is_paired, paired_workload
 from placement.solve.search import Candidate, Problem, candidates, complete, fastest_first, fixed_candidate, least_bytes

@@ -9,7 +9,8 @@ from cpu_kernels.formats import pages as kv_layout
 from hetero_attn import LLM, plan_model
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.tools import verify
-from placement.policy.policy import Policy, PolicyError
+from placement.policy.policy import Policy
+from placement.policy.problems import PolicyError
 from tests.support.runtime import cpu_plan, make_engine, nmse, run_logits, toy_workload, uniform_plan
 from tests.support.toy import make_checkpoint
 

@@ -14,7 +14,7 @@ from hetero_attn.server.failures import ApiError
 from hetero_attn.server.protocols.fields import Fields
 from hetero_attn.server.service import Service
 from placement.adapt.elastic import plan_for_budget
-from placement.policy.policy import PolicyError
+from placement.policy.problems import PolicyError
 from placement.solve.make_plan import BudgetError, make_plan
 
 if TYPE_CHECKING:  # it needs torch, whose import would keep a server from answering while it loads
