@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hetero_attn.models import block
 from hetero_attn.tools.timeline import recording
-from hetero_attn.tools.timeline.recording import CPU, GPU, MAIN, RecordingDriver
+from hetero_attn.tools.timeline.recording import CPU, GPU, MAIN
+from hetero_attn.tools.timeline.recording_driver import RecordingDriver
 from hetero_attn.tools.timeline.simulate import Simulation, Timeline
 from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import build_plan

@@ -15,17 +15,9 @@ from hetero_attn.models import block
 from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.tools.timeline import recording
 from hetero_attn.tools.timeline.clocks import Clocks, OrderError
-from hetero_attn.tools.timeline.recording import (
-    COPIES,
-    CPU,
-    GPU,
-    LANES,
-    MAIN,
-    Entry,
-    RecordedHostOps,
-    RecordingDriver,
-    Region,
-)
+from hetero_attn.tools.timeline.recorded_ops import RecordedHostOps
+from hetero_attn.tools.timeline.recording import COPIES, CPU, GPU, LANES, MAIN, Entry, Region
+from hetero_attn.tools.timeline.recording_driver import RecordingDriver
 from hetero_attn.tools.timeline.simulate import Simulation, chrome_trace
 from tests.placement.test_recorded_runs import profile_of
 from tests.support.older_queueing import request_behind_wait, rounded_apart

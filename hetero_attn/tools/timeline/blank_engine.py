@@ -19,7 +19,9 @@ from hetero_attn.spec.blocks import Declaration, ModelSpec
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.weight_formats import weight_formats
 from hetero_attn.spec.weights import LinearSpec
-from hetero_attn.tools.timeline.recording import RecordedHostOps, RecordedWorker, Recording, RecordingDriver
+from hetero_attn.tools.timeline.recorded_ops import RecordedHostOps, RecordedWorker
+from hetero_attn.tools.timeline.recording import Recording
+from hetero_attn.tools.timeline.recording_driver import RecordingDriver
 from placement.plan.memory import LinearPlacement, first_dram_unit, staging_piece_units
 from placement.plan.plan import Plan
 
