@@ -19,7 +19,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hetero_attn.models import block
-from hetero_attn.tools.timeline import recording
+from hetero_attn.tools.timeline import recording_driver
 from hetero_attn.tools.timeline.recording import CPU, GPU, MAIN
 from hetero_attn.tools.timeline.recording_driver import RecordingDriver
 from hetero_attn.tools.timeline.simulate import Simulation, Timeline
@@ -48,7 +48,7 @@ def copied_then_added() -> Iterator[None]:
 @contextmanager
 def rounded_alone() -> Iterator[None]:
     """What a linear multiplies is rounded by a launch of its own."""
-    with mock.patch.object(recording, "RecordedOps", rounded_apart(recording.RecordedOps)):
+    with mock.patch.object(recording_driver, "RecordedOps", rounded_apart(recording_driver.RecordedOps)):
         yield
 
 

@@ -29,15 +29,10 @@ from hetero_attn.spec.buffers import ActivationWidths
 from hetero_attn.spec.config import ModelConfig
 from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import Plan
+from tests.support.checked_ops import checked_host_ops
+from tests.support.race_checker import MixedMemoryError, RaceError, StuckError
 from tests.support.runtime import THREADS, emulated_plan, nmse, one_device_run, run_logits, toy_workload, uniform_plan
-from tests.support.simulated_gpu import (
-    MixedMemoryError,
-    RaceError,
-    SimulatedDriver,
-    SimulatedWorker,
-    StuckError,
-    checked_host_ops,
-)
+from tests.support.simulated_gpu import SimulatedDriver, SimulatedWorker
 from tests.support.toy import FAMILIES, make_checkpoint, make_family_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

@@ -13,7 +13,7 @@ from hetero_attn.cli import app
 from hetero_attn.devices.copy_ahead import CopyAhead
 from hetero_attn.models import block
 from hetero_attn.ops.linear import LinearWeights
-from hetero_attn.tools.timeline import recording
+from hetero_attn.tools.timeline import recording_driver
 from hetero_attn.tools.timeline.clocks import Clocks, OrderError
 from hetero_attn.tools.timeline.recorded_ops import RecordedHostOps
 from hetero_attn.tools.timeline.recording import COPIES, CPU, GPU, LANES, MAIN, Entry, Region
@@ -36,7 +36,7 @@ def as_it_was(monkeypatch):
     """When the H100 was there, what the CPU lane computed was copied to the GPU and then added, and every linear
     rounded its input by a launch of its own."""
     monkeypatch.setattr(RecordingDriver, "reaches", lambda *arguments: False)
-    monkeypatch.setattr(recording, "RecordedOps", rounded_apart(recording.RecordedOps))
+    monkeypatch.setattr(recording_driver, "RecordedOps", rounded_apart(recording_driver.RecordedOps))
 
 
 def test_the_older_run_of_an_h100_takes_as_long_as_it_took(as_it_was):

@@ -17,9 +17,9 @@ from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.config import ModelConfig
 from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import Plan
+from tests.support.checked_ops import TorchCalls
 from tests.support.fake_cuda import QUEUE_ENTRIES, fake_driver
 from tests.support.runtime import THREADS
-from tests.support.simulated_gpu import TorchCalls
 
 SLACK_BYTES = 1 << 16
 

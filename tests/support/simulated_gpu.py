@@ -12,7 +12,6 @@ dispatch mode. A call that mixes memories, or makes a tensor in GPU memory outsi
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -20,55 +19,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from gpu_kernels import reference
+from tests.support.checked_ops import (
+    CheckedOps,
+    TorchCalls,
+    filled,
+)
+from tests.support.race_checker import (
+    WORKER,
+    Clock,
+    MixedMemoryError,
+    RaceChecker,
+    RaceError,
+    StuckError,
+    merge,
+)
 
-Clock = dict[str, int]
-MAIN, WORKER = "main thread", "host worker"
 SMALL_BYTES = 256  # so that toys have rows of both kinds
-WRITTEN = {
-    "q",
-    "k_pages",
-    "v_pages",
-    "out",
-    "lse",
-    "target",
-}  # of rope_append, and of every other operation its results
-ONLY_READ = {"decode_attention": {"q", "k_pages", "v_pages"}, "prefill_attention": {"q", "k_pages", "v_pages"}}
-OTHERS_WRITTEN = {"route": {"ids", "places", "sources", "starts", "weights"}, "norm_heads": {"qkv"}}
-CHECKED_OPS = {
-    "add_rows",
-    "pack",
-    "linear",
-    "rms_norm",
-    "layer_norm",
-    "silu_mul",
-    "gelu_mul",
-    "gelu",
-    "route",
-    "expert_linear",
-    "combine",
-    "scale_rows",
-    "norm_heads",
-    "merge",
-    "rope_append",
-    *ONLY_READ,
-}
-
-
-class RaceError(AssertionError):
-    """Two operations touch the same bytes, one of them writes, and nothing orders them."""
-
-
-class MixedMemoryError(AssertionError):
-    """An operation was given a tensor of the other memory, or would make one outside of the arena."""
-
-
-class StuckError(AssertionError):
-    """Somebody waits for what nobody will do."""
 
 
 @dataclass(eq=False)
@@ -86,89 +56,6 @@ class Event:
 
     stream: Stream
     clock: Clock | None = None
-
-
-class Storage:
-    """Who touched each byte of one allocation last: per actor the number of its last read and write there."""
-
-    def __init__(self, tensor: torch.Tensor, on_device: bool) -> None:
-        self.keeper = tensor.untyped_storage()  # a freed address would be taken for this allocation
-        self.on_device = on_device
-        self._size = self.keeper.nbytes()
-        self._last: dict[tuple[bool, str], np.ndarray] = {}
-
-    def bytes_of(self, tensor: torch.Tensor, actor: str, writes: bool, make: bool) -> np.ndarray | None:
-        """The numbers at a tensor's bytes, [*shape, itemsize] or flat."""
-        if (writes, actor) not in self._last:
-            if not make:
-                return None
-            self._last[writes, actor] = np.zeros(self._size, np.int32)
-        size, start = tensor.itemsize, tensor.data_ptr() - self.keeper.data_ptr()
-        if tensor.is_contiguous():
-            return self._last[writes, actor][start : start + tensor.nbytes]
-        strides = [4 * size * stride for stride in tensor.stride()]
-        return np.lib.stride_tricks.as_strided(
-            self._last[writes, actor][start:], (*tensor.shape, size), (*strides, 4), writeable=True
-        )
-
-
-class RaceChecker:
-    """Vector clocks of the actors (streams and threads) and the record of every byte."""
-
-    def __init__(self) -> None:
-        self.actor = MAIN
-        self.clocks: dict[str, Clock] = {MAIN: {}, WORKER: {}}
-        self._names: dict[str, list[str]] = {}
-        self._storages: dict[int, Storage] = {}
-
-    def own(self, tensor: torch.Tensor) -> None:
-        """Declare an allocation to be GPU memory."""
-        self._storages[tensor.untyped_storage().data_ptr()] = Storage(tensor, on_device=True)
-
-    def on_device(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor lies in GPU memory."""
-        storage = self._storages.get(tensor.untyped_storage().data_ptr())
-        return storage is not None and storage.on_device
-
-    def run(self, actor: str, clock: Clock, name: str, reads: list, writes: list) -> None:
-        """Let `actor` do one operation; raises RaceError for an access that `clock` does not order."""
-        names = self._names.setdefault(actor, ["the start"])
-        names.append(name)
-        number = clock[actor] = len(names) - 1
-        for tensors, write in ((reads, False), (writes, True)):
-            for tensor in tensors:
-                if tensor.numel():
-                    self._touch(actor, clock, number, tensor, write)
-
-    def _touch(self, actor: str, clock: Clock, number: int, tensor: torch.Tensor, write: bool) -> None:
-        key = tensor.untyped_storage().data_ptr()
-        if key not in self._storages:
-            self._storages[key] = Storage(tensor, on_device=False)
-        storage = self._storages[key]
-        for other, names in self._names.items():
-            if other == actor:
-                continue
-            for earlier_write in (True, False) if write else (True,):
-                last = storage.bytes_of(tensor, other, earlier_write, make=False)
-                if last is not None and (latest := int(last.max())) > clock.get(other, 0):
-                    memory = "GPU" if storage.on_device else "host"
-                    raise RaceError(
-                        f"{actor}: {names_of(self._names, actor, number)} {'writes' if write else 'reads'} {memory} bytes "
-                        f"{tuple(tensor.shape)} that {other}: {names[latest]} {'wrote' if earlier_write else 'reads'}, "
-                        "and nothing orders the two"
-                    )
-        storage.bytes_of(tensor, actor, write, make=True)[...] = number
-
-
-def names_of(names: dict[str, list[str]], actor: str, number: int) -> str:
-    """The name of an actor's operation."""
-    return names[actor][number]
-
-
-def merge(into: Clock, other: Clock) -> None:
-    """Everything that happened before `other` happened before `into` too."""
-    for actor, number in other.items():
-        into[actor] = max(into.get(actor, 0), number)
 
 
 class SimulatedDriver:
@@ -318,100 +205,6 @@ class SimulatedDriver:
         stream.queue.popleft()()
 
 
-class CheckedOps:
-    """A module or object of operations; every call goes to `launch(name, work, reads, writes)`."""
-
-    def __init__(self, ops: Any, launch: Callable[..., None]) -> None:
-        self._ops = ops
-        self._launch = launch
-
-    def rounded_norm(self, x: Any, weight: Any, eps: float, out: Any, fmt: str) -> Any:
-        """The norm, and x itself as the reference rounds it."""
-        self.rms_norm(x, weight, eps, out)
-        return out
-
-    def rounded_gated(self, gate_up: Any, out: Any, activation: str, fmt: str) -> Any:
-        """The activation, and x itself as the reference rounds it."""
-        getattr(self, activation)(gate_up, out)
-        return out
-
-    def __getattr__(self, name: str) -> Any:
-        operation = getattr(self._ops, name)
-        if name not in CHECKED_OPS:
-            return operation
-        signature = inspect.signature(operation)
-
-        def call(*arguments: Any, **named: Any) -> None:
-            bound = signature.bind(*arguments, **named)
-            bound.apply_defaults()
-            writes, reads = [], []
-            for parameter, value in bound.arguments.items():
-                tensors = tensors_in(value)
-                written = parameter in OTHERS_WRITTEN.get(name, WRITTEN - ONLY_READ.get(name, set()))
-                (writes if written else reads).extend(tensors)
-            if bound.arguments.get("accumulate") or name in ("add_rows", "combine", "scale_rows", "norm_heads"):
-                reads += writes
-            self._launch(name, lambda: operation(*arguments, **named), reads, writes)
-
-        return call
-
-
-class CheckedHostOps(CheckedOps):
-    """The CPU kernels, each call checked; closing it leaves the kernels, which several runs may share, open."""
-
-    def close(self) -> None:
-        """The kernels' owner closes them."""
-
-
-def checked_host_ops(ops: Any, driver: SimulatedDriver) -> CheckedHostOps:
-    """The CPU kernels, each call checked as an access of the running thread and refused GPU memory."""
-
-    def launch(name: str, work: Callable[[], Any], reads: list, writes: list) -> None:
-        for tensor in (*reads, *writes):
-            if tensor.numel() and driver.checker.on_device(tensor):
-                raise MixedMemoryError(f"{name} on the CPU was given GPU memory {tuple(tensor.shape)}")
-        driver.run_host(name, reads, writes)
-        with _disable_current_modes():
-            work()
-
-    checked = CheckedHostOps(ops, launch)
-    checked.set_flag = driver.set_flag
-    checked.await_flag = driver.await_flag
-    return checked
-
-
-class TorchCalls(TorchDispatchMode):
-    """Plain torch calls: on host memory an access of this thread, on GPU memory a kernel of the stream."""
-
-    def __init__(self, driver: SimulatedDriver, stream: Stream) -> None:
-        super().__init__()
-        self._driver = driver
-        self._stream = stream
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-        written = [
-            named[argument.name]
-            for argument in func._schema.arguments
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
-        operands = tensors_in((args, tuple(kwargs.values())))
-        on_device = [tensor for tensor in operands if self._driver.checker.on_device(tensor)]
-        if on_device and written:
-            self._driver.launch(self._stream, str(func), lambda: func(*args, **kwargs), operands, written)
-            return args[0]
-        result = func(*args, **kwargs)
-        results = tensors_in(result)
-        shared = {tensor.untyped_storage().data_ptr() for tensor in operands}
-        is_view = not written and all(tensor.untyped_storage().data_ptr() in shared for tensor in results)
-        if on_device and not is_view:
-            raise MixedMemoryError(f"{func} would make a tensor of GPU memory outside of the arena")
-        if not is_view or not results:
-            self._driver.run_host(str(func), operands, written)
-        return result
-
-
 class SimulatedWorker:
     """The host worker's executor: a job runs, in its turn, when somebody asks how it ended."""
 
@@ -472,16 +265,3 @@ class JobFuture(Future):
         """Run up to this job."""
         self._worker.join(self)
         return super().exception(0)
-
-
-def filled(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with every bit set: NaN in every floating-point type."""
-    tensor.view(torch.uint8).fill_(255)
-    return tensor
-
-
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    """The tensors in nested lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, (list, tuple)) else []
