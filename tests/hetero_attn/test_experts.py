@@ -18,8 +18,8 @@ from hetero_attn.spec.tensor_names import expert_tensor
 from hetero_attn.spec.weight_formats import WeightFormats
 from placement.plan.memory import KvPlacement, LinearPlacement
 from placement.plan.workload import NUM_ROW_TIERS
-from tests.hetero_attn.test_cuda_driver import fake_engine
 from tests.support.cpu_oracles import kernels
+from tests.support.fake_engine import fake_engine
 from tests.support.moe import FAMILIES, LEAST_GAP, fused, make_moe, moe_gguf, moe_logits
 from tests.support.runtime import cpu_plan, emulated_plan, make_engine, nmse, run_logits, toy_workload, uniform_plan
 from tests.support.toy import edit_json
