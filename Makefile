@@ -5,7 +5,7 @@
 # make clean  remove .venv and everything that was built
 #
 # PYTHON names the interpreter (3.11 or newer) that the environment is made from. WORKERS is how many processes share the
-# test files out, where pytest-xdist is installed; each takes up to 4 GB and two cores.
+# test files out, where pytest-xdist is installed; each takes up to 4 GB and two cores. 0: none beside pytest itself.
 #
 # Which torch: one that PYTHON can already import is used as it is, so a CUDA machine keeps its own build. Otherwise a
 # machine with an NVIDIA GPU gets the default build, and every other machine the release that is known to be a CPU build
