@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from hetero_attn import LLM, SamplingParams
 from hetero_attn.tools.quality import MOST_WINDOWS, WINDOW_TOKENS
@@ -54,7 +55,13 @@ def ours(file: Path, dtype: str) -> tuple[dict[str, Any], Windows, torch.Tensor]
 
 def theirs(file: Path, windows: Windows, prompt: list[int]) -> tuple[dict[str, Any], torch.Tensor]:
     """The same of transformers in float32."""
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    model = (
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(file.parent, gguf_file=file.name)).float().eval()
+    )
+    tensors = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unknown = model.load_state_dict(tensors, strict=False)
+    if unknown or set(missing) - {"lm_head.weight"}:
+        raise SystemExit(f"{file}: transformers lacks {missing} and does not know {unknown}")
 
     @torch.inference_mode()
     def logits(ids: list[int]) -> torch.Tensor:
