@@ -30,13 +30,12 @@ four.
 All coefficients are linear in units, KV heads and bytes, so the planner optimises exactly what is predicted here.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from math import fsum
 from typing import Any, NamedTuple
 
 from placement.cost.terms import (
-    Block,
     Call,
     LinearCost,
     attention_cost,
@@ -83,22 +82,9 @@ def pass_cost(
     for parts in (tally.lanes["steps"], tally.lanes["gpu" if on_gpu else "cpu"], tally.terms["small_ops"]):
         parts.append(small)
     tally.terms["step"].append(step)
-    attending: dict[int | None, tuple[Block, int]] = {}
-    paired = {(shard.layer, shard.block) for shard in workload.linears if shard.row_cut}
-    for shard, placement in zip(workload.linears, linears, strict=True):
-        if not shard.is_head or with_head:
-            block = (shard.layer, shard.block)
-            cpu_units = _add_linear(
-                tally, shard, placement, workload, hardware, call, block if block in paired else None
-            )
-            if shard.per_kv_head:
-                attending[shard.layer] = block, cpu_units
-    for kv_shard, kv_placement in zip(workload.kv, kv, strict=True):
-        block, cpu_units = attending.get(kv_shard.layer, ((kv_shard.layer, ""), 0))
-        _add_attention(
-            tally, kv_shard, kv_placement, cpu_units, workload, hardware, call, block if block in paired else None
-        )
-    tally.end_blocks()
+    for layer, times in _different_layers(workload, linears, kv).items():
+        tally.times = times
+        _add_layer(tally, layer, workload, hardware, call, with_head)
     lanes, terms = ({name: fsum(parts) for name, parts in sums.items()} for sums in (tally.lanes, tally.terms))
     one_by_one = lanes["cpu"] + lanes["gpu"] + lanes["pcie"] + terms["handovers"]
     per_copy, per_read = interference(hardware)
@@ -114,18 +100,72 @@ def pass_cost(
     return PassCost(work + not_hidden + step, overlapped + not_hidden + step, lanes, terms)
 
 
+class _Layer:
+    """The linears and the cache of one layer, or the head, with their placements; equal to others that cost the
+    same."""
+
+    def __init__(self) -> None:
+        self.linears: list[tuple[LinearShard, LinearPlacement]] = []
+        self.kv: list[tuple[KvShard, KvPlacement]] = []
+
+    def key(self) -> Hashable:
+        """What the cost of the layer depends on."""
+        linears = tuple(
+            (s.kind, s.shape, s.block, s.per_kv_head, s.layer is None, p.gpu_units, p.stream_units)
+            for s, p in self.linears
+        )
+        kv = tuple(
+            (s.kv_heads, s.bytes_per_token, s.window, s.heads, s.head_dim, p.gpu_kv_heads, p.gpu_tokens)
+            for s, p in self.kv
+        )
+        return linears, kv
+
+
+def _different_layers(
+    workload: Workload, linears: Sequence[LinearPlacement], kv: Sequence[KvPlacement]
+) -> dict[_Layer, int]:
+    """One of every kind of layer, and how many there are of it."""
+    layers: defaultdict[int | None, _Layer] = defaultdict(_Layer)
+    for shard, placement in zip(workload.linears, linears, strict=True):
+        layers[shard.layer].linears.append((shard, placement))
+    for kv_shard, kv_placement in zip(workload.kv, kv, strict=True):
+        layers[kv_shard.layer].kv.append((kv_shard, kv_placement))
+    first: dict[Hashable, _Layer] = {}
+    counts: Counter[_Layer] = Counter(first.setdefault(layer.key(), layer) for layer in layers.values())
+    return counts
+
+
+def _add_layer(
+    tally: "_Tally", layer: _Layer, workload: Workload, hardware: HardwareProfile, call: Call, with_head: bool
+) -> None:
+    """Add a layer, as often as there is one like it."""
+    paired = {shard.block for shard, _ in layer.linears if shard.row_cut}
+    attending, cpu_units = "", 0
+    for shard, placement in layer.linears:
+        if not shard.is_head or with_head:
+            block = shard.block if shard.block in paired else None
+            units = _add_linear(tally, shard, placement, workload, hardware, call, block)
+            if shard.per_kv_head:
+                attending, cpu_units = shard.block, units
+    for kv_shard, kv_placement in layer.kv:
+        block = attending if attending in paired else None
+        _add_attention(tally, kv_shard, kv_placement, cpu_units, workload, hardware, call, block)
+    tally.end_blocks()
+
+
 class _Tally:
     """Seconds of a pass, by resource and by kind of work; kept apart, because their exact sum is the same whatever the
-    order of the layers."""
+    order of the layers. times: how often what is added is there."""
 
     def __init__(self, on_gpu: bool) -> None:
         self.on_gpu = on_gpu
+        self.times = 1
         self.lanes: dict[str, list[float]] = {name: [] for name in RESOURCES}
         self.terms: dict[str, list[float]] = {name: [] for name in TERMS}
         self.before_head_s: list[float] = []
         self.reads_s: list[float] = []
         self.head_s = 0.0
-        self._blocks: dict[Block, list[float]] = {}
+        self._blocks: dict[str, list[float]] = {}
         self._once: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
@@ -135,27 +175,33 @@ class _Tally:
         return self._once[key]
 
     def add_stage(
-        self, kind: str, cpu_s: float, gpu_s: float, handovers_s: float, launch_s: float, block: Block | None = None
+        self, kind: str, cpu_s: float, gpu_s: float, handovers_s: float, launch_s: float, block: str | None = None
     ) -> None:
         """Both lanes side by side, then the hand-overs. kind: linears | attention. block: of which this is a part; its
         lanes meet at its end only."""
         own = 0.0 if self.on_gpu else launch_s
-        self.lanes["steps"].append(handovers_s + launch_s)
+        self.add(self.lanes["steps"], handovers_s + launch_s)
         if block is None:
-            self.lanes["steps"].append(max(cpu_s, gpu_s))
+            self.add(self.lanes["steps"], max(cpu_s, gpu_s))
         else:
             sums = self._blocks.setdefault(block, [0.0, 0.0])
             sums[0] += cpu_s
             sums[1] += gpu_s
-        self.lanes["cpu"].append(cpu_s + own)
-        self.lanes["gpu"].append(gpu_s + (launch_s - own))
-        self.terms[f"cpu_{kind}"].append(cpu_s + own)
-        self.terms[f"gpu_{kind}"].append(gpu_s + (launch_s - own))
-        self.terms["handovers"].append(handovers_s)
+        self.add(self.lanes["cpu"], cpu_s + own)
+        self.add(self.lanes["gpu"], gpu_s + (launch_s - own))
+        self.add(self.terms[f"cpu_{kind}"], cpu_s + own)
+        self.add(self.terms[f"gpu_{kind}"], gpu_s + (launch_s - own))
+        self.add(self.terms["handovers"], handovers_s)
+
+    def add(self, parts: list[float], seconds: float) -> None:
+        """Add seconds of every layer that is like this one; what is nothing is left out."""
+        if seconds:
+            parts.extend([seconds] * self.times)
 
     def end_blocks(self) -> None:
         """Add the slower lane of every block."""
-        self.lanes["steps"].extend(max(sums) for sums in self._blocks.values())
+        for sums in self._blocks.values():
+            self.add(self.lanes["steps"], max(sums))
         self._blocks.clear()
 
 
@@ -166,7 +212,7 @@ def _add_linear(
     workload: Workload,
     hardware: HardwareProfile,
     call: Call,
-    block: Block | None,
+    block: str | None,
 ) -> int:
     """Add one linear; returns the units that the CPU computes."""
     rows = call.sequences if shard.is_head else call.rows
@@ -182,16 +228,15 @@ def _add_linear(
     cpu_s, handover = on_cpu * cost.cpu_s_per_unit, cost.handover_s * (on_cpu > 0)
     copy_s = streamed * shard.unit_bytes / hardware.h2d_bytes_per_s if streamed else 0.0
     tally.add_stage("linears", cpu_s, gpu_s, handover, cost.launch_s, block)
-    tally.reads_s.append(on_cpu * cost.read_s_per_unit)
+    tally.add(tally.reads_s, on_cpu * cost.read_s_per_unit)
     if shard.is_head:
         tally.head_s = max(cpu_s, gpu_s, copy_s) + handover + cost.launch_s
-        tally.lanes["steps"].append(max(0.0, copy_s - max(cpu_s, gpu_s)))
+        tally.add(tally.lanes["steps"], max(0.0, copy_s - max(cpu_s, gpu_s)))
     from_dram = streamed + shard.touched(rows) * (on_cpu + (home if hardware.unified_memory else 0))
-    tally.lanes["dram"].append(from_dram * shard.unit_bytes / hardware.dram_bytes_per_s)
-    if streamed:
-        tally.lanes["pcie"].append(copy_s)
-        tally.before_head_s.append(copy_s * (not shard.is_head))
-        tally.terms["copies"].append(copy_s)
+    tally.add(tally.lanes["dram"], from_dram * shard.unit_bytes / hardware.dram_bytes_per_s)
+    tally.add(tally.lanes["pcie"], copy_s)
+    tally.add(tally.before_head_s, copy_s * (not shard.is_head))
+    tally.add(tally.terms["copies"], copy_s)
     return on_cpu
 
 
@@ -203,7 +248,7 @@ def _add_attention(
     workload: Workload,
     hardware: HardwareProfile,
     call: Call,
-    block: Block | None,
+    block: str | None,
 ) -> None:
     """Add one layer's attention."""
     cost = tally.once(
@@ -215,15 +260,15 @@ def _add_attention(
     cpu_s = on_cpu_kv_heads * cost.cpu_s_per_kv_head + on_gpu_kv_heads * cost.spilled_s_per_kv_head
     gpu_s = on_gpu_kv_heads * cost.gpu_s_per_kv_head
     tally.add_stage("attention", cpu_s, gpu_s, handovers * cost.handover_s, cost.launch_s, block)
-    tally.reads_s.append(on_cpu_kv_heads * cost.read_s_per_kv_head + on_gpu_kv_heads * cost.spilled_s_per_kv_head)
+    tally.add(tally.reads_s, on_cpu_kv_heads * cost.read_s_per_kv_head + on_gpu_kv_heads * cost.spilled_s_per_kv_head)
     read = on_cpu_kv_heads * cost.dram_bytes_per_kv_head + on_gpu_kv_heads * cost.spilled_bytes_per_kv_head
-    tally.lanes["dram"].append(read / hardware.dram_bytes_per_s)
+    tally.add(tally.lanes["dram"], read / hardware.dram_bytes_per_s)
     streamed_s = (
         on_gpu_kv_heads * cost.streamed_bytes_per_kv_head / hardware.h2d_bytes_per_s if on_gpu_kv_heads else 0.0
     )
-    tally.lanes["pcie"].append(streamed_s)
-    tally.before_head_s.append(streamed_s)
-    tally.terms["copies"].append(streamed_s)
+    tally.add(tally.lanes["pcie"], streamed_s)
+    tally.add(tally.before_head_s, streamed_s)
+    tally.add(tally.terms["copies"], streamed_s)
 
 
 def working_set_bytes(workload: Workload, context: int) -> int:

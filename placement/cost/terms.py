@@ -14,7 +14,6 @@ from placement.plan.memory import LinearPlacement, staging_piece_units
 from placement.plan.workload import KvShard, LinearShard, Workload, row_tier
 
 BYTES_PER_ACTIVATION = 4
-Block = tuple[int | None, str]
 # Two norms, rotary embedding with the KV append, the gated activation, where a workload says nothing else; on a GPU
 # also adding what the CPU computed.
 SMALL_CALLS_PER_LAYER_ON_CPU = 4
@@ -284,11 +283,13 @@ def queueing_s(
     """
     if not on_gpu or call.q_len == 1:
         return 0.0
-    products = sum(
-        gpu_products(shard, placement, call.rows, workload, hardware)
-        for shard, placement in zip(workload.linears, linears, strict=True)
-        if not shard.is_head
-    )
+    tier, known, products = row_tier(call.rows), {}, 0
+    for shard, placement in zip(workload.linears, linears, strict=True):
+        if not shard.is_head:
+            key = shard.shape, placement.gpu_units, placement.stream_units[tier]
+            if key not in known:
+                known[key] = gpu_products(shard, placement, call.rows, workload, hardware)
+            products += known[key]
     layer_s = hardware.gpu_layer_overhead_s
     product_s = hardware.gpu_product_overhead_s or layer_s / LINEARS_PER_LAYER
     return layer_s * workload.num_layers + product_s * max(0, products - LINEARS_PER_LAYER * workload.num_layers)
