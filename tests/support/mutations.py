@@ -22,11 +22,12 @@ from typing import Any
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.gguf.tokenizer import gguf_tokenizer
 from hetero_attn.checkpoints.sources import open_source, read_config, stored_formats
-from hetero_attn.errors import HeteroError, printable
+from hetero_attn.errors import MOST_CHARACTERS, HeteroError
 from hetero_attn.models.decoder import decoder
 from hetero_attn.spec.workload import build_workload
 
 KINDS = ("gguf", "safetensors", "config")
+MOST_SHOWN = 10 * MOST_CHARACTERS  # of a line, every character escaped
 LENGTHS = (0, 1, 255, 1 << 16, 1 << 31, (1 << 32) - 1, (1 << 63) - 1, (1 << 64) - 1)
 WORDS = (b'"', b"{", b"}", b"[", b"]", b",", b":", b"9", b"-", b"\\u0000", b"\xff", b"\0", b"null", b"1e999", b"9" * 50)
 STRANGE = (
@@ -137,7 +138,8 @@ def mutate(folder: Path, kind: str, seed: int, count: int) -> dict[str, Any]:
             sound += 1
         except HeteroError as error:
             errors[type(error).__name__] += 1
-            assert printable(str(error)) == str(error), f"mutation {number}: {error!r}"
+            is_fit = all(line.isprintable() and len(line) < MOST_SHOWN for line in str(error).split("\n"))
+            assert is_fit, f"mutation {number}: {error!r}"
         except BaseException:
             shutil.copy(target, folder / f"failed-{kind}-{seed}-{number}{target.suffix}")
             print(f"mutation {number} of {kind} {seed}, {path}", file=sys.stderr)
