@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 Model = Annotated[
     str, typer.Argument(help="Folder of a Hugging Face checkpoint, a GGUF file, or a hub id.", show_default=False)
 ]
+Gguf = Annotated[
+    str | None,
+    typer.Option(metavar="PATTERN", help="Which GGUF file of a folder or repository, such as Q4_K_M or '*Q8_0*'."),
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", help="Threads of the CPU lane. Default: one per physical core.")
 ]
@@ -85,6 +89,11 @@ def checked_max_tokens(tokens: int | None) -> int | None:
 class Loading:
     """How a model is to be loaded."""
 
+    gguf: Gguf = None
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Folder, file or hub id whose tokenizer goes before the model's own."),
+    ] = None
     policy: Annotated[str, typer.Option(help="auto, the name of a shipped policy, or a policy file.")] = "auto"
     gpu_memory: Annotated[
         str | None, typer.Option(help="Budget of GPU memory, such as 8GiB. Default: what is free.")
@@ -116,6 +125,8 @@ class Loading:
     def arguments(self) -> dict[str, Any]:
         """The wishes by the names that `LLM` and `LoadOptions` give them."""
         return {
+            "file": self.gguf,
+            "tokenizer": self.tokenizer,
             "policy": self.policy,
             "gpu_memory": self.gpu_memory,
             "dtype": self.dtype,

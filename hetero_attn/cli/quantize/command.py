@@ -25,6 +25,7 @@ def quantize(
         Path | None,
         typer.Option(help="A text: weights are rounded for it, and --bits measures them on it; - is stdin."),
     ] = None,
+    gguf: options.Gguf = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a file of that name.")] = False,
     threads: options.Threads = None,
     as_json: options.Json = False,
@@ -38,13 +39,14 @@ def quantize(
         raise typer.BadParameter("--bits needs --calibrate, a text of some thousands of words like those to come")
     if out.suffix != ".gguf":
         raise typer.BadParameter(f"--out is {out}; a GGUF file's name ends in .gguf")
+    from hetero_attn.checkpoints.hub import resolve_model
     from hetero_attn.tools.quantize.table import table_lines
     from hetero_attn.tools.quantize.write import quantize as write
 
     if force or not out.exists():
         expect_writable(out)
     text = "" if calibrate is None else read_text(calibrate)
-    made = write(model, out, recipe, bits, text, force, threads)
+    made = write(resolve_model(model, gguf), out, recipe, bits, text, force, threads)
     table = json.loads(made.table)
     if as_json:
         print_json({"file": str(made.path), "bytes": made.nbytes, "bits": made.bits} | table)
