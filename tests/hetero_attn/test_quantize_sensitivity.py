@@ -84,7 +84,7 @@ def test_the_weights_are_the_same_afterwards(llm, tokens):
 
 
 def test_an_embedding_of_its_own_is_measured_too(tmp_path):
-    path = make_checkpoint(tmp_path, "qwen3", hidden=64, intermediate=128, num_heads=4, num_kv_heads=2)
+    path = make_checkpoint(tmp_path, "qwen3", hidden=64, intermediate=100, num_heads=4, num_kv_heads=2)
     options = {"device": "cpu", "dtype": "fp32", "kv_dtype": "fp32", "max_context": 32, "max_batch": 2}
     with LLM(path, progress=False, num_threads=2, **options) as model:
         with layer_runs(model.engine, cut(list(range(32)), 32, 1), 2, 2) as runs:
@@ -92,4 +92,7 @@ def test_an_embedding_of_its_own_is_measured_too(tmp_path):
         tied = model.engine.weights.spec.is_tied
 
     assert ("lm_head.weight" in found) == (not tied)
-    assert all(min(found["model.embed_tokens.weight"].kl.values()) >= 0 for _ in found)
+    assert all(min(loss.kl.values()) >= 0 for loss in found.values())
+    assert {name: (loss.rows, loss.in_features) for name, loss in found.items()} == {
+        name: shape for name, shape in model.engine.weights.spec.tensors.items() if len(shape) == 2
+    }

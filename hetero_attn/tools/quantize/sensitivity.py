@@ -47,22 +47,25 @@ def losses(runs: LayerRuns, ops: CpuKernels) -> dict[str, Loss]:
         parts = list(runs.parts(layer))
         changed = [_changed(rows, partial(runs.after_layer, layer, starts[layer])) for _, rows, _ in parts]
         for (part, rows, address), found in zip(parts, _divergences(runs, layer + 1, changed, before), strict=True):
-            measured[part.tensor] = _loss(rows, moments[layer].mean(address), found, ops)
-    for name, rows, starts_at in _ends(runs, starts):
+            measured[part.tensor] = _loss(_flat(rows)[: part.rows], moments[layer].mean(address), found, ops)
+    for name, rows, count, starts_at in _ends(runs, starts):
         found = _changed(rows, lambda: _divergences(runs, *starts_at(), before)[0])  # noqa: B023
-        measured[name] = _loss(rows, None, found, ops)
+        measured[name] = _loss(_flat(rows)[:count], None, found, ops)
     return measured
 
 
 def _ends(
     runs: LayerRuns, starts: list[torch.Tensor]
-) -> Iterator[tuple[str, torch.Tensor, Callable[[], tuple[int, list[torch.Tensor]]]]]:
-    """Embedding and head, a tied pair once: the tensor, its rows, and from where on the model is run with others."""
+) -> Iterator[tuple[str, torch.Tensor, int, Callable[[], tuple[int, list[torch.Tensor]]]]]:
+    """Embedding and head, a tied pair once: the tensor, its rows, how many are no padding, and from where on the model
+    is run with others."""
     name, embedding = runs.embedding
     for part, rows, _ in runs.head_parts():
         if part.tensor != name:
-            yield part.tensor, rows, lambda: (runs.layers, [starts[-1]])
-        yield name, rows if part.tensor == name else embedding, lambda: (0, [runs.embedded()])
+            yield part.tensor, rows, part.rows, lambda: (runs.layers, [starts[-1]])
+        is_tied = part.tensor == name
+        count = part.rows if is_tied else embedding.shape[0]
+        yield name, rows if is_tied else embedding, count, lambda: (0, [runs.embedded()])
 
 
 def _divergences(runs: LayerRuns, layer: int, changed: list[torch.Tensor], before: torch.Tensor) -> list[float]:
@@ -92,13 +95,13 @@ def _flat(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _loss(rows: torch.Tensor, moments: torch.Tensor | None, divergence: float, ops: CpuKernels) -> Loss:
-    """divergence: of the rows rounded coarsely. moments: of the inputs, None to count every error alike."""
-    flat = _flat(rows)
-    error = _error(rounded_coarsely(flat), flat, moments) / flat.shape[0]
+    """divergence: of the rows [rows, in_features] rounded coarsely. moments: of the inputs, None to count every error
+    alike."""
+    error = _error(rounded_coarsely(rows), rows, moments) / rows.shape[0]
     scale = max(divergence, LEAST_KL) / max(error, 1e-30)
-    sample = flat[:: max(1, flat.shape[0] // SAMPLED_ROWS)].contiguous()
+    sample = rows[:: max(1, rows.shape[0] // SAMPLED_ROWS)].contiguous()
     errors = _errors(sample, moments, ops)
-    return Loss(flat.shape[0], flat.shape[1], {name: scale * found for name, found in errors.items()})
+    return Loss(rows.shape[0], rows.shape[1], {name: scale * found for name, found in errors.items()})
 
 
 def rounded_coarsely(rows: torch.Tensor) -> torch.Tensor:
