@@ -3,8 +3,9 @@
     with CpuKernels() as ops:
         ops.linear(x, weight, "q4", None, out)
 
-Knows nothing of models, placement or GPUs. `layout` describes the packed weights, `kv_layout` the KV pages, both
-without importing torch or numba; `CpuKernels` holds the ops. Names are imported when they are first used.
+Knows nothing of models, placement or GPUs. `formats` describes packed weights and KV pages, without importing torch or
+numba; `contract` says what every op is given and writes; `CpuKernels` holds the ops. Names are imported when they are
+first used.
 """
 
 from importlib import import_module

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from cpu_kernels.ahead.builders import build_all
 from cpu_kernels.attention import op as attention
 from cpu_kernels.attention import rope_op as rope
+from cpu_kernels.contract import ChunkKeys, Pages, Partial, Picks, Rotation, Routes, RowKeys
 from cpu_kernels.linear import expert_op, pack, repack
 from cpu_kernels.linear import op as linear
 from cpu_kernels.small import elementwise, memory, route
@@ -21,7 +22,7 @@ from cpu_kernels.vectors.isa import choose
 
 
 class CpuKernels:
-    """The CPU lane's ops over one thread team.
+    """The CPU lane's ops over one thread team: those of `contract.Ops`, which says what each computes, and some more.
 
     num_threads: threads that work, the caller included; default: the physical cores this process may use.
     pin: tie each member thread to a core of its own (never the caller).
@@ -83,7 +84,7 @@ class CpuKernels:
         missing = self._team.missing(work)
         self._team.locked(lambda store: build_all(store, missing, self.num_threads))
 
-    def record_wait(self, flag: torch.Tensor, value: int) -> None:
+    def record_wait(self, flag: Tensor, value: int) -> None:
         """Inside `record`: the program waits here until a flag, int64 [1], is `value`; RuntimeError elsewhere.
 
         What the flag's writer wrote before is visible to the ops that follow.
@@ -91,17 +92,17 @@ class CpuKernels:
         self._flags()  # loads what sets a flag: while the program waits it holds the team, and nothing can be loaded
         self._team.note(RecordedOp("await_flag", AWAIT, 0, FLAG.filled(address=check_flag(flag), value=value)))
 
-    def record_set(self, flag: torch.Tensor, value: int) -> None:
+    def record_set(self, flag: Tensor, value: int) -> None:
         """Inside `record`: the program sets a flag here, after all that its ops before have written; RuntimeError
         elsewhere."""
         self._team.note(RecordedOp("set_flag", SET, 0, FLAG.filled(address=check_flag(flag), value=value)))
 
-    def set_flag(self, flag: torch.Tensor, value: int) -> None:
+    def set_flag(self, flag: Tensor, value: int) -> None:
         """Write a flag, int64 [1], after everything that this thread has written; another thread or a GPU may wait for
         it."""
         self._flags().set(flag, value)
 
-    def await_flag(self, flag: torch.Tensor, value: int, timeout_s: float) -> bool:
+    def await_flag(self, flag: Tensor, value: int, timeout_s: float) -> bool:
         """Wait for a flag to be `value`, spinning first; False where it is not after about `timeout_s`.
 
         What its writer wrote before is visible afterwards. Python's lock is free meanwhile.
@@ -113,11 +114,11 @@ class CpuKernels:
             self._made_flags = self._team.locked(Flags)
         return self._made_flags
 
-    def sweep(self, tensor: torch.Tensor) -> None:
+    def sweep(self, tensor: Tensor) -> None:
         """Read every byte of a contiguous tensor and do nothing with it: timed, it is the ceiling of every op."""
         memory.sweep(self._team, tensor)
 
-    def pack(self, rows: torch.Tensor, weight_dtype: str, out: torch.Tensor) -> None:
+    def pack(self, rows: Tensor, weight_dtype: str, out: Tensor) -> None:
         """Quantise or copy weights into the packed layout.
 
         rows: [num_blocks * 16, in_features] float32, bfloat16 or float16; out: uint8 [num_blocks, block_bytes],
@@ -125,7 +126,7 @@ class CpuKernels:
         """
         pack.pack(self._team, rows, weight_dtype, out)
 
-    def repack(self, rows: torch.Tensor, source_type: str, out: torch.Tensor) -> None:
+    def repack(self, rows: Tensor, source_type: str, out: Tensor) -> None:
         """Lay rows of a GGUF file out in the format that holds them without loss; see formats.SOURCE_TYPES.
 
         rows: uint8 [num_blocks * 16, bytes of a row], as in the file; source_type: the file's name of it, such as
@@ -133,7 +134,7 @@ class CpuKernels:
         """
         repack.repack(self._team, rows, source_type, out)
 
-    def unpack_rows(self, weight: torch.Tensor, weight_dtype: str, row_ids: torch.Tensor, out: torch.Tensor) -> None:
+    def unpack_rows(self, weight: Tensor, weight_dtype: str, row_ids: Tensor, out: Tensor) -> None:
         """Some rows of a packed weight as the numbers they stand for: an embedding is gathered so.
 
         weight: uint8 [num_blocks, block_bytes] of a coded format; row_ids: int64 [count], each below num_blocks * 16;
@@ -142,201 +143,52 @@ class CpuKernels:
         repack.unpack_rows(self._team, weight, weight_dtype, row_ids, out)
 
     def linear(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        weight_dtype: str,
-        bias: torch.Tensor | None,
-        out: torch.Tensor,
-        accumulate: bool = False,
+        self, x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor, accumulate: bool = False
     ) -> None:
-        """out = x W^T + bias, or out += that.
-
-        x: float32 [rows, in_features], rounded inside to bf16 (bf16) or to int8 per group of 64 (q8, q4);
-        weight: uint8 [num_blocks, block_bytes]; weight_dtype: "fp32", "bf16", "q8" or "q4";
-        bias: float32 [num_blocks * 16] or None; out: float32 [rows, num_blocks * 16], written.
-        """
         linear.linear(self._team, x, weight, weight_dtype, bias, out, accumulate)
 
-    def expert_linear(
-        self,
-        x: torch.Tensor,
-        sources: torch.Tensor | None,
-        starts: torch.Tensor,
-        first: int,
-        weight: torch.Tensor,
-        weight_dtype: str,
-        out: torch.Tensor,
-    ) -> None:
-        """out = x W^T for every pick of some experts, each with its expert's W; picks are sorted as `route` says.
+    def expert_linear(self, x: Tensor, picks: Picks, weight: Tensor, weight_dtype: str, out: Tensor) -> None:
+        expert_op.expert_linear(self._team, x, picks, weight, weight_dtype, out)
 
-        x: float32 [rows, in_features], rounded as in `linear`; sources: int32 [picks], the row of x of each pick, None
-        where it is the pick's own; starts: int32 [all experts + 1], where each expert's picks begin; first: the expert
-        of weight[0]; weight: uint8 [experts, blocks, block_bytes]; out: float32 [picks, blocks * 16], written for the
-        picks of these experts and for no other. Contents of sources and starts are trusted.
-        """
-        expert_op.expert_linear(self._team, x, sources, starts, first, weight, weight_dtype, out)
+    def route(self, x: Tensor, router: Tensor, gated: bool, normalise: bool, into: Routes) -> None:
+        route.route(self._team, x, router, gated, normalise, into)
 
-    def route(
-        self,
-        x: torch.Tensor,
-        router: torch.Tensor,
-        gated: bool,
-        normalise: bool,
-        ids: torch.Tensor,
-        places: torch.Tensor,
-        sources: torch.Tensor,
-        starts: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> None:
-        """Choose the experts of every row by x router^T, and sort all choices by expert.
-
-        x: float32 [rows, hidden]; router: float32 [experts, hidden], one more row where it is gated, zeros to a
-        multiple of 16 rows. Written: ids int32 [rows, k], the k highest scores of a row, of equal ones the lower id,
-        ascending; weights float32 [rows, k + 1], the softmax over all experts at these, divided by their sum if
-        `normalise`, then sigmoid of the gate's product, 1 without one; starts int32 [experts + 1]; places int32
-        [rows, k], where each pick is among all, sorted by expert, then by row; sources int32 [rows * k], the row of the
-        pick at each place.
-        """
-        route.route(self._team, x, router, gated, normalise, ids, places, sources, starts, weights)
-
-    def combine(
-        self,
-        near: torch.Tensor,
-        far: torch.Tensor,
-        border: torch.Tensor,
-        places: torch.Tensor,
-        weights: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        """out[r] += sum over j, ascending, of weights[r, j] * the output of its pick places[r, j].
-
-        near, far: float32 [rows * k, features], outputs by place: those before border, int32 [1], from near, others
-        from far; places int32 [rows, k]; weights float32 [rows, k]; out: float32 [rows, features], written.
-        """
+    def combine(self, near: Tensor, far: Tensor, border: Tensor, places: Tensor, weights: Tensor, out: Tensor) -> None:
         route.combine(self._team, near, far, border, places, weights, out)
 
-    def scale_rows(self, factors: torch.Tensor, out: torch.Tensor) -> None:
-        """out[r] *= factors[r]. factors: float32 [rows, 1]; out: float32 [rows, features], written."""
+    def scale_rows(self, factors: Tensor, out: Tensor) -> None:
         route.scale_rows(self._team, factors, out)
 
-    def norm_heads(self, qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor, eps: float) -> None:
-        """RMS norm of q over all its heads together, and of k, in place.
-
-        qkv: float32 [rows, num_kv_heads, unit_features] as in `rope_append`, written; q_norm: float32 [num_heads *
-        head_dim]; k_norm: float32 [num_kv_heads * head_dim].
-        """
+    def norm_heads(self, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float) -> None:
         route.norm_heads(self._team, qkv, q_norm, k_norm, eps)
 
-    def rms_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, accumulate: bool = False
-    ) -> None:
-        """out = x * weight / sqrt(mean(x^2) + eps), or out += that.
-
-        x, out: float32 [rows, hidden]; weight: float32 [hidden].
-        """
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor, accumulate: bool = False) -> None:
         elementwise.rms_norm(self._team, x, weight, eps, out, accumulate)
 
-    def layer_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, out: torch.Tensor
-    ) -> None:
-        """out = (x - mean(x)) * weight / sqrt(mean((x - mean(x))^2) + eps) + bias.
-
-        x, out: float32 [rows, hidden]; weight, bias: float32 [hidden], bias None for none.
-        """
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> None:
         elementwise.layer_norm(self._team, x, weight, bias, eps, out)
 
-    def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
-        """out = silu(gate) * up.
-
-        gate_up: float32 [rows, units * 32], a unit is 16 gate columns, then their 16 up columns; out: float32
-        [rows, units * 16], written.
-        """
+    def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         elementwise.gated(self._team, "silu_mul", gate_up, out)
 
-    def gelu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
-        """out = gelu(gate) * up, gelu in its form by tanh; shapes as in silu_mul."""
+    def gelu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         elementwise.gated(self._team, "gelu_mul", gate_up, out)
 
-    def gelu(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """out = gelu(x), gelu in its form by tanh. x, out: float32 [rows, features]."""
+    def gelu(self, x: Tensor, out: Tensor) -> None:
         elementwise.gelu(self._team, x, out)
 
     def rope_append(
-        self,
-        qkv: torch.Tensor,
-        positions: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        q_norm: torch.Tensor | None,
-        k_norm: torch.Tensor | None,
-        eps: float,
-        q: torch.Tensor,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        slots: torch.Tensor,
+        self, qkv: Tensor, positions: Tensor, rotation: Rotation, q: Tensor, pages: Pages, slots: Tensor
     ) -> None:
-        """Norm and rotate q and k of new tokens; q to `q`, k and v into their cache slots.
+        rope.rope_append(self._team, qkv, positions, rotation, q, pages, slots)
 
-        qkv: float32 [rows, num_kv_heads, unit_features], per group its query heads | k | v | padding;
-        positions: int64 [rows]; cos, sin: float32 [max_positions, rotary_dim / 2], pairs (i, i + rotary_dim / 2), later
-        dims pass through; q_norm, k_norm: float32 [head_dim] or None (per-head RMS norm with eps before rotation);
-        q: float32 [rows, num_heads, head_dim], written; k_pages, v_pages: [num_pages, page_size,
-        row_items] of the KV dtype (formats/pages.py), written at slots: int64 [rows, num_kv_heads], page * page_size +
-        offset. For q8 and q4, q and k are also multiplied by the Hadamard matrix of formats/pages.py: such a q is for
-        attention over such pages alone.
-        """
-        rope.rope_append(self._team, qkv, positions, cos, sin, q_norm, k_norm, eps, q, k_pages, v_pages, slots)
-
-    def decode_attention(
-        self,
-        q: torch.Tensor,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        page_table: torch.Tensor,
-        kv_start: torch.Tensor,
-        kv_stop: torch.Tensor,
-        scale: float,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-    ) -> None:
-        """One query row per sequence over positions [kv_start, kv_stop) of its cache.
-
-        q: float32 [batch, num_heads, head_dim], rounded inside to the KV dtype, bf16 for q8 and q4; k_pages, v_pages:
-        [num_pages, page_size, row_items] of the KV dtype (formats/pages.py); page_table: int32 [batch, num_kv_heads,
-        max_pages], logical page -> page;
-        kv_start, kv_stop: int32 [batch]; out: float32 [batch, num_heads, head_dim] and lse: float32 [batch, num_heads]
-        (natural log), written. Query head h reads KV head h // (num_heads // num_kv_heads); empty: (0, -inf).
-        """
-        attention.decode_attention(self._team, q, k_pages, v_pages, page_table, kv_start, kv_stop, scale, out, lse)
+    def decode_attention(self, q: Tensor, pages: Pages, keys: RowKeys, scale: float, into: Partial) -> None:
+        attention.decode_attention(self._team, q, pages, keys, scale, into)
 
     def prefill_attention(
-        self,
-        q: torch.Tensor,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        page_table: torch.Tensor,
-        kv_start: int,
-        kv_stop: int,
-        q_start: int,
-        window: int,
-        scale: float,
-        out: torch.Tensor,
-        lse: torch.Tensor,
+        self, q: Tensor, pages: Pages, keys: ChunkKeys, window: int, scale: float, into: Partial
     ) -> None:
-        """Causal attention of q_len rows of one sequence; row i is position q_start + i.
+        attention.prefill_attention(self._team, q, pages, keys, window, scale, into)
 
-        Key j is visible to row i iff kv_start <= j < kv_stop, j <= q_start + i and (window == 0 or
-        j > q_start + i - window). q, out: float32 [q_len, num_heads, head_dim]; page_table: int32
-        [num_kv_heads, max_pages]; lse: float32 [q_len, num_heads]; the rest as in decode_attention.
-        """
-        attention.prefill_attention(
-            self._team, q, k_pages, v_pages, page_table, kv_start, kv_stop, q_start, window, scale, out, lse
-        )
-
-    def merge(self, outs: list[torch.Tensor], lses: list[torch.Tensor], out: torch.Tensor, lse: torch.Tensor) -> None:
-        """Merge attention partials of disjoint key ranges; any number, in any order.
-
-        outs: float32 [..., head_dim] each; lses: float32 [...] each; out, lse: like one of them, written.
-        """
-        elementwise.merge(self._team, outs, lses, out, lse)
+    def merge(self, partials: list[Partial], into: Partial) -> None:
+        elementwise.merge(self._team, partials, into)

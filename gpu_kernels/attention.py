@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cpu_kernels.contract import ChunkKeys, Pages, Partial, RowKeys
 from gpu_kernels.attention_merge import merge_splits
 from gpu_kernels.kv_rows import check_pages, load_block, load_page_ids
 from gpu_kernels.launching import Kernel, Shape
@@ -364,77 +365,46 @@ MERGE_ITEMS = 64  # of the partials that a thread holds at once while it merges:
 NO_WINDOW = 2**30
 
 
-def decode_attention(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    kv_start: Tensor,
-    kv_stop: Tensor,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    """Attention of one query per sequence over the positions [kv_start, kv_stop) of its cache.
-
-    q, out: f32 [batch, num_heads, head_dim]. k_pages, v_pages: [num_pages, page_size, row_items] as kv_pages says,
-    equal strides. page_table: int32 [batch, num_kv_heads, max_pages], page id of logical page position // page_size;
-    entries outside the range are never read. kv_start, kv_stop: int32 [batch], start <= stop. scale > 0. lse: f32
-    [batch, num_heads], natural log. Allocates the partials of the splits and clears the counters of their arrival,
-    which costs a memset (see GpuKernels); nothing is read on the host.
-    """
-    pairs = page_table.shape[0] * page_table.shape[1]
-    counted = _num_splits(page_table, k_pages, q.shape[2]) > 1
+def decode_attention(q: Tensor, pages: Pages, keys: RowKeys, scale: float, into: Partial) -> None:
+    """Allocates the partials of the splits and clears the counters of their arrival, which costs a memset (see
+    `DeviceOps`); nothing is read on the host. Strides of keys and values are equal."""
+    pairs = keys.table.shape[0] * keys.table.shape[1]
+    counted = _num_splits(keys.table, pages.k, q.shape[2]) > 1
     arrivals = torch.zeros(pairs if counted else 0, dtype=torch.int32, device=q.device)
-    counted_decode_attention(arrivals, q, k_pages, v_pages, page_table, kv_start, kv_stop, scale, out, lse)
+    counted_decode_attention(arrivals, q, pages, keys, scale, into)
 
 
 def counted_decode_attention(
-    arrivals: Tensor,
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    kv_start: Tensor,
-    kv_stop: Tensor,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
+    arrivals: Tensor, q: Tensor, pages: Pages, keys: RowKeys, scale: float, into: Partial
 ) -> None:
     """decode_attention with counters of the caller's.
 
     arrivals: int32, one for each sequence and KV head, 0 before and after, which no other call uses at the same time.
     With fewer of them than that nothing is split.
     """
+    (k, v), (table, start, stop), (out, lse) = pages, keys, into
     batch, num_heads, head_dim = q.shape
-    num_kv_heads = page_table.shape[1]
-    form = _check(k_pages, v_pages, head_dim, num_heads, num_kv_heads, scale)
+    num_kv_heads = table.shape[1]
+    form = _check(pages, head_dim, num_heads, num_kv_heads, scale)
     if batch == 0:
         return
     queries_per_kv, pairs = num_heads // num_kv_heads, batch * num_kv_heads
-    num_splits = _num_splits(page_table, k_pages, head_dim) if pairs <= arrivals.numel() else 1
-    shape = _decode_shape(
-        _tile(DECODE_TILES, k_pages, head_dim),
-        queries_per_kv,
-        head_dim,
-        k_pages.shape[1],
-        form,
-        num_splits > 1,
-        MERGE_ITEMS,
-    )
-    parts = (out, lse, kv_start)  # not touched where nothing is split
+    num_splits = _num_splits(table, k, head_dim) if pairs <= arrivals.numel() else 1
+    tile = _tile(DECODE_TILES, k, head_dim)
+    shape = _decode_shape(tile, queries_per_kv, head_dim, k.shape[1], form, num_splits > 1, MERGE_ITEMS)
+    parts = (out, lse, start)  # not touched where nothing is split
     if num_splits > 1:
-        partial = torch.empty(pairs, num_splits, queries_per_kv, head_dim, dtype=torch.float32, device=q.device)
+        sizes = (pairs, num_splits, queries_per_kv)
         parts = (
-            partial,
-            torch.empty(pairs, num_splits, queries_per_kv, dtype=torch.float32, device=q.device),
+            torch.empty(*sizes, head_dim, dtype=torch.float32, device=q.device),
+            torch.empty(*sizes, dtype=torch.float32, device=q.device),
             arrivals,
         )
     _decode_attention_kernel.launch(
         (pairs, num_splits, 1),
-        (q, k_pages, v_pages, page_table, kv_start, kv_stop, out, lse, *parts),
+        (q, k, v, table, start, stop, out, lse, *parts),
         (scale, num_kv_heads, MIN_BLOCKS_PER_SPLIT),
-        (*q.stride()[:2], *k_pages.stride()[:2], *page_table.stride()[:2], *out.stride()[:2], *lse.stride()),
+        (*q.stride()[:2], *k.stride()[:2], *table.stride()[:2], *out.stride()[:2], *lse.stride()),
         shape,
     )
 
@@ -460,38 +430,22 @@ def _decode_shape(
     )
 
 
-def prefill_attention(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    kv_start: int,
-    kv_stop: int,
-    q_start: int,
-    window: int,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    """Causal attention of a chunk of one sequence; row i of `q` is position q_start + i.
-
-    q, out: f32 [q_len, num_heads, head_dim]. k_pages, v_pages: [num_pages, page_size, row_items] as kv_pages says,
-    equal strides. page_table: int32 [num_kv_heads, max_pages]. lse: f32 [q_len, num_heads], natural log. scale > 0. Key
-    j is visible to row i iff kv_start <= j < kv_stop, j <= q_start + i and (window == 0 or j > q_start + i - window).
-    """
+def prefill_attention(q: Tensor, pages: Pages, keys: ChunkKeys, window: int, scale: float, into: Partial) -> None:
+    """Strides of keys and values are equal."""
+    (k, v), (table, start, stop, q_start), (out, lse) = pages, keys, into
     q_len, num_heads, head_dim = q.shape
-    num_kv_heads = page_table.shape[0]
-    form = _check(k_pages, v_pages, head_dim, num_heads, num_kv_heads, scale)
+    num_kv_heads = table.shape[0]
+    form = _check(pages, head_dim, num_heads, num_kv_heads, scale)
     if q_len == 0:
         return
     tiles = HOPPER_PREFILL_TILES if _is_hopper(q.device) else PREFILL_TILES
-    tile, queries_per_kv = _tile(tiles, k_pages, head_dim), num_heads // num_kv_heads
+    tile, queries_per_kv = _tile(tiles, k, head_dim), num_heads // num_kv_heads
     _prefill_attention_kernel.launch(
         (num_kv_heads, -(-(q_len * queries_per_kv) // tile.block_m), 1),
-        (q, k_pages, v_pages, page_table, out, lse),
-        (scale, q_len, kv_start, kv_stop, q_start, window or NO_WINDOW),
-        (*q.stride()[:2], *k_pages.stride()[:2], page_table.stride(0), *out.stride()[:2], *lse.stride()),
-        _prefill_shape(tile, queries_per_kv, head_dim, k_pages.shape[1], form),
+        (q, k, v, table, out, lse),
+        (scale, q_len, start, stop, q_start, window or NO_WINDOW),
+        (*q.stride()[:2], *k.stride()[:2], table.stride(0), *out.stride()[:2], *lse.stride()),
+        _prefill_shape(tile, queries_per_kv, head_dim, k.shape[1], form),
     )
 
 
@@ -536,7 +490,7 @@ def _tile(tiles: dict[torch.dtype, dict[int, Tile]], pages: Tensor, head_dim: in
     return by_head[_head_pad(head_dim)]
 
 
-def _check(k_pages: Tensor, v_pages: Tensor, head_dim: int, num_heads: int, num_kv_heads: int, scale: float) -> str:
+def _check(pages: Pages, head_dim: int, num_heads: int, num_kv_heads: int, scale: float) -> str:
     assert num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
     assert scale > 0, f"the largest score is looked for before it is multiplied by {scale}"
-    return check_pages(k_pages, v_pages, head_dim)
+    return check_pages(pages, head_dim)

@@ -13,8 +13,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from cpu_kernels.contract import Partial
 from gpu_kernels.launching import Kernel, Shape
 
 
@@ -97,16 +97,12 @@ def merge_splits(
     tl.store(lse + heads * lse_head_stride, maximum + tl.log(total), mask=live)
 
 
-def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> None:
-    """Merge any number (at least one) of attention partials over disjoint keys into `out` and `lse`.
-
-    outs: f32 [..., head_dim] each; lses: f32 [...] each, natural log. `out` and `lse` may be one of the partials.
-    Dimensions before the last three of `out` must collapse into one without a copy.
-    """
-    assert outs and len(outs) == len(lses), (len(outs), len(lses))
-    head_dim = out.shape[-1]
-    *parts, result = every = [_as_rows(part, part_lse) for part, part_lse in zip([*outs, out], [*lses, lse])]
-    rows, num_heads = result[1].shape
+def merge(partials: list[Partial], into: Partial) -> None:
+    """Dimensions before the last three of `into.out` must collapse into one without a copy."""
+    assert partials
+    head_dim = into.out.shape[-1]
+    *parts, result = every = [_as_rows(partial) for partial in (*partials, into)]
+    rows, num_heads = result.lse.shape
     for part, part_lse in parts:
         assert part.shape == (rows, num_heads, head_dim) and part_lse.shape == (rows, num_heads), part.shape
     if rows * num_heads:
@@ -139,8 +135,9 @@ def _nested(parts: int) -> Any:
     return nest
 
 
-def _as_rows(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def _as_rows(partial: Partial) -> Partial:
     """Views [rows, heads, head_dim] and [rows, heads] of a partial with any number of leading dimensions."""
+    out, lse = partial
     while out.ndim < 3:
         out, lse = out.unsqueeze(0), lse.unsqueeze(0)
-    return out.view(-1, *out.shape[-2:]), lse.view(-1, lse.shape[-1])
+    return Partial(out.view(-1, *out.shape[-2:]), lse.view(-1, lse.shape[-1]))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import gpu_kernels
+from cpu_kernels.contract import Pages, Partial, RowKeys
 
 COUNTERS = 256  # sequences times KV heads of one decode; more of them fill a GPU without being split
 
@@ -54,23 +55,10 @@ class DeviceOps:
     def linear(
         self, x: Any, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor, accumulate: bool = False
     ) -> None:
-        """See gpu_kernels.linear_layer.linear."""
         inputs = self.rounded(x, weight_dtype) if isinstance(x, Tensor) else x
         gpu_kernels.linear(inputs, weight, weight_dtype, bias, out, accumulate)
 
-    def decode_attention(
-        self,
-        q: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
-        page_table: Tensor,
-        kv_start: Tensor,
-        kv_stop: Tensor,
-        scale: float,
-        out: Tensor,
-        lse: Tensor,
-    ) -> None:
-        """See gpu_kernels.attention.decode_attention."""
+    def decode_attention(self, q: Tensor, pages: Pages, keys: RowKeys, scale: float, into: Partial) -> None:
         if self._counted is None:
             self._counted = importlib.import_module("gpu_kernels.attention").counted_decode_attention
-        self._counted(self._arrivals, q, k_pages, v_pages, page_table, kv_start, kv_stop, scale, out, lse)
+        self._counted(self._arrivals, q, pages, keys, scale, into)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cpu_kernels.contract import Pages, Rotation
 from gpu_kernels.kv_pages import hadamard_block
 from gpu_kernels.kv_rows import check_pages, store_row
 from gpu_kernels.launching import Kernel, Shape
@@ -200,8 +201,6 @@ def _rope_append_kernel(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, accumulate: bool = False) -> None:
-    """Root-mean-square norm of each row of `x` into `out`, or added to it, both f32 [rows, hidden]; weight f32
-    [hidden]."""
     rows, hidden = x.shape
     assert weight.shape == (hidden,) and out.shape == x.shape, (x.shape, weight.shape, out.shape)
     if rows:
@@ -211,12 +210,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, accumulate: boo
 
 
 def silu_mul(gate_up: Tensor, out: Tensor) -> None:
-    """silu(gate) * up into `out`, f32 [rows, units*16]; gate_up: f32 [rows, units*32], a unit being 16 gate | 16 up."""
     _gated(gate_up, out, SILU_SHAPE)
 
 
 def gelu_mul(gate_up: Tensor, out: Tensor) -> None:
-    """gelu(gate) * up, gelu in its form by tanh; shapes as in silu_mul."""
     _gated(gate_up, out, GELU_SHAPE)
 
 
@@ -233,34 +230,14 @@ def _gated(gate_up: Tensor, out: Tensor, shape: Shape) -> None:
         )
 
 
-def rope_append(
-    qkv: Tensor,
-    positions: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    slots: Tensor,
-) -> None:
-    """Norm (optional) and rotate q and k; write q to `q`, and k and v to their slots of the pages.
-
-    For pages of codes q and k are then spread by one Walsh-Hadamard matrix, see kv_pages; such a q is for attention
-    over such pages alone.
-
-    qkv: f32 [rows, num_kv_heads, unit_features], a unit being its q heads, k, v and padding. positions: int64 [rows].
-    cos, sin: f32 [max_positions, rotary_dim/2], equal strides. q_norm, k_norm: f32 [head_dim] or None. q: f32 [rows,
-    num_heads, head_dim]. k_pages, v_pages: [num_pages, page_size, row_items] as kv_pages says, equal strides. slots:
-    int64 [rows, num_kv_heads], page * page_size + offset; no two may be equal.
-    """
+def rope_append(qkv: Tensor, positions: Tensor, rotation: Rotation, q: Tensor, pages: Pages, slots: Tensor) -> None:
+    """Strides of keys and values are equal."""
+    cos, sin, q_norm, k_norm, eps = rotation
     rows, num_heads, head_dim = q.shape
     num_kv_heads = qkv.shape[1]
     queries_per_kv = num_heads // num_kv_heads
     assert qkv.shape[0] == rows and qkv.shape[2] >= (queries_per_kv + 2) * head_dim, (qkv.shape, q.shape)
-    form = check_pages(k_pages, v_pages, head_dim)
+    form = check_pages(pages, head_dim)
     assert cos.stride() == sin.stride(), (cos.stride(), sin.stride())
     assert slots.shape == (rows, num_kv_heads) and 2 * cos.shape[1] <= head_dim, (slots.shape, cos.shape)
     if rows and num_kv_heads:
@@ -268,8 +245,8 @@ def rope_append(
             queries_per_kv,
             head_dim,
             cos.shape[1],
-            k_pages.shape[1],
-            k_pages.dtype,
+            pages.k.shape[1],
+            pages.k.dtype,
             form,
             q_norm is not None,
             k_norm is not None,
@@ -277,9 +254,9 @@ def rope_append(
         norms = (qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm)  # one that is None is not read
         _rope_append_kernel.launch(
             (rows, num_kv_heads, queries_per_kv + 2),
-            (qkv, positions, cos, sin, *norms, q, k_pages, v_pages, slots),
+            (qkv, positions, cos, sin, *norms, q, *pages, slots),
             (eps,),
-            (*qkv.stride()[:2], cos.stride(0), *q.stride()[:2], *k_pages.stride()[:2], slots.stride(0)),
+            (*qkv.stride()[:2], cos.stride(0), *q.stride()[:2], *pages.k.stride()[:2], slots.stride(0)),
             shape,
         )
 

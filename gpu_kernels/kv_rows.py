@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from cpu_kernels.contract import Pages
 from gpu_kernels.kv_pages import row_items
 
 FORMATS = {torch.float32: "plain", torch.bfloat16: "plain", torch.int8: "q8", torch.uint8: "q4"}
@@ -157,8 +157,9 @@ def store_row(
         tl.store(numbers, scale, mask=columns < GROUPS)
 
 
-def check_pages(k_pages: Tensor, v_pages: Tensor, head_dim: int) -> str:
+def check_pages(pages: Pages, head_dim: int) -> str:
     """The FORMAT of pages; asserts that K and V are pages of one shape, strides and known dtype."""
+    k_pages, v_pages = pages
     assert k_pages.shape == v_pages.shape and k_pages.stride() == v_pages.stride(), (k_pages.stride(), v_pages.stride())
     assert k_pages.dtype == v_pages.dtype and k_pages.dtype in FORMATS, (k_pages.dtype, v_pages.dtype)
     assert k_pages.shape[2] == row_items(k_pages.dtype, head_dim) and k_pages.stride(2) == 1, (k_pages.shape, head_dim)

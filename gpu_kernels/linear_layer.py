@@ -86,12 +86,7 @@ def linear(
     out: Tensor,
     accumulate: bool = False,
 ) -> None:
-    """Write (or with `accumulate` add) the linear layer of `x` into `out`.
-
-    x: f32 [rows, in_features], or what `rounded` made of it for this dtype. weight: uint8 [num_blocks, block_bytes],
-    packed. weight_dtype: a known one, or a mix of them, whose weight is [units, unit_bytes]. bias: f32
-    [features] or None. out: f32 [rows, features]. Raises ValueError for an unknown weight dtype.
-    """
+    """x may also be what `rounded` made of it for this format."""
     if "*" in weight_dtype:
         plain = x.values[0] if isinstance(x, RoundedInput) else x
         _linear_of_mix(plain, weight, weight_dtype, bias, out, accumulate)

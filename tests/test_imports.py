@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "placement": set(),
     "hetero_attn": {"cpu_kernels", "gpu_kernels", "placement"},
 }
-DESCRIPTION_OF_BYTES = "cpu_kernels.formats"  # the one part of cpu_kernels that every package may import
+DESCRIPTION_OF_BYTES = "cpu_kernels.formats"
+SHARED = (DESCRIPTION_OF_BYTES, "cpu_kernels.contract")  # the parts of cpu_kernels that every package may import
 PROFILERS = "placement.profilers"  # the one part of placement that may import the kernels, to time them
 # Top to bottom: a folder, or a file beside the folders, imports only what stands after it. "" is the package's face.
 FLOORS = {
@@ -49,10 +50,23 @@ FLOORS = {
         "errors",
     ),
     "placement": ("", "explain", "plots", "adapt", "profilers", "solve", "cost", "policy", "machine", "plan"),
-    "cpu_kernels": ("", "kernels", "ahead", "attention", "linear", "small", "team", "checks", "vectors", "formats"),
+    "cpu_kernels": (
+        "",
+        "kernels",
+        "ahead",
+        "attention",
+        "linear",
+        "small",
+        "team",
+        "checks",
+        "vectors",
+        "contract",
+        "formats",
+    ),
 }
 LONGEST_CHAIN = {"hetero_attn": 14, "placement": 6, "cpu_kernels": 6}
 MOST_MODULES = 14  # in one folder
+MOST_PARAMETERS = 6  # of an op
 OPS = (
     "linear",
     "rms_norm",
@@ -61,6 +75,7 @@ OPS = (
     "gelu_mul",
     "gelu",
     "route",
+    "expert_linear",
     "combine",
     "scale_rows",
     "norm_heads",
@@ -120,7 +135,7 @@ def test_imports_point_one_way(package: str) -> None:
         if module_name(path).startswith(PROFILERS):
             allowed = allowed | {"cpu_kernels", "gpu_kernels"}
         names = imported_names(path, ast.parse(path.read_text()))
-        used = {name.partition(".")[0] for name in names if not is_inside(name, DESCRIPTION_OF_BYTES)}
+        used = {name.partition(".")[0] for name in names if not any(is_inside(name, part) for part in SHARED)}
 
         assert used & set(MAY_IMPORT) <= allowed, f"{path.relative_to(ROOT)} imports a package it must not know"
 
@@ -340,11 +355,47 @@ def test_op_has_one_signature_on_every_lane(op: str) -> None:
     triton_op = getattr(importlib.import_module("gpu_kernels"), op)
     with importlib.import_module("cpu_kernels").CpuKernels(num_threads=1) as kernels:
         cpu_op = getattr(kernels, op)
-        promised = parameters(getattr(importlib.import_module("hetero_attn.devices.protocols").Ops, op))
+        promised = parameters(getattr(importlib.import_module("cpu_kernels.contract").Ops, op))
 
         assert promised[0][0] == "self" and promised[1:] == parameters(reference)
         assert parameters(cpu_op) == parameters(reference)
     assert parameters(triton_op) == parameters(reference)
+    assert len(parameters(reference)) <= MOST_PARAMETERS
+
+
+def sentences(text: str) -> set[str]:
+    """The sentences of a docstring, of more than a few words, however their lines are broken."""
+    whole = " ".join(text.replace("`", "").split())
+    return {part for part in re.split(r"(?<=[.:;]) ", whole) if len(part.split()) > 4}
+
+
+def said_again(op: object, words: str) -> set[str]:
+    """What of an op's words in the contract `words` say too: sentences, and what its arguments are."""
+    arguments = {f"{name}:" for name, *_ in parameters(op)[1:]}
+    return (sentences(inspect.getdoc(op)) & sentences(words)) | (arguments & set(words.split()))
+
+
+def test_what_an_op_does_is_said_once() -> None:
+    """Shapes, dtypes and what is written stand in the contract; an implementation adds only what is its own."""
+    members = inspect.getmembers(importlib.import_module("cpu_kernels.contract").Ops, inspect.isfunction)
+    ops = {name: op for name, op in members if not name.startswith("_")}
+    contract, repeated = ROOT / "cpu_kernels" / "contract.py", []
+    for path in (path for package in MAY_IMPORT for path in sources(package) if path != contract):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name in ops:
+                found = said_again(ops[node.name], ast.get_docstring(node) or "")
+                repeated += [f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {part}" for part in sorted(found)]
+
+    assert ops.keys() >= set(OPS) and all(len(inspect.getdoc(op).split()) > 8 for op in ops.values()) and repeated == []
+
+
+def test_words_of_an_op_said_again_are_found() -> None:
+    op = importlib.import_module("cpu_kernels.contract").Ops.merge
+    text = inspect.getdoc(op)
+
+    assert said_again(op, text) == sentences(text)
+    assert said_again(op, "Of tiles. partials: a list of them") == {"partials:"}
+    assert said_again(op, "Partials must be contiguous.") == set()
 
 
 def test_command_line_starts_without_heavy_packages() -> None:

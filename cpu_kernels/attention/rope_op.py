@@ -1,9 +1,11 @@
 """rope_append: its checks and launch; the arithmetic is in rope_kernel.py."""
 
 import torch
+from torch import Tensor
 
 from cpu_kernels.attention.op import check_pages, page_words
 from cpu_kernels.checks import bits_of, check_tensor, expect
+from cpu_kernels.contract import Pages, Rotation
 from cpu_kernels.formats.pages import hadamard_block
 from cpu_kernels.team.arguments import ROPE
 from cpu_kernels.team.team import Team
@@ -15,20 +17,8 @@ def row_scratch_bytes(head_dim: int) -> int:
 
 
 def rope_append(
-    team: Team,
-    qkv: torch.Tensor,
-    positions: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    slots: torch.Tensor,
+    team: Team, qkv: Tensor, positions: Tensor, rotation: Rotation, q: Tensor, pages: Pages, slots: Tensor
 ) -> None:
-    """See CpuKernels.rope_append."""
     check_tensor("qkv", qkv, torch.float32, (None, None, None))
     rows, kv_heads, unit_features = qkv.shape
     check_tensor("q", q, torch.float32, (rows, None, None))
@@ -41,8 +31,9 @@ def rope_append(
         unit_features >= (queries_per_kv + 2) * head_dim,
         f"qkv has {unit_features} features per KV head; {queries_per_kv} query heads, k and v of {head_dim} need more",
     )
-    kv_dtype = check_pages(k_pages, v_pages, head_dim)
+    kv_dtype = check_pages(pages, head_dim)
     check_tensor("positions", positions, torch.int64, (rows,))
+    cos, sin, q_norm, k_norm, eps = rotation
     check_tensor("cos", cos, torch.float32, (None, None))
     check_tensor("sin", sin, torch.float32, tuple(cos.shape))
     max_positions, half = cos.shape
@@ -54,8 +45,7 @@ def rope_append(
     check_tensor("slots", slots, torch.int64, (rows, kv_heads))
     if rows == 0:
         return
-    num_pages, page_size, _ = k_pages.shape
-    (k, k_page, k_row), (v, v_page, v_row) = (page_words(pages, kv_dtype, head_dim) for pages in (k_pages, v_pages))
+    num_slots = pages.k.shape[0] * pages.k.shape[1]
     row_bytes, block = row_scratch_bytes(head_dim), hadamard_block(kv_dtype, head_dim)
     failure = team.run(
         ("attention.rope_kernel", "rope_append", kv_dtype),
@@ -80,14 +70,8 @@ def rope_append(
             q=q.data_ptr(),
             q_row=4 * q.stride(0),
             q_head=4 * q.stride(1),
-            k=k,
-            k_page=k_page,
-            k_row=k_row,
-            v=v,
-            v_page=v_page,
-            v_row=v_row,
-            num_slots=num_pages * page_size,
-            page_size=page_size,
+            **page_words(pages, kv_dtype, head_dim),
+            num_slots=num_slots,
             slots=slots.data_ptr(),
             slots_row=8 * slots.stride(0),
             row_bytes=row_bytes,
@@ -96,4 +80,4 @@ def rope_append(
         ),
     )
     expect(failure != 1, f"positions must lie in 0..{max_positions - 1}, the rows of cos and sin")
-    expect(failure != 2, f"slots must lie in 0..{num_pages * page_size - 1}, the slots of the pages")
+    expect(failure != 2, f"slots must lie in 0..{num_slots - 1}, the slots of the pages")

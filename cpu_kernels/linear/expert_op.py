@@ -1,8 +1,10 @@
 """expert_linear: checks and launches; see expert_kernel.py."""
 
 import torch
+from torch import Tensor
 
 from cpu_kernels.checks import check_tensor, expect
+from cpu_kernels.contract import Picks
 from cpu_kernels.formats import BLOCK_FEATURES, GROUP_INPUTS, Segment, format_of, segments, unit_blocks, unit_bytes
 from cpu_kernels.linear.op import piece_inputs
 from cpu_kernels.linear.sizes import RANGE_BYTES, RECORD_BYTES, STREAM_ROWS
@@ -30,17 +32,8 @@ def kernel_of(isa: Isa, weight_dtype: str, picks: int) -> tuple:
     return "linear.expert_kernel", "expert_linear_dot", isa, weight_dtype, *tile
 
 
-def expert_linear(
-    team: Team,
-    x: torch.Tensor,
-    sources: torch.Tensor | None,
-    starts: torch.Tensor,
-    first: int,
-    weight: torch.Tensor,
-    weight_dtype: str,
-    out: torch.Tensor,
-) -> None:
-    """See CpuKernels.expert_linear."""
+def expert_linear(team: Team, x: Tensor, picks: Picks, weight: Tensor, weight_dtype: str, out: Tensor) -> None:
+    sources, starts, first = picks
     check_tensor("x", x, torch.float32, (None, None))
     in_features = x.shape[1]
     check_tensor("weight", weight, torch.uint8, (None, None, unit_bytes(weight_dtype, in_features)))
@@ -61,32 +54,22 @@ def expert_linear(
         return
     parts = segments(weight_dtype, in_features)
     for part in parts:
-        _run(team, x, sources, starts, first, weight, part, units if len(parts) == 1 else part.blocks, out)
+        _run(team, x, picks, weight, part, units if len(parts) == 1 else part.blocks, out)
 
 
-def _run(
-    team: Team,
-    x: torch.Tensor,
-    sources: torch.Tensor | None,
-    starts: torch.Tensor,
-    first: int,
-    weight: torch.Tensor,
-    part: Segment,
-    run: int,
-    out: torch.Tensor,
-) -> None:
+def _run(team: Team, x: Tensor, picks: Picks, weight: Tensor, part: Segment, run: int, out: Tensor) -> None:
     """One segment of every unit of every expert."""
-    name, (picks, features), in_features = part.format.name, out.shape, x.shape[1]
+    name, (count, features), in_features = part.format.name, out.shape, x.shape[1]
     block_bytes = part.format.block_bytes(in_features)
     team.run(
-        kernel_of(team.isa, name, picks),
-        scratch_bytes(team.isa, name, picks, in_features),
+        kernel_of(team.isa, name, count),
+        scratch_bytes(team.isa, name, count, in_features),
         *EXPERT_LINEAR.filled(
             x=x.data_ptr(),
             x_row=4 * x.stride(0),
-            sources=0 if sources is None else sources.data_ptr(),
-            starts=starts.data_ptr(),
-            first=first,
+            sources=0 if picks.sources is None else picks.sources.data_ptr(),
+            starts=picks.starts.data_ptr(),
+            first=picks.first,
             count=weight.shape[0],
             in_features=in_features,
             weight=weight.data_ptr() + part.first_byte,
@@ -95,7 +78,7 @@ def _run(
             block_bytes=block_bytes,
             out=out.data_ptr() + 4 * BLOCK_FEATURES * part.first_block,
             out_row=4 * out.stride(0),
-            piece=in_features if picks <= STREAM_ROWS else piece_inputs(team.isa, name),
+            piece=in_features if count <= STREAM_ROWS else piece_inputs(team.isa, name),
             smallest=max(1, RANGE_BYTES // block_bytes if block_bytes else 1),
             threads=team.num_threads,
             run=run,

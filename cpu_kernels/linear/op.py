@@ -59,7 +59,6 @@ def linear(
     out: torch.Tensor,
     accumulate: bool,
 ) -> None:
-    """See CpuKernels.linear."""
     check_tensor("x", x, torch.float32, (None, None))
     rows, in_features = x.shape
     check_tensor("weight", weight, torch.uint8, (None, unit_bytes(weight_dtype, in_features)))

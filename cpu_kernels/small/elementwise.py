@@ -1,18 +1,17 @@
 """rms_norm, layer_norm, silu_mul, gelu_mul, gelu and merge: checks and launches; the arithmetic is in their kernels."""
 
 import torch
+from torch import Tensor
 
 from cpu_kernels.checks import bits_of, check_tensor, expect
+from cpu_kernels.contract import Partial
 from cpu_kernels.team.arguments import GATED, GELU, LAYER_NORM, MERGE, MERGE_PARTS, RMS_NORM
 from cpu_kernels.team.team import Team
 
 NO_PARTIALS = dict.fromkeys((word for word in MERGE._fields if word.startswith("part_")), 0)
 
 
-def rms_norm(
-    team: Team, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, accumulate: bool
-) -> None:
-    """See CpuKernels.rms_norm."""
+def rms_norm(team: Team, x: Tensor, weight: Tensor, eps: float, out: Tensor, accumulate: bool) -> None:
     check_tensor("x", x, torch.float32, (None, None))
     rows, hidden = x.shape
     check_tensor("weight", weight, torch.float32, (hidden,))
@@ -34,10 +33,7 @@ def rms_norm(
         )
 
 
-def layer_norm(
-    team: Team, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, out: torch.Tensor
-) -> None:
-    """See CpuKernels.layer_norm."""
+def layer_norm(team: Team, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> None:
     check_tensor("x", x, torch.float32, (None, None))
     rows, hidden = x.shape
     check_tensor("weight", weight, torch.float32, (hidden,))
@@ -62,8 +58,7 @@ def layer_norm(
         )
 
 
-def gelu(team: Team, x: torch.Tensor, out: torch.Tensor) -> None:
-    """See CpuKernels.gelu."""
+def gelu(team: Team, x: Tensor, out: Tensor) -> None:
     check_tensor("x", x, torch.float32, (None, None))
     rows, features = x.shape
     check_tensor("out", out, torch.float32, (rows, features))
@@ -79,8 +74,8 @@ def gelu(team: Team, x: torch.Tensor, out: torch.Tensor) -> None:
         team.run(("small.elementwise_kernel", "gelu"), 0, *words)
 
 
-def gated(team: Team, name: str, gate_up: torch.Tensor, out: torch.Tensor) -> None:
-    """See CpuKernels.silu_mul and gelu_mul; name: of the kernel."""
+def gated(team: Team, name: str, gate_up: Tensor, out: Tensor) -> None:
+    """silu_mul or gelu_mul; name: of the kernel."""
     check_tensor("gate_up", gate_up, torch.float32, (None, None))
     rows, width = gate_up.shape
     expect(width % 32 == 0, f"gate_up has {width} columns; it must be whole units of 16 gate and 16 up columns")
@@ -100,21 +95,21 @@ def gated(team: Team, name: str, gate_up: torch.Tensor, out: torch.Tensor) -> No
         )
 
 
-def merge(team: Team, outs: list[torch.Tensor], lses: list[torch.Tensor], out: torch.Tensor, lse: torch.Tensor) -> None:
-    """See CpuKernels.merge."""
-    expect(len(outs) == len(lses) > 0, f"merge needs as many outs as lses, at least one: {len(outs)}, {len(lses)}")
+def merge(team: Team, partials: list[Partial], into: Partial) -> None:
+    expect(bool(partials), "merge needs at least one partial")
+    out, lse = into
     shape = tuple(out.shape)
-    check_tensor("out", out, torch.float32, shape)
-    check_tensor("lse", lse, torch.float32, shape[:-1])
-    for index, (part, part_lse) in enumerate(zip(outs, lses)):
-        check_tensor(f"outs[{index}]", part, torch.float32, shape)
-        check_tensor(f"lses[{index}]", part_lse, torch.float32, shape[:-1])
+    check_tensor("into.out", out, torch.float32, shape)
+    check_tensor("into.lse", lse, torch.float32, shape[:-1])
+    for index, partial in enumerate(partials):
+        check_tensor(f"partials[{index}].out", partial.out, torch.float32, shape)
+        check_tensor(f"partials[{index}].lse", partial.lse, torch.float32, shape[:-1])
     if out.numel() == 0:
         return
-    parts = [(part.contiguous(), part_lse.contiguous()) for part, part_lse in zip(outs, lses)]
+    parts = [Partial(part.contiguous(), part_lse.contiguous()) for part, part_lse in partials]
     to = out if out.is_contiguous() else torch.empty(shape, dtype=torch.float32, device="cpu")
     lse_to = lse if lse.is_contiguous() else torch.empty(shape[:-1], dtype=torch.float32, device="cpu")
-    copies = [pair for pair, own in zip(parts, zip(outs, lses)) if pair[0] is not own[0] or pair[1] is not own[1]]
+    copies = [part for part, own in zip(parts, partials) if part.out is not own.out or part.lse is not own.lse]
     if team.is_recording:
         expect(not copies and to is out and lse_to is lse, "merge can be recorded with contiguous tensors only")
     while parts:
@@ -131,7 +126,7 @@ def merge(team: Team, outs: list[torch.Tensor], lses: list[torch.Tensor], out: t
         )
         team.run(("small.elementwise_kernel", "merge"), 0, *words)
         # A row reads all its inputs before it is written, so what is merged so far may be an input of the next round.
-        parts = [(to, lse_to), *parts] if parts else []
+        parts = [Partial(to, lse_to), *parts] if parts else []
     if to is not out:
         out.copy_(to)
     if lse_to is not lse:

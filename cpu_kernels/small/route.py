@@ -1,26 +1,17 @@
 """route, combine, scale_rows and norm_heads: checks and launches; route_kernel.py and combine_kernel.py compute."""
 
 import torch
+from torch import Tensor
 
 from cpu_kernels.checks import bits_of, check_tensor, expect
+from cpu_kernels.contract import Routes
 from cpu_kernels.small.route_sizes import EXPERTS_AT_ONCE
 from cpu_kernels.team.arguments import COMBINE, NORM_HEADS, ROUTE, SCALE_ROWS
 from cpu_kernels.team.team import Team
 
 
-def route(
-    team: Team,
-    x: torch.Tensor,
-    router: torch.Tensor,
-    gated: bool,
-    normalise: bool,
-    ids: torch.Tensor,
-    places: torch.Tensor,
-    sources: torch.Tensor,
-    starts: torch.Tensor,
-    weights: torch.Tensor,
-) -> None:
-    """See CpuKernels.route."""
+def route(team: Team, x: Tensor, router: Tensor, gated: bool, normalise: bool, into: Routes) -> None:
+    ids, places, sources, starts, weights = into
     check_tensor("x", x, torch.float32, (None, None))
     check_tensor("ids", ids, torch.int32, (x.shape[0], None))
     check_tensor("starts", starts, torch.int32, (None,))
@@ -64,14 +55,13 @@ def route(
 
 def combine(
     team: Team,
-    near: torch.Tensor,
-    far: torch.Tensor,
-    border: torch.Tensor,
-    places: torch.Tensor,
-    weights: torch.Tensor,
-    out: torch.Tensor,
+    near: Tensor,
+    far: Tensor,
+    border: Tensor,
+    places: Tensor,
+    weights: Tensor,
+    out: Tensor,
 ) -> None:
-    """See CpuKernels.combine."""
     check_tensor("out", out, torch.float32, (None, None))
     rows, features = out.shape
     check_tensor("places", places, torch.int32, (rows, None))
@@ -103,8 +93,7 @@ def combine(
         )
 
 
-def scale_rows(team: Team, factors: torch.Tensor, out: torch.Tensor) -> None:
-    """See CpuKernels.scale_rows."""
+def scale_rows(team: Team, factors: Tensor, out: Tensor) -> None:
     check_tensor("out", out, torch.float32, (None, None))
     rows, features = out.shape
     check_tensor("factors", factors, torch.float32, (rows, 1))
@@ -123,8 +112,7 @@ def scale_rows(team: Team, factors: torch.Tensor, out: torch.Tensor) -> None:
         )
 
 
-def norm_heads(team: Team, qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor, eps: float) -> None:
-    """See CpuKernels.norm_heads."""
+def norm_heads(team: Team, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float) -> None:
     check_tensor("qkv", qkv, torch.float32, (None, None, None))
     rows, kv_heads, unit = qkv.shape
     check_tensor("q_norm", q_norm, torch.float32, (None,))

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 
 from cpu_kernels import CpuKernels
+from cpu_kernels.contract import Picks
 from cpu_kernels.formats import format_of
 
 EXPERTS, PICKS, HIDDEN, WIDTH, ROWS = 128, 8, 2048, 768, 512
@@ -69,7 +70,7 @@ def decode(ops: CpuKernels, dtype: str, arena: torch.Tensor) -> None:
 
     def scattered() -> None:
         for sources, starts in drawn:
-            ops.expert_linear(x, sources, starts, 0, arena, dtype, out)
+            ops.expert_linear(x, Picks(sources, starts, 0), arena, dtype, out)
 
     def sweep() -> None:
         for place in places:
@@ -97,8 +98,8 @@ def prompt(ops: CpuKernels, dtype: str, arena: torch.Tensor) -> None:
             ops.linear(few, weight, dtype, None, few_out)
 
     calls = {
-        "even": lambda: ops.expert_linear(x, *even, 0, arena, dtype, out),
-        "skewed": lambda: ops.expert_linear(x, *skewed, 0, arena, dtype, out),
+        "even": lambda: ops.expert_linear(x, Picks(*even, 0), arena, dtype, out),
+        "skewed": lambda: ops.expert_linear(x, Picks(*skewed, 0), arena, dtype, out),
         "dense": dense,
     }
     seconds = best(calls, 4)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from gpu_run import Run
 
+from cpu_kernels.contract import ChunkKeys, Pages, Partial, RowKeys
+
 HEADS, KV_HEADS, HEAD_DIM, PAGE_TOKENS = 32, 8, 128, 64
 SHAPES = ((4096, 6144), (4096, 28_672), (14_336, 4096))
 ROW_COUNTS = (1, 512, 1024, 2048)
@@ -105,7 +107,7 @@ def decode_kernel(run: Run, tokens: int) -> dict[str, float]:
 
     def decode() -> None:
         k, v, table = cache()
-        ops.decode_attention(q, k, v, table[None], start, stop, scale, out, lse)
+        ops.decode_attention(q, Pages(k, v), RowKeys(table[None], start, stop), scale, Partial(out, lse))
 
     dense = [torch.randn(2, 1, KV_HEADS, tokens, HEAD_DIM, device=device).bfloat16() for _ in caches]
     query, pair = (torch.randn(1, HEADS, 1, HEAD_DIM, device=device).bfloat16(), in_turn(dense))
@@ -125,7 +127,8 @@ def prefill_kernel(run: Run, rows: int, before: int) -> dict[str, Any]:
     k, v, table = _pages(tokens, device)
     q, (out, lse) = (torch.randn(rows, HEADS, HEAD_DIM, device=device), _results(rows, device))
     scale, operations = (HEAD_DIM**-0.5, 4 * HEADS * HEAD_DIM * rows * (before + (rows + 1) / 2))
-    own = device_seconds(run, lambda: ops.prefill_attention(q, k, v, table, 0, tokens, before, 0, scale, out, lse), 4)
+    keys, into = ChunkKeys(table, 0, tokens, before), Partial(out, lse)
+    own = device_seconds(run, lambda: ops.prefill_attention(q, Pages(k, v), keys, 0, scale, into), 4)
     found = {"rows": rows, "before": before, "ops_per_s": operations / own}
     if not run.has_gpu:
         return found

@@ -22,6 +22,7 @@ from itertools import product
 import torch
 
 from cpu_kernels import CpuKernels, advise_huge_pages
+from cpu_kernels.contract import ChunkKeys, Pages, Partial, RowKeys
 from cpu_kernels.formats import pages as kv_layout
 from cpu_kernels.formats import weights as layout
 
@@ -135,7 +136,7 @@ def decodes(ops: CpuKernels, tokens: tuple[int, ...], dtypes: tuple[str, ...], r
         bounds = torch.zeros(1, dtype=torch.int32), torch.full((1,), kv_len, dtype=torch.int32)
         q, lse = torch.randn(1, num_heads, head_dim), torch.empty(1, num_heads)
         out = torch.empty_like(q)
-        arguments = (q, cache[0], cache[1], table, *bounds, scale, out, lse)
+        arguments = (q, Pages(*cache), RowKeys(table, *bounds), scale, Partial(out, lse))
         calls = [lambda cache=cache: ops.sweep(cache), lambda given=arguments: ops.decode_attention(*given)]
         sweep_s, decode_s = interleaved(calls, repetitions)
         labels = {"kv_dtype": kv_dtype, "tokens": kv_len, "head_dim": head_dim, "group_heads": queries_per_kv}
@@ -149,7 +150,8 @@ def prefills(ops: CpuKernels, q_len: int, dtypes: tuple[str, ...]):
         cache = random_cache(kv_dtype, pages, head_dim)
         table = in_order(pages, kv_heads)
         q, lse = torch.randn(q_len, num_heads, head_dim), torch.empty(q_len, num_heads)
-        arguments = (q, cache[0], cache[1], table, 0, q_len, 0, 0, head_dim**-0.5, torch.empty_like(q), lse)
+        keys, into = ChunkKeys(table, 0, q_len, 0), Partial(torch.empty_like(q), lse)
+        arguments = (q, Pages(*cache), keys, 0, head_dim**-0.5, into)
         (prefill_s,) = interleaved([lambda given=arguments: ops.prefill_attention(*given)], 3)
         labels = {"kv_dtype": kv_dtype, "q_len": q_len, "head_dim": head_dim, "group_heads": queries_per_kv}
         operations = 4 * num_heads * q_len * (q_len + 1) / 2 * head_dim

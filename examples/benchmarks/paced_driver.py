@@ -91,26 +91,23 @@ class PacedOps:
         """Bytes in and out."""
         self._move(x, out)
 
-    def rope_append(self, qkv, positions, cos, sin, q_norm, k_norm, eps, q, k_pages, v_pages, slots) -> None:
+    def rope_append(self, qkv, positions, rotation, q, pages, slots) -> None:
         """Bytes in and out."""
         self._move(qkv, q)
 
-    def decode_attention(self, q, k_pages, v_pages, page_table, kv_start, kv_stop, scale, out, lse) -> None:
+    def decode_attention(self, q, pages, keys, scale, into) -> None:
         """K and V of every sequence's segment."""
-        tokens = int((kv_stop - kv_start).sum())
-        self._attend(tokens, tokens, page_table.shape[1], q, k_pages)
+        tokens = int((keys.stop - keys.start).sum())
+        self._attend(tokens, tokens, keys.table.shape[1], q, pages.k)
 
-    def prefill_attention(
-        self, q, k_pages, v_pages, page_table, kv_start, kv_stop, q_start, window, scale, out, lse
-    ) -> None:
+    def prefill_attention(self, q, pages, keys, window, scale, into) -> None:
         """K and V of the segment once, operations of the keys that each row sees."""
-        rows = q.shape[0]
-        seen = sum(max(0, min(kv_stop, q_start + row + 1) - kv_start) for row in range(rows))
-        self._attend(kv_stop - kv_start, seen, page_table.shape[0], q, k_pages)
+        seen = sum(max(0, min(keys.stop, keys.q_start + row + 1) - keys.start) for row in range(q.shape[0]))
+        self._attend(keys.stop - keys.start, seen, keys.table.shape[0], q, pages.k)
 
-    def merge(self, outs, lses, out, lse) -> None:
+    def merge(self, partials, into) -> None:
         """Bytes in and out."""
-        self._move(*outs, out)
+        self._move(*(partial.out for partial in partials), into.out)
 
     def _attend(self, tokens: int, seen: int, groups: int, q: torch.Tensor, k_pages: torch.Tensor) -> None:
         machine = self._machine

@@ -8,22 +8,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cpu_kernels.contract import Picks
 from gpu_kernels.experts.ordered import WHOLE_FORMS
 from gpu_kernels.experts.plain_kernel import multiply_plain
 from gpu_kernels.experts.whole_kernel import multiply_whole
 from gpu_kernels.reference import BLOCK_FEATURES, block_bytes, mix_of
 
 
-def expert_linear(
-    x: Tensor, sources: Tensor | None, starts: Tensor, first: int, weight: Tensor, weight_dtype: str, out: Tensor
-) -> None:
-    """x W^T for every pick of some experts, each with its expert's W, into the picks' rows of `out`.
-
-    x: f32 [rows, in_features]. sources: int32 [picks], the row of x of each pick, None where it is the pick's own.
-    starts: int32 [all experts + 1], from `route`. first: the expert of weight[0]. weight: uint8 [experts, blocks,
-    block_bytes], or of a mix [experts, units, unit_bytes], each expert's contiguous. out: f32 [picks, features]; picks
-    of others stay. Raises ValueError for an unknown weight dtype.
-    """
+def expert_linear(x: Tensor, picks: Picks, weight: Tensor, weight_dtype: str, out: Tensor) -> None:
+    """Each expert's weight is contiguous."""
+    sources, starts, first = picks
     parts, at, first_block = mix_of(weight_dtype), 0, 0
     unit_bytes = sum(count * block_bytes(name, x.shape[1]) for name, count in parts)
     blocks = weight.shape[1] * sum(count for _, count in parts)
@@ -36,5 +30,5 @@ def expert_linear(
         return
     for name, count in parts:
         multiply = multiply_whole if name in WHOLE_FORMS else multiply_plain
-        multiply(x, sources, starts, first, weight[:, :, at:], name, count, first_block * BLOCK_FEATURES, out)
+        multiply(x, picks, weight[:, :, at:], name, count, first_block * BLOCK_FEATURES, out)
         at, first_block = at + count * block_bytes(name, x.shape[1]), first_block + count

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cpu_kernels.contract import Picks
 from gpu_kernels.activation import round_activation
 from gpu_kernels.experts.picks import most_tiles, picks_of
 from gpu_kernels.forms.unpack import FORMS, superblock_bytes
@@ -128,25 +129,18 @@ BLOCKS, FEW_ROWS, LARGE_TILE = 4, 16, 64
 
 
 def multiply_plain(
-    x: Tensor,
-    sources: Tensor | None,
-    starts: Tensor,
-    first: int,
-    weight: Tensor,
-    weight_dtype: str,
-    run: int,
-    first_column: int,
-    out: Tensor,
+    x: Tensor, picks: Picks, weight: Tensor, weight_dtype: str, run: int, first_column: int, out: Tensor
 ) -> None:
     """`expert_linear` over one format that is none of WHOLE_FORMS; arguments as those of `multiply_whole`."""
-    (picks, features), count, num_blocks = out.shape, weight.shape[0], weight.shape[1] * run
+    sources, starts, first = picks
+    (num_picks, features), count, num_blocks = out.shape, weight.shape[0], weight.shape[1] * run
     if weight_dtype == "bf16":
         inputs = x.to(torch.bfloat16)
     else:
         inputs = round_activation(x) if weight_dtype in FORMS else x
-    rows = FEW_ROWS if picks // (starts.shape[0] - 1) <= FEW_ROWS else LARGE_TILE
+    rows = FEW_ROWS if num_picks // (starts.shape[0] - 1) <= FEW_ROWS else LARGE_TILE
     _plain_tile_kernel.launch(
-        (most_tiles(picks, count, rows), -(-num_blocks // BLOCKS), 1),
+        (most_tiles(num_picks, count, rows), -(-num_blocks // BLOCKS), 1),
         (weight, inputs, starts if sources is None else sources, starts, out),
         (first, count, num_blocks, run, first_column),
         (

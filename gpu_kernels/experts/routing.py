@@ -13,26 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cpu_kernels.contract import Routes
 
-def route(
-    x: Tensor,
-    router: Tensor,
-    gated: bool,
-    normalise: bool,
-    ids: Tensor,
-    places: Tensor,
-    sources: Tensor,
-    starts: Tensor,
-    weights: Tensor,
-) -> None:
-    """Choose the experts of every row by x router^T, and sort all choices by expert.
 
-    x: f32 [rows, hidden]. router: f32 [experts, hidden], one more row where it is gated, zeros behind. Written: ids
-    int32 [rows, k], the highest scores of a row, of equal ones the lower id, ascending; weights f32 [rows, k + 1], the
-    softmax over all experts at these, divided by their sum if `normalise`, then sigmoid of the gate's product, 1
-    without one; starts int32 [experts + 1], where each expert's picks begin; places int32 [rows, k], where each pick is
-    among all, sorted by expert, then by row; sources int32 [rows * k], the row of the pick at each place.
-    """
+def route(x: Tensor, router: Tensor, gated: bool, normalise: bool, into: Routes) -> None:
+    ids, places, sources, starts, weights = into
     experts, top_k = starts.shape[0] - 1, ids.shape[1]
     logits = _product(x, router)
     best = torch.sort(logits[:, :experts], dim=-1, descending=True, stable=True).indices[:, :top_k].sort(-1).values
@@ -61,11 +46,6 @@ def _product(x: Tensor, router: Tensor) -> Tensor:
 
 
 def combine(near: Tensor, far: Tensor, border: Tensor, places: Tensor, weights: Tensor, out: Tensor) -> None:
-    """Add to every row of `out` the weighted outputs of its picks, one after the other.
-
-    near, far: f32 [rows * k, features], outputs by place: those before border, int32 [1], from near, others from far.
-    places: int32 [rows, k]. weights: f32 [rows, k]. out: f32 [rows, features].
-    """
     for pick in range(places.shape[1]):
         place = places[:, pick].long()
         output = torch.where((place < border)[:, None], near[place], far[place])
@@ -73,16 +53,10 @@ def combine(near: Tensor, far: Tensor, border: Tensor, places: Tensor, weights: 
 
 
 def scale_rows(factors: Tensor, out: Tensor) -> None:
-    """out[r] *= factors[r]; factors: f32 [rows, 1], out: f32 [rows, features]."""
     out.mul_(factors)
 
 
 def norm_heads(qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float) -> None:
-    """RMS norm of q over all its heads together, and of k, in place.
-
-    qkv: f32 [rows, num_kv_heads, unit_features], a unit being its q heads, k, v and padding. q_norm: f32 [num_heads *
-    head_dim]. k_norm: f32 [num_kv_heads * head_dim].
-    """
     kv_heads, q_width, k_width = qkv.shape[1], q_norm.shape[0] // qkv.shape[1], k_norm.shape[0] // qkv.shape[1]
     parts = (qkv[:, :, :q_width], q_norm), (qkv[:, :, q_width : q_width + k_width], k_norm)
     for part, weight in parts:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cpu_kernels.contract import Picks
 from gpu_kernels.activation import quantize_activation
 from gpu_kernels.experts.groups import add_group, code_words, runs_of, table_words, takes_sums
 from gpu_kernels.experts.ordered import WHOLE_FORMS
@@ -286,29 +287,22 @@ LARGE_TILE = 64
 
 
 def multiply_whole(
-    x: Tensor,
-    sources: Tensor | None,
-    starts: Tensor,
-    first: int,
-    weight: Tensor,
-    weight_dtype: str,
-    run: int,
-    first_column: int,
-    out: Tensor,
+    x: Tensor, picks: Picks, weight: Tensor, weight_dtype: str, run: int, first_column: int, out: Tensor
 ) -> None:
     """`expert_linear` over one format of WHOLE_FORMS.
 
     weight: uint8 [experts, units, ...], from the first byte of that format on. run: blocks of it in a unit, whose
     outputs begin at first_column of the unit's.
     """
-    form, (picks, features), count = WHOLE_FORMS[weight_dtype], out.shape, weight.shape[0]
+    sources, starts, first = picks
+    form, (num_picks, features), count = WHOLE_FORMS[weight_dtype], out.shape, weight.shape[0]
     q, scales, sums = quantize_activation(x, "own")
-    per_expert = picks // (starts.shape[0] - 1)
-    rows = 1 if x.shape[0] == 1 or picks <= FEW_ROWS else FEW_ROWS if per_expert <= FEW_ROWS else LARGE_TILE
+    per_expert = num_picks // (starts.shape[0] - 1)
+    rows = 1 if x.shape[0] == 1 or num_picks <= FEW_ROWS else FEW_ROWS if per_expert <= FEW_ROWS else LARGE_TILE
     num_blocks = weight.shape[1] * run
     shape = _shape(weight_dtype, rows, sources is not None, triton.next_power_of_2(starts.shape[0] - 1))
     (_pick_kernel if rows == 1 else _tile_kernel).launch(
-        (most_tiles(picks, count, rows), -(-num_blocks // BLOCKS), 1),
+        (most_tiles(num_picks, count, rows), -(-num_blocks // BLOCKS), 1),
         (weight, q, scales, sums, starts if sources is None else sources, starts, out),
         (first, count, num_blocks, run, first_column),
         (

@@ -26,7 +26,6 @@ def _gelu_kernel(x, out, features, x_stride, out_stride, BLOCK: tl.constexpr):
 
 
 def gelu(x: Tensor, out: Tensor) -> None:
-    """gelu(x) into `out`, both f32 [rows, features]."""
     rows, features = out.shape
     assert x.shape == out.shape, (x.shape, out.shape)
     if rows and features:

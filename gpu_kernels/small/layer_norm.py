@@ -31,7 +31,6 @@ def _layer_norm_kernel(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> None:
-    """Norm of each row of `x` around its mean into `out`, f32 [rows, hidden]; weight, bias: f32 [hidden], or None."""
     rows, hidden = x.shape
     assert weight.shape == (hidden,) and out.shape == x.shape, (x.shape, weight.shape, out.shape)
     assert bias is None or bias.shape == (hidden,), bias.shape

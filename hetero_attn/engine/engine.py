@@ -21,10 +21,11 @@ from hetero_attn.engine.replay import DecodeReplay
 from hetero_attn.errors import EngineDeadError
 from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.lanes.stopwatch import Stopwatch, time_recorded
-from hetero_attn.models.block import FixedView, KvView, Run, StateView
+from hetero_attn.models.block import FixedView, StateView
 from hetero_attn.models.decoder import ModelWeights, embed
 from hetero_attn.models.workspace import Workspace, make_buffer, make_workspace
 from hetero_attn.ops.linear import LinearWeights
+from hetero_attn.ops.run import KvView, Run
 from hetero_attn.ops.step import Rows, Step, make_step, most_lines, older_blocks
 from hetero_attn.spec.blocks import Declaration, FixedState, KvState, ModelSpec
 from hetero_attn.spec.buffers import ActivationWidths

@@ -11,9 +11,10 @@ from dataclasses import replace
 import torch
 
 from cpu_kernels import CpuKernels
+from cpu_kernels.contract import RowKeys
 from cpu_kernels.team.program import Program
 from hetero_attn.lanes.lanes import Activation
-from hetero_attn.ops.step import PoolStep, Segment, Step
+from hetero_attn.ops.step import PoolStep, Step
 
 
 class DecodeReplay:
@@ -61,10 +62,10 @@ def _own(tables: Activation) -> Activation:
     return replace(tables, host=None if tables.host is None else tables.host.clone())
 
 
-def _clone(segment: Segment | None) -> Segment | None:
+def _clone(segment: RowKeys | None) -> RowKeys | None:
     if segment is None:
         return None
-    return Segment(segment.table.clone(), segment.start.clone(), segment.stop.clone())
+    return RowKeys(*(tensor.clone() for tensor in segment))
 
 
 def _tensors(step: Step) -> list[torch.Tensor]:
@@ -72,5 +73,5 @@ def _tensors(step: Step) -> list[torch.Tensor]:
     for pool in step.pools:
         tensors += [] if pool.slots.host is None else [pool.slots.host]
         for segment in (segment for part in pool.parts for segment in (part.host, part.spilled)):
-            tensors += [] if segment is None else [segment.table, segment.start, segment.stop]
+            tensors += [] if segment is None else [*segment]
     return tensors

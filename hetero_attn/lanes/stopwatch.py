@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
+from cpu_kernels.contract import Ops
 from hetero_attn.devices import Device
-from hetero_attn.devices.protocols import Ops
 from placement.plan.phase import TERMS
 
 ATTENTION = ("decode_attention", "prefill_attention")

@@ -6,9 +6,7 @@ from hetero_attn.models.block import (
     SHARED,
     Block,
     BlockWeights,
-    KvView,
     Norm,
-    Run,
     add_output,
     norm_vectors,
     normed_linear,
@@ -16,6 +14,7 @@ from hetero_attn.models.block import (
 )
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.attend import AttentionBuffers, AttentionParameters, attend, store
+from hetero_attn.ops.run import KvView, Run
 from hetero_attn.spec.blocks import BufferSet, KvState, Vector
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.tensor_names import tensor_name
@@ -79,19 +78,9 @@ class Attention(Block):
         heads = work.of("qkv", self.qkv.out_features)
         normed_linear(lanes, step.tier, Norm.of(self._config, weights), qkv, work, heads, self._normed)
         computed = self._norm_whole(lanes, weights, heads, qkv.device_units(step.tier))
-        buffers = self._buffers(work)
         parameters = self._parameters(weights)
-        attend(
-            lanes,
-            step,
-            state.segments,
-            state.pool,
-            state.place,
-            parameters,
-            heads,
-            computed,
-            buffers,
-        )
+        buffers = self._buffers(work)
+        attend(run, state, parameters, heads, computed, buffers)
         column = state.pool.gpu_kv_heads * parameters.queries_per_kv * parameters.head_dim
         add_output(run, o, buffers.out, column, work, weights.vector("post_norm"), self._eps)
 
@@ -108,17 +97,8 @@ class Attention(Block):
 
     def store(self, run: Run, weights: BlockWeights, state: KvView, work: Workspace) -> None:
         """Rotate and store what the qkv buffer holds, as if the block had computed it."""
-        query = work.of("query", self.o.in_features)
-        store(
-            run.lanes,
-            run.step,
-            state.segments,
-            state.pool,
-            state.place,
-            self._parameters(weights),
-            work.of("qkv", self.qkv.out_features),
-            query,
-        )
+        qkv, query = work.of("qkv", self.qkv.out_features), work.of("query", self.o.in_features)
+        store(run, state, self._parameters(weights), qkv, query)
 
     def _buffers(self, work: Workspace) -> AttentionBuffers:
         width, heads = self.o.in_features, self.cache.heads

@@ -13,32 +13,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hetero_attn.cache.pool import CachePool
 from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.linear import LinearWeights, linear, linear_add
-from hetero_attn.ops.step import PoolStep, Step
+from hetero_attn.ops.run import KvView, Run
 from hetero_attn.spec.blocks import BufferSet, Declaration, Vector
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.tensor_names import tensor_name
 from hetero_attn.spec.weights import LinearSpec
 
 NORMED, SHARED = "normed", "shared_normed"  # buffers of normalised rows: a block's own, a parallel layer's
-
-
-class Run(NamedTuple):
-    """A step on its lanes."""
-
-    lanes: Lanes
-    step: Step
-
-
-class KvView(NamedTuple):
-    """One layer's keys and values in a step: their pool, the layer's place in it, and the step's segments."""
-
-    pool: CachePool
-    place: int
-    segments: PoolStep
 
 
 class FixedView(NamedTuple):

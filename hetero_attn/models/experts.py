@@ -8,10 +8,11 @@ Routing is computed once, in float32, where the residual stream lives; see `ops.
 """
 
 from hetero_attn.lanes.lanes import Activation, Lanes
-from hetero_attn.models.block import Block, BlockWeights, Norm, Run, StateView, norm_vectors, normalize
+from hetero_attn.models.block import Block, BlockWeights, Norm, StateView, norm_vectors, normalize
 from hetero_attn.models.workspace import Workspace
-from hetero_attn.ops.experts import ExpertBuffers, Routes, add_experts, compute_experts
+from hetero_attn.ops.experts import ExpertBuffers, add_experts, compute_experts, routes_in, routes_size
 from hetero_attn.ops.linear import LinearWeights, linear, linear_add
+from hetero_attn.ops.run import Run
 from hetero_attn.spec.blocks import BufferSet, Matrix
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.experts import experts_spec
@@ -40,7 +41,7 @@ class Experts(Block):
         per_row, padded = experts.per_row, round_up(config.hidden_size, BLOCK_FEATURES)
         self.buffers = (
             BufferSet("narrow", (("normed", config.hidden_size),)),
-            BufferSet("routes", (("routes", Routes.size(1, self.experts)), ("expert_weights", per_row + 1))),
+            BufferSet("routes", (("routes", routes_size(1, self.experts)), ("expert_weights", per_row + 1))),
             BufferSet(
                 "wide",
                 (
@@ -74,7 +75,7 @@ class Experts(Block):
 
         return ExpertBuffers(
             x=work.of("normed", self._hidden),
-            routes=work.flat("routes", 1, Routes.size(rows, self.experts)),
+            routes=work.flat("routes", 1, routes_size(rows, self.experts)),
             weights=work.of("expert_weights", per_row + 1),
             gate_up=by_place("expert_gate_up", features),
             activated=by_place("expert_activated", features // 2),
@@ -83,19 +84,9 @@ class Experts(Block):
         )
 
     def _route(self, lanes: Lanes, weights: BlockWeights, buffers: ExpertBuffers) -> None:
-        x = buffers.x.main
-        routes = Routes.of(buffers.routes.main, x.shape[0], self.experts)
-        lanes.main_ops.route(
-            x,
-            weights.vector("router").main,
-            self._config.is_gated,
-            self._config.normalised,
-            routes.ids,
-            routes.places,
-            routes.sources,
-            routes.starts,
-            buffers.weights.main,
-        )
+        routes = routes_in(buffers.routes.main, buffers.weights.main, self.experts)
+        router, config = weights.vector("router").main, self._config
+        lanes.main_ops.route(buffers.x.main, router, config.is_gated, config.normalised, routes)
 
     def _shared_of(self, weights: BlockWeights) -> tuple[LinearWeights, ...]:
         return tuple(weights.linears[linear.kind] for linear in self.shared)

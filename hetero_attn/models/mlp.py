@@ -2,8 +2,8 @@
 
 import torch
 
+from cpu_kernels.contract import Ops
 from cpu_kernels.formats import GROUP_INPUTS, format_of
-from hetero_attn.devices.protocols import Ops
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.lanes.lanes import Activation
 from hetero_attn.models.block import (
@@ -12,7 +12,6 @@ from hetero_attn.models.block import (
     Block,
     BlockWeights,
     Norm,
-    Run,
     StateView,
     add_output,
     norm_vectors,
@@ -21,6 +20,7 @@ from hetero_attn.models.block import (
 )
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.linear import LinearWeights, linear
+from hetero_attn.ops.run import Run
 from hetero_attn.spec.blocks import BufferSet, Vector
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.tensor_names import tensor_name

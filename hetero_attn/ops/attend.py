@@ -11,16 +11,16 @@ which is associative and commutative: any number of segments, in any order, give
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
+from cpu_kernels.contract import ChunkKeys, Ops, Pages, Partial, Rotation
 from hetero_attn.cache.pages import PagedStore
-from hetero_attn.cache.pool import CachePool
-from hetero_attn.devices.protocols import Ops
 from hetero_attn.lanes.lanes import Activation, Lanes
-from hetero_attn.ops.step import Part, PoolStep, Segment, Segments, Step, layer_blocks
+from hetero_attn.ops.run import KvView, Run
+from hetero_attn.ops.step import Part, Segment, Segments, Step, layer_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class AttentionBuffers:
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """One side's view of a layer: its operations, its heads and its pages."""
+    """One side's view of a layer: its operations, its heads and its pages, and what the layer computes with."""
 
     name: str
     ops: Ops
@@ -74,21 +74,35 @@ class _Side:
     layer: int
     kv_heads: slice
     heads: slice
+    parameters: AttentionParameters
+
+    @property
+    def pages(self) -> Pages:
+        """Those of the layer."""
+        return Pages(self.store.k[self.layer], self.store.v[self.layer])
 
     def of(self, activation: Activation) -> torch.Tensor | None:
+        """An activation on this side."""
         return getattr(activation, self.name)
 
-    def per_head(self, activation: Activation, head_dim: int) -> torch.Tensor:
+    def per_head(self, activation: Activation) -> torch.Tensor:
+        """Its query heads of an activation, [rows, heads, head_dim]."""
         tensor = self.of(activation)
-        return tensor.view(tensor.shape[0], -1, head_dim)[:, self.heads]
+        return tensor.view(tensor.shape[0], -1, self.parameters.head_dim)[:, self.heads]
+
+    def partial(self, out: Activation, lse: Activation) -> Partial:
+        """Its query heads of results."""
+        return Partial(self.per_head(out), self.of(lse)[:, self.heads])
+
+    def rotation(self) -> Rotation:
+        """What it rotates with."""
+        own = self.parameters
+        return Rotation(self.of(own.cos), self.of(own.sin), self.of(own.q_norm), self.of(own.k_norm), own.norm_eps)
 
 
 def attend(
-    lanes: Lanes,
-    step: Step,
-    segments: PoolStep,
-    pool: CachePool,
-    layer: int,
+    run: Run,
+    view: KvView,
     parameters: AttentionParameters,
     qkv: Activation,
     computed: int,
@@ -97,167 +111,113 @@ def attend(
     """Rotate, store and attend; fills `buffers.out`, each head on its owner's side.
 
     qkv: float32 [rows, num_kv_heads * unit_features], the units of the first `computed` KV heads on the GPU, the
-    others on the host; those of other owners are moved. layer: which of the pool's layers this is. What the CPU
-    lane is asked for never stands behind a wait of the GPU.
+    others on the host; those of other owners are moved. What the CPU lane is asked for never stands behind a wait of
+    the GPU.
     """
+    lanes, owned = run.lanes, view.pool.gpu_kv_heads
     given, unit = lanes.given, qkv.main.shape[1] // parameters.num_kv_heads
-    lanes.push(qkv, pool.gpu_kv_heads * unit, computed * unit)
-    sides = {side.name: side for side in _writers(lanes, segments, pool, layer, parameters)}
+    lanes.push(qkv, owned * unit, computed * unit)
+    sides = {side.name: side for side in _writers(run, view, parameters)}
     if "host" in sides:
-        lanes.on_host(partial(_store_and_attend, sides["host"], step, segments, parameters, qkv, buffers))
-    lanes.pull(qkv, computed * unit, pool.gpu_kv_heads * unit, given)
+        lanes.on_host(partial(_store_and_attend, sides["host"], run.step, view, qkv, buffers))
+    lanes.pull(qkv, computed * unit, owned * unit, given)
     if "device" in sides:
         side = sides["device"]
-        _store(side, step, segments, parameters, qkv, buffers.query)
-        for part, those in zip(step.parts, segments.parts, strict=True):
-            _attend_on_device(lanes, part, those, pool, side, parameters, _rows_of(buffers, part, step))
+        _store(side, run.step, view, qkv, buffers.query)
+        for part, those in zip(run.step.parts, view.segments.parts, strict=True):
+            _attend_on_device(run, part, those, view, side, _rows_of(buffers, part, run.step))
 
 
-def store(
-    lanes: Lanes,
-    step: Step,
-    segments: PoolStep,
-    pool: CachePool,
-    layer: int,
-    parameters: AttentionParameters,
-    qkv: Activation,
-    query: Activation,
-) -> None:
+def store(run: Run, view: KvView, parameters: AttentionParameters, qkv: Activation, query: Activation) -> None:
     """Rotate and store the step's keys and values without attending; `query` receives the rotated queries."""
-    for side in _writers(lanes, segments, pool, layer, parameters):
-        _store(side, step, segments, parameters, qkv, query)
+    for side in _writers(run, view, parameters):
+        _store(side, run.step, view, qkv, query)
 
 
-def _writers(
-    lanes: Lanes, segments: PoolStep, pool: CachePool, layer: int, parameters: AttentionParameters
-) -> Iterator[_Side]:
+def _writers(run: Run, view: KvView, parameters: AttentionParameters) -> Iterator[_Side]:
     """The sides that the step writes to: the CPU's kv_heads, then the GPU's, its pages in place."""
+    lanes, (pool, layer, segments) = run.lanes, view
+    owned, heads = pool.gpu_kv_heads, pool.gpu_kv_heads * parameters.queries_per_kv
     if pool.moves is not None:
         pool.moves.wait(layer)
-    owned = pool.gpu_kv_heads
-    heads = owned * parameters.queries_per_kv
     if segments.slots.host is not None:
-        yield _Side("host", lanes.host_ops, pool.host, layer, slice(owned, None), slice(heads, None))
+        yield _Side("host", lanes.host_ops, pool.host, layer, slice(owned, None), slice(heads, None), parameters)
     if segments.slots.device is not None:
-        yield _Side("device", lanes.device.ops, pool.recent, layer, slice(owned), slice(heads))
+        yield _Side("device", lanes.device.ops, pool.recent, layer, slice(owned), slice(heads), parameters)
 
 
 def _rows_of(buffers: AttentionBuffers, part: Part, step: Step) -> AttentionBuffers:
     return buffers if part.rows == step.rows else buffers.rows(part.first, part.first + part.rows)
 
 
-def _store(
-    side: _Side, step: Step, segments: PoolStep, parameters: AttentionParameters, qkv: Activation, query: Activation
-) -> None:
+def _store(side: _Side, step: Step, view: KvView, qkv: Activation, query: Activation) -> None:
     side.ops.rope_append(
-        side.of(qkv).view(step.rows, parameters.num_kv_heads, -1)[:, side.kv_heads],
+        side.of(qkv).view(step.rows, side.parameters.num_kv_heads, -1)[:, side.kv_heads],
         side.of(step.positions),
-        side.of(parameters.cos),
-        side.of(parameters.sin),
-        side.of(parameters.q_norm),
-        side.of(parameters.k_norm),
-        parameters.norm_eps,
-        side.per_head(query, parameters.head_dim),
-        side.store.k[side.layer],
-        side.store.v[side.layer],
-        side.of(segments.slots),
+        side.rotation(),
+        side.per_head(query),
+        side.pages,
+        side.of(view.segments.slots),
     )
 
 
-def _store_and_attend(
-    side: _Side,
-    step: Step,
-    segments: PoolStep,
-    parameters: AttentionParameters,
-    qkv: Activation,
-    buffers: AttentionBuffers,
-) -> None:
-    _store(side, step, segments, parameters, qkv, buffers.query)
-    for part, those in zip(step.parts, segments.parts, strict=True):
+def _store_and_attend(side: _Side, step: Step, view: KvView, qkv: Activation, buffers: AttentionBuffers) -> None:
+    _store(side, step, view, qkv, buffers.query)
+    for part, those in zip(step.parts, view.segments.parts, strict=True):
         own = _rows_of(buffers, part, step)
-        _partial(side, part, those.host, parameters, own.query, own.out, own.lse)
+        _attend(side, those.host, own.query, own.out, own.lse)
 
 
-def _partial(
-    side: _Side,
-    part: Part,
-    segment: Segment,
-    parameters: AttentionParameters,
-    query: Activation,
-    out: Activation,
-    lse: Activation,
-) -> None:
-    arguments = (
-        side.per_head(query, parameters.head_dim),
-        side.store.k[side.layer],
-        side.store.v[side.layer],
-        segment.table,
-        segment.start,
-        segment.stop,
-    )
-    results = (parameters.scale, side.per_head(out, parameters.head_dim), side.of(lse)[:, side.heads])
-    if part.is_chunk:
-        side.ops.prefill_attention(*arguments, part.q_start, parameters.window, *results)
+def _attend(side: _Side, keys: Segment, query: Activation, out: Activation, lse: Activation) -> None:
+    q, own, into = side.per_head(query), side.parameters, side.partial(out, lse)
+    if isinstance(keys, ChunkKeys):
+        side.ops.prefill_attention(q, side.pages, keys, own.window, own.scale, into)
     else:
-        side.ops.decode_attention(*arguments, *results)
+        side.ops.decode_attention(q, side.pages, keys, own.scale, into)
 
 
 def _attend_on_device(
-    lanes: Lanes,
-    part: Part,
-    segments: Segments,
-    pool: CachePool,
-    side: _Side,
-    parameters: AttentionParameters,
-    buffers: AttentionBuffers,
+    run: Run, part: Part, segments: Segments, view: KvView, side: _Side, buffers: AttentionBuffers
 ) -> None:
     """The GPU's KV heads of one part, stored already: over their recent tokens on the GPU, over older ones meanwhile on
     the CPU, or then on the GPU."""
-    attend_recent = partial(_partial, side, part, segments.recent, parameters, buffers.query, buffers.out, buffers.lse)
+    lanes = run.lanes
+    attend_recent = partial(_attend, side, segments.recent, buffers.query, buffers.out, buffers.lse)
     if segments.spilled is None:
         attend_recent()
         return
-    older = _Side("host", lanes.host_ops, pool.spilled, side.layer, side.kv_heads, side.heads)
-    if part.streams_older:
+    older = replace(side, name="host", ops=lanes.host_ops, store=view.pool.spilled)
+    if part.streams_older and isinstance(segments.spilled, ChunkKeys):
         attend_recent()
-        _stream_older(lanes, older, part, segments.spilled, parameters, buffers)
+        _stream_older(lanes, older, segments.spilled, side, buffers)
         return
-    width = side.heads.stop * parameters.head_dim
+    heads = side.heads.stop
+    width = heads * side.parameters.head_dim
     lanes.push(buffers.query, 0, width)
-    lanes.on_host(
-        lambda: _partial(older, part, segments.spilled, parameters, buffers.query, buffers.partial, buffers.partial_lse)
-    )
+    lanes.on_host(lambda: _attend(older, segments.spilled, buffers.query, buffers.partial, buffers.partial_lse))
     attend_recent()
     lanes.pull(buffers.partial, 0, width)
-    lanes.pull(buffers.partial_lse, 0, side.heads.stop)
-    _merge_older(lanes, older, parameters, buffers)
+    lanes.pull(buffers.partial_lse, 0, heads)
+    _merge_older(side, buffers)
 
 
-def _stream_older(
-    lanes: Lanes, side: _Side, part: Part, segment: Segment, parameters: AttentionParameters, buffers: AttentionBuffers
-) -> None:
+def _stream_older(lanes: Lanes, older: _Side, keys: ChunkKeys, side: _Side, buffers: AttentionBuffers) -> None:
     """Attend the GPU's KV heads over their tokens in DRAM, on the GPU, block by block as they arrive there.
 
     Positions count from the first token of a block, which is what a buffer's table knows.
     """
-    on_device = _Side("device", lanes.device.ops, side.store, side.layer, side.kv_heads, side.heads)
-    query, out = (on_device.per_head(each, parameters.head_dim) for each in (buffers.query, buffers.partial))
-    table, page_size = lanes.pages.table(side.kv_heads.stop), side.store.page_size
-    for block in layer_blocks(side.store, segment, side.layer, lanes.pages.block_pages):
+    query, into = side.per_head(buffers.query), side.partial(buffers.partial, buffers.partial_lse)
+    table, page_size, own = lanes.pages.table(side.kv_heads.stop), older.store.page_size, side.parameters
+    for block in layer_blocks(older.store, keys, older.layer, lanes.pages.block_pages):
         base = block.first * page_size
-        start, stop = max(segment.start - base, 0), min(segment.stop - base, len(block.pages) * page_size)
-        k, v = lanes.pages.take()
-        on_device.ops.prefill_attention(
-            query, k, v, table, start, stop, part.q_start - base, parameters.window, parameters.scale, out,
-            buffers.partial_lse.device[:, side.heads],
-        )  # fmt: skip
+        start, stop = max(keys.start - base, 0), min(keys.stop - base, len(block.pages) * page_size)
+        of_block = ChunkKeys(table, start, stop, keys.q_start - base)
+        side.ops.prefill_attention(query, Pages(*lanes.pages.take()), of_block, own.window, own.scale, into)
         lanes.pages.give_back()
-        _merge_older(lanes, side, parameters, buffers)
+        _merge_older(side, buffers)
 
 
-def _merge_older(lanes: Lanes, side: _Side, parameters: AttentionParameters, buffers: AttentionBuffers) -> None:
+def _merge_older(side: _Side, buffers: AttentionBuffers) -> None:
     """Merge a partial over older tokens, which is on the GPU, into the one that is there already."""
-    on_device = _Side("device", lanes.device.ops, side.store, side.layer, side.kv_heads, side.heads)
-    outs = [on_device.per_head(activation, parameters.head_dim) for activation in (buffers.out, buffers.partial)]
-    lses = [activation.device[:, side.heads] for activation in (buffers.lse, buffers.partial_lse)]
-    lanes.device.ops.merge(outs, lses, outs[0], lses[0])
+    recent = side.partial(buffers.out, buffers.lse)
+    side.ops.merge([recent, side.partial(buffers.partial, buffers.partial_lse)], recent)

@@ -10,32 +10,23 @@ from dataclasses import dataclass
 
 import torch
 
-from hetero_attn.devices.protocols import Ops
+from cpu_kernels.contract import Ops, Picks, Routes
 from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.spec.experts import ExpertsSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Routes:
-    """What `route` writes for a step of some rows, on one side; shapes as it says."""
+def routes_size(rows: int, spec: ExpertsSpec) -> int:
+    """Numbers in the `Routes` of some rows, their weights apart."""
+    return 3 * rows * spec.per_row + spec.experts + 1
 
-    ids: torch.Tensor
-    places: torch.Tensor
-    sources: torch.Tensor
-    starts: torch.Tensor
 
-    @classmethod
-    def of(cls, memory: torch.Tensor, rows: int, spec: ExpertsSpec) -> "Routes":
-        """Views of float32 memory [1, size(rows, spec)] as the int32 that it holds."""
-        picks = rows * spec.per_row
-        ids, places, sources, starts = memory[0].view(torch.int32).split([picks, picks, picks, spec.experts + 1])
-        return cls(ids.view(rows, -1), places.view(rows, -1), sources, starts)
-
-    @staticmethod
-    def size(rows: int, spec: ExpertsSpec) -> int:
-        """Numbers in all of them."""
-        return 3 * rows * spec.per_row + spec.experts + 1
+def routes_in(memory: torch.Tensor, weights: torch.Tensor, spec: ExpertsSpec) -> Routes:
+    """Views of float32 memory [1, routes_size(rows, spec)] as the int32 that it holds; weights: [rows, per_row + 1]."""
+    rows = weights.shape[0]
+    picks = rows * spec.per_row
+    ids, places, sources, starts = memory[0].view(torch.int32).split([picks, picks, picks, spec.experts + 1])
+    return Routes(ids.view(rows, -1), places.view(rows, -1), sources, starts, weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +85,7 @@ def add_experts(
         far,
         routes.starts[border : border + 1],
         routes.places,
-        side.of(buffers.weights)[:, : spec.per_row],
+        routes.weights[:, : spec.per_row],
         out.main[:, :features],
     )
 
@@ -114,7 +105,7 @@ class _Side:
         return getattr(activation, self._name)
 
     def routes(self, spec: ExpertsSpec) -> Routes:
-        return Routes.of(self.of(self._buffers.routes), self.of(self._buffers.x).shape[0], spec)
+        return routes_in(self.of(self._buffers.routes), self.of(self._buffers.weights), spec)
 
     @property
     def x(self) -> torch.Tensor:
@@ -137,7 +128,8 @@ def _run(ops: Ops, spec: ExpertsSpec, first: int, weight: torch.Tensor, side: _S
         part.unflatten(1, (linear.units * linear.unit_rows, -1))
         for part, linear in zip((weight[:, :border], weight[:, border:]), spec.first, strict=True)
     )
-    ops.expert_linear(side.x, routes.sources, routes.starts, first, both, gate_up.format, side.gate_up)
+    picks = Picks(routes.sources, routes.starts, first)
+    ops.expert_linear(side.x, picks, both, gate_up.format, side.gate_up)
     ops.silu_mul(side.gate_up, side.activated)
     x = side.activated[:, : spec.width]
-    ops.expert_linear(x, None, routes.starts, first, down_blocks, down.format, side.of(parts))
+    ops.expert_linear(x, picks._replace(sources=None), down_blocks, down.format, side.of(parts))

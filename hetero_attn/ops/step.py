@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from cpu_kernels.contract import ChunkKeys, RowKeys
 from hetero_attn.cache.cache import KVCache
 from hetero_attn.cache.pages import PagedStore
 from hetero_attn.cache.pool import CachePool, SequenceState
@@ -39,17 +40,7 @@ class Rows(NamedTuple):
     is_chunk: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """What one part reads in one store, in the store's own memory.
-
-    one by one: table int32 [rows, kv_heads, max_pages]; start and stop int32 [rows].
-    chunk: table int32 [kv_heads, max_pages]; start and stop ints.
-    """
-
-    table: torch.Tensor
-    start: torch.Tensor | int
-    stop: torch.Tensor | int
+Segment = RowKeys | ChunkKeys  # what one part reads in one store, in the store's own memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +129,11 @@ def older_blocks(cache: KVCache, step: Step, block_pages: int) -> Iterator[PageB
     """The blocks of older pages that the layers of a step attend on the GPU, in their order."""
     for _, (pool, layer) in sorted(cache.places.items()):
         for part, segments in zip(step.parts, step.pools[pool].parts, strict=True):
-            if part.streams_older and segments.spilled is not None:
+            if part.streams_older and isinstance(segments.spilled, ChunkKeys):
                 yield from layer_blocks(cache.pools[pool].spilled, segments.spilled, layer, block_pages)
 
 
-def layer_blocks(store: PagedStore, segment: Segment, layer: int, block_pages: int) -> Iterator[PageBlock]:
+def layer_blocks(store: PagedStore, segment: ChunkKeys, layer: int, block_pages: int) -> Iterator[PageBlock]:
     """The pages of a chunk's segment in host memory, in blocks of at most `block_pages`."""
     stop = -(-segment.stop // store.page_size)
     for first in range(segment.start // store.page_size, stop, block_pages):
@@ -286,18 +277,18 @@ def _segments(stores: Stores, step_rows: _StepRows) -> Iterator[Segments]:
     if step_rows.singles:
         yield Segments(*(_one_by_one(store, step_rows) for store in stores))
     for entry in range(step_rows.singles, len(step_rows.entries)):
-        yield Segments(*(_of_chunk(store, entry) for store in stores))
+        yield Segments(*(_of_chunk(store, entry, step_rows.entries[entry].first) for store in stores))
 
 
-def _one_by_one(store: _InStore | None, step_rows: _StepRows) -> Segment | None:
+def _one_by_one(store: _InStore | None, step_rows: _StepRows) -> RowKeys | None:
     singles = step_rows.singles
     if store is None or all(first >= last for first, last in store.bounds[:singles]):
         return None
     table = store.table if singles == len(step_rows.entries) else store.table[:singles]
-    return Segment(table, store.start, store.stop)
+    return RowKeys(table, store.start, store.stop)
 
 
-def _of_chunk(store: _InStore | None, entry: int) -> Segment | None:
+def _of_chunk(store: _InStore | None, entry: int, q_start: int) -> ChunkKeys | None:
     if store is None or store.bounds[entry][0] >= store.bounds[entry][1]:
         return None
-    return Segment(store.table[entry], *store.bounds[entry])
+    return ChunkKeys(store.table[entry], *store.bounds[entry], q_start)

@@ -100,8 +100,8 @@ def watched(engine: Engine, routes: Routes) -> Iterator[None]:
 
     def route(ops: Any, layer: int, x: torch.Tensor, router: torch.Tensor, *others: Any) -> None:
         ops.route(x, router, *others)
-        ids, starts = others[2], others[5]
-        routes.add(layer, x, router[: starts.shape[0] - 1], ids)
+        into = others[-1]
+        routes.add(layer, x, router[: into.starts.shape[0] - 1], into.ids)
 
     with _routing_by(engine, route):
         yield

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hetero_attn.engine.engine import Engine
+from hetero_attn.tools.timeline.recorded_ops import tensors_in
 
 
 class ShardNames:
@@ -33,8 +34,8 @@ class ShardNames:
 
     def of(self, lane: str, arguments: tuple[Any, ...]) -> str:
         """The shard that an operation reads, else the layer that its lane is in; empty before the first."""
-        for argument in arguments:
-            if isinstance(argument, torch.Tensor) and (name := self._of(argument)):
+        for tensor in tensors_in(arguments):
+            if name := self._of(tensor):
                 self._layers[lane] = _layer_of(name)
                 return name
         return self._layers.get(lane, "")

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from cpu_kernels.contract import Partial, Picks
 from gpu_kernels import reference
 
 
@@ -19,13 +21,7 @@ class UnroundedOps:
         self._dtype = dtype
 
     def linear(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        weight_dtype: str,
-        bias: torch.Tensor | None,
-        out: torch.Tensor,
-        accumulate: bool = False,
+        self, x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor, accumulate: bool = False
     ) -> None:
         """As `reference.linear`, but `x` is not rounded."""
         for name, blocks, columns in reference.mixed_parts(weight, weight_dtype, x.shape[-1]):
@@ -37,24 +33,16 @@ class UnroundedOps:
             else:
                 out[:, columns] = result.to(out.dtype)
 
-    def expert_linear(
-        self,
-        x: torch.Tensor,
-        sources: torch.Tensor | None,
-        starts: torch.Tensor,
-        first: int,
-        weight: torch.Tensor,
-        weight_dtype: str,
-        out: torch.Tensor,
-    ) -> None:
+    def expert_linear(self, x: Tensor, picks: Picks, weight: Tensor, weight_dtype: str, out: Tensor) -> None:
         """As `reference.expert_linear`, but `x` is not rounded."""
+        sources, starts, first = picks
         bounds = starts[first : first + weight.shape[0] + 1].tolist()
         for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
             if start < stop:
                 rows = x[start:stop] if sources is None else x[sources[start:stop].long()]
                 self.linear(rows, weight[expert], weight_dtype, None, out[start:stop])
 
-    def norm_heads(self, qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor, eps: float) -> None:
+    def norm_heads(self, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float) -> None:
         """As `reference.norm_heads`."""
         wide = qkv.to(self._dtype)
         reference.norm_heads(wide, q_norm, k_norm, eps)
@@ -66,6 +54,6 @@ class UnroundedOps:
         return lambda first, *others: operation(self._widened(first), *others)
 
     def _widened(self, first: Any) -> Any:
-        if isinstance(first, torch.Tensor):
+        if isinstance(first, Tensor):
             return first.to(self._dtype)
-        return [part.to(self._dtype) for part in first]  # merge takes a list of partials
+        return [Partial(*(tensor.to(self._dtype) for tensor in partial)) for partial in first]  # of merge

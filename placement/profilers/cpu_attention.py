@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from cpu_kernels import CpuKernels
+from cpu_kernels.contract import ChunkKeys, Pages, Partial, RowKeys
 from cpu_kernels.formats.pages import is_quantised, row_items, token_bytes
 from placement.machine.rates import KV_BITS, AttentionRate, beside_memory
 from placement.profilers.timing import (
@@ -78,10 +79,11 @@ def decode_call(ops: CpuKernels, pages: tuple, queries_per_kv: int, head_dim: in
     k_pages, v_pages, table = pages
     heads, tables = KV_HEADS * queries_per_kv, table[None]
     q = torch.randn(1, heads, head_dim, **FLOAT32)
-    out, lse = torch.empty(1, heads, head_dim, **FLOAT32), torch.empty(1, heads, **FLOAT32)
+    into = Partial(torch.empty(1, heads, head_dim, **FLOAT32), torch.empty(1, heads, **FLOAT32))
     bounds = (0, table.shape[1] * PAGE_TOKENS)
     start, stop = (torch.full((1,), tokens, dtype=torch.int32, device="cpu") for tokens in bounds)
-    return lambda: ops.decode_attention(q, k_pages, v_pages, tables, start, stop, 0.1, out, lse)
+    cached, keys = Pages(k_pages, v_pages), RowKeys(tables, start, stop)
+    return lambda: ops.decode_attention(q, cached, keys, 0.1, into)
 
 
 def prefill_rates(ops: CpuKernels, pages: tuple, queries_per_kv: int, head_dim: int) -> tuple[float, float]:
@@ -99,7 +101,8 @@ def prefill_call(
 ) -> Callable[[], None]:
     """A call of `prefill_attention` with a chunk of `rows` after `before` tokens, ready to be timed."""
     k_pages, v_pages, table = pages
-    heads, keys = KV_HEADS * queries_per_kv, before + rows
+    heads, keys = KV_HEADS * queries_per_kv, ChunkKeys(table, 0, before + rows, before)
     q = torch.randn(rows, heads, head_dim, **FLOAT32)
-    out, lse = torch.empty(rows, heads, head_dim, **FLOAT32), torch.empty(rows, heads, **FLOAT32)
-    return lambda: ops.prefill_attention(q, k_pages, v_pages, table, 0, keys, before, 0, 0.1, out, lse)
+    into = Partial(torch.empty(rows, heads, head_dim, **FLOAT32), torch.empty(rows, heads, **FLOAT32))
+    cached = Pages(k_pages, v_pages)
+    return lambda: ops.prefill_attention(q, cached, keys, 0, 0.1, into)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from cpu_kernels import CpuKernels
+from cpu_kernels.contract import Pages, Rotation
 from placement.profilers import timing
 from placement.profilers.timing import CALLS, FLOAT32, WEIGHT_BYTE, host_full, recorded_seconds, seconds
 
@@ -63,7 +64,7 @@ def small_calls(ops: CpuKernels, rows: int) -> tuple[list[Callable[[], None]], i
         ops.rms_norm(x, weight, 1e-6, normed)
 
     def rope() -> None:
-        ops.rope_append(qkv, positions, angles, angles, None, None, 1e-6, q, k_pages, v_pages, slots)
+        ops.rope_append(qkv, positions, Rotation(angles, angles, None, None, 1e-6), q, Pages(k_pages, v_pages), slots)
 
     moved_bytes = 2 * (x.nbytes + normed.nbytes) + qkv.nbytes + q.nbytes + gate_up.nbytes + activated.nbytes
     return [norm, norm, rope, lambda: ops.silu_mul(gate_up, activated)], moved_bytes

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cpu_kernels import CpuKernels
+from cpu_kernels.contract import ChunkKeys, Pages, Partial
 from cpu_kernels.formats.weights import WEIGHT_DTYPES
 from placement.machine.hardware import HardwareProfile
 from placement.machine.rates import CopyRate, DtypeRates
@@ -173,16 +174,11 @@ def copy_rates(gpu: Any) -> tuple[CopyRate, ...]:
 def gpu_attention_rate(gpu: Any) -> float:
     """Operations a second of a chunk over itself and as many tokens before it."""
     pages = 2 * PREFILL_ROWS // PAGE_TOKENS
-    k_pages, v_pages = (gpu.empty((pages * KV_HEADS, PAGE_TOKENS, HEAD_DIM), torch.bfloat16) for _ in range(2))
-    table = gpu.empty((KV_HEADS, pages), torch.int32)
+    cached = Pages(*(gpu.empty((pages * KV_HEADS, PAGE_TOKENS, HEAD_DIM), torch.bfloat16) for _ in range(2)))
+    keys = ChunkKeys(gpu.empty((KV_HEADS, pages), torch.int32), 0, 2 * PREFILL_ROWS, PREFILL_ROWS)
     q, out = (gpu.empty((PREFILL_ROWS, HEADS, HEAD_DIM), torch.float32) for _ in range(2))
-    lse = gpu.empty((PREFILL_ROWS, HEADS), torch.float32)
-    taken = kernels_s(
-        gpu,
-        lambda: gpu.ops.prefill_attention(
-            q, k_pages, v_pages, table, 0, 2 * PREFILL_ROWS, PREFILL_ROWS, 0, 0.1, out, lse
-        ),
-    )
+    into = Partial(out, gpu.empty((PREFILL_ROWS, HEADS), torch.float32))
+    taken = kernels_s(gpu, lambda: gpu.ops.prefill_attention(q, cached, keys, 0, 0.1, into))
     return 4 * HEAD_DIM * HEADS * PREFILL_ROWS * (PREFILL_ROWS + (PREFILL_ROWS + 1) / 2) / taken
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cpu_kernels import CpuKernels
+from cpu_kernels.contract import ChunkKeys, Pages, Partial, RowKeys
 from tests.support.cpu_oracles import BF16_PATHS, PagedCache, attention, guarded, kernels, nmse, only_inside_written
 
 # Against float64 over the same rounded q, K and V: float32 accumulation only. Rounding of outputs would be 1e-5.
@@ -26,7 +27,7 @@ def check_decode(ops, cache, queries_per_kv, starts, stops):
     lse, lse_memory = guarded(sequences, num_heads)
     bounds = [torch.tensor(values, dtype=torch.int32) for values in (starts, stops)]
 
-    ops.decode_attention(q, cache.k, cache.v, cache.table, *bounds, scale, out, lse)
+    ops.decode_attention(q, Pages(cache.k, cache.v), RowKeys(cache.table, *bounds), scale, Partial(out, lse))
 
     assert only_inside_written(memory) and only_inside_written(lse_memory)
     for row in range(sequences):
@@ -108,7 +109,7 @@ def test_a_single_large_value_at_each_boundary_is_seen():
         q, out, lse = torch.ones(1, 1, 64), torch.empty(1, 1, 64), torch.empty(1, 1)
         bounds = torch.tensor([0], dtype=torch.int32), torch.tensor([130], dtype=torch.int32)
 
-        kernels().decode_attention(q, cache.k, cache.v, cache.table, *bounds, 1.0, out, lse)
+        kernels().decode_attention(q, Pages(cache.k, cache.v), RowKeys(cache.table, *bounds), 1.0, Partial(out, lse))
 
         assert torch.allclose(out[0, 0], 1e3 + torch.arange(64.0), rtol=1e-6)
 
@@ -127,7 +128,12 @@ def test_prefill_agrees_with_float64(queries_per_kv, head_dim, dtype, kv_start, 
     lse, lse_memory = guarded(rows, num_heads)
 
     kernels().prefill_attention(
-        q, cache.k, cache.v, cache.table[0], kv_start, kv_stop, q_start, window, scale, out, lse
+        q,
+        Pages(cache.k, cache.v),
+        ChunkKeys(cache.table[0], kv_start, kv_stop, q_start),
+        window,
+        scale,
+        Partial(out, lse),
     )
 
     assert only_inside_written(memory) and only_inside_written(lse_memory)
@@ -151,7 +157,9 @@ def test_prefill_of_a_prompt_from_the_start(rows, isa):
     cache = PagedCache(1, 1, rows, 64, 64, BF16)
     q, out, lse = torch.randn(rows, 4, 64), torch.empty(rows, 4, 64), torch.empty(rows, 4)
 
-    kernels(isa).prefill_attention(q, cache.k, cache.v, cache.table[0], 0, rows, 0, 0, 0.125, out, lse)
+    kernels(isa).prefill_attention(
+        q, Pages(cache.k, cache.v), ChunkKeys(cache.table[0], 0, rows, 0), 0, 0.125, Partial(out, lse)
+    )
 
     keys, values = cache.rows(0, 0, 0, rows)
     visible = torch.ones(rows, rows).tril().bool()
@@ -167,7 +175,7 @@ def test_large_scores_do_not_overflow():
     q, out, lse = 1e4 * torch.randn(1, 1, 64), torch.empty(1, 1, 64), torch.empty(1, 1)
     bounds = torch.tensor([0], dtype=torch.int32), torch.tensor([80], dtype=torch.int32)
 
-    kernels().decode_attention(q, cache.k, cache.v, cache.table, *bounds, 1.0, out, lse)
+    kernels().decode_attention(q, Pages(cache.k, cache.v), RowKeys(cache.table, *bounds), 1.0, Partial(out, lse))
 
     keys, values = cache.rows(0, 0, 0, 80)
     best = (keys.double() @ q[0, 0].double()).argmax()
@@ -180,16 +188,15 @@ def test_merge_of_parts_is_the_whole(parts):
     cache = PagedCache(1, 1, 200, 16, 40, FP32)
     cuts = sorted(torch.randint(0, 201, (parts - 1,)).tolist())
     ranges = list(zip([0, *cuts], [*cuts, 200]))
-    q, outs, lses = torch.randn(1, 3, 40), [], []
+    q, partials = torch.randn(1, 3, 40), []
     for start, stop in [*ranges, (5, 5)]:
-        outs.append(torch.empty(1, 3, 40))
-        lses.append(torch.empty(1, 3))
+        partials.append(Partial(torch.empty(1, 3, 40), torch.empty(1, 3)))
         bounds = [torch.tensor([value], dtype=torch.int32) for value in (start, stop)]
-        kernels().decode_attention(q, cache.k, cache.v, cache.table, *bounds, 0.2, outs[-1], lses[-1])
+        kernels().decode_attention(q, Pages(cache.k, cache.v), RowKeys(cache.table, *bounds), 0.2, partials[-1])
     out, memory = guarded(1, 3, 40)
     lse, lse_memory = guarded(1, 3)
 
-    kernels().merge(outs, lses, out, lse)
+    kernels().merge(partials, Partial(out, lse))
 
     assert only_inside_written(memory) and only_inside_written(lse_memory)
     keys, values = cache.rows(0, 0, 0, 200)
@@ -200,16 +207,16 @@ def test_merge_of_parts_is_the_whole(parts):
 
 def test_merge_of_nothing_is_nothing():
     out, lse = torch.ones(2, 3, 8), torch.ones(2, 3)
-    empty = torch.zeros(2, 3, 8), torch.full((2, 3), -math.inf)
+    empty = Partial(torch.zeros(2, 3, 8), torch.full((2, 3), -math.inf))
 
-    kernels().merge([empty[0]] * 2, [empty[1]] * 2, out, lse)
+    kernels().merge([empty] * 2, Partial(out, lse))
 
     assert (out == 0).all() and (lse == -math.inf).all()
 
 
 @pytest.mark.parametrize(
     ("bounds", "table", "message"),
-    [((0, 65), [0, 1, 2, 3], "0..64"), ((-1, 5), [0, 1, 2, 3], "0..64"), ((0, 64), [0, 1, 9, 3], "page_table")],
+    [((0, 65), [0, 1, 2, 3], "0..64"), ((-1, 5), [0, 1, 2, 3], "0..64"), ((0, 64), [0, 1, 9, 3], "keys.table")],
 )
 def test_content_that_points_outside_the_pages_is_an_error(bounds, table, message):
     pages, q = torch.zeros(4, 16, 8), torch.zeros(1, 1, 8)
@@ -217,7 +224,9 @@ def test_content_that_points_outside_the_pages_is_an_error(bounds, table, messag
     entries = torch.tensor([[table]], dtype=torch.int32)
 
     with pytest.raises(ValueError, match=message):
-        kernels().decode_attention(q, pages, pages, entries, start, stop, 1.0, torch.empty(1, 1, 8), torch.empty(1, 1))
+        kernels().decode_attention(
+            q, Pages(pages, pages), RowKeys(entries, start, stop), 1.0, Partial(torch.empty(1, 1, 8), torch.empty(1, 1))
+        )
 
 
 def test_merge_of_many_strided_partials():
@@ -228,7 +237,7 @@ def test_merge_of_many_strided_partials():
     out, memory = guarded(3, 2, 20)
     lse, lse_memory = guarded(3, 2)
 
-    kernels().merge(outs, lses, out, lse)
+    kernels().merge([Partial(*part) for part in zip(outs, lses)], Partial(out, lse))
 
     total = torch.logsumexp(torch.stack(lses).double(), 0)
     weights = torch.exp(torch.stack(lses).double() - total)[..., None]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cpu_kernels.contract import Pages, Rotation
 from tests.support.cpu_oracles import guarded, kernels, nmse, only_inside_written
 
 ROUNDING = 1e-12  # NMSE of float32 arithmetic
@@ -123,7 +124,7 @@ def test_rope_append(dtype, head_dim, half, queries_per_kv, page_size, has_norm)
     slots = torch.randperm(pages * page_size)[: rows * groups].reshape(rows, groups)
     q, memory = guarded(rows, groups * queries_per_kv, head_dim)
 
-    kernels().rope_append(qkv, positions, cos, sin, q_norm, k_norm, 1e-6, q, k_pages, v_pages, slots)
+    kernels().rope_append(qkv, positions, Rotation(cos, sin, q_norm, k_norm, 1e-6), q, Pages(k_pages, v_pages), slots)
 
     heads = qkv[..., : (queries_per_kv + 2) * head_dim].reshape(rows, groups, -1, head_dim)
     k = k_pages.reshape(-1, head_dim)
@@ -145,5 +146,10 @@ def test_positions_and_slots_outside_their_tables_are_errors(position, slot, mes
 
     with pytest.raises(ValueError, match=message):
         kernels().rope_append(
-            torch.zeros(1, 1, 48), at, angles, angles, None, None, 1e-6, torch.zeros(1, 1, 16), pages, pages, to
+            torch.zeros(1, 1, 48),
+            at,
+            Rotation(angles, angles, None, None, 1e-6),
+            torch.zeros(1, 1, 16),
+            Pages(pages, pages),
+            to,
         )

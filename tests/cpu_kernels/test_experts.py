@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from cpu_kernels.contract import Picks, Routes
 from cpu_kernels.formats import FORMATS, mix_name, unit_bytes
 from cpu_kernels.formats import weights as layout
 from gpu_kernels import reference
@@ -28,7 +29,7 @@ def routing(rows: int, hidden: int, experts: int, top_k: int, *, gated=True, nor
     ids, places = (torch.full((rows, top_k), -1, dtype=torch.int32) for _ in range(2))
     sources, starts = (torch.full((size,), -1, dtype=torch.int32) for size in (rows * top_k, experts + 1))
     weights = torch.full((rows, top_k + 1), torch.nan)
-    (ops or kernels()).route(x, router, gated, normalise, ids, places, sources, starts, weights)
+    (ops or kernels()).route(x, router, gated, normalise, Routes(ids, places, sources, starts, weights))
     return (ids, places, sources, starts, weights), x, router
 
 
@@ -69,7 +70,7 @@ def test_of_equal_scores_the_lower_id_wins(ops):
     router[[3, 7, 9]] = -0.5
     outputs = [torch.zeros(2, 5, dtype=torch.int32) for _ in range(2)]
     outputs += [torch.zeros(10, dtype=torch.int32), torch.zeros(13, dtype=torch.int32), torch.zeros(2, 6)]
-    (ops or kernels()).route(x, router, False, True, *outputs)
+    (ops or kernels()).route(x, router, False, True, Routes(*outputs))
 
     assert outputs[0].tolist() == [[0, 1, 3, 7, 9]] * 2
 
@@ -81,7 +82,7 @@ def test_a_row_is_routed_alike_whatever_stands_beside_it():
         ids, weights = (torch.zeros(1, 3, dtype=torch.int32), torch.zeros(1, 4))
         router = routing(37, 200, 24, 3)[2]
         spare = [torch.zeros(size, dtype=torch.int32) for size in (3, 25)]
-        kernels().route(x[row : row + 1], router, True, False, ids, torch.zeros_like(ids), *spare, weights)
+        kernels().route(x[row : row + 1], router, True, False, Routes(ids, torch.zeros_like(ids), *spare, weights))
 
         assert torch.equal(ids[0], together[0][row]) and torch.equal(weights[0], together[4][row])
 
@@ -167,7 +168,7 @@ def test_every_pick_meets_its_own_expert(rows, experts, top_k, in_features, weig
     one_by_one(x, sources, starts, 0, plain, weight_dtype, expected)
     out, memory = guarded(rows * top_k, 48)
 
-    kernels().expert_linear(x, sources, starts, 0, weight, weight_dtype, out)
+    kernels().expert_linear(x, Picks(sources, starts, 0), weight, weight_dtype, out)
 
     assert only_inside_written(memory)
     assert nmse(out, expected) < KERNEL_NMSE
@@ -182,7 +183,7 @@ def test_a_lane_writes_the_picks_of_its_experts_only(first, last, weight_dtype):
     x, out = torch.randn(21, 128), torch.full((21, 32), 5.0)
     expected = out.clone()
     one_by_one(x, None, starts, first, plain[first:last], weight_dtype, expected)
-    kernels().expert_linear(x, None, starts, first, weight[first:last], weight_dtype, out)
+    kernels().expert_linear(x, Picks(None, starts, first), weight[first:last], weight_dtype, out)
 
     assert nmse(out, expected) < KERNEL_NMSE
     assert (out[: starts[first]] == 5).all() and (out[starts[last] :] == 5).all()
@@ -196,7 +197,7 @@ def test_experts_of_every_format_are_what_linear_gives(name):
     in_features, x = 512, torch.randn(12, 512, generator=generator)
     weight = torch.randint(0, 60, (4, 2, unit_bytes(name, in_features)), generator=generator, dtype=torch.uint8)
     out, expected = torch.zeros(24, 32), torch.zeros(24, 32)
-    kernels().expert_linear(x, sources, starts, 0, weight, name, out)
+    kernels().expert_linear(x, Picks(sources, starts, 0), weight, name, out)
     for place, source in enumerate(sources.tolist()):
         expert = int((starts[1:] <= place).sum())
         kernels().linear(x[source : source + 1], weight[expert], name, None, expected[place : place + 1])
@@ -219,7 +220,7 @@ def test_a_mix_of_formats_in_every_unit():
     x = torch.randn(5, 128)
     expected = torch.zeros(10, 96)
     one_by_one(x, sources, starts, 0, plain.flatten(1, 2), "q8", expected)
-    kernels().expert_linear(x, sources, starts, 0, weight, mix, out)
+    kernels().expert_linear(x, Picks(sources, starts, 0), weight, mix, out)
 
     assert nmse(out, expected) < KERNEL_NMSE
 
@@ -234,8 +235,8 @@ def test_whole_number_formats_give_the_bits_of_the_prescribed_order(isa, name):
     x = torch.randn(12, 512, generator=generator)
     weight = torch.randint(0, 60, (4, 2, unit_bytes(name, 512)), generator=generator, dtype=torch.uint8)
     out, expected = torch.zeros(24, 32), torch.zeros(24, 32)
-    reference.expert_linear(x, sources, starts, 0, weight, name, expected)
-    kernels(isa).expert_linear(x, sources, starts, 0, weight, name, out)
+    reference.expert_linear(x, Picks(sources, starts, 0), weight, name, expected)
+    kernels(isa).expert_linear(x, Picks(sources, starts, 0), weight, name, out)
 
     assert torch.equal(out, expected)
 
@@ -246,8 +247,8 @@ def test_sums_in_pieces_are_one_chain(weight_dtype):
     (_, _, sources, starts, _), *_ = routing(20, 64, 3, 2)
     weight = torch.randint(0, 60, (3, 1, unit_bytes(weight_dtype, 4864)), dtype=torch.uint8)
     x, out, expected = torch.randn(20, 4864), torch.zeros(40, 16), torch.zeros(40, 16)
-    reference.expert_linear(x, sources, starts, 0, weight, weight_dtype, expected)
-    kernels().expert_linear(x, sources, starts, 0, weight, weight_dtype, out)
+    reference.expert_linear(x, Picks(sources, starts, 0), weight, weight_dtype, expected)
+    kernels().expert_linear(x, Picks(sources, starts, 0), weight, weight_dtype, out)
 
     assert torch.equal(out, expected)
 
@@ -292,7 +293,7 @@ def test_every_isa_gives_the_bits_of_single_rows(isa, weight_dtype):
     (_, _, sources, starts, _), *_ = routing(33, 64, 5, 2)
     weight, _ = expert_weights(5, 2, 192, weight_dtype)
     x, out, single = torch.randn(33, 192), torch.zeros(66, 32), torch.zeros(1, 32)
-    kernels(isa).expert_linear(x, sources, starts, 0, weight, weight_dtype, out)
+    kernels(isa).expert_linear(x, Picks(sources, starts, 0), weight, weight_dtype, out)
     for place in (0, 20, 65):
         expert = int((starts[1:] <= place).sum())
         kernels(isa).linear(x[sources[place]][None], weight[expert], weight_dtype, None, single)
@@ -310,8 +311,8 @@ def test_a_recorded_call_follows_the_routes_in_memory():
     ops, seen = kernels(), set()
 
     def step():
-        ops.route(x, router, True, True, ids, places, sources, starts, weights)
-        ops.expert_linear(x, sources, starts, 0, weight, "q8", parts)
+        ops.route(x, router, True, True, Routes(ids, places, sources, starts, weights))
+        ops.expert_linear(x, Picks(sources, starts, 0), weight, "q8", parts)
         ops.combine(parts, parts, starts[12:], places, weights[:, :3], out)
 
     program = ops.record(step)
@@ -365,11 +366,11 @@ def wrong_calls():
     (ids, places, sources, starts, weights), x, router = routing(3, 64, 8, 2)
     weight, _ = expert_weights(8, 1, 64, "q8")
     out = torch.zeros(6, 16)
-    yield "router", lambda ops: ops.route(x, router[:9], True, True, ids, places, sources, starts, weights)
-    yield "weights", lambda ops: ops.route(x, router, True, True, ids, places, sources, starts, weights[:, :2])
-    yield "starts", lambda ops: ops.expert_linear(x, sources, starts, 1, weight, "q8", out)
-    yield "sources", lambda ops: ops.expert_linear(x, sources[:5], starts, 0, weight, "q8", out)
-    yield "weight", lambda ops: ops.expert_linear(x, sources, starts, 0, weight[:, :, :-1], "q8", out)
+    yield "router", lambda ops: ops.route(x, router[:9], True, True, Routes(ids, places, sources, starts, weights))
+    yield "weights", lambda ops: ops.route(x, router, True, True, Routes(ids, places, sources, starts, weights[:, :2]))
+    yield "starts", lambda ops: ops.expert_linear(x, Picks(sources, starts, 1), weight, "q8", out)
+    yield "sources", lambda ops: ops.expert_linear(x, Picks(sources[:5], starts, 0), weight, "q8", out)
+    yield "weight", lambda ops: ops.expert_linear(x, Picks(sources, starts, 0), weight[:, :, :-1], "q8", out)
     yield "far", lambda ops: ops.combine(out, out[:3], starts[8:], places, weights[:, :2], torch.zeros(3, 16))
 
 

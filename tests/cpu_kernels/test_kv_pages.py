@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from cpu_kernels.contract import ChunkKeys, Pages, Partial, Rotation, RowKeys
 from cpu_kernels.formats import pages as kv_layout
 from gpu_kernels import kv_pages, reference
 from tests.support.code_pages import DTYPES, HEAD_DIMS, check_rope_append, hadamard, read_row
@@ -119,7 +120,7 @@ SPREADING_BUGS = {
 def test_a_planted_bug_in_the_spreading_of_q_is_caught(bug):
     def mutant(*arguments):
         reference.rope_append(*arguments)
-        q = arguments[7]
+        q = arguments[3]
         q.copy_(SPREADING_BUGS[bug](q, 64))
 
     with pytest.raises(AssertionError):
@@ -168,12 +169,14 @@ def outlier_errors(kv_dtype: str, seed: int, sizes: tuple[float, ...] = (20, 25,
     angles = torch.ones(tokens, head_dim // 2), torch.zeros(tokens, head_dim // 2)
     units = torch.cat((q.expand(tokens, -1, -1).flatten(1), keys, values), -1)[:, None]
     spread = torch.empty(tokens, heads, head_dim)
-    kernels().rope_append(units, at, *angles, None, None, 1e-6, spread, k, v, at[:, None])
+    kernels().rope_append(units, at, Rotation(*angles, None, None, 1e-6), spread, Pages(k, v), at[:, None])
     table, start = torch.arange(pages, dtype=torch.int32)[None, None], torch.zeros(1, dtype=torch.int32)
     errors = []
     for query, stored in ((q, plain_k), (spread[0], k)):
         out, lse = torch.empty(1, heads, head_dim), torch.empty(1, heads)
-        kernels().decode_attention(query[None], stored, v, table, start, start + tokens, scale, out, lse)
+        kernels().decode_attention(
+            query[None], Pages(stored, v), RowKeys(table, start, start + tokens), scale, Partial(out, lse)
+        )
         errors.append(nmse(out[0], expected))
     return errors
 
@@ -192,7 +195,7 @@ def test_a_value_group_whose_minimum_is_rounded_above_it(isa):
     bounds, results = [torch.tensor([limit], dtype=torch.int32) for limit in (0, 64)], []
     for ops in (reference, kernels(isa)):
         out, lse = torch.empty_like(q), torch.empty(1, 4)
-        ops.decode_attention(q, *pages, table, *bounds, 128**-0.5, out, lse)
+        ops.decode_attention(q, Pages(*pages), RowKeys(table, *bounds), 128**-0.5, Partial(out, lse))
         results.append(out)
 
     assert nmse(results[1], results[0]) < 2e-5
@@ -214,7 +217,7 @@ def test_rope_append_writes_the_bytes_of_the_reference(isa, kv_dtype, head_dim, 
     for ops in (reference, kernels(isa)):
         k, v = (torch.full(shape, 255, dtype=torch.uint8).view(DTYPES[kv_dtype]) for _ in range(2))
         q = torch.empty(rows, groups * heads, head_dim)
-        ops.rope_append(qkv, torch.arange(rows), *angles, None, None, 1e-6, q, k, v, slots)
+        ops.rope_append(qkv, torch.arange(rows), Rotation(*angles, None, None, 1e-6), q, Pages(k, v), slots)
         written.append((q, k, v))
 
     for expected, actual in zip(*written, strict=True):
@@ -242,7 +245,7 @@ def test_decode_agrees_with_float64(isa, kv_dtype, queries_per_kv, head_dim, pag
     lse, lse_memory = guarded(*q.shape[:2])
     bounds = [torch.tensor(values, dtype=torch.int32) for values in (starts, stops)]
 
-    kernels(isa).decode_attention(q, cache.k, cache.v, cache.table, *bounds, scale, out, lse)
+    kernels(isa).decode_attention(q, Pages(cache.k, cache.v), RowKeys(cache.table, *bounds), scale, Partial(out, lse))
 
     assert only_inside_written(memory) and only_inside_written(lse_memory)
     for row in range(3):
@@ -264,11 +267,11 @@ def test_groups_that_one_item_takes_do_not_meet(kv_dtype):
     alone, alone_lse = torch.empty_like(out), torch.empty_like(lse)
     bounds = torch.arange(40, dtype=torch.int32), torch.full((40,), 70, dtype=torch.int32)
 
-    kernels().decode_attention(q, cache.k, cache.v, cache.table, *bounds, 0.1, out, lse)
+    kernels().decode_attention(q, Pages(cache.k, cache.v), RowKeys(cache.table, *bounds), 0.1, Partial(out, lse))
     for group in range(3):
         mine, table = slice(4 * group, 4 * group + 4), cache.table[:, group : group + 1]
         results = alone[:, mine], alone_lse[:, mine]
-        kernels().decode_attention(q[:, mine], cache.k, cache.v, table, *bounds, 0.1, *results)
+        kernels().decode_attention(q[:, mine], Pages(cache.k, cache.v), RowKeys(table, *bounds), 0.1, Partial(*results))
 
     assert torch.equal(out, alone) and torch.equal(lse, alone_lse)
 
@@ -287,7 +290,12 @@ def test_prefill_agrees_with_float64(isa, kv_dtype, queries_per_kv, head_dim, pa
     lse, lse_memory = guarded(*q.shape[:2])
 
     kernels(isa).prefill_attention(
-        q, cache.k, cache.v, cache.table[0], kv_start, kv_stop, q_start, window, scale, out, lse
+        q,
+        Pages(cache.k, cache.v),
+        ChunkKeys(cache.table[0], kv_start, kv_stop, q_start),
+        window,
+        scale,
+        Partial(out, lse),
     )
 
     assert only_inside_written(memory) and only_inside_written(lse_memory)
@@ -309,7 +317,7 @@ def test_the_reference_reads_what_the_formula_says(kv_dtype):
     q, out, lse = torch.randn(1, 2, 40).double(), torch.empty(1, 2, 40).double(), torch.empty(1, 2).double()
     bounds = torch.tensor([3], dtype=torch.int32), torch.tensor([18], dtype=torch.int32)
 
-    reference.decode_attention(q, cache.k, cache.v, cache.table, *bounds, 0.2, out, lse)
+    reference.decode_attention(q, Pages(cache.k, cache.v), RowKeys(cache.table, *bounds), 0.2, Partial(out, lse))
 
     keys, values = cache.rows(0, 0, 3, 18)
     expected, expected_lse = attention(q[0].bfloat16(), keys, values, torch.ones(2, 15, dtype=torch.bool), 0.2)
@@ -321,4 +329,6 @@ def test_pages_whose_bytes_are_not_contiguous_are_refused():
     q, table, bound = torch.zeros(1, 1, 64), torch.zeros(1, 1, 2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
 
     with pytest.raises(ValueError, match="contiguous"):
-        kernels().decode_attention(q, pages, pages, table, bound, bound, 1.0, torch.zeros(1, 1, 64), torch.zeros(1, 1))
+        kernels().decode_attention(
+            q, Pages(pages, pages), RowKeys(table, bound, bound), 1.0, Partial(torch.zeros(1, 1, 64), torch.zeros(1, 1))
+        )

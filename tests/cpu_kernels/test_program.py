@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cpu_kernels import CpuKernels
+from cpu_kernels.contract import Pages, Partial, RowKeys
 from cpu_kernels.formats import weights as layout
 from tests.support.kernel_data import normal
 
@@ -79,7 +80,9 @@ def test_a_length_outside_the_table_stops_the_program(ops):
     table = torch.arange(4, dtype=torch.int32).view(1, 1, 4)
     start, stop = torch.zeros(1, dtype=torch.int32), torch.full((1,), 40, dtype=torch.int32)
     q, out, lse = normal(1, 2, 32, seed=3), torch.empty(1, 2, 32), torch.empty(1, 2)
-    program = ops.record(lambda: ops.decode_attention(q, k_pages, v_pages, table, start, stop, 0.2, out, lse))
+    program = ops.record(
+        lambda: ops.decode_attention(q, Pages(k_pages, v_pages), RowKeys(table, start, stop), 0.2, Partial(out, lse))
+    )
     program.run()
     stop.fill_(65)
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cpu_kernels.contract import ChunkKeys, Pages, Partial, Picks, Rotation, RowKeys
+
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process without the interpreter", allow_module_level=True)
@@ -43,14 +45,16 @@ def decode(
 ) -> Callable[[], None]:
     q, pages = empty(2, HEADS, head_dim), kv_store(dtype, head_dim, page)
     table, limit = empty(2, kv_heads, max_pages, dtype=torch.int32), empty(2, dtype=torch.int32)
-    return lambda: gpu_kernels.decode_attention(q, pages, pages, table, limit, limit, 0.1, q, q[..., 0].contiguous())
+    return lambda: gpu_kernels.decode_attention(
+        q, Pages(pages, pages), RowKeys(table, limit, limit), 0.1, Partial(q, q[..., 0].contiguous())
+    )
 
 
 def prefill(dtype: torch.dtype, head_dim: int, page: int = PAGE) -> Callable[[], None]:
     q, pages = empty(512, HEADS, head_dim), kv_store(dtype, head_dim, page)
     table = empty(KV_HEADS, 1024, dtype=torch.int32)
     return lambda: gpu_kernels.prefill_attention(
-        q, pages, pages, table, 0, 4096, 3584, 0, 0.1, q, q[..., 0].contiguous()
+        q, Pages(pages, pages), ChunkKeys(table, 0, 4096, 3584), 0, 0.1, Partial(q, q[..., 0].contiguous())
     )
 
 
@@ -71,8 +75,8 @@ def linear(
 
 
 def merge(parts: int, head_dim: int) -> Callable[[], None]:
-    out, lse = empty(2, HEADS, head_dim), empty(2, HEADS)
-    return lambda: gpu_kernels.merge([out] * parts, [lse] * parts, out, lse)
+    partial = Partial(empty(2, HEADS, head_dim), empty(2, HEADS))
+    return lambda: gpu_kernels.merge([partial] * parts, partial)
 
 
 def rms_norm() -> None:
@@ -111,7 +115,7 @@ def experts(weight_dtype: str, rows: int, by_place: bool = False) -> Callable[[]
     weight = empty(128, 96, reference.block_bytes(weight_dtype, 2048), dtype=torch.uint8)
     starts, sources = empty(129, dtype=torch.int32), None if by_place else empty(8 * rows, dtype=torch.int32)
     x, out = empty(8 * rows if by_place else rows, 2048), empty(8 * rows, 96 * 16)
-    return lambda: gpu_kernels.expert_linear(x, sources, starts, 0, weight, weight_dtype, out)
+    return lambda: gpu_kernels.expert_linear(x, Picks(sources, starts, 0), weight, weight_dtype, out)
 
 
 def silu_mul() -> None:
@@ -123,7 +127,9 @@ def rope_append(head_dim: int, norm: bool, dtype: torch.dtype = BF16) -> Callabl
     indices, angles = empty(4, dtype=torch.int64), empty(4096, head_dim // 2)
     weight, q = empty(head_dim) if norm else None, empty(4, HEADS, head_dim)
     slots = empty(4, KV_HEADS, dtype=torch.int64)
-    return lambda: gpu_kernels.rope_append(qkv, indices, angles, angles, weight, weight, 1e-6, q, pages, pages, slots)
+    return lambda: gpu_kernels.rope_append(
+        qkv, indices, Rotation(angles, angles, weight, weight, 1e-6), q, Pages(pages, pages), slots
+    )
 
 
 LESS_USUAL = sorted(set(WHOLE_FORMS) - {"q4", "q8", "mxfp4", "q4_k", "q6_k"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cpu_kernels.contract import Pages, Partial, RowKeys
 from tests.support.kernel_data import boundary_adversarial, lse_error, nmse, oracle_decode, paged_cache
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
@@ -22,10 +23,11 @@ def test_a_captured_decode_attention_follows_the_device_side_range(counters):
     cache = paged_cache(keys, values, 16, [range(2048)] * 2)
     start, stop = torch.zeros(2, dtype=torch.int32, device="cuda"), torch.ones(2, dtype=torch.int32, device="cuda")
     out, lse = torch.empty_like(q, device="cuda"), torch.empty(q.shape[:2], device="cuda")
-    inputs = [tensor.cuda() for tensor in (q, cache.k_pages, cache.v_pages, cache.page_table)]
+    query, pages = q.cuda(), Pages(cache.k_pages.cuda(), cache.v_pages.cuda())
+    keys_seen = RowKeys(cache.page_table.cuda(), start, stop)
 
     def step() -> None:
-        ops.decode_attention(*inputs, start, stop, 0.125, out, lse)
+        ops.decode_attention(query, pages, keys_seen, 0.125, Partial(out, lse))
 
     step()  # compiles, which a capture may not
     graph = torch.cuda.CUDAGraph()

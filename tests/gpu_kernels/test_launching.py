@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+from cpu_kernels.contract import Partial
+
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process without the interpreter", allow_module_level=True)
@@ -145,9 +147,9 @@ def calls():
     for units in (1, 2, 16, 40):
         gate_up, out = torch.zeros(3, units * 32), torch.zeros(3, units * 16)
         yield lambda gate_up=gate_up, out=out: elementwise.silu_mul(gate_up, out)
-    parts = [torch.zeros(2, 4, 64) for _ in range(3)], [torch.zeros(2, 4) for _ in range(3)]
-    yield lambda: merge(parts[0][:2], parts[1][:2], parts[0][0], parts[1][0])
-    yield lambda: merge(*parts, parts[0][0], parts[1][0])
+    parts = [Partial(torch.zeros(2, 4, 64), torch.zeros(2, 4)) for _ in range(3)]
+    yield lambda: merge(parts[:2], parts[0])
+    yield lambda: merge(parts, parts[0])
 
 
 def test_each_op_launches_what_triton_would(monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpu_kernels.contract import ChunkKeys, Pages, Partial, Rotation, RowKeys
 from gpu_kernels import reference
 from tests.support.kernel_data import (
     boundary_adversarial,
@@ -38,16 +39,17 @@ def decode(q, cache, start, stop, scale=0.2):
     """(out, lse) of the reference op; q's dtype chooses the arithmetic."""
     out, lse = nan(*q.shape, dtype=q.dtype), nan(*q.shape[:2], dtype=q.dtype)
     limits = (torch.tensor(limit, dtype=torch.int32) for limit in (start, stop))
-    reference.decode_attention(q, cache.k_pages, cache.v_pages, cache.page_table, *limits, scale, out, lse)
+    reference.decode_attention(
+        q, Pages(cache.k_pages, cache.v_pages), RowKeys(cache.page_table, *limits), scale, Partial(out, lse)
+    )
     return out, lse
 
 
 def merged(partials):
     """Merge a list of (out, lse)."""
-    outs, lses = map(list, zip(*partials))
-    out, lse = torch.full_like(outs[0], torch.nan), torch.full_like(lses[0], torch.nan)
-    reference.merge(outs, lses, out, lse)
-    return out, lse
+    into = Partial(*(torch.full_like(tensor, torch.nan) for tensor in partials[0]))
+    reference.merge([Partial(*partial) for partial in partials], into)
+    return into
 
 
 @pytest.mark.parametrize("weight_dtype", WEIGHT_DTYPES)
@@ -157,7 +159,12 @@ def test_prefill_attention(dtype, start, stop, q_start, window):
     expected, expected_lse = oracle_prefill(q, cache, start, stop, q_start, window, 0.2)
 
     reference.prefill_attention(
-        q, cache.k_pages, cache.v_pages, cache.page_table[0], start, stop, q_start, window, 0.2, out, lse
+        q,
+        Pages(cache.k_pages, cache.v_pages),
+        ChunkKeys(cache.page_table[0], start, stop, q_start),
+        window,
+        0.2,
+        Partial(out, lse),
     )
 
     assert nmse(out, expected) <= FLOAT32_NMSE
@@ -171,8 +178,12 @@ def test_attention_without_rows():
     none = torch.zeros(0, dtype=torch.int32)
     pages, lse = (cache.k_pages, cache.v_pages), empty[..., 0].clone()
 
-    reference.prefill_attention(empty, *pages, cache.page_table[0], 0, 8, 8, 0, 1.0, empty.clone(), lse)
-    reference.decode_attention(empty, *pages, cache.page_table[:0], none, none, 1.0, empty.clone(), lse)
+    reference.prefill_attention(
+        empty, Pages(*pages), ChunkKeys(cache.page_table[0], 0, 8, 8), 0, 1.0, Partial(empty.clone(), lse)
+    )
+    reference.decode_attention(
+        empty, Pages(*pages), RowKeys(cache.page_table[:0], none, none), 1.0, Partial(empty.clone(), lse)
+    )
 
 
 def test_scores_of_ten_thousand_do_not_overflow():
@@ -228,7 +239,7 @@ def test_merge_may_write_over_a_partial():
     partials = [(normal(3, 8, seed=seed), normal(3, seed=seed + 9)) for seed in range(3)]
     expected, expected_lse = merged(partials)
 
-    reference.merge(*map(list, zip(*partials)), *partials[1])
+    reference.merge([Partial(*partial) for partial in partials], Partial(*partials[1]))
 
     assert torch.equal(partials[1][0], expected) and torch.equal(partials[1][1], expected_lse)
 
@@ -308,7 +319,9 @@ def test_rope_append_equals_complex_rotation(rotary_dim, with_norm):
     norm = normal(head_dim, seed=2) if with_norm else None
     q, k_pages, v_pages = nan(rows, 6, head_dim), nan(3, 4, head_dim), nan(3, 4, head_dim, dtype=torch.bfloat16)
 
-    reference.rope_append(qkv, positions, angles.cos(), angles.sin(), norm, norm, 1e-6, q, k_pages, v_pages, slots)
+    reference.rope_append(
+        qkv, positions, Rotation(angles.cos(), angles.sin(), norm, norm, 1e-6), q, Pages(k_pages, v_pages), slots
+    )
 
     heads = qkv[..., : 5 * head_dim].double().unflatten(-1, (5, head_dim))
     expected = heads.clone()

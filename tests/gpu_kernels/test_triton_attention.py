@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cpu_kernels.contract import ChunkKeys, Pages, Partial, RowKeys
 from tests.support import kernel_checks as checks
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
@@ -81,7 +82,9 @@ def test_a_decode_attention_is_the_same_every_time(device):
     outs = [torch.empty_like(q) for _ in range(3)]
 
     for out in outs:
-        attention.decode_attention(q, pages, pages, table, start, stop, 0.2, out, torch.empty_like(q[..., 0]))
+        attention.decode_attention(
+            q, Pages(pages, pages), RowKeys(table, start, stop), 0.2, Partial(out, torch.empty_like(q[..., 0]))
+        )
 
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
@@ -91,7 +94,7 @@ def test_a_scale_that_is_not_positive_is_refused(device):
     table = torch.zeros(1, 1, dtype=torch.int32, device=device)
 
     with pytest.raises(AssertionError, match="the largest score is looked for before it is multiplied by -1"):
-        attention.prefill_attention(q, pages, pages, table, 0, 1, 0, 0, -1.0, q, q[..., 0])
+        attention.prefill_attention(q, Pages(pages, pages), ChunkKeys(table, 0, 1, 0), 0, -1.0, Partial(q, q[..., 0]))
 
 
 @pytest.mark.parametrize(
@@ -167,10 +170,10 @@ def test_merge(device, parts, shape, empty):
 
 
 def test_merge_may_write_over_a_partial(device):
-    def merge_in_place(outs, lses, out, lse):
-        attention_merge.merge(outs, lses, outs[1], lses[1])
-        out.copy_(outs[1])
-        lse.copy_(lses[1])
+    def merge_in_place(partials, into):
+        attention_merge.merge(partials, partials[1])
+        into.out.copy_(partials[1].out)
+        into.lse.copy_(partials[1].lse)
 
     checks.check_merge(merge_in_place, device, 3, (3, 2, 64), [2])
 
@@ -180,9 +183,14 @@ def test_ops_accept_no_rows(device):
     limits = torch.zeros(0, dtype=torch.int32, device=device)
     table = limits.new_zeros(0, 1, 1)
 
-    attention.decode_attention(none, pages, pages, table, limits, limits, 1.0, none, none[..., 0])
-    attention.prefill_attention(none, pages, pages, table.new_zeros(1, 1), 0, 4, 4, 0, 1.0, none, none[..., 0])
-    attention_merge.merge([none, none], [none[..., 0], none[..., 0]], none, none[..., 0])
+    attention.decode_attention(
+        none, Pages(pages, pages), RowKeys(table, limits, limits), 1.0, Partial(none, none[..., 0])
+    )
+    attention.prefill_attention(
+        none, Pages(pages, pages), ChunkKeys(table.new_zeros(1, 1), 0, 4, 4), 0, 1.0, Partial(none, none[..., 0])
+    )
+    nothing = Partial(none, none[..., 0])
+    attention_merge.merge([nothing, nothing], nothing)
 
 
 def test_a_head_too_large_is_refused(device):
@@ -190,4 +198,4 @@ def test_a_head_too_large_is_refused(device):
     table = torch.zeros(1, 1, dtype=torch.int32, device=device)
 
     with pytest.raises(ValueError, match="head_dim 300 has no attention kernel: the largest is 256"):
-        attention.prefill_attention(q, pages, pages, table, 0, 1, 0, 0, 1.0, q, q[..., 0])
+        attention.prefill_attention(q, Pages(pages, pages), ChunkKeys(table, 0, 1, 0), 0, 1.0, Partial(q, q[..., 0]))

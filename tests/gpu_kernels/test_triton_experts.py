@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cpu_kernels.contract import Picks
 from cpu_kernels.formats import GGUF_TYPES, SCALED_TYPES
 from gpu_kernels import reference
 from gpu_kernels.experts import routing
@@ -58,10 +59,10 @@ def both(device, name, rows, in_features, weight, first=1, last=5, by_place=Fals
     x = torch.randn(picks if by_place else rows, in_features, generator=torch.Generator().manual_seed(rows))
     expected = torch.full((picks, features), 7.0)
     given = None if by_place else sources
-    reference.expert_linear(x, given, starts, first, weight[first:last], name, expected)
+    reference.expert_linear(x, Picks(given, starts, first), weight[first:last], name, expected)
     out = Guarded(device, picks, features, fill=torch.full((picks, features), 7.0))
-    on_device = [tensor if tensor is None else tensor.to(device) for tensor in (x, given, starts)]
-    expert_linear(*on_device, first, weight.to(device)[first:last], name, out.view)
+    picks = Picks(None if given is None else given.to(device), starts.to(device), first)
+    expert_linear(x.to(device), picks, weight.to(device)[first:last], name, out.view)
     return out.result(), expected
 
 
@@ -121,9 +122,9 @@ def test_nothing_to_do_is_accepted(device):
     sources, starts = (tensor.to(device) for tensor in routed(2, EXPERTS, 2))
     x, out = torch.zeros(2, 64, device=device), torch.full((4, 48), 7.0, device=device)
     weight = weight_of("q8", 64).to(device)
-    expert_linear(x, sources, starts, 3, weight[3:3], "q8", out)
-    expert_linear(x[:0], sources[:0], torch.zeros_like(starts), 0, weight, "q8", out[:0])
-    expert_linear(x, sources, torch.zeros_like(starts), 0, weight, "q8", out)  # no pick at all
+    expert_linear(x, Picks(sources, starts, 3), weight[3:3], "q8", out)
+    expert_linear(x[:0], Picks(sources[:0], torch.zeros_like(starts), 0), weight, "q8", out[:0])
+    expert_linear(x, Picks(sources, torch.zeros_like(starts), 0), weight, "q8", out)  # no pick at all
 
     assert (out == 7).all()
 
@@ -131,8 +132,9 @@ def test_nothing_to_do_is_accepted(device):
 def test_a_wrong_call_is_refused(device):
     sources, starts = (tensor.to(device) for tensor in routed(2, EXPERTS, 2))
     x, out, weight = torch.zeros(2, 64, device=device), torch.zeros(4, 48, device=device), weight_of("q8", 64)
-    for change in ({"first": 1}, {"sources": sources[:3]}, {"weight": weight[:, :2]}, {"weight_dtype": "q4"}):
-        call = {"x": x, "sources": sources, "starts": starts, "first": 0, "weight": weight.to(device)}
+    wrong_picks = Picks(sources, starts, 1), Picks(sources[:3], starts, 0)
+    for change in (*({"picks": wrong} for wrong in wrong_picks), {"weight": weight[:, :2]}, {"weight_dtype": "q4"}):
+        call = {"x": x, "picks": Picks(sources, starts, 0), "weight": weight.to(device)}
         with pytest.raises(AssertionError):
             expert_linear(**call | {"weight_dtype": "q8", "out": out} | change)
 

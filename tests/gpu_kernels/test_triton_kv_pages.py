@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cpu_kernels.contract import ChunkKeys, Pages, Partial, Rotation, RowKeys
 from tests.support import planted
 from tests.support.code_pages import DTYPES, HEAD_DIMS, check_rope_append
 from tests.support.kernel_data import lse_error, nmse, normal
@@ -39,11 +40,12 @@ def check_decode(op, device, kv_dtype, queries_per_kv, head_dim, page_size, star
     q, scale = normal(1, 2 * queries_per_kv, head_dim, seed=9), head_dim**-0.5
     bounds = [torch.tensor([value], dtype=torch.int32) for value in (start, stop)]
     expected, expected_lse = torch.empty_like(q).double(), torch.empty(q.shape[:2]).double()
-    reference.decode_attention(q.double(), k, v, table, *bounds, scale, expected, expected_lse)
+    reference.decode_attention(q.double(), Pages(k, v), RowKeys(table, *bounds), scale, Partial(expected, expected_lse))
     out = torch.full(q.shape, torch.nan, device=device)
     lse = torch.full(q.shape[:2], torch.nan, device=device)
 
-    op(*(x.to(device) for x in (q, k, v, table, *bounds)), scale, out, lse)
+    q, k, v, table, *bounds = (tensor.to(device) for tensor in (q, k, v, table, *bounds))
+    op(q, Pages(k, v), RowKeys(table, *bounds), scale, Partial(out, lse))
 
     assert nmse(out.cpu(), expected) <= CODES_NMSE and lse_error(lse.cpu(), expected_lse) <= CODES_LSE
 
@@ -61,8 +63,8 @@ def check_append(op, device, kv_dtype, head_dim, page_size):
     for function, place in ((reference.rope_append, "cpu"), (op, device)):
         k, v = (torch.full(shape, 255, dtype=torch.uint8).view(DTYPES[kv_dtype]).to(place) for _ in range(2))
         q = torch.empty(rows, groups * heads, head_dim, device=place)
-        inputs = (tensor.to(place) for tensor in (qkv, torch.arange(rows), *angles))
-        function(*inputs, None, None, 1e-6, q, k, v, slots.to(place))
+        units, positions, cos, sin = (tensor.to(place) for tensor in (qkv, torch.arange(rows), *angles))
+        function(units, positions, Rotation(cos, sin, None, None, 1e-6), q, Pages(k, v), slots.to(place))
         written.append((k.cpu(), v.cpu()))
 
     for expected, actual in zip(*written, strict=True):
@@ -96,11 +98,14 @@ def test_prefill_attention(device, kv_dtype, head_dim, page_size, window):
     k, v, table = code_pages(kv_dtype, page_size, head_dim, 98, 3)
     q, scale = normal(70, 4, head_dim, seed=5), head_dim**-0.5
     expected, expected_lse = torch.empty_like(q).double(), torch.empty(q.shape[:2]).double()
-    reference.prefill_attention(q.double(), k, v, table[0], 3, 98, 28, window, scale, expected, expected_lse)
+    reference.prefill_attention(
+        q.double(), Pages(k, v), ChunkKeys(table[0], 3, 98, 28), window, scale, Partial(expected, expected_lse)
+    )
     out, lse = torch.full(q.shape, torch.nan, device=device), torch.full(q.shape[:2], torch.nan, device=device)
 
-    inputs = (tensor.to(device) for tensor in (q, k, v, table[0]))
-    attention.prefill_attention(*inputs, 3, 98, 28, window, scale, out, lse)
+    q, k, v, table = (tensor.to(device) for tensor in (q, k, v, table[0]))
+    keys = ChunkKeys(table, 3, 98, 28)
+    attention.prefill_attention(q, Pages(k, v), keys, window, scale, Partial(out, lse))
 
     assert nmse(out.cpu(), expected, dims=(0, 2)) <= CODES_NMSE and lse_error(lse.cpu(), expected_lse) <= CODES_LSE
 

@@ -202,9 +202,9 @@ class Planted:
 def routed_after(change):
     """An error in what `route` writes: change(ids, weights, k)."""
 
-    def planted(route, x, router, gated, normalise, ids, places, sources, starts, weights):
-        route(x, router, gated, normalise, ids, places, sources, starts, weights)
-        change(ids, weights, ids.shape[1])
+    def planted(route, x, router, gated, normalise, into):
+        route(x, router, gated, normalise, into)
+        change(into.ids, into.weights, into.ids.shape[1])
 
     return "route", planted
 
@@ -212,23 +212,24 @@ def routed_after(change):
 def with_router(change):
     """An error in the router's product: change(x, router, gated, normalise) -> those that it should have been given."""
 
-    def planted(route, x, router, gated, normalise, *outputs):
-        route(*change(x, router, gated, normalise), *outputs)
+    def planted(route, x, router, gated, normalise, into):
+        route(*change(x, router, gated, normalise), into)
 
     return "route", planted
 
 
-def top_k_first(route, x, router, gated, normalise, ids, *others):
+def top_k_first(route, x, router, gated, normalise, into):
     """Softmax over the chosen alone, which is what normalising gives."""
-    route(x, router, gated, not normalise, ids, *others)
+    route(x, router, gated, not normalise, into)
 
 
-def wrong_expert(expert_linear, x, sources, starts, first, weight, weight_dtype, out):
-    expert_linear(x, sources, starts, first, weight.roll(1, 0), weight_dtype, out)
+def wrong_expert(expert_linear, x, picks, weight, weight_dtype, out):
+    expert_linear(x, picks, weight.roll(1, 0), weight_dtype, out)
 
 
-def wrong_source(expert_linear, x, sources, starts, first, weight, weight_dtype, out):
-    expert_linear(x, sources if sources is None else sources.flip(0), starts, first, weight, weight_dtype, out)
+def wrong_source(expert_linear, x, picks, weight, weight_dtype, out):
+    sources = None if picks.sources is None else picks.sources.flip(0)
+    expert_linear(x, picks._replace(sources=sources), weight, weight_dtype, out)
 
 
 def swapped(silu_mul, gate_up, out):
@@ -283,9 +284,9 @@ def test_scores_are_far_enough_apart(checkpoints, family):
     """The toy routers leave no near ties, so that one chosen set is right and every other one is an error."""
     path, gaps = checkpoints[family], []
 
-    def keep(route, x, router, gated, normalise, ids, places, sources, starts, weights):
-        route(x, router, gated, normalise, ids, places, sources, starts, weights)
-        count, k = starts.shape[0] - 1, ids.shape[1]
+    def keep(route, x, router, gated, normalise, into):
+        route(x, router, gated, normalise, into)
+        ids, count, k = into.ids, into.starts.shape[0] - 1, into.ids.shape[1]
         if k < count:
             scores = (x.double() @ router.double().T)[:, :count].sort(-1, descending=True).values
             gaps.append((scores[:, k - 1] - scores[:, k]).min().item() / scores.std().item())

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cpu_kernels import CpuKernels
+from cpu_kernels.contract import Pages, Partial, RowKeys
 from hetero_attn.devices import Device, EmulatedDriver
 from hetero_attn.errors import EngineDeadError, UnsupportedModelError
 from hetero_attn.lanes import handover_choice
@@ -224,7 +225,11 @@ def attention(kernels: CpuKernels) -> tuple:
     pages, table = torch.randn(4, 16, 32), torch.arange(4, dtype=torch.int32).view(1, 1, 4)
     start, stop = torch.zeros(1, dtype=torch.int32), torch.full((1,), 40, dtype=torch.int32)
     q, out, lse = torch.randn(1, 2, 32), torch.zeros(1, 2, 32), torch.zeros(1, 2)
-    return lambda: kernels.decode_attention(q, pages, pages, table, start, stop, 0.2, out, lse), stop, out
+    return (
+        lambda: kernels.decode_attention(q, Pages(pages, pages), RowKeys(table, start, stop), 0.2, Partial(out, lse)),
+        stop,
+        out,
+    )
 
 
 def test_a_program_computes_what_the_jobs_compute_every_time(device, flags, kernels):

@@ -147,7 +147,7 @@ def test_planted_bug_base_two_lse_is_caught(runs, monkeypatch):
 
         def base_two(*arguments, original=original):
             original(*arguments)
-            arguments[-1].mul_(1.4426950408889634)
+            arguments[-1].lse.mul_(1.4426950408889634)
 
         monkeypatch.setattr(reference, name, base_two)
 
@@ -155,8 +155,8 @@ def test_planted_bug_base_two_lse_is_caught(runs, monkeypatch):
 
 
 def test_planted_bug_average_instead_of_merge_is_caught(runs, monkeypatch):
-    def average(outs, lses, out, lse):
-        out.copy_(torch.stack(outs).mean(0))
+    def average(partials, into):
+        into.out.copy_(torch.stack([partial.out for partial in partials]).mean(0))
 
     monkeypatch.setattr(reference, "merge", average)
 

@@ -59,7 +59,7 @@ def second_best(engine):
 
         def route(self, x, router, *others):
             worse = router.clone()
-            worse[(x @ router.T).sum(0)[: others[5].shape[0] - 1].argmax()] = 0
+            worse[(x @ router.T).sum(0)[: others[-1].starts.shape[0] - 1].argmax()] = 0
             ops.route(x, worse, *others)
 
     engine.lanes.host_ops = Wrong()

@@ -89,15 +89,15 @@ class TestPlantedBugs:
 
             def base_two(*arguments, original=original):
                 original(*arguments)
-                arguments[-1].mul_(1.4426950408889634)
+                arguments[-1].lse.mul_(1.4426950408889634)
 
             monkeypatch.setattr(reference, name, base_two)
 
         assert caught(deep, weight_dtype)
 
     def test_average_instead_of_merge(self, deep, monkeypatch, weight_dtype):
-        def average(outs, lses, out, lse):
-            out.copy_(torch.stack(outs).mean(0))
+        def average(partials, into):
+            into.out.copy_(torch.stack([partial.out for partial in partials]).mean(0))
 
         monkeypatch.setattr(reference, "merge", average)
 

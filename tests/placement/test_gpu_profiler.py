@@ -98,9 +98,9 @@ class FakeGpu:
         operations = 2 * x.shape[0] * x.shape[1] * weight.shape[0] * BLOCK_FEATURES
         self.kernels += max(weight.nbytes / MEMORY, operations / rate)
 
-    def _attention(self, q, k_pages, v_pages, table, start, stop, q_start, window, scale, out, lse):
+    def _attention(self, q, pages, keys, window, scale, into):
         rows, heads, head_dim = q.shape
-        seen = sum(q_start + row + 1 for row in range(rows))
+        seen = sum(keys.q_start + row + 1 for row in range(rows))
         self.kernels += 4 * head_dim * heads * seen / ATTENTION
 
 
@@ -113,8 +113,8 @@ class FakeKernels:
     def linear(self, x, weight, dtype, bias, out):
         self._gpu.cpu_work(weight.numel())
 
-    def decode_attention(self, q, k_pages, v_pages, table, start, stop, scale, out, lse):
-        self._gpu.cpu_work(k_pages.nbytes + v_pages.nbytes)
+    def decode_attention(self, q, pages, keys, scale, into):
+        self._gpu.cpu_work(pages.k.nbytes + pages.v.nbytes)
 
 
 @pytest.fixture

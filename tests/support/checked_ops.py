@@ -14,16 +14,9 @@ from tests.support.race_checker import MixedMemoryError
 if TYPE_CHECKING:
     from tests.support.simulated_gpu import SimulatedDriver, Stream
 
-WRITTEN = {
-    "q",
-    "k_pages",
-    "v_pages",
-    "out",
-    "lse",
-    "target",
-}  # of rope_append, and of every other operation its results
-ONLY_READ = {"decode_attention": {"q", "k_pages", "v_pages"}, "prefill_attention": {"q", "k_pages", "v_pages"}}
-OTHERS_WRITTEN = {"route": {"ids", "places", "sources", "starts", "weights"}, "norm_heads": {"qkv"}}
+WRITTEN = {"q", "pages", "out", "into", "target"}  # of rope_append, and of every other operation its results
+ONLY_READ = {"decode_attention": {"q", "pages"}, "prefill_attention": {"q", "pages"}}
+OTHERS_WRITTEN = {"norm_heads": {"qkv"}}
 CHECKED_OPS = {
     "add_rows",
     "pack",

@@ -14,6 +14,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from cpu_kernels.contract import Pages, Rotation
 from tests.support.kernel_data import nmse, normal
 
 DTYPES = {"q8": torch.int8, "q4": torch.uint8}
@@ -88,9 +89,9 @@ def append(op: Callable[..., None], device: str, kv_dtype: str, head_dim: int, d
     k_pages, v_pages = (torch.full((3, page_size, row_items), 255, dtype=torch.uint8) for _ in range(2))
     k_pages, v_pages = (pages.view(DTYPES[kv_dtype]).to(device) for pages in (k_pages, v_pages))
     q = torch.full((rows, groups * heads, head_dim), torch.nan, dtype=dtype, device=device)
-    inputs = [tensor.to(device) for tensor in (qkv, positions, angles.cos(), angles.sin(), *norms)]
+    rotation = Rotation(*(tensor.to(device) for tensor in (angles.cos(), angles.sin(), *norms)), EPS)
 
-    op(*inputs, EPS, q, k_pages, v_pages, slots.to(device))
+    op(qkv.to(device), positions.to(device), rotation, q, Pages(k_pages, v_pages), slots.to(device))
 
     parts = qkv[..., : (heads + 2) * head_dim].double().unflatten(-1, (heads + 2, head_dim))
     query = _turned(parts[:, :, :heads], norms[0].double(), angles[positions].double())

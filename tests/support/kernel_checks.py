@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cpu_kernels.contract import ChunkKeys, Pages, Partial, Rotation, RowKeys
 from tests.support.kernel_data import (
     boundary_adversarial,
     lse_error,
@@ -89,13 +90,10 @@ def check_decode(
 
     op(
         _strided(q, device),
-        cache.k_pages.to(device),
-        cache.v_pages.to(device),
-        cache.page_table.to(device),
-        *limits,
+        Pages(cache.k_pages.to(device), cache.v_pages.to(device)),
+        RowKeys(cache.page_table.to(device), *limits),
         scale,
-        out.view,
-        lse.view,
+        Partial(out.view, lse.view),
     )
 
     _assert_attention(out, lse, expected, expected_lse, dtype)
@@ -127,16 +125,11 @@ def check_prefill(
 
     op(
         _strided(q, device),
-        cache.k_pages.to(device),
-        cache.v_pages.to(device),
-        cache.page_table[0].to(device),
-        start,
-        stop,
-        q_start,
+        Pages(cache.k_pages.to(device), cache.v_pages.to(device)),
+        ChunkKeys(cache.page_table[0].to(device), start, stop, q_start),
         window,
         scale,
-        out.view,
-        lse.view,
+        Partial(out.view, lse.view),
     )
 
     _assert_attention(out, lse, expected, expected_lse, dtype)
@@ -159,7 +152,8 @@ def check_merge(op: Op, device: str, parts: int, shape: tuple[int, ...], empty: 
     leading = 2 if len(shape) > 3 else 0  # dimensions that must collapse into one
     out, lse = (Guarded(device, *sizes, unguarded_dims=leading) for sizes in (shape, shape[:-1]))
 
-    op([_strided(part, device) for part in outs], [part.to(device) for part in lses], out.view, lse.view)
+    partials = [Partial(_strided(part, device), part_lse.to(device)) for part, part_lse in zip(outs, lses)]
+    op(partials, Partial(out.view, lse.view))
 
     assert nmse(out.result(), expected) <= FLOAT32_NMSE
     assert lse_error(lse.result(), torch.log(total)) <= LSE_TOLERANCE
@@ -331,13 +325,9 @@ def check_rope_append(
     op(
         _strided(qkv, device),
         positions.to(device),
-        angles.cos().to(device),
-        angles.sin().to(device),
-        *on_device,
-        1e-3,
+        Rotation(angles.cos().to(device), angles.sin().to(device), *on_device, 1e-3),
         q.view,
-        k_pages.view,
-        v_pages.view,
+        Pages(k_pages.view, v_pages.view),
         slots.to(device),
     )
 

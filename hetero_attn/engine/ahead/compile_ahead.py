@@ -13,6 +13,7 @@ from itertools import chain
 import torch
 
 import gpu_kernels
+from cpu_kernels.contract import ChunkKeys, Pages, Partial, Picks, Rotation, RowKeys
 from cpu_kernels.formats import BLOCK_FEATURES, unit_bytes
 from cpu_kernels.formats.pages import row_items
 from gpu_kernels.device_ops import DeviceOps
@@ -125,10 +126,10 @@ def _of_experts(spec: ExpertsSpec, units: int, rows: int) -> Iterator[Call]:
     )
     activated, wide = _meta(picks, gate_up.out_features // 2), _meta(picks, gate_up.out_features)
     x, out = _meta(rows, spec.in_features), _meta(picks, down.out_features)
-    yield partial(gpu_kernels.expert_linear, x, sources, starts, 0, both, gate_up.format, wide)
+    yield partial(gpu_kernels.expert_linear, x, Picks(sources, starts, 0), both, gate_up.format, wide)
     yield partial(gpu_kernels.silu_mul, wide, activated)
     inputs = activated[:, : spec.width]
-    yield partial(gpu_kernels.expert_linear, inputs, None, starts, 0, last, down.format, out)
+    yield partial(gpu_kernels.expert_linear, inputs, Picks(None, starts, 0), last, down.format, out)
 
 
 def _small(planned: PlannedModel, ops: DeviceOps, rows: int) -> Iterator[Call]:
@@ -164,10 +165,11 @@ def _attention(planned: PlannedModel, rows: int) -> Iterator[Call]:
         yield _rope(config, rows, count, q, pages)
         if rows == 1:
             table, bound = _meta(1, count, slots, dtype=torch.int32), _meta(1, dtype=torch.int32)
-            yield partial(gpu_kernels.decode_attention, q, pages, pages, table, bound, bound, 1.0, q, lse)
+            keys = RowKeys(table, bound, bound)
+            yield partial(gpu_kernels.decode_attention, q, Pages(pages, pages), keys, 1.0, Partial(q, lse))
         else:
-            table = _meta(count, slots, dtype=torch.int32)
-            yield partial(gpu_kernels.prefill_attention, q, pages, pages, table, 0, rows, 0, 0, 1.0, q, lse)
+            chunk = ChunkKeys(_meta(count, slots, dtype=torch.int32), 0, rows, 0)
+            yield partial(gpu_kernels.prefill_attention, q, Pages(pages, pages), chunk, 0, 1.0, Partial(q, lse))
 
 
 def _rope(config: ModelConfig, rows: int, owned: int, q: torch.Tensor, pages: torch.Tensor) -> Call:
@@ -176,7 +178,7 @@ def _rope(config: ModelConfig, rows: int, owned: int, q: torch.Tensor, pages: to
     positions, slots = _meta(rows, dtype=torch.int64), _meta(rows, owned, dtype=torch.int64)
     angles = _meta(64, (config.rope.rotary_dim or config.head_dim) // 2)
     return lambda: gpu_kernels.rope_append(
-        qkv, positions, angles, angles, norm, norm, config.rms_norm_eps, q, pages, pages, slots
+        qkv, positions, Rotation(angles, angles, norm, norm, config.rms_norm_eps), q, Pages(pages, pages), slots
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 import torch
 
 from cpu_kernels import CpuKernels
+from cpu_kernels.contract import ChunkKeys, Pages, Partial, Picks, Rotation, Routes, RowKeys
 from cpu_kernels.formats.pages import row_items
 from cpu_kernels.formats.weights import BLOCK_FEATURES, block_bytes
 from hetero_attn.cache.pages import TORCH_DTYPES
@@ -84,8 +85,8 @@ def _experts(ops: CpuKernels, weight_dtype: str, rows: int) -> None:
     places, starts = torch.zeros_like(ids), torch.zeros(2, dtype=torch.int32, device="cpu")
     weight = torch.zeros(1, 1, block_bytes(weight_dtype, WIDTH), dtype=torch.uint8, device="cpu")
     router = torch.zeros(BLOCK_FEATURES, WIDTH, **FLOAT32)
-    ops.route(x, router, True, True, ids, places, places.view(-1), starts, weights)
-    ops.expert_linear(x, None, starts, 0, weight, weight_dtype, out)
+    ops.route(x, router, True, True, Routes(ids, places, places.view(-1), starts, weights))
+    ops.expert_linear(x, Picks(None, starts, 0), weight, weight_dtype, out)
     ops.combine(out, out, starts[1:], places, weights[:, :1], out)
     ops.scale_rows(weights[:, 1:], out)
 
@@ -93,15 +94,15 @@ def _experts(ops: CpuKernels, weight_dtype: str, rows: int) -> None:
 def _attention(ops: CpuKernels, config: ModelConfig, kv_dtype: str) -> None:
     heads, head_dim, page_size, rows = config.heads_per_kv_head, config.head_dim, 4, 2
     shape = (1, page_size, row_items(kv_dtype, head_dim))
-    k_pages, v_pages = (torch.zeros(shape, dtype=TORCH_DTYPES[kv_dtype], device="cpu") for _ in range(2))
+    pages = Pages(*(torch.zeros(shape, dtype=TORCH_DTYPES[kv_dtype], device="cpu") for _ in range(2)))
     norm = torch.ones(head_dim, **FLOAT32) if config.qk_norm else None
     angles = torch.zeros(page_size, config.rope.rotary_dim // 2 or head_dim // 2, **FLOAT32)
     qkv, slots = torch.zeros(rows, 1, (heads + 2) * head_dim, **FLOAT32), torch.arange(rows, device="cpu")[:, None]
     query, out = (torch.zeros(rows, heads, head_dim, **FLOAT32) for _ in range(2))
-    lse = torch.zeros(rows, heads, **FLOAT32)
+    into = Partial(out, torch.zeros(rows, heads, **FLOAT32))
     positions = torch.arange(rows, device="cpu")
-    ops.rope_append(qkv, positions, angles, angles, norm, norm, config.rms_norm_eps, query, k_pages, v_pages, slots)
+    ops.rope_append(qkv, positions, Rotation(angles, angles, norm, norm, config.rms_norm_eps), query, pages, slots)
     shapes = ((rows, 1, 1), (rows,), (rows,))
     table, start, stop = (torch.zeros(*shape, dtype=torch.int32, device="cpu") for shape in shapes)
-    ops.decode_attention(query, k_pages, v_pages, table, start, stop + rows, 1.0, out, lse)
-    ops.prefill_attention(query, k_pages, v_pages, table[0], 0, rows, 0, 0, 1.0, out, lse)
+    ops.decode_attention(query, pages, RowKeys(table, start, stop + rows), 1.0, into)
+    ops.prefill_attention(query, pages, ChunkKeys(table[0], 0, rows, 0), 0, 1.0, into)

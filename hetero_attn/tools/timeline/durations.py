@@ -125,7 +125,7 @@ class Durations:
         hardware = self.hardware
         if not hardware.cpu_attention:
             return hardware.cpu_attention_bytes_per_s, hardware.cpu_attention_ops_per_s
-        bits = KV_BITS_OF[arguments["k_pages"].dtype]
+        bits = KV_BITS_OF[arguments["pages"].k.dtype]
         rate = nearest_attention(hardware.cpu_attention, bits, self._heads, self._head_dim)
         return rate.bytes_per_s, rate.ops_per_s
 
@@ -145,7 +145,7 @@ def _operations_of_a_row(arguments: dict[str, Any]) -> int:
 
 def _expert_share(arguments: dict[str, Any]) -> tuple[float, int]:
     """The expected share of a call's experts that have a pick, and how many picks such a one has, at least one."""
-    picks, all_experts = arguments["out"].shape[0], arguments["starts"].shape[0] - 1
+    picks, all_experts = arguments["out"].shape[0], arguments["picks"].starts.shape[0] - 1
     share = 1 - (1 - 1 / all_experts) ** picks
     return share, max(1, round(picks / (all_experts * share)))
 
@@ -163,17 +163,16 @@ def _as_linear(arguments: dict[str, Any], rows: int) -> dict[str, Any]:
 
 
 def _decode_bytes(arguments: dict[str, Any]) -> int:
-    tokens = int((arguments["kv_stop"] - arguments["kv_start"]).sum())
-    row = arguments["k_pages"].shape[2] * arguments["k_pages"].itemsize
-    return 2 * tokens * arguments["page_table"].shape[1] * row
+    keys, cached = arguments["keys"], arguments["pages"].k
+    tokens = int((keys.stop - keys.start).sum())
+    return 2 * tokens * keys.table.shape[1] * cached.shape[2] * cached.itemsize
 
 
 def _prefill_operations(arguments: dict[str, Any]) -> float:
     """Of the keys that each row sees: those in the range, before it and in its window."""
-    rows, heads, head_dim = arguments["q"].shape
-    start, stop, first = (arguments[name] for name in ("kv_start", "kv_stop", "q_start"))
-    middle = first + (rows + 1) / 2
-    seen = max(0.0, min(stop, middle) - start)
+    (rows, heads, head_dim), keys = arguments["q"].shape, arguments["keys"]
+    middle = keys.q_start + (rows + 1) / 2
+    seen = max(0.0, min(keys.stop, middle) - keys.start)
     return 4 * head_dim * heads * rows * min(seen, arguments["window"] or seen)
 
 

@@ -11,9 +11,9 @@ import torch
 from gpu_kernels import reference
 from hetero_attn.tools.timeline.recording import CPU, MAIN, Entry, Recording
 
-WRITTEN = {"q", "k_pages", "v_pages", "out", "lse", "target"}
-ONLY_READ = {"decode_attention": {"q", "k_pages", "v_pages"}, "prefill_attention": {"q", "k_pages", "v_pages"}}
-OTHERS_WRITTEN = {"route": {"ids", "places", "sources", "starts", "weights"}, "norm_heads": {"qkv"}}
+WRITTEN = {"q", "pages", "out", "into", "target"}  # of rope_append, and of every other operation its results
+ONLY_READ = {"decode_attention": {"q", "pages"}, "prefill_attention": {"q", "pages"}}
+OTHERS_WRITTEN = {"norm_heads": {"qkv"}}
 OPS = (
     "add_rows",
     "linear",

@@ -1,0 +1,199 @@
+"""What the operations of a transformer are: what each is given, what it writes, and the values that travel together.
+
+`CpuKernels`, the Triton kernels and `gpu_kernels.reference`, which has the equations, offer the same `Ops` and read
+their words here. A floating-point tensor is float32 unless another dtype is named, and its last dimension is
+contiguous; what is called written is written in place. Attention reads keys and values from pages, the rows of linears
+lie packed in blocks of 16 features: `cpu_kernels.formats` says every byte of both.
+"""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Pages(NamedTuple):
+    """Keys and values of one layer in one memory, each [num_pages, page_size, row_items] of one KV dtype, as
+    `formats.pages` says: float32, bfloat16, int8 (q8) or uint8 (q4)."""
+
+    k: Tensor
+    v: Tensor
+
+
+class RowKeys(NamedTuple):
+    """The keys that rows see one by one, each those of its own sequence at the positions [start, stop).
+
+    table: int32 [rows, num_kv_heads, max_pages], the page of each logical page position // page_size; entries of pages
+    outside the range may hold anything. start, stop: int32 [rows].
+    """
+
+    table: Tensor
+    start: Tensor
+    stop: Tensor
+
+
+class ChunkKeys(NamedTuple):
+    """The keys [start, stop) of one sequence that a chunk of it meets, whose first row is at position q_start.
+
+    table: int32 [num_kv_heads, max_pages], as in `RowKeys`.
+    """
+
+    table: Tensor
+    start: int
+    stop: int
+    q_start: int
+
+
+class Partial(NamedTuple):
+    """Attention over some of the keys: out [..., head_dim], and lse [...], the natural logarithm of the sum of the
+    exponentials of all scores. Over no key it is (0, -inf), which `merge` leaves out."""
+
+    out: Tensor
+    lse: Tensor
+
+
+class Rotation(NamedTuple):
+    """What a layer does to its q and k before it attends.
+
+    cos, sin: [max_positions, rotary_dim / 2], of equal strides; pairs are (i, i + rotary_dim / 2), later dims pass
+    through. q_norm, k_norm: [head_dim], weights of an RMS norm of every head with `eps` before it is rotated; None
+    where there is none.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    eps: float
+
+
+class Routes(NamedTuple):
+    """Which experts compute which rows. A pick is one row at one of its k experts; its place is where it is among all
+    picks, sorted by expert, then by row.
+
+    ids: int32 [rows, k], the experts of a row, ascending. places: int32 [rows, k], the place of each pick. sources:
+    int32 [rows * k], the row of the pick at each place. starts: int32 [experts + 1], where each expert's picks begin.
+    weights: [rows, k + 1], what each pick's output counts, then what the shared expert's does.
+    """
+
+    ids: Tensor
+    places: Tensor
+    sources: Tensor
+    starts: Tensor
+    weights: Tensor
+
+
+class Picks(NamedTuple):
+    """The picks of consecutive experts, `first` being the first one.
+
+    sources: int32 [picks], the row of x of each place, None where x has a row for each place. starts: int32 [all
+    experts + 1], where each expert's places begin. What they hold is trusted.
+    """
+
+    sources: Tensor | None
+    starts: Tensor
+    first: int
+
+
+class Ops(Protocol):
+    """The operations of one place over its tensors; outputs are written in place."""
+
+    def linear(
+        self, x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor, accumulate: bool = False
+    ) -> None:
+        """out = x W^T + bias, or out += that.
+
+        x: [rows, in_features], rounded as the format wants it: to bfloat16, or to int8 in groups of 64. weight: uint8
+        [num_blocks, block_bytes], packed, of a mix of formats [units, unit_bytes]. weight_dtype: the format's name, or
+        the mix. bias: [features] or None. out: [rows, features], written. Raises ValueError for an unknown format.
+        """
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor, accumulate: bool = False) -> None:
+        """out = x / sqrt(mean(x^2) + eps) * weight for every row, or out += that.
+
+        x, out: [rows, hidden], out written. weight: [hidden].
+        """
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> None:
+        """out = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias for every row.
+
+        x, out: [rows, hidden], out written. weight, bias: [hidden], bias None for none.
+        """
+
+    def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
+        """out = silu(gate) * up.
+
+        gate_up: [rows, units * 32], a unit being 16 columns of gate, then their 16 of up. out: [rows, units * 16],
+        written. The exponential is that of every lane, bit by bit.
+        """
+
+    def gelu_mul(self, gate_up: Tensor, out: Tensor) -> None:
+        """out = gelu(gate) * up, gelu in its form by tanh; shapes as in `silu_mul`."""
+
+    def gelu(self, x: Tensor, out: Tensor) -> None:
+        """out = gelu(x), in the same form. x, out: [rows, features], out written."""
+
+    def route(self, x: Tensor, router: Tensor, gated: bool, normalise: bool, into: Routes) -> None:
+        """Choose the experts of every row by x router^T, and sort all picks by expert.
+
+        x: [rows, hidden]. router: [experts, hidden], one more row where it is gated, then zeros to a multiple of 16
+        rows. into: all of it written: the experts with the k highest scores of a row, of equal ones the lower id;
+        their weights by the softmax over all experts, divided by their sum if `normalise`, and behind them the sigmoid
+        of the gate's product, 1 without a gate.
+        """
+
+    def expert_linear(self, x: Tensor, picks: Picks, weight: Tensor, weight_dtype: str, out: Tensor) -> None:
+        """out = x W^T for every pick of some experts, each with its own expert's W.
+
+        x: [rows, in_features], rounded as in `linear`. weight: uint8 [experts, num_blocks, block_bytes], those from
+        picks.first on, of a mix of formats [experts, units, unit_bytes]. out: [places, features], written at the places
+        of these experts and at no other. Whole-number formats give the same bits on every lane.
+        """
+
+    def combine(self, near: Tensor, far: Tensor, border: Tensor, places: Tensor, weights: Tensor, out: Tensor) -> None:
+        """out[r] += the sum over j, ascending, of weights[r, j] times the output of its pick places[r, j].
+
+        near, far: [rows * k, features], outputs by place: those before border, int32 [1], in near, the others in far.
+        places: int32 [rows, k]. weights: [rows, k]. out: [rows, features], written.
+        """
+
+    def scale_rows(self, factors: Tensor, out: Tensor) -> None:
+        """out[r] *= factors[r]. factors: [rows, 1]. out: [rows, features], written."""
+
+    def norm_heads(self, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float) -> None:
+        """RMS norm of q over all its heads together, and of k over all of its.
+
+        qkv: [rows, num_kv_heads, unit_features] as in `rope_append`, written. q_norm: [num_heads * head_dim]. k_norm:
+        [num_kv_heads * head_dim].
+        """
+
+    def rope_append(
+        self, qkv: Tensor, positions: Tensor, rotation: Rotation, q: Tensor, pages: Pages, slots: Tensor
+    ) -> None:
+        """Norm and rotate q and k of new tokens; q goes to `q`, k and v to their slots of the pages.
+
+        qkv: [rows, num_kv_heads, unit_features], a unit being its query heads, k, v and padding. positions: int64
+        [rows]. q: [rows, num_heads, head_dim], written. pages: written at slots, int64 [rows, num_kv_heads], page *
+        page_size + offset, no two equal. For pages of codes q and k are multiplied by the Walsh-Hadamard matrix of
+        `formats.pages` as well: such a q is for attention over such pages alone.
+        """
+
+    def decode_attention(self, q: Tensor, pages: Pages, keys: RowKeys, scale: float, into: Partial) -> None:
+        """Attention of every row over its own keys.
+
+        q: [rows, num_heads, head_dim], rounded to the KV dtype, bfloat16 for codes; query head h reads KV head h //
+        (num_heads // num_kv_heads). scale: of the scores, above 0. into: out [rows, num_heads, head_dim], lse [rows,
+        num_heads], written.
+        """
+
+    def prefill_attention(
+        self, q: Tensor, pages: Pages, keys: ChunkKeys, window: int, scale: float, into: Partial
+    ) -> None:
+        """Causal attention of a chunk of one sequence, q and `into` as in `decode_attention`.
+
+        Row i, at position p = keys.q_start + i, sees key j iff keys.start <= j < keys.stop, j <= p, and j > p - window
+        or window is 0.
+        """
+
+    def merge(self, partials: list[Partial], into: Partial) -> None:
+        """Merge attention over disjoint keys, at least one partial of one shape each, into one that may be among
+        them."""
