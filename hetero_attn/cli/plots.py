@@ -178,6 +178,7 @@ def _bars(axis: Any, values: dict[str, float], title: str, unit: str) -> None:
 
 
 def _few(names: list[str]) -> list[int]:
-    """Positions of at most about 16 tick labels, the last one always among them."""
-    step = max(1, len(names) // 16)
-    return sorted({*range(0, len(names), step), len(names) - 1})
+    """Positions of some 16 tick labels at most, the last one among them, with room for it beside its neighbour."""
+    last = len(names) - 1
+    step = -(-len(names) // 16)
+    return [*range(0, last - step // 2, step), last]

@@ -91,3 +91,13 @@ def test_what_lies_side_by_side_is_distinct_in_grey(axes):
 @pytest.mark.parametrize("tokens,text", [(128, "128"), (2048, "2k"), (131072, "128k"), (1500, "1500")])
 def test_counts_of_tokens_are_short(tokens, text):
     assert short_count(tokens) == text
+
+
+@pytest.mark.parametrize("count", [2, 5, 16, 17, 31, 33, 81, 127])
+def test_labels_of_layers_do_not_run_into_each_other(count):
+    """31 of them, "10111213" and "29head", stood on an axis 7 inches wide."""
+    found = plots._few([str(number) for number in range(count)])
+    gaps = [after - before for before, after in zip(found, found[1:], strict=False)]
+
+    assert found[0] == 0 and found[-1] == count - 1 and len(found) <= 17
+    assert count <= 16 or min(gaps) > gaps[0] / 2, found
