@@ -34,13 +34,15 @@ class RowKeys(NamedTuple):
 class ChunkKeys(NamedTuple):
     """The keys [start, stop) of one sequence that a chunk of it meets, whose first row is at position q_start.
 
-    table: int32 [num_kv_heads, max_pages], as in `RowKeys`.
+    table: int32 [num_kv_heads, max_pages], as in `RowKeys`. window: how many newest keys a row sees, itself included;
+    0 for all.
     """
 
     table: Tensor
     start: int
     stop: int
     q_start: int
+    window: int = 0
 
 
 class Partial(NamedTuple):
@@ -177,21 +179,23 @@ class Ops(Protocol):
         `formats.pages` as well: such a q is for attention over such pages alone.
         """
 
-    def decode_attention(self, q: Tensor, pages: Pages, keys: RowKeys, scale: float, into: Partial) -> None:
+    def decode_attention(
+        self, q: Tensor, pages: Pages, keys: RowKeys, scale: float, into: Partial, cap: float = 0.0
+    ) -> None:
         """Attention of every row over its own keys.
 
         q: [rows, num_heads, head_dim], rounded to the KV dtype, bfloat16 for codes; query head h reads KV head h //
         (num_heads // num_kv_heads). scale: of the scores, above 0. into: out [rows, num_heads, head_dim], lse [rows,
-        num_heads], written.
+        num_heads], written. cap: a score s counts as cap * tanh(s / cap), as it is where cap is 0.
         """
 
     def prefill_attention(
-        self, q: Tensor, pages: Pages, keys: ChunkKeys, window: int, scale: float, into: Partial
+        self, q: Tensor, pages: Pages, keys: ChunkKeys, scale: float, into: Partial, cap: float = 0.0
     ) -> None:
-        """Causal attention of a chunk of one sequence, q and `into` as in `decode_attention`.
+        """Causal attention of a chunk of one sequence, q, `into` and cap as in `decode_attention`.
 
-        Row i, at position p = keys.q_start + i, sees key j iff keys.start <= j < keys.stop, j <= p, and j > p - window
-        or window is 0.
+        Row i, at position p = keys.q_start + i, sees key j iff keys.start <= j < keys.stop, j <= p, and j > p -
+        keys.window or that is 0.
         """
 
     def merge(self, partials: list[Partial], into: Partial) -> None:

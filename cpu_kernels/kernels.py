@@ -182,13 +182,15 @@ class CpuKernels:
     ) -> None:
         rope.rope_append(self._team, qkv, positions, rotation, q, pages, slots)
 
-    def decode_attention(self, q: Tensor, pages: Pages, keys: RowKeys, scale: float, into: Partial) -> None:
-        attention.decode_attention(self._team, q, pages, keys, scale, into)
+    def decode_attention(
+        self, q: Tensor, pages: Pages, keys: RowKeys, scale: float, into: Partial, cap: float = 0.0
+    ) -> None:
+        attention.decode_attention(self._team, q, pages, keys, scale, into, cap)
 
     def prefill_attention(
-        self, q: Tensor, pages: Pages, keys: ChunkKeys, window: int, scale: float, into: Partial
+        self, q: Tensor, pages: Pages, keys: ChunkKeys, scale: float, into: Partial, cap: float = 0.0
     ) -> None:
-        attention.prefill_attention(self._team, q, pages, keys, window, scale, into)
+        attention.prefill_attention(self._team, q, pages, keys, scale, into, cap)
 
     def merge(self, partials: list[Partial], into: Partial) -> None:
         elementwise.merge(self._team, partials, into)

@@ -2,6 +2,8 @@
 
     s_j = scale * q . k_j over the visible j;  lse = log sum_j exp(s_j);  out = sum_j exp(s_j - lse) v_j
 
+With a soft cap, cap * tanh(s_j / cap) stands in the place of s_j.
+
 Both kernels walk blocks of positions, which begin at multiples of the block's length and so lie in one page where pages
 are no shorter. An online softmax in base 2 (scale carries log2(e)) takes them in; lse becomes the natural log at the
 end. Weights meet bf16 values as bf16, rounded as the reference says. A query that sees no key gives (0, -inf). The
@@ -30,6 +32,19 @@ from gpu_kernels.launching import Kernel, Shape
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _capped(scores, scale, cap, CAPPED: tl.constexpr):
+    """cap * tanh(scale * scores / cap) where scores are capped; near 0 by its series, 1 - exp would lose digits."""
+    if CAPPED:
+        x = scores * (scale / cap)
+        power = tl.exp(-2.0 * tl.abs(x))
+        far = (1.0 - power) / (1.0 + power)
+        square = x * x
+        near = (((62.0 / 2835.0 * square - 17.0 / 315.0) * square + 2.0 / 15.0) * square - 1.0 / 3.0) * square + 1.0
+        scores = cap * tl.where(tl.abs(x) < 0.25, near * x, tl.where(x < 0.0, -far, far))
+    return scores
 
 
 @triton.jit
@@ -69,6 +84,7 @@ def _decode_attention_kernel(
     partial_lse,
     arrivals,
     scale,
+    cap,
     num_kv_heads,
     min_blocks,
     q_row_stride,
@@ -89,6 +105,7 @@ def _decode_attention_kernel(
     BLOCK_N: tl.constexpr,
     MERGE_STEP: tl.constexpr,
     FORMAT: tl.constexpr,
+    CAPPED: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """grid: (batch * num_kv_heads, most splits). q, out: [batch, num_heads, head_dim]; lse: [batch, num_heads];
@@ -140,8 +157,9 @@ def _decode_attention_kernel(
             FORMAT,
         )
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
+        scores = _capped(scores, scale, cap, CAPPED)
         scores = tl.where(stored[None, :], scores, float("-inf"))
-        maximum, total, acc = _online_softmax(scores, scale * LOG2_E, values, maximum, total, acc)
+        maximum, total, acc = _online_softmax(scores, LOG2_E if CAPPED else scale * LOG2_E, values, maximum, total, acc)
         page_ids = next_ids
 
     result, result_lse = _normalised(maximum, total, acc)
@@ -184,6 +202,7 @@ def _prefill_attention_kernel(
     out,
     lse,
     scale,
+    cap,
     q_len,
     kv_start,
     kv_stop,
@@ -205,6 +224,7 @@ def _prefill_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FORMAT: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):
     """grid: (num_kv_heads, cdiv(q_len * QUERIES_PER_KV, BLOCK_M)). q, out: [q_len, num_heads, head_dim]; lse: [q_len,
     num_heads]; k_pages, v_pages: [num_pages, page_size, head_dim]; page_table: [num_kv_heads, max_pages]."""
@@ -253,7 +273,8 @@ def _prefill_attention_kernel(
             FORMAT,
         )
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
-        maximum, total, acc = _online_softmax(scores, scale * LOG2_E, values, maximum, total, acc)
+        scores = _capped(scores, scale, cap, CAPPED)
+        maximum, total, acc = _online_softmax(scores, LOG2_E if CAPPED else scale * LOG2_E, values, maximum, total, acc)
         page_ids = next_ids
 
     newest_seen = q_start + rows // QUERIES_PER_KV
@@ -284,9 +305,10 @@ def _prefill_attention_kernel(
             FORMAT,
         )
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
+        scores = _capped(scores, scale, cap, CAPPED)
         visible = (positions[None, :] >= first_seen[:, None]) & (positions[None, :] < stop_seen[:, None])
         scores = tl.where(visible, scores, float("-inf"))
-        maximum, total, acc = _online_softmax(scores, scale * LOG2_E, values, maximum, total, acc)
+        maximum, total, acc = _online_softmax(scores, LOG2_E if CAPPED else scale * LOG2_E, values, maximum, total, acc)
         page_ids = next_ids
 
     result, result_lse = _normalised(maximum, total, acc)
@@ -365,17 +387,17 @@ MERGE_ITEMS = 64  # of the partials that a thread holds at once while it merges:
 NO_WINDOW = 2**30
 
 
-def decode_attention(q: Tensor, pages: Pages, keys: RowKeys, scale: float, into: Partial) -> None:
+def decode_attention(q: Tensor, pages: Pages, keys: RowKeys, scale: float, into: Partial, cap: float = 0.0) -> None:
     """Allocates the partials of the splits and clears the counters of their arrival, which costs a memset (see
     `DeviceOps`); nothing is read on the host. Strides of keys and values are equal."""
     pairs = keys.table.shape[0] * keys.table.shape[1]
     counted = _num_splits(keys.table, pages.k, q.shape[2]) > 1
     arrivals = torch.zeros(pairs if counted else 0, dtype=torch.int32, device=q.device)
-    counted_decode_attention(arrivals, q, pages, keys, scale, into)
+    counted_decode_attention(arrivals, q, pages, keys, scale, into, cap)
 
 
 def counted_decode_attention(
-    arrivals: Tensor, q: Tensor, pages: Pages, keys: RowKeys, scale: float, into: Partial
+    arrivals: Tensor, q: Tensor, pages: Pages, keys: RowKeys, scale: float, into: Partial, cap: float = 0.0
 ) -> None:
     """decode_attention with counters of the caller's.
 
@@ -391,7 +413,7 @@ def counted_decode_attention(
     queries_per_kv, pairs = num_heads // num_kv_heads, batch * num_kv_heads
     num_splits = _num_splits(table, k, head_dim) if pairs <= arrivals.numel() else 1
     tile = _tile(DECODE_TILES, k, head_dim)
-    shape = _decode_shape(tile, queries_per_kv, head_dim, k.shape[1], form, num_splits > 1, MERGE_ITEMS)
+    shape = _decode_shape(tile, queries_per_kv, head_dim, k.shape[1], form, (cap > 0, num_splits > 1), MERGE_ITEMS)
     parts = (out, lse, start)  # not touched where nothing is split
     if num_splits > 1:
         sizes = (pairs, num_splits, queries_per_kv)
@@ -403,7 +425,7 @@ def counted_decode_attention(
     _decode_attention_kernel.launch(
         (pairs, num_splits, 1),
         (q, k, v, table, start, stop, out, lse, *parts),
-        (scale, num_kv_heads, MIN_BLOCKS_PER_SPLIT),
+        (scale, cap, num_kv_heads, MIN_BLOCKS_PER_SPLIT),
         (*q.stride()[:2], *k.stride()[:2], *table.stride()[:2], *out.stride()[:2], *lse.stride()),
         shape,
     )
@@ -411,7 +433,13 @@ def counted_decode_attention(
 
 @functools.cache
 def _decode_shape(
-    tile: Tile, queries_per_kv: int, head_dim: int, page_size: int, form: str, splits: bool, merge_items: int
+    tile: Tile,
+    queries_per_kv: int,
+    head_dim: int,
+    page_size: int,
+    form: str,
+    switches: tuple[bool, bool],
+    merge_items: int,
 ) -> Shape:
     head_pad = _head_pad(head_dim)
     merge_step = tile.num_warps * 32 * merge_items // (triton.next_power_of_2(queries_per_kv) * head_pad)
@@ -424,15 +452,16 @@ def _decode_shape(
         BLOCK_N=tile.block_n,
         MERGE_STEP=max(1, min(merge_step, triton.next_power_of_2(MAX_SPLITS))),
         FORMAT=form,
-        SPLITS=splits,
+        CAPPED=switches[0],
+        SPLITS=switches[1],
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
 
 
-def prefill_attention(q: Tensor, pages: Pages, keys: ChunkKeys, window: int, scale: float, into: Partial) -> None:
+def prefill_attention(q: Tensor, pages: Pages, keys: ChunkKeys, scale: float, into: Partial, cap: float = 0.0) -> None:
     """Strides of keys and values are equal."""
-    (k, v), (table, start, stop, q_start), (out, lse) = pages, keys, into
+    (k, v), (table, start, stop, q_start, window), (out, lse) = pages, keys, into
     q_len, num_heads, head_dim = q.shape
     num_kv_heads = table.shape[0]
     form = _check(pages, head_dim, num_heads, num_kv_heads, scale)
@@ -443,14 +472,14 @@ def prefill_attention(q: Tensor, pages: Pages, keys: ChunkKeys, window: int, sca
     _prefill_attention_kernel.launch(
         (num_kv_heads, -(-(q_len * queries_per_kv) // tile.block_m), 1),
         (q, k, v, table, out, lse),
-        (scale, q_len, start, stop, q_start, window or NO_WINDOW),
+        (scale, cap, q_len, start, stop, q_start, window or NO_WINDOW),
         (*q.stride()[:2], *k.stride()[:2], table.stride(0), *out.stride()[:2], *lse.stride()),
-        _prefill_shape(tile, queries_per_kv, head_dim, k.shape[1], form),
+        _prefill_shape(tile, queries_per_kv, head_dim, k.shape[1], form, cap > 0),
     )
 
 
 @functools.cache
-def _prefill_shape(tile: Tile, queries_per_kv: int, head_dim: int, page_size: int, form: str) -> Shape:
+def _prefill_shape(tile: Tile, queries_per_kv: int, head_dim: int, page_size: int, form: str, capped: bool) -> Shape:
     return Shape(
         QUERIES_PER_KV=queries_per_kv,
         HEAD_DIM=head_dim,
@@ -459,6 +488,7 @@ def _prefill_shape(tile: Tile, queries_per_kv: int, head_dim: int, page_size: in
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         FORMAT=form,
+        CAPPED=capped,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

@@ -58,7 +58,9 @@ class DeviceOps:
         inputs = self.rounded(x, weight_dtype) if isinstance(x, Tensor) else x
         gpu_kernels.linear(inputs, weight, weight_dtype, bias, out, accumulate)
 
-    def decode_attention(self, q: Tensor, pages: Pages, keys: RowKeys, scale: float, into: Partial) -> None:
+    def decode_attention(
+        self, q: Tensor, pages: Pages, keys: RowKeys, scale: float, into: Partial, cap: float = 0.0
+    ) -> None:
         if self._counted is None:
             self._counted = importlib.import_module("gpu_kernels.attention").counted_decode_attention
-        self._counted(self._arrivals, q, pages, keys, scale, into)
+        self._counted(self._arrivals, q, pages, keys, scale, into, cap)

@@ -72,9 +72,9 @@ def merge_splits(kv_dtype: str):
     return merge
 
 
-def attend_item(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: int):
+def attend_item(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: int, capped: bool):
     """Function: one item, its queries loaded and its keys [start, stop) taken page by page; False: invalid page."""
-    take_tile, ask_tile, places_of = attend_tile(isa, kv_dtype, score_heads, value_heads, words)
+    take_tile, ask_tile, places_of = attend_tile(isa, kv_dtype, score_heads, value_heads, words, capped)
     shape = RowShape.of(kv_dtype)
     has_codes, q_line, acc_line = shape.has_codes, q_line_bytes(kv_dtype, isa.has_bf16), shape.acc_bytes
     load_q = q_code_writer(isa, kv_dtype, words) if has_codes else q_line_writer(isa, kv_dtype)
@@ -162,9 +162,9 @@ def share_out(arguments, row):
     return at_once, splits, start, stop, (tiles + splits - 1) // splits * KEY_TILE
 
 
-def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: int):
-    """Kernel of decode_attention; the parameters after the KV dtype are DecodeTiles."""
-    attend, merge = attend_item(isa, kv_dtype, score_heads, value_heads, words), merge_splits(kv_dtype)
+def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: int, capped: bool = False):
+    """Kernel of decode_attention; the parameters after the KV dtype are DecodeTiles. capped: whether scores are."""
+    attend, merge = attend_item(isa, kv_dtype, score_heads, value_heads, words, capped), merge_splits(kv_dtype)
     line_items, acc_line = RowShape.of(kv_dtype).line_items, RowShape.of(kv_dtype).acc_bytes
 
     @helper

@@ -14,18 +14,21 @@ from cpu_kernels.attention.parameters import (
     HEAD_WEIGHTS,
     KEY_TILE,
     LINE_BYTES,
+    SCALE_OF_Q,
     RowShape,
     q_line_bytes,
 )
 from cpu_kernels.attention.quantised_softmax import code_softmax
 from cpu_kernels.attention.row_vectors import fetch
 from cpu_kernels.attention.scores import code_dots, part_block, plain_dots, whole_block
+from cpu_kernels.attention.soft_cap import cap_scores
 from cpu_kernels.attention.tiles import LOG2_E, raise_maximum, softmax_tile, tile_rows
 from cpu_kernels.attention.values import value_strip
 from cpu_kernels.team.arguments import ATTENTION
 from cpu_kernels.team.chunks import parameter, real_parameter
 from cpu_kernels.vectors.compiler import helper, inlined
 from cpu_kernels.vectors.isa import Isa
+from cpu_kernels.vectors.scalar import load_scalar
 from cpu_kernels.vectors.vector import LANES, splat, store_f32
 
 ZERO = np.float32(0.0)
@@ -90,7 +93,7 @@ def tile_scores(isa: Isa, kv_dtype: str, score_heads: int, words: int):
     return scores
 
 
-def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: int):
+def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: int, capped: bool):
     """Function: take one tile of keys into acc and (m, l) of the item's heads; memory as decode_thread_bytes says."""
     scores_of, strip_of = tile_scores(isa, kv_dtype, score_heads, words), value_strip(isa, kv_dtype, value_heads)
     shape = RowShape.of(kv_dtype)
@@ -107,9 +110,22 @@ def attend_tile(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
                 fetch(ahead + 2 * parameter(arguments, ATTENTION.page_size) * i + at)
 
     @helper
+    def cap_heads(arguments, work, heads, scalars):
+        """Scores of every head -> capped ones; of codes in units of the scale of q, as they were."""
+        cap = real_parameter(arguments, ATTENTION.cap)
+        factor = real_parameter(arguments, ATTENTION.scale) / cap
+        for head in range(heads):
+            unit = types.float64(load_scalar(scalars + HEAD_SCALARS * head + SCALE_OF_Q)) if has_codes else 1.0
+            to = types.float32(cap / unit) if unit != 0.0 else ZERO
+            cap_scores(work + HEAD_SCORES * head, types.float32(factor * unit), to)
+
+    @helper
     def soften_heads(arguments, work, heads, keys, scalars, running):
         """Scores -> weights of every head."""
         scale = types.float32(real_parameter(arguments, ATTENTION.scale) * LOG2_E)
+        if capped:
+            cap_heads(arguments, work, heads, scalars)
+            scale = types.float32(LOG2_E)
         if has_codes:
             for head in range(0, heads, score_heads):
                 at = scalars + HEAD_SCALARS * head

@@ -66,7 +66,9 @@ def split_limits(batch: int, kv_heads: int, tokens: int, num_threads: int) -> tu
     return splits, wanted, min(kv_heads * splits, wanted + kv_heads - 1)
 
 
-def decode_attention(team: Team, q: Tensor, pages: Pages, keys: RowKeys, scale: float, into: Partial) -> None:
+def decode_attention(
+    team: Team, q: Tensor, pages: Pages, keys: RowKeys, scale: float, into: Partial, cap: float
+) -> None:
     check_tensor("q", q, torch.float32, (None, None, None))
     batch, num_heads, head_dim = q.shape
     kv_dtype = check_pages(pages, head_dim)
@@ -84,7 +86,10 @@ def decode_attention(team: Team, q: Tensor, pages: Pages, keys: RowKeys, scale: 
     thread_bytes = shared.decode_thread_bytes(kv_dtype, team.isa.has_bf16, num_kv_heads, queries_per_kv, head_dim)
     results = batch * num_kv_heads * splits * shared.decode_part_bytes(kv_dtype, queries_per_kv, head_dim)
     failure = team.run(
-        ("attention.decode_kernel", "decode", team.isa, kv_dtype, tiles.score_heads, tiles.value_heads, tiles.words),
+        (
+            *("attention.decode_kernel", "decode", team.isa, kv_dtype),
+            *(tiles.score_heads, tiles.value_heads, tiles.words, *_capped(cap)),
+        ),
         team.num_threads * thread_bytes + results,
         *DECODE.filled(
             **_queries(q, num_kv_heads),
@@ -96,7 +101,7 @@ def decode_attention(team: Team, q: Tensor, pages: Pages, keys: RowKeys, scale: 
             max_pages=max_pages,
             start=keys.start.data_ptr(),
             stop=keys.stop.data_ptr(),
-            **_results(scale, into),
+            **_results(scale, cap, into),
             threads=team.num_threads,
             thread_bytes=thread_bytes,
             splits=splits,
@@ -108,7 +113,7 @@ def decode_attention(team: Team, q: Tensor, pages: Pages, keys: RowKeys, scale: 
 
 
 def prefill_attention(
-    team: Team, q: Tensor, pages: Pages, keys: ChunkKeys, window: int, scale: float, into: Partial
+    team: Team, q: Tensor, pages: Pages, keys: ChunkKeys, scale: float, into: Partial, cap: float
 ) -> None:
     check_tensor("q", q, torch.float32, (None, None, None))
     q_len, num_heads, head_dim = q.shape
@@ -116,13 +121,13 @@ def prefill_attention(
     check_tensor("keys.table", keys.table, torch.int32, (None, None))
     num_kv_heads, max_pages = keys.table.shape
     check_heads(num_heads, num_kv_heads)
-    expect(window >= 0, f"window is {window}; it must be 0 (none) or a number of tokens")
+    expect(keys.window >= 0, f"keys.window is {keys.window}; it must be 0 (none) or a number of tokens")
     _check_results(into, q)
     if q_len == 0 or num_heads == 0 or head_dim == 0:
         return
     thread_bytes = shared.prefill_thread_bytes(kv_dtype, team.isa.has_bf16, num_heads // num_kv_heads, head_dim)
     failure = team.run(
-        ("attention.prefill_kernel", "prefill", team.isa, kv_dtype),
+        ("attention.prefill_kernel", "prefill", team.isa, kv_dtype, *_capped(cap)),
         team.num_threads * thread_bytes,
         *PREFILL.filled(
             **_queries(q, num_kv_heads),
@@ -134,11 +139,11 @@ def prefill_attention(
             max_pages=max_pages,
             start=keys.start,
             stop=keys.stop,
-            **_results(scale, into),
+            **_results(scale, cap, into),
             threads=team.num_threads,
             thread_bytes=thread_bytes,
             q_start=keys.q_start,
-            window=window,
+            window=keys.window,
         ),
     )
     raise_failure(failure, max_pages, pages)
@@ -162,9 +167,16 @@ def _check_results(into: Partial, q: Tensor) -> None:
     check_tensor("into.lse", into.lse, torch.float32, tuple(q.shape[:-1]))
 
 
-def _results(scale: float, into: Partial) -> dict[str, int]:
+def _capped(cap: float) -> tuple[bool, ...]:
+    """The parameter of a kernel with a soft cap, none of one without."""
+    expect(cap >= 0, f"cap is {cap}; it must be 0 (none) or above")
+    return (True,) if cap else ()
+
+
+def _results(scale: float, cap: float, into: Partial) -> dict[str, int]:
     return {
         "scale": bits_of(scale),
+        "cap": bits_of(cap),
         "out": into.out.data_ptr(),
         "out_row": 4 * into.out.stride(0),
         "out_head": 4 * into.out.stride(1),

@@ -25,6 +25,7 @@ from cpu_kernels.attention.parameters import (
     wide_dtype,
 )
 from cpu_kernels.attention.scores import part_block, store_block, whole_block
+from cpu_kernels.attention.soft_cap import cap_scores
 from cpu_kernels.attention.tiles import (
     LOG2_E,
     MINUS_INFINITY,
@@ -126,7 +127,7 @@ def rows_of_tile(kv_dtype: str):
     return rows
 
 
-def attend_tile(isa: Isa, kv_dtype: str):
+def attend_tile(isa: Isa, kv_dtype: str, capped: bool):
     """Function: one tile of keys, K transposed, for all query vectors of an item. kv_dtype: of the rows multiplied."""
     scores_of, strip_of = scores_of_tile(isa, kv_dtype), value_strip(isa, kv_dtype, PREFILL_VALUES)
     soften_one, shape = softmax_tile(isa, kv_dtype), RowShape.of(kv_dtype)
@@ -136,6 +137,12 @@ def attend_tile(isa: Isa, kv_dtype: str):
     def soften(arguments, first_row, queries_per_kv, count, vector, position, keys, scores, running):
         """Scores -> weights of one pass of query vectors."""
         scale = splat(types.float32(real_parameter(arguments, PREFILL.scale) * LOG2_E))
+        if capped:
+            cap = types.float32(real_parameter(arguments, PREFILL.cap))
+            factor = types.float32(real_parameter(arguments, PREFILL.scale) / cap)
+            for part in range(PREFILL_VALUES):
+                cap_scores(scores + HEAD_SCORES * part, factor, cap)
+            scale = splat(types.float32(LOG2_E))
         scalars = scores + HEAD_SCORES * PREFILL_VALUES
         for part in range(PREFILL_VALUES):
             row = first_row + least(count - 1, vector + part) // queries_per_kv
@@ -175,12 +182,12 @@ def attend_tile(isa: Isa, kv_dtype: str):
     return attend
 
 
-def attend_block(isa: Isa, kv_dtype: str):
+def attend_block(isa: Isa, kv_dtype: str, capped: bool):
     """Function: one item: load its queries, pass over its keys, write its rows. False: a page is invalid."""
     shape, wide = RowShape.of(kv_dtype), wide_dtype(kv_dtype)
     load_q, write, q_line = q_line_writer(isa, wide), head_writer(wide), q_line_bytes(wide, isa.has_bf16)
     load, load_part = whole_block(LANES), part_block(wide)
-    rows_of, attend = rows_of_tile(kv_dtype), attend_tile(isa, wide)
+    rows_of, attend = rows_of_tile(kv_dtype), attend_tile(isa, wide, capped)
     row_items, has_codes = shape.line_items, shape.has_codes
     line_items, acc_line = RowShape.of(wide).line_items, RowShape.of(wide).acc_bytes
 
@@ -277,9 +284,9 @@ def attend_block(isa: Isa, kv_dtype: str):
     return block
 
 
-def prefill(isa: Isa, kv_dtype: str):
-    """Kernel of prefill_attention; parameters in parameters.py."""
-    attend = attend_block(isa, kv_dtype)
+def prefill(isa: Isa, kv_dtype: str, capped: bool = False):
+    """Kernel of prefill_attention; parameters in parameters.py. capped: whether scores are."""
+    attend = attend_block(isa, kv_dtype, capped)
 
     def kernel(arguments, thread):
         q_len, kv_heads = parameter(arguments, PREFILL.rows), parameter(arguments, PREFILL.kv_heads)

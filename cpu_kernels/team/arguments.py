@@ -81,7 +81,7 @@ ROPE = block(
 # k_row, v_row: of quantised pages, of the codes of one token. threads, thread_bytes: working memory of each.
 _ATTENTION = (
     "q q_row q_head rows kv_heads queries_per_kv head_dim k k_page k_row v v_page v_row num_pages page_size",
-    "table table_row table_head max_pages start stop scale out out_row out_head lse lse_row threads thread_bytes",
+    "table table_row table_head max_pages start stop scale cap out out_row out_head lse lse_row threads thread_bytes",
 )
 ATTENTION = block("ATTENTION", *_ATTENTION)  # what both read, in the same places
 # start, stop: addresses, one of every row. splits: the most of a row's keys; items: wanted of a row, so that all

@@ -128,7 +128,7 @@ def prefill_kernel(run: Run, rows: int, before: int) -> dict[str, Any]:
     q, (out, lse) = (torch.randn(rows, HEADS, HEAD_DIM, device=device), _results(rows, device))
     scale, operations = (HEAD_DIM**-0.5, 4 * HEADS * HEAD_DIM * rows * (before + (rows + 1) / 2))
     keys, into = ChunkKeys(table, 0, tokens, before), Partial(out, lse)
-    own = device_seconds(run, lambda: ops.prefill_attention(q, Pages(k, v), keys, 0, scale, into), 4)
+    own = device_seconds(run, lambda: ops.prefill_attention(q, Pages(k, v), keys, scale, into), 4)
     found = {"rows": rows, "before": before, "ops_per_s": operations / own}
     if not run.has_gpu:
         return found

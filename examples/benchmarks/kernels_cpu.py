@@ -151,7 +151,7 @@ def prefills(ops: CpuKernels, q_len: int, dtypes: tuple[str, ...]):
         table = in_order(pages, kv_heads)
         q, lse = torch.randn(q_len, num_heads, head_dim), torch.empty(q_len, num_heads)
         keys, into = ChunkKeys(table, 0, q_len, 0), Partial(torch.empty_like(q), lse)
-        arguments = (q, Pages(*cache), keys, 0, head_dim**-0.5, into)
+        arguments = (q, Pages(*cache), keys, head_dim**-0.5, into)
         (prefill_s,) = interleaved([lambda given=arguments: ops.prefill_attention(*given)], 3)
         labels = {"kv_dtype": kv_dtype, "q_len": q_len, "head_dim": head_dim, "group_heads": queries_per_kv}
         operations = 4 * num_heads * q_len * (q_len + 1) / 2 * head_dim

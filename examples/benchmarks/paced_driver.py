@@ -95,12 +95,12 @@ class PacedOps:
         """Bytes in and out."""
         self._move(qkv, q)
 
-    def decode_attention(self, q, pages, keys, scale, into) -> None:
+    def decode_attention(self, q, pages, keys, scale, into, cap=0.0) -> None:
         """K and V of every sequence's segment."""
         tokens = int((keys.stop - keys.start).sum())
         self._attend(tokens, tokens, keys.table.shape[1], q, pages.k)
 
-    def prefill_attention(self, q, pages, keys, window, scale, into) -> None:
+    def prefill_attention(self, q, pages, keys, scale, into, cap=0.0) -> None:
         """K and V of the segment once, operations of the keys that each row sees."""
         seen = sum(max(0, min(keys.stop, keys.q_start + row + 1) - keys.start) for row in range(q.shape[0]))
         self._attend(keys.stop - keys.start, seen, keys.table.shape[0], q, pages.k)

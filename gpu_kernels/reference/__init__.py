@@ -6,7 +6,8 @@ to the contract (activations to int8 or bf16, q and the weights of attention to 
 both see the same numbers.
 
     linear      y = round(x) @ unpack(W)^T + b            round: by weight dtype
-    attention   s_j = scale * q . k_j over visible j;  lse = log sum_j exp(s_j);  out = sum_j exp(s_j - lse) v_j
+    attention   s_j = scale * q . k_j over visible j, with a cap s_j = cap * tanh(s_j / cap) of it;
+                lse = log sum_j exp(s_j);  out = sum_j exp(s_j - lse) v_j
                 over bf16 pages round(2^(s_j / ln 2 - M)) v_j / sum_j 2^(s_j / ln 2 - M), M whole: weights rounded to
                 bf16 are the same whatever M is, so every lane, tile and segment rounds them alike
     merge       m = max_i lse_i;  w_i = exp(lse_i - m);  out = sum w_i out_i / sum w_i;  lse = m + log sum w_i

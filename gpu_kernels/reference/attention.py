@@ -38,30 +38,30 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
 
 
-def decode_attention(q: Tensor, pages: Pages, keys: RowKeys, scale: float, into: Partial) -> None:
+def decode_attention(q: Tensor, pages: Pages, keys: RowKeys, scale: float, into: Partial, cap: float = 0.0) -> None:
     needed = _needed_pages(keys.start, keys.stop, pages.k.shape[1])
     positions = _positions(needed, pages)
     visible = (positions >= keys.start[:, None]) & (positions < keys.stop[:, None])  # (batch, kv_len)
     k, v = _gather(pages, keys.table, needed, visible[:, None], q)
     query = _by_kv_head(q, pages, keys.table.shape[1])[:, :, :, None]  # (batch, kv_heads, queries_per_kv, 1, dim)
     rounded = pages.k.dtype == torch.bfloat16
-    out, lse = _attend(query, k[:, :, None], v[:, :, None], visible[:, None, None, None], scale, rounded)
+    out, lse = _attend(query, k[:, :, None], v[:, :, None], visible[:, None, None, None], (scale, cap), rounded)
     into.out.copy_(out.reshape(into.out.shape))
     into.lse.copy_(lse.reshape(into.lse.shape))
 
 
-def prefill_attention(q: Tensor, pages: Pages, keys: ChunkKeys, window: int, scale: float, into: Partial) -> None:
+def prefill_attention(q: Tensor, pages: Pages, keys: ChunkKeys, scale: float, into: Partial, cap: float = 0.0) -> None:
     limits = (torch.tensor([limit], device="cpu") for limit in (keys.start, keys.stop))
     needed = _needed_pages(*limits, pages.k.shape[1])
     positions = _positions(needed, pages)
     rows = keys.q_start + torch.arange(q.shape[0], device=q.device)[:, None]
     stored = (positions >= keys.start) & (positions < keys.stop)
     visible = stored & (positions <= rows)  # (q_len, kv_len)
-    if window:
-        visible = visible & (positions > rows - window)
+    if keys.window:
+        visible = visible & (positions > rows - keys.window)
     k, v = _gather(pages, keys.table, needed, stored, q)
     query = _by_kv_head(q, pages, keys.table.shape[0]).permute(1, 2, 0, 3)  # (kv_heads, queries_per_kv, q_len, dim)
-    out, lse = _attend(query, k[:, None], v[:, None], visible, scale, pages.k.dtype == torch.bfloat16)
+    out, lse = _attend(query, k[:, None], v[:, None], visible, (scale, cap), pages.k.dtype == torch.bfloat16)
     into.out.copy_(out.permute(2, 0, 1, 3).reshape(into.out.shape))
     into.lse.copy_(lse.permute(2, 0, 1).reshape(into.lse.shape))
 
@@ -78,9 +78,11 @@ def merge(partials: list[Partial], into: Partial) -> None:
 
 
 def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float, rounded: bool
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, factors: tuple[float, float], rounded: bool
 ) -> tuple[Tensor, Tensor]:
-    scores = ((query @ keys.transpose(-1, -2)) * scale).masked_fill(~visible, -torch.inf)
+    scale, cap = factors
+    scores = (query @ keys.transpose(-1, -2)) * scale
+    scores = (cap * torch.tanh(scores / cap) if cap else scores).masked_fill(~visible, -torch.inf)
     powers = scores * math.log2(math.e)
     maximum = powers.amax(-1, keepdim=True).ceil() if powers.shape[-1] else powers.new_zeros(powers.shape[:-1] + (1,))
     weights = torch.exp2(powers - torch.where(maximum == -torch.inf, 0.0, maximum))

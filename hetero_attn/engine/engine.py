@@ -147,7 +147,7 @@ class Engine:
 
     def _logits_after(self, step: Step, work: Sequence[Rows], copy: bool) -> torch.Tensor:
         if step.is_one_by_one:
-            logits = self._logits_view(step.rows)
+            logits = self._capped(step.rows)
             if sum(each.logits for each in work) < step.rows:
                 logits = logits[_wanted_rows(work)]
             return logits.clone() if copy else logits
@@ -406,7 +406,7 @@ class Engine:
             with self.lanes.main_lane():
                 self._project(start, stop)
             self._finish()
-        return self._logits_view(stop - start)
+        return self._capped(stop - start)
 
     def _leave_running(self) -> None:
         """The host's part of a chunk is done, and has not failed; the GPU's runs on while the next chunk is
@@ -428,6 +428,11 @@ class Engine:
     @property
     def _logits_rows(self) -> int:
         return self._logits.main.shape[0]
+
+    def _capped(self, rows: int) -> torch.Tensor:
+        """The rows of logits that were computed, under the model's soft cap if it has one."""
+        logits, cap = self._logits_view(rows), self.config.logit_cap
+        return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
     def _logits_view(self, rows: int) -> torch.Tensor:
         return self._logits.host[:rows, : self.config.vocab_size]

@@ -118,6 +118,7 @@ class Attention(Block):
             sin=sin,
             q_norm=weights.vector("q_norm"),
             k_norm=weights.vector("k_norm"),
+            cap=self._config.attention_cap,
         )
 
 

@@ -27,8 +27,8 @@ from hetero_attn.ops.step import Part, Segment, Segments, Step, layer_blocks
 class AttentionParameters:
     """What one layer's attention needs beside its linears, float32, where each lane needs it.
 
-    scale: what scores are multiplied by. cos, sin: [max_context, rotary_dim / 2]. q_norm, k_norm: [head_dim], None on
-    both sides where the family has none.
+    scale: what scores are multiplied by. cap: the soft cap on them, 0 for none. cos, sin: [max_context, rotary_dim /
+    2]. q_norm, k_norm: [head_dim], None on both sides where the family has none.
     """
 
     num_heads: int
@@ -41,6 +41,7 @@ class AttentionParameters:
     sin: Activation
     q_norm: Activation
     k_norm: Activation
+    cap: float = 0.0
 
     @property
     def queries_per_kv(self) -> int:
@@ -171,9 +172,10 @@ def _store_and_attend(side: _Side, step: Step, view: KvView, qkv: Activation, bu
 def _attend(side: _Side, keys: Segment, query: Activation, out: Activation, lse: Activation) -> None:
     q, own, into = side.per_head(query), side.parameters, side.partial(out, lse)
     if isinstance(keys, ChunkKeys):
-        side.ops.prefill_attention(q, side.pages, keys, own.window, own.scale, into)
+        in_window = keys._replace(window=own.window)
+        side.ops.prefill_attention(q, side.pages, in_window, own.scale, into, own.cap)
     else:
-        side.ops.decode_attention(q, side.pages, keys, own.scale, into)
+        side.ops.decode_attention(q, side.pages, keys, own.scale, into, own.cap)
 
 
 def _attend_on_device(
@@ -211,8 +213,8 @@ def _stream_older(lanes: Lanes, older: _Side, keys: ChunkKeys, side: _Side, buff
     for block in layer_blocks(older.store, keys, older.layer, lanes.pages.block_pages):
         base = block.first * page_size
         start, stop = max(keys.start - base, 0), min(keys.stop - base, len(block.pages) * page_size)
-        of_block = ChunkKeys(table, start, stop, keys.q_start - base)
-        side.ops.prefill_attention(query, Pages(*lanes.pages.take()), of_block, own.window, own.scale, into)
+        of_block = ChunkKeys(table, start, stop, keys.q_start - base, own.window)
+        side.ops.prefill_attention(query, Pages(*lanes.pages.take()), of_block, own.scale, into, own.cap)
         lanes.pages.give_back()
         _merge_older(side, buffers)
 

@@ -58,6 +58,8 @@ class ModelConfig:
         layer_norm: whether norms are layer norms, which take the mean out first; norm_bias: whether they add a bias.
             rms_norm_eps is the eps of either kind.
         parallel: whether attention and MLP see the same normalised residual stream, under the norm of attention.
+        attention_cap, logit_cap: soft caps c of the scores of attention and of the logits, x becomes c * tanh(x / c);
+            0 for none.
         gated: whether the MLP has a gate beside what it activates; else it activates that itself.
         dtype: dtype named by the config ("fp32", "bf16", "fp16"), None when it names none; the headers of the weight
             files are the truth.
@@ -99,6 +101,8 @@ class ModelConfig:
     norm_bias: bool = False
     parallel: bool = False
     gated: bool = True
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
 
     @property
     def heads_per_kv_head(self) -> int:

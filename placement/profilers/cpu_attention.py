@@ -105,4 +105,4 @@ def prefill_call(
     q = torch.randn(rows, heads, head_dim, **FLOAT32)
     into = Partial(torch.empty(rows, heads, head_dim, **FLOAT32), torch.empty(rows, heads, **FLOAT32))
     cached = Pages(k_pages, v_pages)
-    return lambda: ops.prefill_attention(q, cached, keys, 0, 0.1, into)
+    return lambda: ops.prefill_attention(q, cached, keys, 0.1, into)

@@ -178,7 +178,7 @@ def gpu_attention_rate(gpu: Any) -> float:
     keys = ChunkKeys(gpu.empty((KV_HEADS, pages), torch.int32), 0, 2 * PREFILL_ROWS, PREFILL_ROWS)
     q, out = (gpu.empty((PREFILL_ROWS, HEADS, HEAD_DIM), torch.float32) for _ in range(2))
     into = Partial(out, gpu.empty((PREFILL_ROWS, HEADS), torch.float32))
-    taken = kernels_s(gpu, lambda: gpu.ops.prefill_attention(q, cached, keys, 0, 0.1, into))
+    taken = kernels_s(gpu, lambda: gpu.ops.prefill_attention(q, cached, keys, 0.1, into))
     return 4 * HEAD_DIM * HEADS * PREFILL_ROWS * (PREFILL_ROWS + (PREFILL_ROWS + 1) / 2) / taken
 
 

@@ -130,8 +130,7 @@ def test_prefill_agrees_with_float64(queries_per_kv, head_dim, dtype, kv_start, 
     kernels().prefill_attention(
         q,
         Pages(cache.k, cache.v),
-        ChunkKeys(cache.table[0], kv_start, kv_stop, q_start),
-        window,
+        ChunkKeys(cache.table[0], kv_start, kv_stop, q_start, window),
         scale,
         Partial(out, lse),
     )
@@ -158,7 +157,7 @@ def test_prefill_of_a_prompt_from_the_start(rows, isa):
     q, out, lse = torch.randn(rows, 4, 64), torch.empty(rows, 4, 64), torch.empty(rows, 4)
 
     kernels(isa).prefill_attention(
-        q, Pages(cache.k, cache.v), ChunkKeys(cache.table[0], 0, rows, 0), 0, 0.125, Partial(out, lse)
+        q, Pages(cache.k, cache.v), ChunkKeys(cache.table[0], 0, rows, 0), 0.125, Partial(out, lse)
     )
 
     keys, values = cache.rows(0, 0, 0, rows)

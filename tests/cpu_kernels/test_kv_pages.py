@@ -292,8 +292,7 @@ def test_prefill_agrees_with_float64(isa, kv_dtype, queries_per_kv, head_dim, pa
     kernels(isa).prefill_attention(
         q,
         Pages(cache.k, cache.v),
-        ChunkKeys(cache.table[0], kv_start, kv_stop, q_start),
-        window,
+        ChunkKeys(cache.table[0], kv_start, kv_stop, q_start, window),
         scale,
         Partial(out, lse),
     )

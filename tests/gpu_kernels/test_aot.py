@@ -41,20 +41,20 @@ def kv_store(dtype: torch.dtype, head_dim: int, page: int = PAGE) -> torch.Tenso
 
 
 def decode(
-    dtype: torch.dtype, head_dim: int, kv_heads: int, max_pages: int = 1024, page: int = PAGE
+    dtype: torch.dtype, head_dim: int, kv_heads: int, max_pages: int = 1024, page: int = PAGE, cap: float = 0.0
 ) -> Callable[[], None]:
     q, pages = empty(2, HEADS, head_dim), kv_store(dtype, head_dim, page)
     table, limit = empty(2, kv_heads, max_pages, dtype=torch.int32), empty(2, dtype=torch.int32)
     return lambda: gpu_kernels.decode_attention(
-        q, Pages(pages, pages), RowKeys(table, limit, limit), 0.1, Partial(q, q[..., 0].contiguous())
+        q, Pages(pages, pages), RowKeys(table, limit, limit), 0.1, Partial(q, q[..., 0].contiguous()), cap
     )
 
 
-def prefill(dtype: torch.dtype, head_dim: int, page: int = PAGE) -> Callable[[], None]:
+def prefill(dtype: torch.dtype, head_dim: int, page: int = PAGE, cap: float = 0.0) -> Callable[[], None]:
     q, pages = empty(512, HEADS, head_dim), kv_store(dtype, head_dim, page)
     table = empty(KV_HEADS, 1024, dtype=torch.int32)
     return lambda: gpu_kernels.prefill_attention(
-        q, Pages(pages, pages), ChunkKeys(table, 0, 4096, 3584), 0, 0.1, Partial(q, q[..., 0].contiguous())
+        q, Pages(pages, pages), ChunkKeys(table, 0, 4096, 3584), 0.1, Partial(q, q[..., 0].contiguous()), cap
     )
 
 
@@ -199,6 +199,8 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "q8 80 rows in int8": (linear("q8", 80, accumulate=True, int8_rows=512), (90,)),
     "merge 2": (merge(2, 128), (86,)),
     "merge 3 of 80": (merge(3, 80), (90,)),
+    "decode capped": (decode(torch.bfloat16, 256, KV_HEADS, cap=50.0), (86,)),
+    "prefill capped": (prefill(torch.bfloat16, 256, cap=50.0), (86, 90)),
     "rms_norm": (rms_norm, (86,)),
     "rms_norm added": (rms_norm_added, (90,)),
     "silu_mul": (silu_mul, (90,)),

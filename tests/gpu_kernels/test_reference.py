@@ -161,8 +161,7 @@ def test_prefill_attention(dtype, start, stop, q_start, window):
     reference.prefill_attention(
         q,
         Pages(cache.k_pages, cache.v_pages),
-        ChunkKeys(cache.page_table[0], start, stop, q_start),
-        window,
+        ChunkKeys(cache.page_table[0], start, stop, q_start, window),
         0.2,
         Partial(out, lse),
     )
@@ -179,7 +178,7 @@ def test_attention_without_rows():
     pages, lse = (cache.k_pages, cache.v_pages), empty[..., 0].clone()
 
     reference.prefill_attention(
-        empty, Pages(*pages), ChunkKeys(cache.page_table[0], 0, 8, 8), 0, 1.0, Partial(empty.clone(), lse)
+        empty, Pages(*pages), ChunkKeys(cache.page_table[0], 0, 8, 8), 1.0, Partial(empty.clone(), lse)
     )
     reference.decode_attention(
         empty, Pages(*pages), RowKeys(cache.page_table[:0], none, none), 1.0, Partial(empty.clone(), lse)

@@ -37,6 +37,13 @@ def test_decode_attention(device, dtype, num_kv_heads, queries_per_kv, head_dim,
     )
 
 
+@pytest.mark.parametrize("dtype,head_dim,cap", [(BF16, 256, 1.5), (FP32, 24, 0.3), (BF16, 64, 50.0)])
+def test_attention_with_a_soft_cap(device, dtype, head_dim, cap):
+    """Far above the scores, near them and far below."""
+    checks.check_decode(attention.decode_attention, device, dtype, 1, 2, head_dim, 16, 320, RANGES, cap)
+    checks.check_prefill(attention.prefill_attention, device, dtype, 70, 1, 2, head_dim, 16, 9, 98, 28, 20, cap)
+
+
 @pytest.mark.parametrize("length", [320, 600])
 def test_decode_attention_with_every_range_empty(device, length):
     checks.check_decode(attention.decode_attention, device, BF16, 2, 2, 32, 16, length, [(0, 0), (17, 17)])
@@ -94,7 +101,7 @@ def test_a_scale_that_is_not_positive_is_refused(device):
     table = torch.zeros(1, 1, dtype=torch.int32, device=device)
 
     with pytest.raises(AssertionError, match="the largest score is looked for before it is multiplied by -1"):
-        attention.prefill_attention(q, Pages(pages, pages), ChunkKeys(table, 0, 1, 0), 0, -1.0, Partial(q, q[..., 0]))
+        attention.prefill_attention(q, Pages(pages, pages), ChunkKeys(table, 0, 1, 0), -1.0, Partial(q, q[..., 0]))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +194,7 @@ def test_ops_accept_no_rows(device):
         none, Pages(pages, pages), RowKeys(table, limits, limits), 1.0, Partial(none, none[..., 0])
     )
     attention.prefill_attention(
-        none, Pages(pages, pages), ChunkKeys(table.new_zeros(1, 1), 0, 4, 4), 0, 1.0, Partial(none, none[..., 0])
+        none, Pages(pages, pages), ChunkKeys(table.new_zeros(1, 1), 0, 4, 4), 1.0, Partial(none, none[..., 0])
     )
     nothing = Partial(none, none[..., 0])
     attention_merge.merge([nothing, nothing], nothing)
@@ -198,4 +205,4 @@ def test_a_head_too_large_is_refused(device):
     table = torch.zeros(1, 1, dtype=torch.int32, device=device)
 
     with pytest.raises(ValueError, match="head_dim 300 has no attention kernel: the largest is 256"):
-        attention.prefill_attention(q, Pages(pages, pages), ChunkKeys(table, 0, 1, 0), 0, 1.0, Partial(q, q[..., 0]))
+        attention.prefill_attention(q, Pages(pages, pages), ChunkKeys(table, 0, 1, 0), 1.0, Partial(q, q[..., 0]))

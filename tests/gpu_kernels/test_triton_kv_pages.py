@@ -99,13 +99,13 @@ def test_prefill_attention(device, kv_dtype, head_dim, page_size, window):
     q, scale = normal(70, 4, head_dim, seed=5), head_dim**-0.5
     expected, expected_lse = torch.empty_like(q).double(), torch.empty(q.shape[:2]).double()
     reference.prefill_attention(
-        q.double(), Pages(k, v), ChunkKeys(table[0], 3, 98, 28), window, scale, Partial(expected, expected_lse)
+        q.double(), Pages(k, v), ChunkKeys(table[0], 3, 98, 28, window), scale, Partial(expected, expected_lse)
     )
     out, lse = torch.full(q.shape, torch.nan, device=device), torch.full(q.shape[:2], torch.nan, device=device)
 
     q, k, v, table = (tensor.to(device) for tensor in (q, k, v, table[0]))
-    keys = ChunkKeys(table, 3, 98, 28)
-    attention.prefill_attention(q, Pages(k, v), keys, window, scale, Partial(out, lse))
+    keys = ChunkKeys(table, 3, 98, 28, window)
+    attention.prefill_attention(q, Pages(k, v), keys, scale, Partial(out, lse))
 
     assert nmse(out.cpu(), expected, dims=(0, 2)) <= CODES_NMSE and lse_error(lse.cpu(), expected_lse) <= CODES_LSE
 

@@ -103,6 +103,17 @@ MODELS |= {
         },
     ),
     "starcoder2": ("starcoder2", {"sliding_window": 9, "norm_epsilon": 1e-2}),
+    "gemma2": (
+        "gemma2",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 9,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.0,
+            "hidden_size": 96,
+        },
+    ),
     "olmo2": ("olmo2", {"head_dim": 12, "attention_bias": True}),
 }
 

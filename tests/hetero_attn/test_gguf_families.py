@@ -75,6 +75,17 @@ CASES = {
         {"logit_scale": 0.3, "sliding_window": 9, "num_hidden_layers": 5, "rope_parameters": PLAIN_ROPE},
     ),
     "starcoder2": ({}, {"sliding_window": None, "rope_parameters": PLAIN_ROPE}),
+    "gemma2": (
+        {"attention.sliding_window": 9, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
+        {
+            "sliding_window": 9,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.0,
+            "query_pre_attn_scalar": 64,
+            "num_hidden_layers": 3,
+            "rope_parameters": PLAIN_ROPE,
+        },
+    ),
     "gemma3_text": (
         {
             "attention.sliding_window": 9,

@@ -98,7 +98,7 @@ class FakeGpu:
         operations = 2 * x.shape[0] * x.shape[1] * weight.shape[0] * BLOCK_FEATURES
         self.kernels += max(weight.nbytes / MEMORY, operations / rate)
 
-    def _attention(self, q, pages, keys, window, scale, into):
+    def _attention(self, q, pages, keys, scale, into):
         rows, heads, head_dim = q.shape
         seen = sum(keys.q_start + row + 1 for row in range(rows))
         self.kernels += 4 * head_dim * heads * seen / ATTENTION

@@ -75,6 +75,7 @@ def check_decode(
     page_size: int,
     length: int,
     ranges: list[tuple[int, int]],
+    cap: float = 0.0,
 ) -> None:
     """decode_attention over `ranges`, one per sequence, of a cache with room for `length` positions."""
     start, stop = map(list, zip(*ranges))
@@ -84,7 +85,7 @@ def check_decode(
     )
     cache = paged_cache(keys, values, page_size, [range(low, high) for low, high in ranges])
     scale = head_dim**-0.5
-    expected, expected_lse = oracle_decode(q, cache, start, stop, scale)
+    expected, expected_lse = oracle_decode(q, cache, start, stop, scale, cap)
     out, lse = Guarded(device, *q.shape), Guarded(device, *q.shape[:2])
     limits = (torch.tensor(limit, dtype=torch.int32, device=device) for limit in (start, stop))
 
@@ -94,6 +95,7 @@ def check_decode(
         RowKeys(cache.page_table.to(device), *limits),
         scale,
         Partial(out.view, lse.view),
+        *((cap,) if cap else ()),
     )
 
     _assert_attention(out, lse, expected, expected_lse, dtype)
@@ -112,6 +114,7 @@ def check_prefill(
     stop: int,
     q_start: int,
     window: int,
+    cap: float = 0.0,
 ) -> None:
     """prefill_attention of q_len rows from position q_start over the keys [start, stop)."""
     length = max(stop, q_start + q_len)
@@ -120,16 +123,16 @@ def check_prefill(
     q = normal(q_len, num_kv_heads * queries_per_kv, head_dim, seed=9) * 2
     cache = paged_cache(keys, values, page_size, [range(start, stop)])
     scale = head_dim**-0.5
-    expected, expected_lse = oracle_prefill(q, cache, start, stop, q_start, window, scale)
+    expected, expected_lse = oracle_prefill(q, cache, start, stop, q_start, window, scale, cap)
     out, lse = Guarded(device, *q.shape), Guarded(device, *q.shape[:2])
 
     op(
         _strided(q, device),
         Pages(cache.k_pages.to(device), cache.v_pages.to(device)),
-        ChunkKeys(cache.page_table[0].to(device), start, stop, q_start),
-        window,
+        ChunkKeys(cache.page_table[0].to(device), start, stop, q_start, window),
         scale,
         Partial(out.view, lse.view),
+        *((cap,) if cap else ()),
     )
 
     _assert_attention(out, lse, expected, expected_lse, dtype)

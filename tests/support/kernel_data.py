@@ -81,7 +81,9 @@ def boundary_adversarial(
     return q.flatten(1, 2), keys.to(dtype), values.to(dtype)
 
 
-def oracle_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def oracle_attention(
+    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float, cap: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """float64 (out, lse) of q [heads, q_len, head_dim] over keys, values [num_kv_heads, length, head_dim].
 
     visible: bool [q_len, length]. Plainly: exponentials of the scores, each over their sum; beside bf16 values they are
@@ -92,6 +94,7 @@ def oracle_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, s
     keys = torch.nan_to_num(keys.double()).repeat_interleave(repeat, 0)
     values = torch.nan_to_num(values.double()).repeat_interleave(repeat, 0)
     scores = torch.einsum("hqd,hkd->hqk", query, keys) * scale
+    scores = cap * torch.tanh(scores / cap) if cap else scores
     weights = torch.where(visible, torch.exp2(scores / math.log(2)), 0.0)  # a power of two, so it rounds as on any lane
     sums = weights.sum(-1)
     rounded = weights.to(torch.bfloat16).double() if is_bf16 else weights
@@ -100,7 +103,7 @@ def oracle_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, s
 
 
 def oracle_decode(
-    q: Tensor, cache: PagedCache, start: list[int], stop: list[int], scale: float
+    q: Tensor, cache: PagedCache, start: list[int], stop: list[int], scale: float, cap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """float64 (out [batch, num_heads, head_dim], lse [batch, num_heads]) of decode attention."""
     positions = torch.arange(cache.keys.shape[2])
@@ -108,12 +111,12 @@ def oracle_decode(
     for sequence, (low, high) in enumerate(zip(start, stop)):
         visible = ((positions >= low) & (positions < high))[None]
         query, keys, values = q[sequence][:, None], cache.keys[sequence], cache.values[sequence]
-        rows.append(oracle_attention(query, keys, values, visible, scale))
+        rows.append(oracle_attention(query, keys, values, visible, scale, cap))
     return torch.stack([out[:, 0] for out, _ in rows]), torch.stack([lse[:, 0] for _, lse in rows])
 
 
 def oracle_prefill(
-    q: Tensor, cache: PagedCache, start: int, stop: int, q_start: int, window: int, scale: float
+    q: Tensor, cache: PagedCache, start: int, stop: int, q_start: int, window: int, scale: float, cap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """float64 (out [q_len, num_heads, head_dim], lse [q_len, num_heads]) of prefill attention of the one sequence."""
     visible = torch.zeros(q.shape[0], cache.keys.shape[2], dtype=torch.bool)
@@ -121,7 +124,7 @@ def oracle_prefill(
         position = q_start + row
         first = max(start, position - window + 1 if window else 0)
         visible[row, first : max(first, min(stop, position + 1))] = True
-    out, lse = oracle_attention(q.transpose(0, 1), cache.keys[0], cache.values[0], visible, scale)
+    out, lse = oracle_attention(q.transpose(0, 1), cache.keys[0], cache.values[0], visible, scale, cap)
     return out.transpose(0, 1), lse.T
 
 

@@ -159,17 +159,17 @@ def _attention(planned: PlannedModel, rows: int) -> Iterator[Call]:
     heads, head_dim = config.heads_per_kv_head, config.head_dim
     shape = (64, plan.page_size, row_items(plan.workload.kv_dtype, head_dim))
     pages = _meta(*shape, dtype=TORCH_DTYPES[plan.workload.kv_dtype])
-    slots = -(-plan.max_context // plan.page_size)
+    slots, cap = -(-plan.max_context // plan.page_size), config.attention_cap
     for count in owned:
         q, lse = _meta(rows, count * heads, head_dim), _meta(rows, count * heads)
         yield _rope(config, rows, count, q, pages)
         if rows == 1:
             table, bound = _meta(1, count, slots, dtype=torch.int32), _meta(1, dtype=torch.int32)
             keys = RowKeys(table, bound, bound)
-            yield partial(gpu_kernels.decode_attention, q, Pages(pages, pages), keys, 1.0, Partial(q, lse))
+            yield partial(gpu_kernels.decode_attention, q, Pages(pages, pages), keys, 1.0, Partial(q, lse), cap)
         else:
             chunk = ChunkKeys(_meta(count, slots, dtype=torch.int32), 0, rows, 0)
-            yield partial(gpu_kernels.prefill_attention, q, Pages(pages, pages), chunk, 0, 1.0, Partial(q, lse))
+            yield partial(gpu_kernels.prefill_attention, q, Pages(pages, pages), chunk, 1.0, Partial(q, lse), cap)
 
 
 def _rope(config: ModelConfig, rows: int, owned: int, q: torch.Tensor, pages: torch.Tensor) -> Call:

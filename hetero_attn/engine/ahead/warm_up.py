@@ -104,5 +104,5 @@ def _attention(ops: CpuKernels, config: ModelConfig, kv_dtype: str) -> None:
     ops.rope_append(qkv, positions, Rotation(angles, angles, norm, norm, config.rms_norm_eps), query, pages, slots)
     shapes = ((rows, 1, 1), (rows,), (rows,))
     table, start, stop = (torch.zeros(*shape, dtype=torch.int32, device="cpu") for shape in shapes)
-    ops.decode_attention(query, pages, RowKeys(table, start, stop + rows), 1.0, into)
-    ops.prefill_attention(query, pages, ChunkKeys(table[0], 0, rows, 0), 0, 1.0, into)
+    ops.decode_attention(query, pages, RowKeys(table, start, stop + rows), 1.0, into, config.attention_cap)
+    ops.prefill_attention(query, pages, ChunkKeys(table[0], 0, rows, 0), 1.0, into, config.attention_cap)

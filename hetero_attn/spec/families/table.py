@@ -3,7 +3,7 @@
 from hetero_attn.spec.families.cohere import COHERE2
 from hetero_attn.spec.families.experts import EXPERT_COUNT, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from hetero_attn.spec.families.family import Family, GgufTerms
-from hetero_attn.spec.families.gemma import GEMMA3
+from hetero_attn.spec.families.gemma import GEMMA2, GEMMA3
 from hetero_attn.spec.families.glm import GLM4
 from hetero_attn.spec.families.granite import GRANITE
 from hetero_attn.spec.families.olmo import OLMO2, OLMO3
@@ -44,6 +44,7 @@ FAMILIES = {
         gguf=GgufTerms("qwen3"),
     ),
     "cohere2": COHERE2,
+    "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "glm4": GLM4,
     "granite": GRANITE,

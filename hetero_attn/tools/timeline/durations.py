@@ -173,7 +173,7 @@ def _prefill_operations(arguments: dict[str, Any]) -> float:
     (rows, heads, head_dim), keys = arguments["q"].shape, arguments["keys"]
     middle = keys.q_start + (rows + 1) / 2
     seen = max(0.0, min(keys.stop, middle) - keys.start)
-    return 4 * head_dim * heads * rows * min(seen, arguments["window"] or seen)
+    return 4 * head_dim * heads * rows * min(seen, keys.window or seen)
 
 
 def _moved_bytes(entry: Entry) -> int:

@@ -49,6 +49,10 @@ PREFILL = partial(
 )
 
 
+CAPPED_DECODE, CAPPED_PREFILL = (partial(check, cap=0.7) for check in (DECODE, PREFILL))
+CAPPED_WHOLE = partial(WHOLE_BLOCKS, cap=0.7)
+
+
 def check_counters(op) -> None:
     """Decode attention with counters that are 0 before and must be after; ranges that need some of the splits."""
     arrivals = torch.zeros(6, dtype=torch.int32)
@@ -67,6 +71,22 @@ MERGE = partial(checks.check_merge, device="cpu", parts=3, shape=(3, 2, 16), emp
 
 # name: (file, op, check, right text, wrong text)
 MUTANTS = {
+    "a cap forgets the sign": ("attention", "decode_attention", CAPPED_DECODE, "tl.where(x < 0.0, -far, far)", "far"),
+    "a cap near zero is not the other": ("attention", "prefill_attention", CAPPED_PREFILL, "near * x", "near"),
+    "a cap that scales twice": (
+        "attention",
+        "prefill_attention",
+        CAPPED_PREFILL,
+        "LOG2_E if CAPPED else scale * LOG2_E",
+        "scale * LOG2_E",
+    ),
+    "a cap of whole blocks is left out": (
+        "attention",
+        "prefill_attention",
+        CAPPED_WHOLE,
+        "    if CAPPED:",
+        "    if False:",
+    ),
     "decode reads a key past the end": (
         "attention",
         "decode_attention",
