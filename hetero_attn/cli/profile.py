@@ -1,12 +1,13 @@
 """`hetero-attn profile`: measure this machine's rates, which later plans then work with."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hetero_attn.cli import options
-from hetero_attn.cli.output import expect_writable, print_json, table_width, write_text
+from hetero_attn.cli.output import expect_writable, print_json, read_text, table_width, write_text
 from hetero_attn.cli.profile_table import profile_table
 
 
@@ -18,10 +19,18 @@ def profile(
     keep: Annotated[
         bool, typer.Option("--keep", help="Keep the result even if other programs used the CPUs meanwhile.")
     ] = False,
+    routes: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Instead: how warm a model's experts stay over the text of --file."),
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="The text for --routes; - is stdin.")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure what this machine's memory, cores and bus can do, and keep it for later plans; takes half a minute on two
     cores, the first time a minute. On a busy machine it says so and keeps nothing unless told to."""
+    if routes is not None:
+        show_routes(routes, file, save, as_json)
+        return
     from hetero_attn import profile_machine
 
     expect_writable(save, plot)
@@ -36,6 +45,25 @@ def profile(
         from hetero_attn.cli.plots import plot_profile
 
         plot_profile(measured, plot)
+
+
+def show_routes(model: str, file: Path | None, save: Path | None, as_json: bool) -> None:
+    """Print how soon the experts of a model are chosen again over a text; raises typer.BadParameter without one."""
+    if file is None:
+        raise typer.BadParameter("--routes follows a text of some hundreds of tokens; give it by --file")
+    expect_writable(save)
+    from hetero_attn.tools.routes import heat
+
+    text = read_text(file)
+    with options.Loading().llm(model, needs_text=True) as llm:
+        token_ids = llm.tokenizer.encode(text)[: llm.plan.max_context]
+        report = heat.run(llm, token_ids)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        typer.echo(report.table())
+    if save is not None:
+        write_text(save, json.dumps(report.to_dict()) + "\n")
 
 
 def say(what: str) -> None:

@@ -43,7 +43,7 @@ from hetero_attn.tools.forced_runs import (
     stage_errors,
     stage_names,
 )
-from hetero_attn.tools.routes import RouteAgreement, Routes, agreement, replayed, watched
+from hetero_attn.tools.routes.watch import RouteAgreement, Routes, agreement, replayed, watched
 from hetero_attn.tools.unrounded import UnroundedOps
 from placement.plan.memory import KvPlacement, LinearPlacement
 from placement.plan.plan import Plan, build_plan

@@ -8,7 +8,7 @@ from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.tools import verify
 from hetero_attn.tools.forced_runs import forced
-from hetero_attn.tools.routes import Routes, agreement, replayed, watched
+from hetero_attn.tools.routes.watch import Routes, agreement, replayed, watched
 from placement.machine.hardware import HardwareProfile
 from tests.support.moe import make_moe
 from tests.support.runtime import cpu_plan, make_engine, nmse, toy_workload, uniform_plan

@@ -1,0 +1,1 @@
+"""What routers choose: watched, compared and replayed, and how warm it keeps the experts."""
