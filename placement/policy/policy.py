@@ -68,6 +68,11 @@ class Policy(Strict):
     _source: str = PrivateAttr(default="policy")
     _marks: dict[YamlPath, Mark] = PrivateAttr(default_factory=dict)
 
+    @property
+    def sizes(self) -> dict[str, int | str]:
+        """The sizes that it asks for, by key; they are the workload's once that has been made."""
+        return {name: getattr(self, name) for name in SIZES if getattr(self, name) is not None}
+
     def without_sizes(self) -> "Policy":
         """The wishes that remain open once a workload has been made in the sizes that were asked for."""
         return self.model_copy(update=dict.fromkeys(SIZES))

@@ -35,7 +35,7 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """The arguments of make_plan, resolved: policy values filled in, the profile at the policy's thread count."""
+    """The arguments of make_plan, its budget known, its profile at the policy's thread count."""
 
     workload: Workload
     hardware: HardwareProfile
@@ -80,11 +80,13 @@ class _Request:
 def make_plan(
     workload: Workload, hardware: HardwareProfile, policy: Policy, *, device: str, gpu_memory_bytes: int | None = None
 ) -> Plan:
-    """Choose what lives and runs where.
+    """Choose what lives and runs where, in the sizes of the workload.
 
-    device: cpu | cuda | emulated. gpu_memory_bytes: the GPU budget; None takes the policy's, then the profile's.
-    Raises PolicyError when a rule cannot be met and BudgetError, with the smallest size that works, for a budget too
-    small.
+    policy: with no other sizes than those (`Policy.without_sizes`): what follows from sizes, such as resident bytes,
+    only who makes the workload can say. device: cpu | cuda | emulated. gpu_memory_bytes: the GPU budget; None takes the
+    policy's, then the profile's.
+    Raises PolicyError when a rule cannot be met, BudgetError, with the smallest size that works, for a budget too
+    small, and ValueError for a policy with other sizes.
     """
     return plan_with_alternatives(workload, hardware, policy, device=device, gpu_memory_bytes=gpu_memory_bytes)[0]
 
@@ -172,13 +174,9 @@ def _resolve(
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
     if device != "cpu" and not hardware.has_gpu:
         raise ValueError(f"device {device} needs a hardware profile with a GPU; {hardware.name} has none")
+    _check_sizes(workload, policy)
     workload = replace(
         workload,
-        max_context=policy.context or workload.max_context,
-        max_batch=policy.batch or workload.max_batch,
-        prefill_chunk=policy.prefill_chunk or workload.prefill_chunk,
-        chunk_choices=() if policy.prefill_chunk else workload.chunk_choices,
-        kv_tokens=policy.kv_tokens or workload.kv_tokens,
         elastic=device != "cpu" and (policy.elastic or workload.elastic),
         staging_piece_bytes=hardware.staging_piece_bytes,
     )
@@ -187,6 +185,23 @@ def _resolve(
     budget = None if device == "cpu" else gpu_memory_bytes or policy.gpu_memory or hardware.gpu_memory_bytes
     staging_slots = DEFAULT_STAGING_SLOTS if policy.staging_slots is None else policy.staging_slots
     return _Request(workload, machine, policy, device, budget, 0 if device == "cpu" else staging_slots)
+
+
+def _check_sizes(workload: Workload, policy: Policy) -> None:
+    """Raise ValueError for a policy that asks for another size than the workload was made in."""
+    made = {
+        "context": workload.max_context,
+        "batch": workload.max_batch,
+        "kv_tokens": workload.kv_tokens,
+        "prefill_chunk": None if workload.chunk_choices else workload.prefill_chunk,
+        "kv_dtype": workload.kv_dtype,
+    }
+    for name, wish in policy.sizes.items():
+        if wish != made[name]:
+            raise ValueError(
+                f"the policy asks for {name}: {wish}, but the workload was made with {made[name]}, and a plan is made "
+                "in the sizes of its workload: make it with the policy's and give policy.without_sizes()"
+            )
 
 
 def _plan_of(request: _Request, candidate: Candidate) -> Plan:

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from hetero_attn.planning.settle import with_chunk_choices
+from hetero_attn.planning.options import LoadOptions
+from hetero_attn.planning.settle import settle, with_chunk_choices
 from placement import HardwareProfile, Policy, make_plan
 from placement.plan.workload import ChunkChoice
 from tests.support.planning_models import llama_8b
+from tests.support.toy import make_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -46,5 +48,14 @@ def test_the_planner_takes_a_large_chunk_where_weights_are_streamed_and_a_small_
 
     found = [plan("latency", 2.5, 400), plan("latency", 4.5, 1200), plan("prefill", 4.5, 1200)]
     assert [each.prefill_chunk for each in found] == [1024, 256, 1024]
-    given = plan("latency", 3, 1200, prefill_chunk=512)
-    assert given.prefill_chunk == 512 and given.workload.chunk_choices == ()
+
+
+def test_a_chunk_of_the_policy_leaves_the_planner_no_choice(tmp_path):
+    path = make_checkpoint(tmp_path, "llama")
+    given, open_ = (
+        settle(LoadOptions(model=path, device="emulated", policy=policy))
+        for policy in (Policy(prefill_chunk=24), "auto")
+    )
+
+    assert given.plan.prefill_chunk == 24 and given.workload.chunk_choices == ()
+    assert open_.workload.chunk_choices and 24 not in {choice.rows for choice in open_.workload.chunk_choices}

@@ -91,9 +91,9 @@ def test_a_change_too_small_to_see_is_called_the_same(explanation):
 
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_both_shapes_are_weighed_and_the_faster_is_the_plan(objective):
-    wish, machine = Policy(objective=objective, batch=4), HardwareProfile.named("rtx4090-ddr5")
+    wish, machine = Policy(objective=objective), HardwareProfile.named("rtx4090-ddr5")
     plan, found = plan_with_alternatives(
-        llama_8b(context=4096), machine, wish, device="cuda", gpu_memory_bytes=4 * 2**30
+        replace(llama_8b(context=4096), max_batch=4), machine, wish, device="cuda", gpu_memory_bytes=4 * 2**30
     )
 
     assert {True, False} == {candidate.concentrated for candidate in found}

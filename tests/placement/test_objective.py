@@ -48,8 +48,11 @@ def plan_of_case(model, name, gib):
     return planned(model, machine_of(name), gib)
 
 
-def planned(model, machine, gib, **policy):
-    return make_plan(workload_of(model), machine, Policy(**policy), device="cuda", gpu_memory_bytes=int(gib * GIB))
+def planned(model, machine, gib, prefill_chunk=None, **policy):
+    workload = workload_of(model)
+    if prefill_chunk is not None:
+        workload = replace(workload, prefill_chunk=prefill_chunk, chunk_choices=())
+    return make_plan(workload, machine, Policy(**policy), device="cuda", gpu_memory_bytes=int(gib * GIB))
 
 
 def prompt_cost(plan, machine):

@@ -251,8 +251,9 @@ def test_the_table_names_lanes_bytes_and_speed():
 def test_a_plan_written_as_a_policy_gives_the_same_plan(name, device):
     if device == "cpu" and name in ("gpu_only", "stream_only"):
         name = "cpu_only"
-    workload, machine = tiny(windows=(0, 32)), replace(EMULATED, gpu_context_bytes=1000)
-    plan = make_plan(workload, machine, Policy.named(name), device=device, gpu_memory_bytes=600_000)
+    policy, machine = Policy.named(name), replace(EMULATED, gpu_context_bytes=1000)
+    workload = replace(tiny(windows=(0, 32)), max_batch=policy.batch or 1)
+    plan = make_plan(workload, machine, policy, device=device, gpu_memory_bytes=600_000)
 
     again = make_plan(workload, machine, Policy.parse(plan.to_yaml(), "plan.yaml"), device=device)
 

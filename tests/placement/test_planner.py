@@ -306,11 +306,25 @@ def test_no_staging_slots_means_no_streaming():
 
 
 def test_throughput_plans_for_the_batch():
-    workload, policy = tiny(), Policy(objective="throughput", batch=8)
+    workload, policy = replace(tiny(), max_batch=8), Policy(objective="throughput")
 
     plan = make_plan(workload, EMULATED, policy, device="emulated", gpu_memory_bytes=2**20)
 
     assert (8, 8) == (plan.max_batch, plan.predicted.decode.rows)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"context": 512}, {"batch": 8}, {"prefill_chunk": 16}, {"kv_tokens": 4096}, {"kv_dtype": "q8"}], ids=str
+)
+def test_a_policy_with_sizes_of_its_own_is_refused(sizes):
+    """A workload whose resident bytes are those of another context was planned for."""
+    policy = Policy(**sizes)
+    with pytest.raises(
+        ValueError, match=f"the policy asks for {next(iter(sizes))}: .*, but the workload was made with"
+    ):
+        make_plan(tiny(), EMULATED, policy, device="emulated", gpu_memory_bytes=2**20)
+
+    assert make_plan(tiny(), EMULATED, policy.without_sizes(), device="emulated", gpu_memory_bytes=2**20)
 
 
 def test_a_budget_too_small_states_the_smallest_that_works():
