@@ -5,6 +5,8 @@ import signal
 
 import pytest
 
+from tests.support.extras import MISSING_OF_SERVER
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A shell starts background work with Ctrl-C ignored, and processes inherit that: tests that send it would wait for
 # nothing.
@@ -25,3 +27,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for name in ("soak", "mutations"):
             if name in item.keywords and name not in config.option.markexpr:
                 item.add_marker(pytest.mark.skip(reason=f"takes minutes; ask for it with -m {name}, or make test-all"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say why no server was tested; here, because the process that shares tests out reads no folder's conftest."""
+    if MISSING_OF_SERVER:
+        missing = ", ".join(MISSING_OF_SERVER)
+        terminalreporter.line(f"tests/server is skipped: {missing} not installed (extra test-tools)")

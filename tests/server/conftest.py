@@ -1,20 +1,12 @@
-"""One server for the tests that do not disturb it; where the server's packages are missing, a line says so instead."""
+"""One server for the tests that do not disturb it; where the server's packages are missing, none of them is run."""
 
-import importlib.util
 from collections.abc import Iterator
 
 import pytest
 
-MISSING = [
-    name for name in ("starlette", "uvicorn", "prometheus_client", "httpx") if importlib.util.find_spec(name) is None
-]
-collect_ignore_glob = ["test_*.py"] if MISSING else []
+from tests.support.extras import MISSING_OF_SERVER
 
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say why no server was tested."""
-    if MISSING:
-        terminalreporter.line(f"tests/server is skipped: {', '.join(MISSING)} not installed (extra test-tools)")
+collect_ignore_glob = ["test_*.py"] if MISSING_OF_SERVER else []
 
 
 @pytest.fixture(scope="package")
