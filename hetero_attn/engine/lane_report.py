@@ -71,11 +71,13 @@ class DraftCounts:
 @dataclass(slots=True)
 class LaneReport:
     """Totals since a model was loaded, or since `reset`. tiers: by row tier, since the model was loaded.
-    drafts: of speculative decoding; rows of drafts that were wrong count in no phase's tokens."""
+    drafts: of speculative decoding; rows of drafts that were wrong count in no phase's tokens. forced_tokens: of
+    answers, which a grammar left no choice for and which shared a pass with the one before."""
 
     phases: dict[str, PhaseTimes] = field(default_factory=lambda: {phase: PhaseTimes() for phase in PHASES})
     tiers: dict[int, PhaseTimes] = field(default_factory=dict)
     drafts: DraftCounts = field(default_factory=DraftCounts)
+    forced_tokens: int = 0
 
     @contextmanager
     def measure(self, lanes: Lanes, tokens: dict[str, int], rows: int) -> Iterator[None]:
@@ -97,6 +99,11 @@ class LaneReport:
         self.drafts.judge(drafted, accepted)
         self.phases["decode"].tokens -= drafted - accepted
 
+    def forced(self, drafted: int, accepted: int) -> None:
+        """Count tokens that a grammar forced, already counted as rows, and those of them that were drawn."""
+        self.forced_tokens += accepted
+        self.phases["decode"].tokens -= drafted - accepted
+
     def decided(self, reason: str) -> None:
         """Keep why the next pass has as many drafts as it has."""
         self.drafts.reason = reason
@@ -105,6 +112,7 @@ class LaneReport:
         """Forget everything counted so far, except what `tiers` holds for rebalancing."""
         self.phases = {phase: PhaseTimes() for phase in PHASES}
         self.drafts = DraftCounts(reason=self.drafts.reason)
+        self.forced_tokens = 0
 
     def forget(self) -> None:
         """Forget everything, as if nothing had run."""

@@ -49,6 +49,14 @@ class TokenMask:
             raise SamplingError(f"the grammar cannot be followed further: {_first_line(self._matcher.get_error())}")
         return torch.frombuffer(bytearray(bias), dtype=torch.uint8) > 0
 
+    def forced(self, generated_ids: Sequence[int]) -> list[int]:
+        """Tokens that write what the grammar forces behind these, empty where it leaves a choice of text."""
+        start = self._found_start(generated_ids)
+        if start is None:
+            return []
+        self._follow(list(generated_ids[start:]))
+        return [] if self._matcher.is_error() else self._matcher.compute_ff_tokens()
+
     def _found_start(self, generated_ids: Sequence[int]) -> int | None:
         width, known = len(self._after), len(self._before)
         if not width:

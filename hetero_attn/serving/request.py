@@ -12,6 +12,7 @@ from hetero_attn.serving.prompt_scores import PromptScores
 from hetero_attn.serving.sampling import SampledToken, Sampler
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.serving.tokenizer import TextStream
+from hetero_attn.speculation.forced import Forced
 from hetero_attn.speculation.speculator import Speculation
 
 
@@ -24,6 +25,7 @@ class Metrics:
     time_to_first_token_s: all of it, as the caller waited; 0 before there is a token.
     cached_prompt_tokens: how many of the prompt's tokens were not computed, because an earlier prompt began alike.
     drafted_tokens, accepted_tokens: computed ahead by speculative decoding, and those of them that are of the answer.
+    forced_tokens: those of the answer that a grammar left no choice for and that shared a pass with the one before.
     """
 
     prompt_tokens: int
@@ -34,6 +36,7 @@ class Metrics:
     time_to_first_token_s: float = 0.0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    forced_tokens: int = 0
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -122,6 +125,7 @@ class Request:
     first_token_at: float = 0.0
     last_token_at: float = 0.0
     speculation: Speculation | None = None
+    forced: Forced = field(default_factory=Forced)
 
     @property
     def text(self) -> str:
@@ -232,7 +236,7 @@ class Request:
         first_s = self.first_token_at - self.asked_at if self.first_token_at else 0.0
         drafts = (0, 0) if self.speculation is None else (self.speculation.drafted, self.speculation.accepted)
         counts = len(self.prompt_token_ids), self.progress.tokens
-        return Metrics(*counts, self.prefill_s, decode_s, self.reused, first_s, *drafts)
+        return Metrics(*counts, self.prefill_s, decode_s, self.reused, first_s, *drafts, self.forced.right)
 
     def output(self) -> RequestOutput:
         """The generation as far as it has come; raises `error` if that is what ended it."""

@@ -118,6 +118,15 @@ class Sampler:
             return SampledToken(token_id)
         return score_token(logits, token_id, self.params.logprobs)
 
+    @property
+    def has_grammar(self) -> bool:
+        """Whether tokens have to follow a grammar."""
+        return self._token_mask is not None
+
+    def forced(self, generated_ids: Sequence[int]) -> list[int]:
+        """Tokens that the grammar forces behind these, in the tokenizer's way of writing them; mostly none."""
+        return [] if self._token_mask is None else self._token_mask.forced(generated_ids)
+
     def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
         for token_id in token_ids:
             if token_id >= self._vocab_size:

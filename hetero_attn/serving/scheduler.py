@@ -11,7 +11,8 @@ computed chunk by chunk, from where it stops being like an earlier one; prompts 
 beyond what is stored, so that what they share is computed once. A chunk that would take longer than CHUNK_S is cut
 short while anybody else is there. A prompt whose every logit is asked for takes turns with all that. How far a request
 has come is derived from its own tokens at the start of each step; an interrupted step leaves nothing to undo. In a step
-without prompts a request may bring drafts of its next tokens along, see hetero_attn/speculation.
+without prompts a request may bring drafts of its next tokens along, guessed or forced by a grammar, see
+hetero_attn/speculation.
 """
 
 import time
@@ -25,6 +26,7 @@ from hetero_attn.engine.engine import Engine
 from hetero_attn.errors import HeteroError
 from hetero_attn.ops.step import Rows
 from hetero_attn.serving.request import Request
+from hetero_attn.speculation.forced import forced_drafts
 from hetero_attn.speculation.speculator import Speculator
 from hetero_attn.speculation.width import WIDTHS
 from placement.plan.plan import Plan
@@ -60,7 +62,8 @@ class Scheduler:
     @property
     def tokens(self) -> int:
         """Tokens in the cache after the next step: those of every admitted request, and what the step may append."""
-        new = 1 if self.speculator is None else WIDTHS[-1]
+        drafts = self.speculator is not None or any(request.sampler.has_grammar for request in self._running)
+        new = WIDTHS[-1] if drafts else 1
         return sum(request.cached_tokens + new for request in self._running) + self._engine.prefill_chunk * any(
             request.is_prefilling for request in (*self._running, *self._waiting)
         )
@@ -246,16 +249,18 @@ class Scheduler:
             self.speculator.costs.observe(rows, time.perf_counter() - started)
 
     def _drafts(self, requests: tuple[Request, ...]) -> list[list[int]]:
-        """What each request's next tokens may be; none without pages for them."""
-        if self.speculator is None:
-            return [[] for _ in requests]
-        drafts, cache, pages = self.speculator.drafts(requests, self._engine.most_single_rows), self._engine.kv_cache, 0
+        """What each request's next tokens may be, or have to be; none without pages for them."""
+        cache, most_rows, pages = self._engine.kv_cache, self._engine.most_single_rows, 0
+        drafts = [[] for _ in requests] if cache.states else forced_drafts(requests, most_rows)  # states forget nothing
+        if self.speculator is not None:
+            drafts = self.speculator.drafts(requests, most_rows, drafts)
         for request, drafted in zip(requests, drafts, strict=True):
             begun = pages + cache.new_pages(1 + len(drafted))
             fits = cache.max_new_pages is None or begun <= cache.max_new_pages
             tokens = request.cached_tokens + 1 + len(drafted)
             if drafted and not (fits and (not request.grows or cache.extend(request.sequence, tokens))):
                 drafted.clear()
+                request.forced.offered = 0
             elif drafted:
                 pages = begun
         return drafts
@@ -267,7 +272,10 @@ class Scheduler:
         for (request, drafted), logits in zip(pairs, self._engine.run(work, copy=False), strict=True):
             accepted = _choose_while_right(request, drafted, logits)
             self._settle(request)
-            if drafted:
+            if request.forced.offered:
+                request.forced.judge(accepted)
+                self._engine.report.forced(len(drafted), accepted)
+            elif drafted:
                 self.speculator.judge(request, len(drafted), accepted)
 
     def _decode_plainly(self, requests: tuple[Request, ...]) -> None:

@@ -73,10 +73,19 @@ class Speculator:
         self.costs = PassCosts()
         self._report, self._make_drafter = report, make_drafter
 
-    def drafts(self, requests: Sequence[Speculating], most_rows: int) -> list[list[int]]:
-        """Drafts of each request for a pass of at most `most_rows` rows, one of each request without them."""
-        rows, drafts = len(requests), []
-        for request in requests:
+    def drafts(
+        self, requests: Sequence[Speculating], most_rows: int, known: Sequence[list[int]] | None = None
+    ) -> list[list[int]]:
+        """Drafts of each request for a pass of at most `most_rows` rows, one of each request without them.
+
+        known: what a pass brings along already, request by request; who has such gets nothing else.
+        """
+        known = known or [[]] * len(requests)
+        rows, drafts = len(requests) + sum(map(len, known)), []
+        for request, given in zip(requests, known, strict=True):
+            if given:
+                drafts.append(given)
+                continue
             room = min(most_rows - rows, request.max_tokens - len(request.token_ids) - 1)
             drafts.append(self._drafts_of(request, rows, room))
             rows += len(drafts[-1])

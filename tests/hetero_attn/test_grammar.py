@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from hetero_attn.errors import SamplingError
-from hetero_attn.serving.grammar import Grammars
+from hetero_attn.serving.grammar import Grammars, TokenMask
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.serving.tokenizer import Tokenizer
+from hetero_attn.speculation.speculator import make_speculator
 from tests.support.http_server import TINY, load_tiny
 from tests.support.names import case_name
 
@@ -216,3 +217,83 @@ def test_a_long_thought_is_searched_once(grammars, tokenizer):
     assert ids.looks < 600
     ids.extend(tokenizer.encode("</think>", add_special_tokens=False))
     assert mask.allowed(ids) is not None
+
+
+KEYS = {
+    "type": "object",
+    "properties": {
+        "a_long_name_of_a_key": {"enum": ["yes", "no"]},
+        "another_name_that_is_long": {"type": "boolean"},
+        "the_last_of_these_names": {"const": "a constant value that nobody chooses"},
+    },
+    "additionalProperties": False,
+}
+KEYS["required"] = [*KEYS["properties"]]
+
+
+def passes_of(llm, prompts, params):
+    llm.report().reset()
+    outputs = llm.generate(prompts, params)
+    return outputs, llm.report().phases["decode"].steps
+
+
+def same_answers(outputs, others):
+    for output, other in zip(outputs, others, strict=True):
+        assert (output.token_ids, output.text, output.finish_reason) == (
+            other.token_ids,
+            other.text,
+            other.finish_reason,
+        )
+        own, right = output.logprobs or (), other.logprobs or ()
+        assert [each.token_id for each in own] == [each.token_id for each in right]
+        assert [each.logprob for each in own] == pytest.approx([each.logprob for each in right], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    with load_tiny(dtype="fp32") as model:
+        yield model
+
+
+@pytest.mark.parametrize("speculate", ["off", "ngram"])
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.0, "logprobs": 2}, {"temperature": 1.2, "seed": 5}, {"max_tokens": 9}], ids=str
+)
+def test_forced_tokens_share_passes_and_change_nothing(exact, monkeypatch, sampling, speculate):
+    """The oracle is the same model without them, token by token."""
+    params = SamplingParams(**{"json_schema": KEYS, "max_tokens": 120, "temperature": 0.0} | sampling)
+    plain, prompts = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True), ["A thing:", "Q", "A list is"]
+    monkeypatch.setattr(exact._scheduler, "speculator", make_speculator(speculate, False, exact.report()))
+    each = [params, params, plain]
+    outputs, steps = passes_of(exact, prompts, each)
+    forced, counted = exact.report().forced_tokens, exact.report().phases["decode"].tokens
+    monkeypatch.setattr(TokenMask, "forced", lambda self, generated_ids: [])
+    monkeypatch.setattr(exact._scheduler, "speculator", None)
+    slow, slow_steps = passes_of(exact, prompts, each)
+
+    same_answers(outputs, slow)
+    assert counted == exact.report().phases["decode"].tokens == sum(len(each.token_ids) - 1 for each in outputs)
+    assert sum(output.metrics.forced_tokens for output in outputs) == forced and forced > 0
+    assert outputs[2].metrics.forced_tokens == slow[0].metrics.forced_tokens == 0
+
+
+def test_a_schema_of_long_keys_takes_far_fewer_passes(exact, monkeypatch):
+    params = SamplingParams(json_schema=KEYS, max_tokens=120, temperature=0.0)
+    (output,), steps = passes_of(exact, ["A thing:"], params)
+    monkeypatch.setattr(TokenMask, "forced", lambda self, generated_ids: [])
+    _, slow_steps = passes_of(exact, ["A thing:"], params)
+
+    assert steps <= 0.7 * slow_steps, (steps, slow_steps)
+    assert slow_steps == len(output.token_ids) - 1
+
+
+def test_what_is_forced_wrongly_is_not_said(exact, monkeypatch):
+    """A grammar's library that errs: the sampler says what it would have said, and is not asked for ever."""
+    params = SamplingParams(json_schema=KEYS, max_tokens=60, temperature=0.0)
+    right, slow_steps = passes_of(exact, ["A thing:"], params)
+    asked = []
+    monkeypatch.setattr(TokenMask, "forced", lambda self, generated_ids: asked.append(1) or [4000, 4001, 4002])
+    wrong, _ = passes_of(exact, ["A thing:"], params)
+
+    same_answers(wrong, right)
+    assert len(asked) <= 6 and wrong[0].metrics.forced_tokens == 0
