@@ -18,14 +18,17 @@ from hetero_attn.server.service import Service
 from hetero_attn.server.sse import ClientGone
 
 Handler = Callable[[Service, Request], Awaitable[Any]]
-ROUTES: tuple[tuple[str, str, Handler], ...] = (
+Routes = tuple[tuple[str, str, Handler], ...]
+COMPUTED: Routes = (  # these take a place in the queue
     ("POST", "/v1/chat/completions", chat.chat_completions),
     ("POST", "/v1/completions", completions.completions),
     ("POST", "/v1/responses", responses.responses),
     ("POST", "/v1/messages", messages.messages),
-    ("POST", "/v1/messages/count_tokens", messages.count_tokens),
     ("POST", "/api/chat", ollama.chat),
     ("POST", "/api/generate", ollama.generate),
+)
+TOLD: Routes = (
+    ("POST", "/v1/messages/count_tokens", messages.count_tokens),
     ("GET", "/api/tags", ollama.tags),
     ("POST", "/api/show", ollama.show),
     ("GET", "/api/version", ollama.version),
@@ -42,7 +45,7 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "/health", system.health),
     ("GET", "/version", system.server_version),
 )
-PAGE: tuple[tuple[str, str, Handler], ...] = (("GET", "/", files.page), ("GET", "/ui/{name}", files.part))
+PAGE: Routes = (("GET", "/", files.page), ("GET", "/ui/{name}", files.part))
 
 
 def make_app(service: Service) -> ASGIApp:
@@ -63,6 +66,14 @@ def make_app(service: Service) -> ASGIApp:
 
         return answer
 
-    known = (*ROUTES, *(PAGE if service.settings.has_page else ()))
+    def with_room(handler: Handler) -> Handler:
+        async def answer(service: Service, request: Request) -> Any:
+            service.check_room()  # a full queue is told before anything of the body is read
+            return await handler(service, request)
+
+        return answer
+
+    known = [(method, path, with_room(handler)) for method, path, handler in COMPUTED]
+    known += (*TOLD, *(PAGE if service.settings.has_page else ()))
     routes = [Route(path, endpoint(handler), methods=[method]) for method, path, handler in known]
     return Guard(Starlette(routes=routes, exception_handlers={HTTPException: failed}), service.settings)

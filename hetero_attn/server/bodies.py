@@ -20,7 +20,8 @@ async def read_json(request: Request, settings: ServerSettings) -> dict[str, Any
     if declared.isdigit() and int(declared) > settings.body_bytes:
         raise _too_large(settings)
     try:
-        data = await asyncio.wait_for(_read(request, settings), settings.body_s)
+        async with asyncio.timeout(settings.body_s):
+            data = await _read(request, settings)
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {settings.body_s:g} s; send it again") from None
     except ClientDisconnect:

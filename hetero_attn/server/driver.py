@@ -1,7 +1,9 @@
 """The thread that owns a model: it loads it, takes its steps and ends what clients gave up.
 
 The event loop never waits for it. `enter` and `leave` note what is to be done; the thread takes the notes up between
-two steps. After a step one call on the loop wakes those whose requests moved, and counts what they made.
+two steps. After a step one call on the loop wakes those whose requests moved, and counts what they made. First tokens
+and ends are told at once; between them clients are told at most CHUNKS_PER_S times a second all together, because what
+a chunk takes of the interpreter is taken from the steps. A chunk that comes later holds what came meanwhile.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from hetero_attn.server.failures import LOG
 from hetero_attn.server.generation import Generation
 from hetero_attn.server.metrics import ServerMetrics
 from hetero_attn.serving.sampling_params import SamplingParams
+
+CHUNKS_PER_S = 400  # at some 80 us of the interpreter each they take 3 % of the steps' time
+LONGEST_HOLD_S = 0.05
 
 if TYPE_CHECKING:  # they need torch, whose import would keep a server from answering while it loads
     from hetero_attn.llm import LLM
@@ -50,6 +55,8 @@ class Driver:
         self._wishes: deque[tuple[Future, Callable[[], object]]] = deque()  # to be done by the thread
         self._moved: deque[Request] = deque()  # for the loop to look at
         self._is_announced = False
+        self._looked_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._wake = threading.Event()
         self._is_over = False
         self._thread = threading.Thread(target=self._work, name="hetero-attn-driver", daemon=True)
@@ -143,7 +150,7 @@ class Driver:
                 self._note_end(request, error)
             return
         if moved:
-            self._announce(moved)
+            self._announce(moved, any(_is_urgent(request) for request in moved))
         else:
             self._wake.wait()
             self._wake.clear()
@@ -159,13 +166,15 @@ class Driver:
     def _note_end(self, request: Request, error: HeteroError | None) -> None:
         if error is not None:
             request.error = request.error or error
-        self._announce((request,))
+        self._announce((request,), is_urgent=True)
 
-    def _announce(self, requests: Iterable[Request]) -> None:
+    def _announce(self, requests: Iterable[Request], is_urgent: bool) -> None:
         self._moved.extend(requests)
-        if not self._is_announced:
-            self._is_announced = True
+        if is_urgent:
             self._call(self._look)
+        elif not self._is_announced:
+            self._is_announced = True
+            self._call(self._look_in_time)
 
     def _call(self, function: Callable, *arguments: object) -> None:
         try:
@@ -173,9 +182,20 @@ class Driver:
         except RuntimeError:  # the loop is closed, so nobody listens
             self._is_over = True
 
+    def _look_in_time(self) -> None:
+        """Look now, or when enough time has passed since the last time; on the loop."""
+        hold_s = min(len(self.live) / CHUNKS_PER_S, LONGEST_HOLD_S)
+        due = self._looked_at + hold_s
+        if self._loop.time() >= due:
+            self._look()
+        elif self._timer is None:
+            self._timer = self._loop.call_at(due, self._look)
+
     def _look(self) -> None:
         """Wake the clients of what moved; on the loop."""
-        self._is_announced = False
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._looked_at, self._is_announced = None, self._loop.time(), False
         while self._moved:
             request = self._moved.popleft()
             generation = self.live.get(request)
@@ -202,6 +222,11 @@ class Driver:
             self._metrics.lost(request)
             generation.fail(error)
         self._become(State.FAILED)
+
+
+def _is_urgent(request: Request) -> bool:
+    """Whether a client waits for just this: its first token or its end."""
+    return request.progress.tokens == 1 or request.finish_reason is not None
 
 
 def warmed(llm: LLM) -> LLM:

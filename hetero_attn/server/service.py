@@ -132,9 +132,10 @@ class Service:
         llm = self.llm
         if self.driver.state is State.STOPPING:
             raise ApiError(503, "the server is stopping; ask another one", code="stopping", retry_after_s=30)
-        self._check_queue(count)
+        self.check_room(count)
         self._entering += count
         try:
+            await asyncio.sleep(0)  # who came at the same moment and is refused is told first
             ids = await self.encode(turn)
             adding = asyncio.get_running_loop().run_in_executor(self._pool, lambda: add(llm, ids))
             try:
@@ -152,7 +153,11 @@ class Service:
         if not adding.cancelled() and adding.exception() is None:
             self.driver.give_up(adding.result())
 
-    def _check_queue(self, count: int) -> None:
+    def check_room(self, count: int = 1) -> None:
+        """Raise ApiError 429 where so many more requests find neither a place nor room to wait; 503 without a model.
+
+        What does not even fit an empty server may enter one: it waits for itself.
+        """
         places, limit = self.llm.plan.max_batch, self.settings.max_waiting
         taken = len(self.driver.live) + self._entering
         if taken + count > places + max(limit, count - places if taken == 0 else 0):

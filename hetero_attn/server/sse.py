@@ -15,7 +15,7 @@ HEADERS = {
     b"cache-control": b"no-store",
     b"x-accel-buffering": b"no",
 }
-NEVER_S = 1e9
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 Result = TypeVar("Result")
 
 
@@ -25,7 +25,7 @@ class ClientGone(Exception):
 
 def frame(value: Any, event: str | None = None) -> bytes:
     """One server-sent event: a line of JSON, named where a protocol wants names."""
-    data = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    data = _JSON.encode(value)
     return (f"event: {event}\n" if event else "").encode() + f"data: {data}\n\n".encode("utf-8", "replace")
 
 
@@ -46,18 +46,19 @@ class EventStream:
     ) -> None:
         self._frames, self._ping, self._interval_s, self._blocked_s = frames, ping, interval_s, blocked_s
         self._headers = [*(HEADERS | {b"content-type": content_type}).items()]
+        self._sending_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send headers at once, then frames as they come. Raises ClientGone when nothing is read for too long."""
         await send({"type": "http.response.start", "status": 200, "headers": self._headers})
         self._loop, self._turn = asyncio.get_running_loop(), asyncio.Lock()
-        self._sent_at = self._loop.time()
+        self._sent_at, self._sending_since = self._loop.time(), None
         gone, pumping = asyncio.ensure_future(disconnected(receive)), asyncio.ensure_future(self._pump(send))
-        pinging = asyncio.ensure_future(self._keep_alive(send))
-        tasks = (gone, pumping, pinging)
+        watching = asyncio.ensure_future(self._watch(send))
+        tasks = (gone, pumping, watching)
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in (pumping, pinging):
+            for task in (pumping, watching):
                 if task.done():
                     task.result()
         finally:
@@ -71,23 +72,30 @@ class EventStream:
             await self._deliver(send, data)
         await self._deliver(send, b"", more=False)
 
-    async def _keep_alive(self, send: Send) -> None:
-        """A timer of its own: the clock costs nothing with every frame."""
+    async def _watch(self, send: Send) -> None:
+        """End a silence, and a client that reads nothing; a timer of its own, so that frames need none each."""
         while True:
-            wait_s = self._sent_at + self._interval_s - self._loop.time() if self._interval_s else NEVER_S
-            if wait_s > 0:
-                await asyncio.sleep(wait_s)
-            else:
-                await self._deliver(send, self._ping())
+            now, look_s = self._loop.time(), self._blocked_s / 4
+            if self._sending_since is not None:
+                look_s = min(look_s, self._sending_since + self._blocked_s - now)
+                if look_s <= 0:
+                    raise ClientGone("the client reads nothing")
+            elif self._interval_s:
+                look_s = min(look_s, self._sent_at + self._interval_s - now)
+            if look_s > 0:
+                await asyncio.sleep(look_s)
+                continue
+            try:
+                async with asyncio.timeout(self._blocked_s):
+                    await self._deliver(send, self._ping())
+            except TimeoutError as blocked:
+                raise ClientGone("the client reads nothing") from blocked
 
     async def _deliver(self, send: Send, data: bytes, more: bool = True) -> None:
         async with self._turn:
-            try:
-                async with asyncio.timeout(self._blocked_s):
-                    await send({"type": "http.response.body", "body": data, "more_body": more})
-            except TimeoutError as blocked:
-                raise ClientGone("the client reads nothing") from blocked
-        self._sent_at = self._loop.time()
+            self._sending_since = self._loop.time()
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+            self._sent_at, self._sending_since = self._loop.time(), None
 
 
 async def disconnected(receive: Receive) -> None:
