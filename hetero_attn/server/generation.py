@@ -33,6 +33,7 @@ class Generation:
     def __init__(self, requests: Sequence[Request], leave: Callable[[Generation], None]) -> None:
         self.requests = tuple(requests)
         self.error: Exception | None = None
+        self.thoughts: int | None = None  # tokens of reasoning, once somebody has counted them
         self._leave = leave
         self._has_moved = asyncio.Event()
 

@@ -1,7 +1,8 @@
 """Who may ask: Host, Origin and key are looked at before anything else; addresses are tidied.
 
 A page of a stranger's site reaches a server on loopback through its visitor's browser, directly (the Origin tells) or
-by a name that it lets point there (the Host tells).
+by a name that it lets point there (the Host tells). What a page loads without being able to read it, such as a picture,
+comes without an Origin; newer browsers say whose page it is (Sec-Fetch-Site).
 """
 
 import hmac
@@ -14,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from hetero_attn.server.failures import ApiError, response_of
 from hetero_attn.server.settings import LOCAL_NAMES, ServerSettings
 
-WITHOUT_KEY = ("/health", "/", "/version")  # and what lies under /ui/
+WITHOUT_KEY = ("/health", "/version")  # and the page with its files
 _ASKED_BY_BROWSERS = {b"access-control-allow-methods": b"GET, POST", b"access-control-max-age": b"600"}
 
 
@@ -55,10 +56,13 @@ class Guard:
             )
         if origin is not None and not self._is_known_origin(origin, host):
             raise ApiError(403, f"pages of {origin!r:.80} may not ask this server; serve with --allow-origin {origin}")
+        path = scope["path"]
+        is_page = path == "/" or path.startswith("/ui/")
+        if origin is None and headers.get("sec-fetch-site") in ("cross-site", "same-site") and not is_page:
+            raise ApiError(403, "other sites' pages may not ask this server; serve with --allow-origin")
         if scope["method"] == "OPTIONS" and origin in self._settings.allowed_origins:
             return
-        path = scope["path"]
-        if self._settings.api_key and path not in WITHOUT_KEY and not path.startswith("/ui/"):
+        if self._settings.api_key and path not in WITHOUT_KEY and not is_page:
             self._check_key(headers)
 
     def _is_known_host(self, host: str) -> bool:

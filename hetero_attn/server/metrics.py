@@ -19,12 +19,13 @@ SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 TOKEN_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 Gauges = Callable[[], dict[str, float]]
 Phases = Callable[[], dict[str, dict[str, float]]]
+Counts = Callable[[], dict[str, int]]
 
 
 class ServerMetrics:
-    """The counters of one server. gauges, phases: what is read at the time of asking, by name and by phase."""
+    """The counters of one server. gauges, phases, counts: what is read at the time of asking, by name and by phase."""
 
-    def __init__(self, gauges: Gauges, phases: Phases) -> None:
+    def __init__(self, gauges: Gauges, phases: Phases, counts: Counts = dict) -> None:
         self._registry = CollectorRegistry()
         self._shown_tokens: dict[Request, int] = {}
         self._prompt = self._counter("vllm:prompt_tokens", "Tokens of prompts that were computed or found.")
@@ -40,7 +41,7 @@ class ServerMetrics:
         self._whole = self._histogram("vllm:e2e_request_latency_seconds", "From the call to the end.", SECONDS)
         self._prefill = self._histogram("vllm:request_prefill_time_seconds", "Computing the prompt.", SECONDS)
         self._decode = self._histogram("vllm:request_decode_time_seconds", "Computing the answer.", SECONDS)
-        self._registry.register(_WhenAsked(gauges, phases))
+        self._registry.register(_WhenAsked(gauges, phases, counts))
 
     def moved(self, request: Request) -> None:
         """Count the tokens that a request made since it was last looked at."""
@@ -97,12 +98,14 @@ class ServerMetrics:
 class _WhenAsked(Collector):
     """Gauges, and the engine's own totals by phase."""
 
-    def __init__(self, gauges: Gauges, phases: Phases) -> None:
-        self._gauges, self._phases = gauges, phases
+    def __init__(self, gauges: Gauges, phases: Phases, counts: Counts) -> None:
+        self._gauges, self._phases, self._counts = gauges, phases, counts
 
     def collect(self) -> Iterator[Metric]:
         for name, value in self._gauges().items():
             yield GaugeMetricFamily(name, name.partition(":")[2] or name, value=value)
+        for name, value in self._counts().items():
+            yield CounterMetricFamily(name, name.partition(":")[2] or name, value=value)
         totals: dict[str, CounterMetricFamily] = {}
         for phase, counts in self._phases().items():
             for name, value in counts.items():

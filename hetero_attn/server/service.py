@@ -14,8 +14,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hetero_attn.server.dialogue.answer import Parser, PlainText
-from hetero_attn.server.dialogue.forced import call_grammar, holds_after
+from hetero_attn.server.dialogue.forced import call_grammar, holds_after, words_of
 from hetero_attn.server.dialogue.formats import AnswerFormat, end_of, format_of
+from hetero_attn.server.dialogue.thoughts import thought_tokens
 from hetero_attn.server.dialogue.tools import Tools
 from hetero_attn.server.driver import Driver, State
 from hetero_attn.server.failures import ApiError, too_long
@@ -43,10 +44,11 @@ class Service:
         self, load: Callable[[], LLM], settings: ServerSettings, changed: Callable[[State], None] = lambda state: None
     ) -> None:
         self.settings = settings
-        self.metrics = ServerMetrics(self.gauges, self._phases)
+        self.metrics = ServerMetrics(self.gauges, self._phases, self._drafts)
         self.driver = Driver(load, self.metrics, changed)
         self.started_at = int(time.time())
         self._entering = 0  # requests that were let in and are not yet the driver's
+        self._kept: tuple[object, asyncio.Future] | None = None
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="hetero-attn-text")
 
     @property
@@ -85,6 +87,15 @@ class Service:
         prompt_end = end_of(self.tokenizer, generation.requests[0].prompt_token_ids)
         return self.answer_format.parsers(count, turn.prompts.tools, prompt_end)
 
+    def thoughts_of(self, turn: Turn, generation: Generation) -> int:
+        """Tokens of reasoning in the answers of a turn, once they are whole."""
+        if not isinstance(turn.prompts, Conversation):
+            return 0
+        tokenizer, (first, *_) = self.tokenizer, generation.requests
+        prompt_end = end_of(tokenizer, first.prompt_token_ids)
+        form = self.answer_format
+        return sum(thought_tokens(form, tokenizer, prompt_end, each.token_ids) for each in generation.requests)
+
     async def on_thread(self, work: Callable[[], Result]) -> Result:
         """What `work` returns, on a thread for text. Raises ApiError after ENCODING_S."""
         job = asyncio.get_running_loop().run_in_executor(self._pool, work)
@@ -92,6 +103,12 @@ class Service:
             return await asyncio.wait_for(job, ENCODING_S)
         except TimeoutError:
             raise ApiError(400, f"the prompt did not become tokens within {ENCODING_S:g} s; send less") from None
+
+    def once(self, key: object, work: Callable[[], Result]) -> asyncio.Future[Result]:
+        """What `work` returns, made on a thread at the first call for a key and kept until another key is asked for."""
+        if self._kept is None or self._kept[0] is not key or (self._kept[1].done() and self._kept[1].exception()):
+            self._kept = key, asyncio.ensure_future(asyncio.to_thread(work))
+        return self._kept[1]
 
     async def count_tokens(self, turn: Turn) -> int:
         """How many tokens a turn's prompts are, however many that be."""
@@ -207,12 +224,13 @@ class Service:
         found: dict[str, Any] = {}
         if form.keeps_specials:
             found["skip_special_tokens"] = False  # the parser leaves them out
-        is_forced = any(wishes.get(name) is not None for name in GRAMMARS)
-        if is_forced and tools.callable:
-            raise ApiError(400, "give tools or a form of the answer; with both, set tool_choice to none", param="tools")
-        if tools.must_call:
-            found["grammar"] = call_grammar(form, tools, self.llm.grammars.mark)
-        if is_forced or (tools.must_call and not form.is_harmony):
+        forms = [name for name in GRAMMARS if wishes.get(name) is not None]
+        is_either = len(forms) == 1 and tools.callable and not form.is_harmony  # there, calls have a channel
+        if len(forms) < 2 and (tools.must_call or is_either):
+            words = None if tools.must_call else words_of(wishes)
+            found |= dict.fromkeys(GRAMMARS)
+            found["grammar"] = call_grammar(form, tools, self.llm.grammars.mark, words)
+        if (forms or tools.must_call) and not (tools.must_call and form.is_harmony):
             found["grammar_after"] = holds_after(form, end_of(self.tokenizer, prompt))
         return found
 
@@ -234,6 +252,18 @@ class Service:
 
     def _phases(self) -> dict[str, dict[str, float]]:
         return {} if self.driver.llm is None else self.driver.llm.report().to_dict()
+
+    def _drafts(self) -> dict[str, int]:
+        """Tokens computed ahead, by their name in `/metrics`."""
+        if self.driver.llm is None:
+            return {}
+        report = self.driver.llm.report()
+        return {
+            "vllm:spec_decode_num_drafts": report.drafts.passes,
+            "vllm:spec_decode_num_draft_tokens": report.drafts.drafted,
+            "vllm:spec_decode_num_accepted_tokens": report.drafts.accepted,
+            "hetero_forced_tokens": report.forced_tokens,
+        }
 
     def close(self) -> None:
         """Let go of the threads for text."""

@@ -2,16 +2,20 @@
 
 import json
 import random
+import time
 
 import pytest
 
 from hetero_attn.server.dialogue.answer import Answer, Part, Piece
-from hetero_attn.server.dialogue.calls import read_calls
+from hetero_attn.server.dialogue.calls import SEPARATOR, read_calls
 from hetero_attn.server.dialogue.formats import FAMILIES, TAGS, AnswerFormat
 from hetero_attn.server.dialogue.marked import Marks
 from hetero_attn.server.dialogue.scanner import Scanner
+from hetero_attn.server.dialogue.thoughts import thought_tokens
 from hetero_attn.server.dialogue.tools import tools_of
 from hetero_attn.server.failures import ApiError
+from hetero_attn.serving.tokenizer import Tokenizer
+from tests.support.http_server import TINY
 
 WEATHER = {
     "name": "get_weather",
@@ -183,3 +187,56 @@ def test_a_scanner_says_what_is_certain_and_no_more():
 def test_a_bad_tool_is_named(functions, choice, said):
     with pytest.raises(ApiError, match=said):
         tools_of(functions, choice, None)
+
+
+NEST = {
+    "hermes": ["<function=f>", "<function=f><parameter=x>", "<parameter=x>\n", '{"name": "f"} '],
+    "glm": ["<arg_key>", "<arg_key>a</arg_key> ", "<arg_key>a</arg_key><arg_value>", "f "],
+    "deepseek": [f"function{SEPARATOR}f ```json ", f"f{SEPARATOR}" + " " * 50, f"{SEPARATOR}f\n```" + " " * 50],
+    "mistral": ["f[ARGS]", "[CALL_ID] a ", "[ARGS]{"],
+}
+
+
+@pytest.mark.parametrize("unit", [unit for units in NEST.values() for unit in units], ids=repr)
+def test_a_hostile_call_takes_time_in_proportion_to_its_length(unit):
+    """Four times the text: linear is 4 times the time, quadratic 16 times."""
+
+    def seconds(length: int) -> float:
+        text, begin = "<function=f>" * unit.startswith("<parameter") + unit * (length // len(unit)), time.process_time()
+        read_calls(text, {"f": {}})
+        return time.process_time() - begin
+
+    seconds(1000)
+    short, long = (min(seconds(length) for _ in range(3)) for length in (100_000, 400_000))
+
+    assert long < 9 * short + 0.02
+
+
+def test_a_bare_object_that_never_says_what_it_is_is_text_soon():
+    for begin in ('{"' + "k" * 300, "{" + " " * 300, "{"):
+        parser = AnswerFormat("llama3", MARKS["llama3"]).parsers(1, TOOLS, "")[0]
+        told = parser.feed(begin).text + "".join(parser.feed("x" * 50).text for _ in range(8))
+
+        assert told.startswith(begin.strip())
+
+
+@pytest.mark.parametrize(
+    ("family", "prompt_end", "pieces", "thoughts"),
+    [
+        ("hermes", "", ["<think>", "Hm, so it is", "</think>", "Yes"], [1]),
+        ("hermes", "<think>\n", ["Hm, so it is", "</think>", "Yes"], [0]),
+        ("hermes", "", ["<think>", "never ends"], [1]),
+        ("hermes", "", ["Yes ", "<think>", "no thought", "</think>"], []),
+        ("hermes", "", ["Yes"], []),
+        ("harmony", "", ["<|channel|>analysis<|message|>", "Hm so", "<|end|>", "<|start|>assistant<|channel|>final<|message|>", "Yes"], [1]),
+        ("harmony", "", ["<|channel|>final<|message|>", "Yes"], []),
+    ],
+)  # fmt: skip
+def test_tokens_of_reasoning_are_those_between_its_markers(family, prompt_end, pieces, thoughts):
+    tokenizer = Tokenizer.open(TINY)
+    marks = None if family == "harmony" else Marks(("<think>", "</think>"), TAGS)
+    ids = [tokenizer.encode(piece, add_special_tokens=False) for piece in pieces]
+    form = AnswerFormat(family, marks, family == "harmony")
+
+    expected = sum(len(ids[number]) for number in thoughts)
+    assert thought_tokens(form, tokenizer, prompt_end, [each for some in ids for each in some]) == expected

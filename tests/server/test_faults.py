@@ -119,6 +119,10 @@ def test_a_huge_body_is_not_read(server, kind):
         ({"origin": "https://evil.example"}, 403),
         ({"origin": "null"}, 403),
         ({"host": "localhost:9", "origin": "http://localhost:9"}, 200),
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"sec-fetch-site": "same-site"}, 403),
+        ({"sec-fetch-site": "same-origin"}, 200),
+        ({"sec-fetch-site": "none"}, 200),
     ],
     ids=str,
 )
@@ -139,6 +143,8 @@ def test_an_allowed_origin_may_ask_before_it_asks():
     assert asked.status_code == 204 and asked.headers["access-control-allow-origin"] == "https://a.example"
     assert client.get("/v1/models", headers={"origin": "https://a.example"}).status_code == 401
     assert client.get("/health", headers={"origin": "https://a.example"}).status_code == 503
+    asked = {"origin": "https://a.example", "sec-fetch-site": "cross-site", "x-api-key": "k"}
+    assert client.get("/v1/models", headers=asked).status_code == 503, "loading"
 
 
 def test_a_text_cut_anywhere_by_the_socket_arrives_whole(http, server):

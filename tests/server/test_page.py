@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -130,6 +131,26 @@ def test_the_curve_is_the_planners_and_resize_applies_it(elastic):
     assert done.json() == {"gpu_memory_bytes": wanted} and elastic.llm.plan.gpu_memory_bytes == wanted
     assert after == before
     assert [answer.status_code for answer in refused] == [400, 400, 400]
+
+
+def test_the_curve_is_planned_once_for_all_who_ask_and_anew_behind_a_resize(elastic, monkeypatch):
+    from hetero_attn.server.page import report
+
+    planned: list[int] = []
+    point = report._point
+    monkeypatch.setattr(report, "_point", lambda own, size: planned.append(size) or point(own, size))
+    with httpx.Client(base_url=elastic.url, timeout=60, trust_env=False) as http:
+        own = elastic.llm.plan.gpu_memory_bytes
+        http.post("/hetero/resize", json={"gpu_memory_bytes": own})
+        with ThreadPoolExecutor(4) as pool:
+            curves = list(pool.map(lambda _: http.get("/hetero/plan").json()["curve"], range(8)))
+        once = len(planned)
+        http.post("/hetero/resize", json={"gpu_memory_bytes": own - (1 << 20)})
+        http.get("/hetero/plan")
+        http.post("/hetero/resize", json={"gpu_memory_bytes": own})
+
+    assert all(curve == curves[0] for curve in curves) and once == len(curves[0])
+    assert len(planned) >= 2 * once - 1
 
 
 def test_an_inelastic_model_is_not_resized(http):

@@ -212,15 +212,19 @@ def test_openai_python_reads_calls_of_chat_completions(tooled, stream):
     body = {"model": "tiny", "messages": USER, "tools": [{"type": "function", "function": LOOK}]}
     with saying(tooled.llm, f"<think>\nHm\n</think>\n\n{CALLED}"):
         if stream:
-            with client.chat.completions.stream(**body) as answer:
+            with client.chat.completions.stream(**body, stream_options={"include_usage": True}) as answer:
                 answer.until_done()
-                choice = answer.get_final_completion().choices[0]
+                completion = answer.get_final_completion()
         else:
-            choice = client.chat.completions.create(**body).choices[0]
+            completion = client.chat.completions.create(**body)
 
+    (choice,), usage = completion.choices, completion.usage
     (call,) = choice.message.tool_calls
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me see.")
     assert choice.message.model_extra["reasoning_content"] == "Hm"
+    assert usage.completion_tokens_details.reasoning_tokens == len(
+        tooled.llm.tokenizer.encode("\nHm\n", add_special_tokens=False)
+    )
     assert (call.function.name, json.loads(call.function.arguments)) == ("look", {"at": "é"})
 
 

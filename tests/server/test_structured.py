@@ -5,13 +5,14 @@ import json
 import httpx
 import pytest
 
-from hetero_attn.server.dialogue.forced import call_grammar
+from hetero_attn.server.dialogue.forced import call_grammar, words_of
 from hetero_attn.server.dialogue.formats import FAMILIES, AnswerFormat
 from hetero_attn.server.dialogue.tools import tools_of
 from hetero_attn.serving.grammar import Grammars
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.serving.tokenizer import Tokenizer
 from tests.server.test_dialogue import answer_of
+from tests.server.test_lifecycle import gauges
 from tests.support.http_server import TINY, RunningServer
 from tests.support.scripted import load_with, model_with
 
@@ -126,13 +127,66 @@ def test_other_protocols_force_calls_too(tooled):
         anthropic = [{"name": "wait", "input_schema": WAIT["parameters"]}]
         any_tool = {"type": "any"}
         message = post(http, "/v1/messages", messages=USER, max_tokens=60, tools=anthropic, tool_choice=any_tool)
-        both = http.post(
-            "/v1/responses", json={"input": "A", "tools": flat, "text": {"format": {"type": "json_object"}}}
-        )
 
     assert [item["type"] for item in response["output"]] == ["function_call"]
     assert message["stop_reason"] == "tool_use" and message["content"][-1]["name"] == "wait"
-    assert both.status_code == 400 and "tool_choice to none" in both.json()["error"]["message"]
+
+
+def test_a_form_beside_tools_lets_the_model_choose(tooled):
+    """Draws at a high temperature go both ways: whichever way, the answer is a whole call or what was asked for."""
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+    tools, seen = [{"type": "function", "function": WAIT}], set()
+    with httpx.Client(base_url=tooled.url, timeout=60, trust_env=False) as http:
+        for seed in range(12):
+            body = {"messages": USER, "tools": tools, "response_format": form, "temperature": 2.0, "seed": seed}
+            (choice,) = post(http, "/v1/chat/completions", **body)["choices"]
+            calls = choice["message"].get("tool_calls")
+            seen.add(bool(calls))
+            assert choice["finish_reason"] == ("tool_calls" if calls else "stop")
+            if not calls:
+                assert is_right(choice["message"]["content"])
+            for call in calls or ():
+                assert isinstance(json.loads(call["function"]["arguments"])["s"], bool)
+        grammar = {"messages": USER, "tools": tools, "structured_outputs": {"grammar": 'start: "a"'}}
+        refused = http.post("/v1/chat/completions", json=grammar)
+        two = {"messages": USER, "tools": tools, "response_format": form, "structured_outputs": {"regex": "a"}}
+        both = http.post("/v1/chat/completions", json=two)
+
+    assert seen, "neither"
+    assert refused.status_code == 400 and "a schema or a regex" in refused.json()["error"]["message"]
+    assert both.status_code == 400 and "both given" in both.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [({"json_schema": SCHEMA}, '{"kind": "set", "size": 7}'), ({"regex": "a/b\\/c|[0-9]+"}, "a/b/c")],
+    ids=["schema", "regex"],
+)
+@pytest.mark.parametrize("name", [name for _, name, _ in FAMILIES])
+def test_beside_calls_the_grammar_takes_the_form_and_nothing_else(name, wish, said):
+    tokenizer = Tokenizer.open(TINY)
+    grammars, tools = Grammars(tokenizer, 4096, tokenizer.eos_token_ids), tools_of([LOOK, WAIT], "auto", True)
+    form = AnswerFormat(name, next(marks for _, each, marks in FAMILIES if each == name))
+    mask = grammars.mask(SamplingParams(grammar=call_grammar(form, tools, grammars.mark, words_of(wish))))
+
+    def takes(text: str) -> bool:
+        ids = [*tokenizer.encode(text, add_special_tokens=False), *tokenizer.eos_token_ids[:1]]
+        return all(mask.allowed(ids[:length])[token_id] for length, token_id in enumerate(ids))
+
+    call = '<tool_call>\n{"name": "wait", "arguments": {"s": true}}\n</tool_call>'
+    assert takes(said) and not takes("Well, " + said)
+    assert name not in ("hermes", "glm") or (takes(call) and takes(call + "\n" + call) and not takes(call + said))
+
+
+def test_forced_tokens_are_counted(http, server):
+    before = gauges(server.url)["hetero_forced_tokens_total"]
+    form = {"json": {"const": {"a key that is long": "and a value that nobody chooses"}}}
+    text = post(http, "/v1/completions", prompt="A", structured_outputs=form, max_tokens=60)["choices"][0]["text"]
+    counted = gauges(server.url)
+
+    assert json.loads(text) == form["json"]["const"]
+    assert counted["hetero_forced_tokens_total"] > before
+    assert counted["vllm:spec_decode_num_draft_tokens_total"] == counted["vllm:spec_decode_num_drafts_total"] == 0
 
 
 FORMS = [AnswerFormat(name, marks) for _, name, marks in FAMILIES]

@@ -37,6 +37,7 @@ def serve(
     allow_host: Annotated[list[str] | None, typer.Option(help="A Host that requests may name.")] = None,
     allow_origin: Annotated[list[str] | None, typer.Option(help="An origin whose pages may ask.")] = None,
     ui: Annotated[bool, typer.Option(help="Show a page at /, with a chat and what the lanes do.")] = True,
+    speculate: options.Speculate = "off",
     loading: options.Loading,
 ) -> None:
     """Serve a model by OpenAI's, Anthropic's and Ollama's protocols; /health answers at once, everything else once the
@@ -69,7 +70,8 @@ def serve(
     def load() -> LLM:
         from hetero_attn.server.driver import warmed
 
-        return warmed(loading.llm(model, seed=None, max_batch=SEQUENCES if loading.batch is None else loading.batch))
+        places = SEQUENCES if loading.batch is None else loading.batch
+        return warmed(loading.llm(model, seed=None, max_batch=places, speculate=speculate))
 
     settings = replace(settings, port=sock.getsockname()[1])
     typer.echo(f"loading {model}; http://{host}:{settings.port}/health tells when it is ready", err=True)

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 SEPARATOR = "<｜tool▁sep｜>"
 Schemas = Mapping[str, Mapping[str, Any]]
-_FUNCTION = re.compile(r"<function=([^>\n]+)>(.*?)</function>", re.DOTALL)
-_PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
-_PAIR = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+FENCE = "```"
+_BLANKS = re.compile(r"\s*")
+_BETWEEN = re.compile(r"[ \t\r\n,;]*")
 _NAMED = re.compile(r"\s*([\w.:-]+)\s*(?:\[CALL_ID\]\s*(\w+)\s*)?\[ARGS\](.*)", re.DOTALL)
 _DECODER = json.JSONDecoder()
 
@@ -32,7 +32,8 @@ class Written(NamedTuple):
 def read_calls(body: str, schemas: Schemas) -> list[Written] | None:
     """The calls that some text is; None where it is anything else, even in part.
 
-    schemas: of the functions that are offered; they say what is text in forms without types.
+    schemas: of the functions that are offered; they say what is text in forms without types. Takes time in proportion
+    to the text: a model may write anything.
     """
     text = body.strip()
     try:
@@ -63,7 +64,7 @@ def _objects(text: str) -> list[Written]:
     while position < len(text):
         value, position = _DECODER.raw_decode(text, position)
         found.append(_object(value))
-        position = len(text) - len(text[position:].lstrip(" \t\r\n,;"))
+        position = _BETWEEN.match(text, position).end()
     return found
 
 
@@ -87,29 +88,56 @@ def _arguments(value: Any) -> str:
     return json.dumps(value or {}, ensure_ascii=False, allow_nan=False)
 
 
+def _enclosed(text: str, position: int, opening: str, closing: str) -> tuple[str, int]:
+    """What stands between two tags at a position, and where something follows behind them. Raises ValueError."""
+    if not text.startswith(opening, position):
+        raise ValueError(f"no {opening}")
+    begin = position + len(opening)
+    end = text.index(closing, begin)
+    return text[begin:end], _BLANKS.match(text, end + len(closing)).end()
+
+
 def _tagged(text: str, schemas: Schemas) -> list[Written]:
-    if _FUNCTION.sub("", text).strip():
-        raise ValueError("text beside the functions")
-    found = []
-    for name, inside in _FUNCTION.findall(text):
-        if _PARAMETER.sub("", inside).strip():
-            raise ValueError("text beside the parameters")
-        values = {key: _typed(value, key, schemas.get(name, {})) for key, value in _PARAMETER.findall(inside)}
+    found, position = [], 0
+    while position < len(text):
+        body, position = _enclosed(text, position, "<function=", "</function>")
+        name, inside = _headed(body)
+        schema, values, at = schemas.get(name, {}), {}, _BLANKS.match(inside).end()
+        while at < len(inside):
+            parameter, at = _enclosed(inside, at, "<parameter=", "</parameter>")
+            key, value = _headed(parameter)
+            values[key] = _typed(value.removeprefix("\n").removesuffix("\n"), key, schema)
         found.append(Written(name, _arguments(values)))
     return found
 
 
+def _headed(text: str) -> tuple[str, str]:
+    """The name that the first tag ends with, and what follows it."""
+    name, end, inside = text.partition(">")
+    if not end or not name or "\n" in name:
+        raise ValueError("a tag without a name")
+    return name, inside
+
+
 def _pairs(text: str, schemas: Schemas) -> Written:
-    name, pairs = text.partition("<arg_key>")[0].strip(), _PAIR.findall(text)
-    if _PAIR.sub("", text).strip() != name or (name not in schemas and not pairs) or re.search(r"\s", name):
+    head = text.partition("<arg_key>")[0]
+    name, position, values = head.strip(), len(head), {}
+    schema = schemas.get(name, {})
+    while position < len(text):
+        key, position = _enclosed(text, position, "<arg_key>", "</arg_key>")
+        value, position = _enclosed(text, position, "<arg_value>", "</arg_value>")
+        values[key.strip()] = _typed(value, key, schema)
+    if (name not in schemas and not values) or re.search(r"\s", name):
         raise ValueError("neither a function's name nor pairs of key and value")
-    return Written(name, _arguments({key.strip(): _typed(value, key, schemas.get(name, {})) for key, value in pairs}))
+    return Written(name, _arguments(values))
 
 
 def _separated(text: str) -> Written:
     head, _, tail = text.partition(SEPARATOR)
-    if fenced := re.fullmatch(r"\s*(\S+)\s*```(?:json)?\s*(.*?)\s*```\s*", tail, re.DOTALL):
-        return Written(fenced[1], _arguments(json.loads(fenced[2], parse_constant=_refuse)))
+    tail = tail.strip()
+    if FENCE in tail and tail.endswith(FENCE):
+        head, _, tail = tail.partition(FENCE)
+        tail = tail.removesuffix(FENCE).removeprefix("json")
     name = head.strip()
     if not name or re.search(r"\s", name):
         raise ValueError("no function's name")

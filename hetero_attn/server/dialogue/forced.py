@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hetero_attn.server.bodies import parse_object
 from hetero_attn.server.dialogue.calls import SEPARATOR
 from hetero_attn.server.dialogue.formats import AnswerFormat
 from hetero_attn.server.dialogue.shapes import as_list
 from hetero_attn.server.dialogue.tools import Tools
 from hetero_attn.server.failures import ApiError
-from hetero_attn.serving.sampling_params import JSON_OPTIONS
+from hetero_attn.serving.sampling_params import JSON_OPTIONS, MAX_SCHEMA_DEPTH
 
+MOST_CALLS = 16  # in one answer, so that a model that goes on calling ends
 Mark = Callable[[str], str]
 
 
@@ -53,10 +56,38 @@ def holds_after(form: AnswerFormat, prompt_end: str) -> str | None:
     return None
 
 
-def call_grammar(form: AnswerFormat, tools: Tools, mark: Mark) -> str:
-    """A Lark grammar of one call, written as the family writes it. mark: a marker as such a grammar names it."""
-    calls = [_call(form, function["name"], function["parameters"], mark) for function in tools.callable]
-    return "start: BLANK? call\nBLANK: /[ \\n]{1,4}/\ncall: " + "\n | ".join(calls)
+def call_grammar(form: AnswerFormat, tools: Tools, mark: Mark, words: str | None = None) -> str:
+    """A Lark grammar of one call, written as the family writes it. mark: a marker as such a grammar names it.
+
+    words: what the answer may be in place of calls, as `words_of` gives it; then several calls may follow each other
+    where the family writes them so.
+    """
+    calls = "\n | ".join(_call(form, function["name"], function["parameters"], mark) for function in tools.callable)
+    start = "BLANK? call"
+    if words is not None:
+        start += f" (BLANK? call){{0,{MOST_CALLS - 1}}}" if tools.parallel and form.repeats_calls else ""
+        start += f"\n | words\nwords: {words}"
+    return f"start: {start}\nBLANK: /[ \\n]{{1,4}}/\ncall: {calls}"
+
+
+def words_of(wishes: Mapping[str, Any]) -> str:
+    """The form that an answer is asked for in, as a part of a Lark grammar. Raises ApiError."""
+    if (pattern := wishes.get("regex")) is not None:
+        return (
+            "/"
+            + re.sub(r"\\.|/", lambda found: found[0] if len(found[0]) > 1 else r"\/", pattern, flags=re.DOTALL)
+            + "/"
+        )
+    schema = wishes.get("json_schema")
+    if schema is None:
+        raise ApiError(
+            400, "give tools or a grammar of the answer; beside tools it may be a schema or a regex", param="tools"
+        )
+    if isinstance(schema, str):
+        schema = parse_object(schema.encode("utf-8", "replace"), MAX_SCHEMA_DEPTH)
+    if isinstance(schema, bool):
+        schema = {} if schema else {"not": {}}
+    return f"%json {_schema(schema)}"
 
 
 def _call(form: AnswerFormat, name: str, schema: Mapping[str, Any], mark: Mark) -> str:

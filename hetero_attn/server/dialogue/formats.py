@@ -57,6 +57,12 @@ class AnswerFormat:
         marks = harmony.MARKS if self.is_harmony else self.marks.all if self.marks else set()
         return bool(marks & self.specials)
 
+    @property
+    def repeats_calls(self) -> bool:
+        """Whether several calls are written one after another, each between its own markers."""
+        marks = self.marks
+        return marks is not None and marks.call is not None and marks.call[1] is not None and self.name != "deepseek"
+
     def parsers(self, count: int, tools: Tools, prompt_end: str) -> list[Parser]:
         """One parser for each of several answers to a prompt that ends so."""
         return [self._parser(tools, prompt_end) for _ in range(count)]

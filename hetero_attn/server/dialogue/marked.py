@@ -10,6 +10,7 @@ from hetero_attn.server.dialogue.scanner import Scanner
 from hetero_attn.server.dialogue.tools import Tools, call_id
 
 CALL_KEYS = ("name", "type", "function", "id", "parameters", "arguments")
+LONGEST_HEAD = 200  # characters, within which a bare call shows that it is one
 NO_MARKS = ("", "")  # no text that comes is empty
 
 
@@ -148,8 +149,8 @@ class MarkedParser:
 
 
 def _may_be_call(text: str) -> bool:
-    """Whether a begun JSON object may be a call: its first key tells."""
-    key = re.match(r'\s*\{\s*"([^"]*)("?)', text)
+    """Whether a begun JSON object may be a call: its first key tells, and comes soon."""
+    key = re.match(r'\s*\{\s*"([^"]*)("?)', text[:LONGEST_HEAD])
     if key is None:
-        return re.fullmatch(r"\s*\{\s*", text) is not None
+        return len(text) < LONGEST_HEAD and re.fullmatch(r"\s*\{\s*", text) is not None
     return key[1] in CALL_KEYS if key[2] else any(each.startswith(key[1]) for each in CALL_KEYS)

@@ -63,9 +63,7 @@ async def curve(service: Service, request: Request) -> Any:
     planned = service.llm.planned
     if planned.plan.gpu_memory_bytes is None:
         raise ApiError(400, f"{service.model_name} runs on the CPU alone; there is no GPU memory to choose")
-    return JSONResponse(
-        {"curve": await asyncio.to_thread(lambda: [_point(planned, size) for size in _budgets(planned)])}
-    )
+    return JSONResponse({"curve": await asyncio.shield(service.once(planned, lambda: _curve(planned)))})
 
 
 async def resize(service: Service, request: Request) -> Any:
@@ -77,6 +75,10 @@ async def resize(service: Service, request: Request) -> Any:
     except (MemoryBudgetError, ArgumentError) as error:
         raise ApiError(400, str(error), param="gpu_memory_bytes") from None
     return JSONResponse({"gpu_memory_bytes": plan.gpu_memory_bytes})
+
+
+def _curve(planned: PlannedModel) -> list[dict[str, Any]]:
+    return [_point(planned, size) for size in _budgets(planned)]
 
 
 def _budgets(planned: PlannedModel) -> list[int]:

@@ -99,7 +99,7 @@ class MessageWriter:
         return {"stop_reason": reason, "stop_sequence": matched}
 
     def _usage(self) -> dict[str, int]:
-        prompt, cached, generated = usage_of(self._generation, 1)
+        prompt, cached, generated, _ = usage_of(self._generation, 1)
         return {
             "input_tokens": prompt - cached,
             "cache_creation_input_tokens": 0,

@@ -60,10 +60,11 @@ class OpenAIWriter:
 
     def usage(self) -> dict[str, Any]:
         """What the turn has cost so far."""
-        prompt, cached, generated = usage_of(self.generation, self.choices)
+        prompt, cached, generated, reasoning = usage_of(self.generation, self.choices)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
             "total_tokens": prompt + generated,
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": reasoning},
         }

@@ -19,11 +19,13 @@ from hetero_attn.server.turn import Turn
 
 
 class Usage(NamedTuple):
-    """Tokens of a turn: of its prompts (each counted once), of those found in the cache, of its answers."""
+    """Tokens of a turn: of its prompts (each counted once), of those found in the cache, of its answers, and of those
+    that are reasoning: 0 until the answers are whole."""
 
     prompt: int
     cached: int
     generated: int
+    reasoning: int
 
 
 def usage_of(generation: Generation, choices: int) -> Usage:
@@ -33,6 +35,7 @@ def usage_of(generation: Generation, choices: int) -> Usage:
         sum(len(request.prompt_token_ids) for request in requests[::choices]),
         sum(request.reused for request in requests[::choices]),
         sum(request.progress.tokens for request in requests),
+        generation.thoughts or 0,
     )
 
 
@@ -77,8 +80,12 @@ async def reply(
     """Have a turn computed and answer the request with it; it ends when the client is gone. Raises as `begin`."""
     generation = await service.begin(turn)
     writer, parsers = make_writer(generation), service.parsers(turn, generation)
+
+    def count_thoughts() -> None:
+        generation.thoughts = service.thoughts_of(turn, generation)
+
     if is_stream:
-        frames = _frames(generation, writer, parsers)
+        frames = _frames(generation, writer, parsers, count_thoughts)
         settings = service.settings
         more = {} if content_type is None else {"content_type": content_type}
         return EventStream(frames, writer.ping, settings.ping_interval_s, settings.blocked_s, **more)
@@ -86,6 +93,7 @@ async def reply(
         answers = await unless_gone(request.receive, _collect(generation, parsers))
     finally:
         generation.close()
+    count_thoughts()
     return _Json(writer.whole(answers))
 
 
@@ -96,7 +104,9 @@ async def _collect(generation: Generation, parsers: Sequence[Parser]) -> list[An
     return answers
 
 
-async def _frames(generation: Generation, writer: Writer, parsers: Sequence[Parser]) -> AsyncGenerator[bytes]:
+async def _frames(
+    generation: Generation, writer: Writer, parsers: Sequence[Parser], at_end: Callable[[], None]
+) -> AsyncGenerator[bytes]:
     try:
         for frame in writer.opening():
             yield frame
@@ -104,6 +114,7 @@ async def _frames(generation: Generation, writer: Writer, parsers: Sequence[Pars
             async for piece in pieces:
                 if data := b"".join(writer.piece(piece)):
                     yield data
+        at_end()
         yield b"".join(writer.closing())
     except Exception as error:
         yield b"".join(writer.failure(as_api_error(error)))

@@ -119,12 +119,12 @@ class ResponseWriter:
         }
 
     def _usage(self) -> dict[str, Any]:
-        prompt, cached, generated = usage_of(self._generation, 1)
+        prompt, cached, generated, reasoning = usage_of(self._generation, 1)
         return {
             "input_tokens": prompt,
             "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
             "output_tokens": generated,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": reasoning},
             "total_tokens": prompt + generated,
         }
 

@@ -2,7 +2,7 @@
 // The page: a conversation, and beside it what the lanes do. Text of a model or a server only ever becomes textContent.
 
 const $ = id => document.getElementById(id);
-const talk = [];
+let talk = [];
 let asking = null; // AbortController of the answer that streams
 let lastPhases = null;
 let curve = [];
@@ -42,11 +42,11 @@ function setAsking(controller) {
 }
 
 async function answer() {
-  const { item, words } = show("assistant", "");
+  const own = talk, { item, words } = show("assistant", "");
   let thought = null, tokens = 0, begin = 0;
   setAsking(new AbortController());
   try {
-    const body = { messages: talk, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } };
+    const body = { messages: own, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } };
     const reply = await ask("/v1/chat/completions", body, asking.signal);
     const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader(), events = new EventReader();
     for (let part = await reader.read(); !part.done; part = await reader.read()) {
@@ -70,9 +70,9 @@ async function answer() {
       item.scrollIntoView({ block: "nearest" });
     }
   } catch (error) {
-    if (error.name !== "AbortError") show("error", error.message);
+    if (error.name !== "AbortError" && own === talk) show("error", error.message);
   } finally {
-    talk.push({ role: "assistant", content: words.textContent });
+    own.push({ role: "assistant", content: words.textContent });
     setAsking(null);
     $("words").focus();
   }
@@ -92,7 +92,7 @@ $("words").addEventListener("keydown", event => {
   if (event.key === "Escape" && asking) asking.abort();
 });
 $("stop").addEventListener("click", () => asking?.abort());
-$("clear").addEventListener("click", () => { asking?.abort(); talk.length = 0; $("messages").replaceChildren(); });
+$("clear").addEventListener("click", () => { asking?.abort(); talk = []; $("messages").replaceChildren(); });
 $("key").value = sessionStorage.getItem("key") ?? "";
 $("key").addEventListener("change", () => { sessionStorage.setItem("key", $("key").value); look(); });
 
