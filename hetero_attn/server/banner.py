@@ -16,7 +16,7 @@ AGENTS_CONTEXT = 65536  # what coding agents are advised to have
 
 def banner(llm: LLM, settings: ServerSettings) -> str:
     """The lines, none wider than 100 columns unless a name is long."""
-    plan, address = llm.plan, f"http://{settings.host}:{settings.port}"
+    plan, address = llm.plan, settings.address
     name, key = settings.served_name or plan.model, "KEY" if settings.api_key else "none"
     speed = ""
     if plan.predicted is not None:

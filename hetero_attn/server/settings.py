@@ -49,6 +49,11 @@ class ServerSettings:
             )
 
     @property
+    def address(self) -> str:
+        """Where clients find the server."""
+        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
+
+    @property
     def is_local(self) -> bool:
         """Whether only this machine reaches the server."""
         try:

@@ -6,6 +6,7 @@ and in every step; sizes and depth are bounded here. Source: https://github.com/
 """
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from threading import Lock
@@ -18,6 +19,9 @@ from hetero_attn.serving.sampling_params import JSON_OPTIONS, SamplingParams
 from hetero_attn.serving.tokenizer import Tokenizer
 
 MOST_COMPILED = 64
+MOST_FORMATS = 16  # that nobody knows, in one schema
+_UNKNOWN_FORMAT = re.compile(r"Unknown format: (\S+)")
+_VALUES = ("const", "enum", "default", "examples")  # what they hold is no schema
 
 
 class TokenMask:
@@ -115,6 +119,18 @@ class Grammars:
         return f"<[{token_id}]>" if is_special else json.dumps(text, ensure_ascii=False)
 
     def _compile(self, kind: str, text: str, after: str | None) -> TokenMask:
+        matcher = self._matcher(kind, text)
+        for _ in range(MOST_FORMATS):
+            unknown = _UNKNOWN_FORMAT.search(matcher.get_error() or "") if kind == "json_schema" else None
+            if unknown is None:
+                break
+            text = json.dumps(_without_format(json.loads(text), unknown[1]))
+            matcher = self._matcher(kind, text)
+        if matcher.is_error():
+            raise SamplingError(f"{kind} cannot be followed: {_first_line(matcher.get_error())}")
+        return TokenMask(matcher, [] if after is None else self._ids_of(after))
+
+    def _matcher(self, kind: str, text: str) -> Any:
         llguidance, tokens = _llguidance(), self._tokens()
         make = llguidance.LLMatcher
         try:
@@ -122,12 +138,9 @@ class Grammars:
                 grammar = make.grammar_from_json_schema(text, defaults=JSON_OPTIONS)
             else:
                 grammar = make.grammar_from_regex(text) if kind == "regex" else make.grammar_from_lark(text)
-            matcher = make(tokens, grammar, log_level=0)
+            return make(tokens, grammar, log_level=0)
         except ValueError as error:
             raise SamplingError(f"{kind} cannot be followed: {_first_line(str(error))}") from None
-        if matcher.is_error():
-            raise SamplingError(f"{kind} cannot be followed: {_first_line(matcher.get_error())}")
-        return TokenMask(matcher, [] if after is None else self._ids_of(after))
 
     def _ids_of(self, text: str) -> list[int]:
         if self._tokenizer is None:
@@ -157,6 +170,17 @@ def _llguidance() -> Any:
     except ImportError:
         raise SamplingError("grammars need llguidance: pip install 'hetero-attn[grammar]'") from None
     return llguidance
+
+
+def _without_format(schema: Any, name: str) -> Any:
+    """A schema without a format that only says what a text is for: as JSON Schema has it, an unknown one holds for
+    everything."""
+    if isinstance(schema, list):
+        return [_without_format(each, name) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {key: value for key, value in schema.items() if (key, value) != ("format", name)}
+    return {key: value if key in _VALUES else _without_format(value, name) for key, value in kept.items()}
 
 
 def _first_line(text: str) -> str:

@@ -219,6 +219,17 @@ def test_a_long_thought_is_searched_once(grammars, tokenizer):
     assert mask.allowed(ids) is not None
 
 
+def test_a_format_that_nobody_knows_holds_for_everything(grammars, tokenizer):
+    schema = {"type": "object", "properties": {"format": {"type": "string", "format": "path"}, "b": {"const": {"format": "path"}}, "c": {"type": "string", "format": "path-2"}}, "required": ["format", "b", "c"], "additionalProperties": False}  # fmt: skip
+    mask = grammars.mask(SamplingParams(json_schema=schema))
+    text = '{"format": "/a", "b": {"format": "path"}, "c": "x"}'
+    ids = [*tokenizer.encode(text, add_special_tokens=False), *tokenizer.eos_token_ids[:1]]
+
+    assert all(mask.allowed(ids[:length])[token_id] for length, token_id in enumerate(ids))
+    with pytest.raises(SamplingError, match="not"):
+        grammars.mask(SamplingParams(json_schema={"not": {"type": "string", "format": "path"}, "minimum": 3}))
+
+
 KEYS = {
     "type": "object",
     "properties": {

@@ -189,3 +189,9 @@ def test_a_reader_that_reads_nothing_stops_nobody(http, server):
         )
         for _ in range(3):
             assert http.post("/v1/completions", json={"prompt": "A list", "max_tokens": 4}).status_code == 200
+
+
+def test_an_address_of_ipv6_is_written_in_brackets():
+    addresses = [ServerSettings(host=host, port=80).address for host in ("::1", "localhost")]
+
+    assert addresses == [f"http://{host}:80" for host in ("[::1]", "localhost")]

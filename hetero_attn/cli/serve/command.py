@@ -74,7 +74,7 @@ def serve(
         return warmed(loading.llm(model, seed=None, max_batch=places, speculate=speculate))
 
     settings = replace(settings, port=sock.getsockname()[1])
-    typer.echo(f"loading {model}; http://{host}:{settings.port}/health tells when it is ready", err=True)
+    typer.echo(f"loading {model}; {settings.address}/health tells when it is ready", err=True)
     serve_on(load, settings, lambda text: typer.echo(text, err=True), sock)
 
 
