@@ -256,8 +256,27 @@ def test_stop_ends_the_request(visit):
         wait_for(tab, "document.querySelector('#messages .assistant')?.textContent.length > 0")
         tab.click("#stop")
         slow.wait_until(lambda: not slow.service.driver.live, 30)
+        wait_for(tab, "document.getElementById('stop').disabled")
+        tab.goto("about:blank")  # it asks for the report every second, also of a server that has ended
 
-        assert tab.locator("#stop").is_disabled()
+
+@needs_browser
+def test_clear_during_an_answer_begins_anew(visit):
+    with RunningServer(step_s=0.05) as slow, saying(slow.llm, "word " * 100) as prompts:
+        tab = visit(slow)
+        tab.fill("#words", "First?")
+        tab.click("#send")
+        wait_for(tab, "document.querySelector('#messages .assistant')?.textContent.length > 0")
+        tab.click("#clear")
+        wait_for(tab, "!document.getElementById('send').disabled")
+        tab.fill("#words", "Second?")
+        tab.click("#send")
+        slow.wait_until(lambda: len(prompts) == 2, 30)
+        shown = tab.locator("#messages li.user").all_inner_texts()
+        tab.goto("about:blank")
+
+    assert "Second?" in prompts[1] and "First?" not in prompts[1] and "word" not in prompts[1]
+    assert shown == ["Second?"]
 
 
 @needs_browser
