@@ -37,6 +37,7 @@ BLOCK_FEATURES = 16
 GROUP_INPUTS = 64  # inputs that share one scale of the activations
 LINE_BYTES = 64
 ROW_MAJOR_ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+LARGEST_CODES = {"u4": 15, "u5": 31, "u6": 63, "i8": 255, "f8": 255, "v4": 15}
 CODE_LINES = {"u4": 8, "t4": 8, "v4": 8, "u5": 10, "u6": 12, "i8": 16, "f8": 16}
 
 
@@ -66,6 +67,11 @@ class WeightFormat:
     def has_float_codes(self) -> bool:
         """Whether codes are floating-point numbers, which no integer dot product can take."""
         return self.plane in ("f8", "v4")
+
+    @property
+    def largest_code(self) -> int:
+        """The largest unsigned byte that a code of a coded format can be."""
+        return max(self.table) if self.table else LARGEST_CODES[self.plane]
 
     @property
     def is_row_major(self) -> bool:

@@ -12,7 +12,8 @@ from llvmlite import ir
 from numba import types
 
 from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat
-from cpu_kernels.vectors.dot import emit_dot2, emit_dot4
+from cpu_kernels.vectors.code_sums import CodeSums
+from cpu_kernels.vectors.dot import emit_dot2
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.vector import (
     F32,
@@ -94,9 +95,9 @@ def _shuffle(b, name: str, vector):
     return cgutils.get_or_insert_function(b.module, ir.FunctionType(vector, [vector, vector]), name)
 
 
-def code_words(isa: Isa, item: WeightFormat, b, lines) -> Callable[[int], object]:
-    """word(k): the codes of inputs 4k..4k+3 of all features, unsigned bytes; `lines` is the address of the code
-    lines."""
+def code_words(isa: Isa, item: WeightFormat, b, lines, table: tuple[int, ...]) -> Callable[[int], object]:
+    """word(k): the codes of inputs 4k..4k+3 of all features, unsigned bytes, or of a t4 plane entries of `table`;
+    `lines` is the address of the code lines."""
     loaded: dict[int, object] = {}
 
     def line(index: int):
@@ -116,7 +117,7 @@ def code_words(isa: Isa, item: WeightFormat, b, lines) -> Callable[[int], object
         if item.plane in ("i8", "f8"):
             return line(k)
         if item.plane == "t4":
-            return look_up(isa, b, item.table, nibble(k))
+            return look_up(isa, b, table, nibble(k))
         if item.plane == "u5":
             upper, mask = shifted(line(8 + k // 8), 4 - k % 8), 0x10101010
         elif item.plane == "u6":
@@ -181,25 +182,27 @@ def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
     # inputs that share a scale, up to 64
     run = 16 if item.header in ("K2S16", "F16") else 64 if group_inputs > 32 else 32
     runs = GROUP_INPUTS // run
+    code_sums = CodeSums(isa, item.largest_code)
+    offset = item.offset - 128 if code_sums.takes_128 else item.offset
 
     def dots(b, word, record, part: int):
         """int32 sums of (code - offset) * input over run `part`, for every row."""
         sums = []
         for row in range(rows):
             start = constant(VI32, 0)
-            if item.offset and run == 16:
-                taken = pair(-item.offset, 0) if part % 2 == 0 else pair(0, -item.offset)
+            if offset and run == 16:
+                taken = pair(-offset, 0) if part % 2 == 0 else pair(0, -offset)
                 start = emit_dot2(isa, b, start, record.sums(row, part // 2), constant(VI32, taken))
-            elif item.offset:
+            elif offset:
                 for half in range(part * run // 32, (part + 1) * run // 32):
-                    taken = constant(VI32, pair(-item.offset, -item.offset))
+                    taken = constant(VI32, pair(-offset, -offset))
                     start = emit_dot2(isa, b, start, record.sums(row, half), taken)
-            sums.append(start)
+            sums.append(code_sums.sum(b, start))
         for k in range(part * run // 4, (part + 1) * run // 4):
-            codes = word(k)
+            codes = code_sums.operand(b, word(k), is_from_table=bool(item.table))
             for row in range(rows):
-                sums[row] = emit_dot4(isa, b, sums[row], codes, record.inputs(row, k))
-        return sums
+                sums[row].add(codes, record.inputs(row, k))
+        return [total.total() for total in sums]
 
     def float_dots(b, word, record):
         """float32 sums of code * input over all 64, for every row, in as many chains as hide the additions."""
@@ -230,11 +233,11 @@ def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
 
     def one_level(b, superblock, group, word, record):
         """Sums of scale * dot (+ minimum * sum) as float32, for every row."""
-        offset = b.mul(group, ir.Constant(group.type, 32))
+        place = b.mul(group, ir.Constant(group.type, 32))
         totals = [None] * rows
         for part in range(runs):
             if item.header == "E32":
-                scale = exponents(b, b.add(superblock, offset), 16 * part)
+                scale = exponents(b, b.add(superblock, place), 16 * part)
             else:
                 scale = halves(b, superblock, 32 * part)
             for row, dot in enumerate(dots(b, word, record, part)):
@@ -297,7 +300,8 @@ def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
         for line in range(stream_lines):
             prefetch_value(b, lines, ahead_bytes + LINE_BYTES * line)
         activations = Record(b, record, rows)
-        totals = multiply(b, superblock, group, code_words(isa, item, b, lines), activations)
+        words = code_words(isa, item, b, lines, code_sums.table(item.table))
+        totals = multiply(b, superblock, group, words, activations)
         for row, total in enumerate(totals):
             added = fma_value(b, total, activations.scale(row), b.extract_value(sums, row))
             sums = b.insert_value(sums, added, row)

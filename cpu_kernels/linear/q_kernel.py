@@ -10,6 +10,8 @@ q4: scale * sum(xq) as float32, unused;  q8: -128 * sum(xq) as int32 of inputs 0
 other formats: sums of 16 inputs as int16 pairs, of inputs 0..31, then of 32..63 (form_kernel.py).
 """
 
+from functools import reduce
+
 from llvmlite import ir
 from numba import types
 
@@ -19,8 +21,8 @@ from cpu_kernels.linear.form_kernel import form_step, store_sums_of_16
 from cpu_kernels.linear.sizes import RECORD_BYTES, SEGMENT_GROUPS
 from cpu_kernels.team.arguments import LINEAR
 from cpu_kernels.team.chunks import await_stage, finish, parameter, take, take_range
+from cpu_kernels.vectors.code_sums import CodeSums
 from cpu_kernels.vectors.compiler import helper
-from cpu_kernels.vectors.dot import emit_dot4
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.scalar import least
 from cpu_kernels.vectors.tiles import finish_features, zeros
@@ -148,22 +150,24 @@ def superblock(isa: Isa, weight_dtype: str, rows: int):
         for line in range(SUPERBLOCK_LINES[weight_dtype]):
             prefetch_value(b, weight, ahead_bytes(weight_dtype, rows) + 64 * line)
 
+    codes = CodeSums(isa, format_of(weight_dtype).largest_code)
+
     @emits(tile, tile, intp, intp)
     def superblock_q4(b, sums, weight, record):
         chains = 2 if rows <= 2 else 1
-        dots = [[constant(VI32, 0)] * chains for _ in range(rows)]
+        dots = [[codes.sum(b, constant(VI32, 0)) for _ in range(chains)] for _ in range(rows)]
         ahead(b, weight)
         for line in range(8):
             packed = load_as(b, weight, VI32, LINE_BYTES * (1 + line))
-            low = b.and_(packed, constant(VI32, 0x0F0F0F0F))
-            high = b.and_(b.lshr(packed, constant(VI32, 4)), constant(VI32, 0x0F0F0F0F))
+            low = codes.operand(b, b.and_(packed, constant(VI32, 0x0F0F0F0F)))
+            high = codes.operand(b, b.and_(b.lshr(packed, constant(VI32, 4)), constant(VI32, 0x0F0F0F0F)))
             for row in range(rows):
                 chain = dots[row]
-                chain[0] = emit_dot4(isa, b, chain[0], low, inputs(b, record, row, 8 * line))
-                chain[-1] = emit_dot4(isa, b, chain[-1], high, inputs(b, record, row, 8 * line + 4))
+                chain[0].add(low, inputs(b, record, row, 8 * line))
+                chain[-1].add(high, inputs(b, record, row, 8 * line + 4))
         scale, minimum = halves(b, weight, 0), halves(b, weight, 32)
         for row in range(rows):
-            total = dots[row][0] if chains == 1 else b.add(*dots[row])
+            total = reduce(b.add, (chain.total() for chain in dots[row]))
             scaled = b.fmul(b.sitofp(total, VF32), scale)
             acc = fma_value(b, scaled, factor(b, record, row, 0), b.extract_value(sums, row))
             sums = b.insert_value(sums, fma_value(b, minimum, factor(b, record, row, 1), acc), row)
@@ -171,17 +175,19 @@ def superblock(isa: Isa, weight_dtype: str, rows: int):
 
     @emits(tile, tile, intp, intp)
     def superblock_q8(b, sums, weight, record):
-        dots = [[factor(b, record, row, 1 + half, I32) for half in range(2)] for row in range(rows)]
+        def start(row, half):
+            return constant(VI32, 0) if codes.takes_128 else factor(b, record, row, 1 + half, I32)
+
+        dots = [[codes.sum(b, start(row, half)) for half in range(2)] for row in range(rows)]
         ahead(b, weight)
         for line in range(16):
-            packed = load_as(b, weight, VI32, LINE_BYTES * (1 + line))
+            packed = codes.operand(b, load_as(b, weight, VI32, LINE_BYTES * (1 + line)))
             for row in range(rows):
-                half = dots[row]
-                half[line // 8] = emit_dot4(isa, b, half[line // 8], packed, inputs(b, record, row, 4 * line))
+                dots[row][line // 8].add(packed, inputs(b, record, row, 4 * line))
         scales = [halves(b, weight, 32 * half) for half in range(2)]
         for row in range(rows):
-            scaled = b.fmul(b.sitofp(dots[row][0], VF32), scales[0])
-            scaled = fma_value(b, b.sitofp(dots[row][1], VF32), scales[1], scaled)
+            scaled = b.fmul(b.sitofp(dots[row][0].total(), VF32), scales[0])
+            scaled = fma_value(b, b.sitofp(dots[row][1].total(), VF32), scales[1], scaled)
             sums = b.insert_value(
                 sums, fma_value(b, scaled, factor(b, record, row, 0), b.extract_value(sums, row)), row
             )

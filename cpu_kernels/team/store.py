@@ -189,7 +189,8 @@ class KernelStore:
         from cpu_kernels.vectors.compiler import compile_object
 
         kernel = getattr(importlib.import_module(f"{PACKAGE}.{module}"), factory)(*parameters)
-        return compile_object(kernel, name)
+        isa = next((part for part in parameters if isinstance(part, Isa)), None)
+        return compile_object(kernel, name, isa)
 
     def _store(self, name: str, code: bytes) -> None:
         """Keep a compiled object; where that is not possible only the next start loses its speed."""

@@ -5,11 +5,15 @@ numba's C wrapper: the wrapper's error path would need numba loaded, and kernels
 error model), so the object needs nothing but libc. No fastmath: the kernels spell out their vectors and their fma.
 """
 
+import llvmlite.binding as llvm
 from numba import config, njit, types
 from numba.core import registry
 from numba.core.compiler import Compiler
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.dispatcher import _FunctionCompiler
+
+from cpu_kernels.vectors.isa import Isa
+from cpu_kernels.vectors.target import target_of
 
 
 class CompileError(RuntimeError):
@@ -41,20 +45,31 @@ class _ObjectCompiler(_FunctionCompiler):
         return flags
 
 
-def compile_object(kernel, name: str) -> bytes:
-    """Object code of `kernel(arguments: int64, thread: int64)`, exported as `name`; raises numba's errors."""
+def compile_module(kernel, name: str) -> tuple[llvm.ModuleRef, llvm.TargetMachine]:
+    """`kernel(arguments: int64, thread: int64)` as optimised LLVM code, exported as `name`, and what emits it for this
+    CPU; raises numba's errors. The caller holds numba's lock."""
     kernel.__name__ = kernel.__qualname__ = name
     compiler = _ObjectCompiler(kernel, registry.cpu_target, {"nopython": True, **OPTIONS}, {}, Compiler)
+    result = compiler.compile((types.int64, types.int64), types.void)
+    library = result.library
+    library.finalize()
+    module = library._final_module
+    for function in module.functions:
+        # numba numbers helper functions per process, so another process's object may hold a different function of
+        # the same name: only the kernel itself may be visible to the loader.
+        if function.name == result.fndesc.llvm_func_name:
+            function.name = name
+        elif not function.is_declaration:
+            function.linkage = "internal"
+    return module, library.codegen._tm
+
+
+def compile_object(kernel, name: str, isa: Isa | None = None) -> bytes:
+    """Object code of `kernel(arguments: int64, thread: int64)`, exported as `name`; raises numba's errors.
+
+    With an `isa` the code keeps to its instructions, whatever more this CPU has; without, to those of this CPU.
+    """
     with global_compiler_lock:
-        result = compiler.compile((types.int64, types.int64), types.void)
-        library = result.library
-        library.finalize()
-        module = library._final_module
-        for function in module.functions:
-            # numba numbers helper functions per process, so another process's object may hold a different function of
-            # the same name: only the kernel itself may be visible to the loader.
-            if function.name == result.fndesc.llvm_func_name:
-                function.name = name
-            elif not function.is_declaration:
-                function.linkage = "internal"
-        return library.codegen._tm.emit_object(module)
+        module, machine = compile_module(kernel, name)
+        target = None if isa is None else target_of(isa)
+        return machine.emit_object(module) if target is None else target.emit_object(module)

@@ -3,9 +3,10 @@
 from llvmlite import ir
 
 from cpu_kernels.vectors.isa import Isa
-from cpu_kernels.vectors.vector import I16, I32, VF32, VI16, VI32, call_llvm, constant, fma_value, round_to_bf16
+from cpu_kernels.vectors.vector import I8, I16, I32, VF32, VI16, VI32, call_llvm, constant, fma_value, round_to_bf16
 
-V32I16, V8I32 = ir.VectorType(I16, 32), ir.VectorType(I32, 8)
+V32I16, V16I16, V8I32 = ir.VectorType(I16, 32), ir.VectorType(I16, 16), ir.VectorType(I32, 8)
+V16I8, V4I32 = ir.VectorType(I8, 16), ir.VectorType(I32, 4)
 
 
 class _BFloat(ir.types.Type):
@@ -21,21 +22,37 @@ class _BFloat(ir.types.Type):
         return hash(_BFloat)
 
 
-def _halves(builder, vector):
-    """<16 x i32> as two <8 x i32>."""
-    picks = [ir.Constant(V8I32, list(range(start, start + 8))) for start in (0, 8)]
+def in_parts(builder, vector, part):
+    """A vector of 64 bytes as several of the type `part`."""
+    whole = ir.VectorType(part.element, 512 // part.element.width)
+    vector, lanes = builder.bitcast(vector, whole), ir.VectorType(I32, part.count)
+    starts = range(0, whole.count, part.count)
+    picks = (ir.Constant(lanes, list(range(start, start + part.count))) for start in starts)
     return [builder.shuffle_vector(vector, vector, pick) for pick in picks]
 
 
-def _join(builder, low, high):
-    """Two <8 x i32> as one <16 x i32>."""
-    return builder.shuffle_vector(low, high, ir.Constant(VI32, list(range(16))))
+def together(builder, parts):
+    """Vectors of int32 one behind the other."""
+    while len(parts) > 1:
+        lanes = list(range(2 * parts[0].type.count))
+        both = ir.Constant(ir.VectorType(I32, len(lanes)), lanes)
+        parts = [builder.shuffle_vector(*pair, both) for pair in zip(parts[::2], parts[1::2])]
+    return parts[0]
 
 
 def _vpdpbusd_256(builder, acc, unsigned, signed):
-    parts = [_halves(builder, value) for value in (acc, unsigned, signed)]
-    dots = [call_llvm(builder, "llvm.x86.avx512.vpdpbusd.256", V8I32, *operands) for operands in zip(*parts)]
-    return _join(builder, *dots)
+    parts = zip(*(in_parts(builder, value, V8I32) for value in (acc, unsigned, signed)))
+    return together(
+        builder, [call_llvm(builder, "llvm.x86.avx512.vpdpbusd.256", V8I32, *operands) for operands in parts]
+    )
+
+
+def emit_sdot(builder, acc, a, b):
+    """acc + groups of four signed byte products, by arm64's sdot; LLVM values <16 x i32>."""
+    parts = zip(in_parts(builder, acc, V4I32), in_parts(builder, a, V16I8), in_parts(builder, b, V16I8))
+    return together(
+        builder, [call_llvm(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", V4I32, *operands) for operands in parts]
+    )
 
 
 def _even_odd(builder, acc, unsigned, signed):
@@ -68,6 +85,10 @@ def emit_dot2(isa: Isa, builder, acc, a, b):
     """acc + pairs of int16 products, exact in int32; LLVM values <16 x i32> holding 32 int16."""
     if isa.has_avx512:
         return call_llvm(builder, "llvm.x86.avx512.vpdpwssd.512", VI32, acc, a, b)
+    if isa.name in ("avxvnni", "avx2"):
+        pairs = zip(in_parts(builder, a, V16I16), in_parts(builder, b, V16I16))
+        products = [call_llvm(builder, "llvm.x86.avx2.pmadd.wd", V8I32, *pair) for pair in pairs]
+        return builder.add(acc, together(builder, products))
     wide = ir.VectorType(I32, 32)
     a, b = (builder.sext(builder.bitcast(value, V32I16), wide) for value in (a, b))
     product = builder.mul(a, b)

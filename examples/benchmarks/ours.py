@@ -29,8 +29,12 @@ class HeteroAttn(Side):
     """A loaded LLM, one of whose sequences grows and is cut back."""
 
     def __init__(self, settings: Settings) -> None:
+        from cpu_kernels import kernels
         from hetero_attn import LLM
 
+        if settings.isa:  # users have no option for it: the best path is the right one
+            chosen = kernels.choose(settings.isa)
+            kernels.choose = lambda name: chosen
         self._llm = LLM(
             settings.model,
             dtype=settings.dtype,

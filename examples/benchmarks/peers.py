@@ -39,7 +39,8 @@ FILL_PIECE = 256  # tokens that llama.cpp computes to fill a depth with copies o
 class Settings:
     """What a side is started with.
 
-    context: tokens of one sequence. rows: most rows of a batch. ubatch, kv, flash_attention, llama_bench: of llama.cpp.
+    context: tokens of one sequence. rows: most rows of a batch. ubatch, kv, flash_attention, repack, llama_bench: of
+    llama.cpp. isa: the instruction set that ours is held to, None for the best of the CPU.
     """
 
     model: Path
@@ -51,6 +52,8 @@ class Settings:
     kv: str
     flash_attention: str
     llama_bench: Path | None
+    repack: bool
+    isa: str | None
 
 
 class Side:
@@ -126,9 +129,9 @@ class LlamaCpp(Side):
         self._silence = library.llama_log_callback(lambda level, text, data: None)
         library.llama_log_set(self._silence, ctypes.c_void_p())
         library.llama_backend_init()
-        self._model = library.llama_model_load_from_file(
-            os.fsencode(settings.model), library.llama_model_default_params()
-        )
+        wishes = library.llama_model_default_params()
+        wishes.use_extra_bufts = settings.repack
+        self._model = library.llama_model_load_from_file(os.fsencode(settings.model), wishes)
         if not self._model:
             raise ValueError(f"llama.cpp cannot load {settings.model}")
         params = library.llama_context_default_params()
@@ -326,6 +329,8 @@ def main(sides: dict[str, type[Side]]) -> None:
     parser.add_argument("--kv", choices=("f16", "bf16"), default="f16", help="cache dtype of llama.cpp")
     parser.add_argument("--flash-attention", choices=("auto", "on", "off"), default="auto", help="of llama.cpp")
     parser.add_argument("--llama-bench", type=Path)
+    parser.add_argument("--no-repack", dest="repack", action="store_false", help="llama.cpp keeps weights as they are")
+    parser.add_argument("--isa", help="instruction set that ours is held to")
     options = vars(parser.parse_args())
     # Libraries may print: only answers go to the pipe, everything else to standard error.
     answers = os.fdopen(os.dup(1), "w")

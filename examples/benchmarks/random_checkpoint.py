@@ -92,6 +92,8 @@ class Shape:
 
 SHAPES = {
     "llama-3.2-1b": Shape(2048, 16, 32, 8, 64, 8192, 128_256, 131_072),
+    # Its layers, half as many, and a small vocabulary: what takes long is what every layer repeats.
+    "llama-3.2-1b-half": Shape(2048, 8, 32, 8, 64, 8192, 32_768, 131_072),
     "tiny": Shape(256, 2, 4, 2, 64, 512, 1024, 131_072),
 }
 _GGUF_NAMES = {

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -48,7 +48,8 @@ MAX_LOGITS_NMSE = {"bf16": 0.02, "q8": 0.05, "q4": 1.0}
 class Worker:
     """A side in a child process. Requests wait for their answer, so only one side works at a time."""
 
-    def __init__(self, name: str, command: Sequence[object]) -> None:
+    def __init__(self, name: str, command: Sequence[object], environment: Mapping[str, str] | None = None) -> None:
+        """environment: what the child's has besides ours."""
         self.name = name
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
@@ -57,6 +58,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
+            env=os.environ | (environment or {}),
         )
         self._read()
 

@@ -1,0 +1,136 @@
+"""Sums of unsigned codes times int8 inputs, word by word, as an instruction set adds them fastest; exact in int32.
+
+  unsigned   vpdpbusd, or the arithmetic of `dot4`: codes as they are
+  pairs      AVX2, codes up to 129: vpmaddubsw gives int16 sums of two products, which cannot saturate; as many are
+             added in int16 as it holds, then widened by one vpmaddwd
+  magnitudes AVX2, larger codes: |code - 128| times the input with the sign of code - 128, at most 128 * 127 * 2
+  signed     arm64 sdot: codes up to 127 as they are, larger ones less 128
+
+Where codes lose 128 (`takes_128`), a format's own offset of 128 is thereby taken, and no correction has to be added.
+"""
+
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from cpu_kernels.vectors.dot import V8I32, V16I16, emit_dot4, emit_sdot, in_parts, together
+from cpu_kernels.vectors.isa import Isa
+from cpu_kernels.vectors.vector import I8, VI32, call_llvm, constant
+
+LARGEST_INPUT, LARGEST_SHORT = 127, 32767
+V32I8 = ir.VectorType(I8, 32)
+TOP_BITS = -0x7F7F7F80  # bit 7 of every byte
+
+
+@dataclass(frozen=True, slots=True)
+class CodeSums:
+    """How sums of a format's codes, 0 to `largest`, are made on an instruction set."""
+
+    isa: Isa
+    largest: int
+
+    @property
+    def kind(self) -> str:
+        """One of those above."""
+        if self.isa.name == "neon":
+            return "signed"
+        if self.isa.name != "avx2":
+            return "unsigned"
+        return "pairs" if 2 * LARGEST_INPUT * self.largest <= LARGEST_SHORT else "magnitudes"
+
+    @property
+    def takes_128(self) -> bool:
+        """Whether what is summed is code - 128."""
+        return self.kind == "magnitudes" or self.kind == "signed" and self.largest > 127
+
+    def table(self, codes: tuple[int, ...]) -> tuple[int, ...]:
+        """A table of codes as what is summed."""
+        return tuple(code ^ 128 for code in codes) if self.takes_128 else codes
+
+    def operand(self, b, codes, is_from_table: bool = False):
+        """A word of codes, <16 x i32>, as `Sum.add` takes it: what rows that share the word share of the work.
+
+        is_from_table: whether they are entries of `table` already.
+        """
+        if not self.takes_128:
+            return codes
+        if not is_from_table:
+            codes = b.xor(codes, constant(VI32, TOP_BITS))
+        if self.kind == "signed":
+            return codes
+        halves = in_parts(b, codes, V32I8)
+        return [(call_llvm(b, "llvm.abs.v32i8", V32I8, half, ir.Constant(ir.IntType(1), 0)), half) for half in halves]
+
+    def sum(self, b, start):
+        """A sum that begins with `start`, <16 x i32>."""
+        return {"unsigned": Sum, "signed": SignedSum, "pairs": PairSum, "magnitudes": MagnitudeSum}[self.kind](
+            self, b, start
+        )
+
+
+class Sum:
+    """A growing sum: LLVM values, while the code of a loop body is written."""
+
+    def __init__(self, how: CodeSums, b, start):
+        self._how, self._b, self._total = how, b, start
+
+    def add(self, operand, x) -> None:
+        """Add a word's products with x, <16 x i32> of four int8 each."""
+        self._total = emit_dot4(self._how.isa, self._b, self._total, operand, x)
+
+    def total(self):
+        """<16 x i32>."""
+        return self._total
+
+
+class SignedSum(Sum):
+    """Of sdot."""
+
+    def add(self, operand, x) -> None:
+        """See Sum."""
+        self._total = emit_sdot(self._b, self._total, operand, x)
+
+
+class PairSum(Sum):
+    """Of vpmaddubsw: int16 sums beside the int32 ones, as long as they fit."""
+
+    def __init__(self, how: CodeSums, b, start):
+        super().__init__(how, b, start)
+        self._shorts, self._held = None, 0
+
+    def add(self, operand, x) -> None:
+        """See Sum."""
+        b = self._b
+        products = [self._product(*pair) for pair in zip(in_parts(b, operand, V32I8), in_parts(b, x, V32I8))]
+        self._shorts = products if self._held == 0 else [b.add(*both) for both in zip(self._shorts, products)]
+        self._held += 1
+        if (self._held + 1) * 2 * LARGEST_INPUT * self._how.largest > LARGEST_SHORT:
+            self._widen()
+
+    def total(self):
+        """See Sum."""
+        if self._held:
+            self._widen()
+        return self._total
+
+    def _product(self, codes, x):
+        return call_llvm(self._b, "llvm.x86.avx2.pmadd.ub.sw", V16I16, codes, x)
+
+    def _widen(self) -> None:
+        b, ones = self._b, constant(V16I16, 1)
+        wide = [call_llvm(b, "llvm.x86.avx2.pmadd.wd", V8I32, shorts, ones) for shorts in self._shorts]
+        self._total = b.add(self._total, together(b, wide))
+        self._shorts, self._held = None, 0
+
+
+class MagnitudeSum(Sum):
+    """Of vpmaddubsw on magnitudes; two of its sums do not fit in int16."""
+
+    def add(self, operand, x) -> None:
+        """See Sum."""
+        b, wide = self._b, []
+        for (magnitude, signed), inputs in zip(operand, in_parts(b, x, V32I8)):
+            turned = call_llvm(b, "llvm.x86.avx2.psign.b", V32I8, inputs, signed)
+            shorts = call_llvm(b, "llvm.x86.avx2.pmadd.ub.sw", V16I16, magnitude, turned)
+            wide.append(call_llvm(b, "llvm.x86.avx2.pmadd.wd", V8I32, shorts, constant(V16I16, 1)))
+        self._total = b.add(self._total, together(b, wide))

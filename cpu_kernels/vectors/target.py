@@ -1,0 +1,67 @@
+"""What LLVM emits code for: this CPU, cut down to the instructions of an Isa, or a CPU of another kind.
+
+A path that is forced on a better CPU must not profit from it: its speed is to be that of the CPU it stands for.
+"""
+
+import re
+from dataclasses import dataclass
+
+import llvmlite.binding as llvm
+
+from cpu_kernels.vectors.isa import Isa
+
+WIDTH = "min-legal-vector-width"  # of a function: LLVM keeps 512-bit registers unless it says that fewer bits will do
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A CPU as LLVM knows it: triple, name and features ("+avx2,-avx512f").
+
+    register_bits: of the widest vector register to use, 0 where the features say it.
+    """
+
+    triple: str
+    cpu: str
+    features: str
+    register_bits: int = 0
+
+    def machine(self, opt: int = 3) -> llvm.TargetMachine:
+        """LLVM's emitter of code for this CPU, which a JIT may load."""
+        target = llvm.Target.from_triple(self.triple)
+        return target.create_target_machine(
+            cpu=self.cpu, features=self.features, opt=opt, reloc="static", codemodel="jitdefault", jit=True
+        )
+
+    def retargeted(self, module: llvm.ModuleRef) -> llvm.ModuleRef:
+        """A copy of a module for this target."""
+        machine, text = self.machine(), str(module)
+        text = re.sub(r"(?m)^target triple = .*$", f'target triple = "{self.triple}"', text)
+        text = re.sub(r"(?m)^target datalayout = .*$", f'target datalayout = "{machine.target_data}"', text)
+        if self.register_bits:
+            text = re.sub(r"(?m)^(define .*?)((?: !\S+ !\d+)* \{)$", rf'\1 "{WIDTH}"="{self.register_bits}"\2', text)
+        return llvm.parse_assembly(text)
+
+    def emit_object(self, module: llvm.ModuleRef) -> bytes:
+        """Object code of a module."""
+        return self.machine().emit_object(self.retargeted(module))
+
+
+def target_of(isa: Isa) -> Target | None:
+    """This CPU without the vector instructions that `isa` does not name; None where that is the CPU as it is.
+
+    Where 256-bit vpdpbusd exists in the encoding of AVX-512 alone, the path "avxvnni" has that and 256-bit registers.
+    """
+    host = dict(llvm.get_host_cpu_features()) if isa.name not in ("avx512", "portable") else {}
+    borrows = isa.name == "avxvnni" and not host.get("avxvnni")
+    kept = {"avx512f", "avx512vl", "avx512vnni"} if borrows else set()
+    if isa.name == "avx512vnni":
+        kept = set(host) - {"avx512bf16"}
+    features = {
+        name: on and (name in kept or not name.startswith(("avx512", "avx10", "amx"))) for name, on in host.items()
+    }
+    if features == host:
+        return None
+    if borrows:
+        features["prefer-256-bit"] = True
+    listed = ",".join(("+" if on else "-") + name for name, on in sorted(features.items()))
+    return Target(llvm.get_process_triple(), llvm.get_host_cpu_name(), listed, 256 if borrows else 0)
