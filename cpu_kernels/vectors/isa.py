@@ -8,7 +8,8 @@ avx512      vpdpbusd (VNNI) and, where present, dpbf16ps
 avx512vnni  avx512 without dpbf16ps, as on CPUs that have VNNI alone: bf16 by shifts and FMA
 avxvnni     vpdpbusd on 256-bit registers; bf16 by shifts and FMA
 avx2        bytes split into even and odd int16, multiplied and added in pairs (vpmaddwd, which cannot saturate here)
-portable    the same arithmetic in plain LLVM vectors: any CPU, arm64 included
+neon        sdot on arm64, of signed bytes: Neoverse N1 and later, Apple M1 and later
+portable    the same arithmetic in plain LLVM vectors: any CPU
 """
 
 import platform
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 import llvmlite.binding
 
-NAMES = ("avx512", "avx512vnni", "avxvnni", "avx2", "portable")
+NAMES = ("avx512", "avx512vnni", "avxvnni", "avx2", "neon", "portable")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +58,16 @@ def host_features() -> frozenset[str]:
 
 def available(features: frozenset[str]) -> tuple[str, ...]:
     """Paths that this CPU can run, best first."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return ("portable",)
+    machine = platform.machine().lower()
+    if machine not in ("x86_64", "amd64"):
+        return ("neon", "portable") if machine in ("aarch64", "arm64") and "dotprod" in features else ("portable",)
     vnni512 = {"avx512f", "avx512bw", "avx512vl", "avx512vnni"} <= features
     found = {
         "avx512": vnni512,
         "avx512vnni": vnni512,
         "avxvnni": vnni512 or {"avx2", "avxvnni"} <= features,
         "avx2": {"avx2", "fma", "f16c"} <= features,
+        "neon": False,
         "portable": True,
     }
     return tuple(name for name in NAMES if found[name])
@@ -78,7 +81,12 @@ def choose(name: str | None = None) -> Isa:
         name = possible[0]
     if name not in possible:
         raise ValueError(f"isa is {name!r}; this CPU runs {', '.join(possible)}")
+    return named(name, has_bf16=name == "avx512" and "avx512bf16" in features)
+
+
+def named(name: str, has_bf16: bool = False) -> Isa:
+    """The path of this name, whatever the CPU."""
     if name in ("avx512", "avx512vnni"):
-        return Isa(name, name == "avx512" and "avx512bf16" in features, row_tile=8, dot_features=4, dot_rows=6)
+        return Isa(name, has_bf16, row_tile=8, dot_features=4, dot_rows=6)
     # Elsewhere a vector takes two or four registers, of 16 or 32.
     return Isa(name, has_bf16=False, row_tile=4, dot_features=2, dot_rows=3)

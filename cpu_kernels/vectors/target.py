@@ -51,7 +51,7 @@ def target_of(isa: Isa) -> Target | None:
 
     Where 256-bit vpdpbusd exists in the encoding of AVX-512 alone, the path "avxvnni" has that and 256-bit registers.
     """
-    host = dict(llvm.get_host_cpu_features()) if isa.name not in ("avx512", "portable") else {}
+    host = dict(llvm.get_host_cpu_features()) if isa.name in ("avx512vnni", "avxvnni", "avx2") else {}
     borrows = isa.name == "avxvnni" and not host.get("avxvnni")
     kept = {"avx512f", "avx512vl", "avx512vnni"} if borrows else set()
     if isa.name == "avx512vnni":
