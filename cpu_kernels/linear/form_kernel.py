@@ -13,7 +13,7 @@ from numba import types
 
 from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat
 from cpu_kernels.vectors.code_sums import CodeSums
-from cpu_kernels.vectors.dot import emit_dot2
+from cpu_kernels.vectors.dot import emit_dot2, in_parts, together
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.vector import (
     F32,
@@ -27,6 +27,7 @@ from cpu_kernels.vectors.vector import (
     VI16,
     VI32,
     F32x16,
+    call_llvm,
     constant,
     emits,
     fma_value,
@@ -49,15 +50,14 @@ def look_up(isa: Isa, b, table: tuple[int, ...], indexes):
     """The bytes of a table of 16, by 64 indexes below 16 in an <16 x i32>."""
     if isa.has_avx512:
         entries = ir.Constant(V64I8, list(table) * 4)
-        found = b.call(_shuffle(b, "llvm.x86.avx512.pshuf.b.512", V64I8), [entries, b.bitcast(indexes, V64I8)])
+        found = call_llvm(b, "llvm.x86.avx512.pshuf.b.512", V64I8, entries, b.bitcast(indexes, V64I8))
         return b.bitcast(found, VI32)
-    if isa.name in ("avxvnni", "avx2"):
-        entries, bytes_ = ir.Constant(V32I8, list(table) * 2), b.bitcast(indexes, V64I8)
-        lanes = ir.VectorType(I32, 32)
-        halves = [b.shuffle_vector(bytes_, bytes_, ir.Constant(lanes, [*range(at, at + 32)])) for at in (0, 32)]
-        function = _shuffle(b, "llvm.x86.avx2.pshuf.b", V32I8)
-        low, high = (b.call(function, [entries, half]) for half in halves)
-        return b.bitcast(b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, 64), [*range(64)])), VI32)
+    if isa.name in ("avxvnni", "avx2", "neon"):
+        part = V16I8 if isa.name == "neon" else V32I8
+        entries = ir.Constant(part, [*table] * (part.count // 16))
+        name = "llvm.aarch64.neon.tbl1.v16i8" if isa.name == "neon" else "llvm.x86.avx2.pshuf.b"
+        found = [call_llvm(b, name, part, entries, piece) for piece in in_parts(b, indexes, part)]
+        return together(b, [b.bitcast(piece, ir.VectorType(I32, part.count // 4)) for piece in found])
     indexes, found = b.bitcast(indexes, V64I8), constant(V64I8, table[0])
     for index, entry in enumerate(table[1:], 1):
         found = b.select(b.icmp_unsigned("==", indexes, constant(V64I8, index)), constant(V64I8, entry), found)
@@ -66,12 +66,8 @@ def look_up(isa: Isa, b, table: tuple[int, ...], indexes):
 
 def look_up_numbers(isa: Isa, b, values: tuple[float, ...], indexes):
     """Numbers of a table of 16, by an <16 x i32> of indexes whose bits from the fifth on are 0."""
-    from numba.core import cgutils
-
     if isa.has_avx512:
-        kind = ir.FunctionType(VF32, [VF32, VI32])
-        function = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512.permvar.sf.512")
-        return b.call(function, [ir.Constant(VF32, list(values)), indexes])
+        return call_llvm(b, "llvm.x86.avx512.permvar.sf.512", VF32, ir.Constant(VF32, list(values)), indexes)
     found = constant(VF32, values[0])
     for index, entry in enumerate(values[1:], 1):
         found = b.select(b.icmp_unsigned("==", indexes, constant(VI32, index)), constant(VF32, entry), found)
@@ -87,12 +83,6 @@ def number_of_code(isa: Isa, item: WeightFormat, b, codes, place: int):
     sign = b.shl(b.and_(code, constant(VI32, 0x80)), constant(VI32, 8))
     half = b.or_(sign, b.shl(b.and_(code, constant(VI32, 0x7F)), constant(VI32, 7)))
     return b.fmul(b.fpext(b.bitcast(b.trunc(half, VI16), VHALF), VF32), constant(VF32, 256.0))
-
-
-def _shuffle(b, name: str, vector):
-    from numba.core import cgutils
-
-    return cgutils.get_or_insert_function(b.module, ir.FunctionType(vector, [vector, vector]), name)
 
 
 def code_words(isa: Isa, item: WeightFormat, b, lines, table: tuple[int, ...]) -> Callable[[int], object]:

@@ -2,8 +2,8 @@
 
 numba compiles every function that it has typed, kernels and their helpers alike, for the machine it runs on, where an
 arm64 instruction cannot be selected. So in a process that uses this module numba's engine compiles nothing, and nothing
-can be run: use it in a process of its own, `python -m tests.support.cross_compile`, which reads kernels as JSON lines,
-[triple, cpu, isa, module, factory, *parameters] ("ISA" is the isa), and answers each with a line: assembly and object.
+can be run. `compiled` starts such a process, which answers each line of JSON, [isa, CPUs, module, factory,
+*parameters] ("ISA" stands for the isa), with a line.
 """
 
 import base64
@@ -12,24 +12,39 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import llvmlite.binding as llvm
 
-from cpu_kernels.vectors.isa import Isa, named
+from cpu_kernels.vectors.isa import named
 from cpu_kernels.vectors.target import Target
 
 ROOT = Path(__file__).resolve().parents[2]
+Cpu = tuple[str, str]  # (triple, name)
+Kernel = tuple[str | int, ...]  # (module, factory, *parameters)
 
 
-def compiled(*kernels: tuple[str | int, ...]) -> list[tuple[str, bytes]]:
-    """(assembly, object) of kernels, compiled by another process."""
-    requests = "\n".join(json.dumps(kernel) for kernel in kernels)
+class Code(NamedTuple):
+    """A kernel for one CPU; the kernel's function is `kernel`."""
+
+    assembly: str
+    object: bytes
+
+
+def compiled(isa: str, cpus: Sequence[Cpu], kernels: Sequence[Kernel]) -> dict[tuple[Kernel, Cpu], Code]:
+    """Every kernel for every CPU, compiled by another process."""
+    requests = "\n".join(json.dumps([isa, cpus, *kernel]) for kernel in kernels)
     command = [sys.executable, "-m", "tests.support.cross_compile"]
     run = subprocess.run(command, input=requests, capture_output=True, text=True, cwd=ROOT, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
-    answers = [json.loads(line) for line in run.stdout.splitlines()]
-    return [(answer["assembly"], base64.b64decode(answer["object"])) for answer in answers]
+    answers = (json.loads(line) for line in run.stdout.splitlines())
+    return {
+        (kernel, cpu): Code(text, base64.b64decode(code))
+        for kernel, answer in zip(kernels, answers, strict=True)
+        for cpu, (text, code) in zip(cpus, answer, strict=True)
+    }
 
 
 def _compile_nothing() -> None:
@@ -44,23 +59,23 @@ def _compile_nothing() -> None:
     cpu_target.target_context.codegen().set_env = lambda name, environment: None
 
 
-def _compile(triple: str, cpu: str, isa: Isa, module: str, factory: str, *parameters: str | int) -> dict[str, str]:
+def _code_of(isa: str, module: str, factory: str, *parameters: str | int) -> llvm.ModuleRef:
     from numba.core.compiler_lock import global_compiler_lock
 
     from cpu_kernels.vectors.compiler import compile_module
 
-    given = (isa if parameter == "ISA" else parameter for parameter in parameters)
+    given = (named(isa) if parameter == "ISA" else parameter for parameter in parameters)
     with global_compiler_lock:
         kernel = getattr(importlib.import_module(f"cpu_kernels.{module}"), factory)(*given)
-        code, _ = compile_module(kernel, "kernel")
-        target = Target(triple, cpu, "")
-        # A spin loop's hint is the only instruction of its own machine that a kernel asks for by name.
-        code = llvm.parse_assembly(re.sub(r"(?m)^.* call void @llvm\.x86\.sse2\.pause\(\).*$", "", str(code)))
-        machine, own = target.machine(), target.retargeted(code)
-        return {
-            "assembly": machine.emit_assembly(own),
-            "object": base64.b64encode(machine.emit_object(own)).decode(),
-        }
+        text = str(compile_module(kernel, "kernel")[0])
+    # A spin loop's hint is the only instruction of its own machine that a kernel asks for by name.
+    return llvm.parse_assembly(re.sub(r"(?m)^.* call void @llvm\.x86\.sse2\.pause\(\).*$", "", text))
+
+
+def _emitted(code: llvm.ModuleRef, cpu: Cpu) -> tuple[str, str]:
+    target = Target(*cpu, "")
+    machine, own = target.machine(), target.retargeted(code)
+    return machine.emit_assembly(own), base64.b64encode(machine.emit_object(own)).decode()
 
 
 def main() -> None:
@@ -69,8 +84,9 @@ def main() -> None:
     llvm.initialize_all_asmprinters()
     _compile_nothing()
     for line in sys.stdin:
-        triple, cpu, isa, *kernel = json.loads(line)
-        print(json.dumps(_compile(triple, cpu, named(isa), *kernel)), flush=True)
+        isa, cpus, *kernel = json.loads(line)
+        code = _code_of(isa, *kernel)
+        print(json.dumps([_emitted(code, cpu) for cpu in cpus]), flush=True)
 
 
 if __name__ == "__main__":

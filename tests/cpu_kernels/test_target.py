@@ -1,0 +1,46 @@
+"""A path that is forced on a better CPU is compiled to its own instructions: registers of 256 bits on AVX2."""
+
+import llvmlite.binding as llvm
+import pytest
+
+from cpu_kernels.vectors.isa import host_features, named
+from cpu_kernels.vectors.target import target_of
+from tests.support.cpu_oracles import ISAS
+
+SUM = """
+define <16 x float> @kernel(ptr %x, ptr %y) {
+  %a = load <16 x float>, ptr %x
+  %b = load <16 x float>, ptr %y
+  %c = fadd <16 x float> %a, %b
+  ret <16 x float> %c
+}
+"""
+
+
+@pytest.mark.parametrize("isa", ["avxvnni", "avx2"])
+def test_forced_paths_use_no_wider_registers(isa):
+    if isa not in ISAS:
+        pytest.skip(f"this CPU runs {', '.join(ISAS)}")
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    target = target_of(named(isa))
+    assert target is not None or "avx512f" not in host_features()
+    if target is None:
+        pytest.skip("this CPU has no wider registers, so nothing is taken away")
+
+    assembly = target.machine().emit_assembly(target.retargeted(llvm.parse_assembly(SUM)))
+
+    assert "ymm" in assembly and "zmm" not in assembly
+
+
+def test_the_path_without_bf16_has_no_instruction_for_it():
+    if "avx512bf16" not in host_features():
+        pytest.skip("this CPU has no AVX-512 BF16")
+    target = target_of(named("avx512vnni"))
+
+    assert target is not None
+    assert "+avx512vnni" in target.features and "-avx512bf16" in target.features
+
+
+def test_the_best_path_is_the_cpu_as_it_is():
+    assert target_of(named("portable")) is None
