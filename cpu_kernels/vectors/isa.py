@@ -88,5 +88,8 @@ def named(name: str, has_bf16: bool = False) -> Isa:
     """The path of this name, whatever the CPU."""
     if name in ("avx512", "avx512vnni"):
         return Isa(name, has_bf16, row_tile=8, dot_features=4, dot_rows=6)
+    if name in ("avxvnni", "avx2"):
+        # 16 registers, two to a vector: six sums of one feature leave four to a line of weights; inputs are operands.
+        return Isa(name, has_bf16=False, row_tile=4, dot_features=1, dot_rows=6)
     # Elsewhere a vector takes two or four registers, of 16 or 32.
     return Isa(name, has_bf16=False, row_tile=4, dot_features=2, dot_rows=3)
