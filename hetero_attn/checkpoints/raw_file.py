@@ -2,9 +2,14 @@
 
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 from hetero_attn.errors import CheckpointError
+
+AHEAD_BYTES = 32 << 20  # most that the system is asked to fetch behind a read, while what was read is packed
 
 
 class RawFile:
@@ -24,8 +29,13 @@ class RawFile:
         self.size = self._opened_as[0]
 
     def close(self) -> None:
-        """Close the descriptor; may be called twice."""
+        """Close the descriptor; may be called twice.
+
+        Where the file and its packed weights do not both fit into memory, the system's copy of the file is given back.
+        """
         if self._fd >= 0:
+            if psutil.virtual_memory().available < 2 * self.size:
+                self._advise(0, self.size, "POSIX_FADV_DONTNEED")
             os.close(self._fd)
             self._fd = -1
 
@@ -52,6 +62,13 @@ class RawFile:
                 f"{self.path}: the file changed while it was in use (was {self.size} bytes, is {self._stamp()[0]}); "
                 "leave a checkpoint alone while it loads, then load it again"
             )
+        self._advise(offset + done, min(len(buffer), AHEAD_BYTES), "POSIX_FADV_WILLNEED")
+
+    def _advise(self, offset: int, size: int, advice: str) -> None:
+        """Tell the system what will become of bytes of the file, where it can be told."""
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # advice that a file system does not take is none the less only advice
+                os.posix_fadvise(self._fd, offset, size, getattr(os, advice))
 
     def _stamp(self) -> tuple[int, int]:
         """Size in bytes and time of the last change; they differ once somebody has written to the file."""
