@@ -1,6 +1,7 @@
 """The benchmark script of the CPU kernels runs and ends with one JSON line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,12 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "benchmarks" / "kernels_cpu.py
 
 
 def test_quick_run_prints_one_json_line():
-    command = [sys.executable, "-c", f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"]
+    command = [sys.executable, SCRIPT]
     options = ["--quick", "--json", "--rows", "1,4", "--threads", "1"]
 
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])}
     result = subprocess.run(
-        [*command, *options], capture_output=True, text=True, timeout=200, check=True, cwd=SCRIPT.parents[2]
+        [*command, *options], capture_output=True, text=True, timeout=200, check=True, env=environment
     )
 
     (line,) = result.stdout.splitlines()

@@ -5,30 +5,35 @@ count: bytes or operations per second, and the share of the ceiling where memory
 and op are interleaved, so that both meet the same neighbours; medians are printed. On a machine that others use, trust
 shares.
 
-    python examples/benchmarks/kernels_cpu.py [--threads N] [--isa NAME] [--rows 1,8,512] [--quick] [--json]
+    python examples/benchmarks/kernels_cpu.py [--threads N] [--isa NAME] [--ops linear,decode_attention] [--rows 1,512]
+        [--dtypes bf16,q4_k] [--kv bf16] [--tokens 16384] [--quick] [--json] [--out FILE]
 
-Ends with one JSON line; --json prints nothing else.
+With 128 rows or more of fp32 or bf16 the rate of torch's own float32 product is measured beside ours. Ends with one
+JSON line; --json prints nothing else.
 """
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from itertools import product
+from itertools import chain, product
+from pathlib import Path
 
 import torch
+from whole_model import machine as hardware
 
 from cpu_kernels import CpuKernels, advise_huge_pages
 from cpu_kernels.contract import ChunkKeys, Pages, Partial, RowKeys
 from cpu_kernels.formats import pages as kv_layout
+from cpu_kernels.formats import unit_bytes
 from cpu_kernels.formats import weights as layout
 
 HIDDEN = 2048
 ROWS = (1, 2, 4, 8, 16, 64, 512)
 STREAM_ROWS = 16  # up to here every call reads weights that no cache holds; above, a few MB are enough
+PRODUCT_ROWS = 128
 LABELS = ("weight_dtype", "kv_dtype", "rows", "tokens", "q_len", "head_dim", "group_heads")
 ATTENTION_SHAPES = (  # head_dim, query heads per KV head, KV heads
     (64, 1, 16),
@@ -53,9 +58,12 @@ def memory(size_bytes: int) -> torch.Tensor:
 
 
 def random_weight(weight_dtype: str, size_bytes: int) -> torch.Tensor:
-    """Packed weight of about this size: one packed stretch of normal weights, repeated."""
-    block = layout.block_bytes(weight_dtype, HIDDEN)
+    """Packed weight of about this size: one packed stretch of normal weights, repeated; of a form of files bytes that
+    are ordinary numbers as codes and as scales."""
+    block = unit_bytes(weight_dtype, HIDDEN)
     blocks = max(1, size_bytes // block)
+    if weight_dtype not in layout.WEIGHT_DTYPES:
+        return memory(blocks * block).fill_(0x3C).view(blocks, block)
     with CpuKernels(1) as ops:
         sample = torch.empty(4, block, dtype=torch.uint8)
         ops.pack(torch.randn(64, HIDDEN), weight_dtype, sample)
@@ -90,9 +98,9 @@ def result(op: str, seconds: float, sweep_s: float, size_bytes: int, operations:
     }
 
 
-def linears(ops: CpuKernels, rows: tuple[int, ...], size_bytes: int, repetitions: int):
+def linears(ops: CpuKernels, dtypes: tuple[str, ...], rows: tuple[int, ...], size_bytes: int, repetitions: int):
     """linear of every dtype and row count; all dtypes of a row count share their repetitions."""
-    weights = {name: random_weight(name, size_bytes) for name in ("bf16", "q8", "q4")}
+    weights = {name: random_weight(name, size_bytes) for name in dtypes}
     for count in rows:
         used = {name: w if count <= STREAM_ROWS else w[: max(1, len(w) // 8)] for name, w in weights.items()}
         x = torch.randn(count, HIDDEN)
@@ -105,7 +113,21 @@ def linears(ops: CpuKernels, rows: tuple[int, ...], size_bytes: int, repetitions
         for index, (name, weight) in enumerate(used.items()):
             operations = 2 * count * HIDDEN * 16 * len(weight)
             labels = {"weight_dtype": name, "rows": count}
-            yield result("linear", times[2 * index + 1], times[2 * index], weight.nbytes, operations, **labels)
+            row = result("linear", times[2 * index + 1], times[2 * index], weight.nbytes, operations, **labels)
+            if name in ("fp32", "bf16") and count >= PRODUCT_ROWS:
+                row["share_of_torch_fp32"] = share_of_product(ops, weight, name, repetitions)
+            yield row
+
+
+def share_of_product(ops: CpuKernels, weight: torch.Tensor, name: str, repetitions: int) -> float:
+    """Rate of `linear` over that of torch's float32 product of the same shape and threads, turn by turn."""
+    x, plain = torch.randn(PRODUCT_ROWS, HIDDEN), torch.randn(16 * len(weight), HIDDEN)
+    out, before = torch.empty(PRODUCT_ROWS, 16 * len(weight)), torch.get_num_threads()
+    torch.set_num_threads(ops.num_threads)
+    calls = [lambda: torch.mm(x, plain.T, out=out), lambda: ops.linear(x, weight, name, None, out)]
+    product_s, linear_s = interleaved(calls, repetitions)
+    torch.set_num_threads(before)
+    return round(product_s / linear_s, 3)
 
 
 def random_cache(kv_dtype: str, pages: int, head_dim: int) -> torch.Tensor:
@@ -181,7 +203,9 @@ def line(row: dict) -> str:
     text = f"{row['op']:18s} {labels:42s} {row['ms']:10.3f} ms"
     if row["share_of_ceiling"] < 1 or row["op"] in ("linear", "decode_attention"):
         text += f" {row['gb_per_s']:7.1f} of {row['ceiling_gb_per_s']:5.1f} GB/s = {row['share_of_ceiling']:4.2f}"
-    return text + (f" {row['gop_per_s']:8.0f} GOP/s" if row["gop_per_s"] else "")
+    text += f" {row['gop_per_s']:8.0f} GOP/s" if row["gop_per_s"] else ""
+    share = row.get("share_of_torch_fp32")
+    return text if share is None else f"{text}, {share:4.2f} of torch's fp32"
 
 
 def main() -> None:
@@ -189,18 +213,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, help="threads, the caller included (default: physical cores)")
     parser.add_argument("--isa", help="instruction set path (default: the best of this CPU)")
+    parser.add_argument("--ops", default="linear,decode_attention,prefill_attention,elementwise", help="of these")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="row counts of linear")
+    parser.add_argument("--dtypes", default="bf16,q8,q4", help="weight dtypes of linear")
+    parser.add_argument("--kv", default=",".join(KV_DTYPES), help="cache dtypes of attention")
+    parser.add_argument("--tokens", default=",".join(map(str, KV_TOKENS)), help="cache lengths of decode attention")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
     parser.add_argument("--quick", action="store_true", help="small weights, few repetitions: a smoke test")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     options = parser.parse_args()
     say = (lambda text: None) if options.json else (lambda text: print(text, flush=True))
-    size, tokens, q_len, repetitions = (2 << 20, (256,), 64, 1) if options.quick else (128 << 20, KV_TOKENS, 512, 15)
-    dtypes = ("bf16",) if options.quick else tuple(KV_DTYPES)
+    lengths = tuple(map(int, options.tokens.split(",")))
+    size, tokens, q_len, repetitions = (2 << 20, (256,), 64, 1) if options.quick else (128 << 20, lengths, 512, 15)
+    dtypes = ("bf16",) if options.quick else tuple(options.kv.split(","))
+    wanted = options.ops.split(",")
     with CpuKernels(options.threads, isa=options.isa, on_compile=lambda name: say(f"compiling {name}")) as ops:
         machine = {
-            "cpu": platform.processor() or platform.machine(),
+            **hardware(ops.num_threads),
             "isa": ops.isa,
-            "threads": ops.num_threads,
             **{name: version(name) for name in ("numba", "llvmlite", "torch")},
         }
         say(" ".join(f"{key}={value}" for key, value in machine.items()))
@@ -209,16 +239,19 @@ def main() -> None:
         say(f"ceiling: read-only sweep of {size >> 20} MiB {size / sweep_s / 1e9:.1f} GB/s")
         rows = []
         counts = tuple(int(count) for count in options.rows.split(","))
-        for measured in (
-            linears(ops, counts, size, repetitions),
-            decodes(ops, tokens, dtypes, repetitions),
-            prefills(ops, q_len, dtypes),
-            elementwise(ops, repetitions),
-        ):
-            for row in measured:
-                rows.append(row)
-                say(line(row))
-    print(json.dumps({"machine": machine, "sweep_gb_per_s": round(size / sweep_s / 1e9, 2), "results": rows}))
+        measured = {
+            "linear": linears(ops, tuple(options.dtypes.split(",")), counts, size, repetitions),
+            "decode_attention": decodes(ops, tokens, dtypes, repetitions),
+            "prefill_attention": prefills(ops, q_len, dtypes),
+            "elementwise": elementwise(ops, repetitions),
+        }
+        for row in chain.from_iterable(measured[name] for name in wanted):
+            rows.append(row)
+            say(line(row))
+    record = {"machine": machine, "sweep_gb_per_s": round(size / sweep_s / 1e9, 2), "results": rows}
+    if options.out:
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
 
 
 if __name__ == "__main__":
