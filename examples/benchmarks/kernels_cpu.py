@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--ops", default="linear,decode_attention,prefill_attention,elementwise", help="of these")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="row counts of linear")
     parser.add_argument("--dtypes", default="bf16,q8,q4", help="weight dtypes of linear")
-    parser.add_argument("--kv", default=",".join(KV_DTYPES), help="cache dtypes of attention")
+    parser.add_argument("--kv", help="cache dtypes of attention (default: all, with --quick bf16)")
     parser.add_argument("--tokens", default=",".join(map(str, KV_TOKENS)), help="cache lengths of decode attention")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parser.add_argument("--quick", action="store_true", help="small weights, few repetitions: a smoke test")
@@ -225,7 +225,7 @@ def main() -> None:
     say = (lambda text: None) if options.json else (lambda text: print(text, flush=True))
     lengths = tuple(map(int, options.tokens.split(",")))
     size, tokens, q_len, repetitions = (2 << 20, (256,), 64, 1) if options.quick else (128 << 20, lengths, 512, 15)
-    dtypes = ("bf16",) if options.quick else tuple(options.kv.split(","))
+    dtypes = tuple((options.kv or ("bf16" if options.quick else ",".join(KV_DTYPES))).split(","))
     wanted = options.ops.split(",")
     with CpuKernels(options.threads, isa=options.isa, on_compile=lambda name: say(f"compiling {name}")) as ops:
         machine = {
