@@ -11,6 +11,7 @@ LANES = 16  # of a register, as in vectors/vector.py, which a warm start does no
 SPLIT_TILES = 8  # tiles of a split; shorter ones cost more in merging than they balance
 PREFILL_SCORES = 4  # query vectors per score tile: 4 x 64 keys fill 16 registers
 PREFILL_VALUES = 8  # query vectors per pass over V
+NARROW_VALUES = 2  # the same, and query heads of decode, where their sums would not fit in the registers
 PREFILL_VECTORS = 64  # query vectors (rows x heads of a KV head) per item: what one transposed tile of K serves
 
 
@@ -75,15 +76,18 @@ class DecodeTiles:
     words: int
 
     @classmethod
-    def of(cls, kv_dtype: str, queries_per_kv: int, head_dim: int) -> "DecodeTiles":
-        """For this many query heads per KV head. Blocks of codes are whole: no scale is read beyond a row's."""
+    def of(cls, kv_dtype: str, queries_per_kv: int, head_dim: int, has_avx512: bool) -> "DecodeTiles":
+        """For this many query heads per KV head. Blocks of codes are whole: no scale is read beyond a row's.
+
+        Without AVX-512 a vector takes two or four of 16 or 32 registers: fewer heads' sums fit in them.
+        """
         shape, padded = RowShape.of(kv_dtype), padded_heads(queries_per_kv)
         if not shape.has_codes:
             most = 8 if padded % 8 == 0 else min(padded, 4)
-            return cls(most, most, LANES)
+            return cls(most, most if has_avx512 else min(most, NARROW_VALUES), LANES)
         row_words = shape.lines(head_dim) * shape.group_words
         words = next(words for words in (16, 8, 4) if row_words % words == 0)
-        return cls(min(padded, 4), min(padded, 8 // shape.parts), words)
+        return cls(min(padded, 4), min(padded, 8 // shape.parts) if has_avx512 else 1, words)
 
 
 def q_line_bytes(kv_dtype: str, has_bf16: bool) -> int:

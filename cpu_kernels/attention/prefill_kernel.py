@@ -17,6 +17,7 @@ from cpu_kernels.attention.parameters import (
     HEAD_SCORES,
     KEY_TILE,
     LINE_BYTES,
+    NARROW_VALUES,
     PREFILL_SCORES,
     PREFILL_VALUES,
     PREFILL_VECTORS,
@@ -129,7 +130,8 @@ def rows_of_tile(kv_dtype: str):
 
 def attend_tile(isa: Isa, kv_dtype: str, capped: bool):
     """Function: one tile of keys, K transposed, for all query vectors of an item. kv_dtype: of the rows multiplied."""
-    scores_of, strip_of = scores_of_tile(isa, kv_dtype), value_strip(isa, kv_dtype, PREFILL_VALUES)
+    values = PREFILL_VALUES if isa.has_avx512 else NARROW_VALUES
+    scores_of, strip_of = scores_of_tile(isa, kv_dtype), value_strip(isa, kv_dtype, values)
     soften_one, shape = softmax_tile(isa, kv_dtype), RowShape.of(kv_dtype)
     line_items, acc_line, q_line = shape.line_items, shape.acc_bytes, q_line_bytes(kv_dtype, isa.has_bf16)
 
@@ -160,7 +162,9 @@ def attend_tile(isa: Isa, kv_dtype: str, capped: bool):
         scalars, acc_bytes = scores + HEAD_SCORES * PREFILL_VALUES, acc_line * lines
         for line in range(lines):
             at, left = v_rows + LINE_BYTES * line, head_dim - line_items * line
-            strip_of(acc + acc_line * line, acc_bytes, scalars, at, v_row, last, scores, left, at)
+            for part in range(0, PREFILL_VALUES, values):
+                to, factors = acc + acc_bytes * part + acc_line * line, scalars + HEAD_SCALARS * part
+                strip_of(to, acc_bytes, factors, at, v_row, last, scores + HEAD_SCORES * part, left, at)
 
     @helper
     def attend(

@@ -7,7 +7,8 @@ llama.cpp runs twice, with its weights repacked at load and without; the ratio i
 that is forced with --isa is compared with a llama.cpp that was built for the same instructions, whose libraries lie in
 --llama-lib. --dtype loads our side in another dtype than the file's. The ceiling is a read-only sweep of memory; it is
 printed first, and beside each file the share of a sweep of its own weights that our linears reach in a decode step.
-Ends with one JSON line.
+With --threads 1 every side is timed by the CPU time of its process: what a busy machine can still be asked. Ends with
+one JSON line.
 """
 
 import argparse
@@ -70,7 +71,8 @@ def compare(options: argparse.Namespace, file: Path, sides: dict[str, Worker], t
     for repetition in range(options.repetitions + 1):
         for name, side in sides.items():
             time.sleep(SPINNING_S)
-            seconds = side.ask(test=test, tokens=tokens if repetition else min(tokens, 32), depth=0)["seconds"]
+            answer = side.ask(test=test, tokens=tokens if repetition else min(tokens, 32), depth=0)
+            seconds = answer["cpu_seconds" if options.threads == 1 else "seconds"]
             if repetition:  # the first warms up
                 runs[name].append(tokens / seconds)
     pairs = zip(runs["ours"], runs["repacked"], runs["as is"], strict=True)
@@ -119,6 +121,7 @@ def main() -> None:
         "commit": commit(),
         "machine": machine(options.threads),
         "repetitions": options.repetitions,
+        "clock": "CPU time" if options.threads == 1 else "wall time",
         "rows": [],
     }
     tokens = {"decode": options.decode_tokens, "prefill": options.prefill_tokens}
@@ -129,7 +132,8 @@ def main() -> None:
                 ours, peer = (sides[name].ask(test="about") for name in ("ours", "repacked"))
                 record |= {"isa": ours["isa"], "versions": ours["versions"] | peer["versions"]}
                 record["ceiling_bytes_per_s"] = sides["ours"].ask(test="sweep", megabytes=512)["bytes_per_s"]
-                say(f"{record['machine']['cpu']}, {record['isa']}, {options.threads} threads; tokens per second")
+                say(f"{record['machine']['cpu']}, {record['isa']}, {options.threads} threads")
+                say(f"tokens per second of {record['clock']}")
                 say(f"ceiling: {record['ceiling_bytes_per_s'] / 1e9:.1f} GB/s, a read-only sweep\n\n{HEADINGS}")
             for test in options.tests:
                 row = compare(options, file, sides, test, tokens[test])

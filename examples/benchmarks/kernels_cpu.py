@@ -3,7 +3,7 @@
 The ceiling comes first: a read-only sweep over the same bytes with the same threads. Then every op, dtype and row
 count: bytes or operations per second, and the share of the ceiling where memory is the limit. The repetitions of sweep
 and op are interleaved, so that both meet the same neighbours; medians are printed. On a machine that others use, trust
-shares.
+shares, and with --threads 1, where the clock is CPU time, rates too.
 
     python examples/benchmarks/kernels_cpu.py [--threads N] [--isa NAME] [--ops linear,decode_attention] [--rows 1,512]
         [--dtypes bf16,q4_k] [--kv bf16] [--tokens 16384] [--quick] [--json] [--out FILE]
@@ -73,15 +73,16 @@ def random_weight(weight_dtype: str, size_bytes: int) -> torch.Tensor:
     return weight
 
 
-def interleaved(calls: list[Callable[[], None]], repetitions: int) -> list[float]:
+def interleaved(calls: list[Callable[[], None]], repetitions: int, threads: int) -> list[float]:
     """Median seconds of each call; every repetition runs all of them, after one warm-up."""
+    clock = time.process_time if threads == 1 else time.perf_counter
     times: list[list[float]] = [[] for _ in calls]
     for repetition in range(repetitions + 1):
         for call, measured in zip(calls, times):
-            start = time.perf_counter()
+            start = clock()
             call()
             if repetition:
-                measured.append(time.perf_counter() - start)
+                measured.append(clock() - start)
     return [statistics.median(measured) for measured in times]
 
 
@@ -109,7 +110,7 @@ def linears(ops: CpuKernels, dtypes: tuple[str, ...], rows: tuple[int, ...], siz
             out = torch.empty(count, 16 * len(weight))
             calls.append(lambda weight=weight: ops.sweep(weight))
             calls.append(lambda name=name, weight=weight, x=x, out=out: ops.linear(x, weight, name, None, out))
-        times = interleaved(calls, repetitions if count <= STREAM_ROWS else max(3, repetitions // 3))
+        times = interleaved(calls, repetitions if count <= STREAM_ROWS else max(3, repetitions // 3), ops.num_threads)
         for index, (name, weight) in enumerate(used.items()):
             operations = 2 * count * HIDDEN * 16 * len(weight)
             labels = {"weight_dtype": name, "rows": count}
@@ -125,7 +126,7 @@ def share_of_product(ops: CpuKernels, weight: torch.Tensor, name: str, repetitio
     out, before = torch.empty(PRODUCT_ROWS, 16 * len(weight)), torch.get_num_threads()
     torch.set_num_threads(ops.num_threads)
     calls = [lambda: torch.mm(x, plain.T, out=out), lambda: ops.linear(x, weight, name, None, out)]
-    product_s, linear_s = interleaved(calls, repetitions)
+    product_s, linear_s = interleaved(calls, repetitions, ops.num_threads)
     torch.set_num_threads(before)
     return round(product_s / linear_s, 3)
 
@@ -160,7 +161,7 @@ def decodes(ops: CpuKernels, tokens: tuple[int, ...], dtypes: tuple[str, ...], r
         out = torch.empty_like(q)
         arguments = (q, Pages(*cache), RowKeys(table, *bounds), scale, Partial(out, lse))
         calls = [lambda cache=cache: ops.sweep(cache), lambda given=arguments: ops.decode_attention(*given)]
-        sweep_s, decode_s = interleaved(calls, repetitions)
+        sweep_s, decode_s = interleaved(calls, repetitions, ops.num_threads)
         labels = {"kv_dtype": kv_dtype, "tokens": kv_len, "head_dim": head_dim, "group_heads": queries_per_kv}
         yield result("decode_attention", decode_s, sweep_s, cache.nbytes, 4 * num_heads * kv_len * head_dim, **labels)
 
@@ -174,7 +175,7 @@ def prefills(ops: CpuKernels, q_len: int, dtypes: tuple[str, ...]):
         q, lse = torch.randn(q_len, num_heads, head_dim), torch.empty(q_len, num_heads)
         keys, into = ChunkKeys(table, 0, q_len, 0), Partial(torch.empty_like(q), lse)
         arguments = (q, Pages(*cache), keys, head_dim**-0.5, into)
-        (prefill_s,) = interleaved([lambda given=arguments: ops.prefill_attention(*given)], 3)
+        (prefill_s,) = interleaved([lambda given=arguments: ops.prefill_attention(*given)], 3, ops.num_threads)
         labels = {"kv_dtype": kv_dtype, "q_len": q_len, "head_dim": head_dim, "group_heads": queries_per_kv}
         operations = 4 * num_heads * q_len * (q_len + 1) / 2 * head_dim
         yield result("prefill_attention", prefill_s, prefill_s, 0, operations, **labels)
@@ -192,7 +193,7 @@ def elementwise(ops: CpuKernels, repetitions: int):
         "pack_q8": (lambda: ops.pack(rows, "q8", packed["q8"]), rows.nbytes),
         "pack_q4": (lambda: ops.pack(rows, "q4", packed["q4"]), rows.nbytes),
     }
-    times = interleaved([call for call, _ in calls.values()], repetitions)
+    times = interleaved([call for call, _ in calls.values()], repetitions, ops.num_threads)
     for (name, (_, size)), seconds in zip(calls.items(), times):
         yield result(name, seconds, seconds, size, 0)
 
@@ -235,7 +236,7 @@ def main() -> None:
         }
         say(" ".join(f"{key}={value}" for key, value in machine.items()))
         buffer = memory(size)
-        (sweep_s,) = interleaved([lambda: ops.sweep(buffer)], repetitions)
+        (sweep_s,) = interleaved([lambda: ops.sweep(buffer)], repetitions, ops.num_threads)
         say(f"ceiling: read-only sweep of {size >> 20} MiB {size / sweep_s / 1e9:.1f} GB/s")
         rows = []
         counts = tuple(int(count) for count in options.rows.split(","))

@@ -125,12 +125,17 @@ class HeteroAttn(Side):
             return self._physics()
         return super().answer(request)
 
+    @property
+    def _clock(self) -> Callable[[], float]:
+        """One thread is timed by its CPU time, which programs beside it do not lengthen."""
+        return time.process_time if self._settings.threads == 1 else time.perf_counter
+
     def _sweep(self, total_bytes: int) -> float:
         from cpu_kernels import CpuKernels
 
         buffer = _filled(total_bytes, 4096)
         with CpuKernels(self._settings.threads) as ops:
-            return buffer.nbytes / _median_seconds(lambda: ops.sweep(buffer))
+            return buffer.nbytes / _median_seconds(lambda: ops.sweep(buffer), self._clock)
 
     def _physics(self) -> dict[str, float]:
         """Seconds of a decode step at the present depth, and of its parts, turn by turn; medians.
@@ -156,7 +161,7 @@ class HeteroAttn(Side):
         times: dict[str, list[float]] = {name: [] for name in parts}
         for _ in range(REPETITIONS):
             for name, work in parts.items():
-                times[name].append(_seconds(work))
+                times[name].append(_seconds(work, self._clock))
         return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -171,16 +176,16 @@ def _filled(total_bytes: int, row_bytes: int) -> "torch.Tensor":
     return tensor.fill_(WEIGHT_BYTE)
 
 
-def _median_seconds(work: Callable[[], object]) -> float:
+def _median_seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
     """Median time of one call, warmed up."""
     work()
-    return statistics.median(_seconds(work) for _ in range(REPETITIONS))
+    return statistics.median(_seconds(work, clock) for _ in range(REPETITIONS))
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def _seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
+    started = clock()
     work()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ Reads one JSON request a line from standard input and answers each with one JSON
     {"test": "logits",  "token_ids": [1, 2, 3]}       logits after the last of these tokens, to see that sides agree
     {"test": "about"}                                 versions
 
-An answer is {"seconds": of the whole test} and what else the test gives; depth is filled before the clock starts, by
-ours with random keys and values, by llama.cpp with copies of a computed piece, and kept for the next request. Processes
-of their own, so that thread pools never share cores and a peer may live in another
-environment: apart from its own library a peer needs the standard library alone.
+An answer is {"seconds": of the whole test, "cpu_seconds": of the process meanwhile} and what else the test gives; depth
+is filled before the clock starts, by ours with random keys and values, by llama.cpp with copies of a computed piece,
+and kept for the next request. Processes of their own, so that thread pools never share cores and a peer may live in
+another environment: apart from its own library a peer needs the standard library alone.
 
 What a side does in a decode step: ours takes the argmax of the logits, as does transformers; llama.cpp is fed random
 tokens like llama-bench. A batch is 8 sequences with 8 rows of logits for ours, and 8 tokens of one sequence with logits
@@ -96,7 +96,7 @@ class Side:
         self.seek(depth)
         # Made before the clock starts, from one seed on every side.
         prompt = random_tokens(tokens, self.vocab_size) if test == "prefill" else []
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         if test == "decode":
             self.decode(tokens)
         elif test == "prefill":
@@ -105,7 +105,7 @@ class Side:
             self.batch(request["rows"], tokens)
         else:
             raise ValueError(f"test is {test!r}; it must be one of decode, prefill, batch, logits, about")
-        return {"seconds": time.perf_counter() - started}
+        return {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started}
 
     def seek(self, depth: int) -> None:
         """Cut the sequence back, or fill it, to `depth` tokens."""
