@@ -52,8 +52,8 @@ class Settings:
     kv: str
     flash_attention: str
     llama_bench: Path | None
-    repack: bool
-    isa: str | None
+    repack: bool = True
+    isa: str | None = None
 
 
 class Side:
