@@ -7,7 +7,7 @@ import torch
 
 from hetero_attn import LLM
 from hetero_attn.checkpoints.sources import read_config
-from hetero_attn.errors import UnsupportedModelError
+from hetero_attn.errors import ConfigError, UnsupportedModelError
 from hetero_attn.planning.settle import plan_model
 from tests.support.gguf_models import make_family_gguf
 from tests.support.runtime import nmse
@@ -130,6 +130,23 @@ def test_gemma3_keys_at_their_defaults(tmp_path):
     assert config.sliding_window == (512,) * 5 + (0, 512)
     assert [config.rope_of(layer).theta for layer in (0, 5)] == [1e4, 1e4]
     assert config.hidden_act == "gelu_tanh" and config.norm_offset == 0.0 and config.eos_token_ids == (2, 3)
+
+
+def test_gemma2_keys_at_their_defaults(tmp_path):
+    """The first files have neither a window nor soft caps, and mean those of the published models."""
+    gguf_file, _ = make_family_gguf(tmp_path, "gemma2", {}, num_hidden_layers=3)
+    config = read_config(gguf_file)
+
+    assert config.sliding_window == (4096, 0, 4096)
+    assert (config.attention_cap, config.logit_cap) == (50.0, 30.0)
+
+
+def test_cohere2_without_a_window_is_refused(tmp_path):
+    """Its layers without a window turn nothing, so none at all would be a model without positions."""
+    gguf_file, _ = make_family_gguf(tmp_path, "cohere2", {"logit_scale": 0.3}, num_hidden_layers=3)
+
+    with pytest.raises(ConfigError, match=r"no cohere2.attention.sliding_window, which every model needs"):
+        read_config(gguf_file)
 
 
 def test_a_term_of_another_family_is_refused(tmp_path):

@@ -29,7 +29,7 @@ def cohere2_terms(fields: Any, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def cohere2_gguf(fields: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     """Of a GGUF file."""
-    windows = gguf_windows(fields, found["num_layers"], PERIOD)
+    windows = gguf_windows(fields, found["num_layers"], PERIOD, absent=None)
     return beside_each_other(found, windows, fields.number(".logit_scale", 0.0, MOST))
 
 

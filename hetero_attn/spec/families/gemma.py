@@ -31,7 +31,7 @@ def gemma2_terms(fields: JsonFields, found: Mapping[str, Any]) -> dict[str, Any]
 def gemma2_gguf(fields: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     """The same from a GGUF file, whose norms hold 1 + w."""
     return _gguf_norms(found, LARGEST_LAYERS_2) | {
-        "sliding_window": gguf_windows(fields, found["num_layers"], period=2),
+        "sliding_window": gguf_windows(fields, found["num_layers"], period=2, absent=4096),
         "attention_cap": fields.number(CAP_KEYS[0], 0.0, MOST_CAP, 50.0),
         "logit_cap": fields.number(CAP_KEYS[1], 0.0, MOST_CAP, 30.0),
     }

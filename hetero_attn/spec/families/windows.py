@@ -52,11 +52,14 @@ def windows_every(period_key: str) -> Windows:
     return windows
 
 
-def gguf_windows(fields: Any, num_layers: int, period: int) -> tuple[int, ...]:
+def gguf_windows(fields: Any, num_layers: int, period: int, absent: int | None = 0) -> tuple[int, ...]:
     """The window of every layer of a GGUF file that has one: of those that its pattern names, or of all but every
-    so many; period: where it says nothing of that."""
+    so many; period: where it says nothing of that. absent: the window where the file names none, None where it must."""
     size, pattern = WINDOW_KEYS
-    window = fields.integer(size, MAX_CONTEXT, 0, low=0)
+    if absent is None:
+        window = fields.integer(size, MAX_CONTEXT)
+    else:
+        window = fields.integer(size, MAX_CONTEXT, absent, low=0)
     if fields.is_list(pattern):
         return tuple(window if slides else 0 for slides in fields.numbers(pattern, num_layers))
     period = fields.integer(pattern, MAX_CONTEXT, period)
