@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
+from hetero_attn.checkpoints.gguf.config import gguf_config
+from hetero_attn.checkpoints.gguf.fields import GgufFields
 from hetero_attn.checkpoints.gguf.tokenizer import gguf_tokenizer
 from hetero_attn.checkpoints.sources import read_config
 from hetero_attn.errors import CheckpointError, ConfigError, HeteroError, UnsupportedModelError
@@ -191,6 +193,15 @@ def test_a_tensor_that_would_be_ignored_is_refused(seed, tmp_path):
 def test_a_value_of_another_type_or_beyond_its_range_is_named(seed, tmp_path, old, new, message):
     with pytest.raises(ConfigError, match=message):
         plan_model(replaced(seed, tmp_path, old, new), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["expert_count", "attention.sliding_window"])
+def test_a_number_for_each_layer_where_one_is_meant_is_refused(seed, name):
+    with GgufCheckpoint.open(seed) as source:
+        fields = GgufFields(seed, {**source.fields.values, f"llama.{name}": np.array([0, 2])})
+
+        with pytest.raises(HeteroError, match=f"llama.{name} is"):
+            gguf_config(fields, source._theirs, {})
 
 
 def test_a_missing_key_is_named(seed, tmp_path):

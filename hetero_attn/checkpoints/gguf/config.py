@@ -108,7 +108,7 @@ def _family(fields: GgufFields) -> tuple[Family, GgufTerms]:
             f"{nearest(fields.architecture, known)}. Known in GGUF files: {', '.join(known)}"
         )
     for name in _UNKNOWN_TERMS:
-        if name not in family.gguf.keys and fields.values.get(fields.key(name)):
+        if name not in family.gguf.keys and fields.is_set(name):
             raise UnsupportedModelError(
                 f"{fields.path}: {fields.key(name)} is {fields.values[fields.key(name)]!r}: this term of the "
                 "architecture is not computed, and leaving it out would change every answer"
@@ -202,5 +202,5 @@ def gguf_terms(fields: GgufFields) -> GgufTerms:
 
 def _family_or_none(fields: GgufFields) -> Family | None:
     """The family of an architecture; Mixtral's files have that of Llama, and experts."""
-    with_experts = GGUF_EXPERT_FAMILIES if fields.values.get(fields.key(".expert_count")) else {}
+    with_experts = GGUF_EXPERT_FAMILIES if fields.is_set(".expert_count") else {}
     return with_experts.get(fields.architecture) or GGUF_FAMILIES.get(fields.architecture)

@@ -60,6 +60,11 @@ class GgufFields:
         good = isinstance(value, list) and (not value or isinstance(value[0], str))
         return value if good else self.fail(name, value, "a list of texts")
 
+    def is_set(self, name: str) -> bool:
+        """Whether a key has a value beside 0, false and nothing, an array one such item."""
+        value = self.values.get(self.key(name))
+        return bool(value.any() if isinstance(value, np.ndarray) else value)
+
     def is_list(self, name: str) -> bool:
         """Whether the value of a key is an array."""
         return isinstance(self.values.get(self.key(name)), np.ndarray | list)
