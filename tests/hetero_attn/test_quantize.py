@@ -24,8 +24,9 @@ from hetero_attn.tools.quantize.choose import RECIPES, Loss, by_bits, by_recipe,
 from hetero_attn.tools.quantize.encode import encode
 from hetero_attn.tools.quantize.table import kept_table
 from hetero_attn.tools.quantize.write import quantize
+from tests.support.moe import moe_gguf
 from tests.support.runtime import nmse
-from tests.support.toy import make_checkpoint
+from tests.support.toy import make_checkpoint, make_family_checkpoint
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 # Relative squared error of normal weights: what gguf's own quantiser has, or llama.cpp's of the types that it lacks.
@@ -129,6 +130,29 @@ def test_every_family_is_written_as_its_own(tmp_path, family):
     tokens = torch.randint(200, (16,), generator=torch.Generator().manual_seed(3)).tolist()
 
     assert nmse(logits(tmp_path / "model.gguf", tokens, dtype="fp32"), logits(path, tokens, dtype="fp32")) < 1e-2
+
+
+@pytest.mark.parametrize(("family", "values"), [("olmo2", {}), ("starcoder2", {"sliding_window": None})])
+def test_families_with_norms_of_their_own_are_written_as_their_own(tmp_path, family, values):
+    path = make_family_checkpoint(tmp_path / "model", family, hidden_size=64, head_dim=32, **values)
+    (path / "tokenizer.json").unlink()
+    (path / "tokenizer_config.json").unlink()
+    quantize(path, tmp_path / "model.gguf", "q8", threads=2)
+    tokens = list(range(3, 30))
+
+    assert nmse(logits(tmp_path / "model.gguf", tokens, dtype="fp32"), logits(path, tokens, dtype="fp32")) < 1e-2
+
+
+def test_what_a_file_cannot_say_is_refused_by_name(tmp_path):
+    path = make_family_checkpoint(tmp_path / "windows", "starcoder2", sliding_window=9)
+    (path / "tokenizer.json").unlink()
+    (path / "tokenizer_config.json").unlink()
+    experts, _ = moe_gguf(tmp_path / "experts", "mixtral")
+
+    with pytest.raises(UnsupportedModelError, match="cannot say this model's sliding_window"):
+        quantize(path, tmp_path / "model.gguf", "q8", threads=2)
+    with pytest.raises(UnsupportedModelError, match="a mixture of experts is not written"):
+        quantize(experts, tmp_path / "model.gguf", "q8", threads=2)
 
 
 def test_rope_of_llama3_becomes_divisors(tmp_path):

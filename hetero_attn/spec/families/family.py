@@ -20,14 +20,15 @@ class GgufTerms:
     """What GGUF files of a family have beside those of Llama.
 
     architecture: their name of it. keys: metadata of further terms, which `terms` reads: (fields, the fields of
-    ModelConfig so far) -> more of those. is_turned: whether the rows of q and k lie as pairs that are turned together.
-    eps_key: of the eps of norms. parts, fused: of parts of a layer that they call otherwise than others do, or that
-    hold several, as in TensorNames.
+    ModelConfig so far) -> more of those. needs_keys: whether no file can do without them. is_turned: whether the rows
+    of q and k lie as pairs that are turned together. eps_key: of the eps of norms. parts, fused: of parts of a layer
+    that they call otherwise than others do, or that hold several, as in TensorNames.
     """
 
     architecture: str
     keys: tuple[str, ...] = ()
     terms: Callable[[Any, Mapping[str, Any]], dict[str, Any]] = nothing_more
+    needs_keys: bool = True
     is_turned: bool = False
     eps_key: str = ".attention.layer_norm_rms_epsilon"
     parts: tuple[tuple[str, str], ...] = ()
@@ -39,8 +40,8 @@ class Family:
     """What differs between the families. Every default is that of transformers for a key that config.json lacks.
 
     qkv_bias, o_bias, mlp_bias: whether the linears have one, or the key that decides. eps_key: of the eps of norms.
-    windows: the sliding window of
-    each layer. rope: (fields, head_dim, max_position_embeddings) -> the rotary embedding of layers that see everything.
+    windows: the sliding window of each layer. rope: (fields, head_dim, max_position_embeddings) -> the rotary embedding
+    of layers that see everything.
     terms: (fields, the fields of ModelConfig so far) -> those that Llama leaves at their defaults, and better ones.
     wrapper: model_type and architecture of a model of text and images whose text model is of this family.
     tensor_names: what its files call the tensors. gguf: what GGUF files of it say; None where there are none.

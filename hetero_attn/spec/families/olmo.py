@@ -32,7 +32,8 @@ def olmo_gguf(fields: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     """The same from a GGUF file, which is of OLMo 3 where it has a window."""
     windows, rope = gguf_windows(fields, found["num_layers"], OLMO3_PERIOD), found["rope"]
     local = RopeConfig(rope.rotary_dim, theta=rope.theta)
-    return olmo2_terms(fields, found) | {"sliding_window": windows} | ropes_by_window(windows, local, rope)
+    ropes = ropes_by_window(windows, local, rope) if any(windows) else {}
+    return olmo2_terms(fields, found) | {"sliding_window": windows} | ropes
 
 
 OLMO3_THETA, OLMO3_PERIOD = 5e5, 4
@@ -48,7 +49,7 @@ OLMO2 = Family(
     DEFAULTS,
     terms=olmo2_terms,
     tensor_names=OLMO_NAMES,
-    gguf=GgufTerms("olmo2", WINDOW_KEYS, olmo_gguf),
+    gguf=GgufTerms("olmo2", WINDOW_KEYS, olmo_gguf, needs_keys=False),
 )
 OLMO3 = Family(
     "Olmo3ForCausalLM",

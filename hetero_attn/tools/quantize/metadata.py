@@ -46,8 +46,8 @@ def _lies_otherwise(terms: GgufTerms) -> bool:
     return bool(terms.fused or terms.parts)
 
 
-def gguf_architecture(config: ModelConfig, path: Path) -> tuple[str, bool]:
-    """(architecture as GGUF calls it, whether rows of q and k are stored turned) of a model in safetensors.
+def made_terms(config: ModelConfig, path: Path) -> GgufTerms:
+    """What the file that is made of a model in safetensors has beside the terms of Llama.
 
     Raises UnsupportedModelError for a family of which no file can be made from safetensors.
     """
@@ -55,16 +55,20 @@ def gguf_architecture(config: ModelConfig, path: Path) -> tuple[str, bool]:
     name = _SAME_LAYERS.get(config.architecture)
     terms = next((found for found in known.values() if found.architecture == name), None)
     terms = terms or known.get(config.architecture)
-    if terms is None or terms.keys or _lies_otherwise(terms):
-        makes = [name for name, found in known.items() if not found.keys and not _lies_otherwise(found)]
+    if terms is None or not _is_made(terms):
+        makes = [name for name, found in known.items() if _is_made(found)]
         raise UnsupportedModelError(
             f"{path}: GGUF files of {config.architecture} are not made from safetensors, only of "
             f"{', '.join((*makes, *_SAME_LAYERS))}; take a GGUF file of the model as the source"
         )
-    return terms.architecture, terms.is_turned
+    return terms
 
 
-def made_metadata(config: ModelConfig, architecture: str, name: str) -> tuple[dict[str, Any], torch.Tensor | None]:
+def _is_made(terms: GgufTerms) -> bool:
+    return not (terms.keys and terms.needs_keys) and not _lies_otherwise(terms)
+
+
+def made_metadata(config: ModelConfig, terms: GgufTerms, name: str) -> tuple[dict[str, Any], torch.Tensor | None]:
     """(what a file says of a model, the divisors of its rotary frequencies where it needs that tensor)."""
     keys: dict[str, Any] = {
         "block_count": config.num_layers,
@@ -75,15 +79,15 @@ def made_metadata(config: ModelConfig, architecture: str, name: str) -> tuple[di
         "attention.head_count_kv": config.num_kv_heads,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        terms.eps_key.removeprefix("."): float(config.rms_norm_eps),
         "vocab_size": config.vocab_size,
         "rope.dimension_count": config.rope.rotary_dim,
         "rope.freq_base": float(config.rope.theta),
     }
     scaling, divisors = _scaling(config)
-    found: dict[str, Any] = {"general.architecture": architecture, "general.name": name}
+    found: dict[str, Any] = {"general.architecture": terms.architecture, "general.name": name}
     found["general.quantization_version"] = QUANTIZATION_VERSION
-    return found | {f"{architecture}.{key}": value for key, value in (keys | scaling).items()}, divisors
+    return found | {f"{terms.architecture}.{key}": value for key, value in (keys | scaling).items()}, divisors
 
 
 def _scaling(config: ModelConfig) -> tuple[dict[str, Any], torch.Tensor | None]:

@@ -19,7 +19,7 @@ from hetero_attn.checkpoints.hub import resolve_model
 from hetero_attn.checkpoints.row_order import is_rotated, turned
 from hetero_attn.checkpoints.sources import open_source, read_config
 from hetero_attn.checkpoints.unit_rows import dequantised
-from hetero_attn.errors import ArgumentError, CheckpointError
+from hetero_attn.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from hetero_attn.models.decoder import decoder
 from hetero_attn.serving.progress import bytes_bar
 from hetero_attn.spec.config import ModelConfig
@@ -27,7 +27,7 @@ from hetero_attn.tools.quantize.blocks import TYPES
 from hetero_attn.tools.quantize.calibrate import calibration
 from hetero_attn.tools.quantize.choose import RECIPES, Loss, bits_of, by_bits, by_recipe
 from hetero_attn.tools.quantize.encode import encode
-from hetero_attn.tools.quantize.metadata import check_same_model, copied_metadata, gguf_architecture, made_metadata
+from hetero_attn.tools.quantize.metadata import check_same_model, copied_metadata, made_metadata, made_terms
 from hetero_attn.tools.quantize.table import KEY, table_text
 from hetero_attn.tools.quantize.tokenizer_keys import tokenizer_metadata
 
@@ -107,13 +107,18 @@ def _new_file(
 ) -> _NewFile:
     """Raises UnsupportedModelError for a model that no file can say; which types are chosen does not matter."""
     divisors = None
+    if config.experts is not None:
+        raise UnsupportedModelError(
+            f"{source.path}: a mixture of experts is not written as a GGUF file; llama.cpp's llama-quantize does"
+        )
     if isinstance(source, GgufCheckpoint):
         metadata, is_turned = copied_metadata(source), gguf_terms(source.fields).is_turned
         if config.rope.rope_type == "divisors":
             divisors = torch.tensor(config.rope.divisors, dtype=torch.float32, device="cpu")
     else:
-        architecture, is_turned = gguf_architecture(config, source.path)
-        metadata, divisors = made_metadata(config, architecture, source.path.name)
+        terms = made_terms(config, source.path)
+        is_turned = terms.is_turned
+        metadata, divisors = made_metadata(config, terms, source.path.name)
         metadata |= tokenizer_metadata(source.path, config)
     tensors = _new_tensors(shapes, chosen, divisors)
     placed = {item.name: GgufTensor(None, item.type, item.shape, 0, item.nbytes) for item in tensors}  # type: ignore[arg-type]
