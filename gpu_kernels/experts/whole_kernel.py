@@ -200,7 +200,7 @@ def _tile_kernel(
         return
     places = place + tl.arange(0, ROWS)
     live_row = places < behind
-    row = tl.load(sources + places, mask=live_row, other=0) if HAS_SOURCES else places
+    row = tl.load(sources + places, mask=live_row, other=0) if HAS_SOURCES else tl.where(live_row, places, place)
     column = tl.arange(0, BLOCKS * 16)
     block, feature = tl.program_id(1) * BLOCKS + column // 16, column % 16
     live = block < num_blocks

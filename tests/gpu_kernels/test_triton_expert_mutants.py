@@ -19,8 +19,8 @@ from tests.gpu_kernels.test_triton_experts import OTHERS, both, weight_of
 FOLDER = Path(whole_kernel.__file__).parent
 
 
-def check(name: str, rows: int, in_features: int = 256) -> None:
-    actual, expected = both("cpu", name, rows, in_features, weight_of(name, in_features))
+def check(name: str, rows: int, in_features: int = 256, by_place: bool = False) -> None:
+    actual, expected = both("cpu", name, rows, in_features, weight_of(name, in_features), by_place=by_place)
     if name in OTHERS:
         assert (actual - expected).square().sum() <= OTHERS[name] * (expected - 7).square().sum()
     else:
@@ -46,7 +46,11 @@ MUTANTS = {
     ),
     "a pick takes the row of its place": (
         "whole_kernel", None, partial(TILES, "q8"),
-        "row = tl.load(sources + places, mask=live_row, other=0) if HAS_SOURCES else places", "row = places",
+        "row = tl.load(sources + places, mask=live_row, other=0) if HAS_SOURCES else tl.where", "row = tl.where",
+    ),
+    "inputs behind the last pick's are read": (
+        "whole_kernel", None, partial(TILES, "q8", by_place=True),
+        "else tl.where(live_row, places, place)", "else places",
     ),
     "a row behind an expert's picks is written": (
         "whole_kernel", None, partial(TILES, "q8"), "live_row = places < behind", "live_row = places < behind + 1",
