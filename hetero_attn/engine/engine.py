@@ -22,7 +22,7 @@ from hetero_attn.errors import EngineDeadError
 from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.lanes.stopwatch import Stopwatch, time_recorded
 from hetero_attn.models.block import FixedView, StateView
-from hetero_attn.models.decoder import ModelWeights, embed
+from hetero_attn.models.decoder import ModelWeights, capped, embed
 from hetero_attn.models.workspace import Workspace, make_buffer, make_workspace
 from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.ops.run import KvView, Run
@@ -431,8 +431,7 @@ class Engine:
 
     def _capped(self, rows: int) -> torch.Tensor:
         """The rows of logits that were computed, under the model's soft cap if it has one."""
-        logits, cap = self._logits_view(rows), self.config.logit_cap
-        return logits.div_(cap).tanh_().mul_(cap) if cap else logits
+        return capped(self._logits_view(rows), self.config.logit_cap)
 
     def _logits_view(self, rows: int) -> torch.Tensor:
         return self._logits.host[:rows, : self.config.vocab_size]

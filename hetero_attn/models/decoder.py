@@ -94,6 +94,11 @@ class ModelWeights:
         return next(weights for weights in self.linears if weights.spec.name == name)
 
 
+def capped(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """Logits under a model's soft cap, in place; as they are where the cap is 0."""
+    return logits.div_(cap).tanh_().mul_(cap) if cap else logits
+
+
 def embed(lanes: Lanes, weights: ModelWeights, token_ids: torch.Tensor, residual: Activation) -> None:
     """Start the residual stream with the rows of `token_ids` int64 [rows]; on its way to a GPU it passes the host
     side."""

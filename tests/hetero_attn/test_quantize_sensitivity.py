@@ -11,7 +11,7 @@ from hetero_attn.tools.quantize.encode import encode, held
 from hetero_attn.tools.quantize.layer_runs import cut, layer_runs
 from hetero_attn.tools.quantize.sensitivity import losses
 from tests.support.runtime import nmse
-from tests.support.toy import make_checkpoint
+from tests.support.toy import make_checkpoint, make_family_checkpoint
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 TOKENS = 96
@@ -42,6 +42,25 @@ def test_windows_together_are_the_model_alone(llm, tokens):
 
     for start, logs in zip((0, TOKENS), found, strict=True):
         assert nmse(logs, torch.log_softmax(llm.logits(tokens[start : start + TOKENS]), -1)) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("family", "values"),
+    [
+        ("gemma2", {"sliding_window": 9, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 0.5}),
+        ("cohere2", {"sliding_window": 9, "logit_scale": 0.3}),
+        ("starcoder2", {"sliding_window": 9}),
+    ],
+)
+def test_families_of_other_layers_are_themselves_too(tmp_path, family, values):
+    path, window = make_family_checkpoint(tmp_path, family, **values), cut(list(range(3, 35)), 32, 1)
+    options = {"device": "cpu", "dtype": "fp32", "kv_dtype": "fp32", "max_context": 32, "max_batch": 2}
+    with LLM(path, progress=False, num_threads=2, **options) as model:
+        with layer_runs(model.engine, window, 1, 2) as runs:
+            found = runs.log_probabilities(final(runs)[0])
+        expected = torch.log_softmax(model.logits(window[0].tolist()), -1)
+
+    assert nmse(found, expected) < 1e-9
 
 
 def test_a_short_text_is_one_window():

@@ -14,7 +14,7 @@ import torch
 from hetero_attn.engine.engine import Engine
 from hetero_attn.lanes.lanes import Activation
 from hetero_attn.models.block import Run
-from hetero_attn.models.decoder import embed
+from hetero_attn.models.decoder import capped, embed
 from hetero_attn.models.workspace import make_buffer, make_workspace
 from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.ops.step import Rows, Step, make_step
@@ -119,7 +119,8 @@ class LayerRuns:
             self._spec.head.project(self._engine.lanes, head, work, logits)
         finally:
             self._ops.watch = None
-        return torch.log_softmax(logits.main[:, : self._spec.vocab_size], -1)
+        found = capped(logits.main[:, : self._spec.vocab_size], self._engine.config.logit_cap)
+        return torch.log_softmax(found, -1)
 
     def parts(self, layer: int) -> Iterator[tuple[Part, torch.Tensor, int]]:
         """Every weight of a layer: what it is, its rows as the model computes with them, a view float32 [units,
