@@ -43,12 +43,8 @@ def resolve_model(name: str | Path, file: str | None = None) -> Path:
         CheckpointError: neither a directory nor a file nor a hub id that can be downloaded; no GGUF file, or several,
             of that pattern.
     """
-    try:
-        path = Path(name).expanduser()
-        is_folder = bool(str(name)) and path.is_dir()
-    except (RuntimeError, OSError, ValueError) as error:  # no home for "~", a name too long, a zero byte in it
-        raise CheckpointError(f"{str(name)[:200]!r}: no directory and no hub id can be called so ({error})") from None
-    if is_folder:
+    path = _path_of(name)
+    if str(name) and path.is_dir():
         return _in_directory(path, file)
     if path.is_file():
         if path.suffix != ".gguf":
@@ -65,7 +61,7 @@ def resolve_tokenizer(name: str | Path) -> Path:
     name: a folder with tokenizer files, one of these files, a GGUF file, or a hub id, of which only these files are
     fetched. Raises CheckpointError for anything else.
     """
-    path = Path(name).expanduser()
+    path = _path_of(name)
     if path.suffix == ".gguf" and path.is_file():
         return first_part(path)
     if not path.exists() and _REPOSITORY.fullmatch(str(name)) and not str(name).startswith("."):
@@ -76,6 +72,18 @@ def resolve_tokenizer(name: str | Path) -> Path:
             f"{name}: no tokenizer is there; give a folder with tokenizer.json, that file, a GGUF file or a hub id"
         )
     return folder
+
+
+def _path_of(name: str | Path) -> Path:
+    """The path of a name, which may be that of a repository; CheckpointError where it can be none."""
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (RuntimeError, OSError, ValueError) as error:  # no home for "~", a name too long, a zero byte in it
+        raise CheckpointError(f"{str(name)[:200]!r}: no directory and no hub id can be called so ({error})") from None
+    return path
 
 
 def _in_directory(directory: Path, file: str | None) -> Path:

@@ -276,13 +276,15 @@ def _dtype(fields: JsonFields) -> str | None:
 def _token_ids(key: str, fields: JsonFields, generation: JsonFields, vocab_size: int) -> tuple[int, ...]:
     """Ids under `key`; the generation config outranks the model config, and negative means none (old Llama files).
 
-    Padding, or one of several end tokens, beyond the vocabulary can never come up, so it is left out.
+    Padding, one of several end tokens, or a family's default, beyond the vocabulary can never come up, so it is left
+    out.
     """
     source = generation if generation.get(key) is not None else fields
     found = source.get(key)
     ids = found if isinstance(found, list) else [] if found is None else [found]
     for token_id in ids:
-        beyond = key != "pad_token_id" and isinstance(token_id, int) and token_id >= vocab_size
+        is_said = key in source.values and key != "pad_token_id"
+        beyond = is_said and isinstance(token_id, int) and token_id >= vocab_size
         beyond = beyond and not any(isinstance(other, int) and 0 <= other < vocab_size for other in ids)
         if not isinstance(token_id, int) or isinstance(token_id, bool) or beyond:
             source.fail(key, found, f"token ids below vocab_size {vocab_size}")

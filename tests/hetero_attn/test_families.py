@@ -208,6 +208,17 @@ def test_published_gemma3_defaults(tmp_path):
     assert config.tie_word_embeddings and config.attention_scale == 256**-0.5
 
 
+def test_ids_that_a_family_has_beyond_a_smaller_vocabulary_are_none(tmp_path):
+    """StarCoder2's default is 50256, its published vocabulary has 49152 tokens."""
+    path = make_family_checkpoint(tmp_path, "starcoder2")
+    edit_json(path / "config.json", bos_token_id=..., eos_token_id=...)
+    (path / "generation_config.json").unlink()
+
+    config = ModelConfig.from_dir(path)
+
+    assert (config.bos_token_id, config.eos_token_ids) == (None, ())
+
+
 def test_longrope_takes_the_long_divisors_where_a_run_may_be_long(tmp_path):
     """transformers does so for each call, here the context of the run decides."""
     values = {"hidden_size": 240, "rope_parameters": LONGROPE, "original_max_position_embeddings": 40}

@@ -209,6 +209,14 @@ def test_without_a_network_what_was_fetched_before_counts(hub, tmp_path, monkeyp
         resolve_model("owner/model", "q8_0")
 
 
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/model", "a/" + "b" * 5000, "a\0b"])
+def test_a_name_that_no_path_can_have_is_refused(hub, name):
+    hub.error = ValueError("no such repository")
+    for resolve in (resolve_model, resolve_tokenizer):
+        with pytest.raises(CheckpointError):
+            resolve(name)
+
+
 def test_a_tokenizer_is_a_folder_a_file_or_a_hub_id(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "snapshot").mkdir()
