@@ -6,6 +6,7 @@ The same for `LLM.generate`, `LLM.chat` and the commands, so that they answer al
 from pathlib import Path
 from typing import Any
 
+from hetero_attn.checkpoints.sources import is_gguf
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.spec.json_fields import read_json
 
@@ -14,7 +15,8 @@ _SUGGESTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def default_params(path: Path, **given: Any) -> SamplingParams:
-    """The parameters of a request to the model in a directory; `given` wins over what the model suggests.
+    """The parameters of a request to the model in a directory, or in a GGUF file with what lies beside it; `given` wins
+    over what the model suggests.
 
     Raises SamplingError for a given value out of range, ConfigError for a generation_config.json that is no JSON
     object.
@@ -28,7 +30,7 @@ def _suggestion(path: Path) -> dict[str, Any]:
     `do_sample: false` asks for greedy decoding. A value that no sampler could use is left out: what is suggested and
     nonsense must not stop a model from answering.
     """
-    file = path / "generation_config.json"
+    file = (path.parent if is_gguf(path) else path) / "generation_config.json"
     fields = read_json(file) if file.is_file() else {}
     if fields.get("do_sample") is False:
         return {"temperature": 0.0}

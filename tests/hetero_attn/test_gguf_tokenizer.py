@@ -11,6 +11,7 @@ from hetero_attn.checkpoints import template_time
 from hetero_attn.checkpoints.gguf import tokenizer as gguf
 from hetero_attn.checkpoints.gguf.fields import GgufFields
 from hetero_attn.errors import ConfigError, PromptError
+from hetero_attn.serving.defaults import default_params
 from hetero_attn.serving.plain_tokenizer import GgufPlainTokenizer
 from hetero_attn.serving.tokenizer import Tokenizer
 from tests.support.gguf_models import make_gguf
@@ -112,6 +113,13 @@ def test_a_template_beside_the_file_is_its_own(tmp_path):
     (tmp_path / "chat_template.jinja").write_bytes(b" " * ((1 << 20) + 1))
     with pytest.raises(ConfigError, match="at most 1048576"):
         Tokenizer.open(gguf_file)
+
+
+def test_what_is_suggested_beside_the_file_is_taken(tmp_path):
+    """It is fetched with the file from a repository."""
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.25}')
+
+    assert default_params(tmp_path / "m.gguf").temperature == default_params(tmp_path).temperature == 0.25
 
 
 def test_a_file_without_template_says_what_to_do(tmp_path):
