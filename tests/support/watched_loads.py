@@ -31,7 +31,7 @@ def watched_loads() -> Iterator[None]:
 
     def watched_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
         item_bytes = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        first = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.uint64)
+        first = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)].astype(np.uint64)
         inside = np.zeros(first.shape, dtype=bool)
         for start, stop in ranges:
             inside |= (first >= start) & (first + np.uint64(item_bytes) <= stop)
