@@ -22,6 +22,7 @@ from hetero_attn.serving.tokenizer import Tokenizer
 from hetero_attn.tools.quantize.blocks import BLOCK_TYPES, TYPES
 from hetero_attn.tools.quantize.choose import RECIPES, Loss, by_bits, by_recipe, fitting
 from hetero_attn.tools.quantize.encode import encode
+from hetero_attn.tools.quantize.metadata import copied_metadata
 from hetero_attn.tools.quantize.table import kept_table
 from hetero_attn.tools.quantize.write import quantize
 from tests.support.moe import moe_gguf
@@ -121,6 +122,15 @@ def test_a_gguf_file_is_quantised_again_with_its_metadata(written, tmp_path):
         )
         assert before.config == after.config
     assert made.bits < 6
+
+
+def test_the_alignment_of_the_source_is_not_said_of_the_new_file(written):
+    """Tensors are written at multiples of 32 bytes; with 64 in the header readers would look elsewhere."""
+    with GgufCheckpoint.open(written) as source:
+        source.fields.values = {**source.fields.values, "general.alignment": 64}
+        metadata = copied_metadata(source)
+
+    assert "general.alignment" not in metadata and "general.architecture" in metadata
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])

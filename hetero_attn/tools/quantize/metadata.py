@@ -20,7 +20,7 @@ from hetero_attn.spec.families.family import GgufTerms
 from hetero_attn.spec.families.table import FAMILIES
 
 QUANTIZATION_VERSION = 2  # of ggml's block layouts
-_NOT_COPIED = ("split.", "general.file_type", "general.quantization_version", "hetero_attn.")
+_NOT_COPIED = ("split.", "general.alignment", "general.file_type", "general.quantization_version", "hetero_attn.")
 # What a file need not say as the source does: names, and ids that tokenizers have.
 _MAY_DIFFER = ("architecture", "dtype", "rope", "bos_token_id", "eos_token_ids", "pad_token_id")
 _COMPARED_POSITIONS = 512
