@@ -30,6 +30,7 @@ from hetero_attn.spec.config import ModelConfig
 from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import Plan
 from tests.support.checked_ops import checked_host_ops
+from tests.support.moe import make_moe
 from tests.support.race_checker import MixedMemoryError, RaceError, StuckError
 from tests.support.runtime import THREADS, emulated_plan, nmse, one_device_run, run_logits, toy_workload, uniform_plan
 from tests.support.simulated_gpu import SimulatedDriver, SimulatedWorker
@@ -86,8 +87,10 @@ def runs(tmp_path_factory):
             folder = tmp_path_factory.mktemp(family)
             if family in FAMILIES:
                 path = make_checkpoint(folder, family, layers=2, sliding_window=11, biases=True)
-            else:
+            elif family in OTHERS:
                 path = make_family_checkpoint(folder, family, num_hidden_layers=2, **OTHERS[family])
+            else:
+                path = make_moe(folder, family, layers=2)
             made[family] = one_device_run(path, "fp32", tokens=22, prompt_tokens=18)
         return made[family]
 
@@ -102,6 +105,8 @@ def runs(tmp_path_factory):
         ("mistral", "flags"),
         ("gemma3_text", "flags"),
         ("cohere2", "flags"),
+        ("qwen2_moe", "events"),  # experts on all three lanes, beside one that is shared
+        ("qwen2_moe", "flags"),
     ],
 )
 def test_every_family_is_right_and_without_a_race(runs, family, handover):
