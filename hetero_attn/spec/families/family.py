@@ -28,11 +28,11 @@ class GgufTerms:
     architecture: str
     keys: tuple[str, ...] = ()
     terms: Callable[[Any, Mapping[str, Any]], dict[str, Any]] = nothing_more
-    needs_keys: bool = True
     is_turned: bool = False
     eps_key: str = ".attention.layer_norm_rms_epsilon"
     parts: tuple[tuple[str, str], ...] = ()
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    needs_keys: bool = True
 
 
 @dataclass(frozen=True, slots=True)
