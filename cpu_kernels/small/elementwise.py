@@ -114,15 +114,15 @@ def merge(team: Team, partials: list[Partial], into: Partial) -> None:
         expect(not copies and to is out and lse_to is lse, "merge can be recorded with contiguous tensors only")
     while parts:
         taken, parts = parts[:MERGE_PARTS], parts[MERGE_PARTS:]
-        partials = {f"part_{index}": part.data_ptr() for index, (part, _) in enumerate(taken)}
-        partials |= {f"part_lse_{index}": part_lse.data_ptr() for index, (_, part_lse) in enumerate(taken)}
+        places = {f"part_{index}": part.data_ptr() for index, (part, _) in enumerate(taken)}
+        places |= {f"part_lse_{index}": part_lse.data_ptr() for index, (_, part_lse) in enumerate(taken)}
         words = MERGE.filled(
             count=len(taken),
             out=to.data_ptr(),
             lse=lse_to.data_ptr(),
             rows=lse_to.numel(),
             head_dim=shape[-1],
-            **NO_PARTIALS | partials,
+            **NO_PARTIALS | places,
         )
         team.run(("small.elementwise_kernel", "merge"), 0, *words)
         # A row reads all its inputs before it is written, so what is merged so far may be an input of the next round.

@@ -51,8 +51,8 @@ def decode_attention(q: Tensor, pages: Pages, keys: RowKeys, scale: float, into:
 
 
 def prefill_attention(q: Tensor, pages: Pages, keys: ChunkKeys, scale: float, into: Partial, cap: float = 0.0) -> None:
-    limits = (torch.tensor([limit], device="cpu") for limit in (keys.start, keys.stop))
-    needed = _needed_pages(*limits, pages.k.shape[1])
+    start, stop = (torch.tensor([limit], device="cpu") for limit in (keys.start, keys.stop))
+    needed = _needed_pages(start, stop, pages.k.shape[1])
     positions = _positions(needed, pages)
     rows = keys.q_start + torch.arange(q.shape[0], device=q.device)[:, None]
     stored = (positions >= keys.start) & (positions < keys.stop)
