@@ -126,7 +126,7 @@ def test_demo_and_test_set_up_the_same_environment() -> None:
 
     assert plan["demo"][0] == plan["test"][0]
     assert plan["demo"][2].endswith("python examples/demo.py")
-    assert plan["test"][2].endswith("python -m pytest")
+    assert "python -m pytest" in plan["test"][2]  # and how it shares the files out, where it can
 
 
 def test_an_installed_wheel_runs_from_an_empty_directory(wheel: Path, tmp_path: Path) -> None:

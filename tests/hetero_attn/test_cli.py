@@ -59,6 +59,10 @@ def test_generate_passes_every_option_on(fake: type[FakeLLM]) -> None:
         "--stop",
         "b",
         "--ignore-eos",
+        "--gguf",
+        "Q4_K_M",
+        "--tokenizer",
+        "another/model",
     )
     (llm,) = fake.made
     ((prompt, params),) = llm.asked
@@ -77,6 +81,8 @@ def test_generate_passes_every_option_on(fake: type[FakeLLM]) -> None:
         "seed": 9,
         "progress": True,
         "max_batch": None,
+        "file": "Q4_K_M",
+        "tokenizer": "another/model",
     }
     assert (params.max_tokens, params.temperature, params.top_p, params.top_k) == (4, 0.5, 0.9, 3)
     assert (params.min_p, params.repetition_penalty, params.stop, params.ignore_eos) == (0.1, 1.2, ("a", "b"), True)

@@ -125,7 +125,7 @@ def test_auto_takes_the_faster_shape_and_column_among_equals(seed):
 
 
 def test_dear_hand_overs_are_paired():
-    """Free ones are nearly the same to both shapes: decode differs by 1.3 % there, by 7 % where they are dear."""
+    """Free ones are nearly the same to both shapes: decode differs by 1.3 % there, by 5 % and more where they are dear."""
     workload, machine = with_row_cuts(llama_8b(dtype="q4", context=4096)), HardwareProfile.named("rtx4060ti-ddr5")
 
     def plan(shape, seconds):
@@ -134,11 +134,11 @@ def test_dear_hand_overs_are_paired():
 
     free, dear = (
         plan("paired", seconds).predicted.objective_s / plan("column", seconds).predicted.objective_s
-        for seconds in (0.0, 1e-4)
+        for seconds in (0.0, 6e-5)
     )
 
     assert 0.985 < free < 1.01 and dear < 0.95
-    assert plan("auto", 1e-4).shape == "paired" and plan("auto", 1e-4).memory.gpu_bytes <= 3 * 2**30
+    assert plan("auto", 6e-5).shape == "paired" and plan("auto", 6e-5).memory.gpu_bytes <= 3 * 2**30
 
 
 @pytest.mark.parametrize(

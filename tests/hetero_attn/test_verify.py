@@ -121,11 +121,12 @@ class TestPlantedBugs:
     def test_norm_forgets_its_epsilon_in_the_operations_of_the_yardstick_too(self, deep, monkeypatch, weight_dtype):
         """The twin computes by the reference operations: a bug there must not stretch the yardstick over itself."""
         original = reference.rms_norm
-        monkeypatch.setattr(
-            reference,
-            "rms_norm",
-            lambda x, weight, eps, out, *how: original(x, weight, eps + x.square().mean().item(), out, *how),
-        )
+
+        def forgetful(x, weight, eps, out, *how):
+            original(x, weight, eps + x.square().mean().item(), out, *how)
+
+        for module in (reference, reference.elementwise):  # what rounds a norm in one op calls the latter's
+            monkeypatch.setattr(module, "rms_norm", forgetful)
 
         assert caught(deep, weight_dtype)
 
