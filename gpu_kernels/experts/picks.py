@@ -5,6 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+BLOCKS = 4  # of 16 features a program
+FEW_ROWS = 16  # fewer picks an expert than this leave a tile of tensor cores empty, which costs nothing beside memory
+LARGE_TILE = 64
+
 
 @triton.jit
 def picks_of(starts, first, count, tile, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
@@ -27,3 +31,8 @@ def picks_of(starts, first, count, tile, ROWS: tl.constexpr, EXPERTS: tl.constex
 def most_tiles(picks: int, count: int, rows: int) -> int:
     """The most tiles of `rows` that so many picks of so many experts can need."""
     return min(picks, count + picks // rows)
+
+
+def tile_rows(picks: int, experts: int) -> int:
+    """How many picks of one of so many experts a tile takes."""
+    return FEW_ROWS if picks // experts <= FEW_ROWS else LARGE_TILE

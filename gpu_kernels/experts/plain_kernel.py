@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cpu_kernels.contract import Picks
 from gpu_kernels.activation import round_activation
-from gpu_kernels.experts.picks import most_tiles, picks_of
+from gpu_kernels.experts.picks import BLOCKS, most_tiles, picks_of, tile_rows
 from gpu_kernels.forms.unpack import FORMS, superblock_bytes
 from gpu_kernels.launching import Kernel, Shape
 from gpu_kernels.reference import GROUP, PLAIN_DTYPES, block_bytes
@@ -125,9 +125,6 @@ def _plain_tile_kernel(
     tl.store(target, result, mask=live_row[:, None] & live[None, :])
 
 
-BLOCKS, FEW_ROWS, LARGE_TILE = 4, 16, 64
-
-
 def multiply_plain(
     x: Tensor, picks: Picks, weight: Tensor, weight_dtype: str, run: int, first_column: int, out: Tensor
 ) -> None:
@@ -138,7 +135,7 @@ def multiply_plain(
         inputs = x.to(torch.bfloat16)
     else:
         inputs = round_activation(x) if weight_dtype in FORMS else x
-    rows = FEW_ROWS if num_picks // (starts.shape[0] - 1) <= FEW_ROWS else LARGE_TILE
+    rows = tile_rows(num_picks, starts.shape[0] - 1)
     _plain_tile_kernel.launch(
         (most_tiles(num_picks, count, rows), -(-num_blocks // BLOCKS), 1),
         (weight, inputs, starts if sources is None else sources, starts, out),

@@ -17,10 +17,11 @@ from cpu_kernels.contract import Picks
 from gpu_kernels.activation import quantize_activation
 from gpu_kernels.experts.groups import add_group, code_words, runs_of, table_words, takes_sums
 from gpu_kernels.experts.ordered import WHOLE_FORMS
-from gpu_kernels.experts.picks import most_tiles, picks_of
+from gpu_kernels.experts.picks import BLOCKS, FEW_ROWS, most_tiles, picks_of, tile_rows
 from gpu_kernels.forms.unpack import GROUP, superblock_bytes
 from gpu_kernels.launching import Kernel, Shape
 from gpu_kernels.quantized_linear import dot4
+from gpu_kernels.reference import block_bytes
 
 _UNSPECIALISED = ["first", "count", "num_blocks", "run", "first_column"]
 
@@ -281,11 +282,6 @@ def _tile_kernel(
     tl.store(target, result, mask=live_row[:, None] & live[None, :])
 
 
-BLOCKS = 4  # of 16 features a program
-FEW_ROWS = 16  # fewer picks an expert than this leave a tile of tensor cores empty, which costs nothing beside memory
-LARGE_TILE = 64
-
-
 def multiply_whole(
     x: Tensor, picks: Picks, weight: Tensor, weight_dtype: str, run: int, first_column: int, out: Tensor
 ) -> None:
@@ -295,10 +291,9 @@ def multiply_whole(
     outputs begin at first_column of the unit's.
     """
     sources, starts, first = picks
-    form, (num_picks, features), count = WHOLE_FORMS[weight_dtype], out.shape, weight.shape[0]
+    (num_picks, features), count = out.shape, weight.shape[0]
     q, scales, sums = quantize_activation(x, "own")
-    per_expert = num_picks // (starts.shape[0] - 1)
-    rows = 1 if x.shape[0] == 1 or num_picks <= FEW_ROWS else FEW_ROWS if per_expert <= FEW_ROWS else LARGE_TILE
+    rows = 1 if x.shape[0] == 1 or num_picks <= FEW_ROWS else tile_rows(num_picks, starts.shape[0] - 1)
     num_blocks = weight.shape[1] * run
     shape = _shape(weight_dtype, rows, sources is not None, triton.next_power_of_2(starts.shape[0] - 1))
     (_pick_kernel if rows == 1 else _tile_kernel).launch(
@@ -309,7 +304,7 @@ def multiply_whole(
             scales.shape[0],
             weight.stride(0),
             weight.stride(1),
-            superblock_bytes(form) * -(-x.shape[1] // form.inputs),
+            block_bytes(weight_dtype, x.shape[1]),
             features // weight.shape[1],
             q.stride(0),
             scales.stride(0),
