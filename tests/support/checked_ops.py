@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from hetero_attn.tools.timeline.recorded_ops import tensors_in
 from tests.support.race_checker import MixedMemoryError
 
 if TYPE_CHECKING:
@@ -135,10 +136,3 @@ def filled(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with every bit set: NaN in every floating-point type."""
     tensor.view(torch.uint8).fill_(255)
     return tensor
-
-
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    """The tensors in nested lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, (list, tuple)) else []

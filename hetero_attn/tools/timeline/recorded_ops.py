@@ -8,30 +8,14 @@ from typing import Any
 
 import torch
 
+from cpu_kernels.contract import Ops
 from gpu_kernels import reference
 from hetero_attn.tools.timeline.recording import CPU, MAIN, Entry, Recording
 
 WRITTEN = {"q", "pages", "out", "into", "target"}  # of rope_append, and of every other operation its results
 ONLY_READ = {"decode_attention": {"q", "pages"}, "prefill_attention": {"q", "pages"}}
 OTHERS_WRITTEN = {"norm_heads": {"qkv"}}
-OPS = (
-    "add_rows",
-    "linear",
-    "rms_norm",
-    "layer_norm",
-    "silu_mul",
-    "gelu_mul",
-    "gelu",
-    "route",
-    "expert_linear",
-    "combine",
-    "scale_rows",
-    "norm_heads",
-    "rope_append",
-    "decode_attention",
-    "prefill_attention",
-    "merge",
-)
+OPS = ("add_rows", *(name for name in vars(Ops) if not name.startswith("_")))
 
 
 class RecordedOps:
