@@ -23,6 +23,7 @@ from hetero_attn.spec.tensor_names import tensor_name
 from hetero_attn.spec.weights import LinearSpec
 
 NORMED, SHARED = "normed", "shared_normed"  # buffers of normalised rows: a block's own, a parallel layer's
+NOTHING = Activation(None, None)
 
 
 class FixedView(NamedTuple):
@@ -50,7 +51,7 @@ class BlockWeights:
 
     def vector(self, name: str) -> Activation:
         """A vector, or nothing on both sides where the block has none of that name."""
-        return self.vectors.get(name, Activation(None, None))
+        return self.vectors.get(name, NOTHING)
 
 
 class Block(Declaration):
@@ -75,7 +76,7 @@ class Norm:
 
     weight: Activation
     eps: float
-    bias: Activation = Activation(None, None)
+    bias: Activation = NOTHING
     is_layer_norm: bool = False
 
     @classmethod

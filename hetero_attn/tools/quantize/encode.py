@@ -47,14 +47,14 @@ def known_inputs(moments: torch.Tensor, tokens: int) -> Inputs:
     the fewer they are: an input that never was there then counts as little as the damping.
     """
     inputs = moments.shape[0]
-    energy = moments.diagonal().clone()
+    energy = moments.diagonal() + DAMPING * moments.diagonal().mean().clamp_min(1e-30)
     damped = moments * (tokens / (tokens + inputs))
-    damped.diagonal().copy_(energy + DAMPING * energy.mean().clamp_min(1e-30))
-    order = energy.argsort(descending=True, stable=True)
+    damped.diagonal().copy_(energy)
+    order = moments.diagonal().argsort(descending=True, stable=True)
     damped = damped[order][:, order].double()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
-    return Inputs(order, factor, energy + DAMPING * energy.mean().clamp_min(1e-30))
+    return Inputs(order, factor, energy)
 
 
 def encode(name: str, rows: torch.Tensor, inputs: Inputs | None = None) -> torch.Tensor:

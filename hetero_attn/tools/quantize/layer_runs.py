@@ -13,10 +13,10 @@ import torch
 
 from hetero_attn.engine.engine import Engine
 from hetero_attn.lanes.lanes import Activation
-from hetero_attn.models.block import Run
 from hetero_attn.models.decoder import capped, embed
 from hetero_attn.models.workspace import make_buffer, make_workspace
 from hetero_attn.ops.linear import LinearWeights
+from hetero_attn.ops.run import Run
 from hetero_attn.ops.step import Rows, Step, make_step
 from hetero_attn.spec.buffers import ActivationWidths
 from hetero_attn.spec.weights import Part
