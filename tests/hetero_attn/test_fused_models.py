@@ -1,19 +1,21 @@
 """Packed weights of families whose files have several linears in one tensor, or q and k in pairs: Phi-3, GLM-4, Cohere 2."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
 
-from hetero_attn import LLM, Policy
+from hetero_attn import Policy
 from hetero_attn.checkpoints.sources import open_source
 from hetero_attn.errors import CheckpointError
 from tests.support.int4_models import awq, awq_config, edit_config, gptq, gptq_config, make_int4
-from tests.support.runtime import nmse
+from tests.support.runtime import model_logits, nmse
 from tests.support.scaled_models import fp8_blocks, fp8_channel, make_scaled
 from tests.support.toy import make_family_checkpoint
 
 TOKENS = torch.randint(260, (24,), generator=torch.Generator().manual_seed(5)).tolist()
+logits = partial(model_logits, tokens=TOKENS)
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -54,11 +56,6 @@ def models(tmp_path_factory):
         return made[case]
 
     return make
-
-
-def logits(path, dtype="auto", device="cpu", **options):
-    with LLM(path, dtype=dtype, device=device, max_context=64, progress=False, num_threads=2, **options) as llm:
-        return llm.logits(TOKENS)
 
 
 @pytest.mark.parametrize("case", CASES)

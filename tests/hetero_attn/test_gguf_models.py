@@ -1,5 +1,7 @@
 """Models from GGUF files: the values of the file and nothing else, on every lane, whatever formats its tensors mix."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -12,10 +14,11 @@ from hetero_attn.planning.settle import PlannedModel, plan_model
 from hetero_attn.spec.workload import build_workload
 from placement.machine.hardware import HardwareProfile
 from tests.support.gguf_models import make_gguf
-from tests.support.runtime import cpu_plan, nmse, run_logits, uniform_plan
+from tests.support.runtime import cpu_plan, model_logits, nmse, run_logits, uniform_plan
 from tests.support.toy import hf_logits
 
 TOKENS = tuple(torch.randint(260, (40,), generator=torch.Generator().manual_seed(3)).tolist())
+logits = partial(model_logits, tokens=TOKENS)
 MIXED = {"attn_v": "Q6_K", "ffn_down": "Q6_K", "attn_k": "Q5_K", "token_embd": "Q8_0", "output": "Q6_K"}
 # Every format at least once, alone and mixed inside qkv and gate_up.
 CASES = {
@@ -41,11 +44,6 @@ def models(tmp_path_factory):
         return made[case]
 
     return make
-
-
-def logits(path, dtype="auto", device="cpu", **options):
-    with LLM(path, dtype=dtype, device=device, max_context=64, progress=False, num_threads=2, **options) as llm:
-        return llm.logits(TOKENS)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,11 +2,12 @@
 
 import functools
 import shutil
+from functools import partial
 
 import pytest
 import torch
 
-from hetero_attn import LLM, Policy
+from hetero_attn import Policy
 from hetero_attn.errors import CheckpointError, HeteroError, UnsupportedModelError
 from hetero_attn.planning.settle import plan_model
 from tests.support.int4_models import (
@@ -22,10 +23,11 @@ from tests.support.int4_models import (
     make_int4,
     words,
 )
-from tests.support.runtime import nmse
+from tests.support.runtime import model_logits, nmse
 from tests.support.toy import hf_logits
 
 TOKENS = torch.randint(260, (24,), generator=torch.Generator().manual_seed(5)).tolist()
+logits = partial(model_logits, tokens=TOKENS)
 CUT = "version: 1\nrules:\n  - {match: layers.*, gpu: 0.5, stream: 0.25, cpu: 0.25}\n"
 gptq_v2 = functools.partial(gptq, taken=0)
 
@@ -67,11 +69,6 @@ def models(tmp_path_factory):
         return made[case]
 
     return make
-
-
-def logits(path, dtype="auto", device="cpu", **options):
-    with LLM(path, dtype=dtype, device=device, max_context=64, progress=False, num_threads=2, **options) as llm:
-        return llm.logits(TOKENS)
 
 
 @pytest.mark.parametrize("case", CASES)

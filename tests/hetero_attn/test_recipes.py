@@ -1,9 +1,11 @@
 """Recipes of formats: which weight gets which, the same answer on every lane, and what a finer head is worth."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from hetero_attn import LLM, Policy
+from hetero_attn import Policy
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.models.decoder import decoder
 from hetero_attn.planning.settle import plan_model
@@ -12,10 +14,11 @@ from hetero_attn.spec.recipes import formats_of
 from hetero_attn.spec.tensor_names import tensor_name
 from tests.support.gguf_models import make_gguf
 from tests.support.moe import make_moe
-from tests.support.runtime import nmse
+from tests.support.runtime import model_logits, nmse
 from tests.support.toy import make_checkpoint
 
 TOKENS = tuple(torch.randint(260, (40,), generator=torch.Generator().manual_seed(3)).tolist())
+logits = partial(model_logits, tokens=TOKENS)
 SHAPE = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "hidden": 128, "intermediate": 192, "layers": 2}
 
 
@@ -24,11 +27,6 @@ def models(tmp_path_factory):
     """Toy checkpoints: with a tied head and with one of its own."""
     folder = tmp_path_factory.mktemp("recipes")
     return {tied: make_checkpoint(folder / str(tied), tied=tied, **SHAPE) for tied in (True, False)}
-
-
-def logits(path, dtype, device="cpu", **options):
-    with LLM(path, dtype=dtype, device=device, max_context=64, progress=False, num_threads=2, **options) as llm:
-        return llm.logits(TOKENS)
 
 
 def formats(path, dtype):

@@ -1,19 +1,20 @@
 """FP8, int8, MXFP4, NVFP4 and NF4 models: the values of the file and nothing else, on every lane, or a refusal."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
 
 from cpu_kernels.formats import format_of
-from hetero_attn import LLM, Policy
+from hetero_attn import Policy
 from hetero_attn.checkpoints.sources import open_source, read_config
 from hetero_attn.errors import CheckpointError, HeteroError, UnsupportedModelError
 from hetero_attn.models.decoder import decoder
 from hetero_attn.planning.settle import plan_model
 from tests.support.cpu_oracles import kernels
 from tests.support.int4_models import edit_config, edit_tensors
-from tests.support.runtime import nmse
+from tests.support.runtime import model_logits, nmse
 from tests.support.scaled_models import (
     compressed_config,
     fp8_blocks,
@@ -29,6 +30,7 @@ from tests.support.scaled_models import (
 from tests.support.toy import hf_logits
 
 TOKENS = torch.randint(260, (24,), generator=torch.Generator().manual_seed(5)).tolist()
+logits = partial(model_logits, tokens=TOKENS)
 CUT = "version: 1\nrules:\n  - {match: layers.*, gpu: 0.5, stream: 0.25, cpu: 0.25}\n"
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -116,11 +118,6 @@ def models(tmp_path_factory):
         return made[case]
 
     return make
-
-
-def logits(path, dtype="auto", device="cpu", **options):
-    with LLM(path, dtype=dtype, device=device, max_context=64, progress=False, num_threads=2, **options) as llm:
-        return llm.logits(TOKENS)
 
 
 @pytest.mark.filterwarnings("ignore:.*held as float32")

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from hypothesis import strategies as st
 
+from hetero_attn import LLM
 from hetero_attn.engine.build import build_engine
 from hetero_attn.engine.engine import Engine
 from hetero_attn.models.decoder import decoder
@@ -151,3 +152,9 @@ def one_device_run(path: Path, weight_dtype: str, tokens: int = 70, prompt_token
         return Run(path, token_ids, prompt_tokens, run_logits(engine, token_ids, prompt_tokens))
     finally:
         engine.close()
+
+
+def model_logits(path, dtype="auto", device="cpu", *, tokens, **options) -> torch.Tensor:
+    """Logits of all tokens by an `LLM` over files, loaded for this alone."""
+    with LLM(path, dtype=dtype, device=device, max_context=64, progress=False, num_threads=2, **options) as llm:
+        return llm.logits(tokens)
