@@ -6,7 +6,7 @@ are and the mixes of them that one linear may have, `gguf_types` the block types
 """
 
 from cpu_kernels.formats.base import BLOCK_FEATURES, GROUP_INPUTS, LINE_BYTES, WeightFormat
-from cpu_kernels.formats.gguf_types import GGUF_TYPES, GgufType
+from cpu_kernels.formats.gguf_types import GGUF_BY_NAME, GGUF_TYPES, GgufType
 from cpu_kernels.formats.source_types import (
     E2M1_TYPE,
     FP8_TYPE,
@@ -36,6 +36,7 @@ __all__ = [
     "E2M1_TYPE",
     "FORMATS",
     "FP8_TYPE",
+    "GGUF_BY_NAME",
     "GGUF_TYPES",
     "GROUP_INPUTS",
     "INT4_GROUPS",

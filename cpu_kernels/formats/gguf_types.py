@@ -51,3 +51,4 @@ GGUF_TYPES = {
         GgufType("NVFP4", 40, 64, 36),
     )
 }
+GGUF_BY_NAME = {item.name: item for item in GGUF_TYPES.values()}

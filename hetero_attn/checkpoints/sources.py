@@ -9,8 +9,8 @@ from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.quantised.checkpoint import QuantisedCheckpoint
 from hetero_attn.checkpoints.quantised.scheme import read_scheme
 from hetero_attn.errors import CheckpointError
-from hetero_attn.models.decoder import decoder
 from hetero_attn.spec.config import ModelConfig, tensor_names
+from hetero_attn.spec.decoder.model import model_spec
 from hetero_attn.spec.tensor_names import tensor_name
 from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
 
@@ -81,7 +81,7 @@ def stored_formats(path: Path, config: ModelConfig) -> WeightFormats:
         stored = stored_dtype(path) or config.dtype or "bf16"
         return weight_formats("fp32" if stored == "fp32" else "bf16")
     with open_source(path) as source:
-        model = decoder(config)
+        model = model_spec(config)
         source.check(model)
         routers = {tensor for block in model.blocks for matrix in block.matrices for tensor, _ in matrix.tensors}
         names = [name for name in source.names if len(source.shape(name)) > 1 and name not in routers]

@@ -18,9 +18,9 @@ from hetero_attn.devices import Device
 from hetero_attn.errors import HeteroError, UnsupportedModelError, nearest
 from hetero_attn.lanes.flag_handover import FlagHandover
 from hetero_attn.lanes.handover import EventHandover
+from hetero_attn.lanes.handover_names import HANDOVERS
 from hetero_attn.lanes.tables import StepTables
 
-HANDOVERS = ("auto", "events", "flags", "graph")
 ROUNDS = 3
 MEASURED_ROUNDS = 200
 # Of 20 hand-overs 19 take no longer where nothing else is wrong: 15 us by graph on an H100, some 100 by events. A card

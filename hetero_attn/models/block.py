@@ -17,12 +17,10 @@ from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.linear import LinearWeights, linear, linear_add
 from hetero_attn.ops.run import KvView, Run
-from hetero_attn.spec.blocks import BufferSet, Declaration, Vector
+from hetero_attn.spec.blocks import Declaration
 from hetero_attn.spec.config import ModelConfig
-from hetero_attn.spec.tensor_names import tensor_name
-from hetero_attn.spec.weights import LinearSpec
+from hetero_attn.spec.decoder.norms import NORMED
 
-NORMED, SHARED = "normed", "shared_normed"  # buffers of normalised rows: a block's own, a parallel layer's
 NOTHING = Activation(None, None)
 
 
@@ -97,13 +95,6 @@ class Norm:
             ops.rms_norm(x, self.weight.main, self.eps, out)
 
 
-def norm_vectors(config: ModelConfig, part: str, layer: int | None, scale: float = 1.0) -> tuple[Vector, ...]:
-    """The vectors of the norm in front of a block, whose weight is `part` of a checkpoint; scale: on what it gives."""
-    weight = Vector("norm", tensor_name(part, layer), config.hidden_size, config.norm_offset, scale)
-    bias = Vector("norm_bias", tensor_name(part, layer, "bias"), config.hidden_size, 0.0, scale)
-    return (weight, bias) if config.norm_bias else (weight,)
-
-
 def normalize(lanes: Lanes, norm: Norm, residual: Activation, normed: Activation, to_host: bool) -> None:
     """Normalise the residual into `normed`, and bring it to the host if the CPU lane will need it."""
     norm.apply(lanes.main_ops, residual.main[:, : norm.width], normed.main)
@@ -141,11 +132,6 @@ def _as_it_is(lanes: Lanes, width: int, work: Workspace, weights: LinearWeights,
     if weights.has_host_features(tier):
         lanes.push(x, 0, width)
     return x
-
-
-def projected_buffer(last: LinearSpec) -> BufferSet:
-    """Where a block with a post norm keeps what its last linear gives until it is normalised."""
-    return BufferSet("projected", (("projected", last.out_features),))
 
 
 def add_output(

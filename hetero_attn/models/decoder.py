@@ -1,39 +1,28 @@
-"""The decoder families as lists of blocks, and the two ends of every model: token embedding and head."""
+"""The decoder families with what their blocks compute, and the two ends of every model: token embedding and head."""
 
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from cpu_kernels.formats import BLOCK_FEATURES, format_of
+from cpu_kernels.formats import format_of
 from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.models.attention import Attention
-from hetero_attn.models.block import Block, BlockWeights, Norm, norm_vectors, normed_linear
+from hetero_attn.models.block import Block, BlockWeights, Norm, normed_linear
 from hetero_attn.models.experts import Experts
 from hetero_attn.models.mlp import Mlp
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.linear import LinearWeights
-from hetero_attn.spec.blocks import BufferSet, ModelSpec, Vector
+from hetero_attn.spec.blocks import ModelSpec
 from hetero_attn.spec.config import ModelConfig
-from hetero_attn.spec.tensor_names import tensor_name
-from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
-from hetero_attn.spec.weights import LinearSpec, Part
+from hetero_attn.spec.decoder.head import HeadDeclaration
+from hetero_attn.spec.decoder.model import BlockKinds, model_spec
+from hetero_attn.spec.weight_formats import WeightFormats
 from placement.plan.workload import row_tier
 
 
-class Head(Block):
+class Head(HeadDeclaration, Block):
     """logits = head(norm(residual)), for the rows that they are wanted of."""
-
-    kind = "head"
-    layer = None
-
-    def __init__(self, config: ModelConfig, formats: WeightFormats) -> None:
-        tensor = tensor_name("embed" if config.tie_word_embeddings else "head")
-        part = Part(tensor, BLOCK_FEATURES, config.vocab_size, formats.of(tensor))
-        self._config = config
-        self.linears = (LinearSpec("head", "head", None, config.hidden_size, (part,), False, block="head"),)
-        self.vectors = norm_vectors(config, "final_norm", None, config.logit_scale)
-        self.buffers = (BufferSet("narrow", (("normed", config.hidden_size),)),)
 
     def project(self, lanes: Lanes, weights: BlockWeights, work: Workspace, out: Activation) -> None:
         """Project the residual rows of `work` onto the vocabulary; once the lanes are finished `out.host`, float32
@@ -43,26 +32,12 @@ class Head(Block):
         lanes.push(out, 0, head.device_features(tier))
 
 
+KINDS = BlockKinds(Attention, Mlp, Experts, Head)
+
+
 def decoder(config: ModelConfig, formats: str | WeightFormats = "bf16") -> ModelSpec:
-    """The blocks of a model with this configuration. formats: of the weights, or the one of all of them; widths do not
-    depend on it."""
-    formats = weight_formats(formats)
-    return ModelSpec(
-        embedding=Vector("embed", tensor_name("embed"), config.hidden_size),
-        vocab_size=config.vocab_size,
-        embedding_scale=config.embedding_scale,
-        layers=tuple(
-            (Attention(config, layer, formats), _feed_forward(config, layer, formats))
-            for layer in range(config.num_layers)
-        ),
-        head=Head(config, formats),
-    )
-
-
-def _feed_forward(config: ModelConfig, layer: int, formats: WeightFormats) -> Block:
-    if config.experts is not None and config.experts.layers[layer]:
-        return Experts(config, config.experts, layer, formats)
-    return Mlp(config, layer, formats)
+    """`model_spec` of blocks that compute what they declare."""
+    return model_spec(config, formats, KINDS)
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,8 @@ from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.spec.experts import ExpertsSpec
 
 
-def routes_size(rows: int, spec: ExpertsSpec) -> int:
-    """Numbers in the `Routes` of some rows, their weights apart."""
-    return 3 * rows * spec.per_row + spec.experts + 1
-
-
 def routes_in(memory: torch.Tensor, weights: torch.Tensor, spec: ExpertsSpec) -> Routes:
-    """Views of float32 memory [1, routes_size(rows, spec)] as the int32 that it holds; weights: [rows, per_row + 1]."""
+    """Views of float32 memory [1, spec.routes_size(rows)] as the int32 that it holds; weights: [rows, per_row + 1]."""
     rows = weights.shape[0]
     picks = rows * spec.per_row
     ids, places, sources, starts = memory[0].view(torch.int32).split([picks, picks, picks, spec.experts + 1])

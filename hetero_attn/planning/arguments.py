@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hetero_attn.errors import ArgumentError, UnsupportedModelError, nearest
-from hetero_attn.lanes.handover_choice import HANDOVERS
+from hetero_attn.lanes.handover_names import HANDOVERS
 from placement import HardwareProfile, Policy
 from placement.plan.units import parse_bytes
 

@@ -13,6 +13,7 @@ import psutil
 from cpu_kernels.team.cgroups import memory_limit_bytes
 from cpu_kernels.team.kept_files import UnusableFileError, cache_home, read_kept, why_not_writable, write_kept
 from cpu_kernels.team.topology import default_threads, physical_cpus
+from placement.machine.gpu_here import has_gpu
 from placement.machine.hardware import HardwareProfile
 
 LEAST_TO_SHARE = 4  # cores; with fewer, one is too large a part of the lane
@@ -76,10 +77,8 @@ def lane_threads() -> int:
 
     With 16 threads on 16 cores beside an H100 the CPU's part of a layer took 550 us, with 15 it took 300.
     """
-    import torch
-
     threads = default_threads(physical_cpus())
-    return threads - 1 if threads >= LEAST_TO_SHARE and torch.cuda.is_available() else threads
+    return threads - 1 if threads >= LEAST_TO_SHARE and has_gpu() else threads
 
 
 def profile_path() -> Path | None:

@@ -8,17 +8,18 @@ from pathlib import Path
 from hetero_attn.checkpoints.hub import resolve_model, resolve_tokenizer
 from hetero_attn.checkpoints.sources import read_config, stored_formats
 from hetero_attn.errors import ConfigError, MemoryBudgetError
-from hetero_attn.models.decoder import decoder
 from hetero_attn.planning.arguments import check_choice
 from hetero_attn.planning.options import PAGE_TOKENS, LoadOptions
 from hetero_attn.planning.profiles import current_profile, lane_threads
 from hetero_attn.spec.blocks import ModelSpec
 from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.decoder.model import model_spec
 from hetero_attn.spec.recipes import formats_of
 from hetero_attn.spec.tensor_names import tensor_name
 from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
 from hetero_attn.spec.workload import build_workload, natural_kv_dtype
 from placement import BudgetError, HardwareProfile, Plan, Policy, make_plan
+from placement.machine.gpu_here import has_gpu
 from placement.plan.memory import activation_bytes
 from placement.plan.units import parse_bytes
 from placement.plan.workload import KV_DTYPES, ChunkChoice, Workload
@@ -63,7 +64,9 @@ class PlannedModel:
 
     @property
     def model(self) -> ModelSpec:
-        """The blocks of the model."""
+        """The blocks of the model, with what they compute."""
+        from hetero_attn.models.decoder import decoder  # imports torch, which planning does without
+
         return self.spec or decoder(self.config, self.weight_formats)
 
     @property
@@ -125,7 +128,7 @@ def settle(options: LoadOptions) -> PlannedModel:
     hardware = _rates(options, device)
     budget = None if kind == "cpu" else _budget_bytes(options, policy, hardware)
     workload = _workload(options, policy, config, formats, path, kind, budget)
-    if kind == "cuda":
+    if kind == "cuda" and has_gpu():
         from hetero_attn.devices.machine import with_own_bytes
 
         hardware = with_own_bytes(hardware, device)
@@ -177,7 +180,7 @@ def _workload(
     )
     build = partial(
         build_workload,
-        decoder(config, formats),
+        model_spec(config, formats),
         formats,
         name=model_name(options.model, path),
         max_context=context,
@@ -218,7 +221,7 @@ def choose_formats(dtype: str, config: ModelConfig, path: Path) -> WeightFormats
 def formats_by_rules(formats: WeightFormats, policy: Policy, config: ModelConfig) -> WeightFormats:
     """The formats with those that the policy's rules ask for single linears."""
     by_tensor, changed = {}, False
-    for linear in decoder(config, formats).linears:
+    for linear in model_spec(config, formats).linears:
         dtype = dtype_by_rules(policy, linear.name)
         changed |= dtype is not None
         by_tensor |= {part.tensor: dtype or part.format for part in linear.parts}
@@ -264,9 +267,7 @@ def choose_device(device: str, hardware: HardwareProfile | str | None) -> str:
     if hardware is not None:
         profile = HardwareProfile.named(hardware) if isinstance(hardware, str) else hardware
         return "cuda" if profile.has_gpu else "cpu"
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if has_gpu() else "cpu"
 
 
 def choose_context(max_context: int | None, config: ModelConfig) -> int:

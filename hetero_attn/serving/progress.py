@@ -3,13 +3,15 @@
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from tqdm import tqdm
 
-from hetero_attn.serving.request import Request
 from placement import Plan
+
+if TYPE_CHECKING:
+    from hetero_attn.serving.request import Request
 
 Item = TypeVar("Item")
 
@@ -54,7 +56,7 @@ class PrefillBar:
     It goes away with the last prompt token, before any text is printed.
     """
 
-    def __init__(self, requests: Sequence[Request], chunk: int, show: bool) -> None:
+    def __init__(self, requests: "Sequence[Request]", chunk: int, show: bool) -> None:
         self._requests = requests
         total = sum(len(request.prompt_token_ids) for request in requests)
         is_long = any(len(request.prompt_token_ids) > chunk for request in requests)

@@ -43,6 +43,10 @@ class ExpertsSpec(LinearSpec):
             LinearSpec(f"{name}.down", "down", self.layer, self.width, (down,), False),
         )
 
+    def routes_size(self, rows: int) -> int:
+        """Numbers in the `Routes` of some rows, their weights apart."""
+        return 3 * rows * self.per_row + self.experts + 1
+
     @cached_property
     def first(self) -> tuple[LinearSpec, LinearSpec]:
         """gate_up and down of the first expert, as large as those of any."""

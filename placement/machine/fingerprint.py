@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
+from placement.machine.gpu_here import has_gpu
 
 SYSTEM = Path("/")
 MEASUREMENTS = 3  # what a profile holds; one that was kept by a profiler that measured less is stale
@@ -24,13 +24,15 @@ def machine_fingerprint(cores: int, root: Path = SYSTEM) -> tuple[tuple[str, str
         "cores": str(cores),
         "machine": platform.machine(),
         "system": platform.system(),
-        "torch": torch.__version__,
+        "torch": importlib.metadata.version("torch"),
         "numba": importlib.metadata.version("numba"),
         "gpu": "none",
         "kernels": source_digest(kernel_folders()),
         "measurements": str(MEASUREMENTS),
     }
-    if torch.cuda.is_available():
+    if has_gpu():
+        import torch
+
         properties = torch.cuda.get_device_properties(0)
         fields |= {
             "gpu": properties.name,

@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType, quants
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from cpu_kernels.formats import GGUF_BY_NAME
 from hetero_attn import LLM
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.gguf.file import GgufFile
@@ -19,7 +20,7 @@ from hetero_attn.checkpoints.gguf.writer import NewTensor, write_gguf
 from hetero_attn.cli import app
 from hetero_attn.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from hetero_attn.serving.tokenizer import Tokenizer
-from hetero_attn.tools.quantize.blocks import BLOCK_TYPES, TYPES
+from hetero_attn.tools.quantize.blocks import BLOCK_TYPES
 from hetero_attn.tools.quantize.choose import RECIPES, Loss, by_bits, by_recipe, fitting
 from hetero_attn.tools.quantize.encode import encode
 from hetero_attn.tools.quantize.metadata import copied_metadata
@@ -245,7 +246,7 @@ def test_rows_that_are_no_whole_blocks_take_another_type():
 def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
     taken = tmp_path / "there.gguf"
     taken.write_bytes(b"old")
-    tensor = NewTensor("a", TYPES["F32"], (4,))
+    tensor = NewTensor("a", GGUF_BY_NAME["F32"], (4,))
     good = lambda _: [np.zeros(16, np.uint8)]  # noqa: E731
 
     with pytest.raises(CheckpointError, match="there already.*--force"):
@@ -255,7 +256,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, monkeypa
     with pytest.raises(CheckpointError, match="8 bytes of data, expected 16"):
         write_gguf(tmp_path / "x.gguf", {}, [tensor], lambda _: [np.zeros(8, np.uint8)])
     with pytest.raises(CheckpointError, match="fewer than 64 bytes"):
-        write_gguf(tmp_path / "x.gguf", {}, [NewTensor("a" * 64, TYPES["F32"], (4,))], good)
+        write_gguf(tmp_path / "x.gguf", {}, [NewTensor("a" * 64, GGUF_BY_NAME["F32"], (4,))], good)
     with pytest.raises(ArgumentError, match="recipe is 'q3'; known: q8"):
         quantize(TINY, tmp_path / "x.gguf", "q3")
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
@@ -279,7 +280,7 @@ def test_metadata_of_every_kind_is_read_back(tmp_path):
         "y": np.array([True, False]),
     }
     out = tmp_path / "x.gguf"
-    write_gguf(out, values, [NewTensor("w", TYPES["F32"], (2, 4))], lambda _: [np.arange(32, dtype=np.uint8)])
+    write_gguf(out, values, [NewTensor("w", GGUF_BY_NAME["F32"], (2, 4))], lambda _: [np.arange(32, dtype=np.uint8)])
     file = GgufFile(out)
 
     assert {key: list(item) if isinstance(item, np.ndarray) else item for key, item in file.metadata.items()} == {
@@ -337,7 +338,7 @@ def test_a_solver_that_finds_nothing_in_its_time_is_replaced_by_exchanges(monkey
 
 
 def test_numbers_beyond_64_bits_are_named(tmp_path):
-    out, tensor = tmp_path / "x.gguf", NewTensor("w", TYPES["F32"], (2, 4))
+    out, tensor = tmp_path / "x.gguf", NewTensor("w", GGUF_BY_NAME["F32"], (2, 4))
     for value in (1 << 64, -(1 << 63) - 1):
         with pytest.raises(CheckpointError, match="answer: .* more than the 64 bits"):
             write_gguf(out, {"answer": value}, [tensor], lambda _: [])

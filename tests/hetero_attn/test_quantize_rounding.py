@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hetero_attn.tools.quantize.blocks import BLOCK_TYPES, TYPES, Grid
+from cpu_kernels.formats import GGUF_BY_NAME
+from hetero_attn.tools.quantize.blocks import BLOCK_TYPES, Grid
 from hetero_attn.tools.quantize.encode import encode, fed_back, held, known_inputs, nearest
 from hetero_attn.tools.quantize.fit import codes_of, fit_affine, fit_symmetric
 
@@ -48,7 +49,7 @@ def test_errors_that_make_up_for_each_other_cost_the_output_less(name, rows, mom
 def test_feedback_is_the_textbooks(name, rows, moments):
     """Optimal brain surgeon: after each input the inverse of what is left is made anew, and the rest are moved by it."""
     kind, inputs = BLOCK_TYPES[name], known_inputs(moments, 2048)
-    grid = kind.fit(rows.reshape(-1, TYPES[name].items), None)
+    grid = kind.fit(rows.reshape(-1, GGUF_BY_NAME[name].items), None)
     found = fed_back(kind, rows, grid, inputs)
 
     expected = slow_feedback(kind, rows, grid, damped(moments, 2048), inputs.order)
@@ -122,7 +123,7 @@ STEPS = torch.linspace(-0.05, 0.35, 41)
 def test_what_is_important_is_met_better(name, rows, ops):
     """The weighted error of a fit that knows the weights is smaller than of one that does not."""
     energy = torch.rand(INPUTS, generator=torch.Generator().manual_seed(8)) ** 4 + 1e-3
-    kind, items = BLOCK_TYPES[name], TYPES[name].items
+    kind, items = BLOCK_TYPES[name], GGUF_BY_NAME[name].items
     importance = energy.view(-1, items).repeat(len(rows), 1)
 
     def error(grid: Grid) -> float:

@@ -19,9 +19,9 @@ from cpu_kernels.formats.pages import row_items
 from gpu_kernels.device_ops import DeviceOps
 from hetero_attn.cache.pages import TORCH_DTYPES
 from hetero_attn.engine.ahead.warm_up import PROMPT_ROWS
-from hetero_attn.models.mlp import activation_op
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.decoder.mlp import activation_op
 from hetero_attn.spec.experts import ExpertsSpec
 from hetero_attn.spec.weights import LinearSpec
 

@@ -15,8 +15,8 @@ from cpu_kernels.formats.pages import row_items
 from cpu_kernels.formats.weights import BLOCK_FEATURES, block_bytes
 from hetero_attn.cache.pages import TORCH_DTYPES
 from hetero_attn.engine.engine import Engine
-from hetero_attn.models.mlp import activation_op
 from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.decoder.mlp import activation_op
 
 FLOAT32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the process has made its default
 

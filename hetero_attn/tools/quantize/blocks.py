@@ -11,7 +11,6 @@ from typing import TypeAlias
 
 import torch
 
-from cpu_kernels.formats import GGUF_TYPES, GgufType
 from hetero_attn.tools.quantize.fit import (
     codes_of,
     fit_affine,
@@ -26,7 +25,6 @@ from hetero_attn.tools.quantize.fit import (
 )
 
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-TYPES: dict[str, GgufType] = {item.name: item for item in GGUF_TYPES.values()}
 ALTERNATIONS = 3  # between codes and the stored numbers of two levels
 
 Importance: TypeAlias = torch.Tensor | None

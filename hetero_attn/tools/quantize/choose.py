@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cpu_kernels.formats import GGUF_BY_NAME
 from hetero_attn.errors import UnsupportedModelError
-from hetero_attn.tools.quantize.blocks import TYPES
 from hetero_attn.tools.quantize.encode import fits
 from placement.solve.native_output import without_native_output
 
@@ -45,7 +45,7 @@ class Loss:
 
     def nbytes(self, name: str) -> int:
         """Bytes in a type."""
-        return self.rows * TYPES[name].row_bytes(self.in_features)
+        return self.rows * GGUF_BY_NAME[name].row_bytes(self.in_features)
 
 
 def fitting(name: str, in_features: int, dtype: str = "") -> str:
@@ -141,5 +141,5 @@ def _stepwise(losses: Mapping[str, Loss], room: float) -> dict[str, str]:
 def bits_of(chosen: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], names: Sequence[str] = ()) -> float:
     """Bits a weight of all matrices, or of those named."""
     of = [name for name in (names or chosen) if len(shapes[name]) > 1]
-    nbytes = sum(shapes[name][0] * TYPES[chosen[name]].row_bytes(shapes[name][1]) for name in of)
+    nbytes = sum(shapes[name][0] * GGUF_BY_NAME[chosen[name]].row_bytes(shapes[name][1]) for name in of)
     return 8 * nbytes / sum(shapes[name][0] * shapes[name][1] for name in of)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from cpu_kernels import CpuKernels
+from cpu_kernels.formats import GGUF_BY_NAME
 from hetero_attn.checkpoints.unit_rows import dequantised
-from hetero_attn.tools.quantize.blocks import BLOCK_TYPES, TYPES, BlockType, Grid
+from hetero_attn.tools.quantize.blocks import BLOCK_TYPES, BlockType, Grid
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK_WEIGHTS = 1 << 18  # encoded at once, in a core's cache
@@ -26,7 +27,7 @@ DAMPING = 0.01  # of the mean energy of an input, added to all
 
 def fits(name: str, in_features: int) -> bool:
     """Whether rows of so many inputs are whole blocks of a type that is made here."""
-    return (name in BLOCK_TYPES or name in PLAIN) and in_features % TYPES[name].items == 0
+    return (name in BLOCK_TYPES or name in PLAIN) and in_features % GGUF_BY_NAME[name].items == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def encode(name: str, rows: torch.Tensor, inputs: Inputs | None = None) -> torch
     """uint8 [rows, row_bytes] of float32 rows in a GGUF type; `in_features` must be a multiple of its items."""
     if name in PLAIN:
         return rows.to(PLAIN[name]).contiguous().view(torch.uint8)
-    kind, items = BLOCK_TYPES[name], TYPES[name].items
+    kind, items = BLOCK_TYPES[name], GGUF_BY_NAME[name].items
     with _one_thread_each() as pool:
         if inputs is None:
             parts = pool.map(lambda some: _plainly(kind, some, items), _pieces(rows))

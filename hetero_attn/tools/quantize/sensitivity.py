@@ -13,8 +13,8 @@ from typing import TypeVar
 import torch
 
 from cpu_kernels import CpuKernels
+from cpu_kernels.formats import GGUF_BY_NAME
 from hetero_attn.serving.progress import steps_bar
-from hetero_attn.tools.quantize.blocks import TYPES
 from hetero_attn.tools.quantize.choose import CANDIDATES, Loss
 from hetero_attn.tools.quantize.encode import encode, fits, held
 from hetero_attn.tools.quantize.feedback import Moments
@@ -129,6 +129,6 @@ def _errors(rows: torch.Tensor, moments: torch.Tensor | None, ops: CpuKernels) -
 
 def _is_beaten(name: str, error: float, found: dict[str, float]) -> bool:
     """Whether a type of fewer bytes is no worse."""
-    size = TYPES[name].block_bytes / TYPES[name].items
-    smaller = (other for other in found if TYPES[other].block_bytes / TYPES[other].items < size)
+    size = GGUF_BY_NAME[name].block_bytes / GGUF_BY_NAME[name].items
+    smaller = (other for other in found if GGUF_BY_NAME[other].block_bytes / GGUF_BY_NAME[other].items < size)
     return any(found[other] <= error for other in smaller)

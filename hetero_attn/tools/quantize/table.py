@@ -4,18 +4,20 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from cpu_kernels.formats import GGUF_BY_NAME
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
-from hetero_attn.tools.quantize.blocks import TYPES
-from hetero_attn.tools.quantize.choose import Loss
+
+if TYPE_CHECKING:
+    from hetero_attn.tools.quantize.choose import Loss
 
 KEY = "hetero_attn.quantize.table"
 MAX_TABLE_CHARACTERS = 1 << 22
 MOST_PARTS, MOST_KINDS, MOST_COSTS = 64, 5, 3  # of a table for people
 
 
-def table_text(wanted: str, bits: float, chosen: Mapping[str, str], losses: Mapping[str, Loss]) -> str:
+def table_text(wanted: str, bits: float, chosen: Mapping[str, str], losses: Mapping[str, "Loss"]) -> str:
     """The table as a file keeps it: JSON."""
     tensors = {
         name: {"type": kind} | ({"kl": dict(losses[name].kl)} if name in losses else {})
@@ -59,8 +61,8 @@ def _losses(entry: dict[str, Any]) -> dict[str, float]:
 def _costs(entries: list[dict[str, Any]]) -> list[str]:
     """The loss of a part in the cheapest types that all of it may have."""
     losses = [_losses(entry) for entry in entries]
-    common = [kind for kind in losses[0] if kind in TYPES and all(kind in each for each in losses)]
-    common.sort(key=lambda kind: TYPES[kind].block_bytes / TYPES[kind].items)
+    common = [kind for kind in losses[0] if kind in GGUF_BY_NAME and all(kind in each for each in losses)]
+    common.sort(key=lambda kind: GGUF_BY_NAME[kind].block_bytes / GGUF_BY_NAME[kind].items)
     return [f"{kind} {sum(each[kind] for each in losses):.1e}" for kind in common[:MOST_COSTS]]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from cpu_kernels import CpuKernels
+from cpu_kernels.formats import GGUF_BY_NAME
 from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.gguf.config import gguf_terms
@@ -23,7 +24,6 @@ from hetero_attn.errors import ArgumentError, CheckpointError, UnsupportedModelE
 from hetero_attn.models.decoder import decoder
 from hetero_attn.serving.progress import bytes_bar
 from hetero_attn.spec.config import ModelConfig
-from hetero_attn.tools.quantize.blocks import TYPES
 from hetero_attn.tools.quantize.calibrate import calibration
 from hetero_attn.tools.quantize.choose import RECIPES, Loss, bits_of, by_bits, by_recipe
 from hetero_attn.tools.quantize.encode import encode
@@ -129,9 +129,9 @@ def _new_file(
 def _new_tensors(
     shapes: Mapping[str, tuple[int, ...]], chosen: Mapping[str, str], divisors: torch.Tensor | None
 ) -> list[NewTensor]:
-    tensors = [NewTensor(their_name(name), TYPES[kind], shapes[name]) for name, kind in chosen.items()]
+    tensors = [NewTensor(their_name(name), GGUF_BY_NAME[kind], shapes[name]) for name, kind in chosen.items()]
     if divisors is not None:
-        tensors.append(NewTensor(ROPE_DIVISORS, TYPES["F32"], tuple(divisors.shape)))
+        tensors.append(NewTensor(ROPE_DIVISORS, GGUF_BY_NAME["F32"], tuple(divisors.shape)))
     return tensors
 
 

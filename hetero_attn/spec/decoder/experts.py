@@ -1,0 +1,74 @@
+"""What a mixture of experts in the place of a layer's MLP declares: a router, the experts, a shared one."""
+
+from hetero_attn.spec.blocks import BufferSet, Declaration, Matrix
+from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.decoder.norms import norm_vectors
+from hetero_attn.spec.experts import experts_spec
+from hetero_attn.spec.experts_config import ExpertsConfig
+from hetero_attn.spec.tensor_names import tensor_name
+from hetero_attn.spec.weight_formats import WeightFormats
+from hetero_attn.spec.weights import BLOCK_FEATURES, LinearSpec, Part
+from placement.plan.workload import round_up
+
+
+class ExpertsDeclaration(Declaration):
+    """The experts of a layer."""
+
+    kind = "experts"
+
+    def __init__(self, config: ModelConfig, experts: ExpertsConfig, layer: int, formats: WeightFormats) -> None:
+        self.layer, self._config = layer, experts
+        self._model, self._hidden = config, config.hidden_size
+        self.experts = experts_spec(experts, config.hidden_size, layer, formats.of)
+        self.shared = _shared_linears(config, experts, layer, formats) if experts.is_gated else ()
+        self.linears = (self.experts, *self.shared)
+        self.vectors = norm_vectors(config, "mlp_norm", layer)
+        self.matrices = (_router(config, experts, layer),)
+        self.small_calls = 7 if experts.is_gated else 4  # norm, route, activation, sum; of a shared one two, its factor
+        self._gate_up, self._down = self.experts.first
+        per_row, padded = experts.per_row, round_up(config.hidden_size, BLOCK_FEATURES)
+        self.buffers = (
+            BufferSet("narrow", (("normed", config.hidden_size),)),
+            BufferSet("routes", (("routes", self.experts.routes_size(1)), ("expert_weights", per_row + 1))),
+            BufferSet(
+                "wide",
+                (
+                    ("expert_gate_up", per_row * self._gate_up.out_features),
+                    ("expert_activated", per_row * self._gate_up.out_features // 2),
+                    ("expert_parts", per_row * padded),
+                    ("expert_near", per_row * padded),
+                    *_shared_buffers(self.shared),
+                ),
+            ),
+        )
+
+
+def _router(config: ModelConfig, experts: ExpertsConfig, layer: int) -> Matrix:
+    tensors: tuple[tuple[str, int], ...] = ((tensor_name("router", layer), experts.experts),)
+    if experts.is_gated:
+        tensors = (*tensors, (tensor_name("shared_factor", layer), 1))
+    rows = sum(count for _, count in tensors)
+    return Matrix("router", tensors, config.hidden_size, round_up(rows, BLOCK_FEATURES))
+
+
+def _shared_linears(
+    config: ModelConfig, experts: ExpertsConfig, layer: int, formats: WeightFormats
+) -> tuple[LinearSpec, LinearSpec]:
+    def part(name: str, rows: int) -> Part:
+        tensor = tensor_name(name, layer)
+        return Part(tensor, BLOCK_FEATURES, rows, formats.of(tensor))
+
+    def spec(kind: str, inputs: int, *parts: Part) -> LinearSpec:
+        return LinearSpec(f"layers.{layer}.{kind}", kind, layer, inputs, parts, False, block="shared")
+
+    width = experts.shared_width
+    return (
+        spec("shared_gate_up", config.hidden_size, part("shared_gate", width), part("shared_up", width)),
+        spec("shared_down", width, part("shared_down", config.hidden_size)),
+    )
+
+
+def _shared_buffers(shared: tuple[LinearSpec, ...]) -> tuple[tuple[str, int], ...]:
+    if not shared:
+        return ()
+    return (("shared_gate_up", shared[0].out_features), ("shared_activated", shared[0].out_features // 2))
