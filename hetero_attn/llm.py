@@ -49,14 +49,13 @@ class LLM:
     model: local directory, GGUF file or hub id. file: which GGUF file of a directory or repository, such as "*Q4_K_M*"
     or "Q4_K_M"; with one dtype "auto" keeps every tensor as the file has it. tokenizer: a folder, file or hub id whose
     tokenizer goes before the model's own. policy: a shipped policy's name, a YAML file or a Policy. gpu_memory: budget
-    such as "8GiB". dtype: auto | bf16 | fp32 | q8 | q4. device: auto | cuda | cuda:N | cpu | emulated. max_context:
-    tokens of one sequence. max_batch: sequences decoded together. seed: of requests that bring none. num_threads: of
-    the CPU lane. hardware: the profile to plan with. kv_dtype: of keys and values, auto | bf16 | fp32 | q8 | q4
-    (auto: fp32 beside fp32 weights, else bf16). elastic keeps a copy in DRAM of what is in GPU memory, so that
+    such as "8GiB". dtype: auto | bf16 | fp16 | fp32 | q8 | q4. device: auto | cuda | cuda:N | cpu | emulated.
+    max_context: tokens of one sequence. max_batch: sequences decoded together. seed: of requests that bring none.
+    num_threads: of the CPU lane. hardware: the profile to plan with. kv_dtype: of keys and values, auto | bf16 | fp32 |
+    q8 | q4 (auto: fp32 beside fp32 weights, else bf16). elastic keeps a copy in DRAM of what is in GPU memory, so that
     `resize` works and the cache may take GPU memory from the weights as it grows. kv_tokens: tokens that the cache
     holds for all sequences together, None is max_context for each. prefix_cache keeps what was computed, as long as
-    nobody
-    needs its memory, for prompts that begin alike. handover: how GPU and CPU lane wait for each other, auto |
+    nobody needs its memory, for prompts that begin alike. handover: how GPU and CPU lane wait for each other, auto |
     events | flags | graph. overlap=False runs the lanes one after another. progress shows a bar
     while loading. max_waiting: a call that finds so many requests waiting for a place raises QueueFullError.
     needs_text=True refuses a model whose tokenizer is missing or cannot be opened, as soon as that is known, and stops

@@ -1,6 +1,5 @@
 """A model on disk, whatever kind of files it is in: opened, and asked for its configuration and its formats."""
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -76,10 +75,9 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def stored_formats(path: Path, config: ModelConfig) -> WeightFormats:
-    """The formats in which a model is held as it is on disk; of plain safetensors fp32 stays and all else is bf16."""
+    """The formats in which a model is held as it is on disk."""
     if not is_gguf(path) and not is_quantised(path):
-        stored = stored_dtype(path) or config.dtype or "bf16"
-        return weight_formats("fp32" if stored == "fp32" else "bf16")
+        return _plain_formats(path, config)
     with open_source(path) as source:
         model = model_spec(config)
         source.check(model)
@@ -89,17 +87,23 @@ def stored_formats(path: Path, config: ModelConfig) -> WeightFormats:
         return WeightFormats("bf16", formats[tensor_name("embed")], formats)
 
 
-def stored_dtype(path: Path) -> str | None:
-    """The dtype of most of the bytes in the weight files, by their headers; None where they are not there or not sound.
+def _plain_formats(path: Path, config: ModelConfig) -> WeightFormats:
+    """One dtype for all weights where the files have one, by their headers, else for each its own.
 
-    The config may name another one than the files have: weights would then take twice the memory for nothing.
+    The config may name another one than the files have: weights would then be rounded, or take twice the memory for
+    nothing. It is asked where there are no files, or none that can be read.
     """
     try:
-        with Checkpoint.open(path) as checkpoint:
-            sizes: dict[str, int] = {}
-            for name in checkpoint.names:
-                dtype = checkpoint.dtype(name)
-                sizes[dtype] = sizes.get(dtype, 0) + math.prod(checkpoint.shape(name))
+        with open_source(path) as source:
+            found = {name: source.dtype(name) for name in source.names if len(source.shape(name)) > 1}
     except CheckpointError:
-        return None
-    return max(sizes, key=sizes.get)
+        found = {}
+    found = {name: dtype for name, dtype in found.items() if dtype in PLAIN}
+    if len(set(found.values())) > 1:  # perhaps of routers, or of tensors that no block has
+        model = model_spec(config)
+        weights = {model.embedding.tensor}.union(*(linear.tensors for linear in model.linears))
+        found = {name: dtype for name, dtype in found.items() if name in weights}
+    dtypes = set(found.values()) or {config.dtype or "bf16"}
+    if len(dtypes) == 1:
+        return weight_formats(dtypes.pop())
+    return WeightFormats("bf16", found.get(tensor_name("embed"), "bf16"), found)

@@ -25,6 +25,9 @@ Gguf = Annotated[
     str | None,
     typer.Option(metavar="PATTERN", help="Which GGUF file of a folder or repository, such as Q4_K_M or '*Q8_0*'."),
 ]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="Folder, file or hub id whose tokenizer goes before the model's own.")
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", help="Threads of the CPU lane. Default: one per physical core.")
 ]
@@ -90,10 +93,7 @@ class Loading:
     """How a model is to be loaded."""
 
     gguf: Gguf = None
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="Folder, file or hub id whose tokenizer goes before the model's own."),
-    ] = None
+    tokenizer: Tokenizer = None
     policy: Annotated[str, typer.Option(help="auto, the name of a shipped policy, or a policy file.")] = "auto"
     gpu_memory: Annotated[
         str | None, typer.Option(help="Budget of GPU memory, such as 8GiB. Default: what is free.")
@@ -102,7 +102,7 @@ class Loading:
         int | None, typer.Option("-ngl", "--gpu-layers", "--n-gpu-layers", hidden=True, callback=refuse_layers)
     ] = None
     dtype: Annotated[
-        str, typer.Option(metavar="auto|bf16|fp32|q8|q4_m|q4", help="Weights in memory; q8, q4_m and q4 quantise.")
+        str, typer.Option(metavar="auto|bf16|fp16|fp32|q8|q4_m|q4", help="Weights in memory; q8, q4_m and q4 quantise.")
     ] = "auto"
     kv_dtype: Annotated[
         str,

@@ -24,12 +24,14 @@ def profile(
         typer.Option(metavar="MODEL", help="Instead: how warm a model's experts stay over the text of --file."),
     ] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="The text for --routes; - is stdin.")] = None,
+    gguf: options.Gguf = None,
+    tokenizer: options.Tokenizer = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure what this machine's memory, cores and bus can do, and keep it for later plans; takes half a minute on two
     cores, the first time a minute. On a busy machine it says so and keeps nothing unless told to."""
     if routes is not None:
-        show_routes(routes, file, save, as_json)
+        show_routes(routes, options.Loading(gguf=gguf, tokenizer=tokenizer), file, save, as_json)
         return
     from hetero_attn import profile_machine
 
@@ -47,7 +49,7 @@ def profile(
         plot_profile(measured, plot)
 
 
-def show_routes(model: str, file: Path | None, save: Path | None, as_json: bool) -> None:
+def show_routes(model: str, loading: options.Loading, file: Path | None, save: Path | None, as_json: bool) -> None:
     """Print how soon the experts of a model are chosen again over a text; raises typer.BadParameter without one."""
     if file is None:
         raise typer.BadParameter("--routes follows a text of some hundreds of tokens; give it by --file")
@@ -55,7 +57,7 @@ def show_routes(model: str, file: Path | None, save: Path | None, as_json: bool)
     from hetero_attn.tools.routes import heat
 
     text = read_text(file)
-    with options.Loading().llm(model, needs_text=True) as llm:
+    with loading.llm(model, needs_text=True) as llm:
         token_ids = llm.tokenizer.encode(text)[: llm.plan.max_context]
         report = heat.run(llm, token_ids)
     if as_json:

@@ -23,8 +23,7 @@ INTEGERS = {
     "seed": (0, 2**63 - 1),
     "max_waiting": (1, 1 << 30),
 }
-# float16 becomes bfloat16, as it does for `auto`.
-TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "bf16", "torch.float32": "fp32"}
+TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
 FLAGS = ("elastic", "prefix_cache", "overlap", "progress", "needs_text")
 SPECULATIONS = ("off", "ngram", "auto")
 MOST_BYTES = 1 << 60  # of GPU memory; what is far beyond any machine overflows a planner that divides

@@ -76,8 +76,8 @@ def _smaller_wishes(wishes: LoadOptions) -> Iterator[tuple[str, LoadOptions]]:
 
 
 def _below(dtype: str, order: tuple[str, ...]) -> tuple[str, ...]:
-    """The dtypes that take less than one; `auto` is taken for bf16."""
-    return order[order.index(dtype) + 1 :] if dtype in order else order[1 if dtype == "auto" else 0 :]
+    """The dtypes that take less than one; `auto` and fp16 are taken for bf16."""
+    return order[order.index(dtype) + 1 :] if dtype in order else order[1 if dtype in ("auto", "fp16") else 0 :]
 
 
 def _fits(wishes: LoadOptions) -> bool:

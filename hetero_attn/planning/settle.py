@@ -16,7 +16,7 @@ from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.decoder.model import model_spec
 from hetero_attn.spec.recipes import formats_of
 from hetero_attn.spec.tensor_names import tensor_name
-from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
+from hetero_attn.spec.weight_formats import WeightFormats, as_halves, weight_formats
 from hetero_attn.spec.workload import build_workload, natural_kv_dtype
 from placement import BudgetError, HardwareProfile, Plan, Policy, make_plan
 from placement.machine.gpu_here import has_gpu
@@ -25,7 +25,7 @@ from placement.plan.units import parse_bytes
 from placement.plan.workload import KV_DTYPES, ChunkChoice, Workload
 from placement.policy.bind import dtype_by_rules
 
-WEIGHT_DTYPES = ("bf16", "fp32", "q8", "q4", "q4_m")
+WEIGHT_DTYPES = ("bf16", "fp16", "fp32", "q8", "q4", "q4_m")
 DEVICES = ("auto", "cuda", "cpu", "emulated")
 DEFAULT_MAX_CONTEXT = 8192
 DEFAULT_MAX_BATCH = 1
@@ -213,9 +213,15 @@ def machine_profile(device: str) -> HardwareProfile:
 
 
 def choose_formats(dtype: str, config: ModelConfig, path: Path) -> WeightFormats:
-    """The formats weights are kept in: a dtype or recipe where it is wished, for `auto` those of the files."""
+    """The formats weights are kept in: a dtype or recipe where it is wished, for `auto` those of the files.
+
+    fp16: float16 of the files stays; other numbers become bf16, because the range of float16 is small.
+    """
     check_choice("dtype", dtype, ("auto", *WEIGHT_DTYPES))
-    return stored_formats(path, config) if dtype == "auto" else formats_of(dtype, config)
+    if dtype in ("auto", "fp16"):
+        stored = stored_formats(path, config)
+        return stored if dtype == "auto" else as_halves(stored)
+    return formats_of(dtype, config)
 
 
 def formats_by_rules(formats: WeightFormats, policy: Policy, config: ModelConfig) -> WeightFormats:

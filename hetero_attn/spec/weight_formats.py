@@ -41,8 +41,15 @@ class WeightFormats:
 def weight_formats(wanted: "str | WeightFormats") -> WeightFormats:
     """The formats of a model that is held in one dtype; formats are returned as they are.
 
-    The embedding is float32 beside float32 weights, else bfloat16.
+    The embedding is float32 or float16 beside such weights, else bfloat16.
     """
     if isinstance(wanted, WeightFormats):
         return wanted
-    return WeightFormats(wanted, "fp32" if wanted == "fp32" else "bf16")
+    return WeightFormats(wanted, wanted if wanted in ("fp32", "fp16") else "bf16")
+
+
+def as_halves(stored: WeightFormats) -> WeightFormats:
+    """Formats of 16 bits: fp16 where it is that already, else bf16, which has the range of all numbers."""
+    half = {name: "fp16" if name == "fp16" else "bf16" for name in (*stored.names, stored.embed)}
+    by_tensor = {tensor: half[name] for tensor, name in stored.by_tensor.items()}
+    return WeightFormats(half[stored.default], half[stored.embed], by_tensor)

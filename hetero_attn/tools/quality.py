@@ -70,7 +70,7 @@ def run(wishes: LoadOptions, text: str, dtypes: Sequence[str], progress: bool = 
     from hetero_attn.planning.settle import settle
 
     stored = settle(replace(wishes, dtype="auto", max_context=WINDOW_TOKENS)).weight_formats
-    plain = "auto" if set(stored.names) <= {"bf16", "fp32"} else "fp32"
+    plain = "auto" if set(stored.names) <= {"bf16", "fp16", "fp32"} else "fp32"
     with tempfile.TemporaryFile() as kept:
         with _loaded(wishes, plain, progress) as llm:
             windows = _windows(llm, text)

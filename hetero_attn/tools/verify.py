@@ -260,7 +260,7 @@ def _yardstick(engine: Engine, run: Run, routes: Routes) -> tuple[Distance, tupl
     lanes = engine.lanes
     cache, buffers = KVCache(plan, lanes.device, False), make_buffers(engine.weights.spec, plan, lanes)
     twin = Engine(engine.config, plan, engine.weights, lanes, cache, buffers, False)
-    exact = torch.float64 if plan.workload.weight_dtype == "fp32" else torch.float32
+    exact = torch.float64 if plan.workload.weight_dtype in ("fp32", "fp16") else torch.float32
     # Without rounding a token's numbers are the same by prefill and by decode, and prefill is many times faster.
     with lanes.computing_by(UnroundedOps(exact)):
         with replayed(twin, routes):

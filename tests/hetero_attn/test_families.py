@@ -237,6 +237,20 @@ def test_rows_of_a_fused_tensor_that_do_not_fit_are_named(tmp_path):
         open_source(path)
 
 
+@pytest.mark.parametrize("form", ["rope_parameters", "rope_scaling"])
+def test_olmo3_with_one_object_of_rope_parameters(tmp_path, form):
+    """The base is that of all layers, the scaling that of those that see everything: as vLLM reads it, and as
+    transformers read rope_scaling beside rope_theta. The base of the one object was lost in layers with a window."""
+    path = make_family_checkpoint(tmp_path, *MODELS["olmo3"][:1], **MODELS["olmo3"][1])
+    expected = ModelConfig.from_dir(path)
+    one = dict(MODELS["olmo3"][1]["rope_parameters"]["full_attention"])
+    changes = {form: one} if form == "rope_parameters" else {"rope_theta": one.pop("rope_theta"), form: one}
+    edit_json(path / "config.json", **{"rope_parameters": ..., "rope_scaling": ..., "rope_theta": ...} | changes)
+
+    assert ModelConfig.from_dir(path) == expected
+    assert {rope.rope_type for rope in expected.layer_ropes} == {"default", "yarn"}
+
+
 REFUSED = {
     "longrope": (
         "phi3",

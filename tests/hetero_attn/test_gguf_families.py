@@ -74,7 +74,7 @@ CASES = {
         {"logit_scale": 0.3, "attention.sliding_window": 9},
         {"logit_scale": 0.3, "sliding_window": 9, "num_hidden_layers": 5, "rope_parameters": PLAIN_ROPE},
     ),
-    "starcoder2": ({}, {"sliding_window": None, "rope_parameters": PLAIN_ROPE}),
+    "starcoder2": ({"attention.sliding_window": 9}, {"sliding_window": 9, "rope_parameters": PLAIN_ROPE}),
     "gemma2": (
         {"attention.sliding_window": 9, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
         {

@@ -7,12 +7,13 @@ from itertools import product
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from hetero_attn.cli import app
 from hetero_attn.tools.routes.heat import LayerHeat, hit_curve, slots_by_gain, stack_distances
-from tests.support.moe import make_moe
-from tests.support.toy import make_checkpoint
+from tests.support.moe import make_moe, moe_gguf
+from tests.support.toy import edit_json, make_checkpoint, save_tokenizer
 
 EXPERTS, PER_ROW = 128, 8
 
@@ -123,3 +124,38 @@ def test_a_model_without_experts_and_a_missing_text_are_told(tmp_path):
 
     assert dense.exit_code != 0 and "has no experts" in (dense.output + str(dense.exception))
     assert missing.exit_code == 2
+
+
+def test_a_file_and_a_tokenizer_are_taken(tmp_path):
+    """One of two GGUF files of a folder, read by a tokenizer that begins no text with a token of its own."""
+    source, _ = moe_gguf(tmp_path, "qwen3_moe")
+    folder, text = tmp_path / "files", tmp_path / "text.txt"
+    text.write_text("some words")
+    folder.mkdir()
+    for name in ("a-Q8_0.gguf", "b-Q8_0.gguf"):
+        (folder / name).write_bytes(source.read_bytes())
+    save_tokenizer(tmp_path / "tokenizer")
+    edit_json(tmp_path / "tokenizer" / "tokenizer.json", post_processor=None)
+    asked = ["profile", "--routes", str(folder), "--file", str(text), "--json"]
+
+    either = CliRunner().invoke(app, asked)
+    own, other = (
+        json.loads(CliRunner().invoke(app, [*asked, "--gguf", "b-", *more], catch_exceptions=False).stdout)
+        for more in ([], ["--tokenizer", str(tmp_path / "tokenizer")])
+    )
+
+    assert either.exit_code == 3 and "a-Q8_0.gguf, b-Q8_0.gguf" in either.stderr
+    assert (own["tokens"], other["tokens"]) == (11, 10)
+
+
+def test_every_command_of_a_model_takes_its_file_and_its_tokenizer():
+    commands = {"profile": "routes"} | dict.fromkeys(
+        ("generate", "chat", "plan", "bench", "verify", "serve", "quantize"), "model"
+    )
+    for name, command in typer.main.get_command(app).commands.items():
+        names = {parameter.name for parameter in command.params}
+        if commands.get(name, "model") in names:
+            assert {"gguf", "tokenizer"} <= names, name
+            commands.pop(name)
+
+    assert not commands

@@ -68,7 +68,7 @@ def gguf_tokenizer(fields: GgufFields) -> GgufTokenizer:
     kind = fields.text("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise UnsupportedModelError(
-            f"{fields.path}: tokenizer model {kind[:40]!r} is not supported{_ways_out(fields)}. Known: gpt2, llama"
+            f"{fields.path}: tokenizer model {kind[:40]!r} is not supported{_WAYS_OUT}. Known: gpt2, llama"
         )
     tokens = fields.texts("tokenizer.ggml.tokens")
     if not tokens or len(set(tokens)) != len(tokens):
@@ -90,11 +90,8 @@ def _add_named(tokenizer: "Tokenizer", named: dict[str, str]) -> None:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in new])
 
 
+_WAYS_OUT = "; put tokenizer.json beside it, give --tokenizer FOLDER, or token ids"
 _NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-
-
-def _ways_out(fields: GgufFields) -> str:
-    return f"; put the model's own tokenizer.json into {fields.path.parent}, or give prompts as token ids"
 
 
 def _token(fields: GgufFields, tokens: list[str], name: str) -> str | None:
@@ -108,8 +105,8 @@ def _byte_level(fields: GgufFields, tokens: list[str]) -> "Tokenizer":
     name = fields.text("tokenizer.ggml.pre", "default")
     if name not in _PRE:
         raise UnsupportedModelError(
-            f"{fields.path}: tokenizer.ggml.pre is {name[:40]!r}, a way to split text that is not known here"
-            f"{nearest(name, _PRE)}{_ways_out(fields)}. Known: {', '.join(_PRE)}"
+            f"{fields.path}: tokenizer.ggml.pre is {name[:40]!r}, no known way to split text"
+            f"{nearest(name, _PRE)}{_WAYS_OUT}. Known: {', '.join(_PRE)}"
         )
     pattern, splits_digits, ignore_merges, _ = _PRE[name]
     merges = [tuple(pair.split(" ")) for pair in fields.texts("tokenizer.ggml.merges")]

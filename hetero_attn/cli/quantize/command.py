@@ -26,6 +26,7 @@ def quantize(
         typer.Option(help="A text: weights are rounded for it, and --bits measures them on it; - is stdin."),
     ] = None,
     gguf: options.Gguf = None,
+    tokenizer: options.Tokenizer = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a file of that name.")] = False,
     threads: options.Threads = None,
     as_json: options.Json = False,
@@ -46,7 +47,7 @@ def quantize(
     if force or not out.exists():
         expect_writable(out)
     text = "" if calibrate is None else read_text(calibrate)
-    made = write(resolve_model(model, gguf), out, recipe, bits, text, force, threads)
+    made = write(resolve_model(model, gguf), out, recipe, bits, text, force, threads, tokenizer=tokenizer)
     table = json.loads(made.table)
     if as_json:
         print_json({"file": str(made.path), "bytes": made.nbytes, "bits": made.bits} | table)

@@ -18,13 +18,13 @@ def olmo2_terms(fields: Any, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def olmo3_rope(fields: JsonFields, head_dim: int, max_position_embeddings: int) -> RopeConfig:
     """That of the layers that see everything, the only ones whose rotation is stretched."""
-    return rope_of_kind(fields, FULL, "rope_theta", OLMO3_THETA, head_dim, max_position_embeddings)
+    return rope_of_kind(fields, FULL, "rope_theta", OLMO3_THETA, head_dim, max_position_embeddings, shares_base=True)
 
 
 def olmo3_terms(fields: JsonFields, found: Mapping[str, Any]) -> dict[str, Any]:
     """Where the norms are, and a rotary embedding of their own in layers with a window."""
     sizes = found["head_dim"], found["max_position_embeddings"]
-    local = rope_of_kind(fields, SLIDING, "rope_theta", OLMO3_THETA, *sizes)
+    local = rope_of_kind(fields, SLIDING, "rope_theta", OLMO3_THETA, *sizes, shares_base=True)
     return olmo2_terms(fields, found) | ropes_by_window(found["sliding_window"], local, found["rope"])
 
 

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from hetero_attn.spec.families.family import Family, GgufTerms
-from hetero_attn.spec.families.windows import one_window
+from hetero_attn.spec.families.windows import WINDOW_KEYS, gguf_one_window, one_window
 from hetero_attn.spec.json_fields import JsonFields
-from hetero_attn.spec.limits import MAX_CONTEXT
 from hetero_attn.spec.rope_config import RopeConfig, read_rope
 from hetero_attn.spec.tensor_names import TensorNames
 
@@ -20,9 +19,7 @@ def phi3_rope(fields: JsonFields, head_dim: int, max_position_embeddings: int) -
 
 def phi3_gguf(fields: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     """The one window, 0 where there is none."""
-    return {
-        "sliding_window": (fields.integer(".attention.sliding_window", MAX_CONTEXT, 0, low=0),) * found["num_layers"]
-    }
+    return {"sliding_window": gguf_one_window(fields, found["num_layers"])}
 
 
 PHI3 = Family(
@@ -40,5 +37,5 @@ PHI3 = Family(
     windows=one_window,
     rope=phi3_rope,
     tensor_names=TensorNames(fused=(("self_attn.qkv_proj", QKV), ("mlp.gate_up_proj", GATE_UP))),
-    gguf=GgufTerms("phi3", (".attention.sliding_window",), phi3_gguf, fused=(("attn_qkv", QKV), ("ffn_up", GATE_UP))),
+    gguf=GgufTerms("phi3", WINDOW_KEYS[:1], phi3_gguf, fused=(("attn_qkv", QKV), ("ffn_up", GATE_UP))),
 )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hetero_attn.spec.families.family import Family, GgufTerms
-from hetero_attn.spec.families.windows import one_window
+from hetero_attn.spec.families.windows import WINDOW_KEYS, gguf_one_window, one_window
 from hetero_attn.spec.tensor_names import TensorNames
 
 
@@ -14,8 +14,9 @@ def starcoder2_terms(fields: Any, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def starcoder2_gguf(fields: Any, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The same from a GGUF file, which names no activation and no window."""
-    return starcoder2_terms(fields, found) | {"hidden_act": "gelu_tanh"}
+    """The same from a GGUF file, which names no activation."""
+    window = gguf_one_window(fields, found["num_layers"])
+    return starcoder2_terms(fields, found) | {"hidden_act": "gelu_tanh", "sliding_window": window}
 
 
 STARCODER2 = Family(
@@ -37,5 +38,7 @@ STARCODER2 = Family(
     windows=one_window,
     terms=starcoder2_terms,
     tensor_names=TensorNames(layer_parts=(("mlp.c_fc", "up"), ("mlp.c_proj", "down"))),
-    gguf=GgufTerms("starcoder2", terms=starcoder2_gguf, eps_key=".attention.layer_norm_epsilon"),
+    gguf=GgufTerms(
+        "starcoder2", WINDOW_KEYS[:1], starcoder2_gguf, eps_key=".attention.layer_norm_epsilon", needs_keys=False
+    ),
 )

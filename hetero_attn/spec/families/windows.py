@@ -66,6 +66,11 @@ def gguf_windows(fields: Any, num_layers: int, period: int, absent: int | None =
     return tuple(window if (layer + 1) % period else 0 for layer in range(num_layers))
 
 
+def gguf_one_window(fields: Any, num_layers: int) -> tuple[int, ...]:
+    """The window of every layer of a GGUF file whose layers all have the same, 0 where it names none."""
+    return (fields.integer(WINDOW_KEYS[0], MAX_CONTEXT, 0, low=0),) * num_layers
+
+
 def windows_of_types(fields: JsonFields, layer_types: Any, window: int, num_layers: int) -> tuple[int, ...]:
     """The window of every layer by the name of its kind; raises for other kinds, or windows of no size."""
     known = (FULL, SLIDING)

@@ -39,8 +39,11 @@ class Calibration:
 
 
 @contextmanager
-def calibration(model: Path, text: str, ops: CpuKernels, threads: int | None) -> Iterator[Calibration]:
-    """Load a model for it. Raises PromptError for a text of fewer than two tokens, and what loading raises."""
+def calibration(
+    model: Path, text: str, ops: CpuKernels, threads: int | None, tokenizer: str | Path | None
+) -> Iterator[Calibration]:
+    """Load a model for it. tokenizer: what reads the text, None for the model's own. Raises PromptError for a text of
+    fewer than two tokens, and what loading raises."""
     with LLM(
         model,
         device="cpu",
@@ -49,6 +52,7 @@ def calibration(model: Path, text: str, ops: CpuKernels, threads: int | None) ->
         max_context=WINDOW_TOKENS,
         max_batch=TOGETHER,
         num_threads=threads,
+        tokenizer=tokenizer,
         progress=True,
     ) as llm:
         if llm.tokenizer is None:

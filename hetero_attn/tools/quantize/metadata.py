@@ -18,6 +18,7 @@ from hetero_attn.models.rope import rope_tables
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.families.family import GgufTerms
 from hetero_attn.spec.families.table import FAMILIES
+from hetero_attn.spec.families.windows import WINDOW_KEYS
 
 QUANTIZATION_VERSION = 2  # of ggml's block layouts
 _NOT_COPIED = ("split.", "general.alignment", "general.file_type", "general.quantization_version", "hetero_attn.")
@@ -84,6 +85,9 @@ def made_metadata(config: ModelConfig, terms: GgufTerms, name: str) -> tuple[dic
         "rope.dimension_count": config.rope.rotary_dim,
         "rope.freq_base": float(config.rope.theta),
     }
+    windows = set(config.sliding_window)
+    if WINDOW_KEYS[0] in terms.keys and len(windows) == 1 and windows != {0}:
+        keys[WINDOW_KEYS[0].removeprefix(".")] = windows.pop()
     scaling, divisors = _scaling(config)
     found: dict[str, Any] = {"general.architecture": terms.architecture, "general.name": name}
     found["general.quantization_version"] = QUANTIZATION_VERSION

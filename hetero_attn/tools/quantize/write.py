@@ -64,14 +64,16 @@ def quantize(
     force: bool = False,
     threads: int | None = None,
     measured: Mapping[str, Loss] | None = None,
+    tokenizer: str | Path | None = None,
 ) -> QuantizedFile:
     """Write a model to the GGUF file `out`, by a recipe of RECIPES, or with at most so many bits a weight.
 
     text: on which the effect of every linear is measured when `bits` are given, and for whose activations all weights
     are rounded; "" rounds each weight to the nearest. force: write over a file. measured: those effects, where they are
-    known from another file of the model. Raises ArgumentError for another recipe
-    or a file that is there, CheckpointError, ConfigError, PromptError or UnsupportedModelError before anything is
-    written, and CheckpointError where the disk is full.
+    known from another file of the model. tokenizer: a folder, file or hub id whose tokenizer reads the text instead of
+    the model's own.
+    Raises ArgumentError for another recipe or a file that is there, CheckpointError, ConfigError, PromptError or
+    UnsupportedModelError before anything is written, and CheckpointError where the disk is full.
     """
     if out.exists() and not force:
         raise ArgumentError(f"--out is {out}, which is there already; give another name, or --force to write over it")
@@ -87,7 +89,7 @@ def quantize(
         new = _new_file(source, config, shapes, chosen)
         encoded: dict[str, torch.Tensor] = {}
         if text or bits is not None:
-            with calibration(path, text, ops, threads) as calibrated:
+            with calibration(path, text, ops, threads, tokenizer) as calibrated:
                 if bits is not None:
                     measured = measured or calibrated.losses()
                     chosen |= by_bits(measured, bits)
