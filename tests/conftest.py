@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from tests.support.extras import MISSING_OF_SERVER
+from tests.support.replayed import suite_lines
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A shell starts background work with Ctrl-C ignored, and processes inherit that: tests that send it would wait for
@@ -30,7 +31,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say why no server was tested; here, because the process that shares tests out reads no folder's conftest."""
+    """Say what each replayed suite came to, or why no server was tested; here, because the process that shares tests
+    out reads no folder's conftest."""
+    for line in suite_lines(terminalreporter.stats):
+        terminalreporter.line(line)
     if MISSING_OF_SERVER:
         missing = ", ".join(MISSING_OF_SERVER)
         terminalreporter.line(f"tests/server is skipped: {missing} not installed (extra test-tools)")

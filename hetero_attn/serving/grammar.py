@@ -22,6 +22,7 @@ MOST_COMPILED = 64
 MOST_FORMATS = 16  # that nobody knows, in one schema
 _UNKNOWN_FORMAT = re.compile(r"Unknown format: (\S+)")
 _VALUES = ("const", "enum", "default", "examples")  # what they hold is no schema
+_OBJECTS = {"true": "{}", "false": '{"not": {}}'}  # schemas of one word as llguidance takes them, which wants objects
 
 
 class TokenMask:
@@ -135,7 +136,7 @@ class Grammars:
         make = llguidance.LLMatcher
         try:
             if kind == "json_schema":
-                grammar = make.grammar_from_json_schema(text, defaults=JSON_OPTIONS)
+                grammar = make.grammar_from_json_schema(_OBJECTS.get(text.strip(), text), defaults=JSON_OPTIONS)
             else:
                 grammar = make.grammar_from_regex(text) if kind == "regex" else make.grammar_from_lark(text)
             return make(tokens, grammar, log_level=0)

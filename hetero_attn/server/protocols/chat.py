@@ -90,10 +90,16 @@ def _refuse(body: Body) -> None:
 def _wishes(body: Body) -> dict[str, Any]:
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = {"logprobs": body.top_logprobs or 0} if body.logprobs else {}
-    wanted, schema = body.response_format or {}, None
-    if wanted.get("type") == "json_schema":
+    return body.wishes(most) | logprobs | _form_of(body.response_format or {})
+
+
+def _form_of(wanted: dict[str, Any]) -> dict[str, Any]:
+    kind, schema = wanted.get("type", "text"), None
+    if kind == "json_schema":
         schema = as_object(wanted.get("json_schema"), "response_format.json_schema").get("schema")
-    return body.wishes(most) | logprobs | format_wishes(wanted.get("type", "text"), schema, "response_format")
+    elif kind == "json_object" and wanted.get("schema") is not None:  # as llama.cpp's clients write it
+        kind, schema = "json_schema", wanted["schema"]
+    return format_wishes(kind, schema, "response_format")
 
 
 def conversation_of(body: Body) -> Conversation:
