@@ -96,6 +96,27 @@ class Picks(NamedTuple):
     first: int
 
 
+class Scoring(NamedTuple):
+    """How products with a router become the experts of a row and what each of them counts.
+
+    gated: whether the row behind the experts' is the gate of a shared expert. normalised: whether weights are divided
+    by their sum and eps. bias: [experts], added to the products. sigmoid: an expert's score is the sigmoid of its own
+    product, not the softmax of all; only then there may be a correction, [experts], added to scores for the choice
+    alone, and groups of neighbouring experts, of which the kept_groups whose two best experts have the highest sum are
+    chosen from. scale: what weights are multiplied by at last.
+    """
+
+    gated: bool = False
+    normalised: bool = True
+    sigmoid: bool = False
+    bias: Tensor | None = None
+    correction: Tensor | None = None
+    groups: int = 1
+    kept_groups: int = 1
+    eps: float = 0.0
+    scale: float = 1.0
+
+
 class Ops(Protocol):
     """The operations of one place over its tensors; outputs are written in place."""
 
@@ -134,13 +155,12 @@ class Ops(Protocol):
     def gelu(self, x: Tensor, out: Tensor) -> None:
         """out = gelu(x), in the same form. x, out: [rows, features], out written."""
 
-    def route(self, x: Tensor, router: Tensor, gated: bool, normalise: bool, into: Routes) -> None:
+    def route(self, x: Tensor, router: Tensor, scoring: Scoring, into: Routes) -> None:
         """Choose the experts of every row by x router^T, and sort all picks by expert.
 
         x: [rows, hidden]. router: [experts, hidden], one more row where it is gated, then zeros to a multiple of 16
-        rows. into: all of it written: the experts with the k highest scores of a row, of equal ones the lower id;
-        their weights by the softmax over all experts, divided by their sum if `normalise`, and behind them the sigmoid
-        of the gate's product, 1 without a gate.
+        rows. into: all of it written: the experts with the k highest scores of a row, of equal ones the lower id, as
+        of groups the lower one; their weights, and behind them the sigmoid of the gate's product, 1 without a gate.
         """
 
     def expert_linear(self, x: Tensor, picks: Picks, weight: Tensor, weight_dtype: str, out: Tensor) -> None:
@@ -160,6 +180,19 @@ class Ops(Protocol):
 
     def scale_rows(self, factors: Tensor, out: Tensor) -> None:
         """out[r] *= factors[r]. factors: [rows, 1]. out: [rows, features], written."""
+
+    def add_expert_bias(self, bias: Tensor, picks: Picks, out: Tensor) -> None:
+        """out[place] += the bias of the place's expert, for every pick of some experts.
+
+        bias: [experts, features], those from picks.first on. out: [places, features], written at their places and at
+        no other; picks.sources is not read.
+        """
+
+    def clamped_silu_mul(self, gate_up: Tensor, alpha: float, limit: float, out: Tensor) -> None:
+        """out = (u + 1) * g * sigmoid(alpha g), g = min(gate, limit), u = up between -limit and limit.
+
+        Shapes as in `silu_mul`, the exponential too.
+        """
 
     def norm_heads(self, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float) -> None:
         """RMS norm of q over all its heads together, and of k over all of its.
@@ -196,6 +229,12 @@ class Ops(Protocol):
 
         Row i, at position p = keys.q_start + i, sees key j iff keys.start <= j < keys.stop, j <= p, and j > p -
         keys.window or that is 0.
+        """
+
+    def add_sinks(self, sinks: Tensor, into: Partial) -> None:
+        """Count one more score of every head, which has no value, in attention over all keys: out *= sigmoid(lse - s).
+
+        sinks: [heads]. into: out [rows, heads, head_dim], written; lse [rows, heads], of the keys alone.
         """
 
     def merge(self, partials: list[Partial], into: Partial) -> None:

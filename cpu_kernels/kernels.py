@@ -8,10 +8,10 @@ from torch import Tensor
 from cpu_kernels.ahead.builders import build_all
 from cpu_kernels.attention import op as attention
 from cpu_kernels.attention import rope_op as rope
-from cpu_kernels.contract import ChunkKeys, Pages, Partial, Picks, Rotation, Routes, RowKeys
+from cpu_kernels.contract import ChunkKeys, Pages, Partial, Picks, Rotation, Routes, RowKeys, Scoring
 from cpu_kernels.linear import expert_op, pack, repack
 from cpu_kernels.linear import op as linear
-from cpu_kernels.small import elementwise, memory, route
+from cpu_kernels.small import elementwise, expert_terms, memory, route
 from cpu_kernels.team.arguments import FLAG
 from cpu_kernels.team.flags import Flags, check_flag
 from cpu_kernels.team.program import Program
@@ -150,11 +150,17 @@ class CpuKernels:
     def expert_linear(self, x: Tensor, picks: Picks, weight: Tensor, weight_dtype: str, out: Tensor) -> None:
         expert_op.expert_linear(self._team, x, picks, weight, weight_dtype, out)
 
-    def route(self, x: Tensor, router: Tensor, gated: bool, normalise: bool, into: Routes) -> None:
-        route.route(self._team, x, router, gated, normalise, into)
+    def route(self, x: Tensor, router: Tensor, scoring: Scoring, into: Routes) -> None:
+        route.route(self._team, x, router, scoring, into)
 
     def combine(self, near: Tensor, far: Tensor, border: Tensor, places: Tensor, weights: Tensor, out: Tensor) -> None:
         route.combine(self._team, near, far, border, places, weights, out)
+
+    def add_expert_bias(self, bias: Tensor, picks: Picks, out: Tensor) -> None:
+        expert_terms.add_expert_bias(self._team, bias, picks, out)
+
+    def clamped_silu_mul(self, gate_up: Tensor, alpha: float, limit: float, out: Tensor) -> None:
+        expert_terms.clamped_silu_mul(self._team, gate_up, alpha, limit, out)
 
     def scale_rows(self, factors: Tensor, out: Tensor) -> None:
         route.scale_rows(self._team, factors, out)
@@ -191,6 +197,9 @@ class CpuKernels:
         self, q: Tensor, pages: Pages, keys: ChunkKeys, scale: float, into: Partial, cap: float = 0.0
     ) -> None:
         attention.prefill_attention(self._team, q, pages, keys, scale, into, cap)
+
+    def add_sinks(self, sinks: Tensor, into: Partial) -> None:
+        expert_terms.add_sinks(self._team, sinks, into)
 
     def merge(self, partials: list[Partial], into: Partial) -> None:
         elementwise.merge(self._team, partials, into)

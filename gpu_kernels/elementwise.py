@@ -38,7 +38,7 @@ def normed_values(row, weight, columns, inside, eps, HIDDEN: tl.constexpr):
 
 
 @triton.jit
-def _ordered_exp(x):
+def ordered_exp(x):
     """e^x, operation by operation that of experts/ordered.py, in a kernel that fuses nothing else."""
     clamped = tl.where(x <= -87.33654, -87.33654, tl.where(x >= 88.72283, 88.72283, x))
     k = (clamped * 1.4426950408889634 + ROUNDING) - ROUNDING
@@ -67,7 +67,7 @@ def gated_values(row, columns, inside, GELU: tl.constexpr):
         power = gate * GELU_FACTOR * (1.0 + 0.044715 * gate * gate)
         return gate / (1.0 + tl.exp(-power)) * up
     else:
-        return tl.div_rn(gate, 1.0 + _ordered_exp(-gate)) * up
+        return tl.div_rn(gate, 1.0 + ordered_exp(-gate)) * up
 
 
 @Kernel

@@ -78,10 +78,13 @@ OPS = (
     "expert_linear",
     "combine",
     "scale_rows",
+    "add_expert_bias",
+    "clamped_silu_mul",
     "norm_heads",
     "rope_append",
     "decode_attention",
     "prefill_attention",
+    "add_sinks",
     "merge",
 )
 SLOW_TO_IMPORT = ("torch", "transformers", "scipy", "matplotlib", "numba", "starlette", "uvicorn")

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from cpu_kernels.checks import bits_of, check_tensor, expect
-from cpu_kernels.contract import Routes
+from cpu_kernels.contract import Routes, Scoring
 from cpu_kernels.small.route_sizes import EXPERTS_AT_ONCE
 from cpu_kernels.team.arguments import COMBINE, NORM_HEADS, ROUTE, SCALE_ROWS
 from cpu_kernels.team.team import Team
 
 
-def route(team: Team, x: Tensor, router: Tensor, gated: bool, normalise: bool, into: Routes) -> None:
+def route(team: Team, x: Tensor, router: Tensor, scoring: Scoring, into: Routes) -> None:
     ids, places, sources, starts, weights = into
     check_tensor("x", x, torch.float32, (None, None))
     check_tensor("ids", ids, torch.int32, (x.shape[0], None))
@@ -22,16 +22,17 @@ def route(team: Team, x: Tensor, router: Tensor, gated: bool, normalise: bool, i
     check_tensor("weights", weights, torch.float32, (rows, top_k + 1))
     expect(1 <= top_k <= experts, f"ids has {top_k} experts a row; there are {experts}, and a row takes at least one")
     expect(
-        router.shape[0] % EXPERTS_AT_ONCE == 0 and router.shape[0] >= experts + gated,
+        router.shape[0] % EXPERTS_AT_ONCE == 0 and router.shape[0] >= experts + scoring.gated,
         f"router has {router.shape[0]} rows; it must have those of {experts} experts"
-        f"{' and the gate' if gated else ''}, then zeros to a multiple of {EXPERTS_AT_ONCE}",
+        f"{' and the gate' if scoring.gated else ''}, then zeros to a multiple of {EXPERTS_AT_ONCE}",
     )
     for name, tensor in (("router", router), ("ids", ids), ("places", places)):
         expect(tensor.is_contiguous(), f"{name} must be contiguous")
+    _check_scoring(scoring, experts, top_k)
     if rows:
         team.run(
             ("small.route_kernel", "route"),
-            8 * rows * router.shape[0],
+            12 * rows * router.shape[0],
             *ROUTE.filled(
                 x=x.data_ptr(),
                 x_row=4 * x.stride(0),
@@ -41,16 +42,35 @@ def route(team: Team, x: Tensor, router: Tensor, gated: bool, normalise: bool, i
                 experts=experts,
                 router_rows=router.shape[0],
                 top_k=top_k,
-                normalise=int(normalise),
-                gated=int(gated),
+                normalise=int(scoring.normalised),
+                gated=int(scoring.gated),
                 ids=ids.data_ptr(),
                 places=places.data_ptr(),
                 sources=sources.data_ptr(),
                 starts=starts.data_ptr(),
                 weights=weights.data_ptr(),
                 weights_row=4 * weights.stride(0),
+                sigmoid=int(scoring.sigmoid),
+                bias=0 if scoring.bias is None else scoring.bias.data_ptr(),
+                correction=0 if scoring.correction is None else scoring.correction.data_ptr(),
+                groups=scoring.groups,
+                kept_groups=scoring.kept_groups,
+                eps=bits_of(scoring.eps),
+                scale=bits_of(scoring.scale),
             ),
         )
+
+
+def _check_scoring(scoring: Scoring, experts: int, top_k: int) -> None:
+    for name in ("bias", "correction"):
+        if (values := getattr(scoring, name)) is not None:
+            check_tensor(name, values, torch.float32, (experts,))
+    groups, kept = scoring.groups, scoring.kept_groups
+    expect(scoring.sigmoid or (scoring.correction is None and groups == 1), "correction and groups are of sigmoids")
+    expect(
+        1 <= kept <= groups and experts % groups == 0 and top_k <= kept * (experts // groups),
+        f"{top_k} experts of {kept} of {groups} groups are wanted; there are {experts} experts",
+    )
 
 
 def combine(

@@ -2,10 +2,12 @@
 
 Stage 0 makes logits: one vector of sums for each row and expert, inputs ascending, its lanes added as a tree, so that a
 row's logits are the same bits whatever rows stand beside it. Stage 1 chooses: the highest logit, of equal ones the
-lower id; a NaN is never higher, so that ids stay valid and the weights show it. Stage 2, one chunk, sorts all picks by
+lower id; a NaN is never higher, so that ids stay valid and the weights show it. Where scores are sigmoids, corrected or
+in groups, it is the highest of those in the best groups. Stage 2, one chunk, sorts all picks by
 expert, those of one expert by row.
 
-Scratch: per row `experts` logits, the gate's behind them, then as many int32 marks of those chosen.
+Scratch: per row `experts` logits, the gate's behind them, which become scores; as many scores to choose by; and as many
+int32 marks.
 """
 
 import math
@@ -15,7 +17,7 @@ from numba import types
 
 from cpu_kernels.small.route_sizes import EXPERTS_AT_ONCE, ROWS_AT_ONCE
 from cpu_kernels.team.arguments import ROUTE
-from cpu_kernels.team.chunks import await_stage, finish, parameter, take
+from cpu_kernels.team.chunks import await_stage, finish, parameter, real_parameter, take
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.scalar import least, load_i32, load_scalar, store_scalar, store_word
 from cpu_kernels.vectors.vector import (
@@ -32,6 +34,7 @@ from cpu_kernels.vectors.vector import (
     sum_lanes,
 )
 
+OPEN, TAKEN, SHUT = 0, 1, 2  # marks of an expert
 ZERO, ONE, MINUS_INFINITY = np.float32(0.0), np.float32(1.0), np.float32(-np.inf)
 
 
@@ -79,25 +82,78 @@ def softmax(logits, count):
 
 
 @helper
-def mark_best(logits, marks, count, top_k):
-    """Mark the top_k experts with 1, all others with 0."""
+def sum_of_two_best(choices, first, count):
+    """Of the scores from one expert on, a NaN counting as the lowest."""
+    best, second = MINUS_INFINITY, MINUS_INFINITY
+    for e in range(first, first + count):
+        value = load_scalar(choices + 4 * e)
+        if value > best:
+            second, best = best, value
+        elif value > second:
+            second = value
+    return types.float32(best + second)
+
+
+@helper
+def keep_groups(choices, marks, count, groups, kept):
+    """Mark the experts of the best groups with OPEN and all others with SHUT."""
+    size = count // groups
     for e in range(count):
-        store_word(0, marks + 4 * e)
+        store_word(OPEN if kept == groups else SHUT, marks + 4 * e)
+    if kept < groups:
+        for _ in range(kept):
+            best, highest = -1, MINUS_INFINITY
+            for group in range(groups):
+                if load_i32(marks + 4 * group * size) == SHUT:
+                    value = sum_of_two_best(choices, group * size, size)
+                    if best < 0 or value > highest:
+                        best = group
+                        highest = value
+            for e in range(best * size, (best + 1) * size):
+                store_word(OPEN, marks + 4 * e)
+
+
+@helper
+def mark_best(choices, marks, count, top_k):
+    """Mark the top_k experts of those that are OPEN with TAKEN."""
     for _ in range(top_k):
         best, highest = -1, MINUS_INFINITY
         for e in range(count):
-            if load_i32(marks + 4 * e) == 0:
-                value = load_scalar(logits + 4 * e)
+            if load_i32(marks + 4 * e) == OPEN:
+                value = load_scalar(choices + 4 * e)
                 if best < 0 or value > highest:
                     best = e
                     highest = value
-        store_word(1, marks + 4 * best)
+        store_word(TAKEN, marks + 4 * best)
 
 
 @helper
 def sigmoid(value):
     """1 / (1 + exp(-value))."""
     return types.float32(1.0 / (1.0 + math.exp(-types.float64(value))))
+
+
+@helper
+def add_numbers(values, others, count):
+    """values += others."""
+    for e in range(count):
+        store_scalar(types.float32(load_scalar(values + 4 * e) + load_scalar(others + 4 * e)), values + 4 * e)
+
+
+@helper
+def choose(logits, choices, marks, count, top_k, is_sigmoid, correction, groups, kept):
+    """Mark the experts of a row, and leave their scores where its logits were."""
+    if is_sigmoid:
+        for e in range(count):
+            store_scalar(sigmoid(load_scalar(logits + 4 * e)), logits + 4 * e)
+    for e in range(count):
+        store_scalar(load_scalar(logits + 4 * e), choices + 4 * e)
+    if correction:
+        add_numbers(choices, correction, count)
+    keep_groups(choices, marks, count, groups, kept)
+    mark_best(choices, marks, count, top_k)
+    if not is_sigmoid:
+        softmax(logits, count)
 
 
 @helper
@@ -145,7 +201,8 @@ def route():
             parameter(arguments, ROUTE.ids),
         )
         weights, weights_stride = parameter(arguments, ROUTE.weights), parameter(arguments, ROUTE.weights_row)
-        row_bytes, stride = 8 * padded, 4 * hidden
+        bias, scale = parameter(arguments, ROUTE.bias), types.float32(real_parameter(arguments, ROUTE.scale))
+        row_bytes, stride = 12 * padded, 4 * hidden
         parts, row_blocks = padded // EXPERTS_AT_ONCE, (rows + ROWS_AT_ONCE - 1) // ROWS_AT_ONCE
         chunk = take(arguments, 0)
         while chunk < parts * row_blocks:
@@ -160,21 +217,32 @@ def route():
         row = take(arguments, 1)
         while row < rows:
             logits, to = scratch + row * row_bytes, weights + row * weights_stride
-            marks = logits + 4 * padded
+            choices, marks = logits + 4 * padded, logits + 8 * padded
             gate = load_scalar(logits + 4 * experts) if gated else ZERO
-            mark_best(logits, marks, experts, top_k)
-            softmax(logits, experts)
+            if bias:
+                add_numbers(logits, bias, experts)
+            choose(
+                logits,
+                choices,
+                marks,
+                experts,
+                top_k,
+                parameter(arguments, ROUTE.sigmoid),
+                parameter(arguments, ROUTE.correction),
+                parameter(arguments, ROUTE.groups),
+                parameter(arguments, ROUTE.kept_groups),
+            )
             pick, total = 0, types.float32(0.0)
             for e in range(experts):
-                if load_i32(marks + 4 * e):
+                if load_i32(marks + 4 * e) == TAKEN:
                     store_word(e, ids + 4 * (row * top_k + pick))
                     weight = load_scalar(logits + 4 * e)
                     store_scalar(weight, to + 4 * pick)
                     total += weight
                     pick += 1
-            if normalise:
-                for pick in range(top_k):
-                    store_scalar(types.float32(load_scalar(to + 4 * pick) / total), to + 4 * pick)
+            divisor = types.float32(total + real_parameter(arguments, ROUTE.eps)) if normalise else ONE
+            for pick in range(top_k):
+                store_scalar(types.float32(types.float32(load_scalar(to + 4 * pick) / divisor) * scale), to + 4 * pick)
             store_scalar(sigmoid(gate) if gated else ONE, to + 4 * top_k)
             finish(arguments, 1)
             row = take(arguments, 1)

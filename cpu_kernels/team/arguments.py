@@ -55,19 +55,23 @@ RMS_NORM = block("RMS_NORM", "x x_row weight eps out out_row rows hidden")
 # bias: 0 for none.
 LAYER_NORM = block("LAYER_NORM", "x x_row weight bias eps out out_row rows hidden")
 GATED = block("GATED", "gate_up gate_up_row out out_row rows units")
+CLAMPED = block("CLAMPED", "gate_up gate_up_row out out_row rows units alpha limit")
 GELU = block("GELU", "x x_row out out_row rows features")
 # Then out and lse of every partial, all contiguous.
 MERGE = block("MERGE", "count out lse rows head_dim", *(f"part_{part} part_lse_{part}" for part in range(MERGE_PARTS)))
-# router_rows: of the router, padded. ids, places and sources are contiguous.
+# router_rows: of the router, padded. ids, places and sources are contiguous. bias, correction: 0 for none.
 ROUTE = block(
     "ROUTE",
     "x x_row rows hidden router experts router_rows top_k normalise gated ids places sources starts",
-    "weights weights_row",
+    "weights weights_row sigmoid bias correction groups kept_groups eps scale",
 )
 # border: address of the first place that is of `far`.
 COMBINE = block(
     "COMBINE", "near near_row far far_row border places weights weights_row out out_row rows picks features"
 )
+# first, count: the experts that `bias` has.
+EXPERT_BIAS = block("EXPERT_BIAS", "bias bias_row starts first count out out_row features")
+SINKS = block("SINKS", "sinks out out_row out_head lse lse_row rows heads head_dim")
 SCALE_ROWS = block("SCALE_ROWS", "factors factor_row out out_row rows features")
 NORM_HEADS = block("NORM_HEADS", "qkv qkv_row qkv_unit rows kv_heads q_width k_width q_norm k_norm eps")
 SWEEP = block("SWEEP", "address size")
@@ -94,7 +98,7 @@ FLAG = block("FLAG", "address value")  # an entry of a program that waits for a 
 MAX_PARAMETERS = max(
     map(
         len,
-        (LINEAR, EXPERT_LINEAR, PACK, REPACK, UNPACK, RMS_NORM, LAYER_NORM, GATED, GELU, MERGE)
-        + (ROUTE, COMBINE, SCALE_ROWS, NORM_HEADS, SWEEP, ROPE, DECODE, PREFILL, FLAG),
+        (LINEAR, EXPERT_LINEAR, PACK, REPACK, UNPACK, RMS_NORM, LAYER_NORM, GATED, CLAMPED, GELU, MERGE)
+        + (ROUTE, COMBINE, EXPERT_BIAS, SINKS, SCALE_ROWS, NORM_HEADS, SWEEP, ROPE, DECODE, PREFILL, FLAG),
     )
 )

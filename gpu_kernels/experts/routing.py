@@ -2,7 +2,7 @@
 
     route       ids = the k largest of x router^T, of equal ones the lower id;  w = softmax(x router^T) there
     combine     y += sum_j w_j p_j, experts ascending
-    scale_rows  y[r] = f[r] y[r]
+    scale_rows  y[r] = f[r] y[r];  add_expert_bias  y[place] += bias[its expert];  add_sinks  y *= sigmoid(lse - s)
     norm_heads  q = q / sqrt(mean over all heads of q^2 + eps) * weight, k likewise
 
 The products of a router have float32's digits: with TF32, or rounded to bf16, near scores would change places.
@@ -13,17 +13,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpu_kernels.contract import Routes
+from cpu_kernels.contract import Partial, Picks, Routes, Scoring
 
 
-def route(x: Tensor, router: Tensor, gated: bool, normalise: bool, into: Routes) -> None:
+def route(x: Tensor, router: Tensor, scoring: Scoring, into: Routes) -> None:
     ids, places, sources, starts, weights = into
     experts, top_k = starts.shape[0] - 1, ids.shape[1]
-    logits = _product(x, router)
-    best = torch.sort(logits[:, :experts], dim=-1, descending=True, stable=True).indices[:, :top_k].sort(-1).values
-    chosen = torch.softmax(logits[:, :experts], dim=-1).gather(1, best)
-    weights[:, :top_k].copy_(chosen / chosen.sum(-1, keepdim=True) if normalise else chosen)
-    weights[:, top_k].copy_(torch.sigmoid(logits[:, experts]) if gated else torch.ones_like(logits[:, 0]))
+    products = _product(x, router)
+    logits = products[:, :experts] if scoring.bias is None else products[:, :experts] + scoring.bias
+    scores = torch.sigmoid(logits) if scoring.sigmoid else torch.softmax(logits, dim=-1)
+    best = _highest(_choices(scores if scoring.sigmoid else logits, scoring), top_k).sort(-1).values
+    chosen = scores.gather(1, best)
+    if scoring.normalised:
+        chosen = chosen / (chosen.sum(-1, keepdim=True) + scoring.eps)
+    weights[:, :top_k].copy_(chosen * scoring.scale)
+    weights[:, top_k].copy_(torch.sigmoid(products[:, experts]) if scoring.gated else torch.ones_like(products[:, 0]))
     ids.copy_(best)
     picks = best.flatten()
     order = torch.sort(picks, stable=True).indices
@@ -31,6 +35,35 @@ def route(x: Tensor, router: Tensor, gated: bool, normalise: bool, into: Routes)
     places.view(-1).scatter_(0, order, torch.arange(order.shape[0], dtype=places.dtype, device=places.device))
     below = picks[:, None] < torch.arange(experts + 1, device=picks.device)
     starts.copy_(below.sum(0))
+
+
+def _highest(values: Tensor, count: int) -> Tensor:
+    """Indices of the highest values of each row, of equal ones the lower."""
+    return torch.sort(values, dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def _choices(scores: Tensor, scoring: Scoring) -> Tensor:
+    """What experts are chosen by: corrected scores, -inf in groups that are not kept."""
+    if scoring.correction is not None:
+        scores = scores + scoring.correction
+    if scoring.kept_groups == scoring.groups:
+        return scores
+    in_groups = scores.unflatten(-1, (scoring.groups, -1))
+    kept = _highest(in_groups.topk(2, -1).values.sum(-1), scoring.kept_groups)
+    is_shut = torch.ones_like(in_groups[..., 0], dtype=torch.bool).scatter_(1, kept, False)
+    return in_groups.masked_fill(is_shut[..., None], -torch.inf).flatten(1)
+
+
+def add_expert_bias(bias: Tensor, picks: Picks, out: Tensor) -> None:
+    places = torch.arange(out.shape[0], dtype=picks.starts.dtype, device=out.device)
+    experts = torch.searchsorted(picks.starts, places, right=True) - 1 - picks.first
+    is_own = (experts >= 0) & (experts < bias.shape[0])
+    added = bias[experts.clamp(0, bias.shape[0] - 1)]
+    out.copy_(torch.where(is_own[:, None], out + added, out))
+
+
+def add_sinks(sinks: Tensor, into: Partial) -> None:
+    into.out.mul_(torch.sigmoid(into.lse - sinks)[..., None])
 
 
 def _product(x: Tensor, router: Tensor) -> Tensor:

@@ -15,9 +15,12 @@ both see the same numbers.
     layer_norm  y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias
     silu_mul    y = gate / (1 + exp(-gate)) * up
     gelu_mul    y = gate (1 + tanh(sqrt(2 / pi) (gate + 0.044715 gate^3))) / 2 * up
+    clamped_silu_mul  y = (u + 1) g / (1 + exp(-alpha g)), g = min(gate, limit), u = up between -limit and limit
     gelu        y = x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2
-    route       ids = the k largest of x router^T, w = softmax(x router^T) there;  expert_linear  p = x W[id]^T;
-                combine  y += sum_j w_j p_j;  scale_rows  y *= f
+    route       ids = the k largest of x router^T, w = softmax(x router^T) there, or as `Scoring` says
+                expert_linear  p = x W[id]^T;  add_expert_bias  p += b[id];  combine  y += sum_j w_j p_j
+                scale_rows  y *= f
+    add_sinks   out *= 1 / (1 + exp(s - lse))
     norm_heads  q = q / sqrt(mean over all heads of q^2 + eps) * weight, k likewise
     rope        (a, b) -> (a cos - b sin, b cos + a sin) for the pairs (i, i + rotary_dim / 2);
                 then, for pages of codes, q and k times the Walsh-Hadamard matrix of kv_pages.spread
@@ -26,6 +29,7 @@ A query that sees no key at all gets (out, lse) = (0, -inf), the identity of mer
 """
 
 from gpu_kernels.reference.attention import (
+    add_sinks,
     decode_attention,
     merge,
     prefill_attention,
@@ -33,6 +37,7 @@ from gpu_kernels.reference.attention import (
 )
 from gpu_kernels.reference.elementwise import (
     add_rows,
+    clamped_silu_mul,
     copy_rows,
     gelu,
     gelu_mul,
@@ -44,8 +49,11 @@ from gpu_kernels.reference.elementwise import (
     silu_mul,
 )
 from gpu_kernels.reference.experts import (
+    add_expert_bias,
+    choice_scores,
     combine,
     expert_linear,
+    in_best_groups,
     route,
     route_to,
     scale_rows,
@@ -74,15 +82,20 @@ __all__ = [
     "GROUP",
     "PLAIN_DTYPES",
     "SUPERBLOCK_BYTES",
+    "add_expert_bias",
     "add_rows",
+    "add_sinks",
     "block_bytes",
     "check_weight_dtype",
+    "choice_scores",
+    "clamped_silu_mul",
     "combine",
     "copy_rows",
     "decode_attention",
     "expert_linear",
     "gelu",
     "gelu_mul",
+    "in_best_groups",
     "layer_norm",
     "linear",
     "linear_unpacked",

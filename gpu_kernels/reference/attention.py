@@ -118,3 +118,7 @@ def _by_kv_head(q: Tensor, pages: Pages, num_kv_heads: int) -> Tensor:
     """q rounded to the KV dtype, [rows, num_kv_heads, queries_per_kv, head_dim]."""
     rounded = q.to(kv_pages.query_dtype(pages.k.dtype)).to(compute_dtype(q))
     return rounded.unflatten(1, (num_kv_heads, q.shape[1] // num_kv_heads))
+
+
+def add_sinks(sinks: Tensor, into: Partial) -> None:
+    into.out.mul_((1.0 / (1.0 + torch.exp(sinks - into.lse)))[..., None])

@@ -56,6 +56,13 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> None:
     out.copy_((gate / (1.0 + power) * up).flatten(1))
 
 
+def clamped_silu_mul(gate_up: Tensor, alpha: float, limit: float, out: Tensor) -> None:
+    gate, up = _gate_and_up(gate_up)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    power = ordered.exp(gate * -alpha) if gate.dtype == torch.float32 else torch.exp(gate * -alpha)
+    out.copy_(((up + 1.0) * (gate / (1.0 + power))).flatten(1))
+
+
 def gelu_mul(gate_up: Tensor, out: Tensor) -> None:
     gate, up = _gate_and_up(gate_up)
     out.copy_((torch.nn.functional.gelu(gate, approximate="tanh") * up).flatten(1))

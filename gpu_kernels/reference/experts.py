@@ -5,29 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpu_kernels.contract import Picks, Routes
+from cpu_kernels.contract import Picks, Routes, Scoring
 from gpu_kernels.experts import ordered
 from gpu_kernels.reference.linear_layer import linear, quantize_activation
 from gpu_kernels.reference.packed import BLOCK_FEATURES, mixed_parts
 
 
-def route(x: Tensor, router: Tensor, gated: bool, normalise: bool, into: Routes) -> None:
+def route(x: Tensor, router: Tensor, scoring: Scoring, into: Routes) -> None:
     experts, top_k = into.starts.shape[0] - 1, into.ids.shape[1]
-    logits = x @ router.T.to(x.dtype)
-    best = torch.sort(logits[:, :experts], dim=-1, descending=True, stable=True).indices[:, :top_k].sort(-1).values
-    route_to(best, x, router, gated, normalise, into)
+    scores = in_best_groups(choice_scores(x, router[:experts], scoring), scoring)
+    best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :top_k].sort(-1).values
+    route_to(best, x, router, scoring, into)
 
 
-def route_to(best: Tensor, x: Tensor, router: Tensor, gated: bool, normalise: bool, into: Routes) -> None:
+def route_to(best: Tensor, x: Tensor, router: Tensor, scoring: Scoring, into: Routes) -> None:
     """What `route` writes where the experts of every row are `best`, int64 [rows, k], ascending, whatever the scores
     are."""
     ids, places, sources, starts, weights = into
     experts, top_k = starts.shape[0] - 1, ids.shape[1]
-    logits = x @ router.T.to(x.dtype)
-    scores = torch.softmax(logits[:, :experts], dim=-1)
-    chosen = scores.gather(1, best)
-    weights[:, :top_k] = chosen / chosen.sum(-1, keepdim=True) if normalise else chosen
-    weights[:, top_k] = torch.sigmoid(logits[:, experts]) if gated else 1.0
+    logits = _logits(x, router[:experts], scoring)
+    chosen = (logits.sigmoid() if scoring.sigmoid else torch.softmax(logits, dim=-1)).gather(1, best)
+    if scoring.normalised:
+        chosen = chosen / (chosen.sum(-1, keepdim=True) + scoring.eps)
+    weights[:, :top_k] = scoring.scale * chosen
+    weights[:, top_k] = torch.sigmoid(x @ router[experts].to(x.dtype)) if scoring.gated else 1.0
     ids.copy_(best)
     order = torch.sort(best.flatten(), stable=True).indices
     sources.copy_(order // top_k)
@@ -35,6 +36,31 @@ def route_to(best: Tensor, x: Tensor, router: Tensor, gated: bool, normalise: bo
     starts[0] = 0
     everyone = torch.arange(experts, device=best.device)
     starts[1:] = (best.flatten()[:, None] == everyone).sum(0).cumsum(0)
+
+
+def choice_scores(x: Tensor, router: Tensor, scoring: Scoring) -> Tensor:
+    """What experts are chosen by, [rows, experts], groups apart: the softmax keeps the order of its logits."""
+    logits = _logits(x, router, scoring)
+    scores = logits.sigmoid() if scoring.sigmoid else logits
+    return scores if scoring.correction is None else scores + scoring.correction.to(x.dtype)
+
+
+def in_best_groups(scores: Tensor, scoring: Scoring) -> Tensor:
+    """Scores with -inf where an expert's group is not one of the best."""
+    if scoring.kept_groups == scoring.groups:
+        return scores
+    size, kept = scores.shape[1] // scoring.groups, torch.full_like(scores, -torch.inf)
+    for row, values in enumerate(scores):
+        sums = [group.sort(descending=True).values[:2].sum().item() for group in values.split(size)]
+        best = sorted(range(scoring.groups), key=lambda group: -sums[group])[: scoring.kept_groups]
+        for group in best:
+            kept[row, group * size : (group + 1) * size] = values[group * size : (group + 1) * size]
+    return kept
+
+
+def _logits(x: Tensor, router: Tensor, scoring: Scoring) -> Tensor:
+    logits = x @ router.T.to(x.dtype)
+    return logits if scoring.bias is None else logits + scoring.bias.to(x.dtype)
 
 
 def expert_linear(x: Tensor, picks: Picks, weight: Tensor, weight_dtype: str, out: Tensor) -> None:
@@ -64,3 +90,9 @@ def combine(near: Tensor, far: Tensor, border: Tensor, places: Tensor, weights: 
 
 def scale_rows(factors: Tensor, out: Tensor) -> None:
     out *= factors
+
+
+def add_expert_bias(bias: Tensor, picks: Picks, out: Tensor) -> None:
+    bounds = picks.starts[picks.first : picks.first + bias.shape[0] + 1].tolist()
+    for values, start, stop in zip(bias, bounds, bounds[1:]):
+        out[start:stop] += values

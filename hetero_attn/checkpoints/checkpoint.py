@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from hetero_attn.checkpoints.expert_entries import by_our_names
 from hetero_attn.checkpoints.files import open_files, some
 from hetero_attn.checkpoints.row_order import is_rotated, pieces, turn_back
-from hetero_attn.checkpoints.safetensors import SafetensorsFile, TensorEntry
+from hetero_attn.checkpoints.safetensors import ColumnsEntry, SafetensorsFile, TensorEntry
 from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.blocks import ModelSpec
 from hetero_attn.spec.config import ModelConfig
@@ -48,7 +48,8 @@ class Checkpoint:
         self._files = files
         entries = {name: entry for file in files for name, entry in file.entries.items()}
         self._entries = by_our_names(
-            {tensor_names.ours(name): entry for name, entry in self._full_names(entries).items()}
+            {tensor_names.ours(name): entry for name, entry in self._full_names(entries).items()},
+            tensor_names.has_turned_experts,
         )
         self._config, self._is_turned = config, tensor_names.is_turned
         self._cut(dict(tensor_names.fused))
@@ -102,7 +103,9 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
-        return sum(entry.nbytes for entry in self._entries.values())
+        columns = (entry for entry in self._entries.values() if isinstance(entry, ColumnsEntry))
+        twice = sum(entry.nbytes - entry.nbytes // entry.step for entry in columns)
+        return sum(entry.nbytes for entry in self._entries.values()) - twice
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -122,7 +125,7 @@ class Checkpoint:
     def row_bytes(self, name: str) -> int:
         """Bytes of one row of a tensor in the file."""
         entry = self._entry(name)
-        return entry.nbytes // max(entry.shape[0], 1)
+        return entry.nbytes // max(entry.columns if isinstance(entry, ColumnsEntry) else entry.shape[0], 1)
 
     def torch_dtype(self, name: str) -> "torch.dtype":
         """The dtype that `read` returns for tensor `name`; CheckpointError where it is one that cannot be run."""
@@ -133,7 +136,7 @@ class Checkpoint:
         return getattr(torch, _TORCH_DTYPES[entry.dtype])
 
     def read(self, name: str, rows: slice | None = None, out: "torch.Tensor | None" = None) -> "torch.Tensor":
-        """Read a tensor, or a range of its rows, from disk; no other byte is read.
+        """Read a tensor, or a range of its rows, from disk; no other byte is read, except of what lies in columns.
 
         Args:
             name: tensor name. rows: range of the first dimension, step 1; None reads everything. Of
@@ -156,6 +159,9 @@ class Checkpoint:
         assert out.shape == shape and out.dtype == dtype and out.is_contiguous() and out.device.type == "cpu", (
             f"out for {name} is {out.dtype} {tuple(out.shape)} on {out.device}, expected {dtype} {shape} on cpu"
         )
+        if isinstance(entry, ColumnsEntry):
+            out.copy_(_columns(entry, dtype)[start:stop])
+            return out
         row_bytes = entry.nbytes // max(entry.shape[0] if entry.shape else 1, 1)
         buffer = memoryview(out.reshape(-1).view(torch.uint8).numpy())
         entry.file.read_into(buffer, entry.offset + start * row_bytes)
@@ -244,6 +250,15 @@ class Checkpoint:
                 f"{self.path}: the weight files have layers up to {extra[-1]}, but num_hidden_layers in config.json is "
                 f"{num_layers}, so {len(extra)} layers would be dropped; correct config.json or download both again"
             )
+
+
+def _columns(entry: ColumnsEntry, dtype: "torch.dtype") -> "torch.Tensor":
+    """The tensor [rows, inputs], or [rows], that lies in the columns of a matrix of the file."""
+    import torch
+
+    values = torch.empty(entry.nbytes // dtype.itemsize, dtype=dtype, device="cpu")
+    entry.file.read_into(memoryview(values.view(torch.uint8).numpy()), entry.offset)
+    return values.view(*entry.shape[1:], entry.columns)[..., entry.first :: entry.step].movedim(-1, 0)
 
 
 def _check_dtype(entry: TensorEntry, name: str) -> None:

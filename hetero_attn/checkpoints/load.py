@@ -174,7 +174,7 @@ class Loader:
             placement=placement,
             gpu=gpu,
             dram=dram,
-            bias=Activation(None, None),
+            bias=self._expert_biases(spec),
             piece_blocks=self._piece_units(spec),
             first_dram_unit=in_dram,
         )
@@ -264,9 +264,17 @@ class Loader:
                 "wrongly, download it again"
             ) from error
 
-    def _bias(self, spec: LinearSpec) -> Activation:
+    def _expert_biases(self, spec: ExpertsSpec) -> Activation:
         if not spec.has_bias:
             return Activation(None, None)
+        each = (torch.cat([self._bias_values(linear) for linear in spec.expert(i)]) for i in range(spec.experts))
+        return self._on_both(torch.stack(list(each)))
+
+    def _bias(self, spec: LinearSpec) -> Activation:
+        return self._on_both(self._bias_values(spec)) if spec.has_bias else Activation(None, None)
+
+    def _bias_values(self, spec: LinearSpec) -> torch.Tensor:
+        """The bias of every packed output feature, zero where there is none in the file."""
         rows = torch.zeros((spec.column_units, spec.unit_features), dtype=torch.float32, device="cpu")
         offset = 0
         for part in spec.parts:
@@ -274,7 +282,7 @@ class Loader:
             values[: part.rows] = self._finite(part.bias)
             rows[:, offset : offset + part.rows_per_unit] = values.view(spec.column_units, part.rows_per_unit)
             offset += part.rows_per_unit
-        return self._on_both(rows.view(-1))
+        return rows.view(-1)
 
     def _vector(self, vector: Vector) -> Activation:
         values = self._finite(vector.tensor)

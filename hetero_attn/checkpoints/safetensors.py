@@ -44,6 +44,19 @@ class TensorEntry:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class ColumnsEntry(TensorEntry):
+    """Some columns of a matrix in the file as the rows of a tensor, or some items of a vector.
+
+    offset, nbytes: of the matrix, [inputs, columns] or [columns]. The tensor's rows are its columns from `first` on,
+    one every `step`.
+    """
+
+    columns: int
+    first: int
+    step: int
+
+
 class SafetensorsFile(RawFile):
     """An open file whose header was checked.
 

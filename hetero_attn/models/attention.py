@@ -59,4 +59,5 @@ class Attention(AttentionDeclaration, Block):
             q_norm=weights.vector("q_norm"),
             k_norm=weights.vector("k_norm"),
             cap=self._config.attention_cap,
+            sinks=weights.vector("sinks"),
         )

@@ -1,12 +1,14 @@
 """The mixture of experts in the place of a layer's MLP: a router, the experts that it chooses for a row, a shared one.
 
-    scores = softmax(router normed), w = the scores of the k highest, over their sum where the model says so
+    scores = softmax(router normed), w = the scores of the k highest, over their sum where the model says so; of other
+             models' scores see `Scoring`
     residual += sigmoid(factor . normed) * shared(normed)                                      where there is one
     residual += sum over the chosen, ascending id, of w_e * down_e(silu(gate_e normed) * (up_e normed))
 
 Routing is computed once, in float32, where the residual stream lives; see `ops.experts` for the lanes of the experts.
 """
 
+from cpu_kernels.contract import Scoring
 from hetero_attn.lanes.lanes import Activation, Lanes
 from hetero_attn.models.block import Block, BlockWeights, Norm, StateView, normalize
 from hetero_attn.models.workspace import Workspace
@@ -50,8 +52,19 @@ class Experts(ExpertsDeclaration, Block):
 
     def _route(self, lanes: Lanes, weights: BlockWeights, buffers: ExpertBuffers) -> None:
         routes = routes_in(buffers.routes.main, buffers.weights.main, self.experts)
-        router, config = weights.vector("router").main, self._config
-        lanes.main_ops.route(buffers.x.main, router, config.is_gated, config.normalised, routes)
+        config = self._config
+        scoring = Scoring(
+            gated=config.is_gated,
+            normalised=config.normalised,
+            sigmoid=config.sigmoid,
+            bias=weights.vector("router_bias").main,
+            correction=weights.vector("correction").main,
+            groups=config.groups,
+            kept_groups=config.kept_groups,
+            eps=config.eps,
+            scale=config.scale,
+        )
+        lanes.main_ops.route(buffers.x.main, weights.vector("router").main, scoring, routes)
 
     def _shared_of(self, weights: BlockWeights) -> tuple[LinearWeights, ...]:
         return tuple(weights.linears[linear.kind] for linear in self.shared)
@@ -63,7 +76,7 @@ class Experts(ExpertsDeclaration, Block):
         both = work.of("shared_gate_up", gate_up.spec.out_features)
         activated = work.of("shared_activated", gate_up.spec.out_features // 2)
         per_row, column, on_host = self._config.per_row, gate_up.device_features(tier), gate_up.has_host_features(tier)
-        if on_host:
+        if on_host and self._config.is_gated:
             lanes.push(buffers.weights, per_row, per_row + 1)
         linear(lanes, gate_up, tier, buffers.x, both)
 
@@ -71,7 +84,8 @@ class Experts(ExpertsDeclaration, Block):
             ops = lanes.host_ops if side == "host" else lanes.device.ops
             out = getattr(activated, side)[:, columns.start // 2 : columns.stop // 2]
             ops.silu_mul(getattr(both, side)[:, columns], out)
-            ops.scale_rows(getattr(buffers.weights, side)[:, per_row:], out)
+            if self._config.is_gated:
+                ops.scale_rows(getattr(buffers.weights, side)[:, per_row:], out)
 
         if on_host:
             lanes.on_host(lambda: activate("host", slice(column, gate_up.spec.out_features)))

@@ -7,7 +7,8 @@ one head combine as
 
     m = max(lse_i),  w_i = exp(lse_i - m),  out = sum(w_i out_i) / sum(w_i),  lse = m + log(sum(w_i))
 
-which is associative and commutative: any number of segments, in any order, gives the same answer.
+which is associative and commutative: any number of segments, in any order, gives the same answer. A sink, a score in
+the denominator of a head that has no value, is one more segment (0, lse = its score), counted when all others are.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ class AttentionParameters:
     """What one layer's attention needs beside its linears, float32, where each lane needs it.
 
     scale: what scores are multiplied by. cap: the soft cap on them, 0 for none. cos, sin: [max_context, rotary_dim /
-    2]. q_norm, k_norm: [head_dim], None on both sides where the family has none.
+    2]. q_norm, k_norm: [head_dim]; sinks: [num_heads], of each the score that has no value; None on both sides where
+    the family has none.
     """
 
     num_heads: int
@@ -42,6 +44,7 @@ class AttentionParameters:
     q_norm: Activation
     k_norm: Activation
     cap: float = 0.0
+    sinks: Activation = Activation(None, None)
 
     @property
     def queries_per_kv(self) -> int:
@@ -95,6 +98,11 @@ class _Side:
         """Its query heads of results."""
         return Partial(self.per_head(out), self.of(lse)[:, self.heads])
 
+    def add_sinks(self, out: Activation, lse: Activation) -> None:
+        """Count its heads' sinks in what is attended over all their keys."""
+        if (sinks := self.of(self.parameters.sinks)) is not None:
+            self.ops.add_sinks(sinks[self.heads], self.partial(out, lse))
+
     def rotation(self) -> Rotation:
         """What it rotates with."""
         own = self.parameters
@@ -127,6 +135,7 @@ def attend(
         _store(side, run.step, view, qkv, buffers.query)
         for part, those in zip(run.step.parts, view.segments.parts, strict=True):
             _attend_on_device(run, part, those, view, side, _rows_of(buffers, part, run.step))
+        side.add_sinks(buffers.out, buffers.lse)
 
 
 def store(run: Run, view: KvView, parameters: AttentionParameters, qkv: Activation, query: Activation) -> None:
@@ -167,6 +176,7 @@ def _store_and_attend(side: _Side, step: Step, view: KvView, qkv: Activation, bu
     for part, those in zip(step.parts, view.segments.parts, strict=True):
         own = _rows_of(buffers, part, step)
         _attend(side, those.host, own.query, own.out, own.lse)
+    side.add_sinks(buffers.out, buffers.lse)
 
 
 def _attend(side: _Side, keys: Segment, query: Activation, out: Activation, lse: Activation) -> None:

@@ -7,6 +7,7 @@ depend on where an expert was computed. Routes are contents of memory, which rec
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -47,20 +48,19 @@ def compute_experts(lanes: Lanes, experts: LinearWeights, tier: int, buffers: Ex
 
     The CPU's outputs come back with `add_experts`; work queued between the two runs beside them.
     """
-    spec, on_gpu = _spec(experts), experts.device_units(tier)
+    on_gpu = experts.device_units(tier)
     if experts.has_host_features(tier):
         lanes.push(buffers.routes, 0, buffers.routes.main.shape[1])
-        lanes.on_host(
-            lambda: _run(lanes.host_ops, spec, on_gpu, experts.host_weight(tier), _Side("host", buffers), buffers.parts)
-        )
+        host = _Side("host", buffers)
+        lanes.on_host(lambda: _run(lanes.host_ops, experts, on_gpu, experts.host_weight(tier), host, buffers.parts))
     side = _Side("device", buffers)
     first = 0
     if experts.placement.gpu_units:
-        _run(lanes.device.ops, spec, 0, experts.gpu, side, buffers.near)
+        _run(lanes.device.ops, experts, 0, experts.gpu, side, buffers.near)
         first = experts.placement.gpu_units
     for _ in range(experts.piece_count(tier)):
         weight = lanes.ring.take()
-        _run(lanes.device.ops, spec, first, weight, side, buffers.near)
+        _run(lanes.device.ops, experts, first, weight, side, buffers.near)
         lanes.ring.give_back()
         first += weight.shape[0]
 
@@ -115,8 +115,17 @@ class _Side:
         return self.of(self._buffers.activated)
 
 
-def _run(ops: Ops, spec: ExpertsSpec, first: int, weight: torch.Tensor, side: _Side, parts: Activation) -> None:
+def activate(ops: Any, spec: ExpertsSpec, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    """The activation between the products of an expert."""
+    if spec.clamp is None:
+        ops.silu_mul(gate_up, out)
+    else:
+        ops.clamped_silu_mul(gate_up, *spec.clamp, out)
+
+
+def _run(ops: Ops, experts: LinearWeights, first: int, weight: torch.Tensor, side: _Side, parts: Activation) -> None:
     """The picks of the experts from `first` on whose packed bytes `weight` has, uint8 [experts, unit_bytes]."""
+    spec, bias = _spec(experts), side.of(experts.bias)
     gate_up, down = spec.first
     routes, border = side.routes(spec), spec.gate_up_bytes
     both, down_blocks = (
@@ -125,6 +134,11 @@ def _run(ops: Ops, spec: ExpertsSpec, first: int, weight: torch.Tensor, side: _S
     )
     picks = Picks(routes.sources, routes.starts, first)
     ops.expert_linear(side.x, picks, both, gate_up.format, side.gate_up)
-    ops.silu_mul(side.gate_up, side.activated)
-    x = side.activated[:, : spec.width]
-    ops.expert_linear(x, picks._replace(sources=None), down_blocks, down.format, side.of(parts))
+    if bias is not None:
+        bias = bias[first : first + weight.shape[0]]
+        ops.add_expert_bias(bias[:, : gate_up.out_features], picks, side.gate_up)
+    activate(ops, spec, side.gate_up, side.activated)
+    x, out = side.activated[:, : spec.width], side.of(parts)
+    ops.expert_linear(x, picks._replace(sources=None), down_blocks, down.format, out)
+    if bias is not None:
+        ops.add_expert_bias(bias[:, gate_up.out_features :], picks, out)

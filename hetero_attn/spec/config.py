@@ -60,6 +60,7 @@ class ModelConfig:
         parallel: whether attention and MLP see the same normalised residual stream, under the norm of attention.
         attention_cap, logit_cap: soft caps c of the scores of attention and of the logits, x becomes c * tanh(x / c);
             0 for none.
+        has_sinks: whether every head has one more score in the denominator of its softmax.
         gated: whether the MLP has a gate beside what it activates; else it activates that itself.
         dtype: dtype named by the config ("fp32", "bf16", "fp16"), None when it names none; the headers of the weight
             files are the truth.
@@ -103,6 +104,7 @@ class ModelConfig:
     gated: bool = True
     attention_cap: float = 0.0
     logit_cap: float = 0.0
+    has_sinks: bool = False
 
     @property
     def heads_per_kv_head(self) -> int:

@@ -20,14 +20,16 @@ from placement.plan.workload import LinearShard
 class ExpertsSpec(LinearSpec):
     """All routed experts of a layer; `parts` are those of the first one and stand for all.
 
-    experts: how many there are; per_row: how many a row is computed by; width: neurons of one. `unit_features` counts
-    the output features that a row gets back from an expert, on average over all.
+    experts: how many there are; per_row: how many a row is computed by; width: neurons of one; clamp: as in
+    `ExpertsConfig`. `unit_features` counts the output features that a row gets back from an expert, on average over
+    all.
     """
 
     layer: int
     experts: int
     per_row: int
     width: int
+    clamp: tuple[float, float] | None = None
 
     def expert(self, index: int) -> tuple[LinearSpec, LinearSpec]:
         """gate_up and down of one expert."""
@@ -39,8 +41,8 @@ class ExpertsSpec(LinearSpec):
         )
         name = f"{self.name}.{index}"
         return (
-            LinearSpec(f"{name}.gate_up", "gate_up", self.layer, self.in_features, (gate, up), False),
-            LinearSpec(f"{name}.down", "down", self.layer, self.width, (down,), False),
+            LinearSpec(f"{name}.gate_up", "gate_up", self.layer, self.in_features, (gate, up), self.has_bias),
+            LinearSpec(f"{name}.down", "down", self.layer, self.width, (down,), self.has_bias),
         )
 
     def routes_size(self, rows: int) -> int:
@@ -56,6 +58,11 @@ class ExpertsSpec(LinearSpec):
     def packed(self) -> tuple[LinearSpec, ...]:
         """Experts are packed one at a time."""
         return self.first
+
+    @property
+    def bias_shape(self) -> tuple[int, ...]:
+        """Of every expert the bias of gate_up, then that of down."""
+        return (self.experts, sum(linear.out_features for linear in self.first))
 
     @property
     def by_rows(self) -> None:
@@ -160,9 +167,10 @@ def experts_spec(
         layer=layer,
         in_features=hidden_size,
         parts=parts,
-        has_bias=False,
+        has_bias=config.has_bias,
         block="experts",
         experts=config.experts,
         per_row=config.per_row,
         width=config.width,
+        clamp=config.clamp,
     )

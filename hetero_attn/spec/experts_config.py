@@ -12,7 +12,13 @@ from hetero_attn.spec.json_fields import JsonFields, show
 
 MAX_EXPERTS = 1 << 12
 MAX_WIDTH = 1 << 20
-SOFTMAX = 1  # of what GGUF files call their gating function
+# What GGUF files call their gating functions.
+SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3
+GATINGS = {
+    SOFTMAX: "the softmax of all scores",
+    SIGMOID: "the sigmoid of each score",
+    SOFTMAX_OF_CHOSEN: "the softmax of the chosen scores",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +27,10 @@ class ExpertsConfig:
 
     experts: how many a layer has; per_row: how many compute a row; width: neurons of one. normalised: whether the
     weights of a row's experts are divided by their sum. shared_width: neurons of an expert that computes every row, 0
-    without one; its output is multiplied by the sigmoid of a product with the row. layers: which layers have experts.
+    without one. layers: which layers have experts. shared_factor: whether what the shared expert gives is multiplied by
+    the sigmoid of a product with the row. sigmoid, groups, kept_groups, eps, scale: as in `Scoring`; is_corrected:
+    whether scores are corrected for the choice. has_bias: whether router and experts have biases. clamp: (alpha, limit)
+    of `clamped_silu_mul`, the activation of the experts where it is not the MLP's.
     """
 
     experts: int
@@ -30,11 +39,25 @@ class ExpertsConfig:
     normalised: bool
     shared_width: int
     layers: tuple[bool, ...]
+    shared_factor: bool = True
+    sigmoid: bool = False
+    is_corrected: bool = False
+    groups: int = 1
+    kept_groups: int = 1
+    eps: float = 0.0
+    scale: float = 1.0
+    has_bias: bool = False
+    clamp: tuple[float, float] | None = None
+
+    @property
+    def has_shared(self) -> bool:
+        """Whether there is a shared expert."""
+        return self.shared_width > 0
 
     @property
     def is_gated(self) -> bool:
-        """Whether there is a shared expert, and so its factor."""
-        return self.shared_width > 0
+        """Whether there is a shared expert with a factor."""
+        return self.has_shared and self.shared_factor
 
 
 def mixtral_experts(fields: JsonFields, num_layers: int) -> ExpertsConfig:
@@ -86,19 +109,32 @@ def qwen3_moe_experts(fields: JsonFields, num_layers: int) -> ExpertsConfig:
     )
 
 
-def gguf_experts(fields: Any, found: Mapping[str, Any], normalised: bool) -> ExpertsConfig:
+def gpt_oss_experts(fields: JsonFields, num_layers: int) -> ExpertsConfig:
+    """Experts in every layer with biases, whose activation is clamped; weights by the softmax of the chosen ones."""
+    return ExpertsConfig(
+        **_counts(fields, "num_local_experts", 128, 4),
+        width=fields.integer("intermediate_size", MAX_WIDTH, 2880),
+        normalised=True,  # which makes the softmax over all that over the chosen
+        shared_width=0,
+        layers=(True,) * num_layers,
+        has_bias=True,
+        clamp=(fields.number("swiglu_alpha", 0.0, 1e6, 1.702), fields.number("swiglu_limit", 0.0, 1e6, 7.0)),
+    )
+
+
+def gguf_experts(fields: Any, found: Mapping[str, Any], normalised: bool, gating: int = SOFTMAX) -> ExpertsConfig:
     """Experts in every layer of a GGUF file, by its metadata; found: the fields of ModelConfig so far. normalised: what
-    the architecture does where the file does not say."""
+    the architecture does where the file does not say. gating: its gating function."""
     experts = fields.integer(".expert_count", MAX_EXPERTS)
     per_row = fields.integer(".expert_used_count", MAX_EXPERTS)
     if per_row > experts:
         fields.fail(".expert_used_count", per_row, f"at most the {experts} experts")
     if (scale := fields.number(".expert_weights_scale", 0.0, 1e6, 1.0)) != 1.0:
         raise UnsupportedModelError(f"{fields.path}: expert_weights_scale is {scale:g}, which is not computed")
-    gating = fields.integer(".expert_gating_func", 255, SOFTMAX, low=0)
-    if gating not in (0, SOFTMAX):  # 0 is said by files whose architecture decides
+    said = fields.integer(".expert_gating_func", 255, gating, low=0)
+    if said not in (0, gating):  # 0 is said by files whose architecture decides
         raise UnsupportedModelError(
-            f"{fields.path}: {fields.key('.expert_gating_func')} is {gating}; only {SOFTMAX}, the softmax of all scores"
+            f"{fields.path}: {fields.key('.expert_gating_func')} is {said}; only {gating}, {GATINGS[gating]}"
         )
     return ExpertsConfig(
         experts=experts,
@@ -110,7 +146,7 @@ def gguf_experts(fields: Any, found: Mapping[str, Any], normalised: bool) -> Exp
     )
 
 
-def _counts(fields: JsonFields, key: str, experts: int, per_row: int) -> dict[str, int]:
+def _counts(fields: JsonFields, key: str, experts: int, per_row: int) -> dict[str, Any]:
     experts = fields.integer(key, MAX_EXPERTS, experts)
     found = fields.integer("num_experts_per_tok", MAX_EXPERTS, per_row)
     if found > experts:

@@ -65,7 +65,7 @@ def _of_experts(rules: tuple[tuple[str, str], ...], config: ModelConfig) -> dict
         for part in ("gate", "up", "down"):
             chosen = _decided(rules, f"layers.{layer}.{part}")
             tensors = [expert_tensor(layer, index, part) for index in range(config.experts.experts)]
-            tensors += [tensor_name(f"shared_{part}", layer)] if config.experts.is_gated else []
+            tensors += [tensor_name(f"shared_{part}", layer)] if config.experts.has_shared else []
             found |= dict.fromkeys(tensors, chosen)
     return found
 

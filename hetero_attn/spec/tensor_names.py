@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 
 LAYER_PREFIX = "model.layers."
+CORRECTION = "e_score_correction_bias"  # the last word of the name of what scores of experts are corrected by
 
 # Our word for each part of the model -> where the Llama, Mistral and Qwen families keep it, or a name that only we use.
 _TOP_PARTS = {"embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
 _LAYER_PARTS = {
     "attention_norm": "input_layernorm",
+    "attention": "self_attn",
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
     "v": "self_attn.v_proj",
@@ -35,8 +37,8 @@ def tensor_name(part: str, layer: int | None = None, kind: str = "weight") -> st
     Args:
         part: embed, final_norm, head (layer None), or, in a layer: attention_norm, q, k, v, q_norm, k_norm, o,
             attention_post_norm, mlp_norm, gate, up, down, mlp_post_norm, router, shared_gate, shared_up, shared_down,
-            shared_factor.
-        layer: layer index. kind: "weight" or "bias".
+            shared_factor, attention.
+        layer: layer index. kind: the name's last word: "weight", "bias", or of attention "sinks".
     """
     if layer is None:
         return f"{_TOP_PARTS[part]}.{kind}"
@@ -55,12 +57,14 @@ class TensorNames:
     layer_parts: pairs of their name of a part of a layer and our word for it. prefixes: what stands in the place of
     "model." in files that hold other models too. fused: pairs of their name of a part and our words of those that it
     holds, one below the other. is_turned: whether the rows of q and k lie as pairs that are turned together.
+    has_turned_experts: whether tensors of all experts have their inputs as rows, and gate and up in turn as columns.
     """
 
     layer_parts: tuple[tuple[str, str], ...] = ()
     prefixes: tuple[str, ...] = ()
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     is_turned: bool = False
+    has_turned_experts: bool = False
 
     def ours(self, name: str) -> str:
         """Our name of a tensor of theirs; a tensor that none of these rules is about keeps its name."""

@@ -76,6 +76,11 @@ class LinearSpec:
         return (self,)
 
     @property
+    def bias_shape(self) -> tuple[int, ...]:
+        """Shape of its bias, if it has one."""
+        return (self.out_features,)
+
+    @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """The checkpoint's tensors that it is made of, name -> shape, biases included."""
         found: dict[str, tuple[int, ...]] = {part.tensor: (part.rows, self.in_features) for part in self.parts}

@@ -1,5 +1,7 @@
 """A model as the planner sees it: names, bytes and operations, read off its declaration."""
 
+from math import prod
+
 from cpu_kernels.formats import BLOCK_FEATURES, format_of
 from cpu_kernels.formats.pages import token_bytes
 from hetero_attn.spec.blocks import FLOAT32_BYTES, FixedState, KvState, ModelSpec
@@ -42,7 +44,7 @@ def build_workload(
     kv_dtype = kv_dtype or natural_kv_dtype(formats.label)
     by_rows = {linear.name: rows for linear in model.linears if (rows := linear.by_rows) is not None}
     kv, widths = _kv_shards(model, kv_dtype), ActivationWidths.of(model)
-    biases = sum(linear.out_features for linear in model.linears if linear.has_bias)
+    biases = sum(prod(linear.bias_shape) for linear in model.linears if linear.has_bias)
     rope_features = max_context * sum(rope.rotary_dim for rope in model.ropes)
     logits = max(max_batch, LOGITS_ROWS) * model.head.linears[0].out_features
     states = tuple(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpu_kernels.contract import Picks, Routes
+from cpu_kernels.contract import Partial, Picks, Routes, Scoring
 from cpu_kernels.formats import FORMATS, mix_name, unit_bytes
 from cpu_kernels.formats import weights as layout
 from gpu_kernels import reference
@@ -29,7 +29,7 @@ def routing(rows: int, hidden: int, experts: int, top_k: int, *, gated=True, nor
     ids, places = (torch.full((rows, top_k), -1, dtype=torch.int32) for _ in range(2))
     sources, starts = (torch.full((size,), -1, dtype=torch.int32) for size in (rows * top_k, experts + 1))
     weights = torch.full((rows, top_k + 1), torch.nan)
-    (ops or kernels()).route(x, router, gated, normalise, Routes(ids, places, sources, starts, weights))
+    (ops or kernels()).route(x, router, Scoring(gated, normalise), Routes(ids, places, sources, starts, weights))
     return (ids, places, sources, starts, weights), x, router
 
 
@@ -70,9 +70,74 @@ def test_of_equal_scores_the_lower_id_wins(ops):
     router[[3, 7, 9]] = -0.5
     outputs = [torch.zeros(2, 5, dtype=torch.int32) for _ in range(2)]
     outputs += [torch.zeros(10, dtype=torch.int32), torch.zeros(13, dtype=torch.int32), torch.zeros(2, 6)]
-    (ops or kernels()).route(x, router, False, True, Routes(*outputs))
+    (ops or kernels()).route(x, router, Scoring(), Routes(*outputs))
 
     assert outputs[0].tolist() == [[0, 1, 3, 7, 9]] * 2
+
+
+SCORINGS = {
+    "bias": {"bias": True},
+    "sigmoid": {"sigmoid": True, "eps": 1e-20},
+    "corrected": {"sigmoid": True, "correction": True, "normalised": False, "scale": 2.5},
+    "groups": {"sigmoid": True, "correction": True, "groups": 4, "kept_groups": 2, "eps": 1e-20, "scale": 1.5},
+}
+
+
+@pytest.mark.parametrize("name", SCORINGS)
+@pytest.mark.parametrize("ops", [reference, gpu_routing, None], ids=["reference", "gpu", "kernels"])
+def test_scores_of_other_models(ops, name):
+    """Biases, sigmoids, corrections that only choose, groups, and scales, row by row in Python, in float64."""
+    experts, top_k, generator = 24, 3, torch.Generator().manual_seed(3)
+    x, router = torch.randn(17, 40, generator=generator), torch.zeros(32, 40)
+    router[:experts] = torch.randn(experts, 40, generator=generator) * 0.2
+    x[0], router[:experts, 0] = torch.eye(40)[0] * 30, -1 - router[:experts, 0].abs()  # every product far below zero
+    drawn = {key: torch.randn(experts, generator=generator) for key in ("bias", "correction")}
+    scoring = Scoring(**{key: drawn[key] if key in drawn else value for key, value in SCORINGS[name].items()})
+    ids, places = (torch.zeros(17, top_k, dtype=torch.int32) for _ in range(2))
+    sources, starts = torch.zeros(51, dtype=torch.int32), torch.zeros(experts + 1, dtype=torch.int32)
+    weights = torch.full((17, top_k + 1), torch.nan)
+    (ops or kernels()).route(x, router, scoring, Routes(ids, places, sources, starts, weights))
+
+    for row in range(17):
+        logits = (x[row].double() @ router[:experts].double().T) + (0 if scoring.bias is None else scoring.bias)
+        scores = torch.sigmoid(logits) if scoring.sigmoid else torch.softmax(logits, -1)
+        choice = (scores + (0 if scoring.correction is None else scoring.correction)).view(scoring.groups, -1)
+        sums = choice.sort(-1, descending=True).values[:, :2].sum(-1)
+        shut = sums.argsort(descending=True)[scoring.kept_groups :]
+        choice[shut] = -torch.inf
+        best = choice.flatten().topk(top_k).indices.sort().values
+        expected = scores[best] / (scores[best].sum() + scoring.eps) if scoring.normalised else scores[best]
+        assert ids[row].tolist() == best.tolist()
+        assert torch.allclose(weights[row, :top_k].double(), expected * scoring.scale, rtol=2e-5, atol=0)
+    assert weights[:, top_k].eq(1).all() and weights.isfinite().all()
+
+
+@pytest.mark.parametrize("ops", [reference, gpu_routing, None], ids=["reference", "gpu", "kernels"])
+def test_biases_go_to_the_places_of_their_experts_alone(ops):
+    """Experts 2 .. 6 of 9, some without picks; what stands elsewhere stays, to the bit."""
+    starts = torch.tensor([0, 2, 5, 5, 6, 9, 9, 12, 13, 15], dtype=torch.int32)
+    bias, out = torch.randn(5, 70)[:, 10:50], torch.randn(15, 40)
+    expected = out.clone()
+    for expert, (start, stop) in enumerate(zip(starts[2:7].tolist(), starts[3:8].tolist(), strict=True)):
+        expected[start:stop] += bias[expert]
+    (ops or kernels()).add_expert_bias(bias, Picks(None, starts, 2), out)
+
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("ops", [reference, gpu_routing, None], ids=["reference", "gpu", "kernels"])
+def test_a_sink_is_one_more_score_without_a_value(ops):
+    """Against the softmax with it, over some of the heads of a wider tensor; no key at all stays zero."""
+    scores, values, sinks = torch.randn(5, 3, 11) * 3, torch.randn(5, 3, 11, 20), torch.tensor([-90.0, 0.5, 4.0])
+    out = torch.zeros(5, 4, 20)[:, 1:]
+    out.copy_(torch.einsum("rhk,rhkd->rhd", torch.softmax(scores, -1), values))
+    lse = torch.logsumexp(scores, -1)
+    out[4], lse[4] = 0.0, -torch.inf
+    (ops or kernels()).add_sinks(sinks, Partial(out, lse))
+
+    with_sink = torch.softmax(torch.cat([scores, sinks.expand(5, 3)[..., None]], -1).double(), -1)[..., :-1]
+    expected = torch.einsum("rhk,rhkd->rhd", with_sink, values.double())
+    assert nmse(out[:4], expected[:4]) < 1e-12 and not out[4].any()
 
 
 def test_a_row_is_routed_alike_whatever_stands_beside_it():
@@ -82,7 +147,9 @@ def test_a_row_is_routed_alike_whatever_stands_beside_it():
         ids, weights = (torch.zeros(1, 3, dtype=torch.int32), torch.zeros(1, 4))
         router = routing(37, 200, 24, 3)[2]
         spare = [torch.zeros(size, dtype=torch.int32) for size in (3, 25)]
-        kernels().route(x[row : row + 1], router, True, False, Routes(ids, torch.zeros_like(ids), *spare, weights))
+        kernels().route(
+            x[row : row + 1], router, Scoring(True, False), Routes(ids, torch.zeros_like(ids), *spare, weights)
+        )
 
         assert torch.equal(ids[0], together[0][row]) and torch.equal(weights[0], together[4][row])
 
@@ -301,6 +368,19 @@ def test_every_isa_gives_the_bits_of_single_rows(isa, weight_dtype):
         assert torch.equal(single[0], out[place])
 
 
+def test_clamped_activation():
+    """Gates and ups beyond the limit on either side; the same bits as the reference, which every lane keeps."""
+    gate_up = torch.randn(7, 5 * 32, generator=torch.Generator().manual_seed(1)) * 6
+    gate, up = gate_up.double().view(7, 5, 2, 16).unbind(2)
+    out, same = torch.empty(7, 80), torch.empty(7, 80)
+    kernels().clamped_silu_mul(gate_up, 1.702, 7.0, out)
+    reference.clamped_silu_mul(gate_up, 1.702, 7.0, same)
+
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    assert nmse(out, ((up + 1) * gate * torch.sigmoid(1.702 * gate)).flatten(1)) < 1e-13
+    assert torch.equal(out, same) and (gate_up.abs() > 7).any()
+
+
 def test_a_recorded_call_follows_the_routes_in_memory():
     """One recording; every run reads ids, starts and sources anew."""
     weight, plain = expert_weights(12, 2, 64, "q8")
@@ -311,7 +391,7 @@ def test_a_recorded_call_follows_the_routes_in_memory():
     ops, seen = kernels(), set()
 
     def step():
-        ops.route(x, router, True, True, Routes(ids, places, sources, starts, weights))
+        ops.route(x, router, Scoring(True), Routes(ids, places, sources, starts, weights))
         ops.expert_linear(x, Picks(sources, starts, 0), weight, "q8", parts)
         ops.combine(parts, parts, starts[12:], places, weights[:, :3], out)
 
@@ -366,8 +446,11 @@ def wrong_calls():
     (ids, places, sources, starts, weights), x, router = routing(3, 64, 8, 2)
     weight, _ = expert_weights(8, 1, 64, "q8")
     out = torch.zeros(6, 16)
-    yield "router", lambda ops: ops.route(x, router[:9], True, True, Routes(ids, places, sources, starts, weights))
-    yield "weights", lambda ops: ops.route(x, router, True, True, Routes(ids, places, sources, starts, weights[:, :2]))
+    yield "router", lambda ops: ops.route(x, router[:9], Scoring(True), Routes(ids, places, sources, starts, weights))
+    yield (
+        "weights",
+        lambda ops: ops.route(x, router, Scoring(True), Routes(ids, places, sources, starts, weights[:, :2])),
+    )
     yield "starts", lambda ops: ops.expert_linear(x, Picks(sources, starts, 1), weight, "q8", out)
     yield "sources", lambda ops: ops.expert_linear(x, Picks(sources[:5], starts, 0), weight, "q8", out)
     yield "weight", lambda ops: ops.expert_linear(x, Picks(sources, starts, 0), weight[:, :, :-1], "q8", out)

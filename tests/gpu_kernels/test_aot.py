@@ -122,6 +122,10 @@ def silu_mul() -> None:
     gpu_kernels.silu_mul(empty(4, 28672), empty(4, 14336))
 
 
+def clamped_silu_mul() -> None:
+    gpu_kernels.clamped_silu_mul(empty(4, 5760), 1.702, 7.0, empty(4, 2880))
+
+
 def rope_append(head_dim: int, norm: bool, dtype: torch.dtype = BF16) -> Callable[[], None]:
     qkv, pages = empty(4, KV_HEADS, 6 * head_dim), kv_store(dtype, head_dim)
     indices, angles = empty(4, dtype=torch.int64), empty(4096, head_dim // 2)
@@ -205,6 +209,7 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "rms_norm added": (rms_norm_added, (90,)),
     "silu_mul": (silu_mul, (90,)),
     "gelu_mul": (gelu_mul, (86,)),
+    "clamped_silu_mul": (clamped_silu_mul, (90,)),
     "layer_norm": (layer_norm(False), (90,)),
     "layer_norm bias": (layer_norm(True), (86,)),
     "gelu": (lambda: gpu_kernels.gelu(empty(4, 12288), empty(4, 12288)), (86,)),

@@ -10,7 +10,7 @@ from tests.support import kernel_checks as checks
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
 from gpu_kernels import elementwise, row_copies
-from gpu_kernels.small import gelu, layer_norm
+from gpu_kernels.small import clamped, gelu, layer_norm
 
 
 @pytest.mark.parametrize("rows,hidden", [(1, 64), (3, 100), (2, 5000)])
@@ -53,6 +53,11 @@ def test_gelu_mul(device, rows, units):
 @pytest.mark.parametrize("rows,units", [(1, 1), (3, 5), (2, 70)])
 def test_silu_mul(device, rows, units):
     checks.check_silu_mul(elementwise.silu_mul, device, rows, units)
+
+
+@pytest.mark.parametrize("rows,units", [(1, 1), (2, 70)])
+def test_clamped_silu_mul(device, rows, units):
+    checks.check_clamped_silu_mul(clamped.clamped_silu_mul, device, rows, units)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

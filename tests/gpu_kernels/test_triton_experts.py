@@ -27,6 +27,7 @@ pytest.importorskip("triton", reason="triton is not installed (the test extra ha
 from gpu_kernels import elementwise
 from gpu_kernels.experts import whole_kernel
 from gpu_kernels.experts.expert_linear import expert_linear
+from gpu_kernels.small import clamped
 from tests.support.watched_loads import watched_loads
 
 EXPERTS, BLOCKS = 6, 3
@@ -152,6 +153,16 @@ def test_silu_is_the_references_to_the_bit(device):
     expected, out = torch.empty(40, 48), torch.empty(40, 48, device=device)
     reference.silu_mul(gate_up, expected)
     elementwise.silu_mul(gate_up.to(device), out)
+
+    assert torch.equal(out.cpu(), expected)
+
+
+def test_the_clamped_activation_is_the_references_to_the_bit(device):
+    gate_up = torch.randn(40, 96, generator=torch.Generator().manual_seed(1)) * 20
+    gate_up[0, :7] = torch.tensor([0.0, -0.0, 1e30, -1e30, 51.8, -51.8, 1e-40])
+    expected, out = torch.empty(40, 48), torch.empty(40, 48, device=device)
+    reference.clamped_silu_mul(gate_up, 1.702, 7.0, expected)
+    clamped.clamped_silu_mul(gate_up.to(device), 1.702, 7.0, out)
 
     assert torch.equal(out.cpu(), expected)
 

@@ -44,6 +44,34 @@ MIXTRAL_8X7B = {
     "vocab_size": 32000,
 }
 
+GPT_OSS_120B = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "attention_bias": True,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "num_local_experts": 128,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "vocab_size": 201088,
+}
+
 
 @pytest.fixture
 def config_of(tmp_path):
@@ -60,8 +88,8 @@ def experts_of(plan):
 
 @pytest.mark.parametrize(
     ("config", "parameters"),
-    [(QWEN3_30B, 30.5e9), (MIXTRAL_8X7B, 46.7e9)],
-    ids=["qwen3-30b-a3b", "mixtral-8x7b"],
+    [(QWEN3_30B, 30.5e9), (MIXTRAL_8X7B, 46.7e9), (GPT_OSS_120B, 116.8e9)],
+    ids=["qwen3-30b-a3b", "mixtral-8x7b", "gpt-oss-120b"],
 )
 def test_bytes_are_those_of_the_model(config_of, config, parameters):
     """A q8 weight takes 8.5 bits; embedding (bf16) and router (float32) are counted elsewhere."""
@@ -137,8 +165,24 @@ def test_what_a_kernel_rounds_of_experts_counts(config_of):
     assert rounded_input_bytes(plan.workload) >= plan.workload.activation_rows * 8 * 768 * 2
 
 
+def test_gpt_oss_of_120b_beside_a_card_of_12_gb(config_of):
+    """From the config alone: dense parts and some experts on the card, 64 GB for the others, windows on every second
+    layer."""
+    plan = plan_model(
+        config_of(GPT_OSS_120B), device="cuda", dtype="q4", gpu_memory="11GiB", hardware="rtx4070-ddr5",
+        max_context=8192,
+    )  # fmt: skip
+    placed = {placement.name: placement for placement in plan.linears}
+
+    assert sum(shard.total_bytes for shard in experts_of(plan)) == pytest.approx(64.5e9, rel=0.01)
+    assert 100 < sum(placed[shard.name].gpu_units for shard in experts_of(plan)) < 36 * 128 // 4
+    assert placed["layers.35.qkv"].gpu_units == placed["layers.35.qkv"].units
+    assert [shard.window for shard in plan.workload.kv[:3]] == [128, 0, 128]
+    assert plan.memory.gpu_bytes <= plan.gpu_memory_bytes
+
+
 def test_families_that_are_not_there_are_refused_by_name(config_of):
-    for name in ("gpt_oss", "deepseek_v3", "qwen3_next", "glm4_moe"):
+    for name in ("kimi_linear", "deepseek_v3", "qwen3_next", "glm4_moe"):
         with pytest.raises(Exception, match=name):
             ModelConfig.from_dir(config_of({"model_type": name}))
 

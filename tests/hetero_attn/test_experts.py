@@ -72,10 +72,11 @@ def test_three_lanes_equal_transformers(checkpoints, family, gpu, stream, groups
     assert nmse(actual, moe_logits(path, TOKENS)) <= EXACT
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen2_moe"])
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
-def test_sequences_of_a_batch_do_not_mix(checkpoints, device):
+def test_sequences_of_a_batch_do_not_mix(checkpoints, family, device):
     """Two prompts of other lengths, decoded together: each row its own experts."""
-    path = checkpoints["qwen2_moe"]
+    path = checkpoints[family]
     workload = toy_workload(path)
     engine = make_engine(path, cpu_plan(workload) if device == "cpu" else uniform_plan(workload, 0.5, 0.2, 1))
     prompts, found = (TOKENS[:9], TOKENS[20:41]), [[], []]
@@ -202,25 +203,39 @@ class Planted:
 def routed_after(change):
     """An error in what `route` writes: change(ids, weights, k)."""
 
-    def planted(route, x, router, gated, normalise, into):
-        route(x, router, gated, normalise, into)
+    def planted(route, x, router, scoring, into):
+        route(x, router, scoring, into)
         change(into.ids, into.weights, into.ids.shape[1])
 
     return "route", planted
 
 
 def with_router(change):
-    """An error in the router's product: change(x, router, gated, normalise) -> those that it should have been given."""
+    """An error in the router's product: change(x, router, scoring) -> those that it should have been given."""
 
-    def planted(route, x, router, gated, normalise, into):
-        route(*change(x, router, gated, normalise), into)
+    def planted(route, x, router, scoring, into):
+        route(*change(x, router, scoring), into)
 
     return "route", planted
 
 
-def top_k_first(route, x, router, gated, normalise, into):
+def scored(**changes):
+    """An error in how products become weights."""
+    return with_router(lambda x, router, scoring: (x, router, scoring._replace(**changes)))
+
+
+def top_k_first(route, x, router, scoring, into):
     """Softmax over the chosen alone, which is what normalising gives."""
-    route(x, router, gated, not normalise, into)
+    route(x, router, scoring._replace(normalised=not scoring.normalised), into)
+
+
+def twice(operation, *arguments):
+    operation(*arguments)
+    operation(*arguments)
+
+
+def dropped(operation, *arguments):
+    """Nothing."""
 
 
 def wrong_expert(expert_linear, x, picks, weight, weight_dtype, out):
@@ -232,8 +247,8 @@ def wrong_source(expert_linear, x, picks, weight, weight_dtype, out):
     expert_linear(x, picks._replace(sources=sources), weight, weight_dtype, out)
 
 
-def swapped(silu_mul, gate_up, out):
-    silu_mul(gate_up.unflatten(1, (-1, 2, 16)).flip(2).flatten(1), out)
+def swapped(activation, gate_up, *others):
+    activation(gate_up.unflatten(1, (-1, 2, 16)).flip(2).flatten(1), *others)
 
 
 PITFALLS = {
@@ -258,7 +273,19 @@ PITFALLS = {
     "another expert's weights": ("qwen3_moe", "expert_linear", wrong_expert),
     "another row's input": ("qwen3_moe", "expert_linear", wrong_source),
     "gate and up exchanged": ("mixtral", "silu_mul", swapped),
-    "norm over all heads forgotten": ("olmoe", "norm_heads", lambda norm_heads, *arguments: None),
+    "gate and up of gpt-oss exchanged": ("gpt_oss", "clamped_silu_mul", swapped),
+    "gate and up not clamped": (
+        "gpt_oss", "clamped_silu_mul", lambda op, gate_up, alpha, limit, out: op(gate_up, alpha, 99.0, out),
+    ),
+    "sinks forgotten": ("gpt_oss", "add_sinks", dropped),
+    "sinks counted twice": ("gpt_oss", "add_sinks", twice),
+    "sinks of other heads": ("gpt_oss", "add_sinks", lambda op, sinks, into: op(sinks.roll(1), into)),
+    "biases of experts forgotten": ("gpt_oss", "add_expert_bias", dropped),
+    "biases of other experts": (
+        "gpt_oss", "add_expert_bias", lambda op, bias, picks, out: op(bias.roll(1, 0), picks, out),
+    ),
+    "bias of the router forgotten": ("gpt_oss", *scored(bias=None)),
+    "norm over all heads forgotten": ("olmoe", "norm_heads", dropped),
 }  # fmt: skip
 
 
@@ -284,13 +311,15 @@ def test_scores_are_far_enough_apart(checkpoints, family):
     """The toy routers leave no near ties, so that one chosen set is right and every other one is an error."""
     path, gaps = checkpoints[family], []
 
-    def keep(route, x, router, gated, normalise, into):
-        route(x, router, gated, normalise, into)
+    def keep(route, x, router, scoring, into):
+        route(x, router, scoring, into)
         ids, count, k = into.ids, into.starts.shape[0] - 1, into.ids.shape[1]
         if k < count:
-            scores = (x.double() @ router.double().T)[:, :count].sort(-1, descending=True).values
-            gaps.append((scores[:, k - 1] - scores[:, k]).min().item() / scores.std().item())
-            expected = (x.double() @ router.double().T)[:, :count].topk(k).indices.sort(-1).values
+            found = reference.choice_scores(x.double(), router[:count].double(), scoring)
+            found = reference.in_best_groups(found, scoring)
+            scores = found.sort(-1, descending=True).values
+            gaps.append((scores[:, k - 1] - scores[:, k]).min().item() / scores[scores.isfinite()].std().item())
+            expected = found.topk(k).indices.sort(-1).values
             assert torch.equal(ids.long(), expected)
 
     engine = make_engine(path, cpu_plan(toy_workload(path)), overlap=False)
@@ -427,7 +456,7 @@ def test_gguf_files_hold_the_same_model(family, tmp_path):
     config, expected = read_config(file), ModelConfig.from_dir(plain)
     assert config.experts == expected.experts
     assert config.qk_norm_whole == expected.qk_norm_whole
-    with open_source(file) as source, Checkpoint.open(plain) as other:
+    with open_source(file) as source, open_source(plain) as other:
         source.check(decoder(config))
         name = "model.layers.1.mlp.experts.2.down_proj.weight"
         assert source.shape(name) == other.shape(name) and source.dtype(name) == "q8"

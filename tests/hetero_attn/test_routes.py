@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cpu_kernels.contract import Scoring
 from hetero_attn.engine.build import build_engine
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.config import ModelConfig
@@ -102,8 +103,8 @@ def test_what_flips_is_measured_by_the_gap():
     x = torch.eye(2)
     router = torch.tensor([[2.0, 1.00], [1.0, 1.01], [0.0, 2.0]])
     mine, other = Routes(), Routes()
-    other.add(0, x, router, torch.tensor([[0, 1], [1, 2]]))
-    mine.add(0, x, router, torch.tensor([[0, 1], [0, 2]]))
+    other.add(0, x, router, Scoring(), torch.tensor([[0, 1], [1, 2]]))
+    mine.add(0, x, router, Scoring(), torch.tensor([[0, 1], [0, 2]]))
     found = agreement(mine, other)
 
     assert found.agreement == 0.75 and found.wrong == 1

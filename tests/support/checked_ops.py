@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 WRITTEN = {"q", "pages", "out", "into", "target"}  # of rope_append, and of every other operation its results
 ONLY_READ = {"decode_attention": {"q", "pages"}, "prefill_attention": {"q", "pages"}}
+READ_TOO = ("add_rows", "combine", "scale_rows", "norm_heads", "add_expert_bias", "add_sinks")  # what they write
 OTHERS_WRITTEN = {"norm_heads": {"qkv"}}
 CHECKED_OPS = {
     "add_rows",
@@ -31,6 +32,9 @@ CHECKED_OPS = {
     "expert_linear",
     "combine",
     "scale_rows",
+    "add_expert_bias",
+    "add_sinks",
+    "clamped_silu_mul",
     "norm_heads",
     "merge",
     "rope_append",
@@ -69,7 +73,7 @@ class CheckedOps:
                 tensors = tensors_in(value)
                 written = parameter in OTHERS_WRITTEN.get(name, WRITTEN - ONLY_READ.get(name, set()))
                 (writes if written else reads).extend(tensors)
-            if bound.arguments.get("accumulate") or name in ("add_rows", "combine", "scale_rows", "norm_heads"):
+            if bound.arguments.get("accumulate") or name in READ_TOO:
                 reads += writes
             self._launch(name, lambda: operation(*arguments, **named), reads, writes)
 

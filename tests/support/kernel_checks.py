@@ -301,6 +301,17 @@ def check_silu_mul(op: Op, device: str, rows: int, units: int) -> None:
     assert nmse(out.result(), (gate / (1 + torch.exp(-gate)) * up).flatten(1)) <= FLOAT32_NMSE
 
 
+def check_clamped_silu_mul(op: Op, device: str, rows: int, units: int) -> None:
+    """clamped_silu_mul with gates and ups of both signs, within the limit and beyond."""
+    gate_up, out = 6 * normal(rows, units * 32, seed=1), Guarded(device, rows, units * 16)
+    gate, up = gate_up.double().view(rows, units, 2, 16).unbind(2)
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+
+    op(_strided(gate_up, device), 1.702, 7.0, out.view)
+
+    assert nmse(out.result(), ((up + 1) * gate / (1 + torch.exp(-1.702 * gate))).flatten(1)) <= FLOAT32_NMSE
+
+
 def check_rope_append(
     op: Op,
     device: str,

@@ -11,8 +11,16 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.toy import hf_model, random_model, save_tokenizer
 
-FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+FAMILIES = ("gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 SIZES = {
+    "gpt_oss": {
+        "intermediate_size": 80,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "head_dim": 24,
+        "sliding_window": 9,
+        "swiglu_limit": 0.9,
+    },
     "mixtral": {"intermediate_size": 80, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None},
     "olmoe": {"intermediate_size": 56, "num_experts": 9, "num_experts_per_tok": 3, "norm_topk_prob": False},
     "qwen2_moe": {
@@ -36,7 +44,7 @@ LEAST_GAP = 1e-5  # between the k-th score and the next one, of the toy prompts
 
 
 def make_moe(path: Path, family: str, *, layers: int = 3, seed: int = 0, **changes: Any) -> Path:
-    """Write a checkpoint of random weights with 3 layers, as transformers writes it: per-expert tensors."""
+    """Write a checkpoint of random weights with 3 layers, as transformers writes it: per-expert tensors, but of gpt-oss."""
     from transformers import AutoConfig
 
     values = {
@@ -59,7 +67,7 @@ def make_moe(path: Path, family: str, *, layers: int = 3, seed: int = 0, **chang
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 3:
-                parameter.copy_(noise * parameter.shape[2] ** -0.5)
+                parameter.copy_(noise * parameter.shape[1 if family == "gpt_oss" else 2] ** -0.5)
             elif name.endswith((".gate.weight", "shared_expert_gate.weight")):
                 parameter.copy_(0.25 * noise)
     model.save_pretrained(path)
@@ -105,7 +113,44 @@ def fused(source: Path, path: Path) -> Path:
     return path
 
 
+def apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of gpt-oss with each expert's own ones, whose outputs are rows, in the place of all experts'."""
+    found = {}
+    for name, tensor in tensors.items():
+        layer, _, fused = name.partition(".mlp.experts.")
+        if not fused:
+            found[name] = tensor
+            continue
+        kind, parts = ("bias" if fused.endswith("_bias") else "weight"), ("down_proj",)
+        parts = ("gate_proj", "up_proj") if fused.startswith("gate_up") else parts
+        for index, values in enumerate(tensor):
+            for first, part in enumerate(parts):
+                rows = values[..., first :: len(parts)].movedim(-1, 0)
+                found[f"{layer}.mlp.experts.{index}.{part}.{kind}"] = rows.contiguous()
+    return found
+
+
+def together(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `apart` has cut, as the files of gpt-oss have it."""
+    found, experts = {}, {}
+    for name, tensor in tensors.items():
+        layer, _, own = name.partition(".mlp.experts.")
+        if not own:
+            found[name] = tensor
+            continue
+        index, part, kind = own.split(".")
+        experts.setdefault((layer, kind), {}).setdefault(int(index), {})[part] = tensor.movedim(0, -1)
+    for (layer, kind), each in experts.items():
+        end = "_bias" if kind == "bias" else ""
+        rows = [each[index] for index in sorted(each)]
+        both = [torch.stack([one["gate_proj"], one["up_proj"]], -1).flatten(-2) for one in rows]
+        found[f"{layer}.mlp.experts.gate_up_proj{end}"] = torch.stack(both)
+        found[f"{layer}.mlp.experts.down_proj{end}"] = torch.stack([one["down_proj"] for one in rows])
+    return found
+
+
 GGUF_KEYS = {
+    "gpt_oss": ("gpt-oss", {"expert_feed_forward_length": 64, "attention.sliding_window": 9}),
     "mixtral": ("llama", {}),
     "olmoe": ("olmoe", {}),
     "qwen2_moe": ("qwen2moe", {"expert_feed_forward_length": 64, "expert_shared_feed_forward_length": 96}),
@@ -123,8 +168,10 @@ def moe_gguf(folder: Path, family: str, kind: str = "Q8_0") -> tuple[Path, Path]
     widths = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 96}
     sizes = {key: value for key, value in widths.items() if key in SIZES[family]} or {"intermediate_size": 64}
     shape = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32, "rms_norm_eps": 1e-6}
+    sizes |= {"swiglu_limit": 7.0} if family == "gpt_oss" else {}  # which no key of the file says
     plain = make_moe(folder / "plain", family, layers=2, **shape, **sizes)
     config, tensors = ModelConfig.from_dir(plain), load_file(plain / "model.safetensors")
+    tensors = apart(tensors) if family == "gpt_oss" else tensors
     architecture, keys = GGUF_KEYS[family]
     writer = gguf.GGUFWriter(folder / "model.gguf", architecture)
     described = {
@@ -140,9 +187,16 @@ def moe_gguf(folder: Path, family: str, kind: str = "Q8_0") -> tuple[Path, Path]
     for key, value in (counts | keys).items():
         writer.add_uint32(f"{architecture}.{key}", value)
     writer.add_float32(f"{architecture}.rope.freq_base", config.rope.theta)
+    if config.rope.rope_type == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(config.rope.factor)
+        writer.add_rope_scaling_orig_ctx_len(config.rope.original_max_position_embeddings)
     stacked: dict[str, dict[int, torch.Tensor]] = {}
     for seed, (name, values) in enumerate(sorted(tensors.items())):
-        target, expert = gguf_name(name)
+        target, expert = gguf_name(name, family)
+        if expert is not None and values.dim() == 1:
+            stacked.setdefault(target, {})[expert] = values
+            continue
         if values.dim() == 1 or "gate_inp" in target:
             writer.add_tensor(target, values.squeeze(0).numpy())
             continue
@@ -155,32 +209,36 @@ def moe_gguf(folder: Path, family: str, kind: str = "Q8_0") -> tuple[Path, Path]
         writer.add_tensor(target, data, raw_dtype=gguf.GGMLQuantizationType[kind])
     for target, experts in stacked.items():
         rows = torch.stack([experts[index] for index in sorted(experts)]).numpy()
-        writer.add_tensor(target, rows, raw_dtype=gguf.GGMLQuantizationType[kind])
+        writer.add_tensor(target, rows, raw_dtype=gguf.GGMLQuantizationType["F32" if ".bias" in target else kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    tensors = together(tensors) if family == "gpt_oss" else tensors
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
     return folder / "model.gguf", plain
 
 
-def gguf_name(name: str) -> tuple[str, int | None]:
+def gguf_name(name: str, family: str) -> tuple[str, int | None]:
     """(name in a GGUF file, which expert of the tensor it is) of a tensor of transformers."""
     parts = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
     layer, _, rest = name.removeprefix("model.layers.").partition(".")
     if ".experts." in name:
-        _, _, expert, part, _ = rest.split(".")
-        return f"blk.{layer}.ffn_{parts[part]}_exps.weight", int(expert)
+        _, _, expert, part, kind = rest.split(".")
+        return f"blk.{layer}.ffn_{parts[part]}_exps.{kind}", int(expert)
+    if rest == "self_attn.sinks":
+        return f"blk.{layer}.attn_sinks.weight", None
     words = {
         "block_sparse_moe.gate": "ffn_gate_inp",
         "mlp.gate": "ffn_gate_inp",
+        "mlp.router": "ffn_gate_inp",
         "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
         "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
         "mlp.shared_expert.up_proj": "ffn_up_shexp",
         "mlp.shared_expert.down_proj": "ffn_down_shexp",
         "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
+        "post_attention_layernorm": "post_attention_norm" if family == "gpt_oss" else "ffn_norm",
         "self_attn.o_proj": "attn_output",
         **{f"self_attn.{each}_proj": f"attn_{each}" for each in "qkv"},
         **{f"self_attn.{each}_norm": f"attn_{each}_norm" for each in "qk"},

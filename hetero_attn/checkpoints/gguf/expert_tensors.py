@@ -6,7 +6,7 @@ from dataclasses import replace
 from hetero_attn.checkpoints.gguf.file import GgufTensor
 from hetero_attn.checkpoints.gguf.names import our_name
 
-_STACKED = re.compile(r"blk\.(0|[1-9]\d{0,5})\.ffn_(gate|up|down)_exps\.weight")
+_STACKED = re.compile(r"blk\.(0|[1-9]\d{0,5})\.ffn_(gate|up|down)_exps\.(weight|bias)")
 
 
 def by_our_names(name: str, tensor: GgufTensor) -> dict[str, GgufTensor]:
@@ -15,11 +15,11 @@ def by_our_names(name: str, tensor: GgufTensor) -> dict[str, GgufTensor]:
     The factor of a shared expert is a row here and a vector in the file.
     """
     stacked = _STACKED.fullmatch(name)
-    if stacked and len(tensor.shape) == 3 and 0 not in tensor.shape:
-        layer, part = stacked.groups()
+    if stacked and len(tensor.shape) == (3 if stacked[3] == "weight" else 2) and 0 not in tensor.shape:
+        layer, part, kind = stacked.groups()
         size = tensor.nbytes // tensor.shape[0]
         return {
-            f"model.layers.{layer}.mlp.experts.{index}.{part}_proj.weight": replace(
+            f"model.layers.{layer}.mlp.experts.{index}.{part}_proj.{kind}": replace(
                 tensor, shape=tensor.shape[1:], offset=tensor.offset + index * size, nbytes=size
             )
             for index in range(tensor.shape[0])

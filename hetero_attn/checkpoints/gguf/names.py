@@ -2,6 +2,8 @@
 
 import re
 
+from hetero_attn.spec.tensor_names import CORRECTION
+
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _LAYER = {
     "input_layernorm": "attn_norm",
@@ -25,6 +27,9 @@ _LAYER = {
 }
 _OURS_LAYER = {theirs: ours for ours, theirs in _LAYER.items()}
 _OURS_TOP = {theirs: ours for ours, theirs in _TOP.items()}
+# Tensors whose names here do not end in weight or bias.
+_OTHERS = {"self_attn.sinks": "attn_sinks.weight", f"mlp.gate.{CORRECTION}": "exp_probs_b.bias"}
+_OURS_OTHERS = {theirs: ours for ours, theirs in _OTHERS.items()}
 _BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(.+)")
 
 ROPE_DIVISORS = "rope_freqs.weight"
@@ -37,6 +42,8 @@ def our_name(name: str) -> str | None:
     if stem in _OURS_TOP:
         return f"{_OURS_TOP[stem]}.{kind}"
     layer, part, kind = split_block(name)
+    if other := _OURS_OTHERS.get(f"{part}.{kind}"):
+        return f"model.layers.{layer}.{other}"
     return f"model.layers.{layer}.{_OURS_LAYER[part]}.{kind}" if part in _OURS_LAYER else None
 
 
@@ -53,4 +60,6 @@ def their_name(name: str) -> str:
     if stem in _TOP:
         return f"{_TOP[stem]}.{kind}"
     layer, _, part = stem.removeprefix("model.layers.").partition(".")
+    if other := _OTHERS.get(f"{part}.{kind}"):
+        return f"blk.{layer}.{other}"
     return f"blk.{layer}.{_LAYER[part]}.{kind}"

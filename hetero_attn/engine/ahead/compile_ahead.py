@@ -19,6 +19,7 @@ from cpu_kernels.formats.pages import row_items
 from gpu_kernels.device_ops import DeviceOps
 from hetero_attn.cache.pages import TORCH_DTYPES
 from hetero_attn.engine.ahead.warm_up import PROMPT_ROWS
+from hetero_attn.ops.experts import activate
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.decoder.mlp import activation_op
@@ -127,7 +128,7 @@ def _of_experts(spec: ExpertsSpec, units: int, rows: int) -> Iterator[Call]:
     activated, wide = _meta(picks, gate_up.out_features // 2), _meta(picks, gate_up.out_features)
     x, out = _meta(rows, spec.in_features), _meta(picks, down.out_features)
     yield partial(gpu_kernels.expert_linear, x, Picks(sources, starts, 0), both, gate_up.format, wide)
-    yield partial(gpu_kernels.silu_mul, wide, activated)
+    yield partial(activate, gpu_kernels, spec, wide, activated)
     inputs = activated[:, : spec.width]
     yield partial(gpu_kernels.expert_linear, inputs, Picks(None, starts, 0), last, down.format, out)
 

@@ -10,13 +10,14 @@ from collections.abc import Callable, Collection
 import torch
 
 from cpu_kernels import CpuKernels
-from cpu_kernels.contract import ChunkKeys, Pages, Partial, Picks, Rotation, Routes, RowKeys
+from cpu_kernels.contract import ChunkKeys, Pages, Partial, Picks, Rotation, Routes, RowKeys, Scoring
 from cpu_kernels.formats.pages import row_items
 from cpu_kernels.formats.weights import BLOCK_FEATURES, block_bytes
 from hetero_attn.cache.pages import TORCH_DTYPES
 from hetero_attn.engine.engine import Engine
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.decoder.mlp import activation_op
+from hetero_attn.spec.experts_config import ExpertsConfig
 
 FLOAT32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the process has made its default
 
@@ -35,7 +36,7 @@ def warm_up(ops: CpuKernels, config: ModelConfig, formats: tuple[str, ...], kv_d
             for rows in ROW_COUNTS:
                 _linears(ops, config, name, rows)
                 if config.experts is not None:
-                    _experts(ops, name, rows)
+                    _experts(ops, config.experts, name, rows)
 
     ops.prepare(run)
     run()
@@ -79,14 +80,18 @@ def _linears(ops: CpuKernels, config: ModelConfig, weight_dtype: str, rows: int)
     getattr(ops, activation_op(config))(out, activated)
 
 
-def _experts(ops: CpuKernels, weight_dtype: str, rows: int) -> None:
+def _experts(ops: CpuKernels, experts: ExpertsConfig, weight_dtype: str, rows: int) -> None:
     x, out = torch.zeros(rows, WIDTH, **FLOAT32), torch.zeros(rows, BLOCK_FEATURES, **FLOAT32)
     ids, weights = torch.zeros(rows, 1, dtype=torch.int32, device="cpu"), torch.zeros(rows, 2, **FLOAT32)
     places, starts = torch.zeros_like(ids), torch.zeros(2, dtype=torch.int32, device="cpu")
     weight = torch.zeros(1, 1, block_bytes(weight_dtype, WIDTH), dtype=torch.uint8, device="cpu")
     router = torch.zeros(BLOCK_FEATURES, WIDTH, **FLOAT32)
-    ops.route(x, router, True, True, Routes(ids, places, places.view(-1), starts, weights))
+    ops.route(x, router, Scoring(gated=True), Routes(ids, places, places.view(-1), starts, weights))
     ops.expert_linear(x, Picks(None, starts, 0), weight, weight_dtype, out)
+    if experts.has_bias:
+        ops.add_expert_bias(out[:1], Picks(None, starts, 0), out)
+    if experts.clamp is not None:
+        ops.clamped_silu_mul(x[:, : 2 * BLOCK_FEATURES], *experts.clamp, out)
     ops.combine(out, out, starts[1:], places, weights[:, :1], out)
     ops.scale_rows(weights[:, 1:], out)
 
@@ -106,3 +111,5 @@ def _attention(ops: CpuKernels, config: ModelConfig, kv_dtype: str) -> None:
     table, start, stop = (torch.zeros(*shape, dtype=torch.int32, device="cpu") for shape in shapes)
     ops.decode_attention(query, pages, RowKeys(table, start, stop + rows), 1.0, into, config.attention_cap)
     ops.prefill_attention(query, pages, ChunkKeys(table[0], 0, rows, 0), 1.0, into, config.attention_cap)
+    if config.has_sinks:
+        ops.add_sinks(into.lse[0], into)

@@ -34,6 +34,7 @@ class AttentionDeclaration(Declaration):
             vectors["q_norm_whole"] = "q_norm", config.num_heads * config.head_dim
             vectors["k_norm_whole"] = "k_norm", config.num_kv_heads * config.head_dim
             self.small_calls += 1
+        self.small_calls += config.has_sinks
         if config.post_norms:
             vectors["post_norm"] = ("attention_post_norm", config.hidden_size)
             self.small_calls += 1
@@ -41,6 +42,8 @@ class AttentionDeclaration(Declaration):
             Vector(name, tensor_name(part, layer), features, config.norm_offset)
             for name, (part, features) in vectors.items()
         )
+        if config.has_sinks:
+            self.vectors += (Vector("sinks", tensor_name("attention", layer, "sinks"), config.num_heads),)
         heads_width = config.num_heads * config.head_dim
         self.buffers = (
             BufferSet(

@@ -1,11 +1,11 @@
 """What a mixture of experts in the place of a layer's MLP declares: a router, the experts, a shared one."""
 
-from hetero_attn.spec.blocks import BufferSet, Declaration, Matrix
+from hetero_attn.spec.blocks import BufferSet, Declaration, Matrix, Vector
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.decoder.norms import norm_vectors
 from hetero_attn.spec.experts import experts_spec
 from hetero_attn.spec.experts_config import ExpertsConfig
-from hetero_attn.spec.tensor_names import tensor_name
+from hetero_attn.spec.tensor_names import CORRECTION, tensor_name
 from hetero_attn.spec.weight_formats import WeightFormats
 from hetero_attn.spec.weights import BLOCK_FEATURES, LinearSpec, Part
 from placement.plan.workload import round_up
@@ -20,11 +20,12 @@ class ExpertsDeclaration(Declaration):
         self.layer, self._config = layer, experts
         self._model, self._hidden = config, config.hidden_size
         self.experts = experts_spec(experts, config.hidden_size, layer, formats.of)
-        self.shared = _shared_linears(config, experts, layer, formats) if experts.is_gated else ()
+        self.shared = _shared_linears(config, experts, layer, formats) if experts.has_shared else ()
         self.linears = (self.experts, *self.shared)
-        self.vectors = norm_vectors(config, "mlp_norm", layer)
+        self.vectors = norm_vectors(config, "mlp_norm", layer) + _router_vectors(experts, layer)
         self.matrices = (_router(config, experts, layer),)
-        self.small_calls = 7 if experts.is_gated else 4  # norm, route, activation, sum; of a shared one two, its factor
+        # norm, route, activation, sum; of a shared one two, its factor; of biases one a product
+        self.small_calls = 4 + 2 * experts.has_shared + experts.is_gated + 2 * experts.has_bias
         self._gate_up, self._down = self.experts.first
         per_row, padded = experts.per_row, round_up(config.hidden_size, BLOCK_FEATURES)
         self.buffers = (
@@ -49,6 +50,14 @@ def _router(config: ModelConfig, experts: ExpertsConfig, layer: int) -> Matrix:
         tensors = (*tensors, (tensor_name("shared_factor", layer), 1))
     rows = sum(count for _, count in tensors)
     return Matrix("router", tensors, config.hidden_size, round_up(rows, BLOCK_FEATURES))
+
+
+def _router_vectors(experts: ExpertsConfig, layer: int) -> tuple[Vector, ...]:
+    """What the scores of a layer's experts are corrected by."""
+    kinds = (("router_bias", "bias", experts.has_bias), ("correction", CORRECTION, experts.is_corrected))
+    return tuple(
+        Vector(name, tensor_name("router", layer, kind), experts.experts) for name, kind, is_there in kinds if is_there
+    )
 
 
 def _shared_linears(

@@ -6,6 +6,7 @@ from hetero_attn.spec.families.family import Family, GgufTerms
 from hetero_attn.spec.families.gemma import GEMMA2, GEMMA3
 from hetero_attn.spec.families.glm import GLM4
 from hetero_attn.spec.families.granite import GRANITE
+from hetero_attn.spec.families.mixtures.gpt_oss import GPT_OSS
 from hetero_attn.spec.families.olmo import OLMO2, OLMO3
 from hetero_attn.spec.families.phi import PHI3
 from hetero_attn.spec.families.seed_oss import SEED_OSS
@@ -54,6 +55,7 @@ FAMILIES = {
     "seed_oss": SEED_OSS,
     "smollm3": SMOLLM3,
     "starcoder2": STARCODER2,
+    "gpt_oss": GPT_OSS,
     "mixtral": MIXTRAL,
     "olmoe": OLMOE,
     "qwen2_moe": QWEN2_MOE,

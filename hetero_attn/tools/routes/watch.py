@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cpu_kernels.contract import Scoring
 from gpu_kernels import reference
 from hetero_attn.engine.engine import Engine
 
@@ -31,10 +32,12 @@ class Routes:
     gaps: list[list[torch.Tensor]] = field(default_factory=list)
     wrong: int = 0
 
-    def add(self, layer: int, x: torch.Tensor, router: torch.Tensor, ids: torch.Tensor) -> None:
+    def add(self, layer: int, x: torch.Tensor, router: torch.Tensor, scoring: Scoring, ids: torch.Tensor) -> None:
         """Keep what a router, f32 [experts, hidden], chose from `x`, f32 [rows, hidden]."""
-        scores, k = x.cpu().double() @ router.cpu().double().T, ids.shape[1]
-        best, order = scores.sort(-1, descending=True)
+        own = (part if part is None else part.cpu() for part in (scoring.bias, scoring.correction))
+        on_host = scoring._replace(**dict(zip(("bias", "correction"), own, strict=True)))
+        scores, k = reference.choice_scores(x.cpu().double(), router.cpu().double(), on_host), ids.shape[1]
+        best, order = reference.in_best_groups(scores, on_host).sort(-1, descending=True)
         spread = scores.std(-1, unbiased=False).clamp_min(1e-300)
         is_all = k == scores.shape[1]
         gaps = torch.full_like(spread, torch.inf) if is_all else (best[:, k - 1] - best[:, k]) / spread
@@ -100,8 +103,8 @@ def watched(engine: Engine, routes: Routes) -> Iterator[None]:
 
     def route(ops: Any, layer: int, x: torch.Tensor, router: torch.Tensor, *others: Any) -> None:
         ops.route(x, router, *others)
-        into = others[-1]
-        routes.add(layer, x, router[: into.starts.shape[0] - 1], into.ids)
+        scoring, into = others
+        routes.add(layer, x, router[: into.starts.shape[0] - 1], scoring, into.ids)
 
     with _routing_by(engine, route):
         yield

@@ -81,7 +81,7 @@ def _linear(spec: LinearSpec, placement: LinearPlacement, plan: Plan) -> LinearW
         piece_blocks = piece_bytes // spec.unit_bytes * spec.unit_rows
     bias = Activation(None, None)
     if spec.has_bias:
-        bias = _both(spec.out_features)
+        bias = _both(*spec.bias_shape)
     return LinearWeights(spec, placement, gpu, dram, bias, piece_blocks, first)
 
 

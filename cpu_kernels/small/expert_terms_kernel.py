@@ -1,0 +1,102 @@
+"""What the layers of gpt-oss have beside those of others, one pass each over rows of float32.
+
+clamped_silu_mul  y = (u + 1) * (g / (1 + exp(-alpha g))), g = min(gate, limit), u = up between -limit and limit
+add_expert_bias   y[place] += bias[expert of the place]
+add_sinks         y[r, h] *= 1 / (1 + exp(s[h] - lse[r, h]))
+"""
+
+import math
+
+import numpy as np
+from numba import types
+
+from cpu_kernels.small.elementwise_sizes import SILU_UNITS
+from cpu_kernels.small.route_sizes import COMBINE_FEATURES
+from cpu_kernels.team.arguments import CLAMPED, EXPERT_BIAS, SINKS
+from cpu_kernels.team.chunks import parameter, real_parameter, take
+from cpu_kernels.vectors.scalar import least, load_i32, load_scalar
+from cpu_kernels.vectors.vector import (
+    add,
+    div,
+    exp,
+    load_f32,
+    load_f32_tail,
+    mul,
+    splat,
+    store_f32,
+    store_f32_tail,
+    vmax,
+    vmin,
+)
+
+ONE = np.float32(1.0)
+
+
+def clamped_silu_mul():
+    def kernel(arguments, thread):
+        gate_up, in_stride = parameter(arguments, CLAMPED.gate_up), parameter(arguments, CLAMPED.gate_up_row)
+        out, out_stride = parameter(arguments, CLAMPED.out), parameter(arguments, CLAMPED.out_row)
+        rows, units = parameter(arguments, CLAMPED.rows), parameter(arguments, CLAMPED.units)
+        limit = types.float32(real_parameter(arguments, CLAMPED.limit))
+        high, low = splat(limit), splat(types.float32(-limit))
+        factor = splat(types.float32(-real_parameter(arguments, CLAMPED.alpha)))
+        parts = (units + SILU_UNITS - 1) // SILU_UNITS
+        chunk = take(arguments, 0)
+        while chunk < rows * parts:
+            row, first = chunk // parts, chunk % parts * SILU_UNITS
+            for unit in range(first, least(units, first + SILU_UNITS)):
+                at = gate_up + row * in_stride + 128 * unit
+                gate, up = vmin(load_f32(at), high), vmax(vmin(load_f32(at + 64), high), low)
+                gated = div(gate, add(splat(ONE), exp(mul(gate, factor))))
+                store_f32(mul(add(up, splat(ONE)), gated), out + row * out_stride + 64 * unit)
+            chunk = take(arguments, 0)
+
+    return kernel
+
+
+def add_expert_bias():
+    """Kernel; a chunk is some features of all places of an expert."""
+
+    def kernel(arguments, thread):
+        bias, bias_stride = parameter(arguments, EXPERT_BIAS.bias), parameter(arguments, EXPERT_BIAS.bias_row)
+        first, count = parameter(arguments, EXPERT_BIAS.first), parameter(arguments, EXPERT_BIAS.count)
+        starts = parameter(arguments, EXPERT_BIAS.starts) + 4 * first
+        out, out_stride = parameter(arguments, EXPERT_BIAS.out), parameter(arguments, EXPERT_BIAS.out_row)
+        features = parameter(arguments, EXPERT_BIAS.features)
+        parts = (features + COMBINE_FEATURES - 1) // COMBINE_FEATURES
+        chunk = take(arguments, 0)
+        while chunk < count * parts:
+            expert, start = chunk // parts, chunk % parts * COMBINE_FEATURES
+            for place in range(load_i32(starts + 4 * expert), load_i32(starts + 4 * expert + 4)):
+                for i in range(start, least(features, start + COMBINE_FEATURES), 16):
+                    at, left = out + place * out_stride + 4 * i, features - i
+                    added = load_f32_tail(bias + expert * bias_stride + 4 * i, left)
+                    store_f32_tail(add(load_f32_tail(at, left), added), at, left)
+            chunk = take(arguments, 0)
+
+    return kernel
+
+
+def add_sinks():
+    """Kernel; a chunk is all heads of a row."""
+
+    def kernel(arguments, thread):
+        sinks, head_dim = parameter(arguments, SINKS.sinks), parameter(arguments, SINKS.head_dim)
+        out, out_stride = parameter(arguments, SINKS.out), parameter(arguments, SINKS.out_row)
+        head_stride, lse = parameter(arguments, SINKS.out_head), parameter(arguments, SINKS.lse)
+        lse_stride, rows, heads = (
+            parameter(arguments, SINKS.lse_row),
+            parameter(arguments, SINKS.rows),
+            parameter(arguments, SINKS.heads),
+        )
+        row = take(arguments, 0)
+        while row < rows:
+            for head in range(heads):
+                behind = load_scalar(sinks + 4 * head) - load_scalar(lse + row * lse_stride + 4 * head)
+                factor = splat(types.float32(1.0 / (1.0 + math.exp(types.float64(behind)))))
+                for i in range(0, head_dim, 16):
+                    at, left = out + row * out_stride + head * head_stride + 4 * i, head_dim - i
+                    store_f32_tail(mul(load_f32_tail(at, left), factor), at, left)
+            row = take(arguments, 0)
+
+    return kernel
