@@ -33,7 +33,8 @@ from hetero_attn.serving.sampling import Sampler
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.serving.scheduler import Scheduler
 from hetero_attn.serving.stream import Stream
-from hetero_attn.serving.tokenizer import NO_TEXT, Tokenizer, open_beside, watch_opening
+from hetero_attn.serving.text.opening import NO_TEXT, open_beside, watch_opening
+from hetero_attn.serving.text.tokenizer import Tokenizer
 from hetero_attn.serving.turns import Turns
 from hetero_attn.speculation.speculator import make_speculator
 from placement import HardwareProfile, Plan, Policy

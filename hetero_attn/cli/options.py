@@ -152,7 +152,7 @@ class Loading:
             from hetero_attn import LLM
 
             if needs_template:
-                from hetero_attn.serving.tokenizer import import_beside
+                from hetero_attn.serving.text.opening import import_beside
 
                 import_beside()
 

@@ -29,7 +29,7 @@ from hetero_attn.serving.sampling_params import GRAMMARS, LARGEST_SEED
 if TYPE_CHECKING:  # they need torch, whose import would keep a server from answering while it loads
     from hetero_attn.llm import LLM
     from hetero_attn.serving.request import Request
-    from hetero_attn.serving.tokenizer import Tokenizer
+    from hetero_attn.serving.text.tokenizer import Tokenizer
 
 ENCODING_S = 30.0  # for a prompt to become tokens; a template is a program of a stranger
 MOST_CHOICES = 16

@@ -1,1 +1,1 @@
-"""Requests from text to tokens and back: tokenizer, scheduler, sampling, progress."""
+"""Requests from a prompt to its answer: scheduler, turns, sampling, grammar, progress."""

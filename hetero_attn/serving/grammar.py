@@ -16,7 +16,7 @@ import torch
 
 from hetero_attn.errors import SamplingError
 from hetero_attn.serving.sampling_params import JSON_OPTIONS, SamplingParams
-from hetero_attn.serving.tokenizer import Tokenizer
+from hetero_attn.serving.text.tokenizer import Tokenizer
 
 MOST_COMPILED = 64
 MOST_FORMATS = 16  # that nobody knows, in one schema

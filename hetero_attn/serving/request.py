@@ -11,7 +11,7 @@ from hetero_attn.errors import HeteroError
 from hetero_attn.serving.prompt_scores import PromptScores
 from hetero_attn.serving.sampling import SampledToken, Sampler
 from hetero_attn.serving.sampling_params import SamplingParams
-from hetero_attn.serving.tokenizer import TextStream
+from hetero_attn.serving.text.text_stream import TextStream
 from hetero_attn.speculation.forced import Forced
 from hetero_attn.speculation.speculator import Speculation
 

@@ -33,7 +33,8 @@ from hetero_attn import LLM, SamplingParams, plan_model
 from hetero_attn.cli import app
 from hetero_attn.errors import ArgumentError, ConfigError, HeteroError, PromptError, SamplingError
 from hetero_attn.serving.prompts import as_messages, as_prompts
-from hetero_attn.serving.tokenizer import Tokenizer, open_beside, watch_opening
+from hetero_attn.serving.text.opening import open_beside, watch_opening
+from hetero_attn.serving.text.tokenizer import Tokenizer
 from placement import PolicyError
 from tests.support.names import case_name
 from tests.support.toy import edit_json, make_checkpoint

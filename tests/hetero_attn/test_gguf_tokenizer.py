@@ -12,8 +12,8 @@ from hetero_attn.checkpoints.gguf import tokenizer as gguf
 from hetero_attn.checkpoints.gguf.fields import GgufFields
 from hetero_attn.errors import ConfigError, PromptError
 from hetero_attn.serving.defaults import default_params
-from hetero_attn.serving.plain_tokenizer import GgufPlainTokenizer
-from hetero_attn.serving.tokenizer import Tokenizer
+from hetero_attn.serving.text.plain_tokenizer import GgufPlainTokenizer
+from hetero_attn.serving.text.tokenizer import Tokenizer
 from tests.support.gguf_models import make_gguf
 
 MESSAGES = [{"role": "user", "content": "a"}]
@@ -134,7 +134,7 @@ def test_opening_needs_no_transformers(tmp_path):
     """Its import takes a second of every start; only a chat needs it."""
     gguf_file, _ = make_gguf(tmp_path, {}, layers=1, hidden=64, intermediate=64, num_heads=1, num_kv_heads=1)
     code = (
-        "import sys; from hetero_attn.serving.tokenizer import Tokenizer\n"
+        "import sys; from hetero_attn.serving.text.tokenizer import Tokenizer\n"
         "tokenizer = Tokenizer.open(sys.argv[1]); tokenizer.decode(tokenizer.encode('a b'))\n"
         "print('transformers' in sys.modules)"
     )

@@ -10,7 +10,7 @@ import torch
 from hetero_attn.errors import SamplingError
 from hetero_attn.serving.grammar import Grammars, TokenMask
 from hetero_attn.serving.sampling_params import SamplingParams
-from hetero_attn.serving.tokenizer import Tokenizer
+from hetero_attn.serving.text.tokenizer import Tokenizer
 from hetero_attn.speculation.speculator import make_speculator
 from tests.support.http_server import TINY, load_tiny
 from tests.support.names import case_name

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hetero_attn.checkpoints.gguf.tokenizer import gguf_tokenizer
-from hetero_attn.serving.tokenizer import Tokenizer
+from hetero_attn.serving.text.tokenizer import Tokenizer
 from tests.support.llama_cpp_tokens import KEPT, TEXTS, fields_of, ids_of_llama_cpp, mixed_lines
 
 LINES = 2000

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hetero_attn.errors import ConfigError
-from hetero_attn.serving.plain_tokenizer import plain_tokenizer
-from hetero_attn.serving.tokenizer import Tokenizer
+from hetero_attn.serving.text.plain_tokenizer import plain_tokenizer
+from hetero_attn.serving.text.tokenizer import Tokenizer
 from tests.support.toy import edit_json
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
@@ -107,7 +107,7 @@ def test_a_first_answer_needs_no_transformers_and_a_template_does():
     """Its import took a second of every start."""
     code = """
 import sys
-from hetero_attn.serving.tokenizer import Tokenizer
+from hetero_attn.serving.text.tokenizer import Tokenizer
 opened = Tokenizer.open(sys.argv[1])
 opened.decode(opened.encode("A list"))
 before = "transformers" in sys.modules

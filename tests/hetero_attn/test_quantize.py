@@ -19,7 +19,7 @@ from hetero_attn.checkpoints.gguf.file import GgufFile
 from hetero_attn.checkpoints.gguf.writer import NewTensor, write_gguf
 from hetero_attn.cli import app
 from hetero_attn.errors import ArgumentError, CheckpointError, UnsupportedModelError
-from hetero_attn.serving.tokenizer import Tokenizer
+from hetero_attn.serving.text.tokenizer import Tokenizer
 from hetero_attn.tools.quantize.blocks import BLOCK_TYPES
 from hetero_attn.tools.quantize.choose import RECIPES, Loss, by_bits, by_recipe, fitting
 from hetero_attn.tools.quantize.encode import encode

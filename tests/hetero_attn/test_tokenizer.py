@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetero_attn.errors import ConfigError, PromptError
-from hetero_attn.serving.tokenizer import REPLACEMENT, StopMatcher, TextStream, Tokenizer, has_tokenizer
+from hetero_attn.serving.text.files import has_tokenizer
+from hetero_attn.serving.text.text_stream import REPLACEMENT, StopMatcher, TextStream
+from hetero_attn.serving.text.tokenizer import Tokenizer
 from tests.support.toy import edit_json, save_tokenizer
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
@@ -152,7 +154,7 @@ def test_remote_code_is_never_run(tmp_path):
 
 def test_importing_the_module_does_not_import_transformers():
     """transformers takes a second; `hetero-attn --help` must not wait for it."""
-    code = "import sys, hetero_attn.serving.tokenizer, hetero_attn.checkpoints.hub; sys.exit('transformers' in sys.modules)"
+    code = "import sys, hetero_attn.serving.text.tokenizer, hetero_attn.checkpoints.hub; sys.exit('transformers' in sys.modules)"
 
     assert (
         0
@@ -297,7 +299,8 @@ def test_the_short_way_to_a_generic_tokenizer_gives_what_auto_tokenizer_gives(to
 IMPORT_IN_TWO_THREADS = """
 import sys, threading
 from pathlib import Path
-from hetero_attn.serving.tokenizer import Tokenizer, import_beside
+from hetero_attn.serving.text.opening import import_beside
+from hetero_attn.serving.text.tokenizer import Tokenizer
 
 import_beside()
 results = []

@@ -10,7 +10,7 @@ from hetero_attn.server.dialogue.formats import FAMILIES, AnswerFormat
 from hetero_attn.server.dialogue.tools import tools_of
 from hetero_attn.serving.grammar import Grammars
 from hetero_attn.serving.sampling_params import SamplingParams
-from hetero_attn.serving.tokenizer import Tokenizer
+from hetero_attn.serving.text.tokenizer import Tokenizer
 from tests.server.test_dialogue import answer_of
 from tests.server.test_lifecycle import gauges
 from tests.support.http_server import TINY, RunningServer

@@ -14,7 +14,7 @@ from hetero_attn.server.dialogue.marked import MarkedParser, Marks
 from hetero_attn.server.dialogue.tools import Tools
 
 if TYPE_CHECKING:  # it needs torch, whose import would keep a server from answering while it loads
-    from hetero_attn.serving.tokenizer import Tokenizer
+    from hetero_attn.serving.text.tokenizer import Tokenizer
 
 TAIL = 24  # tokens at the end of a prompt that may open the reasoning
 TAGS = ("<tool_call>", "</tool_call>")

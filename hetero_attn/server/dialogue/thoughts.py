@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from hetero_attn.server.dialogue.formats import AnswerFormat
 
 if TYPE_CHECKING:  # it needs torch, whose import would keep a server from answering while it loads
-    from hetero_attn.serving.tokenizer import Tokenizer
+    from hetero_attn.serving.text.tokenizer import Tokenizer
 
 _ANALYSIS = re.compile(rb"<\|channel\|>\s*analysis[^<]*<\|message\|>")
 _HARMONY_END = re.compile(rb"<\|(?:end|call|return|start)\|>")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # they need torch, whose import would keep a server from answering while it loads
     from hetero_attn.serving.request import Request
     from hetero_attn.serving.sampling import SampledToken
-    from hetero_attn.serving.tokenizer import Tokenizer
+    from hetero_attn.serving.text.tokenizer import Tokenizer
 
 
 def shown_tokens(request: Request, first: int, last: int) -> list[SampledToken]:

@@ -12,7 +12,8 @@ import numpy as np
 from hetero_attn.checkpoints.gguf.fields import GgufFields
 from hetero_attn.checkpoints.gguf.tokenizer import CONTROL, KNOWN_SPLITS, NORMAL, UNUSED, USER, gguf_tokenizer
 from hetero_attn.errors import UnsupportedModelError
-from hetero_attn.serving.tokenizer import Tokenizer, has_tokenizer
+from hetero_attn.serving.text.files import has_tokenizer
+from hetero_attn.serving.text.tokenizer import Tokenizer
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.json_fields import JsonFields, read_json
 

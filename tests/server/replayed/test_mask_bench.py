@@ -15,7 +15,7 @@ import pytest
 from hetero_attn.errors import SamplingError
 from hetero_attn.serving.grammar import Grammars
 from hetero_attn.serving.sampling_params import SamplingParams
-from hetero_attn.serving.tokenizer import Tokenizer
+from hetero_attn.serving.text.tokenizer import Tokenizer
 from tests.support.http_server import TINY
 from tests.support.replayed import each
 

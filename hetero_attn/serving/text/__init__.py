@@ -1,0 +1,1 @@
+"""Text to token ids and back: a model's tokenizer, how it is opened, and text as it streams."""

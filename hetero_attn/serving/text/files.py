@@ -1,0 +1,107 @@
+"""The files of a model that a tokenizer is opened from: a folder's own, or what a GGUF file says of itself.
+
+transformers is imported only for files that tokenizer.json alone does not decide, because importing it takes a second.
+Remote code is never trusted.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
+from hetero_attn.checkpoints.gguf.tokenizer import gguf_tokenizer
+from hetero_attn.checkpoints.sources import is_gguf
+from hetero_attn.checkpoints.transformers_import import transformers_part
+from hetero_attn.engine.host_memory import free_address_space
+from hetero_attn.errors import ConfigError, MemoryBudgetError
+from hetero_attn.serving.text.plain_tokenizer import GgufPlainTokenizer, is_generic, plain_tokenizer
+from hetero_attn.spec.json_fields import read_json
+from placement.plan.units import format_bytes
+
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+TEMPLATE_NAME, MOST_TEMPLATE_BYTES = "chat_template.jinja", 1 << 20
+LEAST_BYTES_TO_OPEN = 128 << 20  # of the tokenizers package, its threads' stacks and a large vocabulary
+
+
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether a model carries a tokenizer; without one, prompts must be token ids."""
+    path = Path(path)
+    if is_gguf(path):
+        with GgufCheckpoint.open(path) as source:
+            return "tokenizer.ggml.tokens" in source.fields.values
+    return any((path / name).is_file() for name in _FILES)
+
+
+def tokenizer_of_gguf(path: Path) -> GgufPlainTokenizer:
+    """The tokenizer that a GGUF file's metadata describe, with the chat template beside the file if there is one."""
+    with GgufCheckpoint.open(path) as source:
+        found = gguf_tokenizer(source.fields)
+    return GgufPlainTokenizer(found.backend, found.named, _template_beside(path) or found.chat_template)
+
+
+def tokenizer_of_folder(path: Path) -> Any:
+    """The tokenizer of a folder's files, of `tokenizers` alone or of transformers.
+
+    Raises ConfigError where there are none, where they are damaged or need remote code, and MemoryBudgetError.
+    """
+    if not has_tokenizer(path):
+        raise ConfigError(
+            f"{path}: no tokenizer found ({', '.join(_FILES)}); download its files or give prompts as token ids"
+        )
+    _check_address_space(path)
+    try:
+        return plain_tokenizer(path, lambda: _loaded(path)) or _loaded(path)
+    # Damaged files surface as nearly any exception type of transformers, tokenizers or sentencepiece.
+    except Exception as error:
+        raise ConfigError(f"{path}: the tokenizer cannot be loaded: {first_line(error)}; {_way_out(path)}") from error
+
+
+def _way_out(path: Path) -> str:
+    """What helps against a tokenizer that cannot be opened."""
+    only_sentencepiece = (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file()
+    if only_sentencepiece and importlib.util.find_spec("sentencepiece") is None:
+        return "tokenizer.model needs the sentencepiece package: pip install sentencepiece protobuf"
+    return (
+        "download the tokenizer files again (code that comes with a model is never run), or give prompts as token ids"
+    )
+
+
+def _check_address_space(path: Path) -> None:
+    """Raise MemoryBudgetError where memory would run out in tokenizers, which then ends the process with an abort."""
+    free_bytes = free_address_space()
+    if free_bytes is not None and free_bytes < LEAST_BYTES_TO_OPEN:
+        raise MemoryBudgetError(
+            f"{path}: opening the tokenizer takes up to {format_bytes(LEAST_BYTES_TO_OPEN)} of address space, and the "
+            f"limit of this process leaves {format_bytes(free_bytes)}; raise the limit (ulimit -v)"
+        )
+
+
+def _loaded(path: Path) -> Any:
+    """The tokenizer of transformers for a directory.
+
+    A tokenizer.json of no family's own class is opened without AutoTokenizer, which first imports every family's.
+    """
+    named = path / "tokenizer_config.json"
+    config = read_json(named) if named.is_file() else {}
+    if (path / "tokenizer.json").is_file() and is_generic(config):
+        return transformers_part("PreTrainedTokenizerFast").from_pretrained(str(path), local_files_only=True)
+    return transformers_part("AutoTokenizer").from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+
+
+def _template_beside(path: Path) -> str | None:
+    """The chat template that lies beside a GGUF file, None where there is none."""
+    file = path.parent / TEMPLATE_NAME
+    if not file.is_file():
+        return None
+    if (size := file.stat().st_size) > MOST_TEMPLATE_BYTES:
+        raise ConfigError(f"{file}: {size} bytes, a chat template has at most {MOST_TEMPLATE_BYTES}; take it away")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    """The type and the first words of an error that somebody else's code raised."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

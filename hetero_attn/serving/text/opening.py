@@ -1,0 +1,60 @@
+"""Work beside the loading of weights: opening a model's tokenizer, importing what chat templates need."""
+
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Thread
+
+from hetero_attn.checkpoints.transformers_import import transformers_part
+from hetero_attn.errors import ConfigError, PromptError
+from hetero_attn.serving.text.files import has_tokenizer
+from hetero_attn.serving.text.tokenizer import Tokenizer
+
+NO_TEXT = "answers have no text, only token ids"
+
+
+def open_beside(path: Path) -> Future[Tokenizer | None]:
+    """Open a model's tokenizer on a thread of its own, because importing transformers, where it needs that, takes a
+    second that loading weights takes too; the result is None for a model without one, and raises what `Tokenizer.open`
+    raises."""
+    opened: Future[Tokenizer | None] = Future()
+
+    def work() -> None:
+        try:
+            opened.set_result(Tokenizer.open(path) if has_tokenizer(path) else None)
+        except BaseException as error:
+            opened.set_exception(error)
+
+    Thread(target=work, name="hetero-attn-tokenizer").start()
+    return opened
+
+
+def watch_opening(
+    opening: Future[Tokenizer | None], model: str, needs_text: bool, progress: Callable[[int], None]
+) -> Callable[[int], None]:
+    """`progress` that also looks, at each call, whether a tokenizer that is being opened has failed.
+
+    With needs_text that ends the work under way: raises PromptError for a model without a tokenizer, else what
+    `Tokenizer.open` raised. Without, it warns once.
+    """
+    is_settled = False
+
+    def watched(count: int) -> None:
+        nonlocal is_settled
+        if not is_settled and opening.done():
+            is_settled, failure = True, opening.exception()
+            if needs_text and failure is not None:
+                raise failure
+            if needs_text and opening.result() is None:
+                raise PromptError(f"{model} has no tokenizer files; give prompts as lists of token ids")
+            if isinstance(failure, ConfigError):
+                warnings.warn(f"{NO_TEXT}: {failure}", stacklevel=4)
+        progress(count)
+
+    return watched
+
+
+def import_beside() -> None:
+    """Begin to import transformers on a thread of its own: whoever will need a chat template has it sooner."""
+    Thread(target=transformers_part, args=("PreTrainedTokenizerFast",), name="hetero-attn-transformers").start()

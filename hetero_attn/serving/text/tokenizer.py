@@ -1,0 +1,194 @@
+"""Text to token ids and back: a thin door to the tokenizer of transformers.
+
+Nothing from a model directory is executed: remote code is never trusted, and chat templates run only inside
+transformers' sandbox.
+"""
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hetero_attn.checkpoints.sources import is_gguf
+from hetero_attn.checkpoints.template_time import bounded_template
+from hetero_attn.errors import PromptError
+from hetero_attn.serving.prompts import as_messages, as_template_variables
+from hetero_attn.serving.sampling_params import SamplingParams
+from hetero_attn.serving.text.files import TEMPLATE_NAME, first_line, tokenizer_of_folder, tokenizer_of_gguf
+from hetero_attn.serving.text.text_stream import TextStream
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2's table): printable Latin-1 stands for
+    itself, every other byte, in order, for the characters from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_level_alphabet()
+
+
+class Tokenizer:
+    """The tokenizer of a model directory. Made by `Tokenizer.open`.
+
+    Attributes:
+        eos_token_ids: ids that end a text, by the tokenizer alone; the model config may name more.
+        bos_token_id: the id a text begins with, or None.
+    """
+
+    def __init__(self, path: Path, tokenizer: Any):
+        self.path = path
+        self._tokenizer = tokenizer
+        eos = tokenizer.eos_token_id
+        self.eos_token_ids: tuple[int, ...] = () if eos is None else (eos,)
+        self.bos_token_id: int | None = tokenizer.bos_token_id
+
+    @classmethod
+    def open(cls, path: str | Path, vocab_size: int | None = None) -> "Tokenizer":
+        """Open the tokenizer of a local model: of a GGUF file that in its metadata, or a tokenizer.json beside it.
+
+        Args:
+            path: the directory or file. vocab_size: rows of the model's embedding, checked against the tokenizer's ids.
+
+        Raises:
+            ConfigError: there is no tokenizer, it cannot be read or it needs remote code.
+
+        Warns of ids that the model has no embedding for; fewer ids than rows are fine, embeddings are often padded.
+        """
+        path = Path(path)
+        if is_gguf(path) and not (path.parent / "tokenizer.json").is_file():
+            opened = cls(path, tokenizer_of_gguf(path))
+        else:
+            folder = path.parent if is_gguf(path) else path
+            opened = cls(folder, tokenizer_of_folder(folder))
+        if vocab_size is not None:
+            opened.compare_vocab(vocab_size)
+        return opened
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with the special tokens that the model's texts begin (and end) with unless told not to.
+
+        Raises:
+            PromptError: the text cannot be encoded, for instance because it holds half of a surrogate pair.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise PromptError(
+                f"prompt is not valid Unicode: {first_line(error)}; give text without surrogates"
+            ) from None
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's chat template, None where it has none."""
+        return self._tokenizer.chat_template or None
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        template_variables: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        """Token ids of a conversation through the model's own chat template.
+
+        Args:
+            messages: each with "role" and "content", text or a list of text parts, which are joined.
+            add_generation_prompt: end with the words that open the assistant's turn.
+            template_variables: what the template knows beside the messages, such as {"enable_thinking": False}.
+            continue_final_message: leave the last message open, so that the answer goes on with it.
+
+        Raises:
+            PromptError: no messages, a message without role or text, no template, or one that refuses them.
+        """
+        plain, variables = as_messages(messages), as_template_variables(template_variables)
+        if not self._tokenizer.chat_template:
+            raise PromptError(
+                f"{self.path}: the tokenizer has no chat template, as those of base models have none; use generate "
+                f"with a plain prompt, or put the model's {TEMPLATE_NAME} into its folder"
+            )
+        try:
+            with bounded_template():
+                ids = self._tokenizer.apply_chat_template(
+                    plain,
+                    add_generation_prompt=add_generation_prompt and not continue_final_message,
+                    continue_final_message=continue_final_message,
+                    tokenize=True,
+                    return_dict=False,
+                    **variables,
+                )
+        # A template raises what it likes: jinja2 errors, its own raise_exception, type errors from odd content.
+        except Exception as error:
+            raise PromptError(f"{self.path}: the chat template refuses these messages: {first_line(error)}") from error
+        return list(ids)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that form no character come out as U+FFFD."""
+        return self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text; those of a special token are its name."""
+        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        if piece is None:
+            return b""
+        if token_id in self._tokenizer.added_tokens_decoder:
+            return piece.encode()
+        if self._is_byte_level and all(character in _BYTE_OF for character in piece):
+            return bytes(_BYTE_OF[character] for character in piece)
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+    @property
+    def description(self) -> str | None:
+        """What tokenizer.json says of it, None for one of another kind."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        return None if backend is None else backend.to_str()
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Special tokens by their part, such as {"eos_token": "</s>"}."""
+        named = ("bos_token", "eos_token", "pad_token", "unk_token")
+        return {name: str(token) for name, token in self._tokenizer.special_tokens_map.items() if name in named}
+
+    @cached_property
+    def special_token_ids(self) -> frozenset[int]:
+        """Ids of the tokens that are left out of a text."""
+        added = self._tokenizer.added_tokens_decoder.items()
+        return frozenset(token_id for token_id, token in added if token.special)
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        return backend is not None and "ByteLevel" in str(backend.decoder)
+
+    def stream(self, stop: Sequence[str] = (), skip_special_tokens: bool = True) -> TextStream:
+        """A fresh `TextStream` over this tokenizer."""
+        return TextStream(lambda token_ids: self.decode(token_ids, skip_special_tokens), stop)
+
+    def with_special_stops(self, params: SamplingParams) -> SamplingParams:
+        """The parameters with special tokens among the stop strings as stop ids too: their text is left out of the
+        answer, so the strings alone could never match."""
+        if not params.stop:
+            return params
+        added = self._tokenizer.added_tokens_decoder.items()
+        special = {token.content: token_id for token_id, token in added if token.special}
+        ids = {special[text] for text in params.stop if text in special} - set(params.stop_token_ids)
+        return replace(params, stop_token_ids=(*params.stop_token_ids, *sorted(ids))) if ids else params
+
+    def compare_vocab(self, vocab_size: int) -> None:
+        """Warn about a token that the model has no embedding for."""
+        token, token_id = max(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if token_id >= vocab_size:
+            warnings.warn(
+                f"{self.path}: the tokenizer's token {token!r:.60} has id {token_id}, but the model has embeddings for "
+                f"{vocab_size}; a prompt that holds such a token is refused",
+                stacklevel=3,
+            )
