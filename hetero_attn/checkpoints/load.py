@@ -15,7 +15,8 @@ from cpu_kernels.formats import BLOCK_FEATURES, SOURCE_TYPES, format_of, segment
 from hetero_attn.checkpoints.sources import WeightSource
 from hetero_attn.checkpoints.unit_rows import UnitRows, dequantised, units_at_once
 from hetero_attn.errors import CheckpointError
-from hetero_attn.lanes.lanes import Activation, Lanes
+from hetero_attn.lanes.activation import Activation
+from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.block import BlockWeights
 from hetero_attn.models.decoder import ModelWeights
 from hetero_attn.models.rope import rope_tables

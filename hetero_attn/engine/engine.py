@@ -19,7 +19,9 @@ from hetero_attn.engine.lane_report import LaneReport
 from hetero_attn.engine.move import go_over
 from hetero_attn.engine.replay import DecodeReplay
 from hetero_attn.errors import EngineDeadError
-from hetero_attn.lanes.lanes import Activation, Lanes
+from hetero_attn.lanes import observe
+from hetero_attn.lanes.activation import Activation
+from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.lanes.stopwatch import Stopwatch, time_recorded
 from hetero_attn.models.block import FixedView, StateView
 from hetero_attn.models.decoder import ModelWeights, capped, embed
@@ -233,13 +235,13 @@ class Engine:
         step = make_step(self.lanes, self.kv_cache, [Rows(sequence, [token_id])])
         if self.lanes.device is not None or self.replay is None:
             stopwatch = Stopwatch()
-            with self.lanes.torch_at_rest(), self.lanes.watched(stopwatch):
+            with self.lanes.torch_at_rest(), observe.watched(self.lanes, stopwatch):
                 self._forward(step, [token_id])
             return stopwatch.seconds
 
         def replay_of(term: str | None) -> Callable[[], None]:
             replay = DecodeReplay(self.lanes.host_ops, self._decode)
-            with self.lanes.only(term):
+            with observe.only(self.lanes, term):
                 replay.run(step)
             return lambda: replay.run(step)
 
@@ -251,7 +253,7 @@ class Engine:
         """As `decode_terms`, of a prompt of at most `prefill_chunk` tokens with the logits of its last one."""
         self._drain()
         stopwatch = Stopwatch()
-        with self.lanes.torch_at_rest(), self.lanes.watched(stopwatch):
+        with self.lanes.torch_at_rest(), observe.watched(self.lanes, stopwatch):
             step = make_step(self.lanes, self.kv_cache, [Rows(sequence, token_ids, is_chunk=True)])
             self._forward(step, token_ids)
             self._logits_of(step.rows - 1, step.rows)

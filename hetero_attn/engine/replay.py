@@ -13,7 +13,7 @@ import torch
 from cpu_kernels import CpuKernels
 from cpu_kernels.contract import RowKeys
 from cpu_kernels.team.program import Program
-from hetero_attn.lanes.lanes import Activation
+from hetero_attn.lanes.activation import Activation
 from hetero_attn.ops.step import PoolStep, Step
 
 

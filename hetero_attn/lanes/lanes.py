@@ -1,8 +1,8 @@
 """The lanes and what passes between them: one device, one host worker, copies and events.
 
-Only this module and those it builds on (`devices`, `copy_ahead`, `staging`, `page_stream`, `step_tables`, `handover`)
-own streams, events, page-locked buffers and threads. Exactly one thread calls the CPU kernels: the worker while lanes
-overlap, else the caller's own.
+Only this module and those it builds on (`devices`, `staging`, `cache.stream`, `tables`, `handover`) own streams,
+events, page-locked buffers and threads. Exactly one thread calls the CPU kernels: the worker while lanes overlap, else
+the caller's own.
 
 An activation that more than one lane needs is an `Activation`: the same rows in GPU memory and in host memory. Each
 side holds the columns that its lanes produced; `push` and `pull` bring over the others.
@@ -15,8 +15,7 @@ activations could not be page-locked, the caller itself waits for the job, whate
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,41 +24,13 @@ from cpu_kernels import CpuKernels
 from hetero_attn.cache.stream import PageStream
 from hetero_attn.devices import Device
 from hetero_attn.devices.copy_ahead import CopyAhead
+from hetero_attn.lanes.activation import Activation
 from hetero_attn.lanes.handover import Handover, InOrder
+from hetero_attn.lanes.rest import torch_at_rest
 from hetero_attn.lanes.staging import StagingRing
-from hetero_attn.lanes.stopwatch import SelectedOps, Stopwatch, WatchedDevice, WatchedOps
 from hetero_attn.lanes.tables import StepTables
-from hetero_attn.lanes.traced import TracedDevice, TracedOps
 
 HANDED_OVER = ("activations", "resident")  # kinds of host memory that an Activation may have
-
-
-@dataclass(frozen=True, slots=True)
-class Activation:
-    """One activation, float32 [max_rows, width], in GPU memory and in host memory; a side that no lane uses is None."""
-
-    device: torch.Tensor | None
-    host: torch.Tensor | None
-
-    def rows(self, start: int, stop: int) -> "Activation":
-        """Rows [start, stop) of both sides."""
-        return self._map(lambda side: side[start:stop])
-
-    def columns(self, start: int, stop: int) -> "Activation":
-        """Columns [start, stop) of both sides."""
-        return self._map(lambda side: side[:, start:stop])
-
-    def shaped(self, rows: int, width: int) -> "Activation":
-        """The front of both sides, flat memory, as [rows, width]."""
-        return self._map(lambda side: side[: rows * width].view(rows, width))
-
-    @property
-    def main(self) -> torch.Tensor:
-        """The side where the residual stream lives: the GPU's when there is one."""
-        return self.host if self.device is None else self.device
-
-    def _map(self, view: Callable[[torch.Tensor], torch.Tensor]) -> "Activation":
-        return Activation(*(None if side is None else view(side) for side in (self.device, self.host)))
 
 
 class Lanes:
@@ -86,7 +57,7 @@ class Lanes:
         self.pages = pages
         self._copied = False
         self._inputs: object | None = None
-        self._tracing = False
+        self._is_observed = False
         self._called_s = 0.0
         self.waited_s = 0.0
 
@@ -108,7 +79,7 @@ class Lanes:
     @property
     def can_replay(self) -> bool:
         """Whether a recorded decode step can be run again, if it streams nothing that passes the calling thread."""
-        if self._tracing or self._copies_at_once:
+        if self._is_observed or self._copies_at_once:
             return False
         return self.device is None or self.handover.captures
 
@@ -167,78 +138,27 @@ class Lanes:
         with self.cpu_lane() if self.device is None else nullcontext():
             yield
 
-    @contextmanager
-    def torch_at_rest(self) -> Iterator[None]:
-        """What a thread needs around a step: its kernels go to the compute stream, and torch's own pool is kept out.
+    def torch_at_rest(self) -> AbstractContextManager[None]:
+        """What a thread needs around a step: see `rest.torch_at_rest`."""
+        return torch_at_rest(self.device)
 
-        The pool's idle threads spin on the cores of the thread team; beside one, a copy of the logits took 4 ms. An
-        autocast of the caller's would round our products, so it is off inside.
+    @contextmanager
+    def using(self, host_ops: Any, device: Any, handover: Handover, can_replay: bool = True) -> Iterator[None]:
+        """Within this, others stand in for the CPU's operations, the device and the hand-over.
+
+        host_ops, device: what answers as the lanes' own do. can_replay: whether recorded steps may be replayed.
         """
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            with _without_autocast(), nullcontext() if self.device is None else self.device.current():
-                yield
-        finally:
-            torch.set_num_threads(threads)
-
-    @contextmanager
-    def watched(self, stopwatch: Stopwatch) -> Iterator[None]:
-        """Run the enclosed steps in order on the calling thread, every operation and copy timed."""
-        self.join()
-        kept = self.host_ops, self.device, self.handover
-        self.host_ops = WatchedOps(self.host_ops, "cpu", stopwatch.time)  # type: ignore[assignment]
-        self.handover = InOrder(self.device)
-        if self.device is not None:
-            self.device = WatchedDevice(self.device, stopwatch)  # type: ignore[assignment]
-        self._copy_ahead_on(self.device)
+        kept = self.host_ops, self.device, self.handover, self._is_observed
+        self._use(host_ops, device, handover, self._is_observed or not can_replay)
         try:
             yield
         finally:
-            self.host_ops, self.device, self.handover = kept
-            self._copy_ahead_on(self.device)
+            self._use(*kept)
 
-    @contextmanager
-    def traced(self, trace: Any) -> Iterator[None]:
-        """Run the enclosed steps with every operation and copy in the trace; when it ends the device has finished."""
-        kept = self.host_ops, self.device
-        self.host_ops = TracedOps(self.host_ops, "CPU lane", trace, lambda name, work: _timed(trace, name, work))  # type: ignore[assignment]
-        if self.device is not None:
-            self.device = TracedDevice(self.device, trace)  # type: ignore[assignment]
-        self._copy_ahead_on(self.device)
-        self._tracing = True
-        try:
-            yield
-        finally:
-            self.host_ops, self.device = kept
-            self._copy_ahead_on(self.device)
-            self._tracing = False
-            self.finish()
-
-    @contextmanager
-    def computing_by(self, ops: Any) -> Iterator[None]:
-        """Within this, `ops` computes on both sides, in order on the calling thread. Not for a real GPU."""
-        self.join()
-        kept = self.host_ops, self.handover, None if self.device is None else self.device.ops
-        self.host_ops, self.handover = ops, InOrder(self.device)
-        if self.device is not None:
-            self.device.ops = ops
-        try:
-            yield
-        finally:
-            self.host_ops, self.handover = kept[:2]
-            if self.device is not None:
-                self.device.ops = kept[2]
-
-    @contextmanager
-    def only(self, term: str | None) -> Iterator[None]:
-        """Within this, CPU operations of other terms (placement.plan.phase.TERMS) do nothing; for recording a step."""
-        ops = self.host_ops
-        self.host_ops = SelectedOps(ops, term)  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            self.host_ops = ops
+    def _use(self, host_ops: Any, device: Any, handover: Handover, is_observed: bool) -> None:
+        self.host_ops, self.device, self.handover, self._is_observed = host_ops, device, handover, is_observed
+        for ahead in self._ahead:
+            ahead.device = device
 
     @contextmanager
     def given_up_on_error(self) -> Iterator[None]:
@@ -349,10 +269,6 @@ class Lanes:
         """The queues of copies ahead of use that there are: weights, older keys and values."""
         return (ahead for ahead in (self.ring, self.pages) if ahead is not None)
 
-    def _copy_ahead_on(self, device: Any) -> None:
-        for ahead in self._ahead:
-            ahead.device = device
-
     def _run(self, job: Callable[[], None]) -> None:
         with self.cpu_lane():
             job()
@@ -364,16 +280,3 @@ class Lanes:
         self.waited_s += time.perf_counter() - started
 
 
-def _timed(trace: Any, name: str, work: Callable[[], object]) -> None:
-    with trace.span("CPU lane", name):
-        work()
-
-
-def _without_autocast() -> AbstractContextManager:
-    enabled = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
-    if not enabled:
-        return nullcontext()
-    off = ExitStack()
-    for device in enabled:
-        off.enter_context(torch.autocast(device, enabled=False))
-    return off

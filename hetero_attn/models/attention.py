@@ -1,6 +1,7 @@
 """Grouped-query attention with rotary positions: qkv, attention over the cache, o."""
 
-from hetero_attn.lanes.lanes import Activation, Lanes
+from hetero_attn.lanes.activation import Activation
+from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.block import Block, BlockWeights, Norm, add_output, normed_linear
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.attend import AttentionBuffers, AttentionParameters, attend, store

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hetero_attn.lanes.lanes import Activation, Lanes
+from hetero_attn.lanes.activation import Activation
+from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.linear import LinearWeights, linear, linear_add
 from hetero_attn.ops.run import KvView, Run

@@ -6,7 +6,8 @@ from functools import cached_property
 import torch
 
 from cpu_kernels.formats import format_of
-from hetero_attn.lanes.lanes import Activation, Lanes
+from hetero_attn.lanes.activation import Activation
+from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.attention import Attention
 from hetero_attn.models.block import Block, BlockWeights, Norm, normed_linear
 from hetero_attn.models.experts import Experts

@@ -9,7 +9,8 @@ Routing is computed once, in float32, where the residual stream lives; see `ops.
 """
 
 from cpu_kernels.contract import Scoring
-from hetero_attn.lanes.lanes import Activation, Lanes
+from hetero_attn.lanes.activation import Activation
+from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.block import Block, BlockWeights, Norm, StateView, normalize
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.experts import ExpertBuffers, add_experts, compute_experts, routes_in

@@ -3,7 +3,7 @@
 import torch
 
 from cpu_kernels.contract import Ops
-from hetero_attn.lanes.lanes import Activation
+from hetero_attn.lanes.activation import Activation
 from hetero_attn.models.block import Block, BlockWeights, Norm, StateView, add_output, normed_linear
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.linear import LinearWeights, linear

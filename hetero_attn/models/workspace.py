@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 
 from hetero_attn.devices import Device
-from hetero_attn.lanes.lanes import Activation, Lanes
+from hetero_attn.lanes.activation import Activation
+from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.spec.buffers import ActivationWidths, room
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from cpu_kernels.contract import Ops, Picks, Routes
-from hetero_attn.lanes.lanes import Activation, Lanes
+from hetero_attn.lanes.activation import Activation
+from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.spec.experts import ExpertsSpec
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from hetero_attn.lanes.lanes import Activation, Lanes
+from hetero_attn.lanes.activation import Activation
+from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.spec.weights import LinearSpec
 from placement.plan.memory import LinearPlacement
 

@@ -23,7 +23,8 @@ from hetero_attn.cache.cache import KVCache
 from hetero_attn.cache.pages import PagedStore
 from hetero_attn.cache.pool import CachePool, SequenceState
 from hetero_attn.cache.stream import PageBlock
-from hetero_attn.lanes.lanes import Activation, Lanes
+from hetero_attn.lanes.activation import Activation
+from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.spec.workload import table_bytes
 from placement.plan.workload import row_tier
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hetero_attn.engine.engine import Engine
+from hetero_attn.lanes import observe
 from hetero_attn.tools.trace_names import ShardNames
 from hetero_attn.tools.whole_file import write_whole
 
@@ -106,7 +107,7 @@ def trace_steps(engine: Engine, prompt_tokens: int, decode_tokens: int = DECODE_
     for _ in range(2):
         sequence = engine.kv_cache.open(tokens_traced(prompt_tokens, decode_tokens))
         trace = Trace(engine.lanes.device, ShardNames(engine))
-        with engine.lanes.traced(trace):
+        with observe.traced(engine.lanes, trace):
             for start in range(0, max(1, prompt_tokens), engine.prefill_chunk):
                 rows = min(engine.prefill_chunk, max(1, prompt_tokens) - start)
                 with trace.span("main thread", f"prefill {rows}"):

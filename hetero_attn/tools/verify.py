@@ -30,6 +30,7 @@ from hetero_attn.cache.cache import KVCache
 from hetero_attn.engine.build import build_engine
 from hetero_attn.engine.engine import Engine, make_buffers
 from hetero_attn.errors import PromptError
+from hetero_attn.lanes import observe
 from hetero_attn.llm import LLM, Prompt
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.workload import natural_kv_dtype
@@ -248,7 +249,7 @@ def _reference_engine(planned: PlannedModel, plan: Plan) -> Iterator[Engine]:
     """The checkpoint loaded once more by a plan of one lane; the emulated one runs the reference operations alone."""
     engine = build_engine(replace(planned, plan=plan, device=plan.device))
     try:
-        with nullcontext() if plan.device == "cpu" else engine.lanes.computing_by(reference):
+        with nullcontext() if plan.device == "cpu" else observe.computing_by(engine.lanes, reference):
             yield engine
     finally:
         engine.close()
@@ -262,7 +263,7 @@ def _yardstick(engine: Engine, run: Run, routes: Routes) -> tuple[Distance, tupl
     twin = Engine(engine.config, plan, engine.weights, lanes, cache, buffers, False)
     exact = torch.float64 if plan.workload.weight_dtype in ("fp32", "fp16") else torch.float32
     # Without rounding a token's numbers are the same by prefill and by decode, and prefill is many times faster.
-    with lanes.computing_by(UnroundedOps(exact)):
+    with observe.computing_by(lanes, UnroundedOps(exact)):
         with replayed(twin, routes):
             logits = forced(twin, run.token_ids, 0)
         with replayed(twin, routes):

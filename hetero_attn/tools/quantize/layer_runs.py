@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from hetero_attn.engine.engine import Engine
-from hetero_attn.lanes.lanes import Activation
+from hetero_attn.lanes import observe
+from hetero_attn.lanes.activation import Activation
 from hetero_attn.models.decoder import capped, embed
 from hetero_attn.models.workspace import make_buffer, make_workspace
 from hetero_attn.ops.linear import LinearWeights
@@ -170,7 +171,7 @@ def layer_runs(engine: Engine, windows: torch.Tensor, together: int, threads: in
     ops, before = MatmulOps(engine.lanes.host_ops), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.inference_mode(), engine.lanes.computing_by(ops):
+        with torch.inference_mode(), observe.computing_by(engine.lanes, ops):
             runs = LayerRuns(engine, windows, together, ops)
             try:
                 yield runs

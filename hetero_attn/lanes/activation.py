@@ -1,0 +1,36 @@
+"""One activation of a step on both sides of the bus: the same rows in GPU memory and in host memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """One activation, float32 [max_rows, width], in GPU memory and in host memory; a side that no lane uses is None."""
+
+    device: torch.Tensor | None
+    host: torch.Tensor | None
+
+    def rows(self, start: int, stop: int) -> "Activation":
+        """Rows [start, stop) of both sides."""
+        return self._map(lambda side: side[start:stop])
+
+    def columns(self, start: int, stop: int) -> "Activation":
+        """Columns [start, stop) of both sides."""
+        return self._map(lambda side: side[:, start:stop])
+
+    def shaped(self, rows: int, width: int) -> "Activation":
+        """The front of both sides, flat memory, as [rows, width]."""
+        return self._map(lambda side: side[: rows * width].view(rows, width))
+
+    @property
+    def main(self) -> torch.Tensor:
+        """The side where the residual stream lives: the GPU's when there is one."""
+        return self.host if self.device is None else self.device
+
+    def _map(self, view: Callable[[torch.Tensor], torch.Tensor]) -> "Activation":
+        return Activation(*(None if side is None else view(side) for side in (self.device, self.host)))
