@@ -107,12 +107,13 @@ def decode(run: Run, llm: Any) -> dict[str, Any]:
 
     The first two are known where steps are captured.
     """
+    from hetero_attn.engine.timed_steps import fill
     from placement.cost.model import predict
 
     engine, tokens = llm.engine, 4 if run.quick else 64
     context = CONTEXT - tokens - 2
     sequence, lanes = engine.kv_cache.open(), engine.lanes
-    engine.fill(sequence, context)
+    fill(engine, sequence, context)
     steps, chosen, speeds, lane = [], [], [], []
     with lanes.torch_at_rest():
         for attempt in range(1 + DECODE_ATTEMPTS):  # the first compiles and captures
@@ -133,7 +134,7 @@ def decode(run: Run, llm: Any) -> dict[str, Any]:
             if not engine.kv_cache.rewind(sequence, context):
                 engine.kv_cache.close(sequence)
                 sequence = engine.kv_cache.open()
-                engine.fill(sequence, context)
+                fill(engine, sequence, context)
     engine.kv_cache.close(sequence)
     speed, step_s = statistics.median(speeds), statistics.median(steps)
     worked, parked = (statistics.median(part) for part in zip(*lane, strict=True))

@@ -37,6 +37,7 @@ from random_checkpoint import Shape, write_checkpoint
 
 from hetero_attn import LLM, HardwareProfile, Policy
 from hetero_attn.engine.measure import profile_machine
+from hetero_attn.engine.timed_steps import fill
 from hetero_attn.planning.profiles import stored_profile
 from hetero_attn.planning.settle import plan_model
 from placement.cost.model import predict, working_set_bytes
@@ -159,7 +160,7 @@ def speeds(path: Path, context: int, hardware: HardwareProfile) -> list[Speed]:
         memory = host_full((working_set_bytes(llm.plan.workload, context),), torch.uint8, 1)
         rows = []
         for place in checkpoints(context - STEPS):
-            llm.engine.fill(sequence, max(0, place - sequence.length))
+            fill(llm.engine, sequence, max(0, place - sequence.length))
             for _ in range(1 if rows else WARM_STEPS):
                 llm.engine.decode_step([sequence], [1])
                 llm.engine.kv_cache.rewind(sequence, place)

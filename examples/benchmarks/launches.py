@@ -152,19 +152,19 @@ def prompt_plan(workload: Any) -> Plan:
 
 def time_chunks(engine: Engine, chunks: int) -> list[float]:
     """Seconds for which the layers of each chunk of a prompt are queued."""
-    seconds, layers = [], engine._layers
+    seconds, layers = [], engine.forward.layers
 
     def timed(step: Any) -> None:
         started = time.thread_time()
         layers(step)
         seconds.append(time.thread_time() - started)
 
-    engine._layers = timed
+    engine.forward.layers = timed
     sequence = engine.kv_cache.open()
     for _ in range(chunks):
         engine.prefill(sequence, [1] * CHUNK, logits=False)
     engine.kv_cache.close(sequence)
-    engine._layers = layers
+    engine.forward.layers = layers
     return seconds
 
 

@@ -63,7 +63,9 @@ class HeteroAttn(Side):
 
     def fill(self, tokens: int) -> None:
         """See Side; keys and values are random, nothing is computed."""
-        self._engine.fill(self._sequence, tokens)
+        from hetero_attn.engine.timed_steps import fill
+
+        fill(self._engine, self._sequence, tokens)
 
     def decode(self, tokens: int) -> None:
         """See Side."""
@@ -151,7 +153,7 @@ class HeteroAttn(Side):
             self.rewind(length)
 
         step()
-        program = engine.replay.program(1)
+        program = engine.forward.replay.program(1)
         parts = {
             "step_s": step,
             "reading_s": program.select(lambda name: name.startswith(("linear", "decode"))).run,

@@ -25,6 +25,7 @@ from hetero_attn.devices.protocols import Driver
 from hetero_attn.engine.build import assemble, build_engine, connect
 from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.greatest import greatest
+from hetero_attn.engine.timed_steps import decode_terms, prefill_terms
 from hetero_attn.lanes.host_worker import HostWorker
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.decoder import decoder
@@ -104,8 +105,8 @@ def cpu_costs(toy: Path, profile: HardwareProfile) -> dict[str, Any]:
             _seconds(engine, _prefill),
         )
         sequence = engine.kv_cache.open()
-        in_step = sum(engine.decode_terms(sequence, 1).values())
-        in_prompt = sum(engine.prefill_terms(sequence, [1] * PROMPT).values())
+        in_step = sum(decode_terms(engine, sequence, 1).values())
+        in_prompt = sum(prefill_terms(engine, sequence, [1] * PROMPT).values())
     step = max(0.0, decode - in_step)
     return {
         "step_overhead_s": max(step, cold - in_step),

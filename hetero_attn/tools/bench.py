@@ -23,6 +23,7 @@ from rich.table import Table
 
 from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.greatest import greatest
+from hetero_attn.engine.timed_steps import decode_terms, fill, prefill_terms
 from hetero_attn.llm import LLM
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.tools.terms import Term, compare_terms, term_lines
@@ -167,7 +168,7 @@ class _Bench:
 
     def __enter__(self) -> "_Bench":
         self._sequence = self._engine.kv_cache.open()
-        self._engine.fill(self._sequence, self._depth)
+        fill(self._engine, self._sequence, self._depth)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -213,11 +214,11 @@ class _Bench:
         """Seconds of one step or prompt by kind of work, at the context of the prediction."""
         engine, seconds = self._engine, Counter[str]()
         if phase == "decode":
-            engine.fill(self._sequence, cost.context - self._depth)
-            seconds.update(engine.decode_terms(self._sequence, self._token_ids[0]))
+            fill(engine, self._sequence, cost.context - self._depth)
+            seconds.update(decode_terms(engine, self._sequence, self._token_ids[0]))
         for start in range(0, cost.rows if phase == "prefill" else 0, engine.prefill_chunk):
             chunk = self._token_ids[start : min(start + engine.prefill_chunk, cost.rows)]
-            seconds.update(engine.prefill_terms(self._sequence, chunk))
+            seconds.update(prefill_terms(engine, self._sequence, chunk))
             self._sequence.length += len(chunk)
         self._return()
         return seconds

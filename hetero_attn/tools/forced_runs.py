@@ -84,7 +84,7 @@ class Run:
 def recorded(engine: Engine, token_ids: Sequence[int], decoded: int) -> Run:
     """As `forced`, keeping what every layer read."""
     seen: list[list[torch.Tensor]] = [[] for _ in range(len(engine.weights.layers) + 1)]
-    with engine.watched_layers(lambda layer, residual: seen[layer].append(residual.to("cpu", copy=True))):
+    with engine.forward.watched_layers(lambda layer, residual: seen[layer].append(residual.to("cpu", copy=True))):
         logits = forced(engine, token_ids, decoded)
     return Run(tuple(token_ids), decoded, logits, tuple(torch.cat(rows) for rows in seen))
 
@@ -111,7 +111,7 @@ def stage_errors(engine: Engine, run: Run) -> tuple[float, ...]:
         residual.copy_(wanted)
         done[layer] = rows.stop
 
-    with engine.watched_layers(follow):
+    with engine.forward.watched_layers(follow):
         logits = forced(engine, run.token_ids, run.decoded)
     sums.append(_relative(logits, run.logits, run.logits))
     return tuple(value / len(run.token_ids) for value in sums)

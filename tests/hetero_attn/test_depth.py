@@ -2,6 +2,7 @@
 
 import torch
 
+from hetero_attn.engine.timed_steps import fill
 from tests.support.runtime import cpu_plan, make_engine, toy_workload, uniform_plan
 from tests.support.toy import make_checkpoint
 
@@ -16,7 +17,7 @@ def test_every_token_of_a_filled_depth_is_stored(tmp_path):
         for pages in (pages for store in stores for pages in (*store.k, *store.v)):
             pages.fill_(float("nan"))
         sequence = engine.kv_cache.open()
-        engine.fill(sequence, 100)
+        fill(engine, sequence, 100)
         logits = engine.decode_step([sequence], [5])
         engine.kv_cache.close(sequence)
         engine.close()

@@ -100,10 +100,10 @@ def test_one_recording_serves_changing_routes(checkpoints):
     sequence = engine.kv_cache.open()
     engine.prefill(sequence, TOKENS[:5])
     engine.decode_step([sequence], TOKENS[5:6])
-    program = engine.replay.program(1)
+    program = engine.forward.replay.program(1)
     for token in TOKENS[6:30]:
         engine.decode_step([sequence], [token])
-    same = engine.replay.program(1) is program
+    same = engine.forward.replay.program(1) is program
     engine.close()
 
     assert same

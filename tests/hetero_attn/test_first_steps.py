@@ -17,7 +17,7 @@ def test_first_steps_take_every_path_once_and_leave_no_trace(tmp_path):
         free = [pool.free_pages for pool in engine.kv_cache.pools]
         make_first_steps(engine, said.append)
 
-        assert engine.replay._captured and all(engine.replay._captured.values())
+        assert engine.forward.replay._captured and all(engine.forward.replay._captured.values())
         assert [pool.free_pages for pool in engine.kv_cache.pools] == free
         assert engine.report.tiers == {} and engine.report.phases["prefill"].steps == 0
         assert len(said) == len(PROMPT_ROWS) + 1 and "single" in said[-1]

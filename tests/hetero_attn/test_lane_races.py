@@ -311,7 +311,7 @@ def test_memories_are_not_mixed(runs, monkeypatch):
     """An operation of one side that is given a tensor of the other, and a tensor made outside of the arena."""
     run = runs()
     with simulated(run.path, spilling_plan(run.path)) as engine:
-        lanes, normed = engine.lanes, engine._work.of("normed", engine.config.hidden_size)
+        lanes, normed = engine.lanes, engine.forward.work.of("normed", engine.config.hidden_size)
         weight = torch.ones(normed.host.shape[1])
 
         with pytest.raises(MixedMemoryError, match="GPU was given host memory"):

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetero_attn import LLM, Policy, SamplingParams
+from hetero_attn.engine.timed_steps import fill
 from hetero_attn.ops.step import Rows
 from tests.support.runtime import THREADS, cpu_plan, make_engine, nmse, run_logits, toy_workload, uniform_plan
 from tests.support.toy import make_checkpoint
@@ -191,7 +192,7 @@ def test_a_chain_behind_a_long_context_is_bit_for_bit_as_many_passes(tmp_path, d
     engine, added = make_engine(path, cpu_plan(work)), tokens_of(1)[:16]
     try:
         one_by_one = engine.kv_cache.open()
-        engine.fill(one_by_one, length)
+        fill(engine, one_by_one, length)
         chained = engine.kv_cache.fork(one_by_one)
         expected = torch.cat([engine.decode_step([one_by_one], [token_id]) for token_id in added])
 

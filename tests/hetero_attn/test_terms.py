@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hetero_attn.engine.timed_steps import decode_terms, prefill_terms
 from hetero_attn.lanes.stopwatch import Stopwatch, time_recorded
 from hetero_attn.llm import LLM
 from hetero_attn.tools import bench as benchmark
@@ -29,9 +30,9 @@ def test_taking_a_step_apart_changes_no_answer(path, lanes):
         plain, watched = engine.kv_cache.open(), engine.kv_cache.open()
         expected = [engine.prefill(plain, [5, 6, 7]), engine.decode_step([plain], [8])[0].clone()]
         found = [engine.prefill(watched, [5, 6, 7])]
-        in_decode = engine.decode_terms(watched, 8)
+        in_decode = decode_terms(engine, watched, 8)
         found.append(engine.decode_step([watched], [8])[0].clone())
-        in_prefill = engine.prefill_terms(watched, [9, 10])
+        in_prefill = prefill_terms(engine, watched, [9, 10])
     finally:
         engine.close()
 
@@ -50,7 +51,7 @@ def test_older_keys_and_values_of_a_prompt_count_as_copies(path):
     for start in range(0, 48, 16):
         engine.prefill(sequence, range(start, start + 16))
     before = engine.lanes.pages.copied_bytes
-    seconds = engine.prefill_terms(sequence, range(16))
+    seconds = prefill_terms(engine, sequence, range(16))
     copied_bytes = engine.lanes.pages.copied_bytes - before
     engine.close()
 

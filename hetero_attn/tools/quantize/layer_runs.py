@@ -104,7 +104,7 @@ class LayerRuns:
         residual.copy_(hidden.flatten(0, 1))
         run, weights = Run(self._engine.lanes, step), self._engine.weights.layers[layer]
         for block, of_block in zip(self._spec.layers[layer], weights, strict=True):
-            block.forward(run, of_block, self._engine.state_of(block, step), work)
+            block.forward(run, of_block, self._engine.forward.state_of(block, step), work)
         return residual.view(hidden.shape).clone()
 
     def log_probabilities(self, hidden: torch.Tensor, watch: Watch | None = None) -> torch.Tensor:

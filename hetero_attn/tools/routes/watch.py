@@ -136,7 +136,7 @@ def _routing_by(engine: Engine, route: Callable[..., None]) -> Iterator[None]:
 
     setattr(side, name, _Ops(kept, routed))
     try:
-        with engine.watched_layers(lambda layer, residual: None):
+        with engine.forward.watched_layers(lambda layer, residual: None):
             yield
     finally:
         setattr(side, name, kept)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hetero_attn.engine.timed_steps import fill
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.tools.timeline.blank_engine import blank_engine
 from hetero_attn.tools.timeline.clocks import Clocks, OrderError, Span, critical_path
@@ -84,7 +85,7 @@ class Simulation:
     def decode(self, context: int) -> Timeline:
         """A captured step of one token after `context` cached ones."""
         engine, sequence = self._engine, self._engine.kv_cache.open()
-        engine.fill(sequence, context)
+        fill(engine, sequence, context)
         for _ in range(2):  # plainly, then captured and replayed
             self.recording.clear()
             engine.decode_step([sequence], [1])

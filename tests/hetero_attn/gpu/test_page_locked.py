@@ -91,7 +91,7 @@ def test_ordinary_memory_of_one_kind_changes_no_answer(long_run, long_plan, monk
     with fake_engine(long_run.path, long_plan, handover=handover) as engine:
         actual = run_logits(engine, long_run.token_ids, long_run.prompt_tokens)
         assert engine.lanes.device.refused_kinds == set(kinds) and engine.lanes.handover.name == handover
-        assert engine._can_replay(0) == (handover == "graph" and kinds == ("kv",))
+        assert engine.forward.can_replay(0) == (handover == "graph" and kinds == ("kv",))
 
     assert nmse(actual, long_run.logits) <= 1e-11
 
@@ -113,7 +113,7 @@ def test_weights_that_only_prompts_stream_may_be_refused_without_giving_up_captu
     monkeypatch.setattr(Device, "_pin", pin_others)
     with fake_engine(long_run.path, emulated_plan(workload, linears, plan.kv), handover="graph") as engine:
         actual = run_logits(engine, long_run.token_ids, long_run.prompt_tokens)
-        assert engine.replay._captured and [engine._can_replay(tier) for tier in (0, 2)] == [True, False]
+        assert engine.forward.replay._captured and [engine.forward.can_replay(tier) for tier in (0, 2)] == [True, False]
 
     assert nmse(actual, long_run.logits) <= 1e-11
 

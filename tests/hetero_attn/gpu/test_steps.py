@@ -57,11 +57,11 @@ def test_a_captured_step_is_a_program_and_follows_a_moved_boundary(run, plan):
         rows = []
         for index, token_id in enumerate(run.token_ids[16:24]):
             if index == 4:
-                assert engine.replay._captured
+                assert engine.forward.replay._captured
                 engine.recut(moved)
-                assert not engine.replay._captured
+                assert not engine.forward.replay._captured
             rows.append(engine.decode_step([sequence], [token_id]))
-        steps = [captured for captured in engine.replay._captured.values() if captured is not None]
+        steps = [captured for captured in engine.forward.replay._captured.values() if captured is not None]
         assert steps and all(len(captured.jobs.program) > len(captured.jobs.jobs) for captured in steps)
 
     assert nmse(torch.cat(rows), run.logits[16:24]) <= 1e-11
@@ -91,7 +91,7 @@ def captured_names(path: Path, plan: Plan, token_ids: list[int], prompt_tokens: 
     """The entries of the compute stream in a captured decode step."""
     with fake_engine(path, plan, handover="graph") as engine:
         run_logits(engine, token_ids, prompt_tokens)
-        (step,) = [captured for captured in engine.replay._captured.values() if captured is not None]
+        (step,) = [captured for captured in engine.forward.replay._captured.values() if captured is not None]
         return step.graph.names[0]
 
 

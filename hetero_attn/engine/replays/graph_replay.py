@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hetero_attn.engine.replay import own_copy, refresh
+from hetero_attn.engine.replays.replay import own_copy, refresh
 from hetero_attn.lanes.flag_handover import RecordedStep
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.ops.step import Step

@@ -1,0 +1,274 @@
+"""A step over the lanes: embed, for each layer each of its blocks, and the logits of the rows that want them.
+
+Nothing is allocated here that grows with the sequence: buffers and pages exist since the engine was made.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from hetero_attn.cache.cache import KVCache
+from hetero_attn.engine.replays.graph_replay import GraphReplay
+from hetero_attn.engine.replays.replay import DecodeReplay
+from hetero_attn.errors import EngineDeadError
+from hetero_attn.lanes.activation import Activation
+from hetero_attn.lanes.lanes import Lanes
+from hetero_attn.models.block import FixedView, StateView
+from hetero_attn.models.decoder import ModelWeights, capped, embed
+from hetero_attn.models.workspace import Workspace, make_buffer, make_workspace
+from hetero_attn.ops.linear import LinearWeights
+from hetero_attn.ops.run import KvView, Run
+from hetero_attn.ops.step import Rows, Step, older_blocks
+from hetero_attn.spec.blocks import Declaration, FixedState, KvState, ModelSpec
+from hetero_attn.spec.buffers import ActivationWidths
+from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.workload import LOGITS_ROWS
+from placement.plan.plan import Plan
+from placement.plan.workload import row_tier
+
+
+class Buffers(NamedTuple):
+    """What an engine's steps write: activations of at most `rows` rows, and logits."""
+
+    rows: int
+    work: Workspace
+    logits: Activation
+
+
+def make_buffers(model: ModelSpec, plan: Plan, lanes: Lanes) -> Buffers:
+    """Allocate them; before the weights, so that where the system page-locks only so much, it locks these."""
+    rows, head = max(plan.prefill_chunk, plan.max_batch), model.head.linears[0]
+    logits = make_buffer(lanes, max(LOGITS_ROWS, plan.max_batch), head.out_features, "resident")
+    return Buffers(rows, make_workspace(ActivationWidths.of(model), rows, lanes), logits)
+
+
+class Forward:
+    """Computes steps of a model with its weights and its cache, in buffers of its own.
+
+    replay: record decode steps where the lanes can, and replay them; the plain path computes the same. fault: why no
+    step can be computed any more, None while it can.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        lanes: Lanes,
+        kv_cache: KVCache,
+        buffers: Buffers,
+        replay: bool = True,
+    ) -> None:
+        self.work = buffers.work
+        self.fault: str | None = None
+        self._config = config
+        self._weights = weights
+        self._lanes = lanes
+        self._kv_cache = kv_cache
+        self._logits = buffers.logits
+        self._is_running = False
+        self._passes_caller: dict[int, bool] = {}
+        self._watch: Callable[[int, torch.Tensor], None] | None = None
+        self._records = all(block.records for block in weights.spec.blocks)
+        self.replay = self._make_replay() if replay else None
+
+    def _make_replay(self) -> DecodeReplay | GraphReplay | None:
+        if self._lanes.device is None:
+            return DecodeReplay(self._lanes.host_ops, self.decode)
+        return GraphReplay(self._lanes, self.decode) if self._lanes.handover.captures else None
+
+    @property
+    def logits_rows(self) -> int:
+        """The most rows of logits that are computed at once."""
+        return self._logits.main.shape[0]
+
+    def run(self, step: Step, token_ids: Sequence[int]) -> None:
+        """Embed and run the layers; a step without a chunk goes on to the logits of all its rows."""
+        lanes, weights, is_one_by_one = self._lanes, self._weights, step.is_one_by_one
+        with self.guarded():
+            if is_one_by_one:
+                self._kv_cache.wait_for_moves()
+            ids = torch.tensor(token_ids, device="cpu")
+            embed(lanes, weights, ids, self.work.residual.rows(0, step.rows))
+            lanes.inputs_queued()
+            with lanes.main_lane():
+                if not is_one_by_one:
+                    if lanes.pages is not None:
+                        lanes.pages.announce(older_blocks(self._kv_cache, step, lanes.pages.block_pages))
+                    self._announce(weights.layer_linears, step.tier)
+                    self.layers(step)
+                elif self.can_replay(step.tier):
+                    self.replay.run(step)
+                else:
+                    self.decode(step)
+            if is_one_by_one:
+                self._finish()
+
+    def can_replay(self, tier: int) -> bool:
+        """Whether a step of this tier may be recorded; weights that could not be page-locked matter where they
+        stream."""
+        if self.replay is None or not self._records or not self._lanes.can_replay or self._watch is not None:
+            return False
+        if tier not in self._passes_caller:
+            ring = self._lanes.ring
+            pieces = (piece for linear in self._weights.linears for piece in linear.pieces(tier))
+            self._passes_caller[tier] = ring is not None and any(map(ring.passes_caller, pieces))
+        return not self._passes_caller[tier]
+
+    def forget_captured(self) -> None:
+        """Capture steps anew; after weights or caches have moved."""
+        self._passes_caller.clear()
+        if isinstance(self.replay, GraphReplay):
+            self.replay.forget()
+
+    def decode(self, step: Step) -> None:
+        """Queue a step's layers, and the logits of all its rows, whose embedded rows are on their way."""
+        self._announce(self._weights.linears, step.tier)
+        self.layers(step)
+        self._project(0, step.rows)
+
+    def layers(self, step: Step) -> None:
+        """Queue every block of every layer."""
+        run, work, spec = Run(self._lanes, step), self.work.rows(0, step.rows), self._weights.spec
+        for index, (blocks, weights) in enumerate(zip(spec.layers, self._weights.layers, strict=True)):
+            self._lanes.begin_layer()
+            self._show(index, work)
+            for block, of_block in zip(blocks, weights, strict=True):
+                block.forward(run, of_block, self.state_of(block, step), work)
+        self._show(len(spec.layers), work)
+
+    def state_of(self, block: Declaration, step: Step) -> StateView:
+        """What the block keeps of the step's sequences."""
+        if isinstance(block.state, KvState):
+            index, place = self._kv_cache.places[block.layer]
+            return KvView(self._kv_cache.pools[index], place, step.pools[index])
+        if isinstance(block.state, FixedState):
+            return FixedView(self._kv_cache.states[block.layer], step.sequence_ids.main)
+        return None
+
+    def randomise(self) -> None:
+        """Fill what `store` writes to the cache with random numbers."""
+        for name in dict.fromkeys(block.stored for block in self._weights.spec.blocks if block.stored):
+            self.work.randomise(name)
+
+    def store(self, step: Step) -> None:
+        """Store what the buffers hold as a step's keys and values in every layer, as if layers had computed it."""
+        work, run = self.work.rows(0, step.rows), Run(self._lanes, step)
+        for blocks, weights in zip(self._weights.spec.layers, self._weights.layers, strict=True):
+            for block, of_block in zip(blocks, weights, strict=True):
+                if isinstance(block.state, KvState):
+                    block.store(run, of_block, self.state_of(block, step), work)
+        self._lanes.finish()
+
+    @contextmanager
+    def watched_layers(self, watch: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+        """Within this, `watch(layer, residual)` sees the residual before every layer, and after the last one.
+
+        residual: float32 [rows, hidden_size] where the residual stream lives, complete; what `watch` writes into it is
+        what the layer reads. Steps take the plain path.
+        """
+        before, self._watch = self._watch, watch
+        try:
+            yield
+        finally:
+            self._watch = before
+
+    def logits(self, step: Step, work: Sequence[Rows], copy: bool) -> torch.Tensor:
+        """The logits of a step that was run, of all rows that want some, one after the other.
+
+        copy: as in `Engine.run`. Where none are wanted the GPU may still be at the step.
+        """
+        if step.is_one_by_one:
+            logits = self._capped(step.rows)
+            if sum(each.logits for each in work) < step.rows:
+                logits = logits[_wanted_rows(work)]
+            return logits.clone() if copy else logits
+        wanted = _wanted_rows(work)
+        if not wanted:
+            self._leave_running()
+            return self._logits_view(0)
+        start = self._gathered(wanted)
+        pieces = range(start, start + len(wanted), self.logits_rows)
+        stops = [min(piece + self.logits_rows, start + len(wanted)) for piece in pieces]
+        if len(stops) == 1 and not copy:
+            return self.logits_of(start, stops[0])
+        return torch.cat([self.logits_of(*piece).clone() for piece in zip(pieces, stops, strict=True)])
+
+    def _gathered(self, wanted: Sequence[int]) -> int:
+        """Bring the residual's wanted rows side by side, where they are not; returns where the first one is."""
+        if wanted[-1] - wanted[0] == len(wanted) - 1:
+            return wanted[0]
+        residual = self.work.residual.main
+        with self.guarded():
+            for place, row in enumerate(wanted):
+                if place != row:
+                    residual[place].copy_(residual[row])
+        return 0
+
+    def logits_of(self, start: int, stop: int) -> torch.Tensor:
+        """Logits of rows [start, stop) of the residual, in a buffer that the next step writes again."""
+        with self.guarded():
+            self._announce(tuple(self._weights.head.linears.values()), row_tier(stop - start))
+            with self._lanes.main_lane():
+                self._project(start, stop)
+            self._finish()
+        return self._capped(stop - start)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Around the work of a step: one that fails leaves nothing behind, one whose lanes are stuck is the last."""
+        try:
+            with self._lanes.given_up_on_error():
+                yield
+        except EngineDeadError as error:
+            self.fault = f"{type(error).__name__}: {error}"
+            raise
+
+    def drain(self) -> None:
+        """Wait for a chunk that was left running."""
+        if self._is_running:
+            with self.guarded():
+                self._finish()
+
+    def _leave_running(self) -> None:
+        """The host's part of a chunk is done, and has not failed; the GPU's runs on while the next chunk is
+        prepared."""
+        with self.guarded():
+            self._lanes.join()
+        self._is_running = True
+
+    def _finish(self) -> None:
+        self._is_running = False
+        self._lanes.finish()
+
+    def _announce(self, linears: Sequence[LinearWeights], tier: int) -> None:
+        if self._lanes.ring is not None:
+            self._lanes.ring.announce(piece for linear in linears for piece in linear.pieces(tier))
+
+    def _show(self, layer: int, work: Workspace) -> None:
+        if self._watch is None:
+            return
+        self._lanes.settle_device()
+        self._watch(layer, work.residual.main[:, : self._config.hidden_size])
+
+    def _project(self, start: int, stop: int) -> None:
+        """Logits of rows [start, stop) of the residual into the first rows of the logits buffer."""
+        weights, out = self._weights, self._logits.rows(0, stop - start)
+        weights.spec.head.project(self._lanes, weights.head, self.work.rows(start, stop), out)
+
+    def _capped(self, rows: int) -> torch.Tensor:
+        """The rows of logits that were computed, under the model's soft cap if it has one."""
+        return capped(self._logits_view(rows), self._config.logit_cap)
+
+    def _logits_view(self, rows: int) -> torch.Tensor:
+        return self._logits.host[:rows, : self._config.vocab_size]
+
+
+def _wanted_rows(work: Sequence[Rows]) -> list[int]:
+    """Which rows of a step logits are wanted of, in their order."""
+    wanted, stop = [], 0
+    for each in work:
+        stop += len(each.token_ids)
+        wanted += range(stop - each.logits, stop)
+    return wanted
