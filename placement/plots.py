@@ -14,7 +14,7 @@ HEADROOM = 1.12  # above the highest point, so that no line touches the frame
 
 
 def draw_budgets(axis: Any, plan: Plan, curve: Sequence[Plan], phase: str) -> None:
-    """Speed of a phase, decode | prefill, over GPU budgets; curve: of placement.explain.budget_curve, the plan's own
+    """Speed of a phase, decode | prefill, over GPU budgets; curve: of placement.explain.explain.budget_curve, the plan's own
     budget marked."""
     gib = [other.gpu_memory_bytes / 2**30 for other in curve]
     speeds = [getattr(other.predicted, phase).tokens_per_s for other in curve]

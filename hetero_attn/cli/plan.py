@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hetero_attn.planning.options import LoadOptions
     from hetero_attn.planning.settle import PlannedModel
     from placement import HardwareProfile
-    from placement.explain import Explanation
+    from placement.explain.explanation import Explanation
 
 
 @options.spread
@@ -92,7 +92,7 @@ def settled_or_refused(wishes: LoadOptions) -> PlannedModel:
 
 def explained(planned: PlannedModel) -> Explanation:
     """Plan again with more of each resource; takes several times as long as the plan."""
-    from placement.explain import explain
+    from placement.explain.explain import explain
 
     made = planned.plan
     return explain(
@@ -108,7 +108,7 @@ def draw(planned: PlannedModel, file: Path, points: int) -> None:
     """Draw the plan, and the speeds of plans for so many GPU budgets."""
     from hetero_attn.cli.plots import plot_plan
     from hetero_attn.serving.progress import steps_bar
-    from placement.explain import budget_curve
+    from placement.explain.explain import budget_curve
 
     made, plans = planned.plan, []
     if made.device != "cpu":

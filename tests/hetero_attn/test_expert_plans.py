@@ -11,7 +11,7 @@ from hetero_attn.planning.settle import settle
 from hetero_attn.spec.config import ModelConfig
 from placement import Policy
 from placement.cost.terms import cpu_linear_s_per_unit
-from placement.explain import budget_curve, explain
+from placement.explain.explain import budget_curve, explain
 from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import rounded_input_bytes
 from placement.plan.workload import LinearShard

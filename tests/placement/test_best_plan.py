@@ -11,7 +11,7 @@ import pytest
 from placement import BudgetError, HardwareProfile, Policy, make_plan, shipped_policies
 from placement.cost.model import predict, working_set_bytes
 from placement.cost.objective import MODEL_ERROR, judged_s, objective_s, reference_calls, reference_context
-from placement.explain import explain
+from placement.explain.explain import explain
 from placement.machine.hardware import catalogue_names
 from placement.plan.workload import ChunkChoice
 from tests.support.names import case_name

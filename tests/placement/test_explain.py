@@ -8,7 +8,8 @@ import pytest
 
 from hetero_attn.cli.plots import plot_plan
 from placement import HardwareProfile, Policy
-from placement.explain import SHAPE_WORDS, budget_curve, explain
+from placement.explain.comparisons import SHAPE_WORDS
+from placement.explain.explain import budget_curve, explain
 from placement.solve.make_plan import plan_with_alternatives
 from tests.support.planning_models import llama_8b, tiny, with_row_cuts
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from placement import HardwareProfile, Policy, make_plan
-from placement.explain import explain
+from placement.explain.explain import explain
 from placement.machine.hardware import catalogue_names
 from placement.machine.rates import ANY_ROWS
 from tests.support.planning_models import llama_8b, qwen_14b

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from placement import HardwareProfile, Policy, make_plan
-from placement.explain import explain
+from placement.explain.explain import explain
 from placement.plan.table import opening_lines
 from placement.plan.words import wrapped
 from tests.support.planning_models import decoder, llama_8b, with_row_cuts

@@ -1,0 +1,130 @@
+"""Other plans and other machines beside a plan: with more hardware, with less, by other policies, shapes and engines."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from placement.cost.baselines import largest_layer_split, layer_split
+from placement.cost.model import predict
+from placement.explain.explanation import Estimate
+from placement.machine.hardware import HardwareProfile
+from placement.plan.phase import PhaseCost
+from placement.plan.plan import Plan
+from placement.plan.units import format_bytes
+from placement.plan.workload import Workload
+from placement.policy.policy import Policy
+from placement.policy.problems import PolicyError
+from placement.solve.make_plan import BudgetError, make_plan, predict_plan
+from placement.solve.search import Candidate
+
+GIB = 2**30
+BASELINE_CHUNK = 512  # rows that llama.cpp computes at a time
+# What a machine of estimated rates may lack: a display and other programs in its GPU memory, a second memory channel.
+LESS_GPU_BYTES, LESS_DRAM = 2 * GIB, 0.5
+SHAPE_WORDS = {"column": "shape column: four hand-overs a layer", "paired": "shape paired: two hand-overs a layer"}
+COMPARED_POLICIES = ("gpu_only", "stream_only", "host_attention", "cpu_only")
+
+
+def _estimate(
+    label: str, workload: Workload, hardware: HardwareProfile, policy: Policy, device: str, gpu_memory_bytes: int | None
+) -> Estimate:
+    try:
+        predicted = make_plan(workload, hardware, policy, device=device, gpu_memory_bytes=gpu_memory_bytes).predicted
+    except BudgetError as error:
+        return Estimate(label, None, None, f"needs {format_bytes(error.needed_bytes)}")
+    except PolicyError as error:
+        return Estimate(label, None, None, error.problems[0])
+    return Estimate(
+        label, predicted.decode.tokens_per_s, predicted.prefill.tokens_per_s, objective_s=predicted.objective_s
+    )
+
+
+def losses(workload: Workload, hardware: HardwareProfile, policy: Policy, plan: Plan) -> Iterator[Estimate]:
+    """What the plan, and whole layers as other engines have them, would do on a machine whose estimated rates are too
+    good: where a part of the model is in DRAM, people see a fraction of what both memories at their best would give."""
+    if plan.device != "cuda" or hardware.source == "measured" or hardware.unified_memory or plan.is_all_on_gpu:
+        return
+    less, budget = hardware.with_less_dram(LESS_DRAM), plan.gpu_memory_bytes - LESS_GPU_BYTES
+    try:
+        slower = make_plan(workload, less, policy, device=plan.device, gpu_memory_bytes=max(1, budget))
+    except (BudgetError, PolicyError):
+        return
+    predicted = slower.predicted
+    yield Estimate("planned again", predicted.decode.tokens_per_s, predicted.prefill.tokens_per_s)
+    machine = less if less.cores == slower.num_threads else less.with_threads(slower.num_threads)
+    yield _whole_layers(slower, machine)
+
+
+def gains(workload: Workload, hardware: HardwareProfile, policy: Policy, plan: Plan) -> Iterator[Estimate]:
+    """The best plans with a little more of what the machine has."""
+    device, budget = plan.device, plan.gpu_memory_bytes
+    more = policy.model_copy(update={"threads": plan.num_threads + 1})
+    if device != "cpu":
+        yield _estimate("1 GiB more GPU memory", workload, hardware, policy, device, budget + GIB)
+        faster = replace(
+            hardware, h2d_bytes_per_s=2 * hardware.h2d_bytes_per_s, d2h_bytes_per_s=2 * hardware.d2h_bytes_per_s
+        )
+        yield _estimate("PCIe twice as fast", workload, faster, policy, device, budget)
+    yield _estimate("one more CPU thread", workload, hardware, more, device, budget)
+
+
+def alternatives(
+    workload: Workload, hardware: HardwareProfile, policy: Policy, plan: Plan, found: list[Candidate]
+) -> Iterator[Estimate]:
+    """What lost: the nearest candidates, whole layers, the other shape, and the shipped policies."""
+    machine = hardware if hardware.cores == plan.num_threads else hardware.with_threads(plan.num_threads)
+    for candidate in _nearest(found):
+        other = replace(plan, workload=candidate.problem.workload, linears=candidate.linears, kv=candidate.kv)
+        predicted = predict_plan(other, machine)
+        yield Estimate(
+            candidate.label,
+            predicted.decode.tokens_per_s,
+            predicted.prefill.tokens_per_s,
+            objective_s=predicted.objective_s,
+        )
+    yield _whole_layers(plan, machine)
+    yield from _other_shape(workload, hardware, policy, plan)
+    for name in COMPARED_POLICIES:
+        shipped = with_rules_of(name, policy)
+        yield _estimate(f"policy {name}", workload, hardware, shipped, plan.device, plan.gpu_memory_bytes)
+
+
+def with_rules_of(name: str, policy: Policy) -> Policy:
+    """A shipped policy in the sizes of another, so that its errors name its own file and lines."""
+    sizes = {key: getattr(policy, key) for key in Policy.model_fields if key != "rules"}
+    return Policy.named(name).model_copy(update=sizes)
+
+
+def _nearest(found: list[Candidate]) -> list[Candidate]:
+    """Of the candidates that lost and that no policy or baseline is, the fastest of each shape, concentrated and
+    spread."""
+    searched = [candidate for candidate in found[1:] if candidate.spread is not None]
+    by_shape = {candidate.concentrated: candidate for candidate in reversed(searched)}
+    return sorted(by_shape.values(), key=lambda candidate: candidate.seconds)
+
+
+def _whole_layers(plan: Plan, hardware: HardwareProfile) -> Estimate:
+    """Whole layers on the GPU as llama.cpp has them: the rest computes on the CPU, except that of a prompt's rows the
+    GPU multiplies all, once the weights have been copied from pageable memory, 512 rows at a time and nothing side by
+    side."""
+    fixed = sum(plan.memory.gpu[kind] for kind in ("activations", "resident", "context"))
+    layers = largest_layer_split(plan.workload, plan.gpu_memory_bytes - fixed)
+    workload, decode, prefill = plan.workload, plan.predicted.decode, plan.predicted.prefill
+    copies = hardware.h2d_pageable_bytes_per_s or hardware.h2d_bytes_per_s / 2
+    one_by_one = replace(hardware, h2d_bytes_per_s=copies, prompt_overlap=1e-9)
+
+    def speed(cost: PhaseCost, machine: HardwareProfile, streams_prompts: bool) -> float:
+        linears, kv = layer_split(workload, layers, streams_prompts=streams_prompts)
+        shape = replace(workload, prefill_chunk=min(workload.prefill_chunk, BASELINE_CHUNK))
+        sizes = {"rows": cost.rows, "context": cost.context}
+        return predict(shape, linears, kv, machine, phase=cost.phase, on_gpu=True, **sizes).tokens_per_s
+
+    label = f"{layers} whole layers on the GPU, rest CPU"
+    return Estimate(label, speed(decode, hardware, False), speed(prefill, one_by_one, True))
+
+
+def _other_shape(workload: Workload, hardware: HardwareProfile, policy: Policy, plan: Plan) -> Iterator[Estimate]:
+    """The best plan of the shape that this plan does not have, where the model and the plan allow both."""
+    if workload.row_cuts and not plan.workload.elastic:
+        shape = "column" if plan.shape == "paired" else "paired"
+        other = policy.model_copy(update={"shape": shape})
+        yield _estimate(SHAPE_WORDS[shape], workload, hardware, other, plan.device, plan.gpu_memory_bytes)

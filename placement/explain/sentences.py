@@ -1,0 +1,79 @@
+"""What an explanation says in sentences: what decides the time, and what a reader should know of the rates."""
+
+from collections.abc import Iterator
+
+from cpu_kernels.formats import segments
+from placement.cost.objective import MODEL_ERROR
+from placement.machine.hardware import HardwareProfile
+from placement.plan.phase import RESOURCE_WORDS, PhaseCost
+from placement.plan.plan import Plan
+from placement.plan.units import format_bytes
+from placement.plan.workload import Workload
+from placement.policy.policy import Policy
+
+
+def bottleneck(decode: PhaseCost, prefill: PhaseCost) -> str:
+    """Both phases in one sentence: what decides the time and how busy the other resources are."""
+    return f"Decoding is bound by {_busy(decode)}; prefill is bound by {_busy(prefill)}."
+
+
+def _busy(cost: PhaseCost) -> str:
+    """The binding resource, and how much of the time it and the others are at work."""
+    terms, idle = dict(cost.terms), cost.slack
+    shares = {name: 1 - share for name, share in idle.items() if name != cost.binding and share < 0.995}
+    if cost.binding == "python":
+        own = f"{terms['step'] / cost.seconds:.0%} of the time"
+    elif cost.binding == "steps":
+        own = f"hand-overs alone {terms.get('handovers', 0.0) / cost.seconds:.0%} of the time"
+    else:
+        own = f"{1 - idle[cost.binding]:.0%} busy"
+    others = ", ".join(f"{RESOURCE_WORDS[name]} {share:.0%}" for name, share in shares.items())
+    return f"{RESOURCE_WORDS[cost.binding]} ({own}{'; ' + others if others else ''})"
+
+
+def notes(plan: Plan, hardware: HardwareProfile, policy: Policy) -> Iterator[str]:
+    """What a reader of the plan should know: its shape, where its rates come from, what does not fit the machine."""
+    if plan.shape == "paired":
+        yield (
+            "The shape is paired: o and down are cut beside the heads and neurons before them, two hand-overs a layer."
+        )
+    if plan.device == "emulated":
+        yield "This GPU is emulated with invented rates: the figures show how plans behave, they predict no GPU."
+    elif hardware.source != "measured":
+        yield f"The rates of {hardware.name} are {hardware.source} (`hetero-attn profile` measures this machine's)."
+    if plan.device == "cuda" and not hardware.streams_in_decode and plan.memory.pinned_bytes:
+        yield (
+            f"Decode streams no weights unless a rule says so: that it brings more than it takes from the CPU lane's "
+            f"reads of DRAM was not measured on {hardware.name}."
+        )
+    if hardware.is_of_a_busy_machine:
+        yield (
+            f"Other programs used {hardware.busy_share:.0%} of the CPUs while {hardware.name} was measured: it may be "
+            "faster than predicted (`hetero-attn profile` measures it again)."
+        )
+    if plan.device != "cpu" and plan.is_all_on_gpu and not policy.rules:
+        yield (
+            f"Everything is in GPU memory: a share for the CPU lane would gain less than the model's own error of "
+            f"{MODEL_ERROR:.0%}, if anything."
+        )
+    yield from _borrowed_rates(plan.workload, hardware)
+    host = plan.memory.host_bytes + plan.memory.pinned_bytes
+    if host > hardware.dram_bytes:
+        has = format_bytes(hardware.dram_bytes)
+        yield f"The plan needs {format_bytes(host)} of host memory; {hardware.name} has {has}."
+    if plan.gpu_memory_bytes is not None and plan.gpu_memory_bytes > hardware.gpu_memory_bytes:
+        has = format_bytes(hardware.gpu_memory_bytes)
+        yield f"The GPU budget of {format_bytes(plan.gpu_memory_bytes)} is more than the {has} of {hardware.name}."
+
+
+def _borrowed_rates(workload: Workload, hardware: HardwareProfile) -> Iterator[str]:
+    """Which formats of the weights the profile has not met, and whose rates are taken."""
+    names = dict.fromkeys(
+        segment.format.name
+        for shard in workload.linears
+        for segment in segments(workload.format_of(shard), shard.in_features)
+    )
+    borrowed = hardware.cpu_linear_bytes_per_s.borrowed(names)
+    if borrowed:
+        pairs = ", ".join(f"{name} by those of {measured}" for name, measured in borrowed.items())
+        yield f"{hardware.name} has no rates of some formats of these weights; planned are {pairs}."
