@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from cpu_kernels import CpuKernels
 from hetero_attn.cache.cache import KVCache
 from hetero_attn.cache.stream import PageStream
-from hetero_attn.checkpoints.load import Loader
+from hetero_attn.checkpoints.loading.load import Loader
 from hetero_attn.checkpoints.sources import open_source
 from hetero_attn.devices import CudaDriver, Device, EmulatedDriver
 from hetero_attn.devices.machine import (

@@ -5,7 +5,7 @@ import torch
 
 from cpu_kernels import CpuKernels
 from cpu_kernels.formats import SOURCE_TYPES
-from hetero_attn.checkpoints.unit_rows import UnitRows
+from hetero_attn.checkpoints.loading.unit_rows import UnitRows
 from hetero_attn.spec.weights import LinearSpec, Part
 
 

@@ -5,16 +5,16 @@ by way of one small buffer, in GPU memory. Nothing larger than a run is ever hel
 infinity is named and refused before anything is computed with it.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 
-from cpu_kernels import fresh_memory
-from cpu_kernels.formats import BLOCK_FEATURES, SOURCE_TYPES, format_of, segments, unit_bytes
+from cpu_kernels.formats import unit_bytes
+from hetero_attn.checkpoints.loading.embedding import Embedding
+from hetero_attn.checkpoints.loading.landing import Landing
+from hetero_attn.checkpoints.loading.numbers import Numbers
+from hetero_attn.checkpoints.loading.unit_rows import UnitRows
 from hetero_attn.checkpoints.sources import WeightSource
-from hetero_attn.checkpoints.unit_rows import UnitRows, dequantised, units_at_once
-from hetero_attn.errors import CheckpointError
 from hetero_attn.lanes.activation import Activation
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.block import BlockWeights
@@ -29,9 +29,6 @@ from hetero_attn.spec.weights import LinearSpec
 from placement.plan.memory import LinearPlacement, first_dram_unit, staging_piece_units
 from placement.plan.plan import Plan
 
-EMBED_RUN_ROWS = 4096  # rows of codes read at once, whole blocks
-EMBED_CHECK_ROWS = 512  # rows looked at together, so that the check's own masks stay small
-PLAIN_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Loader:
@@ -56,16 +53,17 @@ class Loader:
         self._plan = plan
         self._formats = weight_formats(weight_dtype)
         self._lanes = lanes
-        self._progress = progress
+        self._landing = Landing(checkpoint, lanes, progress)
+        self._numbers = Numbers(checkpoint, lanes.host_ops)
+        self._unit_rows = UnitRows(checkpoint, model.packed_linears, lanes.host_ops)
+        self._placed = {
+            shard.name: (shard.row_cut, placement)
+            for shard, placement in zip(plan.workload.linears, plan.linears, strict=True)
+        }
 
     def load(self) -> ModelWeights:
         """Read everything; raises CheckpointError naming the tensor that is not finite."""
-        self._placed = {
-            shard.name: (shard.row_cut, placement)
-            for shard, placement in zip(self._plan.workload.linears, self._plan.linears, strict=True)
-        }
-        self._unit_rows = UnitRows(self._checkpoint, self._model.packed_linears, self._lanes.host_ops)
-        with self._landing_buffer(self._model):
+        with self._landing.buffer_for(self._model.packed_linears):
             return self._load(self._model)
 
     def _load(self, model: ModelSpec) -> ModelWeights:
@@ -103,7 +101,7 @@ class Loader:
         gpu_bytes, dram_bytes = (
             unit_bytes(spec.format, width) if width else 0 for width in (home, spec.in_features - home)
         )
-        dram = self._dram((blocks, dram_bytes), placement.streams)
+        dram = self._landing.host_memory((blocks, dram_bytes), placement.streams)
         gpu = None
         if self._lanes.device is not None:
             gpu = self._lanes.device.empty((blocks, gpu_bytes), torch.uint8, "weights")
@@ -111,9 +109,9 @@ class Loader:
             run = slice(start * spec.unit_rows, stop * spec.unit_rows)
             split = home * rows.shape[1] // spec.in_features  # of bytes, where rows are the file's
             if home:
-                self._place(spec, [rows[:, :split]], home, gpu[run], on_device=True)
+                self._landing.place(spec, [rows[:, :split]], home, gpu[run], on_device=True)
             if home < spec.in_features:
-                self._place(spec, [rows[:, split:]], spec.in_features - home, dram[run], on_device=False)
+                self._landing.place(spec, [rows[:, split:]], spec.in_features - home, dram[run], on_device=False)
         piece_bytes = self._piece_units(spec) * spec.unit_bytes
         return LinearWeights(
             spec=spec,
@@ -130,7 +128,7 @@ class Loader:
         home_blocks = placement.gpu_units * spec.unit_rows
         in_dram = first_dram_unit(self._plan.workload, placement)
         may_stream = placement.streams or self._plan.workload.elastic
-        dram = self._dram(((spec.units - in_dram) * spec.unit_rows, row_bytes), may_stream)
+        dram = self._landing.host_memory(((spec.units - in_dram) * spec.unit_rows, row_bytes), may_stream)
         gpu = None
         if self._lanes.device is not None:
             gpu = self._lanes.device.empty((home_blocks, row_bytes), torch.uint8, "weights")
@@ -143,7 +141,7 @@ class Loader:
                     parts = [rows.view(stop - start, -1, rows.shape[1])[first - start : last - start] for rows in runs]
                     blocks = slice((first - offset) * spec.unit_rows, (last - offset) * spec.unit_rows)
                     rows = [part.flatten(0, 1) for part in parts]
-                    self._place(spec, rows, spec.in_features, target[blocks], on_device=target is gpu)
+                    self._landing.place(spec, rows, spec.in_features, target[blocks], on_device=target is gpu)
         if in_dram < placement.gpu_units:
             self._lanes.copy(gpu, dram[:home_blocks])
         return LinearWeights(
@@ -160,7 +158,7 @@ class Loader:
         """Whole experts in both homes, gate_up and down of each behind each other."""
         in_dram = first_dram_unit(self._plan.workload, placement)
         may_stream = placement.streams or self._plan.workload.elastic
-        dram, gpu = self._dram((spec.experts - in_dram, spec.unit_bytes), may_stream), None
+        dram, gpu = self._landing.host_memory((spec.experts - in_dram, spec.unit_bytes), may_stream), None
         if self._lanes.device is not None:
             gpu = self._lanes.device.empty((placement.gpu_units, spec.unit_bytes), torch.uint8, "weights")
         for index in range(spec.experts):
@@ -187,83 +185,18 @@ class Loader:
             blocks = part.view(linear.units * linear.unit_rows, -1)
             for start, stop, rows in self._unit_rows.runs(linear):
                 run = blocks[start * linear.unit_rows : stop * linear.unit_rows]
-                self._place(linear, rows, linear.in_features, run, on_device)
+                self._landing.place(linear, rows, linear.in_features, run, on_device)
 
     def _matrix(self, matrix: Matrix) -> Activation:
         values = torch.zeros((matrix.padded_rows, matrix.features), dtype=torch.float32, device="cpu")
         start = 0
         for tensor, rows in matrix.tensors:
-            values[start : start + rows] = self._finite_numbers(tensor)
+            values[start : start + rows] = self._numbers.matrix(tensor)
             start += rows
         return self._on_both(values)
 
     def _piece_units(self, spec: LinearSpec) -> int:
         return staging_piece_units(spec.shard(), self._plan.workload)
-
-    def _dram(self, shape: tuple[int, int], streams: bool) -> torch.Tensor:
-        """Host memory of one linear, page-locked where it streams: the stream and the CPU lane share this one copy."""
-        if streams:
-            return self._lanes.device.host_empty(shape, torch.uint8, "weights")
-        return fresh_memory(shape, torch.uint8)
-
-    @contextmanager
-    def _landing_buffer(self, spec: ModelSpec) -> Iterator[None]:
-        """Host memory through which every piece for GPU memory passes; gone when the last has arrived."""
-        device = self._lanes.device
-        if device is None:
-            yield
-            return
-        size = max(units_at_once(linear) * linear.unit_bytes for linear in spec.packed_linears)
-        self._landing = device.host_empty((size,), torch.uint8, "loading")
-        self._landed = None
-        try:
-            yield
-        finally:
-            self._await_landing()
-            device.host_release(self._landing, "loading")
-            del self._landing
-
-    def _await_landing(self) -> None:
-        """Wait until the last piece has left the buffer."""
-        if self._landed is not None:
-            self._lanes.device.synchronize(self._landed)
-
-    def _place(
-        self, spec: LinearSpec, runs: list[torch.Tensor], in_features: int, target: torch.Tensor, on_device: bool
-    ) -> None:
-        """Pack the rows of every run of parts into `target`."""
-        packed = target
-        if on_device:
-            self._await_landing()
-            packed = self._landing[: target.numel()].view(target.shape)
-        for (_, parts), segment, rows in zip(spec.runs, segments(spec.format, in_features), runs, strict=True):
-            tensors, name = [part.tensor for part in parts], segment.format.name
-            if len(runs) == 1:
-                self._pack(tensors, rows, name, packed)
-                continue
-            shape = (rows.shape[0] // BLOCK_FEATURES, segment.format.block_bytes(in_features))
-            blocks = torch.empty(shape, dtype=torch.uint8, device="cpu")
-            self._pack(tensors, rows, name, blocks)
-            size = segment.blocks * blocks.shape[1]
-            packed[:, segment.first_byte : segment.first_byte + size] = blocks.view(-1, size)
-        if on_device:
-            self._lanes.copy(target, packed)
-            self._landed = self._lanes.device.record(self._lanes.device.compute)
-        self._progress(target.numel())
-
-    def _pack(self, tensors: list[str], rows: torch.Tensor, name: str, out: torch.Tensor) -> None:
-        """Rows of these tensors into blocks of a format: codes as they are in the file, or numbers."""
-        ops = self._lanes.host_ops
-        try:
-            if rows.dtype == torch.uint8:
-                ops.repack(rows, self._checkpoint.source_type(tensors[0]), out)
-            else:
-                ops.pack(rows, name, out)
-        except ValueError as error:
-            raise CheckpointError(
-                f"{self._checkpoint.path}: {', '.join(tensors)}: {error}; the checkpoint is damaged or was exported "
-                "wrongly, download it again"
-            ) from error
 
     def _expert_biases(self, spec: ExpertsSpec) -> Activation:
         if not spec.has_bias:
@@ -280,80 +213,22 @@ class Loader:
         offset = 0
         for part in spec.parts:
             values = torch.zeros(spec.column_units * part.rows_per_unit, dtype=torch.float32, device="cpu")
-            values[: part.rows] = self._finite(part.bias)
+            values[: part.rows] = self._numbers.vector(part.bias)
             rows[:, offset : offset + part.rows_per_unit] = values.view(spec.column_units, part.rows_per_unit)
             offset += part.rows_per_unit
         return rows.view(-1)
 
     def _vector(self, vector: Vector) -> Activation:
-        values = self._finite(vector.tensor)
+        values = self._numbers.vector(vector.tensor)
         values = values + vector.offset if vector.offset else values
         return self._on_both(values * vector.scale if vector.scale != 1.0 else values)
 
     def _embed(self, model: ModelSpec, head: LinearWeights) -> torch.Tensor:
-        item, tensor = format_of(self._formats.embed), model.embedding.tensor
+        tensor, held_as = model.embedding.tensor, self._formats.embed
+        embedding = Embedding(self._checkpoint, tensor, held_as, self._landing, self._lanes.host_ops)
         if self._plan.workload.embed_bytes == 0:  # a tied head in host memory: its blocks are the embedding
-            if not item.is_row_major:
-                return head.dram
-            return head.dram.view(PLAIN_DTYPES[item.name]).view(-1, model.hidden_size)
-        if not item.is_row_major:
-            return self._packed_embed(model)
-        rows = fresh_memory(self._checkpoint.shape(tensor), self._checkpoint.torch_dtype(tensor))
-        if rows.dtype == torch.uint8:  # codes of a file that is held in another dtype
-            return self._dequantised_embed(model).to(PLAIN_DTYPES[item.name])
-        self._checkpoint.read(tensor, out=rows)
-        for start in range(0, rows.shape[0], EMBED_CHECK_ROWS):
-            self._check_finite(tensor, rows[start : start + EMBED_CHECK_ROWS])
-        return rows.to(PLAIN_DTYPES[item.name])
-
-    def _packed_embed(self, model: ModelSpec) -> torch.Tensor:
-        """The embedding as blocks of codes, from which rows are gathered: the file's own codes, or its numbers
-        packed."""
-        tensor = model.embedding.tensor
-        vocab_size, width = self._checkpoint.shape(tensor)
-        item, kind = format_of(self._formats.embed), self._checkpoint.source_type(tensor)
-        blocks = fresh_memory((-(-vocab_size // BLOCK_FEATURES), item.block_bytes(width)), torch.uint8)
-        for start in range(0, vocab_size, EMBED_RUN_ROWS):
-            rows = self._checkpoint.read(tensor, slice(start, min(vocab_size, start + EMBED_RUN_ROWS)))
-            if kind is not None and SOURCE_TYPES[kind].format != item.name:
-                rows = dequantised(self._lanes.host_ops, rows, kind, tensor, width)
-            rows = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % BLOCK_FEATURES))
-            first = start // BLOCK_FEATURES
-            self._pack([tensor], rows, item.name, blocks[first : first + rows.shape[0] // BLOCK_FEATURES])
-        return blocks
-
-    def _dequantised_embed(self, model: ModelSpec) -> torch.Tensor:
-        tensor = model.embedding.tensor
-        values = fresh_memory(self._checkpoint.shape(tensor), torch.bfloat16)
-        if self._formats.embed == "fp32":
-            values = fresh_memory(self._checkpoint.shape(tensor), torch.float32)
-        kind = self._checkpoint.source_type(tensor)
-        for start in range(0, values.shape[0], EMBED_RUN_ROWS):
-            rows = self._checkpoint.read(tensor, slice(start, min(values.shape[0], start + EMBED_RUN_ROWS)))
-            values[start : start + rows.shape[0]] = dequantised(
-                self._lanes.host_ops, rows, kind, tensor, values.shape[1]
-            )
-        return values
-
-    def _finite_numbers(self, name: str) -> torch.Tensor:
-        """A matrix as float32, also where the file has it in codes."""
-        kind = self._checkpoint.source_type(name)
-        if kind is None:
-            return self._finite(name)
-        in_features = self._checkpoint.shape(name)[1]
-        return dequantised(self._lanes.host_ops, self._checkpoint.read(name), kind, name, in_features)
-
-    def _finite(self, name: str) -> torch.Tensor:
-        values = self._checkpoint.read(name).float()
-        self._check_finite(name, values)
-        return values
-
-    def _check_finite(self, name: str, values: torch.Tensor) -> None:
-        if not torch.isfinite(values).all():
-            raise CheckpointError(
-                f"{self._checkpoint.path}: {name} holds NaN or infinite values; the checkpoint is damaged, download it "
-                "again"
-            )
+            return embedding.of_head(head.dram, model.hidden_size)
+        return embedding.read()
 
     def _on_both(self, values: torch.Tensor) -> Activation:
         """The same float32 values in host memory and, where there is a device, in its memory."""

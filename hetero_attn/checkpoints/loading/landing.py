@@ -1,0 +1,89 @@
+"""Rows of a file packed into blocks at home: in host memory at once, in GPU memory by way of one small buffer."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from cpu_kernels import fresh_memory
+from cpu_kernels.formats import BLOCK_FEATURES, segments
+from hetero_attn.checkpoints.loading.unit_rows import units_at_once
+from hetero_attn.checkpoints.sources import WeightSource
+from hetero_attn.errors import CheckpointError
+from hetero_attn.lanes.lanes import Lanes
+from hetero_attn.spec.weights import LinearSpec
+
+
+class Landing:
+    """Packs rows and brings them home; progress(count) is called with the number of weight bytes just placed."""
+
+    def __init__(self, source: WeightSource, lanes: Lanes, progress: Callable[[int], None]) -> None:
+        self._source = source
+        self._lanes = lanes
+        self._progress = progress
+        self._buffer: torch.Tensor | None = None
+        self._landed: object | None = None
+
+    def host_memory(self, shape: tuple[int, int], streams: bool) -> torch.Tensor:
+        """Host memory of one linear, page-locked where it streams: the stream and the CPU lane share this one copy."""
+        if streams:
+            return self._lanes.device.host_empty(shape, torch.uint8, "weights")
+        return fresh_memory(shape, torch.uint8)
+
+    @contextmanager
+    def buffer_for(self, linears: Iterable[LinearSpec]) -> Iterator[None]:
+        """Host memory through which every piece for GPU memory passes; gone when the last has arrived."""
+        device = self._lanes.device
+        if device is None:
+            yield
+            return
+        size = max(units_at_once(linear) * linear.unit_bytes for linear in linears)
+        self._buffer = device.host_empty((size,), torch.uint8, "loading")
+        try:
+            yield
+        finally:
+            self._await_landing()
+            device.host_release(self._buffer, "loading")
+            self._buffer = self._landed = None
+
+    def _await_landing(self) -> None:
+        """Wait until the last piece has left the buffer."""
+        if self._landed is not None:
+            self._lanes.device.synchronize(self._landed)
+
+    def place(
+        self, spec: LinearSpec, runs: list[torch.Tensor], in_features: int, target: torch.Tensor, on_device: bool
+    ) -> None:
+        """Pack the rows of every run of parts into `target`."""
+        packed = target
+        if on_device:
+            self._await_landing()
+            packed = self._buffer[: target.numel()].view(target.shape)
+        for (_, parts), segment, rows in zip(spec.runs, segments(spec.format, in_features), runs, strict=True):
+            tensors, name = [part.tensor for part in parts], segment.format.name
+            if len(runs) == 1:
+                self.pack(tensors, rows, name, packed)
+                continue
+            shape = (rows.shape[0] // BLOCK_FEATURES, segment.format.block_bytes(in_features))
+            blocks = torch.empty(shape, dtype=torch.uint8, device="cpu")
+            self.pack(tensors, rows, name, blocks)
+            size = segment.blocks * blocks.shape[1]
+            packed[:, segment.first_byte : segment.first_byte + size] = blocks.view(-1, size)
+        if on_device:
+            self._lanes.copy(target, packed)
+            self._landed = self._lanes.device.record(self._lanes.device.compute)
+        self._progress(target.numel())
+
+    def pack(self, tensors: list[str], rows: torch.Tensor, name: str, out: torch.Tensor) -> None:
+        """Rows of these tensors into blocks of a format: codes as they are in the file, or numbers."""
+        ops = self._lanes.host_ops
+        try:
+            if rows.dtype == torch.uint8:
+                ops.repack(rows, self._source.source_type(tensors[0]), out)
+            else:
+                ops.pack(rows, name, out)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self._source.path}: {', '.join(tensors)}: {error}; the checkpoint is damaged or was exported "
+                "wrongly, download it again"
+            ) from error
