@@ -52,7 +52,7 @@ def verify(
 def show_quality(model: str, dtypes: str, file: Path | None, as_json: bool, loading: options.Loading) -> None:
     """Print what each of the comma-separated dtypes costs on a text; raises typer.BadParameter for wrong options."""
     from hetero_attn.planning.arguments import check_choice
-    from hetero_attn.planning.settle import WEIGHT_DTYPES
+    from hetero_attn.planning.choices import WEIGHT_DTYPES
     from hetero_attn.tools import quality
 
     names = [name.strip() for name in dtypes.split(",")]

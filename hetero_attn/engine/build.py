@@ -21,8 +21,8 @@ from hetero_attn.devices.readiness import check_ready
 from hetero_attn.engine.ahead.compile_ahead import compiling_beside, kernel_calls
 from hetero_attn.engine.ahead.warm_up import make_first_steps, warm_up
 from hetero_attn.engine.engine import Engine
-from hetero_attn.engine.forward import make_buffers
 from hetero_attn.engine.forked import torch_without_lost_threads
+from hetero_attn.engine.forward import make_buffers
 from hetero_attn.engine.host_memory import WAY_OUT, memory_named, why_too_large
 from hetero_attn.errors import MemoryBudgetError
 from hetero_attn.lanes.handover_choice import choose_handover

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import torch
 
 
-
-
 @dataclass(frozen=True, slots=True)
 class Activation:
     """One activation, float32 [max_rows, width], in GPU memory and in host memory; a side that no lane uses is None."""

@@ -278,5 +278,3 @@ class Lanes:
         started = time.perf_counter()
         yield
         self.waited_s += time.perf_counter() - started
-
-

@@ -1,5 +1,6 @@
 """A model as the planner sees it: names, bytes and operations, read off its declaration."""
 
+from dataclasses import dataclass
 from math import prod
 
 from cpu_kernels.formats import BLOCK_FEATURES, format_of
@@ -18,35 +19,44 @@ def natural_kv_dtype(weight_dtype: str) -> str:
     return "fp32" if weight_dtype == "fp32" else "bf16"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """How much a workload is made for.
+
+    max_context: tokens of one sequence. max_batch: sequences decoded together. kv_tokens: KV slots that all sequences
+    share, None is max_context for each. page_size: tokens of a page of the cache. prefill_chunk: rows of a prompt that
+    one step computes. kv_dtype: of the cache; None is that of the weights for fp32, else bf16.
+    """
+
+    max_context: int
+    max_batch: int
+    page_size: int
+    prefill_chunk: int
+    kv_dtype: str | None = None
+    kv_tokens: int | None = None
+
+
 def build_workload(
     model: ModelSpec,
     weight_dtype: str | WeightFormats,
-    *,
     name: str,
-    max_context: int,
-    max_batch: int,
-    page_size: int,
-    prefill_chunk: int,
-    kv_dtype: str | None = None,
-    kv_tokens: int | None = None,
+    sizes: Sizes,
     embed_shares_head: bool = False,
     paired: bool = False,
 ) -> Workload:
     """Describe a model to the planner: names, bytes and operations, computed by the code that allocates them.
 
     weight_dtype: one dtype for all weights, or the format of each, as the model was declared with. name: what tables
-    call the model. kv_dtype: of the cache; None is that of the weights for fp32, else bf16. kv_tokens: KV slots that
-    all sequences share, None is max_context for each. embed_shares_head: the token embedding is read from the head's
-    own rows, which must then all be in host memory, unquantised; it takes no bytes of its own. paired: cut by rows the
-    linears that can be.
+    call the model. embed_shares_head: the token embedding is read from the head's own rows, which must then all be in
+    host memory, unquantised; it takes no bytes of its own. paired: cut by rows the linears that can be.
     """
     formats = weight_formats(weight_dtype)
-    kv_dtype = kv_dtype or natural_kv_dtype(formats.label)
+    kv_dtype = sizes.kv_dtype or natural_kv_dtype(formats.label)
     by_rows = {linear.name: rows for linear in model.linears if (rows := linear.by_rows) is not None}
     kv, widths = _kv_shards(model, kv_dtype), ActivationWidths.of(model)
     biases = sum(prod(linear.bias_shape) for linear in model.linears if linear.has_bias)
-    rope_features = max_context * sum(rope.rotary_dim for rope in model.ropes)
-    logits = max(max_batch, LOGITS_ROWS) * model.head.linears[0].out_features
+    rope_features = sizes.max_context * sum(rope.rotary_dim for rope in model.ropes)
+    logits = max(sizes.max_batch, LOGITS_ROWS) * model.head.linears[0].out_features
     states = tuple(
         StateShard(f"layers.{block.layer}.state", block.layer, block.state.shape)
         for block in model.blocks
@@ -55,9 +65,9 @@ def build_workload(
     tables = step_table_bytes(
         len(kv),
         max((shard.kv_heads for shard in kv), default=0),
-        max(prefill_chunk, max_batch),
-        max_batch,
-        -(-max_context // page_size),
+        max(sizes.prefill_chunk, sizes.max_batch),
+        sizes.max_batch,
+        -(-sizes.max_context // sizes.page_size),
         has_states=bool(states),
     )
     return Workload(
@@ -70,16 +80,16 @@ def build_workload(
         resident_bytes=FLOAT32_BYTES * (model.resident_features + biases + rope_features + logits) + tables,
         activation_bytes_per_row=widths.bytes_per_row,
         host_activation_bytes_per_row=widths.host_bytes_per_row,
-        max_context=max_context,
-        max_batch=max_batch,
-        page_size=page_size,
+        max_context=sizes.max_context,
+        max_batch=sizes.max_batch,
+        page_size=sizes.page_size,
         num_heads=max((shard.heads for shard in kv), default=0),
         head_dim=max((shard.head_dim for shard in kv), default=0),
         hidden_size=model.hidden_size,
         vocab_size=model.vocab_size,
-        prefill_chunk=prefill_chunk,
+        prefill_chunk=sizes.prefill_chunk,
         kv_dtype=kv_dtype,
-        kv_tokens=kv_tokens,
+        kv_tokens=sizes.kv_tokens,
         small_calls=sum(block.small_calls for layer in model.layers for block in layer),
         states=states,
     )

@@ -112,5 +112,3 @@ class VerifyReport:
 
 def _figures(found: Distance) -> str:
     return f"{found.nmse:>9.2e}   {found.mean_kl:>9.2e}   {found.token_agreement:>14.2%}"
-
-

@@ -10,13 +10,15 @@ from placement.plan.plan import Plan
 from placement.plan.workload import Workload
 from placement.policy.policy import Policy
 from placement.solve.make_plan import BudgetError, make_plan, plan_with_alternatives
+from placement.solve.request import requested
 
 
 def explain(
     workload: Workload, hardware: HardwareProfile, policy: Policy, *, device: str, gpu_memory_bytes: int | None = None
 ) -> Explanation:
     """Plan and explain: arguments and errors of make_plan, and several times its time, for it plans several times."""
-    plan, found = plan_with_alternatives(workload, hardware, policy, device=device, gpu_memory_bytes=gpu_memory_bytes)
+    asked = requested(workload, hardware, policy, device=device, gpu_memory_bytes=gpu_memory_bytes)
+    plan, found = plan_with_alternatives(asked)
     more, less = tuple(gains(workload, hardware, policy, plan)), tuple(losses(workload, hardware, policy, plan))
     others = () if device == "cpu" else tuple(alternatives(workload, hardware, policy, plan, found))
     decides = bottleneck(plan.predicted.decode, plan.predicted.prefill)

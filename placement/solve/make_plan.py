@@ -1,14 +1,13 @@
 """From workload, hardware and policy to a plan: pure and deterministic. Same input, same plan."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from placement.cost.model import predict, working_set_bytes
+from placement.cost.model import predict
 from placement.cost.objective import objective_s, reference_batch, reference_calls, reference_context, reference_prompt
 from placement.machine.hardware import HardwareProfile
-from placement.plan.memory import activation_bytes, gpu_resident_bytes, host_activation_bytes, rounded_input_bytes
 from placement.plan.phase import Prediction
-from placement.plan.plan import CURVE_CONTEXTS, DEVICES, Plan, build_plan
+from placement.plan.plan import CURVE_CONTEXTS, Plan, build_plan
 from placement.plan.units import format_bytes
 from placement.plan.workload import Workload
 from placement.policy.bind import bind
@@ -16,9 +15,8 @@ from placement.policy.policy import Policy
 from placement.policy.problems import PolicyError
 from placement.solve.decisions import Budgets
 from placement.solve.pairing import block_apart, is_paired, paired_workload
+from placement.solve.request import PlanRequest, requested
 from placement.solve.search import Candidate, Problem, candidates, complete, fastest_first, fixed_candidate, least_bytes
-
-DEFAULT_STAGING_SLOTS = 4
 
 
 class BudgetError(ValueError):
@@ -33,50 +31,6 @@ class BudgetError(ValueError):
         self.budget_bytes = budget_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """The arguments of make_plan, its budget known, its profile at the policy's thread count."""
-
-    workload: Workload
-    hardware: HardwareProfile
-    policy: Policy
-    device: str
-    gpu_memory_bytes: int | None
-    staging_slots: int
-
-    @property
-    def context_bytes(self) -> int:
-        """What CUDA and the temporaries of kernels take of GPU memory."""
-        if self.device != "cuda":
-            return 0
-        return self.hardware.gpu_context_bytes + rounded_input_bytes(self.workload)
-
-    @property
-    def fixed_bytes(self) -> dict[str, dict[str, int]]:
-        """Bytes by place and kind that no decision changes."""
-        workload = self.workload
-        gpu = {
-            "activations": activation_bytes(workload),
-            "resident": gpu_resident_bytes(workload),
-            "context": self.context_bytes,
-        }
-        return {
-            "gpu": gpu,
-            "pinned": {},
-            "host": {"activations": host_activation_bytes(workload), "embed": workload.embed_bytes},
-        }
-
-    @property
-    def may_pair(self) -> bool:
-        """Whether there is a paired shape beside that of the workload's linears."""
-        return self.device != "cpu" and not self.workload.elastic and bool(self.workload.row_cuts)
-
-    @property
-    def limits(self) -> dict[str, int | None]:
-        """Budget in bytes by place."""
-        return {"gpu": self.gpu_memory_bytes, "pinned": self.policy.pinned_memory, "host": self.policy.host_memory}
-
-
 def make_plan(
     workload: Workload, hardware: HardwareProfile, policy: Policy, *, device: str, gpu_memory_bytes: int | None = None
 ) -> Plan:
@@ -88,14 +42,16 @@ def make_plan(
     Raises PolicyError when a rule cannot be met, BudgetError, with the smallest size that works, for a budget too
     small, and ValueError for a policy with other sizes.
     """
-    return plan_with_alternatives(workload, hardware, policy, device=device, gpu_memory_bytes=gpu_memory_bytes)[0]
+    return plan_requested(requested(workload, hardware, policy, device=device, gpu_memory_bytes=gpu_memory_bytes))
 
 
-def plan_with_alternatives(
-    workload: Workload, hardware: HardwareProfile, policy: Policy, *, device: str, gpu_memory_bytes: int | None = None
-) -> tuple[Plan, list[Candidate]]:
-    """make_plan, and every candidate that the search compared, fastest first; the first is the plan's."""
-    asked = _resolve(workload, hardware, policy, device, gpu_memory_bytes)
+def plan_requested(asked: PlanRequest) -> Plan:
+    """The plan for a request in which nothing is open; PolicyError and BudgetError as `make_plan`."""
+    return plan_with_alternatives(asked)[0]
+
+
+def plan_with_alternatives(asked: PlanRequest) -> tuple[Plan, list[Candidate]]:
+    """The plan for a request, and every candidate that the search compared, fastest first; the first is the plan's."""
     requests = [request for shape in _shapes(asked) for request in _with_chunks(shape)]
     found = _candidates(requests)
     if not found:
@@ -107,7 +63,7 @@ def plan_with_alternatives(
     return plan, found
 
 
-def _shapes(request: _Request) -> list[_Request]:
+def _shapes(request: PlanRequest) -> list[PlanRequest]:
     """The request for every shape that its policy and its rules allow."""
     if not request.may_pair or request.policy.shape == "column":
         return [request]
@@ -121,14 +77,14 @@ def _shapes(request: _Request) -> list[_Request]:
     return [request, paired]
 
 
-def _with_chunks(request: _Request) -> list[_Request]:
+def _with_chunks(request: PlanRequest) -> list[PlanRequest]:
     """The request for every prefill chunk that may be chosen, the smallest first."""
     if not request.workload.chunk_choices:
         return [request]
     return [replace(request, workload=request.workload.with_chunk(choice)) for choice in request.workload.chunk_choices]
 
 
-def _candidates(requests: Sequence[_Request]) -> list[Candidate]:
+def _candidates(requests: Sequence[PlanRequest]) -> list[Candidate]:
     """The placements that rules leave no choice in, and those that the search finds; fastest first."""
     fixed, open_ = [], []
     for problem in map(_problem, requests):
@@ -140,7 +96,7 @@ def _candidates(requests: Sequence[_Request]) -> list[Candidate]:
     return fastest_first(fixed + candidates(open_))
 
 
-def _problem(request: _Request) -> Problem:
+def _problem(request: PlanRequest) -> Problem:
     """What the search is asked; raises PolicyError for rules that cannot be met."""
     limits, fixed = request.limits, request.fixed_bytes
     budgets = Budgets(
@@ -167,44 +123,7 @@ def _apart(policy: Policy, what: str) -> str:
     )
 
 
-def _resolve(
-    workload: Workload, hardware: HardwareProfile, policy: Policy, device: str, gpu_memory_bytes: int | None
-) -> _Request:
-    if device not in DEVICES:
-        raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
-    if device != "cpu" and not hardware.has_gpu:
-        raise ValueError(f"device {device} needs a hardware profile with a GPU; {hardware.name} has none")
-    _check_sizes(workload, policy)
-    workload = replace(
-        workload,
-        elastic=device != "cpu" and (policy.elastic or workload.elastic),
-        staging_piece_bytes=hardware.staging_piece_bytes,
-    )
-    machine = hardware.with_threads(policy.threads) if policy.threads else hardware
-    machine = machine.for_working_set(working_set_bytes(workload, reference_context(workload)))
-    budget = None if device == "cpu" else gpu_memory_bytes or policy.gpu_memory or hardware.gpu_memory_bytes
-    staging_slots = DEFAULT_STAGING_SLOTS if policy.staging_slots is None else policy.staging_slots
-    return _Request(workload, machine, policy, device, budget, 0 if device == "cpu" else staging_slots)
-
-
-def _check_sizes(workload: Workload, policy: Policy) -> None:
-    """Raise ValueError for a policy that asks for another size than the workload was made in."""
-    made = {
-        "context": workload.max_context,
-        "batch": workload.max_batch,
-        "kv_tokens": workload.kv_tokens,
-        "prefill_chunk": None if workload.chunk_choices else workload.prefill_chunk,
-        "kv_dtype": workload.kv_dtype,
-    }
-    for name, wish in policy.sizes.items():
-        if wish != made[name]:
-            raise ValueError(
-                f"the policy asks for {name}: {wish}, but the workload was made with {made[name]}, and a plan is made "
-                "in the sizes of its workload: make it with the policy's and give policy.without_sizes()"
-            )
-
-
-def _plan_of(request: _Request, candidate: Candidate) -> Plan:
+def _plan_of(request: PlanRequest, candidate: Candidate) -> Plan:
     plan = build_plan(
         request.workload,
         candidate.linears,
@@ -241,7 +160,7 @@ def predict_plan(plan: Plan, hardware: HardwareProfile) -> Prediction:
     )
 
 
-def _check_budgets(request: _Request, plan: Plan) -> None:
+def _check_budgets(request: PlanRequest, plan: Plan) -> None:
     """Compare every budget with the bytes that the runtime will allocate, whatever the solver believed."""
     used = {
         "gpu": plan.memory.gpu,
@@ -253,7 +172,7 @@ def _check_budgets(request: _Request, plan: Plan) -> None:
             raise _budget_error(place, used[place], limit)
 
 
-def _explain_failure(request: _Request) -> BudgetError | PolicyError:
+def _explain_failure(request: PlanRequest) -> BudgetError | PolicyError:
     """Find which budget is too small and the smallest that works, with the same program that plans."""
     problem = _problem(request)
     if is_paired(request.workload) and least_bytes(problem, "gpu", Budgets(float("inf"))) is None:

@@ -23,7 +23,7 @@ from hetero_attn.spec.blocks import BufferSet, FixedState, Vector
 from hetero_attn.spec.buffers import ActivationWidths, widest_sets
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.weights import BLOCK_FEATURES, LinearSpec, Part
-from hetero_attn.spec.workload import build_workload
+from hetero_attn.spec.workload import Sizes, build_workload
 from placement import HardwareProfile, Policy, make_plan
 from tests.support.runtime import THREADS, cpu_plan, nmse, run_logits, uniform_plan
 from tests.support.toy import hf_model, make_checkpoint
@@ -153,7 +153,7 @@ def oracle(kind, path, tmp_path_factory):
 
 def workload_of(path, kind, **sizes):
     sizes = {"max_context": 128, "max_batch": 2, "page_size": 4, "prefill_chunk": 16} | sizes
-    return build_workload(toy_model(path, kind), "fp32", name="toy", **sizes)
+    return build_workload(toy_model(path, kind), "fp32", "toy", Sizes(**sizes))
 
 
 def engine_of(path, kind, plan, overlap=True):

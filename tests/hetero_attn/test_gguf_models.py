@@ -11,7 +11,7 @@ from hetero_attn.engine.build import build_engine
 from hetero_attn.errors import CheckpointError, UnsupportedModelError
 from hetero_attn.models.decoder import decoder
 from hetero_attn.planning.settle import PlannedModel, plan_model
-from hetero_attn.spec.workload import build_workload
+from hetero_attn.spec.workload import Sizes, build_workload
 from placement.machine.hardware import HardwareProfile
 from tests.support.gguf_models import make_gguf
 from tests.support.runtime import cpu_plan, model_logits, nmse, run_logits, uniform_plan
@@ -76,11 +76,8 @@ def engine_of(path, make_plan, elastic=False, paired=False):
     workload = build_workload(
         decoder(config, formats),
         formats,
-        name="m",
-        max_context=64,
-        max_batch=2,
-        page_size=4,
-        prefill_chunk=16,
+        "m",
+        Sizes(max_context=64, max_batch=2, page_size=4, prefill_chunk=16),
         paired=paired,
     )
     plan = make_plan(workload)

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from hetero_attn.planning.choices import with_chunk_choices
 from hetero_attn.planning.options import LoadOptions
-from hetero_attn.planning.settle import settle, with_chunk_choices
+from hetero_attn.planning.settle import settle
 from placement import HardwareProfile, Policy, make_plan
 from placement.plan.workload import ChunkChoice
 from tests.support.planning_models import llama_8b

@@ -22,7 +22,7 @@ from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.config import ModelConfig, tensor_names
 from hetero_attn.spec.tensor_names import tensor_name
 from hetero_attn.spec.weight_formats import WeightFormats
-from hetero_attn.spec.workload import build_workload
+from hetero_attn.spec.workload import Sizes, build_workload
 from placement.machine.hardware import HardwareProfile
 from tests.support.runtime import cpu_plan, nmse, run_logits, uniform_plan
 from tests.support.toy import make_checkpoint
@@ -102,7 +102,7 @@ def logits(path, monkeypatch, plan_of, wanted="toy", is_read=False):
     config = ModelConfig.from_dir(path)
     formats = WeightFormats("bf16", "bf16", {DOWN: wanted})
     workload = build_workload(
-        decoder(config, formats), "bf16", name="toy", max_context=32, max_batch=1, page_size=4, prefill_chunk=8
+        decoder(config, formats), "bf16", "toy", Sizes(max_context=32, max_batch=1, page_size=4, prefill_chunk=8)
     )
     plan = plan_of(workload)
     hardware = HardwareProfile.named("emulated")
@@ -136,7 +136,7 @@ def test_a_reading_that_is_wrong_is_seen(path, monkeypatch):
 
 def test_sizes_and_rates_follow_from_the_descriptor(path):
     model = decoder(ModelConfig.from_dir(path), WeightFormats("bf16", "bf16", {DOWN: "toy"}))
-    workload = build_workload(model, "bf16", name="toy", max_context=32, max_batch=1, page_size=4, prefill_chunk=8)
+    workload = build_workload(model, "bf16", "toy", Sizes(max_context=32, max_batch=1, page_size=4, prefill_chunk=8))
     down = next(shard for shard in workload.linears if shard.name == "layers.1.down")
 
     # 160 inputs are three superblocks of 64; each has 2 lines of scales and minima and 12 of codes.

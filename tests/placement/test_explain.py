@@ -11,6 +11,7 @@ from placement import HardwareProfile, Policy
 from placement.explain.comparisons import SHAPE_WORDS
 from placement.explain.explain import budget_curve, explain
 from placement.solve.make_plan import plan_with_alternatives
+from placement.solve.request import requested
 from tests.support.planning_models import llama_8b, tiny, with_row_cuts
 
 EMULATED = HardwareProfile.named("emulated")
@@ -93,9 +94,10 @@ def test_a_change_too_small_to_see_is_called_the_same(explanation):
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_both_shapes_are_weighed_and_the_faster_is_the_plan(objective):
     wish, machine = Policy(objective=objective), HardwareProfile.named("rtx4090-ddr5")
-    plan, found = plan_with_alternatives(
+    asked = requested(
         replace(llama_8b(context=4096), max_batch=4), machine, wish, device="cuda", gpu_memory_bytes=4 * 2**30
     )
+    plan, found = plan_with_alternatives(asked)
 
     assert {True, False} == {candidate.concentrated for candidate in found}
     assert [candidate.seconds for candidate in found] == sorted(candidate.seconds for candidate in found)

@@ -7,7 +7,7 @@ from statistics import median
 
 import pytest
 
-from hetero_attn.planning.settle import with_chunk_choices
+from hetero_attn.planning.choices import with_chunk_choices
 from placement import HardwareProfile, Policy, make_plan
 from placement.cost.model import predict
 from placement.machine.hardware import catalogue_names

@@ -24,7 +24,7 @@ from hetero_attn.checkpoints.gguf.tokenizer import gguf_tokenizer
 from hetero_attn.checkpoints.sources import open_source, read_config, stored_formats
 from hetero_attn.errors import MOST_CHARACTERS, HeteroError
 from hetero_attn.models.decoder import decoder
-from hetero_attn.spec.workload import build_workload
+from hetero_attn.spec.workload import Sizes, build_workload
 
 KINDS = ("gguf", "safetensors", "config")
 MOST_SHOWN = 10 * MOST_CHARACTERS  # of a line, every character escaped
@@ -98,7 +98,7 @@ def open_whole(path: Path) -> None:
             gguf_tokenizer(source.fields)
     formats = stored_formats(path, config)
     build_workload(
-        decoder(config, formats), formats, name="m", max_context=64, max_batch=2, page_size=16, prefill_chunk=16
+        decoder(config, formats), formats, "m", Sizes(max_context=64, max_batch=2, page_size=16, prefill_chunk=16)
     )
 
 

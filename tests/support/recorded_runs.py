@@ -17,7 +17,7 @@ from typing import Any
 
 from hetero_attn.models.decoder import decoder
 from hetero_attn.spec.config import ModelConfig
-from hetero_attn.spec.workload import build_workload
+from hetero_attn.spec.workload import Sizes, build_workload
 from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import KvPlacement, LinearPlacement
 from placement.plan.plan import Plan, build_plan
@@ -106,10 +106,8 @@ def plan_of(result: dict[str, Any]) -> Plan:
 
 def llama_8b(prefill_chunk: int, paired: bool = False) -> Workload:
     """The 8B shape in q4 for one sequence, as the runs had it."""
-    return build_workload(
-        decoder(llama_8b_config(), "q4"), "q4", name="8b", max_context=CONTEXT, max_batch=1, page_size=PAGE_TOKENS,
-        prefill_chunk=prefill_chunk, paired=paired,
-    )  # fmt: skip
+    sizes = Sizes(max_context=CONTEXT, max_batch=1, page_size=PAGE_TOKENS, prefill_chunk=prefill_chunk)
+    return build_workload(decoder(llama_8b_config(), "q4"), "q4", "8b", sizes, paired=paired)
 
 
 @cache

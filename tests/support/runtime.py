@@ -13,7 +13,7 @@ from hetero_attn.engine.engine import Engine
 from hetero_attn.models.decoder import decoder
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.config import ModelConfig
-from hetero_attn.spec.workload import build_workload
+from hetero_attn.spec.workload import Sizes, build_workload
 from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import KvPlacement, LinearPlacement
 from placement.plan.plan import Plan, build_plan
@@ -40,17 +40,15 @@ def toy_workload(
     paired: bool = False,
 ) -> Workload:
     """The workload of a toy checkpoint with small pages and chunks, so that boundaries fall inside short prompts."""
-    return build_workload(
-        decoder(ModelConfig.from_dir(path), weight_dtype),
-        weight_dtype,
-        name=path.name,
+    sizes = Sizes(
         max_context=max_context,
         max_batch=max_batch,
         page_size=page_size,
         prefill_chunk=prefill_chunk,
         kv_dtype=kv_dtype,
-        paired=paired,
     )
+    model = decoder(ModelConfig.from_dir(path), weight_dtype)
+    return build_workload(model, weight_dtype, path.name, sizes, paired=paired)
 
 
 def cpu_plan(workload: Workload) -> Plan:

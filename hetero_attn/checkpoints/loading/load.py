@@ -30,7 +30,6 @@ from placement.plan.memory import LinearPlacement, first_dram_unit, staging_piec
 from placement.plan.plan import Plan
 
 
-
 class Loader:
     """Loads the weights of one checkpoint by one plan. model: the blocks that they belong to.
 

@@ -17,9 +17,9 @@ from hetero_attn.checkpoints.gguf.file import GgufTensor
 from hetero_attn.checkpoints.gguf.names import ROPE_DIVISORS, their_name
 from hetero_attn.checkpoints.gguf.writer import NewTensor, write_gguf
 from hetero_attn.checkpoints.hub import resolve_model
+from hetero_attn.checkpoints.loading.unit_rows import dequantised
 from hetero_attn.checkpoints.row_order import is_rotated, turned
 from hetero_attn.checkpoints.sources import open_source, read_config
-from hetero_attn.checkpoints.loading.unit_rows import dequantised
 from hetero_attn.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from hetero_attn.models.decoder import decoder
 from hetero_attn.serving.progress import bytes_bar

@@ -9,8 +9,8 @@ from hetero_attn.devices import Device
 from hetero_attn.engine.build import step_table_bytes_of
 from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.forward import make_buffers
-from hetero_attn.lanes.flag_handover import FlagHandover
 from hetero_attn.lanes.activation import Activation
+from hetero_attn.lanes.flag_handover import FlagHandover
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.lanes.staging import make_ring
 from hetero_attn.lanes.tables import StepTables

@@ -6,7 +6,7 @@ import pytest
 
 from hetero_attn.devices import machine
 from hetero_attn.errors import MemoryBudgetError, UnsupportedModelError
-from hetero_attn.planning import settle as planning
+from hetero_attn.planning import choices as planning
 from placement import BudgetError, Policy, make_plan
 from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import rounded_input_bytes

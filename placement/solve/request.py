@@ -1,0 +1,102 @@
+"""What is asked of the planner with nothing left open: policy, workload and machine meet here, and nowhere after."""
+
+from dataclasses import dataclass, replace
+
+from placement.cost.model import working_set_bytes
+from placement.cost.objective import reference_context
+from placement.machine.hardware import HardwareProfile
+from placement.plan.memory import activation_bytes, gpu_resident_bytes, host_activation_bytes, rounded_input_bytes
+from placement.plan.plan import DEVICES
+from placement.plan.workload import Workload
+from placement.policy.policy import Policy
+
+DEFAULT_STAGING_SLOTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """A model's workload, a machine as the plan will use it, and what is wished of the placement.
+
+    hardware: at the plan's thread count and for its working set. policy: its rules, its shape and its objective are
+    read from here on, and nothing that it may leave open. gpu_memory_bytes: None without a GPU. limits: the budget in
+    bytes by place, None without one. staging_slots: 0 where nothing may stream.
+    """
+
+    workload: Workload
+    hardware: HardwareProfile
+    policy: Policy
+    device: str
+    limits: dict[str, int | None]
+    staging_slots: int
+
+    @property
+    def gpu_memory_bytes(self) -> int | None:
+        """The GPU budget, None without a GPU."""
+        return self.limits["gpu"]
+
+    @property
+    def context_bytes(self) -> int:
+        """What CUDA and the temporaries of kernels take of GPU memory."""
+        if self.device != "cuda":
+            return 0
+        return self.hardware.gpu_context_bytes + rounded_input_bytes(self.workload)
+
+    @property
+    def fixed_bytes(self) -> dict[str, dict[str, int]]:
+        """Bytes by place and kind that no decision changes."""
+        workload = self.workload
+        gpu = {
+            "activations": activation_bytes(workload),
+            "resident": gpu_resident_bytes(workload),
+            "context": self.context_bytes,
+        }
+        return {
+            "gpu": gpu,
+            "pinned": {},
+            "host": {"activations": host_activation_bytes(workload), "embed": workload.embed_bytes},
+        }
+
+    @property
+    def may_pair(self) -> bool:
+        """Whether there is a paired shape beside that of the workload's linears."""
+        return self.device != "cpu" and not self.workload.elastic and bool(self.workload.row_cuts)
+
+
+def requested(
+    workload: Workload, hardware: HardwareProfile, policy: Policy, *, device: str, gpu_memory_bytes: int | None = None
+) -> PlanRequest:
+    """Decide whatever the policy leaves open; arguments and ValueError of `make_plan`."""
+    if device not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
+    on_gpu = device != "cpu"
+    if on_gpu and not hardware.has_gpu:
+        raise ValueError(f"device {device} needs a hardware profile with a GPU; {hardware.name} has none")
+    _check_sizes(workload, policy)
+    workload = replace(
+        workload,
+        elastic=on_gpu and (policy.elastic or workload.elastic),
+        staging_piece_bytes=hardware.staging_piece_bytes,
+    )
+    machine = hardware.with_threads(policy.threads) if policy.threads else hardware
+    machine = machine.for_working_set(working_set_bytes(workload, reference_context(workload)))
+    budget = gpu_memory_bytes or policy.gpu_memory or hardware.gpu_memory_bytes
+    slots = DEFAULT_STAGING_SLOTS if policy.staging_slots is None else policy.staging_slots
+    limits = {"gpu": budget if on_gpu else None, "pinned": policy.pinned_memory, "host": policy.host_memory}
+    return PlanRequest(workload, machine, policy, device, limits, slots if on_gpu else 0)
+
+
+def _check_sizes(workload: Workload, policy: Policy) -> None:
+    """Raise ValueError for a policy that asks for another size than the workload was made in."""
+    made = {
+        "context": workload.max_context,
+        "batch": workload.max_batch,
+        "kv_tokens": workload.kv_tokens,
+        "prefill_chunk": None if workload.chunk_choices else workload.prefill_chunk,
+        "kv_dtype": workload.kv_dtype,
+    }
+    for name, wish in policy.sizes.items():
+        if wish != made[name]:
+            raise ValueError(
+                f"the policy asks for {name}: {wish}, but the workload was made with {made[name]}, and a plan is made "
+                "in the sizes of its workload: make it with the policy's and give policy.without_sizes()"
+            )
