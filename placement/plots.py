@@ -14,8 +14,8 @@ HEADROOM = 1.12  # above the highest point, so that no line touches the frame
 
 
 def draw_budgets(axis: Any, plan: Plan, curve: Sequence[Plan], phase: str) -> None:
-    """Speed of a phase, decode | prefill, over GPU budgets; curve: of placement.explain.explain.budget_curve, the plan's own
-    budget marked."""
+    """Speed of a phase, decode | prefill, over GPU budgets; curve: what `budget_curve` gives, the
+    plan's own budget marked."""
     gib = [other.gpu_memory_bytes / 2**30 for other in curve]
     speeds = [getattr(other.predicted, phase).tokens_per_s for other in curve]
     axis.plot(gib, speeds, **(DECODE if phase == "decode" else PREFILL))

@@ -1,4 +1,4 @@
-"""Other plans and other machines beside a plan: with more hardware, with less, by other policies, shapes and engines."""
+"""Other plans and other machines beside a plan: more hardware or less, other policies, shapes and engines."""
 
 from collections.abc import Iterator
 from dataclasses import replace

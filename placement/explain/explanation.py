@@ -1,4 +1,4 @@
-"""What an explanation says: predicted speeds of other plans and machines beside those of a plan, as text and as JSON."""
+"""What an explanation says: predicted speeds of other plans and machines beside those of a plan, as text and JSON."""
 
 import textwrap
 from dataclasses import dataclass

@@ -31,5 +31,6 @@ class Numbers:
         """Raise CheckpointError unless all of a tensor's numbers are finite."""
         if not torch.isfinite(values).all():
             raise CheckpointError(
-                f"{self._source.path}: {name} holds NaN or infinite values; the checkpoint is damaged, download it again"
+                f"{self._source.path}: {name} holds NaN or infinite values; the checkpoint is damaged, download it "
+                "again"
             )
