@@ -105,7 +105,6 @@ class Engine:
         return most_lines(self.lanes, self.kv_cache, self._rows)
 
     @property
-    @property
     def most_single_rows(self) -> int:
         """The most rows that attend one by one in a step and may be several of a sequence, all with their logits."""
         return min(self.prefill_chunk, self.most_lines, self.forward.logits_rows)
