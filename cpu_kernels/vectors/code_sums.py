@@ -39,6 +39,11 @@ class CodeSums:
         return "pairs" if 2 * LARGEST_INPUT * self.largest <= LARGEST_SHORT else "magnitudes"
 
     @property
+    def pieces(self) -> int:
+        """Pieces of a line that are best taken one after the other, so that sums and codes fit in the registers."""
+        return 2 if self.kind == "magnitudes" else 1
+
+    @property
     def takes_128(self) -> bool:
         """Whether what is summed is code - 128."""
         return self.kind == "magnitudes" or self.kind == "signed" and self.largest > 127
@@ -55,10 +60,10 @@ class CodeSums:
         if not self.takes_128:
             return codes
         if not is_from_table:
-            codes = b.xor(codes, constant(VI32, TOP_BITS))
+            codes = b.xor(codes, constant(codes.type, TOP_BITS))
         if self.kind == "signed":
             return codes
-        halves = in_parts(b, codes, V32I8)
+        halves = _halves(b, codes)
         return [(call_llvm(b, "llvm.abs.v32i8", V32I8, half, ir.Constant(ir.IntType(1), 0)), half) for half in halves]
 
     def sum(self, b, start):
@@ -66,6 +71,11 @@ class CodeSums:
         return {"unsigned": Sum, "signed": SignedSum, "pairs": PairSum, "magnitudes": MagnitudeSum}[self.kind](
             self, b, start
         )
+
+
+def _halves(b, vector):
+    """64 bytes as two registers of AVX2, or 32 as one."""
+    return in_parts(b, vector, V32I8) if vector.type.count == VI32.count else [b.bitcast(vector, V32I8)]
 
 
 class Sum:
@@ -124,12 +134,12 @@ class PairSum(Sum):
 
 
 class MagnitudeSum(Sum):
-    """Of vpmaddubsw on magnitudes; two of its sums do not fit in int16."""
+    """Of vpmaddubsw on magnitudes; two of its sums do not fit in int16. Also of half lines, <8 x i32>."""
 
     def add(self, operand, x) -> None:
         """See Sum."""
         b, wide = self._b, []
-        for (magnitude, signed), inputs in zip(operand, in_parts(b, x, V32I8)):
+        for (magnitude, signed), inputs in zip(operand, _halves(b, x)):
             turned = call_llvm(b, "llvm.x86.avx2.psign.b", V32I8, inputs, signed)
             shorts = call_llvm(b, "llvm.x86.avx2.pmadd.ub.sw", V16I16, magnitude, turned)
             wide.append(call_llvm(b, "llvm.x86.avx2.pmadd.wd", V8I32, shorts, constant(V16I16, 1)))
