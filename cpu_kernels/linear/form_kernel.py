@@ -165,7 +165,10 @@ class Record:
 
 
 def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
-    """Intrinsic (sums, superblock, group, code lines, record) -> sums; group: which 64 inputs of the superblock."""
+    """Intrinsic (sums, superblock, group, code lines, record) -> sums; group: which 64 inputs of the superblock.
+
+    ahead_bytes: how far ahead of the code lines as many are asked for, 0 for nothing.
+    """
     tile = types.UniTuple(F32x16, rows)
     has_zeros, has_floats = item.header.startswith("SZ"), item.header.startswith("F")
     group_inputs = int(item.header.lstrip("SZF")) if has_zeros or has_floats else 0
@@ -283,11 +286,10 @@ def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
 
     two = item.header.startswith("K2")
     multiply = with_zeros if has_zeros else with_float_scales if has_floats else two_levels if two else one_level
-    stream_lines = item.code_lines + -(-item.header_lines * GROUP_INPUTS // item.group_inputs)
 
     @emits(tile, tile, intp, intp, intp, intp)
     def step(b, sums, superblock, group, lines, record):
-        for line in range(stream_lines):
+        for line in range(item.code_lines if ahead_bytes else 0):
             prefetch_value(b, lines, ahead_bytes + LINE_BYTES * line)
         activations = Record(b, record, rows)
         words = code_words(isa, item, b, lines, code_sums.table(item.table))
@@ -298,6 +300,17 @@ def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
         return sums
 
     return step
+
+
+def header_ahead(item: WeightFormat, ahead_bytes: int):
+    """Intrinsic (superblock): ask for its header lines, between the code lines that `form_step` asks for."""
+
+    @emits(types.void, intp)
+    def ask(b, superblock):
+        for line in range(item.header_lines if ahead_bytes else 0):
+            prefetch_value(b, superblock, ahead_bytes + LINE_BYTES * line)
+
+    return ask
 
 
 def store_sums_of_16(b, v_sums, second, row_bytes):
