@@ -5,6 +5,7 @@ from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.block import Block, BlockWeights, Norm, add_output, normed_linear
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.attend import AttentionBuffers, AttentionParameters, attend, store
+from hetero_attn.ops.linear import SplitInput
 from hetero_attn.ops.run import KvView, Run
 from hetero_attn.spec.decoder.attention import AttentionDeclaration
 
@@ -23,7 +24,7 @@ class Attention(AttentionDeclaration, Block):
         buffers = self._buffers(work)
         attend(run, state, parameters, heads, computed, buffers)
         column = state.pool.gpu_kv_heads * parameters.queries_per_kv * parameters.head_dim
-        add_output(run, o, buffers.out, column, work, weights.vector("post_norm"), self._eps)
+        add_output(run, o, SplitInput(buffers.out, column), work, weights.vector("post_norm"), self._eps)
 
     def _norm_whole(self, lanes: Lanes, weights: BlockWeights, heads: Activation, computed: int) -> int:
         """Norm q and k over all heads, where they all come together for it; returns the KV heads that are on the

@@ -16,7 +16,7 @@ import torch
 from hetero_attn.lanes.activation import Activation
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.workspace import Workspace
-from hetero_attn.ops.linear import LinearWeights, linear, linear_add
+from hetero_attn.ops.linear import LinearWeights, SplitInput, linear, linear_add
 from hetero_attn.ops.run import KvView, Run
 from hetero_attn.spec.blocks import Declaration
 from hetero_attn.spec.config import ModelConfig
@@ -136,24 +136,14 @@ def _as_it_is(lanes: Lanes, width: int, work: Workspace, weights: LinearWeights,
 
 
 def add_output(
-    run: Run,
-    last: LinearWeights,
-    x: Activation,
-    column: int,
-    work: Workspace,
-    post_norm: Activation,
-    norm_eps: float,
-    inputs: Any = None,
+    run: Run, last: LinearWeights, split: SplitInput, work: Workspace, post_norm: Activation, norm_eps: float
 ) -> None:
-    """Add what the last linear of a block gives to the residual, RMS-normalised by `post_norm` where that is there.
-
-    x, column, inputs: as `linear_add` takes them.
-    """
+    """Add what the last linear of a block gives to the residual, RMS-normalised by `post_norm` where that is there."""
     lanes, tier = run.lanes, run.step.tier
     if post_norm.main is None:
-        linear_add(lanes, last, tier, x, column, work.residual, work.scratch, inputs=inputs)
+        linear_add(lanes, last, tier, split, work.residual, work.scratch)
         return
     hidden_size, projected = post_norm.main.shape[0], work.of("projected", last.spec.out_features)
-    linear_add(lanes, last, tier, x, column, projected, work.scratch, add=False, inputs=inputs)
+    linear_add(lanes, last, tier, split, projected, work.scratch, add=False)
     residual = work.residual.main[:, :hidden_size]
     lanes.main_ops.rms_norm(projected.main[:, :hidden_size], post_norm.main, norm_eps, residual, True)

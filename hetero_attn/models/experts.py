@@ -14,7 +14,7 @@ from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.block import Block, BlockWeights, Norm, StateView, normalize
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.experts import ExpertBuffers, add_experts, compute_experts, routes_in
-from hetero_attn.ops.linear import LinearWeights, linear, linear_add
+from hetero_attn.ops.linear import LinearWeights, SplitInput, linear, linear_add
 from hetero_attn.ops.run import Run
 from hetero_attn.spec.decoder.experts import ExpertsDeclaration
 
@@ -93,6 +93,5 @@ class Experts(ExpertsDeclaration, Block):
         if column:
             activate("device", slice(0, column))
         inputs = down.spec.in_features
-        linear_add(
-            lanes, down, tier, activated.columns(0, inputs), min(column // 2, inputs), work.residual, work.scratch
-        )
+        split = SplitInput(activated.columns(0, inputs), min(column // 2, inputs))
+        linear_add(lanes, down, tier, split, work.residual, work.scratch)

@@ -6,7 +6,7 @@ from cpu_kernels.contract import Ops
 from hetero_attn.lanes.activation import Activation
 from hetero_attn.models.block import Block, BlockWeights, Norm, StateView, add_output, normed_linear
 from hetero_attn.models.workspace import Workspace
-from hetero_attn.ops.linear import LinearWeights, linear
+from hetero_attn.ops.linear import LinearWeights, SplitInput, linear
 from hetero_attn.ops.run import Run
 from hetero_attn.spec.decoder.mlp import MlpDeclaration
 from hetero_attn.spec.decoder.norms import SHARED
@@ -36,8 +36,8 @@ class Mlp(MlpDeclaration, Block):
                 inputs = ops.rounded_gated(*on_device, self._activate, down.spec.format)
             else:
                 self._apply(ops, *on_device)
-        x, computed = activated.columns(0, width), min(computed, width)
-        add_output(run, down, x, computed, work, weights.vector("post_norm"), self._eps, inputs)
+        split = SplitInput(activated.columns(0, width), min(computed, width), inputs)
+        add_output(run, down, split, work, weights.vector("post_norm"), self._eps)
 
     def _multiply(
         self, run: Run, weights: BlockWeights, first: LinearWeights, work: Workspace, out: Activation

@@ -10,7 +10,7 @@ simply read from its copy from the next step on.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -95,6 +95,18 @@ class LinearWeights:
         return (unit - self.first_dram_unit) * self.spec.unit_rows
 
 
+class SplitInput(NamedTuple):
+    """The input of a linear where its columns were computed: [0, column) of x in GPU memory, or they will be, and the
+    rest in host memory.
+
+    rounded: what `rounded` gives for x, where that is there already, which `LinearWeights.multiplies_at_once` allows.
+    """
+
+    x: Activation
+    column: int
+    rounded: Any = None
+
+
 def run_on_device(
     lanes: Lanes,
     weights: LinearWeights,
@@ -156,21 +168,18 @@ def linear_add(
     lanes: Lanes,
     weights: LinearWeights,
     tier: int,
-    x: Activation,
-    column: int,
+    split: SplitInput,
     residual: Activation,
     scratch: Activation,
     add: bool = True,
-    inputs: Any = None,
 ) -> None:
     """Add `x @ W.T + bias` to the residual where it lives; `scratch` carries what the CPU lane computed to a GPU.
 
-    add: False writes it there instead, whatever was there before. inputs: x as `rounded` gives it for the GPU, where
-    that is there already, which `LinearWeights.multiplies_at_once` allows.
-    x: its columns [0, column) are in GPU memory, or will be, and the rest in host memory; it is completed here on every
-    side that multiplies it. The CPU lane is asked right behind the copy that completes its side, and works while the
-    GPU waits for its own.
+    add: False writes it there instead, whatever was there before. split: x, completed here on every side that
+    multiplies it. The CPU lane is asked right behind the copy that completes its side, and works while the GPU waits
+    for its own.
     """
+    x, column, inputs = split
     if lanes.device is None:
         run_on_host(lanes, weights, tier, x, residual, add)
         return

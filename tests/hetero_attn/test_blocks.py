@@ -17,7 +17,7 @@ from hetero_attn.engine.build import build_engine
 from hetero_attn.errors import CheckpointError
 from hetero_attn.models.block import Block, Norm, normalize
 from hetero_attn.models.decoder import decoder
-from hetero_attn.ops.linear import linear, linear_add
+from hetero_attn.ops.linear import SplitInput, linear, linear_add
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.blocks import BufferSet, FixedState, Vector
 from hetero_attn.spec.buffers import ActivationWidths, widest_sets
@@ -59,7 +59,8 @@ class Mixer(Block):
         normed, mixed = work.of("normed", HIDDEN), work.of("mixed", MIXED)
         normalize(lanes, Norm(weights.vector("norm"), EPS), work.residual, normed, first.has_host_features(tier))
         linear(lanes, first, tier, normed, mixed)
-        linear_add(lanes, second, tier, mixed, first.device_features(tier), work.residual, work.scratch)
+        split = SplitInput(mixed, first.device_features(tier))
+        linear_add(lanes, second, tier, split, work.residual, work.scratch)
 
 
 class Decay(Block):
@@ -83,7 +84,7 @@ class Decay(Block):
             state.values.index_copy_(0, sequence_id[None], values)
             row.copy_(values[0])
         column = HIDDEN if lanes.device is not None else 0
-        linear_add(lanes, out, run.step.tier, normed, column, work.residual, work.scratch)
+        linear_add(lanes, out, run.step.tier, SplitInput(normed, column), work.residual, work.scratch)
 
 
 KINDS = {"mixer": Mixer, "decay": Decay}
