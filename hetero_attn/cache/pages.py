@@ -60,43 +60,45 @@ def runs(pages: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], in
             start = index
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreSizes:
+    """How large a store is: pages of page_size tokens for kv_heads KV heads in each of a run of layers, and the page
+    tables of max_batch sequences of at most max_pages pages."""
+
+    layers: int
+    kv_heads: int
+    num_pages: int
+    page_size: int
+    head_dim: int
+    kv_dtype: str
+    max_batch: int
+    max_pages: int
+
+
 class PagedStore:
     """Pages of `kv_heads` KV heads for a run of layers, in one memory.
 
     k[i], v[i]: [num_pages * kv_heads, page_size, row_items] of the run's i-th layer, laid out as
     cpu_kernels.formats.pages says for the KV dtype; page p of KV head h is row p * kv_heads + h. table: int32
-    [max_batch, kv_heads, pages of max_context] in host memory, the row number of each logical page. allocate: where k
-    and v come from, called with (shape, dtype, "kv"). device: whose memory that is, None for host memory.
+    [max_batch, kv_heads, max_pages] in host memory, the row number of each logical page. allocate: where k and v come
+    from, called with (shape, dtype, "kv"). device: whose memory that is, None for host memory.
     """
 
-    def __init__(
-        self,
-        allocate: Allocate,
-        device: Device | None = None,
-        *,
-        layers: int,
-        kv_heads: int,
-        num_pages: int,
-        page_size: int,
-        head_dim: int,
-        kv_dtype: str,
-        max_batch: int,
-        max_pages: int,
-    ) -> None:
-        self.kv_heads = kv_heads
-        self.page_size = page_size
-        self.max_batch = max_batch
-        self.num_pages = num_pages
+    def __init__(self, sizes: StoreSizes, allocate: Allocate, device: Device | None = None) -> None:
+        kv_heads = self.kv_heads = sizes.kv_heads
+        self.page_size = sizes.page_size
+        self.max_batch = sizes.max_batch
+        self.num_pages = sizes.num_pages
         self._allocate = allocate
         self._device = device
         self._parked: list[torch.Tensor] | None = None
-        self._row_shape = (page_size, kv_layout.row_items(kv_dtype, head_dim))
-        self._dtype = TORCH_DTYPES[kv_dtype]
-        self.k = [self._new_pages() for _ in range(layers)]
-        self.v = [self._new_pages() for _ in range(layers)]
-        self.table = torch.zeros((max_batch, kv_heads, max_pages), dtype=torch.int32, device="cpu")
+        self._row_shape = (sizes.page_size, kv_layout.row_items(sizes.kv_dtype, sizes.head_dim))
+        self._dtype = TORCH_DTYPES[sizes.kv_dtype]
+        self.k = [self._new_pages() for _ in range(sizes.layers)]
+        self.v = [self._new_pages() for _ in range(sizes.layers)]
+        self.table = torch.zeros((sizes.max_batch, kv_heads, sizes.max_pages), dtype=torch.int32, device="cpu")
         self._numbers = self.table.numpy()
-        self._free = list(range(num_pages))  # a heap: the lowest first, so that what is taken together lies together
+        self._free = list(range(sizes.num_pages))  # a heap: what is taken together lies together
         self._head_rows = torch.arange(kv_heads, dtype=torch.int32, device="cpu")
 
     @property

@@ -1,11 +1,8 @@
 """The KV cache of the layers that one placement and one window describe: who holds which page, and in which store.
 
-    host     the KV heads the CPU owns: every token, DRAM
-    recent   the KV heads the GPU owns: the newest tokens, GPU memory
-    spilled  the same KV heads: the older tokens, DRAM, page-locked because they come from the GPU and go back there
-
-A sequence of a KV head of the GPU is the segment [first, boundary) in `spilled` and [boundary, length) in `recent`. A
-page that several sequences hold has one place for all of them, so moving it moves their boundaries together. When the
+Its stores are `host`, `recent` and `spilled` (`stores.py`). A sequence of a KV head of the GPU is the segment
+[first, boundary) in `spilled` and [boundary, length) in `recent`. A page that several sequences hold has one place for
+all of them, so moving it moves their boundaries together. When the
 newest tokens would not fit, idle pages leave `recent` first and then the oldest page of the fullest sequence. Pages
 wholly older than a sliding window are let go as the sequence grows. A page that nobody holds stays, idle, while the
 prefix tree remembers it and nobody needs its memory; the one idle for longest goes first.
@@ -14,11 +11,10 @@ prefix tree remembers it and nobody needs its memory; the one idle for longest g
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from hetero_attn.cache.moves import PageMoves
-from hetero_attn.cache.pages import Allocate, Page, PagedStore, host_empty
+from hetero_attn.cache.pages import Page, PagedStore
+from hetero_attn.cache.stores import PageStores
 from hetero_attn.devices import Device
 from hetero_attn.errors import MemoryBudgetError
-from placement.plan.memory import kv_recent_tokens, kv_spilled_tokens
 from placement.plan.plan import Plan
 
 
@@ -46,39 +42,19 @@ class CachePool:
         self.gpu_kv_heads = placement.gpu_kv_heads
         self.capacity = workload.layer_tokens(shard) // self.page_size
         self.forget: Callable[[Page], None] = lambda page: None
-        self.moves = None if device is None else PageMoves(device, len(layers))
         self._sequence_pages = workload.sequence_tokens(shard) // self.page_size
         self._held: list[dict[int, Page]] = [{} for _ in range(plan.max_batch)]
         self._reserved = [0] * plan.max_batch
         self._boundary = [0] * plan.max_batch  # in pages
         self.idle: dict[Page, None] = {}
-
-        def store(kv_heads: int, tokens: int, allocate: Allocate, device: Device | None = None) -> PagedStore | None:
-            if kv_heads == 0 or tokens == 0:
-                return None
-            return PagedStore(
-                allocate,
-                device,
-                layers=len(layers),
-                kv_heads=kv_heads,
-                num_pages=tokens // plan.page_size,
-                page_size=plan.page_size,
-                head_dim=workload.head_dim_of(shard),
-                kv_dtype=workload.kv_dtype,
-                max_batch=plan.max_batch,
-                max_pages=-(-plan.max_context // plan.page_size),
-            )
-
-        recent, spilled = (f(workload, shard, placement.gpu_tokens) for f in (kv_recent_tokens, kv_spilled_tokens))
-        self.host = store(shard.kv_heads - self.gpu_kv_heads, workload.layer_tokens(shard), host_empty)
-        self.recent = None if device is None else store(self.gpu_kv_heads, recent, device.empty, device)
-        self.spilled = None if device is None else store(self.gpu_kv_heads, spilled, device.host_empty)
+        self._stores = PageStores(plan, layers, device)
+        self.host, self.recent, self.spilled = self._stores.host, self._stores.recent, self._stores.spilled
+        self.moves = self._stores.moves
 
     @property
     def stores(self) -> dict[str, PagedStore]:
         """The stores that exist, by name."""
-        named = {name: getattr(self, name) for name in ("host", "recent", "spilled")}
-        return {name: store for name, store in named.items() if store is not None}
+        return self._stores.by_name
 
     @property
     def max_new_pages(self) -> int | None:
@@ -137,7 +113,7 @@ class CachePool:
             )
         for logical in missing:
             self._hold(sequence_id, self._new_page(logical, others))
-        self._start_moves()
+        self._stores.start_moves()
 
     def share(self, sequence_id: int, pages: Iterable[Page]) -> None:
         """Let a sequence hold pages that exist, in order and before any of its own."""
@@ -152,7 +128,7 @@ class CachePool:
             for page in pages:
                 if page.recent is not None and page.index <= max(older):
                     self._spill(page)
-        self._start_moves()
+        self._stores.start_moves()
 
     def own_tail(self, sequence: SequenceState, others: Iterable[SequenceState]) -> None:
         """Make the page that a sequence writes to next, if it is partly filled, its own and, on the GPU, recent."""
@@ -167,7 +143,7 @@ class CachePool:
                 self._fetch(page, others)
         else:
             self._copy_for(sequence_id, page, others)
-        self._start_moves()
+        self._stores.start_moves()
 
     def cut(self, sequence_id: int, length: int) -> None:
         """Let go of the pages of the tokens from `length` on."""
@@ -185,7 +161,7 @@ class CachePool:
         """Free a page that the prefix tree no longer remembers, unless a sequence holds it."""
         if not page.holders:
             self.idle.pop(page, None)
-            self._free(page)
+            self._stores.free(page)
 
     def shrink(self, gpu_tokens: int, others: Iterable[SequenceState]) -> None:
         """Keep no more than `gpu_tokens` in GPU memory; older pages move to DRAM as needed."""
@@ -205,20 +181,15 @@ class CachePool:
             self._resize_recent(pages)
             while self.recent.free_pages and (page := self._newest_spilled(others)) is not None:
                 self._fetch(page, others)
-            self._start_moves()
+            self._stores.start_moves()
 
     def _recent_pages(self, gpu_tokens: int) -> int:
         return min(-(-gpu_tokens // self.page_size), self.capacity)
 
     def _resize_recent(self, num_pages: int) -> None:
-        self.moves.finish()
         pages = {page: None for held in self._held for page in held.values() if page.recent is not None}
         pages |= {page: None for page in self.idle if page.recent is not None}
-        self.recent.resize(num_pages, [page.recent for page in pages])
-        for number, page in enumerate(pages):
-            page.recent = number
-            for sequence_id in page.holders:
-                self.recent.place(sequence_id, page.index, number)
+        self._stores.resize_recent(num_pages, list(pages))
 
     def _newest_spilled(self, sequences: Iterable[SequenceState]) -> Page | None:
         """The last page in DRAM of the sequence with the most there; its sharers have their boundary behind it too."""
@@ -235,31 +206,23 @@ class CachePool:
             if self.recent is not None:
                 page.recent = self._acquire_recent(others)
         except BaseException:
-            self._free(page)
+            self._stores.free(page)
             raise
         return page
 
     def _hold(self, sequence_id: int, page: Page) -> None:
         page.holders.add(sequence_id)
         self._held[sequence_id][page.index] = page
-        for name, store in self.stores.items():
-            if getattr(page, name) is not None:
-                store.place(sequence_id, page.index, getattr(page, name))
+        self._stores.hold(sequence_id, page)
 
     def _let_go(self, sequence_id: int, logical: int) -> None:
         page = self._held[sequence_id].pop(logical)
         page.holders.discard(sequence_id)
         if not page.holders:
             if page.node is None:
-                self._free(page)
+                self._stores.free(page)
             else:
                 self.idle[page] = None
-
-    def _free(self, page: Page) -> None:
-        for name, store in self.stores.items():
-            if getattr(page, name) is not None:
-                store.free(getattr(page, name))
-                setattr(page, name, None)
 
     def _forget(self, page: Page) -> None:
         if page.node is not None:
@@ -309,37 +272,19 @@ class CachePool:
             for logical in range(self._boundary[sequence_id], page.index):
                 if logical in self._held[sequence_id] and self._held[sequence_id][logical].recent is not None:
                     self._spill(self._held[sequence_id][logical])
-        page.spilled = self._acquire(self.spilled, "spilled")
-        self.moves.queue(self.spilled, page.spilled, self.recent, page.recent)
-        self.recent.free(page.recent)
-        page.recent = None
+        self._stores.spill(page, self._acquire(self.spilled, "spilled"))
         for sequence_id in page.holders:
-            self.spilled.place(sequence_id, page.index, page.spilled)
             self._boundary[sequence_id] = max(self._boundary[sequence_id], page.index + 1)
 
     def _fetch(self, page: Page, others: Iterable[SequenceState]) -> None:
         """Bring a page back, the last in DRAM of every sequence that holds it."""
-        page.recent = self._acquire_recent(others)
-        self.moves.queue(self.recent, page.recent, self.spilled, page.spilled)
-        self.spilled.free(page.spilled)
-        page.spilled = None
+        self._stores.fetch(page, self._acquire_recent(others))
         for sequence_id in page.holders:
-            self.recent.place(sequence_id, page.index, page.recent)
             self._boundary[sequence_id] = page.index
 
     def _copy_for(self, sequence_id: int, page: Page, others: Iterable[SequenceState]) -> None:
         """Give a sequence a copy of a page that it shares."""
         copy = self._new_page(page.index, others)
-        if self.host is not None:
-            to, frm = self.host.page_rows(copy.host), self.host.page_rows(page.host)
-            for pages in (*self.host.k, *self.host.v):
-                pages[to] = pages[frm]
-        if self.recent is not None:
-            source = "spilled" if page.recent is None else "recent"
-            self.moves.queue(self.recent, copy.recent, getattr(self, source), getattr(page, source))
+        self._stores.copy(page, copy)
         page.holders.discard(sequence_id)
         self._hold(sequence_id, copy)
-
-    def _start_moves(self) -> None:
-        if self.moves is not None:
-            self.moves.start()
