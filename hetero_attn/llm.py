@@ -1,47 +1,38 @@
 """The public API: load a model by a plan, generate, stream, chat, score."""
 
-import time
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hetero_attn.engine.build import build_engine
 from hetero_attn.engine.host_memory import memory_named
 from hetero_attn.engine.lane_report import LaneReport
 from hetero_attn.engine.measure import refresh_profile
 from hetero_attn.engine.rebalance import Rebalancer
 from hetero_attn.engine.replan import Replanner
-from hetero_attn.errors import ArgumentError, ConfigError, PromptError, QueueFullError, SamplingError
+from hetero_attn.errors import ArgumentError
 from hetero_attn.planning.arguments import checked_arguments
 from hetero_attn.planning.fitting import settle_or_suggest
 from hetero_attn.planning.options import PAGE_TOKENS, LoadOptions
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.serving.defaults import default_params
 from hetero_attn.serving.grammar import Grammars
+from hetero_attn.serving.intake import Intake, Messages, Prompt
+from hetero_attn.serving.loading import load_beside
 from hetero_attn.serving.parameters import Params, for_each
-from hetero_attn.serving.progress import PrefillBar, compile_note, loading_bar, prepare_note
-from hetero_attn.serving.prompt_scores import PromptScores
-from hetero_attn.serving.prompts import are_conversations, as_prompt, as_prompts, as_token_ids
+from hetero_attn.serving.progress import PrefillBar
+from hetero_attn.serving.prompts import are_conversations, as_prompts
 from hetero_attn.serving.request import Request, RequestOutput
-from hetero_attn.serving.sampling import Sampler
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.serving.scheduler import Scheduler
 from hetero_attn.serving.stream import Stream
-from hetero_attn.serving.text.opening import NO_TEXT, open_beside, watch_opening
 from hetero_attn.serving.text.tokenizer import Tokenizer
 from hetero_attn.serving.turns import Turns
 from hetero_attn.speculation.speculator import make_speculator
 from placement import HardwareProfile, Plan, Policy
 from placement.plan.units import parse_bytes
-
-Prompt = str | Sequence[int]
-Messages = Sequence[Mapping[str, object]]
 
 
 class LLM:
@@ -57,12 +48,12 @@ class LLM:
     `resize` works and the cache may take GPU memory from the weights as it grows. kv_tokens: tokens that the cache
     holds for all sequences together, None is max_context for each. prefix_cache keeps what was computed, as long as
     nobody needs its memory, for prompts that begin alike. handover: how GPU and CPU lane wait for each other, auto |
-    events | flags | graph. overlap=False runs the lanes one after another. progress shows a bar
-    while loading. max_waiting: a call that finds so many requests waiting for a place raises QueueFullError.
-    needs_text=True refuses a model whose tokenizer is missing or cannot be opened, as soon as that is known, and stops
-    loading its weights; else such a model warns and takes token ids. speculate: off | ngram | auto; "ngram" computes
-    tokens ahead that came before in prompt or answer, as many as pay by what passes take here, and keeps those that the
-    sampler draws; "auto" does so wherever the model allows it.
+    events | flags | graph. overlap=False runs the lanes one after another. progress shows a bar while loading.
+    max_waiting: a call that finds so many requests waiting for a place raises QueueFullError. needs_text=True refuses
+    a model whose tokenizer is missing or cannot be opened, as soon as that is known, and stops loading its weights;
+    else such a model warns and takes token ids. speculate: off | ngram | auto; "ngram" computes tokens ahead that came
+    before in prompt or answer, as many as pay by what passes take here, and keeps those that the sampler draws; "auto"
+    does so wherever the model allows it.
 
     A request with `max_tokens` reserves the cache that it may need. One without takes pages as it grows; when they run
     out, the youngest of the lowest priority waits again and later goes on where it was.
@@ -100,53 +91,20 @@ class LLM:
         needs_text: bool = False,
         speculate: str = "off",
     ) -> None:
-        checked = checked_arguments(
-            seed=seed,
-            prefix_cache=prefix_cache,
-            overlap=overlap,
-            handover=handover,
-            progress=progress,
-            max_waiting=max_waiting,
-            needs_text=needs_text,
-            speculate=speculate,
-        )
-        seed = checked["seed"]
-        wishes = LoadOptions(
-            model=model,
-            policy=policy,
-            gpu_memory=gpu_memory,
-            dtype=dtype,
-            device=device,
-            max_context=max_context,
-            max_batch=max_batch,
-            num_threads=num_threads,
-            hardware=hardware,
-            page_size=page_size,
-            elastic=elastic,
-            kv_tokens=kv_tokens,
-            kv_dtype=kv_dtype,
-            file=file,
-            tokenizer=tokenizer,
-        )
-        if wishes.asks_for_this_machine:
+        wishes = {name: value for name, value in locals().items() if name != "self"}
+        self._load(LoadOptions(**wishes))
+
+    def _load(self, options: LoadOptions) -> None:
+        if options.asks_for_this_machine:
             refresh_profile()
-        planned = settle_or_suggest(wishes)
-        with memory_named(f"loading {planned.plan.model}"), loading_bar(planned.plan, progress) as bar:
-            self._opening = open_beside(planned.tokenizer or planned.path)
-            watched = watch_opening(self._opening, planned.plan.model, needs_text, bar.update)
-            watched(0)
-            on_compile = compile_note if progress else None
-            on_prepare = prepare_note if progress else lambda name: None
-            self.engine = build_engine(planned, overlap, watched, on_compile, prefix_cache, handover, on_prepare)
-        self._progress = progress
-        self._max_waiting = checked["max_waiting"]
-        self._tokenizer_failure: ConfigError | None = None
+        planned, self._progress = settle_or_suggest(options), options.progress
+        opening, self.engine = load_beside(planned, options)
         self._replanner = Replanner(self.engine, planned)
         self._rebalancer = Rebalancer(self.engine, self._replanner)
-        speculator = make_speculator(speculate, bool(self.engine.kv_cache.states), self.engine.report)
+        speculator = make_speculator(options.speculate, bool(self.engine.kv_cache.states), self.engine.report)
         self._scheduler = Scheduler(self.engine, speculator)
         self._turns = Turns(self.engine, self._scheduler)
-        self._seeds = torch.Generator().manual_seed(seed) if seed is not None else None
+        self._intake = Intake(self._replanner, self._turns, opening, options)
         self._finalizer = weakref.finalize(self, self._turns.close_soon)
 
     @property
@@ -159,18 +117,15 @@ class LLM:
         """What lives and runs where."""
         return self.planned.plan
 
-    @cached_property
+    @property
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer, None for a model without one; it is opened while the weights load."""
-        opened = self._opening.result()
-        if opened is not None:
-            opened.compare_vocab(self.planned.config.vocab_size)
-        return opened
+        return self._intake.tokenizer
 
-    @cached_property
+    @property
     def grammars(self) -> Grammars:
         """What makes answers follow a schema or a grammar."""
-        return Grammars(self._tokenizer_if_any(), self.engine.config.vocab_size, self._end_token_ids())
+        return self._intake.grammars
 
     def default_params(self, **given: Any) -> SamplingParams:
         """The parameters of a request that brings none: as generation_config.json suggests, with `given` over it.
@@ -184,24 +139,22 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete every prompt; results come in the order of the prompts.
 
-        prompts: one prompt or several, each a string or a list of token ids. params: one for all, or a list of one for
-        each; None is `default_params()`. Raises PromptError before anything is computed. Prompts that begin alike
-        compute what they share once.
+        prompts: one or several, each a string or a list of token ids. params: one for all, or one for each; None is
+        `default_params()`. Raises PromptError before anything is computed. What prompts share is computed once.
         """
         prompts = as_prompts(prompts)
         each = zip(prompts, for_each(params, len(prompts)), strict=True)
-        requests = [self._request(*pair, priority) for pair in each]
+        requests = [self._intake.request(*pair, priority) for pair in each]
         self._run(requests)
         return [request.output() for request in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Stream:
-        """Complete one prompt, yielding text as it becomes certain; never half a character, never part of a stop
-        string.
+        """Complete one prompt, yielding text as it becomes certain: never half a character or part of a stop string.
 
         Leaving the loop early ends the request. Streams may be read in any order, several in one thread, beside
         `generate` and `step` of any thread: each yields its whole text once.
         """
-        request = self._request(prompt, params, priority)
+        request = self._intake.request(prompt, params, priority)
         return Stream(self._turns, request, self.step, self._bar([request]))
 
     def chat(
@@ -218,8 +171,8 @@ class LLM:
         beside the messages, such as {"enable_thinking": False}, tools or documents.
         """
         if not are_conversations(messages):
-            return self.generate([self._chat_prompt(messages, template_variables)], params)[0]
-        return self.generate([self._chat_prompt(each, template_variables) for each in messages], params)
+            return self.generate([self._intake.chat_prompt(messages, template_variables)], params)[0]
+        return self.generate([self._intake.chat_prompt(each, template_variables) for each in messages], params)
 
     def stream_chat(
         self,
@@ -229,15 +182,15 @@ class LLM:
         template_variables: Mapping[str, object] | None = None,
     ) -> Stream:
         """As `chat` of one conversation, yielding pieces like `stream`."""
-        return self.stream(self._chat_prompt(messages, template_variables), params)
+        return self.stream(self._intake.chat_prompt(messages, template_variables), params)
 
     def add(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Request:
         """Queue a prompt for `step`, as a server does; returns at once. Raises PromptError.
 
-        priority: higher goes first; those of one priority come in their order.
-        The request's `token_ids` and `text` grow with every step; once `finish_reason` is set, `output()` is complete.
+        priority: higher goes first, in order. The request's `token_ids` and `text` grow with every step; once
+        `finish_reason` is set, `output()` is complete.
         """
-        request = self._request(prompt, params, priority)
+        request = self._intake.request(prompt, params, priority)
         self._turns.add(request)
         return request
 
@@ -248,10 +201,7 @@ class LLM:
         Once the request has ended, `request.scores.tokens` holds an entry for each token of the prompt: None for the
         first, else its natural log-probability by the very same plan. The logits themselves are not kept.
         """
-        params = SamplingParams(logprobs=logprobs)
-        request = self._scoring(prompt)
-        request.scores = PromptScores(request.prompt_token_ids, params.logprobs or 0)
-        request.priority, request.asked_at = priority, time.perf_counter()
+        request = self._intake.scored(prompt, logprobs, priority)
         self._turns.add(request)
         return request
 
@@ -265,10 +215,7 @@ class LLM:
             return self._turns.alone(self._step)
 
     def abort(self, request: Request) -> None:
-        """End a request where it stands; what it generated stays readable. No effect if it ended.
-
-        Returns at once: beside a step that runs, the request ends after it.
-        """
+        """End a request where it stands, or after the step that runs; what it generated stays readable. Never waits."""
         if not isinstance(request, Request):
             raise ArgumentError(f"request is {request!r:.60}; it must be one that `add` returned")
         self._turns.abort(request)
@@ -279,7 +226,7 @@ class LLM:
         token_ids: or a string, which stands for its tokens. Waits for its place in the queue like any prompt; the steps
         that it takes are everybody's.
         """
-        request = self._scoring(token_ids)
+        request = self._intake.scoring(token_ids)
         self._run([request])
         request.output()
         with memory_named("collecting logits"), self._turns.beside_steps(), self.engine.lanes.torch_at_rest():
@@ -289,12 +236,11 @@ class LLM:
         """Change the GPU budget of an elastic model, up or down, without loading anything again; returns the new plan.
 
         Requests in flight keep every token: the change is made between two steps. Their next tokens are those of the
-        new
-        plan, whose lanes add in another order: in fp32 logits agree to 1e-11, while with bf16 or int8 activations a
-        greedy token can turn where two are nearly as likely. On CUDA the memory is one
-        piece, taken at load: a smaller budget binds the model, but frees nothing for other programs. Raises
-        MemoryBudgetError, and leaves the model as it was, for a budget too small (the message names the smallest that
-        works), for a model loaded without `elastic`, and on CUDA for a budget above that of the load.
+        new plan, whose lanes add in another order: in fp32 logits agree to 1e-11, while with bf16 or int8 activations a
+        greedy token can turn where two are nearly as likely. On CUDA the memory is one piece, taken at load: a smaller
+        budget binds the model, but frees nothing for other programs. Raises MemoryBudgetError, and leaves the model as
+        it was, for a budget too small (the message names the smallest that works), for a model loaded without
+        `elastic`, and on CUDA for a budget above that of the load.
         """
         size = checked_arguments(gpu_memory=gpu_memory)["gpu_memory"]
         if size is None:
@@ -308,14 +254,7 @@ class LLM:
 
     def check_context(self, tokens: int, reserve: int = 0) -> None:
         """Raise PromptError unless `tokens`, and `reserve` more, fit the context that the plan reserves."""
-        for name, count in (("tokens", tokens), ("reserve", reserve)):
-            if not isinstance(count, Integral) or isinstance(count, bool) or count < 0:
-                raise ArgumentError(f"{name} is {count!r:.60}; it must be a number of tokens")
-        if tokens + reserve > self.plan.max_context:
-            raise PromptError(
-                f"the prompt has {tokens} tokens, but the context of this plan holds {self.plan.max_context} including "
-                "the answer; shorten the prompt or load with a larger max_context"
-            )
+        self._intake.check_context(tokens, reserve)
 
     def close(self) -> None:
         """Stop threads and free memory; idempotent.
@@ -334,95 +273,6 @@ class LLM:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _request(self, prompt: Prompt, params: SamplingParams | None, priority: int = 0) -> Request:
-        asked_at = time.perf_counter()
-        params = self.default_params() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise SamplingError(f"params is {params!r:.60}; it must be one SamplingParams, or None")
-        if not isinstance(priority, int):
-            raise SamplingError(f"priority is {priority!r:.60}; it must be an int, higher goes first")
-        self._turns.check()
-        self._check_queue()
-        with self._turns.beside_steps():
-            config, prompt = self.engine.config, as_prompt(prompt)
-            ids = self._require_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
-            if not ids and config.bos_token_id is not None:
-                ids = [config.bos_token_id]
-            ids = self._check_ids(ids, reserve=1)
-            room, tokenizer = self.plan.max_context - len(ids), self._tokenizer_if_any()
-            if tokenizer is not None and params.skip_special_tokens:
-                params = tokenizer.with_special_stops(params)
-            seed = None if self._seeds is None else int(torch.randint(1 << 62, (), generator=self._seeds, device="cpu"))
-            return Request(
-                prompt_token_ids=ids,
-                params=params,
-                sampler=Sampler(params, self._end_token_ids(), config.vocab_size, seed, self.grammars.mask(params)),
-                stream=None if tokenizer is None else tokenizer.stream(params.stop, params.skip_special_tokens),
-                max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-                asked_at=asked_at,
-                prefill_s=time.perf_counter() - asked_at,
-                priority=priority,
-            )
-
-    def _scoring(self, prompt: Prompt) -> Request:
-        """A request for the logits of a prompt's tokens."""
-        self._turns.check()
-        self._check_queue()
-        with self._turns.beside_steps():
-            token_ids = self._require_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
-            params = SamplingParams()
-            sampler = Sampler(params, (), self.engine.config.vocab_size, 0)
-            return Request(self._check_ids(token_ids, reserve=0), params, sampler, stream=None, max_tokens=0, scores=[])
-
-    def _chat_prompt(self, messages: Messages, template_variables: Mapping[str, object] | None) -> list[int]:
-        """A conversation as the model's template writes it."""
-        with self._turns.beside_steps():
-            return self._require_tokenizer().encode_chat(messages, True, template_variables)
-
-    def _end_token_ids(self) -> tuple[int, ...]:
-        tokenizer = self._tokenizer_if_any()
-        own = () if tokenizer is None else tokenizer.eos_token_ids
-        return tuple(sorted({*self.planned.config.eos_token_ids, *own}))
-
-    def _tokenizer_if_any(self) -> Tokenizer | None:
-        """The tokenizer; None for a model without one, and, with a warning, for one that cannot be opened: prompts of
-        token ids need none."""
-        if self._tokenizer_failure is not None:
-            return None
-        try:
-            return self.tokenizer
-        except ConfigError as error:
-            self._tokenizer_failure = error
-            warnings.warn(f"{NO_TEXT}: {error}", stacklevel=4)
-            return None
-
-    def _require_tokenizer(self) -> Tokenizer:
-        if self._tokenizer_failure is not None:
-            raise self._tokenizer_failure
-        if self.tokenizer is None:
-            raise PromptError(f"{self.plan.model} has no tokenizer files; give prompts as lists of token ids")
-        return self.tokenizer
-
-    def _check_ids(self, token_ids: Sequence[int], reserve: int) -> tuple[int, ...]:
-        ids, vocab_size = as_token_ids(token_ids), self.engine.config.vocab_size
-        if not ids:
-            raise PromptError("the prompt is empty and this model has no token to begin with; give at least one token")
-        for position, token_id in enumerate(ids):
-            if not 0 <= token_id < vocab_size:
-                raise PromptError(
-                    f"token {token_id!r} at position {position} of the prompt is not in 0..{vocab_size - 1}"
-                )
-        self.check_context(len(ids), reserve)
-        return ids
-
-    def _check_queue(self) -> None:
-        waiting = self._turns.waiting
-        if self._max_waiting is not None and waiting >= self._max_waiting:
-            raise QueueFullError(
-                f"{self.plan.model}: {waiting} requests wait for a place, and max_waiting is {self._max_waiting}; try "
-                "again later, or load with a larger max_waiting"
-            )
 
     def _step(self) -> tuple[Request, ...]:
         if not self._scheduler.has_work:

@@ -33,6 +33,14 @@ class LoadOptions:
     kv_dtype: str = "auto"
     file: str | None = None
     tokenizer: str | Path | None = None
+    seed: int | None = 0
+    prefix_cache: bool = True
+    overlap: bool = True
+    handover: str = "auto"
+    progress: bool = True
+    max_waiting: int | None = None
+    needs_text: bool = False
+    speculate: str = "off"
 
     def __post_init__(self) -> None:
         given = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -354,8 +354,8 @@ def test_a_tokenizer_that_is_needed_is_refused_before_the_weights_are_read(tmp_p
         wait([opening := open_beside(path)])
         return opening
 
-    monkeypatch.setattr("hetero_attn.llm.open_beside", opened)
-    monkeypatch.setattr("hetero_attn.llm.build_engine", lambda *arguments: pytest.fail("loading has begun"))
+    monkeypatch.setattr("hetero_attn.serving.loading.open_beside", opened)
+    monkeypatch.setattr("hetero_attn.serving.loading.build_engine", lambda *arguments: pytest.fail("loading has begun"))
     with pytest.raises(ConfigError, match="the tokenizer cannot be loaded"):
         LLM(path, progress=False, needs_text=True, **OPTIONS)
     for command in (["generate", str(path), "-p", "x"], ["chat", str(path)]):

@@ -1,0 +1,26 @@
+"""A model's engine and its tokenizer, loaded side by side with a bar that shows how far they are."""
+
+from concurrent.futures import Future
+
+from hetero_attn.engine.build import build_engine
+from hetero_attn.engine.engine import Engine
+from hetero_attn.engine.host_memory import memory_named
+from hetero_attn.planning.options import LoadOptions
+from hetero_attn.planning.settle import PlannedModel
+from hetero_attn.serving.progress import compile_note, loading_bar, prepare_note
+from hetero_attn.serving.text.opening import open_beside, watch_opening
+from hetero_attn.serving.text.tokenizer import Tokenizer
+
+
+def load_beside(planned: PlannedModel, options: LoadOptions) -> tuple[Future[Tokenizer | None], Engine]:
+    """A model's tokenizer, which may still be opening, and its engine; raises what either raises."""
+    shows, model = options.progress, planned.plan.model
+    with memory_named(f"loading {model}"), loading_bar(planned.plan, shows) as bar:
+        opening = open_beside(planned.tokenizer or planned.path)
+        watched = watch_opening(opening, model, options.needs_text, bar.update)
+        watched(0)
+        on_compile, on_prepare = (compile_note, prepare_note) if shows else (None, lambda name: None)
+        engine = build_engine(
+            planned, options.overlap, watched, on_compile, options.prefix_cache, options.handover, on_prepare
+        )
+    return opening, engine
