@@ -24,7 +24,7 @@ from hetero_attn.tools.timeline.recording import CPU, GPU, MAIN
 from hetero_attn.tools.timeline.recording_driver import RecordingDriver
 from hetero_attn.tools.timeline.simulate import Simulation, Timeline
 from placement.machine.hardware import HardwareProfile
-from placement.plan.plan import build_plan
+from placement.plan.plan import Means, build_plan
 from tests.support.older_queueing import request_behind_wait, rounded_apart
 from tests.support.recorded_runs import first_run, llama_8b, llama_8b_config, recorded_runs
 
@@ -74,7 +74,7 @@ def prompt(chunk: int) -> Timeline:
         gpu_product_overhead_s=shown.gpu_product_overhead_s,
     )
     plan = build_plan(
-        llama_8b(chunk), run.plan.linears, run.plan.kv, device="cuda", gpu_memory_bytes=5 << 30, staging_slots=4
+        llama_8b(chunk), run.plan.linears, run.plan.kv, Means(device="cuda", gpu_memory_bytes=5 << 30, staging_slots=4)
     )
     return Simulation(llama_8b_config(), plan, machine).prompt(4096)
 

@@ -32,7 +32,7 @@ from hetero_attn.engine.engine import Engine
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.config import ModelConfig
 from placement.machine.hardware import HardwareProfile
-from placement.plan.plan import Plan, build_plan
+from placement.plan.plan import Means, Plan, build_plan
 from placement.plan.workload import row_tier
 from tests.support.runtime import toy_workload, uniform_plan
 from tests.support.silent_triton import Launches, silent_triton
@@ -147,7 +147,7 @@ def queueing_engine(plan_of: Any, folder: Path) -> Iterator[Engine]:
 def prompt_plan(workload: Any) -> Plan:
     """Half of every linear at home, half streamed; a part of the cache stays on the GPU."""
     plan = uniform_plan(workload, gpu=0.5, stream=0.5, gpu_kv_heads=2, gpu_tokens=3 * CHUNK)
-    return build_plan(workload, plan.linears, plan.kv, device="cuda", gpu_memory_bytes=64 << 20, num_threads=1)
+    return build_plan(workload, plan.linears, plan.kv, Means(device="cuda", gpu_memory_bytes=64 << 20, num_threads=1))
 
 
 def time_chunks(engine: Engine, chunks: int) -> list[float]:

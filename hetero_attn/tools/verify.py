@@ -48,7 +48,7 @@ from hetero_attn.tools.routes.watch import Routes, agreement, replayed, watched
 from hetero_attn.tools.unrounded import UnroundedOps
 from hetero_attn.tools.verify_report import KvCost, StageError, VerifyReport
 from placement.plan.memory import KvPlacement, LinearPlacement
-from placement.plan.plan import Plan, build_plan
+from placement.plan.plan import Means, Plan, build_plan
 from placement.plan.workload import NUM_ROW_TIERS
 
 MOST_TOKENS = 512  # of a longer text the first ones are compared: the residuals of all layers are kept
@@ -180,7 +180,7 @@ def _with_kv_dtype(plan: Plan, kv_dtype: str) -> Plan:
     size = token_bytes(kv_dtype, workload.head_dim)
     shards = tuple(replace(shard, bytes_per_token=size) for shard in workload.kv)
     workload = replace(workload, kv=shards, kv_dtype=kv_dtype)
-    return build_plan(workload, plan.linears, plan.kv, device=plan.device, num_threads=plan.num_threads)
+    return build_plan(workload, plan.linears, plan.kv, Means(device=plan.device, num_threads=plan.num_threads))
 
 
 def one_lane_plan(plan: Plan) -> Plan:
@@ -201,4 +201,6 @@ def one_lane_plan(plan: Plan) -> Plan:
         else KvPlacement(shard.name, 0, 0, shard.kv_heads)
         for shard in workload.kv
     ]
-    return build_plan(workload, linears, kv, device="emulated" if on_gpu else "cpu", num_threads=plan.num_threads)
+    return build_plan(
+        workload, linears, kv, Means(device="emulated" if on_gpu else "cpu", num_threads=plan.num_threads)
+    )

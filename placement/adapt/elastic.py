@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from placement.cost.model import predict
 from placement.machine.hardware import HardwareProfile
-from placement.plan.plan import Plan, build_plan
+from placement.plan.plan import Means, Plan, build_plan
 from placement.plan.workload import round_up
 from placement.policy.bind import KvBounds, bind
 from placement.policy.policy import Policy
@@ -50,11 +50,13 @@ def plan_for_context(plan: Plan, hardware: HardwareProfile, policy: Policy, cont
         plan.workload,
         best.linears,
         best.kv,
-        device=plan.device,
-        gpu_memory_bytes=plan.gpu_memory_bytes,
-        staging_slots=best.staging_slots,
-        num_threads=plan.num_threads,
-        context_bytes=plan.memory.gpu.get("context", 0),
+        Means(
+            device=plan.device,
+            gpu_memory_bytes=plan.gpu_memory_bytes,
+            staging_slots=best.staging_slots,
+            num_threads=plan.num_threads,
+            context_bytes=plan.memory.gpu.get("context", 0),
+        ),
         objective=plan.objective,
     )
     return replace(whole, predicted=predict_plan(whole, hardware))

@@ -225,36 +225,35 @@ class Plan:
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Means:
+    """What a plan may use of a machine.
+
+    gpu_memory_bytes: the GPU budget, None for no GPU or no limit. staging_slots: of the ring through which weights
+    stream. num_threads: of the CPU lane. context_bytes: what the driver takes of GPU memory for itself.
+    """
+
+    device: str
+    gpu_memory_bytes: int | None = None
+    staging_slots: int = 2
+    num_threads: int = 1
+    context_bytes: int = 0
+
+
 def build_plan(
     workload: Workload,
     linears: Sequence[LinearPlacement],
     kv: Sequence[KvPlacement],
-    *,
-    device: str,
-    gpu_memory_bytes: int | None = None,
-    staging_slots: int = 2,
-    num_threads: int = 1,
-    context_bytes: int = 0,
+    means: Means,
     objective: str = "latency",
-    predicted: Prediction | None = None,
 ) -> Plan:
-    """Put placements together into a plan, counting its memory. staging_slots becomes 0 when nothing streams."""
-    staging_slots = staging_slots if any(placement.streams for placement in linears) else 0
+    """Put placements together into a plan, counting its memory. Nothing has slots of the ring where nothing streams."""
+    slots = means.staging_slots if any(placement.streams for placement in linears) else 0
     memory = memory_report(
-        workload, linears, kv, device=device, staging_slots=staging_slots, context_bytes=context_bytes
+        workload, linears, kv, device=means.device, staging_slots=slots, context_bytes=means.context_bytes
     )
-    return Plan(
-        workload,
-        device,
-        gpu_memory_bytes,
-        tuple(linears),
-        tuple(kv),
-        staging_slots,
-        num_threads,
-        memory,
-        objective,
-        predicted,
-    )
+    placed, budget = (tuple(linears), tuple(kv)), means.gpu_memory_bytes
+    return Plan(workload, means.device, budget, *placed, slots, means.num_threads, memory, objective)
 
 
 def _linear_rule(row: PlanRow) -> list[str]:

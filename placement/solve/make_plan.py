@@ -7,7 +7,7 @@ from placement.cost.model import predict
 from placement.cost.objective import objective_s, reference_batch, reference_calls, reference_context, reference_prompt
 from placement.machine.hardware import HardwareProfile
 from placement.plan.phase import Prediction
-from placement.plan.plan import CURVE_CONTEXTS, Plan, build_plan
+from placement.plan.plan import CURVE_CONTEXTS, Means, Plan, build_plan
 from placement.plan.units import format_bytes
 from placement.plan.workload import Workload
 from placement.policy.bind import bind
@@ -128,11 +128,13 @@ def _plan_of(request: PlanRequest, candidate: Candidate) -> Plan:
         request.workload,
         candidate.linears,
         candidate.kv,
-        device=request.device,
-        gpu_memory_bytes=request.gpu_memory_bytes,
-        staging_slots=request.staging_slots,
-        num_threads=request.hardware.cores,
-        context_bytes=request.context_bytes,
+        Means(
+            device=request.device,
+            gpu_memory_bytes=request.gpu_memory_bytes,
+            staging_slots=request.staging_slots,
+            num_threads=request.hardware.cores,
+            context_bytes=request.context_bytes,
+        ),
         objective=request.policy.objective,
     )
     return replace(plan, predicted=predict_plan(plan, request.hardware))

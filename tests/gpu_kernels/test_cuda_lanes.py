@@ -24,7 +24,7 @@ from hetero_attn.errors import MemoryBudgetError
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.config import ModelConfig
 from placement.machine.hardware import HardwareProfile
-from placement.plan.plan import Plan, build_plan
+from placement.plan.plan import Means, Plan, build_plan
 from tests.support.runtime import nmse, one_device_run, run_logits, toy_workload, uniform_plan
 from tests.support.toy import FAMILIES, make_checkpoint
 
@@ -47,7 +47,10 @@ def cuda_plan(path: Path, weight_dtype: str, gpu: float = 0.3, stream: float = 0
 
     def build(budget: int) -> Plan:
         return build_plan(
-            workload, emulated.linears, emulated.kv, device="cuda", gpu_memory_bytes=budget, context_bytes=own_bytes
+            workload,
+            emulated.linears,
+            emulated.kv,
+            Means(device="cuda", gpu_memory_bytes=budget, context_bytes=own_bytes),
         )
 
     return build(build(0).memory.gpu_bytes)

@@ -26,7 +26,7 @@ from hetero_attn.cache.prefix_tree import PrefixTree
 from hetero_attn.devices import Device, EmulatedDriver
 from hetero_attn.errors import MemoryBudgetError
 from placement import KvPlacement, LinearPlacement
-from placement.plan.plan import build_plan
+from placement.plan.plan import Means, build_plan
 from placement.plan.workload import NUM_ROW_TIERS
 from tests.support.planning_models import decoder
 
@@ -46,7 +46,7 @@ def cache_plan(page_size, window, gpu_kv_heads, spare_pages, batch, kv_tokens=No
     linears = [LinearPlacement(s.name, 0, (0,) * NUM_ROW_TIERS, s.units) for s in workload.linears]
     tokens = workload.min_gpu_tokens + spare_pages * page_size if gpu_kv_heads else 0
     placed = [KvPlacement(shard.name, gpu_kv_heads, tokens, 2) for shard in kv]
-    return within_itself(build_plan(workload, linears, placed, device="emulated"))
+    return within_itself(build_plan(workload, linears, placed, Means(device="emulated")))
 
 
 def within_itself(plan):
@@ -57,7 +57,7 @@ def within_itself(plan):
 def with_gpu_tokens(plan, tokens):
     """The plan with another number of tokens in GPU memory."""
     kv = [replace(placement, gpu_tokens=tokens if placement.gpu_kv_heads else 0) for placement in plan.kv]
-    return within_itself(build_plan(plan.workload, plan.linears, kv, device="emulated"))
+    return within_itself(build_plan(plan.workload, plan.linears, kv, Means(device="emulated")))
 
 
 def numbers(tokens, start, stop, layer, head, heads):

@@ -9,7 +9,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process without the interpreter", allow_module_level=True)
 
 from gpu_kernels import attention, linear_layer
-from placement.plan.plan import build_plan
+from placement.plan.plan import Means, build_plan
 from tests.support.runtime import uniform_plan
 from tests.support.silent_triton import silent_triton
 from tests.test_benchmarks import load
@@ -20,7 +20,9 @@ HOME = 10  # norm, qkv, rotation, attention, rounding, o; norm, gate_up, activat
 def plan_of(gpu, stream):
     def plan(workload):
         plan = uniform_plan(workload, gpu=gpu, stream=stream, gpu_kv_heads=2, gpu_tokens=workload.full_tokens)
-        return build_plan(workload, plan.linears, plan.kv, device="cuda", gpu_memory_bytes=64 << 20, num_threads=1)
+        return build_plan(
+            workload, plan.linears, plan.kv, Means(device="cuda", gpu_memory_bytes=64 << 20, num_threads=1)
+        )
 
     return plan
 

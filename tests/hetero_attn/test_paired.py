@@ -11,7 +11,7 @@ from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.decoder import decoder
 from hetero_attn.spec.config import ModelConfig
 from placement.plan.memory import KvPlacement, LinearPlacement
-from placement.plan.plan import build_plan
+from placement.plan.plan import Means, build_plan
 from placement.plan.workload import NUM_ROW_TIERS
 from tests.support.runtime import cpu_plan, emulated_plan, make_engine, nmse, one_device_run, run_logits, toy_workload
 from tests.support.toy import FAMILIES, make_checkpoint
@@ -139,4 +139,4 @@ def test_a_row_cut_streams_as_a_whole(runs):
     ]
     half = [replace(p, gpu_units=p.units - 2) if p.name == "layers.0.down" else p for p in placements]
     with pytest.raises(ValueError, match="layers.0.down.*stream together"):
-        build_plan(plan.workload, half, plan.kv, device="emulated")
+        build_plan(plan.workload, half, plan.kv, Means(device="emulated"))

@@ -17,7 +17,7 @@ from placement import (
     shipped_policies,
 )
 from placement.plan.memory import kv_dram_bytes, kv_gpu_bytes, memory_report, staging_slot_bytes
-from placement.plan.plan import build_plan
+from placement.plan.plan import Means, build_plan
 from placement.plan.rows import plan_rows
 from tests.support.planning_models import linear, tiny
 
@@ -31,7 +31,7 @@ def plan_of(workload, gpu: float = 0.5, stream: float = 0.5, groups: int = 1):
         for s in workload.linears
     ]
     kv = [KvPlacement(s.name, groups, 64 if groups else 0, s.kv_heads) for s in workload.kv]
-    return build_plan(workload, linears, kv, device="emulated", gpu_memory_bytes=2**30)
+    return build_plan(workload, linears, kv, Means(device="emulated", gpu_memory_bytes=2**30))
 
 
 @pytest.mark.parametrize(

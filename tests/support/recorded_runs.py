@@ -20,7 +20,7 @@ from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.workload import Sizes, build_workload
 from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import KvPlacement, LinearPlacement
-from placement.plan.plan import Plan, build_plan
+from placement.plan.plan import Means, Plan, build_plan
 from placement.plan.workload import NUM_ROW_TIERS, Workload
 
 RESULTS = Path(__file__).resolve().parents[2] / "examples/benchmarks/results"
@@ -100,7 +100,10 @@ def plan_of(result: dict[str, Any]) -> Plan:
     cache = [KvPlacement(shard.name, *kv[shard.name], shard.kv_heads) for shard in workload.kv]
     threads = int(re.search(r"(\d+) CPU threads", result["plan"])[1])
     return build_plan(
-        workload, placements, cache, device="cuda", gpu_memory_bytes=5 << 30, staging_slots=4, num_threads=threads
+        workload,
+        placements,
+        cache,
+        Means(device="cuda", gpu_memory_bytes=5 << 30, staging_slots=4, num_threads=threads),
     )
 
 

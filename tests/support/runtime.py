@@ -16,7 +16,7 @@ from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.workload import Sizes, build_workload
 from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import KvPlacement, LinearPlacement
-from placement.plan.plan import Plan, build_plan
+from placement.plan.plan import Means, Plan, build_plan
 from placement.plan.workload import NUM_ROW_TIERS, Workload
 
 THREADS = 2
@@ -55,14 +55,14 @@ def cpu_plan(workload: Workload) -> Plan:
     """Everything on the CPU lane: the one-device run."""
     linears = [LinearPlacement(shard.name, 0, (0,) * NUM_ROW_TIERS, shard.units) for shard in workload.linears]
     kv = [KvPlacement(shard.name, 0, 0, shard.kv_heads) for shard in workload.kv]
-    return build_plan(workload, linears, kv, device="cpu", num_threads=THREADS)
+    return build_plan(workload, linears, kv, Means(device="cpu", num_threads=THREADS))
 
 
 def emulated_plan(workload: Workload, linears: Sequence[LinearPlacement], kv: Sequence[KvPlacement]) -> Plan:
     """A three-lane plan whose budget is exactly what it needs."""
-    plan = build_plan(workload, linears, kv, device="emulated", gpu_memory_bytes=0, num_threads=THREADS)
+    plan = build_plan(workload, linears, kv, Means(device="emulated", gpu_memory_bytes=0, num_threads=THREADS))
     return build_plan(
-        workload, linears, kv, device="emulated", gpu_memory_bytes=plan.memory.gpu_bytes, num_threads=THREADS
+        workload, linears, kv, Means(device="emulated", gpu_memory_bytes=plan.memory.gpu_bytes, num_threads=THREADS)
     )
 
 
