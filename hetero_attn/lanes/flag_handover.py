@@ -10,15 +10,8 @@ The worker waits for flags alone, never inside the driver: a launch that finds i
 the driver's lock until the worker has set what the GPU waits for. Nor does the caller run ahead without bound: a layer
 is queued once the jobs of the layer before the last have ended.
 
-In a captured step (`record`, then `replay` for every step) numbers would be the same each time, so every job has two
-flags of its own, each set by one side and waited for by the other. `replay` clears them all with one write before it
-starts either side, since the step before has ended on both by then:
-
-    GPU: ... copies | request = 1 ........ wait done == 1 | copies ...
-    host worker:      wait request == 1 | job | done = 1
-
-Jobs that call CPU ops alone become one program of the thread team, waits and flags included: no Python runs between two
-ops, or between a flag and an op.
+In a captured step (`record`, then `replay` for each) every job has flags of its own: see `recorded_step`; `replay`
+clears them all with one write before it starts either side, since the step before has ended on both by then.
 """
 
 import time
@@ -27,15 +20,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 
 from cpu_kernels import CpuKernels
-from cpu_kernels.team.program import Program
 from hetero_attn.devices import Device
 from hetero_attn.errors import EngineDeadError
 from hetero_attn.lanes.handover import Job
+from hetero_attn.lanes.recorded_step import RecordedStep
 
 FLAG_WORDS = 16  # 128 bytes: a cache line and the one that is fetched with it
 JOBS_AT_LEAST = 128  # of a captured step, room for more only where a step has had more
@@ -43,27 +35,6 @@ WATCHDOG_S = 60.0
 COUNTER_MASK = 0xFFFFFFFF
 REQUESTS = 64  # jobs that may wait at once, many more than two layers have
 RUN_AHEAD_LAYERS = 2
-
-
-@dataclass(slots=True)
-class RecordedJob:
-    """One job of a captured step. request: its flag where it waits for the GPU; done: where the GPU waits for it."""
-
-    job: Job
-    request: torch.Tensor | None
-    done: torch.Tensor | None = None
-
-
-@dataclass(slots=True)
-class RecordedStep:
-    """The jobs of a captured step in order. flags: int64 [jobs or more, 2, FLAG_WORDS], request and done of each.
-
-    program: all of it as the thread team runs it; None where a job is more than CPU ops.
-    """
-
-    flags: torch.Tensor
-    jobs: list[RecordedJob] = field(default_factory=list)
-    program: Program | None = None
 
 
 class FlagHandover:
@@ -112,7 +83,9 @@ class FlagHandover:
     def submit(self, job: Job, after_device: bool) -> None:
         """Queue the job, or keep it for the step that is being recorded."""
         if self._recording is not None:
-            self._record(job, after_device)
+            request = self._recording.add(job, after_device)
+            if request is not None:
+                self._device.write_flag(request, 1)
             return
         self._wait_for(self._given + 1 - REQUESTS)  # whose flag this job takes over
         self._given += 1
@@ -125,7 +98,9 @@ class FlagHandover:
         """Queue a wait of the GPU for the last job, or the last of the first `given`; the caller goes on."""
         given = self.given if given is None else given
         if self._recording is not None:
-            self._order_recorded(given)
+            done = self._recording.done_flag(given)
+            if done is not None:
+                self._device.wait_flag(done, 1, exactly=True)
         elif self._ordered < given:
             self._device.wait_flag(self._counter, given & COUNTER_MASK)
             self._ordered = given
@@ -154,7 +129,7 @@ class FlagHandover:
         """Let every job end, without looking at how, and nobody wait for what a step given up half-way will not do."""
         self._recording = None
         if self._replaying is not None:
-            self._release(self._replaying)
+            self._replaying.release(self._host_ops)
         self._is_abandoned = not self._device_answers()
         if self._is_abandoned:
             for number, _ in self._jobs:
@@ -183,7 +158,7 @@ class FlagHandover:
         try:
             yield step
             if ops_only:
-                step.program = self._host_ops.record(lambda: self._write_program(step))
+                step.program = self._host_ops.record(lambda: step.write_program(self._host_ops))
         except BaseException:
             self.forget(step)
             raise
@@ -245,20 +220,12 @@ class FlagHandover:
             return False
         return True
 
-    def _release(self, step: RecordedStep) -> None:
-        """Let both sides of a replayed step run to their ends, whatever they compute."""
-        for recorded in step.jobs:
-            if recorded.request is not None:
-                self._host_ops.set_flag(recorded.request, 1)
-            self._set_done(recorded)
-
     def _serve(self, serve: Callable[[RecordedStep], None], step: RecordedStep) -> None:
         """Run a step's jobs; where one fails, or the GPU does not ask for one, let the GPU run to the end."""
         try:
             serve(step)
         except BaseException as failure:
-            for recorded in step.jobs:
-                self._set_done(recorded)
+            step.end(self._host_ops)
             if isinstance(failure, TimeoutError):
                 raise self._unasked() from None
             raise
@@ -275,39 +242,7 @@ class FlagHandover:
             self.parked_s += step.program.waited_s
 
     def _serve_jobs(self, step: RecordedStep) -> None:
-        for recorded in step.jobs:
-            request = recorded.request
-            if request is not None and not self._host_ops.await_flag(request, 1, self._watchdog_s):
-                raise TimeoutError
-            recorded.job()
-            self._set_done(recorded)
-
-    def _write_program(self, step: RecordedStep) -> None:
-        for recorded in step.jobs:
-            if recorded.request is not None:
-                self._host_ops.record_wait(recorded.request, 1)
-            recorded.job()
-            if recorded.done is not None:
-                self._host_ops.record_set(recorded.done, 1)
-
-    def _set_done(self, recorded: RecordedJob) -> None:
-        if recorded.done is not None:
-            self._host_ops.set_flag(recorded.done, 1)
-
-    def _record(self, job: Job, after_device: bool) -> None:
-        step, request = self._recording, None
-        assert len(step.jobs) < len(step.flags), "a captured step has more jobs than any step before it"
-        if after_device:
-            request = step.flags[len(step.jobs), 0, :1]
-            self._device.write_flag(request, 1)
-        step.jobs.append(RecordedJob(job, request))
-
-    def _order_recorded(self, given: int) -> None:
-        """Wait for the last of the first `given` jobs, unless the stream does so already for it or a later one."""
-        step = self._recording
-        if given and all(recorded.done is None for recorded in step.jobs[given - 1 :]):
-            done = step.jobs[given - 1].done = step.flags[given - 1, 1, :1]
-            self._device.wait_flag(done, 1, exactly=True)
+        step.serve(self._host_ops, self._watchdog_s)
 
     def _take_flags(self) -> torch.Tensor:
         jobs = max(JOBS_AT_LEAST, self._most_jobs)
