@@ -26,10 +26,10 @@ from hetero_attn.serving.progress import PrefillBar
 from hetero_attn.serving.prompts import are_conversations, as_prompts
 from hetero_attn.serving.request import Request, RequestOutput
 from hetero_attn.serving.sampling_params import SamplingParams
-from hetero_attn.serving.scheduler import Scheduler
+from hetero_attn.serving.scheduling.scheduler import Scheduler
+from hetero_attn.serving.scheduling.turns import Turns
 from hetero_attn.serving.stream import Stream
 from hetero_attn.serving.text.tokenizer import Tokenizer
-from hetero_attn.serving.turns import Turns
 from hetero_attn.speculation.speculator import make_speculator
 from placement import HardwareProfile, Plan, Policy
 from placement.plan.units import parse_bytes

@@ -19,9 +19,9 @@ from hetero_attn.serving.prompts import as_prompt, as_token_ids
 from hetero_attn.serving.request import Request
 from hetero_attn.serving.sampling import Sampler
 from hetero_attn.serving.sampling_params import SamplingParams
+from hetero_attn.serving.scheduling.turns import Turns
 from hetero_attn.serving.text.opening import NO_TEXT
 from hetero_attn.serving.text.tokenizer import Tokenizer
-from hetero_attn.serving.turns import Turns
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, object]]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from hetero_attn.errors import BusyError
 from hetero_attn.serving.progress import PrefillBar
 from hetero_attn.serving.request import Piece, Progress, Request
-from hetero_attn.serving.turns import Turns
+from hetero_attn.serving.scheduling.turns import Turns
 
 
 class Stream(Iterator[Piece]):

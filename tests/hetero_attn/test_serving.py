@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hetero_attn import LLM, Policy, SamplingParams, plan_model
 from hetero_attn.errors import ConfigError, MemoryBudgetError, QueueFullError
-from hetero_attn.serving.scheduler import rows_within
+from hetero_attn.serving.scheduling.chunks import rows_within
 from tests.support.runtime import THREADS, nmse
 from tests.support.toy import make_checkpoint
 

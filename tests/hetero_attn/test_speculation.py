@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hetero_attn import LLM, Policy, SamplingParams
 from hetero_attn.engine.lane_report import LaneReport
 from hetero_attn.errors import UnsupportedModelError
-from hetero_attn.serving import scheduler
-from hetero_attn.serving.scheduler import Scheduler
+from hetero_attn.serving.scheduling import scheduler
+from hetero_attn.serving.scheduling.scheduler import Scheduler
 from hetero_attn.speculation.speculator import NgramDrafter, Speculator, make_speculator
 from hetero_attn.speculation.suffix_automaton import SuffixAutomaton
 from hetero_attn.speculation.width import WIDTHS, PassCosts, Width, expected_tokens

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hetero_attn.engine.replays.replay import own_copy, refresh
-from hetero_attn.lanes.recorded_step import RecordedStep
 from hetero_attn.lanes.lanes import Lanes
+from hetero_attn.lanes.recorded_step import RecordedStep
 from hetero_attn.ops.step import Step
 
 Structure = tuple[int, tuple[tuple[bool, bool, bool], ...]]

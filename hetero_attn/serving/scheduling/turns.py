@@ -24,7 +24,7 @@ from hetero_attn.engine.engine import Engine
 from hetero_attn.errors import BusyError, EngineDeadError
 from hetero_attn.lanes.host_worker import HostWorker
 from hetero_attn.serving.request import Request
-from hetero_attn.serving.scheduler import Scheduler
+from hetero_attn.serving.scheduling.scheduler import Scheduler
 
 CLOSE_WAIT_S = 30.0  # for a step; one that lasts longer closes when it ends
 SETTLE_WAIT_S = 1.0  # for notes to be taken up, where nobody is in a step

@@ -17,7 +17,7 @@ hetero_attn/speculation.
 
 import time
 from bisect import insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import count
 
 import torch
@@ -26,13 +26,10 @@ from hetero_attn.engine.engine import Engine
 from hetero_attn.errors import HeteroError
 from hetero_attn.ops.step import Rows
 from hetero_attn.serving.request import Request
+from hetero_attn.serving.scheduling.chunks import Chunks, PromptChunks
 from hetero_attn.speculation.forced import forced_drafts
 from hetero_attn.speculation.speculator import Speculator
 from hetero_attn.speculation.width import WIDTHS
-from placement.plan.plan import Plan
-
-CHUNK_S = 1.0
-LEAST_CHUNK = 16  # rows; shorter ones cost a pass over the weights each and help nobody
 
 
 class Scheduler:
@@ -47,7 +44,7 @@ class Scheduler:
         self._waiting: list[Request] = []
         self._running: list[Request] = []
         self._arrivals = count()
-        self._scoring_is_next = True
+        self._chunks = PromptChunks(engine)
 
     @property
     def has_work(self) -> bool:
@@ -103,7 +100,7 @@ class Scheduler:
             request.recover()
         decoding = self._with_pages()
         self._admit()
-        decoding, chunks = self._shared_out(decoding)
+        decoding, chunks = self._chunks.shared_out(decoding, self._running, len(self._waiting))
         for request in (*decoding, *chunks):
             self._settle(request)
         if chunks:
@@ -126,11 +123,6 @@ class Scheduler:
         room = self._engine.plan.page_size * len(self._running) if request.grows else 0
         return min(request.reserved_tokens + room, self._engine.plan.max_context)
 
-    @property
-    def _prompts(self) -> tuple[Request, ...]:
-        """Who is still computed chunk by chunk, the first first."""
-        return tuple(request for request in self._running if request.is_prefilling)
-
     def _with_pages(self) -> tuple[Request, ...]:
         """Those that decode and have a page for their next token, the first of them at any other's cost."""
         ready = []
@@ -151,44 +143,7 @@ class Scheduler:
         request.put_back()
         insort(self._waiting, request, key=_rank)
 
-    def _shared_out(self, decoding: tuple[Request, ...]) -> tuple[tuple[Request, ...], dict[Request, tuple[int, ...]]]:
-        """Who decodes in this step, and whose prompts go on, each with its next tokens.
-
-        A prompt whose every logit is asked for takes steps of its own, in turns with the others: rows beside it would
-        change the last bits of its numbers.
-        """
-        first = next(iter(self._prompts), None)
-        if first is not None and first.scores is not None and (self._scoring_is_next or not decoding):
-            self._scoring_is_next = False
-            return (), {first: first.chunk_ids[first.computed : first.computed + self._chunk_rows(0)]}
-        self._scoring_is_next = True
-        return decoding, self._chunks(len(decoding))
-
-    def _chunks(self, beside: int) -> dict[Request, tuple[int, ...]]:
-        """Whose prompts go on in a step beside so many that decode, each with its next tokens."""
-        rows, chunks, pages = self._chunk_rows(beside), {}, self._engine.kv_cache.max_new_pages
-        for request in [request for request in self._prompts if request.scores is None]:
-            if rows > 0 and pages != 0 and not self._waits_for(request, chunks):
-                if request.computed == 0:
-                    request.computed = self._reuse(request)
-                    request.reused = request.reused if request.replayed else request.computed
-                most = rows if pages is None else min(rows, pages * self._engine.plan.page_size)
-                chunks[request] = request.chunk_ids[request.computed : request.computed + most]
-                rows -= len(chunks[request])
-                pages = None if pages is None else pages - self._engine.kv_cache.new_pages(len(chunks[request]))
-        return chunks
-
-    def _waits_for(self, request: Request, chunks: Iterable[Request]) -> bool:
-        """Whether a prompt that is not begun yet would compute what one of these is about to store."""
-        cache = self._engine.kv_cache
-        if request.computed or not cache.remembers:
-            return False
-        own = request.chunk_ids[:-1]
-        alike = max((_common_tokens(own, other.chunk_ids) for other in chunks), default=0)
-        page_size = self._engine.plan.page_size
-        return alike >= page_size and alike // page_size * page_size > cache.stored(own)
-
-    def _compute(self, decoding: tuple[Request, ...], chunks: dict[Request, tuple[int, ...]]) -> None:
+    def _compute(self, decoding: tuple[Request, ...], chunks: Chunks) -> None:
         """One pass of prompts' rows and of those that decode."""
         started = time.perf_counter()
         work = [Rows(request.sequence, request.token_ids[-1:]) for request in decoding]
@@ -215,17 +170,6 @@ class Scheduler:
             request.choose(logits[0])
         else:
             request.end("length")
-
-    def _chunk_rows(self, beside: int) -> int:
-        """Rows of prompts in the next step: as many as fit, or CHUNK_S where anybody else waits for its end."""
-        most = self._engine.chunk_rows(beside)
-        if len(self._running) + len(self._waiting) > 1:
-            return min(most, rows_within(self._engine.plan, CHUNK_S))
-        return most
-
-    def _reuse(self, request: Request) -> int:
-        """Begin with what is known of the prompt, all but its last token, whose logits are wanted."""
-        return self._engine.kv_cache.reuse(request.sequence, request.chunk_ids[:-1])
 
     def _remember(self, request: Request) -> None:
         if request.error is None:
@@ -306,26 +250,6 @@ def _choose_while_right(request: Request, drafts: Sequence[int], logits: torch.T
         if request.finish_reason is not None or request.token_ids[-1] != draft:
             return accepted
     raise AssertionError("no token is None")
-
-
-def rows_within(plan: Plan, seconds: float) -> int:
-    """Prompt rows that a plan is expected to compute in so many seconds; all of a chunk where shorter is no faster.
-
-    A pass costs its weights' way whatever it computes, as one row's time shows; only what rows add can be saved.
-    """
-    if plan.predicted is None:
-        return plan.prefill_chunk
-    one_s, rows = plan.predicted.decode.seconds, min(plan.prefill_chunk, plan.predicted.prefill.rows)
-    chunk_s = plan.predicted.prefill.seconds * rows / plan.predicted.prefill.rows
-    if chunk_s <= seconds or one_s >= seconds or chunk_s <= one_s:
-        return plan.prefill_chunk
-    return max(LEAST_CHUNK, int(rows * (seconds - one_s) / (chunk_s - one_s)))
-
-
-def _common_tokens(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two prompts begin with alike."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _rank(request: Request) -> tuple[int, int]:
