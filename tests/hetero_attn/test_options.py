@@ -8,29 +8,19 @@ import pytest
 from hetero_attn import LLM, Policy, plan_model
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.planning.settle import settle
+from placement.solve.make_plan import plan_requested
+from placement.solve.request import requested
 from tests.support.toy import make_checkpoint
-
-OF_THE_RUN = {
-    "self",
-    "seed",
-    "max_waiting",
-    "prefix_cache",
-    "overlap",
-    "handover",
-    "progress",
-    "needs_text",
-    "speculate",
-}  # they leave the plan as it is
 
 
 def test_the_arguments_of_a_load_are_the_options_with_the_same_defaults():
     options = {field.name: field.default for field in fields(LoadOptions) if field.name != "model"}
-    for function in (LLM.__init__, plan_model):
+    for function in (LLM, plan_model):
         given = {item.name: item.default for item in inspect.signature(function).parameters.values()}
-        wishes = {name: default for name, default in given.items() if name not in OF_THE_RUN | {"model"}}
+        wishes = {name: default for name, default in given.items() if name != "model"}
 
         assert wishes == {name: options[name] for name in wishes}
-    assert set(inspect.signature(LLM).parameters) - OF_THE_RUN == {field.name for field in fields(LoadOptions)}
+    assert set(inspect.signature(LLM).parameters) == {field.name for field in fields(LoadOptions)}
 
 
 @pytest.mark.parametrize("option", ["option", "policy"])
@@ -48,3 +38,33 @@ def test_every_size_arrives_in_the_plan_and_nowhere_else(tmp_path, option):
     assert (workload.max_context, workload.max_batch, workload.kv_tokens) == (48, 3, 96)
     assert (workload.kv_dtype, workload.prefill_chunk) == ("q8", 16)
     assert planned.policy == planned.policy.without_sizes()
+
+
+@pytest.mark.parametrize(
+    ("option", "key", "value", "other"),
+    [
+        ("num_threads", "threads", 1, 2),
+        ("elastic", "elastic", True, False),
+        ("gpu_memory", "gpu_memory", 1 << 20, 1 << 22),
+    ],
+)
+def test_an_option_is_a_key_of_the_policy_and_goes_before_it(tmp_path, option, key, value, other):
+    path = make_checkpoint(tmp_path, "llama")
+
+    def planned(policy, **options):
+        return settle(LoadOptions(model=path, device="emulated", max_context=64, policy=policy, **options)).plan
+
+    said, written = planned(Policy(**{key: other}), **{option: value}), planned(Policy(**{key: value}))
+
+    assert said == written != planned(Policy(**{key: other}))
+
+
+def test_a_request_to_the_planner_leaves_nothing_open(tmp_path):
+    path = make_checkpoint(tmp_path, "llama")
+    planned = settle(LoadOptions(model=path, device="emulated", max_context=64))
+    asked = requested(planned.workload, planned.hardware, planned.policy, device="emulated")
+    again = requested(asked.workload, asked.hardware, asked.policy, device="emulated")
+
+    assert None not in (asked.gpu_memory_bytes, asked.staging_slots, asked.workload.elastic)
+    assert (again.workload, again.limits, again.staging_slots) == (asked.workload, asked.limits, asked.staging_slots)
+    assert plan_requested(asked) == planned.plan

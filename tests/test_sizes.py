@@ -1,0 +1,102 @@
+"""Rooms stay small: how many parameters a function takes, how long a file is. Both lists of exceptions only shrink."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("hetero_attn", "placement", "cpu_kernels", "gpu_kernels")
+MOST_LINES, MOST_PARAMETERS = 300, 7
+# Functions that are written into machine code, whose arguments are registers and pointers, by their decorators.
+COMPILED = ("triton.jit", "helper", "inlined", "emits")
+# Who may have more parameters than that, and why.
+MANY_PARAMETERS = {
+    "hetero_attn/llm.py LLM.__init__": "public: the options of a load, which go into LoadOptions as they are",
+    "hetero_attn/planning/settle.py plan_model": "public: the same options, as far as they change a plan",
+    "hetero_attn/cli/bench.py bench": "a command's options",
+    "hetero_attn/cli/generate.py generate": "a command's options",
+    "hetero_attn/cli/plan.py plan": "a command's options",
+    "hetero_attn/cli/profile.py profile": "a command's options",
+    "hetero_attn/cli/quantize/command.py quantize": "a command's options",
+    "hetero_attn/cli/serve/command.py serve": "a command's options",
+    "hetero_attn/tools/quantize/write.py quantize": "what its command takes",
+    "hetero_attn/tools/quantize/write.py _write": "to be shortened",
+    "placement/cost/model.py _add_attention": "to be shortened",
+    "placement/cost/model.py predict": "to be shortened",
+    "placement/solve/unknowns.py Unknowns.__init__": "to be shortened",
+    "cpu_kernels/formats/table.py _coded": "to be shortened",
+    "cpu_kernels/linear/op.py _run": "to be shortened",
+    "gpu_kernels/elementwise.py _rope_shape": "to be shortened",
+}
+# Files that are longer still. Whoever shortens one takes it out; nothing is put in.
+LONG_FILES = {
+    "hetero_attn/spec/config.py",
+    "placement/cost/model.py",
+    "placement/cost/terms.py",
+    "placement/solve/search.py",
+    "cpu_kernels/attention/prefill_kernel.py",
+    "cpu_kernels/linear/dot_kernel.py",
+    "cpu_kernels/linear/form_kernel.py",
+    "cpu_kernels/linear/q_kernel.py",
+    "cpu_kernels/linear/repack_kernel.py",
+    "cpu_kernels/vectors/vector.py",
+    "gpu_kernels/attention.py",
+    "gpu_kernels/elementwise.py",
+    "gpu_kernels/experts/whole_kernel.py",
+    "gpu_kernels/quantized_linear.py",
+}
+
+
+def functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Every function in a syntax tree by its name, that of the class or function around it before it."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield prefix + child.name, child
+        named = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        yield from functions(child, f"{prefix}{child.name}." if named else prefix)
+
+
+def is_compiled(function: ast.FunctionDef) -> bool:
+    """Whether a decorator makes machine code of it."""
+    return any(ast.unparse(mark).startswith(COMPILED) for mark in function.decorator_list)
+
+
+def parameter_count(function: ast.FunctionDef) -> int:
+    """Parameters of a function, without `self` and `cls`."""
+    given = function.args
+    names = [item.arg for item in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    return len([name for name in names if name not in ("self", "cls")])
+
+
+def with_many_parameters(text: str) -> list[str]:
+    """Names of a file's functions with more than MOST_PARAMETERS."""
+    found = ((name, item) for name, item in functions(ast.parse(text)) if not is_compiled(item))
+    return [name for name, item in found if parameter_count(item) > MOST_PARAMETERS]
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    """Every file of the four packages: its path, and its text."""
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            yield path.relative_to(ROOT).as_posix(), path.read_text()
+
+
+def test_no_function_takes_more_than_a_few_parameters() -> None:
+    """What travels together is one value."""
+    found = {f"{path} {name}" for path, text in sources() for name in with_many_parameters(text)}
+
+    assert found - MANY_PARAMETERS.keys() == set()
+
+
+def test_no_file_is_long() -> None:
+    found = {path for path, text in sources() if len(text.splitlines()) > MOST_LINES}
+
+    assert found - LONG_FILES == set()
+
+
+def test_a_planted_function_with_many_parameters_is_found() -> None:
+    names = ", ".join(f"p{index}" for index in range(MOST_PARAMETERS))
+    text = f"class A:\n    def few(self, {names}): pass\n    def many(self, {names}, *, more): pass\n"
+    compiled = f"@triton.jit(do_not_specialize=[])\ndef kernel({names}, more): pass\n"
+
+    assert with_many_parameters(text + compiled) == ["A.many"]
