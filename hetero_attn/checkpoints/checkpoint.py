@@ -196,7 +196,7 @@ class Checkpoint:
         if model.is_tied and tensor_name("head") in unexpected:
             unexpected.remove(tensor_name("head"))
             self._check_tied(tensor_name("embed"), tensor_name("head"))
-        self._check_layers(unexpected, len(model.layers))
+        self._check_layers(unexpected, len(model.layers), model.spare_layers)
         if not unexpected:
             return list(self.warnings)
         unused = f"{self.path}: {len(unexpected)} tensors are not used by this model: {some(unexpected)}"
@@ -242,9 +242,9 @@ class Checkpoint:
                 "values; set tie_word_embeddings to false to use both"
             )
 
-    def _check_layers(self, unexpected: list[str], num_layers: int) -> None:
+    def _check_layers(self, unexpected: list[str], num_layers: int, spare_layers: int) -> None:
         layers = {name.removeprefix(LAYER_PREFIX).split(".")[0] for name in unexpected if name.startswith(LAYER_PREFIX)}
-        extra = sorted(int(layer) for layer in layers if layer.isdecimal() and int(layer) >= num_layers)
+        extra = sorted(int(layer) for layer in layers if layer.isdecimal() and int(layer) >= num_layers + spare_layers)
         if extra:
             raise CheckpointError(
                 f"{self.path}: the weight files have layers up to {extra[-1]}, but num_hidden_layers in config.json is "

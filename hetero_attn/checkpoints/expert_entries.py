@@ -16,7 +16,7 @@ from hetero_attn.checkpoints.safetensors import ColumnsEntry, TensorEntry
 from hetero_attn.spec.tensor_names import CORRECTION
 
 _MIXTRAL = re.compile(r"(.+)\.block_sparse_moe\.(?:gate|experts\.(\d+)\.(w[123]))\.weight")
-_CORRECTION = re.compile(rf"(.+)\.block_sparse_moe\.{CORRECTION}")
+_CORRECTION = re.compile(rf"(.+)\.(?:block_sparse_moe|mlp)\.{CORRECTION}")
 _MIXTRAL_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _FUSED = re.compile(r"(.+)\.(?:mlp|block_sparse_moe)\.experts\.(gate_up_proj|down_proj)(?:\.weight)?")
 

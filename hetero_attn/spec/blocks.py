@@ -113,6 +113,7 @@ class ModelSpec:
 
     embedding: its tensor and shape; the rows that it gives are multiplied by embedding_scale. layers, head: each block
     is a `Declaration`, and where it is to be computed a `models.block.Block`, which this floor does not know.
+    spare_layers: as in `ModelConfig`.
     """
 
     embedding: Vector
@@ -120,6 +121,7 @@ class ModelSpec:
     embedding_scale: float
     layers: tuple[tuple[Any, ...], ...]
     head: Any
+    spare_layers: int = 0
 
     @cached_property
     def blocks(self) -> tuple[Declaration, ...]:

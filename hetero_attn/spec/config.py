@@ -61,6 +61,7 @@ class ModelConfig:
         attention_cap, logit_cap: soft caps c of the scores of attention and of the logits, x becomes c * tanh(x / c);
             0 for none.
         has_sinks: whether every head has one more score in the denominator of its softmax.
+        spare_layers: how many layers files may have behind the model's, which it does not use.
         gated: whether the MLP has a gate beside what it activates; else it activates that itself.
         dtype: dtype named by the config ("fp32", "bf16", "fp16"), None when it names none; the headers of the weight
             files are the truth.
@@ -105,6 +106,7 @@ class ModelConfig:
     attention_cap: float = 0.0
     logit_cap: float = 0.0
     has_sinks: bool = False
+    spare_layers: int = 0
 
     @property
     def heads_per_kv_head(self) -> int:

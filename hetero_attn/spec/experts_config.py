@@ -9,9 +9,11 @@ from typing import Any
 
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.spec.json_fields import JsonFields, show
+from hetero_attn.spec.limits import MAX_CONTEXT
 
 MAX_EXPERTS = 1 << 12
 MAX_WIDTH = 1 << 20
+GLM_EPS = 1e-20  # beside the sum of weights, which may be all but zero
 # What GGUF files call their gating functions.
 SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3
 GATINGS = {
@@ -122,6 +124,45 @@ def gpt_oss_experts(fields: JsonFields, num_layers: int) -> ExpertsConfig:
     )
 
 
+def glm4_moe_experts(fields: JsonFields, num_layers: int) -> ExpertsConfig:
+    """Experts behind the first layers, chosen by corrected sigmoids, of the best groups; shared ones as one MLP."""
+    width = fields.integer("moe_intermediate_size", MAX_WIDTH, 1408)
+    dense = fields.integer("first_k_dense_replace", MAX_CONTEXT, 1, low=0)
+    groups, kept = fields.integer("n_group", MAX_EXPERTS, 1), fields.integer("topk_group", MAX_EXPERTS, 1)
+    counts = _counts(fields, "n_routed_experts", 128, 8)
+    if groups > 1 and (counts["experts"] % groups or counts["experts"] < 2 * groups):
+        fields.fail("n_group", groups, f"a divisor of the {counts['experts']} experts that leaves two in a group")
+    if kept > groups or kept * (counts["experts"] // groups) < counts["per_row"]:
+        fields.fail("topk_group", kept, f"groups of {groups} that hold at least {counts['per_row']} experts")
+    return ExpertsConfig(
+        **counts,
+        width=width,
+        normalised=fields.boolean("norm_topk_prob", True),
+        shared_width=width * fields.integer("n_shared_experts", MAX_EXPERTS, 1),
+        layers=tuple(layer >= dense for layer in range(num_layers)),
+        shared_factor=False,
+        sigmoid=True,
+        is_corrected=True,
+        groups=groups,
+        kept_groups=kept,
+        eps=GLM_EPS,
+        scale=fields.number("routed_scaling_factor", 0.0, 1e6, 1.0),
+    )
+
+
+def minimax_m2_experts(fields: JsonFields, num_layers: int) -> ExpertsConfig:
+    """Experts in every layer, as wide as the config's MLP, chosen by corrected sigmoids; none shared."""
+    return ExpertsConfig(
+        **_counts(fields, "num_local_experts", 256, 8),
+        width=fields.integer("intermediate_size", MAX_WIDTH, 1536),
+        normalised=True,
+        shared_width=0,
+        layers=(True,) * num_layers,
+        sigmoid=True,
+        is_corrected=True,
+    )
+
+
 def gguf_experts(fields: Any, found: Mapping[str, Any], normalised: bool, gating: int = SOFTMAX) -> ExpertsConfig:
     """Experts in every layer of a GGUF file, by its metadata; found: the fields of ModelConfig so far. normalised: what
     the architecture does where the file does not say. gating: its gating function."""
@@ -129,7 +170,8 @@ def gguf_experts(fields: Any, found: Mapping[str, Any], normalised: bool, gating
     per_row = fields.integer(".expert_used_count", MAX_EXPERTS)
     if per_row > experts:
         fields.fail(".expert_used_count", per_row, f"at most the {experts} experts")
-    if (scale := fields.number(".expert_weights_scale", 0.0, 1e6, 1.0)) != 1.0:
+    is_sigmoid = gating == SIGMOID
+    if (scale := fields.number(".expert_weights_scale", 0.0, 1e6, 1.0)) != 1.0 and not is_sigmoid:
         raise UnsupportedModelError(f"{fields.path}: expert_weights_scale is {scale:g}, which is not computed")
     said = fields.integer(".expert_gating_func", 255, gating, low=0)
     if said not in (0, gating):  # 0 is said by files whose architecture decides
@@ -143,6 +185,9 @@ def gguf_experts(fields: Any, found: Mapping[str, Any], normalised: bool, gating
         normalised=fields.boolean(".expert_weights_norm", normalised),
         shared_width=fields.integer(".expert_shared_feed_forward_length", MAX_WIDTH, 0),
         layers=(True,) * found["num_layers"],
+        sigmoid=is_sigmoid,
+        is_corrected=is_sigmoid,
+        scale=scale,
     )
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gpu_kernels import reference
 from hetero_attn import LLM
@@ -229,6 +230,21 @@ def top_k_first(route, x, router, scoring, into):
     route(x, router, scoring._replace(normalised=not scoring.normalised), into)
 
 
+def corrected_weights(route, x, router, scoring, into):
+    """The correction in what experts count."""
+    route(x, router, scoring, into)
+    k = into.ids.shape[1]
+    scores = torch.sigmoid(x @ router.T)[:, : into.starts.shape[0] - 1] + scoring.correction
+    chosen = scores.gather(1, into.ids.long())
+    into.weights[:, :k] = chosen / chosen.sum(-1, keepdim=True)
+
+
+def scaled_first(route, x, router, scoring, into):
+    """The scale is gone when weights are divided by their sum behind it."""
+    route(x, router, scoring, into)
+    into.weights[:, :-1] /= into.weights[:, :-1].sum(-1, keepdim=True)
+
+
 def twice(operation, *arguments):
     operation(*arguments)
     operation(*arguments)
@@ -285,6 +301,13 @@ PITFALLS = {
         "gpt_oss", "add_expert_bias", lambda op, bias, picks, out: op(bias.roll(1, 0), picks, out),
     ),
     "bias of the router forgotten": ("gpt_oss", *scored(bias=None)),
+    "correction forgotten": ("glm4_moe", *scored(correction=None)),
+    "correction weighs too": ("minimax_m2", "route", corrected_weights),
+    "all groups kept": ("glm4_moe", *scored(groups=1, kept_groups=1)),
+    "weights not scaled": ("glm4_moe", *scored(scale=1.0)),
+    "scaled before they are normalised": ("glm4_moe", "route", scaled_first),
+    "softmax instead of sigmoids": ("minimax_m2", *scored(sigmoid=False, correction=None)),
+    "eps of another model": ("minimax_m2", *scored(eps=1e-3)),
     "norm over all heads forgotten": ("olmoe", "norm_heads", dropped),
 }  # fmt: skip
 
@@ -471,3 +494,18 @@ def test_gguf_files_hold_the_same_model(family, tmp_path):
     coded = llm.logits(TOKENS[:12])
     llm.close()
     assert nmse(coded, moe_logits(plain, TOKENS[:12])) <= 1e-2
+
+
+def test_layers_that_predict_further_tokens_are_left_alone(checkpoints, tmp_path):
+    """The one layer behind the model's that its config allows; a second one is an error."""
+    config = ModelConfig.from_dir(checkpoints["glm4_moe"])
+    tensors = load_file(checkpoints["glm4_moe"] / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((checkpoints["glm4_moe"] / "config.json").read_bytes())
+    for layer in (3, 4):
+        save_file(tensors | {f"model.layers.{layer}.eh_proj.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+        with open_source(tmp_path) as source:
+            if layer == 3:
+                assert "model.layers.3.eh_proj.weight" in source.check(decoder(config))[0]
+                continue
+            with pytest.raises(CheckpointError, match="have layers up to 4"):
+                source.check(decoder(config))

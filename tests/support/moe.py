@@ -11,8 +11,29 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.toy import hf_model, random_model, save_tokenizer
 
-FAMILIES = ("gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+FAMILIES = ("glm4_moe", "gpt_oss", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 SIZES = {
+    "glm4_moe": {
+        "intermediate_size": 112,
+        "moe_intermediate_size": 40,
+        "n_routed_experts": 12,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.75,
+        "first_k_dense_replace": 1,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "head_dim": 24,
+    },
+    "minimax_m2": {
+        "intermediate_size": 48,
+        "num_local_experts": 9,
+        "num_experts_per_tok": 3,
+        "head_dim": 24,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
     "gpt_oss": {
         "intermediate_size": 80,
         "num_local_experts": 8,
@@ -70,6 +91,9 @@ def make_moe(path: Path, family: str, *, layers: int = 3, seed: int = 0, **chang
                 parameter.copy_(noise * parameter.shape[1 if family == "gpt_oss" else 2] ** -0.5)
             elif name.endswith((".gate.weight", "shared_expert_gate.weight")):
                 parameter.copy_(0.25 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     model.save_pretrained(path)
     save_tokenizer(path)
     return Path(path)
@@ -150,6 +174,24 @@ def together(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 GGUF_KEYS = {
+    "glm4_moe": (
+        "glm4moe",
+        {
+            "expert_feed_forward_length": 64,
+            "expert_shared_count": 2,
+            "expert_gating_func": 2,
+            "expert_weights_scale": 1.75,
+            "expert_group_count": 4,
+            "expert_group_used_count": 2,
+            "leading_dense_block_count": 1,
+            "nextn_predict_layers": 1,
+            "rope.dimension_count": 16,
+        },
+    ),
+    "minimax_m2": (
+        "minimax-m2",
+        {"expert_feed_forward_length": 64, "expert_gating_func": 2, "rope.dimension_count": 16},
+    ),
     "gpt_oss": ("gpt-oss", {"expert_feed_forward_length": 64, "attention.sliding_window": 9}),
     "mixtral": ("llama", {}),
     "olmoe": ("olmoe", {}),
@@ -169,6 +211,7 @@ def moe_gguf(folder: Path, family: str, kind: str = "Q8_0") -> tuple[Path, Path]
     sizes = {key: value for key, value in widths.items() if key in SIZES[family]} or {"intermediate_size": 64}
     shape = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32, "rms_norm_eps": 1e-6}
     sizes |= {"swiglu_limit": 7.0} if family == "gpt_oss" else {}  # which no key of the file says
+    sizes |= {"intermediate_size": 128} if family == "glm4_moe" else {}
     plain = make_moe(folder / "plain", family, layers=2, **shape, **sizes)
     config, tensors = ModelConfig.from_dir(plain), load_file(plain / "model.safetensors")
     tensors = apart(tensors) if family == "gpt_oss" else tensors
@@ -176,7 +219,7 @@ def moe_gguf(folder: Path, family: str, kind: str = "Q8_0") -> tuple[Path, Path]
     writer = gguf.GGUFWriter(folder / "model.gguf", architecture)
     described = {
         "hidden": 128,
-        "layers": 2,
+        "layers": 2 + keys.get("nextn_predict_layers", 0),
         "intermediate": config.intermediate_size,
         "num_heads": 4,
         "num_kv_heads": 2,
@@ -185,7 +228,7 @@ def moe_gguf(folder: Path, family: str, kind: str = "Q8_0") -> tuple[Path, Path]
     writer.add_layer_norm_rms_eps(1e-6)
     counts = {"expert_count": config.experts.experts, "expert_used_count": config.experts.per_row}
     for key, value in (counts | keys).items():
-        writer.add_uint32(f"{architecture}.{key}", value)
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{architecture}.{key}", value)
     writer.add_float32(f"{architecture}.rope.freq_base", config.rope.theta)
     if config.rope.rope_type == "yarn":
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
@@ -229,16 +272,21 @@ def gguf_name(name: str, family: str) -> tuple[str, int | None]:
         return f"blk.{layer}.ffn_{parts[part]}_exps.{kind}", int(expert)
     if rest == "self_attn.sinks":
         return f"blk.{layer}.attn_sinks.weight", None
+    if rest.endswith("e_score_correction_bias"):
+        return f"blk.{layer}.exp_probs_b.bias", None
     words = {
         "block_sparse_moe.gate": "ffn_gate_inp",
         "mlp.gate": "ffn_gate_inp",
         "mlp.router": "ffn_gate_inp",
         "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
-        "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
-        "mlp.shared_expert.up_proj": "ffn_up_shexp",
-        "mlp.shared_expert.down_proj": "ffn_down_shexp",
+        **{
+            f"mlp.shared_expert{s}.{each}_proj": f"ffn_{each}_shexp"
+            for each in ("gate", "up", "down")
+            for s in ("", "s")
+        },
+        **{f"mlp.{each}_proj": f"ffn_{each}" for each in ("gate", "up", "down")},
         "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "post_attention_norm" if family == "gpt_oss" else "ffn_norm",
+        "post_attention_layernorm": "post_attention_norm" if family in ("glm4_moe", "gpt_oss") else "ffn_norm",
         "self_attn.o_proj": "attn_output",
         **{f"self_attn.{each}_proj": f"attn_{each}" for each in "qkv"},
         **{f"self_attn.{each}_norm": f"attn_{each}_norm" for each in "qk"},

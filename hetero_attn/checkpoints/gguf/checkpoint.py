@@ -142,8 +142,10 @@ class GgufCheckpoint:
                 raise CheckpointError(
                     f"{self.path}: tensor {name} has shape {list(self.shape(name))}, the metadata says {list(shape)}"
                 )
-        known = set(expected)
-        if unused := [name for name, ours in self._ours.items() if not known & set(ours) and name not in _ROPE_TENSORS]:
+        known, count = set(expected), len(model.layers)
+        spare = range(count, count + model.spare_layers)
+        unknown = [name for name, ours in self._ours.items() if not known & set(ours) and name not in _ROPE_TENSORS]
+        if unused := [name for name in unknown if split_block(name)[0] not in spare]:
             raise UnsupportedModelError(
                 f"{self.path}: {len(unused)} tensors would be ignored, the first is {unused[0]}: the architecture "
                 f"{self.fields.architecture} does not have them here, and its answers would not be the model's"

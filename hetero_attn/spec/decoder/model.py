@@ -44,4 +44,5 @@ def model_spec(config: ModelConfig, formats: str | WeightFormats = "bf16", kinds
             (kinds.attention(config, layer, formats), feed_forward(layer)) for layer in range(config.num_layers)
         ),
         head=kinds.head(config, formats),
+        spare_layers=config.spare_layers,
     )

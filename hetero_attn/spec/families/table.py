@@ -6,7 +6,9 @@ from hetero_attn.spec.families.family import Family, GgufTerms
 from hetero_attn.spec.families.gemma import GEMMA2, GEMMA3
 from hetero_attn.spec.families.glm import GLM4
 from hetero_attn.spec.families.granite import GRANITE
+from hetero_attn.spec.families.mixtures.glm4_moe import GLM4_MOE
 from hetero_attn.spec.families.mixtures.gpt_oss import GPT_OSS
+from hetero_attn.spec.families.mixtures.minimax_m2 import MINIMAX_M2
 from hetero_attn.spec.families.olmo import OLMO2, OLMO3
 from hetero_attn.spec.families.phi import PHI3
 from hetero_attn.spec.families.seed_oss import SEED_OSS
@@ -55,7 +57,9 @@ FAMILIES = {
     "seed_oss": SEED_OSS,
     "smollm3": SMOLLM3,
     "starcoder2": STARCODER2,
+    "glm4_moe": GLM4_MOE,
     "gpt_oss": GPT_OSS,
+    "minimax_m2": MINIMAX_M2,
     "mixtral": MIXTRAL,
     "olmoe": OLMOE,
     "qwen2_moe": QWEN2_MOE,
