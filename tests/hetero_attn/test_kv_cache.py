@@ -23,6 +23,7 @@ from hetero_attn.cache.cache import KVCache
 from hetero_attn.cache.moves import PageMoves
 from hetero_attn.cache.pool import CachePool
 from hetero_attn.cache.prefix_tree import PrefixTree
+from hetero_attn.cache.stores import PageStores
 from hetero_attn.devices import Device, EmulatedDriver
 from hetero_attn.errors import MemoryBudgetError
 from placement import KvPlacement, LinearPlacement
@@ -280,7 +281,7 @@ BUGS = {
     "a boundary one page early": planted(
         CachePool, "boundary", lambda original, self, sequence_id: max(0, original(self, sequence_id) - self.page_size)
     ),
-    "a page is never freed": planted(CachePool, "_free", lambda original, self, page: None),
+    "a page is never freed": planted(PageStores, "free", lambda original, self, page: None),
     "a forgotten page stays": planted(CachePool, "drop", lambda original, self, page: None),
     "a prefix is not compared": planted(PrefixTree, "_path", any_path),
     "a page goes with its first holder": planted(CachePool, "_let_go", freed_for_all),
