@@ -17,40 +17,15 @@ from placement.plan.memory import (
     is_all_on_gpu,
     kv_bytes_at,
     memory_report,
-    staging_piece_units,
     staging_slot_bytes,
 )
 from placement.plan.phase import Prediction
 from placement.plan.rows import PlanRow, plan_rows
 from placement.plan.units import format_bytes
 from placement.plan.workload import (
-    NUM_ROW_TIERS,
-    ROW_TIER_LIMITS,
     ROW_TIER_NAMES,
-    KvShard,
-    LinearShard,
     Workload,
-    row_tier,
 )
-
-__all__ = [
-    "NUM_ROW_TIERS",
-    "ROW_TIER_LIMITS",
-    "ROW_TIER_NAMES",
-    "KvPlacement",
-    "KvShard",
-    "LinearPlacement",
-    "LinearShard",
-    "MemoryReport",
-    "Plan",
-    "Prediction",
-    "Workload",
-    "build_plan",
-    "memory_report",
-    "row_tier",
-    "staging_piece_units",
-    "staging_slot_bytes",
-]
 
 DEVICES = ("cpu", "cuda", "emulated")
 CURVE_CONTEXTS = (128, 512, 2048, 8192, 32768, 131072)

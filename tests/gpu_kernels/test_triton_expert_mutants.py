@@ -16,6 +16,8 @@ from gpu_kernels.experts import expert_linear as op
 from gpu_kernels.experts import plain_kernel, whole_kernel
 from tests.gpu_kernels.test_triton_experts import OTHERS, both, weight_of
 
+pytestmark = pytest.mark.usefixtures("only_interpreted")
+
 FOLDER = Path(whole_kernel.__file__).parent
 
 
@@ -107,12 +109,6 @@ MUTANTS = {
         "inside = start + k < in_features", "inside = start + k < in_features + 28",
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def only_interpreted(device):
-    if device != "cpu":
-        pytest.skip("mutants run under the interpreter, where a wrong address cannot hurt the device")
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

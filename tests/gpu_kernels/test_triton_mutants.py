@@ -19,6 +19,8 @@ from tests.gpu_kernels.mutants import small as of_small
 from tests.gpu_kernels.mutants.attention import DECODE
 from tests.gpu_kernels.mutants.helpers import HELPER_MUTANTS
 
+pytestmark = pytest.mark.usefixtures("only_interpreted")
+
 ROOT = Path(attention.__file__).parent
 MUTANTS = of_linear.MUTANTS | of_attention.MUTANTS | of_small.MUTANTS
 
@@ -26,12 +28,6 @@ MUTANTS = of_linear.MUTANTS | of_attention.MUTANTS | of_small.MUTANTS
 def load_mutant(folder: Path, file: str, right: str, wrong: str):
     """The module `file` with every occurrence of `right` replaced, as a new module."""
     return planted.load_mutant(folder, ROOT / f"{file}.py", right, wrong)
-
-
-@pytest.fixture(autouse=True)
-def only_interpreted(device):
-    if device != "cpu":
-        pytest.skip("mutants run under the interpreter, where a wrong address cannot hurt the device")
 
 
 @pytest.fixture(autouse=True)

@@ -25,3 +25,14 @@ def http(server) -> Iterator:
 
     with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def tooled(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """A server of a model whose template knows tools and thinking, for one file of tests."""
+    from tests.support.http_server import RunningServer
+    from tests.support.scripted import load_with, model_with
+
+    folder = model_with(tmp_path_factory.mktemp("model") / "tooled")
+    with RunningServer(lambda: load_with(folder, context=1024)) as running:
+        yield running

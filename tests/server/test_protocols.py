@@ -6,21 +6,12 @@ import httpx
 import pytest
 
 from hetero_attn.serving.sampling_params import SamplingParams
-from tests.support.http_server import RunningServer
-from tests.support.scripted import load_with, model_with, saying
+from tests.support.scripted import saying
 
 QUESTION = "What is a list?"
 USER = [{"role": "user", "content": QUESTION}]
 CALLED = "Let me see.\n<tool_call>\n" + json.dumps({"name": "look", "arguments": {"at": "é"}}) + "\n</tool_call>"
 LOOK = {"name": "look", "description": "Look at a thing.", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tooled(tmp_path_factory):
-    """A server of a model whose template knows tools and thinking."""
-    folder = model_with(tmp_path_factory.mktemp("model") / "tooled")
-    with RunningServer(lambda: load_with(folder, context=1024)) as running:
-        yield running
 
 
 def events(text: str) -> list[dict]:

@@ -13,8 +13,7 @@ from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.serving.text.tokenizer import Tokenizer
 from tests.server.test_dialogue import answer_of
 from tests.server.test_lifecycle import gauges
-from tests.support.http_server import TINY, RunningServer
-from tests.support.scripted import load_with, model_with
+from tests.support.http_server import TINY
 
 pytest.importorskip("llguidance", reason="llguidance is not installed (extra grammar)")
 USER = [{"role": "user", "content": "What is a list?"}]
@@ -29,14 +28,6 @@ LOOK = {
     "parameters": {"type": "object", "properties": {"at": {"enum": ["é", "b"]}}, "required": ["at"]},
 }
 WAIT = {"name": "wait", "parameters": {"type": "object", "properties": {"s": {"type": "boolean"}}, "required": ["s"]}}
-
-
-@pytest.fixture(scope="module")
-def tooled(tmp_path_factory):
-    """A server of a model whose template knows tools and thinking."""
-    folder = model_with(tmp_path_factory.mktemp("model") / "tooled")
-    with RunningServer(lambda: load_with(folder, context=1024)) as running:
-        yield running
 
 
 def is_right(text: str) -> bool:
