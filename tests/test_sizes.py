@@ -32,7 +32,6 @@ MANY_PARAMETERS = {
 LONG_FILES = {
     "hetero_attn/spec/config.py",
     "placement/cost/model.py",
-    "placement/cost/terms.py",
     "placement/solve/search.py",
     "cpu_kernels/attention/prefill_kernel.py",
     "cpu_kernels/linear/dot_kernel.py",

@@ -35,11 +35,10 @@ from collections.abc import Callable, Hashable, Sequence
 from math import fsum
 from typing import Any, NamedTuple
 
+from placement.cost.attention import attention_cost, attention_handovers
 from placement.cost.terms import (
     Call,
     LinearCost,
-    attention_cost,
-    attention_handovers,
     cpu_call_s,
     interference,
     linear_cost,

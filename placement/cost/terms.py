@@ -1,4 +1,4 @@
-"""Predicted time of single operations of a pass: a linear on either side, attention, hand-overs, what Python adds.
+"""Predicted time of single operations of a pass: a linear on either side, hand-overs, what Python adds.
 
 Every coefficient is linear in units, KV heads and bytes; `cost` adds them up to a pass, `formulation` optimises over
 them.
@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from cpu_kernels.formats import widest
 from placement.machine.hardware import HardwareProfile
-from placement.machine.rates import KV_BITS, AttentionRate, RowRate, nearest_attention, seconds_per_operation_of_a_row
+from placement.machine.rates import RowRate, seconds_per_operation_of_a_row
 from placement.plan.memory import LinearPlacement, staging_piece_units
-from placement.plan.workload import KvShard, LinearShard, Workload, row_tier
+from placement.plan.workload import LinearShard, Workload, row_tier
 
 BYTES_PER_ACTIVATION = 4
 # Two norms, rotary embedding with the KV append, the gated activation, where a workload says nothing else; on a GPU
@@ -64,28 +64,6 @@ class LinearCost:
     handover_s: float
     launch_s: float
     read_s_per_unit: float
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionCost:
-    """Coefficients of one layer's attention in one pass, for a given number of KV slots in GPU memory.
-
-    cpu_s, dram_bytes: of a KV head owned by the CPU; spilled_s, spilled_bytes: of the older tokens of a GPU KV head,
-    which the CPU attends in place for one row and the GPU for several, once streamed_bytes of them have crossed the
-    bus;
-    gpu_s: of the recent tokens of a GPU KV head. read_s: of cpu_s, the seconds for which it reads DRAM as fast as it
-    can.
-    """
-
-    cpu_s_per_kv_head: float
-    spilled_s_per_kv_head: float
-    gpu_s_per_kv_head: float
-    dram_bytes_per_kv_head: float
-    spilled_bytes_per_kv_head: float
-    streamed_bytes_per_kv_head: float
-    handover_s: float
-    launch_s: float
-    read_s_per_kv_head: float
 
 
 def cpu_linear_s_per_unit(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile) -> float:
@@ -188,51 +166,6 @@ def stage_cost(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProf
     return replace(cost, cpu_s_per_unit=cpu, handover_s=back if shard.row_cut else cost.handover_s)
 
 
-def cpu_attention_rate(shard: KvShard, workload: Workload, hardware: HardwareProfile) -> AttentionRate:
-    """Rates of CPU attention over this cache: measured for the most similar one, else overall."""
-    bits, heads = KV_BITS[workload.kv_dtype], workload.heads_of(shard) / shard.kv_heads
-    if hardware.cpu_attention:
-        return nearest_attention(hardware.cpu_attention, bits, heads, workload.head_dim_of(shard))
-    overall = hardware.cpu_attention_bytes_per_s, hardware.cpu_attention_ops_per_s
-    return AttentionRate(bits, round(heads), workload.head_dim_of(shard), *overall)
-
-
-def attention_cost(
-    kv: KvShard, call: Call, gpu_tokens: int, workload: Workload, hardware: HardwareProfile, on_gpu: bool
-) -> AttentionCost:
-    """Coefficients of attention: K and V read once per pass, 4 * head_dim operations per query head, row and key.
-
-    A chunk of q_len rows sees on average context + (q_len + 1) / 2 keys, capped by the sliding window.
-    """
-    keys = kv.visible_tokens(call.context + (call.q_len + 1) // 2)
-    stored = kv.visible_tokens(call.context + call.q_len)
-    near = min(stored, gpu_tokens / call.sequences) if on_gpu else 0
-    far_share = (stored - near) / stored
-    heads = workload.heads_of(kv) / kv.kv_heads
-    operations = 4 * workload.head_dim_of(kv) * heads * call.rows * keys
-    read = call.sequences * stored * kv.bytes_per_token
-    rate = cpu_attention_rate(kv, workload, hardware)
-    # One row a sequence is what the first rate was measured with, its arithmetic included.
-    computed = 0.0 if call.q_len == 1 else operations * (1 + rate.extra_keys / keys) / rate.ops_per_s
-    cpu = max(read / rate.bytes_per_s, computed)
-    if not on_gpu:
-        return AttentionCost(cpu, 0.0, 0.0, read, 0.0, 0.0, 0.0, cpu_call_s(call, hardware, on_gpu), 0.0)
-    streams = call.q_len > 1
-    gpu = max(read / hardware.gpu_bytes_per_s, operations / hardware.gpu_attention_ops_per_s)
-    features = workload.heads_of(kv) * workload.head_dim_of(kv)
-    return AttentionCost(
-        cpu,
-        0.0 if streams else far_share * cpu,
-        gpu if streams else (1 - far_share) * gpu,
-        read,
-        far_share * read,
-        far_share * read if streams else 0.0,
-        handover_s(call.rows, features, features, hardware),
-        hardware.launch_overhead_s,
-        read / rate.bytes_per_s,
-    )
-
-
 def small_ops_s(workload: Workload, call: Call, hardware: HardwareProfile, on_gpu: bool) -> float:
     """Norms, rotary embedding, activation functions: their calls, and all linears' rows in and out moved once more."""
     moved = (
@@ -258,19 +191,6 @@ def step_s(workload: Workload, call: Call, hardware: HardwareProfile, on_gpu: bo
     layers = 0 if on_gpu or is_recorded(call, on_gpu) else workload.num_layers
     chosen = with_head * call.sequences * workload.vocab_size
     return hardware.step_overhead_s + layers * hardware.layer_overhead_s + chosen * hardware.logits_s_per_token
-
-
-def attention_handovers(cpu_linear_units: int, gpu_kv_heads: int, kv_heads: int, spills: bool) -> int:
-    """Hand-overs of attention itself, beyond that of qkv.
-
-    None when the GPU owns every KV head and nothing spilled, or when exactly the KV heads whose q, k, v the CPU
-    computed
-    are attended there: their results cross once, after attention. Otherwise one.
-    """
-    attended_by_cpu = kv_heads - gpu_kv_heads
-    if spills and gpu_kv_heads:
-        return 1
-    return int(attended_by_cpu > cpu_linear_units)
 
 
 def queueing_s(

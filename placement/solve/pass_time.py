@@ -11,7 +11,8 @@ of the sums of its parts.
 
 from dataclasses import dataclass, field
 
-from placement.cost.terms import WeightedCall, attention_cost, interference, small_ops_s, stage_cost
+from placement.cost.attention import attention_cost
+from placement.cost.terms import WeightedCall, interference, small_ops_s, stage_cost
 from placement.solve.classes import LayerClass, LinearClass
 from placement.solve.pairing import pairs
 from placement.solve.program import add
@@ -227,7 +228,7 @@ class PassTime:
         return seconds
 
     def _attention_handovers(self, c: int, cls: LayerClass, owned: int, layers: int, spills: bool) -> int:
-        """Layers counted by placement.cost.terms.attention_handovers: more KV heads attended than computed by the CPU,
+        """Layers counted as `attention_handovers` counts them: more KV heads attended than computed by the CPU,
         or any spilled."""
         program, unknowns, tier = self._program, self._unknowns, self._weighted.call.tier
         handovers, kv_heads = unknowns.layers(cls.count), unknowns.kv_heads[c]

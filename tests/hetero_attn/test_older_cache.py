@@ -11,7 +11,8 @@ from hetero_attn.devices import Device, EmulatedDriver
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.ops.step import Rows, make_step, older_blocks
 from placement import HardwareProfile
-from placement.cost.terms import Call, attention_cost
+from placement.cost.attention import attention_cost
+from placement.cost.terms import Call
 from placement.plan.memory import KvPlacement, LinearPlacement, kv_staging_bytes, kv_staging_pages
 from placement.plan.workload import NUM_ROW_TIERS
 from tests.support.planning_models import llama_8b

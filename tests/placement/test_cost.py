@@ -5,12 +5,11 @@ from dataclasses import replace
 import pytest
 
 from placement import HardwareProfile, KvPlacement, LinearPlacement, Policy, make_plan
+from placement.cost.attention import attention_cost, attention_handovers
 from placement.cost.baselines import layer_split, stream_all
 from placement.cost.model import pass_cost, predict
 from placement.cost.terms import (
     Call,
-    attention_cost,
-    attention_handovers,
     cpu_linear_s_per_unit,
     gpu_linear_s_per_unit,
     handover_s,

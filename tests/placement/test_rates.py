@@ -6,12 +6,11 @@ from dataclasses import replace
 import pytest
 
 from placement import HardwareProfile, LinearPlacement
+from placement.cost.attention import attention_cost, cpu_attention_rate
 from placement.cost.model import pass_cost, predict
 from placement.cost.terms import (
     GPU_PRODUCT_BYTES,
     Call,
-    attention_cost,
-    cpu_attention_rate,
     cpu_linear_s_per_unit,
     gpu_products,
     linear_cost,
