@@ -7,23 +7,25 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.gguf.writer import NewTensor, write_gguf
+from tests.support import mutations
 from tests.support.gguf_models import make_gguf
 from tests.support.int4_models import gptq, gptq_config, make_int4
 from tests.support.moe import moe_gguf
-from tests.support.mutations import KINDS
+from tests.support.mutations import KINDS, KNOWN_WORK_S, MOST_SECONDS
 from tests.support.scaled_models import fp8_blocks, make_scaled
 from tests.support.toy import make_checkpoint, make_family_checkpoint
 
 SHARE = 250  # of each kind
 PIECES = 12
 PIECE = 8400  # PIECES times this is a hundred thousand
-MOST_SECONDS, MOST_BYTES = 1.0, 64 << 20
+MOST_BYTES = 64 << 20
 SMALL = {"layers": 1, "hidden": 64, "intermediate": 64, "num_heads": 1, "num_kv_heads": 1}
 
 
@@ -94,6 +96,24 @@ def check(folder: Path, kind: str, seed: int, count: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_share_of_mutations_ends_in_our_errors_or_in_a_model(models, kind):
     check(models, kind, 0, SHARE)
+
+
+@pytest.mark.parametrize(
+    ("known_work_s", "opening_s", "expected_s"),
+    [(KNOWN_WORK_S, 1.5, 1.5), (10 * KNOWN_WORK_S, 15.0, 1.5), (10 * KNOWN_WORK_S, 5.0, 0.5), (0.001, 1.5, 1.5)],
+    ids=["here", "slow machine, hang", "slow machine", "fast machine, hang"],
+)
+def test_a_slow_machine_is_excused_and_a_hang_is_not(monkeypatch, known_work_s, opening_s, expected_s):
+    clock = [0.0]
+
+    def takes(seconds):
+        return lambda *path: clock.__setitem__(0, clock[0] + seconds)
+
+    monkeypatch.setattr(mutations, "time", SimpleNamespace(thread_time=lambda: clock[0]))
+    monkeypatch.setattr(mutations, "known_work", takes(known_work_s))
+    monkeypatch.setattr(mutations, "open_whole", takes(opening_s))
+
+    assert mutations.machine_seconds(Path()) == pytest.approx(expected_s)
 
 
 @pytest.mark.mutations
