@@ -5,6 +5,7 @@
     mlp.experts.gate_up_proj [E, 2I, H], .down_proj [E, H, I] all experts in one tensor: gate rows, then up rows of each
     mlp.experts.gate_up_proj [E, H, 2I], .down_proj [E, I, H] gpt-oss: columns are gate, up, gate, up ..; and biases,
                                                               .gate_up_proj_bias [E, 2I], .down_proj_bias [E, H]
+    .gate_up_proj_blocks [E, 2I, H/32, 16], .._scales [E, ..] its MXFP4: experts.N.gate_up_proj.blocks and .scales
 
 A fused tensor is cut by its offsets alone, where each expert's rows are contiguous in the file.
 """
@@ -22,6 +23,8 @@ _FUSED = re.compile(r"(.+)\.(?:mlp|block_sparse_moe)\.experts\.(gate_up_proj|dow
 
 
 _TURNED = re.compile(r"(.+)\.mlp\.experts\.(gate_up_proj|down_proj)(_bias)?")
+_STACKED = re.compile(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)_(blocks|scales)")
+_STACKED_DIMENSIONS = {"blocks": 4, "scales": 3}
 
 
 def by_our_names(entries: dict[str, TensorEntry], is_turned: bool = False) -> dict[str, TensorEntry]:
@@ -29,7 +32,7 @@ def by_our_names(entries: dict[str, TensorEntry], is_turned: bool = False) -> di
     ones have outputs as columns."""
     found: dict[str, TensorEntry] = {}
     for name, entry in entries.items():
-        fused, mixtral = _FUSED.fullmatch(name), _MIXTRAL.fullmatch(name)
+        fused, mixtral, stacked = _FUSED.fullmatch(name), _MIXTRAL.fullmatch(name), _STACKED.fullmatch(name)
         if is_turned and (turned := _TURNED.fullmatch(name)) and _are_columns(turned[2], bool(turned[3]), entry):
             found |= _columns(turned[1], turned[2], bool(turned[3]), entry)
         elif (
@@ -39,6 +42,8 @@ def by_our_names(entries: dict[str, TensorEntry], is_turned: bool = False) -> di
             and (fused[2] == "down_proj" or not entry.shape[1] % 2)
         ):
             found |= _cut(fused[1], fused[2], entry)
+        elif stacked and len(entry.shape) == _STACKED_DIMENSIONS[stacked[3]] and 0 not in entry.shape:
+            found |= _stacked(stacked[1], f"{stacked[2]}.{stacked[3]}", entry)
         elif mixtral:
             layer, expert, part = mixtral.groups()
             ours = f"experts.{expert}.{_MIXTRAL_PARTS[part]}" if expert else "gate"
@@ -60,6 +65,17 @@ def _cut(layer: str, kind: str, entry: TensorEntry) -> dict[str, TensorEntry]:
             entry, shape=shape, offset=entry.offset + index * size, nbytes=size
         )
         for index in range(experts * len(parts))
+    }
+
+
+def _stacked(experts: str, name: str, entry: TensorEntry) -> dict[str, TensorEntry]:
+    """The entries of every expert of a tensor whose first dimension they are."""
+    size = entry.nbytes // entry.shape[0]
+    return {
+        f"{experts}.{index}.{name}": replace(
+            entry, shape=entry.shape[1:], offset=entry.offset + index * size, nbytes=size
+        )
+        for index in range(entry.shape[0])
     }
 
 

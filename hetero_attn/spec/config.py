@@ -29,7 +29,7 @@ from hetero_attn.spec.limits import (
 from hetero_attn.spec.rope_config import RopeConfig
 from hetero_attn.spec.tensor_names import AS_OURS, TensorNames
 
-READ_METHODS = ("gptq", "awq", "compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "bitsandbytes")
+READ_METHODS = ("gptq", "awq", "compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "bitsandbytes", "mxfp4")
 # Names of activations in config files -> ours.
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}

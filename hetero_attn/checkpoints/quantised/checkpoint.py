@@ -82,6 +82,11 @@ class QuantisedCheckpoint(Checkpoint):
 
     def _pieces(self, module: Module, fused: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, Piece]]:
         """(our name, its rows) of what a module holds: one linear, or several one below the other."""
+        if module.prefix.endswith(".gate_up_proj"):  # of an expert
+            for index, name in enumerate(("gate_proj", "up_proj")):
+                half = module.out_features // 2
+                yield f"{module.prefix.removesuffix('gate_up_proj')}{name}.weight", Piece(module, index * half, half)
+            return
         layer, part, _ = split_name(f"{module.prefix}.weight")
         if part not in fused:
             yield f"{module.prefix}.weight", Piece(module, 0, module.out_features)

@@ -8,11 +8,12 @@ from hetero_attn.checkpoints.files import some
 from hetero_attn.checkpoints.quantised.bytes import SCALE_NAMES, find_bytes
 from hetero_attn.checkpoints.quantised.int4 import CODES, PARTS, find_int4
 from hetero_attn.checkpoints.quantised.module import AGAIN, Module, Read, Shapes, unsupported
-from hetero_attn.checkpoints.quantised.nibbles import STATE, find_mxfp4, find_nf4, find_nvfp4
+from hetero_attn.checkpoints.quantised.nibbles import STATE, find_mxfp4, find_nf4, find_nvfp4, find_stacked_mxfp4
 from hetero_attn.checkpoints.quantised.scheme import GroupScheme, Scheme
 from hetero_attn.errors import CheckpointError
 
 WORDS = ("gptq", "awq")  # codes are words across several weights, whatever the config says beside
+STACKED = "_proj.blocks"  # of the experts of gpt-oss
 LOW_BIT = ("F8_E4M3", "I8", "U8")  # of a `weight` that is codes
 # Tensors of a quantised linear that its product does without: activations and the cache are rounded by scales found
 # here. All others, such as an order of inputs or factors on them, would change it.
@@ -58,7 +59,7 @@ def _prefixes(scheme: Scheme, shapes: Shapes) -> list[str]:
     found = [
         name.rpartition(".")[0]
         for name, (dtype, _) in shapes.items()
-        if name.endswith((".weight_packed", ".weight_shape")) or name.endswith(".weight") and dtype in LOW_BIT
+        if name.endswith((".weight_packed", ".weight_shape", STACKED)) or name.endswith(".weight") and dtype in LOW_BIT
     ]
     return list(dict.fromkeys(found))
 
@@ -79,6 +80,8 @@ def _find_as(prefix: str, scheme: Scheme, group: GroupScheme, shapes: Shapes, re
         return find_int4(prefix, group, shapes, where, read)
     if f"{prefix}.{STATE}" in shapes or scheme.method == "bitsandbytes":
         return find_nf4(prefix, shapes, where, read)
+    if f"{prefix}.blocks" in shapes:
+        return find_stacked_mxfp4(prefix, shapes, where)
     dtype = shapes.get(f"{prefix}.weight_packed", shapes.get(f"{prefix}.weight", ("I32", ())))[0]
     if dtype == "U8":
         small = shapes.get(f"{prefix}.weight_scale", ("", ()))[0]

@@ -2,6 +2,8 @@
 
   kind    codes, two in a byte                         scales
   mxfp4   weight_packed [out, in/2], first in low      weight_scale [out, in/32], exponents: 2^(e - 127)
+          of gpt-oss, each expert:
+          blocks [out, in/32, 16], likewise            scales [out, in/32]; rows of gate and up alternate
   nvfp4   weight_packed or weight, likewise            weight_scale [out, in/16], E4M3; and a float32 for the tensor:
                                                        divided by weight_global_scale, multiplied with weight_scale_2
   nf4     weight [out * in / 2, 1], first in high      weight.absmax of every 64, float32, or codes of
@@ -45,14 +47,20 @@ FLOATS = ("F32", "BF16", "F16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mxfp4Module(Module):
-    """codes, scales: its tensors."""
+    """codes, scales: its tensors. alternate: of how many linears its rows are, in turns."""
 
     codes: str
     scales: str
+    alternate: int = 1
 
     def rows(self, read: Read, where: str) -> RowWriter:
         """See `Module.rows`."""
-        codes, scales = read(self.codes), read(self.scales)
+        import torch
+
+        codes, scales = (read(name).view(self.out_features, -1) for name in (self.codes, self.scales))
+        if self.alternate > 1:
+            order = torch.arange(self.out_features, device="cpu").view(-1, self.alternate).t().flatten()
+            codes, scales = codes[order], scales[order]
 
         def write(first: int, stop: int, out: torch.Tensor) -> None:
             mxfp4_blocks(codes[first:stop], scales[first:stop], out)
@@ -167,6 +175,28 @@ def find_mxfp4(prefix: str, shapes: Shapes, where: str) -> Mxfp4Module:
         kind=MXFP4_TYPE,
         codes=codes,
         scales=scales,
+    )
+
+
+def find_stacked_mxfp4(prefix: str, shapes: Shapes, where: str) -> Mxfp4Module:
+    """Gate and up, or down, of one of gpt-oss's experts; raises CheckpointError by name."""
+    codes, scales = (needed(where, shapes, prefix, part, "mxfp4") for part in ("blocks", "scales"))
+    check_dtype(where, shapes, codes, ("U8",))
+    check_dtype(where, shapes, scales, ("U8", "F8_E8M0"))
+    shape, alternate = shapes[codes][1], 2 if prefix.endswith(".gate_up_proj") else 1
+    if len(shape) != 3 or shape[2] != 16 or shape[0] % alternate:
+        refuse_shape(where, shapes, codes, "rows, alternately of gate and up, of blocks of 16 bytes")
+    if shapes[scales][1] != shape[:2]:
+        refuse_shape(where, shapes, scales, list(shape[:2]))
+    return Mxfp4Module(
+        prefix=prefix,
+        names=(codes, scales),
+        out_features=shape[0],
+        in_features=32 * shape[1],
+        kind=MXFP4_TYPE,
+        codes=codes,
+        scales=scales,
+        alternate=alternate,
     )
 
 

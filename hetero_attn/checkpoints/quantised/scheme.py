@@ -91,6 +91,10 @@ def _modelopt(values: JsonFields) -> Scheme:
     return Scheme("modelopt", (GroupScheme("modelopt", 8, block=block),))
 
 
+def _mxfp4(values: JsonFields) -> Scheme:
+    return Scheme("mxfp4", (GroupScheme("mxfp4", group=32),), _names(values, "modules_to_not_convert"))
+
+
 def _bitsandbytes(values: JsonFields) -> Scheme:
     if not values.boolean("load_in_4bit", False):
         raise _refused(values, "load_in_4bit", False, ("true",))
@@ -211,4 +215,5 @@ _READERS = {
     "fbgemm_fp8": _fbgemm,
     "modelopt": _modelopt,
     "bitsandbytes": _bitsandbytes,
+    "mxfp4": _mxfp4,
 }
