@@ -62,5 +62,5 @@ class DeviceOps:
         self, q: Tensor, pages: Pages, keys: RowKeys, scale: float, into: Partial, cap: float = 0.0
     ) -> None:
         if self._counted is None:
-            self._counted = importlib.import_module("gpu_kernels.attention").counted_decode_attention
+            self._counted = importlib.import_module("gpu_kernels.attention.decode").counted_decode_attention
         self._counted(self._arrivals, q, pages, keys, scale, into, cap)

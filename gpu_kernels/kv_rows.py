@@ -6,6 +6,8 @@ rounded once, so that tensor cores multiply them like the rows of a bf16 cache.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,90 +19,62 @@ FORMATS = {torch.float32: "plain", torch.bfloat16: "plain", torch.int8: "q8", to
 ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds a small float32 half to even
 
 
-@triton.jit
-def load_page_ids(table, start, low, high, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Page ids of the positions from start, a multiple of BLOCK_N, on; only those of positions in [low, high) are read.
+class PageRows(NamedTuple):
+    """How rows lie in the pages of K and V, inside a kernel: strides in items, and constants. The bytes of a page of
+    codes are contiguous.
 
-    One scalar where such a block lies in one page, so that its rows are one tile."""
-    if PAGE_SIZE % BLOCK_N == 0:
-        ids = tl.load(table + start // PAGE_SIZE, mask=tl.maximum(start, low) < high, other=0)
-    else:
-        positions = start + tl.arange(0, BLOCK_N)
-        ids = tl.load(table + positions // PAGE_SIZE, mask=(positions >= low) & (positions < high), other=0)
-    return ids
+    Like every value with constants it is made where it is passed: a name would turn them into tensors."""
 
-
-@triton.jit
-def load_block(
-    k_pages,
-    v_pages,
-    page_ids,
-    start,
-    stored,
-    dims,
-    page_stride,
-    row_stride,
-    HEAD_DIM: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FORMAT: tl.constexpr,
-):
-    """Keys and values [BLOCK_N, HEAD_PAD] of the block at start, 0 where not `stored`; page_ids from load_page_ids."""
-    if PAGE_SIZE % BLOCK_N == 0:
-        token = start % PAGE_SIZE + tl.arange(0, BLOCK_N)
-    else:
-        token = (start + tl.arange(0, BLOCK_N)) % PAGE_SIZE
-    page = page_ids.to(tl.int64) * page_stride
-    keys = load_rows(k_pages, page, token, stored, dims, row_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE, FORMAT)
-    values = load_rows(v_pages, page, token, stored, dims, row_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE, FORMAT)
-    return keys, values
+    page_stride: Any
+    row_stride: Any
+    HEAD_DIM: Any
+    HEAD_PAD: Any
+    PAGE_SIZE: Any
+    FORMAT: Any
 
 
 @triton.jit
-def load_rows(
-    pages,
-    page,
-    token,
-    stored,
-    dims,
-    row_stride,
-    HEAD_DIM: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    FORMAT: tl.constexpr,
-):
-    """Rows [len(token), HEAD_PAD], 0 where not `stored`. page: where the page of each token begins, in items, or of all
-    of them; token: offset in it. row_stride in items; the bytes of a page of codes are contiguous."""
-    mask = stored[:, None] & (dims < HEAD_DIM)[None, :]
-    if FORMAT == "plain":
-        rows = tl.load(pages + (page + token * row_stride)[:, None] + dims[None, :], mask=mask, other=0.0)
+def load_rows(pages, rows, page, token, stored):
+    """Rows [len(token), HEAD_PAD], 0 where not `stored`.
+
+    page: where the page of each token begins, in items, or of all of them; token: offset in it."""
+    dims = tl.arange(0, rows.HEAD_PAD)
+    mask = stored[:, None] & (dims < rows.HEAD_DIM)[None, :]
+    if rows.FORMAT == "plain":
+        loaded = tl.load(pages + (page + token * rows.row_stride)[:, None] + dims[None, :], mask=mask, other=0.0)
     else:
-        GROUP: tl.constexpr = 64 if FORMAT == "q8" else 32
-        GROUPS: tl.constexpr = (HEAD_DIM + GROUP - 1) // GROUP
-        ROW: tl.constexpr = GROUPS * GROUP if FORMAT == "q8" else GROUPS * GROUP // 2
-        WIDTH: tl.constexpr = min(GROUP, HEAD_PAD)  # a head may be shorter than a group
-        COLUMNS: tl.constexpr = HEAD_PAD // WIDTH
-        at = (page + token * ROW)[:, None]
-        if FORMAT == "q8":
-            codes = tl.load(pages + at + dims[None, :], mask=mask, other=0).to(tl.float32)
-        else:
-            byte = tl.arange(0, HEAD_PAD // 2)
-            held = stored[:, None] & (byte < ROW)[None, :]
-            both = tl.load(pages + at + byte[None, :], mask=held, other=0).to(tl.int32)
-            codes = tl.interleave(both & 15, both >> 4).to(tl.float32)
-        columns = tl.arange(0, COLUMNS)
-        numbers = pages.to(tl.pointer_type(tl.bfloat16), bitcast=True)
-        numbers += ((page + PAGE_SIZE * ROW) // 2 + token)[:, None] + columns[None, :] * PAGE_SIZE
-        present = stored[:, None] & (columns < GROUPS)[None, :]
-        scale = tl.load(numbers, mask=present, other=0.0).to(tl.float32)
-        values = tl.reshape(codes, [codes.shape[0], COLUMNS, WIDTH]) * scale[:, :, None]
-        if FORMAT == "q4":
-            minimum = tl.load(numbers + GROUPS * PAGE_SIZE, mask=present, other=0.0).to(tl.float32)
-            values += minimum[:, :, None]
-        values = tl.reshape(values, [codes.shape[0], HEAD_PAD])
-        rows = tl.where(mask, values, 0.0).to(tl.bfloat16)
-    return rows
+        loaded = tl.where(mask, _unpacked_rows(pages, rows, page, token, stored, mask), 0.0).to(tl.bfloat16)
+    return loaded
+
+
+@triton.jit
+def _unpacked_rows(pages, rows, page, token, stored, mask):
+    """float32 of codes."""
+    HEAD_PAD: tl.constexpr = rows.HEAD_PAD
+    PAGE_SIZE: tl.constexpr = rows.PAGE_SIZE
+    GROUP: tl.constexpr = 64 if rows.FORMAT == "q8" else 32
+    GROUPS: tl.constexpr = (rows.HEAD_DIM + GROUP - 1) // GROUP
+    ROW: tl.constexpr = GROUPS * GROUP if rows.FORMAT == "q8" else GROUPS * GROUP // 2
+    WIDTH: tl.constexpr = min(GROUP, HEAD_PAD)  # a head may be shorter than a group
+    COLUMNS: tl.constexpr = HEAD_PAD // WIDTH
+    at = (page + token * ROW)[:, None]
+    if rows.FORMAT == "q8":
+        codes = tl.load(pages + at + tl.arange(0, HEAD_PAD)[None, :], mask=mask, other=0).to(tl.float32)
+    else:
+        byte = tl.arange(0, HEAD_PAD // 2)
+        held = stored[:, None] & (byte < ROW)[None, :]
+        both = tl.load(pages + at + byte[None, :], mask=held, other=0).to(tl.int32)
+        codes = tl.interleave(both & 15, both >> 4).to(tl.float32)
+    columns = tl.arange(0, COLUMNS)
+    numbers = pages.to(tl.pointer_type(tl.bfloat16), bitcast=True)
+    numbers += ((page + PAGE_SIZE * ROW) // 2 + token)[:, None] + columns[None, :] * PAGE_SIZE
+    present = stored[:, None] & (columns < GROUPS)[None, :]
+    scale = tl.load(numbers, mask=present, other=0.0).to(tl.float32)
+    values = tl.reshape(codes, [codes.shape[0], COLUMNS, WIDTH]) * scale[:, :, None]
+    if rows.FORMAT == "q4":
+        minimum = tl.load(numbers + GROUPS * PAGE_SIZE, mask=present, other=0.0).to(tl.float32)
+        values += minimum[:, :, None]
+    return tl.reshape(values, [codes.shape[0], HEAD_PAD])
 
 
 @triton.jit
@@ -109,52 +83,64 @@ def _round(x):
 
 
 @triton.jit
-def store_row(
-    pages,
-    slot,
-    row,
-    dims,
-    page_stride,
-    row_stride,
-    HEAD_DIM: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    FORMAT: tl.constexpr,
-):
+def store_row(pages, rows, slot, row):
     """Write a float32 row [HEAD_PAD], 0 from HEAD_DIM on and of whole groups, to slot = page * PAGE_SIZE + offset."""
-    page, token = slot // PAGE_SIZE * page_stride, slot % PAGE_SIZE
-    if FORMAT == "plain":
-        tl.store(pages + page + token * row_stride + dims, row.to(pages.dtype.element_ty), mask=dims < HEAD_DIM)
+    page, token = slot // rows.PAGE_SIZE * rows.page_stride, slot % rows.PAGE_SIZE
+    dims = tl.arange(0, rows.HEAD_PAD)
+    if rows.FORMAT == "plain":
+        target = pages + page + token * rows.row_stride + dims
+        tl.store(target, row.to(pages.dtype.element_ty), mask=dims < rows.HEAD_DIM)
+    elif rows.FORMAT == "q8":
+        _store_q8(pages, rows, page, token, row)
     else:
-        GROUP: tl.constexpr = 64 if FORMAT == "q8" else 32
-        GROUPS: tl.constexpr = (HEAD_DIM + GROUP - 1) // GROUP
-        ROW: tl.constexpr = GROUPS * GROUP if FORMAT == "q8" else GROUPS * GROUP // 2
-        COLUMNS: tl.constexpr = HEAD_PAD // GROUP
-        columns = tl.arange(0, COLUMNS)
-        numbers = pages.to(tl.pointer_type(tl.bfloat16), bitcast=True) + (page + PAGE_SIZE * ROW) // 2
-        numbers += columns * PAGE_SIZE + token
-        grouped = tl.reshape(row, [COLUMNS, GROUP])
-        if FORMAT == "q8":
-            scale = tl.div_rn(tl.max(tl.abs(grouped), axis=1), 127.0).to(tl.bfloat16)
-            divisor = tl.where(scale.to(tl.float32) == 0.0, 1.0, scale.to(tl.float32))
-            codes = _round(tl.div_rn(grouped, tl.broadcast_to(divisor[:, None], [COLUMNS, GROUP])))
-            codes = tl.minimum(tl.maximum(codes, -127.0), 127.0).to(tl.int8)
-            tl.store(pages + page + token * ROW + dims, tl.reshape(codes, [HEAD_PAD]), mask=dims < ROW)
-        else:
-            inside = tl.reshape(dims, [COLUMNS, GROUP]) < HEAD_DIM
-            minimum = tl.min(tl.where(inside, grouped, float("inf")), axis=1).to(tl.bfloat16)
-            low = minimum.to(tl.float32)
-            spread = tl.max(tl.where(inside, grouped, float("-inf")), axis=1) - low
-            scale = tl.div_rn(spread, 15.0).to(tl.bfloat16)
-            divisor = tl.where(scale.to(tl.float32) == 0.0, 1.0, scale.to(tl.float32))
-            steps = tl.div_rn(grouped - low[:, None], tl.broadcast_to(divisor[:, None], [COLUMNS, GROUP]))
-            steps = tl.where(scale.to(tl.float32)[:, None] == 0.0, 0.0, steps)
-            codes = tl.where(inside, tl.minimum(tl.maximum(_round(steps), 0.0), 15.0), 0.0).to(tl.int32)
-            even, odd = tl.split(tl.reshape(codes, [HEAD_PAD // 2, 2]))
-            pairs = tl.arange(0, HEAD_PAD // 2)
-            tl.store(pages + page + token * ROW + pairs, (even | (odd << 4)).to(tl.uint8), mask=pairs < ROW)
-            tl.store(numbers + GROUPS * PAGE_SIZE, minimum, mask=columns < GROUPS)
-        tl.store(numbers, scale, mask=columns < GROUPS)
+        _store_q4(pages, rows, page, token, row)
+
+
+@triton.jit
+def _store_q8(pages, rows, page, token, row):
+    PAGE_SIZE: tl.constexpr = rows.PAGE_SIZE
+    HEAD_PAD: tl.constexpr = rows.HEAD_PAD
+    GROUPS: tl.constexpr = (rows.HEAD_DIM + 63) // 64
+    ROW: tl.constexpr = GROUPS * 64
+    COLUMNS: tl.constexpr = HEAD_PAD // 64
+    columns = tl.arange(0, COLUMNS)
+    numbers = pages.to(tl.pointer_type(tl.bfloat16), bitcast=True) + (page + PAGE_SIZE * ROW) // 2
+    numbers += columns * PAGE_SIZE + token
+    grouped = tl.reshape(row, [COLUMNS, 64])
+    scale = tl.div_rn(tl.max(tl.abs(grouped), axis=1), 127.0).to(tl.bfloat16)
+    divisor = tl.where(scale.to(tl.float32) == 0.0, 1.0, scale.to(tl.float32))
+    codes = _round(tl.div_rn(grouped, tl.broadcast_to(divisor[:, None], [COLUMNS, 64])))
+    codes = tl.minimum(tl.maximum(codes, -127.0), 127.0).to(tl.int8)
+    dims = tl.arange(0, HEAD_PAD)
+    tl.store(pages + page + token * ROW + dims, tl.reshape(codes, [HEAD_PAD]), mask=dims < ROW)
+    tl.store(numbers, scale, mask=columns < GROUPS)
+
+
+@triton.jit
+def _store_q4(pages, rows, page, token, row):
+    PAGE_SIZE: tl.constexpr = rows.PAGE_SIZE
+    HEAD_PAD: tl.constexpr = rows.HEAD_PAD
+    GROUPS: tl.constexpr = (rows.HEAD_DIM + 31) // 32
+    ROW: tl.constexpr = GROUPS * 16
+    COLUMNS: tl.constexpr = HEAD_PAD // 32
+    columns = tl.arange(0, COLUMNS)
+    numbers = pages.to(tl.pointer_type(tl.bfloat16), bitcast=True) + (page + PAGE_SIZE * ROW) // 2
+    numbers += columns * PAGE_SIZE + token
+    grouped = tl.reshape(row, [COLUMNS, 32])
+    inside = tl.reshape(tl.arange(0, HEAD_PAD), [COLUMNS, 32]) < rows.HEAD_DIM
+    minimum = tl.min(tl.where(inside, grouped, float("inf")), axis=1).to(tl.bfloat16)
+    low = minimum.to(tl.float32)
+    spread = tl.max(tl.where(inside, grouped, float("-inf")), axis=1) - low
+    scale = tl.div_rn(spread, 15.0).to(tl.bfloat16)
+    divisor = tl.where(scale.to(tl.float32) == 0.0, 1.0, scale.to(tl.float32))
+    steps = tl.div_rn(grouped - low[:, None], tl.broadcast_to(divisor[:, None], [COLUMNS, 32]))
+    steps = tl.where(scale.to(tl.float32)[:, None] == 0.0, 0.0, steps)
+    codes = tl.where(inside, tl.minimum(tl.maximum(_round(steps), 0.0), 15.0), 0.0).to(tl.int32)
+    even, odd = tl.split(tl.reshape(codes, [HEAD_PAD // 2, 2]))
+    pairs = tl.arange(0, HEAD_PAD // 2)
+    tl.store(pages + page + token * ROW + pairs, (even | (odd << 4)).to(tl.uint8), mask=pairs < ROW)
+    tl.store(numbers + GROUPS * PAGE_SIZE, minimum, mask=columns < GROUPS)
+    tl.store(numbers, scale, mask=columns < GROUPS)
 
 
 def check_pages(pages: Pages, head_dim: int) -> str:

@@ -17,9 +17,9 @@ NOT_IN = {
         (
             "cpu_kernels/small/",
             "cpu_kernels/team/",
-            "gpu_kernels/attention.py",
-            "gpu_kernels/attention_merge.py",
+            "gpu_kernels/attention/",
             "gpu_kernels/elementwise.py",
+            "gpu_kernels/rope.py",
             "hetero_attn/cache/",
             "hetero_attn/devices/",
             "hetero_attn/engine/",

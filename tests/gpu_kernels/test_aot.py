@@ -24,7 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import gpu_kernels
-from gpu_kernels import attention, kv_pages, reference
+from gpu_kernels import kv_pages, reference
+from gpu_kernels.attention import prefill as prefill_op
+from gpu_kernels.attention import tiles
 from gpu_kernels.experts.ordered import WHOLE_FORMS
 from tests.support.ahead_of_time import SHARED_MEMORY_LIMIT, Resources, compile_launches
 
@@ -278,7 +280,7 @@ def check(used: Resources, name: str, architecture: int) -> None:
 def tiles_of_the_architecture(request, monkeypatch):
     """Tensors without memory have no device that could say what it is."""
     architecture = getattr(request.node, "callspec", None) and request.node.callspec.params["architecture"]
-    monkeypatch.setattr(attention, "_is_hopper", lambda device: architecture == 90)
+    monkeypatch.setattr(prefill_op, "is_hopper", lambda device: architecture == 90)
 
 
 @pytest.mark.parametrize("name,architecture", ORDINARY)
@@ -291,7 +293,7 @@ def test_compiles_within_limits(name, architecture):
 
 
 def test_a_tile_that_spills_is_seen(monkeypatch):
-    monkeypatch.setitem(attention.DECODE_TILES[FP32], 128, attention.Tile(0, 32, 4, 2))
+    monkeypatch.setitem(tiles.DECODE_TILES[FP32], 128, tiles.Tile(0, 32, 4, 2))
     used = compile_launches(decode(FP32, 128, 8), 86)[0]
 
     with pytest.raises(AssertionError, match="stack_bytes"):

@@ -18,7 +18,7 @@ import triton.language as tl
 from triton import knobs
 
 from gpu_kernels import elementwise, linear_layer, reference
-from gpu_kernels.attention_merge import merge
+from gpu_kernels.attention.merge import merge
 from gpu_kernels.launching import Kernel, Shape
 from tests.support.silent_triton import silent_triton
 

@@ -10,7 +10,8 @@ from tests.support import kernel_checks as checks
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
-from gpu_kernels import attention, attention_merge
+from gpu_kernels.attention import decode, prefill
+from gpu_kernels.attention.merge import merge
 from gpu_kernels.device_ops import DeviceOps
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -33,24 +34,24 @@ RANGES = [(5, 140), (0, 1), (300, 300), (63, 65)]
 )
 def test_decode_attention(device, dtype, num_kv_heads, queries_per_kv, head_dim, page_size, length):
     checks.check_decode(
-        attention.decode_attention, device, dtype, num_kv_heads, queries_per_kv, head_dim, page_size, length, RANGES
+        decode.decode_attention, device, dtype, num_kv_heads, queries_per_kv, head_dim, page_size, length, RANGES
     )
 
 
 @pytest.mark.parametrize("dtype,head_dim,cap", [(BF16, 256, 1.5), (FP32, 24, 0.3), (BF16, 64, 50.0)])
 def test_attention_with_a_soft_cap(device, dtype, head_dim, cap):
     """Far above the scores, near them and far below."""
-    checks.check_decode(attention.decode_attention, device, dtype, 1, 2, head_dim, 16, 320, RANGES, cap)
-    checks.check_prefill(attention.prefill_attention, device, dtype, 70, 1, 2, head_dim, 16, 9, 98, 28, 20, cap)
+    checks.check_decode(decode.decode_attention, device, dtype, 1, 2, head_dim, 16, 320, RANGES, cap)
+    checks.check_prefill(prefill.prefill_attention, device, dtype, 70, 1, 2, head_dim, 16, 9, 98, 28, 20, cap)
 
 
 @pytest.mark.parametrize("length", [320, 600])
 def test_decode_attention_with_every_range_empty(device, length):
-    checks.check_decode(attention.decode_attention, device, BF16, 2, 2, 32, 16, length, [(0, 0), (17, 17)])
+    checks.check_decode(decode.decode_attention, device, BF16, 2, 2, 32, 16, length, [(0, 0), (17, 17)])
 
 
 def test_decode_attention_splits_a_long_cache_evenly(device):
-    checks.check_decode(attention.decode_attention, device, BF16, 1, 1, 16, 64, 1024, [(1, 1024), (0, 257)])
+    checks.check_decode(decode.decode_attention, device, BF16, 1, 1, 16, 64, 1024, [(1, 1024), (0, 257)])
 
 
 @pytest.mark.parametrize(
@@ -63,14 +64,14 @@ def test_decode_attention_splits_a_long_cache_evenly(device):
 )
 @pytest.mark.parametrize("max_splits", [64, 3])
 def test_decode_attention_of_very_different_lengths(device, page_size, ranges, max_splits, monkeypatch):
-    monkeypatch.setattr(attention, "MAX_SPLITS", max_splits)
+    monkeypatch.setattr(decode, "MAX_SPLITS", max_splits)
 
-    checks.check_decode(attention.decode_attention, device, BF16, 1, 3, 32, page_size, 1024, ranges)
+    checks.check_decode(decode.decode_attention, device, BF16, 1, 3, 32, page_size, 1024, ranges)
 
 
 def test_decode_attention_of_more_heads_than_counters_is_not_split(device):
     def uncounted(*arguments):
-        attention.counted_decode_attention(torch.zeros(1, dtype=torch.int32, device=device), *arguments)
+        decode.counted_decode_attention(torch.zeros(1, dtype=torch.int32, device=device), *arguments)
 
     checks.check_decode(uncounted, device, FP32, 2, 1, 16, 16, 200, [(3, 200)])
 
@@ -89,7 +90,7 @@ def test_a_decode_attention_is_the_same_every_time(device):
     outs = [torch.empty_like(q) for _ in range(3)]
 
     for out in outs:
-        attention.decode_attention(
+        decode.decode_attention(
             q, Pages(pages, pages), RowKeys(table, start, stop), 0.2, Partial(out, torch.empty_like(q[..., 0]))
         )
 
@@ -101,7 +102,7 @@ def test_a_scale_that_is_not_positive_is_refused(device):
     table = torch.zeros(1, 1, dtype=torch.int32, device=device)
 
     with pytest.raises(AssertionError, match="the largest score is looked for before it is multiplied by -1"):
-        attention.prefill_attention(q, Pages(pages, pages), ChunkKeys(table, 0, 1, 0), -1.0, Partial(q, q[..., 0]))
+        prefill.prefill_attention(q, Pages(pages, pages), ChunkKeys(table, 0, 1, 0), -1.0, Partial(q, q[..., 0]))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_prefill_attention(
     device, dtype, num_kv_heads, queries_per_kv, head_dim, page_size, start, stop, q_start, window
 ):
     checks.check_prefill(
-        attention.prefill_attention,
+        prefill.prefill_attention,
         device,
         dtype,
         70,
@@ -135,7 +136,7 @@ def test_prefill_attention(
     [(1, 0, 130, 129, 0), (1, 3, 130, 200, 64), (5, 0, 5, 0, 0), (5, 3, 3, 3, 0), (3, 10, 40, 60, 8)],
 )
 def test_prefill_attention_of_few_rows(device, q_len, start, stop, q_start, window):
-    checks.check_prefill(attention.prefill_attention, device, BF16, q_len, 1, 2, 128, 16, start, stop, q_start, window)
+    checks.check_prefill(prefill.prefill_attention, device, BF16, q_len, 1, 2, 128, 16, start, stop, q_start, window)
 
 
 @pytest.mark.parametrize("page_size", [32, 48, 128])
@@ -151,13 +152,11 @@ def test_prefill_attention_of_few_rows(device, q_len, start, stop, q_start, wind
     ],
 )
 def test_prefill_attention_over_whole_and_cut_blocks(device, page_size, start, stop, q_start, window):
-    checks.check_prefill(
-        attention.prefill_attention, device, FP32, 70, 1, 2, 32, page_size, start, stop, q_start, window
-    )
+    checks.check_prefill(prefill.prefill_attention, device, FP32, 70, 1, 2, 32, page_size, start, stop, q_start, window)
 
 
 def test_prefill_attention_of_a_large_head(device):
-    checks.check_prefill(attention.prefill_attention, device, BF16, 66, 1, 1, 256, 16, 0, 66, 0, 0)
+    checks.check_prefill(prefill.prefill_attention, device, BF16, 66, 1, 1, 256, 16, 0, 66, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -173,12 +172,12 @@ def test_prefill_attention_of_a_large_head(device):
     ],
 )
 def test_merge(device, parts, shape, empty):
-    checks.check_merge(attention_merge.merge, device, parts, shape, empty)
+    checks.check_merge(merge, device, parts, shape, empty)
 
 
 def test_merge_may_write_over_a_partial(device):
     def merge_in_place(partials, into):
-        attention_merge.merge(partials, partials[1])
+        merge(partials, partials[1])
         into.out.copy_(partials[1].out)
         into.lse.copy_(partials[1].lse)
 
@@ -190,14 +189,12 @@ def test_ops_accept_no_rows(device):
     limits = torch.zeros(0, dtype=torch.int32, device=device)
     table = limits.new_zeros(0, 1, 1)
 
-    attention.decode_attention(
-        none, Pages(pages, pages), RowKeys(table, limits, limits), 1.0, Partial(none, none[..., 0])
-    )
-    attention.prefill_attention(
+    decode.decode_attention(none, Pages(pages, pages), RowKeys(table, limits, limits), 1.0, Partial(none, none[..., 0]))
+    prefill.prefill_attention(
         none, Pages(pages, pages), ChunkKeys(table.new_zeros(1, 1), 0, 4, 4), 1.0, Partial(none, none[..., 0])
     )
     nothing = Partial(none, none[..., 0])
-    attention_merge.merge([nothing, nothing], nothing)
+    merge([nothing, nothing], nothing)
 
 
 def test_a_head_too_large_is_refused(device):
@@ -205,4 +202,4 @@ def test_a_head_too_large_is_refused(device):
     table = torch.zeros(1, 1, dtype=torch.int32, device=device)
 
     with pytest.raises(ValueError, match="head_dim 300 has no attention kernel: the largest is 256"):
-        attention.prefill_attention(q, Pages(pages, pages), ChunkKeys(table, 0, 1, 0), 1.0, Partial(q, q[..., 0]))
+        prefill.prefill_attention(q, Pages(pages, pages), ChunkKeys(table, 0, 1, 0), 1.0, Partial(q, q[..., 0]))

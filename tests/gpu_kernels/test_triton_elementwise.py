@@ -9,7 +9,7 @@ from tests.support import kernel_checks as checks
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
-from gpu_kernels import elementwise, row_copies
+from gpu_kernels import elementwise, rope, row_copies
 from gpu_kernels.small import clamped, gelu, layer_norm
 
 
@@ -71,9 +71,7 @@ def test_clamped_silu_mul(device, rows, units):
     ],
 )
 def test_rope_append(device, dtype, num_kv_heads, queries_per_kv, head_dim, rotary_dim, norms):
-    checks.check_rope_append(
-        elementwise.rope_append, device, dtype, num_kv_heads, queries_per_kv, head_dim, rotary_dim, norms
-    )
+    checks.check_rope_append(rope.rope_append, device, dtype, num_kv_heads, queries_per_kv, head_dim, rotary_dim, norms)
 
 
 def test_ops_accept_no_rows(device):

@@ -14,7 +14,8 @@ from tests.support.kernel_data import lse_error, nmse, normal
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
-from gpu_kernels import attention, elementwise, kv_pages, kv_rows, reference
+from gpu_kernels import kv_pages, kv_rows, reference, rope
+from gpu_kernels.attention import decode, keys, prefill
 
 CODES_NMSE, CODES_LSE = 1e-4, 1e-2  # keys, values and probabilities are rounded to bf16 for the tensor cores
 
@@ -89,7 +90,7 @@ APPEND = {name: (name, 40, 4) for name in DTYPES}
     ],
 )
 def test_decode_attention(device, kv_dtype, queries_per_kv, head_dim, page_size, start, stop):
-    check_decode(attention.decode_attention, device, kv_dtype, queries_per_kv, head_dim, page_size, start, stop)
+    check_decode(decode.decode_attention, device, kv_dtype, queries_per_kv, head_dim, page_size, start, stop)
 
 
 @pytest.mark.parametrize("kv_dtype", DTYPES)
@@ -104,8 +105,7 @@ def test_prefill_attention(device, kv_dtype, head_dim, page_size, window):
     out, lse = torch.full(q.shape, torch.nan, device=device), torch.full(q.shape[:2], torch.nan, device=device)
 
     q, k, v, table = (tensor.to(device) for tensor in (q, k, v, table[0]))
-    keys = ChunkKeys(table, 3, 98, 28, window)
-    attention.prefill_attention(q, Pages(k, v), keys, scale, Partial(out, lse))
+    prefill.prefill_attention(q, Pages(k, v), ChunkKeys(table, 3, 98, 28, window), scale, Partial(out, lse))
 
     assert nmse(out.cpu(), expected, dims=(0, 2)) <= CODES_NMSE and lse_error(lse.cpu(), expected_lse) <= CODES_LSE
 
@@ -113,23 +113,30 @@ def test_prefill_attention(device, kv_dtype, head_dim, page_size, window):
 @pytest.mark.parametrize("kv_dtype", DTYPES)
 @pytest.mark.parametrize("head_dim,page_size", [(64, 16), (40, 4), (128, 1), (16, 2), (96, 4)])
 def test_rope_append_writes_the_bytes_of_the_reference(device, kv_dtype, head_dim, page_size):
-    check_append(elementwise.rope_append, device, kv_dtype, head_dim, page_size)
+    check_append(rope.rope_append, device, kv_dtype, head_dim, page_size)
 
 
 @pytest.mark.parametrize("kv_dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_rope_append_multiplies_q_and_k_by_the_matrix(device, kv_dtype, head_dim):
-    check_rope_append(elementwise.rope_append, device, kv_dtype, head_dim)
+    check_rope_append(rope.rope_append, device, kv_dtype, head_dim)
 
 
+# The function that is looked up: the module that has it, and the one that uses it.
+PLACES = {
+    "load_rows": (kv_rows, keys),
+    "load_block": (keys, decode),
+    "load_page_ids": (keys, decode),
+    "store_row": (kv_rows, rope),
+}
 MUTANTS = {
-    "scale of another group": ("load_block", DECODE["q4"], "columns[None, :] * PAGE_SIZE", "0 * columns[None, :]"),
-    "scale of another token": ("load_block", DECODE["q8"], "// 2 + token)[:, None]", "// 2 + 0 * token)[:, None]"),
+    "scale of another group": ("load_rows", DECODE["q4"], "columns[None, :] * PAGE_SIZE", "0 * columns[None, :]"),
+    "scale of another token": ("load_rows", DECODE["q8"], "// 2 + token)[:, None]", "// 2 + 0 * token)[:, None]"),
     "rows of a page are shifted": (
         "load_block",
         DECODE["q8"],
-        "load_rows(v_pages, page, token,",
-        "load_rows(v_pages, page, token ^ 1,",
+        "load_rows(keys.v, rows, page, token,",
+        "load_rows(keys.v, rows, page, token ^ 1,",
     ),
     "token of another block of the page": ("load_block", LONG_PAGE, "start % PAGE_SIZE + tl", "tl"),
     "token of another page": (
@@ -141,13 +148,13 @@ MUTANTS = {
     "page of another position": ("load_page_ids", DECODE["q8"], "positions // PAGE_SIZE, mask", "positions * 0, mask"),
     "page of another block": ("load_page_ids", LONG_PAGE, "table + start // PAGE_SIZE", "table"),
     "nibbles swapped": (
-        "load_block",
+        "load_rows",
         DECODE["q4"],
         "interleave(both & 15, both >> 4)",
         "interleave(both >> 4, both & 15)",
     ),
-    "no minimum": ("load_block", DECODE["q4"], "values += minimum[:, :, None]", "values += 0.0 * minimum[:, :, None]"),
-    "codes of another token": ("load_block", DECODE["q8"], "at = (page + token * ROW)", "at = (page + 0 * token)"),
+    "no minimum": ("load_rows", DECODE["q4"], "values += minimum[:, :, None]", "values += 0.0 * minimum[:, :, None]"),
+    "codes of another token": ("load_rows", DECODE["q8"], "at = (page + token * ROW)", "at = (page + 0 * token)"),
     "scale of q8 is too small": ("store_row", APPEND["q8"], "axis=1), 127.0)", "axis=1), 128.0)"),
     "codes are cut off": ("store_row", APPEND["q8"], "_round(tl.div_rn(grouped", "(tl.div_rn(grouped"),
     "padding takes part in the minimum": (
@@ -166,12 +173,12 @@ def test_mutant_is_caught(name, device, tmp_path, monkeypatch):
     if device != "cpu":
         pytest.skip("mutants run under the interpreter, where a wrong address cannot hurt the device")
     function, arguments, right, wrong = MUTANTS[name]
-    mutant = planted.load_mutant(tmp_path, Path(kv_rows.__file__), right, wrong)
-    user = elementwise if function == "store_row" else attention
+    source, user = PLACES[function]
+    mutant = planted.load_mutant(tmp_path, Path(source.__file__), right, wrong)
     monkeypatch.setattr(user, function, getattr(mutant, function))
 
     with pytest.raises(AssertionError):
-        if user is attention:
-            check_decode(attention.decode_attention, device, *arguments)
+        if function != "store_row":
+            check_decode(decode.decode_attention, device, *arguments)
         else:
-            check_append(elementwise.rope_append, device, *arguments)
+            check_append(rope.rope_append, device, *arguments)

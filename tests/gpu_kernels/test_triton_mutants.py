@@ -12,16 +12,17 @@ from tests.support import planted
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
-from gpu_kernels import attention
+import gpu_kernels
+from gpu_kernels.attention import decode, softmax
 from tests.gpu_kernels.mutants import attention as of_attention
 from tests.gpu_kernels.mutants import linear as of_linear
 from tests.gpu_kernels.mutants import small as of_small
-from tests.gpu_kernels.mutants.attention import DECODE
+from tests.gpu_kernels.mutants.attention import DECODE, SOFTMAX_MUTANTS
 from tests.gpu_kernels.mutants.helpers import HELPER_MUTANTS
 
 pytestmark = pytest.mark.usefixtures("only_interpreted")
 
-ROOT = Path(attention.__file__).parent
+ROOT = Path(gpu_kernels.__file__).parent
 MUTANTS = of_linear.MUTANTS | of_attention.MUTANTS | of_small.MUTANTS
 
 
@@ -67,6 +68,19 @@ def test_mutant_of_a_helper_is_caught(name, tmp_path, monkeypatch):
         check()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", SOFTMAX_MUTANTS)
+def test_mutant_of_the_softmax_is_caught(name, tmp_path, monkeypatch):
+    user, helper, check, right, wrong = SOFTMAX_MUTANTS[name]
+    op = user.decode_attention if user is decode else user.prefill_attention
+    check(op)
+    mutant = planted.load_mutant(tmp_path, Path(softmax.__file__), right, wrong)
+    monkeypatch.setattr(user, helper, getattr(mutant, helper))
+
+    with pytest.raises(AssertionError):
+        check(op)
+
+
 @pytest.mark.parametrize(
     "right,wrong",
     [
@@ -88,11 +102,13 @@ def test_mutant_of_a_helper_is_caught(name, tmp_path, monkeypatch):
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_mutant_of_the_split_merge_is_caught(right, wrong, tmp_path, monkeypatch):
-    monkeypatch.setattr(attention, "MERGE_ITEMS", 1)  # in several steps
+    monkeypatch.setattr(decode, "MERGE_ITEMS", 1)  # in several steps
     monkeypatch.setattr(torch, "empty", torch.zeros)  # NaN written where it must not be would look like the guards
     check = partial(DECODE, queries_per_kv=3)
-    check(attention.decode_attention)
-    monkeypatch.setattr(attention, "merge_splits", load_mutant(tmp_path, "attention_merge", right, wrong).merge_splits)
+    check(decode.decode_attention)
+    monkeypatch.setattr(
+        decode, "merge_splits", load_mutant(tmp_path, "attention/merge_splits", right, wrong).merge_splits
+    )
 
     with pytest.raises(AssertionError):
-        check(attention.decode_attention)
+        check(decode.decode_attention)

@@ -14,7 +14,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton.runtime import JITFunction
 
-from gpu_kernels import attention, linear_layer
+from gpu_kernels import linear_layer
+from gpu_kernels.attention import prefill
 from hetero_attn.engine.ahead.compile_ahead import compiling_beside, kernel_calls
 from hetero_attn.planning.settle import PlannedModel
 from placement.machine.hardware import HardwareProfile
@@ -37,7 +38,7 @@ def compiled(monkeypatch):
 
 def test_the_first_prompt_finds_its_kernels_compiled(compiled, monkeypatch, tmp_path):
     """80 rows in bf16, half of every linear streamed; copies have as many strides as there are buffers."""
-    monkeypatch.setattr(attention, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(prefill, "is_hopper", lambda device: True)
     launches = load("launches")
     machine = replace(HardwareProfile.named("emulated"), gpu_q8_int8_rows=16, gpu_q4_int8_rows=16)
     with (

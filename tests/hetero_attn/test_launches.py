@@ -8,7 +8,8 @@ pytest.importorskip("triton", reason="triton is not installed (the test extra ha
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process without the interpreter", allow_module_level=True)
 
-from gpu_kernels import attention, linear_layer
+from gpu_kernels import linear_layer
+from gpu_kernels.attention import prefill
 from placement.plan.plan import Means, build_plan
 from tests.support.runtime import uniform_plan
 from tests.support.silent_triton import silent_triton
@@ -30,7 +31,7 @@ def plan_of(gpu, stream):
 @pytest.mark.parametrize("gpu,stream", [(1.0, 0.0), (0.5, 0.5)], ids=["home", "streamed"])
 def test_a_layer_of_a_decode_step_is_ten_kernels_and_one_for_each_streamed_piece(gpu, stream, monkeypatch, tmp_path):
     """Thirteen when every linear rounded its input in a launch of its own."""
-    monkeypatch.setattr(attention, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(prefill, "is_hopper", lambda device: True)
     launches, counts = load("launches"), []
     for layers in (1, 2):
         monkeypatch.setattr(launches, "LAYERS", layers)

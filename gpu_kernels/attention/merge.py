@@ -1,4 +1,4 @@
-"""Merge of attention partials: the online softmax reduce, for separate partials and for the splits of one decode.
+"""Merge of attention partials: the online softmax reduce.
 
     m = max_i lse_i;  w_i = exp(lse_i - m);  out = sum_i w_i out_i / sum_i w_i;  lse = m + log(sum_i w_i)
 
@@ -43,58 +43,6 @@ def _merge_kernel(
     result = strides[PARTS]
     tl.store(out + row * result[0] + head * result[1] + dims, acc / tl.where(total == 0.0, 1.0, total), mask=inside)
     tl.store(lse + row * result[2] + head * result[3], safe_maximum + tl.log(total))
-
-
-@triton.jit
-def merge_splits(
-    outs,
-    lses,
-    first,
-    num_splits,
-    out,
-    lse,
-    out_head_stride,
-    lse_head_stride,
-    QUERIES_PER_KV: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """Merge the splits [first, first + num_splits), in their order, into out [QUERIES_PER_KV, head_dim], lse
-    [QUERIES_PER_KV].
-
-    outs: [splits, QUERIES_PER_KV, head_dim], lses: [splits, QUERIES_PER_KV], contiguous, each of at least one key, so
-    without -inf. Other programs have just written them, so they are read past the first-level cache. STEP of them at
-    once."""
-    HEADS: tl.constexpr = triton.next_power_of_2(QUERIES_PER_KV)
-    heads = tl.arange(0, HEADS)
-    dims = tl.arange(0, HEAD_PAD)
-    live = heads < QUERIES_PER_KV
-    inside = live[:, None] & (dims < HEAD_DIM)[None, :]
-    maximum = tl.full([HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
-    acc = tl.zeros([HEADS, HEAD_PAD], tl.float32)
-    for step in range(0, num_splits, STEP):
-        splits = step + tl.arange(0, STEP)
-        present = splits < num_splits
-        parts = ((first + splits) * QUERIES_PER_KV)[:, None] + heads[None, :]
-        part_lse = tl.load(
-            lses + parts, mask=present[:, None] & live[None, :], other=float("-inf"), cache_modifier=".cg"
-        )
-        part = tl.load(
-            outs + parts[:, :, None] * HEAD_DIM + dims[None, None, :],
-            mask=present[:, None, None] & inside[None, :, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        new_maximum = tl.maximum(maximum, tl.max(part_lse, axis=0))
-        correction = tl.exp(maximum - new_maximum)
-        weights = tl.exp(part_lse - new_maximum[None, :])
-        total = total * correction + tl.sum(weights, axis=0)
-        acc = acc * correction[:, None] + tl.sum(weights[:, :, None] * part, axis=0)
-        maximum = new_maximum
-    tl.store(out + heads[:, None] * out_head_stride + dims[None, :], acc / total[:, None], mask=inside)
-    tl.store(lse + heads * lse_head_stride, maximum + tl.log(total), mask=live)
 
 
 def merge(partials: list[Partial], into: Partial) -> None:
