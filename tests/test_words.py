@@ -10,6 +10,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hetero_attn", "placement", "cpu_kernels", "gpu_kernels")
 LIBRARY = {"groupby", "TyperGroup"}
 METHODS = {"group", "groups"}  # of a match of a regular expression
+# Where `group` is the field's word for the experts that a router keeps or leaves out together.
+ROUTING = (
+    "cpu_kernels/small/route",
+    "hetero_attn/models/experts.py",
+    "hetero_attn/spec/experts_config.py",
+    "hetero_attn/spec/families/mixtures/",
+)
+OF_EXPERTS = {"group", "groups", "kept_groups", "keep_groups"}
 # Where no name with the word may stand, as beginnings of paths, because there it would mean what it no longer does; and
 # names that may stand there all the same.
 NOT_IN = {
@@ -86,7 +94,7 @@ def strays(path: str, tree: ast.AST, word: str) -> list[str]:
     places, exempt = NOT_IN[word]
     if not path.startswith(places):
         return []
-    names = names_in(tree) - LIBRARY - exempt
+    names = names_in(tree) - LIBRARY - exempt - (OF_EXPERTS if path.startswith(ROUTING) else set())
     return sorted(name for name in names if word in words_of(name) and not re.search("staging_?slot", name.lower()))
 
 
@@ -116,6 +124,7 @@ def test_a_word_does_not_stand_where_it_meant_something_else(word):
         ("placement/solve/search.py", "staging_slots = self.slots", "slot", ["slots"]),
         ("hetero_attn/spec/config.py", "found.group(1); fields.grouped", "group", []),
         ("cpu_kernels/linear/pack.py", "group = layout.size", "group", []),
+        ("cpu_kernels/small/route.py", "groups = kv_groups", "group", ["kv_groups"]),
         ("hetero_attn/ops/step.py", "rows = _Layout(entries)", "layout", ["_Layout"]),
     ],
 )

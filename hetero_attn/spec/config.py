@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hetero_attn.errors import ConfigError, UnsupportedModelError, nearest
+from hetero_attn.errors import ConfigError, UnsupportedModelError
 from hetero_attn.spec.experts_config import ExpertsConfig
-from hetero_attn.spec.families.family import Family
-from hetero_attn.spec.families.table import FAMILIES
+from hetero_attn.spec.families.table import FAMILIES, family_name, text_model
 from hetero_attn.spec.json_fields import JsonFields, read_json, show
 from hetero_attn.spec.limits import (
     MAX_CONTEXT,
@@ -147,8 +146,8 @@ class ModelConfig:
 
 
 def _parse(fields: JsonFields, generation: JsonFields) -> ModelConfig:
-    fields = _of_text(fields)
-    family = FAMILIES[_family_name(fields)]
+    fields = text_model(fields)
+    family = FAMILIES[family_name(fields)]
     fields = JsonFields(fields.path, fields.values, family.defaults)
     _check_supported(fields)
     num_layers = fields.integer("num_hidden_layers", MAX_LAYERS)
@@ -180,45 +179,9 @@ def _parse(fields: JsonFields, generation: JsonFields) -> ModelConfig:
     return ModelConfig(**found | family.terms(fields, found))
 
 
-def _of_text(fields: JsonFields) -> JsonFields:
-    """The part of a config of text and images that describes its text model, what is said of both beside it."""
-    name = fields.get("model_type")
-    text = fields.get("text_config")
-    family = next((family for family in FAMILIES.values() if family.wrapper and family.wrapper[0] == name), None)
-    if family is None or not isinstance(text, dict):
-        return fields
-    around = {key: value for key, value in fields.values.items() if not key.endswith("_config") or "quant" in key}
-    inner = {key: value for key, value in text.items() if key != "architectures"}
-    model_type = next(key for key, value in FAMILIES.items() if value is family)
-    return JsonFields(fields.path, around | inner | {"model_type": model_type})
-
-
 def _switch(fields: JsonFields, value: bool | str) -> bool:
     """What a family says of a bias: whether it has one, or which key decides."""
     return fields.boolean(value) if isinstance(value, str) else value
-
-
-def _family_name(fields: JsonFields) -> str:
-    """The family key; `model_type` decides, as in transformers, and `architectures` must not contradict it."""
-    by_architecture = {family.architecture: name for name, family in FAMILIES.items()}
-    known = f"Known architectures: {', '.join(by_architecture)}"
-    listed = fields.get("architectures") or []
-    architecture = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else None
-    model_type = fields.get("model_type") or by_architecture.get(architecture)
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None or (architecture is not None and architecture not in _architectures(family)):
-        found = architecture or model_type
-        if found is None:
-            raise ConfigError(f"{fields.path}: neither model_type nor architectures is given. {known}")
-        raise UnsupportedModelError(
-            f"{fields.path}: architecture {show(found)} (model_type {show(model_type)}) is not supported"
-            f"{nearest(str(found), by_architecture)}.\n{known}"
-        )
-    return model_type
-
-
-def _architectures(family: Family) -> tuple[str, ...]:
-    return (family.architecture, *(family.wrapper or ())[1:])
 
 
 def _check_supported(fields: JsonFields) -> None:
@@ -299,5 +262,5 @@ def tensor_names(path: Path) -> TensorNames:
     """What the files of a model directory call their tensors; ours where the directory has no config of a family."""
     if not (path / "config.json").exists():
         return AS_OURS
-    fields = _of_text(JsonFields(path / "config.json", read_json(path / "config.json")))
-    return FAMILIES[_family_name(fields)].tensor_names
+    fields = text_model(JsonFields(path / "config.json", read_json(path / "config.json")))
+    return FAMILIES[family_name(fields)].tensor_names

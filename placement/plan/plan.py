@@ -223,12 +223,12 @@ def build_plan(
     objective: str = "latency",
 ) -> Plan:
     """Put placements together into a plan, counting its memory. Nothing has slots of the ring where nothing streams."""
-    slots = means.staging_slots if any(placement.streams for placement in linears) else 0
+    staging_slots = means.staging_slots if any(placement.streams for placement in linears) else 0
     memory = memory_report(
-        workload, linears, kv, device=means.device, staging_slots=slots, context_bytes=means.context_bytes
+        workload, linears, kv, device=means.device, staging_slots=staging_slots, context_bytes=means.context_bytes
     )
     placed, budget = (tuple(linears), tuple(kv)), means.gpu_memory_bytes
-    return Plan(workload, means.device, budget, *placed, slots, means.num_threads, memory, objective)
+    return Plan(workload, means.device, budget, *placed, staging_slots, means.num_threads, memory, objective)
 
 
 def _linear_rule(row: PlanRow) -> list[str]:

@@ -80,9 +80,9 @@ def requested(
     machine = hardware.with_threads(policy.threads) if policy.threads else hardware
     machine = machine.for_working_set(working_set_bytes(workload, reference_context(workload)))
     budget = gpu_memory_bytes or policy.gpu_memory or hardware.gpu_memory_bytes
-    slots = DEFAULT_STAGING_SLOTS if policy.staging_slots is None else policy.staging_slots
+    staging_slots = DEFAULT_STAGING_SLOTS if policy.staging_slots is None else policy.staging_slots
     limits = {"gpu": budget if on_gpu else None, "pinned": policy.pinned_memory, "host": policy.host_memory}
-    return PlanRequest(workload, machine, policy, device, limits, slots if on_gpu else 0)
+    return PlanRequest(workload, machine, policy, device, limits, staging_slots if on_gpu else 0)
 
 
 def _check_sizes(workload: Workload, policy: Policy) -> None:

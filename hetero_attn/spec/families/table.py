@@ -1,5 +1,6 @@
-"""Every family by the model_type of its config.json."""
+"""Every family by the model_type of its config.json, and which of them a config is of."""
 
+from hetero_attn.errors import ConfigError, UnsupportedModelError, nearest
 from hetero_attn.spec.families.cohere import COHERE2
 from hetero_attn.spec.families.experts import EXPERT_COUNT, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from hetero_attn.spec.families.family import Family, GgufTerms
@@ -15,6 +16,7 @@ from hetero_attn.spec.families.seed_oss import SEED_OSS
 from hetero_attn.spec.families.smollm3 import SMOLLM3
 from hetero_attn.spec.families.starcoder import STARCODER2
 from hetero_attn.spec.families.windows import one_window, windows_from
+from hetero_attn.spec.json_fields import JsonFields, show
 
 # GGUF files of Mistral have the architecture llama, those of OLMo 3 olmo2.
 FAMILIES = {
@@ -70,3 +72,39 @@ _IN_GGUF = [(family.gguf.architecture, family) for family in FAMILIES.values() i
 # By the architecture that their GGUF files name, which a dense family and one with experts may share.
 GGUF_FAMILIES = {name: family for name, family in _IN_GGUF if EXPERT_COUNT not in family.gguf.keys}
 GGUF_EXPERT_FAMILIES = {name: family for name, family in _IN_GGUF if EXPERT_COUNT in family.gguf.keys}
+
+
+def text_model(fields: JsonFields) -> JsonFields:
+    """The part of a config of text and images that describes its text model, what is said of both beside it."""
+    name = fields.get("model_type")
+    text = fields.get("text_config")
+    family = next((family for family in FAMILIES.values() if family.wrapper and family.wrapper[0] == name), None)
+    if family is None or not isinstance(text, dict):
+        return fields
+    around = {key: value for key, value in fields.values.items() if not key.endswith("_config") or "quant" in key}
+    inner = {key: value for key, value in text.items() if key != "architectures"}
+    model_type = next(key for key, value in FAMILIES.items() if value is family)
+    return JsonFields(fields.path, around | inner | {"model_type": model_type})
+
+
+def family_name(fields: JsonFields) -> str:
+    """The family key; `model_type` decides, as in transformers, and `architectures` must not contradict it."""
+    by_architecture = {family.architecture: name for name, family in FAMILIES.items()}
+    known = f"Known architectures: {', '.join(by_architecture)}"
+    listed = fields.get("architectures") or []
+    architecture = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else None
+    model_type = fields.get("model_type") or by_architecture.get(architecture)
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None or (architecture is not None and architecture not in _architectures(family)):
+        found = architecture or model_type
+        if found is None:
+            raise ConfigError(f"{fields.path}: neither model_type nor architectures is given. {known}")
+        raise UnsupportedModelError(
+            f"{fields.path}: architecture {show(found)} (model_type {show(model_type)}) is not supported"
+            f"{nearest(str(found), by_architecture)}.\n{known}"
+        )
+    return model_type
+
+
+def _architectures(family: Family) -> tuple[str, ...]:
+    return (family.architecture, *(family.wrapper or ())[1:])
