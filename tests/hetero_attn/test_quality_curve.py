@@ -46,5 +46,6 @@ def test_a_file_of_ours_is_what_transformers_makes_of_it(tmp_path):
 
     assert row["perplexity"] == pytest.approx(row["transformers_perplexity"], rel=1e-5)
     assert row["largest_logit_error"] < 1e-4
+    assert 0 < row["largest_error_of_ours"] < 2 * row["largest_error_of_transformers"] < 1e-3
     assert row["greedy_tokens_equal"] == 64
     assert row["packed_perplexity"] == pytest.approx(row["perplexity"], rel=0.01)
