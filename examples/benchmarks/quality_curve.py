@@ -69,7 +69,9 @@ def known_losses(folder: Path) -> dict[str, Loss] | None:
     for file in sorted(folder.glob("ours-*-bits.gguf")):
         with GgufCheckpoint.open(file) as source:
             entries = json.loads(source.fields.values[KEY])["tensors"]
-            return {name: Loss(*source.shape(name), entry["kl"]) for name, entry in entries.items() if "kl" in entry}
+            known = {name: Loss(*source.shape(name), entry["kl"]) for name, entry in entries.items() if "kl" in entry}
+        if known:
+            return known
     return None
 
 

@@ -12,21 +12,23 @@ from gguf import GGMLQuantizationType, quants
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from cpu_kernels import CpuKernels
 from cpu_kernels.formats import GGUF_BY_NAME
 from hetero_attn import LLM
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.gguf.file import GgufFile
 from hetero_attn.checkpoints.gguf.writer import NewTensor, write_gguf
+from hetero_attn.checkpoints.sources import open_source
 from hetero_attn.cli import app
 from hetero_attn.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from hetero_attn.serving.text.tokenizer import Tokenizer
 from hetero_attn.tools.quantize.blocks import BLOCK_TYPES
-from hetero_attn.tools.quantize.choose import RECIPES, Loss, by_bits, by_recipe, fitting
+from hetero_attn.tools.quantize.choose import RECIPES, Loss, as_large_as, bits_of, by_bits, by_recipe, fitting
 from hetero_attn.tools.quantize.encode import encode
-from hetero_attn.tools.quantize.metadata import copied_metadata
+from hetero_attn.tools.quantize.expected import expected_losses
+from hetero_attn.tools.quantize.header.metadata import copied_metadata
 from hetero_attn.tools.quantize.table import kept_table
 from hetero_attn.tools.quantize.write import quantize
-from tests.support.moe import moe_gguf
 from tests.support.runtime import nmse
 from tests.support.toy import make_checkpoint, make_family_checkpoint
 
@@ -156,12 +158,9 @@ def test_families_with_norms_of_their_own_are_written_as_their_own(tmp_path, fam
 
 def test_what_a_file_cannot_say_is_refused_by_name(tmp_path):
     path = make_checkpoint(tmp_path / "windows", "mistral", sliding_window=9)
-    experts, _ = moe_gguf(tmp_path / "experts", "mixtral")
 
     with pytest.raises(UnsupportedModelError, match="cannot say this model's sliding_window"):
         quantize(path, tmp_path / "model.gguf", "q8", threads=2)
-    with pytest.raises(UnsupportedModelError, match="a mixture of experts is not written"):
-        quantize(experts, tmp_path / "model.gguf", "q8", threads=2)
 
 
 def test_rope_of_llama3_becomes_divisors(tmp_path):
@@ -305,7 +304,6 @@ def test_a_file_that_is_there_is_a_usage_error_and_a_folder_that_is_not_is_made(
     ("arguments", "message"),
     [
         (["--recipe", "q4", "--bits", "5"], "exclude each other"),
-        (["--bits", "5"], "needs --calibrate"),
         (["--bits", "3"], "give 4 to 16"),
     ],
 )
@@ -397,3 +395,61 @@ def test_tokenizers_that_are_not_written_are_refused_by_name(tmp_path, file, con
     with pytest.raises(UnsupportedModelError, match=message):
         quantize(path, tmp_path / "model.gguf", "q8", threads=2)
     assert not (tmp_path / "model.gguf").exists()
+
+
+def on_a_grid(path, scale):
+    """The checkpoint with every matrix of its layers on a grid of Q4_1."""
+    tensors, generator = load_file(path / "model.safetensors"), torch.Generator().manual_seed(11)
+    for name, values in tensors.items():
+        if values.dim() == 2 and ".layers." in name:
+            codes = torch.randint(16, values.shape, generator=generator)
+            codes.view(-1, 32)[:, 0], codes.view(-1, 32)[:, 1] = 0, 15
+            tensors[name] = (codes - 7.5) * scale
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def test_a_recipe_finds_the_types_that_weights_are_on_a_grid_of(tmp_path):
+    """Without a text: all of q4_m lost precision in 4.5 bits, and nothing in as many bytes."""
+    sizes = {"hidden": 64, "intermediate": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
+    path = make_checkpoint(tmp_path / "model", "llama", **sizes)
+    on_a_grid(path, 0.03125)
+    made = quantize(path, tmp_path / "model.gguf", "q4_m", threads=2)
+
+    assert {kind for name, kind in made.types.items() if "_proj." in name} == {"Q4_1"}
+    with GgufCheckpoint.open(made.path) as source:
+        shapes = {name: source.shape(name) for name in source.names}
+    assert made.bits <= bits_of(by_recipe(RECIPES["q4_m"], shapes), shapes)
+
+
+def test_a_recipe_is_no_larger_and_nearer_than_its_types_by_part():
+    """The shipped checkpoint's weights are on no grid. The sums are in the unit of `expected`."""
+    ops = CpuKernels(2)
+    with open_source(TINY) as source:
+        shapes = {name: source.shape(name) for name in source.names}
+        found = expected_losses(source, shapes, 4, 32, {}, ops)
+        assert set(found) == {name for name, shape in shapes.items() if len(shape) == 2}
+        for recipe in ("q4", "q4_m", "q6"):
+            fixed = by_recipe(RECIPES[recipe], shapes)
+            chosen = fixed | as_large_as(fixed, found, shapes)
+            # A type that a smaller one beats has no loss of its own: it is at least the least of all.
+            lost = [
+                sum(loss.kl.get(types[name], min(loss.kl.values())) for name, loss in found.items())
+                for types in (chosen, fixed)
+            ]
+            assert bits_of(chosen, shapes) <= bits_of(fixed, shapes) + 1e-9
+            assert lost[0] < 0.9 * lost[1]
+
+
+def test_codes_that_a_source_has_in_the_type_chosen_are_copied(written, tmp_path):
+    made = quantize(written, tmp_path / "again.gguf", "q8", threads=2)
+    with GgufCheckpoint.open(written) as before, GgufCheckpoint.open(made.path) as after:
+        assert all(torch.equal(before.read(name), after.read(name)) for name in before.names)
+    with_text = quantize(written, tmp_path / "text.gguf", "q8", text="Some words of no matter, twice over.", threads=2)
+    with GgufCheckpoint.open(written) as before, GgufCheckpoint.open(with_text.path) as after:
+        assert all(torch.equal(before.read(name), after.read(name)) for name in before.names)
+
+
+def test_bits_without_a_text_are_kept_to(tmp_path):
+    made = quantize(TINY, tmp_path / "model.gguf", bits=5.0, threads=2)
+
+    assert 4.8 < made.bits <= 5.0

@@ -72,7 +72,7 @@ def test_a_weight_costs_what_is_said(llm, tokens):
     """Every fifth weight is really rounded to two types, alone, and the divergence measured."""
     ops = CpuKernels(2)
     with layer_runs(llm.engine, cut(tokens, TOKENS, 1), 3, 2) as runs:
-        found = losses(runs, ops)
+        found = losses(runs, {}, ops)
         before = runs.log_probabilities(final(runs)[0])
         said, measured = [], []
         parts = [part for layer in range(runs.layers) for part in runs.parts(layer)][::5]
@@ -97,7 +97,7 @@ def test_a_weight_costs_what_is_said(llm, tokens):
 def test_the_weights_are_the_same_afterwards(llm, tokens):
     before = llm.logits(tokens[:8])
     with layer_runs(llm.engine, cut(tokens, 8, 1), 3, 2) as runs:
-        losses(runs, CpuKernels(2))
+        losses(runs, {}, CpuKernels(2))
 
     assert torch.equal(llm.logits(tokens[:8]), before)
 
@@ -107,7 +107,7 @@ def test_an_embedding_of_its_own_is_measured_too(tmp_path):
     options = {"device": "cpu", "dtype": "fp32", "kv_dtype": "fp32", "max_context": 32, "max_batch": 2}
     with LLM(path, progress=False, num_threads=2, **options) as model:
         with layer_runs(model.engine, cut(list(range(32)), 32, 1), 2, 2) as runs:
-            found = losses(runs, CpuKernels(2))
+            found = losses(runs, {}, CpuKernels(2))
         tied = model.engine.weights.spec.is_tied
 
     assert ("lm_head.weight" in found) == (not tied)

@@ -16,7 +16,7 @@ def quantize(
     model: options.Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="The GGUF file to write.", show_default=False)],
     recipe: Annotated[
-        str | None, typer.Option(metavar="q8|q6|q5|q4_m|q4", help="Types by part of a layer. Default: q4_m.")
+        str | None, typer.Option(metavar="q8|q6|q5|q4_m|q4", help="How large the file is. Default: q4_m.")
     ] = None,
     bits: Annotated[
         float | None, typer.Option(help="Instead: at most so many bits a weight, each linear as it needs them.")
@@ -31,13 +31,11 @@ def quantize(
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
-    """Quantise a model to a GGUF file; with --bits every linear gets the type that loses least on a text."""
+    """Quantise a model to a GGUF file in which every linear has the type that loses least for the size."""
     if recipe is not None and bits is not None:
         raise typer.BadParameter("--recipe and --bits exclude each other; give one")
     if bits is not None and not LEAST_BITS <= bits <= MOST_BITS:
         raise typer.BadParameter(f"--bits is {bits:g}; give {LEAST_BITS:g} to {MOST_BITS:g}")
-    if bits is not None and calibrate is None:
-        raise typer.BadParameter("--bits needs --calibrate, a text of some thousands of words like those to come")
     if out.suffix != ".gguf":
         raise typer.BadParameter(f"--out is {out}; a GGUF file's name ends in .gguf")
     from hetero_attn.checkpoints.hub import resolve_model

@@ -24,14 +24,16 @@ class Calibration:
     def __init__(self, llm: LLM, tokens: list[int], ops: CpuKernels) -> None:
         self._llm, self._tokens, self._ops = llm, tokens, ops
 
-    def losses(self) -> dict[str, Loss]:
-        """What every weight costs in each type that it may have, by the name of its tensor."""
+    def losses(self, own: Mapping[str, str]) -> dict[str, Loss]:
+        """What every weight costs in each type that it may have, by its stack; own: the types of codes in which the
+        model's file has them, likewise."""
         windows = cut(self._tokens, MEASURED_TOKENS, 1)
         with layer_runs(self._llm.engine, windows, TOGETHER, self._llm.plan.num_threads) as runs:
-            return losses(runs, self._ops)
+            return losses(runs, own, self._ops)
 
     def encoded(self, chosen: Mapping[str, str]) -> dict[str, torch.Tensor]:
-        """The bytes of every matrix in its type, uint8 [rows, row_bytes]; the model is the rounded one from then on."""
+        """The bytes of these matrices in their types, uint8 [rows, row_bytes]; the model is the rounded one from then
+        on."""
         windows = cut(self._tokens, WINDOW_TOKENS, CALIBRATION_WINDOWS)
         together = min(TOGETHER, windows.shape[0])
         with layer_runs(self._llm.engine, windows, together, self._llm.plan.num_threads) as runs:

@@ -1,13 +1,14 @@
 """Which type every weight of a model gets: by a recipe, or the least loss in total for a number of bits."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cpu_kernels.formats import GGUF_BY_NAME
 from hetero_attn.errors import UnsupportedModelError
-from hetero_attn.tools.quantize.encode import fits
+from hetero_attn.tools.quantize.encode import PLAIN, fits
+from hetero_attn.tools.quantize.stacks import bits_of_type, is_router, stack_of
 from placement.solve.native_output import without_native_output
 
 # Types to choose between when bits are given, and what takes a type's place where rows are no whole blocks of it.
@@ -19,7 +20,10 @@ MOST_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Types of most linears, of v and down, and of the head and the embedding."""
+    """How large a file is: as if most linears, v and down, and head and embedding had these types.
+
+    Which weight really has which is chosen for its own sake (`expected`), none a larger one than the largest of these.
+    """
 
     most: str
     finer: str
@@ -59,10 +63,11 @@ def fitting(name: str, in_features: int, dtype: str = "") -> str:
 def by_recipe(
     recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Types of all tensors of a model by our names: vectors are float32. dtypes: of the source's tensors."""
+    """Types of all tensors of a model by our names: vectors and routers are float32. dtypes: of the source's
+    tensors."""
     chosen = {}
     for name, shape in shapes.items():
-        if len(shape) == 1:
+        if len(shape) == 1 or is_router(name):
             chosen[name] = "F32"
             continue
         finer = ".v_proj." in name or ".down_proj." in name
@@ -70,6 +75,21 @@ def by_recipe(
         wanted = of_layer if name.startswith("model.layers.") else recipe.head
         chosen[name] = fitting(wanted, shape[1], (dtypes or {}).get(name, ""))
     return chosen
+
+
+def as_large_as(
+    types: Mapping[str, str], losses: Mapping[str, Loss], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """The types of stacks whose losses add up to the least in as many bytes as `types`, of all weights, and none of
+    more bits than the largest of those. Weights that are plain numbers in `types` are left as they are."""
+    names = [name for name, kind in types.items() if stack_of(name) in losses and kind not in PLAIN]
+    most = max((bits_of_type(types[name]) for name in names), default=0.0)
+    allowed = {
+        stack: replace(loss, kl={kind: kl for kind, kl in loss.kl.items() if bits_of_type(kind) <= most})
+        for stack, loss in losses.items()
+        if stack in {stack_of(name) for name in names}
+    }
+    return by_bits(allowed, bits_of(types, shapes, names)) if names else {}
 
 
 def by_bits(losses: Mapping[str, Loss], bits: float, fixed_bytes: int = 0, fixed_weights: int = 0) -> dict[str, str]:
@@ -84,7 +104,7 @@ def by_bits(losses: Mapping[str, Loss], bits: float, fixed_bytes: int = 0, fixed
         raise UnsupportedModelError(
             f"{bits:g} bits a weight are fewer than any choice of formats has; the least is {8 * least / weights:.2f}"
         )
-    room = bits * weights / 8 - fixed_bytes
+    room = bits * weights / 8 + 0.5 - fixed_bytes  # bits that were computed of bytes are rounded
     return _solved(losses, room) or _stepwise(losses, room)
 
 

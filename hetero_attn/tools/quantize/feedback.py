@@ -32,24 +32,26 @@ class Moments:
         self._sums[address].addmm_(x.t(), x)
         self._tokens[address] = self._tokens.get(address, 0) + x.shape[0]
 
-    def mean(self, address: int) -> torch.Tensor:
-        """Moments, float32 [inputs, inputs]."""
-        return self._sums[address] / self._tokens[address]
+    def mean(self, address: int) -> torch.Tensor | None:
+        """Moments, float32 [inputs, inputs]; None of a weight that nothing was multiplied by."""
+        return self._sums[address] / self._tokens[address] if address in self._sums else None
 
-    def inputs(self, address: int) -> Inputs:
-        """What rounding needs of them."""
-        return known_inputs(self.mean(address), self._tokens[address])
+    def inputs(self, address: int) -> Inputs | None:
+        """What rounding needs of them; None where there are none."""
+        mean = self.mean(address)
+        return None if mean is None else known_inputs(mean, self._tokens[address])
 
 
 def encode_by_layers(runs: LayerRuns, chosen: Mapping[str, str], ops: CpuKernels) -> dict[str, torch.Tensor]:
-    """uint8 [rows, row_bytes] of every matrix, by the name of its tensor. The engine's weights become the rounded
-    ones."""
+    """uint8 [rows, row_bytes] of every matrix that `chosen` has a type for, by the name of its tensor. The engine's
+    weights become the rounded ones; the others stay as they are."""
     found: dict[str, torch.Tensor] = {}
     name, embedding = runs.embedding
     head = list(runs.head_parts())
     is_tied = head[0][0].tensor == name
     rows = head[0][1] if is_tied else embedding[None]
-    found[name] = _rounded(rows, embedding.shape[0] if not is_tied else head[0][0].rows, chosen[name], None, ops)
+    if name in chosen:
+        found[name] = _rounded(rows, embedding.shape[0] if not is_tied else head[0][0].rows, chosen[name], None, ops)
     hidden = runs.embedded()
     for layer in steps_bar(range(runs.layers), "rounding layer by layer"):
         moments = Moments()
@@ -71,11 +73,14 @@ def _watch_head(runs: LayerRuns, hidden: torch.Tensor, watch: Watch) -> None:
 def _each(
     parts: Iterator[tuple[Part, torch.Tensor, int]], moments: Moments, chosen: Mapping[str, str], ops: CpuKernels
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    known: dict[int, Inputs] = {}
+    last: int | None = None  # parts of one product follow each other
+    known: Inputs | None = None
     for part, rows, address in parts:
-        if address not in known:
-            known[address] = moments.inputs(address)
-        yield part.tensor, _rounded(rows, part.rows, chosen[part.tensor], known[address], ops)
+        if part.tensor not in chosen:
+            continue
+        if address != last:
+            last, known = address, moments.inputs(address)
+        yield part.tensor, _rounded(rows, part.rows, chosen[part.tensor], known, ops)
 
 
 def _rounded(rows: torch.Tensor, count: int, name: str, inputs: Inputs | None, ops: CpuKernels) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cpu_kernels.contract import Picks
 from hetero_attn.engine.engine import Engine
 from hetero_attn.lanes import observe
 from hetero_attn.lanes.activation import Activation
@@ -20,17 +21,22 @@ from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.ops.run import Run
 from hetero_attn.ops.step import Rows, Step, make_step
 from hetero_attn.spec.buffers import ActivationWidths
-from hetero_attn.spec.weights import Part
+from hetero_attn.spec.experts import ExpertsSpec
+from hetero_attn.spec.weights import LinearSpec, Part
 
 Watch = Callable[[int, torch.Tensor], None]  # (address of a weight, the inputs that it multiplies)
 
 
 class MatmulOps:
-    """An engine's operations with the products of float32 weights by torch; `watch` sees what each multiplies."""
+    """An engine's operations with the products of float32 weights by torch.
+
+    watch: sees what each multiplies. features: the output features that are computed, None for all.
+    """
 
     def __init__(self, ops: Any) -> None:
         self._ops = ops
         self.watch: Watch | None = None
+        self.features: torch.Tensor | None = None
 
     def linear(
         self,
@@ -44,11 +50,26 @@ class MatmulOps:
         """As the engine's own, of plain float32 rows."""
         if self.watch is not None:
             self.watch(weight.data_ptr(), x)
-        found = torch.nn.functional.linear(x, weight.view(torch.float32).view(-1, x.shape[1]), bias)
+        matrix = weight.view(torch.float32).view(-1, x.shape[1])
+        if self.features is not None:
+            matrix, bias = matrix[self.features], None if bias is None else bias[self.features]
+            out = out[:, : len(matrix)]
+        found = torch.nn.functional.linear(x, matrix, bias)
         if accumulate:
             out.add_(found)
         else:
             out.copy_(found)
+
+    def expert_linear(
+        self, x: torch.Tensor, picks: Picks, weight: torch.Tensor, weight_dtype: str, out: torch.Tensor
+    ) -> None:
+        """As the engine's own, expert by expert."""
+        sources, starts, first = picks
+        bounds = starts[first : first + weight.shape[0] + 1].tolist()
+        for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            if start < stop:
+                rows = x[start:stop] if sources is None else x[sources[start:stop].long()]
+                self.linear(rows, weight[expert], weight_dtype, None, out[start:stop])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ops, name)
@@ -107,20 +128,23 @@ class LayerRuns:
             block.forward(run, of_block, self._engine.forward.state_of(block, step), work)
         return residual.view(hidden.shape).clone()
 
-    def log_probabilities(self, hidden: torch.Tensor, watch: Watch | None = None) -> torch.Tensor:
+    def log_probabilities(
+        self, hidden: torch.Tensor, watch: Watch | None = None, among: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Of the next token, float32 [rows, vocab_size], of what the last layer left, [rows, hidden_size]; at most
-        the rows of a run."""
+        the rows of a run. among: the tokens, int64, of which it is one, [rows, their number] then; None for all."""
         head = self._engine.weights.head
         work = self._work.rows(0, hidden.shape[0])
         work.residual.main[:, : self._spec.hidden_size].copy_(hidden)
         features = self._spec.head.linears[0].out_features
         logits: Activation = make_buffer(self._engine.lanes, hidden.shape[0], features, "resident")
-        self._ops.watch = watch
+        self._ops.watch, self._ops.features = watch, among
         try:
             self._spec.head.project(self._engine.lanes, head, work, logits)
         finally:
-            self._ops.watch = None
-        found = capped(logits.main[:, : self._spec.vocab_size], self._engine.config.logit_cap)
+            self._ops.watch = self._ops.features = None
+        count = self._spec.vocab_size if among is None else len(among)
+        found = capped(logits.main[:, :count], self._engine.config.logit_cap)
         return torch.log_softmax(found, -1)
 
     def parts(self, layer: int) -> Iterator[tuple[Part, torch.Tensor, int]]:
@@ -147,11 +171,20 @@ class LayerRuns:
 
 
 def _parts(linear: LinearWeights) -> Iterator[tuple[Part, torch.Tensor, int]]:
-    spec = linear.spec
-    rows = linear.dram.view(torch.float32).view(spec.column_units, spec.unit_features, spec.in_features)
+    if not isinstance(linear.spec, ExpertsSpec):
+        yield from _parts_of(linear.spec, linear.dram)
+        return
+    for index, data in enumerate(linear.dram):
+        border = linear.spec.gate_up_bytes
+        for spec, own in zip(linear.spec.expert(index), (data[:border], data[border:]), strict=True):
+            yield from _parts_of(spec, own)
+
+
+def _parts_of(spec: LinearSpec, data: torch.Tensor) -> Iterator[tuple[Part, torch.Tensor, int]]:
+    rows = data.view(torch.float32).view(spec.column_units, spec.unit_features, spec.in_features)
     offset = 0
     for part in spec.parts:
-        yield part, rows[:, offset : offset + part.rows_per_unit], linear.dram.data_ptr()
+        yield part, rows[:, offset : offset + part.rows_per_unit], data.data_ptr()
         offset += part.rows_per_unit
 
 

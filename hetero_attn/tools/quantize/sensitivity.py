@@ -3,55 +3,89 @@
 To second order the KL divergence of the output grows with the squared error of a linear's own output. So every weight
 is rounded once, coarsely, and its divergence measured; that of a type is in proportion to the error that the type makes
 in the linear's output. A linear of layer i is measured by the layers from i on, which begin with what the unrounded
-layers before them left; where a head is tied to the embedding both uses are measured together.
+layers before them left; where a head is tied to the embedding both uses are measured together, and a layer's experts
+are rounded together. Tokens that are likely nowhere in the text are left out of the distributions that are compared.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 import torch
 
 from cpu_kernels import CpuKernels
-from cpu_kernels.formats import GGUF_BY_NAME
 from hetero_attn.serving.progress import steps_bar
-from hetero_attn.tools.quantize.choose import CANDIDATES, Loss
-from hetero_attn.tools.quantize.encode import encode, fits, held
+from hetero_attn.spec.weights import Part
+from hetero_attn.tools.quantize.choose import Loss
+from hetero_attn.tools.quantize.errors import (
+    SAMPLED_ROWS,
+    errors_of_types,
+    kept_as_it_is,
+    squared_error,
+    without_beaten,
+)
 from hetero_attn.tools.quantize.feedback import Moments
 from hetero_attn.tools.quantize.layer_runs import LayerRuns
+from hetero_attn.tools.quantize.stacks import stack_of
 
 Result = TypeVar("Result")
+Member = tuple[Part, torch.Tensor, int]  # as `LayerRuns.parts` gives it
 MEASURED_TOKENS = 128
-SAMPLED_ROWS = 32  # of a weight, for the error of a type
 COARSE_GROUP, COARSE_CODES = 32, 7
 LEAST_KL = 1e-9  # so that of two weights without any effect the cheaper type is taken for neither by chance
-HALF_MAX = torch.finfo(torch.float16).max
+LIKELY, LIKELY_SHARE = 1e-4, 0.98  # a token's probability somewhere, and what such tokens have together on average
 
 
-def losses(runs: LayerRuns, ops: CpuKernels) -> dict[str, Loss]:
-    """What every weight costs in each type that it may have, by the name of its tensor; a tied head with its embedding.
+def losses(runs: LayerRuns, own: Mapping[str, str], ops: CpuKernels) -> dict[str, Loss]:
+    """What every weight costs in each type that it may have, by its stack; a tied head with its embedding.
 
-    runs: over one window, several of which run together.
+    runs: over one window, several of which run together. own: types of stacks whose codes are already in the source.
     """
-    hidden = runs.embedded()
-    starts: list[torch.Tensor] = [hidden]
-    moments: list[Moments] = []
+    starts = [runs.embedded()]
     for layer in range(runs.layers):
-        gather = Moments()
-        hidden = runs.after_layer(layer, hidden, gather)
-        starts.append(hidden)
-        moments.append(gather)
-    before = runs.log_probabilities(hidden.flatten(0, 1))
+        starts.append(runs.after_layer(layer, starts[-1]))
+    said = _Said(runs, starts[-1].flatten(0, 1))
     measured: dict[str, Loss] = {}
     for layer in steps_bar(range(runs.layers), "measuring what each linear costs"):
-        parts = list(runs.parts(layer))
-        changed = [_changed(rows, partial(runs.after_layer, layer, starts[layer])) for _, rows, _ in parts]
-        for (part, rows, address), found in zip(parts, _divergences(runs, layer + 1, changed, before), strict=True):
-            measured[part.tensor] = _loss(_flat(rows)[: part.rows], moments[layer].mean(address), found, ops)
+        measured |= _of_layer(runs, layer, starts[layer], said, own, ops)
     for name, rows, count, starts_at in _ends(runs, starts):
-        found = _changed(rows, lambda: _divergences(runs, *starts_at(), before)[0])  # noqa: B023
-        measured[name] = _loss(_flat(rows)[:count], None, found, ops)
-    return measured
+        found = _changed([rows], lambda: _divergences(runs, *starts_at(), said)[0])  # noqa: B023
+        measured[name] = _loss([(_flat(rows)[:count], None)], found, own.get(name), ops)
+    return {name: loss for name, loss in measured.items() if loss.kl}
+
+
+def _of_layer(
+    runs: LayerRuns, layer: int, start: torch.Tensor, said: "_Said", own: Mapping[str, str], ops: CpuKernels
+) -> dict[str, Loss]:
+    moments, members = Moments(), dict[str, list[Member]]()
+    runs.after_layer(layer, start, moments)
+    for member in runs.parts(layer):
+        members.setdefault(stack_of(member[0].tensor), []).append(member)
+    run = partial(runs.after_layer, layer, start)
+    changed = [_changed([rows for _, rows, _ in each], run) for each in members.values()]
+    found = _divergences(runs, layer + 1, changed, said)
+    return {
+        stack: _stack_loss(each, moments, divergence, own.get(stack), ops)
+        for (stack, each), divergence in zip(members.items(), found, strict=True)
+    }
+
+
+class _Said:
+    """What the unrounded model says of the likely tokens, at every position."""
+
+    def __init__(self, runs: LayerRuns, hidden: torch.Tensor) -> None:
+        logs = runs.log_probabilities(hidden)
+        likely = (logs.amax(0) > math.log(LIKELY)).nonzero()[:, 0]
+        is_most = logs[:, likely].exp().sum(1).mean().item() > LIKELY_SHARE
+        self._runs, self._tokens = runs, likely if is_most else None
+        self._logs = torch.log_softmax(logs[:, likely], 1) if is_most else logs
+
+    def divergence(self, hidden: torch.Tensor) -> float:
+        """The mean divergence to what is said from other hidden states [rows, hidden_size]."""
+        after = self._runs.log_probabilities(hidden, among=self._tokens)
+        return (self._logs.exp() * (self._logs - after)).sum(-1).mean().item()
 
 
 def _ends(
@@ -68,40 +102,52 @@ def _ends(
         yield name, rows if is_tied else embedding, count, lambda: (0, [runs.embedded()])
 
 
-def _divergences(runs: LayerRuns, layer: int, changed: list[torch.Tensor], before: torch.Tensor) -> list[float]:
+def _divergences(runs: LayerRuns, layer: int, changed: list[torch.Tensor], said: _Said) -> list[float]:
     """The mean divergence of the output for each of what the layers from `layer` on begin with."""
     hidden = torch.cat(changed)
     for index in range(layer, runs.layers):
         hidden = runs.after_layer(index, hidden)
-    found = []
-    for each in hidden.split(changed[0].shape[0]):
-        after = runs.log_probabilities(each.flatten(0, 1))
-        found.append((before.exp() * (before - after)).sum(-1).mean().item())
-    return found
+    return [said.divergence(each.flatten(0, 1)) for each in hidden.split(changed[0].shape[0])]
 
 
-def _changed(rows: torch.Tensor, run: Callable[[], Result]) -> Result:
-    """What `run` gives while a weight's rows are rounded coarsely."""
-    kept = rows.clone()
-    rows.copy_(rounded_coarsely(_flat(kept)).view(rows.shape))
+def _changed(weights: list[torch.Tensor], run: Callable[[], Result]) -> Result:
+    """What `run` gives while the rows of weights are rounded coarsely."""
+    kept = [rows.clone() for rows in weights]
+    for rows in weights:
+        rows.copy_(rounded_coarsely(_flat(rows)).view(rows.shape))
     try:
         return run()
     finally:
-        rows.copy_(kept)
+        for rows, before in zip(weights, kept, strict=True):
+            rows.copy_(before)
 
 
 def _flat(rows: torch.Tensor) -> torch.Tensor:
     return rows.reshape(-1, rows.shape[-1]).float()
 
 
-def _loss(rows: torch.Tensor, moments: torch.Tensor | None, divergence: float, ops: CpuKernels) -> Loss:
-    """divergence: of the rows [rows, in_features] rounded coarsely. moments: of the inputs, None to count every error
-    alike."""
-    error = _error(rounded_coarsely(rows), rows, moments) / rows.shape[0]
-    scale = max(divergence, LEAST_KL) / max(error, 1e-30)
-    sample = rows[:: max(1, rows.shape[0] // SAMPLED_ROWS)].contiguous()
-    errors = _errors(sample, moments, ops)
-    return Loss(rows.shape[0], rows.shape[1], {name: scale * found for name, found in errors.items()})
+def _stack_loss(members: list[Member], moments: Moments, divergence: float, own: str | None, ops: CpuKernels) -> Loss:
+    """Of what of a stack is read at all: an expert that no token has chosen costs nothing in any type."""
+    found = [(_flat(rows)[: part.rows], moments.mean(address)) for part, rows, address in members]
+    read = [(rows, mean) for rows, mean in found if mean is not None] or [(rows, None) for rows, _ in found]
+    loss = _loss(read, divergence, own, ops)
+    return replace(loss, rows=sum(rows.shape[0] for rows, _ in found))
+
+
+def _loss(
+    weights: list[tuple[torch.Tensor, torch.Tensor | None]], divergence: float, own: str | None, ops: CpuKernels
+) -> Loss:
+    """divergence: of the weights, rows [rows, in_features] and the moments of their inputs, rounded coarsely together.
+    Without moments every error counts alike."""
+    coarse = sum(squared_error(rounded_coarsely(rows), rows, mean) for rows, mean in weights)
+    scale = max(divergence, LEAST_KL) / max(coarse, 1e-30)
+    kl: dict[str, float] = {}
+    for rows, mean in weights:
+        sample = rows[:: max(1, rows.shape[0] * len(weights) // SAMPLED_ROWS)].contiguous()
+        for kind, error in errors_of_types(sample, mean, ops).items():
+            kl[kind] = kl.get(kind, 0.0) + scale * error
+    rows, in_features = weights[0][0].shape
+    return Loss(rows, in_features, without_beaten(kl | kept_as_it_is(own, in_features)))
 
 
 def rounded_coarsely(rows: torch.Tensor) -> torch.Tensor:
@@ -110,25 +156,3 @@ def rounded_coarsely(rows: torch.Tensor) -> torch.Tensor:
     groups = rows.reshape(-1, group)
     scale = groups.abs().amax(1, keepdim=True).clamp_min(1e-30) / COARSE_CODES
     return ((groups / scale).round_() * scale).view(rows.shape)
-
-
-def _error(found: torch.Tensor, expected: torch.Tensor, moments: torch.Tensor | None) -> float:
-    """The squared error of the output of a linear whose inputs have these moments, or of the weights."""
-    missed = found - expected
-    return (missed.square() if moments is None else missed @ moments * missed).sum().item()
-
-
-def _errors(rows: torch.Tensor, moments: torch.Tensor | None, ops: CpuKernels) -> dict[str, float]:
-    """The error of a row, on average, in every type that rows may have."""
-    found = {}
-    for name in CANDIDATES:
-        if fits(name, rows.shape[1]) and not (name == "F16" and rows.abs().amax() > HALF_MAX):
-            found[name] = _error(held(name, encode(name, rows), rows.shape[1], ops), rows, moments) / rows.shape[0]
-    return {name: error for name, error in found.items() if not _is_beaten(name, error, found)}
-
-
-def _is_beaten(name: str, error: float, found: dict[str, float]) -> bool:
-    """Whether a type of fewer bytes is no worse."""
-    size = GGUF_BY_NAME[name].block_bytes / GGUF_BY_NAME[name].items
-    smaller = (other for other in found if GGUF_BY_NAME[other].block_bytes / GGUF_BY_NAME[other].items < size)
-    return any(found[other] <= error for other in smaller)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpu_kernels.formats import GGUF_BY_NAME
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
+from hetero_attn.tools.quantize.stacks import stacks
 
 if TYPE_CHECKING:
     from hetero_attn.tools.quantize.choose import Loss
@@ -18,11 +19,11 @@ MOST_PARTS, MOST_KINDS, MOST_COSTS = 64, 5, 3  # of a table for people
 
 
 def table_text(wanted: str, bits: float, chosen: Mapping[str, str], losses: Mapping[str, "Loss"]) -> str:
-    """The table as a file keeps it: JSON."""
+    """The table as a file keeps it: JSON, a stack of experts as one."""
     tensors = {
-        name: {"type": kind} | ({"kl": dict(losses[name].kl)} if name in losses else {})
-        for name, kind in chosen.items()
-        if kind != "F32"
+        stack: {"type": chosen[names[0]]} | ({"kl": dict(losses[stack].kl)} if stack in losses else {})
+        for stack, names in stacks(chosen).items()
+        if chosen[names[0]] != "F32"
     }
     return json.dumps({"wanted": wanted, "bits": round(bits, 4), "tensors": tensors})
 

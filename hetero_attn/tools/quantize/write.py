@@ -1,6 +1,7 @@
 """`quantize`: a model as a GGUF file with every weight in a type of its own."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,24 @@ from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.gguf.config import gguf_terms
 from hetero_attn.checkpoints.gguf.file import GgufTensor
-from hetero_attn.checkpoints.gguf.names import ROPE_DIVISORS, their_name
+from hetero_attn.checkpoints.gguf.names import ROPE_DIVISORS
 from hetero_attn.checkpoints.gguf.writer import NewTensor, write_gguf
 from hetero_attn.checkpoints.hub import resolve_model
 from hetero_attn.checkpoints.loading.unit_rows import dequantised
 from hetero_attn.checkpoints.row_order import is_rotated, turned
 from hetero_attn.checkpoints.sources import open_source, read_config
-from hetero_attn.errors import ArgumentError, CheckpointError, UnsupportedModelError
+from hetero_attn.errors import ArgumentError, CheckpointError
 from hetero_attn.models.decoder import decoder
 from hetero_attn.serving.progress import bytes_bar
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.tools.quantize.calibrate import calibration
-from hetero_attn.tools.quantize.choose import RECIPES, Loss, bits_of, by_bits, by_recipe
+from hetero_attn.tools.quantize.choose import RECIPES, Loss, as_large_as, bits_of, by_bits, by_recipe
 from hetero_attn.tools.quantize.encode import encode
-from hetero_attn.tools.quantize.metadata import check_same_model, copied_metadata, made_metadata, made_terms
+from hetero_attn.tools.quantize.expected import expected_losses, own_types
+from hetero_attn.tools.quantize.header.metadata import check_same_model, copied_metadata, made_metadata, made_terms
+from hetero_attn.tools.quantize.header.tokenizer_keys import tokenizer_metadata
+from hetero_attn.tools.quantize.stacks import new_tensor, spread, stack_of, stacks
 from hetero_attn.tools.quantize.table import KEY, table_text
-from hetero_attn.tools.quantize.tokenizer_keys import tokenizer_metadata
 
 RUN_WEIGHTS = 1 << 24  # read and encoded at once
 
@@ -66,14 +69,14 @@ def quantize(
     measured: Mapping[str, Loss] | None = None,
     tokenizer: str | Path | None = None,
 ) -> QuantizedFile:
-    """Write a model to the GGUF file `out`, by a recipe of RECIPES, or with at most so many bits a weight.
+    """Write a model to the GGUF file `out`, as large as a recipe of RECIPES is, or with at most so many bits a weight.
 
     text: on which the effect of every linear is measured when `bits` are given, and for whose activations all weights
-    are rounded; "" rounds each weight to the nearest. force: write over a file. measured: those effects, where they are
+    are rounded; "" rounds each weight to the nearest, and their effects are what `expected` says. Codes that a GGUF
+    source already has in the type chosen are copied. force: write over a file. measured: those effects, where they are
     known from another file of the model. tokenizer: a folder, file or hub id whose tokenizer reads the text instead of
-    the model's own.
-    Raises ArgumentError for another recipe or a file that is there, CheckpointError, ConfigError, PromptError or
-    UnsupportedModelError before anything is written, and CheckpointError where the disk is full.
+    the model's own. Raises ArgumentError for another recipe or a file that is there, CheckpointError, ConfigError,
+    PromptError or UnsupportedModelError before anything is written, and CheckpointError where the disk is full.
     """
     if out.exists() and not force:
         raise ArgumentError(f"--out is {out}, which is there already; give another name, or --force to write over it")
@@ -86,19 +89,36 @@ def quantize(
         source.check(spec)
         shapes = spec.tensors
         chosen = by_recipe(RECIPES[recipe or "q4_m"], shapes, {name: source.dtype(name) for name in shapes})
-        new = _new_file(source, config, shapes, chosen)
+        new, own = _new_file(source, config, shapes, chosen), own_types(source, shapes)
         encoded: dict[str, torch.Tensor] = {}
-        if text or bits is not None:
-            with calibration(path, text, ops, threads, tokenizer) as calibrated:
-                if bits is not None:
-                    measured = measured or calibrated.losses()
-                    chosen |= by_bits(measured, bits)
-                encoded = calibrated.encoded(chosen)
+        with calibration(path, text, ops, threads, tokenizer) if text else nullcontext() as calibrated:
+            if bits is not None and calibrated is not None:
+                measured = measured or calibrated.losses(own)
+            losses = measured or expected_losses(source, shapes, config.num_layers, config.head_dim, own, ops)
+            chosen = _chosen(chosen, losses, bits, shapes)
+            if calibrated is not None:
+                rounded = {name: kind for name, kind in chosen.items() if own.get(stack_of(name)) != kind}
+                encoded = calibrated.encoded(rounded)
         wanted = f"{bits:g} bits" if bits is not None else f"recipe {recipe or 'q4_m'}"
         table = table_text(wanted, bits_of(chosen, shapes), chosen, measured or {})
         new.metadata[KEY] = table
         nbytes = _write(source, config, new, shapes, chosen, encoded, out, ops, force)
     return QuantizedFile(out, nbytes, bits_of(chosen, shapes), chosen, table)
+
+
+def _chosen(
+    types: Mapping[str, str], losses: Mapping[str, Loss], bits: float | None, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """The types of all tensors for so many bits a weight, None for as many as `types` have. Matrices without losses
+    keep theirs."""
+    if bits is None:
+        found = as_large_as(types, losses, shapes)
+    else:
+        fixed = [name for name in types if len(shapes[name]) == 2 and stack_of(name) not in losses]
+        weights = sum(shapes[name][0] * shapes[name][1] for name in fixed)
+        nbytes = round(bits_of(types, shapes, fixed) * weights / 8) if fixed else 0
+        found = by_bits(losses, bits, nbytes, weights)
+    return {**types, **spread(found, types)}
 
 
 def _new_file(
@@ -109,10 +129,6 @@ def _new_file(
 ) -> _NewFile:
     """Raises UnsupportedModelError for a model that no file can say; which types are chosen does not matter."""
     divisors = None
-    if config.experts is not None:
-        raise UnsupportedModelError(
-            f"{source.path}: a mixture of experts is not written as a GGUF file; llama.cpp's llama-quantize does"
-        )
     if isinstance(source, GgufCheckpoint):
         metadata, is_turned = copied_metadata(source), gguf_terms(source.fields).is_turned
         if config.rope.rope_type == "divisors":
@@ -131,7 +147,7 @@ def _new_file(
 def _new_tensors(
     shapes: Mapping[str, tuple[int, ...]], chosen: Mapping[str, str], divisors: torch.Tensor | None
 ) -> list[NewTensor]:
-    tensors = [NewTensor(their_name(name), GGUF_BY_NAME[kind], shapes[name]) for name, kind in chosen.items()]
+    tensors = [new_tensor(names, chosen[names[0]], shapes[names[0]]) for names in stacks(chosen).values()]
     if divisors is not None:
         tensors.append(NewTensor(ROPE_DIVISORS, GGUF_BY_NAME["F32"], tuple(divisors.shape)))
     return tensors
@@ -148,42 +164,52 @@ def _write(
     ops: CpuKernels,
     force: bool,
 ) -> int:
-    theirs = {their_name(name): name for name in chosen}
     tensors = _new_tensors(shapes, chosen, new.divisors)
+    names_of = dict(zip((tensor.name for tensor in tensors), stacks(chosen).values(), strict=False))
     with bytes_bar(sum(item.nbytes for item in tensors), f"writing {out.name}") as bar:
 
         def data(tensor: NewTensor) -> Iterator[np.ndarray]:
             if tensor.name == ROPE_DIVISORS:
                 yield new.divisors.numpy().view(np.uint8)
                 return
-            name = theirs[tensor.name]
-            is_turned = new.is_turned and is_rotated(name)
-            if name in encoded:
-                rows = encoded[name]
-                yield (turned(rows, config.head_dim) if is_turned else rows).numpy()
-                bar.update(rows.nbytes)
-                return
-            for piece in _encoded(source, name, tensor, is_turned, config.head_dim, ops):
-                bar.update(piece.nbytes)
-                yield piece
+            for name in names_of[tensor.name]:
+                is_turned = new.is_turned and is_rotated(name)
+                if name in encoded:
+                    rows = encoded[name]
+                    pieces = iter([(turned(rows, config.head_dim) if is_turned else rows).numpy()])
+                else:
+                    pieces = _encoded(source, name, chosen[name], shapes[name], is_turned, config.head_dim, ops)
+                for piece in pieces:
+                    bar.update(piece.nbytes)
+                    yield piece
 
         return write_gguf(out, new.metadata, tensors, data, force)
 
 
 def _encoded(
-    source: Checkpoint | GgufCheckpoint, name: str, tensor: NewTensor, is_turned: bool, head_dim: int, ops: CpuKernels
+    source: Checkpoint | GgufCheckpoint,
+    name: str,
+    wanted: str,
+    shape: tuple[int, ...],
+    is_turned: bool,
+    head_dim: int,
+    ops: CpuKernels,
 ) -> Iterator[np.ndarray]:
-    """The bytes of a tensor, each weight rounded to the nearest, some whole heads of rows at a time."""
-    if len(tensor.shape) == 1:
+    """The bytes of a tensor, each weight rounded to the nearest, or the source's codes where it has them in the type
+    wanted; some whole heads of rows at a time."""
+    if len(shape) == 1:
         values = source.read(name).float()
         yield turned(values, head_dim).numpy().view(np.uint8) if is_turned else values.numpy().view(np.uint8)
         return
-    rows, in_features = tensor.shape
+    rows, in_features = shape
     step = max(1, RUN_WEIGHTS // in_features // head_dim) * head_dim
     for start in range(0, rows, step):
         values = source.read(name, slice(start, min(rows, start + step)))
         kind = source.source_type(name)
+        if kind == wanted and isinstance(source, GgufCheckpoint):
+            yield (turned(values, head_dim) if is_turned else values).numpy()
+            continue
         values = values.float() if kind is None else dequantised(ops, values, kind, name, in_features)
         if not torch.isfinite(values).all():
             raise CheckpointError(f"{source.path}: {name} holds NaN or infinite values; the checkpoint is damaged")
-        yield encode(tensor.type.name, turned(values, head_dim) if is_turned else values.contiguous()).numpy()
+        yield encode(wanted, turned(values, head_dim) if is_turned else values.contiguous()).numpy()

@@ -16,6 +16,8 @@ from hetero_attn.checkpoints.gguf.names import ROPE_DIVISORS
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.models.rope import rope_tables
 from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.experts_config import ExpertsConfig
+from hetero_attn.spec.families.experts import EXPERT_COUNT
 from hetero_attn.spec.families.family import GgufTerms
 from hetero_attn.spec.families.table import FAMILIES
 from hetero_attn.spec.families.windows import WINDOW_KEYS
@@ -66,7 +68,7 @@ def made_terms(config: ModelConfig, path: Path) -> GgufTerms:
 
 
 def _is_made(terms: GgufTerms) -> bool:
-    return not (terms.keys and terms.needs_keys) and not _lies_otherwise(terms)
+    return (terms.keys in ((), (EXPERT_COUNT,)) or not terms.needs_keys) and not _lies_otherwise(terms)
 
 
 def made_metadata(config: ModelConfig, terms: GgufTerms, name: str) -> tuple[dict[str, Any], torch.Tensor | None]:
@@ -88,10 +90,21 @@ def made_metadata(config: ModelConfig, terms: GgufTerms, name: str) -> tuple[dic
     windows = set(config.sliding_window)
     if WINDOW_KEYS[0] in terms.keys and len(windows) == 1 and windows != {0}:
         keys[WINDOW_KEYS[0].removeprefix(".")] = windows.pop()
+    if config.experts is not None:
+        keys |= _experts(config.experts)
     scaling, divisors = _scaling(config)
     found: dict[str, Any] = {"general.architecture": terms.architecture, "general.name": name}
     found["general.quantization_version"] = QUANTIZATION_VERSION
     return found | {f"{terms.architecture}.{key}": value for key, value in (keys | scaling).items()}, divisors
+
+
+def _experts(experts: ExpertsConfig) -> dict[str, int]:
+    keys = {
+        "expert_count": experts.experts,
+        "expert_used_count": experts.per_row,
+        "expert_feed_forward_length": experts.width,
+    }
+    return keys | ({"expert_shared_feed_forward_length": experts.shared_width} if experts.is_gated else {})
 
 
 def _scaling(config: ModelConfig) -> tuple[dict[str, Any], torch.Tensor | None]:

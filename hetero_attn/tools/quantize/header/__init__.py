@@ -1,0 +1,1 @@
+"""What a new GGUF file says beside its weights: the model and its tokenizer."""
