@@ -20,7 +20,6 @@ MANY_PARAMETERS = {
     "hetero_attn/cli/quantize/command.py quantize": "a command's options",
     "hetero_attn/cli/serve/command.py serve": "a command's options",
     "hetero_attn/tools/quantize/write.py quantize": "what its command takes",
-    "hetero_attn/tools/quantize/write.py _write": "to be shortened",
     "placement/cost/model.py _add_attention": "to be shortened",
     "placement/cost/model.py predict": "to be shortened",
     "placement/solve/unknowns.py Unknowns.__init__": "to be shortened",

@@ -102,7 +102,8 @@ def quantize(
         wanted = f"{bits:g} bits" if bits is not None else f"recipe {recipe or 'q4_m'}"
         table = table_text(wanted, bits_of(chosen, shapes), chosen, measured or {})
         new.metadata[KEY] = table
-        nbytes = _write(source, config, new, shapes, chosen, encoded, out, ops, force)
+        weights = _Weights(source, config.head_dim, shapes, chosen, encoded, ops)
+        nbytes = _write(new, weights, out, force)
     return QuantizedFile(out, nbytes, bits_of(chosen, shapes), chosen, table)
 
 
@@ -153,19 +154,50 @@ def _new_tensors(
     return tensors
 
 
-def _write(
-    source: Checkpoint | GgufCheckpoint,
-    config: ModelConfig,
-    new: _NewFile,
-    shapes: Mapping[str, tuple[int, ...]],
-    chosen: Mapping[str, str],
-    encoded: Mapping[str, torch.Tensor],
-    out: Path,
-    ops: CpuKernels,
-    force: bool,
-) -> int:
-    tensors = _new_tensors(shapes, chosen, new.divisors)
-    names_of = dict(zip((tensor.name for tensor in tensors), stacks(chosen).values(), strict=False))
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """What the tensors of a new file are made of: those of a model in `shapes`, each as the type `chosen` for it. Those
+    in `encoded` are so already; the others are read from `source`."""
+
+    source: Checkpoint | GgufCheckpoint
+    head_dim: int
+    shapes: Mapping[str, tuple[int, ...]]
+    chosen: Mapping[str, str]
+    encoded: Mapping[str, torch.Tensor]
+    ops: CpuKernels
+
+    def pieces(self, name: str, is_turned: bool) -> Iterator[np.ndarray]:
+        """The bytes of a tensor, its heads turned or not, some rows at a time."""
+        if name not in self.encoded:
+            return self._rounded(name, is_turned)
+        rows = self.encoded[name]
+        return iter([(turned(rows, self.head_dim) if is_turned else rows).numpy()])
+
+    def _rounded(self, name: str, is_turned: bool) -> Iterator[np.ndarray]:
+        """Some whole heads of rows at a time: each weight rounded to the nearest, or the source's codes where it has
+        them in the type wanted."""
+        source, wanted, shape, head_dim = self.source, self.chosen[name], self.shapes[name], self.head_dim
+        if len(shape) == 1:
+            values = source.read(name).float()
+            yield turned(values, head_dim).numpy().view(np.uint8) if is_turned else values.numpy().view(np.uint8)
+            return
+        rows, in_features = shape
+        step = max(1, RUN_WEIGHTS // in_features // head_dim) * head_dim
+        for start in range(0, rows, step):
+            values = source.read(name, slice(start, min(rows, start + step)))
+            kind = source.source_type(name)
+            if kind == wanted and isinstance(source, GgufCheckpoint):
+                yield (turned(values, head_dim) if is_turned else values).numpy()
+                continue
+            values = values.float() if kind is None else dequantised(self.ops, values, kind, name, in_features)
+            if not torch.isfinite(values).all():
+                raise CheckpointError(f"{source.path}: {name} holds NaN or infinite values; the checkpoint is damaged")
+            yield encode(wanted, turned(values, head_dim) if is_turned else values.contiguous()).numpy()
+
+
+def _write(new: _NewFile, weights: _Weights, out: Path, force: bool) -> int:
+    tensors = _new_tensors(weights.shapes, weights.chosen, new.divisors)
+    names_of = dict(zip((tensor.name for tensor in tensors), stacks(weights.chosen).values(), strict=False))
     with bytes_bar(sum(item.nbytes for item in tensors), f"writing {out.name}") as bar:
 
         def data(tensor: NewTensor) -> Iterator[np.ndarray]:
@@ -173,43 +205,8 @@ def _write(
                 yield new.divisors.numpy().view(np.uint8)
                 return
             for name in names_of[tensor.name]:
-                is_turned = new.is_turned and is_rotated(name)
-                if name in encoded:
-                    rows = encoded[name]
-                    pieces = iter([(turned(rows, config.head_dim) if is_turned else rows).numpy()])
-                else:
-                    pieces = _encoded(source, name, chosen[name], shapes[name], is_turned, config.head_dim, ops)
-                for piece in pieces:
+                for piece in weights.pieces(name, new.is_turned and is_rotated(name)):
                     bar.update(piece.nbytes)
                     yield piece
 
         return write_gguf(out, new.metadata, tensors, data, force)
-
-
-def _encoded(
-    source: Checkpoint | GgufCheckpoint,
-    name: str,
-    wanted: str,
-    shape: tuple[int, ...],
-    is_turned: bool,
-    head_dim: int,
-    ops: CpuKernels,
-) -> Iterator[np.ndarray]:
-    """The bytes of a tensor, each weight rounded to the nearest, or the source's codes where it has them in the type
-    wanted; some whole heads of rows at a time."""
-    if len(shape) == 1:
-        values = source.read(name).float()
-        yield turned(values, head_dim).numpy().view(np.uint8) if is_turned else values.numpy().view(np.uint8)
-        return
-    rows, in_features = shape
-    step = max(1, RUN_WEIGHTS // in_features // head_dim) * head_dim
-    for start in range(0, rows, step):
-        values = source.read(name, slice(start, min(rows, start + step)))
-        kind = source.source_type(name)
-        if kind == wanted and isinstance(source, GgufCheckpoint):
-            yield (turned(values, head_dim) if is_turned else values).numpy()
-            continue
-        values = values.float() if kind is None else dequantised(ops, values, kind, name, in_features)
-        if not torch.isfinite(values).all():
-            raise CheckpointError(f"{source.path}: {name} holds NaN or infinite values; the checkpoint is damaged")
-        yield encode(wanted, turned(values, head_dim) if is_turned else values.contiguous()).numpy()
