@@ -14,10 +14,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hetero_attn.server.dialogue.answer import Parser, PlainText
-from hetero_attn.server.dialogue.forced import call_grammar, holds_after, words_of
+from hetero_attn.server.dialogue.forced import form_wishes
 from hetero_attn.server.dialogue.formats import AnswerFormat, end_of, format_of
 from hetero_attn.server.dialogue.thoughts import thought_tokens
-from hetero_attn.server.dialogue.tools import Tools
 from hetero_attn.server.driver import Driver, State
 from hetero_attn.server.failures import ApiError, too_long
 from hetero_attn.server.generation import Generation
@@ -34,6 +33,7 @@ if TYPE_CHECKING:  # they need torch, whose import would keep a server from answ
 ENCODING_S = 30.0  # for a prompt to become tokens; a template is a program of a stranger
 MOST_CHOICES = 16
 LONGEST_RETRY_S = 120
+RETRY_HOLDS_S = 0.25  # in which as many as ask are told the same time: it takes a look at every request
 Result = TypeVar("Result")
 
 
@@ -49,6 +49,7 @@ class Service:
         self.started_at = int(time.time())
         self._entering = 0  # requests that were let in and are not yet the driver's
         self._kept: tuple[object, asyncio.Future] | None = None
+        self._retry_until, self._retry = 0.0, 1
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="hetero-attn-text")
 
     @property
@@ -85,7 +86,8 @@ class Service:
         if not isinstance(turn.prompts, Conversation):
             return [PlainText() for _ in range(count)]
         prompt_end = end_of(self.tokenizer, generation.requests[0].prompt_token_ids)
-        return self.answer_format.parsers(count, turn.prompts.tools, prompt_end)
+        is_forced = any(turn.wishes.get(name) is not None for name in GRAMMARS)
+        return self.answer_format.parsers(count, turn.prompts.tools, prompt_end, is_forced)
 
     def thoughts_of(self, turn: Turn, generation: Generation) -> int:
         """Tokens of reasoning in the answers of a turn, once they are whole."""
@@ -188,11 +190,16 @@ class Service:
 
     def _retry_after_s(self, taken: int) -> int:
         """When a place is likely to be free: the tokens that are still to be made, at the plan's speed."""
+        now = time.monotonic()
+        if now < self._retry_until:
+            return self._retry
         plan = self.llm.plan
         rate = plan.predicted.decode.tokens_per_s if plan.predicted is not None else 10.0
         left = [request.max_tokens - request.progress.tokens for request in self.driver.live]
         shortest = min(left, default=0) * min(taken, plan.max_batch)
-        return min(max(1, math.ceil(shortest / max(rate, 0.1))), LONGEST_RETRY_S)
+        self._retry = min(max(1, math.ceil(shortest / max(rate, 0.1))), LONGEST_RETRY_S)
+        self._retry_until = now + RETRY_HOLDS_S
+        return self._retry
 
     def _encode(self, turn: Turn) -> list[tuple[int, ...]]:
         if isinstance(turn.prompts, Conversation):
@@ -215,24 +222,9 @@ class Service:
         """The parameters that all answers of a turn share."""
         wishes = dict(turn.wishes)
         if isinstance(turn.prompts, Conversation):
-            wishes |= self._form_wishes(turn.prompts.tools, wishes, prompt)
+            prompt_end = end_of(self.tokenizer, prompt)
+            wishes |= form_wishes(self.answer_format, turn.prompts.tools, wishes, self.llm.grammars.mark, prompt_end)
         return wishes
-
-    def _form_wishes(self, tools: Tools, wishes: dict[str, Any], prompt: tuple[int, ...]) -> dict[str, Any]:
-        """What an answer to a conversation needs beside what the client asks for."""
-        form = self.answer_format
-        found: dict[str, Any] = {}
-        if form.keeps_specials:
-            found["skip_special_tokens"] = False  # the parser leaves them out
-        forms = [name for name in GRAMMARS if wishes.get(name) is not None]
-        is_either = len(forms) == 1 and tools.callable and not form.is_harmony  # there, calls have a channel
-        if len(forms) < 2 and (tools.must_call or is_either):
-            words = None if tools.must_call else words_of(wishes)
-            found |= dict.fromkeys(GRAMMARS)
-            found["grammar"] = call_grammar(form, tools, self.llm.grammars.mark, words)
-        if (forms or tools.must_call) and not (tools.must_call and form.is_harmony):
-            found["grammar_after"] = holds_after(form, end_of(self.tokenizer, prompt))
-        return found
 
     def gauges(self) -> dict[str, float]:
         """What is true now, by its name in `/metrics`."""

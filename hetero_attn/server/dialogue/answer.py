@@ -26,6 +26,15 @@ class Part(NamedTuple):
     calls: tuple[CallPiece, ...] = ()
 
 
+def joined(parts: Sequence[Part]) -> Part:
+    """Parts one after another as one."""
+    return Part(
+        "".join(part.text for part in parts),
+        "".join(part.reasoning for part in parts),
+        tuple(call for part in parts for call in part.calls),
+    )
+
+
 class Piece(NamedTuple):
     """A part of the answer of one choice; its tokens are [first, last) of the request's."""
 
@@ -96,11 +105,7 @@ async def read(generation: Generation, parsers: Sequence[Parser]) -> AsyncGenera
         parts = [parser.feed(move.text)]
         if finish_reason is not None:
             parts.append(parser.finish(finish_reason))
-        part = Part(
-            "".join(each.text for each in parts),
-            "".join(each.reasoning for each in parts),
-            tuple(call for each in parts for call in each.calls),
-        )
+        part = joined(parts)
         called[move.choice] |= bool(part.calls)
         if finish_reason == "stop" and called[move.choice]:
             finish_reason = "tool_calls"

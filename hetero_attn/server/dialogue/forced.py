@@ -13,7 +13,7 @@ from hetero_attn.server.dialogue.formats import AnswerFormat
 from hetero_attn.server.dialogue.shapes import as_list
 from hetero_attn.server.dialogue.tools import Tools
 from hetero_attn.server.failures import ApiError
-from hetero_attn.serving.sampling_params import JSON_OPTIONS, MAX_SCHEMA_DEPTH
+from hetero_attn.serving.sampling_params import GRAMMARS, JSON_OPTIONS, MAX_SCHEMA_DEPTH
 
 MOST_CALLS = 16  # in one answer, so that a model that goes on calling ends
 Mark = Callable[[str], str]
@@ -45,6 +45,24 @@ def structured_wishes(wanted: Mapping[str, Any]) -> dict[str, Any]:
         if name not in names:
             raise ApiError(400, f"structured_outputs.{name!s:.40} is not known; give json, regex, choice or grammar")
     return {names[name]: value for name, value in given.items()}
+
+
+def form_wishes(
+    form: AnswerFormat, tools: Tools, wishes: Mapping[str, Any], mark: Mark, prompt_end: str
+) -> dict[str, Any]:
+    """What an answer to a conversation needs beside what the client asks for. mark: as `call_grammar` takes it."""
+    found: dict[str, Any] = {}
+    if form.keeps_specials:
+        found["skip_special_tokens"] = False  # the parser leaves them out
+    forms = [name for name in GRAMMARS if wishes.get(name) is not None]
+    is_either = len(forms) == 1 and tools.callable and not form.is_harmony  # there, calls have a channel
+    if len(forms) < 2 and (tools.must_call or is_either):
+        words = None if tools.must_call else words_of(wishes)
+        found |= dict.fromkeys(GRAMMARS)
+        found["grammar"] = call_grammar(form, tools, mark, words)
+    if (forms or tools.must_call) and not (tools.must_call and form.is_harmony):
+        found["grammar_after"] = holds_after(form, prompt_end)
+    return found
 
 
 def holds_after(form: AnswerFormat, prompt_end: str) -> str | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hetero_attn.server.dialogue import harmony
 from hetero_attn.server.dialogue.answer import Parser, PlainText
 from hetero_attn.server.dialogue.harmony import HarmonyParser
 from hetero_attn.server.dialogue.marked import MarkedParser, Marks
+from hetero_attn.server.dialogue.templated import TemplatedParser, thought_marks, usable_template
 from hetero_attn.server.dialogue.tools import Tools
 
 if TYPE_CHECKING:  # it needs torch, whose import would keep a server from answering while it loads
@@ -40,7 +42,8 @@ class AnswerFormat:
     """The form of one model's answers. marks: None for plain text. is_harmony: gpt-oss's form instead.
 
     specials: texts of the tokenizer's special tokens. knows_tools: whether the template shows tools to the model.
-    is_fenced, is_named: which of two forms of calls DeepSeek's and Mistral's templates show.
+    is_fenced, is_named: which of two forms of calls DeepSeek's and Mistral's templates show. template: how answers are
+    written by the model's own files, for transformers' parser; what is forced by a grammar is in the family's form.
     """
 
     name: str
@@ -50,12 +53,19 @@ class AnswerFormat:
     knows_tools: bool = False
     is_fenced: bool = False
     is_named: bool = False
+    template: Mapping[str, Any] | None = None
 
     @cached_property
     def keeps_specials(self) -> bool:
         """Whether markers are special tokens, which have to stay in the text that is read."""
         marks = harmony.MARKS if self.is_harmony else self.marks.all if self.marks else set()
-        return bool(marks & self.specials)
+        return bool(marks & self.specials) or bool(self._of_template)
+
+    @cached_property
+    def _of_template(self) -> frozenset[str]:
+        """Special tokens that the template names."""
+        words = "" if self.template is None else json.dumps(self.template, ensure_ascii=False).replace("\\", "")
+        return frozenset(each for each in self.specials if each in words)
 
     @property
     def repeats_calls(self) -> bool:
@@ -63,9 +73,18 @@ class AnswerFormat:
         marks = self.marks
         return marks is not None and marks.call is not None and marks.call[1] is not None and self.name != "deepseek"
 
-    def parsers(self, count: int, tools: Tools, prompt_end: str) -> list[Parser]:
-        """One parser for each of several answers to a prompt that ends so."""
-        return [self._parser(tools, prompt_end) for _ in range(count)]
+    def parsers(self, count: int, tools: Tools, prompt_end: str, is_forced: bool = False) -> list[Parser]:
+        """One parser for each of several answers to a prompt that ends so. is_forced: they follow a grammar of ours."""
+        make = self._parser if self.template is None or is_forced or tools.must_call else self._templated
+        return [make(tools, prompt_end) for _ in range(count)]
+
+    def _templated(self, tools: Tools, prompt_end: str) -> Parser:
+        def own() -> Parser:
+            return self._parser(tools, "")
+
+        unseen = self.specials - self._of_template if self.keeps_specials else ()
+        letters = 0 if self.marks is None else self.marks.id_letters
+        return TemplatedParser(self.template, tools, prompt_end, own, unseen, letters)
 
     def _parser(self, tools: Tools, prompt_end: str) -> Parser:
         unseen = self.specials if self.keeps_specials else ()
@@ -85,7 +104,19 @@ def format_of(tokenizer: Tokenizer | None) -> AnswerFormat:
     template = (tokenizer.chat_template if tokenizer is not None else None) or ""
     if not template:
         return AnswerFormat("plain", None)
-    specials = frozenset(tokenizer.token_bytes(each).decode() for each in tokenizer.special_token_ids)
+    found = _family_of(
+        template, frozenset(tokenizer.token_bytes(each).decode() for each in tokenizer.special_token_ids)
+    )
+    given = usable_template(tokenizer.response_template)
+    if given is None:
+        return found
+    marks = found.marks
+    if marks is not None and marks.thought is None:
+        marks = replace(marks, thought=thought_marks(given))
+    return replace(found, marks=marks, template=given)
+
+
+def _family_of(template: str, specials: frozenset[str]) -> AnswerFormat:
     knows_tools = "tools" in template
     if "<|channel|>" in template and "<|message|>" in template:
         return AnswerFormat("harmony", None, True, specials, knows_tools)

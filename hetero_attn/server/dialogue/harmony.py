@@ -7,7 +7,7 @@
 import re
 from collections.abc import Iterable
 
-from hetero_attn.server.dialogue.answer import CallPiece, Part
+from hetero_attn.server.dialogue.answer import CallPiece, Part, joined
 from hetero_attn.server.dialogue.calls import read_calls
 from hetero_attn.server.dialogue.scanner import Scanner
 from hetero_attn.server.dialogue.tools import Tools, call_id
@@ -32,7 +32,7 @@ class HarmonyParser:
 
     def feed(self, text: str) -> Part:
         """Take generated text; returns what has become certain."""
-        return _joined([self._take(piece) for piece in self._scanner.feed(text)])
+        return joined([self._take(piece) for piece in self._scanner.feed(text)])
 
     def finish(self, finish_reason: str) -> Part:
         """What is left when no more text comes."""
@@ -41,7 +41,7 @@ class HarmonyParser:
             parts.append(self._end(is_whole=finish_reason == "stop"))
         elif CHANNEL not in self._header and not self._begun and not self._count:
             parts.append(Part(self._header.removeprefix(START + "assistant")))  # no header, but words
-        return _joined(parts)
+        return joined(parts)
 
     def _take(self, piece: str) -> Part:
         if piece in ENDS or (piece == START and self._header is None):
@@ -89,11 +89,3 @@ class HarmonyParser:
             return Part()
         self._count += 1
         return Part(calls=(CallPiece(self._count - 1, found[0].arguments, name, call_id(0)),))
-
-
-def _joined(parts: list[Part]) -> Part:
-    return Part(
-        "".join(part.text for part in parts),
-        "".join(part.reasoning for part in parts),
-        tuple(call for part in parts for call in part.calls),
-    )

@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hetero_attn.server.dialogue.answer import CallPiece, Part
+from hetero_attn.server.dialogue.answer import CallPiece, Part, joined
+from hetero_attn.server.dialogue.blanks import Blanks
 from hetero_attn.server.dialogue.calls import read_calls
 from hetero_attn.server.dialogue.scanner import Scanner
 from hetero_attn.server.dialogue.tools import Tools, call_id
@@ -45,7 +46,7 @@ class MarkedParser:
         self._is_thinking, self._has_thought = is_thinking, False
         self._call: str | None = None  # what is written of a call, without its first marker
         self._opening = ""  # of that call
-        self._blank = ""  # at the end of what was said: between calls it is nothing
+        self._blanks = Blanks()  # at the end of what was said: between calls they are nothing
         self._has_text = False
         self._count = 0
         self._parts: list[Part] = []
@@ -62,17 +63,13 @@ class MarkedParser:
             self._take(rest)
         if self._call is not None:
             self._end_call("", is_whole=finish_reason == "stop")
-        if self._blank and not self._count and not self._is_thinking:
-            self._parts.append(Part(self._blank))
+        if self._blanks.left and not self._count and not self._is_thinking:
+            self._parts.append(Part(self._blanks.left))
         return self._certain()
 
     def _certain(self) -> Part:
         parts, self._parts = self._parts, []
-        return Part(
-            "".join(part.text for part in parts),
-            "".join(part.reasoning for part in parts),
-            tuple(call for part in parts for call in part.calls),
-        )
+        return joined(parts)
 
     def _take(self, piece: str) -> None:
         if self._call is not None:
@@ -80,7 +77,7 @@ class MarkedParser:
         elif self._is_thinking:
             self._think(piece)
         elif piece == (self._marks.thought or NO_MARKS)[0] and not self._has_text:
-            self._is_thinking, self._blank = True, ""
+            self._is_thinking, self._blanks.left = True, ""
         elif piece == (self._marks.call or NO_MARKS)[0] and self._schemas:
             self._call, self._opening = "", piece
         elif piece not in self._unseen:
@@ -100,32 +97,23 @@ class MarkedParser:
 
     def _think(self, piece: str) -> None:
         if piece == (self._marks.thought or NO_MARKS)[1]:
-            self._is_thinking, self._has_thought, self._blank = False, True, ""
+            self._is_thinking, self._has_thought, self._blanks.left = False, True, ""
         elif piece not in self._unseen:
-            if thought := self._without_blanks(piece, is_first=not self._has_thought):
+            if thought := self._blanks.without(piece, is_first=not self._has_thought):
                 self._has_thought = True
                 self._parts.append(Part(reasoning=thought))
 
     def _say(self, text: str) -> None:
-        said = self._without_blanks(text, is_first=self._has_thought and not self._has_text)
+        said = self._blanks.without(text, is_first=self._has_thought and not self._has_text)
         if not said:
             return
         if self._marks.bare and self._schemas and not self._has_text and not self._count and said.lstrip()[0] == "{":
-            self._call, self._opening, self._blank = said + self._blank, "", ""
+            self._call, self._opening, self._blanks.left = said + self._blanks.left, "", ""
             if not _may_be_call(self._call):
                 self._give_back("")
             return
         self._has_text = True
         self._parts.append(Part(said))
-
-    def _without_blanks(self, text: str, is_first: bool) -> str:
-        """What is certain to be followed by something, or to be something; blanks at the very begin are nothing."""
-        text = self._blank + text
-        if is_first:
-            text = text.lstrip()
-        certain = text.rstrip()
-        self._blank = text[len(certain) :]
-        return certain
 
     def _end_call(self, end: str, is_whole: bool) -> None:
         found = read_calls(self._call, self._schemas) if is_whole else None
@@ -134,7 +122,7 @@ class MarkedParser:
         if found is None:
             self._give_back(end)
             return
-        self._call, self._blank = None, ""
+        self._call, self._blanks.left = None, ""
         for call in found if self._parallel else found[: 1 - self._count]:
             name = call_id(self._marks.id_letters) if call.id is None else call.id
             self._parts.append(Part(calls=(CallPiece(self._count, call.arguments, call.name, name),)))
@@ -143,7 +131,7 @@ class MarkedParser:
     def _give_back(self, end: str) -> None:
         """What looked like a call is text."""
         text, self._call = f"{self._opening}{self._call}{end}", None
-        said = self._without_blanks(text, is_first=False)
+        said = self._blanks.without(text, is_first=False)
         self._has_text = True
         self._parts.append(Part(said))
 

@@ -88,6 +88,11 @@ class Tokenizer:
         """The model's chat template, None where it has none."""
         return self._tokenizer.chat_template or None
 
+    @property
+    def response_template(self) -> Any:
+        """What the model's files say of how its answers are written, as transformers reads it; mostly None."""
+        return getattr(self._tokenizer, "response_template", None)
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
