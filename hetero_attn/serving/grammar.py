@@ -9,9 +9,12 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
+import numpy as np
 import torch
 
 from hetero_attn.errors import SamplingError
@@ -27,17 +30,25 @@ _OBJECTS = {"true": "{}", "false": '{"not": {}}'}  # schemas of one word as llgu
 
 class TokenMask:
     """What one request may say next. matcher: llguidance's. after: token ids behind which the grammar holds, empty for
-    from the start."""
+    from the start. threads: where masks are found out ahead."""
 
-    def __init__(self, matcher: Any, after: Sequence[int]) -> None:
-        self._matcher, self._after = matcher, list(after)
+    def __init__(self, matcher: Any, after: Sequence[int], threads: ThreadPoolExecutor) -> None:
+        self._matcher, self._after, self._threads = matcher, list(after), threads
         self._start = None if after else 0  # position of the first token that has to follow the grammar
         self._before: list[int] = []  # tokens among which `after` was looked for last
         self._seen: list[int] = []  # tokens that the matcher has taken
+        self._ahead: Future | None = None  # of the mask behind `_seen`
 
     def copy(self) -> "TokenMask":
         """A fresh one, from the start."""
-        return TokenMask(self._matcher.deep_copy(), self._after)
+        return TokenMask(self._matcher.deep_copy(), self._after, self._threads)
+
+    def prepare(self, generated_ids: Sequence[int]) -> None:
+        """Begin to find out on another thread what may come behind these, while a step is computed."""
+        start = self._found_start(generated_ids)
+        if start is not None:
+            self._follow(list(generated_ids[start:]))
+            self._ahead = self._ahead or self._threads.submit(self._matcher.compute_logit_bias)
 
     def allowed(self, generated_ids: Sequence[int]) -> torch.Tensor | None:
         """Which tokens may come next: bool [vocab_size] on the CPU, or None while every one may.
@@ -49,10 +60,10 @@ class TokenMask:
         if start is None:
             return None
         self._follow(list(generated_ids[start:]))
-        bias = self._matcher.compute_logit_bias()
+        bias = self._matcher.compute_logit_bias() if self._ahead is None else self._ahead.result()
         if self._matcher.is_error():
             raise SamplingError(f"the grammar cannot be followed further: {_first_line(self._matcher.get_error())}")
-        return torch.frombuffer(bytearray(bias), dtype=torch.uint8) > 0
+        return torch.from_numpy(np.frombuffer(bias, dtype=np.uint8) != 0)
 
     def forced(self, generated_ids: Sequence[int]) -> list[int]:
         """Tokens that write what the grammar forces behind these, empty where it leaves a choice of text."""
@@ -60,6 +71,7 @@ class TokenMask:
         if start is None:
             return []
         self._follow(list(generated_ids[start:]))
+        self._rest()
         return [] if self._matcher.is_error() else self._matcher.compute_ff_tokens()
 
     def _found_start(self, generated_ids: Sequence[int]) -> int | None:
@@ -75,7 +87,10 @@ class TokenMask:
         return self._start
 
     def _follow(self, tokens: list[int]) -> None:
-        """Bring the matcher to where the answer stands."""
+        """Bring the matcher to where the answer stands; what was found out ahead is kept only there."""
+        if tokens == self._seen:
+            return
+        self._rest()
         shared = len(self._seen) if tokens[: len(self._seen)] == self._seen else 0
         while shared < min(len(tokens), len(self._seen)) and tokens[shared] == self._seen[shared]:
             shared += 1
@@ -85,6 +100,12 @@ class TokenMask:
         if tokens[shared:]:
             self._matcher.consume_tokens(tokens[shared:])
             self._seen = tokens
+
+    def _rest(self) -> None:
+        """Let the other thread come to its end: the matcher is for one at a time."""
+        if self._ahead is not None:
+            self._ahead.exception()
+            self._ahead = None
 
 
 class Grammars:
@@ -129,7 +150,11 @@ class Grammars:
             matcher = self._matcher(kind, text)
         if matcher.is_error():
             raise SamplingError(f"{kind} cannot be followed: {_first_line(matcher.get_error())}")
-        return TokenMask(matcher, [] if after is None else self._ids_of(after))
+        return TokenMask(matcher, [] if after is None else self._ids_of(after), self._threads)
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="hetero-attn-mask")
 
     def _matcher(self, kind: str, text: str) -> Any:
         llguidance, tokens = _llguidance(), self._tokens()

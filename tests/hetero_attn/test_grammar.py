@@ -308,3 +308,31 @@ def test_what_is_forced_wrongly_is_not_said(exact, monkeypatch):
 
     same_answers(wrong, right)
     assert len(asked) <= 6 and wrong[0].metrics.forced_tokens == 0
+
+
+def test_a_mask_is_found_out_while_the_step_is_computed(exact, monkeypatch):
+    """Each is begun before its step, on another thread, and asked for once; the answer is as without."""
+    params = SamplingParams(json_schema=PERSON, max_tokens=60, temperature=0.0)
+    prepare, step, log = TokenMask.prepare, exact.engine.decode_step, []
+    monkeypatch.setattr(TokenMask, "prepare", lambda self, ids: log.append("mask") or prepare(self, ids))
+    monkeypatch.setattr(exact.engine, "decode_step", lambda *args, **more: log.append("step") or step(*args, **more))
+    ahead = exact.generate(["A thing:"] * 2, params)
+    monkeypatch.setattr(TokenMask, "prepare", lambda self, ids: None)
+    alone = exact.generate(["A thing:"] * 2, params)
+
+    same_answers(ahead, alone)
+    assert log[:3] == ["mask", "mask", "step"] and log.count("mask") >= 5
+
+
+def test_what_was_found_out_ahead_is_left_where_the_answer_goes_elsewhere(grammars, tokenizer):
+    params, ids = (
+        SamplingParams(json_schema=PERSON),
+        tokenizer.encode('{"name": "Ada", "age": 36', add_special_tokens=False),
+    )
+    mask = grammars.mask(params)
+    for tokens in (ids[:2], ids[:5], ids[:1], ids[:4], ids):
+        mask.prepare(ids[:3])
+        assert torch.equal(mask.allowed(tokens), grammars.mask(params).allowed(tokens)), tokens
+        mask.prepare(tokens)
+        assert mask.forced(tokens) == grammars.mask(params).forced(tokens)
+        assert torch.equal(mask.allowed(tokens), grammars.mask(params).allowed(tokens))

@@ -184,6 +184,9 @@ class Scheduler:
 
     def _decode(self, requests: tuple[Request, ...]) -> None:
         drafts, started = self._drafts(requests), time.perf_counter()
+        for request, drafted in zip(requests, drafts, strict=True):
+            if not drafted:
+                request.sampler.prepare(request.token_ids)
         if any(drafts):
             self._verify(requests, drafts)
         else:

@@ -1,0 +1,110 @@
+"""What answers in a form cost: CPU time of a grammar's mask for each token, beside that of the step it is for.
+
+    python examples/benchmarks/masks.py [MODEL] [--step-ms MS ...] [--out FILE]
+
+Answers are drawn at random from what a schema allows, so that every state of the grammar is met. `mask` finds out what
+is allowed, `apply` takes the others from the logits, `forced` asks what is left no choice. The aim is 2 % of a step,
+which is measured on MODEL and can be given for others. CPU time of this thread, so that a busy machine does not count.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hetero_attn import LLM, SamplingParams
+from hetero_attn.errors import SamplingError
+from hetero_attn.serving.sampling import forbid
+
+WORDS = {"type": "string", "maxLength": 30}
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": WORDS,
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": WORDS, "minItems": 1, "maxItems": 4},
+        "address": {
+            "type": "object",
+            "properties": {"street": WORDS, "number": {"type": "number"}, "country": {"enum": ["FR", "DE", "IT"]}},
+            "required": ["street", "number", "country"],
+        },
+    },
+    "required": ["name", "age", "tags", "address"],
+    "additionalProperties": False,
+}
+FORMS = {
+    "schema": {"json_schema": PERSON},
+    "any object": {"json_schema": {"type": "object"}},
+    "regex": {"regex": r"(\d{4}-\d{2}-\d{2} [a-z ]{3,20}\n){1,5}"},
+}
+MOST_TOKENS = 120
+
+
+def microseconds(work: Callable[..., object], *arguments: object) -> float:
+    """CPU time of a call."""
+    begin = time.thread_time()
+    work(*arguments)
+    return 1e6 * (time.thread_time() - begin)
+
+
+def followed(llm: LLM, wish: dict, seed: int) -> list[tuple[float, float, float]]:
+    """Microseconds of mask, apply and forced for each token of one random answer."""
+    mask, draw = llm.grammars.mask(SamplingParams(**wish)), torch.Generator().manual_seed(seed)
+    logits, ids, times = torch.zeros(llm.engine.config.vocab_size), [], []
+    while len(ids) < MOST_TOKENS and (not ids or ids[-1] not in llm.tokenizer.eos_token_ids):
+        try:
+            forced = microseconds(mask.forced, ids)
+            computed = microseconds(mask.allowed, ids)
+        except SamplingError:  # a stop token of the model's config that no grammar knows
+            break
+        allowed = mask.allowed(ids)
+        applied = microseconds(forbid, logits, allowed)
+        times.append((computed, applied, forced))
+        choices = allowed.nonzero().flatten()
+        ids.append(int(choices[torch.randint(len(choices), (), generator=draw)]))
+    return times
+
+
+def step_ms(llm: LLM, tokens: int = 24) -> float:
+    """Median CPU time of the process in a step that makes one token."""
+    request = llm.add("A list is", SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0.0))
+    times = []
+    while request.finish_reason is None:
+        begin = time.process_time()
+        llm.step()
+        times.append(1e3 * (time.process_time() - begin))
+    return statistics.median(times[4:])
+
+
+def main() -> None:
+    """Measure, print, and write where asked to."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", nargs="?", default=str(Path(__file__).resolve().parents[1] / "tiny"))
+    parser.add_argument("--step-ms", type=float, nargs="*", default=[])
+    parser.add_argument("--answers", type=int, default=6)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    with LLM(given.model, device="cpu", num_threads=1, max_context=512, max_batch=1, progress=False) as llm:
+        steps = [step_ms(llm), *given.step_ms]
+        vocabulary = llm.engine.config.vocab_size
+        print(f"{llm.plan.model}: {vocabulary} tokens, a step takes {steps[0]:.2f} ms of CPU")
+        found = {}
+        for name, wish in FORMS.items():
+            followed(llm, wish, 99)
+            times = [each for seed in range(given.answers) for each in followed(llm, wish, seed)]
+            mask, applied, forced = (statistics.mean(column) for column in zip(*times, strict=True))
+            worst, all_us = max(map(sum, times)), mask + applied + forced
+            shares = ", ".join(f"{all_us / 10 / step:.2f} % of {step:.1f} ms" for step in steps)
+            print(f"{name}: mask {mask:.0f} us, apply {applied:.0f}, forced {forced:.0f}; worst {worst:.0f}: {shares}")
+            found[name] = {"mask_us": mask, "apply_us": applied, "forced_us": forced, "worst_us": worst}
+    record = {"benchmark": "masks", "model": llm.plan.model, "vocab_size": vocabulary, "step_ms": steps, "forms": found}
+    if given.out is not None:
+        given.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
