@@ -57,6 +57,8 @@ $(READY): pyproject.toml Makefile
 		echo "pip could not install this package: its folder is put on the path instead"; \
 		echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/hetero_attn.pth"; }
 	@$(BIN)/python -P -c '$(RUNTIME)'
+	@$(BIN)/pip install --quiet --editable ".[clients]" || \
+		echo "LangChain, LlamaIndex or lm-eval could not be installed: tests that are their clients say so and are skipped"
 	@touch $@
 
 clean:
