@@ -8,9 +8,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hetero_attn.server.failures import as_api_error, response_of
+from hetero_attn.server.failures import ApiError, as_api_error, response_of
 from hetero_attn.server.guard import Guard
 from hetero_attn.server.page import files, report
 from hetero_attn.server.protocols import chat, completions, messages, ollama, responses, system
@@ -55,6 +55,9 @@ def make_app(service: Service) -> ASGIApp:
         service.metrics.refused(as_api_error(error).status)
         return response_of(error, request.url.path)
 
+    async def failed_in_routing(request: Request, error: Exception) -> Response:
+        return failed(request, error)  # what is no coroutine gets a thread of its own
+
     def endpoint(handler: Handler) -> Callable[[Request], Awaitable[Any]]:
         async def answer(request: Request) -> Any:
             try:
@@ -66,14 +69,29 @@ def make_app(service: Service) -> ASGIApp:
 
         return answer
 
-    def with_room(handler: Handler) -> Handler:
-        async def answer(service: Service, request: Request) -> Any:
-            service.check_room()  # a full queue is told before anything of the body is read
-            return await handler(service, request)
-
-        return answer
-
-    known = [(method, path, with_room(handler)) for method, path, handler in COMPUTED]
-    known += (*TOLD, *(PAGE if service.settings.has_page else ()))
+    known = [*COMPUTED, *TOLD, *(PAGE if service.settings.has_page else ())]
     routes = [Route(path, endpoint(handler), methods=[method]) for method, path, handler in known]
-    return Guard(Starlette(routes=routes, exception_handlers={HTTPException: failed}), service.settings)
+    return Guard(
+        Door(Starlette(routes=routes, exception_handlers={HTTPException: failed_in_routing}), service), service.settings
+    )
+
+
+class Door:
+    """Tells those who ask for an answer that the queue is full, before anything more of them is looked at: where a
+    thousand come at once, what each refusal takes is what all others wait. An ASGI application around another."""
+
+    _paths = frozenset(path for _, path, _ in COMPUTED)
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse one request, or pass it on."""
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in self._paths:
+            try:
+                self._service.check_room()
+            except ApiError as error:
+                self._service.metrics.refused(error.status)
+                await response_of(error, scope["path"])(scope, receive, send)
+                return
+        await self._app(scope, receive, send)

@@ -14,9 +14,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from hetero_attn.errors import EngineDeadError, HeteroError
+from hetero_attn.errors import EngineDeadError, HeteroError, PromptError
 from hetero_attn.server.failures import LOG
 from hetero_attn.server.generation import Generation
 from hetero_attn.server.metrics import ServerMetrics
@@ -230,8 +231,12 @@ def _is_urgent(request: Request) -> bool:
 
 
 def warmed(llm: LLM) -> LLM:
-    """The model with its kernels compiled and loaded, so that the first client does not wait for that."""
+    """The model with what its first client would wait for done: kernels compiled and loaded, its chat template compiled
+    with all that takes to be imported."""
     begin = llm.engine.config.bos_token_id or 0
     llm.generate([[begin] * 4], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
     llm.report().reset()
+    if llm.tokenizer is not None and llm.tokenizer.chat_template:
+        with suppress(PromptError):  # the template wants another conversation
+            llm.tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
     return llm

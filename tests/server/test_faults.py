@@ -1,10 +1,14 @@
 """What clients send wrong, and who may ask: each is refused by its name, and nobody else notices."""
 
+import asyncio
 import json
 import socket
+from types import SimpleNamespace
 
 import pytest
 
+from hetero_attn.server.bodies import _read
+from hetero_attn.server.failures import ApiError
 from hetero_attn.server.settings import ServerSettings
 from tests.server.test_lifecycle import read_until
 
@@ -107,6 +111,20 @@ def test_a_huge_body_is_not_read(server, kind):
                 sock.sendall(b"100000\r\n" + b" " * 0x100000 + b"\r\n")
             sock.sendall(b"1\r\n \r\n")
         assert read_until(sock, b"\r\n").startswith(b"HTTP/1.1 413")
+
+
+def test_of_a_body_without_end_no_more_is_taken_than_may_be_kept():
+    """The memory that 200 MB cost is what a body may have, and one piece."""
+    settings, taken = ServerSettings(), []
+
+    async def stream():
+        while len(taken) < 200_000_000 >> 16:
+            taken.append(65_536)
+            yield bytes(65_536)
+
+    with pytest.raises(ApiError) as refused:
+        asyncio.run(_read(SimpleNamespace(stream=stream), settings))
+    assert refused.value.status == 413 and sum(taken) <= settings.body_bytes + 65_536 <= 10 << 20
 
 
 @pytest.mark.parametrize(

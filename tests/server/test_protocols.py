@@ -307,3 +307,55 @@ def test_effort_none_means_no_thinking(tooled):
             )
 
     assert [prompt.endswith("<think></think>") for prompt in prompts] == [True, True, False]
+
+
+ROUNDS = {
+    "/v1/chat/completions": lambda answer: [
+        answer["choices"][0]["message"],
+        {"role": "tool", "tool_call_id": answer["choices"][0]["message"]["tool_calls"][0]["id"], "content": "A wall."},
+    ],
+    "/v1/messages": lambda answer: [
+        {"role": "assistant", "content": answer["content"]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": answer["content"][-1]["id"], "content": "A wall."}]},
+    ],
+    "/v1/responses": lambda answer: [
+        *answer["output"],
+        {"type": "function_call_output", "call_id": answer["output"][-1]["call_id"], "output": "A wall."},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ROUNDS)
+def test_a_turn_that_is_sent_back_is_found_again(tooled, path):
+    """At least 95 of 100 tokens in whole pages of the first turn, thoughts and a call among them, are not computed again."""
+    is_chat, words = path.endswith("completions"), "input" if path.endswith("responses") else "messages"
+    tool = {"type": "function", "function": LOOK} if is_chat else {"type": "function", **LOOK}
+    if path.endswith("messages"):
+        tool = {"name": "look", "description": LOOK["description"], "input_schema": LOOK["parameters"]}
+    question = [{"role": "user", "content": f"What is a list, asked by {path}? " * 6}]
+    more = {"max_tokens": 200} if path.endswith("messages") else {}
+
+    def ask(history: list) -> dict:
+        body = {"tools": [tool], words: history, **more}
+        return httpx.post(tooled.url + path, json=body, trust_env=False, timeout=60).json()
+
+    def counts(usage: dict) -> tuple[int, int, int]:
+        """Of the prompt, of those that were found, of the answer."""
+        if "prompt_tokens" in usage:
+            return usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"], usage["completion_tokens"]
+        if "cache_read_input_tokens" in usage:
+            found = usage["cache_read_input_tokens"]
+            return usage["input_tokens"] + found, found, usage["output_tokens"]
+        return usage["input_tokens"], usage["input_tokens_details"]["cached_tokens"], usage["output_tokens"]
+
+    written = CALLED.replace(".\n", ".").replace("\\u00e9", "é")  # as the template writes it
+    with saying(tooled.llm, f"<think>Hm, let me think of what that is.</think>{written}"):
+        first = ask(question)
+    with saying(tooled.llm, "Fine."):
+        second = ask([*question, *ROUNDS[path](first)])
+    prompt, _, generated = counts(first["usage"])
+    whole, found, _ = counts(second["usage"])
+
+    page_size = tooled.llm.plan.page_size
+    in_pages = (prompt + generated - 1) // page_size * page_size  # the last token was never computed
+    assert whole > prompt + generated and found >= 0.95 * in_pages > 2 * page_size
