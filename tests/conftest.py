@@ -30,6 +30,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=f"takes minutes; ask for it with -m {name}, or make test-all"))
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    """That of the shipped model."""
+    from hetero_attn.serving.text.tokenizer import Tokenizer
+    from tests.support.http_server import TINY
+
+    return Tokenizer.open(TINY)
+
+
+@pytest.fixture(scope="module")
+def grammars(tokenizer):
+    """What the shipped model's answers can be made to follow."""
+    from hetero_attn.serving.grammar import Grammars
+
+    return Grammars(tokenizer, 4096, tokenizer.eos_token_ids)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say what each replayed suite came to, or why no server was tested; here, because the process that shares tests
     out reads no folder's conftest."""

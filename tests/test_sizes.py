@@ -94,3 +94,27 @@ def test_a_planted_function_with_many_parameters_is_found() -> None:
     compiled = f"@triton.jit(do_not_specialize=[])\ndef kernel({names}, more): pass\n"
 
     assert with_many_parameters(text + compiled) == ["A.many"]
+
+
+def fixtures(text: str) -> Iterator[tuple[str, str]]:
+    """The fixtures of a test file: the name of each, and what it does."""
+    for function in (item for _, item in functions(ast.parse(text))):
+        if any("fixture" in ast.unparse(mark) for mark in function.decorator_list):
+            body = function.body[1:] if ast.get_docstring(function) else function.body
+            yield function.name, "\n".join(map(ast.unparse, body))
+
+
+def test_a_fixture_exists_once() -> None:
+    """What two files need stands in their folder's conftest."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for fixture in fixtures(path.read_text()):
+            found.setdefault(fixture, []).append(path.relative_to(ROOT).as_posix())
+
+    assert {name: paths for (name, _), paths in found.items() if len(paths) > 1} == {}
+
+
+def test_a_planted_fixture_that_stands_twice_is_found() -> None:
+    text = '@pytest.fixture(scope="module")\ndef made(path):\n    """Made."""\n    return open(path)\n'
+
+    assert list(fixtures(text)) == [("made", "return open(path)")]

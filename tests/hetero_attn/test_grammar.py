@@ -10,9 +10,8 @@ import torch
 from hetero_attn.errors import SamplingError
 from hetero_attn.serving.grammar import Grammars, TokenMask
 from hetero_attn.serving.sampling_params import SamplingParams
-from hetero_attn.serving.text.tokenizer import Tokenizer
 from hetero_attn.speculation.speculator import make_speculator
-from tests.support.http_server import TINY, load_tiny
+from tests.support.http_server import load_tiny
 from tests.support.names import case_name
 
 llguidance = pytest.importorskip("llguidance", reason="llguidance is not installed (extra grammar)")
@@ -33,16 +32,6 @@ PERSON = {
 def llm():
     with load_tiny() as model:
         yield model
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.open(TINY)
-
-
-@pytest.fixture(scope="module")
-def grammars(tokenizer):
-    return Grammars(tokenizer, 4096, tokenizer.eos_token_ids)
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.5, "seed": 7}], ids=str)

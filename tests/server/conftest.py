@@ -27,9 +27,9 @@ def http(server) -> Iterator:
         yield client
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def tooled(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    """A server of a model whose template knows tools and thinking, for one file of tests."""
+    """A server of a model whose template knows tools and thinking."""
     from tests.support.http_server import RunningServer
     from tests.support.scripted import load_with, model_with
 

@@ -1,4 +1,4 @@
-"""One server of a model that knows tools and thinking, for all suites."""
+"""What replays a case of another project's suite on the server of a model that knows tools and thinking."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,17 +9,6 @@ from tests.support.extras import MISSING_OF_SERVER
 
 collect_ignore_glob = ["test_*.py"] if MISSING_OF_SERVER else []
 KEY = "the-key"
-
-
-@pytest.fixture(scope="package")
-def tooled(tmp_path_factory) -> Iterator:
-    """A `RunningServer`."""
-    from tests.support.http_server import RunningServer
-    from tests.support.scripted import load_with, model_with
-
-    folder = model_with(tmp_path_factory.mktemp("model") / "tooled")
-    with RunningServer(lambda: load_with(folder, context=1024)) as running:
-        yield running
 
 
 @pytest.fixture(scope="package")

@@ -13,10 +13,7 @@ from typing import Any
 import pytest
 
 from hetero_attn.errors import SamplingError
-from hetero_attn.serving.grammar import Grammars
 from hetero_attn.serving.sampling_params import SamplingParams
-from hetero_attn.serving.text.tokenizer import Tokenizer
-from tests.support.http_server import TINY
 from tests.support.replayed import each
 
 pytest.importorskip("llguidance", reason="llguidance is not installed (extra grammar)")
@@ -82,16 +79,6 @@ CASES = [
     Schema("a pattern that is none", {"type": "string", "pattern": "("}, is_refused=True),
     Schema("bounds that leave nothing", {"type": "integer", "minimum": 5, "maximum": 3}, is_refused=True),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.open(TINY)
-
-
-@pytest.fixture(scope="module")
-def grammars(tokenizer):
-    return Grammars(tokenizer, 4096, tokenizer.eos_token_ids)
 
 
 def takes(tokenizer, mask, instance: Any) -> bool:
