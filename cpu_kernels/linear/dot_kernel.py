@@ -46,7 +46,6 @@ from cpu_kernels.vectors.vector import (
 )
 
 STREAM_LINES = 4  # lines of one feature per step when rows are few: as many independent sums
-STREAM_AHEAD = 3072  # bytes; measured flat from 1 to 5 KB
 
 
 class Line(NamedTuple):
@@ -135,14 +134,16 @@ def tile_step(isa: Isa, weight_dtype: str, features: int, rows: int):
 
 
 def stream_step(isa: Isa, weight_dtype: str):
-    """Intrinsic (sums, w, x) -> sums: STREAM_LINES lines of one feature, one row."""
+    """Intrinsic (sums, w, x) -> sums: STREAM_LINES lines of one feature, one row.
+
+    Nothing is asked for ahead: the CPU's own streams hold no miss buffers of the first level (see q_kernel.py).
+    """
     tile = types.UniTuple(F32x16, STREAM_LINES)
     shape, parts = line_of(isa, weight_dtype), line_products(isa, weight_dtype)
 
     @emits(tile, tile, intp, intp)
     def lines(b, sums, w, x):
         for index in range(STREAM_LINES):
-            prefetch_value(b, w, STREAM_AHEAD + 64 * index)
             w_line, acc = weight_line(shape, b, w, index), b.extract_value(sums, index)
             for part, (select, add_product) in enumerate(parts):
                 x_line = load_as(b, x, VI32, shape.x_bytes * index + 64 * part)
