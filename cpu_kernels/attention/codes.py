@@ -23,6 +23,7 @@ from cpu_kernels.attention.parameters import (
 )
 from cpu_kernels.attention.row_vectors import as_bf16, load_bf16_scalar, load_every_second, widen_line
 from cpu_kernels.formats.pages import GROUP_DIMS
+from cpu_kernels.vectors.arithmetic import add, fma, max_lanes, mul, round_even, sum_lanes, vabs, vmax
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.dot import V32I16
 from cpu_kernels.vectors.isa import Isa
@@ -34,24 +35,16 @@ from cpu_kernels.vectors.vector import (
     I16,
     I32,
     I64,
-    add,
     call_llvm,
     constant,
     emits,
     float32,
-    fma,
     intp,
     load_bf16_tail,
     load_f32,
     load_f32_tail,
-    max_lanes,
-    mul,
-    round_even,
     splat,
     store_f32,
-    sum_lanes,
-    vabs,
-    vmax,
 )
 
 ZERO, ONE, INFINITY = np.float32(0.0), np.float32(1.0), np.float32(np.inf)

@@ -27,21 +27,11 @@ from cpu_kernels.attention.tiles import MINUS_INFINITY, page_at, q_line_writer, 
 from cpu_kernels.attention.values import head_writer
 from cpu_kernels.team.arguments import DECODE
 from cpu_kernels.team.chunks import await_stage, fail, finish, parameter, take
+from cpu_kernels.vectors.arithmetic import add, exp2_not_positive, fma, keep_below, mul, sub, sum_lanes
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.scalar import larger, least, load_i32, load_scalar, most, store_scalar
-from cpu_kernels.vectors.vector import (
-    add,
-    exp2_not_positive,
-    fma,
-    keep_below,
-    load_f32,
-    mul,
-    splat,
-    store_f32,
-    sub,
-    sum_lanes,
-)
+from cpu_kernels.vectors.vector import load_f32, splat, store_f32
 
 ZERO = np.float32(0.0)
 

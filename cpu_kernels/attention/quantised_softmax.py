@@ -19,8 +19,8 @@ from cpu_kernels.attention.parameters import (
     SCALE_OF_Q,
     WEIGHT_OF_TILE,
 )
+from cpu_kernels.vectors.arithmetic import EXP2_COEFFICIENTS
 from cpu_kernels.vectors.vector import (
-    EXP2_COEFFICIENTS,
     F32,
     I32,
     I64,

@@ -12,30 +12,25 @@ from cpu_kernels.formats.pages import GROUP_DIMS, is_quantised
 from cpu_kernels.small.elementwise_kernel import inverse_rms
 from cpu_kernels.team.arguments import ROPE
 from cpu_kernels.team.chunks import fail, parameter, real_parameter, take
-from cpu_kernels.vectors.compiler import helper
-from cpu_kernels.vectors.scalar import load_i64
-from cpu_kernels.vectors.vector import (
+from cpu_kernels.vectors.arithmetic import (
     add,
     butterfly,
     div,
     fma,
     keep_below,
-    load_f32,
-    load_f32_tail,
     max_lanes,
     min_lanes,
     mul,
     round_even,
-    splat,
-    store_bf16_tail,
-    store_f32,
-    store_f32_tail,
     sub,
     sum_lanes,
     vabs,
     vmax,
     vmin,
 )
+from cpu_kernels.vectors.compiler import helper
+from cpu_kernels.vectors.scalar import load_i64
+from cpu_kernels.vectors.vector import load_f32, load_f32_tail, splat, store_bf16_tail, store_f32, store_f32_tail
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 INFINITY = np.float32(np.inf)

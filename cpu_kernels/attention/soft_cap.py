@@ -1,20 +1,9 @@
 """Soft caps: a score s becomes cap * tanh(s / cap) before the softmax, so that none is larger than the cap."""
 
 from cpu_kernels.attention.parameters import HEAD_SCORES, LINE_BYTES
+from cpu_kernels.vectors.arithmetic import exp_value, mul
 from cpu_kernels.vectors.compiler import helper
-from cpu_kernels.vectors.vector import (
-    VF32,
-    F32x16,
-    call_llvm,
-    constant,
-    emits,
-    exp_value,
-    fma_value,
-    load_f32,
-    mul,
-    splat,
-    store_f32,
-)
+from cpu_kernels.vectors.vector import VF32, F32x16, call_llvm, constant, emits, fma_value, load_f32, splat, store_f32
 
 # tanh(x) / x in powers of x^2: exact to float32 below NEAR, where 1 - e^(-2x) would lose what there is of x.
 NEAR = 0.25

@@ -21,6 +21,17 @@ from cpu_kernels.attention.parameters import (
 )
 from cpu_kernels.team.arguments import ATTENTION
 from cpu_kernels.team.chunks import parameter
+from cpu_kernels.vectors.arithmetic import (
+    add,
+    exp2_not_positive,
+    keep_below,
+    keep_from,
+    max_lanes,
+    mul,
+    sub,
+    sum_lanes,
+    vmax,
+)
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.dot import emit_round_bf16
 from cpu_kernels.vectors.isa import Isa
@@ -28,24 +39,15 @@ from cpu_kernels.vectors.scalar import larger, least, load_i32, load_scalar, pow
 from cpu_kernels.vectors.vector import (
     LANES,
     F32x16,
-    add,
     emits,
-    exp2_not_positive,
     intp,
-    keep_below,
-    keep_from,
     load_f32,
     load_f32_tail,
-    max_lanes,
-    mul,
     round_to_bf16,
     splat,
     store_as,
     store_bf16_tail,
     store_f32,
-    sub,
-    sum_lanes,
-    vmax,
     widen_halves,
 )
 

@@ -34,16 +34,33 @@ def _row_major(name: str, plane: str, rounds_x_to: str, like: str) -> WeightForm
     return WeightFormat(name=name, plane=plane, rounds_x_to=rounds_x_to, like=like)
 
 
+# Header lines, and inputs of a superblock.
+_HEADERS = {
+    "S32": (1, 64),
+    "SM32": (2, 64),
+    "SM64": (1, 64),
+    "K2M32": (5, 256),
+    "K2S16": (5, 256),
+    "K2S32": (3, 256),
+    "SZ32": (6, 256),
+    "SZ64": (3, 256),
+    "SZ128": (1, 128),
+    "E32": (1, 128),
+    "F16": (4, 64),
+    "F64": (1, 64),
+    "F128": (1, 128),
+}
+
+
 def _coded(
     name: str,
     plane: str,
     header: str,
-    lines: int,
-    inputs: int,
     offset: int = 0,
     table: tuple[int, ...] = (),
     values: tuple[float, ...] = (),
 ) -> WeightFormat:
+    lines, inputs = _HEADERS[header]
     like = "fp32" if plane in ("f8", "v4") else "q8" if plane in ("i8", "u6", "u5") else "q4"
     return WeightFormat(
         name=name,
@@ -64,26 +81,26 @@ FORMATS = {
     for item in (
         _row_major("fp32", "f32", "fp32", "fp32"),
         _row_major("bf16", "bf16", "bf16", "bf16"),
-        _coded("q8", "i8", "S32", 1, 64, offset=128),
-        _coded("q4", "u4", "SM64", 1, 64),
+        _coded("q8", "i8", "S32", offset=128),
+        _coded("q4", "u4", "SM64"),
         _row_major("fp16", "f16", "fp32", "bf16"),
-        _coded("q4_0", "u4", "S32", 1, 64, offset=8),
-        _coded("q4_1", "u4", "SM32", 2, 64),
-        _coded("q5_0", "u5", "S32", 1, 64, offset=16),
-        _coded("q5_1", "u5", "SM32", 2, 64),
-        _coded("q4_k", "u4", "K2M32", 5, 256),
-        _coded("q5_k", "u5", "K2M32", 5, 256),
-        _coded("q6_k", "u6", "K2S16", 5, 256, offset=32),
-        _coded("iq4_nl", "t4", "S32", 1, 64, offset=128, table=_IQ4),
-        _coded("iq4_xs", "t4", "K2S32", 3, 256, offset=128, table=_IQ4),
-        _coded("int4_g32", "u4", "SZ32", 6, 256),
-        _coded("int4_g64", "u4", "SZ64", 3, 256),
-        _coded("int4_g128", "u4", "SZ128", 1, 128),
-        _coded("mxfp4", "t4", "E32", 1, 128, offset=12, table=_E2M1),
-        _coded("nvfp4", "t4", "F16", 4, 64, offset=12, table=_E2M1),
-        _coded("nf4", "v4", "F64", 1, 64, values=NF4_VALUES),
-        _coded("int8", "i8", "F128", 1, 128, offset=128),
-        _coded("fp8", "f8", "F128", 1, 128),
+        _coded("q4_0", "u4", "S32", offset=8),
+        _coded("q4_1", "u4", "SM32"),
+        _coded("q5_0", "u5", "S32", offset=16),
+        _coded("q5_1", "u5", "SM32"),
+        _coded("q4_k", "u4", "K2M32"),
+        _coded("q5_k", "u5", "K2M32"),
+        _coded("q6_k", "u6", "K2S16", offset=32),
+        _coded("iq4_nl", "t4", "S32", offset=128, table=_IQ4),
+        _coded("iq4_xs", "t4", "K2S32", offset=128, table=_IQ4),
+        _coded("int4_g32", "u4", "SZ32"),
+        _coded("int4_g64", "u4", "SZ64"),
+        _coded("int4_g128", "u4", "SZ128"),
+        _coded("mxfp4", "t4", "E32", offset=12, table=_E2M1),
+        _coded("nvfp4", "t4", "F16", offset=12, table=_E2M1),
+        _coded("nf4", "v4", "F64", values=NF4_VALUES),
+        _coded("int8", "i8", "F128", offset=128),
+        _coded("fp8", "f8", "F128"),
     )
 }
 

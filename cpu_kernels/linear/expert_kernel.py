@@ -1,7 +1,7 @@
 """expert_linear: the picks of every expert, sorted by expert, times that expert's packed weight.
 
 Stage 0 rounds the picks' inputs, each into its place in the sorted order, for coded formats in panels of the rows of
-one expert (q_kernel.py). Stage 1 hands out ranges of blocks over the experts that have picks, expert after expert, and
+one expert (records.py). Stage 1 hands out ranges of blocks over the experts that have picks, expert after expert, and
 no other weight is read: few picks are one stream over scattered runs, many are panels of rows that pass over a range
 kept in cache. Threads own blocks of outputs and nothing is summed between them, so an expert that has most of the rows
 is shared like any other.
@@ -9,16 +9,11 @@ is shared like any other.
 Which experts and how many rows are memory contents: a recorded call follows whatever the router has written.
 """
 
-from cpu_kernels.formats import GROUP_INPUTS, format_of
-from cpu_kernels.linear.dot_kernel import (
-    block_times_row,
-    block_times_rows,
-    keep_rounded,
-    keep_widened,
-    line_of,
-    padded_row_bytes,
-)
-from cpu_kernels.linear.q_kernel import groups_times_panel, panel_of, row_quantiser
+from cpu_kernels.formats import GROUP_INPUTS
+from cpu_kernels.linear.dot_blocks import line_of
+from cpu_kernels.linear.dot_kernel import keep_rounded, keep_widened, padded_row_bytes, rows_over_range
+from cpu_kernels.linear.q_kernel import groups_times_panel, panels_over_range
+from cpu_kernels.linear.records import panel_of, row_quantiser
 from cpu_kernels.linear.sizes import RECORD_BYTES, SEGMENT_GROUPS
 from cpu_kernels.team.arguments import EXPERT_LINEAR
 from cpu_kernels.team.chunks import await_stage, finish, parameter, take, take_range
@@ -72,6 +67,12 @@ def next_busy(starts, e):
     return e
 
 
+@helper
+def weight_of(arguments, expert):
+    """Address of the weight of an expert, counted from the first one that the call has."""
+    return parameter(arguments, EXPERT_LINEAR.weight) + expert * parameter(arguments, EXPERT_LINEAR.expert_bytes)
+
+
 def shared_ranges(multiply):
     """Stage 1: `multiply(arguments, prepared, expert, place, picks, start, stop)` for every range of an expert's
     blocks."""
@@ -120,7 +121,7 @@ def further_panel(isa: Isa, weight_dtype: str, rows: int):
     over_groups = groups_times_panel(isa, weight_dtype, rows)
 
     @helper
-    def multiply(weight, record, groups, out, out_stride, goes_on):
+    def multiply(weight, record, groups, bias, out, out_stride, goes_on):
         store(over_groups(begin(out, out_stride, goes_on), weight, record, groups), 0, out, out_stride, 0)
 
     return multiply
@@ -128,12 +129,8 @@ def further_panel(isa: Isa, weight_dtype: str, rows: int):
 
 def expert_linear_q(isa: Isa, weight_dtype: str, tile: int):
     """Kernel for coded weights, in panels of up to `tile` rows."""
-    item = format_of(weight_dtype)
     quantize_row = row_quantiser(weight_dtype)
-    multiply_8, multiply_4, multiply_2, multiply_1 = (
-        further_panel(isa, weight_dtype, min(rows, tile)) for rows in (8, 4, 2, 1)
-    )
-    superblock_bytes, together = item.superblock_bytes, item.group_inputs // GROUP_INPUTS
+    over_rows = panels_over_range(isa, weight_dtype, tile, further_panel)
 
     @helper
     def quantize(arguments):
@@ -162,37 +159,7 @@ def expert_linear_q(isa: Isa, weight_dtype: str, tile: int):
 
     @helper
     def multiply(arguments, records, expert, place, picks, start, stop):
-        groups = (parameter(arguments, EXPERT_LINEAR.in_features) + GROUP_INPUTS - 1) // GROUP_INPUTS
-        weight = parameter(arguments, EXPERT_LINEAR.weight) + expert * parameter(arguments, EXPERT_LINEAR.expert_bytes)
-        block_bytes, out, out_stride = (
-            parameter(arguments, EXPERT_LINEAR.block_bytes),
-            parameter(arguments, EXPERT_LINEAR.out),
-            parameter(arguments, EXPERT_LINEAR.out_row),
-        )
-        piece = (parameter(arguments, EXPERT_LINEAR.piece) + GROUP_INPUTS - 1) // GROUP_INPUTS
-        run, weight_run, out_run = (
-            parameter(arguments, EXPERT_LINEAR.run),
-            parameter(arguments, EXPERT_LINEAR.weight_run),
-            parameter(arguments, EXPERT_LINEAR.out_run),
-        )
-        for first in range(0, groups, piece):
-            count, goes_on, row = least(piece, groups - first), 1 if first else 0, 0
-            while row < picks:
-                size = panel_of(row, picks, tile)[1]
-                panel = records + ((place + row) * groups + size * first) * RECORD_BYTES
-                for block in range(start, stop):
-                    unit, inside = block // run, block % run
-                    w = weight + unit * weight_run + inside * block_bytes + first // together * superblock_bytes
-                    to = out + (place + row) * out_stride + unit * out_run + 64 * inside
-                    if size == 8:
-                        multiply_8(w, panel, count, to, out_stride, goes_on)
-                    elif size == 4:
-                        multiply_4(w, panel, count, to, out_stride, goes_on)
-                    elif size == 2:
-                        multiply_2(w, panel, count, to, out_stride, goes_on)
-                    else:
-                        multiply_1(w, panel, count, to, out_stride, goes_on)
-                row += size
+        over_rows(arguments, records, weight_of(arguments, expert), place, picks, start, stop)
 
     over_ranges = shared_ranges(multiply)
 
@@ -210,12 +177,10 @@ def keep_as_it_is(x, count, to):
 
 def expert_linear_dot(isa: Isa, weight_dtype: str, features: int, tile: int):
     """Kernel for row-major weights, in panels of `tile` rows, then 2, then 1."""
-    items, item_bytes, x_bytes = line_of(isa, weight_dtype)
-    x_item_bytes, is_bf16 = line_of(isa, weight_dtype).x_item_bytes, weight_dtype == "bf16"
+    items, _, x_bytes = line_of(isa, weight_dtype)
+    is_bf16 = weight_dtype == "bf16"
     keep = (keep_widened if line_of(isa, "bf16").is_widened else keep_rounded) if is_bf16 else keep_as_it_is
-    multiply_1 = block_times_row(isa, weight_dtype)
-    multiply_2 = block_times_rows(isa, weight_dtype, features, 2)
-    multiply_tile = block_times_rows(isa, weight_dtype, features, tile)
+    over_rows = rows_over_range(isa, weight_dtype, features, tile)
 
     @helper
     def row_bytes_of(in_features):
@@ -245,39 +210,8 @@ def expert_linear_dot(isa: Isa, weight_dtype: str, features: int, tile: int):
 
     @helper
     def multiply(arguments, scratch, expert, place, picks, start, stop):
-        in_features = parameter(arguments, EXPERT_LINEAR.in_features)
-        weight = parameter(arguments, EXPERT_LINEAR.weight) + expert * parameter(arguments, EXPERT_LINEAR.expert_bytes)
-        block_bytes, out, out_stride = (
-            parameter(arguments, EXPERT_LINEAR.block_bytes),
-            parameter(arguments, EXPERT_LINEAR.out),
-            parameter(arguments, EXPERT_LINEAR.out_row),
-        )
-        piece, x_stride, w_stride = (
-            parameter(arguments, EXPERT_LINEAR.piece),
-            row_bytes_of(in_features),
-            in_features * item_bytes,
-        )
-        run, weight_run, out_run = (
-            parameter(arguments, EXPERT_LINEAR.run),
-            parameter(arguments, EXPERT_LINEAR.weight_run),
-            parameter(arguments, EXPERT_LINEAR.out_run),
-        )
-        for first in range(0, in_features, piece):
-            inputs, add_to, row = least(piece, in_features - first), 1 if first else 0, 0
-            while row < picks:
-                size = tile if row + tile <= picks else 2 if tile > 2 and row + 2 <= picks else 1
-                x = scratch + (place + row) * x_stride + first * x_item_bytes
-                for block in range(start, stop):
-                    unit, inside = block // run, block % run
-                    w = weight + unit * weight_run + inside * block_bytes + first * item_bytes
-                    to = out + (place + row) * out_stride + unit * out_run + 64 * inside
-                    if size == 1:
-                        multiply_1(w, w_stride, x, x_stride, inputs, 0, to, out_stride, add_to)
-                    elif size == 2:
-                        multiply_2(w, w_stride, x, x_stride, inputs, 0, to, out_stride, add_to)
-                    else:
-                        multiply_tile(w, w_stride, x, x_stride, inputs, 0, to, out_stride, add_to)
-                row += size
+        x_stride = row_bytes_of(parameter(arguments, EXPERT_LINEAR.in_features))
+        over_rows(arguments, scratch, x_stride, weight_of(arguments, expert), place, picks, start, stop)
 
     over_ranges = shared_ranges(multiply)
 

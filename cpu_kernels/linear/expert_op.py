@@ -76,6 +76,8 @@ def _run(team: Team, x: Tensor, picks: Picks, weight: Tensor, part: Segment, run
             expert_bytes=weight.stride(0),
             num_blocks=weight.shape[1] * part.blocks,
             block_bytes=block_bytes,
+            bias=0,
+            accumulate=0,
             out=out.data_ptr() + 4 * BLOCK_FEATURES * part.first_block,
             out_row=4 * out.stride(0),
             piece=in_features if count <= STREAM_ROWS else piece_inputs(team.isa, name),

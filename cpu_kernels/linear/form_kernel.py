@@ -12,13 +12,12 @@ from llvmlite import ir
 from numba import types
 
 from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat
+from cpu_kernels.linear.records import Record
 from cpu_kernels.vectors.code_sums import CodeSums
 from cpu_kernels.vectors.dot import emit_dot2, in_parts, together
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.vector import (
-    F32,
     I8,
-    I16,
     I32,
     I64,
     VF32,
@@ -34,7 +33,6 @@ from cpu_kernels.vectors.vector import (
     intp,
     load_as,
     prefetch_value,
-    splat_value,
 )
 
 NIBBLES = 0x0F0F0F0F
@@ -136,32 +134,6 @@ def exponents(b, address, offset: int):
     normal = b.shl(b.sub(e, constant(VI32, 1)), constant(VI32, 23))
     small = b.shl(constant(VI32, 0x00200000), b.and_(e, constant(VI32, 1)))
     return b.bitcast(b.select(b.icmp_unsigned(">=", e, constant(VI32, 2)), normal, small), VF32)
-
-
-class Record:
-    """The activations of one record of `rows` rows, as LLVM values."""
-
-    def __init__(self, b, address, rows: int):
-        self._b, self._address, self._rows = b, address, rows
-
-    def inputs(self, row: int, k: int):
-        """Inputs 4k..4k+3 in every lane."""
-        return splat_value(self._b, load_as(self._b, self._address, I32, GROUP_INPUTS * row + 4 * k))
-
-    def numbers(self, row: int, k: int):
-        """Inputs 16k..16k+15 as float32, one in a lane."""
-        return self._b.sitofp(load_as(self._b, self._address, VI8, GROUP_INPUTS * row + 16 * k), VF32)
-
-    def scale(self, row: int):
-        """The row's scale in every lane."""
-        return splat_value(self._b, load_as(self._b, self._address, F32, self._offset(row, 0)))
-
-    def sums(self, row: int, half: int):
-        """The sums of both 16 inputs of a half, int16 pairs in every lane."""
-        return splat_value(self._b, load_as(self._b, self._address, I32, self._offset(row, 1 + half)))
-
-    def _offset(self, row: int, field: int) -> int:
-        return self._rows * (GROUP_INPUTS + 4 * field) + 4 * row
 
 
 def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
@@ -311,12 +283,3 @@ def header_ahead(item: WeightFormat, ahead_bytes: int):
             prefetch_value(b, superblock, ahead_bytes + LINE_BYTES * line)
 
     return ask
-
-
-def store_sums_of_16(b, v_sums, second, row_bytes):
-    """Four int32 sums of 16 inputs as int16 pairs at `second` and `row_bytes` behind it."""
-    for half in range(2):
-        low, high = (b.trunc(v_sums[2 * half + part], I16) for part in range(2))
-        both = b.or_(b.zext(low, I32), b.shl(b.zext(high, I32), ir.Constant(I32, 16)))
-        at = second if half == 0 else b.add(second, row_bytes)
-        b.store(both, b.inttoptr(at, I32.as_pointer()), align=4)

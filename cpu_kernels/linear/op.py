@@ -2,6 +2,8 @@
 files.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from cpu_kernels.checks import check_tensor
@@ -73,22 +75,22 @@ def linear(
     parts = segments(weight_dtype, in_features)
     for part in parts:
         run = units if len(parts) == 1 else part.blocks
-        _run(team, x, weight, part, run, 4 * features, bias, out, accumulate)
+        _run(team, Operands(x, weight, bias, out, accumulate), part, run)
 
 
-def _run(
-    team: Team,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    part: Segment,
-    run: int,
-    out_run: int,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    accumulate: bool,
-) -> None:
-    """One segment of every unit of `weight`; run: its blocks that follow each other, out_run: bytes of a unit's
-    outputs."""
+class Operands(NamedTuple):
+    """What `contract.Ops.linear` is given."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    out: torch.Tensor
+    accumulate: bool
+
+
+def _run(team: Team, operands: Operands, part: Segment, run: int) -> None:
+    """One segment of every unit of the weight; run: its blocks that follow each other."""
+    x, weight, bias, out, accumulate = operands
     name, (rows, in_features) = part.format.name, x.shape
     num_blocks, block_bytes = weight.shape[0] * part.blocks, part.format.block_bytes(in_features)
     kernel, tile = kernel_of(team.isa, name, rows)
@@ -114,6 +116,6 @@ def _run(
             parts=2 * team.num_threads if rows <= tile[-1] else num_blocks,
             run=run,
             weight_run=weight.stride(0),
-            out_run=out_run,
+            out_run=4 * out.shape[1] // weight.shape[0],  # bytes of a unit's outputs
         ),
     )

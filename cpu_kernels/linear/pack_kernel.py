@@ -13,6 +13,20 @@ from numba import types
 from cpu_kernels.formats.weights import BLOCK_FEATURES, GROUP_INPUTS, LINE_BYTES, SUPERBLOCK_LINES
 from cpu_kernels.team.arguments import PACK
 from cpu_kernels.team.chunks import fail, parameter, take
+from cpu_kernels.vectors.arithmetic import (
+    add,
+    fma,
+    keep_below,
+    max_lanes,
+    min_lanes,
+    mul,
+    round_even,
+    sub,
+    sum_lanes,
+    vabs,
+    vmax,
+    vmin,
+)
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.vector import (
     HALF,
@@ -21,31 +35,19 @@ from cpu_kernels.vectors.vector import (
     VI8,
     VI32,
     F32x16,
-    add,
     as_half,
     call_llvm,
     constant,
     emits,
     float32,
-    fma,
     intp,
-    keep_below,
     load_bf16_tail,
     load_f32_tail,
     load_half_tail,
-    max_lanes,
-    min_lanes,
-    mul,
-    round_even,
     splat,
     store_as,
     store_bf16_tail,
     store_f32_tail,
-    sub,
-    sum_lanes,
-    vabs,
-    vmax,
-    vmin,
 )
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)

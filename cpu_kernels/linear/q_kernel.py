@@ -1,23 +1,20 @@
 """linear for coded weights: y[r,f] = sum_g xs[r,g] (scale[f,g] sum_i q[f,i] xq[r,i] + min[f,g] sum_i xq[r,i]).
 
 Stage 0 quantises the input per row and group of 64 to int8 and lays it out in panels of up to `row_tile` rows, one
-record per group, so that the inner loop reads it from one pointer at constant offsets. Stage 1 hands out ranges of
+record per group (records.py). Stage 1 hands out ranges of
 blocks; for each, every panel of rows passes over the block's superblocks. Dot products are exact int32 inside a group;
 the 16 features of a block are the 16 lanes, so nothing is ever summed across lanes.
-
-Record of a panel of R rows (76 R bytes): R x 64 int8, R float32 scales, R corrections, R second corrections, which are
-q4: scale * sum(xq) as float32, unused;  q8: -128 * sum(xq) as int32 of inputs 0..31, then of 32..63;
-other formats: sums of 16 inputs as int16 pairs, of inputs 0..31, then of 32..63 (form_kernel.py).
 """
 
+from collections.abc import Callable
 from functools import reduce
 
-from llvmlite import ir
 from numba import types
 
 from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, format_of
 from cpu_kernels.formats.weights import SUPERBLOCK_LINES
-from cpu_kernels.linear.form_kernel import form_step, header_ahead, store_sums_of_16
+from cpu_kernels.linear.form_kernel import form_step, header_ahead
+from cpu_kernels.linear.records import panel_of, row_quantiser
 from cpu_kernels.linear.sizes import RECORD_BYTES, SEGMENT_GROUPS
 from cpu_kernels.team.arguments import LINEAR
 from cpu_kernels.team.chunks import await_stage, finish, parameter, take, take_range
@@ -32,101 +29,22 @@ from cpu_kernels.vectors.vector import (
     I32,
     VF32,
     VHALF,
-    VI8,
     VI32,
     F32x16,
-    call_llvm,
     constant,
     emits,
     fma_value,
     intp,
     load_as,
-    load_f32_tail,
     prefetch_value,
     splat_value,
-    store_as,
 )
+
+PanelFactory = Callable[[Isa, str, int], Callable]
 
 AHEAD_BYTES = 2048  # ahead of the weight stream, of a few rows
 FAR_AHEAD_BYTES = 6144  # where the dot products are: 8 rows of q8 gain a half, 4 of q4 as much, fewer rows lose a third
 FAR_ROWS = {"q8": 8}  # from so many rows on they are; 4 for the others
-
-
-def _store_codes(b, vectors, quants, scale_at):
-    """Quantise 64 inputs: bytes to `quants`, the scale to `scale_at`; returns the int32 sums of every 16, as vectors.
-
-    Magnitudes are compared as integers, so that a NaN wins, makes the scale NaN and shows in the output. Adding
-    1.5 * 2**23 leaves round_half_even(x / scale) in the low bits, without undefined conversions.
-    """
-    largest = constant(VI32, 0)
-    for vector in vectors:
-        magnitude = b.and_(b.bitcast(vector, VI32), constant(VI32, 0x7FFFFFFF))
-        largest = b.select(b.icmp_signed(">", magnitude, largest), magnitude, largest)
-    absmax = b.bitcast(call_llvm(b, "llvm.vector.reduce.smax.v16i32", I32, largest), F32)
-    scale = b.fdiv(absmax, ir.Constant(F32, 127.0))
-    is_zero = b.fcmp_ordered("==", scale, ir.Constant(F32, 0.0))
-    divisor = splat_value(b, b.select(is_zero, ir.Constant(F32, 1.0), scale))
-    codes = []
-    for part, vector in enumerate(vectors):
-        shifted = b.fadd(b.fdiv(vector, divisor), constant(VF32, 12582912.0))
-        narrow = b.trunc(b.bitcast(shifted, VI32), VI8)
-        store_as(b, narrow, quants, 16 * part)
-        codes.append(b.sext(narrow, VI32))
-    store_as(b, scale, scale_at)
-    return codes
-
-
-def _sum(b, vector):
-    return call_llvm(b, "llvm.vector.reduce.add.v16i32", I32, vector)
-
-
-@emits(types.void, *[F32x16] * 4, intp, intp, intp)
-def store_group(b, v0, v1, v2, v3, quants, scale_at, row_bytes):
-    """Quantise 64 inputs: bytes to `quants`; scale and the two int32 sums to scale_at, + row_bytes, + 2 row_bytes."""
-    codes = _store_codes(b, (v0, v1, v2, v3), quants, scale_at)
-    second = b.add(scale_at, row_bytes)
-    store_as(b, _sum(b, b.add(codes[0], codes[1])), second)
-    store_as(b, _sum(b, b.add(codes[2], codes[3])), b.add(second, row_bytes))
-
-
-@emits(types.void, *[F32x16] * 4, intp, intp, intp)
-def store_group_of_16(b, v0, v1, v2, v3, quants, scale_at, row_bytes):
-    """As `store_group`, with the sums of every 16 inputs as int16 pairs."""
-    codes = _store_codes(b, (v0, v1, v2, v3), quants, scale_at)
-    store_sums_of_16(b, [_sum(b, part) for part in codes], b.add(scale_at, row_bytes), row_bytes)
-
-
-@emits(types.void, intp, intp)
-def correct_q4(b, scale_at, row_bytes):
-    """Replace the sums by scale * sum as float32."""
-    second = b.add(scale_at, row_bytes)
-    total = b.add(load_as(b, second, I32), load_as(b, b.add(second, row_bytes), I32))
-    store_as(b, b.fmul(b.sitofp(total, F32), load_as(b, scale_at, F32)), second)
-
-
-@emits(types.void, intp, intp)
-def keep_sums(b, scale_at, row_bytes):
-    """The sums as they are."""
-
-
-@emits(types.void, intp, intp)
-def correct_q8(b, scale_at, row_bytes):
-    """Multiply the sums by -128: weights are stored with 128 added."""
-    for times in (1, 2):
-        at = b.add(scale_at, b.mul(row_bytes, ir.Constant(row_bytes.type, times)))
-        store_as(b, b.mul(load_as(b, at, I32), ir.Constant(I32, -128)), at)
-
-
-@helper
-def panel_of(row, rows, tile):
-    """(first row, number of rows) of the panel that holds `row`: panels of `tile`, then its halves for the rest."""
-    first, size = 0, tile
-    while True:
-        whole = (rows - first) // size * size
-        if row < first + whole:
-            return first + (row - first) // size * size, size
-        first += whole
-        size //= 2
 
 
 def ahead_bytes(weight_dtype: str, rows: int) -> int:
@@ -262,40 +180,59 @@ def groups_times_panel(isa: Isa, weight_dtype: str, rows: int):
     return add_groups_of_form
 
 
-def row_quantiser(weight_dtype: str):
-    """Function: the groups [group, last) of a row's inputs into its place in the records of a panel of `size` rows."""
-    correct = {"q4": correct_q4, "q8": correct_q8}.get(weight_dtype, keep_sums)
-    store_codes = store_group if weight_dtype in ("q4", "q8") else store_group_of_16
+def panels_over_range(isa: Isa, weight_dtype: str, tile: int, panel: PanelFactory):
+    """Function: a range of blocks times rows in panels of up to `tile`, piece after piece of the inputs.
+
+    panel: makes the function (weight, record, groups, bias, out, out_stride, add_to) of so many rows. place: of the
+    first row, in the records and in out. start, stop: blocks of `weight`. The call's words are those that both kinds
+    of linear have.
+    """
+    item = format_of(weight_dtype)
+    multiply_8, multiply_4, multiply_2, multiply_1 = (
+        panel(isa, weight_dtype, min(rows, tile)) for rows in (8, 4, 2, 1)
+    )
+    superblock_bytes, together = item.superblock_bytes, item.group_inputs // GROUP_INPUTS
 
     @helper
-    def quantize_row(source, in_features, group, last, panel, row, size):
-        while group < last:
-            at, left = source + 256 * group, in_features - GROUP_INPUTS * group
-            record = panel + group * size * RECORD_BYTES
-            scale_at = record + size * GROUP_INPUTS + 4 * row
-            store_codes(
-                load_f32_tail(at, left),
-                load_f32_tail(at + 64, left - 16),
-                load_f32_tail(at + 128, left - 32),
-                load_f32_tail(at + 192, left - 48),
-                record + GROUP_INPUTS * row,
-                scale_at,
-                4 * size,
-            )
-            correct(scale_at, 4 * size)
-            group += 1
+    def multiply(arguments, records, weight, place, rows, start, stop):
+        block_bytes, bias = parameter(arguments, LINEAR.block_bytes), parameter(arguments, LINEAR.bias)
+        out, out_stride = parameter(arguments, LINEAR.out), parameter(arguments, LINEAR.out_row)
+        run, weight_run, out_run = (
+            parameter(arguments, LINEAR.run),
+            parameter(arguments, LINEAR.weight_run),
+            parameter(arguments, LINEAR.out_run),
+        )
+        groups = (parameter(arguments, LINEAR.in_features) + GROUP_INPUTS - 1) // GROUP_INPUTS
+        piece = (parameter(arguments, LINEAR.piece) + GROUP_INPUTS - 1) // GROUP_INPUTS
+        for first in range(0, groups, piece):
+            count, add_to = least(piece, groups - first), 1 if first else parameter(arguments, LINEAR.accumulate)
+            row = 0
+            while row < rows:
+                size = panel_of(row, rows, tile)[1]
+                record = records + ((place + row) * groups + size * first) * RECORD_BYTES
+                for block in range(start, stop):
+                    unit, inside = block // run, block % run
+                    w = weight + unit * weight_run + inside * block_bytes + first // together * superblock_bytes
+                    column = unit * out_run + LINE_BYTES * inside
+                    to = out + (place + row) * out_stride + column
+                    offset = bias + column if bias and first == 0 else 0
+                    if size == 8:
+                        multiply_8(w, record, count, offset, to, out_stride, add_to)
+                    elif size == 4:
+                        multiply_4(w, record, count, offset, to, out_stride, add_to)
+                    elif size == 2:
+                        multiply_2(w, record, count, offset, to, out_stride, add_to)
+                    else:
+                        multiply_1(w, record, count, offset, to, out_stride, add_to)
+                row += size
 
-    return quantize_row
+    return multiply
 
 
 def linear_q(isa: Isa, weight_dtype: str, tile: int):
     """Kernel for any number of rows in panels of `tile` (8, 4 or 1) rows."""
-    item = format_of(weight_dtype)
     quantize_row = row_quantiser(weight_dtype)
-    multiply_8, multiply_4, multiply_2, multiply_1 = (
-        block_times_panel(isa, weight_dtype, min(rows, tile)) for rows in (8, 4, 2, 1)
-    )
-    superblock_bytes, together = item.superblock_bytes, item.group_inputs // GROUP_INPUTS
+    multiply = panels_over_range(isa, weight_dtype, tile, block_times_panel)
 
     @helper
     def quantize(arguments):
@@ -321,50 +258,12 @@ def linear_q(isa: Isa, weight_dtype: str, tile: int):
 
     def kernel(arguments, thread):
         quantize(arguments)
-        records, rows = parameter(arguments, LINEAR.scratch), parameter(arguments, LINEAR.rows)
-        weight, num_blocks, block_bytes = (
-            parameter(arguments, LINEAR.weight),
-            parameter(arguments, LINEAR.num_blocks),
-            parameter(arguments, LINEAR.block_bytes),
-        )
-        bias, out, out_stride = (
-            parameter(arguments, LINEAR.bias),
-            parameter(arguments, LINEAR.out),
-            parameter(arguments, LINEAR.out_row),
-        )
-        accumulate, piece = (
-            parameter(arguments, LINEAR.accumulate),
-            (parameter(arguments, LINEAR.piece) + GROUP_INPUTS - 1) // GROUP_INPUTS,
-        )
+        records, weight = parameter(arguments, LINEAR.scratch), parameter(arguments, LINEAR.weight)
+        rows, num_blocks = parameter(arguments, LINEAR.rows), parameter(arguments, LINEAR.num_blocks)
         smallest, parts = parameter(arguments, LINEAR.smallest), parameter(arguments, LINEAR.parts)
-        run, weight_run, out_run = (
-            parameter(arguments, LINEAR.run),
-            parameter(arguments, LINEAR.weight_run),
-            parameter(arguments, LINEAR.out_run),
-        )
-        groups = (parameter(arguments, LINEAR.in_features) + GROUP_INPUTS - 1) // GROUP_INPUTS
         start, stop = take_range(arguments, 1, num_blocks, smallest, parts)
         while start < stop:
-            for first in range(0, groups, piece):
-                count, add_to = least(piece, groups - first), 1 if first else accumulate
-                row = 0
-                while row < rows:
-                    size = panel_of(row, rows, tile)[1]
-                    panel = records + (row * groups + size * first) * RECORD_BYTES
-                    for block in range(start, stop):
-                        unit, inside = block // run, block % run
-                        w = weight + unit * weight_run + inside * block_bytes + first // together * superblock_bytes
-                        column = unit * out_run + 64 * inside
-                        to, offset = out + row * out_stride + column, bias + column if bias and first == 0 else 0
-                        if size == 8:
-                            multiply_8(w, panel, count, offset, to, out_stride, add_to)
-                        elif size == 4:
-                            multiply_4(w, panel, count, offset, to, out_stride, add_to)
-                        elif size == 2:
-                            multiply_2(w, panel, count, offset, to, out_stride, add_to)
-                        else:
-                            multiply_1(w, panel, count, offset, to, out_stride, add_to)
-                    row += size
+            multiply(arguments, records, weight, 0, rows, start, stop)
             start, stop = take_range(arguments, 1, num_blocks, smallest, parts)
 
     return kernel

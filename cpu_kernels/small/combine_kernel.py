@@ -15,9 +15,10 @@ from numba import types
 from cpu_kernels.small.route_sizes import COMBINE_FEATURES
 from cpu_kernels.team.arguments import COMBINE, NORM_HEADS, SCALE_ROWS
 from cpu_kernels.team.chunks import parameter, real_parameter, take
+from cpu_kernels.vectors.arithmetic import fma, mul, sum_lanes
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.scalar import least, load_i32, load_scalar
-from cpu_kernels.vectors.vector import fma, load_f32_tail, mul, splat, store_f32_tail, sum_lanes
+from cpu_kernels.vectors.vector import load_f32_tail, splat, store_f32_tail
 
 ZERO = np.float32(0.0)
 

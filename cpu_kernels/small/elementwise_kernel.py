@@ -15,23 +15,10 @@ from numba import types
 from cpu_kernels.small.elementwise_sizes import GELU_FEATURES, MERGE_ROWS, SILU_UNITS
 from cpu_kernels.team.arguments import GATED, GELU, MERGE, RMS_NORM
 from cpu_kernels.team.chunks import parameter, real_parameter, take
+from cpu_kernels.vectors.arithmetic import add, div, exp, fma, keep_below, mul, sub, sum_lanes
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.scalar import least, load_scalar, store_scalar
-from cpu_kernels.vectors.vector import (
-    add,
-    div,
-    exp,
-    fma,
-    keep_below,
-    load_f32,
-    load_f32_tail,
-    mul,
-    splat,
-    store_f32,
-    store_f32_tail,
-    sub,
-    sum_lanes,
-)
+from cpu_kernels.vectors.vector import load_f32, load_f32_tail, splat, store_f32, store_f32_tail
 
 MINUS_INFINITY, ZERO, ONE = np.float32(-np.inf), np.float32(0.0), np.float32(1.0)
 GELU_FACTOR, GELU_CUBIC = np.float32(-2.0 * math.sqrt(2.0 / math.pi)), np.float32(0.044715)

@@ -14,20 +14,9 @@ from cpu_kernels.small.elementwise_sizes import SILU_UNITS
 from cpu_kernels.small.route_sizes import COMBINE_FEATURES
 from cpu_kernels.team.arguments import CLAMPED, EXPERT_BIAS, SINKS
 from cpu_kernels.team.chunks import parameter, real_parameter, take
+from cpu_kernels.vectors.arithmetic import add, div, exp, mul, vmax, vmin
 from cpu_kernels.vectors.scalar import least, load_i32, load_scalar
-from cpu_kernels.vectors.vector import (
-    add,
-    div,
-    exp,
-    load_f32,
-    load_f32_tail,
-    mul,
-    splat,
-    store_f32,
-    store_f32_tail,
-    vmax,
-    vmin,
-)
+from cpu_kernels.vectors.vector import load_f32, load_f32_tail, splat, store_f32, store_f32_tail
 
 ONE = np.float32(1.0)
 

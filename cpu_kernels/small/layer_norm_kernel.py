@@ -7,18 +7,9 @@ from numba import types
 
 from cpu_kernels.team.arguments import LAYER_NORM
 from cpu_kernels.team.chunks import parameter, real_parameter, take
+from cpu_kernels.vectors.arithmetic import add, fma, keep_below, mul, sub, sum_lanes
 from cpu_kernels.vectors.compiler import helper
-from cpu_kernels.vectors.vector import (
-    add,
-    fma,
-    keep_below,
-    load_f32_tail,
-    mul,
-    splat,
-    store_f32_tail,
-    sub,
-    sum_lanes,
-)
+from cpu_kernels.vectors.vector import load_f32_tail, splat, store_f32_tail
 
 ZERO = np.float32(0.0)
 

@@ -18,21 +18,10 @@ from numba import types
 from cpu_kernels.small.route_sizes import EXPERTS_AT_ONCE, ROWS_AT_ONCE
 from cpu_kernels.team.arguments import ROUTE
 from cpu_kernels.team.chunks import await_stage, finish, parameter, real_parameter, take
+from cpu_kernels.vectors.arithmetic import add, div, exp, fma, keep_below, sub, sum_lanes
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.scalar import least, load_i32, load_scalar, store_scalar, store_word
-from cpu_kernels.vectors.vector import (
-    add,
-    div,
-    exp,
-    fma,
-    keep_below,
-    load_f32,
-    load_f32_tail,
-    splat,
-    store_f32_tail,
-    sub,
-    sum_lanes,
-)
+from cpu_kernels.vectors.vector import load_f32, load_f32_tail, splat, store_f32_tail
 
 OPEN, TAKEN, SHUT = 0, 1, 2  # marks of an expert
 ZERO, ONE, MINUS_INFINITY = np.float32(0.0), np.float32(1.0), np.float32(-np.inf)

@@ -36,18 +36,14 @@ def block(name: str, *words: str) -> Any:
 # remaining blocks are divided into for the next one. A format has one run of blocks; of a mix, whose units have blocks
 # of several formats, each format is a call of its own with one run a unit: run is its blocks, weight_run and out_run
 # lead from one to the next. bias: 0 for none.
-LINEAR = block(
-    "LINEAR",
-    "x x_row rows in_features weight num_blocks block_bytes bias out out_row accumulate",
-    "piece smallest parts run weight_run out_run",
+_LINEAR = (
+    "x x_row in_features weight num_blocks block_bytes bias out out_row accumulate",
+    "piece smallest run weight_run out_run",
 )
+LINEAR = block("LINEAR", *_LINEAR, "rows parts")  # what both read is in the same places
 # sources: 0 where a pick's input is the row of its place. first, count: the experts that `weight` holds, one every
-# expert_bytes. num_blocks: of one expert; the rest is as in LINEAR.
-EXPERT_LINEAR = block(
-    "EXPERT_LINEAR",
-    "x x_row sources starts first count in_features weight expert_bytes num_blocks block_bytes out out_row",
-    "piece smallest threads run weight_run out_run",
-)
+# expert_bytes. num_blocks: of one expert. bias, accumulate: 0.
+EXPERT_LINEAR = block("EXPERT_LINEAR", *_LINEAR, "sources starts first count expert_bytes threads")
 PACK = block("PACK", "rows row_bytes num_blocks in_features out block_bytes")
 REPACK = block("REPACK", "rows row_bytes num_blocks blocks out block_bytes")
 UNPACK = block("UNPACK", "weight block_bytes rows ids count in_features out out_row")

@@ -1,0 +1,195 @@
+"""One block of row-major weights, 16 features, times one row or a panel of rows: what linear_dot repeats."""
+
+from typing import NamedTuple
+
+from llvmlite import ir
+from numba import types
+
+from cpu_kernels.formats.weights import BLOCK_FEATURES
+from cpu_kernels.vectors.compiler import helper
+from cpu_kernels.vectors.dot import line_products
+from cpu_kernels.vectors.isa import Isa
+from cpu_kernels.vectors.tiles import finish_dots, masked_line, zeros
+from cpu_kernels.vectors.vector import (
+    I64,
+    VF32,
+    VHALF,
+    VI16,
+    VI32,
+    F32x16,
+    emits,
+    intp,
+    lanes_below,
+    load_as,
+    masked_load,
+    prefetch_value,
+)
+
+STREAM_LINES = 4  # lines of one feature per step when rows are few: as many independent sums
+
+
+class Line(NamedTuple):
+    """How a line of weights meets the inputs: its items, and the bytes of one item and of one line of inputs."""
+
+    items: int
+    item_bytes: int
+    x_bytes: int
+
+    @property
+    def w_bytes(self) -> int:
+        """Bytes of a line of weights: 64, but of float16, which meets unrounded inputs, 32."""
+        return self.items * self.item_bytes
+
+    @property
+    def x_item_bytes(self) -> int:
+        """Bytes of one input."""
+        return self.x_bytes // self.items
+
+    @property
+    def is_widened(self) -> bool:
+        """Whether the inputs of a line of weights take more than one."""
+        return self.x_bytes > 64
+
+
+def line_of(isa: Isa, weight_dtype: str) -> Line:
+    """fp32, fp16: 16 weights and inputs; bf16: 32, widened in two lines where the CPU cannot multiply bf16."""
+    if weight_dtype in ("fp32", "fp16"):
+        return Line(16, 4 if weight_dtype == "fp32" else 2, 64)
+    return Line(32, 2, 64 if isa.has_bf16 else 128)
+
+
+def weight_line(shape: Line, b, address, index: int = 0):
+    """Line `index` of weights."""
+    return load_as(b, address, VI32 if shape.w_bytes == 64 else VHALF, shape.w_bytes * index)
+
+
+def weight_line_tail(shape: Line, b, address, items):
+    """The first items of a line of weights, zeros behind them."""
+    if shape.w_bytes == 64:
+        return masked_line(b, address, items, shape.item_bytes)
+    return b.bitcast(masked_load(b, address, VI16, lanes_below(b, items), "v16i16"), VHALF)
+
+
+def whole_line(b, address, offset):
+    """64 bytes of inputs."""
+    return load_as(b, address, VI32, offset)
+
+
+def tile_step(isa: Isa, weight_dtype: str, features: int, rows: int):
+    """Intrinsics (sums, w, w_stride, x, x_stride[, items]) -> sums: one 64-byte line, whole or its first items."""
+    tile = types.UniTuple(F32x16, features * rows)
+    shape, parts = line_of(isa, weight_dtype), line_products(isa, weight_dtype)
+
+    def accumulate(b, sums, w_lines, x_rows, load):
+        for part, (select, add_product) in enumerate(parts):
+            ws = [select(b, w) for w in w_lines]
+            for row, address in enumerate(x_rows):
+                x = load(b, address, 64 * part)
+                for f, w in enumerate(ws):
+                    index = row * features + f
+                    sums = b.insert_value(sums, add_product(b, b.extract_value(sums, index), w, x), index)
+        return sums
+
+    def addresses(b, base, stride, count):
+        return [b.add(base, b.mul(stride, ir.Constant(I64, index))) for index in range(count)]
+
+    @emits(tile, tile, intp, intp, intp, intp, intp)
+    def line(b, sums, w, w_stride, x, x_stride, ahead):
+        for index in range(features):
+            prefetch_value(b, ahead, 64 * index)
+        ws = [weight_line(shape, b, address) for address in addresses(b, w, w_stride, features)]
+        return accumulate(b, sums, ws, addresses(b, x, x_stride, rows), whole_line)
+
+    @emits(tile, tile, intp, intp, intp, intp, intp)
+    def part(b, sums, w, w_stride, x, x_stride, items):
+        ws = [weight_line_tail(shape, b, address, items) for address in addresses(b, w, w_stride, features)]
+
+        def first_items(b, address, offset):
+            return masked_line(b, address, items, shape.x_item_bytes)
+
+        load = whole_line if shape.is_widened else first_items  # widened inputs are padded with zeros
+        return accumulate(b, sums, ws, addresses(b, x, x_stride, rows), load)
+
+    return line, part
+
+
+def stream_step(isa: Isa, weight_dtype: str):
+    """Intrinsic (sums, w, x) -> sums: STREAM_LINES lines of one feature, one row.
+
+    Nothing is asked for ahead: the CPU's own streams hold no miss buffers of the first level (see q_kernel.py).
+    """
+    tile = types.UniTuple(F32x16, STREAM_LINES)
+    shape, parts = line_of(isa, weight_dtype), line_products(isa, weight_dtype)
+
+    @emits(tile, tile, intp, intp)
+    def lines(b, sums, w, x):
+        for index in range(STREAM_LINES):
+            w_line, acc = weight_line(shape, b, w, index), b.extract_value(sums, index)
+            for part, (select, add_product) in enumerate(parts):
+                x_line = load_as(b, x, VI32, shape.x_bytes * index + 64 * part)
+                acc = add_product(b, acc, select(b, w_line), x_line)
+            sums = b.insert_value(sums, acc, index)
+        return sums
+
+    @emits(types.UniTuple(F32x16, 1), tile)
+    def together(b, sums):
+        values = [b.extract_value(sums, index) for index in range(STREAM_LINES)]
+        while len(values) > 1:
+            values = [b.fadd(left, right) for left, right in zip(values[::2], values[1::2])]
+        return b.insert_value(ir.Constant(ir.ArrayType(VF32, 1), ir.Undefined), values[0], 0)
+
+    return lines, together
+
+
+def block_times_row(isa: Isa, weight_dtype: str):
+    """Function: the 16 output features of one block for one row, the weights read as one stream."""
+    start, store = zeros(STREAM_LINES), finish_dots(1, 1)
+    lines, together = stream_step(isa, weight_dtype)
+    line, part = tile_step(isa, weight_dtype, 1, 1)
+    line_items, _, x_bytes = line_of(isa, weight_dtype)
+    w_bytes = line_of(isa, weight_dtype).w_bytes
+
+    @helper
+    def multiply(weight, w_stride, x, x_stride, inputs, bias, out, out_stride, accumulate):
+        whole = inputs // line_items
+        rest = inputs - whole * line_items
+        for f in range(BLOCK_FEATURES):
+            sums, w = start(), weight + f * w_stride
+            index = 0
+            while index + STREAM_LINES <= whole:
+                sums = lines(sums, w + w_bytes * index, x + x_bytes * index)
+                index += STREAM_LINES
+            total = together(sums)
+            while index < whole:
+                at = w + w_bytes * index
+                total = line(total, at, w_stride, x + x_bytes * index, x_stride, at + w_stride)
+                index += 1
+            if rest:
+                total = part(total, w + w_bytes * whole, w_stride, x + x_bytes * whole, x_stride, rest)
+            store(total, bias + 4 * f if bias else 0, out + 4 * f, out_stride, accumulate)
+
+    return multiply
+
+
+def block_times_rows(isa: Isa, weight_dtype: str, features: int, rows: int):
+    """Function: the 16 output features of one block for `rows` rows, `features` at a time."""
+    start, store = zeros(features * rows), finish_dots(features, rows)
+    line, part = tile_step(isa, weight_dtype, features, rows)
+    line_items, _, x_bytes = line_of(isa, weight_dtype)
+    w_bytes = line_of(isa, weight_dtype).w_bytes
+
+    @helper
+    def multiply(weight, w_stride, x, x_stride, inputs, bias, out, out_stride, accumulate):
+        whole = inputs // line_items
+        rest = inputs - whole * line_items
+        for f in range(0, BLOCK_FEATURES, features):
+            sums, w = start(), weight + f * w_stride
+            ahead = w + features * w_stride
+            for index in range(whole):
+                at = ahead + 64 * features * index
+                sums = line(sums, w + w_bytes * index, w_stride, x + x_bytes * index, x_stride, at)
+            if rest:
+                sums = part(sums, w + w_bytes * whole, w_stride, x + x_bytes * whole, x_stride, rest)
+            store(sums, bias + 4 * f if bias else 0, out + 4 * f, out_stride, accumulate)
+
+    return multiply
