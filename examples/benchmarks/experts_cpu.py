@@ -7,7 +7,7 @@
 
 Calls are interleaved and the best of each is taken, since other programs may use the machine: trust the ratios.
 
-    python -m examples.benchmarks.experts_cpu [--threads 2] [--dtypes q4,q8,bf16]
+    python -m examples.benchmarks.experts_cpu [--threads 2] [--dtypes q4,q8,mxfp4,bf16]
 """
 
 import argparse
@@ -19,6 +19,7 @@ import torch
 from cpu_kernels import CpuKernels
 from cpu_kernels.contract import Picks
 from cpu_kernels.formats import format_of
+from cpu_kernels.formats.weights import WEIGHT_DTYPES
 
 EXPERTS, PICKS, HIDDEN, WIDTH, ROWS = 128, 8, 2048, 768, 512
 REPEATS = 40
@@ -51,10 +52,13 @@ def routes(rows: int, skew: float, generator: torch.Generator) -> tuple[torch.Te
 
 
 def weights(ops: CpuKernels, dtype: str) -> torch.Tensor:
-    """gate_up of every expert, uint8 [experts, blocks, block_bytes]: the same random numbers in each."""
-    block = torch.randn(2 * WIDTH, HIDDEN) * HIDDEN**-0.5
+    """gate_up of every expert, uint8 [experts, blocks, block_bytes]: the same random numbers in each, of a form of
+    files bytes that are ordinary numbers as codes and as scales."""
     packed = torch.empty(2 * WIDTH // 16, format_of(dtype).block_bytes(HIDDEN), dtype=torch.uint8)
-    ops.pack(block, dtype, packed)
+    if dtype in WEIGHT_DTYPES:
+        ops.pack(torch.randn(2 * WIDTH, HIDDEN) * HIDDEN**-0.5, dtype, packed)
+    else:
+        packed.fill_(0x3C)
     arena = torch.empty(EXPERTS, *packed.shape, dtype=torch.uint8)
     arena[:] = packed
     return arena
@@ -114,7 +118,7 @@ def main() -> None:
     """Measure every dtype."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtypes", default="q4,q8,bf16")
+    parser.add_argument("--dtypes", default="q4,q8,mxfp4,bf16")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with CpuKernels(options.threads) as ops:
