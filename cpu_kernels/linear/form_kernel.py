@@ -44,6 +44,12 @@ def pair(low: int, high: int) -> int:
     return (low & 0xFFFF) | (high & 0xFFFF) << 16
 
 
+def pairs_of(b, low, high):
+    """Two <16 x i32> whose values fit in int16 as one of int16 pairs."""
+    low = b.and_(low, constant(VI32, 0xFFFF))
+    return b.or_(low, b.shl(high, constant(VI32, 16)))
+
+
 def look_up(isa: Isa, b, table: tuple[int, ...], indexes):
     """The bytes of a table of 16, by 64 indexes below 16 in an <16 x i32>."""
     if isa.has_avx512:
@@ -149,16 +155,18 @@ def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
     runs = GROUP_INPUTS // run
     code_sums = CodeSums(isa, item.largest_code)
     offset = item.offset - 128 if code_sums.takes_128 else item.offset
+    # Two dot2 a row, by sub-scales, in place of four; what they share pays from several rows on.
+    takes_sums_of_16 = item.header == "K2S16" and bool(offset) and rows >= 4
 
     def dots(b, word, record, part: int):
         """int32 sums of (code - offset) * input over run `part`, for every row."""
         sums = []
         for row in range(rows):
             start = constant(VI32, 0)
-            if offset and run == 16:
+            if offset and run == 16 and not takes_sums_of_16:
                 taken = pair(-offset, 0) if part % 2 == 0 else pair(0, -offset)
                 start = emit_dot2(isa, b, start, record.sums(row, part // 2), constant(VI32, taken))
-            elif offset:
+            elif offset and run > 16:
                 for half in range(part * run // 32, (part + 1) * run // 32):
                     taken = constant(VI32, pair(-offset, -offset))
                     start = emit_dot2(isa, b, start, record.sums(row, half), taken)
@@ -220,22 +228,24 @@ def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
         """d * (sum of sub-scale * dot) - dmin * (sum of sub-minimum * sum), for every row."""
         signed = item.header != "K2M32"
         subs = b.add(superblock, b.mul(group, ir.Constant(group.type, 16 * runs)))
-        totals = [None] * rows
-        for part in range(runs):
-            scale = byte_numbers(b, subs, 64 + 16 * part, signed)
+        scales = [byte_numbers(b, subs, 64 + 16 * part, signed) for part in range(runs)]
+        totals = [constant(VI32, 0)] * rows
+        if takes_sums_of_16:
+            taken = [b.mul(scale, constant(VI32, -offset)) for scale in scales]
+            for half in range(2):
+                both = pairs_of(b, *taken[2 * half : 2 * half + 2])
+                totals = [emit_dot2(isa, b, total, both, record.sums(row, half)) for row, total in enumerate(totals)]
+        for part, scale in enumerate(scales):
             for row, dot in enumerate(dots(b, word, record, part)):
-                product = b.mul(dot, scale)
-                totals[row] = product if part == 0 else b.add(totals[row], product)
+                totals[row] = b.add(totals[row], b.mul(dot, scale))
         d = halves(b, superblock, 0)
         scaled = [b.fmul(b.sitofp(total, VF32), d) for total in totals]
         if item.header != "K2M32":
             return scaled
         dmin = b.fneg(halves(b, superblock, 32))
-        minima = [b.mul(byte_numbers(b, subs, 192 + 16 * part, False), constant(VI32, pair(1, 1))) for part in (0, 1)]
+        minima = pairs_of(b, *(byte_numbers(b, subs, 192 + 16 * part, False) for part in (0, 1)))
         for row in range(rows):
-            taken = constant(VI32, 0)
-            for part in range(2):
-                taken = emit_dot2(isa, b, taken, minima[part], record.sums(row, part))
+            taken = emit_dot2(isa, b, constant(VI32, 0), minima, record.sums(row, 0))
             scaled[row] = fma_value(b, b.sitofp(taken, VF32), dmin, scaled[row])
         return scaled
 

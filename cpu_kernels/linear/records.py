@@ -5,13 +5,14 @@ pointer at constant offsets.
 
 Record of a panel of R rows (76 R bytes): R x 64 int8, R float32 scales, R corrections, R second corrections, which are
 q4: scale * sum(xq) as float32, unused;  q8: -128 * sum(xq) as int32 of inputs 0..31, then of 32..63;
-other formats: sums of 16 inputs as int16 pairs, of inputs 0..31, then of 32..63 (form_kernel.py).
+K2M32: sums of 32 inputs as one int16 pair, unused; other formats: sums of 16 inputs as int16 pairs, of inputs 0..31,
+then of 32..63 (form_kernel.py).
 """
 
 from llvmlite import ir
 from numba import types
 
-from cpu_kernels.formats import GROUP_INPUTS
+from cpu_kernels.formats import GROUP_INPUTS, format_of
 from cpu_kernels.linear.sizes import RECORD_BYTES
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.vector import (
@@ -52,7 +53,7 @@ class Record:
         return splat_value(self._b, load_as(self._b, self._address, F32, self._offset(row, 0)))
 
     def sums(self, row: int, half: int):
-        """The sums of both 16 inputs of a half, int16 pairs in every lane."""
+        """The sums of both 16 inputs of a half, of K2M32 those of both halves as half 0, int16 pairs in every lane."""
         return splat_value(self._b, load_as(self._b, self._address, I32, self._offset(row, 1 + half)))
 
     def _offset(self, row: int, field: int) -> int:
@@ -145,10 +146,22 @@ def panel_of(row, rows, tile):
         size //= 2
 
 
+@emits(types.void, *[F32x16] * 4, intp, intp, intp)
+def store_group_of_32(b, v0, v1, v2, v3, quants, scale_at, row_bytes):
+    """As `store_group`, with the sums of both 32 inputs as one int16 pair."""
+    codes = _store_codes(b, (v0, v1, v2, v3), quants, scale_at)
+    low, high = (b.trunc(_sum(b, b.add(*codes[at : at + 2])), I16) for at in (0, 2))
+    both = b.or_(b.zext(low, I32), b.shl(b.zext(high, I32), ir.Constant(I32, 16)))
+    store_as(b, both, b.add(scale_at, row_bytes))
+
+
 def row_quantiser(weight_dtype: str):
     """Function: the groups [group, last) of a row's inputs into its place in the records of a panel of `size` rows."""
     correct = {"q4": correct_q4, "q8": correct_q8}.get(weight_dtype, keep_sums)
-    store_codes = store_group if weight_dtype in ("q4", "q8") else store_group_of_16
+    if weight_dtype in ("q4", "q8"):
+        store_codes = store_group
+    else:
+        store_codes = store_group_of_32 if format_of(weight_dtype).header == "K2M32" else store_group_of_16
 
     @helper
     def quantize_row(source, in_features, group, last, panel, row, size):
