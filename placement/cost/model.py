@@ -30,7 +30,7 @@ four.
 All coefficients are linear in units, KV heads and bytes, so the planner optimises exactly what is predicted here.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from math import fsum
 from typing import Any, NamedTuple
@@ -50,6 +50,7 @@ from placement.cost.terms import (
 from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import KvPlacement, LinearPlacement
 from placement.plan.phase import RESOURCES, TERMS, PhaseCost
+from placement.plan.placed import PlacedLayer, placed_layers
 from placement.plan.workload import KvShard, LinearShard, Workload, row_tier
 
 
@@ -76,13 +77,25 @@ def pass_cost(
 
     with_head: whether logits are computed; they are for the last row of each sequence only.
     """
+    return layers_pass_cost(workload, placed_layers(workload, linears, kv), hardware, call, on_gpu, with_head)
+
+
+def layers_pass_cost(
+    workload: Workload,
+    layers: Sequence[PlacedLayer],
+    hardware: HardwareProfile,
+    call: Call,
+    on_gpu: bool,
+    with_head: bool = True,
+) -> PassCost:
+    """`pass_cost` of a placement whose different layers are known, for who asks it of several passes."""
     tally = _Tally(on_gpu)
     small, step = small_ops_s(workload, call, hardware, on_gpu), step_s(workload, call, hardware, on_gpu, with_head)
     for parts in (tally.lanes["steps"], tally.lanes["gpu" if on_gpu else "cpu"], tally.terms["small_ops"]):
         parts.append(small)
     tally.terms["step"].append(step)
-    for layer, times in _different_layers(workload, linears, kv).items():
-        tally.times = times
+    for layer in layers:
+        tally.times = layer.times
         _add_layer(tally, layer, workload, hardware, call, with_head)
     lanes, terms = ({name: fsum(parts) for name, parts in sums.items()} for sums in (tally.lanes, tally.terms))
     one_by_one = lanes["cpu"] + lanes["gpu"] + lanes["pcie"] + terms["handovers"]
@@ -94,48 +107,13 @@ def pass_cost(
     overlapped = max(*lanes.values(), fsum(tally.before_head_s) + waits + tally.head_s)
     lost = 1 - hardware.overlap_of(call.q_len) if on_gpu else 0.0
     work = overlapped + lost * max(0.0, one_by_one - overlapped)
-    not_hidden = max(0.0, queueing_s(workload, linears, call, hardware, on_gpu) - work)
+    not_hidden = max(0.0, queueing_s(workload, layers, call, hardware, on_gpu) - work)
     terms["step"] += not_hidden
     return PassCost(work + not_hidden + step, overlapped + not_hidden + step, lanes, terms)
 
 
-class _Layer:
-    """The linears and the cache of one layer, or the head, with their placements; equal to others that cost the
-    same."""
-
-    def __init__(self) -> None:
-        self.linears: list[tuple[LinearShard, LinearPlacement]] = []
-        self.kv: list[tuple[KvShard, KvPlacement]] = []
-
-    def key(self) -> Hashable:
-        """What the cost of the layer depends on."""
-        linears = tuple(
-            (s.kind, s.shape, s.block, s.per_kv_head, s.layer is None, p.gpu_units, p.stream_units)
-            for s, p in self.linears
-        )
-        kv = tuple(
-            (s.kv_heads, s.bytes_per_token, s.window, s.heads, s.head_dim, p.gpu_kv_heads, p.gpu_tokens)
-            for s, p in self.kv
-        )
-        return linears, kv
-
-
-def _different_layers(
-    workload: Workload, linears: Sequence[LinearPlacement], kv: Sequence[KvPlacement]
-) -> dict[_Layer, int]:
-    """One of every kind of layer, and how many there are of it."""
-    layers: defaultdict[int | None, _Layer] = defaultdict(_Layer)
-    for shard, placement in zip(workload.linears, linears, strict=True):
-        layers[shard.layer].linears.append((shard, placement))
-    for kv_shard, kv_placement in zip(workload.kv, kv, strict=True):
-        layers[kv_shard.layer].kv.append((kv_shard, kv_placement))
-    first: dict[Hashable, _Layer] = {}
-    counts: Counter[_Layer] = Counter(first.setdefault(layer.key(), layer) for layer in layers.values())
-    return counts
-
-
 def _add_layer(
-    tally: "_Tally", layer: _Layer, workload: Workload, hardware: HardwareProfile, call: Call, with_head: bool
+    tally: "_Tally", layer: PlacedLayer, workload: Workload, hardware: HardwareProfile, call: Call, with_head: bool
 ) -> None:
     """Add a layer, as often as there is one like it."""
     paired = {shard.block for shard, _ in layer.linears if shard.row_cut}
@@ -146,9 +124,9 @@ def _add_layer(
             units = _add_linear(tally, shard, placement, workload, hardware, call, block)
             if shard.per_kv_head:
                 attending, cpu_units = shard.block, units
-    for kv_shard, kv_placement in layer.kv:
+    if layer.kv is not None:
         block = attending if attending in paired else None
-        _add_attention(tally, kv_shard, kv_placement, cpu_units, workload, hardware, call, block)
+        _add_attention(tally, *layer.kv, cpu_units, workload, hardware, call, block)
     tally.end_blocks()
 
 
@@ -294,8 +272,9 @@ def predict(
     A prompt runs in chunks of workload.prefill_chunk rows; only its last chunk chooses a token.
     """
     hardware = hardware.for_working_set(working_set_bytes(workload, context))
+    layers = placed_layers(workload, linears, kv)
     if phase == "decode":
-        cost = pass_cost(workload, linears, kv, hardware, Call(rows, 1, context), on_gpu)
+        cost = layers_pass_cost(workload, layers, hardware, Call(rows, 1, context), on_gpu)
         parts = tuple(cost.lanes.items()), tuple(cost.terms.items())
         return PhaseCost(phase, rows, context, cost.seconds, *parts, cost.overlapped_s)
     if phase != "prefill":
@@ -305,7 +284,7 @@ def predict(
     for start in range(0, rows, workload.prefill_chunk):
         q_len = min(workload.prefill_chunk, rows - start)
         last = start + q_len == rows
-        cost = pass_cost(workload, linears, kv, hardware, Call(1, q_len, context + start), on_gpu, with_head=last)
+        cost = layers_pass_cost(workload, layers, hardware, Call(1, q_len, context + start), on_gpu, with_head=last)
         total += cost.seconds
         overlapped += cost.overlapped_s
         lanes.update(cost.lanes)

@@ -11,10 +11,11 @@ is taken only where it gains more than that error: seconds are judged with MODEL
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from placement.cost.model import pass_cost
+from placement.cost.model import layers_pass_cost
 from placement.cost.terms import Call, WeightedCall
 from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import KvPlacement, LinearPlacement
+from placement.plan.placed import PlacedLayer, placed_layers
 from placement.plan.workload import ROW_TIER_LIMITS, Workload
 
 REFERENCE_PROMPT = 512
@@ -117,7 +118,19 @@ def objective_s(
     on_gpu: bool,
 ) -> float:
     """Seconds of the reference request under a placement."""
+    return layers_objective_s(workload, placed_layers(workload, linears, kv), hardware, calls, on_gpu)
+
+
+def layers_objective_s(
+    workload: Workload,
+    layers: Sequence[PlacedLayer],
+    hardware: HardwareProfile,
+    calls: Sequence[WeightedCall],
+    on_gpu: bool,
+) -> float:
+    """`objective_s` of a placement whose different layers are known."""
     return sum(
-        weighted.weight * pass_cost(workload, linears, kv, hardware, weighted.call, on_gpu, weighted.with_head).seconds
+        weighted.weight
+        * layers_pass_cost(workload, layers, hardware, weighted.call, on_gpu, weighted.with_head).seconds
         for weighted in calls
     )

@@ -11,6 +11,7 @@ from cpu_kernels.formats import widest
 from placement.machine.hardware import HardwareProfile
 from placement.machine.rates import RowRate, seconds_per_operation_of_a_row
 from placement.plan.memory import LinearPlacement, staging_piece_units
+from placement.plan.placed import PlacedLayer
 from placement.plan.workload import LinearShard, Workload, row_tier
 
 BYTES_PER_ACTIVATION = 4
@@ -168,11 +169,7 @@ def stage_cost(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProf
 
 def small_ops_s(workload: Workload, call: Call, hardware: HardwareProfile, on_gpu: bool) -> float:
     """Norms, rotary embedding, activation functions: their calls, and all linears' rows in and out moved once more."""
-    moved = (
-        BYTES_PER_ACTIVATION
-        * call.rows
-        * sum(s.in_features + s.out_features for s in workload.linears if not s.is_head)
-    )
+    moved = BYTES_PER_ACTIVATION * call.rows * workload.layer_features
     moved += 2 * call.sequences * sum(state.bytes_per_sequence for state in workload.states)
     calls = workload.small_calls or SMALL_CALLS_PER_LAYER_ON_CPU * workload.num_layers
     if on_gpu:
@@ -194,7 +191,7 @@ def step_s(workload: Workload, call: Call, hardware: HardwareProfile, on_gpu: bo
 
 
 def queueing_s(
-    workload: Workload, linears: Sequence[LinearPlacement], call: Call, hardware: HardwareProfile, on_gpu: bool
+    workload: Workload, layers: Sequence[PlacedLayer], call: Call, hardware: HardwareProfile, on_gpu: bool
 ) -> float:
     """What Python needs to queue a prompt's layers on a GPU, which works on them meanwhile; a decode step is captured.
 
@@ -203,13 +200,12 @@ def queueing_s(
     """
     if not on_gpu or call.q_len == 1:
         return 0.0
-    tier, known, products = row_tier(call.rows), {}, 0
-    for shard, placement in zip(workload.linears, linears, strict=True):
-        if not shard.is_head:
-            key = shard.shape, placement.gpu_units, placement.stream_units[tier]
-            if key not in known:
-                known[key] = gpu_products(shard, placement, call.rows, workload, hardware)
-            products += known[key]
+    products = sum(
+        layer.times * gpu_products(shard, placement, call.rows, workload, hardware)
+        for layer in layers
+        for shard, placement in layer.linears
+        if not shard.is_head
+    )
     layer_s = hardware.gpu_layer_overhead_s
     product_s = hardware.gpu_product_overhead_s or layer_s / LINEARS_PER_LAYER
     return layer_s * workload.num_layers + product_s * max(0, products - LINEARS_PER_LAYER * workload.num_layers)

@@ -178,11 +178,16 @@ def staging_piece_units(shard: LinearShard, workload: Workload) -> int:
     return min(shard.units, max(1, workload.staging_piece_bytes // shard.unit_bytes))
 
 
+def staging_piece_bytes(shard: LinearShard, workload: Workload) -> int:
+    """What a staging slot holds of a linear that streams."""
+    return staging_piece_units(shard, workload) * shard.unit_bytes
+
+
 def staging_slot_bytes(workload: Workload, placements: Sequence[LinearPlacement]) -> int:
     """Size of a staging slot: the largest piece of any linear that streams in some tier; 0 when nothing streams."""
     return max(
         (
-            staging_piece_units(shard, workload) * shard.unit_bytes
+            staging_piece_bytes(shard, workload)
             for shard, placement in zip(workload.linears, placements, strict=True)
             if placement.streams
         ),
@@ -220,15 +225,18 @@ def _rounded_bytes_of_a_row(shard: LinearShard) -> int:
 
 
 def weights_bytes(workload: Workload, placements: Sequence[LinearPlacement], place: str) -> int:
-    """Weight bytes at a place. Units in DRAM are pinned if their linear streams, or may come to stream, in some
-    tier."""
-    total = 0
-    for shard, placement in zip(workload.linears, placements, strict=True):
-        if place == "gpu":
-            total += placement.gpu_units * shard.unit_bytes
-        elif (placement.streams or workload.elastic) == (place == "pinned"):
-            total += (placement.units - first_dram_unit(workload, placement)) * shard.unit_bytes
-    return total
+    """Weight bytes at a place."""
+    pairs = zip(workload.linears, placements, strict=True)
+    return sum(linear_bytes(workload, shard, placement, place) for shard, placement in pairs)
+
+
+def linear_bytes(workload: Workload, shard: LinearShard, placement: LinearPlacement, place: str) -> int:
+    """Bytes of a linear at a place. Units in DRAM are pinned if it streams, or may come to stream, in some tier."""
+    if place == "gpu":
+        return placement.gpu_units * shard.unit_bytes
+    if (placement.streams or workload.elastic) == (place == "pinned"):
+        return (placement.units - first_dram_unit(workload, placement)) * shard.unit_bytes
+    return 0
 
 
 def first_dram_unit(workload: Workload, placement: LinearPlacement) -> int:

@@ -7,6 +7,7 @@ The runtime describes its model this way; the planner and the cost model know no
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
@@ -142,6 +143,15 @@ class StateShard:
         return 4 * prod(self.shape)
 
 
+class LayerShards(NamedTuple):
+    """A layer, or the head, by the indices of its linears and its cache in a workload, None where it has none. kind: a
+    number that layers share whose shards differ in name and layer alone."""
+
+    kind: int
+    linears: tuple[int, ...]
+    kv: int | None
+
+
 class ChunkChoice(NamedTuple):
     """A prefill chunk in rows, and `Workload.resident_bytes` with it: the tables of a step grow with its rows."""
 
@@ -149,7 +159,7 @@ class ChunkChoice(NamedTuple):
     resident_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Workload:
     """Everything the planner may know about a model and the use made of it.
 
@@ -231,16 +241,40 @@ class Workload:
         """Packed bytes of every linear."""
         return sum(shard.total_bytes for shard in self.linears)
 
-    @property
+    @cached_property
     def num_layers(self) -> int:
         """Number of decoder layers."""
         return len(self.layers)
 
-    @property
+    @cached_property
     def layers(self) -> tuple[int, ...]:
         """Every layer that has a linear or a cache."""
         of_linears = {shard.layer for shard in self.linears if shard.layer is not None}
         return tuple(sorted(of_linears | {shard.layer for shard in self.kv}))
+
+    @cached_property
+    def by_layer(self) -> tuple[LayerShards, ...]:
+        """Every layer, and the head last, by its shards."""
+        linears: dict[int | None, list[int]] = {layer: [] for layer in (*self.layers, None)}
+        for index, shard in enumerate(self.linears):
+            linears[shard.layer].append(index)
+        kv = {shard.layer: index for index, shard in enumerate(self.kv)}
+        kinds: dict[tuple[object, ...], int] = {}
+        return tuple(
+            LayerShards(kinds.setdefault(self._kind(indices, kv.get(layer)), len(kinds)), tuple(indices), kv.get(layer))
+            for layer, indices in linears.items()
+            if indices or layer in kv
+        )
+
+    def _kind(self, linears: list[int], kv: int | None) -> tuple[object, ...]:
+        shards = [self.linears[i] for i in linears]
+        cache = None if kv is None else replace(self.kv[kv], name="", layer=0)
+        return cache, *((s.kind, s.shape, s.block, s.per_kv_head, s.is_head) for s in shards)
+
+    @cached_property
+    def layer_features(self) -> int:
+        """Inputs and outputs of all linears of the layers together."""
+        return sum(s.in_features + s.out_features for s in self.linears if not s.is_head)
 
     @property
     def linear_kinds(self) -> tuple[str, ...]:
@@ -252,7 +286,7 @@ class Workload:
         """States of all sequences: in GPU memory whenever there is a GPU."""
         return self.max_batch * sum(shard.bytes_per_sequence for shard in self.states)
 
-    @property
+    @cached_property
     def full_tokens(self) -> int:
         """KV slots of all sequences together in a layer that attends to everything, in whole pages."""
         every_sequence = round_up(self.max_context, self.page_size) * self.max_batch

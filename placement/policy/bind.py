@@ -32,12 +32,17 @@ class LinearBounds:
 
     def allows(self, placement: LinearPlacement) -> bool:
         """Whether a placement has every width that is fixed."""
+        if self == FREE:
+            return True
         wanted = ((self.gpu, stream, cpu) for stream, cpu in zip(self.stream, self.cpu, strict=True))
         return all(
             want is None or want == has
             for tier, wants in enumerate(wanted)
             for want, has in zip(wants, placement.cut(tier), strict=True)
         )
+
+
+FREE = LinearBounds()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ of them is described by those numbers (placement.solve.formulation) and laid out
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from placement.plan.workload import KvShard, LinearShard, Workload
+from placement.plan.workload import KvShard, LayerShards, LinearShard, Workload
 from placement.policy.bind import Bounds, KvBounds, LinearBounds
 
 
@@ -39,27 +39,20 @@ class LayerClass:
     kv: KvClass | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    linears: tuple[int, ...]
-    kv: int | None
-
-
-def layer_families(workload: Workload, bounds: Bounds) -> list[list[_Layer]]:
+def layer_families(workload: Workload, bounds: Bounds) -> list[list[LayerShards]]:
     """Group layers with equal shards and bounds; ordered by what they are, not by where they stand in the model."""
-    members: dict[int | None, list[int]] = {}
-    for index, shard in enumerate(workload.linears):
-        members.setdefault(shard.layer, []).append(index)
-    kv_of = {shard.layer: index for index, shard in enumerate(workload.kv)}
-    families: dict[str, list[_Layer]] = {}
-    for layer in [*sorted(key for key in members.keys() | kv_of.keys() if key is not None), None]:
-        entry = _Layer(tuple(members.get(layer, ())), kv_of.get(layer))
-        if entry.linears or entry.kv is not None:
-            families.setdefault(_signature(workload, bounds, entry), []).append(entry)
+    known: dict[tuple[object, ...], str] = {}
+    families: dict[str, list[LayerShards]] = {}
+    for layer in workload.by_layer:
+        cache_bounds = None if layer.kv is None else bounds.kv[layer.kv]
+        key = layer.kind, cache_bounds, *(bounds.linears[i] for i in layer.linears)
+        if key not in known:
+            known[key] = _signature(workload, bounds, layer)
+        families.setdefault(known[key], []).append(layer)
     return [families[key] for key in sorted(families)]
 
 
-def _signature(workload: Workload, bounds: Bounds, layer: _Layer) -> str:
+def _signature(workload: Workload, bounds: Bounds, layer: LayerShards) -> str:
     parts = [
         (
             s.kind,
@@ -92,7 +85,7 @@ def single_layers(workload: Workload, bounds: Bounds) -> list[LayerClass]:
     return [_layer_class(workload, bounds, [layer]) for family in layer_families(workload, bounds) for layer in family]
 
 
-def _layer_class(workload: Workload, bounds: Bounds, layers: Sequence[_Layer]) -> LayerClass:
+def _layer_class(workload: Workload, bounds: Bounds, layers: Sequence[LayerShards]) -> LayerClass:
     first = layers[0]
     linears = tuple(
         LinearClass(workload.linears[index], bounds.linears[index], tuple(layer.linears[i] for layer in layers))

@@ -5,11 +5,12 @@ Every candidate is judged by the cost model itself, so the prediction that a pla
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from placement.cost.baselines import NO_STREAM, largest_layer_split, layer_split, stream_all
 from placement.cost.objective import (
     judged_s,
-    objective_s,
+    layers_objective_s,
     reference_batch,
     reference_calls,
     reference_context,
@@ -17,7 +18,8 @@ from placement.cost.objective import (
 )
 from placement.cost.terms import WeightedCall, linear_cost, step_s
 from placement.machine.hardware import HardwareProfile
-from placement.plan.memory import KvPlacement, LinearPlacement, is_all_on_gpu, memory_report, staging_slot_bytes
+from placement.plan.memory import PLACES, KvPlacement, LinearPlacement, is_all_on_gpu, staging_slot_bytes
+from placement.plan.placed import PlacedLayer, placed_bytes, placed_layers, placed_slot_bytes
 from placement.plan.workload import NUM_ROW_TIERS, ROW_TIER_NAMES, LinearShard, Workload, round_up
 from placement.policy.bind import Bounds, LinearBounds
 from placement.solve.classes import LayerClass, layer_classes, single_layers
@@ -36,7 +38,7 @@ MOST_TRANSFERRED = 4
 PROGRAM_NOISE = 5e-4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Problem:
     """What is to be placed. staging_slots: 0 when nothing may stream."""
 
@@ -47,18 +49,18 @@ class Problem:
     staging_slots: int
     budgets: Budgets
 
-    @property
+    @cached_property
     def calls(self) -> list[WeightedCall]:
         """Passes of the reference requests."""
         return reference_calls(self.workload, self.objective)
 
-    @property
+    @cached_property
     def classes(self) -> list[LayerClass]:
         """Classes of layers with variables of their own."""
         small = len(self.workload.linears) <= MAX_SINGLE_LINEARS
         return (single_layers if small else layer_classes)(self.workload, self.bounds)
 
-    @property
+    @cached_property
     def once_s(self) -> float:
         """Seconds of the reference requests that no placement changes and no program counts."""
         return sum(
@@ -85,32 +87,54 @@ class Problem:
         )
         return replace(self, bounds=replace(self.bounds, kv=kv))
 
-    def seconds(self, linears: Sequence[LinearPlacement], kv: Sequence[KvPlacement], on_gpu: bool = True) -> float:
-        """Predicted seconds of the reference requests."""
-        return objective_s(self.workload, linears, kv, self.hardware, self.calls, on_gpu)
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Candidate:
-    """A placement, the problem that it answers, what distinguishes it, and the predicted seconds of the reference
-    requests.
+    """A placement, the problem that it answers, and what distinguishes it.
 
-    spread, concentrated, gpu_tokens: how it was laid out, for `complete`; None when nothing was left to choose.
+    spread, concentrated, gpu_tokens: how it was laid out, for `complete`; None when nothing was left to choose. on_gpu:
+    whether there is a GPU at all.
     """
 
     problem: Problem
     label: str
     linears: tuple[LinearPlacement, ...]
     kv: tuple[KvPlacement, ...]
-    seconds: float
     spread: Spread | None = None
     concentrated: bool = False
     gpu_tokens: int = 0
+    on_gpu: bool = True
 
-    @property
+    @cached_property
+    def layers(self) -> tuple[PlacedLayer, ...]:
+        """Its different layers."""
+        return placed_layers(self.problem.workload, self.linears, self.kv)
+
+    @cached_property
+    def seconds(self) -> float:
+        """Predicted seconds of the reference requests."""
+        problem = self.problem
+        return layers_objective_s(problem.workload, self.layers, problem.hardware, problem.calls, self.on_gpu)
+
+    @cached_property
     def judged_s(self) -> float:
         """The seconds by which it is compared with others."""
         return judged_s(self.seconds, is_all_on_gpu(self.problem.workload, self.linears, self.kv))
+
+    @cached_property
+    def used_bytes(self) -> dict[str, int]:
+        """Bytes by place that it allocates, everything of fixed size left out; host includes pinned."""
+        workload, layers = self.problem.workload, self.layers
+        used = {place: placed_bytes(workload, layers, place) for place in PLACES}
+        used["gpu"] += self.problem.staging_slots * placed_slot_bytes(workload, layers)
+        used["host"] += used["pinned"]
+        return used
+
+    @property
+    def fits(self) -> bool:
+        """Whether it keeps every budget."""
+        limits = {place: getattr(self.problem.budgets, place) for place in PLACES}
+        return all(limit is None or self.used_bytes[place] <= limit for place, limit in limits.items())
 
 
 def fixed_candidate(problem: Problem, on_gpu: bool) -> Candidate | None:
@@ -128,7 +152,7 @@ def fixed_candidate(problem: Problem, on_gpu: bool) -> Candidate | None:
         KvPlacement(s.name, b.gpu_kv_heads, b.gpu_tokens, s.kv_heads)
         for s, b in zip(problem.workload.kv, bounds.kv, strict=True)
     )
-    return Candidate(problem, "as the rules say", linears, kv, problem.seconds(linears, kv, on_gpu))
+    return Candidate(problem, "as the rules say", linears, kv, on_gpu=on_gpu)
 
 
 def candidates(problems: Sequence[Problem]) -> list[Candidate]:
@@ -137,7 +161,7 @@ def candidates(problems: Sequence[Problem]) -> list[Candidate]:
     problems: the same model cut or called otherwise; the fastest placement of any of them wins. Should rounding have
     pushed every one over a budget, they are returned all the same, for their bytes to be reported.
     """
-    fitting = [known for problem in problems for known in known_placements(problem) if _fits(known)]
+    fitting = [known for problem in problems for known in known_placements(problem) if known.fits]
     too_large: list[Candidate] = []
     best_s = min((candidate.judged_s for candidate in fitting), default=float("inf"))
     for least_s, _, problem, tokens in _programs(problems):
@@ -146,7 +170,7 @@ def candidates(problems: Sequence[Problem]) -> list[Candidate]:
             break
         solved = problem.formulation(problem.calls, tokens).solve()
         for candidate in _laid_out(problem, solved) if solved else ():
-            if _fits(candidate):
+            if candidate.fits:
                 fitting.append(_filled(candidate))
                 best_s = min(best_s, fitting[-1].judged_s)
             else:
@@ -174,7 +198,7 @@ def _with_other_chunks(problems: Sequence[Problem], fitting: Sequence[Candidate]
                 other = replace(found_for, workload=problem.workload, budgets=problem.budgets)
                 moved = _with_tokens(candidate, other, candidate.gpu_tokens)
                 moved = _with_tokens(moved, other, moved.gpu_tokens + _free_slots(moved))
-                if _fits(moved) and not any(_is_same(moved, known) for known in fitting):
+                if moved.fits and not any(_is_same(moved, known) for known in fitting):
                     yield moved
 
 
@@ -236,9 +260,8 @@ def _laid_out(problem: Problem, solved: Totals) -> Iterator[Candidate]:
         linears = _worth_handing_over(problem, linears, kv)
         if (linears, kv) not in seen:
             seen.append((linears, kv))
-            seconds = problem.seconds(linears, kv)
             label = f"{_shape_words(tier)}; {tokens} KV tokens in GPU memory"
-            yield Candidate(problem, label, linears, kv, seconds, spread, tier is not None, tokens)
+            yield Candidate(problem, label, linears, kv, spread, tier is not None, tokens)
 
 
 def _worth_handing_over(
@@ -295,7 +318,7 @@ def _free_slots(candidate: Candidate) -> int:
         for shard, placement, bound in zip(workload.kv, candidate.kv, problem.bounds.kv, strict=True)
         if not bound.gpu_tokens
     )
-    room = problem.budgets.gpu - used_bytes(candidate)["gpu"]
+    room = problem.budgets.gpu - candidate.used_bytes["gpu"]
     if not token_bytes or room == float("inf"):
         return 0
     return int(room // token_bytes) // workload.page_size * workload.page_size
@@ -316,7 +339,6 @@ def _with_tokens(candidate: Candidate, problem: Problem, tokens: int) -> Candida
         candidate,
         problem=problem,
         kv=kv,
-        seconds=problem.seconds(candidate.linears, kv),
         gpu_tokens=tokens,
         label=candidate.label.replace(f"{candidate.gpu_tokens} KV", f"{tokens} KV"),
     )
@@ -340,7 +362,7 @@ def known_placements(problem: Problem) -> Iterator[Candidate]:
         streams, in_decode = any(p.streams for p in linears), any(p.stream_units[0] for p in linears)
         may_stream = problem.staging_slots and (problem.hardware.streams_in_decode or not in_decode)
         if problem.bounds.allow(linears, kv) and (may_stream or not streams):
-            yield Candidate(problem, label, linears, kv, problem.seconds(linears, kv))
+            yield Candidate(problem, label, linears, kv)
 
 
 def _shape_words(tier: int | None) -> str:
@@ -348,24 +370,6 @@ def _shape_words(tier: int | None) -> str:
         return "CPU work spread over all layers"
     rows = ROW_TIER_NAMES[tier]
     return f"CPU work in few whole layers, as is best for {rows} row{'' if rows == '1' else 's'}"
-
-
-def used_bytes(candidate: Candidate) -> dict[str, int]:
-    """Bytes by place that the placement allocates, everything of fixed size left out; host includes pinned."""
-    problem = candidate.problem
-    staging_slots = problem.staging_slots if any(placement.streams for placement in candidate.linears) else 0
-    memory = memory_report(
-        problem.workload, candidate.linears, candidate.kv, device="emulated", staging_slots=staging_slots
-    ).to_dict()
-    used = {place: sum(memory[place].get(kind, 0) for kind in ("weights", "kv", "staging")) for place in memory}
-    used["host"] += used["pinned"]
-    return used
-
-
-def _fits(candidate: Candidate) -> bool:
-    limits = candidate.problem.budgets
-    used = used_bytes(candidate)
-    return all(getattr(limits, place) is None or used[place] <= getattr(limits, place) for place in used)
 
 
 def complete(candidate: Candidate) -> Candidate:

@@ -27,6 +27,7 @@ from placement.machine.rates import (
     nearest_attention,
     seconds_per_operation_of_a_row,
 )
+from placement.plan.placed import placed_layers
 from placement.solve.pairing import paired_workload
 from tests.placement.test_cost import MACHINE, placed, rates
 from tests.support.planning_models import llama_8b, tiny, with_row_cuts
@@ -318,9 +319,10 @@ def test_a_product_more_than_the_four_of_a_layer_costs_what_was_measured_of_one(
     machine = replace(MACHINE, gpu_layer_overhead_s=1.0, gpu_product_overhead_s=0.25)
     pairs = list(zip(workload.linears, linears, strict=True))
     products = sum(gpu_products(s, p, 64, workload, machine) for s, p in pairs if s.kind != "head")
+    layers = placed_layers(workload, linears, kv)
 
     cheap, dear = (
-        queueing_s(workload, linears, Call(1, 64, 0), replace(machine, gpu_product_overhead_s=each), True)
+        queueing_s(workload, layers, Call(1, 64, 0), replace(machine, gpu_product_overhead_s=each), True)
         for each in (0.25, 0.5)
     )
 

@@ -1,0 +1,71 @@
+"""A placement as its different layers, each with how many there are of it: a model of 80 layers has a handful."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from placement.plan.memory import (
+    KvPlacement,
+    LinearPlacement,
+    kv_gpu_bytes,
+    kv_host_bytes,
+    kv_pinned_bytes,
+    linear_bytes,
+    staging_piece_bytes,
+)
+from placement.plan.workload import KvShard, LinearShard, Workload
+
+KV_BYTES = {"gpu": kv_gpu_bytes, "pinned": kv_pinned_bytes, "host": kv_host_bytes}
+
+
+class PlacedLayer(NamedTuple):
+    """`times` layers, or the head, that are alike and placed alike; one of them stands for all."""
+
+    times: int
+    linears: tuple[tuple[LinearShard, LinearPlacement], ...]
+    kv: tuple[KvShard, KvPlacement] | None
+
+
+def placed_layers(
+    workload: Workload, linears: Sequence[LinearPlacement], kv: Sequence[KvPlacement]
+) -> tuple[PlacedLayer, ...]:
+    """The different layers of placements in workload order: those that differ in nothing a cost or a size depends on
+    are one. Raises ValueError for another number of placements than shards."""
+    if (len(linears), len(kv)) != (len(workload.linears), len(workload.kv)):
+        raise ValueError(
+            f"workload {workload.model} has {len(workload.linears)} linears and {len(workload.kv)} caches, got "
+            f"placements of {len(linears)} and {len(kv)}"
+        )
+    counts: dict[tuple[object, ...], int] = {}
+    first: dict[tuple[object, ...], PlacedLayer] = {}
+    for layer in workload.by_layer:
+        cuts = [(linears[i].gpu_units, linears[i].stream_units) for i in layer.linears]
+        cache = None if layer.kv is None else (workload.kv[layer.kv], kv[layer.kv])
+        key = layer.kind, cache and (cache[1].gpu_kv_heads, cache[1].gpu_tokens), *cuts
+        counts[key] = counts.get(key, 0) + 1
+        if key not in first:
+            first[key] = PlacedLayer(1, tuple((workload.linears[i], linears[i]) for i in layer.linears), cache)
+    return tuple(layer._replace(times=counts[key]) for key, layer in first.items())
+
+
+def placed_bytes(workload: Workload, layers: Sequence[PlacedLayer], place: str) -> int:
+    """Bytes of weights and cache at a place (gpu | pinned | host), as `memory_report` counts them."""
+    kv_bytes = KV_BYTES[place]
+    return sum(
+        layer.times
+        * (
+            sum(linear_bytes(workload, shard, placement, place) for shard, placement in layer.linears)
+            + (kv_bytes(workload, *layer.kv) if layer.kv else 0)
+        )
+        for layer in layers
+    )
+
+
+def placed_slot_bytes(workload: Workload, layers: Sequence[PlacedLayer]) -> int:
+    """Size of a staging slot, as `staging_slot_bytes` counts it."""
+    pieces = (
+        staging_piece_bytes(shard, workload)
+        for layer in layers
+        for shard, placement in layer.linears
+        if placement.streams
+    )
+    return max(pieces, default=0)
