@@ -123,6 +123,7 @@ class ExpertsSpec(LinearSpec):
         """Features that a row gets back."""
         return self.units * self.unit_features
 
+    @cached_property
     def shard(self) -> LinearShard:
         """The experts as the planner sees them."""
         return LinearShard(

@@ -61,7 +61,7 @@ class LinearSpec:
     row_choice: int = 0
     per_kv_head: bool = False
 
-    @property
+    @cached_property
     def by_rows(self) -> "LinearSpec | None":
         """The same linear as a paired plan cuts it; None where its units do not fall on whole superblocks."""
         unit = self.row_choice
@@ -146,6 +146,7 @@ class LinearSpec:
             return self.column_units * self.unit_rows * unit_bytes(self.format, self.row_unit)
         return self.unit_rows * unit_bytes(self.format, self.in_features)
 
+    @cached_property
     def shard(self) -> LinearShard:
         """This linear as the planner sees it."""
         return LinearShard(

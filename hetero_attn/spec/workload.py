@@ -73,8 +73,8 @@ def build_workload(
     return Workload(
         model=name,
         weight_dtype=formats.label,
-        linears=tuple((by_rows.get(linear.name, linear) if paired else linear).shard() for linear in model.linears),
-        row_cuts=() if paired else tuple(linear.shard() for linear in by_rows.values()),
+        linears=tuple((by_rows.get(linear.name, linear) if paired else linear).shard for linear in model.linears),
+        row_cuts=() if paired else tuple(linear.shard for linear in by_rows.values()),
         kv=kv,
         embed_bytes=0 if embed_shares_head else _embed_bytes(formats.embed, model),
         resident_bytes=FLOAT32_BYTES * (model.resident_features + biases + rope_features + logits) + tables,

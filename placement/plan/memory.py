@@ -28,9 +28,10 @@ class LinearPlacement:
             raise ValueError(f"{self.name}: stream_units needs {NUM_ROW_TIERS} entries, got {len(self.stream_units)}")
         if not 0 <= self.gpu_units <= self.units:
             raise ValueError(f"{self.name}: gpu_units must be in 0..{self.units}, got {self.gpu_units}")
-        for tier, stream in enumerate(self.stream_units):
-            if not 0 <= stream <= self.dram_units:
-                raise ValueError(f"{self.name}: stream_units[{tier}] must be in 0..{self.dram_units}, got {stream}")
+        if not 0 <= min(self.stream_units) <= max(self.stream_units) <= self.dram_units:
+            found = ((tier, n) for tier, n in enumerate(self.stream_units) if not 0 <= n <= self.dram_units)
+            tier, stream = next(found)
+            raise ValueError(f"{self.name}: stream_units[{tier}] must be in 0..{self.dram_units}, got {stream}")
 
     @property
     def dram_units(self) -> int:

@@ -195,7 +195,7 @@ class Loader:
         return self._on_both(values)
 
     def _piece_units(self, spec: LinearSpec) -> int:
-        return staging_piece_units(spec.shard(), self._plan.workload)
+        return staging_piece_units(spec.shard, self._plan.workload)
 
     def _expert_biases(self, spec: ExpertsSpec) -> Activation:
         if not spec.has_bias:

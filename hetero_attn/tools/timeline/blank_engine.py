@@ -68,7 +68,7 @@ def _block(block: Declaration, placed: dict[str, tuple[bool, LinearPlacement]], 
 
 
 def _linear(spec: LinearSpec, placement: LinearPlacement, plan: Plan) -> LinearWeights:
-    piece_bytes = staging_piece_units(spec.shard(), plan.workload) * spec.unit_bytes
+    piece_bytes = staging_piece_units(spec.shard, plan.workload) * spec.unit_bytes
     if spec.row_unit:
         home, blocks = placement.gpu_units * spec.row_unit, spec.column_units * spec.unit_rows
         widths = (unit_bytes(spec.format, width) if width else 0 for width in (home, spec.in_features - home))
