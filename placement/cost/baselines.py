@@ -33,7 +33,7 @@ def layer_split(
     return linears, kv
 
 
-def largest_layer_split(workload: Workload, gpu_bytes: int) -> int:
+def largest_layer_split(workload: Workload, gpu_bytes: float) -> int:
     """Most leading layers whose weights and full KV cache fit in `gpu_bytes`."""
     weights = {kv.layer: kv.kv_heads * kv.bytes_per_token * workload.layer_tokens(kv) for kv in workload.kv}
     for shard in workload.linears:

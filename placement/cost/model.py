@@ -89,14 +89,14 @@ def layers_pass_cost(
     with_head: bool = True,
 ) -> PassCost:
     """`pass_cost` of a placement whose different layers are known, for who asks it of several passes."""
-    tally = _Tally(on_gpu)
+    tally = _Tally(workload, hardware, call, on_gpu)
     small, step = small_ops_s(workload, call, hardware, on_gpu), step_s(workload, call, hardware, on_gpu, with_head)
     for parts in (tally.lanes["steps"], tally.lanes["gpu" if on_gpu else "cpu"], tally.terms["small_ops"]):
         parts.append(small)
     tally.terms["step"].append(step)
     for layer in layers:
         tally.times = layer.times
-        _add_layer(tally, layer, workload, hardware, call, with_head)
+        _add_layer(tally, layer, with_head)
     lanes, terms = ({name: fsum(parts) for name, parts in sums.items()} for sums in (tally.lanes, tally.terms))
     one_by_one = lanes["cpu"] + lanes["gpu"] + lanes["pcie"] + terms["handovers"]
     per_copy, per_read = interference(hardware)
@@ -112,21 +112,19 @@ def layers_pass_cost(
     return PassCost(work + not_hidden + step, overlapped + not_hidden + step, lanes, terms)
 
 
-def _add_layer(
-    tally: "_Tally", layer: PlacedLayer, workload: Workload, hardware: HardwareProfile, call: Call, with_head: bool
-) -> None:
+def _add_layer(tally: "_Tally", layer: PlacedLayer, with_head: bool) -> None:
     """Add a layer, as often as there is one like it."""
     paired = {shard.block for shard, _ in layer.linears if shard.row_cut}
     attending, cpu_units = "", 0
     for shard, placement in layer.linears:
         if not shard.is_head or with_head:
             block = shard.block if shard.block in paired else None
-            units = _add_linear(tally, shard, placement, workload, hardware, call, block)
+            units = _add_linear(tally, shard, placement, block)
             if shard.per_kv_head:
                 attending, cpu_units = shard.block, units
     if layer.kv is not None:
         block = attending if attending in paired else None
-        _add_attention(tally, *layer.kv, cpu_units, workload, hardware, call, block)
+        _add_attention(tally, *layer.kv, cpu_units, block)
     tally.end_blocks()
 
 
@@ -134,8 +132,8 @@ class _Tally:
     """Seconds of a pass, by resource and by kind of work; kept apart, because their exact sum is the same whatever the
     order of the layers. times: how often what is added is there."""
 
-    def __init__(self, on_gpu: bool) -> None:
-        self.on_gpu = on_gpu
+    def __init__(self, workload: Workload, hardware: HardwareProfile, call: Call, on_gpu: bool) -> None:
+        self.workload, self.hardware, self.call, self.on_gpu = workload, hardware, call, on_gpu
         self.times = 1
         self.lanes: dict[str, list[float]] = {name: [] for name in RESOURCES}
         self.terms: dict[str, list[float]] = {name: [] for name in TERMS}
@@ -182,16 +180,9 @@ class _Tally:
         self._blocks.clear()
 
 
-def _add_linear(
-    tally: _Tally,
-    shard: LinearShard,
-    placement: LinearPlacement,
-    workload: Workload,
-    hardware: HardwareProfile,
-    call: Call,
-    block: str | None,
-) -> int:
+def _add_linear(tally: _Tally, shard: LinearShard, placement: LinearPlacement, block: str | None) -> int:
     """Add one linear; returns the units that the CPU computes."""
+    workload, hardware, call = tally.workload, tally.hardware, tally.call
     rows = call.sequences if shard.is_head else call.rows
     home, streamed, on_cpu = placement.cut(row_tier(rows))
 
@@ -218,16 +209,10 @@ def _add_linear(
 
 
 def _add_attention(
-    tally: _Tally,
-    shard: KvShard,
-    placement: KvPlacement,
-    cpu_qkv_units: int,
-    workload: Workload,
-    hardware: HardwareProfile,
-    call: Call,
-    block: str | None,
+    tally: _Tally, shard: KvShard, placement: KvPlacement, cpu_qkv_units: int, block: str | None
 ) -> None:
     """Add one layer's attention."""
+    workload, hardware, call = tally.workload, tally.hardware, tally.call
     cost = tally.once(
         (shard.kv_heads, shard.bytes_per_token, shard.window, shard.heads, shard.head_dim, placement.gpu_tokens),
         lambda: attention_cost(shard, call, placement.gpu_tokens, workload, hardware, tally.on_gpu),

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from placement.plan.workload import KvShard, LayerShards, LinearShard, Workload
 from placement.policy.bind import Bounds, KvBounds, LinearBounds
 
+# From this many units on, one unit a layer is small enough to give equal layers equal cuts.
+MANY_UNITS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class LinearClass:

@@ -4,10 +4,24 @@ What may be chosen and what memory it takes: placement.solve.unknowns. What a pa
 placement.solve.pass_time. Large models are nearly pure linear programs.
 """
 
+from collections.abc import Sequence
+
 from placement.cost.terms import WeightedCall
-from placement.solve.decisions import Totals
+from placement.solve.decisions import Budgets, Homes, Totals
 from placement.solve.pass_time import TIE_BREAK, PassTime
+from placement.solve.problem import Problem
 from placement.solve.unknowns import Unknowns
+
+
+def formulation(
+    problem: Problem,
+    calls: Sequence[WeightedCall],
+    gpu_tokens: int | None,
+    homes: Homes | None = None,
+    budgets: Budgets | None = None,
+) -> "Formulation":
+    """The program for some passes and a number of KV slots; budgets are the problem's own unless given."""
+    return Formulation(Unknowns(problem, calls, gpu_tokens, budgets or problem.budgets, homes))
 
 
 class Formulation:

@@ -15,8 +15,10 @@ from placement.policy.policy import Policy
 from placement.policy.problems import PolicyError
 from placement.solve.decisions import Budgets
 from placement.solve.pairing import block_apart, is_paired, paired_workload
+from placement.solve.problem import Candidate, Problem, fastest_first, fixed_candidate
 from placement.solve.request import PlanRequest, requested
-from placement.solve.search import Candidate, Problem, candidates, complete, fastest_first, fixed_candidate, least_bytes
+from placement.solve.search import candidates, least_bytes
+from placement.solve.whole_units import complete
 
 
 class BudgetError(ValueError):

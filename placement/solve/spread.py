@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 from placement.plan.memory import KvPlacement, LinearPlacement
 from placement.plan.workload import NUM_ROW_TIERS, Workload
-from placement.solve.classes import LayerClass, LinearClass
+from placement.solve.classes import MANY_UNITS, LayerClass, LinearClass
 from placement.solve.decisions import Totals, gpu_tokens_of
 from placement.solve.pairing import homes_beside, pairs, streams_beside
-from placement.solve.unknowns import MANY_UNITS
 
 NEARLY_ZERO = 1e-5
 

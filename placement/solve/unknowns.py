@@ -10,18 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from placement.cost.terms import WeightedCall, cpu_linear_s_per_unit
-from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import kv_spilled_tokens, staging_piece_units
-from placement.plan.workload import NUM_ROW_TIERS, Workload, row_tier
-from placement.solve.classes import KvClass, LayerClass, LinearClass
+from placement.plan.workload import NUM_ROW_TIERS, row_tier
+from placement.solve.classes import MANY_UNITS, KvClass, LinearClass
 from placement.solve.decisions import Budgets, Homes, gpu_tokens_of
 from placement.solve.pairing import pairs
+from placement.solve.problem import Problem
 from placement.solve.program import INFINITY, Program, add
 
 # Class totals up to this many units are integers in the program; above it a unit is too small to matter.
 MAX_INTEGER_UNITS = 64
-# From this many units on, one unit a layer is small enough to give equal layers equal cuts.
-MANY_UNITS = 64
 # Up to this many equal layers the number of those with a hand-over is an integer.
 MAX_INTEGER_LAYERS = 8
 
@@ -37,8 +35,8 @@ class LinearVariables:
 
 
 class Unknowns:
-    """What a program decides. classes: what is placed; gpu_tokens: KV slots that a GPU-owned KV head keeps in GPU
-    memory; None leaves them to the program too, where the bounds fix who owns the KV heads.
+    """What a program decides. gpu_tokens: KV slots that a GPU-owned KV head keeps in GPU memory; None leaves that to
+    the program too, where the bounds fix who owns the KV heads.
 
     homes: fixed decisions when only the row tiers of `calls` are still open; None when everything is. `linears` are by
     (class, index in it), `kv_heads` and `attending` by class; `memory` and `memory_constant` are bytes over
@@ -47,17 +45,16 @@ class Unknowns:
 
     def __init__(
         self,
-        workload: Workload,
-        hardware: HardwareProfile,
-        classes: Sequence[LayerClass],
+        problem: Problem,
         calls: Sequence[WeightedCall],
         gpu_tokens: int | None,
-        staging_slots: int,
         budgets: Budgets,
         homes: Homes | None = None,
     ) -> None:
-        self.workload, self.hardware, self.classes, self.calls = workload, hardware, classes, calls
-        self.gpu_tokens, self.staging_slots, self.budgets, self.homes = gpu_tokens, staging_slots, budgets, homes
+        workload, classes = problem.workload, problem.classes
+        self.workload, self.hardware, self.classes, self.calls = workload, problem.hardware, classes, calls
+        self.gpu_tokens, self.budgets, self.homes = gpu_tokens, budgets, homes
+        self.staging_slots = problem.staging_slots if homes is None or homes.staging_slot_bytes else 0
         self.program = Program()
         self.time_scale = 100.0 / max(self._cpu_only_s(), 1e-9)
         cached = sum(kv.kv_heads * kv.bytes_per_token for kv in workload.kv) * workload.full_tokens

@@ -1,0 +1,161 @@
+"""What a search for a placement is asked, and what it finds: a problem, and candidates judged by the cost model itself.
+
+So the prediction that a plan prints is the number that chose it.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from placement.cost.baselines import NO_STREAM, largest_layer_split, layer_split, stream_all
+from placement.cost.objective import judged_s, layers_objective_s, reference_calls
+from placement.cost.terms import WeightedCall, step_s
+from placement.machine.hardware import HardwareProfile
+from placement.plan.memory import PLACES, KvPlacement, LinearPlacement, is_all_on_gpu
+from placement.plan.placed import PlacedLayer, placed_bytes, placed_layers, placed_slot_bytes
+from placement.plan.workload import Workload
+from placement.policy.bind import Bounds
+from placement.solve.classes import LayerClass, layer_classes, single_layers
+from placement.solve.decisions import Budgets
+from placement.solve.pairing import is_paired
+from placement.solve.spread import Spread
+
+# Up to this many linears every layer is a class of its own.
+MAX_SINGLE_LINEARS = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be placed. staging_slots: 0 when nothing may stream."""
+
+    workload: Workload
+    hardware: HardwareProfile
+    bounds: Bounds
+    objective: str
+    staging_slots: int
+    budgets: Budgets
+
+    @cached_property
+    def calls(self) -> list[WeightedCall]:
+        """Passes of the reference requests."""
+        return reference_calls(self.workload, self.objective)
+
+    @cached_property
+    def classes(self) -> list[LayerClass]:
+        """Classes of layers with variables of their own."""
+        small = len(self.workload.linears) <= MAX_SINGLE_LINEARS
+        return (single_layers if small else layer_classes)(self.workload, self.bounds)
+
+    @cached_property
+    def once_s(self) -> float:
+        """Seconds of the reference requests that no placement changes and no program counts."""
+        return sum(
+            weighted.weight * step_s(self.workload, weighted.call, self.hardware, True, weighted.with_head)
+            for weighted in self.calls
+        )
+
+    def with_owned_heads(self, every: bool) -> "Problem":
+        """The problem in which the GPU owns all KV heads that are free to choose, or none."""
+        kv = tuple(
+            replace(bound, gpu_kv_heads=shard.kv_heads if every else 0) if bound.gpu_kv_heads is None else bound
+            for shard, bound in zip(self.workload.kv, self.bounds.kv, strict=True)
+        )
+        return replace(self, bounds=replace(self.bounds, kv=kv))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A placement, the problem that it answers, and what distinguishes it.
+
+    spread, concentrated, gpu_tokens: how it was laid out, for `complete`; None when nothing was left to choose. on_gpu:
+    whether there is a GPU at all.
+    """
+
+    problem: Problem
+    label: str
+    linears: tuple[LinearPlacement, ...]
+    kv: tuple[KvPlacement, ...]
+    spread: Spread | None = None
+    concentrated: bool = False
+    gpu_tokens: int = 0
+    on_gpu: bool = True
+
+    @cached_property
+    def layers(self) -> tuple[PlacedLayer, ...]:
+        """Its different layers."""
+        return placed_layers(self.problem.workload, self.linears, self.kv)
+
+    @cached_property
+    def seconds(self) -> float:
+        """Predicted seconds of the reference requests."""
+        problem = self.problem
+        return layers_objective_s(problem.workload, self.layers, problem.hardware, problem.calls, self.on_gpu)
+
+    @cached_property
+    def judged_s(self) -> float:
+        """The seconds by which it is compared with others."""
+        return judged_s(self.seconds, is_all_on_gpu(self.problem.workload, self.linears, self.kv))
+
+    @cached_property
+    def used_bytes(self) -> dict[str, int]:
+        """Bytes by place that it allocates, everything of fixed size left out; host includes pinned."""
+        workload, layers = self.problem.workload, self.layers
+        used = {place: placed_bytes(workload, layers, place) for place in PLACES}
+        used["gpu"] += self.problem.staging_slots * placed_slot_bytes(workload, layers)
+        used["host"] += used["pinned"]
+        return used
+
+    @property
+    def fits(self) -> bool:
+        """Whether it keeps every budget."""
+        limits = {place: getattr(self.problem.budgets, place) for place in PLACES}
+        return all(limit is None or self.used_bytes[place] <= limit for place, limit in limits.items())
+
+
+def fixed_candidate(problem: Problem, on_gpu: bool) -> Candidate | None:
+    """The only placement that the bounds allow, or None when something is left to choose."""
+    bounds = problem.bounds
+    if not all(b.fixed for b in bounds.linears) or any(
+        b.gpu_kv_heads is None or b.gpu_tokens is None for b in bounds.kv
+    ):
+        return None
+    linears = tuple(
+        LinearPlacement(s.name, b.gpu, b.stream, s.units)
+        for s, b in zip(problem.workload.linears, bounds.linears, strict=True)
+    )
+    kv = tuple(
+        KvPlacement(s.name, b.gpu_kv_heads, b.gpu_tokens, s.kv_heads)
+        for s, b in zip(problem.workload.kv, bounds.kv, strict=True)
+    )
+    return Candidate(problem, "as the rules say", linears, kv, on_gpu=on_gpu)
+
+
+def known_placements(problem: Problem) -> Iterator[Candidate]:
+    """Placements that need no search, where the bounds and the machine allow them: what other systems do, and the
+    simplest of all."""
+    workload = problem.workload
+    everything = (
+        tuple(LinearPlacement(s.name, s.units, NO_STREAM, s.units) for s in workload.linears),
+        tuple(KvPlacement(s.name, s.kv_heads, workload.layer_tokens(s), s.kv_heads) for s in workload.kv),
+    )
+    layers = largest_layer_split(workload, problem.budgets.gpu)
+    for label, (linears, kv) in (
+        ("everything in GPU memory", everything),
+        ("every weight streamed", stream_all(workload)),
+        (f"{layers} whole layers on the GPU", layer_split(workload, layers)),
+        ("everything on the CPU", layer_split(workload, 0)),
+    ):
+        streams, in_decode = any(p.streams for p in linears), any(p.stream_units[0] for p in linears)
+        may_stream = problem.staging_slots and (problem.hardware.streams_in_decode or not in_decode)
+        if problem.bounds.allow(linears, kv) and (may_stream or not streams):
+            yield Candidate(problem, label, linears, kv)
+
+
+def fastest_first(found: Iterable[Candidate]) -> list[Candidate]:
+    """Candidates by judged seconds; among equals those of a column shape, then of a small chunk."""
+
+    def key(candidate: Candidate) -> tuple[float, bool, int]:
+        workload = candidate.problem.workload
+        return candidate.judged_s, is_paired(workload), workload.prefill_chunk
+
+    return sorted(found, key=key)
