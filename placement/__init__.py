@@ -8,15 +8,8 @@ from placement.machine.hardware import HardwareProfile, catalogue_names
 from placement.plan.memory import KvPlacement, LinearPlacement, MemoryReport
 from placement.plan.phase import Prediction
 from placement.plan.plan import Plan
-from placement.plan.workload import (
-    NUM_ROW_TIERS,
-    ROW_TIER_LIMITS,
-    ROW_TIER_NAMES,
-    KvShard,
-    LinearShard,
-    Workload,
-    row_tier,
-)
+from placement.plan.shards import KvShard, LinearShard
+from placement.plan.workload import NUM_ROW_TIERS, ROW_TIER_LIMITS, ROW_TIER_NAMES, Workload, row_tier
 from placement.policy.policy import Policy, policy_schema, shipped_policies
 from placement.policy.problems import PolicyError
 from placement.solve.make_plan import BudgetError, make_plan

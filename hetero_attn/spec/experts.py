@@ -13,7 +13,7 @@ from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.spec.experts_config import ExpertsConfig
 from hetero_attn.spec.tensor_names import expert_tensor
 from hetero_attn.spec.weights import LinearSpec, Part
-from placement.plan.workload import LinearShard
+from placement.plan.shards import LinearShard
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ from itertools import groupby
 
 from cpu_kernels.formats import BLOCK_FEATURES, GROUP_INPUTS, format_of, mix_name, unit_blocks, unit_bytes
 from hetero_attn.errors import UnsupportedModelError
-from placement.plan.workload import LinearShard, round_up
+from placement.plan.shards import LinearShard
+from placement.plan.workload import round_up
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from cpu_kernels.formats.pages import token_bytes
 from hetero_attn.spec.blocks import FLOAT32_BYTES, FixedState, KvState, ModelSpec
 from hetero_attn.spec.buffers import ActivationWidths
 from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
-from placement.plan.workload import KvShard, StateShard, Workload, round_up
+from placement.plan.shards import KvShard, StateShard
+from placement.plan.workload import Workload, round_up
 
 TABLE_ALIGN_BYTES = 64
 LOGITS_ROWS = 16  # rows of logits computed at once when a prompt's every position is asked for

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import LinearPlacement
 from placement.plan.plan import Plan
-from placement.plan.workload import NUM_ROW_TIERS, LinearShard
+from placement.plan.shards import LinearShard
+from placement.plan.workload import NUM_ROW_TIERS
 from placement.policy.bind import Bounds
 from placement.solve.pairing import first_names
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from placement.cost.terms import Call, cpu_call_s, handover_s
 from placement.machine.hardware import HardwareProfile
 from placement.machine.rates import KV_BITS, AttentionRate, nearest_attention
-from placement.plan.workload import KvShard, Workload
+from placement.plan.shards import KvShard
+from placement.plan.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Placements that other systems use, in our terms: plans and published numbers compared under one model."""
 
 from placement.plan.memory import KvPlacement, LinearPlacement
-from placement.plan.workload import NUM_ROW_TIERS, LinearShard, Workload, row_tier
+from placement.plan.shards import LinearShard
+from placement.plan.workload import NUM_ROW_TIERS, Workload, row_tier
 
 NO_STREAM = (0,) * NUM_ROW_TIERS
 MANY_ROWS_TIER = row_tier(17)

@@ -51,7 +51,8 @@ from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import KvPlacement, LinearPlacement
 from placement.plan.phase import RESOURCES, TERMS, PhaseCost
 from placement.plan.placed import PlacedLayer, placed_layers
-from placement.plan.workload import KvShard, LinearShard, Workload, row_tier
+from placement.plan.shards import KvShard, LinearShard
+from placement.plan.workload import Workload, row_tier
 
 
 class PassCost(NamedTuple):

@@ -12,7 +12,8 @@ from placement.machine.hardware import HardwareProfile
 from placement.machine.rates import RowRate, seconds_per_operation_of_a_row
 from placement.plan.memory import LinearPlacement, staging_piece_units
 from placement.plan.placed import PlacedLayer
-from placement.plan.workload import LinearShard, Workload, row_tier
+from placement.plan.shards import LinearShard
+from placement.plan.workload import Workload, row_tier
 
 BYTES_PER_ACTIVATION = 4
 # Two norms, rotary embedding with the KV append, the gated activation, where a workload says nothing else; on a GPU

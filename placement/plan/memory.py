@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from placement.plan.workload import NUM_ROW_TIERS, KvShard, LinearShard, Workload, round_up
+from placement.plan.shards import KvShard, LinearShard
+from placement.plan.workload import NUM_ROW_TIERS, Workload, round_up
 
 PLACES = ("gpu", "pinned", "host")
 KINDS = ("weights", "kv", "staging", "activations", "embed", "resident", "context")

@@ -12,7 +12,8 @@ from placement.plan.memory import (
     linear_bytes,
     staging_piece_bytes,
 )
-from placement.plan.workload import KvShard, LinearShard, Workload
+from placement.plan.shards import KvShard, LinearShard
+from placement.plan.workload import Workload
 
 KV_BYTES = {"gpu": kv_gpu_bytes, "pinned": kv_pinned_bytes, "host": kv_host_bytes}
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fnmatch import translate
 
 from placement.plan.memory import KvPlacement, LinearPlacement
-from placement.plan.workload import NUM_ROW_TIERS, ROW_TIER_NAMES, KvShard, LinearShard, Workload
+from placement.plan.shards import KvShard, LinearShard
+from placement.plan.workload import NUM_ROW_TIERS, ROW_TIER_NAMES, Workload
 from placement.policy.fields import Share
 from placement.policy.policy import Policy
 from placement.policy.problems import PolicyError

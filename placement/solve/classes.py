@@ -8,7 +8,8 @@ of them is described by those numbers (placement.solve.formulation) and laid out
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from placement.plan.workload import KvShard, LayerShards, LinearShard, Workload
+from placement.plan.shards import KvShard, LayerShards, LinearShard
+from placement.plan.workload import Workload
 from placement.policy.bind import Bounds, KvBounds, LinearBounds
 
 # From this many units on, one unit a layer is small enough to give equal layers equal cuts.

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from placement.plan.workload import KvShard, Workload
+from placement.plan.shards import KvShard
+from placement.plan.workload import Workload
 from placement.policy.bind import KvBounds
 
 

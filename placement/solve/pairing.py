@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from placement.plan.memory import LinearPlacement
-from placement.plan.workload import LinearShard, Workload
+from placement.plan.shards import LinearShard
+from placement.plan.workload import Workload
 from placement.solve.classes import LayerClass
 
 Homes = dict[tuple[int, int], tuple[int, ...]]

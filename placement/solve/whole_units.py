@@ -7,7 +7,8 @@ from dataclasses import replace
 from placement.cost.objective import tier_call
 from placement.cost.terms import linear_cost
 from placement.plan.memory import KvPlacement, LinearPlacement, staging_slot_bytes
-from placement.plan.workload import NUM_ROW_TIERS, ROW_TIER_NAMES, LinearShard
+from placement.plan.shards import LinearShard
+from placement.plan.workload import NUM_ROW_TIERS, ROW_TIER_NAMES
 from placement.policy.bind import LinearBounds
 from placement.solve.decisions import Budgets, Homes, Totals, gpu_tokens_of
 from placement.solve.formulation import formulation

@@ -15,7 +15,7 @@ from placement.cost.terms import cpu_linear_s_per_unit
 from placement.explain.explain import budget_curve, explain
 from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import rounded_input_bytes
-from placement.plan.workload import LinearShard
+from placement.plan.shards import LinearShard
 
 QWEN3_30B = {
     "architectures": ["Qwen3MoeForCausalLM"],
