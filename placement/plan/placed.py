@@ -61,7 +61,7 @@ def placed_bytes(workload: Workload, layers: Sequence[PlacedLayer], place: str) 
     )
 
 
-def placed_slot_bytes(workload: Workload, layers: Sequence[PlacedLayer]) -> int:
+def placed_staging_slot_bytes(workload: Workload, layers: Sequence[PlacedLayer]) -> int:
     """Size of a staging slot, as `staging_slot_bytes` counts it."""
     pieces = (
         staging_piece_bytes(shard, workload)

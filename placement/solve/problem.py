@@ -12,7 +12,7 @@ from placement.cost.objective import judged_s, layers_objective_s, reference_cal
 from placement.cost.terms import WeightedCall, step_s
 from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import PLACES, KvPlacement, LinearPlacement, is_all_on_gpu
-from placement.plan.placed import PlacedLayer, placed_bytes, placed_layers, placed_slot_bytes
+from placement.plan.placed import PlacedLayer, placed_bytes, placed_layers, placed_staging_slot_bytes
 from placement.plan.workload import Workload
 from placement.policy.bind import Bounds
 from placement.solve.classes import LayerClass, layer_classes, single_layers
@@ -101,7 +101,7 @@ class Candidate:
         """Bytes by place that it allocates, everything of fixed size left out; host includes pinned."""
         workload, layers = self.problem.workload, self.layers
         used = {place: placed_bytes(workload, layers, place) for place in PLACES}
-        used["gpu"] += self.problem.staging_slots * placed_slot_bytes(workload, layers)
+        used["gpu"] += self.problem.staging_slots * placed_staging_slot_bytes(workload, layers)
         used["host"] += used["pinned"]
         return used
 

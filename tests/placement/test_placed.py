@@ -7,7 +7,7 @@ import pytest
 
 from placement import KvPlacement, LinearPlacement
 from placement.plan.memory import memory_report
-from placement.plan.placed import placed_bytes, placed_layers, placed_slot_bytes
+from placement.plan.placed import placed_bytes, placed_layers, placed_staging_slot_bytes
 from tests.support.planning_models import tiny
 
 
@@ -37,7 +37,7 @@ def test_bytes_of_the_different_layers_are_those_of_all(seed):
     assert {p: placed_bytes(workload, layers, p) for p in report} == {
         p: v["weights"] + v["kv"] for p, v in report.items()
     }
-    assert placed_slot_bytes(workload, layers) == report["gpu"]["staging"]
+    assert placed_staging_slot_bytes(workload, layers) == report["gpu"]["staging"]
 
 
 def test_layers_are_alike_only_where_everything_that_counts_is():
