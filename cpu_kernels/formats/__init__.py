@@ -8,6 +8,7 @@ are and the mixes of them that one linear may have, `gguf_types` the block types
 from cpu_kernels.formats.base import BLOCK_FEATURES, GROUP_INPUTS, LINE_BYTES, WeightFormat
 from cpu_kernels.formats.gguf_types import GGUF_BY_NAME, GGUF_TYPES, GgufType
 from cpu_kernels.formats.source_types import (
+    E2M1_HEADER_BYTES,
     E2M1_TYPE,
     FP8_TYPE,
     INT4_GROUPS,
@@ -18,6 +19,7 @@ from cpu_kernels.formats.source_types import (
     SCALE_BYTES,
     SCALED_TYPES,
     SOURCE_TYPES,
+    UINT8_TYPES,
 )
 from cpu_kernels.formats.table import (
     FORMATS,
@@ -33,6 +35,7 @@ from cpu_kernels.formats.table import (
 
 __all__ = [
     "BLOCK_FEATURES",
+    "E2M1_HEADER_BYTES",
     "E2M1_TYPE",
     "FORMATS",
     "FP8_TYPE",
@@ -49,6 +52,7 @@ __all__ = [
     "SCALED_TYPES",
     "SCALE_BYTES",
     "SOURCE_TYPES",
+    "UINT8_TYPES",
     "GgufType",
     "Segment",
     "WeightFormat",

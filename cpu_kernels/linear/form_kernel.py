@@ -15,6 +15,7 @@ from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat
 from cpu_kernels.linear.records import Record
 from cpu_kernels.vectors.code_sums import CodeSums
 from cpu_kernels.vectors.dot import emit_dot2, in_parts, together
+from cpu_kernels.vectors.header_numbers import byte_numbers, exponents, halves, tensor_scales
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.vector import (
     I8,
@@ -22,7 +23,6 @@ from cpu_kernels.vectors.vector import (
     I64,
     VF32,
     VHALF,
-    VI8,
     VI16,
     VI32,
     F32x16,
@@ -123,35 +123,16 @@ def code_words(isa: Isa, item: WeightFormat, b, lines, table: tuple[int, ...]) -
     return word
 
 
-def halves(b, address, offset: int):
-    """16 float16, widened."""
-    return b.fpext(load_as(b, address, VHALF, offset), VF32)
-
-
-def byte_numbers(b, address, offset: int, signed: bool):
-    """16 bytes as int32."""
-    values = load_as(b, address, VI8, offset)
-    return b.sext(values, VI32) if signed else b.zext(values, VI32)
-
-
-def exponents(b, address, offset: int):
-    """16 powers of two, 2^(e - 128) of u8 e: no normal numbers below e = 2."""
-    e = byte_numbers(b, address, offset, signed=False)
-    normal = b.shl(b.sub(e, constant(VI32, 1)), constant(VI32, 23))
-    small = b.shl(constant(VI32, 0x00200000), b.and_(e, constant(VI32, 1)))
-    return b.bitcast(b.select(b.icmp_unsigned(">=", e, constant(VI32, 2)), normal, small), VF32)
-
-
 def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
     """Intrinsic (sums, superblock, group, code lines, record) -> sums; group: which 64 inputs of the superblock.
 
     ahead_bytes: how far ahead of the code lines as many are asked for, 0 for nothing.
     """
     tile = types.UniTuple(F32x16, rows)
-    has_zeros, has_floats = item.header.startswith("SZ"), item.header.startswith("F")
-    group_inputs = int(item.header.lstrip("SZF")) if has_zeros or has_floats else 0
+    has_zeros, has_floats = item.header.startswith(("SZ", "SI")), item.header.startswith(("F", "T"))
+    group_inputs = int(item.header.lstrip("SZIFT")) if has_zeros or has_floats else 0
     # inputs that share a scale, up to 64
-    run = 16 if item.header in ("K2S16", "F16") else 64 if group_inputs > 32 else 32
+    run = 16 if item.header in ("K2S16", "T16") else 64 if group_inputs > 32 else 32
     runs = GROUP_INPUTS // run
     code_sums = CodeSums(isa, item.largest_code)
     offset = item.offset - 128 if code_sums.takes_128 else item.offset
@@ -192,10 +173,14 @@ def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
         return [reduce(b.fadd, chained) for chained in sums]
 
     def with_float_scales(b, superblock, group, word, record):
-        """Sums of scale * dot, for every row; a superblock is one group of inputs or 64."""
+        """Sums of scale * dot, for every row; but of T16 a superblock is one group of inputs."""
         totals = [None] * rows
+        of_run = None
+        if item.header == "T16":
+            place = b.add(b.mul(group, ir.Constant(group.type, 16 * runs)), ir.Constant(group.type, LINE_BYTES))
+            of_run = tensor_scales(b, superblock, b.add(superblock, place))
         for part in range(runs):
-            scale = load_as(b, superblock, VF32, LINE_BYTES * part)
+            scale = load_as(b, superblock, VF32, 0) if of_run is None else of_run(part)
             if item.has_float_codes:
                 values = float_dots(b, word, record)
             else:
@@ -256,7 +241,10 @@ def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
             first = b.add(b.mul(group, I64(GROUP_INPUTS)), I64(run * part))
             index = b.udiv(first, I64(group_inputs))
             scale = halves(b, b.add(superblock, b.mul(index, I64(32))), 0)
-            zero = byte_numbers(b, b.add(superblock, b.mul(index, I64(16))), zeros_at, signed=False)
+            signed = item.header.startswith("SI")
+            zero = byte_numbers(b, b.add(superblock, b.mul(index, I64(16))), zeros_at, signed)
+            if signed:
+                zero = b.and_(zero, constant(VI32, 0xFFFF))
             zeros = b.mul(zero, constant(VI32, pair(1, 1)))
             for row, dot in enumerate(dots(b, word, record, part)):
                 taken = constant(VI32, 0)

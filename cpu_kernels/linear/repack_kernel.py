@@ -8,14 +8,16 @@ the superblock comes. The layouts are those of ggml's block structures.
 
 from cpu_kernels.formats import (
     BLOCK_FEATURES,
+    E2M1_HEADER_BYTES,
+    E2M1_TYPE,
     GROUP_INPUTS,
-    INT4_GROUPS,
     INT4_HEADER_BYTES,
     INT4_TYPES,
     LINE_BYTES,
     SCALE_BYTES,
     SCALED_TYPES,
     SOURCE_TYPES,
+    UINT8_TYPES,
     GgufType,
     format_of,
 )
@@ -27,7 +29,7 @@ from cpu_kernels.vectors.scalar import least, load_byte, load_short, load_word, 
 NIBBLES, BITS, PAIRS = 0x0F0F0F0F, 0x01010101, 0x03030303
 SPREAD = 0x00204081  # times four bits: bit i is the lowest of byte i
 GROUP_WORDS = GROUP_INPUTS // 4
-HALF_INFINITY, FLOAT_INFINITY = 0x7C00, 0x7F800000
+HALF_INFINITY, FLOAT_INFINITY, NO_E4M3 = 0x7C00, 0x7F800000, 0x7F
 
 
 @helper
@@ -202,10 +204,23 @@ def word_scaled(kind: GgufType):
     return word_bytes(kind, 0x80808080 if plane == "i8" else 0)
 
 
-def header_int4(group: int):
-    """`header` of float16 scales, then u8 zero points, of every `group` inputs of a superblock."""
-    block_bytes = INT4_TYPES[group].block_bytes
-    together = format_of(INT4_TYPES[group].format).group_inputs // group
+@helper
+def header_e2m1(source, blocks, to, feature):
+    """The number of the tensor, and one byte a block, 16 a superblock."""
+    factor = load_word(source)
+    store_word(factor, to + 4 * feature)
+    good = factor & FLOAT_INFINITY != FLOAT_INFINITY
+    for block in range(16):
+        scale = load_byte(source + 16 * block + SCALE_BYTES) if block < blocks else 0
+        good = good and scale < NO_E4M3
+        store_byte(scale, to + LINE_BYTES + 16 * block + feature)
+    return good
+
+
+def header_zeros(kind: GgufType):
+    """`header` of float16 scales, then zero points, of every group; 128 is taken from those of bytes."""
+    block_bytes, item = kind.block_bytes, format_of(kind.format)
+    together, flipped = item.group_inputs // kind.items, 128 if item.plane == "i8" else 0
 
     @helper
     def header(source, blocks, to, feature):
@@ -215,7 +230,8 @@ def header_int4(group: int):
             scale = load_short(at) if block < blocks else 0
             good = good and is_finite(scale)
             store_short(scale, to + 32 * block + 2 * feature)
-            store_byte(load_byte(at + 2) if block < blocks else 0, to + 32 * together + 16 * block + feature)
+            zero = load_byte(at + 2) ^ flipped if block < blocks else 0
+            store_byte(zero, to + 32 * together + 16 * block + feature)
         return good
 
     return header
@@ -235,9 +251,10 @@ KERNEL_SOURCES = {
     "MXFP4": (words_of_32(17, 1, 0), header_mxfp4),
 }
 KERNEL_SOURCES |= {
-    INT4_TYPES[group].name: (word_nibbles(INT4_TYPES[group], INT4_HEADER_BYTES), header_int4(group))
-    for group in INT4_GROUPS
+    kind.name: (word_nibbles(kind, INT4_HEADER_BYTES), header_zeros(kind)) for kind in INT4_TYPES.values()
 }
+KERNEL_SOURCES |= {kind.name: (word_bytes(kind, 0), header_zeros(kind)) for kind in UINT8_TYPES.values()}
+KERNEL_SOURCES[E2M1_TYPE.name] = word_nibbles(E2M1_TYPE, E2M1_HEADER_BYTES), header_e2m1
 KERNEL_SOURCES |= {name: (word_scaled(kind), header_scaled(kind)) for name, kind in SCALED_TYPES.items()}
 
 

@@ -141,15 +141,24 @@ def scale_minimum_e32(header, feature, run):
     return as_float((exponent - 1) << 23 if exponent >= 2 else 0x00200000 << exponent), np.float32(0.0)
 
 
+@helper
+def scale_minimum_t16(header, feature, run):
+    """As above, of a byte and the number of the tensor."""
+    factor = load_scalar(header + 4 * feature)
+    value = e4m3(load_byte(header + LINE_BYTES + 16 * run + feature)) * np.float32(2.0**-8)
+    return value / -factor if factor < 0 else value * factor, np.float32(0.0)
+
+
 def scale_minimum_sz(item: WeightFormat):
     """As above: code * scale - zero point * scale, both exact, is the exact difference."""
-    group = int(item.header.removeprefix("SZ"))
+    group, signed = int(item.header.lstrip("SZI")), item.header.startswith("SI")
     runs, groups = group // 16, item.group_inputs // group
 
     @helper
     def scale_minimum(header, feature, run):
-        scale = load_half(header + 32 * (run // runs) + 2 * feature)
-        return scale, -(np.float32(load_byte(header + 32 * groups + 16 * (run // runs) + feature)) * scale)
+        scale, at = load_half(header + 32 * (run // runs) + 2 * feature), header + 32 * groups + 16 * (run // runs)
+        zero = signed_byte(at + feature) if signed else load_byte(at + feature)
+        return scale, -(np.float32(zero) * scale)
 
     return scale_minimum
 
@@ -172,13 +181,14 @@ HEADERS = {
     "K2S16": scale_minimum_k2s16,
     "K2S32": scale_minimum_k2s32,
     "E32": scale_minimum_e32,
+    "T16": scale_minimum_t16,
 }
 
 
 def unpack(weight_dtype: str):
     """Kernel; rows: of the weight. count: of ids."""
     item = format_of(weight_dtype)
-    has_zeros = item.header.startswith("SZ")
+    has_zeros = item.header.startswith(("SZ", "SI"))
     number, has_minimum = number_reader(item), has_zeros or "M" in item.header
     scale_minimum = HEADERS.get(item.header) or (scale_minimum_sz if has_zeros else scale_minimum_f)(item)
     header_bytes, superblock_bytes = item.header_lines * LINE_BYTES, item.superblock_bytes

@@ -96,6 +96,14 @@ def _power(header, mask, offset):
 
 
 @triton.jit
+def _of_tensor(header, factor, mask, offset):
+    """A byte E4M3 times or over the number of the tensor."""
+    byte = tl.load(header + offset, mask=mask, other=0)
+    value = (byte.to(tl.int16) << 7).to(tl.float16, bitcast=True).to(tl.float32)
+    return tl.where(factor < 0, tl.div_rn(value, -factor), value * factor)
+
+
+@triton.jit
 def _group_total(d0, d1, d2, d3, x0, x1, block, feature, mask, inside, HEADER: tl.constexpr, TOGETHER: tl.constexpr):
     """Sums of scale * dot product, and of minimum * sum of the inputs; arguments as those of `add_group`."""
     bytes1, bytes2, bytes4 = block + feature, block + 2 * feature, block + 4 * feature
@@ -107,22 +115,25 @@ def _group_total(d0, d1, d2, d3, x0, x1, block, feature, mask, inside, HEADER: t
     elif HEADER == "E32":
         at = 32 * inside
         total = tl.fma(d1.to(tl.float32), _power(bytes1, mask, at + 16), d0.to(tl.float32) * _power(bytes1, mask, at))
-    elif HEADER == "F16":
-        total = tl.fma(d1.to(tl.float32), _number(bytes4, mask, 64), d0.to(tl.float32) * _number(bytes4, mask, 0))
-        total = tl.fma(d2.to(tl.float32), _number(bytes4, mask, 128), total)
-        total = tl.fma(d3.to(tl.float32), _number(bytes4, mask, 192), total)
+    elif HEADER == "T16":
+        at, of_all = 64 + 64 * inside, _number(bytes4, mask, 0)
+        total = d0.to(tl.float32) * _of_tensor(bytes1, of_all, mask, at)
+        total = tl.fma(d1.to(tl.float32), _of_tensor(bytes1, of_all, mask, at + 16), total)
+        total = tl.fma(d2.to(tl.float32), _of_tensor(bytes1, of_all, mask, at + 32), total)
+        total = tl.fma(d3.to(tl.float32), _of_tensor(bytes1, of_all, mask, at + 48), total)
     elif HEADER == "F128":
         total = d0.to(tl.float32) * _number(bytes4, mask, 0)
-    elif HEADER == "SZ32":
+    elif HEADER == "SZ32" or HEADER == "SI32":
         at = 2 * inside
-        early = d0 - _byte(bytes1, mask, 64 * TOGETHER + 16 * at, False) * x0
-        late = d1 - _byte(bytes1, mask, 64 * TOGETHER + 16 * at + 16, False) * x1
+        early = d0 - _byte(bytes1, mask, 64 * TOGETHER + 16 * at, HEADER == "SI32") * x0
+        late = d1 - _byte(bytes1, mask, 64 * TOGETHER + 16 * at + 16, HEADER == "SI32") * x1
         scaled = early.to(tl.float32) * _half(bytes2, mask, 32 * at)
         total = tl.fma(late.to(tl.float32), _half(bytes2, mask, 32 * at + 32), scaled)
-    elif HEADER == "SZ64" or HEADER == "SZ128":
-        EACH: tl.constexpr = 1 if HEADER == "SZ64" else 2
+    elif HEADER == "SZ64" or HEADER == "SZ128" or HEADER == "SI64" or HEADER == "SI128":
+        EACH: tl.constexpr = 1 if HEADER == "SZ64" or HEADER == "SI64" else 2
+        SIGNED: tl.constexpr = HEADER == "SI64" or HEADER == "SI128"
         at = inside // EACH
-        whole = d0 - _byte(bytes1, mask, 32 * TOGETHER // EACH + 16 * at, False) * (x0 + x1)
+        whole = d0 - _byte(bytes1, mask, 32 * TOGETHER // EACH + 16 * at, SIGNED) * (x0 + x1)
         total = whole.to(tl.float32) * _half(bytes2, mask, 32 * at)
     elif HEADER == "K2S16":
         at = 64 + 64 * inside
@@ -175,14 +186,14 @@ def add_group(
 
 def runs_of(header: str) -> int:
     """Runs of 64 inputs whose dot products `add_group` takes apart from each other: 1, 2 or 4."""
-    if header in ("K2S16", "F16"):
+    if header in ("K2S16", "T16"):
         return 4
-    return 1 if header in ("SM64", "F128", "SZ64", "SZ128") else 2
+    return 1 if header in ("SM64", "F128", "SZ64", "SZ128", "SI64", "SI128") else 2
 
 
 def takes_sums(header: str) -> bool:
     """Whether `add_group` reads the sums of halves of the inputs."""
-    return header in ("SM32", "K2M32", "SZ32", "SZ64", "SZ128")
+    return header in ("SM32", "K2M32") or header.startswith(("SZ", "SI"))
 
 
 def table_words(table: tuple[int, ...]) -> tuple[int, ...]:

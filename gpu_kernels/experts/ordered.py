@@ -96,10 +96,10 @@ def _add_group(
         scales = [at.half(32 * run) for run in range(2)]
     elif form.header == "E32":
         scales = [at.power(16 * (2 * inside + run)) for run in range(2)]
-    elif form.header.startswith("SZ"):
+    elif form.header.startswith(("SZ", "SI")):
         return fma(_with_zeros(in_halves, at, inside, form), factor, result)
-    elif form.header == "F16":
-        return fma(_chain(dots, [at.number(LINE * run) for run in range(4)]), factor, result)
+    elif form.header == "T16":
+        return fma(_chain(dots, [at.of_tensor(LINE + 16 * (4 * inside + run)) for run in range(4)]), factor, result)
     else:
         return fma(dots.sum(1).float() * at.number(0), factor, result)
     total = _chain(in_halves[0], scales)
@@ -134,7 +134,7 @@ def _with_zeros(in_halves: tuple[Tensor, Tensor], at: _Header, inside: int, form
     total = None
     for run in range(dots.shape[1]):
         index = (GROUP * inside + 32 * run) // each
-        zero = at.byte(32 * form.inputs // each + 16 * index, False)
+        zero = at.byte(32 * form.inputs // each + 16 * index, form.header.startswith("SI"))
         value, scale = (dots[:, run] - zero * sums[:, run]).float(), at.half(32 * index)
         total = value * scale if total is None else fma(value, scale, total)
     return total
@@ -155,6 +155,11 @@ class _Header:
     def byte(self, first: int, signed: bool) -> Tensor:
         found = self._bytes(first, 1)
         return (found.view(torch.int8) if signed else found).long().flatten()
+
+    def of_tensor(self, first: int) -> Tensor:
+        """A byte E4M3 times or over the number of the tensor."""
+        value, factor = self._bytes(first, 1).view(torch.float8_e4m3fn).float().flatten() / 256, self.number(0)
+        return torch.where(factor < 0, value / -factor, value * factor)
 
     def power(self, first: int) -> Tensor:
         exponents = self.byte(first, False).float() - 128

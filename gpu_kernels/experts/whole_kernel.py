@@ -104,6 +104,9 @@ def _pick_kernel(
         if BITS == 8:
             first_half, last_half = dot4(low, x_low_all, zero), dot4(high, x_high_all, zero)
             d0, d1 = tl.sum(first_half, axis=1), tl.sum(last_half, axis=1)
+            if TAKES_SUMS:
+                nothing = tl.zeros([1, 8, 1], tl.int32)
+                x0, x1 = tl.sum(dot4(ones, x_low, nothing), axis=1), tl.sum(dot4(ones, x_high, nothing), axis=1)
             if RUNS == 1:
                 d0 = d0 + d1
             d2, d3 = d0, d1
@@ -229,6 +232,8 @@ def _tile_kernel(
             b = tl.load(q + row.to(tl.int64)[:, None] * q_stride + group * 64 + 32 + tl.arange(0, 32)[None, :])
             d0 = tl.dot(a, _as_inputs(low, low, 8, BLOCKS, 8).T, out_dtype=tl.int32)
             d1 = tl.dot(b, _as_inputs(high, high, 8, BLOCKS, 8).T, out_dtype=tl.int32)
+            if TAKES_SUMS:
+                x0, x1 = tl.sum(a.to(tl.int32), axis=1)[:, None], tl.sum(b.to(tl.int32), axis=1)[:, None]
             if RUNS == 1:
                 d0 = d0 + d1
             d2, d3 = d0, d1

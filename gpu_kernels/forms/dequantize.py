@@ -15,7 +15,7 @@ GROUPS = 4  # of 64 inputs a program
 
 
 @triton.jit
-def _scale_and_minimum(superblock, inside_group, line, feature, mask, HEADER: tl.constexpr):
+def _scale_and_minimum(superblock, inside_group, line, feature, mask, HEADER: tl.constexpr, HAS_ZEROS: tl.constexpr):
     """float32 [groups, 8, 16], 0-d zero where there is no minimum; see cpu_kernels/formats/base.py."""
     halves = superblock.to(tl.pointer_type(tl.float16))
     minimum = 0.0
@@ -28,18 +28,23 @@ def _scale_and_minimum(superblock, inside_group, line, feature, mask, HEADER: tl
         exponent = tl.load(superblock + (2 * inside_group + line // 4) * 16 + feature, mask=mask, other=0).to(tl.int32)
         bits = tl.where(exponent >= 2, (exponent - 1) << 23, 0x00200000 << tl.minimum(exponent, 1))
         scale = bits.to(tl.float32, bitcast=True)
-    elif HEADER == "F16":
-        floats = superblock.to(tl.pointer_type(tl.float32))
-        scale = tl.load(floats + line // 2 * 16 + feature, mask=mask, other=0.0)
+    elif HEADER == "T16":
+        factor = tl.load(superblock.to(tl.pointer_type(tl.float32)) + feature, mask=mask, other=0.0)
+        byte = tl.load(superblock + 64 + (4 * inside_group + line // 2) * 16 + feature, mask=mask, other=0)
+        value = (byte.to(tl.int16) << 7).to(tl.float16, bitcast=True).to(tl.float32)
+        scale = tl.where(factor < 0, tl.div_rn(value, -factor), value * factor)
     elif HEADER == "F64" or HEADER == "F128":
         scale = tl.load(superblock.to(tl.pointer_type(tl.float32)) + feature, mask=mask, other=0.0)
-    elif HEADER == "SZ32" or HEADER == "SZ64" or HEADER == "SZ128":
-        EACH: tl.constexpr = 32 if HEADER == "SZ32" else (64 if HEADER == "SZ64" else 128)
-        SUPERBLOCK: tl.constexpr = 128 if HEADER == "SZ128" else 256
+    elif HAS_ZEROS:
+        IS_SIGNED: tl.constexpr = HEADER == "SI32" or HEADER == "SI64" or HEADER == "SI128"
+        IS_128: tl.constexpr = HEADER == "SZ128" or HEADER == "SI128"
+        EACH: tl.constexpr = 32 if HEADER == "SZ32" or HEADER == "SI32" else (128 if IS_128 else 64)
+        SUPERBLOCK: tl.constexpr = 128 if IS_128 else 256
         at = (64 * inside_group + 8 * line) // EACH * 16 + feature
         scale = tl.load(halves + at, mask=mask, other=0.0).to(tl.float32)
         zero = tl.load(superblock + SUPERBLOCK // EACH * 32 + at, mask=mask, other=0)
-        minimum = -(zero.to(tl.float32) * scale)
+        number = zero.to(tl.int8, bitcast=True) if IS_SIGNED else zero
+        minimum = -(number.to(tl.float32) * scale)
     else:
         d = tl.load(halves + feature, mask=mask, other=0.0).to(tl.float32)
         if HEADER == "K2S16":
@@ -64,6 +69,7 @@ def _dequantize_form_kernel(
     block_bytes,
     out_stride,
     HEADER: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
     BITS: tl.constexpr,
     TOGETHER: tl.constexpr,
     HEADER_BYTES: tl.constexpr,
@@ -100,7 +106,7 @@ def _dequantize_form_kernel(
     if TABLE_LOW or TABLE_HIGH:
         entries = tl.where(code >= 8, TABLE_HIGH, TABLE_LOW).to(tl.int64)
         code = (entries >> (code % 8 * 8).to(tl.int64)).to(tl.int8).to(tl.int32)
-    scale, minimum = _scale_and_minimum(superblock, inside_group, line, feature, mask, HEADER)
+    scale, minimum = _scale_and_minimum(superblock, inside_group, line, feature, mask, HEADER, HAS_ZEROS)
     if IS_E4M3:  # exponent and mantissa of a float16 that is 256 times smaller, subnormal ones too
         half = (code & 128) << 8 | (code & 127) << 7
         number = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
@@ -111,7 +117,7 @@ def _dequantize_form_kernel(
     else:
         number = (code - OFFSET).to(tl.float32)
     values = number * scale[:, :, :, None]
-    if HEADER == "SM32" or HEADER == "K2M32" or HEADER == "SZ32" or HEADER == "SZ64" or HEADER == "SZ128":
+    if HEADER == "SM32" or HEADER == "K2M32" or HAS_ZEROS:
         values += minimum[:, :, :, None]
     target = out + (block * 16 + feature) * out_stride + group * 64 + line * 8
     tl.store(target[:, :, :, None] + index, values.to(tl.bfloat16), mask=mask[:, :, :, None])
@@ -137,6 +143,7 @@ def dequantize_form(weight: Tensor, name: str, in_features: int) -> Tensor:
         weight.stride(0),
         out.stride(0),
         HEADER=form.header,
+        HAS_ZEROS=form.header.startswith(("SZ", "SI")),
         BITS=form.bits,
         TOGETHER=form.inputs // GROUP,
         HEADER_BYTES=64 * form.header_lines,

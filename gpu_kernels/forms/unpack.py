@@ -60,8 +60,11 @@ FORMS = {
     "int4_g32": Form(4, 256, 6, "SZ32"),
     "int4_g64": Form(4, 256, 3, "SZ64"),
     "int4_g128": Form(4, 128, 1, "SZ128"),
+    "uint8_g32": Form(8, 256, 6, "SI32", 128),
+    "uint8_g64": Form(8, 256, 3, "SI64", 128),
+    "uint8_g128": Form(8, 128, 1, "SI128", 128),
     "mxfp4": Form(4, 128, 1, "E32", table=TWICE_E2M1),
-    "nvfp4": Form(4, 64, 4, "F16", table=TWICE_E2M1),
+    "nvfp4": Form(4, 256, 5, "T16", table=TWICE_E2M1),
     "nf4": Form(4, 64, 1, "F64", values=NF4),
     "int8": Form(8, 128, 1, "F128", 128),
     "fp8": Form(8, 128, 1, "F128", e4m3=True),
@@ -134,11 +137,15 @@ def _numbers(header: Tensor, form: Form) -> tuple[Tensor, Tensor]:
         each = int(form.header[1:])
         scale = header.contiguous().view(torch.float32).unflatten(-1, (-1, FEATURES))
         return scale.repeat_interleave(each // 16, 2), none
-    if form.header.startswith("SZ"):
+    if form.header == "T16":
+        factor = header[..., :LINE].contiguous().view(torch.float32)[:, :, None]
+        scale = header[..., LINE:].contiguous().view(torch.float8_e4m3fn).float().unflatten(-1, (16, FEATURES)) / 256
+        return torch.where(factor < 0, scale / -factor, scale * factor), none
+    if form.header.startswith(("SZ", "SI")):
         each = int(form.header[2:])
         groups = form.inputs // each
         scale = halves(0, groups)
-        minimum = -numbers(2 * FEATURES * groups, groups, signed=False) * scale
+        minimum = -numbers(2 * FEATURES * groups, groups, signed=form.header.startswith("SI")) * scale
         return scale.repeat_interleave(each // 16, 2), minimum.repeat_interleave(each // 16, 2)
     if form.header == "K2S16":
         return halves(0, 1) * numbers(LINE, 16, signed=True), none

@@ -1,27 +1,29 @@
-"""int4 groups with zero points: packed and unpacked to the bit, and multiplied, on every instruction set."""
+"""Groups of 4 and 8 bits with zero points: packed and unpacked to the bit, and multiplied, on every instruction set."""
 
 import pytest
 import torch
 
-from cpu_kernels.formats import INT4_GROUPS, INT4_TYPES, format_of
+from cpu_kernels.formats import format_of
 from gpu_kernels import reference
 from tests.support.cpu_oracles import ISAS, guarded, kernels, nmse, only_inside_written, round_input
-from tests.support.int4_data import blocks, packed, random_groups
+from tests.support.int4_data import BITS_AND_GROUPS, TYPES, blocks, packed, random_groups
 
 KERNEL_NMSE = 1e-11
-by_group = pytest.mark.parametrize("group", INT4_GROUPS)
+by_group = pytest.mark.parametrize(("bits", "group"), BITS_AND_GROUPS)
 
 
 @by_group
-def test_a_packed_weight_is_little_larger_than_codes_scales_and_zero_points(group):
-    assert format_of(f"int4_g{group}").bits_per_weight() <= 1.03 * (4 + 20 / group)
+def test_a_packed_weight_is_little_larger_than_codes_scales_and_zero_points(bits, group):
+    name = TYPES[bits][group].format
+
+    assert format_of(name).bits_per_weight() <= 1.03 * (bits + (16 + bits) / group)
 
 
 @by_group
 @pytest.mark.parametrize("count", [1, 3, 8])
-def test_values_are_those_of_the_groups_to_the_bit(group, count):
+def test_values_are_those_of_the_groups_to_the_bit(bits, group, count):
     in_features = group * count
-    groups = random_groups(37, in_features, group)
+    groups = random_groups(37, in_features, group, bits=bits)
     name, weight = packed(kernels(), groups)
     ids, values = torch.tensor([36, 0, 5, 5]), torch.empty(4, in_features)
 
@@ -33,9 +35,9 @@ def test_values_are_those_of_the_groups_to_the_bit(group, count):
 
 @by_group
 @pytest.mark.parametrize(("rows", "count"), [(1, 5), (2, 1), (7, 3), (17, 40)])
-def test_linear_agrees_with_float64(group, rows, count):
+def test_linear_agrees_with_float64(bits, group, rows, count):
     torch.manual_seed(rows)
-    groups, x = random_groups(48, group * count, group), torch.randn(rows, group * count)
+    groups, x = random_groups(48, group * count, group, bits=bits), torch.randn(rows, group * count)
     name, weight = packed(kernels(), groups)
     bias, (out, memory) = torch.randn(48), guarded(rows, 48)
 
@@ -47,8 +49,8 @@ def test_linear_agrees_with_float64(group, rows, count):
 
 @by_group
 @pytest.mark.parametrize("isa", ISAS)
-def test_every_isa_agrees_with_float64(group, isa):
-    groups, x, out = random_groups(48, 512, group), torch.randn(5, 512), torch.empty(5, 48)
+def test_every_isa_agrees_with_float64(bits, group, isa):
+    groups, x, out = random_groups(48, 512, group, bits=bits), torch.randn(5, 512), torch.empty(5, 48)
     name, weight = packed(kernels(), groups)
 
     kernels(isa).linear(x, weight, name, None, out)
@@ -57,10 +59,10 @@ def test_every_isa_agrees_with_float64(group, isa):
 
 
 @by_group
-def test_a_scale_that_is_not_finite_is_refused(group):
-    groups = random_groups(16, 4 * group, group)
+def test_a_scale_that_is_not_finite_is_refused(bits, group):
+    groups = random_groups(16, 4 * group, group, bits=bits)
     groups.scales[3, 2] = torch.inf
-    shape = (1, format_of(f"int4_g{group}").block_bytes(4 * group))
+    shape = (1, format_of(TYPES[bits][group].format).block_bytes(4 * group))
 
     with pytest.raises(ValueError, match="not finite"):
-        kernels().repack(blocks(groups), INT4_TYPES[group].name, torch.empty(shape, dtype=torch.uint8))
+        kernels().repack(blocks(groups), TYPES[bits][group].name, torch.empty(shape, dtype=torch.uint8))

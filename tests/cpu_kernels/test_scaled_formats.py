@@ -4,7 +4,7 @@ set."""
 import pytest
 import torch
 
-from cpu_kernels.formats import format_of
+from cpu_kernels.formats import E2M1_TYPE, SCALED_TYPES, format_of
 from gpu_kernels import reference
 from tests.support.cpu_oracles import ISAS, guarded, kernels, nmse, only_inside_written, round_input
 from tests.support.scaled_data import KINDS, packed, random_blocks
@@ -75,10 +75,20 @@ def test_rows_that_end_inside_a_superblock_are_padded(kind):
     assert nmse(out, round_input(padded, "q8") @ values.double().T) < KERNEL_NMSE
 
 
-@by_kind
-def test_a_scale_that_is_not_finite_is_refused(kind):
+@pytest.mark.parametrize(("kind", "block"), [*((kind, 1) for kind in SCALED_TYPES.values()), (E2M1_TYPE, 0)])
+def test_a_scale_that_is_not_finite_is_refused(kind, block):
+    """Of NVFP4 the number of the tensor, which every first block of a superblock gives."""
     blocks, _ = random_blocks(kind, 16, 2)
-    blocks[3, kind.block_bytes : kind.block_bytes + 4] = torch.tensor([torch.inf]).view(torch.uint8)
+    at = block * kind.block_bytes
+    blocks[3, at : at + 4] = torch.tensor([torch.inf]).view(torch.uint8)
 
     with pytest.raises(ValueError, match="not finite"):
         packed(kernels(), kind, blocks)
+
+
+def test_a_scale_of_nvfp4_that_is_no_number_is_refused():
+    blocks, _ = random_blocks(E2M1_TYPE, 16, 2)
+    blocks[3, E2M1_TYPE.block_bytes + 4] = 127
+
+    with pytest.raises(ValueError, match="not finite"):
+        packed(kernels(), E2M1_TYPE, blocks)

@@ -94,7 +94,7 @@ MUTANTS = {
         "d0.to(tl.float32), _half(bytes2, mask, 0), d1.to(tl.float32) * _half(bytes2, mask, 32)",
     ),
     "a zero point is not taken off": (
-        "groups", "add_group", partial(TILES, "int4_g128"), "16 * at, False) * (x0 + x1)", "16 * at, False) * 0",
+        "groups", "add_group", partial(TILES, "int4_g128"), "16 * at, SIGNED) * (x0 + x1)", "16 * at, SIGNED) * 0",
     ),
     "the sign of a table's entry is lost": (
         *WORDS, partial(ONE, "mxfp4"), "(packed >> 1) & 0x44444444", "(packed >> 1) & 0",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cpu_kernels.contract import Picks
-from cpu_kernels.formats import GGUF_TYPES, SCALED_TYPES
+from cpu_kernels.formats import GGUF_TYPES
 from gpu_kernels import reference
 from gpu_kernels.experts import routing
 from gpu_kernels.experts.ordered import WHOLE_FORMS
@@ -19,8 +19,8 @@ from tests.support.int4_data import random_groups
 from tests.support.kernel_checks import Guarded
 from tests.support.kernel_data import packed_weight
 from tests.support.moe import routed
+from tests.support.scaled_data import KINDS, random_blocks
 from tests.support.scaled_data import packed as packed_blocks
-from tests.support.scaled_data import random_blocks
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
@@ -37,7 +37,7 @@ OTHERS = {"fp32": 1e-11, "fp16": 1e-11, "bf16": 1e-11, "nf4": 2e-5, "fp8": 2e-5}
 def weight_of(name: str, in_features: int, experts: int = EXPERTS, blocks: int = BLOCKS) -> torch.Tensor:
     """uint8 [experts, blocks, block_bytes] of any codes and scales that a format may hold."""
     rows = experts * blocks * 16
-    kinds, scaled = ({kind.format: kind for kind in types.values()} for types in (GGUF_TYPES, SCALED_TYPES))
+    kinds, scaled = ({kind.format: kind for kind in types} for types in (GGUF_TYPES.values(), KINDS))
     if "*" in name:
         counts = reference.mix_of(name)
         parts = [weight_of(part, in_features, experts * blocks, count).flatten(1) for part, count in counts]
@@ -46,8 +46,9 @@ def weight_of(name: str, in_features: int, experts: int = EXPERTS, blocks: int =
         weight = packed_weight(name, experts * blocks, in_features, seed=5)
     elif name == "fp16":
         weight = torch.randn(rows, in_features).half().view(torch.uint8).reshape(experts * blocks, -1)
-    elif name.startswith("int4"):
-        weight = packed_groups(kernels(), random_groups(rows, in_features, int(name[6:])))[1]
+    elif name.startswith(("int4_g", "uint8_g")):
+        bits, group = (4, int(name[6:])) if name.startswith("int4") else (8, int(name[7:]))
+        weight = packed_groups(kernels(), random_groups(rows, in_features, group, bits=bits))[1]
     elif name in scaled:
         kind = scaled[name]
         weight = packed_blocks(kernels(), kind, random_blocks(kind, rows, in_features // kind.items)[0])

@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from cpu_kernels.formats import INT4_GROUPS
 from gpu_kernels import linear_layer, reference
 from gpu_kernels.forms.dequantize import dequantize_form
 from gpu_kernels.forms.unpack import FORMS
 from tests.support.cpu_oracles import kernels
 from tests.support.gguf_data import CODED, random_rows, repacked
-from tests.support.int4_data import packed, random_groups
+from tests.support.int4_data import BITS_AND_GROUPS, packed, random_groups
 from tests.support.scaled_data import KINDS, random_blocks
 from tests.support.scaled_data import packed as packed_blocks
 
@@ -45,10 +44,10 @@ def test_linear_agrees_with_the_reference(device, kind, rows):
     assert nmse(actual, expected) < 2e-5  # weights and inputs rounded to bf16
 
 
-@pytest.mark.parametrize("group", INT4_GROUPS)
+@pytest.mark.parametrize(("bits", "group"), BITS_AND_GROUPS)
 @pytest.mark.parametrize("count", [1, 9])
-def test_groups_of_int4_are_the_references_rounded_to_bf16(device, group, count):
-    name, weight = packed(kernels(), random_groups(32, group * count, group))
+def test_groups_with_zero_points_are_the_references_rounded_to_bf16(device, bits, group, count):
+    name, weight = packed(kernels(), random_groups(32, group * count, group, bits=bits))
     weight = weight.to(device)
 
     actual = dequantize_form(weight, name, group * count)[:, : group * count]
@@ -56,9 +55,9 @@ def test_groups_of_int4_are_the_references_rounded_to_bf16(device, group, count)
     assert torch.equal(actual.float(), reference.unpack(weight, name, group * count).to(torch.bfloat16).float())
 
 
-@pytest.mark.parametrize("group", INT4_GROUPS)
-def test_linear_over_groups_of_int4_agrees_with_the_reference(device, group):
-    name, weight = packed(kernels(), random_groups(32, 256, group))
+@pytest.mark.parametrize(("bits", "group"), BITS_AND_GROUPS)
+def test_linear_over_groups_with_zero_points_agrees_with_the_reference(device, bits, group):
+    name, weight = packed(kernels(), random_groups(32, 256, group, bits=bits))
     weight, x = weight.to(device), torch.randn(5, 256, device=device)
     actual, expected = torch.empty(5, 32, device=device), torch.empty(5, 32, device=device)
 

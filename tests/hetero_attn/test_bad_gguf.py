@@ -5,6 +5,7 @@ import struct
 import numpy as np
 import pytest
 
+from hetero_attn import LLM
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.gguf.config import gguf_config
 from hetero_attn.checkpoints.gguf.fields import GgufFields
@@ -52,6 +53,7 @@ CASES = {
     "key twice": (gguf([ARCH, ARCH]), "stands twice"),
     "key not utf-8": (gguf([struct.pack("<Q", 2) + b"\xff\xfe" + struct.pack("<I", 4) + b"\0" * 4]), "not UTF-8"),
     "long key": (gguf([struct.pack("<Q", 1 << 40) + b"\0" * 64]), "a key of 1099511627776 bytes"),
+    "key of 64 KiB": (gguf([key("a" * ((1 << 16) + 1), 4, b"\0" * 4)]), "a key of 65537 bytes"),
     "string beyond the end": (gguf([text("a") + struct.pack("<IQ", 8, 1 << 50)]), "of 1125899906842624 bytes"),
     "unknown value type": (gguf([key("a", 13, b"\0" * 16)]), "value type 13"),
     "nested array": (gguf([key("a", 9, struct.pack("<IQ", 9, 1) + b"\0" * 16)]), "array of type 9"),
@@ -69,6 +71,7 @@ CASES = {
     "long name": (gguf([ARCH], [tensor("a" * 64, (16,), 0, 0)], ROW), "name of 64 bytes"),
     "name twice": (gguf([ARCH], [tensor("a", (16,), 0, 0), tensor("a", (16,), 0, 64)], 2 * ROW), "stands twice"),
     "dead type": (gguf([ARCH], [tensor("a", (16,), 4, 0)], ROW), "has type 4, which GGUF no longer has"),
+    "unknown type": (gguf([ARCH], [tensor("a", (16,), 99, 0)], ROW), "has type 99"),
     "no whole blocks": (gguf([ARCH], [tensor("a", (48,), 8, 0)], ROW), "no multiple of 32"),
     "offset misaligned": (gguf([ARCH], [tensor("a", (16,), 0, 4)], ROW), "no multiple of 32"),
     "gap": (gguf([ARCH], [tensor("a", (16,), 0, 64)], 2 * ROW), "leave a gap"),
@@ -117,6 +120,39 @@ def test_parts_that_contradict_each_other_are_refused(tmp_path, second, message)
 
     with pytest.raises(CheckpointError, match=message):
         GgufCheckpoint.open(first)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("m-00001-of-00002.gguf", ("split.no", 0), 1, "split.no is 1 and split.count 2; give the first part"),
+        ("m-00001-of-00002.gguf", ("split.count", 2), 3, "first of 3 parts, but the name is not"),
+        ("m-00002-of-00002.gguf", ("split.no", 1), 0, "split.no is 0, expected 1 of 2 parts"),
+        ("m-00002-of-00002.gguf", ("split.count", 2), 3, "split.no is 1, expected 1 of 2 parts"),
+    ],
+)
+def test_numbers_of_parts_that_contradict_each_other_are_named(tmp_path, name, old, new, message):
+    first = split(tmp_path, 0, 2, ["output_norm.weight"])
+    split(tmp_path, 1, 2, ["blk.0.attn_norm.weight"])
+    path, (word, value) = tmp_path / name, old
+    before, after = (key(word, 2, struct.pack("<H", number)) for number in (value, new))
+    assert before in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(before, after))
+
+    with pytest.raises(CheckpointError, match=message):
+        GgufCheckpoint.open(first)
+
+
+def test_a_scale_that_is_not_finite_is_named_with_its_tensor(seed, tmp_path):
+    path = tmp_path / "changed.gguf"
+    with GgufCheckpoint.open(seed) as source:
+        entry = source._entries["model.layers.0.mlp.up_proj.weight"]
+        content = bytearray(seed.read_bytes())
+        content[entry.offset : entry.offset + 2] = struct.pack("<e", float("inf"))
+    path.write_bytes(content)
+
+    with pytest.raises(CheckpointError, match=r"up_proj.weight.*not finite.*download it again"):
+        LLM(path, device="cpu", max_context=64, progress=False, num_threads=1)
 
 
 def test_a_part_of_another_model_is_refused(tmp_path):

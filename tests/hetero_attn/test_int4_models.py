@@ -232,6 +232,37 @@ def test_symmetric_gptq_of_8_bits_is_held_packed_and_exactly(tmp_path, each, tak
         logits(folder / "int4")
 
 
+@pytest.mark.parametrize(("each", "taken"), [(32, 1), (64, 0), (-1, 1)])
+def test_gptq_of_8_bits_with_zero_points_is_held_packed_and_exactly(tmp_path, each, taken):
+    """Such files were refused. Every code that a byte may be, zero points on either side of the middle."""
+    folder = make_int4(
+        tmp_path,
+        functools.partial(gptq_of_8_bits, taken=taken),
+        gptq_config(each, bits=8, checkpoint_format="gptq" if taken else "gptq_v2"),
+        each,
+        remade=lambda groups, draw: groups._replace(
+            codes=torch.randint(256, groups.codes.shape, generator=draw, dtype=torch.uint8),
+            zeros=torch.randint(100, 157, groups.zeros.shape, generator=draw, dtype=torch.uint8),
+            scales=groups.scales / 16,
+        ),
+    )
+    plan = plan_model(folder / "int4", device="cpu", max_context=64)
+    expected = logits(folder / "int4", kv_dtype="fp32")
+
+    held = f"uint8_g{128 if each == -1 else each}"
+    assert {plan.workload.format_of(shard) for shard in plan.workload.linears} == {"fp16", held}
+    assert torch.equal(logits(folder / "int4", "fp32"), logits(folder / "plain", "fp32"))
+    assert nmse(expected, hf_logits(folder / "plain", TOKENS)) < 3e-3
+    cut = logits(folder / "int4", device="emulated", policy=Policy.parse(CUT), kv_dtype="fp32")
+    assert nmse(cut, expected) <= 1e-4
+    if taken:
+        edit_tensors(folder / "int4", replaced("qzeros", lambda zeros: torch.full_like(zeros, -1)))
+        with pytest.raises(
+            UnsupportedModelError, match="up_proj.qzeros stores a zero point of 255 in the first version"
+        ):
+            logits(folder / "int4")
+
+
 def scatter(tensors):
     """Give one linear the order of inputs that act-order leaves: every other input first."""
     order = torch.cat((torch.arange(1, 128, 2), torch.arange(0, 128, 2)))
@@ -274,7 +305,6 @@ def test_biases_that_are_zero_are_no_matter(models, tmp_path):
 
 CONFIGS = {
     "bits": (gptq_config(128, bits=3), "bits is 3, not run; read is 4 or 8"),
-    "8 bits with zero points": (gptq_config(128, bits=8), "sym is 'false beside 8 bits', not run; read is true"),
     "version": (awq_config(64, version="gemv"), "version is 'gemv', not run; read is gemm"),
     "checkpoint_format": (gptq_config(128, checkpoint_format="marlin"), "checkpoint_format is 'marlin'"),
     "dynamic": (gptq_config(128, dynamic={"x": {}}), "dynamic"),

@@ -148,6 +148,14 @@ def test_lanes_agree_and_differ_from_the_file_by_the_rounding_of_activations_alo
     assert nmse(cut, expected) <= 1e-4
 
 
+@pytest.mark.parametrize(
+    ("name", "file_bits"), [("nvfp4", 4.5), ("mxfp4", 4.25), ("nf4", 4.5), ("fp8", 8), ("int8", 8)]
+)
+def test_a_packed_weight_is_little_larger_than_the_files(name, file_bits):
+    """NVFP4 was held with a float32 scale for every 16 inputs, 6 bits a weight."""
+    assert format_of(name).bits_per_weight() <= 1.032 * file_bits
+
+
 def test_fp8_is_packed_as_q8_where_that_is_asked_for(models):
     folder = models("fp8 blocks")
 
@@ -295,6 +303,24 @@ BAD = {
         replaced("weight_global_scale", torch.zeros_like),
         CheckpointError,
         "weight_global_scale is 0",
+    ),
+    "nvfp4 divides by less": (
+        "nvfp4",
+        replaced("weight_global_scale", torch.neg),
+        CheckpointError,
+        "weight_global_scale is -.*a positive number to divide by",
+    ),
+    "nvfp4 negative": (
+        "nvfp4",
+        replaced("weight_scale", first_of(200, torch.uint8)),
+        CheckpointError,
+        "weight_scale is below 0",
+    ),
+    "modelopt negative": (
+        "modelopt nvfp4",
+        replaced("weight_scale_2", torch.neg),
+        CheckpointError,
+        "weight_scale_2 is -.*a positive number of the size",
     ),
     "nvfp4 NaN": (
         "nvfp4",

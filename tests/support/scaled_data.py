@@ -1,11 +1,11 @@
-"""Rows of codes with a float32 scale a group: drawn at random, their blocks, and the values they stand for."""
+"""Rows of codes with a float32 scale a group, or with NVFP4's two: drawn at random, their blocks, and their values."""
 
 import torch
 
-from cpu_kernels.formats import NF4_VALUES, SCALED_TYPES, GgufType, format_of
+from cpu_kernels.formats import E2M1_TYPE, NF4_VALUES, SCALED_TYPES, GgufType, format_of
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-KINDS = tuple(SCALED_TYPES.values())
+KINDS = (*SCALED_TYPES.values(), E2M1_TYPE)
 
 
 def numbers(kind: GgufType, codes: torch.Tensor) -> torch.Tensor:
@@ -25,11 +25,27 @@ def random_blocks(kind: GgufType, rows: int, count: int, seed: int = 0) -> tuple
     codes = torch.randint(256 if wide else 16, (rows, count, kind.items), generator=generator).to(torch.uint8)
     if kind.format == "fp8":
         codes[codes & 127 == 127] = 1  # NaN
-    scales = torch.randn(rows, count, 1, generator=generator)
+    if kind is E2M1_TYPE:
+        scales, held = _of_tensor(rows, count, generator)
+    else:
+        scales = torch.randn(rows, count, 1, generator=generator)
+        held = scales.view(torch.uint8)
     values = (numbers(kind, codes) * scales).flatten(1)
-    held = scales / 2 if kind.format == "nvfp4" else scales
     stored = codes if wide else codes[..., 0::2] | codes[..., 1::2] << 4
-    return torch.cat((held.view(torch.uint8), stored), -1).flatten(1), values
+    return torch.cat((held, stored), -1).flatten(1), values
+
+
+def _of_tensor(rows: int, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """(float32 scales, headers of E2M1 blocks): every E4M3 number there is, times or over a factor for every row."""
+    scales = torch.randint(127, (rows, count, 1), generator=generator).to(torch.uint8)
+    factor = torch.rand(rows, 1, 1, generator=generator) + 0.1
+    divides = torch.randint(2, (rows, 1, 1), generator=generator).bool()
+    numbers = scales.view(torch.float8_e4m3fn).float()
+    # Halved for the table of twice the values; bytes count as the 256th of their number.
+    held = torch.where(divides, -factor / 128, factor * 128).expand(rows, count, 1).contiguous()
+    unused = torch.full((rows, count, 3), 77, dtype=torch.uint8)
+    found = torch.where(divides, numbers / factor, numbers * factor)
+    return found, torch.cat((held.view(torch.uint8), scales, unused), -1)
 
 
 def packed(ops, kind: GgufType, blocks: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@
   compressed-tensors   weight_packed [out, in/8]          [out, groups]  weight_zero_point [out/8, groups]
 
 All int32, eight codes each, the lowest bits first; awq has output 8c + i of its words at nibble 0 4 1 5 2 6 3 7. gptq
-of 8 bits has four codes in each; symmetric ones, the only ones read, are rows of Q8_0 with other headers.
+of 8 bits has four codes in each; symmetric ones are rows of Q8_0 with other headers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cpu_kernels.formats import INT4_GROUPS, INT4_HEADER_BYTES, INT4_TYPES, SOURCE_TYPES
+from cpu_kernels.formats import INT4_GROUPS, INT4_HEADER_BYTES, INT4_TYPES, SOURCE_TYPES, UINT8_TYPES, GgufType
 from hetero_attn.checkpoints.quantised.module import (
     AGAIN,
     INSTEAD,
@@ -66,7 +66,7 @@ class Int4Module(Module):
         if self.kind is None:
             return self._values(codes, scales, zeros, read(self.parts[GROUP_OF_INPUT]).long())
         repeats = self.file_group // self.group
-        if self.scheme.bits == 8:
+        if self.kind is EIGHT_BITS:
             return self._eight_bit_blocks(codes, scales.repeat_interleave(repeats, 1).contiguous())
         return self._blocks(codes, *(part.repeat_interleave(repeats, 1).contiguous() for part in (scales, zeros)))
 
@@ -94,8 +94,11 @@ class Int4Module(Module):
             target[:, :, :2] = scales[first:stop, :, None].view(torch.uint8)
             target[:, :, 2] = zeros[first:stop]
             target[:, :, 3] = 0
-            pairs = _pairs(self.scheme.method, codes, first, stop)
-            target[:, :, INT4_HEADER_BYTES:] = pairs.view(*target.shape[:2], -1)
+            if self.scheme.bits == 8:
+                rows = _codes(self.scheme, codes, first, stop)
+            else:
+                rows = _pairs(self.scheme.method, codes, first, stop)
+            target[:, :, INT4_HEADER_BYTES:] = rows.view(*target.shape[:2], -1)
 
         return write
 
@@ -160,13 +163,20 @@ def find_int4(prefix: str, scheme: GroupScheme, shapes: Shapes, where: str, read
         names=tuple(name for name in names if name),
         out_features=out,
         in_features=inputs,
-        kind=None if scattered else EIGHT_BITS if scheme.bits == 8 else INT4_TYPES[held],
+        kind=None if scattered else _kind(scheme, held),
         why=SCATTERED if scattered else "",
         scheme=scheme,
         parts=names,
         group=held,
         file_group=each,
     )
+
+
+def _kind(scheme: GroupScheme, group: int) -> GgufType:
+    """The form of rows in groups of so many inputs."""
+    if scheme.bits == 4:
+        return INT4_TYPES[group]
+    return EIGHT_BITS if scheme.symmetric else UINT8_TYPES[group]
 
 
 def _file_group(prefix: str, scheme: GroupScheme, inputs: int, groups: int, where: str) -> int:
@@ -183,7 +193,7 @@ def _file_group(prefix: str, scheme: GroupScheme, inputs: int, groups: int, wher
 
 def _held_group(prefix: str, scheme: GroupScheme, each: int, where: str) -> int:
     """The largest group that a format has and that divides one of the file."""
-    if scheme.bits == 8:
+    if scheme.bits == 8 and scheme.symmetric:
         if each % EIGHT_BITS.items:
             unsupported(
                 where, f"{prefix} has groups of {each} inputs; of 8 bits multiples of {EIGHT_BITS.items} are run"
@@ -230,10 +240,11 @@ def _zeros(module: Int4Module, words: torch.Tensor, where: str) -> torch.Tensor:
                 f"or all {middle}; {AGAIN}"
             )
         return stored * 0 + middle
-    if scheme.zero_offset and bool((stored == 15).any()):
+    largest = (1 << scheme.bits) - 1
+    if scheme.zero_offset and bool((stored == largest).any()):
         raise UnsupportedModelError(
-            f"{where}: {name} stores a zero point of 15 in the first version of GPTQ's format, where programs disagree "
-            f"whether it is 16 or 0. {INSTEAD}"
+            f"{where}: {name} stores a zero point of {largest} in the first version of GPTQ's format, where programs "
+            f"disagree whether it is {largest + 1} or 0. {INSTEAD}"
         )
     return stored + scheme.zero_offset
 

@@ -19,7 +19,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cpu_kernels.formats import E2M1_TYPE, NF4_TYPE, NF4_VALUES, SOURCE_TYPES
+from cpu_kernels.formats import E2M1_HEADER_BYTES, E2M1_TYPE, NF4_TYPE, NF4_VALUES, SCALE_BYTES, SOURCE_TYPES
 from hetero_attn.checkpoints.quantised.module import (
     Module,
     Read,
@@ -93,14 +93,26 @@ class Nvfp4Module(Module):
 
     def rows(self, read: Read, where: str) -> RowWriter:
         """See `Module.rows`."""
+        import torch
+
         factor = finite_scales(read(self.factor), self.factor, where).view(())
-        if self.divides and factor.item() == 0:
-            refuse(where, self.factor, 0, "a number to divide by")
+        if self.divides and factor.item() <= 0:
+            refuse(where, self.factor, factor.item(), "a positive number to divide by")
         codes, scales = read(self.codes), finite_scales(read(self.scales), self.scales, where)
-        scales = scales / factor if self.divides else scales * factor
+        if bool((scales < 0).any()):
+            refuse(where, self.scales, "below 0", "scales of at least 0")
+        # As header T16 has it, halved because its table of codes has twice the values.
+        held = torch.ldexp(-factor, torch.tensor(-7)) if self.divides else torch.ldexp(factor, torch.tensor(7))
+        if not self.divides and factor.item() < 0 or not torch.isfinite(held):
+            refuse(where, self.factor, factor.item(), "a positive number of the size of weights")
+        encoded = read(self.scales).view(torch.uint8)
 
         def write(first: int, stop: int, out: torch.Tensor) -> None:
-            write_blocks(E2M1_TYPE, scales[first:stop] * 0.5, codes[first:stop], out)
+            target = out.view(stop - first, -1, E2M1_TYPE.block_bytes)
+            target[:, :, :SCALE_BYTES] = held.view(1).view(torch.uint8)
+            target[:, :, SCALE_BYTES] = encoded[first:stop]
+            target[:, :, SCALE_BYTES + 1 : E2M1_HEADER_BYTES] = 0
+            target[:, :, E2M1_HEADER_BYTES:] = codes[first:stop].reshape(*target.shape[:2], -1)
 
         return write
 

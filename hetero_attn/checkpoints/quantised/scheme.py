@@ -112,8 +112,6 @@ def _gptq(values: JsonFields) -> Scheme:
     if values.get("dynamic"):
         raise _refused(values, "dynamic", "overrides for single modules", ())
     symmetric = values.boolean("sym", True)
-    if bits == 8 and not symmetric:
-        raise _refused(values, "sym", "false beside 8 bits", ("true",))
     # Symmetric files of either version are told by their values: writers disagree with what they declare.
     offset = None if symmetric else int(version == "gptq")
     group = _group(values, values.get("group_size", 128))
