@@ -110,7 +110,7 @@ class Sampler:
         best = greatest(logits)
         # A NaN counts as the largest value, so the value that it points to tells of any NaN.
         self._check_finite(float(logits[best]), len(generated_ids))
-        adjusted = self._adjust(logits, prompt_ids, generated_ids)
+        adjusted = self._adjust(logits, best, prompt_ids, generated_ids)
         if adjusted is not logits:
             best = greatest(adjusted)
             self._check_allowed(float(adjusted[best]), len(generated_ids))
@@ -157,12 +157,18 @@ class Sampler:
                 "choose a value nearer 1"
             )
 
-    def _adjust(self, logits: torch.Tensor, prompt_ids: Sequence[int], generated_ids: Sequence[int]) -> torch.Tensor:
-        """Return logits with bias, mask and penalties: a copy, or `logits` itself where there is nothing to do."""
+    def _adjust(
+        self, logits: torch.Tensor, best: int, prompt_ids: Sequence[int], generated_ids: Sequence[int]
+    ) -> torch.Tensor:
+        """Return logits with bias, mask and penalties: a copy, or `logits` itself where there is nothing to do.
+
+        best: the likeliest token. Where it is taken and the grammar allows it, the mask is nothing to do.
+        """
         masked = self._masked_token_ids if len(generated_ids) < self.params.min_tokens else []
         allowed = None if self._token_mask is None else self._token_mask.allowed(generated_ids)
         has_penalty = self._repetition or self._output_penalty
-        if allowed is None and not (masked or self.params.logit_bias or has_penalty):
+        is_free = allowed is None or (self.params.greedy and bool(allowed[best]))
+        if is_free and not (masked or self.params.logit_bias or has_penalty):
             return logits
         adjusted = logits.clone()
         if self.params.logit_bias:

@@ -1,14 +1,18 @@
 """Answers that follow a schema, a regular expression or a grammar, whatever the model would rather say."""
 
+import importlib.util
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from hetero_attn.errors import SamplingError
+from hetero_attn.serving import sampling
 from hetero_attn.serving.grammar import Grammars, TokenMask
+from hetero_attn.serving.sampling import forbid
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.speculation.speculator import make_speculator
 from tests.support.http_server import load_tiny
@@ -325,3 +329,26 @@ def test_what_was_found_out_ahead_is_left_where_the_answer_goes_elsewhere(gramma
         mask.prepare(tokens)
         assert mask.forced(tokens) == grammars.mask(params).forced(tokens)
         assert torch.equal(mask.allowed(tokens), grammars.mask(params).allowed(tokens))
+
+
+def test_only_an_answer_that_errs_has_its_logits_masked(exact, monkeypatch):
+    """Where the likeliest token is taken and the grammar allows it, nothing is copied; the oracle masks every time."""
+    params, masked = SamplingParams(json_schema=PERSON, max_tokens=60, temperature=0.0), []
+    monkeypatch.setattr(sampling, "forbid", lambda logits, allowed: masked.append(1) or forbid(logits, allowed))
+    (output,) = exact.generate(["A thing:"], params)
+    biased = SamplingParams(json_schema=PERSON, max_tokens=60, temperature=0.0, logit_bias={0: -1e-30})
+    seldom = len(masked)
+    (slow,) = exact.generate(["A thing:"], biased)
+
+    assert output.token_ids == slow.token_ids
+    assert seldom < len(output.token_ids) == len(masked) - seldom
+
+
+def test_the_benchmark_of_masks_times_every_token(llm):
+    path = Path(__file__).resolve().parents[2] / "examples" / "benchmarks" / "masks.py"
+    spec = importlib.util.spec_from_file_location("masks", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    times = module.followed(llm, {"regex": "[ab]{5}"}, 0)
+    assert 1 < len(times) <= 6 and all(len(each) == 3 and min(each) >= 0 for each in times)
