@@ -14,10 +14,12 @@ from hetero_attn.engine.rebalance import Rebalancer
 from hetero_attn.engine.replan import Replanner
 from hetero_attn.errors import ArgumentError
 from hetero_attn.planning.arguments import checked_arguments
+from hetero_attn.planning.draft import settle_drafted
 from hetero_attn.planning.fitting import settle_or_suggest
 from hetero_attn.planning.options import PAGE_TOKENS, LoadOptions
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.serving.defaults import default_params
+from hetero_attn.serving.drafting import load_speculator
 from hetero_attn.serving.grammar import Grammars
 from hetero_attn.serving.intake import Intake, Messages, Prompt
 from hetero_attn.serving.loading import load_beside
@@ -30,7 +32,6 @@ from hetero_attn.serving.scheduling.scheduler import Scheduler
 from hetero_attn.serving.scheduling.turns import Turns
 from hetero_attn.serving.stream import Stream
 from hetero_attn.serving.text.tokenizer import Tokenizer
-from hetero_attn.speculation.speculator import make_speculator
 from placement import HardwareProfile, Plan, Policy
 from placement.plan.units import parse_bytes
 
@@ -46,14 +47,14 @@ class LLM:
     num_threads: of the CPU lane. hardware: the profile to plan with. kv_dtype: of keys and values, auto | bf16 | fp32 |
     q8 | q4 (auto: fp32 beside fp32 weights, else bf16). elastic keeps a copy in DRAM of what is in GPU memory, so that
     `resize` works and the cache may take GPU memory from the weights as it grows. kv_tokens: tokens that the cache
-    holds for all sequences together, None is max_context for each. prefix_cache keeps what was computed, as long as
-    nobody needs its memory, for prompts that begin alike. handover: how GPU and CPU lane wait for each other, auto |
-    events | flags | graph. overlap=False runs the lanes one after another. progress shows a bar while loading.
-    max_waiting: a call that finds so many requests waiting for a place raises QueueFullError. needs_text=True refuses
-    a model whose tokenizer is missing or cannot be opened, as soon as that is known, and stops loading its weights;
-    else such a model warns and takes token ids. speculate: off | ngram | auto; "ngram" computes tokens ahead that came
-    before in prompt or answer, as many as pay by what passes take here, and keeps those that the sampler draws; "auto"
-    does so wherever the model allows it.
+    holds for all sequences together, None is max_context for each. prefix_cache keeps what was computed for prompts
+    that begin alike. handover: how GPU and CPU lane wait for each other, auto | events | flags | graph. overlap=False
+    runs the lanes one after another. progress shows a bar while loading. max_waiting: a call that finds so many
+    requests waiting for a place raises QueueFullError. needs_text=True refuses a model whose tokenizer is missing or
+    cannot be opened, as soon as that is known, and stops loading its weights; else such a model warns and takes token
+    ids. speculate: off | ngram | auto, or a small model of the same vocabulary: who guesses next tokens, as many as pay
+    here; those that the sampler draws are kept. "ngram" looks where the text came before, "auto" does so where the
+    model allows it; a small model shares threads and GPU budget.
 
     A request with `max_tokens` reserves the cache that it may need. One without takes pages as it grows; when they run
     out, the youngest of the lowest priority waits again and later goes on where it was.
@@ -89,7 +90,7 @@ class LLM:
         progress: bool = True,
         max_waiting: int | None = None,
         needs_text: bool = False,
-        speculate: str = "off",
+        speculate: str | Path = "off",
     ) -> None:
         wishes = {name: value for name, value in locals().items() if name != "self"}
         self._load(LoadOptions(**wishes))
@@ -97,11 +98,13 @@ class LLM:
     def _load(self, options: LoadOptions) -> None:
         if options.asks_for_this_machine:
             refresh_profile()
-        planned, self._progress = settle_or_suggest(options), options.progress
+        drafted = settle_drafted(options) if options.has_draft_model else None
+        planned, self._progress = drafted.planned if drafted else settle_or_suggest(options), options.progress
+        self._drafts_gpu_bytes = drafted.draft_gpu_bytes if drafted else 0
         opening, self.engine = load_beside(planned, options)
         self._replanner = Replanner(self.engine, planned)
         self._rebalancer = Rebalancer(self.engine, self._replanner)
-        speculator = make_speculator(options.speculate, bool(self.engine.kv_cache.states), self.engine.report)
+        speculator = load_speculator(self.engine, options, drafted, opening)
         self._scheduler = Scheduler(self.engine, speculator)
         self._turns = Turns(self.engine, self._scheduler)
         self._intake = Intake(self._replanner, self._turns, opening, options)
@@ -245,7 +248,7 @@ class LLM:
         size = checked_arguments(gpu_memory=gpu_memory)["gpu_memory"]
         if size is None:
             raise ArgumentError("gpu_memory is None; give the new budget, such as 6GiB")
-        budget_bytes = parse_bytes(size)
+        budget_bytes = parse_bytes(size) - self._drafts_gpu_bytes
         return self._turns.alone(lambda: self._replanner.resize(budget_bytes))
 
     def report(self) -> LaneReport:
@@ -257,11 +260,7 @@ class LLM:
         self._intake.check_context(tokens, reserve)
 
     def close(self) -> None:
-        """Stop threads and free memory; idempotent.
-
-        Requests that have not ended do so, with an EngineDeadError. Waits a while for another thread's step; from
-        inside a step, the model is closed when that step ends.
-        """
+        """End requests with an EngineDeadError, stop threads, free memory; idempotent. Waits a while for a step."""
         self._turns.close()
 
     def __repr__(self) -> str:

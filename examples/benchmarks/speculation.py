@@ -1,6 +1,6 @@
 """Decoding with drafts beside decoding without, in turns, on this machine.
 
-    python examples/benchmarks/speculation.py [MODEL] [--tokens 96] [--repetitions 5] [--acceptance 0 0.8] [--json]
+    python examples/benchmarks/speculation.py [MODEL] [--draft MODEL] [--tokens 96] [--acceptance 0 0.8] [--json]
 
 For each kind of text the n-gram drafter, and a drafter that knows the answer and drafts the right token with a given
 probability, so that the gain of an acceptance can be seen whatever the model. Every answer is checked against the plain
@@ -38,26 +38,33 @@ class Knowing:
         right = self._answer[len(generated_ids) : len(generated_ids) + count]
         return [token_id if self._draw.random() < self._acceptance else (token_id + 1) % 100 for token_id in right]
 
+    def close(self) -> None:
+        """As `Drafter`; it holds nothing."""
 
-def timed(llm: LLM, prompt: str, params: SamplingParams, speculator: Speculator | None) -> dict:
+
+def timed(llm: LLM, prompt: str | list[int], params: SamplingParams, speculator: Speculator | None) -> dict:
     """One generation under a speculator: its output, seconds of decoding and of processors."""
-    llm._scheduler.speculator = speculator  # LLM(speculate=) knows names alone
+    llm._scheduler.speculator = speculator  # LLM(speculate=) loads a model anew
     began = time.process_time()
     output = llm.generate(prompt, params)[0]
     return {"output": output, "wall_s": output.metrics.decode_s, "cpu_s": time.process_time() - began}
 
 
-def measure(llm: LLM, text: str, acceptances: list[float], tokens: int, repetitions: int) -> list[dict]:
+def measure(llm: LLM, text: str, wishes: argparse.Namespace, draft_model: Speculator | None) -> list[dict]:
     """Rows of the table for one text."""
-    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    answer = timed(llm, TEXTS[text], params, None)["output"].token_ids
+    params = SamplingParams(temperature=0.0, max_tokens=wishes.tokens, ignore_eos=True)
+    # Without a tokenizer bytes stand for tokens: speed needs no sense.
+    prompt = TEXTS[text] if llm.tokenizer is not None else list(TEXTS[text].encode())
+    answer = timed(llm, prompt, params, None)["output"].token_ids
     kinds = {"n-gram": NgramDrafter}
-    kinds |= {f"acceptance {share:g}": lambda share=share: Knowing(answer, share) for share in acceptances}
+    kinds |= {f"acceptance {share:g}": lambda share=share: Knowing(answer, share) for share in wishes.acceptance}
     made = {kind: Speculator(llm.report(), drafter) for kind, drafter in kinds.items()}
-    runs: dict[str, list[dict]] = {kind: [] for kind in ("plain", *kinds)}
-    for turn in range(repetitions + 1):
+    if draft_model is not None:
+        made["draft model"] = draft_model
+    runs: dict[str, list[dict]] = {kind: [] for kind in ("plain", *made)}
+    for turn in range(wishes.repetitions + 1):
         for kind in runs:
-            run = timed(llm, TEXTS[text], params, made.get(kind))
+            run = timed(llm, prompt, params, made.get(kind))
             assert run["output"].token_ids == answer, f"{kind}: another answer"
             if turn:  # the first turn records passes of every width
                 runs[kind].append(run)
@@ -93,13 +100,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--draft", help="a small model of the same vocabulary, which drafts too")
     parser.add_argument("--json", action="store_true")
     wishes = parser.parse_args()
     options = {"dtype": wishes.dtype, "device": wishes.device, "num_threads": wishes.threads}
-    with LLM(wishes.model, max_context=512, progress=False, **options) as llm:
-        rows = [
-            row for text in TEXTS for row in measure(llm, text, wishes.acceptance, wishes.tokens, wishes.repetitions)
-        ]
+    with LLM(wishes.model, max_context=512, progress=False, speculate=wishes.draft or "off", **options) as llm:
+        draft_model = llm._scheduler.speculator
+        rows = [row for text in TEXTS for row in measure(llm, text, wishes, draft_model)]
+        llm._scheduler.speculator = draft_model  # closed with the model
         name = repr(llm)
     if wishes.json:
         print(json.dumps({"model": name, "rows": rows}))

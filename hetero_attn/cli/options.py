@@ -214,7 +214,7 @@ class Sampling:
 Speculate = Annotated[
     str,
     typer.Option(
-        help="off | ngram | auto: compute tokens ahead that came before in prompt or answer, as far as that pays; the "
-        "answer stays the same."
+        help="off | ngram | auto: compute tokens ahead that came before in prompt or answer, as far as that pays; or a "
+        "small model of the same vocabulary, which guesses them. The answer stays the same."
     ),
 ]

@@ -34,12 +34,16 @@ def plan(
     plot_points: Annotated[
         int, typer.Option(min=2, help="GPU budgets that --plot plans for; each takes as long as a plan.")
     ] = 9,
+    speculate: Annotated[
+        str, typer.Option(help="ngram, or a small model of the same vocabulary: what drafts would bring.")
+    ] = "off",
     yaml: Annotated[Path | None, typer.Option(help="Write the plan as a policy to this file; - is stdout.")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Show what of a model would live on which lane, the bytes and the predicted speed."""
     from hetero_attn.engine.host_memory import why_too_large
     from hetero_attn.engine.measure import refresh_profile
+    from hetero_attn.planning.draft import settle_drafted
     from hetero_attn.planning.fitting import why_not_fitting, would_fit
     from hetero_attn.serving.progress import working
     from hetero_attn.tools.quantize.table import kept_table
@@ -47,10 +51,11 @@ def plan(
     from placement.plan.words import wrapped
 
     expect_writable(plot, yaml)
-    wishes = loading.options(model, hardware=machine(hardware))
+    wishes = loading.options(model, hardware=machine(hardware), speculate=speculate)
     if wishes.asks_for_this_machine:
         refresh_profile()
-    planned = settled_or_refused(wishes)
+    drafted = settle_drafted(wishes) if wishes.speculate != "off" else None
+    planned = settled_or_refused(wishes) if drafted is None else drafted.planned
     unfit = why_not_fitting(planned)
     if unfit:
         of_this_context = replace(wishes, max_context=planned.plan.max_context)
@@ -64,12 +69,14 @@ def plan(
         with working("looking for what would help"):
             explanation = explained(planned)
     if as_json:
-        print_json((explanation or planned.plan).to_dict())
+        drafts = {} if drafted is None else {"speculation": drafted.to_dict()}
+        print_json((explanation or planned.plan).to_dict() | drafts)
     elif str(yaml) != "-":
         width = table_width()
         opening = opening_lines(planned.plan, not unfit)  # type: ignore[arg-type]
         lines = [*opening, *kept_table(planned.path), "", *planned.plan.table(width).splitlines()]
-        for line in [*lines, *(explanation.lines() if explanation else ())]:
+        drafts_lines = ["", *drafted.lines()] if drafted else []
+        for line in [*lines, *drafts_lines, *(explanation.lines() if explanation else ())]:
             typer.echo(wrapped(line, width))
     if yaml is not None:
         write_text(yaml, planned.plan.to_yaml())

@@ -1,9 +1,9 @@
 """Put a planned model together: device, lanes, weights, cache, engine. A failure leaves nothing behind."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 from cpu_kernels import CpuKernels
 from hetero_attn.cache.cache import KVCache
@@ -54,20 +54,47 @@ def build_engine(
 
     Raises CheckpointError for weights that do not fit the config, MemoryBudgetError when memory runs out.
     """
-    if reason := why_too_large(planned.plan):
-        raise MemoryBudgetError(f"{planned.plan.model}: {reason}; {WAY_OUT}")
-    with memory_named(f"loading {planned.plan.model}"), torch_without_lost_threads():
+    with loading(planned.plan):
         lanes = make_lanes(planned, overlap, on_compile, handover)
-        if lanes.device is None or lanes.device.kind != "cuda":
-            return assemble(planned, lanes, overlap, progress, prefix_cache)
-        with compiling_beside(kernel_calls(planned), device_index(planned.device), on_prepare):
-            engine = assemble(planned, lanes, overlap, progress, prefix_cache)
-        try:
-            make_first_steps(engine, on_prepare, planned.hardware.int8_rows.values())
-        except BaseException:
-            engine.close()
-            raise
-        return engine
+        return _build_on(lanes, planned, overlap, progress, prefix_cache, on_prepare)
+
+
+def build_beside(planned: PlannedModel, engine: Engine, on_prepare: Callable[[str], None]) -> Engine:
+    """Load another model on the threads of an engine that never computes at the same time: two teams would take the
+    cores from each other. Closing either engine ends them. Raises as `build_engine`."""
+    with loading(planned.plan):
+        lanes = make_lanes(planned, True, host_ops=engine.lanes.host_ops)
+        return _build_on(lanes, planned, True, lambda count: None, True, on_prepare)
+
+
+@contextmanager
+def loading(plan: Plan) -> Iterator[None]:
+    """Around the loading of a plan: what does not fit is refused before, what runs out is named."""
+    if reason := why_too_large(plan):
+        raise MemoryBudgetError(f"{plan.model}: {reason}; {WAY_OUT}")
+    with memory_named(f"loading {plan.model}"), torch_without_lost_threads():
+        yield
+
+
+def _build_on(
+    lanes: Lanes,
+    planned: PlannedModel,
+    overlap: bool,
+    progress: Progress,
+    prefix_cache: bool,
+    on_prepare: Callable[[str], None],
+) -> Engine:
+    """`build_engine` on lanes that are there, with a GPU's kernels compiled beside the weights."""
+    if lanes.device is None or lanes.device.kind != "cuda":
+        return assemble(planned, lanes, overlap, progress, prefix_cache)
+    with compiling_beside(kernel_calls(planned), device_index(planned.device), on_prepare):
+        engine = assemble(planned, lanes, overlap, progress, prefix_cache)
+    try:
+        make_first_steps(engine, on_prepare, planned.hardware.int8_rows.values())
+    except BaseException:
+        engine.close()
+        raise
+    return engine
 
 
 def assemble(
@@ -98,14 +125,15 @@ def make_lanes(
     overlap: bool,
     on_compile: Callable[[str], None] | None = None,
     handover: str = "auto",
+    host_ops: CpuKernels | None = None,
 ) -> Lanes:
-    """Start the lanes of a plan."""
+    """Start the lanes of a plan, over threads that are there or new ones."""
     plan = planned.plan
     with ExitStack() as undo:
         gpu = make_device(planned)
         if gpu is not None:
             undo.callback(gpu.close)
-        host_ops = undo.enter_context(CpuKernels(plan.num_threads, on_compile=on_compile))
+        host_ops = host_ops or undo.enter_context(CpuKernels(plan.num_threads, on_compile=on_compile))
         # The worker's thread starts with its first job, so a failure here leaves none.
         worker = HostWorker() if overlap else None
         lanes = Lanes(host_ops) if gpu is None else connect(plan, host_ops, gpu, worker, handover)

@@ -54,8 +54,10 @@ def _checked(name: str, value: Any) -> Any:
         _expect(isinstance(value, str), name, value, "a name")
         check_choice(name, value, HANDOVERS)
     elif name == "speculate":
-        _expect(isinstance(value, str), name, value, "a name")
-        check_choice(name, value, SPECULATIONS)
+        _expect(isinstance(value, str | Path), name, value, "a name, or a model's directory, file or hub id")
+        value = str(value)
+        if not Path(value).exists() and "/" not in value:
+            check_choice(name, value, (*SPECULATIONS, "the directory, file or hub id of a model"))
     elif name == "model":
         _expect(isinstance(value, str | Path), name, value, "a directory or a hub id")
     elif name == "file":

@@ -5,12 +5,13 @@ goes on while it draws what was drafted. All that is decided here is what is wor
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from hetero_attn.errors import UnsupportedModelError
+from hetero_attn.planning.draft import MODEL_ACCEPTANCE
 from hetero_attn.speculation.suffix_automaton import SuffixAutomaton
-from hetero_attn.speculation.width import PassCosts, Width
+from hetero_attn.speculation.width import HOPED, SLOPE, PassCosts, Width
 
 
 class Drafter(Protocol):
@@ -18,6 +19,10 @@ class Drafter(Protocol):
 
     def draft(self, prompt_ids: Sequence[int], generated_ids: Sequence[int], count: int) -> list[int]:
         """At most `count` tokens that may come behind both; called with texts that only ever grow."""
+        ...
+
+    def close(self) -> None:
+        """Let go of whatever is held for the request; a later draft begins anew."""
         ...
 
 
@@ -34,13 +39,16 @@ class NgramDrafter:
             self._index.append(token_id)
         return self._index.draft(count)
 
+    def close(self) -> None:
+        """As `Drafter`; the index is the request's own."""
+
 
 @dataclass(slots=True)
 class Speculation:
     """What one request's drafts are made from, and what became of them."""
 
     drafter: Drafter
-    width: Width = field(default_factory=Width)
+    width: Width
     drafted: int = 0
     accepted: int = 0
 
@@ -52,6 +60,21 @@ class Speculating(Protocol):
     token_ids: list[int]
     max_tokens: int
     speculation: Speculation | None
+
+
+class DraftingModel(Protocol):
+    """A model that drafts. step_share: what one of its steps is expected to take, over one of the model it drafts
+    for."""
+
+    step_share: float
+
+    def drafter(self) -> Drafter:
+        """A drafter for one request."""
+        ...
+
+    def close(self) -> None:
+        """Release its memory; idempotent."""
+        ...
 
 
 class DraftReport(Protocol):
@@ -67,11 +90,29 @@ class DraftReport(Protocol):
 
 
 class Speculator:
-    """Decides on the drafts of every pass. report: where it says what it does."""
+    """Decides on the drafts of every pass. report: where it says what it does. model: the one that drafts, in place of
+    `make_drafter`; it is closed with the speculator."""
 
-    def __init__(self, report: DraftReport, make_drafter: Callable[[], Drafter] = NgramDrafter) -> None:
-        self.costs = PassCosts()
-        self._report, self._make_drafter = report, make_drafter
+    def __init__(
+        self,
+        report: DraftReport,
+        make_drafter: Callable[[], Drafter] = NgramDrafter,
+        model: DraftingModel | None = None,
+    ) -> None:
+        self.costs = PassCosts(SLOPE + (0.0 if model is None else model.step_share))
+        self._hoped = HOPED if model is None else MODEL_ACCEPTANCE
+        self._report, self._model = report, model
+        self._make_drafter = make_drafter if model is None else model.drafter
+
+    def forget(self, request: Speculating) -> None:
+        """Let go of what is held for a request that has ended or waits again."""
+        if request.speculation is not None:
+            request.speculation.drafter.close()
+
+    def close(self) -> None:
+        """Release the model that drafts; idempotent."""
+        if self._model is not None:
+            self._model.close()
 
     def drafts(
         self, requests: Sequence[Speculating], most_rows: int, known: Sequence[list[int]] | None = None
@@ -102,7 +143,7 @@ class Speculator:
 
     def _drafts_of(self, request: Speculating, rows: int, room: int) -> list[int]:
         if request.speculation is None:
-            request.speculation = Speculation(self._make_drafter())
+            request.speculation = Speculation(self._make_drafter(), Width(self._hoped))
         speculation = request.speculation
         width = speculation.width.choose(self.costs, rows)
         self._report.decided(self._reason(speculation.width, width, rows))
@@ -116,16 +157,19 @@ class Speculator:
         return f"{what}: {state.acceptance:.0%} are right, {max(width, 2) - 1} make a pass {ratio:.2f} times as long"
 
 
-def make_speculator(wish: str, has_fixed_states: bool, report: DraftReport) -> Speculator | None:
+def make_speculator(
+    wish: str, has_fixed_states: bool, report: DraftReport, model: DraftingModel | None = None
+) -> Speculator | None:
     """The speculator of a load; None where nothing is drafted.
 
     has_fixed_states: a layer keeps a state that has taken in a token for good, so that a draft cannot be taken back.
-    Raises UnsupportedModelError where drafts were asked for by name.
+    model: the one that drafts, where `wish` names one. Raises UnsupportedModelError where drafts were asked for by
+    name.
     """
     if wish == "off" or (wish == "auto" and has_fixed_states):
         return None
     if has_fixed_states:
         raise UnsupportedModelError(
-            "speculate is 'ngram', but this model has layers whose state cannot forget a wrong draft; leave it off"
+            f"speculate is {wish!r}, but this model has layers whose state cannot forget a wrong draft; leave it off"
         )
-    return Speculator(report)
+    return Speculator(report, model=model)

@@ -5,14 +5,14 @@ a, and takes T(w). The width with the best rate is taken if it beats one row cle
 thus costs the few passes that it takes to notice, and as many again after each pause, which doubles.
 """
 
-from collections.abc import Iterable
+from hetero_attn.planning.draft import WIDTHS
+from placement.cost.drafts import expected_tokens
 
-WIDTHS = (2, 4, 8, 16)  # rows, few of them: each is a recorded pass of its own
 SLOPE = 0.07  # what a row adds to the time of one, where nothing was measured yet
 NEW_SHARE, NEW_SHARE_BELOW = 0.2, 0.5  # of a measured time in the mean; other programs never make one shorter
 OUTLIER = 2.0  # a pass that took longer than so many means says more about the machine's other programs
 KEPT = 0.97  # of what was counted, a pass
-HOPED, FEARED = 0.5, 1.0  # drafts right and wrong, before any was tried
+HOPED, TRIED = 1 / 3, 1.5  # share of right drafts, and how many drafts that counts as, before any was tried
 FIRST_WIDTH = 2
 WORTH, BETTER = 1.03, 1.05  # than one row; than the present width
 PATIENCE = 4  # passes that a larger width must have looked better
@@ -20,10 +20,11 @@ FIRST_PAUSE, LONGEST_PAUSE = 32, 512  # passes
 
 
 class PassCosts:
-    """Seconds of a pass by its rows: a running mean where it was measured, else in the ratio that rows are expected
-    to cost."""
+    """Seconds of a pass by its rows, its drafts' included: a running mean where it was measured, else in the ratio
+    that rows are expected to cost. slope: what one more row is expected to add to the time of one."""
 
-    def __init__(self) -> None:
+    def __init__(self, slope: float = SLOPE) -> None:
+        self._slope = slope
         self._seconds: dict[int, float] = {}
         self._met: set[int] = set()
 
@@ -41,21 +42,21 @@ class PassCosts:
         if rows in self._seconds:
             return self._seconds[rows]
         if not self._seconds:
-            return expected_ratio(rows)
+            return self._ratio(rows)
         nearest = min(self._seconds, key=lambda known: abs(known - rows))
-        return self._seconds[nearest] * expected_ratio(rows) / expected_ratio(nearest)
+        return self._seconds[nearest] * self._ratio(rows) / self._ratio(nearest)
 
-
-def expected_ratio(rows: int) -> float:
-    """Time of a pass over that of one row, where nobody measured it."""
-    return 1 + SLOPE * (rows - 1)
+    def _ratio(self, rows: int) -> float:
+        """Time of a pass over that of one row, where nobody measured it."""
+        return 1 + self._slope * (rows - 1)
 
 
 class Width:
-    """The width of one request's passes, from pass to pass."""
+    """The width of one request's passes, from pass to pass. hoped: the share of right drafts, before any was tried."""
 
-    def __init__(self) -> None:
-        self._right, self._wrong = HOPED, FEARED
+    def __init__(self, hoped: float = HOPED) -> None:
+        self._hoped = hoped
+        self._right, self._wrong = TRIED * hoped, TRIED * (1 - hoped)
         self._width, self._looked_better = FIRST_WIDTH, 0
         self._pause, self._next_pause = 0, FIRST_PAUSE
 
@@ -95,18 +96,9 @@ class Width:
             self._next_pause = FIRST_PAUSE
 
     def _begin(self) -> None:
-        self._right, self._wrong = HOPED, FEARED
+        self._right, self._wrong = TRIED * self._hoped, TRIED * (1 - self._hoped)
         self._width, self._looked_better = FIRST_WIDTH, 0
 
     def _rate(self, costs: PassCosts, rows: int, width: int) -> float:
         """Tokens a second of the whole pass, every other row of which emits one."""
         return (rows - 1 + expected_tokens(self.acceptance, width)) / costs.seconds(rows - 1 + width)
-
-
-def expected_tokens(acceptance: float, width: int) -> float:
-    """Tokens that a pass of `width` rows emits: its own one and the drafts that are right."""
-    return sum(_powers(acceptance, width))
-
-
-def _powers(base: float, count: int) -> Iterable[float]:
-    return (base**exponent for exponent in range(count))

@@ -190,6 +190,9 @@ class Knowing:
         right = self.answers[tuple(prompt_ids)][len(generated_ids) : len(generated_ids) + count]
         return [token_id if self.draw.random() < self.share else 3 + (token_id + 5) % 290 for token_id in right]
 
+    def close(self):
+        pass
+
 
 def speculate(llm, monkeypatch, answers, share, seed=0):
     """Let a model draft, with widths that follow no rule."""

@@ -85,6 +85,11 @@ class Scheduler:
         for request in (*self._waiting, *self._running):
             self.abort(request, error)
 
+    def close(self) -> None:
+        """Release what drafts; idempotent."""
+        if self.speculator is not None:
+            self.speculator.close()
+
     def step(self) -> tuple[Request, ...]:
         """Compute one token of every decoding request, and prompts' next rows; returns the requests that took part.
 
@@ -137,6 +142,7 @@ class Scheduler:
         return not request.grows or self._engine.kv_cache.extend(request.sequence, request.cached_tokens + 1)
 
     def _put_back(self, request: Request) -> None:
+        self._forget_drafts(request)
         self._remember(request)
         self._engine.kv_cache.close(request.sequence)
         self._running.remove(request)
@@ -183,7 +189,8 @@ class Scheduler:
             sequence.length = stored
 
     def _decode(self, requests: tuple[Request, ...]) -> None:
-        drafts, started = self._drafts(requests), time.perf_counter()
+        started = time.perf_counter()
+        drafts = self._drafts(requests)
         for request, drafted in zip(requests, drafts, strict=True):
             if not drafted:
                 request.sampler.prepare(request.token_ids)
@@ -240,7 +247,12 @@ class Scheduler:
                 self._remember(request)
                 self._engine.kv_cache.close(request.sequence)
                 request.sequence = None
+            self._forget_drafts(request)
             self._running.remove(request)
+
+    def _forget_drafts(self, request: Request) -> None:
+        if self.speculator is not None:
+            self.speculator.forget(request)
 
 
 def _choose_while_right(request: Request, drafts: Sequence[int], logits: torch.Tensor) -> int:

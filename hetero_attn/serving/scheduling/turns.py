@@ -225,6 +225,7 @@ class Turns:
 
     def _end(self) -> None:
         self._scheduler.abort_all(EngineDeadError(self._closed_message))
+        self._scheduler.close()
         self._engine.close()
         self._is_closed = True
         atexit.unregister(self._end_with_process)

@@ -1,0 +1,72 @@
+"""Load the model that drafts beside the one that answers, once it is certain that both mean the same by a token."""
+
+from concurrent.futures import Future
+
+from hetero_attn.engine.build import build_beside
+from hetero_attn.engine.engine import Engine
+from hetero_attn.errors import UnsupportedModelError
+from hetero_attn.planning.draft import Drafted
+from hetero_attn.planning.options import LoadOptions
+from hetero_attn.planning.settle import PlannedModel
+from hetero_attn.serving.draft_model import DraftModel
+from hetero_attn.serving.progress import prepare_note
+from hetero_attn.serving.text.files import has_tokenizer
+from hetero_attn.serving.text.tokenizer import Tokenizer
+from hetero_attn.speculation.speculator import Speculator, make_speculator
+
+SAMPLED_TOKENS = 2000
+
+
+def load_speculator(
+    engine: Engine, options: LoadOptions, drafted: Drafted | None, opening: Future[Tokenizer | None]
+) -> Speculator | None:
+    """Who drafts for a model that is loaded, None for nobody; what fails closes its engine.
+
+    opening: the model's tokenizer. Raises UnsupportedModelError where drafts cannot be taken back, and for a draft
+    model of another vocabulary.
+    """
+    try:
+        model = None if drafted is None else _load_draft_model(drafted, engine, options, opening)
+        return make_speculator(str(options.speculate), bool(engine.kv_cache.states), engine.report, model)
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _load_draft_model(
+    drafted: Drafted, engine: Engine, options: LoadOptions, opening: Future[Tokenizer | None]
+) -> DraftModel:
+    """The draft model, on the threads of `engine`."""
+    draft = drafted.draft
+    assert draft is not None
+    expect_same_tokens(drafted.planned, draft, opening)
+    own = build_beside(draft, engine, prepare_note if options.progress else lambda name: None)
+    if own.kv_cache.states:
+        own.close()
+        raise UnsupportedModelError(
+            f"speculate names {draft.plan.model}, which has layers whose state cannot forget a wrong draft; give a "
+            "model of attention layers"
+        )
+    return DraftModel(own, engine.config.vocab_size, drafted.step_share)
+
+
+def expect_same_tokens(large: PlannedModel, small: PlannedModel, opening: Future[Tokenizer | None]) -> None:
+    """Raise UnsupportedModelError where two models write text in other tokens; embeddings may be padded.
+
+    Without a tokenizer on either side the sizes of the vocabularies decide.
+    """
+    sizes = large.config.vocab_size, small.config.vocab_size
+    wrong = f"speculate names {small.plan.model}, which cannot draft for {large.plan.model}"
+    own = Tokenizer.open(small.path) if has_tokenizer(small.path) else None
+    other = opening.result() if opening.exception() is None else None
+    if own is None or other is None:
+        if sizes[0] != sizes[1]:
+            raise UnsupportedModelError(f"{wrong}: vocabularies have {sizes[1]} and {sizes[0]} tokens")
+        return
+    for token_id in range(0, min(sizes), max(1, min(sizes) // SAMPLED_TOKENS)):
+        mine, its = other.token_bytes(token_id), own.token_bytes(token_id)
+        if mine != its:
+            raise UnsupportedModelError(
+                f"{wrong}: token {token_id} is {its!r:.40} there and {mine!r:.40} here; give a model of the same "
+                "vocabulary"
+            )

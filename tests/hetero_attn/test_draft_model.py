@@ -1,0 +1,242 @@
+"""A model that drafts for another changes no answer, shares its budget to the byte and leaves nothing behind."""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetero_attn import LLM, Policy, SamplingParams
+from hetero_attn.errors import MemoryBudgetError, UnsupportedModelError
+from hetero_attn.planning.draft import SHARES, _rates, settle_drafted
+from hetero_attn.planning.options import LoadOptions
+from hetero_attn.planning.settle import settle
+from hetero_attn.speculation.width import Width
+from placement.cost.drafts import expected_tokens
+from placement.plan.units import parse_bytes
+from tests.support.command import run
+from tests.support.runtime import THREADS
+from tests.support.toy import make_checkpoint
+
+CONTEXT, PAGE = 64, 4
+SHAPES = {"cpu": {"device": "cpu"}, "lanes": {"device": "emulated", "gpu_memory": "900KiB"}}
+PROMPTS = [[4 + (7 * place + 31 * seed) % 300 for place in range(length)] for seed, length in enumerate((5, 21, 12))]
+PROMPTS.append(PROMPTS[1][:18] + [9, 8])
+PARAMS = {
+    "greedy": {"temperature": 0.0},
+    "seeded": {"temperature": 0.9, "seed": 5, "top_p": 0.9},
+    "penalties": {"temperature": 0.8, "seed": 7, "repetition_penalty": 1.3},
+}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """The large model, a twin of it, and a smaller one that guesses badly; all of one vocabulary."""
+    folder, shape = tmp_path_factory.mktemp("drafts"), {"max_position_embeddings": CONTEXT}
+    large = make_checkpoint(folder / "large", "qwen3", num_heads=8, num_kv_heads=4, **shape)
+    small = make_checkpoint(folder / "small", "llama", layers=1, num_heads=2, hidden=48, seed=3, **shape)
+    windowed = make_checkpoint(folder / "windowed", "qwen3", layers=2, sliding_window=7, seed=4, **shape)
+    return {"large": large, "small": small, "windowed": windowed}
+
+
+def load(paths, drafter, shape="cpu", **options):
+    options = {"max_batch": 4, "policy": Policy(prefill_chunk=16), "dtype": "fp32"} | SHAPES[shape] | options
+    wish = "off" if drafter is None else paths[drafter]
+    return LLM(paths["large"], page_size=PAGE, num_threads=THREADS, progress=False, speculate=wish, **options)
+
+
+def params(kind, **more):
+    return SamplingParams(**{"ignore_eos": True} | PARAMS[kind] | more)
+
+
+@pytest.fixture(scope="module")
+def plain(paths):
+    with load(paths, None) as llm:
+        return {kind: [llm.generate([prompt], params(kind))[0] for prompt in PROMPTS] for kind in PARAMS}
+
+
+@pytest.fixture
+def any_width(monkeypatch):
+    """Widths that follow no rule."""
+    draw = random.Random(1)
+    monkeypatch.setattr(Width, "choose", lambda self, costs, rows: draw.choice([1, 2, 3, 5, 8]))
+
+
+def draft_engine(llm):
+    return llm._scheduler.speculator._model.engine
+
+
+@pytest.mark.parametrize(("drafter", "shape"), [("large", "cpu"), ("small", "lanes"), ("windowed", "cpu")])
+def test_a_draft_model_changes_no_answer(paths, plain, any_width, drafter, shape):
+    with load(paths, drafter, shape) as llm:
+        for kind in PARAMS if shape == "cpu" else ("seeded",):
+            outputs = [llm.generate([prompt], params(kind))[0] for prompt in PROMPTS]
+            outputs += llm.generate(PROMPTS, params(kind))
+            assert [output.token_ids for output in outputs] == 2 * [output.token_ids for output in plain[kind]]
+        drafts, own = llm.report().drafts, draft_engine(llm)
+
+        assert drafts.drafted > 0
+        assert own.kv_cache.free_sequences == own.plan.max_batch
+        if drafter == "large":  # the twin is right whenever the large model is greedy
+            llm.report().reset()
+            llm.generate(PROMPTS, params("greedy"))
+            assert llm.report().drafts.accepted == llm.report().drafts.drafted
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    arrivals=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.sampled_from([None, 5])), max_size=7),
+    seed=st.integers(0, 99),
+)
+def test_no_schedule_with_a_draft_model_changes_an_answer(paths, plain, arrivals, seed):
+    """Arrivals at any step, growth and put-backs in a cache that is too small for all."""
+    draw = random.Random(seed)
+    with pytest.MonkeyPatch.context() as monkeypatch, load(paths, "large", kv_tokens=CONTEXT) as llm:
+        monkeypatch.setattr(Width, "choose", lambda self, costs, rows: draw.choice([1, 2, 5, 8]))
+        requests = []
+        for which, steps, max_tokens in arrivals:
+            requests.append((which, llm.add(PROMPTS[which], params("greedy", max_tokens=max_tokens))))
+            for _ in range(steps):
+                llm.step()
+        while llm.step():
+            pass
+        for which, request in requests:
+            assert tuple(request.token_ids) == plain["greedy"][which].token_ids[: request.max_tokens]
+        assert draft_engine(llm).kv_cache.free_sequences == llm.plan.max_batch
+
+
+def test_a_draft_that_fails_leaves_the_answer_as_it_was(paths, plain, any_width):
+    with load(paths, "large") as llm:
+        own, calls = draft_engine(llm), []
+
+        def failing(call):
+            def wrapped(*arguments, **options):
+                calls.append(None)
+                if len(calls) % 7 == 1:
+                    raise OSError("planted before")
+                result = call(*arguments, **options)
+                if len(calls) % 7 == 4:
+                    raise OSError("planted behind")
+                return result
+
+            return wrapped
+
+        own.run, own.decode_step, own.prefill = failing(own.run), failing(own.decode_step), failing(own.prefill)
+        requests, failures = [llm.add(prompt, params("greedy")) for prompt in PROMPTS], 0
+        while any(request.finish_reason is None for request in requests):
+            try:
+                llm.step()
+            except OSError:
+                failures += 1
+
+        assert failures > 10
+        assert [request.output().token_ids for request in requests] == [each.token_ids for each in plain["greedy"]]
+        assert own.kv_cache.free_sequences == own.plan.max_batch
+
+
+def test_threads_are_shared_and_all_is_closed(paths):
+    llm = load(paths, "small", "lanes")
+    own = draft_engine(llm)
+    assert own.lanes.host_ops is llm.engine.lanes.host_ops
+    llm.close()
+
+    with pytest.raises(RuntimeError):
+        own.lanes.host_ops.silu_mul(torch.zeros(1, 32), torch.zeros(1, 16))
+
+
+def wishes(paths, **options):
+    fixed = {"page_size": PAGE, "num_threads": THREADS, "max_batch": 1, "speculate": paths["small"]}
+    return LoadOptions(model=paths["large"], **fixed, **options)
+
+
+@pytest.mark.parametrize("gpu_memory", ["600KiB", "2MiB"])
+def test_both_plans_keep_to_one_budget(paths, gpu_memory):
+    asked = wishes(paths, device="emulated", gpu_memory=gpu_memory)
+    drafted = settle_drafted(asked)
+    both = (drafted.planned.plan, drafted.draft.plan)
+
+    assert sum(plan.gpu_memory_bytes for plan in both) <= parse_bytes(gpu_memory)
+    assert all(plan.memory.gpu_bytes <= plan.gpu_memory_bytes for plan in both)
+    assert drafted.draft_gpu_bytes == both[1].gpu_memory_bytes
+
+
+def test_the_share_is_the_best_of_those_that_were_tried(paths, monkeypatch):
+    """Beside every other share of the budget, planned by hand."""
+    asked, budget = wishes(paths, device="emulated", gpu_memory="1MiB"), 1 << 20
+    best = settle_drafted(asked).rates.best.tokens_per_s
+    own = LoadOptions(
+        model=paths["small"], device="emulated", num_threads=THREADS, page_size=PAGE, max_context=CONTEXT, max_batch=1
+    )
+    usable = settle(replace(own, gpu_memory=budget)).plan.memory.gpu_bytes
+    found = []
+    for share in SHARES:
+        try:
+            draft = settle(replace(own, gpu_memory=round(share * usable)))
+            planned = settle(replace(asked, gpu_memory=budget - round(share * usable)))
+        except MemoryBudgetError:
+            continue
+        found.append(_rates(planned, draft).best.tokens_per_s)
+    assert found and best == max(found)
+
+
+def test_a_budget_for_one_is_refused_by_name(paths):
+    least = next(
+        size
+        for size in range(64 << 10, 1 << 20, 16 << 10)
+        if fits(paths, size)  # the first budget that the large model itself can live in
+    )
+    with pytest.raises(MemoryBudgetError, match=r"beside the draft model .*raise gpu_memory"):
+        settle_drafted(wishes(paths, device="emulated", gpu_memory=least))
+
+
+def fits(paths, size):
+    try:
+        return settle(wishes(paths, device="emulated", gpu_memory=size))
+    except MemoryBudgetError:
+        return None
+
+
+def test_another_vocabulary_is_refused(paths, tmp_path):
+    other = make_checkpoint(tmp_path / "other", "llama", layers=1, vocab=311)
+    for file in other.glob("token*"):
+        file.unlink()
+
+    with pytest.raises(UnsupportedModelError, match=r"vocabularies have 311 and 307 tokens"):
+        LLM(paths["large"], device="cpu", speculate=other, num_threads=THREADS, progress=False)
+
+
+def test_other_tokens_are_refused(paths, tmp_path):
+    other = make_checkpoint(tmp_path / "other", "llama", layers=1)
+    file = other / "tokenizer.json"
+    described = json.loads(file.read_text())
+    vocab = described["model"]["vocab"]
+    first, second = sorted(vocab, key=vocab.__getitem__)[40:42]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    file.write_text(json.dumps(described))
+
+    with pytest.raises(UnsupportedModelError, match=r"token \d+ is .* give a model of the same vocabulary"):
+        LLM(paths["large"], device="cpu", speculate=other, num_threads=THREADS, progress=False)
+
+
+def test_a_name_that_is_neither_a_way_nor_a_model_is_refused(paths):
+    with pytest.raises(UnsupportedModelError, match="ngram"):
+        LLM(paths["large"], device="cpu", speculate="n-gram", num_threads=THREADS, progress=False)
+
+
+@pytest.mark.parametrize("wish", ["ngram", "small"])
+def test_plan_says_what_drafts_would_bring(paths, wish):
+    drafts = str(paths.get(wish, wish))
+    arguments = ["plan", str(paths["large"]), "--hardware", "rtx4090-ddr5", "--no-explain", "--speculate", drafts]
+    shown, told = run(*arguments), run(*arguments, "--json")
+
+    assert shown.exit_code == told.exit_code == 0, shown.stderr + told.stderr
+    assert "tokens a pass" in shown.stdout and "(assumed)" in shown.stdout
+    found = json.loads(told.stdout)["speculation"]
+    for width in found["widths"]:
+        tokens = expected_tokens(found["acceptance"], width["rows"])
+        assert width["tokens"] == tokens
+        assert width["tokens_per_s"] == pytest.approx(tokens / (width["pass_s"] + width["drafts_s"]))
+        assert (width["drafts_s"] > 0) == (wish == "small" and width["rows"] > 1)
