@@ -19,6 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from hetero_attn.engine.greatest import greatest
 from hetero_attn.errors import NonFiniteLogitsError, SamplingError
 from hetero_attn.serving.sampling import Sampler, likely_tokens, score_token
 from hetero_attn.serving.sampling_params import SamplingParams
@@ -55,7 +56,7 @@ def oracle_probabilities(
 def sampler_probabilities(
     logits: torch.Tensor, params: SamplingParams, prompt_ids: list[int], generated_ids: list[int]
 ) -> torch.Tensor:
-    adjusted = Sampler(params, EOS, len(logits))._adjust(logits, prompt_ids, generated_ids)
+    adjusted = Sampler(params, EOS, len(logits))._adjust(logits, greatest(logits), prompt_ids, generated_ids)
     token_ids, weights = likely_tokens(adjusted, params)
     return torch.zeros(len(logits), dtype=torch.float64).index_put((token_ids,), weights / weights.sum())
 
