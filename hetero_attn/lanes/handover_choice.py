@@ -15,7 +15,7 @@ import torch
 
 from cpu_kernels import CpuKernels
 from hetero_attn.devices import Device
-from hetero_attn.errors import HeteroError, UnsupportedModelError, nearest
+from hetero_attn.errors import ArgumentError, HeteroError, UnsupportedModelError, nearest
 from hetero_attn.lanes.flag_handover import FlagHandover
 from hetero_attn.lanes.handover import EventHandover
 from hetero_attn.lanes.handover_names import HANDOVERS
@@ -32,12 +32,10 @@ def choose_handover(wish: str, device: Device, worker: Executor, host_ops: CpuKe
     """The hand-over for `wish`, one of HANDOVERS; warns where `auto` has to leave one out.
 
     `auto` takes the first that works and is prompt, by p95 of 200 hand-overs; else the one with the least p95. Raises
-    UnsupportedModelError for an unknown wish and for one that does not work here.
+    ArgumentError for an unknown wish and UnsupportedModelError for one that does not work here.
     """
     if wish not in HANDOVERS:
-        raise UnsupportedModelError(
-            f"handover is {wish!r}; it must be one of {', '.join(HANDOVERS)}{nearest(wish, HANDOVERS)}"
-        )
+        raise ArgumentError(f"handover is {wish!r}; it must be one of {', '.join(HANDOVERS)}{nearest(wish, HANDOVERS)}")
     slow: list[tuple[float, Any]] = []
     for name in _candidates(wish, device):
         if name == "events" and not slow:

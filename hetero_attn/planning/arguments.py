@@ -8,7 +8,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from hetero_attn.errors import ArgumentError, UnsupportedModelError, nearest
+from hetero_attn.errors import ArgumentError, nearest
 from hetero_attn.lanes.handover_names import HANDOVERS
 from placement import HardwareProfile, Policy
 from placement.plan.units import parse_bytes
@@ -32,7 +32,7 @@ MOST_BYTES = 1 << 60  # of GPU memory; what is far beyond any machine overflows 
 def checked_arguments(**values: Any) -> dict[str, Any]:
     """The same arguments as plain values: integers as int, a torch.device and torch.dtype as text.
 
-    Raises ArgumentError, or UnsupportedModelError for a name that is none of the known ones.
+    Raises ArgumentError, also for a name that is none of the known ones.
     """
     return {name: _checked(name, value) for name, value in values.items()}
 
@@ -109,7 +109,7 @@ def _expect(is_right: bool, name: str, value: Any, expected: str) -> None:
 
 
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:
-    """Raise UnsupportedModelError, with the nearest known name, where `value` is none of them."""
+    """Raise ArgumentError, with the nearest known name, where `value` is none of them."""
     known = tuple(known)
     if value not in known:
-        raise UnsupportedModelError(f"{name} is {value!r}; it must be one of {', '.join(known)}{nearest(value, known)}")
+        raise ArgumentError(f"{name} is {value!r}; it must be one of {', '.join(known)}{nearest(value, known)}")

@@ -15,7 +15,7 @@ class LoadOptions:
 
     None and "auto" leave a choice to the policy, else to the model and the machine: `settle` makes all of them. Types
     and
-    ranges are checked here: raises ConfigError, or UnsupportedModelError for a name that is none of the known ones.
+    ranges are checked here: raises ArgumentError, also for a name that is none of the known ones.
     """
 
     model: str | Path

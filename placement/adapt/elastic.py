@@ -7,6 +7,7 @@ their keys and values are in one owner's store, and everything that buffers were
 from dataclasses import replace
 
 from placement.cost.model import predict
+from placement.cost.objective import judged_s
 from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import Means, Plan, build_plan
 from placement.plan.workload import round_up
@@ -45,7 +46,7 @@ def plan_for_context(plan: Plan, hardware: HardwareProfile, policy: Policy, cont
             refused = error
     if not found:
         raise refused
-    best = min(found, key=lambda candidate: candidate.predicted.objective_s)
+    best = min(found, key=lambda each: judged_s(each.predicted.objective_s, each.is_all_on_gpu))
     whole = build_plan(
         plan.workload,
         best.linears,

@@ -13,7 +13,7 @@ import torch
 from cpu_kernels import CpuKernels
 from cpu_kernels.contract import Pages, Partial, RowKeys
 from hetero_attn.devices import Device, EmulatedDriver
-from hetero_attn.errors import EngineDeadError, UnsupportedModelError
+from hetero_attn.errors import ArgumentError, EngineDeadError, UnsupportedModelError
 from hetero_attn.lanes import handover_choice
 from hetero_attn.lanes.flag_handover import FlagHandover
 from hetero_attn.lanes.handover_choice import choose_handover
@@ -368,5 +368,5 @@ def test_an_emulated_gpu_uses_events_and_an_unknown_wish_is_refused(worker, kern
 
     assert choose("auto", emulated, worker, kernels) == "events"
     assert choose("flags", emulated, worker, kernels) == "flags"
-    with pytest.raises(UnsupportedModelError, match="did you mean 'graph'"):
+    with pytest.raises(ArgumentError, match="did you mean 'graph'"):
         choose("graphs", emulated, worker, kernels)

@@ -7,7 +7,7 @@ import torch
 
 from cpu_kernels.formats import pages as kv_layout
 from hetero_attn import LLM, plan_model
-from hetero_attn.errors import UnsupportedModelError
+from hetero_attn.errors import ArgumentError
 from hetero_attn.tools import verify
 from placement.policy.policy import Policy
 from placement.policy.problems import PolicyError
@@ -73,7 +73,7 @@ def test_the_dtype_comes_from_the_argument_then_the_policy_then_the_weights():
 
 
 def test_unknown_dtypes_are_refused():
-    with pytest.raises(UnsupportedModelError, match="kv_dtype is 'q5'"):
+    with pytest.raises(ArgumentError, match="kv_dtype is 'q5'"):
         plan_model(TINY, device="cpu", kv_dtype="q5")
     with pytest.raises(PolicyError, match="kv_dtype: 'q5': must be one of"):
         Policy.parse("kv_dtype: q5")

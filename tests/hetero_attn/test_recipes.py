@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hetero_attn import Policy
-from hetero_attn.errors import UnsupportedModelError
+from hetero_attn.errors import ArgumentError
 from hetero_attn.models.decoder import decoder
 from hetero_attn.planning.settle import plan_model
 from hetero_attn.spec.config import ModelConfig
@@ -110,5 +110,5 @@ def test_an_embedding_of_other_codes_is_packed_anew(tmp_path):
 
 
 def test_a_recipe_that_does_not_exist_is_named_with_those_there_are(models):
-    with pytest.raises(UnsupportedModelError, match="'q4_k_m'; it must be one of .* q4, q4_m"):
+    with pytest.raises(ArgumentError, match="'q4_k_m'; it must be one of .* q4, q4_m"):
         plan_model(models[True], dtype="q4_k_m", device="cpu")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hetero_attn import LLM, Policy, SamplingParams
 from hetero_attn.engine.lane_report import LaneReport
-from hetero_attn.errors import UnsupportedModelError
+from hetero_attn.errors import ArgumentError, UnsupportedModelError
 from hetero_attn.serving.scheduling import scheduler
 from hetero_attn.serving.scheduling.scheduler import Scheduler
 from hetero_attn.speculation.speculator import NgramDrafter, Speculator, make_speculator
@@ -351,7 +351,7 @@ def test_off_is_off(path):
 
 
 def test_what_cannot_be_speculated_is_named(path):
-    with pytest.raises(UnsupportedModelError, match="speculate is 'banana'.*off, ngram, auto"):
+    with pytest.raises(ArgumentError, match="speculate is 'banana'.*off, ngram, auto"):
         LLM(path, speculate="banana")
     report = LaneReport()
     assert make_speculator("off", False, report) is make_speculator("auto", True, report) is None

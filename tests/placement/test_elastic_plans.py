@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from placement import BudgetError, HardwareProfile, Policy, make_plan
+from placement.adapt import elastic
 from placement.adapt.elastic import decode_s, plan_for_budget, plan_for_context
 from tests.support.planning_models import decoder
 
@@ -85,3 +86,22 @@ def test_an_elastic_plan_fed_back_as_a_policy_is_the_same(plan):
     again = make_plan(replace(plan.workload, elastic=False), MACHINE, Policy.parse(plan.to_yaml()), device="cuda")
 
     assert again == plan
+
+
+@pytest.mark.parametrize(("slower", "is_taken"), [(1.02, True), (1.08, False)])
+def test_a_plan_for_a_context_is_judged_as_every_plan_is(monkeypatch, slower, is_taken):
+    """One that leaves the other lanes nothing to do is taken unless another gains more than the model errs."""
+    budget, made = 16 * GIB, []
+
+    def predicted_slower(*arguments, **sizes):
+        plan = make_plan(*arguments, **sizes)
+        seconds = slower * made[0].predicted.objective_s if plan.is_all_on_gpu else 1.0
+        made.append(replace(plan, predicted=replace(plan.predicted, objective_s=seconds)))
+        return made[-1]
+
+    first = make_plan(WORKLOAD, MACHINE, ELASTIC, device="cuda", gpu_memory_bytes=budget)
+    monkeypatch.setattr(elastic, "make_plan", predicted_slower)
+    chosen = plan_for_context(first, MACHINE, ELASTIC, 4096)
+
+    assert [plan.is_all_on_gpu for plan in made] == [False, False, True]
+    assert (chosen.kv == made[-1].kv) == is_taken
