@@ -43,7 +43,7 @@ def chat(
     """Talk with a model; Ctrl-C ends an answer, /exit ends the program, /help lists what else there is."""
     wishes = sampling.wishes()
     variables = dict(map(template_variable, template_var or ()))
-    with loading.llm(model, needs_template=True, seed=seed, needs_text=True, speculate=speculate) as llm:
+    with loading.llm(model, seed=seed, needs_text=True, speculate=speculate) as llm:
         note(banner(llm))
         talk = Conversation(llm, llm.default_params(**wishes), system, variables=variables)
         converse(talk, line_source(note, tuple(HELP)))

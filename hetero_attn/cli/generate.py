@@ -36,7 +36,7 @@ def generate(
     wishes = sampling.wishes(ignore_eos)
     opening = [] if system is None else [{"role": "system", "content": system}]
     messages = [*opening, {"role": "user", "content": text}]
-    with loading.llm(model, needs_template=chat, seed=seed, needs_text=True, speculate=speculate) as llm:
+    with loading.llm(model, seed=seed, needs_text=True, speculate=speculate) as llm:
         params = llm.default_params(**wishes)
         if as_json:
             output = llm.chat(messages, params) if chat else llm.generate([text], params)[0]

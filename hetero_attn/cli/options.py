@@ -143,18 +143,10 @@ class Loading:
 
         return LoadOptions(model=model, **self.arguments() | more)
 
-    def llm(self, model: str, needs_template: bool = False, **more: Any) -> LLM:
-        """Load a model, with more arguments of `LLM`; says on stderr what takes time. Raises what `LLM` raises.
-
-        needs_template: a chat template will be filled in; what that takes is imported while the weights load.
-        """
+    def llm(self, model: str, **more: Any) -> LLM:
+        """Load a model, with more arguments of `LLM`; says on stderr what takes time. Raises what `LLM` raises."""
         with collector_at_rest():
             from hetero_attn import LLM
-
-            if needs_template:
-                from hetero_attn.serving.text.opening import import_beside
-
-                import_beside()
 
             return LLM(model, progress=True, **self.arguments() | more)
 

@@ -12,7 +12,7 @@ from hetero_attn.checkpoints.gguf import tokenizer as gguf
 from hetero_attn.checkpoints.gguf.fields import GgufFields
 from hetero_attn.errors import ConfigError, PromptError
 from hetero_attn.serving.defaults import default_params
-from hetero_attn.serving.text.plain_tokenizer import GgufPlainTokenizer
+from hetero_attn.serving.text.plain_tokenizer import PlainTokenizer
 from hetero_attn.serving.text.tokenizer import Tokenizer
 from tests.support.gguf_models import make_gguf
 
@@ -92,13 +92,11 @@ def test_chats_are_those_of_transformers_with_the_same_vocabulary(tmp_path):
         "{{ bos_token }}{% for m in messages %}{{ m.content }}<s>{% endfor %}{% if add_generation_prompt %}b{% endif %}"
     )
     found = gguf.gguf_tokenizer(fields(tmp_path, add_space_prefix=False))
-    ours = GgufPlainTokenizer(found.backend, found.named, template)
+    ours = Tokenizer(tmp_path / "m.gguf", PlainTokenizer(found.backend, found.named, template))
     theirs = PreTrainedTokenizerFast(tokenizer_object=found.backend, chat_template=template, **found.named)
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
 
-    assert (
-        ours.apply_chat_template(MESSAGES, **options) == theirs.apply_chat_template(MESSAGES, **options) == [1, 2, 1, 3]
-    )
+    assert ours.encode_chat(MESSAGES) == theirs.apply_chat_template(MESSAGES, **options) == [1, 2, 1, 3]
 
 
 def test_a_template_beside_the_file_is_its_own(tmp_path):
@@ -124,7 +122,7 @@ def test_what_is_suggested_beside_the_file_is_taken(tmp_path):
 
 def test_a_file_without_template_says_what_to_do(tmp_path):
     found = gguf.gguf_tokenizer(fields(tmp_path))
-    opened = Tokenizer(tmp_path / "m.gguf", GgufPlainTokenizer(found.backend, found.named, None))
+    opened = Tokenizer(tmp_path / "m.gguf", PlainTokenizer(found.backend, found.named, None))
 
     with pytest.raises(PromptError, match=r"base models have none; use generate.*chat_template.jinja"):
         opened.encode_chat(MESSAGES)
@@ -153,7 +151,7 @@ def test_opening_needs_no_transformers(tmp_path):
 def test_a_template_that_does_not_end_is_stopped(tmp_path, monkeypatch, template):
     monkeypatch.setattr(template_time, "MOST_SECONDS", 0.2)
     found = gguf.gguf_tokenizer(fields(tmp_path))
-    opened = Tokenizer(tmp_path / "m.gguf", GgufPlainTokenizer(found.backend, found.named, template))
+    opened = Tokenizer(tmp_path / "m.gguf", PlainTokenizer(found.backend, found.named, template))
 
     with pytest.raises(PromptError, match="has run for 0.2 s and has not ended"):
         opened.encode_chat(MESSAGES)
@@ -164,7 +162,7 @@ def test_code_of_a_stranger_reaches_nothing(tmp_path):
     """What was executed by programs that render templates without a sandbox."""
     found = gguf.gguf_tokenizer(fields(tmp_path))
     template = "{{ messages.__class__.__mro__[-1].__subclasses__() }}"
-    opened = Tokenizer(tmp_path / "m.gguf", GgufPlainTokenizer(found.backend, found.named, template))
+    opened = Tokenizer(tmp_path / "m.gguf", PlainTokenizer(found.backend, found.named, template))
 
     with pytest.raises(PromptError, match="SecurityError"):
         opened.encode_chat(MESSAGES)

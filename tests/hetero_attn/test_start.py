@@ -34,6 +34,7 @@ def test_an_answer_imports_nothing_that_it_does_not_use():
     imported(GENERATE, ())  # compiles the kernels that are not kept yet
 
     assert imported(GENERATE, NEEDLESS) == []
+    assert imported([*GENERATE, "--chat"], NEEDLESS) == []
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["plan", "--help"], ["--version"]])

@@ -299,10 +299,10 @@ def test_the_short_way_to_a_generic_tokenizer_gives_what_auto_tokenizer_gives(to
 IMPORT_IN_TWO_THREADS = """
 import sys, threading
 from pathlib import Path
-from hetero_attn.serving.text.opening import import_beside
+from hetero_attn.checkpoints.transformers_import import transformers_part
 from hetero_attn.serving.text.tokenizer import Tokenizer
 
-import_beside()
+threading.Thread(target=transformers_part, args=("PreTrainedTokenizerFast",)).start()
 results = []
 def work():
     results.append(Tokenizer.open(Path(sys.argv[1])).encode_chat([{"role": "user", "content": "x"}], True, {}))

@@ -71,7 +71,7 @@ def serve(
         from hetero_attn.server.driver import warmed
 
         places = SEQUENCES if loading.batch is None else loading.batch
-        return warmed(loading.llm(model, True, seed=None, max_batch=places, speculate=speculate))
+        return warmed(loading.llm(model, seed=None, max_batch=places, speculate=speculate))
 
     settings = replace(settings, port=sock.getsockname()[1])
     typer.echo(f"loading {model}; {settings.address}/health tells when it is ready", err=True)

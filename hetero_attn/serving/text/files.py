@@ -14,12 +14,11 @@ from hetero_attn.checkpoints.sources import is_gguf
 from hetero_attn.checkpoints.transformers_import import transformers_part
 from hetero_attn.engine.host_memory import free_address_space
 from hetero_attn.errors import ConfigError, MemoryBudgetError
-from hetero_attn.serving.text.plain_tokenizer import GgufPlainTokenizer, is_generic, plain_tokenizer
+from hetero_attn.serving.text.plain_tokenizer import PlainTokenizer, is_generic, plain_tokenizer, template_in
 from hetero_attn.spec.json_fields import read_json
 from placement.plan.units import format_bytes
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-TEMPLATE_NAME, MOST_TEMPLATE_BYTES = "chat_template.jinja", 1 << 20
 LEAST_BYTES_TO_OPEN = 128 << 20  # of the tokenizers package, its threads' stacks and a large vocabulary
 
 
@@ -32,11 +31,11 @@ def has_tokenizer(path: str | Path) -> bool:
     return any((path / name).is_file() for name in _FILES)
 
 
-def tokenizer_of_gguf(path: Path) -> GgufPlainTokenizer:
+def tokenizer_of_gguf(path: Path) -> PlainTokenizer:
     """The tokenizer that a GGUF file's metadata describe, with the chat template beside the file if there is one."""
     with GgufCheckpoint.open(path) as source:
         found = gguf_tokenizer(source.fields)
-    return GgufPlainTokenizer(found.backend, found.named, _template_beside(path) or found.chat_template)
+    return PlainTokenizer(found.backend, found.named, template_in(path.parent) or found.chat_template)
 
 
 def tokenizer_of_folder(path: Path) -> Any:
@@ -50,7 +49,7 @@ def tokenizer_of_folder(path: Path) -> Any:
         )
     _check_address_space(path)
     try:
-        return plain_tokenizer(path, lambda: _loaded(path)) or _loaded(path)
+        return plain_tokenizer(path) or _loaded(path)
     # Damaged files surface as nearly any exception type of transformers, tokenizers or sentencepiece.
     except Exception as error:
         raise ConfigError(f"{path}: the tokenizer cannot be loaded: {first_line(error)}; {_way_out(path)}") from error
@@ -86,19 +85,6 @@ def _loaded(path: Path) -> Any:
     if (path / "tokenizer.json").is_file() and is_generic(config):
         return transformers_part("PreTrainedTokenizerFast").from_pretrained(str(path), local_files_only=True)
     return transformers_part("AutoTokenizer").from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
-
-
-def _template_beside(path: Path) -> str | None:
-    """The chat template that lies beside a GGUF file, None where there is none."""
-    file = path.parent / TEMPLATE_NAME
-    if not file.is_file():
-        return None
-    if (size := file.stat().st_size) > MOST_TEMPLATE_BYTES:
-        raise ConfigError(f"{file}: {size} bytes, a chat template has at most {MOST_TEMPLATE_BYTES}; take it away")
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read: {first_line(error)}") from None
 
 
 def first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Work beside the loading of weights: opening a model's tokenizer, importing what chat templates need."""
+"""Work beside the loading of weights: opening a model's tokenizer."""
 
 import warnings
 from collections.abc import Callable
@@ -6,7 +6,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
 
-from hetero_attn.checkpoints.transformers_import import transformers_part
 from hetero_attn.errors import ConfigError, PromptError
 from hetero_attn.serving.text.files import has_tokenizer
 from hetero_attn.serving.text.tokenizer import Tokenizer
@@ -53,8 +52,3 @@ def watch_opening(
         progress(count)
 
     return watched
-
-
-def import_beside() -> None:
-    """Begin to import transformers on a thread of its own: whoever will need a chat template has it sooner."""
-    Thread(target=transformers_part, args=("PreTrainedTokenizerFast",), name="hetero-attn-transformers").start()

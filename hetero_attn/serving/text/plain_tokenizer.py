@@ -1,20 +1,20 @@
 """The tokenizer of a tokenizer.json without transformers, whose import takes a second of every start.
 
-Only where the file alone decides: the generic classes of transformers, and settings beside the file that say nothing
-else. For the rest, and for chat templates, transformers is asked.
+Only where the file alone decides: the generic classes of transformers, settings beside the file that say nothing else,
+and at most one chat template. For the rest transformers is asked.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hetero_attn.checkpoints.transformers_import import transformers_part
+from hetero_attn.errors import ConfigError
 from hetero_attn.spec.json_fields import read_json
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
+TEMPLATE_NAME, MOST_TEMPLATE_BYTES = "chat_template.jinja", 1 << 20
 # Classes of transformers that are what tokenizer.json says and nothing else.
 GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -43,12 +43,12 @@ _MOST_TOKENS_NOT_LOOKED_AT = 100_000
 class PlainTokenizer:
     """What `Tokenizer` asks of a tokenizer of transformers, answered by `tokenizers` alone.
 
-    backend: of the `tokenizers` package. named: the contents of bos_token and such. full: opens the same tokenizer in
-    transformers, for what concerns chat templates.
+    backend: of the `tokenizers` package. named: the contents of bos_token and such. chat_template: of conversations,
+    None where there is none.
     """
 
-    def __init__(self, backend: "Tokenizer", named: Mapping[str, str], full: Callable[[], Any]) -> None:
-        self._backend, self._open_full, self._named = backend, full, named
+    def __init__(self, backend: "Tokenizer", named: Mapping[str, str], chat_template: str | None) -> None:
+        self._backend, self._named, self.chat_template = backend, named, chat_template
         backend.no_truncation()
         backend.no_padding()
         self.eos_token_id, self.bos_token_id = (
@@ -88,52 +88,16 @@ class PlainTokenizer:
         """Tokens that are matched in the text before anything else, by id."""
         return self._backend.get_added_tokens_decoder()
 
-    @cached_property
-    def _full(self) -> Any:
-        return self._open_full()
 
-    @property
-    def chat_template(self) -> str | None:
-        """The template of conversations, as transformers finds it."""
-        return self._full.chat_template
-
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
-        """As transformers does it."""
-        return self._full.apply_chat_template(messages, **options)
-
-
-class GgufPlainTokenizer(PlainTokenizer):
-    """That of a GGUF file, whose chat template is rendered by transformers without a second copy of the vocabulary."""
-
-    def __init__(self, backend: "Tokenizer", named: Mapping[str, str], chat_template: str | None) -> None:
-        super().__init__(backend, named, self._open_renderer)
-        self._template = chat_template
-
-    @property
-    def chat_template(self) -> str | None:
-        """The template of conversations."""
-        return self._template
-
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
-        """Token ids of what the template makes of the messages."""
-        text = self._full.apply_chat_template(messages, **options | {"tokenize": False})
-        return self.encode(text, add_special_tokens=False)
-
-    def _open_renderer(self) -> Any:
-        """A tokenizer of transformers that has the template and the names of tokens, and no vocabulary."""
-        from tokenizers import Tokenizer, models
-
-        fast = transformers_part("PreTrainedTokenizerFast")
-        return fast(tokenizer_object=Tokenizer(models.BPE()), chat_template=self._template, **self._named)
-
-
-def plain_tokenizer(path: Path, full: Callable[[], Any]) -> PlainTokenizer | None:
+def plain_tokenizer(path: Path) -> PlainTokenizer | None:
     """The tokenizer of a model directory, None where transformers might make another one of its files.
 
-    full: opens it in transformers. Raises what `tokenizers` raises for a damaged file.
+    Raises what `tokenizers` raises for a damaged file, and ConfigError for a chat template that cannot be read.
     """
     settings = _settings(path)
-    if not is_generic(settings) or settings.keys() - _HARMLESS:
+    template = template_in(path) or settings.get("chat_template")
+    has_several = not isinstance(template, str | None) or (path / "additional_chat_templates").exists()
+    if not is_generic(settings) or settings.keys() - _HARMLESS or has_several:
         return None
     from tokenizers import Tokenizer
 
@@ -149,7 +113,20 @@ def plain_tokenizer(path: Path, full: Callable[[], Any]) -> PlainTokenizer | Non
     if not all(_is_there(token, index, added) for index, token in listed.items()):
         return None
     contents = {name: token if isinstance(token, str) else token["content"] for name, token in named.items()}
-    return PlainTokenizer(backend, contents, full)
+    return PlainTokenizer(backend, contents, template)
+
+
+def template_in(folder: Path) -> str | None:
+    """The chat template that lies in a folder, None where there is none."""
+    file = folder / TEMPLATE_NAME
+    if not file.is_file():
+        return None
+    if (size := file.stat().st_size) > MOST_TEMPLATE_BYTES:
+        raise ConfigError(f"{file}: {size} bytes, a chat template has at most {MOST_TEMPLATE_BYTES}; take it away")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
 
 
 def is_generic(settings: Mapping[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """Text to token ids and back: a thin door to the tokenizer of transformers.
 
-Nothing from a model directory is executed: remote code is never trusted, and chat templates run only inside
-transformers' sandbox.
+Nothing from a model directory is executed: remote code is never trusted, and chat templates run only in a sandbox that
+bounds their time and what they build.
 """
 
 import re
@@ -17,7 +17,8 @@ from hetero_attn.checkpoints.template_time import bounded_template
 from hetero_attn.errors import PromptError
 from hetero_attn.serving.prompts import as_messages, as_template_variables
 from hetero_attn.serving.sampling_params import SamplingParams
-from hetero_attn.serving.text.files import TEMPLATE_NAME, first_line, tokenizer_of_folder, tokenizer_of_gguf
+from hetero_attn.serving.text.files import first_line, tokenizer_of_folder, tokenizer_of_gguf
+from hetero_attn.serving.text.plain_tokenizer import TEMPLATE_NAME
 from hetero_attn.serving.text.text_stream import TextStream
 
 
@@ -31,6 +32,9 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 _BYTE_OF = _byte_level_alphabet()
 
+# Where the method is that renders templates as we do; a class with another one knows better.
+BASE_OF_TRANSFORMERS = "transformers.tokenization_utils_base"
+
 
 class Tokenizer:
     """The tokenizer of a model directory. Made by `Tokenizer.open`.
@@ -43,6 +47,7 @@ class Tokenizer:
     def __init__(self, path: Path, tokenizer: Any):
         self.path = path
         self._tokenizer = tokenizer
+        self._templates: dict[str, Any] = {}
         eos = tokenizer.eos_token_id
         self.eos_token_ids: tuple[int, ...] = () if eos is None else (eos,)
         self.bos_token_id: int | None = tokenizer.bos_token_id
@@ -119,18 +124,30 @@ class Tokenizer:
             )
         try:
             with bounded_template():
-                ids = self._tokenizer.apply_chat_template(
-                    plain,
-                    add_generation_prompt=add_generation_prompt and not continue_final_message,
-                    continue_final_message=continue_final_message,
-                    tokenize=True,
-                    return_dict=False,
-                    **variables,
-                )
+                ends = {
+                    "add_generation_prompt": add_generation_prompt and not continue_final_message,
+                    "continue_final_message": continue_final_message,
+                }
+                ids = self._ids_of_chat(plain, ends | variables)
         # A template raises what it likes: jinja2 errors, its own raise_exception, type errors from odd content.
         except Exception as error:
             raise PromptError(f"{self.path}: the chat template refuses these messages: {first_line(error)}") from error
         return list(ids)
+
+    def _ids_of_chat(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> Sequence[int]:
+        """Token ids of a conversation by our own renderer, unless the tokenizer's class has a way of its own."""
+        from hetero_attn.serving.text.chat_template import ChatTemplate  # imports jinja2
+
+        tokenizer = self._tokenizer
+        renders = getattr(type(tokenizer), "apply_chat_template", None)
+        if renders is not None and renders.__module__ != BASE_OF_TRANSFORMERS:
+            return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+        source = tokenizer.chat_template
+        if not isinstance(source, str):
+            source = tokenizer.get_chat_template(None, options.get("tools"))
+        template = self._templates.setdefault(source, ChatTemplate(source))
+        text = template.render(messages, **dict(tokenizer.special_tokens_map) | options)
+        return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that form no character come out as U+FFFD."""
