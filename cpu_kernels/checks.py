@@ -17,10 +17,19 @@ def check_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype | tuple, sh
     Every op of every layer comes through here, so the usual case is decided by four attribute reads.
     """
     have = tensor.shape
-    fits = have == shape or (len(have) == len(shape) and all(want in (None, size) for want, size in zip(shape, have)))
+    fits = have == shape or _fits(have, shape)
     right_dtype = tensor.dtype in dtype if isinstance(dtype, tuple) else tensor.dtype is dtype
     if not (fits and right_dtype and tensor.is_cpu and (not have or have[-1] <= 1 or tensor.stride(-1) == 1)):
         _explain(name, tensor, dtype if isinstance(dtype, tuple) else (dtype,), shape, fits)
+
+
+def _fits(have: tuple, shape: tuple) -> bool:
+    if len(have) != len(shape):
+        return False
+    for want, size in zip(shape, have):  # a generator would cost a call for every dimension
+        if want is not None and want != size:
+            return False
+    return True
 
 
 def _explain(name: str, tensor: torch.Tensor, dtypes: tuple, shape: tuple, fits: bool) -> None:

@@ -112,12 +112,14 @@ FORMATS = {
 
 
 class Segment(NamedTuple):
-    """Part of a unit in one format: its blocks, and where it begins in the unit, in bytes and blocks."""
+    """Part of a unit in one format: its blocks, where it begins in the unit, in bytes and blocks, and the bytes of one
+    of its blocks."""
 
     format: WeightFormat
     blocks: int
     first_byte: int
     first_block: int
+    block_bytes: int
 
 
 def format_of(name: str) -> WeightFormat:
@@ -143,16 +145,19 @@ def segments(name: str, in_features: int) -> tuple[Segment, ...]:
     """The segments of a unit of a format, one block, or of a mix, whose packed weight is uint8 [units, unit_bytes]."""
     found, at, block = [], 0, 0
     for item, count in _parts(name):
-        found.append(Segment(item, count, at, block))
-        at, block = at + count * item.block_bytes(in_features), block + count
+        block_bytes = item.block_bytes(in_features)
+        found.append(Segment(item, count, at, block, block_bytes))
+        at, block = at + count * block_bytes, block + count
     return tuple(found)
 
 
+@cache
 def unit_bytes(name: str, in_features: int) -> int:
     """Bytes of a block of a format, or of a unit of a mix."""
     return sum(count * item.block_bytes(in_features) for item, count in _parts(name))
 
 
+@cache
 def unit_blocks(name: str) -> int:
     """Blocks of output features in `unit_bytes`: 1 of a format."""
     return sum(count for _, count in _parts(name))

@@ -60,7 +60,7 @@ def expert_linear(team: Team, x: Tensor, picks: Picks, weight: Tensor, weight_dt
 def _run(team: Team, x: Tensor, picks: Picks, weight: Tensor, part: Segment, run: int, out: Tensor) -> None:
     """One segment of every unit of every expert."""
     name, (count, features), in_features = part.format.name, out.shape, x.shape[1]
-    block_bytes = part.format.block_bytes(in_features)
+    block_bytes = part.block_bytes
     team.run(
         kernel_of(team.isa, name, count),
         scratch_bytes(team.isa, name, count, in_features),

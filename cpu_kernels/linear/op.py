@@ -92,7 +92,7 @@ def _run(team: Team, operands: Operands, part: Segment, run: int) -> None:
     """One segment of every unit of the weight; run: its blocks that follow each other."""
     x, weight, bias, out, accumulate = operands
     name, (rows, in_features) = part.format.name, x.shape
-    num_blocks, block_bytes = weight.shape[0] * part.blocks, part.format.block_bytes(in_features)
+    num_blocks, block_bytes = weight.shape[0] * part.blocks, part.block_bytes
     kernel, tile = kernel_of(team.isa, name, rows)
     first_out = LINE_BYTES * part.first_block  # 16 float32
     team.run(

@@ -5,8 +5,6 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 from hetero_attn.errors import CheckpointError
 
 AHEAD_BYTES = 32 << 20  # most that the system is asked to fetch behind a read, while what was read is packed
@@ -34,6 +32,8 @@ class RawFile:
         Where the file and its packed weights do not both fit into memory, the system's copy of the file is given back.
         """
         if self._fd >= 0:
+            import psutil  # compiles its patterns when it is imported
+
             if psutil.virtual_memory().available < 2 * self.size:
                 self._advise(0, self.size, "POSIX_FADV_DONTNEED")
             os.close(self._fd)

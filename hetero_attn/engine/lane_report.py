@@ -6,9 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 
-from rich.console import Console
-from rich.table import Table
-
 from hetero_attn.lanes.lanes import Lanes
 from placement.plan.workload import row_tier
 
@@ -125,6 +122,9 @@ class LaneReport:
 
     def table(self, width: int = 120) -> str:
         """Plain text for people."""
+        from rich.console import Console
+        from rich.table import Table
+
         table = Table("phase", box=None)
         for heading in (
             "steps",

@@ -187,11 +187,15 @@ class Lanes:
 
     def begin_layer(self) -> None:
         """Before a layer is queued: wait where the caller is too far ahead of the host worker."""
+        if self.device is None:  # every job has run where it was given
+            return
         with self._waiting():
             self.handover.begin_layer()
 
     def order_device(self, given: int | None = None) -> None:
         """GPU work queued from now on sees what the first `given` jobs wrote; None: all given so far."""
+        if self.device is None:
+            return
         with self._waiting():
             if self._copies_at_once:
                 self.handover.join(given)

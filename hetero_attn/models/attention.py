@@ -29,9 +29,9 @@ class Attention(AttentionDeclaration, Block):
     def _norm_whole(self, lanes: Lanes, weights: BlockWeights, heads: Activation, computed: int) -> int:
         """Norm q and k over all heads, where they all come together for it; returns the KV heads that are on the
         GPU then, of which `computed` are now."""
-        q_norm, k_norm = weights.vector("q_norm_whole").main, weights.vector("k_norm_whole").main
-        if q_norm is None:
+        if "q_norm_whole" not in weights.vectors:
             return computed
+        q_norm, k_norm = weights.vector("q_norm_whole").main, weights.vector("k_norm_whole").main
         kv_heads, unit = self.cache.kv_heads, self.qkv.unit_features
         lanes.pull(heads, computed * unit, kv_heads * unit)
         lanes.main_ops.norm_heads(heads.main.unflatten(1, (kv_heads, unit)), q_norm, k_norm, self._eps)
@@ -48,6 +48,11 @@ class Attention(AttentionDeclaration, Block):
         return AttentionBuffers(*rows, *(work.of(name, heads) for name in ("lse", "partial_lse")))
 
     def _parameters(self, weights: BlockWeights) -> AttentionParameters:
+        if "attention" not in weights.made:
+            weights.made["attention"] = self._make_parameters(weights)
+        return weights.made["attention"]
+
+    def _make_parameters(self, weights: BlockWeights) -> AttentionParameters:
         cos, sin = weights.rope or (Activation(None, None),) * 2
         return AttentionParameters(
             num_heads=self.cache.heads,

@@ -8,7 +8,7 @@ No block knows where anything lives: a `LinearWeights` carries its cut, an `Acti
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -42,11 +42,15 @@ StateView = KvView | FixedView | None
 @dataclass(frozen=True, slots=True)
 class BlockWeights:
     """The weights of one block by the names that it declares; vectors, and cos and sin of its rope, float32 on both
-    sides."""
+    sides.
+
+    made: what the block makes of its vectors once, by name.
+    """
 
     linears: Mapping[str, LinearWeights]
     vectors: Mapping[str, Activation]
     rope: tuple[Activation, Activation] | None
+    made: dict[str, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     def vector(self, name: str) -> Activation:
         """A vector, or nothing on both sides where the block has none of that name."""
@@ -81,7 +85,10 @@ class Norm:
     @classmethod
     def of(cls, config: ModelConfig, weights: BlockWeights) -> "Norm":
         """That of a block which has declared `norm_vectors`."""
-        return cls(weights.vector("norm"), config.rms_norm_eps, weights.vector("norm_bias"), config.layer_norm)
+        if "norm" not in weights.made:
+            weight, bias = weights.vector("norm"), weights.vector("norm_bias")
+            weights.made["norm"] = cls(weight, config.rms_norm_eps, bias, config.layer_norm)
+        return weights.made["norm"]
 
     @property
     def width(self) -> int:

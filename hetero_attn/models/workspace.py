@@ -9,6 +9,8 @@ from hetero_attn.lanes.activation import Activation
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.spec.buffers import ActivationWidths, room
 
+KEPT_PARTS = 4  # of a workspace's rows: those of a step and of its logits, of two kinds of step
+
 
 class Workspace:
     """The buffers of a step of some rows, float32; see `ActivationWidths` for their widths.
@@ -19,6 +21,7 @@ class Workspace:
     def __init__(self, residual: Activation, scratch: Activation, memory: Mapping[str, Activation]) -> None:
         self.residual, self.scratch, self._memory = residual, scratch, memory
         self._views: dict[tuple[str, int], Activation] = {}
+        self._parts: dict[tuple[int, int], Workspace] = {}
 
     def of(self, name: str, width: int) -> Activation:
         """A buffer as float32 [rows, width]."""
@@ -31,8 +34,16 @@ class Workspace:
         return self._memory[name].shaped(rows, width)
 
     def rows(self, start: int, stop: int) -> "Workspace":
-        """Buffers for the rows [start, stop) of the residual; the others are used from their first row on."""
-        return Workspace(self.residual.rows(start, stop), self.scratch.rows(start, stop), self._memory)
+        """Buffers for the rows [start, stop) of the residual; the others are used from their first row on.
+
+        The latest few are kept with their views: steps of as many rows follow each other.
+        """
+        if (start, stop) not in self._parts:
+            if len(self._parts) == KEPT_PARTS:
+                del self._parts[next(iter(self._parts))]
+            residual, scratch = self.residual.rows(start, stop), self.scratch.rows(start, stop)
+            self._parts[start, stop] = Workspace(residual, scratch, self._memory)
+        return self._parts[start, stop]
 
     def randomise(self, name: str) -> None:
         """Fill a buffer with random numbers on every side that it has."""

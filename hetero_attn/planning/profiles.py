@@ -8,8 +8,6 @@ import os
 import warnings
 from pathlib import Path
 
-import psutil
-
 from cpu_kernels.team.cgroups import memory_limit_bytes
 from cpu_kernels.team.kept_files import UnusableFileError, cache_home, read_kept, why_not_writable, write_kept
 from cpu_kernels.team.topology import default_threads, physical_cpus
@@ -90,6 +88,8 @@ def profile_path() -> Path | None:
 
 def host_memory_bytes() -> int:
     """Host memory that a plan may count on: what is free now, within the control group's limit."""
+    import psutil  # compiles its patterns when it is imported
+
     available = psutil.virtual_memory().available
     limit = memory_limit_bytes(Path("/"))
     return int(HOST_MEMORY_SHARE * (available if limit is None else min(available, limit)))

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console
 from tqdm import tqdm
 
 from placement import Plan
@@ -89,4 +88,6 @@ def steps_bar(steps: Sequence[Item], what: str) -> Iterable[Item]:
 
 def working(what: str) -> AbstractContextManager:
     """Say what takes a while, to a person only."""
+    from rich.console import Console
+
     return Console(stderr=True).status(what)
