@@ -1,6 +1,6 @@
 # make demo   set up .venv and run the demonstration: SmolLM2-135M, fetched once (92 MB), else the shipped checkpoint
 # make test   set up .venv and run the whole test suite
-# make test-all  as test, then what takes many minutes: the soak, the full matrix of compilations, 100,000 mutations
+# make test-all  as test, then what takes many minutes: the soak, both full matrices of kernels, 100,000 mutations
 # make lint   set up .venv and check form and types: ruff and mypy
 # make clean  remove .venv and everything that was built
 #
@@ -36,7 +36,7 @@ test: $(READY)
 	$(BIN)/python -m pytest $(SHARED_OUT)
 
 test-all: test
-	$(BIN)/python -m pytest -m "soak or aot_full or mutations"
+	$(BIN)/python -m pytest -m "soak or aot_full or mutations or matrix"
 
 lint: $(READY)
 	$(BIN)/python -m ruff format --check --quiet .

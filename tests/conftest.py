@@ -1,5 +1,6 @@
 """Settings of the whole suite."""
 
+import gc
 import os
 import signal
 
@@ -25,9 +26,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if moving:
         raise pytest.UsageError(f"names of tests hold addresses, which each process has of its own: {moving[:3]}")
     for item in items:
-        for name in ("soak", "mutations"):
+        for name in ("soak", "mutations", "matrix"):
             if name in item.keywords and name not in config.option.markexpr:
                 item.add_marker(pytest.mark.skip(reason=f"takes minutes; ask for it with -m {name}, or make test-all"))
+
+
+def pytest_collection_finish() -> None:
+    """What modules have made stays: no later collection looks through their half a million objects again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

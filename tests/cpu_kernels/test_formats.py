@@ -8,6 +8,7 @@ import torch
 
 from cpu_kernels.formats import FORMATS, GGUF_TYPES, format_of, mix_name, segments, unit_blocks, unit_bytes, widest
 from gpu_kernels import reference
+from tests.support.covering import covering
 from tests.support.cpu_oracles import ISAS, guarded, kernels, nmse, only_inside_written, round_input
 from tests.support.gguf_data import CODED, dequantised, random_rows, repacked
 
@@ -95,9 +96,24 @@ def test_linear_agrees_with_float64(kind, rows, blocks):
     assert nmse(out, expected) < KERNEL_NMSE
 
 
-@by_type
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_isa_agrees_with_float64(kind, isa):
+def parts_of(kind) -> set:
+    """What a kernel of the type is put together of."""
+    return {format_of(kind.format).plane, format_of(kind.format).header}
+
+
+def test_an_ordinary_run_tries_every_plane_and_header_on_every_isa():
+    for pairs in (EVERY_ISA, covering(["one", "two"], CODED, parts_of, lambda kind: kind.name)):
+        tried = [param.values for param in pairs if not param.marks]
+        for isa in {isa for isa, _ in tried}:
+            parts = set().union(*(parts_of(kind) for each, kind in tried if each == isa))
+            assert parts == set().union(*map(parts_of, CODED))
+
+
+EVERY_ISA = covering(ISAS, CODED, parts_of, lambda kind: kind.name)
+
+
+@pytest.mark.parametrize(("isa", "kind"), EVERY_ISA)
+def test_every_isa_agrees_with_float64(isa, kind):
     x, weight, expected = make(kind, 5, 512)
     out = torch.empty(5, 48)
 

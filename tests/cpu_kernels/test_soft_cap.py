@@ -67,7 +67,7 @@ def test_prefill_is_capped(isa, kv_dtype, window):
 def test_a_query_of_zeros_sees_all_keys_alike(kv_dtype):
     """Its codes have no scale, and nothing is divided by it."""
     torch.manual_seed(3)
-    cache, q, lse = cache_of(kv_dtype, 1, 64), torch.zeros(1, 2, 64), torch.empty(1, 2)
+    cache, q, lse = cache_of(kv_dtype, 1, 64), torch.zeros(1, 6, 64), torch.empty(1, 6)  # the kernel of above
     keys = RowKeys(cache.table, torch.tensor([0], dtype=torch.int32), torch.tensor([100], dtype=torch.int32))
 
     kernels().decode_attention(q, Pages(cache.k, cache.v), keys, SCALE, Partial(torch.empty_like(q), lse), CAP)
