@@ -194,6 +194,9 @@ class Ops(Protocol):
         Shapes as in `silu_mul`, the exponential too.
         """
 
+    def sigmoid_mul(self, gate: Tensor, out: Tensor) -> None:
+        """out *= sigmoid(gate). gate, out: [rows, units, features], out written."""
+
     def norm_heads(self, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float) -> None:
         """RMS norm of q over all its heads together, and of k over all of its.
 

@@ -162,6 +162,9 @@ class CpuKernels:
     def clamped_silu_mul(self, gate_up: Tensor, alpha: float, limit: float, out: Tensor) -> None:
         expert_terms.clamped_silu_mul(self._team, gate_up, alpha, limit, out)
 
+    def sigmoid_mul(self, gate: Tensor, out: Tensor) -> None:
+        expert_terms.sigmoid_mul(self._team, gate, out)
+
     def scale_rows(self, factors: Tensor, out: Tensor) -> None:
         route.scale_rows(self._team, factors, out)
 

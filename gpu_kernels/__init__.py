@@ -29,6 +29,7 @@ _MODULE_OF_OP = {
     "scale_rows": "experts.routing",
     "add_expert_bias": "experts.routing",
     "add_sinks": "experts.routing",
+    "sigmoid_mul": "experts.routing",
     "clamped_silu_mul": "small.clamped",
     "norm_heads": "experts.routing",
     "copy_rows": "row_copies",

@@ -79,6 +79,7 @@ OPS = (
     "combine",
     "scale_rows",
     "add_expert_bias",
+    "sigmoid_mul",
     "clamped_silu_mul",
     "norm_heads",
     "rope_append",

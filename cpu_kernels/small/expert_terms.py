@@ -1,11 +1,11 @@
-"""clamped_silu_mul, add_expert_bias and add_sinks: checks and launches; expert_terms_kernel.py computes."""
+"""clamped_silu_mul, add_expert_bias, add_sinks, sigmoid_mul: checks and launches; expert_terms_kernel.py computes."""
 
 import torch
 from torch import Tensor
 
 from cpu_kernels.checks import bits_of, check_tensor, expect
 from cpu_kernels.contract import Partial, Picks
-from cpu_kernels.team.arguments import CLAMPED, EXPERT_BIAS, SINKS
+from cpu_kernels.team.arguments import CLAMPED, EXPERT_BIAS, SIGMOID_MUL, SINKS
 from cpu_kernels.team.team import Team
 
 
@@ -78,5 +78,27 @@ def add_sinks(team: Team, sinks: Tensor, into: Partial) -> None:
                 rows=rows,
                 heads=heads,
                 head_dim=head_dim,
+            ),
+        )
+
+
+def sigmoid_mul(team: Team, gate: Tensor, out: Tensor) -> None:
+    check_tensor("out", out, torch.float32, (None, None, None))
+    rows, units, features = out.shape
+    check_tensor("gate", gate, torch.float32, (rows, units, features))
+    if out.numel():
+        team.run(
+            ("small.expert_terms_kernel", "sigmoid_mul"),
+            0,
+            *SIGMOID_MUL.filled(
+                gate=gate.data_ptr(),
+                gate_row=4 * gate.stride(0),
+                gate_unit=4 * gate.stride(1),
+                out=out.data_ptr(),
+                out_row=4 * out.stride(0),
+                out_unit=4 * out.stride(1),
+                rows=rows,
+                units=units,
+                features=features,
             ),
         )

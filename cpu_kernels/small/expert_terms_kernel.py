@@ -1,7 +1,8 @@
-"""What the layers of gpt-oss have beside those of others, one pass each over rows of float32.
+"""What the layers of gpt-oss and Qwen3-Next have beside those of others, one pass each over rows of float32.
 
 clamped_silu_mul  y = (u + 1) * (g / (1 + exp(-alpha g))), g = min(gate, limit), u = up between -limit and limit
 add_expert_bias   y[place] += bias[expert of the place]
+sigmoid_mul       y *= 1 / (1 + exp(-gate))
 add_sinks         y[r, h] *= 1 / (1 + exp(s[h] - lse[r, h]))
 """
 
@@ -12,13 +13,13 @@ from numba import types
 
 from cpu_kernels.small.elementwise_sizes import SILU_UNITS
 from cpu_kernels.small.route_sizes import COMBINE_FEATURES
-from cpu_kernels.team.arguments import CLAMPED, EXPERT_BIAS, SINKS
+from cpu_kernels.team.arguments import CLAMPED, EXPERT_BIAS, SIGMOID_MUL, SINKS
 from cpu_kernels.team.chunks import parameter, real_parameter, take
-from cpu_kernels.vectors.arithmetic import add, div, exp, mul, vmax, vmin
+from cpu_kernels.vectors.arithmetic import add, div, exp, mul, sub, vmax, vmin
 from cpu_kernels.vectors.scalar import least, load_i32, load_scalar
 from cpu_kernels.vectors.vector import load_f32, load_f32_tail, splat, store_f32, store_f32_tail
 
-ONE = np.float32(1.0)
+ZERO, ONE = np.float32(0.0), np.float32(1.0)
 
 
 def clamped_silu_mul():
@@ -87,5 +88,33 @@ def add_sinks():
                     at, left = out + row * out_stride + head * head_stride + 4 * i, head_dim - i
                     store_f32_tail(mul(load_f32_tail(at, left), factor), at, left)
             row = take(arguments, 0)
+
+    return kernel
+
+
+def sigmoid_mul():
+    """Kernel; a chunk is a unit of a row."""
+
+    def kernel(arguments, thread):
+        gate, gate_stride = parameter(arguments, SIGMOID_MUL.gate), parameter(arguments, SIGMOID_MUL.gate_row)
+        out, out_stride = parameter(arguments, SIGMOID_MUL.out), parameter(arguments, SIGMOID_MUL.out_row)
+        gate_unit, out_unit = (
+            parameter(arguments, SIGMOID_MUL.gate_unit),
+            parameter(arguments, SIGMOID_MUL.out_unit),
+        )
+        rows, units, features = (
+            parameter(arguments, SIGMOID_MUL.rows),
+            parameter(arguments, SIGMOID_MUL.units),
+            parameter(arguments, SIGMOID_MUL.features),
+        )
+        chunk = take(arguments, 0)
+        while chunk < rows * units:
+            source = gate + chunk // units * gate_stride + chunk % units * gate_unit
+            to = out + chunk // units * out_stride + chunk % units * out_unit
+            for i in range(0, features, 16):
+                left = features - i
+                power = exp(sub(splat(ZERO), load_f32_tail(source + 4 * i, left)))
+                store_f32_tail(div(load_f32_tail(to + 4 * i, left), add(splat(ONE), power)), to + 4 * i, left)
+            chunk = take(arguments, 0)
 
     return kernel

@@ -68,6 +68,7 @@ COMBINE = block(
 # first, count: the experts that `bias` has.
 EXPERT_BIAS = block("EXPERT_BIAS", "bias bias_row starts first count out out_row features")
 SINKS = block("SINKS", "sinks out out_row out_head lse lse_row rows heads head_dim")
+SIGMOID_MUL = block("SIGMOID_MUL", "gate gate_row gate_unit out out_row out_unit rows units features")
 SCALE_ROWS = block("SCALE_ROWS", "factors factor_row out out_row rows features")
 NORM_HEADS = block("NORM_HEADS", "qkv qkv_row qkv_unit rows kv_heads q_width k_width q_norm k_norm eps")
 SWEEP = block("SWEEP", "address size")
@@ -95,6 +96,6 @@ MAX_PARAMETERS = max(
     map(
         len,
         (LINEAR, EXPERT_LINEAR, PACK, REPACK, UNPACK, RMS_NORM, LAYER_NORM, GATED, CLAMPED, GELU, MERGE)
-        + (ROUTE, COMBINE, EXPERT_BIAS, SINKS, SCALE_ROWS, NORM_HEADS, SWEEP, ROPE, DECODE, PREFILL, FLAG),
+        + (ROUTE, COMBINE, EXPERT_BIAS, SINKS, SIGMOID_MUL, SCALE_ROWS, NORM_HEADS, SWEEP, ROPE, DECODE, PREFILL, FLAG),
     )
 )

@@ -66,6 +66,10 @@ def add_sinks(sinks: Tensor, into: Partial) -> None:
     into.out.mul_(torch.sigmoid(into.lse - sinks)[..., None])
 
 
+def sigmoid_mul(gate: Tensor, out: Tensor) -> None:
+    out.mul_(torch.sigmoid(gate))
+
+
 def _product(x: Tensor, router: Tensor) -> Tensor:
     """x router^T rounded to float32 once.
 

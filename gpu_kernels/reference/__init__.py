@@ -20,6 +20,7 @@ both see the same numbers.
     route       ids = the k largest of x router^T, w = softmax(x router^T) there, or as `Scoring` says
                 expert_linear  p = x W[id]^T;  add_expert_bias  p += b[id];  combine  y += sum_j w_j p_j
                 scale_rows  y *= f
+    sigmoid_mul  out *= 1 / (1 + exp(-gate))
     add_sinks   out *= 1 / (1 + exp(s - lse))
     norm_heads  q = q / sqrt(mean over all heads of q^2 + eps) * weight, k likewise
     rope        (a, b) -> (a cos - b sin, b cos + a sin) for the pairs (i, i + rotary_dim / 2);
@@ -46,6 +47,7 @@ from gpu_kernels.reference.elementwise import (
     rms_norm,
     rounded_gated,
     rounded_norm,
+    sigmoid_mul,
     silu_mul,
 )
 from gpu_kernels.reference.experts import (
@@ -114,6 +116,7 @@ __all__ = [
     "route",
     "route_to",
     "scale_rows",
+    "sigmoid_mul",
     "silu_mul",
     "unpack",
 ]

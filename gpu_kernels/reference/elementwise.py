@@ -63,6 +63,10 @@ def clamped_silu_mul(gate_up: Tensor, alpha: float, limit: float, out: Tensor) -
     out.copy_(((up + 1.0) * (gate / (1.0 + power))).flatten(1))
 
 
+def sigmoid_mul(gate: Tensor, out: Tensor) -> None:
+    out.copy_(out / (1.0 + torch.exp(-gate)))
+
+
 def gelu_mul(gate_up: Tensor, out: Tensor) -> None:
     gate, up = _gate_and_up(gate_up)
     out.copy_((torch.nn.functional.gelu(gate, approximate="tanh") * up).flatten(1))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from hetero_attn.checkpoints.expert_entries import by_our_names
 from hetero_attn.checkpoints.files import open_files, some
-from hetero_attn.checkpoints.row_order import is_rotated, pieces, turn_back
-from hetero_attn.checkpoints.safetensors import ColumnsEntry, SafetensorsFile, TensorEntry
+from hetero_attn.checkpoints.row_order import groups, is_rotated, pieces, turn_back
+from hetero_attn.checkpoints.safetensors import ColumnsEntry, GroupsEntry, SafetensorsFile, TensorEntry
 from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.blocks import ModelSpec
 from hetero_attn.spec.config import ModelConfig
@@ -52,6 +52,7 @@ class Checkpoint:
             tensor_names.has_turned_experts,
         )
         self._config, self._is_turned = config, tensor_names.is_turned
+        self._cut_groups(dict(tensor_names.grouped))
         self._cut(dict(tensor_names.fused))
 
     @classmethod
@@ -77,6 +78,14 @@ class Checkpoint:
             for file in files:
                 file.close()
             raise
+
+    def _cut_groups(self, grouped: dict[str, tuple[str, ...]]) -> None:
+        """The same of tensors whose parts come in turn."""
+        for name in [name for name in self._entries if split_name(name)[1] in grouped]:
+            layer, part, kind = split_name(name)
+            assert self._config is not None, f"{name} is cut by the sizes of a config, which is not given"
+            for word, piece in groups(self.path, name, self._entries.pop(name), grouped[part], self._config):
+                self._entries[tensor_name(word, layer, kind)] = piece
 
     def _cut(self, fused: dict[str, tuple[str, ...]]) -> None:
         """Put the parts of tensors that hold several of ours in their places."""
@@ -164,6 +173,9 @@ class Checkpoint:
             return out
         row_bytes = entry.nbytes // max(entry.shape[0] if entry.shape else 1, 1)
         buffer = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+        if isinstance(entry, GroupsEntry):
+            entry.read_rows(start, stop, buffer)
+            return out
         entry.file.read_into(buffer, entry.offset + start * row_bytes)
         self._turn(name, out)
         return out

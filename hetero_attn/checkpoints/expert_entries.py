@@ -16,7 +16,7 @@ from dataclasses import replace
 from hetero_attn.checkpoints.safetensors import ColumnsEntry, TensorEntry
 from hetero_attn.spec.tensor_names import CORRECTION
 
-_MIXTRAL = re.compile(r"(.+)\.block_sparse_moe\.(?:gate|experts\.(\d+)\.(w[123]))\.weight")
+_MIXTRAL = re.compile(r"(.+)\.block_sparse_moe\.(?:gate|experts\.(\d+)\.(w[123]))\.(\w+)")
 _CORRECTION = re.compile(rf"(.+)\.(?:block_sparse_moe|mlp)\.{CORRECTION}")
 _MIXTRAL_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _FUSED = re.compile(r"(.+)\.(?:mlp|block_sparse_moe)\.experts\.(gate_up_proj|down_proj)(?:\.weight)?")
@@ -45,11 +45,13 @@ def by_our_names(entries: dict[str, TensorEntry], is_turned: bool = False) -> di
         elif stacked and len(entry.shape) == _STACKED_DIMENSIONS[stacked[3]] and 0 not in entry.shape:
             found |= _stacked(stacked[1], f"{stacked[2]}.{stacked[3]}", entry)
         elif mixtral:
-            layer, expert, part = mixtral.groups()
+            layer, expert, part, kind = mixtral.groups()
             ours = f"experts.{expert}.{_MIXTRAL_PARTS[part]}" if expert else "gate"
-            found[f"{layer}.mlp.{ours}.weight"] = entry
+            found[f"{layer}.mlp.{ours}.{kind}"] = entry
         elif correction := _CORRECTION.fullmatch(name):
             found[f"{correction[1]}.mlp.gate.{CORRECTION}"] = entry
+        elif name.endswith(".conv1d.weight") and entry.shape[1:2] == (1,) and len(entry.shape) == 3:
+            found[name] = replace(entry, shape=(entry.shape[0], entry.shape[2]))  # one kernel a feature
         else:
             found[name] = entry
     return found

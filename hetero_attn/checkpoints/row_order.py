@@ -6,9 +6,11 @@ i + rotary_dim / 2; files whose models turn 2 i with 2 i + 1 have the same rows 
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hetero_attn.checkpoints.safetensors import GroupsEntry, TensorEntry
 from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.config import ModelConfig
 
@@ -23,6 +25,23 @@ def pieces(path: Path, name: str, entry: Any, parts: tuple[str, ...], config: Mo
     for part, (first, count) in zip(parts, rows, strict=True):
         shape = (count, *entry.shape[1:])
         yield part, replace(entry, shape=shape, offset=entry.offset + first * row_bytes, nbytes=count * row_bytes)
+
+
+def groups(
+    path: Path, name: str, entry: TensorEntry, parts: tuple[str, ...], config: ModelConfig
+) -> Iterator[tuple[str, TensorEntry]]:
+    """(our word, entry of its rows) of every part of a tensor whose parts come in turn; raises where the rows do not
+    fit."""
+    each = [config.rows_in_turn(part) for part in parts]
+    found, whole = entry.shape[0] if entry.shape else 0, sum(each)
+    if not found or found % whole:
+        raise CheckpointError(
+            f"{path}: tensor {name} has {found} rows, expected groups of {whole}: those of {', '.join(parts)}; config "
+            "and weights are of different models, download both again"
+        )
+    for part, rows, first in zip(parts, each, accumulate(each, initial=0), strict=False):
+        shape, nbytes = (found // whole * rows, *entry.shape[1:]), entry.nbytes // whole * rows
+        yield part, GroupsEntry(entry.file, entry.dtype, shape, entry.offset, nbytes, whole, rows, first)
 
 
 def rows_of(path: Path, name: str, found: int, parts: tuple[str, ...], config: ModelConfig) -> list[tuple[int, int]]:

@@ -57,6 +57,29 @@ class ColumnsEntry(TensorEntry):
     step: int
 
 
+@dataclass(frozen=True, slots=True)
+class GroupsEntry(TensorEntry):
+    """Rows that come in turn with those of other tensors: of every `group_rows` rows of the file `own_rows`, from
+    `first` on.
+
+    offset: of all of them. shape, nbytes: of the tensor's own.
+    """
+
+    group_rows: int
+    own_rows: int
+    first: int
+
+    def read_rows(self, start: int, stop: int, buffer: memoryview) -> None:
+        """Rows [start, stop) of the tensor."""
+        row_bytes, row = self.nbytes // self.shape[0], start
+        while row < stop:
+            group, inside = divmod(row, self.own_rows)
+            count = min(self.own_rows - inside, stop - row)
+            at = self.offset + (group * self.group_rows + self.first + inside) * row_bytes
+            self.file.read_into(buffer[(row - start) * row_bytes : (row - start + count) * row_bytes], at)
+            row += count
+
+
 class SafetensorsFile(RawFile):
     """An open file whose header was checked.
 

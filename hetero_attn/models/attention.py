@@ -67,4 +67,5 @@ class Attention(AttentionDeclaration, Block):
             k_norm=weights.vector("k_norm"),
             cap=self._config.attention_cap,
             sinks=weights.vector("sinks"),
+            is_gated=self._config.gated_attention,
         )

@@ -10,6 +10,7 @@ from hetero_attn.lanes.activation import Activation
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.attention import Attention
 from hetero_attn.models.block import Block, BlockWeights, Norm, normed_linear
+from hetero_attn.models.delta import DeltaNet
 from hetero_attn.models.experts import Experts
 from hetero_attn.models.mlp import Mlp
 from hetero_attn.models.workspace import Workspace
@@ -33,7 +34,7 @@ class Head(HeadDeclaration, Block):
         lanes.push(out, 0, head.device_features(tier))
 
 
-KINDS = BlockKinds(Attention, Mlp, Experts, Head)
+KINDS = BlockKinds(Attention, Mlp, Experts, Head, DeltaNet)
 
 
 def decoder(config: ModelConfig, formats: str | WeightFormats = "bf16") -> ModelSpec:

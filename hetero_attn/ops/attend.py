@@ -31,7 +31,8 @@ class AttentionParameters:
 
     scale: what scores are multiplied by. cap: the soft cap on them, 0 for none. cos, sin: [max_context, rotary_dim /
     2]. q_norm, k_norm: [head_dim]; sinks: [num_heads], of each the score that has no value; None on both sides where
-    the family has none.
+    the family has none. is_gated: whether behind each KV head's q, k and v stand gates of what its query heads attend
+    to.
     """
 
     num_heads: int
@@ -46,6 +47,7 @@ class AttentionParameters:
     k_norm: Activation
     cap: float = 0.0
     sinks: Activation = Activation(None, None)
+    is_gated: bool = False
 
     @property
     def queries_per_kv(self) -> int:
@@ -99,10 +101,16 @@ class _Side:
         """Its query heads of results."""
         return Partial(self.per_head(out), self.of(lse)[:, self.heads])
 
-    def add_sinks(self, out: Activation, lse: Activation) -> None:
-        """Count its heads' sinks in what is attended over all their keys."""
+    def finish(self, qkv: Activation, out: Activation, lse: Activation) -> None:
+        """Count its heads' sinks in what is attended over all their keys, and multiply that by their gates."""
+        own = self.parameters
         if (sinks := self.of(self.parameters.sinks)) is not None:
             self.ops.add_sinks(sinks[self.heads], self.partial(out, lse))
+        if own.is_gated:
+            width = own.queries_per_kv * own.head_dim
+            units = self.of(qkv).unflatten(1, (own.num_kv_heads, -1))[:, self.kv_heads]
+            result = self.of(out).unflatten(1, (own.num_kv_heads, width))[:, self.kv_heads]
+            self.ops.sigmoid_mul(units[..., width + 2 * own.head_dim :][..., :width], result)
 
     def rotation(self) -> Rotation:
         """What it rotates with."""
@@ -136,7 +144,7 @@ def attend(
         _store(side, run.step, view, qkv, buffers.query)
         for part, those in zip(run.step.parts, view.segments.parts, strict=True):
             _attend_on_device(run, part, those, view, side, _rows_of(buffers, part, run.step))
-        side.add_sinks(buffers.out, buffers.lse)
+        side.finish(qkv, buffers.out, buffers.lse)
 
 
 def store(run: Run, view: KvView, parameters: AttentionParameters, qkv: Activation, query: Activation) -> None:
@@ -177,7 +185,7 @@ def _store_and_attend(side: _Side, step: Step, view: KvView, qkv: Activation, bu
     for part, those in zip(step.parts, view.segments.parts, strict=True):
         own = _rows_of(buffers, part, step)
         _attend(side, those.host, own.query, own.out, own.lse)
-    side.add_sinks(buffers.out, buffers.lse)
+    side.finish(qkv, buffers.out, buffers.lse)
 
 
 def _attend(side: _Side, keys: Segment, query: Activation, out: Activation, lse: Activation) -> None:

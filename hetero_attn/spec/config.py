@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hetero_attn.errors import ConfigError, UnsupportedModelError
+from hetero_attn.spec.delta_config import DeltaConfig
 from hetero_attn.spec.experts_config import ExpertsConfig
 from hetero_attn.spec.families.table import FAMILIES, family_name, text_model
 from hetero_attn.spec.json_fields import JsonFields, read_json, show
@@ -60,6 +61,8 @@ class ModelConfig:
         attention_cap, logit_cap: soft caps c of the scores of attention and of the logits, x becomes c * tanh(x / c);
             0 for none.
         has_sinks: whether every head has one more score in the denominator of its softmax.
+        delta: of gated DeltaNet in the place of some layers' attention, None for a model without.
+        gated_attention: whether what a head attends to is multiplied by the sigmoid of a projection.
         spare_layers: how many layers files may have behind the model's, which it does not use.
         gated: whether the MLP has a gate beside what it activates; else it activates that itself.
         dtype: dtype named by the config ("fp32", "bf16", "fp16"), None when it names none; the headers of the weight
@@ -106,6 +109,8 @@ class ModelConfig:
     logit_cap: float = 0.0
     has_sinks: bool = False
     spare_layers: int = 0
+    delta: DeltaConfig | None = None
+    gated_attention: bool = False
 
     @property
     def heads_per_kv_head(self) -> int:
@@ -118,9 +123,15 @@ class ModelConfig:
         return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
 
     def rows_of(self, part: str) -> int:
-        """Output features of a part of a layer: q, k, v, gate or up."""
+        """Output features of a part of a layer: q, k, v, gate, up, or one of gated DeltaNet."""
+        if self.delta is not None and part.startswith("delta_"):
+            return self.delta.key_heads * self.delta.rows_per_key_head(part)
         heads = {"q": self.num_heads, "k": self.num_kv_heads, "v": self.num_kv_heads}.get(part)
         return self.intermediate_size if heads is None else heads * self.head_dim
+
+    def rows_in_turn(self, part: str) -> int:
+        """Rows of a part that lie together where its rows and those of other parts come in turn."""
+        return self.head_dim if self.delta is None or part in ("q", "q_gate") else self.delta.rows_per_key_head(part)
 
     def rope_of(self, layer: int) -> RopeConfig:
         """The rotary embedding of a layer."""

@@ -163,6 +163,28 @@ def minimax_m2_experts(fields: JsonFields, num_layers: int) -> ExpertsConfig:
     )
 
 
+def qwen3_next_experts(fields: JsonFields, num_layers: int) -> ExpertsConfig:
+    """Experts in some layers and a shared one beside them."""
+    return ExpertsConfig(
+        **_counts(fields, "num_experts", 512, 10),
+        width=fields.integer("moe_intermediate_size", MAX_WIDTH, 512),
+        normalised=fields.boolean("norm_topk_prob", True),
+        shared_width=fields.integer("shared_expert_intermediate_size", MAX_WIDTH, 512),
+        layers=_sparse_layers(fields, num_layers),
+    )
+
+
+def qwen3_5_moe_experts(fields: JsonFields, num_layers: int) -> ExpertsConfig:
+    """Experts in every layer and a shared one beside them; weights always normalised."""
+    return ExpertsConfig(
+        **_counts(fields, "num_experts", 256, 8),
+        width=fields.integer("moe_intermediate_size", MAX_WIDTH, 512),
+        normalised=True,
+        shared_width=fields.integer("shared_expert_intermediate_size", MAX_WIDTH, 512),
+        layers=(True,) * num_layers,
+    )
+
+
 def gguf_experts(fields: Any, found: Mapping[str, Any], normalised: bool, gating: int = SOFTMAX) -> ExpertsConfig:
     """Experts in every layer of a GGUF file, by its metadata; found: the fields of ModelConfig so far. normalised: what
     the architecture does where the file does not say. gating: its gating function."""

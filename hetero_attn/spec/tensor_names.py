@@ -16,6 +16,7 @@ _LAYER_PARTS = {
     "q_norm": "self_attn.q_norm",
     "k_norm": "self_attn.k_norm",
     "o": "self_attn.o_proj",
+    "q_gate": "self_attn.q_gate_proj",
     "attention_post_norm": "self_attn.post_norm",
     "mlp_norm": "post_attention_layernorm",
     "gate": "mlp.gate_proj",
@@ -27,6 +28,16 @@ _LAYER_PARTS = {
     "shared_up": "mlp.shared_expert.up_proj",
     "shared_down": "mlp.shared_expert.down_proj",
     "shared_factor": "mlp.shared_expert_gate",
+    "delta": "linear_attn",
+    "delta_q": "linear_attn.q_proj",
+    "delta_k": "linear_attn.k_proj",
+    "delta_v": "linear_attn.v_proj",
+    "delta_z": "linear_attn.z_proj",
+    "delta_b": "linear_attn.b_proj",
+    "delta_a": "linear_attn.a_proj",
+    "delta_conv": "linear_attn.conv1d",
+    "delta_norm": "linear_attn.norm",
+    "delta_out": "linear_attn.out_proj",
 }
 _EXPERT_PARTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
@@ -37,8 +48,10 @@ def tensor_name(part: str, layer: int | None = None, kind: str = "weight") -> st
     Args:
         part: embed, final_norm, head (layer None), or, in a layer: attention_norm, q, k, v, q_norm, k_norm, o,
             attention_post_norm, mlp_norm, gate, up, down, mlp_post_norm, router, shared_gate, shared_up, shared_down,
-            shared_factor, attention.
-        layer: layer index. kind: the name's last word: "weight", "bias", or of attention "sinks".
+            shared_factor, attention, q_gate, delta, delta_q, delta_k, delta_v, delta_z, delta_b, delta_a, delta_conv,
+            delta_norm, delta_out.
+        layer: layer index. kind: the name's last word: "weight", "bias", of attention "sinks", of delta "A_log" and
+            "dt_bias".
     """
     if layer is None:
         return f"{_TOP_PARTS[part]}.{kind}"
@@ -57,6 +70,7 @@ class TensorNames:
     layer_parts: pairs of their name of a part of a layer and our word for it. prefixes: what stands in the place of
     "model." in files that hold other models too. fused: pairs of their name of a part and our words of those that it
     holds, one below the other. is_turned: whether the rows of q and k lie as pairs that are turned together.
+    grouped: the same of parts whose rows come in turn, `ModelConfig.rows_in_turn` of each.
     has_turned_experts: whether tensors of all experts have their inputs as rows, and gate and up in turn as columns.
     """
 
@@ -65,6 +79,7 @@ class TensorNames:
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     is_turned: bool = False
     has_turned_experts: bool = False
+    grouped: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def ours(self, name: str) -> str:
         """Our name of a tensor of theirs; a tensor that none of these rules is about keeps its name."""

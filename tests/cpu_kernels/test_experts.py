@@ -140,6 +140,17 @@ def test_a_sink_is_one_more_score_without_a_value(ops):
     assert nmse(out[:4], expected[:4]) < 1e-12 and not out[4].any()
 
 
+@pytest.mark.parametrize("ops", [reference, gpu_routing, None], ids=["reference", "gpu", "kernels"])
+def test_gates_multiply_by_their_sigmoid(ops):
+    """Groups that lie apart in both tensors; gates so far from zero that they shut or change nothing."""
+    gate, before = torch.randn(5, 3, 60)[:, :, 10:50] * 30, torch.randn(5, 4, 40)
+    out = before.clone()
+    (ops or kernels()).sigmoid_mul(gate, out[:, 1:])
+
+    assert nmse(out[:, 1:], before[:, 1:].double() * torch.sigmoid(gate.double())) < 1e-12
+    assert torch.equal(out[:, 0], before[:, 0])
+
+
 def test_a_row_is_routed_alike_whatever_stands_beside_it():
     """The same bits of every weight, alone and among others, for any number of threads."""
     together, x, _ = routing(37, 200, 24, 3)

@@ -1,6 +1,7 @@
 """Plans of mixtures of experts: bytes and rows that a pass is expected to read, from a config alone."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -112,6 +113,56 @@ MINIMAX_M2 = {
 }
 
 
+QWEN_36_35B = {
+    "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+    "model_type": "qwen3_5_moe",
+    "text_config": {
+        "model_type": "qwen3_5_moe_text",
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_size": 2048,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "max_position_embeddings": 262144,
+        "moe_intermediate_size": 512,
+        "num_attention_heads": 16,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 2,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        },
+        "shared_expert_intermediate_size": 512,
+        "vocab_size": 248320,
+    },
+    "vision_config": {"depth": 27},
+}
+QWEN3_NEXT_80B = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "head_dim": 256,
+    "hidden_size": 2048,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "max_position_embeddings": 262144,
+    "moe_intermediate_size": 512,
+    "num_attention_heads": 16,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.25,
+    "rope_theta": 10000000,
+    "shared_expert_intermediate_size": 512,
+    "vocab_size": 151936,
+}
+
+
 @pytest.fixture
 def config_of(tmp_path):
     def write(values):
@@ -138,13 +189,16 @@ def experts_of(plan):
         (GPT_OSS_120B, 116.8e9),
         (GLM_45_AIR, 106.8e9),
         (MINIMAX_M2, 228.7e9),
+        (QWEN_36_35B, 34.7e9),
+        (QWEN3_NEXT_80B, 79.7e9),
     ],
-    ids=["qwen3-30b-a3b", "mixtral-8x7b", "gpt-oss-120b", "glm-4.5-air", "minimax-m2"],
+    ids=["qwen3-30b-a3b", "mixtral-8x7b", "gpt-oss-120b", "glm-4.5-air", "minimax-m2", "qwen3.6-35b", "qwen3-next-80b"],
 )
 def test_bytes_are_those_of_the_model(config_of, config, parameters):
     """A q8 weight takes 8.5 bits; embedding (bf16) and router (float32) are counted elsewhere."""
     plan = plan_model(config_of(config), device="cpu", dtype="q8", hardware=large_machine())
-    vocabulary = config["vocab_size"] * config["hidden_size"]
+    text = config.get("text_config", config)
+    vocabulary = text["vocab_size"] * text["hidden_size"]
 
     assert plan.workload.weight_bytes == pytest.approx((parameters - vocabulary) * 8.5 / 8, rel=0.01)
 
@@ -231,8 +285,17 @@ def test_gpt_oss_of_120b_beside_a_card_of_12_gb(config_of):
     assert plan.memory.gpu_bytes <= plan.gpu_memory_bytes
 
 
+def test_states_of_fixed_size_are_counted(config_of):
+    """Of 30 layers of Qwen3.6, 32 matrices of 128 x 128 and three inputs of 8192 features, float32: 63 MB a sequence."""
+    plan = plan_model(config_of(QWEN_36_35B), device="cpu", dtype="q4", hardware="rtx4090-ddr5", max_context=4096)
+    shards = plan.workload.states
+
+    assert len(shards) == 30 and len(plan.workload.kv) == 10
+    assert sum(4 * math.prod(shard.shape) for shard in shards) == 30 * 4 * (32 * 128 * 128 + 3 * 8192)
+
+
 def test_families_that_are_not_there_are_refused_by_name(config_of):
-    for name in ("kimi_linear", "deepseek_v3", "qwen3_next"):
+    for name in ("kimi_linear", "deepseek_v3", "qwen4_exp"):
         with pytest.raises(Exception, match=name):
             ModelConfig.from_dir(config_of({"model_type": name}))
 

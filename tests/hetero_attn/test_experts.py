@@ -23,6 +23,7 @@ from tests.support.cpu_oracles import kernels
 from tests.support.fake_engine import fake_engine
 from tests.support.moe import FAMILIES, LEAST_GAP, fused, make_moe, moe_gguf, moe_logits
 from tests.support.runtime import cpu_plan, emulated_plan, make_engine, nmse, run_logits, toy_workload, uniform_plan
+from tests.support.scaled_models import fp8_blocks
 from tests.support.toy import edit_json
 
 EXACT = 1e-10
@@ -509,3 +510,26 @@ def test_layers_that_predict_further_tokens_are_left_alone(checkpoints, tmp_path
                 continue
             with pytest.raises(CheckpointError, match="have layers up to 4"):
                 source.check(decoder(config))
+
+
+def test_experts_of_minimax_in_fp8_as_published(tmp_path):
+    """Blocks of 128 x 128 with a scale each, under the names that Mixtral gives experts."""
+    plain, write = make_moe(tmp_path / "plain", "minimax_m2", layers=2), fp8_blocks(128, 128)
+    tensors, stored = load_file(plain / "model.safetensors"), {}
+    for seed, (name, values) in enumerate(sorted(tensors.items())):
+        parts = {"weight": values}
+        if ".experts." in name or "_proj.weight" in name:
+            parts, tensors[name] = write(*values.shape, torch.Generator().manual_seed(seed))
+        stored |= {
+            f"{name.rpartition('.')[0]}.{part}" if part != "weight" else name: item for part, item in parts.items()
+        }
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    scaled = tmp_path / "scaled"
+    scaled.mkdir()
+    (scaled / "config.json").write_bytes((plain / "config.json").read_bytes())
+    edit_json(scaled / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    save_file(stored, scaled / "model.safetensors", metadata={"format": "pt"})
+    with LLM(scaled, device="cpu", dtype="fp32", max_context=64, progress=False) as llm:
+        logits = llm.logits(TOKENS[:12])
+
+    assert nmse(logits, moe_logits(plain, TOKENS[:12])) <= EXACT

@@ -109,3 +109,13 @@ def test_what_flips_is_measured_by_the_gap():
 
     assert found.agreement == 0.75 and found.wrong == 1
     assert found.widest_flip == found.smallest_gap == pytest.approx(0.01 / 0.4690, rel=1e-2)
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "gpt_oss", "qwen3_next"])
+def test_plans_of_other_scores_pass_too(family, tmp_path):
+    """Corrected sigmoids in groups; biases and sinks; layers with a state of fixed size: q8 on three lanes."""
+    path = make_moe(tmp_path, family)
+    found = report(path, "q8", uniform_plan(toy_workload(path, "q8"), 0.3, 0.4, 1))
+
+    assert found.passed, found.table()
+    assert found.routes.agreement > 0.9 and found.routes.wrong == 0

@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 
 WRITTEN = {"q", "pages", "out", "into", "target"}  # of rope_append, and of every other operation its results
 ONLY_READ = {"decode_attention": {"q", "pages"}, "prefill_attention": {"q", "pages"}}
-READ_TOO = ("add_rows", "combine", "scale_rows", "norm_heads", "add_expert_bias", "add_sinks")  # what they write
+READ_TOO = (
+    "add_rows",
+    "combine",
+    "scale_rows",
+    "norm_heads",
+    "add_expert_bias",
+    "add_sinks",
+    "sigmoid_mul",
+)  # what they write
 OTHERS_WRITTEN = {"norm_heads": {"qkv"}}
 CHECKED_OPS = {
     "add_rows",
@@ -34,6 +42,7 @@ CHECKED_OPS = {
     "scale_rows",
     "add_expert_bias",
     "add_sinks",
+    "sigmoid_mul",
     "clamped_silu_mul",
     "norm_heads",
     "merge",

@@ -61,6 +61,25 @@ SIZES = {
         "head_dim": 24,
     },
 }
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 20,
+    "head_dim": 24,
+}
+SIZES |= {
+    "qwen3_5_text": DELTA | {"intermediate_size": 112},
+    "qwen3_5_moe_text": DELTA
+    | {
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 48,
+        "num_experts": 10,
+        "num_experts_per_tok": 3,
+    },
+}
+SIZES["qwen3_next"] = SIZES["qwen3_5_moe_text"] | {"intermediate_size": 112, "attention_bias": True}
 LEAST_GAP = 1e-5  # between the k-th score and the next one, of the toy prompts
 
 
@@ -181,6 +200,7 @@ GGUF_KEYS = {
             "expert_shared_count": 2,
             "expert_gating_func": 2,
             "expert_weights_scale": 1.75,
+            "expert_weights_norm": True,
             "expert_group_count": 4,
             "expert_group_used_count": 2,
             "leading_dense_block_count": 1,
@@ -228,7 +248,8 @@ def moe_gguf(folder: Path, family: str, kind: str = "Q8_0") -> tuple[Path, Path]
     writer.add_layer_norm_rms_eps(1e-6)
     counts = {"expert_count": config.experts.experts, "expert_used_count": config.experts.per_row}
     for key, value in (counts | keys).items():
-        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{architecture}.{key}", value)
+        add = {float: writer.add_float32, bool: writer.add_bool, int: writer.add_uint32}[type(value)]
+        add(f"{architecture}.{key}", value)
     writer.add_float32(f"{architecture}.rope.freq_base", config.rope.theta)
     if config.rope.rope_type == "yarn":
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)

@@ -113,3 +113,5 @@ def _attention(ops: CpuKernels, config: ModelConfig, kv_dtype: str) -> None:
     ops.prefill_attention(query, pages, ChunkKeys(table[0], 0, rows, 0), 1.0, into, config.attention_cap)
     if config.has_sinks:
         ops.add_sinks(into.lse[0], into)
+    if config.gated_attention:
+        ops.sigmoid_mul(query, out)

@@ -45,6 +45,7 @@ class Scheduler:
         self._running: list[Request] = []
         self._arrivals = count()
         self._chunks = PromptChunks(engine)
+        self._begun: tuple[Request, ...] = ()  # of a step that has not ended, where sequences have states
 
     @property
     def has_work(self) -> bool:
@@ -103,17 +104,28 @@ class Scheduler:
         self._retire()
         for request in self._running:
             request.recover()
+        self._begin_anew()
         decoding = self._with_pages()
         self._admit()
         decoding, chunks = self._chunks.shared_out(decoding, self._running, len(self._waiting))
         for request in (*decoding, *chunks):
             self._settle(request)
+        self._begun = (*decoding, *chunks) if self._engine.kv_cache.states else ()
         if chunks:
             self._compute(decoding, chunks)
         elif decoding:
             self._decode(decoding)
+        self._begun = ()
         self._retire()
         return (*decoding, *chunks)
+
+    def _begin_anew(self) -> None:
+        """Put back those of a step that did not end: their states have taken in what it computed, or a part of it, and
+        cannot go back."""
+        for request in self._begun:
+            if request in self._running:
+                self._put_back(request)
+        self._begun = ()
 
     def _admit(self) -> None:
         cache = self._engine.kv_cache

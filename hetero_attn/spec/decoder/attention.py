@@ -34,7 +34,7 @@ class AttentionDeclaration(Declaration):
             vectors["q_norm_whole"] = "q_norm", config.num_heads * config.head_dim
             vectors["k_norm_whole"] = "k_norm", config.num_kv_heads * config.head_dim
             self.small_calls += 1
-        self.small_calls += config.has_sinks
+        self.small_calls += config.has_sinks + config.gated_attention
         if config.post_norms:
             vectors["post_norm"] = ("attention_post_norm", config.hidden_size)
             self.small_calls += 1
@@ -62,7 +62,8 @@ class AttentionDeclaration(Declaration):
 
 
 def _linears(config: ModelConfig, layer: int, formats: WeightFormats) -> tuple[LinearSpec, LinearSpec]:
-    """A unit of qkv is a KV head; o follows the heads where it is cut by rows."""
+    """A unit of qkv is a KV head, behind it the gates of its query heads where there are such; o follows the heads
+    where it is cut by rows."""
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     queries_width = heads // kv_heads * head_dim
 
@@ -74,6 +75,7 @@ def _linears(config: ModelConfig, layer: int, formats: WeightFormats) -> tuple[L
         part("q", queries_width, heads * head_dim),
         part("k", head_dim, kv_heads * head_dim),
         part("v", head_dim, kv_heads * head_dim),
+        *([part("q_gate", queries_width, heads * head_dim)] if config.gated_attention else []),
     )
     return (
         LinearSpec(

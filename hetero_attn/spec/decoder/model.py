@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 from hetero_attn.spec.blocks import ModelSpec, Vector
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.decoder.attention import AttentionDeclaration
+from hetero_attn.spec.decoder.delta import DeltaDeclaration
 from hetero_attn.spec.decoder.experts import ExpertsDeclaration
 from hetero_attn.spec.decoder.head import HeadDeclaration
 from hetero_attn.spec.decoder.mlp import MlpDeclaration
+from hetero_attn.spec.delta_config import DeltaConfig
 from hetero_attn.spec.experts_config import ExpertsConfig
 from hetero_attn.spec.tensor_names import tensor_name
 from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
@@ -21,9 +23,10 @@ class BlockKinds(NamedTuple):
     mlp: Callable[[ModelConfig, int, WeightFormats], Any]
     experts: Callable[[ModelConfig, ExpertsConfig, int, WeightFormats], Any]
     head: Callable[[ModelConfig, WeightFormats], Any]
+    delta: Callable[[ModelConfig, DeltaConfig, int, WeightFormats], Any]
 
 
-DECLARED = BlockKinds(AttentionDeclaration, MlpDeclaration, ExpertsDeclaration, HeadDeclaration)
+DECLARED = BlockKinds(AttentionDeclaration, MlpDeclaration, ExpertsDeclaration, HeadDeclaration, DeltaDeclaration)
 
 
 def model_spec(config: ModelConfig, formats: str | WeightFormats = "bf16", kinds: BlockKinds = DECLARED) -> ModelSpec:
@@ -36,13 +39,16 @@ def model_spec(config: ModelConfig, formats: str | WeightFormats = "bf16", kinds
             return kinds.experts(config, config.experts, layer, formats)
         return kinds.mlp(config, layer, formats)
 
+    def mixer(layer: int) -> Any:
+        if config.delta is not None and config.delta.layers[layer]:
+            return kinds.delta(config, config.delta, layer, formats)
+        return kinds.attention(config, layer, formats)
+
     return ModelSpec(
         embedding=Vector("embed", tensor_name("embed"), config.hidden_size),
         vocab_size=config.vocab_size,
         embedding_scale=config.embedding_scale,
-        layers=tuple(
-            (kinds.attention(config, layer, formats), feed_forward(layer)) for layer in range(config.num_layers)
-        ),
+        layers=tuple((mixer(layer), feed_forward(layer)) for layer in range(config.num_layers)),
         head=kinds.head(config, formats),
         spare_layers=config.spare_layers,
     )

@@ -10,6 +10,7 @@ from hetero_attn.spec.families.granite import GRANITE
 from hetero_attn.spec.families.mixtures.glm4_moe import GLM4_MOE
 from hetero_attn.spec.families.mixtures.gpt_oss import GPT_OSS
 from hetero_attn.spec.families.mixtures.minimax_m2 import MINIMAX_M2
+from hetero_attn.spec.families.mixtures.qwen_delta import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from hetero_attn.spec.families.olmo import OLMO2, OLMO3
 from hetero_attn.spec.families.phi import PHI3
 from hetero_attn.spec.families.seed_oss import SEED_OSS
@@ -66,6 +67,9 @@ FAMILIES = {
     "olmoe": OLMOE,
     "qwen2_moe": QWEN2_MOE,
     "qwen3_moe": QWEN3_MOE,
+    "qwen3_next": QWEN3_NEXT,
+    "qwen3_5_text": QWEN3_5,
+    "qwen3_5_moe_text": QWEN3_5_MOE,
 }
 
 _IN_GGUF = [(family.gguf.architecture, family) for family in FAMILIES.values() if family.gguf is not None]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hetero_attn.engine.timed_steps import fill
+from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.tools.timeline.blank_engine import blank_engine
 from hetero_attn.tools.timeline.clocks import Clocks, OrderError, Span, critical_path
@@ -74,9 +75,17 @@ class Timeline:
 
 
 class Simulation:
-    """A plan on a machine; every call simulates one step or prompt of one sequence."""
+    """A plan on a machine; every call simulates one step or prompt of one sequence.
+
+    Raises UnsupportedModelError for a model whose sequences have states of fixed size: its steps are not captured.
+    """
 
     def __init__(self, config: ModelConfig, plan: Plan, hardware: HardwareProfile) -> None:
+        if plan.workload.states:
+            raise UnsupportedModelError(
+                f"{config.architecture} is not simulated: steps of layers with a state of fixed size are not captured; "
+                "`plan` predicts its speed"
+            )
         self._engine, self.recording = blank_engine(config, plan)
         self._hardware, self._vocab = hardware, config.vocab_size
         self._durations = Durations(hardware, config.heads_per_kv_head, config.head_dim)

@@ -29,7 +29,7 @@ def glm4_moe_gguf(fields: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     layers = {"num_layers": found["num_layers"] - spare, "spare_layers": spare}
     dense = fields.integer(".leading_dense_block_count", MAX_LAYERS, 0, low=0)
     groups = fields.integer(".expert_group_count", MAX_EXPERTS, 1)
-    experts = gguf_experts(fields, dict(found) | layers, normalised=True, gating=SIGMOID)
+    experts = gguf_experts(fields, dict(found) | layers, normalised=False, gating=SIGMOID)
     experts = replace(
         experts,
         shared_width=experts.width * fields.integer(".expert_shared_count", MAX_EXPERTS, 1),

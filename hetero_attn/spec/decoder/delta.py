@@ -1,0 +1,63 @@
+"""What gated DeltaNet declares in the place of a layer's attention: its projections, its gates, and its state."""
+
+from hetero_attn.spec.blocks import BufferSet, Declaration, FixedState, Matrix, Vector
+from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.decoder.norms import NORMED, norm_vectors
+from hetero_attn.spec.delta_config import DeltaConfig
+from hetero_attn.spec.tensor_names import tensor_name
+from hetero_attn.spec.weight_formats import WeightFormats
+from hetero_attn.spec.weights import BLOCK_FEATURES, LinearSpec, Part
+from placement.plan.workload import round_up
+
+
+class DeltaDeclaration(Declaration):
+    """The gated DeltaNet of a layer.
+
+    A unit of its first linear is a key head: [query | key | its values | their gates]. The state holds the matrices of
+    all value heads, then the last inputs of the convolution. Torch computes what is between its linears, so no step is
+    recorded.
+    """
+
+    kind = "delta"
+    small_calls = 12  # norm, gates, convolution, norms of queries and keys, recurrence, norm and gate of the output
+    records = False
+
+    def __init__(self, config: ModelConfig, delta: DeltaConfig, layer: int, formats: WeightFormats) -> None:
+        self.layer, self._config, self._delta = layer, config, delta
+        self.matrix_size = delta.value_heads * delta.key_dim * delta.value_dim
+        self.state = FixedState((self.matrix_size + (delta.kernel - 1) * delta.conv_width,))
+        self.first, self.out = _linears(config, delta, layer, formats)
+        self.linears = (self.first, self.out)
+        kinds = (("a_log", "delta", "A_log"), ("dt_bias", "delta", "dt_bias"))
+        self.vectors = (
+            *norm_vectors(config, "attention_norm", layer),
+            *(Vector(name, tensor_name(part, layer, kind), delta.value_heads) for name, part, kind in kinds),
+            Vector("out_norm", tensor_name("delta_norm", layer), delta.value_dim),
+        )
+        gates = tuple((tensor_name(part, layer), delta.value_heads) for part in ("delta_b", "delta_a"))
+        kernel = ((tensor_name("delta_conv", layer), delta.conv_width),)
+        self.matrices = (
+            Matrix("gates", gates, config.hidden_size, round_up(2 * delta.value_heads, BLOCK_FEATURES)),
+            Matrix("conv", kernel, delta.kernel, delta.conv_width),
+        )
+        self.buffers = (
+            BufferSet("narrow", ((NORMED, config.hidden_size),)),
+            BufferSet("wide", (("delta_in", self.first.out_features), ("delta_out", delta.value_width))),
+        )
+
+
+def _linears(
+    config: ModelConfig, delta: DeltaConfig, layer: int, formats: WeightFormats
+) -> tuple[LinearSpec, LinearSpec]:
+    def part(name: str, rows_per_unit: int, rows: int) -> Part:
+        tensor = tensor_name(name, layer)
+        return Part(tensor, rows_per_unit, rows, formats.of(tensor))
+
+    def spec(kind: str, inputs: int, *parts: Part) -> LinearSpec:
+        return LinearSpec(f"layers.{layer}.{kind}", kind, layer, inputs, parts, False, block="delta")
+
+    widths = (delta.key_width, delta.key_width, delta.value_width, delta.value_width)
+    names = ("delta_q", "delta_k", "delta_v", "delta_z")
+    parts = (part(name, delta.rows_per_key_head(name), width) for name, width in zip(names, widths, strict=True))
+    last = part("delta_out", BLOCK_FEATURES, config.hidden_size)
+    return spec("delta_in", config.hidden_size, *parts), spec("delta_out", delta.value_width, last)
