@@ -96,10 +96,12 @@ class LLM:
         self._load(LoadOptions(**wishes))
 
     def _load(self, options: LoadOptions) -> None:
-        if options.asks_for_this_machine:
-            refresh_profile()
-        drafted = settle_drafted(options) if options.has_draft_model else None
-        planned, self._progress = drafted.planned if drafted else settle_or_suggest(options), options.progress
+        with memory_named(f"planning {options.model}"):
+            if options.asks_for_this_machine:
+                refresh_profile()
+            drafted = settle_drafted(options) if options.has_draft_model else None
+            planned = drafted.planned if drafted else settle_or_suggest(options)
+        self._progress = options.progress
         self._drafts_gpu_bytes = drafted.draft_gpu_bytes if drafted else 0
         opening, self.engine = load_beside(planned, options)
         self._replanner = Replanner(self.engine, planned)

@@ -11,6 +11,7 @@ from pathlib import Path
 from cpu_kernels.team.cgroups import memory_limit_bytes
 from cpu_kernels.team.kept_files import UnusableFileError, cache_home, read_kept, why_not_writable, write_kept
 from cpu_kernels.team.topology import default_threads, physical_cpus
+from placement.machine.fingerprint import machine_fingerprint
 from placement.machine.gpu_here import has_gpu
 from placement.machine.hardware import HardwareProfile
 
@@ -21,8 +22,6 @@ HOST_MEMORY_SHARE = 0.9  # the rest is for the system and for Python itself
 
 def stored_profile() -> HardwareProfile | None:
     """The kept profile of this very machine and these versions; None when there is none that can be used."""
-    from placement.machine.fingerprint import machine_fingerprint
-
     path, threads = profile_path(), lane_threads()
     if path is None:
         return None
