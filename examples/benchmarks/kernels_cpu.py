@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from itertools import chain, product
+from itertools import chain, cycle, product
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from cpu_kernels.formats import weights as layout
 
 HIDDEN = 2048
 ROWS = (1, 2, 4, 8, 16, 64, 512)
+COLD_BYTES = 256 << 20  # of all caches that a decode benchmark goes over
 STREAM_ROWS = 16  # up to here every call reads weights that no cache holds; above, a few MB are enough
 PRODUCT_ROWS = 128
 LABELS = ("weight_dtype", "kv_dtype", "rows", "tokens", "q_len", "head_dim", "group_heads")
@@ -151,17 +152,28 @@ def in_order(pages: int, kv_heads: int) -> torch.Tensor:
 
 
 def decodes(ops: CpuKernels, tokens: tuple[int, ...], dtypes: tuple[str, ...], repetitions: int):
-    """decode_attention of one row over caches of every dtype, length and head shape, each beside its own sweep."""
+    """decode_attention of one row over caches of every dtype, length and head shape, each beside its own sweep.
+
+    Calls go over several caches in turn, as a step goes over its layers', so that none lies in the CPU's own cache.
+    """
     for kv_dtype, (head_dim, queries_per_kv, kv_heads), kv_len in product(dtypes, ATTENTION_SHAPES, tokens):
         pages, num_heads, scale = kv_len // 64 * kv_heads, kv_heads * queries_per_kv, head_dim**-0.5
         cache = random_cache(kv_dtype, pages, head_dim)
+        copies = 1 if repetitions == 1 else -(-COLD_BYTES // cache.nbytes)
+        turns = cycle([cache, *(cache.clone() for _ in range(copies - 1))])
         table = in_order(pages, kv_heads)[None]
         bounds = torch.zeros(1, dtype=torch.int32), torch.full((1,), kv_len, dtype=torch.int32)
         q, lse = torch.randn(1, num_heads, head_dim), torch.empty(1, num_heads)
         out = torch.empty_like(q)
-        arguments = (q, Pages(*cache), RowKeys(table, *bounds), scale, Partial(out, lse))
-        calls = [lambda cache=cache: ops.sweep(cache), lambda given=arguments: ops.decode_attention(*given)]
-        sweep_s, decode_s = interleaved(calls, repetitions, ops.num_threads)
+        keys, into = RowKeys(table, *bounds), Partial(out, lse)
+
+        def sweep(turns=turns) -> None:
+            ops.sweep(next(turns))
+
+        def decode(turns=turns, q=q, keys=keys, scale=scale, into=into) -> None:
+            ops.decode_attention(q, Pages(*next(turns)), keys, scale, into)
+
+        sweep_s, decode_s = interleaved([sweep, decode], repetitions, ops.num_threads)
         labels = {"kv_dtype": kv_dtype, "tokens": kv_len, "head_dim": head_dim, "group_heads": queries_per_kv}
         yield result("decode_attention", decode_s, sweep_s, cache.nbytes, 4 * num_heads * kv_len * head_dim, **labels)
 
