@@ -16,6 +16,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CLIENTS := $(VENV)/.clients
 CPU_TORCH := torch==2.13.0
 WORKERS ?= 2
 
@@ -32,7 +33,7 @@ SHARED_OUT = $(shell $(BIN)/python -c 'import xdist' 2>/dev/null && \
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-test: $(READY)
+test: $(READY) $(CLIENTS)
 	$(BIN)/python -m pytest $(SHARED_OUT)
 
 test-all: test
@@ -57,6 +58,10 @@ $(READY): pyproject.toml Makefile
 		echo "pip could not install this package: its folder is put on the path instead"; \
 		echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/hetero_attn.pth"; }
 	@$(BIN)/python -P -c '$(RUNTIME)'
+	@touch $@
+
+$(CLIENTS): $(READY)
+	@echo "installing the server's clients for the tests, where the network has them"
 	@$(BIN)/pip install --quiet --editable ".[clients]" || \
 		echo "LangChain, LlamaIndex or lm-eval could not be installed: tests that are their clients say so and are skipped"
 	@touch $@
