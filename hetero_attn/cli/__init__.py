@@ -17,6 +17,7 @@ from hetero_attn.cli.quantize import command as quantize_command
 from hetero_attn.cli.serve import command
 from hetero_attn.cli.shell.collector import leave_garbage
 from hetero_attn.cli.shell.streams import settle_streams
+from hetero_attn.errors import MemoryBudgetError
 
 app = typer.Typer(
     cls=CleanErrors,
@@ -68,6 +69,9 @@ def main() -> None:
     settle_streams()
     try:
         app(prog_name="hetero-attn")
+    except MemoryError:  # outside of what a command names, as in reading its own options
+        print("error: memory ran out; free some memory, or raise this process's limit", file=sys.stderr)
+        sys.exit(MemoryBudgetError.exit_code)
     finally:
         leave_quietly()
         leave_garbage()

@@ -83,7 +83,7 @@ def run(wishes: LoadOptions, text: str, dtypes: Sequence[str], progress: bool = 
 
 def _loaded(wishes: LoadOptions, dtype: str, progress: bool) -> LLM:
     given = {name: getattr(wishes, name) for name in LoadOptions.__slots__}
-    return LLM(**given | {"dtype": dtype, "max_context": WINDOW_TOKENS}, progress=progress)
+    return LLM(**given | {"dtype": dtype, "max_context": WINDOW_TOKENS, "progress": progress})
 
 
 def _windows(llm: LLM, text: str) -> list[list[int]]:

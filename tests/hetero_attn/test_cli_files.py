@@ -34,8 +34,7 @@ def test_every_command_that_loads_a_model_has_both_options():
         if any(parameter.name == "model" for parameter in command.params):
             found[name] = {"--gguf", "--tokenizer"} & options
 
-    assert found.pop("quantize") == {"--gguf"}  # takes the tokenizer along, and encodes with no other
-    assert len(found) >= 6 and all(options == {"--gguf", "--tokenizer"} for options in found.values()), found
+    assert len(found) >= 7 and all(options == {"--gguf", "--tokenizer"} for options in found.values()), found
 
 
 def test_several_files_need_a_pattern_and_the_message_says_how(folder):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetero_attn import LLM, Policy, SamplingParams
-from hetero_attn.errors import MemoryBudgetError, UnsupportedModelError
+from hetero_attn.errors import ArgumentError, MemoryBudgetError, UnsupportedModelError
 from hetero_attn.planning.draft import SHARES, _rates, settle_drafted
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.planning.settle import settle
@@ -222,7 +222,7 @@ def test_other_tokens_are_refused(paths, tmp_path):
 
 
 def test_a_name_that_is_neither_a_way_nor_a_model_is_refused(paths):
-    with pytest.raises(UnsupportedModelError, match="ngram"):
+    with pytest.raises(ArgumentError, match="did you mean 'ngram'"):
         LLM(paths["large"], device="cpu", speculate="n-gram", num_threads=THREADS, progress=False)
 
 

@@ -74,7 +74,7 @@ print("fine", flush=True)
 EXIT_BESIDE_STEPS = (
     """
 import torch
-import hetero_attn.llm as module
+import hetero_attn.serving.intake as module
 sampler = module.Sampler
 def slow_sampler(*arguments):
     for _ in range(300):

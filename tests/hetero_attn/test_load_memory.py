@@ -62,10 +62,14 @@ def large(tmp_path_factory):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from Linux's /proc")
 @pytest.mark.parametrize("dtype", ["auto", "q4"])
 def test_no_second_copy_is_held(large, dtype):
-    """The file in memory beside the weights, or these twice, would be more than is allowed."""
+    """The file in memory beside the weights, or these twice, would be more than is allowed.
+
+    The second of two processes is looked at: the first one may have to compile kernels, whose compiler takes memory.
+    """
     command = [sys.executable, "-c", LOAD, str(large), dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stderr[-2000:]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+        assert done.returncode == 0, done.stderr[-2000:]
     grown, packed = json.loads(done.stdout.splitlines()[-1])
     file_bytes = (large / "model.safetensors").stat().st_size
 
@@ -99,7 +103,7 @@ def test_progress_counts_every_byte(tmp_path, device):
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are listed by Linux's /proc")
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 def test_ctrl_c_in_the_middle_leaves_nothing_open(tmp_path, monkeypatch, device):
-    path, before = make_checkpoint(tmp_path, layers=2), threading.active_count()
+    path, before = make_checkpoint(tmp_path, layers=2), set(threading.enumerate())
     bytes_placed = plan_model(path, device=device, max_context=64).workload.weight_bytes
 
     def interrupt(bar, count):
@@ -113,5 +117,6 @@ def test_ctrl_c_in_the_middle_leaves_nothing_open(tmp_path, monkeypatch, device)
 
     links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink() and link.exists()]
     assert not [link for link in links if str(tmp_path) in link]
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("cpu_kernels")]
-    assert threading.active_count() <= before + 1  # the tokenizer may still be opening
+    left = [thread.name for thread in threading.enumerate() if thread not in before]
+    assert not [name for name in left if name.startswith("cpu_kernels")]
+    assert len(left) <= 1  # the tokenizer may still be opening

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from hetero_attn.checkpoints import raw_file
 from hetero_attn.checkpoints.raw_file import RawFile
 
 SIZE = 1 << 16
@@ -38,7 +37,7 @@ def test_a_read_asks_for_what_lies_behind_it(path, advice):
 
 @pytest.mark.parametrize(("available", "is_given_back"), [(2 * SIZE - 1, True), (2 * SIZE, False)])
 def test_the_systems_copy_is_given_back_where_memory_is_scarce(path, advice, monkeypatch, available, is_given_back):
-    monkeypatch.setattr(raw_file.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=available))
     RawFile(path).close()
 
     assert advice == ([(0, SIZE, os.POSIX_FADV_DONTNEED)] if is_given_back else [])

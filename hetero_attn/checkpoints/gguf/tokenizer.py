@@ -106,7 +106,7 @@ def _byte_level(fields: GgufFields, tokens: list[str]) -> "Tokenizer":
     if name not in _PRE:
         raise UnsupportedModelError(
             f"{fields.path}: tokenizer.ggml.pre is {name[:40]!r}, no known way to split text"
-            f"{nearest(name, _PRE)}{_WAYS_OUT}. Known: {', '.join(_PRE)}"
+            f"{nearest(name, _PRE)}{_WAYS_OUT}\nKnown: {', '.join(_PRE)}"
         )
     pattern, splits_digits, ignore_merges, _ = _PRE[name]
     merges = [tuple(pair.split(" ")) for pair in fields.texts("tokenizer.ggml.merges")]

@@ -102,7 +102,7 @@ class Nvfp4Module(Module):
         if bool((scales < 0).any()):
             refuse(where, self.scales, "below 0", "scales of at least 0")
         # As header T16 has it, halved because its table of codes has twice the values.
-        held = torch.ldexp(-factor, torch.tensor(-7)) if self.divides else torch.ldexp(factor, torch.tensor(7))
+        held = -factor * 2.0**-7 if self.divides else factor * 2.0**7
         if not self.divides and factor.item() < 0 or not torch.isfinite(held):
             refuse(where, self.factor, factor.item(), "a positive number of the size of weights")
         encoded = read(self.scales).view(torch.uint8)
