@@ -25,7 +25,7 @@ from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.weights import BLOCK_FEATURES, LinearSpec, Part
 from hetero_attn.spec.workload import Sizes, build_workload
 from placement import HardwareProfile, Policy, make_plan
-from tests.support.runtime import THREADS, cpu_plan, nmse, run_logits, uniform_plan
+from tests.support.runtime import THREADS, cpu_plan, decoded_together, nmse, run_logits, uniform_plan
 from tests.support.toy import hf_model, make_checkpoint
 
 HIDDEN, MIXED, EPS, KEPT = 72, 208, 1e-6, 0.9
@@ -214,14 +214,8 @@ def test_sequences_of_a_batch_do_not_mix(path, kind, oracle, device):
     """Two prompts of other lengths, decoded together; then a third in the place of the first."""
     workload = workload_of(path, kind)
     engine = engine_of(path, kind, cpu_plan(workload) if device == "cpu" else uniform_plan(workload, 0.5, 0.2, 1))
-    prompts, found = (TOKENS[:9], TOKENS[20:41]), [[], []]
-    sequences = [engine.kv_cache.open() for _ in prompts]
-    for sequence, prompt in zip(sequences, prompts, strict=True):
-        for start in range(0, len(prompt), 16):
-            engine.prefill(sequence, prompt[start : start + 16])
-    for token in TOKENS[10:16]:
-        for rows, logits in zip(found, engine.decode_step(sequences, [token, token]), strict=True):
-            rows.append(logits)
+    prompts = TOKENS[:9], TOKENS[20:41]
+    sequences, found = decoded_together(engine, prompts, TOKENS[10:16])
     engine.kv_cache.close(sequences[0])
     again = run_logits(engine, TOKENS[5:30], 11)
     engine.close()

@@ -17,7 +17,7 @@ from hetero_attn.spec.config import ModelConfig
 from hetero_attn.tools.timeline.simulate import Simulation
 from placement.machine.hardware import HardwareProfile
 from tests.support.moe import make_moe, moe_logits
-from tests.support.runtime import cpu_plan, make_engine, nmse, run_logits, toy_workload, uniform_plan
+from tests.support.runtime import cpu_plan, decoded_together, make_engine, nmse, run_logits, toy_workload, uniform_plan
 from tests.support.toy import edit_json
 
 FAMILIES = ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
@@ -65,14 +65,8 @@ def test_sequences_of_a_batch_do_not_mix(models, device):
     path = models["qwen3_next"]
     workload = toy_workload(path)
     engine = make_engine(path, cpu_plan(workload) if device == "cpu" else uniform_plan(workload, 0.5, 0.2, 1))
-    prompts, found = (TOKENS[:9], TOKENS[20:41]), [[], []]
-    sequences = [engine.kv_cache.open() for _ in prompts]
-    for sequence, prompt in zip(sequences, prompts, strict=True):
-        for start in range(0, len(prompt), 16):
-            engine.prefill(sequence, prompt[start : start + 16])
-    for token in TOKENS[10:16]:
-        for rows, logits in zip(found, engine.decode_step(sequences, [token, token]), strict=True):
-            rows.append(logits)
+    prompts = TOKENS[:9], TOKENS[20:41]
+    sequences, found = decoded_together(engine, prompts, TOKENS[10:16])
     engine.kv_cache.close(sequences[0])
     again = run_logits(engine, TOKENS[5:30], 11)
     engine.close()

@@ -19,6 +19,7 @@ from placement.cost.drafts import expected_tokens
 from placement.plan.units import parse_bytes
 from tests.support.command import run
 from tests.support.runtime import THREADS
+from tests.support.schedules import Failing, scheduled, steps_through_failures
 from tests.support.toy import make_checkpoint
 
 CONTEXT, PAGE = 64, 4
@@ -96,41 +97,21 @@ def test_no_schedule_with_a_draft_model_changes_an_answer(paths, plain, arrivals
     draw = random.Random(seed)
     with pytest.MonkeyPatch.context() as monkeypatch, load(paths, "large", kv_tokens=CONTEXT) as llm:
         monkeypatch.setattr(Width, "choose", lambda self, costs, rows: draw.choice([1, 2, 5, 8]))
-        requests = []
-        for which, steps, max_tokens in arrivals:
-            requests.append((which, llm.add(PROMPTS[which], params("greedy", max_tokens=max_tokens))))
-            for _ in range(steps):
-                llm.step()
-        while llm.step():
-            pass
-        for which, request in requests:
+        requests = scheduled(
+            llm, [(PROMPTS[which], steps, params("greedy", max_tokens=most)) for which, steps, most in arrivals]
+        )
+        for (which, _, _), request in zip(arrivals, requests, strict=True):
             assert tuple(request.token_ids) == plain["greedy"][which].token_ids[: request.max_tokens]
         assert draft_engine(llm).kv_cache.free_sequences == llm.plan.max_batch
 
 
 def test_a_draft_that_fails_leaves_the_answer_as_it_was(paths, plain, any_width):
     with load(paths, "large") as llm:
-        own, calls = draft_engine(llm), []
-
-        def failing(call):
-            def wrapped(*arguments, **options):
-                calls.append(None)
-                if len(calls) % 7 == 1:
-                    raise OSError("planted before")
-                result = call(*arguments, **options)
-                if len(calls) % 7 == 4:
-                    raise OSError("planted behind")
-                return result
-
-            return wrapped
-
+        own = draft_engine(llm)
+        failing = Failing(7, 4)
         own.run, own.decode_step, own.prefill = failing(own.run), failing(own.decode_step), failing(own.prefill)
-        requests, failures = [llm.add(prompt, params("greedy")) for prompt in PROMPTS], 0
-        while any(request.finish_reason is None for request in requests):
-            try:
-                llm.step()
-            except OSError:
-                failures += 1
+        requests = [llm.add(prompt, params("greedy")) for prompt in PROMPTS]
+        failures = steps_through_failures(llm, requests)
 
         assert failures > 10
         assert [request.output().token_ids for request in requests] == [each.token_ids for each in plain["greedy"]]

@@ -22,7 +22,16 @@ from placement.plan.workload import NUM_ROW_TIERS
 from tests.support.cpu_oracles import kernels
 from tests.support.fake_engine import fake_engine
 from tests.support.moe import FAMILIES, LEAST_GAP, fused, make_moe, moe_gguf, moe_logits
-from tests.support.runtime import cpu_plan, emulated_plan, make_engine, nmse, run_logits, toy_workload, uniform_plan
+from tests.support.runtime import (
+    cpu_plan,
+    decoded_together,
+    emulated_plan,
+    make_engine,
+    nmse,
+    run_logits,
+    toy_workload,
+    uniform_plan,
+)
 from tests.support.scaled_models import fp8_blocks
 from tests.support.toy import edit_json
 
@@ -81,14 +90,8 @@ def test_sequences_of_a_batch_do_not_mix(checkpoints, family, device):
     path = checkpoints[family]
     workload = toy_workload(path)
     engine = make_engine(path, cpu_plan(workload) if device == "cpu" else uniform_plan(workload, 0.5, 0.2, 1))
-    prompts, found = (TOKENS[:9], TOKENS[20:41]), [[], []]
-    sequences = [engine.kv_cache.open() for _ in prompts]
-    for sequence, prompt in zip(sequences, prompts, strict=True):
-        for start in range(0, len(prompt), 16):
-            engine.prefill(sequence, prompt[start : start + 16])
-    for token in TOKENS[10:16]:
-        for rows, logits in zip(found, engine.decode_step(sequences, [token, token]), strict=True):
-            rows.append(logits)
+    prompts = TOKENS[:9], TOKENS[20:41]
+    _, found = decoded_together(engine, prompts, TOKENS[10:16])
     engine.close()
 
     for prompt, rows in zip(prompts, found, strict=True):

@@ -16,6 +16,7 @@ from hetero_attn.speculation.speculator import NgramDrafter, Speculator, make_sp
 from hetero_attn.speculation.suffix_automaton import SuffixAutomaton
 from hetero_attn.speculation.width import WIDTHS, PassCosts, Width, expected_tokens
 from tests.support.runtime import THREADS
+from tests.support.schedules import Failing, scheduled, steps_through_failures
 from tests.support.toy import make_checkpoint
 
 CONTEXT, CHUNK, PAGE = 64, 32, 4
@@ -251,14 +252,10 @@ def test_no_schedule_with_drafts_changes_an_answer(path, plain, shape, arrivals,
     """Arrivals at any step, growth and put-backs in a cache that is too small for all."""
     with pytest.MonkeyPatch.context() as monkeypatch, load(path, shape, kv_tokens=CONTEXT * contexts) as llm:
         speculate(llm, monkeypatch, plain["greedy"], 0.6, seed)
-        requests = []
-        for which, steps, max_tokens in arrivals:
-            requests.append((which, llm.add(PROMPTS[which], params("greedy", max_tokens=max_tokens))))
-            for _ in range(steps):
-                llm.step()
-        while llm.step():
-            pass
-        for which, request in requests:
+        requests = scheduled(
+            llm, [(PROMPTS[which], steps, params("greedy", max_tokens=most)) for which, steps, most in arrivals]
+        )
+        for (which, _, _), request in zip(arrivals, requests, strict=True):
             assert tuple(request.token_ids) == plain["greedy"][which].token_ids[: request.max_tokens]
         assert llm.engine.kv_cache.free_sequences == llm.plan.max_batch
 
@@ -268,28 +265,13 @@ def test_a_pass_that_fails_leaves_the_answer_as_it_was(path, plain, monkeypatch,
     """Before and after it has computed, and between the tokens that it gives."""
     with load(path, shape) as llm:
         speculate(llm, monkeypatch, plain["seeded"], 0.8)
-        calls, choose, run = [], scheduler._choose_while_right, llm.engine.run
+        choose, run = scheduler._choose_while_right, llm.engine.run
 
-        def failing(call):
-            def wrapped(*arguments, **options):
-                calls.append(None)
-                if len(calls) % 5 == 1:
-                    raise OSError("planted before")
-                result = call(*arguments, **options)
-                if len(calls) % 5 == 3:
-                    raise OSError("planted behind")
-                return result
-
-            return wrapped
-
+        failing = Failing(5, 3)
         llm.engine.run = failing(run)
         monkeypatch.setattr(scheduler, "_choose_while_right", failing(choose))
-        requests, failures = [llm.add(prompt, params("greedy")) for prompt in PROMPTS], 0
-        while any(request.finish_reason is None for request in requests):
-            try:
-                llm.step()
-            except OSError:
-                failures += 1
+        requests = [llm.add(prompt, params("greedy")) for prompt in PROMPTS]
+        failures = steps_through_failures(llm, requests)
 
         assert failures > 10
         same([request.output() for request in requests], plain["greedy"])

@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from hetero_attn import LLM
+from hetero_attn.cache.pool import SequenceState
 from hetero_attn.engine.build import build_engine
 from hetero_attn.engine.engine import Engine
 from hetero_attn.models.decoder import decoder
@@ -129,6 +130,21 @@ def run_logits(engine: Engine, token_ids: Sequence[int], prompt_tokens: int) -> 
     rows += [engine.decode_step([sequence], [token_id]) for token_id in token_ids[prompt_tokens:]]
     engine.kv_cache.close(sequence)
     return torch.cat(rows)
+
+
+def decoded_together(
+    engine: Engine, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]
+) -> tuple[list[SequenceState], list[list[torch.Tensor]]]:
+    """The open sequences of prompts that are read in chunks of 16 and then given the same tokens, one a step for all;
+    and each one's logits of these steps."""
+    sequences, found = [engine.kv_cache.open() for _ in prompts], [[] for _ in prompts]
+    for sequence, prompt in zip(sequences, prompts, strict=True):
+        for start in range(0, len(prompt), 16):
+            engine.prefill(sequence, prompt[start : start + 16])
+    for token_id in token_ids:
+        for rows, logits in zip(found, engine.decode_step(sequences, [token_id] * len(prompts)), strict=True):
+            rows.append(logits)
+    return sequences, found
 
 
 @dataclass(frozen=True, slots=True)
