@@ -52,8 +52,9 @@ class ModelDrafter:
         count = min(count, self._engine.plan.max_context - len(text))
         if count < 1 or not self._knows(text) or not self._takes(text, len(text) + count):
             return []
-        sequence, kept = self._sequence, self._agreeing(text)
+        sequence = self._sequence
         assert sequence is not None
+        kept = min(self._agreeing(text), sequence.length)
         if not self._engine.kv_cache.rewind(sequence, kept):  # a window has let go of what is seen from there
             self.close()
             return []
@@ -91,7 +92,7 @@ class ModelDrafter:
         agreeing, most = min(self._read, len(text) - 1), min(len(self._held), len(text) - 1)
         while agreeing < most and self._held[agreeing] == text[agreeing]:
             agreeing += 1
-        return min(agreeing, self._sequence.length if self._sequence else 0)
+        return agreeing
 
     def _computed(self, sequence: SequenceState, token_ids: list[int]) -> torch.Tensor:
         """Append tokens; the last one's logits."""
