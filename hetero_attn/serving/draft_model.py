@@ -2,22 +2,22 @@
 
 It has an engine and a cache of its own. A request's sequence in that cache holds the text as far as drafts were made
 from it, the last of them included; what turns out to be other text is taken back, as from the large model's cache.
+Drafts of several requests are rows of the same passes.
 """
 
-from collections.abc import Sequence
-
-import torch
+from collections.abc import Iterator, Sequence
 
 from hetero_attn.cache.pool import SequenceState
 from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.greatest import greatest
 from hetero_attn.ops.step import Rows
+from hetero_attn.speculation.speculator import Asked
 
-FEW_ROWS = 4  # new tokens that are computed as rows of a step; more of them are a prompt's chunk
+FEW_ROWS = 4  # new tokens that are computed as rows of a step; of more, all but the last are a prompt's chunk
 
 
 class DraftModel:
-    """An engine that drafts for any number of requests, one after another.
+    """An engine that drafts for any number of requests, all of them in the same passes.
 
     vocab_size: of ids that it may be given and may guess. step_share: what one of its steps is expected to take, over a
     step of the model that it drafts for.
@@ -32,44 +32,85 @@ class DraftModel:
         """A drafter for one request."""
         return ModelDrafter(self)
 
+    def draft(self, asked: Sequence[Asked]) -> list[list[int]]:
+        """What each request's drafter guesses: the first pass takes in what is new of every text, each further one the
+        guess before."""
+        going = [each.drafter for each in asked if each.drafter.begin(*each[1:])]
+        while going:
+            for group in self._passes(going):
+                work = [Rows(drafter.sequence, drafter.pending) for drafter in group]
+                for drafter, logits in zip(group, self.engine.run(work, copy=False), strict=True):
+                    drafter.take(greatest(logits[-1, : self.vocab_size]))
+            going = [drafter for drafter in going if drafter.is_going]
+        return [each.drafter.drafted for each in asked]
+
     def close(self) -> None:
         """Release its threads and memory; idempotent."""
         self.engine.close()
 
+    def _passes(self, drafters: Sequence["ModelDrafter"]) -> Iterator[list["ModelDrafter"]]:
+        """The drafters of each pass, as many as one takes."""
+        group: list[ModelDrafter] = []
+        for drafter in drafters:
+            rows = sum(len(other.pending) for other in group) + len(drafter.pending)
+            if group and rows > self.engine.most_single_rows:
+                yield group
+                group = []
+            group.append(drafter)
+        yield group
+
 
 class ModelDrafter:
-    """What the draft model guesses of one request; drafts nothing where the request has no place in its cache."""
+    """What the draft model guesses of one request; drafts nothing where the request has no place in its cache.
+
+    sequence: its place there, None without. drafted: of the text that it was last given. pending: the tokens that it
+    computes next; guesses follow its last one. is_going: whether more is wanted.
+    """
 
     def __init__(self, model: DraftModel) -> None:
         self._model, self._engine = model, model.engine
-        self._sequence: SequenceState | None = None
+        self.sequence: SequenceState | None = None
+        self.drafted: list[int] = []
+        self.pending: list[int] = []
+        self._wanted = 0
         self._held: list[int] = []  # the tokens in the cache
         self._read = 0  # how many of them are of the text, as far as it is known
 
-    def draft(self, prompt_ids: Sequence[int], generated_ids: Sequence[int], count: int) -> list[int]:
-        """As `Drafter`."""
-        text = [*prompt_ids, *generated_ids]
-        count = min(count, self._engine.plan.max_context - len(text))
+    @property
+    def is_going(self) -> bool:
+        """Whether fewer were drafted than were asked for."""
+        return len(self.drafted) < self._wanted
+
+    def begin(self, prompt_ids: Sequence[int], generated_ids: Sequence[int], count: int) -> bool:
+        """Hold all of a text but what is `pending`, and room for `count` drafts behind it; False for none of them."""
+        text, self.drafted = [*prompt_ids, *generated_ids], []
+        self._wanted = count = min(count, self._engine.plan.max_context - len(text))
         if count < 1 or not self._knows(text) or not self._takes(text, len(text) + count):
-            return []
-        sequence = self._sequence
-        assert sequence is not None
-        kept = min(self._agreeing(text), sequence.length)
-        if not self._engine.kv_cache.rewind(sequence, kept):  # a window has let go of what is seen from there
+            return False
+        kept = min(self._agreeing(text), self.sequence.length)
+        if not self._engine.kv_cache.rewind(self.sequence, kept):  # a window has let go of what is seen from there
             self.close()
-            return []
-        self._held, self._read = text[:kept], kept
-        logits = self._computed(sequence, text[kept:])
-        self._held, self._read = text, len(text)
-        return self._continued(sequence, logits, count)
+            return False
+        self._held, self._read, self.pending = text[:kept], kept, text[kept:]
+        if len(self.pending) > min(FEW_ROWS, self._engine.most_single_rows):
+            self._prefill(self.pending[:-1])
+            self.pending = self.pending[-1:]
+        return True
+
+    def take(self, token_id: int) -> None:
+        """Count what was pending as computed, and what is guessed behind it."""
+        self._held += self.pending
+        self._read += 0 if self.drafted else len(self.pending)
+        self.drafted.append(token_id)
+        self.pending = [token_id]
 
     def close(self) -> None:
         """Give the place in the cache back; what was computed is kept for texts that begin alike."""
-        if self._sequence is not None:
+        if self.sequence is not None:
             cache = self._engine.kv_cache
-            cache.remember(self._sequence, self._held[: self._sequence.length])
-            cache.close(self._sequence)
-        self._sequence, self._held, self._read = None, [], 0
+            cache.remember(self.sequence, self._held[: self.sequence.length])
+            cache.close(self.sequence)
+        self.sequence, self._held, self._read = None, [], 0
 
     def _knows(self, text: list[int]) -> bool:
         """Whether the model has an embedding for what is new in the text."""
@@ -78,12 +119,12 @@ class ModelDrafter:
     def _takes(self, text: list[int], tokens: int) -> bool:
         """Hold a sequence with room for so many tokens, new ones with what is known of the text."""
         cache = self._engine.kv_cache
-        if self._sequence is not None:
-            return cache.extend(self._sequence, tokens)
+        if self.sequence is not None:
+            return cache.extend(self.sequence, tokens)
         if not cache.has_room(tokens):
             return False
-        self._sequence = cache.open(tokens)
-        self._read = cache.reuse(self._sequence, text[:-1])
+        self.sequence = cache.open(tokens)
+        self._read = cache.reuse(self.sequence, text[:-1])
         self._held = text[: self._read]
         return True
 
@@ -94,23 +135,9 @@ class ModelDrafter:
             agreeing += 1
         return agreeing
 
-    def _computed(self, sequence: SequenceState, token_ids: list[int]) -> torch.Tensor:
-        """Append tokens; the last one's logits."""
-        engine = self._engine
-        if len(token_ids) <= min(FEW_ROWS, engine.most_single_rows):
-            return engine.run([Rows(sequence, token_ids)], copy=False)[0][-1]
-        logits = None
-        for start in range(0, len(token_ids), engine.prefill_chunk):
-            chunk = token_ids[start : start + engine.prefill_chunk]
-            logits = engine.prefill(sequence, chunk, logits=start + len(chunk) == len(token_ids))
-        assert logits is not None
-        return logits
-
-    def _continued(self, sequence: SequenceState, logits: torch.Tensor, count: int) -> list[int]:
-        """The greedy tokens behind the text, all but the last of them in the cache."""
-        drafted = [greatest(logits[: self._model.vocab_size])]
-        while len(drafted) < count:
-            (logits,) = self._engine.decode_step([sequence], drafted[-1:], copy=False)
-            self._held.append(drafted[-1])
-            drafted.append(greatest(logits[: self._model.vocab_size]))
-        return drafted
+    def _prefill(self, token_ids: list[int]) -> None:
+        for start in range(0, len(token_ids), self._engine.prefill_chunk):
+            chunk = token_ids[start : start + self._engine.prefill_chunk]
+            self._engine.prefill(self.sequence, chunk, logits=False)
+            self._held += chunk
+            self._read += len(chunk)

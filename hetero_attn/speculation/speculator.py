@@ -6,7 +6,7 @@ goes on while it draws what was drafted. All that is decided here is what is wor
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.planning.draft import MODEL_ACCEPTANCE
@@ -14,15 +14,19 @@ from hetero_attn.speculation.suffix_automaton import SuffixAutomaton
 from hetero_attn.speculation.width import HOPED, SLOPE, PassCosts, Width
 
 
-class Drafter(Protocol):
+class Closing(Protocol):
+    """What is held for one request in order to guess what comes next."""
+
+    def close(self) -> None:
+        """Let go of it; a later draft begins anew."""
+        ...
+
+
+class Drafter(Closing, Protocol):
     """Guesses what comes next of one request."""
 
     def draft(self, prompt_ids: Sequence[int], generated_ids: Sequence[int], count: int) -> list[int]:
         """At most `count` tokens that may come behind both; called with texts that only ever grow."""
-        ...
-
-    def close(self) -> None:
-        """Let go of whatever is held for the request; a later draft begins anew."""
         ...
 
 
@@ -47,7 +51,7 @@ class NgramDrafter:
 class Speculation:
     """What one request's drafts are made from, and what became of them."""
 
-    drafter: Drafter
+    drafter: Any  # a Drafter, or what `DraftingModel.drafter` made
     width: Width
     drafted: int = 0
     accepted: int = 0
@@ -62,14 +66,30 @@ class Speculating(Protocol):
     speculation: Speculation | None
 
 
+class Asked(NamedTuple):
+    """What is wanted of a model that drafts: at most `most` tokens behind a request's prompt and answer.
+
+    drafter: what the model made for the request.
+    """
+
+    drafter: Any
+    prompt_ids: Sequence[int]
+    generated_ids: Sequence[int]
+    most: int
+
+
 class DraftingModel(Protocol):
     """A model that drafts. step_share: what one of its steps is expected to take, over one of the model it drafts
     for."""
 
     step_share: float
 
-    def drafter(self) -> Drafter:
-        """A drafter for one request."""
+    def drafter(self) -> Closing:
+        """What it holds of one request."""
+        ...
+
+    def draft(self, asked: Sequence[Asked]) -> list[list[int]]:
+        """What may come behind each text; called with texts that only ever grow, all of a pass together."""
         ...
 
     def close(self) -> None:
@@ -96,7 +116,7 @@ class Speculator:
     def __init__(
         self,
         report: DraftReport,
-        make_drafter: Callable[[], Drafter] = NgramDrafter,
+        make_drafter: Callable[[], Closing] = NgramDrafter,
         model: DraftingModel | None = None,
     ) -> None:
         self.costs = PassCosts(SLOPE + (0.0 if model is None else model.step_share))
@@ -122,14 +142,21 @@ class Speculator:
         known: what a pass brings along already, request by request; who has such gets nothing else.
         """
         known = known or [[]] * len(requests)
-        rows, drafts = len(requests) + sum(map(len, known)), []
-        for request, given in zip(requests, known, strict=True):
+        rows, drafts, asked = len(requests) + sum(map(len, known)), [], {}
+        for index, (request, given) in enumerate(zip(requests, known, strict=True)):
+            drafts.append(given)
             if given:
-                drafts.append(given)
                 continue
             room = min(most_rows - rows, request.max_tokens - len(request.token_ids) - 1)
-            drafts.append(self._drafts_of(request, rows, room))
-            rows += len(drafts[-1])
+            count = min(self._width(request, rows) - 1, room)
+            if count > 0 and self._model is not None:
+                asked[index] = self._asked(request, count)
+            elif count > 0:
+                drafts[-1] = request.speculation.drafter.draft(request.prompt_token_ids, request.token_ids, count)
+            rows += count if index in asked else len(drafts[-1])
+        if asked:
+            for index, drafted in zip(asked, self._model.draft(tuple(asked.values())), strict=True):
+                drafts[index] = drafted
         return drafts
 
     def judge(self, request: Speculating, drafted: int, accepted: int) -> None:
@@ -141,15 +168,16 @@ class Speculator:
         speculation.accepted += accepted
         self._report.judged(drafted, accepted)
 
-    def _drafts_of(self, request: Speculating, rows: int, room: int) -> list[int]:
+    def _width(self, request: Speculating, rows: int) -> int:
+        """Rows of a request in the next pass, which has `rows` rows without its drafts."""
         if request.speculation is None:
             request.speculation = Speculation(self._make_drafter(), Width(self._hoped))
-        speculation = request.speculation
-        width = speculation.width.choose(self.costs, rows)
-        self._report.decided(self._reason(speculation.width, width, rows))
-        if width == 1 or room < 1:
-            return []
-        return speculation.drafter.draft(request.prompt_token_ids, request.token_ids, min(width - 1, room))
+        width = request.speculation.width.choose(self.costs, rows)
+        self._report.decided(self._reason(request.speculation.width, width, rows))
+        return width
+
+    def _asked(self, request: Speculating, count: int) -> Asked:
+        return Asked(request.speculation.drafter, request.prompt_token_ids, request.token_ids, count)
 
     def _reason(self, state: Width, width: int, rows: int) -> str:
         ratio = self.costs.seconds(rows + max(width, 2) - 1) / self.costs.seconds(rows)

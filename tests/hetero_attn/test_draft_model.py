@@ -14,6 +14,8 @@ from hetero_attn.errors import ArgumentError, MemoryBudgetError, UnsupportedMode
 from hetero_attn.planning.draft import SHARES, _rates, settle_drafted
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.planning.settle import settle
+from hetero_attn.serving.draft_model import ModelDrafter
+from hetero_attn.speculation.speculator import Asked
 from hetero_attn.speculation.width import Width
 from placement.cost.drafts import expected_tokens
 from placement.plan.units import parse_bytes
@@ -116,6 +118,47 @@ def test_a_draft_that_fails_leaves_the_answer_as_it_was(paths, plain, any_width)
         assert failures > 10
         assert [request.output().token_ids for request in requests] == [each.token_ids for each in plain["greedy"]]
         assert own.kv_cache.free_sequences == own.plan.max_batch
+
+
+def drafted(model, counts, together):
+    """What is drafted behind each prompt, so many tokens, and what behind those and one more; caches begin empty."""
+    model.engine.kv_cache.forget_prefixes()
+    drafters, found = [model.drafter() for _ in PROMPTS], []
+    for added in ([], [7]):
+        asked = [Asked(*each, added, count) for *each, count in zip(drafters, PROMPTS, counts, strict=True)]
+        found.append(model.draft(asked) if together else [model.draft([each])[0] for each in asked])
+    for drafter in drafters:
+        drafter.close()
+    return found
+
+
+def test_requests_share_passes_and_get_the_drafts_of_each_alone(paths, monkeypatch):
+    with load(paths, "small") as llm:
+        model, runs, counts = llm._scheduler.speculator._model, [], (3, 1, 5, 2)
+        alone, run = drafted(model, counts, together=False), model.engine.run
+        monkeypatch.setattr(model.engine, "run", lambda work, copy: runs.append(len(work)) or run(work, copy))
+
+        assert drafted(model, counts, together=True) == alone
+        assert runs == 2 * [4, 3, 2, 1, 1]
+        assert [list(map(len, each)) for each in alone] == [list(counts)] * 2
+
+
+@pytest.mark.parametrize("planted", ["rows", "places"])
+def test_planted_faults_of_shared_passes_are_caught(paths, monkeypatch, planted):
+    """Logits that go to another request, and guesses that are not taken back."""
+    with load(paths, "small") as llm:
+        model, counts = llm._scheduler.speculator._model, (3, 4, 5, 2)
+        alone, run = drafted(model, counts, together=False), model.engine.run
+        if planted == "rows":
+            monkeypatch.setattr(model.engine, "run", lambda work, copy: run(work, copy)[::-1])
+        else:
+            monkeypatch.setattr(ModelDrafter, "_agreeing", lambda self, text: len(self._held))
+
+        try:
+            found = drafted(model, counts, together=True)
+        except Exception as error:  # a fault may also be heard
+            found = error
+        assert found != alone
 
 
 def test_threads_are_shared_and_all_is_closed(paths):
