@@ -3,6 +3,7 @@
 Keys: transformers' quantization documentation and the files of AutoGPTQ, AutoAWQ, compressed-tensors and ModelOpt.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ COMPRESSED_FORMATS = (
 )
 MODELOPT_ALGORITHMS = ("FP8", "NVFP4", "W4A16_NVFP4", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "MIXED_PRECISION")
 BITS = {"int": (4, 8), "float": (4, 8)}
+MOST_WAYS = 64  # in which single modules of one model are quantised
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +109,34 @@ def _gptq(values: JsonFields) -> Scheme:
     version = values.get("checkpoint_format", "gptq") or "gptq"
     if version not in ("gptq", "gptq_v2"):
         raise _refused(values, "checkpoint_format", version, ("gptq", "gptq_v2"))
+    every = _gptq_group(values, version)
+    ways = dict.fromkeys((every, *(_gptq_group(each, version) for each in _overrides(values, every))))
+    if len(ways) > MOST_WAYS:
+        values.fail("dynamic", f"{len(ways)} ways to quantise", f"at most {MOST_WAYS}")
+    return Scheme("gptq", tuple(ways))
+
+
+def _gptq_group(values: JsonFields, version: str) -> GroupScheme:
     if (bits := values.get("bits")) not in (4, 8) or isinstance(bits, bool):
         raise _refused(values, "bits", bits, ("4", "8"))
-    if values.get("dynamic"):
-        raise _refused(values, "dynamic", "overrides for single modules", ())
     symmetric = values.boolean("sym", True)
     # Symmetric files of either version are told by their values: writers disagree with what they declare.
     offset = None if symmetric else int(version == "gptq")
-    group = _group(values, values.get("group_size", 128))
-    return Scheme("gptq", (GroupScheme("gptq", bits, group, symmetric, offset),))
+    return GroupScheme("gptq", bits, _group(values, values.get("group_size", 128)), symmetric, offset)
+
+
+def _overrides(values: JsonFields, every: GroupScheme) -> Iterator[JsonFields]:
+    """What `dynamic` says of modules by expressions: which they are, their tensors say, as they say of those that it
+    leaves unquantised. Zero points look alike, so that all modules are symmetric or none is."""
+    found = values.get("dynamic") or {}
+    if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.values()):
+        values.fail("dynamic", found, "an object of objects")
+    for pattern, each in found.items():
+        if pattern.startswith("-:"):
+            continue
+        if each.get("sym", every.symmetric) != every.symmetric:
+            raise _refused(values, f"dynamic: {pattern}: sym", each["sym"], (str(every.symmetric).lower(),))
+        yield JsonFields(values.path, {**values.values, **each})
 
 
 def _awq(values: JsonFields) -> Scheme:
