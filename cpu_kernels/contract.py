@@ -155,6 +155,9 @@ class Ops(Protocol):
     def gelu(self, x: Tensor, out: Tensor) -> None:
         """out = gelu(x), in the same form. x, out: [rows, features], out written."""
 
+    def gather_columns(self, x: Tensor, order: Tensor, out: Tensor) -> None:
+        """out[:, i] = x[:, order[i]]. x, out: [rows, features], out written. order: int32 [features], trusted."""
+
     def route(self, x: Tensor, router: Tensor, scoring: Scoring, into: Routes) -> None:
         """Choose the experts of every row by x router^T, and sort all picks by expert.
 

@@ -186,6 +186,9 @@ class CpuKernels:
     def gelu(self, x: Tensor, out: Tensor) -> None:
         elementwise.gelu(self._team, x, out)
 
+    def gather_columns(self, x: Tensor, order: Tensor, out: Tensor) -> None:
+        elementwise.gather_columns(self._team, x, order, out)
+
     def rope_append(
         self, qkv: Tensor, positions: Tensor, rotation: Rotation, q: Tensor, pages: Pages, slots: Tensor
     ) -> None:

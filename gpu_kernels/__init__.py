@@ -20,6 +20,7 @@ _MODULE_OF_OP = {
     "rms_norm": "elementwise",
     "layer_norm": "small.layer_norm",
     "gelu": "small.gelu",
+    "gather_columns": "small.gather",
     "rope_append": "rope",
     "silu_mul": "elementwise",
     "gelu_mul": "elementwise",

@@ -74,6 +74,7 @@ OPS = (
     "silu_mul",
     "gelu_mul",
     "gelu",
+    "gather_columns",
     "route",
     "expert_linear",
     "combine",

@@ -1,11 +1,11 @@
-"""rms_norm, layer_norm, silu_mul, gelu_mul, gelu and merge: checks and launches; the arithmetic is in their kernels."""
+"""Checks and launches of the norms, gated activations, gelu, gather_columns and merge; their kernels compute."""
 
 import torch
 from torch import Tensor
 
 from cpu_kernels.checks import bits_of, check_tensor, expect
 from cpu_kernels.contract import Partial
-from cpu_kernels.team.arguments import GATED, GELU, LAYER_NORM, MERGE, MERGE_PARTS, RMS_NORM
+from cpu_kernels.team.arguments import GATED, GATHER, GELU, LAYER_NORM, MERGE, MERGE_PARTS, RMS_NORM
 from cpu_kernels.team.team import Team
 
 NO_PARTIALS = dict.fromkeys((word for word in MERGE._fields if word.startswith("part_")), 0)
@@ -72,6 +72,24 @@ def gelu(team: Team, x: Tensor, out: Tensor) -> None:
             features=features,
         )
         team.run(("small.elementwise_kernel", "gelu"), 0, *words)
+
+
+def gather_columns(team: Team, x: Tensor, order: Tensor, out: Tensor) -> None:
+    check_tensor("x", x, torch.float32, (None, None))
+    rows, features = x.shape
+    check_tensor("order", order, torch.int32, (features,))
+    check_tensor("out", out, torch.float32, (rows, features))
+    if rows and features:
+        words = GATHER.filled(
+            x=x.data_ptr(),
+            x_row=4 * x.stride(0),
+            order=order.data_ptr(),
+            out=out.data_ptr(),
+            out_row=4 * out.stride(0),
+            rows=rows,
+            features=features,
+        )
+        team.run(("small.elementwise_kernel", "gather_columns"), 0, *words)
 
 
 def gated(team: Team, name: str, gate_up: Tensor, out: Tensor) -> None:

@@ -4,6 +4,7 @@ rms_norm      y = x * weight / sqrt(mean(x^2) + eps), or y += that
 silu_mul      y = gate / (1 + exp(-gate)) * up
 gelu_mul      y = gelu(gate) * up, gelu by tanh: g / (1 + exp(-2 sqrt(2 / pi) (g + 0.044715 g^3)))
 gelu          y = gelu(x)
+gather_columns  y_i = x_j, j = order_i
 merge         w_i = exp(lse_i - max lse); out = sum w_i out_i / sum w_i; lse = max + log sum w_i
 """
 
@@ -12,12 +13,12 @@ import math
 import numpy as np
 from numba import types
 
-from cpu_kernels.small.elementwise_sizes import GELU_FEATURES, MERGE_ROWS, SILU_UNITS
-from cpu_kernels.team.arguments import GATED, GELU, MERGE, RMS_NORM
+from cpu_kernels.small.elementwise_sizes import GATHER_FEATURES, GELU_FEATURES, MERGE_ROWS, SILU_UNITS
+from cpu_kernels.team.arguments import GATED, GATHER, GELU, MERGE, RMS_NORM
 from cpu_kernels.team.chunks import parameter, real_parameter, take
 from cpu_kernels.vectors.arithmetic import add, div, exp, fma, keep_below, mul, sub, sum_lanes
 from cpu_kernels.vectors.compiler import helper
-from cpu_kernels.vectors.scalar import least, load_scalar, store_scalar
+from cpu_kernels.vectors.scalar import least, load_scalar, load_word, store_scalar
 from cpu_kernels.vectors.vector import load_f32, load_f32_tail, splat, store_f32, store_f32_tail
 
 MINUS_INFINITY, ZERO, ONE = np.float32(-np.inf), np.float32(0.0), np.float32(1.0)
@@ -136,6 +137,29 @@ def gelu():
                 value = load_f32_tail(source + 4 * i, stop - i)
                 value = div(value, add(splat(ONE), exp(gelu_power(value))))
                 store_f32_tail(value, to + 4 * i, stop - i)
+            chunk = take(arguments, 0)
+
+    return kernel
+
+
+def gather_columns():
+    """Kernel; of `GATHER_FEATURES` features of a row at a time."""
+
+    def kernel(arguments, thread):
+        x, x_stride, order = (
+            parameter(arguments, GATHER.x),
+            parameter(arguments, GATHER.x_row),
+            parameter(arguments, GATHER.order),
+        )
+        out, out_stride = parameter(arguments, GATHER.out), parameter(arguments, GATHER.out_row)
+        rows, features = parameter(arguments, GATHER.rows), parameter(arguments, GATHER.features)
+        parts = (features + GATHER_FEATURES - 1) // GATHER_FEATURES
+        chunk = take(arguments, 0)
+        while chunk < rows * parts:
+            row, first = chunk // parts, chunk % parts * GATHER_FEATURES
+            source, to = x + row * x_stride, out + row * out_stride
+            for i in range(first, least(features, first + GATHER_FEATURES)):
+                store_scalar(load_scalar(source + 4 * load_word(order + 4 * i)), to + 4 * i)
             chunk = take(arguments, 0)
 
     return kernel

@@ -53,6 +53,7 @@ LAYER_NORM = block("LAYER_NORM", "x x_row weight bias eps out out_row rows hidde
 GATED = block("GATED", "gate_up gate_up_row out out_row rows units")
 CLAMPED = block("CLAMPED", "gate_up gate_up_row out out_row rows units alpha limit")
 GELU = block("GELU", "x x_row out out_row rows features")
+GATHER = block("GATHER", "x x_row order out out_row rows features")
 # Then out and lse of every partial, all contiguous.
 MERGE = block("MERGE", "count out lse rows head_dim", *(f"part_{part} part_lse_{part}" for part in range(MERGE_PARTS)))
 # router_rows: of the router, padded. ids, places and sources are contiguous. bias, correction: 0 for none.
@@ -95,7 +96,7 @@ FLAG = block("FLAG", "address value")  # an entry of a program that waits for a 
 MAX_PARAMETERS = max(
     map(
         len,
-        (LINEAR, EXPERT_LINEAR, PACK, REPACK, UNPACK, RMS_NORM, LAYER_NORM, GATED, CLAMPED, GELU, MERGE)
+        (LINEAR, EXPERT_LINEAR, PACK, REPACK, UNPACK, RMS_NORM, LAYER_NORM, GATED, CLAMPED, GELU, GATHER, MERGE)
         + (ROUTE, COMBINE, EXPERT_BIAS, SINKS, SIGMOID_MUL, SCALE_ROWS, NORM_HEADS, SWEEP, ROPE, DECODE, PREFILL, FLAG),
     )
 )

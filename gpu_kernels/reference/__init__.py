@@ -17,6 +17,7 @@ both see the same numbers.
     gelu_mul    y = gate (1 + tanh(sqrt(2 / pi) (gate + 0.044715 gate^3))) / 2 * up
     clamped_silu_mul  y = (u + 1) g / (1 + exp(-alpha g)), g = min(gate, limit), u = up between -limit and limit
     gelu        y = x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2
+    gather_columns  y_i = x_j, j = order_i
     route       ids = the k largest of x router^T, w = softmax(x router^T) there, or as `Scoring` says
                 expert_linear  p = x W[id]^T;  add_expert_bias  p += b[id];  combine  y += sum_j w_j p_j
                 scale_rows  y *= f
@@ -40,6 +41,7 @@ from gpu_kernels.reference.elementwise import (
     add_rows,
     clamped_silu_mul,
     copy_rows,
+    gather_columns,
     gelu,
     gelu_mul,
     layer_norm,
@@ -95,6 +97,7 @@ __all__ = [
     "copy_rows",
     "decode_attention",
     "expert_linear",
+    "gather_columns",
     "gelu",
     "gelu_mul",
     "in_best_groups",

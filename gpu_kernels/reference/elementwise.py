@@ -50,6 +50,10 @@ def gelu(x: Tensor, out: Tensor) -> None:
     out.copy_(torch.nn.functional.gelu(x, approximate="tanh"))
 
 
+def gather_columns(x: Tensor, order: Tensor, out: Tensor) -> None:
+    out.copy_(x[:, order.long()])
+
+
 def silu_mul(gate_up: Tensor, out: Tensor) -> None:
     gate, up = _gate_and_up(gate_up)
     power = ordered.exp(-gate) if gate.dtype == torch.float32 else torch.exp(-gate)

@@ -131,6 +131,10 @@ class Checkpoint:
         """None: every tensor is plain numbers."""
         return None
 
+    def input_order(self, name: str) -> "torch.Tensor | None":
+        """None: inputs of every tensor are the model's."""
+        return None
+
     def row_bytes(self, name: str) -> int:
         """Bytes of one row of a tensor in the file."""
         entry = self._entry(name)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.quantised.checkpoint import QuantisedCheckpoint
+from hetero_attn.checkpoints.quantised.order import together
 from hetero_attn.checkpoints.quantised.scheme import read_scheme
 from hetero_attn.errors import CheckpointError, UnsupportedModelError
 from hetero_attn.spec.config import ModelConfig, tensor_names
@@ -32,6 +33,9 @@ class WeightSource(Protocol):
 
     def source_type(self, name: str) -> str | None:
         """The type of a tensor of codes; None for plain numbers."""
+
+    def input_order(self, name: str) -> "torch.Tensor | None":
+        """Which input of the model each input of a tensor's rows is, int64; None where they are the same."""
 
     def row_bytes(self, name: str) -> int:
         """Bytes of one row of codes in the file."""
@@ -89,7 +93,12 @@ def stored_formats(path: Path, config: ModelConfig) -> WeightFormats:
         routers = {tensor for block in model.blocks for matrix in block.matrices for tensor, _ in matrix.tensors}
         names = [name for name in source.names if len(source.shape(name)) > 1 and name not in routers]
         formats = {name: source.dtype(name) for name in names}
-        return WeightFormats("bf16", formats[tensor_name("embed")], formats)
+        embed = formats[tensor_name("embed")]
+        if is_gguf(path):
+            return WeightFormats("bf16", embed, formats)
+        reordered = {name: formats[name] for name in together(source, model)}
+        apart = [name for name in formats if name not in reordered and source.input_order(name) is not None]
+        return WeightFormats("bf16", embed, formats | dict.fromkeys(apart, "fp32"), reordered=reordered)
 
 
 def _plain_formats(path: Path, config: ModelConfig) -> WeightFormats:

@@ -110,7 +110,7 @@ def assemble(
             for warning in checkpoint.check(planned.model):
                 warnings.warn(f"{planned.path}: {warning}", stacklevel=3)
             formats = planned.weight_formats
-            warm_up(lanes.host_ops, planned.config, formats.names, planned.plan.workload.kv_dtype)
+            warm_up(lanes.host_ops, planned.config, formats, planned.plan.workload.kv_dtype)
             buffers = make_buffers(planned.model, planned.plan, lanes)
             weights = Loader(checkpoint, planned.config, planned.model, planned.plan, formats, lanes, progress).load()
             cache = KVCache(planned.plan, lanes.device, prefix_cache)

@@ -16,13 +16,11 @@ import torch
 from hetero_attn.lanes.activation import Activation
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.workspace import Workspace
-from hetero_attn.ops.linear import LinearWeights, SplitInput, linear, linear_add
+from hetero_attn.ops.linear import NOTHING, LinearWeights, SplitInput, linear, linear_add
 from hetero_attn.ops.run import KvView, Run
 from hetero_attn.spec.blocks import Declaration
 from hetero_attn.spec.config import ModelConfig
-from hetero_attn.spec.decoder.norms import NORMED
-
-NOTHING = Activation(None, None)
+from hetero_attn.spec.decoder.norms import NORMED, REORDERED
 
 
 class FixedView(NamedTuple):
@@ -115,13 +113,16 @@ def normed_linear(
 ) -> None:
     """A linear of the normalised residual into `out`, or where there is no norm of the residual as it is; on a GPU one
     launch makes an RMS norm, and rounds it for all pieces of the weight. name: of the buffer of normalised rows."""
+    room = room_to_reorder(weights, work)
     if norm.weight.main is None:
-        linear(lanes, weights, tier, _as_it_is(lanes, weights.spec.in_features, work, weights, tier), out)
+        x = _as_it_is(lanes, weights.spec.in_features, work, weights, tier)
+        linear(lanes, weights, tier, x, out, reordered=room)
         return
     normed = work.of(name, weights.spec.in_features)
-    if lanes.device is None or not weights.device_units(tier) or norm.is_layer_norm:
+    is_apart = norm.is_layer_norm or weights.spec.is_reordered
+    if lanes.device is None or not weights.device_units(tier) or is_apart:
         normalize(lanes, norm, work.residual, normed, weights.has_host_features(tier))
-        linear(lanes, weights, tier, normed, out)
+        linear(lanes, weights, tier, normed, out, reordered=room)
         return
     hidden_size = norm.width
     residual = work.residual.device[:, :hidden_size]
@@ -129,6 +130,11 @@ def normed_linear(
     if weights.has_host_features(tier):
         lanes.push(normed, 0, hidden_size)
     linear(lanes, weights, tier, normed, out, inputs)
+
+
+def room_to_reorder(weights: LinearWeights, work: Workspace) -> Activation:
+    """Where what a weight multiplies is brought into the order of its inputs; nowhere where that is the model's."""
+    return work.of(REORDERED, weights.spec.in_features) if weights.spec.is_reordered else NOTHING
 
 
 def _as_it_is(lanes: Lanes, width: int, work: Workspace, weights: LinearWeights, tier: int) -> Activation:
@@ -147,6 +153,8 @@ def add_output(
 ) -> None:
     """Add what the last linear of a block gives to the residual, RMS-normalised by `post_norm` where that is there."""
     lanes, tier = run.lanes, run.step.tier
+    if last.spec.is_reordered:
+        split = split._replace(reordered=room_to_reorder(last, work))
     if post_norm.main is None:
         linear_add(lanes, last, tier, split, work.residual, work.scratch)
         return

@@ -4,7 +4,7 @@ import torch
 
 from cpu_kernels.contract import Ops
 from hetero_attn.lanes.activation import Activation
-from hetero_attn.models.block import Block, BlockWeights, Norm, StateView, add_output, normed_linear
+from hetero_attn.models.block import Block, BlockWeights, Norm, StateView, add_output, normed_linear, room_to_reorder
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.linear import LinearWeights, SplitInput, linear
 from hetero_attn.ops.run import Run
@@ -50,7 +50,7 @@ class Mlp(MlpDeclaration, Block):
         shared = work.of(SHARED, self.first.in_features)
         if first.has_host_features(tier):
             lanes.push(shared, 0, self.first.in_features)
-        linear(lanes, first, tier, shared, out)
+        linear(lanes, first, tier, shared, out, reordered=room_to_reorder(first, work))
 
     def _apply(self, ops: Ops, x: torch.Tensor, out: torch.Tensor) -> None:
         getattr(ops, self._activate)(x, out)

@@ -19,6 +19,8 @@ from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.spec.weights import LinearSpec
 from placement.plan.memory import LinearPlacement
 
+NOTHING = Activation(None, None)
+
 
 @dataclass(slots=True)
 class LinearWeights:
@@ -27,7 +29,8 @@ class LinearWeights:
     gpu: uint8 [gpu blocks, block_bytes] in GPU memory, of a mix of formats [units, unit_bytes]. dram: the same in host
     memory, those of the units from `first_dram_unit` on. Of a row cut, both hold every output feature and the input
     features of their units.
-    bias: float32 [out_features] on both sides, None on both where the linear has none.
+    bias: float32 [out_features] on both sides, None on both where the linear has none. order: int32 [in_features] on
+    both sides, which input of the model each of the weight's is; None on both where they are the same.
     piece_blocks: the most blocks a staging slot takes.
     """
 
@@ -38,6 +41,7 @@ class LinearWeights:
     bias: Activation
     piece_blocks: int
     first_dram_unit: int
+    order: Activation = NOTHING
 
     def device_units(self, tier: int) -> int:
         """Units computed on the GPU, resident and streamed, in this row tier."""
@@ -56,6 +60,8 @@ class LinearWeights:
     def multiplies_at_once(self, tier: int, columns: int) -> bool:
         """Whether every product of the GPU in this row tier takes the first `columns` inputs, no more and no less, so
         that they may be rounded together."""
+        if self.spec.is_reordered:
+            return False
         if not self.spec.row_unit:
             return self.device_units(tier) > 0 and columns == self.spec.in_features
         return columns == self.device_inputs(tier) and not self.piece_count(tier)
@@ -100,11 +106,29 @@ class SplitInput(NamedTuple):
     rest in host memory.
 
     rounded: what `rounded` gives for x, where that is there already, which `LinearWeights.multiplies_at_once` allows.
+    reordered: room for x in the order of the weight's inputs, where that is another.
     """
 
     x: Activation
     column: int
     rounded: Any = None
+    reordered: Activation = NOTHING
+
+
+def reorder_on_device(lanes: Lanes, weights: LinearWeights, x: Activation, room: Activation) -> Activation:
+    """What a weight multiplies on the GPU: x, or `room`, where x is brought into the order of the weight's inputs."""
+    if weights.order.device is None:
+        return x
+    lanes.device.ops.gather_columns(x.device, weights.order.device, room.device)
+    return room
+
+
+def reorder_on_host(lanes: Lanes, weights: LinearWeights, x: Activation, room: Activation) -> Activation:
+    """As `reorder_on_device`, of the CPU lane; a host job's body."""
+    if weights.order.host is None:
+        return x
+    lanes.host_ops.gather_columns(x.host, weights.order.host, room.host)
+    return room
 
 
 def run_on_device(
@@ -152,16 +176,25 @@ def run_on_host(
     lanes.host_ops.linear(x.host, weights.host_weight(tier), weights.spec.format, bias, out.host[:, start:], add)
 
 
-def linear(lanes: Lanes, weights: LinearWeights, tier: int, x: Activation, out: Activation, inputs: Any = None) -> None:
+def linear(
+    lanes: Lanes,
+    weights: LinearWeights,
+    tier: int,
+    x: Activation,
+    out: Activation,
+    inputs: Any = None,
+    reordered: Activation = NOTHING,
+) -> None:
     """Compute `x @ W.T + bias`, leaving each lane's columns of `out` where they were computed.
 
     x must be complete in GPU memory if the GPU computes a column, and in host memory if the CPU lane does.
-    inputs: x as `rounded` gives it for the GPU, where that is there already.
+    inputs: x as `rounded` gives it for the GPU, where that is there already. reordered: as in `SplitInput`; then there
+    are no such inputs.
     """
     if weights.has_host_features(tier):
-        lanes.on_host(lambda: run_on_host(lanes, weights, tier, x, out))
+        lanes.on_host(lambda: run_on_host(lanes, weights, tier, reorder_on_host(lanes, weights, x, reordered), out))
     if weights.device_units(tier):
-        run_on_device(lanes, weights, tier, x, out, False, inputs)
+        run_on_device(lanes, weights, tier, reorder_on_device(lanes, weights, x, reordered), out, False, inputs)
 
 
 def linear_add(
@@ -179,19 +212,19 @@ def linear_add(
     multiplies it. The CPU lane is asked right behind the copy that completes its side, and works while the GPU waits
     for its own.
     """
-    x, column, inputs = split
+    x, column, inputs, reordered = split
     if lanes.device is None:
-        run_on_host(lanes, weights, tier, x, residual, add)
+        run_on_host(lanes, weights, tier, reorder_on_host(lanes, weights, x, reordered), residual, add)
         return
     on_host = run_row_cut_on_host if weights.spec.row_unit else run_on_host
     on_device = run_row_cut_on_device if weights.spec.row_unit else run_on_device
     given, wanted = lanes.given, _wanted_input(weights, tier)
     lanes.push(x, wanted.start, column)
     if weights.has_host_features(tier):
-        lanes.on_host(lambda: on_host(lanes, weights, tier, x, scratch))
+        lanes.on_host(lambda: on_host(lanes, weights, tier, reorder_on_host(lanes, weights, x, reordered), scratch))
     lanes.pull(x, column, wanted.stop, given)
     if weights.device_units(tier):
-        on_device(lanes, weights, tier, x, residual, add, inputs)
+        on_device(lanes, weights, tier, reorder_on_device(lanes, weights, x, reordered), residual, add, inputs)
     if weights.has_host_features(tier):
         start = 0 if weights.spec.row_unit else weights.device_features(tier)
         if add or (weights.spec.row_unit and weights.device_units(tier)):

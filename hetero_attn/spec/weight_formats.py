@@ -9,17 +9,23 @@ from cpu_kernels.formats import format_of
 @dataclass(frozen=True, slots=True)
 class WeightFormats:
     """Names of formats by tensor. default: of tensors that `by_tensor` does not name. embed: of the token embedding as
-    rows to gather from, which a tied head may hold otherwise. name: of the recipe that says so, if one does.
+    rows to gather from, which a tied head may hold otherwise. name: of the recipe that says so, if one does. reordered:
+    the formats of tensors whose codes lie in another order of inputs, as long as they are held in these formats.
     """
 
     default: str
     embed: str
     by_tensor: Mapping[str, str] = field(default_factory=dict)
     name: str = ""
+    reordered: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, tensor: str) -> str:
         """The format of a tensor."""
         return self.by_tensor.get(tensor, self.default)
+
+    def is_reordered(self, tensor: str) -> bool:
+        """Whether what a tensor multiplies must be brought into the order of its inputs."""
+        return self.reordered.get(tensor) == self.of(tensor)
 
     @property
     def names(self) -> tuple[str, ...]:

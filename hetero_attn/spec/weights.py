@@ -27,13 +27,15 @@ from placement.plan.workload import round_up
 class Part:
     """`rows_per_unit` consecutive rows of one checkpoint tensor go into every unit; `rows` is the tensor's total.
 
-    format: the name of the format that they are held in.
+    format: the name of the format that they are held in. reordered: whether their inputs lie in another order than the
+    model's, as GPTQ's act-order leaves them.
     """
 
     tensor: str
     rows_per_unit: int
     rows: int
     format: str
+    reordered: bool = False
 
     @property
     def bias(self) -> str:
@@ -63,11 +65,17 @@ class LinearSpec:
     per_kv_head: bool = False
 
     @cached_property
+    def is_reordered(self) -> bool:
+        """Whether what it multiplies is brought into the order of its inputs first, which all its parts have alike."""
+        return self.parts[0].reordered
+
+    @cached_property
     def by_rows(self) -> "LinearSpec | None":
-        """The same linear as a paired plan cuts it; None where its units do not fall on whole superblocks."""
+        """The same linear as a paired plan cuts it; None where its units do not fall on whole superblocks, or its
+        inputs lie in another order."""
         unit = self.row_choice
         whole = max(GROUP_INPUTS, *(format_of(part.format).group_inputs for part in self.parts))
-        if unit == 0 or unit % whole or self.in_features % unit:
+        if self.is_reordered or unit == 0 or unit % whole or self.in_features % unit:
             return None
         return replace(self, row_unit=unit)
 

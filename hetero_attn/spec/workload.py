@@ -56,6 +56,7 @@ def build_workload(
     by_rows = {linear.name: rows for linear in model.linears if (rows := linear.by_rows) is not None}
     kv, widths = _kv_shards(model, kv_dtype), ActivationWidths.of(model)
     biases = sum(prod(linear.bias_shape) for linear in model.linears if linear.has_bias)
+    orders = sum(linear.in_features for linear in model.linears if linear.is_reordered)  # int32
     rope_features = sizes.max_context * sum(rope.rotary_dim for rope in model.ropes)
     logits = max(sizes.max_batch, LOGITS_ROWS) * model.head.linears[0].out_features
     states = tuple(
@@ -78,7 +79,7 @@ def build_workload(
         row_cuts=() if paired else tuple(linear.shard for linear in by_rows.values()),
         kv=kv,
         embed_bytes=0 if embed_shares_head else _embed_bytes(formats.embed, model),
-        resident_bytes=FLOAT32_BYTES * (model.resident_features + biases + rope_features + logits) + tables,
+        resident_bytes=FLOAT32_BYTES * (model.resident_features + biases + orders + rope_features + logits) + tables,
         activation_bytes_per_row=widths.bytes_per_row,
         host_activation_bytes_per_row=widths.host_bytes_per_row,
         max_context=sizes.max_context,

@@ -56,6 +56,17 @@ def test_layer_norm(rows, hidden, has_bias):
     assert rows * hidden != 1 or torch.equal(out, expected.float())
 
 
+@pytest.mark.parametrize(("rows", "features"), [(1, 5), (3, 1100), (2, 2048)])
+def test_gather_columns(rows, features):
+    x, order = torch.randn(rows, features + 1)[:, 1:], torch.randperm(features)
+    out, memory = guarded(rows, features)
+
+    kernels().gather_columns(x, order.int(), out)
+
+    assert only_inside_written(memory)
+    assert torch.equal(out, x[:, order])
+
+
 @pytest.mark.parametrize(("rows", "features"), [(1, 5), (3, 1100), (2, 16)])
 def test_gelu(rows, features):
     torch.manual_seed(features)

@@ -215,6 +215,10 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "layer_norm": (layer_norm(False), (90,)),
     "layer_norm bias": (layer_norm(True), (86,)),
     "gelu": (lambda: gpu_kernels.gelu(empty(4, 12288), empty(4, 12288)), (86,)),
+    "gather_columns": (
+        lambda: gpu_kernels.gather_columns(empty(4, HIDDEN), empty(HIDDEN, dtype=torch.int32), empty(4, HIDDEN)),
+        (90,),
+    ),
     "rounded_norm q4": (rounded_norm("q4", 1), (80, 86, 89, 90, 120)),
     "rounded_norm q8 rows": (rounded_norm("q8", 16), (86, 90)),
     "rounded_norm prompt": (rounded_norm("q4", 512), (90,)),

@@ -10,7 +10,7 @@ from tests.support import kernel_checks as checks
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
 from gpu_kernels import elementwise, rope, row_copies
-from gpu_kernels.small import clamped, gelu, layer_norm
+from gpu_kernels.small import clamped, gather, gelu, layer_norm
 
 
 @pytest.mark.parametrize("rows,hidden", [(1, 64), (3, 100), (2, 5000)])
@@ -43,6 +43,11 @@ def test_layer_norm(device, rows, hidden, has_bias):
 @pytest.mark.parametrize("rows,features", [(1, 16), (2, 1100)])
 def test_gelu(device, rows, features):
     checks.check_gelu(gelu.gelu, device, rows, features)
+
+
+@pytest.mark.parametrize("rows,features", [(1, 16), (2, 1100)])
+def test_gather_columns(device, rows, features):
+    checks.check_gather_columns(gather.gather_columns, device, rows, features)
 
 
 @pytest.mark.parametrize("rows,units", [(1, 1), (2, 70)])
@@ -81,5 +86,6 @@ def test_ops_accept_no_rows(device):
     elementwise.silu_mul(none, none[:, :16])
     layer_norm.layer_norm(none, torch.ones(32, device=device), None, 1e-6, none)
     gelu.gelu(none, none)
+    gather.gather_columns(none, torch.zeros(none.shape[1], dtype=torch.int32), none)
     row_copies.copy_rows(none, none)
     row_copies.add_rows(none, none)

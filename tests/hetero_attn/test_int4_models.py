@@ -10,6 +10,7 @@ import torch
 from hetero_attn import Policy
 from hetero_attn.errors import CheckpointError, HeteroError, UnsupportedModelError
 from hetero_attn.planning.settle import plan_model
+from tests.support.int4_data import random_groups
 from tests.support.int4_models import (
     awq,
     awq_config,
@@ -263,27 +264,120 @@ def test_gptq_of_8_bits_with_zero_points_is_held_packed_and_exactly(tmp_path, ea
             logits(folder / "int4")
 
 
-def scatter(tensors):
-    """Give one linear the order of inputs that act-order leaves: every other input first."""
-    order = torch.cat((torch.arange(1, 128, 2), torch.arange(0, 128, 2)))
-    found = tensors[UP + "qweight"].t()
-    codes = ((found[..., None] >> (4 * torch.arange(8, dtype=torch.int32))) & 15).flatten(1)
-    tensors[UP + "qweight"] = words(codes[:, order]).t()
-    tensors[UP + "g_idx"] = tensors[UP + "g_idx"][order]
-    return order
+def test_gptq_may_quantise_single_linears_in_ways_of_their_own_or_not_at_all(models, tmp_path):
+    """Such files, of Qwen's mixtures among others, were refused."""
+    shutil.copytree(models("gptq"), tmp_path, dirs_exist_ok=True)
+    finer, whole = "model.layers.1.mlp.gate_proj.", "model.layers.0.self_attn.o_proj."
+    wide = "model.layers.1.mlp.down_proj."
+    groups = {
+        finer: (gptq, random_groups(256, 128, 32, 14)),
+        wide: (gptq_of_8_bits, random_groups(128, 256, 64, 254, bits=8)),
+    }
+    groups = {name: (write, found._replace(zeros=found.zeros + 1)) for name, (write, found) in groups.items()}
+
+    def in_file(tensors):
+        for name in (finer, wide, whole):
+            for part in ("qweight", "scales", "qzeros", "g_idx"):
+                del tensors[name + part]
+        for name, (write, found) in groups.items():
+            each = found.codes.shape[1] // found.scales.shape[1]
+            tensors |= {name + part: item for part, item in write(found, each).items()}
+        tensors[whole + "weight"] = torch.eye(128).half()
+
+    def in_plain(tensors):
+        tensors |= {name + "weight": found.values for name, (_, found) in groups.items()}
+        tensors[whole + "weight"] = torch.eye(128)
+
+    edit_tensors(tmp_path / "int4", in_file)
+    edit_tensors(tmp_path / "plain", in_plain)
+    with pytest.raises(CheckpointError, match="down_proj.qzeros has shape"):
+        logits(tmp_path / "int4", "fp32")
+    ways = {r"-:.*o_proj": {}, r"+:.*gate.*": {"group_size": 32}, ".*down.*": {"bits": 8, "group_size": 64}}
+    edit_config(tmp_path / "int4", quantization_config=gptq_config(128, dynamic=ways))
+
+    held = {shard.weight_format for shard in plan_model(tmp_path / "int4", device="cpu").workload.linears}
+    assert held == {"int4_g128", "int4_g32*1+int4_g128*1", "uint8_g64", "fp16"}
+    assert torch.equal(logits(tmp_path / "int4", "fp32"), logits(tmp_path / "plain", "fp32"))
+    assert nmse(logits(tmp_path / "int4"), logits(tmp_path / "int4", "fp32")) < 3e-3
 
 
-def test_groups_that_act_order_scattered_are_float32_and_said_so(models, tmp_path):
-    shutil.copytree(models("gptq v2") / "plain", tmp_path / "plain")
-    path, orders = copy(models, tmp_path, "gptq v2"), []
-    edit_tensors(path, lambda tensors: orders.append(scatter(tensors)))
-    edit_tensors(
-        tmp_path / "plain",
-        lambda tensors: tensors.__setitem__(UP + "weight", tensors[UP + "weight"][:, orders[0]]),
-    )
+def scatter(folder, linears, bits=4):
+    """Give linears of `folder`/int4 and `folder`/plain the order of inputs that act-order leaves; one order for each
+    number of inputs."""
+
+    def order_of(inputs):
+        return torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs))
+
+    def in_file(tensors):
+        for prefix in linears:
+            found, index = tensors[f"{prefix}qweight"].t(), tensors[f"{prefix}g_idx"]
+            shifts = bits * torch.arange(32 // bits, dtype=torch.int32)
+            codes = ((found[..., None] >> shifts) & (1 << bits) - 1).flatten(1)[:, order_of(len(index))]
+            stored = words(codes) if bits == 4 else codes.to(torch.uint8).contiguous().view(torch.int32)
+            tensors |= {f"{prefix}qweight": stored.t(), f"{prefix}g_idx": index[order_of(len(index))]}
+
+    def in_plain(tensors):
+        for name in (f"{prefix}weight" for prefix in linears):
+            tensors[name] = tensors[name][:, order_of(tensors[name].shape[1])]
+
+    edit_tensors(folder / "int4", in_file)
+    edit_tensors(folder / "plain", in_plain)
+
+
+LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj")
+LINEARS += ("mlp.up_proj", "mlp.down_proj")
+ALL_LINEARS = [f"model.layers.{layer}.{linear}." for layer in range(2) for linear in LINEARS]
+EIGHT_BITS = functools.partial(gptq_of_8_bits, taken=0)
+# writer, config, inputs of a group, further arguments of make_int4, bits, what the linears are held in
+ACT_ORDER = {
+    "4 bits": (gptq_v2, gptq_config(32, checkpoint_format="gptq_v2"), 32, {"family": "qwen3"}, 4, "int4_g32"),
+    "4 bits, symmetric": (gptq, gptq_config(64, sym=True), 64, {"symmetric": True}, 4, "int4_g64"),
+    "8 bits": (EIGHT_BITS, gptq_config(64, bits=8, checkpoint_format="gptq_v2"), 64, {}, 8, "uint8_g64"),
+}
+
+
+@pytest.mark.parametrize("case", ACT_ORDER)
+def test_act_order_is_held_packed_and_exactly(tmp_path, case):
+    """Such linears were held as float32, eight times their file."""
+    write, config, each, more, bits, held = ACT_ORDER[case]
+    folder = make_int4(tmp_path, write, config, each, **more)
+    in_runs = plan_model(folder / "int4", device="cpu", max_context=64).workload
+    scatter(folder, ALL_LINEARS, bits)
+    scattered = plan_model(folder / "int4", device="cpu", max_context=64).workload
+
+    assert {scattered.format_of(shard) for shard in scattered.linears} == {"fp16", held}
+    assert scattered.linears == in_runs.linears
+    orders = 2 * (3 * 128 + 256)  # of qkv, o, gate_up and down
+    assert scattered.resident_bytes == in_runs.resident_bytes + 4 * orders
+    assert torch.equal(logits(folder / "int4", "fp32"), logits(folder / "plain", "fp32"))
+    packed = logits(folder / "int4", kv_dtype="fp32")
+    assert nmse(packed, hf_logits(folder / "plain", TOKENS)) < 3e-3
+    cut = logits(folder / "int4", device="emulated", policy=Policy.parse(CUT), kv_dtype="fp32")
+    assert nmse(cut, packed) <= 1e-4
+
+
+def test_act_order_is_taken_back_where_weights_are_packed_anew(tmp_path):
+    write, config, each, more, bits, _ = ACT_ORDER["4 bits"]
+    folder = make_int4(tmp_path, write, config, each, **more)
+    scatter(folder, ALL_LINEARS, bits)
+    policy = Policy.parse("version: 1\nrules:\n  - {match: layers.*.down, dtype: q8}\n")
+
+    expected = logits(folder / "plain", "q8", kv_dtype="fp32")
+
+    assert nmse(logits(folder / "int4", "q8", kv_dtype="fp32"), expected) <= 1e-4
+    assert nmse(logits(folder / "int4", policy=policy, kv_dtype="fp32"), expected) < 3e-3
+
+
+def test_groups_that_act_order_scattered_apart_are_float32_and_said_so(models, tmp_path):
+    """gate and up multiply the same rows, which have one order."""
+    shutil.copytree(models("gptq v2"), tmp_path, dirs_exist_ok=True)
+    scatter(tmp_path, [UP])
 
     with pytest.warns(UserWarning, match="1 quantised linears .*up_proj.* float32, exactly but large.*act-order"):
-        assert torch.equal(logits(path, "fp32"), logits(tmp_path / "plain", "fp32"))
+        values = logits(tmp_path / "int4", kv_dtype="fp32")
+
+    assert torch.equal(logits(tmp_path / "int4", "fp32"), logits(tmp_path / "plain", "fp32"))
+    assert nmse(values, hf_logits(tmp_path / "plain", TOKENS)) < 3e-3
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -307,7 +401,13 @@ CONFIGS = {
     "bits": (gptq_config(128, bits=3), "bits is 3, not run; read is 4 or 8"),
     "version": (awq_config(64, version="gemv"), "version is 'gemv', not run; read is gemm"),
     "checkpoint_format": (gptq_config(128, checkpoint_format="marlin"), "checkpoint_format is 'marlin'"),
-    "dynamic": (gptq_config(128, dynamic={"x": {}}), "dynamic"),
+    "dynamic": (gptq_config(128, dynamic={"x": 7}), "dynamic is .*, expected an object of objects"),
+    "dynamic bits": (gptq_config(128, dynamic={"-:a": {}, "+:x": {"bits": 3}}), "bits is 3, not run; read is 4 or 8"),
+    "dynamic sym": (gptq_config(128, dynamic={"x": {"sym": True}}), "dynamic: x: sym is true, not run; read is false"),
+    "dynamic without end": (
+        gptq_config(128, dynamic={str(size): {"group_size": size} for size in range(1, 99)}),
+        "98 ways to quantise, expected at most 64",
+    ),
     "group_size": (gptq_config(0), "group_size is 0, expected -1 or"),
     "format": (
         compressed_config(32) | {"format": "marlin-24"},

@@ -19,6 +19,9 @@ class Codes:
     def source_type(self, name):
         return self._kind
 
+    def input_order(self, name):
+        return None
+
     def row_bytes(self, name):
         return self.data.shape[1]
 

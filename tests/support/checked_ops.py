@@ -36,6 +36,7 @@ CHECKED_OPS = {
     "silu_mul",
     "gelu_mul",
     "gelu",
+    "gather_columns",
     "route",
     "expert_linear",
     "combine",

@@ -242,6 +242,16 @@ def check_gelu(op: Op, device: str, rows: int, features: int) -> None:
     assert nmse(result, expected) <= FLOAT32_NMSE
 
 
+def check_gather_columns(op: Op, device: str, rows: int, features: int) -> None:
+    """Columns in another order, to the bit."""
+    x, out = normal(rows, features, seed=1), Guarded(device, rows, features)
+    order = torch.randperm(features, generator=torch.Generator().manual_seed(2))
+
+    op(_strided(x, device), order.int().to(device), out.view)
+
+    assert torch.equal(out.result(), x[:, order])
+
+
 def check_copy_rows(op: Op, device: str, rows: int, columns: int) -> None:
     """copy_rows of rows with a stride, infinities and a NaN among them: every bit."""
     wide, target = normal(rows, columns + 3, seed=1), Guarded(device, rows, columns)

@@ -100,6 +100,10 @@ class GgufCheckpoint:
         kind = self._entry(name).type
         return None if kind.items == 1 else kind.name
 
+    def input_order(self, name: str) -> "torch.Tensor | None":
+        """None: inputs of every tensor are the model's."""
+        return None
+
     def row_bytes(self, name: str) -> int:
         """Bytes of one row in the file."""
         return self._entry(name).row_bytes

@@ -6,7 +6,7 @@ from cpu_kernels import CpuKernels, fresh_memory
 from cpu_kernels.formats import BLOCK_FEATURES, SOURCE_TYPES, format_of
 from hetero_attn.checkpoints.loading.landing import Landing
 from hetero_attn.checkpoints.loading.numbers import Numbers
-from hetero_attn.checkpoints.loading.unit_rows import dequantised
+from hetero_attn.checkpoints.loading.unit_rows import numbers_of
 from hetero_attn.checkpoints.sources import WeightSource
 
 EMBED_RUN_ROWS = 4096  # rows of codes read at once, whole blocks
@@ -49,7 +49,7 @@ class Embedding:
         for start in range(0, vocab_size, EMBED_RUN_ROWS):
             rows = self._source.read(self._tensor, slice(start, min(vocab_size, start + EMBED_RUN_ROWS)))
             if kind is not None and SOURCE_TYPES[kind].format != item.name:
-                rows = dequantised(self._ops, rows, kind, self._tensor, width)
+                rows = numbers_of(self._source, self._ops, self._tensor, rows)
             rows = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % BLOCK_FEATURES))
             first = start // BLOCK_FEATURES
             into = blocks[first : first + rows.shape[0] // BLOCK_FEATURES]
@@ -59,8 +59,8 @@ class Embedding:
     def _dequantised(self) -> torch.Tensor:
         dtype = torch.float32 if self._format.name == "fp32" else torch.bfloat16
         values = fresh_memory(self._source.shape(self._tensor), dtype)
-        kind, (vocab_size, width) = self._source.source_type(self._tensor), values.shape
+        vocab_size = values.shape[0]
         for start in range(0, vocab_size, EMBED_RUN_ROWS):
             rows = self._source.read(self._tensor, slice(start, min(vocab_size, start + EMBED_RUN_ROWS)))
-            values[start : start + rows.shape[0]] = dequantised(self._ops, rows, kind, self._tensor, width)
+            values[start : start + rows.shape[0]] = numbers_of(self._source, self._ops, self._tensor, rows)
         return values

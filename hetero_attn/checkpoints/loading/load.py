@@ -151,6 +151,7 @@ class Loader:
             bias=self._bias(spec),
             piece_blocks=self._piece_units(spec) * spec.unit_rows,
             first_dram_unit=in_dram,
+            order=self._order(spec),
         )
 
     def _experts(self, spec: ExpertsSpec, placement: LinearPlacement) -> LinearWeights:
@@ -203,6 +204,11 @@ class Loader:
         each = (torch.cat([self._bias_values(linear) for linear in spec.expert(i)]) for i in range(spec.experts))
         return self._on_both(torch.stack(list(each)))
 
+    def _order(self, spec: LinearSpec) -> Activation:
+        """In which order the inputs of a weight lie, int32, if not in the model's."""
+        order = self._checkpoint.input_order(spec.parts[0].tensor) if spec.is_reordered else None
+        return Activation(None, None) if order is None else self._on_both(order.int())
+
     def _bias(self, spec: LinearSpec) -> Activation:
         return self._on_both(self._bias_values(spec)) if spec.has_bias else Activation(None, None)
 
@@ -230,11 +236,11 @@ class Loader:
         return embedding.read()
 
     def _on_both(self, values: torch.Tensor) -> Activation:
-        """The same float32 values in host memory and, where there is a device, in its memory."""
+        """The same values in host memory and, where there is a device, in its memory."""
         values = values.contiguous()
         device = self._lanes.device
         if device is None:
             return Activation(None, values)
-        copy = device.empty(tuple(values.shape), torch.float32, "resident")
+        copy = device.empty(tuple(values.shape), values.dtype, "resident")
         device.copy(copy, values, device.compute)
         return Activation(copy, values)

@@ -3,7 +3,7 @@
 import torch
 
 from cpu_kernels import CpuKernels
-from hetero_attn.checkpoints.loading.unit_rows import dequantised
+from hetero_attn.checkpoints.loading.unit_rows import numbers_of
 from hetero_attn.checkpoints.sources import WeightSource
 from hetero_attn.errors import CheckpointError
 
@@ -22,10 +22,9 @@ class Numbers:
 
     def matrix(self, name: str) -> torch.Tensor:
         """A matrix as float32, also where the file has it in codes."""
-        kind = self._source.source_type(name)
-        if kind is None:
+        if self._source.source_type(name) is None:
             return self.vector(name)
-        return dequantised(self._ops, self._source.read(name), kind, name, self._source.shape(name)[1])
+        return numbers_of(self._source, self._ops, name, self._source.read(name))
 
     def check(self, name: str, values: torch.Tensor) -> None:
         """Raise CheckpointError unless all of a tensor's numbers are finite."""

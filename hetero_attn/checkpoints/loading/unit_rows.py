@@ -70,7 +70,8 @@ class UnitRows:
     def _form(self, spec: LinearSpec, name: str, parts: tuple[Part, ...]) -> tuple[torch.dtype, int]:
         """(dtype, items of a row): bytes of the file where all parts are the codes wanted, else numbers."""
         kinds = [self._source.source_type(part.tensor) for part in parts]
-        if all(kind is not None and SOURCE_TYPES[kind].format == name for kind in kinds):
+        in_order = all(part.reordered or self._source.input_order(part.tensor) is None for part in parts)
+        if in_order and all(kind is not None and SOURCE_TYPES[kind].format == name for kind in kinds):
             return torch.uint8, self._source.row_bytes(parts[0].tensor)
         dtypes = {self._source.torch_dtype(part.tensor) for part in parts}
         return torch.float32 if any(kinds) or len(dtypes) > 1 else dtypes.pop(), spec.in_features
@@ -91,9 +92,18 @@ class UnitRows:
         rows[here:] = 0
         if not direct:
             if dtype == torch.uint8 and target.dtype != torch.uint8:
-                kind = self._source.source_type(part.tensor)
-                rows = dequantised(self._ops, rows, kind, part.tensor, items)
+                rows = numbers_of(self._source, self._ops, part.tensor, rows)
             target.copy_(rows.reshape(units, rows_per_unit, -1))
+
+
+def numbers_of(source: WeightSource, ops: CpuKernels, tensor: str, rows: torch.Tensor) -> torch.Tensor:
+    """float32 values [rows, in_features] of rows of a tensor as its source reads them, inputs in the model's order;
+    raises as `dequantised` does."""
+    kind = source.source_type(tensor)
+    if kind is None:
+        return rows.float()
+    values, order = dequantised(ops, rows, kind, tensor, source.shape(tensor)[1]), source.input_order(tensor)
+    return values if order is None else values.index_select(1, order.argsort())
 
 
 def dequantised(ops: CpuKernels, rows: torch.Tensor, source_type: str, tensor: str, in_features: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.checkpoints.files import some
 from hetero_attn.checkpoints.quantised.find import find_modules
 from hetero_attn.checkpoints.quantised.module import Module, RowWriter
+from hetero_attn.checkpoints.quantised.order import SCATTERED_APART, apart
 from hetero_attn.checkpoints.quantised.scheme import read_scheme
 from hetero_attn.checkpoints.row_order import rows_of
 from hetero_attn.checkpoints.safetensors import SafetensorsFile
@@ -121,6 +122,11 @@ class QuantisedCheckpoint(Checkpoint):
         module = self._module(name)
         return None if module is None or module.kind is None else module.kind.name
 
+    def input_order(self, name: str) -> torch.Tensor | None:
+        """Which input of the model each input of a tensor's rows is, int64; None where they are the same."""
+        module = self._module(name)
+        return None if module is None else module.input_order(self._raw)
+
     def row_bytes(self, name: str) -> int:
         """Bytes of one row as `read` gives it."""
         module = self._module(name)
@@ -171,11 +177,12 @@ class QuantisedCheckpoint(Checkpoint):
             )
         if len(ignored) == len([name for name in self.names if name not in known]):
             warnings = list(self.warnings)
-        return [*warnings, *self._as_values()]
+        return [*warnings, *self._as_values(model)]
 
-    def _as_values(self) -> list[str]:
+    def _as_values(self, model: ModelSpec) -> list[str]:
         """A warning where linears are held as float32."""
         held = {name: piece.module.why for name, piece in self._modules.items() if piece.module.kind is None}
+        held |= dict.fromkeys(apart(self, model), SCATTERED_APART)
         if not held:
             return []
         return [

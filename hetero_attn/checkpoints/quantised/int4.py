@@ -6,7 +6,8 @@
   compressed-tensors   weight_packed [out, in/8]          [out, groups]  weight_zero_point [out/8, groups]
 
 All int32, eight codes each, the lowest bits first; awq has output 8c + i of its words at nibble 0 4 1 5 2 6 3 7. gptq
-of 8 bits has four codes in each; symmetric ones are rows of Q8_0 with other headers.
+of 8 bits has four codes in each; symmetric ones are rows of Q8_0 with other headers. Where act-order scattered groups
+over the inputs, g_idx says which group each input is of; rows have their inputs sorted by it, so that groups are runs.
 """
 
 from __future__ import annotations
@@ -47,28 +48,31 @@ AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 PER_WORD = 8  # of 4 bits
 WORD_BITS = 32
 EIGHT_BITS = SOURCE_TYPES["Q8_0"]
-SCATTERED = "groups that act-order scattered over the inputs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Int4Module(Module):
     """parts: names of its tensors, "" of those that it does not have. group: inputs that share a scale, as they are
-    held; file_group: in the file."""
+    held; file_group: in the file. is_scattered: whether groups are no runs of the model's inputs."""
 
     scheme: GroupScheme
     parts: tuple[str, ...]
     group: int
     file_group: int
+    is_scattered: bool
+
+    def input_order(self, read: Read) -> torch.Tensor | None:
+        """See `Module.input_order`."""
+        return read(self.parts[GROUP_OF_INPUT]).argsort(stable=True) if self.is_scattered else None
 
     def rows(self, read: Read, where: str) -> RowWriter:
         """See `Module.rows`."""
         codes, (scales, zeros) = read(self.parts[CODES]), self._groups(read, where)
-        if self.kind is None:
-            return self._values(codes, scales, zeros, read(self.parts[GROUP_OF_INPUT]).long())
-        repeats = self.file_group // self.group
+        repeats, order = self.file_group // self.group, self.input_order(read)
         if self.kind is EIGHT_BITS:
-            return self._eight_bit_blocks(codes, scales.repeat_interleave(repeats, 1).contiguous())
-        return self._blocks(codes, *(part.repeat_interleave(repeats, 1).contiguous() for part in (scales, zeros)))
+            return self._eight_bit_blocks(codes, scales.repeat_interleave(repeats, 1).contiguous(), order)
+        scales, zeros = (part.repeat_interleave(repeats, 1).contiguous() for part in (scales, zeros))
+        return self._blocks(codes, scales, zeros, order)
 
     def _groups(self, read: Read, where: str) -> tuple[torch.Tensor, torch.Tensor]:
         """float16 scales and u8 zero points, [out, groups of the file]."""
@@ -85,7 +89,9 @@ class Int4Module(Module):
             return halves, torch.full_like(halves, _middle(self.scheme)).byte()
         return halves, _zeros(self, read(self.parts[ZEROS]), where)
 
-    def _blocks(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> RowWriter:
+    def _blocks(
+        self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, order: torch.Tensor | None
+    ) -> RowWriter:
         """Rows as formats/source_types.py lays them out."""
         import torch
 
@@ -94,35 +100,19 @@ class Int4Module(Module):
             target[:, :, :2] = scales[first:stop, :, None].view(torch.uint8)
             target[:, :, 2] = zeros[first:stop]
             target[:, :, 3] = 0
-            if self.scheme.bits == 8:
-                rows = _codes(self.scheme, codes, first, stop)
-            else:
-                rows = _pairs(self.scheme.method, codes, first, stop)
+            rows = _stored(self.scheme, codes, first, stop, order)
             target[:, :, INT4_HEADER_BYTES:] = rows.view(*target.shape[:2], -1)
 
         return write
 
-    def _eight_bit_blocks(self, codes: torch.Tensor, scales: torch.Tensor) -> RowWriter:
+    def _eight_bit_blocks(self, codes: torch.Tensor, scales: torch.Tensor, order: torch.Tensor | None) -> RowWriter:
         """Rows of Q8_0: a float16 scale and 32 signed codes, those of the file less the zero point of all."""
         import torch
 
         def write(first: int, stop: int, out: torch.Tensor) -> None:
             target = out.view(stop - first, self.in_features // self.group, -1)
             target[:, :, :2] = scales[first:stop, :, None].view(torch.uint8)
-            target[:, :, 2:] = (_codes(self.scheme, codes, first, stop) ^ 128).view(*target.shape[:2], -1)
-
-        return write
-
-    def _values(
-        self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, groups: torch.Tensor
-    ) -> RowWriter:
-        """Rows as float32, each input with the scale of its own group: exact, a code has 9 bits and a scale 11."""
-        import torch
-
-        def write(first: int, stop: int, out: torch.Tensor) -> None:
-            values = _codes(self.scheme, codes, first, stop).float()
-            values -= zeros[first:stop].float()[:, groups]
-            torch.mul(values, scales[first:stop].float()[:, groups], out=out)
+            target[:, :, 2:] = (_stored(self.scheme, codes, first, stop, order) ^ 128).view(*target.shape[:2], -1)
 
         return write
 
@@ -157,18 +147,18 @@ def find_int4(prefix: str, scheme: GroupScheme, shapes: Shapes, where: str, read
     if (name := names[SHAPE]) and (said := read(name).tolist()) != [out, inputs]:
         raise CheckpointError(f"{where}: {name} says {said}, the codes are {[out, inputs]}; {AGAIN}")
     scattered = bool(names[GROUP_OF_INPUT]) and _scattered(read(names[GROUP_OF_INPUT]), groups, each, names, where)
-    held = each if scattered else _held_group(prefix, scheme, each, where)
+    held = _held_group(prefix, scheme, each, where)
     return Int4Module(
         prefix=prefix,
         names=tuple(name for name in names if name),
         out_features=out,
         in_features=inputs,
-        kind=None if scattered else _kind(scheme, held),
-        why=SCATTERED if scattered else "",
+        kind=_kind(scheme, held),
         scheme=scheme,
         parts=names,
         group=held,
         file_group=each,
+        is_scattered=scattered,
     )
 
 
@@ -254,13 +244,23 @@ def _middle(scheme: GroupScheme) -> int:
     return 1 << (scheme.bits - 1)
 
 
+def _stored(
+    scheme: GroupScheme, codes: torch.Tensor, first: int, stop: int, order: torch.Tensor | None
+) -> torch.Tensor:
+    """Codes as rows of blocks have them, a byte each or two in a byte, their inputs in this order."""
+    if order is None:
+        return (_codes if scheme.bits == 8 else _pairs)(scheme, codes, first, stop)
+    rows = _codes(scheme, codes, first, stop).index_select(1, order)
+    return rows if scheme.bits == 8 else rows[:, 0::2] | rows[:, 1::2] << 4
+
+
 def _codes(scheme: GroupScheme, codes: torch.Tensor, first: int, stop: int) -> torch.Tensor:
     """uint8 [rows, in_features]."""
     import torch
 
     if scheme.bits == 8:
         return codes[:, first:stop].t().contiguous().view(torch.uint8)
-    pairs = _pairs(scheme.method, codes, first, stop)
+    pairs = _pairs(scheme, codes, first, stop)
     return torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)
 
 
@@ -272,13 +272,13 @@ def nibbles(words: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
     return ((words[..., None] >> shifts) & 15).to(torch.uint8).flatten(-2)
 
 
-def _pairs(method: str, codes: torch.Tensor, first: int, stop: int) -> torch.Tensor:
+def _pairs(scheme: GroupScheme, codes: torch.Tensor, first: int, stop: int) -> torch.Tensor:
     """uint8 [rows, in_features / 2], two codes a byte."""
     import torch
 
-    if method == "compressed-tensors":
+    if scheme.method == "compressed-tensors":
         return codes[first:stop].contiguous().view(torch.uint8)
-    if method == "gptq":
+    if scheme.method == "gptq":
         return codes[:, first:stop].t().contiguous().view(torch.uint8)
     start = first // PER_WORD
     values = nibbles(codes[:, start : -(-stop // PER_WORD)], AWQ_ORDER)

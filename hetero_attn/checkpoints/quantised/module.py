@@ -42,6 +42,10 @@ class Module:
             return 4 * self.in_features
         return -(-self.in_features // self.kind.items) * self.kind.block_bytes
 
+    def input_order(self, read: Read) -> torch.Tensor | None:
+        """Which input of the model each input of its rows is, int64 [in_features]; None where they are the same."""
+        return None
+
     def rows(self, read: Read, where: str) -> RowWriter:
         """Read the module, check its values and return what writes its rows: uint8 [rows, row_bytes], or float32 [rows,
         in_features] where `kind` is None. Raises CheckpointError or UnsupportedModelError by name."""

@@ -18,6 +18,7 @@ from hetero_attn.engine.engine import Engine
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.decoder.mlp import activation_op
 from hetero_attn.spec.experts_config import ExpertsConfig
+from hetero_attn.spec.weight_formats import WeightFormats
 
 FLOAT32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the process has made its default
 
@@ -27,12 +28,15 @@ DECODE_STEPS = 3  # plainly, captured, replayed
 ROW_COUNTS = (1, 4, 65)  # one row, a few, a prompt: the kernels' own tiers
 
 
-def warm_up(ops: CpuKernels, config: ModelConfig, formats: tuple[str, ...], kv_dtype: str) -> None:
+def warm_up(ops: CpuKernels, config: ModelConfig, formats: WeightFormats, kv_dtype: str) -> None:
     """Run every operation once on toy tensors with the model's formats of weights, dtypes and head shape."""
 
     def run() -> None:
         _attention(ops, config, kv_dtype)
-        for name in formats:
+        if formats.reordered:
+            x = torch.zeros(1, WIDTH, **FLOAT32)
+            ops.gather_columns(x, torch.zeros(WIDTH, dtype=torch.int32, device="cpu"), torch.zeros_like(x))
+        for name in formats.names:
             for rows in ROW_COUNTS:
                 _linears(ops, config, name, rows)
                 if config.experts is not None:

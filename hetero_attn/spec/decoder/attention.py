@@ -2,7 +2,7 @@
 
 from hetero_attn.spec.blocks import BufferSet, Declaration, KvState, Vector
 from hetero_attn.spec.config import ModelConfig
-from hetero_attn.spec.decoder.norms import NORMED, SHARED, norm_vectors, projected_buffer
+from hetero_attn.spec.decoder.norms import NORMED, SHARED, norm_vectors, projected_buffer, reordered_buffers
 from hetero_attn.spec.tensor_names import tensor_name
 from hetero_attn.spec.weight_formats import WeightFormats
 from hetero_attn.spec.weights import BLOCK_FEATURES, LinearSpec, Part
@@ -12,6 +12,7 @@ class AttentionDeclaration(Declaration):
     """The attention of a layer."""
 
     kind = "attention"
+    reorders = True
     small_calls = 2  # norm; rotation with the append to the cache
     stored = "qkv"
 
@@ -35,6 +36,7 @@ class AttentionDeclaration(Declaration):
             vectors["k_norm_whole"] = "k_norm", config.num_kv_heads * config.head_dim
             self.small_calls += 1
         self.small_calls += config.has_sinks + config.gated_attention
+        self.small_calls += sum(linear.is_reordered for linear in self.linears)
         if config.post_norms:
             vectors["post_norm"] = ("attention_post_norm", config.hidden_size)
             self.small_calls += 1
@@ -58,6 +60,7 @@ class AttentionDeclaration(Declaration):
             BufferSet("shared" if config.parallel else "narrow", ((self._normed, config.hidden_size),)),
             BufferSet("lse", (("lse", config.num_heads), ("partial_lse", config.num_heads))),
             *((projected_buffer(self.o),) if config.post_norms else ()),
+            *reordered_buffers(self.linears),
         )
 
 
@@ -69,7 +72,7 @@ def _linears(config: ModelConfig, layer: int, formats: WeightFormats) -> tuple[L
 
     def part(name: str, rows_per_unit: int, rows: int) -> Part:
         tensor = tensor_name(name, layer)
-        return Part(tensor, rows_per_unit, rows, formats.of(tensor))
+        return Part(tensor, rows_per_unit, rows, formats.of(tensor), formats.is_reordered(tensor))
 
     qkv = (
         part("q", queries_width, heads * head_dim),

@@ -4,7 +4,7 @@ from cpu_kernels.formats import GROUP_INPUTS, format_of
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.spec.blocks import BufferSet, Declaration, Vector
 from hetero_attn.spec.config import ModelConfig
-from hetero_attn.spec.decoder.norms import NORMED, SHARED, norm_vectors, projected_buffer
+from hetero_attn.spec.decoder.norms import NORMED, SHARED, norm_vectors, projected_buffer, reordered_buffers
 from hetero_attn.spec.tensor_names import tensor_name
 from hetero_attn.spec.weight_formats import WeightFormats
 from hetero_attn.spec.weights import BLOCK_FEATURES, LinearSpec, Part
@@ -30,6 +30,7 @@ class MlpDeclaration(Declaration):
     """The MLP of a layer. In a parallel layer it sees the rows that its attention has normalised."""
 
     kind = "mlp"
+    reorders = True
     small_calls = 2  # norm, activation
 
     def __init__(self, config: ModelConfig, layer: int, formats: WeightFormats) -> None:
@@ -43,7 +44,7 @@ class MlpDeclaration(Declaration):
         if config.post_norms:
             name = tensor_name("mlp_post_norm", layer)
             self.vectors += (Vector("post_norm", name, config.hidden_size, config.norm_offset),)
-        self.small_calls += has_norm + config.post_norms - 1
+        self.small_calls += has_norm + config.post_norms - 1 + sum(each.is_reordered for each in self.linears)
         normed = ("shared", SHARED) if config.parallel else ("narrow", NORMED)
         self.buffers = (
             BufferSet("wide", (("gate_up", self.first.out_features),)),
@@ -51,6 +52,7 @@ class MlpDeclaration(Declaration):
             # The normed rows are dead once the first linear has multiplied them.
             BufferSet("narrow", (("activated", self.first.out_features // self._columns),)),
             *((projected_buffer(self.down),) if config.post_norms else ()),
+            *reordered_buffers(self.linears),
         )
 
 
@@ -59,7 +61,7 @@ def _linears(config: ModelConfig, layer: int, formats: WeightFormats) -> tuple[L
 
     def part(name: str, rows: int) -> Part:
         tensor = tensor_name(name, layer)
-        return Part(tensor, BLOCK_FEATURES, rows, formats.of(tensor))
+        return Part(tensor, BLOCK_FEATURES, rows, formats.of(tensor), formats.is_reordered(tensor))
 
     kind, names = ("gate_up", ("gate", "up")) if config.gated else ("up", ("up",))
     parts = tuple(part(name, config.intermediate_size) for name in names)

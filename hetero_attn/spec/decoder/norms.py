@@ -6,6 +6,7 @@ from hetero_attn.spec.tensor_names import tensor_name
 from hetero_attn.spec.weights import LinearSpec
 
 NORMED, SHARED = "normed", "shared_normed"  # buffers of normalised rows: a block's own, a parallel layer's
+REORDERED = "reordered"  # the buffer of rows in the order in which a weight has its inputs
 
 
 def norm_vectors(config: ModelConfig, part: str, layer: int | None, scale: float = 1.0) -> tuple[Vector, ...]:
@@ -18,3 +19,9 @@ def norm_vectors(config: ModelConfig, part: str, layer: int | None, scale: float
 def projected_buffer(last: LinearSpec) -> BufferSet:
     """Where a block with a post norm keeps what its last linear gives until it is normalised."""
     return BufferSet("projected", (("projected", last.out_features),))
+
+
+def reordered_buffers(linears: tuple[LinearSpec, ...]) -> tuple[BufferSet, ...]:
+    """Where a block brings what it multiplies into the order of the weights' inputs, if any weight asks for it."""
+    widths = [linear.in_features for linear in linears if linear.is_reordered]
+    return (BufferSet(REORDERED, ((REORDERED, max(widths)),)),) if widths else ()

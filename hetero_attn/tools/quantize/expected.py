@@ -13,7 +13,7 @@ import torch
 from cpu_kernels import CpuKernels
 from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
-from hetero_attn.checkpoints.loading.unit_rows import dequantised
+from hetero_attn.checkpoints.loading.unit_rows import numbers_of
 from hetero_attn.serving.progress import steps_bar
 from hetero_attn.spec.tensor_names import split_name, tensor_name
 from hetero_attn.tools.quantize.choose import Loss
@@ -84,6 +84,6 @@ def _sampled(
     step = max(1, run * len(places) // SAMPLED_ROWS)
     found = []
     for name, start in places:
-        rows, kind = source.read(name, slice(start, start + run)), source.source_type(name)
-        found.append((rows.float() if kind is None else dequantised(ops, rows, kind, name, shape[1]))[::step])
+        rows = source.read(name, slice(start, start + run))
+        found.append(numbers_of(source, ops, name, rows)[::step])
     return torch.cat(found).contiguous()

@@ -18,7 +18,7 @@ from hetero_attn.checkpoints.gguf.file import GgufTensor
 from hetero_attn.checkpoints.gguf.names import ROPE_DIVISORS
 from hetero_attn.checkpoints.gguf.writer import NewTensor, write_gguf
 from hetero_attn.checkpoints.hub import resolve_model
-from hetero_attn.checkpoints.loading.unit_rows import dequantised
+from hetero_attn.checkpoints.loading.unit_rows import numbers_of
 from hetero_attn.checkpoints.row_order import is_rotated, turned
 from hetero_attn.checkpoints.sources import open_source, read_config
 from hetero_attn.errors import ArgumentError, CheckpointError
@@ -189,7 +189,7 @@ class _Weights:
             if kind == wanted and isinstance(source, GgufCheckpoint):
                 yield (turned(values, head_dim) if is_turned else values).numpy()
                 continue
-            values = values.float() if kind is None else dequantised(self.ops, values, kind, name, in_features)
+            values = numbers_of(source, self.ops, name, values)
             if not torch.isfinite(values).all():
                 raise CheckpointError(f"{source.path}: {name} holds NaN or infinite values; the checkpoint is damaged")
             yield encode(wanted, turned(values, head_dim) if is_turned else values.contiguous()).numpy()

@@ -84,12 +84,13 @@ def _linear(spec: LinearSpec, placement: LinearPlacement, plan: Plan) -> LinearW
     bias = Activation(None, None)
     if spec.has_bias:
         bias = _both(*spec.bias_shape)
-    return LinearWeights(spec, placement, gpu, dram, bias, piece_blocks, first)
+    order = _both(spec.in_features, dtype=torch.int32) if spec.is_reordered else Activation(None, None)
+    return LinearWeights(spec, placement, gpu, dram, bias, piece_blocks, first, order)
 
 
 def _blank(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _both(*shape: int) -> Activation:
-    return Activation(_blank(*shape), torch.empty(shape, dtype=torch.float32, device="cpu"))
+def _both(*shape: int, dtype: torch.dtype = torch.float32) -> Activation:
+    return Activation(_blank(*shape, dtype=dtype), torch.empty(shape, dtype=dtype, device="cpu"))

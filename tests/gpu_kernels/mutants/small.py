@@ -13,6 +13,7 @@ RMS_NORM = partial(checks.check_rms_norm, device="cpu", rows=2, hidden=100)
 SILU_MUL = partial(checks.check_silu_mul, device="cpu", rows=2, units=3)
 LAYER_NORM = partial(checks.check_layer_norm, device="cpu", rows=2, hidden=100, has_bias=True)
 LAYER_NORM_ALONE = partial(checks.check_layer_norm, device="cpu", rows=2, hidden=100, has_bias=False)
+GATHER = partial(checks.check_gather_columns, device="cpu", rows=2, features=1100)
 GELU = partial(checks.check_gelu, device="cpu", rows=2, features=1100)
 GELU_MUL = partial(checks.check_gelu_mul, device="cpu", rows=2, units=3)
 RMS_NORM_ADDED = partial(checks.check_rms_norm_added, device="cpu", rows=2, hidden=100)
@@ -87,6 +88,8 @@ MUTANTS = {
         "if True",
     ),
     "gelu without its square": ("small/gelu", "gelu", GELU, "0.044715 * values * values", "0.0"),
+    "a gather of one block": ("small/gather", "gather_columns", GATHER, "tl.program_id(1) * BLOCK", "0 * BLOCK"),
+    "a gather that is a copy": ("small/gather", "gather_columns", GATHER, "x_stride + sources", "x_stride + columns"),
     "gelu of one block": ("small/gelu", "gelu", GELU, "tl.program_id(1) * BLOCK", "0 * BLOCK"),
     "gelu without its cubic": ("elementwise", "gelu_mul", GELU_MUL, "0.044715 * gate * gate", "0.0"),
     "a norm that writes where it should add": (
