@@ -136,6 +136,9 @@ class Ops(Protocol):
         x, out: [rows, hidden], out written. weight: [hidden].
         """
 
+    def copy_rows(self, target: Tensor, source: Tensor) -> None:
+        """target = source, bit by bit. target, source: float32 [rows, features], target written."""
+
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> None:
         """out = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias for every row.
 

@@ -174,6 +174,9 @@ class CpuKernels:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor, accumulate: bool = False) -> None:
         elementwise.rms_norm(self._team, x, weight, eps, out, accumulate)
 
+    def copy_rows(self, target: Tensor, source: Tensor) -> None:
+        elementwise.copy_rows(self._team, target, source)
+
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> None:
         elementwise.layer_norm(self._team, x, weight, bias, eps, out)
 

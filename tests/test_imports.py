@@ -70,6 +70,7 @@ MOST_PARAMETERS = 6  # of an op
 OPS = (
     "linear",
     "rms_norm",
+    "copy_rows",
     "layer_norm",
     "silu_mul",
     "gelu_mul",

@@ -1,11 +1,11 @@
-"""Checks and launches of the norms, gated activations, gelu, gather_columns and merge; their kernels compute."""
+"""Checks and launches of the norms, copies, gated activations, gelu, gather_columns and merge; their kernels compute."""
 
 import torch
 from torch import Tensor
 
 from cpu_kernels.checks import bits_of, check_tensor, expect
 from cpu_kernels.contract import Partial
-from cpu_kernels.team.arguments import GATED, GATHER, GELU, LAYER_NORM, MERGE, MERGE_PARTS, RMS_NORM
+from cpu_kernels.team.arguments import COPY_ROWS, GATED, GATHER, GELU, LAYER_NORM, MERGE, MERGE_PARTS, RMS_NORM
 from cpu_kernels.team.team import Team
 
 NO_PARTIALS = dict.fromkeys((word for word in MERGE._fields if word.startswith("part_")), 0)
@@ -31,6 +31,22 @@ def rms_norm(team: Team, x: Tensor, weight: Tensor, eps: float, out: Tensor, acc
                 hidden=hidden,
             ),
         )
+
+
+def copy_rows(team: Team, target: Tensor, source: Tensor) -> None:
+    check_tensor("source", source, torch.float32, (None, None))
+    rows, features = source.shape
+    check_tensor("target", target, torch.float32, (rows, features))
+    if rows and features:
+        words = COPY_ROWS.filled(
+            source=source.data_ptr(),
+            source_row=4 * source.stride(0),
+            target=target.data_ptr(),
+            target_row=4 * target.stride(0),
+            rows=rows,
+            features=features,
+        )
+        team.run(("small.elementwise_kernel", "copy_rows"), 0, *words)
 
 
 def layer_norm(team: Team, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> None:

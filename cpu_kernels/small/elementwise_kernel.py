@@ -1,6 +1,7 @@
 """The ops between the linears, one pass each over rows of float32.
 
 rms_norm      y = x * weight / sqrt(mean(x^2) + eps), or y += that
+copy_rows     y = x
 silu_mul      y = gate / (1 + exp(-gate)) * up
 gelu_mul      y = gelu(gate) * up, gelu by tanh: g / (1 + exp(-2 sqrt(2 / pi) (g + 0.044715 g^3)))
 gelu          y = gelu(x)
@@ -13,8 +14,8 @@ import math
 import numpy as np
 from numba import types
 
-from cpu_kernels.small.elementwise_sizes import GATHER_FEATURES, GELU_FEATURES, MERGE_ROWS, SILU_UNITS
-from cpu_kernels.team.arguments import GATED, GATHER, GELU, MERGE, RMS_NORM
+from cpu_kernels.small.elementwise_sizes import COPY_FEATURES, GATHER_FEATURES, GELU_FEATURES, MERGE_ROWS, SILU_UNITS
+from cpu_kernels.team.arguments import COPY_ROWS, GATED, GATHER, GELU, MERGE, RMS_NORM
 from cpu_kernels.team.chunks import parameter, real_parameter, take
 from cpu_kernels.vectors.arithmetic import add, div, exp, fma, keep_below, mul, sub, sum_lanes
 from cpu_kernels.vectors.compiler import helper
@@ -160,6 +161,26 @@ def gather_columns():
             source, to = x + row * x_stride, out + row * out_stride
             for i in range(first, least(features, first + GATHER_FEATURES)):
                 store_scalar(load_scalar(source + 4 * load_word(order + 4 * i)), to + 4 * i)
+            chunk = take(arguments, 0)
+
+    return kernel
+
+
+def copy_rows():
+    """Kernel; of `COPY_FEATURES` features of a row at a time."""
+
+    def kernel(arguments, thread):
+        source, source_stride = parameter(arguments, COPY_ROWS.source), parameter(arguments, COPY_ROWS.source_row)
+        target, target_stride = parameter(arguments, COPY_ROWS.target), parameter(arguments, COPY_ROWS.target_row)
+        rows, features = parameter(arguments, COPY_ROWS.rows), parameter(arguments, COPY_ROWS.features)
+        parts = (features + COPY_FEATURES - 1) // COPY_FEATURES
+        chunk = take(arguments, 0)
+        while chunk < rows * parts:
+            row, first = chunk // parts, chunk % parts * COPY_FEATURES
+            stop = least(features, first + COPY_FEATURES)
+            for i in range(first, stop, 16):
+                values = load_f32_tail(source + row * source_stride + 4 * i, stop - i)
+                store_f32_tail(values, target + row * target_stride + 4 * i, stop - i)
             chunk = take(arguments, 0)
 
     return kernel

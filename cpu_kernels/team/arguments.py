@@ -48,6 +48,7 @@ PACK = block("PACK", "rows row_bytes num_blocks in_features out block_bytes")
 REPACK = block("REPACK", "rows row_bytes num_blocks blocks out block_bytes")
 UNPACK = block("UNPACK", "weight block_bytes rows ids count in_features out out_row")
 RMS_NORM = block("RMS_NORM", "x x_row weight eps out out_row rows hidden")
+COPY_ROWS = block("COPY_ROWS", "source source_row target target_row rows features")
 # bias: 0 for none.
 LAYER_NORM = block("LAYER_NORM", "x x_row weight bias eps out out_row rows hidden")
 GATED = block("GATED", "gate_up gate_up_row out out_row rows units")
@@ -97,6 +98,7 @@ MAX_PARAMETERS = max(
     map(
         len,
         (LINEAR, EXPERT_LINEAR, PACK, REPACK, UNPACK, RMS_NORM, LAYER_NORM, GATED, CLAMPED, GELU, GATHER, MERGE)
-        + (ROUTE, COMBINE, EXPERT_BIAS, SINKS, SIGMOID_MUL, SCALE_ROWS, NORM_HEADS, SWEEP, ROPE, DECODE, PREFILL, FLAG),
+        + (ROUTE, COMBINE, EXPERT_BIAS, SINKS, SIGMOID_MUL, SCALE_ROWS, NORM_HEADS, SWEEP, ROPE, DECODE, PREFILL, FLAG)
+        + (COPY_ROWS,),
     )
 )

@@ -67,6 +67,18 @@ def test_gather_columns(rows, features):
     assert torch.equal(out, x[:, order])
 
 
+@pytest.mark.parametrize(("rows", "features"), [(1, 5), (3, 1100), (2, 16), (0, 4)])
+def test_copy_rows(rows, features):
+    """Bit by bit, between rows that lie apart."""
+    source = torch.randn(rows, features + 3)[:, 1 : features + 1]
+    out, memory = guarded(rows, features)
+
+    kernels().copy_rows(out, source)
+
+    assert only_inside_written(memory)
+    assert torch.equal(out, source)
+
+
 @pytest.mark.parametrize(("rows", "features"), [(1, 5), (3, 1100), (2, 16)])
 def test_gelu(rows, features):
     torch.manual_seed(features)

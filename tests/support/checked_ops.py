@@ -29,6 +29,7 @@ READ_TOO = (
 OTHERS_WRITTEN = {"norm_heads": {"qkv"}}
 CHECKED_OPS = {
     "add_rows",
+    "copy_rows",
     "pack",
     "linear",
     "rms_norm",
