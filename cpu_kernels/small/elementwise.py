@@ -1,4 +1,4 @@
-"""Checks and launches of the norms, copies, gated activations, gelu, gather_columns and merge; their kernels compute."""
+"""Checks and launches of the norms, copies, gated activations, gelu, gathers and merge; their kernels compute."""
 
 import torch
 from torch import Tensor

@@ -5,7 +5,7 @@ sequence reserves the pages of its prompt and answer when it is opened, so nothi
 nobody needs any more are kept for prompts that begin alike until their memory is wanted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from hetero_attn.cache.pool import CachePool, SequenceState
 from hetero_attn.cache.prefix_tree import PrefixTree
@@ -162,11 +162,11 @@ class KVCache:
         """Whether prompts that begin alike find what earlier ones stored."""
         return self._tree is not None
 
-    def stored(self, token_ids: Sequence[int]) -> int:
+    def stored(self, token_ids: Sequence[Hashable]) -> int:
         """How many of `token_ids`, from the first on, `reuse` would find."""
         return 0 if self._tree is None else self._tree.match(token_ids)
 
-    def reuse(self, sequence: SequenceState, token_ids: Sequence[int]) -> int:
+    def reuse(self, sequence: SequenceState, token_ids: Sequence[Hashable]) -> int:
         """Begin an empty sequence with the stored part of `token_ids`, whole pages; returns how many tokens that is."""
         if self._tree is None:
             return 0
@@ -175,7 +175,7 @@ class KVCache:
         sequence.length = self._tree.match(token_ids)
         return sequence.length
 
-    def remember(self, sequence: SequenceState, token_ids: Sequence[int]) -> None:
+    def remember(self, sequence: SequenceState, token_ids: Sequence[Hashable]) -> None:
         """Keep the full pages of a sequence's first tokens, which are `token_ids` and stored, for later prompts."""
         if self._tree is not None:
             self._tree.remember(sequence.id, token_ids)

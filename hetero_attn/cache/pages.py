@@ -1,7 +1,7 @@
 """Pages of keys and values: the memory they are in, and one page as the sequences that share it see it."""
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,9 +45,9 @@ class Node:
     """
 
     parent: "Node | None"
-    tokens: tuple[int, ...]
+    tokens: tuple[Hashable, ...]
     pages: list[Page | None]
-    children: dict[tuple[int, ...], "Node"] = field(default_factory=dict)
+    children: dict[tuple[Hashable, ...], "Node"] = field(default_factory=dict)
 
 
 def runs(pages: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], int]]:

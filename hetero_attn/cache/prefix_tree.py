@@ -1,11 +1,12 @@
 """Which prompts have been computed before: a tree whose every edge is one page of token ids.
 
-A path from the root spells a prefix, compared token by token, and its nodes know the pages that hold the keys and
-values of that prefix in every pool. A page may be taken for something else at any time when no sequence
-holds it; the prefix is then shorter. A layer with a sliding window needs only the pages that the window still sees.
+Tokens are ids, or whatever else says what a row was computed from. A path from the root spells a prefix, compared token
+by token, and its nodes know the pages that hold the keys and values of that prefix in every pool. A page may be taken
+for something else at any time when no sequence holds it; the prefix is then shorter. A layer with a sliding window
+needs only the pages that the window still sees.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from hetero_attn.cache.pages import Node, Page
 from hetero_attn.cache.pool import CachePool
@@ -21,11 +22,11 @@ class PrefixTree:
         for pool in pools:
             pool.forget = self.forget
 
-    def match(self, token_ids: Sequence[int]) -> int:
+    def match(self, token_ids: Sequence[Hashable]) -> int:
         """How many leading tokens are stored, in whole pages; looks only, takes nothing."""
         return self._usable(self._path(token_ids)) * self._page_size
 
-    def pages(self, token_ids: Sequence[int]) -> list[list[Page]]:
+    def pages(self, token_ids: Sequence[Hashable]) -> list[list[Page]]:
         """The pages, by pool, of the leading tokens that `match` counts."""
         path = self._path(token_ids)
         count = self._usable(path)
@@ -34,7 +35,7 @@ class PrefixTree:
             for index, pool in enumerate(self._pools)
         ]
 
-    def remember(self, sequence_id: int, token_ids: Sequence[int]) -> None:
+    def remember(self, sequence_id: int, token_ids: Sequence[Hashable]) -> None:
         """Note the pages that a sequence holds of its first tokens, which must all be stored."""
         node, size = self._root, self._page_size
         for logical in range(len(token_ids) // size):
@@ -67,7 +68,7 @@ class PrefixTree:
                 if page is not None:
                     self.forget(page)
 
-    def _path(self, token_ids: Sequence[int]) -> list[Node]:
+    def _path(self, token_ids: Sequence[Hashable]) -> list[Node]:
         node, path, size = self._root, [], self._page_size
         for start in range(0, len(token_ids) - size + 1, size):
             node = node.children.get(tuple(token_ids[start : start + size]))

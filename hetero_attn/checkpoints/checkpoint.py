@@ -4,6 +4,7 @@ A `Checkpoint` knows names, shapes, dtypes and byte ranges; it never holds weigh
 the truth; `model.safetensors.index.json` only says which files there are. Pickle files (.bin, .pt) are never opened.
 """
 
+from array import array
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 _DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+_INTEGERS = {"I64": "q", "I32": "i"}
 _TORCH_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _COMPARED_ROWS = 4096  # rows of a vocabulary matrix compared at a time: tens of MB
 
@@ -184,6 +186,15 @@ class Checkpoint:
         self._turn(name, out)
         return out
 
+    def read_integers(self, name: str) -> list[int]:
+        """A tensor of whole numbers of 32 or 64 bits, such as a table of token ids; CheckpointError for others."""
+        entry = self._entry(name)
+        if entry.dtype not in _INTEGERS:
+            raise CheckpointError(f"{entry.file.path}: tensor {name} has dtype {entry.dtype}, expected I64 or I32")
+        values = array(_INTEGERS[entry.dtype], bytes(entry.nbytes))
+        entry.file.read_into(memoryview(values).cast("B"), entry.offset)
+        return values.tolist()
+
     def _turn(self, name: str, rows: "torch.Tensor") -> None:
         """Bring rows of whole heads that lie as pairs into our order, in place; leave those of other tensors."""
         if self._is_turned and is_rotated(name):
@@ -208,7 +219,7 @@ class Checkpoint:
             )
         for name, shape in expected.items():
             self._check_tensor(name, shape)
-        unexpected = [name for name in self.names if name not in expected]
+        unexpected = [name for name in self.names if name not in expected and name not in model.spare_tensors]
         if model.is_tied and tensor_name("head") in unexpected:
             unexpected.remove(tensor_name("head"))
             self._check_tied(tensor_name("embed"), tensor_name("head"))

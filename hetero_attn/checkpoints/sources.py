@@ -1,5 +1,6 @@
 """A model on disk, whatever kind of files it is in: opened, and asked for its configuration and its formats."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -78,9 +79,18 @@ def is_quantised(path: Path) -> bool:
 def read_config(path: Path) -> ModelConfig:
     """The configuration of a model; no weight is read. Raises as `ModelConfig.from_dir` and `gguf_config` do."""
     if not is_gguf(path):
-        return ModelConfig.from_dir(path)
+        return _with_embedding(path, ModelConfig.from_dir(path))
     with GgufCheckpoint.open(path) as source:
         return source.config
+
+
+def _with_embedding(path: Path, config: ModelConfig) -> ModelConfig:
+    """The config, of a head that drafts with what its files say: whether they have a token embedding."""
+    if config.eagle is None:
+        return config
+    with open_source(path) as source:
+        owns = tensor_name("embed") in source
+    return replace(config, eagle=replace(config.eagle, owns_embedding=owns))
 
 
 def stored_formats(path: Path, config: ModelConfig) -> WeightFormats:
@@ -93,7 +103,7 @@ def stored_formats(path: Path, config: ModelConfig) -> WeightFormats:
         routers = {tensor for block in model.blocks for matrix in block.matrices for tensor, _ in matrix.tensors}
         names = [name for name in source.names if len(source.shape(name)) > 1 and name not in routers]
         formats = {name: source.dtype(name) for name in names}
-        embed = formats[tensor_name("embed")]
+        embed = formats.get(tensor_name("embed"), "bf16")
         if is_gguf(path):
             return WeightFormats("bf16", embed, formats)
         reordered = {name: formats[name] for name in together(source, model)}

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 from cpu_kernels import CpuKernels
 from hetero_attn.cache.cache import KVCache
@@ -19,7 +20,7 @@ from hetero_attn.devices.machine import (
 )
 from hetero_attn.devices.readiness import check_ready
 from hetero_attn.engine.ahead.compile_ahead import compiling_beside, kernel_calls
-from hetero_attn.engine.ahead.warm_up import make_first_steps, warm_up
+from hetero_attn.engine.ahead.warm_up import make_first_steps, warm_up, warm_up_copies
 from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.forked import torch_without_lost_threads
 from hetero_attn.engine.forward import make_buffers
@@ -30,6 +31,7 @@ from hetero_attn.lanes.host_worker import HostWorker
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.lanes.staging import make_ring
 from hetero_attn.lanes.tables import StepTables
+from hetero_attn.models.decoder import ModelWeights
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.workload import step_table_bytes
 from placement.plan.plan import Plan
@@ -61,10 +63,11 @@ def build_engine(
 
 def build_beside(planned: PlannedModel, engine: Engine, on_prepare: Callable[[str], None]) -> Engine:
     """Load another model on the threads of an engine that never computes at the same time: two teams would take the
-    cores from each other. Closing either engine ends them. Raises as `build_engine`."""
+    cores from each other. Closing either engine ends them. A head without a token embedding has that engine's. Raises
+    as `build_engine`."""
     with loading(planned.plan):
         lanes = make_lanes(planned, True, host_ops=engine.lanes.host_ops)
-        return _build_on(lanes, planned, True, lambda count: None, True, on_prepare)
+        return _build_on(lanes, planned, True, lambda count: None, True, on_prepare, engine.weights)
 
 
 @contextmanager
@@ -83,12 +86,14 @@ def _build_on(
     progress: Progress,
     prefix_cache: bool,
     on_prepare: Callable[[str], None],
+    lender: ModelWeights | None = None,
 ) -> Engine:
-    """`build_engine` on lanes that are there, with a GPU's kernels compiled beside the weights."""
+    """`build_engine` on lanes that are there, with a GPU's kernels compiled beside the weights. lender: as in
+    `assemble`."""
     if lanes.device is None or lanes.device.kind != "cuda":
-        return assemble(planned, lanes, overlap, progress, prefix_cache)
+        return assemble(planned, lanes, overlap, progress, prefix_cache, lender)
     with compiling_beside(kernel_calls(planned), device_index(planned.device), on_prepare):
-        engine = assemble(planned, lanes, overlap, progress, prefix_cache)
+        engine = assemble(planned, lanes, overlap, progress, prefix_cache, lender)
     try:
         make_first_steps(engine, on_prepare, planned.hardware.int8_rows.values())
     except BaseException:
@@ -103,8 +108,10 @@ def assemble(
     overlap: bool = True,
     progress: Progress = lambda count: None,
     prefix_cache: bool = True,
+    lender: ModelWeights | None = None,
 ) -> Engine:
-    """Load a planned model onto lanes that are there; closes them if anything fails."""
+    """Load a planned model onto lanes that are there; closes them if anything fails. lender: whose token embedding
+    serves where the files have none."""
     try:
         with open_source(planned.path) as checkpoint:
             for warning in checkpoint.check(planned.model):
@@ -112,7 +119,12 @@ def assemble(
             formats = planned.weight_formats
             warm_up(lanes.host_ops, planned.config, formats, planned.plan.workload.kv_dtype)
             buffers = make_buffers(planned.model, planned.plan, lanes)
-            weights = Loader(checkpoint, planned.config, planned.model, planned.plan, formats, lanes, progress).load()
+            model = planned.model
+            if model.taps:
+                warm_up_copies(lanes.host_ops)
+            weights = Loader(checkpoint, planned.config, model, planned.plan, formats, lanes, progress).load()
+            if not model.owns_embedding:
+                weights = replace(weights, embed=lender.embed, embed_format=lender.embed_format)
             cache = KVCache(planned.plan, lanes.device, prefix_cache)
             return Engine(planned.config, planned.plan, weights, lanes, cache, buffers, overlap)
     except BaseException:

@@ -11,6 +11,7 @@ import torch
 
 from hetero_attn.cache.cache import KVCache
 from hetero_attn.cache.pool import SequenceState
+from hetero_attn.engine.draft_head import fused, handed_on, kept_rows
 from hetero_attn.engine.forward import Buffers, Forward
 from hetero_attn.engine.lane_report import LaneReport
 from hetero_attn.engine.move import go_over
@@ -47,6 +48,7 @@ class Engine:
         self.weights = weights
         self.forward = Forward(config, weights, lanes, kv_cache, buffers, replay)
         self._rows = buffers.rows
+        self._first_rows: dict[int, int] = {}  # of the last step, by sequence
 
     @property
     def prefill_chunk(self) -> int:
@@ -116,10 +118,12 @@ class Engine:
             if not work[-1].is_chunk:
                 self.forward.drain()
             step = make_step(self.lanes, self.kv_cache, work)
-            self.forward.run(step, token_ids)
+            self.forward.run(step, token_ids, _hidden(work))
             logits = self.forward.logits(step, work, copy)
-        for sequence, added, _, _ in work:
-            sequence.length += len(added)
+        self._first_rows, row = {}, 0
+        for each in work:
+            self._first_rows[each.sequence.id], row = row, row + len(each.token_ids)
+            each.sequence.length += len(each.token_ids)
         return logits
 
     @torch.inference_mode()
@@ -147,6 +151,27 @@ class Engine:
         """
         pairs = zip(sequences, token_ids, strict=True)
         return self._pass([Rows(sequence, (token_id,)) for sequence, token_id in pairs], copy)
+
+    @torch.inference_mode()
+    def kept(self, sequence: SequenceState, rows: int) -> torch.Tensor:
+        """What is handed to a head that drafts, of the first `rows` rows of a sequence in the last step: float32
+        [rows, taps * hidden_size], the caller's own. Only of a model that was planned with taps."""
+        first = self._first_rows[sequence.id]
+        self.forward.drain()
+        return kept_rows(self.weights.spec, self.forward.work, first, first + rows)
+
+    @torch.inference_mode()
+    def fused(self, taken: torch.Tensor) -> torch.Tensor:
+        """`draft_head.fused`, of a head that drafts; at most `prefill_chunk` rows."""
+        self.forward.drain()
+        with self.forward.guarded(), self.lanes.torch_at_rest():
+            return fused(self.lanes, self.weights, taken, self.forward.work.rows(0, taken.shape[0]))
+
+    @torch.inference_mode()
+    def handed_on(self, rows: int) -> torch.Tensor:
+        """`draft_head.handed_on`, of a head's last step, whose rows attended one by one."""
+        eps = self.config.rms_norm_eps if self.config.eagle.norm_output else 0.0
+        return handed_on(self.lanes, self.weights, rows, eps, self.forward.work)
 
     def recut(self, plan: Plan) -> None:
         """Take over the stream/cpu boundaries of a plan that is the present one otherwise; between two steps."""
@@ -192,13 +217,20 @@ class Engine:
         self.lanes.close()
 
 
+def _hidden(work: Sequence[Rows]) -> torch.Tensor | None:
+    """What stands beside the tokens of a step of a head, one row after the other."""
+    if work[0].hidden is None:
+        return None
+    return work[0].hidden if len(work) == 1 else torch.cat([each.hidden for each in work])
+
+
 def _counts(work: Sequence[Rows]) -> dict[str, int]:
     """Rows of a step by phase. A chunk whose every logit is asked for is in none: the head's work for it is no
     prompt's."""
     counts = {"prefill": 0, "decode": 0}
-    for _, token_ids, logits, is_chunk in work:
-        if not is_chunk:
-            counts["decode"] += len(token_ids)
-        elif logits <= 1:
-            counts["prefill"] += len(token_ids)
+    for each in work:
+        if not each.is_chunk:
+            counts["decode"] += len(each.token_ids)
+        elif each.logits <= 1:
+            counts["prefill"] += len(each.token_ids)
     return counts

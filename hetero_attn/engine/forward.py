@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from hetero_attn.cache.cache import KVCache
+from hetero_attn.engine.draft_head import enter, keep
 from hetero_attn.engine.replays.graph_replay import GraphReplay
 from hetero_attn.engine.replays.replay import DecodeReplay
 from hetero_attn.errors import EngineDeadError
@@ -63,6 +64,7 @@ class Forward:
         self.work = buffers.work
         self.fault: str | None = None
         self._config = config
+        self._logit_rows = weights.spec.head.rows_of(config)
         self._weights = weights
         self._lanes = lanes
         self._kv_cache = kv_cache
@@ -83,14 +85,20 @@ class Forward:
         """The most rows of logits that are computed at once."""
         return self._logits.main.shape[0]
 
-    def run(self, step: Step, token_ids: Sequence[int]) -> None:
-        """Embed and run the layers; a step without a chunk goes on to the logits of all its rows."""
+    def run(self, step: Step, token_ids: Sequence[int], hidden: torch.Tensor | None = None) -> None:
+        """Embed and run the layers; a step without a chunk goes on to the logits of all its rows.
+
+        hidden: of a head that drafts what stands beside each token, as in `draft_head.enter`.
+        """
         lanes, weights, is_one_by_one = self._lanes, self._weights, step.is_one_by_one
         with self.guarded():
             if is_one_by_one:
                 self._kv_cache.wait_for_moves()
             ids = torch.tensor(token_ids, device="cpu")
-            embed(lanes, weights, ids, self.work.residual.rows(0, step.rows))
+            if weights.fusion is None:
+                embed(lanes, weights, ids, self.work.residual.rows(0, step.rows))
+            else:
+                enter(lanes, weights, ids, hidden, self.work.rows(0, step.rows))
             lanes.inputs_queued()
             with lanes.main_lane():
                 if not is_one_by_one:
@@ -124,7 +132,7 @@ class Forward:
 
     def decode(self, step: Step) -> None:
         """Queue a step's layers, and the logits of all its rows, whose embedded rows are on their way."""
-        self._announce(self._weights.linears, step.tier)
+        self._announce(self._weights.step_linears, step.tier)
         self.layers(step)
         self._project(0, step.rows)
 
@@ -134,9 +142,11 @@ class Forward:
         for index, (blocks, weights) in enumerate(zip(spec.layers, self._weights.layers, strict=True)):
             self._lanes.begin_layer()
             self._show(index, work)
+            keep(self._lanes, spec, index, work)
             for block, of_block in zip(blocks, weights, strict=True):
                 block.forward(run, of_block, self.state_of(block, step), work)
         self._show(len(spec.layers), work)
+        keep(self._lanes, spec, len(spec.layers), work)
 
     def state_of(self, block: Declaration, step: Step) -> StateView:
         """What the block keeps of the step's sequences."""
@@ -262,7 +272,7 @@ class Forward:
         return capped(self._logits_view(rows), self._config.logit_cap)
 
     def _logits_view(self, rows: int) -> torch.Tensor:
-        return self._logits.host[:rows, : self._config.vocab_size]
+        return self._logits.host[:rows, : self._logit_rows]
 
 
 def _wanted_rows(work: Sequence[Rows]) -> list[int]:

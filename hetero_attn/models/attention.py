@@ -18,13 +18,17 @@ class Attention(AttentionDeclaration, Block):
         lanes, step = run
         qkv, o = weights.linears["qkv"], weights.linears["o"]
         heads = work.of("qkv", self.qkv.out_features)
-        normed_linear(lanes, step.tier, Norm.of(self._config, weights), qkv, work, heads, self._normed)
+        self.multiply(lanes, step.tier, weights, work, heads)
         computed = self._norm_whole(lanes, weights, heads, qkv.device_units(step.tier))
         parameters = self._parameters(weights)
         buffers = self._buffers(work)
         attend(run, state, parameters, heads, computed, buffers)
         column = state.pool.gpu_kv_heads * parameters.queries_per_kv * parameters.head_dim
         add_output(run, o, SplitInput(buffers.out, column), work, weights.vector("post_norm"), self._eps)
+
+    def multiply(self, lanes: Lanes, tier: int, weights: BlockWeights, work: Workspace, out: Activation) -> None:
+        """Norm the residual and multiply it by qkv into `out`."""
+        normed_linear(lanes, tier, Norm.of(self._config, weights), weights.linears["qkv"], work, out, self._normed)
 
     def _norm_whole(self, lanes: Lanes, weights: BlockWeights, heads: Activation, computed: int) -> int:
         """Norm q and k over all heads, where they all come together for it; returns the KV heads that are on the

@@ -11,6 +11,7 @@ from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.attention import Attention
 from hetero_attn.models.block import Block, BlockWeights, Norm, normed_linear
 from hetero_attn.models.delta import DeltaNet
+from hetero_attn.models.eagle import EagleAttention, Fusion
 from hetero_attn.models.experts import Experts
 from hetero_attn.models.mlp import Mlp
 from hetero_attn.models.workspace import Workspace
@@ -34,7 +35,7 @@ class Head(HeadDeclaration, Block):
         lanes.push(out, 0, head.device_features(tier))
 
 
-KINDS = BlockKinds(Attention, Mlp, Experts, Head, DeltaNet)
+KINDS = BlockKinds(Attention, Mlp, Experts, Head, DeltaNet, EagleAttention, Fusion)
 
 
 def decoder(config: ModelConfig, formats: str | WeightFormats = "bf16") -> ModelSpec:
@@ -47,7 +48,7 @@ class ModelWeights:
     """Every weight of a model in its home, block by block.
 
     embed: in host memory, [vocab_size, hidden_size] of numbers, or uint8 [blocks, block_bytes] of the coded
-    embed_format.
+    embed_format. fusion: of the block of that name, None where the model has none.
     """
 
     spec: ModelSpec
@@ -55,6 +56,7 @@ class ModelWeights:
     head: BlockWeights
     embed: torch.Tensor
     embed_format: str
+    fusion: BlockWeights | None = None
 
     @cached_property
     def layer_linears(self) -> tuple[LinearWeights, ...]:
@@ -62,9 +64,15 @@ class ModelWeights:
         return tuple(linear for layer in self.layers for block in layer for linear in block.linears.values())
 
     @cached_property
-    def linears(self) -> tuple[LinearWeights, ...]:
+    def step_linears(self) -> tuple[LinearWeights, ...]:
         """Those, and the head's."""
         return (*self.layer_linears, *self.head.linears.values())
+
+    @cached_property
+    def linears(self) -> tuple[LinearWeights, ...]:
+        """Every linear, in the order of `ModelSpec.linears`."""
+        first = () if self.fusion is None else self.fusion.linears.values()
+        return (*first, *self.step_linears)
 
     def linear(self, name: str) -> LinearWeights:
         """A linear by its shard name."""

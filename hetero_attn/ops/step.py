@@ -33,12 +33,14 @@ class Rows(NamedTuple):
     """What one sequence brings to a step: the tokens behind those that it has.
 
     logits: of how many of them, the last ones, logits are wanted. is_chunk: they attend together; else one by one.
+    hidden: of a head that drafts what stands beside each token, float32 [len(token_ids), hidden_size].
     """
 
     sequence: SequenceState
     token_ids: Sequence[int]
     logits: int = 1
     is_chunk: bool = False
+    hidden: torch.Tensor | None = None
 
 
 Segment = RowKeys | ChunkKeys  # what one part reads in one store, in the store's own memory
@@ -111,14 +113,14 @@ def make_step(lanes: Lanes, cache: KVCache, work: Sequence[Rows]) -> Step:
 
     work: each sequence once; those whose rows attend one by one come first.
     """
-    for sequence, token_ids, _, _ in work:
-        cache.make_room(sequence, len(token_ids))
+    for each in work:
+        cache.make_room(each.sequence, len(each.token_ids))
     step_rows = _lay_out(work)
     rows = len(step_rows.positions)
     stores = [_in_stores(pool, step_rows) for pool in cache.pools]
     positions, sequence_ids = Activation(None, step_rows.positions), Activation(None, None)
     if cache.states:
-        of_rows = [sequence.id for sequence, token_ids, _, _ in work for _ in token_ids]
+        of_rows = [each.sequence.id for each in work for _ in each.token_ids]
         sequence_ids = Activation(None, torch.tensor(of_rows, device="cpu"))
     if lanes.device is not None:
         positions, sequence_ids, stores = _uploaded(lanes, positions, sequence_ids, stores)
@@ -200,13 +202,13 @@ Stores = tuple[_InStore | None, _InStore | None, _InStore | None]  # host, recen
 
 def _lay_out(work: Sequence[Rows]) -> _StepRows:
     entries, sequence_ids, positions = [], [], []
-    for sequence, token_ids, _, is_chunk in work:
+    for sequence, token_ids, _, is_chunk, _ in work:
         first, stop = sequence.length, sequence.length + len(token_ids)
         each = [(first, stop)] if is_chunk else [(position, position + 1) for position in range(first, stop)]
         entries += [_Entry(sequence.id, *bounds) for bounds in each]
         sequence_ids += [sequence.id] * len(token_ids)
         positions += range(first, stop)
-    singles = sum(0 if is_chunk else len(token_ids) for _, token_ids, _, is_chunk in work)
+    singles = sum(0 if each.is_chunk else len(each.token_ids) for each in work)
     only = sequence_ids[0] if len(work) == 1 and not singles else sequence_ids
     return _StepRows(tuple(entries), singles, only, torch.tensor(positions, device="cpu"))
 

@@ -68,7 +68,7 @@ def settle_drafted(wishes: LoadOptions) -> Drafted:
         return Drafted(alone, None, _rates(alone, None))
     own = _draft_wishes(wishes, alone)
     if alone.device == "cpu":
-        draft = settle(own)
+        draft = settle(own, drafts=True)
         return Drafted(alone, draft, _rates(alone, draft))
     pairs = list(_pairs(wishes, own, alone.plan.gpu_memory_bytes))
     if not pairs:
@@ -97,13 +97,13 @@ def _draft_wishes(wishes: LoadOptions, alone: PlannedModel) -> LoadOptions:
 def _pairs(wishes: LoadOptions, own: LoadOptions, budget_bytes: int) -> Iterator[Drafted]:
     """Plans of both for every share that leaves room for the large model."""
     try:
-        usable = settle(replace(own, gpu_memory=budget_bytes)).plan.memory.gpu_bytes
+        usable = settle(replace(own, gpu_memory=budget_bytes), drafts=True).plan.memory.gpu_bytes
     except MemoryBudgetError:
         return
     for share in SHARES:
         given = round(share * usable)
         try:
-            draft = settle(replace(own, gpu_memory=given))
+            draft = settle(replace(own, gpu_memory=given), drafts=True)
             planned = settle(replace(wishes, gpu_memory=budget_bytes - given))
         except MemoryBudgetError:
             continue

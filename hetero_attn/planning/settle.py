@@ -18,6 +18,7 @@ from hetero_attn.planning.choices import (
     shares_head,
     with_chunk_choices,
 )
+from hetero_attn.planning.draft_head import refuse_head, taps_for_head
 from hetero_attn.planning.options import PAGE_TOKENS, LoadOptions
 from hetero_attn.planning.profiles import current_profile, lane_threads
 from hetero_attn.spec.blocks import ModelSpec
@@ -43,7 +44,8 @@ class PlannedModel:
     was
     made with. workload: what was asked of the planner, its shape and prefill chunk still open; plan.workload has those
     that were chosen. spec: the model's blocks, None for those of the family that `config` names.
-    tokenizer: where it is, None for beside the weights.
+    tokenizer: where it is, None for beside the weights. taps: before which layers the residual stream is kept for a
+    head that drafts.
     """
 
     path: Path
@@ -57,13 +59,15 @@ class PlannedModel:
     formats: WeightFormats | None = None
     spec: ModelSpec | None = None
     tokenizer: Path | None = None
+    taps: tuple[int, ...] = ()
 
     @property
     def model(self) -> ModelSpec:
         """The blocks of the model, with what they compute."""
         from hetero_attn.models.decoder import decoder  # imports torch, which planning does without
 
-        return self.spec or decoder(self.config, self.weight_formats)
+        spec = self.spec or decoder(self.config, self.weight_formats)
+        return replace(spec, taps=self.taps) if self.taps else spec
 
     @property
     def weight_formats(self) -> WeightFormats:
@@ -107,8 +111,9 @@ def plan_model(
     return settle(wishes).plan
 
 
-def settle(options: LoadOptions) -> PlannedModel:
-    """Decide everything about a model that can be decided without reading its weights.
+def settle(options: LoadOptions, drafts: bool = False) -> PlannedModel:
+    """Decide everything about a model that can be decided without reading its weights. drafts: for another, so that it
+    may be a head.
 
     The one place where options, policy, config and machine meet: an option goes before the policy's key, and that
     before what the model or the machine suggests. Nothing is open afterwards, and sizes are in the plan's workload
@@ -117,13 +122,16 @@ def settle(options: LoadOptions) -> PlannedModel:
     path = resolve_model(options.model, options.file)
     tokenizer = path if options.tokenizer is None else resolve_tokenizer(options.tokenizer)
     config = read_config(path)
+    if not drafts:
+        refuse_head(options, config)
+    taps = taps_for_head(options, config)
     policy = _wishes(options)
     formats = formats_by_rules(choose_formats(options.dtype, config, path), policy, config)
     device = choose_device(options.device, options.hardware)
     kind = device.partition(":")[0]
     hardware = _rates(options, device)
     budget_bytes = None if kind == "cpu" else policy.gpu_memory or hardware.gpu_memory_bytes
-    workload = _workload(options, policy, _Model(path, config, formats), kind, budget_bytes)
+    workload = _workload(options, policy, _Model(path, config, formats, taps), kind, budget_bytes)
     if kind == "cuda" and has_gpu():
         from hetero_attn.devices.machine import with_own_bytes
 
@@ -134,7 +142,7 @@ def settle(options: LoadOptions) -> PlannedModel:
     except BudgetError as error:
         raise MemoryBudgetError(str(error)) from error
     return PlannedModel(
-        path, config, formats.label, device, hardware, plan, policy, workload, formats, tokenizer=tokenizer
+        path, config, formats.label, device, hardware, plan, policy, workload, formats, tokenizer=tokenizer, taps=taps
     )
 
 
@@ -164,11 +172,13 @@ def _rates(options: LoadOptions, device: str) -> HardwareProfile:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A model as it is known before its sizes are: where it is, its config, and how its weights are to be held."""
+    """A model as it is known before its sizes are: where it is, its config, how its weights are to be held, and what it
+    keeps for a head."""
 
     path: Path
     config: ModelConfig
     formats: WeightFormats
+    taps: tuple[int, ...] = ()
 
 
 def _workload(options: LoadOptions, policy: Policy, model: _Model, kind: str, budget_bytes: int | None) -> Workload:
@@ -188,7 +198,7 @@ def _workload(options: LoadOptions, policy: Policy, model: _Model, kind: str, bu
         kv_dtype=policy.kv_dtype or natural_kv_dtype(formats.label),
         prefill_chunk=policy.prefill_chunk or DEFAULT_PREFILL_CHUNK,
     )
-    spec, name = model_spec(config, formats), model_name(options.model, model.path)
+    spec, name = replace(model_spec(config, formats), taps=model.taps), model_name(options.model, model.path)
     from_head = shares_head(formats, config) and kind == "cpu"
 
     def build(prefill_chunk: int) -> Workload:

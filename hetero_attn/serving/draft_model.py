@@ -20,8 +20,10 @@ class DraftModel:
     """An engine that drafts for any number of requests, all of them in the same passes.
 
     vocab_size: of ids that it may be given and may guess. step_share: what one of its steps is expected to take, over a
-    step of the model that it drafts for.
+    step of the model that it drafts for. reads: it needs nothing of what that model computes.
     """
+
+    reads = False
 
     def __init__(self, engine: Engine, vocab_size: int, step_share: float) -> None:
         self.engine = engine
@@ -31,6 +33,10 @@ class DraftModel:
     def drafter(self) -> "ModelDrafter":
         """A drafter for one request."""
         return ModelDrafter(self)
+
+    def reusable(self, token_ids: Sequence[int], stored: int) -> int:
+        """All."""
+        return stored
 
     def draft(self, asked: Sequence[Asked]) -> list[list[int]]:
         """What each request's drafter guesses: the first pass takes in what is new of every text, each further one the

@@ -9,10 +9,11 @@ from hetero_attn.planning.draft import Drafted
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.serving.draft_model import DraftModel
+from hetero_attn.serving.eagle.head import EagleHead, read_token_ids
 from hetero_attn.serving.progress import prepare_note
 from hetero_attn.serving.text.files import has_tokenizer
 from hetero_attn.serving.text.tokenizer import Tokenizer
-from hetero_attn.speculation.speculator import Speculator, make_speculator
+from hetero_attn.speculation.speculator import DraftingModel, Speculator, make_speculator
 
 SAMPLED_TOKENS = 2000
 
@@ -35,10 +36,12 @@ def load_speculator(
 
 def _load_draft_model(
     drafted: Drafted, engine: Engine, options: LoadOptions, opening: Future[Tokenizer | None]
-) -> DraftModel:
+) -> DraftingModel:
     """The draft model, on the threads of `engine`."""
     draft = drafted.draft
     assert draft is not None
+    if draft.config.eagle is not None:
+        return _load_head(drafted, draft, engine, options)
     expect_same_tokens(drafted.planned, draft, opening)
     own = build_beside(draft, engine, prepare_note if options.progress else lambda name: None)
     if own.kv_cache.states:
@@ -48,6 +51,13 @@ def _load_draft_model(
             "model of attention layers"
         )
     return DraftModel(own, engine.config.vocab_size, drafted.step_share)
+
+
+def _load_head(drafted: Drafted, head: PlannedModel, engine: Engine, options: LoadOptions) -> EagleHead:
+    """A head, whose sizes planning has compared with the model's."""
+    token_ids = read_token_ids(head.path, head.config)
+    own = build_beside(head, engine, prepare_note if options.progress else lambda name: None)
+    return EagleHead(own, token_ids, drafted.step_share)
 
 
 def expect_same_tokens(large: PlannedModel, small: PlannedModel, opening: Future[Tokenizer | None]) -> None:

@@ -13,6 +13,7 @@ from hetero_attn.spec.config import RopeConfig
 from hetero_attn.spec.weights import LinearSpec
 
 FLOAT32_BYTES = 4
+KEPT = "kept"  # the buffer, and the region, of the residual streams that are kept for a head that drafts
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,10 @@ class ModelSpec:
 
     embedding: its tensor and shape; the rows that it gives are multiplied by embedding_scale. layers, head: each block
     is a `Declaration`, and where it is to be computed a `models.block.Block`, which this floor does not know.
-    spare_layers: as in `ModelConfig`.
+    spare_layers: as in `ModelConfig`. fusion: the block of a head that drafts which makes its rows of what a larger
+    model computed, in passes of its own; None for a model. taps: before which layers the residual stream is kept for
+    such a head. owns_embedding: whether the files have the token embedding, else a larger model's serves.
+    spare_tensors: what files may have beside what is declared.
     """
 
     embedding: Vector
@@ -124,11 +128,17 @@ class ModelSpec:
     layers: tuple[tuple[Any, ...], ...]
     head: Any
     spare_layers: int = 0
+    fusion: Any = None
+    taps: tuple[int, ...] = ()
+    owns_embedding: bool = True
+    spare_tensors: tuple[str, ...] = ()
 
     @cached_property
     def blocks(self) -> tuple[Declaration, ...]:
-        """Every block of every layer, and the head, in the order a forward pass runs them."""
-        return tuple(block for layer in self.layers for block in layer) + (self.head,)
+        """What makes the rows of a head that drafts, every block of every layer, and the head, in the order they
+        run."""
+        first = () if self.fusion is None else (self.fusion,)
+        return (*first, *(block for layer in self.layers for block in layer), self.head)
 
     @cached_property
     def linears(self) -> tuple[LinearSpec, ...]:
@@ -161,10 +171,17 @@ class ModelSpec:
         """Whether the head multiplies by the token embedding."""
         return self.head.linears[0].parts[0].tensor == self.embedding.tensor
 
+    @property
+    def kept(self) -> tuple[BufferSet, ...]:
+        """Buffers that no block has: the residual streams at the taps, side by side."""
+        width = len(self.taps) * self.hidden_size
+        return (BufferSet(KEPT, ((KEPT, width),)),) if self.taps else ()
+
     @cached_property
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor the model must have, name -> shape; weights are [out_features, in_features]."""
-        found = {self.embedding.tensor: (self.vocab_size, self.hidden_size)} | self.head.tensors
+        own = {self.embedding.tensor: (self.vocab_size, self.hidden_size)} if self.owns_embedding else {}
+        found = own | self.head.tensors
         for block in self.blocks:
             found |= block.tensors
         return found

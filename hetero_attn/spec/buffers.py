@@ -25,7 +25,7 @@ class ActivationWidths:
         """Widths for a model."""
         return cls(
             round_up(model.hidden_size, RESIDUAL_ALIGN_FEATURES),
-            widest_sets(each for block in model.blocks for each in block.buffers),
+            widest_sets((*model.kept, *(each for block in model.blocks for each in block.buffers))),
         )
 
     @property

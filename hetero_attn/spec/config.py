@@ -14,8 +14,9 @@ from typing import Any
 
 from hetero_attn.errors import ConfigError, UnsupportedModelError
 from hetero_attn.spec.delta_config import DeltaConfig
+from hetero_attn.spec.draft_heads.eagle_config import EagleConfig
 from hetero_attn.spec.experts_config import ExpertsConfig
-from hetero_attn.spec.families.table import FAMILIES, family_name, text_model
+from hetero_attn.spec.families.table import family_of, text_model
 from hetero_attn.spec.json_fields import JsonFields, read_json, show
 from hetero_attn.spec.limits import (
     MAX_CONTEXT,
@@ -64,6 +65,7 @@ class ModelConfig:
         delta: of gated DeltaNet in the place of some layers' attention, None for a model without.
         gated_attention: whether what a head attends to is multiplied by the sigmoid of a projection.
         spare_layers: how many layers files may have behind the model's, which it does not use.
+        eagle: of a head that drafts for a larger model, None for a model.
         gated: whether the MLP has a gate beside what it activates; else it activates that itself.
         dtype: dtype named by the config ("fp32", "bf16", "fp16"), None when it names none; the headers of the weight
             files are the truth.
@@ -111,6 +113,7 @@ class ModelConfig:
     spare_layers: int = 0
     delta: DeltaConfig | None = None
     gated_attention: bool = False
+    eagle: EagleConfig | None = None
 
     @property
     def heads_per_kv_head(self) -> int:
@@ -158,7 +161,7 @@ class ModelConfig:
 
 def _parse(fields: JsonFields, generation: JsonFields) -> ModelConfig:
     fields = text_model(fields)
-    family = FAMILIES[family_name(fields)]
+    family = family_of(fields)
     fields = JsonFields(fields.path, fields.values, family.defaults)
     _check_supported(fields)
     num_layers = fields.integer("num_hidden_layers", MAX_LAYERS)
@@ -274,4 +277,4 @@ def tensor_names(path: Path) -> TensorNames:
     if not (path / "config.json").exists():
         return AS_OURS
     fields = text_model(JsonFields(path / "config.json", read_json(path / "config.json")))
-    return FAMILIES[family_name(fields)].tensor_names
+    return family_of(fields).tensor_names

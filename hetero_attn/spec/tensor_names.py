@@ -6,9 +6,16 @@ LAYER_PREFIX = "model.layers."
 CORRECTION = "e_score_correction_bias"  # the last word of the name of what scores of experts are corrected by
 
 # Our word for each part of the model -> where the Llama, Mistral and Qwen families keep it, or a name that only we use.
-_TOP_PARTS = {"embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
+_TOP_PARTS = {
+    "embed": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+    "fusion": "fc",
+    "fusion_norm": "input_norm",
+}
 _LAYER_PARTS = {
     "attention_norm": "input_layernorm",
+    "hidden_norm": "hidden_norm",
     "attention": "self_attn",
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
@@ -46,10 +53,10 @@ def tensor_name(part: str, layer: int | None = None, kind: str = "weight") -> st
     """Our name of one part of the model, that of Llama's checkpoints where those have it.
 
     Args:
-        part: embed, final_norm, head (layer None), or, in a layer: attention_norm, q, k, v, q_norm, k_norm, o,
-            attention_post_norm, mlp_norm, gate, up, down, mlp_post_norm, router, shared_gate, shared_up, shared_down,
-            shared_factor, attention, q_gate, delta, delta_q, delta_k, delta_v, delta_z, delta_b, delta_a, delta_conv,
-            delta_norm, delta_out.
+        part: embed, final_norm, head, and of a head that drafts fusion, fusion_norm (layer None), or, in a layer:
+            attention_norm, hidden_norm, q, k, v, q_norm, k_norm, o, attention_post_norm, mlp_norm, gate, up, down,
+            mlp_post_norm, router, shared_gate, shared_up, shared_down, shared_factor, attention, q_gate, delta,
+            delta_q, delta_k, delta_v, delta_z, delta_b, delta_a, delta_conv, delta_norm, delta_out.
         layer: layer index. kind: the name's last word: "weight", "bias", of attention "sinks", of delta "A_log" and
             "dt_bias".
     """

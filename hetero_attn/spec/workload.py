@@ -78,7 +78,7 @@ def build_workload(
         linears=tuple((by_rows.get(linear.name, linear) if paired else linear).shard for linear in model.linears),
         row_cuts=() if paired else tuple(linear.shard for linear in by_rows.values()),
         kv=kv,
-        embed_bytes=0 if embed_shares_head else _embed_bytes(formats.embed, model),
+        embed_bytes=0 if embed_shares_head or not model.owns_embedding else _embed_bytes(formats.embed, model),
         resident_bytes=FLOAT32_BYTES * (model.resident_features + biases + orders + rope_features + logits) + tables,
         activation_bytes_per_row=widths.bytes_per_row,
         host_activation_bytes_per_row=widths.host_bytes_per_row,

@@ -6,12 +6,15 @@ goes on while it draws what was drafted. All that is decided here is what is wor
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.planning.draft import MODEL_ACCEPTANCE
 from hetero_attn.speculation.suffix_automaton import SuffixAutomaton
 from hetero_attn.speculation.width import HOPED, SLOPE, PassCosts, Width
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Closing(Protocol):
@@ -79,13 +82,18 @@ class Asked(NamedTuple):
 
 
 class DraftingModel(Protocol):
-    """A model that drafts. step_share: what one of its steps is expected to take, over one of the model it drafts
-    for."""
+    """A model that drafts. step_share: what one of its steps is expected to take, over one of the model it drafts for.
+    reads: whether what it holds of a request has a `follow`, and is to be shown what that model computes."""
 
     step_share: float
+    reads: bool
 
     def drafter(self) -> Closing:
         """What it holds of one request."""
+        ...
+
+    def reusable(self, token_ids: Sequence[int], stored: int) -> int:
+        """As `Speculator.reusable`, of one that reads."""
         ...
 
     def draft(self, asked: Sequence[Asked]) -> list[list[int]]:
@@ -159,6 +167,21 @@ class Speculator:
                 drafts[index] = drafted
         return drafts
 
+    @property
+    def reads(self) -> bool:
+        """Whether `follow` is to be called."""
+        return self._model is not None and self._model.reads
+
+    def follow(self, request: Speculating, position: int, taken: "torch.Tensor") -> None:
+        """Show a head that reads along what was computed of a request's tokens from `position` on, behind each of which
+        the next one is known: float32 [tokens, fusion_width], which it keeps."""
+        drafter = self._speculation(request).drafter
+        drafter.follow(request.prompt_token_ids, request.token_ids, position, taken)
+
+    def reusable(self, token_ids: Sequence[int], stored: int) -> int:
+        """How many of `stored` tokens of a prompt, which need not be computed, are not, see `EagleHead.reusable`."""
+        return stored if self._model is None else self._model.reusable(token_ids, stored)
+
     def judge(self, request: Speculating, drafted: int, accepted: int) -> None:
         """Learn how many of a request's drafts were right, from the first on."""
         speculation = request.speculation
@@ -170,11 +193,15 @@ class Speculator:
 
     def _width(self, request: Speculating, rows: int) -> int:
         """Rows of a request in the next pass, which has `rows` rows without its drafts."""
+        state = self._speculation(request).width
+        width = state.choose(self.costs, rows)
+        self._report.decided(self._reason(state, width, rows))
+        return width
+
+    def _speculation(self, request: Speculating) -> Speculation:
         if request.speculation is None:
             request.speculation = Speculation(self._make_drafter(), Width(self._hoped))
-        width = request.speculation.width.choose(self.costs, rows)
-        self._report.decided(self._reason(request.speculation.width, width, rows))
-        return width
+        return request.speculation
 
     def _asked(self, request: Speculating, count: int) -> Asked:
         return Asked(request.speculation.drafter, request.prompt_token_ids, request.token_ids, count)

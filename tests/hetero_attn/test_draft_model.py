@@ -20,6 +20,7 @@ from hetero_attn.speculation.width import Width
 from placement.cost.drafts import expected_tokens
 from placement.plan.units import parse_bytes
 from tests.support.command import run
+from tests.support.eagle import make_head
 from tests.support.runtime import THREADS
 from tests.support.schedules import Failing, scheduled, steps_through_failures
 from tests.support.toy import make_checkpoint
@@ -31,18 +32,21 @@ PROMPTS.append(PROMPTS[1][:18] + [9, 8])
 PARAMS = {
     "greedy": {"temperature": 0.0},
     "seeded": {"temperature": 0.9, "seed": 5, "top_p": 0.9},
-    "penalties": {"temperature": 0.8, "seed": 7, "repetition_penalty": 1.3},
+    "penalties": {"temperature": 0.8, "seed": 7, "repetition_penalty": 1.3, "presence_penalty": 0.4},
+    "stops": {"temperature": 1.0, "seed": 3, "stop": ["e", "a b"], "stop_token_ids": [17, 200], "ignore_eos": False},
+    "grammar": {"temperature": 0.9, "seed": 4, "regex": "[a-f ]{3,30}", "ignore_eos": False},
 }
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    """The large model, a twin of it, and a smaller one that guesses badly; all of one vocabulary."""
+    """The large model, a twin of it, a smaller one that guesses badly, and such an EAGLE-3 head; all of one
+    vocabulary."""
     folder, shape = tmp_path_factory.mktemp("drafts"), {"max_position_embeddings": CONTEXT}
     large = make_checkpoint(folder / "large", "qwen3", num_heads=8, num_kv_heads=4, **shape)
     small = make_checkpoint(folder / "small", "llama", layers=1, num_heads=2, hidden=48, seed=3, **shape)
     windowed = make_checkpoint(folder / "windowed", "qwen3", layers=2, sliding_window=7, seed=4, **shape)
-    return {"large": large, "small": small, "windowed": windowed}
+    return {"large": large, "small": small, "windowed": windowed, "head": make_head(folder / "head")}
 
 
 def load(paths, drafter, shape="cpu", **options):
@@ -72,7 +76,10 @@ def draft_engine(llm):
     return llm._scheduler.speculator._model.engine
 
 
-@pytest.mark.parametrize(("drafter", "shape"), [("large", "cpu"), ("small", "lanes"), ("windowed", "cpu")])
+@pytest.mark.parametrize(
+    ("drafter", "shape"),
+    [("large", "cpu"), ("small", "lanes"), ("windowed", "cpu"), ("head", "cpu"), ("head", "lanes")],
+)
 def test_a_draft_model_changes_no_answer(paths, plain, any_width, drafter, shape):
     with load(paths, drafter, shape) as llm:
         for kind in PARAMS if shape == "cpu" else ("seeded",):
@@ -89,15 +96,16 @@ def test_a_draft_model_changes_no_answer(paths, plain, any_width, drafter, shape
             assert llm.report().drafts.accepted == llm.report().drafts.drafted
 
 
+@pytest.mark.parametrize("drafter", ["large", "head"])
 @settings(max_examples=4, deadline=None)
 @given(
     arrivals=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.sampled_from([None, 5])), max_size=7),
     seed=st.integers(0, 99),
 )
-def test_no_schedule_with_a_draft_model_changes_an_answer(paths, plain, arrivals, seed):
+def test_no_schedule_with_a_draft_model_changes_an_answer(paths, plain, drafter, arrivals, seed):
     """Arrivals at any step, growth and put-backs in a cache that is too small for all."""
     draw = random.Random(seed)
-    with pytest.MonkeyPatch.context() as monkeypatch, load(paths, "large", kv_tokens=CONTEXT) as llm:
+    with pytest.MonkeyPatch.context() as monkeypatch, load(paths, drafter, kv_tokens=CONTEXT) as llm:
         monkeypatch.setattr(Width, "choose", lambda self, costs, rows: draw.choice([1, 2, 5, 8]))
         requests = scheduled(
             llm, [(PROMPTS[which], steps, params("greedy", max_tokens=most)) for which, steps, most in arrivals]
@@ -107,11 +115,12 @@ def test_no_schedule_with_a_draft_model_changes_an_answer(paths, plain, arrivals
         assert draft_engine(llm).kv_cache.free_sequences == llm.plan.max_batch
 
 
-def test_a_draft_that_fails_leaves_the_answer_as_it_was(paths, plain, any_width):
-    with load(paths, "large") as llm:
+@pytest.mark.parametrize("drafter", ["large", "head"])
+def test_a_draft_that_fails_leaves_the_answer_as_it_was(paths, plain, any_width, drafter):
+    with load(paths, drafter) as llm:
         own = draft_engine(llm)
         failing = Failing(7, 4)
-        own.run, own.decode_step, own.prefill = failing(own.run), failing(own.decode_step), failing(own.prefill)
+        own.run, own.fused, own.prefill = failing(own.run), failing(own.fused), failing(own.prefill)
         requests = [llm.add(prompt, params("greedy")) for prompt in PROMPTS]
         failures = steps_through_failures(llm, requests)
 

@@ -30,11 +30,12 @@ from hetero_attn.spec.config import ModelConfig
 from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import Plan
 from tests.support.checked_ops import checked_host_ops
+from tests.support.eagle import SlowHead, make_head
 from tests.support.moe import make_moe
 from tests.support.race_checker import MixedMemoryError, RaceError, StuckError
 from tests.support.runtime import THREADS, emulated_plan, nmse, one_device_run, run_logits, toy_workload, uniform_plan
 from tests.support.simulated_gpu import SimulatedDriver, SimulatedWorker
-from tests.support.toy import FAMILIES, make_checkpoint, make_family_checkpoint
+from tests.support.toy import FAMILIES, hf_model, make_checkpoint, make_family_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -42,14 +43,14 @@ LIMIT = 1e-11
 
 
 @contextmanager
-def simulated(path: Path, plan: Plan, handover: str | None = "events") -> Iterator[Engine]:
+def simulated(path: Path, plan: Plan, handover: str | None = "events", taps: tuple[int, ...] = ()) -> Iterator[Engine]:
     """A toy model on the simulated GPU; what is still queued at the end runs, and is checked, too."""
     driver = SimulatedDriver()
     device = Device(driver, plan.gpu_memory_bytes)
     worker = None if handover is None else SimulatedWorker(driver)
     lanes = connect(plan, checked_host_ops(kernels(), driver), device, worker, handover)
     planned = PlannedModel(
-        path, ModelConfig.from_dir(path), "fp32", "emulated", HardwareProfile.named("emulated"), plan
+        path, ModelConfig.from_dir(path), "fp32", "emulated", HardwareProfile.named("emulated"), plan, taps=taps
     )
     with device.current():
         engine = assemble(planned, lanes)
@@ -215,6 +216,43 @@ def short_run(path: Path, plan: Plan, handover: str) -> torch.Tensor:
         rows = [engine.prefill_logits(sequence, list(range(1, 9)))]
         rows += [engine.prefill(sequence, [9, 10, 11])[None], engine.decode_step([sequence], [12])]
         return torch.cat(rows)
+
+
+@pytest.mark.parametrize("handover", ["events", "flags"])
+def test_a_head_that_drafts_is_right_and_without_a_race(tmp_path: Path, handover: str) -> None:
+    """Rows made of a model's hidden states in two chunks, then of its own, on all three lanes."""
+    head = make_head(tmp_path / "head", norm_before_fc=True, norm_before_residual=True, norm_output=True)
+    states, slow = torch.randn(13, 3 * 72, generator=torch.Generator().manual_seed(1)), SlowHead(head)
+    tokens = [5 + 7 * place for place in range(16)]
+    with simulated(head, spilling_plan(head), handover) as engine:
+        sequence = engine.kv_cache.open(32)
+        for start, stop in ((0, 8), (8, 12)):
+            fused = engine.fused(states[start:stop])
+            engine.run([Rows(sequence, tokens[start:stop], 0, True, fused)])
+        hidden = engine.fused(states[12:])
+        expected, its = [slow.row(slow.fused(states[place]), tokens[place]) for place in range(12)], None
+        for place in range(12, 16):
+            ((logits,),) = engine.run([Rows(sequence, tokens[place : place + 1], hidden=hidden)])
+            hidden = engine.handed_on(1)
+            expected, its = slow.row(slow.fused(states[12]) if its is None else its, tokens[place])
+
+            assert nmse(logits, expected) <= LIMIT
+
+
+@pytest.mark.parametrize("handover", ["events", "flags"])
+def test_what_is_kept_for_a_head_is_right_and_without_a_race(runs, handover: str) -> None:
+    """Of chunks, of a step, and of a step that is captured and replayed."""
+    run, taps = runs("mistral"), (1, 0)
+    with torch.inference_mode():
+        seen = hf_model(run.path)(torch.tensor([run.token_ids]), output_hidden_states=True).hidden_states
+    expected, plan = torch.cat([seen[tap][0] for tap in taps], 1), spilling_plan(run.path)
+    plan = replace(plan, gpu_memory_bytes=2 * plan.gpu_memory_bytes)  # it was made without them
+    with simulated(run.path, plan, handover, taps) as engine:
+        sequence = engine.kv_cache.open(32)
+        for start, stop in ((0, 8), (8, 16), *((place, place + 1) for place in range(16, 20))):
+            engine.run([Rows(sequence, run.token_ids[start:stop], is_chunk=stop - start > 1)])
+
+            assert nmse(engine.kept(sequence, stop - start), expected[start:stop]) <= LIMIT
 
 
 def run_of_chunks(path: Path, plan: Plan, handover: str) -> torch.Tensor:

@@ -74,6 +74,7 @@ class Loader:
             head=head,
             embed=self._embed(model, head.linears["head"]),
             embed_format=self._formats.embed,
+            fusion=None if model.fusion is None else self._block(model.fusion, ropes),
         )
 
     def _rope(self, rope: RopeConfig) -> tuple[Activation, Activation]:
@@ -231,6 +232,8 @@ class Loader:
     def _embed(self, model: ModelSpec, head: LinearWeights) -> torch.Tensor:
         tensor, held_as = model.embedding.tensor, self._formats.embed
         embedding = Embedding(self._checkpoint, tensor, held_as, self._landing, self._lanes.host_ops)
+        if not model.owns_embedding:
+            return torch.empty(0, device="cpu")
         if self._plan.workload.embed_bytes == 0:  # a tied head in host memory: its blocks are the embedding
             return embedding.of_head(head.dram, model.hidden_size)
         return embedding.read()

@@ -48,6 +48,13 @@ def warm_up(ops: CpuKernels, config: ModelConfig, formats: WeightFormats, kv_dty
     ops.record(lambda: ops.rms_norm(x, weight, 1e-6, x)).run()
 
 
+def warm_up_copies(ops: CpuKernels) -> None:
+    """The same of what a model needs beside a head that drafts for it."""
+    rows = torch.zeros(1, WIDTH, **FLOAT32)
+    ops.prepare(lambda: ops.copy_rows(rows, rows.clone()))
+    ops.copy_rows(rows, rows.clone())
+
+
 def make_first_steps(
     engine: Engine, on_prepare: Callable[[str], None] = lambda name: None, int8_rows: Collection[int] = ()
 ) -> None:

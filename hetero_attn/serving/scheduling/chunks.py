@@ -5,7 +5,7 @@ that would take longer than CHUNK_S is cut short while anybody else is there. A 
 takes steps of its own, in turns with the others: rows beside it would change the last bits of its numbers.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from hetero_attn.engine.engine import Engine
 from hetero_attn.serving.request import Request
@@ -18,10 +18,11 @@ Chunks = dict[Request, tuple[int, ...]]
 
 
 class PromptChunks:
-    """Cuts prompts into chunks, step by step, for one engine."""
+    """Cuts prompts into chunks, step by step, for one engine. reusable(token_ids): how many tokens of a prompt may be
+    taken from the cache."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, reusable: Callable[[Sequence[int]], int]) -> None:
+        self._engine, self._reusable = engine, reusable
         self._scoring_is_next = True
 
     def shared_out(
@@ -47,7 +48,8 @@ class PromptChunks:
             if rows > 0 and pages != 0 and not self._waits_for(request, chunks):
                 if request.computed == 0:
                     # All but its last token, whose logits are wanted.
-                    request.computed = cache.reuse(request.sequence, request.chunk_ids[:-1])
+                    known = request.chunk_ids[: self._reusable(request.chunk_ids)]
+                    request.computed = cache.reuse(request.sequence, known)
                     request.reused = request.reused if request.replayed else request.computed
                 most = rows if pages is None else min(rows, pages * page_size)
                 chunks[request] = request.chunk_ids[request.computed : request.computed + most]

@@ -44,7 +44,7 @@ class Scheduler:
         self._waiting: list[Request] = []
         self._running: list[Request] = []
         self._arrivals = count()
-        self._chunks = PromptChunks(engine)
+        self._chunks = PromptChunks(engine, self._reusable)
         self._begun: tuple[Request, ...] = ()  # of a step that has not ended, where sequences have states
 
     @property
@@ -111,13 +111,30 @@ class Scheduler:
         for request in (*decoding, *chunks):
             self._settle(request)
         self._begun = (*decoding, *chunks) if self._engine.kv_cache.states else ()
+        reads = self.speculator is not None and self.speculator.reads
+        before = {request: request.cached_tokens for request in (*decoding, *chunks)} if reads else {}
         if chunks:
             self._compute(decoding, chunks)
         elif decoding:
             self._decode(decoding)
         self._begun = ()
+        self._follow(before)
         self._retire()
         return (*decoding, *chunks)
+
+    def _follow(self, before: dict[Request, int]) -> None:
+        """Show a head that drafts what the step has computed, of requests that go on. before: tokens that each had, of
+        none where nobody reads along."""
+        for request, position in before.items():
+            rows = request.cached_tokens - position
+            if rows > 0 and request.finish_reason is None and request.scores is None:
+                self.speculator.follow(request, position, self._engine.kept(request.sequence, rows))
+
+    def _reusable(self, token_ids: Sequence[int]) -> int:
+        """How many tokens of a prompt may be taken from the cache: all but the last one, whose logits are wanted."""
+        if self.speculator is None or not self.speculator.reads:
+            return len(token_ids) - 1
+        return self.speculator.reusable(token_ids, self._engine.kv_cache.stored(token_ids[:-1]))
 
     def _begin_anew(self) -> None:
         """Put back those of a step that did not end: their states have taken in what it computed, or a part of it, and

@@ -7,6 +7,7 @@ from hetero_attn.spec.blocks import ModelSpec, Vector
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.decoder.attention import AttentionDeclaration
 from hetero_attn.spec.decoder.delta import DeltaDeclaration
+from hetero_attn.spec.decoder.eagle import EagleAttentionDeclaration, FusionDeclaration
 from hetero_attn.spec.decoder.experts import ExpertsDeclaration
 from hetero_attn.spec.decoder.head import HeadDeclaration
 from hetero_attn.spec.decoder.mlp import MlpDeclaration
@@ -24,9 +25,20 @@ class BlockKinds(NamedTuple):
     experts: Callable[[ModelConfig, ExpertsConfig, int, WeightFormats], Any]
     head: Callable[[ModelConfig, WeightFormats], Any]
     delta: Callable[[ModelConfig, DeltaConfig, int, WeightFormats], Any]
+    eagle_attention: Callable[[ModelConfig, int, WeightFormats], Any]
+    fusion: Callable[[ModelConfig, WeightFormats], Any]
 
 
-DECLARED = BlockKinds(AttentionDeclaration, MlpDeclaration, ExpertsDeclaration, HeadDeclaration, DeltaDeclaration)
+DECLARED = BlockKinds(
+    AttentionDeclaration,
+    MlpDeclaration,
+    ExpertsDeclaration,
+    HeadDeclaration,
+    DeltaDeclaration,
+    EagleAttentionDeclaration,
+    FusionDeclaration,
+)
+OF_HEADS = ("d2t", "t2d")  # tables of a head that drafts, which are no weights
 
 
 def model_spec(config: ModelConfig, formats: str | WeightFormats = "bf16", kinds: BlockKinds = DECLARED) -> ModelSpec:
@@ -42,7 +54,8 @@ def model_spec(config: ModelConfig, formats: str | WeightFormats = "bf16", kinds
     def mixer(layer: int) -> Any:
         if config.delta is not None and config.delta.layers[layer]:
             return kinds.delta(config, config.delta, layer, formats)
-        return kinds.attention(config, layer, formats)
+        kind = kinds.attention if config.eagle is None else kinds.eagle_attention
+        return kind(config, layer, formats)
 
     return ModelSpec(
         embedding=Vector("embed", tensor_name("embed"), config.hidden_size),
@@ -51,4 +64,7 @@ def model_spec(config: ModelConfig, formats: str | WeightFormats = "bf16", kinds
         layers=tuple((mixer(layer), feed_forward(layer)) for layer in range(config.num_layers)),
         head=kinds.head(config, formats),
         spare_layers=config.spare_layers,
+        fusion=None if config.eagle is None else kinds.fusion(config, formats),
+        owns_embedding=config.eagle is None or config.eagle.owns_embedding,
+        spare_tensors=() if config.eagle is None else OF_HEADS,
     )

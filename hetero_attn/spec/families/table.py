@@ -1,6 +1,8 @@
 """Every family by the model_type of its config.json, and which of them a config is of."""
 
 from hetero_attn.errors import ConfigError, UnsupportedModelError, nearest
+from hetero_attn.spec.draft_heads.eagle3 import EAGLE3
+from hetero_attn.spec.draft_heads.eagle_config import check_known_head, is_head, layer_fields
 from hetero_attn.spec.families.cohere import COHERE2
 from hetero_attn.spec.families.experts import EXPERT_COUNT, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from hetero_attn.spec.families.family import Family, GgufTerms
@@ -79,7 +81,10 @@ GGUF_EXPERT_FAMILIES = {name: family for name, family in _IN_GGUF if EXPERT_COUN
 
 
 def text_model(fields: JsonFields) -> JsonFields:
-    """The part of a config of text and images that describes its text model, what is said of both beside it."""
+    """The part of a config of text and images that describes its text model, what is said of both beside it; of a head
+    that drafts what it says of its layer beside the rest."""
+    if is_head(fields):
+        return layer_fields(fields)
     name = fields.get("model_type")
     text = fields.get("text_config")
     family = next((family for family in FAMILIES.values() if family.wrapper and family.wrapper[0] == name), None)
@@ -89,6 +94,14 @@ def text_model(fields: JsonFields) -> JsonFields:
     inner = {key: value for key, value in text.items() if key != "architectures"}
     model_type = next(key for key, value in FAMILIES.items() if value is family)
     return JsonFields(fields.path, around | inner | {"model_type": model_type})
+
+
+def family_of(fields: JsonFields) -> Family:
+    """The family of a config as `text_model` gives it; heads that draft are one that is none of FAMILIES."""
+    if is_head(fields):
+        return EAGLE3
+    check_known_head(fields)
+    return FAMILIES[family_name(fields)]
 
 
 def family_name(fields: JsonFields) -> str:

@@ -1,0 +1,1 @@
+"""Heads that draft from what a large model has computed."""
