@@ -52,9 +52,9 @@ class LLM:
     runs the lanes one after another. progress shows a bar while loading. max_waiting: a call that finds so many
     requests waiting for a place raises QueueFullError. needs_text=True refuses a model whose tokenizer is missing or
     cannot be opened, as soon as that is known, and stops loading its weights; else such a model warns and takes token
-    ids. speculate: off | ngram | auto, or a small model of the same vocabulary: who guesses next tokens, as many as pay
-    here; those that the sampler draws are kept. "ngram" looks where the text came before, "auto" does so where the
-    model allows it; a small model shares threads and GPU budget.
+    ids. speculate: off | ngram | auto, a small model of the same vocabulary, or an EAGLE-3 head: who guesses next
+    tokens, as many as pay here; those that the sampler draws are kept. "ngram" looks where the text came before, "auto"
+    does so where the model allows it; a small model or head shares threads and GPU budget.
 
     A request with `max_tokens` reserves the cache that it may need. One without takes pages as it grows; when they run
     out, the youngest of the lowest priority waits again and later goes on where it was.

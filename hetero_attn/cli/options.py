@@ -207,6 +207,6 @@ Speculate = Annotated[
     str,
     typer.Option(
         help="off | ngram | auto: compute tokens ahead that came before in prompt or answer, as far as that pays; or a "
-        "small model of the same vocabulary, which guesses them. The answer stays the same."
+        "small model of the same vocabulary, or an EAGLE-3 head, which guesses them. The answer stays the same."
     ),
 ]
