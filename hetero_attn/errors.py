@@ -49,6 +49,16 @@ class ArgumentError(ConfigError):
     exit_code = 2
 
 
+class ContextLimitError(ArgumentError):
+    """A context longer than the positions that a model was made for, which are `limit`. Exit code 2."""
+
+    def __init__(self, max_context: int, limit: int) -> None:
+        super().__init__(
+            f"max_context is {max_context}, but the model was made for {limit} positions; ask for at most {limit}"
+        )
+        self.limit = limit
+
+
 class UnsupportedModelError(HeteroError, ValueError):
     """A well-formed model that hetero_attn does not run: architecture, rope type, quantisation. Exit code 3."""
 

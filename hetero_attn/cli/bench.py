@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +13,7 @@ import typer
 from hetero_attn.cli import options
 from hetero_attn.cli.output import expect_writable, print_json, table_width, writing
 from hetero_attn.cli.plan import machine
+from hetero_attn.errors import ContextLimitError
 
 if TYPE_CHECKING:
     from hetero_attn.planning.options import LoadOptions
@@ -55,9 +58,12 @@ def bench(
     loading = replace(loading, context=loading.context or needed)
     if simulate is not None:
         wishes = loading.options(model, hardware=machine(simulate))
-        _simulate(wishes, prompt_tokens, gen_tokens, depths, trace, as_json)
+        with _naming_its_sizes(needed):
+            _simulate(wishes, prompt_tokens, gen_tokens, depths, trace, as_json)
         return
-    with loading.llm(model) as llm:
+    with _naming_its_sizes(needed):
+        loaded = loading.llm(model)
+    with loaded as llm:
         report = benchmark.run(
             llm, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens, depths=depths, repetitions=repetitions
         )
@@ -68,6 +74,18 @@ def bench(
         if trace is not None:
             with writing(trace):
                 trace_steps(llm.engine, prompt_tokens).save(trace)
+
+
+@contextmanager
+def _naming_its_sizes(needed: int) -> Iterator[None]:
+    """Say of a context that the model does not have which options of this command ask for it."""
+    try:
+        yield
+    except ContextLimitError as error:
+        raise typer.BadParameter(
+            f"this measurement needs a context of {needed} tokens, but the model was made for {error.limit} positions; "
+            "lower --prompt-tokens, --gen-tokens or --depth"
+        ) from error
 
 
 def _simulate(

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hetero_attn.checkpoints.sources import stored_formats
-from hetero_attn.errors import ConfigError
+from hetero_attn.errors import ArgumentError, ContextLimitError
 from hetero_attn.planning.arguments import check_choice
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.decoder.model import model_spec
@@ -91,11 +91,9 @@ def choose_context(max_context: int | None, config: ModelConfig) -> int:
     if max_context is None:
         return min(limit, DEFAULT_MAX_CONTEXT)
     if max_context < 1:
-        raise ConfigError(f"max_context is {max_context}; it must be at least 1")
+        raise ArgumentError(f"max_context is {max_context}; it must be at least 1")
     if max_context > limit and config.rope.rope_type != "dynamic":
-        raise ConfigError(
-            f"max_context is {max_context}, but the model was made for {limit} positions; ask for at most {limit}"
-        )
+        raise ContextLimitError(max_context, limit)
     return max_context
 
 
@@ -104,10 +102,9 @@ def choose_batch(
 ) -> tuple[int, int | None]:
     """Sequences decoded together, and the KV slots that they share; None is a whole context for each."""
     if kv_tokens is not None and kv_tokens < max_context:
-        raise ConfigError(
+        raise ArgumentError(
             f"kv_tokens is {kv_tokens}, but one sequence may have max_context {max_context} tokens; give at least "
-            "that, "
-            "or a smaller max_context"
+            "that, or a smaller max_context"
         )
     if max_batch is None and objective == "throughput":
         return THROUGHPUT_MAX_BATCH, kv_tokens or THROUGHPUT_CONTEXTS * max_context

@@ -67,6 +67,15 @@ def test_bench_writes_a_trace_whatever_the_sizes(tmp_path: Path, device: list[st
     assert any("layers.3.qkv" in event["name"] for event in json.loads(trace.read_text())["traceEvents"])
 
 
+@pytest.mark.parametrize("sizes", [["-p", "5000"], ["--depth", "0,9999"], ["-n", "2048", "--simulate", "rtx4090-ddr5"]])
+def test_bench_names_its_own_sizes_where_the_model_has_no_such_context(sizes: list[str]) -> None:
+    """It spoke of --context, which nobody had given."""
+    result = run("bench", TINY, *sizes)
+
+    assert result.exit_code == 2
+    assert "2048 positions" in result.stderr and "--depth" in result.stderr and "--context" not in result.stderr
+
+
 def test_ctrl_c_ends_a_generation_with_130_and_no_traceback() -> None:
     with start("generate", TINY, "-p", "A list is", "-n", "2000", "--ignore-eos", "--device", "cpu") as process:
         first = process.stdout.read(1)
