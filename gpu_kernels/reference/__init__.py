@@ -79,6 +79,7 @@ from gpu_kernels.reference.packed import (
     mix_of,
     mixed_parts,
     unpack,
+    unpack_rows,
 )
 
 __all__ = [
@@ -122,4 +123,5 @@ __all__ = [
     "sigmoid_mul",
     "silu_mul",
     "unpack",
+    "unpack_rows",
 ]

@@ -71,6 +71,13 @@ def unpack(weight: Tensor, weight_dtype: str, in_features: int, dtype: torch.dty
     return values.reshape(weight.shape[0] * BLOCK_FEATURES, superblocks * GROUP)[:, :in_features]
 
 
+def unpack_rows(weight: Tensor, weight_dtype: str, row_ids: Tensor, out: Tensor) -> None:
+    """As `CpuKernels.unpack_rows`, into `out` of any float dtype."""
+    blocks = row_ids // BLOCK_FEATURES
+    rows = unpack(weight[blocks], weight_dtype, out.shape[1], out.dtype)
+    out.copy_(rows.view(-1, BLOCK_FEATURES, out.shape[1])[torch.arange(len(blocks)), row_ids % BLOCK_FEATURES])
+
+
 def _unpack_q4(lines: Tensor, dtype: torch.dtype) -> Tensor:
     num_blocks, superblocks = lines.shape[:2]
     header = lines[:, :, 0].contiguous().view(torch.float16).to(dtype)

@@ -42,6 +42,10 @@ class UnroundedOps:
                 rows = x[start:stop] if sources is None else x[sources[start:stop].long()]
                 self.linear(rows, weight[expert], weight_dtype, None, out[start:stop])
 
+    def unpack_rows(self, weight: Tensor, weight_dtype: str, row_ids: Tensor, out: Tensor) -> None:
+        """As `reference.unpack_rows`: nothing is rounded there."""
+        reference.unpack_rows(weight, weight_dtype, row_ids, out)
+
     def norm_heads(self, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float) -> None:
         """As `reference.norm_heads`."""
         wide = qkv.to(self._dtype)

@@ -60,6 +60,18 @@ def test_thirty_layers_pass_in_every_dtype(deep, weight_dtype, split):
     assert found.tokens == 36
 
 
+@pytest.mark.parametrize("budget", [{"device": "cpu"}, {"device": "emulated", "gpu_memory": "700KiB"}])
+def test_an_embedding_that_stays_packed_is_read_by_the_yardsticks_too(tmp_path, budget):
+    """They had no way to gather its rows, and `verify --dtype q4` of a tied model ended with a traceback."""
+    path = make_checkpoint(tmp_path, tied=True)
+    with LLM(path, dtype="q4", max_context=64, progress=False, **budget) as llm:
+        assert llm.engine.weights.embed_format == "q8"
+
+        found = verify.run(llm, TOKEN_IDS, 4)
+
+    assert found.passed, found.table()
+
+
 @pytest.mark.parametrize("kv_dtype", ["q8", "q4"])
 def test_a_quantised_cache_passes(deep, kv_dtype):
     found = report(deep, "bf16", kv_dtype=kv_dtype)
