@@ -1,5 +1,6 @@
 """From a model and wishes to a plan: config and file headers in, nothing loaded and nothing measured."""
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
 from hetero_attn.spec.workload import Sizes, build_workload, natural_kv_dtype
 from placement import BudgetError, HardwareProfile, Plan, Policy
 from placement.machine.gpu_here import has_gpu
-from placement.plan.units import parse_bytes
+from placement.plan.units import format_bytes, parse_bytes
 from placement.plan.workload import KV_DTYPES, Workload
 from placement.solve.make_plan import plan_requested
 from placement.solve.request import requested
@@ -39,11 +40,9 @@ class PlannedModel:
     """A model with everything decided that loading needs.
 
     path: its directory or GGUF file. weight_dtype: what tables call the formats of its weights, which `formats` has
-    where
-    they are not all one. device: cpu | cuda[:N] | emulated. hardware, policy: the rates and the wishes that the plan
-    was
-    made with. workload: what was asked of the planner, its shape and prefill chunk still open; plan.workload has those
-    that were chosen. spec: the model's blocks, None for those of the family that `config` names.
+    where they are not all one. device: cpu | cuda[:N] | emulated. hardware, policy: the rates and the wishes that the
+    plan was made with. workload: what was asked of the planner, its shape and prefill chunk still open; plan.workload
+    has those that were chosen. spec: the model's blocks, None for those of the family that `config` names.
     tokenizer: where it is, None for beside the weights. taps: before which layers the residual stream is kept for a
     head that drafts.
     """
@@ -130,6 +129,7 @@ def settle(options: LoadOptions, drafts: bool = False) -> PlannedModel:
     device = choose_device(options.device, options.hardware)
     kind = device.partition(":")[0]
     hardware = _rates(options, device)
+    _warn_of_wishes_without_effect(policy, kind, hardware)
     budget_bytes = None if kind == "cpu" else policy.gpu_memory or hardware.gpu_memory_bytes
     workload = _workload(options, policy, _Model(path, config, formats, taps), kind, budget_bytes)
     if kind == "cuda" and has_gpu():
@@ -163,6 +163,21 @@ def _wishes(options: LoadOptions) -> Policy:
         "elastic": options.elastic or None,
     }
     return policy.model_copy(update={key: value for key, value in said.items() if value is not None})
+
+
+def _warn_of_wishes_without_effect(policy: Policy, kind: str, hardware: HardwareProfile) -> None:
+    """Say what was asked for and cannot be had; twice the cores are threads that a machine may have."""
+    if kind == "cpu" and policy.gpu_memory is not None:
+        warnings.warn(
+            f"gpu_memory {format_bytes(policy.gpu_memory)} has no effect: this plan has no GPU, the CPU computes all",
+            stacklevel=2,
+        )
+    if policy.threads is not None and policy.threads > 2 * hardware.cores:
+        warnings.warn(
+            f"{policy.threads} CPU threads are more than the {hardware.cores} cores of {hardware.name} can run at "
+            "once, and will wait for each other",
+            stacklevel=2,
+        )
 
 
 def _rates(options: LoadOptions, device: str) -> HardwareProfile:

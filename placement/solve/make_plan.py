@@ -195,12 +195,16 @@ def _explain_failure(request: PlanRequest) -> BudgetError | PolicyError:
     )
 
 
+BARE_NUMBER = "; a number without a unit is bytes, write 8GiB for gibibytes"  # said of budgets that nobody can mean
+
+
 def _budget_error(place: str, kinds: dict[str, int], limit: int) -> BudgetError:
     needed = sum(kinds.values())
     parts = " + ".join(f"{kind} {format_bytes(size)}" for kind, size in kinds.items() if size)
     return BudgetError(
         f"{place}_memory: needs at least {format_bytes(needed)} ({parts}), the budget is {format_bytes(limit)}; "
-        f"the smallest that works is {needed} bytes",
+        f"the smallest that works is {needed} bytes, or {-(-needed // 1024)}KiB"
+        + (BARE_NUMBER if limit < 2**20 else ""),
         needed,
         limit,
     )

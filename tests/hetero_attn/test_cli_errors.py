@@ -160,3 +160,25 @@ def test_a_choice_that_does_not_exist_is_a_usage_error(command: str, option: str
     result = run(command, TINY, *(("-p", "a") if command == "generate" else ()), option, value)
 
     assert (result.exit_code, value in result.stderr) == (2, True), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--gpu-memory", "8GiB", "--device", "cpu"), "gpu_memory 8.00 GiB has no effect"),
+        (("--threads", "64", "--hardware", "rtx4090-ddr5"), "64 CPU threads are more than the 16 cores"),
+    ],
+)
+def test_wishes_without_effect_are_warned_of(arguments: tuple[str, ...], words: str) -> None:
+    """They were taken without a word."""
+    result = run("plan", TINY, "--no-explain", *arguments)
+
+    assert result.exit_code == 0 and words in result.stderr, result.stderr
+    assert run("plan", TINY, "--no-explain", "--threads", "2", "--hardware", "rtx4090-ddr5").stderr == ""
+
+
+def test_a_budget_without_its_unit_is_explained() -> None:
+    result = run("plan", TINY, "--device", "emulated", "--gpu-memory", "8", "--no-explain")
+
+    assert result.exit_code == 4 and "a number without a unit is bytes" in result.stdout + result.stderr
+    assert "less than a byte" in run("plan", TINY, "--gpu-memory", "0.9").stderr
