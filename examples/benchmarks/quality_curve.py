@@ -2,13 +2,15 @@
 
     python examples/benchmarks/quality_curve.py MODEL --work DIR --json FILE [--plot FILE.svg] [--calibrate TEXT]
         [--types Q4_0,... --full FULL.gguf --llama-python PYTHON] [--bits 4.6,...] [--recipes q4_m,...] [--windows 6]
+        [--no-text]
 
 MODEL is the unquantised model, FULL the same as a GGUF file that llama.cpp quantises to each of --types, by default
 without an importance matrix. Of each of those sizes, and of --bits, `hetero-attn quantize` makes a file with no more
 bits a weight (one for sizes within 1 %), for the calibration text: without one, the text of `tiny_corpus.py` that is
-not held out. All files are read by this project and computed in float32, on windows of 512 tokens of the held-out text,
-each read on its own; KL is of the unquantised model's distribution to the file's, natural log, mean over positions.
-Files and results that are there already are kept, so a run that was broken off goes on. Last comes a line of JSON.
+not held out; with --no-text by what types usually cost. All files are read by this project and computed in float32, on
+windows of 512 tokens of the held-out text, each read on its own; KL is of the unquantised model's distribution to the
+file's, natural log, mean over positions. Files and results that are there already are kept, so a run that was broken
+off goes on. Last comes a line of JSON.
 """
 
 import argparse
@@ -113,7 +115,7 @@ def main() -> int:
     chosen.work.mkdir(parents=True, exist_ok=True)
     result = json.loads(chosen.json.read_text()) if chosen.json.exists() else {"rows": []}
     result |= {"cpu": cpu_name(), "text": TEXT.name, "windows": chosen.windows, "window_tokens": WINDOW_TOKENS}
-    text = chosen.calibrate.read_text() if chosen.calibrate else calibration_text()
+    text = "" if chosen.no_text else chosen.calibrate.read_text() if chosen.calibrate else calibration_text()
     baseline = chosen.work / f"baseline-{chosen.windows}.npy"
     if not baseline.exists():
         ids, logs = log_probabilities(chosen.model, chosen.windows)
@@ -216,6 +218,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--title", default="")
     parser.add_argument("--calibrate", type=Path)
+    parser.add_argument("--no-text", action="store_true")
     parser.add_argument("--types", default="")
     parser.add_argument("--full", type=Path)
     parser.add_argument("--llama-python")
