@@ -150,7 +150,7 @@ def block_times_row(isa: Isa, weight_dtype: str):
     w_bytes = line_of(isa, weight_dtype).w_bytes
 
     @helper
-    def multiply(weight, w_stride, x, x_stride, inputs, bias, out, out_stride, accumulate):
+    def multiply(weight, w_stride, x, x_stride, inputs, bias, out, out_stride, accumulate, kept):
         whole = inputs // line_items
         rest = inputs - whole * line_items
         for f in range(BLOCK_FEATURES):
@@ -166,7 +166,7 @@ def block_times_row(isa: Isa, weight_dtype: str):
                 index += 1
             if rest:
                 total = part(total, w + w_bytes * whole, w_stride, x + x_bytes * whole, x_stride, rest)
-            store(total, bias + 4 * f if bias else 0, out + 4 * f, out_stride, accumulate)
+            store(total, bias + 4 * f if bias else 0, out + 4 * f, out_stride, accumulate, kept)
 
     return multiply
 
@@ -179,7 +179,7 @@ def block_times_rows(isa: Isa, weight_dtype: str, features: int, rows: int):
     w_bytes = line_of(isa, weight_dtype).w_bytes
 
     @helper
-    def multiply(weight, w_stride, x, x_stride, inputs, bias, out, out_stride, accumulate):
+    def multiply(weight, w_stride, x, x_stride, inputs, bias, out, out_stride, accumulate, kept):
         whole = inputs // line_items
         rest = inputs - whole * line_items
         for f in range(0, BLOCK_FEATURES, features):
@@ -190,6 +190,6 @@ def block_times_rows(isa: Isa, weight_dtype: str, features: int, rows: int):
                 sums = line(sums, w + w_bytes * index, w_stride, x + x_bytes * index, x_stride, at)
             if rest:
                 sums = part(sums, w + w_bytes * whole, w_stride, x + x_bytes * whole, x_stride, rest)
-            store(sums, bias + 4 * f if bias else 0, out + 4 * f, out_stride, accumulate)
+            store(sums, bias + 4 * f if bias else 0, out + 4 * f, out_stride, accumulate, kept)
 
     return multiply

@@ -60,7 +60,13 @@ def keep_widened(x, count, to):
         store_even_odd(load_f32_tail(x, count), load_f32_tail(x + 64, count - 16), to)
 
 
-def rounded_rows(isa: Isa):
+@helper
+def fills_tile(rows, tile):
+    """Whether the last row comes twice, to make a tile of four whole: three rows are two panels otherwise."""
+    return tile == 4 and rows % tile == 3
+
+
+def rounded_rows(isa: Isa, tile: int):
     """Stage 0: the input rounded to bf16 in the scratch, rows of in_features padded to whole lines."""
     items, _, x_bytes = line_of(isa, "bf16")
     keep = keep_widened if line_of(isa, "bf16").is_widened else keep_rounded
@@ -75,15 +81,16 @@ def rounded_rows(isa: Isa):
         rows, in_features = parameter(arguments, LINEAR.rows), parameter(arguments, LINEAR.in_features)
         row_bytes = padded_row_bytes(in_features, x_bytes)
         segments = (in_features + SEGMENT_INPUTS - 1) // SEGMENT_INPUTS
+        filled = rows + 1 if fills_tile(rows, tile) else rows
         chunk = take(arguments, 0)
-        while chunk < rows * segments:
+        while chunk < filled * segments:
             row, first = chunk // segments, chunk % segments * SEGMENT_INPUTS
-            source, to = x + row * x_stride, scratch + row * row_bytes
+            source, to = x + least(row, rows - 1) * x_stride, scratch + row * row_bytes
             for i in range(first, least(in_features, first + SEGMENT_INPUTS), items):
                 keep(source + 4 * i, in_features - i, to + i // items * x_bytes)
             finish(arguments, 0)
             chunk = take(arguments, 0)
-        await_stage(arguments, 0, rows * segments)
+        await_stage(arguments, 0, filled * segments)
         return scratch, row_bytes
 
     return round_rows
@@ -101,10 +108,10 @@ def rows_as_they_are(arguments):
     return parameter(arguments, LINEAR.x), parameter(arguments, LINEAR.x_row)
 
 
-def rows_over_range(isa: Isa, weight_dtype: str, features: int, tile: int):
+def rows_over_range(isa: Isa, weight_dtype: str, features: int, tile: int, fills: bool = False):
     """Function: a range of blocks times rows in panels of `tile` rows, then 2, then 1, piece after piece of the inputs.
 
-    place: of the first row, in x and in out. start, stop: blocks of `weight`. The call's words are those that both
+    fills: whether what `fills_tile` says is one panel, behind whose rows the last one comes again. place: of the first row, in x and in out. start, stop: blocks of `weight`. The call's words are those that both
     kinds of linear have.
     """
     item_bytes, x_item_bytes = line_of(isa, weight_dtype).item_bytes, line_of(isa, weight_dtype).x_item_bytes
@@ -130,6 +137,9 @@ def rows_over_range(isa: Isa, weight_dtype: str, features: int, tile: int):
             add_to, row = 1 if first else parameter(arguments, LINEAR.accumulate), 0
             while row < rows:
                 size = tile if row + tile <= rows else 2 if tile > 2 and row + 2 <= rows else 1
+                if fills and rows - row == 3 and fills_tile(rows, tile):
+                    size = tile
+                kept = least(size, rows - row)
                 from_x = x + (place + row) * x_stride + first * x_item_bytes
                 for block in range(start, stop):
                     unit, inside = block // run, block % run
@@ -138,11 +148,11 @@ def rows_over_range(isa: Isa, weight_dtype: str, features: int, tile: int):
                     to = out + (place + row) * out_stride + column
                     offset = bias + column if bias and first == 0 else 0
                     if size == 1:
-                        multiply_1(w, w_stride, from_x, x_stride, inputs, offset, to, out_stride, add_to)
+                        multiply_1(w, w_stride, from_x, x_stride, inputs, offset, to, out_stride, add_to, kept)
                     elif size == 2:
-                        multiply_2(w, w_stride, from_x, x_stride, inputs, offset, to, out_stride, add_to)
+                        multiply_2(w, w_stride, from_x, x_stride, inputs, offset, to, out_stride, add_to, kept)
                     else:
-                        multiply_tile(w, w_stride, from_x, x_stride, inputs, offset, to, out_stride, add_to)
+                        multiply_tile(w, w_stride, from_x, x_stride, inputs, offset, to, out_stride, add_to, kept)
                 row += size
 
     return multiply
@@ -150,8 +160,9 @@ def rows_over_range(isa: Isa, weight_dtype: str, features: int, tile: int):
 
 def linear_dot(isa: Isa, weight_dtype: str, features: int, tile: int):
     """Kernel for any number of rows in panels of `tile` rows, then 2, then 1."""
-    prepare = rounded_rows(isa) if weight_dtype == "bf16" else rows_as_they_are
-    multiply = rows_over_range(isa, weight_dtype, features, tile)
+    is_rounded = weight_dtype == "bf16"
+    prepare = rounded_rows(isa, tile) if is_rounded else rows_as_they_are
+    multiply = rows_over_range(isa, weight_dtype, features, tile, is_rounded)
 
     def kernel(arguments, thread):
         x, x_stride = prepare(arguments)

@@ -121,8 +121,8 @@ def further_panel(isa: Isa, weight_dtype: str, rows: int):
     over_groups = groups_times_panel(isa, weight_dtype, rows)
 
     @helper
-    def multiply(weight, record, groups, bias, out, out_stride, goes_on):
-        store(over_groups(begin(out, out_stride, goes_on), weight, record, groups), 0, out, out_stride, 0)
+    def multiply(weight, record, groups, bias, out, out_stride, goes_on, kept):
+        store(over_groups(begin(out, out_stride, goes_on), weight, record, groups), 0, out, out_stride, 0, kept)
 
     return multiply
 
@@ -130,7 +130,7 @@ def further_panel(isa: Isa, weight_dtype: str, rows: int):
 def expert_linear_q(isa: Isa, weight_dtype: str, tile: int):
     """Kernel for coded weights, in panels of up to `tile` rows."""
     quantize_row = row_quantiser(weight_dtype)
-    over_rows = panels_over_range(isa, weight_dtype, tile, further_panel)
+    over_rows = panels_over_range(isa, weight_dtype, tile, further_panel, 0)
 
     @helper
     def quantize(arguments):
@@ -148,7 +148,7 @@ def expert_linear_q(isa: Isa, weight_dtype: str, tile: int):
             place, segment = begin + chunk // segments, chunk % segments
             e = expert_of(starts, first, count, place)
             own = load_i32(starts + 4 * e)
-            row, size = panel_of(place - own, load_i32(starts + 4 * e + 4) - own, tile)
+            row, size = panel_of(place - own, load_i32(starts + 4 * e + 4) - own, tile, 0)
             panel, source = records + (own + row) * groups * RECORD_BYTES, source_row(arguments, place)
             last = least(groups, (segment + 1) * SEGMENT_GROUPS)
             quantize_row(source, in_features, segment * SEGMENT_GROUPS, last, panel, place - own - row, size)

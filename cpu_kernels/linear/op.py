@@ -17,7 +17,14 @@ from cpu_kernels.formats import (
     unit_blocks,
     unit_bytes,
 )
-from cpu_kernels.linear.sizes import PIECE_INPUTS, RANGE_BYTES, RECORD_BYTES, STREAM_ROWS, WIDE_PIECE_INPUTS
+from cpu_kernels.linear.sizes import (
+    FILLED_ROWS,
+    PIECE_INPUTS,
+    RANGE_BYTES,
+    RECORD_BYTES,
+    STREAM_ROWS,
+    WIDE_PIECE_INPUTS,
+)
 from cpu_kernels.team.arguments import LINEAR
 from cpu_kernels.team.team import Team
 from cpu_kernels.vectors.isa import Isa
@@ -30,8 +37,20 @@ def scratch_bytes(isa: Isa, weight_dtype: str, rows: int, in_features: int) -> i
         return 0
     if rounds_x_to == "bf16":
         lines = 1 if isa.has_bf16 else 2  # inputs are kept widened where the CPU cannot multiply bf16
-        return rows * (lines * -(-in_features // 32) | 1) * 64
-    return rows * -(-in_features // GROUP_INPUTS) * RECORD_BYTES
+        return (rows + filled_rows(weight_dtype)) * (lines * -(-in_features // 32) | 1) * 64
+    return (rows + filled_rows(weight_dtype)) * -(-in_features // GROUP_INPUTS) * RECORD_BYTES
+
+
+def is_one_panel(weight_dtype: str, rows: int, tile: int) -> bool:
+    """Whether so many rows are one panel of a register tile of `tile` rows (`panel_of`, `rows_over_range`)."""
+    panel = 1 << (rows - 1).bit_length()
+    return rows <= tile and panel - rows <= min(filled_rows(weight_dtype), (panel - 1) // 2)
+
+
+def filled_rows(weight_dtype: str) -> int:
+    """How many rows of a panel may be computed for nothing; inputs that are read where they are have none behind
+    them."""
+    return 0 if weight_dtype in ("fp32", "fp16") else FILLED_ROWS.get(weight_dtype, 1)
 
 
 def kernel_of(isa: Isa, weight_dtype: str, rows: int) -> tuple[tuple[str, str], tuple[int, ...]]:
@@ -113,7 +132,7 @@ def _run(team: Team, operands: Operands, part: Segment, run: int) -> None:
             piece=in_features if rows <= STREAM_ROWS else piece_inputs(team.isa, name),
             smallest=max(1, min(RANGE_BYTES // block_bytes if block_bytes else 1, -(-num_blocks // team.num_threads))),
             # Ranges of several panels of rows stay in cache.
-            parts=2 * team.num_threads if rows <= tile[-1] else num_blocks,
+            parts=2 * team.num_threads if is_one_panel(name, rows, tile[-1]) else num_blocks,
             run=run,
             weight_run=weight.stride(0),
             out_run=4 * out.shape[1] // weight.shape[0],  # bytes of a unit's outputs

@@ -15,7 +15,7 @@ from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, format_of
 from cpu_kernels.formats.weights import SUPERBLOCK_LINES
 from cpu_kernels.linear.form_kernel import form_step, header_ahead
 from cpu_kernels.linear.records import panel_of, row_quantiser
-from cpu_kernels.linear.sizes import RECORD_BYTES, SEGMENT_GROUPS
+from cpu_kernels.linear.sizes import FILLED_ROWS, RECORD_BYTES, SEGMENT_GROUPS
 from cpu_kernels.team.arguments import LINEAR
 from cpu_kernels.team.chunks import await_stage, finish, parameter, take, take_range
 from cpu_kernels.vectors.code_sums import CodeSums
@@ -139,8 +139,8 @@ def block_times_panel(isa: Isa, weight_dtype: str, rows: int):
     over_groups = groups_times_panel(isa, weight_dtype, rows)
 
     @helper
-    def multiply(weight, record, groups, bias, out, out_stride, accumulate):
-        store(over_groups(start(), weight, record, groups), bias, out, out_stride, accumulate)
+    def multiply(weight, record, groups, bias, out, out_stride, accumulate, kept):
+        store(over_groups(start(), weight, record, groups), bias, out, out_stride, accumulate, kept)
 
     return multiply
 
@@ -180,12 +180,12 @@ def groups_times_panel(isa: Isa, weight_dtype: str, rows: int):
     return add_groups_of_form
 
 
-def panels_over_range(isa: Isa, weight_dtype: str, tile: int, panel: PanelFactory):
+def panels_over_range(isa: Isa, weight_dtype: str, tile: int, panel: PanelFactory, filled: int):
     """Function: a range of blocks times rows in panels of up to `tile`, piece after piece of the inputs.
 
-    panel: makes the function (weight, record, groups, bias, out, out_stride, add_to) of so many rows. place: of the
-    first row, in the records and in out. start, stop: blocks of `weight`. The call's words are those that both kinds
-    of linear have.
+    panel: makes the function (weight, record, groups, bias, out, out_stride, add_to, kept) of so many rows. filled:
+    as in `panel_of`. place: of the first row, in the records and in out. start, stop: blocks of `weight`. The call's words
+    are those that both kinds of linear have.
     """
     item = format_of(weight_dtype)
     multiply_8, multiply_4, multiply_2, multiply_1 = (
@@ -208,7 +208,8 @@ def panels_over_range(isa: Isa, weight_dtype: str, tile: int, panel: PanelFactor
             count, add_to = least(piece, groups - first), 1 if first else parameter(arguments, LINEAR.accumulate)
             row = 0
             while row < rows:
-                size = panel_of(row, rows, tile)[1]
+                size = panel_of(row, rows, tile, filled)[1]
+                kept = least(size, rows - row)
                 record = records + ((place + row) * groups + size * first) * RECORD_BYTES
                 for block in range(start, stop):
                     unit, inside = block // run, block % run
@@ -217,13 +218,13 @@ def panels_over_range(isa: Isa, weight_dtype: str, tile: int, panel: PanelFactor
                     to = out + (place + row) * out_stride + column
                     offset = bias + column if bias and first == 0 else 0
                     if size == 8:
-                        multiply_8(w, record, count, offset, to, out_stride, add_to)
+                        multiply_8(w, record, count, offset, to, out_stride, add_to, kept)
                     elif size == 4:
-                        multiply_4(w, record, count, offset, to, out_stride, add_to)
+                        multiply_4(w, record, count, offset, to, out_stride, add_to, kept)
                     elif size == 2:
-                        multiply_2(w, record, count, offset, to, out_stride, add_to)
+                        multiply_2(w, record, count, offset, to, out_stride, add_to, kept)
                     else:
-                        multiply_1(w, record, count, offset, to, out_stride, add_to)
+                        multiply_1(w, record, count, offset, to, out_stride, add_to, kept)
                 row += size
 
     return multiply
@@ -232,7 +233,8 @@ def panels_over_range(isa: Isa, weight_dtype: str, tile: int, panel: PanelFactor
 def linear_q(isa: Isa, weight_dtype: str, tile: int):
     """Kernel for any number of rows in panels of `tile` (8, 4 or 1) rows."""
     quantize_row = row_quantiser(weight_dtype)
-    multiply = panels_over_range(isa, weight_dtype, tile, block_times_panel)
+    most_filled = FILLED_ROWS.get(weight_dtype, 1)
+    multiply = panels_over_range(isa, weight_dtype, tile, block_times_panel, most_filled)
 
     @helper
     def quantize(arguments):
@@ -245,16 +247,18 @@ def linear_q(isa: Isa, weight_dtype: str, tile: int):
         )
         groups = (in_features + GROUP_INPUTS - 1) // GROUP_INPUTS
         segments = (groups + SEGMENT_GROUPS - 1) // SEGMENT_GROUPS
+        first, size = panel_of(rows - 1, rows, tile, most_filled)
+        filled = first + size
         chunk = take(arguments, 0)
-        while chunk < rows * segments:
+        while chunk < filled * segments:
             row, segment = chunk // segments, chunk % segments
-            first, size = panel_of(row, rows, tile)
-            last = least(groups, (segment + 1) * SEGMENT_GROUPS)
+            first, size = panel_of(least(row, rows - 1), rows, tile, most_filled)
+            last, source = least(groups, (segment + 1) * SEGMENT_GROUPS), x + least(row, rows - 1) * x_stride
             panel = records + first * groups * RECORD_BYTES
-            quantize_row(x + row * x_stride, in_features, segment * SEGMENT_GROUPS, last, panel, row - first, size)
+            quantize_row(source, in_features, segment * SEGMENT_GROUPS, last, panel, row - first, size)
             finish(arguments, 0)
             chunk = take(arguments, 0)
-        await_stage(arguments, 0, rows * segments)
+        await_stage(arguments, 0, filled * segments)
 
     def kernel(arguments, thread):
         quantize(arguments)

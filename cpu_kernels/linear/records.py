@@ -15,6 +15,7 @@ from numba import types
 from cpu_kernels.formats import GROUP_INPUTS, format_of
 from cpu_kernels.linear.sizes import RECORD_BYTES
 from cpu_kernels.vectors.compiler import helper
+from cpu_kernels.vectors.scalar import least
 from cpu_kernels.vectors.vector import (
     F32,
     I16,
@@ -135,11 +136,14 @@ def correct_q8(b, scale_at, row_bytes):
 
 
 @helper
-def panel_of(row, rows, tile):
-    """(first row, number of rows) of the panel that holds `row`: panels of `tile`, then its halves for the rest."""
+def panel_of(row, rows, tile, filled):
+    """(first row, number of rows) of the panel that holds `row`: panels of `tile`, then its halves for the rest.
+
+    filled: how many rows the last panel may have beyond `rows`, but less than half its own; they repeat the last row.
+    """
     first, size = 0, tile
     while True:
-        whole = (rows - first) // size * size
+        whole = (rows - first + least(filled, (size - 1) // 2)) // size * size
         if row < first + whole:
             return first + (row - first) // size * size, size
         first += whole

@@ -1,6 +1,7 @@
 """Sizes that the linear kernels and their wrappers share."""
 
 RECORD_BYTES = 76  # one row's share of a quantised input record: 64 int8, a float32 scale, two 4-byte corrections
+FILLED_ROWS = {"q8": 3}  # rows of a panel that are computed for nothing where a second panel takes longer; else 1
 SEGMENT_GROUPS = 32  # groups quantised per chunk
 SEGMENT_INPUTS = 2048  # inputs rounded to bf16 per chunk
 RANGE_BYTES = 128 << 10  # fewest weight bytes handed out at a time: short enough to balance, and to stay in cache

@@ -1,5 +1,7 @@
 """Tuples of vectors as register tiles: their start and their way to memory."""
 
+from contextlib import nullcontext
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -80,30 +82,37 @@ def add_and_store(b, value, bias, out, accumulate):
 
 
 def finish_features(rows: int):
-    """Intrinsic (tile, bias, out, out_stride, accumulate): row r's 16 features go to out + r * out_stride."""
+    """Intrinsic (tile, bias, out, out_stride, accumulate, kept): row r's 16 features go to out + r * out_stride.
+
+    kept: `rows`, or fewer, more than a half, where the last ones only fill the tile.
+    """
     tile = types.UniTuple(F32x16, rows)
 
-    @emits(types.void, tile, intp, intp, intp, intp)
-    def store_features(b, sums, bias, out, out_stride, accumulate):
+    @emits(types.void, tile, intp, intp, intp, intp, intp)
+    def store_features(b, sums, bias, out, out_stride, accumulate, kept):
         for row in range(rows):
             at = b.add(out, b.mul(out_stride, ir.Constant(I64, row)))
-            add_and_store(b, b.extract_value(sums, row), bias, at, accumulate)
+            with b.if_then(b.icmp_signed("<", ir.Constant(I64, row), kept)) if row > rows // 2 else nullcontext():
+                add_and_store(b, b.extract_value(sums, row), bias, at, accumulate)
 
     return store_features
 
 
 def finish_dots(features: int, rows: int):
-    """Intrinsic (tile, bias, out, out_stride, accumulate) for a tile whose vectors are partial sums of one dot product.
+    """Intrinsic (tile, bias, out, out_stride, accumulate, kept) for a tile whose vectors are partial sums of one dot
+    product.
 
-    Vector row * features + f is summed over its lanes into out + row * out_stride + 4 * f.
+    Vector row * features + f is summed over its lanes into out + row * out_stride + 4 * f. kept: as `finish_features`.
     """
     tile = types.UniTuple(F32x16, features * rows)
 
-    @emits(types.void, tile, intp, intp, intp, intp)
-    def store_dots(b, sums, bias, out, out_stride, accumulate):
+    @emits(types.void, tile, intp, intp, intp, intp, intp)
+    def store_dots(b, sums, bias, out, out_stride, accumulate, kept):
         vectors = [b.extract_value(sums, index) for index in range(features * rows)]
         for row, value in enumerate(sum_rows(b, vectors, features)):
-            add_and_store(b, value, bias, b.add(out, b.mul(out_stride, ir.Constant(I64, row))), accumulate)
+            at = b.add(out, b.mul(out_stride, ir.Constant(I64, row)))
+            with b.if_then(b.icmp_signed("<", ir.Constant(I64, row), kept)) if row > rows // 2 else nullcontext():
+                add_and_store(b, value, bias, at, accumulate)
 
     return store_dots
 

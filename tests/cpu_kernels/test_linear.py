@@ -173,6 +173,21 @@ def test_a_column_is_the_same_to_the_bit_wherever_the_cut_lies(isa, weight_dtype
         assert torch.equal(part[:, 16 * first :], whole[:, 16 * first :])
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("weight_dtype", ["q8", "q4"])
+def test_rows_beside_each_other_change_no_bit(isa, weight_dtype):
+    """Panels of any size, and those whose last rows come again to fill them."""
+    x, weight, _ = make(16, 200, 3, weight_dtype)
+    alone = torch.empty(16, 48)
+    for row in range(16):
+        kernels(isa).linear(x[row : row + 1], weight, weight_dtype, None, alone[row : row + 1])
+    for rows in range(2, 17):
+        out, memory = guarded(rows, 48)
+        kernels(isa).linear(x[:rows], weight, weight_dtype, None, out)
+
+        assert only_inside_written(memory) and torch.equal(out, alone[:rows])
+
+
 @pytest.mark.parametrize("weight_dtype", ["q8", "q4"])
 @pytest.mark.parametrize("rows", [1, 5, 70])
 def test_threads_change_no_bit(weight_dtype, rows):
