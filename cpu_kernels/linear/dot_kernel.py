@@ -111,8 +111,8 @@ def rows_as_they_are(arguments):
 def rows_over_range(isa: Isa, weight_dtype: str, features: int, tile: int, fills: bool = False):
     """Function: a range of blocks times rows in panels of `tile` rows, then 2, then 1, piece after piece of the inputs.
 
-    fills: whether what `fills_tile` says is one panel, behind whose rows the last one comes again. place: of the first row, in x and in out. start, stop: blocks of `weight`. The call's words are those that both
-    kinds of linear have.
+    fills: whether what `fills_tile` says is one panel, behind whose rows the last one comes again. place: of the first
+    row, in x and in out. start, stop: blocks of `weight`. The call's words are those that both kinds of linear have.
     """
     item_bytes, x_item_bytes = line_of(isa, weight_dtype).item_bytes, line_of(isa, weight_dtype).x_item_bytes
     multiply_1 = block_times_row(isa, weight_dtype)

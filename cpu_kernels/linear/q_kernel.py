@@ -184,8 +184,8 @@ def panels_over_range(isa: Isa, weight_dtype: str, tile: int, panel: PanelFactor
     """Function: a range of blocks times rows in panels of up to `tile`, piece after piece of the inputs.
 
     panel: makes the function (weight, record, groups, bias, out, out_stride, add_to, kept) of so many rows. filled:
-    as in `panel_of`. place: of the first row, in the records and in out. start, stop: blocks of `weight`. The call's words
-    are those that both kinds of linear have.
+    as in `panel_of`. place: of the first row, in the records and in out. start, stop: blocks of `weight`. The call's
+    words are those that both kinds of linear have.
     """
     item = format_of(weight_dtype)
     multiply_8, multiply_4, multiply_2, multiply_1 = (
