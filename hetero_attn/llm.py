@@ -15,7 +15,6 @@ from hetero_attn.engine.replan import Replanner
 from hetero_attn.errors import ArgumentError
 from hetero_attn.planning.arguments import checked_arguments
 from hetero_attn.planning.draft import settle_drafted
-from hetero_attn.planning.fitting import settle_or_suggest
 from hetero_attn.planning.options import PAGE_TOKENS, LoadOptions
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.serving.defaults import default_params
@@ -54,7 +53,7 @@ class LLM:
     cannot be opened, as soon as that is known, and stops loading its weights; else such a model warns and takes token
     ids. speculate: off | ngram | auto, a small model of the same vocabulary, or an EAGLE-3 head: who guesses next
     tokens, as many as pay here; those that the sampler draws are kept. "ngram" looks where the text came before, "auto"
-    does so where the model allows it; a small model or head shares threads and GPU budget.
+    does so where the model allows it; a small model or head shares threads and GPU budget. None: as the policy says.
 
     A request with `max_tokens` reserves the cache that it may need. One without takes pages as it grows; when they run
     out, the youngest of the lowest priority waits again and later goes on where it was.
@@ -90,7 +89,7 @@ class LLM:
         progress: bool = True,
         max_waiting: int | None = None,
         needs_text: bool = False,
-        speculate: str | Path = "off",
+        speculate: str | Path | None = None,
     ) -> None:
         wishes = {name: value for name, value in locals().items() if name != "self"}
         self._load(LoadOptions(**wishes))
@@ -99,10 +98,9 @@ class LLM:
         with memory_named(f"planning {options.model}"):
             if options.asks_for_this_machine:
                 refresh_profile()
-            drafted = settle_drafted(options) if options.has_draft_model else None
-            planned = drafted.planned if drafted else settle_or_suggest(options)
-        self._progress = options.progress
-        self._drafts_gpu_bytes = drafted.draft_gpu_bytes if drafted else 0
+            drafted = settle_drafted(options)
+        planned, self._progress = drafted.planned, options.progress
+        self._drafts_gpu_bytes = drafted.draft_gpu_bytes
         opening, self.engine = load_beside(planned, options)
         self._replanner = Replanner(self.engine, planned)
         self._rebalancer = Rebalancer(self.engine, self._replanner)

@@ -330,11 +330,16 @@ def test_a_layer_of_a_prompt_queues_few_launches() -> None:
 
 
 def test_speculation_checks_every_answer_and_prints_a_gain_for_each_kind() -> None:
-    few = ["--tokens", 12, "--repetitions", 1, "--threads", 1, "--acceptance", 1.0, "--json"]
+    few = ["--tokens", 12, "--repetitions", 1, "--threads", 1, "--dtype", "q8"]
+    few += ["--drafts", "ngram", "oracle:1", "--json"]
     run = run_script("speculation.py", *few)
 
     assert run.returncode == 0, run.stderr
-    rows = json.loads(run.stdout.splitlines()[-1])["rows"]
-    assert [row["drafts"] for row in rows] == 2 * ["plain", "n-gram", "acceptance 1"]
-    assert all(row["gain_wall"] > 0 for row in rows) and rows[0]["drafted"] == 0
-    assert rows[2]["right"] == rows[5]["right"] == 1.0
+    record = json.loads(run.stdout.splitlines()[-1])
+    rows = record["rows"]
+    assert [row["drafts"] for row in rows] == 2 * ["plain", "ngram", "oracle:1"]
+    assert all(row["gain"] > 0 and row["same_tokens"] for row in rows) and rows[0]["acceptance"] is None
+    assert rows[2]["acceptance"] == rows[5]["acceptance"] == 1.0
+    assert [each["rows"] for each in record["passes"]] == [1, 2, 3, 4, 5, 6, 7, 8, 16]
+    for row in rows:  # every token of an answer was made by some pass
+        assert sum(row["passes"].values()) <= 11 and set(row["passes"]) <= {str(count) for count in range(1, 17)}

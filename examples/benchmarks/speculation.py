@@ -1,93 +1,99 @@
-"""Decoding with drafts beside decoding without, in turns, on this machine.
+"""What drafts gain on a model: the ceiling first, then decoding with drafts beside decoding without, in turns.
 
-    python examples/benchmarks/speculation.py [MODEL] [--draft MODEL] [--tokens 96] [--acceptance 0 0.8] [--json]
+    python examples/benchmarks/speculation.py [MODEL] [--drafts ngram oracle:0 oracle:0.8] [--draft MODEL] [--json]
+        [--llama-python PYTHON --llama-model FILE.gguf]
 
-For each kind of text the n-gram drafter, and a drafter that knows the answer and drafts the right token with a given
-probability, so that the gain of an acceptance can be seen whatever the model. Every answer is checked against the plain
-one. Gains of wall time and of processor time are reported; on a shared machine these ratios alone mean something.
+Every answer is compared with the plain one. `oracle:SHARE` drafts the answer's own tokens, each right with a
+probability. With --llama-python, an interpreter that has llama_cpp, llama.cpp decodes the repetitive prompt beside
+ours: plain, with its prompt lookup, and with the same oracle; its gain is over its own plain decoding. Gains of wall
+time and of processor time are reported; on a shared machine these ratios alone mean something.
 """
 
 import argparse
 import json
-import random
 import statistics
-import time
+import subprocess
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from hetero_attn import LLM, SamplingParams
-from hetero_attn.speculation.speculator import NgramDrafter, Speculator
+from hetero_attn import LLM
+from hetero_attn.tools.drafts.passes import pass_times
+from hetero_attn.tools.drafts.report import TEXTS_DEPTH, DraftsReport, needed_tokens
+from hetero_attn.tools.drafts.runs import TEXTS, acceptance_of, measure, prompt_of
+from placement.machine.fingerprint import cpu_name
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
-TEXTS = {
-    "repeats": "The list of names:\n" + "".join(f"    name_{number % 3} = value_{number % 3}\n" for number in range(9)),
-    "prose": "When the module was first written nobody had thought of threads, and so",
-}
+LLAMA_COUNT = 7  # drafts a pass, as ours has at eight rows; its own default of 10 is slower here
 
 
-class Knowing:
-    """Drafts the plain answer's tokens, each right with a probability and else another one."""
+class Llama:
+    """llama.cpp in a process of its own, see lookup_peer.py."""
 
-    def __init__(self, answer: tuple[int, ...], acceptance: float) -> None:
-        self._answer, self._acceptance, self._draw = answer, acceptance, random.Random(0)
+    def __init__(self, python: str, model: str, threads: int) -> None:
+        script = Path(__file__).with_name("lookup_peer.py")
+        command = [python, str(script), model, "--threads", str(threads)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def draft(self, prompt_ids: object, generated_ids: list[int], count: int) -> list[int]:
-        """See hetero_attn.speculation.speculator.Drafter."""
-        right = self._answer[len(generated_ids) : len(generated_ids) + count]
-        return [token_id if self._draw.random() < self._acceptance else (token_id + 1) % 100 for token_id in right]
+    def ask(self, prompt: list[int], tokens: int, drafts: str | float | None) -> dict:
+        """Seconds and tokens of one answer."""
+        request = {"prompt": prompt, "tokens": tokens, "drafts": drafts, "count": LLAMA_COUNT}
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
-        """As `Drafter`; it holds nothing."""
+        """End the process."""
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
 
 
-def timed(llm: LLM, prompt: str | list[int], params: SamplingParams, speculator: Speculator | None) -> dict:
-    """One generation under a speculator: its output, seconds of decoding and of processors."""
-    llm._scheduler.speculator = speculator  # LLM(speculate=) loads a model anew
-    began = time.process_time()
-    output = llm.generate(prompt, params)[0]
-    return {"output": output, "wall_s": output.metrics.decode_s, "cpu_s": time.process_time() - began}
-
-
-def measure(llm: LLM, text: str, wishes: argparse.Namespace, draft_model: Speculator | None) -> list[dict]:
-    """Rows of the table for one text."""
-    params = SamplingParams(temperature=0.0, max_tokens=wishes.tokens, ignore_eos=True)
-    # Without a tokenizer bytes stand for tokens: speed needs no sense.
-    prompt = TEXTS[text] if llm.tokenizer is not None else list(TEXTS[text].encode())
-    answer = timed(llm, prompt, params, None)["output"].token_ids
-    kinds = {"n-gram": NgramDrafter}
-    kinds |= {f"acceptance {share:g}": lambda share=share: Knowing(answer, share) for share in wishes.acceptance}
-    made = {kind: Speculator(llm.report(), drafter) for kind, drafter in kinds.items()}
-    if draft_model is not None:
-        made["draft model"] = draft_model
-    runs: dict[str, list[dict]] = {kind: [] for kind in ("plain", *made)}
+def llama_rows(llama: Llama, text: str, prompt: list[int], wishes: argparse.Namespace) -> list[dict]:
+    """llama.cpp's gains over its own plain decoding; an answer with drafts may differ from the plain one there."""
+    kinds = {"plain": None, "ngram": "lookup"}
+    kinds |= {wish: acceptance_of(wish) for wish in wishes.drafts if acceptance_of(wish) is not None}
+    runs: dict[str, list[dict]] = {kind: [] for kind in kinds}
     for turn in range(wishes.repetitions + 1):
-        for kind in runs:
-            run = timed(llm, prompt, params, made.get(kind))
-            assert run["output"].token_ids == answer, f"{kind}: another answer"
-            if turn:  # the first turn records passes of every width
+        for kind, drafts in kinds.items():
+            run = llama.ask(prompt, wishes.tokens, drafts)
+            if turn:
                 runs[kind].append(run)
-    return [row(text, kind, runs[kind], runs["plain"]) for kind in runs]
+    return [llama_row(text, kind, runs[kind], runs["plain"]) for kind in kinds]
 
 
-def row(text: str, kind: str, runs: list[dict], plain: list[dict]) -> dict:
+def llama_row(text: str, kind: str, runs: list[dict], plain: list[dict]) -> dict:
     """One kind of drafts beside none, turn by turn."""
-    metrics = [run["output"].metrics for run in runs]
-    drafted, accepted = (sum(getattr(m, name) for m in metrics) for name in ("drafted_tokens", "accepted_tokens"))
     gains = {
-        unit: statistics.median(other[unit] / run[unit] for run, other in zip(runs, plain, strict=True))
-        for unit in ("wall_s", "cpu_s")
+        f"{name}gain": statistics.median(other[unit] / run[unit] for run, other in zip(runs, plain, strict=True))
+        for name, unit in (("", "seconds"), ("cpu_", "cpu_seconds"))
     }
-    return {
-        "text": text,
-        "drafts": kind,
-        "tokens_per_s": statistics.median(m.decode_tokens_per_s for m in metrics),
-        "gain_wall": gains["wall_s"],
-        "gain_cpu": gains["cpu_s"],
-        "right": accepted / drafted if drafted else None,
-        "drafted": drafted,
-    }
+    made = len(runs[0]["token_ids"]) - 1
+    same = all(run["token_ids"] == plain[0]["token_ids"] for run in runs)
+    rate = made / statistics.median(run["seconds"] for run in runs)
+    return {"text": text, "drafts": kind, "tokens_per_s": rate, **gains, "same_tokens": same}
+
+
+def measured(wishes: argparse.Namespace) -> tuple[DraftsReport, list[dict]]:
+    """Ours and llama.cpp's, text by text."""
+    # A prompt that is known already is computed in other chunks, and random weights have many near ties.
+    options = {"dtype": wishes.dtype, "device": wishes.device, "num_threads": wishes.threads, "prefix_cache": False}
+    context, ours, others = max(512, needed_tokens(wishes.tokens)), [], []
+    llama = None
+    with LLM(wishes.model, max_context=context, progress=False, speculate=wishes.draft or "off", **options) as llm:
+        times = pass_times(llm.planned, llm.engine, TEXTS_DEPTH, wishes.repetitions + 2)
+        drafts = [*wishes.drafts, *([wishes.draft] if wishes.draft else [])]
+        if wishes.llama_python:
+            llama = Llama(wishes.llama_python, wishes.llama_model, llm.plan.num_threads)
+        for text in TEXTS:
+            ours += measure(llm, text, drafts, times, wishes.tokens, wishes.repetitions)
+            if llama is not None and text == "repeats":  # the other answer is drawn, which every program does otherwise
+                prompt = prompt_of(llm, text)
+                ids = prompt if isinstance(prompt, list) else llm.tokenizer.encode(prompt)
+                others += llama_rows(llama, text, ids, wishes)
+        name = repr(llm)
+    if llama is not None:
+        llama.close()
+    return DraftsReport(name, times, tuple(ours)), others
 
 
 def main() -> None:
@@ -96,29 +102,30 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default=str(TINY))
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--acceptance", type=float, nargs="*", default=[0.0, 0.8])
+    parser.add_argument("--drafts", nargs="*", default=["ngram", "oracle:0", "oracle:0.8"])
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--draft", help="a small model of the same vocabulary, which drafts too")
+    parser.add_argument("--llama-python", help="an interpreter that has llama_cpp")
+    parser.add_argument("--llama-model", help="the GGUF file for it")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
     wishes = parser.parse_args()
-    # A prompt that is known already is computed in other chunks, and random weights have many near ties.
-    options = {"dtype": wishes.dtype, "device": wishes.device, "num_threads": wishes.threads, "prefix_cache": False}
-    with LLM(wishes.model, max_context=512, progress=False, speculate=wishes.draft or "off", **options) as llm:
-        draft_model = llm._scheduler.speculator
-        rows = [row for text in TEXTS for row in measure(llm, text, wishes, draft_model)]
-        llm._scheduler.speculator = draft_model  # closed with the model
-        name = repr(llm)
+    report, others = measured(wishes)
+    record = {"machine": {"cpu": cpu_name()}, "tokens": wishes.tokens, **report.to_dict(), "llama_cpp": others}
+    if wishes.out:
+        wishes.out.write_text(json.dumps(record) + "\n")
     if wishes.json:
-        print(json.dumps({"model": name, "rows": rows}))
+        print(json.dumps(record))
         return
-    table = Table(*("text", "drafts", "tokens/s", "gain", "gain of CPU time", "right", "drafted"), title=name, box=None)
-    for each in rows:
-        right = "" if each["right"] is None else f"{each['right']:.0%}"
-        figures = (f"{each['tokens_per_s']:.0f}", f"{each['gain_wall']:.2f}", f"{each['gain_cpu']:.2f}", right)
-        table.add_row(each["text"], each["drafts"], *figures, str(each["drafted"]))
-    Console(width=100).print(table)
+    print(report.table(100))
+    if others:
+        table = Table("text", "llama.cpp's drafts", "tokens/s", "gain", "of CPU time", "same tokens", box=None)
+        for row in others:
+            figures = (f"{row[name]:.2f}" for name in ("tokens_per_s", "gain", "cpu_gain"))
+            table.add_row(row["text"], row["drafts"], *figures, "yes" if row["same_tokens"] else "no")
+        Console(width=100).print(table)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,13 @@ def bench(
     depth: Annotated[list[str] | None, typer.Option("--depth", "-d", help="Tokens in the cache, as 0,1024.")] = None,
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="The median is reported.")] = 3,
     loading: options.Loading,
+    speculate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Measure drafts too: ngram, oracle:SHARE (right drafts, each with this probability), or a small model "
+            "of the same vocabulary; may be given several times."
+        ),
+    ] = None,
     trace: Annotated[Path | None, typer.Option("--trace", help="Write a timeline of the lanes (Chrome trace).")] = None,
     simulate: Annotated[
         str | None,
@@ -42,12 +49,19 @@ def bench(
 ) -> None:
     """Measure prefill and decode as llama-bench does, beside prediction and ceiling."""
     from hetero_attn.tools import bench as benchmark
+    from hetero_attn.tools.drafts.report import needed_tokens
+    from hetero_attn.tools.drafts.report import report as measure_drafts
     from hetero_attn.tools.trace import tokens_traced, trace_steps
 
     depths = parse_depths(depth or ["0"])
     needed = max(depths) + max(prompt_tokens, gen_tokens + 1)
     if trace is not None:
         needed = max(needed, tokens_traced(prompt_tokens))
+    drafter = drafting_model(speculate or [])
+    if speculate and gen_tokens < 2:
+        raise typer.BadParameter(f"--speculate measures decoding; give --gen-tokens of at least 2, not {gen_tokens}")
+    if speculate:
+        needed = max(needed, needed_tokens(gen_tokens))
     expect_writable(trace)
     if loading.context is not None and loading.context < needed:
         raise typer.BadParameter(
@@ -62,15 +76,18 @@ def bench(
             _simulate(wishes, prompt_tokens, gen_tokens, depths, trace, as_json)
         return
     with _naming_its_sizes(needed):
-        loaded = loading.llm(model)
+        loaded = loading.llm(model, **drafter)
     with loaded as llm:
         report = benchmark.run(
             llm, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens, depths=depths, repetitions=repetitions
         )
+        drafts = measure_drafts(llm, speculate, gen_tokens, repetitions) if speculate else None
         if as_json:
-            print_json(report.to_dict())
+            print_json(report.to_dict() | ({} if drafts is None else {"speculation": drafts.to_dict()}))
         else:
             typer.echo(report.table().rstrip())
+            if drafts is not None:
+                typer.echo(f"\n{drafts.table(table_width()).rstrip()}")
         if trace is not None:
             with writing(trace):
                 trace_steps(llm.engine, prompt_tokens).save(trace)
@@ -112,6 +129,20 @@ def _simulate(
     if trace is not None:
         with writing(trace):
             save_trace(timelines, trace)
+
+
+def drafting_model(wishes: list[str]) -> dict[str, str]:
+    """The argument of a load that brings the small model along; raises typer.BadParameter for two of them."""
+    from hetero_attn.planning.arguments import checked_arguments
+    from hetero_attn.tools.drafts.runs import acceptance_of
+    from placement.policy.fields import SPECULATIONS
+
+    models = [wish for wish in wishes if acceptance_of(wish) is None and wish not in SPECULATIONS]
+    for wish in models:
+        checked_arguments(speculate=wish)
+    if "off" in wishes or len(models) > 1:
+        raise typer.BadParameter("--speculate names what drafts: ngram, oracle:SHARE, and one small model at most")
+    return {"speculate": models[0]} if models else {}
 
 
 def parse_depths(texts: list[str]) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ def chat(
     sampling: options.Sampling,
     seed: options.Seed = 0,
     loading: options.Loading,
-    speculate: options.Speculate = "off",
+    speculate: options.Speculate = None,
 ) -> None:
     """Talk with a model; Ctrl-C ends an answer, /exit ends the program, /help lists what else there is."""
     wishes = sampling.wishes()

@@ -26,7 +26,7 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end token.")] = False,
     seed: options.Seed = 0,
     loading: options.Loading,
-    speculate: options.Speculate = "off",
+    speculate: options.Speculate = None,
     as_json: options.Json = False,
 ) -> None:
     """Continue a prompt, or answer it (--chat), printing the text as it is made; the speed goes to stderr."""

@@ -204,9 +204,11 @@ class Sampling:
 
 
 Speculate = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="off | ngram | auto: compute tokens ahead that came before in prompt or answer, as far as that pays; or a "
-        "small model of the same vocabulary, or an EAGLE-3 head, which guesses them. The answer stays the same."
+        "small model of the same vocabulary, or an EAGLE-3 head, which guesses them. The answer stays the same. "
+        "Default: as the policy says, else off.",
+        show_default=False,
     ),
 ]

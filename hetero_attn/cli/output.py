@@ -99,8 +99,8 @@ def speed_line(metrics: Metrics) -> str:
     )
 
 
-def metrics_dict(metrics: Metrics) -> dict[str, float]:
-    """The same numbers, and the seconds behind them, for JSON."""
+def metrics_dict(metrics: Metrics) -> dict[str, float | str]:
+    """The same numbers, the seconds behind them, and why there were drafts or none, for JSON."""
     names = (
         "prompt_tokens",
         "cached_prompt_tokens",
@@ -112,6 +112,7 @@ def metrics_dict(metrics: Metrics) -> dict[str, float]:
         "decode_tokens_per_s",
         "drafted_tokens",
         "accepted_tokens",
+        "drafts_reason",
     )
     return {name: getattr(metrics, name) for name in names}
 

@@ -35,8 +35,9 @@ def plan(
         int, typer.Option(min=2, help="GPU budgets that --plot plans for; each takes as long as a plan.")
     ] = 9,
     speculate: Annotated[
-        str, typer.Option(help="ngram, or a small model of the same vocabulary: what drafts would bring.")
-    ] = "off",
+        str | None,
+        typer.Option(help="ngram, or a small model of the same vocabulary: what drafts would bring."),
+    ] = None,
     yaml: Annotated[Path | None, typer.Option(help="Write the plan as a policy to this file; - is stdout.")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -54,8 +55,8 @@ def plan(
     wishes = loading.options(model, hardware=machine(hardware), speculate=speculate)
     if wishes.asks_for_this_machine:
         refresh_profile()
-    drafted = settle_drafted(wishes) if wishes.speculate != "off" else None
-    planned = settled_or_refused(wishes) if drafted is None else drafted.planned
+    drafted = settle_drafted(wishes, settled_or_refused(wishes))
+    planned = drafted.planned
     unfit = why_not_fitting(planned)
     if unfit:
         of_this_context = replace(wishes, max_context=planned.plan.max_context)
@@ -69,17 +70,22 @@ def plan(
         with working("looking for what would help"):
             explanation = explained(planned)
     if as_json:
-        drafts = {} if drafted is None else {"speculation": drafted.to_dict()}
+        drafts = {} if drafted.wish == "off" else {"speculation": drafted.to_dict()}
         print_json((explanation or planned.plan).to_dict() | drafts)
     elif str(yaml) != "-":
         width = table_width()
         opening = opening_lines(planned.plan, not unfit)  # type: ignore[arg-type]
         lines = [*opening, *kept_table(planned.path), "", *planned.plan.table(width).splitlines()]
-        drafts_lines = ["", *drafted.lines()] if drafted else []
-        for line in [*lines, *drafts_lines, *(explanation.lines() if explanation else ())]:
+        drafts_lines = drafted.lines()
+        for line in [
+            *lines,
+            *([""] if drafts_lines else []),
+            *drafts_lines,
+            *(explanation.lines() if explanation else ()),
+        ]:
             typer.echo(wrapped(line, width))
     if yaml is not None:
-        write_text(yaml, planned.plan.to_yaml())
+        write_text(yaml, drafted.to_yaml())
     if plot is not None:
         draw(planned, plot, plot_points)
     if unfit:

@@ -45,19 +45,30 @@ class PhaseTimes:
 class DraftCounts:
     """Speculative decoding: a request's passes with drafts, drafts computed, drafts that were right.
 
-    reason: what was decided last, and why; empty where nothing is drafted.
+    wrong: passes that ended at a wrong draft. by_count: passes by how many drafts each had. reason: what was decided
+    last, and why; empty where nobody asked for drafts.
     """
 
     passes: int = 0
     drafted: int = 0
     accepted: int = 0
+    wrong: int = 0
+    by_count: dict[int, int] = field(default_factory=dict)
     reason: str = ""
+
+    @property
+    def acceptance(self) -> float | None:
+        """How likely a draft was right, given that those before it were; None before any was judged."""
+        judged = self.accepted + self.wrong
+        return self.accepted / judged if judged else None
 
     def judge(self, drafted: int, accepted: int) -> None:
         """Count one request's share of a pass."""
         self.passes += 1
         self.drafted += drafted
         self.accepted += accepted
+        self.wrong += accepted < drafted
+        self.by_count[drafted] = self.by_count.get(drafted, 0) + 1
 
     def line(self) -> str:
         """For people, in one line."""

@@ -12,6 +12,7 @@ from hetero_attn.errors import ArgumentError, nearest
 from hetero_attn.lanes.handover_names import HANDOVERS
 from placement import HardwareProfile, Policy
 from placement.plan.units import parse_bytes
+from placement.policy.fields import SPECULATIONS, names_model
 
 # name -> (least, most): far above what a machine has, far below what would take its memory for tables alone.
 INTEGERS = {
@@ -25,7 +26,6 @@ INTEGERS = {
 }
 TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
 FLAGS = ("elastic", "prefix_cache", "overlap", "progress", "needs_text")
-SPECULATIONS = ("off", "ngram", "auto")
 MOST_BYTES = 1 << 60  # of GPU memory; what is far beyond any machine overflows a planner that divides
 
 
@@ -54,9 +54,11 @@ def _checked(name: str, value: Any) -> Any:
         _expect(isinstance(value, str), name, value, "a name")
         check_choice(name, value, HANDOVERS)
     elif name == "speculate":
+        if value is None:
+            return None
         _expect(isinstance(value, str | Path), name, value, "a name, or a model's directory, file or hub id")
         value = str(value)
-        if not Path(value).exists() and "/" not in value:
+        if not names_model(value):
             check_choice(name, value, (*SPECULATIONS, "the directory, file or hub id of a model"))
     elif name == "model":
         _expect(isinstance(value, str | Path), name, value, "a directory or a hub id")

@@ -7,19 +7,20 @@ from hetero_attn.checkpoints.sources import read_config
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.spec.config import ModelConfig
+from placement.policy.fields import SPECULATIONS
 
 
-def taps_for_head(options: LoadOptions, config: ModelConfig) -> tuple[int, ...]:
-    """Before which layers of a model the residual stream is kept, because `options.speculate` is a head that reads it;
-    none for any other drafter. Raises UnsupportedModelError for a head of another model."""
-    if not options.has_draft_model:
+def taps_for_head(wish: str, options: LoadOptions, config: ModelConfig) -> tuple[int, ...]:
+    """Before which layers of a model the residual stream is kept, because `wish` is a head that reads it; none for any
+    other drafter. Raises UnsupportedModelError for a head of another model."""
+    if wish in SPECULATIONS:
         return ()
-    head = read_config(resolve_model(options.speculate, None))
+    head = read_config(resolve_model(wish, None))
     if head.eagle is None:
         return ()
     if reasons := list(_misfits(head, config)):
         raise UnsupportedModelError(
-            f"speculate names {options.speculate}, a head that cannot draft for {options.model}: {'; '.join(reasons)}. "
+            f"speculate names {wish}, a head that cannot draft for {options.model}: {'; '.join(reasons)}. "
             "Give a head that was trained for this very model"
         )
     return head.eagle.tapped(config.num_layers)

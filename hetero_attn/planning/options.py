@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from hetero_attn.planning.arguments import SPECULATIONS, checked_arguments
+from hetero_attn.planning.arguments import checked_arguments
 from placement import HardwareProfile, Policy
 
 PAGE_TOKENS = 64
@@ -40,7 +40,7 @@ class LoadOptions:
     progress: bool = True
     max_waiting: int | None = None
     needs_text: bool = False
-    speculate: str | Path = "off"
+    speculate: str | Path | None = None
 
     def __post_init__(self) -> None:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -51,8 +51,3 @@ class LoadOptions:
     def asks_for_this_machine(self) -> bool:
         """Whether the kept profile of this machine decides: no other machine was named, and no emulated one."""
         return self.hardware is None and self.device != "emulated"
-
-    @property
-    def has_draft_model(self) -> bool:
-        """Whether a model drafts, rather than one of the ways that need none, or nobody."""
-        return self.speculate not in SPECULATIONS

@@ -123,8 +123,8 @@ def settle(options: LoadOptions, drafts: bool = False) -> PlannedModel:
     config = read_config(path)
     if not drafts:
         refuse_head(options, config)
-    taps = taps_for_head(options, config)
     policy = _wishes(options)
+    taps = taps_for_head(policy.speculate, options, config)
     formats = formats_by_rules(choose_formats(options.dtype, config, path), policy, config)
     device = choose_device(options.device, options.hardware)
     kind = device.partition(":")[0]
@@ -161,6 +161,7 @@ def _wishes(options: LoadOptions) -> Policy:
         "kv_dtype": None if options.kv_dtype == "auto" else options.kv_dtype,
         "threads": options.num_threads,
         "elastic": options.elastic or None,
+        "speculate": options.speculate,
     }
     return policy.model_copy(update={key: value for key, value in said.items() if value is not None})
 

@@ -19,7 +19,7 @@ SAMPLED_TOKENS = 2000
 
 
 def load_speculator(
-    engine: Engine, options: LoadOptions, drafted: Drafted | None, opening: Future[Tokenizer | None]
+    engine: Engine, options: LoadOptions, drafted: Drafted, opening: Future[Tokenizer | None]
 ) -> Speculator | None:
     """Who drafts for a model that is loaded, None for nobody; what fails closes its engine.
 
@@ -27,8 +27,8 @@ def load_speculator(
     model of another vocabulary.
     """
     try:
-        model = None if drafted is None else _load_draft_model(drafted, engine, options, opening)
-        return make_speculator(str(options.speculate), bool(engine.kv_cache.states), engine.report, model)
+        model = None if drafted.draft is None else _load_draft_model(drafted, engine, options, opening)
+        return make_speculator(drafted.wish, bool(engine.kv_cache.states), engine.report, model)
     except BaseException:
         engine.close()
         raise

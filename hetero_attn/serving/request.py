@@ -25,6 +25,7 @@ class Metrics:
     time_to_first_token_s: all of it, as the caller waited; 0 before there is a token.
     cached_prompt_tokens: how many of the prompt's tokens were not computed, because an earlier prompt began alike.
     drafted_tokens, accepted_tokens: computed ahead by speculative decoding, and those of them that are of the answer.
+    drafts_reason: why the last pass had as many drafts as it had; empty where nobody drafts.
     forced_tokens: those of the answer that a grammar left no choice for and that shared a pass with the one before.
     """
 
@@ -37,6 +38,7 @@ class Metrics:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     forced_tokens: int = 0
+    drafts_reason: str = ""
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -234,9 +236,10 @@ class Request:
         """What the request has cost so far."""
         decode_s = self.last_token_at - self.first_token_at
         first_s = self.first_token_at - self.asked_at if self.first_token_at else 0.0
-        drafts = (0, 0) if self.speculation is None else (self.speculation.drafted, self.speculation.accepted)
-        counts = len(self.prompt_token_ids), self.progress.tokens
-        return Metrics(*counts, self.prefill_s, decode_s, self.reused, first_s, *drafts, self.forced.right)
+        counts, spec = (len(self.prompt_token_ids), self.progress.tokens), self.speculation
+        drafts = (0, 0) if spec is None else (spec.drafted, spec.accepted)
+        reason = "" if spec is None else spec.reason
+        return Metrics(*counts, self.prefill_s, decode_s, self.reused, first_s, *drafts, self.forced.right, reason)
 
     def output(self) -> RequestOutput:
         """The generation as far as it has come; raises `error` if that is what ended it."""

@@ -5,59 +5,32 @@ goes on while it draws what was drafted. All that is decided here is what is wor
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hetero_attn.errors import UnsupportedModelError
-from hetero_attn.planning.draft import MODEL_ACCEPTANCE
-from hetero_attn.speculation.suffix_automaton import SuffixAutomaton
-from hetero_attn.speculation.width import HOPED, SLOPE, PassCosts, Width
+from hetero_attn.planning.draft import MODEL_ACCEPTANCE, STATES_REMEMBER
+from hetero_attn.speculation.drafter import Asked, Drafter, DraftingModel, Kind, NgramDrafter, Sorting
+from hetero_attn.speculation.width import HOPED, SLOPE, PassCosts, Share, Width
 
 if TYPE_CHECKING:
     import torch
 
-
-class Closing(Protocol):
-    """What is held for one request in order to guess what comes next."""
-
-    def close(self) -> None:
-        """Let go of it; a later draft begins anew."""
-        ...
-
-
-class Drafter(Closing, Protocol):
-    """Guesses what comes next of one request."""
-
-    def draft(self, prompt_ids: Sequence[int], generated_ids: Sequence[int], count: int) -> list[int]:
-        """At most `count` tokens that may come behind both; called with texts that only ever grow."""
-        ...
-
-
-class NgramDrafter:
-    """Guesses that what came before comes again."""
-
-    def __init__(self) -> None:
-        self._index = SuffixAutomaton()
-
-    def draft(self, prompt_ids: Sequence[int], generated_ids: Sequence[int], count: int) -> list[int]:
-        """As `Drafter`."""
-        known, prompt = len(self._index.tokens), len(prompt_ids)
-        for token_id in (*prompt_ids[known:], *generated_ids[max(0, known - prompt) :]):
-            self._index.append(token_id)
-        return self._index.draft(count)
-
-    def close(self) -> None:
-        """As `Drafter`; the index is the request's own."""
+NO_MATCH = "no drafts: the end of the text did not occur before"
 
 
 @dataclass(slots=True)
 class Speculation:
-    """What one request's drafts are made from, and what became of them."""
+    """What one request's drafts are made from, and what became of them. kind: of the next pass's drafts; sorting: the
+    drafter, where it has several kinds; widths: of each kind; reason: why the next pass has as many as it has."""
 
-    drafter: Any  # a Drafter, or what `DraftingModel.drafter` made
-    width: Width
+    drafter: Any
+    kind: Kind
+    sorting: Sorting | None = None
+    widths: dict[Kind, Width] = field(default_factory=dict)
     drafted: int = 0
     accepted: int = 0
+    reason: str = ""
 
 
 class Speculating(Protocol):
@@ -67,42 +40,6 @@ class Speculating(Protocol):
     token_ids: list[int]
     max_tokens: int
     speculation: Speculation | None
-
-
-class Asked(NamedTuple):
-    """What is wanted of a model that drafts: at most `most` tokens behind a request's prompt and answer.
-
-    drafter: what the model made for the request.
-    """
-
-    drafter: Any
-    prompt_ids: Sequence[int]
-    generated_ids: Sequence[int]
-    most: int
-
-
-class DraftingModel(Protocol):
-    """A model that drafts. step_share: what one of its steps is expected to take, over one of the model it drafts for.
-    reads: whether what it holds of a request has a `follow`, and is to be shown what that model computes."""
-
-    step_share: float
-    reads: bool
-
-    def drafter(self) -> Closing:
-        """What it holds of one request."""
-        ...
-
-    def reusable(self, token_ids: Sequence[int], stored: int) -> int:
-        """As `Speculator.reusable`, of one that reads."""
-        ...
-
-    def draft(self, asked: Sequence[Asked]) -> list[list[int]]:
-        """What may come behind each text; called with texts that only ever grow, all of a pass together."""
-        ...
-
-    def close(self) -> None:
-        """Release its memory; idempotent."""
-        ...
 
 
 class DraftReport(Protocol):
@@ -119,18 +56,27 @@ class DraftReport(Protocol):
 
 class Speculator:
     """Decides on the drafts of every pass. report: where it says what it does. model: the one that drafts, in place of
-    `make_drafter`; it is closed with the speculator."""
+    `make_drafter`; it is closed with the speculator.
+
+    What requests teach of a kind of drafts is what the next request begins with.
+    """
 
     def __init__(
         self,
         report: DraftReport,
-        make_drafter: Callable[[], Closing] = NgramDrafter,
+        make_drafter: Callable[[], Drafter] = NgramDrafter,
         model: DraftingModel | None = None,
     ) -> None:
-        self.costs = PassCosts(SLOPE + (0.0 if model is None else model.step_share))
-        self._hoped = HOPED if model is None else MODEL_ACCEPTANCE
         self._report, self._model = report, model
+        self.costs = PassCosts(SLOPE + self.step_share)
+        self._kind = Kind("drafts", HOPED if model is None else MODEL_ACCEPTANCE)
+        self._shares: dict[Kind, Share] = {}
         self._make_drafter = make_drafter if model is None else model.drafter
+
+    @property
+    def step_share(self) -> float:
+        """What a step of the model that drafts is expected to take, over one of the large model; 0 without."""
+        return 0.0 if self._model is None else self._model.step_share
 
     def forget(self, request: Speculating) -> None:
         """Let go of what is held for a request that has ended or waits again."""
@@ -149,22 +95,20 @@ class Speculator:
 
         known: what a pass brings along already, request by request; who has such gets nothing else.
         """
-        known = known or [[]] * len(requests)
-        rows, drafts, asked = len(requests) + sum(map(len, known)), [], {}
-        for index, (request, given) in enumerate(zip(requests, known, strict=True)):
-            drafts.append(given)
-            if given:
+        drafts = [list(given) for given in known or [[]] * len(requests)]
+        rows, asked = len(requests) + sum(map(len, drafts)), {}
+        for place, request in enumerate(requests):
+            if drafts[place]:
                 continue
-            room = min(most_rows - rows, request.max_tokens - len(request.token_ids) - 1)
-            count = min(self._width(request, rows) - 1, room)
-            if count > 0 and self._model is not None:
-                asked[index] = self._asked(request, count)
-            elif count > 0:
-                drafts[-1] = request.speculation.drafter.draft(request.prompt_token_ids, request.token_ids, count)
-            rows += count if index in asked else len(drafts[-1])
+            count = self._count(request, rows, most_rows - rows)
+            rows += count
+            if count:
+                assert request.speculation is not None
+                drafter = request.speculation.drafter
+                asked[place] = Asked(drafter, request.prompt_token_ids, request.token_ids, count)
         if asked:
-            for index, drafted in zip(asked, self._model.draft(tuple(asked.values())), strict=True):
-                drafts[index] = drafted
+            for place, drafted in zip(asked, self._drafted(list(asked.values())), strict=True):
+                drafts[place] = drafted
         return drafts
 
     @property
@@ -186,30 +130,59 @@ class Speculator:
         """Learn how many of a request's drafts were right, from the first on."""
         speculation = request.speculation
         assert speculation is not None and 0 <= accepted <= drafted
-        speculation.width.judge(drafted, accepted)
+        kind = speculation.kind
+        speculation.widths[kind].judge(drafted, accepted)
+        self._shares[kind].judge(drafted, accepted)
         speculation.drafted += drafted
         speculation.accepted += accepted
         self._report.judged(drafted, accepted)
 
-    def _width(self, request: Speculating, rows: int) -> int:
-        """Rows of a request in the next pass, which has `rows` rows without its drafts."""
-        state = self._speculation(request).width
-        width = state.choose(self.costs, rows)
-        self._report.decided(self._reason(state, width, rows))
-        return width
+    def _drafted(self, asked: Sequence[Asked]) -> list[list[int]]:
+        if self._model is not None:
+            return self._model.draft(asked)
+        return [each.drafter.draft(*each[1:]) for each in asked]
+
+    def _count(self, request: Speculating, rows: int, room: int) -> int:
+        """How many drafts a request gets in a pass that has `rows` rows so far and room for so many more."""
+        speculation, left = self._speculation(request), request.max_tokens - len(request.token_ids) - 1
+        width, reason = 1, ""
+        if min(room, left) < 1:
+            reason = "no drafts: " + ("the next token is the last" if left < 1 else f"a pass of {rows} rows is full")
+        elif (kind := self._kind_of(request, speculation)) is None:
+            reason = NO_MATCH
+        else:
+            speculation.kind = kind
+            state = self._width_of(speculation, kind)
+            width = state.choose(self.costs, rows, 1 + min(room, left))
+            reason = self._reason(kind, state, width, rows)
+        speculation.reason = reason
+        self._report.decided(reason)
+        return width - 1
 
     def _speculation(self, request: Speculating) -> Speculation:
         if request.speculation is None:
-            request.speculation = Speculation(self._make_drafter(), Width(self._hoped))
+            drafter = self._make_drafter()
+            request.speculation = Speculation(drafter, self._kind, drafter if isinstance(drafter, Sorting) else None)
         return request.speculation
 
-    def _asked(self, request: Speculating, count: int) -> Asked:
-        return Asked(request.speculation.drafter, request.prompt_token_ids, request.token_ids, count)
+    def _kind_of(self, request: Speculating, speculation: Speculation) -> Kind | None:
+        if speculation.sorting is None:
+            return self._kind
+        return speculation.sorting.kind(request.prompt_token_ids, request.token_ids)
 
-    def _reason(self, state: Width, width: int, rows: int) -> str:
-        ratio = self.costs.seconds(rows + max(width, 2) - 1) / self.costs.seconds(rows)
-        what = "no drafts" if width == 1 else f"up to {width - 1} drafts"
-        return f"{what}: {state.acceptance:.0%} are right, {max(width, 2) - 1} make a pass {ratio:.2f} times as long"
+    def _width_of(self, speculation: Speculation, kind: Kind) -> Width:
+        """How wide the request's passes with such drafts are; it begins as others of the kind have fared."""
+        if kind not in speculation.widths:
+            share = self._shares.setdefault(kind, Share.hoped(kind.hoped))
+            speculation.widths[kind] = Width(share.value)
+        return speculation.widths[kind]
+
+    def _reason(self, kind: Kind, state: Width, width: int, rows: int) -> str:
+        wide = rows - 1 + max(width, 2)
+        ratio = self.costs.seconds(wide) / self.costs.seconds(rows)
+        what = "no drafts" if width == 1 else f"{width - 1} draft{'s' if width > 2 else ''}"
+        later = f"; tried again in {state.pause} passes" if state.pause else ""
+        return f"{what}: {state.acceptance:.0%} of {kind.name} are right, {wide} rows take {ratio:.2f} x {rows}{later}"
 
 
 def make_speculator(
@@ -221,10 +194,10 @@ def make_speculator(
     model: the one that drafts, where `wish` names one. Raises UnsupportedModelError where drafts were asked for by
     name.
     """
+    if wish == "auto" and has_fixed_states:
+        report.decided(f"no drafts: {STATES_REMEMBER}")
     if wish == "off" or (wish == "auto" and has_fixed_states):
         return None
     if has_fixed_states:
-        raise UnsupportedModelError(
-            f"speculate is {wish!r}, but this model has layers whose state cannot forget a wrong draft; leave it off"
-        )
+        raise UnsupportedModelError(f"speculate is {wish!r}, but {STATES_REMEMBER}; leave it off")
     return Speculator(report, model=model)

@@ -41,14 +41,14 @@ class SuffixAutomaton:
     def draft(self, count: int, least_match: int = 2) -> list[int]:
         """At most `count` tokens that came after the last occurrence of the longest suffix that occurred before.
 
-        One more than that suffix is long at most; none for one shorter than `least_match`. An occurrence that reaches
-        into the suffix itself is a period, which goes on.
+        None for a suffix shorter than `least_match`. An occurrence that reaches into the suffix itself is a period,
+        which goes on; so does what ends before `count` of them.
         """
         length, end = self.match()
         if length < least_match:
             return []
         known, drafted = len(self.tokens), []
-        for place in range(end + 1, end + 1 + min(count, length + 1)):
+        for place in range(end + 1, end + 1 + count):
             drafted.append(self.tokens[place] if place < known else drafted[place - known])
         return drafted
 

@@ -2,8 +2,10 @@
 
 A pass of w rows of one request emits E(w) = 1 + a + ... + a^(w-1) tokens where the next draft is right with probability
 a, and takes T(w). The width with the best rate is taken if it beats one row clearly. A drafter that is always wrong
-thus costs the few passes that it takes to notice, and as many again after each pause, which doubles.
+thus costs the few passes that it takes to notice, and one or two after each pause, which doubles.
 """
+
+from dataclasses import dataclass
 
 from hetero_attn.planning.draft import WIDTHS
 from placement.cost.drafts import expected_tokens
@@ -28,6 +30,11 @@ class PassCosts:
         self._seconds: dict[int, float] = {}
         self._met: set[int] = set()
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether nothing was measured yet."""
+        return not self._seconds
+
     def observe(self, rows: int, seconds: float) -> None:
         """Count a pass; the first one of its rows, which may have been recorded or compiled, is left out."""
         if rows not in self._met:
@@ -51,34 +58,72 @@ class PassCosts:
         return 1 + self._slope * (rows - 1)
 
 
+@dataclass(slots=True)
+class Share:
+    """How likely the next draft is right, given that those before it were. right, wrong: drafts, which fade pass by
+    pass; of a pass, those up to the first wrong one."""
+
+    right: float
+    wrong: float
+
+    @classmethod
+    def hoped(cls, share: float) -> "Share":
+        """Before any was tried."""
+        return cls(TRIED * share, TRIED * (1 - share))
+
+    @property
+    def value(self) -> float:
+        """The share itself."""
+        return self.right / (self.right + self.wrong)
+
+    def judge(self, drafted: int, accepted: int) -> None:
+        """Count a pass: how many of its drafts were right, from the first on."""
+        self.right = KEPT * self.right + accepted
+        self.wrong = KEPT * self.wrong + (accepted < drafted)
+
+
 class Width:
     """The width of one request's passes, from pass to pass. hoped: the share of right drafts, before any was tried."""
 
     def __init__(self, hoped: float = HOPED) -> None:
-        self._hoped = hoped
-        self._right, self._wrong = TRIED * hoped, TRIED * (1 - hoped)
-        self._width, self._looked_better = FIRST_WIDTH, 0
-        self._pause, self._next_pause = 0, FIRST_PAUSE
+        self._hoped, self._share = hoped, Share.hoped(hoped)
+        self._width, self._looked_better = 0, 0
+        self._next_pause = FIRST_PAUSE
+        self.pause = 0  # passes without drafts that are still to come
 
     @property
     def acceptance(self) -> float:
         """How likely the next draft is right, given that those before it were."""
-        return self._right / (self._right + self._wrong)
+        return self._share.value
 
-    def choose(self, costs: PassCosts, rows: int) -> int:
-        """Rows for this request in the next pass, 1 for no drafts; the pass has `rows` rows without any."""
-        if self._pause > 0:
-            self._pause -= 1
-            if self._pause > 0:
+    def choose(self, costs: PassCosts, rows: int, most: int = WIDTHS[-1]) -> int:
+        """Rows for this request in the next pass, at most `most` >= 2 of them, 1 for no drafts; the pass has `rows`
+        rows without any."""
+        if costs.is_blank:  # what rows cost shows only beside what one costs
+            return 1
+        if self.pause > 0:
+            self.pause -= 1
+            if self.pause > 0:
                 return 1
-            self._begin()
+            self._share, self._width, self._looked_better = Share.hoped(self._hoped), FIRST_WIDTH, 0
             return FIRST_WIDTH  # whatever was measured: a time that was wrong is never seen again otherwise
         rates = {width: self._rate(costs, rows, width) for width in (1, *WIDTHS)}
         best = max(WIDTHS, key=rates.__getitem__)
         if rates[best] < WORTH * rates[1]:
-            self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, LONGEST_PAUSE)
+            self.pause, self._next_pause = self._next_pause, min(2 * self._next_pause, LONGEST_PAUSE)
             return 1
-        if best < self._width:
+        self._go_on(rates, best)
+        return max(width for width in WIDTHS if width <= min(self._width, most))
+
+    def judge(self, drafted: int, accepted: int) -> None:
+        """Count a pass: how many of its drafts were right, from the first on."""
+        self._share.judge(drafted, accepted)
+        if self._share.right > 4 * self._share.wrong:
+            self._next_pause = FIRST_PAUSE
+
+    def _go_on(self, rates: dict[int, float], best: int) -> None:
+        """Take the best width at first, and from then on a smaller one at once, a larger one after a while."""
+        if not self._width or best < self._width:
             self._width, self._looked_better = best, 0
         elif rates[best] > BETTER * rates[self._width]:
             self._looked_better += 1
@@ -86,18 +131,6 @@ class Width:
                 self._width, self._looked_better = best, 0
         else:
             self._looked_better = 0
-        return self._width
-
-    def judge(self, drafted: int, accepted: int) -> None:
-        """Count a pass: how many of its drafts were right, from the first on."""
-        self._right = KEPT * self._right + accepted
-        self._wrong = KEPT * self._wrong + (accepted < drafted)
-        if self._right > 4 * self._wrong:
-            self._next_pause = FIRST_PAUSE
-
-    def _begin(self) -> None:
-        self._right, self._wrong = TRIED * self._hoped, TRIED * (1 - self._hoped)
-        self._width, self._looked_better = FIRST_WIDTH, 0
 
     def _rate(self, costs: PassCosts, rows: int, width: int) -> float:
         """Tokens a second of the whole pass, every other row of which emits one."""

@@ -75,9 +75,9 @@ def expected_tokens(acceptance: float, width: int) -> float:
     return sum(acceptance**exponent for exponent in range(width))
 
 
-def pass_s(plan: Plan, hardware: HardwareProfile, rows: int) -> float:
-    """Predicted seconds of a pass of so many rows of one sequence, at half of the longest context."""
-    context = max(1, min(plan.max_context // 2, plan.workload.full_tokens // rows))
+def pass_s(plan: Plan, hardware: HardwareProfile, rows: int, context: int | None = None) -> float:
+    """Predicted seconds of a pass of so many rows of one sequence, at half of the longest context if none is given."""
+    context = max(1, min(context or plan.max_context // 2, plan.workload.full_tokens // rows))
     on_gpu = plan.device != "cpu"
     arguments = (plan.workload, plan.linears, plan.kv, hardware)
     return predict(*arguments, phase="decode", rows=rows, context=context, on_gpu=on_gpu).seconds

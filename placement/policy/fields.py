@@ -1,6 +1,7 @@
 """Types of single policy values: how each is read from YAML, written back, and described to editors."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
@@ -8,6 +9,8 @@ from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 from cpu_kernels.formats.weights import WEIGHT_DTYPES
 from placement.plan.units import parse_bytes
 from placement.plan.workload import KV_DTYPES
+
+SPECULATIONS = ("off", "ngram", "auto")  # who drafts tokens, where no model does
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,22 @@ def _parse_staging_slots(value: Any) -> int | None:
     raise ValueError("must be 0 (nothing may stream), a whole number >= 2, or auto")
 
 
+def names_model(value: str) -> bool:
+    """Whether text looks like a model's directory, file or hub id, rather than like one of a few words."""
+    try:
+        return "/" in value or Path(value).exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _parse_speculate(value: Any) -> str:
+    if value is None:
+        return "off"
+    if isinstance(value, str | Path) and (str(value) in SPECULATIONS or names_model(str(value))):
+        return str(value)
+    raise ValueError(f"must be one of {', '.join(SPECULATIONS)}, or the directory, file or hub id of a model")
+
+
 def _auto_or(*schemas: dict[str, Any]) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": [*schemas, {"const": "auto"}]})
 
@@ -115,4 +134,9 @@ StagingSlotsField = Annotated[
 ]
 KvDtypeField = Annotated[str | None, BeforeValidator(_parse_kv_dtype), _auto_or({"enum": list(KV_DTYPES)})]
 DtypeField = Annotated[str | None, BeforeValidator(_parse_dtype), _auto_or({"enum": list(WEIGHT_DTYPES)})]
+SpeculateField = Annotated[
+    str,
+    BeforeValidator(_parse_speculate),
+    WithJsonSchema({"anyOf": [{"enum": list(SPECULATIONS)}, {"type": "string"}]}),
+]
 PositiveField = Annotated[int | None, BeforeValidator(_parse_positive), _auto_or({"type": "integer", "minimum": 1})]

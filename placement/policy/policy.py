@@ -14,7 +14,7 @@ from pydantic import Field, PrivateAttr, ValidationError
 from placement.plan.units import format_bytes
 from placement.policy.document import MAX_BYTES, Document, Mark, YamlProblem, read_document
 from placement.policy.document import Path as YamlPath
-from placement.policy.fields import KvDtypeField, PositiveField, SizeField, StagingSlotsField
+from placement.policy.fields import KvDtypeField, PositiveField, SizeField, SpeculateField, StagingSlotsField
 from placement.policy.problems import PolicyError, explained, nearest, position, shown
 from placement.policy.rules import KvRule, Rule, Strict, TierRule
 
@@ -57,6 +57,11 @@ class Policy(Strict):
     )
     rebalance: bool = Field(
         False, description="Let measured times move the boundary between streamed and CPU-computed columns."
+    )
+    speculate: SpeculateField = Field(
+        "off",
+        description="Who drafts tokens: ngram (what came before), auto (ngram where the model allows it), or a small "
+        "model of the same vocabulary.",
     )
     shape: Literal["auto", "column", "paired"] = Field(
         "auto", description="How o and down are cut: column, or paired beside qkv and gate_up; auto: the faster."
@@ -140,7 +145,7 @@ class Policy(Strict):
         """The policy as YAML that parses to an equal one; `auto` values are left out."""
         values = self.model_dump(exclude_none=True)
         rules = values.pop("rules")
-        lines = [f"{key}: {value}" for key, value in values.items()]
+        lines = [f"{key}: {_flow(value)}" for key, value in values.items()]
         if rules:
             lines.append("rules:")
         for rule in rules:

@@ -70,7 +70,7 @@ def test_generate_passes_every_option_on(fake: type[FakeLLM]) -> None:
     assert (result.exit_code, llm.model, prompt) == (0, "some/model", "Tell")
     assert llm.options == {
         "needs_text": True,
-        "speculate": "off",
+        "speculate": None,
         "policy": "cpu_only",
         "gpu_memory": "2GiB",
         "dtype": "q4",

@@ -56,6 +56,18 @@ def test_bench_has_a_row_for_each_phase_and_depth() -> None:
     assert names == ["pp16", "tg4", "pp16 @ d32", "tg4 @ d32"]
 
 
+def test_bench_measures_drafts_beside_plain_decoding() -> None:
+    few = ("bench", TINY, "--device", "cpu", "-p", "0", "-n", "8", "-r", "1")
+    result = run(*few, "--speculate", "oracle:1", "--speculate", "ngram")
+
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.index("ceiling of the gain") < result.stdout.index("oracle:1")
+    for wrong in (["oracle:2"], ["oracle:x"], ["off"], ["banana"], ["a/b", "c/d"]):
+        wishes = [word for wish in wrong for word in ("--speculate", wish)]
+        assert run(*few, *wishes).exit_code == 2
+    assert run(*few, "-n", "1", "--speculate", "ngram").exit_code == 2
+
+
 @pytest.mark.parametrize("device", [["cpu"], ["emulated", "--gpu-memory", "8960KiB"]])
 def test_bench_writes_a_trace_whatever_the_sizes(tmp_path: Path, device: list[str]) -> None:
     """The trace needs a few tokens more than the rows: with the context of the rows it failed after measuring."""

@@ -69,7 +69,7 @@ def plain(paths):
 def any_width(monkeypatch):
     """Widths that follow no rule."""
     draw = random.Random(1)
-    monkeypatch.setattr(Width, "choose", lambda self, costs, rows: draw.choice([1, 2, 3, 5, 8]))
+    monkeypatch.setattr(Width, "choose", lambda self, costs, rows, most: min(most, draw.choice([1, 2, 3, 5, 8])))
 
 
 def draft_engine(llm):
@@ -106,7 +106,7 @@ def test_no_schedule_with_a_draft_model_changes_an_answer(paths, plain, drafter,
     """Arrivals at any step, growth and put-backs in a cache that is too small for all."""
     draw = random.Random(seed)
     with pytest.MonkeyPatch.context() as monkeypatch, load(paths, drafter, kv_tokens=CONTEXT) as llm:
-        monkeypatch.setattr(Width, "choose", lambda self, costs, rows: draw.choice([1, 2, 5, 8]))
+        monkeypatch.setattr(Width, "choose", lambda self, costs, rows, most: min(most, draw.choice([1, 2, 5, 8])))
         requests = scheduled(
             llm, [(PROMPTS[which], steps, params("greedy", max_tokens=most)) for which, steps, most in arrivals]
         )

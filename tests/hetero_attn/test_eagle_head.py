@@ -41,7 +41,7 @@ def large(tmp_path_factory):
 
 @pytest.fixture
 def no_drafts(monkeypatch):
-    monkeypatch.setattr(Width, "choose", lambda self, costs, rows: 1)
+    monkeypatch.setattr(Width, "choose", lambda self, costs, rows, most: 1)
 
 
 def load(large, head, shape="cpu", **options):

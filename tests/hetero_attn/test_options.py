@@ -6,6 +6,7 @@ from dataclasses import fields
 import pytest
 
 from hetero_attn import LLM, Policy, plan_model
+from hetero_attn.planning.draft import settle_drafted
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.planning.settle import settle
 from placement.solve.make_plan import plan_requested
@@ -57,6 +58,31 @@ def test_an_option_is_a_key_of_the_policy_and_goes_before_it(tmp_path, option, k
     said, written = planned(Policy(**{key: other}), **{option: value}), planned(Policy(**{key: value}))
 
     assert said == written != planned(Policy(**{key: other}))
+
+
+@pytest.mark.parametrize(
+    ("option", "key", "wish"), [(None, "ngram", "ngram"), ("off", "ngram", "off"), ("auto", "off", "auto")]
+)
+def test_who_drafts_is_settled_with_the_plan(tmp_path, option, key, wish):
+    path = make_checkpoint(tmp_path, "llama")
+    wishes = LoadOptions(model=path, device="cpu", max_context=64, policy=Policy(speculate=key), speculate=option)
+    drafted = settle_drafted(wishes)
+
+    assert drafted.wish == wish and bool(drafted.why_off) == (wish == "off") == (drafted.rates is None)
+    with LLM(path, device="cpu", max_context=64, policy=Policy(speculate=key), speculate=option, progress=False) as llm:
+        assert (llm._scheduler.speculator is None) == (wish == "off")
+
+
+def test_a_plan_is_written_with_who_drafts(tmp_path):
+    """A model's path needs quotes; both models' budget is one."""
+    path, small = (make_checkpoint(tmp_path / name, "llama") for name in ("large", "a: small#1"))
+    wishes = LoadOptions(model=path, device="emulated", gpu_memory="2MiB", max_context=64, speculate=small)
+    drafted = settle_drafted(wishes)
+    policy = Policy.parse(drafted.to_yaml())
+
+    assert policy.speculate == str(small) and policy.gpu_memory == 2 << 20
+    again = settle_drafted(LoadOptions(model=path, device="emulated", policy=policy))
+    assert again.wish == drafted.wish and again.draft is not None and again.draft_gpu_bytes > 0
 
 
 def test_a_request_to_the_planner_leaves_nothing_open(tmp_path):

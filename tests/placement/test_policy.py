@@ -254,6 +254,16 @@ def test_user_values_are_hard_constraints():
     assert 4 == plan.linear("layers.0.down").gpu_units
 
 
+def test_who_drafts_is_a_word_or_a_model(tmp_path):
+    assert Policy.parse("speculate: ngram\n").speculate == "ngram" and Policy().speculate == "off"
+    for model in (str(tmp_path), "somebody/small-model"):
+        policy = Policy.parse(f'speculate: "{model}"\n')
+        assert Policy.parse(policy.to_yaml()).model_dump() == policy.model_dump() and policy.speculate == model
+    for wrong in ("banana", "3", "true", "[a, b]", '"' + 5000 * "x" + '"'):
+        with pytest.raises(PolicyError, match=r":1:1: speculate: .*off, ngram, auto, or the directory"):
+            Policy.parse(f"speculate: {wrong}\n")
+
+
 def test_diff_names_every_changed_value():
     left, right = Policy.parse("batch: 2\ngpu_memory: 1GiB\n"), Policy.parse("batch: 4\n")
 

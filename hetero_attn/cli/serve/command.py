@@ -37,7 +37,7 @@ def serve(
     allow_host: Annotated[list[str] | None, typer.Option(help="A Host that requests may name.")] = None,
     allow_origin: Annotated[list[str] | None, typer.Option(help="An origin whose pages may ask.")] = None,
     ui: Annotated[bool, typer.Option(help="Show a page at /, with a chat and what the lanes do.")] = True,
-    speculate: options.Speculate = "off",
+    speculate: options.Speculate = None,
     loading: options.Loading,
 ) -> None:
     """Serve a model by OpenAI's, Anthropic's and Ollama's protocols; /health answers at once, everything else once the
