@@ -7,6 +7,7 @@ and in every step; sizes and depth are bounded here. Source: https://github.com/
 
 import json
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,11 @@ from hetero_attn.serving.text.tokenizer import Tokenizer
 
 MOST_COMPILED = 64
 MOST_FORMATS = 16  # that nobody knows, in one schema
+AHEAD_S = 1e-4  # of a mask; handing over a shorter one to another thread would take as long
+# Words of a vocabulary that llguidance tests once for all: where a grammar allows any text of such letters, it walks
+# through the others alone. Masks of SmolLM2's 49,152 tokens by `[a-z ]{3,99}` take 30 us in place of 400.
+LETTERS = ("a-z ", "a-zA-Z0-9 ")
+LENGTHS = ("{1,10}", "{1,30}", "+")
 _UNKNOWN_FORMAT = re.compile(r"Unknown format: (\S+)")
 _VALUES = ("const", "enum", "default", "examples")  # what they hold is no schema
 _OBJECTS = {"true": "{}", "false": '{"not": {}}'}  # schemas of one word as llguidance takes them, which wants objects
@@ -30,25 +36,42 @@ _OBJECTS = {"true": "{}", "false": '{"not": {}}'}  # schemas of one word as llgu
 
 class TokenMask:
     """What one request may say next. matcher: llguidance's. after: token ids behind which the grammar holds, empty for
-    from the start. threads: where masks are found out ahead."""
+    from the start. threads: where masks that take long are found out ahead."""
 
-    def __init__(self, matcher: Any, after: Sequence[int], threads: ThreadPoolExecutor) -> None:
-        self._matcher, self._after, self._threads = matcher, list(after), threads
+    def __init__(self, matcher: Any, vocab_size: int, after: Sequence[int], threads: ThreadPoolExecutor) -> None:
+        self._matcher, self._vocab_size, self._after, self._threads = matcher, vocab_size, list(after), threads
         self._start = None if after else 0  # position of the first token that has to follow the grammar
         self._before: list[int] = []  # tokens among which `after` was looked for last
         self._seen: list[int] = []  # tokens that the matcher has taken
         self._ahead: Future | None = None  # of the mask behind `_seen`
+        self._took_s = 0.0  # processor time of the last mask
 
     def copy(self) -> "TokenMask":
         """A fresh one, from the start."""
-        return TokenMask(self._matcher.deep_copy(), self._after, self._threads)
+        return TokenMask(self._matcher.deep_copy(), self._vocab_size, self._after, self._threads)
 
     def prepare(self, generated_ids: Sequence[int]) -> None:
-        """Begin to find out on another thread what may come behind these, while a step is computed."""
+        """Begin to find out on another thread what may come behind these, while a step is computed, if that is likely to
+        take long."""
         start = self._found_start(generated_ids)
-        if start is not None:
+        if start is not None and self._took_s >= AHEAD_S:
             self._follow(list(generated_ids[start:]))
-            self._ahead = self._ahead or self._threads.submit(self._matcher.compute_logit_bias)
+            self._ahead = self._ahead or self._threads.submit(self._bits)
+
+    def allows(self, generated_ids: Sequence[int], token_id: int) -> bool:
+        """Whether this token may come behind these; a small part of the work of finding out all that may.
+
+        Where text is forced llguidance allows one way of writing it, and takes any; at the end it allows the end, and takes
+        nothing. There all are found out, which is soon done.
+        """
+        start = self._found_start(generated_ids)
+        if start is None:
+            return True
+        self._follow(list(generated_ids[start:]))
+        matcher = self._matcher
+        if self._ahead is not None or matcher.is_stopped() or matcher.compute_ff_tokens():
+            return bool(self._mask()[token_id])
+        return matcher.validate_tokens([token_id]) == 1
 
     def allowed(self, generated_ids: Sequence[int]) -> torch.Tensor | None:
         """Which tokens may come next: bool [vocab_size] on the CPU, or None while every one may.
@@ -60,10 +83,7 @@ class TokenMask:
         if start is None:
             return None
         self._follow(list(generated_ids[start:]))
-        bias = self._matcher.compute_logit_bias() if self._ahead is None else self._ahead.result()
-        if self._matcher.is_error():
-            raise SamplingError(f"the grammar cannot be followed further: {_first_line(self._matcher.get_error())}")
-        return torch.from_numpy(np.frombuffer(bias, dtype=np.uint8) != 0)
+        return torch.from_numpy(self._mask())
 
     def forced(self, generated_ids: Sequence[int]) -> list[int]:
         """Tokens that write what the grammar forces behind these, empty where it leaves a choice of text."""
@@ -100,6 +120,19 @@ class TokenMask:
         if tokens[shared:]:
             self._matcher.consume_tokens(tokens[shared:])
             self._seen = tokens
+
+    def _mask(self) -> np.ndarray:
+        """What may come where the matcher stands: bool [vocab_size]."""
+        bits = self._bits() if self._ahead is None else self._ahead.result()
+        if self._matcher.is_error():
+            raise SamplingError(f"the grammar cannot be followed further: {_first_line(self._matcher.get_error())}")
+        return np.unpackbits(np.frombuffer(bits, np.uint8), count=self._vocab_size, bitorder="little").view(np.bool_)
+
+    def _bits(self) -> bytes:
+        begin = time.thread_time()
+        bits = self._matcher.compute_bitmask()
+        self._took_s = time.thread_time() - begin
+        return bits
 
     def _rest(self) -> None:
         """Let the other thread come to its end: the matcher is for one at a time."""
@@ -150,7 +183,7 @@ class Grammars:
             matcher = self._matcher(kind, text)
         if matcher.is_error():
             raise SamplingError(f"{kind} cannot be followed: {_first_line(matcher.get_error())}")
-        return TokenMask(matcher, [] if after is None else self._ids_of(after), self._threads)
+        return TokenMask(matcher, self._vocab_size, [] if after is None else self._ids_of(after), self._threads)
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
@@ -181,8 +214,11 @@ class Grammars:
                 raise SamplingError("this model's tokenizer is not of the kind that tokenizer.json describes, so its "
                                     "answers cannot follow a grammar")  # fmt: skip
             ends = [each for each in self._end_token_ids if each < self._vocab_size]
+            words = [f"[{letters}]{length}" for letters in LETTERS for length in LENGTHS]
+            known = {"n_vocab": self._vocab_size, "eos_token": ends}
             try:
-                self._known_tokens = llguidance.LLTokenizer(description, n_vocab=self._vocab_size, eos_token=ends)
+                slices = words + llguidance.LLTokenizer.general_slices()
+                self._known_tokens = llguidance.LLTokenizer(description, slices=slices, **known)
             except ValueError as error:
                 raise SamplingError(
                     f"this model's answers cannot follow a grammar: {_first_line(str(error))}"

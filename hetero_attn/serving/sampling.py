@@ -5,7 +5,7 @@ generator. Nothing here knows of models, batches or text: `stop` strings and `ma
 
 The order of operations is vLLM's:
 
-    logit_bias -> min_tokens mask -> grammar -> repetition, frequency, presence penalty -> (greedy: argmax)
+    logit_bias -> min_tokens mask -> repetition, frequency, presence penalty -> grammar -> (greedy: argmax)
     -> temperature -> min_p -> top_k -> top_p -> draw
 
 Log-probabilities that are reported are the model's own, of the logits before any of this.
@@ -75,6 +75,7 @@ class Sampler:
         """
         self.params = params
         self._vocab_size, self._token_mask = vocab_size, token_mask
+        self._needs_mask = not params.greedy
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
         self._check_token_ids("logit_bias", [token_id for token_id, _ in params.logit_bias])
         eos = {token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size}
@@ -110,11 +111,17 @@ class Sampler:
         best = greatest(logits)
         # A NaN counts as the largest value, so the value that it points to tells of any NaN.
         self._check_finite(float(logits[best]), len(generated_ids))
-        adjusted = self._adjust(logits, best, prompt_ids, generated_ids)
+        adjusted = self._adjust(logits, prompt_ids, generated_ids)
         if adjusted is not logits:
             best = greatest(adjusted)
-            self._check_allowed(float(adjusted[best]), len(generated_ids))
-        token_id = best if self.params.greedy else self._draw(adjusted)
+        allowed = self._allowed_ids(best, generated_ids)
+        if allowed is not None:
+            adjusted = adjusted.index_select(0, allowed.to(adjusted.device))
+            best = greatest(adjusted) if len(allowed) else 0
+        if adjusted is not logits:
+            self._check_allowed(float(adjusted[best]) if len(adjusted) else -math.inf, len(generated_ids))
+        place = best if self.params.greedy else self._draw(adjusted)
+        token_id = place if allowed is None else int(allowed[place])
         if self.params.logprobs is None:
             return SampledToken(token_id)
         return score_token(logits, token_id, self.params.logprobs)
@@ -125,8 +132,9 @@ class Sampler:
         return self._token_mask is not None
 
     def prepare(self, generated_ids: Sequence[int]) -> None:
-        """Begin to work out what the grammar allows behind these, before the logits are there."""
-        if self._token_mask is not None:
+        """Begin to work out what the grammar allows behind these, before the logits are there, where that is likely to be
+        asked for."""
+        if self._token_mask is not None and self._needs_mask:
             self._token_mask.prepare(generated_ids)
 
     def forced(self, generated_ids: Sequence[int]) -> list[int]:
@@ -157,18 +165,24 @@ class Sampler:
                 "choose a value nearer 1"
             )
 
-    def _adjust(
-        self, logits: torch.Tensor, best: int, prompt_ids: Sequence[int], generated_ids: Sequence[int]
-    ) -> torch.Tensor:
-        """Return logits with bias, mask and penalties: a copy, or `logits` itself where there is nothing to do.
+    def _allowed_ids(self, best: int, generated_ids: Sequence[int]) -> torch.Tensor | None:
+        """Which tokens the grammar leaves, int64 ascending on the CPU; None where it changes nothing.
 
-        best: the likeliest token. Where it is taken and the grammar allows it, the mask is nothing to do.
+        best: the likeliest token. Where it is taken, all that is asked is whether the grammar allows it.
         """
+        mask = self._token_mask
+        if mask is None:
+            return None
+        self._needs_mask = not (self.params.greedy and mask.allows(generated_ids, best))
+        allowed = mask.allowed(generated_ids) if self._needs_mask else None
+        return None if allowed is None or bool(allowed.all()) else torch.from_numpy(np.flatnonzero(allowed.numpy()))
+
+    def _adjust(self, logits: torch.Tensor, prompt_ids: Sequence[int], generated_ids: Sequence[int]) -> torch.Tensor:
+        """Return logits with bias, end tokens held back and penalties: a copy, or `logits` itself where there is nothing
+        to do."""
         masked = self._masked_token_ids if len(generated_ids) < self.params.min_tokens else []
-        allowed = None if self._token_mask is None else self._token_mask.allowed(generated_ids)
         has_penalty = self._repetition or self._output_penalty
-        is_free = allowed is None or (self.params.greedy and bool(allowed[best]))
-        if is_free and not (masked or self.params.logit_bias or has_penalty):
+        if not (masked or self.params.logit_bias or has_penalty):
             return logits
         adjusted = logits.clone()
         if self.params.logit_bias:
@@ -176,8 +190,6 @@ class Sampler:
             adjusted[list(token_ids)] += adjusted.new_tensor(biases)
         if masked:
             adjusted[masked] = -math.inf
-        if allowed is not None:
-            forbid(adjusted, allowed)
         if has_penalty:
             self._penalise(adjusted, prompt_ids, generated_ids)
         return adjusted
@@ -206,14 +218,6 @@ class Sampler:
         return int(token_ids[torch.searchsorted(cumulative, cumulative[-1] * share)])
 
 
-def forbid(logits: torch.Tensor, allowed: torch.Tensor) -> None:
-    """Make the logits of all but the allowed tokens -inf, in place."""
-    if logits.device.type == "cpu":  # one thread is quicker than to share out a few microseconds
-        np.putmask(logits.numpy(), ~allowed.numpy(), -math.inf)
-    else:
-        logits.masked_fill_(~allowed.to(logits.device), -math.inf)
-
-
 def likely_tokens(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the tokens that temperature (above 0), min_p, top_k and top_p leave, and their weights for a draw.
 
@@ -227,7 +231,7 @@ def likely_tokens(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.T
     # Subtracting the largest first keeps any temperature, however small, from overflowing.
     scaled = (logits.double() - logits.max().double()) / params.temperature
     token_ids = _keep_likely(scaled, params.min_p, params.top_k)
-    weights = torch.softmax(scaled[token_ids], dim=0)
+    weights = torch.softmax(scaled if len(token_ids) == len(scaled) else scaled.index_select(0, token_ids), dim=0)
     if params.top_p == 1.0:
         return token_ids, weights
     kept = _keep_top_p(weights, params.top_p)
@@ -240,6 +244,8 @@ def _keep_likely(scaled: torch.Tensor, min_p: float, top_k: int) -> torch.Tensor
     if 0 < top_k < len(scaled):
         # Where min_p leaves fewer than top_k, the k-th value lies below its threshold, so one comparison does for both.
         threshold = max(threshold, float(torch.topk(scaled, top_k).values[-1]))
+    if float(scaled.amin()) >= threshold:
+        return torch.arange(len(scaled), device=scaled.device)
     return (scaled >= threshold).nonzero().squeeze(1)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -10,9 +11,8 @@ import pytest
 import torch
 
 from hetero_attn.errors import SamplingError
-from hetero_attn.serving import sampling
+from hetero_attn.serving import grammar
 from hetero_attn.serving.grammar import Grammars, TokenMask
-from hetero_attn.serving.sampling import forbid
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.speculation.speculator import make_speculator
 from tests.support.http_server import load_tiny
@@ -303,21 +303,30 @@ def test_what_is_forced_wrongly_is_not_said(exact, monkeypatch):
     assert len(asked) <= 6 and wrong[0].metrics.forced_tokens == 0
 
 
-def test_a_mask_is_found_out_while_the_step_is_computed(exact, monkeypatch):
-    """Each is begun before its step, on another thread, and asked for once; the answer is as without."""
-    params = SamplingParams(json_schema=PERSON, max_tokens=60, temperature=0.0)
-    prepare, step, log = TokenMask.prepare, exact.engine.decode_step, []
-    monkeypatch.setattr(TokenMask, "prepare", lambda self, ids: log.append("mask") or prepare(self, ids))
+def test_a_mask_that_takes_long_is_found_out_while_the_step_is_computed(exact, monkeypatch):
+    """Each but the first is found out on another thread, and once; the answer is as without."""
+    params = SamplingParams(regex="[a-z ]{200}", max_tokens=12, temperature=1.2, seed=3)
+    bits, step, log = TokenMask._bits, exact.engine.decode_step, []
+
+    def logged(self):
+        log.append("mask" if threading.current_thread().name.startswith("hetero-attn-mask") else "late")
+        return bits(self)
+
+    monkeypatch.setattr(TokenMask, "_bits", logged)
     monkeypatch.setattr(exact.engine, "decode_step", lambda *args, **more: log.append("step") or step(*args, **more))
+    monkeypatch.setattr(grammar, "AHEAD_S", 0.0)
     ahead = exact.generate(["A thing:"] * 2, params)
-    monkeypatch.setattr(TokenMask, "prepare", lambda self, ids: None)
+    begun = [*log]
+    monkeypatch.setattr(grammar, "AHEAD_S", 600.0)
     alone = exact.generate(["A thing:"] * 2, params)
 
     same_answers(ahead, alone)
-    assert log[:3] == ["mask", "mask", "step"] and log.count("mask") >= 5
+    assert (begun.count("mask"), begun.count("late"), begun.count("step")) == (22, 2, 11)
+    assert "mask" not in log[len(begun) :]
 
 
-def test_what_was_found_out_ahead_is_left_where_the_answer_goes_elsewhere(grammars, tokenizer):
+def test_what_was_found_out_ahead_is_left_where_the_answer_goes_elsewhere(grammars, tokenizer, monkeypatch):
+    monkeypatch.setattr(grammar, "AHEAD_S", 0.0)
     params, ids = (
         SamplingParams(json_schema=PERSON),
         tokenizer.encode('{"name": "Ada", "age": 36', add_special_tokens=False),
@@ -327,21 +336,51 @@ def test_what_was_found_out_ahead_is_left_where_the_answer_goes_elsewhere(gramma
         mask.prepare(ids[:3])
         assert torch.equal(mask.allowed(tokens), grammars.mask(params).allowed(tokens)), tokens
         mask.prepare(tokens)
+        assert all(
+            mask.allows(tokens, each) == grammars.mask(params).allows(tokens, each) for each in range(0, 4096, 97)
+        )
         assert mask.forced(tokens) == grammars.mask(params).forced(tokens)
         assert torch.equal(mask.allowed(tokens), grammars.mask(params).allowed(tokens))
 
 
-def test_only_an_answer_that_errs_has_its_logits_masked(exact, monkeypatch):
-    """Where the likeliest token is taken and the grammar allows it, nothing is copied; the oracle masks every time."""
-    params, masked = SamplingParams(json_schema=PERSON, max_tokens=60, temperature=0.0), []
-    monkeypatch.setattr(sampling, "forbid", lambda logits, allowed: masked.append(1) or forbid(logits, allowed))
+def test_only_an_answer_that_errs_has_its_mask_found_out(exact, monkeypatch):
+    """Where the likeliest token is taken and the grammar allows it, nothing else is asked; the oracle asks every time."""
+    params, asked, allowed = SamplingParams(json_schema=PERSON, max_tokens=60, temperature=0.0), [], TokenMask.allowed
+    monkeypatch.setattr(TokenMask, "allowed", lambda self, ids: asked.append(1) or allowed(self, ids))
     (output,) = exact.generate(["A thing:"], params)
-    biased = SamplingParams(json_schema=PERSON, max_tokens=60, temperature=0.0, logit_bias={0: -1e-30})
-    seldom = len(masked)
-    (slow,) = exact.generate(["A thing:"], biased)
+    seldom = len(asked)
+    monkeypatch.setattr(TokenMask, "allows", lambda self, ids, token_id: False)
+    (slow,) = exact.generate(["A thing:"], params)
 
     assert output.token_ids == slow.token_ids
-    assert seldom < len(output.token_ids) == len(masked) - seldom
+    assert seldom < len(output.token_ids) == len(asked) - seldom
+
+
+STATES = [
+    ({"json_schema": PERSON}, '{"name": "Ada", "age": 36, "tags": ["a"]}'),
+    (
+        {"json_schema": {"type": "array", "items": {"type": "string", "pattern": "^[a-z ]{2,40}$"}}},
+        '["some words", "of a',
+    ),
+    ({"regex": r"[a-z ]{3,40}(\n[A-Za-z0-9 ]{1,9})*"}, "words of some\nLen 4\nA"),
+    ({"regex": "(déjà|🎉|[A-Z]+)*"}, "déjàAB🎉"),
+    ({"grammar": 'start: <[2]> "yes" <[3]>? /[ -~]+/'}, ""),
+]
+
+
+@pytest.mark.parametrize(("wish", "text"), STATES, ids=[str(next(iter(wish.values())))[:30] for wish, _ in STATES])
+def test_one_token_is_judged_as_all_of_them_are(grammars, tokenizer, monkeypatch, wish, text):
+    """Every token of the vocabulary, in every state on the way; and as llguidance judges without slices of words."""
+    monkeypatch.setattr(grammar, "LETTERS", ())
+    plain, params = Grammars(tokenizer, 4096, tokenizer.eos_token_ids), SamplingParams(**wish)
+    mask, oracle, ids = grammars.mask(params), plain.mask(params), tokenizer.encode(text, add_special_tokens=False)
+    for length in range(len(ids) + 1):
+        allowed = mask.allowed(ids[:length])
+        found = [mask.allows(ids[:length], token_id) for token_id in range(4096)]
+
+        assert found == allowed.tolist()
+        assert torch.equal(allowed, oracle.allowed(ids[:length]))
+        assert length == 0 or len(set(found)) == 2
 
 
 def test_the_benchmark_of_masks_times_every_token(llm):

@@ -19,7 +19,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from hetero_attn.engine.greatest import greatest
 from hetero_attn.errors import NonFiniteLogitsError, SamplingError
 from hetero_attn.serving.sampling import Sampler, likely_tokens, score_token
 from hetero_attn.serving.sampling_params import SamplingParams
@@ -56,7 +55,7 @@ def oracle_probabilities(
 def sampler_probabilities(
     logits: torch.Tensor, params: SamplingParams, prompt_ids: list[int], generated_ids: list[int]
 ) -> torch.Tensor:
-    adjusted = Sampler(params, EOS, len(logits))._adjust(logits, greatest(logits), prompt_ids, generated_ids)
+    adjusted = Sampler(params, EOS, len(logits))._adjust(logits, prompt_ids, generated_ids)
     token_ids, weights = likely_tokens(adjusted, params)
     return torch.zeros(len(logits), dtype=torch.float64).index_put((token_ids,), weights / weights.sum())
 
@@ -103,6 +102,41 @@ def test_greedy_takes_the_most_likely_token_of_transformers(params, seed, genera
     chosen = Sampler(replace(params, temperature=0.0), EOS, VOCAB).sample(logits, [1, 2], generated_ids)
 
     assert expected.argmax() == chosen.token_id
+
+
+class Allowing:
+    """A grammar that allows the same tokens throughout."""
+
+    def __init__(self, token_ids: set[int]) -> None:
+        self._mask = torch.tensor([token_id in token_ids for token_id in range(VOCAB)])
+
+    def allowed(self, generated_ids: list[int]) -> torch.Tensor:
+        return self._mask
+
+    def allows(self, generated_ids: list[int], token_id: int) -> bool:
+        return bool(self._mask[token_id])
+
+
+@settings(deadline=None, max_examples=300, derandomize=True)
+@given(
+    params=st.one_of(some_params, some_params.map(lambda params: replace(params, temperature=0.0))),
+    seed=st.integers(0, 99),
+    allowed=st.one_of(st.just(set(range(VOCAB))), st.sets(st.integers(0, VOCAB - 1))),
+    generated_ids=st.lists(st.integers(0, VOCAB - 1), max_size=6),
+)
+def test_a_grammar_leaves_the_draws_among_what_it_allows(params, seed, allowed, generated_ids):
+    """The oracle makes every other logit -inf and knows no grammar: the same tokens are drawn, to the bit."""
+    logits = random_logits(seed)
+    forbidden = [token_id for token_id in range(VOCAB) if token_id not in allowed]
+    masked = logits.index_fill(0, torch.tensor(forbidden, dtype=torch.int64), -math.inf)
+    held_back = {*EOS, *params.stop_token_ids} if len(generated_ids) < params.min_tokens else set()
+    sampler, oracle = Sampler(params, EOS, VOCAB, seed, Allowing(allowed)), Sampler(params, EOS, VOCAB, seed)
+    if not allowed - held_back:
+        with pytest.raises(SamplingError, match="no token is allowed"):
+            sampler.sample(logits, [1], generated_ids)
+        return
+    for _ in range(4):
+        assert sampler.sample(logits, [1], generated_ids).token_id == oracle.sample(masked, [1], generated_ids).token_id
 
 
 def test_top_k_keeps_all_that_tie_with_the_last():
