@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -42,13 +43,17 @@ async def _read(request: Request, settings: ServerSettings) -> bytes:
 def parse_object(data: bytes, depth: int) -> dict[str, Any]:
     """The JSON object that some bytes are: no key twice, no NaN, nested at most `depth` deep. Raises ApiError."""
     try:
-        value = json.loads(data, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+        value = json.loads(
+            data, object_pairs_hook=_without_duplicates, parse_constant=_no_constant, parse_float=_finite
+        )
     except RecursionError:
         raise _too_deep(depth) from None
     except UnicodeDecodeError:
         raise ApiError(400, "the body is not UTF-8; send JSON in UTF-8") from None
     except json.JSONDecodeError as error:
         raise ApiError(400, f"the body is no JSON: {error.msg} at character {error.pos}") from None
+    except ValueError:  # Python reads no whole number of thousands of digits
+        raise ApiError(400, "the body holds a whole number of thousands of digits; send a shorter one") from None
     if not isinstance(value, dict):
         raise ApiError(400, f"the body is a JSON {type(value).__name__}; it must be an object")
     _check_depth(value, depth)
@@ -68,6 +73,13 @@ def _no_constant(name: str) -> None:
     raise ApiError(400, f"the body holds {name}, which is no JSON; leave the value out or give a number")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ApiError(400, f"the body holds {text:.40}, which is beyond what a number can be; send a smaller one")
+    return value
+
+
 def _check_depth(value: Any, most: int) -> None:
     level = [value]
     for _ in range(most):
@@ -83,8 +95,7 @@ def _too_deep(depth: int) -> ApiError:
 
 
 def _too_large(settings: ServerSettings) -> ApiError:
-    error = ApiError(413, f"the body is larger than {settings.body_bytes} bytes; send less")
-    return error
+    return ApiError(413, f"the body is larger than {settings.body_bytes} bytes; send less")
 
 
 def checked(kind: type[Body], data: dict[str, Any]) -> Body:

@@ -5,7 +5,6 @@ import traceback
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
 
 from hetero_attn.errors import (
     EngineDeadError,
@@ -15,6 +14,7 @@ from hetero_attn.errors import (
     SamplingError,
     printable,
 )
+from hetero_attn.server.answers import JsonAnswer
 
 LOG = logging.getLogger("hetero_attn.server")
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -87,7 +87,7 @@ def body_of(error: ApiError, path: str) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
-def response_of(error: BaseException, path: str) -> JSONResponse:
+def response_of(error: BaseException, path: str) -> JsonAnswer:
     """The whole answer that an error becomes."""
     known = as_api_error(error)
-    return JSONResponse(body_of(known, path), known.status, headers=known.headers)
+    return JsonAnswer(body_of(known, path), known.status, headers=known.headers)

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Iterator
 
+import httpx
 import pytest
 
 from hetero_attn.server.failures import ApiError
@@ -64,7 +65,8 @@ BODIES = {
     },
     "/api/generate": {"prompt": "Hi", "system": "s", "options": {"num_predict": 1}, "format": "json"},
 }
-OTHERS = [5, ["x"]]  # no text, no object, no key of a mapping
+# No text, no object, no key of a mapping; no Unicode; more than any integer of a machine; JSON that no parser can nest.
+OTHERS = [5, ["x"], "\ud800", {"\ud800": 1}, 10**400, "[" * 2000]
 
 
 def places(value: object, path: tuple = ()) -> Iterator[tuple]:
@@ -84,20 +86,26 @@ def with_other(body: dict, path: tuple, other: object) -> dict:
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_no_value_in_the_place_of_another_is_an_error_of_ours(http, server, monkeypatch, path):
-    """Nothing is computed: what a protocol makes of a body is all that is tried."""
+def test_no_value_in_the_place_of_another_is_an_error_of_ours(tooled, monkeypatch, path):
+    """Nothing is computed: what a protocol makes of a body, of what is text also the template and the
+    tokenizer, is what is tried."""
+    texts = [True]
 
     async def understood(turn: object) -> None:
+        if texts:
+            await tooled.service.encode(turn)
         raise ApiError(409, "understood")
 
-    monkeypatch.setattr(server.service, "begin", understood)
-    assert http.post(path, json=BODIES[path]).status_code == 409, "the body itself is right"
+    monkeypatch.setattr(tooled.service, "begin", understood)
     failed = {}
-    for place in places(BODIES[path]):
-        for other in OTHERS:
-            answer = http.post(path, content=json.dumps(with_other(BODIES[path], place, other)))
-            if answer.status_code >= 500:
-                failed[".".join(map(str, place))] = f"{other!r}: {answer.text:.120}"
+    with httpx.Client(base_url=tooled.url, timeout=60, trust_env=False) as http:
+        assert http.post(path, json=BODIES[path]).status_code == 409, "the body itself is right"
+        for place in places(BODIES[path]):
+            for other in OTHERS:
+                texts[:] = [other] if isinstance(other, str) else []
+                answer = http.post(path, content=json.dumps(with_other(BODIES[path], place, other)))
+                if answer.status_code >= 500:
+                    failed[".".join(map(str, place))] = f"{other!r:.40}: {answer.text:.120}"
     assert failed == {}
 
 
@@ -106,6 +114,33 @@ def test_what_is_no_unicode_does_not_cost_the_answer(http):
     answer = http.post("/v1/responses", content=body)
 
     assert answer.status_code == 200 and answer.json()["metadata"] == {"a": "?"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "shown"),
+    [
+        ("/v1/completions", {"prompt": "a", "max_tokens": 0, "echo": True, "model": "\ud800"}, 200, '"model":"?"'),
+        ("/api/chat", {"messages": [], "model": "\ud800"}, 200, '"model":"?"'),
+        ("/v1/completions", '{"\\ud800": 1, "\\ud800": 2}', 400, '"param":"?"'),
+    ],
+    ids=["echo", "loaded", "error"],
+)
+def test_what_is_no_unicode_is_replaced_wherever_an_answer_repeats_it(http, path, body, status, shown):
+    answer = http.post(path, content=body if isinstance(body, str) else json.dumps(body))
+
+    assert answer.status_code == status and shown in answer.text
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [("1" * 5000, "thousands of digits"), ("1e999", "1e999"), ("-1e999", "-1e999")],
+    ids=["digits", "large", "small"],
+)
+def test_a_number_that_is_none_is_told(http, number, said):
+    """The first is no integer to Python, and the others would come back as Infinity, which is no JSON."""
+    answer = http.post("/v1/responses", content=f'{{"input": "Hi", "metadata": {{"a": {number}}}}}')
+
+    assert answer.status_code == 400 and said in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("more", [{}, {"echo": True, "logprobs": 1}], ids=["answers", "scores"])

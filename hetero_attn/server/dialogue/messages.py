@@ -80,5 +80,5 @@ def _arguments(arguments: Any) -> Any:
         return arguments or {}
     try:
         return json.loads(arguments or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments

@@ -6,9 +6,9 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 
 from hetero_attn.errors import ArgumentError, MemoryBudgetError
+from hetero_attn.server.answers import JsonAnswer
 from hetero_attn.server.bodies import checked, read_json
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.protocols.fields import Fields
@@ -36,7 +36,7 @@ async def report(service: Service, request: Request) -> Any:
     plan, gauges = llm.plan, service.gauges()
     predicted = plan.predicted
     lengths = [len(r.prompt_token_ids) + r.progress.tokens for r in driver.live if r.sequence is not None]
-    return JSONResponse(
+    return JsonAnswer(
         {
             "model": service.model_name,
             "device": plan.device,
@@ -63,7 +63,7 @@ async def curve(service: Service, request: Request) -> Any:
     planned = service.llm.planned
     if planned.plan.gpu_memory_bytes is None:
         raise ApiError(400, f"{service.model_name} runs on the CPU alone; there is no GPU memory to choose")
-    return JSONResponse({"curve": await asyncio.shield(service.once(planned, lambda: _curve(planned)))})
+    return JsonAnswer({"curve": await asyncio.shield(service.once(planned, lambda: _curve(planned)))})
 
 
 async def resize(service: Service, request: Request) -> Any:
@@ -74,7 +74,7 @@ async def resize(service: Service, request: Request) -> Any:
         plan = await asyncio.wrap_future(service.driver.between_steps(lambda: llm.resize(wanted)))
     except (MemoryBudgetError, ArgumentError) as error:
         raise ApiError(400, str(error), param="gpu_memory_bytes") from None
-    return JSONResponse({"gpu_memory_bytes": plan.gpu_memory_bytes})
+    return JsonAnswer({"gpu_memory_bytes": plan.gpu_memory_bytes})
 
 
 def _curve(planned: PlannedModel) -> list[dict[str, Any]]:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 
+from hetero_attn.server.answers import JsonAnswer
 from hetero_attn.server.bodies import checked, read_json, refuse
 from hetero_attn.server.dialogue.answer import Answer, Piece
 from hetero_attn.server.failures import ApiError
@@ -88,9 +88,7 @@ async def _scored(service: Service, request: Request, turn: Turn, logprobs: int)
     return scoring.requests
 
 
-async def _only_prompt(
-    service: Service, body: Body, turn: Turn, scored: tuple[ModelRequest, ...] | None
-) -> JSONResponse:
+async def _only_prompt(service: Service, body: Body, turn: Turn, scored: tuple[ModelRequest, ...] | None) -> JsonAnswer:
     """max_tokens 0: nothing is generated, what was given is given back."""
     if not body.echo:
         raise ApiError(
@@ -107,7 +105,7 @@ async def _only_prompt(
     tokens = sum(map(len, ids))
     usage = {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
     answer = writer.body_with([choice | {"finish_reason": "length"} for choice in choices])
-    return JSONResponse(answer | {"usage": usage})
+    return JsonAnswer(answer | {"usage": usage})
 
 
 class CompletionWriter(OpenAIWriter):

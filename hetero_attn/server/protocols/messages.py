@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 
+from hetero_attn.server.answers import JsonAnswer
 from hetero_attn.server.bodies import checked, read_json, refuse
 from hetero_attn.server.dialogue.forced import format_wishes
 from hetero_attn.server.dialogue.messages import template_messages, text_of
@@ -69,7 +69,7 @@ async def messages(service: Service, request: Request) -> Any:
 async def count_tokens(service: Service, request: Request) -> Any:
     """How many tokens the prompt of such a request has."""
     body = checked(CountBody, await read_json(request, service.settings))
-    return JSONResponse({"input_tokens": await service.count_tokens(_turn_of(service, body, {}))})
+    return JsonAnswer({"input_tokens": await service.count_tokens(_turn_of(service, body, {}))})
 
 
 def _wishes(body: Body) -> dict[str, Any]:

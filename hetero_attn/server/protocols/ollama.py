@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 
+from hetero_attn.server.answers import JsonAnswer
 from hetero_attn.server.bodies import checked, read_json, refuse
 from hetero_attn.server.dialogue.forced import format_wishes
 from hetero_attn.server.dialogue.messages import template_messages
@@ -111,7 +111,7 @@ async def generate(service: Service, request: Request) -> Any:
 
 async def tags(service: Service, request: Request) -> Any:
     """The one model that is served."""
-    return JSONResponse({"models": [_card(service)]})
+    return JsonAnswer({"models": [_card(service)]})
 
 
 async def show(service: Service, request: Request) -> Any:
@@ -130,7 +130,7 @@ async def show(service: Service, request: Request) -> Any:
         f"{family}.embedding_length": config.hidden_size,
         f"{family}.block_count": config.num_layers,
     }
-    return JSONResponse(
+    return JsonAnswer(
         {
             "license": "",
             "modelfile": f"FROM {service.model_name}",
@@ -146,7 +146,7 @@ async def show(service: Service, request: Request) -> Any:
 
 async def version(service: Service, request: Request) -> Any:
     """The version of Ollama's protocol that is spoken here."""
-    return JSONResponse({"version": VERSION})
+    return JsonAnswer({"version": VERSION})
 
 
 async def _answer(service: Service, request: Request, body: Asking, turn: Turn, is_chat: bool) -> Any:
@@ -162,10 +162,10 @@ def _check(service: Service, body: Asking) -> None:
     count_unknown(service, body)
 
 
-def _loaded(service: Service, body: Asking, empty: dict[str, Any]) -> JSONResponse:
+def _loaded(service: Service, body: Asking, empty: dict[str, Any]) -> JsonAnswer:
     """A request without words asks for the model to be loaded, which it is."""
-    head = {"model": body.model or service.llm.plan.model, "created_at": timestamp()}
-    return JSONResponse(head | empty | {"done": True, "done_reason": "load"})
+    head = {"model": body.model or service.model_name, "created_at": timestamp()}
+    return JsonAnswer(head | empty | {"done": True, "done_reason": "load"})
 
 
 def _wishes(body: Asking) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple, Protocol
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from hetero_attn.server.answers import JsonAnswer
 from hetero_attn.server.dialogue.answer import Answer, Parser, Piece, read
 from hetero_attn.server.failures import ApiError, as_api_error
 from hetero_attn.server.generation import Generation
@@ -37,14 +37,6 @@ def usage_of(generation: Generation, choices: int) -> Usage:
         sum(request.progress.tokens for request in requests),
         generation.thoughts or 0,
     )
-
-
-class _Json(JSONResponse):
-    """As streams do, it replaces what is no Unicode in fields of the body that an answer repeats."""
-
-    def render(self, content: Any) -> bytes:
-        """The answer's body as UTF-8."""
-        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 class Writer(Protocol):
@@ -94,7 +86,7 @@ async def reply(
     finally:
         generation.close()
     count_thoughts()
-    return _Json(writer.whole(answers))
+    return JsonAnswer(writer.whole(answers))
 
 
 async def _collect(generation: Generation, parsers: Sequence[Parser]) -> list[Answer]:

@@ -6,8 +6,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from hetero_attn.server.answers import JsonAnswer
 from hetero_attn.server.bodies import checked, read_json
 from hetero_attn.server.dialogue.messages import template_messages
 from hetero_attn.server.driver import State
@@ -35,20 +36,20 @@ class DetokenizeBody(Fields):
 async def health(service: Service, request: Request) -> Response:
     """200 when requests are answered, 503 while loading, stopping or dead."""
     state = service.driver.state
-    return JSONResponse({"status": state.value}, 200 if state is State.READY else 503)
+    return JsonAnswer({"status": state.value}, 200 if state is State.READY else 503)
 
 
 async def server_version(service: Service, request: Request) -> Response:
     """The version of hetero-attn, "0+sources" where it is not installed."""
     try:
-        return JSONResponse({"version": version("hetero-attn")})
+        return JsonAnswer({"version": version("hetero-attn")})
     except PackageNotFoundError:
-        return JSONResponse({"version": "0+sources"})
+        return JsonAnswer({"version": "0+sources"})
 
 
 async def models(service: Service, request: Request) -> Response:
     """The one model that is served."""
-    return JSONResponse({"object": "list", "data": [_card(service)]})
+    return JsonAnswer({"object": "list", "data": [_card(service)]})
 
 
 async def model(service: Service, request: Request) -> Response:
@@ -56,7 +57,7 @@ async def model(service: Service, request: Request) -> Response:
     name = request.path_params["name"]
     if name != service.model_name:
         raise ApiError(404, f"there is no model {name!r:.80}; the one served is {service.model_name}", param="model")
-    return JSONResponse(_card(service))
+    return JsonAnswer(_card(service))
 
 
 def _card(service: Service) -> dict[str, Any]:
@@ -85,7 +86,7 @@ async def tokenize(service: Service, request: Request) -> Response:
     ids = await service.on_thread(encode)
     names = [tokenizer.token_bytes(each).decode("utf-8", "replace") for each in ids] if body.return_token_strs else None
     most = service.llm.plan.max_context
-    return JSONResponse({"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": names})
+    return JsonAnswer({"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": names})
 
 
 async def detokenize(service: Service, request: Request) -> Response:
@@ -96,13 +97,13 @@ async def detokenize(service: Service, request: Request) -> Response:
         if not 0 <= token_id < vocab_size:
             raise ApiError(400, f"tokens.{position} is {token_id}; ids are in 0..{vocab_size - 1}", param="tokens")
     text = await service.on_thread(lambda: service.tokenizer.decode(body.tokens, skip_special_tokens=False))
-    return JSONResponse({"prompt": text})
+    return JsonAnswer({"prompt": text})
 
 
 async def tokenizer_info(service: Service, request: Request) -> Response:
     """What clients want to know of the tokenizer."""
     tokenizer = service.tokenizer
-    return JSONResponse(tokenizer.special_tokens | {"chat_template": tokenizer.chat_template})
+    return JsonAnswer(tokenizer.special_tokens | {"chat_template": tokenizer.chat_template})
 
 
 async def metrics(service: Service, request: Request) -> Response:
