@@ -146,8 +146,8 @@ def main() -> None:
     finally:
         running.stop()
     for name, parts in found.items():
-        told = ", ".join(f"{part} p99 {each['p99_ms']:.1f} ms, most {each['most_ms']:.1f}" for part, each in parts.items())  # fmt: skip
-        print(f"{name}: {told}")
+        told = [f"{part} p99 {each['p99_ms']:.1f} ms, most {each['most_ms']:.1f}" for part, each in parts.items()]
+        print(f"{name}: {', '.join(told)}")
     record = {
         "benchmark": "server_lag",
         "model": given.model,

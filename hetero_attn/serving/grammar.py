@@ -51,8 +51,8 @@ class TokenMask:
         return TokenMask(self._matcher.deep_copy(), self._vocab_size, self._after, self._threads)
 
     def prepare(self, generated_ids: Sequence[int]) -> None:
-        """Begin to find out on another thread what may come behind these, while a step is computed, if that is likely to
-        take long."""
+        """Begin to find out on another thread what may come behind these, while a step is computed; only where the last
+        time took long."""
         start = self._found_start(generated_ids)
         if start is not None and self._took_s >= AHEAD_S:
             self._follow(list(generated_ids[start:]))
@@ -61,8 +61,8 @@ class TokenMask:
     def allows(self, generated_ids: Sequence[int], token_id: int) -> bool:
         """Whether this token may come behind these; a small part of the work of finding out all that may.
 
-        Where text is forced llguidance allows one way of writing it, and takes any; at the end it allows the end, and takes
-        nothing. There all are found out, which is soon done.
+        Where text is forced llguidance allows one way of writing it, and takes any; at the end it allows the end, and
+        takes nothing. There all are found out, which is soon done.
         """
         start = self._found_start(generated_ids)
         if start is None:

@@ -132,8 +132,8 @@ class Sampler:
         return self._token_mask is not None
 
     def prepare(self, generated_ids: Sequence[int]) -> None:
-        """Begin to work out what the grammar allows behind these, before the logits are there, where that is likely to be
-        asked for."""
+        """Begin to work out what the grammar allows behind these, before the logits are there; where that is likely to
+        be asked for."""
         if self._token_mask is not None and self._needs_mask:
             self._token_mask.prepare(generated_ids)
 
@@ -178,8 +178,8 @@ class Sampler:
         return None if allowed is None or bool(allowed.all()) else torch.from_numpy(np.flatnonzero(allowed.numpy()))
 
     def _adjust(self, logits: torch.Tensor, prompt_ids: Sequence[int], generated_ids: Sequence[int]) -> torch.Tensor:
-        """Return logits with bias, end tokens held back and penalties: a copy, or `logits` itself where there is nothing
-        to do."""
+        """Return logits with bias, end tokens held back and penalties: a copy, or `logits` itself where there is
+        nothing to do."""
         masked = self._masked_token_ids if len(generated_ids) < self.params.min_tokens else []
         has_penalty = self._repetition or self._output_penalty
         if not (masked or self.params.logit_bias or has_penalty):
