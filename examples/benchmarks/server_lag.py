@@ -33,7 +33,7 @@ TIMER_S = 0.005
 ASKING = """
 import http.client, json, sys, time
 port, seconds = int(sys.argv[1]), float(sys.argv[2])
-connection, took, end = http.client.HTTPConnection("127.0.0.1", port), [], time.monotonic() + seconds
+connection, took, end = http.client.HTTPConnection("localhost", port), [], time.monotonic() + seconds
 while time.monotonic() < end:
     start = time.perf_counter()
     connection.request("GET", "/health")
@@ -105,7 +105,7 @@ async def main():
 asyncio.run(main())
 """
         bodies = [{"prompt": text, "max_tokens": tokens, "ignore_eos": True, "stream": True} for text in prompts]
-        command = [sys.executable, "-c", code, f"http://127.0.0.1:{self.port}"]
+        command = [sys.executable, "-c", code, f"http://localhost:{self.port}"]
         clients = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL)
         clients.stdin.write(json.dumps(bodies))
         clients.stdin.close()

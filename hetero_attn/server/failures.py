@@ -14,7 +14,7 @@ from hetero_attn.errors import (
     SamplingError,
     printable,
 )
-from hetero_attn.server.answers import JsonAnswer
+from hetero_attn.server.sse import JsonAnswer
 
 LOG = logging.getLogger("hetero_attn.server")
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}

@@ -1,4 +1,5 @@
-"""Answers over HTTP that end when the client does: streams of server-sent events with pings, and plain JSON.
+"""Answers over HTTP that end when the client does: streams of server-sent events with pings, and plain JSON. They may
+repeat what a body holds, so no text of a client's can fail them.
 
 Whether the client is gone is watched by a task of ours: nobody else tells an answer that waits for a step.
 """
@@ -8,6 +9,7 @@ import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
+from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 HEADERS = {
@@ -17,6 +19,14 @@ HEADERS = {
 }
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 Result = TypeVar("Result")
+
+
+class JsonAnswer(JSONResponse):
+    """A JSON answer. As in streams, what is no Unicode in the text that it repeats is replaced."""
+
+    def render(self, content: Any) -> bytes:
+        """The answer's body as UTF-8."""
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 class ClientGone(Exception):

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 
 from hetero_attn.errors import ArgumentError, MemoryBudgetError
-from hetero_attn.server.answers import JsonAnswer
 from hetero_attn.server.bodies import checked, read_json
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.protocols.fields import Fields
 from hetero_attn.server.service import Service
+from hetero_attn.server.sse import JsonAnswer
 from placement.adapt.elastic import plan_for_budget
 from placement.policy.problems import PolicyError
 from placement.solve.make_plan import BudgetError, make_plan

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from starlette.requests import Request
 
-from hetero_attn.server.answers import JsonAnswer
 from hetero_attn.server.bodies import checked, read_json, refuse
 from hetero_attn.server.dialogue.answer import Answer, Piece
 from hetero_attn.server.failures import ApiError
@@ -17,7 +16,7 @@ from hetero_attn.server.protocols.logprobs import completion_logprobs, shown_tok
 from hetero_attn.server.protocols.openai import OpenAIWriter
 from hetero_attn.server.protocols.reply import reply
 from hetero_attn.server.service import Service
-from hetero_attn.server.sse import unless_gone
+from hetero_attn.server.sse import JsonAnswer, unless_gone
 from hetero_attn.server.turn import Prompt, Turn
 
 if TYPE_CHECKING:  # they need torch, whose import would keep a server from answering while it loads

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 from pydantic import Field
 from starlette.requests import Request
 
-from hetero_attn.server.answers import JsonAnswer
 from hetero_attn.server.bodies import checked, read_json, refuse
 from hetero_attn.server.dialogue.forced import format_wishes
 from hetero_attn.server.dialogue.messages import template_messages, text_of
@@ -21,6 +20,7 @@ from hetero_attn.server.protocols.fields import Fields, check_model, count_unkno
 from hetero_attn.server.protocols.messages_events import MessageWriter
 from hetero_attn.server.protocols.reply import reply
 from hetero_attn.server.service import Service
+from hetero_attn.server.sse import JsonAnswer
 from hetero_attn.server.turn import Conversation, Turn
 
 BILLING = "x-anthropic-billing-header"  # a line of a client that changes with each request, and no prompt

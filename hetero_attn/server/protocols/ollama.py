@@ -7,7 +7,6 @@ from typing import Any
 
 from starlette.requests import Request
 
-from hetero_attn.server.answers import JsonAnswer
 from hetero_attn.server.bodies import checked, read_json, refuse
 from hetero_attn.server.dialogue.forced import format_wishes
 from hetero_attn.server.dialogue.messages import template_messages
@@ -18,6 +17,7 @@ from hetero_attn.server.protocols.fields import Fields, check_model, count_unkno
 from hetero_attn.server.protocols.ollama_lines import LINES, OllamaWriter, timestamp
 from hetero_attn.server.protocols.reply import reply
 from hetero_attn.server.service import Service
+from hetero_attn.server.sse import JsonAnswer
 from hetero_attn.server.turn import Conversation, Turn
 from hetero_attn.serving.sampling_params import LARGEST_SEED
 

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple, Protocol
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hetero_attn.server.answers import JsonAnswer
 from hetero_attn.server.dialogue.answer import Answer, Parser, Piece, read
 from hetero_attn.server.failures import ApiError, as_api_error
 from hetero_attn.server.generation import Generation
 from hetero_attn.server.service import Service
-from hetero_attn.server.sse import EventStream, unless_gone
+from hetero_attn.server.sse import EventStream, JsonAnswer, unless_gone
 from hetero_attn.server.turn import Turn
 
 

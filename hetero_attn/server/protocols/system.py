@@ -8,13 +8,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hetero_attn.server.answers import JsonAnswer
 from hetero_attn.server.bodies import checked, read_json
 from hetero_attn.server.dialogue.messages import template_messages
 from hetero_attn.server.driver import State
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.protocols.fields import Fields
 from hetero_attn.server.service import Service
+from hetero_attn.server.sse import JsonAnswer
 
 
 class TokenizeBody(Fields):
