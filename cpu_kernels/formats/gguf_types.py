@@ -1,6 +1,6 @@
 """The tensor types of GGUF files: their blocks, and the format that holds each without loss.
 
-Layouts: ggml's block structures, written down as `word` and `header` in linear/repack_kernel.py.
+Layouts: ggml's block structures, written down as `word` and `header` in linear/repacking/source_blocks.py.
 """
 
 from typing import NamedTuple

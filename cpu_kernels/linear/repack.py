@@ -27,7 +27,7 @@ def repack(team: Team, rows: torch.Tensor, source_type: str, out: torch.Tensor) 
     if out.numel() == 0:
         return
     failure = team.run(
-        ("linear.repack_kernel", "repack", source_type),
+        ("linear.repacking.kernel", "repack", source_type),
         0,
         *REPACK.filled(
             rows=rows.data_ptr(),

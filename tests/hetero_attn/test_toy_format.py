@@ -41,13 +41,10 @@ FILE_TYPE = GgufType("TOY", -1, 32, 36, "toy")
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    from cpu_kernels.linear.repack_kernel import KERNEL_SOURCES, header_of_32
-    from cpu_kernels.vectors.compiler import helper
-    from cpu_kernels.vectors.scalar import load_word
+    from cpu_kernels.linear.repacking.source_blocks import KERNEL_SOURCES, header_of_32
 
-    @helper
-    def word(source, k):
-        return load_word(source + (k >> 3) * 36 + 4 + 4 * (k & 7))
+    def word(stage, k):
+        return stage.word((k >> 3) * 36 + 4 + 4 * (k & 7))
 
     monkeypatch.setitem(FORMATS, "toy", TOY)
     monkeypatch.setitem(FORMS, "toy", READING)

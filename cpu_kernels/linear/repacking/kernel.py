@@ -1,0 +1,133 @@
+"""Coded rows of a file into the blocks of formats/base.py, exactly: codes move, scales are copied, nothing is rounded.
+
+Sixteen rows go side by side, a superblock at a time: its bytes are laid on a stage, where each dword of all features is
+a register, and from there every line of the packed block is made and stored whole.
+"""
+
+from numba import types
+
+from cpu_kernels.formats import BLOCK_FEATURES, GROUP_INPUTS, LINE_BYTES, SOURCE_TYPES, format_of
+from cpu_kernels.linear.repacking.lanes import DWORD_BYTES, Lanes, Stage, Superblock, stage_dword, stage_memory
+from cpu_kernels.linear.repacking.source_blocks import BITS, KERNEL_SOURCES, NIBBLES, PAIRS, blocks_together
+from cpu_kernels.team.arguments import REPACK
+from cpu_kernels.team.chunks import fail, parameter, take
+from cpu_kernels.vectors.compiler import helper
+from cpu_kernels.vectors.scalar import least, load_byte, store_word
+from cpu_kernels.vectors.vector import emits, intp
+
+GROUP_WORDS = GROUP_INPUTS // 4
+
+
+def nibble_lines(words: list[Lanes], out: Superblock, at: int) -> None:
+    """Eight lines of the low four bits of 16 words, which are the codes of 64 inputs."""
+    for line in range(8):
+        low, high = words[2 * line], words[2 * line + 1]
+        out.words(low & NIBBLES | (high & NIBBLES) << 4, at + LINE_BYTES * line)
+
+
+def fifth_bits(words: list[Lanes], out: Superblock, at: int) -> None:
+    """Two lines of the fifth bits of 16 words."""
+    for half in range(2):
+        bits = words[0] & 0
+        for place in range(8):
+            bits = bits | (words[8 * half + place] >> 4 & BITS) << place
+        out.words(bits, at + LINE_BYTES * half)
+
+
+def upper_pairs(words: list[Lanes], out: Superblock, at: int) -> None:
+    """Four lines of bits 4 and 5 of 16 words."""
+    for quarter in range(4):
+        bits = words[0] & 0
+        for place in range(4):
+            bits = bits | (words[4 * quarter + place] >> 4 & PAIRS) << 2 * place
+        out.words(bits, at + LINE_BYTES * quarter)
+
+
+def whole_bytes(words: list[Lanes], out: Superblock, at: int) -> None:
+    """A line for each word."""
+    for k, word in enumerate(words):
+        out.words(word, at + LINE_BYTES * k)
+
+
+NIBBLE_BYTES = 8 * LINE_BYTES
+# What is written of the words of 64 inputs, and where behind the first of their lines.
+PLANES = {
+    "u4": ((nibble_lines, 0),),
+    "t4": ((nibble_lines, 0),),
+    "v4": ((nibble_lines, 0),),
+    "u5": ((nibble_lines, 0), (fifth_bits, NIBBLE_BYTES)),
+    "u6": ((nibble_lines, 0), (upper_pairs, NIBBLE_BYTES)),
+    "i8": ((whole_bytes, 0),),
+    "f8": ((whole_bytes, 0),),
+}
+
+
+def superblock_writer(source_type: str):
+    """Function (address of a stage, address of a superblock): writes it; 0 where a number in it is not finite."""
+    target = format_of(SOURCE_TYPES[source_type].format)
+    word, header = KERNEL_SOURCES[source_type]
+
+    @emits(types.int64, intp, intp)
+    def write(b, source, to):
+        stage, out = Stage(b, source), Superblock(b, to)
+        header(stage, out)
+        for group in range(target.group_inputs // GROUP_INPUTS):
+            words = [word(stage, group * GROUP_WORDS + k) for k in range(GROUP_WORDS)]
+            first = (target.header_lines + group * target.code_lines) * LINE_BYTES
+            for lines, at in PLANES[target.plane]:
+                lines(words, out, first + at)
+        return out.is_good()
+
+    return write
+
+
+def repack(source_type: str):
+    """Kernel; blocks: of the source in a row."""
+    source = SOURCE_TYPES[source_type]
+    together, source_bytes = blocks_together(source), source.block_bytes
+    dwords, superblock_bytes = -(-together * source_bytes // DWORD_BYTES), format_of(source.format).superblock_bytes
+    memory, write = stage_memory(dwords * LINE_BYTES), superblock_writer(source_type)
+
+    @helper
+    def lay(rows, stride, count, stage):
+        """The first `count` bytes of each row on the stage, zeros behind them."""
+        whole = count // DWORD_BYTES
+        for index in range(whole):
+            stage_dword(rows + DWORD_BYTES * index, stride, stage + LINE_BYTES * index)
+        for index in range(whole, dwords):
+            for feature in range(BLOCK_FEATURES):
+                dword, at = 0, rows + feature * stride + DWORD_BYTES * index
+                for place in range(least(DWORD_BYTES, count - DWORD_BYTES * index)):
+                    dword |= load_byte(at + place) << (8 * place)
+                store_word(dword, stage + LINE_BYTES * index + 4 * feature)
+
+    @helper
+    def repack_block(rows, stride, blocks, to, stage):
+        """Sixteen features; False if a scale is not finite."""
+        good = True
+        for first in range(0, blocks, together):
+            here = least(together, blocks - first)
+            lay(rows + first * source_bytes, stride, here * source_bytes, stage)
+            good = write(stage, to + first // together * superblock_bytes) != 0 and good
+        return good
+
+    def kernel(arguments, thread):
+        rows, stride, num_blocks = (
+            parameter(arguments, REPACK.rows),
+            parameter(arguments, REPACK.row_bytes),
+            parameter(arguments, REPACK.num_blocks),
+        )
+        blocks, out, block_bytes = (
+            parameter(arguments, REPACK.blocks),
+            parameter(arguments, REPACK.out),
+            parameter(arguments, REPACK.block_bytes),
+        )
+        stage = memory()
+        block = take(arguments, 0)
+        while block < num_blocks:
+            source = rows + block * BLOCK_FEATURES * stride
+            if not repack_block(source, stride, blocks, out + block * block_bytes, stage):
+                fail(arguments, 1)
+            block = take(arguments, 0)
+
+    return kernel
