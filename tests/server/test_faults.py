@@ -45,6 +45,8 @@ def chat(**more: object) -> bytes:
         ("chat/completions", chat(top_p=2), 400, "top_p"),
         ("chat/completions", chat(max_tokens=0), 400, "max_tokens"),
         ("chat/completions", chat(n=17), 400, "n is 17"),
+        ("chat/completions", chat(n=0), 400, "n is 0"),
+        ("completions", b'{"prompt": "a", "n": 0}', 400, "n is 0"),
         ("chat/completions", chat(stop=["x"] * 17), 400, "stop"),
         ("chat/completions", chat(logit_bias={"5000": 1}), 400, "logit_bias"),
         ("chat/completions", chat(top_logprobs=2), 400, "logprobs: true"),

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -48,7 +49,7 @@ def test_counters_equal_the_truth_after_a_hundred_mixed_requests():
         ("/v1/chat/completions", {"messages": question, "max_tokens": 40, "temperature": 0}),
         ("/v1/messages", {"messages": question, "max_tokens": 2}),
         ("/v1/responses", {"input": "A list", "max_output_tokens": 2, "some_field": 1}),
-        ("/api/chat", {"messages": question, "stream": False, "options": {"num_predict": 2}}),
+        ("/api/chat", {"messages": question, "stream": False, "options": {"num_predict": 2, "num_ctx": 9}}),
         ("/v1/completions", {"prompt": "a", "max_tokens": 0}),
         ("/v1/chat/completions", {"messages": []}),
         ("/nothing", {}),
@@ -69,7 +70,7 @@ def test_counters_equal_the_truth_after_a_hundred_mixed_requests():
     assert sum(count for name, count in counted.items() if name.startswith("vllm:request_success_total")) == 60 + 10 * 4
     assert counted['hetero_requests_refused_total{status="400"}'] == refused.count(400) == 20
     assert counted['hetero_requests_refused_total{status="404"}'] == refused.count(404) == 10
-    assert counted["hetero_unknown_fields_total"] == 10
+    assert counted["hetero_unknown_fields_total"] == 20
     assert counted["vllm:time_to_first_token_seconds_count"] == 100
 
 
@@ -132,7 +133,8 @@ def test_who_waits_goes_by_priority_then_by_arrival():
 
 
 PLANTED = """
-import sys, time
+import atexit, gc, sys, time
+atexit.register(lambda: {at_exit})
 from hetero_attn.errors import EngineDeadError
 from hetero_attn.llm import LLM
 step = LLM.step
@@ -148,11 +150,11 @@ main()
 """
 
 
-def served(action: str) -> tuple[subprocess.Popen, int]:
+def served(action: str, at_exit: str = "None") -> tuple[subprocess.Popen, int]:
     """The command in a process of its own that does something after the fourth token of a long answer."""
     port = free_port()
     arguments = ["serve", TINY, "--device", "cpu", "--threads", "1", "--context", "256", "--port", str(port)]
-    code = PLANTED.format(action=action, arguments=arguments)
+    code = PLANTED.format(action=action, arguments=arguments, at_exit=at_exit)
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     await_health(process, port)
     return process, port
@@ -181,7 +183,9 @@ def test_a_lost_engine_ends_the_command_with_code_5():
 
 
 def test_a_second_signal_ends_at_once():
-    process, port = served("time.sleep(0.3)")
+    process, port = served(
+        "time.sleep(0.3)", at_exit="print('kept', gc.get_freeze_count(), file=sys.stderr, flush=True)"
+    )
     try:
         sock, _ = long_stream(port)
         os.kill(process.pid, signal.SIGTERM)
@@ -189,13 +193,14 @@ def test_a_second_signal_ends_at_once():
         assert process.poll() is None, "the first signal lets the stream go on"
         os.kill(process.pid, signal.SIGTERM)
         start = time.monotonic()
-        process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=60)
         took_s = time.monotonic() - start
     finally:
         process.kill()
         sock.close()
 
     assert took_s < 15, "200 tokens of 0.3 s each would have taken a minute"
+    assert int(re.search(r"kept (\d+)", stderr)[1]) > 100_000, "what was loaded is not looked through for garbage again"
 
 
 def crowd(server: RunningServer, clients: int) -> list[tuple[int, float, int | None]]:

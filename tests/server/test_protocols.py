@@ -114,6 +114,7 @@ def test_it_is_told_why_an_answer_ended(http, path, body, reason):
         ("responses", {"input": "a", "previous_response_id": "resp_1"}, "send the whole conversation"),
         ("responses", {"input": "a", "background": True}, "background"),
         ("responses", {"input": "a", "truncation": "auto"}, "truncation"),
+        ("responses", {"input": "a", "include": ["message.output_text.logprobs"]}, "include"),
         ("responses", {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "text only"),
         ("chat", {"messages": [{"role": "user", "content": "a", "images": ["x"]}]}, "images"),
         ("chat", {"messages": USER, "options": {"num_predict": "many"}}, "num_predict"),

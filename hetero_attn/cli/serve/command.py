@@ -68,10 +68,10 @@ def serve(
         raise typer.BadParameter(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
 
     def load() -> LLM:
-        from hetero_attn.server.driver import warmed
+        from hetero_attn.server.driver import settled, warmed
 
         places = SEQUENCES if loading.batch is None else loading.batch
-        return warmed(loading.llm(model, seed=None, max_batch=places, speculate=speculate))
+        return settled(warmed(loading.llm(model, seed=None, max_batch=places, speculate=speculate)))
 
     settings = replace(settings, port=sock.getsockname()[1])
     typer.echo(f"loading {model}; {settings.address}/health tells when it is ready", err=True)

@@ -63,7 +63,7 @@ async def chat_completions(service: Service, request: Request) -> Any:
     _refuse(body)
     check_model(service, body.model)
     count_unknown(service, body)
-    choices = body.n or 1
+    choices = 1 if body.n is None else body.n
     turn = Turn(prompts=conversation_of(body), wishes=_wishes(body), choices=choices, priority=body.priority or 0)
 
     def make_writer(generation: Generation) -> ChatWriter:

@@ -44,7 +44,7 @@ async def completions(service: Service, request: Request) -> Any:
     refuse(body, suffix="the model does not fill in the middle", use_beam_search="answers are sampled")
     check_model(service, body.model)
     count_unknown(service, body)
-    choices = body.n or 1
+    choices = 1 if body.n is None else body.n
     if body.best_of not in (None, choices):
         raise ApiError(400, f"best_of is {body.best_of}; it must equal n, which is {choices}", param="best_of")
     turn = Turn(

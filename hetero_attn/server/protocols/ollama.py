@@ -160,6 +160,7 @@ def _check(service: Service, body: Asking) -> None:
     refuse(body, logprobs="use /v1/chat/completions for them", top_logprobs="use /v1/chat/completions for them")
     check_model(service, body.model)
     count_unknown(service, body)
+    service.metrics.ignored(len((body.options or {}).keys() - _OPTIONS.keys() - {"num_predict", "seed"}))
 
 
 def _loaded(service: Service, body: Asking, empty: dict[str, Any]) -> JsonAnswer:

@@ -20,6 +20,8 @@ from hetero_attn.server.protocols.responses_events import ResponseWriter, failed
 from hetero_attn.server.service import Service
 from hetero_attn.server.turn import Conversation, Turn
 
+LOGPROBS = "message.output_text.logprobs"
+
 
 class Body(Fields):
     """The body of `POST /v1/responses`; what is refused is listed so that it is refused by name."""
@@ -88,6 +90,8 @@ def _refuse(body: Body) -> None:
         max_tool_calls="the client calls the tools",
         top_logprobs="use /v1/chat/completions for log-probabilities",
     )
+    if LOGPROBS in (body.include or ()):
+        raise ApiError(400, f"include names {LOGPROBS}; use /v1/chat/completions for them", param="include")
     if body.truncation not in (None, "disabled"):
         raise ApiError(400, "truncation must be disabled: nothing is left out of a prompt unasked", param="truncation")
     if not body.input:
