@@ -75,6 +75,9 @@ class Routes(NamedTuple):
     ids: int32 [rows, k], the experts of a row, ascending. places: int32 [rows, k], the place of each pick. sources:
     int32 [rows * k], the row of the pick at each place. starts: int32 [experts + 1], where each expert's picks begin.
     weights: [rows, k + 1], what each pick's output counts, then what the shared expert's does.
+    expert_slots: int32 [experts], which expert slot holds a copy of each expert, -1 for none; it is read. Picks are
+    then sorted by slot, behind them those of experts that are in none by expert, and starts is int32 [slots + experts +
+    1]. None where there are no expert slots.
     """
 
     ids: Tensor
@@ -82,18 +85,26 @@ class Routes(NamedTuple):
     sources: Tensor
     starts: Tensor
     weights: Tensor
+    expert_slots: Tensor | None = None
+
+    @property
+    def experts(self) -> int:
+        """How many experts there are."""
+        return self.starts.shape[0] - 1 if self.expert_slots is None else self.expert_slots.shape[0]
 
 
 class Picks(NamedTuple):
     """The picks of consecutive experts, `first` being the first one.
 
     sources: int32 [picks], the row of x of each place, None where x has a row for each place. starts: int32 [all
-    experts + 1], where each expert's places begin. What they hold is trusted.
+    experts + 1], where each expert's places begin. held: of expert slots, int32 [slots], which expert each one holds;
+    None where every expert is at its own number. What they hold is trusted.
     """
 
     sources: Tensor | None
     starts: Tensor
     first: int
+    held: Tensor | None = None
 
 
 class Scoring(NamedTuple):
@@ -190,8 +201,8 @@ class Ops(Protocol):
     def add_expert_bias(self, bias: Tensor, picks: Picks, out: Tensor) -> None:
         """out[place] += the bias of the place's expert, for every pick of some experts.
 
-        bias: [experts, features], those from picks.first on. out: [places, features], written at their places and at
-        no other; picks.sources is not read.
+        bias: [experts, features], those from picks.first on; where expert slots hold the experts (picks.held), those
+        of all experts. out: [places, features], written at their places and at no other; picks.sources is not read.
         """
 
     def clamped_silu_mul(self, gate_up: Tensor, alpha: float, limit: float, out: Tensor) -> None:

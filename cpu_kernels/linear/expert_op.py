@@ -33,7 +33,7 @@ def kernel_of(isa: Isa, weight_dtype: str, picks: int) -> tuple:
 
 
 def expert_linear(team: Team, x: Tensor, picks: Picks, weight: Tensor, weight_dtype: str, out: Tensor) -> None:
-    sources, starts, first = picks
+    sources, starts, first, _ = picks
     check_tensor("x", x, torch.float32, (None, None))
     in_features = x.shape[1]
     check_tensor("weight", weight, torch.uint8, (None, None, unit_bytes(weight_dtype, in_features)))

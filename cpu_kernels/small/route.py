@@ -11,7 +11,8 @@ from cpu_kernels.team.team import Team
 
 
 def route(team: Team, x: Tensor, router: Tensor, scoring: Scoring, into: Routes) -> None:
-    ids, places, sources, starts, weights = into
+    ids, places, sources, starts, weights, expert_slots = into
+    expect(expert_slots is None, "expert_slots are in GPU memory, and the CPU reads every expert where it is")
     check_tensor("x", x, torch.float32, (None, None))
     check_tensor("ids", ids, torch.int32, (x.shape[0], None))
     check_tensor("starts", starts, torch.int32, (None,))

@@ -178,6 +178,10 @@ class PacedDriver:
         if left > 0:
             time.sleep(left)
 
+    def is_reached(self, event: PacedEvent) -> bool:
+        """Whether its time has come."""
+        return event.at <= time.perf_counter()
+
     def write_flag(self, stream: PacedStream, flag: torch.Tensor, value: int) -> None:
         """Write when the queue has come this far; the caller waits for it."""
         self.synchronize(self.record(stream))

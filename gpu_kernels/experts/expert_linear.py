@@ -17,7 +17,7 @@ from gpu_kernels.reference import BLOCK_FEATURES, block_bytes, mix_of
 
 def expert_linear(x: Tensor, picks: Picks, weight: Tensor, weight_dtype: str, out: Tensor) -> None:
     """Each expert's weight is contiguous."""
-    sources, starts, first = picks
+    sources, starts, first, _ = picks
     parts, at, first_block = mix_of(weight_dtype), 0, 0
     unit_bytes = sum(count * block_bytes(name, x.shape[1]) for name, count in parts)
     blocks = weight.shape[1] * sum(count for _, count in parts)

@@ -129,7 +129,7 @@ def multiply_plain(
     x: Tensor, picks: Picks, weight: Tensor, weight_dtype: str, run: int, first_column: int, out: Tensor
 ) -> None:
     """`expert_linear` over one format that is none of WHOLE_FORMS; arguments as those of `multiply_whole`."""
-    sources, starts, first = picks
+    sources, starts, first, _ = picks
     (num_picks, features), count, num_blocks = out.shape, weight.shape[0], weight.shape[1] * run
     if weight_dtype == "bf16":
         inputs = x.to(torch.bfloat16)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from cpu_kernels.contract import Partial, Picks, Routes, Scoring
+from gpu_kernels.reference.experts import sorting_keys
 
 
 def route(x: Tensor, router: Tensor, scoring: Scoring, into: Routes) -> None:
-    ids, places, sources, starts, weights = into
-    experts, top_k = starts.shape[0] - 1, ids.shape[1]
+    ids, places, sources, starts, weights, _ = into
+    experts, top_k = into.experts, ids.shape[1]
     products = _product(x, router)
     logits = products[:, :experts] if scoring.bias is None else products[:, :experts] + scoring.bias
     scores = torch.sigmoid(logits) if scoring.sigmoid else torch.softmax(logits, dim=-1)
@@ -29,11 +30,11 @@ def route(x: Tensor, router: Tensor, scoring: Scoring, into: Routes) -> None:
     weights[:, :top_k].copy_(chosen * scoring.scale)
     weights[:, top_k].copy_(torch.sigmoid(products[:, experts]) if scoring.gated else torch.ones_like(products[:, 0]))
     ids.copy_(best)
-    picks = best.flatten()
-    order = torch.sort(picks, stable=True).indices
+    keys = sorting_keys(best, into)
+    order = torch.sort(keys, stable=True).indices
     sources.copy_(order // top_k)
     places.view(-1).scatter_(0, order, torch.arange(order.shape[0], dtype=places.dtype, device=places.device))
-    below = picks[:, None] < torch.arange(experts + 1, device=picks.device)
+    below = keys[:, None] < torch.arange(starts.shape[0], device=keys.device)
     starts.copy_(below.sum(0))
 
 
@@ -57,8 +58,10 @@ def _choices(scores: Tensor, scoring: Scoring) -> Tensor:
 def add_expert_bias(bias: Tensor, picks: Picks, out: Tensor) -> None:
     places = torch.arange(out.shape[0], dtype=picks.starts.dtype, device=out.device)
     experts = torch.searchsorted(picks.starts, places, right=True) - 1 - picks.first
-    is_own = (experts >= 0) & (experts < bias.shape[0])
-    added = bias[experts.clamp(0, bias.shape[0] - 1)]
+    count = bias.shape[0] if picks.held is None else picks.held.shape[0]
+    is_own = (experts >= 0) & (experts < count)
+    own = experts.clamp(0, count - 1)
+    added = bias[own if picks.held is None else picks.held[own]]
     out.copy_(torch.where(is_own[:, None], out + added, out))
 
 

@@ -295,7 +295,7 @@ def multiply_whole(
     weight: uint8 [experts, units, ...], from the first byte of that format on. run: blocks of it in a unit, whose
     outputs begin at first_column of the unit's.
     """
-    sources, starts, first = picks
+    sources, starts, first, _ = picks
     (num_picks, features), count = out.shape, weight.shape[0]
     q, scales, sums = quantize_activation(x, "own")
     rows = 1 if x.shape[0] == 1 or num_picks <= FEW_ROWS else tile_rows(num_picks, starts.shape[0] - 1)

@@ -12,7 +12,7 @@ from gpu_kernels.reference.packed import BLOCK_FEATURES, mixed_parts
 
 
 def route(x: Tensor, router: Tensor, scoring: Scoring, into: Routes) -> None:
-    experts, top_k = into.starts.shape[0] - 1, into.ids.shape[1]
+    experts, top_k = into.experts, into.ids.shape[1]
     scores = in_best_groups(choice_scores(x, router[:experts], scoring), scoring)
     best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :top_k].sort(-1).values
     route_to(best, x, router, scoring, into)
@@ -21,8 +21,8 @@ def route(x: Tensor, router: Tensor, scoring: Scoring, into: Routes) -> None:
 def route_to(best: Tensor, x: Tensor, router: Tensor, scoring: Scoring, into: Routes) -> None:
     """What `route` writes where the experts of every row are `best`, int64 [rows, k], ascending, whatever the scores
     are."""
-    ids, places, sources, starts, weights = into
-    experts, top_k = starts.shape[0] - 1, ids.shape[1]
+    ids, places, sources, starts, weights, _ = into
+    experts, top_k = into.experts, ids.shape[1]
     logits = _logits(x, router[:experts], scoring)
     chosen = (logits.sigmoid() if scoring.sigmoid else torch.softmax(logits, dim=-1)).gather(1, best)
     if scoring.normalised:
@@ -30,12 +30,22 @@ def route_to(best: Tensor, x: Tensor, router: Tensor, scoring: Scoring, into: Ro
     weights[:, :top_k] = scoring.scale * chosen
     weights[:, top_k] = torch.sigmoid(x @ router[experts].to(x.dtype)) if scoring.gated else 1.0
     ids.copy_(best)
-    order = torch.sort(best.flatten(), stable=True).indices
+    keys = sorting_keys(best, into)
+    order = torch.sort(keys, stable=True).indices
     sources.copy_(order // top_k)
     places.view(-1)[order] = torch.arange(order.shape[0], dtype=places.dtype, device=places.device)
     starts[0] = 0
-    everyone = torch.arange(experts, device=best.device)
-    starts[1:] = (best.flatten()[:, None] == everyone).sum(0).cumsum(0)
+    everyone = torch.arange(starts.shape[0] - 1, device=best.device)
+    starts[1:] = (keys[:, None] == everyone).sum(0).cumsum(0)
+
+
+def sorting_keys(best: Tensor, into: Routes) -> Tensor:
+    """What picks are sorted by, int64 [rows * k]: their expert, or where there are expert slots the slot that holds it,
+    and behind all slots the expert."""
+    if into.expert_slots is None:
+        return best.flatten()
+    slots = into.expert_slots.long()[best.long()]
+    return torch.where(slots >= 0, slots, best + (into.starts.shape[0] - 1 - into.experts)).flatten()
 
 
 def choice_scores(x: Tensor, router: Tensor, scoring: Scoring) -> Tensor:
@@ -64,7 +74,7 @@ def _logits(x: Tensor, router: Tensor, scoring: Scoring) -> Tensor:
 
 
 def expert_linear(x: Tensor, picks: Picks, weight: Tensor, weight_dtype: str, out: Tensor) -> None:
-    sources, starts, first = picks
+    sources, starts, first, _ = picks
     bounds = starts[first : first + weight.shape[0] + 1].tolist()
     for expert, (start, stop) in enumerate(zip(bounds, bounds[1:])):
         if start < stop:
@@ -93,6 +103,7 @@ def scale_rows(factors: Tensor, out: Tensor) -> None:
 
 
 def add_expert_bias(bias: Tensor, picks: Picks, out: Tensor) -> None:
+    bias = bias if picks.held is None else bias[picks.held.long()]
     bounds = picks.starts[picks.first : picks.first + bias.shape[0] + 1].tolist()
     for values, start, stop in zip(bias, bounds, bounds[1:]):
         out[start:stop] += values

@@ -21,7 +21,10 @@ def profile(
     ] = False,
     routes: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Instead: how warm a model's experts stay over the text of --file."),
+        typer.Option(
+            metavar="MODEL",
+            help="Instead: how warm a model's experts stay over --file's text; kept for its plans.",
+        ),
     ] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="The text for --routes; - is stdin.")] = None,
     gguf: options.Gguf = None,
@@ -50,16 +53,19 @@ def profile(
 
 
 def show_routes(model: str, loading: options.Loading, file: Path | None, save: Path | None, as_json: bool) -> None:
-    """Print how soon the experts of a model are chosen again over a text; raises typer.BadParameter without one."""
+    """Print how soon the experts of a model are chosen again over a text, and keep it for plans of the model; raises
+    typer.BadParameter without a text."""
     if file is None:
         raise typer.BadParameter("--routes follows a text of some hundreds of tokens; give it by --file")
     expect_writable(save)
+    from hetero_attn.planning.heats import keep_heat
     from hetero_attn.tools.routes import heat
 
     text = read_text(file)
     with loading.llm(model, needs_text=True) as llm:
         token_ids = llm.tokenizer.encode(text)[: llm.plan.max_context]
         report = heat.run(llm, token_ids)
+        keep_heat(llm.planned.path, {layer.name: layer.heat for layer in report.layers})
     if as_json:
         print_json(report.to_dict())
     else:

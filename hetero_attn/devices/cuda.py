@@ -141,6 +141,10 @@ class CudaDriver:
         """Block the calling thread, without Python's lock, until the event is reached."""
         event.synchronize()
 
+    def is_reached(self, event: Any) -> bool:
+        """Ask, without waiting."""
+        return event.query()
+
     def write_flag(self, stream: Any, flag: torch.Tensor, value: int) -> None:
         """Queue a write by the stream's front end; no kernel is launched."""
         self._library.set_context(self._context)

@@ -112,6 +112,10 @@ class Device:
         """Block the calling thread until `event` is reached."""
         self.driver.synchronize(event)
 
+    def is_reached(self, event: Any) -> bool:
+        """Whether `event` is reached already; what came before it is then visible."""
+        return self.driver.is_reached(event)
+
     def write_flag(self, flag: torch.Tensor, value: int) -> None:
         """Queue on the compute stream: write `value`, below 2^32, to a flag; what was done before is then visible."""
         self.driver.write_flag(self.compute, flag, value)

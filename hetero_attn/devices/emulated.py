@@ -69,6 +69,10 @@ class EmulatedDriver:
     def synchronize(self, event: EmulatedEvent) -> None:
         pass
 
+    def is_reached(self, event: EmulatedEvent) -> bool:
+        """All work has run."""
+        return True
+
     def write_flag(self, stream: EmulatedStream, flag: torch.Tensor, value: int) -> None:
         flag.fill_(value)
 

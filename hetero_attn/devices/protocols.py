@@ -60,6 +60,9 @@ class Driver(Protocol):
     def synchronize(self, event: Any) -> None:
         """Block the calling thread until the event."""
 
+    def is_reached(self, event: Any) -> bool:
+        """Whether the event is reached, without waiting for it."""
+
     def write_flag(self, stream: Any, flag: Tensor, value: int) -> None:
         """Write a flag once the work queued so far is done."""
 

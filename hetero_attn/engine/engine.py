@@ -18,8 +18,10 @@ from hetero_attn.engine.move import go_over
 from hetero_attn.errors import EngineDeadError
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.decoder import ModelWeights
+from hetero_attn.ops.expert_slot_keeper import SlotKeeper
 from hetero_attn.ops.step import Rows, make_step, most_lines
 from hetero_attn.spec.config import ModelConfig
+from placement.plan.heat import ExpertHeat
 from placement.plan.plan import Plan
 
 
@@ -49,6 +51,8 @@ class Engine:
         self.forward = Forward(config, weights, lanes, kv_cache, buffers, replay)
         self._rows = buffers.rows
         self._first_rows: dict[int, int] = {}  # of the last step, by sequence
+        self._expert_slots = SlotKeeper(lanes)
+        self._expert_slots.open(weights.linears, plan)
 
     @property
     def prefill_chunk(self) -> int:
@@ -117,9 +121,13 @@ class Engine:
         with self.report.measure(self.lanes, _counts(work), len(token_ids)), self.lanes.torch_at_rest():
             if not work[-1].is_chunk:
                 self.forward.drain()
+            if not self.forward.is_running:
+                self._expert_slots.settle()
             step = make_step(self.lanes, self.kv_cache, work)
             self.forward.run(step, token_ids, _hidden(work))
             logits = self.forward.logits(step, work, copy)
+            if not self.forward.is_running:
+                self.report.routed(*self._expert_slots.note(step.rows))
         self._first_rows, row = {}, 0
         for each in work:
             self._first_rows[each.sequence.id], row = row, row + len(each.token_ids)
@@ -200,8 +208,12 @@ class Engine:
 
     def _go_over(self, plan: Plan) -> None:
         with self.lanes.torch_at_rest():
-            go_over(self.lanes, self.weights.linears, self.kv_cache, plan)
+            go_over(self.lanes, self.weights.linears, self.kv_cache, self._expert_slots, plan)
         self.forward.forget_captured()
+
+    def expert_heats(self) -> dict[str, ExpertHeat]:
+        """How warm experts were while this ran, by the name of their linear; see `SlotKeeper.heats`."""
+        return self._expert_slots.heats()
 
     def check_alive(self) -> None:
         """Raise EngineDeadError if a move between plans failed and could not be undone."""

@@ -49,7 +49,7 @@ class Forward:
     """Computes steps of a model with its weights and its cache, in buffers of its own.
 
     replay: record decode steps where the lanes can, and replay them; the plain path computes the same. fault: why no
-    step can be computed any more, None while it can.
+    step can be computed any more, None while it can. is_running: whether the GPU may still be at a chunk.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Forward:
         self._lanes = lanes
         self._kv_cache = kv_cache
         self._logits = buffers.logits
-        self._is_running = False
+        self.is_running = False
         self._passes_caller: dict[int, bool] = {}
         self._watch: Callable[[int, torch.Tensor], None] | None = None
         self._records = all(block.records for block in weights.spec.blocks)
@@ -237,7 +237,7 @@ class Forward:
 
     def drain(self) -> None:
         """Wait for a chunk that was left running."""
-        if self._is_running:
+        if self.is_running:
             with self.guarded():
                 self._finish()
 
@@ -246,10 +246,10 @@ class Forward:
         prepared."""
         with self.guarded():
             self._lanes.join()
-        self._is_running = True
+        self.is_running = True
 
     def _finish(self) -> None:
-        self._is_running = False
+        self.is_running = False
         self._lanes.finish()
 
     def _announce(self, linears: Sequence[LinearWeights], tier: int) -> None:

@@ -77,14 +77,40 @@ class DraftCounts:
 
 
 @dataclass(slots=True)
+class ExpertCounts:
+    """Experts over all layers with expert slots and the last rows of all steps: picks, those of experts in slots, and
+    copies of experts into slots."""
+
+    steps: int = 0
+    picks: int = 0
+    hits: int = 0
+    inserts: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of the picks in expert slots."""
+        return self.hits / max(1, self.picks)
+
+    def line(self) -> str:
+        """For people, in one line."""
+        return (
+            f"experts: {self.hit_rate:.0%} of the picks in expert slots, {self.inserts / self.steps:.1f} copied a step"
+        )
+
+
+@dataclass(slots=True)
 class LaneReport:
-    """Totals since a model was loaded, or since `reset`. tiers: by row tier, since the model was loaded.
-    drafts: of speculative decoding; rows of drafts that were wrong count in no phase's tokens. forced_tokens: of
-    answers, which a grammar left no choice for and which shared a pass with the one before."""
+    """Totals since a model was loaded, or since `reset`.
+
+    tiers: by row tier, since the model was loaded. experts: of expert slots. drafts: of speculative decoding; rows of
+    drafts that were wrong count in no phase's tokens. forced_tokens: of answers, which a grammar left no choice for and
+    which shared a pass with the one before.
+    """
 
     phases: dict[str, PhaseTimes] = field(default_factory=lambda: {phase: PhaseTimes() for phase in PHASES})
     tiers: dict[int, PhaseTimes] = field(default_factory=dict)
     drafts: DraftCounts = field(default_factory=DraftCounts)
+    experts: ExpertCounts = field(default_factory=ExpertCounts)
     forced_tokens: int = 0
 
     @contextmanager
@@ -112,6 +138,14 @@ class LaneReport:
         self.forced_tokens += accepted
         self.phases["decode"].tokens -= drafted - accepted
 
+    def routed(self, picks: int, hits: int, inserts: int) -> None:
+        """Count what one step chose, where there are expert slots."""
+        if picks:
+            counts = self.experts
+            self.experts = ExpertCounts(
+                counts.steps + 1, counts.picks + picks, counts.hits + hits, counts.inserts + inserts
+            )
+
     def decided(self, reason: str) -> None:
         """Keep why the next pass has as many drafts as it has."""
         self.drafts.reason = reason
@@ -120,6 +154,7 @@ class LaneReport:
         """Forget everything counted so far, except what `tiers` holds for rebalancing."""
         self.phases = {phase: PhaseTimes() for phase in PHASES}
         self.drafts = DraftCounts(reason=self.drafts.reason)
+        self.experts = ExpertCounts()
         self.forced_tokens = 0
 
     def forget(self) -> None:
@@ -153,7 +188,8 @@ class LaneReport:
                 table.add_row(phase, *_cells(times))
         console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
         console.print(table)
-        return console.file.getvalue() + (f"{self.drafts.line()}\n" if self.drafts.reason else "")
+        drafts = f"{self.drafts.line()}\n" if self.drafts.reason else ""
+        return console.file.getvalue() + drafts + (f"{self.experts.line()}\n" if self.experts.steps else "")
 
 
 def _counters(lanes: Lanes) -> tuple[float, ...]:

@@ -13,6 +13,7 @@ from hetero_attn.cache.cache import KVCache
 from hetero_attn.devices.slab import NoGapError
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.lanes.staging import make_ring
+from hetero_attn.ops.expert_slot_keeper import SlotKeeper
 from hetero_attn.ops.linear import LinearWeights
 from placement.plan.memory import LinearPlacement
 from placement.plan.plan import Plan
@@ -20,23 +21,29 @@ from placement.plan.plan import Plan
 Moving = tuple[LinearWeights, LinearPlacement]
 
 
-def go_over(lanes: Lanes, linears: Sequence[LinearWeights], kv_cache: KVCache, plan: Plan) -> None:
-    """Bring weights, cache and staging ring from whatever state they are in to `plan`; both are changed in place.
+def go_over(
+    lanes: Lanes, linears: Sequence[LinearWeights], kv_cache: KVCache, expert_slots: SlotKeeper, plan: Plan
+) -> None:
+    """Bring weights, cache, expert slots and staging ring from whatever state they are in to `plan`, all in place.
 
     linears: in plan order. Raises MemoryBudgetError when GPU memory runs out, and may then be called again.
     """
     lanes.finish()
     targets = list(zip(linears, plan.linears, strict=True))
     moving = [pair for pair in targets if not _is_home(*pair)]
+    expert_slots.close()  # they hold copies alone
     _give_all_back(lanes, moving)
     kv_cache.shrink(plan)
     lanes.device.arena.budget_bytes = plan.gpu_memory_bytes - plan.memory.gpu.get("context", 0)
     try:
         _take_all(lanes, moving, kv_cache, plan)
+        expert_slots.open(linears, plan)
     except NoGapError:  # there is enough, but in pieces between what stayed: nothing stays
         lanes.finish()
+        expert_slots.close()
         _give_all_back(lanes, targets)
         _take_all(lanes, targets, kv_cache, plan, anew=True)
+        expert_slots.open(linears, plan)
     for weights, placement in targets:
         weights.placement = placement
     lanes.finish()

@@ -84,9 +84,17 @@ class Replanner:
 
     def _checked(self, make: Callable[..., Plan], wish: int) -> Plan:
         try:
-            return make(self.planned.plan, self.planned.hardware, self.planned.policy, wish)
+            return make(self._warmed(self.planned.plan), self.planned.hardware, self.planned.policy, wish)
         except BudgetError as error:
             raise MemoryBudgetError(str(error)) from error
+
+    def _warmed(self, plan: Plan) -> Plan:
+        """The plan, for another to be made from, with how warm its experts were so far."""
+        heats = self._engine.expert_heats()
+        if not heats:
+            return plan
+        linears = (replace(shard, heat=heats.get(shard.name, shard.heat)) for shard in plan.workload.linears)
+        return replace(plan, workload=replace(plan.workload, linears=tuple(linears)))
 
     def _move(self, plan: Plan) -> None:
         self._engine.move(plan)

@@ -13,6 +13,7 @@ from hetero_attn.lanes.activation import Activation
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.block import Block, BlockWeights, Norm, StateView, normalize
 from hetero_attn.models.workspace import Workspace
+from hetero_attn.ops.expert_slots import ExpertSlots
 from hetero_attn.ops.experts import ExpertBuffers, add_experts, compute_experts, routes_in
 from hetero_attn.ops.linear import LinearWeights, SplitInput, linear, linear_add
 from hetero_attn.ops.run import Run
@@ -25,17 +26,17 @@ class Experts(ExpertsDeclaration, Block):
     def forward(self, run: Run, weights: BlockWeights, state: StateView, work: Workspace) -> None:
         """Queue the block; the CPU's experts run beside the GPU's and beside the shared one."""
         lanes, tier, experts = run.lanes, run.step.tier, weights.linears["experts"]
-        buffers = self._buffers(work, run.step.rows)
+        buffers = self._buffers(work, run.step.rows, experts.expert_slot_count)
         on_host = any(linear.has_host_features(tier) for linear in (experts, *self._shared_of(weights)[:1]))
         normalize(lanes, Norm.of(self._model, weights), work.residual, buffers.x, on_host)
-        self._route(lanes, weights, buffers)
+        self._route(lanes, weights, buffers, experts.expert_slots)
         compute_experts(lanes, experts, tier, buffers)
         given = lanes.given
         if self.shared:
             self._add_shared(run, weights, buffers, work)
         add_experts(lanes, experts, tier, buffers, given, work.residual)
 
-    def _buffers(self, work: Workspace, rows: int) -> ExpertBuffers:
+    def _buffers(self, work: Workspace, rows: int, expert_slots: int) -> ExpertBuffers:
         per_row, features = self._config.per_row, self._gate_up.out_features
 
         def by_place(name: str, width: int) -> Activation:
@@ -43,7 +44,7 @@ class Experts(ExpertsDeclaration, Block):
 
         return ExpertBuffers(
             x=work.of("normed", self._hidden),
-            routes=work.flat("routes", 1, self.experts.routes_size(rows)),
+            routes=work.flat("routes", 1, self.experts.routes_size(rows, expert_slots)),
             weights=work.of("expert_weights", per_row + 1),
             gate_up=by_place("expert_gate_up", features),
             activated=by_place("expert_activated", features // 2),
@@ -51,8 +52,10 @@ class Experts(ExpertsDeclaration, Block):
             near=by_place("expert_near", self._down.out_features),
         )
 
-    def _route(self, lanes: Lanes, weights: BlockWeights, buffers: ExpertBuffers) -> None:
-        routes = routes_in(buffers.routes.main, buffers.weights.main, self.experts)
+    def _route(
+        self, lanes: Lanes, weights: BlockWeights, buffers: ExpertBuffers, expert_slots: ExpertSlots | None
+    ) -> None:
+        routes = routes_in(buffers.routes.main, buffers.weights.main, self.experts, expert_slots)
         config = self._config
         scoring = Scoring(
             gated=config.is_gated,
@@ -66,6 +69,8 @@ class Experts(ExpertsDeclaration, Block):
             scale=config.scale,
         )
         lanes.main_ops.route(buffers.x.main, weights.vector("router").main, scoring, routes)
+        if expert_slots is not None:
+            expert_slots.note(lanes, routes.ids)
 
     def _shared_of(self, weights: BlockWeights) -> tuple[LinearWeights, ...]:
         return tuple(weights.linears[linear.kind] for linear in self.shared)

@@ -1,9 +1,11 @@
 """Run a layer's experts over the lanes: each on the lane where it lives, their outputs added in the order of their ids.
 
 Experts lie in the order gpu | stream | cpu, as the columns of a linear do (`ops.linear`), and every lane computes the
-picks of its own. What it writes are rows by *place*: all picks of a step sorted by expert, then by row, so that a
-lane's picks are neighbours. The sum over a row's experts is made in one place, in ascending id, so that it does not
-depend on where an expert was computed. Routes are contents of memory, which recorded steps read.
+picks of its own. Expert slots stand in front of them all (`ops.expert_slots`): the GPU computes what is in them, and
+those experts have no picks where they lie otherwise. What a lane writes are rows by *place*: all picks of a step sorted
+by slot and expert, then by row, so that a lane's picks are neighbours. The sum over a row's experts is made in one
+place, in ascending id, so that it does not depend on where an expert was computed. Routes are contents of memory, which
+recorded steps read.
 """
 
 from dataclasses import dataclass
@@ -14,16 +16,23 @@ import torch
 from cpu_kernels.contract import Ops, Picks, Routes
 from hetero_attn.lanes.activation import Activation
 from hetero_attn.lanes.lanes import Lanes
+from hetero_attn.ops.expert_slots import ExpertSlots
 from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.spec.experts import ExpertsSpec
 
 
-def routes_in(memory: torch.Tensor, weights: torch.Tensor, spec: ExpertsSpec) -> Routes:
-    """Views of float32 memory [1, spec.routes_size(rows)] as the int32 that it holds; weights: [rows, per_row + 1]."""
+def routes_in(
+    memory: torch.Tensor, weights: torch.Tensor, spec: ExpertsSpec, expert_slots: ExpertSlots | None
+) -> Routes:
+    """Views of float32 memory [1, spec.routes_size(rows, slots)] as the int32 that it holds.
+
+    weights: [rows, per_row + 1]. expert_slots: whose table the router reads.
+    """
     rows = weights.shape[0]
     picks = rows * spec.per_row
-    ids, places, sources, starts = memory[0].view(torch.int32).split([picks, picks, picks, spec.experts + 1])
-    return Routes(ids.view(rows, -1), places.view(rows, -1), sources, starts, weights)
+    ids, places, sources, starts = memory[0].view(torch.int32).tensor_split([picks, 2 * picks, 3 * picks])
+    table = None if expert_slots is None else expert_slots.table
+    return Routes(ids.view(rows, -1), places.view(rows, -1), sources, starts, weights, table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +58,18 @@ def compute_experts(lanes: Lanes, experts: LinearWeights, tier: int, buffers: Ex
 
     The CPU's outputs come back with `add_experts`; work queued between the two runs beside them.
     """
-    on_gpu = experts.device_units(tier)
+    first, slots = experts.expert_slot_count, experts.expert_slots
+    on_cpu = first + experts.device_units(tier)
     if experts.has_host_features(tier):
         lanes.push(buffers.routes, 0, buffers.routes.main.shape[1])
         host = _Side("host", buffers)
-        lanes.on_host(lambda: _run(lanes.host_ops, experts, on_gpu, experts.host_weight(tier), host, buffers.parts))
+        lanes.on_host(lambda: _run(lanes.host_ops, experts, on_cpu, experts.host_weight(tier), host, buffers.parts))
     side = _Side("device", buffers)
-    first = 0
+    if slots is not None:
+        _run(lanes.device.ops, experts, 0, slots.memory, side, buffers.near, slots.held)
     if experts.placement.gpu_units:
-        _run(lanes.device.ops, experts, 0, experts.gpu, side, buffers.near)
-        first = experts.placement.gpu_units
+        _run(lanes.device.ops, experts, first, experts.gpu, side, buffers.near)
+        first += experts.placement.gpu_units
     for _ in range(experts.piece_count(tier)):
         weight = lanes.ring.take()
         _run(lanes.device.ops, experts, first, weight, side, buffers.near)
@@ -74,7 +85,7 @@ def add_experts(
     side = _Side("host" if lanes.device is None else "device", buffers)
     if experts.has_host_features(tier):
         lanes.pull(buffers.parts, 0, features, given)
-    routes, border = side.routes(spec), experts.device_units(tier)
+    routes, border = side.routes(spec), experts.expert_slot_count + experts.device_units(tier)
     far, near = (side.of(activation)[:, :features] for activation in (buffers.parts, buffers.near))
     lanes.main_ops.combine(
         near,
@@ -101,7 +112,7 @@ class _Side:
         return getattr(activation, self._name)
 
     def routes(self, spec: ExpertsSpec) -> Routes:
-        return routes_in(self.of(self._buffers.routes), self.of(self._buffers.weights), spec)
+        return routes_in(self.of(self._buffers.routes), self.of(self._buffers.weights), spec, None)
 
     @property
     def x(self) -> torch.Tensor:
@@ -124,8 +135,17 @@ def activate(ops: Any, spec: ExpertsSpec, gate_up: torch.Tensor, out: torch.Tens
         ops.clamped_silu_mul(gate_up, *spec.clamp, out)
 
 
-def _run(ops: Ops, experts: LinearWeights, first: int, weight: torch.Tensor, side: _Side, parts: Activation) -> None:
-    """The picks of the experts from `first` on whose packed bytes `weight` has, uint8 [experts, unit_bytes]."""
+def _run(
+    ops: Ops,
+    experts: LinearWeights,
+    first: int,
+    weight: torch.Tensor,
+    side: _Side,
+    parts: Activation,
+    held: torch.Tensor | None = None,
+) -> None:
+    """The picks from `first` on, counted over expert slots and all experts, of those whose packed bytes `weight` has,
+    uint8 [experts, unit_bytes]. held: of expert slots, the expert in each."""
     spec, bias = _spec(experts), side.of(experts.bias)
     gate_up, down = spec.first
     routes, border = side.routes(spec), spec.gate_up_bytes
@@ -133,10 +153,11 @@ def _run(ops: Ops, experts: LinearWeights, first: int, weight: torch.Tensor, sid
         part.unflatten(1, (linear.units * linear.unit_rows, -1))
         for part, linear in zip((weight[:, :border], weight[:, border:]), spec.first, strict=True)
     )
-    picks = Picks(routes.sources, routes.starts, first)
+    picks = Picks(routes.sources, routes.starts, first, held)
     ops.expert_linear(side.x, picks, both, gate_up.format, side.gate_up)
     if bias is not None:
-        bias = bias[first : first + weight.shape[0]]
+        at = first - experts.expert_slot_count
+        bias = bias[at : at + weight.shape[0]] if held is None else bias
         ops.add_expert_bias(bias[:, : gate_up.out_features], picks, side.gate_up)
     activate(ops, spec, side.gate_up, side.activated)
     x, out = side.activated[:, : spec.width], side.of(parts)

@@ -16,6 +16,7 @@ import torch
 
 from hetero_attn.lanes.activation import Activation
 from hetero_attn.lanes.lanes import Lanes
+from hetero_attn.ops.expert_slots import ExpertSlots
 from hetero_attn.spec.weights import LinearSpec
 from placement.plan.memory import LinearPlacement
 
@@ -32,6 +33,7 @@ class LinearWeights:
     bias: float32 [out_features] on both sides, None on both where the linear has none. order: int32 [in_features] on
     both sides, which input of the model each of the weight's is; None on both where they are the same.
     piece_blocks: the most blocks a staging slot takes.
+    expert_slots: of experts, copies of some in GPU memory; None where the plan has none.
     """
 
     spec: LinearSpec
@@ -42,6 +44,12 @@ class LinearWeights:
     piece_blocks: int
     first_dram_unit: int
     order: Activation = NOTHING
+    expert_slots: ExpertSlots | None = None
+
+    @property
+    def expert_slot_count(self) -> int:
+        """How many expert slots there are."""
+        return 0 if self.expert_slots is None else self.expert_slots.count
 
     def device_units(self, tier: int) -> int:
         """Units computed on the GPU, resident and streamed, in this row tier."""

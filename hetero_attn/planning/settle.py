@@ -20,6 +20,7 @@ from hetero_attn.planning.choices import (
     with_chunk_choices,
 )
 from hetero_attn.planning.draft_head import refuse_head, taps_for_head
+from hetero_attn.planning.heats import with_heat
 from hetero_attn.planning.options import PAGE_TOKENS, LoadOptions
 from hetero_attn.planning.profiles import current_profile, lane_threads
 from hetero_attn.spec.blocks import ModelSpec
@@ -132,6 +133,7 @@ def settle(options: LoadOptions, drafts: bool = False) -> PlannedModel:
     _warn_of_wishes_without_effect(policy, kind, hardware)
     budget_bytes = None if kind == "cpu" else policy.gpu_memory or hardware.gpu_memory_bytes
     workload = _workload(options, policy, _Model(path, config, formats, taps), kind, budget_bytes)
+    workload = with_heat(workload, path)
     if kind == "cuda" and has_gpu():
         from hetero_attn.devices.machine import with_own_bytes
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from cpu_kernels.formats import BLOCK_FEATURES
+from cpu_kernels.formats import BLOCK_FEATURES, segments
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.spec.experts_config import ExpertsConfig
 from hetero_attn.spec.tensor_names import expert_tensor
@@ -45,9 +45,9 @@ class ExpertsSpec(LinearSpec):
             LinearSpec(f"{name}.down", "down", self.layer, self.width, (down,), self.has_bias),
         )
 
-    def routes_size(self, rows: int) -> int:
-        """Numbers in the `Routes` of some rows, their weights apart."""
-        return 3 * rows * self.per_row + self.experts + 1
+    def routes_size(self, rows: int, expert_slots: int = 0) -> int:
+        """Numbers in the `Routes` of some rows beside so many expert slots, their weights apart."""
+        return 3 * rows * self.per_row + expert_slots + self.experts + 1
 
     @cached_property
     def first(self) -> tuple[LinearSpec, LinearSpec]:
@@ -82,6 +82,12 @@ class ExpertsSpec(LinearSpec):
     def format(self) -> str:
         """What gate and up are held in; it may not be what down is."""
         return self.first[0].format
+
+    @cached_property
+    def has_same_bits(self) -> bool:
+        """Whether every lane computes the same bits: where codes are whole numbers (gpu_kernels/experts/ordered.py)."""
+        formats = {each.format for linear in self.first for each in segments(linear.format, linear.in_features)}
+        return not any(each.is_row_major or each.has_float_codes for each in formats)
 
     @cached_property
     def gate_up_bytes(self) -> int:
@@ -138,6 +144,7 @@ class ExpertsSpec(LinearSpec):
             weight_format=self.format,
             block=self.block,
             picks=self.per_row,
+            same_bits=self.has_same_bits,
         )
 
 

@@ -23,12 +23,14 @@ from rich.table import Table
 
 from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.greatest import greatest
+from hetero_attn.engine.lane_report import ExpertCounts
 from hetero_attn.engine.timed_steps import decode_terms, fill, prefill_terms
 from hetero_attn.llm import LLM
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.tools.terms import Term, compare_terms, term_lines
 from placement.cost.model import predict
 from placement.plan.phase import PhaseCost
+from placement.plan.warm import expert_slot_hits
 
 EMULATED_NOTE = (
     "an emulated GPU is no GPU: `predicted` is for its invented rates, and no error against them means anything\n"
@@ -44,6 +46,7 @@ class BenchRow:
     CPU alone the DRAM's read bandwidth over those bytes, None for prompts; with a GPU what the busiest lane of the plan
     allows
     when it never waits. predicted_tokens_per_s: by the plan. terms: of one generated token or of the whole prompt.
+    expert_hits: shares of a generated token's picks in expert slots, predicted and measured; None without any.
     """
 
     name: str
@@ -54,6 +57,7 @@ class BenchRow:
     bytes_per_token: int | None
     ceiling_tokens_per_s: float | None
     terms: tuple[Term, ...] = ()
+    expert_hits: tuple[float, float] | None = None
 
     @property
     def achieved_bytes_per_s(self) -> float | None:
@@ -99,6 +103,11 @@ class BenchReport:
         console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
         console.print(table)
         terms = "".join(f"{line}\n" for row in self.rows for line in term_lines(row.name, row.terms))
+        terms += "".join(
+            f"{row.name}: {row.expert_hits[1]:.0%} of the picks in expert slots, predicted {row.expert_hits[0]:.0%}\n"
+            for row in self.rows
+            if row.expert_hits is not None
+        )
         notes = (EMULATED_NOTE if self.device == "emulated" else "") + (DEPTH_NOTE if self.has_depth else "")
         return f"{head}\n{console.file.getvalue()}{notes}{terms}"
 
@@ -196,6 +205,7 @@ class _Bench:
         engine.report.reset()
         speeds = sorted(tokens / self._time(work, tokens) for _ in range(repetitions))
         spent, speed = engine.report.phases[phase], statistics.median(speeds)
+        experts = engine.report.experts
         cost = self._predict(phase, tokens)
         read = self._bytes_per_token(tokens) if phase == "decode" else None
         hardware, on_cpu = self._hardware, self._plan.device == "cpu"
@@ -208,7 +218,11 @@ class _Bench:
             cost, self._terms(phase, cost), cost.rows / speed, spent.handover_s / max(1, passes), on_cpu
         )
         label = f"{name} @ d{self._depth}" if self._depth else name
-        return BenchRow(label, speed, speeds[0], speeds[-1], cost.tokens_per_s, read, ceiling, terms)
+        hits = self._expert_hits(experts) if phase == "decode" and experts.steps else None
+        return BenchRow(label, speed, speeds[0], speeds[-1], cost.tokens_per_s, read, ceiling, terms, hits)
+
+    def _expert_hits(self, counts: ExpertCounts) -> tuple[float, float]:
+        return expert_slot_hits(self._plan.workload, self._plan.linears), counts.hit_rate
 
     def _terms(self, phase: str, cost: PhaseCost) -> Counter[str]:
         """Seconds of one step or prompt by kind of work, at the context of the prediction."""

@@ -35,7 +35,7 @@ class UnroundedOps:
 
     def expert_linear(self, x: Tensor, picks: Picks, weight: Tensor, weight_dtype: str, out: Tensor) -> None:
         """As `reference.expert_linear`, but `x` is not rounded."""
-        sources, starts, first = picks
+        sources, starts, first, _ = picks
         bounds = starts[first : first + weight.shape[0] + 1].tolist()
         for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
             if start < stop:

@@ -11,7 +11,8 @@ from placement.cost.objective import judged_s
 from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import Means, Plan, build_plan
 from placement.plan.workload import round_up
-from placement.policy.bind import KvBounds, bind
+from placement.policy.bind import bind
+from placement.policy.bounds import KvBounds
 from placement.policy.policy import Policy
 from placement.policy.rules import KvRule, Rule
 from placement.solve.decisions import gpu_tokens_of

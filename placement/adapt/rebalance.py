@@ -18,7 +18,7 @@ from placement.plan.memory import LinearPlacement
 from placement.plan.plan import Plan
 from placement.plan.shards import LinearShard
 from placement.plan.workload import NUM_ROW_TIERS
-from placement.policy.bind import Bounds
+from placement.policy.bounds import Bounds
 from placement.solve.pairing import first_names
 
 # Lanes that end within this share of a step of each other are balanced: less is noise.

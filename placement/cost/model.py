@@ -27,6 +27,9 @@ A `paired` layer cuts o and down by rows of the weight, to follow the heads and 
 then one stage of max(cpu, gpu) with one hand-over, rows in and the partial sum back, two hand-overs a layer instead of
 four.
 
+Expert slots (placement.cost.experts) take from cpu_i the share of the experts that they are expected to hold. No step
+waits for what is brought into them: that takes the time that the bus has left, and slows the CPU lane meanwhile.
+
 All coefficients are linear in units, KV heads and bytes, so the planner optimises exactly what is predicted here.
 """
 
@@ -36,6 +39,7 @@ from math import fsum
 from typing import Any, NamedTuple
 
 from placement.cost.attention import attention_cost, attention_handovers
+from placement.cost.experts import expert_hits, inserted_experts
 from placement.cost.terms import (
     Call,
     LinearCost,
@@ -102,9 +106,12 @@ def layers_pass_cost(
     one_by_one = lanes["cpu"] + lanes["gpu"] + lanes["pcie"] + terms["handovers"]
     per_copy, per_read = interference(hardware)
     waits = per_read * fsum(tally.reads_s) if lanes["pcie"] else 0.0
+    inserts_s = min(fsum(tally.inserts_s), max(0.0, max(lanes.values()) - lanes["pcie"]))
     if lanes["cpu"]:
-        lanes["cpu"] += per_copy * lanes["pcie"]
-    lanes["pcie"] += waits
+        lanes["cpu"] += per_copy * (lanes["pcie"] + inserts_s)
+    lanes["pcie"] += waits + inserts_s
+    lanes["dram"] += inserts_s * hardware.h2d_bytes_per_s / hardware.dram_bytes_per_s
+    terms["copies"] += inserts_s
     overlapped = max(*lanes.values(), fsum(tally.before_head_s) + waits + tally.head_s)
     lost = 1 - hardware.overlap_of(call.q_len) if on_gpu else 0.0
     work = overlapped + lost * max(0.0, one_by_one - overlapped)
@@ -140,6 +147,7 @@ class _Tally:
         self.terms: dict[str, list[float]] = {name: [] for name in TERMS}
         self.before_head_s: list[float] = []
         self.reads_s: list[float] = []
+        self.inserts_s: list[float] = []
         self.head_s = 0.0
         self._blocks: dict[str, list[float]] = {}
         self._once: dict[Hashable, Any] = {}
@@ -185,7 +193,8 @@ def _add_linear(tally: _Tally, shard: LinearShard, placement: LinearPlacement, b
     """Add one linear; returns the units that the CPU computes."""
     workload, hardware, call = tally.workload, tally.hardware, tally.call
     rows = call.sequences if shard.is_head else call.rows
-    home, streamed, on_cpu = placement.cut(row_tier(rows))
+    home, streamed, cpu_units = placement.cut(row_tier(rows))
+    on_cpu = cpu_units * (1.0 - expert_hits(workload, shard, placement, call)) if placement.expert_slots else cpu_units
 
     def computed() -> LinearCost:
         if tally.on_gpu:
@@ -193,8 +202,9 @@ def _add_linear(tally: _Tally, shard: LinearShard, placement: LinearPlacement, b
         return linear_cost(shard, rows, workload.format_of(shard), hardware, False, cpu_call_s(call, hardware, False))
 
     cost = tally.once((shard.kind, shard.shape, block is not None), computed)
-    gpu_s = (home + streamed) * cost.gpu_s_per_unit if home + streamed else 0.0
-    cpu_s, handover = on_cpu * cost.cpu_s_per_unit, cost.handover_s * (on_cpu > 0)
+    on_gpu = shard.units - on_cpu
+    gpu_s = on_gpu * cost.gpu_s_per_unit if on_gpu else 0.0
+    cpu_s, handover = on_cpu * cost.cpu_s_per_unit, cost.handover_s * (cpu_units > 0)
     copy_s = streamed * shard.unit_bytes / hardware.h2d_bytes_per_s if streamed else 0.0
     tally.add_stage("linears", cpu_s, gpu_s, handover, cost.launch_s, block)
     tally.add(tally.reads_s, on_cpu * cost.read_s_per_unit)
@@ -206,7 +216,10 @@ def _add_linear(tally: _Tally, shard: LinearShard, placement: LinearPlacement, b
     tally.add(tally.lanes["pcie"], copy_s)
     tally.add(tally.before_head_s, copy_s * (not shard.is_head))
     tally.add(tally.terms["copies"], copy_s)
-    return on_cpu
+    if placement.expert_slots:
+        inserted = inserted_experts(workload, shard, placement, call) * shard.unit_bytes
+        tally.add(tally.inserts_s, inserted / hardware.h2d_bytes_per_s)
+    return cpu_units
 
 
 def _add_attention(

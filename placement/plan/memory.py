@@ -7,7 +7,7 @@ from placement.plan.shards import KvShard, LinearShard
 from placement.plan.workload import NUM_ROW_TIERS, Workload, round_up
 
 PLACES = ("gpu", "pinned", "host")
-KINDS = ("weights", "kv", "staging", "activations", "embed", "resident", "context")
+KINDS = ("weights", "expert_slots", "kv", "staging", "activations", "embed", "resident", "context")
 KV_STAGING_BUFFERS = 2
 
 
@@ -16,13 +16,15 @@ class LinearPlacement:
     """The cut of one linear: the first `gpu_units` live in GPU memory, the rest in DRAM (one copy).
 
     stream_units: per row tier, how many dram-home units, counted from the home boundary, are copied to the GPU for the
-    call; the CPU computes the remaining ones in place.
+    call; the CPU computes the remaining ones in place. expert_slots: of experts, how many of those in DRAM have a copy
+    in GPU memory, which ones a step finds in a table; it computes those picks there, whatever the tier.
     """
 
     name: str
     gpu_units: int
     stream_units: tuple[int, ...]
     units: int
+    expert_slots: int = 0
 
     def __post_init__(self) -> None:
         if len(self.stream_units) != NUM_ROW_TIERS:
@@ -33,6 +35,8 @@ class LinearPlacement:
             found = ((tier, n) for tier, n in enumerate(self.stream_units) if not 0 <= n <= self.dram_units)
             tier, stream = next(found)
             raise ValueError(f"{self.name}: stream_units[{tier}] must be in 0..{self.dram_units}, got {stream}")
+        if not 0 <= self.expert_slots <= self.dram_units:
+            raise ValueError(f"{self.name}: expert_slots must be in 0..{self.dram_units}, got {self.expert_slots}")
 
     @property
     def dram_units(self) -> int:
@@ -43,6 +47,11 @@ class LinearPlacement:
     def streams(self) -> bool:
         """Whether any row tier copies units of this linear to the GPU."""
         return max(self.stream_units) > 0
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether anything of it is copied to the GPU after loading, and so must be page-locked."""
+        return self.streams or self.expert_slots > 0
 
     def cut(self, tier: int) -> tuple[int, int, int]:
         """Contiguous widths (gpu, stream, cpu) in units for a row tier; they sum to `units`."""
@@ -233,12 +242,18 @@ def weights_bytes(workload: Workload, placements: Sequence[LinearPlacement], pla
 
 
 def linear_bytes(workload: Workload, shard: LinearShard, placement: LinearPlacement, place: str) -> int:
-    """Bytes of a linear at a place. Units in DRAM are pinned if it streams, or may come to stream, in some tier."""
+    """Bytes of a linear at a place, expert slots apart. Units in DRAM are pinned if they are or may be copied later."""
     if place == "gpu":
         return placement.gpu_units * shard.unit_bytes
-    if (placement.streams or workload.elastic) == (place == "pinned"):
+    if (placement.is_copied or workload.elastic) == (place == "pinned"):
         return (placement.units - first_dram_unit(workload, placement)) * shard.unit_bytes
     return 0
+
+
+def expert_slot_bytes(shard: LinearShard, placement: LinearPlacement) -> int:
+    """GPU memory of a layer's expert slots: their experts, and a table from experts to slots and back, int32."""
+    count = placement.expert_slots
+    return count * shard.unit_bytes + 4 * (placement.units + count) if count else 0
 
 
 def first_dram_unit(workload: Workload, placement: LinearPlacement) -> int:
@@ -279,5 +294,7 @@ def memory_report(
         "resident": gpu_resident_bytes(workload),
         "context": context_bytes,
     }
+    if in_expert_slots := sum(map(expert_slot_bytes, workload.linears, linears)):
+        gpu["expert_slots"] = in_expert_slots
     pinned = {"weights": weights_bytes(workload, linears, "pinned"), "kv": kv_bytes(kv_pinned_bytes)}
     return MemoryReport(gpu=gpu, pinned=pinned, host=host)

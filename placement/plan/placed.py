@@ -6,6 +6,7 @@ from typing import NamedTuple
 from placement.plan.memory import (
     KvPlacement,
     LinearPlacement,
+    expert_slot_bytes,
     kv_gpu_bytes,
     kv_host_bytes,
     kv_pinned_bytes,
@@ -39,7 +40,7 @@ def placed_layers(
     counts: dict[tuple[object, ...], int] = {}
     first: dict[tuple[object, ...], PlacedLayer] = {}
     for layer in workload.by_layer:
-        cuts = [(linears[i].gpu_units, linears[i].stream_units) for i in layer.linears]
+        cuts = [_cut(workload.linears[i], linears[i]) for i in layer.linears]
         cache = None if layer.kv is None else (workload.kv[layer.kv], kv[layer.kv])
         key = layer.kind, cache and (cache[1].gpu_kv_heads, cache[1].gpu_tokens), *cuts
         counts[key] = counts.get(key, 0) + 1
@@ -48,13 +49,24 @@ def placed_layers(
     return tuple(layer._replace(times=counts[key]) for key, layer in first.items())
 
 
+def _cut(shard: LinearShard, placement: LinearPlacement) -> tuple[object, ...]:
+    """What of a placement a cost depends on, with how warm experts are where some are in expert slots."""
+    warm = (placement.expert_slots, shard.heat) if placement.expert_slots else ()
+    return placement.gpu_units, placement.stream_units, *warm
+
+
 def placed_bytes(workload: Workload, layers: Sequence[PlacedLayer], place: str) -> int:
     """Bytes of weights and cache at a place (gpu | pinned | host), as `memory_report` counts them."""
     kv_bytes = KV_BYTES[place]
+
+    def of_linear(shard: LinearShard, placement: LinearPlacement) -> int:
+        own = linear_bytes(workload, shard, placement, place)
+        return own + expert_slot_bytes(shard, placement) if place == "gpu" else own
+
     return sum(
         layer.times
         * (
-            sum(linear_bytes(workload, shard, placement, place) for shard, placement in layer.linears)
+            sum(of_linear(shard, placement) for shard, placement in layer.linears)
             + (kv_bytes(workload, *layer.kv) if layer.kv else 0)
         )
         for layer in layers

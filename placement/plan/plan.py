@@ -148,6 +148,8 @@ class Plan:
             lines.append(f"staging_slots: {self.staging_slots}")
         if self.workload.kv_tokens is not None:
             lines.append(f"kv_tokens: {self.workload.kv_tokens}")
+        if any(placement.expert_slots for placement in self.linears):
+            lines.append(f"inserts: {self.workload.inserts}")
         if self.workload.elastic:
             lines.append("elastic: true")
         elif self.device != "cpu":
@@ -182,6 +184,7 @@ class Plan:
                     "units": p.units,
                     "gpu_units": p.gpu_units,
                     "stream_units": dict(zip(ROW_TIER_NAMES, p.stream_units, strict=True)),
+                    "expert_slots": p.expert_slots,
                     "row_cut": s.row_cut,
                     "weight_format": self.workload.format_of(s),
                 }
@@ -234,6 +237,8 @@ def build_plan(
 def _linear_rule(row: PlanRow) -> list[str]:
     placement: LinearPlacement = row.placement
     lines = [f"  - match: {row.label}", f"    gpu: {placement.gpu_units} units"]
+    if placement.expert_slots:
+        lines.append(f"    expert_slots: {placement.expert_slots}")
     if len(set(placement.stream_units)) == 1:
         return [*lines, f"    stream: {placement.stream_units[0]} units"]
     lines.append("    tiers:")

@@ -40,7 +40,7 @@ def _same(left: tuple[Any, Any], right: tuple[Any, Any]) -> bool:
 
 
 def _anonymous(value: Any) -> tuple[Any, ...]:
-    return tuple(getattr(value, name) for name in value.__slots__ if name not in ("name", "layer"))
+    return tuple(getattr(value, name) for name in value.__slots__ if name not in ("name", "layer", "heat"))
 
 
 def _joined(pairs: list[tuple[Any, Any]]) -> PlanRow:

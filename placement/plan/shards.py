@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+from placement.plan.heat import ExpertHeat, assumed_heat
+
 
 @dataclass(frozen=True, slots=True)
 class LinearShard:
@@ -17,6 +19,8 @@ class LinearShard:
     weight_format: what the unit is packed as, a format of cpu_kernels/formats or a mix of them; empty is the
     workload's.
     picks: of experts, whose units are whole experts: how many of them a row is computed by; 0 where it is all units.
+    same_bits: of experts, whether every lane computes the same bits, so that one may change its lane from step to step.
+    heat: of experts, how warm they were over a text; None is assumed.
     row_cut: a unit is a run of input features and adds to every output; its dram-home units stream together or not at
     all.
     """
@@ -34,6 +38,8 @@ class LinearShard:
     block: str = ""
     per_kv_head: bool = False
     picks: int = 0
+    same_bits: bool = False
+    heat: ExpertHeat | None = None
 
     def __post_init__(self) -> None:
         if self.name.rpartition(".")[2] != self.kind:
@@ -56,6 +62,24 @@ class LinearShard:
     def rows_of_one(self, rows: int) -> float:
         """Expected rows of a unit that a call of so many rows reads."""
         return rows * self.picks / (self.units * self.touched(rows)) if self.picks else rows
+
+    def served(self, rows: int, expert_slots: int, hits: float) -> float:
+        """Expected share of the experts that a call of so many rows reads which so many expert slots hold.
+
+        hits: their share of one row's picks. The experts in slots are taken to be chosen equally often, and so are
+        the others.
+        """
+        if not expert_slots:
+            return 0.0
+        others = self.units - expert_slots
+        inside = expert_slots * (1.0 - (1.0 - min(1.0, self.picks * hits / expert_slots)) ** rows)
+        outside = others * (1.0 - (1.0 - min(1.0, self.picks * (1.0 - hits) / others)) ** rows) if others else 0.0
+        return inside / (inside + outside)
+
+    def curve(self, by_recency: bool) -> tuple[float, ...]:
+        """The share of picks that 0, 1, ... expert slots serve, kept by recency where the experts allow it."""
+        heat = self.heat or assumed_heat(self.units, self.picks)
+        return heat.recent if by_recency and self.same_bits else heat.fixed
 
     @property
     def shape(self) -> tuple[int | str, ...]:

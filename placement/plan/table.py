@@ -12,6 +12,7 @@ from placement.plan.memory import (
     KvPlacement,
     LinearPlacement,
     MemoryReport,
+    expert_slot_bytes,
     first_dram_unit,
     kv_dram_bytes,
     kv_gpu_bytes,
@@ -19,6 +20,7 @@ from placement.plan.memory import (
 from placement.plan.phase import RESOURCE_WORDS, Prediction
 from placement.plan.rows import PlanRow, plan_rows
 from placement.plan.units import format_bytes
+from placement.plan.warm import expert_slots_line
 from placement.plan.words import wrapped
 from placement.plan.workload import NUM_ROW_TIERS, Workload
 
@@ -27,6 +29,7 @@ COLUMNS = ("shard", "count", "units", "GPU home", "decode g/s/c", "prefill g/s/c
 FORMAT_COLUMN = "weights"  # only where linears differ in it
 NARROW_COLUMNS = {0: "shard", 3: "home", 4: "decode", 5: "prefill", 6: "GPU", 7: "DRAM"}
 MOST_COLUMNS = 1000
+EXPERT_SLOTS_LEGEND = ", and expert slots, whose picks the gpu lane computes"
 LEGEND = "g/s/c: units computed on the gpu, stream and cpu lane in one step; home: units in GPU memory"
 PHASE_INDENT = 12
 PLACE_WORDS = {"gpu": "GPU memory", "pinned": "pinned DRAM", "host": "host DRAM"}
@@ -76,13 +79,15 @@ def plan_table(plan: ShownPlan, width: int) -> str:
     is_wide = _is_wide(plan, width)
     console.print(_placements(plan, is_wide))
     if plan.device != "cpu":
-        say(LEGEND if is_wide else LEGEND.replace("g/s/c", "decode, prefill (gpu/stream/cpu)"))
+        legend = LEGEND if is_wide else LEGEND.replace("g/s/c", "decode, prefill (gpu/stream/cpu)")
+        say(legend + EXPERT_SLOTS_LEGEND * any(placement.expert_slots for placement in plan.linears))
     if plan.workload.is_mixed and not is_wide:
         rows = plan_rows(plan.workload.linears, plan.linears)
         say(f"weights: {'; '.join(f'{row.label} {_format(plan, row)}' for row in rows)}")
     console.print(_memory(plan, is_wide))
-    if line := experts_line(plan.workload):
-        say(line)
+    for line in (experts_line(plan.workload), expert_slots_line(plan.workload, plan.linears)):
+        if line:
+            say(line)
     say(kv_line(plan))
     if plan.predicted is not None:
         for line in prediction_lines(plan.predicted, width):
@@ -199,14 +204,16 @@ def _format(plan: ShownPlan, row: PlanRow) -> str:
 def _linear_row(plan: ShownPlan, row: PlanRow) -> tuple[str, ...]:
     placement: LinearPlacement = row.placement
     unit_bytes = row.shards[0].unit_bytes * row.count
+    home = f"{placement.gpu_units} + {placement.expert_slots}" if placement.expert_slots else str(placement.gpu_units)
+    in_expert_slots = row.count * expert_slot_bytes(row.shards[0], placement)
     return (
         row.label,
         str(row.count),
         str(placement.units),
-        str(placement.gpu_units),
+        home,
         "/".join(map(str, placement.cut(0))),
         "/".join(map(str, placement.cut(NUM_ROW_TIERS - 1))),
-        format_bytes(placement.gpu_units * unit_bytes),
+        format_bytes(placement.gpu_units * unit_bytes + in_expert_slots),
         format_bytes((placement.units - first_dram_unit(plan.workload, placement)) * unit_bytes),
     )
 

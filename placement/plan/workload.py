@@ -18,6 +18,10 @@ KV_DTYPES = ("fp32", "bf16", "q8", "q4")
 # there.
 STAGING_PIECE_BYTES = 8 * 2**20
 
+# Of text that chooses eight experts a token two copies serve nearly what all that is missed would; more of them would
+# only take the bus, and DRAM from the CPU lane.
+MOST_INSERTS = 2
+
 ROW_TIER_LIMITS = (1, 4, 16, 64)
 NUM_ROW_TIERS = len(ROW_TIER_LIMITS) + 1
 ROW_TIER_NAMES = ("1", "2-4", "5-16", "17-64", "65+")
@@ -58,7 +62,8 @@ class Workload:
     row_cuts: o and down as a paired plan cuts them, by rows; empty where only column plans are possible.
     chunk_choices: prefill chunks that the planner may choose instead, ascending; empty where the chunk is given.
     small_calls: operations of a pass on the CPU beside linears and attention; 0 is four a layer. states: what layers
-    keep of each sequence beside keys and values.
+    keep of each sequence beside keys and values. inserts: the most experts of a layer that are copied into expert slots
+    behind a step, 0 leaves in them what is there.
     """
 
     model: str
@@ -85,6 +90,7 @@ class Workload:
     chunk_choices: tuple[ChunkChoice, ...] = ()
     small_calls: int = 0
     states: tuple[StateShard, ...] = ()
+    inserts: int = MOST_INSERTS
 
     def __post_init__(self) -> None:
         for field in ("max_context", "max_batch", "page_size", "prefill_chunk"):

@@ -2,13 +2,11 @@
 
 import difflib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from fnmatch import translate
 
-from placement.plan.memory import KvPlacement, LinearPlacement
 from placement.plan.shards import KvShard, LinearShard
 from placement.plan.workload import NUM_ROW_TIERS, ROW_TIER_NAMES, Workload
+from placement.policy.bounds import Bounds, KvBounds, LinearBounds
 from placement.policy.fields import Share
 from placement.policy.policy import Policy
 from placement.policy.problems import PolicyError
@@ -16,60 +14,6 @@ from placement.policy.rules import Rule
 
 _RANGE = re.compile(r"layers\.(\d+)-(\d+)\.(.+)")
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
-
-
-@dataclass(frozen=True, slots=True)
-class LinearBounds:
-    """Widths of one linear in units. None is free; stream and cpu are per row tier."""
-
-    gpu: int | None = None
-    stream: tuple[int | None, ...] = (None,) * NUM_ROW_TIERS
-    cpu: tuple[int | None, ...] = (None,) * NUM_ROW_TIERS
-
-    @property
-    def fixed(self) -> bool:
-        """Whether nothing is left to choose."""
-        return self.gpu is not None and None not in self.stream
-
-    def allows(self, placement: LinearPlacement) -> bool:
-        """Whether a placement has every width that is fixed."""
-        if self == FREE:
-            return True
-        wanted = ((self.gpu, stream, cpu) for stream, cpu in zip(self.stream, self.cpu, strict=True))
-        return all(
-            want is None or want == has
-            for tier, wants in enumerate(wanted)
-            for want, has in zip(wants, placement.cut(tier), strict=True)
-        )
-
-
-FREE = LinearBounds()
-
-
-@dataclass(frozen=True, slots=True)
-class KvBounds:
-    """GPU-owned KV heads of one layer and KV slots they keep in GPU memory. None is free."""
-
-    gpu_kv_heads: int | None = None
-    gpu_tokens: int | None = None
-
-    def allows(self, placement: KvPlacement) -> bool:
-        """Whether a placement has what is fixed."""
-        heads_fit = self.gpu_kv_heads is None or self.gpu_kv_heads == placement.gpu_kv_heads
-        tokens_fit = not placement.gpu_kv_heads or self.gpu_tokens in (None, placement.gpu_tokens)
-        return heads_fit and tokens_fit
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """Bounds of every linear and KV shard, in workload order."""
-
-    linears: tuple[LinearBounds, ...]
-    kv: tuple[KvBounds, ...]
-
-    def allow(self, linears: Sequence[LinearPlacement], kv: Sequence[KvPlacement]) -> bool:
-        """Whether placements in workload order have every width that is fixed."""
-        return all(map(LinearBounds.allows, self.linears, linears)) and all(map(KvBounds.allows, self.kv, kv))
 
 
 class _Conflict(ValueError):
@@ -216,7 +160,9 @@ def _cpu_only(shard: LinearShard) -> LinearBounds:
 
 
 def _linear_bounds(rule: Rule, shard: LinearShard, device: str) -> LinearBounds:
-    gpu = _units(rule.gpu, shard, ("gpu",))
+    gpu, expert_slots = _units(rule.gpu, shard, ("gpu",)), _expert_slots(rule, shard, device)
+    if expert_slots and gpu is None:
+        gpu = 0
     for _ in range(2):
         # A tier may settle the home boundary, which then settles the tiers before it.
         streams, cpus = [], []
@@ -224,11 +170,27 @@ def _linear_bounds(rule: Rule, shard: LinearShard, device: str) -> LinearBounds:
             gpu, stream, cpu = _tier_units(rule, name, shard, gpu)
             streams.append(stream)
             cpus.append(cpu)
+    if expert_slots and expert_slots > shard.units - gpu:
+        if rule.expert_slots != "all":
+            raise _Conflict(("expert_slots",), f"{expert_slots} is more than the {shard.units - gpu} experts in DRAM")
+        expert_slots = shard.units - gpu
     if device == "cpu":
         if gpu or any(streams):
             raise _Conflict((), "the rule asks for the gpu or stream lane, and device cpu has only the cpu lane")
         return _cpu_only(shard)
-    return LinearBounds(gpu, tuple(streams), tuple(cpus))
+    return LinearBounds(gpu, tuple(streams), tuple(cpus), expert_slots)
+
+
+def _expert_slots(rule: Rule, shard: LinearShard, device: str) -> int | None:
+    """Expert slots that a rule asks for, at most as many as experts in DRAM; only experts have any."""
+    path, wanted = ("expert_slots",), rule.expert_slots
+    if not wanted:
+        return wanted
+    if not shard.picks:
+        raise _Conflict(path, f"{wanted} expert slots of a linear that has no experts")
+    if device == "cpu":
+        raise _Conflict(path, "expert slots are in GPU memory, and device cpu has none")
+    return shard.units if wanted == "all" else wanted
 
 
 def _tier_units(

@@ -108,6 +108,14 @@ def _parse_speculate(value: Any) -> str:
     raise ValueError(f"must be one of {', '.join(SPECULATIONS)}, or the directory, file or hub id of a model")
 
 
+def _parse_inserts(value: Any) -> int | None:
+    if value is None or value == "auto":
+        return None
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError("must be a whole number >= 0 or auto")
+
+
 def _auto_or(*schemas: dict[str, Any]) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": [*schemas, {"const": "auto"}]})
 
@@ -132,6 +140,7 @@ SizeField = Annotated[
 StagingSlotsField = Annotated[
     int | None, BeforeValidator(_parse_staging_slots), _auto_or({"const": 0}, {"type": "integer", "minimum": 2})
 ]
+InsertsField = Annotated[int | None, BeforeValidator(_parse_inserts), _auto_or({"type": "integer", "minimum": 0})]
 KvDtypeField = Annotated[str | None, BeforeValidator(_parse_kv_dtype), _auto_or({"enum": list(KV_DTYPES)})]
 DtypeField = Annotated[str | None, BeforeValidator(_parse_dtype), _auto_or({"enum": list(WEIGHT_DTYPES)})]
 SpeculateField = Annotated[

@@ -14,7 +14,14 @@ from pydantic import Field, PrivateAttr, ValidationError
 from placement.plan.units import format_bytes
 from placement.policy.document import MAX_BYTES, Document, Mark, YamlProblem, read_document
 from placement.policy.document import Path as YamlPath
-from placement.policy.fields import KvDtypeField, PositiveField, SizeField, SpeculateField, StagingSlotsField
+from placement.policy.fields import (
+    InsertsField,
+    KvDtypeField,
+    PositiveField,
+    SizeField,
+    SpeculateField,
+    StagingSlotsField,
+)
 from placement.policy.problems import PolicyError, explained, nearest, position, shown
 from placement.policy.rules import KvRule, Rule, Strict, TierRule
 
@@ -48,6 +55,10 @@ class Policy(Strict):
     prefill_chunk: PositiveField = Field(None, description="Rows of a prompt that one step computes.")
     staging_slots: StagingSlotsField = Field(
         None, description="Slots of the ring through which weights stream to the GPU; 0 lets nothing stream."
+    )
+    inserts: InsertsField = Field(
+        None,
+        description="Most experts of a layer that are copied into expert slots behind a step; 0 keeps what is there.",
     )
     kv_dtype: KvDtypeField = Field(
         None, description="How keys and values are kept: fp32, bf16, q8 (8.25 bits a number) or q4 (5 bits)."

@@ -47,6 +47,9 @@ class Rule(Strict):
     )
     stream: ShareField = Field(None, description="Share that lives in DRAM and is copied to the GPU when it is needed.")
     cpu: ShareField = Field(None, description="Share that lives in DRAM and is computed there by CPU cores.")
+    expert_slots: CountField = Field(
+        None, description="Of experts in DRAM, how many of a layer have a copy in GPU memory; all, auto or a number."
+    )
     tiers: dict[str, TierRule] = Field(
         default_factory=dict, description="Other stream and cpu shares for steps of so many rows, such as `2-4`."
     )
@@ -58,7 +61,8 @@ class Rule(Strict):
     @property
     def sets_linears(self) -> bool:
         """Whether the rule says anything about linears."""
-        return any(share is not None for share in (self.gpu, self.stream, self.cpu)) or bool(self.tiers)
+        shares = self.gpu, self.stream, self.cpu, self.expert_slots
+        return any(share is not None for share in shares) or bool(self.tiers)
 
     def tier(self, name: str) -> tuple[Share | None, Share | None, Share | None]:
         """Shares (gpu, stream, cpu) in a row tier: those of the tier where it has an entry, else those of the rule."""
@@ -76,7 +80,7 @@ class Rule(Strict):
         for name in (None, *self.tiers):
             _check_sum(*self.tier(name), f" in tier {name}" if name else "")
         if not self.sets_linears and self.kv is None and self.dtype is None:
-            raise ValueError("the rule sets nothing; give gpu, stream, cpu, tiers, kv or dtype")
+            raise ValueError("the rule sets nothing; give gpu, stream, cpu, expert_slots, tiers, kv or dtype")
         return self
 
 

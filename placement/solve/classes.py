@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from placement.plan.shards import KvShard, LayerShards, LinearShard
 from placement.plan.workload import Workload
-from placement.policy.bind import Bounds, KvBounds, LinearBounds
+from placement.policy.bounds import Bounds, KvBounds, LinearBounds
 
 # From this many units on, one unit a layer is small enough to give equal layers equal cuts.
 MANY_UNITS = 64

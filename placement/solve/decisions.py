@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from placement.plan.shards import KvShard
 from placement.plan.workload import Workload
-from placement.policy.bind import KvBounds
+from placement.policy.bounds import KvBounds
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import PLACES, KvPlacement, LinearPlacement, is_all_on_gpu
 from placement.plan.placed import PlacedLayer, placed_bytes, placed_layers, placed_staging_slot_bytes
 from placement.plan.workload import Workload
-from placement.policy.bind import Bounds
+from placement.policy.bounds import Bounds
 from placement.solve.classes import LayerClass, layer_classes, single_layers
 from placement.solve.decisions import Budgets
 from placement.solve.pairing import is_paired
@@ -120,7 +120,7 @@ def fixed_candidate(problem: Problem, on_gpu: bool) -> Candidate | None:
     ):
         return None
     linears = tuple(
-        LinearPlacement(s.name, b.gpu, b.stream, s.units)
+        LinearPlacement(s.name, b.gpu, b.stream, s.units, b.expert_slots or 0)
         for s, b in zip(problem.workload.linears, bounds.linears, strict=True)
     )
     kv = tuple(

@@ -76,6 +76,7 @@ def requested(
         workload,
         elastic=on_gpu and (policy.elastic or workload.elastic),
         staging_piece_bytes=hardware.staging_piece_bytes,
+        inserts=workload.inserts if policy.inserts is None else policy.inserts,
     )
     machine = hardware.with_threads(policy.threads) if policy.threads else hardware
     machine = machine.for_working_set(working_set_bytes(workload, reference_context(workload)))

@@ -54,7 +54,8 @@ def placements(
         for position, index in enumerate(classes[c].linears[i].indices):
             shard = workload.linears[index]
             stream = tuple(tier[position] for tier in by_tier)
-            linears[index] = LinearPlacement(shard.name, homes[position], stream, shard.units)
+            expert_slots = classes[c].linears[i].bounds.expert_slots or 0
+            linears[index] = LinearPlacement(shard.name, homes[position], stream, shard.units, expert_slots)
     kv: dict[int, KvPlacement] = {}
     for c, kv_heads in spread.kv_heads.items():
         kept = gpu_tokens_of(workload, classes[c].kv.shard, classes[c].kv.bounds, gpu_tokens)

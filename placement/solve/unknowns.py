@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from placement.cost.terms import WeightedCall, cpu_linear_s_per_unit
-from placement.plan.memory import kv_spilled_tokens, staging_piece_units
+from placement.plan.memory import LinearPlacement, expert_slot_bytes, kv_spilled_tokens, staging_piece_units
 from placement.plan.workload import NUM_ROW_TIERS, row_tier
 from placement.solve.classes import MANY_UNITS, KvClass, LinearClass
 from placement.solve.decisions import Budgets, Homes, gpu_tokens_of
@@ -138,6 +138,9 @@ class Unknowns:
         if not self.workload.elastic:
             add(self.memory["host"], variables.gpu, -shard.unit_bytes / self.bytes_scale)
         self.memory_constant["host"] += total * shard.unit_bytes / self.bytes_scale
+        if bounds.expert_slots:
+            placement = LinearPlacement(shard.name, 0, (0,) * NUM_ROW_TIERS, shard.units, bounds.expert_slots)
+            self.memory_constant["gpu"] += count * expert_slot_bytes(shard, placement) / self.bytes_scale
         self._staging(count, linear, variables)
         return variables
 
@@ -170,6 +173,8 @@ class Unknowns:
             held, total = program.variable(), count * shard.units * unit
             if self.workload.elastic:
                 program.at_least({held: 1}, total)
+            elif linear.bounds.expert_slots:
+                program.at_least({held: 1, variables.gpu: unit}, total)
             else:
                 program.at_least({held: 1, variables.gpu: unit, streams: -total}, 0)
             add(self.memory["pinned"], held, 1.0)

@@ -1,20 +1,28 @@
 """From a program's solution, in fractions and totals, to placements in whole units: laid out over the layers, tidied
-where a share is not worth its hand-over, and filled up with cache."""
+where a share is not worth its hand-over, and filled up with cache; and with expert slots.
 
-from collections.abc import Iterator
+The program knows experts as units of which each step reads a share; it finds how much memory is left for them behind
+what every token reads. Expert slots in the same memory serve more picks where experts stay warm, and need all experts
+in DRAM. Prompts read nearly all of them, and gain nothing: the cost model decides.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from placement.cost.objective import tier_call
 from placement.cost.terms import linear_cost
 from placement.plan.memory import KvPlacement, LinearPlacement, staging_slot_bytes
 from placement.plan.shards import LinearShard
+from placement.plan.warm import by_equal_gain, expert_slots_as, with_expert_slots
 from placement.plan.workload import NUM_ROW_TIERS, ROW_TIER_NAMES
-from placement.policy.bind import LinearBounds
+from placement.policy.bounds import LinearBounds
 from placement.solve.decisions import Budgets, Homes, Totals, gpu_tokens_of
 from placement.solve.formulation import formulation
 from placement.solve.pairing import is_paired
 from placement.solve.problem import Candidate, Problem
 from placement.solve.spread import lay_out, placements, streams
+
+SHARES = (1.0, 0.5)  # of the memory of experts at home that expert slots are tried in
 
 
 def laid_out(problem: Problem, solved: Totals) -> Iterator[Candidate]:
@@ -137,4 +145,39 @@ def complete(candidate: Candidate) -> Candidate:
             assert solved is not None, f"no cut for tier {tier} with the homes of {candidate.label}"
             settled = streams(problem.classes, spread.homes, solved, candidate.concentrated) | settled
     linears, _ = placements(problem.workload, problem.classes, replace(spread, streams=settled), candidate.gpu_tokens)
-    return replace(candidate, linears=_worth_handing_over(problem, linears, candidate.kv))
+    linears = _worth_handing_over(problem, linears, candidate.kv)
+    return replace(candidate, linears=expert_slots_as(candidate.linears, linears))
+
+
+def expert_slot_candidates(candidate: Candidate) -> Iterator[Candidate]:
+    """The candidate with expert slots in the place of experts at home, where neither is given by a rule."""
+    problem = candidate.problem
+    bounds = zip(problem.workload.linears, problem.bounds.linears, strict=True)
+    at = [
+        i for i, (shard, bound) in enumerate(bounds) if shard.picks and (bound.gpu, bound.expert_slots) == (None, None)
+    ]
+    for share in SHARES if at and candidate.on_gpu else ():
+        linears = _exchanged(candidate, at, share)
+        if linears is not None:
+            found = replace(candidate, linears=linears, label=f"{candidate.label}; {share:.0%} of experts in slots")
+            if found.fits:
+                yield found
+
+
+def _exchanged(candidate: Candidate, at: Sequence[int], share: float) -> tuple[LinearPlacement, ...] | None:
+    """Its linears with expert slots in so much of the memory of those experts at home, and in what is left over."""
+    workload, linears, budget = candidate.problem.workload, candidate.linears, candidate.problem.budgets.gpu
+    homes = {i: int(linears[i].gpu_units * (1 - share)) for i in at}
+    given = sum((linears[i].gpu_units - homes[i]) * workload.linears[i].unit_bytes for i in at)
+    left = budget - candidate.used_bytes["gpu"]
+    tables = sum(8 * linears[i].units for i in at)
+    size_bytes = given + (0 if left == float("inf") else int(left)) - tables
+    placed = list(linears)
+    for i in at:
+        placed[i] = with_expert_slots(linears[i], homes[i], 0)
+    counts = by_equal_gain(workload, placed, at, max(0, size_bytes))
+    if not any(counts.values()):
+        return None
+    for i, count in counts.items():
+        placed[i] = replace(placed[i], expert_slots=count)
+    return tuple(placed)

@@ -5,57 +5,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-from cpu_kernels import CpuKernels
 from hetero_attn.devices import Device
-from hetero_attn.engine.build import assemble, connect
-from hetero_attn.engine.engine import Engine
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.lanes.flag_handover import FlagHandover
 from hetero_attn.lanes.handover import EventHandover
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.ops.step import Rows
-from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.blocks import BufferSet
 from hetero_attn.spec.buffers import ActivationWidths
-from hetero_attn.spec.config import ModelConfig
-from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import Plan
-from tests.support.checked_ops import checked_host_ops
 from tests.support.eagle import SlowHead, make_head
 from tests.support.moe import make_moe
 from tests.support.race_checker import MixedMemoryError, RaceError, StuckError
-from tests.support.runtime import THREADS, emulated_plan, nmse, one_device_run, run_logits, toy_workload, uniform_plan
-from tests.support.simulated_gpu import SimulatedDriver, SimulatedWorker
+from tests.support.runtime import emulated_plan, nmse, one_device_run, run_logits, toy_workload, uniform_plan
+from tests.support.simulated_lanes import simulated
 from tests.support.toy import FAMILIES, hf_model, make_checkpoint, make_family_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 LIMIT = 1e-11
-
-
-@contextmanager
-def simulated(path: Path, plan: Plan, handover: str | None = "events", taps: tuple[int, ...] = ()) -> Iterator[Engine]:
-    """A toy model on the simulated GPU; what is still queued at the end runs, and is checked, too."""
-    driver = SimulatedDriver()
-    device = Device(driver, plan.gpu_memory_bytes)
-    worker = None if handover is None else SimulatedWorker(driver)
-    lanes = connect(plan, checked_host_ops(kernels(), driver), device, worker, handover)
-    planned = PlannedModel(
-        path, ModelConfig.from_dir(path), "fp32", "emulated", HardwareProfile.named("emulated"), plan, taps=taps
-    )
-    with device.current():
-        engine = assemble(planned, lanes)
-    yield engine
-    engine.close()
 
 
 # Families whose blocks queue other work than those of Llama.
@@ -65,12 +40,6 @@ OTHERS = {
     "starcoder2": {"sliding_window": 11},
     "gemma3_text": {"sliding_window": 11, "layer_types": ["sliding_attention", "full_attention"]},
 }
-
-
-@cache
-def kernels() -> CpuKernels:
-    """The CPU kernels of every run here."""
-    return CpuKernels(THREADS)
 
 
 def spilling_plan(path: Path, gpu: float = 0.3, stream: float = 0.4, gpu_kv_heads: int = 1) -> Plan:

@@ -10,12 +10,21 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from hetero_attn import plan_model
 from hetero_attn.cli import app
-from hetero_attn.tools.routes.heat import LayerHeat, hit_curve, slots_by_gain, stack_distances
+from hetero_attn.planning import heats
+from hetero_attn.tools.routes.heat import LayerHeat, hit_curve, stack_distances
+from placement.plan.heat import by_gain
 from tests.support.moe import make_moe, moe_gguf
 from tests.support.toy import edit_json, make_checkpoint, save_tokenizer
 
 EXPERTS, PER_ROW = 128, 8
+
+
+@pytest.fixture(autouse=True)
+def kept_elsewhere(monkeypatch, tmp_path_factory):
+    """What the command keeps for plans is not put among the user's own."""
+    monkeypatch.setattr(heats, "cache_home", lambda: tmp_path_factory.getbasetemp() / "kept")
 
 
 def trace(rows: int, seed: int = 0) -> torch.Tensor:
@@ -82,7 +91,7 @@ def test_what_is_chosen_together_is_looked_up_together():
 def test_slots_go_where_they_gain_most(total):
     """Concave curves: no other division of the slots serves more."""
     curves = [[0.0, 0.4, 0.6, 0.7, 0.75], [0.0, 0.3, 0.55, 0.75, 0.9], [0.0, 0.1, 0.15, 0.17, 0.18]]
-    slots = slots_by_gain(curves, total)
+    slots = by_gain(curves, total)
     served = sum(curve[count] for curve, count in zip(curves, slots, strict=True))
     best = max(
         sum(curve[count] for curve, count in zip(curves, counts, strict=True))
@@ -98,8 +107,8 @@ def test_fewer_slots_than_hold_anything_are_given_to_nobody():
     """A curve that is flat until four slots: three in either layer would be wasted."""
     late = [0.0, 0.0, 0.0, 0.0, 0.8, 0.9]
 
-    assert slots_by_gain([late, late], 6) == [5, 0]
-    assert slots_by_gain([late, late], 3) == [0, 0]
+    assert by_gain([late, late], 6) == [5, 0]
+    assert by_gain([late, late], 3) == [0, 0]
 
 
 def test_the_command_follows_a_text(tmp_path):
@@ -114,6 +123,10 @@ def test_the_command_follows_a_text(tmp_path):
     assert all(len(layer["hits"]) == 13 and layer["hits"][12] > 0.5 for layer in layers)
     assert "slots kept by recency" in shown.stdout
     assert max(map(len, shown.stdout.splitlines())) <= 80
+    plan = plan_model(path, device="emulated", dtype="q8", gpu_memory="64MiB", max_context=64)
+    assert [shard.heat.recent for shard in plan.workload.linears if shard.picks] == [
+        tuple(each["hits"]) for each in layers
+    ]
 
 
 def test_a_model_without_experts_and_a_missing_text_are_told(tmp_path):

@@ -53,6 +53,21 @@ CHECKED_OPS = {
 }
 
 
+class PickedReads(list):
+    """What a call over experts is given, of whose weights it reads those that have picks: `now()`, when it runs."""
+
+    def __init__(self, tensors: list, picks: Any, weight: torch.Tensor) -> None:
+        super().__init__(tensors)
+        self._picks, self._weight = picks, weight
+
+    def now(self) -> list:
+        """The tensors, with the weights of experts that have picks in the place of all."""
+        with _disable_current_modes():
+            first, counts = self._picks.first, self._picks.starts.diff().tolist()
+            busy = [row for row, count in zip(self._weight, counts[first:], strict=False) if count]
+        return [*(tensor for tensor in self if tensor is not self._weight), *busy]
+
+
 class CheckedOps:
     """A module or object of operations; every call goes to `launch(name, work, reads, writes)`."""
 
@@ -86,6 +101,8 @@ class CheckedOps:
                 (writes if written else reads).extend(tensors)
             if bound.arguments.get("accumulate") or name in READ_TOO:
                 reads += writes
+            if name == "expert_linear":
+                reads = PickedReads(reads, bound.arguments["picks"], bound.arguments["weight"])
             self._launch(name, lambda: operation(*arguments, **named), reads, writes)
 
         return call

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from gpu_kernels import reference
 from tests.support.checked_ops import (
     CheckedOps,
+    PickedReads,
     TorchCalls,
     filled,
 )
@@ -56,6 +57,7 @@ class Event:
 
     stream: Stream
     clock: Clock | None = None
+    is_asked: bool = False
 
 
 class SimulatedDriver:
@@ -151,6 +153,14 @@ class SimulatedDriver:
         """This thread comes after the event."""
         merge(self.checker.clocks[self.checker.actor], self.reach(event))
 
+    def is_reached(self, event: Event) -> bool:
+        """Not when it is asked for the first time; then this thread comes after it."""
+        if event.is_asked:
+            self.synchronize(event)
+            return True
+        event.is_asked = True
+        return False
+
     @contextmanager
     def current(self, stream: Stream) -> Iterator[None]:
         """Watch this thread's torch calls; those on GPU memory are queued on the stream."""
@@ -194,7 +204,8 @@ class SimulatedDriver:
 
         def run() -> None:
             merge(stream.clock, issued)
-            self.checker.run(stream.name, stream.clock, name, reads, writes)
+            found = reads.now() if isinstance(reads, PickedReads) else reads
+            self.checker.run(stream.name, stream.clock, name, found, writes)
             with _disable_current_modes():
                 work()
 

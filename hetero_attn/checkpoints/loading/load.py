@@ -158,7 +158,7 @@ class Loader:
     def _experts(self, spec: ExpertsSpec, placement: LinearPlacement) -> LinearWeights:
         """Whole experts in both homes, gate_up and down of each behind each other."""
         in_dram = first_dram_unit(self._plan.workload, placement)
-        may_stream = placement.streams or self._plan.workload.elastic
+        may_stream = placement.is_copied or self._plan.workload.elastic
         dram, gpu = self._landing.host_memory((spec.experts - in_dram, spec.unit_bytes), may_stream), None
         if self._lanes.device is not None:
             gpu = self._lanes.device.empty((placement.gpu_units, spec.unit_bytes), torch.uint8, "weights")

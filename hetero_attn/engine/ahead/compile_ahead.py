@@ -110,16 +110,18 @@ def _experts(planned: PlannedModel, rows: int) -> Iterator[Call]:
         if not isinstance(spec, ExpertsSpec):
             continue
         placement = placements[spec.name]
-        for units in {placement.gpu_units, max(placement.stream_units)} - {0}:
-            key = (*(linear.format for linear in spec.first), spec.in_features, spec.width, units)
+        for units in {placement.gpu_units, max(placement.stream_units), placement.expert_slots} - {0}:
+            known = spec.experts + placement.expert_slots
+            key = (*(linear.format for linear in spec.first), spec.in_features, spec.width, units, known)
             if key not in seen:
                 seen.add(key)
-                yield from _of_experts(spec, units, rows)
+                yield from _of_experts(spec, units, known, rows)
 
 
-def _of_experts(spec: ExpertsSpec, units: int, rows: int) -> Iterator[Call]:
+def _of_experts(spec: ExpertsSpec, units: int, known: int, rows: int) -> Iterator[Call]:
+    """known: experts and expert slots that the routes tell apart."""
     picks, memory = rows * spec.per_row, _meta(units, spec.unit_bytes, dtype=torch.uint8)
-    starts, sources = _meta(spec.experts + 1, dtype=torch.int32), _meta(picks, dtype=torch.int32)
+    starts, sources = _meta(known + 1, dtype=torch.int32), _meta(picks, dtype=torch.int32)
     gate_up, down = spec.first
     parts = memory[:, : spec.gate_up_bytes], memory[:, spec.gate_up_bytes :]
     both, last = (

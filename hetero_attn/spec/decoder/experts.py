@@ -30,7 +30,9 @@ class ExpertsDeclaration(Declaration):
         per_row, padded = experts.per_row, round_up(config.hidden_size, BLOCK_FEATURES)
         self.buffers = (
             BufferSet("narrow", (("normed", config.hidden_size),)),
-            BufferSet("routes", (("routes", self.experts.routes_size(1)), ("expert_weights", per_row + 1))),
+            BufferSet(
+                "routes", (("routes", self.experts.routes_size(1, experts.experts)), ("expert_weights", per_row + 1))
+            ),
             BufferSet(
                 "wide",
                 (

@@ -64,7 +64,7 @@ class MatmulOps:
         self, x: torch.Tensor, picks: Picks, weight: torch.Tensor, weight_dtype: str, out: torch.Tensor
     ) -> None:
         """As the engine's own, expert by expert."""
-        sources, starts, first = picks
+        sources, starts, first, _ = picks
         bounds = starts[first : first + weight.shape[0] + 1].tolist()
         for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
             if start < stop:

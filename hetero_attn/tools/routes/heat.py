@@ -7,6 +7,7 @@ one pass gives the whole curve of hits. What is chosen together is looked up tog
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 
 import torch
 
@@ -14,6 +15,7 @@ from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.llm import LLM
 from hetero_attn.tools.forced_runs import forced
 from hetero_attn.tools.routes.watch import Routes, watched
+from placement.plan.heat import ExpertHeat, by_gain
 from placement.plan.units import format_bytes
 
 SOON = 8  # tokens
@@ -45,46 +47,12 @@ def hit_curve(distances: Sequence[int | None], experts: int) -> list[float]:
     return curve
 
 
-def slots_by_gain(curves: Sequence[Sequence[float]], total: int) -> list[int]:
-    """How many slots each layer gets of `total`, so that a slot more would gain as much in one layer as in another.
-
-    A curve may rise late, since fewer slots than a row chooses hold nothing: slots are given out by whole edges of the
-    curve's upper hull, the steepest first, until the next one does not fit.
-    """
-    edges = sorted(
-        (
-            (-(curve[stop] - curve[start]) / (stop - start), start, layer, stop)
-            for layer, curve in enumerate(curves)
-            for start, stop in _hull(curve)
-        ),
-    )
-    slots = [0] * len(curves)
-    for _, start, layer, stop in edges:
-        if slots[layer] == start and stop - start <= total:
-            slots[layer], total = stop, total - (stop - start)
-    return slots
-
-
-def _hull(curve: Sequence[float]) -> list[tuple[int, int]]:
-    """The edges of the least concave curve that is nowhere below this one, those that rise."""
-    corners: list[int] = []
-    for at in range(len(curve)):
-        while len(corners) > 1 and _slope(curve, corners[-2], corners[-1]) <= _slope(curve, corners[-1], at):
-            corners.pop()
-        corners.append(at)
-    return [(start, stop) for start, stop in zip(corners, corners[1:], strict=False) if curve[stop] > curve[start]]
-
-
-def _slope(curve: Sequence[float], start: int, stop: int) -> float:
-    return (curve[stop] - curve[start]) / (stop - start)
-
-
 @dataclass(frozen=True, slots=True)
 class LayerHeat:
     """One layer's experts over a text.
 
     distinct: how many were chosen at all; next_token, soon: shares of the picks that are made again at the next token,
-    or at one of the next SOON; hits: by the number of slots, see `hit_curve`.
+    or at one of the next SOON; hits: by the number of slots, see `hit_curve`. counts: picks of each expert.
     """
 
     name: str
@@ -94,6 +62,14 @@ class LayerHeat:
     next_token: float
     soon: float
     hits: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def heat(self) -> ExpertHeat:
+        """What plans read of it."""
+        popular = sorted(range(self.experts), key=lambda expert: -self.counts[expert])
+        most = accumulate((self.counts[expert] for expert in popular), initial=0)
+        return ExpertHeat(self.hits, tuple(count / max(1, sum(self.counts)) for count in most), tuple(popular))
 
     @classmethod
     def of(cls, name: str, ids: torch.Tensor, experts: int) -> "LayerHeat":
@@ -106,6 +82,7 @@ class LayerHeat:
             next_token=_share_again(ids, 1),
             soon=_share_again(ids, SOON),
             hits=tuple(hit_curve(stack_distances(ids), experts)),
+            counts=tuple(torch.bincount(ids.flatten(), minlength=experts).tolist()),
         )
 
 
@@ -128,7 +105,7 @@ class HeatReport:
     def served(self, memory_bytes: int) -> tuple[int, float]:
         """(slots, share of all picks) that so much memory holds and serves, given to the layers by equal gain."""
         curves = [layer.hits for layer in self.layers]
-        slots = slots_by_gain(curves, memory_bytes // self.expert_bytes)
+        slots = by_gain(curves, memory_bytes // self.expert_bytes)
         return sum(slots), sum(curve[count] for curve, count in zip(curves, slots, strict=True)) / len(curves)
 
     def table(self) -> str:

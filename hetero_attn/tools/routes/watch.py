@@ -104,7 +104,7 @@ def watched(engine: Engine, routes: Routes) -> Iterator[None]:
     def route(ops: Any, layer: int, x: torch.Tensor, router: torch.Tensor, *others: Any) -> None:
         ops.route(x, router, *others)
         scoring, into = others
-        routes.add(layer, x, router[: into.starts.shape[0] - 1], scoring, into.ids)
+        routes.add(layer, x, router[: into.experts], scoring, into.ids)
 
     with _routing_by(engine, route):
         yield

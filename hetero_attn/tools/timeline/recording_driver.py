@@ -72,6 +72,11 @@ class RecordingDriver:
         """Keep that the calling thread waits."""
         self.recording.wait(MAIN, event, "wait for the GPU")
 
+    def is_reached(self, event: int) -> bool:
+        """Every copy is soon made; keep that the calling thread has seen it."""
+        self.synchronize(event)
+        return True
+
     def write_flag(self, stream: str, flag: torch.Tensor, value: int) -> None:
         """Keep the request."""
         self.recording.post(stream, (flag.data_ptr(), value), "request")

@@ -1,0 +1,111 @@
+"""Expert slots among placements: given to layers by equal gain, what they serve, and what more memory would."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from placement.plan.heat import by_gain
+from placement.plan.memory import LinearPlacement, expert_slot_bytes
+from placement.plan.shards import LinearShard
+from placement.plan.units import format_bytes
+from placement.plan.workload import Workload
+
+GIB = 1 << 30
+TAKEN_IN = 0.5  # as a drawn trace of the published reuse has it, with 24 to 64 of 128 experts in slots
+ROUNDS = 6
+
+
+def hit_rate(workload: Workload, shard: LinearShard, placement: LinearPlacement, sequences: int = 1) -> float:
+    """The expected share of one row's picks, of experts that are not at home on the GPU, that expert slots serve.
+
+    A curve by recency is of slots that take in all they miss. Where they may take in only a share r of that, they gain
+    r^TAKEN_IN of what recency gains; what is missed then follows from itself.
+    """
+    at = placement.expert_slots // sequences * placement.units // placement.dram_units
+    hits = recent = shard.curve(by_recency=workload.inserts > 0)[at]
+    fixed = min(recent, shard.curve(by_recency=False)[at])
+    for _ in range(ROUNDS if recent > fixed else 0):
+        missed = shard.picks * (1.0 - hits)
+        taken = min(1.0, workload.inserts / missed) if missed else 1.0
+        hits = fixed + (recent - fixed) * taken**TAKEN_IN
+    return hits
+
+
+def mean_hit_rate(workload: Workload, linears: Sequence[LinearPlacement]) -> float:
+    """Over all layers with experts, the expected share of one row's picks that are in GPU memory: in expert slots, or
+    at home there."""
+
+    def share(shard: LinearShard, placement: LinearPlacement) -> float:
+        hits = hit_rate(workload, shard, placement) if placement.expert_slots else 0.0
+        return (placement.gpu_units + placement.dram_units * hits) / shard.units
+
+    found = [share(*pair) for pair in zip(workload.linears, linears, strict=True) if pair[0].picks]
+    return sum(found) / len(found) if found else 0.0
+
+
+def expert_slot_hits(workload: Workload, linears: Sequence[LinearPlacement]) -> float:
+    """Over the layers with expert slots, the expected share of one row's picks that is in them; 0 without any."""
+    found = [
+        placement.dram_units * hit_rate(workload, shard, placement) / shard.units
+        for shard, placement in zip(workload.linears, linears, strict=True)
+        if placement.expert_slots
+    ]
+    return sum(found) / max(1, len(found))
+
+
+def expert_slots_line(workload: Workload, linears: Sequence[LinearPlacement]) -> str:
+    """The expert slots of a plan, what they are expected to serve, and what one GiB more would; empty without any."""
+    pairs = [pair for pair in zip(workload.linears, linears, strict=True) if pair[1].expert_slots]
+    if not pairs:
+        return ""
+    counts, size = [placement.expert_slots for _, placement in pairs], sum(expert_slot_bytes(*pair) for pair in pairs)
+    each = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    measured = all(shard.heat is not None for shard, _ in pairs)
+    source = "as profiled" if measured else "assumed, `hetero-attn profile --routes` follows a text"
+    moves = workload.inserts and all(shard.same_bits for shard, _ in pairs)
+    kept = f"at most {workload.inserts} a layer copied in behind a step" if moves else "always the same experts"
+    return (
+        f"expert slots: {each} a layer, {format_bytes(size)}, {kept}; expected to serve "
+        f"{mean_hit_rate(workload, linears):.0%} of a token's picks ({source}), with 1 GiB more for them "
+        f"{mean_hit_rate(workload, _with_more(workload, linears, GIB)):.0%}"
+    )
+
+
+def _with_more(workload: Workload, linears: Sequence[LinearPlacement], more_bytes: int) -> list[LinearPlacement]:
+    """The placements with so much more memory for expert slots, all of it given to layers by equal gain."""
+    at = [index for index, placement in enumerate(linears) if placement.expert_slots]
+    size_bytes = sum(linears[index].expert_slots * workload.linears[index].unit_bytes for index in at)
+    counts = by_equal_gain(workload, linears, at, size_bytes + more_bytes)
+    return [
+        replace(placement, expert_slots=counts[index]) if index in counts else placement
+        for index, placement in enumerate(linears)
+    ]
+
+
+def by_equal_gain(
+    workload: Workload, linears: Sequence[LinearPlacement], at: Sequence[int], size_bytes: int
+) -> dict[int, int]:
+    """How many expert slots each linear of `at` has of so much memory, by its index; as many as experts in DRAM at
+    most."""
+    largest = max(workload.linears[index].unit_bytes for index in at)
+    curves = [workload.linears[index].curve(workload.inserts > 0)[: linears[index].dram_units + 1] for index in at]
+    return dict(zip(at, by_gain(curves, size_bytes // largest), strict=True))
+
+
+def with_expert_slots(placement: LinearPlacement, at_home: int, expert_slots: int) -> LinearPlacement:
+    """A placement of experts with fewer of them at home on the GPU and others in expert slots; where it streams, the
+    CPU computes no more experts than before."""
+    streams = tuple(
+        placement.units - at_home - placement.cut(tier)[2] if streamed else 0
+        for tier, streamed in enumerate(placement.stream_units)
+    )
+    return replace(placement, gpu_units=at_home, stream_units=streams, expert_slots=expert_slots)
+
+
+def expert_slots_as(
+    chosen: Sequence[LinearPlacement], linears: Sequence[LinearPlacement]
+) -> tuple[LinearPlacement, ...]:
+    """Placements with the expert slots, and beside them the homes, of `chosen`."""
+    return tuple(
+        with_expert_slots(own, other.gpu_units, other.expert_slots) if other.expert_slots else own
+        for own, other in zip(linears, chosen, strict=True)
+    )

@@ -1,0 +1,313 @@
+"""Expert slots in plans: memory by equal gain, what is expected of them beside what a traced table serves, rules."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hetero_attn import plan_model
+from hetero_attn.devices import Device, EmulatedDriver
+from hetero_attn.lanes.lanes import Lanes
+from hetero_attn.ops.expert_slot_keeper import SlotKeeper
+from hetero_attn.planning.heats import heat_path, keep_heat, with_heat
+from hetero_attn.tools.routes.heat import LayerHeat
+from placement import Policy
+from placement.cost.model import pass_cost
+from placement.cost.terms import Call
+from placement.machine.hardware import HardwareProfile
+from placement.plan.heat import ExpertHeat, assumed_heat
+from placement.plan.memory import LinearPlacement
+from placement.plan.shards import LinearShard
+from placement.plan.units import format_bytes
+from placement.plan.warm import hit_rate, mean_hit_rate
+from placement.plan.workload import NUM_ROW_TIERS
+from placement.policy.problems import PolicyError
+from placement.solve.make_plan import make_plan
+from tests.hetero_attn.test_expert_plans import GPT_OSS_120B, QWEN3_30B
+from tests.hetero_attn.test_route_heat import EXPERTS, PER_ROW, trace
+
+NO_STREAM = (0,) * NUM_ROW_TIERS
+LAYERS = 6
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen3")
+    (folder / "config.json").write_text(json.dumps(QWEN3_30B | {"num_hidden_layers": LAYERS}))
+    return folder
+
+
+def planned(path, gpu_memory="1500MiB", **options):
+    hardware = replace(HardwareProfile.named("rtx3060-ddr4"), dram_bytes=1e12)
+    defaults = {"device": "cuda", "dtype": "q4", "hardware": hardware, "max_context": 2048}
+    return plan_model(path, gpu_memory=gpu_memory, **(defaults | options))
+
+
+@pytest.fixture(scope="module")
+def plan(path):
+    return planned(path)
+
+
+def rules(text):
+    return Policy.parse(f"version: 1\n{text}")
+
+
+def test_what_every_token_reads_comes_first_and_slots_take_the_rest(plan):
+    experts = [placement for placement in plan.linears if placement.expert_slots]
+    dense = [placement for placement in plan.linears if not placement.name.endswith("experts")]
+    counts = [placement.expert_slots for placement in experts]
+    room = plan.gpu_memory_bytes - plan.memory.gpu_bytes
+
+    assert len(experts) == LAYERS and max(counts) - min(counts) <= 1 and min(counts) > 2 * PER_ROW
+    assert all(placement.gpu_units == placement.units for placement in dense)
+    assert 0 <= room < 2 * plan.workload.linears[2].unit_bytes
+    assert plan.memory.gpu["expert_slots"] == sum(
+        each.expert_slots * 2654208 + 4 * (EXPERTS + each.expert_slots) for each in experts
+    )
+    assert plan.memory.pinned["weights"] >= LAYERS * EXPERTS * 2654208
+
+
+def test_slots_decode_faster_than_the_same_memory_with_a_fixed_set(path, plan):
+    fixed = planned(path, policy=rules("rules:\n  - {match: layers.*.experts, expert_slots: 0}\n"))
+
+    assert sum(placement.gpu_units for placement in fixed.linears if placement.name.endswith("experts")) > 0
+    assert plan.predicted.decode.tokens_per_s > 1.3 * fixed.predicted.decode.tokens_per_s
+
+
+def test_a_plan_comes_back_from_its_yaml(path, plan):
+    again = planned(path, policy=Policy.parse(plan.to_yaml()).model_copy(update={"gpu_memory": None}))
+
+    assert again.linears == plan.linears and again.kv == plan.kv
+    assert again.predicted.decode.seconds == plan.predicted.decode.seconds
+
+
+def test_the_table_says_how_many_what_they_serve_and_what_more_would(plan):
+    table, share = " ".join(plan.table(200).split()), mean_hit_rate(plan.workload, plan.linears)
+    unit_bytes, counts = plan.workload.linears[2].unit_bytes, [each.expert_slots for each in plan.linears]
+    whole = sum(counts) * unit_bytes + (1 << 30)
+    curve = plan.workload.linears[2].curve(by_recency=True)
+
+    assert f"expected to serve {share:.0%} of a token's picks (assumed" in table
+    assert f"with 1 GiB more for them {curve[whole // unit_bytes // LAYERS]:.0%}" in table
+    assert format_bytes(plan.memory.gpu["expert_slots"]) in table
+    assert max(map(len, plan.table(80).splitlines())) <= 80
+    assert plan.to_dict()["linears"][2]["expert_slots"] == plan.linears[2].expert_slots
+
+
+def test_large_experts_are_not_brought_in_faster_than_the_bus_can(tmp_path):
+    """gpt-oss-120b: a copy a layer and step is half a GB; the step does not wait for it."""
+    (tmp_path / "config.json").write_text(json.dumps(GPT_OSS_120B | {"num_hidden_layers": 4}))
+    wishes = "rules:\n  - {match: layers.*.experts, expert_slots: 40, stream: 0.0}\n"
+    moved, kept = (planned(tmp_path, "4GiB", policy=rules(f"inserts: {n}\n{wishes}")) for n in (4, 1))
+
+    assert moved.predicted.decode.seconds == pytest.approx(kept.predicted.decode.seconds, rel=0.2)
+
+
+def test_experts_of_numbers_have_a_fixed_set(path):
+    """bf16: its expected hits are those of the most popular, whatever recency would serve."""
+    wishes = rules("inserts: 2\nrules:\n  - {match: layers.*.experts, expert_slots: 32}\n")
+    found = planned(path, "4GiB", policy=wishes, dtype="bf16")
+    shard, placement = found.workload.linears[2], found.linears[2]
+
+    assert placement.expert_slots == 32 and not shard.same_bits
+    assert hit_rate(found.workload, shard, placement) == 32 / EXPERTS
+    assert "always the same experts" in found.table(200)
+
+
+@pytest.mark.parametrize(
+    ("rule", "device", "named"),
+    [
+        ("{match: '*.qkv', expert_slots: 2}", "cuda", "no experts"),
+        ("{match: layers.*.experts, expert_slots: 129}", "cuda", "129 is more than the 128"),
+        ("{match: layers.*.experts, gpu: 100 units, expert_slots: 29}", "cuda", "29 is more than the 28"),
+        ("{match: layers.*.experts, expert_slots: 4}", "cpu", "device cpu has none"),
+        ("{match: layers.*.experts, expert_slots: -1}", "cuda", "whole number"),
+    ],
+)
+def test_rules_that_cannot_be_met_are_named(path, rule, device, named):
+    with pytest.raises(PolicyError, match=named):
+        planned(
+            path, policy=rules(f"rules:\n  - {rule}\n"), device=device, gpu_memory="2GiB" if device == "cuda" else None
+        )
+
+
+def test_all_and_a_part_at_home(path):
+    wishes = rules("rules:\n  - {match: layers.0.experts, gpu: 100 units, expert_slots: all}\n")
+    found = planned(path, "3GiB", policy=wishes)
+
+    assert (found.linears[2].gpu_units, found.linears[2].expert_slots) == (100, 28)
+
+
+def test_a_budget_that_given_slots_do_not_fit_is_refused_with_the_least(path):
+    wishes = rules("rules:\n  - {match: layers.*.experts, expert_slots: 100}\n")
+    with pytest.raises(Exception, match="smallest that works is") as refused:
+        planned(path, "1GiB", policy=wishes)
+    least = int(str(refused.value).split("smallest that works is ")[1].split()[0])
+
+    assert planned(path, least, policy=wishes).linears[2].expert_slots == 100
+    assert least > LAYERS * 100 * 2654208
+
+
+def test_a_smaller_budget_of_a_loaded_plan_has_fewer_slots(plan):
+    workload = replace(plan.workload, elastic=True)
+    hardware = replace(HardwareProfile.named("rtx3060-ddr4"), dram_bytes=1e12)
+    large, small = (
+        make_plan(workload, hardware, Policy(), device="cuda", gpu_memory_bytes=plan.gpu_memory_bytes - less)
+        for less in (0, 400 << 20)
+    )
+
+    assert small.memory.gpu_bytes <= small.gpu_memory_bytes
+    assert 0 < small.linears[2].expert_slots < large.linears[2].expert_slots
+
+
+def keeper_of(slots, inserts, heat=None):
+    """A keeper of one layer of 128 experts of a few bytes each, and what it was opened with."""
+    lanes = Lanes(None, Device(EmulatedDriver()))
+    shard = LinearShard(
+        "layers.0.experts", "experts", 0, EXPERTS, 64, 1, 64, 64, picks=PER_ROW, same_bits=True, heat=heat
+    )
+    placement = LinearPlacement(shard.name, 0, NO_STREAM, EXPERTS, slots)
+    linear = SimpleNamespace(dram=torch.arange(EXPERTS * 64).view(EXPERTS, 64).to(torch.uint8), first_dram_unit=0)
+    linear.expert_slots, linear.spec = None, SimpleNamespace(name=shard.name)
+    keeper = SlotKeeper(lanes)
+    keeper.open(
+        [linear], SimpleNamespace(workload=SimpleNamespace(linears=[shard], inserts=inserts), linears=[placement])
+    )
+    return keeper, linear
+
+
+def followed(keeper, linear, ids):
+    """(hits, inserts) of a trace, one row a step; what the table says is what the slots hold."""
+    hits = inserts = 0
+    for row in ids:
+        keeper.settle()
+        keeper._chosen[0, 0] = row
+        found = keeper.note(1)
+        hits, inserts = hits + found.hits, inserts + found.inserts
+        slots = linear.expert_slots
+        for expert in (slots.table >= 0).nonzero().flatten().tolist():
+            assert slots.table[expert] == keeper._on_device[expert]
+            assert torch.equal(slots.memory[slots.table[expert]], linear.dram[expert]) or keeper._arriving is not None
+    return hits, inserts
+
+
+@pytest.mark.parametrize("slots", [24, 48, 64])
+@pytest.mark.parametrize("inserts", [1, 2, 3])
+def test_what_fewer_copies_serve_is_predicted(plan, slots, inserts):
+    """By the heat of the same trace: within 3.5 points of what the table served."""
+    ids = trace(600)
+    heat = LayerHeat.of("", ids, EXPERTS).heat
+    hits, _ = followed(*keeper_of(slots, inserts), ids)
+    shard, placement = replace(plan.workload.linears[2], heat=heat), replace(plan.linears[2], expert_slots=slots)
+
+    assert hit_rate(replace(plan.workload, inserts=inserts), shard, placement) == pytest.approx(
+        hits / ids.numel(), abs=0.035
+    )
+
+
+@pytest.mark.parametrize("slots", [16, 24, 48, 64])
+def test_hits_are_within_a_point_of_the_traced_curve(slots):
+    """Published reuse, 45 % at the next token and 80 % within eight; a table that takes all that it misses."""
+    ids = trace(600)
+    expected = LayerHeat.of("", ids, EXPERTS).hits[slots]
+    hits, _ = followed(*keeper_of(slots, PER_ROW), ids)
+
+    assert hits / ids.numel() == pytest.approx(expected, abs=0.01)
+
+
+def test_what_a_running_model_observes_is_what_a_profile_finds():
+    """One step of eight of a trace, beside a pass over all of it."""
+    ids = trace(800)
+    expected = LayerHeat.of("", ids, EXPERTS).heat
+    keeper, linear = keeper_of(24, 2)
+    assert keeper.heats() == {}
+    followed(keeper, linear, ids)
+    (found,) = keeper.heats().values()
+
+    assert found.recent == pytest.approx(expected.recent, abs=0.04) and found.fixed == pytest.approx(
+        expected.fixed, abs=0.06
+    )
+    assert sorted(found.popular) == list(range(EXPERTS)) and found.recent[24] > 0.4 and found.fixed[-1] == 1
+
+
+def test_two_copies_a_step_serve_nearly_as_much_as_all_that_is_missed():
+    ids = trace(600)
+    found = {inserts: followed(*keeper_of(48, inserts), ids) for inserts in (0, 1, 2, PER_ROW)}
+    rates = {inserts: hits / ids.numel() for inserts, (hits, _) in found.items()}
+
+    assert rates[0] < 0.45 < rates[1] < rates[2] and rates[2] > 0.9 * rates[PER_ROW]
+    assert all(copies <= inserts * len(ids) for inserts, (_, copies) in found.items())
+
+
+def test_what_the_cpu_reads_is_predicted_from_half_a_trace(path):
+    """Heat of the first half, misses of the second: the CPU lane's bytes, and so its time, within 15 %."""
+    ids = trace(800)
+    heat = LayerHeat.of("", ids[:400], EXPERTS).heat
+    keeper, linear = keeper_of(40, PER_ROW, heat)
+    followed(keeper, linear, ids[:400])
+    hits, _ = followed(keeper, linear, ids[400:])
+    plan = planned(path, policy=rules("rules:\n  - {match: layers.*.experts, expert_slots: 40, stream: 0.0}\n"))
+    workload = replace(
+        plan.workload, linears=tuple(replace(s, heat=heat) if s.picks else s for s in plan.workload.linears)
+    )
+    hardware, call = HardwareProfile.named("rtx3060-ddr4"), Call(1, 1, 64)
+    none = [replace(each, expert_slots=0) for each in plan.linears]
+    with_slots, without = (
+        pass_cost(workload, linears, plan.kv, hardware, call, True).terms["cpu_linears"]
+        for linears in (plan.linears, none)
+    )
+
+    assert with_slots / without == pytest.approx(1 - hits / ids[400:].numel(), rel=0.15)
+
+
+def test_distinct_experts_of_many_rows_are_those_in_slots_by_number():
+    shard = LinearShard("layers.0.experts", "experts", 0, EXPERTS, 64, 1, 64, 64, picks=PER_ROW)
+
+    assert shard.served(1, 48, 0.89) == pytest.approx(0.89)
+    assert shard.served(1, 48, 0.89) > shard.served(8, 48, 0.89) > shard.served(512, 48, 0.89)
+    assert shard.served(5000, 48, 0.89) == pytest.approx(48 / EXPERTS, rel=1e-3)
+    assert shard.served(3, 0, 0.0) == 0 and shard.served(3, EXPERTS, 1.0) == 1
+
+
+def test_the_assumed_curve_is_below_what_was_published():
+    for experts, picks, count, published in (
+        (128, 8, 24, 0.74),
+        (128, 8, 49, 0.89),
+        (512, 10, 61, 0.62),
+        (64, 8, 32, 0.77),
+    ):
+        assert count / experts < assumed_heat(experts, picks).recent[count] <= published + 0.01
+    assert assumed_heat(128, 8).recent[15] == 0
+
+
+def test_heat_is_kept_for_plans_of_the_model(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = LayerHeat.of("layers.0.experts", trace(300), EXPERTS).heat
+    keep_heat(path, {"layers.0.experts": found, "layers.9.experts": found})
+    warmed = planned(path)
+
+    assert [shard.heat for shard in warmed.workload.linears if shard.picks] == [found] + [None] * (LAYERS - 1)
+    assert sorted(found.popular) == list(range(EXPERTS)) and found.fixed[0] == 0 and found.fixed[-1] == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{",
+        '{"layers.0.experts": 3}',
+        '{"layers.0.experts": {"recent": [0, 1], "fixed": [0, 1], "popular": [0]}}',
+        json.dumps(
+            {"layers.0.experts": {"recent": [float("nan")] * 129, "fixed": [0] * 129, "popular": list(range(128))}}
+        ),
+        json.dumps({"layers.0.experts": {"recent": [0] * 129, "fixed": [0] * 129, "popular": [0] * 128}}),
+    ],
+)
+def test_damaged_heat_is_as_none(plan, path, tmp_path, monkeypatch, content):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    keep_heat(path, {"layers.0.experts": ExpertHeat((0.0,) * 129, (0.0,) * 129, tuple(range(128)))})
+    heat_path(path).write_text(content)
+
+    assert with_heat(plan.workload, path) == plan.workload
