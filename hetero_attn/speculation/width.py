@@ -5,30 +5,34 @@ a, and takes T(w). The width with the best rate is taken if it beats one row cle
 thus costs the few passes that it takes to notice, and one or two after each pause, which doubles.
 """
 
+from collections import deque
 from dataclasses import dataclass
 
 from hetero_attn.planning.draft import WIDTHS
 from placement.cost.drafts import expected_tokens
 
 SLOPE = 0.07  # what a row adds to the time of one, where nothing was measured yet
-NEW_SHARE, NEW_SHARE_BELOW = 0.2, 0.5  # of a measured time in the mean; other programs never make one shorter
-OUTLIER = 2.0  # a pass that took longer than so many means says more about the machine's other programs
+FORGOTTEN = 64  # passes after which a time that was worse than expected counts no more
+NEWEST = 8  # passes whose first quarter counts: other programs never make one shorter
 KEPT = 0.97  # of what was counted, a pass
 HOPED, TRIED = 1 / 3, 1.5  # share of right drafts, and how many drafts that counts as, before any was tried
 FIRST_WIDTH = 2
 WORTH, BETTER = 1.03, 1.05  # than one row; than the present width
 PATIENCE = 4  # passes that a larger width must have looked better
 FIRST_PAUSE, LONGEST_PAUSE = 32, 512  # passes
+LIKELY, SHORT_PAUSE = 0.5, 8  # where drafts are right more often, it may be the clock that was wrong
 
 
 class PassCosts:
-    """Seconds of a pass by its rows, its drafts' included: a running mean where it was measured, else in the ratio
-    that rows are expected to cost. slope: what one more row is expected to add to the time of one."""
+    """Seconds of a pass by its rows, its drafts' included: the first quarter of the newest where it was measured, else
+    in the ratio that rows are expected to cost; a single one counts beside what was expected. slope: what one more row
+    is expected to add to the time of one."""
 
     def __init__(self, slope: float = SLOPE) -> None:
         self._slope = slope
+        self._newest: dict[int, deque[float]] = {}
         self._seconds: dict[int, float] = {}
-        self._met: set[int] = set()
+        self._passes, self._last = 0, dict[int, int]()
 
     @property
     def is_blank(self) -> bool:
@@ -37,20 +41,28 @@ class PassCosts:
 
     def observe(self, rows: int, seconds: float) -> None:
         """Count a pass; the first one of its rows, which may have been recorded or compiled, is left out."""
-        if rows not in self._met:
-            self._met.add(rows)
+        self._passes += 1
+        self._last[rows] = self._passes
+        if rows not in self._newest:
+            self._newest[rows] = deque(maxlen=NEWEST)
             return
-        mean = self._seconds.get(rows, seconds)
-        share = NEW_SHARE_BELOW if seconds < mean else NEW_SHARE
-        self._seconds[rows] = mean + share * (min(seconds, OUTLIER * mean) - mean)
+        newest = self._newest[rows]
+        newest.append(seconds)
+        expected = [] if len(newest) > 1 or self._seconds.keys() <= {rows} else [self._expected(rows)]
+        times = sorted([*newest, *expected])
+        self._seconds[rows] = times[len(times) // 4]
 
     def seconds(self, rows: int) -> float:
         """What a pass of so many rows is expected to take; without any measurement, in units of one row."""
-        if rows in self._seconds:
-            return self._seconds[rows]
-        if not self._seconds:
-            return self._ratio(rows)
-        nearest = min(self._seconds, key=lambda known: abs(known - rows))
+        if rows not in self._seconds:
+            return self._expected(rows) if self._seconds else self._ratio(rows)
+        known = self._seconds[rows]
+        is_old = len(self._seconds) > 1 and self._passes - self._last[rows] > FORGOTTEN
+        return min(known, self._expected(rows)) if is_old else known
+
+    def _expected(self, rows: int) -> float:
+        """Seconds by those of the nearest other number of rows."""
+        nearest = min(self._seconds.keys() - {rows}, key=lambda known: (abs(known - rows), known))
         return self._seconds[nearest] * self._ratio(rows) / self._ratio(nearest)
 
     def _ratio(self, rows: int) -> float:
@@ -88,7 +100,7 @@ class Width:
     def __init__(self, hoped: float = HOPED) -> None:
         self._hoped, self._share = hoped, Share.hoped(hoped)
         self._width, self._looked_better = 0, 0
-        self._next_pause = FIRST_PAUSE
+        self._pauses = 0  # in a row
         self.pause = 0  # passes without drafts that are still to come
 
     @property
@@ -110,7 +122,7 @@ class Width:
         rates = {width: self._rate(costs, rows, width) for width in (1, *WIDTHS)}
         best = max(WIDTHS, key=rates.__getitem__)
         if rates[best] < WORTH * rates[1]:
-            self.pause, self._next_pause = self._next_pause, min(2 * self._next_pause, LONGEST_PAUSE)
+            self._rest()
             return 1
         self._go_on(rates, best)
         return max(width for width in WIDTHS if width <= min(self._width, most))
@@ -119,7 +131,12 @@ class Width:
         """Count a pass: how many of its drafts were right, from the first on."""
         self._share.judge(drafted, accepted)
         if self._share.right > 4 * self._share.wrong:
-            self._next_pause = FIRST_PAUSE
+            self._pauses = 0
+
+    def _rest(self) -> None:
+        """No drafts for some passes, and for twice as many each further time."""
+        first = SHORT_PAUSE if self.acceptance >= LIKELY else FIRST_PAUSE
+        self.pause, self._pauses = min(first << self._pauses, LONGEST_PAUSE), self._pauses + 1
 
     def _go_on(self, rates: dict[int, float], best: int) -> None:
         """Take the best width at first, and from then on a smaller one at once, a larger one after a while."""
