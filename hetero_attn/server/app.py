@@ -71,9 +71,8 @@ def make_app(service: Service) -> ASGIApp:
 
     known = [*COMPUTED, *TOLD, *(PAGE if service.settings.has_page else ())]
     routes = [Route(path, endpoint(handler), methods=[method]) for method, path, handler in known]
-    return Guard(
-        Door(Starlette(routes=routes, exception_handlers={HTTPException: failed_in_routing}), service), service.settings
-    )
+    known_routes = Starlette(routes=routes, exception_handlers={HTTPException: failed_in_routing})
+    return Guard(Door(known_routes, service), service.settings, service.metrics.refused)
 
 
 class Door:

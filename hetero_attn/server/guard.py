@@ -7,7 +7,7 @@ comes without an Origin; newer browsers say whose page it is (Sec-Fetch-Site).
 
 import hmac
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,10 +20,13 @@ _ASKED_BY_BROWSERS = {b"access-control-allow-methods": b"GET, POST", b"access-co
 
 
 class Guard:
-    """Lets through what is allowed, and answers the rest itself; an ASGI application around another."""
+    """Lets through what is allowed, and answers the rest itself; an ASGI application around another.
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
-        self._app, self._settings = app, settings
+    refused: called with the status of every answer that is an error.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings, refused: Callable[[int], None]) -> None:
+        self._app, self._settings, self._refused = app, settings, refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check one request and pass it on."""
@@ -35,6 +38,7 @@ class Guard:
         try:
             self._check(scope, headers)
         except ApiError as error:
+            self._refused(error.status)
             await response_of(error, scope["path"])(scope, receive, send)
             return
         if (origin := headers.get("origin")) in self._settings.allowed_origins and origin:

@@ -146,8 +146,12 @@ def test_of_a_body_without_end_no_more_is_taken_than_may_be_kept():
     ],
     ids=str,
 )
-def test_strangers_pages_may_not_ask(http, headers, status):
+def test_strangers_pages_may_not_ask(http, server, headers, status):
+    refused = server.service.metrics._refused.labels(str(status))._value
+    before = refused.get()
+
     assert http.get("/v1/models", headers=headers).status_code == status
+    assert refused.get() == before + (status != 200), "it is counted as every other answer that is an error"
 
 
 def test_an_allowed_origin_may_ask_before_it_asks():
