@@ -24,7 +24,7 @@ def request_behind_wait(
     lanes: Any, weights: Any, tier: int, split: Any, residual: Any, scratch: Any, add: bool = True
 ) -> None:
     """`linear_add` as it once was: the CPU lane is asked when the GPU has what the CPU lane computed before."""
-    x, column, inputs = split
+    x, column, inputs, _ = split
     given, wanted = lanes.given, linears._wanted_input(weights, tier)
     lanes.push(x, wanted.start, column)
     lanes.pull(x, column, wanted.stop, given)
