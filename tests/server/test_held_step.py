@@ -1,6 +1,8 @@
 """While a step is under way everything but its tokens goes on: here a step is held until all else is done, so whatever
 waited for it would never come back. Milliseconds are for examples/benchmarks/server_lag.py."""
 
+import asyncio
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -36,6 +38,26 @@ def held(server: RunningServer) -> Iterator[None]:
     finally:
         may_end.set()
         scheduler.step = step
+
+
+def test_small_pieces_are_sent_at_once():
+    """They waited for the client's acknowledgement of the piece before, 40 ms each, on every connection that is kept."""
+    options = []
+    with RunningServer() as server:
+        made = server.server.config.http_protocol_class.connection_made
+
+        def watched(self: object, transport: asyncio.Transport) -> None:
+            sock = transport.get_extra_info("socket")
+            options.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            made(self, transport)
+
+        server.server.config.http_protocol_class.connection_made = watched
+        try:
+            httpx.get(server.url + "/health", trust_env=False)
+        finally:
+            server.server.config.http_protocol_class.connection_made = made
+
+    assert options == [1]
 
 
 @pytest.fixture
