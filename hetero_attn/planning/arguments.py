@@ -110,8 +110,27 @@ def _expect(is_right: bool, name: str, value: Any, expected: str) -> None:
         raise ArgumentError(f"{name} is {value!r:.80}; it must be {expected}")
 
 
+# What others call a choice, where its spelling is nearer to another one.
+OTHER_NAMES = {
+    "gpu": "cuda",
+    "nvidia": "cuda",
+    "float32": "fp32",
+    "float": "fp32",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+    "q8_0": "q8",
+    "int8": "q8",
+    "q4_0": "q4",
+    "int4": "q4",
+    "q4_k_m": "q4_m",
+}
+
+
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:
     """Raise ArgumentError, with the nearest known name, where `value` is none of them."""
     known = tuple(known)
     if value not in known:
-        raise ArgumentError(f"{name} is {value!r}; it must be one of {', '.join(known)}{nearest(value, known)}")
+        meant = OTHER_NAMES.get(str(value).lower())
+        hint = f" (did you mean {meant!r}?)" if meant in known else nearest(value, known)
+        raise ArgumentError(f"{name} is {value!r}; it must be one of {', '.join(known)}{hint}")

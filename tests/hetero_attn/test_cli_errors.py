@@ -177,6 +177,15 @@ def test_wishes_without_effect_are_warned_of(arguments: tuple[str, ...], words: 
     assert run("plan", TINY, "--no-explain", "--threads", "2", "--hardware", "rtx4090-ddr5").stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "meant"),
+    [("--device", "gpu", "cuda"), ("--dtype", "bfloat16", "bf16"), ("--dtype", "Q8_0", "q8")],
+)
+def test_what_others_call_a_choice_is_understood(option: str, value: str, meant: str) -> None:
+    """`gpu` was taken for a misspelt `cpu`."""
+    assert f"did you mean '{meant}'?" in " ".join(run("plan", TINY, option, value).stderr.split())
+
+
 def test_a_budget_without_its_unit_is_explained() -> None:
     result = run("plan", TINY, "--device", "emulated", "--gpu-memory", "8", "--no-explain")
 
