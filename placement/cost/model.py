@@ -43,6 +43,7 @@ from placement.cost.experts import expert_hits, inserted_experts
 from placement.cost.terms import (
     Call,
     LinearCost,
+    copy_passes,
     cpu_call_s,
     interference,
     linear_cost,
@@ -211,7 +212,8 @@ def _add_linear(tally: _Tally, shard: LinearShard, placement: LinearPlacement, b
     if shard.is_head:
         tally.head_s = max(cpu_s, gpu_s, copy_s) + handover + cost.launch_s
         tally.add(tally.lanes["steps"], max(0.0, copy_s - max(cpu_s, gpu_s)))
-    from_dram = streamed + shard.touched(rows) * (on_cpu + (home if hardware.unified_memory else 0))
+    in_dram = home + streamed if hardware.unified_memory else 0
+    from_dram = streamed * copy_passes(hardware) + shard.touched(rows) * (on_cpu + in_dram)
     tally.add(tally.lanes["dram"], from_dram * shard.unit_bytes / hardware.dram_bytes_per_s)
     tally.add(tally.lanes["pcie"], copy_s)
     tally.add(tally.before_head_s, copy_s * (not shard.is_head))

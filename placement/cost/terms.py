@@ -124,6 +124,12 @@ def interference(hardware: HardwareProfile) -> tuple[float, float]:
     return (1 - cpu) / copies, (1 - copies) / cpu
 
 
+def copy_passes(hardware: HardwareProfile) -> int:
+    """How often a byte that is copied to the GPU passes DRAM before it is used: where both sides share it, it is read
+    and written there."""
+    return 2 if hardware.unified_memory else 1
+
+
 def is_recorded(call: Call, on_gpu: bool) -> bool:
     """Whether a pass replays the CPU's operations instead of calling them: a decode step without a GPU. Beside a GPU
     the measured hand-over holds what the calls cost."""

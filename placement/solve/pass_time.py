@@ -12,7 +12,7 @@ of the sums of its parts.
 from dataclasses import dataclass, field
 
 from placement.cost.attention import attention_cost
-from placement.cost.terms import WeightedCall, interference, small_ops_s, stage_cost
+from placement.cost.terms import WeightedCall, copy_passes, interference, small_ops_s, stage_cost
 from placement.solve.classes import LayerClass, LinearClass
 from placement.solve.pairing import pairs
 from placement.solve.program import add
@@ -132,8 +132,8 @@ class PassTime:
         # Where another resource decides, the least streaming among equals: less noise on the bus, fewer staging waits.
         self._program.costs[streamed] += TIE_BREAK * self._weighted.weight * copy
         read_s = scale * shard.unit_bytes / self._hardware.dram_bytes_per_s
-        add(self._dram, streamed, read_s)
-        for variable in [on_cpu] + ([variables.gpu] if self._hardware.unified_memory else []):
+        add(self._dram, streamed, copy_passes(self._hardware) * read_s)
+        for variable in [on_cpu] + ([variables.gpu, streamed] if self._hardware.unified_memory else []):
             add(self._dram, variable, shard.touched(rows) * read_s)
         self._constant += scale * cost.launch_s * count
 
