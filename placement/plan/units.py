@@ -28,7 +28,7 @@ def parse_bytes(value: int | str) -> int:
         else int(match[1]) * _FACTORS[unit.upper() if len(unit) == 1 else unit]
     )
     if size <= 0:
-        raise ValueError(f"{value!r} is less than a byte; write bytes or text such as 6GiB")
+        raise ValueError(f"{value!r} is not a size, it is less than a byte; write bytes or text such as 6GiB")
     return size
 
 
