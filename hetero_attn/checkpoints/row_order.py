@@ -58,9 +58,15 @@ def rows_of(path: Path, name: str, found: int, parts: tuple[str, ...], config: M
 
 def turn_back(rows: "torch.Tensor", head_dim: int, rotary_dim: int) -> None:
     """Bring rows of whole heads, [heads * head_dim, ...], from pairs side by side into our order, in place."""
-    heads = rows.view(-1, head_dim, *rows.shape[1:])[:, :rotary_dim]
-    pairs = heads.reshape(heads.shape[0], rotary_dim // 2, 2, *rows.shape[1:])
-    heads.copy_(pairs.transpose(1, 2).reshape(heads.shape))
+    import torch
+
+    assert rows.is_contiguous(), rows.stride()
+    if not rows.numel():
+        return
+    # Of bytes and by numpy: torch's threads go on spinning after a copy that they have shared.
+    heads = rows.view(-1).view(torch.uint8).numpy().reshape(rows.shape[0] // head_dim, head_dim, -1)[:, :rotary_dim]
+    pairs = heads.reshape(heads.shape[0], rotary_dim // 2, 2, -1)
+    heads[...] = pairs.transpose(0, 2, 1, 3).reshape(heads.shape)
 
 
 def turned(rows: "torch.Tensor", head_dim: int) -> "torch.Tensor":

@@ -8,6 +8,7 @@ then held up to half of the packed weights beside them as holes in its heap.
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from cpu_kernels import CpuKernels, fresh_memory
@@ -93,7 +94,7 @@ class UnitRows:
         if not direct:
             if dtype == torch.uint8 and target.dtype != torch.uint8:
                 rows = numbers_of(self._source, self._ops, part.tensor, rows)
-            target.copy_(rows.reshape(units, rows_per_unit, -1))
+            _copy(target, rows.reshape(units, rows_per_unit, -1))
 
 
 def numbers_of(source: WeightSource, ops: CpuKernels, tensor: str, rows: torch.Tensor) -> torch.Tensor:
@@ -121,6 +122,15 @@ def dequantised(ops: CpuKernels, rows: torch.Tensor, source_type: str, tensor: s
         raise CheckpointError(f"{tensor}: {error}; the file is damaged, download it again") from error
     ops.unpack_rows(blocks, kind.format, torch.arange(rows.shape[0], device="cpu"), values)
     return values[:, :in_features]
+
+
+def _copy(target: torch.Tensor, rows: torch.Tensor) -> None:
+    """Rows into their places, on this thread: torch's own go on spinning after each copy that they have shared, on the
+    cores that pack."""
+    if rows.dtype == target.dtype:
+        np.copyto(target.view(torch.uint8).numpy(), rows.view(torch.uint8).numpy())
+    else:
+        target.copy_(rows)
 
 
 def _front(buffer: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
