@@ -13,6 +13,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.dispatcher import _FunctionCompiler
 
 from cpu_kernels.vectors.isa import Isa
+from cpu_kernels.vectors.linked_code import linked_code
 from cpu_kernels.vectors.target import target_of
 
 
@@ -50,9 +51,11 @@ def compile_module(kernel, name: str) -> tuple[llvm.ModuleRef, llvm.TargetMachin
     CPU; raises numba's errors. The caller holds numba's lock."""
     kernel.__name__ = kernel.__qualname__ = name
     compiler = _ObjectCompiler(kernel, registry.cpu_target, {"nopython": True, **OPTIONS}, {}, Compiler)
-    result = compiler.compile((types.int64, types.int64), types.void)
-    library = result.library
-    library.finalize()
+    with linked_code():
+        result = compiler.compile((types.int64, types.int64), types.void)
+        library = result.library
+        library.finalize()
+        library.optimise()
     module = library._final_module
     for function in module.functions:
         # numba numbers helper functions per process, so another process's object may hold a different function of

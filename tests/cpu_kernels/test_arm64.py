@@ -66,6 +66,14 @@ def code() -> dict[tuple[tuple, Cpu], Code]:
     return compiled("neon", CPUS, [linear_kernel(name, 1) for name in FORMATS])
 
 
+@pytest.fixture(scope="module")
+def emulated() -> dict[str, bytes]:
+    """The kernel of each format that an emulator is to run, an object file."""
+    kernels_of = {name: linear_kernel(name, 4) for name in FORMATS}
+    found = compiled("neon", CPUS[:1], list(kernels_of.values()))
+    return {name: found[kernel, CPUS[0]].object for name, kernel in kernels_of.items()}
+
+
 def busiest_block(assembly: str, instruction: str) -> Counter:
     """How often each instruction stands in the block, between two labels, that has most of one."""
     blocks = re.split(r"(?m)^\S+:.*$", assembly)
@@ -94,17 +102,16 @@ def test_every_arm64_cpu_with_sdot_takes_this_path(monkeypatch):
 
 
 @pytest.mark.parametrize("weight_dtype", FORMATS)
-def test_an_emulated_arm64_gives_the_same_bits(weight_dtype, tmp_path):
+def test_an_emulated_arm64_gives_the_same_bits(weight_dtype, tmp_path, request):
     if missing := [name for name in TOOLS if shutil.which(name) is None]:
         pytest.skip(f"{', '.join(missing)} not installed (packages qemu-user, binutils-aarch64-linux-gnu)")
     rows, in_features, blocks = 5, 512, 3
     torch.manual_seed(1)
     weight, x = random_weight(weight_dtype, in_features, blocks), torch.randn(rows, in_features)
-    expected, cpu = torch.empty(rows, 16 * blocks), CPUS[0]
+    expected = torch.empty(rows, 16 * blocks)
     kernels().linear(x, weight, weight_dtype, None, expected)
 
-    kernel = linear_kernel(weight_dtype, 4)
-    program = linked(compiled("neon", [cpu], [kernel])[kernel, cpu].object, tmp_path)
+    program = linked(request.getfixturevalue("emulated")[weight_dtype], tmp_path)
     memory, out_at = told(x, weight, weight_dtype, blocks)
     (tmp_path / "memory").write_bytes(memory)
     with (tmp_path / "memory").open("rb") as given:

@@ -1,9 +1,7 @@
 """Kernels for another machine's CPU: numba's LLVM code of a kernel, emitted by that machine's code generator.
 
-numba compiles every function that it has typed, kernels and their helpers alike, for the machine it runs on, where an
-arm64 instruction cannot be selected. So in a process that uses this module numba's engine compiles nothing, and nothing
-can be run. `compiled` starts such a process, which answers each line of JSON, [isa, CPUs, module, factory,
-*parameters] ("ISA" stands for the isa), with a line.
+A process of its own compiles them, which knows all machines that LLVM has. `compiled` starts it; it answers each line of
+JSON, [isa, CPUs, module, factory, *parameters] ("ISA" stands for the isa), with a line.
 """
 
 import base64
@@ -47,18 +45,6 @@ def compiled(isa: str, cpus: Sequence[Cpu], kernels: Sequence[Kernel]) -> dict[t
     }
 
 
-def _compile_nothing() -> None:
-    from numba.core import codegen
-    from numba.core.registry import cpu_target
-
-    engine = cpu_target.target_context.codegen()._engine
-    assert isinstance(engine, codegen.JitEngine)
-    engine.add_module = engine._load_defined_symbols
-    engine.finalize_object = lambda: None
-    engine.get_function_address = engine.get_global_value_address = lambda name: 0
-    cpu_target.target_context.codegen().set_env = lambda name, environment: None
-
-
 def _code_of(isa: str, module: str, factory: str, *parameters: str | int) -> llvm.ModuleRef:
     from numba.core.compiler_lock import global_compiler_lock
 
@@ -82,7 +68,6 @@ def main() -> None:
     """Answer every line of stdin."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
-    _compile_nothing()
     for line in sys.stdin:
         isa, cpus, *kernel = json.loads(line)
         code = _code_of(isa, *kernel)
