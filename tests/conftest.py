@@ -16,7 +16,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Each takes a minute or more: where two processes share the files out, neither may begin with one at the end.
-LONG = ("test_interpreter.py", "test_benchmarks.py")
+LONG = ("test_interpreter.py", "test_benchmarks.py", "test_examples.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -100,6 +100,12 @@ def sources(package: str) -> list[Path]:
     return found
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    """The syntax of a file, read once for all tests; nothing changes it."""
+    return ast.parse(path.read_text())
+
+
 def module_name(path: Path) -> str:
     """The dotted name under which a file is imported."""
     parts = path.relative_to(ROOT).with_suffix("").parts
@@ -140,7 +146,7 @@ def test_imports_point_one_way(package: str) -> None:
         allowed = MAY_IMPORT[package] | {package}
         if module_name(path).startswith(PROFILERS):
             allowed = allowed | {"cpu_kernels", "gpu_kernels"}
-        names = imported_names(path, ast.parse(path.read_text()))
+        names = imported_names(path, tree_of(path))
         used = {name.partition(".")[0] for name in names if not any(is_inside(name, part) for part in SHARED)}
 
         assert used & set(MAY_IMPORT) <= allowed, f"{path.relative_to(ROOT)} imports a package it must not know"
@@ -149,7 +155,7 @@ def test_imports_point_one_way(package: str) -> None:
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_nothing_below_tests_and_examples_imports_them(package: str) -> None:
     for path in sources(package):
-        used = {name.partition(".")[0] for name in imported_names(path, ast.parse(path.read_text()))}
+        used = {name.partition(".")[0] for name in imported_names(path, tree_of(path))}
 
         assert not used & {"tests", "examples", "conftest"}, path.relative_to(ROOT)
 
@@ -159,13 +165,11 @@ def is_inside(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
+@functools.cache
 def import_graph(package: str) -> dict[str, set[str]]:
     """What each module of a package imports of that package, at import, in functions and for types."""
     files = {module_name(path): path for path in sources(package)}
-    return {
-        name: (imported_names(path, ast.parse(path.read_text()), files) & set(files)) - {name}
-        for name, path in files.items()
-    }
+    return {name: (imported_names(path, tree_of(path), files) & set(files)) - {name} for name, path in files.items()}
 
 
 def floor_of(module: str) -> str:
@@ -297,7 +301,7 @@ def names_others_import() -> set[tuple[str, str]]:
     found = set()
     for path in (path for root in (*MAY_IMPORT, "examples") for path in sources(root)):
         here = folder_of(module_name(path))
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.ImportFrom) and not node.level and folder_of(node.module) != here:
                 found |= {(node.module, alias.name) for alias in node.names}
     return found
@@ -306,7 +310,7 @@ def names_others_import() -> set[tuple[str, str]]:
 @functools.cache
 def protocol_methods() -> set[str]:
     """Names of the methods that protocols declare and describe: an implementation inherits their words."""
-    trees = [ast.parse(path.read_text()) for package in MAY_IMPORT for path in sources(package)]
+    trees = [tree_of(path) for package in MAY_IMPORT for path in sources(package)]
     classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
     protocols = [node for node in classes if any(ast.unparse(base).startswith("Protocol") for base in node.bases)]
     return {item.name for node in protocols for item in public_definitions(node) if says_something(item)}
@@ -336,7 +340,7 @@ def test_what_others_call_has_a_useful_docstring(package: str) -> None:
     bare = []
     for path in sources(package):
         called = {name for module, name in imported if module == module_name(path)}
-        bare += undocumented(path, ast.parse(path.read_text()), called, inherited)
+        bare += undocumented(path, tree_of(path), called, inherited)
 
     assert bare == []
 
@@ -387,7 +391,7 @@ def test_what_an_op_does_is_said_once() -> None:
     ops = {name: op for name, op in members if not name.startswith("_")}
     contract, repeated = ROOT / "cpu_kernels" / "contract.py", []
     for path in (path for package in MAY_IMPORT for path in sources(package) if path != contract):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.FunctionDef) and node.name in ops:
                 found = said_again(ops[node.name], ast.get_docstring(node) or "")
                 repeated += [f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {part}" for part in sorted(found)]

@@ -1,11 +1,11 @@
 """A model in GGUF types as llama.cpp makes them, beside transformers holding the same values in float32.
 
-    python examples/benchmarks/gguf_exactness.py FILE.gguf ... [--json FILE]
+    python examples/benchmarks/gguf_exactness.py FILE.gguf ... [--json FILE] [--windows N]
 
-For every file: perplexity of six windows of 512 tokens of the shipped checkpoint's held-out text, each read on its own;
-the largest error of a logit over the first window; and 64 greedy tokens after a prompt, token by token. Ours is
-measured twice: with float32 arithmetic, which is to give transformers' numbers, and as it runs by default, on packed
-codes with activations rounded to int8, whose difference is what that rounding costs. transformers reads the file
+For every file: perplexity of six windows of 512 tokens, or of N, of the shipped checkpoint's held-out text, each read
+on its own; the largest error of a logit over the first window; and 64 greedy tokens after a prompt, token by token.
+Ours is measured twice: with float32 arithmetic, which is to give transformers' numbers, and as it runs by default, on
+packed codes with activations rounded to int8, whose difference is what that rounding costs. transformers reads the file
 itself, with `gguf`. Float32 rounds: the yardstick is transformers' own code in float64 throughout, from which both
 are measured. Results of files that the JSON file holds already are kept. Last comes a line of JSON.
 """
@@ -46,10 +46,10 @@ def perplexity(logits: Logits, windows: Windows) -> float:
     return math.exp(math.fsum(losses) / len(losses))
 
 
-def ours(file: Path, dtype: str) -> tuple[dict[str, Any], Windows, torch.Tensor]:
+def ours(file: Path, dtype: str, count: int) -> tuple[dict[str, Any], Windows, torch.Tensor]:
     """(what is compared, the windows, the logits of the first)."""
     with LLM(file, device="cpu", dtype=dtype, kv_dtype="fp32", max_context=WINDOW_TOKENS, progress=False) as llm:
-        ids = llm.tokenizer.encode(TEXT.read_text())[: MOST_WINDOWS * WINDOW_TOKENS]
+        ids = llm.tokenizer.encode(TEXT.read_text())[: count * WINDOW_TOKENS]
         windows = [ids[start : start + WINDOW_TOKENS] for start in range(0, len(ids), WINDOW_TOKENS)]
         prompt = llm.tokenizer.encode(PROMPT)
         answer = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=GREEDY_TOKENS, ignore_eos=True))[0]
@@ -101,11 +101,11 @@ def yardstick(file: Path, window: list[int]) -> torch.Tensor:
         return loaded(file, torch.float64)(torch.tensor([window])).logits[0]
 
 
-def measured(file: Path) -> dict[str, Any]:
-    """One row of the table."""
-    exact, windows, logits = ours(file, "fp32")
+def measured(file: Path, count: int) -> dict[str, Any]:
+    """One row of the table, over so many windows."""
+    exact, windows, logits = ours(file, "fp32", count)
     wanted, wanted_logits = theirs(file, windows, exact["prompt"])
-    packed, _, packed_logits = ours(file, "auto")
+    packed, _, packed_logits = ours(file, "auto", count)
     true = yardstick(file, windows[0])
     largest = true.abs().max().item()
     return {
@@ -150,6 +150,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--windows", type=int, choices=range(1, MOST_WINDOWS + 1), default=MOST_WINDOWS)
     chosen = parser.parse_args()
     kept = json.loads(chosen.json.read_text()) if chosen.json and chosen.json.exists() else {"rows": []}
     result = {"cpu": cpu_name(), "text": TEXT.name, "rows": kept["rows"]}
@@ -158,7 +159,7 @@ def main() -> int:
     for file in chosen.files:
         row = next((row for row in result["rows"] if row["file"] == file.name and NEEDED in row), None)
         if row is None:
-            row = measured(file)
+            row = measured(file, chosen.windows)
             result["rows"] = [*(other for other in result["rows"] if other["file"] != file.name), row]
             if chosen.json:
                 chosen.json.write_text(json.dumps(result, indent=2) + "\n")

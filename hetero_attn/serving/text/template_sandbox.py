@@ -20,6 +20,7 @@ from hetero_attn.errors import PromptError
 
 MOST_CHARACTERS = 1 << 27  # of everything built in one rendering; a conversation of a megabyte takes a few of it
 ITEM_CHARACTERS = 8  # what an item of a list counts beside its text
+PLAIN = {int, float, bool, type(None)}  # types that hold nothing, and count as an item once more
 MOST_BITS = 1 << 16  # of a whole number that a product or a power makes
 REPEATING = {"center", "indent", "wordwrap", "batch", "slice", "xmlattr", "format", "sum", "tojson", "round"}
 # Filters that make no text of what is in a list, so that its items need not be counted.
@@ -209,8 +210,9 @@ def size_of(value: Any, most: int) -> int:
             size += ITEM_CHARACTERS * len(each)
             open_ += [*each.keys(), *each.values()]
         elif isinstance(each, list | tuple | set | frozenset):
-            size += ITEM_CHARACTERS * len(each)
-            open_ += each
+            looked_at = [item for item in each if type(item) not in PLAIN]
+            size += ITEM_CHARACTERS * (2 * len(each) - len(looked_at))
+            open_ += looked_at
         else:
             size += ITEM_CHARACTERS
     return size
