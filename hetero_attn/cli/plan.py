@@ -13,6 +13,7 @@ from hetero_attn.cli.output import expect_writable, print_json, table_width, wri
 from hetero_attn.errors import MemoryBudgetError
 
 if TYPE_CHECKING:
+    from hetero_attn.planning.draft import Drafted
     from hetero_attn.planning.options import LoadOptions
     from hetero_attn.planning.settle import PlannedModel
     from placement import HardwareProfile
@@ -47,8 +48,6 @@ def plan(
     from hetero_attn.planning.draft import settle_drafted
     from hetero_attn.planning.fitting import why_not_fitting, would_fit
     from hetero_attn.serving.progress import working
-    from hetero_attn.tools.quantize.table import kept_table
-    from placement.plan.table import opening_lines
     from placement.plan.words import wrapped
 
     expect_writable(plot, yaml)
@@ -73,23 +72,28 @@ def plan(
         drafts = {} if drafted.wish == "off" else {"speculation": drafted.to_dict()}
         print_json((explanation or planned.plan).to_dict() | drafts)
     elif str(yaml) != "-":
-        width = table_width()
-        opening = opening_lines(planned.plan, not unfit)  # type: ignore[arg-type]
-        lines = [*opening, *kept_table(planned.path), "", *planned.plan.table(width).splitlines()]
-        drafts_lines = drafted.lines()
-        for line in [
-            *lines,
-            *([""] if drafts_lines else []),
-            *drafts_lines,
-            *(explanation.lines() if explanation else ()),
-        ]:
-            typer.echo(wrapped(line, width))
+        show(planned, drafted, explanation, fits=not unfit)
     if yaml is not None:
         write_text(yaml, drafted.to_yaml())
     if plot is not None:
         draw(planned, plot, plot_points)
     if unfit:
         raise typer.Exit(MemoryBudgetError.exit_code)
+
+
+def show(planned: PlannedModel, drafted: Drafted, explanation: Explanation | None, fits: bool) -> None:
+    """Print what the plan comes to, its table, and what was found out beside it."""
+    from hetero_attn.tools.quantize.table import kept_table
+    from placement.plan.table import opening_lines
+    from placement.plan.words import wrapped
+
+    width = table_width()
+    opening = opening_lines(planned.plan, fits)  # type: ignore[arg-type]
+    lines = [*opening, *kept_table(planned.path), "", *planned.plan.table(width).splitlines()]
+    drafts_lines = drafted.lines()
+    lines += ["", *drafts_lines] if drafts_lines else []
+    for line in [*lines, *(explanation.lines() if explanation else ())]:
+        typer.echo(wrapped(line, width))
 
 
 def settled_or_refused(wishes: LoadOptions) -> PlannedModel:

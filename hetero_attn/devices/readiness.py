@@ -38,6 +38,12 @@ def obstacles(
 ) -> Iterator[Obstacle]:
     """What is in the way of GPU `index`. cuda, find, library: torch.cuda, shutil.which and libcuda, or what a test
     has."""
+    yield from _of_the_device(index, cuda, library)
+    yield from _of_the_compiler(find)
+
+
+def _of_the_device(index: int, cuda: Any, library: Any) -> Iterator[Obstacle]:
+    """What the GPU or its driver cannot do."""
     capability = tuple(cuda.get_device_capability(index))
     if capability < LEAST_CAPABILITY:
         yield Obstacle(
@@ -48,6 +54,19 @@ def obstacles(
             "use another GPU (device='cuda:N') or device='cpu'",
             stops=True,
         )
+    try:
+        library()
+    except (CudaError, AttributeError) as error:
+        yield Obstacle(
+            "stream memory operations",
+            f"the driver's library does not offer them ({error})",
+            "update the NVIDIA driver (12.0 or later)",
+            stops=True,
+        )
+
+
+def _of_the_compiler(find: Callable[[str], str | None]) -> Iterator[Obstacle]:
+    """What Triton misses to build its kernels and to keep them."""
     wanted = (os.environ["CC"],) if os.environ.get("CC") else COMPILERS
     if not any(map(find, wanted)):
         yield Obstacle(
@@ -68,15 +87,6 @@ def obstacles(
             "GPU kernel cache",
             f"{folder} is not writable, so no kernel can be compiled or kept",
             "make it writable or name another folder in TRITON_CACHE_DIR",
-        )
-    try:
-        library()
-    except (CudaError, AttributeError) as error:
-        yield Obstacle(
-            "stream memory operations",
-            f"the driver's library does not offer them ({error})",
-            "update the NVIDIA driver (12.0 or later)",
-            stops=True,
         )
 
 

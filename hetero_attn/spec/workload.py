@@ -8,7 +8,7 @@ from cpu_kernels.formats.pages import token_bytes
 from hetero_attn.spec.blocks import FLOAT32_BYTES, FixedState, KvState, ModelSpec
 from hetero_attn.spec.buffers import ActivationWidths
 from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
-from placement.plan.shards import KvShard, StateShard
+from placement.plan.shards import KvShard, LinearShard, StateShard
 from placement.plan.workload import Workload, round_up
 
 TABLE_ALIGN_BYTES = 64
@@ -53,33 +53,16 @@ def build_workload(
     """
     formats = weight_formats(weight_dtype)
     kv_dtype = sizes.kv_dtype or natural_kv_dtype(formats.label)
-    by_rows = {linear.name: rows for linear in model.linears if (rows := linear.by_rows) is not None}
-    kv, widths = _kv_shards(model, kv_dtype), ActivationWidths.of(model)
-    biases = sum(prod(linear.bias_shape) for linear in model.linears if linear.has_bias)
-    orders = sum(linear.in_features for linear in model.linears if linear.is_reordered)  # int32
-    rope_features = sizes.max_context * sum(rope.rotary_dim for rope in model.ropes)
-    logits = max(sizes.max_batch, LOGITS_ROWS) * model.head.linears[0].out_features
-    states = tuple(
-        StateShard(f"layers.{block.layer}.state", block.layer, block.state.shape)
-        for block in model.blocks
-        if isinstance(block.state, FixedState)
-    )
-    tables = step_table_bytes(
-        len(kv),
-        max((shard.kv_heads for shard in kv), default=0),
-        max(sizes.prefill_chunk, sizes.max_batch),
-        sizes.max_batch,
-        -(-sizes.max_context // sizes.page_size),
-        has_states=bool(states),
-    )
+    linears, row_cuts = _linear_shards(model, paired)
+    kv, states, widths = _kv_shards(model, kv_dtype), _state_shards(model), ActivationWidths.of(model)
     return Workload(
         model=name,
         weight_dtype=formats.label,
-        linears=tuple((by_rows.get(linear.name, linear) if paired else linear).shard for linear in model.linears),
-        row_cuts=() if paired else tuple(linear.shard for linear in by_rows.values()),
+        linears=linears,
+        row_cuts=row_cuts,
         kv=kv,
         embed_bytes=0 if embed_shares_head or not model.owns_embedding else _embed_bytes(formats.embed, model),
-        resident_bytes=FLOAT32_BYTES * (model.resident_features + biases + orders + rope_features + logits) + tables,
+        resident_bytes=_resident_bytes(model, sizes) + _tables_bytes(kv, sizes, has_states=bool(states)),
         activation_bytes_per_row=widths.bytes_per_row,
         host_activation_bytes_per_row=widths.host_bytes_per_row,
         max_context=sizes.max_context,
@@ -94,6 +77,43 @@ def build_workload(
         kv_tokens=sizes.kv_tokens,
         small_calls=sum(block.small_calls for layer in model.layers for block in layer),
         states=states,
+    )
+
+
+def _linear_shards(model: ModelSpec, paired: bool) -> tuple[tuple[LinearShard, ...], tuple[LinearShard, ...]]:
+    """The linears, and as they may be cut by rows instead; where they are so cut already there is no other choice."""
+    by_rows = {linear.name: rows for linear in model.linears if (rows := linear.by_rows) is not None}
+    if paired:
+        return tuple(by_rows.get(linear.name, linear).shard for linear in model.linears), ()
+    return tuple(linear.shard for linear in model.linears), tuple(linear.shard for linear in by_rows.values())
+
+
+def _resident_bytes(model: ModelSpec, sizes: Sizes) -> int:
+    """Bytes that are in GPU memory whatever is cut: vectors, biases, orders of inputs, rotary angles and logits."""
+    biases = sum(prod(linear.bias_shape) for linear in model.linears if linear.has_bias)
+    orders = sum(linear.in_features for linear in model.linears if linear.is_reordered)  # int32
+    rope_features = sizes.max_context * sum(rope.rotary_dim for rope in model.ropes)
+    logits = max(sizes.max_batch, LOGITS_ROWS) * model.head.linears[0].out_features
+    return FLOAT32_BYTES * (model.resident_features + biases + orders + rope_features + logits)
+
+
+def _tables_bytes(kv: tuple[KvShard, ...], sizes: Sizes, has_states: bool) -> int:
+    """Bytes of the tables of the largest step."""
+    return step_table_bytes(
+        len(kv),
+        max((shard.kv_heads for shard in kv), default=0),
+        max(sizes.prefill_chunk, sizes.max_batch),
+        sizes.max_batch,
+        -(-sizes.max_context // sizes.page_size),
+        has_states,
+    )
+
+
+def _state_shards(model: ModelSpec) -> tuple[StateShard, ...]:
+    return tuple(
+        StateShard(f"layers.{block.layer}.state", block.layer, block.state.shape)
+        for block in model.blocks
+        if isinstance(block.state, FixedState)
     )
 
 

@@ -7,6 +7,7 @@ Medians of repetitions, because machines are shared. The GPU, the bus and both s
 """
 
 import statistics
+from typing import Any
 
 import torch
 
@@ -43,39 +44,55 @@ def measure(
     threads = best_threads(sweep)
     with CpuKernels(threads) as ops:
         dram = max(rate.sweep_bytes_per_s for rate in sweep if rate.threads == threads)
-        few = DtypeRates(*(dram * share_of_sweep(ops, dtype, on_progress) for dtype in WEIGHT_DTYPES))
-        activations = activation_s(ops, on_progress)
-        rows = row_rates(ops, few, activations, on_progress)
-        attention = attention_rates(ops, dram, on_progress)
-        cached = cached_rates(ops, on_progress)
-        on_progress("small operations")
-        call_s, recorded_s = calls(ops)
-        small = small_rate(ops)
-    most = max(attention, key=lambda rate: rate.ops_per_s)
+        linears = _linears(ops, dram, on_progress)
+        attention = _attention(ops, dram, on_progress)
+        small = _small_operations(ops, on_progress)
+    best_linears = (linears["cpu_linear_bytes_per_s"].of(dtype) for dtype in WEIGHT_DTYPES)
     return HardwareProfile(
         name=cpu_name(),
         source="measured",
         cores=threads,
         dram_bytes=dram_bytes,
-        dram_bytes_per_s=max(
-            max(rate.sweep_bytes_per_s for rate in sweep), *(few.of(dtype) for dtype in WEIGHT_DTYPES)
-        ),
-        cpu_linear_bytes_per_s=few,
-        cpu_ops_per_s=DtypeRates(*(max(rate.ops_per_s.of(dtype) for rate in rows) for dtype in WEIGHT_DTYPES)),
-        cpu_attention_bytes_per_s=statistics.median(rate.bytes_per_s for rate in attention),
-        cpu_attention_ops_per_s=most.ops_per_s,
-        cpu_call_s=call_s,
-        cpu_recorded_call_s=recorded_s,
-        cpu_small_bytes_per_s=small,
+        dram_bytes_per_s=max(max(rate.sweep_bytes_per_s for rate in sweep), *best_linears),
         cpu_cache_bytes=last_level_cache_bytes(),
-        cpu_cached_bytes_per_s=cached,
-        cpu_rows=rows,
-        cpu_activation_s=activations,
-        cpu_attention=attention,
         logits_s_per_token=logits_s(),
         thread_sweep=sweep,
         fingerprint=machine_fingerprint(max_threads),
+        **linears,
+        **attention,
+        **small,
     )
+
+
+def _linears(ops: CpuKernels, dram: float, on_progress: Progress) -> dict[str, Any]:
+    """The profile's rates of linears, where a plain read reaches `dram`."""
+    few = DtypeRates(*(dram * share_of_sweep(ops, dtype, on_progress) for dtype in WEIGHT_DTYPES))
+    activations = activation_s(ops, on_progress)
+    rows = row_rates(ops, few, activations, on_progress)
+    return {
+        "cpu_linear_bytes_per_s": few,
+        "cpu_activation_s": activations,
+        "cpu_rows": rows,
+        "cpu_ops_per_s": DtypeRates(*(max(rate.ops_per_s.of(dtype) for rate in rows) for dtype in WEIGHT_DTYPES)),
+        "cpu_cached_bytes_per_s": cached_rates(ops, on_progress),
+    }
+
+
+def _attention(ops: CpuKernels, dram: float, on_progress: Progress) -> dict[str, Any]:
+    """The profile's rates of attention."""
+    rates = attention_rates(ops, dram, on_progress)
+    return {
+        "cpu_attention": rates,
+        "cpu_attention_bytes_per_s": statistics.median(rate.bytes_per_s for rate in rates),
+        "cpu_attention_ops_per_s": max(rate.ops_per_s for rate in rates),
+    }
+
+
+def _small_operations(ops: CpuKernels, on_progress: Progress) -> dict[str, Any]:
+    """What the small operations cost, and each call."""
+    on_progress("small operations")
+    call_s, recorded_s = calls(ops)
+    return {"cpu_call_s": call_s, "cpu_recorded_call_s": recorded_s, "cpu_small_bytes_per_s": small_rate(ops)}
 
 
 def thread_counts(max_threads: int) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ launches and hand-overs cost is measured with the runtime itself (hetero_attn.en
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -112,20 +113,11 @@ def measure_gpu(
 
     ops: CPU kernels with the profile's threads; made when not given.
     """
-    on_progress("copies over the bus")
-    copies = copy_rates(gpu)
-    large = max(copies, key=lambda rate: rate.h2d_pinned)  # weights stream in pieces of some megabytes
-    few = DtypeRates(*(few_rows(gpu, dtype, on_progress) for dtype in WEIGHT_DTYPES))
-    int8 = int8_products(gpu, on_progress)
-    rows = row_rates(gpu, few, int8.rows, on_progress)
-    on_progress("attention on the GPU")
-    attention = gpu_attention_rate(gpu)
+    bus = _bus(gpu, on_progress)
+    kernels = _kernels(gpu, on_progress)
     on_progress("CPU lane while copies run")
-    if ops is None:
-        with CpuKernels(profile.cores) as own:
-            linear, cache = slowdowns(gpu, own, large.h2d_pinned)
-    else:
-        linear, cache = slowdowns(gpu, ops, large.h2d_pinned)
+    with CpuKernels(profile.cores) if ops is None else nullcontext(ops) as cpu:
+        linear, cache = slowdowns(gpu, cpu, bus["h2d_bytes_per_s"])
     # How far lanes overlap takes a loaded model to see; until this machine has shown it, what another one has.
     shown = HardwareProfile.named(OVERLAP_SHOWN_BY)
     return replace(
@@ -133,24 +125,45 @@ def measure_gpu(
         overlap=shown.overlap,
         prompt_overlap=shown.prompt_overlap,
         overlap_source=shown.overlap_source,
-        h2d_bytes_per_s=large.h2d_pinned,
-        d2h_bytes_per_s=large.d2h_pinned,
-        h2d_pageable_bytes_per_s=large.h2d_pageable,
-        d2h_pageable_bytes_per_s=large.d2h_pageable,
         gpu_memory_bytes=gpu.memory_bytes,
-        gpu_bytes_per_s=max(few.of(dtype) for dtype in WEIGHT_DTYPES),
-        gpu_flops=DtypeRates(*(max(rate.ops_per_s.of(dtype) for rate in rows) for dtype in WEIGHT_DTYPES)),
-        gpu_attention_ops_per_s=attention,
-        gpu_rows=rows,
-        gpu_int8_ops_per_s=int8.ops_per_s,
-        gpu_q8_int8_rows=int8.rows["q8"],
-        gpu_q4_int8_rows=int8.rows["q4"],
-        copies=copies,
         cpu_slowdown_while_copying=linear.cpu,
         cpu_attention_slowdown_while_copying=cache.cpu,
         copy_slowdown_while_computing=linear.copies,
-        streams_in_decode=streaming_pays(linear, profile.cpu_linear_bytes_per_s.bf16, large.h2d_pinned),
+        streams_in_decode=streaming_pays(linear, profile.cpu_linear_bytes_per_s.bf16, bus["h2d_bytes_per_s"]),
+        **bus,
+        **kernels,
     )
+
+
+def _bus(gpu: Any, on_progress: Progress) -> dict[str, Any]:
+    """The profile's rates of copies."""
+    on_progress("copies over the bus")
+    copies = copy_rates(gpu)
+    large = max(copies, key=lambda rate: rate.h2d_pinned)  # weights stream in pieces of some megabytes
+    return {
+        "copies": copies,
+        "h2d_bytes_per_s": large.h2d_pinned,
+        "d2h_bytes_per_s": large.d2h_pinned,
+        "h2d_pageable_bytes_per_s": large.h2d_pageable,
+        "d2h_pageable_bytes_per_s": large.d2h_pageable,
+    }
+
+
+def _kernels(gpu: Any, on_progress: Progress) -> dict[str, Any]:
+    """The profile's rates of linears and attention on the GPU."""
+    few = DtypeRates(*(few_rows(gpu, dtype, on_progress) for dtype in WEIGHT_DTYPES))
+    int8 = int8_products(gpu, on_progress)
+    rows = row_rates(gpu, few, int8.rows, on_progress)
+    on_progress("attention on the GPU")
+    return {
+        "gpu_bytes_per_s": max(few.of(dtype) for dtype in WEIGHT_DTYPES),
+        "gpu_flops": DtypeRates(*(max(rate.ops_per_s.of(dtype) for rate in rows) for dtype in WEIGHT_DTYPES)),
+        "gpu_rows": rows,
+        "gpu_int8_ops_per_s": int8.ops_per_s,
+        "gpu_q8_int8_rows": int8.rows["q8"],
+        "gpu_q4_int8_rows": int8.rows["q4"],
+        "gpu_attention_ops_per_s": gpu_attention_rate(gpu),
+    }
 
 
 def copy_rates(gpu: Any) -> tuple[CopyRate, ...]:

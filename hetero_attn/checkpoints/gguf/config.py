@@ -50,47 +50,59 @@ def gguf_config(
         UnsupportedModelError: an architecture or a term of it that is not run.
     """
     family, terms = _family(fields)
-    num_layers, hidden_size = (
-        fields.integer(".block_count", MAX_LAYERS),
+    found: dict[str, Any] = {"architecture": family.architecture, "hidden_act": "silu", "dtype": None}
+    found |= _sizes(fields, tensors) | _terms_by_tensors(tensors)
+    found |= {
+        "rms_norm_eps": fields.number(terms.eps_key, 0.0, 1.0),
+        "sliding_window": (0,) * found["num_layers"],
+        "rope": _rope(fields, found["head_dim"], found["max_position_embeddings"], tensors, rope_divisors),
+        "bos_token_id": _token(fields, "bos", found["vocab_size"]),
+        "eos_token_ids": _ends(fields, found["vocab_size"]),
+        "pad_token_id": _token(fields, "padding", found["vocab_size"]),
+    }
+    return ModelConfig(**found | terms.terms(fields, found))
+
+
+def _sizes(fields: GgufFields, tensors: Mapping[str, GgufTensor]) -> dict[str, int]:
+    """How many layers, heads and tokens, and how wide."""
+    hidden_size, num_heads = (
         fields.integer(".embedding_length", MAX_HIDDEN),
+        fields.integer(".attention.head_count", MAX_HEADS),
     )
-    num_heads = fields.integer(".attention.head_count", MAX_HEADS)
     num_kv_heads = fields.integer(".attention.head_count_kv", MAX_HEADS, num_heads)
-    head_dim = _head_dim(fields, hidden_size, num_heads)
     if num_heads % num_kv_heads:
         raise ConfigError(f"{fields.path}: {num_heads} heads are no multiple of {num_kv_heads} KV heads")
-    vocab_size, context = _vocab_size(fields, tensors), fields.integer(".context_length", MAX_CONTEXT)
-    token = lambda name: fields.integer(f"tokenizer.ggml.{name}_token_id", vocab_size - 1, None, low=0)  # noqa: E731
-    found = {
-        "architecture": family.architecture,
+    return {
         "hidden_size": hidden_size,
         "intermediate_size": fields.integer(".feed_forward_length", MAX_INTERMEDIATE),
-        "num_layers": num_layers,
+        "num_layers": fields.integer(".block_count", MAX_LAYERS),
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "vocab_size": vocab_size,
-        "max_position_embeddings": context,
-        "rms_norm_eps": fields.number(terms.eps_key, 0.0, 1.0),
+        "head_dim": _head_dim(fields, hidden_size, num_heads),
+        "vocab_size": _vocab_size(fields, tensors),
+        "max_position_embeddings": fields.integer(".context_length", MAX_CONTEXT),
+    }
+
+
+def _terms_by_tensors(tensors: Mapping[str, GgufTensor]) -> dict[str, bool]:
+    """Terms that a model has where the file holds their weights."""
+    return {
         "tie_word_embeddings": "output.weight" not in tensors,
         "qkv_bias": "blk.0.attn_q.bias" in tensors or "blk.0.attn_qkv.bias" in tensors,
         "o_bias": "blk.0.attn_output.bias" in tensors,
         "mlp_bias": any(f"blk.0.ffn_{part}.bias" in tensors for part in ("gate", "up")),
         "qk_norm": "blk.0.attn_q_norm.weight" in tensors,
-        "hidden_act": "silu",
-        "sliding_window": (0,) * num_layers,
-        "rope": _rope(fields, head_dim, context, tensors, rope_divisors),
-        "dtype": None,
-        "bos_token_id": token("bos"),
-        "eos_token_ids": _ends(fields, vocab_size),
-        "pad_token_id": token("padding"),
     }
-    return ModelConfig(**found | terms.terms(fields, found))
+
+
+def _token(fields: GgufFields, name: str, vocab_size: int) -> int | None:
+    """The id of a token that a key names, None where there is no such key."""
+    return fields.integer(f"tokenizer.ggml.{name}_token_id", vocab_size - 1, None, low=0)
 
 
 def _ends(fields: GgufFields, vocab_size: int) -> tuple[int, ...]:
     """The tokens that end an answer: those of the keys, and what dialogues end their turns with."""
-    found = {fields.integer(f"tokenizer.ggml.{name}_token_id", vocab_size - 1, None, low=0) for name in _END_KEYS}
+    found = {_token(fields, name, vocab_size) for name in _END_KEYS}
     tokens = fields.texts("tokenizer.ggml.tokens")
     types = fields.numbers("tokenizer.ggml.token_type", len(tokens))
     if types is not None:

@@ -13,7 +13,7 @@ class AttentionDeclaration(Declaration):
 
     kind = "attention"
     reorders = True
-    small_calls = 2  # norm; rotation with the append to the cache
+    small_calls = 1  # rotation with the append to the cache; norms and what some models have beside are added
     stored = "qkv"
 
     def __init__(self, config: ModelConfig, layer: int, formats: WeightFormats) -> None:
@@ -26,42 +26,47 @@ class AttentionDeclaration(Declaration):
         self._normed = SHARED if config.parallel else NORMED
         self.qkv, self.o = _linears(config, layer, formats)
         self.linears = (self.qkv, self.o)
-        vectors: dict[str, tuple[str, int]] = {}
-        own_norm = norm_vectors(config, "attention_norm", layer) if config.pre_norms else ()
-        self.small_calls -= not config.pre_norms
-        if config.qk_norm:
-            vectors |= {name: (name, config.head_dim) for name in ("q_norm", "k_norm")}
-        if config.qk_norm_whole:
-            vectors["q_norm_whole"] = "q_norm", config.num_heads * config.head_dim
-            vectors["k_norm_whole"] = "k_norm", config.num_kv_heads * config.head_dim
-            self.small_calls += 1
+        self.small_calls += config.pre_norms + config.qk_norm_whole + config.post_norms
         self.small_calls += config.has_sinks + config.gated_attention
         self.small_calls += sum(linear.is_reordered for linear in self.linears)
-        if config.post_norms:
-            vectors["post_norm"] = ("attention_post_norm", config.hidden_size)
-            self.small_calls += 1
-        self.vectors = own_norm + tuple(
-            Vector(name, tensor_name(part, layer), features, config.norm_offset)
-            for name, (part, features) in vectors.items()
-        )
-        if config.has_sinks:
-            self.vectors += (Vector("sinks", tensor_name("attention", layer, "sinks"), config.num_heads),)
+        self.vectors = _vectors(config, layer)
+        self.buffers = self._buffer_sets()
+
+    def _buffer_sets(self) -> tuple[BufferSet, ...]:
+        config = self._config
         heads_width = config.num_heads * config.head_dim
-        self.buffers = (
-            BufferSet(
-                "wide",
-                (
-                    ("qkv", self.qkv.out_features),
-                    ("query", heads_width),
-                    ("out", heads_width),
-                    ("partial", heads_width),
-                ),
-            ),
+        wide = (
+            ("qkv", self.qkv.out_features),
+            ("query", heads_width),
+            ("out", heads_width),
+            ("partial", heads_width),
+        )
+        return (
+            BufferSet("wide", wide),
             BufferSet("shared" if config.parallel else "narrow", ((self._normed, config.hidden_size),)),
             BufferSet("lse", (("lse", config.num_heads), ("partial_lse", config.num_heads))),
             *((projected_buffer(self.o),) if config.post_norms else ()),
             *reordered_buffers(self.linears),
         )
+
+
+def _vectors(config: ModelConfig, layer: int) -> tuple[Vector, ...]:
+    """Its norms, then the sinks."""
+    own_norm = norm_vectors(config, "attention_norm", layer) if config.pre_norms else ()
+    norms: dict[str, tuple[str, int]] = {}
+    if config.qk_norm:
+        norms |= {name: (name, config.head_dim) for name in ("q_norm", "k_norm")}
+    if config.qk_norm_whole:
+        norms["q_norm_whole"] = "q_norm", config.num_heads * config.head_dim
+        norms["k_norm_whole"] = "k_norm", config.num_kv_heads * config.head_dim
+    if config.post_norms:
+        norms["post_norm"] = ("attention_post_norm", config.hidden_size)
+    vectors = own_norm + tuple(
+        Vector(name, tensor_name(part, layer), features, config.norm_offset) for name, (part, features) in norms.items()
+    )
+    if config.has_sinks:
+        vectors += (Vector("sinks", tensor_name("attention", layer, "sinks"), config.num_heads),)
+    return vectors
 
 
 def _linears(config: ModelConfig, layer: int, formats: WeightFormats) -> tuple[LinearSpec, LinearSpec]:
