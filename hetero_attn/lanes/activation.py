@@ -31,4 +31,5 @@ class Activation:
         return self.host if self.device is None else self.device
 
     def _map(self, view: Callable[[torch.Tensor], torch.Tensor]) -> "Activation":
-        return Activation(*(None if side is None else view(side) for side in (self.device, self.host)))
+        device, host = self.device, self.host
+        return Activation(None if device is None else view(device), None if host is None else view(host))

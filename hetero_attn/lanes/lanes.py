@@ -69,7 +69,7 @@ class Lanes:
     @property
     def streamed_bytes(self) -> int:
         """Bytes of weights and of older keys and values that were copied to the GPU ahead of use so far."""
-        return sum(ahead.copied_bytes for ahead in self._ahead)
+        return 0 if self.device is None else sum(ahead.copied_bytes for ahead in self._ahead)
 
     @property
     def handover_s(self) -> float:
@@ -132,11 +132,9 @@ class Lanes:
         yield
         self._called_s += time.perf_counter() - started
 
-    @contextmanager
-    def main_lane(self) -> Iterator[None]:
-        """Work that runs where the residual stream lives: the CPU lane's time when there is no device."""
-        with self.cpu_lane() if self.device is None else nullcontext():
-            yield
+    def main_lane(self) -> AbstractContextManager[None]:
+        """Around work that runs where the residual stream lives: the CPU lane's time when there is no device."""
+        return self.cpu_lane() if self.device is None else nullcontext()
 
     def torch_at_rest(self) -> AbstractContextManager[None]:
         """What a thread needs around a step: see `rest.torch_at_rest`."""

@@ -124,7 +124,7 @@ def make_step(lanes: Lanes, cache: KVCache, work: Sequence[Rows]) -> Step:
         sequence_ids = Activation(None, torch.tensor(of_rows, device="cpu"))
     if lanes.device is not None:
         positions, sequence_ids, stores = _uploaded(lanes, positions, sequence_ids, stores)
-    pools = tuple(PoolStep(_slots(each), tuple(_segments(each, step_rows))) for each in stores)
+    pools = tuple([PoolStep(_slots(each), tuple(_segments(each, step_rows))) for each in stores])
     return Step(rows, row_tier(rows), positions, tuple(_parts(step_rows)), pools, sequence_ids)
 
 
@@ -201,14 +201,14 @@ Stores = tuple[_InStore | None, _InStore | None, _InStore | None]  # host, recen
 
 
 def _lay_out(work: Sequence[Rows]) -> _StepRows:
-    entries, sequence_ids, positions = [], [], []
+    entries, singles, sequence_ids, positions = [], 0, [], []
     for sequence, token_ids, _, is_chunk, _ in work:
         first, stop = sequence.length, sequence.length + len(token_ids)
         each = [(first, stop)] if is_chunk else [(position, position + 1) for position in range(first, stop)]
         entries += [_Entry(sequence.id, *bounds) for bounds in each]
+        singles += 0 if is_chunk else len(token_ids)
         sequence_ids += [sequence.id] * len(token_ids)
         positions += range(first, stop)
-    singles = sum(0 if each.is_chunk else len(each.token_ids) for each in work)
     only = sequence_ids[0] if len(work) == 1 and not singles else sequence_ids
     return _StepRows(tuple(entries), singles, only, torch.tensor(positions, device="cpu"))
 
@@ -273,22 +273,25 @@ def _with_tables(store: _InStore | None, tables: Iterator[torch.Tensor]) -> _InS
 
 def _slots(stores: Stores) -> Activation:
     host, recent, _ = stores
-    return Activation(*(None if store is None else store.slots for store in (recent, host)))
+    return Activation(None if recent is None else recent.slots, None if host is None else host.slots)
 
 
 def _segments(stores: Stores, step_rows: _StepRows) -> Iterator[Segments]:
     if step_rows.singles:
-        yield Segments(*(_one_by_one(store, step_rows) for store in stores))
+        yield Segments(*[_one_by_one(store, step_rows) for store in stores])
     for entry in range(step_rows.singles, len(step_rows.entries)):
         yield Segments(*(_of_chunk(store, entry, step_rows.entries[entry].first) for store in stores))
 
 
 def _one_by_one(store: _InStore | None, step_rows: _StepRows) -> RowKeys | None:
     singles = step_rows.singles
-    if store is None or all(first >= last for first, last in store.bounds[:singles]):
+    if store is None:
         return None
-    table = store.table if singles == len(step_rows.entries) else store.table[:singles]
-    return RowKeys(table, store.start, store.stop)
+    if singles == len(step_rows.entries):  # one of them sees a key, or there were no such store
+        return RowKeys(store.table, store.start, store.stop)
+    if all(first >= last for first, last in store.bounds[:singles]):
+        return None
+    return RowKeys(store.table[:singles], store.start, store.stop)
 
 
 def _of_chunk(store: _InStore | None, entry: int, q_start: int) -> ChunkKeys | None:

@@ -5,6 +5,7 @@ A workload is a list of shards with closed names: `layers.N.` with the kinds of 
 The runtime describes its model this way; the planner and the cost model know nothing else about it.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,7 +32,7 @@ def row_tier(rows: int) -> int:
     """Index of the row tier of a call with `rows` token rows: 1 | 2-4 | 5-16 | 17-64 | 65+."""
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
-    return sum(rows > limit for limit in ROW_TIER_LIMITS)
+    return bisect_left(ROW_TIER_LIMITS, rows)
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -69,9 +69,9 @@ def _clone(segment: RowKeys | None) -> RowKeys | None:
 
 
 def _tensors(step: Step) -> list[torch.Tensor]:
-    tensors = [item.host for item in (step.positions, step.sequence_ids) if item.host is not None]
+    tensors = [step.positions.host, step.sequence_ids.host]
     for pool in step.pools:
-        tensors += [] if pool.slots.host is None else [pool.slots.host]
-        for segment in (segment for part in pool.parts for segment in (part.host, part.spilled)):
-            tensors += [] if segment is None else [*segment]
-    return tensors
+        tensors.append(pool.slots.host)
+        for part in pool.parts:
+            tensors += (*(part.host or ()), *(part.spilled or ()))
+    return [tensor for tensor in tensors if tensor is not None]
