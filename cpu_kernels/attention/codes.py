@@ -21,7 +21,7 @@ from cpu_kernels.attention.parameters import (
     WEIGHT_OF_TILE,
     RowShape,
 )
-from cpu_kernels.attention.row_vectors import as_bf16, load_bf16_scalar, load_every_second, widen_line
+from cpu_kernels.attention.products.row_vectors import as_bf16, load_bf16_scalar, load_every_second, widen_line
 from cpu_kernels.formats.pages import GROUP_DIMS
 from cpu_kernels.vectors.arithmetic import add, fma, max_lanes, mul, round_even, sum_lanes, vabs, vmax
 from cpu_kernels.vectors.compiler import helper
@@ -140,7 +140,7 @@ def code_weights(isa: Isa, kv_dtype: str):
     all numbers of its group; weights that must be positive take it as 0, which leaves the minimum, a rounding away.
     """
     has_minimum = RowShape.of(kv_dtype).numbers == 2
-    needs_positive = has_minimum and isa.has_byte_dots
+    needs_positive = has_minimum and Split(isa).takes_bytes
     store, largest_weight = Split(isa).store_weights(), np.float32(Split(isa).largest_weight)
 
     @helper

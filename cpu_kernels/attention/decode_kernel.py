@@ -23,8 +23,8 @@ from cpu_kernels.attention.parameters import (
     RowShape,
     q_line_bytes,
 )
+from cpu_kernels.attention.products.values import head_writer
 from cpu_kernels.attention.tiles import MINUS_INFINITY, page_at, q_line_writer, tile_at, write_lse
-from cpu_kernels.attention.values import head_writer
 from cpu_kernels.team.arguments import DECODE
 from cpu_kernels.team.chunks import await_stage, fail, finish, parameter, take
 from cpu_kernels.vectors.arithmetic import add, exp2_not_positive, fma, keep_below, mul, sub, sum_lanes
@@ -67,7 +67,7 @@ def attend_item(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
     take_tile, ask_tile, places_of = attend_tile(isa, kv_dtype, score_heads, value_heads, words, capped)
     shape = RowShape.of(kv_dtype)
     has_codes, q_line, acc_line = shape.has_codes, q_line_bytes(kv_dtype, isa.has_bf16), shape.acc_bytes
-    load_q = q_code_writer(isa, kv_dtype, words) if has_codes else q_line_writer(isa, kv_dtype)
+    load_q = q_code_writer(isa, kv_dtype, words) if has_codes else q_line_writer(isa, kv_dtype, apart=True)
 
     @helper
     def load_heads(arguments, row, kv_head, places, heads, lines):

@@ -82,7 +82,7 @@ def decode_attention(
         return
     queries_per_kv = num_heads // num_kv_heads
     splits, items, most_items = split_limits(batch, num_kv_heads, max_pages * pages.k.shape[1], team.num_threads)
-    tiles = shared.DecodeTiles.of(kv_dtype, queries_per_kv, head_dim, team.isa.has_avx512)
+    tiles = shared.DecodeTiles.of(kv_dtype, queries_per_kv, head_dim, team.isa)
     thread_bytes = shared.decode_thread_bytes(kv_dtype, team.isa.has_bf16, num_kv_heads, queries_per_kv, head_dim)
     results = batch * num_kv_heads * splits * shared.decode_part_bytes(kv_dtype, queries_per_kv, head_dim)
     failure = team.run(

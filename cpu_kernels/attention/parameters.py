@@ -1,8 +1,12 @@
 """Tiles and working memory that the attention kernels and their wrappers share. Sizes are in bytes."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cpu_kernels.formats.pages import GROUP_DIMS, GROUP_NUMBERS
+
+if TYPE_CHECKING:
+    from cpu_kernels.vectors.isa import Isa
 
 KEY_TILE = 64  # keys of one tile: a run of rows of one page
 LINE_BYTES = 64
@@ -11,7 +15,9 @@ LANES = 16  # of a register, as in vectors/vector.py, which a warm start does no
 SPLIT_TILES = 8  # tiles of a split; shorter ones cost more in merging than they balance
 PREFILL_SCORES = 4  # query vectors per score tile: 4 x 64 keys fill 16 registers
 PREFILL_VALUES = 8  # query vectors per pass over V
-NARROW_VALUES = 2  # the same, and query heads of decode, where their sums would not fit in the registers
+LONG_ROW = 128  # dims from which on heads that share keys take them as they lie
+SOFTMAX_HEADS = 4  # query heads of decode whose softmax is taken together
+NARROW_VALUES = 4  # the same, and query heads of decode, where their sums would not fit in the registers
 PREFILL_VECTORS = 64  # query vectors (rows x heads of a KV head) per item: what one transposed tile of K serves
 
 
@@ -68,7 +74,8 @@ ROW_SHAPES = {
 class DecodeTiles:
     """Register tiles of decode for one head shape; a kernel is compiled for each.
 
-    score_heads, value_heads: query heads that share a block of K, a strip of V. words: of K's rows in a block.
+    score_heads, value_heads: query heads that share keys, a strip of V. words: of K's rows in a block that is
+    transposed, 0 where keys are multiplied as they lie.
     """
 
     score_heads: int
@@ -76,18 +83,22 @@ class DecodeTiles:
     words: int
 
     @classmethod
-    def of(cls, kv_dtype: str, queries_per_kv: int, head_dim: int, has_avx512: bool) -> "DecodeTiles":
+    def of(cls, kv_dtype: str, queries_per_kv: int, head_dim: int, isa: "Isa") -> "DecodeTiles":
         """For this many query heads per KV head. Blocks of codes are whole: no scale is read beyond a row's.
 
-        Without AVX-512 a vector takes two or four of 16 or 32 registers: fewer heads' sums fit in them.
+        Without AVX-512 registers are narrower or fewer: fewer heads' sums fit in them.
         """
         shape, padded = RowShape.of(kv_dtype), padded_heads(queries_per_kv)
         if not shape.has_codes:
             most = 8 if padded % 8 == 0 else min(padded, 4)
-            return cls(most, most if has_avx512 else min(most, NARROW_VALUES), LANES)
+            fitting = most if isa.has_avx512 else min(most, NARROW_VALUES)
+            # Folding a row's sums pays where a row is long and widened, or shared by several heads.
+            is_transposed = kv_dtype == "bf16" and isa.has_bf16 and (fitting < 4 or head_dim < LONG_ROW)
+            return cls(fitting, fitting, LANES if is_transposed else 0)
         row_words = shape.lines(head_dim) * shape.group_words
         words = next(words for words in (16, 8, 4) if row_words % words == 0)
-        return cls(min(padded, 4), min(padded, 8 // shape.parts) if has_avx512 else 1, words)
+        narrow_q4 = kv_dtype == "q4" and not isa.has_avx512  # whose rows are not taken in quarters of a line
+        return cls(min(padded, 4), min(padded, 2 if narrow_q4 else 4), words)
 
 
 def q_line_bytes(kv_dtype: str, has_bf16: bool) -> int:

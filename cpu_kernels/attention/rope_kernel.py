@@ -7,7 +7,7 @@ float32 row in the thread's working memory; for them q and k are multiplied by i
 import numpy as np
 
 from cpu_kernels.attention.parameters import RowShape
-from cpu_kernels.attention.row_vectors import bf16_scalar, store_bf16_scalar, store_int8, store_nibbles
+from cpu_kernels.attention.products.row_vectors import bf16_scalar, store_bf16_scalar, store_int8, store_nibbles
 from cpu_kernels.formats.pages import GROUP_DIMS, is_quantised
 from cpu_kernels.small.elementwise_kernel import inverse_rms
 from cpu_kernels.team.arguments import ROPE

@@ -43,6 +43,7 @@ from cpu_kernels.vectors.vector import (
     intp,
     load_f32,
     load_f32_tail,
+    picked,
     round_to_bf16,
     splat,
     store_as,
@@ -88,22 +89,34 @@ def raise_maximum(scores, first, keys, scale, running, correction):
     store_scalar(power_of_two(before - largest), correction)
 
 
-def softmax_tile(isa: Isa, kv_dtype: str):
-    """Function: scores[64] of one query -> p in place, and l; arguments as for raise_maximum, which comes before.
+def weight_storer(isa: Isa, kv_dtype: str):
+    """Emitter (p of a tile's keys, address, offset): how they are kept until they multiply V.
 
-    Beside rows of bf16 p is rounded to bf16, and kept so where the CPU multiplies bf16; else it is kept in float32. For
-    pages of codes see quantised_softmax.py.
+    Beside rows of bf16 p is rounded to bf16, and kept so where the CPU multiplies bf16; else it is kept in float32.
     """
     is_rounded = kv_dtype == "bf16"
     item_bytes = 2 if is_rounded and isa.has_bf16 else 4
 
-    @emits(types.void, F32x16, F32x16, F32x16, F32x16, intp)
-    def store(b, p0, p1, p2, p3, to):
-        for part, value in enumerate((p0, p1, p2, p3)):
+    def store(b, powers, to, offset=0):
+        for part, value in enumerate(powers):
             if is_rounded:
                 value = emit_round_bf16(isa, b, value)
                 value = value if isa.has_bf16 else widen_halves(b, value, 1)
-            store_as(b, value, to, part * LANES * item_bytes)
+            store_as(b, value, to, offset + part * LANES * item_bytes)
+
+    return store
+
+
+def softmax_tile(isa: Isa, kv_dtype: str):
+    """Function: scores[64] of one query -> p in place, and l; arguments as for raise_maximum, which comes before.
+
+    Decode takes several queries at a time, decode_softmax.py.
+    """
+    store_weights = weight_storer(isa, kv_dtype)
+
+    @emits(types.void, F32x16, F32x16, F32x16, F32x16, intp)
+    def store(b, p0, p1, p2, p3, to):
+        store_weights(b, (p0, p1, p2, p3), to)
 
     @helper
     def soften(scores, first, keys, scale, running, correction):
@@ -160,14 +173,28 @@ def write_lse(running, to):
     return ONE / total
 
 
-def q_line_writer(isa: Isa, kv_dtype: str):
-    """Function: one query head as numbers of a plain KV dtype, zero padded to whole lines; see `q_line_bytes`."""
+def q_line_writer(isa: Isa, kv_dtype: str, apart: bool = False):
+    """Function: one query head as numbers of a plain KV dtype, zero padded to whole lines; see `q_line_bytes`.
+
+    apart: of a line that is kept as float32 though rows are bf16, the even numbers come first, then the odd ones.
+    """
     is_fp32, has_bf16 = kv_dtype == "fp32", isa.has_bf16
-    line_items = RowShape.of(kv_dtype).line_items
+    line_items, apart = RowShape.of(kv_dtype).line_items, apart and not (is_fp32 or has_bf16)
 
     @emits(F32x16, F32x16)
     def rounded(b, vector):
         return widen_halves(b, round_to_bf16(b, vector), 1)
+
+    @emits(types.void, F32x16, F32x16, intp)
+    def store_apart(b, low, high, to):
+        for odd in (0, 1):
+            store_as(b, picked(b, low, high, list(range(odd, 2 * LANES, 2))), to, 4 * LANES * odd)
+
+    @helper
+    def load_apart(source, head_dim, lines, to):
+        for i in range(0, lines * line_items, 32):
+            low = rounded(load_f32_tail(source + 4 * i, head_dim - i))
+            store_apart(low, rounded(load_f32_tail(source + 4 * i + 64, head_dim - i - 16)), to + 4 * i)
 
     @helper
     def load_q(source, head_dim, lines, to):
@@ -180,4 +207,4 @@ def q_line_writer(isa: Isa, kv_dtype: str):
             else:
                 store_f32(rounded(vector), to + 4 * i)
 
-    return load_q
+    return load_apart if apart else load_q

@@ -3,7 +3,19 @@
 from llvmlite import ir
 
 from cpu_kernels.vectors.isa import Isa
-from cpu_kernels.vectors.vector import I8, I16, I32, VF32, VI16, VI32, call_llvm, constant, fma_value, round_to_bf16
+from cpu_kernels.vectors.vector import (
+    F32,
+    I8,
+    I16,
+    I32,
+    VF32,
+    VI16,
+    VI32,
+    call_llvm,
+    constant,
+    fma_value,
+    round_to_bf16,
+)
 
 V32I16, V16I16, V8I32 = ir.VectorType(I16, 32), ir.VectorType(I16, 16), ir.VectorType(I32, 8)
 V16I8, V4I32 = ir.VectorType(I8, 16), ir.VectorType(I32, 4)
@@ -81,14 +93,21 @@ def emit_dot4(isa: Isa, builder, acc, unsigned, signed):
     return _even_odd(builder, acc, unsigned, signed)
 
 
+def emit_dot2_256(isa: Isa, builder, acc, a, b):
+    """As emit_dot2 on 256 bits, of "avxvnni" and "avx2"; acc is <8 x i32>, a and b are <16 x i16>."""
+    if isa.name == "avxvnni":
+        a, b = (builder.bitcast(value, V8I32) for value in (a, b))
+        return call_llvm(builder, "llvm.x86.avx512.vpdpwssd.256", V8I32, acc, a, b)
+    return builder.add(acc, call_llvm(builder, "llvm.x86.avx2.pmadd.wd", V8I32, a, b))
+
+
 def emit_dot2(isa: Isa, builder, acc, a, b):
     """acc + pairs of int16 products, exact in int32; LLVM values <16 x i32> holding 32 int16."""
     if isa.has_avx512:
         return call_llvm(builder, "llvm.x86.avx512.vpdpwssd.512", VI32, acc, a, b)
     if isa.name in ("avxvnni", "avx2"):
-        pairs = zip(in_parts(builder, a, V16I16), in_parts(builder, b, V16I16))
-        products = [call_llvm(builder, "llvm.x86.avx2.pmadd.wd", V8I32, *pair) for pair in pairs]
-        return builder.add(acc, together(builder, products))
+        parts = zip(in_parts(builder, acc, V8I32), in_parts(builder, a, V16I16), in_parts(builder, b, V16I16))
+        return together(builder, [emit_dot2_256(isa, builder, *operands) for operands in parts])
     wide = ir.VectorType(I32, 32)
     a, b = (builder.sext(builder.bitcast(value, V32I16), wide) for value in (a, b))
     product = builder.mul(a, b)
@@ -115,7 +134,7 @@ def line_products(isa: Isa, dtype: str):
     operand lies in memory as two registers of float32.
     """
     if dtype == "fp32":
-        return [(lambda b, line: b.bitcast(line, VF32), _widened_product)]
+        return [(as_floats, _widened_product)]
     if dtype == "fp16":
         return [(lambda b, line: b.fpext(line, VF32), _widened_product)]
     if isa.has_bf16:
@@ -124,18 +143,23 @@ def line_products(isa: Isa, dtype: str):
 
 
 def _widened_product(b, acc, line, x):
-    """acc + line * x in float32; x: <16 x i32>."""
-    return fma_value(b, line, b.bitcast(x, VF32), acc)
+    """acc + line * x in float32; x: words of the same number."""
+    return fma_value(b, line, as_floats(b, x), acc)
+
+
+def as_floats(builder, words):
+    """The same bits as float32."""
+    return builder.bitcast(words, ir.VectorType(F32, words.type.count))
 
 
 def low_halves(builder, pairs):
     """The even bf16 of each pair, widened."""
-    return builder.bitcast(builder.shl(pairs, constant(VI32, 16)), VF32)
+    return as_floats(builder, builder.shl(pairs, constant(pairs.type, 16)))
 
 
 def high_halves(builder, pairs):
     """The odd bf16 of each pair, widened."""
-    return builder.bitcast(builder.and_(pairs, constant(VI32, 0xFFFF0000)), VF32)
+    return as_floats(builder, builder.and_(pairs, constant(pairs.type, 0xFFFF0000)))
 
 
 def emit_round_bf16(isa: Isa, builder, vector):

@@ -2,8 +2,8 @@
 
 A word of codes is four bytes of one lane; four numbers face it, a word in either plane:
 
-  with vpdpbusd   high and low bytes of all four, number = 256 high + low: both planes multiply the same bytes
-  without         int16 pairs, of bytes 0 and 2 and of bytes 1 and 3, multiplied and added by vpmaddwd or its like
+  AVX-512 VNNI   high and low bytes of all four, number = 256 high + low: both planes multiply the same bytes
+  elsewhere      int16 pairs, of bytes 0 and 2 and of bytes 1 and 3, multiplied and added by vpdpwssd, vpmaddwd or like
 
 Sums are exact in int32. A Split says which, so that kernels read alike on every instruction set.
 """
@@ -29,6 +29,7 @@ from cpu_kernels.vectors.vector import (
     fma_value,
     intp,
     load_as,
+    splat_value,
     store_as,
 )
 
@@ -41,43 +42,51 @@ class Split:
 
     isa: Isa
 
+    @property
+    def takes_bytes(self) -> bool:
+        """Whether bytes are multiplied as they are, by vpdpbusd on 512 bits."""
+        return self.isa.has_avx512
+
     def keys(self, b, codes):
         """Signed codes of K for `plane_dots` with q: bytes are made unsigned by adding 128."""
-        if self.isa.has_byte_dots:
+        if self.takes_bytes:
             codes = b.xor(codes, constant(VI32, -0x7F7F7F80))
             return codes, codes
         return self.values(b, codes)
 
     def values(self, b, codes):
         """What either plane multiplies, of codes that are signed bytes."""
-        if self.isa.has_byte_dots:
+        if self.takes_bytes:
             return codes, codes
         codes, eight = b.bitcast(codes, V32I16), constant(V32I16, 8)
         return b.bitcast(b.ashr(b.shl(codes, eight), eight), VI32), b.bitcast(b.ashr(codes, eight), VI32)
 
     def key_start(self, b, q_sum):
         """Where the second sum begins, so that the 128 more of `keys` vanish; q_sum: float32, of the numbers met."""
-        if not self.isa.has_byte_dots:
+        if not self.takes_bytes:
             return ir.Constant(I32, 0)
         return b.fptosi(b.fmul(q_sum, ir.Constant(q_sum.type, -128.0)), I32)
 
     def key_dot(self, b, total, codes, q):
         """total + products of one plane of q; codes from `keys`, or such as are never negative."""
-        return (
-            emit_dot4(self.isa, b, total, codes, q)
-            if self.isa.has_byte_dots
-            else emit_dot2(self.isa, b, total, codes, q)
-        )
+        return emit_dot4(self.isa, b, total, codes, q) if self.takes_bytes else emit_dot2(self.isa, b, total, codes, q)
 
     def value_dot(self, b, total, codes, weights):
         """total + products of one plane of weights, which are never negative; codes from `values`."""
-        if self.isa.has_byte_dots:
+        if self.takes_bytes:
             return emit_dot4(self.isa, b, total, weights, codes)
         return emit_dot2(self.isa, b, total, codes, weights)
 
-    def whole(self, b, first, second):
+    def start(self, b, start, apart: bool):
+        """Sums of K's products, the last of which begins at `start`: one a plane, or, unless `apart`, one of both where
+        they are but added up."""
+        return [constant(VI32, 0)] * (self.takes_bytes or apart) + [splat_value(b, start)]
+
+    def whole(self, b, first, second=None):
         """The sum that both planes' sums stand for."""
-        return b.add(b.shl(first, constant(VI32, 8)) if self.isa.has_byte_dots else first, second)
+        if second is None:
+            return first
+        return b.add(b.shl(first, constant(VI32, 8)) if self.takes_bytes else first, second)
 
     @property
     def largest_q(self) -> float:
@@ -87,7 +96,7 @@ class Split:
     @property
     def largest_weight(self) -> float:
         """The largest weight."""
-        return 65535.0 if self.isa.has_byte_dots else 32767.0
+        return 65535.0 if self.takes_bytes else 32767.0
 
     def store_q(self):
         """Intrinsic (numbers, address, plane): 16 whole numbers; the second plane is `plane` bytes behind."""
@@ -95,7 +104,7 @@ class Split:
         @emits(types.void, F32x16, intp, intp)
         def store(b, numbers, address, plane):
             whole = b.fptosi(numbers, VI32)
-            if self.isa.has_byte_dots:
+            if self.takes_bytes:
                 high = b.ashr(b.add(whole, constant(VI32, 128)), constant(VI32, 8))
                 planes = [b.trunc(high, VI8), b.trunc(whole, VI8)]
             else:
@@ -116,7 +125,7 @@ class Split:
             values = (load_as(b, p, VF32, 64 * part) for part in range(4))
             unit = constant(VF32, 1.5 * 2.0**23)
             whole = [b.bitcast(fma_value(b, value, s, unit), VI32) for value, s in zip(values, (s0, s1, s2, s3))]
-            if self.isa.has_byte_dots:
+            if self.takes_bytes:
                 for plane, value in enumerate(_high_low_bytes(b, whole)):
                     store_as(b, value, address, 64 * plane)
                 return

@@ -17,6 +17,7 @@ from cpu_kernels.vectors.vector import (
     F32x16,
     constant,
     emits,
+    float_vector,
     intp,
     lanes_below,
     load_as,
@@ -38,15 +39,15 @@ def masked_line(b, address, count, item_bytes):
     return b.bitcast(masked_load(b, address, halves, mask, "v32i16"), VI32)
 
 
-def zeros(count: int):
+def zeros(count: int, lanes: int = LANES):
     """Intrinsic () -> tuple of `count` zero vectors."""
-    tile = types.UniTuple(F32x16, count)
+    vector = float_vector(lanes)
 
-    @emits(tile)
+    @emits(types.UniTuple(vector, count))
     def zero_tile(b):
-        value = ir.Constant(ir.ArrayType(VF32, count), ir.Undefined)
+        value = ir.Constant(ir.ArrayType(vector.be_type, count), ir.Undefined)
         for index in range(count):
-            value = b.insert_value(value, constant(VF32, 0.0), index)
+            value = b.insert_value(value, constant(vector.be_type, 0.0), index)
         return value
 
     return zero_tile

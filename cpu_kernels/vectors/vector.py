@@ -32,7 +32,13 @@ class VectorType(types.Type):
 
 
 F32x16 = VectorType("F32x16", VF32)
+F32x8 = VectorType("F32x8", ir.VectorType(F32, 8))
 I32x16 = VectorType("I32x16", VI32)
+
+
+def float_vector(lanes: int) -> VectorType:
+    """numba's type of 8 or 16 float32."""
+    return {8: F32x8, 16: F32x16}[lanes]
 
 
 @register_model(VectorType)
@@ -101,17 +107,16 @@ def store_as(builder, value, address, offset=0):
     builder.store(value, pointer(builder, address, value.type, offset), align=1 if value.type in (VI8, I8) else 2)
 
 
-def splat_value(builder, scalar):
-    """The scalar in all 16 lanes."""
-    vector_type = ir.VectorType(scalar.type, LANES)
-    undefined = ir.Constant(vector_type, ir.Undefined)
+def splat_value(builder, scalar, lanes=LANES):
+    """The scalar in all lanes."""
+    undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
     first = builder.insert_element(undefined, scalar, ir.Constant(I32, 0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(VI32, [0] * LANES))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
 
 def fma_value(builder, a, b, c):
-    """a * b + c in one rounding."""
-    return call_llvm(builder, "llvm.fma.v16f32", VF32, a, b, c)
+    """a * b + c in one rounding, of vectors of any length."""
+    return call_llvm(builder, f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
 
 
 def lanes_below(builder, count):

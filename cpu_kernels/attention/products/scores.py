@@ -11,6 +11,7 @@ from llvmlite import ir
 from numba import types
 
 from cpu_kernels.attention.parameters import HEAD_SCORES, LANES, LINE_BYTES, RowShape
+from cpu_kernels.attention.products.row_vectors import key_rows
 from cpu_kernels.vectors.dot import line_products
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.split_dot import Split
@@ -35,7 +36,7 @@ from cpu_kernels.vectors.vector import (
 
 BLOCK = types.UniTuple(I32x16, LANES)
 CHAINS = 2  # sums of one head that do not wait for each other
-NARROW_HEADS = 2  # heads whose sums fit in 16 registers of 8 lanes
+FEW_HEADS = 2  # whose sums alone would wait for each other
 
 
 def alternating(width, high):
@@ -69,14 +70,6 @@ def transposed(b, values):
     return words
 
 
-def rows_from(b, base, row_bytes, last):
-    """Addresses of 16 rows; those beyond `last` repeat it."""
-    for key in range(LANES):
-        number = ir.Constant(I64, key)
-        number = b.select(b.icmp_signed("<", number, last), number, last)
-        yield b.add(base, b.mul(number, row_bytes))
-
-
 def packed(b, vectors):
     """LLVM vectors as the value of a numba tuple."""
     value = ir.Constant(ir.ArrayType(VI32, len(vectors)), ir.Undefined)
@@ -96,7 +89,7 @@ def whole_block(words: int):
 
     @emits(BLOCK, intp, intp, intp, intp)
     def load(b, base, row_bytes, last, ahead):
-        values = [load_words(b, row) for row in rows_from(b, base, row_bytes, last)]
+        values = [load_words(b, row) for row in key_rows(b, base, row_bytes, last, LANES)]
         for line in range(words):
             prefetch_value(b, ahead, LINE_BYTES * line)
         return packed(b, transposed(b, values))
@@ -111,7 +104,7 @@ def part_block(kv_dtype: str):
 
     @emits(BLOCK, intp, intp, intp, intp)
     def load(b, base, row_bytes, last, items):
-        rows = rows_from(b, base, row_bytes, last)
+        rows = key_rows(b, base, row_bytes, last, LANES)
         return packed(b, transposed(b, [masked_line(b, row, items, item_bytes) for row in rows]))
 
     return load
@@ -125,35 +118,29 @@ def store_block(b, block, to, stride):
 
 
 def plain_dots(isa: Isa, kv_dtype: str, heads: int):
-    """Intrinsic (block, q, q bytes, to): scores of 16 keys added to those of `heads` queries.
-
-    Heads whose sums fit in the registers share a word of K, which is widened once for them where it has to be.
+    """Intrinsic (block, q, q bytes, to): scores of 16 keys added to those of `heads` queries, of numbers that are
+    multiplied by one instruction.
     """
-    at_once = heads if isa.has_avx512 else min(heads, NARROW_HEADS)
-    products = line_products(isa, kv_dtype)
-
-    def dots_of(b, block, rows, to, first):
-        sums = [[load_as(b, to, VF32, HEAD_SCORES * (first + head)), constant(VF32, 0.0)] for head in range(len(rows))]
-        for word in range(LANES):
-            keys = [select(b, b.extract_value(block, word)) for select, _ in products]
-            for row, chains in zip(rows, sums):
-                for part, (_, add_product) in enumerate(products):
-                    x = splat_value(b, load_as(b, row, I32, 4 * (len(products) * word + part)))
-                    chains[word % CHAINS] = add_product(b, chains[word % CHAINS], keys[part], x)
-        for head, chains in enumerate(sums):
-            store_as(b, b.fadd(*chains), to, HEAD_SCORES * (first + head))
+    select, add_product = line_products(isa, kv_dtype)[0]
 
     @emits(types.void, BLOCK, intp, intp, intp)
     def dots(b, block, q, q_bytes, to):
         rows = [b.add(q, b.mul(q_bytes, ir.Constant(I64, head))) for head in range(heads)]
-        for first in range(0, heads, at_once):
-            dots_of(b, block, rows[first : first + at_once], to, first)
+        sums = [[load_as(b, to, VF32, HEAD_SCORES * head), constant(VF32, 0.0)] for head in range(heads)]
+        for word in range(LANES):
+            keys = select(b, b.extract_value(block, word))
+            for row, chains in zip(rows, sums):
+                x = splat_value(b, load_as(b, row, I32, 4 * word))
+                chains[word % CHAINS] = add_product(b, chains[word % CHAINS], keys, x)
+        for head, chains in enumerate(sums):
+            store_as(b, b.fadd(*chains), to, HEAD_SCORES * head)
 
     return dots
 
 
 def code_dots(isa: Isa, kv_dtype: str, heads: int, words: int):
-    """Intrinsic (block, q, q bytes, sums, sums bytes, scales, scales bytes, to): as plain_dots, for codes.
+    """Intrinsic (block, q, q bytes, sums, sums bytes, scales, scales bytes, to): scores of 16 keys added to those
+    of `heads` queries.
 
     q: `planes` runs of `words` words. sums: of q's codes, float32 per group. scales: of 16 keys, float32, and the next
     group's `scales bytes` behind.
@@ -167,30 +154,27 @@ def code_dots(isa: Isa, kv_dtype: str, heads: int, words: int):
         nibbles = constant(VI32, 0x0F0F0F0F)
         return [split.values(b, b.and_(half, nibbles)) for half in (word, b.lshr(word, constant(VI32, 4)))]
 
-    def group_sum(b, codes, q, sums):
-        """int32 sums of one group and query; codes: (word, its factors)."""
-        start = split.key_start(b, load_as(b, sums, F32)) if kv_dtype == "q8" else ir.Constant(I32, 0)
-        totals = [constant(VI32, 0), splat_value(b, start)]
-        for word, pairs in codes:
-            for pair, values in enumerate(pairs):
-                for plane, value in enumerate(values):
-                    x = splat_value(b, load_as(b, q, I32, (2 * pair + plane) * plane_bytes + 4 * word))
-                    totals[plane] = split.key_dot(b, totals[plane], value, x)
-        return split.whole(b, *totals)
+    def group_sums(b, block, group, q, sums):
+        """int32 sums of one group and every query; a word is widened once for all of them."""
+        starts = [split.key_start(b, load_as(b, at, F32)) if kv_dtype == "q8" else ir.Constant(I32, 0) for at in sums]
+        totals = [split.start(b, start, heads <= FEW_HEADS) for start in starts]
+        for word in range(group * group_words, (group + 1) * group_words):
+            for pair, values in enumerate(factors(b, b.extract_value(block, word))):
+                for total, row in zip(totals, q):
+                    for plane, value in enumerate(values):
+                        x = splat_value(b, load_as(b, row, I32, (2 * pair + plane) * plane_bytes + 4 * word))
+                        total[plane % len(total)] = split.key_dot(b, total[plane % len(total)], value, x)
+        return [split.whole(b, *total) for total in totals]
 
     @emits(types.void, BLOCK, intp, intp, intp, intp, intp, intp, intp)
     def dots(b, block, q, q_bytes, sums, sums_bytes, scales, scales_bytes, to):
+        rows = [b.add(q, b.mul(q_bytes, ir.Constant(I64, head))) for head in range(heads)]
         for group in range(words // group_words):
-            first = group * group_words
-            codes = [(word, factors(b, b.extract_value(block, word))) for word in range(first, first + group_words)]
+            sums_at = [b.add(sums, b.mul(sums_bytes, ir.Constant(I64, head))) for head in range(heads)]
+            sums_at = [b.add(at, ir.Constant(I64, 4 * group)) for at in sums_at]
             scale = load_as(b, b.add(scales, b.mul(scales_bytes, ir.Constant(I64, group))), VF32)
-            for head in range(heads):
-                row, row_sums = (
-                    b.add(at, b.mul(stride, ir.Constant(I64, head)))
-                    for at, stride in ((q, q_bytes), (sums, sums_bytes))
-                )
-                value = b.sitofp(group_sum(b, codes, row, b.add(row_sums, ir.Constant(I64, 4 * group))), VF32)
+            for head, total in enumerate(group_sums(b, block, group, rows, sums_at)):
                 before = load_as(b, to, VF32, HEAD_SCORES * head)
-                store_as(b, fma_value(b, value, scale, before), to, HEAD_SCORES * head)
+                store_as(b, fma_value(b, b.sitofp(total, VF32), scale, before), to, HEAD_SCORES * head)
 
     return dots

@@ -1,6 +1,7 @@
-"""Softmax of a tile's scores beside pages of codes, up to four queries at a time.
+"""Softmax of a tile's scores in decode, up to four queries at a time.
 
-As in tiles.py, but weights count from the tile's own maximum, so that 16 bits hold the largest of them well:
+As in tiles.py; but beside pages of codes weights count from the tile's own maximum, so that 16 bits hold the largest of
+them well:
     t = ceil(max s)    m' = max(m, t)    p = 2^(s - t)    l' = l 2^(m - m') + 2^(t - m') sum p
 The queries' maxima and sums are reduced together and their scalars are lanes of one register, because one query's
 chain of dependent steps is several times as long as the work in it.
@@ -15,11 +16,13 @@ from cpu_kernels.attention.parameters import (
     HEAD_SCORES,
     KEY_TILE,
     LANES,
-    LINE_BYTES,
     SCALE_OF_Q,
     WEIGHT_OF_TILE,
+    RowShape,
 )
+from cpu_kernels.attention.tiles import weight_storer
 from cpu_kernels.vectors.arithmetic import EXP2_COEFFICIENTS
+from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.vector import (
     F32,
     I32,
@@ -90,24 +93,24 @@ def added(b, x, y):
     return b.fadd(x, y)
 
 
-def code_softmax(heads: int):
+def tile_softmax(isa: Isa, kv_dtype: str, heads: int):
     """Intrinsic (scores, keys, scale, running, scalars): scores of `heads` queries, at most 4, -> p in place, m, l.
 
-    scale includes log2(e), not the scale of q's codes. Of the scalars it writes what acc is to be multiplied by and the
-    weight of the tile's p.
+    scale includes log2(e), not the scale of q's codes. Of the scalars it writes what acc is to be multiplied by and,
+    beside codes, the weight of the tile's p.
     """
+    has_codes, store_weights = RowShape.of(kv_dtype).has_codes, weight_storer(isa, kv_dtype)
 
     def scaled(b, scores, keys, scale, scalars):
         """[query][part] of scores times their scale, -inf beyond the keys."""
-        offsets = []
-        for part in range(0, KEY_TILE, LANES):
-            mask = lanes_below(b, b.sub(keys, ir.Constant(I64, part)))
-            offsets.append(b.select(mask, constant(VF32, 0.0), constant(VF32, -np.inf)))
+        firsts = range(0, KEY_TILE, LANES)
+        masks = [lanes_below(b, b.sub(keys, ir.Constant(I64, part))) for part in firsts]
         for head in range(heads):
-            factor = splat_value(b, b.fmul(scale, load_as(b, scalars, F32, HEAD_SCALARS * head + SCALE_OF_Q)))
-            at = [HEAD_SCORES * head + LINE_BYTES * part for part in range(len(offsets))]
-            values = (load_as(b, scores, VF32, place) for place in at)
-            yield [fma_value(b, value, factor, offset) for value, offset in zip(values, offsets)]
+            unit = b.fmul(scale, load_as(b, scalars, F32, HEAD_SCALARS * head + SCALE_OF_Q)) if has_codes else scale
+            factor = splat_value(b, unit)
+            values = (load_as(b, scores, VF32, HEAD_SCORES * head + 4 * first) for first in firsts)
+            below = constant(VF32, -np.inf)
+            yield [b.select(mask, b.fmul(value, factor), below) for value, mask in zip(values, masks)]
 
     def together(b, vectors, combine):
         return reduced(b, vectors + vectors[-1:] * (QUERIES - heads), combine)
@@ -125,18 +128,19 @@ def code_softmax(heads: int):
         top = call_llvm(b, "llvm.ceil.v4f32", V4F32, top)
         before, total = running_state(b, running)
         largest = larger_value(b, before, top)
-        correction, weight = (power_of_whole(b, b.fsub(m, largest)) for m in (before, top))
+        base = top if has_codes else largest
+        correction, weight = (power_of_whole(b, b.fsub(m, largest)) for m in (before, base))
         sums = []
         for head, parts in enumerate(values):
-            m = picked(b, top, top, [head] * LANES)
+            m = picked(b, base, base, [head] * LANES)
             powers = [exp2_value(b, b.fsub(value, m)) for value in parts]
-            for part, power in enumerate(powers):
-                store_as(b, power, scores, HEAD_SCORES * head + LINE_BYTES * part)
+            store_weights(b, powers, scores, HEAD_SCORES * head)
             sums.append(tree(b, powers, added))
-        total = b.fadd(b.fmul(total, correction), b.fmul(together(b, sums, added), weight))
+        added_up = together(b, sums, added)
+        total = b.fadd(b.fmul(total, correction), b.fmul(added_up, weight) if has_codes else added_up)
         store_as(b, picked(b, largest, total, [at for head in range(heads) for at in (head, QUERIES + head)]), running)
         for head in range(heads):
-            for value, at in ((correction, 0), (weight, WEIGHT_OF_TILE)):
+            for value, at in ((correction, 0), (weight, WEIGHT_OF_TILE))[: 1 + has_codes]:
                 store_as(b, b.extract_element(value, ir.Constant(I32, head)), scalars, HEAD_SCALARS * head + at)
 
     return soften

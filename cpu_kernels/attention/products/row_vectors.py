@@ -33,6 +33,15 @@ from cpu_kernels.vectors.vector import (
 V32I8 = ir.VectorType(I8, 32)
 
 
+def key_rows(b, base, row_bytes, last, count):
+    """Addresses of so many rows; those beyond `last`, which is not negative, repeat it."""
+    yield base
+    for key in range(1, count):
+        number = ir.Constant(I64, key)
+        number = b.select(b.icmp_signed("<", number, last), number, last)
+        yield b.add(base, b.mul(number, row_bytes))
+
+
 def load_codes(b, kv_dtype, address):
     """<16 x i32>: the codes of 32 dims as pairs of int16."""
     if kv_dtype == "q8":
@@ -73,7 +82,7 @@ def store_bf16_scalar(b, value, address):
 
 @emits(float32, intp)
 def load_bf16_scalar(b, address):
-    """One bf16."""
+    """One bf16 at an address, as float32."""
     bits = b.zext(b.load(pointer(b, address, I16), align=1), I32)
     return b.bitcast(b.shl(bits, ir.Constant(I32, 16)), F32)
 

@@ -1,0 +1,114 @@
+"""Dot products of queries with rows of plain numbers, lane by lane: no key is transposed, and sums are folded at last.
+
+A tile is as many sums as a register has lanes: 8 queries and 2 keys, say, of 16 lanes. A line of a key is loaded and
+widened once for all queries of a tile, a line of a query loaded once for all of its keys, so that an instruction that
+multiplies needs half of one that does not. Folding a tile costs a blend, a shuffle and an addition a sum, and leaves
+the sums in the lanes of one register.
+
+Where the CPU cannot multiply bf16, a line of a query lies in memory as its even numbers, then its odd ones.
+"""
+
+from llvmlite import ir
+from numba import types
+
+from cpu_kernels.attention.parameters import HEAD_SCORES, LANES, LINE_BYTES, RowShape, q_line_bytes
+from cpu_kernels.attention.products.row_vectors import key_rows
+from cpu_kernels.vectors.compiler import helper
+from cpu_kernels.vectors.dot import line_products
+from cpu_kernels.vectors.isa import Isa
+from cpu_kernels.vectors.tiles import masked_line, zeros
+from cpu_kernels.vectors.vector import I32, I64, emits, float_vector, intp, load_as, picked, prefetch_value, store_as
+
+
+def folded(b, vectors):
+    """As many vectors as they have lanes -> one, whose lane i is the sum of the lanes of the i-th."""
+    lanes = len(vectors)
+    stride = lanes // 2
+    while stride:
+        own = [lane + lanes if lane & stride else lane for lane in range(lanes)]
+        other = [lane ^ stride for lane in own]
+        pairs = zip(vectors[:stride], vectors[stride:])
+        vectors = [b.fadd(picked(b, *pair, own), picked(b, *pair, other)) for pair in pairs]
+        stride //= 2
+    return vectors[0]
+
+
+def row_dots(isa: Isa, kv_dtype: str, heads: int):
+    """Functions on the sums of a tile of `heads` queries: zeros, a line of its keys added, a part of a line added, and
+    the sums to the scores. With a line as much memory is asked for `ahead`.
+
+    Queries are `q bytes` apart, keys `row bytes`; keys beyond `last` repeat it.
+    """
+    lanes = isa.lanes
+    keys, pieces, piece_bytes = lanes // heads, LANES // lanes, 4 * lanes
+    words, products = ir.VectorType(I32, lanes), line_products(isa, kv_dtype)
+    item_bytes = 4 // RowShape.of(kv_dtype).word_items
+    tile = types.UniTuple(float_vector(lanes), lanes)
+
+    def add_products(b, sums, lines, q, q_bytes):
+        """lines: [piece][key], words of the keys' lines."""
+        values = [b.extract_value(sums, index) for index in range(lanes)]
+        queries = [b.add(q, b.mul(q_bytes, ir.Constant(I64, head))) for head in range(heads)]
+        for piece, line in enumerate(lines):
+            for half, (select, add_product) in enumerate(products):
+                numbers = [select(b, word) for word in line]
+                for head, query in enumerate(queries):
+                    x = load_as(b, query, words, LINE_BYTES * half + piece_bytes * piece)
+                    for key, number in enumerate(numbers):
+                        index = keys * head + key
+                        values[index] = add_product(b, values[index], number, x)
+        for index, value in enumerate(values):
+            sums = b.insert_value(sums, value, index)
+        return sums
+
+    @emits(tile, tile, intp, intp, intp, intp, intp, intp)
+    def add_line(b, sums, base, row_bytes, last, q, q_bytes, ahead):
+        for key in range(keys):
+            prefetch_value(b, ahead, LINE_BYTES * key)
+        rows = list(key_rows(b, base, row_bytes, last, keys))
+        lines = [[load_as(b, row, words, piece_bytes * piece) for row in rows] for piece in range(pieces)]
+        return add_products(b, sums, lines, q, q_bytes)
+
+    @emits(tile, tile, intp, intp, intp, intp, intp, intp)
+    def add_part(b, sums, base, row_bytes, last, q, q_bytes, items):
+        whole = [masked_line(b, row, items, item_bytes) for row in key_rows(b, base, row_bytes, last, keys)]
+        firsts = range(0, LANES, lanes)
+        lines = [[picked(b, line, line, list(range(first, first + lanes))) for line in whole] for first in firsts]
+        return add_products(b, sums, lines, q, q_bytes)
+
+    @emits(types.void, tile, intp)
+    def store(b, sums, to):
+        scores = folded(b, [b.extract_value(sums, index) for index in range(lanes)])
+        for head in range(heads):
+            store_as(b, picked(b, scores, scores, list(range(keys * head, keys * head + keys))), to, HEAD_SCORES * head)
+
+    return zeros(lanes, lanes), add_line, add_part, store
+
+
+def row_scores(isa: Isa, kv_dtype: str, heads: int):
+    """Function: scores[head][key] of a tile of keys, `heads` of the item's heads at a time.
+
+    `ahead` is where the K of the tile to ask for begins.
+    """
+    zero_tile, add_line, add_part, store = row_dots(isa, kv_dtype, heads)
+    keys_at_once, line_items = isa.lanes // heads, RowShape.of(kv_dtype).line_items
+    q_line = q_line_bytes(kv_dtype, isa.has_bf16)
+
+    @helper
+    def scores(rows, row_bytes, keys, ahead, q, lines, head_dim, all_heads, to):
+        whole, q_bytes = head_dim // line_items, q_line * lines
+        for key in range(0, keys, keys_at_once):
+            row, last = rows + key * row_bytes, keys - 1 - key
+            for head in range(0, all_heads, heads):
+                at, sums, asked = q + q_bytes * head, zero_tile(), ahead
+                for line in range(whole):
+                    line_at = at + q_line * line
+                    sums = add_line(sums, row + LINE_BYTES * line, row_bytes, last, line_at, q_bytes, asked)
+                    asked += LINE_BYTES * keys_at_once
+                if whole < lines:
+                    left, line_at = head_dim - line_items * whole, at + q_line * whole
+                    sums = add_part(sums, row + LINE_BYTES * whole, row_bytes, last, line_at, q_bytes, left)
+                store(sums, to + HEAD_SCORES * head + 4 * key)
+            ahead += LINE_BYTES * keys_at_once * lines
+
+    return scores
