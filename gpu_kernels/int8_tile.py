@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_kernels.byte_products import high_nibbles, low_nibbles, signed
 from gpu_kernels.launching import Kernel, Shape
-from gpu_kernels.quantized_linear import Q4_BYTES, Q8_BYTES, high_nibbles, low_nibbles, signed
+from gpu_kernels.quantized_linear import Q4_BYTES, Q8_BYTES
 
 
 @triton.jit

@@ -22,7 +22,8 @@ from gpu_kernels.dequantize import dequantize
 from gpu_kernels.forms.dequantize import dequantize_form
 from gpu_kernels.forms.unpack import FORMS
 from gpu_kernels.int8_tile import multiply_many_rows
-from gpu_kernels.quantized_linear import LARGEST_TILE_ROWS, multiply_quantized
+from gpu_kernels.quantized_linear import multiply_quantized
+from gpu_kernels.quantized_shapes import LARGEST_TILE_ROWS
 from gpu_kernels.reference import BLOCK_FEATURES, GROUP, PLAIN_DTYPES, block_bytes, check_weight_dtype, mixed_parts
 
 INT8_KERNELS = ("q8", "q4")  # formats that int8 kernels multiply

@@ -15,56 +15,18 @@ warp waits for another while loads are in flight (tests/gpu_kernels/test_aot.py)
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gpu_kernels.activation import quantize_activation
-from gpu_kernels.launching import Kernel, Shape
+from gpu_kernels.byte_products import dot4, high_nibbles, low_nibbles, signed
+from gpu_kernels.launching import Kernel
+from gpu_kernels.quantized_shapes import flat_launch, gemv_launch, gemv_shape, tile_for
 from gpu_kernels.reference import SUPERBLOCK_BYTES
 
 Q4_BYTES = tl.constexpr(SUPERBLOCK_BYTES["q4"])
 Q8_BYTES = tl.constexpr(SUPERBLOCK_BYTES["q8"])
-
-
-@triton.jit
-def dot4(a, b, total):
-    """total + the dot product of four signed bytes in each int32 of `a` and `b`."""
-    return tl.inline_asm_elementwise(
-        "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, total], dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def low_nibbles(packed):
-    """The low nibble of each byte, four bytes an instruction."""
-    return tl.inline_asm_elementwise(
-        "and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
-    )
-
-
-@triton.jit
-def high_nibbles(packed):
-    """The high nibble of each byte, four bytes an instruction."""
-    return tl.inline_asm_elementwise(
-        "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }",
-        "=r,r",
-        [packed],
-        dtype=tl.int8,
-        is_pure=True,
-        pack=4,
-    )
-
-
-@triton.jit
-def signed(packed):
-    """Stored q + 128 as signed q, four bytes an instruction."""
-    return tl.inline_asm_elementwise(
-        "xor.b32 $0, $1, 0x80808080;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
-    )
 
 
 @Kernel
@@ -240,44 +202,6 @@ def _flat_kernel(
     tl.store(target, total, mask=mask)
 
 
-class GemvShape(NamedTuple):
-    """Launch shape of one row: warps of a program, and superblocks a warp has in flight."""
-
-    warps: int
-    unroll: int
-
-
-class Tile(NamedTuple):
-    """Launch shape of more rows: rows of a tile, tiles of 32 features and parts of the inputs (a warp each) of a
-    program, and superblocks a warp has in flight."""
-
-    rows: int
-    tiles: int
-    parts: int
-    unroll: int
-
-
-# Up to FEW_BLOCKS the programs are too few to fill a GPU with few warps each, so a program has more.
-FEW_BLOCKS = 512
-GEMV_FEW = GemvShape(8, 4)
-GEMV_MANY = GemvShape(4, 4)
-# Two tiles of 64 rows share the inputs that a multiprocessor caches. None may spill (tests/gpu_kernels/test_aot.py).
-TILES_FEW = (Tile(8, 1, 8, 2), Tile(16, 1, 8, 2), Tile(32, 1, 8, 1), Tile(64, 1, 4, 1))
-TILES_MANY = (Tile(8, 1, 4, 2), Tile(16, 1, 4, 2), Tile(32, 1, 4, 1), Tile(64, 2, 2, 1))
-LARGEST_TILE_ROWS = 64
-
-
-def gemv_shape(num_blocks: int) -> GemvShape:
-    """The launch shape of one row."""
-    return GEMV_FEW if num_blocks <= FEW_BLOCKS else GEMV_MANY
-
-
-def tile_for(rows: int, num_blocks: int) -> Tile:
-    """The launch shape of several rows; more rows than the largest tile has are several tiles."""
-    tiles = TILES_FEW if num_blocks <= FEW_BLOCKS else TILES_MANY
-    return next((tile for tile in tiles if rows <= tile.rows), tiles[-1])
-
-
 def quantized_linear(
     x: Tensor, weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor, accumulate: bool
 ) -> None:
@@ -305,7 +229,7 @@ def _launch_gemv(
     out: Tensor,
     flags: tuple[bool, bool, bool],
 ) -> None:
-    shape = _gemv_launch(gemv_shape(weight.shape[0]), *flags)
+    shape = gemv_launch(gemv_shape(weight.shape[0]), *flags)
     _gemv_kernel.launch(
         (weight.shape[0], 1, 1),
         (weight, q, scales, sums, out if bias is None else bias, out),
@@ -331,32 +255,5 @@ def _launch_flat(
         (weight, q, scales, sums, out if bias is None else bias, out),
         (rows, num_blocks),
         (scales.shape[0], weight.stride(0), q.stride(0), scales.stride(0), out.stride(0)),
-        _flat_launch(tile, *flags),
-    )
-
-
-@functools.cache
-def _gemv_launch(shape: GemvShape, is_q4: bool, has_bias: bool, accumulate: bool) -> Shape:
-    return Shape(
-        IS_Q4=is_q4,
-        WARPS=shape.warps,
-        UNROLL=shape.unroll,
-        HAS_BIAS=has_bias,
-        ACCUMULATE=accumulate,
-        num_warps=shape.warps,
-    )
-
-
-@functools.cache
-def _flat_launch(tile: Tile, is_q4: bool, has_bias: bool, accumulate: bool) -> Shape:
-    return Shape(
-        IS_Q4=is_q4,
-        ROWS=tile.rows,
-        TILES=tile.tiles,
-        PARTS=tile.parts,
-        UNROLL=tile.unroll,
-        HAS_BIAS=has_bias,
-        ACCUMULATE=accumulate,
-        num_warps=tile.tiles * tile.parts,
-        num_stages=1,
+        flat_launch(tile, *flags),
     )

@@ -13,7 +13,7 @@ from numba import types
 
 from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, format_of
 from cpu_kernels.formats.weights import SUPERBLOCK_LINES
-from cpu_kernels.linear.form_kernel import form_step, header_ahead
+from cpu_kernels.linear.forms.step import form_step, header_ahead
 from cpu_kernels.linear.records import panel_of, row_quantiser
 from cpu_kernels.linear.sizes import FILLED_ROWS, RECORD_BYTES, SEGMENT_GROUPS
 from cpu_kernels.team.arguments import LINEAR

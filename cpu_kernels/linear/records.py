@@ -6,7 +6,7 @@ pointer at constant offsets.
 Record of a panel of R rows (76 R bytes): R x 64 int8, R float32 scales, R corrections, R second corrections, which are
 q4: scale * sum(xq) as float32, unused;  q8: -128 * sum(xq) as int32 of inputs 0..31, then of 32..63;
 K2M32: sums of 32 inputs as one int16 pair, unused; other formats: sums of 16 inputs as int16 pairs, of inputs 0..31,
-then of 32..63 (form_kernel.py).
+then of 32..63 (forms/step.py).
 """
 
 from llvmlite import ir

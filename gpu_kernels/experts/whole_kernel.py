@@ -7,29 +7,21 @@ tensor cores multiply, gathered from the rounded rows by index.
 
 from __future__ import annotations
 
-import functools
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cpu_kernels.contract import Picks
 from gpu_kernels.activation import quantize_activation
-from gpu_kernels.experts.groups import add_group, code_words, runs_of, table_words, takes_sums
-from gpu_kernels.experts.ordered import WHOLE_FORMS
+from gpu_kernels.byte_products import dot4
+from gpu_kernels.experts.groups import add_group, code_words
 from gpu_kernels.experts.picks import BLOCKS, FEW_ROWS, most_tiles, picks_of, tile_rows
-from gpu_kernels.forms.unpack import GROUP, superblock_bytes
-from gpu_kernels.launching import Kernel, Shape
-from gpu_kernels.quantized_linear import dot4
+from gpu_kernels.experts.whole_parts import as_inputs, quarter_dots, run_sum
+from gpu_kernels.experts.whole_shapes import shape_of
+from gpu_kernels.launching import Kernel
 from gpu_kernels.reference import block_bytes
 
 _UNSPECIALISED = ["first", "count", "num_blocks", "run", "first_column"]
-
-
-@triton.jit
-def _run_sum(values, line, RUN: tl.constexpr, LINES: tl.constexpr):
-    """int32 [blocks, features] or [1, 1]: the sum over the lines of one run of [blocks, lines, features]."""
-    return tl.sum(tl.where(line[None, :, None] // LINES == RUN, values, 0), axis=1)
 
 
 @Kernel
@@ -114,15 +106,15 @@ def _pick_kernel(
             dots = dot4(high, x_high_all, dot4(low, x_low_all, zero))
             if TAKES_SUMS:
                 x_sums = dot4(ones, x_high, dot4(ones, x_low, tl.zeros([1, 8, 1], tl.int32)))
-                x0, x1 = _run_sum(x_sums, line, 0, 4), _run_sum(x_sums, line, 1, 4)
+                x0, x1 = run_sum(x_sums, line, 0, 4), run_sum(x_sums, line, 1, 4)
             if RUNS == 1:
                 d0 = tl.sum(dots, axis=1)
                 d1, d2, d3 = d0, d0, d0
             else:
-                d0, d1 = _run_sum(dots, line, 0, LINES), _run_sum(dots, line, 1, LINES)
+                d0, d1 = run_sum(dots, line, 0, LINES), run_sum(dots, line, 1, LINES)
                 d2, d3 = d0, d1
                 if RUNS == 4:
-                    d2, d3 = _run_sum(dots, line, 2, LINES), _run_sum(dots, line, 3, LINES)
+                    d2, d3 = run_sum(dots, line, 2, LINES), run_sum(dots, line, 3, LINES)
         factor, x_sum = tl.load(scales + group * scale_stride + row), tl.load(sums + group * scale_stride + row)
         result = add_group(
             result,
@@ -143,19 +135,6 @@ def _pick_kernel(
         )
     column = first_column + block // run * unit_features + block % run * 16
     tl.store(out + place.to(tl.int64) * out_stride + column[:, None] + feature[None, :], result, mask=mask)
-
-
-@triton.jit
-def _as_inputs(low, high, BITS: tl.constexpr, BLOCKS: tl.constexpr, LINES: tl.constexpr):
-    """int8 [BLOCKS * 16, inputs], in their own order, of words [BLOCKS, LINES, 16] of four codes."""
-    shift = tl.arange(0, 4) * 8
-    if BITS == 8:
-        codes = (low[:, :, :, None] >> shift[None, None, None, :]).to(tl.int8)
-        return codes.permute(0, 2, 1, 3).reshape(BLOCKS * 16, LINES * 4)
-    else:
-        both = tl.join(low, high)  # (block, line, feature, low or high)
-        codes = (both[:, :, :, :, None] >> shift[None, None, None, None, :]).to(tl.int8)
-        return codes.permute(0, 2, 1, 3, 4).reshape(BLOCKS * 16, LINES * 8)
 
 
 @Kernel
@@ -230,8 +209,8 @@ def _tile_kernel(
             )
             a = tl.load(q + row.to(tl.int64)[:, None] * q_stride + group * 64 + tl.arange(0, 32)[None, :])
             b = tl.load(q + row.to(tl.int64)[:, None] * q_stride + group * 64 + 32 + tl.arange(0, 32)[None, :])
-            d0 = tl.dot(a, _as_inputs(low, low, 8, BLOCKS, 8).T, out_dtype=tl.int32)
-            d1 = tl.dot(b, _as_inputs(high, high, 8, BLOCKS, 8).T, out_dtype=tl.int32)
+            d0 = tl.dot(a, as_inputs(low, low, 8, BLOCKS, 8).T, out_dtype=tl.int32)
+            d1 = tl.dot(b, as_inputs(high, high, 8, BLOCKS, 8).T, out_dtype=tl.int32)
             if TAKES_SUMS:
                 x0, x1 = tl.sum(a.to(tl.int32), axis=1)[:, None], tl.sum(b.to(tl.int32), axis=1)[:, None]
             if RUNS == 1:
@@ -240,25 +219,21 @@ def _tile_kernel(
         elif RUNS == 1:
             low, high = code_words(codes, line[None, :, None], words_mask, BITS, OFFSET, T0, T1, T2, T3)
             a = tl.load(x + group * 64)
-            d0 = tl.dot(a, _as_inputs(low, high, BITS, BLOCKS, LINES).T, out_dtype=tl.int32)
+            d0 = tl.dot(a, as_inputs(low, high, BITS, BLOCKS, LINES).T, out_dtype=tl.int32)
             d1, d2, d3 = d0, d0, d0
             if TAKES_SUMS:
                 x0 = tl.sum(a.to(tl.int32), axis=1)[:, None]
         else:
             low, high = code_words(codes, line[None, :, None], words_mask, BITS, OFFSET, T0, T1, T2, T3)
             more_low, more_high = code_words(codes, 4 + line[None, :, None], words_mask, BITS, OFFSET, T0, T1, T2, T3)
-            first_codes = _as_inputs(low, high, BITS, BLOCKS, LINES).T
-            last_codes = _as_inputs(more_low, more_high, BITS, BLOCKS, LINES).T
+            first_codes = as_inputs(low, high, BITS, BLOCKS, LINES).T
+            last_codes = as_inputs(more_low, more_high, BITS, BLOCKS, LINES).T
             a, b = tl.load(x + group * 64), tl.load(x + group * 64 + 32)
             if TAKES_SUMS:
                 x0, x1 = tl.sum(a.to(tl.int32), axis=1)[:, None], tl.sum(b.to(tl.int32), axis=1)[:, None]
-            if RUNS == 4:  # of 16 inputs, with zeros for the others
-                early = (k < 16)[None, :]
-                zero = tl.zeros([ROWS, INPUTS], tl.int8)
-                d0 = tl.dot(tl.where(early, a, zero), first_codes, out_dtype=tl.int32)
-                d1 = tl.dot(tl.where(early, zero, a), first_codes, out_dtype=tl.int32)
-                d2 = tl.dot(tl.where(early, b, zero), last_codes, out_dtype=tl.int32)
-                d3 = tl.dot(tl.where(early, zero, b), last_codes, out_dtype=tl.int32)
+            if RUNS == 4:
+                d0, d1 = quarter_dots(a, first_codes, k, ROWS, INPUTS)
+                d2, d3 = quarter_dots(b, last_codes, k, ROWS, INPUTS)
             else:
                 d0 = tl.dot(a, first_codes, out_dtype=tl.int32)
                 d1 = tl.dot(b, last_codes, out_dtype=tl.int32)
@@ -300,7 +275,7 @@ def multiply_whole(
     q, scales, sums = quantize_activation(x, "own")
     rows = 1 if x.shape[0] == 1 or num_picks <= FEW_ROWS else tile_rows(num_picks, starts.shape[0] - 1)
     num_blocks = weight.shape[1] * run
-    shape = _shape(weight_dtype, rows, sources is not None, triton.next_power_of_2(starts.shape[0] - 1))
+    shape = shape_of(weight_dtype, rows, sources is not None, triton.next_power_of_2(starts.shape[0] - 1))
     (_pick_kernel if rows == 1 else _tile_kernel).launch(
         (most_tiles(num_picks, count, rows), -(-num_blocks // BLOCKS), 1),
         (weight, q, scales, sums, starts if sources is None else sources, starts, out),
@@ -316,29 +291,4 @@ def multiply_whole(
             out.stride(0),
         ),
         shape,
-    )
-
-
-@functools.cache
-def _shape(weight_dtype: str, rows: int, has_sources: bool, experts: int) -> Shape:
-    form = WHOLE_FORMS[weight_dtype]
-    runs = runs_of(form.header)
-    one = {"UNROLL": 4 if runs < 4 else 2, "num_warps": BLOCKS}  # more under way would spill with as many sums
-    own = one if rows == 1 else {"ROWS": rows, "num_warps": max(4, rows // 8), "num_stages": 2}
-    words = dict(zip(("T0", "T1", "T2", "T3"), table_words(form.table), strict=True))
-    return Shape(
-        HAS_SOURCES=has_sources,
-        EXPERTS=experts,
-        BLOCKS=BLOCKS,
-        HEADER=form.header,
-        RUNS=runs,
-        TAKES_SUMS=takes_sums(form.header),
-        BITS=form.bits,
-        OFFSET=0 if form.bits == 8 else form.offset,
-        TOGETHER=form.inputs // GROUP,
-        HEADER_BYTES=64 * form.header_lines,
-        SUPERBLOCK_BYTES=superblock_bytes(form),
-        enable_fp_fusion=False,  # what is fused is written so
-        **words,
-        **own,
     )

@@ -65,11 +65,10 @@ MUTANTS = {
         "factor = tl.load(scales + group * scale_stride + row)", "factor = tl.load(scales + group * scale_stride)",
     ),
     "a half of 16 inputs twice": (
-        "whole_kernel", None, partial(TILES, "q6_k"),
-        "d1 = tl.dot(tl.where(early, zero, a)", "d1 = tl.dot(tl.where(early, a, zero)",
+        "whole_parts", "quarter_dots", partial(TILES, "q6_k"), "tl.where(early, zero, x)", "tl.where(early, x, zero)",
     ),
     "one pick: the second half is the first again": (
-        "whole_kernel", None, partial(ONE, "mxfp4"), "_run_sum(dots, line, 1, LINES)", "_run_sum(dots, line, 0, LINES)",
+        "whole_kernel", None, partial(ONE, "mxfp4"), "run_sum(dots, line, 1, LINES)", "run_sum(dots, line, 0, LINES)",
     ),
     "one pick: inputs of low and high nibbles exchanged": (
         "whole_kernel", None, partial(ONE, "q4"),

@@ -11,12 +11,12 @@ from tests.support.kernel_data import normal, packed_weight
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
-from gpu_kernels import activation, dequantize, int8_tile, linear_layer, quantized_linear, reference
+from gpu_kernels import activation, dequantize, int8_tile, linear_layer, quantized_linear, quantized_shapes, reference
 from gpu_kernels.device_ops import DeviceOps
 
 BORDER = linear_layer.INT8_ROWS
-TILES = sorted({*quantized_linear.TILES_FEW, *quantized_linear.TILES_MANY, quantized_linear.Tile(8, 2, 2, 2)})
-GEMV_SHAPES = [quantized_linear.GEMV_FEW, quantized_linear.GEMV_MANY, quantized_linear.GemvShape(2, 1)]
+TILES = sorted({*quantized_shapes.TILES_FEW, *quantized_shapes.TILES_MANY, quantized_shapes.Tile(8, 2, 2, 2)})
+GEMV_SHAPES = [quantized_shapes.GEMV_FEW, quantized_shapes.GEMV_MANY, quantized_shapes.GemvShape(2, 1)]
 
 
 def check(device, weight_dtype, rows, num_blocks, in_features, **options):

@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed (the test
 
 import triton.language as tl  # noqa: E402
 
-from gpu_kernels.quantized_linear import dot4  # noqa: E402
+from gpu_kernels.byte_products import dot4  # noqa: E402
 
 
 @triton.jit

@@ -1,0 +1,235 @@
+"""64 inputs of a coded format times one record of int8 activations: what linear_q_kernel repeats; see formats/base.py.
+
+Codes are unsigned bytes, so a format's offset is taken off again by way of the activations' sums. A record holds those
+of every 16 inputs as int16, and one dot2 with a constant pair gives offset * sum where a dot product begins. Two-level
+scales stay integers: sub-scale times dot product is exact in int32, and only the total meets d.
+"""
+
+from functools import cached_property, reduce
+
+from llvmlite import ir
+from numba import types
+
+from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat
+from cpu_kernels.linear.forms.codes import code_words, number_of_code
+from cpu_kernels.linear.records import Record
+from cpu_kernels.vectors.code_sums import CodeSums
+from cpu_kernels.vectors.dot import emit_dot2
+from cpu_kernels.vectors.header_numbers import byte_numbers, exponents, halves, tensor_scales
+from cpu_kernels.vectors.isa import Isa
+from cpu_kernels.vectors.vector import (
+    I64,
+    VF32,
+    VI32,
+    F32x16,
+    constant,
+    emits,
+    fma_value,
+    intp,
+    load_as,
+    prefetch_value,
+)
+
+
+def pair(low: int, high: int) -> int:
+    """Two int16 as one int32."""
+    return (low & 0xFFFF) | (high & 0xFFFF) << 16
+
+
+def pairs_of(b, low, high):
+    """Two <16 x i32> whose values fit in int16 as one of int16 pairs."""
+    low = b.and_(low, constant(VI32, 0xFFFF))
+    return b.or_(low, b.shl(high, constant(VI32, 16)))
+
+
+class FormSums:
+    """What a format's 64 inputs add to the sums of `rows` rows, as LLVM values.
+
+    Arguments of its methods: b the builder; superblock its address; group which 64 inputs of it; word(k) their codes,
+    four inputs each; record the activations. They give a float32 vector a row, before the row's own scale.
+    """
+
+    def __init__(self, isa: Isa, item: WeightFormat, rows: int):
+        self.isa, self.item, self.rows = isa, item, rows
+        self.has_zeros, self.has_floats = item.header.startswith(("SZ", "SI")), item.header.startswith(("F", "T"))
+        self.group_inputs = int(item.header.lstrip("SZIFT")) if self.has_zeros or self.has_floats else 0
+        # Inputs that share a scale, up to 64, and such runs of the 64.
+        self.run = 16 if item.header in ("K2S16", "T16") else 64 if self.group_inputs > 32 else 32
+        self.runs = GROUP_INPUTS // self.run
+        self.code_sums = CodeSums(isa, item.largest_code)
+        self.offset = item.offset - 128 if self.code_sums.takes_128 else item.offset
+        # Two dot2 a row, by sub-scales, in place of four; what they share pays from several rows on.
+        self.takes_sums_of_16 = item.header == "K2S16" and bool(self.offset) and rows >= 4
+
+    @cached_property
+    def of_group(self):
+        """The method for this header: (b, superblock, group, word, record) -> a sum a row."""
+        if self.has_zeros:
+            return self.with_zeros
+        if self.has_floats:
+            return self.with_float_scales
+        return self.two_levels if self.item.header.startswith("K2") else self.one_level
+
+    def start(self, b, record, part: int, row: int):
+        """Where a row's dot products of a run begin: minus the offset times the sum of its inputs."""
+        start, offset = constant(VI32, 0), self.offset
+        if offset and self.run == 16 and not self.takes_sums_of_16:
+            taken = pair(-offset, 0) if part % 2 == 0 else pair(0, -offset)
+            start = emit_dot2(self.isa, b, start, record.sums(row, part // 2), constant(VI32, taken))
+        elif offset and self.run > 16:
+            for half in range(part * self.run // 32, (part + 1) * self.run // 32):
+                taken = constant(VI32, pair(-offset, -offset))
+                start = emit_dot2(self.isa, b, start, record.sums(row, half), taken)
+        return start
+
+    def dots(self, b, word, record, part: int):
+        """int32 sums of (code - offset) * input over run `part`, for every row."""
+        sums = [self.code_sums.sum(b, self.start(b, record, part, row)) for row in range(self.rows)]
+        for k in range(part * self.run // 4, (part + 1) * self.run // 4):
+            codes = self.code_sums.operand(b, word(k), is_from_table=bool(self.item.table))
+            for row in range(self.rows):
+                sums[row].add(codes, record.inputs(row, k))
+        return [total.total() for total in sums]
+
+    def float_dots(self, b, word, record):
+        """float32 sums of code * input over all 64, for every row, in as many chains as hide the additions."""
+        chains = max(1, 4 // self.rows)
+        sums = [[constant(VF32, 0.0)] * chains for _ in range(self.rows)]
+        for quarter in range(4):
+            inputs = [record.numbers(row, quarter) for row in range(self.rows)]
+            for index in range(16):
+                number = number_of_code(self.isa, self.item, b, word(4 * quarter + index // 4), index % 4)
+                lanes = ir.Constant(VI32, [index] * 16)
+                for row in range(self.rows):
+                    x, chain = b.shuffle_vector(inputs[row], inputs[row], lanes), index % chains
+                    sums[row][chain] = fma_value(b, number, x, sums[row][chain])
+        return [reduce(b.fadd, chained) for chained in sums]
+
+    def with_float_scales(self, b, superblock, group, word, record):
+        """Sums of scale * dot, for every row; but of T16 a superblock is one group of inputs."""
+        totals = [None] * self.rows
+        of_run = None
+        if self.item.header == "T16":
+            place = b.add(b.mul(group, ir.Constant(group.type, 16 * self.runs)), ir.Constant(group.type, LINE_BYTES))
+            of_run = tensor_scales(b, superblock, b.add(superblock, place))
+        for part in range(self.runs):
+            scale = load_as(b, superblock, VF32, 0) if of_run is None else of_run(part)
+            if self.item.has_float_codes:
+                values = self.float_dots(b, word, record)
+            else:
+                values = [b.sitofp(dot, VF32) for dot in self.dots(b, word, record, part)]
+            for row, value in enumerate(values):
+                totals[row] = b.fmul(value, scale) if part == 0 else fma_value(b, value, scale, totals[row])
+        return totals
+
+    def one_level(self, b, superblock, group, word, record):
+        """Sums of scale * dot (+ minimum * sum) as float32, for every row."""
+        place = b.mul(group, ir.Constant(group.type, 32))
+        totals = [None] * self.rows
+        for part in range(self.runs):
+            if self.item.header == "E32":
+                scale = exponents(b, b.add(superblock, place), 16 * part)
+            else:
+                scale = halves(b, superblock, 32 * part)
+            for row, dot in enumerate(self.dots(b, word, record, part)):
+                value = b.sitofp(dot, VF32)
+                totals[row] = b.fmul(value, scale) if part == 0 else fma_value(b, value, scale, totals[row])
+        return self.with_minima(b, superblock, record, totals) if self.item.header == "SM32" else totals
+
+    def with_minima(self, b, superblock, record, totals):
+        """Sums and minimum * sum of every run."""
+        for part in range(self.runs):
+            minimum = halves(b, superblock, LINE_BYTES + 32 * part)
+            for row in range(self.rows):
+                ones = constant(VI32, pair(1, 1))
+                total = emit_dot2(self.isa, b, constant(VI32, 0), record.sums(row, part), ones)
+                totals[row] = fma_value(b, b.sitofp(total, VF32), minimum, totals[row])
+        return totals
+
+    def two_levels(self, b, superblock, group, word, record):
+        """d * (sum of sub-scale * dot) - dmin * (sum of sub-minimum * sum), for every row."""
+        signed = self.item.header != "K2M32"
+        subs = b.add(superblock, b.mul(group, ir.Constant(group.type, 16 * self.runs)))
+        scales = [byte_numbers(b, subs, 64 + 16 * part, signed) for part in range(self.runs)]
+        totals = self.offsets_of_16(b, scales, record)
+        for part, scale in enumerate(scales):
+            for row, dot in enumerate(self.dots(b, word, record, part)):
+                totals[row] = b.add(totals[row], b.mul(dot, scale))
+        d = halves(b, superblock, 0)
+        scaled = [b.fmul(b.sitofp(total, VF32), d) for total in totals]
+        if signed:
+            return scaled
+        dmin = b.fneg(halves(b, superblock, 32))
+        minima = pairs_of(b, *(byte_numbers(b, subs, 192 + 16 * part, False) for part in (0, 1)))
+        for row in range(self.rows):
+            taken = emit_dot2(self.isa, b, constant(VI32, 0), minima, record.sums(row, 0))
+            scaled[row] = fma_value(b, b.sitofp(taken, VF32), dmin, scaled[row])
+        return scaled
+
+    def offsets_of_16(self, b, scales, record):
+        """Where the totals of two levels begin: minus offset * sub-scale * sum where `takes_sums_of_16`, else 0."""
+        totals = [constant(VI32, 0)] * self.rows
+        if not self.takes_sums_of_16:
+            return totals
+        taken = [b.mul(scale, constant(VI32, -self.offset)) for scale in scales]
+        for half in range(2):
+            both = pairs_of(b, *taken[2 * half : 2 * half + 2])
+            totals = [emit_dot2(self.isa, b, total, both, record.sums(row, half)) for row, total in enumerate(totals)]
+        return totals
+
+    def with_zeros(self, b, superblock, group, word, record):
+        """Sums of scale * (dot - zero point * sum), the difference in whole numbers, for every row."""
+        totals = [None] * self.rows
+        for part in range(self.runs):
+            first = b.add(b.mul(group, I64(GROUP_INPUTS)), I64(self.run * part))
+            index = b.udiv(first, I64(self.group_inputs))
+            scale = halves(b, b.add(superblock, b.mul(index, I64(32))), 0)
+            zeros = self.zero_pairs(b, superblock, index)
+            for row, dot in enumerate(self.dots(b, word, record, part)):
+                taken = constant(VI32, 0)
+                for half in range(self.run * part // 32, self.run * (part + 1) // 32):
+                    taken = emit_dot2(self.isa, b, taken, zeros, record.sums(row, half))
+                value = b.sitofp(b.sub(dot, taken), VF32)
+                totals[row] = b.fmul(value, scale) if part == 0 else fma_value(b, value, scale, totals[row])
+        return totals
+
+    def zero_pairs(self, b, superblock, index):
+        """The zero points of a group, twice in every lane."""
+        zeros_at, signed = 32 * self.item.group_inputs // self.group_inputs, self.item.header.startswith("SI")
+        zero = byte_numbers(b, b.add(superblock, b.mul(index, I64(16))), zeros_at, signed)
+        if signed:
+            zero = b.and_(zero, constant(VI32, 0xFFFF))
+        return b.mul(zero, constant(VI32, pair(1, 1)))
+
+
+def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
+    """Intrinsic (sums, superblock, group, code lines, record) -> sums; group: which 64 inputs of the superblock.
+
+    ahead_bytes: how far ahead of the code lines as many are asked for, 0 for nothing.
+    """
+    tile, form_sums = types.UniTuple(F32x16, rows), FormSums(isa, item, rows)
+
+    @emits(tile, tile, intp, intp, intp, intp)
+    def step(b, sums, superblock, group, lines, record):
+        for line in range(item.code_lines if ahead_bytes else 0):
+            prefetch_value(b, lines, ahead_bytes + LINE_BYTES * line)
+        activations = Record(b, record, rows)
+        words = code_words(isa, item, b, lines, form_sums.code_sums.table(item.table))
+        totals = form_sums.of_group(b, superblock, group, words, activations)
+        for row, total in enumerate(totals):
+            added = fma_value(b, total, activations.scale(row), b.extract_value(sums, row))
+            sums = b.insert_value(sums, added, row)
+        return sums
+
+    return step
+
+
+def header_ahead(item: WeightFormat, ahead_bytes: int):
+    """Intrinsic (superblock): ask for its header lines, between the code lines that `form_step` asks for."""
+
+    @emits(types.void, intp)
+    def ask(b, superblock):
+        for line in range(item.header_lines if ahead_bytes else 0):
+            prefetch_value(b, superblock, ahead_bytes + LINE_BYTES * line)
+
+    return ask
