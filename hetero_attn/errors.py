@@ -49,8 +49,8 @@ class ArgumentError(ConfigError):
     exit_code = 2
 
 
-class ContextLimitError(ArgumentError):
-    """A context longer than the positions that a model was made for, which are `limit`. Exit code 2."""
+class ContextLimitError(ConfigError):
+    """A context longer than the positions that a model was made for, which are `limit`. Exit code 3."""
 
     def __init__(self, max_context: int, limit: int) -> None:
         super().__init__(

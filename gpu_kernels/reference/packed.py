@@ -75,7 +75,11 @@ def unpack_rows(weight: Tensor, weight_dtype: str, row_ids: Tensor, out: Tensor)
     """As `CpuKernels.unpack_rows`, into `out` of any float dtype."""
     blocks = row_ids // BLOCK_FEATURES
     rows = unpack(weight[blocks], weight_dtype, out.shape[1], out.dtype)
-    out.copy_(rows.view(-1, BLOCK_FEATURES, out.shape[1])[torch.arange(len(blocks)), row_ids % BLOCK_FEATURES])
+    out.copy_(
+        rows.view(-1, BLOCK_FEATURES, out.shape[1])[
+            torch.arange(len(blocks), device=out.device), row_ids % BLOCK_FEATURES
+        ]
+    )
 
 
 def _unpack_q4(lines: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,7 @@
 """Whether a head that drafts fits the model that it is to draft for, and what that model keeps for it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from hetero_attn.checkpoints.hub import resolve_model
 from hetero_attn.checkpoints.sources import read_config
@@ -20,8 +21,8 @@ def taps_for_head(wish: str, options: LoadOptions, config: ModelConfig) -> tuple
         return ()
     if reasons := list(_misfits(head, config)):
         raise UnsupportedModelError(
-            f"speculate names {wish}, a head that cannot draft for {options.model}: {'; '.join(reasons)}. "
-            "Give a head that was trained for this very model"
+            f"speculate names {Path(wish).name}, a head that cannot draft for {Path(options.model).name}: "
+            f"{'; '.join(reasons)}. Give a head that was trained for this very model"
         )
     return head.eagle.tapped(config.num_layers)
 

@@ -403,10 +403,10 @@ CONFIGS = {
     "checkpoint_format": (gptq_config(128, checkpoint_format="marlin"), "checkpoint_format is 'marlin'"),
     "dynamic": (gptq_config(128, dynamic={"x": 7}), "dynamic is .*, expected an object of objects"),
     "dynamic bits": (gptq_config(128, dynamic={"-:a": {}, "+:x": {"bits": 3}}), "bits is 3, not run; read is 4 or 8"),
-    "dynamic sym": (gptq_config(128, dynamic={"x": {"sym": True}}), "dynamic: x: sym is true, not run; read is false"),
+    "dynamic sym": (gptq_config(128, dynamic={"x": {"sym": True}}), "dynamic: x: sym is True, not run; read is false"),
     "dynamic without end": (
         gptq_config(128, dynamic={str(size): {"group_size": size} for size in range(1, 99)}),
-        "98 ways to quantise, expected at most 64",
+        "98 ways to quantise', expected at most 64",
     ),
     "group_size": (gptq_config(0), "group_size is 0, expected -1 or"),
     "format": (

@@ -233,7 +233,7 @@ class Loader:
         tensor, held_as = model.embedding.tensor, self._formats.embed
         embedding = Embedding(self._checkpoint, tensor, held_as, self._landing, self._lanes.host_ops)
         if not model.owns_embedding:
-            return torch.empty(0, device="cpu")
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         if self._plan.workload.embed_bytes == 0:  # a tied head in host memory: its blocks are the embedding
             return embedding.of_head(head.dram, model.hidden_size)
         return embedding.read()

@@ -112,7 +112,7 @@ def _gptq(values: JsonFields) -> Scheme:
     every = _gptq_group(values, version)
     ways = dict.fromkeys((every, *(_gptq_group(each, version) for each in _overrides(values, every))))
     if len(ways) > MOST_WAYS:
-        values.fail("dynamic", f"{len(ways)} ways to quantise", f"at most {MOST_WAYS}")
+        values.fail("dynamic", f"{len(ways) - 1} ways to quantise", f"at most {MOST_WAYS}")
     return Scheme("gptq", tuple(ways))
 
 

@@ -36,7 +36,9 @@ class EagleDrafter:
         self._known = 0  # rows in the cache that are made of the large model's hidden states
         self._tokens: list[int] = []  # the text from the base on, one more than there are rows
         self._waits_again = False  # the one row that waits is in the cache already
-        self.beside = self._waiting = torch.empty(0)  # hidden states of the rows behind those
+        self.beside = self._waiting = torch.empty(
+            0, dtype=torch.float32, device="cpu"
+        )  # hidden states of the rows behind those
 
     @property
     def is_going(self) -> bool:
@@ -91,7 +93,7 @@ class EagleDrafter:
             self._remember()
             self._cache.close(self.sequence)
         self.sequence, self._base, self._known, self._tokens, self._waits_again = None, 0, 0, [], False
-        self.beside = self._waiting = torch.empty(0)
+        self.beside = self._waiting = torch.empty(0, dtype=torch.float32, device="cpu")
 
     @property
     def _end(self) -> int:

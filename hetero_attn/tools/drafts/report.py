@@ -75,8 +75,10 @@ def _passes_table(passes: Sequence[PassTime]) -> Table:
 
 
 def _rows_table(rows: Sequence[DraftsRow]) -> Table:
-    table = Table("text", "drafts", box=None)
-    for heading in ("tokens/s", "gain", "of CPU time", "ceiling", "right", "predicted", "error", "same"):
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for heading in ("text", "drafts"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("tok/s", "gain", "CPU gain", "ceiling", "right", "planned", "error", "same"):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
