@@ -27,6 +27,9 @@ from hetero_attn.serving.sampling_params import SamplingParams
 __all__ = ["SampledToken", "Sampler", "SamplingParams", "likely_tokens", "score_token"]
 
 
+FEW = 4  # Where a grammar leaves less than one token in so many, a draw goes over these alone.
+
+
 class SampledToken(NamedTuple):
     """One chosen token.
 
@@ -114,14 +117,13 @@ class Sampler:
         adjusted = self._adjust(logits, prompt_ids, generated_ids)
         if adjusted is not logits:
             best = greatest(adjusted)
-        allowed = self._allowed_ids(best, generated_ids)
+        allowed, token_ids = self._allowed(best, generated_ids), None
         if allowed is not None:
-            adjusted = adjusted.index_select(0, allowed.to(adjusted.device))
-            best = greatest(adjusted) if len(allowed) else 0
+            adjusted, best, token_ids = _leave(allowed, adjusted, best)
         if adjusted is not logits:
             self._check_allowed(float(adjusted[best]) if len(adjusted) else -math.inf, len(generated_ids))
         place = best if self.params.greedy else self._draw(adjusted)
-        token_id = place if allowed is None else int(allowed[place])
+        token_id = place if token_ids is None else int(token_ids[place])
         if self.params.logprobs is None:
             return SampledToken(token_id)
         return score_token(logits, token_id, self.params.logprobs)
@@ -165,8 +167,8 @@ class Sampler:
                 "choose a value nearer 1"
             )
 
-    def _allowed_ids(self, best: int, generated_ids: Sequence[int]) -> torch.Tensor | None:
-        """Which tokens the grammar leaves, int64 ascending on the CPU; None where it changes nothing.
+    def _allowed(self, best: int, generated_ids: Sequence[int]) -> torch.Tensor | None:
+        """Which tokens the grammar leaves, bool [vocab_size] on the CPU; None where that need not be known.
 
         best: the likeliest token. Where it is taken, all that is asked is whether the grammar allows it.
         """
@@ -174,8 +176,7 @@ class Sampler:
         if mask is None:
             return None
         self._needs_mask = not (self.params.greedy and mask.allows(generated_ids, best))
-        allowed = mask.allowed(generated_ids) if self._needs_mask else None
-        return None if allowed is None or bool(allowed.all()) else torch.from_numpy(np.flatnonzero(allowed.numpy()))
+        return mask.allowed(generated_ids) if self._needs_mask else None
 
     def _adjust(self, logits: torch.Tensor, prompt_ids: Sequence[int], generated_ids: Sequence[int]) -> torch.Tensor:
         """Return logits with bias, end tokens held back and penalties: a copy, or `logits` itself where there is
@@ -218,6 +219,19 @@ class Sampler:
         return int(token_ids[torch.searchsorted(cumulative, cumulative[-1] * share)])
 
 
+def _leave(allowed: torch.Tensor, logits: torch.Tensor, best: int) -> tuple[torch.Tensor, int, torch.Tensor | None]:
+    """What a grammar leaves of logits: values, the place of the largest, and which tokens they are where they are few;
+    else all tokens, with -inf for those that are not allowed."""
+    count = int(allowed.count_nonzero())
+    if FEW * count < len(allowed):
+        token_ids = torch.from_numpy(np.flatnonzero(allowed.numpy()))
+        few = logits.index_select(0, token_ids.to(logits.device))
+        return few, greatest(few) if count else 0, token_ids
+    if count < len(allowed):
+        logits = torch.where(allowed.to(logits.device), logits, -math.inf)
+    return logits, best if bool(allowed[best]) else greatest(logits), None
+
+
 def likely_tokens(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the tokens that temperature (above 0), min_p, top_k and top_p leave, and their weights for a draw.
 
@@ -226,7 +240,8 @@ def likely_tokens(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.T
         params: how to choose.
 
     Returns:
-        Token ids int64 [kept], ascending, and weights float64 [kept] in the ratio of their probabilities.
+        Token ids int64 [kept], ascending, and weights float64 [kept] in the ratio of their probabilities, 0 for tokens
+        whose logit is -inf.
     """
     # Subtracting the largest first keeps any temperature, however small, from overflowing.
     scaled = (logits.double() - logits.max().double()) / params.temperature
@@ -244,7 +259,8 @@ def _keep_likely(scaled: torch.Tensor, min_p: float, top_k: int) -> torch.Tensor
     if 0 < top_k < len(scaled):
         # Where min_p leaves fewer than top_k, the k-th value lies below its threshold, so one comparison does for both.
         threshold = max(threshold, float(torch.topk(scaled, top_k).values[-1]))
-    if float(scaled.amin()) >= threshold:
+    # Tokens of no weight may stay: no draw ends at one, and leaving them out of so many costs more than the draw.
+    if not (min_p > 0 or 0 < top_k < len(scaled)) or float(scaled.amin()) >= threshold:
         return torch.arange(len(scaled), device=scaled.device)
     return (scaled >= threshold).nonzero().squeeze(1)
 
