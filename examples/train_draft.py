@@ -10,13 +10,16 @@ reported is the share of held-out places where both would say the same. Nothing 
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tiny_corpus import gather_documents, split_documents
 from tokenizers import Tokenizer
+from torch import nn
 from torch.nn import functional
 from train_tiny import BEGIN, END, encode_stream, random_windows, schedule
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -72,16 +75,26 @@ def written(large: LlamaForCausalLM, stream: torch.Tensor, texts: int, seed: int
     return large.generate(openings, max_new_tokens=WRITTEN_TOKENS, min_new_tokens=WRITTEN_TOKENS, **how).flatten()
 
 
-def taught_loss(small_logits: torch.Tensor, large_logits: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy with the large model's probabilities, and with its likeliest token; [tokens, vocabulary] each."""
+def taught_loss(small: LlamaForCausalLM, large: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy with the large model's probabilities, and with its likeliest token, over int64 [batch, places]."""
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            wanted = large(input_ids=tokens, use_cache=False).logits
+        logits = small(input_ids=tokens, use_cache=False).logits
+    small_logits, large_logits = (each.float().flatten(0, 1) for each in (logits, wanted))
     soft = functional.cross_entropy(small_logits, large_logits.softmax(-1))
     hard = functional.cross_entropy(small_logits, large_logits.argmax(-1))
     return (1 - ARGMAX_SHARE) * soft + ARGMAX_SHARE * hard
 
 
-def train(small: LlamaForCausalLM, large: LlamaForCausalLM, streams: list[torch.Tensor], options: Options) -> int:
-    """Teach `small` in place on windows of each stream in turn; returns the steps done."""
-    optimizer = torch.optim.AdamW(small.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+def train(
+    model: nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor], streams: list[torch.Tensor], options: Options
+) -> int:
+    """Teach `model` in place on windows of each stream in turn; returns the steps done.
+
+    loss_of: the loss of a batch of windows, int64 [windows, context].
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     generator = torch.Generator().manual_seed(options.seed)
     start, step, progress, smooth = time.perf_counter(), 0, 0.0, None
     while progress < 1.0:
@@ -89,13 +102,9 @@ def train(small: LlamaForCausalLM, large: LlamaForCausalLM, streams: list[torch.
             group["lr"] = options.learning_rate * schedule(progress)
         stream = streams[step % len(streams)]
         tokens = random_windows(stream, options.context, options.windows * options.context, generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                wanted = large(input_ids=tokens, use_cache=False).logits
-            logits = small(input_ids=tokens, use_cache=False).logits
-        loss = taught_loss(logits.float().flatten(0, 1), wanted.float().flatten(0, 1))
+        loss = loss_of(tokens)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(small.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -162,7 +171,7 @@ def main() -> None:
         ]
     )
     small = make_small(large.config, options.seed)
-    steps = train(small, large, [stream, own], options)
+    steps = train(small, partial(taught_loss, small, large), [stream, own], options)
     small.to(torch.bfloat16).save_pretrained(wishes.out)
     cpu_minutes = (time.process_time() - cpu_start) / 60
 

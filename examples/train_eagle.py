@@ -20,9 +20,10 @@ from tiny_corpus import gather_documents, split_documents
 from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional
-from train_draft import GREEDY, GREEDY_TEXTS, LARGE, SAMPLED, SAMPLED_TEXTS, Options, written
-from train_tiny import BEGIN, END, encode_stream, random_windows, schedule
+from train_draft import GREEDY, GREEDY_TEXTS, LARGE, SAMPLED, SAMPLED_TEXTS, Options, train, written
+from train_tiny import BEGIN, END, encode_stream
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import ModelOutput
 
 OUT = Path(__file__).resolve().parent / "tiny-eagle3"
 LAYERS = (0, 1, 2)  # whose outputs are read
@@ -100,14 +101,20 @@ def attended(q: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor]]) -> 
     return out
 
 
-def taught_loss(head: Head, large: LlamaForCausalLM, tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+def read_states(output: ModelOutput) -> torch.Tensor:
+    """What the head reads of the large model's output, of all places but the last: [batch, places - 1, width of fc]."""
+    return torch.cat([output.hidden_states[layer + 1] for layer in LAYERS], -1)[:, :-1]
+
+
+@torch.autocast("cpu", torch.bfloat16)
+def taught_loss(head: Head, large: LlamaForCausalLM, chosen: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Cross-entropy with the large model's probabilities over the `chosen` tokens, every next draft counting less.
 
     tokens: int64 [batch, places]. A row at place t reads token t + 1 and is to say token t + 2.
     """
     with torch.no_grad():
         output = large(input_ids=tokens, use_cache=False, output_hidden_states=True)
-        states = torch.cat([output.hidden_states[layer + 1] for layer in LAYERS], -1)[:, :-1]
+        states = read_states(output)
         wanted = output.logits[:, 1:, chosen].float().softmax(-1)
         embedded = large.model.embed_tokens(tokens[:, 1:])
     hidden, seen, loss = head.fc(states), [], 0.0
@@ -119,30 +126,6 @@ def taught_loss(head: Head, large: LlamaForCausalLM, tokens: torch.Tensor, chose
     return loss
 
 
-def train(head: Head, large: LlamaForCausalLM, streams: list[torch.Tensor], chosen: torch.Tensor, options: Options):
-    """Teach the head in place on windows of each stream in turn; returns the steps done."""
-    optimizer = torch.optim.AdamW(head.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    generator = torch.Generator().manual_seed(options.seed)
-    start, step, progress = time.perf_counter(), 0, 0.0
-    while progress < 1.0:
-        for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * schedule(progress)
-        stream = streams[step % len(streams)]
-        tokens = random_windows(stream, options.context, options.windows * options.context, generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = taught_loss(head, large, tokens, chosen)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        elapsed_s = time.perf_counter() - start
-        progress = step / options.steps if options.minutes is None else elapsed_s / (60 * options.minutes)
-        if step % 50 == 0:
-            print(f"step {step}, {elapsed_s:.0f} s, loss {loss.item():.3f}", flush=True)
-    return step
-
-
 @torch.no_grad()
 def agreement(head: Head, large: LlamaForCausalLM, tokens: torch.Tensor, chosen: torch.Tensor, context: int = 256):
     """The share of places of `tokens` int64 [length] where the first draft is the large model's likeliest token."""
@@ -150,7 +133,7 @@ def agreement(head: Head, large: LlamaForCausalLM, tokens: torch.Tensor, chosen:
     for start in range(0, len(tokens) - 2, context):
         window = tokens[None, start : start + context]
         output = large(input_ids=window, use_cache=False, output_hidden_states=True)
-        states = torch.cat([output.hidden_states[layer + 1] for layer in LAYERS], -1)[:, :-1]
+        states = read_states(output)
         hidden = head.rows(large.model.embed_tokens(window[:, 1:]), head.fc(states), [])
         mine = chosen[head.lm_head(head.norm(hidden)).argmax(-1)]
         same += int((mine == output.logits[:, 1:].argmax(-1)).sum())
@@ -226,7 +209,7 @@ def main() -> None:
     chosen = counts.topk(DRAFT_VOCAB).indices.sort().values
     torch.manual_seed(options.seed)
     head = Head(large.config)
-    steps = train(head, large, [stream, own], chosen, options)
+    steps = train(head, partial(taught_loss, head, large, chosen), [stream, own], options)
     cpu_minutes = (time.process_time() - cpu_start) / 60
     save(head, large.config, chosen, wishes.out)
 
