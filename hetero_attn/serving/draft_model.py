@@ -5,12 +5,13 @@ from it, the last of them included; what turns out to be other text is taken bac
 Drafts of several requests are rows of the same passes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from hetero_attn.cache.pool import SequenceState
 from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.greatest import greatest
 from hetero_attn.ops.step import Rows
+from hetero_attn.speculation.drafter import passes
 from hetero_attn.speculation.speculator import Asked
 
 FEW_ROWS = 4  # new tokens that are computed as rows of a step; of more, all but the last are a prompt's chunk
@@ -43,7 +44,7 @@ class DraftModel:
         guess before."""
         going = [each.drafter for each in asked if each.drafter.begin(*each[1:])]
         while going:
-            for group in self._passes(going):
+            for group in passes(going, self.engine.most_single_rows):
                 work = [Rows(drafter.sequence, drafter.pending) for drafter in group]
                 for drafter, logits in zip(group, self.engine.run(work, copy=False), strict=True):
                     drafter.take(greatest(logits[-1, : self.vocab_size]))
@@ -53,17 +54,6 @@ class DraftModel:
     def close(self) -> None:
         """Release its threads and memory; idempotent."""
         self.engine.close()
-
-    def _passes(self, drafters: Sequence["ModelDrafter"]) -> Iterator[list["ModelDrafter"]]:
-        """The drafters of each pass, as many as one takes."""
-        group: list[ModelDrafter] = []
-        for drafter in drafters:
-            rows = sum(len(other.pending) for other in group) + len(drafter.pending)
-            if group and rows > self.engine.most_single_rows:
-                yield group
-                group = []
-            group.append(drafter)
-        yield group
 
 
 class ModelDrafter:

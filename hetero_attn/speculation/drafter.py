@@ -1,7 +1,7 @@
 """Who guesses what comes next of a request, and what is asked of it; n-grams are the guess that needs no model."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from hetero_attn.speculation.suffix_automaton import SuffixAutomaton
 
@@ -32,6 +32,26 @@ class Drafter(Protocol):
     def close(self) -> None:
         """Let go of whatever is held for the request; a later draft begins anew."""
         ...
+
+
+class Pending(Protocol):
+    """A drafter with a model, which has `pending` tokens to compute before its next guess."""
+
+    pending: list[int]
+
+
+D = TypeVar("D", bound=Pending)
+
+
+def passes(drafters: Sequence[D], most_rows: int) -> Iterator[list[D]]:
+    """The drafters of each pass of their model, as many as its rows take."""
+    group: list[D] = []
+    for drafter in drafters:
+        if group and sum(len(each.pending) for each in (*group, drafter)) > most_rows:
+            yield group
+            group = []
+        group.append(drafter)
+    yield group
 
 
 @runtime_checkable

@@ -5,7 +5,7 @@ there and of the token behind, and gives the one behind that. Behind the last to
 the head's own hidden state takes their place, and its guess that of the token.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from hetero_attn.errors import CheckpointError
 from hetero_attn.ops.step import Rows
 from hetero_attn.serving.eagle.drafter import EagleDrafter, pairs
 from hetero_attn.spec.config import ModelConfig, tensor_names
+from hetero_attn.speculation.drafter import passes
 from hetero_attn.speculation.speculator import Asked
 
 
@@ -48,7 +49,7 @@ class EagleHead:
         """What each request's drafter guesses."""
         going = [each.drafter for each in asked if each.drafter.begin(*each[1:])]
         while going:
-            for group in self._passes(going):
+            for group in passes(going, self.engine.most_single_rows):
                 self._guess(group)
             going = [drafter for drafter in going if drafter.is_going]
         return [each.drafter.drafted for each in asked]
@@ -68,17 +69,6 @@ class EagleHead:
         handed_on = self.engine.handed_on(sum(counts)).split(counts)
         for drafter, own, after in zip(drafters, logits, handed_on, strict=True):
             drafter.take(self._token_ids[greatest(own[-1])], after[-1:])
-
-    def _passes(self, drafters: Sequence[EagleDrafter]) -> Iterator[list[EagleDrafter]]:
-        """The drafters of each pass, as many as one takes."""
-        group: list[EagleDrafter] = []
-        for drafter in drafters:
-            rows = sum(len(other.pending) for other in group) + len(drafter.pending)
-            if group and rows > self.engine.most_single_rows:
-                yield group
-                group = []
-            group.append(drafter)
-        yield group
 
 
 def read_token_ids(path: Path, config: ModelConfig) -> list[int]:
