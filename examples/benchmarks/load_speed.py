@@ -1,30 +1,49 @@
 """What loading a model takes: CPU seconds for each GB of its file, wall time, and the most memory beside the weights.
 
-    python examples/benchmarks/load_speed.py MODEL[:DTYPE] ... [--threads 2] [--repetitions 3]
+    python examples/benchmarks/load_speed.py MODEL[:DTYPE] ... [--threads 2] [--repetitions 3] [--cold]
 
-Every load is a process of its own; the first one, which may compile kernels and reads the file from the disk, does not
-count. CPU seconds are those of all threads while weights are read and packed: a file of G GB in S of them keeps up,
-on T threads that do nothing else, with a disk of T * G / S GB/s. Wall time means something only on a machine that does
+Every load is a process of its own; the first one, which may compile kernels, does not count. A load is from the page
+cache. With --cold the file is dropped from it first, and the ceiling stands beside: the disk's speed, reading the same
+file from end to end, dropped as well, just before each load. Before a load as much memory as the file is large is
+written to once and given back, and the table says how fast that went: a virtual machine may get memory only when it is
+first touched, at a few hundred MB/s, and would measure that instead.
+
+CPU seconds are those of all threads while weights are read and packed: a file of G GB in S of them keeps up, on T
+threads that do nothing else, with a disk of T * G / S GB/s. Wall time means something only on a machine that does
 nothing else. Memory is the process's peak without the page cache, less what it was before, less the packed weights.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 LOAD = """
-import json, sys, time
+import json, os, sys, time
+import torch
+from cpu_kernels import fresh_memory
 from hetero_attn import LLM
 from hetero_attn.checkpoints.loading.load import Loader
 
 def kib(name):
     return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1])
 
+def touch(size):
+    began = time.perf_counter()
+    fresh_memory((size,), torch.uint8)[::4096] = 1
+    return time.perf_counter() - began
+
 def measured(loader, load=Loader.load):
+    found["memory_s"] = touch(int(size))
+    for file in dropped:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
     before, began, cpu = kib("VmRSS"), time.perf_counter(), time.process_time()
     weights = load(loader)
     found.update(wall_s=time.perf_counter() - began, cpu_s=time.process_time() - cpu)
@@ -32,25 +51,54 @@ def measured(loader, load=Loader.load):
     return weights
 
 found, Loader.load = {}, measured
-path, dtype, threads = sys.argv[1:]
+path, dtype, threads, size, *dropped = sys.argv[1:]
 with LLM(path, dtype=dtype, device="cpu", max_context=64, num_threads=int(threads), progress=False) as llm:
     found["packed"] = llm.plan.workload.weight_bytes + llm.plan.workload.embed_bytes
 print(json.dumps(found))
 """
 
 
+READ_BYTES = 16 << 20  # at once, where the disk is measured
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of a model's weights."""
+    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+
+
 def file_bytes(path: Path) -> int:
     """Bytes of a model's weights on disk."""
-    return sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
+    return sum(file.stat().st_size for file in files_of(path))
 
 
-def measured(path: Path, dtype: str, threads: int, repetitions: int) -> dict[str, float]:
+def drop(path: Path) -> None:
+    """Have the system forget what it holds of a model's weights in memory."""
+    for file in files_of(path):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def disk_s(path: Path) -> float:
+    """Seconds of reading a model's weights from the disk, one read behind the other."""
+    drop(path)
+    began, buffer = time.perf_counter(), bytearray(READ_BYTES)
+    for file in files_of(path):
+        with file.open("rb", buffering=0) as opened:
+            while opened.readinto(buffer):
+                pass
+    return time.perf_counter() - began
+
+
+def measured(path: Path, dtype: str, threads: int, repetitions: int, cold: bool) -> dict[str, float]:
     """Medians over the loads that count."""
-    command = [sys.executable, "-c", LOAD, str(path), dtype, str(threads)]
+    dropped = files_of(path) if cold else []
+    command = [sys.executable, "-c", LOAD, str(path), dtype, str(threads), str(file_bytes(path)), *map(str, dropped)]
     runs = []
     for _ in range(repetitions + 1):
+        ceiling = {"disk_s": disk_s(path)} if cold else {}
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        runs.append(json.loads(done.stdout.splitlines()[-1]))
+        runs.append(ceiling | json.loads(done.stdout.splitlines()[-1]))
     return {key: statistics.median(run[key] for run in runs[1:]) for key in runs[0]}
 
 
@@ -60,18 +108,24 @@ def main() -> None:
     parser.add_argument("models", nargs="+", help="a directory or GGUF file, with :DTYPE behind it or not")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--cold", action="store_true", help="from the disk, beside what the disk can do")
     options = parser.parse_args()
     rows = []
-    print(f"{'model':<40}{'dtype':>6}{'GB':>7}{'CPU s/GB':>10}{'GB/s':>7}{'wall GB/s':>11}{'beside, MB':>12}")
+    disk = f"{'disk':>6}" if options.cold else ""
+    print("GB/s of the file but for the last column, which is MB; `could` is what the CPU seconds would allow")
+    print(f"{'model':<30}{'dtype':>6}{'GB':>6}{disk}{'memory':>8}{'CPU s/GB':>10}{'could':>7}{'load':>6}{'beside':>8}")
     for model in options.models:
         name, _, dtype = model.partition(":")
         path, dtype = Path(name), dtype or "auto"
-        found, size = measured(path, dtype, options.threads, options.repetitions), file_bytes(path)
+        found = measured(path, dtype, options.threads, options.repetitions, options.cold)
+        size = file_bytes(path)
         each = found["cpu_s"] / size * 1e9
         rows.append({"model": path.name, "dtype": dtype, "file_bytes": size, **found})
-        speeds = f"{each:>10.2f}{options.threads / each:>7.1f}{size / found['wall_s'] / 1e9:>11.2f}"
+        ceilings = [size / found[key] / 1e9 for key in ("disk_s", "memory_s") if key in found]
+        disk = f"{ceilings[0]:>6.2f}" if options.cold else ""
+        speeds = f"{ceilings[-1]:>8.2f}{each:>10.2f}{options.threads / each:>7.1f}{size / found['wall_s'] / 1e9:>6.2f}"
         beside = (found["grown"] - found["packed"]) / 1e6
-        print(f"{path.name[-39:]:<40}{dtype:>6}{size / 1e9:>7.2f}{speeds}{beside:>12.0f}", flush=True)
+        print(f"{path.name[-29:]:<30}{dtype:>6}{size / 1e9:>6.2f}{disk}{speeds}{beside:>8.0f}", flush=True)
     print(
         json.dumps({"machine": platform.processor() or platform.machine(), "threads": options.threads, "loads": rows})
     )

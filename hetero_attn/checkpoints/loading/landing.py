@@ -68,7 +68,8 @@ class Landing:
             blocks = torch.empty(shape, dtype=torch.uint8, device="cpu")
             self.pack(tensors, rows, name, blocks)
             size = segment.blocks * blocks.shape[1]
-            packed[:, segment.first_byte : segment.first_byte + size] = blocks.view(-1, size)
+            # By numpy: torch's threads go on spinning after a copy that they have shared, on the cores that pack.
+            packed.numpy()[:, segment.first_byte : segment.first_byte + size] = blocks.view(-1, size).numpy()
         if on_device:
             self._lanes.copy(target, packed)
             self._landed = self._lanes.device.record(self._lanes.device.compute)
