@@ -149,4 +149,4 @@ def _norm_shape(hidden: int, order: str) -> Shape:
 
 @functools.cache
 def _gated_shape(gelu: bool, order: str) -> Shape:
-    return Shape(BLOCK=SILU_BLOCK, GELU=gelu, ORDER=order, num_warps=4, enable_fp_fusion=gelu)
+    return Shape(BLOCK=SILU_BLOCK, GELU=gelu, ORDER=order, num_warps=4, enable_fp_fusion=False)

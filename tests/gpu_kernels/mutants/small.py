@@ -91,7 +91,7 @@ MUTANTS = {
     "a gather of one block": ("small/gather", "gather_columns", GATHER, "tl.program_id(1) * BLOCK", "0 * BLOCK"),
     "a gather that is a copy": ("small/gather", "gather_columns", GATHER, "x_stride + sources", "x_stride + columns"),
     "gelu of one block": ("small/gelu", "gelu", GELU, "tl.program_id(1) * BLOCK", "0 * BLOCK"),
-    "gelu without its cubic": ("elementwise", "gelu_mul", GELU_MUL, "0.044715 * gate * gate", "0.0"),
+    "gelu without its cubic": ("elementwise", "gelu_mul", GELU_MUL, "gate * gate * 0.044715", "0.0"),
     "a norm that writes where it should add": (
         "elementwise",
         "rms_norm",
