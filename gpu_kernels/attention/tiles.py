@@ -30,6 +30,7 @@ DECODE_TILES = {
         64: Tile(0, 64, 4, 4),
         128: Tile(0, 64, 4, 3),
         256: Tile(0, 32, 8, 3),
+        512: Tile(0, 16, 8, 2),
     },
     torch.int8: {
         16: Tile(0, 64, 4, 3),
@@ -37,6 +38,7 @@ DECODE_TILES = {
         64: Tile(0, 64, 4, 4),
         128: Tile(0, 64, 4, 4),
         256: Tile(0, 32, 8, 3),
+        512: Tile(0, 16, 8, 2),
     },
     torch.float32: {
         16: Tile(0, 32, 4, 2),
@@ -44,6 +46,7 @@ DECODE_TILES = {
         64: Tile(0, 32, 4, 2),
         128: Tile(0, 16, 4, 2),
         256: Tile(0, 16, 8, 1),
+        512: Tile(0, 16, 8, 1),
     },
 }
 PREFILL_TILES = {
@@ -53,6 +56,7 @@ PREFILL_TILES = {
         64: Tile(64, 64, 4, 3),
         128: Tile(128, 32, 8, 3),
         256: Tile(64, 32, 8, 2),
+        512: Tile(32, 16, 8, 1),
     },
     torch.int8: {
         16: Tile(64, 64, 4, 3),
@@ -60,6 +64,7 @@ PREFILL_TILES = {
         64: Tile(64, 64, 4, 3),
         128: Tile(64, 64, 4, 2),
         256: Tile(64, 32, 8, 2),
+        512: Tile(32, 16, 8, 1),
     },
     torch.float32: {
         16: Tile(32, 32, 4, 2),
@@ -67,6 +72,7 @@ PREFILL_TILES = {
         64: Tile(32, 32, 8, 2),
         128: Tile(32, 16, 8, 1),
         256: Tile(16, 16, 8, 1),
+        512: Tile(16, 16, 8, 1),
     },
 }
 # Compute capability 9.0 multiplies out of shared memory, of which it has more, so larger tiles fit its registers.

@@ -27,7 +27,8 @@ class KVCache:
         self._open: dict[int, SequenceState] = {}
         kinds: dict[tuple[int, ...], list[int]] = {}
         for index, (placement, shard) in enumerate(zip(plan.kv, plan.workload.kv, strict=True)):
-            kind = (placement.gpu_kv_heads, placement.gpu_tokens, shard.kv_heads, shard.bytes_per_token, shard.window)
+            sizes = (shard.kv_heads, shard.head_dim, shard.bytes_per_token, shard.window)
+            kind = (placement.gpu_kv_heads, placement.gpu_tokens, *sizes)
             kinds.setdefault(kind, []).append(index)
         self.pools = tuple(CachePool(plan, indices, device) for indices in kinds.values())
         # layer -> (index of its pool, its place in that pool)

@@ -31,7 +31,8 @@ class PageBlock:
 class PageStream(CopyAhead[PageBlock, tuple[torch.Tensor, torch.Tensor]]):
     """The buffers of a plan, each of `block_pages` pages of as many KV heads as the widest layer has.
 
-    What arrives is K and V of a block, rows as `table` says.
+    What arrives is K and V of a block, rows as `table` says, of the width that the block's layer has; the buffers have
+    room for the widest.
     """
 
     def __init__(self, device: Device, workload: Workload) -> None:
@@ -52,8 +53,8 @@ class PageStream(CopyAhead[PageBlock, tuple[torch.Tensor, torch.Tensor]]):
         return self._table[:kv_heads]
 
     def _copy(self, buffer: int, block: PageBlock) -> tuple[torch.Tensor, torch.Tensor]:
-        device, k, v = self.device, self._k[buffer], self._v[buffer]
-        place = 0
+        device, place = self.device, 0
+        k, v = (_as_wide(pages[buffer], block.store.k[block.layer]) for pages in (self._k, self._v))
         for (page,), length in runs([(page,) for page in block.pages]):
             rows = block.store.page_rows(page, length)
             for buffer_pages, store_pages in ((k, block.store.k), (v, block.store.v)):
@@ -63,3 +64,10 @@ class PageStream(CopyAhead[PageBlock, tuple[torch.Tensor, torch.Tensor]]):
                 self.copied_bytes += source.nbytes
             place += length
         return k, v
+
+
+def _as_wide(buffer: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    """The front of a buffer [rows, page_size, items] with rows of as many items as those of a store."""
+    rows, page_size, _ = buffer.shape
+    items = pages.shape[-1]
+    return buffer.view(-1)[: rows * page_size * items].view(rows, page_size, items)

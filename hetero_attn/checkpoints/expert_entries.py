@@ -5,6 +5,7 @@
     mlp.experts.gate_up_proj [E, 2I, H], .down_proj [E, H, I] all experts in one tensor: gate rows, then up rows of each
     mlp.experts.gate_up_proj [E, H, 2I], .down_proj [E, I, H] gpt-oss: columns are gate, up, gate, up ..; and biases,
                                                               .gate_up_proj_bias [E, 2I], .down_proj_bias [E, H]
+    experts.gate_up_proj, experts.N...                        Gemma 4: as those, right under the layer
     .gate_up_proj_blocks [E, 2I, H/32, 16], .._scales [E, ..] its MXFP4: experts.N.gate_up_proj.blocks and .scales
 
 A fused tensor is cut by its offsets alone, where each expert's rows are contiguous in the file.
@@ -14,14 +15,14 @@ import re
 from dataclasses import replace
 
 from hetero_attn.checkpoints.safetensors import ColumnsEntry, TensorEntry
-from hetero_attn.spec.tensor_names import CORRECTION
+from hetero_attn.spec.tensor_names import CORRECTION, LAYER_PREFIX
 
 _MIXTRAL = re.compile(r"(.+)\.block_sparse_moe\.(?:gate|experts\.(\d+)\.(w[123]))\.(\w+)")
 _CORRECTION = re.compile(rf"(.+)\.(?:block_sparse_moe|mlp)\.{CORRECTION}")
 _MIXTRAL_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _FUSED = re.compile(r"(.+)\.(?:mlp|block_sparse_moe)\.experts\.(gate_up_proj|down_proj)(?:\.weight)?")
 
-
+_BARE = re.compile(rf"^({re.escape(LAYER_PREFIX)}\d+)\.experts\.")
 _TURNED = re.compile(r"(.+)\.mlp\.experts\.(gate_up_proj|down_proj)(_bias)?")
 _STACKED = re.compile(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)_(blocks|scales)")
 _STACKED_DIMENSIONS = {"blocks": 4, "scales": 3}
@@ -32,6 +33,7 @@ def by_our_names(entries: dict[str, TensorEntry], is_turned: bool = False) -> di
     ones have outputs as columns."""
     found: dict[str, TensorEntry] = {}
     for name, entry in entries.items():
+        name = _BARE.sub(r"\1.mlp.experts.", name)
         fused, mixtral, stacked = _FUSED.fullmatch(name), _MIXTRAL.fullmatch(name), _STACKED.fullmatch(name)
         if is_turned and (turned := _TURNED.fullmatch(name)) and _are_columns(turned[2], bool(turned[3]), entry):
             found |= _columns(turned[1], turned[2], bool(turned[3]), entry)

@@ -69,6 +69,7 @@ class Attention(AttentionDeclaration, Block):
             sin=sin,
             q_norm=weights.vector("q_norm"),
             k_norm=weights.vector("k_norm"),
+            v_norm=weights.vector("v_norm"),
             cap=self._config.attention_cap,
             sinks=weights.vector("sinks"),
             is_gated=self._config.gated_attention,

@@ -162,3 +162,11 @@ def add_output(
     linear_add(lanes, last, tier, split, projected, work.scratch, add=False)
     residual = work.residual.main[:, :hidden_size]
     lanes.main_ops.rms_norm(projected.main[:, :hidden_size], post_norm.main, norm_eps, residual, True)
+
+
+def scale_residual(lanes: Lanes, weights: BlockWeights, work: Workspace, hidden_size: int) -> None:
+    """Multiply the residual by the number of the layer, of a model whose layers have one."""
+    scalar = weights.vector("layer_scalar").main
+    if scalar is not None:
+        rows = work.residual.main[:, :hidden_size]
+        lanes.main_ops.scale_rows(scalar.expand(rows.shape[0], 1), rows)

@@ -9,6 +9,7 @@ from cpu_kernels.formats import format_of
 from hetero_attn.lanes.activation import Activation
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.attention import Attention
+from hetero_attn.models.beside import Beside
 from hetero_attn.models.block import Block, BlockWeights, Norm, normed_linear
 from hetero_attn.models.delta import DeltaNet
 from hetero_attn.models.eagle import EagleAttention, Fusion
@@ -35,7 +36,7 @@ class Head(HeadDeclaration, Block):
         lanes.push(out, 0, head.device_features(tier))
 
 
-KINDS = BlockKinds(Attention, Mlp, Experts, Head, DeltaNet, EagleAttention, Fusion)
+KINDS = BlockKinds(Attention, Mlp, Experts, Head, DeltaNet, EagleAttention, Fusion, Beside)
 
 
 def decoder(config: ModelConfig, formats: str | WeightFormats = "bf16") -> ModelSpec:

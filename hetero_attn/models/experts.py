@@ -8,7 +8,7 @@
 Routing is computed once, in float32, where the residual stream lives; see `ops.experts` for the lanes of the experts.
 """
 
-from cpu_kernels.contract import Scoring
+from cpu_kernels.contract import Routes, Scoring
 from hetero_attn.lanes.activation import Activation
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.block import Block, BlockWeights, Norm, StateView, normalize
@@ -29,11 +29,11 @@ class Experts(ExpertsDeclaration, Block):
         buffers = self._buffers(work, run.step.rows, experts.expert_slot_count)
         on_host = any(linear.has_host_features(tier) for linear in (experts, *self._shared_of(weights)[:1]))
         normalize(lanes, Norm.of(self._model, weights), work.residual, buffers.x, on_host)
-        self._route(lanes, weights, buffers, experts.expert_slots)
+        self._route(lanes, weights, buffers, buffers.x, experts.expert_slots)
         compute_experts(lanes, experts, tier, buffers)
         given = lanes.given
         if self.shared:
-            self._add_shared(run, weights, buffers, work)
+            self._add_shared(run, weights, buffers, work, buffers.x, work.residual)
         add_experts(lanes, experts, tier, buffers, given, work.residual)
 
     def _buffers(self, work: Workspace, rows: int, expert_slots: int) -> ExpertBuffers:
@@ -53,8 +53,13 @@ class Experts(ExpertsDeclaration, Block):
         )
 
     def _route(
-        self, lanes: Lanes, weights: BlockWeights, buffers: ExpertBuffers, expert_slots: ExpertSlots | None
-    ) -> None:
+        self,
+        lanes: Lanes,
+        weights: BlockWeights,
+        buffers: ExpertBuffers,
+        x: Activation,
+        expert_slots: ExpertSlots | None,
+    ) -> Routes:
         routes = routes_in(buffers.routes.main, buffers.weights.main, self.experts, expert_slots)
         config = self._config
         scoring = Scoring(
@@ -68,15 +73,26 @@ class Experts(ExpertsDeclaration, Block):
             eps=config.eps,
             scale=config.scale,
         )
-        lanes.main_ops.route(buffers.x.main, weights.vector("router").main, scoring, routes)
+        lanes.main_ops.route(x.main, weights.vector("router").main, scoring, routes)
         if expert_slots is not None:
             expert_slots.note(lanes, routes.ids)
+        return routes
 
     def _shared_of(self, weights: BlockWeights) -> tuple[LinearWeights, ...]:
         return tuple(weights.linears[linear.kind] for linear in self.shared)
 
-    def _add_shared(self, run: Run, weights: BlockWeights, buffers: ExpertBuffers, work: Workspace) -> None:
-        """The shared expert as an MLP whose activated rows are scaled: down(f a) = f down(a)."""
+    def _add_shared(
+        self,
+        run: Run,
+        weights: BlockWeights,
+        buffers: ExpertBuffers,
+        work: Workspace,
+        x: Activation,
+        out: Activation,
+        add: bool = True,
+    ) -> None:
+        """The shared expert of x as an MLP whose activated rows are scaled: down(f a) = f down(a). add: False writes
+        what it gives into `out`."""
         lanes, tier = run.lanes, run.step.tier
         gate_up, down = self._shared_of(weights)
         both = work.of("shared_gate_up", gate_up.spec.out_features)
@@ -84,14 +100,14 @@ class Experts(ExpertsDeclaration, Block):
         per_row, column, on_host = self._config.per_row, gate_up.device_features(tier), gate_up.has_host_features(tier)
         if on_host and self._config.is_gated:
             lanes.push(buffers.weights, per_row, per_row + 1)
-        linear(lanes, gate_up, tier, buffers.x, both)
+        linear(lanes, gate_up, tier, x, both)
 
         def activate(side: str, columns: slice) -> None:
             ops = lanes.host_ops if side == "host" else lanes.device.ops
-            out = getattr(activated, side)[:, columns.start // 2 : columns.stop // 2]
-            ops.silu_mul(getattr(both, side)[:, columns], out)
+            rows = getattr(activated, side)[:, columns.start // 2 : columns.stop // 2]
+            getattr(ops, self._activate)(getattr(both, side)[:, columns], rows)
             if self._config.is_gated:
-                ops.scale_rows(getattr(buffers.weights, side)[:, per_row:], out)
+                ops.scale_rows(getattr(buffers.weights, side)[:, per_row:], rows)
 
         if on_host:
             lanes.on_host(lambda: activate("host", slice(column, gate_up.spec.out_features)))
@@ -99,4 +115,4 @@ class Experts(ExpertsDeclaration, Block):
             activate("device", slice(0, column))
         inputs = down.spec.in_features
         split = SplitInput(activated.columns(0, inputs), min(column // 2, inputs))
-        linear_add(lanes, down, tier, split, work.residual, work.scratch)
+        linear_add(lanes, down, tier, split, out, work.scratch, add)

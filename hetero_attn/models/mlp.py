@@ -4,7 +4,16 @@ import torch
 
 from cpu_kernels.contract import Ops
 from hetero_attn.lanes.activation import Activation
-from hetero_attn.models.block import Block, BlockWeights, Norm, StateView, add_output, normed_linear, room_to_reorder
+from hetero_attn.models.block import (
+    Block,
+    BlockWeights,
+    Norm,
+    StateView,
+    add_output,
+    normed_linear,
+    room_to_reorder,
+    scale_residual,
+)
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.linear import LinearWeights, SplitInput, linear
 from hetero_attn.ops.run import Run
@@ -38,6 +47,7 @@ class Mlp(MlpDeclaration, Block):
                 self._apply(ops, *on_device)
         split = SplitInput(activated.columns(0, width), min(computed, width), inputs)
         add_output(run, down, split, work, weights.vector("post_norm"), self._eps)
+        scale_residual(lanes, weights, work, self.first.in_features)
 
     def _multiply(
         self, run: Run, weights: BlockWeights, first: LinearWeights, work: Workspace, out: Activation

@@ -30,9 +30,9 @@ class AttentionParameters:
     """What one layer's attention needs beside its linears, float32, where each lane needs it.
 
     scale: what scores are multiplied by. cap: the soft cap on them, 0 for none. cos, sin: [max_context, rotary_dim /
-    2]. q_norm, k_norm: [head_dim]; sinks: [num_heads], of each the score that has no value; None on both sides where
-    the family has none. is_gated: whether behind each KV head's q, k and v stand gates of what its query heads attend
-    to.
+    2]. q_norm, k_norm, v_norm: [head_dim]; sinks: [num_heads], of each the score that has no value; None on both sides
+    where the family has none. is_gated: whether behind each KV head's q, k and v stand gates of what its query heads
+    attend to.
     """
 
     num_heads: int
@@ -45,6 +45,7 @@ class AttentionParameters:
     sin: Activation
     q_norm: Activation
     k_norm: Activation
+    v_norm: Activation = Activation(None, None)
     cap: float = 0.0
     sinks: Activation = Activation(None, None)
     is_gated: bool = False
@@ -112,6 +113,19 @@ class _Side:
             result = self.of(out).unflatten(1, (own.num_kv_heads, width))[:, self.kv_heads]
             self.ops.sigmoid_mul(units[..., width + 2 * own.head_dim :][..., :width], result)
 
+    def norm_values(self, units: torch.Tensor) -> None:
+        """Normalise v in place where the family does: of every row together, or of every head, what is fewer calls.
+
+        units: float32 [rows, its KV heads, unit_features].
+        """
+        own, weight = self.parameters, self.of(self.parameters.v_norm)
+        if weight is None:
+            return
+        start = (own.queries_per_kv + 1) * own.head_dim
+        values = units[..., start : start + own.head_dim]
+        for piece in values.unbind(0 if values.shape[0] <= values.shape[1] else 1):
+            self.ops.rms_norm(piece, weight, own.norm_eps, piece)
+
     def rotation(self) -> Rotation:
         """What it rotates with."""
         own = self.parameters
@@ -170,8 +184,10 @@ def _rows_of(buffers: AttentionBuffers, part: Part, step: Step) -> AttentionBuff
 
 
 def _store(side: _Side, step: Step, view: KvView, qkv: Activation, query: Activation) -> None:
+    units = side.of(qkv).view(step.rows, side.parameters.num_kv_heads, -1)[:, side.kv_heads]
+    side.norm_values(units)
     side.ops.rope_append(
-        side.of(qkv).view(step.rows, side.parameters.num_kv_heads, -1)[:, side.kv_heads],
+        units,
         side.of(step.positions),
         side.rotation(),
         side.per_head(query),

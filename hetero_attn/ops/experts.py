@@ -130,7 +130,7 @@ class _Side:
 def activate(ops: Any, spec: ExpertsSpec, gate_up: torch.Tensor, out: torch.Tensor) -> None:
     """The activation between the products of an expert."""
     if spec.clamp is None:
-        ops.silu_mul(gate_up, out)
+        getattr(ops, spec.activation)(gate_up, out)
     else:
         ops.clamped_silu_mul(gate_up, *spec.clamp, out)
 

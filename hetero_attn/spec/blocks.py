@@ -19,10 +19,10 @@ KEPT = "kept"  # the buffer, and the region, of the residual streams that are ke
 @dataclass(frozen=True, slots=True)
 class Vector:
     """A float32 vector of a block, such as a norm's weight. offset, scale: what the checkpoint holds counts as
-    (values + offset) * scale."""
+    (values + offset) * scale. tensor: None where no checkpoint holds it, whose values count as zeros."""
 
     name: str
-    tensor: str
+    tensor: str | None
     features: int
     offset: float = 0.0
     scale: float = 1.0
@@ -107,7 +107,8 @@ class Declaration:
             found |= linear.tensors
         for matrix in self.matrices:
             found |= {name: (rows, matrix.features) for name, rows in matrix.tensors}
-        return found | {vector.tensor: (vector.features,) for vector in self.vectors}
+        vectors = {vector.tensor: (vector.features,) for vector in self.vectors if vector.tensor is not None}
+        return found | vectors
 
 
 @dataclass(frozen=True)

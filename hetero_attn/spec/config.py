@@ -65,6 +65,10 @@ class ModelConfig:
         delta: of gated DeltaNet in the place of some layers' attention, None for a model without.
         gated_attention: whether what a head attends to is multiplied by the sigmoid of a projection.
         spare_layers: how many layers files may have behind the model's, which it does not use.
+        full_attention: KV heads and head_dim of the layers without a window, None where they are as in the others.
+        value_norm: whether v heads are RMS-normalised too, without a weight.
+        shared_projection: whether layers without a window make v, before its norm, by the projection of k.
+        layer_scalars: whether what leaves a layer is multiplied by a number of its own.
         eagle: of a head that drafts for a larger model, None for a model.
         gated: whether the MLP has a gate beside what it activates; else it activates that itself.
         dtype: dtype named by the config ("fp32", "bf16", "fp16"), None when it names none; the headers of the weight
@@ -114,6 +118,10 @@ class ModelConfig:
     delta: DeltaConfig | None = None
     gated_attention: bool = False
     eagle: EagleConfig | None = None
+    full_attention: tuple[int, int] | None = None
+    value_norm: bool = False
+    shared_projection: bool = False
+    layer_scalars: bool = False
 
     @property
     def heads_per_kv_head(self) -> int:
@@ -135,6 +143,18 @@ class ModelConfig:
     def rows_in_turn(self, part: str) -> int:
         """Rows of a part that lie together where its rows and those of other parts come in turn."""
         return self.head_dim if self.delta is None or part in ("q", "q_gate") else self.delta.rows_per_key_head(part)
+
+    def heads_of(self, layer: int) -> tuple[int, int]:
+        """KV heads of a layer's attention, and their head_dim."""
+        if self.full_attention is None or self.sliding_window[layer]:
+            return self.num_kv_heads, self.head_dim
+        return self.full_attention
+
+    @property
+    def head_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Every different (query heads of a KV head, head_dim) of the layers."""
+        kinds = dict.fromkeys(self.heads_of(layer) for layer in range(self.num_layers))
+        return tuple((self.num_heads // kv_heads, head_dim) for kv_heads, head_dim in kinds)
 
     def rope_of(self, layer: int) -> RopeConfig:
         """The rotary embedding of a layer."""

@@ -20,15 +20,16 @@ from placement.plan.shards import LinearShard
 class ExpertsSpec(LinearSpec):
     """All routed experts of a layer; `parts` are those of the first one and stand for all.
 
-    experts: how many there are; per_row: how many a row is computed by; width: neurons of one; clamp: as in
-    `ExpertsConfig`. `unit_features` counts the output features that a row gets back from an expert, on average over
-    all.
+    experts: how many there are; per_row: how many a row is computed by; width: neurons of one; activation: the
+    operation between its products; clamp: as in `ExpertsConfig`. `unit_features` counts the output features that a row
+    gets back from an expert, on average over all.
     """
 
     layer: int
     experts: int
     per_row: int
     width: int
+    activation: str = "silu_mul"
     clamp: tuple[float, float] | None = None
 
     def expert(self, index: int) -> tuple[LinearSpec, LinearSpec]:
@@ -149,9 +150,10 @@ class ExpertsSpec(LinearSpec):
 
 
 def experts_spec(
-    config: ExpertsConfig, hidden_size: int, layer: int, format_of_tensor: Callable[[str], str]
+    config: ExpertsConfig, hidden_size: int, layer: int, format_of_tensor: Callable[[str], str], activation: str
 ) -> ExpertsSpec:
-    """The experts of a layer. format_of_tensor(name): in what a tensor is held.
+    """The experts of a layer. format_of_tensor(name): in what a tensor is held. activation: the operation of the
+    model's MLP.
 
     Raises UnsupportedModelError where a part of one expert is held otherwise than that of the first: all experts of a
     layer lie in one piece, of equal size.
@@ -180,5 +182,6 @@ def experts_spec(
         experts=config.experts,
         per_row=config.per_row,
         width=config.width,
+        activation=activation,
         clamp=config.clamp,
     )

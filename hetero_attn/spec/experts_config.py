@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hetero_attn.errors import UnsupportedModelError
-from hetero_attn.spec.json_fields import JsonFields, show
+from hetero_attn.spec.json_fields import REQUIRED, JsonFields, show
 from hetero_attn.spec.limits import MAX_CONTEXT
 
 MAX_EXPERTS = 1 << 12
@@ -32,7 +32,8 @@ class ExpertsConfig:
     without one. layers: which layers have experts. shared_factor: whether what the shared expert gives is multiplied by
     the sigmoid of a product with the row. sigmoid, groups, kept_groups, eps, scale: as in `Scoring`; is_corrected:
     whether scores are corrected for the choice. has_bias: whether router and experts have biases. clamp: (alpha, limit)
-    of `clamped_silu_mul`, the activation of the experts where it is not the MLP's.
+    of `clamped_silu_mul`, the activation of the experts where it is not the MLP's. beside_mlp: whether the shared
+    expert is the layer's MLP, with norms of its own, and the router sees the residual under one without a weight.
     """
 
     experts: int
@@ -50,6 +51,7 @@ class ExpertsConfig:
     scale: float = 1.0
     has_bias: bool = False
     clamp: tuple[float, float] | None = None
+    beside_mlp: bool = False
 
     @property
     def has_shared(self) -> bool:
@@ -185,6 +187,19 @@ def qwen3_5_moe_experts(fields: JsonFields, num_layers: int) -> ExpertsConfig:
     )
 
 
+def gemma4_experts(fields: JsonFields, num_layers: int) -> ExpertsConfig:
+    """Experts in every layer beside its MLP; weights normalised, then multiplied by a number of each expert."""
+    return ExpertsConfig(
+        **_counts(fields, "num_experts", REQUIRED, REQUIRED, per_row_key="top_k_experts"),
+        width=fields.integer("moe_intermediate_size", MAX_WIDTH),
+        normalised=True,
+        shared_width=fields.integer("intermediate_size", MAX_WIDTH),
+        layers=(True,) * num_layers,
+        shared_factor=False,
+        beside_mlp=True,
+    )
+
+
 def gguf_experts(fields: Any, found: Mapping[str, Any], normalised: bool, gating: int = SOFTMAX) -> ExpertsConfig:
     """Experts in every layer of a GGUF file, by its metadata; found: the fields of ModelConfig so far. normalised: what
     the architecture does where the file does not say. gating: its gating function."""
@@ -213,11 +228,13 @@ def gguf_experts(fields: Any, found: Mapping[str, Any], normalised: bool, gating
     )
 
 
-def _counts(fields: JsonFields, key: str, experts: int, per_row: int) -> dict[str, Any]:
+def _counts(
+    fields: JsonFields, key: str, experts: Any, per_row: Any, per_row_key: str = "num_experts_per_tok"
+) -> dict[str, Any]:
     experts = fields.integer(key, MAX_EXPERTS, experts)
-    found = fields.integer("num_experts_per_tok", MAX_EXPERTS, per_row)
+    found = fields.integer(per_row_key, MAX_EXPERTS, per_row)
     if found > experts:
-        fields.fail("num_experts_per_tok", found, f"at most the {experts} of {key}")
+        fields.fail(per_row_key, found, f"at most the {experts} of {key}")
     return {"experts": experts, "per_row": found}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from hetero_attn.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1 << 20
-_REQUIRED = object()
+REQUIRED = object()
 
 
 def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
@@ -52,13 +52,13 @@ class JsonFields:
         """The raw value; the family's default, then `default`, when the key is absent."""
         return self.values.get(key, self.defaults.get(key, default))
 
-    def integer(self, key: str, high: int, default: Any = _REQUIRED, low: int = 1) -> Any:
+    def integer(self, key: str, high: int, default: Any = REQUIRED, low: int = 1) -> Any:
         """An integer in [low, high]."""
         value = self._value(key, default)
         good = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
         return value if value is default or good else self.fail(key, value, f"an integer from {low} to {high}")
 
-    def number(self, key: str, low: float, high: float, default: Any = _REQUIRED) -> Any:
+    def number(self, key: str, low: float, high: float, default: Any = REQUIRED) -> Any:
         """A finite number in (low, high]."""
         value = self._value(key, default)
         good = isinstance(value, int | float) and not isinstance(value, bool) and low < value <= high
@@ -73,7 +73,7 @@ class JsonFields:
 
     def _value(self, key: str, default: Any) -> Any:
         value = self.get(key)
-        if value is None and default is _REQUIRED:
+        if value is None and default is REQUIRED:
             raise ConfigError(f"{self.path}: {key} is missing, every supported model has it; download the file again")
         return default if value is None else value
 

@@ -1,6 +1,6 @@
 """What the parts of a model are called: by us, and in the files of the families that call them otherwise."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LAYER_PREFIX = "model.layers."
 CORRECTION = "e_score_correction_bias"  # the last word of the name of what scores of experts are corrected by
@@ -30,6 +30,9 @@ _LAYER_PARTS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
     "mlp_post_norm": "mlp.post_norm",
+    "shared_post_norm": "mlp.shared_post_norm",
+    "experts_norm": "mlp.experts_norm",
+    "experts_post_norm": "mlp.experts_post_norm",
     "router": "mlp.gate",
     "shared_gate": "mlp.shared_expert.gate_proj",
     "shared_up": "mlp.shared_expert.up_proj",
@@ -55,14 +58,20 @@ def tensor_name(part: str, layer: int | None = None, kind: str = "weight") -> st
     Args:
         part: embed, final_norm, head, and of a head that drafts fusion, fusion_norm (layer None), or, in a layer:
             attention_norm, hidden_norm, q, k, v, q_norm, k_norm, o, attention_post_norm, mlp_norm, gate, up, down,
-            mlp_post_norm, router, shared_gate, shared_up, shared_down, shared_factor, attention, q_gate, delta,
-            delta_q, delta_k, delta_v, delta_z, delta_b, delta_a, delta_conv, delta_norm, delta_out.
+            mlp_post_norm, shared_post_norm, experts_norm, experts_post_norm, router, shared_gate, shared_up,
+            shared_down, shared_factor, attention, q_gate, delta, delta_q, delta_k, delta_v, delta_z, delta_b, delta_a,
+            delta_conv, delta_norm, delta_out.
         layer: layer index. kind: the name's last word: "weight", "bias", of attention "sinks", of delta "A_log" and
-            "dt_bias".
+            "dt_bias", of a router "scale" and "per_expert_scale".
     """
     if layer is None:
         return f"{_TOP_PARTS[part]}.{kind}"
     return f"{LAYER_PREFIX}{layer}.{_LAYER_PARTS[part]}.{kind}"
+
+
+def layer_scalar(layer: int) -> str:
+    """Name of the number by which what leaves a layer is multiplied."""
+    return f"{LAYER_PREFIX}{layer}.layer_scalar"
 
 
 def expert_tensor(layer: int, expert: int, part: str) -> str:
@@ -87,6 +96,10 @@ class TensorNames:
     is_turned: bool = False
     has_turned_experts: bool = False
     grouped: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def with_parts(self, *layer_parts: tuple[str, str]) -> "TensorNames":
+        """These names and more parts of a layer."""
+        return replace(self, layer_parts=(*self.layer_parts, *layer_parts))
 
     def ours(self, name: str) -> str:
         """Our name of a tensor of theirs; a tensor that none of these rules is about keeps its name."""

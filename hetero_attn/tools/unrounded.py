@@ -46,6 +46,10 @@ class UnroundedOps:
         """As `reference.unpack_rows`: nothing is rounded there."""
         reference.unpack_rows(weight, weight_dtype, row_ids, out)
 
+    def copy_rows(self, target: Tensor, source: Tensor) -> None:
+        """As `reference.copy_rows`, which writes its first argument."""
+        reference.copy_rows(target, source)
+
     def norm_heads(self, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float) -> None:
         """As `reference.norm_heads`."""
         wide = qkv.to(self._dtype)

@@ -177,8 +177,9 @@ def _kv_cost(planned: PlannedModel, plan: Plan, run: Run) -> KvCost:
 def _with_kv_dtype(plan: Plan, kv_dtype: str) -> Plan:
     """The same placement with a cache of other numbers."""
     workload = plan.workload
-    size = token_bytes(kv_dtype, workload.head_dim)
-    shards = tuple(replace(shard, bytes_per_token=size) for shard in workload.kv)
+    shards = tuple(
+        replace(shard, bytes_per_token=token_bytes(kv_dtype, workload.head_dim_of(shard))) for shard in workload.kv
+    )
     workload = replace(workload, kv=shards, kv_dtype=kv_dtype)
     return build_plan(workload, plan.linears, plan.kv, Means(device=plan.device, num_threads=plan.num_threads))
 

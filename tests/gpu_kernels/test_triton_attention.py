@@ -198,8 +198,8 @@ def test_ops_accept_no_rows(device):
 
 
 def test_a_head_too_large_is_refused(device):
-    q, pages = torch.zeros(1, 1, 300, device=device), torch.zeros(1, 4, 300, device=device)
+    q, pages = torch.zeros(1, 1, 600, device=device), torch.zeros(1, 4, 600, device=device)
     table = torch.zeros(1, 1, dtype=torch.int32, device=device)
 
-    with pytest.raises(ValueError, match="head_dim 300 has no attention kernel: the largest is 256"):
+    with pytest.raises(ValueError, match="head_dim 600 has no attention kernel: the largest is 512"):
         prefill.prefill_attention(q, Pages(pages, pages), ChunkKeys(table, 0, 1, 0), 1.0, Partial(q, q[..., 0]))

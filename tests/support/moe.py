@@ -79,6 +79,21 @@ SIZES |= {
         "num_experts_per_tok": 3,
     },
 }
+SIZES["gemma4_text"] = {
+    "intermediate_size": 112,
+    "enable_moe_block": True,
+    "moe_intermediate_size": 40,
+    "num_experts": 10,
+    "top_k_experts": 3,
+    "head_dim": 24,
+    "global_head_dim": 40,
+    "num_global_key_value_heads": 3,
+    "attention_k_eq_v": True,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "sliding_window": 9,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 2.0,
+}
 SIZES["qwen3_next"] = SIZES["qwen3_5_moe_text"] | {"intermediate_size": 112, "attention_bias": True}
 LEAST_GAP = 1e-5  # between the k-th score and the next one, of the toy prompts
 
@@ -110,9 +125,13 @@ def make_moe(path: Path, family: str, *, layers: int = 3, seed: int = 0, **chang
                 parameter.copy_(noise * parameter.shape[1 if family == "gpt_oss" else 2] ** -0.5)
             elif name.endswith((".gate.weight", "shared_expert_gate.weight")):
                 parameter.copy_(0.25 * noise)
+            elif name.endswith("router.proj.weight"):  # its input is divided by the root of its width
+                parameter.copy_(3.0 * noise)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
+            elif name.endswith("layer_scalar"):
+                buffer.copy_(0.6 + torch.rand(buffer.shape, generator=generator))
     model.save_pretrained(path)
     save_tokenizer(path)
     return Path(path)

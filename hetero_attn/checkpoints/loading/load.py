@@ -225,7 +225,10 @@ class Loader:
         return rows.view(-1)
 
     def _vector(self, vector: Vector) -> Activation:
-        values = self._numbers.vector(vector.tensor)
+        if vector.tensor is None:
+            values = torch.zeros(vector.features, dtype=torch.float32, device="cpu")
+        else:
+            values = self._numbers.vector(vector.tensor)
         values = values + vector.offset if vector.offset else values
         return self._on_both(values * vector.scale if vector.scale != 1.0 else values)
 

@@ -158,14 +158,15 @@ def _attention(planned: PlannedModel, rows: int) -> Iterator[Call]:
     config, plan = planned.config, planned.plan
     if rows not in (1, 2):
         return
-    owned = {placement.gpu_kv_heads for placement in plan.kv if placement.gpu_kv_heads}
-    heads, head_dim = config.heads_per_kv_head, config.head_dim
-    shape = (64, plan.page_size, row_items(plan.workload.kv_dtype, head_dim))
-    pages = _meta(*shape, dtype=TORCH_DTYPES[plan.workload.kv_dtype])
+    owned = {(placement.gpu_kv_heads, shard.layer) for placement, shard in zip(plan.kv, plan.workload.kv, strict=True)}
+    kinds = {(count, *config.heads_of(layer)) for count, layer in owned if count}
     slots, cap = -(-plan.max_context // plan.page_size), config.attention_cap
-    for count in owned:
+    for count, kv_heads, head_dim in sorted(kinds):
+        heads = config.num_heads // kv_heads
+        shape = (64, plan.page_size, row_items(plan.workload.kv_dtype, head_dim))
+        pages = _meta(*shape, dtype=TORCH_DTYPES[plan.workload.kv_dtype])
         q, lse = _meta(rows, count * heads, head_dim), _meta(rows, count * heads)
-        yield _rope(config, rows, count, q, pages)
+        yield _rope(config, rows, count, q, pages, heads)
         if rows == 1:
             table, bound = _meta(1, count, slots, dtype=torch.int32), _meta(1, dtype=torch.int32)
             keys = RowKeys(table, bound, bound)
@@ -175,11 +176,12 @@ def _attention(planned: PlannedModel, rows: int) -> Iterator[Call]:
             yield partial(gpu_kernels.prefill_attention, q, Pages(pages, pages), chunk, 1.0, Partial(q, lse), cap)
 
 
-def _rope(config: ModelConfig, rows: int, owned: int, q: torch.Tensor, pages: torch.Tensor) -> Call:
-    features = (config.heads_per_kv_head + 2) * config.head_dim
-    qkv, norm = _meta(rows, owned, features), _meta(config.head_dim) if config.qk_norm else None
+def _rope(config: ModelConfig, rows: int, owned: int, q: torch.Tensor, pages: torch.Tensor, heads: int) -> Call:
+    head_dim = q.shape[2]
+    qkv, norm = _meta(rows, owned, (heads + 2) * head_dim), _meta(head_dim) if config.qk_norm else None
     positions, slots = _meta(rows, dtype=torch.int64), _meta(rows, owned, dtype=torch.int64)
-    angles = _meta(64, (config.rope.rotary_dim or config.head_dim) // 2)
+    turned = config.rope.rotary_dim if head_dim == config.head_dim else head_dim
+    angles = _meta(64, (turned or head_dim) // 2)
     return lambda: gpu_kernels.rope_append(
         qkv, positions, Rotation(angles, angles, norm, norm, config.rms_norm_eps), q, Pages(pages, pages), slots
     )

@@ -32,7 +32,8 @@ def warm_up(ops: CpuKernels, config: ModelConfig, formats: WeightFormats, kv_dty
     """Run every operation once on toy tensors with the model's formats of weights, dtypes and head shape."""
 
     def run() -> None:
-        _attention(ops, config, kv_dtype)
+        for heads, head_dim in config.head_shapes:
+            _attention(ops, config, kv_dtype, heads, head_dim)
         if formats.reordered:
             x = torch.zeros(1, WIDTH, **FLOAT32)
             ops.gather_columns(x, torch.zeros(WIDTH, dtype=torch.int32, device="cpu"), torch.zeros_like(x))
@@ -105,10 +106,13 @@ def _experts(ops: CpuKernels, experts: ExpertsConfig, weight_dtype: str, rows: i
         ops.clamped_silu_mul(x[:, : 2 * BLOCK_FEATURES], *experts.clamp, out)
     ops.combine(out, out, starts[1:], places, weights[:, :1], out)
     ops.scale_rows(weights[:, 1:], out)
+    if experts.beside_mlp:
+        ops.add_expert_bias(out[:1], Picks(None, starts, 0), out)
+        ops.copy_rows(out, out.clone())
 
 
-def _attention(ops: CpuKernels, config: ModelConfig, kv_dtype: str) -> None:
-    heads, head_dim, page_size, rows = config.heads_per_kv_head, config.head_dim, 4, 2
+def _attention(ops: CpuKernels, config: ModelConfig, kv_dtype: str, heads: int, head_dim: int) -> None:
+    page_size, rows = 4, 2
     shape = (1, page_size, row_items(kv_dtype, head_dim))
     pages = Pages(*(torch.zeros(shape, dtype=TORCH_DTYPES[kv_dtype], device="cpu") for _ in range(2)))
     norm = torch.ones(head_dim, **FLOAT32) if config.qk_norm else None

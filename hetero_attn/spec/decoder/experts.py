@@ -2,6 +2,7 @@
 
 from hetero_attn.spec.blocks import BufferSet, Declaration, Matrix, Vector
 from hetero_attn.spec.config import ModelConfig
+from hetero_attn.spec.decoder.mlp import activation_op
 from hetero_attn.spec.decoder.norms import norm_vectors
 from hetero_attn.spec.experts import experts_spec
 from hetero_attn.spec.experts_config import ExpertsConfig
@@ -19,8 +20,11 @@ class ExpertsDeclaration(Declaration):
     def __init__(self, config: ModelConfig, experts: ExpertsConfig, layer: int, formats: WeightFormats) -> None:
         self.layer, self._config = layer, experts
         self._model, self._hidden = config, config.hidden_size
-        self.experts = experts_spec(experts, config.hidden_size, layer, formats.of)
-        self.shared = _shared_linears(config, experts, layer, formats) if experts.has_shared else ()
+        self._activate = activation_op(config)
+        self.experts = experts_spec(experts, config.hidden_size, layer, formats.of, self._activate)
+        self.shared: tuple[LinearSpec, ...] = ()
+        if experts.has_shared:
+            self.shared = _shared_linears(config, experts, layer, formats)
         self.linears = (self.experts, *self.shared)
         self.vectors = norm_vectors(config, "mlp_norm", layer) + _router_vectors(experts, layer)
         self.matrices = (_router(config, experts, layer),)
@@ -72,10 +76,10 @@ def _shared_linears(
     def spec(kind: str, inputs: int, *parts: Part) -> LinearSpec:
         return LinearSpec(f"layers.{layer}.{kind}", kind, layer, inputs, parts, False, block="shared")
 
-    width = experts.shared_width
+    width, prefix = experts.shared_width, "" if experts.beside_mlp else "shared_"
     return (
-        spec("shared_gate_up", config.hidden_size, part("shared_gate", width), part("shared_up", width)),
-        spec("shared_down", width, part("shared_down", config.hidden_size)),
+        spec("shared_gate_up", config.hidden_size, part(f"{prefix}gate", width), part(f"{prefix}up", width)),
+        spec("shared_down", width, part(f"{prefix}down", config.hidden_size)),
     )
 
 

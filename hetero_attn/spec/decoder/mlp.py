@@ -4,7 +4,14 @@ from cpu_kernels.formats import GROUP_INPUTS, format_of
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.spec.blocks import BufferSet, Declaration, Vector
 from hetero_attn.spec.config import ModelConfig
-from hetero_attn.spec.decoder.norms import NORMED, SHARED, norm_vectors, projected_buffer, reordered_buffers
+from hetero_attn.spec.decoder.norms import (
+    NORMED,
+    SHARED,
+    norm_vectors,
+    projected_buffer,
+    reordered_buffers,
+    scalar_vectors,
+)
 from hetero_attn.spec.tensor_names import tensor_name
 from hetero_attn.spec.weight_formats import WeightFormats
 from hetero_attn.spec.weights import BLOCK_FEATURES, LinearSpec, Part
@@ -44,7 +51,9 @@ class MlpDeclaration(Declaration):
         if config.post_norms:
             name = tensor_name("mlp_post_norm", layer)
             self.vectors += (Vector("post_norm", name, config.hidden_size, config.norm_offset),)
-        self.small_calls += has_norm + config.post_norms - 1 + sum(each.is_reordered for each in self.linears)
+        self.vectors += scalar_vectors(config, layer)
+        self.small_calls += has_norm + config.post_norms - 1 + config.layer_scalars
+        self.small_calls += sum(each.is_reordered for each in self.linears)
         normed = ("shared", SHARED) if config.parallel else ("narrow", NORMED)
         self.buffers = (
             BufferSet("wide", (("gate_up", self.first.out_features),)),

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from hetero_attn.spec.blocks import ModelSpec, Vector
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.decoder.attention import AttentionDeclaration
+from hetero_attn.spec.decoder.beside import BesideDeclaration
 from hetero_attn.spec.decoder.delta import DeltaDeclaration
 from hetero_attn.spec.decoder.eagle import EagleAttentionDeclaration, FusionDeclaration
 from hetero_attn.spec.decoder.experts import ExpertsDeclaration
@@ -27,6 +28,7 @@ class BlockKinds(NamedTuple):
     delta: Callable[[ModelConfig, DeltaConfig, int, WeightFormats], Any]
     eagle_attention: Callable[[ModelConfig, int, WeightFormats], Any]
     fusion: Callable[[ModelConfig, WeightFormats], Any]
+    beside: Callable[[ModelConfig, ExpertsConfig, int, WeightFormats], Any]
 
 
 DECLARED = BlockKinds(
@@ -37,6 +39,7 @@ DECLARED = BlockKinds(
     DeltaDeclaration,
     EagleAttentionDeclaration,
     FusionDeclaration,
+    BesideDeclaration,
 )
 OF_HEADS = ("d2t", "t2d")  # tables of a head that drafts, which are no weights
 
@@ -48,7 +51,8 @@ def model_spec(config: ModelConfig, formats: str | WeightFormats = "bf16", kinds
 
     def feed_forward(layer: int) -> Any:
         if config.experts is not None and config.experts.layers[layer]:
-            return kinds.experts(config, config.experts, layer, formats)
+            kind = kinds.beside if config.experts.beside_mlp else kinds.experts
+            return kind(config, config.experts, layer, formats)
         return kinds.mlp(config, layer, formats)
 
     def mixer(layer: int) -> Any:

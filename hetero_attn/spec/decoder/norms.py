@@ -2,7 +2,7 @@
 
 from hetero_attn.spec.blocks import BufferSet, Vector
 from hetero_attn.spec.config import ModelConfig
-from hetero_attn.spec.tensor_names import tensor_name
+from hetero_attn.spec.tensor_names import layer_scalar, tensor_name
 from hetero_attn.spec.weights import LinearSpec
 
 NORMED, SHARED = "normed", "shared_normed"  # buffers of normalised rows: a block's own, a parallel layer's
@@ -14,6 +14,11 @@ def norm_vectors(config: ModelConfig, part: str, layer: int | None, scale: float
     weight = Vector("norm", tensor_name(part, layer), config.hidden_size, config.norm_offset, scale)
     bias = Vector("norm_bias", tensor_name(part, layer, "bias"), config.hidden_size, 0.0, scale)
     return (weight, bias) if config.norm_bias else (weight,)
+
+
+def scalar_vectors(config: ModelConfig, layer: int) -> tuple[Vector, ...]:
+    """The number by which what leaves a layer is multiplied, where a model has such."""
+    return (Vector("layer_scalar", layer_scalar(layer), 1),) if config.layer_scalars else ()
 
 
 def projected_buffer(last: LinearSpec) -> BufferSet:

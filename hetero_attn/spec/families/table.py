@@ -9,6 +9,7 @@ from hetero_attn.spec.families.family import Family, GgufTerms
 from hetero_attn.spec.families.gemma import GEMMA2, GEMMA3
 from hetero_attn.spec.families.glm import GLM4
 from hetero_attn.spec.families.granite import GRANITE
+from hetero_attn.spec.families.mixtures.gemma4 import GEMMA4
 from hetero_attn.spec.families.mixtures.glm4_moe import GLM4_MOE
 from hetero_attn.spec.families.mixtures.gpt_oss import GPT_OSS
 from hetero_attn.spec.families.mixtures.minimax_m2 import MINIMAX_M2
@@ -54,6 +55,7 @@ FAMILIES = {
     "cohere2": COHERE2,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
+    "gemma4_text": GEMMA4,
     "glm4": GLM4,
     "granite": GRANITE,
     "olmo2": OLMO2,
