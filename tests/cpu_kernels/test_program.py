@@ -138,7 +138,7 @@ def test_a_flag_that_does_not_come_stops_the_program(ops):
     with pytest.raises(TimeoutError, match="entry 0 of a recorded program waited 0.1 s"):
         program.run(0.1)
 
-    assert 0.1 <= time.monotonic() - started < 5
+    assert time.monotonic() - started >= 0.1
     assert (out == 0).all() and second.item() == 0
     ops.set_flag(first, 1)
     program.run(0.1)
