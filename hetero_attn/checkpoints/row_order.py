@@ -17,6 +17,8 @@ from hetero_attn.spec.config import ModelConfig
 if TYPE_CHECKING:
     import torch
 
+Runs = tuple[tuple[int, int], ...]  # (first row in the file, rows) of the runs that rows of ours are made of, in order
+
 
 def pieces(path: Path, name: str, entry: Any, parts: tuple[str, ...], config: ModelConfig) -> Iterator[tuple[str, Any]]:
     """(our word, entry of its rows) of every part of a tensor that holds several; raises where the rows do not fit."""
@@ -42,6 +44,33 @@ def groups(
     for part, rows, first in zip(parts, each, accumulate(each, initial=0), strict=False):
         shape, nbytes = (found // whole * rows, *entry.shape[1:]), entry.nbytes // whole * rows
         yield part, GroupsEntry(entry.file, entry.dtype, shape, entry.offset, nbytes, whole, rows, first)
+
+
+def runs_between(runs: Runs, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """(first row in the file, rows, which of those asked for is the first) of what rows [start, stop) are made of."""
+    passed = 0
+    for first, count in runs:
+        begin, end = max(start, passed), min(stop, passed + count)
+        if begin < end:
+            yield first + begin - passed, end - begin, begin - start
+        passed += count
+
+
+def in_turn(path: Path, name: str, found: int, parts: tuple[str, ...], config: ModelConfig) -> dict[str, Runs]:
+    """Where the rows of every part are in a tensor of `found` rows whose parts come in turn; CheckpointError where they
+    do not fit."""
+    each = [config.rows_in_turn(part) for part in parts]
+    whole = sum(each)
+    if not found or found % whole:
+        raise CheckpointError(
+            f"{path}: tensor {name} has {found} rows, expected groups of {whole}: those of {', '.join(parts)}; config "
+            "and weights are of different models, download both again"
+        )
+    starts = list(accumulate(each, initial=0))
+    return {
+        part: tuple((group * whole + start, rows) for group in range(found // whole))
+        for part, rows, start in zip(parts, each, starts, strict=False)
+    }
 
 
 def rows_of(path: Path, name: str, found: int, parts: tuple[str, ...], config: ModelConfig) -> list[tuple[int, int]]:

@@ -64,7 +64,11 @@ class DeltaNet(DeltaDeclaration, Block):
         state.values.index_copy_(0, ids, torch.cat([matrices.flatten(1), inputs.flatten(1)], -1))
         mixed = mixed.transpose(1, 2)  # (sequences, tokens, heads, value_dim)
         inverse = torch.rsqrt(mixed.square().mean(-1, keepdim=True) + self._config.rms_norm_eps)
-        out.copy_((mixed * inverse * weights.vector("out_norm").main).flatten(2) * silu(z))
+        normed = (mixed * inverse * weights.vector("out_norm").main).flatten(2) * silu(z)
+        if delta.is_tiled:
+            by_head = normed.unflatten(2, (delta.key_heads, delta.values_per_key, -1))
+            normed = by_head.transpose(2, 3).flatten(2)
+        out.copy_(normed)
 
     def _tokens(self, weights: BlockWeights, mixed: torch.Tensor, gates: torch.Tensor) -> DeltaTokens:
         """What the delta rule takes, of [sequences, tokens, features] behind the convolution."""
@@ -75,7 +79,9 @@ class DeltaNet(DeltaDeclaration, Block):
             for part in (q, k)
         )
         b, a = (gates[..., start : start + delta.value_heads] for start in (0, delta.value_heads))
-        decay = -weights.vector("a_log").main.exp() * softplus(a + weights.vector("dt_bias").main)
+        rates = weights.vector("a_log").main
+        rates = rates if delta.has_rates else -rates.exp()
+        decay = rates * softplus(a + weights.vector("dt_bias").main)
         heads = (q * delta.key_dim**-0.5, k, v.unflatten(-1, (delta.value_heads, -1)), decay, b.sigmoid())
         return DeltaTokens(*(part.transpose(1, 2) for part in heads))
 

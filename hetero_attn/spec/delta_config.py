@@ -5,6 +5,7 @@ matrix [key_dim, value_dim] for a sequence, and the last inputs of a short convo
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.spec.json_fields import JsonFields, show
@@ -16,7 +17,11 @@ MAX_KERNEL = 64
 
 @dataclass(frozen=True, slots=True)
 class DeltaConfig:
-    """Heads and their widths. kernel: how many inputs a step of the convolution reads. layers: which layers have it."""
+    """Heads and their widths. kernel: how many inputs a step of the convolution reads. layers: which layers have it.
+
+    is_tiled: whether the inputs of the last linear are the first value head of every key head, then the second of every
+    one, and so on. has_rates: whether files hold -exp(A_log) in the place of A_log.
+    """
 
     key_heads: int
     value_heads: int
@@ -24,6 +29,8 @@ class DeltaConfig:
     value_dim: int
     kernel: int
     layers: tuple[bool, ...]
+    is_tiled: bool = False
+    has_rates: bool = False
 
     @property
     def values_per_key(self) -> int:
@@ -77,3 +84,26 @@ def read_delta(fields: JsonFields, num_layers: int) -> DeltaConfig:
             "linear_num_value_heads", found.value_heads, f"a multiple of linear_num_key_heads {found.key_heads}"
         )
     return found
+
+
+def gguf_delta(fields: Any, layers: int, all_layers: int) -> DeltaConfig:
+    """That of a GGUF file. layers: of the model, in front of those that predict further tokens among all_layers."""
+    value_heads = fields.integer(".ssm.time_step_rank", MAX_HEADS)
+    key_heads = fields.integer(".ssm.group_count", MAX_HEADS)
+    width = fields.integer(".ssm.inner_size", MAX_HEADS * MAX_HEAD_DIM)
+    if value_heads % key_heads:
+        fields.fail(".ssm.time_step_rank", value_heads, f"a multiple of the {key_heads} key heads")
+    if width % value_heads:
+        fields.fail(".ssm.inner_size", width, f"a multiple of the {value_heads} value heads")
+    named = fields.numbers(".attention.recurrent_layers", all_layers)
+    interval = fields.integer(".full_attention_interval", MAX_LAYERS, 4)
+    kinds = [(layer + 1) % interval != 0 for layer in range(layers)] if named is None else [bool(n) for n in named]
+    return DeltaConfig(
+        key_heads=key_heads,
+        value_heads=value_heads,
+        key_dim=fields.integer(".ssm.state_size", MAX_HEAD_DIM),
+        value_dim=width // value_heads,
+        kernel=fields.integer(".ssm.conv_kernel", MAX_KERNEL, low=2),
+        layers=tuple(kinds[:layers]),
+        has_rates=True,
+    )

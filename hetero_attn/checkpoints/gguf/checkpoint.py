@@ -1,5 +1,6 @@
 """The weights of a model in GGUF files, under our names, read by row range; the counterpart of `Checkpoint`."""
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +12,8 @@ from hetero_attn.checkpoints.gguf.fields import GgufFields
 from hetero_attn.checkpoints.gguf.file import GgufFile, GgufTensor
 from hetero_attn.checkpoints.gguf.names import LONG_DIVISORS, ROPE_DIVISORS, SHORT_DIVISORS, split_block
 from hetero_attn.checkpoints.gguf.parts import open_parts
-from hetero_attn.checkpoints.row_order import is_rotated, pieces, turn_back
+from hetero_attn.checkpoints.gguf.value_heads import in_our_order
+from hetero_attn.checkpoints.row_order import in_turn, is_rotated, pieces, runs_between, turn_back
 from hetero_attn.errors import CheckpointError, UnsupportedModelError
 from hetero_attn.spec.blocks import ModelSpec
 from hetero_attn.spec.config import ModelConfig
@@ -47,12 +49,33 @@ class GgufCheckpoint:
     def _held_by(self, name: str, tensor: GgufTensor) -> dict[str, GgufTensor]:
         """The tensors of ours that one of the file holds: one, several, or none where no model of ours has it."""
         layer, part, kind = split_block(name)
+        if grouped := dict(self._terms.grouped).get(part):
+            return self._grouped(name, tensor, grouped)
         if fused := dict(self._terms.fused).get(part):
             found = pieces(self.path, name, tensor, fused, self.config)
-            return {tensor_name(word, layer, kind): piece for word, piece in found}
+            return self._ordered({tensor_name(word, layer, kind): piece for word, piece in found})
         if word := dict(self._terms.parts).get(part):
-            return {tensor_name(word, layer, kind): tensor}
-        return by_our_names(name, tensor)
+            return self._ordered({tensor_name(word, layer, kind): tensor})
+        return self._ordered(by_our_names(name, tensor))
+
+    def _grouped(self, name: str, tensor: GgufTensor, parts: tuple[str, ...]) -> dict[str, GgufTensor]:
+        """The tensors of ours in one whose rows come in turn; a layer may have one of that name for a single part."""
+        layer, _, kind = split_block(name)
+        runs = in_turn(self.path, name, tensor.shape[0] if tensor.shape else 0, parts, self.config)
+        row_bytes = tensor.nbytes // tensor.shape[0]
+        return {
+            tensor_name(word, layer, kind): replace(
+                tensor, shape=(rows, *tensor.shape[1:]), nbytes=rows * row_bytes, runs=own
+            )
+            for word, own in runs.items()
+            for rows in [sum(count for _, count in own)]
+        }
+
+    def _ordered(self, found: dict[str, GgufTensor]) -> dict[str, GgufTensor]:
+        """Tensors with the rows of value heads in our order, of files that have them in another."""
+        if not self._terms.has_tiled_values or self.config.delta is None:
+            return found
+        return {name: in_our_order(name, tensor, self.config.delta) for name, tensor in found.items()}
 
     @classmethod
     def open(cls, path: str | Path) -> "GgufCheckpoint":
@@ -198,5 +221,7 @@ class GgufCheckpoint:
         out = torch.empty(shape, dtype=dtype, device="cpu") if out is None else out
         assert out.shape == shape and out.dtype == dtype and out.is_contiguous(), (name, out.shape, out.dtype, shape)
         buffer = memoryview(out.reshape(-1).view(torch.uint8).numpy())
-        entry.file.read_into(buffer, entry.offset + first * (entry.nbytes // entry.shape[0]))
+        row_bytes = entry.nbytes // entry.shape[0]
+        for at, count, to in runs_between(entry.runs or ((0, entry.shape[0]),), first, first + rows):
+            entry.file.read_into(buffer[to * row_bytes : (to + count) * row_bytes], entry.offset + at * row_bytes)
         return out

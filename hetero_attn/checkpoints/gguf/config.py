@@ -5,7 +5,7 @@ from typing import Any
 
 from hetero_attn.checkpoints.gguf.fields import GgufFields
 from hetero_attn.checkpoints.gguf.file import GgufTensor
-from hetero_attn.checkpoints.gguf.names import LONG_DIVISORS, ROPE_DIVISORS, SHORT_DIVISORS
+from hetero_attn.checkpoints.gguf.names import LONG_DIVISORS, ROPE_DIVISORS, SHORT_DIVISORS, split_block
 from hetero_attn.errors import ConfigError, UnsupportedModelError, nearest
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.families.family import Family, GgufTerms
@@ -74,7 +74,7 @@ def _sizes(fields: GgufFields, tensors: Mapping[str, GgufTensor]) -> dict[str, i
         raise ConfigError(f"{fields.path}: {num_heads} heads are no multiple of {num_kv_heads} KV heads")
     return {
         "hidden_size": hidden_size,
-        "intermediate_size": fields.integer(".feed_forward_length", MAX_INTERMEDIATE),
+        "intermediate_size": _intermediate_size(fields),
         "num_layers": fields.integer(".block_count", MAX_LAYERS),
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
@@ -84,14 +84,23 @@ def _sizes(fields: GgufFields, tensors: Mapping[str, GgufTensor]) -> dict[str, i
     }
 
 
+def _intermediate_size(fields: GgufFields) -> int:
+    """Neurons of the MLP; of a model whose layers all have experts perhaps no number of its own."""
+    experts = fields.integer(".expert_feed_forward_length", MAX_INTERMEDIATE, None)
+    if experts is None:
+        return fields.integer(".feed_forward_length", MAX_INTERMEDIATE)
+    return fields.integer(".feed_forward_length", MAX_INTERMEDIATE, experts)
+
+
 def _terms_by_tensors(tensors: Mapping[str, GgufTensor]) -> dict[str, bool]:
-    """Terms that a model has where the file holds their weights."""
+    """Terms that a model has where the file holds their weights in any layer."""
+    parts = {f"{part}.{kind}" for _, part, kind in map(split_block, tensors)}
     return {
         "tie_word_embeddings": "output.weight" not in tensors,
-        "qkv_bias": "blk.0.attn_q.bias" in tensors or "blk.0.attn_qkv.bias" in tensors,
-        "o_bias": "blk.0.attn_output.bias" in tensors,
-        "mlp_bias": any(f"blk.0.ffn_{part}.bias" in tensors for part in ("gate", "up")),
-        "qk_norm": "blk.0.attn_q_norm.weight" in tensors,
+        "qkv_bias": not parts.isdisjoint({"attn_q.bias", "attn_qkv.bias"}),
+        "o_bias": "attn_output.bias" in parts,
+        "mlp_bias": not parts.isdisjoint({"ffn_gate.bias", "ffn_up.bias"}),
+        "qk_norm": "attn_q_norm.weight" in parts,
     }
 
 

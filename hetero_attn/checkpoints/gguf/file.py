@@ -23,13 +23,18 @@ DEFAULT_ALIGNMENT = 32
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """One tensor: its file, type, shape as torch has it, and where its bytes are, from the start of the file."""
+    """One tensor: its file, type, shape as torch has it, and where its bytes are, from the start of the file.
+
+    runs: (first row, rows) of the runs behind `offset` that its rows are made of, in order; None where they are those
+    from there on.
+    """
 
     file: RawFile
     type: GgufType
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    runs: tuple[tuple[int, int], ...] | None = None
 
     @property
     def row_bytes(self) -> int:

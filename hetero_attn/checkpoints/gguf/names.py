@@ -28,7 +28,12 @@ _LAYER = {
 _OURS_LAYER = {theirs: ours for ours, theirs in _LAYER.items()}
 _OURS_TOP = {theirs: ours for ours, theirs in _TOP.items()}
 # Tensors whose names here do not end in weight or bias.
-_OTHERS = {"self_attn.sinks": "attn_sinks.weight", f"mlp.gate.{CORRECTION}": "exp_probs_b.bias"}
+_OTHERS = {
+    "self_attn.sinks": "attn_sinks.weight",
+    f"mlp.gate.{CORRECTION}": "exp_probs_b.bias",
+    "linear_attn.A_log": "ssm_a",
+    "linear_attn.dt_bias": "ssm_dt.bias",
+}
 _OURS_OTHERS = {theirs: ours for ours, theirs in _OTHERS.items()}
 _BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(.+)")
 
@@ -42,14 +47,17 @@ def our_name(name: str) -> str | None:
     if stem in _OURS_TOP:
         return f"{_OURS_TOP[stem]}.{kind}"
     layer, part, kind = split_block(name)
-    if other := _OURS_OTHERS.get(f"{part}.{kind}"):
+    if other := _OURS_OTHERS.get(f"{part}.{kind}".removesuffix(".")):
         return f"model.layers.{layer}.{other}"
     return f"model.layers.{layer}.{_OURS_LAYER[part]}.{kind}" if part in _OURS_LAYER else None
 
 
 def split_block(name: str) -> tuple[int, str, str]:
-    """Layer, part and kind of a layer's tensor, of blk.3.ffn_up.weight 3, ffn_up and weight; (0, "", "") of others."""
+    """Layer, part and kind of a layer's tensor, of blk.3.ffn_up.weight 3, ffn_up and weight, of blk.3.ssm_a 3, ssm_a
+    and nothing; (0, "", "") of others."""
     stem, _, kind = name.rpartition(".")
+    if name.count(".") == 2:
+        stem, kind = name, ""
     match = _BLOCK.fullmatch(stem)
     return (0, "", "") if match is None else (int(match[1]), match[2], kind)
 

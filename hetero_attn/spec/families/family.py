@@ -22,7 +22,8 @@ class GgufTerms:
     architecture: their name of it. keys: metadata of further terms, which `terms` reads: (fields, the fields of
     ModelConfig so far) -> more of those. needs_keys: whether no file can do without them. is_turned: whether the rows
     of q and k lie as pairs that are turned together. eps_key: of the eps of norms. parts, fused: of parts of a layer
-    that they call otherwise than others do, or that hold several, as in TensorNames.
+    that they call otherwise than others do, or that hold several; grouped: that hold several whose rows come in turn;
+    as in TensorNames. has_tiled_values: whether value heads come in the order of `checkpoints.gguf.value_heads`.
     """
 
     architecture: str
@@ -32,6 +33,8 @@ class GgufTerms:
     eps_key: str = ".attention.layer_norm_rms_epsilon"
     parts: tuple[tuple[str, str], ...] = ()
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    grouped: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    has_tiled_values: bool = False
     needs_keys: bool = True
 
 
