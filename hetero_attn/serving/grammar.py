@@ -44,6 +44,8 @@ class TokenMask:
         self._before: list[int] = []  # tokens among which `after` was looked for last
         self._seen: list[int] = []  # tokens that the matcher has taken
         self._ahead: Future | None = None  # of the mask behind `_seen`
+        self._found: np.ndarray | None = None  # that mask
+        self._forced: list[int] | None = None  # tokens that have to come behind `_seen`
         self._took_s = 0.0  # processor time of the last mask
 
     def copy(self) -> "TokenMask":
@@ -53,46 +55,47 @@ class TokenMask:
     def prepare(self, generated_ids: Sequence[int]) -> None:
         """Begin to find out on another thread what may come behind these, while a step is computed; only where the last
         time took long."""
-        start = self._found_start(generated_ids)
-        if start is not None and self._took_s >= AHEAD_S:
-            self._follow(list(generated_ids[start:]))
-            self._ahead = self._ahead or self._threads.submit(self._bits)
+        if self._took_s >= AHEAD_S and self.holds(generated_ids):
+            self._follow(generated_ids)
+            if self._found is None and self._ahead is None:
+                self._ahead = self._threads.submit(self._bits)
 
-    def allows(self, generated_ids: Sequence[int], token_id: int) -> bool:
-        """Whether this token may come behind these; a small part of the work of finding out all that may.
+    def holds(self, generated_ids: Sequence[int]) -> bool:
+        """Whether what comes behind these has to follow the grammar, which may begin behind a text that is to come."""
+        return self._found_start(generated_ids) is not None
+
+    def which(self, generated_ids: Sequence[int], token_ids: Sequence[int]) -> list[bool]:
+        """Whether each of some tokens may come behind these; a small part of the work of finding out all that may.
 
         Where text is forced llguidance allows one way of writing it, and takes any; at the end it allows the end, and
         takes nothing. There all are found out, which is soon done.
         """
-        start = self._found_start(generated_ids)
-        if start is None:
-            return True
-        self._follow(list(generated_ids[start:]))
-        matcher = self._matcher
-        if self._ahead is not None or matcher.is_stopped() or matcher.compute_ff_tokens():
-            return bool(self._mask()[token_id])
-        return matcher.validate_tokens([token_id]) == 1
+        if not self.holds(generated_ids):
+            return [True] * len(token_ids)
+        self._follow(generated_ids)
+        is_known = self._ahead is not None or self._found is not None
+        if is_known or self._matcher.is_stopped() or self._forced_tokens():
+            return self._mask()[list(token_ids)].tolist()
+        return [self._matcher.validate_tokens([token_id]) == 1 for token_id in token_ids]
 
     def allowed(self, generated_ids: Sequence[int]) -> torch.Tensor | None:
-        """Which tokens may come next: bool [vocab_size] on the CPU, or None while every one may.
+        """Which tokens may come next: bool [vocab_size] on the CPU, not to be written to; None while every one may.
 
         generated_ids: all tokens of the answer so far; they may be fewer than at the call before. Raises SamplingError
         where the grammar has become too costly to follow.
         """
-        start = self._found_start(generated_ids)
-        if start is None:
+        if not self.holds(generated_ids):
             return None
-        self._follow(list(generated_ids[start:]))
+        self._follow(generated_ids)
         return torch.from_numpy(self._mask())
 
     def forced(self, generated_ids: Sequence[int]) -> list[int]:
         """Tokens that write what the grammar forces behind these, empty where it leaves a choice of text."""
-        start = self._found_start(generated_ids)
-        if start is None:
+        if not self.holds(generated_ids):
             return []
-        self._follow(list(generated_ids[start:]))
+        self._follow(generated_ids)
         self._rest()
-        return [] if self._matcher.is_error() else self._matcher.compute_ff_tokens()
+        return [] if self._matcher.is_error() else self._forced_tokens()
 
     def _found_start(self, generated_ids: Sequence[int]) -> int | None:
         width, known = len(self._after), len(self._before)
@@ -106,11 +109,13 @@ class TokenMask:
             self._before = list(generated_ids)
         return self._start
 
-    def _follow(self, tokens: list[int]) -> None:
-        """Bring the matcher to where the answer stands; what was found out ahead is kept only there."""
+    def _follow(self, generated_ids: Sequence[int]) -> None:
+        """Bring the matcher to where the answer stands; what was found out is kept only there."""
+        tokens = list(generated_ids[self._start :])
         if tokens == self._seen:
             return
         self._rest()
+        self._found = self._forced = None
         shared = len(self._seen) if tokens[: len(self._seen)] == self._seen else 0
         while shared < min(len(tokens), len(self._seen)) and tokens[shared] == self._seen[shared]:
             shared += 1
@@ -121,12 +126,20 @@ class TokenMask:
             self._matcher.consume_tokens(tokens[shared:])
             self._seen = tokens
 
+    def _forced_tokens(self) -> list[int]:
+        if self._forced is None:
+            self._forced = self._matcher.compute_ff_tokens()
+        return self._forced
+
     def _mask(self) -> np.ndarray:
         """What may come where the matcher stands: bool [vocab_size]."""
-        bits = self._bits() if self._ahead is None else self._ahead.result()
-        if self._matcher.is_error():
-            raise SamplingError(f"the grammar cannot be followed further: {_first_line(self._matcher.get_error())}")
-        return np.unpackbits(np.frombuffer(bits, np.uint8), count=self._vocab_size, bitorder="little").view(np.bool_)
+        if self._found is None:
+            bits = self._bits() if self._ahead is None else self._ahead.result()
+            if self._matcher.is_error():
+                raise SamplingError(f"the grammar cannot be followed further: {_first_line(self._matcher.get_error())}")
+            words = np.frombuffer(bits, np.uint8)
+            self._found = np.unpackbits(words, count=self._vocab_size, bitorder="little").view(np.bool_)
+        return self._found
 
     def _bits(self) -> bytes:
         begin = time.thread_time()

@@ -12,8 +12,8 @@ Log-probabilities that are reported are the model's own, of the logits before an
 """
 
 import math
-import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +21,12 @@ import torch
 
 from hetero_attn.engine.greatest import greatest
 from hetero_attn.errors import NonFiniteLogitsError, SamplingError
+from hetero_attn.serving.draws.likely import likely_tokens, pick
+from hetero_attn.serving.draws.unmasked import first_draw, second_draw
 from hetero_attn.serving.grammar import TokenMask
 from hetero_attn.serving.sampling_params import SamplingParams
 
-__all__ = ["SampledToken", "Sampler", "SamplingParams", "likely_tokens", "score_token"]
+__all__ = ["SampledToken", "Sampler", "SamplingParams", "score_token"]
 
 
 FEW = 4  # Where a grammar leaves less than one token in so many, a draw goes over these alone.
@@ -47,8 +49,8 @@ class SampledToken(NamedTuple):
 class Sampler:
     """Choose the tokens of one request, one call per token. Not thread-safe: it owns the request's random generator.
 
-    A draw takes one number from a generator on the CPU, whatever device holds the logits, so a seed gives the same
-    tokens everywhere.
+    A draw takes one number from a generator on the CPU, two where a grammar refuses what the first one drew, whatever
+    device holds the logits, so a seed gives the same tokens everywhere.
 
     Attributes:
         params: the parameters it was made with.
@@ -78,7 +80,7 @@ class Sampler:
         """
         self.params = params
         self._vocab_size, self._token_mask = vocab_size, token_mask
-        self._needs_mask = not params.greedy
+        self._needs_mask = False  # of the whole vocabulary, for the token before
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
         self._check_token_ids("logit_bias", [token_id for token_id, _ in params.logit_bias])
         eos = {token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size}
@@ -117,13 +119,13 @@ class Sampler:
         adjusted = self._adjust(logits, prompt_ids, generated_ids)
         if adjusted is not logits:
             best = greatest(adjusted)
-        allowed, token_ids = self._allowed(best, generated_ids), None
-        if allowed is not None:
-            adjusted, best, token_ids = _leave(allowed, adjusted, best)
-        if adjusted is not logits:
-            self._check_allowed(float(adjusted[best]) if len(adjusted) else -math.inf, len(generated_ids))
-        place = best if self.params.greedy else self._draw(adjusted)
-        token_id = place if token_ids is None else int(token_ids[place])
+            self._check_allowed(float(adjusted[best]), len(generated_ids))
+        if self._token_mask is not None and self._token_mask.holds(generated_ids):
+            token_id = self._choose_allowed(adjusted, best, generated_ids)
+        elif self.params.greedy:
+            token_id = best
+        else:
+            token_id = pick(*likely_tokens(adjusted, self.params), self._number())
         if self.params.logprobs is None:
             return SampledToken(token_id)
         return score_token(logits, token_id, self.params.logprobs)
@@ -135,7 +137,7 @@ class Sampler:
 
     def prepare(self, generated_ids: Sequence[int]) -> None:
         """Begin to work out what the grammar allows behind these, before the logits are there; where that is likely to
-        be asked for."""
+        be asked for, as it was for the token before."""
         if self._token_mask is not None and self._needs_mask:
             self._token_mask.prepare(generated_ids)
 
@@ -167,16 +169,23 @@ class Sampler:
                 "choose a value nearer 1"
             )
 
-    def _allowed(self, best: int, generated_ids: Sequence[int]) -> torch.Tensor | None:
-        """Which tokens the grammar leaves, bool [vocab_size] on the CPU; None where that need not be known.
+    def _choose_allowed(self, logits: torch.Tensor, best: int, generated_ids: Sequence[int]) -> int:
+        """Choose among what the grammar allows, all of which is found out only where asking about few does not do."""
+        mask, params = self._token_mask, self.params
+        first = first_draw(logits, best, params, partial(mask.which, generated_ids), self._number)
+        self._needs_mask = first.token_id is None
+        if first.token_id is not None:
+            return first.token_id
+        left, best, token_ids = _leave(mask.allowed(generated_ids), logits, best)
+        self._check_allowed(float(left[best]) if len(left) else -math.inf, len(generated_ids))
+        if params.greedy:
+            return best if token_ids is None else int(token_ids[best])
+        kept, weights = likely_tokens(left, params, breaks_ties=True)
+        return second_draw(kept if token_ids is None else token_ids[kept.cpu()], weights, first, self._number)
 
-        best: the likeliest token. Where it is taken, all that is asked is whether the grammar allows it.
-        """
-        mask = self._token_mask
-        if mask is None:
-            return None
-        self._needs_mask = not (self.params.greedy and mask.allows(generated_ids, best))
-        return mask.allowed(generated_ids) if self._needs_mask else None
+    def _number(self) -> float:
+        """A number in (0, 1]."""
+        return 1.0 - torch.rand((), dtype=torch.float64, generator=self._generator, device="cpu").item()
 
     def _adjust(self, logits: torch.Tensor, prompt_ids: Sequence[int], generated_ids: Sequence[int]) -> torch.Tensor:
         """Return logits with bias, end tokens held back and penalties: a copy, or `logits` itself where there is
@@ -210,14 +219,6 @@ class Sampler:
         if self._output_penalty:
             logits -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
 
-    def _draw(self, logits: torch.Tensor) -> int:
-        """Draw a token by inverting the cumulative distribution of the tokens that are kept, in order of id."""
-        token_ids, probabilities = likely_tokens(logits, self.params)
-        cumulative = probabilities.cumsum(dim=0)
-        # In (0, 1]: the first entry that reaches a positive share of the total always has a probability above zero.
-        share = 1.0 - torch.rand((), dtype=torch.float64, generator=self._generator, device="cpu").item()
-        return int(token_ids[torch.searchsorted(cumulative, cumulative[-1] * share)])
-
 
 def _leave(allowed: torch.Tensor, logits: torch.Tensor, best: int) -> tuple[torch.Tensor, int, torch.Tensor | None]:
     """What a grammar leaves of logits: values, the place of the largest, and which tokens they are where they are few;
@@ -230,49 +231,6 @@ def _leave(allowed: torch.Tensor, logits: torch.Tensor, best: int) -> tuple[torc
     if count < len(allowed):
         logits = torch.where(allowed.to(logits.device), logits, -math.inf)
     return logits, best if bool(allowed[best]) else greatest(logits), None
-
-
-def likely_tokens(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the tokens that temperature (above 0), min_p, top_k and top_p leave, and their weights for a draw.
-
-    Args:
-        logits: float32 [vocab_size], biased and penalised already; at least one is finite, none is NaN or +inf.
-        params: how to choose.
-
-    Returns:
-        Token ids int64 [kept], ascending, and weights float64 [kept] in the ratio of their probabilities, 0 for tokens
-        whose logit is -inf.
-    """
-    # Subtracting the largest first keeps any temperature, however small, from overflowing.
-    scaled = (logits.double() - logits.max().double()) / params.temperature
-    token_ids = _keep_likely(scaled, params.min_p, params.top_k)
-    weights = torch.softmax(scaled if len(token_ids) == len(scaled) else scaled.index_select(0, token_ids), dim=0)
-    if params.top_p == 1.0:
-        return token_ids, weights
-    kept = _keep_top_p(weights, params.top_p)
-    return token_ids[kept], weights[kept]
-
-
-def _keep_likely(scaled: torch.Tensor, min_p: float, top_k: int) -> torch.Tensor:
-    """Return the ids, ascending, that min_p and then top_k leave of `scaled` (logits over temperature, largest 0)."""
-    threshold = math.log(min_p) if min_p > 0 else -sys.float_info.max
-    if 0 < top_k < len(scaled):
-        # Where min_p leaves fewer than top_k, the k-th value lies below its threshold, so one comparison does for both.
-        threshold = max(threshold, float(torch.topk(scaled, top_k).values[-1]))
-    # Tokens of no weight may stay: no draw ends at one, and leaving them out of so many costs more than the draw.
-    if not (min_p > 0 or 0 < top_k < len(scaled)) or float(scaled.amin()) >= threshold:
-        return torch.arange(len(scaled), device=scaled.device)
-    return (scaled >= threshold).nonzero().squeeze(1)
-
-
-def _keep_top_p(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Return the indices, ascending, of the fewest largest probabilities that sum to at least `top_p`."""
-    # Even all together, tokens this unlikely cannot make up 1 - top_p: they go without being sorted. The half keeps
-    # rounding from ever dropping the most likely token.
-    hopeful = (probabilities * len(probabilities) >= 0.5 * (1.0 - top_p)).nonzero().squeeze(1)
-    ordered, order = probabilities[hopeful].sort(descending=True, stable=True)
-    before = ordered.cumsum(dim=0) - ordered
-    return hopeful[order[before < top_p]].sort().values
 
 
 def score_token(logits: torch.Tensor, token_id: int, count: int) -> SampledToken:

@@ -5,6 +5,7 @@ import json
 import re
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -304,25 +305,57 @@ def test_what_is_forced_wrongly_is_not_said(exact, monkeypatch):
 
 
 def test_a_mask_that_takes_long_is_found_out_while_the_step_is_computed(exact, monkeypatch):
-    """Each but the first is found out on another thread, and once; the answer is as without."""
+    """Where every draw is refused each but the first is found out on another thread, and once; the answer is as
+    without. Where none is, none is found out."""
     params = SamplingParams(regex="[a-z ]{200}", max_tokens=12, temperature=1.2, seed=3)
-    bits, step, log = TokenMask._bits, exact.engine.decode_step, []
+    bits, step, which, log = TokenMask._bits, exact.engine.decode_step, TokenMask.which, []
 
     def logged(self):
         log.append("mask" if threading.current_thread().name.startswith("hetero-attn-mask") else "late")
         return bits(self)
 
+    def generated(answer, ahead_s):
+        log.clear()
+        monkeypatch.setattr(TokenMask, "which", answer)
+        monkeypatch.setattr(grammar, "AHEAD_S", ahead_s)
+        outputs = exact.generate(["A thing:"] * 2, params)
+        return outputs, Counter(log)
+
+    def refusing(self, ids, token_ids):
+        return [False] * len(token_ids)
+
     monkeypatch.setattr(TokenMask, "_bits", logged)
     monkeypatch.setattr(exact.engine, "decode_step", lambda *args, **more: log.append("step") or step(*args, **more))
-    monkeypatch.setattr(grammar, "AHEAD_S", 0.0)
-    ahead = exact.generate(["A thing:"] * 2, params)
-    begun = [*log]
-    monkeypatch.setattr(grammar, "AHEAD_S", 600.0)
-    alone = exact.generate(["A thing:"] * 2, params)
+    (ahead, counts), (alone, late) = generated(refusing, 0.0), generated(refusing, 600.0)
+    anything = re.compile("(?s).{12,}")
+    params = SamplingParams(regex="(?s:.{900,})", max_tokens=12, temperature=1.2, seed=3)
+    (free, none) = generated(which, 0.0)
 
     same_answers(ahead, alone)
-    assert (begun.count("mask"), begun.count("late"), begun.count("step")) == (22, 2, 11)
-    assert "mask" not in log[len(begun) :]
+    assert counts == {"mask": 22, "late": 2, "step": 11} and late == {"late": 24, "step": 11}
+    assert none == {"step": 11} and all(anything.fullmatch(output.text) for output in free)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"temperature": 1.2}, {"temperature": 1.5, "top_p": 0.9, "top_k": 20}, {"min_p": 0.05, "top_k": 30}],
+    ids=str,
+)
+def test_a_seed_gives_the_same_answer_however_it_is_computed(exact, monkeypatch, more):
+    """Alone, beside others, out of a cache that knows the prompt, put back when pages run out, token by token and with
+    forced tokens and drafts in rows of one pass."""
+    kinds = [{"regex": "[a-z ,.]{300}"}, {"regex": "([a-z]{1,6}-){30}"}, {"json_schema": KEYS}]
+    params = [SamplingParams(**kind, **more, seed=4 + n) for n, kind in enumerate(kinds)]
+    prompts = ["A list is", "A list is not", "A thing:"]
+    alone = [exact.generate(prompt, wish)[0] for prompt, wish in zip(prompts, params, strict=True)]
+    monkeypatch.setattr(exact._scheduler, "speculator", make_speculator("ngram", False, exact.report()))
+    same_answers(exact.generate(prompts, params), alone)
+    with load_tiny(dtype="fp32", batch=3, context=192, kv_tokens=192) as small:
+        requests = [small.add(prompt, wish) for prompt, wish in zip(prompts, params, strict=True)]
+        while small.step():
+            pass
+    same_answers([request.output() for request in requests], alone)
+    assert any(request.replayed for request in requests)
 
 
 def test_what_was_found_out_ahead_is_left_where_the_answer_goes_elsewhere(grammars, tokenizer, monkeypatch):
@@ -336,9 +369,7 @@ def test_what_was_found_out_ahead_is_left_where_the_answer_goes_elsewhere(gramma
         mask.prepare(ids[:3])
         assert torch.equal(mask.allowed(tokens), grammars.mask(params).allowed(tokens)), tokens
         mask.prepare(tokens)
-        assert all(
-            mask.allows(tokens, each) == grammars.mask(params).allows(tokens, each) for each in range(0, 4096, 97)
-        )
+        assert mask.which(tokens, range(0, 4096, 97)) == grammars.mask(params).which(tokens, range(0, 4096, 97))
         assert mask.forced(tokens) == grammars.mask(params).forced(tokens)
         assert torch.equal(mask.allowed(tokens), grammars.mask(params).allowed(tokens))
 
@@ -349,7 +380,7 @@ def test_only_an_answer_that_errs_has_its_mask_found_out(exact, monkeypatch):
     monkeypatch.setattr(TokenMask, "allowed", lambda self, ids: asked.append(1) or allowed(self, ids))
     (output,) = exact.generate(["A thing:"], params)
     seldom = len(asked)
-    monkeypatch.setattr(TokenMask, "allows", lambda self, ids, token_id: False)
+    monkeypatch.setattr(TokenMask, "which", lambda self, ids, token_ids: [False] * len(token_ids))
     (slow,) = exact.generate(["A thing:"], params)
 
     assert output.token_ids == slow.token_ids
@@ -375,8 +406,8 @@ def test_one_token_is_judged_as_all_of_them_are(grammars, tokenizer, monkeypatch
     plain, params = Grammars(tokenizer, 4096, tokenizer.eos_token_ids), SamplingParams(**wish)
     mask, oracle, ids = grammars.mask(params), plain.mask(params), tokenizer.encode(text, add_special_tokens=False)
     for length in range(len(ids) + 1):
+        found = mask.copy().which(ids[:length], range(4096))
         allowed = mask.allowed(ids[:length])
-        found = [mask.allows(ids[:length], token_id) for token_id in range(4096)]
 
         assert found == allowed.tolist()
         assert torch.equal(allowed, oracle.allowed(ids[:length]))

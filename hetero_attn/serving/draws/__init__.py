@@ -1,0 +1,1 @@
+"""Draws of one token: which are kept, and how a grammar is asked about few of them."""
