@@ -61,6 +61,7 @@ class Driver:
         self._timer: asyncio.TimerHandle | None = None
         self._wake = threading.Event()
         self._is_over = False
+        self._lost: HeteroError | None = None  # what ends every turn
         self._thread = threading.Thread(target=self._work, name="hetero-attn-driver", daemon=True)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -75,10 +76,11 @@ class Driver:
 
     def enter(self, generation: Generation) -> None:
         """Let requests that were added to the model be computed."""
+        if self._lost is not None:
+            generation.fail(self._lost)
+            return
         for request in generation.requests:
             self.live[request] = generation
-        if self.state is State.FAILED:
-            generation.fail(self._dead())
         self._wake.set()
         generation.wake()
 
@@ -103,11 +105,21 @@ class Driver:
         if self.state is not State.FAILED:
             self._become(State.STOPPING)
 
-    def finish(self, wait_s: float) -> None:
-        """End the thread after the step that runs and close the model; waits a while. Idempotent."""
+    def lose(self, error: HeteroError) -> None:
+        """End every turn with an error, also those to come; at once, whatever step is under way."""
+        self._lost = error
+        for request, generation in list(self.live.items()):
+            del self.live[request]
+            self._metrics.lost(request)
+            generation.fail(error)
+
+    def finish(self, wait_s: float) -> bool:
+        """End the thread after the step that runs and close the model; waits a while. Returns whether it has ended.
+        Idempotent."""
         self._is_over = True
         self._wake.set()
         self._thread.join(wait_s)
+        return not self._thread.is_alive()
 
     def _become(self, state: State) -> None:
         self.state = state
@@ -218,11 +230,7 @@ class Driver:
         while self._wishes:
             self._wishes.popleft()[0].set_exception(self._dead())
         LOG.error("the model is lost: %s: %s", type(failure).__name__, failure if self.llm is None else "")
-        error = self._dead()
-        for request, generation in list(self.live.items()):
-            del self.live[request]
-            self._metrics.lost(request)
-            generation.fail(error)
+        self.lose(self._dead())
         self._become(State.FAILED)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import uvicorn
 
@@ -23,21 +26,27 @@ if TYPE_CHECKING:  # it needs torch, whose import would keep a server from answe
 
 AT_RUN_TIME = 5
 KEEP_ALIVE_S = 75  # pooled clients meet closed sockets where it is short
-LAST_WORDS_S = 2.0  # for error frames to leave
-STEP_WAIT_S = 5.0
+LAST_WORDS_S = 1.0  # for what was written to leave
+LAST_STEP_S = 0.5
 
 
 class HeteroServer(uvicorn.Server):
     """uvicorn around one model.
 
     load: makes the model, on a thread of its own. say: called with the lines for the operator. The first signal takes
-    nothing new, finishes what runs within `settings.drain_s` and ends; the second ends at once.
+    nothing new, finishes what runs within `settings.drain_s` and ends the rest with an error; the second ends all with
+    an error at once.
+
+    Attributes:
+        failure: what the model was lost to.
+        is_held: whether a step, or the loading of the model, was still under way at the end.
     """
 
     def __init__(self, load: Callable[[], LLM], settings: ServerSettings, say: Callable[[str], None]) -> None:
         self.service = Service(load, settings, self._changed)
         self.settings, self._say = settings, say
         self.failure: BaseException | None = None
+        self.is_held = False
         self._draining: asyncio.Task | None = None
         config = uvicorn.Config(
             make_app(self.service),
@@ -47,17 +56,17 @@ class HeteroServer(uvicorn.Server):
             log_level="warning",
             access_log=False,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=3,
+            timeout_graceful_shutdown=LAST_WORDS_S,
             server_header=False,
         )
         super().__init__(config)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until told to stop. Raises what the model was lost to."""
+        """Serve until told to stop."""
         self._loop = asyncio.get_running_loop()
         self.service.driver.start(self._loop)
         await super().serve(sockets)
-        self.service.driver.finish(0.0 if self.force_exit else STEP_WAIT_S)
+        self.is_held = not self.service.driver.finish(LAST_STEP_S)
         self.service.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -70,17 +79,16 @@ class HeteroServer(uvicorn.Server):
             self.service.driver.stop()
             self._draining = asyncio.ensure_future(self._drain())
         else:
-            self.force_exit = self.should_exit = True
+            self._end()
 
     async def _drain(self) -> None:
         driver, end = self.service.driver, self._loop.time() + self.settings.drain_s
         while driver.live and self._loop.time() < end:
             await asyncio.sleep(0.05)
-        if driver.live:
-            driver.give_up(list(driver.live), EngineDeadError("the server is stopping; ask again later"))
-        end = self._loop.time() + LAST_WORDS_S
-        while driver.live and self._loop.time() < end:
-            await asyncio.sleep(0.05)
+        self._end()
+
+    def _end(self) -> None:
+        self.service.driver.lose(EngineDeadError("the server is stopping; ask again later"))
         self.should_exit = True
 
     def _changed(self, state: State) -> None:
@@ -88,7 +96,7 @@ class HeteroServer(uvicorn.Server):
             self._say(banner(self.service.llm, self.settings))
         elif state is State.FAILED:
             self.failure = self.service.driver.failure
-            self._loop.call_later(LAST_WORDS_S / 2, self.stop)
+            self._loop.call_later(LAST_WORDS_S, self.stop)
 
 
 def listen(settings: ServerSettings) -> socket.socket:
@@ -102,8 +110,26 @@ def listen(settings: ServerSettings) -> socket.socket:
 
 
 def serve(load: Callable[[], LLM], settings: ServerSettings, say: Callable[[str], None], sock: socket.socket) -> None:
-    """Serve a model on a socket until a signal comes. Raises what the model was lost to."""
+    """Serve a model on a socket until a signal comes. Raises what the model was lost to.
+
+    Does not return where a step, or the loading of the model, is under way and lasts: then the process ends here.
+    """
     server = HeteroServer(load, settings, say)
-    asyncio.run(server.serve([sock]))
+    asyncio.run(_serve(server, sock))
     if server.failure is not None:
         raise server.failure
+
+
+async def _serve(server: HeteroServer, sock: socket.socket) -> None:
+    await server.serve([sock])
+    if server.is_held and server.failure is None:
+        _end_process()
+
+
+def _end_process() -> NoReturn:
+    """End with code 0 and without the interpreter's own end, which waits for the step, or aborts where a thread is in
+    torch's code. What is written to disk is written beside its name first, so nothing is left in halves."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # there is none, or nobody reads it
+            stream.flush()
+    os._exit(0)

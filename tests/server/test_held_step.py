@@ -112,6 +112,21 @@ def test_nothing_but_tokens_waits_for_a_step(threads_of_calls):
     assert all(loop_thread not in threads for threads in threads_of_calls.values())
 
 
+def test_an_end_tells_streams_though_a_step_is_held():
+    """They were told by the thread that takes the step, so only after it."""
+    with RunningServer(drain_s=0.05) as server, held(server):
+        sock = raw(server, "/v1/chat/completions", {**LONG, "stream": True})
+        whole = raw(server, "/v1/chat/completions", LONG)
+        read_until(sock, b"\r\n\r\n")
+        server.wait_until(lambda: len(server.service.driver.live) == 2)
+        server.server._loop.call_soon_threadsafe(server.server.stop)
+        told, answer = read_until(sock, b"0\r\n\r\n"), read_until(whole, b"stopping")
+        server._thread.join(READY_S)
+
+        assert server.server.is_held and not server._thread.is_alive()
+    assert b'"error"' in told and b"stopping" in told and answer.startswith(b"HTTP/1.1 503")
+
+
 GREEDY = {"temperature": 0}
 
 

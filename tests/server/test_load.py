@@ -133,8 +133,7 @@ def test_who_waits_goes_by_priority_then_by_arrival():
 
 
 PLANTED = """
-import atexit, gc, sys, time
-atexit.register(lambda: {at_exit})
+import gc, sys, time
 from hetero_attn.errors import EngineDeadError
 from hetero_attn.llm import LLM
 step = LLM.step
@@ -150,11 +149,11 @@ main()
 """
 
 
-def served(action: str, at_exit: str = "None") -> tuple[subprocess.Popen, int]:
+def served(action: str) -> tuple[subprocess.Popen, int]:
     """The command in a process of its own that does something after the fourth token of a long answer."""
     port = free_port()
     arguments = ["serve", TINY, "--device", "cpu", "--threads", "1", "--context", "256", "--port", str(port)]
-    code = PLANTED.format(action=action, arguments=arguments, at_exit=at_exit)
+    code = PLANTED.format(action=action, arguments=arguments)
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     await_health(process, port)
     return process, port
@@ -182,10 +181,38 @@ def test_a_lost_engine_ends_the_command_with_code_5():
     assert b"engine" in told and process.returncode == 5, stderr
 
 
-def test_a_second_signal_ends_at_once():
-    process, port = served(
-        "time.sleep(0.3)", at_exit="print('kept', gc.get_freeze_count(), file=sys.stderr, flush=True)"
-    )
+LOADING = """
+import sys, torch
+from hetero_attn.llm import LLM
+def loading(self, *arguments, **options):
+    while True:
+        torch.ones(9).tolist()
+LLM.__init__ = loading
+from hetero_attn.cli import main
+sys.argv[1:] = {arguments!r}
+main()
+"""
+
+
+def test_told_to_stop_while_it_loads_it_ends_at_once():
+    """A thread in torch's code aborts a process whose interpreter goes down."""
+    port = free_port()
+    code = LOADING.format(arguments=["serve", TINY, "--device", "cpu", "--port", str(port)])
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    try:
+        await_health(process, port, 503)
+        process.terminate()
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+
+    assert process.returncode == 0 and "Traceback" not in stderr, stderr
+
+
+@pytest.mark.parametrize("step_s", [0.3, 100.0], ids=["short", "held"])
+def test_a_second_signal_ends_at_once(step_s):
+    """However long the step lasts that is under way: the stream is told, and the process is not waited for."""
+    process, port = served(f"print('kept', gc.get_freeze_count(), file=sys.stderr, flush=True); time.sleep({step_s})")
     try:
         sock, _ = long_stream(port)
         os.kill(process.pid, signal.SIGTERM)
@@ -193,13 +220,18 @@ def test_a_second_signal_ends_at_once():
         assert process.poll() is None, "the first signal lets the stream go on"
         os.kill(process.pid, signal.SIGTERM)
         start = time.monotonic()
-        _, stderr = process.communicate(timeout=60)
+        told = read_until(sock, b'"error"')
+        while data := sock.recv(65536):
+            told += data
+        _, stderr = process.communicate(timeout=90)
         took_s = time.monotonic() - start
     finally:
         process.kill()
         sock.close()
 
-    assert took_s < 15, "200 tokens of 0.3 s each would have taken a minute"
+    assert took_s < 15, "200 tokens of 0.3 s each would have taken a minute, one held step longer"
+    assert process.returncode == 0 and "Traceback" not in stderr, stderr
+    assert told.endswith(b"0\r\n\r\n") and b"stopping" in told, "the stream ends whole, with an error"
     assert int(re.search(r"kept (\d+)", stderr)[1]) > 100_000, "what was loaded is not looked through for garbage again"
 
 

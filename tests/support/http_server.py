@@ -33,16 +33,16 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def await_health(process: subprocess.Popen, port: int) -> None:
-    """Wait until a server in a process of its own has loaded its model."""
+def await_health(process: subprocess.Popen, port: int, wanted: int = 200) -> None:
+    """Wait until a server in a process of its own has loaded its model, or answers with another status."""
     end, status = time.monotonic() + READY_S, None
-    while status != 200 and time.monotonic() < end and process.poll() is None:
+    while status != wanted and time.monotonic() < end and process.poll() is None:
         time.sleep(0.1)
         try:
             status = httpx.get(f"http://localhost:{port}/health", trust_env=False, timeout=10).status_code
         except httpx.TransportError:
             status = None
-    assert status == 200, process.poll()
+    assert status == wanted, process.poll()
 
 
 class RunningServer:
