@@ -80,6 +80,18 @@ CASES = {
         {"": int8_packed(64, symmetric=False)},
         compressed_config("pack-quantized", num_bits=8, type="int", symmetric=False, strategy="group", group_size=64),
         {},
+        {"uint8_g64"},
+    ),
+    "int8 packed with zero points of wide groups": (
+        {"": int8_packed(256, symmetric=False)},
+        compressed_config("pack-quantized", num_bits=8, type="int", symmetric=False, strategy="group", group_size=256),
+        {"hidden": 256, "num_heads": 8, "num_kv_heads": 2, "intermediate": 512},
+        {"uint8_g128"},
+    ),
+    "int8 packed with zero points and float32 scales": (
+        {"": int8_packed(64, symmetric=False, scales=torch.float32)},
+        compressed_config("pack-quantized", num_bits=8, type="int", symmetric=False, strategy="group", group_size=64),
+        {},
         {"fp32"},
     ),
     "mxfp4": (
@@ -138,7 +150,9 @@ def test_linears_are_held_in_the_forms_of_their_file(models, case):
     assert {part.partition("*")[0] for mix in mixes for part in mix.split("+")} == CASES[case][3]
 
 
-@pytest.mark.parametrize("case", ["fp8 blocks", "w8a8", "mxfp4", "nvfp4", "nf4", "mixed"])
+@pytest.mark.parametrize(
+    "case", ["fp8 blocks", "w8a8", "int8 packed with zero points", "mxfp4", "nvfp4", "nf4", "mixed"]
+)
 def test_lanes_agree_and_differ_from_the_file_by_the_rounding_of_activations_alone(models, case):
     folder = models(case)
     expected = logits(folder / "scaled", kv_dtype="fp32")

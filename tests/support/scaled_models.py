@@ -58,13 +58,13 @@ def int8_channel(out: int, inputs: int, generator: torch.Generator) -> tuple[Ten
     return {"weight": codes, "weight_scale": scale}, codes.float() * scale.float()
 
 
-def int8_packed(each: int, symmetric: bool = True) -> Writer:
+def int8_packed(each: int, symmetric: bool = True, scales: torch.dtype = torch.float16) -> Writer:
     """compressed-tensors with 8 bits in words."""
 
     def write(out: int, inputs: int, generator: torch.Generator) -> tuple[Tensors, torch.Tensor]:
         codes = torch.randint(-128, 128, (out, inputs), generator=generator)
         zeros = torch.randint(-9, 9, (out, inputs // each), generator=generator)
-        scale = (uniform(generator, out, inputs // each) / 1000).half()
+        scale = (uniform(generator, out, inputs // each) / 1000).to(scales)
         parts = {"weight_packed": bytes_in_words(codes + 128), "weight_scale": scale}
         parts["weight_shape"] = torch.tensor([out, inputs])
         if symmetric:

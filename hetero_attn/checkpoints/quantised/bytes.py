@@ -5,6 +5,8 @@
   weight_packed [out, in/4], int32       as those; a byte is the code with 128 added
 
 A value is code * scale in float32. FP8 checkpoints call the scale weight_scale_inv and multiply with it all the same.
+Zero points are weight_zero_point, int8 [out, groups], or int32 [out/4, groups], four of a column in a word with 128
+added; a value is then (code - zero) * scale. With float16 scales a format holds these, with 128 added to both.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cpu_kernels.formats import FP8_TYPE, INT8_TYPE
+from cpu_kernels.formats import FP8_TYPE, INT4_GROUPS, INT8_TYPE, UINT8_TYPES, GgufType
 from hetero_attn.checkpoints.quantised.module import (
     AGAIN,
     Module,
@@ -26,6 +28,7 @@ from hetero_attn.checkpoints.quantised.module import (
     refuse,
     refuse_shape,
     write_blocks,
+    write_zeroed_blocks,
 )
 from hetero_attn.errors import CheckpointError
 
@@ -57,16 +60,19 @@ class ByteModule(Module):
 
         def write(first: int, stop: int, out: torch.Tensor) -> None:
             groups = scales[torch.arange(first, stop, device="cpu") // high]
-            if self.kind is not None:
-                count = self.row_bytes // self.kind.block_bytes
-                held = groups[:, torch.arange(count, device="cpu") * HELD_GROUP // wide]
-                write_blocks(self.kind, held, codes[first:stop].view(torch.uint8), out)
+            if self.kind is None:
+                of_input = torch.arange(self.in_features, device="cpu") // wide
+                values = codes[first:stop].float()
+                if zeros is not None:
+                    values -= zeros[first:stop][:, of_input]
+                torch.mul(values, groups[:, of_input], out=out)
                 return
-            of_input = torch.arange(self.in_features, device="cpu") // wide
-            values = codes[first:stop].float()
-            if zeros is not None:
-                values -= zeros[first:stop][:, of_input]
-            torch.mul(values, groups[:, of_input], out=out)
+            of_block = torch.arange(self.row_bytes // self.kind.block_bytes, device="cpu") * self.kind.items // wide
+            held, rows = groups[:, of_block], codes[first:stop].view(torch.uint8)
+            if zeros is None:
+                write_blocks(self.kind, held, rows, out)
+            else:
+                write_zeroed_blocks(held.half(), zeros[first:stop][:, of_block] + 128, rows ^ 128, out)
 
         return write
 
@@ -97,7 +103,7 @@ class ByteModule(Module):
 
 
 def _zero_points(packed: torch.Tensor, out_features: int) -> torch.Tensor:
-    """float32 [out, groups] of int32 [out/4, groups], four of a column in a word with 128 added, or of int8."""
+    """float32 [out, groups]."""
     import torch
 
     if packed.dtype == torch.int8:
@@ -109,8 +115,8 @@ def _zero_points(packed: torch.Tensor, out_features: int) -> torch.Tensor:
 def find_bytes(
     prefix: str, shapes: Shapes, where: str, read: Read, block: tuple[int, int] | None, group: int | None
 ) -> ByteModule:
-    """A module of bytes by its tensors; `block`, `group`: what config.json says of its scales, None where nothing. Only
-    its shape is read, where that is a tensor.
+    """A module of bytes by its tensors; `block`, `group`: what config.json says of its scales, None where nothing. Read
+    are its shape, where that is a tensor, and scales that have zero points.
 
     Raises CheckpointError by name where a tensor is missing or contradicts another.
     """
@@ -130,23 +136,36 @@ def find_bytes(
     names = tuple(
         part for part in (codes, scales, zeros, f"{prefix}.weight_shape", *_ignored(prefix)) if part in shapes
     )
-    why = ""
-    if zeros:
-        why = "zero points of 8-bit codes"
-    elif found[1] % HELD_GROUP and found[1] < inputs:
-        why = f"scales of {found[1]} inputs, no multiple of {HELD_GROUP}"
+    kind, why = _held_as(kind, found, inputs, read(scales) if zeros else None)
     return ByteModule(
         prefix=prefix,
         names=names,
         out_features=out,
         in_features=inputs,
-        kind=None if why else kind,
+        kind=kind,
         why=why,
         codes=codes,
         scales=scales,
         block=found,
         zeros=zeros,
     )
+
+
+def _held_as(
+    kind: GgufType, block: tuple[int, int], inputs: int, scales_with_zeros: torch.Tensor | None
+) -> tuple[GgufType | None, str]:
+    """The form of the rows; or None for float32, and why."""
+    wide = block[1]
+    if scales_with_zeros is None:
+        fits = wide % HELD_GROUP == 0 or wide >= inputs
+        return (kind, "") if fits else (None, f"scales of {wide} inputs, no multiple of {HELD_GROUP}")
+    scales = scales_with_zeros.float()
+    if not bool((scales.half().float() == scales).all()):
+        return None, "zero points of 8-bit codes with scales that float16 does not hold"
+    group = next((group for group in reversed(INT4_GROUPS) if wide % group == 0 and inputs % group == 0), None)
+    if group is None:
+        return None, f"zero points of 8-bit codes in groups of {wide} inputs, no multiple of {INT4_GROUPS[0]}"
+    return UINT8_TYPES[group], ""
 
 
 def _zeros(where: str, shapes: Shapes, name: str, weight: tuple[int, int]) -> str:

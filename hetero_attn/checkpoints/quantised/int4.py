@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cpu_kernels.formats import INT4_GROUPS, INT4_HEADER_BYTES, INT4_TYPES, SOURCE_TYPES, UINT8_TYPES, GgufType
+from cpu_kernels.formats import INT4_GROUPS, INT4_TYPES, SOURCE_TYPES, UINT8_TYPES, GgufType
 from hetero_attn.checkpoints.quantised.module import (
     AGAIN,
     INSTEAD,
@@ -29,6 +29,7 @@ from hetero_attn.checkpoints.quantised.module import (
     refuse,
     refuse_shape,
     unsupported,
+    write_zeroed_blocks,
 )
 from hetero_attn.checkpoints.quantised.scheme import GroupScheme
 from hetero_attn.errors import CheckpointError, UnsupportedModelError
@@ -92,16 +93,9 @@ class Int4Module(Module):
     def _blocks(
         self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, order: torch.Tensor | None
     ) -> RowWriter:
-        """Rows as formats/source_types.py lays them out."""
-        import torch
-
         def write(first: int, stop: int, out: torch.Tensor) -> None:
-            target = out.view(stop - first, self.in_features // self.group, -1)
-            target[:, :, :2] = scales[first:stop, :, None].view(torch.uint8)
-            target[:, :, 2] = zeros[first:stop]
-            target[:, :, 3] = 0
             rows = _stored(self.scheme, codes, first, stop, order)
-            target[:, :, INT4_HEADER_BYTES:] = rows.view(*target.shape[:2], -1)
+            write_zeroed_blocks(scales[first:stop], zeros[first:stop], rows, out)
 
         return write
 

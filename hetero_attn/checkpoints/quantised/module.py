@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
-from cpu_kernels.formats import SCALE_BYTES, GgufType
+from cpu_kernels.formats import INT4_HEADER_BYTES, SCALE_BYTES, GgufType
 from hetero_attn.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -94,6 +94,18 @@ def write_blocks(kind: GgufType, scales: torch.Tensor, codes: torch.Tensor, out:
         codes = torch.nn.functional.pad(codes, (0, width - codes.shape[1]))
     target[:, :, :SCALE_BYTES] = scales.contiguous().view(torch.uint8).view(rows, groups, SCALE_BYTES)
     target[:, :, SCALE_BYTES:] = codes.reshape(rows, groups, -1)
+
+
+def write_zeroed_blocks(scales: torch.Tensor, zeros: torch.Tensor, codes: torch.Tensor, out: torch.Tensor) -> None:
+    """Lay rows out as blocks of a form with zero points: float16 scales and u8 zero points [rows, groups], and codes,
+    uint8 [rows, bytes], as formats/source_types.py says."""
+    import torch
+
+    target = out.view(*scales.shape, -1)
+    target[:, :, :2] = scales[..., None].view(torch.uint8)
+    target[:, :, 2] = zeros
+    target[:, :, 3] = 0
+    target[:, :, INT4_HEADER_BYTES:] = codes.reshape(*scales.shape, -1)
 
 
 def finite_scales(values: torch.Tensor, name: str, where: str) -> torch.Tensor:
