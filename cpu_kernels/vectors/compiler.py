@@ -7,21 +7,14 @@ error model), so the object needs nothing but libc. No fastmath: the kernels spe
 
 import llvmlite.binding as llvm
 from numba import config, njit, types
-from numba.core import registry
-from numba.core.compiler import Compiler
-from numba.core.compiler_lock import global_compiler_lock
-from numba.core.dispatcher import _FunctionCompiler
 
 from cpu_kernels.vectors.isa import Isa
-from cpu_kernels.vectors.linked_code import linked_code
+from cpu_kernels.vectors.linked_code import cpu_target, linked_code
+from cpu_kernels.vectors.numba_parts import CompileError, expect_members, part
 from cpu_kernels.vectors.target import target_of
 
-
-class CompileError(RuntimeError):
-    """Kernels cannot be compiled as Python is set up. Exit code 5."""
-
-    exit_code = 5
-
+Compiler, FunctionCompiler = part("numba.core.compiler", "Compiler"), part("numba.core.dispatcher", "_FunctionCompiler")
+global_compiler_lock = part("numba.core.compiler_lock", "global_compiler_lock")
 
 if config.DISABLE_JIT:  # the functions below would be plain Python, which has no machine code
     raise CompileError(
@@ -35,10 +28,11 @@ helper = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)  # for 
 inlined = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, inline="always", **OPTIONS)
 
 
-class _ObjectCompiler(_FunctionCompiler):
+class _ObjectCompiler(FunctionCompiler):
     """numba's function compiler, told to make neither wrapper."""
 
     def _customize_flags(self, flags):
+        expect_members(flags, "no_cpython_wrapper", "no_cfunc_wrapper", "no_compile", "enable_pyobject")
         flags.no_cpython_wrapper = True
         flags.no_cfunc_wrapper = True
         flags.no_compile = True
@@ -50,12 +44,15 @@ def compile_module(kernel, name: str) -> tuple[llvm.ModuleRef, llvm.TargetMachin
     """`kernel(arguments: int64, thread: int64)` as optimised LLVM code, exported as `name`, and what emits it for this
     CPU; raises numba's errors. The caller holds numba's lock."""
     kernel.__name__ = kernel.__qualname__ = name
-    compiler = _ObjectCompiler(kernel, registry.cpu_target, {"nopython": True, **OPTIONS}, {}, Compiler)
+    expect_members(FunctionCompiler, "_customize_flags", "compile")
+    compiler = _ObjectCompiler(kernel, cpu_target, {"nopython": True, **OPTIONS}, {}, Compiler)
     with linked_code():
         result = compiler.compile((types.int64, types.int64), types.void)
         library = result.library
         library.finalize()
         library.optimise()
+        expect_members(library, "_final_module")
+        expect_members(library.codegen, "_tm")
     module = library._final_module
     for function in module.functions:
         # numba numbers helper functions per process, so another process's object may hold a different function of

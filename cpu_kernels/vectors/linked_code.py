@@ -10,9 +10,15 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from numba.core import registry
-from numba.core.codegen import JITCodeLibrary, JITCPUCodegen
-from numba.core.runtime import rtsys
+from cpu_kernels.vectors.numba_parts import expect_members, part
+
+JITCodeLibrary = part("numba.core.codegen", "JITCodeLibrary")
+JITCPUCodegen = part("numba.core.codegen", "JITCPUCodegen")
+cpu_target = part("numba.core.registry", "cpu_target")
+rtsys = part("numba.core.runtime", "rtsys")
+# Members that are replaced below: under another name numba's own would run in their place.
+REPLACED_OF_LIBRARY = "add_linking_library", "_optimize_final_module", "_finalize_final_module"
+REPLACED_OF_CODEGEN = "_library_class", "set_env"
 
 
 class _LinkedLibrary(JITCodeLibrary):
@@ -52,9 +58,13 @@ def _codegen() -> _LinkedCodegen:
 def linked_code() -> Iterator[None]:
     """Compile like this inside. The caller holds numba's lock, so that nobody else compiles meanwhile.
 
-    Python collects no garbage inside: it would look through all that numba has made, time and again.
+    Python collects no garbage inside: it would look through all that numba has made, time and again. Raises
+    CompileError where this numba lacks what is replaced or used here.
     """
-    context, collects = registry.cpu_target.target_context, gc.isenabled()
+    context, collects = cpu_target.target_context, gc.isenabled()
+    expect_members(JITCodeLibrary, *REPLACED_OF_LIBRARY, "_verify_declare_only_symbols")
+    expect_members(JITCPUCodegen, *REPLACED_OF_CODEGEN)
+    expect_members(context, "_internal_codegen", "refresh")
     context.refresh()  # what numba makes once for everybody is made as ever
     before = context._internal_codegen
     context._internal_codegen = _codegen()
