@@ -1,30 +1,25 @@
-"""decode_attention: one query row per item over paged K and V, out = softmax(scale * q K^T) V with an online softmax.
+"""decode_attention: rows of q over paged K and V, out = softmax(scale * q K^T) V with an online softmax.
 
-An item is (query row, block of KV heads, split of the key range), taken tile by tile (decode_tile.py). Splits of
-the same row are merged at the end (Flash-Decoding), so that all threads have work even with one KV head. An empty range
-gives (0, -inf).
+An item is (rows of one sequence that follow one another, block of KV heads, split of the key range), taken page by page
+(decode_item.py). Splits of the same row are merged at the end (Flash-Decoding), so that all threads have work even with
+one KV head. An empty range gives (0, -inf).
 
 The pages of a token's heads lie side by side, so an item takes as many heads as leave every thread enough items, page
 by page: memory is then read in the order of its addresses. One head alone would skip the pages of the others, and what
 the prefetchers fetch beyond the end of each page is lost: 0.56 of what a plain read reaches, and not 0.75 (q8, four
 heads).
+
+How a row's keys are shared out does not depend on the rows beside it, and rows are taken together only where theirs are
+shared out alike: its sums are the same bits as alone.
 """
 
 import numpy as np
 from numba import types
 
-from cpu_kernels.attention.codes import q_code_writer
-from cpu_kernels.attention.decode_tile import attend_tile
-from cpu_kernels.attention.parameters import (
-    HEAD_SCALARS,
-    KEY_TILE,
-    SCALE_OF_Q,
-    SPLIT_TILES,
-    RowShape,
-    q_line_bytes,
-)
+from cpu_kernels.attention.decode_item import attend_item, set_bounds, states_of_row, table_of
+from cpu_kernels.attention.parameters import HEAD_STATE, KEY_TILE, ROWS_TOGETHER, SPLIT_TILES, RowShape
 from cpu_kernels.attention.products.values import head_writer
-from cpu_kernels.attention.tiles import MINUS_INFINITY, page_at, q_line_writer, tile_at, write_lse
+from cpu_kernels.attention.tiles import MINUS_INFINITY, write_lse
 from cpu_kernels.team.arguments import DECODE
 from cpu_kernels.team.chunks import await_stage, fail, finish, parameter, take
 from cpu_kernels.vectors.arithmetic import add, exp2_not_positive, fma, keep_below, mul, sub, sum_lanes
@@ -62,72 +57,6 @@ def merge_splits(kv_dtype: str):
     return merge
 
 
-def attend_item(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: int, capped: bool):
-    """Function: one item, its queries loaded and its keys [start, stop) taken page by page; False: invalid page."""
-    take_tile, ask_tile, places_of = attend_tile(isa, kv_dtype, score_heads, value_heads, words, capped)
-    shape = RowShape.of(kv_dtype)
-    has_codes, q_line, acc_line = shape.has_codes, q_line_bytes(kv_dtype, isa.has_bf16), shape.acc_bytes
-    load_q = q_code_writer(isa, kv_dtype, words) if has_codes else q_line_writer(isa, kv_dtype, apart=True)
-
-    @helper
-    def load_heads(arguments, row, kv_head, places, heads, lines):
-        """A KV head's queries; padding repeats the last one."""
-        head_dim, queries_per_kv = parameter(arguments, DECODE.head_dim), parameter(arguments, DECODE.queries_per_kv)
-        scratch, _, q, scalars, sums = places
-        first = parameter(arguments, DECODE.q) + row * parameter(arguments, DECODE.q_row)
-        for head in range(heads):
-            index = kv_head * queries_per_kv + least(head, queries_per_kv - 1)
-            source, to = first + index * parameter(arguments, DECODE.q_head), q + q_line * lines * head
-            if has_codes:
-                scale_at, head_sums = scalars + HEAD_SCALARS * head + SCALE_OF_Q, sums + 4 * lines * head
-                load_q(source, head_dim, lines, to, scale_at, head_sums, scratch)
-            else:
-                load_q(source, head_dim, lines, to)
-
-    @helper
-    def advance(arguments, row, first_head, kv_heads, stop, place):
-        """The tile at a place, (K page, V page, offset in them, keys, KV head), and the place after it.
-
-        A place is (KV head, position, start of the page's keys); keys are 0 at the end, -1 where the page is invalid.
-        """
-        kv_head, position, page_start = place
-        if page_start >= stop:
-            return (0, 0, 0, 0, 0), place
-        table = parameter(arguments, DECODE.table) + row * parameter(arguments, DECODE.table_row)
-        page = page_at(arguments, table + (first_head + kv_head) * parameter(arguments, DECODE.table_head), position)
-        if page < 0:
-            return (0, 0, 0, -1, 0), place
-        page_size = parameter(arguments, DECODE.page_size)
-        page_stop = least(stop, (page_start // page_size + 1) * page_size)
-        k_page, v_page, offset, keys = tile_at(arguments, page, position, page_stop)
-        tile = k_page, v_page, offset, keys, kv_head
-        if position + keys < page_stop:
-            return tile, (kv_head, position + keys, page_start)
-        if kv_head + 1 < kv_heads:
-            return tile, (kv_head + 1, page_start, page_start)
-        return tile, (0, page_stop, page_stop)
-
-    @helper
-    def item(arguments, row, first_head, kv_heads, start, stop, work, heads, lines, acc, head_bytes):
-        """acc: of the first KV head, and `head_bytes` behind it of the next; (m, l) follow its accumulators."""
-        acc_size = heads * acc_line * lines
-        for kv_head in range(kv_heads):
-            load_heads(arguments, row, first_head + kv_head, places_of(work, kv_head, heads, lines), heads, lines)
-        tile, place = advance(arguments, row, first_head, kv_heads, stop, (0, start, start))
-        following, place = advance(arguments, row, first_head, kv_heads, stop, place)
-        if following[3] > 0:
-            ask_tile(arguments, following, lines)
-        while tile[3] > 0:
-            ahead, place = advance(arguments, row, first_head, kv_heads, stop, place)
-            kv_head = tile[4]
-            places, at = places_of(work, kv_head, heads, lines), acc + kv_head * head_bytes
-            take_tile(arguments, tile, ahead if ahead[3] > 0 else tile, places, heads, lines, at, at + acc_size)
-            tile, following = following, ahead
-        return tile[3] == 0
-
-    return item
-
-
 @helper
 def share_out(arguments, row):
     """(KV heads an item takes, splits, first key, last key, keys of a split) of a row; no keys and a failure for a
@@ -152,6 +81,28 @@ def share_out(arguments, row):
     return at_once, splits, start, stop, (tiles + splits - 1) // splits * KEY_TILE
 
 
+@helper
+def is_with_the_one_before(arguments, row):
+    """Whether a row and the one before it are of one sequence, and their keys are shared out alike.
+
+    Of one sequence: their last common key is in the same page. That rows are together is never wrong, only slower where
+    they have no pages in common.
+    """
+    if row % ROWS_TOGETHER == 0:
+        return False
+    bounds, page_size = 4 * (row - 1), parameter(arguments, DECODE.page_size)
+    starts, stops = parameter(arguments, DECODE.start) + bounds, parameter(arguments, DECODE.stop) + bounds
+    start = most(load_i32(starts), load_i32(starts + 4))
+    last = least(load_i32(stops), load_i32(stops + 4)) - 1
+    if start < 0 or last < start or last >= page_size * parameter(arguments, DECODE.max_pages):
+        return False
+    page = 4 * (last // page_size)
+    if load_i32(table_of(arguments, row - 1, 0) + page) != load_i32(table_of(arguments, row, 0) + page):
+        return False
+    before, own = share_out(arguments, row - 1), share_out(arguments, row)
+    return before[0] == own[0] and before[1] == own[1]
+
+
 def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: int, capped: bool = False):
     """Kernel of decode_attention; the parameters after the KV dtype are DecodeTiles. capped: whether scores are."""
     attend, merge = attend_item(isa, kv_dtype, score_heads, value_heads, words, capped), merge_splits(kv_dtype)
@@ -159,49 +110,54 @@ def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: i
 
     @helper
     def sizes(arguments):
-        """(padded heads, lines of a row, bytes of a KV head's acc, bytes of its partial result)."""
+        """(padded heads, lines of a row, bytes of a row's acc of a KV head, of its states, of all rows' of a split)."""
         head_dim, queries_per_kv = parameter(arguments, DECODE.head_dim), parameter(arguments, DECODE.queries_per_kv)
         heads = (queries_per_kv + score_heads - 1) // score_heads * score_heads
         lines = (head_dim + line_items - 1) // line_items
-        acc_size = heads * acc_line * lines
-        return heads, lines, acc_size, acc_size + (8 * heads + 63) // 64 * 64
+        acc_bytes, states = heads * acc_line * lines, states_of_row(heads)
+        return heads, lines, acc_bytes, states, parameter(arguments, DECODE.rows) * (acc_bytes + states)
 
     @helper
-    def clear(acc, acc_size, heads):
-        for i in range(0, acc_size, 64):
-            store_f32(splat(ZERO), acc + i)
-        for head in range(heads):
-            store_scalar(MINUS_INFINITY, acc + acc_size + 8 * head)
-            store_scalar(ZERO, acc + acc_size + 8 * head + 4)
+    def set_rows(arguments, row, split, work):
+        """Set the bounds of a split of this row and of those that are taken with it; returns their number."""
+        rows, batch = 0, parameter(arguments, DECODE.rows)
+        while row + rows < batch and (rows == 0 or is_with_the_one_before(arguments, row + rows)):
+            _, _, start, stop, share = share_out(arguments, row + rows)
+            first = start + split * share
+            set_bounds(work, rows, first, least(stop, first + share))
+            rows += 1
+        return rows
 
     @helper
-    def attend_numbered(arguments, row, number, work, first_part):
-        """The item of a row with this number, if it has that many, into the parts of its heads and split."""
-        heads, lines, acc_size, part_bytes = sizes(arguments)
+    def attend_numbered(arguments, row, number, work, parts):
+        """The item with this number of a row and of those that are taken with it, if it has that many."""
+        if is_with_the_one_before(arguments, row):
+            return
+        heads, lines, acc_bytes, states, part_bytes = sizes(arguments)
         kv_heads, most_splits = parameter(arguments, DECODE.kv_heads), parameter(arguments, DECODE.splits)
-        at_once, splits, start, stop, share = share_out(arguments, row)
+        at_once, splits, _, _, _ = share_out(arguments, row)
         blocks = kv_heads // at_once
         if number >= blocks * splits:
             return
         split, kv_head = number // blocks, number % blocks * at_once
-        first, last = start + split * share, least(stop, start + split * share + share)
-        acc, head_bytes = first_part + (kv_head * most_splits + split) * part_bytes, most_splits * part_bytes
+        rows, head_bytes = set_rows(arguments, row, split, work), most_splits * part_bytes
+        part = parts + (kv_head * most_splits + split) * part_bytes
+        acc, running = part + row * acc_bytes, part + parameter(arguments, DECODE.rows) * acc_bytes + row * states
         for i in range(at_once):
-            clear(acc + i * head_bytes, acc_size, heads)
-        if first < last and not attend(
-            arguments, row, kv_head, at_once, first, last, work, heads, lines, acc, head_bytes
-        ):
+            for at in range(0, rows * acc_bytes, 64):
+                store_f32(splat(ZERO), acc + i * head_bytes + at)
+        item = row, rows, kv_head, at_once, heads, lines
+        if not attend(arguments, item, work, acc, running, head_bytes):
             fail(arguments, 2)
 
     @helper
-    def attend_all(arguments, work, parts, row_bytes):
+    def attend_all(arguments, work, parts):
         """Stage 0: every item, into memory of its own."""
         most_items = parameter(arguments, DECODE.most_items)
         chunks = parameter(arguments, DECODE.rows) * most_items
         chunk = take(arguments, 0)
         while chunk < chunks:
-            row = chunk // most_items
-            attend_numbered(arguments, row, chunk % most_items, work, parts + row * row_bytes)
+            attend_numbered(arguments, chunk // most_items, chunk % most_items, work, parts)
             finish(arguments, 0)
             chunk = take(arguments, 0)
         await_stage(arguments, 0, chunks)
@@ -211,18 +167,19 @@ def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: i
         """Stage 1: merge every row's splits and write its results."""
         batch, kv_heads = parameter(arguments, DECODE.rows), parameter(arguments, DECODE.kv_heads)
         queries_per_kv, head_dim = parameter(arguments, DECODE.queries_per_kv), parameter(arguments, DECODE.head_dim)
-        heads, _, acc_size, part_bytes = sizes(arguments)
-        acc_bytes = acc_size // heads
+        heads, _, row_bytes, states, part_bytes = sizes(arguments)
+        acc_bytes = row_bytes // heads
         chunk = take(arguments, 1)
         while chunk < batch * kv_heads:
             row, kv_head = chunk // kv_heads, chunk % kv_heads
             splits = share_out(arguments, row)[1]
             out = parameter(arguments, DECODE.out) + row * parameter(arguments, DECODE.out_row)
             lse = parameter(arguments, DECODE.lse) + row * parameter(arguments, DECODE.lse_row)
-            part = parts + chunk * parameter(arguments, DECODE.splits) * part_bytes
+            part = parts + kv_head * parameter(arguments, DECODE.splits) * part_bytes
+            first_acc, first_state = part + row * row_bytes, part + batch * row_bytes + row * states
             for head in range(queries_per_kv):
                 index = kv_head * queries_per_kv + head
-                acc, running = part + head * acc_bytes, part + acc_size + 8 * head
+                acc, running = first_acc + head * acc_bytes, first_state + HEAD_STATE * head
                 to = out + index * parameter(arguments, DECODE.out_head)
                 merge(part_bytes, splits, acc, acc_bytes, running, head_dim, to, lse + 4 * index)
             chunk = take(arguments, 1)
@@ -230,9 +187,7 @@ def decode(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, words: i
     def kernel(arguments, thread):
         scratch, thread_bytes = parameter(arguments, DECODE.scratch), parameter(arguments, DECODE.thread_bytes)
         parts = scratch + thread_bytes * parameter(arguments, DECODE.threads)
-        part_bytes = sizes(arguments)[3]
-        row_bytes = parameter(arguments, DECODE.kv_heads) * parameter(arguments, DECODE.splits) * part_bytes
-        attend_all(arguments, scratch + thread * thread_bytes, parts, row_bytes)
+        attend_all(arguments, scratch + thread * thread_bytes, parts)
         merge_all(arguments, parts)
 
     return kernel

@@ -12,7 +12,6 @@ from cpu_kernels.team.team import Team
 
 KV_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "q8", torch.uint8: "q4"}
 ITEMS_PER_THREAD = 4  # items of a row, to balance on a machine that is also doing something else
-ROWS_ALIKE = 16  # as many rows as q4 and q8 linears sum alike, whoever is beside them
 
 
 def check_pages(pages: Pages, head_dim: int) -> str:
@@ -59,9 +58,9 @@ def split_limits(batch: int, kv_heads: int, tokens: int, num_threads: int) -> tu
     """(most splits of a row's key range, items wanted of a row, most items of a row); how many there are is decided by
     the kernel, which knows the ranges.
 
-    Up to ROWS_ALIKE rows, a row's sums do not depend on how many are computed beside it.
+    Up to ROWS_TOGETHER rows, a row's sums do not depend on how many are computed beside it.
     """
-    wanted = -(-ITEMS_PER_THREAD * num_threads * ROWS_ALIKE // max(ROWS_ALIKE, batch))
+    wanted = -(-ITEMS_PER_THREAD * num_threads * shared.ROWS_TOGETHER // max(shared.ROWS_TOGETHER, batch))
     splits = max(1, min(wanted, tokens // (shared.SPLIT_TILES * shared.KEY_TILE)))
     return splits, wanted, min(kv_heads * splits, wanted + kv_heads - 1)
 
@@ -83,7 +82,10 @@ def decode_attention(
     queries_per_kv = num_heads // num_kv_heads
     splits, items, most_items = split_limits(batch, num_kv_heads, max_pages * pages.k.shape[1], team.num_threads)
     tiles = shared.DecodeTiles.of(kv_dtype, queries_per_kv, head_dim, team.isa)
-    thread_bytes = shared.decode_thread_bytes(kv_dtype, team.isa.has_bf16, num_kv_heads, queries_per_kv, head_dim)
+    together, has_bf16 = min(batch, shared.ROWS_TOGETHER), team.isa.has_bf16
+    thread_bytes = shared.decode_thread_bytes(
+        kv_dtype, has_bf16, tiles.words, together, num_kv_heads, queries_per_kv, head_dim
+    )
     results = batch * num_kv_heads * splits * shared.decode_part_bytes(kv_dtype, queries_per_kv, head_dim)
     failure = team.run(
         (

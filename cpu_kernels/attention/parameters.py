@@ -16,7 +16,10 @@ SPLIT_TILES = 8  # tiles of a split; shorter ones cost more in merging than they
 PREFILL_SCORES = 4  # query vectors per score tile: 4 x 64 keys fill 16 registers
 PREFILL_VALUES = 8  # query vectors per pass over V
 LONG_ROW = 128  # dims from which on heads that share keys take them as they lie
-SOFTMAX_HEADS = 4  # query heads of decode whose softmax is taken together
+ROWS_TOGETHER = 16  # rows of one sequence, at most, that are an item of decode; as many as linears sum alike
+ROW_VECTORS = 8  # query vectors that take a tile of rows as they lie together: their q is read again for a few keys
+BLOCK_VECTORS = 32  # of a tile whose keys are transposed: the more, the fewer times that is done
+JOINED_SCORES = 4  # query vectors of several rows that share keys and whose softmax is taken together
 NARROW_VALUES = 4  # the same, and query heads of decode, where their sums would not fit in the registers
 PREFILL_VECTORS = 64  # query vectors (rows x heads of a KV head) per item: what one transposed tile of K serves
 
@@ -97,8 +100,13 @@ class DecodeTiles:
             return cls(fitting, fitting, LANES if is_transposed else 0)
         row_words = shape.lines(head_dim) * shape.group_words
         words = next(words for words in (16, 8, 4) if row_words % words == 0)
-        narrow_q4 = kv_dtype == "q4" and not isa.has_avx512  # whose rows are not taken in quarters of a line
-        return cls(min(padded, 4), min(padded, 2 if narrow_q4 else 4), words)
+        return cls(min(padded, JOINED_SCORES), min(padded, joined_values(kv_dtype, isa)), words)
+
+
+def joined_values(kv_dtype: str, isa: "Isa") -> int:
+    """Query vectors of several rows that share a strip of V."""
+    is_narrow_q4 = kv_dtype == "q4" and not isa.has_avx512  # whose rows are not taken in quarters of a line
+    return 2 if is_narrow_q4 else 4
 
 
 def q_line_bytes(kv_dtype: str, has_bf16: bool) -> int:
@@ -117,28 +125,44 @@ def padded_heads(queries_per_kv: int) -> int:
     return queries_per_kv if queries_per_kv <= 2 else -(-queries_per_kv // 4) * 4
 
 
-# Working memory of one query head: scores as float32; codes' weights, two planes; and its scalars: what its acc is
-# multiplied by, what its strip is multiplied by, what is added, the scale of its codes, the weight of a tile's p.
-HEAD_SCORES, HEAD_WEIGHTS, HEAD_SCALARS = 4 * KEY_TILE, 2 * KEY_TILE, 32
+# Working memory of one query head: scores as float32; codes' weights, two planes; its scalars: what its acc is
+# multiplied by, what its strip is multiplied by, what is added, the scale of its codes, the weight of a tile's p;
+# and its state (m, l).
+HEAD_SCORES, HEAD_WEIGHTS, HEAD_SCALARS, HEAD_STATE = 4 * KEY_TILE, 2 * KEY_TILE, 32, 8
 SCALE_OF_STRIP, OFFSET_OF_STRIP, SCALE_OF_Q, WEIGHT_OF_TILE = 4, 8, 12, 16  # bytes into the scalars
+BOUNDS_BYTES = 16  # the keys of a row of an item of decode: the first one and where they end, int64
 
 
-def decode_thread_bytes(kv_dtype: str, has_bf16: bool, kv_heads: int, queries_per_kv: int, head_dim: int) -> int:
-    """Working memory of one thread of decode.
+def vectors_at_once(words: int) -> int:
+    """Query vectors of an item of decode that take a tile together, if they are more than a row's heads; words: of
+    DecodeTiles."""
+    return BLOCK_VECTORS if words else ROW_VECTORS
 
-    Scores and weights of every head; scales and minima of a tile's keys; then of every KV head its query
-    heads' q, scalars and sums of q per group of codes.
+
+def decode_thread_bytes(
+    kv_dtype: str, has_bf16: bool, words: int, rows: int, kv_heads: int, queries_per_kv: int, head_dim: int
+) -> int:
+    """Working memory of one thread of decode, for items of so many rows.
+
+    Bounds of every row; scores and weights of the query vectors that take a tile; scales and minima of its keys; then
+    of every KV head its query vectors' q, scalars, sums of q per group of codes, and states.
     """
     shape, lines, heads = RowShape.of(kv_dtype), RowShape.of(kv_dtype).lines(head_dim), padded_heads(queries_per_kv)
-    tile = heads * (HEAD_SCORES + HEAD_WEIGHTS) + lines * shape.numbers * 4 * KEY_TILE
-    query = heads * (lines * (q_line_bytes(kv_dtype, has_bf16) + 4) + HEAD_SCALARS)
-    return whole_pages(tile + kv_heads * (query + LINE_BYTES) + 8 * LINE_BYTES)
+    vectors = max(heads, vectors_at_once(words))
+    tile = vectors * (HEAD_SCORES + HEAD_WEIGHTS) + lines * shape.numbers * 4 * KEY_TILE
+    query = rows * heads * (lines * (q_line_bytes(kv_dtype, has_bf16) + 4) + HEAD_SCALARS + HEAD_STATE)
+    return whole_pages(BOUNDS_BYTES * ROWS_TOGETHER + tile + kv_heads * (query + LINE_BYTES) + 8 * LINE_BYTES)
 
 
 def decode_part_bytes(kv_dtype: str, queries_per_kv: int, head_dim: int) -> int:
-    """The partial result of one KV head and split: acc of every head, then (m, l) of every head."""
+    """The partial result of one row, KV head and split: acc of every head, then their states."""
     heads, shape = padded_heads(queries_per_kv), RowShape.of(kv_dtype)
-    return heads * shape.lines(head_dim) * shape.acc_bytes + -(-8 * heads // 64) * 64
+    return heads * shape.lines(head_dim) * shape.acc_bytes + state_bytes(heads)
+
+
+def state_bytes(heads: int) -> int:
+    """Bytes of one row's states of a KV head, in whole lines, so that threads share none."""
+    return -(-HEAD_STATE * heads // LINE_BYTES) * LINE_BYTES
 
 
 def prefill_rows(queries_per_kv: int) -> int:

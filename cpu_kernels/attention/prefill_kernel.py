@@ -34,18 +34,12 @@ from cpu_kernels.vectors.vector import LANES, splat, store_f32
 ZERO = np.float32(0.0)
 
 
-def attend_block(isa: Isa, kv_dtype: str, capped: bool):
-    """Function: one item: load its queries, pass over its keys, write its rows. False: a page is invalid."""
-    shape, wide = RowShape.of(kv_dtype), wide_dtype(kv_dtype)
-    load_q, write, q_line = q_line_writer(isa, wide), head_writer(wide), q_line_bytes(wide, isa.has_bf16)
-    load, load_part = whole_block(LANES), part_block(wide)
-    rows_of, attend = rows_of_tile(kv_dtype), attend_tile(isa, wide, capped)
-    row_items, has_codes = shape.line_items, shape.has_codes
-    line_items, acc_line = RowShape.of(wide).line_items, RowShape.of(wide).acc_bytes
+def tile_transposer(kv_dtype: str):
+    """Function: a tile's K rows -> [words][64 keys]. kv_dtype: of the rows multiplied."""
+    load, load_part, line_items = whole_block(LANES), part_block(kv_dtype), RowShape.of(kv_dtype).line_items
 
     @helper
     def transpose_tile(rows, row_bytes, keys, items, lines, to):
-        """The tile's K rows -> [words][64 keys]."""
         for line in range(lines):
             left = items - line_items * line
             for key in range(0, keys, LANES):
@@ -56,9 +50,16 @@ def attend_block(isa: Isa, kv_dtype: str, capped: bool):
                     block = load_part(at, row_bytes, last, left)
                 store_block(block, to + 4 * KEY_TILE * LANES * line + 4 * key, 4 * KEY_TILE)
 
+    return transpose_tile
+
+
+def vector_starter(isa: Isa, kv_dtype: str):
+    """Function: load an item's queries, the last one repeated as padding; acc and (m, l) of nothing."""
+    load_q, q_line = q_line_writer(isa, kv_dtype), q_line_bytes(kv_dtype, isa.has_bf16)
+    acc_line = RowShape.of(kv_dtype).acc_bytes
+
     @helper
     def start_vectors(arguments, kv_head, first_row, count, padded, lines, q, acc, running):
-        """Load the item's queries, the last one repeated as padding; acc and (m, l) of nothing."""
         queries_per_kv, head_dim = parameter(arguments, PREFILL.queries_per_kv), parameter(arguments, PREFILL.head_dim)
         for vector in range(padded):
             real = least(count - 1, vector)
@@ -71,6 +72,13 @@ def attend_block(isa: Isa, kv_dtype: str, capped: bool):
         for i in range(0, padded * acc_line * lines, 64):
             store_f32(splat(ZERO), acc + i)
 
+    return start_vectors
+
+
+def vector_writer(kv_dtype: str):
+    """Function: an item's out and lse."""
+    write, acc_line = head_writer(kv_dtype), RowShape.of(kv_dtype).acc_bytes
+
     @helper
     def write_vectors(arguments, kv_head, first_row, count, lines, acc, running):
         queries_per_kv, head_dim = parameter(arguments, PREFILL.queries_per_kv), parameter(arguments, PREFILL.head_dim)
@@ -81,15 +89,27 @@ def attend_block(isa: Isa, kv_dtype: str, capped: bool):
             weight = write_lse(running + 8 * vector, lse)
             write(acc + vector * acc_line * lines, weight, to + head * parameter(arguments, PREFILL.out_head), head_dim)
 
-    @helper
-    def key_range(arguments, first_row, rows):
-        """The keys that any of these rows may see."""
-        q_start, window = parameter(arguments, PREFILL.q_start), parameter(arguments, PREFILL.window)
-        start, stop = (
-            parameter(arguments, PREFILL.start),
-            least(parameter(arguments, PREFILL.stop), q_start + first_row + rows),
-        )
-        return most(start, q_start + first_row - window + 1) if window else start, stop
+    return write_vectors
+
+
+@helper
+def key_range(arguments, first_row, rows):
+    """The keys that any of these rows may see."""
+    q_start, window = parameter(arguments, PREFILL.q_start), parameter(arguments, PREFILL.window)
+    start, stop = (
+        parameter(arguments, PREFILL.start),
+        least(parameter(arguments, PREFILL.stop), q_start + first_row + rows),
+    )
+    return most(start, q_start + first_row - window + 1) if window else start, stop
+
+
+def attend_block(isa: Isa, kv_dtype: str, capped: bool):
+    """Function: one item: load its queries, pass over its keys, write its rows. False: a page is invalid."""
+    shape, wide = RowShape.of(kv_dtype), wide_dtype(kv_dtype)
+    transpose_tile, start_vectors, write_vectors = tile_transposer(wide), vector_starter(isa, wide), vector_writer(wide)
+    rows_of, attend = rows_of_tile(kv_dtype), attend_tile(isa, wide, capped)
+    row_items, has_codes, q_line = shape.line_items, shape.has_codes, q_line_bytes(wide, isa.has_bf16)
+    line_items, acc_line = RowShape.of(wide).line_items, RowShape.of(wide).acc_bytes
 
     @helper
     def block(arguments, kv_head, first_row, rows, work):
