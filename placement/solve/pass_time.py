@@ -26,16 +26,21 @@ Terms = dict[int, float]
 
 @dataclass(slots=True)
 class _Stage:
-    """Busy times of both lanes in a stage, time of the GPU alone, and which counts of layers have CPU work in it."""
+    """Busy times of both lanes in a stage, time of the GPU alone, and which counts of layers have CPU work in it.
+
+    beyond: in a paired block, layers of that count beyond those of its linears; empty is the same.
+    """
 
     cpu: Terms = field(default_factory=dict)
     gpu: Terms = field(default_factory=dict)
     cpu_layers: Terms = field(default_factory=dict)
     whole: float = 0.0
+    beyond: Terms = field(default_factory=dict)
 
     def join(self, part: "_Stage") -> None:
         """Add a part of a paired block."""
-        for mine, more in ((self.cpu, part.cpu), (self.gpu, part.gpu), (self.cpu_layers, part.cpu_layers)):
+        layers = part.beyond or part.cpu_layers
+        for mine, more in ((self.cpu, part.cpu), (self.gpu, part.gpu), (self.cpu_layers, layers)):
             for variable, value in more.items():
                 add(mine, variable, value)
         self.whole += part.whole
@@ -162,6 +167,7 @@ class PassTime:
         unknowns.attending[c].append(layers)
         self._program.equal({owned: 1, kv_heads: 1}, cls.count * shard.kv_heads)
         self._program.at_most({owned: 1, layers: -shard.kv_heads}, 0)
+        self._program.at_most({layers: 1, owned: -1}, 0)  # a KV head in each at least
         bandwidth = self._hardware.dram_bytes_per_s
         add(self._dram, owned, scale * cost.dram_bytes_per_kv_head / bandwidth)
         add(self._dram, kv_heads, scale * cost.spilled_bytes_per_kv_head / bandwidth)
@@ -175,7 +181,7 @@ class PassTime:
         self._constant += scale * cost.launch_s * cls.count
         busy = {owned: scale * cost.cpu_s_per_kv_head, kv_heads: scale * cost.spilled_s_per_kv_head}
         whole = 0.0 if spills else scale * shard.kv_heads * cost.gpu_s_per_kv_head
-        return _Stage(busy, {kv_heads: scale * cost.gpu_s_per_kv_head}, {layers: 1.0}, whole)
+        return _Stage(busy, {kv_heads: scale * cost.gpu_s_per_kv_head}, {layers: 1.0}, whole, {handovers: 1.0})
 
     def _attention_over_free_tokens(self, c: int, cls: LayerClass) -> _Stage:
         """Attention of KV heads that the GPU owns all, where the program decides how many slots they keep: a share
@@ -243,4 +249,6 @@ class PassTime:
             program.at_most({kv_heads: 1.0, handovers: heads_in_layer}, 0.0)
         program.at_most(uncomputed, 0.0)
         program.at_most(alone, 0.0)
+        if not spills:
+            program.at_most({handovers: 1.0, layers: -1.0}, 0.0)
         return handovers

@@ -3,7 +3,7 @@
 Layers with CPU work come last in their class, so that the leading ones, held by the GPU alone, hand nothing over.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from placement.plan.memory import KvPlacement, LinearPlacement
@@ -29,8 +29,9 @@ class Spread:
     kv_heads: dict[int, tuple[int, ...]]
 
 
-def lay_out(classes: Sequence[LayerClass], solved: Totals, tier: int | None) -> Spread:
-    """Whole units for every layer of a solution.
+def lay_out(classes: Sequence[LayerClass], solved: Totals, tier: int | None) -> Iterator[Spread]:
+    """Whole units for every layer of a solution: with KV heads where their q, k and v are computed, which saves
+    hand-overs, and where the solution has them, which it may have for longer prompts.
 
     tier: row tier for whose CPU work the homes leave room in as few layers as the solution says; None cuts all layers
     alike.
@@ -38,9 +39,10 @@ def lay_out(classes: Sequence[LayerClass], solved: Totals, tier: int | None) -> 
     homes = _homes(classes, solved, tier)
     streamed = streams(classes, homes, solved, tier is not None)
     kv_heads = _kv_heads(classes, solved, tier is not None)
-    return Spread(
-        homes, streamed, {c: _beside_qkv(c, classes[c], homes, streamed, parts) for c, parts in kv_heads.items()}
-    )
+    beside = {c: _beside_qkv(c, classes[c], homes, streamed, parts) for c, parts in kv_heads.items()}
+    yield Spread(homes, streamed, beside)
+    if beside != kv_heads:
+        yield Spread(homes, streamed, kv_heads)
 
 
 def placements(

@@ -3,7 +3,8 @@
 Per class of n equal layers and linear, as totals over the class: units at home on the GPU (one number for all row
 tiers) and, per row tier, units streamed, units computed by the CPU and the number k <= n of layers in which the CPU has
 a share. KV heads likewise. A paired block's two linears have the same fractions, and in a row tier all layers of
-a class stream them whole or not at all. Bytes are scaled to the order of 10000, far above the solver's tolerances.
+a class stream them whole or not at all, and the CPU has its shares of both in the same layers. Bytes are scaled to the
+order of 10000, far above the solver's tolerances.
 """
 
 from collections.abc import Sequence
@@ -64,12 +65,12 @@ class Unknowns:
         self.memory_constant = {"gpu": 0.0, "pinned": rounding, "host": rounding}
         self.staging_slot = self._staging_slot()
         self.tokens = self._tokens()
-        self.linears = {
-            (c, i): self._linear(c, i, cls.count, linear)
-            for c, cls in enumerate(classes)
-            for i, linear in enumerate(cls.linears)
-        }
+        self.linears: dict[tuple[int, int], LinearVariables] = {}
         for c, cls in enumerate(classes):
+            firsts = {second: first for first, second in pairs(cls)}
+            for i, linear in enumerate(cls.linears):
+                beside = self.linears[c, firsts[i]].cpu_layers if i in firsts else {}
+                self.linears[c, i] = self._linear(c, i, cls.count, linear, beside)
             for first, second in pairs(cls):
                 self._pair(c, cls.count, first, second)
         self.kv_heads = {c: self._kv(c, cls.count, cls.kv) for c, cls in enumerate(classes) if cls.kv is not None}
@@ -112,7 +113,9 @@ class Unknowns:
             return None
         return self.program.variable(self.workload.min_gpu_tokens, self.workload.full_tokens)
 
-    def _linear(self, c: int, i: int, count: int, linear: LinearClass) -> LinearVariables:
+    def _linear(self, c: int, i: int, count: int, linear: LinearClass, beside: dict[int, int]) -> LinearVariables:
+        """The unknowns of a linear. beside: layers with a CPU share of the linear that it is paired with, which are its
+        own too, by row tier."""
         program, shard, bounds = self.program, linear.shard, linear.bounds
         total = count * shard.units
         integer = total <= MAX_INTEGER_UNITS
@@ -131,9 +134,10 @@ class Unknowns:
                 stream = 0
             variables.stream[tier] = self._whole(stream, total, integer)
             variables.cpu[tier] = self._whole(cpu, total, integer)
-            variables.cpu_layers[tier] = self.layers(count)
+            variables.cpu_layers[tier] = beside[tier] if tier in beside else self.layers(count)
             program.equal({variables.gpu: 1, variables.stream[tier]: 1, variables.cpu[tier]: 1}, total)
             program.at_most({variables.cpu[tier]: 1, variables.cpu_layers[tier]: -shard.units}, 0)
+            program.at_most({variables.cpu_layers[tier]: 1, variables.cpu[tier]: -1}, 0)  # a unit in each at least
         add(self.memory["gpu"], variables.gpu, shard.unit_bytes / self.bytes_scale)
         if not self.workload.elastic:
             add(self.memory["host"], variables.gpu, -shard.unit_bytes / self.bytes_scale)
