@@ -7,6 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hetero_attn", "placement", "cpu_kernels", "gpu_kernels")
 MOST_LINES, MOST_PARAMETERS = 300, 7
+# Lines of a function beside its signature and docstring. Kernels are loops inside loops that one function writes out.
+MOST_BODY_LINES, MOST_KERNEL_LINES = 38, 98
 # Functions that are written into machine code, whose arguments are registers and pointers, by their decorators.
 COMPILED = ("triton.jit", "helper", "inlined", "emits")
 # Who may have more parameters than that, and why.
@@ -67,6 +69,32 @@ def test_no_function_takes_more_than_a_few_parameters() -> None:
 
 def test_no_file_is_long() -> None:
     assert [path for path, text in sources() if len(text.splitlines()) > MOST_LINES] == []
+
+
+def body_lines(function: ast.FunctionDef) -> int:
+    """Lines of a function beside its signature and docstring."""
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def with_long_bodies(text: str, most: int) -> list[str]:
+    """Names of a file's functions whose bodies have more than so many lines."""
+    found = ((name, item) for name, item in functions(ast.parse(text)) if not is_compiled(item))
+    return [name for name, item in found if body_lines(item) > most]
+
+
+def test_no_function_is_long() -> None:
+    most = {path: MOST_KERNEL_LINES if path.startswith("cpu_kernels/") else MOST_BODY_LINES for path, _ in sources()}
+
+    assert {path: long for path, text in sources() if (long := with_long_bodies(text, most[path]))} == {}
+
+
+def test_a_planted_long_function_is_found() -> None:
+    lines = "".join(f"        x{index} = {index}\n" for index in range(3))
+    text = f'class A:\n    def few(self):\n        """Said\n        in two lines."""\n{lines}'
+    text += f"    def many(self):\n{lines}        return x0\n"
+
+    assert with_long_bodies(text, 3) == ["A.many"]
 
 
 def test_a_planted_function_with_many_parameters_is_found() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +16,7 @@ from hetero_attn.cli.plan import machine
 from hetero_attn.errors import ContextLimitError
 
 if TYPE_CHECKING:
+    from hetero_attn import LLM
     from hetero_attn.planning.options import LoadOptions
 
 
@@ -48,49 +49,81 @@ def bench(
     as_json: options.Json = False,
 ) -> None:
     """Measure prefill and decode as llama-bench does, beside prediction and ceiling."""
-    from hetero_attn.tools import bench as benchmark
-    from hetero_attn.tools.drafts.report import needed_tokens
-    from hetero_attn.tools.drafts.report import report as measure_drafts
-    from hetero_attn.tools.trace import tokens_traced, trace_steps
-
     depths = parse_depths(depth or ["0"])
-    needed = max(depths) + max(prompt_tokens, gen_tokens + 1)
-    if trace is not None:
-        needed = max(needed, tokens_traced(prompt_tokens))
-    drafter = drafting_model(speculate or [])
+    asked = _Measurement(prompt_tokens, gen_tokens, depths, repetitions, tuple(speculate or ()), trace, as_json)
+    drafter = drafting_model(asked.speculate)
     if speculate and gen_tokens < 2:
         raise typer.BadParameter(f"--speculate measures decoding; give --gen-tokens of at least 2, not {gen_tokens}")
-    if speculate:
-        needed = max(needed, needed_tokens(gen_tokens))
+    needed = asked.needed_tokens
     expect_writable(trace)
+    loading = _in_context_of(needed, loading)
+    with _naming_its_sizes(needed):
+        if simulate is not None:
+            _simulate(loading.options(model, hardware=machine(simulate)), asked)
+            return
+        loaded = loading.llm(model, **drafter)
+    with loaded as llm:
+        _measure(llm, asked)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measurement:
+    """What is measured, and where it goes.
+
+    prompt_tokens, gen_tokens: 0 leaves the row out. depths: tokens in the cache. repetitions: of which the median is
+    reported. speculate: what drafts. trace: the file of a timeline.
+    """
+
+    prompt_tokens: int
+    gen_tokens: int
+    depths: tuple[int, ...]
+    repetitions: int
+    speculate: tuple[str, ...]
+    trace: Path | None
+    as_json: bool
+
+    @property
+    def needed_tokens(self) -> int:
+        """Tokens of the longest sequence."""
+        from hetero_attn.tools.drafts.report import needed_tokens
+        from hetero_attn.tools.trace import tokens_traced
+
+        needed = max(self.depths) + max(self.prompt_tokens, self.gen_tokens + 1)
+        if self.trace is not None:
+            needed = max(needed, tokens_traced(self.prompt_tokens))
+        return max(needed, needed_tokens(self.gen_tokens)) if self.speculate else needed
+
+
+def _in_context_of(needed: int, loading: options.Loading) -> options.Loading:
+    """The options of a load for so many tokens: without a wish of the user the context is what is needed."""
     if loading.context is not None and loading.context < needed:
         raise typer.BadParameter(
             f"--context {loading.context} is less than the {needed} tokens that this measurement needs; give at least "
             "that, or lower --prompt-tokens, --gen-tokens or --depth"
         )
-    # Without a wish of the user, the context is what the measurement itself needs.
-    loading = replace(loading, context=loading.context or needed)
-    if simulate is not None:
-        wishes = loading.options(model, hardware=machine(simulate))
-        with _naming_its_sizes(needed):
-            _simulate(wishes, prompt_tokens, gen_tokens, depths, trace, as_json)
-        return
-    with _naming_its_sizes(needed):
-        loaded = loading.llm(model, **drafter)
-    with loaded as llm:
-        report = benchmark.run(
-            llm, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens, depths=depths, repetitions=repetitions
-        )
-        drafts = measure_drafts(llm, speculate, gen_tokens, repetitions) if speculate else None
-        if as_json:
-            print_json(report.to_dict() | ({} if drafts is None else {"speculation": drafts.to_dict()}))
-        else:
-            typer.echo(report.table().rstrip())
-            if drafts is not None:
-                typer.echo(f"\n{drafts.table(table_width()).rstrip()}")
-        if trace is not None:
-            with writing(trace):
-                trace_steps(llm.engine, prompt_tokens).save(trace)
+    return replace(loading, context=loading.context or needed)
+
+
+def _measure(llm: LLM, asked: _Measurement) -> None:
+    """Measure a loaded model; print, or write, what came out."""
+    from hetero_attn.tools import bench as benchmark
+    from hetero_attn.tools.drafts.report import report as measure_drafts
+    from hetero_attn.tools.trace import trace_steps
+
+    sizes = {"prompt_tokens": asked.prompt_tokens, "gen_tokens": asked.gen_tokens}
+    report = benchmark.run(llm, **sizes, depths=asked.depths, repetitions=asked.repetitions)
+    drafts = None
+    if asked.speculate:
+        drafts = measure_drafts(llm, asked.speculate, asked.gen_tokens, asked.repetitions)
+    if asked.as_json:
+        print_json(report.to_dict() | ({} if drafts is None else {"speculation": drafts.to_dict()}))
+    else:
+        typer.echo(report.table().rstrip())
+        if drafts is not None:
+            typer.echo(f"\n{drafts.table(table_width()).rstrip()}")
+    if asked.trace is not None:
+        with writing(asked.trace):
+            trace_steps(llm.engine, asked.prompt_tokens).save(asked.trace)
 
 
 @contextmanager
@@ -105,9 +138,7 @@ def _naming_its_sizes(needed: int) -> Iterator[None]:
         ) from error
 
 
-def _simulate(
-    wishes: LoadOptions, prompt_tokens: int, gen_tokens: int, depths: tuple[int, ...], trace: Path | None, as_json: bool
-) -> None:
+def _simulate(wishes: LoadOptions, asked: _Measurement) -> None:
     """Simulate the prompt and a decode step at each depth; print, or write, what came out."""
     from hetero_attn.planning.settle import settle
     from hetero_attn.tools.timeline.report import simulated_table
@@ -120,18 +151,18 @@ def _simulate(
             "with a GPU, or see `plan` for the CPU's speed"
         )
     simulation = Simulation(planned.config, planned.plan, planned.hardware)
-    timelines = [simulation.prompt(prompt_tokens)] if prompt_tokens else []
-    timelines += [simulation.decode(depth) for depth in depths] if gen_tokens else []
-    if as_json:
+    timelines = [simulation.prompt(asked.prompt_tokens)] if asked.prompt_tokens else []
+    timelines += [simulation.decode(depth) for depth in asked.depths] if asked.gen_tokens else []
+    if asked.as_json:
         print_json({"machine": planned.hardware.name, "timelines": [timeline.to_dict() for timeline in timelines]})
     else:
         typer.echo(simulated_table(planned.plan, planned.hardware, timelines, table_width()).rstrip())
-    if trace is not None:
-        with writing(trace):
-            save_trace(timelines, trace)
+    if asked.trace is not None:
+        with writing(asked.trace):
+            save_trace(timelines, asked.trace)
 
 
-def drafting_model(wishes: list[str]) -> dict[str, str]:
+def drafting_model(wishes: Sequence[str]) -> dict[str, str]:
     """The argument of a load that brings the small model along; raises typer.BadParameter for two of them."""
     from hetero_attn.planning.arguments import checked_arguments
     from hetero_attn.tools.drafts.runs import acceptance_of

@@ -43,51 +43,54 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Show what of a model would live on which lane, the bytes and the predicted speed."""
-    from hetero_attn.engine.host_memory import why_too_large
     from hetero_attn.engine.measure import refresh_profile
     from hetero_attn.planning.draft import settle_drafted
-    from hetero_attn.planning.fitting import why_not_fitting, would_fit
-    from hetero_attn.serving.progress import working
-    from placement.plan.words import wrapped
 
     expect_writable(plot, yaml)
     wishes = loading.options(model, hardware=machine(hardware), speculate=speculate)
     if wishes.asks_for_this_machine:
         refresh_profile()
     drafted = settle_drafted(wishes, settled_or_refused(wishes))
-    planned = drafted.planned
+    only_policy = str(yaml) == "-"  # a policy on stdout is all that its reader wants
+    fits = _said_to_fit(wishes, drafted.planned, on_stderr=as_json or only_policy)
+    explanation = explained(drafted.planned) if explain and not only_policy else None
+    if as_json:
+        drafts = {} if drafted.wish == "off" else {"speculation": drafted.to_dict()}
+        print_json((explanation or drafted.planned.plan).to_dict() | drafts)
+    elif not only_policy:
+        show(drafted, explanation, fits)
+    if yaml is not None:
+        write_text(yaml, drafted.to_yaml())
+    if plot is not None:
+        draw(drafted.planned, plot, plot_points)
+    if not fits:
+        raise typer.Exit(MemoryBudgetError.exit_code)
+
+
+def _said_to_fit(wishes: LoadOptions, planned: PlannedModel, on_stderr: bool) -> bool:
+    """Whether the machine has the memory that the plan needs; says first what would fit otherwise, and of this machine
+    whether it has it free now."""
+    from hetero_attn.engine.host_memory import why_too_large
+    from hetero_attn.planning.fitting import why_not_fitting, would_fit
+    from placement.plan.words import wrapped
+
     unfit = why_not_fitting(planned)
     if unfit:
         of_this_context = replace(wishes, max_context=planned.plan.max_context)
         refusal = wrapped(f"DOES NOT FIT: {unfit}; {would_fit(of_this_context)}", table_width())
-        typer.echo(refusal, err=as_json or str(yaml) == "-")
-    if hardware is None and (reason := why_too_large(planned.plan)):
+        typer.echo(refusal, err=on_stderr)
+    if wishes.hardware is None and (reason := why_too_large(planned.plan)):
         typer.echo(f"note: this would not load now: {reason}", err=True)
-    # A policy on stdout is all that its reader wants.
-    explanation = None
-    if explain and str(yaml) != "-":
-        with working("looking for what would help"):
-            explanation = explained(planned)
-    if as_json:
-        drafts = {} if drafted.wish == "off" else {"speculation": drafted.to_dict()}
-        print_json((explanation or planned.plan).to_dict() | drafts)
-    elif str(yaml) != "-":
-        show(planned, drafted, explanation, fits=not unfit)
-    if yaml is not None:
-        write_text(yaml, drafted.to_yaml())
-    if plot is not None:
-        draw(planned, plot, plot_points)
-    if unfit:
-        raise typer.Exit(MemoryBudgetError.exit_code)
+    return not unfit
 
 
-def show(planned: PlannedModel, drafted: Drafted, explanation: Explanation | None, fits: bool) -> None:
+def show(drafted: Drafted, explanation: Explanation | None, fits: bool) -> None:
     """Print what the plan comes to, its table, and what was found out beside it."""
     from hetero_attn.tools.quantize.table import kept_table
     from placement.plan.table import opening_lines
     from placement.plan.words import wrapped
 
-    width = table_width()
+    width, planned = table_width(), drafted.planned
     opening = opening_lines(planned.plan, fits)  # type: ignore[arg-type]
     lines = [*opening, *kept_table(planned.path), "", *planned.plan.table(width).splitlines()]
     drafts_lines = drafted.lines()
@@ -109,16 +112,18 @@ def settled_or_refused(wishes: LoadOptions) -> PlannedModel:
 
 def explained(planned: PlannedModel) -> Explanation:
     """Plan again with more of each resource; takes several times as long as the plan."""
+    from hetero_attn.serving.progress import working
     from placement.explain.explain import explain
 
     made = planned.plan
-    return explain(
-        planned.workload,
-        planned.hardware,
-        planned.policy,
-        device=made.device,
-        gpu_memory_bytes=made.gpu_memory_bytes,
-    )
+    with working("looking for what would help"):
+        return explain(
+            planned.workload,
+            planned.hardware,
+            planned.policy,
+            device=made.device,
+            gpu_memory_bytes=made.gpu_memory_bytes,
+        )
 
 
 def draw(planned: PlannedModel, file: Path, points: int) -> None:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 from cpu_kernels.formats import FP8_TYPE, INT4_GROUPS, INT8_TYPE, UINT8_TYPES, GgufType
 from hetero_attn.checkpoints.quantised.module import (
-    AGAIN,
     Module,
     Read,
     RowWriter,
     Shapes,
     check_dtype,
+    check_said_shape,
     finite_scales,
     matrix,
     needed,
@@ -120,35 +120,38 @@ def find_bytes(
 
     Raises CheckpointError by name where a tensor is missing or contradicts another.
     """
-    packed = f"{prefix}.weight" not in shapes
-    codes = needed(where, shapes, prefix, "weight_packed" if packed else "weight", "8-bit")
-    check_dtype(where, shapes, codes, ("I32",) if packed else ("F8_E4M3", "I8"))
-    kind = FP8_TYPE if shapes[codes][0] == "F8_E4M3" else INT8_TYPE
-    out, inputs = matrix(where, shapes, codes)
-    inputs *= 4 if packed else 1
+    codes, kind, weight = _code_tensor(prefix, shapes, where)
     name = next((suffix for suffix in SCALE_NAMES if f"{prefix}.{suffix}" in shapes), "weight_scale")
     scales = needed(where, shapes, prefix, name, "fp8" if kind is FP8_TYPE else "int8")
     check_dtype(where, shapes, scales, FLOATS + EXPONENTS)
-    found = _block(where, shapes, scales, (out, inputs), block, group)
-    zeros = _zeros(where, shapes, f"{prefix}.weight_zero_point", (out, -(-inputs // found[1])))
-    if (name := f"{prefix}.weight_shape") in shapes and (said := read(name).tolist()) != [out, inputs]:
-        raise CheckpointError(f"{where}: {name} says {said}, the codes are {[out, inputs]}; {AGAIN}")
-    names = tuple(
-        part for part in (codes, scales, zeros, f"{prefix}.weight_shape", *_ignored(prefix)) if part in shapes
-    )
-    kind, why = _held_as(kind, found, inputs, read(scales) if zeros else None)
+    found = _block(where, shapes, scales, weight, block, group)
+    zeros = _zeros(where, shapes, f"{prefix}.weight_zero_point", (weight[0], -(-weight[1] // found[1])))
+    shape = f"{prefix}.weight_shape"
+    if shape in shapes:
+        check_said_shape(where, shape, read(shape).tolist(), weight)
+    held, why = _held_as(kind, found, weight[1], read(scales) if zeros else None)
     return ByteModule(
         prefix=prefix,
-        names=names,
-        out_features=out,
-        in_features=inputs,
-        kind=kind,
+        names=tuple(part for part in (codes, scales, zeros, shape, *_ignored(prefix)) if part in shapes),
+        out_features=weight[0],
+        in_features=weight[1],
+        kind=held,
         why=why,
         codes=codes,
         scales=scales,
         block=found,
         zeros=zeros,
     )
+
+
+def _code_tensor(prefix: str, shapes: Shapes, where: str) -> tuple[str, GgufType, tuple[int, int]]:
+    """The tensor of codes, the type that holds them, outputs and inputs."""
+    packed = f"{prefix}.weight" not in shapes
+    codes = needed(where, shapes, prefix, "weight_packed" if packed else "weight", "8-bit")
+    check_dtype(where, shapes, codes, ("I32",) if packed else ("F8_E4M3", "I8"))
+    out, columns = matrix(where, shapes, codes)
+    kind = FP8_TYPE if shapes[codes][0] == "F8_E4M3" else INT8_TYPE
+    return codes, kind, (out, 4 * columns if packed else columns)
 
 
 def _held_as(

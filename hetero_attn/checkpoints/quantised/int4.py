@@ -24,6 +24,7 @@ from hetero_attn.checkpoints.quantised.module import (
     RowWriter,
     Shapes,
     check_dtype,
+    check_said_shape,
     matrix,
     needed,
     refuse,
@@ -32,6 +33,7 @@ from hetero_attn.checkpoints.quantised.module import (
     write_zeroed_blocks,
 )
 from hetero_attn.checkpoints.quantised.scheme import GroupScheme
+from hetero_attn.checkpoints.quantised.words import AWQ_ORDER, IN_ORDER, nibbles, stored_rows
 from hetero_attn.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -44,9 +46,6 @@ PARTS = {
     "compressed-tensors": ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape"),
 }
 DTYPES = (("I32",), ("F16", "BF16"), ("I32",), ("I32",), ("I64", "I32"))
-IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-PER_WORD = 8  # of 4 bits
 WORD_BITS = 32
 EIGHT_BITS = SOURCE_TYPES["Q8_0"]
 
@@ -94,7 +93,7 @@ class Int4Module(Module):
         self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, order: torch.Tensor | None
     ) -> RowWriter:
         def write(first: int, stop: int, out: torch.Tensor) -> None:
-            rows = _stored(self.scheme, codes, first, stop, order)
+            rows = stored_rows(self.scheme, codes, first, stop, order)
             write_zeroed_blocks(scales[first:stop], zeros[first:stop], rows, out)
 
         return write
@@ -106,47 +105,28 @@ class Int4Module(Module):
         def write(first: int, stop: int, out: torch.Tensor) -> None:
             target = out.view(stop - first, self.in_features // self.group, -1)
             target[:, :, :2] = scales[first:stop, :, None].view(torch.uint8)
-            target[:, :, 2:] = (_stored(self.scheme, codes, first, stop, order) ^ 128).view(*target.shape[:2], -1)
+            target[:, :, 2:] = (stored_rows(self.scheme, codes, first, stop, order) ^ 128).view(*target.shape[:2], -1)
 
         return write
 
 
 def find_int4(prefix: str, scheme: GroupScheme, shapes: Shapes, where: str, read: Read) -> Int4Module:
     """A module by its tensors; only the order of groups is read. Raises CheckpointError or UnsupportedModelError."""
-    names = tuple(f"{prefix}.{part}" if part else "" for part in PARTS[scheme.method])
-    names = tuple(name if name in shapes else "" for name in names)
-    compressed = scheme.method == "compressed-tensors"
-    needs_zeros = not compressed or not scheme.symmetric
-    for index in (CODES, SCALES, ZEROS)[: 3 if needs_zeros else 2]:
-        needed(where, shapes, prefix, PARTS[scheme.method][index], scheme.method)
-    for name, dtypes in zip(names, DTYPES, strict=True):
-        if name:
-            check_dtype(where, shapes, name, dtypes)
-    code, scale = matrix(where, shapes, names[CODES]), matrix(where, shapes, names[SCALES])
-    rows, columns = code if compressed else code[::-1]
-    per_word = WORD_BITS // scheme.bits
-    out, inputs = (rows * per_word, columns) if scheme.method == "awq" else (rows, columns * per_word)
-    groups = scale[1] if compressed else scale[0]
-    each = _file_group(prefix, scheme, inputs, groups, where)
-    wide = -(-out // per_word)
-    wanted = {
-        SCALES: (out, groups) if compressed else (groups, out),
-        ZEROS: (wide, groups) if compressed else (groups, wide),
-        GROUP_OF_INPUT: (inputs,),
-        SHAPE: (2,),
-    }
-    for index, shape in wanted.items():
+    names = _names(prefix, scheme, shapes, where)
+    codes, groups = _sizes(scheme, matrix(where, shapes, names[CODES]), matrix(where, shapes, names[SCALES]))
+    each = _file_group(prefix, scheme, codes[1], groups, where)
+    for index, shape in _expected_shapes(scheme, codes, groups).items():
         if names[index] and shapes[names[index]][1] != shape:
             refuse_shape(where, shapes, names[index], list(shape))
-    if (name := names[SHAPE]) and (said := read(name).tolist()) != [out, inputs]:
-        raise CheckpointError(f"{where}: {name} says {said}, the codes are {[out, inputs]}; {AGAIN}")
+    if name := names[SHAPE]:
+        check_said_shape(where, name, read(name).tolist(), codes)
     scattered = bool(names[GROUP_OF_INPUT]) and _scattered(read(names[GROUP_OF_INPUT]), groups, each, names, where)
     held = _held_group(prefix, scheme, each, where)
     return Int4Module(
         prefix=prefix,
         names=tuple(name for name in names if name),
-        out_features=out,
-        in_features=inputs,
+        out_features=codes[0],
+        in_features=codes[1],
         kind=_kind(scheme, held),
         scheme=scheme,
         parts=names,
@@ -154,6 +134,39 @@ def find_int4(prefix: str, scheme: GroupScheme, shapes: Shapes, where: str, read
         file_group=each,
         is_scattered=scattered,
     )
+
+
+def _names(prefix: str, scheme: GroupScheme, shapes: Shapes, where: str) -> tuple[str, ...]:
+    """The tensors of a module in the order of PARTS, "" for those that it does not have."""
+    parts = PARTS[scheme.method]
+    needs_zeros = scheme.method != "compressed-tensors" or not scheme.symmetric
+    for index in (CODES, SCALES, ZEROS)[: 3 if needs_zeros else 2]:
+        needed(where, shapes, prefix, parts[index], scheme.method)
+    names = tuple(name if part and (name := f"{prefix}.{part}") in shapes else "" for part in parts)
+    for name, dtypes in zip(names, DTYPES, strict=True):
+        if name:
+            check_dtype(where, shapes, name, dtypes)
+    return names
+
+
+def _sizes(scheme: GroupScheme, codes: tuple[int, int], scales: tuple[int, int]) -> tuple[tuple[int, int], int]:
+    """Outputs and inputs of a weight, and the groups of its inputs, by the shapes of its codes and of its scales."""
+    compressed, per_word = scheme.method == "compressed-tensors", WORD_BITS // scheme.bits
+    rows, columns = codes if compressed else codes[::-1]
+    weight = (rows * per_word, columns) if scheme.method == "awq" else (rows, columns * per_word)
+    return weight, scales[1] if compressed else scales[0]
+
+
+def _expected_shapes(scheme: GroupScheme, codes: tuple[int, int], groups: int) -> dict[int, tuple[int, ...]]:
+    """The shapes of the other tensors, by their places in PARTS."""
+    (out, inputs), words = codes, -(-codes[0] * scheme.bits // WORD_BITS)
+    compressed = scheme.method == "compressed-tensors"
+    return {
+        SCALES: (out, groups) if compressed else (groups, out),
+        ZEROS: (words, groups) if compressed else (groups, words),
+        GROUP_OF_INPUT: (inputs,),
+        SHAPE: (2,),
+    }
 
 
 def _kind(scheme: GroupScheme, group: int) -> GgufType:
@@ -236,45 +249,3 @@ def _zeros(module: Int4Module, words: torch.Tensor, where: str) -> torch.Tensor:
 def _middle(scheme: GroupScheme) -> int:
     """The zero point of symmetric codes."""
     return 1 << (scheme.bits - 1)
-
-
-def _stored(
-    scheme: GroupScheme, codes: torch.Tensor, first: int, stop: int, order: torch.Tensor | None
-) -> torch.Tensor:
-    """Codes as rows of blocks have them, a byte each or two in a byte, their inputs in this order."""
-    if order is None:
-        return (_codes if scheme.bits == 8 else _pairs)(scheme, codes, first, stop)
-    rows = _codes(scheme, codes, first, stop).index_select(1, order)
-    return rows if scheme.bits == 8 else rows[:, 0::2] | rows[:, 1::2] << 4
-
-
-def _codes(scheme: GroupScheme, codes: torch.Tensor, first: int, stop: int) -> torch.Tensor:
-    """uint8 [rows, in_features]."""
-    import torch
-
-    if scheme.bits == 8:
-        return codes[:, first:stop].t().contiguous().view(torch.uint8)
-    pairs = _pairs(scheme, codes, first, stop)
-    return torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)
-
-
-def nibbles(words: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """uint8 [..., 8n] of int32 [..., n]; order: which nibble of its word every value is."""
-    import torch
-
-    shifts = torch.tensor(order, dtype=torch.int32, device="cpu") * 4
-    return ((words[..., None] >> shifts) & 15).to(torch.uint8).flatten(-2)
-
-
-def _pairs(scheme: GroupScheme, codes: torch.Tensor, first: int, stop: int) -> torch.Tensor:
-    """uint8 [rows, in_features / 2], two codes a byte."""
-    import torch
-
-    if scheme.method == "compressed-tensors":
-        return codes[first:stop].contiguous().view(torch.uint8)
-    if scheme.method == "gptq":
-        return codes[:, first:stop].t().contiguous().view(torch.uint8)
-    start = first // PER_WORD
-    values = nibbles(codes[:, start : -(-stop // PER_WORD)], AWQ_ORDER)
-    rows = values[:, first - start * PER_WORD : stop - start * PER_WORD].t()
-    return (rows[:, 0::2] | rows[:, 1::2] << 4).contiguous()

@@ -83,6 +83,12 @@ def matrix(where: str, shapes: Shapes, name: str) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
+def check_said_shape(where: str, name: str, said: list[int], codes: tuple[int, int]) -> None:
+    """CheckpointError where a tensor says another shape of a weight than its codes have."""
+    if said != list(codes):
+        raise CheckpointError(f"{where}: {name} says {said}, the codes are {list(codes)}; {AGAIN}")
+
+
 def write_blocks(kind: GgufType, scales: torch.Tensor, codes: torch.Tensor, out: torch.Tensor) -> None:
     """Lay rows out as blocks of `kind`: float32 scales [rows, groups] and their codes, uint8 [rows, bytes], padded."""
     import torch

@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hetero_attn.cli import options
 from hetero_attn.cli.output import expect_writable, print_json, read_text
+
+if TYPE_CHECKING:
+    from hetero_attn.tools.quantize.write import QuantizedFile
 
 LEAST_BITS, MOST_BITS = 4.0, 16.0
 
@@ -32,20 +35,30 @@ def quantize(
     as_json: options.Json = False,
 ) -> None:
     """Quantise a model to a GGUF file in which every linear has the type that loses least for the size."""
+    _check(recipe, bits, out)
+    from hetero_attn.checkpoints.hub import resolve_model
+    from hetero_attn.tools.quantize.write import quantize as write
+
+    if force or not out.exists():
+        expect_writable(out)
+    text = "" if calibrate is None else read_text(calibrate)
+    _show(write(resolve_model(model, gguf), out, recipe, bits, text, force, threads, tokenizer=tokenizer), as_json)
+
+
+def _check(recipe: str | None, bits: float | None, out: Path) -> None:
+    """Raise typer.BadParameter for wishes that no file can meet."""
     if recipe is not None and bits is not None:
         raise typer.BadParameter("--recipe and --bits exclude each other; give one")
     if bits is not None and not LEAST_BITS <= bits <= MOST_BITS:
         raise typer.BadParameter(f"--bits is {bits:g}; give {LEAST_BITS:g} to {MOST_BITS:g}")
     if out.suffix != ".gguf":
         raise typer.BadParameter(f"--out is {out}; a GGUF file's name ends in .gguf")
-    from hetero_attn.checkpoints.hub import resolve_model
-    from hetero_attn.tools.quantize.table import table_lines
-    from hetero_attn.tools.quantize.write import quantize as write
 
-    if force or not out.exists():
-        expect_writable(out)
-    text = "" if calibrate is None else read_text(calibrate)
-    made = write(resolve_model(model, gguf), out, recipe, bits, text, force, threads, tokenizer=tokenizer)
+
+def _show(made: "QuantizedFile", as_json: bool) -> None:
+    """Print what was written, and which types it has."""
+    from hetero_attn.tools.quantize.table import table_lines
+
     table = json.loads(made.table)
     if as_json:
         print_json({"file": str(made.path), "bytes": made.nbytes, "bits": made.bits} | table)

@@ -12,7 +12,10 @@ from hetero_attn.cli import options
 from hetero_attn.cli.output import read_text
 
 if TYPE_CHECKING:
+    from socket import socket
+
     from hetero_attn import LLM
+    from hetero_attn.server.settings import ServerSettings
 
 SEQUENCES = 4
 
@@ -42,19 +45,14 @@ def serve(
 ) -> None:
     """Serve a model by OpenAI's, Anthropic's and Ollama's protocols; /health answers at once, everything else once the
     model is loaded."""
-    try:
-        from hetero_attn.server.run import listen
-        from hetero_attn.server.run import serve as serve_on
-        from hetero_attn.server.settings import ServerSettings
-    except ImportError as missing:
-        if missing.name is None or missing.name.partition(".")[0] not in ("starlette", "uvicorn", "prometheus_client"):
-            raise
-        raise typer.BadParameter(f"serve needs {missing.name}: pip install 'hetero-attn[server]'") from None
-    key = _key(api_key, api_key_file)
+    _check_installed()
+    from hetero_attn.server.run import serve as serve_on
+    from hetero_attn.server.settings import ServerSettings
+
     settings = ServerSettings(
         host=host,
         port=port,
-        api_key=key,
+        api_key=_key(api_key, api_key_file),
         served_name=served_name,
         max_waiting=max_waiting,
         ping_interval_s=ping_interval,
@@ -62,10 +60,7 @@ def serve(
         allowed_origins=tuple(allow_origin or ()),
         has_page=ui,
     )
-    try:
-        sock = listen(settings)
-    except OSError as error:
-        raise typer.BadParameter(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+    sock = _listen(settings)
 
     def load() -> LLM:
         from hetero_attn.server.driver import settled, warmed
@@ -76,6 +71,28 @@ def serve(
     settings = replace(settings, port=sock.getsockname()[1])
     typer.echo(f"loading {model}; {settings.address}/health tells when it is ready", err=True)
     serve_on(load, settings, lambda text: typer.echo(text, err=True), sock)
+
+
+def _check_installed() -> None:
+    """Raise typer.BadParameter, with how to install it, where a library that only a server needs is not there."""
+    try:
+        import hetero_attn.server.run  # noqa: F401
+    except ImportError as missing:
+        if missing.name is None or missing.name.partition(".")[0] not in ("starlette", "uvicorn", "prometheus_client"):
+            raise
+        raise typer.BadParameter(f"serve needs {missing.name}: pip install 'hetero-attn[server]'") from None
+
+
+def _listen(settings: ServerSettings) -> socket:
+    """The socket at the host and port of the settings; raises typer.BadParameter where there can be none."""
+    from hetero_attn.server.run import listen
+
+    try:
+        return listen(settings)
+    except OSError as error:
+        raise typer.BadParameter(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose another --port"
+        ) from None
 
 
 def _key(key: str | None, file: Path | None) -> str | None:

@@ -35,6 +35,7 @@ from hetero_attn.tools.quantize.stacks import new_tensor, spread, stack_of, stac
 from hetero_attn.tools.quantize.table import KEY, table_text
 
 RUN_WEIGHTS = 1 << 24  # read and encoded at once
+DEFAULT_RECIPE = "q4_m"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,33 +79,40 @@ def quantize(
     the model's own. Raises ArgumentError for another recipe or a file that is there, CheckpointError, ConfigError,
     PromptError or UnsupportedModelError before anything is written, and CheckpointError where the disk is full.
     """
-    if out.exists() and not force:
-        raise ArgumentError(f"--out is {out}, which is there already; give another name, or --force to write over it")
-    if recipe is not None and recipe not in RECIPES:
-        raise ArgumentError(f"recipe is {recipe!r}; known: {', '.join(RECIPES)}")
+    _check(out, recipe, force)
     path = resolve_model(model)
-    config, ops = read_config(path), CpuKernels(threads)
+    config, ops, recipe = read_config(path), CpuKernels(threads), recipe or DEFAULT_RECIPE
     spec = decoder(config)
     with open_source(path) as source:
         source.check(spec)
         shapes = spec.tensors
-        chosen = by_recipe(RECIPES[recipe or "q4_m"], shapes, {name: source.dtype(name) for name in shapes})
+        chosen = by_recipe(RECIPES[recipe], shapes, {name: source.dtype(name) for name in shapes})
         new, own = _new_file(source, config, shapes, chosen), own_types(source, shapes)
-        encoded: dict[str, torch.Tensor] = {}
         with calibration(path, text, ops, threads, tokenizer) if text else nullcontext() as calibrated:
             if bits is not None and calibrated is not None:
                 measured = measured or calibrated.losses(own)
             losses = measured or expected_losses(source, shapes, config.num_layers, config.head_dim, own, ops)
             chosen = _chosen(chosen, losses, bits, shapes)
-            if calibrated is not None:
-                rounded = {name: kind for name, kind in chosen.items() if own.get(stack_of(name)) != kind}
-                encoded = calibrated.encoded(rounded)
-        wanted = f"{bits:g} bits" if bits is not None else f"recipe {recipe or 'q4_m'}"
+            encoded = {} if calibrated is None else calibrated.encoded(_changed(chosen, own))
+        wanted = f"{bits:g} bits" if bits is not None else f"recipe {recipe}"
         table = table_text(wanted, bits_of(chosen, shapes), chosen, measured or {})
         new.metadata[KEY] = table
         weights = _Weights(source, config.head_dim, shapes, chosen, encoded, ops)
         nbytes = _write(new, weights, out, force)
     return QuantizedFile(out, nbytes, bits_of(chosen, shapes), chosen, table)
+
+
+def _check(out: Path, recipe: str | None, force: bool) -> None:
+    """Raise ArgumentError for a file that is there, or a recipe that is unknown."""
+    if out.exists() and not force:
+        raise ArgumentError(f"--out is {out}, which is there already; give another name, or --force to write over it")
+    if recipe is not None and recipe not in RECIPES:
+        raise ArgumentError(f"recipe is {recipe!r}; known: {', '.join(RECIPES)}")
+
+
+def _changed(chosen: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
+    """The types that a source's tensors do not have already."""
+    return {name: kind for name, kind in chosen.items() if own.get(stack_of(name)) != kind}
 
 
 def _chosen(
