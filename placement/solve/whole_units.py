@@ -29,7 +29,7 @@ def laid_out(problem: Problem, solved: Totals) -> Iterator[Candidate]:
     """A solution in whole units, with the CPU's work in few whole layers, as is best for each row tier, and in all."""
     classes, tokens, seen = problem.classes, solved.gpu_tokens, []
     tiers = (*sorted({weighted.call.tier for weighted in problem.calls}), None)
-    for tier, spread in ((tier, spread) for tier in tiers for spread in lay_out(classes, solved, tier)):
+    for tier, spread in [(each, spread) for each in tiers for spread in lay_out(classes, solved, each)]:
         linears, kv = placements(problem.workload, classes, spread, tokens)
         linears = _worth_handing_over(problem, linears, kv)
         if (linears, kv) not in seen:
