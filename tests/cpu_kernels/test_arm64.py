@@ -15,7 +15,7 @@ from cpu_kernels.team.arguments import LINEAR
 from cpu_kernels.team.words import ARGUMENT_BYTES, PARAMETERS
 from cpu_kernels.vectors.isa import available, named
 from tests.support.cpu_oracles import kernels, pack
-from tests.support.cross_compile import Code, Cpu, compiled
+from tests.support.cross_compile import Cpu, assembly_of, objects_of
 
 LINUX, APPLE = "aarch64-unknown-linux-gnu", "arm64-apple-macosx14.0"
 CPUS = ((LINUX, "neoverse-n1"), (LINUX, "neoverse-v2"), (APPLE, "apple-m1"))
@@ -61,17 +61,17 @@ def linear_kernel(weight_dtype: str, tile: int):
 
 
 @pytest.fixture(scope="module")
-def code() -> dict[tuple[tuple, Cpu], Code]:
-    """Every kernel that is looked at, for every CPU."""
-    return compiled("neon", CPUS, [linear_kernel(name, 1) for name in FORMATS])
+def assembly() -> dict[tuple[tuple, Cpu], str]:
+    """Of every kernel that is looked at, for every CPU."""
+    return assembly_of("neon", CPUS, [linear_kernel(name, 1) for name in FORMATS])
 
 
 @pytest.fixture(scope="module")
 def emulated() -> dict[str, bytes]:
     """The kernel of each format that an emulator is to run, an object file."""
     kernels_of = {name: linear_kernel(name, 4) for name in FORMATS}
-    found = compiled("neon", CPUS[:1], list(kernels_of.values()))
-    return {name: found[kernel, CPUS[0]].object for name, kernel in kernels_of.items()}
+    found = objects_of("neon", CPUS[:1], list(kernels_of.values()))
+    return {name: found[kernel, CPUS[0]] for name, kernel in kernels_of.items()}
 
 
 def busiest_block(assembly: str, instruction: str) -> Counter:
@@ -83,10 +83,9 @@ def busiest_block(assembly: str, instruction: str) -> Counter:
 
 @pytest.mark.parametrize("cpu", CPUS, ids=lambda cpu: cpu[1])
 @pytest.mark.parametrize("weight_dtype", FORMATS)
-def test_inner_loops_are_made_of_dot_products(code, weight_dtype, cpu):
-    assembly = code[linear_kernel(weight_dtype, 1), cpu].assembly
+def test_inner_loops_are_made_of_dot_products(assembly, weight_dtype, cpu):
     sdot = "sdot.4s" if cpu[0] == APPLE else "sdot"
-    loop = busiest_block(assembly, sdot)
+    loop = busiest_block(assembly[linear_kernel(weight_dtype, 1), cpu], sdot)
 
     assert DOTS <= loop[sdot] <= DOTS + 8
     others = sum(count for name, count in loop.items() if name.startswith(("smull", "smlal", "cmeq", "bsl")))

@@ -1,7 +1,8 @@
 """Kernels for another machine's CPU: numba's LLVM code of a kernel, emitted by that machine's code generator.
 
 A process of its own compiles them, which knows all machines that LLVM has. `compiled` starts it; it answers each line of
-JSON, [isa, CPUs, module, factory, *parameters] ("ISA" stands for the isa), with a line.
+JSON, [form, isa, CPUs, module, factory, *parameters] ("ISA" stands for the isa), with a line. The form is what is asked
+for, "assembly" or "object": each takes the code generator once.
 """
 
 import base64
@@ -12,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import llvmlite.binding as llvm
 
@@ -24,24 +24,27 @@ Cpu = tuple[str, str]  # (triple, name)
 Kernel = tuple[str | int, ...]  # (module, factory, *parameters)
 
 
-class Code(NamedTuple):
-    """A kernel for one CPU; the kernel's function is `kernel`."""
-
-    assembly: str
-    object: bytes
+def assembly_of(isa: str, cpus: Sequence[Cpu], kernels: Sequence[Kernel]) -> dict[tuple[Kernel, Cpu], str]:
+    """The assembly of every kernel for every CPU; the kernel's function is `kernel`."""
+    return _compiled("assembly", isa, cpus, kernels)
 
 
-def compiled(isa: str, cpus: Sequence[Cpu], kernels: Sequence[Kernel]) -> dict[tuple[Kernel, Cpu], Code]:
-    """Every kernel for every CPU, compiled by another process."""
-    requests = "\n".join(json.dumps([isa, cpus, *kernel]) for kernel in kernels)
+def objects_of(isa: str, cpus: Sequence[Cpu], kernels: Sequence[Kernel]) -> dict[tuple[Kernel, Cpu], bytes]:
+    """The object file of every kernel for every CPU; the kernel's function is `kernel`."""
+    found = _compiled("object", isa, cpus, kernels)
+    return {which: base64.b64decode(code) for which, code in found.items()}
+
+
+def _compiled(form: str, isa: str, cpus: Sequence[Cpu], kernels: Sequence[Kernel]) -> dict[tuple[Kernel, Cpu], str]:
+    requests = "\n".join(json.dumps([form, isa, cpus, *kernel]) for kernel in kernels)
     command = [sys.executable, "-m", "tests.support.cross_compile"]
     run = subprocess.run(command, input=requests, capture_output=True, text=True, cwd=ROOT, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     answers = (json.loads(line) for line in run.stdout.splitlines())
     return {
-        (kernel, cpu): Code(text, base64.b64decode(code))
+        (kernel, cpu): code
         for kernel, answer in zip(kernels, answers, strict=True)
-        for cpu, (text, code) in zip(cpus, answer, strict=True)
+        for cpu, code in zip(cpus, answer, strict=True)
     }
 
 
@@ -58,10 +61,11 @@ def _code_of(isa: str, module: str, factory: str, *parameters: str | int) -> llv
     return llvm.parse_assembly(re.sub(r"(?m)^.* call void @llvm\.x86\.sse2\.pause\(\).*$", "", text))
 
 
-def _emitted(code: llvm.ModuleRef, cpu: Cpu) -> tuple[str, str]:
+def _emitted(code: llvm.ModuleRef, cpu: Cpu, form: str) -> str:
     target = Target(*cpu, "")
-    machine, own = target.machine(), target.retargeted(code)
-    return machine.emit_assembly(own), base64.b64encode(machine.emit_object(own)).decode()
+    if form == "assembly":
+        return target.machine().emit_assembly(target.retargeted(code))
+    return base64.b64encode(target.emit_object(code)).decode()
 
 
 def main() -> None:
@@ -69,9 +73,9 @@ def main() -> None:
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     for line in sys.stdin:
-        isa, cpus, *kernel = json.loads(line)
+        form, isa, cpus, *kernel = json.loads(line)
         code = _code_of(isa, *kernel)
-        print(json.dumps([_emitted(code, cpu) for cpu in cpus]), flush=True)
+        print(json.dumps([_emitted(code, cpu, form) for cpu in cpus]), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from tests.support import quick_interpreter
+
 # On four bytes in a register, none of which carries into another.
 BYTE_OPERATIONS = {
     "and.b32 $0, $1, 0x0F0F0F0F;": lambda data: data & 15,
@@ -51,6 +53,7 @@ def install() -> None:
     InterpreterBuilder.create_inline_asm = _inline_asm
     InterpreterBuilder.create_fma = _fused
     interpreter._patch_lang_tensor = _wrap_patch_tensor(interpreter._patch_lang_tensor)
+    quick_interpreter.install()
 
 
 def widen(bits: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ Nothing here calls the code under test: pages are written and read by loops, pac
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from typing import NamedTuple
@@ -144,7 +145,11 @@ def packed_weight(weight_dtype: str, num_blocks: int, in_features: int, seed: in
 
 def read_packed(weight: Tensor, weight_dtype: str, in_features: int) -> Tensor:
     """The published layout read one number at a time, float64 [num_blocks*16, in_features]."""
-    blocks = [bytes(block.tolist()) for block in weight]
+    return _read_blocks(tuple(bytes(block.tolist()) for block in weight), weight_dtype, in_features).clone()
+
+
+@functools.lru_cache(maxsize=64)  # planted faults are looked for in the same weights
+def _read_blocks(blocks: tuple[bytes, ...], weight_dtype: str, in_features: int) -> Tensor:
     rows = [
         [_weight_at(block, weight_dtype, in_features, feature, column) for column in range(in_features)]
         for block in blocks
