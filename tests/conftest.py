@@ -3,9 +3,11 @@
 import gc
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
+from cpu_kernels.ahead.builders import build_all
 from tests.support.extras import MISSING_OF_SERVER
 from tests.support.replayed import suite_lines
 
@@ -15,13 +17,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Each takes a minute or more: where two processes share the files out, neither may begin with one at the end.
-LONG = ("test_interpreter.py", "test_benchmarks.py", "test_examples.py")
+# Each takes long: where processes share the files out, none may begin with one at the end.
+LONG = (
+    "test_interpreter.py",
+    "test_verify.py",
+    "test_aot.py",
+    "test_quantize.py",
+    "test_benchmarks.py",
+    "test_lifecycle.py",
+    "test_experts.py",
+    "test_draft_model.py",
+    "test_planner.py",
+    "test_expert_slots.py",
+    "test_arm64.py",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What takes many minutes runs on request, what takes long in one file runs first."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     moving = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if moving:
         raise pytest.UsageError(f"names of tests hold addresses, which each process has of its own: {moving[:3]}")
@@ -35,6 +49,17 @@ def pytest_collection_finish() -> None:
     """What modules have made stays: no later collection looks through their half a million objects again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels_are_compiled_here() -> Iterator[None]:
+    """No process is started for the few CPU kernels that a load misses, as a user's would be: this one has the compiler
+    loaded, and its neighbours use the other cores."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(
+            "cpu_kernels.kernels.build_all", lambda store, missing, processes: build_all(store, missing, 1)
+        )
+        yield
 
 
 @pytest.fixture(scope="module")

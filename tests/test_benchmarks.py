@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from hetero_attn import LLM
+from tests.support.scripts import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "examples" / "benchmarks"
@@ -40,7 +41,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run_script(name: str, *arguments: object, lines: str = "") -> subprocess.CompletedProcess[str]:
+def run(name: str, *arguments: object, lines: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a benchmark here."""
+    return run_script(SCRIPTS / name, *arguments, lines=lines)
+
+
+def run_process(name: str, *arguments: object, lines: str = "") -> subprocess.CompletedProcess[str]:
     """Run a benchmark as a reader would, with the packages of this checkout."""
     search_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     command = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
@@ -52,18 +58,16 @@ def test_whole_model_alone_ends_with_a_json_line(checkpoint: Path, tmp_path: Pat
     rows = ("prefill-bf16", "depth-bf16")
     no_peer = ["--llama-python", tmp_path / "no-such-interpreter", "--peers", "llama.cpp"]
     out = tmp_path / "result.json"
-    run = run_script(
-        "whole_model.py", "--quick", "--work-dir", checkpoint.parent, *no_peer, "--out", out, "--rows", *rows
-    )
+    done = run("whole_model.py", "--quick", "--work-dir", checkpoint.parent, *no_peer, "--out", out, "--rows", *rows)
 
-    assert run.returncode == 0, run.stderr
-    record = json.loads(run.stdout.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
     assert record == json.loads(out.read_text())
     assert sorted(row["name"] for row in record["rows"]) == sorted(rows)
     assert all(row["ours"] > 0 and row["peer"] is None for row in record["rows"])
     assert [row["bytes_per_s"] is not None for row in record["rows"]] == [False, True]
     assert record["peers"]["llama.cpp"].startswith("not installed")
-    assert run.stdout.index("ceiling: ") < run.stdout.index("prefill-bf16") < run.stdout.index("depth-bf16")
+    assert done.stdout.index("ceiling: ") < done.stdout.index("prefill-bf16") < done.stdout.index("depth-bf16")
 
 
 def test_every_kind_of_request_is_answered_by_our_side(checkpoint: Path) -> None:
@@ -74,9 +78,9 @@ def test_every_kind_of_request_is_answered_by_our_side(checkpoint: Path) -> None
         {"test": "logits", "token_ids": [1, 2, 3]},
     ]
     lines = "".join(json.dumps(request) + "\n" for request in requests)
-    run = run_script("ours.py", "hetero-attn", "--model", checkpoint, "--threads", 2, "--rows", 3, lines=lines)
-    assert run.returncode == 0, run.stderr
-    ready, *answers = [json.loads(line) for line in run.stdout.splitlines()]
+    done = run_process("ours.py", "hetero-attn", "--model", checkpoint, "--threads", 2, "--rows", 3, lines=lines)
+    assert done.returncode == 0, done.stderr
+    ready, *answers = [json.loads(line) for line in done.stdout.splitlines()]
 
     assert ready == {"ready": True}
     assert all(answer["seconds"] > 0 for answer in answers[:3])
@@ -158,10 +162,10 @@ def test_llama_bench_is_asked_in_its_own_words(tmp_path: Path, monkeypatch: pyte
 
 
 def test_growth_ends_with_a_json_line_that_says_what_was_met() -> None:
-    run = run_script("growth.py", "--context", 150, "--parts", "exact")
+    done = run("growth.py", "--context", 150, "--parts", "exact")
 
-    assert run.returncode == 0, run.stderr
-    record = json.loads(run.stdout.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
     assert [(row["dtype"], row["is_met"]) for row in record["exact"]] == [("fp32", True), ("bf16", True)]
 
 
@@ -173,11 +177,11 @@ def test_the_gpu_script_runs_every_part_on_the_emulated_device_and_keeps_what_it
     def lines() -> list[dict[str, object]]:
         return [json.loads(line) for line in results.read_text().splitlines()]
 
-    assert run_script("gpu_offload.py", *arguments, "--minutes", 0).returncode == 0
+    assert run_process("gpu_offload.py", *arguments, "--minutes", 0).returncode == 0
     skipped = {line["name"] for line in lines() if "0 s are left" in str(line.get("skipped"))}
     assert {"sanity kernels", "rates", "model tiny q4 25% prompts"} <= skipped
-    run = run_script("gpu_offload.py", *arguments, "--minutes", 60)
-    assert run.returncode == 0, run.stderr
+    done = run_process("gpu_offload.py", *arguments, "--minutes", 60)
+    assert done.returncode == 0, done.stderr
     first = lines()
     failed = {line["name"]: line["error"] for line in first if "error" in line}
     found = {line["name"]: line for line in first if "skipped" not in line}
@@ -192,13 +196,13 @@ def test_the_gpu_script_runs_every_part_on_the_emulated_device_and_keeps_what_it
     assert json.loads((tmp_path / "out" / trace["file"]).read_text())["traceEvents"]
     assert trace["spans"]["GPU compute: linear"][0] > 0
 
-    report = run_script("gpu_report.py", tmp_path / "out", tmp_path / "record.json", "--plot", tmp_path / "plot.png")
+    report = run("gpu_report.py", tmp_path / "out", tmp_path / "record.json", "--plot", tmp_path / "plot.png")
     assert report.returncode == 0, report.stderr
     assert "| tiny q4 50% auto: pp16 |" in report.stdout and (tmp_path / "plot.png").stat().st_size > 0
     assert "- sanity hop graph: NotImplementedError" in report.stdout
     assert "sanity hop flags" in {result["name"] for result in json.loads((tmp_path / "record.json").read_text())}
 
-    assert run_script("gpu_offload.py", *arguments, "--only", "model", "--skip", "model tiny q4 2").returncode == 0
+    assert run_process("gpu_offload.py", *arguments, "--only", "model", "--skip", "model tiny q4 2").returncode == 0
     assert [line["name"] for line in lines()[len(first) :]] == ["start", "machine", "end"]
 
 
@@ -316,10 +320,10 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path, mon
 def test_a_layer_of_a_prompt_queues_few_launches() -> None:
     """A dequantisation for each piece of a weight, and six others: norms and the activation round what they give."""
     pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
-    run = run_script("launches.py", "--repetitions", 1, "--json")
+    done = run("launches.py", "--repetitions", 1, "--json")
 
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
     first, last = found["first chunk"], found["last chunk"]
     pieces = 4 + found["streamed_pieces"]
     small = ("rounded_norm", "rope_append", "prefill_attention", "rounded", "rounded_gated")
@@ -332,10 +336,10 @@ def test_a_layer_of_a_prompt_queues_few_launches() -> None:
 def test_speculation_checks_every_answer_and_prints_a_gain_for_each_kind() -> None:
     few = ["--tokens", 12, "--repetitions", 1, "--threads", 1, "--dtype", "q8"]
     few += ["--drafts", "ngram", "oracle:1", "--json"]
-    run = run_script("speculation.py", *few)
+    done = run("speculation.py", *few)
 
-    assert run.returncode == 0, run.stderr
-    record = json.loads(run.stdout.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
     rows = record["rows"]
     assert [row["drafts"] for row in rows] == 2 * ["plain", "ngram", "oracle:1"]
     assert all(row["gain"] > 0 and row["same_tokens"] for row in rows) and rows[0]["acceptance"] is None

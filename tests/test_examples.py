@@ -1,8 +1,6 @@
-"""Every example runs as it is shipped, in a process of its own."""
+"""Every example runs as it is shipped."""
 
 import importlib
-import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -10,20 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.gguf_models import make_gguf
+from tests.support.scripts import EXAMPLES, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def run_example(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run an example as a reader would, with the packages of this checkout."""
-    search_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name), *arguments],
-        env=os.environ | {"PYTHONPATH": search_path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.fixture
@@ -42,7 +29,7 @@ def test_demo_gives_the_same_tokens_on_one_lane_and_on_three(kind: str, tmp_path
     model = ROOT / "examples" / "tiny"
     if kind == "gguf":
         model, _ = make_gguf(tmp_path, {}, "F32", tied=True, max_position_embeddings=2048)
-    run = run_example("demo.py", str(model))
+    run = run_script(EXAMPLES / "demo.py", model)
 
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("> How is a text file read in Python?") == 2
@@ -93,7 +80,7 @@ def test_demo_fetches_its_model_once(demo, tmp_path: Path, monkeypatch, capfd) -
     ids=["quickstart", "chat", "serve-loop"],
 )
 def test_short_examples_run(name: str, shown: str) -> None:
-    run = run_example(name)
+    run = run_script(EXAMPLES / name)
 
     assert run.returncode == 0, run.stderr
     assert shown in run.stdout

@@ -167,8 +167,14 @@ def test_kernels_that_are_missing_are_compiled_by_several_processes(tmp_path):
     assert KernelStore(tmp_path, said.append).address(*SMALL_KERNELS[0]) and len(said) == len(SMALL_KERNELS)
 
 
+@pytest.fixture
+def beside(monkeypatch):
+    """Kernels are compiled in other processes too, as for a user."""
+    monkeypatch.setattr("cpu_kernels.kernels.build_all", build_all)
+
+
 @pytest.mark.parametrize("executable", ["/bin/false", "/nowhere/python", ""])
-def test_without_other_processes_all_kernels_are_compiled_here(tmp_path, monkeypatch, executable):
+def test_without_other_processes_all_kernels_are_compiled_here(tmp_path, monkeypatch, beside, executable):
     monkeypatch.setattr(sys, "executable", executable)
     with CpuKernels(num_threads=2, cache_dir=tmp_path) as ops:
         ops.prepare(lambda: norm(ops))
@@ -177,7 +183,7 @@ def test_without_other_processes_all_kernels_are_compiled_here(tmp_path, monkeyp
         assert torch.allclose(norm(ops), x / x.pow(2).mean().sqrt())
 
 
-def test_a_damaged_object_is_said_once_when_kernels_are_prepared(store):
+def test_a_damaged_object_is_said_once_when_kernels_are_prepared(store, beside):
     (store / f"{KERNEL}.o").write_bytes(b"damaged")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

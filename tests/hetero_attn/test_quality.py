@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from hetero_attn.cli import app
 from hetero_attn.errors import PromptError
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.tools import quality
+from tests.support.scripts import run_script
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
 TEXT = (TINY / "heldout.txt").read_text()[:3000]
@@ -73,13 +71,7 @@ def test_a_text_without_two_tokens_is_refused():
 
 def test_the_benchmark_writes_what_it_prints(tmp_path):
     script, file = TINY.parent / "benchmarks" / "quality.py", tmp_path / "found.json"
-    run = subprocess.run(
-        [sys.executable, str(script), str(TINY), "--dtypes", "q8", "--json", str(file)],
-        env=os.environ | {"PYTHONPATH": str(TINY.parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = run_script(script, TINY, "--dtypes", "q8", "--json", file)
 
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout.splitlines()[-1]) == json.loads(file.read_text())
