@@ -6,7 +6,7 @@ and op are interleaved, so that both meet the same neighbours; medians are print
 shares, and with --threads 1, where the clock is CPU time, rates too.
 
     python examples/benchmarks/kernels_cpu.py [--threads N] [--isa NAME] [--ops linear,decode_attention] [--rows 1,512]
-        [--dtypes bf16,q4_k] [--kv bf16] [--tokens 16384] [--quick] [--json] [--out FILE]
+        [--dtypes bf16,q4_k] [--kv bf16] [--tokens 16384] [--sequence-rows 1,8] [--quick] [--json] [--out FILE]
 
 With 128 rows or more of fp32 or bf16 the rate of torch's own float32 product is measured beside ours. Ends with one
 JSON line; --json prints nothing else.
@@ -151,31 +151,37 @@ def in_order(pages: int, kv_heads: int) -> torch.Tensor:
     return torch.arange(pages, dtype=torch.int32).view(-1, kv_heads).T.contiguous()
 
 
-def decodes(ops: CpuKernels, tokens: tuple[int, ...], dtypes: tuple[str, ...], repetitions: int):
-    """decode_attention of one row over caches of every dtype, length and head shape, each beside its own sweep.
+def decodes(
+    ops: CpuKernels, tokens: tuple[int, ...], dtypes: tuple[str, ...], counts: tuple[int, ...], repetitions: int
+):
+    """decode_attention of rows of one sequence over caches of every dtype, length and head shape, each beside its own
+    sweep.
 
-    Calls go over several caches in turn, as a step goes over its layers', so that none lies in the CPU's own cache.
+    The last of `counts` rows sees all keys, each before it one less, as drafts that are checked do. Calls go over
+    several caches in turn, as a step goes over its layers', so that none lies in the CPU's own cache.
     """
     for kv_dtype, (head_dim, queries_per_kv, kv_heads), kv_len in product(dtypes, ATTENTION_SHAPES, tokens):
         pages, num_heads, scale = kv_len // 64 * kv_heads, kv_heads * queries_per_kv, head_dim**-0.5
         cache = random_cache(kv_dtype, pages, head_dim)
         copies = 1 if repetitions == 1 else -(-COLD_BYTES // cache.nbytes)
         turns = cycle([cache, *(cache.clone() for _ in range(copies - 1))])
-        table = in_order(pages, kv_heads)[None]
-        bounds = torch.zeros(1, dtype=torch.int32), torch.full((1,), kv_len, dtype=torch.int32)
-        q, lse = torch.randn(1, num_heads, head_dim), torch.empty(1, num_heads)
-        out = torch.empty_like(q)
-        keys, into = RowKeys(table, *bounds), Partial(out, lse)
+        table = in_order(pages, kv_heads)
 
         def sweep(turns=turns) -> None:
             ops.sweep(next(turns))
 
-        def decode(turns=turns, q=q, keys=keys, scale=scale, into=into) -> None:
-            ops.decode_attention(q, Pages(*next(turns)), keys, scale, into)
+        def of_rows(count: int, turns=turns, table=table, kv_len=kv_len, shape=(num_heads, head_dim), scale=scale):
+            stop = torch.arange(kv_len - count + 1, kv_len + 1, dtype=torch.int32)
+            keys = RowKeys(table.repeat(count, 1, 1), torch.zeros(count, dtype=torch.int32), stop)
+            q, into = torch.randn(count, *shape), Partial(torch.empty(count, *shape), torch.empty(count, shape[0]))
+            return lambda: ops.decode_attention(q, Pages(*next(turns)), keys, scale, into)
 
-        sweep_s, decode_s = interleaved([sweep, decode], repetitions, ops.num_threads)
-        labels = {"kv_dtype": kv_dtype, "tokens": kv_len, "head_dim": head_dim, "group_heads": queries_per_kv}
-        yield result("decode_attention", decode_s, sweep_s, cache.nbytes, 4 * num_heads * kv_len * head_dim, **labels)
+        sweep_s, *decode_s = interleaved([sweep, *map(of_rows, counts)], repetitions, ops.num_threads)
+        for count, seconds in zip(counts, decode_s, strict=True):
+            labels = {"kv_dtype": kv_dtype, "tokens": kv_len, "head_dim": head_dim, "group_heads": queries_per_kv}
+            labels |= {"rows": count} if count > 1 else {}
+            operations = 4 * count * num_heads * kv_len * head_dim
+            yield result("decode_attention", seconds, sweep_s, cache.nbytes, operations, **labels)
 
 
 def prefills(ops: CpuKernels, q_len: int, dtypes: tuple[str, ...]):
@@ -231,6 +237,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="bf16,q8,q4", help="weight dtypes of linear")
     parser.add_argument("--kv", help="cache dtypes of attention (default: all, with --quick bf16)")
     parser.add_argument("--tokens", default=",".join(map(str, KV_TOKENS)), help="cache lengths of decode attention")
+    parser.add_argument("--sequence-rows", default="1", help="rows of one sequence in decode attention")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parser.add_argument("--quick", action="store_true", help="small weights, few repetitions: a smoke test")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
@@ -251,10 +258,10 @@ def main() -> None:
         (sweep_s,) = interleaved([lambda: ops.sweep(buffer)], repetitions, ops.num_threads)
         say(f"ceiling: read-only sweep of {size >> 20} MiB {size / sweep_s / 1e9:.1f} GB/s")
         rows = []
-        counts = tuple(int(count) for count in options.rows.split(","))
+        counts, beside = (tuple(map(int, given.split(","))) for given in (options.rows, options.sequence_rows))
         measured = {
             "linear": linears(ops, tuple(options.dtypes.split(",")), counts, size, repetitions),
-            "decode_attention": decodes(ops, tokens, dtypes, repetitions),
+            "decode_attention": decodes(ops, tokens, dtypes, beside, repetitions),
             "prefill_attention": prefills(ops, q_len, dtypes),
             "elementwise": elementwise(ops, repetitions),
         }
