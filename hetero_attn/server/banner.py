@@ -21,7 +21,7 @@ def banner(llm: LLM, settings: ServerSettings) -> str:
     speed = ""
     if plan.predicted is not None:
         prefill, decode = plan.predicted.prefill.tokens_per_s, plan.predicted.decode.tokens_per_s
-        speed = f"\nexpected: {prefill:.3g} tokens/s of a prompt, {decode:.3g} tokens/s of an answer"
+        speed = f"\nexpected: {_rounded(prefill)} tokens/s of a prompt, {_rounded(decode)} tokens/s of an answer"
     return (
         f"{name} is served on {address}{', with a page for people' if settings.has_page else ''}\n"
         f"context {plan.max_context} tokens (--context), {plan.max_batch} sequences at once (--batch), "
@@ -33,6 +33,11 @@ def banner(llm: LLM, settings: ServerSettings) -> str:
         f"  Continue       provider: vllm, apiBase: {address}/v1, apiKey: {key}, model: {name}\n"
         f"  lm-eval        --model local-completions --model_args base_url={address}/v1/completions,model={name}"
     )
+
+
+def _rounded(speed: float) -> str:
+    """Three digits: 0.912, 18,900."""
+    return f"{float(f'{speed:.3g}'):,.0f}" if speed >= 100 else f"{speed:.3g}"
 
 
 def _larger_context(llm: LLM) -> str:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -55,7 +55,8 @@ def parse_object(data: bytes, depth: int) -> dict[str, Any]:
     except ValueError:  # Python reads no whole number of thousands of digits
         raise ApiError(400, "the body holds a whole number of thousands of digits; send a shorter one") from None
     if not isinstance(value, dict):
-        raise ApiError(400, f"the body is a JSON {type(value).__name__}; it must be an object")
+        kind = "null" if value is None else type(value).__name__
+        raise ApiError(400, f"the body is a JSON {kind}; it must be an object")
     _check_depth(value, depth)
     return value
 
@@ -103,10 +104,21 @@ def checked(kind: type[Body], data: dict[str, Any]) -> Body:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        path = ".".join(map(str, first["loc"]))
+        first, *more = error.errors(include_url=False, include_context=False)
+        path = _path(first, data)
         found = "" if first["type"] == "missing" else f", got {first['input']!r:.60}"
-        raise ApiError(400, f"{path}: {first['msg']}{found}", param=path or None) from None
+        rules = " or ".join(dict.fromkeys(each["msg"] for each in (first, *more) if _path(each, data) == path))
+        raise ApiError(400, f"{path}: {rules}{found}", param=path or None) from None
+
+
+def _path(error: Mapping[str, Any], data: Any) -> str:
+    """Where in a body an error lies: pydantic names what a field may be among the keys, and a key that is wrong."""
+    steps = []
+    for step in error["loc"]:
+        if isinstance(data, dict) and step in data or isinstance(data, list) and step in range(len(data)):
+            steps.append(str(step))
+            data = data[step]
+    return ".".join([*steps, str(error["loc"][-1])] if error["type"] == "missing" else steps)
 
 
 def refuse(data: BaseModel, **reasons: str) -> None:

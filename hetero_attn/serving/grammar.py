@@ -136,7 +136,7 @@ class TokenMask:
         if self._found is None:
             bits = self._bits() if self._ahead is None else self._ahead.result()
             if self._matcher.is_error():
-                raise SamplingError(f"the grammar cannot be followed further: {_first_line(self._matcher.get_error())}")
+                raise SamplingError(f"the grammar cannot be followed further: {_cause(self._matcher.get_error())}")
             words = np.frombuffer(bits, np.uint8)
             self._found = np.unpackbits(words, count=self._vocab_size, bitorder="little").view(np.bool_)
         return self._found
@@ -194,8 +194,11 @@ class Grammars:
                 break
             text = json.dumps(_without_format(json.loads(text), unknown[1]))
             matcher = self._matcher(kind, text)
-        if matcher.is_error():
-            raise SamplingError(f"{kind} cannot be followed: {_first_line(matcher.get_error())}")
+        trial = matcher.deep_copy()
+        if not matcher.is_error():
+            trial.compute_bitmask()  # whether anything may begin is found out here alone
+        if trial.is_error():
+            raise SamplingError(f"{kind} cannot be followed: {_cause(trial.get_error())}")
         return TokenMask(matcher, self._vocab_size, [] if after is None else self._ids_of(after), self._threads)
 
     @cached_property
@@ -212,7 +215,7 @@ class Grammars:
                 grammar = make.grammar_from_regex(text) if kind == "regex" else make.grammar_from_lark(text)
             return make(tokens, grammar, log_level=0)
         except ValueError as error:
-            raise SamplingError(f"{kind} cannot be followed: {_first_line(str(error))}") from None
+            raise SamplingError(f"{kind} cannot be followed: {_cause(str(error))}") from None
 
     def _ids_of(self, text: str) -> list[int]:
         if self._tokenizer is None:
@@ -233,9 +236,7 @@ class Grammars:
                 slices = words + llguidance.LLTokenizer.general_slices()
                 self._known_tokens = llguidance.LLTokenizer(description, slices=slices, **known)
             except ValueError as error:
-                raise SamplingError(
-                    f"this model's answers cannot follow a grammar: {_first_line(str(error))}"
-                ) from None
+                raise SamplingError(f"this model's answers cannot follow a grammar: {_cause(str(error))}") from None
         return self._known_tokens
 
 
@@ -258,5 +259,9 @@ def _without_format(schema: Any, name: str) -> Any:
     return {key: value if key in _VALUES else _without_format(value, name) for key, value in kept.items()}
 
 
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0][:300]
+def _cause(text: str) -> str:
+    """What llguidance says in many lines, in one."""
+    if text.startswith("NoExtensionBias"):
+        return "there is no text that fits it"
+    first, *more = text.strip().splitlines() or [""]
+    return " ".join([first, *(line for line in more if line.startswith("error: "))])[:300]

@@ -110,6 +110,10 @@ def test_the_end_is_allowed_where_the_grammar_may_end_and_only_there(grammars, t
     ("wish", "said"),
     [
         ({"regex": "("}, "regex cannot be followed"),
+        ({"regex": r"(a)\1"}, "backreferences are not supported"),
+        ({"regex": r"[^\s\S]"}, "no text that fits"),
+        ({"grammar": "start: start"}, "no text that fits"),
+        ({"json_schema": {"$ref": "#"}}, "no text that fits"),
         ({"grammar": "start: x"}, "unknown name"),
         ({"json_schema": {"type": "nope"}}, "nope"),
     ],
@@ -406,7 +410,7 @@ def test_one_token_is_judged_as_all_of_them_are(grammars, tokenizer, monkeypatch
     plain, params = Grammars(tokenizer, 4096, tokenizer.eos_token_ids), SamplingParams(**wish)
     mask, oracle, ids = grammars.mask(params), plain.mask(params), tokenizer.encode(text, add_special_tokens=False)
     for length in range(len(ids) + 1):
-        found = mask.copy().which(ids[:length], range(4096))
+        found = grammars.mask(params).which(ids[:length], range(4096))
         allowed = mask.allowed(ids[:length])
 
         assert found == allowed.tolist()

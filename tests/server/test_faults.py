@@ -60,6 +60,15 @@ def chat(**more: object) -> bytes:
         ("chat/completions", chat(structured_outputs={"yaml": "x"}), 400, "structured_outputs"),
         ("chat/completions", chat(structured_outputs={"json": {"type": "nope"}}), 400, "nope"),
         ("chat/completions", chat(structured_outputs={"json": {"enum": ["x" * 70_000]}}), 400, "65536"),
+        ("chat/completions", chat(structured_outputs={"choice": []}), 400, "at least one"),
+        ("chat/completions", chat(structured_outputs={"choice": ["a", 5]}), 400, "structured_outputs.choice"),
+        ("chat/completions", chat(structured_outputs={"json": False}), 400, "json_schema cannot be followed"),
+        ("chat/completions", chat(structured_outputs={"regex": r"[^\s\S]"}, stream=True), 400, "no text that fits"),
+        ("chat/completions", chat(guided_json={"type": "object"}), 400, "use structured_outputs.json"),
+        ("completions", b'{"prompt": "a", "guided_choice": ["b"]}', 400, "use structured_outputs.choice"),
+        ("chat/completions", b"null", 400, "a JSON null"),
+        ("chat/completions", chat(tools=[{}]), 400, "tools.0 is no function"),
+        ("chat/completions", chat(messages=[{"role": "user", "content": 5}]), 400, "messages.0.content is 5"),
         ("chat/completions", chat(tool_choice="required"), 400, "tool_choice"),
         ("chat/completions", chat(tool_choice="often"), 400, "tool_choice"),
         ("chat/completions", chat(tools=[{"type": "function"}]), 400, "tools"),
@@ -89,6 +98,26 @@ def test_a_bad_request_is_told_what_is_wrong(http, path, body, status, said):
 
     assert answer.status_code == status and said in error["message"], answer.text
     assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "said"),
+    [
+        ("chat/completions", {"messages": []}, "messages", "at least 1"),
+        ("chat/completions", {"messages": [{}], "stop": 5}, "stop", "valid string or Input should be a valid list"),
+        ("chat/completions", {"messages": [{}], "stop": ["a", 5]}, "stop", "valid string"),
+        ("chat/completions", {"messages": [{}], "logit_bias": {"a": 1}}, "logit_bias.a", "valid integer"),
+        ("completions", {"prompt": {"a": 1}}, "prompt", "valid list"),
+        ("completions", {"prompt": None}, "prompt", "valid string"),
+        ("responses", {"input": 5}, "input", "valid list"),
+        ("responses", {}, "input", "Field required"),
+    ],
+    ids=str,
+)
+def test_the_field_at_fault_is_named_as_the_client_wrote_it(http, path, body, param, said):
+    error = http.post(f"/v1/{path}", json=body).json()["error"]
+
+    assert (error["param"], error["message"].partition(":")[0]) == (param, param) and said in error["message"]
 
 
 def test_an_overlong_prompt_has_the_code_that_agents_know(http):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -143,6 +144,7 @@ def test_while_it_loads_it_says_so():
     assert chat.status_code == 503 and chat.headers["retry-after"] == "5"
     assert ready.status_code == 200
     assert "--context 2048 would take about" in server.said[0]
+    assert re.search(r"expected: [\d,.]+ tokens/s of a prompt, [\d,.]+ tokens/s", server.said[0])
     assert "context 512 tokens" in server.said[0] and server.said[0].count(f":{server.port}/v1") >= 5
 
 

@@ -34,11 +34,13 @@ def format_wishes(kind: str, schema: Any, field: str) -> dict[str, Any]:
 def structured_wishes(wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Sampling parameters for `structured_outputs` in vLLM's form: json, regex, choice or grammar. Raises ApiError."""
     names = {"json": "json_schema", "regex": "regex", "grammar": "grammar"}
-    given = {name: value for name, value in wanted.items() if value not in (None, False)}
-    if choice := given.pop("choice", None):
-        given["grammar"] = "start: " + " | ".join(
-            json.dumps(str(each), ensure_ascii=False) for each in as_list(choice, "structured_outputs.choice")
-        )
+    # A schema may be false; of what is no schema that means that it is not wanted.
+    given = {name: each for name, each in wanted.items() if each is not None and (each is not False or name == "json")}
+    if "choice" in given:
+        words = as_list(given.pop("choice"), field := "structured_outputs.choice")
+        if not words or not all(isinstance(each, str) for each in words):
+            raise ApiError(400, f"{field} is {words!r:.40}; it must be a list of texts, at least one", param=field)
+        given["grammar"] = "start: " + " | ".join(json.dumps(each, ensure_ascii=False) for each in words)
     if given.pop("json_object", None):
         given["json"] = {"type": "object"}
     for name in given:

@@ -45,8 +45,10 @@ def text_of(content: Any, where: str) -> str:
     """The text of a content: a string, null, or a list of text parts. Raises ApiError for anything else."""
     if content is None or isinstance(content, str):
         return _unicode(content or "", where)
+    if not isinstance(content, Sequence):
+        raise ApiError(400, f"{where} is {content!r:.40}; it must be text or a list of parts", param=where)
     texts = []
-    for number, part in enumerate(content if isinstance(content, Sequence) else [content]):
+    for number, part in enumerate(content):
         text = part.get("text") if isinstance(part, Mapping) else part
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__

@@ -16,7 +16,7 @@ from hetero_attn.server.dialogue.shapes import as_object
 from hetero_attn.server.dialogue.tools import Tools, openai_choice, tools_of
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.generation import Generation
-from hetero_attn.server.protocols.fields import Logprobs, SamplingFields, check_model, count_unknown
+from hetero_attn.server.protocols.fields import OLDER_FORMS, Logprobs, SamplingFields, check_model, count_unknown
 from hetero_attn.server.protocols.logprobs import chat_logprobs, shown_tokens
 from hetero_attn.server.protocols.openai import OpenAIWriter
 from hetero_attn.server.protocols.reply import reply
@@ -80,6 +80,7 @@ def _refuse(body: Body) -> None:
         chat_template="the model's own template is used; strangers' templates are programs",
         functions="use tools",
         function_call="use tool_choice",
+        **OLDER_FORMS,
     )
     if body.modalities not in (None, [], ["text"]):
         raise ApiError(400, "modalities must be ['text']: the model makes text", param="modalities")
@@ -127,11 +128,11 @@ def conversation_of(body: Body) -> Conversation:
 def _tools(body: Body) -> Tools:
     functions = []
     for number, tool in enumerate(body.tools or ()):
-        if tool.get("type", "function") != "function" or "function" not in tool:
+        if tool.get("type", "function") != "function":
             raise ApiError(
                 400, f"tools.{number} is a {tool.get('type')!r:.40}; only functions can be called", param="tools"
             )
-        functions.append(tool["function"])
+        functions.append(tool.get("function"))
     return tools_of(functions, openai_choice(body.tool_choice), body.parallel_tool_calls)
 
 

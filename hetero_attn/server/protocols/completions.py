@@ -11,7 +11,7 @@ from hetero_attn.server.bodies import checked, read_json, refuse
 from hetero_attn.server.dialogue.answer import Answer, Piece
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.generation import Generation
-from hetero_attn.server.protocols.fields import Logprobs, SamplingFields, check_model, count_unknown
+from hetero_attn.server.protocols.fields import OLDER_FORMS, Logprobs, SamplingFields, check_model, count_unknown
 from hetero_attn.server.protocols.logprobs import completion_logprobs, shown_tokens
 from hetero_attn.server.protocols.openai import OpenAIWriter
 from hetero_attn.server.protocols.reply import reply
@@ -41,7 +41,7 @@ class Body(SamplingFields):
 async def completions(service: Service, request: Request) -> Any:
     """Answer `POST /v1/completions`, for one or several prompts. Raises ApiError."""
     body = checked(Body, await read_json(request, service.settings))
-    refuse(body, suffix="the model does not fill in the middle", use_beam_search="answers are sampled")
+    refuse(body, suffix="the model does not fill in the middle", use_beam_search="answers are sampled", **OLDER_FORMS)
     check_model(service, body.model)
     count_unknown(service, body)
     choices = 1 if body.n is None else body.n

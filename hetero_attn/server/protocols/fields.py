@@ -92,6 +92,10 @@ class SamplingFields(Fields):
 Logprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 
 
+# vLLM's older names, which its clients still send; without them the answer would follow nothing.
+OLDER_FORMS = {f"guided_{kind}": f"use structured_outputs.{kind}" for kind in ("json", "regex", "choice", "grammar")}
+
+
 def count_unknown(service: Service, *bodies: BaseModel) -> None:
     """Count the fields that nothing here knows."""
     service.metrics.ignored(sum(len(body.model_extra or ()) for body in bodies))

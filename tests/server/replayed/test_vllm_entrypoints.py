@@ -44,6 +44,7 @@ def at_rest(reply) -> bool:
     return set(map(float, gauges.values())) == {0.0} and len(gauges) == 2
 
 
+SHORT = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}}}  # fmt: skip
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
 CASES = [
     Case(name="a body that is a list", path=CHAT, body=b"[1, 2]", status=400, error="object"),
@@ -65,8 +66,8 @@ CASES = [
     chat("tool_choice null with tools", lambda r: r.said == "a", says="a", tools=[TOOL], tool_choice=None),
     chat("tool_choice none", lambda r: r.calls == [] and r.said == CALL, says=CALL, tools=[TOOL], tool_choice="none", max_tokens=90),
     chat("tool_choice auto", lambda r: r.calls == [("get_weather", {"city": "Dallas"})], says=CALL, tools=[TOOL], tool_choice="auto", max_tokens=90),
-    chat("a named tool", lambda r: r.calls[0][0] == "get_weather", tools=[TOOL], tool_choice=NAMED, max_tokens=90, temperature=1, seed=1),
-    chat("a tool that must be called", lambda r: r.calls[0][0] == "get_weather", tools=[TOOL], tool_choice="required", max_tokens=90, temperature=1, seed=1),
+    chat("a named tool", lambda r: r.calls[0][0] == "get_weather", tools=[SHORT], tool_choice=NAMED, max_tokens=200, temperature=1, seed=1),
+    chat("a tool that must be called", lambda r: r.calls[0][0] == "get_weather", tools=[SHORT], tool_choice="required", max_tokens=200, temperature=1, seed=1),
     chat("a named tool that is not offered", status=400, error="tool_choice", tools=[TOOL], tool_choice={"type": "function", "function": {"name": "nonexistent"}}),
     chat("a tool_choice of another kind", status=400, error="tool_choice", tools=[TOOL], tool_choice={"type": "custom"}),
     chat("required without tools", status=400, error="tool_choice", tool_choice="required"),
