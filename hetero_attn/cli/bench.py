@@ -106,7 +106,9 @@ def _in_context_of(needed: int, loading: options.Loading) -> options.Loading:
 
 def _measure(llm: LLM, asked: _Measurement) -> None:
     """Measure a loaded model; print, or write, what came out."""
+    from hetero_attn.planning.guesses import keep_guesses
     from hetero_attn.tools import bench as benchmark
+    from hetero_attn.tools.drafts.report import found_guesses
     from hetero_attn.tools.drafts.report import report as measure_drafts
     from hetero_attn.tools.trace import trace_steps
 
@@ -115,6 +117,7 @@ def _measure(llm: LLM, asked: _Measurement) -> None:
     drafts = None
     if asked.speculate:
         drafts = measure_drafts(llm, asked.speculate, asked.gen_tokens, asked.repetitions)
+        keep_guesses(llm.planned.path, found_guesses(drafts.rows))
     if asked.as_json:
         print_json(report.to_dict() | ({} if drafts is None else {"speculation": drafts.to_dict()}))
     else:

@@ -1,11 +1,11 @@
 """A model and a small one that drafts for it, planned together: both share one budget of GPU memory, to the byte.
 
-The draft model may have all the GPU memory that it can use, or a part of it, or next to none; the large model has the
-rest. The share with which the two are fastest at their best width is taken.
+The model is planned alone first. Then one search (placement.drafted) has the rows of its passes, where the drafter
+lives and the cut to choose, by the seconds of the planner's reference requests; the column shape and the prefill chunk
+are those of the model alone.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,28 +13,29 @@ from hetero_attn.checkpoints.hub import resolve_model
 from hetero_attn.checkpoints.sources import read_config
 from hetero_attn.errors import MemoryBudgetError
 from hetero_attn.planning.fitting import settle_or_suggest
+from hetero_attn.planning.guesses import guesses_of
 from hetero_attn.planning.options import LoadOptions
-from hetero_attn.planning.settle import PlannedModel, settle
-from placement.cost.drafts import DraftRates, draft_rates, pass_s
+from hetero_attn.planning.settle import Asked, PlannedModel, ask
+from placement.cost.drafts import WORTH, DraftRates, draft_rates, pass_s
+from placement.drafted.drafters import Drafter, drafters
+from placement.drafted.search import plan_drafted
+from placement.plan.drafting import Guesses
 from placement.plan.units import format_bytes
 from placement.policy.fields import SPECULATIONS
 
 WIDTHS = (2, 4, 8, 16)  # rows of a pass, few of them: each is a recorded pass of its own
-SHARES = (1.0, 0.5, 0.25, 0.1)  # of the GPU memory that a draft model can use
 STATES_REMEMBER = "the model has layers whose state cannot forget a wrong draft"
-# How likely a draft is right, before any was tried: what the literature reports of small siblings, and of repeats in
-# text and code (Spec-Bench, arXiv 2401.07851).
-MODEL_ACCEPTANCE, NGRAM_ACCEPTANCE = 0.7, 0.4
 
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
     """A planned model and what drafts for it. draft: None where no model does. rates: what widths give, None where
-    nobody drafts."""
+    nobody drafts. alone_tokens_per_s: what the model gives without, with all the memory and a plan for itself."""
 
     planned: PlannedModel
     draft: PlannedModel | None = None
     rates: DraftRates | None = None
+    alone_tokens_per_s: float = 0.0
 
     @property
     def wish(self) -> str:
@@ -67,8 +68,10 @@ class Drafted:
             memory = self.draft.plan.memory
             where = f"{format_bytes(memory.gpu_bytes)} of GPU memory, {format_bytes(memory.host_bytes)} of DRAM"
             who = f"{self.draft.plan.model}, {where}, {1e3 * _step_s(self.draft):.2f} ms a step"
-        right = f"{self.rates.acceptance:.0%} of drafts right (assumed)"
-        return [f"drafts by {who}; {right}", *self.rates.lines()]
+        alone = f"without drafts, with a plan of its own: {self.alone_tokens_per_s:.2f} tokens/s"
+        if self.rates.best.rows > 1 and self.rates.best.tokens_per_s < WORTH * self.alone_tokens_per_s:
+            alone += "; the drafter costs more than it brings"
+        return [f"drafts by {who}", self.rates.guesses.line(), *self.rates.lines(), alone]
 
     def to_yaml(self) -> str:
         """The plan as a policy, with who drafts; the budget is that of both models."""
@@ -84,7 +87,8 @@ class Drafted:
         if self.rates is None:
             return {"speculate": self.wish, "why_off": self.why_off}
         draft = None if self.draft is None else self.draft.plan.to_dict()
-        return {"speculate": self.wish, "draft": draft, "step_share": self.step_share, **self.rates.to_dict()}
+        own = {"draft": draft, "step_share": self.step_share, "alone_tokens_per_s": self.alone_tokens_per_s}
+        return {"speculate": self.wish, **own, **self.rates.to_dict()}
 
 
 def settle_drafted(wishes: LoadOptions, alone: PlannedModel | None = None) -> Drafted:
@@ -96,20 +100,40 @@ def settle_drafted(wishes: LoadOptions, alone: PlannedModel | None = None) -> Dr
     drafted = Drafted(alone)
     if drafted.why_off:
         return drafted
+    guesses = guesses_of(alone.path, drafted.wish)
     if drafted.wish in SPECULATIONS:
-        return Drafted(alone, None, _rates(alone, None))
+        return _together(alone, _like(ask(wishes), alone), None, guesses)
     own = _draft_wishes(wishes, drafted)
-    if alone.device == "cpu":
-        draft = settle(own, drafts=True)
-        return Drafted(alone, draft, _rates(alone, draft))
-    pairs = list(_pairs(wishes, own, alone.plan.gpu_memory_bytes))
-    if not pairs:
-        budget = format_bytes(alone.plan.gpu_memory_bytes)
+    return _together(alone, _like(ask(wishes), alone), ask(own, drafts=True), guesses)
+
+
+def _like(asked: Asked, alone: PlannedModel) -> Asked:
+    """The same, in the shape and with the prefill chunk of the model planned alone, which later plans keep."""
+    request, plan = asked.request, alone.plan
+    for choice in request.workload.chunk_choices:
+        if choice.rows == plan.prefill_chunk:
+            request = replace(request, workload=request.workload.with_chunk(choice))
+    policy = request.policy.model_copy(update={"shape": plan.shape})
+    request = replace(request, policy=policy)
+    return replace(asked, request=request, workload=request.workload, policy=policy)
+
+
+def _together(alone: PlannedModel, asked: Asked, own: Asked | None, guesses: Guesses) -> Drafted:
+    """Both plans, of the one search. own: of the model that drafts."""
+    budget_bytes = asked.request.limits["gpu"]
+    places: list[Drafter | None] = [None] if own is None else [*drafters(own.request)]
+    found = plan_drafted(asked.request, places, guesses, WIDTHS)
+    if found is None:
+        model = "n-grams" if own is None else f"the draft model {own.request.workload.model}"
         raise MemoryBudgetError(
-            f"{budget} of GPU memory hold no plan of {alone.plan.model} beside the draft model {own.model}; raise "
-            "gpu_memory, lower max_context, or leave speculate off"
+            f"{format_bytes(budget_bytes or 0)} of GPU memory hold no plan of {asked.request.workload.model} beside "
+            f"{model}; raise gpu_memory, lower max_context, or leave speculate off"
         )
-    return max(pairs, key=_tokens_per_s)
+    planned = asked.planned(found.plan)
+    draft = None if own is None or found.drafter is None else own.planned(found.drafter.plan)
+    step_s = 0.0 if draft is None else _step_s(draft)
+    rates = draft_rates(planned.plan, planned.hardware, step_s, guesses, WIDTHS)
+    return Drafted(planned, draft, rates, 1.0 / pass_s(alone.plan, alone.hardware, 1))
 
 
 def _draft_wishes(wishes: LoadOptions, drafted: Drafted) -> LoadOptions:
@@ -122,35 +146,10 @@ def _draft_wishes(wishes: LoadOptions, drafted: Drafted) -> LoadOptions:
         hardware=wishes.hardware,
         num_threads=alone.plan.num_threads,
         page_size=wishes.page_size,
+        gpu_memory=alone.plan.gpu_memory_bytes,
         max_context=context,
         max_batch=alone.plan.max_batch,
     )
-
-
-def _pairs(wishes: LoadOptions, own: LoadOptions, budget_bytes: int) -> Iterator[Drafted]:
-    """Plans of both for every share that leaves room for the large model."""
-    try:
-        usable = settle(replace(own, gpu_memory=budget_bytes), drafts=True).plan.memory.gpu_bytes
-    except MemoryBudgetError:
-        return
-    for share in SHARES:
-        given = round(share * usable)
-        try:
-            draft = settle(replace(own, gpu_memory=given), drafts=True)
-            planned = settle(replace(wishes, gpu_memory=budget_bytes - given))
-        except MemoryBudgetError:
-            continue
-        yield Drafted(planned, draft, _rates(planned, draft))
-
-
-def _rates(planned: PlannedModel, draft: PlannedModel | None) -> DraftRates:
-    acceptance = NGRAM_ACCEPTANCE if draft is None else MODEL_ACCEPTANCE
-    step_s = 0.0 if draft is None else _step_s(draft)
-    return draft_rates(planned.plan, planned.hardware, step_s, acceptance, WIDTHS)
-
-
-def _tokens_per_s(drafted: Drafted) -> float:
-    return 0.0 if drafted.rates is None else drafted.rates.best.tokens_per_s
 
 
 def _step_s(draft: PlannedModel) -> float:

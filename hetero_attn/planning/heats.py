@@ -1,63 +1,35 @@
-"""How warm a model's experts were over a text, kept for later plans of the model where it lies.
+"""How warm a model's experts were over a text, kept for later plans of the model where it lies."""
 
-It is JSON in the user's cache folder, beside the profiles of machines.
-"""
-
-import hashlib
-import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cpu_kernels.team.kept_files import UnusableFileError, cache_home, read_kept, why_not_writable, write_kept
+from hetero_attn.planning.kept import keep, kept, kept_path
 from placement.plan.heat import ExpertHeat
 from placement.plan.shards import LinearShard
 from placement.plan.workload import Workload
 
-MOST_HEAT_BYTES = 64 << 20
+HEAT = "heat"
 
 
 def heat_path(model: Path) -> Path | None:
     """Where the heat of a model's experts is kept; None where there is no home folder."""
-    name = hashlib.sha256(str(model.resolve()).encode()).hexdigest()[:16]
-    home = cache_home()
-    return None if home is None else home / "hetero_attn" / "heat" / f"{name}.json"
+    return kept_path(HEAT, model)
 
 
 def keep_heat(model: Path, heats: Mapping[str, ExpertHeat]) -> None:
     """Keep what was found of every layer, by the name of its experts, in place of what was before; warns where that is
     not possible."""
-    path = heat_path(model)
-    reason = "there is no home folder" if path is None else why_not_writable(path)
-    try:
-        if not reason:
-            content = json.dumps({name: asdict(heat) for name, heat in heats.items()})
-            write_kept(path, f"{content}\n".encode())
-    except UnusableFileError as error:
-        reason = str(error)
-    if reason:
-        warnings.warn(
-            f"the heat of the experts is not kept ({reason}); XDG_CACHE_HOME names another folder", stacklevel=3
-        )
+    keep(HEAT, model, {name: asdict(heat) for name, heat in heats.items()}, "the heat of the experts is")
 
 
 def with_heat(workload: Workload, model: Path) -> Workload:
     """The workload with what is kept of its experts; as it is where nothing is, or what is there fits no layer."""
     if not any(shard.picks for shard in workload.linears):
         return workload
-    kept = _kept(model)
-    return replace(workload, linears=tuple(_warmed(shard, kept.get(shard.name)) for shard in workload.linears))
-
-
-def _kept(model: Path) -> dict[str, Any]:
-    path = heat_path(model)
-    try:
-        found = {} if path is None else json.loads(read_kept(path, MOST_HEAT_BYTES))
-    except (OSError, ValueError, RecursionError):  # none, not to be trusted, or damaged
-        return {}
-    return found if isinstance(found, dict) else {}
+    found = kept(HEAT, model)
+    return replace(workload, linears=tuple(_warmed(shard, found.get(shard.name)) for shard in workload.linears))
 
 
 def _warmed(shard: LinearShard, found: Any) -> LinearShard:

@@ -33,7 +33,7 @@ from placement.machine.gpu_here import has_gpu
 from placement.plan.units import format_bytes, parse_bytes
 from placement.plan.workload import KV_DTYPES, Workload
 from placement.solve.make_plan import plan_requested
-from placement.solve.request import requested
+from placement.solve.request import PlanRequest, requested
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,47 @@ class PlannedModel:
         return self.formats or weight_formats(self.weight_dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A model as it is known before its sizes are: where it is, its config, how its weights are to be held, and what it
+    keeps for a head."""
+
+    path: Path
+    config: ModelConfig
+    formats: WeightFormats
+    taps: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A model with all that planning needs. request: what is asked of the planner; the others as in `PlannedModel`."""
+
+    model: _Model
+    device: str
+    hardware: HardwareProfile
+    policy: Policy
+    workload: Workload
+    tokenizer: Path
+    request: PlanRequest
+
+    def planned(self, plan: Plan) -> PlannedModel:
+        """The model with a plan, whose way to draft it keeps for later plans."""
+        model = self.model
+        return PlannedModel(
+            path=model.path,
+            config=model.config,
+            weight_dtype=model.formats.label,
+            device=self.device,
+            hardware=self.hardware,
+            plan=plan,
+            policy=self.policy,
+            workload=replace(self.workload, drafting=plan.workload.drafting),
+            formats=model.formats,
+            tokenizer=self.tokenizer,
+            taps=model.taps,
+        )
+
+
 def plan_model(
     model: str | Path,
     policy: str | Path | Policy = "auto",
@@ -111,13 +152,23 @@ def plan_model(
     return settle(wishes).plan
 
 
-def settle(options: LoadOptions, drafts: bool = False) -> PlannedModel:
-    """Decide everything about a model that can be decided without reading its weights. drafts: for another, so that it
-    may be a head.
+def settle(options: LoadOptions) -> PlannedModel:
+    """Decide everything about a model that can be decided without reading its weights.
+
+    Nothing is open afterwards, and sizes are in the plan's workload alone.
+    """
+    asked = ask(options)
+    try:
+        return asked.planned(plan_requested(asked.request))
+    except BudgetError as error:
+        raise MemoryBudgetError(str(error)) from error
+
+
+def ask(options: LoadOptions, drafts: bool = False) -> Asked:
+    """What is asked of the planner for a model. drafts: for another, so that it may be a head.
 
     The one place where options, policy, config and machine meet: an option goes before the policy's key, and that
-    before what the model or the machine suggests. Nothing is open afterwards, and sizes are in the plan's workload
-    alone.
+    before what the model or the machine suggests.
     """
     path = resolve_model(options.model, options.file)
     tokenizer = path if options.tokenizer is None else resolve_tokenizer(options.tokenizer)
@@ -139,13 +190,8 @@ def settle(options: LoadOptions, drafts: bool = False) -> PlannedModel:
 
         hardware = with_own_bytes(hardware, device)
     policy = policy.without_sizes()
-    try:
-        plan = plan_requested(requested(workload, hardware, policy, device=kind, gpu_memory_bytes=budget_bytes))
-    except BudgetError as error:
-        raise MemoryBudgetError(str(error)) from error
-    return PlannedModel(
-        path, config, formats.label, device, hardware, plan, policy, workload, formats, tokenizer=tokenizer, taps=taps
-    )
+    request = requested(workload, hardware, policy, device=kind, gpu_memory_bytes=budget_bytes)
+    return Asked(_Model(path, config, formats, taps), device, hardware, policy, workload, tokenizer, request)
 
 
 def _wishes(options: LoadOptions) -> Policy:
@@ -186,17 +232,6 @@ def _warn_of_wishes_without_effect(policy: Policy, kind: str, hardware: Hardware
 def _rates(options: LoadOptions, device: str) -> HardwareProfile:
     named = options.hardware
     return (HardwareProfile.named(named) if isinstance(named, str) else named) or machine_profile(device)
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """A model as it is known before its sizes are: where it is, its config, how its weights are to be held, and what it
-    keeps for a head."""
-
-    path: Path
-    config: ModelConfig
-    formats: WeightFormats
-    taps: tuple[int, ...] = ()
 
 
 def _workload(options: LoadOptions, policy: Policy, model: _Model, kind: str, budget_bytes: int | None) -> Workload:

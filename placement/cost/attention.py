@@ -11,6 +11,8 @@ from placement.machine.rates import KV_BITS, AttentionRate, nearest_attention
 from placement.plan.shards import KvShard
 from placement.plan.workload import Workload
 
+MOST_VECTORS = 8  # queries of one KV head for which the CPU takes a page once; more of them find it in its cache
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionCost:
@@ -34,9 +36,12 @@ class AttentionCost:
     read_s_per_kv_head: float
 
 
-def cpu_attention_rate(shard: KvShard, workload: Workload, hardware: HardwareProfile) -> AttentionRate:
-    """Rates of CPU attention over this cache: measured for the most similar one, else overall."""
-    bits, heads = KV_BITS[workload.kv_dtype], workload.heads_of(shard) / shard.kv_heads
+def cpu_attention_rate(
+    shard: KvShard, workload: Workload, hardware: HardwareProfile, vectors: float = 0.0
+) -> AttentionRate:
+    """Rates of CPU attention over this cache: measured for the most similar one, else overall. vectors: queries that
+    share a KV head, 0 for those of one row."""
+    bits, heads = KV_BITS[workload.kv_dtype], vectors or workload.heads_of(shard) / shard.kv_heads
     if hardware.cpu_attention:
         return nearest_attention(hardware.cpu_attention, bits, heads, workload.head_dim_of(shard))
     overall = hardware.cpu_attention_bytes_per_s, hardware.cpu_attention_ops_per_s
@@ -48,23 +53,27 @@ def attention_cost(
 ) -> AttentionCost:
     """Coefficients of attention: K and V read once per pass, 4 * head_dim operations per query head, row and key.
 
-    A chunk of q_len rows sees on average context + (q_len + 1) / 2 keys, capped by the sliding window.
+    A chunk of q_len rows sees on average context + (q_len + 1) / 2 keys, capped by the sliding window. Drafts are rows
+    of a decode step: the CPU takes them as it takes heads that share K and V, and reads those once; on the GPU each
+    reads them by itself.
     """
-    keys = kv.visible_tokens(call.context + (call.q_len + 1) // 2)
-    stored = kv.visible_tokens(call.context + call.q_len)
+    new, rows_of_one = call.q_len + call.drafts, 1 + call.drafts
+    keys = kv.visible_tokens(call.context + (new + 1) // 2)
+    stored = kv.visible_tokens(call.stored)
     near = min(stored, gpu_tokens / call.sequences) if on_gpu else 0
     far_share = (stored - near) / stored
     heads = workload.heads_of(kv) / kv.kv_heads
     operations = 4 * workload.head_dim_of(kv) * heads * call.rows * keys
     read = call.sequences * stored * kv.bytes_per_token
-    rate = cpu_attention_rate(kv, workload, hardware)
+    together = max(heads, min(heads * rows_of_one, MOST_VECTORS))
+    rate = cpu_attention_rate(kv, workload, hardware, together)
     # One row a sequence is what the first rate was measured with, its arithmetic included.
     computed = 0.0 if call.q_len == 1 else operations * (1 + rate.extra_keys / keys) / rate.ops_per_s
-    cpu = max(read / rate.bytes_per_s, computed)
+    cpu = max(heads * rows_of_one / together * read / rate.bytes_per_s, computed)
     if not on_gpu:
         return AttentionCost(cpu, 0.0, 0.0, read, 0.0, 0.0, 0.0, cpu_call_s(call, hardware, on_gpu), 0.0)
     streams = call.q_len > 1
-    gpu = max(read / hardware.gpu_bytes_per_s, operations / hardware.gpu_attention_ops_per_s)
+    gpu = max(rows_of_one * read / hardware.gpu_bytes_per_s, operations / hardware.gpu_attention_ops_per_s)
     features = workload.heads_of(kv) * workload.head_dim_of(kv)
     return AttentionCost(
         cpu,

@@ -23,5 +23,6 @@ def inserted_experts(workload: Workload, shard: LinearShard, placement: LinearPl
     the most that there may be."""
     if not (shard.same_bits and workload.inserts):
         return 0.0
-    missed = shard.touched(call.rows) * placement.dram_units * (1.0 - expert_hits(workload, shard, placement, call))
+    touched = shard.touched(call.rows, call.together)
+    missed = touched * placement.dram_units * (1.0 - expert_hits(workload, shard, placement, call))
     return min(workload.inserts, missed)

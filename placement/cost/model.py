@@ -81,7 +81,7 @@ def pass_cost(
 ) -> PassCost:
     """Cost of one pass (equations in the module docstring).
 
-    with_head: whether logits are computed; they are for the last row of each sequence only.
+    with_head: whether logits are computed; they are for the last row of each sequence and its drafts only.
     """
     return layers_pass_cost(workload, placed_layers(workload, linears, kv), hardware, call, on_gpu, with_head)
 
@@ -193,16 +193,18 @@ class _Tally:
 def _add_linear(tally: _Tally, shard: LinearShard, placement: LinearPlacement, block: str | None) -> int:
     """Add one linear; returns the units that the CPU computes."""
     workload, hardware, call = tally.workload, tally.hardware, tally.call
-    rows = call.sequences if shard.is_head else call.rows
+    rows = call.logits_rows if shard.is_head else call.rows
     home, streamed, cpu_units = placement.cut(row_tier(rows))
     on_cpu = cpu_units * (1.0 - expert_hits(workload, shard, placement, call)) if placement.expert_slots else cpu_units
 
     def computed() -> LinearCost:
         if tally.on_gpu:
-            return stage_cost(shard, rows, workload.format_of(shard), hardware, block is not None)
-        return linear_cost(shard, rows, workload.format_of(shard), hardware, False, cpu_call_s(call, hardware, False))
+            return stage_cost(shard, rows, workload.format_of(shard), hardware, block is not None, call.together)
+        call_s = cpu_call_s(call, hardware, False)
+        return linear_cost(shard, rows, workload.format_of(shard), hardware, False, call_s, call.together)
 
-    cost = tally.once((shard.kind, shard.shape, block is not None), computed)
+    heat = shard.heat if call.together > 1 else None
+    cost = tally.once((shard.kind, shard.shape, block is not None, heat), computed)
     on_gpu = shard.units - on_cpu
     gpu_s = on_gpu * cost.gpu_s_per_unit if on_gpu else 0.0
     cpu_s, handover = on_cpu * cost.cpu_s_per_unit, cost.handover_s * (cpu_units > 0)
@@ -213,7 +215,7 @@ def _add_linear(tally: _Tally, shard: LinearShard, placement: LinearPlacement, b
         tally.head_s = max(cpu_s, gpu_s, copy_s) + handover + cost.launch_s
         tally.add(tally.lanes["steps"], max(0.0, copy_s - max(cpu_s, gpu_s)))
     in_dram = home + streamed if hardware.unified_memory else 0
-    from_dram = streamed * copy_passes(hardware) + shard.touched(rows) * (on_cpu + in_dram)
+    from_dram = streamed * copy_passes(hardware) + shard.touched(rows, call.together) * (on_cpu + in_dram)
     tally.add(tally.lanes["dram"], from_dram * shard.unit_bytes / hardware.dram_bytes_per_s)
     tally.add(tally.lanes["pcie"], copy_s)
     tally.add(tally.before_head_s, copy_s * (not shard.is_head))
@@ -266,16 +268,17 @@ def predict(
     rows: int,
     context: int,
     on_gpu: bool,
+    drafts: int = 0,
 ) -> PhaseCost:
-    """Predicted cost of a decode step of `rows` sequences, or of a prompt of `rows` tokens, after `context` cached
-    tokens.
+    """Predicted cost of a decode step of `rows` sequences with `drafts` drafts each, or of a prompt of `rows` tokens,
+    after `context` cached tokens.
 
     A prompt runs in chunks of workload.prefill_chunk rows; only its last chunk chooses a token.
     """
     hardware = hardware.for_working_set(working_set_bytes(workload, context))
     layers = placed_layers(workload, linears, kv)
     if phase == "decode":
-        cost = layers_pass_cost(workload, layers, hardware, Call(rows, 1, context), on_gpu)
+        cost = layers_pass_cost(workload, layers, hardware, Call(rows, 1, context, drafts), on_gpu)
         parts = tuple(cost.lanes.items()), tuple(cost.terms.items())
         return PhaseCost(phase, rows, context, cost.seconds, *parts, cost.overlapped_s)
     if phase != "prefill":

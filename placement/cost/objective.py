@@ -1,5 +1,8 @@
 """What is minimised: the seconds of reference requests, prompts and the tokens generated after them.
 
+Where somebody drafts, tokens are generated in passes of several rows and of one, as placement.plan.drafting mixes them,
+and what the drafter takes counts too.
+
 Two requests stand for what people send: one with a short prompt and one with a long one, half of the longest context. A
 plan that is best for short prompts only can be several times too slow for long ones, whose rows outweigh every
 hand-over.
@@ -9,6 +12,7 @@ is taken only where it gains more than that error: seconds are judged with MODEL
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from placement.cost.model import layers_pass_cost
@@ -67,7 +71,7 @@ def long_prompt(workload: Workload) -> int:
 
 
 def reference_calls(workload: Workload, objective: str) -> list[WeightedCall]:
-    """Passes of the reference requests with their counts: decode steps, the chunks of both prompts.
+    """Passes of the reference requests with their counts: those that generate, the chunks of both prompts.
 
     Under `throughput` every sequence of the batch brings its prompts.
     """
@@ -76,7 +80,7 @@ def reference_calls(workload: Workload, objective: str) -> list[WeightedCall]:
     short, long = reference_prompt(workload), long_prompt(workload)
     share = requests.long_prompts * min(1.0, LONG_PROMPT_TOKENS / long)
     return [
-        WeightedCall(Call(batch, 1, reference_context(workload, batch)), steps),
+        *_generating_calls(workload, batch, steps),
         *_merged(
             _prompt_calls(workload, short, batch * requests.short_prompts)
             + _prompt_calls(workload, long, batch * share)
@@ -84,23 +88,40 @@ def reference_calls(workload: Workload, objective: str) -> list[WeightedCall]:
     ]
 
 
+def _generating_calls(workload: Workload, batch: int, tokens: int) -> list[WeightedCall]:
+    """Passes that generate so many tokens of each sequence: one row each, or with drafts in some."""
+    drafting, plain = workload.drafting, Call(batch, 1, reference_context(workload, batch))
+    if drafting is None:
+        return [WeightedCall(plain, tokens)]
+    passes, verify = tokens / drafting.tokens, replace(plain, drafts=drafting.rows - 1)
+    both = [
+        WeightedCall(verify, passes * drafting.share, beside_s=batch * drafting.drafts_s),
+        WeightedCall(plain, passes * (1.0 - drafting.share)),
+    ]
+    return [weighted for weighted in both if weighted.weight]
+
+
 def _prompt_calls(workload: Workload, prompt: int, weight: float) -> list[WeightedCall]:
     """A prompt's chunks; those before the last are represented by the middle one."""
     chunk = workload.prefill_chunk
+    drafting = workload.drafting
+    row_s = drafting.prompt_row_s if drafting and drafting.rows > 1 else 0.0
     before = (prompt - 1) // chunk
-    calls = [WeightedCall(Call(1, prompt - before * chunk, before * chunk), weight)]
+    last = prompt - before * chunk
+    calls = [WeightedCall(Call(1, last, before * chunk), weight, beside_s=last * row_s)]
     if before:
-        calls.append(WeightedCall(Call(1, chunk, (before - 1) * chunk // 2), before * weight, with_head=False))
+        middle = Call(1, chunk, (before - 1) * chunk // 2)
+        calls.append(WeightedCall(middle, before * weight, with_head=False, beside_s=chunk * row_s))
     return calls
 
 
 def _merged(calls: list[WeightedCall]) -> list[WeightedCall]:
     """Equal passes as one, which counts as often as they do together."""
-    weights: dict[tuple[Call, bool], float] = {}
+    weights: dict[WeightedCall, float] = {}
     for weighted in calls:
-        key = weighted.call, weighted.with_head
+        key = replace(weighted, weight=0.0)
         weights[key] = weights.get(key, 0.0) + weighted.weight
-    return [WeightedCall(call, weight, with_head) for (call, with_head), weight in weights.items()]
+    return [replace(key, weight=weight) for key, weight in weights.items()]
 
 
 def tier_call(workload: Workload, tier: int) -> WeightedCall:
@@ -131,6 +152,9 @@ def layers_objective_s(
     """`objective_s` of a placement whose different layers are known."""
     return sum(
         weighted.weight
-        * layers_pass_cost(workload, layers, hardware, weighted.call, on_gpu, weighted.with_head).seconds
+        * (
+            layers_pass_cost(workload, layers, hardware, weighted.call, on_gpu, weighted.with_head).seconds
+            + weighted.beside_s
+        )
         for weighted in calls
     )

@@ -28,16 +28,35 @@ GPU_PRODUCT_BYTES = 64 << 20  # of weights as bf16 in one product of many rows, 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One forward pass: `sequences` sequences, `q_len` new tokens each, `context` tokens already cached in each."""
+    """One forward pass: `sequences` sequences, `q_len` new tokens each, `context` tokens already cached in each.
+
+    drafts: rows of each sequence behind those; they attend one by one, as a decode step's, and each gives logits.
+    """
 
     sequences: int
     q_len: int
     context: int
+    drafts: int = 0
 
     @property
     def rows(self) -> int:
         """Token rows of the pass."""
-        return self.sequences * self.q_len
+        return self.sequences * (self.q_len + self.drafts)
+
+    @property
+    def logits_rows(self) -> int:
+        """Rows of which logits are computed, unless none are."""
+        return self.sequences * (1 + self.drafts)
+
+    @property
+    def together(self) -> int:
+        """Rows whose experts are counted as those of neighbours; a prompt's are counted as if each chose by itself."""
+        return 1 + self.drafts
+
+    @property
+    def stored(self) -> int:
+        """Tokens in the cache of each sequence at the end of the pass."""
+        return self.context + self.q_len + self.drafts
 
     @property
     def tier(self) -> int:
@@ -47,11 +66,13 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class WeightedCall:
-    """A pass and how often it counts in the objective. with_head: whether it computes logits."""
+    """A pass and how often it counts in the objective. with_head: whether it computes logits. beside_s: what a drafter
+    takes for it, whatever the placement of the model."""
 
     call: Call
     weight: float
     with_head: bool = True
+    beside_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +89,17 @@ class LinearCost:
     read_s_per_unit: float
 
 
-def cpu_linear_s_per_unit(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile) -> float:
+def cpu_linear_s_per_unit(
+    shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile, together: int = 1
+) -> float:
     """CPU lane: unit_bytes / B_cpu while bandwidth bounds it, rows * operations / F_cpu when arithmetic does.
 
     With rates measured by rows the time is read from them, straight between measured row counts. Of experts it is the
-    expected share of those that have a row, each with the rows that it then has.
+    expected share of those that have a row, each with the rows that it then has. together: as in `Call`.
     """
-    return shard.touched(rows) * _unit_s(
+    return shard.touched(rows, together) * _unit_s(
         shard,
-        shard.rows_of_one(rows),
+        shard.rows_of_one(rows, together),
         dtype,
         hardware.cpu_rows,
         hardware.cpu_linear_bytes_per_s.of(dtype),
@@ -84,12 +107,14 @@ def cpu_linear_s_per_unit(shard: LinearShard, rows: int, dtype: str, hardware: H
     )
 
 
-def gpu_linear_s_per_unit(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile) -> float:
+def gpu_linear_s_per_unit(
+    shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile, together: int = 1
+) -> float:
     """GPU lane: unit_bytes / B_gpu or rows * operations / F_gpu, whichever is longer; measured by rows, read from
     that; of experts as on the CPU."""
-    return shard.touched(rows) * _unit_s(
+    return shard.touched(rows, together) * _unit_s(
         shard,
-        shard.rows_of_one(rows),
+        shard.rows_of_one(rows, together),
         dtype,
         hardware.gpu_rows,
         hardware.gpu_bytes_per_s,
@@ -143,34 +168,42 @@ def cpu_call_s(call: Call, hardware: HardwareProfile, on_gpu: bool) -> float:
 
 
 def linear_cost(
-    shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile, on_gpu: bool, call_s: float = 0.0
+    shard: LinearShard,
+    rows: int,
+    dtype: str,
+    hardware: HardwareProfile,
+    on_gpu: bool,
+    call_s: float = 0.0,
+    together: int = 1,
 ) -> LinearCost:
     """Coefficients of one linear. on_gpu: whether there is a GPU lane; without one nothing is handed over and the
-    linear costs one CPU call of call_s."""
+    linear costs one CPU call of call_s. together: as in `Call`."""
     activation_s = rows * hardware.cpu_activation_s.of(dtype)
-    cpu = cpu_linear_s_per_unit(shard, rows, dtype, hardware) + shard.unit_features * activation_s
-    read = min(cpu, shard.touched(rows) * shard.unit_bytes / hardware.cpu_linear_bytes_per_s.of(dtype))
+    cpu = cpu_linear_s_per_unit(shard, rows, dtype, hardware, together) + shard.unit_features * activation_s
+    read = min(cpu, shard.touched(rows, together) * shard.unit_bytes / hardware.cpu_linear_bytes_per_s.of(dtype))
     rounding_s = shard.in_features * activation_s
     if not on_gpu:
         return LinearCost(cpu, float("inf"), 0.0, call_s + rounding_s, read)
     back = rows * shard.unit_features * BYTES_PER_ACTIVATION / hardware.h2d_bytes_per_s
     return LinearCost(
         cpu + back,
-        gpu_linear_s_per_unit(shard, rows, dtype, hardware),
+        gpu_linear_s_per_unit(shard, rows, dtype, hardware, together),
         handover_s(rows, shard.in_features, 0, hardware) + rounding_s,
         hardware.launch_overhead_s,
         read,
     )
 
 
-def stage_cost(shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile, paired: bool) -> LinearCost:
+def stage_cost(
+    shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile, paired: bool, together: int = 1
+) -> LinearCost:
     """Coefficients of one linear beside a GPU. paired: it is part of a paired block, into which only rows go, before
-    its first linear, and out of which a whole partial sum comes, after its last."""
-    cost = linear_cost(shard, rows, dtype, hardware, True)
+    its first linear, and out of which a whole partial sum comes, after its last. together: as in `Call`."""
+    cost = linear_cost(shard, rows, dtype, hardware, True, together=together)
     if not paired:
         return cost
     back = rows * shard.out_features * BYTES_PER_ACTIVATION / hardware.h2d_bytes_per_s
-    cpu = cpu_linear_s_per_unit(shard, rows, dtype, hardware)
+    cpu = cpu_linear_s_per_unit(shard, rows, dtype, hardware, together)
     return replace(cost, cpu_s_per_unit=cpu, handover_s=back if shard.row_cut else cost.handover_s)
 
 
@@ -188,12 +221,12 @@ def small_ops_s(workload: Workload, call: Call, hardware: HardwareProfile, on_gp
 
 def step_s(workload: Workload, call: Call, hardware: HardwareProfile, on_gpu: bool, with_head: bool = True) -> float:
     """What a pass costs beside its operations: Python around it and, unless it is recorded, around every layer; and
-    choosing a token from the logits of each sequence.
+    choosing a token from each row of logits.
 
     With a GPU, Python's time per layer is in the launches and hand-overs.
     """
     layers = 0 if on_gpu or is_recorded(call, on_gpu) else workload.num_layers
-    chosen = with_head * call.sequences * workload.vocab_size
+    chosen = with_head * call.logits_rows * workload.vocab_size
     return hardware.step_overhead_s + layers * hardware.layer_overhead_s + chosen * hardware.logits_s_per_token
 
 

@@ -45,6 +45,21 @@ def assumed_heat(experts: int, picks: int) -> ExpertHeat:
     return ExpertHeat(recent, fixed, tuple(range(experts)), is_measured=False)
 
 
+@cache
+def distinct_experts(heat: ExpertHeat, picks: int, rows: int) -> float:
+    """How many experts so many neighbouring tokens of a text choose between them.
+
+    Slots kept by recency that are as many as the experts of the tokens before hold just those, so what they miss is new
+    (Denning, The working set model for program behavior, 1968). Neighbours choose at least as alike as by chance.
+    """
+    experts, distinct = len(heat.recent) - 1, float(picks)
+    for _ in range(rows - 1):
+        below = min(int(distinct), experts - 1)
+        held = heat.recent[below] + (distinct - below) * (heat.recent[below + 1] - heat.recent[below])
+        distinct += picks * (1.0 - max(held, distinct / experts))
+    return min(distinct, float(experts))
+
+
 def by_gain(curves: Sequence[Sequence[float]], total: int) -> list[int]:
     """How many expert slots each layer gets of `total`, so that one more would gain as much in one layer as in another.
 

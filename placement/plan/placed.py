@@ -40,7 +40,7 @@ def placed_layers(
     counts: dict[tuple[object, ...], int] = {}
     first: dict[tuple[object, ...], PlacedLayer] = {}
     for layer in workload.by_layer:
-        cuts = [_cut(workload.linears[i], linears[i]) for i in layer.linears]
+        cuts = [_cut(workload.linears[i], linears[i], workload.drafting is not None) for i in layer.linears]
         cache = None if layer.kv is None else (workload.kv[layer.kv], kv[layer.kv])
         key = layer.kind, cache and (cache[1].gpu_kv_heads, cache[1].gpu_tokens), *cuts
         counts[key] = counts.get(key, 0) + 1
@@ -49,9 +49,10 @@ def placed_layers(
     return tuple(layer._replace(times=counts[key]) for key, layer in first.items())
 
 
-def _cut(shard: LinearShard, placement: LinearPlacement) -> tuple[object, ...]:
-    """What of a placement a cost depends on, with how warm experts are where some are in expert slots."""
-    warm = (placement.expert_slots, shard.heat) if placement.expert_slots else ()
+def _cut(shard: LinearShard, placement: LinearPlacement, drafts: bool) -> tuple[object, ...]:
+    """What of a placement a cost depends on, with how warm experts are where some are in expert slots or rows are
+    neighbours."""
+    warm = (placement.expert_slots, shard.heat) if placement.expert_slots or drafts else ()
     return placement.gpu_units, placement.stream_units, *warm
 
 

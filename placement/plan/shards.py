@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from placement.plan.heat import ExpertHeat, assumed_heat
+from placement.plan.heat import ExpertHeat, assumed_heat, distinct_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +55,20 @@ class LinearShard:
         """Whether it runs only on the rows of which logits are wanted."""
         return self.layer is None
 
-    def touched(self, rows: int) -> float:
-        """Expected share of the units that a call of so many rows reads: of experts 1 - (1 - picks / units)^rows."""
-        return 1.0 - (1.0 - self.picks / self.units) ** rows if self.picks else 1.0
+    def touched(self, rows: int, together: int = 1) -> float:
+        """Expected share of the units that a call of so many rows reads: of experts 1 - (1 - picks / units)^rows.
 
-    def rows_of_one(self, rows: int) -> float:
-        """Expected rows of a unit that a call of so many rows reads."""
-        return rows * self.picks / (self.units * self.touched(rows)) if self.picks else rows
+        together: how many of the rows are a sequence's neighbours, which choose experts of each other as their heat
+        says; each such run chooses apart from the others.
+        """
+        if not self.picks:
+            return 1.0
+        one = self.picks if together == 1 else distinct_experts(self.heat or self._assumed, self.picks, together)
+        return 1.0 - (1.0 - one / self.units) ** (rows / together)
+
+    def rows_of_one(self, rows: int, together: int = 1) -> float:
+        """Expected rows of a unit that a call of so many rows reads; together as in `touched`."""
+        return rows * self.picks / (self.units * self.touched(rows, together)) if self.picks else rows
 
     def served(self, rows: int, expert_slots: int, hits: float) -> float:
         """Expected share of the experts that a call of so many rows reads which so many expert slots hold.
@@ -78,8 +85,12 @@ class LinearShard:
 
     def curve(self, by_recency: bool) -> tuple[float, ...]:
         """The share of picks that 0, 1, ... expert slots serve, kept by recency where the experts allow it."""
-        heat = self.heat or assumed_heat(self.units, self.picks)
+        heat = self.heat or self._assumed
         return heat.recent if by_recency and self.same_bits else heat.fixed
+
+    @property
+    def _assumed(self) -> ExpertHeat:
+        return assumed_heat(self.units, self.picks)
 
     @property
     def shape(self) -> tuple[int | str, ...]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from placement.plan.drafting import Drafting
 from placement.plan.shards import KvShard, LayerShards, LinearShard, StateShard
 
 KV_DTYPES = ("fp32", "bf16", "q8", "q4")
@@ -64,7 +65,8 @@ class Workload:
     chunk_choices: prefill chunks that the planner may choose instead, ascending; empty where the chunk is given.
     small_calls: operations of a pass on the CPU beside linears and attention; 0 is four a layer. states: what layers
     keep of each sequence beside keys and values. inserts: the most experts of a layer that are copied into expert slots
-    behind a step, 0 leaves in them what is there.
+    behind a step, 0 leaves in them what is there. drafting: how tokens are made where somebody drafts, None
+    where nobody does.
     """
 
     model: str
@@ -92,6 +94,7 @@ class Workload:
     small_calls: int = 0
     states: tuple[StateShard, ...] = ()
     inserts: int = MOST_INSERTS
+    drafting: Drafting | None = None
 
     def __post_init__(self) -> None:
         for field in ("max_context", "max_batch", "page_size", "prefill_chunk"):

@@ -54,18 +54,32 @@ def plan_requested(asked: PlanRequest) -> Plan:
 
 def plan_with_alternatives(asked: PlanRequest) -> tuple[Plan, list[Candidate]]:
     """The plan for a request, and every candidate that the search compared, fastest first; the first is the plan's."""
-    requests = [request for shape in _shapes(asked) for request in _with_chunks(shape)]
+    requests = [request for shape in shapes(asked) for request in _with_chunks(shape)]
     found = _candidates(requests)
     if not found:
         raise _explain_failure(requests[-1] if asked.policy.shape == "paired" else _with_chunks(asked)[0])
+    return _plan_of_fastest(requests, found), found
+
+
+def fastest_plan(requests: Sequence[PlanRequest]) -> tuple[Plan, PlanRequest] | None:
+    """The plan for whichever of several requests of a model is served fastest, and that request; None where none of
+    their budgets holds a plan. Shapes and chunks are as the requests have them; no two share a workload."""
+    found = _candidates(requests)
+    if not found or not found[0].fits:
+        return None
+    chosen = found[0].problem.workload
+    return _plan_of_fastest(requests, found), next(each for each in requests if each.workload is chosen)
+
+
+def _plan_of_fastest(requests: Sequence[PlanRequest], found: Sequence[Candidate]) -> Plan:
     best = found[0]
     request = next(request for request in requests if request.workload is best.problem.workload)
-    plan = _plan_of(request, complete(best))
+    plan = plan_of(request, complete(best))
     _check_budgets(request, plan)
-    return plan, found
+    return plan
 
 
-def _shapes(request: PlanRequest) -> list[PlanRequest]:
+def shapes(request: PlanRequest) -> list[PlanRequest]:
     """The request for every shape that its policy and its rules allow."""
     if not request.may_pair or request.policy.shape == "column":
         return [request]
@@ -73,7 +87,7 @@ def _shapes(request: PlanRequest) -> list[PlanRequest]:
     if request.policy.shape == "paired":
         return [paired]
     try:
-        _problem(paired)
+        problem_of(paired)
     except PolicyError:
         return [request]
     return [request, paired]
@@ -89,7 +103,7 @@ def _with_chunks(request: PlanRequest) -> list[PlanRequest]:
 def _candidates(requests: Sequence[PlanRequest]) -> list[Candidate]:
     """The placements that rules leave no choice in, and those that the search finds; fastest first."""
     fixed, open_ = [], []
-    for problem in map(_problem, requests):
+    for problem in map(problem_of, requests):
         only = fixed_candidate(problem, requests[0].device != "cpu")
         if only is None:
             open_.append(problem)
@@ -98,7 +112,7 @@ def _candidates(requests: Sequence[PlanRequest]) -> list[Candidate]:
     return fastest_first(fixed + candidates(open_))
 
 
-def _problem(request: PlanRequest) -> Problem:
+def problem_of(request: PlanRequest) -> Problem:
     """What the search is asked; raises PolicyError for rules that cannot be met."""
     limits, fixed = request.limits, request.fixed_bytes
     budgets = Budgets(
@@ -125,7 +139,8 @@ def _apart(policy: Policy, what: str) -> str:
     )
 
 
-def _plan_of(request: PlanRequest, candidate: Candidate) -> Plan:
+def plan_of(request: PlanRequest, candidate: Candidate) -> Plan:
+    """A candidate's placement as a plan, with what is predicted of it."""
     plan = build_plan(
         request.workload,
         candidate.linears,
@@ -178,7 +193,7 @@ def _check_budgets(request: PlanRequest, plan: Plan) -> None:
 
 def _explain_failure(request: PlanRequest) -> BudgetError | PolicyError:
     """Find which budget is too small and the smallest that works, with the same program that plans."""
-    problem = _problem(request)
+    problem = problem_of(request)
     if is_paired(request.workload) and least_bytes(problem, "gpu", Budgets(float("inf"))) is None:
         return PolicyError([_apart(request.policy, "the linears of a block")])
     gpu = problem.budgets.gpu

@@ -109,8 +109,8 @@ class PassTime:
         shard, call, scale = linear.shard, self._weighted.call, self._scale
         is_head = shard.is_head
         block = blocks.get(shard.block)
-        rows, weight_format = call.sequences if is_head else call.rows, self._unknowns.workload.format_of(shard)
-        cost = stage_cost(shard, rows, weight_format, self._hardware, block is not None)
+        rows, weight_format = call.logits_rows if is_head else call.rows, self._unknowns.workload.format_of(shard)
+        cost = stage_cost(shard, rows, weight_format, self._hardware, block is not None, call.together)
         variables = self._unknowns.linears[c, i]
         on_cpu, streamed, layers = variables.cpu[tier], variables.stream[tier], variables.cpu_layers[tier]
         cpu_s, gpu_s, handover_s = (scale * s for s in (cost.cpu_s_per_unit, cost.gpu_s_per_unit, cost.handover_s))
@@ -139,7 +139,7 @@ class PassTime:
         read_s = scale * shard.unit_bytes / self._hardware.dram_bytes_per_s
         add(self._dram, streamed, copy_passes(self._hardware) * read_s)
         for variable in [on_cpu] + ([variables.gpu, streamed] if self._hardware.unified_memory else []):
-            add(self._dram, variable, shard.touched(rows) * read_s)
+            add(self._dram, variable, shard.touched(rows, call.together) * read_s)
         self._constant += scale * cost.launch_s * count
 
     def _attention(self, c: int, cls: LayerClass, blocks: dict[str, _Stage]) -> None:
@@ -202,7 +202,7 @@ class PassTime:
             program.variable(),
         )
         unknowns.attending[c].append(layers)
-        seen = shard.visible_tokens(call.context + call.q_len)
+        seen = shard.visible_tokens(call.stored)
         program.at_least({far: seen, unknowns.tokens: 1 / call.sequences}, seen)
         program.at_most({far: 1.0, spills: -1.0}, 0)
         in_place = cls.count if away.spilled_s_per_kv_head > 0 else 0

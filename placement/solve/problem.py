@@ -50,7 +50,8 @@ class Problem:
     def once_s(self) -> float:
         """Seconds of the reference requests that no placement changes and no program counts."""
         return sum(
-            weighted.weight * step_s(self.workload, weighted.call, self.hardware, True, weighted.with_head)
+            weighted.weight
+            * (step_s(self.workload, weighted.call, self.hardware, True, weighted.with_head) + weighted.beside_s)
             for weighted in self.calls
         )
 
@@ -130,21 +131,23 @@ def fixed_candidate(problem: Problem, on_gpu: bool) -> Candidate | None:
     return Candidate(problem, "as the rules say", linears, kv, on_gpu=on_gpu)
 
 
-def known_placements(problem: Problem) -> Iterator[Candidate]:
+def known_placements(problem: Problem, only_whole: bool = False) -> Iterator[Candidate]:
     """Placements that need no search, where the bounds and the machine allow them: what other systems do, and the
-    simplest of all."""
+    simplest of all. only_whole: everything in GPU memory alone."""
     workload = problem.workload
     everything = (
         tuple(LinearPlacement(s.name, s.units, NO_STREAM, s.units) for s in workload.linears),
         tuple(KvPlacement(s.name, s.kv_heads, workload.layer_tokens(s), s.kv_heads) for s in workload.kv),
     )
-    layers = largest_layer_split(workload, problem.budgets.gpu)
-    for label, (linears, kv) in (
-        ("everything in GPU memory", everything),
-        ("every weight streamed", stream_all(workload)),
-        (f"{layers} whole layers on the GPU", layer_split(workload, layers)),
-        ("everything on the CPU", layer_split(workload, 0)),
-    ):
+    placed = [("everything in GPU memory", everything)]
+    if not only_whole:
+        layers = largest_layer_split(workload, problem.budgets.gpu)
+        placed += [
+            ("every weight streamed", stream_all(workload)),
+            (f"{layers} whole layers on the GPU", layer_split(workload, layers)),
+            ("everything on the CPU", layer_split(workload, 0)),
+        ]
+    for label, (linears, kv) in placed:
         streams, in_decode = any(p.streams for p in linears), any(p.stream_units[0] for p in linears)
         may_stream = problem.staging_slots and (problem.hardware.streams_in_decode or not in_decode)
         if problem.bounds.allow(linears, kv) and (may_stream or not streams):

@@ -3,14 +3,17 @@
 Every candidate is judged by the cost model itself, so the prediction that a plan prints is the number that chose it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from heapq import heapify, heappop, heappush
+from typing import NamedTuple
 
 from placement.cost.objective import judged_s, reference_batch, reference_context
 from placement.plan.workload import round_up
 from placement.solve.decisions import Budgets
 from placement.solve.formulation import formulation
 from placement.solve.problem import Candidate, Problem, fastest_first, known_placements
+from placement.solve.program import INFINITY
 from placement.solve.whole_units import expert_slot_candidates, filled_up, free_tokens, laid_out, with_tokens
 
 # Placements that are tried with every prefill chunk, the fastest first.
@@ -18,6 +21,7 @@ MOST_TRANSFERRED = 4
 # A program that cannot get this much below the best placement found is not solved: its costs hold tie-breaks, and the
 # solver stops at a gap.
 PROGRAM_NOISE = 5e-4
+FAR_BEHIND = 1.05  # times the best bound
 
 
 def candidates(problems: Sequence[Problem]) -> list[Candidate]:
@@ -26,14 +30,20 @@ def candidates(problems: Sequence[Problem]) -> list[Candidate]:
     problems: the same model cut or called otherwise; the fastest placement of any of them wins. Should rounding have
     pushed every one over a budget, they are returned all the same, for their bytes to be reported.
     """
-    fitting = [known for problem in problems for known in known_placements(problem) if known.fits]
+    fitting = list(_known(problems))
     too_large: list[Candidate] = []
     best_s = min((candidate.judged_s for candidate in fitting), default=float("inf"))
-    for least_s, _, problem, tokens in _programs(problems):
-        # Everything in GPU memory is among those known already; whatever else a program finds is judged as such.
-        if judged_s(least_s, False) * (1 - PROGRAM_NOISE) >= best_s:
-            break
-        solved = formulation(problem, problem.calls, tokens).solve()
+    programs = _programs(problems)
+    # Everything in GPU memory is among those known already; whatever else a program finds is judged as such.
+    while programs and judged_s(programs[0].least_s, False) * (1 - PROGRAM_NOISE) < best_s:
+        program = heappop(programs)
+        if not program.is_own:
+            own_s = _least_s(program.problem, program.tokens)
+            if own_s is not None:
+                heappush(programs, program._replace(least_s=own_s + program.problem.once_s, is_own=True))
+            continue
+        problem = program.problem
+        solved = formulation(problem, problem.calls, program.tokens).solve()
         for candidate in laid_out(problem, solved) if solved else ():
             if candidate.fits:
                 fitting.append(filled_up(candidate))
@@ -43,6 +53,16 @@ def candidates(problems: Sequence[Problem]) -> list[Candidate]:
     fitting += _with_other_chunks(problems, fitting)
     fitting += [other for each in fastest_first(fitting)[:MOST_TRANSFERRED] for other in expert_slot_candidates(each)]
     return fastest_first(fitting or too_large)
+
+
+def _known(problems: Sequence[Problem]) -> Iterator[Candidate]:
+    """Placements that need no search and keep the budgets; of problems that ask for the same passes all of them once,
+    and everything in GPU memory for each."""
+    seen: set[Hashable] = set()
+    for problem in problems:
+        passes = _passes(problem)
+        yield from (each for each in known_placements(problem, only_whole=passes in seen) if each.fits)
+        seen |= {passes} if passes else set()
 
 
 def _with_other_chunks(problems: Sequence[Problem], fitting: Sequence[Candidate]) -> Iterator[Candidate]:
@@ -55,9 +75,10 @@ def _with_other_chunks(problems: Sequence[Problem], fitting: Sequence[Candidate]
     for candidate in searched[:MOST_TRANSFERRED]:
         found_for = candidate.problem
         for problem in problems:
-            is_other = problem.workload.prefill_chunk != found_for.workload.prefill_chunk
+            ours, theirs = problem.workload, found_for.workload
             if (
-                is_other
+                ours.prefill_chunk != theirs.prefill_chunk
+                and ours.drafting == theirs.drafting
                 and problem.workload.linears == found_for.workload.linears
                 and _tiers(problem) == _tiers(found_for)
             ):
@@ -69,9 +90,13 @@ def _with_other_chunks(problems: Sequence[Problem], fitting: Sequence[Candidate]
 
 
 def _is_same(one: Candidate, other: Candidate) -> bool:
-    """Whether two candidates are one placement with one prefill chunk."""
-    chunks = (candidate.problem.workload.prefill_chunk for candidate in (one, other))
-    return (one.linears, one.kv, next(chunks)) == (other.linears, other.kv, next(chunks))
+    """Whether two candidates are one placement with one prefill chunk and one way to draft."""
+
+    def what(candidate: Candidate) -> tuple[object, ...]:
+        workload = candidate.problem.workload
+        return workload.prefill_chunk, workload.drafting, candidate.linears, candidate.kv
+
+    return what(one) == what(other)
 
 
 def _tiers(problem: Problem) -> set[int]:
@@ -79,16 +104,61 @@ def _tiers(problem: Problem) -> set[int]:
     return {weighted.call.tier for weighted in problem.calls}
 
 
-def _programs(problems: Sequence[Problem]) -> list[tuple[float, int, Problem, int | None]]:
-    """Every program worth solving: the seconds below which it cannot get, its place in the list, the problem, and the
-    KV slots of GPU-owned KV heads, None where the program decides them. The most promising first."""
-    found = []
+class _Program(NamedTuple):
+    """A program worth solving. least_s: seconds below which it cannot get; order: its place among all, which no two
+    share; tokens: KV slots of GPU-owned KV heads, None where the program decides them. is_own: whether least_s is its
+    own bound, else that of one with as much GPU memory or more."""
+
+    least_s: float
+    order: int
+    problem: Problem
+    tokens: int | None
+    is_own: bool = True
+
+
+def _programs(problems: Sequence[Problem]) -> list[_Program]:
+    """Every program worth solving, as a heap with the most promising one on top.
+
+    Problems that differ in a drafter alone ask for the same passes: the one with most GPU memory bounds the others, and
+    those are looked at only when it is their turn. Who owns the cache hardly depends on the rows of passes: what is far
+    behind with the first number of them is left out with the others.
+    """
+    found: list[_Program] = []
+    bounds: dict[Hashable, list[tuple[float | None, float]]] = {}
+    first: dict[int, float] = {}
     for problem in problems:
-        for variant, tokens in _variants(problem):
-            least_s = formulation(variant, variant.calls, tokens).least_s()
+        passes, gpu = _passes(problem), problem.budgets.gpu
+        known = bounds.setdefault(passes, []) if passes else []
+        for place, (variant, tokens) in enumerate(_variants(problem)):
+            if place == len(known) and _is_far_behind(first, place):
+                known.append((None, INFINITY))
+            is_own = place == len(known) or gpu > known[place][1]
+            if is_own:
+                known[place:] = [(_least_s(variant, tokens), gpu)]
+            least_s = known[place][0]
+            if passes:
+                first.setdefault(place, INFINITY if least_s is None else least_s)
             if least_s is not None:
-                found.append((least_s + variant.once_s, len(found), variant, tokens))
-    return sorted(found, key=lambda entry: entry[:2])
+                found.append(_Program(least_s + variant.once_s, len(found), variant, tokens, is_own))
+    heapify(found)
+    return found
+
+
+def _is_far_behind(bounds: Mapping[int, float], place: int) -> bool:
+    """Whether a program's bound is known and lies far above the least of these."""
+    return place in bounds and INFINITY > bounds[place] > FAR_BEHIND * min(bounds.values())
+
+
+def _least_s(problem: Problem, tokens: int | None) -> float | None:
+    return formulation(problem, problem.calls, tokens).least_s()
+
+
+def _passes(problem: Problem) -> Hashable:
+    """What a program is asked, whatever its budget and whatever a drafter takes beside it; None where nobody drafts."""
+    if problem.workload.drafting is None:
+        return None
+    workload, calls = problem.workload, tuple(replace(weighted, beside_s=0.0) for weighted in problem.calls)
+    return workload.linears, workload.prefill_chunk, calls
 
 
 def _variants(problem: Problem) -> Iterator[tuple[Problem, int | None]]:

@@ -80,7 +80,7 @@ class Unknowns:
         """Row tier that a call uses of a linear; None when it does not run it."""
         if not linear.shard.is_head:
             return weighted.call.tier
-        return row_tier(weighted.call.sequences) if weighted.with_head else None
+        return row_tier(weighted.call.logits_rows) if weighted.with_head else None
 
     def layers(self, count: int) -> int:
         """A new variable for a number of `count` equal layers."""

@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,14 +12,19 @@ from hypothesis import strategies as st
 
 from hetero_attn import LLM, Policy, SamplingParams
 from hetero_attn.errors import ArgumentError, MemoryBudgetError, UnsupportedModelError
-from hetero_attn.planning.draft import SHARES, _rates, settle_drafted
+from hetero_attn.planning.draft import WIDTHS, settle_drafted
+from hetero_attn.planning.guesses import GUESSES, MODEL_GUESSES, keep_guesses
+from hetero_attn.planning.kept import kept_path
 from hetero_attn.planning.options import LoadOptions
-from hetero_attn.planning.settle import settle
+from hetero_attn.planning.settle import ask, settle
 from hetero_attn.serving.draft_model import ModelDrafter
 from hetero_attn.speculation.speculator import Asked
 from hetero_attn.speculation.width import Width
-from placement.cost.drafts import expected_tokens
+from hetero_attn.tools.drafts.report import found_guesses
+from placement.drafted.drafters import drafters
+from placement.plan.drafting import Drafting, Guesses, expected_tokens
 from placement.plan.units import parse_bytes
+from placement.solve.make_plan import BudgetError, plan_requested
 from tests.support.command import run
 from tests.support.eagle import make_head
 from tests.support.runtime import THREADS
@@ -196,23 +202,25 @@ def test_both_plans_keep_to_one_budget(paths, gpu_memory):
     assert drafted.draft_gpu_bytes == both[1].gpu_memory_bytes
 
 
-def test_the_share_is_the_best_of_those_that_were_tried(paths, monkeypatch):
-    """Beside every other share of the budget, planned by hand."""
+def test_no_split_of_the_budget_by_hand_is_faster(paths):
+    """The model planned for passes of every number of rows, in what each way to hold the drafter leaves of the
+    budget."""
     asked, budget = wishes(paths, device="emulated", gpu_memory="1MiB"), 1 << 20
-    best = settle_drafted(asked).rates.best.tokens_per_s
-    own = LoadOptions(
-        model=paths["small"], device="emulated", num_threads=THREADS, page_size=PAGE, max_context=CONTEXT, max_batch=1
-    )
-    usable = settle(replace(own, gpu_memory=budget)).plan.memory.gpu_bytes
-    found = []
-    for share in SHARES:
-        try:
-            draft = settle(replace(own, gpu_memory=round(share * usable)))
-            planned = settle(replace(asked, gpu_memory=budget - round(share * usable)))
-        except MemoryBudgetError:
-            continue
-        found.append(_rates(planned, draft).best.tokens_per_s)
-    assert found and best == max(found)
+    found = settle_drafted(asked)
+    own = ask(replace(asked, model=paths["small"], speculate="off", max_context=CONTEXT)).request
+    asked = replace(asked, policy=Policy(prefill_chunk=found.planned.plan.prefill_chunk))
+    by_hand = []
+    for place in drafters(own):
+        for rows in WIDTHS:
+            request = ask(replace(asked, gpu_memory=budget - place.gpu_bytes)).request
+            drafting = Drafting(rows, MODEL_GUESSES, place.step_s, place.prompt_row_s)
+            try:
+                plan = plan_requested(replace(request, workload=replace(request.workload, drafting=drafting)))
+            except BudgetError:
+                continue
+            by_hand.append(plan.predicted.objective_s)
+
+    assert by_hand and found.planned.plan.predicted.objective_s <= 1.001 * min(by_hand)
 
 
 def test_a_budget_for_one_is_refused_by_name(paths):
@@ -267,9 +275,33 @@ def test_plan_says_what_drafts_would_bring(paths, wish):
 
     assert shown.exit_code == told.exit_code == 0, shown.stderr + told.stderr
     assert "tokens a pass" in shown.stdout and "(assumed)" in shown.stdout
+    assert "without drafts, with a plan of its own" in shown.stdout
     found = json.loads(told.stdout)["speculation"]
+    share, plain_s = found["drafted_share"], found["widths"][0]["pass_s"]
+    assert (share < 1) == (wish == "ngram") and not found["is_measured"]
     for width in found["widths"]:
         tokens = expected_tokens(found["acceptance"], width["rows"])
+        mean_s = share * (width["pass_s"] + width["drafts_s"]) + (1 - share) * plain_s
         assert width["tokens"] == tokens
-        assert width["tokens_per_s"] == pytest.approx(tokens / (width["pass_s"] + width["drafts_s"]))
+        assert width["tokens_per_s"] == pytest.approx(
+            Guesses(found["acceptance"], share).tokens(width["rows"]) / mean_s
+        )
         assert (width["drafts_s"] > 0) == (wish == "small" and width["rows"] > 1)
+
+
+@pytest.mark.parametrize("wish", ["ngram", "small"])
+def test_what_a_benchmark_found_is_what_plans_count_on(paths, tmp_path, monkeypatch, wish):
+    """Kept by who drafts; what is damaged counts for nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    drafter = str(paths.get(wish, wish))
+    rows = [
+        SimpleNamespace(drafts=name, accepted=right, wrong=10, passes={1: 30, 4: made})
+        for name, right, made in (("plain", 0, 0), (drafter, 60, 10), (drafter, 30, 20), ("oracle:0.9", 90, 50))
+    ]
+    keep_guesses(paths["large"], found_guesses(rows))
+    found = settle_drafted(replace(wishes(paths, device="cpu"), speculate=drafter))
+
+    assert found.rates.guesses == Guesses(90 / 110, 1 - 60 / 90, is_measured=True)
+    assert "(measured)" in "\n".join(found.lines())
+    kept_path(GUESSES, paths["large"]).write_text(json.dumps({"ngram": {"acceptance": 7.0, "share": 1.0}}))
+    assert not settle_drafted(replace(wishes(paths, device="cpu"), speculate="ngram")).rates.guesses.is_measured

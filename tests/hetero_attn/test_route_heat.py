@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from hetero_attn import plan_model
 from hetero_attn.cli import app
-from hetero_attn.planning import heats
+from hetero_attn.planning import kept
 from hetero_attn.tools.routes.heat import LayerHeat, hit_curve, stack_distances
 from placement.plan.heat import by_gain
 from tests.support.moe import make_moe, moe_gguf
@@ -24,7 +24,7 @@ EXPERTS, PER_ROW = 128, 8
 @pytest.fixture(autouse=True)
 def kept_elsewhere(monkeypatch, tmp_path_factory):
     """What the command keeps for plans is not put among the user's own."""
-    monkeypatch.setattr(heats, "cache_home", lambda: tmp_path_factory.getbasetemp() / "kept")
+    monkeypatch.setattr(kept, "cache_home", lambda: tmp_path_factory.getbasetemp() / "kept")
 
 
 def trace(rows: int, seed: int = 0) -> torch.Tensor:

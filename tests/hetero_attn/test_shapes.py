@@ -12,7 +12,8 @@ from placement.cost.objective import objective_s, reference_calls
 from placement.plan.memory import memory_report
 from placement.plan.workload import NUM_ROW_TIERS
 from placement.solve.pairing import block_apart, paired_workload
-from tests.placement.test_planner import POLICY, SLOTS, _kv_choices
+from tests.placement.test_planner import POLICY, SLOTS
+from tests.support.exhaustive import kv_choices
 from tests.support.planning_models import FIRST_OF, linear, llama_8b, random_machine, tiny, with_row_cuts
 from tests.support.runtime import nmse
 from tests.support.toy import make_checkpoint
@@ -65,7 +66,7 @@ def exhaustive_best(workload, machine, budget):
     calls = reference_calls(workload, "latency")
     options = list(paired_options(workload, sorted({call.call.tier for call in calls})))
     best = float("inf")
-    for kv in itertools.product(*(_kv_choices(workload, shard) for shard in workload.kv)):
+    for kv in itertools.product(*(kv_choices(workload, shard) for shard in workload.kv)):
         for blocks in itertools.product(*options):
             linears = tuple(itertools.chain(*blocks))
             slots = SLOTS if any(placement.streams for placement in linears) else 0

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from placement import BudgetError, HardwareProfile, KvPlacement, LinearPlacement, Policy, PolicyError, make_plan
+from placement import BudgetError, HardwareProfile, Policy, PolicyError, make_plan
 from placement.cost.objective import objective_s, reference_calls
 from placement.machine.rates import DtypeRates
-from placement.plan.memory import memory_report
 from placement.plan.workload import NUM_ROW_TIERS
+from tests.support.exhaustive import every_placement
 from tests.support.planning_models import linear, llama_8b, llama_70b, random_machine, random_workload, tiny
 
 EMULATED = HardwareProfile.named("emulated")
@@ -25,37 +25,14 @@ POLICY = Policy(staging_slots=SLOTS)
 def exhaustive_best(workload, machine, budget):
     """Seconds of the best of all placements within the budget, by trying every one; infinity if there is none."""
     calls = reference_calls(workload, "latency")
-    layer_tiers = sorted({call.call.tier for call in calls})
-    options = []
-    for shard in workload.linears:
-        tiers = [0] if shard.kind == "head" else layer_tiers
-        options.append(
-            [
-                _cut(shard, gpu, dict(zip(tiers, streams, strict=True)))
-                for gpu in range(shard.units + 1)
-                for streams in itertools.product(range(shard.units - gpu + 1), repeat=len(tiers))
-            ]
-        )
-    best = float("inf")
-    for kv in itertools.product(*(_kv_choices(workload, shard) for shard in workload.kv)):
-        for linears in itertools.product(*options):
-            slots = SLOTS if any(placement.streams for placement in linears) else 0
-            report = memory_report(workload, linears, kv, device="emulated", staging_slots=slots)
-            if report.gpu_bytes <= budget:
-                best = min(best, objective_s(workload, linears, kv, machine, calls, True))
-    return best
-
-
-def _cut(shard, gpu, streams):
-    return LinearPlacement(shard.name, gpu, tuple(streams.get(tier, 0) for tier in range(NUM_ROW_TIERS)), shard.units)
-
-
-def _kv_choices(workload, shard):
-    page = workload.page_size
-    tokens = range(workload.min_gpu_tokens, workload.full_tokens + page, page)
-    yield KvPlacement(shard.name, 0, 0, shard.kv_heads)
-    for groups, kept in itertools.product(range(1, shard.kv_heads + 1), tokens):
-        yield KvPlacement(shard.name, groups, kept, shard.kv_heads)
+    return min(
+        (
+            objective_s(workload, linears, kv, machine, calls, True)
+            for linears, kv, gpu_bytes in every_placement(workload, calls, SLOTS)
+            if gpu_bytes <= budget
+        ),
+        default=float("inf"),
+    )
 
 
 def everything_bytes(workload):

@@ -1,0 +1,83 @@
+"""Where a drafter may live, and what a step of it takes there.
+
+All of it on the CPU, all of it on the GPU, and what the planner finds for parts of the memory between the two.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from placement.cost.baselines import layer_split
+from placement.cost.model import predict
+from placement.cost.objective import reference_context, reference_prompt
+from placement.plan.phase import PhaseCost
+from placement.plan.plan import Plan
+from placement.solve.make_plan import plan_of, problem_of
+from placement.solve.problem import Candidate
+from placement.solve.request import PlanRequest
+from placement.solve.search import candidates
+from placement.solve.whole_units import complete
+
+SHARES = (0.25, 0.5, 0.75)  # of what lies between the least memory and that which all of it takes
+
+
+class Drafter(NamedTuple):
+    """A drafter as it may live: GPU memory that it takes, seconds of a step of it and of a token of a prompt."""
+
+    request: PlanRequest
+    candidate: Candidate
+    gpu_bytes: int
+    step_s: float
+    prompt_row_s: float
+
+    @property
+    def plan(self) -> Plan:
+        """Its plan, whose budget is what it takes."""
+        limits = self.request.limits | {"gpu": self.gpu_bytes if self.request.device != "cpu" else None}
+        return plan_of(replace(self.request, limits=limits), complete(self.candidate))
+
+
+def drafters(request: PlanRequest) -> list[Drafter]:
+    """A drafter in every way worth trying, the fewest bytes of GPU memory first; empty where no budget holds it.
+
+    request: of the drafter, with the whole budget that it shares.
+    """
+    if request.workload.chunk_choices:
+        request = replace(request, workload=request.workload.with_chunk(request.workload.chunk_choices[0]))
+    drafters = (_drafter(request, candidate) for candidate in _candidates(request))
+    kept: list[Drafter] = []
+    for each in sorted(drafters, key=lambda each: (each.gpu_bytes, each.step_s)):
+        if all(each.step_s < other.step_s or each.prompt_row_s < other.prompt_row_s for other in kept):
+            kept.append(each)
+    return kept
+
+
+def _candidates(request: PlanRequest) -> Iterator[Candidate]:
+    """Of those that fit: nothing on the GPU, everything, and what the planner finds in parts of the memory."""
+    problem, workload, found = problem_of(request), request.workload, []
+    for label, layers in (("everything on the CPU", 0), ("everything in GPU memory", workload.num_layers)):
+        placed = layer_split(workload, layers, head_on_gpu=layers > 0)
+        found.append(Candidate(problem, label, *placed, on_gpu=request.device != "cpu"))
+        if request.device == "cpu":
+            yield found[0]
+            return
+    found = [candidate for candidate in found if candidate.fits]
+    yield from found
+    sizes = [candidate.used_bytes["gpu"] for candidate in found]
+    for share in SHARES if sizes else ():
+        most = problem.budgets.gpu if len(sizes) == 1 else sizes[-1]
+        part = replace(problem.budgets, gpu=sizes[0] + share * (most - sizes[0]))
+        yield from candidates([replace(problem, budgets=part)])[:1]
+
+
+def _drafter(request: PlanRequest, candidate: Candidate) -> Drafter:
+    workload, on_gpu = request.workload, request.device != "cpu"
+
+    def cost(phase: str, rows: int, context: int) -> PhaseCost:
+        placed = workload, candidate.linears, candidate.kv, request.hardware
+        return predict(*placed, phase=phase, rows=rows, context=context, on_gpu=on_gpu)
+
+    prompt = cost("prefill", reference_prompt(workload), 0)
+    step_s = cost("decode", 1, reference_context(workload)).seconds
+    taken = candidate.used_bytes["gpu"] + sum(request.fixed_bytes["gpu"].values()) if on_gpu else 0
+    return Drafter(request, candidate, taken, step_s, prompt.seconds / prompt.rows)
