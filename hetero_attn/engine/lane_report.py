@@ -46,7 +46,7 @@ class DraftCounts:
     """Speculative decoding: a request's passes with drafts, drafts computed, drafts that were right.
 
     wrong: passes that ended at a wrong draft. by_count: passes by how many drafts each had. reason: what was decided
-    last, and why; empty where nobody asked for drafts.
+    last, and why; empty where nobody asked for drafts. decisions: how often each was taken, by a few words.
     """
 
     passes: int = 0
@@ -55,6 +55,7 @@ class DraftCounts:
     wrong: int = 0
     by_count: dict[int, int] = field(default_factory=dict)
     reason: str = ""
+    decisions: dict[str, int] = field(default_factory=dict)
 
     @property
     def acceptance(self) -> float | None:
@@ -146,9 +147,10 @@ class LaneReport:
                 counts.steps + 1, counts.picks + picks, counts.hits + hits, counts.inserts + inserts
             )
 
-    def decided(self, reason: str) -> None:
-        """Keep why the next pass has as many drafts as it has."""
-        self.drafts.reason = reason
+    def decided(self, reason: str, decision: str) -> None:
+        """Keep why the next pass has as many drafts as it has; decision: the same as one of few words, to count."""
+        drafts = self.drafts
+        drafts.reason, drafts.decisions[decision] = reason, drafts.decisions.get(decision, 0) + 1
 
     def reset(self) -> None:
         """Forget everything counted so far, except what `tiers` holds for rebalancing."""

@@ -19,7 +19,8 @@ SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 TOKEN_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 Gauges = Callable[[], dict[str, float]]
 Phases = Callable[[], dict[str, dict[str, float]]]
-Counts = Callable[[], dict[str, int]]
+Labelled = tuple[str, dict[str, int]]  # a label, and counts by its values
+Counts = Callable[[], dict[str, int | Labelled]]
 
 
 class ServerMetrics:
@@ -104,8 +105,16 @@ class _WhenAsked(Collector):
     def collect(self) -> Iterator[Metric]:
         for name, value in self._gauges().items():
             yield GaugeMetricFamily(name, name.partition(":")[2] or name, value=value)
-        for name, value in self._counts().items():
-            yield CounterMetricFamily(name, name.partition(":")[2] or name, value=value)
+        for name, counted in self._counts().items():
+            meaning = name.partition(":")[2] or name
+            if isinstance(counted, int):
+                yield CounterMetricFamily(name, meaning, value=counted)
+                continue
+            label, by_value = counted
+            family = CounterMetricFamily(name, f"{meaning}, by {label}", labels=[label])
+            for each, count in by_value.items():
+                family.add_metric([each], count)
+            yield family
         totals: dict[str, CounterMetricFamily] = {}
         for phase, counts in self._phases().items():
             for name, value in counts.items():

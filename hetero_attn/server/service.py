@@ -20,7 +20,7 @@ from hetero_attn.server.dialogue.thoughts import thought_tokens
 from hetero_attn.server.driver import Driver, State
 from hetero_attn.server.failures import ApiError, too_long
 from hetero_attn.server.generation import Generation
-from hetero_attn.server.metrics import ServerMetrics
+from hetero_attn.server.metrics import Labelled, ServerMetrics
 from hetero_attn.server.settings import ServerSettings
 from hetero_attn.server.turn import Conversation, Turn
 from hetero_attn.serving.sampling_params import GRAMMARS, LARGEST_SEED
@@ -245,15 +245,19 @@ class Service:
     def _phases(self) -> dict[str, dict[str, float]]:
         return {} if self.driver.llm is None else self.driver.llm.report().to_dict()
 
-    def _drafts(self) -> dict[str, int]:
-        """Tokens computed ahead, by their name in `/metrics`."""
+    def _drafts(self) -> dict[str, int | Labelled]:
+        """Tokens computed ahead, and why there were as many, by their name in `/metrics`."""
         if self.driver.llm is None:
             return {}
         report = self.driver.llm.report()
+        drafts = report.drafts
+        rows = {str(1 + count): passes for count, passes in sorted(drafts.by_count.copy().items())}
         return {
-            "vllm:spec_decode_num_drafts": report.drafts.passes,
-            "vllm:spec_decode_num_draft_tokens": report.drafts.drafted,
-            "vllm:spec_decode_num_accepted_tokens": report.drafts.accepted,
+            "vllm:spec_decode_num_drafts": drafts.passes,
+            "vllm:spec_decode_num_draft_tokens": drafts.drafted,
+            "vllm:spec_decode_num_accepted_tokens": drafts.accepted,
+            "hetero_draft_passes": ("rows", rows),
+            "hetero_draft_decisions": ("reason", drafts.decisions.copy()),
             "hetero_forced_tokens": report.forced_tokens,
         }
 

@@ -19,6 +19,7 @@ MATCHES = (
     (5, Kind("drafts behind matches of 5 to 8 tokens", 0.65)),
     (3, Kind("drafts behind matches of 3 or 4 tokens", 0.5)),
     (2, Kind("drafts behind matches of 2 tokens", 0.3)),
+    (1, Kind("drafts behind matches of 1 token", 0.2)),
 )
 
 

@@ -4,14 +4,16 @@ Drafts never change an answer: the request's own sampler draws from every row in
 goes on while it draws what was drafted. All that is decided here is what is worth computing.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hetero_attn.errors import UnsupportedModelError
-from hetero_attn.planning.draft import MODEL_ACCEPTANCE, STATES_REMEMBER
+from hetero_attn.planning.draft import STATES_REMEMBER
+from hetero_attn.planning.guesses import MODEL_GUESSES
 from hetero_attn.speculation.drafter import Asked, Drafter, DraftingModel, Kind, NgramDrafter, Sorting
-from hetero_attn.speculation.width import HOPED, SLOPE, PassCosts, Share, Width
+from hetero_attn.speculation.width import HOPED, PassCosts, Share, Width
 
 if TYPE_CHECKING:
     import torch
@@ -49,8 +51,8 @@ class DraftReport(Protocol):
         """Count a request's drafts of one pass, and those of them that were right."""
         ...
 
-    def decided(self, reason: str) -> None:
-        """Keep the reason of the last decision."""
+    def decided(self, reason: str, decision: str) -> None:
+        """Keep the reason of the last decision, and count it."""
         ...
 
 
@@ -68,8 +70,8 @@ class Speculator:
         model: DraftingModel | None = None,
     ) -> None:
         self._report, self._model = report, model
-        self.costs = PassCosts(SLOPE + self.step_share)
-        self._kind = Kind("drafts", HOPED if model is None else MODEL_ACCEPTANCE)
+        self.costs = PassCosts(self.step_share)
+        self._kind = Kind("drafts", HOPED if model is None else MODEL_GUESSES.acceptance)
         self._shares: dict[Kind, Share] = {}
         self._make_drafter = make_drafter if model is None else model.drafter
 
@@ -139,24 +141,31 @@ class Speculator:
 
     def _drafted(self, asked: Sequence[Asked]) -> list[list[int]]:
         if self._model is not None:
-            return self._model.draft(asked)
+            began = time.perf_counter()
+            drafts = self._model.draft(asked)
+            if made := sum(map(len, drafts)):
+                self.costs.drafted(made, time.perf_counter() - began)
+            return drafts
         return [each.drafter.draft(*each[1:]) for each in asked]
 
     def _count(self, request: Speculating, rows: int, room: int) -> int:
         """How many drafts a request gets in a pass that has `rows` rows so far and room for so many more."""
         speculation, left = self._speculation(request), request.max_tokens - len(request.token_ids) - 1
-        width, reason = 1, ""
-        if min(room, left) < 1:
-            reason = "no drafts: " + ("the next token is the last" if left < 1 else f"a pass of {rows} rows is full")
+        width = 1
+        if left < 1:
+            reason, decision = "no drafts: the next token is the last", "last token"
+        elif room < 1:
+            reason, decision = f"no drafts: a pass of {rows} rows is full", "pass is full"
         elif (kind := self._kind_of(request, speculation)) is None:
-            reason = NO_MATCH
+            reason, decision = NO_MATCH, "no match"
         else:
             speculation.kind = kind
             state = self._width_of(speculation, kind)
             width = state.choose(self.costs, rows, 1 + min(room, left))
             reason = self._reason(kind, state, width, rows)
+            decision = "drafts" if width > 1 else "not timed yet" if self.costs.is_blank else "not worth it"
         speculation.reason = reason
-        self._report.decided(reason)
+        self._report.decided(reason, decision)
         return width - 1
 
     def _speculation(self, request: Speculating) -> Speculation:
@@ -195,7 +204,7 @@ def make_speculator(
     name.
     """
     if wish == "auto" and has_fixed_states:
-        report.decided(f"no drafts: {STATES_REMEMBER}")
+        report.decided(f"no drafts: {STATES_REMEMBER}", "states remember")
     if wish == "off" or (wish == "auto" and has_fixed_states):
         return None
     if has_fixed_states:

@@ -9,9 +9,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from hetero_attn.planning.draft import WIDTHS
-from placement.cost.drafts import expected_tokens
+from placement.plan.drafting import expected_tokens
 
-SLOPE = 0.07  # what a row adds to the time of one, where nothing was measured yet
+SLOPE = 0.07  # what a row adds to the time of one beside its draft, where nothing was measured yet
 FORGOTTEN = 64  # passes after which a time that was worse than expected counts no more
 NEWEST = 8  # passes whose first quarter counts: other programs never make one shorter
 KEPT = 0.97  # of what was counted, a pass
@@ -21,15 +21,20 @@ WORTH, BETTER = 1.03, 1.05  # than one row; than the present width
 PATIENCE = 4  # passes that a larger width must have looked better
 FIRST_PAUSE, LONGEST_PAUSE = 32, 512  # passes
 LIKELY, SHORT_PAUSE = 0.5, 8  # where drafts are right more often, it may be the clock that was wrong
+LOST = 0.02  # of the time, at most, by trying again: a drafter that has to catch up is dear for one pass
 
 
 class PassCosts:
     """Seconds of a pass by its rows, its drafts' included: the first quarter of the newest where it was measured, else
-    in the ratio that rows are expected to cost; a single one counts beside what was expected. slope: what one more row
-    is expected to add to the time of one."""
+    in the ratio that rows are expected to cost; a single one counts beside what was expected.
 
-    def __init__(self, slope: float = SLOPE) -> None:
-        self._slope = slope
+    step_share: what a draft is expected to take of the time of one row, until one was timed.
+    """
+
+    def __init__(self, step_share: float = 0.0) -> None:
+        self._step_share = step_share
+        self._draft_s: deque[float] = deque(maxlen=NEWEST)
+        self._has_drafted = False
         self._newest: dict[int, deque[float]] = {}
         self._seconds: dict[int, float] = {}
         self._passes, self._last = 0, dict[int, int]()
@@ -52,6 +57,15 @@ class PassCosts:
         times = sorted([*newest, *expected])
         self._seconds[rows] = times[len(times) // 4]
 
+    def drafted(self, count: int, seconds: float) -> None:
+        """Count what a drafter took for so many drafts; the first time, in which it took in the text, is left out.
+
+        It says what drafts of other widths cost, before any pass of them was tried.
+        """
+        if self._has_drafted:
+            self._draft_s.append(seconds / count)
+        self._has_drafted = True
+
     def seconds(self, rows: int) -> float:
         """What a pass of so many rows is expected to take; without any measurement, in units of one row."""
         if rows not in self._seconds:
@@ -67,7 +81,10 @@ class PassCosts:
 
     def _ratio(self, rows: int) -> float:
         """Time of a pass over that of one row, where nobody measured it."""
-        return 1 + self._slope * (rows - 1)
+        share = self._step_share
+        if self._draft_s and 1 in self._seconds:
+            share = min(self._draft_s) / self._seconds[1]
+        return 1 + (SLOPE + share) * (rows - 1)
 
 
 @dataclass(slots=True)
@@ -122,7 +139,7 @@ class Width:
         rates = {width: self._rate(costs, rows, width) for width in (1, *WIDTHS)}
         best = max(WIDTHS, key=rates.__getitem__)
         if rates[best] < WORTH * rates[1]:
-            self._rest()
+            self._rest(costs.seconds(rows - 1 + FIRST_WIDTH) / costs.seconds(rows) - 1)
             return 1
         self._go_on(rates, best)
         return max(width for width in WIDTHS if width <= min(self._width, most))
@@ -133,10 +150,12 @@ class Width:
         if self._share.right > 4 * self._share.wrong:
             self._pauses = 0
 
-    def _rest(self) -> None:
-        """No drafts for some passes, and for twice as many each further time."""
+    def _rest(self, dearer: float) -> None:
+        """No drafts for some passes, and for twice as many each further time. dearer: what a pass with drafts takes
+        longer than one without, over the latter."""
         first = SHORT_PAUSE if self.acceptance >= LIKELY else FIRST_PAUSE
-        self.pause, self._pauses = min(first << self._pauses, LONGEST_PAUSE), self._pauses + 1
+        pause = max(first << self._pauses, round(dearer / LOST))
+        self.pause, self._pauses = min(pause, LONGEST_PAUSE), self._pauses + 1
 
     def _go_on(self, rates: dict[int, float], best: int) -> None:
         """Take the best width at first, and from then on a smaller one at once, a larger one after a while."""

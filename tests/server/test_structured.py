@@ -1,16 +1,21 @@
 """Forms of answers and forced calls, asked for in each protocol's way."""
 
 import json
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
+from hetero_attn.engine.lane_report import LaneReport
 from hetero_attn.server.dialogue.forced import call_grammar, words_of
 from hetero_attn.server.dialogue.formats import FAMILIES, AnswerFormat
 from hetero_attn.server.dialogue.tools import tools_of
+from hetero_attn.server.metrics import ServerMetrics
+from hetero_attn.server.service import Service
 from hetero_attn.serving.grammar import Grammars
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.serving.text.tokenizer import Tokenizer
+from hetero_attn.speculation.speculator import Speculator
 from tests.server.test_dialogue import answer_of
 from tests.server.test_lifecycle import gauges
 from tests.support.http_server import TINY
@@ -180,6 +185,25 @@ def test_forced_tokens_are_counted(http, server):
     assert json.loads(text) == form["json"]["const"]
     assert counted["hetero_forced_tokens_total"] > before
     assert counted["vllm:spec_decode_num_draft_tokens_total"] == counted["vllm:spec_decode_num_drafts_total"] == 0
+
+
+def test_drafts_are_counted_by_rows_and_by_reason():
+    """What a speculator decided, as a scraper sees it."""
+    report = LaneReport()
+    made = Speculator(report)
+    for _ in range(2):
+        made.costs.observe(1, 1.0)
+    for prompt, most in (((1, 2, 3), 9), ((1, 2, 1, 2), 1), ((1, 2, 1, 2), 9)):
+        request = SimpleNamespace(prompt_token_ids=prompt, token_ids=[], max_tokens=most, speculation=None)
+        (drafts,) = made.drafts([request], 16)
+        if drafts:
+            made.judge(request, len(drafts), 1)
+    served = SimpleNamespace(driver=SimpleNamespace(llm=SimpleNamespace(report=lambda: report)))
+    text = ServerMetrics(dict, dict, lambda: Service._drafts(served)).text().decode()
+
+    assert f'hetero_draft_passes_total{{rows="{1 + len(drafts)}"}} 1.0' in text
+    for reason in ("no match", "last token", "drafts"):
+        assert f'hetero_draft_decisions_total{{reason="{reason}"}} 1.0' in text
 
 
 FORMS = [AnswerFormat(name, marks) for _, name, marks in FAMILIES]

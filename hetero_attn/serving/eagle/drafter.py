@@ -13,7 +13,8 @@ from hetero_attn.cache.pool import SequenceState
 from hetero_attn.engine.engine import Engine
 from hetero_attn.ops.step import Rows
 
-FEW_ROWS = 8  # rows that wait for the next draft; more of them are taken in as a chunk
+FEW_ROWS = 8  # rows that are computed with the next draft; more of them are taken in as a chunk before
+MOST_WAITING = 32  # rows, while nobody asks for drafts: a chunk of many takes about as long as one of few
 
 Pair = tuple[int, int]
 
@@ -63,7 +64,7 @@ class EagleDrafter:
             self._known, self._waiting, self._waits_again = self._known + 1, new[:0], False
         self._tokens += between(prompt_ids, generated_ids, self._end + 1, stop + 1)
         self._waiting = torch.cat([self._waiting, new]) if len(self._waiting) else new
-        if len(self._waiting) > min(FEW_ROWS, self._engine.most_single_rows):
+        if len(self._waiting) > MOST_WAITING:
             self._take_in()
 
     def begin(self, prompt_ids: Sequence[int], generated_ids: Sequence[int], count: int) -> bool:
@@ -71,6 +72,10 @@ class EagleDrafter:
         self.drafted, self._wanted = [], 0
         if self.sequence is None or self._end != len(prompt_ids) + len(generated_ids) - 1 or not len(self._waiting):
             return False
+        if len(self._waiting) > min(FEW_ROWS, self._engine.most_single_rows):
+            self._take_in()
+            if self.sequence is None:
+                return False
         rows = self._known + len(self._waiting)
         count = min(count, self._engine.plan.max_context - rows + 1)
         if count < 1 or not self._holds(rows + count - 1):
