@@ -335,15 +335,16 @@ def test_a_layer_of_a_prompt_queues_few_launches() -> None:
 
 def test_speculation_checks_every_answer_and_prints_a_gain_for_each_kind() -> None:
     few = ["--tokens", 12, "--repetitions", 1, "--threads", 1, "--dtype", "q8"]
-    few += ["--drafts", "ngram", "oracle:1", "--json"]
+    tiny = ROOT / "examples" / "tiny"
+    few += ["--texts", "repeats", "prose", "--drafts", "ngram", "oracle:1", "--twin", tiny, "--json"]
     done = run("speculation.py", *few)
 
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])
     rows = record["rows"]
-    assert [row["drafts"] for row in rows] == 2 * ["plain", "ngram", "oracle:1"]
+    assert [row["drafts"] for row in rows] == ["plain", "ngram", "oracle:1", "twin", "plain", "ngram", "oracle:1"]
     assert all(row["gain"] > 0 and row["same_tokens"] for row in rows) and rows[0]["acceptance"] is None
-    assert rows[2]["acceptance"] == rows[5]["acceptance"] == 1.0
+    assert rows[2]["acceptance"] == rows[6]["acceptance"] == 1.0
     assert [each["rows"] for each in record["passes"]] == [1, 2, 3, 4, 5, 6, 7, 8, 16]
     for row in rows:  # every token of an answer was made by some pass
         assert sum(row["passes"].values()) <= 11 and set(row["passes"]) <= {str(count) for count in range(1, 17)}

@@ -3,10 +3,10 @@
     python lookup_peer.py MODEL.gguf --threads N
 
 Each line of standard input is a JSON object {"prompt": [token ids], "tokens": N, "drafts": null | "lookup" | a
-probability, "count": drafts a pass}; each line of standard output answers {"seconds": of decoding behind the first
-token, "cpu_seconds", "token_ids"}. A probability drafts the plain answer's own tokens, each right so often and else
-another one, drawn as hetero_attn.speculation.oracle draws them; "lookup" is LlamaPromptLookupDecoding. Decoding is
-greedy, and ends after N tokens. Needs llama_cpp and the standard library alone.
+probability, "count": drafts a pass, "seed": of the draws}; each line of standard output answers {"seconds": of decoding
+behind the first token, "cpu_seconds", "token_ids"}. A probability drafts the plain answer's own tokens, each right so
+often and else another one, drawn as hetero_attn.speculation.oracle draws them; "lookup" is LlamaPromptLookupDecoding.
+Decoding is greedy, and ends after N tokens. Needs llama_cpp and the standard library alone.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecodi
 class Oracle(LlamaDraftModel):
     """Drafts a known answer behind a prompt."""
 
-    def __init__(self, prompt: list[int], answer: list[int], acceptance: float, count: int, vocab_size: int) -> None:
-        self._prompt, self._answer, self._acceptance = len(prompt), answer, acceptance
-        self._count, self._vocab_size, self._draw = count, vocab_size, random.Random(0)
+    def __init__(self, request: dict, answer: list[int], vocab_size: int) -> None:
+        self._prompt, self._answer, self._acceptance = len(request["prompt"]), answer, request["drafts"]
+        self._count, self._vocab_size, self._draw = request["count"], vocab_size, random.Random(request["seed"])
 
     def __call__(self, input_ids, /, **kwargs):
         """See LlamaDraftModel."""
@@ -53,7 +53,7 @@ class Peer:
             llama.draft_model = LlamaPromptLookupDecoding(num_pred_tokens=request["count"])
         elif drafts is not None:
             known = self._answers[tuple(prompt)]
-            llama.draft_model = Oracle(prompt, known, drafts, request["count"], llama.n_vocab())
+            llama.draft_model = Oracle(request, known, llama.n_vocab())
         llama.reset()
         token_ids: list[int] = []
         for token_id in llama.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0):

@@ -10,7 +10,8 @@ from hetero_attn.engine.greatest import greatest
 from hetero_attn.engine.timed_steps import fill
 from hetero_attn.ops.step import Rows
 from hetero_attn.planning.settle import PlannedModel
-from placement.cost.drafts import expected_tokens, pass_s
+from placement.cost.drafts import pass_s
+from placement.plan.drafting import expected_tokens
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 

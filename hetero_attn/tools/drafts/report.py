@@ -1,6 +1,7 @@
 """What drafts gain on a loaded model, as tables: passes of several rows first, which bound everything below them."""
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,7 +11,8 @@ from rich.table import Table
 
 from hetero_attn.llm import LLM
 from hetero_attn.tools.drafts.passes import PassTime, ceiling, pass_times
-from hetero_attn.tools.drafts.runs import TEXTS, DraftsRow, measure
+from hetero_attn.tools.drafts.runs import TEXTS, TWIN, DraftsRow, acceptance_of, measure
+from placement.plan.drafting import Guesses
 
 ACCEPTANCES = (0.6, 0.8, 0.9)  # for which the ceiling is shown
 TEXTS_DEPTH = 128  # tokens before the passes that are timed, about as many as before an answer
@@ -42,6 +44,19 @@ class DraftsReport:
             "ceilings": {f"{share:g}": ceiling(self.passes, share) for share in ACCEPTANCES},
             "rows": [row.to_dict() for row in self.rows],
         }
+
+
+def found_guesses(rows: Sequence[DraftsRow]) -> dict[str, Guesses]:
+    """How good the guesses of n-grams and models were over all texts, by who made them."""
+    found = {}
+    for wish in dict.fromkeys(row.drafts for row in rows if row.drafts not in ("plain", TWIN)):
+        own = [row for row in rows if row.drafts == wish]
+        accepted, wrong = sum(row.accepted for row in own), sum(row.wrong for row in own)
+        passes = sum((Counter(row.passes) for row in own), Counter[int]())
+        if accepted and acceptance_of(wish) is None:
+            share = 1.0 - passes[1] / passes.total()
+            found[wish] = Guesses(accepted / (accepted + wrong), share, is_measured=True)
+    return found
 
 
 def needed_tokens(tokens: int) -> int:
@@ -78,7 +93,7 @@ def _rows_table(rows: Sequence[DraftsRow]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for heading in ("text", "drafts"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("tok/s", "gain", "CPU gain", "ceiling", "right", "planned", "error", "same"):
+    for heading in ("tok/s", "gain", "CPU gain", "ceiling", "right", "planned", "error", "of gain", "same"):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
@@ -91,6 +106,7 @@ def _rows_table(rows: Sequence[DraftsRow]) -> Table:
             "-" if row.acceptance is None else f"{row.acceptance:.0%}",
             f"{row.predicted_tokens_per_s:.1f}",
             f"{row.prediction_error:+.0%}",
+            f"{row.gain_error:+.0%}",
             "yes" if row.same_tokens else "no",
         )
     return table

@@ -1,8 +1,9 @@
 """Answers with drafts beside plain decoding of the same answer, in turns; every answer is compared with the plain one.
 
 An oracle drafts the answer's own tokens, each right with a set probability, so that the gain of an acceptance can be
-seen whatever the model. What was learnt by one answer is what the next one begins with, as in use; the first turn,
-which also records passes, is not counted.
+seen whatever the model; a twin drafts them where n-grams are right about another model's answer. What was learnt by one
+answer is what the next one begins with, as in use; the first turn, which also records passes, is not counted. Each turn
+begins with another drafter, so that a machine which becomes faster or slower in the course of it favours none.
 """
 
 import statistics
@@ -11,23 +12,36 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import Any
 
 from hetero_attn.errors import ArgumentError
 from hetero_attn.llm import LLM
 from hetero_attn.serving.sampling_params import SamplingParams
-from hetero_attn.speculation.oracle import OracleDrafter
+from hetero_attn.speculation.oracle import OracleDrafter, TwinDrafter
 from hetero_attn.speculation.speculator import NgramDrafter, Speculator
 from hetero_attn.tools.drafts.passes import PassTime, ceiling
 from placement.cost.drafts import pass_s
 
+PASSAGE = (
+    'The "finally" clause is always executed before leaving the "try" statement, whether an exception has occurred or '
+    'not. When an exception has occurred in the "try" clause and has not been handled by an "except" clause, it is '
+    'raised again after the "finally" clause has been executed.\n\n'
+)
+# A passage that is asked for once more, a list that models hardly go on with, and prose.
 TEXTS = {
-    "repeats": "The list of names:\n" + "".join(f"    name_{number % 3} = value_{number % 3}\n" for number in range(9)),
+    "repeats": 2 * PASSAGE + "The",
+    "lists": "The list of names:\n" + "".join(f"    name_{number % 3} = value_{number % 3}\n" for number in range(9)),
     "prose": "When the module was first written nobody had thought of threads, and so",
 }
 # A likely answer repeats itself; one that is drawn does so seldom.
-PARAMS: dict[str, dict[str, Any]] = {"repeats": {"temperature": 0.0}, "prose": {"temperature": 0.8, "seed": 0}}
-ORACLE = "oracle:"
+PARAMS: dict[str, dict[str, Any]] = {
+    "repeats": {"temperature": 0.0},
+    "lists": {"temperature": 0.0},
+    "prose": {"temperature": 0.8, "seed": 0},
+}
+ORACLE, TWIN = "oracle:", "twin"
+Text = tuple[Sequence[int], Sequence[int]]  # a prompt and its answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +49,12 @@ class DraftsRow:
     """One text with one drafter, medians over the turns.
 
     tokens_per_s: of decoding. gain, cpu_gain: wall time and processor time of the plain answer over this one's, turn by
-    turn. acceptance: how likely a draft was right, given those before it; None without any. ceiling: the gain that
+    turn. accepted, wrong: drafts that were right, and passes that ended at a wrong one. acceptance: how likely a draft
+    was right, given those before it; None without any. ceiling: the gain that
     passes of the best width would give at that acceptance if drafts cost nothing and came in every pass.
     same_tokens: whether every answer was the plain one, which bf16 and a GPU do not promise to the bit.
-    predicted_tokens_per_s: by the plan's times of the very passes that were made. passes: by their rows. reason: why
-    the last pass had as many drafts as it had.
+    predicted_tokens_per_s: by the plan's times of the very passes that were made; predicted_gain: the same over that of
+    plain decoding. passes: by their rows. reason: why the last pass had as many drafts as it had.
     """
 
     text: str
@@ -47,9 +62,12 @@ class DraftsRow:
     tokens_per_s: float
     gain: float
     cpu_gain: float
+    accepted: int
+    wrong: int
     acceptance: float | None
     ceiling: float | None
     predicted_tokens_per_s: float
+    predicted_gain: float
     passes: dict[int, int]
     reason: str
     same_tokens: bool
@@ -59,9 +77,15 @@ class DraftsRow:
         """(predicted - measured) / measured."""
         return self.predicted_tokens_per_s / self.tokens_per_s - 1
 
+    @property
+    def gain_error(self) -> float:
+        """The same of the gain over plain decoding in the same turns, which a machine that changes its speed between
+        profile and run leaves as it is."""
+        return self.predicted_gain / self.gain - 1
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self) | {"prediction_error": self.prediction_error}
+        return asdict(self) | {"prediction_error": self.prediction_error, "gain_error": self.gain_error}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +115,34 @@ def acceptance_of(wish: str) -> float | None:
 
 
 def measure(
-    llm: LLM, text: str, wishes: Sequence[str], times: Sequence[PassTime], tokens: int, repetitions: int
+    llm: LLM,
+    text: str,
+    wishes: Sequence[str],
+    times: Sequence[PassTime],
+    tokens: int,
+    repetitions: int,
+    twin: Text | None = None,
 ) -> list[DraftsRow]:
     """Rows for one of TEXTS: plain decoding, then each wish. times: of the model's passes.
 
-    wishes: ngram, oracle:SHARE, or the model with which `llm` was loaded.
+    wishes: ngram, oracle:SHARE, or the model with which `llm` was loaded. twin: another model's text, which is a wish
+    too.
     """
     params = SamplingParams(max_tokens=tokens, ignore_eos=True, **PARAMS[text])
     prompt = prompt_of(llm, text)
     answer = _turn(llm, prompt, params, None).token_ids
     drafters: dict[str, Speculator | None] = {"plain": None}
     drafters |= {wish: _speculator(llm, wish, answer) for wish in wishes}
+    if twin is not None:
+        drafters[TWIN] = _twin_speculator(llm, twin, answer)
     turns: dict[str, list[_Turn]] = {name: [] for name in drafters}
+    order = [*drafters]
     for counts in range(repetitions + 1):
-        for name, speculator in drafters.items():
-            turn = _turn(llm, prompt, params, speculator)
+        for name in order:
+            turn = _turn(llm, prompt, params, drafters[name])
             if counts:
                 turns[name].append(turn)
+        order = [*order[1:], order[0]]
     plain = turns["plain"]
     return [_row(llm, (text, name), (turns[name], plain), times, _step_share(drafters[name])) for name in drafters]
 
@@ -122,13 +157,25 @@ def prompt_of(llm: LLM, text: str) -> str | list[int]:
 def _speculator(llm: LLM, wish: str, answer: tuple[int, ...]) -> Speculator:
     share = acceptance_of(wish)
     if share is not None:
-        vocab_size = llm.engine.config.vocab_size
-        return Speculator(llm.report(), lambda: OracleDrafter(answer, share, vocab_size))
+        vocab_size, seeds = llm.engine.config.vocab_size, count()
+        return Speculator(llm.report(), lambda: OracleDrafter(answer, share, vocab_size, next(seeds)))
     if wish in ("ngram", "auto"):
         return Speculator(llm.report(), NgramDrafter)
     loaded = llm._scheduler.speculator
     assert loaded is not None, f"{wish} was not loaded"
     return loaded
+
+
+def _twin_speculator(llm: LLM, twin: Text, answer: tuple[int, ...]) -> Speculator:
+    vocab_size = llm.engine.config.vocab_size
+    return Speculator(llm.report(), lambda: TwinDrafter(*twin, answer, vocab_size))
+
+
+def text_of(llm: LLM, text: str, tokens: int) -> Text:
+    """What a model has to one of TEXTS, for another one's twin."""
+    prompt, params = prompt_of(llm, text), SamplingParams(max_tokens=tokens, ignore_eos=True, **PARAMS[text])
+    output = llm.generate([prompt], params)[0]
+    return output.prompt_token_ids, output.token_ids
 
 
 @contextmanager
@@ -178,15 +225,19 @@ def _row(
     predicted_s = {rows: pass_s(llm.plan, llm.planned.hardware, rows, context) for rows in {1, *passes}}
     drafts_s = step_share * predicted_s[1]  # of each row of a pass that has drafts
     whole_s = sum(count * (predicted_s[rows] + drafts_s * rows * (rows > 1)) for rows, count in passes.items())
+    plain_per_s = 1 / predicted_s[1]
     return DraftsRow(
         text=text,
         drafts=name,
         tokens_per_s=made / statistics.median(turn.wall_s for turn in turns),
         gain=statistics.median(other.wall_s / turn.wall_s for turn, other in zip(turns, plain, strict=True)),
         cpu_gain=statistics.median(other.cpu_s / turn.cpu_s for turn, other in zip(turns, plain, strict=True)),
+        accepted=accepted,
+        wrong=wrong,
         acceptance=acceptance,
         ceiling=None if acceptance is None else ceiling(times, acceptance),
         predicted_tokens_per_s=made * len(turns) / whole_s,
+        predicted_gain=made * len(turns) / whole_s / plain_per_s,
         passes=dict(sorted(passes.items())),
         reason=turns[-1].reason,
         same_tokens=all(turn.token_ids == plain[0].token_ids for turn in turns),
