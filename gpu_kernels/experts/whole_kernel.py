@@ -13,10 +13,9 @@ from torch import Tensor
 
 from cpu_kernels.contract import Picks
 from gpu_kernels.activation import quantize_activation
-from gpu_kernels.byte_products import dot4
 from gpu_kernels.experts.groups import add_group, code_words
 from gpu_kernels.experts.picks import BLOCKS, FEW_ROWS, most_tiles, picks_of, tile_rows
-from gpu_kernels.experts.whole_parts import as_inputs, quarter_dots, run_sum
+from gpu_kernels.experts.whole_parts import pick_products, tile_products
 from gpu_kernels.experts.whole_shapes import shape_of
 from gpu_kernels.launching import Kernel
 from gpu_kernels.reference import block_bytes
@@ -75,13 +74,6 @@ def _pick_kernel(
     base = weight + expert.to(tl.int64) * expert_stride
     base = base + (block // run).to(tl.int64) * unit_stride + block % run * block_bytes
     inputs = (q + row.to(tl.int64) * q_stride).to(tl.pointer_type(tl.int32))
-    if BITS == 8:
-        low_word, high_word = line, 8 + line
-    else:
-        low_word, high_word = 2 * line, 2 * line + 1
-    LINES: tl.constexpr = 8 // RUNS
-    zero = tl.zeros([BLOCKS, 8, 16], tl.int32)
-    ones = tl.full([1, 8, 1], 0x01010101, tl.int32)
     result = tl.zeros([BLOCKS, 16], tl.float32)
     mask, words_mask = live[:, None] & (feature >= 0)[None, :], live[:, None, None] & (line >= 0)[None, :, None]
     for group in tl.range(0, num_groups, loop_unroll_factor=UNROLL):
@@ -89,32 +81,7 @@ def _pick_kernel(
         codes = superblock + HEADER_BYTES + group % TOGETHER * (SUPERBLOCK_BYTES - HEADER_BYTES) // TOGETHER
         codes = codes.to(tl.pointer_type(tl.int32))[:, None, None] + feature[None, None, :]
         low, high = code_words(codes, line[None, :, None], words_mask, BITS, OFFSET, T0, T1, T2, T3)
-        x_low = tl.load(inputs + group * 16 + low_word)[None, :, None]
-        x_high = tl.load(inputs + group * 16 + high_word)[None, :, None]
-        x_low_all, x_high_all = tl.broadcast_to(x_low, [BLOCKS, 8, 16]), tl.broadcast_to(x_high, [BLOCKS, 8, 16])
-        x0, x1 = tl.zeros([1, 1], tl.int32), tl.zeros([1, 1], tl.int32)
-        if BITS == 8:
-            first_half, last_half = dot4(low, x_low_all, zero), dot4(high, x_high_all, zero)
-            d0, d1 = tl.sum(first_half, axis=1), tl.sum(last_half, axis=1)
-            if TAKES_SUMS:
-                nothing = tl.zeros([1, 8, 1], tl.int32)
-                x0, x1 = tl.sum(dot4(ones, x_low, nothing), axis=1), tl.sum(dot4(ones, x_high, nothing), axis=1)
-            if RUNS == 1:
-                d0 = d0 + d1
-            d2, d3 = d0, d1
-        else:
-            dots = dot4(high, x_high_all, dot4(low, x_low_all, zero))
-            if TAKES_SUMS:
-                x_sums = dot4(ones, x_high, dot4(ones, x_low, tl.zeros([1, 8, 1], tl.int32)))
-                x0, x1 = run_sum(x_sums, line, 0, 4), run_sum(x_sums, line, 1, 4)
-            if RUNS == 1:
-                d0 = tl.sum(dots, axis=1)
-                d1, d2, d3 = d0, d0, d0
-            else:
-                d0, d1 = run_sum(dots, line, 0, LINES), run_sum(dots, line, 1, LINES)
-                d2, d3 = d0, d1
-                if RUNS == 4:
-                    d2, d3 = run_sum(dots, line, 2, LINES), run_sum(dots, line, 3, LINES)
+        d0, d1, d2, d3, x0, x1 = pick_products(inputs + group * 16, low, high, line, BLOCKS, RUNS, TAKES_SUMS, BITS)
         factor, x_sum = tl.load(scales + group * scale_stride + row), tl.load(sums + group * scale_stride + row)
         result = add_group(
             result,
@@ -191,53 +158,15 @@ def _tile_kernel(
     of_column = base + (block // run).to(tl.int64) * unit_stride + block % run * block_bytes
     own = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     of_block = base + (own // run).to(tl.int64) * unit_stride + own % run * block_bytes
-    HALVES: tl.constexpr = 1 if RUNS == 1 else 2
-    INPUTS: tl.constexpr = 64 // HALVES
-    LINES: tl.constexpr = 8 // HALVES
-    line, k = tl.arange(0, LINES), tl.arange(0, INPUTS)
-    words_mask = (own < num_blocks)[:, None, None] & (line >= 0)[None, :, None]
-    x = q + row.to(tl.int64)[:, None] * q_stride + k[None, :]
+    x = q + row.to(tl.int64)[:, None] * q_stride
     result = tl.zeros([ROWS, BLOCKS * 16], tl.float32)
     for group in range(num_groups):
         superblock = group // TOGETHER * SUPERBLOCK_BYTES
         codes = of_block + superblock + HEADER_BYTES + group % TOGETHER * (SUPERBLOCK_BYTES - HEADER_BYTES) // TOGETHER
         codes = codes.to(tl.pointer_type(tl.int32))[:, None, None] + tl.arange(0, 16)[None, None, :]
-        x0, x1 = tl.zeros([ROWS, 1], tl.int32), tl.zeros([ROWS, 1], tl.int32)
-        if BITS == 8:
-            low, high = code_words(
-                codes, tl.arange(0, 8)[None, :, None], (own < num_blocks)[:, None, None], 8, OFFSET, T0, T1, T2, T3
-            )
-            a = tl.load(q + row.to(tl.int64)[:, None] * q_stride + group * 64 + tl.arange(0, 32)[None, :])
-            b = tl.load(q + row.to(tl.int64)[:, None] * q_stride + group * 64 + 32 + tl.arange(0, 32)[None, :])
-            d0 = tl.dot(a, as_inputs(low, low, 8, BLOCKS, 8).T, out_dtype=tl.int32)
-            d1 = tl.dot(b, as_inputs(high, high, 8, BLOCKS, 8).T, out_dtype=tl.int32)
-            if TAKES_SUMS:
-                x0, x1 = tl.sum(a.to(tl.int32), axis=1)[:, None], tl.sum(b.to(tl.int32), axis=1)[:, None]
-            if RUNS == 1:
-                d0 = d0 + d1
-            d2, d3 = d0, d1
-        elif RUNS == 1:
-            low, high = code_words(codes, line[None, :, None], words_mask, BITS, OFFSET, T0, T1, T2, T3)
-            a = tl.load(x + group * 64)
-            d0 = tl.dot(a, as_inputs(low, high, BITS, BLOCKS, LINES).T, out_dtype=tl.int32)
-            d1, d2, d3 = d0, d0, d0
-            if TAKES_SUMS:
-                x0 = tl.sum(a.to(tl.int32), axis=1)[:, None]
-        else:
-            low, high = code_words(codes, line[None, :, None], words_mask, BITS, OFFSET, T0, T1, T2, T3)
-            more_low, more_high = code_words(codes, 4 + line[None, :, None], words_mask, BITS, OFFSET, T0, T1, T2, T3)
-            first_codes = as_inputs(low, high, BITS, BLOCKS, LINES).T
-            last_codes = as_inputs(more_low, more_high, BITS, BLOCKS, LINES).T
-            a, b = tl.load(x + group * 64), tl.load(x + group * 64 + 32)
-            if TAKES_SUMS:
-                x0, x1 = tl.sum(a.to(tl.int32), axis=1)[:, None], tl.sum(b.to(tl.int32), axis=1)[:, None]
-            if RUNS == 4:
-                d0, d1 = quarter_dots(a, first_codes, k, ROWS, INPUTS)
-                d2, d3 = quarter_dots(b, last_codes, k, ROWS, INPUTS)
-            else:
-                d0 = tl.dot(a, first_codes, out_dtype=tl.int32)
-                d1 = tl.dot(b, last_codes, out_dtype=tl.int32)
-                d2, d3 = d0, d1
+        d0, d1, d2, d3, x0, x1 = tile_products(
+            codes, x, group * 64, own < num_blocks, ROWS, BLOCKS, RUNS, TAKES_SUMS, BITS, OFFSET, T0, T1, T2, T3
+        )
         factor = tl.load(scales + group * scale_stride + row)[:, None]
         x_sum = tl.load(sums + group * scale_stride + row)[:, None]
         result = add_group(

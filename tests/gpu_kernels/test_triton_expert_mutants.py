@@ -13,7 +13,7 @@ from tests.support import planted
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
 from gpu_kernels.experts import expert_linear as op
-from gpu_kernels.experts import plain_kernel, whole_kernel
+from gpu_kernels.experts import plain_kernel, whole_kernel, whole_parts
 from tests.gpu_kernels.test_triton_experts import OTHERS, both, weight_of
 
 pytestmark = pytest.mark.usefixtures("only_interpreted")
@@ -65,13 +65,13 @@ MUTANTS = {
         "factor = tl.load(scales + group * scale_stride + row)", "factor = tl.load(scales + group * scale_stride)",
     ),
     "a half of 16 inputs twice": (
-        "whole_parts", "quarter_dots", partial(TILES, "q6_k"), "tl.where(early, zero, x)", "tl.where(early, x, zero)",
+        "whole_parts", "tile_products", partial(TILES, "q6_k"), "tl.where(early, zero, x)", "tl.where(early, x, zero)",
     ),
     "one pick: the second half is the first again": (
-        "whole_kernel", None, partial(ONE, "mxfp4"), "run_sum(dots, line, 1, LINES)", "run_sum(dots, line, 0, LINES)",
+        "whole_parts", "pick_products", partial(ONE, "mxfp4"), "run_sum(dots, line, 1, LINES)", "run_sum(dots, line, 0, LINES)",
     ),
     "one pick: inputs of low and high nibbles exchanged": (
-        "whole_kernel", None, partial(ONE, "q4"),
+        "whole_parts", "pick_products", partial(ONE, "q4"),
         "low_word, high_word = 2 * line, 2 * line + 1", "high_word, low_word = 2 * line, 2 * line + 1",
     ),
     "one pick: groups of a superblock read the first one's codes": (
@@ -120,7 +120,7 @@ def test_mutant_is_caught(name, tmp_path, monkeypatch):
         multiply = "multiply_whole" if file == "whole_kernel" else "multiply_plain"
         monkeypatch.setattr(op, multiply, getattr(mutant, multiply))
     else:
-        for user in (whole_kernel, plain_kernel):
+        for user in (whole_kernel, whole_parts, plain_kernel):
             monkeypatch.setattr(user, helper, getattr(mutant, helper), raising=False)
 
     with pytest.raises(AssertionError):
