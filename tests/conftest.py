@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from cpu_kernels.ahead.builders import build_all
+from placement.solve.program import Program
 from tests.support.extras import MISSING_OF_SERVER
 from tests.support.replayed import suite_lines
 
@@ -59,6 +60,28 @@ def _kernels_are_compiled_here() -> Iterator[None]:
         monkeypatch.setattr(
             "cpu_kernels.kernels.build_all", lambda store, missing, processes: build_all(store, missing, 1)
         )
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _programs_are_solved_once() -> Iterator[None]:
+    """Many tests plan the same model for the same machine, and the solver gives one program one answer; where a test
+    has another solver in its place, nothing is remembered."""
+    import scipy.optimize
+
+    known: dict[str, list[float] | None] = {}
+    solver, solve = scipy.optimize.milp, Program.solve
+
+    def solve_once(self: Program, whole_numbers: bool = True) -> list[float] | None:
+        if scipy.optimize.milp is not solver:
+            return solve(self, whole_numbers)
+        key = repr((self, whole_numbers))
+        if key not in known:
+            known[key] = solve(self, whole_numbers)
+        return None if known[key] is None else list(known[key])
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Program, "solve", solve_once)
         yield
 
 
