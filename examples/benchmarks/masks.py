@@ -2,9 +2,11 @@
 
     python examples/benchmarks/masks.py [MODEL] [--step-ms MS ...] [--out FILE]
 
-Answers are drawn at random from what a schema allows, so that every state of the grammar is met. `mask` finds out what
-is allowed, `apply` takes the others from the logits, `forced` asks what is left no choice. The aim is 2 % of a step,
-which is measured on MODEL and can be given for others. CPU time of this thread, so that a busy machine does not count.
+Answers are drawn at random from what a schema allows, so that every state of the grammar is met. `forced` asks what is
+left no choice, `asked` whether one token is allowed: that is all where the token that is drawn first is. `mask` finds
+out all that is allowed and `apply` takes the others from the logits, where it is refused; the shares of a step are
+those of a draw that always is. The aim is 2 % of a step, which is measured on MODEL and can be given for others. CPU
+time of this thread, so that a busy machine does not count.
 """
 
 import argparse
@@ -56,19 +58,20 @@ def left(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
     return logits.index_select(0, torch.from_numpy(np.flatnonzero(allowed.numpy())))
 
 
-def followed(llm: LLM, wish: dict, seed: int) -> list[tuple[float, float, float]]:
-    """Microseconds of mask, apply and forced for each token of one random answer."""
+def followed(llm: LLM, wish: dict, seed: int) -> list[tuple[float, float, float, float]]:
+    """Microseconds of forced, asked, mask and apply for each token of one random answer."""
     mask, draw = llm.grammars.mask(SamplingParams(**wish)), torch.Generator().manual_seed(seed)
     logits, ids, times = torch.zeros(llm.engine.config.vocab_size), [], []
     while len(ids) < MOST_TOKENS and (not ids or ids[-1] not in llm.tokenizer.eos_token_ids):
         try:
             forced = microseconds(mask.forced, ids)
+            asked = microseconds(mask.which, ids, [0])
             computed = microseconds(mask.allowed, ids)
         except SamplingError:  # a stop token of the model's config that no grammar knows
             break
         allowed = mask.allowed(ids)
         applied = microseconds(left, logits, allowed)
-        times.append((computed, applied, forced))
+        times.append((forced, asked, computed, applied))
         choices = allowed.nonzero().flatten()
         ids.append(int(choices[torch.randint(len(choices), (), generator=draw)]))
     return times
@@ -101,11 +104,12 @@ def main() -> None:
         for name, wish in FORMS.items():
             followed(llm, wish, 99)
             times = [each for seed in range(given.answers) for each in followed(llm, wish, seed)]
-            mask, applied, forced = (statistics.mean(column) for column in zip(*times, strict=True))
-            worst, all_us = max(map(sum, times)), mask + applied + forced
+            forced, asked, mask, applied = (statistics.mean(column) for column in zip(*times, strict=True))
+            worst, all_us = max(map(sum, times)), forced + asked + mask + applied
             shares = ", ".join(f"{all_us / 10 / step:.2f} % of {step:.1f} ms" for step in steps)
-            print(f"{name}: mask {mask:.0f} us, apply {applied:.0f}, forced {forced:.0f}; worst {worst:.0f}: {shares}")
-            found[name] = {"mask_us": mask, "apply_us": applied, "forced_us": forced, "worst_us": worst}
+            names = ("forced_us", "asked_us", "mask_us", "apply_us", "worst_us")
+            found[name] = dict(zip(names, (forced, asked, mask, applied, worst), strict=True))
+            print(f"{name}: " + ", ".join(f"{part[:-3]} {us:.0f} us" for part, us in found[name].items()), shares)
     record = {"benchmark": "masks", "model": llm.plan.model, "vocab_size": vocabulary, "step_ms": steps, "forms": found}
     if given.out is not None:
         given.out.write_text(json.dumps(record, indent=1) + "\n")

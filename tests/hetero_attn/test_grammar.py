@@ -425,4 +425,4 @@ def test_the_benchmark_of_masks_times_every_token(llm):
     spec.loader.exec_module(module)
 
     times = module.followed(llm, {"regex": "[ab]{5}"}, 0)
-    assert 1 < len(times) <= 6 and all(len(each) == 3 and min(each) >= 0 for each in times)
+    assert 1 < len(times) <= 6 and all(len(each) == 4 and min(each) >= 0 for each in times)
