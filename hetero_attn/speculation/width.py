@@ -33,7 +33,7 @@ class PassCosts:
 
     def __init__(self, step_share: float = 0.0) -> None:
         self._step_share = step_share
-        self._draft_s: deque[float] = deque(maxlen=NEWEST)
+        self._draft_s, self._asked_s = deque[float](maxlen=NEWEST), deque[float](maxlen=NEWEST)
         self._has_drafted = False
         self._newest: dict[int, deque[float]] = {}
         self._seconds: dict[int, float] = {}
@@ -64,7 +64,13 @@ class PassCosts:
         """
         if self._has_drafted:
             self._draft_s.append(seconds / count)
+            self._asked_s.append(seconds)
         self._has_drafted = True
+
+    @property
+    def asking(self) -> float:
+        """What asking a drafter took lately, at most, over the time of one row: it may have had to catch up."""
+        return max(self._asked_s) / self._seconds[1] if self._asked_s and 1 in self._seconds else 0.0
 
     def seconds(self, rows: int) -> float:
         """What a pass of so many rows is expected to take; without any measurement, in units of one row."""
@@ -139,7 +145,7 @@ class Width:
         rates = {width: self._rate(costs, rows, width) for width in (1, *WIDTHS)}
         best = max(WIDTHS, key=rates.__getitem__)
         if rates[best] < WORTH * rates[1]:
-            self._rest(costs.seconds(rows - 1 + FIRST_WIDTH) / costs.seconds(rows) - 1)
+            self._rest(costs.asking)
             return 1
         self._go_on(rates, best)
         return max(width for width in WIDTHS if width <= min(self._width, most))
@@ -150,11 +156,10 @@ class Width:
         if self._share.right > 4 * self._share.wrong:
             self._pauses = 0
 
-    def _rest(self, dearer: float) -> None:
-        """No drafts for some passes, and for twice as many each further time. dearer: what a pass with drafts takes
-        longer than one without, over the latter."""
+    def _rest(self, asking: float) -> None:
+        """No drafts for some passes, and for twice as many each further time. asking: as `PassCosts` has it."""
         first = SHORT_PAUSE if self.acceptance >= LIKELY else FIRST_PAUSE
-        pause = max(first << self._pauses, round(dearer / LOST))
+        pause = max(first << self._pauses, round(asking / LOST))
         self.pause, self._pauses = min(pause, LONGEST_PAUSE), self._pauses + 1
 
     def _go_on(self, rates: dict[int, float], best: int) -> None:

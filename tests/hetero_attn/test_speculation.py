@@ -161,6 +161,16 @@ def test_a_drafter_that_has_to_catch_up_costs_little(acceptance):
     assert first >= 0.9 and min(later) >= 0.95
 
 
+def test_ngrams_whose_first_passes_were_slow_are_tried_again_soon():
+    """A clock that was wrong says nothing of a drafter that costs nothing: they were off for 67 passes."""
+    width, costs = Width(0.8), PassCosts()
+    measured(costs)
+    for _ in range(3):
+        costs.observe(2, 5.0)
+
+    assert width.choose(costs, 1) == 1 and width.pause <= 8
+
+
 def test_what_drafts_cost_is_known_before_wide_passes_are_tried():
     costs = PassCosts(step_share=0.1)
     measured(costs)

@@ -26,7 +26,7 @@ from placement.cost.drafts import pass_s
 PASSAGE = (
     'The "finally" clause is always executed before leaving the "try" statement, whether an exception has occurred or '
     'not. When an exception has occurred in the "try" clause and has not been handled by an "except" clause, it is '
-    'raised again after the "finally" clause has been executed.\n\n'
+    're-raised after the "finally" clause has been executed.\n\n'
 )
 # A passage that is asked for once more, a list that models hardly go on with, and prose.
 TEXTS = {
