@@ -5,8 +5,8 @@
 # make clean  remove .venv and everything that was built
 #
 # PYTHON names the interpreter (3.11 or newer) that the environment is made from. WORKERS is how many processes share the
-# test files out, where pytest-xdist is installed; each takes up to 4 GB: 3 where there are 12 GB, which keep two cores
-# busy, else 2. 0: none beside pytest itself.
+# test files out, where pytest-xdist is installed; each takes up to 4 GB and two cores: three on two cores take a quarter
+# longer than two. 0: none beside pytest itself.
 #
 # Which torch: one that PYTHON can already import is used as it is, so a CUDA machine keeps its own build. Otherwise a
 # machine with an NVIDIA GPU gets the default build, and every other machine the release that is known to be a CPU build
@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CLIENTS := $(VENV)/.clients
 CPU_TORCH := torch==2.13.0
-WORKERS ?= $(shell awk '/^MemAvailable/ { print ($$2 > 12000000) ? 3 : 2 }' /proc/meminfo 2>/dev/null || echo 2)
+WORKERS ?= 2
 
 USABLE_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 CUDA_TORCH := import torch; assert torch.version.cuda
