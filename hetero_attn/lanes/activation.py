@@ -19,6 +19,8 @@ class Activation:
 
     def columns(self, start: int, stop: int) -> "Activation":
         """Columns [start, stop) of both sides."""
+        if start == 0 and stop == self.main.shape[1]:
+            return self
         return self._map(lambda side: side[:, start:stop])
 
     def shaped(self, rows: int, width: int) -> "Activation":
@@ -33,3 +35,13 @@ class Activation:
     def _map(self, view: Callable[[torch.Tensor], torch.Tensor]) -> "Activation":
         device, host = self.device, self.host
         return Activation(None if device is None else view(device), None if host is None else view(host))
+
+
+def behind(values: torch.Tensor, start: int) -> torch.Tensor:
+    """Columns from `start` on: the tensor itself for all of them, since a view costs as much as a check of it."""
+    return values[:, start:] if start else values
+
+
+def before(values: torch.Tensor, stop: int) -> torch.Tensor:
+    """Columns before `stop`, as `behind`."""
+    return values if stop == values.shape[1] else values[:, :stop]

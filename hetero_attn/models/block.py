@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hetero_attn.lanes.activation import Activation
+from hetero_attn.lanes.activation import Activation, before
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.linear import NOTHING, LinearWeights, SplitInput, linear, linear_add
@@ -103,7 +103,7 @@ class Norm:
 
 def normalize(lanes: Lanes, norm: Norm, residual: Activation, normed: Activation, to_host: bool) -> None:
     """Normalise the residual into `normed`, and bring it to the host if the CPU lane will need it."""
-    norm.apply(lanes.main_ops, residual.main[:, : norm.width], normed.main)
+    norm.apply(lanes.main_ops, before(residual.main, norm.width), normed.main)
     if to_host:
         lanes.push(normed, 0, norm.width)
 

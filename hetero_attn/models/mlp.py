@@ -3,7 +3,7 @@
 import torch
 
 from cpu_kernels.contract import Ops
-from hetero_attn.lanes.activation import Activation
+from hetero_attn.lanes.activation import Activation, behind
 from hetero_attn.models.block import (
     Block,
     BlockWeights,
@@ -37,7 +37,9 @@ class Mlp(MlpDeclaration, Block):
         column = first.device_features(tier)
         computed = column // self._columns
         if first.has_host_features(tier):
-            lanes.on_host(lambda: self._apply(lanes.host_ops, wide.host[:, column:], activated.host[:, computed:]))
+            lanes.on_host(
+                lambda: self._apply(lanes.host_ops, behind(wide.host, column), behind(activated.host, computed))
+            )
         width, inputs = self.down.in_features, None
         if column:
             ops, on_device = lanes.device.ops, (wide.device[:, :column], activated.device[:, :computed])

@@ -96,11 +96,11 @@ class _Side:
     def per_head(self, activation: Activation) -> torch.Tensor:
         """Its query heads of an activation, [rows, heads, head_dim]."""
         tensor = self.of(activation)
-        return tensor.view(tensor.shape[0], -1, self.parameters.head_dim)[:, self.heads]
+        return _of_heads(tensor.view(tensor.shape[0], -1, self.parameters.head_dim), self.heads)
 
     def partial(self, out: Activation, lse: Activation) -> Partial:
         """Its query heads of results."""
-        return Partial(self.per_head(out), self.of(lse)[:, self.heads])
+        return Partial(self.per_head(out), _of_heads(self.of(lse), self.heads))
 
     def finish(self, qkv: Activation, out: Activation, lse: Activation) -> None:
         """Count its heads' sinks in what is attended over all their keys, and multiply that by their gates."""
@@ -179,12 +179,17 @@ def _writers(run: Run, view: KvView, parameters: AttentionParameters) -> Iterato
         yield _Side("device", lanes.device.ops, pool.recent, layer, slice(owned), slice(heads), parameters)
 
 
+def _of_heads(values: torch.Tensor, heads: slice) -> torch.Tensor:
+    """Some heads of [rows, heads, ...]; all of them without another view."""
+    return values[:, heads] if heads.start or heads.stop is not None else values
+
+
 def _rows_of(buffers: AttentionBuffers, part: Part, step: Step) -> AttentionBuffers:
     return buffers if part.rows == step.rows else buffers.rows(part.first, part.first + part.rows)
 
 
 def _store(side: _Side, step: Step, view: KvView, qkv: Activation, query: Activation) -> None:
-    units = side.of(qkv).view(step.rows, side.parameters.num_kv_heads, -1)[:, side.kv_heads]
+    units = _of_heads(side.of(qkv).view(step.rows, side.parameters.num_kv_heads, -1), side.kv_heads)
     side.norm_values(units)
     side.ops.rope_append(
         units,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hetero_attn.lanes.activation import Activation
+from hetero_attn.lanes.activation import Activation, behind
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.ops.expert_slots import ExpertSlots
 from hetero_attn.spec.weights import LinearSpec
@@ -53,8 +53,8 @@ class LinearWeights:
 
     def device_units(self, tier: int) -> int:
         """Units computed on the GPU, resident and streamed, in this row tier."""
-        gpu, stream, _ = self.placement.cut(tier)
-        return gpu + stream
+        placement = self.placement
+        return placement.gpu_units + placement.stream_units[tier]
 
     def device_inputs(self, tier: int) -> int:
         """Input features of a row cut that the GPU multiplies in this row tier; the CPU lane takes those behind
@@ -98,7 +98,8 @@ class LinearWeights:
         """The blocks that the CPU lane computes in place."""
         if self.spec.row_unit:
             return self.dram
-        return self.dram[self._dram_block(self.device_units(tier)) :]
+        first = self._dram_block(self.device_units(tier))
+        return self.dram[first:] if first else self.dram
 
     def gpu_copy(self, gpu_units: int) -> torch.Tensor:
         """The copies in host memory of the first `gpu_units` units; an elastic plan only."""
@@ -181,7 +182,7 @@ def run_on_host(
     """
     start = weights.device_features(tier)
     bias = None if weights.bias.host is None else weights.bias.host[start:]
-    lanes.host_ops.linear(x.host, weights.host_weight(tier), weights.spec.format, bias, out.host[:, start:], add)
+    lanes.host_ops.linear(x.host, weights.host_weight(tier), weights.spec.format, bias, behind(out.host, start), add)
 
 
 def linear(
