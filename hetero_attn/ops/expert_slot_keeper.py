@@ -14,6 +14,7 @@ experts that they were loaded with, since otherwise a token would depend on what
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from hetero_attn.lanes.lanes import Lanes
@@ -39,22 +40,24 @@ class Noted(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """A layer that has expert slots."""
+    """A layer that has expert slots; into, experts: views of each slot and of each expert in DRAM, made once."""
 
     linear: LinearWeights
     slots: ExpertSlots
+    into: tuple[torch.Tensor, ...]
+    experts: tuple[torch.Tensor, ...]
 
     def copy_in(self, lanes: Lanes, slot: int, expert: int, stream: Any) -> None:
         """Queue the copy of an expert into a slot that no table names."""
-        lanes.device.copy(self.slots.memory[slot], self.linear.dram[expert - self.linear.first_dram_unit], stream)
+        lanes.device.copy(self.into[slot], self.experts[expert - self.linear.first_dram_unit], stream)
 
 
 class _Exchanges(NamedTuple):
     """Experts that come into slots, int64 [experts] each: which layer, which slot, which expert."""
 
-    layers: torch.Tensor
-    slots: torch.Tensor
-    experts: torch.Tensor
+    layers: np.ndarray
+    slots: np.ndarray
+    experts: np.ndarray
 
 
 class SlotKeeper:
@@ -111,7 +114,8 @@ class SlotKeeper:
         self._mirror = torch.full((size,), -1, dtype=torch.int32, device="cpu")
         self._table = self._mirror[: layers * experts].view(layers, experts)
         self._held = self._mirror[layers * experts :]
-        self._first_held = torch.tensor([0, *counts[:-1]], device="cpu").cumsum(0)
+        self._first_held = np.cumsum([0, *counts[:-1]])
+        self._first_of = experts * np.arange(layers)[:, None]  # of a layer, among the experts of all
 
     def _open_layer(self, index: int, linear: LinearWeights, placement: LinearPlacement) -> None:
         lanes, (layers, experts), count = self._lanes, self._table.shape, placement.expert_slots
@@ -119,17 +123,17 @@ class SlotKeeper:
         memory = lanes.device.empty((count, linear.dram.shape[1]), torch.uint8, KIND)
         first = int(self._first_held[index])
         slots = ExpertSlots(self._own(memory), tables[index], held[first : first + count], self._chosen[index])
-        self._layers.append(_Layer(linear, slots))
+        self._layers.append(_Layer(linear, slots, memory.unbind(0), linear.dram.unbind(0)))
         latest = torch.where(self._is_outside[index], self._last[index], -NEVER).argsort(descending=True)[:count]
         for slot, expert in enumerate(latest.tolist()):
             self._layers[-1].copy_in(lanes, slot, expert, lanes.device.compute)
-        self._seat(_Exchanges(torch.full((count,), index, device="cpu"), torch.arange(count, device="cpu"), latest))
+        self._seat(_Exchanges(np.full(count, index), np.arange(count), latest.numpy()))
         linear.expert_slots = slots
 
     def _seat(self, coming: _Exchanges) -> None:
         """Let the table name slots whose experts are there."""
-        self._table[coming.layers, coming.experts] = coming.slots.int()
-        self._held[self._first_held[coming.layers] + coming.slots] = coming.experts.int()
+        self._table.numpy()[coming.layers, coming.experts] = coming.slots
+        self._held.numpy()[self._first_held[coming.layers] + coming.slots] = coming.experts
 
     def _own(self, memory: torch.Tensor) -> torch.Tensor:
         self._owned.append(memory)
@@ -168,16 +172,18 @@ class SlotKeeper:
         """After a step of so many rows that has ended: count its picks, and begin to bring in what they miss."""
         if not self._layers:
             return Noted(0, 0, 0)
-        chosen = self._chosen[:, : min(rows, NOTED_ROWS)].flatten(1).long()
-        hits = int((self._table.gather(1, chosen) >= 0).sum())
+        # numpy: an operation on tables of this size takes it a microsecond or two, torch three to twenty times that.
+        chosen = self._chosen.numpy()[:, : min(rows, NOTED_ROWS)].reshape(len(self._layers), -1)
+        at = self._first_of + chosen
+        hits = int(np.count_nonzero(self._table.numpy().ravel()[at] >= 0))
         self._steps += rows == 1
         if rows == 1 and self._steps % EVERY_STEPS == 0:
-            self._observe(chosen)
-        times = torch.arange(1, chosen.shape[1] + 1, device="cpu") + self._clock
+            self._observe(torch.from_numpy(chosen).long())
+        # Later than all times before; of an expert that several rows chose the last one stays.
+        self._last.numpy().ravel()[at] = np.arange(self._clock + 1, self._clock + 1 + chosen.shape[1])
         self._clock += chosen.shape[1]
-        self._last.scatter_reduce_(1, chosen, times.expand_as(chosen), "amax")
         inserts = 0 if self._arrived is not None or not self._inserts else self._bring_in(self._leave())
-        return Noted(chosen.numel(), hits, inserts)
+        return Noted(chosen.size, hits, inserts)
 
     def _observe(self, chosen: torch.Tensor) -> None:
         """Count how many experts were chosen since each pick's last time, at the place behind all for the first time;
@@ -208,16 +214,16 @@ class SlotKeeper:
 
     def _leave(self) -> _Exchanges:
         """Take the experts out of the table that were chosen earlier than some outside; those come into their slots."""
-        is_inside = self._table >= 0
-        waiting = torch.where(self._is_outside & ~is_inside, self._last, -NEVER)
-        staying = torch.where(is_inside, self._last, NEVER)
-        count = min(self._inserts, self._table.shape[1])
-        newest, outside = waiting.topk(count, 1)
-        oldest, inside = staying.topk(count, 1, largest=False)
-        layers, places = ((newest > oldest) & self._may_change).nonzero().unbind(1)
+        table, last = self._table.numpy(), self._last.numpy()
+        is_inside, count = table >= 0, min(self._inserts, table.shape[1])
+        waiting = np.where(self._is_outside.numpy() & ~is_inside, last, -NEVER)
+        staying = np.where(is_inside, last, NEVER)
+        newest, outside = (found.numpy() for found in torch.from_numpy(waiting).topk(count, 1))
+        oldest, inside = (found.numpy() for found in torch.from_numpy(staying).topk(count, 1, largest=False))
+        layers, places = ((newest > oldest) & self._may_change.numpy()).nonzero()
         leaving, coming = inside[layers, places], outside[layers, places]
-        slots = self._table[layers, leaving].long()
-        self._table[layers, leaving] = -1
+        slots = table[layers, leaving]
+        table[layers, leaving] = -1
         return _Exchanges(layers, slots, coming)
 
     def _bring_in(self, coming: _Exchanges) -> int:
