@@ -218,11 +218,11 @@ class _Bench:
             cost, self._terms(phase, cost), cost.rows / speed, spent.handover_s / max(1, passes), on_cpu
         )
         label = f"{name} @ d{self._depth}" if self._depth else name
-        hits = self._expert_hits(experts) if phase == "decode" and experts.steps else None
+        hits = self._expert_hits(experts, cost) if phase == "decode" and experts.steps else None
         return BenchRow(label, speed, speeds[0], speeds[-1], cost.tokens_per_s, read, ceiling, terms, hits)
 
-    def _expert_hits(self, counts: ExpertCounts) -> tuple[float, float]:
-        return expert_slot_hits(self._plan.workload, self._plan.linears), counts.hit_rate
+    def _expert_hits(self, counts: ExpertCounts, cost: PhaseCost) -> tuple[float, float]:
+        return expert_slot_hits(self._plan.workload, self._plan.linears, cost.batch_steps), counts.hit_rate
 
     def _terms(self, phase: str, cost: PhaseCost) -> Counter[str]:
         """Seconds of one step or prompt by kind of work, at the context of the prediction."""

@@ -12,17 +12,20 @@ from placement.plan.warm import hit_rate
 from placement.plan.workload import Workload
 
 
-def expert_hits(workload: Workload, shard: LinearShard, placement: LinearPlacement, call: Call) -> float:
-    """The expected share, of the experts that a pass reads, that are in expert slots."""
-    hits = hit_rate(workload, shard, placement, call.sequences)
+def expert_hits(
+    workload: Workload, shard: LinearShard, placement: LinearPlacement, call: Call, batch_steps: int
+) -> float:
+    """The expected share, of the experts that a pass reads, that are in expert slots. batch_steps: as in `hit_rate`."""
+    hits = hit_rate(workload, shard, placement, call.sequences, batch_steps)
     return shard.served(call.rows, placement.expert_slots, hits)
 
 
-def inserted_experts(workload: Workload, shard: LinearShard, placement: LinearPlacement, call: Call) -> float:
+def inserted_experts(
+    workload: Workload, shard: LinearShard, placement: LinearPlacement, call: Call, batch_steps: int
+) -> float:
     """Experts of a layer that are expected to be brought into its expert slots behind a pass: those it missed, up to
-    the most that there may be."""
+    the most that there may be, once in so many steps."""
     if not (shard.same_bits and workload.inserts):
         return 0.0
-    touched = shard.touched(call.rows, call.together)
-    missed = touched * placement.dram_units * (1.0 - expert_hits(workload, shard, placement, call))
-    return min(workload.inserts, missed)
+    touched, hits = shard.touched(call.rows, call.together), expert_hits(workload, shard, placement, call, batch_steps)
+    return min(workload.inserts / batch_steps, touched * placement.dram_units * (1.0 - hits))

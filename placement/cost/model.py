@@ -28,18 +28,20 @@ then one stage of max(cpu, gpu) with one hand-over, rows in and the partial sum 
 four.
 
 Expert slots (placement.cost.experts) take from cpu_i the share of the experts that they are expected to hold. No step
-waits for what is brought into them: that takes the time that the bus has left, and slows the CPU lane meanwhile.
+waits for what is brought into them: that takes the time that the bus has left, and slows the CPU lane meanwhile. Where
+it has too little for those of a step, a batch of copies takes several steps, and the slots serve less.
 
 All coefficients are linear in units, KV heads and bytes, so the planner optimises exactly what is predicted here.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from math import fsum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from placement.cost.attention import attention_cost, attention_handovers
 from placement.cost.experts import expert_hits, inserted_experts
+from placement.cost.tally import Tally
 from placement.cost.terms import (
     Call,
     LinearCost,
@@ -59,15 +61,18 @@ from placement.plan.placed import PlacedLayer, placed_layers
 from placement.plan.shards import KvShard, LinearShard
 from placement.plan.workload import Workload, row_tier
 
+BATCH_STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # that a batch of copies into expert slots may take
+
 
 class PassCost(NamedTuple):
     """Seconds of one pass: those expected, and those if all that could run side by side did; the seconds that each
-    resource needs by itself, and those of each kind of work."""
+    resource needs by itself, and those of each kind of work. batch_steps: as in `PhaseCost`."""
 
     seconds: float
     overlapped_s: float
     lanes: dict[str, float]
     terms: dict[str, float]
+    batch_steps: int = 1
 
 
 def pass_cost(
@@ -95,7 +100,16 @@ def layers_pass_cost(
     with_head: bool = True,
 ) -> PassCost:
     """`pass_cost` of a placement whose different layers are known, for who asks it of several passes."""
-    tally = _Tally(workload, hardware, call, on_gpu)
+
+    for batch_steps in BATCH_STEPS:
+        tally = _tallied(Tally(workload, hardware, call, on_gpu, batch_steps), layers, with_head)
+        if tally.has_time_for_inserts:
+            break
+    return _cost_of(tally, layers, with_head)
+
+
+def _tallied(tally: Tally, layers: Sequence[PlacedLayer], with_head: bool) -> Tally:
+    workload, hardware, call, on_gpu = tally.workload, tally.hardware, tally.call, tally.on_gpu
     small, step = small_ops_s(workload, call, hardware, on_gpu), step_s(workload, call, hardware, on_gpu, with_head)
     for parts in (tally.lanes["steps"], tally.lanes["gpu" if on_gpu else "cpu"], tally.terms["small_ops"]):
         parts.append(small)
@@ -103,6 +117,12 @@ def layers_pass_cost(
     for layer in layers:
         tally.times = layer.times
         _add_layer(tally, layer, with_head)
+    return tally
+
+
+def _cost_of(tally: Tally, layers: Sequence[PlacedLayer], with_head: bool) -> PassCost:
+    workload, hardware, call, on_gpu = tally.workload, tally.hardware, tally.call, tally.on_gpu
+    step = step_s(workload, call, hardware, on_gpu, with_head)
     lanes, terms = ({name: fsum(parts) for name, parts in sums.items()} for sums in (tally.lanes, tally.terms))
     one_by_one = lanes["cpu"] + lanes["gpu"] + lanes["pcie"] + terms["handovers"]
     per_copy, per_read = interference(hardware)
@@ -118,10 +138,10 @@ def layers_pass_cost(
     work = overlapped + lost * max(0.0, one_by_one - overlapped)
     not_hidden = max(0.0, queueing_s(workload, layers, call, hardware, on_gpu) - work)
     terms["step"] += not_hidden
-    return PassCost(work + not_hidden + step, overlapped + not_hidden + step, lanes, terms)
+    return PassCost(work + not_hidden + step, overlapped + not_hidden + step, lanes, terms, tally.batch_steps)
 
 
-def _add_layer(tally: "_Tally", layer: PlacedLayer, with_head: bool) -> None:
+def _add_layer(tally: Tally, layer: PlacedLayer, with_head: bool) -> None:
     """Add a layer, as often as there is one like it."""
     paired = {shard.block for shard, _ in layer.linears if shard.row_cut}
     attending, cpu_units = "", 0
@@ -137,65 +157,14 @@ def _add_layer(tally: "_Tally", layer: PlacedLayer, with_head: bool) -> None:
     tally.end_blocks()
 
 
-class _Tally:
-    """Seconds of a pass, by resource and by kind of work; kept apart, because their exact sum is the same whatever the
-    order of the layers. times: how often what is added is there."""
-
-    def __init__(self, workload: Workload, hardware: HardwareProfile, call: Call, on_gpu: bool) -> None:
-        self.workload, self.hardware, self.call, self.on_gpu = workload, hardware, call, on_gpu
-        self.times = 1
-        self.lanes: dict[str, list[float]] = {name: [] for name in RESOURCES}
-        self.terms: dict[str, list[float]] = {name: [] for name in TERMS}
-        self.before_head_s: list[float] = []
-        self.reads_s: list[float] = []
-        self.inserts_s: list[float] = []
-        self.head_s = 0.0
-        self._blocks: dict[str, list[float]] = {}
-        self._once: dict[Hashable, Any] = {}
-
-    def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives for the first of equal layers; the others have it from here."""
-        if key not in self._once:
-            self._once[key] = compute()
-        return self._once[key]
-
-    def add_stage(
-        self, kind: str, cpu_s: float, gpu_s: float, handovers_s: float, launch_s: float, block: str | None = None
-    ) -> None:
-        """Both lanes side by side, then the hand-overs. kind: linears | attention. block: of which this is a part; its
-        lanes meet at its end only."""
-        own = 0.0 if self.on_gpu else launch_s
-        self.add(self.lanes["steps"], handovers_s + launch_s)
-        if block is None:
-            self.add(self.lanes["steps"], max(cpu_s, gpu_s))
-        else:
-            sums = self._blocks.setdefault(block, [0.0, 0.0])
-            sums[0] += cpu_s
-            sums[1] += gpu_s
-        self.add(self.lanes["cpu"], cpu_s + own)
-        self.add(self.lanes["gpu"], gpu_s + (launch_s - own))
-        self.add(self.terms[f"cpu_{kind}"], cpu_s + own)
-        self.add(self.terms[f"gpu_{kind}"], gpu_s + (launch_s - own))
-        self.add(self.terms["handovers"], handovers_s)
-
-    def add(self, parts: list[float], seconds: float) -> None:
-        """Add seconds of every layer that is like this one; what is nothing is left out."""
-        if seconds:
-            parts.extend([seconds] * self.times)
-
-    def end_blocks(self) -> None:
-        """Add the slower lane of every block."""
-        for sums in self._blocks.values():
-            self.add(self.lanes["steps"], max(sums))
-        self._blocks.clear()
-
-
-def _add_linear(tally: _Tally, shard: LinearShard, placement: LinearPlacement, block: str | None) -> int:
+def _add_linear(tally: Tally, shard: LinearShard, placement: LinearPlacement, block: str | None) -> int:
     """Add one linear; returns the units that the CPU computes."""
     workload, hardware, call = tally.workload, tally.hardware, tally.call
     rows = call.logits_rows if shard.is_head else call.rows
     home, streamed, cpu_units = placement.cut(row_tier(rows))
-    on_cpu = cpu_units * (1.0 - expert_hits(workload, shard, placement, call)) if placement.expert_slots else cpu_units
+    on_cpu: float = cpu_units
+    if placement.expert_slots:
+        on_cpu *= 1.0 - expert_hits(workload, shard, placement, call, tally.batch_steps)
 
     def computed() -> LinearCost:
         if tally.on_gpu:
@@ -221,14 +190,12 @@ def _add_linear(tally: _Tally, shard: LinearShard, placement: LinearPlacement, b
     tally.add(tally.before_head_s, copy_s * (not shard.is_head))
     tally.add(tally.terms["copies"], copy_s)
     if placement.expert_slots:
-        inserted = inserted_experts(workload, shard, placement, call) * shard.unit_bytes
+        inserted = inserted_experts(workload, shard, placement, call, tally.batch_steps) * shard.unit_bytes
         tally.add(tally.inserts_s, inserted / hardware.h2d_bytes_per_s)
     return cpu_units
 
 
-def _add_attention(
-    tally: _Tally, shard: KvShard, placement: KvPlacement, cpu_qkv_units: int, block: str | None
-) -> None:
+def _add_attention(tally: Tally, shard: KvShard, placement: KvPlacement, cpu_qkv_units: int, block: str | None) -> None:
     """Add one layer's attention."""
     workload, hardware, call = tally.workload, tally.hardware, tally.call
     cost = tally.once(
@@ -280,7 +247,7 @@ def predict(
     if phase == "decode":
         cost = layers_pass_cost(workload, layers, hardware, Call(rows, 1, context, drafts), on_gpu)
         parts = tuple(cost.lanes.items()), tuple(cost.terms.items())
-        return PhaseCost(phase, rows, context, cost.seconds, *parts, cost.overlapped_s)
+        return PhaseCost(phase, rows, context, cost.seconds, *parts, cost.overlapped_s, cost.batch_steps)
     if phase != "prefill":
         raise ValueError(f"phase must be decode or prefill, got {phase!r}")
     total, overlapped = 0.0, 0.0

@@ -41,7 +41,8 @@ class PhaseCost:
     phase: decode | prefill; rows: sequences of a decode step or tokens of a prompt; context: tokens cached before;
     seconds: of the step or of the whole prompt; lanes: seconds each resource needs when nothing waits. terms: seconds
     of each kind of work by itself (one of TERMS); lanes work side by side, so they sum to more than `seconds`.
-    overlapped_s: seconds if lanes overlapped in full, at most `seconds`; 0 is unknown.
+    overlapped_s: seconds if lanes overlapped in full, at most `seconds`; 0 is unknown. batch_steps: how many
+    steps a batch of copies into expert slots takes on the bus, beside what else is there.
     """
 
     phase: str
@@ -51,6 +52,7 @@ class PhaseCost:
     lanes: tuple[tuple[str, float], ...]
     terms: tuple[tuple[str, float], ...] = ()
     overlapped_s: float = 0.0
+    batch_steps: int = 1
 
     @property
     def most_tokens_per_s(self) -> float:

@@ -85,7 +85,8 @@ def plan_table(plan: ShownPlan, width: int) -> str:
         rows = plan_rows(plan.workload.linears, plan.linears)
         say(f"weights: {'; '.join(f'{row.label} {_format(plan, row)}' for row in rows)}")
     console.print(_memory(plan, is_wide))
-    for line in (experts_line(plan.workload), expert_slots_line(plan.workload, plan.linears)):
+    batch_steps = 1 if plan.predicted is None else plan.predicted.decode.batch_steps
+    for line in (experts_line(plan.workload), expert_slots_line(plan.workload, plan.linears, batch_steps)):
         if line:
             say(line)
     say(kv_line(plan))

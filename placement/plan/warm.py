@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import log2
 
 from placement.plan.heat import by_gain
 from placement.plan.memory import LinearPlacement, expert_slot_bytes
@@ -10,50 +11,60 @@ from placement.plan.units import format_bytes
 from placement.plan.workload import Workload
 
 GIB = 1 << 30
-TAKEN_IN = 0.5  # as a drawn trace of the published reuse has it, with 24 to 64 of 128 experts in slots
+# As a drawn trace of the published reuse has them, with 24 to 64 of 128 experts in slots.
+TAKEN_IN, LATER = 0.5, 0.1
+STILL_POPULAR = 0.4
 ROUNDS = 6
 
 
-def hit_rate(workload: Workload, shard: LinearShard, placement: LinearPlacement, sequences: int = 1) -> float:
+def hit_rate(
+    workload: Workload, shard: LinearShard, placement: LinearPlacement, sequences: int = 1, batch_steps: int = 1
+) -> float:
     """The expected share of one row's picks, of experts that are not at home on the GPU, that expert slots serve.
 
     A curve by recency is of slots that take in all they miss. Where they may take in only a share r of that, they gain
-    r^TAKEN_IN of what recency gains; what is missed then follows from itself.
+    r^TAKEN_IN of what recency gains; what is missed then follows from itself. batch_steps: how many steps a batch of
+    copies takes, in which no other begins: what arrives late gains less, LATER for each doubling, beside experts of any
+    time, of whose popularity STILL_POPULAR is left.
     """
     at = placement.expert_slots // sequences * placement.units // placement.dram_units
     hits = recent = shard.curve(by_recency=workload.inserts > 0)[at]
-    fixed = min(recent, shard.curve(by_recency=False)[at])
+    fixed, power = min(recent, shard.curve(by_recency=False)[at]), TAKEN_IN
+    if batch_steps > 1 and workload.inserts and shard.same_bits:
+        any_time = min(fixed, at / placement.units)
+        fixed, power = any_time + STILL_POPULAR * (fixed - any_time), TAKEN_IN + LATER * log2(batch_steps)
     for _ in range(ROUNDS if recent > fixed else 0):
         missed = shard.picks * (1.0 - hits)
-        taken = min(1.0, workload.inserts / missed) if missed else 1.0
-        hits = fixed + (recent - fixed) * taken**TAKEN_IN
+        taken = min(1.0, workload.inserts / batch_steps / missed) if missed else 1.0
+        hits = fixed + (recent - fixed) * taken**power
     return hits
 
 
-def mean_hit_rate(workload: Workload, linears: Sequence[LinearPlacement]) -> float:
+def mean_hit_rate(workload: Workload, linears: Sequence[LinearPlacement], batch_steps: int = 1) -> float:
     """Over all layers with experts, the expected share of one row's picks that are in GPU memory: in expert slots, or
     at home there."""
 
     def share(shard: LinearShard, placement: LinearPlacement) -> float:
-        hits = hit_rate(workload, shard, placement) if placement.expert_slots else 0.0
+        hits = hit_rate(workload, shard, placement, batch_steps=batch_steps) if placement.expert_slots else 0.0
         return (placement.gpu_units + placement.dram_units * hits) / shard.units
 
     found = [share(*pair) for pair in zip(workload.linears, linears, strict=True) if pair[0].picks]
     return sum(found) / len(found) if found else 0.0
 
 
-def expert_slot_hits(workload: Workload, linears: Sequence[LinearPlacement]) -> float:
+def expert_slot_hits(workload: Workload, linears: Sequence[LinearPlacement], batch_steps: int = 1) -> float:
     """Over the layers with expert slots, the expected share of one row's picks that is in them; 0 without any."""
     found = [
-        placement.dram_units * hit_rate(workload, shard, placement) / shard.units
+        placement.dram_units * hit_rate(workload, shard, placement, batch_steps=batch_steps) / shard.units
         for shard, placement in zip(workload.linears, linears, strict=True)
         if placement.expert_slots
     ]
     return sum(found) / max(1, len(found))
 
 
-def expert_slots_line(workload: Workload, linears: Sequence[LinearPlacement]) -> str:
-    """The expert slots of a plan, what they are expected to serve, and what one GiB more would; empty without any."""
+def expert_slots_line(workload: Workload, linears: Sequence[LinearPlacement], batch_steps: int = 1) -> str:
+    """The expert slots of a plan, what they are expected to serve, and what one GiB more would; empty without any.
+    batch_steps: as in `hit_rate`, of a decode step."""
     pairs = [pair for pair in zip(workload.linears, linears, strict=True) if pair[1].expert_slots]
     if not pairs:
         return ""
@@ -62,11 +73,12 @@ def expert_slots_line(workload: Workload, linears: Sequence[LinearPlacement]) ->
     measured = all(shard.heat is not None for shard, _ in pairs)
     source = "as profiled" if measured else "assumed, `hetero-attn profile --routes` follows a text"
     moves = workload.inserts and all(shard.same_bits for shard, _ in pairs)
-    kept = f"at most {workload.inserts} a layer copied in behind a step" if moves else "always the same experts"
+    often = "a step" if batch_steps == 1 else f"every {batch_steps} steps, for the bus has no time for more"
+    kept = f"at most {workload.inserts} a layer copied in behind {often}" if moves else "always the same experts"
     return (
         f"expert slots: {each} a layer, {format_bytes(size)}, {kept}; expected to serve "
-        f"{mean_hit_rate(workload, linears):.0%} of a token's picks ({source}), with 1 GiB more for them "
-        f"{mean_hit_rate(workload, _with_more(workload, linears, GIB)):.0%}"
+        f"{mean_hit_rate(workload, linears, batch_steps):.0%} of a token's picks ({source}), with 1 GiB more for them "
+        f"{mean_hit_rate(workload, _with_more(workload, linears, GIB), batch_steps):.0%}"
     )
 
 

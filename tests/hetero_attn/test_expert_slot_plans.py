@@ -1,5 +1,6 @@
 """Expert slots in plans: memory by equal gain, what is expected of them beside what a traced table serves, rules."""
 
+import itertools
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -205,6 +206,42 @@ def test_what_fewer_copies_serve_is_predicted(plan, slots, inserts):
     assert hit_rate(replace(plan.workload, inserts=inserts), shard, placement) == pytest.approx(
         hits / ids.numel(), abs=0.035
     )
+
+
+@pytest.mark.parametrize("slots", [24, 48, 64])
+@pytest.mark.parametrize("steps", [2, 4, 12])
+def test_what_a_slow_bus_serves_is_predicted(plan, slots, steps):
+    """A batch of copies takes so many steps, in which no other begins: within 6 points of what the table served, which
+    a bus with time for all of them is far from."""
+    ids = trace(600)
+    heat = LayerHeat.of("", ids, EXPERTS).heat
+    keeper, linear = keeper_of(slots, 2, heat)
+    asked = itertools.count(1)
+    keeper._lanes.device.is_reached = lambda event: next(asked) % steps == 0
+    hits, inserts = followed(keeper, linear, ids)
+    shard, placement = replace(plan.workload.linears[2], heat=heat), replace(plan.linears[2], expert_slots=slots)
+    workload, served = replace(plan.workload, inserts=2), hits / ids.numel()
+
+    assert inserts <= 2 * (len(ids) // steps + 1)
+    assert hit_rate(workload, shard, placement, batch_steps=steps) == pytest.approx(served, abs=0.06)
+    assert hit_rate(workload, shard, placement) > served + 0.08
+
+
+def test_copies_are_no_more_than_the_bus_has_time_for(path):
+    """Predicted bytes into slots fit what the bus has left of a step; without a bus the slots serve a fixed set."""
+    plan = planned(path, policy=rules("rules:\n  - {match: layers.*.experts, expert_slots: 40, stream: 0.0}\n"))
+    machine, call = HardwareProfile.named("rtx3060-ddr4"), Call(1, 1, 64)
+    fixed = replace(plan.workload, inserts=0)
+    found = []
+    for divisor in (1, 30, 1000):
+        slow = replace(machine, h2d_bytes_per_s=machine.h2d_bytes_per_s / divisor)
+        cost = pass_cost(plan.workload, plan.linears, plan.kv, slow, call, True)
+        kept = pass_cost(fixed, plan.linears, plan.kv, slow, call, True)
+        found.append((cost.batch_steps, cost.terms["cpu_linears"] / kept.terms["cpu_linears"]))
+    steps, ratios = zip(*found, strict=True)
+
+    assert steps[0] == 1 < steps[1] < steps[2] == 64
+    assert ratios[0] < 0.8 and ratios == tuple(sorted(ratios)) and ratios[-1] == pytest.approx(1.0, abs=0.1)
 
 
 @pytest.mark.parametrize("slots", [16, 24, 48, 64])

@@ -1,0 +1,74 @@
+"""The seconds of a pass while they are added up, layer by layer."""
+
+from collections.abc import Callable, Hashable
+from math import fsum
+from typing import Any
+
+from placement.cost.terms import Call
+from placement.machine.hardware import HardwareProfile
+from placement.plan.phase import RESOURCES, TERMS
+from placement.plan.workload import Workload
+
+
+class Tally:
+    """Seconds of a pass, by resource and by kind of work; kept apart, because their exact sum is the same whatever the
+    order of the layers. times: how often what is added is there. batch_steps: as in `PhaseCost`, as it is supposed."""
+
+    def __init__(
+        self, workload: Workload, hardware: HardwareProfile, call: Call, on_gpu: bool, batch_steps: int
+    ) -> None:
+        self.workload, self.hardware, self.call, self.on_gpu = workload, hardware, call, on_gpu
+        self.batch_steps = batch_steps
+        self.times = 1
+        self.lanes: dict[str, list[float]] = {name: [] for name in RESOURCES}
+        self.terms: dict[str, list[float]] = {name: [] for name in TERMS}
+        self.before_head_s: list[float] = []
+        self.reads_s: list[float] = []
+        self.inserts_s: list[float] = []
+        self.head_s = 0.0
+        self._blocks: dict[str, list[float]] = {}
+        self._once: dict[Hashable, Any] = {}
+
+    @property
+    def has_time_for_inserts(self) -> bool:
+        """Whether the bus, which has nothing else to do while other lanes work on, makes the copies into expert slots
+        meanwhile."""
+        inserts_s = fsum(self.inserts_s)
+        lanes = {name: fsum(parts) for name, parts in self.lanes.items()} if inserts_s else {}
+        return not inserts_s or inserts_s <= max(lanes.values()) - lanes["pcie"]
+
+    def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives for the first of equal layers; the others have it from here."""
+        if key not in self._once:
+            self._once[key] = compute()
+        return self._once[key]
+
+    def add_stage(
+        self, kind: str, cpu_s: float, gpu_s: float, handovers_s: float, launch_s: float, block: str | None = None
+    ) -> None:
+        """Both lanes side by side, then the hand-overs. kind: linears | attention. block: of which this is a part; its
+        lanes meet at its end only."""
+        own = 0.0 if self.on_gpu else launch_s
+        self.add(self.lanes["steps"], handovers_s + launch_s)
+        if block is None:
+            self.add(self.lanes["steps"], max(cpu_s, gpu_s))
+        else:
+            sums = self._blocks.setdefault(block, [0.0, 0.0])
+            sums[0] += cpu_s
+            sums[1] += gpu_s
+        self.add(self.lanes["cpu"], cpu_s + own)
+        self.add(self.lanes["gpu"], gpu_s + (launch_s - own))
+        self.add(self.terms[f"cpu_{kind}"], cpu_s + own)
+        self.add(self.terms[f"gpu_{kind}"], gpu_s + (launch_s - own))
+        self.add(self.terms["handovers"], handovers_s)
+
+    def add(self, parts: list[float], seconds: float) -> None:
+        """Add seconds of every layer that is like this one; what is nothing is left out."""
+        if seconds:
+            parts.extend([seconds] * self.times)
+
+    def end_blocks(self) -> None:
+        """Add the slower lane of every block."""
+        for sums in self._blocks.values():
+            self.add(self.lanes["steps"], max(sums))
+        self._blocks.clear()
