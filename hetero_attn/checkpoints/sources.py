@@ -9,7 +9,7 @@ from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.quantised.checkpoint import QuantisedCheckpoint
 from hetero_attn.checkpoints.quantised.order import together
 from hetero_attn.checkpoints.quantised.scheme import read_scheme
-from hetero_attn.errors import CheckpointError, UnsupportedModelError
+from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.config import ModelConfig, tensor_names
 from hetero_attn.spec.decoder.model import model_spec
 from hetero_attn.spec.tensor_names import tensor_name
@@ -62,11 +62,6 @@ def open_source(path: Path) -> Checkpoint | GgufCheckpoint:
         return GgufCheckpoint.open(path)
     names = tensor_names(path)
     kind = QuantisedCheckpoint if is_quantised(path) else Checkpoint
-    if kind is QuantisedCheckpoint and names.grouped:
-        raise UnsupportedModelError(
-            f"{path}: quantised weights are not read where tensors hold rows of several linears in turn "
-            f"({', '.join(part for part, _ in names.grouped)}); take the model unquantised"
-        )
     needs_sizes = names.fused or names.grouped or names.is_turned
     return kind.open(path, names, ModelConfig.from_dir(path) if needs_sizes else None)
 

@@ -278,11 +278,3 @@ def test_lanes_of_a_model_with_states_are_not_simulated(models):
 
     with pytest.raises(UnsupportedModelError, match="Qwen3NextForCausalLM is not simulated"):
         Simulation(ModelConfig.from_dir(path), plan, HardwareProfile.named("emulated"))
-
-
-def test_quantised_files_whose_rows_come_in_turn_are_refused(models, tmp_path):
-    (tmp_path / "config.json").write_bytes((models["qwen3_next"] / "config.json").read_bytes())
-    edit_json(tmp_path / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
-
-    with pytest.raises(UnsupportedModelError, match="rows of several linears in turn"):
-        open_source(tmp_path)

@@ -110,7 +110,7 @@ def make_int4(
     plain = plain or make_checkpoint(folder / "plain", family, **SHAPE)
     tensors, stored = load_file(plain / "model.safetensors"), {}
     for seed, (name, values) in enumerate(sorted(tensors.items())):
-        if "_proj.weight" not in name:
+        if "_proj" not in name or not name.endswith(".weight") or values.shape[0] % 8:
             stored[name] = values.half() if values.dim() > 1 else values
             tensors[name] = stored[name].float()
             continue

@@ -155,7 +155,7 @@ def make_scaled(folder: Path, writers: dict[str, Writer], config: dict, *, plain
     tensors, stored = load_file(plain / "model.safetensors"), {}
     for seed, (name, values) in enumerate(sorted(tensors.items())):
         short = name.split(".")[-2].removesuffix("_proj")
-        writer = writers.get(short, writers[""]) if "_proj.weight" in name else None
+        writer = writers.get(short, writers[""]) if "_proj" in name and name.endswith(".weight") else None
         if writer is None:
             stored[name] = values.bfloat16() if values.dim() > 1 else values
             tensors[name] = stored[name].float()

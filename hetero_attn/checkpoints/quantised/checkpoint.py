@@ -14,7 +14,7 @@ from hetero_attn.checkpoints.quantised.find import find_modules
 from hetero_attn.checkpoints.quantised.module import Module, RowWriter
 from hetero_attn.checkpoints.quantised.order import SCATTERED_APART, apart
 from hetero_attn.checkpoints.quantised.scheme import read_scheme
-from hetero_attn.checkpoints.row_order import rows_of
+from hetero_attn.checkpoints.row_order import Runs, in_turn, rows_of, runs_between
 from hetero_attn.checkpoints.safetensors import SafetensorsFile
 from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.blocks import ModelSpec
@@ -39,11 +39,15 @@ _RAW_DTYPES = {
 
 
 class Piece(NamedTuple):
-    """Rows [first, first + rows) of a module, which are one linear of ours."""
+    """Rows of a module, which are one linear of ours; runs: of which the rows are made, in order."""
 
     module: Module
-    first: int
-    rows: int
+    runs: Runs
+
+    @property
+    def rows(self) -> int:
+        """How many they are."""
+        return sum(count for _, count in self.runs)
 
 
 class QuantisedCheckpoint(Checkpoint):
@@ -72,30 +76,42 @@ class QuantisedCheckpoint(Checkpoint):
         for module in modules.values():
             for name in module.names:
                 self._entries.pop(name)
-        fused = dict(tensor_names.fused)
+        fused, grouped = dict(tensor_names.fused), dict(tensor_names.grouped)
+        super()._cut_groups(grouped)
         super()._cut(fused)
-        self._modules = {name: piece for each in modules.values() for name, piece in self._pieces(each, fused)}
+        self._modules = {name: piece for each in modules.values() for name, piece in self._pieces(each, fused, grouped)}
         self._read: OrderedDict[str, RowWriter] = OrderedDict()
         self._lock = Lock()
 
     def _cut(self, fused: dict[str, tuple[str, ...]]) -> None:
         """Nothing yet: which tensors are codes, and which hold several of ours, is not known."""
 
-    def _pieces(self, module: Module, fused: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, Piece]]:
-        """(our name, its rows) of what a module holds: one linear, or several one below the other."""
+    def _cut_groups(self, grouped: dict[str, tuple[str, ...]]) -> None:
+        """Nothing yet, likewise."""
+
+    def _pieces(
+        self, module: Module, fused: dict[str, tuple[str, ...]], grouped: dict[str, tuple[str, ...]]
+    ) -> Iterator[tuple[str, Piece]]:
+        """(our name, its rows) of what a module holds: one linear, or several, one below the other or in turn."""
         if module.prefix.endswith(".gate_up_proj"):  # of an expert
             for index, name in enumerate(("gate_proj", "up_proj")):
                 half = module.out_features // 2
-                yield f"{module.prefix.removesuffix('gate_up_proj')}{name}.weight", Piece(module, index * half, half)
+                piece = Piece(module, ((index * half, half),))
+                yield f"{module.prefix.removesuffix('gate_up_proj')}{name}.weight", piece
             return
         layer, part, _ = split_name(f"{module.prefix}.weight")
-        if part not in fused:
-            yield f"{module.prefix}.weight", Piece(module, 0, module.out_features)
+        if part not in fused and part not in grouped:
+            yield f"{module.prefix}.weight", Piece(module, ((0, module.out_features),))
             return
         assert self._config is not None, f"{module.prefix} is cut by the sizes of a config, which is not given"
+        if part in grouped:
+            runs = in_turn(self.path, module.prefix, module.out_features, grouped[part], self._config)
+            for word, own in runs.items():
+                yield tensor_name(word, layer), Piece(module, own)
+            return
         rows = rows_of(self.path, module.prefix, module.out_features, fused[part], self._config)
-        for word, (first, count) in zip(fused[part], rows, strict=True):
-            yield tensor_name(word, layer), Piece(module, first, count)
+        for word, run in zip(fused[part], rows, strict=True):
+            yield tensor_name(word, layer), Piece(module, (run,))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -161,7 +177,9 @@ class QuantisedCheckpoint(Checkpoint):
         shape = (max(stop - first, 0), module.row_bytes // dtype.itemsize)
         out = torch.empty(shape, dtype=dtype, device="cpu") if out is None else out
         assert out.shape == shape and out.dtype == dtype and out.is_contiguous(), (name, out.shape, shape)
-        self._rows(module)(piece.first + first, piece.first + first + shape[0], out)
+        write = self._rows(module)
+        for at, count, to in runs_between(piece.runs, first, first + shape[0]):
+            write(at, at + count, out[to : to + count])
         self._turn(name, out)
         return out
 
