@@ -74,8 +74,12 @@ class HeteroAttn(Side):
             token_id = int(self._engine.decode_step([self._sequence], [token_id], copy=False)[0].argmax())
 
     def rewind(self, length: int) -> None:
-        """See Side."""
-        self._engine.kv_cache.rewind(self._sequence, length)
+        """See Side; a state of fixed size cannot go back but to its start."""
+        cache = self._engine.kv_cache
+        if not cache.rewind(self._sequence, length):
+            assert length == 0, "a model with states of fixed size is measured from an empty cache only"
+            cache.close(self._sequence)
+            self._sequence = cache.open()
 
     def batch(self, rows: int, steps: int) -> None:
         """See Side; the rows are sequences."""
@@ -143,9 +147,13 @@ class HeteroAttn(Side):
         """Seconds of a decode step at the present depth, and of its parts, turn by turn; medians.
 
         step_s: all of it, Python included. reading_s: its ops that read weights or cache, alone. linears_s: those that
-        read weights. sweep_s: a read-only sweep over the same weights.
+        read weights. sweep_s: a read-only sweep over the same weights. Nothing of a model whose steps are not recorded,
+        or read a few experts of many.
         """
         engine, length = self._engine, self.length
+        blocks = engine.weights.spec.blocks
+        if any(block.kind == "experts" or not block.records for block in blocks):
+            return {}
         weights = [linear.dram for linear in engine.weights.linears]
 
         def step() -> None:
