@@ -16,7 +16,7 @@ from torch.nn.functional import silu, softplus
 
 from hetero_attn.models.block import Block, BlockWeights, FixedView, Norm, normed_linear
 from hetero_attn.models.workspace import Workspace
-from hetero_attn.ops.delta import DeltaTokens, gated_delta, short_convolution, unit_length
+from hetero_attn.ops.delta import DeltaTokens, gated_delta, one_token, short_convolution, unit_length
 from hetero_attn.ops.linear import SplitInput, linear_add
 from hetero_attn.ops.run import Run
 from hetero_attn.spec.decoder.delta import DeltaDeclaration
@@ -36,7 +36,8 @@ class DeltaNet(DeltaDeclaration, Block):
         lanes.pull(projected, first.device_features(tier), self.first.out_features)
         gates = work.of(NORMED, self._config.hidden_size).main @ weights.vector("gates").main.T
         for rows, sequences in runs_of(run.step.sequence_ids.host.tolist()):
-            self._mix(weights, state, rows, (projected.main[rows], gates[rows], out.main[rows]), sequences)
+            parts = projected.main[rows], gates[rows], out.main[rows]
+            self._mix(weights, state, rows, parts, sequences, lanes.device is None)
         column = 0 if lanes.device is None else self._delta.value_width
         linear_add(lanes, last, tier, SplitInput(out, column), work.residual, work.scratch)
 
@@ -47,21 +48,30 @@ class DeltaNet(DeltaDeclaration, Block):
         rows: slice,
         parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         sequences: int,
+        on_host: bool,
     ) -> None:
         """Rows of so many sequences, each the same number of tokens; parts: of these rows the projections, the gates
-        and the output, which is written."""
+        and the output, which is written. on_host: whether the states are in host memory."""
         delta = self._delta
         projected, gates, out = (part.unflatten(0, (sequences, -1)) for part in parts)
         ids = state.sequence_ids[rows][:: out.shape[1]]
-        kept = state.values.index_select(0, ids)
+        # Of one sequence in host memory its own state, not a copy of it.
+        is_own = sequences == 1 and on_host
+        kept = state.values[int(ids[0])][None] if is_own else state.values.index_select(0, ids)
         matrices = kept[:, : self.matrix_size].view(sequences, delta.value_heads, delta.key_dim, delta.value_dim)
         inputs = kept[:, self.matrix_size :].view(sequences, delta.kernel - 1, delta.conv_width)
         units = projected.unflatten(-1, (delta.key_heads, -1))
         widths = [delta.rows_per_key_head(name) for name in ("delta_q", "delta_k", "delta_v", "delta_z")]
         *qkv, z = (part.flatten(2) for part in units[..., : sum(widths)].split(widths, -1))
         mixed, inputs = short_convolution(torch.cat(qkv, -1), inputs, weights.vector("conv").main)
-        mixed, matrices = gated_delta(self._tokens(weights, silu(mixed), gates), matrices)
-        state.values.index_copy_(0, ids, torch.cat([matrices.flatten(1), inputs.flatten(1)], -1))
+        tokens = self._tokens(weights, silu(mixed), gates)
+        if out.shape[1] == 1:
+            mixed = one_token(tokens, matrices)
+        else:
+            mixed, matrices = gated_delta(tokens, matrices)
+        if not is_own or out.shape[1] > 1:
+            state.values[:, : self.matrix_size].index_copy_(0, ids, matrices.flatten(1))
+        state.values[:, self.matrix_size :].index_copy_(0, ids, inputs.flatten(1))
         mixed = mixed.transpose(1, 2)  # (sequences, tokens, heads, value_dim)
         inverse = torch.rsqrt(mixed.square().mean(-1, keepdim=True) + self._config.rms_norm_eps)
         normed = (mixed * inverse * weights.vector("out_norm").main).flatten(2) * silu(z)

@@ -278,3 +278,19 @@ def test_lanes_of_a_model_with_states_are_not_simulated(models):
 
     with pytest.raises(UnsupportedModelError, match="Qwen3NextForCausalLM is not simulated"):
         Simulation(ModelConfig.from_dir(path), plan, HardwareProfile.named("emulated"))
+
+
+def test_one_token_is_the_rule_itself():
+    """In place, and beside a chunk of one, which solves a system."""
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(*shape):
+        return torch.randn(2, 3, *shape, generator=generator)
+
+    tokens = delta.DeltaTokens(drawn(1, 8), drawn(1, 8), drawn(1, 6), -drawn(1).abs(), drawn(1).sigmoid())
+    state = torch.randn(2, 160, generator=generator)[:, : 3 * 8 * 6].view(2, 3, 8, 6)  # sequences lie apart
+    expected, after = one_by_one(tokens, state)
+    chunked, _ = delta.gated_delta(tokens, state)
+    out = delta.one_token(tokens, state)
+
+    assert nmse(out, expected) <= EXACT and nmse(chunked, expected) <= EXACT and nmse(state, after) <= EXACT
