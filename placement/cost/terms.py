@@ -246,9 +246,26 @@ def queueing_s(
         for shard, placement in layer.linears
         if not shard.is_head
     )
-    layer_s = hardware.gpu_layer_overhead_s
-    product_s = hardware.gpu_product_overhead_s or layer_s / LINEARS_PER_LAYER
-    return layer_s * workload.num_layers + product_s * max(0, products - LINEARS_PER_LAYER * workload.num_layers)
+    more = max(0, products - LINEARS_PER_LAYER * workload.num_layers)
+    return hardware.gpu_layer_overhead_s * workload.num_layers + product_queueing_s(hardware) * more
+
+
+def product_queueing_s(hardware: HardwareProfile) -> float:
+    """What Python needs to queue one product more than a layer of the profile has."""
+    return hardware.gpu_product_overhead_s or hardware.gpu_layer_overhead_s / LINEARS_PER_LAYER
+
+
+def least_products(shard: LinearShard, rows: int, workload: Workload, hardware: HardwareProfile) -> tuple[float, float]:
+    """Products of `gpu_products` for a unit at home and for one that is streamed, nothing rounded up."""
+    unit = _unit_bytes_as_bf16(shard, rows, workload, hardware)
+    return max(1 / shard.units, unit / GPU_PRODUCT_BYTES), 1 / staging_piece_units(shard, workload)
+
+
+def _unit_bytes_as_bf16(shard: LinearShard, rows: int, workload: Workload, hardware: HardwareProfile) -> int:
+    """Bytes that a unit becomes for a product of many rows; 0 where it is multiplied as it is."""
+    fmt = workload.format_of(shard)
+    is_coded = not widest(fmt).is_row_major and rows > hardware.int8_rows.get(fmt, 0)
+    return 2 * shard.unit_features * shard.in_features if is_coded else 0
 
 
 def gpu_products(
@@ -257,8 +274,6 @@ def gpu_products(
     """Products that Python queues for one linear of many rows: of its columns at home, one in int8, else as many as it
     becomes bf16 in, and one for each streamed piece."""
     home, streamed, _ = placement.cut(row_tier(rows))
-    fmt = workload.format_of(shard)
-    is_coded = not widest(fmt).is_row_major and rows > hardware.int8_rows.get(fmt, 0)
-    unit = 2 * shard.unit_features * shard.in_features if is_coded else 0  # bytes as bf16
+    unit = _unit_bytes_as_bf16(shard, rows, workload, hardware)
     at_home = max(1, -(-home * unit // GPU_PRODUCT_BYTES)) if home else 0
     return at_home + -(-streamed // staging_piece_units(shard, workload))

@@ -12,7 +12,16 @@ of the sums of its parts.
 from dataclasses import dataclass, field
 
 from placement.cost.attention import attention_cost
-from placement.cost.terms import WeightedCall, copy_passes, interference, small_ops_s, stage_cost
+from placement.cost.terms import (
+    LINEARS_PER_LAYER,
+    WeightedCall,
+    copy_passes,
+    interference,
+    least_products,
+    product_queueing_s,
+    small_ops_s,
+    stage_cost,
+)
 from placement.solve.classes import LayerClass, LinearClass
 from placement.solve.pairing import pairs
 from placement.solve.program import add
@@ -57,6 +66,7 @@ class PassTime:
         self._time = self._program.variable(cost=(1 - self._lost) * weighted.weight)
         self._after_another: Terms = {}
         self._reads: Terms = {}
+        self._products: Terms = {}
         self._stages, self._cpu, self._copies, self._dram, self._tail = ({self._time: -1.0} for _ in range(5))
         self._constant = self._scale * small_ops_s(unknowns.workload, weighted.call, self._hardware, True)
 
@@ -65,6 +75,7 @@ class PassTime:
         for c, cls in enumerate(self._unknowns.classes):
             self._class(c, cls)
         self._charge_lost_overlap()
+        self._wait_for_python()
         self._slow_each_other()
         self._program.at_most(self._stages, -self._constant)
         for lane in (self._cpu, self._copies, self._dram, self._tail):
@@ -93,6 +104,23 @@ class PassTime:
         for variable, seconds in self._after_another.items():
             self._program.costs[variable] += share * seconds
         self._program.variable(1, 1, cost=share * self._constant)
+
+    def _wait_for_python(self) -> None:
+        """A prompt takes no less than Python needs to queue its layers: what is hidden behind that costs nothing."""
+        workload, hardware, program = self._unknowns.workload, self._hardware, self._program
+        layers_s = self._scale * hardware.gpu_layer_overhead_s * workload.num_layers
+        if self._weighted.call.q_len == 1 or not layers_s:
+            return
+        product_s = self._scale * product_queueing_s(hardware)
+        waiting = program.variable(cost=self._weighted.weight)
+        covered = {waiting: 1.0, self._time: 1 - self._lost}
+        for variable, seconds in self._after_another.items():
+            add(covered, variable, self._lost * seconds)
+        program.at_least(dict(covered), layers_s - self._lost * self._constant)
+        for variable, products in self._products.items():
+            add(covered, variable, -product_s * products)
+        fewest = LINEARS_PER_LAYER * workload.num_layers * product_s
+        program.at_least(covered, layers_s - fewest - self._lost * self._constant)
 
     def _class(self, c: int, cls: LayerClass) -> None:
         blocks = {cls.linears[i].shard.block: _Stage() for _, i in pairs(cls)}
@@ -134,6 +162,9 @@ class PassTime:
             add(self._tail, layers, handover_s)
         else:
             add(self._tail, streamed, copy)
+            at_home, piece = least_products(shard, rows, self._unknowns.workload, self._hardware)
+            add(self._products, variables.gpu, at_home)
+            add(self._products, streamed, piece)
         # Where another resource decides, the least streaming among equals: less noise on the bus, fewer staging waits.
         self._program.costs[streamed] += TIE_BREAK * self._weighted.weight * copy
         read_s = scale * shard.unit_bytes / self._hardware.dram_bytes_per_s
