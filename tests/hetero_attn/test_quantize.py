@@ -1,6 +1,7 @@
 """`quantize`: blocks that gguf reads as they were meant, files that read back as the same model, and a choice by bits."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +31,7 @@ from hetero_attn.tools.quantize.header.metadata import copied_metadata
 from hetero_attn.tools.quantize.table import kept_table
 from hetero_attn.tools.quantize.write import quantize
 from tests.support.runtime import nmse
-from tests.support.toy import make_checkpoint, make_family_checkpoint
+from tests.support.toy import edit_json, make_checkpoint, make_family_checkpoint
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 # Relative squared error of normal weights: what gguf's own quantiser has, or llama.cpp's of the types that it lacks.
@@ -80,10 +81,21 @@ def test_values_on_a_grid_come_back_as_they_are():
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """The shipped checkpoint in Q8_0."""
+def halved(tmp_path_factory):
+    """The shipped checkpoint without the last two of its four layers."""
+    path = shutil.copytree(TINY, tmp_path_factory.mktemp("halved") / "tiny")
+    edit_json(path / "config.json", num_hidden_layers=2)
+    tensors = load_file(path / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".layers.2." not in name and ".layers.3." not in name}
+    save_file(kept, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def written(halved, tmp_path_factory):
+    """That checkpoint in Q8_0."""
     out = tmp_path_factory.mktemp("quantized") / "tiny.gguf"
-    quantize(TINY, out, "q8", threads=2)
+    quantize(halved, out, "q8", threads=2)
     return out
 
 
@@ -92,15 +104,15 @@ def logits(path, tokens, **options):
         return llm.logits(tokens)
 
 
-def test_a_written_file_is_the_same_model_with_the_same_tokenizer(written):
+def test_a_written_file_is_the_same_model_with_the_same_tokenizer(halved, written):
     text = "The list is 12 apples, they're red.\n\n  And more"
-    ours, theirs = (Tokenizer.open(path) for path in (TINY, written))
+    ours, theirs = (Tokenizer.open(path) for path in (halved, written))
     tokens = ours.encode(text)
 
     assert theirs.encode(text) == tokens
     assert theirs.chat_template == ours.chat_template
     assert theirs.eos_token_ids == ours.eos_token_ids
-    assert nmse(logits(written, tokens, dtype="fp32"), logits(TINY, tokens, dtype="fp32")) < 1e-3
+    assert nmse(logits(written, tokens, dtype="fp32"), logits(halved, tokens, dtype="fp32")) < 1e-3
 
 
 def test_gguf_itself_reads_the_file(written):
@@ -186,13 +198,13 @@ def run(*arguments):
     return done.exit_code, done.stdout, " ".join(done.stderr.split())
 
 
-def test_by_bits_every_linear_is_measured_and_the_file_keeps_the_table(tmp_path):
+def test_by_bits_every_linear_is_measured_and_the_file_keeps_the_table(halved, tmp_path):
     calibration = tmp_path / "text.txt"
     calibration.write_text((TINY / "heldout.txt").read_text()[:600])
     out = tmp_path / "model.gguf"
     wishes = ("--out", out, "--bits", 6, "--calibrate", calibration, "-t", 2, "--json")
 
-    code, printed, _ = run("quantize", TINY, *wishes)
+    code, printed, _ = run("quantize", halved, *wishes)
     found = json.loads(printed)
 
     assert code == 0
@@ -288,7 +300,7 @@ def test_metadata_of_every_kind_is_read_back(tmp_path):
     assert found.tensors[0].data.tobytes() == bytes(range(32))
 
 
-def test_a_file_that_is_there_is_a_usage_error_and_a_folder_that_is_not_is_made(tmp_path):
+def test_a_file_that_is_there_is_a_usage_error_and_a_folder_that_is_not_is_made(halved, tmp_path):
     """Both are looked at before the weights."""
     taken = tmp_path / "there.gguf"
     taken.write_bytes(b"old")
@@ -296,7 +308,7 @@ def test_a_file_that_is_there_is_a_usage_error_and_a_folder_that_is_not_is_made(
 
     assert code == 2 and "there already" in said and "--force" in said and taken.read_bytes() == b"old"
     assert run("quantize", TINY, "--out", tmp_path / "none.gguf", "--recipe", "q3")[0] == 2
-    assert run("quantize", TINY, "--out", tmp_path / "new" / "model.gguf", "--recipe", "q8")[0] == 0
+    assert run("quantize", halved, "--out", tmp_path / "new" / "model.gguf", "--recipe", "q8")[0] == 0
     assert (tmp_path / "new" / "model.gguf").is_file()
 
 
@@ -449,7 +461,7 @@ def test_codes_that_a_source_has_in_the_type_chosen_are_copied(written, tmp_path
         assert all(torch.equal(before.read(name), after.read(name)) for name in before.names)
 
 
-def test_bits_without_a_text_are_kept_to(tmp_path):
-    made = quantize(TINY, tmp_path / "model.gguf", bits=5.0, threads=2)
+def test_bits_without_a_text_are_kept_to(halved, tmp_path):
+    made = quantize(halved, tmp_path / "model.gguf", bits=5.0, threads=2)
 
     assert 4.8 < made.bits <= 5.0
