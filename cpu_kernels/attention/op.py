@@ -32,11 +32,17 @@ def check_pages(pages: Pages, head_dim: int) -> str:
 def page_words(pages: Pages, kv_dtype: str, head_dim: int) -> dict[str, int]:
     """Of K and of V its address, bytes from page to page and bytes from one token's numbers or codes to the next one's;
     and tokens of a page."""
-    item, words = ITEM_BYTES[kv_dtype], {"page_size": pages.k.shape[1]}
-    for name, cached in zip("kv", pages, strict=True):
-        row_bytes = code_bytes(kv_dtype, head_dim) if is_quantised(kv_dtype) else item * cached.stride(1)
-        words |= {name: cached.data_ptr(), f"{name}_page": item * cached.stride(0), f"{name}_row": row_bytes}
-    return words
+    (k, v), item = pages, ITEM_BYTES[kv_dtype]
+    codes = code_bytes(kv_dtype, head_dim) if is_quantised(kv_dtype) else 0
+    return {
+        "page_size": k.shape[1],
+        "k": k.data_ptr(),
+        "k_page": item * k.stride(0),
+        "k_row": codes or item * k.stride(1),
+        "v": v.data_ptr(),
+        "v_page": item * v.stride(0),
+        "v_row": codes or item * v.stride(1),
+    }
 
 
 def check_heads(num_heads: int, num_kv_heads: int) -> None:

@@ -1,6 +1,7 @@
 """Tiles and working memory that the attention kernels and their wrappers share. Sizes are in bytes."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from cpu_kernels.formats.pages import GROUP_DIMS, GROUP_NUMBERS
@@ -175,6 +176,7 @@ def prefill_vectors(queries_per_kv: int) -> int:
     return -(-prefill_rows(queries_per_kv) * queries_per_kv // PREFILL_VALUES) * PREFILL_VALUES
 
 
+@cache
 def prefill_thread_bytes(kv_dtype: str, has_bf16: bool, queries_per_kv: int, head_dim: int) -> int:
     """Working memory of one thread of prefill.
 

@@ -2,6 +2,7 @@
 files.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -71,6 +72,27 @@ def piece_inputs(isa: Isa, weight_dtype: str) -> int:
     return WIDE_PIECE_INPUTS if is_wide else PIECE_INPUTS
 
 
+class Call(NamedTuple):
+    """What a call is by its shape alone: its kernel, as Team.run takes it, its working memory, the inputs that panels
+    of rows are multiplied with at a time, and whether its rows are one panel."""
+
+    kernel: tuple
+    scratch_bytes: int
+    piece: int
+    is_one_panel: bool
+
+
+@lru_cache(maxsize=1024)
+def _call_of(isa: Isa, weight_dtype: str, rows: int, in_features: int) -> Call:
+    kernel, tile = kernel_of(isa, weight_dtype, rows)
+    return Call(
+        kernel=(*kernel, isa, weight_dtype, *tile),
+        scratch_bytes=scratch_bytes(isa, weight_dtype, rows, in_features),
+        piece=in_features if rows <= STREAM_ROWS else piece_inputs(isa, weight_dtype),
+        is_one_panel=is_one_panel(weight_dtype, rows, tile[-1]),
+    )
+
+
 def linear(
     team: Team,
     x: torch.Tensor,
@@ -112,11 +134,11 @@ def _run(team: Team, operands: Operands, part: Segment, run: int) -> None:
     x, weight, bias, out, accumulate = operands
     name, (rows, in_features) = part.format.name, x.shape
     num_blocks, block_bytes = weight.shape[0] * part.blocks, part.block_bytes
-    kernel, tile = kernel_of(team.isa, name, rows)
+    call = _call_of(team.isa, name, rows, in_features)
     first_out = LINE_BYTES * part.first_block  # 16 float32
     team.run(
-        (*kernel, team.isa, name, *tile),
-        scratch_bytes(team.isa, name, rows, in_features),
+        call.kernel,
+        call.scratch_bytes,
         *LINEAR.filled(
             x=x.data_ptr(),
             x_row=4 * x.stride(0),
@@ -129,10 +151,10 @@ def _run(team: Team, operands: Operands, part: Segment, run: int) -> None:
             out=out.data_ptr() + first_out,
             out_row=4 * out.stride(0),
             accumulate=int(accumulate),
-            piece=in_features if rows <= STREAM_ROWS else piece_inputs(team.isa, name),
+            piece=call.piece,
             smallest=max(1, min(RANGE_BYTES // block_bytes if block_bytes else 1, -(-num_blocks // team.num_threads))),
             # Ranges of several panels of rows stay in cache.
-            parts=2 * team.num_threads if is_one_panel(name, rows, tile[-1]) else num_blocks,
+            parts=2 * team.num_threads if call.is_one_panel else num_blocks,
             run=run,
             weight_run=weight.stride(0),
             out_run=4 * out.shape[1] // weight.shape[0],  # bytes of a unit's outputs
