@@ -5,6 +5,8 @@ numba's C wrapper: the wrapper's error path would need numba loaded, and kernels
 error model), so the object needs nothing but libc. No fastmath: the kernels spell out their vectors and their fma.
 """
 
+from typing import Any
+
 import llvmlite.binding as llvm
 from numba import config, njit, types
 
@@ -13,7 +15,8 @@ from cpu_kernels.vectors.linked_code import cpu_target, linked_code
 from cpu_kernels.vectors.numba_parts import CompileError, expect_members, part
 from cpu_kernels.vectors.target import target_of
 
-Compiler, FunctionCompiler = part("numba.core.compiler", "Compiler"), part("numba.core.dispatcher", "_FunctionCompiler")
+Compiler = part("numba.core.compiler", "Compiler")
+FunctionCompiler: Any = part("numba.core.dispatcher", "_FunctionCompiler")
 global_compiler_lock = part("numba.core.compiler_lock", "global_compiler_lock")
 
 if config.DISABLE_JIT:  # the functions below would be plain Python, which has no machine code

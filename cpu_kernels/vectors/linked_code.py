@@ -9,11 +9,12 @@ import functools
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from cpu_kernels.vectors.numba_parts import expect_members, part
 
-JITCodeLibrary = part("numba.core.codegen", "JITCodeLibrary")
-JITCPUCodegen = part("numba.core.codegen", "JITCPUCodegen")
+JITCodeLibrary: Any = part("numba.core.codegen", "JITCodeLibrary")
+JITCPUCodegen: Any = part("numba.core.codegen", "JITCPUCodegen")
 cpu_target = part("numba.core.registry", "cpu_target")
 rtsys = part("numba.core.runtime", "rtsys")
 # Members that are replaced below: under another name numba's own would run in their place.
