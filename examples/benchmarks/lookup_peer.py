@@ -19,6 +19,8 @@ import numpy as np
 from llama_cpp import Llama
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 
+CONTEXT = 1024  # tokens of a prompt and its answer
+
 
 class Oracle(LlamaDraftModel):
     """Drafts a known answer behind a prompt."""
@@ -39,7 +41,9 @@ class Peer:
     """A model loaded once with room for logits of every row, as drafts ask for, and once without."""
 
     def __init__(self, model: str, threads: int) -> None:
-        wishes = {"model_path": model, "n_ctx": 1024, "n_threads": threads, "n_threads_batch": threads}
+        # Its table of logits has a row for each token of a batch: a longer prompt would not fit.
+        wishes = {"model_path": model, "n_ctx": CONTEXT, "n_batch": CONTEXT}
+        wishes |= {"n_threads": threads, "n_threads_batch": threads}
         wishes |= {"n_gpu_layers": 0, "verbose": False}
         self._plain = Llama(**wishes)
         self._drafting = Llama(**wishes, draft_model=LlamaPromptLookupDecoding())
