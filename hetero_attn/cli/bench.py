@@ -32,8 +32,8 @@ def bench(
     speculate: Annotated[
         list[str] | None,
         typer.Option(
-            help="Measure drafts too: ngram, oracle:SHARE (right drafts, each with this probability), or a small model "
-            "of the same vocabulary; may be given several times."
+            help="Measure drafts too: ngram, auto, oracle:SHARE (right drafts, each with this probability), or a small "
+            "model of the same vocabulary or an EAGLE-3 head; may be given several times, one model or head at most."
         ),
     ] = None,
     trace: Annotated[Path | None, typer.Option("--trace", help="Write a timeline of the lanes (Chrome trace).")] = None,
@@ -52,6 +52,11 @@ def bench(
     depths = parse_depths(depth or ["0"])
     asked = _Measurement(prompt_tokens, gen_tokens, depths, repetitions, tuple(speculate or ()), trace, as_json)
     drafter = drafting_model(asked.speculate)
+    if speculate and simulate is not None:
+        raise typer.BadParameter(
+            "--simulate queues what the plan computes, and no drafts: leave --speculate out, or see `plan MODEL "
+            "--speculate WISH` for what they would bring"
+        )
     if speculate and gen_tokens < 2:
         raise typer.BadParameter(f"--speculate measures decoding; give --gen-tokens of at least 2, not {gen_tokens}")
     needed = asked.needed_tokens
@@ -121,7 +126,7 @@ def _measure(llm: LLM, asked: _Measurement) -> None:
     if asked.as_json:
         print_json(report.to_dict() | ({} if drafts is None else {"speculation": drafts.to_dict()}))
     else:
-        typer.echo(report.table().rstrip())
+        typer.echo(report.table(table_width()).rstrip())
         if drafts is not None:
             typer.echo(f"\n{drafts.table(table_width()).rstrip()}")
     if asked.trace is not None:
@@ -166,7 +171,7 @@ def _simulate(wishes: LoadOptions, asked: _Measurement) -> None:
 
 
 def drafting_model(wishes: Sequence[str]) -> dict[str, str]:
-    """The argument of a load that brings the small model along; raises typer.BadParameter for two of them."""
+    """The argument of a load that brings a small model or a head along; raises typer.BadParameter for two of them."""
     from hetero_attn.planning.arguments import checked_arguments
     from hetero_attn.tools.drafts.runs import acceptance_of
     from placement.policy.fields import SPECULATIONS
@@ -175,7 +180,11 @@ def drafting_model(wishes: Sequence[str]) -> dict[str, str]:
     for wish in models:
         checked_arguments(speculate=wish)
     if "off" in wishes or len(models) > 1:
-        raise typer.BadParameter("--speculate names what drafts: ngram, oracle:SHARE, and one small model at most")
+        found = "off, which is measured beside every drafter anyway" if "off" in wishes else " and ".join(models)
+        raise typer.BadParameter(
+            f"--speculate names {found}; give ngram, auto, oracle:SHARE, or a small model or an EAGLE-3 head, of these "
+            "one at most"
+        )
     return {"speculate": models[0]} if models else {}
 
 

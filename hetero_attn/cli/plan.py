@@ -37,7 +37,11 @@ def plan(
     ] = 9,
     speculate: Annotated[
         str | None,
-        typer.Option(help="ngram, or a small model of the same vocabulary: what drafts would bring."),
+        typer.Option(
+            help="What drafts would bring: off | ngram | auto, or a small model of the same vocabulary, or an EAGLE-3 "
+            "head. Default: as the policy says, else off.",
+            show_default=False,
+        ),
     ] = None,
     yaml: Annotated[Path | None, typer.Option(help="Write the plan as a policy to this file; - is stdout.")] = None,
     as_json: options.Json = False,

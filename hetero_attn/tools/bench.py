@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.greatest import greatest
@@ -29,13 +28,15 @@ from hetero_attn.llm import LLM
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.tools.terms import Term, compare_terms, term_lines
 from placement.cost.model import predict
+from placement.plan.columns import Column, fitting_table
 from placement.plan.phase import PhaseCost
 from placement.plan.warm import expert_slot_hits
+from placement.plan.words import wrapped
 
 EMULATED_NOTE = (
-    "an emulated GPU is no GPU: `predicted` is for its invented rates, and no error against them means anything\n"
+    "an emulated GPU is no GPU: `predicted` is for its invented rates, and no error against them means anything"
 )
-DEPTH_NOTE = "@ dN: on top of N tokens in the cache, random keys and values that no prompt computed\n"
+DEPTH_NOTE = "@ dN: on top of N tokens in the cache, random keys and values that no prompt computed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,34 +83,18 @@ class BenchReport:
     rows: tuple[BenchRow, ...]
 
     def table(self, width: int = 120) -> str:
-        """Plain text for people."""
-        table = Table("test", box=None)
-        for heading in ("tokens/s", "range", "GB/s", "ceiling", "share", "predicted", "error"):
-            table.add_column(heading, justify="right")
-        for row in self.rows:
-            achieved, ceiling = row.achieved_bytes_per_s, row.ceiling_tokens_per_s
-            table.add_row(
-                row.name,
-                f"{row.tokens_per_s:.2f}",
-                f"{row.least:.2f}-{row.most:.2f}",
-                "-" if achieved is None else f"{achieved / 1e9:.1f}",
-                "-" if ceiling is None else f"{ceiling:.2f}",
-                "-" if ceiling is None else f"{row.tokens_per_s / ceiling:.0%}",
-                f"{row.predicted_tokens_per_s:.2f}",
-                f"{row.prediction_error:+.0%}",
-            )
-        where = f"on {self.device}, {self.num_threads} CPU threads"
-        head = f"{self.model} {self.weight_dtype} {where}; rates of {self.hardware}"
+        """Plain text for people; a table has the columns that have room, `to_dict` all."""
         console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
-        console.print(table)
-        terms = "".join(f"{line}\n" for row in self.rows for line in term_lines(row.name, row.terms))
-        terms += "".join(
-            f"{row.name}: {row.expert_hits[1]:.0%} of the picks in expert slots, predicted {row.expert_hits[0]:.0%}\n"
-            for row in self.rows
-            if row.expert_hits is not None
-        )
-        notes = (EMULATED_NOTE if self.device == "emulated" else "") + (DEPTH_NOTE if self.has_depth else "")
-        return f"{head}\n{console.file.getvalue()}{notes}{terms}"
+        console.print(fitting_table(_columns(self.rows), width))
+        where = f"on {self.device}, {self.num_threads} CPU threads"
+        notes = [EMULATED_NOTE] * self.device.startswith("emulated") + [DEPTH_NOTE] * self.has_depth
+        lines = [*notes, *(line for row in self.rows for line in term_lines(row.name, row.terms))]
+        for row in self.rows:
+            if row.expert_hits is not None:
+                predicted, measured = row.expert_hits
+                lines.append(f"{row.name}: {measured:.0%} of the picks in expert slots, predicted {predicted:.0%}")
+        head = wrapped(f"{self.model} {self.weight_dtype} {where}; rates of {self.hardware}", width)
+        return f"{head}\n{console.file.getvalue()}" + "".join(f"{wrapped(line, width)}\n" for line in lines)
 
     @property
     def has_depth(self) -> bool:
@@ -163,6 +148,23 @@ def measure(
     return BenchReport(
         plan.model, plan.workload.weight_dtype, device, plan.num_threads, planned.hardware.name, tuple(rows)
     )
+
+
+def _columns(rows: Sequence[BenchRow]) -> list[Column]:
+    """The share of the ceiling, which two others tell, is left out first."""
+    ceilings = [row.ceiling_tokens_per_s for row in rows]
+    achieved = [row.achieved_bytes_per_s for row in rows]
+    shares = [None if each is None else row.tokens_per_s / each for row, each in zip(rows, ceilings, strict=True)]
+    return [
+        Column("test", [row.name for row in rows], is_name=True),
+        Column("tokens/s", [f"{row.tokens_per_s:.2f}" for row in rows]),
+        Column("range", [f"{row.least:.2f}-{row.most:.2f}" for row in rows], spared=3),
+        Column("GB/s", ["-" if each is None else f"{each / 1e9:.1f}" for each in achieved], spared=2),
+        Column("ceiling", ["-" if each is None else f"{each:.2f}" for each in ceilings]),
+        Column("share", ["-" if each is None else f"{each:.0%}" for each in shares], spared=1),
+        Column("predicted", [f"{row.predicted_tokens_per_s:.2f}" for row in rows]),
+        Column("error", [f"{row.prediction_error:+.0%}" for row in rows]),
+    ]
 
 
 class _Bench:

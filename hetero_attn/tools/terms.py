@@ -55,13 +55,15 @@ def compare_terms(
 
 
 def term_lines(label: str, terms: tuple[Term, ...]) -> list[str]:
-    """One line a term: predicted and measured milliseconds and the error."""
-    lines = [f"{label}: work by kind, ms (lanes work side by side, so these need not add up)"]
+    """A heading and one line a term: predicted and measured milliseconds, the error and the share of the time."""
+    lines = [
+        f"{label}: work by kind, ms (lanes work side by side, so these need not add up)",
+        f"  {'':22s}{'predicted':>12s}{'measured':>12s}{'error':>8s}{'of time':>9s}",
+    ]
     for term in terms:
         measured = "-" if term.measured_s is None else f"{1e3 * term.measured_s:.3f}"
         error = "-" if term.error is None or term.share < SMALL_SHARE else f"{term.error:+.0%}"
         lines.append(
-            f"  {TERM_WORDS[term.name]:22s} predicted {1e3 * term.predicted_s:10.3f}  measured {measured:>10s}  "
-            f"error {error:>5s}  {term.share:4.0%} of the time"
+            f"  {TERM_WORDS[term.name]:22s}{1e3 * term.predicted_s:12.3f}{measured:>12s}{error:>8s}{term.share:9.0%}"
         )
     return lines

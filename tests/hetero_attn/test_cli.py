@@ -147,7 +147,7 @@ def test_bench_asks_for_the_context_that_it_measures(fake: type[FakeLLM], monkey
 
     def measure(llm: FakeLLM, **options: Any) -> SimpleNamespace:
         asked.update(options)
-        return SimpleNamespace(table=lambda: "the table", to_dict=lambda: {"rows": []})
+        return SimpleNamespace(table=lambda width: "the table", to_dict=lambda: {"rows": []})
 
     monkeypatch.setitem(vars(hetero_attn.tools), "bench", SimpleNamespace(run=measure))
     result = run("bench", "some/model", "-p", "64", "-n", "16", "-d", "0,128", "-d", "256", "-r", "5")
@@ -163,7 +163,7 @@ def test_bench_asks_for_the_context_that_it_measures(fake: type[FakeLLM], monkey
 def test_bench_and_verify_plan_for_as_many_sequences_as_they_are_told(
     fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, command: str, option: str
 ) -> None:
-    report = SimpleNamespace(table=lambda: "", to_dict=dict, passed=True)
+    report = SimpleNamespace(table=lambda *width: "", to_dict=dict, passed=True)
     monkeypatch.setitem(vars(hetero_attn.tools), command, SimpleNamespace(run=lambda *llm, **options: report))
 
     assert [run(command, "some/model", *wish).exit_code for wish in ((option, "3"), ())] == [0, 0]

@@ -20,6 +20,11 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
+def flowing(boxed: str) -> str:
+    """Help or an error without the lines around it and between its words."""
+    return " ".join(boxed.replace("\u2502", " ").split())
+
+
 def test_generate_runs_the_shipped_model() -> None:
     result = run("generate", TINY, "-p", "A list is", "-n", "12", "--context", "256", "--device", "cpu", "--json")
     answer = json.loads(result.stdout)
@@ -56,16 +61,30 @@ def test_bench_has_a_row_for_each_phase_and_depth() -> None:
     assert names == ["pp16", "tg4", "pp16 @ d32", "tg4 @ d32"]
 
 
-def test_bench_measures_drafts_beside_plain_decoding() -> None:
+def test_bench_measures_drafts_beside_plain_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     few = ("bench", TINY, "--device", "cpu", "-p", "0", "-n", "8", "-r", "1")
     result = run(*few, "--speculate", "oracle:1", "--speculate", "ngram")
 
     assert result.exit_code == 0, result.stderr
     assert result.stdout.index("ceiling of the gain") < result.stdout.index("oracle:1")
+    assert max(map(len, result.stdout.splitlines())) <= 80 and "\u2026" not in result.stdout
     for wrong in (["oracle:2"], ["oracle:x"], ["off"], ["banana"], ["a/b", "c/d"]):
         wishes = [word for wish in wrong for word in ("--speculate", wish)]
-        assert run(*few, *wishes).exit_code == 2
+        refused = run(*few, *wishes)
+        assert refused.exit_code == 2
+        assert wrong[0] not in ("off", "a/b") or "EAGLE-3 head" in flowing(refused.stderr)
     assert run(*few, "-n", "1", "--speculate", "ngram").exit_code == 2
+    simulated = run(*few, "--simulate", "rtx4090-ddr5", "--speculate", "ngram")
+    assert simulated.exit_code == 2 and "--simulate" in simulated.stderr, "it was ignored"
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "serve", "plan", "bench"])
+def test_each_help_says_all_that_speculate_takes(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    told = flowing(run(command, "--help").stdout)
+
+    assert all(word in told for word in ("--speculate", "ngram", "auto", "small model", "EAGLE-3"))
 
 
 @pytest.mark.parametrize("device", [["cpu"], ["emulated", "--gpu-memory", "8960KiB"]])

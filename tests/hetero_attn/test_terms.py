@@ -1,16 +1,24 @@
 """The terms of a step, predicted beside measured: what they count, and that measuring them changes no answer."""
 
+import io
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from hetero_attn.engine.timed_steps import decode_terms, prefill_terms
 from hetero_attn.lanes.stopwatch import Stopwatch, time_recorded
 from hetero_attn.llm import LLM
 from hetero_attn.tools import bench as benchmark
-from hetero_attn.tools.terms import compare_terms, term_lines
+from hetero_attn.tools.bench import BenchReport, BenchRow
+from hetero_attn.tools.drafts.passes import PassTime
+from hetero_attn.tools.drafts.report import DraftsReport
+from hetero_attn.tools.drafts.runs import DraftsRow
+from hetero_attn.tools.terms import Term, compare_terms, term_lines
+from placement.plan.columns import Column, fitting_table
 from placement.plan.phase import TERMS, PhaseCost
 from tests.support.runtime import cpu_plan, make_engine, toy_workload, uniform_plan
 from tests.support.toy import make_checkpoint
@@ -104,7 +112,8 @@ def test_what_no_term_explains_is_python_around_the_step():
 
     assert pytest.approx((0.6, 0.25)) == (terms["step"].measured_s, terms["cpu_linears"].error)
     assert "handovers" not in terms
-    assert "linears on the CPU" in lines[1] and "+25%" in lines[1]
+    assert "linears on the CPU" in lines[2] and "+25%" in lines[2]
+    assert max(map(len, lines)) <= 80
 
 
 def test_beside_a_gpu_waiting_counts_as_hand_over_and_python_is_unknown():
@@ -126,3 +135,35 @@ def test_bench_carries_the_terms_of_every_row(path):
         total = sum(term["measured_s"] for term in row["terms"])
         assert total >= 0.99 * (8 if row["name"].startswith("pp") else 1) / row["tokens_per_s"]
     assert "linears on the CPU" in report.table() and "once per step" in report.table()
+
+
+def test_the_tables_of_bench_cut_no_number_in_a_narrow_terminal():
+    """At 80 columns `1601.3` was shown as `1601`, and headings as `tok...`."""
+    terms = (Term("cpu_attention", 1.234567, 2.345678, 0.5), Term("step", 0.5, None, 0.25))
+    benched = BenchReport(
+        "some-model", "bf16", "emulated (hand-over: events)", 16, "a machine of the catalogue",
+        (BenchRow("tg128 @ d131072", 16012.34, 15987.65, 16234.56, 16001.23, 10**6, 20123.45, terms, (0.5, 0.4)),),
+    )  # fmt: skip
+    row = DraftsRow(
+        "repeats", "models/tiny-eagle3", 16012.3, 12.34, 11.52, 9, 1, 0.87, 10.01, 15987.6, 11.11, {2: 9}, "", True
+    )
+    passes = (PassTime(1, 12.34567, 12.34567, 12.0), PassTime(16, 100.0, 100.0, 99.0))
+    drafts = DraftsReport("LLM('some-model')", passes, (row, replace(row, drafts="oracle:0.8", tokens_per_s=1.5)))
+    least = {"16012.34", "20123.45", "16001.23", "16012.3", "12.34", "10.01", "87%", "tiny-eagle3", "1234.567"}
+    whole = least | {"15987.65-16234.56", "16.0", "80%", "11.52", "15987.6"}
+
+    for width, wanted in ((80, least), (120, whole)):
+        text = benched.table(width) + drafts.table(width)
+        assert wanted <= set(text.split()) and "\u2026" not in text
+        assert max(map(len, text.splitlines())) <= width
+        assert "an emulated GPU is no GPU" in text
+    assert "15987.6" not in drafts.table(80).split(), "what error and tokens/s tell goes first"
+
+
+def test_names_are_broken_where_nothing_is_left_to_spare_and_numbers_are_not():
+    columns = [Column("name", ["some-model-with-a-long-name"], is_name=True), Column("n", ["123456"], spared=1)]
+    console = Console(file=io.StringIO(), width=20)
+    console.print(fitting_table([*columns, Column("m", ["654321"])], 20))
+
+    assert "654321" in console.file.getvalue() and "12345" not in console.file.getvalue()
+    assert "some-model-with-a-long-name" in "".join(console.file.getvalue().replace("654321", "").split())

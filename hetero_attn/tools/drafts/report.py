@@ -12,11 +12,13 @@ from rich.table import Table
 from hetero_attn.llm import LLM
 from hetero_attn.tools.drafts.passes import PassTime, ceiling, pass_times
 from hetero_attn.tools.drafts.runs import TEXTS, TWIN, DraftsRow, acceptance_of, measure
+from placement.plan.columns import Column, fitting_table
 from placement.plan.drafting import Guesses
+from placement.plan.words import wrapped
 
 ACCEPTANCES = (0.6, 0.8, 0.9)  # for which the ceiling is shown
 TEXTS_DEPTH = 128  # tokens before the passes that are timed, about as many as before an answer
-NOTE = "ceiling: with passes of the best width, drafts that cost nothing, some in every pass\n"
+NOTE = "ceiling: with passes of the best width, drafts that cost nothing, some in every pass"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +30,13 @@ class DraftsReport:
     rows: tuple[DraftsRow, ...]
 
     def table(self, width: int = 120) -> str:
-        """Plain text for people."""
+        """Plain text for people; a table has the columns that have room, `to_dict` all."""
         console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
         console.print(_passes_table(self.passes))
         most = ", ".join(f"{share:g}: {ceiling(self.passes, share):.2f}" for share in ACCEPTANCES)
         console.print(f"ceiling of the gain by acceptance: {most}\n")
-        console.print(_rows_table(self.rows))
-        return f"{self.model}\n{console.file.getvalue()}{NOTE}"
+        console.print(fitting_table(_rows_columns(self.rows), width))
+        return f"{wrapped(self.model, width)}\n{console.file.getvalue()}{wrapped(NOTE, width)}\n"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -89,24 +91,20 @@ def _passes_table(passes: Sequence[PassTime]) -> Table:
     return table
 
 
-def _rows_table(rows: Sequence[DraftsRow]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for heading in ("text", "drafts"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("tok/s", "gain", "CPU gain", "ceiling", "right", "planned", "error", "of gain", "same"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
-            row.text,
-            row.drafts,
-            f"{row.tokens_per_s:.1f}",
-            f"{row.gain:.2f}",
-            f"{row.cpu_gain:.2f}",
-            "-" if row.ceiling is None else f"{row.ceiling:.2f}",
-            "-" if row.acceptance is None else f"{row.acceptance:.0%}",
-            f"{row.predicted_tokens_per_s:.1f}",
-            f"{row.prediction_error:+.0%}",
-            f"{row.gain_error:+.0%}",
-            "yes" if row.same_tokens else "no",
-        )
-    return table
+def _rows_columns(rows: Sequence[DraftsRow]) -> list[Column]:
+    """What others tell, as tokens a second by the plan, is left out first."""
+    ceilings = ["-" if row.ceiling is None else f"{row.ceiling:.2f}" for row in rows]
+    right = ["-" if row.acceptance is None else f"{row.acceptance:.0%}" for row in rows]
+    return [
+        Column("text", [row.text for row in rows], is_name=True),
+        Column("drafts", [row.drafts.rstrip("/").rpartition("/")[2] for row in rows], is_name=True),
+        Column("tok/s", [f"{row.tokens_per_s:.1f}" for row in rows]),
+        Column("gain", [f"{row.gain:.2f}" for row in rows]),
+        Column("CPU gain", [f"{row.cpu_gain:.2f}" for row in rows], spared=2),
+        Column("ceiling", ceilings),
+        Column("right", right),
+        Column("planned", [f"{row.predicted_tokens_per_s:.1f}" for row in rows], spared=1),
+        Column("error", [f"{row.prediction_error:+.0%}" for row in rows], spared=3),
+        Column("of gain", [f"{row.gain_error:+.0%}" for row in rows], spared=4),
+        Column("same", ["yes" if row.same_tokens else "no" for row in rows]),
+    ]
