@@ -7,7 +7,7 @@ import typer
 
 from hetero_attn.cli import options
 from hetero_attn.cli.errors import INTERRUPTED
-from hetero_attn.cli.output import output_dict, print_json, print_stream, read_text, speed_line
+from hetero_attn.cli.output import finished, output_dict, print_json, print_stream, read_text, speed_line
 
 
 @options.spread
@@ -38,11 +38,12 @@ def generate(
     messages = [*opening, {"role": "user", "content": text}]
     with loading.llm(model, seed=seed, needs_text=True, speculate=speculate) as llm:
         params = llm.default_params(**wishes)
+        pieces = llm.stream_chat(messages, params) if chat else llm.stream(text, params)
         if as_json:
-            output = llm.chat(messages, params) if chat else llm.generate([text], params)[0]
+            output = finished(pieces)
             print_json(output_dict(output))
         else:
-            _, output = print_stream(llm.stream_chat(messages, params) if chat else llm.stream(text, params))
+            _, output = print_stream(pieces)
             if output is not None:
                 typer.echo(speed_line(output.metrics), err=True)
     if output is None or output.finish_reason == "abort":

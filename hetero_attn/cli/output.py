@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from hetero_attn.tools.whole_file import write_whole
 
 if TYPE_CHECKING:
     from hetero_attn.serving.request import Metrics, Piece, RequestOutput
+    from hetero_attn.serving.stream import Stream
 
 NARROWEST_TABLE = 80
 MOST_CHARACTERS = 1 << 24  # of a prompt, bytes from stdin; a device behind the name never ends
@@ -143,3 +144,11 @@ def print_stream(pieces: Generator[Piece]) -> tuple[str, Piece | None]:
             last = None
     typer.echo()
     return text, last
+
+
+def finished(pieces: Stream) -> RequestOutput:
+    """One whole answer, or as much of it as there was when Ctrl-C came, whose finish_reason is then "abort"."""
+    with closing(pieces), suppress(KeyboardInterrupt):
+        for _ in pieces:
+            pass
+    return pieces.output()

@@ -2,10 +2,11 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from hetero_attn.errors import BusyError
 from hetero_attn.serving.progress import PrefillBar
-from hetero_attn.serving.request import Piece, Progress, Request
+from hetero_attn.serving.request import Piece, Progress, Request, RequestOutput
 from hetero_attn.serving.scheduling.turns import Turns
 
 
@@ -43,6 +44,15 @@ class Stream(Iterator[Piece]):
         self._shown = self._shown._replace(finish_reason="abort")
         self._bar.close()
         self._turns.abort(self._request)
+
+    def output(self) -> RequestOutput:
+        """The generation as far as it has come, whoever read its pieces; raises the error that ended it, if one did.
+
+        finish_reason: "abort" behind `close`, also while the step that takes it up is under way.
+        """
+        output = self._request.output()
+        is_left = output.finish_reason is None and self._shown.finish_reason is not None
+        return replace(output, finish_reason=self._shown.finish_reason) if is_left else output
 
     def __del__(self) -> None:
         if self._is_queued and self._request.finish_reason is None:

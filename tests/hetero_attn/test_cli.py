@@ -108,6 +108,11 @@ def test_interrupted_generation_keeps_its_text_and_exits_130(fake: type[FakeLLM]
 
     assert (result.exit_code, result.stdout) == (130, "Once upon a time\n")
     assert fake.made[0].closed
+    for how in ((), ("--chat",)):
+        result = run("generate", "some/model", "-p", "Tell", "--json", *how)
+        answer = json.loads(result.stdout)
+        assert (result.exit_code, answer["text"], answer["finish_reason"]) == (130, "Once upon a time", "abort")
+        assert answer["token_ids"] == [0, 1, 2] and answer["metrics"]["generated_tokens"] == 5
 
 
 def test_generate_takes_a_file_a_template_and_the_usual_short_names(fake: type[FakeLLM], tmp_path: Path) -> None:

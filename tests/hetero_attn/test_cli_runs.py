@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from hetero_attn.serving.request import Piece
+from hetero_attn.serving.stream import Stream
 from tests.support.command import ROOT, TINY, run
 
 
@@ -115,6 +117,30 @@ def test_ctrl_c_ends_a_generation_with_130_and_no_traceback() -> None:
 
     assert (len(first), process.returncode) == (1, 130)
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("drafts", [(), ("--speculate", "ngram")])
+def test_ctrl_c_leaves_the_json_of_what_was_generated(monkeypatch: pytest.MonkeyPatch, drafts: tuple[str, ...]) -> None:
+    """It was lost: nothing came on stdout."""
+    taken, take = [], Stream._take
+
+    def interrupted(stream: Stream) -> Piece | None:
+        taken.append(stream)
+        if len(taken) == 6:
+            signal.raise_signal(signal.SIGINT)
+        return take(stream)
+
+    monkeypatch.setattr(Stream, "_take", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    command = ("generate", TINY, "-p", "A list is", "-n", "200", "--ignore-eos", "--device", "cpu", "--context", "256")
+    try:
+        result = run(*command, "--json", *drafts)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    answer = json.loads(result.stdout)
+
+    assert (result.exit_code, answer["finish_reason"]) == (130, "abort")
+    assert answer["text"] and 0 < len(answer["token_ids"]) == answer["metrics"]["generated_tokens"] < 200
 
 
 def settled(seen: list[str]) -> int:

@@ -479,3 +479,32 @@ def test_a_running_request_has_no_finish_reason(llm):
     assert (waiting.finish_reason, waiting.token_ids) == (None, ())
     assert (running.finish_reason, len(running.token_ids)) == (None, 1)
     assert request.output().finish_reason == "length"
+
+
+def test_a_stream_that_is_left_has_what_came_also_while_a_step_is_under_way(llm):
+    """Its request ends only with that step."""
+    stream = llm.stream("x", greedy())
+    pieces = [next(stream), next(stream)]
+    request = stream._request
+    during = []
+    step = llm._scheduler.step
+
+    def watched():
+        threading.Thread(target=stream.close).start()
+        while stream._shown.finish_reason is None:
+            time.sleep(0.001)
+        during.append((request.finish_reason, stream.output()))
+        return step()
+
+    llm._scheduler.step = watched
+    try:
+        llm.step()
+    finally:
+        llm._scheduler.step = step
+    ((not_yet, left),) = during
+
+    assert not_yet is None and left.finish_reason == "abort"
+    assert left.token_ids == tuple(each for piece in pieces for each in piece.token_ids)
+    while request.finish_reason is None:
+        llm.step()
+    assert stream.output().finish_reason == "abort"

@@ -1,6 +1,6 @@
 """The command in this process, and a stand-in for the Python API that it calls."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,11 +50,10 @@ class FakeLLM:
     def __exit__(self, *error: object) -> None:
         self.closed = True
 
-    def generate(self, prompts: list[str], params: Any) -> list[RequestOutput]:
-        self.asked.append((prompts, params))
-        return [RequestOutput("".join(WORDS), (1, 2, 3), self.ending, (7, 8), None, METRICS)]
+    def stream(self, prompt: str, params: Any) -> "FakeStream":
+        return FakeStream(self._pieces(prompt, params))
 
-    def stream(self, prompt: str, params: Any) -> Generator[Piece]:
+    def _pieces(self, prompt: str, params: Any) -> Generator[Piece]:
         self.asked.append((prompt, params))
         for token_id, word in enumerate(WORDS):
             yield Piece(word, (token_id,))
@@ -64,16 +63,32 @@ class FakeLLM:
 
     def stream_chat(
         self, messages: list[dict[str, str]], params: Any, template_variables: Any = None
-    ) -> Generator[Piece]:
+    ) -> "FakeStream":
         self.variables = template_variables
         return self.stream([dict(message) for message in messages], params)
-
-    def chat(self, messages: list[dict[str, str]], params: Any) -> RequestOutput:
-        return self.generate([messages], params)[0]
 
     @staticmethod
     def default_params(**given: Any) -> SamplingParams:
         return SamplingParams(**given)
+
+
+class FakeStream(Iterator[Piece]):
+    """Pieces as they come, and the answer as far as they came."""
+
+    def __init__(self, pieces: Generator[Piece]) -> None:
+        self._pieces, self._came = pieces, []
+
+    def __next__(self) -> Piece:
+        self._came.append(next(self._pieces))
+        return self._came[-1]
+
+    def close(self) -> None:
+        self._pieces.close()
+
+    def output(self) -> RequestOutput:
+        text = "".join(piece.text for piece in self._came)
+        token_ids = tuple(each for piece in self._came for each in piece.token_ids)
+        return RequestOutput(text, token_ids, self._came[-1].finish_reason or "abort", (7, 8), None, METRICS)
 
 
 def contents(llm: FakeLLM) -> list[list[str]]:
