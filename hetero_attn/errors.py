@@ -72,9 +72,13 @@ class PromptError(HeteroError, ValueError):
 
 
 class SamplingError(HeteroError, ValueError):
-    """A sampling parameter outside its range. Exit code 2."""
+    """A sampling parameter outside its range, called `parameter` in `SamplingParams`. Exit code 2."""
 
     exit_code = 2
+
+    def __init__(self, message: str = "", parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
 
 
 class MemoryBudgetError(HeteroError, ValueError):

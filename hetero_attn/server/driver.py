@@ -229,7 +229,8 @@ class Driver:
         self.failure = failure
         while self._wishes:
             self._wishes.popleft()[0].set_exception(self._dead())
-        LOG.error("the model is lost: %s: %s", type(failure).__name__, failure if self.llm is None else "")
+        if self.llm is not None:  # who could not load it is told by what the server ends with
+            LOG.error("the model is lost: %s", type(failure).__name__)
         self.lose(self._dead())
         self._become(State.FAILED)
 

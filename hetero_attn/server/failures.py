@@ -2,6 +2,7 @@
 
 import logging
 import traceback
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -15,6 +16,7 @@ from hetero_attn.errors import (
     printable,
 )
 from hetero_attn.server.sse import JsonAnswer
+from hetero_attn.serving.sampling_params import GRAMMARS
 
 LOG = logging.getLogger("hetero_attn.server")
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -50,7 +52,9 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, HTTPException):
         words = {404: "there is nothing at this address", 405: "this address takes another method"}
         return ApiError(error.status_code, words.get(error.status_code, error.detail))
-    if isinstance(error, (PromptError, SamplingError)):
+    if isinstance(error, SamplingError):
+        return refused_parameter(error, {})
+    if isinstance(error, PromptError):
         return ApiError(400, str(error))
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error), code="queue_full", retry_after_s=1)
@@ -61,6 +65,18 @@ def as_api_error(error: BaseException) -> ApiError:
     place = "".join(traceback.format_tb(error.__traceback__)[-3:])
     LOG.error("%s in a request, at\n%s", type(error).__name__, place)
     return ApiError(500, f"the server met a {type(error).__name__}; its log says where")
+
+
+def refused_parameter(error: SamplingError, names: Mapping[str, str]) -> ApiError:
+    """A sampling parameter that cannot be, by the name that its client gave it.
+
+    names: of parameters that it calls otherwise. A form of the answer without a name there is none that it asked for.
+    """
+    own, message = error.parameter, str(error)
+    name = names.get(own, None if own in (*GRAMMARS, "grammar_after") else own)
+    if name is not None and message.startswith(f"{own} "):
+        message = name + message.removeprefix(own)
+    return ApiError(400, message, param=name)
 
 
 def too_long(tokens: int, max_context: int, param: str) -> ApiError:

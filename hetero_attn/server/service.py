@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from hetero_attn.errors import SamplingError
 from hetero_attn.server.dialogue.answer import Parser, PlainText
 from hetero_attn.server.dialogue.forced import form_wishes
 from hetero_attn.server.dialogue.formats import AnswerFormat, end_of, format_of
 from hetero_attn.server.dialogue.thoughts import thought_tokens
 from hetero_attn.server.driver import Driver, State
-from hetero_attn.server.failures import ApiError, too_long
+from hetero_attn.server.failures import ApiError, refused_parameter, too_long
 from hetero_attn.server.generation import Generation
 from hetero_attn.server.metrics import Labelled, ServerMetrics
 from hetero_attn.server.settings import ServerSettings
@@ -137,7 +138,10 @@ class Service:
             params = [llm.default_params(**_wishes_of_choice(wishes, choice)) for choice in range(turn.choices)]
             return _added(llm, (llm.add(prompt, params[choice], priority=turn.priority) for prompt, choice in pairs))
 
-        return await self._admit(turn, prompts * turn.choices, add)
+        try:
+            return await self._admit(turn, prompts * turn.choices, add)
+        except SamplingError as error:
+            raise refused_parameter(error, turn.names) from None
 
     async def score(self, turn: Turn, logprobs: int) -> Generation:
         """Have the prompts' own tokens scored, each by a request of its own."""

@@ -28,12 +28,13 @@ class Turn:
     """One request of a client.
 
     prompts: one or several, or a conversation in their place. wishes: given sampling parameters by their name in
-    `SamplingParams`; what is not given is as the model suggests. choices: answers to each prompt. field: where the body
-    holds the prompt, for errors.
+    `SamplingParams`; what is not given is as the model suggests. choices: answers to each prompt. For errors, names:
+    what the client calls parameters that have another name there, and field: where the body holds the prompt.
     """
 
     prompts: Sequence[Prompt] | Conversation
     wishes: Mapping[str, Any] = field(default_factory=dict)
     choices: int = 1
     priority: int = 0
+    names: Mapping[str, str] = field(default_factory=dict)
     field: str = "messages"

@@ -198,7 +198,7 @@ class Grammars:
         if not matcher.is_error():
             trial.compute_bitmask()  # whether anything may begin is found out here alone
         if trial.is_error():
-            raise SamplingError(f"{kind} cannot be followed: {_cause(trial.get_error())}")
+            raise SamplingError(f"{kind} cannot be followed: {_cause(trial.get_error())}", kind)
         return TokenMask(matcher, self._vocab_size, [] if after is None else self._ids_of(after), self._threads)
 
     @cached_property
@@ -215,7 +215,7 @@ class Grammars:
                 grammar = make.grammar_from_regex(text) if kind == "regex" else make.grammar_from_lark(text)
             return make(tokens, grammar, log_level=0)
         except ValueError as error:
-            raise SamplingError(f"{kind} cannot be followed: {_cause(str(error))}") from None
+            raise SamplingError(f"{kind} cannot be followed: {_cause(str(error))}", kind) from None
 
     def _ids_of(self, text: str) -> list[int]:
         if self._tokenizer is None:

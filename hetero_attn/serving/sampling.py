@@ -148,7 +148,9 @@ class Sampler:
     def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
         for token_id in token_ids:
             if token_id >= self._vocab_size:
-                raise SamplingError(f"{name} names token {token_id}, the vocabulary ends at {self._vocab_size - 1}")
+                raise SamplingError(
+                    f"{name} names token {token_id}, the vocabulary ends at {self._vocab_size - 1}", name
+                )
 
     def _check_finite(self, largest: float, position: int) -> None:
         if not math.isfinite(largest):
@@ -161,12 +163,14 @@ class Sampler:
         if largest == -math.inf:
             raise SamplingError(
                 f"no token is allowed at output position {position}: the model, or the grammar, leaves "
-                f"only end tokens, which min_tokens={self.params.min_tokens} masks; lower min_tokens"
+                f"only end tokens, which min_tokens={self.params.min_tokens} masks; lower min_tokens",
+                "min_tokens",
             )
         if not math.isfinite(largest):
             raise SamplingError(
                 f"repetition_penalty={self.params.repetition_penalty:g} takes a logit to {largest}, beyond float32; "
-                "choose a value nearer 1"
+                "choose a value nearer 1",
+                "repetition_penalty",
             )
 
     def _choose_allowed(self, logits: torch.Tensor, best: int, generated_ids: Sequence[int]) -> int:

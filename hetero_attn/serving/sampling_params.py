@@ -78,13 +78,13 @@ def _checked_number(name: str, value: object, rule: _Range | None = None) -> flo
     except OverflowError:
         plain = None
     if plain is None or not rule.holds(plain):
-        raise SamplingError(f"{name} must be {rule}, got {value!r:.80}; {rule.way_out}")
+        raise SamplingError(f"{name} must be {rule}, got {value!r:.80}; {rule.way_out}", name.partition(" ")[0])
     return plain
 
 
 def _checked_flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise SamplingError(f"{name} must be True or False, got {value!r}")
+        raise SamplingError(f"{name} must be True or False, got {value!r}", name)
     return value
 
 
@@ -94,9 +94,9 @@ def _checked_items(name: str, value: object, container: type, most: int) -> tupl
         items = container(() if value is None else value)
     except (TypeError, ValueError):
         kind = "a mapping of token ids to numbers" if container is dict else "a list"
-        raise SamplingError(f"{name} must be {kind}, got {value!r:.80}") from None
+        raise SamplingError(f"{name} must be {kind}, got {value!r:.80}", name) from None
     if len(items) > most:
-        raise SamplingError(f"{name} holds {len(items)} items, at most {most} are allowed; pass fewer")
+        raise SamplingError(f"{name} holds {len(items)} items, at most {most} are allowed; pass fewer", name)
     return items
 
 
@@ -104,7 +104,9 @@ def _checked_stop(value: object) -> tuple[str, ...]:
     strings = _checked_items("stop", (value,) if isinstance(value, str) else value, tuple, MAX_STOP_STRINGS)
     for text in strings:
         if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARACTERS:
-            raise SamplingError(f"stop must hold strings of 1 to {MAX_STOP_CHARACTERS} characters, got {text!r:.80}")
+            raise SamplingError(
+                f"stop must hold strings of 1 to {MAX_STOP_CHARACTERS} characters, got {text!r:.80}", "stop"
+            )
     return strings
 
 
@@ -134,15 +136,21 @@ def _checked_json_schema(value: object) -> str | None:
         schema = json.loads(value) if isinstance(value, (str, bytes)) else value
         text = json.dumps(schema, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
-        raise SamplingError(f"json_schema must be a JSON schema, a mapping or its text, got {value!r:.80}") from None
+        raise SamplingError(
+            f"json_schema must be a JSON schema, a mapping or its text, got {value!r:.80}", "json_schema"
+        ) from None
     if not isinstance(schema, (Mapping, bool)):
-        raise SamplingError(f"json_schema must be an object, got {text:.80}; write {{'type': 'object', ...}}")
+        raise SamplingError(
+            f"json_schema must be an object, got {text:.80}; write {{'type': 'object', ...}}", "json_schema"
+        )
     level: list = [schema]
     for _ in range(MAX_SCHEMA_DEPTH):
         inner = [item for item in level if isinstance(item, (dict, list))]
         level = [child for item in inner for child in (item.values() if isinstance(item, dict) else item)]
     if level:
-        raise SamplingError(f"json_schema nests more than {MAX_SCHEMA_DEPTH} deep; name its parts under $defs")
+        raise SamplingError(
+            f"json_schema nests more than {MAX_SCHEMA_DEPTH} deep; name its parts under $defs", "json_schema"
+        )
     return _checked_text("json_schema", text)
 
 
@@ -150,9 +158,11 @@ def _checked_text(name: str, value: object) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str) or not value:
-        raise SamplingError(f"{name} must be None or text, got {value!r:.80}")
+        raise SamplingError(f"{name} must be None or text, got {value!r:.80}", name)
     if len(value) > MAX_GRAMMAR_CHARACTERS:
-        raise SamplingError(f"{name} has {len(value)} characters, at most {MAX_GRAMMAR_CHARACTERS} are allowed")
+        raise SamplingError(
+            f"{name} has {len(value)} characters, at most {MAX_GRAMMAR_CHARACTERS} are allowed", name
+        )
     return value
 
 
@@ -185,7 +195,8 @@ class SamplingParams:
         grammar_after: text, such as </think>, behind which that begins to hold; None is from the start.
 
     Raises:
-        SamplingError: a value of the wrong type or out of range; the message names parameter, value and range.
+        SamplingError: a value of the wrong type or out of range; the message names parameter, value and range, its
+            `parameter` the first.
     """
 
     temperature: float = 1.0
@@ -228,14 +239,18 @@ class SamplingParams:
             object.__setattr__(self, field.name, checked)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise SamplingError(
-                f"min_tokens must be at most max_tokens, got {self.min_tokens} > {self.max_tokens}; raise max_tokens"
+                f"min_tokens must be at most max_tokens, got {self.min_tokens} > {self.max_tokens}; raise max_tokens",
+                "min_tokens",
             )
         wanted = [name for name in GRAMMARS if getattr(self, name) is not None]
         if len(wanted) > 1:
-            raise SamplingError(f"{' and '.join(wanted)} are both given; an answer follows one of them")
+            raise SamplingError(
+                f"{' and '.join(wanted)} are both given; an answer follows one of them", wanted[1]
+            )
         if wanted and self.ignore_eos:
             raise SamplingError(
-                f"{wanted[0]} says where an answer ends, and ignore_eos goes on behind it; give one of them"
+                f"{wanted[0]} says where an answer ends, and ignore_eos goes on behind it; give one of them",
+                "ignore_eos",
             )
 
     @property

@@ -14,6 +14,8 @@ from tests.server.test_lifecycle import read_until
 
 HI = [{"role": "user", "content": "Hi"}]
 FORM = {"type": "json_object"}
+NOPE = {"type": "json_schema", "name": "form", "schema": {"type": "nope"}}
+TALK = {"chat/completions": {"messages": HI}, "completions": {"prompt": "Hi"}, "responses": {"input": "Hi"}}
 
 
 def chat(**more: object) -> bytes:
@@ -62,7 +64,7 @@ def chat(**more: object) -> bytes:
         ("chat/completions", chat(structured_outputs={"json": {"enum": ["x" * 70_000]}}), 400, "65536"),
         ("chat/completions", chat(structured_outputs={"choice": []}), 400, "at least one"),
         ("chat/completions", chat(structured_outputs={"choice": ["a", 5]}), 400, "structured_outputs.choice"),
-        ("chat/completions", chat(structured_outputs={"json": False}), 400, "json_schema cannot be followed"),
+        ("chat/completions", chat(structured_outputs={"json": False}), 400, "outputs.json cannot be followed"),
         ("chat/completions", chat(structured_outputs={"regex": r"[^\s\S]"}, stream=True), 400, "no text that fits"),
         ("chat/completions", chat(guided_json={"type": "object"}), 400, "use structured_outputs.json"),
         ("completions", b'{"prompt": "a", "guided_choice": ["b"]}', 400, "use structured_outputs.choice"),
@@ -118,6 +120,33 @@ def test_the_field_at_fault_is_named_as_the_client_wrote_it(http, path, body, pa
     error = http.post(f"/v1/{path}", json=body).json()["error"]
 
     assert (error["param"], error["message"].partition(":")[0]) == (param, param) and said in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "param", "said"),
+    [
+        ("chat/completions", {"temperature": -1}, "temperature", "at least 0"),
+        ("chat/completions", {"max_completion_tokens": 0}, "max_completion_tokens", "at least 1"),
+        ("chat/completions", {"stop": ["x"] * 17}, "stop", "at most 16"),
+        ("chat/completions", {"stop_token_ids": [-1]}, "stop_token_ids", "item must be"),
+        ("chat/completions", {"logit_bias": {"5000": 1}}, "logit_bias", "vocabulary"),
+        ("chat/completions", {"response_format": FORM, "ignore_eos": True}, "ignore_eos", "where an answer ends"),
+        ("chat/completions", {"structured_outputs": {"choice": ["a" * 70_000]}}, "structured_outputs.choice", "65536"),
+        ("chat/completions", {"structured_outputs": {"regex": "("}}, "structured_outputs.regex", "cannot be followed"),
+        ("completions", {"min_tokens": 5, "max_tokens": 3}, "min_tokens", "at most max_tokens"),
+        ("completions", {"top_p": 2}, "top_p", "(0, 1]"),
+        ("responses", {"max_output_tokens": 0}, "max_output_tokens", "at least 1"),
+        ("responses", {"text": {"format": NOPE}}, "text.format", "nope"),
+    ],
+    ids=str,
+)
+def test_a_parameter_at_fault_is_named_as_the_client_wrote_it(http, path, more, param, said):
+    """`param` was null, and the message spoke of max_tokens and json_schema."""
+    answer = http.post(f"/v1/{path}", json=TALK[path] | more)
+    error = answer.json()["error"]
+
+    assert (answer.status_code, error["param"]) == (400, param) and said in error["message"]
+    assert error["message"].startswith(param) or param == "ignore_eos"
 
 
 def test_an_overlong_prompt_has_the_code_that_agents_know(http):

@@ -16,6 +16,7 @@ import pytest
 
 from hetero_attn.errors import ArgumentError, EngineDeadError
 from hetero_attn.server.settings import ServerSettings
+from tests.support.command import ROOT, run
 from tests.support.http_server import TINY, RunningServer, await_health, free_port, load_tiny
 
 MESSAGES = [{"role": "user", "content": "What is a list?"}]
@@ -146,6 +147,15 @@ def test_while_it_loads_it_says_so():
     assert "--context 2048 would take about" in server.said[0]
     assert re.search(r"expected: [\d,.]+ tokens/s of a prompt, [\d,.]+ tokens/s", server.said[0])
     assert "context 512 tokens" in server.said[0] and server.said[0].count(f":{server.port}/v1") >= 5
+
+
+def test_a_model_that_cannot_be_loaded_says_so_once(caplog):
+    """The log said it, too."""
+    result = run("serve", str(ROOT / "tests"), "--port", "0", "--device", "cpu")
+    said = result.stderr.partition("error: ")[2].strip()[:60]
+
+    assert result.exit_code == 3 and "config.json" in result.stderr
+    assert said and (caplog.text + result.stderr).count(said) == 1
 
 
 def test_a_dead_engine_ends_streams_with_an_error_and_the_server():

@@ -16,6 +16,8 @@ from hetero_attn.server.failures import ApiError
 from hetero_attn.serving.sampling_params import GRAMMARS, JSON_OPTIONS, MAX_SCHEMA_DEPTH
 
 MOST_CALLS = 16  # in one answer, so that a model that goes on calling ends
+# What vLLM's `structured_outputs` calls the forms of an answer; `choice` becomes a grammar.
+STRUCTURED = {"json": "json_schema", "regex": "regex", "grammar": "grammar", "choice": "grammar"}
 Mark = Callable[[str], str]
 
 
@@ -33,7 +35,6 @@ def format_wishes(kind: str, schema: Any, field: str) -> dict[str, Any]:
 
 def structured_wishes(wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Sampling parameters for `structured_outputs` in vLLM's form: json, regex, choice or grammar. Raises ApiError."""
-    names = {"json": "json_schema", "regex": "regex", "grammar": "grammar"}
     # A schema may be false; of what is no schema that means that it is not wanted.
     given = {name: each for name, each in wanted.items() if each is not None and (each is not False or name == "json")}
     if "choice" in given:
@@ -44,9 +45,9 @@ def structured_wishes(wanted: Mapping[str, Any]) -> dict[str, Any]:
     if given.pop("json_object", None):
         given["json"] = {"type": "object"}
     for name in given:
-        if name not in names:
+        if name not in STRUCTURED:
             raise ApiError(400, f"structured_outputs.{name!s:.40} is not known; give json, regex, choice or grammar")
-    return {names[name]: value for name, value in given.items()}
+    return {STRUCTURED[name]: value for name, value in given.items()}
 
 
 def form_wishes(

@@ -64,7 +64,13 @@ async def chat_completions(service: Service, request: Request) -> Any:
     check_model(service, body.model)
     count_unknown(service, body)
     choices = 1 if body.n is None else body.n
-    turn = Turn(prompts=conversation_of(body), wishes=_wishes(body), choices=choices, priority=body.priority or 0)
+    turn = Turn(
+        prompts=conversation_of(body),
+        wishes=_wishes(body),
+        choices=choices,
+        priority=body.priority or 0,
+        names=_names(body),
+    )
 
     def make_writer(generation: Generation) -> ChatWriter:
         return ChatWriter(service, body, generation, choices)
@@ -92,6 +98,12 @@ def _wishes(body: Body) -> dict[str, Any]:
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = {"logprobs": body.top_logprobs or 0} if body.logprobs else {}
     return body.wishes(most) | logprobs | _form_of(body.response_format or {})
+
+
+def _names(body: Body) -> dict[str, str]:
+    most = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    names = body.names(most, "response_format" if body.response_format else None)
+    return names | {"logprobs": "top_logprobs"}
 
 
 def _form_of(wanted: dict[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,7 @@ async def completions(service: Service, request: Request) -> Any:
         wishes=body.wishes(body.max_tokens or None) | ({} if body.logprobs is None else {"logprobs": body.logprobs}),
         choices=choices,
         priority=body.priority or 0,
+        names=body.names(),
         field="prompt",
     )
     scored = await _scored(service, request, turn, body.logprobs) if body.echo and body.logprobs is not None else None

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hetero_attn.server.dialogue.forced import structured_wishes
+from hetero_attn.server.dialogue.forced import STRUCTURED, structured_wishes
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.service import Service
 from hetero_attn.serving.sampling_params import LARGEST_SEED
@@ -77,6 +77,16 @@ class SamplingFields(Fields):
         if max_tokens is not None:
             found["max_tokens"] = max_tokens
         return found | structured_wishes(self.structured_outputs or {})
+
+    def names(self, max_tokens: str = "max_tokens", form: str | None = None) -> dict[str, str]:
+        """What the client calls parameters that have another name in `SamplingParams`.
+
+        max_tokens: the field that has them. form: another field that says what the answer follows, if one does.
+        """
+        given = self.structured_outputs or {}
+        found = {"max_tokens": max_tokens}
+        found |= {own: f"structured_outputs.{name}" for name, own in STRUCTURED.items() if given.get(name) is not None}
+        return found | ({} if form is None else {"json_schema": form})
 
     @property
     def usage_at_end(self) -> bool:

@@ -93,7 +93,7 @@ def _turn_of(service: Service, body: CountBody, wishes: dict[str, Any]) -> Turn:
         variables={} if kind is None else {"enable_thinking": kind != "disabled"},
         continues=plain[-1]["role"] == "assistant" and not plain[-1].get("tool_calls"),
     )
-    return Turn(prompts=talk, wishes=wishes)
+    return Turn(prompts=talk, wishes=wishes, names={"stop": "stop_sequences", "json_schema": "output_config.format"})
 
 
 def _system(system: Any) -> str:

@@ -32,6 +32,7 @@ _OPTIONS = {
     "presence_penalty": "presence_penalty",
     "frequency_penalty": "frequency_penalty",
 }
+_NAMES = {name: f"options.{option}" for option, name in _OPTIONS.items()} | {"json_schema": "format"}
 
 
 class Asking(Fields):
@@ -84,7 +85,7 @@ async def chat(service: Service, request: Request) -> Any:
         tools=tools_of([tool.get("function") for tool in body.tools or ()], "auto", True),
         variables=_thinking(body),
     )
-    return await _answer(service, request, body, Turn(prompts=talk, wishes=_wishes(body)), True)
+    return await _answer(service, request, body, Turn(prompts=talk, wishes=_wishes(body), names=_NAMES), True)
 
 
 async def generate(service: Service, request: Request) -> Any:
@@ -105,7 +106,7 @@ async def generate(service: Service, request: Request) -> Any:
     if not body.raw and service.tokenizer.chat_template:
         user = {"role": "user", "content": body.prompt}
         prompts = Conversation(messages=template_messages([*system, user]), variables=_thinking(body))
-    turn = Turn(prompts=prompts, wishes=_wishes(body), field="prompt")
+    turn = Turn(prompts=prompts, wishes=_wishes(body), names=_NAMES, field="prompt")
     return await _answer(service, request, body, turn, False)
 
 

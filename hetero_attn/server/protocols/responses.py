@@ -21,6 +21,7 @@ from hetero_attn.server.service import Service
 from hetero_attn.server.turn import Conversation, Turn
 
 LOGPROBS = "message.output_text.logprobs"
+_NAMES = {"max_tokens": "max_output_tokens", "json_schema": "text.format"}
 
 
 class Body(Fields):
@@ -117,7 +118,8 @@ def _turn(body: Body, tools: Tools) -> Turn:
     )
     wanted = as_object((body.text or {}).get("format"), "text.format")
     forced = format_wishes(wanted.get("type", "text"), wanted.get("schema"), "text.format")
-    return Turn(prompts=talk, wishes={k: v for k, v in given.items() if v is not None} | forced, field="input")
+    wishes = {name: value for name, value in given.items() if value is not None} | forced
+    return Turn(prompts=talk, wishes=wishes, names=_NAMES, field="input")
 
 
 def _messages(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
