@@ -160,9 +160,7 @@ def _checked_text(name: str, value: object) -> str | None:
     if not isinstance(value, str) or not value:
         raise SamplingError(f"{name} must be None or text, got {value!r:.80}", name)
     if len(value) > MAX_GRAMMAR_CHARACTERS:
-        raise SamplingError(
-            f"{name} has {len(value)} characters, at most {MAX_GRAMMAR_CHARACTERS} are allowed", name
-        )
+        raise SamplingError(f"{name} has {len(value)} characters, at most {MAX_GRAMMAR_CHARACTERS} are allowed", name)
     return value
 
 
@@ -244,9 +242,7 @@ class SamplingParams:
             )
         wanted = [name for name in GRAMMARS if getattr(self, name) is not None]
         if len(wanted) > 1:
-            raise SamplingError(
-                f"{' and '.join(wanted)} are both given; an answer follows one of them", wanted[1]
-            )
+            raise SamplingError(f"{' and '.join(wanted)} are both given; an answer follows one of them", wanted[1])
         if wanted and self.ignore_eos:
             raise SamplingError(
                 f"{wanted[0]} says where an answer ends, and ignore_eos goes on behind it; give one of them",

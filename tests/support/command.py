@@ -61,9 +61,7 @@ class FakeLLM:
             raise self.ending
         yield Piece("", (), self.ending, METRICS)
 
-    def stream_chat(
-        self, messages: list[dict[str, str]], params: Any, template_variables: Any = None
-    ) -> "FakeStream":
+    def stream_chat(self, messages: list[dict[str, str]], params: Any, template_variables: Any = None) -> "FakeStream":
         self.variables = template_variables
         return self.stream([dict(message) for message in messages], params)
 
