@@ -24,11 +24,13 @@ from placement.solve.whole_units import complete
 class BudgetError(ValueError):
     """A memory budget that no plan can meet.
 
-    needed_bytes: the smallest budget that works; budget_bytes: what was given.
+    needed_bytes: the smallest budget that works, 0 where none is known; budget_bytes: what was given; place: of which
+    memory, gpu | pinned | host.
     """
 
-    def __init__(self, message: str, needed_bytes: int, budget_bytes: int) -> None:
+    def __init__(self, message: str, needed_bytes: int, budget_bytes: int, place: str = "gpu") -> None:
         super().__init__(message)
+        self.place = place
         self.needed_bytes = needed_bytes
         self.budget_bytes = budget_bytes
 
@@ -53,9 +55,10 @@ def plan_requested(asked: PlanRequest) -> Plan:
 
 
 def plan_with_alternatives(asked: PlanRequest) -> tuple[Plan, list[Candidate]]:
-    """The plan for a request, and every candidate that the search compared, fastest first; the first is the plan's."""
+    """The plan for a request, and every candidate that the search compared, fastest first, what does not fit last; the
+    first is the plan's."""
     requests = [request for shape in shapes(asked) for request in _with_chunks(shape)]
-    found = _candidates(requests)
+    found = _candidates([problem_of(request) for request in requests], on_gpu=asked.device != "cpu")
     if not found:
         raise _explain_failure(requests[-1] if asked.policy.shape == "paired" else _with_chunks(asked)[0])
     return _plan_of_fastest(requests, found), found
@@ -64,11 +67,15 @@ def plan_with_alternatives(asked: PlanRequest) -> tuple[Plan, list[Candidate]]:
 def fastest_plan(requests: Sequence[PlanRequest]) -> tuple[Plan, PlanRequest] | None:
     """The plan for whichever of several requests of a model is served fastest, and that request; None where none of
     their budgets holds a plan. Shapes and chunks are as the requests have them; no two share a workload."""
-    found = _candidates(requests)
+    problems = [problem_of(request) for request in requests]
+    found = _candidates(problems, on_gpu=bool(requests) and requests[0].device != "cpu")
     if not found or not found[0].fits:
         return None
-    chosen = found[0].problem.workload
-    return _plan_of_fastest(requests, found), next(each for each in requests if each.workload is chosen)
+    # The cut as a policy would say it, for every request: what its own program missed, and what is read back again.
+    cut = replace(complete(found[0]), spread=None)
+    best = fastest_first(each for problem in problems if (each := replace(cut, problem=problem)).fits) or [cut]
+    chosen = best[0].problem.workload
+    return _plan_of_fastest(requests, best), next(each for each in requests if each.workload is chosen)
 
 
 def _plan_of_fastest(requests: Sequence[PlanRequest], found: Sequence[Candidate]) -> Plan:
@@ -100,16 +107,18 @@ def _with_chunks(request: PlanRequest) -> list[PlanRequest]:
     return [replace(request, workload=request.workload.with_chunk(choice)) for choice in request.workload.chunk_choices]
 
 
-def _candidates(requests: Sequence[PlanRequest]) -> list[Candidate]:
-    """The placements that rules leave no choice in, and those that the search finds; fastest first."""
+def _candidates(problems: Sequence[Problem], on_gpu: bool) -> list[Candidate]:
+    """The placements that rules leave no choice in, and those that the search finds; fastest first, and last those that
+    exceed a budget, the smallest chunk first, which takes the least."""
     fixed, open_ = [], []
-    for problem in map(problem_of, requests):
-        only = fixed_candidate(problem, requests[0].device != "cpu")
+    for problem in problems:
+        only = fixed_candidate(problem, on_gpu)
         if only is None:
             open_.append(problem)
         else:
             fixed.append(only)
-    return fastest_first(fixed + candidates(open_))
+    found = fastest_first(fixed + candidates(open_))
+    return sorted(found, key=lambda each: 0 if each.fits else each.problem.workload.prefill_chunk)
 
 
 def problem_of(request: PlanRequest) -> Problem:
@@ -218,8 +227,14 @@ def _budget_error(place: str, kinds: dict[str, int], limit: int) -> BudgetError:
     parts = " + ".join(f"{kind} {format_bytes(size)}" for kind, size in kinds.items() if size)
     return BudgetError(
         f"{place}_memory: needs at least {format_bytes(needed)} ({parts}), the budget is {format_bytes(limit)}; "
-        f"the smallest that works is {needed} bytes, or {-(-needed // 1024)}KiB"
-        + (BARE_NUMBER if limit < 2**20 else ""),
+        + smallest(needed, limit),
         needed,
         limit,
+        place,
     )
+
+
+def smallest(needed_bytes: int, budget_bytes: int) -> str:
+    """Which budget works instead of the one that was given, as part of a sentence."""
+    hint = BARE_NUMBER if budget_bytes < 2**20 else ""
+    return f"the smallest that works is {needed_bytes} bytes, or {-(-needed_bytes // 1024)}KiB{hint}"

@@ -50,11 +50,10 @@ class PlanRequest:
             "resident": gpu_resident_bytes(workload),
             "context": self.context_bytes,
         }
-        return {
-            "gpu": gpu,
-            "pinned": {},
-            "host": {"activations": host_activation_bytes(workload), "embed": workload.embed_bytes},
-        }
+        host = {"activations": host_activation_bytes(workload), "embed": workload.embed_bytes}
+        if self.device == "cpu":
+            host["resident"] = workload.resident_bytes + workload.state_bytes
+        return {"gpu": gpu, "pinned": {}, "host": host}
 
     @property
     def may_pair(self) -> bool:

@@ -154,8 +154,10 @@ def _least_s(problem: Problem, tokens: int | None) -> float | None:
 
 
 def _passes(problem: Problem) -> Hashable:
-    """What a program is asked, whatever its budget and whatever a drafter takes beside it; None where nobody drafts."""
-    if problem.workload.drafting is None:
+    """What a program is asked, whatever its budget of GPU memory and whatever a drafter takes beside it; None where
+    nobody drafts, and where host memory has a budget: who leaves more of the one leaves less of the other."""
+    budgets = problem.budgets
+    if problem.workload.drafting is None or budgets.pinned is not None or budgets.host is not None:
         return None
     workload, calls = problem.workload, tuple(replace(weighted, beside_s=0.0) for weighted in problem.calls)
     return workload.linears, workload.prefill_chunk, calls
