@@ -129,14 +129,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A suggestion for a misspelt name, to be appended to an error message.
 
     Args:
-        name: what the user wrote.
+        name: what the user wrote; case does not matter.
         known: the valid names.
 
     Returns:
         `" (did you mean 'x'?)"` when one of `known` is close to `name`, else the empty string.
     """
-    matches = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
+    spelt = {each.lower(): each for each in known}
+    matches = difflib.get_close_matches(name.lower(), spelt, n=1)
+    return f" (did you mean {spelt[matches[0]]!r}?)" if matches else ""
 
 
 def printable(message: str) -> str:

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 from cpu_kernels.formats.weights import WEIGHT_DTYPES
 from placement.plan.units import parse_bytes
 from placement.plan.workload import KV_DTYPES
+from placement.policy.problems import nearest
 
 SPECULATIONS = ("off", "ngram", "auto")  # who drafts tokens, where no model does
 
@@ -95,7 +96,7 @@ def _parse_staging_slots(value: Any) -> int | None:
 def names_model(value: str) -> bool:
     """Whether text looks like a model's directory, file or hub id, rather than like one of a few words."""
     try:
-        return "/" in value or Path(value).exists()
+        return value != "" and ("/" in value or Path(value).exists())
     except (OSError, ValueError):  # a name that no file can have
         return False
 
@@ -105,7 +106,8 @@ def _parse_speculate(value: Any) -> str:
         return "off"
     if isinstance(value, str | Path) and (str(value) in SPECULATIONS or names_model(str(value))):
         return str(value)
-    raise ValueError(f"must be one of {', '.join(SPECULATIONS)}, or the directory, file or hub id of a model")
+    near = nearest(value, SPECULATIONS)
+    raise ValueError(f"must be one of {', '.join(SPECULATIONS)}, or the directory, file or hub id of a model{near}")
 
 
 def _parse_inserts(value: Any) -> int | None:

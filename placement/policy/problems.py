@@ -17,9 +17,10 @@ class PolicyError(ValueError):
 
 
 def nearest(value: object, names: tuple[str, ...] | list[str]) -> str:
-    """The end of a message: the valid name that is most like the value, nothing where none is."""
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """The end of a message: the valid name that is most like the value, case aside, nothing where none is."""
+    spelt = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(str(value).lower(), spelt, n=1, cutoff=0.5)
+    return f"; did you mean {spelt[near[0]]!r}?" if near else ""
 
 
 def position(path: YamlPath, marks: dict[YamlPath, Mark]) -> Mark:
