@@ -15,7 +15,7 @@ from hetero_attn.errors import MemoryBudgetError
 if TYPE_CHECKING:
     from hetero_attn.planning.draft import Drafted
     from hetero_attn.planning.options import LoadOptions
-    from hetero_attn.planning.settle import PlannedModel
+    from hetero_attn.planning.settle import Asked, PlannedModel
     from placement import HardwareProfile
     from placement.explain.explanation import Explanation
 
@@ -54,9 +54,9 @@ def plan(
     wishes = loading.options(model, hardware=machine(hardware), speculate=speculate)
     if wishes.asks_for_this_machine:
         refresh_profile()
-    drafted = settle_drafted(wishes, settled_or_refused(wishes))
+    drafted = settle_drafted(wishes, settled_or_refused)
     only_policy = str(yaml) == "-"  # a policy on stdout is all that its reader wants
-    fits = _said_to_fit(wishes, drafted.planned, on_stderr=as_json or only_policy)
+    fits = _said_to_fit(wishes, drafted, on_stderr=as_json or only_policy)
     explanation = explained(drafted.planned) if explain and not only_policy else None
     if as_json:
         drafts = {} if drafted.wish == "off" else {"speculation": drafted.to_dict()}
@@ -64,26 +64,31 @@ def plan(
     elif not only_policy:
         show(drafted, explanation, fits)
     if yaml is not None:
-        write_text(yaml, drafted.to_yaml())
+        write_text(yaml, drafted.planned.plan.to_yaml())
     if plot is not None:
         draw(drafted.planned, plot, plot_points)
     if not fits:
         raise typer.Exit(MemoryBudgetError.exit_code)
 
 
-def _said_to_fit(wishes: LoadOptions, planned: PlannedModel, on_stderr: bool) -> bool:
-    """Whether the machine has the memory that the plan needs; says first what would fit otherwise, and of this machine
-    whether it has it free now."""
+def _said_to_fit(wishes: LoadOptions, drafted: Drafted, on_stderr: bool) -> bool:
+    """Whether the machine has the memory that the plan and what drafts for it need; says first what would fit
+    otherwise, and of this machine whether it has it free now."""
     from hetero_attn.engine.host_memory import why_too_large
+    from hetero_attn.planning.draft import settle_drafted
     from hetero_attn.planning.fitting import why_not_fitting, would_fit
+    from hetero_attn.planning.settle import settle
     from placement.plan.words import wrapped
 
+    planned = drafted.planned
     unfit = why_not_fitting(planned)
     if unfit:
         of_this_context = replace(wishes, max_context=planned.plan.max_context)
-        refusal = wrapped(f"DOES NOT FIT: {unfit}; {would_fit(of_this_context)}", table_width())
+        ways = would_fit(of_this_context, lambda smaller: settle_drafted(smaller, settle).planned)
+        refusal = wrapped(f"DOES NOT FIT: {unfit}; {ways}", table_width())
         typer.echo(refusal, err=on_stderr)
-    if wishes.hardware is None and (reason := why_too_large(planned.plan)):
+    plans = [each.plan for each in (planned, drafted.draft) if each is not None]
+    if wishes.hardware is None and (reason := why_too_large(*plans)):
         typer.echo(f"note: this would not load now: {reason}", err=True)
     return not unfit
 
@@ -103,13 +108,13 @@ def show(drafted: Drafted, explanation: Explanation | None, fits: bool) -> None:
         typer.echo(wrapped(line, width))
 
 
-def settled_or_refused(wishes: LoadOptions) -> PlannedModel:
+def settled_or_refused(wishes: LoadOptions, asked: Asked) -> PlannedModel:
     """The planned model; a budget that no plan can meet is refused with the options that would fit."""
     from hetero_attn.planning.fitting import would_fit
     from hetero_attn.planning.settle import settle
 
     try:
-        return settle(wishes)
+        return settle(wishes, asked)
     except MemoryBudgetError as error:
         raise MemoryBudgetError(f"does not fit: {error}; {would_fit(wishes)}") from None
 

@@ -21,18 +21,14 @@ NO_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory"
 WAY_OUT = "use a smaller dtype, max_context or max_batch, fewer threads, or free some memory"
 
 
-def why_too_large(plan: Plan, root: Path = Path("/")) -> str:
-    """Why a plan does not fit in the host memory that is free now, in plain words; empty where it does.
+def why_too_large(*plans: Plan, root: Path = Path("/")) -> str:
+    """Why a plan, or several that are to be loaded together, do not fit in the host memory that is free now, in plain
+    words; empty where they do.
 
     Weights are written at once and must fit; a cache is only reserved and fills with use, so it counts against a limit
     of address space alone. An emulated GPU's memory is host memory.
     """
-    memory, workload = plan.memory, plan.workload
-    emulated = memory.gpu if plan.device == "emulated" else {}
-    total = memory.host_bytes + memory.pinned_bytes + sum(emulated.values())
-    written = (
-        workload.embed_bytes + workload.weight_bytes - (0 if plan.device != "cuda" else memory.gpu.get("weights", 0))
-    )
+    written, total = sum(map(_written_bytes, plans)), sum(map(_reserved_bytes, plans))
     free, space = free_host_bytes(root), free_address_space()
     if written > free:
         return f"its weights need {format_bytes(written)} of host memory, and {format_bytes(free)} are free"
@@ -40,6 +36,18 @@ def why_too_large(plan: Plan, root: Path = Path("/")) -> str:
         room = format_bytes(space)
         return f"it needs {format_bytes(total)} of address space, and the limit of this process leaves {room}"
     return ""
+
+
+def _written_bytes(plan: Plan) -> int:
+    """Host memory that loading a plan writes."""
+    on_gpu = plan.memory.gpu.get("weights", 0) if plan.device == "cuda" else 0
+    return plan.workload.embed_bytes + plan.workload.weight_bytes - on_gpu
+
+
+def _reserved_bytes(plan: Plan) -> int:
+    """Host memory that loading a plan takes of the address space."""
+    memory = plan.memory
+    return memory.host_bytes + memory.pinned_bytes + (memory.gpu_bytes if plan.device == "emulated" else 0)
 
 
 def free_host_bytes(root: Path = Path("/")) -> int:

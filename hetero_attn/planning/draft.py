@@ -5,13 +5,22 @@ lives and the cut to choose, by the seconds of the planner's reference requests;
 are those of the model alone.
 """
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hetero_attn.checkpoints.hub import resolve_model
 from hetero_attn.checkpoints.sources import read_config
-from hetero_attn.errors import MemoryBudgetError
+from hetero_attn.errors import UnsupportedModelError
+from hetero_attn.planning.draft_budgets import in_smaller_chunks, pairs_that_fit, plan_in_the_rest, too_small
+from hetero_attn.planning.draft_checks import (
+    NAMED,
+    STATES_REMEMBER,
+    named_as_drafter,
+    other_vocabulary,
+    refuse_states,
+    sizes_differ,
+)
 from hetero_attn.planning.fitting import settle_or_suggest
 from hetero_attn.planning.guesses import guesses_of
 from hetero_attn.planning.options import LoadOptions
@@ -19,12 +28,14 @@ from hetero_attn.planning.settle import Asked, PlannedModel, ask
 from placement.cost.drafts import WORTH, DraftRates, draft_rates, pass_s
 from placement.drafted.drafters import Drafter, drafters
 from placement.drafted.search import plan_drafted
-from placement.plan.drafting import Guesses
+from placement.plan.plan import Plan
 from placement.plan.units import format_bytes
 from placement.policy.fields import SPECULATIONS
+from placement.policy.policy import Policy
+from placement.solve.make_plan import BudgetError, plan_requested
 
 WIDTHS = (2, 4, 8, 16)  # rows of a pass, few of them: each is a recorded pass of its own
-STATES_REMEMBER = "the model has layers whose state cannot forget a wrong draft"
+MOST_PADDING = 1024  # rows of an embedding that stand for no token: models of one vocabulary are padded differently
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +77,14 @@ class Drafted:
         who = "n-grams of prompt and answer"
         if self.draft is not None:
             memory = self.draft.plan.memory
-            where = f"{format_bytes(memory.gpu_bytes)} of GPU memory, {format_bytes(memory.host_bytes)} of DRAM"
+            dram = format_bytes(memory.host_bytes + memory.pinned_bytes)
+            where = f"{format_bytes(memory.gpu_bytes)} of GPU memory, {dram} of DRAM"
             who = f"{self.draft.plan.model}, {where}, {1e3 * _step_s(self.draft):.2f} ms a step"
         alone = f"without drafts, with a plan of its own: {self.alone_tokens_per_s:.2f} tokens/s"
-        if self.rates.best.rows > 1 and self.rates.best.tokens_per_s < WORTH * self.alone_tokens_per_s:
+        best = self.rates.best
+        if (best.rows > 1 or self.draft is not None) and best.tokens_per_s < WORTH * self.alone_tokens_per_s:
             alone += "; the drafter costs more than it brings"
         return [f"drafts by {who}", self.rates.guesses.line(), *self.rates.lines(), alone]
-
-    def to_yaml(self) -> str:
-        """The plan as a policy, with who drafts; the budget is that of both models."""
-        text = self.planned.plan.to_yaml()
-        if self.wish == "off":
-            return text
-        own = f"gpu_memory: {self.planned.plan.gpu_memory_bytes}\n"
-        both = f"gpu_memory: {(self.planned.plan.gpu_memory_bytes or 0) + self.draft_gpu_bytes}\n"
-        return f"{text.replace(own, both, 1)}speculate: {json.dumps(self.wish)}\n"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -91,64 +95,104 @@ class Drafted:
         return {"speculate": self.wish, **own, **self.rates.to_dict()}
 
 
-def settle_drafted(wishes: LoadOptions, alone: PlannedModel | None = None) -> Drafted:
+def settle_drafted(
+    wishes: LoadOptions, settle_alone: Callable[[LoadOptions, Asked], PlannedModel] = settle_or_suggest
+) -> Drafted:
     """Plan a model with what drafts for it, which `wishes.speculate` says, or their policy where they say nothing.
 
-    alone: the model planned without, if it has been. Raises MemoryBudgetError where the budget does not hold both.
+    settle_alone: plans a model for which no other drafts. Raises MemoryBudgetError, with the smallest budget that
+    works, where the budgets do not hold both, and UnsupportedModelError for who cannot draft for the model.
     """
-    alone = alone or settle_or_suggest(wishes)
-    drafted = Drafted(alone)
-    if drafted.why_off:
-        return drafted
-    guesses = guesses_of(alone.path, drafted.wish)
-    if drafted.wish in SPECULATIONS:
-        return _together(alone, _like(ask(wishes), alone), None, guesses)
-    own = _draft_wishes(wishes, drafted)
-    return _together(alone, _like(ask(wishes), alone), ask(own, drafts=True), guesses)
+    asked = ask(wishes)
+    wish = asked.policy.speculate
+    refuse_states(wish, bool(asked.workload.states))
+    if wish in SPECULATIONS:
+        drafted = Drafted(settle_alone(wishes, asked))
+        return drafted if drafted.why_off else _together(asked, None, drafted.planned)
+    with named_as_drafter(wish):
+        own_wishes = _draft_wishes(wishes, asked)
+        own = ask(own_wishes, drafts=True)
+    _refuse_stranger(own, asked)
+    if found := _both(asked, own):
+        return found
+    larges, smalls = in_smaller_chunks(wishes, asked), in_smaller_chunks(own_wishes, own, drafts=True)
+    for large, small in pairs_that_fit(larges, smalls):
+        if found := _both(large, small):
+            return found
+    raise too_small(larges[-1], smalls[-1])
 
 
-def _like(asked: Asked, alone: PlannedModel) -> Asked:
-    """The same, in the shape and with the prefill chunk of the model planned alone, which later plans keep."""
-    request, plan = asked.request, alone.plan
-    for choice in request.workload.chunk_choices:
-        if choice.rows == plan.prefill_chunk:
-            request = replace(request, workload=request.workload.with_chunk(choice))
-    policy = request.policy.model_copy(update={"shape": plan.shape})
-    request = replace(request, policy=policy)
-    return replace(asked, request=request, workload=request.workload, policy=policy)
+def _both(asked: Asked, own: Asked) -> Drafted | None:
+    """A model and the one that drafts for it; None where the budgets do not hold both."""
+    try:
+        return _together(asked, own, asked.planned(plan_requested(asked.request)))
+    except BudgetError:
+        return None
 
 
-def _together(alone: PlannedModel, asked: Asked, own: Asked | None, guesses: Guesses) -> Drafted:
-    """Both plans, of the one search. own: of the model that drafts."""
-    budget_bytes = asked.request.limits["gpu"]
-    places: list[Drafter | None] = [None] if own is None else [*drafters(own.request)]
-    found = plan_drafted(asked.request, places, guesses, WIDTHS)
-    if found is None:
-        model = "n-grams" if own is None else f"the draft model {own.request.workload.model}"
-        raise MemoryBudgetError(
-            f"{format_bytes(budget_bytes or 0)} of GPU memory hold no plan of {asked.request.workload.model} beside "
-            f"{model}; raise gpu_memory, lower max_context, or leave speculate off"
+def _refuse_stranger(own: Asked, asked: Asked) -> None:
+    """Raise UnsupportedModelError for a draft model of another vocabulary, by its size, or with states. A head was
+    compared when the model was asked for; the tokens themselves are when both models are loaded."""
+    sizes = own.model.config.vocab_size, asked.model.config.vocab_size
+    if own.model.config.eagle is None and abs(sizes[0] - sizes[1]) > MOST_PADDING:
+        raise other_vocabulary(own.workload.model, asked.workload.model, sizes_differ(*sizes))
+    if own.workload.states:
+        raise UnsupportedModelError(
+            f"{NAMED} {own.workload.model}, which has layers whose state cannot forget a wrong draft; give a model of "
+            "attention layers"
         )
-    planned = asked.planned(found.plan)
+
+
+def _together(asked: Asked, own: Asked | None, alone: PlannedModel) -> Drafted:
+    """Both plans, of the one search. own: of the model that drafts. alone: the model planned without. Raises
+    BudgetError for a budget that holds the model alone at most."""
+    guesses = guesses_of(alone.path, asked.policy.speculate)
+    places: list[Drafter | None] = [None] if own is None else [*drafters(own.request)]
+    like = _like(asked, alone.plan)
+    found = plan_drafted(like.request, places, guesses, WIDTHS)
+    if found is None and own is not None:  # shape and chunk of the model alone may take what the drafter needs
+        like = _like(asked, plan_in_the_rest(asked, own))
+        found = plan_drafted(like.request, places, guesses, WIDTHS)
+    if found is None:
+        raise BudgetError(f"the memory budgets hold no plan of {asked.workload.model} with drafts", 0, 0)
+    planned = replace(like, policy=_policy_beside(like.policy, found.drafter)).planned(found.plan)
     draft = None if own is None or found.drafter is None else own.planned(found.drafter.plan)
     step_s = 0.0 if draft is None else _step_s(draft)
     rates = draft_rates(planned.plan, planned.hardware, step_s, guesses, WIDTHS)
     return Drafted(planned, draft, rates, 1.0 / pass_s(alone.plan, alone.hardware, 1))
 
 
-def _draft_wishes(wishes: LoadOptions, drafted: Drafted) -> LoadOptions:
-    """The draft model serves the same sequences, on the same machine."""
-    alone, model = drafted.planned, drafted.wish
-    context = min(alone.plan.max_context, read_config(resolve_model(model, None)).max_position_embeddings)
+def _policy_beside(policy: Policy, drafter: Drafter | None) -> Policy:
+    """The policy with what a drafter leaves of its budgets of host memory, for the plans that are made later."""
+    taken = {} if drafter is None else {f"{place}_memory": drafter.taken_bytes[place] for place in ("pinned", "host")}
+    return policy.model_copy(update={key: budget - taken[key] for key in taken if (budget := getattr(policy, key))})
+
+
+def _like(asked: Asked, alone: Plan) -> Asked:
+    """The same, in the shape and with the prefill chunk of the model planned alone, which later plans keep."""
+    request = asked.request
+    for choice in request.workload.chunk_choices:
+        if choice.rows == alone.prefill_chunk:
+            request = replace(request, workload=request.workload.with_chunk(choice))
+    policy = request.policy.model_copy(update={"shape": alone.shape})
+    request = replace(request, policy=policy)
+    return replace(asked, request=request, workload=request.workload, policy=policy)
+
+
+def _draft_wishes(wishes: LoadOptions, asked: Asked) -> LoadOptions:
+    """The draft model serves the same sequences, on the same machine, within the same budgets."""
+    model, policy = asked.policy.speculate, asked.policy
+    longest = read_config(resolve_model(model, None)).max_position_embeddings
     return LoadOptions(
         model=model,
-        device=alone.device,
+        policy=Policy(pinned_memory=policy.pinned_memory, host_memory=policy.host_memory),
+        device=asked.device,
         hardware=wishes.hardware,
-        num_threads=alone.plan.num_threads,
+        num_threads=asked.request.hardware.cores,
         page_size=wishes.page_size,
-        gpu_memory=alone.plan.gpu_memory_bytes,
-        max_context=context,
-        max_batch=alone.plan.max_batch,
+        gpu_memory=asked.request.gpu_memory_bytes,
+        max_context=min(asked.workload.max_context, longest),
+        max_batch=asked.workload.max_batch,
     )
 
 

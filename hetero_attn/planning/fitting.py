@@ -1,12 +1,12 @@
 """Does a plan fit the machine that it is for, and if not, which smaller wishes would."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from hetero_attn.errors import ConfigError, MemoryBudgetError
 from hetero_attn.planning.options import LoadOptions
-from hetero_attn.planning.settle import PlannedModel, settle
+from hetero_attn.planning.settle import Asked, PlannedModel, settle
 from placement.plan.units import format_bytes
 
 # From the largest to the smallest, weights and cache.
@@ -16,24 +16,28 @@ ARGUMENTS = {"dtype": "dtype", "kv-dtype": "kv_dtype", "batch": "max_batch", "co
 LEAST_CONTEXT = 1024
 MOST_WAYS = 3
 
+Settle = Callable[[LoadOptions], PlannedModel]
+
 
 def why_not_fitting(planned: PlannedModel) -> str:
-    """Why the machine of a plan's profile cannot hold it, in plain words; empty where it can."""
-    plan, hardware = planned.plan, planned.hardware
-    needed = plan.memory.host_bytes + plan.memory.pinned_bytes
+    """Why the machine of a plan's profile cannot hold it and what drafts for it, in plain words; empty where it can."""
+    plan, workload, hardware = planned.plan, planned.plan.workload, planned.hardware
+    beside = " with the drafter" if workload.drafter_host_bytes else ""
+    needed = plan.memory.host_bytes + plan.memory.pinned_bytes + workload.drafter_host_bytes
     if needed > hardware.dram_bytes:
         has = format_bytes(hardware.dram_bytes)
-        return f"needs {format_bytes(needed)} of host memory; {hardware.name} has {has}"
-    if plan.device == "cuda" and plan.gpu_memory_bytes > hardware.gpu_memory_bytes:
+        return f"needs {format_bytes(needed)} of host memory{beside}; {hardware.name} has {has}"
+    budget = (plan.gpu_memory_bytes or 0) + workload.drafter_gpu_bytes
+    if plan.device == "cuda" and budget > hardware.gpu_memory_bytes:
         has = format_bytes(hardware.gpu_memory_bytes)
-        return f"the GPU budget is {format_bytes(plan.gpu_memory_bytes)}; {hardware.name} has {has}"
+        return f"the GPU budget is {format_bytes(budget)}; {hardware.name} has {has}"
     return ""
 
 
-def settle_or_suggest(wishes: LoadOptions) -> PlannedModel:
+def settle_or_suggest(wishes: LoadOptions, asked: Asked | None = None) -> PlannedModel:
     """As `settle`; where no plan fits the budget, the MemoryBudgetError names arguments of `LLM` that would."""
     try:
-        return settle(wishes)
+        return settle(wishes, asked)
     except MemoryBudgetError as error:
         raise MemoryBudgetError(f"{error}; {as_arguments(would_fit(wishes))}") from None
 
@@ -43,20 +47,20 @@ def as_arguments(suggestion: str) -> str:
     return re.sub(r"--([a-z-]+) (\w+)", lambda found: f"{ARGUMENTS[found[1]]}={found[2]}", suggestion)
 
 
-def would_fit(wishes: LoadOptions) -> str:
-    """What would fit, as part of a sentence."""
-    ways = ways_to_fit(wishes)
+def would_fit(wishes: LoadOptions, settled: Settle = settle) -> str:
+    """What would fit, as part of a sentence. settled: how wishes are planned."""
+    ways = ways_to_fit(wishes, settled)
     return f"would fit with {', or '.join(ways)}" if ways else "no smaller dtype, cache, context or batch would fit"
 
 
-def ways_to_fit(wishes: LoadOptions) -> list[str]:
+def ways_to_fit(wishes: LoadOptions, settled: Settle = settle) -> list[str]:
     """Options of the command line with which the model would fit, the least sacrifice first; empty when none does.
 
     One wish is made smaller at a time, and all together where one is not enough.
     """
-    found = [option for option, smaller in _smaller_wishes(wishes) if _fits(smaller)]
+    found = [option for option, smaller in _smaller_wishes(wishes) if _fits(smaller, settled)]
     together = replace(wishes, dtype="q4", kv_dtype="q4", max_batch=1, max_context=LEAST_CONTEXT)
-    if not found and _fits(together):
+    if not found and _fits(together, settled):
         return [f"--dtype q4 --kv-dtype q4 --batch 1 --context {LEAST_CONTEXT} together"]
     return found[:MOST_WAYS]
 
@@ -80,8 +84,8 @@ def _below(dtype: str, order: tuple[str, ...]) -> tuple[str, ...]:
     return order[order.index(dtype) + 1 :] if dtype in order else order[1 if dtype in ("auto", "fp16") else 0 :]
 
 
-def _fits(wishes: LoadOptions) -> bool:
+def _fits(wishes: LoadOptions, settled: Settle) -> bool:
     try:
-        return not why_not_fitting(settle(wishes))
+        return not why_not_fitting(settled(wishes))
     except (MemoryBudgetError, ConfigError):  # the latter where the model was made for fewer positions
         return False

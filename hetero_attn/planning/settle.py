@@ -19,7 +19,7 @@ from hetero_attn.planning.choices import (
     shares_head,
     with_chunk_choices,
 )
-from hetero_attn.planning.draft_head import refuse_head, taps_for_head
+from hetero_attn.planning.draft_checks import refuse_head, taps_for_head
 from hetero_attn.planning.heats import with_heat
 from hetero_attn.planning.options import PAGE_TOKENS, LoadOptions
 from hetero_attn.planning.profiles import current_profile, lane_threads
@@ -152,12 +152,13 @@ def plan_model(
     return settle(wishes).plan
 
 
-def settle(options: LoadOptions) -> PlannedModel:
+def settle(options: LoadOptions, asked: Asked | None = None) -> PlannedModel:
     """Decide everything about a model that can be decided without reading its weights.
 
-    Nothing is open afterwards, and sizes are in the plan's workload alone.
+    Nothing is open afterwards, and sizes are in the plan's workload alone. asked: what `ask` made of the options, if it
+    has been called.
     """
-    asked = ask(options)
+    asked = asked or ask(options)
     try:
         return asked.planned(plan_requested(asked.request))
     except BudgetError as error:

@@ -4,8 +4,8 @@ from concurrent.futures import Future
 
 from hetero_attn.engine.build import build_beside
 from hetero_attn.engine.engine import Engine
-from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.planning.draft import Drafted
+from hetero_attn.planning.draft_checks import named_as_drafter, other_vocabulary, sizes_differ
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.serving.draft_model import DraftModel
@@ -27,7 +27,10 @@ def load_speculator(
     model of another vocabulary.
     """
     try:
-        model = None if drafted.draft is None else _load_draft_model(drafted, engine, options, opening)
+        model = None
+        if drafted.draft is not None:
+            with named_as_drafter(drafted.wish):
+                model = _load_draft_model(drafted, engine, options, opening)
         return make_speculator(drafted.wish, bool(engine.kv_cache.states), engine.report, model)
     except BaseException:
         engine.close()
@@ -44,12 +47,6 @@ def _load_draft_model(
         return _load_head(drafted, draft, engine, options)
     expect_same_tokens(drafted.planned, draft, opening)
     own = build_beside(draft, engine, prepare_note if options.progress else lambda name: None)
-    if own.kv_cache.states:
-        own.close()
-        raise UnsupportedModelError(
-            f"speculate names {draft.plan.model}, which has layers whose state cannot forget a wrong draft; give a "
-            "model of attention layers"
-        )
     return DraftModel(own, engine.config.vocab_size, drafted.step_share)
 
 
@@ -65,18 +62,15 @@ def expect_same_tokens(large: PlannedModel, small: PlannedModel, opening: Future
 
     Without a tokenizer on either side the sizes of the vocabularies decide.
     """
-    sizes = large.config.vocab_size, small.config.vocab_size
-    wrong = f"speculate names {small.plan.model}, which cannot draft for {large.plan.model}"
+    names = small.plan.model, large.plan.model
+    sizes = small.config.vocab_size, large.config.vocab_size
     own = Tokenizer.open(small.path) if has_tokenizer(small.path) else None
     other = opening.result() if opening.exception() is None else None
     if own is None or other is None:
         if sizes[0] != sizes[1]:
-            raise UnsupportedModelError(f"{wrong}: vocabularies have {sizes[1]} and {sizes[0]} tokens")
+            raise other_vocabulary(*names, sizes_differ(*sizes))
         return
     for token_id in range(0, min(sizes), max(1, min(sizes) // SAMPLED_TOKENS)):
         mine, its = other.token_bytes(token_id), own.token_bytes(token_id)
         if mine != its:
-            raise UnsupportedModelError(
-                f"{wrong}: token {token_id} is {its!r:.40} there and {mine!r:.40} here; give a model of the same "
-                "vocabulary"
-            )
+            raise other_vocabulary(*names, f"token {token_id} is {its!r:.40} there and {mine!r:.40} here")

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hetero_attn.errors import UnsupportedModelError
-from hetero_attn.planning.draft import STATES_REMEMBER
+from hetero_attn.planning.draft_checks import STATES_REMEMBER, refuse_states
 from hetero_attn.planning.guesses import MODEL_GUESSES
 from hetero_attn.speculation.drafter import Asked, Drafter, DraftingModel, Kind, NgramDrafter, Sorting
 from hetero_attn.speculation.width import HOPED, PassCosts, Share, Width
@@ -207,6 +206,5 @@ def make_speculator(
         report.decided(f"no drafts: {STATES_REMEMBER}", "states remember")
     if wish == "off" or (wish == "auto" and has_fixed_states):
         return None
-    if has_fixed_states:
-        raise UnsupportedModelError(f"speculate is {wish!r}, but {STATES_REMEMBER}; leave it off")
+    refuse_states(wish, has_fixed_states)
     return Speculator(report, model=model)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from placement.cost.baselines import layer_split
 from placement.cost.model import predict
 from placement.cost.objective import reference_context, reference_prompt
+from placement.plan.memory import PLACES
 from placement.plan.phase import PhaseCost
 from placement.plan.plan import Plan
 from placement.solve.make_plan import plan_of, problem_of
@@ -22,13 +23,19 @@ SHARES = (0.25, 0.5, 0.75)  # of what lies between the least memory and that whi
 
 
 class Drafter(NamedTuple):
-    """A drafter as it may live: GPU memory that it takes, seconds of a step of it and of a token of a prompt."""
+    """A drafter as it may live: bytes that it takes by place (host includes pinned), seconds of a step of it and of a
+    token of a prompt."""
 
     request: PlanRequest
     candidate: Candidate
-    gpu_bytes: int
+    taken_bytes: dict[str, int]
     step_s: float
     prompt_row_s: float
+
+    @property
+    def gpu_bytes(self) -> int:
+        """GPU memory that it takes."""
+        return self.taken_bytes["gpu"]
 
     @property
     def plan(self) -> Plan:
@@ -42,8 +49,7 @@ def drafters(request: PlanRequest) -> list[Drafter]:
 
     request: of the drafter, with the whole budget that it shares.
     """
-    if request.workload.chunk_choices:
-        request = replace(request, workload=request.workload.with_chunk(request.workload.chunk_choices[0]))
+    request = _in_small_chunks(request)
     drafters = (_drafter(request, candidate) for candidate in _candidates(request))
     kept: list[Drafter] = []
     for each in sorted(drafters, key=lambda each: (each.gpu_bytes, each.step_s)):
@@ -52,22 +58,38 @@ def drafters(request: PlanRequest) -> list[Drafter]:
     return kept
 
 
+def least_taken_bytes(request: PlanRequest) -> dict[str, int]:
+    """What a drafter takes by place where it takes the least GPU memory, whatever the budgets are."""
+    request = _in_small_chunks(request)
+    return _taken_bytes(request, _whole_layers(request, "everything on the CPU", 0))
+
+
+def _in_small_chunks(request: PlanRequest) -> PlanRequest:
+    """The request with the smallest prefill chunk, where the planner may choose it."""
+    choices = request.workload.chunk_choices
+    return replace(request, workload=request.workload.with_chunk(choices[0])) if choices else request
+
+
 def _candidates(request: PlanRequest) -> Iterator[Candidate]:
     """Of those that fit: nothing on the GPU, everything, and what the planner finds in parts of the memory."""
-    problem, workload, found = problem_of(request), request.workload, []
-    for label, layers in (("everything on the CPU", 0), ("everything in GPU memory", workload.num_layers)):
-        placed = layer_split(workload, layers, head_on_gpu=layers > 0)
-        found.append(Candidate(problem, label, *placed, on_gpu=request.device != "cpu"))
-        if request.device == "cpu":
-            yield found[0]
-            return
-    found = [candidate for candidate in found if candidate.fits]
+    on_cpu = _whole_layers(request, "everything on the CPU", 0)
+    if request.device == "cpu":
+        yield on_cpu
+        return
+    everything = _whole_layers(request, "everything in GPU memory", request.workload.num_layers)
+    found = [candidate for candidate in (on_cpu, everything) if candidate.fits]
     yield from found
-    sizes = [candidate.used_bytes["gpu"] for candidate in found]
+    problem, sizes = on_cpu.problem, [candidate.used_bytes["gpu"] for candidate in found]
     for share in SHARES if sizes else ():
         most = problem.budgets.gpu if len(sizes) == 1 else sizes[-1]
         part = replace(problem.budgets, gpu=sizes[0] + share * (most - sizes[0]))
         yield from candidates([replace(problem, budgets=part)])[:1]
+
+
+def _whole_layers(request: PlanRequest, label: str, layers: int) -> Candidate:
+    """The first layers on the GPU, the others on the CPU; the head on the GPU where any layer is."""
+    placed = layer_split(request.workload, layers, head_on_gpu=layers > 0)
+    return Candidate(problem_of(request), label, *placed, on_gpu=request.device != "cpu")
 
 
 def _drafter(request: PlanRequest, candidate: Candidate) -> Drafter:
@@ -79,5 +101,11 @@ def _drafter(request: PlanRequest, candidate: Candidate) -> Drafter:
 
     prompt = cost("prefill", reference_prompt(workload), 0)
     step_s = cost("decode", 1, reference_context(workload)).seconds
-    taken = candidate.used_bytes["gpu"] + sum(request.fixed_bytes["gpu"].values()) if on_gpu else 0
-    return Drafter(request, candidate, taken, step_s, prompt.seconds / prompt.rows)
+    return Drafter(request, candidate, _taken_bytes(request, candidate), step_s, prompt.seconds / prompt.rows)
+
+
+def _taken_bytes(request: PlanRequest, candidate: Candidate) -> dict[str, int]:
+    """All that a candidate allocates, by place; host includes pinned."""
+    used, fixed = candidate.used_bytes, request.fixed_bytes
+    taken = {place: used[place] + sum(fixed[place].values()) for place in PLACES}
+    return taken if request.device != "cpu" else taken | {"gpu": 0}

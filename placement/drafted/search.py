@@ -31,15 +31,16 @@ def plan_drafted(
 ) -> DraftedPlan | None:
     """The plan for a model with which its requests are served fastest, with passes of one of `widths` or of one row.
 
-    request: of the shape that its policy names, column for auto.
-
+    request: of the shape that its policy names, column for auto; its policy also says who drafts.
     places: where its drafter may live, the fewest bytes of GPU memory first; [None] where no model drafts. None where
     the budget holds no plan beside any of them. Raises PolicyError for rules that cannot be met.
     """
     asked, (shape, *_) = {}, shapes(request)
+    # Who never drafts needs no GPU memory to be quick; what it takes instead is host memory, which may be scarce too.
+    slowest = places[:1] if request.limits["host"] is None and request.limits["pinned"] is None else places
     for rows in (1, *_few_enough(request, widths)):
-        for place in places if rows > 1 else places[:1]:  # who never drafts needs no memory to be quick
-            wish = _beside(shape, place, Drafting(rows, guesses, *(place[-2:] if place else ())))
+        for place in places if rows > 1 else slowest:
+            wish = _beside(shape, place, Drafting(rows, guesses, speculate=request.policy.speculate))
             if wish is not None:
                 asked[id(wish)] = wish, place
     found = fastest_plan([wish for wish, _ in asked.values()])
@@ -53,10 +54,18 @@ def _few_enough(request: PlanRequest, widths: Sequence[int]) -> list[int]:
 
 
 def _beside(request: PlanRequest, place: Drafter | None, drafting: Drafting) -> PlanRequest | None:
-    """The request in what a drafter leaves of the budget; None where it leaves nothing."""
-    limits, taken = request.limits, 0 if place is None else place.gpu_bytes
-    if limits["gpu"] is not None:
-        if taken >= limits["gpu"]:
-            return None
-        limits = limits | {"gpu": limits["gpu"] - taken}
+    """The request in what a drafter leaves of the budgets; None where it takes more than one of them."""
+    limits = request.limits
+    if place is not None:
+        taken = place.taken_bytes
+        drafting = replace(
+            drafting,
+            step_s=place.step_s,
+            prompt_row_s=place.prompt_row_s,
+            gpu_bytes=taken["gpu"],
+            host_bytes=taken["host"],
+        )
+        limits = {where: None if limit is None else limit - taken[where] for where, limit in limits.items()}
+    if any(limit is not None and limit < 0 for limit in limits.values()):
+        return None
     return replace(request, workload=replace(request.workload, drafting=drafting), limits=limits)

@@ -37,13 +37,18 @@ class Drafting:
     """What a plan counts on: passes with drafts have `rows` rows, of which each but the first is a draft.
 
     step_s: what a step of the drafter takes, one for every row of such a pass; prompt_row_s: what it takes for a token
-    of a prompt; both 0 where no model drafts. Where all passes have one row a drafter is asked for nothing.
+    of a prompt; both 0 where no model drafts. Where all passes have one row a drafter is asked for nothing. speculate:
+    who drafts, as options and policies write it. gpu_bytes, host_bytes: what a drafter has
+    of the budgets of both, pinned memory counted as host memory.
     """
 
     rows: int
     guesses: Guesses
     step_s: float = 0.0
     prompt_row_s: float = 0.0
+    speculate: str = "off"
+    gpu_bytes: int = 0
+    host_bytes: int = 0
 
     @property
     def tokens(self) -> float:

@@ -1,10 +1,10 @@
 """A plan: where every unit of a linear and every KV head lives and is computed. Frozen data, printed three ways.
 
 The runtime reads placements and sizes from here and allocates by the functions of placement.plan.memory, so that the
-counted bytes are the allocated ones. `to_yaml` writes the plan as a policy that make_plan turns into the same plan
-again.
+counted bytes are the allocated ones. `to_yaml` writes the plan as a policy that gives the same plan again.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,14 +129,15 @@ class Plan:
         return plan_table(self, width)  # type: ignore[arg-type]  # a protocol's fields could be written, a plan's not
 
     def to_yaml(self) -> str:
-        """A policy that, given to make_plan with the same workload and hardware, gives this plan."""
+        """A policy that gives this plan again: given to make_plan with the same workload and hardware, or to `LLM`
+        where somebody drafts, whom it names with the budget of both."""
         lines = [
             f"# The plan of {self.model} on {self.device}, written as a policy.",
             "version: 1",
             f"objective: {self.objective}",
         ]
         if self.gpu_memory_bytes is not None:
-            lines.append(f"gpu_memory: {self.gpu_memory_bytes}")
+            lines.append(f"gpu_memory: {self.gpu_memory_bytes + self.workload.drafter_gpu_bytes}")
         lines += [
             f"context: {self.max_context}",
             f"batch: {self.max_batch}",
@@ -154,6 +155,9 @@ class Plan:
             lines.append("elastic: true")
         elif self.device != "cpu":
             lines.append(f"shape: {self.shape}")
+        drafting = self.workload.drafting
+        if drafting is not None and drafting.speculate != "off":
+            lines.append(f"speculate: {json.dumps(drafting.speculate)}")
         lines.append("rules:")
         for row in plan_rows(self.workload.linears, self.linears):
             lines += _linear_rule(row) + _dtype_lines(row, self.workload)

@@ -71,6 +71,8 @@ def plan_table(plan: ShownPlan, width: int) -> str:
         console.print(wrapped(line, width), highlight=False, soft_wrap=True)
 
     budget = f", GPU memory budget {format_bytes(plan.gpu_memory_bytes)}" if plan.gpu_memory_bytes is not None else ""
+    if plan.workload.drafter_gpu_bytes:
+        budget += f" beside {format_bytes(plan.workload.drafter_gpu_bytes)} of the drafter"
     say(
         f"{plan.model} on {plan.device}{budget}, context {plan.max_context}, batch {plan.max_batch}, "
         f"{plan.workload.weight_dtype} weights, {plan.workload.kv_dtype} KV, "
@@ -99,10 +101,7 @@ def plan_table(plan: ShownPlan, width: int) -> str:
 def opening_lines(plan: ShownPlan, fits: bool = True) -> list[str]:
     """The four things that a newcomer wants: does it fit, how fast, what is where, what would change it."""
     memory, on_gpu = plan.memory, plan.device != "cpu"
-    in_dram = memory.pinned_bytes + memory.host_bytes
-    budget = "" if plan.gpu_memory_bytes is None else f" of {format_bytes(plan.gpu_memory_bytes)}"
-    gpu = f"{format_bytes(memory.gpu_bytes)}{budget} GPU memory and " if on_gpu else ""
-    lines = [f"{'fits' if fits else 'needs'}: {gpu}{format_bytes(in_dram)} DRAM"]
+    lines = _memory_lines(plan, fits)
     if plan.predicted is not None:
         decode, prefill = plan.predicted.decode, plan.predicted.prefill
         lines.append(
@@ -116,9 +115,27 @@ def opening_lines(plan: ShownPlan, fits: bool = True) -> list[str]:
         return f"{format_bytes(by_place['gpu'].get(kind, 0))} + {dram}" if on_gpu else dram
 
     places = "GPU + DRAM" if on_gpu else "DRAM"
-    lines.append(f"where: weights {at('weights')}; cache {at('kv')} ({places})")
+    whose = "of the model, " if plan.workload.drafter_host_bytes else ""
+    lines.append(f"where: {whose}weights {at('weights')}; cache {at('kv')} ({places})")
     ways = "--gpu-memory, " if on_gpu else ""
     lines.append(f"to change it: {ways}--context, --batch, --dtype, --kv-dtype")
+    return lines
+
+
+def _memory_lines(plan: ShownPlan, fits: bool) -> list[str]:
+    """What a model and what drafts for it take of both memories together, and the share of each."""
+    memory, workload, on_gpu = plan.memory, plan.workload, plan.device != "cpu"
+    own = memory.gpu_bytes, memory.pinned_bytes + memory.host_bytes
+    drafter = workload.drafter_gpu_bytes, workload.drafter_host_bytes
+    gpu, dram = (format_bytes(mine + its) for mine, its in zip(own, drafter, strict=True))
+    if plan.gpu_memory_bytes is not None:
+        gpu += f" of {format_bytes(plan.gpu_memory_bytes + drafter[0])}"
+    lines = [f"{'fits' if fits else 'needs'}: {f'{gpu} GPU memory and ' if on_gpu else ''}{dram} DRAM"]
+    if any(drafter):
+        of_gpu, of_dram = (
+            f"{format_bytes(mine)} + {format_bytes(its)}" for mine, its in zip(own, drafter, strict=True)
+        )
+        lines.append(f"of that model + drafter: {f'{of_gpu} GPU memory, ' if on_gpu else ''}{of_dram} DRAM")
     return lines
 
 

@@ -209,6 +209,16 @@ class Workload:
         """The most rows of one call."""
         return max(self.prefill_chunk, self.max_batch)
 
+    @property
+    def drafter_gpu_bytes(self) -> int:
+        """What a drafter has of the GPU budget beside this model."""
+        return 0 if self.drafting is None else self.drafting.gpu_bytes
+
+    @property
+    def drafter_host_bytes(self) -> int:
+        """What a drafter takes of host memory beside this model, pinned memory included."""
+        return 0 if self.drafting is None else self.drafting.host_bytes
+
     def shard_names(self) -> Iterator[str]:
         """Every shard name, in model order."""
         yield "embed"

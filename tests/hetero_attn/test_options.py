@@ -78,7 +78,7 @@ def test_a_plan_is_written_with_who_drafts(tmp_path):
     path, small = (make_checkpoint(tmp_path / name, "llama") for name in ("large", "a: small#1"))
     wishes = LoadOptions(model=path, device="emulated", gpu_memory="2MiB", max_context=64, speculate=small)
     drafted = settle_drafted(wishes)
-    policy = Policy.parse(drafted.to_yaml())
+    policy = Policy.parse(drafted.planned.plan.to_yaml())
 
     assert policy.speculate == str(small) and policy.gpu_memory == 2 << 20
     again = settle_drafted(LoadOptions(model=path, device="emulated", policy=policy))

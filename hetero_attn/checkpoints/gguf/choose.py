@@ -12,6 +12,14 @@ MOST_LISTED = 12
 HOW = 'file="..." (--gguf on the command line)'
 
 
+class SeveralModelsError(CheckpointError):
+    """A folder or repository of several GGUF models where one was expected. listed: their names."""
+
+    def __init__(self, where: str, listed: str) -> None:
+        super().__init__(f"{where}: several GGUF models; say which by {HOW}: {listed}")
+        self.listed = listed
+
+
 def models_of(names: Iterable[str]) -> dict[str, list[str]]:
     """The GGUF models among file names, which may have folders in front: name of the first part -> all there are."""
     found: dict[str, list[str]] = {}
@@ -28,7 +36,8 @@ def choose_model(where: str, names: Iterable[str], pattern: str | None) -> list[
     pattern: a file's name, or one with wildcards, or what stands in it, such as Q4_K_M; case does not matter.
 
     Raises:
-        CheckpointError: none, or several, which it names. where: what the message calls the place.
+        CheckpointError: none, or several, which it names (SeveralModelsError without a pattern). where: what the
+            message calls the place.
     """
     models = models_of(names)
     found = [first for first in models if pattern is None or _matches(models[first], pattern)]
@@ -40,7 +49,7 @@ def choose_model(where: str, names: Iterable[str], pattern: str | None) -> list[
     more = f", and {len(shown) - MOST_LISTED} more" if len(shown) > MOST_LISTED else ""
     listed = (", ".join(shown[:MOST_LISTED]) or "no .gguf file") + more
     if pattern is None:
-        raise CheckpointError(f"{where}: several GGUF models; say which by {HOW}: {listed}")
+        raise SeveralModelsError(where, listed)
     what = "several GGUF models match" if found else "no GGUF model matches"
     raise CheckpointError(f"{where}: {what} file={pattern!r}; there are: {listed}")
 
