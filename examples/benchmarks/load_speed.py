@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 LOAD = """
-import json, os, sys, time
+import json, sys, time
 import torch
 from cpu_kernels import fresh_memory
 from hetero_attn import LLM
@@ -39,13 +39,9 @@ def touch(size):
     return time.perf_counter() - began
 
 def measured(loader, load=Loader.load):
-    copies = 2 if dropped else 1  # the system's copy of the file takes memory too
+    copies = 2 if is_cold else 1  # the system's copy of the file takes memory too
     found["memory_s"] = touch(copies * int(size)) / copies
     open("/proc/self/clear_refs", "w").write("5")  # the peak of memory is counted from here
-    for file in dropped:
-        descriptor = os.open(file, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
     before, began, cpu = kib("VmRSS"), time.perf_counter(), time.process_time()
     weights = load(loader)
     found.update(wall_s=time.perf_counter() - began, cpu_s=time.process_time() - cpu)
@@ -53,7 +49,7 @@ def measured(loader, load=Loader.load):
     return weights
 
 found, Loader.load = {}, measured
-path, dtype, threads, size, *dropped = sys.argv[1:]
+path, dtype, threads, size, *is_cold = sys.argv[1:]
 with LLM(path, dtype=dtype, device="cpu", max_context=64, num_threads=int(threads), progress=False) as llm:
     found["packed"] = llm.plan.workload.weight_bytes + llm.plan.workload.embed_bytes
 print(json.dumps(found))
@@ -94,11 +90,13 @@ def disk_s(path: Path) -> float:
 
 def measured(path: Path, dtype: str, threads: int, repetitions: int, cold: bool) -> dict[str, float]:
     """Medians over the loads that count."""
-    dropped = files_of(path) if cold else []
-    command = [sys.executable, "-c", LOAD, str(path), dtype, str(threads), str(file_bytes(path)), *map(str, dropped)]
+    command = [sys.executable, "-c", LOAD, str(path), dtype, str(threads), str(file_bytes(path)), *["cold"] * cold]
     runs = []
     for _ in range(repetitions + 1):
-        ceiling = {"disk_s": disk_s(path)} if cold else {}
+        ceiling = {}
+        if cold:
+            ceiling["disk_s"] = disk_s(path)
+            drop(path)
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         runs.append(ceiling | json.loads(done.stdout.splitlines()[-1]))
     return {key: statistics.median(run[key] for run in runs[1:]) for key in runs[0]}

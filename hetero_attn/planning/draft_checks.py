@@ -13,6 +13,7 @@ from hetero_attn.spec.config import ModelConfig
 from placement.policy.fields import SPECULATIONS
 
 NAMED = "speculate names"  # how an error about a drafter begins
+READING = (CheckpointError, UnsupportedModelError, ConfigError)  # what reading a model's files may raise
 STATES_REMEMBER = "the model has layers whose state cannot forget a wrong draft"
 
 
@@ -26,11 +27,10 @@ def named_as_drafter(wish: str) -> Iterator[None]:
         raise CheckpointError(
             f"{NAMED} {name}, where several GGUF models are; give the path of one of them: {error.listed}"
         ) from error
-    except (CheckpointError, UnsupportedModelError, ConfigError) as error:
+    except READING as error:
         if str(error).startswith(NAMED):
             raise
-        kinds = (CheckpointError, UnsupportedModelError, ConfigError)
-        kind = next(kind for kind in kinds if isinstance(error, kind))
+        kind = next(kind for kind in READING if isinstance(error, kind))
         raise kind(f"{NAMED} {name}: {error}") from error
 
 

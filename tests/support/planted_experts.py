@@ -2,6 +2,8 @@
 
 import torch
 
+from tests.support.runtime import cpu_plan, make_engine, run_logits, toy_workload
+
 
 class Planted:
     """CPU kernels of which one operation does something else: change(ops, name, arguments) runs it."""
@@ -14,6 +16,18 @@ class Planted:
         if name != self._name:
             return operation
         return lambda *arguments: self._change(operation, *arguments)
+
+
+def planted_logits(path, planted, tokens, prompt_tokens):
+    """What a checkpoint gives for tokens on the CPU with one operation changed; planted: (its name, the change)."""
+    engine = make_engine(path, cpu_plan(toy_workload(path)), overlap=False)
+    kept = engine.lanes.host_ops
+    engine.lanes.host_ops = Planted(kept, *planted)
+    try:
+        return run_logits(engine, tokens, prompt_tokens)
+    finally:
+        engine.lanes.host_ops = kept
+        engine.close()
 
 
 def routed_after(change):
