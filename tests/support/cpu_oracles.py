@@ -10,6 +10,7 @@ import struct
 import torch
 
 from cpu_kernels import CpuKernels
+from cpu_kernels.contract import Routes, Scoring
 from cpu_kernels.formats import weights as layout
 from cpu_kernels.vectors.isa import available, host_features
 
@@ -123,3 +124,17 @@ class PagedCache:
         positions = torch.arange(start, max(start, stop))
         pages = self.table[sequence, kv_head].long()[positions // self.page_size]
         return self.k[pages, positions % self.page_size], self.v[pages, positions % self.page_size]
+
+
+def routing(rows: int, hidden: int, experts: int, top_k: int, *, gated=True, normalise=False, ops=None, x=None):
+    """What `route` writes: (ids, places, sources, starts, weights), and the x and router that it read."""
+    generator = torch.Generator().manual_seed(rows + experts)
+    drawn = torch.randn(rows, hidden, generator=generator)
+    x = drawn if x is None else x
+    router = torch.zeros(-(-(experts + gated) // 16) * 16, hidden)
+    router[: experts + gated] = torch.randn(experts + gated, hidden, generator=generator) * 0.3
+    ids, places = (torch.full((rows, top_k), -1, dtype=torch.int32) for _ in range(2))
+    sources, starts = (torch.full((size,), -1, dtype=torch.int32) for size in (rows * top_k, experts + 1))
+    weights = torch.full((rows, top_k + 1), torch.nan)
+    (ops or kernels()).route(x, router, Scoring(gated, normalise), Routes(ids, places, sources, starts, weights))
+    return (ids, places, sources, starts, weights), x, router

@@ -1,0 +1,1 @@
+"""Calls that come at any time and from anywhere."""
