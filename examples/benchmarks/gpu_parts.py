@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gpu_experts import experts
 from gpu_kernel_parts import attention_kernels, linear_kernel, linear_stages
 from gpu_models import model, resize
 from gpu_peers import accelerate, llama_cpp
@@ -15,7 +16,13 @@ from gpu_run import Part, Run
 from gpu_sanity import full_queue, hops, kernels, toy_model
 
 ROOT = Path(__file__).resolve().parents[2]
-GPU_TESTS = ("test_cuda_lanes.py", "test_cuda_graph.py", "test_triton_attention.py", "test_triton_linear.py")
+GPU_TESTS = (
+    "test_cuda_lanes.py",
+    "test_cuda_models.py",
+    "test_cuda_graph.py",
+    "test_triton_attention.py",
+    "test_triton_linear.py",
+)
 LEAST_TEST_S = 30.0
 TIDY_S = 5.0  # kept back from the tests for the last lines
 
@@ -32,6 +39,8 @@ def parts(run: Run) -> Iterator[Part]:
     yield Part("rates", 30, rates)
     yield Part(f"model {shape} q4 75% auto", 45, model(shape, 0.75))
     yield Part(f"model {shape} q4 75% prompts", 40, model(shape, 0.75, "prompts"))
+    for slots in (0.25, 0.0):
+        yield Part(f"experts s1 q4 {slots:.0%} slots", 30, experts(slots))
     for share in (0.5, 0.25):
         yield Part(f"model {shape} q4 {share:.0%} prompts", 40, model(shape, share, "prompts"))
     yield Part("kernels linear", 15, linear_kernel)
