@@ -4,8 +4,10 @@ import glob
 import re
 from pathlib import Path
 
-from hetero_attn.checkpoints.gguf.choose import choose_model
-from hetero_attn.checkpoints.gguf.parts import first_part
+from hetero_attn.checkpoints.files import some
+from hetero_attn.checkpoints.gguf.choose import SUFFIX, choose_model, expect_whole, models_of
+from hetero_attn.checkpoints.gguf.file import begins_as_gguf
+from hetero_attn.checkpoints.gguf.parts import first_name, first_part
 from hetero_attn.errors import CheckpointError
 
 # Weights in safetensors and what config and tokenizer need; never pickles, code, or a second copy of the weights in the
@@ -30,9 +32,9 @@ def resolve_model(name: str | Path, file: str | None = None) -> Path:
     """The local path of a model, downloading it first when `name` is a hub id.
 
     Args:
-        name: a directory, a GGUF file (of several parts any one), or a hub id such as "Qwen/Qwen3-0.6B". A directory of
-            that name wins. The hub's own variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE) apply; a repository that is
-            already cached needs no network.
+        name: a directory, a GGUF file of any name (of several parts any one), or a hub id such as "Qwen/Qwen3-0.6B". A
+            directory of that name wins. The hub's own variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE) apply; a repository
+            that is already cached needs no network.
         file: which GGUF file of a directory or repository: a name, one with wildcards such as "*Q4_K_M*", or a part
             of it. Folders inside are looked into as well; of several parts all are fetched.
 
@@ -47,9 +49,9 @@ def resolve_model(name: str | Path, file: str | None = None) -> Path:
     if str(name) and path.is_dir():
         return _in_directory(path, file)
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise CheckpointError(f"{path} is a file, expected a model directory or a .gguf file")
-        return first_part(path)
+        return _of_file(path, file)
+    if path.suffix == SUFFIX and path.parent.is_dir():
+        raise CheckpointError(f"{path}: no such file; {_beside(path.parent)}")
     if not _REPOSITORY.fullmatch(str(name)) or str(name).startswith("."):
         raise CheckpointError(f"{name}: no such directory, and no hub id either (those look like owner/model)")
     return _of_repository(str(name), file)
@@ -86,13 +88,38 @@ def _path_of(name: str | Path) -> Path:
     return path
 
 
+def _of_file(path: Path, file: str | None) -> Path:
+    """The first part of the model that a file is of, whatever its name: Ollama's files are called by their hashes."""
+    expect_whole(str(path), [path.name])
+    if path.suffix != SUFFIX and not begins_as_gguf(path):
+        raise CheckpointError(f"{path} is a file, expected a model directory or a GGUF file")
+    if file is not None:
+        choose_model(str(path), [first_name(path.name)], file)
+    return first_part(path)
+
+
 def _in_directory(directory: Path, file: str | None) -> Path:
     """The directory itself where it holds a checkpoint in safetensors and no GGUF file is asked for, else that file."""
-    if file is None and ((directory / "config.json").exists() or not any(directory.glob("*.gguf"))):
+    if file is None and (directory / "config.json").exists():
         return directory
-    paths = (*directory.glob("*.gguf"), *directory.glob("*/*.gguf"))
-    names = [path.relative_to(directory).as_posix() for path in paths]
+    names = _gguf_names(directory)
+    if not names:
+        expect_whole(str(directory), sorted(path.name for path in directory.iterdir()))
+    if file is None and not names:
+        return directory
     return directory / choose_model(str(directory), names, file)[0]
+
+
+def _gguf_names(directory: Path) -> list[str]:
+    """The GGUF files of a directory, and of the folders in it."""
+    paths = (*directory.glob("*.gguf"), *directory.glob("*/*.gguf"))
+    return [path.relative_to(directory).as_posix() for path in paths]
+
+
+def _beside(directory: Path) -> str:
+    """What GGUF models a directory has, in words."""
+    names = sorted(models_of(path.name for path in directory.glob("*.gguf")))
+    return f"GGUF files there: {some(names)}" if names else "no GGUF file is there either; check the path"
 
 
 def _of_repository(repository: str, file: str | None) -> Path:

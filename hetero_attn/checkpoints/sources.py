@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
+from hetero_attn.checkpoints.gguf.choose import SUFFIX
 from hetero_attn.checkpoints.quantised.checkpoint import QuantisedCheckpoint
 from hetero_attn.checkpoints.quantised.order import together
 from hetero_attn.checkpoints.quantised.scheme import read_scheme
@@ -49,8 +50,8 @@ class WeightSource(Protocol):
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a model's path is that of a GGUF file."""
-    return path.suffix == ".gguf"
+    """Whether a model's path is that of a GGUF file: every file is, other models are folders."""
+    return path.is_file() or (path.suffix == SUFFIX and not path.is_dir())
 
 
 def open_source(path: Path) -> Checkpoint | GgufCheckpoint:

@@ -40,7 +40,7 @@ ARCH = key("general.architecture", 8, text("llama"))
 ROW = b"\0" * 64  # 16 float32
 
 CASES = {
-    "empty": (b"", "begins with b''"),
+    "empty": (b"", "the file is empty; download it again"),
     "other magic": (b"GGML" + b"\0" * 60, "no GGUF file"),
     "lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     "html": (b"<!DOCTYPE html><html>", "HTML page"),

@@ -8,6 +8,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from hetero_attn.checkpoints.gguf.choose import choose_model
 from hetero_attn.checkpoints.hub import resolve_model, resolve_tokenizer
+from hetero_attn.checkpoints.sources import is_gguf
 from hetero_attn.errors import CheckpointError
 
 
@@ -74,6 +75,55 @@ def test_a_file_is_refused(tmp_path):
 
     with pytest.raises(CheckpointError, match="is a file, expected a model directory"):
         resolve_model(tmp_path / "model.safetensors")
+
+
+def test_a_gguf_file_of_another_name_is_one(tmp_path):
+    """Ollama's files, which are called by their hashes, were refused as no .gguf file."""
+    blob = tmp_path / "sha256-0123"
+    blob.write_bytes(b"GGUF" + bytes(60))
+
+    assert resolve_model(blob) == blob
+    assert is_gguf(blob)
+
+
+def test_a_missing_gguf_file_is_no_hub_id(tmp_path, monkeypatch, hub):
+    """The hub was asked for a repository of that name."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="m.gguf: no such file; no GGUF file is there either"):
+        resolve_model("m.gguf")
+    (tmp_path / "m-Q8_0.gguf").touch()
+
+    with pytest.raises(CheckpointError, match=r"m\.gguf: no such file; GGUF files there: m-Q8_0\.gguf"):
+        resolve_model("m.gguf")
+    assert [] == hub.calls
+
+
+def test_a_pattern_that_a_file_does_not_match_is_refused(tmp_path):
+    """--gguf beside a file was ignored: another model was run than asked for."""
+    (tmp_path / "m-Q4_1.gguf").touch()
+
+    assert resolve_model(tmp_path / "m-Q4_1.gguf", "q4_1") == tmp_path / "m-Q4_1.gguf"
+    with pytest.raises(CheckpointError, match=r"no GGUF model matches file='Q8_0'; there are: m-Q4_1\.gguf"):
+        resolve_model(tmp_path / "m-Q4_1.gguf", "Q8_0")
+
+
+@pytest.mark.parametrize("names", [["m.gguf.part00", "m.gguf.part01"], ["m.gguf-split-a"], ["m.gguf.part1of2"]])
+def test_pieces_cut_by_bytes_are_named_with_how_to_join_them(tmp_path, names):
+    """config.json was asked for."""
+    for name in names:
+        (tmp_path / name).touch()
+
+    for path in (tmp_path, tmp_path / names[0]):
+        with pytest.raises(CheckpointError, match=r"piece of a GGUF file.*cat m\.gguf\?\* > m\.gguf"):
+            resolve_model(path)
+
+
+def test_a_folder_of_a_folder_with_one_gguf_model_is_that(tmp_path):
+    """It was found only with a pattern."""
+    (tmp_path / "Q4_K_M").mkdir()
+    (tmp_path / "Q4_K_M" / "m.gguf").touch()
+
+    assert resolve_model(tmp_path) == tmp_path / "Q4_K_M" / "m.gguf"
 
 
 @pytest.mark.parametrize("name", ["./missing", "/no/such/dir", "a/b/c", "a b", "", "../x", "~/nothing-here"])

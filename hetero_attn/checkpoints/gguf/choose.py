@@ -1,5 +1,6 @@
 """Which GGUF model of a folder or repository is meant: by a pattern, among names, parts counted as one model."""
 
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
@@ -9,6 +10,8 @@ from hetero_attn.errors import CheckpointError
 SUFFIX = ".gguf"
 NO_MODELS = ("mmproj", "imatrix")  # in the names of projectors of other media and of what quantisers weigh by
 MOST_LISTED = 12
+# Pieces that were cut by bytes: model.gguf.part00, model.gguf.part1of2, model.gguf-split-a.
+_PIECE = re.compile(r"(?P<whole>.+\.gguf)[.-](part|split)[A-Za-z0-9_.-]*", re.IGNORECASE)
 HOW = 'file="..." (--gguf on the command line)'
 
 
@@ -52,6 +55,17 @@ def choose_model(where: str, names: Iterable[str], pattern: str | None) -> list[
         raise SeveralModelsError(where, listed)
     what = "several GGUF models match" if found else "no GGUF model matches"
     raise CheckpointError(f"{where}: {what} file={pattern!r}; there are: {listed}")
+
+
+def expect_whole(where: str, names: Iterable[str]) -> None:
+    """CheckpointError where names are those of pieces of a file that was cut by bytes: only joined they are one."""
+    for name in names:
+        if found := _PIECE.fullmatch(name):
+            whole = found["whole"]
+            raise CheckpointError(
+                f"{where}: {name} is a piece of a GGUF file that was cut by bytes; join all in their order first: "
+                f"cat {whole}?* > {whole}"
+            )
 
 
 def _matches(parts: list[str], pattern: str) -> bool:

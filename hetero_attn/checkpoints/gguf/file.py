@@ -92,8 +92,13 @@ class GgufFile:
             found = "this is an HTML page, not a model; use the file's download address"
         elif start.startswith(MAGIC):
             found = f"the file ends after {self.raw.size} bytes; download it again"
+        elif not start:
+            found = "the file is empty; download it again"
         else:
-            found = f"the file begins with {bytes(start[:4])!r} and not with {MAGIC!r}: no GGUF file"
+            found = (
+                f"the file begins with {bytes(start[:4])!r} and not with {MAGIC!r}: no GGUF file; check what was "
+                "downloaded"
+            )
         raise CheckpointError(f"{self.path}: {found}")
 
     def _read_metadata(self, reader: GgufReader, count: int) -> dict[str, Any]:
@@ -168,3 +173,14 @@ class GgufFile:
             more = self.raw.size - data_start - position
             raise CheckpointError(f"{self.path} is {more} bytes longer than its header says; download it again")
         return tensors
+
+
+def begins_as_gguf(path: Path) -> bool:
+    """Whether a file is a GGUF file by its first bytes. Raises CheckpointError where it cannot be read."""
+    raw = RawFile(path)
+    try:
+        start = bytearray(min(raw.size, len(MAGIC)))
+        raw.read_into(memoryview(start), 0)
+        return bytes(start) == MAGIC
+    finally:
+        raw.close()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpu_kernels.formats import GGUF_BY_NAME
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
+from hetero_attn.checkpoints.sources import is_gguf
 from hetero_attn.tools.quantize.stacks import stacks
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def _costs(entries: list[dict[str, Any]]) -> list[str]:
 
 def kept_table(path: Path) -> list[str]:
     """The lines of the table that a model's file keeps; [] where there is none."""
-    if path.suffix != ".gguf":
+    if not is_gguf(path):
         return []
     with GgufCheckpoint.open(path) as source:
         text = source.fields.values.get(KEY)
