@@ -44,6 +44,10 @@ def chat(
     wishes = sampling.wishes()
     variables = dict(map(template_variable, template_var or ()))
     with loading.llm(model, seed=seed, needs_text=True, speculate=speculate) as llm:
+        if not llm.tokenizer.chat_template:
+            from hetero_attn.serving.text.tokenizer import no_template
+
+            raise no_template(llm.planned.path)
         note(banner(llm))
         talk = Conversation(llm, llm.default_params(**wishes), system, variables=variables)
         converse(talk, line_source(note, tuple(HELP)))

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -27,6 +28,24 @@ def test_chat_remembers_the_conversation_until_exit(fake: type[FakeLLM]) -> None
         ["Be brief.", "Hello", "Once upon a time", "Again"],
         ["Be brief.", "New"],
     ]
+
+
+def test_a_model_without_a_chat_template_is_refused_before_a_question(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every message was answered by the same error, and the exit code was 0."""
+    made = FakeLLM.__init__
+
+    def without(self: FakeLLM, model: str, **options: object) -> None:
+        made(self, model, **options)
+        self.tokenizer.chat_template, self.planned = None, SimpleNamespace(path=Path(model))
+
+    monkeypatch.setattr(FakeLLM, "__init__", without)
+    result = run("chat", "some/model", typed="Hello\n")
+
+    assert result.exit_code == PromptError.exit_code
+    assert "no chat template" in result.stderr
+    assert fake.made[0].asked == []
 
 
 def test_chat_survives_an_interrupted_answer(fake: type[FakeLLM]) -> None:

@@ -118,10 +118,7 @@ class Tokenizer:
         """
         plain, variables = as_messages(messages), as_template_variables(template_variables)
         if not self._tokenizer.chat_template:
-            raise PromptError(
-                f"{self.path}: the tokenizer has no chat template, as those of base models have none; use generate "
-                f"with a plain prompt, or put the model's {TEMPLATE_NAME} into its folder"
-            )
+            raise no_template(self.path)
         try:
             with bounded_template():
                 ends = {
@@ -214,3 +211,11 @@ class Tokenizer:
                 f"{vocab_size}; a prompt that holds such a token is refused",
                 stacklevel=3,
             )
+
+
+def no_template(path: Path) -> PromptError:
+    """The error of a conversation with a model that has no chat template."""
+    return PromptError(
+        f"{path}: the tokenizer has no chat template, as those of base models have none; use generate with a plain "
+        f"prompt, or put the model's {TEMPLATE_NAME} into its folder"
+    )
