@@ -61,11 +61,7 @@ def write_gguf(
         raise CheckpointError(f"{path}: this file is there already; give another name, or --force to write over it")
     header = _header(metadata, tensors)
     total = len(header) + sum(_padded(tensor.nbytes) for tensor in tensors)
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{path.parent}: no such folder; make it first")
-    free = shutil.disk_usage(path.parent).free
-    if total > free:
-        raise CheckpointError(f"{path}: {total} bytes are to be written and {free} are free there; take another disk")
+    expect_room(path, total)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with unfinished.open("xb") as file:
@@ -80,6 +76,15 @@ def write_gguf(
     finally:
         unfinished.unlink(missing_ok=True)
     return total
+
+
+def expect_room(path: Path, nbytes: int) -> None:
+    """CheckpointError where a file has no folder, or its disk no room for it."""
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path.parent}: no such folder; make it first")
+    free = shutil.disk_usage(path.parent).free
+    if nbytes > free:
+        raise CheckpointError(f"{path}: {nbytes} bytes are to be written and {free} are free there; take another disk")
 
 
 def _write_tensor(file: BinaryIO, tensor: NewTensor, pieces: Iterable[np.ndarray]) -> None:

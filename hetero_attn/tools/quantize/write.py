@@ -1,5 +1,6 @@
 """`quantize`: a model as a GGUF file with every weight in a type of its own."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.gguf.config import gguf_terms
 from hetero_attn.checkpoints.gguf.file import GgufTensor
 from hetero_attn.checkpoints.gguf.names import ROPE_DIVISORS
-from hetero_attn.checkpoints.gguf.writer import NewTensor, write_gguf
+from hetero_attn.checkpoints.gguf.writer import NewTensor, expect_room, write_gguf
 from hetero_attn.checkpoints.hub import resolve_model
 from hetero_attn.checkpoints.loading.unit_rows import numbers_of
 from hetero_attn.checkpoints.row_order import is_rotated, turned
@@ -87,6 +88,7 @@ def quantize(
         source.check(spec)
         shapes = spec.tensors
         chosen = by_recipe(RECIPES[recipe], shapes, {name: source.dtype(name) for name in shapes})
+        expect_room(out, int((bits or bits_of(chosen, shapes)) * _num_weights(shapes) / 8))
         new, own = _new_file(source, config, shapes, chosen), own_types(source, shapes)
         with calibration(path, text, ops, threads, tokenizer) if text else nullcontext() as calibrated:
             if bits is not None and calibrated is not None:
@@ -108,6 +110,11 @@ def _check(out: Path, recipe: str | None, force: bool) -> None:
         raise ArgumentError(f"--out is {out}, which is there already; give another name, or --force to write over it")
     if recipe is not None and recipe not in RECIPES:
         raise ArgumentError(f"recipe is {recipe!r}; known: {', '.join(RECIPES)}")
+
+
+def _num_weights(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many weights all matrices have."""
+    return sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
 
 
 def _changed(chosen: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
