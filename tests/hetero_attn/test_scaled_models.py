@@ -76,6 +76,18 @@ CASES = {
         {},
         {"int8"},
     ),
+    "int8 packed in narrow groups": (
+        {"": int8_packed(32)},
+        compressed_config("pack-quantized", num_bits=8, type="int", symmetric=True, strategy="group", group_size=32),
+        {},
+        {"uint8_g32"},
+    ),
+    "int8 packed in narrow groups, float32 scales": (
+        {"": int8_packed(32, scales=torch.float32)},
+        compressed_config("pack-quantized", num_bits=8, type="int", symmetric=True, strategy="group", group_size=32),
+        {},
+        {"fp32"},
+    ),
     "int8 packed with zero points": (
         {"": int8_packed(64, symmetric=False)},
         compressed_config("pack-quantized", num_bits=8, type="int", symmetric=False, strategy="group", group_size=64),

@@ -6,7 +6,8 @@
 
 A value is code * scale in float32. FP8 checkpoints call the scale weight_scale_inv and multiply with it all the same.
 Zero points are weight_zero_point, int8 [out, groups], or int32 [out/4, groups], four of a column in a word with 128
-added; a value is then (code - zero) * scale. With float16 scales a format holds these, with 128 added to both.
+added; a value is then (code - zero) * scale. With float16 scales a format holds these, with 128 added to both, and int8
+without zero points in groups that are no multiple of 128 inputs, whose zero points are then 0.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class ByteModule(Module):
         codes, scales = self._codes(read, where), self._scales(read, where)
         zeros = _zero_points(read(self.zeros), self.out_features) if self.zeros else None  # one for every row
         high, wide = self.block
+        if zeros is None and self.kind in UINT8_TYPES.values():
+            zeros = torch.zeros(self.out_features, -(-self.in_features // wide), device="cpu")
 
         def write(first: int, stop: int, out: torch.Tensor) -> None:
             groups = scales[torch.arange(first, stop, device="cpu") // high]
@@ -129,7 +132,8 @@ def find_bytes(
     shape = f"{prefix}.weight_shape"
     if shape in shapes:
         check_said_shape(where, shape, read(shape).tolist(), weight)
-    held, why = _held_as(kind, found, weight[1], read(scales) if zeros else None)
+    fits = not zeros and (found[1] % HELD_GROUP == 0 or found[1] >= weight[1])
+    held, why = (kind, "") if fits else _held_in_groups(kind, found[1], weight[1], read(scales))
     return ByteModule(
         prefix=prefix,
         names=tuple(part for part in (codes, scales, zeros, shape, *_ignored(prefix)) if part in shapes),
@@ -154,20 +158,15 @@ def _code_tensor(prefix: str, shapes: Shapes, where: str) -> tuple[str, GgufType
     return codes, kind, (out, 4 * columns if packed else columns)
 
 
-def _held_as(
-    kind: GgufType, block: tuple[int, int], inputs: int, scales_with_zeros: torch.Tensor | None
-) -> tuple[GgufType | None, str]:
-    """The form of the rows; or None for float32, and why."""
-    wide = block[1]
-    if scales_with_zeros is None:
-        fits = wide % HELD_GROUP == 0 or wide >= inputs
-        return (kind, "") if fits else (None, f"scales of {wide} inputs, no multiple of {HELD_GROUP}")
-    scales = scales_with_zeros.float()
-    if not bool((scales.half().float() == scales).all()):
-        return None, "zero points of 8-bit codes with scales that float16 does not hold"
+def _held_in_groups(kind: GgufType, wide: int, inputs: int, scales: torch.Tensor) -> tuple[GgufType | None, str]:
+    """The form of rows with zero points, or in groups that `kind` does not have; or None for float32, and why."""
+    if kind is FP8_TYPE:
+        return None, f"FP8 scales of {wide} inputs, no multiple of {HELD_GROUP}"
+    if not bool((scales.half().float() == scales.float()).all()):
+        return None, f"8-bit codes in groups of {wide} inputs with scales that float16 does not hold"
     group = next((group for group in reversed(INT4_GROUPS) if wide % group == 0 and inputs % group == 0), None)
     if group is None:
-        return None, f"zero points of 8-bit codes in groups of {wide} inputs, no multiple of {INT4_GROUPS[0]}"
+        return None, f"8-bit codes in groups of {wide} inputs, no multiple of {INT4_GROUPS[0]}"
     return UINT8_TYPES[group], ""
 
 
