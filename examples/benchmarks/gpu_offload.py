@@ -10,8 +10,8 @@
     model     Llama-3.1-8B shape, q4, 75 % of the weights on the GPU by two plans, then 50 and 25 %, each loaded anew:
               decode at context 1k, prompts of 512 and 4096 tokens, where a step's time went, launches and copies of a
               prompt; predicted and the bound of the plan beside it
-    experts   eight layers of Qwen3-30B-A3B, Q4_0, all but the experts on the GPU, with copies of a quarter of them there
-              and without; needs the gguf package
+    experts   eight layers of Qwen3-30B-A3B, Q4_0, all but the experts on the GPU, with copies of a quarter of them
+              there and without; needs the gguf package
     kernels   the q4 linear by rows and its stages apart, products straight into columns, attention beside torch's
     resize    a loaded model moved from 75 to 50 %
     peer      accelerate under the same cap; llama.cpp with --llama-bench
