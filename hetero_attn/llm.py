@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hetero_attn.engine.host_memory import memory_named
+from hetero_attn.engine.host_memory import expect_room, memory_named
 from hetero_attn.engine.lane_report import LaneReport
 from hetero_attn.engine.measure import refresh_profile
 from hetero_attn.engine.rebalance import Rebalancer
@@ -100,7 +100,7 @@ class LLM:
                 refresh_profile()
             drafted = settle_drafted(options)
         planned, self._progress = drafted.planned, options.progress
-        self._drafts_gpu_bytes = drafted.draft_gpu_bytes
+        expect_room(*drafted.plans)
         opening, self.engine = load_beside(planned, options)
         self._replanner = Replanner(self.engine, planned)
         self._rebalancer = Rebalancer(self.engine, self._replanner)
@@ -248,8 +248,7 @@ class LLM:
         size = checked_arguments(gpu_memory=gpu_memory)["gpu_memory"]
         if size is None:
             raise ArgumentError("gpu_memory is None; give the new budget, such as 6GiB")
-        budget_bytes = parse_bytes(size) - self._drafts_gpu_bytes
-        return self._turns.alone(lambda: self._replanner.resize(budget_bytes))
+        return self._turns.alone(lambda: self._replanner.resize(parse_bytes(size)))
 
     def report(self) -> LaneReport:
         """Where the time of all steps so far went, by phase: `.table()`, `.to_dict()`, `.reset()`."""

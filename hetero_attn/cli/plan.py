@@ -87,8 +87,7 @@ def _said_to_fit(wishes: LoadOptions, drafted: Drafted, on_stderr: bool) -> bool
         ways = would_fit(of_this_context, lambda smaller: settle_drafted(smaller, settle).planned)
         refusal = wrapped(f"DOES NOT FIT: {unfit}; {ways}", table_width())
         typer.echo(refusal, err=on_stderr)
-    plans = [each.plan for each in (planned, drafted.draft) if each is not None]
-    if wishes.hardware is None and (reason := why_too_large(*plans)):
+    if wishes.hardware is None and (reason := why_too_large(*drafted.plans)):
         typer.echo(f"note: this would not load now: {reason}", err=True)
     return not unfit
 

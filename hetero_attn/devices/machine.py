@@ -63,7 +63,7 @@ def arena_bytes(plan: Plan, index: int) -> int:
             f"CUDA and its kernels take {format_bytes(needed)} of GPU {index}, but the plan leaves them "
             f"{format_bytes(planned)}; plan for this machine, or with gpu_memory of at least {format_bytes(least)}"
         )
-    return (plan.gpu_memory_bytes if plan.workload.elastic else plan.memory.gpu_bytes) - planned
+    return plan.own_gpu_bytes if plan.workload.elastic else plan.memory.gpu_bytes - plan.memory.others_gpu_bytes
 
 
 @cache

@@ -24,8 +24,7 @@ from hetero_attn.engine.ahead.warm_up import make_first_steps, warm_up, warm_up_
 from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.forked import torch_without_lost_threads
 from hetero_attn.engine.forward import make_buffers
-from hetero_attn.engine.host_memory import WAY_OUT, memory_named, why_too_large
-from hetero_attn.errors import MemoryBudgetError
+from hetero_attn.engine.host_memory import expect_room, memory_named
 from hetero_attn.lanes.handover_choice import choose_handover
 from hetero_attn.lanes.host_worker import HostWorker
 from hetero_attn.lanes.lanes import Lanes
@@ -73,8 +72,7 @@ def build_beside(planned: PlannedModel, engine: Engine, on_prepare: Callable[[st
 @contextmanager
 def loading(plan: Plan) -> Iterator[None]:
     """Around the loading of a plan: what does not fit is refused before, what runs out is named."""
-    if reason := why_too_large(plan):
-        raise MemoryBudgetError(f"{plan.model}: {reason}; {WAY_OUT}")
+    expect_room(plan)
     with memory_named(f"loading {plan.model}"), torch_without_lost_threads():
         yield
 
@@ -175,7 +173,7 @@ def make_device(planned: PlannedModel) -> Device | None:
     if device == "cpu":
         return None
     if device == "emulated":
-        return Device(EmulatedDriver(), plan.gpu_memory_bytes)
+        return Device(EmulatedDriver(), plan.own_gpu_bytes)
     index = device_index(device)
     check_ready(index)
     arena = arena_bytes(plan, index)

@@ -30,12 +30,19 @@ def why_too_large(*plans: Plan, root: Path = Path("/")) -> str:
     """
     written, total = sum(map(_written_bytes, plans)), sum(map(_reserved_bytes, plans))
     free, space = free_host_bytes(root), free_address_space()
+    whose, needs = ("its", "it needs") if len(plans) == 1 else ("their", "they need")
     if written > free:
-        return f"its weights need {format_bytes(written)} of host memory, and {format_bytes(free)} are free"
+        return f"{whose} weights need {format_bytes(written)} of host memory, and {format_bytes(free)} are free"
     if space is not None and total > space:
         room = format_bytes(space)
-        return f"it needs {format_bytes(total)} of address space, and the limit of this process leaves {room}"
+        return f"{needs} {format_bytes(total)} of address space, and the limit of this process leaves {room}"
     return ""
+
+
+def expect_room(*plans: Plan) -> None:
+    """Raise MemoryBudgetError where host memory does not hold all of these plans, which are to be loaded together."""
+    if reason := why_too_large(*plans):
+        raise MemoryBudgetError(f"{' with the drafter '.join(plan.model for plan in plans)}: {reason}; {WAY_OUT}")
 
 
 def _written_bytes(plan: Plan) -> int:
@@ -45,9 +52,10 @@ def _written_bytes(plan: Plan) -> int:
 
 
 def _reserved_bytes(plan: Plan) -> int:
-    """Host memory that loading a plan takes of the address space."""
+    """Host memory that loading a plan takes of the address space, what drafts for it apart."""
     memory = plan.memory
-    return memory.host_bytes + memory.pinned_bytes + (memory.gpu_bytes if plan.device == "emulated" else 0)
+    places = (memory.host, memory.pinned, memory.gpu if plan.device == "emulated" else {})
+    return sum(sum(kinds.values()) - kinds.get("drafter", 0) for kinds in places)
 
 
 def free_host_bytes(root: Path = Path("/")) -> int:

@@ -34,7 +34,7 @@ def go_over(
     expert_slots.close()  # they hold copies alone
     _give_all_back(lanes, moving)
     kv_cache.shrink(plan)
-    lanes.device.arena.budget_bytes = plan.gpu_memory_bytes - plan.memory.gpu.get("context", 0)
+    lanes.device.arena.budget_bytes = plan.own_gpu_bytes
     try:
         _take_all(lanes, moving, kv_cache, plan)
         expert_slots.open(linears, plan)

@@ -66,9 +66,9 @@ class Drafted:
         return 0.0 if self.draft is None or self.rates is None else _step_s(self.draft) / self.rates.widths[0].pass_s
 
     @property
-    def draft_gpu_bytes(self) -> int:
-        """GPU memory of the budget that the draft model has."""
-        return 0 if self.draft is None or self.draft.device == "cpu" else self.draft.plan.gpu_memory_bytes
+    def plans(self) -> list[Plan]:
+        """Of what is loaded: the model's, and that of the one that drafts."""
+        return [each.plan for each in (self.planned, self.draft) if each is not None]
 
     def lines(self) -> list[str]:
         """The same as lines of text, 80 columns wide at most; none where drafts are not wished for."""
@@ -155,17 +155,11 @@ def _together(asked: Asked, own: Asked | None, alone: PlannedModel) -> Drafted:
         found = plan_drafted(like.request, places, guesses, WIDTHS)
     if found is None:
         raise BudgetError(f"the memory budgets hold no plan of {asked.workload.model} with drafts", 0, 0)
-    planned = replace(like, policy=_policy_beside(like.policy, found.drafter)).planned(found.plan)
+    planned = like.planned(found.plan)
     draft = None if own is None or found.drafter is None else own.planned(found.drafter.plan)
     step_s = 0.0 if draft is None else _step_s(draft)
     rates = draft_rates(planned.plan, planned.hardware, step_s, guesses, WIDTHS)
     return Drafted(planned, draft, rates, 1.0 / pass_s(alone.plan, alone.hardware, 1))
-
-
-def _policy_beside(policy: Policy, drafter: Drafter | None) -> Policy:
-    """The policy with what a drafter leaves of its budgets of host memory, for the plans that are made later."""
-    taken = {} if drafter is None else {f"{place}_memory": drafter.taken_bytes[place] for place in ("pinned", "host")}
-    return policy.model_copy(update={key: budget - taken[key] for key in taken if (budget := getattr(policy, key))})
 
 
 def _like(asked: Asked, alone: Plan) -> Asked:

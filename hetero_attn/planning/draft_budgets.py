@@ -8,6 +8,7 @@ from hetero_attn.planning.choices import MIN_PREFILL_CHUNK
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.planning.settle import Asked, ask
 from placement.drafted.drafters import least_taken_bytes
+from placement.plan.drafting import Drafting, Guesses
 from placement.plan.plan import Plan
 from placement.plan.units import format_bytes
 from placement.policy.policy import Policy
@@ -42,11 +43,17 @@ def pairs_that_fit(larges: Sequence[Asked], smalls: Sequence[Asked]) -> Iterator
 
 
 def plan_in_the_rest(asked: Asked, own: Asked) -> Plan:
-    """The plan of the model alone in what a drafter leaves of the budgets that takes the least GPU memory. Raises
-    BudgetError."""
-    taken, limits = least_taken_bytes(own.request), asked.request.limits
-    rest = {place: None if limit is None else max(1, limit - taken[place]) for place, limit in limits.items()}
-    return plan_requested(replace(asked.request, limits=rest))
+    """The plan of the model in what a drafter leaves of the budgets that takes the least GPU memory and is asked for
+    nothing. Raises BudgetError."""
+    taken = least_taken_bytes(own.request)
+    drafting = Drafting(
+        rows=1,
+        guesses=Guesses(0.0),
+        gpu_bytes=taken["gpu"],
+        pinned_bytes=taken["pinned"],
+        host_bytes=taken["host"],
+    )
+    return plan_requested(replace(asked.request, workload=replace(asked.request.workload, drafting=drafting)))
 
 
 def too_small(asked: Asked, own: Asked) -> MemoryBudgetError:
@@ -61,9 +68,9 @@ def too_small(asked: Asked, own: Asked) -> MemoryBudgetError:
         return MemoryBudgetError(f"no plan of {names}: {why}; raise them, or leave speculate off")
     taken, limit = least_taken_bytes(own.request)[why.place], asked.request.limits[why.place] or 0
     return MemoryBudgetError(
-        f"{why.place}_memory: {format_bytes(limit)} hold no plan of {names} ({format_bytes(why.needed_bytes)} + "
-        f"{format_bytes(taken)}); {smallest(why.needed_bytes + taken, limit)}; raise {why.place}_memory, or leave "
-        "speculate off"
+        f"{why.place}_memory: {format_bytes(limit)} hold no plan of {names} "
+        f"({format_bytes(why.needed_bytes - taken)} + {format_bytes(taken)}); {smallest(why.needed_bytes, limit)}; "
+        f"raise {why.place}_memory, or leave speculate off"
     )
 
 

@@ -58,6 +58,8 @@ def plan_for_context(plan: Plan, hardware: HardwareProfile, policy: Policy, cont
             staging_slots=best.staging_slots,
             num_threads=plan.num_threads,
             context_bytes=plan.memory.gpu.get("context", 0),
+            pinned_memory_bytes=plan.pinned_memory_bytes,
+            host_memory_bytes=plan.host_memory_bytes,
         ),
         objective=plan.objective,
     )

@@ -39,8 +39,10 @@ class Drafter(NamedTuple):
 
     @property
     def plan(self) -> Plan:
-        """Its plan, whose budget is what it takes."""
-        limits = self.request.limits | {"gpu": self.gpu_bytes if self.request.device != "cpu" else None}
+        """Its plan, whose budgets are what it takes."""
+        limits = {
+            place: None if limit is None else self.taken_bytes[place] for place, limit in self.request.limits.items()
+        }
         return plan_of(replace(self.request, limits=limits), complete(self.candidate))
 
 

@@ -54,8 +54,7 @@ def _few_enough(request: PlanRequest, widths: Sequence[int]) -> list[int]:
 
 
 def _beside(request: PlanRequest, place: Drafter | None, drafting: Drafting) -> PlanRequest | None:
-    """The request in what a drafter leaves of the budgets; None where it takes more than one of them."""
-    limits = request.limits
+    """The request with what a drafter takes of its budgets; None where that is more than one of them."""
     if place is not None:
         taken = place.taken_bytes
         drafting = replace(
@@ -63,9 +62,9 @@ def _beside(request: PlanRequest, place: Drafter | None, drafting: Drafting) -> 
             step_s=place.step_s,
             prompt_row_s=place.prompt_row_s,
             gpu_bytes=taken["gpu"],
+            pinned_bytes=taken["pinned"],
             host_bytes=taken["host"],
         )
-        limits = {where: None if limit is None else limit - taken[where] for where, limit in limits.items()}
-    if any(limit is not None and limit < 0 for limit in limits.values()):
-        return None
-    return replace(request, workload=replace(request.workload, drafting=drafting), limits=limits)
+        if any(limit is not None and limit < taken[where] for where, limit in request.limits.items()):
+            return None
+    return replace(request, workload=replace(request.workload, drafting=drafting))

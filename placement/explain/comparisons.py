@@ -7,6 +7,7 @@ from placement.cost.baselines import largest_layer_split, layer_split
 from placement.cost.model import predict
 from placement.explain.explanation import Estimate
 from placement.machine.hardware import HardwareProfile
+from placement.plan.memory import OF_OTHERS
 from placement.plan.phase import PhaseCost
 from placement.plan.plan import Plan
 from placement.plan.units import format_bytes
@@ -106,7 +107,7 @@ def _whole_layers(plan: Plan, hardware: HardwareProfile) -> Estimate:
     """Whole layers on the GPU as llama.cpp has them: the rest computes on the CPU, except that of a prompt's rows the
     GPU multiplies all, once the weights have been copied from pageable memory, 512 rows at a time and nothing side by
     side."""
-    fixed = sum(plan.memory.gpu[kind] for kind in ("activations", "resident", "context"))
+    fixed = sum(plan.memory.gpu.get(kind, 0) for kind in ("activations", "resident", *OF_OTHERS))
     layers = largest_layer_split(plan.workload, plan.gpu_memory_bytes - fixed)
     workload, decode, prefill = plan.workload, plan.predicted.decode, plan.predicted.prefill
     copies = hardware.h2d_pageable_bytes_per_s or hardware.h2d_bytes_per_s / 2

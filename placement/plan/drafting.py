@@ -38,8 +38,8 @@ class Drafting:
 
     step_s: what a step of the drafter takes, one for every row of such a pass; prompt_row_s: what it takes for a token
     of a prompt; both 0 where no model drafts. Where all passes have one row a drafter is asked for nothing. speculate:
-    who drafts, as options and policies write it. gpu_bytes, host_bytes: what a drafter has
-    of the budgets of both, pinned memory counted as host memory.
+    who drafts, as options and policies write it. gpu_bytes, pinned_bytes, host_bytes: what a drafter has of the budgets
+    of both, pinned memory counted as host memory too.
     """
 
     rows: int
@@ -48,12 +48,19 @@ class Drafting:
     prompt_row_s: float = 0.0
     speculate: str = "off"
     gpu_bytes: int = 0
+    pinned_bytes: int = 0
     host_bytes: int = 0
 
     @property
     def tokens(self) -> float:
         """Tokens that a pass emits on average."""
         return self.guesses.tokens(self.rows)
+
+    @property
+    def taken_bytes(self) -> dict[str, dict[str, int]]:
+        """What a drafter has, by place, under its kind where it has anything there; host is without pinned."""
+        taken = {"gpu": self.gpu_bytes, "pinned": self.pinned_bytes, "host": self.host_bytes - self.pinned_bytes}
+        return {place: {"drafter": size} if size else {} for place, size in taken.items()}
 
     @property
     def share(self) -> float:

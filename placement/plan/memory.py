@@ -7,7 +7,8 @@ from placement.plan.shards import KvShard, LinearShard
 from placement.plan.workload import NUM_ROW_TIERS, Workload, round_up
 
 PLACES = ("gpu", "pinned", "host")
-KINDS = ("weights", "expert_slots", "kv", "staging", "activations", "embed", "resident", "context")
+KINDS = ("weights", "expert_slots", "kv", "staging", "activations", "embed", "resident", "context", "drafter")
+OF_OTHERS = ("context", "drafter")  # kinds that others than the model allocate
 KV_STAGING_BUFFERS = 2
 
 
@@ -111,6 +112,11 @@ class MemoryReport:
         return sum(self.pinned.values())
 
     @property
+    def others_gpu_bytes(self) -> int:
+        """GPU memory of the budget that is not the model's own: what CUDA and what a drafter takes."""
+        return sum(self.gpu.get(kind, 0) for kind in OF_OTHERS)
+
+    @property
     def host_bytes(self) -> int:
         """All bytes of ordinary host memory."""
         return sum(self.host.values())
@@ -153,17 +159,6 @@ def kv_host_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) ->
 def kv_dram_bytes(workload: Workload, shard: KvShard, placement: KvPlacement) -> int:
     """DRAM of one layer's KV cache: older tokens of the GPU's KV heads and all tokens of the CPU's."""
     return kv_pinned_bytes(workload, shard, placement) + kv_host_bytes(workload, shard, placement)
-
-
-def kv_bytes_at(workload: Workload, kv: Sequence[KvPlacement], context: int) -> tuple[int, int]:
-    """What one sequence of `context` tokens takes of the cache: bytes in (GPU memory, DRAM), in whole pages."""
-    gpu = dram = 0
-    for shard, placement in zip(workload.kv, kv, strict=True):
-        tokens = min(round_up(context, workload.page_size), workload.sequence_tokens(shard))
-        near = min(tokens, kv_recent_tokens(workload, shard, placement.gpu_tokens))
-        gpu += placement.gpu_kv_heads * near * shard.bytes_per_token
-        dram += (placement.kv_heads * tokens - placement.gpu_kv_heads * near) * shard.bytes_per_token
-    return gpu, dram
 
 
 def kv_staging_pages(workload: Workload) -> int:
@@ -270,7 +265,7 @@ def memory_report(
     staging_slots: int,
     context_bytes: int = 0,
 ) -> MemoryReport:
-    """Count every byte that a run with these placements allocates.
+    """Count every byte that a run with these placements allocates, and what drafts for the model beside it.
 
     linears, kv: in workload order. device: cpu | cuda | emulated. context_bytes: the driver's own share of GPU memory.
     """
@@ -284,6 +279,8 @@ def memory_report(
         "activations": host_activation_bytes(workload),
         "embed": workload.embed_bytes,
     }
+    drafter = workload.drafter_bytes
+    host |= drafter["host"]
     if device == "cpu":
         return MemoryReport(host=host | {"resident": workload.resident_bytes + workload.state_bytes})
     gpu = {
@@ -297,4 +294,4 @@ def memory_report(
     if in_expert_slots := sum(map(expert_slot_bytes, workload.linears, linears)):
         gpu["expert_slots"] = in_expert_slots
     pinned = {"weights": weights_bytes(workload, linears, "pinned"), "kv": kv_bytes(kv_pinned_bytes)}
-    return MemoryReport(gpu=gpu, pinned=pinned, host=host)
+    return MemoryReport(gpu=gpu | drafter["gpu"], pinned=pinned | drafter["pinned"], host=host)

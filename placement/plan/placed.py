@@ -1,4 +1,5 @@
-"""A placement as its different layers, each with how many there are of it: a model of 80 layers has a handful."""
+"""A placement as its different layers, each with how many there are of it: a model of 80 layers has a handful; and
+what a sequence takes of its cache."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,11 +11,12 @@ from placement.plan.memory import (
     kv_gpu_bytes,
     kv_host_bytes,
     kv_pinned_bytes,
+    kv_recent_tokens,
     linear_bytes,
     staging_piece_bytes,
 )
 from placement.plan.shards import KvShard, LinearShard
-from placement.plan.workload import Workload
+from placement.plan.workload import Workload, round_up
 
 KV_BYTES = {"gpu": kv_gpu_bytes, "pinned": kv_pinned_bytes, "host": kv_host_bytes}
 
@@ -83,3 +85,14 @@ def placed_staging_slot_bytes(workload: Workload, layers: Sequence[PlacedLayer])
         if placement.streams
     )
     return max(pieces, default=0)
+
+
+def kv_bytes_at(workload: Workload, kv: Sequence[KvPlacement], context: int) -> tuple[int, int]:
+    """What one sequence of `context` tokens takes of the cache: bytes in (GPU memory, DRAM), in whole pages."""
+    gpu = dram = 0
+    for shard, placement in zip(workload.kv, kv, strict=True):
+        tokens = min(round_up(context, workload.page_size), workload.sequence_tokens(shard))
+        near = min(tokens, kv_recent_tokens(workload, shard, placement.gpu_tokens))
+        gpu += placement.gpu_kv_heads * near * shard.bytes_per_token
+        dram += (placement.kv_heads * tokens - placement.gpu_kv_heads * near) * shard.bytes_per_token
+    return gpu, dram

@@ -11,15 +11,16 @@ from typing import Any
 
 from cpu_kernels.formats.weights import WEIGHT_DTYPES
 from placement.plan.memory import (
+    PLACES,
     KvPlacement,
     LinearPlacement,
     MemoryReport,
     is_all_on_gpu,
-    kv_bytes_at,
     memory_report,
     staging_slot_bytes,
 )
 from placement.plan.phase import Prediction
+from placement.plan.placed import kv_bytes_at
 from placement.plan.rows import PlanRow, plan_rows
 from placement.plan.units import format_bytes
 from placement.plan.workload import (
@@ -35,7 +36,8 @@ CURVE_CONTEXTS = (128, 512, 2048, 8192, 32768, 131072)
 class Plan:
     """One valid placement of a workload. linears and kv are in workload order.
 
-    device: cpu | cuda | emulated; gpu_memory_bytes: the budget, None without a GPU lane; num_threads: CPU lane threads.
+    device: cpu | cuda | emulated. gpu_memory_bytes: the whole budget, that of a drafter in it, None without a GPU lane;
+    pinned_memory_bytes, host_memory_bytes: likewise, None without one. num_threads: CPU lane threads.
     """
 
     workload: Workload
@@ -48,6 +50,8 @@ class Plan:
     memory: MemoryReport
     objective: str = "latency"
     predicted: Prediction | None = None
+    pinned_memory_bytes: int | None = None
+    host_memory_bytes: int | None = None
 
     def __repr__(self) -> str:
         """A line, where every field of every shard would be pages."""
@@ -78,6 +82,11 @@ class Plan:
     def is_all_on_gpu(self) -> bool:
         """Whether no lane but the GPU's has anything to do."""
         return is_all_on_gpu(self.workload, self.linears, self.kv)
+
+    @property
+    def own_gpu_bytes(self) -> int | None:
+        """The budget without what CUDA and a drafter have of it, None without a budget."""
+        return None if self.gpu_memory_bytes is None else self.gpu_memory_bytes - self.memory.others_gpu_bytes
 
     @property
     def model(self) -> str:
@@ -130,14 +139,15 @@ class Plan:
 
     def to_yaml(self) -> str:
         """A policy that gives this plan again: given to make_plan with the same workload and hardware, or to `LLM`
-        where somebody drafts, whom it names with the budget of both."""
+        where somebody drafts, whom it names."""
         lines = [
             f"# The plan of {self.model} on {self.device}, written as a policy.",
             "version: 1",
             f"objective: {self.objective}",
         ]
-        if self.gpu_memory_bytes is not None:
-            lines.append(f"gpu_memory: {self.gpu_memory_bytes + self.workload.drafter_gpu_bytes}")
+        for place in PLACES:
+            budget = getattr(self, f"{place}_memory_bytes")
+            lines += [] if budget is None else [f"{place}_memory: {budget}"]
         lines += [
             f"context: {self.max_context}",
             f"batch: {self.max_batch}",
@@ -171,7 +181,7 @@ class Plan:
             "model": self.model,
             "device": self.device,
             "shape": self.shape,
-            "gpu_memory_bytes": self.gpu_memory_bytes,
+            **{f"{place}_memory_bytes": getattr(self, f"{place}_memory_bytes") for place in PLACES},
             "objective": self.objective,
             "max_context": self.max_context,
             "max_batch": self.max_batch,
@@ -211,8 +221,9 @@ class Plan:
 class Means:
     """What a plan may use of a machine.
 
-    gpu_memory_bytes: the GPU budget, None for no GPU or no limit. staging_slots: of the ring through which weights
-    stream. num_threads: of the CPU lane. context_bytes: what the driver takes of GPU memory for itself.
+    gpu_memory_bytes: the GPU budget, None for no GPU or no limit; pinned_memory_bytes, host_memory_bytes: those of host
+    memory, None for no limit. staging_slots: of the ring through which weights stream. num_threads: of the CPU lane.
+    context_bytes: what the driver takes of GPU memory for itself.
     """
 
     device: str
@@ -220,6 +231,8 @@ class Means:
     staging_slots: int = 2
     num_threads: int = 1
     context_bytes: int = 0
+    pinned_memory_bytes: int | None = None
+    host_memory_bytes: int | None = None
 
 
 def build_plan(
@@ -234,8 +247,19 @@ def build_plan(
     memory = memory_report(
         workload, linears, kv, device=means.device, staging_slots=staging_slots, context_bytes=means.context_bytes
     )
-    placed, budget = (tuple(linears), tuple(kv)), means.gpu_memory_bytes
-    return Plan(workload, means.device, budget, *placed, staging_slots, means.num_threads, memory, objective)
+    return Plan(
+        workload,
+        means.device,
+        means.gpu_memory_bytes,
+        tuple(linears),
+        tuple(kv),
+        staging_slots,
+        means.num_threads,
+        memory,
+        objective,
+        pinned_memory_bytes=means.pinned_memory_bytes,
+        host_memory_bytes=means.host_memory_bytes,
+    )
 
 
 def _linear_rule(row: PlanRow) -> list[str]:

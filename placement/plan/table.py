@@ -71,8 +71,6 @@ def plan_table(plan: ShownPlan, width: int) -> str:
         console.print(wrapped(line, width), highlight=False, soft_wrap=True)
 
     budget = f", GPU memory budget {format_bytes(plan.gpu_memory_bytes)}" if plan.gpu_memory_bytes is not None else ""
-    if plan.workload.drafter_gpu_bytes:
-        budget += f" beside {format_bytes(plan.workload.drafter_gpu_bytes)} of the drafter"
     say(
         f"{plan.model} on {plan.device}{budget}, context {plan.max_context}, batch {plan.max_batch}, "
         f"{plan.workload.weight_dtype} weights, {plan.workload.kv_dtype} KV, "
@@ -125,15 +123,15 @@ def opening_lines(plan: ShownPlan, fits: bool = True) -> list[str]:
 def _memory_lines(plan: ShownPlan, fits: bool) -> list[str]:
     """What a model and what drafts for it take of both memories together, and the share of each."""
     memory, workload, on_gpu = plan.memory, plan.workload, plan.device != "cpu"
-    own = memory.gpu_bytes, memory.pinned_bytes + memory.host_bytes
+    both = memory.gpu_bytes, memory.pinned_bytes + memory.host_bytes
     drafter = workload.drafter_gpu_bytes, workload.drafter_host_bytes
-    gpu, dram = (format_bytes(mine + its) for mine, its in zip(own, drafter, strict=True))
+    gpu, dram = map(format_bytes, both)
     if plan.gpu_memory_bytes is not None:
-        gpu += f" of {format_bytes(plan.gpu_memory_bytes + drafter[0])}"
+        gpu += f" of {format_bytes(plan.gpu_memory_bytes)}"
     lines = [f"{'fits' if fits else 'needs'}: {f'{gpu} GPU memory and ' if on_gpu else ''}{dram} DRAM"]
     if any(drafter):
         of_gpu, of_dram = (
-            f"{format_bytes(mine)} + {format_bytes(its)}" for mine, its in zip(own, drafter, strict=True)
+            f"{format_bytes(whole - its)} + {format_bytes(its)}" for whole, its in zip(both, drafter, strict=True)
         )
         lines.append(f"of that model + drafter: {f'{of_gpu} GPU memory, ' if on_gpu else ''}{of_dram} DRAM")
     return lines

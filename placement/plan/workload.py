@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from placement.plan.drafting import Drafting
+from placement.plan.drafting import Drafting, Guesses
 from placement.plan.shards import KvShard, LayerShards, LinearShard, StateShard
 
 KV_DTYPES = ("fp32", "bf16", "q8", "q4")
@@ -208,6 +208,11 @@ class Workload:
     def activation_rows(self) -> int:
         """The most rows of one call."""
         return max(self.prefill_chunk, self.max_batch)
+
+    @property
+    def drafter_bytes(self) -> dict[str, dict[str, int]]:
+        """What drafts for the model, by place and kind, as `Drafting.taken_bytes`."""
+        return Drafting(1, Guesses(0.0)).taken_bytes if self.drafting is None else self.drafting.taken_bytes
 
     @property
     def drafter_gpu_bytes(self) -> int:

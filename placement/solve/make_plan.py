@@ -156,7 +156,7 @@ def plan_of(request: PlanRequest, candidate: Candidate) -> Plan:
         candidate.kv,
         Means(
             device=request.device,
-            gpu_memory_bytes=request.gpu_memory_bytes,
+            **{f"{place}_memory_bytes": limit for place, limit in request.limits.items()},
             staging_slots=request.staging_slots,
             num_threads=request.hardware.cores,
             context_bytes=request.context_bytes,

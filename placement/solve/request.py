@@ -5,7 +5,12 @@ from dataclasses import dataclass, replace
 from placement.cost.model import working_set_bytes
 from placement.cost.objective import reference_context
 from placement.machine.hardware import HardwareProfile
-from placement.plan.memory import activation_bytes, gpu_resident_bytes, host_activation_bytes, rounded_input_bytes
+from placement.plan.memory import (
+    activation_bytes,
+    gpu_resident_bytes,
+    host_activation_bytes,
+    rounded_input_bytes,
+)
 from placement.plan.plan import DEVICES
 from placement.plan.workload import Workload
 from placement.policy.policy import Policy
@@ -19,7 +24,7 @@ class PlanRequest:
 
     hardware: at the plan's thread count and for its working set. policy: its rules, its shape and its objective are
     read from here on, and nothing that it may leave open. gpu_memory_bytes: None without a GPU. limits: the budget in
-    bytes by place, None without one. staging_slots: 0 where nothing may stream.
+    bytes by place, that of a drafter in it, None without one. staging_slots: 0 where nothing may stream.
     """
 
     workload: Workload
@@ -43,7 +48,7 @@ class PlanRequest:
 
     @property
     def fixed_bytes(self) -> dict[str, dict[str, int]]:
-        """Bytes by place and kind that no decision changes."""
+        """Bytes by place and kind that no decision changes, those of a drafter too; host includes pinned."""
         workload = self.workload
         gpu = {
             "activations": activation_bytes(workload),
@@ -53,7 +58,9 @@ class PlanRequest:
         host = {"activations": host_activation_bytes(workload), "embed": workload.embed_bytes}
         if self.device == "cpu":
             host["resident"] = workload.resident_bytes + workload.state_bytes
-        return {"gpu": gpu, "pinned": {}, "host": host}
+        drafter = workload.drafter_bytes
+        host["drafter"] = workload.drafter_host_bytes
+        return {"gpu": gpu | drafter["gpu"], "pinned": drafter["pinned"], "host": host}
 
     @property
     def may_pair(self) -> bool:

@@ -195,11 +195,12 @@ def wishes(paths, **options):
 def test_both_plans_keep_to_one_budget(paths, gpu_memory):
     asked = wishes(paths, device="emulated", gpu_memory=gpu_memory)
     drafted = settle_drafted(asked)
-    both = (drafted.planned.plan, drafted.draft.plan)
+    plan, own = drafted.plans
 
-    assert sum(plan.gpu_memory_bytes for plan in both) <= parse_bytes(gpu_memory)
-    assert all(plan.memory.gpu_bytes <= plan.gpu_memory_bytes for plan in both)
-    assert drafted.draft_gpu_bytes == both[1].gpu_memory_bytes
+    assert plan.gpu_memory_bytes == parse_bytes(gpu_memory) >= plan.memory.gpu_bytes
+    assert plan.memory.gpu["drafter"] == own.gpu_memory_bytes == own.memory.gpu_bytes
+    assert own.memory.pinned_bytes == plan.memory.pinned.get("drafter", 0)
+    assert own.memory.host_bytes == plan.memory.host["drafter"]
 
 
 def test_no_split_of_the_budget_by_hand_is_faster(paths):

@@ -17,8 +17,9 @@ from hetero_attn.planning.fitting import why_not_fitting
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.planning.settle import settle
 from placement import PolicyError
+from placement.plan.memory import PLACES
 from placement.plan.table import opening_lines
-from placement.plan.units import format_bytes
+from placement.plan.units import format_bytes, parse_bytes
 from tests.support.command import ROOT, TINY, run
 from tests.support.eagle import make_head
 from tests.support.runtime import THREADS
@@ -44,6 +45,7 @@ def test_a_plan_with_a_drafter_is_the_same_when_it_is_read_again(paths, drafter,
     made = settle_drafted(wishes(paths, gpu_memory=gpu_memory, speculate=paths[drafter]))
     again = settle_drafted(wishes(paths, policy=Policy.parse(made.planned.plan.to_yaml())))
 
+    assert made.planned.plan.gpu_memory_bytes == parse_bytes(gpu_memory)
     assert again.wish == paths[drafter] and again.draft.plan == made.draft.plan
     assert again.planned.plan == made.planned.plan
 
@@ -84,9 +86,12 @@ def test_a_loaded_model_writes_the_plan_that_it_has(paths, drafter):
 
 
 def taken(drafted):
-    """Bytes of GPU memory and of host memory that the model and its drafter take together."""
-    memories = [planned.plan.memory for planned in (drafted.planned, drafted.draft)]
-    return sum(each.gpu_bytes for each in memories), sum(each.host_bytes + each.pinned_bytes for each in memories)
+    """Bytes of GPU memory and of host memory that the model and its drafter take together: what the one plan says is
+    what both say, each of itself."""
+    both, own = (plan.memory for plan in drafted.plans)
+    for place in PLACES:
+        assert getattr(both, place).get("drafter", 0) == sum(getattr(own, place).values())
+    return both.gpu_bytes, both.host_bytes + both.pinned_bytes
 
 
 def refusal(paths, **options):
@@ -110,7 +115,8 @@ def test_a_budget_of_host_memory_holds_both_or_names_the_smallest_that_does(path
     least = refusal(paths, device="cpu", policy=Policy(host_memory=alone.host_bytes + 1000))
     made = settle_drafted(wishes(paths, device="cpu", policy=Policy(host_memory=least), speculate=paths["small"]))
 
-    assert taken(made) == (0, least) and made.planned.policy.host_memory == alone.host_bytes
+    assert taken(made) == (0, least) and made.planned.plan.host_memory_bytes == least
+    assert made.planned.plan.memory.host["drafter"] == least - alone.host_bytes
     assert refusal(paths, device="cpu", policy=Policy(host_memory=least - 1)) == least
 
 
@@ -142,8 +148,8 @@ def test_a_machine_holds_both_or_not(paths):
     def why(dram_bytes):
         return why_not_fitting(replace(planned, hardware=replace(planned.hardware, dram_bytes=dram_bytes)))
 
-    assert drafter > 0 and why(memory.host_bytes + drafter) == ""
-    assert "of host memory with the drafter" in why(memory.host_bytes + drafter - 1)
+    assert memory.host["drafter"] == drafter > 0 and why(memory.host_bytes) == ""
+    assert "of host memory with the drafter" in why(memory.host_bytes - 1)
 
 
 def test_free_memory_is_asked_for_both(paths, monkeypatch):
@@ -151,7 +157,40 @@ def test_free_memory_is_asked_for_both(paths, monkeypatch):
     needed = sum(plan.workload.embed_bytes + plan.workload.weight_bytes for plan in plans)
     monkeypatch.setattr(host_memory, "free_host_bytes", lambda root: needed - 1)
 
-    assert "weights need" in why_too_large(*plans) and why_too_large(plans[0]) == ""
+    assert "their weights need" in why_too_large(*plans) and why_too_large(plans[0]) == ""
+
+
+@pytest.mark.parametrize("drafter", ["small", "head"])
+def test_both_are_asked_for_before_anything_is_loaded(paths, monkeypatch, drafter):
+    """The drafter was looked at once the model had been loaded."""
+    drafted = settle_drafted(wishes(paths, gpu_memory="900KiB", speculate=paths[drafter]))
+    needed = sum(plan.workload.embed_bytes + plan.workload.weight_bytes for plan in drafted.plans)
+    monkeypatch.setattr(host_memory, "free_host_bytes", lambda root: needed - 1)
+    monkeypatch.setattr("hetero_attn.llm.load_beside", lambda *arguments: pytest.fail("loading has begun"))
+
+    with pytest.raises(MemoryBudgetError, match=f"large with the drafter {drafter}: their weights need"):
+        LLM(paths["large"], device="emulated", gpu_memory="900KiB", speculate=paths[drafter], progress=False)
+
+
+def test_a_reserved_byte_of_the_drafter_counts_once(paths, monkeypatch):
+    """Its memory is in the model's plan and in its own."""
+    drafted = settle_drafted(wishes(paths, device="cpu", speculate=paths["small"]))
+    needed = drafted.planned.plan.memory.host_bytes
+    monkeypatch.setattr(host_memory, "free_address_space", lambda: needed)
+    assert why_too_large(*drafted.plans) == ""
+    monkeypatch.setattr(host_memory, "free_address_space", lambda: needed - 1)
+    assert "they need" in why_too_large(*drafted.plans)
+
+
+@pytest.mark.parametrize("drafter", ["small", "ngram"])
+def test_budgets_of_host_memory_are_written_and_read_again(paths, drafter):
+    budgets = {"host_memory": 4 << 20, "pinned_memory": 2 << 20}
+    made = settle_drafted(wishes(paths, policy=Policy(**budgets), gpu_memory="600KiB", speculate=paths[drafter]))
+    policy = Policy.parse(made.planned.plan.to_yaml())
+    again = settle_drafted(wishes(paths, policy=policy))
+
+    assert {key: getattr(policy, key) for key in budgets} == budgets
+    assert again.planned.plan == made.planned.plan
 
 
 def test_a_drafter_of_another_vocabulary_is_refused_before_anything_is_planned(tmp_path):

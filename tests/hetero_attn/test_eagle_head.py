@@ -233,6 +233,6 @@ def test_the_head_and_what_the_model_keeps_for_it_are_in_the_budget(large, tmp_p
     assert found.activation_bytes_per_row - plain.activation_bytes_per_row == 4 * 3 * 72  # float32, three layers
     with load(large, head, "lanes") as llm:
         own = llm._scheduler.speculator._model.engine
-        for engine in (llm.engine, own):
-            assert engine.lanes.device.arena.total_bytes == engine.plan.memory.gpu_bytes
-        assert sum(engine.plan.gpu_memory_bytes for engine in (llm.engine, own)) <= 900 << 10
+        taken = [engine.lanes.device.arena.total_bytes for engine in (llm.engine, own)]
+        assert taken[1] == own.plan.memory.gpu_bytes == llm.plan.memory.gpu["drafter"]
+        assert sum(taken) == llm.plan.memory.gpu_bytes <= llm.plan.gpu_memory_bytes == 900 << 10

@@ -98,7 +98,8 @@ def test_rows_drafter_and_cut_are_within_one_per_cent_of_exhaustive_search(seed)
     places = drafters(ask(drafter, machine, budget))
     plan, place = plan_drafted(ask(model, machine, budget), places, guesses, WIDTHS)
 
-    assert plan.memory.gpu_bytes + place.gpu_bytes <= budget
+    assert plan.memory.gpu_bytes <= budget == plan.gpu_memory_bytes
+    assert plan.memory.gpu.get("drafter", 0) == place.gpu_bytes
     assert plan.predicted.objective_s <= 1.01 * exhaustive_best(model, drafter, machine, budget, guesses)
 
 
