@@ -2,11 +2,13 @@
 
 A pass of w rows of one request emits E(w) = 1 + a + ... + a^(w-1) tokens where the next draft is right with probability
 a, and takes T(w). The width with the best rate is taken if it beats one row clearly. A drafter that is always wrong
-thus costs the few passes that it takes to notice, and one or two after each pause, which doubles.
+thus costs the few passes that it takes to notice, and a few after each pause. A pause is as long as what was lost by
+trying is little beside it, and doubles: where a row more is nearly free, so is trying, and it is soon tried again.
 """
 
 from collections import deque
 from dataclasses import dataclass
+from math import ceil
 
 from hetero_attn.planning.draft import WIDTHS
 from placement.plan.drafting import expected_tokens
@@ -19,9 +21,9 @@ HOPED, TRIED = 1 / 3, 1.5  # share of right drafts, and how many drafts that cou
 FIRST_WIDTH = 2
 WORTH, BETTER = 1.03, 1.05  # than one row; than the present width
 PATIENCE = 4  # passes that a larger width must have looked better
-FIRST_PAUSE, LONGEST_PAUSE = 32, 512  # passes
-LIKELY, SHORT_PAUSE = 0.5, 8  # where drafts are right more often, it may be the clock that was wrong
-LOST = 0.02  # of the time, at most, by trying again: a drafter that has to catch up is dear for one pass
+SHORTEST_PAUSE, LONGEST_PAUSE = 4, 512  # passes
+LIKELY = 0.5  # where drafts are right more often, it may be the clock that was wrong
+LOST = 0.02  # of the time, at most, by trying again
 
 
 class PassCosts:
@@ -124,6 +126,8 @@ class Width:
         self._hoped, self._share = hoped, Share.hoped(hoped)
         self._width, self._looked_better = 0, 0
         self._pauses = 0  # in a row
+        self._more, self._beside = 0.0, 1  # of the newest pass with drafts: time more than without, and rows without
+        self._lost = 0.0  # passes without drafts that would have taken the time lost by drafts since the last pause
         self.pause = 0  # passes without drafts that are still to come
 
     @property
@@ -134,33 +138,43 @@ class Width:
     def choose(self, costs: PassCosts, rows: int, most: int = WIDTHS[-1]) -> int:
         """Rows for this request in the next pass, at most `most` >= 2 of them, 1 for no drafts; the pass has `rows`
         rows without any."""
+        width = self._chosen(costs, rows, most)
+        if width > 1:
+            self._more, self._beside = costs.seconds(rows - 1 + width) / costs.seconds(rows) - 1, rows
+        return width
+
+    def judge(self, drafted: int, accepted: int) -> None:
+        """Count a pass: how many of its drafts were right, from the first on."""
+        self._share.judge(drafted, accepted)
+        self._lost = max(0.0, self._lost + self._more - accepted / self._beside)
+        if self._share.right > 4 * self._share.wrong:
+            self._pauses = 0
+
+    def _chosen(self, costs: PassCosts, rows: int, most: int) -> int:
+        """As `choose`."""
         if costs.is_blank:  # what rows cost shows only beside what one costs
             return 1
         if self.pause > 0:
             self.pause -= 1
             if self.pause > 0:
                 return 1
-            self._share, self._width, self._looked_better = Share.hoped(self._hoped), FIRST_WIDTH, 0
+            self._share, self._width, self._looked_better = Share.hoped(self._hoped), 0, 0
             return FIRST_WIDTH  # whatever was measured: a time that was wrong is never seen again otherwise
         rates = {width: self._rate(costs, rows, width) for width in (1, *WIDTHS)}
         best = max(WIDTHS, key=rates.__getitem__)
         if rates[best] < WORTH * rates[1]:
-            self._rest(costs.asking)
+            self._rest(costs, rows)
             return 1
         self._go_on(rates, best)
         return max(width for width in WIDTHS if width <= min(self._width, most))
 
-    def judge(self, drafted: int, accepted: int) -> None:
-        """Count a pass: how many of its drafts were right, from the first on."""
-        self._share.judge(drafted, accepted)
-        if self._share.right > 4 * self._share.wrong:
-            self._pauses = 0
-
-    def _rest(self, asking: float) -> None:
-        """No drafts for some passes, and for twice as many each further time. asking: as `PassCosts` has it."""
-        first = SHORT_PAUSE if self.acceptance >= LIKELY else FIRST_PAUSE
-        pause = max(first << self._pauses, round(asking / LOST))
-        self.pause, self._pauses = min(pause, LONGEST_PAUSE), self._pauses + 1
+    def _rest(self, costs: PassCosts, rows: int) -> None:
+        """No drafts for so many passes that what was lost, or will be by trying again, is little beside them, and for
+        twice as many each further time."""
+        trying = costs.seconds(rows - 1 + FIRST_WIDTH) / costs.seconds(rows) - 1 if self.acceptance < LIKELY else 0.0
+        first = max(SHORTEST_PAUSE, ceil(max(self._lost, trying) / LOST))
+        pause = max(first << self._pauses, round(costs.asking / LOST))  # who has to catch up is dear for one pass
+        self.pause, self._pauses, self._lost = min(pause, LONGEST_PAUSE), self._pauses + 1, 0.0
 
     def _go_on(self, rates: dict[int, float], best: int) -> None:
         """Take the best width at first, and from then on a smaller one at once, a larger one after a while."""

@@ -84,6 +84,20 @@ def test_ngrams_whose_first_passes_were_slow_are_tried_again_soon():
     assert width.choose(costs, 1) == 1 and width.pause <= 8
 
 
+@pytest.mark.parametrize(("dearer", "least", "most"), [(0.03, 4, 12), (0.5, 25, 60)])
+def test_a_pause_is_as_long_as_trying_is_dear(dearer, least, most):
+    """It was 32 passes, whatever a pass with drafts took: where four rows took 1.03 times one, 16 of 38 passes of a text
+    that repeats itself had no drafts."""
+    width, costs = Width(0.2), PassCosts()
+    for rows in 3 * (1, *WIDTHS):
+        costs.observe(rows, 1.0 if rows == 1 else 1 + dearer)
+    while width.pause == 0:
+        if (rows := width.choose(costs, 1)) > 1:
+            width.judge(rows - 1, 0)
+
+    assert least <= width.pause <= most
+
+
 def test_what_drafts_cost_is_known_before_wide_passes_are_tried():
     costs = PassCosts(step_share=0.1)
     measured(costs)
@@ -188,7 +202,7 @@ def test_a_request_begins_with_what_those_before_it_taught():
     wrong, right = (Speculator(LaneReport(), lambda: draft) for _ in range(2))
     first, second = (pass_by_pass(wrong, a_request(), 32, right=False) for _ in range(2))
 
-    assert first.count(0) < 32 and second.count(0) == 32
+    assert not any(second[:4]) and first.count(0) < second.count(0)
     first, second = (pass_by_pass(right, a_request(), 12, right=True) for _ in range(2))
     assert first[0] < first[-1] == second[0]
 
