@@ -39,11 +39,11 @@ def pack(team: Team, rows: torch.Tensor, weight_dtype: str, out: torch.Tensor) -
             block_bytes=block_bytes,
         ),
     )
-    expect(failure == 0, "rows holds a non-finite value (NaN or Inf); out is not a usable weight")
+    expect(failure == 0, "rows holds a non-finite value (NaN or Inf)")
 
 
 def _copy_halves(rows: torch.Tensor, out: torch.Tensor) -> None:
     """float16 stays what it is; other numbers are not made float16, whose range is small."""
     expect(rows.dtype == torch.float16, f"rows is {rows.dtype}; only float16 rows are kept as fp16")
-    expect(bool(torch.isfinite(rows).all()), "rows holds a non-finite value (NaN or Inf); out is not a usable weight")
+    expect(bool(torch.isfinite(rows).all()), "rows holds a non-finite value (NaN or Inf)")
     out.view(torch.float16).view(rows.shape).copy_(rows)

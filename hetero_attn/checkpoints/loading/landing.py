@@ -7,7 +7,7 @@ import torch
 
 from cpu_kernels import fresh_memory
 from cpu_kernels.formats import BLOCK_FEATURES, segments
-from hetero_attn.checkpoints.loading.unit_rows import first_clause, units_at_once
+from hetero_attn.checkpoints.loading.unit_rows import units_at_once
 from hetero_attn.checkpoints.sources import WeightSource
 from hetero_attn.errors import CheckpointError
 from hetero_attn.lanes.lanes import Lanes
@@ -85,6 +85,6 @@ class Landing:
                 ops.pack(rows, name, out)
         except ValueError as error:
             raise CheckpointError(
-                f"{self._source.path}: {', '.join(tensors)}: {first_clause(error)}; the checkpoint is damaged or was "
+                f"{self._source.path}: {', '.join(tensors)}: {error}; the checkpoint is damaged or was "
                 "exported wrongly, download it again"
             ) from error

@@ -119,14 +119,9 @@ def dequantised(ops: CpuKernels, rows: torch.Tensor, source_type: str, tensor: s
     try:
         ops.repack(padded, source_type, blocks)
     except ValueError as error:
-        raise CheckpointError(f"{tensor}: {first_clause(error)}; the file is damaged, download it again") from error
+        raise CheckpointError(f"{tensor}: {error}; the file is damaged, download it again") from error
     ops.unpack_rows(blocks, kind.format, torch.arange(rows.shape[0], device="cpu"), values)
     return values[:, :in_features]
-
-
-def first_clause(error: ValueError) -> str:
-    """What a kernel found, without what it says of its own result: the way out stands behind it."""
-    return str(error).partition(";")[0]
 
 
 def _copy(target: torch.Tensor, rows: torch.Tensor) -> None:
