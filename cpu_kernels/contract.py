@@ -128,6 +128,23 @@ class Scoring(NamedTuple):
     scale: float = 1.0
 
 
+class DeltaRule(NamedTuple):
+    """What a gated DeltaNet layer has between its projections.
+
+    conv: [taps, features], the newest input's tap last, of all queries, then all keys, then all values, head by head.
+    rates, dt_bias: [value_heads]; a head's state decays by exp(rates * softplus(a + dt_bias)). norm: [value_dim], of
+    the RMS norm of every head with `eps`. is_tiled: whether the output has the first value head of every key head, then
+    the second of every one, and so on; else those of a key head stand together.
+    """
+
+    conv: Tensor
+    rates: Tensor
+    dt_bias: Tensor
+    norm: Tensor
+    eps: float
+    is_tiled: bool = False
+
+
 class Ops(Protocol):
     """The operations of one place over its tensors; outputs are written in place."""
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from cpu_kernels.ahead.builders import build_all
 from cpu_kernels.attention import op as attention
 from cpu_kernels.attention import rope_op as rope
-from cpu_kernels.contract import ChunkKeys, Pages, Partial, Picks, Rotation, Routes, RowKeys, Scoring
+from cpu_kernels.contract import ChunkKeys, DeltaRule, Pages, Partial, Picks, Rotation, Routes, RowKeys, Scoring
+from cpu_kernels.delta import op as delta
 from cpu_kernels.linear import expert_op, pack, repack
 from cpu_kernels.linear import op as linear
 from cpu_kernels.small import elementwise, expert_terms, memory, route
@@ -206,6 +207,20 @@ class CpuKernels:
         self, q: Tensor, pages: Pages, keys: ChunkKeys, scale: float, into: Partial, cap: float = 0.0
     ) -> None:
         attention.prefill_attention(self._team, q, pages, keys, scale, into, cap)
+
+    def delta_step(
+        self, projected: Tensor, gates: Tensor, rule: DeltaRule, states: Tensor, ids: Tensor, out: Tensor
+    ) -> None:
+        """Rows of gated DeltaNet between its projections, each a token of a sequence whose state it changes.
+
+        projected: [rows, key_heads, unit_features], a unit being a query, a key, the values of its value heads, their
+        gates and padding. gates: [rows, 2 * value_heads or more], before their sigmoids the strengths, then what decays
+        are made of. states: [sequences, size], written: of a sequence the matrices [value_heads, key_dim, value_dim],
+        then the taps - 1 newest inputs of the convolution. ids: int64 [rows], the sequence of each row; rows of one
+        sequence are taken in their order. out: [rows, value_heads * value_dim], written. The same bits for any number
+        of threads.
+        """
+        delta.delta_step(self._team, projected, gates, rule, states, ids, out)
 
     def add_sinks(self, sinks: Tensor, into: Partial) -> None:
         expert_terms.add_sinks(self._team, sinks, into)

@@ -68,6 +68,7 @@ FLOORS = {
         "ahead",
         "attention",
         "linear",
+        "delta",
         "small",
         "team",
         "checks",

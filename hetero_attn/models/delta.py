@@ -4,23 +4,41 @@
     g = -exp(a_log) softplus(a + dt_bias), strength = sigmoid(b);   o = gated delta rule, see `ops.delta`
     residual += out(rms_norm(o) * silu(z))
 
-The linears are cut over the lanes; everything between them is computed by torch where the residual stream lives, and
-each sequence's state lies there.
+The linears are cut over the lanes; what is between them is computed where the residual stream lives, and each
+sequence's state lies there. On the CPU single tokens are one operation of the kernels, `delta_step`; torch computes
+prompts, in chunks, and all that is on a GPU.
 """
 
 from collections.abc import Iterator
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import silu, softplus
 
+from cpu_kernels.contract import DeltaRule
+from cpu_kernels.formats.weights import BLOCK_FEATURES
+from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.block import Block, BlockWeights, FixedView, Norm, normed_linear
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.delta import DeltaTokens, gated_delta, one_token, short_convolution, unit_length
 from hetero_attn.ops.linear import SplitInput, linear_add
 from hetero_attn.ops.run import Run
-from hetero_attn.spec.decoder.delta import DeltaDeclaration
+from hetero_attn.spec.decoder.delta import GATES, DeltaDeclaration
 from hetero_attn.spec.decoder.norms import NORMED
+
+
+class DeltaRows(NamedTuple):
+    """Rows between the projections: [rows, features] of the first one, of the gates, and of what the last one reads,
+    which is written."""
+
+    projected: torch.Tensor
+    gates: torch.Tensor
+    out: torch.Tensor
+
+    def of(self, rows: slice) -> "DeltaRows":
+        """Some of the rows."""
+        return DeltaRows(*(part[rows] for part in self))
 
 
 class DeltaNet(DeltaDeclaration, Block):
@@ -34,30 +52,60 @@ class DeltaNet(DeltaDeclaration, Block):
         out = work.of("delta_out", self._delta.value_width)
         normed_linear(lanes, tier, Norm.of(self._config, weights), first, work, projected)
         lanes.pull(projected, first.device_features(tier), self.first.out_features)
-        gates = work.of(NORMED, self._config.hidden_size).main @ weights.vector("gates").main.T
-        for rows, sequences in runs_of(run.step.sequence_ids.host.tolist()):
-            parts = projected.main[rows], gates[rows], out.main[rows]
-            self._mix(weights, state, rows, parts, sequences, lanes.device is None)
+        parts = DeltaRows(projected.main, self._gates(lanes, weights, work), out.main)
+        if lanes.device is None and run.step.is_one_by_one:
+            self._step(lanes, weights, state.values, state.sequence_ids, parts)
+        else:
+            self._mix_runs(run, weights, state, parts)
         column = 0 if lanes.device is None else self._delta.value_width
         linear_add(lanes, last, tier, SplitInput(out, column), work.residual, work.scratch)
 
-    def _mix(
-        self,
-        weights: BlockWeights,
-        state: FixedView,
-        rows: slice,
-        parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        sequences: int,
-        on_host: bool,
+    def _gates(self, lanes: Lanes, weights: BlockWeights, work: Workspace) -> torch.Tensor:
+        """What strengths and decays are made of, float32 products with the normalised rows."""
+        matrix, normed = weights.vector("gates").main, work.of(NORMED, self._config.hidden_size).main
+        gates = work.of(GATES, matrix.shape[0]).main
+        if lanes.device is None:
+            packed = matrix.view(torch.uint8).view(matrix.shape[0] // BLOCK_FEATURES, -1)
+            lanes.host_ops.linear(normed, packed, "fp32", None, gates)
+        else:
+            torch.matmul(normed, matrix.T, out=gates)
+        return gates
+
+    def _mix_runs(self, run: Run, weights: BlockWeights, state: FixedView, parts: DeltaRows) -> None:
+        """Single tokens of many sequences together, and every longer run of one by itself."""
+        for rows, sequences in runs_of(run.step.sequence_ids.host.tolist()):
+            ids = state.sequence_ids[rows]
+            if run.lanes.device is None and len(ids) == sequences:
+                self._step(run.lanes, weights, state.values, ids, parts.of(rows))
+            else:
+                self._mix(weights, state.values, ids, parts.of(rows), sequences)
+
+    def _step(
+        self, lanes: Lanes, weights: BlockWeights, states: torch.Tensor, ids: torch.Tensor, parts: DeltaRows
     ) -> None:
-        """Rows of so many sequences, each the same number of tokens; parts: of these rows the projections, the gates
-        and the output, which is written. on_host: whether the states are in host memory."""
+        """Single tokens on the CPU."""
+        units = parts.projected.unflatten(1, (self._delta.key_heads, -1))
+        lanes.host_ops.delta_step(units, parts.gates, self._rule(weights), states, ids, parts.out)
+
+    def _rule(self, weights: BlockWeights) -> DeltaRule:
+        if "rule" not in weights.made:
+            taps, eps = weights.vector("conv").main.T.contiguous(), self._config.rms_norm_eps
+            bias, norm = weights.vector("dt_bias").main, weights.vector("out_norm").main
+            weights.made["rule"] = DeltaRule(taps, self._rates(weights), bias, norm, eps, self._delta.is_tiled)
+        return weights.made["rule"]
+
+    def _rates(self, weights: BlockWeights) -> torch.Tensor:
+        rates = weights.vector("a_log").main
+        return rates if self._delta.has_rates else -rates.exp()
+
+    def _mix(
+        self, weights: BlockWeights, states: torch.Tensor, ids: torch.Tensor, parts: DeltaRows, sequences: int
+    ) -> None:
+        """Rows of so many sequences, each the same number of tokens. ids: the sequence of each row."""
         delta = self._delta
         projected, gates, out = (part.unflatten(0, (sequences, -1)) for part in parts)
-        ids = state.sequence_ids[rows][:: out.shape[1]]
-        # Of one sequence in host memory its own state, not a copy of it.
-        is_own = sequences == 1 and on_host
-        kept = state.values[int(ids[0])][None] if is_own else state.values.index_select(0, ids)
+        ids = ids[:: out.shape[1]]
+        kept = states.index_select(0, ids)
         matrices = kept[:, : self.matrix_size].view(sequences, delta.value_heads, delta.key_dim, delta.value_dim)
         inputs = kept[:, self.matrix_size :].view(sequences, delta.kernel - 1, delta.conv_width)
         units = projected.unflatten(-1, (delta.key_heads, -1))
@@ -69,9 +117,7 @@ class DeltaNet(DeltaDeclaration, Block):
             mixed = one_token(tokens, matrices)
         else:
             mixed, matrices = gated_delta(tokens, matrices)
-        if not is_own or out.shape[1] > 1:
-            state.values[:, : self.matrix_size].index_copy_(0, ids, matrices.flatten(1))
-        state.values[:, self.matrix_size :].index_copy_(0, ids, inputs.flatten(1))
+        states.index_copy_(0, ids, torch.cat([matrices.flatten(1), inputs.flatten(1)], 1))
         mixed = mixed.transpose(1, 2)  # (sequences, tokens, heads, value_dim)
         inverse = torch.rsqrt(mixed.square().mean(-1, keepdim=True) + self._config.rms_norm_eps)
         normed = (mixed * inverse * weights.vector("out_norm").main).flatten(2) * silu(z)
@@ -89,9 +135,7 @@ class DeltaNet(DeltaDeclaration, Block):
             for part in (q, k)
         )
         b, a = (gates[..., start : start + delta.value_heads] for start in (0, delta.value_heads))
-        rates = weights.vector("a_log").main
-        rates = rates if delta.has_rates else -rates.exp()
-        decay = rates * softplus(a + weights.vector("dt_bias").main)
+        decay = self._rates(weights) * softplus(a + weights.vector("dt_bias").main)
         heads = (q * delta.key_dim**-0.5, k, v.unflatten(-1, (delta.value_heads, -1)), decay, b.sigmoid())
         return DeltaTokens(*(part.transpose(1, 2) for part in heads))
 

@@ -82,8 +82,8 @@ class Declaration:
     kind: what it is called in its layer. linears: in the order they run. small_calls: operations of a step beside
     linears and attention. rope: the rotary tables that it reads. stored: the buffer whose rows its cache takes.
     records: whether a decode step of it may be recorded: on the CPU that asks that all it computes are operations of
-    the CPU kernels, which torch's own are not. reorders: whether it brings rows into the order in which a linear has
-    its inputs, where that is not the model's.
+    the CPU kernels, which torch's own are not. captures: whether it may where a GPU takes part. reorders: whether it
+    brings rows into the order in which a linear has its inputs, where that is not the model's.
     """
 
     kind: str
@@ -97,6 +97,7 @@ class Declaration:
     rope: RopeConfig | None = None
     stored: str | None = None
     records: bool = True
+    captures: bool = True
     reorders: bool = False
 
     @property

@@ -174,6 +174,67 @@ def test_a_planted_error_shows(models, monkeypatch, case):
     assert nmse(logits_of(path, cpu_plan(toy_workload(path))), moe_logits(path, TOKENS)) > 100 * EXACT
 
 
+STEPS = {
+    "nothing": lambda step, *given: None,
+    "strengths for decays": lambda step, units, gates, *rest: step(units, gates.roll(gates.shape[1] // 2, 1), *rest),
+    "the taps turned round": lambda step, units, gates, rule, *rest: step(
+        units, gates, rule._replace(conv=rule.conv.flip(0)), *rest),
+    "no decay": lambda step, units, gates, rule, *rest: step(
+        units, gates, rule._replace(rates=torch.zeros_like(rule.rates)), *rest),
+    "value heads in the other order": lambda step, units, gates, rule, *rest: step(
+        units, gates, rule._replace(is_tiled=True), *rest),
+    "the state is not kept": lambda step, units, gates, rule, states, *rest: step(
+        units, gates, rule, states.clone(), *rest),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_a_planted_error_of_single_tokens_shows(models, case):
+    path = models["qwen3_next"]
+    engine = make_engine(path, cpu_plan(toy_workload(path)))
+    engine.forward.replay = None  # what is made for a call is gone when a program runs
+    kept, engine.lanes.host_ops = engine.lanes.host_ops, Stepping(engine.lanes.host_ops, STEPS[case])
+    try:
+        actual = run_logits(engine, TOKENS[:20], 12)
+    finally:
+        engine.lanes.host_ops = kept
+        engine.close()
+
+    assert nmse(actual, moe_logits(path, TOKENS[:20])) > 100 * EXACT
+
+
+class Stepping:
+    """Operations with another one in the place of single tokens' step, which it is given."""
+
+    def __init__(self, ops, step):
+        self._ops, self._step = ops, step
+
+    def __getattr__(self, name):
+        return getattr(self._ops, name)
+
+    def delta_step(self, *given):
+        """Another step."""
+        self._step(self._ops.delta_step, *given)
+
+
+def test_tokens_are_recorded_where_no_gpu_takes_part(path):
+    """With the bits of the plain path."""
+    found = []
+    for recorded in (True, False):
+        engine = make_engine(path, cpu_plan(toy_workload(path)))
+        if not recorded:
+            engine.forward.replay = None
+        found.append(run_logits(engine, TOKENS[:20], 12))
+        assert engine.forward.can_replay(0) == recorded
+        assert not recorded or len(engine.forward.replay.program(1)) > 0
+        engine.close()
+    engine = make_engine(path, uniform_plan(toy_workload(path), 0.5, 0.2, 1))
+    assert not engine.forward.can_replay(0)
+    engine.close()
+
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("name", ["sigmoid_mul", "scale_rows"])
 def test_a_forgotten_gate_shows(models, name):
     """Of what is attended to, and of the shared expert."""

@@ -10,13 +10,14 @@ from collections.abc import Callable, Collection
 import torch
 
 from cpu_kernels import CpuKernels
-from cpu_kernels.contract import ChunkKeys, Pages, Partial, Picks, Rotation, Routes, RowKeys, Scoring
+from cpu_kernels.contract import ChunkKeys, DeltaRule, Pages, Partial, Picks, Rotation, Routes, RowKeys, Scoring
 from cpu_kernels.formats.pages import row_items
 from cpu_kernels.formats.weights import BLOCK_FEATURES, block_bytes
 from hetero_attn.cache.pages import TORCH_DTYPES
 from hetero_attn.engine.engine import Engine
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.decoder.mlp import activation_op
+from hetero_attn.spec.delta_config import DeltaConfig
 from hetero_attn.spec.experts_config import ExpertsConfig
 from hetero_attn.spec.weight_formats import WeightFormats
 
@@ -37,6 +38,8 @@ def warm_up(ops: CpuKernels, config: ModelConfig, formats: WeightFormats, kv_dty
         if formats.reordered:
             x = torch.zeros(1, WIDTH, **FLOAT32)
             ops.gather_columns(x, torch.zeros(WIDTH, dtype=torch.int32, device="cpu"), torch.zeros_like(x))
+        if config.delta is not None:
+            _delta(ops, config.delta)
         for name in formats.names:
             for rows in ROW_COUNTS:
                 _linears(ops, config, name, rows)
@@ -109,6 +112,19 @@ def _experts(ops: CpuKernels, experts: ExpertsConfig, weight_dtype: str, rows: i
     if experts.beside_mlp:
         ops.add_expert_bias(out[:1], Picks(None, starts, 0), out)
         ops.copy_rows(out, out.clone())
+
+
+def _delta(ops: CpuKernels, delta: DeltaConfig) -> None:
+    """One row of one key head, and its gates."""
+    key_dim, value_dim, heads = delta.key_dim, delta.value_dim, delta.values_per_key
+    features = 2 * key_dim + heads * value_dim
+    numbers, norm = torch.zeros(heads, **FLOAT32), torch.zeros(value_dim, **FLOAT32)
+    rule = DeltaRule(torch.zeros(delta.kernel, features, **FLOAT32), numbers, numbers, norm, 1e-6)
+    states = torch.zeros(1, heads * key_dim * value_dim + (delta.kernel - 1) * features, **FLOAT32)
+    projected, out = torch.zeros(1, 1, features + heads * value_dim, **FLOAT32), norm.repeat(1, heads)
+    gates, matrix = torch.zeros(1, 2 * heads, **FLOAT32), torch.zeros(1, 64 * WIDTH, dtype=torch.uint8, device="cpu")
+    ops.linear(torch.zeros(1, WIDTH, **FLOAT32), matrix, "fp32", None, torch.zeros(1, BLOCK_FEATURES, **FLOAT32))
+    ops.delta_step(projected, gates, rule, states, torch.zeros(1, dtype=torch.int64, device="cpu"), out)
 
 
 def _attention(ops: CpuKernels, config: ModelConfig, kv_dtype: str, heads: int, head_dim: int) -> None:

@@ -9,18 +9,20 @@ from hetero_attn.spec.weight_formats import WeightFormats
 from hetero_attn.spec.weights import BLOCK_FEATURES, LinearSpec, Part
 from placement.plan.workload import round_up
 
+GATES = "delta_gates"  # the buffer of what strengths and decays are made of
+
 
 class DeltaDeclaration(Declaration):
     """The gated DeltaNet of a layer.
 
     A unit of its first linear is a key head: [query | key | its values | their gates]. The state holds the matrices of
-    all value heads, then the last inputs of the convolution. Torch computes what is between its linears, so no step is
-    recorded.
+    all value heads, then the last inputs of the convolution. On a GPU torch computes what is between its linears, so no
+    step is captured there.
     """
 
     kind = "delta"
     small_calls = 12  # norm, gates, convolution, norms of queries and keys, recurrence, norm and gate of the output
-    records = False
+    captures = False
 
     def __init__(self, config: ModelConfig, delta: DeltaConfig, layer: int, formats: WeightFormats) -> None:
         self.layer, self._config, self._delta = layer, config, delta
@@ -34,16 +36,15 @@ class DeltaDeclaration(Declaration):
             *(Vector(name, tensor_name(part, layer, kind), delta.value_heads) for name, part, kind in kinds),
             Vector("out_norm", tensor_name("delta_norm", layer), delta.value_dim),
         )
+        gate_rows = round_up(2 * delta.value_heads, BLOCK_FEATURES)
         gates = tuple((tensor_name(part, layer), delta.value_heads) for part in ("delta_b", "delta_a"))
         kernel = ((tensor_name("delta_conv", layer), delta.conv_width),)
         self.matrices = (
-            Matrix("gates", gates, config.hidden_size, round_up(2 * delta.value_heads, BLOCK_FEATURES)),
+            Matrix("gates", gates, config.hidden_size, gate_rows),
             Matrix("conv", kernel, delta.kernel, delta.conv_width),
         )
-        self.buffers = (
-            BufferSet("narrow", ((NORMED, config.hidden_size),)),
-            BufferSet("wide", (("delta_in", self.first.out_features), ("delta_out", delta.value_width))),
-        )
+        between = (("delta_in", self.first.out_features), ("delta_out", delta.value_width), (GATES, gate_rows))
+        self.buffers = (BufferSet("narrow", ((NORMED, config.hidden_size),)), BufferSet("wide", between))
 
 
 def _linears(
