@@ -43,7 +43,7 @@ DOCTOR = ["doctor"]
     ids=["generate-no home", *(f"plan and doctor-{place}" for place in PLACES)],
 )
 def test_commands_work_where_nothing_can_be_kept(commands, place, tmp_path):
-    """Each of these ended with a traceback; `profile` keeps by the same function, see test_profiles.py."""
+    """Each of these ended with a traceback; `profile` keeps by the same function, see test_damaged_profiles.py."""
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
     settings = environment | PLACES[place] | {"TMPDIR": str(tmp_path)}
     if GENERATE in commands:  # without its kernels it would compile for a minute: test_kernel_store.py does without
