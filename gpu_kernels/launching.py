@@ -82,12 +82,12 @@ class Kernel:
         alignments = None if bits % ALIGNED == 0 else tuple(pointer % ALIGNED == 0 for pointer in pointers)
         key = (shape, strides, alignments, device, *[tensor.dtype for tensor in tensors])
         variant = self._variants.get(key)
+        if tensors[0].is_meta:  # of the same key as tensors at hand: their addresses must not reach a kept variant
+            if variant is None:
+                self.function.warmup(*nest((*tensors, *numbers, *strides)), grid=grid, **shape.constants)
+            return
         if variant is None or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
-            arguments = nest((*tensors, *numbers, *strides))
-            if tensors[0].is_meta:
-                self.function.warmup(*arguments, grid=grid, **shape.constants)
-            else:
-                self._launch_by_triton(grid, arguments, shape, key)
+            self._launch_by_triton(grid, nest((*tensors, *numbers, *strides)), shape, key)
             return
         variant.run(
             *grid,

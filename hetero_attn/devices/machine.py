@@ -1,5 +1,6 @@
 """What planning must know of a GPU in this machine: how much of it is CUDA's own, and which catalogue entry it is."""
 
+import os
 import warnings
 from dataclasses import replace
 from functools import cache
@@ -70,7 +71,8 @@ def arena_bytes(plan: Plan, index: int) -> int:
 def context_bytes(index: int) -> int:
     """Bytes of a GPU that this process's CUDA context takes, cuBLAS included; the first call makes the context.
 
-    Where the context is there already, everything in use that is not this process's tensors counts, to be safe.
+    The driver's own count of this process where it gives one; else what the GPU holds more than before. Where the
+    context is there already, everything in use that is not this process's tensors counts then, to be safe.
     """
     before = None if torch.cuda.is_initialized() else _used_bytes(index)
     with torch.cuda.device(index):
@@ -79,10 +81,12 @@ def context_bytes(index: int) -> int:
         torch.cuda.synchronize()
         after = _used_bytes(index)
         free, total = torch.cuda.mem_get_info()
+        own = _own_bytes(str(torch.cuda.get_device_properties(index).uuid))
         # A slice of a GPU (MIG) is counted by CUDA alone: the driver's figures are those of the whole GPU.
         is_slice = " MIG " in torch.cuda.get_device_name(index)
-        used = total - free if before is None or after is None or is_slice else after - before
-        return max(0, used - torch.cuda.memory_reserved())
+        if own is None or is_slice:
+            own = total - free if before is None or after is None or is_slice else after - before
+        return max(0, own - torch.cuda.memory_reserved())
 
 
 def gpu_profile(index: int, stored: HardwareProfile | None) -> HardwareProfile:
@@ -108,4 +112,18 @@ def _used_bytes(index: int) -> int | None:
     try:
         return torch.cuda.device_memory_used(index)
     except Exception:  # no nvidia-ml-py, or a driver that does not answer: each has a type of its own
+        return None
+
+
+def _own_bytes(uuid: str) -> int | None:
+    """Bytes that this process has on a GPU as the driver counts them; None where it does not tell: without
+    nvidia-ml-py, or in a container that numbers processes otherwise."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        return next(process.usedGpuMemory for process in processes if process.pid == os.getpid())
+    except Exception:  # each of these cases has a type of its own, and an older driver's are others
         return None

@@ -100,6 +100,17 @@ def test_memory_of_the_host_goes_as_tensors():
     assert all(launch[ARGUMENTS] is MEMORY for launch in launches.kept)
 
 
+def test_tensors_without_memory_launch_nothing_though_the_variant_is_kept():
+    """A second model compiles ahead what the first has launched: null addresses must not reach the device."""
+    kernel, unreal = Kernel(_scale_kernel), torch.empty(256, device="meta")
+
+    with silent_triton(ARCHITECTURE) as launches:
+        for x in (unreal, MEMORY, unreal, MEMORY, unreal):
+            kernel.launch((1, 1, 1), (x, x), (2.0, 3), (16,), SMALL)
+
+    assert launches.count == 2
+
+
 def test_launch_hooks_see_every_launch():
     kernel, seen = Kernel(_scale_kernel), []
 

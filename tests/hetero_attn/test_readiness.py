@@ -89,9 +89,17 @@ def test_doctor_shows_what_is_in_the_way(monkeypatch) -> None:
     ]
 
 
-@pytest.mark.parametrize("name,expected", [("NVIDIA H100 80GB HBM3", 300), ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", 500)])
-def test_a_slice_of_a_gpu_is_measured_by_cuda_and_not_by_the_driver_of_the_whole(monkeypatch, name, expected) -> None:
-    """The driver counts what every slice of the GPU uses."""
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.mark.parametrize(
+    "name,own,expected",
+    [(H100, None, 300), (H100, 120, 120), (f"{H100} MIG 3g.40gb", None, 500), (f"{H100} MIG 3g.40gb", 120, 500)],
+)
+def test_a_context_is_what_the_driver_counts_of_this_process_or_on_a_slice_what_cuda_counts(
+    monkeypatch, name, own, expected
+) -> None:
+    """The driver counts what every slice of the GPU uses; and other processes may start while this one does."""
     used = iter([1000, 1300])
     cuda = SimpleNamespace(
         is_initialized=lambda: False,
@@ -100,8 +108,10 @@ def test_a_slice_of_a_gpu_is_measured_by_cuda_and_not_by_the_driver_of_the_whole
         get_device_name=lambda index: name,
         mem_get_info=lambda: (9500, 10_000),
         memory_reserved=lambda: 0,
+        get_device_properties=lambda index: SimpleNamespace(uuid="of it"),
     )
     monkeypatch.setattr(machine, "_used_bytes", lambda index: next(used))
+    monkeypatch.setattr(machine, "_own_bytes", {"of it": own}.get)
     fake = SimpleNamespace(
         cuda=cuda,
         ones=lambda *a, **k: None,
