@@ -48,7 +48,7 @@ TOLD: Routes = (
 PAGE: Routes = (("GET", "/", files.page), ("GET", "/ui/{name}", files.part))
 
 
-def make_app(service: Service) -> ASGIApp:
+def make_app(service: Service) -> Guard:
     """The application that answers for a service."""
 
     def failed(request: Request, error: Exception) -> Response:
@@ -86,11 +86,19 @@ class Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse one request, or pass it on."""
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in self._paths:
-            try:
-                self._service.check_room()
-            except ApiError as error:
-                self._service.metrics.refused(error.status)
-                await response_of(error, scope["path"])(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+        is_post = scope["type"] == "http" and scope["method"] == "POST"
+        if is_post and (refusal := self.refusal(scope["path"])) is not None:
+            await refusal(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def refusal(self, path: str) -> Response | None:
+        """What a POST to a path is answered where there is no room for it; counted."""
+        if path not in self._paths:
+            return None
+        try:
+            self._service.check_room()
+        except ApiError as error:
+            self._service.metrics.refused(error.status)
+            return response_of(error, path)
+        return None

@@ -1,15 +1,61 @@
-"""Connections that do not wait for ever: the head of a request must arrive within a deadline."""
+"""Connections that do not wait for ever, and that tell a crowd at once that there is no room.
+
+The head of a request must arrive within a deadline. A request that has come whole, in the plainest of forms, is shown
+to the application before it is parsed: a refusal that holds whatever the body says costs no parser, no task and one
+packet. Where a thousand come at once, what each refusal takes is what all others wait.
+"""
 
 import asyncio
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+import h11
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 HEAD_S = 30.0
+# What decides about more than whether there is room: these are for the parser and the application.
+_UNUSUAL = {b"connection", b"expect", b"origin", b"te", b"transfer-encoding", b"upgrade"}
+_ONCE = (b"content-length", b"host")
+
+
+class Head(NamedTuple):
+    """Of a request that has come whole: its path and its headers, their names in small letters."""
+
+    path: str
+    headers: list[tuple[bytes, bytes]]
+
+
+def plain_post(data: bytes) -> Head | None:
+    """The head of a POST if some bytes are one, from end to end and with nothing that is not seen every day."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    first, *lines = head.split(b"\r\n")
+    method, _, rest = first.partition(b" ")
+    path, _, version = rest.partition(b" ")
+    if method != b"POST" or version != b"HTTP/1.1" or not path.isascii() or head.count(b"\n") != len(lines):
+        return None
+    pairs = [line.partition(b":") for line in lines]
+    headers = [(name.lower(), value.strip()) for name, _, value in pairs]
+    names = [name for name, _ in headers]
+    is_plain = all(colon and name == name.strip() for name, colon, _ in pairs)
+    if not is_plain or any(names.count(name) != 1 for name in _ONCE):
+        return None
+    if any(name in _UNUSUAL and (name, value.lower()) != (b"connection", b"keep-alive") for name, value in headers):
+        return None
+    is_whole = dict(headers)[b"content-length"] == b"%d" % len(body)
+    return Head(path.decode(), headers) if is_whole else None
+
+
+def packet(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bytes:
+    """A whole answer as it goes over the wire."""
+    lines = b"".join(b"%b: %b\r\n" % pair for pair in headers)
+    return b"HTTP/1.1 %d %b\r\n%b\r\n%b" % (status, STATUS_PHRASES[status], lines, body)
 
 
 class PatientConnection(H11Protocol):
-    """uvicorn's connection, closed when a request's head takes longer than HEAD_S to arrive."""
+    """uvicorn's connection, closed when a request's head takes longer than HEAD_S to arrive.
+
+    Its application has a method `refusal` beside being callable: what it answers a `Head` at once, or None.
+    """
 
     _head_timer: asyncio.TimerHandle | None = None
 
@@ -20,6 +66,8 @@ class PatientConnection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; the deadline stands until they make a whole head."""
+        if self._refuses(data):
+            return
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._forget_timer()
@@ -30,6 +78,21 @@ class PatientConnection(H11Protocol):
         """Take back the deadline of a head that will not come."""
         self._forget_timer()
         super().connection_lost(exc)
+
+    def _refuses(self, data: bytes) -> bool:
+        """Answer a request that nothing more has to be known of; the parser never hears of it."""
+        is_between = self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
+        head = plain_post(data) if is_between else None
+        refused = None if head is None else self.config.app.refusal(head)  # type: ignore[union-attr]
+        if refused is None or self.transport.is_closing():
+            return False
+        answer = [*self.server_state.default_headers, *refused.raw_headers]
+        self.transport.write(packet(refused.status_code, answer, bytes(refused.body)))
+        self.server_state.total_requests += 1
+        self._forget_timer()
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        return True
 
     def _expect_head(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_S, self._give_up)

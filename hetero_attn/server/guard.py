@@ -8,15 +8,27 @@ comes without an Origin; newer browsers say whose page it is (Sec-Fetch-Site).
 import hmac
 import re
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
+from hetero_attn.server.connection import Head
 from hetero_attn.server.failures import ApiError, response_of
 from hetero_attn.server.settings import LOCAL_NAMES, ServerSettings
 
 WITHOUT_KEY = ("/health", "/version")  # and the page with its files
 _ASKED_BY_BROWSERS = {b"access-control-allow-methods": b"GET, POST", b"access-control-max-age": b"600"}
+
+
+class Guarded(Protocol):
+    """An ASGI application that can say at once whom it has no room for."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+
+    def refusal(self, path: str) -> Response | None:
+        """What a POST to a path is answered where there is no room for it."""
 
 
 class Guard:
@@ -25,18 +37,27 @@ class Guard:
     refused: called with the status of every answer that is an error.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, refused: Callable[[int], None]) -> None:
+    def __init__(self, app: Guarded, settings: ServerSettings, refused: Callable[[int], None]) -> None:
         self._app, self._settings, self._refused = app, settings, refused
+
+    def refusal(self, head: Head) -> Response | None:
+        """What a POST is answered that may ask and finds no room; None where more of it has to be looked at."""
+        path = _tidied(head.path)
+        try:
+            self._check("POST", path, _texts(head.headers))
+        except ApiError:
+            return None  # told, and counted, where it is looked at
+        return self._app.refusal(path)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check one request and pass it on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope = scope | {"path": re.sub("/{2,}", "/", scope["path"]).rstrip("/") or "/"}
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        scope = scope | {"path": _tidied(scope["path"])}
+        headers = _texts(scope["headers"])
         try:
-            self._check(scope, headers)
+            self._check(scope["method"], scope["path"], headers)
         except ApiError as error:
             self._refused(error.status)
             await response_of(error, scope["path"])(scope, receive, send)
@@ -52,7 +73,7 @@ class Guard:
                 return
         await self._app(scope, receive, send)
 
-    def _check(self, scope: Scope, headers: dict[str, str]) -> None:
+    def _check(self, method: str, path: str, headers: dict[str, str]) -> None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self._is_known_host(host):
             raise ApiError(
@@ -60,11 +81,10 @@ class Guard:
             )
         if origin is not None and not self._is_known_origin(origin, host):
             raise ApiError(403, f"pages of {origin!r:.80} may not ask this server; serve with --allow-origin {origin}")
-        path = scope["path"]
         is_page = path == "/" or path.startswith("/ui/")
         if origin is None and headers.get("sec-fetch-site") in ("cross-site", "same-site") and not is_page:
             raise ApiError(403, "other sites' pages may not ask this server; serve with --allow-origin")
-        if scope["method"] == "OPTIONS" and origin in self._settings.allowed_origins:
+        if method == "OPTIONS" and origin in self._settings.allowed_origins:
             return
         if self._settings.api_key and path not in WITHOUT_KEY and not is_page:
             self._check_key(headers)
@@ -88,6 +108,15 @@ class Guard:
                 "a key is missing or wrong; send the server's key as Authorization: Bearer KEY, or as x-api-key",
                 code="invalid_api_key",
             )
+
+
+def _tidied(path: str) -> str:
+    """A path without double slashes and without one at its end."""
+    return re.sub("/{2,}", "/", path).rstrip("/") or "/"
+
+
+def _texts(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
 
 
 def _with_headers(send: Send, origin: str) -> Send:

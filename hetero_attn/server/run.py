@@ -54,6 +54,7 @@ class HeteroServer(uvicorn.Server):
             ws="none",
             lifespan="off",
             log_level="warning",
+            proxy_headers=False,  # nothing here asks who the client is
             access_log=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=LAST_WORDS_S,

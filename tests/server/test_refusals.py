@@ -1,19 +1,25 @@
 """A refusal takes little, the first one as any other: counted in what is looked at and imported, not in milliseconds."""
 
 import json
+import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import h11
 import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from hetero_attn.server import app as application
 from hetero_attn.server import service as services
+from hetero_attn.server.connection import plain_post
 from hetero_attn.server.driver import State
 from hetero_attn.server.service import Service
 from hetero_attn.server.settings import ServerSettings
+from tests.support.http_server import RunningServer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,6 +69,78 @@ def test_a_thousand_refusals_look_through_the_queue_once(full, monkeypatch):
 
     assert service.driver.live.looks == 1
     assert client.get("/v1/models", headers={"x-api-key": "k"}).status_code == 200, "what takes no place is answered"
+
+
+PLAIN = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: k\r\nConnection: keep-alive\r\nContent-Length: 2\r\n\r\n{}"
+
+
+def test_the_plainest_request_is_refused_before_it_is_parsed():
+    head = plain_post(PLAIN)
+    assert head is not None and head.path == "/v1/completions" and (b"x-api-key", b"k") in head.headers
+
+
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        (b"POST", b"GET"),
+        (b"1.1", b"1.0"),
+        (b"Length: 2", b"Length: 3"),
+        (b"Length: 2", b"Length: 1"),
+        (b"Length: 2", b"Length: +2"),
+        (b"Length: 2", b"Length: 2\r\nContent-Length: 2"),
+        (b"Host: localhost\r\n", b""),
+        (b"Host: localhost", b"Host: localhost\r\nHost: other"),
+        (b"Host:", b"Host :"),
+        (b"X-Api-Key: k", b"X-Api-Key"),
+        (b"X-Api-Key: k", b"X: k\r\n more"),
+        (b"X-Api-Key: k", b"X: k\nTransfer-Encoding: chunked"),
+        (b"X-Api-Key: k", b"Transfer-Encoding: chunked"),
+        (b"X-Api-Key: k", b"Expect: 100-continue"),
+        (b"X-Api-Key: k", b"Origin: http://localhost"),
+        (b"keep-alive", b"close"),
+        (b"\r\n\r\n{}", b"\r\n{}"),
+    ],
+)
+def test_what_is_less_plain_is_left_to_the_parser(part, other):
+    assert part in PLAIN and plain_post(PLAIN.replace(part, other)) is None
+
+
+def test_a_connection_goes_on_behind_a_refusal_that_nobody_parsed(monkeypatch):
+    """The same connection is refused twice and then answered; who may not ask is told so, not that there is no room."""
+    parsed = []
+    receive = h11.Connection.receive_data
+    with RunningServer(api_key="k") as server, socket.create_connection(("127.0.0.1", server.port), 60) as sock:
+        monkeypatch.setattr(
+            h11.Connection, "receive_data", lambda self, data: parsed.append(data) or receive(self, data)
+        )
+        server.service._entering = 10_000
+        told = [_asked(sock, PLAIN), _asked(sock, PLAIN)]
+        assert parsed == []
+        stranger = _asked(sock, PLAIN.replace(b"Key: k", b"Key: no"))
+        in_parts = _asked(sock, PLAIN[:-1], PLAIN[-1:])
+        server.service._entering = 0
+        answered = _asked(
+            sock, PLAIN.replace(b"Length: 2\r\n\r\n{}", b'Length: 29\r\n\r\n{"prompt":"A","max_tokens":2}')
+        )
+        refused = server.service.metrics._refused.labels("429")._value.get()
+
+    assert all(answer.startswith(b"HTTP/1.1 429 Too Many Requests\r\n") for answer in (*told, in_parts)), told
+    assert b"\r\nretry-after: " in told[0] and b"\r\ndate: " in told[0] and told[0].count(b"content-length") == 1
+    assert json.loads(told[1].partition(b"\r\n\r\n")[2])["error"]["code"] == "queue_full"
+    assert stranger.startswith(b"HTTP/1.1 401 ") and answered.startswith(b"HTTP/1.1 200 ") and refused == 3
+
+
+def _asked(sock: socket.socket, *parts: bytes) -> bytes:
+    """A whole answer to a request that is sent in so many parts."""
+    for part in parts:
+        sock.sendall(part)
+        time.sleep(0.05)
+    found, body, length = b"", b"", None
+    while length is None or len(body) < int(length[1]):
+        found += sock.recv(65536) or pytest.fail(f"the connection ended behind {found!r}")
+        head, _, body = found.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+    return found
 
 
 FIRST = """
