@@ -43,3 +43,42 @@ def test_codes_of_few_inputs_are_wider_than_their_numbers(kind):
 
     assert [(start, stop) for start, stop, _ in runs] == [(0, 3)]
     assert torch.equal(runs[0][2][0], source.data)
+
+
+class Plain(Codes):
+    """A source of tensors of bfloat16, by name."""
+
+    def __init__(self, **tensors):
+        self.tensors = tensors
+
+    def source_type(self, name):
+        return None
+
+    def row_bytes(self, name):
+        return 2 * self.tensors[name].shape[1]
+
+    def torch_dtype(self, name):
+        return torch.bfloat16
+
+    def read(self, name, rows, out):
+        out.copy_(self.tensors[name][rows])
+
+
+@pytest.mark.parametrize("first_unit", [0, 1, 3])
+@pytest.mark.parametrize("dtype", ["bf16", "q8"])
+def test_numbers_held_as_they_are_are_read_straight_into_their_home(dtype, first_unit, monkeypatch):
+    """Every number was copied twice or three times: into a buffer, beside the other parts', and into its block."""
+    monkeypatch.setattr("hetero_attn.checkpoints.loading.unit_rows.RUN_BYTES", 32 * 32 * 4)
+    draw = torch.Generator().manual_seed(0)
+    source = Plain(**{name: torch.randn(48, 32, generator=draw).bfloat16() for name in "ab"})
+    spec = LinearSpec("layers.0.gate_up", "gate_up", 0, 32, tuple(Part(name, 16, 48, dtype) for name in "ab"), False)
+    home = torch.zeros(2 * (spec.units - first_unit), 16 * 32 * 2, dtype=torch.uint8)
+    expected = torch.cat([source.tensors[name].view(3, 16, 32) for name in "ab"], 1)
+
+    for start, stop, (rows,) in UnitRows(source, (spec,), CpuKernels(1)).runs(spec, home, first_unit):
+        lies_at_home = rows.data_ptr() == home.data_ptr() + 64 * 32 * (start - first_unit)
+
+        assert torch.equal(rows.view(-1, 32, 32), expected[start:stop])
+        assert lies_at_home == (dtype == "bf16" and start >= first_unit)
+    if dtype == "bf16":
+        assert torch.equal(home.view(torch.bfloat16).view(-1, 32, 32), expected[first_unit:])

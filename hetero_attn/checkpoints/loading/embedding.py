@@ -6,12 +6,11 @@ from cpu_kernels import CpuKernels, fresh_memory
 from cpu_kernels.formats import BLOCK_FEATURES, SOURCE_TYPES, format_of
 from hetero_attn.checkpoints.loading.landing import Landing
 from hetero_attn.checkpoints.loading.numbers import Numbers
-from hetero_attn.checkpoints.loading.unit_rows import numbers_of
+from hetero_attn.checkpoints.loading.unit_rows import PLAIN_DTYPES, numbers_of
 from hetero_attn.checkpoints.sources import WeightSource
 
 EMBED_RUN_ROWS = 4096  # rows of codes read at once, whole blocks
 EMBED_CHECK_ROWS = 512  # rows looked at together, so that the check's own masks stay small
-PLAIN_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Embedding:
@@ -50,7 +49,8 @@ class Embedding:
             rows = self._source.read(self._tensor, slice(start, min(vocab_size, start + EMBED_RUN_ROWS)))
             if kind is not None and SOURCE_TYPES[kind].format != item.name:
                 rows = numbers_of(self._source, self._ops, self._tensor, rows)
-            rows = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % BLOCK_FEATURES))
+            if rows.shape[0] % BLOCK_FEATURES:
+                rows = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % BLOCK_FEATURES))
             first = start // BLOCK_FEATURES
             into = blocks[first : first + rows.shape[0] // BLOCK_FEATURES]
             self._landing.pack([self._tensor], rows, item.name, into)

@@ -7,6 +7,7 @@ import torch
 
 from cpu_kernels import fresh_memory
 from cpu_kernels.formats import BLOCK_FEATURES, segments
+from hetero_attn.checkpoints.loading.numbers import Numbers
 from hetero_attn.checkpoints.loading.unit_rows import units_at_once
 from hetero_attn.checkpoints.sources import WeightSource
 from hetero_attn.errors import CheckpointError
@@ -20,6 +21,7 @@ class Landing:
     def __init__(self, source: WeightSource, lanes: Lanes, progress: Callable[[int], None]) -> None:
         self._source = source
         self._lanes = lanes
+        self._numbers = Numbers(source, lanes.host_ops)
         self._progress = progress
         self._buffer: torch.Tensor | None = None
         self._landed: object | None = None
@@ -76,8 +78,12 @@ class Landing:
         self._progress(target.numel())
 
     def pack(self, tensors: list[str], rows: torch.Tensor, name: str, out: torch.Tensor) -> None:
-        """Rows of these tensors into blocks of a format: codes as they are in the file, or numbers."""
+        """Rows of these tensors into blocks of a format: codes as they are in the file, or numbers, which may lie there
+        already."""
         ops = self._lanes.host_ops
+        if rows.data_ptr() == out.data_ptr():
+            self._numbers.check(", ".join(tensors), rows)
+            return
         try:
             if rows.dtype == torch.uint8:
                 ops.repack(rows, self._source.source_type(tensors[0]), out)

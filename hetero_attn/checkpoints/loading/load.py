@@ -132,7 +132,7 @@ class Loader:
         gpu = None
         if self._lanes.device is not None:
             gpu = self._lanes.device.empty((home_blocks, row_bytes), torch.uint8, "weights")
-        for start, stop, runs in self._unit_rows.runs(spec):
+        for start, stop, runs in self._unit_rows.runs(spec, dram, in_dram):
             for first, last, target, offset in (
                 (start, min(stop, in_dram), gpu, 0),
                 (max(start, in_dram), stop, dram, in_dram),
@@ -184,7 +184,7 @@ class Loader:
         parts = target[: spec.gate_up_bytes], target[spec.gate_up_bytes :]
         for linear, part in zip(spec.expert(index), parts, strict=True):
             blocks = part.view(linear.units * linear.unit_rows, -1)
-            for start, stop, rows in self._unit_rows.runs(linear):
+            for start, stop, rows in self._unit_rows.runs(linear, None if on_device else blocks):
                 run = blocks[start * linear.unit_rows : stop * linear.unit_rows]
                 self._landing.place(linear, rows, linear.in_features, run, on_device)
 

@@ -18,6 +18,7 @@ from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.weights import LinearSpec, Part
 
 RUN_BYTES = 16 << 20  # of a run's rows in float32
+PLAIN_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def units_at_once(spec: LinearSpec) -> int:
@@ -37,11 +38,16 @@ class UnitRows:
         """The most that a row takes: as float32, or as the file's codes, whose last group may be a longer one."""
         return max(4 * spec.in_features, *(self._source.row_bytes(part.tensor) for part in spec.parts))
 
-    def runs(self, spec: LinearSpec) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
+    def runs(
+        self, spec: LinearSpec, home: torch.Tensor | None = None, first_unit: int = 0
+    ) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
         """Runs of units [start, stop) with the rows of every run of parts of one format (`LinearSpec.runs`).
 
         Rows are [(stop - start) * features of these parts, in_features] of numbers, or uint8 [.., bytes of a row in the
         file] of codes, padded with zeros to whole blocks a unit.
+
+        home: the blocks of the units from `first_unit` on in host memory. Numbers that are held as they are in the file
+        are read straight into it: they lie where packing them would bring them.
 
         Raises:
             CheckpointError: the file cannot be read, or holds a scale that is not finite.
@@ -49,18 +55,32 @@ class UnitRows:
         step = units_at_once(spec)
         for start in range(0, spec.column_units, step):
             stop, used, found = min(start + step, spec.column_units), 0, []
+            blocks = None
+            if home is not None and start >= first_unit and len(spec.runs) == 1:
+                blocks = home[(start - first_unit) * spec.unit_rows : (stop - first_unit) * spec.unit_rows]
             for name, parts in spec.runs:
-                rows = self._run(spec, name, parts, start, stop, used)
+                rows = self._run(spec, name, parts, (start, stop), used, blocks)
                 used += rows.nbytes
                 found.append(rows)
             yield start, stop, found
 
     def _run(
-        self, spec: LinearSpec, name: str, parts: tuple[Part, ...], start: int, stop: int, used: int
+        self,
+        spec: LinearSpec,
+        name: str,
+        parts: tuple[Part, ...],
+        units: tuple[int, int],
+        used: int,
+        home: torch.Tensor | None,
     ) -> torch.Tensor:
+        start, stop = units
         features = -(-sum(part.rows_per_unit for part in parts) // BLOCK_FEATURES) * BLOCK_FEATURES
         dtype, width = self._form(spec, name, parts)
-        rows = _front(self._rows[used:], dtype, (stop - start, features, width))
+        shape = (stop - start, features, width)
+        if home is not None and PLAIN_DTYPES.get(name) == dtype:
+            rows = home.view(dtype).view(shape)
+        else:
+            rows = _front(self._rows[used:], dtype, shape)
         offset = 0
         for part in parts:
             self._lay(part, start, rows[:, offset : offset + part.rows_per_unit])
