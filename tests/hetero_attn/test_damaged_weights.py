@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hetero_attn import LLM
+from hetero_attn.checkpoints.loading.numbers import CHECKED_AT_ONCE, all_finite
 from hetero_attn.errors import CheckpointError
 from tests.support.toy import make_checkpoint
 
@@ -45,3 +46,18 @@ def test_the_same_checkpoint_undamaged_loads(tmp_path):
     path = make_checkpoint(tmp_path, "llama", biases=True)
     with LLM(path, dtype="bf16", device="emulated", gpu_memory="1200KiB", progress=False) as llm:
         assert torch.isfinite(llm.logits([1, 2, 3])).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_bits_tell_which_numbers_are_finite(dtype, value):
+    limits = torch.finfo(dtype)
+    values = torch.tensor([limits.max, limits.min, limits.tiny, -0.0, 1.0], dtype=dtype)
+    values = values.repeat(2 * CHECKED_AT_ONCE // 5)
+
+    assert all_finite(values) and all_finite(values[:0]) and all_finite(values.view(-1, 2)[:, :1])
+    for place in (0, CHECKED_AT_ONCE - 1, CHECKED_AT_ONCE, len(values) - 1):
+        damaged = values.clone()
+        damaged[place] = value
+
+        assert not all_finite(damaged)

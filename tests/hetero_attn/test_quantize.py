@@ -300,6 +300,16 @@ def test_metadata_of_every_kind_is_read_back(tmp_path):
     assert found.tensors[0].data.tobytes() == bytes(range(32))
 
 
+def test_room_is_looked_for_before_weights_are_measured(tmp_path, monkeypatch):
+    """A model was measured for minutes before its disk was found too small."""
+    monkeypatch.setattr("hetero_attn.tools.quantize.write.expected_losses", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+
+    for wanted in ({"recipe": "q4"}, {"bits": 4.6}):
+        with pytest.raises(CheckpointError, match="bytes are to be written and 10 are free"):
+            quantize(TINY, tmp_path / "x.gguf", **wanted)
+
+
 def test_a_file_that_is_there_is_a_usage_error_and_a_folder_that_is_not_is_made(halved, tmp_path):
     """Both are looked at before the weights."""
     taken = tmp_path / "there.gguf"
