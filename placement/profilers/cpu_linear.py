@@ -14,6 +14,7 @@ from placement.profilers.timing import (
     Progress,
     beyond_caches,
     host_full,
+    least_seconds,
     recorded_seconds,
     seconds,
     turn_by_turn,
@@ -61,7 +62,7 @@ def activation_s(ops: CpuKernels, on_progress: Progress) -> DtypeRates:
     for dtype in WEIGHT_DTYPES:
         on_progress(f"linear {dtype}, small and wide")
         wide, small = packed(dtype, int(MANY_WEIGHTS * weight_bytes_of(dtype))), packed(dtype, 0, SMALL_LINEAR)
-        times = [seconds(linear_call(ops, weight, dtype, MANY_ROWS)) / MANY_ROWS for weight in (wide, small)]
+        times = [least_seconds(linear_call(ops, weight, dtype, MANY_ROWS)) / MANY_ROWS for weight in (wide, small)]
         (work, values), (less, fewer) = (shape(weight, dtype) for weight in (wide, small))
         found.append(max(0.0, (times[1] * work - times[0] * less) / (fewer * work - values * less)))
     return DtypeRates(*found)

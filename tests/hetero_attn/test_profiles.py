@@ -56,6 +56,7 @@ def quick(monkeypatch, tmp_path):
         "PREFILL_ROWS": 16,
         "SMALL_ROWS": 16,
         "REPETITIONS": 1,
+        "MANY_REPETITIONS": 1,
         "CALLS": 10,
     }.items():
         holders = [module for module in PROFILERS if hasattr(module, name)]
@@ -146,6 +147,13 @@ def measured_calls(ops):
             linear_profiler.linear_call(ops, weight, dtype, rows)()
     for call in small_profiler.small_calls(ops, small_profiler.SMALL_ROWS)[0]:
         call()
+
+
+def test_of_calls_that_another_program_delays_the_shortest_counts(monkeypatch):
+    clock = iter([0, 5, 5, 6, 6, 13])
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+
+    assert timing.least_seconds(lambda: None) == 1
 
 
 @pytest.mark.parametrize("repetitions,times", [(None, 4), (2, 2)])
