@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -308,23 +309,36 @@ def test_norm_heads_is_over_all_heads_together(ops):
     assert torch.equal(qkv[:, :, 60:], before[:, :, 60:])
 
 
-def wrong_calls():
-    """A call of each op with one argument that does not fit, and what the error names."""
+def situation():
+    """What the calls below are made with: three rows that are routed, and experts."""
     (ids, places, sources, starts, weights), x, router = routing(3, 64, 8, 2)
     weight, _ = expert_weights(8, 1, 64, "q8")
-    out = torch.zeros(6, 16)
-    yield "router", lambda ops: ops.route(x, router[:9], Scoring(True), Routes(ids, places, sources, starts, weights))
-    yield (
-        "weights",
-        lambda ops: ops.route(x, router, Scoring(True), Routes(ids, places, sources, starts, weights[:, :2])),
-    )
-    yield "starts", lambda ops: ops.expert_linear(x, Picks(sources, starts, 1), weight, "q8", out)
-    yield "sources", lambda ops: ops.expert_linear(x, Picks(sources[:5], starts, 0), weight, "q8", out)
-    yield "weight", lambda ops: ops.expert_linear(x, Picks(sources, starts, 0), weight[:, :, :-1], "q8", out)
-    yield "far", lambda ops: ops.combine(out, out[:3], starts[8:], places, weights[:, :2], torch.zeros(3, 16))
+    into, out = Routes(ids, places, sources, starts, weights), torch.zeros(6, 16)
+    return SimpleNamespace(x=x, router=router, into=into, weight=weight, out=out)
 
 
-@pytest.mark.parametrize(("named", "call"), list(wrong_calls()))
-def test_wrong_arguments_are_named(named, call):
+# A call of each op with one argument that does not fit, by what the error names.
+WRONG_CALLS = {
+    "router": lambda ops, at: ops.route(at.x, at.router[:9], Scoring(True), at.into),
+    "weights": lambda ops, at: ops.route(
+        at.x, at.router, Scoring(True), at.into._replace(weights=at.into.weights[:, :2])
+    ),
+    "starts": lambda ops, at: ops.expert_linear(
+        at.x, Picks(at.into.sources, at.into.starts, 1), at.weight, "q8", at.out
+    ),
+    "sources": lambda ops, at: ops.expert_linear(
+        at.x, Picks(at.into.sources[:5], at.into.starts, 0), at.weight, "q8", at.out
+    ),
+    "weight": lambda ops, at: ops.expert_linear(
+        at.x, Picks(at.into.sources, at.into.starts, 0), at.weight[:, :, :-1], "q8", at.out
+    ),
+    "far": lambda ops, at: ops.combine(
+        at.out, at.out[:3], at.into.starts[8:], at.into.places, at.into.weights[:, :2], torch.zeros(3, 16)
+    ),
+}
+
+
+@pytest.mark.parametrize("named", WRONG_CALLS)
+def test_wrong_arguments_are_named(named):
     with pytest.raises(ValueError, match=named):
-        call(kernels())
+        WRONG_CALLS[named](kernels(), situation())
