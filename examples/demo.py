@@ -7,7 +7,8 @@ that is shipped where it cannot be fetched.
 
 First one lane, the CPU. Then all three lanes, with half of the weights' size as GPU memory: the GPU is emulated, which
 says nothing about speed and everything about the answer. Its tokens are compared with those of the CPU alone, both in
-float32, where no lane rounds anything; exit code 1 if they differ.
+float32, where no lane rounds anything; exit code 1 if they differ. Last a small mixture of experts: where its experts
+are, and how many of its router's picks those in GPU memory served.
 """
 
 import sys
@@ -20,7 +21,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 from smollm2 import default_folder, smollm2  # noqa: E402
 
-TINY = EXAMPLES / "tiny"
+TINY, EXPERTS = EXAMPLES / "tiny", EXAMPLES / "tiny-moe"
 QUESTIONS = ("What is gravity?", "How is a text file read in Python?")
 LONG_PROMPT_CHARACTERS = 1300
 PARAMS = SamplingParams(max_tokens=24, temperature=0.0)
@@ -28,6 +29,9 @@ PARAMS = SamplingParams(max_tokens=24, temperature=0.0)
 POLICY = Policy(prefill_chunk=64)
 SETTINGS = {"policy": POLICY, "max_context": 2048, "max_batch": 1, "progress": sys.stderr.isatty()}
 BUDGET_SHARE_OF_WEIGHTS = 0.5
+PLAN_LINES = ("shard ", "layers.0-3.experts ", "experts: ", "expert slots: ")
+# All experts in DRAM, a third of each layer's with a copy in GPU memory: those that were picked last.
+SLOTS = Policy(prefill_chunk=64, rules=[{"match": "layers.*.experts", "gpu": 0, "expert_slots": 10}])
 
 
 def section(title: str) -> None:
@@ -78,6 +82,15 @@ def speed(name: str, metrics: list[Metrics]) -> None:
     print(f"{name}: decode  {generated:4d} tokens {generated / max(seconds, 1e-9):9.1f} tokens/s")
 
 
+def show_experts() -> None:
+    """Let the shipped mixture of experts go on with a text, its experts in slots of emulated GPU memory."""
+    settings = SETTINGS | {"policy": SLOTS, "max_context": 512}
+    with LLM(EXPERTS, device="emulated", dtype="q8", gpu_memory="6MiB", **settings) as llm:
+        print("\n".join(line for line in llm.plan.table().splitlines() if line.startswith(PLAN_LINES)))
+        text = llm.generate("The with statement is used to", SamplingParams(max_tokens=48, temperature=0.0))[0].text
+        print(f"\n> The with statement is used to{text}\n\n{llm.report().experts.line()}")
+
+
 def main(model: Path) -> int:
     """Run all parts; returns the exit code."""
     section("1. The CPU alone, weights as they are in the file")
@@ -106,7 +119,10 @@ def main(model: Path) -> int:
         return 1
     print(f"No: all {sum(map(len, alone))} tokens of the CPU lane and of the three lanes are the same.")
 
-    section("4. How fast it was")
+    section("4. A mixture of experts")
+    show_experts()
+
+    section("5. How fast it was")
     speed("emulated lanes, float32", slow)
     speed("CPU, as in the file    ", fast)
     return 0

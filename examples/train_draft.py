@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from tiny_corpus import gather_documents, split_documents
+from tiny_training import BEGIN, END, encode_stream, random_windows, schedule
 from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional
-from train_tiny import BEGIN, END, encode_stream, random_windows, schedule
 from transformers import LlamaConfig, LlamaForCausalLM
 
 LARGE = Path(__file__).resolve().parent / "tiny"

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tiny_corpus import gather_documents, split_documents
+from tiny_training import BEGIN, END, encode_stream
 from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional
 from train_draft import GREEDY, GREEDY_TEXTS, LARGE, SAMPLED, SAMPLED_TEXTS, Options, train, written
-from train_tiny import BEGIN, END, encode_stream
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import ModelOutput
 

@@ -11,49 +11,35 @@ written: weights rounded to bfloat16, loss on the held-out text beside that of a
 import argparse
 import json
 import math
-import os
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tiny_corpus import gather_documents, split_documents
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch.nn import functional
-from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
-
-BEGIN, END, SYSTEM, USER, ASSISTANT, PAD = SPECIAL_TOKENS = (
-    "<|begin|>",
-    "<|end|>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|pad|>",
+from tiny_training import (
+    ASSISTANT,
+    BEGIN,
+    CONTEXT,
+    END,
+    PAD,
+    SPECIAL_TOKENS,
+    USER,
+    TrainingOptions,
+    encode_stream,
+    held_out_loss,
+    train,
+    training_texts,
+    unigram_loss,
 )
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] | trim }}"
     "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 SAMPLE_PROMPT = "The with statement is used to"
 SAMPLE_QUESTION = "What is json.JSONDecoder?"
-CONTEXT = 2048
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingOptions:
-    """How long and how hard to train; `minutes` (wall clock) takes the place of `steps` when it is given."""
-
-    steps: int = 1200
-    minutes: float | None = None
-    batch_tokens: int = 2048
-    short_context: int = 512
-    long_context: int = CONTEXT
-    long_context_share: float = 0.15  # the last steps see the whole context, so that far positions are trained too
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.1
-    seed: int = 0
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
@@ -77,11 +63,11 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def encode_stream(tokenizer: Tokenizer, texts: list[str], seed: int) -> torch.Tensor:
-    """Return all texts as one int64 stream in a seeded random order."""
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    encodings = tokenizer.encode_batch([texts[index] for index in order], add_special_tokens=False)
-    return torch.tensor([token_id for encoding in encodings for token_id in encoding.ids])
+def calm_residuals(model: PreTrainedModel) -> None:
+    """Scale what each layer adds, so that the residual stream keeps its size at the start."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):  # the last of all experts of a layer
+            parameter.data /= math.sqrt(2 * model.config.num_hidden_layers)
 
 
 def make_model(tokenizer: Tokenizer, seed: int) -> LlamaForCausalLM:
@@ -104,75 +90,8 @@ def make_model(tokenizer: Tokenizer, seed: int) -> LlamaForCausalLM:
             pad_token_id=tokenizer.token_to_id(PAD),
         )
     )
-    for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):  # keep the residual stream's size at the start
-            parameter.data /= math.sqrt(2 * model.config.num_hidden_layers)
+    calm_residuals(model)
     return model
-
-
-def token_losses(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the mean next-token cross-entropy (nats) of `tokens` int64 [batch, length + 1]."""
-    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits.float()
-    return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-
-
-def random_windows(stream: torch.Tensor, context: int, batch_tokens: int, generator: torch.Generator) -> torch.Tensor:
-    """Return int64 [windows, context + 1] from random places of `stream`, `batch_tokens` predictions in all."""
-    context = min(context, len(stream) - 1)
-    offsets = torch.randint(len(stream) - context, (max(1, batch_tokens // context), 1), generator=generator)
-    return stream[offsets + torch.arange(context + 1)]
-
-
-def schedule(progress: float) -> float:
-    """Return the share of the learning rate at `progress` in [0, 1): a short warm-up, then a cosine to almost zero."""
-    return min(1.0, (progress + 0.002) / 0.04, 0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
-
-
-def train(model: LlamaForCausalLM, stream: torch.Tensor, options: TrainingOptions) -> int:
-    """Train `model` in place on random windows of `stream`; return the steps done."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.98),
-        fused=True,
-    )
-    generator = torch.Generator().manual_seed(options.seed)
-    start, step, progress, smooth_loss = time.perf_counter(), 0, 0.0, None
-    with tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
-        while progress < 1.0:
-            for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate * schedule(progress)
-            context = options.long_context if progress >= 1 - options.long_context_share else options.short_context
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = token_losses(model, random_windows(stream, context, options.batch_tokens, generator))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            elapsed_s = time.perf_counter() - start
-            progress = step / options.steps if options.minutes is None else elapsed_s / (60 * options.minutes)
-            smooth_loss = loss.item() if smooth_loss is None else 0.95 * smooth_loss + 0.05 * loss.item()
-            bar.update(min(100.0, 100 * progress) - bar.n)
-            bar.set_postfix(step=step, loss=f"{smooth_loss:.3f}")
-    return step
-
-
-@torch.no_grad()
-def held_out_loss(model: LlamaForCausalLM, tokens: list[int], context: int = 512) -> float:
-    """Return the mean loss (nats per token) of `tokens` in windows of `context` predictions, the last one shorter."""
-    total = 0.0
-    for start in range(0, len(tokens) - 1, context):
-        window = torch.tensor([tokens[start : start + context + 1]])
-        total += token_losses(model, window).item() * (window.shape[1] - 1)
-    return total / (len(tokens) - 1)
-
-
-def unigram_loss(stream: torch.Tensor, tokens: list[int], vocab_size: int) -> float:
-    """Return the mean loss (nats per token) of `tokens` under the token frequencies of `stream`, one added to each."""
-    counts = torch.bincount(stream, minlength=vocab_size).double() + 1
-    return -(counts / counts.sum()).log()[torch.tensor(tokens[1:])].mean().item()
 
 
 def save_checkpoint(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
@@ -305,35 +224,28 @@ def build_checkpoint(out: Path, options: TrainingOptions, source: Path | None = 
     documents, exchanges = gather_documents(source)
     trained, held_out_text = split_documents(documents)
     tokenizer = train_tokenizer([documents[name] for name in trained], vocab_size)
-    # The reference is the better prose, and a fifth of the text: each topic counts twice.
-    texts = [f"{BEGIN}{documents[name]}{END}" for name in trained for _ in range(2 if name.startswith("topic ") else 1)]
-    texts += [
-        f"{BEGIN}{USER}{question}{END}{ASSISTANT}{answer}{END}"
-        for name in trained
-        for question, answer in exchanges.get(name, [])
-    ]
+    texts = training_texts(documents, exchanges, trained)
     stream = encode_stream(tokenizer, texts, options.seed)
     print(f"{len(trained)} documents, {len(stream)} tokens to train on, {len(held_out_text)} characters held out")
 
     model = make_model(tokenizer, options.seed)
-    start, cpu_start = time.perf_counter(), time.process_time()
-    steps = train(model, stream, options)
-    minutes, cpu_minutes = (time.perf_counter() - start) / 60, (time.process_time() - cpu_start) / 60
+    done = train(model, stream, options)
     save_checkpoint(model, tokenizer, out)
     (out / "heldout.txt").write_text(held_out_text, "utf-8")
 
     model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    figures = measure(model, tokenizer, stream, held_out_text) | {
-        "minutes": minutes,
-        "cpu_minutes": cpu_minutes,
-        "steps": steps,
-        "train_tokens": len(stream),
-        "held_out_documents": len(documents) - len(trained),
-        "batch_tokens": options.batch_tokens,
-        "seed": options.seed,
-        "learning_rate": options.learning_rate,
-        "long_share": options.long_context_share,
-    }
+    figures = (
+        done
+        | measure(model, tokenizer, stream, held_out_text)
+        | {
+            "train_tokens": len(stream),
+            "held_out_documents": len(documents) - len(trained),
+            "batch_tokens": options.batch_tokens,
+            "seed": options.seed,
+            "learning_rate": options.learning_rate,
+            "long_share": options.long_context_share,
+        }
+    )
     write_readme(model, out, figures)
     for path in out.iterdir():
         path.chmod(0o644)
@@ -342,24 +254,14 @@ def build_checkpoint(out: Path, options: TrainingOptions, source: Path | None = 
 
 def main() -> None:
     """Read the command line, train, and print the held-out loss and a sample."""
-    defaults = TrainingOptions()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny", help="folder of the checkpoint")
     parser.add_argument("--source", type=Path, help="folder of Python files to read docstrings from (standard library)")
-    parser.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps (%(default)s)")
-    parser.add_argument("--minutes", type=float, help="train by the clock instead of by steps")
     parser.add_argument("--vocab-size", type=int, default=4096, help="tokens of the vocabulary (%(default)s)")
-    parser.add_argument(
-        "--batch-tokens", type=int, default=defaults.batch_tokens, help="tokens of a step (%(default)s)"
-    )
-    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
-    parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1), help="CPU threads (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    TrainingOptions.add_to(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    names = ("steps", "minutes", "batch_tokens", "learning_rate", "seed")
-    options = TrainingOptions(**{name: getattr(arguments, name) for name in names})
-    figures = build_checkpoint(arguments.out, options, arguments.source, arguments.vocab_size)
+    figures = build_checkpoint(arguments.out, TrainingOptions.of(arguments), arguments.source, arguments.vocab_size)
     print(
         f"held-out loss {figures['loss']:.4f} (perplexity {figures['perplexity']:.1f}); "
         f"token frequencies alone {figures['unigram']:.4f} (perplexity {figures['unigram_perplexity']:.1f})"

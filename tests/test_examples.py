@@ -1,6 +1,7 @@
 """Every example runs as it is shipped."""
 
 import importlib
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -34,6 +35,8 @@ def test_demo_gives_the_same_tokens_on_one_lane_and_on_three(kind: str, tmp_path
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("> How is a text file read in Python?") == 2
     assert "EMULATED" in run.stdout and "are the same." in run.stdout
+    assert re.search(r"^layers.0-3.experts .* 0 [+] 10 ", run.stdout, re.MULTILINE)
+    assert re.search(r"^experts: [0-9]+% of the picks in expert slots, ", run.stdout, re.MULTILINE)
     assert run.stdout.count("tokens/s\n") == 4 and run.stdout.endswith("tokens/s\n")
 
 

@@ -1,6 +1,5 @@
 """Expert slots: whatever is in them, whenever it came there, every pick is computed once and a token stays what it was."""
 
-from collections import OrderedDict
 from dataclasses import replace
 from random import Random
 
@@ -25,6 +24,7 @@ from tests.support.race_checker import RaceError
 from tests.support.runtime import cpu_plan, decoded_together, emulated_plan, make_engine, nmse, run_logits, toy_workload
 from tests.support.simulated_gpu import SimulatedDriver
 from tests.support.simulated_lanes import simulated
+from tests.support.slot_table import simulate
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -129,26 +129,6 @@ def test_copies_into_slots_race_with_nothing(paths, handover):
         inserts = engine.report.experts.inserts
 
     assert torch.equal(actual, expected) and inserts > 0
-
-
-def simulate(ids, slots, inserts, first):
-    """(hits, contents) of a table of so many slots over the picks of steps [steps, k], slow and obvious: after a step
-    what was chosen last enters, at most `inserts`, each in the place of what was not chosen for longest."""
-    used = OrderedDict((expert, None) for expert in reversed(first))
-    held, hits = set(first[:slots]), 0
-    for step in ids:
-        hits += sum(expert in held for expert in step)
-        for expert in step:
-            used.pop(expert, None)
-            used[expert] = None
-        order, swaps = list(used), 0
-        while swaps < inserts:
-            coming = next((expert for expert in reversed(order) if expert not in held), None)
-            leaving = next((expert for expert in order if expert in held), None)
-            if coming is None or leaving is None or order.index(coming) < order.index(leaving):
-                break
-            held, swaps = held - {leaving} | {coming}, swaps + 1
-    return hits, held
 
 
 @pytest.mark.parametrize("slots,inserts", [(5, 1), (6, 4), (3, 2)])
