@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hetero_attn.errors import SamplingError
+from hetero_attn.errors import PromptError, SamplingError
 from hetero_attn.server.dialogue.answer import Parser, PlainText
 from hetero_attn.server.dialogue.forced import form_wishes
 from hetero_attn.server.dialogue.formats import AnswerFormat, end_of, format_of
@@ -166,6 +166,8 @@ class Service:
             except asyncio.CancelledError:
                 adding.add_done_callback(self._drop)
                 raise
+        except PromptError as error:
+            raise ApiError(400, str(error), param=turn.field) from None
         finally:
             self._entering -= count
         generation = Generation(requests, self.driver.leave)

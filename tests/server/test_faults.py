@@ -1,13 +1,16 @@
 """What clients send wrong, and who may ask: each is refused by its name, and nobody else notices."""
 
 import asyncio
+import gzip
 import json
 import socket
+import threading
 from types import SimpleNamespace
 
 import pytest
 
-from hetero_attn.server.bodies import _read
+from hetero_attn.server import bodies
+from hetero_attn.server.bodies import _read, parse_object
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.settings import ServerSettings
 from tests.server.test_lifecycle import read_until
@@ -132,6 +135,12 @@ def test_the_field_at_fault_is_named_as_the_client_wrote_it(http, path, body, pa
         ("chat/completions", {"logit_bias": {"5000": 1}}, "logit_bias", "vocabulary"),
         ("chat/completions", {"response_format": FORM, "ignore_eos": True}, "ignore_eos", "where an answer ends"),
         ("chat/completions", {"structured_outputs": {"choice": ["a" * 70_000]}}, "structured_outputs.choice", "65536"),
+        (
+            "chat/completions",
+            {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+            "structured_outputs.choice",
+            "one of",
+        ),
         ("chat/completions", {"structured_outputs": {"regex": "("}}, "structured_outputs.regex", "cannot be followed"),
         ("completions", {"min_tokens": 5, "max_tokens": 3}, "min_tokens", "at most max_tokens"),
         ("completions", {"top_p": 2}, "top_p", "(0, 1]"),
@@ -146,7 +155,40 @@ def test_a_parameter_at_fault_is_named_as_the_client_wrote_it(http, path, more, 
     error = answer.json()["error"]
 
     assert (answer.status_code, error["param"]) == (400, param) and said in error["message"]
-    assert error["message"].startswith(param) or param == "ignore_eos"
+    assert error["message"].startswith(param) or param == "ignore_eos" or f"and {param} are given" in error["message"]
+
+
+def test_a_token_that_is_none_is_a_fault_of_the_prompt(http):
+    error = http.post("/v1/completions", json={"prompt": [1, 4096]}).json()["error"]
+
+    assert error["param"] == "prompt" and "token 4096 at position 1" in error["message"]
+
+
+def test_an_encoded_body_is_told_so(http):
+    """It was told that it is no UTF-8."""
+    headers = {"content-encoding": "gzip"}
+    answer = http.post("/v1/completions", content=gzip.compress(b'{"prompt": "a"}'), headers=headers)
+
+    assert answer.status_code == 415 and "content-encoding is 'gzip'" in answer.json()["error"]["message"]
+
+
+def test_a_large_body_is_read_beside_the_loop(http, monkeypatch):
+    """One of 8 MiB kept every stream waiting for up to 1.5 s."""
+    read = []
+
+    def noted(data, *more):
+        read.append((len(data), threading.current_thread().name))
+        return parse_object(data, *more)
+
+    monkeypatch.setattr(bodies, "parse_object", noted)
+    small = http.post("/tokenize", json={"prompt": "a"})
+    large = http.post("/tokenize", json={"prompt": "a", "numbers": list(range(20_000))})
+    twice = http.post("/tokenize", content=b'{"prompt": "a", "prompt": "b", "more": "' + b"c" * 100_000 + b'"}')
+    names = [name for _, name in read]
+
+    assert (small.status_code, large.status_code, twice.status_code) == (200, 200, 400)
+    assert small.json() == large.json() and "stands twice" in twice.json()["error"]["message"]
+    assert [name.startswith("hetero-attn-bodies") for name in names] == [False, True, True], read
 
 
 def test_an_overlong_prompt_has_the_code_that_agents_know(http):

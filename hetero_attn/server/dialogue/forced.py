@@ -37,6 +37,7 @@ def structured_wishes(wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Sampling parameters for `structured_outputs` in vLLM's form: json, regex, choice or grammar. Raises ApiError."""
     # A schema may be false; of what is no schema that means that it is not wanted.
     given = {name: each for name, each in wanted.items() if each is not None and (each is not False or name == "json")}
+    names = [f"structured_outputs.{name!s:.40}" for name in given]
     if "choice" in given:
         words = as_list(given.pop("choice"), field := "structured_outputs.choice")
         if not words or not all(isinstance(each, str) for each in words):
@@ -47,6 +48,8 @@ def structured_wishes(wanted: Mapping[str, Any]) -> dict[str, Any]:
     for name in given:
         if name not in STRUCTURED:
             raise ApiError(400, f"structured_outputs.{name!s:.40} is not known; give json, regex, choice or grammar")
+    if len(names) > 1:
+        raise ApiError(400, f"{' and '.join(names)} are given together; an answer follows one of them", param=names[1])
     return {STRUCTURED[name]: value for name, value in given.items()}
 
 
