@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_kernels.forms.unpack import FEATURES, FORMS, GROUP, superblock_bytes
+from gpu_kernels.launching import Kernel, Shape
 
 GROUPS = 4  # of 64 inputs a program
 
@@ -61,7 +62,8 @@ def _scale_and_minimum(superblock, inside_group, line, feature, mask, HEADER: tl
     return scale, minimum
 
 
-@triton.jit
+@Kernel
+@triton.jit(do_not_specialize=["num_groups"])
 def _dequantize_form_kernel(
     weight,
     out,
@@ -123,25 +125,24 @@ def _dequantize_form_kernel(
     tl.store(target[:, :, :, None] + index, values.to(tl.bfloat16), mask=mask[:, :, :, None])
 
 
-@cache
-def _halves_of(table: tuple[int, ...]) -> tuple[int, int]:
-    """A table of 16 signed bytes as two int64, a byte an entry; zeros where there is none."""
-    data = bytes(value & 255 for value in table or (0,) * 16)
-    low, high = (int.from_bytes(data[at : at + 8], "little", signed=True) for at in (0, 8))
-    return low, high
-
-
 def dequantize_form(weight: Tensor, name: str, in_features: int) -> Tensor:
     """bf16 [num_blocks * 16, inputs in whole groups of 64], newly allocated, of packed blocks of a format of FORMS."""
-    form, num_blocks = FORMS[name], weight.shape[0]
-    num_groups, (low, high) = triton.cdiv(in_features, GROUP), _halves_of(form.table)
+    num_blocks, num_groups = weight.shape[0], triton.cdiv(in_features, GROUP)
     out = torch.empty(num_blocks * FEATURES, num_groups * GROUP, dtype=torch.bfloat16, device=weight.device)
-    _dequantize_form_kernel[(num_blocks, triton.cdiv(num_groups, GROUPS))](
-        weight,
-        out,
-        num_groups,
-        weight.stride(0),
-        out.stride(0),
+    _dequantize_form_kernel.launch(
+        (num_blocks, triton.cdiv(num_groups, GROUPS), 1),
+        (weight, out),
+        (num_groups,),
+        (weight.stride(0), out.stride(0)),
+        _shape(name),
+    )
+    return out
+
+
+@cache
+def _shape(name: str) -> Shape:
+    form, (low, high) = FORMS[name], _halves_of(FORMS[name].table)
+    return Shape(
         HEADER=form.header,
         HAS_ZEROS=form.header.startswith(("SZ", "SI")),
         BITS=form.bits,
@@ -156,4 +157,10 @@ def dequantize_form(weight: Tensor, name: str, in_features: int) -> Tensor:
         GROUPS=GROUPS,
         num_warps=4,
     )
-    return out
+
+
+def _halves_of(table: tuple[int, ...]) -> tuple[int, int]:
+    """A table of 16 signed bytes as two int64, a byte an entry; zeros where there is none."""
+    data = bytes(value & 255 for value in table or (0,) * 16)
+    low, high = (int.from_bytes(data[at : at + 8], "little", signed=True) for at in (0, 8))
+    return low, high

@@ -11,10 +11,11 @@ class NoGapError(MemoryBudgetError):
 
 
 class Slab:
-    """Hands out [offset, offset + size) of `size_bytes` bytes."""
+    """Hands out [offset, offset + size) of `size_bytes` bytes, less what is beyond the last aligned offset: what is
+    taken from the end would be aligned nowhere else."""
 
     def __init__(self, size_bytes: int) -> None:
-        self.size_bytes = size_bytes
+        self.size_bytes = size_bytes = size_bytes // ALIGN_BYTES * ALIGN_BYTES
         self._free = {0: size_bytes} if size_bytes else {}  # offset -> size, in the order of offsets
         self._taken: dict[int, int] = {}
 

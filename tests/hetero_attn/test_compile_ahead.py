@@ -16,6 +16,9 @@ from triton.runtime import JITFunction
 
 from gpu_kernels import linear_layer
 from gpu_kernels.attention import prefill
+from gpu_kernels.device_ops import DeviceOps
+from gpu_kernels.forms.unpack import FORMS
+from gpu_kernels.reference import block_bytes
 from hetero_attn.engine.ahead.compile_ahead import compiling_beside, kernel_calls
 from hetero_attn.planning.settle import PlannedModel
 from placement.machine.hardware import HardwareProfile
@@ -55,6 +58,18 @@ def test_the_first_prompt_finds_its_kernels_compiled(compiled, monkeypatch, tmp_
     assert launched == 0 < made.count, "compiling launches nothing"
     assert {"_gemv_kernel", "_flat_kernel", "_dequantize_kernel", "_decode_attention_kernel"} < set(compiled[:ahead])
     assert set(compiled[ahead:]) <= {"_copy_rows_kernel"}
+
+
+@pytest.mark.parametrize("name", [*FORMS, "q8", "q4", "bf16"])
+def test_no_format_launches_anything_ahead(name):
+    """Addresses of tensors without memory are null: a launch with one ends every GPU call of the process."""
+    ops, weight = DeviceOps("meta"), torch.empty(4, block_bytes(name, 256), dtype=torch.uint8, device="meta")
+    with silent_triton(90) as made:
+        for rows in (1, 130):
+            x, out = (torch.empty(rows, width, device="meta") for width in (256, 64))
+            ops.linear(x, weight, name, None, out)
+
+    assert made.count == 0
 
 
 @pytest.fixture

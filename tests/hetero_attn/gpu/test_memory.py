@@ -99,6 +99,15 @@ def test_what_stays_lies_at_the_end_of_the_slab():
     assert slab.take(4 * ALIGN_BYTES) == 3 * ALIGN_BYTES
 
 
+@pytest.mark.parametrize("odd", [1, 4, 12, 255])
+def test_both_ends_of_a_slab_of_any_size_are_aligned(odd):
+    """A budget is any number of bytes; integers of a step's tables, and vector loads, need aligned addresses."""
+    slab = Slab(10 * ALIGN_BYTES + odd)
+
+    assert slab.take(100, at_end=True) == 9 * ALIGN_BYTES
+    assert slab.take(100) == 0
+
+
 def test_a_failed_call_is_named():
     driver = fake_driver(1 << 16)
     with pytest.raises(CudaError, match=r"cuCtxSetCurrent failed: CUDA_ERROR_FAKE \(201\)"):
