@@ -17,8 +17,9 @@ from gpu_rates import planning_profile
 from gpu_run import Run
 
 HERE = Path(__file__).resolve().parent
-SHAPE, TYPE, LAYERS, QUICK_LAYERS = "s1", "Q4_0", 8, 1
-EXPERTS = 128
+SHAPE, TYPE, LAYERS = "s1", "Q4_0", 8
+EXPERTS, QUICK_EXPERTS = 128, 32
+QUICK_MODEL = HERE.parent / "tiny-moe"  # trained, 10 MB
 DENSE_ON_GPU = """
 rules:
   - {match: "*.experts", gpu: 0.0, expert_slots: SLOTS}
@@ -33,7 +34,7 @@ def experts(slots_share: float) -> Callable[[Run], dict[str, Any]]:
     def measure(run: Run) -> dict[str, Any]:
         started, path = time.monotonic(), expert_file(run)
         written = time.monotonic()
-        with _load(run, path, round(slots_share * EXPERTS)) as llm:
+        with _load(run, path, round(slots_share * (QUICK_EXPERTS if run.quick else EXPERTS))) as llm:
             loaded = time.monotonic()
             found = {"file_s": written - started, "load_s": loaded - written, "plan": llm.plan.table()}
             found["decode"] = decode(run, llm)
@@ -45,11 +46,12 @@ def experts(slots_share: float) -> Callable[[Run], dict[str, Any]]:
 
 
 def expert_file(run: Run) -> Path:
-    """The GGUF file, written on first use."""
+    """The GGUF file, written on first use; a small model where no figure counts."""
     path = run.work_dir / f"{SHAPE}-{TYPE}.gguf"
+    if run.quick:
+        return QUICK_MODEL
     if not path.exists():
-        layers = QUICK_LAYERS if run.quick else LAYERS
-        command = [sys.executable, HERE / "random_experts.py", SHAPE, TYPE, path, "--layers", layers]
+        command = [sys.executable, HERE / "random_experts.py", SHAPE, TYPE, path, "--layers", LAYERS]
         subprocess.run([str(part) for part in command], check=True)
     return path
 
@@ -62,7 +64,8 @@ def _load(run: Run, path: Path, slots: int) -> Any:
     return LLM(
         path,
         policy=policy,
-        gpu_memory=(8 << 30) if run.has_gpu else (2 << 30),
+        gpu_memory=(8 << 30) if run.has_gpu else (1 << 30),
+        dtype="q4" if run.quick else "auto",
         device=run.device,
         max_context=2048,
         max_batch=1,
