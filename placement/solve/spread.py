@@ -3,7 +3,7 @@
 Layers with CPU work come last in their class, so that the leading ones, held by the GPU alone, hand nothing over.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from placement.plan.memory import KvPlacement, LinearPlacement
@@ -15,6 +15,8 @@ from placement.solve.pairing import homes_beside, pairs, streams_beside
 NEARLY_ZERO = 1e-5
 
 Key = tuple[int, int]
+Streams = dict[tuple[int, int, int], tuple[int, ...]]
+Whole = Callable[[float], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +39,32 @@ def lay_out(classes: Sequence[LayerClass], solved: Totals, tier: int | None) -> 
     alike.
     """
     homes = _homes(classes, solved, tier)
-    streamed = streams(classes, homes, solved, tier is not None)
     kv_heads = _kv_heads(classes, solved, tier is not None)
-    beside = {c: _beside_qkv(c, classes[c], homes, streamed, parts) for c, parts in kv_heads.items()}
-    yield Spread(homes, streamed, beside)
-    if beside != kv_heads:
-        yield Spread(homes, streamed, kv_heads)
+    for streamed in _streams_in_turn(classes, homes, solved, tier is not None):
+        beside = {c: _beside_qkv(c, classes[c], homes, streamed, parts) for c, parts in kv_heads.items()}
+        yield Spread(homes, streamed, beside)
+        if beside != kv_heads:
+            yield Spread(homes, streamed, kv_heads)
+
+
+def _streams_in_turn(
+    classes: Sequence[LayerClass], homes: dict[Key, tuple[int, ...]], solved: Totals, concentrated: bool
+) -> Iterator[Streams]:
+    """The streams of a solution rounded; of experts also rounded down, and without any in a decode step: their units
+    are megabytes each, so that one more in every layer is much, and what they leave of the bus is the expert slots'."""
+    yield streams(classes, homes, solved, concentrated)
+    experts = {(c, i) for c, cls in enumerate(classes) for i, linear in enumerate(cls.linears) if _may_stay(linear)}
+    if not experts:
+        return
+    fewer = streams(classes, homes, solved, concentrated, _ceil)
+    yield fewer
+    lowest = min(tier for *key, tier in fewer if tuple(key) in experts)
+    yield fewer | {key: (0,) * len(units) for key, units in fewer.items() if key[:2] in experts and key[2] == lowest}
+
+
+def _may_stay(linear: LinearClass) -> bool:
+    """Whether these are experts whose streams no rule gives."""
+    return bool(linear.shard.picks) and not any(width is not None for width in linear.bounds.stream + linear.bounds.cpu)
 
 
 def placements(
@@ -68,9 +90,16 @@ def placements(
 
 
 def streams(
-    classes: Sequence[LayerClass], homes: dict[Key, tuple[int, ...]], solved: Totals, concentrated: bool
-) -> dict[tuple[int, int, int], tuple[int, ...]]:
-    """Streamed units of every layer by (class, linear, tier): what neither the homes nor the CPU take."""
+    classes: Sequence[LayerClass],
+    homes: dict[Key, tuple[int, ...]],
+    solved: Totals,
+    concentrated: bool,
+    whole: Whole = round,
+) -> Streams:
+    """Streamed units of every layer by (class, linear, tier): what neither the homes nor the CPU take.
+
+    whole: how the CPU's units become whole ones in every layer.
+    """
     result = {}
     for (c, i, tier), stream in solved.stream.items():
         linear, home = classes[c].linears[i], homes[c, i]
@@ -80,14 +109,15 @@ def streams(
             solved.gpu[c, i],
             stream,
             tier,
-            _count(solved.cpu_layers[c, i, tier]) if concentrated else len(home),
+            _ceil(solved.cpu_layers[c, i, tier]) if concentrated else len(home),
+            whole,
         )
         result[c, i, tier] = tuple(linear.shard.units - g - u for g, u in zip(home, cpu, strict=True))
     return streams_beside(classes, homes, result)
 
 
 def _cpu_units(
-    linear: LinearClass, home: tuple[int, ...], gpu: float, stream: float, tier: int, layers: int
+    linear: LinearClass, home: tuple[int, ...], gpu: float, stream: float, tier: int, layers: int, whole: Whole
 ) -> list[int]:
     shard, bounds = linear.shard, linear.bounds
     room = [shard.units - units for units in home]
@@ -98,13 +128,13 @@ def _cpu_units(
     if stream < 0.5:
         return room
     left = len(home) * shard.units - gpu - stream
-    return [0] * len(home) if left < 0.5 else _fill_from_back(left, room, layers, shard.units >= MANY_UNITS)
+    return [0] * len(home) if left < 0.5 else _fill_from_back(left, room, layers, shard.units >= MANY_UNITS, whole)
 
 
-def _fill_from_back(total: float, room: list[int], layers: int, equal: bool) -> list[int]:
+def _fill_from_back(total: float, room: list[int], layers: int, equal: bool, whole: Whole) -> list[int]:
     """Spread a total evenly over the last `layers` places; what finds no room there goes to the others, last first."""
     layers = max(1, layers)
-    amount = round(total / layers) * layers if equal else round(total)
+    amount = whole(total / layers) * layers if equal else whole(total)
     taken = [0] * (len(room) - layers) + _even(amount, layers)
     taken = [min(want, free) for want, free in zip(taken, room, strict=True)]
     missing = amount - sum(taken)
@@ -147,7 +177,7 @@ def _front_and_back(
 ) -> tuple[list[int], list[int]]:
     if linear.bounds.gpu is not None:
         return [], [linear.bounds.gpu] * count
-    back = _count(solved.cpu_layers.get((*key, tier), count))
+    back = _ceil(solved.cpu_layers.get((*key, tier), count))
     total, limit = _floor(value), _most_home(linear)
     front_total = min(total, (count - back) * limit)
     deal = _floor_even if linear.shard.units >= MANY_UNITS else _even
@@ -167,7 +197,7 @@ def _kv_heads(classes: Sequence[LayerClass], solved: Totals, concentrated: bool)
         if bounds.gpu_kv_heads is not None:
             result[c] = (bounds.gpu_kv_heads,) * count
             continue
-        back = _count(solved.attending_layers[c]) if concentrated else count
+        back = _ceil(solved.attending_layers[c]) if concentrated else count
         front = min(_floor(value), (count - back) * shard.kv_heads)
         result[c] = tuple(_even(front, count - back) + _even(_floor(value) - front, back))
     return result
@@ -214,5 +244,5 @@ def _floor(value: float) -> int:
     return int(value + NEARLY_ZERO)
 
 
-def _count(layers: float) -> int:
-    return int(layers - NEARLY_ZERO) + 1 if layers > NEARLY_ZERO else 0
+def _ceil(value: float) -> int:
+    return int(value - NEARLY_ZERO) + 1 if value > NEARLY_ZERO else 0

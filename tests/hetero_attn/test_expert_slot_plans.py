@@ -28,6 +28,7 @@ from placement.policy.problems import PolicyError
 from placement.solve.make_plan import make_plan
 from tests.hetero_attn.test_expert_plans import GPT_OSS_120B, QWEN3_30B
 from tests.hetero_attn.test_route_heat import EXPERTS, PER_ROW, trace
+from tests.support.recorded_runs import RESULTS
 
 NO_STREAM = (0,) * NUM_ROW_TIERS
 LAYERS = 6
@@ -149,6 +150,29 @@ def test_a_budget_that_given_slots_do_not_fit_is_refused_with_the_least(path):
 
     assert planned(path, least, policy=wishes).linears[2].expert_slots == 100
     assert least > LAYERS * 100 * 2654208
+
+
+@pytest.mark.parametrize("slots", [0, 32])
+def test_no_plan_streams_more_experts_in_a_decode_step_than_pays(path, slots):
+    """Whole experts are megabytes: one more in every layer bound a step by the bus, and left none of it to the slots."""
+    wishes = rules(
+        f"rules:\n  - {{match: layers.*.experts, gpu: 0.0, expert_slots: {slots}}}\n"
+        "  - {match: '*.kv', kv: {gpu_heads: all}}\n  - {match: '*', gpu: 1.0, stream: 0.0, cpu: 0.0}\n"
+    )
+    recorded = json.loads((RESULTS / "gpu_h100_2026-11-28.json").read_text())["experts"]
+    hardware = HardwareProfile.from_dict(next(each["profile"] for each in recorded if each["name"] == "rates"))
+    plan = planned(path, "8GiB", hardware=hardware, policy=wishes)
+
+    def decode_s(streamed):
+        linears = [
+            replace(linear, stream_units=(streamed(linear.stream_units[0]), *linear.stream_units[1:]))
+            for linear in plan.linears
+        ]
+        return pass_cost(plan.workload, linears, plan.kv, hardware, Call(1, 1, 1024), True).seconds
+
+    chosen = decode_s(lambda units: units)
+    assert chosen <= 1.001 * decode_s(lambda units: 0)
+    assert chosen <= 1.001 * decode_s(lambda units: max(0, units - 1))
 
 
 def test_a_smaller_budget_of_a_loaded_plan_has_fewer_slots(plan):
