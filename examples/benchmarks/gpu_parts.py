@@ -39,10 +39,10 @@ def parts(run: Run) -> Iterator[Part]:
     yield Part("rates", 30, rates)
     yield Part(f"model {shape} q4 75% auto", 45, model(shape, 0.75))
     yield Part(f"model {shape} q4 75% prompts", 40, model(shape, 0.75, "prompts"))
-    for slots in (0.25, 0.0):
-        yield Part(f"experts s1 q4 {slots:.0%} slots", 30, experts(slots))
     for share in (0.5, 0.25):
         yield Part(f"model {shape} q4 {share:.0%} prompts", 40, model(shape, share, "prompts"))
+    for slots in (0.25, 0.0):
+        yield Part(f"experts s1 q4 {slots:.0%} slots", 30, experts(slots))
     yield Part("kernels linear", 15, linear_kernel)
     yield Part("kernels linear stages", 10, linear_stages)
     yield Part("kernels attention", 20, attention_kernels)

@@ -59,7 +59,7 @@ class ByteModule(Module):
         zeros = _zero_points(read(self.zeros), self.out_features) if self.zeros else None  # one for every row
         high, wide = self.block
         if zeros is None and self.kind in UINT8_TYPES.values():
-            zeros = torch.zeros(self.out_features, -(-self.in_features // wide), device="cpu")
+            zeros = torch.zeros(self.out_features, -(-self.in_features // wide), dtype=torch.float32, device="cpu")
 
         def write(first: int, stop: int, out: torch.Tensor) -> None:
             groups = scales[torch.arange(first, stop, device="cpu") // high]
