@@ -15,10 +15,6 @@ from pathlib import Path
 import torch
 from tiny_corpus import gather_documents, split_documents
 from tiny_training import (
-    BEGIN,
-    CONTEXT,
-    END,
-    PAD,
     TrainingOptions,
     encode_stream,
     held_out_loss,
@@ -27,7 +23,7 @@ from tiny_training import (
     training_texts,
 )
 from tokenizers import Tokenizer
-from train_tiny import calm_residuals, measure, save_checkpoint
+from train_tiny import calm_residuals, measure, save_checkpoint, settings_for
 from transformers import LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -49,7 +45,6 @@ def make_model(tokenizer: Tokenizer, seed: int) -> Qwen3MoeForCausalLM:
     torch.manual_seed(seed)
     model = Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
-            vocab_size=tokenizer.get_vocab_size(),
             hidden_size=160,
             intermediate_size=256,  # of layers without experts, which there are none of
             moe_intermediate_size=64,
@@ -60,12 +55,7 @@ def make_model(tokenizer: Tokenizer, seed: int) -> Qwen3MoeForCausalLM:
             num_attention_heads=6,
             num_key_value_heads=2,
             head_dim=32,
-            max_position_embeddings=CONTEXT,
-            tie_word_embeddings=True,
-            rms_norm_eps=1e-5,
-            bos_token_id=tokenizer.token_to_id(BEGIN),
-            eos_token_id=tokenizer.token_to_id(END),
-            pad_token_id=tokenizer.token_to_id(PAD),
+            **settings_for(tokenizer),
         )
     )
     calm_residuals(model)

@@ -13,6 +13,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny_corpus import gather_documents, split_documents
@@ -70,24 +71,31 @@ def calm_residuals(model: PreTrainedModel) -> None:
             parameter.data /= math.sqrt(2 * model.config.num_hidden_layers)
 
 
+def settings_for(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what the configs of all models of this tokenizer have in common."""
+    return {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "max_position_embeddings": CONTEXT,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": tokenizer.token_to_id(BEGIN),
+        "eos_token_id": tokenizer.token_to_id(END),
+        "pad_token_id": tokenizer.token_to_id(PAD),
+    }
+
+
 def make_model(tokenizer: Tokenizer, seed: int) -> LlamaForCausalLM:
     """Return the untrained float32 model: 4 layers, 8 query heads over 4 KV heads of 32, tied head."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=tokenizer.get_vocab_size(),
             hidden_size=256,
             intermediate_size=704,
             num_hidden_layers=4,
             num_attention_heads=8,
             num_key_value_heads=4,
             head_dim=32,
-            max_position_embeddings=CONTEXT,
-            tie_word_embeddings=True,
-            rms_norm_eps=1e-5,
-            bos_token_id=tokenizer.token_to_id(BEGIN),
-            eos_token_id=tokenizer.token_to_id(END),
-            pad_token_id=tokenizer.token_to_id(PAD),
+            **settings_for(tokenizer),
         )
     )
     calm_residuals(model)

@@ -1,6 +1,7 @@
 """Qwen3-Next and Qwen3.5 against transformers in float32: gated DeltaNet, gated attention, mixed layers, states."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -191,30 +192,33 @@ STEPS = {
 @pytest.mark.parametrize("case", STEPS)
 def test_a_planted_error_of_single_tokens_shows(models, case):
     path = models["qwen3_next"]
+
+    assert error_with(path, "delta_step", STEPS[case], recorded=False) > 100 * EXACT
+
+
+def error_with(path, name, call, recorded=True):
+    """The error of an engine's logits where `call` takes the place of the operation `name`, which it is given first."""
     engine = make_engine(path, cpu_plan(toy_workload(path)))
-    engine.forward.replay = None  # what is made for a call is gone when a program runs
-    kept, engine.lanes.host_ops = engine.lanes.host_ops, Stepping(engine.lanes.host_ops, STEPS[case])
+    if not recorded:
+        engine.forward.replay = None  # what is made for a call is gone when a program runs
+    kept, engine.lanes.host_ops = engine.lanes.host_ops, Replaced(engine.lanes.host_ops, name, call)
     try:
         actual = run_logits(engine, TOKENS[:20], 12)
     finally:
         engine.lanes.host_ops = kept
         engine.close()
+    return nmse(actual, moe_logits(path, TOKENS[:20]))
 
-    assert nmse(actual, moe_logits(path, TOKENS[:20])) > 100 * EXACT
 
+class Replaced:
+    """Operations with another call in the place of one of them."""
 
-class Stepping:
-    """Operations with another one in the place of single tokens' step, which it is given."""
-
-    def __init__(self, ops, step):
-        self._ops, self._step = ops, step
+    def __init__(self, ops, name, call):
+        self._ops, self._name, self._call = ops, name, call
 
     def __getattr__(self, name):
-        return getattr(self._ops, name)
-
-    def delta_step(self, *given):
-        """Another step."""
-        self._step(self._ops.delta_step, *given)
+        op = getattr(self._ops, name)
+        return partial(self._call, op) if name == self._name else op
 
 
 def test_tokens_are_recorded_where_no_gpu_takes_part(path):
@@ -239,25 +243,8 @@ def test_tokens_are_recorded_where_no_gpu_takes_part(path):
 def test_a_forgotten_gate_shows(models, name):
     """Of what is attended to, and of the shared expert."""
     path = models["qwen3_5_moe_text"]
-    engine = make_engine(path, cpu_plan(toy_workload(path)))
-    kept, engine.lanes.host_ops = engine.lanes.host_ops, Without(engine.lanes.host_ops, name)
-    try:
-        actual = run_logits(engine, TOKENS[:20], 12)
-    finally:
-        engine.lanes.host_ops = kept
-        engine.close()
 
-    assert nmse(actual, moe_logits(path, TOKENS[:20])) > 100 * EXACT
-
-
-class Without:
-    """Operations of which one does nothing."""
-
-    def __init__(self, ops, name):
-        self._ops, self._name = ops, name
-
-    def __getattr__(self, name):
-        return (lambda *arguments: None) if name == self._name else getattr(self._ops, name)
+    assert error_with(path, name, lambda op, *arguments: None) > 100 * EXACT
 
 
 def test_the_text_of_a_model_of_images(models, tmp_path):
