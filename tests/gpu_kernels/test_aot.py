@@ -28,7 +28,7 @@ from gpu_kernels import kv_pages, reference
 from gpu_kernels.attention import prefill as prefill_op
 from gpu_kernels.attention import tiles
 from gpu_kernels.experts.ordered import WHOLE_FORMS
-from tests.support.ahead_of_time import SHARED_MEMORY_LIMIT, Resources, compile_launches
+from tests.support.ahead_of_time import SHARED_MEMORY_LIMIT, Resources, compile_launches, compile_together
 
 HIDDEN, HEADS, KV_HEADS, PAGE = 4096, 32, 8, 16
 BF16, FP32, Q8, Q4 = torch.bfloat16, torch.float32, torch.int8, torch.uint8
@@ -139,42 +139,43 @@ def rope_append(head_dim: int, norm: bool, dtype: torch.dtype = BF16) -> Callabl
 
 
 LESS_USUAL = sorted(set(WHOLE_FORMS) - {"q4", "q8", "mxfp4", "q4_k", "q6_k"})
-# launch: what to call, and the architectures of an ordinary run
+# launch: what to call, and the architectures of an ordinary run, which is every architecture for one launch of a kind
+# (decoding, prompts, one row, few rows by format, many in int8, rounding, experts) or for those of the kind together.
 LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "decode bf16 128 group 4": (decode(BF16, 128, 8), (80, 86, 89, 90, 120)),
-    "decode bf16 128 in pages of 64": (decode(BF16, 128, 8, page=64), (86, 90)),
+    "decode bf16 128 in pages of 64": (decode(BF16, 128, 8, page=64), (90,)),
     "decode q8 128 in pages of 64": (decode(Q8, 128, 8, page=64), (90,)),
-    "prefill bf16 128 in pages of 64": (prefill(BF16, 128, page=64), (86, 90)),
+    "prefill bf16 128 in pages of 64": (prefill(BF16, 128, page=64), (86,)),
     "prefill q8 128 in pages of 64": (prefill(Q8, 128, page=64), (90,)),
-    "linear q4_k 4": (linear("q4_k", 4), (80, 90)),
+    "linear q4_k 4": (linear("q4_k", 4), (80,)),
     "linear q5_k 4": (linear("q5_k", 4), ()),
     "linear q6_k 1": (linear("q6_k", 1), (86,)),
     "linear q5_1 1": (linear("q5_1", 1), ()),
     "linear iq4_xs 1": (linear("iq4_xs", 1), (120,)),
     "linear mxfp4 1": (linear("mxfp4", 1), (89,)),
-    "linear fp8 1": (linear("fp8", 1), (80, 90)),
+    "linear fp8 1": (linear("fp8", 1), (90,)),
     "linear nf4 1": (linear("nf4", 1), (86,)),
     "linear nvfp4 1": (linear("nvfp4", 1), ()),
     "decode bf16 64 group 1": (decode(BF16, 64, 32), (86,)),
     "decode bf16 80 group 16": (decode(BF16, 80, 2), (90,)),
-    "decode bf16 256 group 8": (decode(BF16, 256, 4), (80, 86)),
+    "decode bf16 256 group 8": (decode(BF16, 256, 4), (86,)),
     "decode fp32 128 group 4": (decode(FP32, 128, 8), (86,)),
     "decode bf16 128 one split": (decode(BF16, 128, 8, max_pages=4), (120,)),
     "decode fp32 64 group 1": (decode(FP32, 64, 32), ()),
     "decode fp32 256 group 8": (decode(FP32, 256, 4), ()),
-    "decode q8 128 group 4": (decode(Q8, 128, 8), (86, 90)),
+    "decode q8 128 group 4": (decode(Q8, 128, 8), (86,)),
     "decode q4 64 group 1": (decode(Q4, 64, 32), (80,)),
     "decode q4 256 group 8": (decode(Q4, 256, 4), ()),
     "prefill q8 128": (prefill(Q8, 128), (86,)),
     "prefill q4 64": (prefill(Q4, 64), ()),
     "rope_append q8": (rope_append(128, False, Q8), (90,)),
     "rope_append q4": (rope_append(80, False, Q4), (86,)),
-    "rope_append q4 norm 128": (rope_append(128, True, Q4), (80, 120)),
+    "rope_append q4 norm 128": (rope_append(128, True, Q4), (120,)),
     "rope_append q8 256": (rope_append(256, False, Q8), (89,)),
     "rope_append q4 96": (rope_append(96, False, Q4), ()),
     "decode bf16 32 group 4": (decode(BF16, 32, 8), ()),
-    "prefill bf16 128": (prefill(BF16, 128), (80, 86, 90, 120)),
-    "prefill bf16 64": (prefill(BF16, 64), (89, 90)),
+    "prefill bf16 128": (prefill(BF16, 128), (80, 86, 89, 90, 120)),
+    "prefill bf16 64": (prefill(BF16, 64), (90,)),
     "prefill bf16 80": (prefill(BF16, 80), (86,)),
     "prefill bf16 256": (prefill(BF16, 256), (86,)),
     "prefill fp32 128": (prefill(FP32, 128), (89,)),
@@ -189,30 +190,30 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "prefill bf16 32": (prefill(BF16, 32), ()),
     "q4 1 row": (linear("q4", 1), (80, 86, 89, 90, 120)),
     "q4 1 row bias": (linear("q4", 1, 28672, bias=True, accumulate=True), (90,)),
-    "q8 1 row": (linear("q8", 1), (86, 90)),
-    "q4 8 rows": (linear("q4", 8), (86, 90)),
-    "q4 16 rows": (linear("q4", 16), (80, 90)),
+    "q8 1 row": (linear("q8", 1), (86,)),
+    "q4 8 rows": (linear("q4", 8), (90,)),
+    "q4 16 rows": (linear("q4", 16), (80,)),
     "q4 32 rows": (linear("q4", 32), (86,)),
     "q4 64 rows": (linear("q4", 64), (89,)),
-    "q4 64 rows wide": (linear("q4", 64, 28672, bias=True, accumulate=True), (86, 90, 120)),
+    "q4 64 rows wide": (linear("q4", 64, 28672, bias=True, accumulate=True), (120,)),
     "q4 512 rows": (linear("q4", 512, bias=True, accumulate=True), (86, 90)),
     "q8 8 rows": (linear("q8", 8), (80,)),
     "q8 16 rows": (linear("q8", 16), (89,)),
     "q8 16 rows wide": (linear("q8", 16, 28672, bias=True), (90,)),
     "q8 32 rows": (linear("q8", 32), (86,)),
     "q8 64 rows": (linear("q8", 64), (80,)),
-    "q8 64 rows wide": (linear("q8", 64, 28672, bias=True, accumulate=True), (86, 120)),
+    "q8 64 rows wide": (linear("q8", 64, 28672, bias=True, accumulate=True), (120,)),
     "q8 512 rows": (linear("q8", 512), (120,)),
-    "q4 512 rows in int8": (linear("q4", 512, 28672, int8_rows=512), (86, 120)),
-    "q4 512 rows in int8 onto": (linear("q4", 512, 28672, True, True, int8_rows=512), (80, 89)),
+    "q4 512 rows in int8": (linear("q4", 512, 28672, int8_rows=512), (120,)),
+    "q4 512 rows in int8 onto": (linear("q4", 512, 28672, True, True, int8_rows=512), (89,)),
     "q4 80 rows in int8": (linear("q4", 80, int8_rows=512), (86,)),
-    "q8 512 rows in int8": (linear("q8", 512, 28672, int8_rows=512), (80, 89)),
-    "q8 512 rows in int8 onto": (linear("q8", 512, 28672, True, True, int8_rows=512), (86, 120)),
+    "q8 512 rows in int8": (linear("q8", 512, 28672, int8_rows=512), (80,)),
+    "q8 512 rows in int8 onto": (linear("q8", 512, 28672, True, True, int8_rows=512), (86,)),
     "q8 80 rows in int8": (linear("q8", 80, accumulate=True, int8_rows=512), (90,)),
     "merge 2": (merge(2, 128), (86,)),
     "merge 3 of 80": (merge(3, 80), (90,)),
     "decode capped": (decode(torch.bfloat16, 256, KV_HEADS, cap=50.0), (86,)),
-    "prefill capped": (prefill(torch.bfloat16, 256, cap=50.0), (86, 90)),
+    "prefill capped": (prefill(torch.bfloat16, 256, cap=50.0), (90,)),
     "rms_norm": (rms_norm, (86,)),
     "rms_norm added": (rms_norm_added, (90,)),
     "silu_mul": (silu_mul, (90,)),
@@ -226,20 +227,20 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
         (90,),
     ),
     "rounded_norm q4": (rounded_norm("q4", 1), (80, 86, 89, 90, 120)),
-    "rounded_norm q8 rows": (rounded_norm("q8", 16), (86, 90)),
+    "rounded_norm q8 rows": (rounded_norm("q8", 16), (90,)),
     "rounded_norm prompt": (rounded_norm("q4", 512), (90,)),
-    "rounded_gated q4": (rounded_gated("q4", 1), (86, 90)),
+    "rounded_gated q4": (rounded_gated("q4", 1), (86,)),
     "rounded_gated q8 prompt": (rounded_gated("q8", 512), (80,)),
-    "copy_rows": (lambda: copy_rows(1, HIDDEN, HIDDEN), (86, 90)),
+    "copy_rows": (lambda: copy_rows(1, HIDDEN, HIDDEN), (86,)),
     "copy_rows strided": (lambda: copy_rows(4, 1029, 4099), (80,)),
-    "add_rows": (lambda: gpu_kernels.add_rows(empty(1, HIDDEN), empty(1, HIDDEN)), (86, 90)),
+    "add_rows": (lambda: gpu_kernels.add_rows(empty(1, HIDDEN), empty(1, HIDDEN)), (90,)),
     "experts q4 1": (experts("q4", 1), (80, 86, 89, 90, 120)),
-    "experts q4 64": (experts("q4", 64), (86, 90)),
+    "experts q4 64": (experts("q4", 64), (90,)),
     "experts q4 512": (experts("q4", 512), (80, 89, 120)),
     "experts q4 512 by place": (experts("q4", 512, True), (90,)),
-    "experts q8 1": (experts("q8", 1), (86, 90)),
+    "experts q8 1": (experts("q8", 1), (86,)),
     "experts q8 512": (experts("q8", 512), (90,)),
-    "experts mxfp4 1": (experts("mxfp4", 1), (86, 120)),
+    "experts mxfp4 1": (experts("mxfp4", 1), (120,)),
     "experts mxfp4 512": (experts("mxfp4", 512), (90,)),
     "experts q4_k 1": (experts("q4_k", 1), (86,)),
     "experts q4_k 512": (experts("q4_k", 512), (90,)),
@@ -247,7 +248,7 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "experts q6_k 512": (experts("q6_k", 512), (86,)),
     **{f"experts {name} 1": (experts(name, 1), ()) for name in LESS_USUAL},
     **{f"experts {name} 512": (experts(name, 512), ()) for name in LESS_USUAL},
-    "experts bf16 1": (experts("bf16", 1), (80, 90)),
+    "experts bf16 1": (experts("bf16", 1), (80,)),
     "experts bf16 512": (experts("bf16", 512), (86,)),
     "experts fp32 64": (experts("fp32", 64), ()),
     "experts fp16 64": (experts("fp16", 64), ()),
@@ -293,6 +294,24 @@ def tiles_of_the_architecture(request, monkeypatch):
     monkeypatch.setattr(prefill_op, "is_hopper", lambda device: architecture == 90)
 
 
+@pytest.fixture(scope="module")
+def begun() -> set[tuple[object, int]]:
+    """The tests and architectures whose launches were compiled together."""
+    return set()
+
+
+@pytest.fixture
+def compiled_together(request, tiles_of_the_architecture, begun, architecture):
+    """The first test of an architecture does for all that were asked for what each would start a process for."""
+    if (request.function, architecture) not in begun:
+        begun.add((request.function, architecture))
+        chosen = [item.callspec.params for item in request.session.items if item.function is request.function]
+        names = [each["name"] for each in chosen if each["architecture"] == architecture]
+        compile_together([LAUNCHES[name][0] for name in names], architecture)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("compiled_together")
 @pytest.mark.parametrize("name,architecture", ORDINARY)
 def test_compiles_within_limits(name, architecture):
     kernels = compile_launches(LAUNCHES[name][0], architecture)
@@ -331,6 +350,7 @@ def test_no_kernel_relies_on_a_cache_modifier_that_triton_drops():
 
 @pytest.mark.aot_full
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("compiled_together")
 @pytest.mark.parametrize("name,architecture", REST)
 def test_compiles_within_limits_on_the_other_architectures(name, architecture):
     for used in compile_launches(LAUNCHES[name][0], architecture):

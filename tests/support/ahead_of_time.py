@@ -2,17 +2,22 @@
 
 A driver that only names its target stands in for CUDA, a launch becomes a compilation, and the wrappers run on meta
 tensors; so dtypes, alignments, integer specialisations, warps and stages are exactly those of a real launch. The cubin
-then says what a kernel costs.
+then says what a kernel costs. The disassembler takes half a second to start and a hundredth for a kernel, so it is
+given the code of many together.
 """
 
 from __future__ import annotations
 
+import bisect
 import collections
 import functools
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -24,10 +29,16 @@ from triton.runtime.jit import JITFunction
 
 KIB = 1024
 SHARED_MEMORY_LIMIT = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 120: 99 * KIB}
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+(?:\.[A-Z0-9_]+)*)", re.M)
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(([A-Z0-9_]+(?:\.[A-Z0-9_]+)*).*)", re.M)
+_JUMP = re.compile(r"BRA\b.*?\b0x([0-9a-f]+)")
 
-_LABEL = re.compile(r"^\s*(\.L_x_\d+):", re.M)
-_JUMP = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
+
+class Instruction(NamedTuple):
+    """One of a kernel's machine code; target: where a jump to a fixed place goes."""
+
+    address: int
+    name: str
+    target: int | None
 
 
 class Resources(NamedTuple):
@@ -48,6 +59,9 @@ class Resources(NamedTuple):
     int8_products: int
 
 
+_known: dict[bytes, list[Instruction]] = {}  # machine code, by the cubin that has it
+
+
 class _NamedTarget:
     """The part of a Triton driver that compilation asks for."""
 
@@ -66,6 +80,22 @@ class _NamedTarget:
 
 def compile_launches(call: Callable[[], None], architecture: int) -> list[Resources]:
     """Compile every kernel that `call` would launch; raises what the compiler raises."""
+    compiled = _compiled(call, architecture)
+    _disassemble([kernel.asm["cubin"] for _, kernel in compiled], architecture)
+    return [_resources(name, kernel) for name, kernel in compiled]
+
+
+def compile_together(calls: Iterable[Callable[[], None]], architecture: int) -> None:
+    """Do for many calls what `compile_launches` then finds done; what does not compile is raised there."""
+    cubins = []
+    for call in calls:
+        with suppress(Exception):
+            cubins += [kernel.asm["cubin"] for _, kernel in _compiled(call, architecture)]
+    _disassemble(cubins, architecture)
+
+
+def _compiled(call: Callable[[], None], architecture: int) -> list[tuple[str, Any]]:
+    """The names and the compiled kernels of what `call` would launch."""
     compiled = []
     run = JITFunction.run
 
@@ -80,17 +110,15 @@ def compile_launches(call: Callable[[], None], architecture: int) -> list[Resour
             call()
     finally:
         driver._active = active
-    return [_resources(name, kernel) for name, kernel in compiled]
+    return compiled
 
 
 @functools.cache
 def _resources(name: str, kernel: Any) -> Resources:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(kernel.asm["cubin"])
-        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
-        code = _output(knobs.nvidia.nvdisasm.path, "-c", cubin)
-    counts = collections.Counter(_INSTRUCTION.findall(code))
+    code = _known[kernel.asm["cubin"]]
+    with _file(kernel.asm["cubin"]) as cubin:
+        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name)
+    counts = collections.Counter(instruction.name for instruction in code)
 
     def count(*families: str, having: str = "") -> int:
         return sum(n for op, n in counts.items() if op.split(".")[0] in families and having in op)
@@ -110,15 +138,52 @@ def _resources(name: str, kernel: Any) -> Resources:
     )
 
 
-def _longest_loop(code: str) -> list[str]:
+def _longest_loop(code: list[Instruction]) -> list[str]:
     """The instructions of the longest piece of code that a jump back repeats."""
-    labels = {match.group(1): match.start() for match in _LABEL.finditer(code)}
+    places = {instruction.address: place for place, instruction in enumerate(code)}
     loops = [
-        code[labels[jump.group(1)] : jump.start()]
-        for jump in _JUMP.finditer(code)
-        if labels[jump.group(1)] < jump.start()
+        code[places[jump.target] : place + 1]
+        for place, jump in enumerate(code)
+        if jump.target is not None and jump.target <= jump.address
     ]
-    return max(map(_INSTRUCTION.findall, loops), key=len, default=[])
+    return [instruction.name for instruction in max(loops, key=len, default=[])]
+
+
+def _disassemble(cubins: list[bytes], architecture: int) -> None:
+    """Learn the machine code of those that are not known, all from one run of the disassembler."""
+    new = [cubin for cubin in dict.fromkeys(cubins) if cubin not in _known]
+    if not new:
+        return
+    pieces = list(map(_machine_code, new))
+    with _file(b"".join(pieces)) as image:
+        kind = f"SM{architecture}{'a' if architecture >= 90 else ''}"
+        text = _output(knobs.nvidia.nvdisasm.path, "-b", kind, image.name)
+    instructions = [
+        Instruction(int(match[1], 16), match[3], int(jump[1], 16) if (jump := _JUMP.match(match[2])) else None)
+        for match in _INSTRUCTION.finditer(text)
+    ]
+    addresses = [instruction.address for instruction in instructions]
+    edges = [bisect.bisect_left(addresses, edge) for edge in itertools.accumulate(map(len, pieces), initial=0)]
+    for cubin, (first, last) in zip(new, itertools.pairwise(edges), strict=True):
+        _known[cubin] = instructions[first:last]
+
+
+def _machine_code(cubin: bytes) -> bytes:
+    """The only section of an ELF file that has a kernel's instructions."""
+    table, entry_bytes, entries, names = (*struct.unpack_from("<Q", cubin, 40), *struct.unpack_from("<HHH", cubin, 58))
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + entry_bytes * entry) for entry in range(entries)]
+    names_at = sections[names][4]
+    (code,) = [each for each in sections if cubin.startswith(b".text.", names_at + each[0])]
+    return cubin[code[4] : code[4] + code[5]]
+
+
+@contextmanager
+def _file(content: bytes) -> Iterator[Any]:
+    """A file that has this content, for the tools."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        yield file
 
 
 def _output(*command: str | Path) -> str:
