@@ -1,5 +1,6 @@
 """The addresses of a server, and what stands around each: one place where an error becomes an answer."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -83,21 +84,34 @@ class Door:
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
+        self._arriving = 0  # requests that have come and whose tasks have not begun
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse one request, or pass it on."""
         is_post = scope["type"] == "http" and scope["method"] == "POST"
-        if is_post and (refusal := self.refusal(scope["path"])) is not None:
+        if is_post and (refusal := self._refusal(scope["path"])) is not None:
             await refusal(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
-    def refusal(self, path: str) -> Response | None:
-        """What a POST to a path is answered where there is no room for it; counted."""
+    def on_arrival(self, path: str) -> Response | None:
+        """What a POST that has come whole is answered where there is no room for it. Else its task begins two turns of
+        the event loop on: of many that come in one turn all are there before the first of them is let in."""
+        refusal = self._refusal(path)
+        if refusal is None and path in self._paths:
+            loop = asyncio.get_running_loop()
+            self._arriving += 1
+            loop.call_soon(loop.call_soon, self._begun)
+        return refusal
+
+    def _begun(self) -> None:
+        self._arriving -= 1
+
+    def _refusal(self, path: str) -> Response | None:
         if path not in self._paths:
             return None
         try:
-            self._service.check_room()
+            self._service.check_room(arriving=self._arriving)
         except ApiError as error:
             self._service.metrics.refused(error.status)
             return response_of(error, path)

@@ -14,32 +14,39 @@ from hetero_attn.server.failures import ApiError
 from hetero_attn.server.settings import ServerSettings
 
 SMALL_BYTES = 1 << 16  # of them the worst takes 12 ms; of 8 MiB it takes 1.5 s, in which no stream would get a token
-_LARGE = ThreadPoolExecutor(1, thread_name_prefix="hetero-attn-bodies")
 Body = TypeVar("Body", bound=BaseModel)
 
 
-async def read_json(request: Request, settings: ServerSettings) -> dict[str, Any]:
-    """The JSON object of a request, a large one read on a thread of its own. Raises ApiError: 413 too large, 408 too
-    slow, 415 encoded, 400 no such object."""
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding.lower() not in ("", "identity"):
-        raise ApiError(415, f"the body's content-encoding is {encoding!r:.40}; send it as it is, without one")
-    declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > settings.body_bytes:
-        raise _too_large(settings)
-    try:
-        async with asyncio.timeout(settings.body_s):
-            data = await _read(request, settings)
-    except TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {settings.body_s:g} s; send it again") from None
-    except ClientDisconnect:
-        raise ApiError(499, "the client is gone") from None
-    if len(data) <= SMALL_BYTES:
-        return parse_object(data, settings.depth)
-    return await asyncio.get_running_loop().run_in_executor(_LARGE, parse_object, data, settings.depth, _whole)
+class BodyReader:
+    """Reads the JSON bodies of one server's requests, the large ones on a thread of its own."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="hetero-attn-bodies")
+
+    async def read(self, request: Request) -> dict[str, Any]:
+        """A request's JSON object. Raises ApiError: 413 too large, 408 too slow, 415 encoded, 400 no such object."""
+        settings = self._settings
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding.lower() not in ("", "identity"):
+            raise ApiError(415, f"the body's content-encoding is {encoding!r:.40}; send it as it is, without one")
+        declared = request.headers.get("content-length", "0")
+        if declared.isdigit() and int(declared) > settings.body_bytes:
+            raise _too_large(settings)
+        try:
+            async with asyncio.timeout(settings.body_s):
+                data = await _received(request, settings)
+        except TimeoutError:
+            raise ApiError(408, f"the body did not arrive within {settings.body_s:g} s; send it again") from None
+        except ClientDisconnect:
+            raise ApiError(499, "the client is gone") from None
+        if len(data) <= SMALL_BYTES:
+            return parse_object(data, settings.depth)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._large, parse_object, data, settings.depth, _whole)
 
 
-async def _read(request: Request, settings: ServerSettings) -> bytes:
+async def _received(request: Request, settings: ServerSettings) -> bytes:
     chunks, size = [], 0
     async for chunk in request.stream():
         size += len(chunk)
@@ -56,7 +63,7 @@ def parse_object(data: bytes, depth: int, whole: Callable[[str], int] | None = N
     """
     try:
         value = json.loads(
-            data,
+            data.decode(),  # of bytes it would guess the encoding
             object_pairs_hook=_without_duplicates,
             parse_constant=_no_constant,
             parse_float=_finite,

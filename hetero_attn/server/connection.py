@@ -10,9 +10,11 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import h11
+from starlette.responses import Response
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 HEAD_S = 30.0
+HEAD_BYTES = 1 << 16
 # What decides about more than whether there is room: these are for the parser and the application.
 _UNUSUAL = {b"connection", b"expect", b"origin", b"te", b"transfer-encoding", b"upgrade"}
 _ONCE = (b"content-length", b"host")
@@ -54,10 +56,11 @@ def packet(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> 
 class PatientConnection(H11Protocol):
     """uvicorn's connection, closed when a request's head takes longer than HEAD_S to arrive.
 
-    Its application has a method `refusal` beside being callable: what it answers a `Head` at once, or None.
+    Its application has a method `on_arrival` beside being callable: what it answers a `Head` at once, or None.
     """
 
     _head_timer: asyncio.TimerHandle | None = None
+    _is_done = False  # what still comes is read and forgotten: closed with unread bytes, a client loses the answer
 
     def connection_made(self, transport: Any) -> None:
         """Begin to wait for the first request."""
@@ -65,34 +68,54 @@ class PatientConnection(H11Protocol):
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes; the deadline stands until they make a whole head."""
-        if self._refuses(data):
+        """Take bytes, those of a request that is let in only when all that came with it and are refused were told."""
+        if self._is_done:
             return
-        super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._forget_timer()
-        elif self._head_timer is None:
-            self._expect_head()
+        is_between = self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
+        head = plain_post(data) if is_between and not self.transport.is_closing() else None
+        if head is None:
+            self._take(data)
+        elif (refused := self.config.app.on_arrival(head)) is not None:  # type: ignore[union-attr]
+            self._refuse(refused)
+        else:
+            self.loop.call_soon(self._take_if_open, data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Take back the deadline of a head that will not come."""
         self._forget_timer()
         super().connection_lost(exc)
 
-    def _refuses(self, data: bytes) -> bool:
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, or a head that is larger than what is kept of one."""
+        if len(self.conn.trailing_data[0]) <= HEAD_BYTES:
+            super().send_400_response(msg)
+            return
+        body = b"the head is larger than %d bytes; send less in it" % HEAD_BYTES
+        plain = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(body))]
+        self.transport.write(packet(431, [*plain, (b"connection", b"close")], body))
+        self.transport.write_eof()
+        self._is_done = True
+
+    def _take_if_open(self, data: bytes) -> None:
+        if not self.transport.is_closing():  # else nobody would be told that its client is gone
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        """Have the parser take bytes; the deadline stands until they make a whole head."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._forget_timer()
+        elif self._head_timer is None:
+            self._expect_head()
+
+    def _refuse(self, refused: Response) -> None:
         """Answer a request that nothing more has to be known of; the parser never hears of it."""
-        is_between = self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
-        head = plain_post(data) if is_between else None
-        refused = None if head is None else self.config.app.refusal(head)  # type: ignore[union-attr]
-        if refused is None or self.transport.is_closing():
-            return False
         answer = [*self.server_state.default_headers, *refused.raw_headers]
         self.transport.write(packet(refused.status_code, answer, bytes(refused.body)))
         self.server_state.total_requests += 1
         self._forget_timer()
         self._unset_keepalive_if_required()
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
-        return True
 
     def _expect_head(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_S, self._give_up)

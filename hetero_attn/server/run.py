@@ -16,7 +16,7 @@ import uvicorn
 from hetero_attn.errors import EngineDeadError
 from hetero_attn.server.app import make_app
 from hetero_attn.server.banner import banner
-from hetero_attn.server.connection import PatientConnection
+from hetero_attn.server.connection import HEAD_BYTES, PatientConnection
 from hetero_attn.server.driver import State
 from hetero_attn.server.service import Service
 from hetero_attn.server.settings import ServerSettings
@@ -59,6 +59,7 @@ class HeteroServer(uvicorn.Server):
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=LAST_WORDS_S,
             server_header=False,
+            h11_max_incomplete_event_size=HEAD_BYTES,
         )
         super().__init__(config)
 

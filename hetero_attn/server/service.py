@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hetero_attn.errors import PromptError, SamplingError
+from hetero_attn.server.bodies import BodyReader
 from hetero_attn.server.dialogue.answer import Parser, PlainText
 from hetero_attn.server.dialogue.forced import form_wishes
 from hetero_attn.server.dialogue.formats import AnswerFormat, end_of, format_of
@@ -45,6 +46,7 @@ class Service:
         self, load: Callable[[], LLM], settings: ServerSettings, changed: Callable[[State], None] = lambda state: None
     ) -> None:
         self.settings = settings
+        self.bodies = BodyReader(settings)
         self.metrics = ServerMetrics(self.gauges, self._phases, self._drafts)
         self.driver = Driver(load, self.metrics, changed)
         self.started_at = int(time.time())
@@ -178,13 +180,14 @@ class Service:
         if not adding.cancelled() and adding.exception() is None:
             self.driver.give_up(adding.result())
 
-    def check_room(self, count: int = 1) -> None:
+    def check_room(self, count: int = 1, arriving: int = 0) -> None:
         """Raise ApiError 429 where so many more requests find neither a place nor room to wait; 503 without a model.
 
+        arriving: requests that came before and are not begun.
         What does not even fit an empty server may enter one: it waits for itself.
         """
         places, limit = self.llm.plan.max_batch, self.settings.max_waiting
-        taken = len(self.driver.live) + self._entering
+        taken = len(self.driver.live) + self._entering + arriving
         if taken + count > places + max(limit, count - places if taken == 0 else 0):
             raise ApiError(
                 429,

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from hetero_attn.server import bodies
-from hetero_attn.server.bodies import _read, parse_object
+from hetero_attn.server.bodies import _received, parse_object
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.settings import ServerSettings
 from tests.server.test_lifecycle import read_until
@@ -33,6 +33,9 @@ def chat(**more: object) -> bytes:
         ("chat/completions", b'"x"', 400, "must be an object"),
         ("chat/completions", b"{", 400, "no JSON"),
         ("chat/completions", b"\xff\xfe\xff", 400, "UTF-8"),
+        ("chat/completions", chat().decode().encode("utf-16"), 400, "UTF-8"),
+        ("chat/completions", chat().decode().encode("utf-16-le"), 400, "no JSON"),
+        ("chat/completions", b"\xef\xbb\xbf" + chat(), 400, "BOM"),
         ("chat/completions", b'{"messages": [], "messages": []}', 400, "twice"),
         ("chat/completions", b'{"temperature": NaN}', 400, "NaN"),
         ("chat/completions", b'{"a":' * 100 + b"1" + b"}" * 100, 400, "deep"),
@@ -52,6 +55,8 @@ def chat(**more: object) -> bytes:
         ("chat/completions", chat(n=17), 400, "n is 17"),
         ("chat/completions", chat(n=0), 400, "n is 0"),
         ("completions", b'{"prompt": "a", "n": 0}', 400, "n is 0"),
+        ("completions", b'{"prompt": [true]}', 400, "prompt"),
+        ("completions", b'{"prompt": [[1, false]]}', 400, "prompt"),
         ("chat/completions", chat(stop=["x"] * 17), 400, "stop"),
         ("chat/completions", chat(logit_bias={"5000": 1}), 400, "logit_bias"),
         ("chat/completions", chat(top_logprobs=2), 400, "logprobs: true"),
@@ -225,7 +230,7 @@ def test_of_a_body_without_end_no_more_is_taken_than_may_be_kept():
             yield bytes(65_536)
 
     with pytest.raises(ApiError) as refused:
-        asyncio.run(_read(SimpleNamespace(stream=stream), settings))
+        asyncio.run(_received(SimpleNamespace(stream=stream), settings))
     assert refused.value.status == 413 and sum(taken) <= settings.body_bytes + 65_536 <= 10 << 20
 
 
@@ -302,6 +307,20 @@ def test_a_slow_head_is_given_up(monkeypatch):
     with RunningServer() as server, socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
         sock.sendall(b"GET /health HTTP/1.1\r\nHos")
         assert sock.recv(100) == b""
+
+
+def test_a_head_without_end_is_told_so(server):
+    """What comes behind the answer is read: else the client would meet a reset, and never see it."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-More: ")
+        for _ in range(8):
+            sock.sendall(b"a" * 100_000)
+        told = b""
+        while data := sock.recv(65536):
+            told += data
+        sock.sendall(b"a" * 100_000)
+
+    assert told.startswith(b"HTTP/1.1 431 ") and told.endswith(b"larger than 65536 bytes; send less in it")
 
 
 def test_a_reader_that_reads_nothing_stops_nobody(http, server):

@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,11 +16,11 @@ from starlette.testclient import TestClient
 
 from hetero_attn.server import app as application
 from hetero_attn.server import service as services
-from hetero_attn.server.connection import plain_post
+from hetero_attn.server.connection import PatientConnection, plain_post
 from hetero_attn.server.driver import State
 from hetero_attn.server.service import Service
 from hetero_attn.server.settings import ServerSettings
-from tests.support.http_server import RunningServer
+from tests.support.http_server import RunningServer, load_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -130,6 +131,31 @@ def test_a_connection_goes_on_behind_a_refusal_that_nobody_parsed(monkeypatch):
     assert stranger.startswith(b"HTTP/1.1 401 ") and answered.startswith(b"HTTP/1.1 200 ") and refused == 3
 
 
+def test_of_those_who_come_in_one_turn_no_more_are_begun_than_find_room(monkeypatch):
+    """All of a crowd are there before the first of them is let in; what is begun for the rest, all others wait for."""
+    begun = []
+    take = PatientConnection._take
+    monkeypatch.setattr(PatientConnection, "_take", lambda self, data: begun.append(data) or take(self, data))
+    body = b'{"prompt":"A","max_tokens":2}'
+    request = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    with RunningServer(lambda: load_tiny(batch=1), max_waiting=3) as server:
+        held, going = threading.Event(), threading.Event()
+        socks = [socket.create_connection(("127.0.0.1", server.port), 60) for _ in range(20)]
+        server.server._loop.call_soon_threadsafe(lambda: (held.set(), going.wait(60)))
+        assert held.wait(60)
+        for sock in socks:
+            sock.sendall(request)
+        going.set()
+        told = [_asked(sock) for sock in socks]
+        count = len(begun)
+        assert _asked(socks[0], request).startswith(b"HTTP/1.1 200 "), "nobody is expected any more"
+        for sock in socks:
+            sock.close()
+
+    statuses = sorted(answer[9:12] for answer in told)
+    assert statuses == [b"200"] * 4 + [b"429"] * 16 and count == 4
+
+
 def _asked(sock: socket.socket, *parts: bytes) -> bytes:
     """A whole answer to a request that is sent in so many parts."""
     for part in parts:
@@ -146,7 +172,7 @@ def _asked(sock: socket.socket, *parts: bytes) -> bytes:
 FIRST = """
 import json, sys, threading
 import httpx
-from tests.support.http_server import RunningServer
+from tests.support.http_server import RunningServer, load_tiny
 talk = [{"role": "user", "content": "Hi"}]
 asked = [
     ("/v1/completions", {"prompt": "A", "max_tokens": 2}),

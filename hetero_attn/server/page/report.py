@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 
 from hetero_attn.errors import ArgumentError, MemoryBudgetError
-from hetero_attn.server.bodies import checked, read_json
+from hetero_attn.server.bodies import checked
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.protocols.fields import Fields
 from hetero_attn.server.service import Service
@@ -68,7 +68,7 @@ async def curve(service: Service, request: Request) -> Any:
 
 async def resize(service: Service, request: Request) -> Any:
     """Change the GPU memory of an elastic model, between two steps."""
-    wanted = checked(ResizeBody, await read_json(request, service.settings)).gpu_memory_bytes
+    wanted = checked(ResizeBody, await service.bodies.read(request)).gpu_memory_bytes
     llm = service.llm
     try:
         plan = await asyncio.wrap_future(service.driver.between_steps(lambda: llm.resize(wanted)))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from starlette.requests import Request
 
-from hetero_attn.server.bodies import checked, read_json, refuse
+from hetero_attn.server.bodies import checked, refuse
 from hetero_attn.server.dialogue.answer import Answer, Piece
 from hetero_attn.server.dialogue.forced import format_wishes
 from hetero_attn.server.dialogue.messages import template_messages
@@ -59,7 +59,7 @@ class Body(SamplingFields):
 
 async def chat_completions(service: Service, request: Request) -> Any:
     """Answer `POST /v1/chat/completions`, as a stream or as one object. Raises ApiError."""
-    body = checked(Body, await read_json(request, service.settings))
+    body = checked(Body, await service.bodies.read(request))
     _refuse(body)
     check_model(service, body.model)
     count_unknown(service, body)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from pydantic import StrictInt
 from starlette.requests import Request
 
-from hetero_attn.server.bodies import checked, read_json, refuse
+from hetero_attn.server.bodies import checked, refuse
 from hetero_attn.server.dialogue.answer import Answer, Piece
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.generation import Generation
@@ -29,7 +30,7 @@ MOST_PROMPTS = 256
 class Body(SamplingFields):
     """The body of `POST /v1/completions`, beside the fields of sampling."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | list[StrictInt] | list[str] | list[list[StrictInt]]
     max_tokens: int | None = 16
     logprobs: Logprobs | None = None
     echo: bool | None = False
@@ -40,7 +41,7 @@ class Body(SamplingFields):
 
 async def completions(service: Service, request: Request) -> Any:
     """Answer `POST /v1/completions`, for one or several prompts. Raises ApiError."""
-    body = checked(Body, await read_json(request, service.settings))
+    body = checked(Body, await service.bodies.read(request))
     refuse(body, suffix="the model does not fill in the middle", use_beam_search="answers are sampled", **OLDER_FORMS)
     check_model(service, body.model)
     count_unknown(service, body)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from starlette.requests import Request
 
-from hetero_attn.server.bodies import checked, read_json, refuse
+from hetero_attn.server.bodies import checked, refuse
 from hetero_attn.server.dialogue.forced import format_wishes
 from hetero_attn.server.dialogue.messages import template_messages, text_of
 from hetero_attn.server.dialogue.shapes import as_kind, as_object
@@ -57,7 +57,7 @@ class Body(CountBody):
 
 async def messages(service: Service, request: Request) -> Any:
     """Answer `POST /v1/messages`, as a stream of events or as one message. Raises ApiError."""
-    body = checked(Body, await read_json(request, service.settings))
+    body = checked(Body, await service.bodies.read(request))
     turn = _turn_of(service, body, _wishes(body))
 
     def make_writer(generation: Generation) -> MessageWriter:
@@ -68,7 +68,7 @@ async def messages(service: Service, request: Request) -> Any:
 
 async def count_tokens(service: Service, request: Request) -> Any:
     """How many tokens the prompt of such a request has."""
-    body = checked(CountBody, await read_json(request, service.settings))
+    body = checked(CountBody, await service.bodies.read(request))
     return JsonAnswer({"input_tokens": await service.count_tokens(_turn_of(service, body, {}))})
 
 

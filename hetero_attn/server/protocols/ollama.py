@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from hetero_attn.server.bodies import checked, read_json, refuse
+from hetero_attn.server.bodies import checked, refuse
 from hetero_attn.server.dialogue.forced import format_wishes
 from hetero_attn.server.dialogue.messages import template_messages
 from hetero_attn.server.dialogue.tools import tools_of
@@ -76,7 +76,7 @@ class ShowBody(Fields):
 
 async def chat(service: Service, request: Request) -> Any:
     """Answer `POST /api/chat`; without messages it only says that the model is loaded. Raises ApiError."""
-    body = checked(ChatBody, await read_json(request, service.settings))
+    body = checked(ChatBody, await service.bodies.read(request))
     _check(service, body)
     if not body.messages:
         return _loaded(service, body, {"message": {"role": "assistant", "content": ""}})
@@ -90,7 +90,7 @@ async def chat(service: Service, request: Request) -> Any:
 
 async def generate(service: Service, request: Request) -> Any:
     """Go on with a prompt: a user's words, or with `raw` the text as it stands."""
-    body = checked(GenerateBody, await read_json(request, service.settings))
+    body = checked(GenerateBody, await service.bodies.read(request))
     _check(service, body)
     refuse(
         body,
@@ -117,7 +117,7 @@ async def tags(service: Service, request: Request) -> Any:
 
 async def show(service: Service, request: Request) -> Any:
     """What is known of the model."""
-    body = checked(ShowBody, await read_json(request, service.settings))
+    body = checked(ShowBody, await service.bodies.read(request))
     check_model(service, body.model or body.name)
     config, answers = service.llm.engine.config, service.answer_format
     marks = answers.marks

@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from hetero_attn.server.bodies import checked, read_json, refuse
+from hetero_attn.server.bodies import checked, refuse
 from hetero_attn.server.dialogue.forced import format_wishes
 from hetero_attn.server.dialogue.messages import template_messages, text_of
 from hetero_attn.server.dialogue.shapes import as_object
@@ -59,7 +59,7 @@ class Body(Fields):
 
 async def responses(service: Service, request: Request) -> Any:
     """Answer `POST /v1/responses`, as a stream of events or as one response. Raises ApiError."""
-    body = checked(Body, await read_json(request, service.settings))
+    body = checked(Body, await service.bodies.read(request))
     _refuse(body)
     check_model(service, body.model)
     count_unknown(service, body)

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hetero_attn.server.bodies import checked, read_json
+from hetero_attn.server.bodies import checked
 from hetero_attn.server.dialogue.messages import template_messages
 from hetero_attn.server.driver import State
 from hetero_attn.server.failures import ApiError
@@ -74,7 +74,7 @@ def _card(service: Service) -> dict[str, Any]:
 
 async def tokenize(service: Service, request: Request) -> Response:
     """Text, or a conversation, as token ids."""
-    body, tokenizer = checked(TokenizeBody, await read_json(request, service.settings)), service.tokenizer
+    body, tokenizer = checked(TokenizeBody, await service.bodies.read(request)), service.tokenizer
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give prompt or messages, one of the two", param="prompt")
 
@@ -91,7 +91,7 @@ async def tokenize(service: Service, request: Request) -> Response:
 
 async def detokenize(service: Service, request: Request) -> Response:
     """The text of token ids, special tokens kept. Raises ApiError for an id beyond the vocabulary."""
-    body = checked(DetokenizeBody, await read_json(request, service.settings))
+    body = checked(DetokenizeBody, await service.bodies.read(request))
     vocab_size = service.llm.engine.config.vocab_size
     for position, token_id in enumerate(body.tokens):
         if not 0 <= token_id < vocab_size:
