@@ -15,6 +15,8 @@ SMALLER_KV_DTYPES = ("bf16", "q8", "q4")
 ARGUMENTS = {"dtype": "dtype", "kv-dtype": "kv_dtype", "batch": "max_batch", "context": "max_context"}
 LEAST_CONTEXT = 1024
 MOST_WAYS = 3
+CONTEXT = "--context"
+WITHOUT_BUDGET = "no --gpu-memory"
 
 Settle = Callable[[LoadOptions], PlannedModel]
 
@@ -44,7 +46,8 @@ def settle_or_suggest(wishes: LoadOptions, asked: Asked | None = None) -> Planne
 
 def as_arguments(suggestion: str) -> str:
     """Options of the command line, such as `--kv-dtype q8`, as arguments of `LLM`: `kv_dtype=q8`."""
-    return re.sub(r"--([a-z-]+) (\w+)", lambda found: f"{ARGUMENTS[found[1]]}={found[2]}", suggestion)
+    named = re.sub(r"--([a-z-]+) (\w+)", lambda found: f"{ARGUMENTS[found[1]]}={found[2]}", suggestion)
+    return named.replace(WITHOUT_BUDGET, "no gpu_memory")
 
 
 def would_fit(wishes: LoadOptions, settled: Settle = settle) -> str:
@@ -56,9 +59,13 @@ def would_fit(wishes: LoadOptions, settled: Settle = settle) -> str:
 def ways_to_fit(wishes: LoadOptions, settled: Settle = settle) -> list[str]:
     """Options of the command line with which the model would fit, the least sacrifice first; empty when none does.
 
-    One wish is made smaller at a time, and all together where one is not enough.
+    One wish is made smaller at a time, and all together where one is not enough. Of contexts the longest is named.
     """
-    found = [option for option, smaller in _smaller_wishes(wishes) if _fits(smaller, settled)]
+    found: list[str] = []
+    for option, smaller in _smaller_wishes(wishes):
+        is_context = option.startswith(CONTEXT)
+        if not (is_context and any(way.startswith(CONTEXT) for way in found)) and _fits(smaller, settled):
+            found.append(option)
     together = replace(wishes, dtype="q4", kv_dtype="q4", max_batch=1, max_context=LEAST_CONTEXT)
     if not found and _fits(together, settled):
         return [f"--dtype q4 --kv-dtype q4 --batch 1 --context {LEAST_CONTEXT} together"]
@@ -74,9 +81,11 @@ def _smaller_wishes(wishes: LoadOptions) -> Iterator[tuple[str, LoadOptions]]:
     context = wishes.max_context or 0
     while context // 2 >= LEAST_CONTEXT:
         context //= 2
-        yield f"--context {context}", replace(wishes, max_context=context)
+        yield f"{CONTEXT} {context}", replace(wishes, max_context=context)
     for dtype in _below(wishes.dtype, SMALLER_DTYPES):
         yield f"--dtype {dtype}", replace(wishes, dtype=dtype)
+    if wishes.gpu_memory is not None:
+        yield WITHOUT_BUDGET, replace(wishes, gpu_memory=None)
 
 
 def _below(dtype: str, order: tuple[str, ...]) -> tuple[str, ...]:

@@ -49,6 +49,12 @@ def largest_layer_split(workload: Workload, gpu_bytes: float) -> int:
     return fits
 
 
+def everything_bytes(workload: Workload) -> int:
+    """What all weights and the full KV cache take."""
+    cache = sum(kv.kv_heads * kv.bytes_per_token * workload.layer_tokens(kv) for kv in workload.kv)
+    return cache + sum(shard.total_bytes for shard in workload.linears)
+
+
 def stream_all(workload: Workload) -> tuple[tuple[LinearPlacement, ...], tuple[KvPlacement, ...]]:
     """Every weight copied to the GPU for every call, the KV cache on the GPU."""
     linears = tuple(LinearPlacement(s.name, 0, (s.units,) * NUM_ROW_TIERS, s.units) for s in workload.linears)

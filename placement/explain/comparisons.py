@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from placement.cost.baselines import largest_layer_split, layer_split
+from placement.cost.baselines import everything_bytes, largest_layer_split, layer_split
 from placement.cost.model import predict
 from placement.explain.explanation import Estimate
 from placement.machine.hardware import HardwareProfile
@@ -104,22 +104,23 @@ def _nearest(found: list[Candidate]) -> list[Candidate]:
 
 
 def _whole_layers(plan: Plan, hardware: HardwareProfile) -> Estimate:
-    """Whole layers on the GPU as llama.cpp has them: the rest computes on the CPU, except that of a prompt's rows the
-    GPU multiplies all, once the weights have been copied from pageable memory, 512 rows at a time and nothing side by
-    side."""
+    """Whole layers on the GPU as llama.cpp has them, and the head where all fit: the rest computes on the CPU, except
+    that of a prompt's rows the GPU multiplies all, once the weights have been copied from pageable memory, 512 rows at
+    a time and nothing side by side."""
     fixed = sum(plan.memory.gpu.get(kind, 0) for kind in ("activations", "resident", *OF_OTHERS))
-    layers = largest_layer_split(plan.workload, plan.gpu_memory_bytes - fixed)
+    room = plan.gpu_memory_bytes - fixed
+    layers, with_head = largest_layer_split(plan.workload, room), everything_bytes(plan.workload) <= room
     workload, decode, prefill = plan.workload, plan.predicted.decode, plan.predicted.prefill
     copies = hardware.h2d_pageable_bytes_per_s or hardware.h2d_bytes_per_s / 2
     one_by_one = replace(hardware, h2d_bytes_per_s=copies, prompt_overlap=1e-9)
 
     def speed(cost: PhaseCost, machine: HardwareProfile, streams_prompts: bool) -> float:
-        linears, kv = layer_split(workload, layers, streams_prompts=streams_prompts)
+        linears, kv = layer_split(workload, layers, with_head, streams_prompts)
         shape = replace(workload, prefill_chunk=min(workload.prefill_chunk, BASELINE_CHUNK))
         sizes = {"rows": cost.rows, "context": cost.context}
         return predict(shape, linears, kv, machine, phase=cost.phase, on_gpu=True, **sizes).tokens_per_s
 
-    label = f"{layers} whole layers on the GPU, rest CPU"
+    label = "whole layers on the GPU, and the head" if with_head else f"{layers} whole layers on the GPU, rest CPU"
     return Estimate(label, speed(decode, hardware, False), speed(prefill, one_by_one, True))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from placement.cost.objective import MODEL_ERROR
 from placement.plan.plan import Plan
+from placement.plan.units import digits
 
 SAME = 1e-3  # what the search may miss
 LABEL_COLUMNS = 38
@@ -83,7 +84,7 @@ class Explanation:
                 _difference(value / cost.tokens_per_s)
                 for value, cost in ((decode, planned.decode), (prefill, planned.prefill))
             ]
-            figures = f"{decode:9.1f} {changes[0]:8s}{prefill:11.1f} {changes[1]}".rstrip()
+            figures = f"{digits(decode):>9s} {changes[0]:8s}{digits(prefill):>11s} {changes[1]}".rstrip()
         return [*(f"  {part}" for part in before), f"  {label:{LABEL_COLUMNS}s}{figures}"]
 
     def to_dict(self) -> dict[str, Any]:

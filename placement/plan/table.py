@@ -19,7 +19,7 @@ from placement.plan.memory import (
 )
 from placement.plan.phase import RESOURCE_WORDS, Prediction
 from placement.plan.rows import PlanRow, plan_rows
-from placement.plan.units import format_bytes
+from placement.plan.units import digits, format_bytes
 from placement.plan.warm import expert_slots_line
 from placement.plan.words import wrapped
 from placement.plan.workload import NUM_ROW_TIERS, Workload
@@ -173,15 +173,17 @@ def prediction_lines(predicted: Prediction, width: int) -> list[str]:
     for cost in (predicted.decode, predicted.prefill):
         sequences = "1 sequence" if cost.rows == 1 else f"{cost.rows} sequences"
         what = sequences if cost.phase == "decode" else f"{cost.rows} tokens"
-        most = f", at most {cost.most_tokens_per_s:.1f}" if cost.most_tokens_per_s > 1.005 * cost.tokens_per_s else ""
-        speeds.append(f"  {cost.phase:8s}{cost.tokens_per_s:10.1f} tokens/s{most}")
+        most = (
+            f", at most {digits(cost.most_tokens_per_s)}" if cost.most_tokens_per_s > 1.005 * cost.tokens_per_s else ""
+        )
+        speeds.append(f"  {cost.phase:8s}{digits(cost.tokens_per_s):>10s} tokens/s{most}")
         reasons.append(f"({what} at context {cost.context}; bound by {RESOURCE_WORDS[cost.binding]})")
     is_narrow = any(len(speed) + 2 + len(reason) > width for speed, reason in zip(speeds, reasons, strict=True))
     between = "\n" + " " * PHASE_INDENT if is_narrow else "  "
     for speed, reason in zip(speeds, reasons, strict=True):
         lines += f"{speed}{between}{reason}".splitlines()
     if len(predicted.decode_by_context) > 1:
-        curve = ", ".join(f"{cost.context}: {cost.tokens_per_s:.1f}" for cost in predicted.decode_by_context)
+        curve = ", ".join(f"{cost.context}: {digits(cost.tokens_per_s)}" for cost in predicted.decode_by_context)
         lines.append(f"  decode tokens/s by context: {curve}")
     return lines
 

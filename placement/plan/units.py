@@ -40,3 +40,8 @@ def format_bytes(count: int) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"
         size /= 1024
     return f"{size:.2f} TiB"
+
+
+def digits(speed: float) -> str:
+    """Tokens/s with a decimal, or with three digits where a decimal would be too few to tell two plans apart."""
+    return f"{speed:.1f}" if speed >= 10 else f"{speed:.3g}"

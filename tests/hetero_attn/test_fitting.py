@@ -59,6 +59,21 @@ def test_the_options_that_are_named_do_fit(model):
     assert fits == [False, True, True]
 
 
+def test_a_budget_beyond_the_card_is_named_as_what_to_leave_out(model):
+    """No smaller dtype or context helps there, which was all that was said."""
+    result = plan_command(model, "--hardware", "rtx4090-ddr5", "--gpu-memory", "100GiB", "--dtype", "q4")
+
+    assert result.exit_code == 4
+    assert "would fit with no --gpu-memory" in " ".join(result.output.split())
+    assert as_arguments("would fit with no --gpu-memory") == "would fit with no gpu_memory"
+
+
+def test_of_several_contexts_that_fit_the_longest_is_named(model):
+    found = ways_to_fit(LoadOptions(model=model, hardware="rtx3060-ddr4", dtype="q4", max_context=8192))
+
+    assert [way for way in found if way.startswith("--context")] == ["--context 2048"]
+
+
 def test_a_load_that_does_not_fit_names_the_arguments_that_would(model):
     """Only `plan` did; whoever loaded was told a number of bytes."""
     with pytest.raises(MemoryBudgetError, match="would fit with .*kv_dtype=q4|would fit with .*dtype=q4") as raised:
