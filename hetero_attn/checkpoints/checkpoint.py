@@ -133,6 +133,10 @@ class Checkpoint:
         """None: every tensor is plain numbers."""
         return None
 
+    def is_coded(self, name: str) -> bool:
+        """Whether the file has codes for a tensor."""
+        return False
+
     def input_order(self, name: str) -> "torch.Tensor | None":
         """None: inputs of every tensor are the model's."""
         return None

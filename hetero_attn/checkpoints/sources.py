@@ -36,6 +36,9 @@ class WeightSource(Protocol):
     def source_type(self, name: str) -> str | None:
         """The type of a tensor of codes; None for plain numbers."""
 
+    def is_coded(self, name: str) -> bool:
+        """Whether the file has codes for a tensor, also where `read` gives their numbers."""
+
     def input_order(self, name: str) -> "torch.Tensor | None":
         """Which input of the model each input of a tensor's rows is, int64; None where they are the same."""
 

@@ -15,6 +15,7 @@ from hetero_attn.models.delta import DeltaNet
 from hetero_attn.models.eagle import EagleAttention, Fusion
 from hetero_attn.models.experts import Experts
 from hetero_attn.models.mlp import Mlp
+from hetero_attn.models.requantised import Requantised
 from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.spec.blocks import ModelSpec
@@ -49,7 +50,8 @@ class ModelWeights:
     """Every weight of a model in its home, block by block.
 
     embed: in host memory, [vocab_size, hidden_size] of numbers, or uint8 [blocks, block_bytes] of the coded
-    embed_format. fusion: of the block of that name, None where the model has none.
+    embed_format. fusion: of the block of that name, None where the model has none. requantised: what holding the file's
+    codes otherwise changed, None where none are.
     """
 
     spec: ModelSpec
@@ -58,6 +60,7 @@ class ModelWeights:
     embed: torch.Tensor
     embed_format: str
     fusion: BlockWeights | None = None
+    requantised: Requantised | None = None
 
     @cached_property
     def layer_linears(self) -> tuple[LinearWeights, ...]:

@@ -7,7 +7,7 @@ from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.host_memory import memory_named
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.planning.settle import PlannedModel
-from hetero_attn.serving.progress import compile_note, loading_bar, prepare_note
+from hetero_attn.serving.progress import compile_note, loading_bar, prepare_note, requantised_note
 from hetero_attn.serving.text.opening import open_beside, watch_opening
 from hetero_attn.serving.text.tokenizer import Tokenizer
 
@@ -23,4 +23,6 @@ def load_beside(planned: PlannedModel, options: LoadOptions) -> tuple[Future[Tok
         engine = build_engine(
             planned, options.overlap, watched, on_compile, options.prefix_cache, options.handover, on_prepare
         )
+        if shows:
+            requantised_note(engine.weights.requantised)
     return opening, engine

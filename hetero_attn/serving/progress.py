@@ -10,6 +10,7 @@ from tqdm import tqdm
 from placement import Plan
 
 if TYPE_CHECKING:
+    from hetero_attn.models.requantised import Requantised
     from hetero_attn.serving.request import Request
 
 Item = TypeVar("Item")
@@ -41,6 +42,12 @@ def compile_note(name: str) -> None:
 def prepare_note(name: str) -> None:
     """Say what is made ready on a GPU: seconds where kernels are compiled, once on a machine, else next to none."""
     _note(f"preparing {name}")
+
+
+def requantised_note(found: "Requantised | None") -> None:
+    """Say what it changed to hold a file's codes in another dtype, if anything did."""
+    if found is not None:
+        _note(found.line())
 
 
 def _note(text: str) -> None:

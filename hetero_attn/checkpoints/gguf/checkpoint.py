@@ -123,6 +123,10 @@ class GgufCheckpoint:
         kind = self._entry(name).type
         return None if kind.items == 1 else kind.name
 
+    def is_coded(self, name: str) -> bool:
+        """Whether the file has codes for a tensor."""
+        return self.source_type(name) is not None
+
     def input_order(self, name: str) -> "torch.Tensor | None":
         """None: inputs of every tensor are the model's."""
         return None

@@ -8,6 +8,7 @@ import torch
 from cpu_kernels import fresh_memory
 from cpu_kernels.formats import BLOCK_FEATURES, segments
 from hetero_attn.checkpoints.loading.numbers import Numbers
+from hetero_attn.checkpoints.loading.requantised import Comparison
 from hetero_attn.checkpoints.loading.unit_rows import units_at_once
 from hetero_attn.checkpoints.sources import WeightSource
 from hetero_attn.errors import CheckpointError
@@ -16,12 +17,16 @@ from hetero_attn.spec.weights import LinearSpec
 
 
 class Landing:
-    """Packs rows and brings them home; progress(count) is called with the number of weight bytes just placed."""
+    """Packs rows and brings them home; progress(count) is called with the number of weight bytes just placed.
+
+    comparison: of codes that are packed into another format than the file's.
+    """
 
     def __init__(self, source: WeightSource, lanes: Lanes, progress: Callable[[int], None]) -> None:
         self._source = source
         self._lanes = lanes
         self._numbers = Numbers(source, lanes.host_ops)
+        self.comparison = Comparison(source, lanes.host_ops)
         self._progress = progress
         self._buffer: torch.Tensor | None = None
         self._landed: object | None = None
@@ -89,6 +94,7 @@ class Landing:
                 ops.repack(rows, self._source.source_type(tensors[0]), out)
             else:
                 ops.pack(rows, name, out)
+                self.comparison.add(tensors, rows, name, out)
         except ValueError as error:
             raise CheckpointError(
                 f"{self._source.path}: {', '.join(tensors)}: {error}; the checkpoint is damaged or was "

@@ -75,6 +75,7 @@ class Loader:
             embed=self._embed(model, head.linears["head"]),
             embed_format=self._formats.embed,
             fusion=None if model.fusion is None else self._block(model.fusion, ropes),
+            requantised=self._landing.comparison.result(),
         )
 
     def _rope(self, rope: RopeConfig) -> tuple[Activation, Activation]:

@@ -138,6 +138,10 @@ class QuantisedCheckpoint(Checkpoint):
         module = self._module(name)
         return None if module is None or module.kind is None else module.kind.name
 
+    def is_coded(self, name: str) -> bool:
+        """Whether the file has codes for a tensor, also where no format holds them."""
+        return self._module(name) is not None
+
     def input_order(self, name: str) -> torch.Tensor | None:
         """Which input of the model each input of a tensor's rows is, int64; None where they are the same."""
         module = self._module(name)
