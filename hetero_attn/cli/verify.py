@@ -1,12 +1,15 @@
 """`hetero-attn verify`: does the plan give the same answer as one device alone?"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hetero_attn.cli import options
 from hetero_attn.cli.output import print_json, read_text
+
+if TYPE_CHECKING:
+    from hetero_attn.planning.options import LoadOptions
 
 PROMPT = "The quick brown fox jumps over the lazy dog. In the beginning there was a list of numbers,"
 DISAGREES = 5
@@ -25,6 +28,14 @@ def verify(
             help="Instead: perplexity and KL on the text with weights held so (q4,q4_m,q8), beside the model's own.",
         ),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Instead: the same beside another model, such as the one that a quantised file was made from.",
+            show_default=False,
+        ),
+    ] = None,
     loading: options.Loading,
     as_json: options.Json = False,
 ) -> None:
@@ -33,8 +44,8 @@ def verify(
     NMSE, KL divergence and the likeliest tokens at the end, and the first layer that differs. Of a long text the first
     512 tokens are compared.
     """
-    if quality is not None:
-        show_quality(model, quality, file, as_json, loading)
+    if quality is not None or against is not None:
+        show_quality(loading.options(model), quality or "auto", against, file, as_json)
         return
     from hetero_attn.tools import verify as verification
 
@@ -49,7 +60,7 @@ def verify(
         raise typer.Exit(DISAGREES)
 
 
-def show_quality(model: str, dtypes: str, file: Path | None, as_json: bool, loading: options.Loading) -> None:
+def show_quality(wishes: "LoadOptions", dtypes: str, against: str | None, file: Path | None, as_json: bool) -> None:
     """Print what each of the comma-separated dtypes costs on a text; raises typer.BadParameter for wrong options."""
     from hetero_attn.planning.arguments import check_choice
     from hetero_attn.planning.choices import WEIGHT_DTYPES
@@ -59,8 +70,9 @@ def show_quality(model: str, dtypes: str, file: Path | None, as_json: bool, load
     for name in names:
         check_choice("dtype", name, ("auto", *WEIGHT_DTYPES))
     if file is None:
-        raise typer.BadParameter("--quality reads a text of some thousands of tokens; give it by --file")
-    report = quality.run(loading.options(model), read_text(file), names, progress=True)
+        option = "--quality" if against is None else "--against"
+        raise typer.BadParameter(f"{option} reads a text of some thousands of tokens; give it by --file")
+    report = quality.run(wishes, read_text(file), names, progress=True, against=against)
     if as_json:
         print_json(report.to_dict())
     else:

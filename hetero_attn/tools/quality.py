@@ -1,4 +1,5 @@
-"""What rounding a model's weights costs on a text: perplexity, KL divergence and agreement, recipe by recipe.
+"""What rounding a model's weights costs on a text: perplexity, KL divergence and agreement, recipe by recipe, of the
+model itself or of a file beside the model that it was made from.
 
 The text is cut into windows that are read each on its own, every token given (teacher forcing). The unquantised model
 reads them first, and its distributions are kept in a file that has no name; so two models are never in memory at once.
@@ -8,6 +9,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -19,6 +21,7 @@ from hetero_attn.planning.options import LoadOptions
 
 WINDOW_TOKENS = 512
 MOST_WINDOWS = 6
+NAME_COLUMNS = 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +39,25 @@ class Quality:
 
 @dataclass(frozen=True, slots=True)
 class QualityReport:
-    """rows: the unquantised model first, then what it was compared with, in the order asked for."""
+    """rows: the unquantised model first, then what it was compared with, in the order asked for. against: the name of
+    the unquantised model where it is another one than `model`."""
 
     model: str
     tokens: int
     rows: tuple[Quality, ...]
+    against: str | None = None
 
     def table(self) -> str:
         """Plain text for people, at most 80 columns wide."""
+        source = "" if self.against is None else f" of {self.against}"
         lines = [
-            f"{self.model}, {self.tokens} tokens, from {self.rows[0].dtype}",
+            f"{self.model}, {self.tokens} tokens, from {self.rows[0].dtype}{source}",
             f"{'weights':<22}{'MiB':>9}{'perplexity':>12}{'change':>9}{'mean KL':>11}{'same top token':>16}",
         ]
         for row in self.rows:
             change = 100 * (row.perplexity / self.rows[0].perplexity - 1)
             lines.append(
-                f"{row.dtype:<22}{row.weight_bytes / 2**20:>9.1f}{row.perplexity:>12.3f}{change:>+8.2f}%"
+                f"{_fitting(row.dtype):<22}{row.weight_bytes / 2**20:>9.1f}{row.perplexity:>12.3f}{change:>+8.2f}%"
                 f"{row.mean_kl:>11.5f}{row.same_top:>16.2%}"
             )
         return "\n".join(lines)
@@ -61,24 +67,48 @@ class QualityReport:
         return asdict(self)
 
 
-def run(wishes: LoadOptions, text: str, dtypes: Sequence[str], progress: bool = False) -> QualityReport:
-    """Compare a model held in each of `dtypes` with what its files hold, in float32 arithmetic where they hold codes.
+def _fitting(dtype: str) -> str:
+    """The formats of a file of many, cut to their column."""
+    return dtype if len(dtype) <= NAME_COLUMNS else f"{dtype[: NAME_COLUMNS - 2]}.."
 
-    wishes: how to load it; its dtype and context are set here. Raises PromptError for a text of fewer than two tokens
-    or a model without a tokenizer, and what loading raises.
+
+def run(
+    wishes: LoadOptions, text: str, dtypes: Sequence[str], progress: bool = False, against: str | Path | None = None
+) -> QualityReport:
+    """Compare a model held in each of `dtypes` with what the files of `against` hold, None for its own, in float32
+    arithmetic where they hold codes.
+
+    wishes: how to load it; its dtype and context are set here. Raises PromptError for a text of fewer than two tokens,
+    a model without a tokenizer or one of other tokens than `against`, and what loading raises.
     """
     from hetero_attn.planning.settle import settle
 
-    stored = settle(replace(wishes, dtype="auto", max_context=WINDOW_TOKENS)).weight_formats
+    source = wishes if against is None else replace(wishes, model=against, file=None)
+    stored = settle(replace(source, dtype="auto", max_context=WINDOW_TOKENS)).weight_formats
     plain = "auto" if set(stored.names) <= {"bf16", "fp16", "fp32"} else "fp32"
     with tempfile.TemporaryFile() as kept:
-        with _loaded(wishes, plain, progress) as llm:
+        with _loaded(source, plain, progress) as llm:
             windows = _windows(llm, text)
-            rows = [_first(llm, windows, kept)]
+            rows, name, vocab_size = [_first(llm, windows, kept)], llm.plan.model, llm.planned.config.vocab_size
         for dtype in dtypes:
             with _loaded(wishes, dtype, progress) as llm:
+                _check_same_tokens(llm, windows, text, name, vocab_size)
                 rows.append(_compared(llm, windows, kept))
-    return QualityReport(llm.plan.model, sum(map(len, windows)), tuple(rows))
+    return QualityReport(llm.plan.model, sum(map(len, windows)), tuple(rows), None if against is None else name)
+
+
+def _check_same_tokens(llm: LLM, windows: list[list[int]], text: str, name: str, vocab_size: int) -> None:
+    """Raise PromptError unless the model has the vocabulary of the one called `name`, and the same tokens of a text."""
+    if (found := llm.planned.config.vocab_size) != vocab_size:
+        raise PromptError(
+            f"{llm.plan.model} has {found} tokens and {name} {vocab_size}, so their distributions cannot be compared; "
+            "give the model that it was made from"
+        )
+    if _windows(llm, text) != windows:
+        raise PromptError(
+            f"{llm.plan.model} makes other tokens of the text than {name}; give the model that it was made from, or "
+            "one tokenizer for both by --tokenizer"
+        )
 
 
 def _loaded(wishes: LoadOptions, dtype: str, progress: bool) -> LLM:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from hetero_attn.cli import app
 from hetero_attn.errors import PromptError
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.tools import quality
+from hetero_attn.tools.quantize.write import quantize
 from tests.support.scripts import run_script
+from tests.support.toy import make_checkpoint
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
 TEXT = (TINY / "heldout.txt").read_text()[:3000]
@@ -56,7 +59,11 @@ def test_the_command_prints_a_narrow_table_and_json(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--quality", "q4"], "give it by --file"), (["--quality", "q3", "--file", "-"], "must be one of")],
+    [
+        (["--quality", "q4"], "--quality reads a text of some thousands of tokens; give it by --file"),
+        (["--against", str(TINY)], "--against reads a text of some thousands of tokens; give it by --file"),
+        (["--quality", "q3", "--file", "-"], "must be one of"),
+    ],
 )
 def test_wrong_options_are_refused_before_anything_is_loaded(arguments, said):
     result = CliRunner().invoke(app, ["verify", str(TINY), *arguments])
@@ -76,3 +83,62 @@ def test_the_benchmark_writes_what_it_prints(tmp_path):
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout.splitlines()[-1]) == json.loads(file.read_text())
     assert [row["dtype"] for row in json.loads(file.read_text())["ours"]["rows"]] == ["bf16", "q8"]
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory):
+    """The shipped model as a GGUF file that `quantize` writes."""
+    return quantize(TINY, tmp_path_factory.mktemp("quantised") / "tiny.gguf", "q4").path
+
+
+def test_a_file_is_measured_beside_its_source(quantised, tmp_path):
+    """By its very weights: in float32 the divergence is that of a slow reading of both, and not that of the file from
+    itself."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT[:1200])
+    arguments = ["verify", str(quantised), "--against", str(TINY), "--file", str(text), "--device", "cpu", "--json"]
+    run = CliRunner().invoke(app, [*arguments, "--quality", "fp32,auto"])
+    assert run.exit_code == 0, run.output
+    report = json.loads(run.stdout)
+    with LLM(quantised, dtype="fp32", device="cpu", max_context=512, progress=False) as llm:
+        ids = llm.tokenizer.encode(TEXT[:1200])
+        coarse = torch.log_softmax(llm.logits(ids), -1).double()
+    plain = scores("bf16", ids)
+
+    assert (report["model"], report["against"], report["tokens"]) == ("tiny.gguf", "tiny", len(ids))
+    assert report["rows"][0]["dtype"] == "bf16" and report["rows"][0]["mean_kl"] == 0
+    assert report["rows"][1]["mean_kl"] == pytest.approx(
+        (plain.exp() * (plain - coarse)).sum(-1).mean().item(), rel=1e-3
+    )
+    assert report["rows"][1]["mean_kl"] > 1e-4 and report["rows"][2]["weight_bytes"] < report["rows"][1]["weight_bytes"]
+
+
+def test_against_alone_takes_the_file_as_it_is_held(quantised, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT[:600])
+    run = CliRunner().invoke(
+        app, ["verify", str(quantised), "--against", str(TINY), "-f", str(text), "--device", "cpu"]
+    )
+
+    assert run.exit_code == 0, run.output
+    lines = run.stdout.splitlines()
+    assert lines[0].startswith("tiny.gguf, ") and lines[0].endswith(" tokens, from bf16 of tiny")
+    assert len(lines) == 4 and max(map(len, lines)) <= 80
+
+
+def test_models_of_other_tokens_are_refused(tmp_path):
+    other = make_checkpoint(tmp_path / "other", "llama")
+    shutil.copy(TINY / "tokenizer.json", other)
+
+    with pytest.raises(PromptError, match="so their distributions cannot be compared; give the model"):
+        quality.run(LoadOptions(model=other, device="cpu"), TEXT[:300], ["auto"], against=TINY)
+
+
+def test_a_tokenizer_that_cuts_otherwise_is_refused(tmp_path):
+    other = shutil.copytree(TINY, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:200]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+    with pytest.raises(PromptError, match="makes other tokens of the text than tiny"):
+        quality.run(LoadOptions(model=other, device="cpu"), TEXT[:300], ["auto"], against=TINY)
