@@ -2,6 +2,7 @@
 
 from concurrent.futures import Future
 
+from hetero_attn.checkpoints.gguf.headers import forget_headers
 from hetero_attn.engine.build import build_engine
 from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.host_memory import memory_named
@@ -25,4 +26,5 @@ def load_beside(planned: PlannedModel, options: LoadOptions) -> tuple[Future[Tok
         )
         if shows:
             requantised_note(engine.weights.requantised)
+    forget_headers()
     return opening, engine

@@ -9,6 +9,8 @@ from hetero_attn import LLM
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.gguf.config import gguf_config
 from hetero_attn.checkpoints.gguf.fields import GgufFields
+from hetero_attn.checkpoints.gguf.file import GgufFile
+from hetero_attn.checkpoints.gguf.headers import forget_headers
 from hetero_attn.checkpoints.gguf.tokenizer import gguf_tokenizer
 from hetero_attn.checkpoints.sources import read_config
 from hetero_attn.errors import CheckpointError, ConfigError, HeteroError, UnsupportedModelError
@@ -257,3 +259,27 @@ def test_a_large_vocabulary_is_read_as_it_is(tmp_path):
     with GgufCheckpoint.open(path) as source:
         assert source.fields.texts("tokenizer.ggml.tokens") == tokens
         assert source.fields.numbers("tokenizer.ggml.scores", len(tokens))[-1] == len(tokens) - 1
+
+
+def test_a_header_is_read_once_and_again_where_a_byte_of_it_changed(tmp_path, monkeypatch):
+    """A start opens a file up to five times; what is remembered is known by its bytes, not by its name."""
+    read, plain = [], GgufFile._read_metadata
+    monkeypatch.setattr(GgufFile, "_read_metadata", lambda self, *rest: read.append(1) or plain(self, *rest))
+    words = [key("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, 1) + text(word)) for word in ("one", "two")]
+    path = tmp_path / "model.gguf"
+    forget_headers()
+
+    found = []
+    for written in (words[0], words[0], words[1], words[0]):
+        path.write_bytes(gguf([ARCH, written], [tensor("a", (16,), 0, 0)], ROW))
+        file = GgufFile(path)
+        found.append((*file.metadata["tokenizer.ggml.tokens"], len(read), file.tensors["a"].offset))
+        file.close()
+        file.metadata.clear()
+    offsets = {offset for *_, offset in found}
+
+    assert [each[:2] for each in found] == [("one", 1), ("one", 1), ("two", 2), ("one", 2)] and len(offsets) == 1
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="8 bytes short"):
+        GgufFile(path)
+    forget_headers()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cpu_kernels.formats import GGUF_TYPES, GgufType
+from hetero_attn.checkpoints.gguf.headers import Entries, GgufHeader, known_header, remember_header
 from hetero_attn.checkpoints.gguf.reader import MAX_KEY_BYTES, GgufReader
 from hetero_attn.checkpoints.raw_file import RawFile
 from hetero_attn.errors import CheckpointError, UnsupportedModelError
@@ -19,6 +20,7 @@ VERSIONS = (2, 3)
 MAX_DIMS, MAX_NAME_BYTES, MAX_ALIGNMENT = 4, 64, 1 << 20
 LEAST_KEY_BYTES, LEAST_TENSOR_BYTES = 8 + 1 + 4 + 1, 8 + 1 + 4 + 8 + 4 + 8
 DEFAULT_ALIGNMENT = 32
+TOKENS = "tokenizer.ggml.tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,15 @@ class GgufFile:
 
     def _read_header(self, reader: GgufReader) -> None:
         self._check_start()
+        known = known_header(self.raw)
+        header = known or self._new_header(reader)
+        self.metadata = dict(header.metadata)
+        data_start = -(-len(header.text) // header.alignment) * header.alignment
+        self.tensors = self._placed(reader, header.entries, data_start, header.alignment)
+        if known is None and TOKENS in header.metadata:  # others are small
+            remember_header(header)
+
+    def _new_header(self, reader: GgufReader) -> GgufHeader:
         reader.number("<I")
         version = reader.number("<I")
         if version not in VERSIONS:
@@ -74,11 +85,10 @@ class GgufFile:
         for count, least, what in ((num_keys, LEAST_KEY_BYTES, "keys"), (num_tensors, LEAST_TENSOR_BYTES, "tensors")):
             if count * least > reader.remaining:
                 reader.fail(f"the header claims {count} {what}, more than the file can hold")
-        self.metadata = self._read_metadata(reader, num_keys)
-        alignment = self._alignment(reader)
+        metadata = self._read_metadata(reader, num_keys)
+        alignment = self._alignment(reader, metadata)
         entries = self._read_table(reader, num_tensors, alignment)
-        data_start = -(-reader.position // alignment) * alignment
-        self.tensors = self._placed(reader, entries, data_start, alignment)
+        return GgufHeader(reader.seen, metadata, entries, alignment)
 
     def _check_start(self) -> None:
         """Say what the file is where it is no GGUF file."""
@@ -110,17 +120,15 @@ class GgufFile:
             metadata[key] = reader.value(key[:80])
         return metadata
 
-    def _alignment(self, reader: GgufReader) -> int:
-        alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    def _alignment(self, reader: GgufReader, metadata: dict[str, Any]) -> int:
+        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         good = isinstance(alignment, int) and 0 < alignment <= MAX_ALIGNMENT and alignment & (alignment - 1) == 0
         if not good or isinstance(alignment, bool):
             reader.fail(f"general.alignment is {alignment!r}, expected a power of two up to {MAX_ALIGNMENT}")
         return alignment
 
-    def _read_table(
-        self, reader: GgufReader, count: int, alignment: int
-    ) -> dict[str, tuple[GgufType, tuple[int, ...], int]]:
-        entries: dict[str, tuple[GgufType, tuple[int, ...], int]] = {}
+    def _read_table(self, reader: GgufReader, count: int, alignment: int) -> Entries:
+        entries: Entries = {}
         for _ in range(count):
             name = reader.string("a tensor's name", MAX_NAME_BYTES - 1)
             if not name or name in entries:
@@ -148,7 +156,7 @@ class GgufFile:
     def _placed(
         self,
         reader: GgufReader,
-        entries: dict[str, tuple[GgufType, tuple[int, ...], int]],
+        entries: Entries,
         data_start: int,
         alignment: int,
     ) -> dict[str, GgufTensor]:

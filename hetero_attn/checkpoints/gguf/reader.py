@@ -36,6 +36,11 @@ class GgufReader:
         """Bytes of the file behind the position."""
         return self._file.size - self.position
 
+    @property
+    def seen(self) -> bytes:
+        """The bytes before the position."""
+        return bytes(self._data[: self.position])
+
     def fail(self, problem: str) -> NoReturn:
         """Refuse the file."""
         raise CheckpointError(f"{self._file.path}: {problem} at byte {self.position}; download the file again")
