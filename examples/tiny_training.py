@@ -8,7 +8,7 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -44,6 +44,7 @@ class TrainingOptions:
     long_context_share: float = 0.15  # the last steps see the whole context, so that far positions are trained too
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
+    decays_vectors: bool = False
     in_bfloat16: bool = True  # products, where the CPU multiplies such numbers faster
     seed: int = 0
     state: Path | None = None  # where an interrupted run is kept, and taken up again
@@ -112,21 +113,25 @@ def schedule(progress: float) -> float:
 
 
 def make_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.AdamW:
-    """Return AdamW over all parameters, which decays matrices only."""
+    """Return AdamW over all parameters, which decays matrices, and vectors where that is asked for."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        [
+            {"params": matrices, "weight_decay": options.weight_decay},
+            {"params": vectors, "weight_decay": options.weight_decay if options.decays_vectors else 0.0},
+        ],
         betas=(0.9, 0.98),
         fused=True,
     )
 
 
 class Run:
-    """A training of `model` on random windows of `stream`, and how far it came: steps, seconds, seconds of CPU time."""
+    """A training of `model` on random windows of each stream in turn, and how far it came: steps, seconds, seconds of
+    CPU time."""
 
-    def __init__(self, model: nn.Module, stream: torch.Tensor, options: TrainingOptions, loss_of: LossOf):
-        self.model, self.stream, self.options, self.loss_of = model, stream, options, loss_of
+    def __init__(self, model: nn.Module, streams: Sequence[torch.Tensor], options: TrainingOptions, loss_of: LossOf):
+        self.model, self.streams, self.options, self.loss_of = model, streams, options, loss_of
         self.optimizer = make_optimizer(model, options)
         self.generator = torch.Generator().manual_seed(options.seed)
         self.step, self.elapsed_s, self.cpu_s, self.smooth_loss = 0, 0.0, 0.0, None
@@ -147,8 +152,9 @@ class Run:
             group["lr"] = options.learning_rate * schedule(self.progress)
         is_long = self.progress >= 1 - options.long_context_share
         context = options.long_context if is_long else options.short_context
+        stream = self.streams[self.step % len(self.streams)]
         with torch.autocast("cpu", torch.bfloat16, enabled=options.in_bfloat16):
-            loss = self.loss_of(self.model, random_windows(self.stream, context, options.batch_tokens, self.generator))
+            loss = self.loss_of(self.model, random_windows(stream, context, options.batch_tokens, self.generator))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -178,13 +184,14 @@ class Run:
 
 
 def train(
-    model: nn.Module, stream: torch.Tensor, options: TrainingOptions, loss_of: LossOf = token_losses
+    model: nn.Module, streams: Sequence[torch.Tensor], options: TrainingOptions, loss_of: LossOf = token_losses
 ) -> dict[str, float]:
-    """Train `model` in place on random windows of `stream`; return steps done, minutes, and minutes of CPU time.
+    """Train `model` in place on random windows of each stream in turn; return steps done, minutes, and minutes of CPU
+    time.
 
     loss_of: the loss of a model over windows, int64 [windows, context + 1].
     """
-    run = Run(model, stream, options, loss_of)
+    run = Run(model, streams, options, loss_of)
     with tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
         while run.progress < 1.0:
             run.advance()

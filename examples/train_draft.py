@@ -10,17 +10,14 @@ reported is the share of held-out places where both would say the same. Nothing 
 
 import argparse
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tiny_corpus import gather_documents, split_documents
-from tiny_training import BEGIN, END, encode_stream, random_windows, schedule
+from tiny_training import BEGIN, END, TrainingOptions, encode_stream, random_windows, train
 from tokenizers import Tokenizer
-from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -32,16 +29,17 @@ GREEDY_TEXTS, SAMPLED_TEXTS = 24, 40  # of the large model
 WRITTEN_TOKENS, OPENING_TOKENS = 248, 8  # of each, and of what it begins with
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How long and how hard to train; `minutes` (wall clock) takes the place of `steps` when it is given."""
-
-    steps: int = 579
-    minutes: float | None = None
-    windows: int = 8
-    context: int = 256
-    learning_rate: float = 4e-3
-    seed: int = 0
+# How long and how hard to train, unless the command line says otherwise; the loss itself says what is in bfloat16.
+TRAINING = {
+    "steps": 579,
+    "batch_tokens": 2048,
+    "short_context": 256,
+    "long_context": 256,
+    "learning_rate": 4e-3,
+    "weight_decay": 0.05,
+    "decays_vectors": True,
+    "in_bfloat16": False,
+}
 
 
 def make_small(large: LlamaConfig, seed: int) -> LlamaForCausalLM:
@@ -75,7 +73,7 @@ def written(large: LlamaForCausalLM, stream: torch.Tensor, texts: int, seed: int
     return large.generate(openings, max_new_tokens=WRITTEN_TOKENS, min_new_tokens=WRITTEN_TOKENS, **how).flatten()
 
 
-def taught_loss(small: LlamaForCausalLM, large: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
+def taught_loss(large: LlamaForCausalLM, small: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
     """Cross-entropy with the large model's probabilities, and with its likeliest token, over int64 [batch, places]."""
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
@@ -85,35 +83,6 @@ def taught_loss(small: LlamaForCausalLM, large: LlamaForCausalLM, tokens: torch.
     soft = functional.cross_entropy(small_logits, large_logits.softmax(-1))
     hard = functional.cross_entropy(small_logits, large_logits.argmax(-1))
     return (1 - ARGMAX_SHARE) * soft + ARGMAX_SHARE * hard
-
-
-def train(
-    model: nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor], streams: list[torch.Tensor], options: Options
-) -> int:
-    """Teach `model` in place on windows of each stream in turn; returns the steps done.
-
-    loss_of: the loss of a batch of windows, int64 [windows, context].
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    generator = torch.Generator().manual_seed(options.seed)
-    start, step, progress, smooth = time.perf_counter(), 0, 0.0, None
-    while progress < 1.0:
-        for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * schedule(progress)
-        stream = streams[step % len(streams)]
-        tokens = random_windows(stream, options.context, options.windows * options.context, generator)
-        loss = loss_of(tokens)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        elapsed_s = time.perf_counter() - start
-        progress = step / options.steps if options.minutes is None else elapsed_s / (60 * options.minutes)
-        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-        if step % 50 == 0:
-            print(f"step {step}, {elapsed_s:.0f} s, loss {smooth:.3f}", flush=True)
-    return step
 
 
 @torch.no_grad()
@@ -148,15 +117,13 @@ Python and the waking of threads cost more than their weights.
 
 def main() -> None:
     """Read the command line, train, write the checkpoint and what was measured."""
-    defaults = Options()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--large", type=Path, default=LARGE)
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--steps", type=int, default=defaults.steps)
-    parser.add_argument("--minutes", type=float, help="train for so long by the clock, whatever the steps")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
+    TrainingOptions.add_to(parser, **TRAINING)
     wishes = parser.parse_args()
-    options = Options(steps=wishes.steps, minutes=wishes.minutes, seed=wishes.seed)
+    torch.set_num_threads(wishes.threads)
+    options = TrainingOptions.of(wishes, **TRAINING)
     tokenizer = Tokenizer.from_file(str(wishes.large / "tokenizer.json"))
     large = LlamaForCausalLM.from_pretrained(wishes.large, dtype=torch.float32).eval()
     documents, _ = gather_documents(None)
@@ -171,7 +138,7 @@ def main() -> None:
         ]
     )
     small = make_small(large.config, options.seed)
-    steps = train(small, partial(taught_loss, small, large), [stream, own], options)
+    steps = train(small, [stream, own], options, partial(taught_loss, large))["steps"]
     small.to(torch.bfloat16).save_pretrained(wishes.out)
     cpu_minutes = (time.process_time() - cpu_start) / 60
 
@@ -185,7 +152,7 @@ def main() -> None:
             hidden=small.config.hidden_size,
             parameters=small.num_parameters(),
             steps=steps,
-            tokens=options.windows * options.context,
+            tokens=options.batch_tokens,
             cpu_minutes=cpu_minutes,
             **figures,
         ),

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tiny_corpus import gather_documents, split_documents
-from tiny_training import BEGIN, END, encode_stream
+from tiny_training import BEGIN, END, TrainingOptions, encode_stream, train
 from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional
-from train_draft import GREEDY, GREEDY_TEXTS, LARGE, SAMPLED, SAMPLED_TEXTS, Options, train, written
+from train_draft import GREEDY, GREEDY_TEXTS, LARGE, SAMPLED, SAMPLED_TEXTS, TRAINING, written
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import ModelOutput
 
@@ -107,7 +107,7 @@ def read_states(output: ModelOutput) -> torch.Tensor:
 
 
 @torch.autocast("cpu", torch.bfloat16)
-def taught_loss(head: Head, large: LlamaForCausalLM, chosen: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def taught_loss(large: LlamaForCausalLM, chosen: torch.Tensor, head: Head, tokens: torch.Tensor) -> torch.Tensor:
     """Cross-entropy with the large model's probabilities over the `chosen` tokens, every next draft counting less.
 
     tokens: int64 [batch, places]. A row at place t reads token t + 1 and is to say token t + 2.
@@ -189,11 +189,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--large", type=Path, default=LARGE)
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--steps", type=int, default=380)
-    parser.add_argument("--minutes", type=float, help="train for so long by the clock, whatever the steps")
-    parser.add_argument("--seed", type=int, default=0)
+    settings = TRAINING | {"steps": 380, "learning_rate": 2e-3}
+    TrainingOptions.add_to(parser, **settings)
     wishes = parser.parse_args()
-    options = Options(steps=wishes.steps, minutes=wishes.minutes, seed=wishes.seed, learning_rate=2e-3)
+    torch.set_num_threads(wishes.threads)
+    options = TrainingOptions.of(wishes, **settings)
     tokenizer = Tokenizer.from_file(str(wishes.large / "tokenizer.json"))
     large = LlamaForCausalLM.from_pretrained(wishes.large, dtype=torch.float32).eval()
     documents, _ = gather_documents(None)
@@ -209,7 +209,7 @@ def main() -> None:
     chosen = counts.topk(DRAFT_VOCAB).indices.sort().values
     torch.manual_seed(options.seed)
     head = Head(large.config)
-    steps = train(head, partial(taught_loss, head, large, chosen), [stream, own], options)
+    steps = train(head, [stream, own], options, partial(taught_loss, large, chosen))["steps"]
     cpu_minutes = (time.process_time() - cpu_start) / 60
     save(head, large.config, chosen, wishes.out)
 
@@ -225,7 +225,7 @@ def main() -> None:
             parameters=sum(each.numel() for each in head.parameters()),
             vocab=DRAFT_VOCAB,
             steps=steps,
-            tokens=options.windows * options.context,
+            tokens=options.batch_tokens,
             cpu_minutes=cpu_minutes,
             **figures,
         ),

@@ -162,7 +162,7 @@ def build_checkpoint(out: Path, options: TrainingOptions, source: Path | None = 
     stream = encode_stream(tokenizer, training_texts(documents, exchanges, split_documents(documents)[0]), options.seed)
     print(f"{len(stream)} tokens to train on", flush=True)
     model = make_model(tokenizer, options.seed)
-    done = train(model, stream, options, balanced_loss)
+    done = train(model, [stream], options, balanced_loss)
     save_checkpoint(model, tokenizer, out)
     # Published checkpoints say `num_experts`, which every release of transformers reads.
     config = (out / "config.json").read_text()

@@ -237,7 +237,7 @@ def build_checkpoint(out: Path, options: TrainingOptions, source: Path | None = 
     print(f"{len(trained)} documents, {len(stream)} tokens to train on, {len(held_out_text)} characters held out")
 
     model = make_model(tokenizer, options.seed)
-    done = train(model, stream, options)
+    done = train(model, [stream], options)
     save_checkpoint(model, tokenizer, out)
     (out / "heldout.txt").write_text(held_out_text, "utf-8")
 

@@ -97,21 +97,45 @@ class Toy(torch.nn.Module):
 
 
 def test_a_run_that_is_taken_up_again_ends_where_one_of_a_piece_does(training, tmp_path):
-    stream = torch.randint(11, (400,), generator=torch.Generator().manual_seed(2))
+    streams = torch.randint(11, (2, 400), generator=torch.Generator().manual_seed(2)).unbind()
     options = training.TrainingOptions(steps=6, batch_tokens=32, short_context=16, long_context=32)
-    whole = training.Run(Toy(), stream, options, training.token_losses)
-    first = training.Run(Toy(), stream, options, training.token_losses)
+    whole = training.Run(Toy(), streams, options, training.token_losses)
+    first = training.Run(Toy(), streams, options, training.token_losses)
     for run, steps in ((whole, 6), (first, 3)):
         for _ in range(steps):
             run.advance()
     first.write(tmp_path / "state.pt")
     kept = replace(options, state=tmp_path / "state.pt")
     model = Toy()
-    done = training.train(model, stream, kept)
+    done = training.train(model, streams, kept)
 
     assert done["steps"] == 6 and done["cpu_minutes"] > 0
     assert torch.equal(model.embedding.weight, whole.model.embedding.weight)
     assert not torch.equal(model.embedding.weight, first.model.embedding.weight)
+
+
+def test_each_stream_is_trained_on_in_turn(training):
+    seen, streams = [], [torch.full((40,), token) for token in (3, 5, 7)]
+
+    def loss_of(model, tokens):
+        seen.append(tokens.unique().tolist())
+        return training.token_losses(model, tokens)
+
+    training.train(Toy(), streams, training.TrainingOptions(steps=4, batch_tokens=32, short_context=16), loss_of)
+
+    assert seen == [[3], [5], [7], [3]]
+
+
+@pytest.mark.parametrize("decays_vectors", [False, True])
+def test_vectors_decay_where_that_is_asked_for(training, decays_vectors):
+    model = torch.nn.Linear(2, 2)
+    optimizer = training.make_optimizer(model, training.TrainingOptions(decays_vectors=decays_vectors))
+    before = [each.detach().clone() for each in model.parameters()]
+    for each in model.parameters():
+        each.grad = torch.zeros_like(each)
+    optimizer.step()
+
+    assert [bool((new != old).any()) for new, old in zip(model.parameters(), before)] == [True, decays_vectors]
 
 
 def test_training_runs_on_a_tiny_corpus(tmp_path):
