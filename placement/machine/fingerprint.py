@@ -1,5 +1,6 @@
 """What a measured profile depends on, read from the system: a profile with another fingerprint is stale or foreign."""
 
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -24,11 +25,9 @@ def machine_fingerprint(cores: int, root: Path = SYSTEM) -> tuple[tuple[str, str
         "cores": str(cores),
         "machine": platform.machine(),
         "system": platform.system(),
-        "torch": importlib.metadata.version("torch"),
-        "numba": importlib.metadata.version("numba"),
         "gpu": "none",
-        "kernels": source_digest(kernel_folders()),
         "measurements": str(MEASUREMENTS),
+        **_installed(),
     }
     if has_gpu():
         import torch
@@ -42,6 +41,13 @@ def machine_fingerprint(cores: int, root: Path = SYSTEM) -> tuple[tuple[str, str
             "pcie": pcie_link(properties, root),
         }
     return tuple(sorted(fields.items()))
+
+
+@functools.cache
+def _installed() -> dict[str, str]:
+    """Versions, and the kernels: a process asks at every load, and keeps what it has imported."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numba")}
+    return versions | {"kernels": source_digest(kernel_folders())}
 
 
 def kernel_folders() -> list[Path]:

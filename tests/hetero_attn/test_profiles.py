@@ -122,6 +122,15 @@ def test_kernels_that_were_changed_make_a_profile_stale(tmp_path):
     assert dict(machine_fingerprint(1))["kernels"] == source_digest(kernel_folders())
 
 
+def test_sources_and_versions_are_read_once_a_process(monkeypatch):
+    """Every load asks for them, some twice: it was a quarter of a small model's."""
+    known = machine_fingerprint(1)
+    monkeypatch.setattr("placement.machine.fingerprint.source_digest", lambda folders: pytest.fail("read again"))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: pytest.fail("asked again"))
+
+    assert machine_fingerprint(1) == known
+
+
 def test_nothing_is_left_to_compile_when_measuring_begins(quick, monkeypatch, tmp_path):
     """One by one, by the measurement that needed it, compiling took three quarters of a profile's time."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
