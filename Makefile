@@ -1,6 +1,6 @@
 # make demo   set up .venv and run the demonstration: SmolLM2-135M, fetched once (92 MB), else the shipped checkpoint
 # make test   set up .venv and run the whole test suite
-# make test-all  as test, then what takes many minutes: the soak, both full matrices of kernels, 100,000 mutations
+# make test-all  as test, then what takes many minutes: the soak, the full matrices, 100,000 mutations
 # make lint   set up .venv and check form and types: ruff and mypy
 # make clean  remove .venv and everything that was built
 #

@@ -67,12 +67,20 @@ def of_transformers() -> float:
         return perplexity_of(lambda window: model(torch.tensor([window]), use_cache=False).logits[0])
 
 
-@pytest.mark.parametrize("slots", [None, SLOTS], ids=["cpu", "lanes"])
-@pytest.mark.parametrize("dtype,limit", [("fp32", 1e-5), ("bf16", 0.002), ("q8", 0.005), ("q4", 0.05)])
-def test_perplexity_is_that_of_transformers(dtype, limit, slots):
+LIMITS = {"fp32": 1e-5, "bf16": 0.002, "q8": 0.005, "q4": 0.05}
+OFTEN = {("fp32", None), ("bf16", SLOTS), ("q8", None), ("q4", SLOTS)}  # every dtype, and both kinds of plan
+PLANS = [
+    pytest.param(dtype, slots, id=f"{dtype}-{kind}", marks=() if (dtype, slots) in OFTEN else pytest.mark.matrix)
+    for dtype in LIMITS
+    for slots, kind in ((None, "cpu"), (SLOTS, "lanes"))
+]
+
+
+@pytest.mark.parametrize("dtype,slots", PLANS)
+def test_perplexity_is_that_of_transformers(dtype, slots):
     """Of the same weights in float32: what the dtype rounds is all there is between them."""
     with loaded(dtype, None if slots is None else slot_policy(slots)) as llm:
-        assert perplexity_of(llm.logits) == pytest.approx(of_transformers(), rel=limit)
+        assert perplexity_of(llm.logits) == pytest.approx(of_transformers(), rel=LIMITS[dtype])
 
 
 def stepped(llm: LLM, tokens: list[int]) -> torch.Tensor:
@@ -89,7 +97,7 @@ def test_no_slots_change_a_bit():
     assert torch.equal(actual, expected) and counts.hits > 0 and counts.inserts > 0
 
 
-@pytest.mark.parametrize("slots,inserts", [(6, 1), (10, 2), (16, 4)])
+@pytest.mark.parametrize("slots,inserts", [(6, 1), pytest.param(10, 2, marks=pytest.mark.matrix), (16, 4)])
 def test_hits_on_text_are_those_of_a_simulated_table(slots, inserts):
     """Within one point, and far more than as many of 32 experts would serve of routes that are noise."""
     routes = Routes()

@@ -56,8 +56,16 @@ def report(path, weight_dtype: str, split: bool = True, kv_dtype: str | None = N
         return verify.compare(planned, engine, TOKEN_IDS, 4)
 
 
-@pytest.mark.parametrize("split", [True, False], ids=["three lanes", "cpu"])
-@pytest.mark.parametrize("weight_dtype", ["fp32", "bf16", "q8", "q4"])
+# Every dtype, and both kinds of plan; bf16 on three lanes is what quantised caches are verified with.
+OFTEN = {("fp32", False), ("bf16", False), ("q8", True), ("q4", True)}
+PLANS = [
+    pytest.param(dtype, split, id=f"{dtype}-{kind}", marks=() if (dtype, split) in OFTEN else pytest.mark.matrix)
+    for dtype in ("fp32", "bf16", "q8", "q4")
+    for split, kind in ((True, "three lanes"), (False, "cpu"))
+]
+
+
+@pytest.mark.parametrize("weight_dtype,split", PLANS)
 def test_thirty_layers_pass_in_every_dtype(deep, weight_dtype, split):
     found = report(deep, weight_dtype, split)
 
