@@ -177,10 +177,10 @@ def test_the_gpu_script_runs_every_part_on_the_emulated_device_and_keeps_what_it
     def lines() -> list[dict[str, object]]:
         return [json.loads(line) for line in results.read_text().splitlines()]
 
-    assert run_process("gpu_offload.py", *arguments, "--minutes", 0).returncode == 0
+    assert run("gpu_offload.py", *arguments, "--minutes", 0).returncode == 0
     skipped = {line["name"] for line in lines() if "0 s are left" in str(line.get("skipped"))}
     assert {"sanity kernels", "rates", "model tiny q4 25% prompts"} <= skipped
-    done = run_process("gpu_offload.py", *arguments, "--minutes", 60)
+    done = run("gpu_offload.py", *arguments, "--minutes", 60)
     assert done.returncode == 0, done.stderr
     first = lines()
     failed = {line["name"]: line["error"] for line in first if "error" in line}

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu_models import decode, prompt
+from gpu_models import QUICK_CONTEXT, decode, prompt
 from gpu_rates import planning_profile
 from gpu_run import Run
 
@@ -67,7 +67,7 @@ def _load(run: Run, path: Path, slots: int) -> Any:
         gpu_memory=(8 << 30) if run.has_gpu else (1 << 30),
         dtype="q4" if run.quick else "auto",
         device=run.device,
-        max_context=2048,
+        max_context=QUICK_CONTEXT if run.quick else 2048,
         max_batch=1,
         hardware=planning_profile(run),
         progress=False,

@@ -13,7 +13,7 @@ from gpu_rates import planning_profile
 from gpu_run import Run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-CONTEXT = 1024
+CONTEXT, QUICK_CONTEXT = 1024, 128
 # What long prompts want of a plan: no CPU work where many rows pass, and the GPU attends. A planner that looks at
 # long prompts itself comes to the like.
 FOR_PROMPTS = """
@@ -75,7 +75,7 @@ def load(run: Run, path: Any, gpu_memory: int, plan: str, elastic: bool = False)
         gpu_memory=gpu_memory,
         dtype="q4",
         device=run.device,
-        max_context=CONTEXT if run.quick else 4097,
+        max_context=QUICK_CONTEXT if run.quick else 4097,
         max_batch=1,
         hardware=planning_profile(run),
         progress=False,
@@ -111,7 +111,7 @@ def decode(run: Run, llm: Any) -> dict[str, Any]:
     from placement.cost.model import predict
 
     engine, tokens = llm.engine, 4 if run.quick else 64
-    context = CONTEXT - tokens - 2
+    context = min(CONTEXT, llm.plan.max_context) - tokens - 2
     sequence, lanes = engine.kv_cache.open(), engine.lanes
     fill(engine, sequence, context)
     steps, chosen, speeds, lane = [], [], [], []
