@@ -23,7 +23,7 @@ LONG = (
     "test_interpreter.py",
     "test_verify.py",
     "test_aot.py",
-    "test_quantize.py",
+    "test_quantize_choice.py",
     "test_benchmarks.py",
     "test_lifecycle.py",
     "test_experts.py",

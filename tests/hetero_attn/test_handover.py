@@ -18,7 +18,7 @@ from hetero_attn.lanes import handover_choice
 from hetero_attn.lanes.flag_handover import FlagHandover
 from hetero_attn.lanes.handover_choice import choose_handover
 from hetero_attn.lanes.tables import StepTables
-from tests.support.fake_cuda import fake_driver
+from tests.support.fake_driver import fake_driver
 from tests.support.runtime import THREADS
 
 WATCHDOG_S = 0.2

@@ -18,7 +18,8 @@ from hetero_attn.spec.config import ModelConfig
 from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import Plan
 from tests.support.checked_ops import TorchCalls
-from tests.support.fake_cuda import QUEUE_ENTRIES, fake_driver
+from tests.support.fake_cuda import QUEUE_ENTRIES
+from tests.support.fake_driver import fake_driver
 from tests.support.runtime import THREADS
 
 SLACK_BYTES = 1 << 16

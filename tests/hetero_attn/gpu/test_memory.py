@@ -14,7 +14,7 @@ from hetero_attn.devices.cuda import CudaDriver
 from hetero_attn.devices.libcuda import CudaError, LibCuda
 from hetero_attn.devices.slab import ALIGN_BYTES, Slab
 from hetero_attn.errors import MemoryBudgetError
-from tests.support.fake_cuda import fake_driver
+from tests.support.fake_driver import fake_driver
 from tests.support.fake_engine import fake_engine
 from tests.support.runtime import emulated_plan, nmse, toy_workload, uniform_plan
 

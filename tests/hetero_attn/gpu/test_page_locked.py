@@ -12,7 +12,7 @@ from hetero_attn.devices import Device
 from hetero_attn.engine import build as builder
 from hetero_attn.engine.engine import Engine
 from placement.plan.plan import Plan
-from tests.support.fake_cuda import fake_driver
+from tests.support.fake_driver import fake_driver
 from tests.support.fake_engine import fake_engine
 from tests.support.runtime import emulated_plan, nmse, run_logits, toy_workload, uniform_plan
 

@@ -13,7 +13,7 @@ from hetero_attn.tools.quantize.sensitivity import losses
 from tests.support.runtime import nmse
 from tests.support.toy import make_checkpoint, make_family_checkpoint
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny"
+TINY = Path(__file__).parents[3] / "examples" / "tiny"
 TOKENS = 96
 
 

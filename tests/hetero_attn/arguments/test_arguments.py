@@ -19,9 +19,7 @@
 | special tokens typed by a user in chat text                    | become special, as in transformers                   |
 """
 
-import json
 import warnings
-from concurrent.futures import Future, wait
 from pathlib import Path
 
 import numpy as np
@@ -32,28 +30,12 @@ from typer.testing import CliRunner
 from hetero_attn import LLM, SamplingParams, plan_model
 from hetero_attn.cli import app
 from hetero_attn.errors import ArgumentError, ConfigError, HeteroError, PromptError, SamplingError
-from hetero_attn.serving.prompts import as_messages, as_prompts
-from hetero_attn.serving.text.opening import open_beside, watch_opening
-from hetero_attn.serving.text.tokenizer import Tokenizer
+from hetero_attn.serving.prompts import as_prompts
 from placement import PolicyError
+from tests.support.command import TINY
 from tests.support.names import case_name
-from tests.support.toy import edit_json, make_checkpoint
-
-TINY = str(Path(__file__).parents[2] / "examples" / "tiny")
-GREEDY = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
-OPTIONS = {"device": "cpu", "dtype": "fp32", "max_context": 64, "num_threads": 1}
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("arguments"), "llama", layers=1)
-
-
-@pytest.fixture(scope="module")
-def llm(path):
-    with LLM(path, progress=False, **OPTIONS) as llm:
-        yield llm
-
+from tests.support.toy import edit_json
+from tests.support.wishes import GREEDY, OPTIONS
 
 ONE_PROMPT = {
     "list": [5, 6, 7],
@@ -214,174 +196,6 @@ def test_a_special_token_as_stop_string_ends_the_text(path, llm):
     assert (output.finish_reason, output.token_ids, output.text) == ("stop", (3,), "")
 
 
-CONTENTS = {
-    "text": ("hello", "hello"),
-    "parts": ([{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}], "hello"),
-}
-
-
-@pytest.mark.parametrize("kind", CONTENTS)
-def test_parts_of_text_are_joined(path, kind):
-    """A template with a filter put Python's own form of the list into the prompt."""
-    content, expected = CONTENTS[kind]
-    tokenizer = Tokenizer.open(path)
-
-    ids = tokenizer.encode_chat([{"role": "user", "content": content}])
-    assert ids == tokenizer.encode_chat([{"role": "user", "content": expected}])
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        None,
-        "hello",
-        {},
-        {"role": "user"},
-        {"role": "user", "content": None},
-        {"role": "user", "content": 3},
-        {"role": 1, "content": "x"},
-        {"role": "user", "content": []},
-        {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]},
-        {"role": "user", "content": [{"type": "text"}]},
-        {"role": "user", "content": ["hello"]},
-        {"role": "user", "content": b"x"},
-        {"role": "user", "content": "half \ud800"},
-        {"role": "user", "content": [{"type": "text", "text": "\udcff"}]},
-    ],
-    ids=ascii,
-)
-def test_other_content_is_refused(message):
-    with pytest.raises(PromptError, match="message"):
-        as_messages([message])
-
-
-@pytest.mark.parametrize("messages", [None, [], "hello", {"role": "user", "content": "x"}, 3], ids=repr)
-def test_messages_are_a_list(llm, messages):
-    with pytest.raises(PromptError, match="messages"):
-        llm.chat(messages, GREEDY)
-
-
-def test_a_message_may_carry_tool_calls_in_place_of_text():
-    message = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
-
-    assert as_messages([message]) == [message]
-
-
-@pytest.fixture
-def thinking(tmp_path) -> Path:
-    """A model whose template takes a variable."""
-    path = make_checkpoint(tmp_path, "llama", layers=1)
-    (path / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}"
-    )
-    return path
-
-
-def test_template_variables_reach_the_template(thinking):
-    tokenizer, messages = Tokenizer.open(thinking), [{"role": "user", "content": "x"}]
-    texts = [
-        tokenizer.decode(tokenizer.encode_chat(messages, True, variables))
-        for variables in (None, {"enable_thinking": False}, {"tools": [], "enable_thinking": True})
-    ]
-
-    assert texts == ["x", "xFalse", "xTrue"]
-    with LLM(thinking, progress=False, **OPTIONS) as llm:
-        output = llm.chat(messages, GREEDY, template_variables={"enable_thinking": False})
-        assert llm.tokenizer.decode(output.prompt_token_ids) == "xFalse"
-        pieces = list(llm.stream_chat(messages, GREEDY, template_variables={"enable_thinking": False}))
-        assert "".join(piece.text for piece in pieces) == output.text
-
-
-@pytest.mark.parametrize(
-    "variables", [3, [("a", 1)], {1: 2}, {"tokenize": False}, {"add_generation_prompt": 1}], ids=repr
-)
-def test_template_variables_that_are_none_are_refused(llm, variables):
-    with pytest.raises(PromptError, match="template_variables"):
-        llm.chat([{"role": "user", "content": "x"}], GREEDY, template_variables=variables)
-
-
-def spoil_too_large_id(path):
-    """An added token whose id is vocab_size, which transformers loads too."""
-    values = json.loads((path / "tokenizer.json").read_text())
-    values["added_tokens"].append(
-        {
-            "id": 260,
-            "content": "[PAD]",
-            "special": True,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-        }
-    )
-    (path / "tokenizer.json").write_text(json.dumps(values))
-
-
-def spoil_damaged(path):
-    (path / "tokenizer.json").write_text("{")
-
-
-def spoil_only_sentencepiece(path):
-    (path / "tokenizer.json").unlink()
-    (path / "tokenizer_config.json").unlink()
-    (path / "tokenizer.model").write_bytes(b"\x0a\x05model")
-
-
-@pytest.mark.parametrize("spoil", [spoil_damaged, spoil_only_sentencepiece], ids=lambda spoil: spoil.__name__)
-def test_a_tokenizer_that_cannot_be_opened_blocks_text_alone(tmp_path, spoil):
-    """Prompts given as ids failed as well, and only after the weights were loaded."""
-    path = make_checkpoint(tmp_path, "llama", layers=1)
-    with LLM(path, progress=False, **OPTIONS) as sound:
-        expected = sound.generate([5, 6], GREEDY)[0].token_ids
-    spoil(path)
-    with pytest.warns(UserWarning, match="answers have no text"):
-        llm = LLM(path, progress=False, **OPTIONS)
-        (output,) = llm.generate([5, 6], GREEDY)
-    with llm:
-        assert (output.token_ids, output.text) == (expected, "")
-        with pytest.raises(ConfigError, match="tokenizer"):
-            llm.generate("text", GREEDY)
-        assert llm.generate([5, 6], GREEDY)[0].token_ids == expected
-
-
-@pytest.mark.parametrize("spoil", [spoil_damaged, spoil_only_sentencepiece], ids=lambda spoil: spoil.__name__)
-def test_a_tokenizer_that_is_needed_is_refused_before_the_weights_are_read(tmp_path, monkeypatch, spoil):
-    """On the command line a text was refused only after minutes of loading."""
-    path = make_checkpoint(tmp_path, "llama", layers=1)
-    spoil(path)
-
-    def opened(path):
-        wait([opening := open_beside(path)])
-        return opening
-
-    monkeypatch.setattr("hetero_attn.serving.loading.open_beside", opened)
-    monkeypatch.setattr("hetero_attn.serving.loading.build_engine", lambda *arguments: pytest.fail("loading has begun"))
-    with pytest.raises(ConfigError, match="the tokenizer cannot be loaded"):
-        LLM(path, progress=False, needs_text=True, **OPTIONS)
-    for command in (["generate", str(path), "-p", "x"], ["chat", str(path)]):
-        result = CliRunner().invoke(app, [*command, "--device", "cpu", "--context", "64"], input="x\n")
-        assert result.exit_code == 3 and "the tokenizer cannot be loaded" in result.stderr
-    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
-        (path / name).unlink(missing_ok=True)
-    with pytest.raises(PromptError, match="has no tokenizer files"):
-        LLM(path, progress=False, needs_text=True, **OPTIONS)
-
-
-def test_a_tokenizer_that_fails_in_the_middle_of_a_load_ends_it():
-    opening, placed = Future(), []
-    needed, unneeded = (watch_opening(opening, "m", needs_text, placed.append) for needs_text in (True, False))
-    needed(1)
-    unneeded(2)
-    opening.set_exception(ConfigError("damaged"))
-
-    with pytest.raises(ConfigError, match="damaged"):
-        needed(3)
-    with pytest.warns(UserWarning, match="answers have no text, only token ids: damaged"):
-        unneeded(4)
-    unneeded(5)
-    assert placed == [1, 2, 4, 5]
-
-
 @pytest.mark.parametrize("thing", [None, 3, "x", [], object()], ids=lambda thing: type(thing).__name__)
 def test_what_is_no_request_cannot_be_aborted(llm, thing):
     """It became a note that every later step, and close, failed at: the model was lost."""
@@ -432,16 +246,6 @@ def test_a_prompt_that_never_ends_is_refused():
     result = CliRunner().invoke(app, ["generate", TINY, "-f", "/dev/zero", "--device", "cpu"])
 
     assert result.exit_code == 2 and "characters" in result.stderr
-
-
-def test_a_token_beyond_the_vocabulary_refuses_only_prompts_that_hold_it(tmp_path):
-    path = make_checkpoint(tmp_path, "llama", layers=1, vocab=260)
-    spoil_too_large_id(path)
-    with LLM(path, progress=False, **OPTIONS) as llm:
-        with pytest.warns(UserWarning, match=r"\[PAD\].* has id 260"):
-            assert len(llm.generate(["plain text"], GREEDY)[0].token_ids) == 3
-        with pytest.raises(PromptError, match="token 260 at position"):
-            llm.generate(["with [PAD]"], GREEDY)
 
 
 def test_config_names_are_left_as_they_were(path):

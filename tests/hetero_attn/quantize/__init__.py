@@ -1,0 +1,1 @@
+"""`quantize`: blocks, the choice of their types, and the files that are written."""

@@ -1,0 +1,43 @@
+"""What tests of models quantised elsewhere share: a prompt and its logits, a cut over three lanes, and ways to spoil a
+tensor of one linear."""
+
+from functools import partial
+
+import torch
+
+from tests.support.runtime import model_logits
+
+TOKENS = torch.randint(260, (24,), generator=torch.Generator().manual_seed(5)).tolist()
+logits = partial(model_logits, tokens=TOKENS)
+CUT = "version: 1\nrules:\n  - {match: layers.*, gpu: 0.5, stream: 0.25, cpu: 0.25}\n"
+UP = "model.layers.0.mlp.up_proj."
+
+
+def without(part):
+    return lambda tensors: tensors.pop(UP + part)
+
+
+def replaced(part, make):
+    def change(tensors):
+        tensors[UP + part] = make(tensors[UP + part])
+
+    return change
+
+
+def first_of(value, dtype=None):
+    def change(found):
+        found = found.clone()
+        (found if dtype is None else found.view(dtype)).view(-1)[0] = value
+        return found
+
+    return change
+
+
+def added(name, values):
+    return lambda tensors: tensors.__setitem__(name, values)
+
+
+def one_other(found):
+    found = found.clone()
+    found[0, 0] ^= 1
+    return found
