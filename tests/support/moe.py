@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.toy import hf_model, random_model, save_tokenizer
+from tests.support.toy import hf_logits, hf_model, random_model, save_tokenizer
 
 FAMILIES = ("glm4_moe", "gpt_oss", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 SIZES = {
@@ -147,10 +147,8 @@ def routed(rows: int, experts: int, top_k: int, seed: int = 0) -> tuple[torch.Te
 
 def moe_logits(path: Path, token_ids: list[int]) -> torch.Tensor:
     """Logits of transformers in float32, experts one by one: [len(token_ids), vocab]."""
-    model = hf_model(path)
-    model.set_experts_implementation("eager")
-    with torch.inference_mode():
-        return model(torch.tensor([token_ids])).logits[0].float()
+    hf_model(path).set_experts_implementation("eager")
+    return hf_logits(path, token_ids)
 
 
 def fused(source: Path, path: Path) -> Path:

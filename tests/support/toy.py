@@ -7,7 +7,7 @@ biases away from zero, so that a forgotten norm, bias or window shows. transform
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,11 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 def hf_logits(path: Path, token_ids: list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Logits of transformers, eager attention, on one sequence: float32 [len(token_ids), vocab]."""
+    return _known_logits(path, tuple(token_ids), dtype).clone()
+
+
+@lru_cache(maxsize=256)  # plans of one model are compared with the same
+def _known_logits(path: Path, token_ids: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     with torch.inference_mode(), one_torch_thread():
         return hf_model(path, dtype)(torch.tensor([token_ids])).logits[0].float()
 

@@ -37,8 +37,16 @@ def test_the_cpu_lane_equals_transformers(checkpoints, family, overlap):
     assert nmse(actual, moe_logits(path, TOKENS)) <= EXACT
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("gpu,stream,groups", [(0.0, 0.0, 0), (0.4, 0.3, 1), (0.5, 0.5, 2), (1.0, 0.0, 2)])
+PLACES = [(0.4, 0.3, 1), (0.0, 0.0, 0), (0.5, 0.5, 2), (1.0, 0.0, 2)]
+# Every family on all three lanes at once, and by one of the other ways, each of which serves at least two families.
+WAYS = [
+    pytest.param(family, *place, marks=() if way in (0, 1 + turn % (len(PLACES) - 1)) else pytest.mark.matrix)
+    for turn, family in enumerate(FAMILIES)
+    for way, place in enumerate(PLACES)
+]
+
+
+@pytest.mark.parametrize("family,gpu,stream,groups", WAYS)
 def test_three_lanes_equal_transformers(checkpoints, family, gpu, stream, groups):
     """Whole experts on every lane, and the shared expert's columns cut between them."""
     path = checkpoints[family]
