@@ -11,11 +11,11 @@ from hetero_attn.checkpoints.quantised.checkpoint import _RAW_DTYPES
 from hetero_attn.checkpoints.quantised.find import find_modules
 from hetero_attn.checkpoints.quantised.scheme import read_scheme
 from hetero_attn.errors import HeteroError
-from tests.hetero_attn.test_scaled_models import BLOCKS, BNB, MIXED, W8A8
 from tests.support import scaled_models as writers
 from tests.support.int4_data import random_groups
 from tests.support.int4_models import awq, awq_config, compressed, gptq, gptq_config
 from tests.support.int4_models import compressed_config as int4_config
+from tests.support.scaled_cases import BLOCKS, BNB, MIXED, W8A8
 
 MUTATIONS = 1500
 SAFETENSORS = {value: key for key, value in _RAW_DTYPES.items() if key != "F8_E8M0"}

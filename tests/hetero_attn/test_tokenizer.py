@@ -119,7 +119,7 @@ def test_template_errors_are_named(tmp_path, template, part):
 
 
 def test_more_tokens_than_embeddings_are_said(tokenizer_dir):
-    """transformers loads such a pair; only a prompt that holds the token is refused, see test_arguments.py."""
+    """transformers loads such a pair; only a prompt that holds the token is refused, see test_odd_tokenizers.py."""
     assert Tokenizer.open(tokenizer_dir, vocab_size=260).encode("a")
 
     with pytest.warns(UserWarning, match="has id 259, but the model has embeddings for 259"):
