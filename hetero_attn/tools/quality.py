@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ import torch
 from hetero_attn.errors import PromptError
 from hetero_attn.llm import LLM
 from hetero_attn.planning.options import LoadOptions
+
+if TYPE_CHECKING:
+    from hetero_attn.planning.settle import PlannedModel
 
 WINDOW_TOKENS = 512
 MOST_WINDOWS = 6
@@ -84,26 +87,33 @@ def run(
     from hetero_attn.planning.settle import settle
 
     source = wishes if against is None else replace(wishes, model=against, file=None)
-    stored = settle(replace(source, dtype="auto", max_context=WINDOW_TOKENS)).weight_formats
-    plain = "auto" if set(stored.names) <= {"bf16", "fp16", "fp32"} else "fp32"
+    stored = settle(replace(source, dtype="auto", max_context=WINDOW_TOKENS))
+    if against is not None:
+        _check_same_vocabulary(settle(replace(wishes, dtype="auto", max_context=WINDOW_TOKENS)), stored)
+    plain = "auto" if set(stored.weight_formats.names) <= {"bf16", "fp16", "fp32"} else "fp32"
     with tempfile.TemporaryFile() as kept:
         with _loaded(source, plain, progress) as llm:
             windows = _windows(llm, text)
-            rows, name, vocab_size = [_first(llm, windows, kept)], llm.plan.model, llm.planned.config.vocab_size
+            rows, name = [_first(llm, windows, kept)], llm.plan.model
         for dtype in dtypes:
             with _loaded(wishes, dtype, progress) as llm:
-                _check_same_tokens(llm, windows, text, name, vocab_size)
+                _check_same_tokens(llm, windows, text, name)
                 rows.append(_compared(llm, windows, kept))
     return QualityReport(llm.plan.model, sum(map(len, windows)), tuple(rows), None if against is None else name)
 
 
-def _check_same_tokens(llm: LLM, windows: list[list[int]], text: str, name: str, vocab_size: int) -> None:
-    """Raise PromptError unless the model has the vocabulary of the one called `name`, and the same tokens of a text."""
-    if (found := llm.planned.config.vocab_size) != vocab_size:
+def _check_same_vocabulary(planned: "PlannedModel", source: "PlannedModel") -> None:
+    """Raise PromptError unless both models have as many tokens."""
+    sizes = [each.config.vocab_size for each in (planned, source)]
+    if sizes[0] != sizes[1]:
         raise PromptError(
-            f"{llm.plan.model} has {found} tokens and {name} {vocab_size}, so their distributions cannot be compared; "
-            "give the model that it was made from"
+            f"{planned.plan.model} has {sizes[0]} tokens and {source.plan.model} {sizes[1]}, so their distributions "
+            "cannot be compared; give the model that it was made from"
         )
+
+
+def _check_same_tokens(llm: LLM, windows: list[list[int]], text: str, name: str) -> None:
+    """Raise PromptError unless the model makes the tokens of a text that the one called `name` makes."""
     if _windows(llm, text) != windows:
         raise PromptError(
             f"{llm.plan.model} makes other tokens of the text than {name}; give the model that it was made from, or "

@@ -126,7 +126,8 @@ def test_against_alone_takes_the_file_as_it_is_held(quantised, tmp_path):
     assert len(lines) == 4 and max(map(len, lines)) <= 80
 
 
-def test_models_of_other_tokens_are_refused(tmp_path):
+def test_models_of_other_tokens_are_refused_before_one_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "LLM", None)
     other = make_checkpoint(tmp_path / "other", "llama")
     shutil.copy(TINY / "tokenizer.json", other)
 
