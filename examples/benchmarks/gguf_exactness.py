@@ -1,18 +1,20 @@
 """A model in GGUF types as llama.cpp makes them, beside transformers holding the same values in float32.
 
-    python examples/benchmarks/gguf_exactness.py FILE.gguf ... [--json FILE] [--windows N]
+    python examples/benchmarks/gguf_exactness.py FILE.gguf ... [--json FILE] [--windows N] [--llama-python PYTHON]
 
 For every file: perplexity of six windows of 512 tokens, or of N, of the shipped checkpoint's held-out text, each read
 on its own; the largest error of a logit over the first window; and 64 greedy tokens after a prompt, token by token.
 Ours is measured twice: with float32 arithmetic, which is to give transformers' numbers, and as it runs by default, on
 packed codes with activations rounded to int8, whose difference is what that rounding costs. transformers reads the file
 itself, with `gguf`. Float32 rounds: the yardstick is transformers' own code in float64 throughout, from which both
-are measured. Results of files that the JSON file holds already are kept. Last comes a line of JSON.
+are measured. --llama-python, an interpreter with llama-cpp-python, adds llama.cpp's perplexity of the same tokens.
+Results of files that the JSON file holds already are kept. Last comes a line of JSON.
 """
 
 import argparse
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from hetero_attn import LLM, SamplingParams
+from hetero_attn.serving.text.tokenizer import Tokenizer
 from hetero_attn.tools.quality import MOST_WINDOWS, WINDOW_TOKENS
 from placement.machine.fingerprint import cpu_name
 
@@ -31,6 +34,21 @@ TEXT = Path(__file__).resolve().parents[1] / "tiny" / "heldout.txt"
 PROMPT = "The largest planets of the solar system are"
 GREEDY_TOKENS = 64
 
+# Runs in the other interpreter: a file; tokens of all windows on its input; prints the perplexity.
+LLAMA = """
+import json, sys, llama_cpp, numpy as np
+windows, losses = json.load(sys.stdin), []
+longest = max(map(len, windows))
+model = llama_cpp.Llama(sys.argv[1], n_ctx=longest, n_batch=longest, logits_all=True, verbose=False, n_threads=2)
+for window in windows:
+    model.reset()
+    model.eval(window)
+    for row, token in zip(model.scores[: len(window) - 1], window[1:]):
+        row = row.astype(np.float64)
+        losses.append(row.max() + np.log(np.exp(row - row.max()).sum()) - row[token])
+print(np.exp(np.mean(losses)))
+"""
+LLAMA_CPP = "llama_cpp_perplexity"
 NEEDED = "largest_error_of_transformers"  # rows without it are of an older script
 
 Windows = list[list[int]]
@@ -46,11 +64,24 @@ def perplexity(logits: Logits, windows: Windows) -> float:
     return math.exp(math.fsum(losses) / len(losses))
 
 
+def windows_of(tokenizer: Tokenizer, count: int) -> Windows:
+    """The text's tokens, so many windows of them."""
+    ids = tokenizer.encode(TEXT.read_text())[: count * WINDOW_TOKENS]
+    return [ids[start : start + WINDOW_TOKENS] for start in range(0, len(ids), WINDOW_TOKENS)]
+
+
+def llama_perplexity(python: str, file: Path, windows: Windows) -> float:
+    """Of the same windows by llama.cpp as it runs by default."""
+    run = subprocess.run([python, "-c", LLAMA, file], input=json.dumps(windows), capture_output=True, text=True)
+    if run.returncode:
+        raise SystemExit(run.stderr)
+    return float(run.stdout.split()[-1])
+
+
 def ours(file: Path, dtype: str, count: int) -> tuple[dict[str, Any], Windows, torch.Tensor]:
     """(what is compared, the windows, the logits of the first)."""
     with LLM(file, device="cpu", dtype=dtype, kv_dtype="fp32", max_context=WINDOW_TOKENS, progress=False) as llm:
-        ids = llm.tokenizer.encode(TEXT.read_text())[: count * WINDOW_TOKENS]
-        windows = [ids[start : start + WINDOW_TOKENS] for start in range(0, len(ids), WINDOW_TOKENS)]
+        windows = windows_of(llm.tokenizer, count)
         prompt = llm.tokenizer.encode(PROMPT)
         answer = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=GREEDY_TOKENS, ignore_eos=True))[0]
         found = {"perplexity": perplexity(llm.logits, windows), "prompt": prompt, "greedy": list(answer.token_ids)}
@@ -150,6 +181,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--llama-python", help="interpreter with llama-cpp-python")
     parser.add_argument("--windows", type=int, choices=range(1, MOST_WINDOWS + 1), default=MOST_WINDOWS)
     chosen = parser.parse_args()
     kept = json.loads(chosen.json.read_text()) if chosen.json and chosen.json.exists() else {"rows": []}
@@ -161,12 +193,16 @@ def main() -> int:
         if row is None:
             row = measured(file, chosen.windows)
             result["rows"] = [*(other for other in result["rows"] if other["file"] != file.name), row]
-            if chosen.json:
-                chosen.json.write_text(json.dumps(result, indent=2) + "\n")
+        if chosen.llama_python and LLAMA_CPP not in row:
+            windows = windows_of(Tokenizer.open(file), row["tokens"] // WINDOW_TOKENS)
+            row[LLAMA_CPP] = llama_perplexity(chosen.llama_python, file, windows)
+        if chosen.json:
+            chosen.json.write_text(json.dumps(result, indent=2) + "\n")
         print(
             f"{row['file'].removesuffix('.gguf'):<22}{row['transformers_perplexity']:>9.4f}{row['perplexity']:>9.4f}"
             f"{row[NEEDED]:>9.1e}{row['largest_error_of_ours']:>9.1e}{row['share_of_largest_logit']:>8.1e}"
-            f"{row['greedy_tokens_equal']:>8}{row['packed_perplexity']:>8.3f}{row['packed_greedy_tokens_equal']:>5}",
+            f"{row['greedy_tokens_equal']:>8}{row['packed_perplexity']:>8.3f}{row['packed_greedy_tokens_equal']:>5}"
+            + (f"  llama.cpp {row[LLAMA_CPP]:.3f}" if LLAMA_CPP in row else ""),
             flush=True,
         )
     print(json.dumps(result))
