@@ -92,7 +92,9 @@ def _why_no_weights(path: Path) -> str:
         )
     if others := [name for name in files if name.endswith((".safetensors", ".gguf"))]:
         return f"{expected}, only {some(others)}; download the whole checkpoint in Hugging Face format"
-    return f"{expected}; the directory holds {some(files) or 'no files'}. Check the path or download the model again"
+    alone = "; `hetero-attn plan --dtype q4` needs config.json alone" if "config.json" in files else ""
+    held = f"{expected}; the directory holds {some(files) or 'no files'}"
+    return f"{held}. Check the path or download the model again{alone}"
 
 
 def _check_unique(files: list[SafetensorsFile]) -> None:

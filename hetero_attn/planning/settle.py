@@ -35,6 +35,8 @@ from placement.plan.workload import KV_DTYPES, Workload
 from placement.solve.make_plan import plan_requested
 from placement.solve.request import PlanRequest, requested
 
+PLANNED_DRAM = 0.95  # of a machine's memory, where a plan must be held to it: the system needs some too
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
@@ -160,9 +162,27 @@ def settle(options: LoadOptions, asked: Asked | None = None) -> PlannedModel:
     """
     asked = asked or ask(options)
     try:
-        return asked.planned(plan_requested(asked.request))
+        planned = asked.planned(plan_requested(asked.request))
     except BudgetError as error:
         raise MemoryBudgetError(str(error)) from error
+    return _within_host_memory(asked, planned) or planned
+
+
+def _within_host_memory(asked: Asked, planned: PlannedModel) -> PlannedModel | None:
+    """The fastest plan that the machine's host memory holds where the fastest of all takes more, such as by expert
+    slots, which need every expert in DRAM; None where nothing is to be done or no plan does."""
+    memory, dram_bytes = planned.plan.memory, asked.hardware.dram_bytes
+    if asked.policy.host_memory is not None or memory.host_bytes + memory.pinned_bytes <= dram_bytes:
+        return None
+    policy = asked.policy.model_copy(update={"host_memory": int(PLANNED_DRAM * dram_bytes)})
+    request, device = asked.request, asked.request.device
+    narrower = requested(
+        asked.workload, asked.hardware, policy, device=device, gpu_memory_bytes=request.gpu_memory_bytes
+    )
+    try:
+        return replace(asked, policy=policy, request=narrower).planned(plan_requested(narrower))
+    except BudgetError:
+        return None
 
 
 def ask(options: LoadOptions, drafts: bool = False) -> Asked:

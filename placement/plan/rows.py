@@ -1,8 +1,11 @@
-"""The rows in which a plan is shown and written: neighbouring layers with equal shards and placements are one row."""
+"""The rows in which a plan is written and shown: neighbouring layers with equal shards and placements are one row, and
+where it is shown, all that look alike."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+SOME = ".."  # between two layers of a row that leaves out some between them
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,25 @@ def plan_rows(shards: Sequence[Any], placements: Sequence[Any]) -> Iterator[Plan
             if i == len(pairs) or not _same(pairs[i - 1], pairs[i]):
                 yield _joined(pairs[start:i])
                 start = i
+
+
+def shown_rows(rows: Iterator[PlanRow], look: Callable[[PlanRow], Hashable]) -> list[PlanRow]:
+    """Join those of a kind that look alike, wherever their layers are: `layers.3..39.kv` is some of these layers."""
+    alike: dict[tuple[str, Hashable], list[PlanRow]] = {}
+    for row in rows:
+        kind = row.label.rpartition(".")[2]
+        alike.setdefault((kind, look(PlanRow(row.label, row.shards[:1], row.placement))), []).append(row)
+    return [_together(parts) for parts in alike.values()]
+
+
+def _together(rows: list[PlanRow]) -> PlanRow:
+    shards = tuple(shard for row in rows for shard in row.shards)
+    first, last = shards[0], shards[-1]
+    if len(rows) == 1:
+        return rows[0]
+    between = "-" if last.layer - first.layer == len(shards) - 1 else SOME
+    label = first.name.replace(f".{first.layer}.", f".{first.layer}{between}{last.layer}.", 1)
+    return PlanRow(label, shards, rows[0].placement)
 
 
 def _same(left: tuple[Any, Any], right: tuple[Any, Any]) -> bool:

@@ -18,7 +18,7 @@ from placement.plan.memory import (
     kv_gpu_bytes,
 )
 from placement.plan.phase import RESOURCE_WORDS, Prediction
-from placement.plan.rows import PlanRow, plan_rows
+from placement.plan.rows import SOME, PlanRow, plan_rows, shown_rows
 from placement.plan.units import digits, format_bytes
 from placement.plan.warm import expert_slots_line
 from placement.plan.words import wrapped
@@ -31,6 +31,7 @@ NARROW_COLUMNS = {0: "shard", 3: "home", 4: "decode", 5: "prefill", 6: "GPU", 7:
 MOST_COLUMNS = 1000
 EXPERT_SLOTS_LEGEND = ", and expert slots, whose picks the gpu lane computes"
 LEGEND = "g/s/c: units computed on the gpu, stream and cpu lane in one step; home: units in GPU memory"
+SOME_LEGEND = f"a{SOME}b: some of these layers, as many as count says; --yaml names them"
 PHASE_INDENT = 12
 PLACE_WORDS = {"gpu": "GPU memory", "pinned": "pinned DRAM", "host": "host DRAM"}
 
@@ -81,9 +82,10 @@ def plan_table(plan: ShownPlan, width: int) -> str:
     if plan.device != "cpu":
         legend = LEGEND if is_wide else LEGEND.replace("g/s/c", "decode, prefill (gpu/stream/cpu)")
         say(legend + EXPERT_SLOTS_LEGEND * any(placement.expert_slots for placement in plan.linears))
+    if any(SOME in row.label for row in _linear_rows(plan) + _kv_rows(plan)):
+        say(SOME_LEGEND)
     if plan.workload.is_mixed and not is_wide:
-        rows = plan_rows(plan.workload.linears, plan.linears)
-        say(f"weights: {'; '.join(f'{row.label} {_format(plan, row)}' for row in rows)}")
+        say(f"weights: {'; '.join(f'{row.label} {_format(plan, row)}' for row in _linear_rows(plan))}")
     console.print(_memory(plan, is_wide))
     batch_steps = 1 if plan.predicted is None else plan.predicted.decode.batch_steps
     for line in (experts_line(plan.workload), expert_slots_line(plan.workload, plan.linears, batch_steps)):
@@ -199,11 +201,20 @@ def _placements(plan: ShownPlan, is_wide: bool) -> Table:
     with_formats = is_wide and plan.workload.is_mixed
     if with_formats:
         table.add_column(FORMAT_COLUMN, no_wrap=True)
-    linears = [(_linear_row(plan, row), _format(plan, row)) for row in plan_rows(plan.workload.linears, plan.linears)]
-    caches = [(_kv_row(plan, row), plan.workload.kv_dtype) for row in plan_rows(plan.workload.kv, plan.kv)]
+    linears = [(_linear_row(plan, row), _format(plan, row)) for row in _linear_rows(plan)]
+    caches = [(_kv_row(plan, row), plan.workload.kv_dtype) for row in _kv_rows(plan)]
     for cells, name in linears + caches:
         table.add_row(*(cells[index] for index in shown), *((name,) if with_formats else ()))
     return table
+
+
+def _linear_rows(plan: ShownPlan) -> list[PlanRow]:
+    rows = plan_rows(plan.workload.linears, plan.linears)
+    return shown_rows(rows, lambda row: (_format(plan, row), *_linear_row(plan, row)[1:]))
+
+
+def _kv_rows(plan: ShownPlan) -> list[PlanRow]:
+    return shown_rows(plan_rows(plan.workload.kv, plan.kv), lambda row: _kv_row(plan, row)[1:])
 
 
 def _is_wide(plan: ShownPlan, width: int) -> bool:

@@ -116,8 +116,11 @@ def with_expert_slots(placement: LinearPlacement, at_home: int, expert_slots: in
 def expert_slots_as(
     chosen: Sequence[LinearPlacement], linears: Sequence[LinearPlacement]
 ) -> tuple[LinearPlacement, ...]:
-    """Placements with the expert slots, and beside them the homes, of `chosen`."""
+    """Placements with the expert slots, and beside them the homes, of `chosen`; a layer whose homes went into slots of
+    others has neither."""
     return tuple(
-        with_expert_slots(own, other.gpu_units, other.expert_slots) if other.expert_slots else own
+        own
+        if (own.gpu_units, own.expert_slots) == (other.gpu_units, other.expert_slots)
+        else with_expert_slots(own, other.gpu_units, other.expert_slots)
         for own, other in zip(linears, chosen, strict=True)
     )

@@ -201,7 +201,9 @@ def test_shards_without_an_index(sharded):
 def test_no_weights_at_all(single):
     (single / SINGLE_NAME).unlink()
 
-    expect(refusal(single), "the directory holds", "config.json", "Check the path")
+    expect(
+        refusal(single), "the directory holds", "config.json", "Check the path", "plan --dtype q4` needs config.json"
+    )
 
 
 def test_not_a_directory(single):

@@ -208,6 +208,16 @@ FAULTS = {
         UnsupportedModelError,
         ["did you mean 'LlamaForCausalLM'?"],
     ),
+    "architecture-near-with-its-end": (
+        {"architectures": ["LamaForCausalLM"]},
+        UnsupportedModelError,
+        ["did you mean 'LlamaForCausalLM'?"],
+    ),
+    "architecture-latent": (
+        {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "kv_lora_rank": 512},
+        UnsupportedModelError,
+        ["is not supported: its attention has a latent (kv_lora_rank), which is not here yet"],
+    ),
     "architecture-head": ({"architectures": ["LlamaForSequenceClassification"]}, UnsupportedModelError, ["Known arch"]),
     "architecture-none": (
         {"architectures": ..., "model_type": ...},
@@ -375,3 +385,11 @@ def test_auto_map_is_ignored_and_runs_nothing(tmp_path):
 
     assert "LlamaForCausalLM" == config.architecture
     assert not canary.exists()
+
+
+def test_no_name_is_suggested_for_the_end_that_all_share(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["DeepseekV3ForCausalLM"]}))
+
+    with pytest.raises(UnsupportedModelError) as raised:
+        ModelConfig.from_dir(tmp_path)
+    assert "did you mean" not in str(raised.value)

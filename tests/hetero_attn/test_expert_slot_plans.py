@@ -22,7 +22,7 @@ from placement.plan.heat import ExpertHeat, assumed_heat
 from placement.plan.memory import LinearPlacement
 from placement.plan.shards import LinearShard
 from placement.plan.units import format_bytes
-from placement.plan.warm import hit_rate, mean_hit_rate
+from placement.plan.warm import expert_slots_as, hit_rate, mean_hit_rate
 from placement.plan.workload import NUM_ROW_TIERS
 from placement.policy.problems import PolicyError
 from placement.solve.make_plan import make_plan
@@ -69,6 +69,28 @@ def test_what_every_token_reads_comes_first_and_slots_take_the_rest(plan):
         each.expert_slots * 2654208 + 4 * (EXPERTS + each.expert_slots) for each in experts
     )
     assert plan.memory.pinned["weights"] >= LAYERS * EXPERTS * 2654208
+
+
+def test_a_machine_whose_memory_cannot_hold_all_experts_keeps_some_on_the_gpu_alone(path, plan):
+    """Slots need every expert in DRAM. The fastest plan takes more than this machine has, another one does not."""
+    most = plan.memory.host_bytes + plan.memory.pinned_bytes
+    hardware = replace(HardwareProfile.named("rtx3060-ddr4"), dram_bytes=0.9 * most)
+    held = planned(path, hardware=hardware)
+    asked = planned(path, hardware=hardware, policy=rules(f"host_memory: {2 * most}"))
+
+    assert held.memory.host_bytes + held.memory.pinned_bytes <= 0.95 * hardware.dram_bytes
+    assert sum(placement.gpu_units for placement in held.linears if placement.name.endswith("experts")) > 0
+    assert asked.linears == plan.linears
+    assert planned(path, hardware=replace(hardware, dram_bytes=1e9)).linears == plan.linears
+
+
+def test_homes_that_went_into_slots_of_other_layers_do_not_come_back():
+    """When the row tiers that no reference call uses are settled, a layer may have slots, or neither slots nor homes."""
+    own = [LinearPlacement(f"layers.{n}.experts", 1, NO_STREAM, EXPERTS) for n in range(2)]
+    chosen = [replace(own[0], gpu_units=0, expert_slots=3), replace(own[1], gpu_units=0)]
+
+    assert expert_slots_as(chosen, own) == tuple(chosen)
+    assert expert_slots_as(own, own) == tuple(own)
 
 
 def test_slots_decode_faster_than_the_same_memory_with_a_fixed_set(path, plan):

@@ -227,6 +227,33 @@ def test_equal_neighbours_are_grouped():
     ] == labels
 
 
+def test_a_table_has_one_row_for_layers_that_look_alike_wherever_they_are():
+    """Every second layer is another here, as with windows or linear attention; policies still name each."""
+    workload = tiny()
+    plan = plan_of(workload)
+    linears = tuple(
+        replace(placement, stream_units=(0, *placement.stream_units[1:])) if (shard.layer or 0) % 2 else placement
+        for shard, placement in zip(workload.linears, plan.linears, strict=True)
+    )
+    text = replace(plan, linears=linears).table()
+    labels = [line.split()[0] for line in text.splitlines() if line.startswith("layers.") and ".qkv" in line]
+
+    assert labels == ["layers.0..2.qkv", "layers.1..3.qkv"]
+    assert "as many as count says" in text and "as many as count says" not in plan.table()
+    assert "match: layers.3.qkv" in replace(plan, linears=linears).to_yaml()
+
+
+def test_what_differs_in_nothing_shown_is_one_row_of_the_table():
+    plan = plan_of(tiny())
+    first, _, *others = plan.linears[4].stream_units
+    middle = replace(plan.linears[4], stream_units=(first, 0, *others))
+    changed = replace(plan, linears=(*plan.linears[:4], middle, *plan.linears[5:]))
+
+    assert middle != plan.linears[4]
+    assert changed.table() == plan.table()
+    assert changed.to_yaml() != plan.to_yaml()
+
+
 def test_the_table_names_lanes_bytes_and_speed():
     text = make_plan(tiny(), EMULATED, Policy(), device="emulated", gpu_memory_bytes=200_000).table()
 

@@ -81,6 +81,9 @@ _IN_GGUF = [(family.gguf.architecture, family) for family in FAMILIES.values() i
 GGUF_FAMILIES = {name: family for name, family in _IN_GGUF if EXPERT_COUNT not in family.gguf.keys}
 GGUF_EXPERT_FAMILIES = {name: family for name, family in _IN_GGUF if EXPERT_COUNT in family.gguf.keys}
 
+LATENT_SIZE = "kv_lora_rank"  # of DeepSeek, Kimi and GLM-4.7-Flash
+SHARED_END = "ForCausalLM"
+
 
 def text_model(fields: JsonFields) -> JsonFields:
     """The part of a config of text and images that describes its text model, what is said of both beside it; of a head
@@ -120,9 +123,19 @@ def family_name(fields: JsonFields) -> str:
             raise ConfigError(f"{fields.path}: neither model_type nor architectures is given. {known}")
         raise UnsupportedModelError(
             f"{fields.path}: architecture {show(found)} (model_type {show(model_type)}) is not supported"
-            f"{nearest(str(found), by_architecture)}.\n{known}"
+            f"{_why_not(fields, str(found), by_architecture)}.\n{known}"
         )
     return model_type
+
+
+def _why_not(fields: JsonFields, found: str, known: dict[str, str]) -> str:
+    """What is missing for a family where its config tells, else a known name that is near. Names are compared without
+    the end that all share, by which DeepSeek would be like Phi."""
+    if fields.get(LATENT_SIZE) is not None:
+        return f": its attention has a latent ({LATENT_SIZE}), which is not here yet"
+    end = SHARED_END if found.endswith(SHARED_END) else ""
+    near = nearest(found.removesuffix(end), [name.removesuffix(end) for name in known])
+    return near.replace("'?)", f"{end}'?)")
 
 
 def _architectures(family: Family) -> tuple[str, ...]:
