@@ -88,6 +88,42 @@ def test_every_kind_of_request_is_answered_by_our_side(checkpoint: Path) -> None
         assert torch.allclose(torch.tensor(answers[3]["logits"]), llm.logits([1, 2, 3])[-1], rtol=1e-3, atol=1e-3)
 
 
+def test_our_side_tells_what_routers_chose_and_what_a_step_of_experts_reads() -> None:
+    requests = [{"test": "decode", "tokens": 2, "depth": 0}, {"test": "physics"}, {"test": "routes", "tokens": 40}]
+    lines = "".join(json.dumps(request) + "\n" for request in requests)
+    done = run_process(
+        "ours.py",
+        "hetero-attn",
+        "--model",
+        ROOT / "examples" / "tiny-moe",
+        "--threads",
+        1,
+        "--context",
+        64,
+        lines=lines,
+    )
+    assert done.returncode == 0, done.stderr
+    _, _, physics, routes = [json.loads(line) for line in done.stdout.splitlines()]
+
+    assert 0 < physics["linears_s"] < physics["reading_s"] < physics["step_s"] and physics["sweep_s"] > 0
+    assert (routes["experts"], routes["per_row"], routes["tokens"]) == (32, 4, 40)
+    assert 8 < routes["distinct"] <= 32 and 0 < routes["reuse_distance"] < 32
+    assert 0 < routes["quarter_held"] < routes["half_held"] < 1
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q8_0", "MXFP4", "BF16"])
+def test_random_weights_of_a_file_are_small_numbers_around_nothing(kind: str) -> None:
+    import gguf
+    import numpy as np
+
+    script = load("random_experts")
+    raw = script.codes(np.random.default_rng(1), (64, 512), kind)
+    numbers = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind]).astype(np.float64)
+
+    assert numbers.shape == (64, 512)
+    assert 0.005 < numbers.std() < 0.08 and abs(numbers.mean()) < 0.15 * numbers.std()
+
+
 def test_a_random_checkpoint_is_what_safetensors_reads(checkpoint: Path) -> None:
     from safetensors.torch import load_file
 

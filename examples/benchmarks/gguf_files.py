@@ -5,10 +5,11 @@
 
 llama.cpp runs twice, with its weights repacked at load and without; the ratio is to the faster of both. A path of ours
 that is forced with --isa is compared with a llama.cpp that was built for the same instructions, whose libraries lie in
---llama-lib. --dtype loads our side in another dtype than the file's. The ceiling is a read-only sweep of memory; it is
-printed first, and beside each file the share of a sweep of its own weights that our linears reach in a decode step.
-With --threads 1 every side is timed by the CPU time of its process: what a busy machine can still be asked. Ends with
-one JSON line.
+--llama-lib. --dtype loads our side in another dtype than the file's. Both are fed the same random tokens; what the
+routers of a mixture of experts choose over a prompt of so many is kept with each row. The ceiling is a read-only sweep
+of memory; it is printed first, and beside each file the share of a sweep of the weights that a step reads, which our
+linears reach in a decode step. With --threads 1 every side is timed by the CPU time of its process: what a busy machine
+can still be asked. Ends with one JSON line.
 """
 
 import argparse
@@ -24,13 +25,16 @@ from pathlib import Path
 
 from whole_model import HERE, SPINNING_S, Worker, commit, machine, usable_cpus
 
-CONTEXT = 1024
+LEAST_CONTEXT = 1024
 HEADINGS = f"{'file':<34}{'test':<9}{'ours':>9}{'repack':>9}{'as is':>9}{'ratio':>7}{'linears':>9}"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One test of one file; figures in tokens per second, medians; linears_share: of a sweep, None for prefill."""
+    """One test of one file; figures in tokens per second, medians.
+
+    linears_share: of a sweep, None for prefill. routes: see `ours.HeteroAttn._routes`, None without experts.
+    """
 
     file: str
     dtype: str
@@ -41,6 +45,7 @@ class Row:
     llama_as_is: float
     ratio: float
     linears_share: float | None
+    routes: dict[str, float] | None = None
 
     def line(self) -> str:
         """One row of the table."""
@@ -52,7 +57,8 @@ class Row:
 
 def start(options: argparse.Namespace, stack: ExitStack, file: Path) -> dict[str, Worker]:
     """Ours and both settings of llama.cpp, each with the file loaded."""
-    common = ["--model", file, "--threads", options.threads, "--context", CONTEXT]
+    context = max(LEAST_CONTEXT, options.prefill_tokens)
+    common = ["--model", file, "--threads", options.threads, "--context", context]
     ours = [sys.executable, HERE / "ours.py", "hetero-attn", *common, "--dtype", options.dtype]
     ours += ["--isa", options.isa] if options.isa else []
     peer = [options.llama_python, HERE / "peers.py", "llama.cpp", *common]
@@ -80,7 +86,8 @@ def compare(options: argparse.Namespace, file: Path, sides: dict[str, Worker], t
     physics = sides["ours"].ask(test="physics") if test == "decode" else None
     share = physics["sweep_s"] / physics["linears_s"] if physics else None
     medians = (statistics.median(values) for values in runs.values())
-    return Row(file.name, options.dtype, test, tokens, *medians, ratio, share)
+    routes = sides["ours"].ask(test="routes", tokens=tokens) or None
+    return Row(file.name, options.dtype, test, tokens, *medians, ratio, share, routes)
 
 
 def parse_options() -> argparse.Namespace:

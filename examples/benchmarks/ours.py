@@ -3,19 +3,21 @@
     python ours.py hetero-attn --model DIRECTORY --dtype bf16|q8|q4 --threads N ...
 
 Drives the engine's two functions, `prefill` and `decode_step`, without scheduler or tokenizer: what llama-bench does to
-its own library. Two requests more, for the physics of a step:
+its own library. Three requests more, for the physics of a step and for what routers choose:
 
     {"test": "sweep",   "megabytes": 512}    bytes a second of reading memory and doing nothing with it: the ceiling
     {"test": "physics"}                      seconds of a decode step, of its reading ops alone, of sweeps: `_physics`
+    {"test": "routes",  "tokens": 512}       how warm the experts are over a prompt of as many tokens: `_routes`
 """
 
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from peers import Settings, Side, main
+from peers import Settings, Side, main, random_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -69,9 +71,8 @@ class HeteroAttn(Side):
 
     def decode(self, tokens: int) -> None:
         """See Side."""
-        token_id = 0
-        for _ in range(tokens):
-            token_id = int(self._engine.decode_step([self._sequence], [token_id], copy=False)[0].argmax())
+        for token_id in random_tokens(tokens, self.vocab_size):
+            self._engine.decode_step([self._sequence], [token_id], copy=False)[0].argmax().item()
 
     def rewind(self, length: int) -> None:
         """See Side; a state of fixed size cannot go back but to its start."""
@@ -129,6 +130,8 @@ class HeteroAttn(Side):
             return {"bytes_per_s": self._sweep(request["megabytes"] << 20)}
         if request["test"] == "physics":
             return self._physics()
+        if request["test"] == "routes":
+            return self._routes(request["tokens"])
         return super().answer(request)
 
     @property
@@ -147,14 +150,12 @@ class HeteroAttn(Side):
         """Seconds of a decode step at the present depth, and of its parts, turn by turn; medians.
 
         step_s: all of it, Python included. reading_s: its ops that read weights or cache, alone. linears_s: those that
-        read weights. sweep_s: a read-only sweep over the same weights. Nothing of a model whose steps are not recorded,
-        or read a few experts of many.
+        read weights. sweep_s: a read-only sweep over as many of the same weights, of experts over others in each turn.
+        Nothing of a model whose steps are not recorded.
         """
         engine, length = self._engine, self.length
-        blocks = engine.weights.spec.blocks
-        if any(block.kind == "experts" or not block.records for block in blocks):
+        if any(not block.records for block in engine.weights.spec.blocks):
             return {}
-        weights = [linear.dram for linear in engine.weights.linears]
 
         def step() -> None:
             self.decode(1)
@@ -162,17 +163,50 @@ class HeteroAttn(Side):
 
         step()
         program = engine.forward.replay.program(1)
+        reading, weights = ("linear", "expert_linear"), self._weights_of_a_row
         parts = {
             "step_s": step,
-            "reading_s": program.select(lambda name: name.startswith(("linear", "decode"))).run,
-            "linears_s": program.select(lambda name: name.startswith("linear")).run,
-            "sweep_s": lambda: [engine.lanes.host_ops.sweep(weight) for weight in weights],
+            "reading_s": program.select(lambda name: name.startswith((*reading, "decode"))).run,
+            "linears_s": program.select(lambda name: name.startswith(reading)).run,
+            "sweep_s": lambda: [engine.lanes.host_ops.sweep(weight) for weight in weights()],
         }
         times: dict[str, list[float]] = {name: [] for name in parts}
         for _ in range(REPETITIONS):
             for name, work in parts.items():
                 times[name].append(_seconds(work, self._clock))
         return {name: statistics.median(values) for name, values in times.items()}
+
+    def _weights_of_a_row(self) -> "list[torch.Tensor]":
+        """Memory of the weights that one row reads; random experts, as many as a router chooses."""
+        found = []
+        for linear in self._engine.weights.linears:
+            spec = linear.spec
+            is_whole = spec.kind != "experts"
+            found += [linear.dram] if is_whole else random.sample(list(linear.dram), spec.per_row)
+        return found
+
+    def _routes(self, tokens: int) -> dict[str, object]:
+        """Over the prompt of as many tokens, means over the layers: how many experts it chooses, the share of picks
+        that the next token makes again, how many other experts lie between two choices of one (median), and what
+        slots for a quarter and for half of the experts would hold. Nothing of a model without experts."""
+        from hetero_attn.tools.routes.heat import run
+
+        if not any(linear.spec.kind == "experts" for linear in self._engine.weights.linears):
+            return {}
+        layers = run(self._llm, random_tokens(tokens, self.vocab_size)).layers
+        experts = layers[0].experts
+        figures = {
+            "distinct": [layer.distinct for layer in layers],
+            "next_token": [layer.next_token for layer in layers],
+            "reuse_distance": [sum(hits < 0.5 * layer.hits[-1] for hits in layer.hits) - 1 for layer in layers],
+            "quarter_held": [layer.hits[experts // 4] for layer in layers],
+            "half_held": [layer.hits[experts // 2] for layer in layers],
+        }
+        return {name: statistics.mean(values) for name, values in figures.items()} | {
+            "tokens": tokens,
+            "experts": experts,
+            "per_row": layers[0].per_row,
+        }
 
 
 def _filled(total_bytes: int, row_bytes: int) -> "torch.Tensor":

@@ -15,9 +15,10 @@ is filled before the clock starts, by ours with random keys and values, by llama
 and kept for the next request. Processes of their own, so that thread pools never share cores and a peer may live in
 another environment: apart from its own library a peer needs the standard library alone.
 
-What a side does in a decode step: ours takes the argmax of the logits, as does transformers; llama.cpp is fed random
-tokens like llama-bench. A batch is 8 sequences with 8 rows of logits for ours, and 8 tokens of one sequence with logits
-of the last for llama.cpp (llama-bench's `-p 8 -ub 8`), which is less work.
+What a side does in a decode step: transformers is fed the argmax of the logits; ours takes it too, but is fed the same
+random tokens as llama.cpp, as llama-bench does, so that both choose the same experts. A batch is 8 sequences with 8
+rows of logits for ours, and 8 tokens of one sequence with logits of the last for llama.cpp (llama-bench's `-p 8
+-ub 8`), which is less work.
 """
 
 import argparse

@@ -18,8 +18,14 @@ import gguf
 import numpy as np
 
 VOCABULARY, CONTEXT = 25_600, 4096
-# Bytes of a block, its weights, and where which scale makes them about 0.02: float16 at its front, or an exponent byte.
-BLOCKS = {"Q4_0": (18, 32, 0.0045), "Q8_0": (34, 32, 0.0003), "MXFP4": (17, 32, 120)}
+# Bytes of a block, its weights, and which scales at its front make them about 0.02: float16, or an exponent byte.
+# Q4_K: what multiplies scales of 0 to 63, and minima of 0 to 63, which 0 to 15 times the former have their middle at.
+BLOCKS = {
+    "Q4_0": (18, 32, [0.0045]),
+    "Q4_K": (144, 256, [0.00015, 0.0011]),
+    "Q8_0": (34, 32, [0.0003]),
+    "MXFP4": (17, 32, 120),
+}
 TYPES = (*BLOCKS, "BF16")
 Dims = tuple[int, ...]
 
@@ -29,12 +35,12 @@ def codes(generator: np.random.Generator, dims: Dims, kind: str) -> np.ndarray:
     if kind == "BF16":
         bits = generator.integers(0, 1 << 16, dims, dtype=np.uint16)
         return ((bits & 0x807F) | 0x3C00).view(np.uint8)  # of 0.008 to 0.016 with either sign
-    block_bytes, weights, scale = BLOCKS[kind]
+    block_bytes, weights, scales = BLOCKS[kind]
     blocks = generator.integers(0, 256, (*dims[:-1], dims[-1] // weights, block_bytes), dtype=np.uint8)
     if kind == "MXFP4":
-        blocks[..., 0] = scale
+        blocks[..., 0] = scales
     else:
-        blocks[..., :2] = np.frombuffer(np.float16(scale).tobytes(), dtype=np.uint8)
+        blocks[..., : 2 * len(scales)] = np.array(scales, dtype=np.float16).view(np.uint8)
     return blocks.reshape(*dims[:-1], -1)
 
 
