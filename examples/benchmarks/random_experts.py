@@ -41,6 +41,10 @@ def codes(generator: np.random.Generator, dims: Dims, kind: str) -> np.ndarray:
         blocks[..., 0] = scales
     else:
         blocks[..., : 2 * len(scales)] = np.array(scales, dtype=np.float16).view(np.uint8)
+    if kind == "Q4_0":  # without code 0, whose weight has no opposite: a mean makes all tokens choose the same experts
+        two = blocks[..., 2:]
+        two += 8 * (two & 15 == 0).astype(np.uint8)
+        two += 128 * (two >> 4 == 0).astype(np.uint8)
     return blocks.reshape(*dims[:-1], -1)
 
 
