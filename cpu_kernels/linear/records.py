@@ -45,9 +45,10 @@ class Record:
         """Inputs 4k..4k+3 in every lane."""
         return splat_value(self._b, load_as(self._b, self._address, I32, GROUP_INPUTS * row + 4 * k))
 
-    def numbers(self, row: int, k: int):
-        """Inputs 16k..16k+15 as float32, one in a lane."""
-        return self._b.sitofp(load_as(self._b, self._address, VI8, GROUP_INPUTS * row + 16 * k), VF32)
+    def numbers(self, row: int, k: int, factor: float):
+        """Inputs 16k..16k+15 times a power of two as float32, one in a lane."""
+        inputs = self._b.sitofp(load_as(self._b, self._address, VI8, GROUP_INPUTS * row + 16 * k), VF32)
+        return inputs if factor == 1.0 else self._b.fmul(inputs, constant(VF32, factor))
 
     def scale(self, row: int):
         """The row's scale in every lane."""

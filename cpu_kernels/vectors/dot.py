@@ -18,7 +18,7 @@ from cpu_kernels.vectors.vector import (
 )
 
 V32I16, V16I16, V8I32 = ir.VectorType(I16, 32), ir.VectorType(I16, 16), ir.VectorType(I32, 8)
-V16I8, V4I32 = ir.VectorType(I8, 16), ir.VectorType(I32, 4)
+V32I8, V16I8, V4I32 = ir.VectorType(I8, 32), ir.VectorType(I8, 16), ir.VectorType(I32, 4)
 
 
 class _BFloat(ir.types.Type):

@@ -7,7 +7,7 @@ from llvmlite import ir
 from cpu_kernels.formats import LINE_BYTES, WeightFormat
 from cpu_kernels.vectors.dot import in_parts, together
 from cpu_kernels.vectors.isa import Isa
-from cpu_kernels.vectors.vector import I8, I32, VF32, VHALF, VI16, VI32, call_llvm, constant, load_as
+from cpu_kernels.vectors.vector import I8, I32, VI32, call_llvm, constant, load_as
 
 NIBBLES = 0x0F0F0F0F
 V64I8, V32I8, V16I8 = (ir.VectorType(I8, count) for count in (64, 32, 16))
@@ -29,27 +29,6 @@ def look_up(isa: Isa, b, table: tuple[int, ...], indexes):
     for index, entry in enumerate(table[1:], 1):
         found = b.select(b.icmp_unsigned("==", indexes, constant(V64I8, index)), constant(V64I8, entry), found)
     return b.bitcast(found, VI32)
-
-
-def look_up_numbers(isa: Isa, b, values: tuple[float, ...], indexes):
-    """Numbers of a table of 16, by an <16 x i32> of indexes whose bits from the fifth on are 0."""
-    if isa.has_avx512:
-        return call_llvm(b, "llvm.x86.avx512.permvar.sf.512", VF32, ir.Constant(VF32, list(values)), indexes)
-    found = constant(VF32, values[0])
-    for index, entry in enumerate(values[1:], 1):
-        found = b.select(b.icmp_unsigned("==", indexes, constant(VI32, index)), constant(VF32, entry), found)
-    return found
-
-
-def number_of_code(isa: Isa, item: WeightFormat, b, codes, place: int):
-    """Byte `place` of every lane of `codes` as the number that it stands for."""
-    code = b.lshr(codes, constant(VI32, 8 * place)) if place else codes
-    if item.plane == "v4":
-        return look_up_numbers(isa, b, item.values, b.and_(code, constant(VI32, 15)))
-    # Shifted by 7, exponent and mantissa are those of a float16 that is 256 times smaller, subnormal ones too.
-    sign = b.shl(b.and_(code, constant(VI32, 0x80)), constant(VI32, 8))
-    half = b.or_(sign, b.shl(b.and_(code, constant(VI32, 0x7F)), constant(VI32, 7)))
-    return b.fmul(b.fpext(b.bitcast(b.trunc(half, VI16), VHALF), VF32), constant(VF32, 256.0))
 
 
 def code_words(isa: Isa, item: WeightFormat, b, lines, table: tuple[int, ...]) -> Callable[[int], object]:

@@ -11,7 +11,8 @@ from llvmlite import ir
 from numba import types
 
 from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat
-from cpu_kernels.linear.forms.codes import code_words, number_of_code
+from cpu_kernels.linear.forms.codes import code_words
+from cpu_kernels.linear.forms.float_codes import has_narrow_tables, numbers_of_word, row_dot, unit_of
 from cpu_kernels.linear.records import Record
 from cpu_kernels.vectors.code_sums import CodeSums
 from cpu_kernels.vectors.dot import emit_dot2
@@ -91,18 +92,22 @@ class FormSums:
                 sums[row].add(codes, record.inputs(row, k))
         return [total.total() for total in sums]
 
-    def float_dots(self, b, word, record):
-        """float32 sums of code * input over all 64, for every row, in as many chains as hide the additions."""
+    def float_dots(self, b, word, record, part: int):
+        """float32 sums of code * input over run `part`, for every row, in as many chains as hide the additions."""
+        quarters, unit = range(part * self.run // 16, (part + 1) * self.run // 16), unit_of(self.item)
+        if self.rows == 1 and has_narrow_tables(self.isa):
+            words = [word(4 * quarter + k) for quarter in quarters for k in range(4)]
+            return [row_dot(b, self.item, words, [record.numbers(0, quarter, unit) for quarter in quarters])]
         chains = max(1, 4 // self.rows)
         sums = [[constant(VF32, 0.0)] * chains for _ in range(self.rows)]
-        for quarter in range(4):
-            inputs = [record.numbers(row, quarter) for row in range(self.rows)]
-            for index in range(16):
-                number = number_of_code(self.isa, self.item, b, word(4 * quarter + index // 4), index % 4)
-                lanes = ir.Constant(VI32, [index] * 16)
-                for row in range(self.rows):
-                    x, chain = b.shuffle_vector(inputs[row], inputs[row], lanes), index % chains
-                    sums[row][chain] = fma_value(b, number, x, sums[row][chain])
+        for quarter in quarters:
+            inputs = [record.numbers(row, quarter, unit) for row in range(self.rows)]
+            for k in range(4):
+                for place, number in enumerate(numbers_of_word(self.isa, self.item, b, word(4 * quarter + k))):
+                    lanes = ir.Constant(VI32, [4 * k + place] * 16)
+                    for row in range(self.rows):
+                        x, chain = b.shuffle_vector(inputs[row], inputs[row], lanes), place % chains
+                        sums[row][chain] = fma_value(b, number, x, sums[row][chain])
         return [reduce(b.fadd, chained) for chained in sums]
 
     def with_float_scales(self, b, superblock, group, word, record):
@@ -113,9 +118,9 @@ class FormSums:
             place = b.add(b.mul(group, ir.Constant(group.type, 16 * self.runs)), ir.Constant(group.type, LINE_BYTES))
             of_run = tensor_scales(b, superblock, b.add(superblock, place))
         for part in range(self.runs):
-            scale = load_as(b, superblock, VF32, 0) if of_run is None else of_run(part)
+            scale = load_as(b, superblock, VF32, LINE_BYTES * part) if of_run is None else of_run(part)
             if self.item.has_float_codes:
-                values = self.float_dots(b, word, record)
+                values = self.float_dots(b, word, record, part)
             else:
                 values = [b.sitofp(dot, VF32) for dot in self.dots(b, word, record, part)]
             for row, value in enumerate(values):
