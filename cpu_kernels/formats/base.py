@@ -29,7 +29,7 @@ interleave the 16 features, so that a vector register holds the same inputs of a
   SZ32, SZ64, SZ128   (c - z) * s               of every 32, 64 or 128 inputs: all float16 s, then 16-byte runs of u8 z
   SI32, SI64, SI128   (c - offset - z) * s      as SZ, of int8 z
   E32     (c - offset) * 2^(e - 128)            4 runs of u8 e, one for every 32 inputs
-  F64, F128   (c - offset) * s                  float32 s of every 64 or 128 inputs
+  F32, F64, F128   (c - offset) * s             float32 s of every 32, 64 or 128 inputs
   T16     (c - offset) * s                      float32 t; 16 runs of u8 e, one for every 16 inputs: with v the 256th of
                                                 float8 E4M3 e, s is v * t, or v / -t where t is below 0
 """

@@ -22,11 +22,15 @@ UINT8_TYPES = {
     group: GgufType(f"UINT8_G{group}", -1, group, INT4_HEADER_BYTES + group, f"uint8_g{group}") for group in INT4_GROUPS
 }
 E2M1_HEADER_BYTES = 8
-FP8_TYPE = GgufType("FP8_G128", -1, 128, SCALE_BYTES + 128, "fp8")
+FP8_TYPES = {
+    group: GgufType(f"FP8_G{group}", -1, group, SCALE_BYTES + group, name)
+    for group, name in ((32, "fp8_g32"), (64, "fp8_g64"), (128, "fp8"))
+}
+FP8_TYPE = FP8_TYPES[128]
 INT8_TYPE = GgufType("INT8_G128", -1, 128, SCALE_BYTES + 128, "int8")
 NF4_TYPE = GgufType("NF4_G64", -1, 64, SCALE_BYTES + 32, "nf4")
 E2M1_TYPE = GgufType("E2M1_G16", -1, 16, E2M1_HEADER_BYTES + 8, "nvfp4")
-SCALED_TYPES = {item.name: item for item in (FP8_TYPE, INT8_TYPE, NF4_TYPE)}
+SCALED_TYPES = {item.name: item for item in (*FP8_TYPES.values(), INT8_TYPE, NF4_TYPE)}
 
 _OTHERS = (*INT4_TYPES.values(), *UINT8_TYPES.values(), E2M1_TYPE)
 SOURCE_TYPES = {

@@ -117,8 +117,12 @@ def _plain_tile_kernel(
             superblock = group // TOGETHER * SUPERBLOCK_BYTES
             codes = superblock + group % TOGETHER * (SUPERBLOCK_BYTES - HEADER_BYTES) // TOGETHER
             numbers = _numbers_of(of_block + codes, own < num_blocks, KIND == "e4m3", VALUES, HEADER_BYTES, BLOCKS)
-            scale = (of_column + superblock).to(tl.pointer_type(tl.float32)) + feature
-            b = (numbers * tl.load(scale, mask=live, other=0.0)[:, None]).to(tl.bfloat16)
+            scales = (of_column + superblock).to(tl.pointer_type(tl.float32)) + feature
+            if HEADER_BYTES == 128:  # a line of scales for every 32 inputs
+                scale = tl.load(scales[:, None] + (k // 32 * 16)[None, :], mask=live[:, None], other=0.0)
+            else:
+                scale = tl.load(scales, mask=live, other=0.0)[:, None]
+            b = (numbers * scale).to(tl.bfloat16)
         result = tl.dot(a, b.T, result, input_precision="ieee")
     to = first_column + block // run * unit_features + block % run * 16 + feature
     target = out + places.to(tl.int64)[:, None] * out_stride + to[None, :]

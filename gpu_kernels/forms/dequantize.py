@@ -36,6 +36,8 @@ def _scale_and_minimum(superblock, inside_group, line, feature, mask, HEADER: tl
         scale = tl.where(factor < 0, tl.div_rn(value, -factor), value * factor)
     elif HEADER == "F64" or HEADER == "F128":
         scale = tl.load(superblock.to(tl.pointer_type(tl.float32)) + feature, mask=mask, other=0.0)
+    elif HEADER == "F32":
+        scale = tl.load(superblock.to(tl.pointer_type(tl.float32)) + line // 4 * 16 + feature, mask=mask, other=0.0)
     elif HAS_ZEROS:
         IS_SIGNED: tl.constexpr = HEADER == "SI32" or HEADER == "SI64" or HEADER == "SI128"
         IS_128: tl.constexpr = HEADER == "SZ128" or HEADER == "SI128"

@@ -68,6 +68,8 @@ FORMS = {
     "nf4": Form(4, 64, 1, "F64", values=NF4),
     "int8": Form(8, 128, 1, "F128", 128),
     "fp8": Form(8, 128, 1, "F128", e4m3=True),
+    "fp8_g64": Form(8, 64, 1, "F64", e4m3=True),
+    "fp8_g32": Form(8, 64, 2, "F32", e4m3=True),
 }
 
 

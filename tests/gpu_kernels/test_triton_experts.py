@@ -31,7 +31,8 @@ from gpu_kernels.small import clamped
 from tests.support.watched_loads import watched_loads
 
 EXPERTS, BLOCKS = 6, 3
-OTHERS = {"fp32": 1e-11, "fp16": 1e-11, "bf16": 1e-11, "nf4": 2e-5, "fp8": 2e-5}  # the last two rounded to bf16
+OTHERS = {"fp32": 1e-11, "fp16": 1e-11, "bf16": 1e-11}
+OTHERS |= dict.fromkeys(("nf4", "fp8", "fp8_g64", "fp8_g32"), 2e-5)  # rounded to bf16
 
 
 def weight_of(name: str, in_features: int, experts: int = EXPERTS, blocks: int = BLOCKS) -> torch.Tensor:

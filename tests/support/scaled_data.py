@@ -10,7 +10,7 @@ KINDS = (*SCALED_TYPES.values(), E2M1_TYPE)
 
 def numbers(kind: GgufType, codes: torch.Tensor) -> torch.Tensor:
     """float32 of uint8 codes, one in an item."""
-    if kind.format == "fp8":
+    if format_of(kind.format).plane == "f8":
         return codes.view(torch.float8_e4m3fn).float()
     if kind.format == "int8":
         return codes.view(torch.int8).float()
@@ -21,9 +21,10 @@ def numbers(kind: GgufType, codes: torch.Tensor) -> torch.Tensor:
 def random_blocks(kind: GgufType, rows: int, count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """(uint8 [rows, count * block_bytes], float32 [rows, count * items]): blocks, and their values."""
     generator = torch.Generator().manual_seed(seed)
-    wide = kind.format in ("fp8", "int8")
+    plane = format_of(kind.format).plane
+    wide = plane in ("f8", "i8")
     codes = torch.randint(256 if wide else 16, (rows, count, kind.items), generator=generator).to(torch.uint8)
-    if kind.format == "fp8":
+    if plane == "f8":
         codes[codes & 127 == 127] = 1  # NaN
     if kind is E2M1_TYPE:
         scales, held = _of_tensor(rows, count, generator)

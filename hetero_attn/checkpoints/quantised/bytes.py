@@ -7,7 +7,8 @@
 A value is code * scale in float32. FP8 checkpoints call the scale weight_scale_inv and multiply with it all the same.
 Zero points are weight_zero_point, int8 [out, groups], or int32 [out/4, groups], four of a column in a word with 128
 added; a value is then (code - zero) * scale. With float16 scales a format holds these, with 128 added to both, and int8
-without zero points in groups that are no multiple of 128 inputs, whose zero points are then 0.
+without zero points in groups that are no multiple of 128 inputs, whose zero points are then 0. FP8 in such blocks is
+held with a scale for every 64 or 32 inputs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cpu_kernels.formats import FP8_TYPE, INT4_GROUPS, INT8_TYPE, UINT8_TYPES, GgufType
+from cpu_kernels.formats import FP8_TYPE, FP8_TYPES, INT4_GROUPS, INT8_TYPE, UINT8_TYPES, GgufType
 from hetero_attn.checkpoints.quantised.module import (
     Module,
     Read,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 FLOATS = ("F32", "BF16", "F16")
 EXPONENTS = ("F8_E8M0", "U8")  # 2^(e - 127)
-HELD_GROUP = FP8_TYPE.items
+HELD_GROUP = INT8_TYPE.items
 SCALE_NAMES = ("weight_scale_inv", "weight_scale", "scale")
 
 
@@ -133,7 +134,12 @@ def find_bytes(
     if shape in shapes:
         check_said_shape(where, shape, read(shape).tolist(), weight)
     fits = not zeros and (found[1] % HELD_GROUP == 0 or found[1] >= weight[1])
-    held, why = (kind, "") if fits else _held_in_groups(kind, found[1], weight[1], read(scales))
+    if fits:
+        held, why = kind, ""
+    elif kind is FP8_TYPE:
+        held, why = _fp8_in_groups(found[1], zeros)
+    else:
+        held, why = _int8_in_groups(found[1], weight[1], read(scales))
     return ByteModule(
         prefix=prefix,
         names=tuple(part for part in (codes, scales, zeros, shape, *_ignored(prefix)) if part in shapes),
@@ -158,10 +164,18 @@ def _code_tensor(prefix: str, shapes: Shapes, where: str) -> tuple[str, GgufType
     return codes, kind, (out, 4 * columns if packed else columns)
 
 
-def _held_in_groups(kind: GgufType, wide: int, inputs: int, scales: torch.Tensor) -> tuple[GgufType | None, str]:
-    """The form of rows with zero points, or in groups that `kind` does not have; or None for float32, and why."""
-    if kind is FP8_TYPE:
-        return None, f"FP8 scales of {wide} inputs, no multiple of {HELD_GROUP}"
+def _fp8_in_groups(wide: int, zeros: str) -> tuple[GgufType | None, str]:
+    """The form of FP8 rows whose blocks are `wide` inputs, no multiple of 128; or None for float32, and why."""
+    if zeros:
+        return None, "FP8 codes with zero points"
+    for group in sorted(FP8_TYPES, reverse=True):
+        if wide % group == 0:
+            return FP8_TYPES[group], ""
+    return None, f"FP8 scales of {wide} inputs, no multiple of {min(FP8_TYPES)}"
+
+
+def _int8_in_groups(wide: int, inputs: int, scales: torch.Tensor) -> tuple[GgufType | None, str]:
+    """The same of int8 rows with zero points, or in groups that `INT8_TYPE` does not have."""
     if not bool((scales.half().float() == scales.float()).all()):
         return None, f"8-bit codes in groups of {wide} inputs with scales that float16 does not hold"
     group = next((group for group in reversed(INT4_GROUPS) if wide % group == 0 and inputs % group == 0), None)

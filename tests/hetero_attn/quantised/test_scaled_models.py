@@ -39,7 +39,11 @@ def test_linears_are_held_in_the_forms_of_their_file(scaled_models, case):
 
 
 @pytest.mark.parametrize(
-    "case", ["fp8 blocks", "w8a8", "int8 packed with zero points", "mxfp4", "nvfp4", "nf4", "mixed"]
+    "case",
+    [
+        *("fp8 blocks", "fp8 blocks of 32", "fp8 blocks of 64"),
+        *("w8a8", "int8 packed with zero points", "mxfp4", "nvfp4", "nf4", "mixed"),
+    ],
 )
 def test_lanes_agree_and_differ_from_the_file_by_the_rounding_of_activations_alone(scaled_models, case):
     folder = scaled_models(case)
@@ -78,7 +82,7 @@ def test_q8_of_fp8_blocks_is_off_by_less_than_five_in_a_hundred_thousand():
 
 
 def test_what_no_format_holds_is_said(scaled_models):
-    with pytest.warns(UserWarning, match="14 quantised linears .* held as float32, .*scales of 32 inputs"):
+    with pytest.warns(UserWarning, match="14 quantised linears .* held as float32, .*of 48 inputs, no multiple of 32"):
         logits(scaled_models("fp8 narrow blocks") / "scaled")
 
 
