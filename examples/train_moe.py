@@ -31,7 +31,7 @@ DENSE = EXAMPLES / "tiny"
 BALANCE_WEIGHT = 0.01
 # In float32: small products in bfloat16 take three times as long on a CPU that has no instructions for it.
 SETTINGS = {
-    "steps": 1350,
+    "steps": 2400,
     "batch_tokens": 1024,
     "short_context": 256,
     "long_context": 512,
@@ -117,7 +117,7 @@ arithmetic in float32:
 
 ## Train it again
 
-    python examples/train_moe.py                    # these settings; overwrites this folder
+    python examples/train_moe.py --threads {threads}        # these settings; overwrites this folder
 
 Nothing is downloaded. Another CPython release carries slightly other text, so the figures differ a little.
 """
