@@ -85,6 +85,7 @@ class Door:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
         self._arriving = 0  # requests that have come and whose tasks have not begun
+        self._told: tuple[object, Response] = None, Response()  # the last refusal, and what it said
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse one request, or pass it on."""
@@ -114,5 +115,8 @@ class Door:
             self._service.check_room(arriving=self._arriving)
         except ApiError as error:
             self._service.metrics.refused(error.status)
-            return response_of(error, path)
+            told = path, error.message, error.retry_after_s
+            if told != self._told[0]:  # many are told the same, and to write it is half of what one takes
+                self._told = told, response_of(error, path)
+            return self._told[1]
         return None

@@ -60,6 +60,17 @@ def test_a_refusal_goes_past_nothing_but_the_guard(full, monkeypatch, path):
     assert service.metrics._refused.labels(429)._value.get() == 1
 
 
+def test_a_refusal_that_is_told_again_is_in_the_form_and_of_the_number_of_who_asks(full):
+    client, service = full
+    paths = ["/v1/messages", "/v1/completions", "/v1/completions", "/v1/messages"]
+    told = [client.post(path, content=b"{", headers={"x-api-key": "k"}).json() for path in paths]
+    service._entering = 20_000
+    more = client.post(paths[-1], content=b"{", headers={"x-api-key": "k"}).json()
+
+    assert told[0] == told[3] and told[1] == told[2] and told[0]["type"] == "error" and "type" not in told[1]
+    assert "10000 requests" in told[0]["error"]["message"] and "20000 requests" in more["error"]["message"]
+
+
 def test_a_thousand_refusals_look_through_the_queue_once(full, monkeypatch):
     client, service = full
     monkeypatch.setattr(services, "RETRY_HOLDS_S", 600.0)
