@@ -94,7 +94,7 @@ def _why_no_weights(path: Path) -> str:
         return f"{expected}, only {some(others)}; download the whole checkpoint in Hugging Face format"
     alone = "; `hetero-attn plan --dtype q4` needs config.json alone" if "config.json" in files else ""
     held = f"{expected}; the directory holds {some(files) or 'no files'}"
-    return f"{held}. Check the path or download the model again{alone}"
+    return f"{held}.\nCheck the path or download the model again{alone}"  # a long line is cut in its middle
 
 
 def _check_unique(files: list[SafetensorsFile]) -> None:
