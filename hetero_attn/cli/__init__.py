@@ -69,7 +69,9 @@ def main() -> None:
     settle_streams()
     try:
         app(prog_name="hetero-attn")
-    except MemoryError:  # outside of what a command names, as in reading its own options
+    except (MemoryError, SystemError) as error:  # outside of what a command names, as in reading its own options
+        if isinstance(error, SystemError) and "without exception set" not in str(error):
+            raise  # else what runs short of memory inside Python itself
         print("error: memory ran out; free some memory, or raise this process's limit", file=sys.stderr)
         sys.exit(MemoryBudgetError.exit_code)
     finally:

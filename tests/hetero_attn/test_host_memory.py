@@ -21,7 +21,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cpu_kernels.team.cgroups import cpu_quota, free_memory_bytes, memory_limit_bytes
-from hetero_attn import LLM, plan_model
+from hetero_attn import LLM, cli, plan_model
 from hetero_attn.cli import app
 from hetero_attn.engine import host_memory
 from hetero_attn.engine.host_memory import memory_named, why_too_large
@@ -88,6 +88,19 @@ def test_a_real_limit_ends_in_a_named_error_or_an_answer(limit_mb):
     assert done.returncode == 0 or done.stderr.splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.parametrize("error", [MemoryError(), SystemError("error return without exception set")])
+def test_memory_that_runs_out_before_a_command_runs_is_said(monkeypatch, capsys, error):
+    def fails(**options):
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    for of_a_process in ("settle_streams", "leave_quietly", "leave_garbage"):
+        monkeypatch.setattr(cli, of_a_process, lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 4 and capsys.readouterr().err.startswith("error: memory ran out")
+
+
 OUT_OF_MEMORY = [
     MemoryError(),
     OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
@@ -112,8 +125,13 @@ def test_other_errors_stay_what_they_are(error):
     assert caught.value is error
 
 
+def threads_but_of_bars() -> set[threading.Thread]:
+    """What runs beside tqdm's monitors, of which the first bar of a kind begins one."""
+    return {thread for thread in threading.enumerate() if thread.name != "tqdm_monitor"}
+
+
 def test_threads_that_the_system_refuses_leave_none_behind(path, monkeypatch):
-    before, start, started = threading.active_count(), threading.Thread.start, []
+    before, start, started = threads_but_of_bars(), threading.Thread.start, []
 
     def refuse(thread):
         if thread.name.startswith("cpu_kernels"):
@@ -127,7 +145,7 @@ def test_threads_that_the_system_refuses_leave_none_behind(path, monkeypatch):
         LLM(path, device="cpu", num_threads=64, max_context=64, progress=False)
 
     assert len(started) == 3 and not any(thread.is_alive() for thread in started)
-    assert threading.active_count() <= before
+    assert threads_but_of_bars() <= before
 
 
 @pytest.mark.parametrize(("version", "free"), [(2, 700), (1, 700)])
