@@ -13,12 +13,11 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from cpu_kernels.vectors.dot import V8I32, V16I16, emit_dot4, emit_sdot, in_parts, together
+from cpu_kernels.vectors.dot import V8I32, V16I16, V32I8, emit_dot4, emit_sdot, in_parts, together
 from cpu_kernels.vectors.isa import Isa
-from cpu_kernels.vectors.vector import I8, VI32, call_llvm, constant
+from cpu_kernels.vectors.vector import VI32, call_llvm, constant
 
 LARGEST_INPUT, LARGEST_SHORT = 127, 32767
-V32I8 = ir.VectorType(I8, 32)
 TOP_BITS = -0x7F7F7F80  # bit 7 of every byte
 
 

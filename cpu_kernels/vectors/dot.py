@@ -105,7 +105,7 @@ def emit_dot2(isa: Isa, builder, acc, a, b):
     """acc + pairs of int16 products, exact in int32; LLVM values <16 x i32> holding 32 int16."""
     if isa.has_avx512:
         return call_llvm(builder, "llvm.x86.avx512.vpdpwssd.512", VI32, acc, a, b)
-    if isa.name in ("avxvnni", "avx2"):
+    if isa.has_avx2:
         parts = zip(in_parts(builder, acc, V8I32), in_parts(builder, a, V16I16), in_parts(builder, b, V16I16))
         return together(builder, [emit_dot2_256(isa, builder, *operands) for operands in parts])
     wide = ir.VectorType(I32, 32)

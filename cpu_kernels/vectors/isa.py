@@ -40,6 +40,11 @@ class Isa:
         return self.name in ("avx512", "avx512vnni")
 
     @property
+    def has_avx2(self) -> bool:
+        """Whether a register holds 8 lanes and there are 16 of them, with or without dot products of bytes."""
+        return self.name in ("avxvnni", "avx2")
+
+    @property
     def lanes(self) -> int:
         """float32 of a register, where a kernel must know; 8 also where a register holds four."""
         return 16 if self.has_avx512 else 8
@@ -50,7 +55,7 @@ class Isa:
         With 16 registers of 8 lanes a tile of one feature loads an input for every product, so that loads bind; two
         features share it, where no register is needed to widen bf16 weights.
         """
-        if self.name in ("avxvnni", "avx2") and weight_dtype != "bf16":
+        if self.has_avx2 and weight_dtype != "bf16":
             return 2, 3
         return self.dot_features, self.dot_rows
 

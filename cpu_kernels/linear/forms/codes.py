@@ -5,12 +5,12 @@ from collections.abc import Callable
 from llvmlite import ir
 
 from cpu_kernels.formats import LINE_BYTES, WeightFormat
-from cpu_kernels.vectors.dot import in_parts, together
+from cpu_kernels.vectors.dot import V16I8, V32I8, in_parts, together
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.vector import I8, I32, VI32, call_llvm, constant, load_as
 
 NIBBLES = 0x0F0F0F0F
-V64I8, V32I8, V16I8 = (ir.VectorType(I8, count) for count in (64, 32, 16))
+V64I8 = ir.VectorType(I8, 64)
 
 
 def look_up(isa: Isa, b, table: tuple[int, ...], indexes):
@@ -19,7 +19,7 @@ def look_up(isa: Isa, b, table: tuple[int, ...], indexes):
         entries = ir.Constant(V64I8, list(table) * 4)
         found = call_llvm(b, "llvm.x86.avx512.pshuf.b.512", V64I8, entries, b.bitcast(indexes, V64I8))
         return b.bitcast(found, VI32)
-    if isa.name in ("avxvnni", "avx2", "neon"):
+    if isa.has_avx2 or isa.name == "neon":
         part = V16I8 if isa.name == "neon" else V32I8
         entries = ir.Constant(part, [*table] * (part.count // 16))
         name = "llvm.aarch64.neon.tbl1.v16i8" if isa.name == "neon" else "llvm.x86.avx2.pshuf.b"

@@ -29,14 +29,9 @@ def unit_of(item: WeightFormat) -> float:
     return HALF_SHIFT if item.plane == "f8" else 1.0
 
 
-def has_narrow_tables(isa: Isa) -> bool:
-    """Whether it is AVX2 that looks numbers up."""
-    return isa.name in ("avxvnni", "avx2")
-
-
 def numbers_of_word(isa: Isa, item: WeightFormat, b, codes) -> list:
     """Four <16 x float>, of the bytes of every lane of <16 x i32>, in units of `unit_of`; of v4 a byte is below 16."""
-    if has_narrow_tables(isa):
+    if isa.has_avx2:
         halves = [picked(b, part, part, BY_INPUT) for part in in_parts(b, codes, V32I8)]
         convert = _halves_by_input if item.plane == "f8" else _looked_up_by_bytes
         return [picked(b, *pair, list(range(16))) for pair in zip(*(convert(b, item, half) for half in halves))]

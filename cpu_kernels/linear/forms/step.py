@@ -12,7 +12,7 @@ from numba import types
 
 from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat
 from cpu_kernels.linear.forms.codes import code_words
-from cpu_kernels.linear.forms.float_codes import has_narrow_tables, numbers_of_word, row_dot, unit_of
+from cpu_kernels.linear.forms.float_codes import numbers_of_word, row_dot, unit_of
 from cpu_kernels.linear.records import Record
 from cpu_kernels.vectors.code_sums import CodeSums
 from cpu_kernels.vectors.dot import emit_dot2
@@ -95,7 +95,7 @@ class FormSums:
     def float_dots(self, b, word, record, part: int):
         """float32 sums of code * input over run `part`, for every row, in as many chains as hide the additions."""
         quarters, unit = range(part * self.run // 16, (part + 1) * self.run // 16), unit_of(self.item)
-        if self.rows == 1 and has_narrow_tables(self.isa):
+        if self.rows == 1 and self.isa.has_avx2:
             words = [word(4 * quarter + k) for quarter in quarters for k in range(4)]
             return [row_dot(b, self.item, words, [record.numbers(0, quarter, unit) for quarter in quarters])]
         chains = max(1, 4 // self.rows)
