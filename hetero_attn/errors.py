@@ -125,18 +125,20 @@ def check_neighbours() -> None:
             )
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], end: str = "") -> str:
     """A suggestion for a misspelt name, to be appended to an error message.
 
     Args:
         name: what the user wrote; case does not matter.
         known: the valid names.
+        end: what names of a kind end in; where `name` does too, it is not compared.
 
     Returns:
         `" (did you mean 'x'?)"` when one of `known` is close to `name`, else the empty string.
     """
-    spelt = {each.lower(): each for each in known}
-    matches = difflib.get_close_matches(name.lower(), spelt, n=1)
+    end = end if name.endswith(end) else ""
+    spelt = {each.removesuffix(end).lower(): each for each in known}
+    matches = difflib.get_close_matches(name.removesuffix(end).lower(), spelt, n=1)
     return f" (did you mean {spelt[matches[0]]!r}?)" if matches else ""
 
 

@@ -174,11 +174,9 @@ def _within_host_memory(asked: Asked, planned: PlannedModel) -> PlannedModel | N
     memory, dram_bytes = planned.plan.memory, asked.hardware.dram_bytes
     if asked.policy.host_memory is not None or memory.host_bytes + memory.pinned_bytes <= dram_bytes:
         return None
-    policy = asked.policy.model_copy(update={"host_memory": int(PLANNED_DRAM * dram_bytes)})
-    request, device = asked.request, asked.request.device
-    narrower = requested(
-        asked.workload, asked.hardware, policy, device=device, gpu_memory_bytes=request.gpu_memory_bytes
-    )
+    limit = int(PLANNED_DRAM * dram_bytes)
+    policy = asked.policy.model_copy(update={"host_memory": limit})
+    narrower = replace(asked.request, policy=policy, limits=asked.request.limits | {"host": limit})
     try:
         return replace(asked, policy=policy, request=narrower).planned(plan_requested(narrower))
     except BudgetError:

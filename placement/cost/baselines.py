@@ -36,7 +36,7 @@ def layer_split(
 
 def largest_layer_split(workload: Workload, gpu_bytes: float) -> int:
     """Most leading layers whose weights and full KV cache fit in `gpu_bytes`."""
-    weights = {kv.layer: kv.kv_heads * kv.bytes_per_token * workload.layer_tokens(kv) for kv in workload.kv}
+    weights = _cache_bytes(workload)
     for shard in workload.linears:
         if shard.layer is not None:
             weights[shard.layer] = weights.get(shard.layer, 0) + shard.total_bytes
@@ -51,8 +51,12 @@ def largest_layer_split(workload: Workload, gpu_bytes: float) -> int:
 
 def everything_bytes(workload: Workload) -> int:
     """What all weights and the full KV cache take."""
-    cache = sum(kv.kv_heads * kv.bytes_per_token * workload.layer_tokens(kv) for kv in workload.kv)
-    return cache + sum(shard.total_bytes for shard in workload.linears)
+    return sum(_cache_bytes(workload).values()) + sum(shard.total_bytes for shard in workload.linears)
+
+
+def _cache_bytes(workload: Workload) -> dict[int, int]:
+    """The full KV cache by layer."""
+    return {kv.layer: kv.kv_heads * kv.bytes_per_token * workload.layer_tokens(kv) for kv in workload.kv}
 
 
 def stream_all(workload: Workload) -> tuple[tuple[LinearPlacement, ...], tuple[KvPlacement, ...]]:

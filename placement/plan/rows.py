@@ -45,10 +45,10 @@ def shown_rows(rows: Iterator[PlanRow], look: Callable[[PlanRow], Hashable]) -> 
 
 
 def _together(rows: list[PlanRow]) -> PlanRow:
-    shards = tuple(shard for row in rows for shard in row.shards)
-    first, last = shards[0], shards[-1]
     if len(rows) == 1:
         return rows[0]
+    shards = tuple(shard for row in rows for shard in row.shards)
+    first, last = shards[0], shards[-1]
     between = "-" if last.layer - first.layer == len(shards) - 1 else SOME
     label = first.name.replace(f".{first.layer}.", f".{first.layer}{between}{last.layer}.", 1)
     return PlanRow(label, shards, rows[0].placement)

@@ -129,13 +129,11 @@ def family_name(fields: JsonFields) -> str:
 
 
 def _why_not(fields: JsonFields, found: str, known: dict[str, str]) -> str:
-    """What is missing for a family where its config tells, else a known name that is near. Names are compared without
-    the end that all share, by which DeepSeek would be like Phi."""
+    """What is missing for a family where its config tells, else a known name that is near, whatever end it shares with
+    others, by which DeepSeek would be like Phi."""
     if fields.get(LATENT_SIZE) is not None:
         return f": its attention has a latent ({LATENT_SIZE}), which is not here yet"
-    end = SHARED_END if found.endswith(SHARED_END) else ""
-    near = nearest(found.removesuffix(end), [name.removesuffix(end) for name in known])
-    return near.replace("'?)", f"{end}'?)")
+    return nearest(found, known, SHARED_END)
 
 
 def _architectures(family: Family) -> tuple[str, ...]:
