@@ -15,6 +15,7 @@ from hetero_attn.speculation.oracle import TwinDrafter
 from hetero_attn.speculation.speculator import NgramDrafter, Speculator, make_speculator
 from hetero_attn.speculation.suffix_automaton import SuffixAutomaton
 from hetero_attn.speculation.width import Width
+from tests.support.answers import same_answers
 from tests.support.draft_costs import measured
 from tests.support.runtime import THREADS
 from tests.support.schedules import Failing, scheduled, steps_through_failures
@@ -145,27 +146,15 @@ def speculate(llm, monkeypatch, answers, share, seed=0):
     monkeypatch.setattr(Width, "choose", any_width)
 
 
-def same(outputs, expected):
-    for output, right in zip(outputs, expected, strict=True):
-        assert (output.token_ids, output.text, output.finish_reason) == (
-            right.token_ids,
-            right.text,
-            right.finish_reason,
-        )
-        own, others = output.logprobs or (), right.logprobs or ()
-        assert [each.token_id for each in own] == [each.token_id for each in others]
-        assert [each.logprob for each in own] == pytest.approx([each.logprob for each in others], abs=1e-4)
-
-
 @pytest.mark.parametrize("kind", PARAMS)
 @pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
 def test_drafts_change_no_answer(path, plain, monkeypatch, kind, share):
     """Seeds, penalties, stops within drafts, scores: alone and in a batch, with a prompt that is known already."""
     with load(path) as llm:
         speculate(llm, monkeypatch, plain[kind], share)
-        same([llm.generate([prompt], params(kind))[0] for prompt in PROMPTS], plain[kind])
+        same_answers([llm.generate([prompt], params(kind))[0] for prompt in PROMPTS], plain[kind])
         outputs = llm.generate(PROMPTS, params(kind))
-        same(outputs, plain[kind])
+        same_answers(outputs, plain[kind])
         drafts, decode = llm.report().drafts, llm.report().phases["decode"]
 
         assert decode.tokens == 2 * sum(len(output.token_ids) - 1 for output in outputs)
@@ -215,7 +204,7 @@ def test_a_pass_that_fails_leaves_the_answer_as_it_was(path, plain, monkeypatch,
         failures = steps_through_failures(llm, requests)
 
         assert failures > 10
-        same([request.output() for request in requests], plain["greedy"])
+        same_answers([request.output() for request in requests], plain["greedy"])
 
 
 def accept_one_too_many(request, drafts, logits):
@@ -255,7 +244,7 @@ def test_the_ngram_drafter_is_right_where_text_repeats(path, plain, wish):
         costs = measured(llm._scheduler.speculator.costs)
         costs.observe = lambda rows, seconds: None  # so that widths follow no clock
         outputs = [llm.generate([prompt], params("greedy"))[0] for prompt in PROMPTS]
-        same(outputs, plain["greedy"])
+        same_answers(outputs, plain["greedy"])
 
         assert "drafts:" in llm.report().table() and llm.report().drafts.reason
         assert all("draft" in output.metrics.drafts_reason for output in outputs)

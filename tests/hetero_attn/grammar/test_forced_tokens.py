@@ -11,6 +11,7 @@ from hetero_attn.serving import grammar
 from hetero_attn.serving.grammar import TokenMask
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.speculation.speculator import make_speculator
+from tests.support.answers import same_answers
 from tests.support.http_server import load_tiny
 from tests.support.schemas import PERSON
 
@@ -35,18 +36,6 @@ def passes_of(llm, prompts, params):
     llm.report().reset()
     outputs = llm.generate(prompts, params)
     return outputs, llm.report().phases["decode"].steps
-
-
-def same_answers(outputs, others):
-    for output, other in zip(outputs, others, strict=True):
-        assert (output.token_ids, output.text, output.finish_reason) == (
-            other.token_ids,
-            other.text,
-            other.finish_reason,
-        )
-        own, right = output.logprobs or (), other.logprobs or ()
-        assert [each.token_id for each in own] == [each.token_id for each in right]
-        assert [each.logprob for each in own] == pytest.approx([each.logprob for each in right], abs=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -4,20 +4,18 @@ import pytest
 import torch
 
 from cpu_kernels.formats import format_of
-from hetero_attn import Policy
 from hetero_attn.checkpoints.sources import open_source, read_config
 from hetero_attn.models.decoder import decoder
 from hetero_attn.planning.settle import plan_model
 from tests.support.cpu_oracles import kernels
 from tests.support.int4_models import edit_tensors
-from tests.support.quantised_models import CUT, TOKENS, logits
+from tests.support.quantised_models import assert_lanes_agree, logits
 from tests.support.runtime import nmse
 from tests.support.scaled_cases import SCALED_CASES, W8A8
 from tests.support.scaled_models import (
     int8_channel,
     make_scaled,
 )
-from tests.support.toy import hf_logits
 
 
 @pytest.mark.filterwarnings("ignore:.*held as float32")
@@ -47,11 +45,8 @@ def test_linears_are_held_in_the_forms_of_their_file(scaled_models, case):
 )
 def test_lanes_agree_and_differ_from_the_file_by_the_rounding_of_activations_alone(scaled_models, case):
     folder = scaled_models(case)
-    expected = logits(folder / "scaled", kv_dtype="fp32")
 
-    assert nmse(expected, hf_logits(folder / "plain", TOKENS)) < 3e-3
-    cut = logits(folder / "scaled", device="emulated", policy=Policy.parse(CUT), kv_dtype="fp32")
-    assert nmse(cut, expected) <= 1e-4
+    assert_lanes_agree(folder / "scaled", folder / "plain")
 
 
 @pytest.mark.parametrize(

@@ -64,13 +64,19 @@ def test_the_alignment_of_the_source_is_not_said_of_the_new_file(written):
     assert "general.alignment" not in metadata and "general.architecture" in metadata
 
 
+def assert_written_alike(path, file, tokens):
+    quantize(path, file, "q8", threads=2)
+
+    assert nmse(logits(file, tokens, dtype="fp32"), logits(path, tokens, dtype="fp32")) < 1e-2
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
 def test_every_family_is_written_as_its_own(tmp_path, family):
     path = make_checkpoint(tmp_path / "model", family, hidden=64, intermediate=128, num_heads=4, num_kv_heads=2)
-    quantize(path, tmp_path / "model.gguf", "q8", threads=2)
-    tokens = torch.randint(200, (16,), generator=torch.Generator().manual_seed(3)).tolist()
 
-    assert nmse(logits(tmp_path / "model.gguf", tokens, dtype="fp32"), logits(path, tokens, dtype="fp32")) < 1e-2
+    assert_written_alike(
+        path, tmp_path / "model.gguf", torch.randint(200, (16,), generator=torch.Generator().manual_seed(3)).tolist()
+    )
 
 
 @pytest.mark.parametrize(("family", "values"), [("olmo2", {}), ("starcoder2", {"sliding_window": 9})])
@@ -78,10 +84,8 @@ def test_families_with_norms_of_their_own_are_written_as_their_own(tmp_path, fam
     path = make_family_checkpoint(tmp_path / "model", family, hidden_size=64, head_dim=32, **values)
     (path / "tokenizer.json").unlink()
     (path / "tokenizer_config.json").unlink()
-    quantize(path, tmp_path / "model.gguf", "q8", threads=2)
-    tokens = list(range(3, 30))
 
-    assert nmse(logits(tmp_path / "model.gguf", tokens, dtype="fp32"), logits(path, tokens, dtype="fp32")) < 1e-2
+    assert_written_alike(path, tmp_path / "model.gguf", list(range(3, 30)))
 
 
 def test_rope_of_llama3_becomes_divisors(tmp_path):
@@ -95,10 +99,8 @@ def test_rope_of_llama3_becomes_divisors(tmp_path):
     path = make_checkpoint(tmp_path / "model", "llama", hidden=64, intermediate=128, num_heads=2, num_kv_heads=2)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"rope_scaling": scaling, "rope_parameters": None}))
-    quantize(path, tmp_path / "model.gguf", "q8", threads=2)
-    tokens = list(range(3, 60))
 
-    assert nmse(logits(tmp_path / "model.gguf", tokens, dtype="fp32"), logits(path, tokens, dtype="fp32")) < 1e-2
+    assert_written_alike(path, tmp_path / "model.gguf", list(range(3, 60)))
 
 
 def test_metadata_of_every_kind_is_read_back(tmp_path):
