@@ -1,6 +1,7 @@
 """The addresses of a server, and what stands around each: one place where an error becomes an answer."""
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -84,6 +85,7 @@ class Door:
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
+        self._let_in: deque[Callable[[], None]] = deque()
         self._arriving = 0  # requests that have come and whose tasks have not begun
         self._told: tuple[object, Response] = None, Response()  # the last refusal, and what it said
 
@@ -95,15 +97,25 @@ class Door:
         else:
             await self._app(scope, receive, send)
 
-    def on_arrival(self, path: str) -> Response | None:
-        """What a POST that has come whole is answered where there is no room for it. Else its task begins two turns of
-        the event loop on: of many that come in one turn all are there before the first of them is let in."""
+    def on_arrival(self, path: str, begin: Callable[[], None]) -> Response | None:
+        """What a POST that has come whole is answered where there is no room for it. Else it is begun, one such request
+        in a turn of the event loop: of many that come together those that are refused are told first."""
         refusal = self._refusal(path)
         if refusal is None and path in self._paths:
-            loop = asyncio.get_running_loop()
             self._arriving += 1
-            loop.call_soon(loop.call_soon, self._begun)
+            self._let_in.append(begin)
+            if len(self._let_in) == 1:
+                asyncio.get_running_loop().call_soon(self._begin_next)
+        elif refusal is None:
+            begin()
         return refusal
+
+    def _begin_next(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_soon(self._begun)  # just before its task looks for room: it does not stand in its own way
+        self._let_in.popleft()()
+        if self._let_in:
+            loop.call_soon(self._begin_next)
 
     def _begun(self) -> None:
         self._arriving -= 1

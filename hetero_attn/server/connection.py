@@ -7,6 +7,7 @@ packet. Where a thousand come at once, what each refusal takes is what all other
 
 import asyncio
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import h11
@@ -56,7 +57,8 @@ def packet(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> 
 class PatientConnection(H11Protocol):
     """uvicorn's connection, closed when a request's head takes longer than HEAD_S to arrive.
 
-    Its application has a method `on_arrival` beside being callable: what it answers a `Head` at once, or None.
+    Its application has a method `on_arrival` beside being callable: it is given a `Head` and what begins the request,
+    and returns what is answered at once, or None where it has the request begun, now or a little later.
     """
 
     _head_timer: asyncio.TimerHandle | None = None
@@ -75,10 +77,8 @@ class PatientConnection(H11Protocol):
         head = plain_post(data) if is_between and not self.transport.is_closing() else None
         if head is None:
             self._take(data)
-        elif (refused := self.config.app.on_arrival(head)) is not None:  # type: ignore[union-attr]
+        elif (refused := self.config.app.on_arrival(head, partial(self._take_if_open, data))) is not None:  # type: ignore[union-attr]
             self._refuse(refused)
-        else:
-            self.loop.call_soon(self._take_if_open, data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Take back the deadline of a head that will not come."""

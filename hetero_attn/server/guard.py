@@ -27,8 +27,8 @@ class Guarded(Protocol):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
 
-    def on_arrival(self, path: str) -> Response | None:
-        """What a POST that has come whole is answered where there is no room for it."""
+    def on_arrival(self, path: str, begin: Callable[[], None]) -> Response | None:
+        """What a POST that has come whole is answered where there is no room for it; None where `begin` is called."""
 
 
 class Guard:
@@ -40,14 +40,16 @@ class Guard:
     def __init__(self, app: Guarded, settings: ServerSettings, refused: Callable[[int], None]) -> None:
         self._app, self._settings, self._refused = app, settings, refused
 
-    def on_arrival(self, head: Head) -> Response | None:
-        """What a POST is answered that may ask and finds no room; None where more of it has to be looked at."""
+    def on_arrival(self, head: Head, begin: Callable[[], None]) -> Response | None:
+        """What a POST is answered that may ask and finds no room; None where more of it has to be looked at, for which
+        `begin` is called."""
         path = _tidied(head.path)
         try:
             self._check("POST", path, _texts(head.headers))
         except ApiError:
-            return None  # told, and counted, where it is looked at
-        return self._app.on_arrival(path)
+            begin()  # told, and counted, where it is looked at
+            return None
+        return self._app.on_arrival(path, begin)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check one request and pass it on."""

@@ -1,5 +1,6 @@
 """A refusal takes little, the first one as any other: counted in what is looked at and imported, not in milliseconds."""
 
+import asyncio
 import json
 import re
 import socket
@@ -7,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import h11
 import pytest
@@ -16,6 +19,7 @@ from starlette.testclient import TestClient
 
 from hetero_attn.server import app as application
 from hetero_attn.server import service as services
+from hetero_attn.server.app import Door
 from hetero_attn.server.connection import PatientConnection, plain_post
 from hetero_attn.server.driver import State
 from hetero_attn.server.service import Service
@@ -165,6 +169,25 @@ def test_of_those_who_come_in_one_turn_no_more_are_begun_than_find_room(monkeypa
 
     statuses = sorted(answer[9:12] for answer in told)
     assert statuses == [b"200"] * 4 + [b"429"] * 16 and count == 4
+
+
+def test_of_a_crowd_one_is_begun_in_a_turn_of_the_event_loop():
+    """What comes between is read, and told if there is no room, before the next one is parsed."""
+    begun, counted = [], []
+    door = Door(None, SimpleNamespace(check_room=lambda arriving: counted.append(arriving)))
+
+    async def turns() -> None:
+        for name in "abc":
+            assert door.on_arrival("/v1/completions", partial(begun.append, name)) is None
+        for _ in range(4):
+            begun.append("turn")
+            await asyncio.sleep(0)
+        door.on_arrival("/tokenize", partial(begun.append, "at once"))
+        assert door.on_arrival("/v1/completions", partial(begun.append, "later")) is None
+
+    asyncio.run(turns())
+    assert begun == ["turn", "a", "turn", "b", "turn", "c", "turn", "at once", "later"]
+    assert counted == [0, 1, 2, 0], "those that have come are counted until their tasks begin"
 
 
 def _asked(sock: socket.socket, *parts: bytes) -> bytes:
