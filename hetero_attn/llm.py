@@ -105,6 +105,7 @@ class LLM:
         self._replanner = Replanner(self.engine, planned)
         self._rebalancer = Rebalancer(self.engine, self._replanner)
         speculator = load_speculator(self.engine, options, drafted, opening)
+        planned.headers.forget()
         self._scheduler = Scheduler(self.engine, speculator)
         self._turns = Turns(self.engine, self._scheduler)
         self._intake = Intake(self._replanner, self._turns, opening, options)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.gguf.choose import SUFFIX
+from hetero_attn.checkpoints.gguf.headers import KnownHeaders
 from hetero_attn.checkpoints.quantised.checkpoint import QuantisedCheckpoint
 from hetero_attn.checkpoints.quantised.order import together
 from hetero_attn.checkpoints.quantised.scheme import read_scheme
@@ -57,13 +58,13 @@ def is_gguf(path: Path) -> bool:
     return path.is_file() or (path.suffix == SUFFIX and not path.is_dir())
 
 
-def open_source(path: Path) -> Checkpoint | GgufCheckpoint:
-    """Open a model directory with safetensors, or a GGUF file.
+def open_source(path: Path, known: KnownHeaders | None = None) -> Checkpoint | GgufCheckpoint:
+    """Open a model directory with safetensors, or a GGUF file. known: GGUF headers that this start has read.
 
     Raises CheckpointError, and UnsupportedModelError for quantised weights that are not read.
     """
     if is_gguf(path):
-        return GgufCheckpoint.open(path)
+        return GgufCheckpoint.open(path, known)
     names = tensor_names(path)
     kind = QuantisedCheckpoint if is_quantised(path) else Checkpoint
     needs_sizes = names.fused or names.grouped or names.is_turned
@@ -75,11 +76,14 @@ def is_quantised(path: Path) -> bool:
     return (path / "config.json").exists() and read_scheme(path) is not None
 
 
-def read_config(path: Path) -> ModelConfig:
-    """The configuration of a model; no weight is read. Raises as `ModelConfig.from_dir` and `gguf_config` do."""
+def read_config(path: Path, known: KnownHeaders | None = None) -> ModelConfig:
+    """The configuration of a model; no weight is read. Raises as `ModelConfig.from_dir` and `gguf_config` do.
+
+    known: as for `open_source`.
+    """
     if not is_gguf(path):
         return _with_embedding(path, ModelConfig.from_dir(path))
-    with GgufCheckpoint.open(path) as source:
+    with GgufCheckpoint.open(path, known) as source:
         return source.config
 
 
@@ -92,11 +96,11 @@ def _with_embedding(path: Path, config: ModelConfig) -> ModelConfig:
     return replace(config, eagle=replace(config.eagle, owns_embedding=owns))
 
 
-def stored_formats(path: Path, config: ModelConfig) -> WeightFormats:
-    """The formats in which a model is held as it is on disk."""
+def stored_formats(path: Path, config: ModelConfig, known: KnownHeaders | None = None) -> WeightFormats:
+    """The formats in which a model is held as it is on disk. known: as for `open_source`."""
     if not is_gguf(path) and not is_quantised(path):
         return _plain_formats(path, config)
-    with open_source(path) as source:
+    with open_source(path, known) as source:
         model = model_spec(config)
         source.check(model)
         routers = {tensor for block in model.blocks for matrix in block.matrices for tensor, _ in matrix.tensors}

@@ -111,7 +111,7 @@ def assemble(
     """Load a planned model onto lanes that are there; closes them if anything fails. lender: whose token embedding
     serves where the files have none."""
     try:
-        with open_source(planned.path) as checkpoint:
+        with open_source(planned.path, planned.headers) as checkpoint:
             for warning in checkpoint.check(planned.model):
                 warnings.warn(f"{planned.path}: {warning}", stacklevel=3)
             formats = planned.weight_formats

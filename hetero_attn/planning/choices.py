@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from hetero_attn.checkpoints.gguf.headers import KnownHeaders
 from hetero_attn.checkpoints.sources import stored_formats
 from hetero_attn.errors import ArgumentError, ContextLimitError
 from hetero_attn.planning.arguments import check_choice
@@ -30,14 +31,15 @@ MIN_PREFILL_CHUNK = 16
 MAX_PREFILL_CHUNK = 2048
 
 
-def choose_formats(dtype: str, config: ModelConfig, path: Path) -> WeightFormats:
+def choose_formats(dtype: str, config: ModelConfig, path: Path, known: KnownHeaders | None = None) -> WeightFormats:
     """The formats weights are kept in: a dtype or recipe where it is wished, for `auto` those of the files.
+    known: as for `open_source`.
 
     fp16: float16 of the files stays; other numbers become bf16, because the range of float16 is small.
     """
     check_choice("dtype", dtype, ("auto", *WEIGHT_DTYPES))
     if dtype in ("auto", "fp16"):
-        stored = stored_formats(path, config)
+        stored = stored_formats(path, config, known)
         return stored if dtype == "auto" else as_halves(stored)
     return formats_of(dtype, config)
 

@@ -111,7 +111,7 @@ def settle_drafted(
         return drafted if drafted.why_off else _together(asked, None, drafted.planned)
     with named_as_drafter(wish):
         own_wishes = _draft_wishes(wishes, asked)
-        own = ask(own_wishes, drafts=True)
+        own = ask(own_wishes, drafts=True, known=asked.model.headers)
     _refuse_stranger(own, asked)
     if found := _both(asked, own):
         return found
@@ -176,7 +176,7 @@ def _like(asked: Asked, alone: Plan) -> Asked:
 def _draft_wishes(wishes: LoadOptions, asked: Asked) -> LoadOptions:
     """The draft model serves the same sequences, on the same machine, within the same budgets."""
     model, policy = asked.policy.speculate, asked.policy
-    longest = read_config(resolve_model(model, None)).max_position_embeddings
+    longest = read_config(resolve_model(model, None), asked.model.headers).max_position_embeddings
     return LoadOptions(
         model=model,
         policy=Policy(pinned_memory=policy.pinned_memory, host_memory=policy.host_memory),

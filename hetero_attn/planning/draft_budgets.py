@@ -25,7 +25,8 @@ def in_smaller_chunks(wishes: LoadOptions, asked: Asked, drafts: bool = False) -
     choices, found = asked.workload.chunk_choices, [asked]
     rows = choices[0].rows // 2 if choices else 0
     while rows >= MIN_PREFILL_CHUNK:
-        found.append(ask(replace(wishes, policy=policy.model_copy(update={"prefill_chunk": rows})), drafts))
+        smaller = replace(wishes, policy=policy.model_copy(update={"prefill_chunk": rows}))
+        found.append(ask(smaller, drafts, asked.model.headers))
         rows //= 2
     return found
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hetero_attn.checkpoints.gguf.choose import SeveralModelsError
+from hetero_attn.checkpoints.gguf.headers import KnownHeaders
 from hetero_attn.checkpoints.hub import resolve_model
 from hetero_attn.checkpoints.sources import read_config
 from hetero_attn.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -34,13 +35,13 @@ def named_as_drafter(wish: str) -> Iterator[None]:
         raise kind(f"{NAMED} {name}: {error}") from error
 
 
-def taps_for_head(wish: str, options: LoadOptions, config: ModelConfig) -> tuple[int, ...]:
+def taps_for_head(wish: str, options: LoadOptions, config: ModelConfig, known: KnownHeaders) -> tuple[int, ...]:
     """Before which layers of a model the residual stream is kept, because `wish` is a head that reads it; none for any
-    other drafter. Raises UnsupportedModelError for a head of another model."""
+    other drafter. known: as for `open_source`. Raises UnsupportedModelError for a head of another model."""
     if wish in SPECULATIONS:
         return ()
     with named_as_drafter(wish):
-        head = read_config(resolve_model(wish, None))
+        head = read_config(resolve_model(wish, None), known)
     if head.eagle is None:
         return ()
     if reasons := list(_misfits(head, config)):

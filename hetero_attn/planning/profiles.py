@@ -50,6 +50,23 @@ def current_profile() -> HardwareProfile | None:
     return profile
 
 
+def machine_profile(device: str) -> HardwareProfile:
+    """The rates to plan with on this machine: measured ones if a profile is kept, else the catalogue's generic ones.
+
+    An emulated GPU has rates of its own in the catalogue; they say nothing about any GPU.
+    """
+    threads = lane_threads()
+    if device == "emulated":
+        return HardwareProfile.named("emulated").with_threads(threads)
+    if device.startswith("cuda"):
+        from hetero_attn.devices.machine import device_index, gpu_profile
+
+        stored = current_profile()
+        profile = gpu_profile(device_index(device), stored)
+        return profile if profile is stored else profile.with_threads(threads)
+    return current_profile() or HardwareProfile.named("generic-cpu").with_threads(threads)
+
+
 def why_not_kept() -> str:
     """Why a profile of this machine could not be kept; empty where it could."""
     path = profile_path()

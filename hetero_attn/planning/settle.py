@@ -1,9 +1,10 @@
 """From a model and wishes to a plan: config and file headers in, nothing loaded and nothing measured."""
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from hetero_attn.checkpoints.gguf.headers import KnownHeaders
 from hetero_attn.checkpoints.hub import resolve_model, resolve_tokenizer
 from hetero_attn.checkpoints.sources import read_config
 from hetero_attn.errors import MemoryBudgetError
@@ -22,7 +23,7 @@ from hetero_attn.planning.choices import (
 from hetero_attn.planning.draft_checks import refuse_head, taps_for_head
 from hetero_attn.planning.heats import with_heat
 from hetero_attn.planning.options import PAGE_TOKENS, LoadOptions
-from hetero_attn.planning.profiles import current_profile, lane_threads
+from hetero_attn.planning.profiles import machine_profile
 from hetero_attn.spec.blocks import ModelSpec
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.decoder.model import model_spec
@@ -47,7 +48,7 @@ class PlannedModel:
     plan was made with. workload: what was asked of the planner, its shape and prefill chunk still open; plan.workload
     has those that were chosen. spec: the model's blocks, None for those of the family that `config` names.
     tokenizer: where it is, None for beside the weights. taps: before which layers the residual stream is kept for a
-    head that drafts.
+    head that drafts. headers: those of the files, read by planning; loading reads no file's again.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class PlannedModel:
     spec: ModelSpec | None = None
     tokenizer: Path | None = None
     taps: tuple[int, ...] = ()
+    headers: KnownHeaders = field(default_factory=KnownHeaders, compare=False, repr=False)
 
     @property
     def model(self) -> ModelSpec:
@@ -80,11 +82,12 @@ class PlannedModel:
 @dataclass(frozen=True, slots=True)
 class _Model:
     """A model as it is known before its sizes are: where it is, its config, how its weights are to be held, and what it
-    keeps for a head."""
+    keeps for a head. headers: those of the files that were read on the way, also of what drafts."""
 
     path: Path
     config: ModelConfig
     formats: WeightFormats
+    headers: KnownHeaders
     taps: tuple[int, ...] = ()
 
 
@@ -115,6 +118,7 @@ class Asked:
             formats=model.formats,
             tokenizer=self.tokenizer,
             taps=model.taps,
+            headers=model.headers,
         )
 
 
@@ -183,26 +187,28 @@ def _within_host_memory(asked: Asked, planned: PlannedModel) -> PlannedModel | N
         return None
 
 
-def ask(options: LoadOptions, drafts: bool = False) -> Asked:
-    """What is asked of the planner for a model. drafts: for another, so that it may be a head.
+def ask(options: LoadOptions, drafts: bool = False, known: KnownHeaders | None = None) -> Asked:
+    """What is asked of the planner for a model. drafts: for another, so that it may be a head. known: the headers that
+    this start has read so far.
 
     The one place where options, policy, config and machine meet: an option goes before the policy's key, and that
     before what the model or the machine suggests.
     """
-    path = resolve_model(options.model, options.file)
+    path, known = resolve_model(options.model, options.file), known or KnownHeaders()
     tokenizer = path if options.tokenizer is None else resolve_tokenizer(options.tokenizer)
-    config = read_config(path)
+    config = read_config(path, known)
     if not drafts:
         refuse_head(options, config)
     policy = _wishes(options)
-    taps = taps_for_head(policy.speculate, options, config)
-    formats = formats_by_rules(choose_formats(options.dtype, config, path), policy, config)
+    taps = taps_for_head(policy.speculate, options, config, known)
+    formats = formats_by_rules(choose_formats(options.dtype, config, path, known), policy, config)
     device = choose_device(options.device, options.hardware)
     kind = device.partition(":")[0]
     hardware = _rates(options, device)
     _warn_of_wishes_without_effect(policy, kind, hardware)
     budget_bytes = None if kind == "cpu" else policy.gpu_memory or hardware.gpu_memory_bytes
-    workload = _workload(options, policy, _Model(path, config, formats, taps), kind, budget_bytes)
+    model = _Model(path, config, formats, known, taps)
+    workload = _workload(options, policy, model, kind, budget_bytes)
     workload = with_heat(workload, path)
     if kind == "cuda" and has_gpu():
         from hetero_attn.devices.machine import with_own_bytes
@@ -210,7 +216,7 @@ def ask(options: LoadOptions, drafts: bool = False) -> Asked:
         hardware = with_own_bytes(hardware, device)
     policy = policy.without_sizes()
     request = requested(workload, hardware, policy, device=kind, gpu_memory_bytes=budget_bytes)
-    return Asked(_Model(path, config, formats, taps), device, hardware, policy, workload, tokenizer, request)
+    return Asked(model, device, hardware, policy, workload, tokenizer, request)
 
 
 def _wishes(options: LoadOptions) -> Policy:
@@ -279,20 +285,3 @@ def _workload(options: LoadOptions, policy: Policy, model: _Model, kind: str, bu
     if policy.prefill_chunk is None and budget_bytes is not None:
         return with_chunk_choices(build, budget_bytes)
     return build(sizes.prefill_chunk)
-
-
-def machine_profile(device: str) -> HardwareProfile:
-    """The rates to plan with on this machine: measured ones if a profile is kept, else the catalogue's generic ones.
-
-    An emulated GPU has rates of its own in the catalogue; they say nothing about any GPU.
-    """
-    threads = lane_threads()
-    if device == "emulated":
-        return HardwareProfile.named("emulated").with_threads(threads)
-    if device.startswith("cuda"):
-        from hetero_attn.devices.machine import device_index, gpu_profile
-
-        stored = current_profile()
-        profile = gpu_profile(device_index(device), stored)
-        return profile if profile is stored else profile.with_threads(threads)
-    return current_profile() or HardwareProfile.named("generic-cpu").with_threads(threads)

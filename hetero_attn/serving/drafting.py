@@ -64,7 +64,7 @@ def expect_same_tokens(large: PlannedModel, small: PlannedModel, opening: Future
     """
     names = small.plan.model, large.plan.model
     sizes = small.config.vocab_size, large.config.vocab_size
-    own = Tokenizer.open(small.path) if has_tokenizer(small.path) else None
+    own = Tokenizer.open(small.path, known=small.headers) if has_tokenizer(small.path, small.headers) else None
     other = opening.result() if opening.exception() is None else None
     if own is None or other is None:
         if sizes[0] != sizes[1]:

@@ -2,7 +2,6 @@
 
 from concurrent.futures import Future
 
-from hetero_attn.checkpoints.gguf.headers import forget_headers
 from hetero_attn.engine.build import build_engine
 from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.host_memory import memory_named
@@ -17,7 +16,7 @@ def load_beside(planned: PlannedModel, options: LoadOptions) -> tuple[Future[Tok
     """A model's tokenizer, which may still be opening, and its engine; raises what either raises."""
     shows, model = options.progress, planned.plan.model
     with memory_named(f"loading {model}"), loading_bar(planned.plan, shows) as bar:
-        opening = open_beside(planned.tokenizer or planned.path)
+        opening = open_beside(planned.tokenizer or planned.path, planned.headers)
         watched = watch_opening(opening, model, options.needs_text, bar.update)
         watched(0)
         on_compile, on_prepare = (compile_note, prepare_note) if shows else (None, lambda name: None)
@@ -26,5 +25,4 @@ def load_beside(planned: PlannedModel, options: LoadOptions) -> tuple[Future[Tok
         )
         if shows:
             requantised_note(engine.weights.requantised)
-    forget_headers()
     return opening, engine

@@ -10,7 +10,7 @@ from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.gguf.config import gguf_config
 from hetero_attn.checkpoints.gguf.fields import GgufFields
 from hetero_attn.checkpoints.gguf.file import GgufFile
-from hetero_attn.checkpoints.gguf.headers import forget_headers
+from hetero_attn.checkpoints.gguf.headers import KnownHeaders
 from hetero_attn.checkpoints.gguf.tokenizer import gguf_tokenizer
 from hetero_attn.checkpoints.sources import read_config
 from hetero_attn.errors import CheckpointError, ConfigError, HeteroError, UnsupportedModelError
@@ -262,17 +262,16 @@ def test_a_large_vocabulary_is_read_as_it_is(tmp_path):
 
 
 def test_a_header_is_read_once_and_again_where_a_byte_of_it_changed(tmp_path, monkeypatch):
-    """A start opens a file up to five times; what is remembered is known by its bytes, not by its name."""
+    """What was read before is known by its bytes, not by the file's name."""
     read, plain = [], GgufFile._read_metadata
     monkeypatch.setattr(GgufFile, "_read_metadata", lambda self, *rest: read.append(1) or plain(self, *rest))
     words = [key("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, 1) + text(word)) for word in ("one", "two")]
-    path = tmp_path / "model.gguf"
-    forget_headers()
+    path, known = tmp_path / "model.gguf", KnownHeaders()
 
     found = []
     for written in (words[0], words[0], words[1], words[0]):
         path.write_bytes(gguf([ARCH, written], [tensor("a", (16,), 0, 0)], ROW))
-        file = GgufFile(path)
+        file = GgufFile(path, known)
         found.append((*file.metadata["tokenizer.ggml.tokens"], len(read), file.tensors["a"].offset))
         file.close()
         file.metadata.clear()
@@ -281,5 +280,9 @@ def test_a_header_is_read_once_and_again_where_a_byte_of_it_changed(tmp_path, mo
     assert [each[:2] for each in found] == [("one", 1), ("one", 1), ("two", 2), ("one", 2)] and len(offsets) == 1
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(CheckpointError, match="8 bytes short"):
-        GgufFile(path)
-    forget_headers()
+        GgufFile(path, known)
+    known.forget()
+    path.write_bytes(gguf([ARCH, words[0]], [tensor("a", (16,), 0, 0)], ROW))
+    for _ in range(2):
+        GgufFile(path, known).close()
+    assert len(read) == 4

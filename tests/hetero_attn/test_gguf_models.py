@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hetero_attn import LLM
+from hetero_attn.checkpoints.gguf.file import GgufFile
 from hetero_attn.checkpoints.sources import read_config, stored_formats
 from hetero_attn.engine.build import build_engine
 from hetero_attn.errors import CheckpointError, UnsupportedModelError
@@ -53,6 +54,18 @@ def test_values_are_those_of_the_file(models, case):
 
     assert torch.equal(logits(gguf_file, "fp32"), logits(plain, "fp32"))
     assert nmse(logits(gguf_file, "fp32"), hf_logits(plain, list(TOKENS))) < 1e-10
+
+
+def test_a_start_reads_the_header_of_a_file_once(models, monkeypatch):
+    """For its sizes, formats, tokenizer and weights, and those of what drafts; afterwards no header is kept."""
+    read, plain = [], GgufFile._read_metadata
+    monkeypatch.setattr(GgufFile, "_read_metadata", lambda self, *rest: read.append(self.path) or plain(self, *rest))
+    large, small = models("Q4_K_M")[0], models("legacy")[0]
+
+    with LLM(large, device="cpu", max_context=64, num_threads=2, speculate=small, progress=False) as llm:
+        assert sorted(read) == sorted([large, small])
+        read_config(large, llm.planned.headers)
+    assert read.count(large) == 2
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])

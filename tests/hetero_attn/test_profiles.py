@@ -10,7 +10,6 @@ from cpu_kernels import kernels
 from hetero_attn.engine import measure
 from hetero_attn.engine import runtime_costs as runtime_profile
 from hetero_attn.planning import profiles
-from hetero_attn.planning.settle import machine_profile
 from placement.machine.fingerprint import kernel_folders, machine_fingerprint, source_digest
 from placement.machine.hardware import HardwareProfile
 from placement.machine.rates import ThreadRate
@@ -262,7 +261,7 @@ def test_planning_never_measures(measured, monkeypatch):
     profiles.profile_path().write_text(replace(profile, fingerprint=(("torch", "0.1"),)).to_json())
 
     with pytest.warns(UserWarning, match="is not used; `hetero-attn profile` measures this machine again"):
-        used = machine_profile("cpu")
+        used = profiles.machine_profile("cpu")
 
     assert used.name == HardwareProfile.named("generic-cpu").name
 
@@ -279,7 +278,7 @@ def test_a_profile_that_was_kept_before_all_caches_were_measured_is_stale(measur
 def test_without_a_profile_plans_use_the_catalogue(monkeypatch, tmp_path):
     monkeypatch.setattr(profiles, "profile_path", lambda: tmp_path / "none.json")
 
-    assert machine_profile("cpu").name == HardwareProfile.named("generic-cpu").name
+    assert profiles.machine_profile("cpu").name == HardwareProfile.named("generic-cpu").name
 
 
 def test_thread_counts_are_powers_of_two_and_the_maximum():

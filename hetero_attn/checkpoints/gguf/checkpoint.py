@@ -10,6 +10,7 @@ from hetero_attn.checkpoints.gguf.config import gguf_config, gguf_terms
 from hetero_attn.checkpoints.gguf.expert_tensors import by_our_names
 from hetero_attn.checkpoints.gguf.fields import GgufFields
 from hetero_attn.checkpoints.gguf.file import GgufFile, GgufTensor
+from hetero_attn.checkpoints.gguf.headers import KnownHeaders
 from hetero_attn.checkpoints.gguf.names import LONG_DIVISORS, ROPE_DIVISORS, SHORT_DIVISORS, split_block
 from hetero_attn.checkpoints.gguf.parts import open_parts
 from hetero_attn.checkpoints.gguf.value_heads import in_our_order
@@ -78,13 +79,13 @@ class GgufCheckpoint:
         return {name: in_our_order(name, tensor, self.config.delta) for name, tensor in found.items()}
 
     @classmethod
-    def open(cls, path: str | Path) -> "GgufCheckpoint":
-        """Open a model by any of its files and check every header; no weight is read.
+    def open(cls, path: str | Path, known: KnownHeaders | None = None) -> "GgufCheckpoint":
+        """Open a model by any of its files and check every header; no weight is read. known: as for `GgufFile`.
 
         Raises:
             CheckpointError: a file is damaged or missing, or the parts contradict each other.
         """
-        files, tensors = open_parts(Path(path))
+        files, tensors = open_parts(Path(path), known)
         try:
             return cls(files[0].path, files, tensors)
         except BaseException:

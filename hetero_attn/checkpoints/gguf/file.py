@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cpu_kernels.formats import GGUF_TYPES, GgufType
-from hetero_attn.checkpoints.gguf.headers import Entries, GgufHeader, known_header, remember_header
+from hetero_attn.checkpoints.gguf.headers import Entries, GgufHeader, KnownHeaders
 from hetero_attn.checkpoints.gguf.reader import MAX_KEY_BYTES, GgufReader
 from hetero_attn.checkpoints.raw_file import RawFile
 from hetero_attn.errors import CheckpointError, UnsupportedModelError
@@ -20,7 +20,6 @@ VERSIONS = (2, 3)
 MAX_DIMS, MAX_NAME_BYTES, MAX_ALIGNMENT = 4, 64, 1 << 20
 LEAST_KEY_BYTES, LEAST_TENSOR_BYTES = 8 + 1 + 4 + 1, 8 + 1 + 4 + 8 + 4 + 8
 DEFAULT_ALIGNMENT = 32
-TOKENS = "tokenizer.ggml.tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +50,15 @@ class GgufFile:
         metadata: key -> value. tensors: name -> where it is, in data order.
     """
 
-    def __init__(self, path: Path):
-        """Open `path` and check its header; CheckpointError for anything but a whole GGUF file."""
+    def __init__(self, path: Path, known: KnownHeaders | None = None):
+        """Open `path` and check its header; CheckpointError for anything but a whole GGUF file.
+
+        known: where the header is found if it was read before, and kept for the next time.
+        """
         self.raw = RawFile(path)
         self.path = path
         try:
-            self._read_header(GgufReader(self.raw))
+            self._read_header(GgufReader(self.raw), known or KnownHeaders())
         except BaseException:
             self.close()
             raise
@@ -65,15 +67,15 @@ class GgufFile:
         """Close the file; may be called twice."""
         self.raw.close()
 
-    def _read_header(self, reader: GgufReader) -> None:
+    def _read_header(self, reader: GgufReader, known: KnownHeaders) -> None:
         self._check_start()
-        known = known_header(self.raw)
-        header = known or self._new_header(reader)
+        found = known.of(self.raw)
+        header = found or self._new_header(reader)
         self.metadata = dict(header.metadata)
         data_start = -(-len(header.text) // header.alignment) * header.alignment
         self.tensors = self._placed(reader, header.entries, data_start, header.alignment)
-        if known is None and TOKENS in header.metadata:  # others are small
-            remember_header(header)
+        if found is None:
+            known.remember(header)
 
     def _new_header(self, reader: GgufReader) -> GgufHeader:
         reader.number("<I")

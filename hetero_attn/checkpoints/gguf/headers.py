@@ -1,10 +1,10 @@
-"""Headers of GGUF files that were read last: a start opens one file up to five times, for its sizes, formats, text and
+"""Headers of GGUF files that a start has read: it opens one file up to five times, for its sizes, formats, text and
 weights, and a vocabulary of a quarter of a million words takes half a second each time.
 
-A header is known again by its bytes, so a file that was written anew is read anew.
+What was read is handed on from planning to loading. A header is known again by its bytes, so a file that was written
+anew is read anew.
 """
 
-from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,19 +32,23 @@ class GgufHeader:
         return start == self.text
 
 
-_RECENT: deque[GgufHeader] = deque(maxlen=2)  # a model's and a drafter's
+class KnownHeaders:
+    """The headers that one start has read; threads may share it. `forget` gives their memory back for good."""
 
+    def __init__(self) -> None:
+        self._headers: list[GgufHeader] = []
+        self._keeps = True
 
-def known_header(file: RawFile) -> GgufHeader | None:
-    """The header of a file, where it was read lately."""
-    return next((header for header in tuple(_RECENT) if header.begins(file)), None)
+    def of(self, file: RawFile) -> GgufHeader | None:
+        """The header of a file, where it was read before."""
+        return next((header for header in tuple(self._headers) if header.begins(file)), None)
 
+    def remember(self, header: GgufHeader) -> None:
+        """Keep a header, unless the start is over."""
+        if self._keeps:
+            self._headers.append(header)
 
-def remember_header(header: GgufHeader) -> None:
-    """Keep a header until two others were read."""
-    _RECENT.append(header)
-
-
-def forget_headers() -> None:
-    """Give back the memory of what is remembered, once models are loaded."""
-    _RECENT.clear()
+    def forget(self) -> None:
+        """End the start: let go of every header, and keep none that comes."""
+        self._keeps = False
+        self._headers.clear()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hetero_attn.checkpoints.gguf.file import GgufFile, GgufTensor
+from hetero_attn.checkpoints.gguf.headers import KnownHeaders
 from hetero_attn.errors import CheckpointError
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -22,18 +23,18 @@ def first_part(path: Path) -> Path:
     return path.with_name(first_name(path.name))
 
 
-def open_parts(path: Path) -> tuple[list[GgufFile], dict[str, GgufTensor]]:
-    """The open files of a model, which the caller closes, and all its tensors.
+def open_parts(path: Path, known: KnownHeaders | None = None) -> tuple[list[GgufFile], dict[str, GgufTensor]]:
+    """The open files of a model, which the caller closes, and all its tensors. known: as for `GgufFile`.
 
     Raises:
         CheckpointError: a file is damaged or missing, or the parts contradict each other; none stays open then.
     """
     files: list[GgufFile] = []
     try:
-        files.append(GgufFile(first_part(path)))
+        files.append(GgufFile(first_part(path), known))
         count = _split_count(files[0])
         for number in range(1, count):
-            files.append(GgufFile(_part_path(files[0], number, count)))
+            files.append(GgufFile(_part_path(files[0], number, count), known))
         return files, _tensors(files)
     except BaseException:
         for file in files:

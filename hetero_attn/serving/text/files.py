@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
+from hetero_attn.checkpoints.gguf.headers import KnownHeaders
 from hetero_attn.checkpoints.gguf.tokenizer import gguf_tokenizer
 from hetero_attn.checkpoints.sources import is_gguf
 from hetero_attn.checkpoints.transformers_import import transformers_part
@@ -22,18 +23,19 @@ _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.j
 LEAST_BYTES_TO_OPEN = 128 << 20  # of the tokenizers package, its threads' stacks and a large vocabulary
 
 
-def has_tokenizer(path: str | Path) -> bool:
-    """Whether a model carries a tokenizer; without one, prompts must be token ids."""
+def has_tokenizer(path: str | Path, known: KnownHeaders | None = None) -> bool:
+    """Whether a model carries a tokenizer; without one, prompts must be token ids. known: as for `open_beside`."""
     path = Path(path)
     if is_gguf(path):
-        with GgufCheckpoint.open(path) as source:
+        with GgufCheckpoint.open(path, known) as source:
             return "tokenizer.ggml.tokens" in source.fields.values
     return any((path / name).is_file() for name in _FILES)
 
 
-def tokenizer_of_gguf(path: Path) -> PlainTokenizer:
-    """The tokenizer that a GGUF file's metadata describe, with the chat template beside the file if there is one."""
-    with GgufCheckpoint.open(path) as source:
+def tokenizer_of_gguf(path: Path, known: KnownHeaders | None = None) -> PlainTokenizer:
+    """The tokenizer that a GGUF file's metadata describe, with the chat template beside the file if there is one.
+    known: as for `open_beside`."""
+    with GgufCheckpoint.open(path, known) as source:
         found = gguf_tokenizer(source.fields)
     return PlainTokenizer(found.backend, found.named, template_in(path.parent) or found.chat_template)
 

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
 
+from hetero_attn.checkpoints.gguf.headers import KnownHeaders
 from hetero_attn.errors import ConfigError, PromptError
 from hetero_attn.serving.text.files import has_tokenizer
 from hetero_attn.serving.text.tokenizer import Tokenizer
@@ -13,15 +14,15 @@ from hetero_attn.serving.text.tokenizer import Tokenizer
 NO_TEXT = "answers have no text, only token ids"
 
 
-def open_beside(path: Path) -> Future[Tokenizer | None]:
+def open_beside(path: Path, known: KnownHeaders | None = None) -> Future[Tokenizer | None]:
     """Open a model's tokenizer on a thread of its own, because importing transformers, where it needs that, takes a
     second that loading weights takes too; the result is None for a model without one, and raises what `Tokenizer.open`
-    raises."""
+    raises. known: GGUF headers that this start has read."""
     opened: Future[Tokenizer | None] = Future()
 
     def work() -> None:
         try:
-            opened.set_result(Tokenizer.open(path) if has_tokenizer(path) else None)
+            opened.set_result(Tokenizer.open(path, known=known) if has_tokenizer(path, known) else None)
         except BaseException as error:
             opened.set_exception(error)
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hetero_attn.checkpoints.gguf.headers import KnownHeaders
 from hetero_attn.checkpoints.sources import is_gguf
 from hetero_attn.checkpoints.template_time import bounded_template
 from hetero_attn.errors import PromptError
@@ -53,11 +54,12 @@ class Tokenizer:
         self.bos_token_id: int | None = tokenizer.bos_token_id
 
     @classmethod
-    def open(cls, path: str | Path, vocab_size: int | None = None) -> "Tokenizer":
+    def open(cls, path: str | Path, vocab_size: int | None = None, known: KnownHeaders | None = None) -> "Tokenizer":
         """Open the tokenizer of a local model: of a GGUF file that in its metadata, or a tokenizer.json beside it.
 
         Args:
             path: the directory or file. vocab_size: rows of the model's embedding, checked against the tokenizer's ids.
+            known: as for `open_beside`.
 
         Raises:
             ConfigError: there is no tokenizer, it cannot be read or it needs remote code.
@@ -66,7 +68,7 @@ class Tokenizer:
         """
         path = Path(path)
         if is_gguf(path) and not (path.parent / "tokenizer.json").is_file():
-            opened = cls(path, tokenizer_of_gguf(path))
+            opened = cls(path, tokenizer_of_gguf(path, known))
         else:
             folder = path.parent if is_gguf(path) else path
             opened = cls(folder, tokenizer_of_folder(folder))
