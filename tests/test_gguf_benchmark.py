@@ -48,3 +48,24 @@ def test_rows_of_other_files_are_kept_in_the_result(script, tmp_path):
     (tmp_path / "out.json").write_text(json.dumps({"rows": old}))
 
     assert script.merged({"rows": new}, tmp_path / "out.json")["rows"] == [old[0], new[0]]
+
+
+class Logits:
+    """Answers every request with the same logits."""
+
+    def __init__(self, *logits: float) -> None:
+        self._logits = list(logits)
+
+    def ask(self, **request: object) -> dict[str, list[float]]:
+        """See whole_model.Worker."""
+        assert request["test"] == "logits"
+        return {"logits": self._logits}
+
+
+def test_logits_are_compared_with_those_of_llama_as_it_is(script):
+    sides = {"ours": Logits(3.0, 3.0), "repacked": Logits(3.0, 4.5), "as is": Logits(3.0, 4.0)}
+
+    found = script.agreement(sides)
+
+    assert found["ours, tokens: 1"] == found["ours, tokens: 8"] == 1 / 25
+    assert found["repacked, tokens: 8"] == 0.01

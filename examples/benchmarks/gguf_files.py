@@ -6,7 +6,8 @@
 llama.cpp runs twice, with its weights repacked at load and without; the ratio is to the faster of both. A path of ours
 that is forced with --isa is compared with a llama.cpp that was built for the same instructions, whose libraries lie in
 --llama-lib. --dtype loads our side in another dtype than the file's. Both are fed the same random tokens; what the
-routers of a mixture of experts choose over a prompt of so many is kept with each row. The ceiling is a read-only sweep
+routers of a mixture of experts choose over a prompt of so many is kept with each row. How far the logits of ours and of
+the repacked setting are from the other setting's is said for one token and for eight. The ceiling is a read-only sweep
 of memory; it is printed first, and beside each file the share of a sweep of the weights that a step reads, which our
 linears reach in a decode step. With --threads 1 every side is timed by the CPU time of its process: what a busy machine
 can still be asked. Ends with one JSON line.
@@ -19,13 +20,14 @@ import statistics
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from whole_model import HERE, SPINNING_S, Worker, commit, machine, usable_cpus
 
 LEAST_CONTEXT = 1024
+AGREEMENT_TOKENS = (1, 8)
 HEADINGS = f"{'file':<34}{'test':<9}{'ours':>9}{'repack':>9}{'as is':>9}{'ratio':>7}{'linears':>9}"
 
 
@@ -34,6 +36,7 @@ class Row:
     """One test of one file; figures in tokens per second, medians.
 
     linears_share: of a sweep, None for prefill. routes: see `ours.HeteroAttn._routes`, None without experts.
+    logits_nmse: see `agreement`.
     """
 
     file: str
@@ -46,6 +49,7 @@ class Row:
     ratio: float
     linears_share: float | None
     routes: dict[str, float] | None = None
+    logits_nmse: dict[str, float] | None = None
 
     def line(self) -> str:
         """One row of the table."""
@@ -69,6 +73,19 @@ def start(options: argparse.Namespace, stack: ExitStack, file: Path) -> dict[str
     for side in sides.values():
         stack.enter_context(side)
     return sides
+
+
+def agreement(sides: dict[str, Worker]) -> dict[str, float]:
+    """Squared error over squared norm of the last token's logits of two sides, to those of llama.cpp as it is."""
+    found = {}
+    for count in AGREEMENT_TOKENS:
+        token_ids = [(7919 * index + 5) % 1000 for index in range(count)]
+        wanted = sides["as is"].ask(test="logits", token_ids=token_ids)["logits"]
+        for name in ("ours", "repacked"):
+            logits = sides[name].ask(test="logits", token_ids=token_ids)["logits"]
+            error = sum((one - other) ** 2 for one, other in zip(logits, wanted, strict=True))
+            found[f"{name}, tokens: {count}"] = error / sum(value**2 for value in wanted)
+    return found
 
 
 def compare(options: argparse.Namespace, file: Path, sides: dict[str, Worker], test: str, tokens: int) -> Row:
@@ -142,8 +159,10 @@ def main() -> None:
                 say(f"{record['machine']['cpu']}, {record['isa']}, {options.threads} threads")
                 say(f"tokens per second of {record['clock']}")
                 say(f"ceiling: {record['ceiling_bytes_per_s'] / 1e9:.1f} GB/s, a read-only sweep\n\n{HEADINGS}")
+            nmse = agreement(sides)
+            say("NMSE of logits: " + "; ".join(f"{name} {value:.1e}" for name, value in nmse.items()))
             for test in options.tests:
-                row = compare(options, file, sides, test, tokens[test])
+                row = replace(compare(options, file, sides, test, tokens[test]), logits_nmse=nmse)
                 record["rows"].append(asdict(row))
                 say(row.line())
     if options.out:
