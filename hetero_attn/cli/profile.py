@@ -19,6 +19,12 @@ def profile(
     keep: Annotated[
         bool, typer.Option("--keep", help="Keep the result even if other programs used the CPUs meanwhile.")
     ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--for", metavar="MODEL", help="Also measure the weight formats of this model that no profile has."
+        ),
+    ] = None,
     routes: Annotated[
         str | None,
         typer.Option(
@@ -39,7 +45,9 @@ def profile(
     from hetero_attn import profile_machine
 
     expect_writable(save, plot)
-    measured = profile_machine(on_progress=say, keep_when_busy=keep)
+    loading = options.Loading(gguf=gguf, tokenizer=tokenizer)
+    formats = () if model is None else formats_of(model, loading)
+    measured = profile_machine(on_progress=say, keep_when_busy=keep, formats=formats)
     if as_json:
         print_json(measured.to_dict())
     else:
@@ -50,6 +58,13 @@ def profile(
         from hetero_attn.cli.plots import plot_profile
 
         plot_profile(measured, plot)
+
+
+def formats_of(model: str, loading: options.Loading) -> tuple[str, ...]:
+    """The formats of a model's weights as they are held here."""
+    from hetero_attn.planning.settle import ask
+
+    return ask(loading.options(model)).request.workload.weight_formats
 
 
 def show_routes(model: str, loading: options.Loading, file: Path | None, save: Path | None, as_json: bool) -> None:

@@ -1,7 +1,7 @@
 """Measuring this machine: the one place that runs it for seconds. Planning only reads what was kept."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hetero_attn.planning.profiles import host_memory_bytes, is_kept, keep, lane_threads, stored_profile, why_not_kept
@@ -9,14 +9,18 @@ from placement.machine.hardware import HardwareProfile
 
 
 def profile_machine(
-    on_progress: Callable[[str], None] = lambda what: None, save: bool = True, keep_when_busy: bool = False
+    on_progress: Callable[[str], None] = lambda what: None,
+    save: bool = True,
+    keep_when_busy: bool = False,
+    formats: Sequence[str] = (),
 ) -> HardwareProfile:
     """Measure this machine, keep the result for later plans, and return it; takes half a minute on two cores, a minute
     where its kernels must be compiled first.
 
     on_progress(what) is called before each measurement. save=False leaves the kept profile alone; where it
     cannot be kept a warning says why. So it does where other programs used more than a tenth of the CPUs meanwhile,
-    which makes rates too low: such a profile is kept only with keep_when_busy.
+    which makes rates too low: such a profile is kept only with keep_when_busy. formats: weight formats that the CPU
+    lane's linears are measured in beside fp32, bf16, q8 and q4; plans take others from the nearest that was measured.
     """
     import torch
 
@@ -25,7 +29,7 @@ def profile_machine(
     from placement.profilers.neighbours import Neighbours
 
     neighbours = Neighbours()
-    profile, device = measure(lane_threads(), host_memory_bytes(), on_progress), "cpu"
+    profile, device = measure(lane_threads(), host_memory_bytes(), on_progress, formats=formats), "cpu"
     if torch.cuda.is_available():
         profile, device = _with_gpu(profile, on_progress), "cuda"
     on_progress("Python and hand-overs")

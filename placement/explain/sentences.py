@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from cpu_kernels.formats import segments
 from placement.cost.objective import MODEL_ERROR
 from placement.machine.hardware import HardwareProfile
 from placement.plan.phase import RESOURCE_WORDS, PhaseCost
@@ -68,12 +67,10 @@ def notes(plan: Plan, hardware: HardwareProfile, policy: Policy) -> Iterator[str
 
 def _borrowed_rates(workload: Workload, hardware: HardwareProfile) -> Iterator[str]:
     """Which formats of the weights the profile has not met, and whose rates are taken."""
-    names = dict.fromkeys(
-        segment.format.name
-        for shard in workload.linears
-        for segment in segments(workload.format_of(shard), shard.in_features)
-    )
-    borrowed = hardware.cpu_linear_bytes_per_s.borrowed(names)
+    borrowed = hardware.cpu_linear_bytes_per_s.borrowed(workload.weight_formats)
     if borrowed:
         pairs = ", ".join(f"{name} by those of {measured}" for name, measured in borrowed.items())
-        yield f"{hardware.name} has no rates of some formats of these weights; planned are {pairs}."
+        yield (
+            f"{hardware.name} has no rates of some formats of these weights; planned are {pairs}. `hetero-attn profile "
+            "--for MODEL` measures them there."
+        )

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
@@ -28,6 +28,12 @@ class DtypeRates:
     q8: float
     q4: float
     others: tuple[tuple[str, float], ...] = field(default=(), kw_only=True)
+
+    @classmethod
+    def of_formats(cls, rates: Mapping[str, float]) -> "DtypeRates":
+        """Rates by the names of their formats, the four that `pack` makes among them; the others by name."""
+        others = tuple(sorted((name, rate) for name, rate in rates.items() if name not in DTYPES))
+        return cls(*(rates[dtype] for dtype in DTYPES), others=others)
 
     @property
     def by_format(self) -> dict[str, float]:
@@ -199,8 +205,7 @@ def _parse_by_format(value: Any, where: str) -> DtypeRates:
         near = difflib.get_close_matches(str(unknown[0]), FORMATS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{where}: {unknown[0]!r:.40} is no weight format{hint} (known: {', '.join(FORMATS)})")
-    others = tuple(sorted((name, rate) for name, rate in read.items() if name not in DTYPES))
-    return DtypeRates(*(read[dtype] for dtype in DTYPES), others=others)
+    return DtypeRates.of_formats(read)
 
 
 def number(value: Any, kind: Any, where: str) -> int | float:

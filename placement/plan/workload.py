@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from cpu_kernels.formats import segments
 from placement.plan.drafting import Drafting, Guesses
 from placement.plan.shards import KvShard, LayerShards, LinearShard, StateShard
 
@@ -115,6 +116,12 @@ class Workload:
     def format_of(self, shard: LinearShard) -> str:
         """What the weights of a linear are packed as."""
         return shard.weight_format or self.weight_dtype
+
+    @property
+    def weight_formats(self) -> tuple[str, ...]:
+        """The formats that parts of the linears are packed in, each once."""
+        parts = (part for shard in self.linears for part in segments(self.format_of(shard), shard.in_features))
+        return tuple(dict.fromkeys(part.format.name for part in parts))
 
     def heads_of(self, shard: KvShard) -> int:
         """Query heads of a layer."""

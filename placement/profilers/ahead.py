@@ -3,8 +3,9 @@
 One after another, each by the measurement that needs it first, they took three quarters of the time of a profile.
 """
 
+from collections.abc import Sequence
+
 from cpu_kernels import CpuKernels
-from cpu_kernels.formats.weights import WEIGHT_DTYPES
 from placement.profilers.cpu_attention import PREFILL_HEADS, SHAPES, decode_call, kv_pages, prefill_call
 from placement.profilers.cpu_linear import MANY_ROWS, ROW_COUNTS, linear_call, packed
 from placement.profilers.cpu_small import small_calls
@@ -13,16 +14,17 @@ from placement.profilers.timing import Progress
 COMPILING = "compiling"  # how the progress of what is no measurement begins
 
 
-def compile_all(processes: int, on_progress: Progress) -> None:
-    """Compile what is not kept from an earlier start; on_progress(what) is called for each kernel."""
+def compile_all(processes: int, formats: Sequence[str], on_progress: Progress) -> None:
+    """Compile what these weight formats need and is not kept from an earlier start; on_progress(what) is called for
+    each kernel."""
     with CpuKernels(processes, on_compile=lambda name: on_progress(f"{COMPILING} {name}")) as ops:
-        ops.prepare(lambda: call_all(ops))
+        ops.prepare(lambda: call_all(ops, formats))
 
 
-def call_all(ops: CpuKernels) -> None:
+def call_all(ops: CpuKernels, formats: Sequence[str]) -> None:
     """Every operation that is measured, over tensors that are as small as may be: kernels depend on dtypes, row counts
     and shapes of heads, not on sizes."""
-    for dtype in WEIGHT_DTYPES:
+    for dtype in formats:
         weight = packed(dtype, 0)
         ops.sweep(weight)
         for rows in (*ROW_COUNTS, MANY_ROWS):

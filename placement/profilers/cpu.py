@@ -7,6 +7,7 @@ Medians of repetitions, because machines are shared. The GPU, the bus and both s
 """
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,21 +31,27 @@ CLEARLY_SLOWER = 0.95  # of the best one-row rate: a larger count below this is 
 
 
 def measure(
-    max_threads: int, dram_bytes: int, on_progress: Progress = lambda what: None, threads: int | None = None
+    max_threads: int,
+    dram_bytes: int,
+    on_progress: Progress = lambda what: None,
+    threads: int | None = None,
+    formats: Sequence[str] = (),
 ) -> HardwareProfile:
     """Measure the CPU lane with the thread count that serves it best; takes some ten seconds once its kernels are
     compiled, which is done first, by as many processes as there are threads.
 
     max_threads: physical cores to try. dram_bytes: host memory that a plan may use. threads: measure with this count
-    and sweep none. on_progress(what) is called before each measurement.
+    and sweep none. formats: weight formats to measure beside the four that every profile has. on_progress(what) is
+    called before each measurement.
     """
     counts = thread_counts(max_threads) if threads is None else (threads,)
-    compile_all(max(counts), on_progress)
+    formats = tuple(dict.fromkeys((*WEIGHT_DTYPES, *formats)))
+    compile_all(max(counts), formats, on_progress)
     sweep = thread_sweep(counts, on_progress)
     threads = best_threads(sweep)
     with CpuKernels(threads) as ops:
         dram = max(rate.sweep_bytes_per_s for rate in sweep if rate.threads == threads)
-        linears = _linears(ops, dram, on_progress)
+        linears = _linears(ops, dram, formats, on_progress)
         attention = _attention(ops, dram, on_progress)
         small = _small_operations(ops, on_progress)
     best_linears = (linears["cpu_linear_bytes_per_s"].of(dtype) for dtype in WEIGHT_DTYPES)
@@ -64,17 +71,19 @@ def measure(
     )
 
 
-def _linears(ops: CpuKernels, dram: float, on_progress: Progress) -> dict[str, Any]:
+def _linears(ops: CpuKernels, dram: float, formats: Sequence[str], on_progress: Progress) -> dict[str, Any]:
     """The profile's rates of linears, where a plain read reaches `dram`."""
-    few = DtypeRates(*(dram * share_of_sweep(ops, dtype, on_progress) for dtype in WEIGHT_DTYPES))
-    activations = activation_s(ops, on_progress)
+    few = DtypeRates.of_formats({dtype: dram * share_of_sweep(ops, dtype, on_progress) for dtype in formats})
+    activations = activation_s(ops, formats, on_progress)
     rows = row_rates(ops, few, activations, on_progress)
     return {
         "cpu_linear_bytes_per_s": few,
         "cpu_activation_s": activations,
         "cpu_rows": rows,
-        "cpu_ops_per_s": DtypeRates(*(max(rate.ops_per_s.of(dtype) for rate in rows) for dtype in WEIGHT_DTYPES)),
-        "cpu_cached_bytes_per_s": cached_rates(ops, on_progress),
+        "cpu_ops_per_s": DtypeRates.of_formats(
+            {dtype: max(rate.ops_per_s.of(dtype) for rate in rows) for dtype in formats}
+        ),
+        "cpu_cached_bytes_per_s": cached_rates(ops, formats, on_progress),
     }
 
 

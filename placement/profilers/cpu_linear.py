@@ -1,11 +1,11 @@
 """Rates of the CPU lane's linears: by dtype, by rows, by threads, from DRAM and from the cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from cpu_kernels import CpuKernels
-from cpu_kernels.formats.weights import BLOCK_FEATURES, WEIGHT_DTYPES, block_bytes
+from cpu_kernels.formats.weights import BLOCK_FEATURES, block_bytes
 from placement.machine.rates import DtypeRates, RowRate, ThreadRate, weight_bytes_of
 from placement.profilers.timing import (
     CALLS,
@@ -53,25 +53,26 @@ def share_of_sweep(ops: CpuKernels, dtype: str, on_progress: Progress = lambda w
     return turn_by_turn(linear_call(ops, weight, dtype, 1), lambda: ops.sweep(weight))
 
 
-def activation_s(ops: CpuKernels, on_progress: Progress) -> DtypeRates:
+def activation_s(ops: CpuKernels, formats: Sequence[str], on_progress: Progress) -> DtypeRates:
     """Seconds of a linear per activation, in or out, of a row: rounding them, writing them.
 
     From a wide and a small linear, whose times are operations / rate + rows * (inputs + outputs) * this.
     """
-    found = []
-    for dtype in WEIGHT_DTYPES:
+    found = {}
+    for dtype in formats:
         on_progress(f"linear {dtype}, small and wide")
         wide, small = packed(dtype, int(MANY_WEIGHTS * weight_bytes_of(dtype))), packed(dtype, 0, SMALL_LINEAR)
         times = [least_seconds(linear_call(ops, weight, dtype, MANY_ROWS)) / MANY_ROWS for weight in (wide, small)]
         (work, values), (less, fewer) = (shape(weight, dtype) for weight in (wide, small))
-        found.append(max(0.0, (times[1] * work - times[0] * less) / (fewer * work - values * less)))
-    return DtypeRates(*found)
+        found[dtype] = max(0.0, (times[1] * work - times[0] * less) / (fewer * work - values * less))
+    return DtypeRates.of_formats(found)
 
 
 def row_rates(ops: CpuKernels, few: DtypeRates, activations: DtypeRates, on_progress: Progress) -> tuple[RowRate, ...]:
-    """Operations a second by row count, activations apart; one row is `few`, bytes of weights a second."""
+    """Operations a second by row count, activations apart, of the formats of `few`, bytes of weights a second, which
+    is what one row takes."""
     times: dict[str, list[float]] = {}
-    for dtype in WEIGHT_DTYPES:
+    for dtype in few.by_format:
         on_progress(f"linear {dtype} by rows")
         # Few rows read the weight from memory, so it must not fit in the cache; many reuse it while they compute.
         large = packed(dtype, beyond_caches(SWEEP_BYTES))
@@ -86,19 +87,19 @@ def row_rates(ops: CpuKernels, few: DtypeRates, activations: DtypeRates, on_prog
             taken = seconds(call) if rows >= 8 else large.numel() / few.of(dtype) / turn_by_turn(call, one_row)
             times[dtype].append(max(0.5 * taken, taken - rows * values * activations.of(dtype)) / work)
     return tuple(
-        RowRate(rows, DtypeRates(*(rows / times[dtype][i] for dtype in WEIGHT_DTYPES)))
+        RowRate(rows, DtypeRates.of_formats({dtype: rows / taken[i] for dtype, taken in times.items()}))
         for i, rows in enumerate(ROW_COUNTS)
     )
 
 
-def cached_rates(ops: CpuKernels, on_progress: Progress) -> DtypeRates:
+def cached_rates(ops: CpuKernels, formats: Sequence[str], on_progress: Progress) -> DtypeRates:
     """Weight bytes a second of one row when they stay in the cache."""
     on_progress("linears in the cache")
-    cached = []
-    for dtype in WEIGHT_DTYPES:
+    cached = {}
+    for dtype in formats:
         weight = packed(dtype, CACHED_BYTES)
-        cached.append(weight.numel() / recorded_seconds(ops, linear_call(ops, weight, dtype, 1), CALLS))
-    return DtypeRates(*cached)
+        cached[dtype] = weight.numel() / recorded_seconds(ops, linear_call(ops, weight, dtype, 1), CALLS)
+    return DtypeRates.of_formats(cached)
 
 
 def packed(dtype: str, total_bytes: int, square: int | None = None) -> torch.Tensor:

@@ -23,6 +23,17 @@ def test_profile_prints_rates_with_units(measured: HardwareProfile) -> None:
     assert f"copy to the GPU {measured.h2d_bytes_per_s / 1e9:.1f} GB/s" in lines
 
 
+def test_profile_for_a_model_asks_for_the_formats_of_its_weights(monkeypatch, tmp_path: Path) -> None:
+    asked: list[tuple[str, ...]] = []
+    profile = HardwareProfile.named("generic-cpu")
+    monkeypatch.setitem(vars(hetero_attn), "profile_machine", lambda formats=(), **_: asked.append(formats) or profile)
+    written = run("quantize", TINY, "--recipe", "q4_m", "--out", str(tmp_path / "model.gguf"))
+    results = [run("profile", "--for", str(tmp_path / "model.gguf")), run("profile")]
+
+    assert [result.exit_code for result in (written, *results)] == [0, 0, 0]
+    assert set(asked[0]) >= {"iq4_xs", "q6_k"} and asked[1] == ()
+
+
 def test_profile_without_a_gpu_has_no_gpu_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     profile = HardwareProfile.named("generic-cpu")
     monkeypatch.setitem(vars(hetero_attn), "profile_machine", lambda **_: profile)

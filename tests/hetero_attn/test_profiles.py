@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cpu_kernels import kernels
+from cpu_kernels.formats.weights import WEIGHT_DTYPES
 from hetero_attn.engine import measure
 from hetero_attn.engine import runtime_costs as runtime_profile
 from hetero_attn.planning import profiles
@@ -88,6 +89,16 @@ def test_a_measured_profile_is_kept_and_found_again(measured):
     assert profile.step_overhead_s > 0
 
 
+def test_formats_that_are_asked_for_are_measured_beside_those_of_every_profile(quick):
+    profile = measure.profile_machine(formats=("q4_0", "q8"))
+
+    assert profiles.stored_profile() == profile
+    for rates in (profile.cpu_linear_bytes_per_s, profile.cpu_ops_per_s, profile.cpu_rows[-1].ops_per_s):
+        assert [*rates.by_format] == ["fp32", "bf16", "q8", "q4", "q4_0"]
+        assert rates.of("q4_0") > 0 and rates.stands_for("q4_1") == "q4"
+    assert profile.cpu_cached_bytes_per_s.stands_for("q4_0") == "q4_0"
+
+
 def test_the_fingerprint_names_what_the_rates_depend_on(monkeypatch, tmp_path):
     (tmp_path / "sys/module/nvidia").mkdir(parents=True)
     (tmp_path / "sys/module/nvidia/version").write_text("580.1\n")
@@ -136,7 +147,7 @@ def test_nothing_is_left_to_compile_when_measuring_begins(quick, monkeypatch, tm
     prepared, asked = set(), set()
     monkeypatch.setattr(kernels, "build_all", lambda store, missing, processes: prepared.update(missing))
     with kernels.CpuKernels(1) as ops:
-        ops.prepare(lambda: ahead.call_all(ops))
+        ops.prepare(lambda: ahead.call_all(ops, WEIGHT_DTYPES))
         asked.update(ops._team.missing(lambda: measured_calls(ops)))
 
     assert prepared >= asked and {"decode", "prefill", "linear_q", "rope_append"} <= {key[1] for key in asked}
@@ -219,7 +230,7 @@ def test_what_others_use_of_the_cpus_is_known(monkeypatch, others, steal, share)
 def test_a_profile_of_a_busy_machine_says_so_and_is_not_kept_unless_asked(quick, monkeypatch):
     """Half the rates were kept without a word, and every plan after them was wrong."""
     monkeypatch.setattr(neighbours, "Neighbours", lambda: SimpleNamespace(share=lambda: 0.43))
-    monkeypatch.setattr(profiler, "measure", lambda *_: HardwareProfile.named("generic-cpu"))
+    monkeypatch.setattr(profiler, "measure", lambda *_, **__: HardwareProfile.named("generic-cpu"))
     monkeypatch.setattr(runtime_profile, "with_runtime_costs", lambda profile, device: profile)
     with pytest.warns(UserWarning, match=r"other programs used 43% of the CPUs .* not kept: .*--keep"):
         profile = measure.profile_machine()
