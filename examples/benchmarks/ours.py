@@ -153,9 +153,12 @@ class HeteroAttn(Side):
         read weights. sweep_s: a read-only sweep over as many of the same weights, of experts over others in each turn.
         Nothing of a model whose steps are not recorded.
         """
-        engine, length = self._engine, self.length
+        engine = self._engine
         if any(not block.records for block in engine.weights.spec.blocks):
             return {}
+        if engine.plan.workload.states:  # which go back to an empty sequence alone
+            self.rewind(0)
+        length = self.length
 
         def step() -> None:
             self.decode(1)

@@ -9,6 +9,7 @@ from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.gguf.choose import SUFFIX
 from hetero_attn.checkpoints.gguf.headers import KnownHeaders
 from hetero_attn.checkpoints.quantised.checkpoint import QuantisedCheckpoint
+from hetero_attn.checkpoints.quantised.declared import declared_formats, has_weight_files
 from hetero_attn.checkpoints.quantised.order import together
 from hetero_attn.checkpoints.quantised.scheme import read_scheme
 from hetero_attn.errors import CheckpointError
@@ -100,6 +101,8 @@ def stored_formats(path: Path, config: ModelConfig, known: KnownHeaders | None =
     """The formats in which a model is held as it is on disk. known: as for `open_source`."""
     if not is_gguf(path) and not is_quantised(path):
         return _plain_formats(path, config)
+    if not is_gguf(path) and not has_weight_files(path) and (declared := _declared_formats(path, config)):
+        return declared
     with open_source(path, known) as source:
         model = model_spec(config)
         source.check(model)
@@ -112,6 +115,12 @@ def stored_formats(path: Path, config: ModelConfig, known: KnownHeaders | None =
         reordered = {name: formats[name] for name in together(source, model)}
         apart = [name for name in formats if name not in reordered and source.input_order(name) is not None]
         return WeightFormats("bf16", embed, formats | dict.fromkeys(apart, "fp32"), reordered=reordered)
+
+
+def _declared_formats(path: Path, config: ModelConfig) -> WeightFormats | None:
+    """What the config of a quantised model says of it; None where that is not enough."""
+    scheme = read_scheme(path)
+    return None if scheme is None else declared_formats(scheme, config)
 
 
 def _plain_formats(path: Path, config: ModelConfig) -> WeightFormats:

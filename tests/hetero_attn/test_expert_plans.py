@@ -290,6 +290,18 @@ def test_gpt_oss_of_120b_beside_a_card_of_12_gb(config_of):
     assert plan.memory.gpu_bytes <= plan.gpu_memory_bytes
 
 
+def test_gpt_oss_of_120b_as_it_is_published_on_a_card_of_12_gb_with_64_gb(config_of):
+    """Without --dtype: the config says that experts are MXFP4, all else is bf16."""
+    said = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    plan = plan_model(config_of(GPT_OSS_120B | {"quantization_config": said}), hardware="rtx4070-ddr5")
+    memory, formats = plan.memory, {plan.workload.format_of(shard) for shard in experts_of(plan)}
+
+    assert formats == {"mxfp4"}
+    assert plan.workload.format_of(plan.workload.linears[0]) == "bf16"
+    assert memory.gpu_bytes <= 12 << 30
+    assert memory.host_bytes + memory.pinned_bytes <= 64 << 30
+
+
 def test_states_of_fixed_size_are_counted(config_of):
     """Of 30 layers of Qwen3.6, 32 matrices of 128 x 128 and three inputs of 8192 features, float32: 63 MB a sequence."""
     plan = plan_model(config_of(QWEN_36_35B), device="cpu", dtype="q4", hardware="rtx4090-ddr5", max_context=4096)

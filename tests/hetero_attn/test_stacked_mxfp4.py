@@ -86,6 +86,15 @@ def test_experts_are_held_as_they_are_and_read_one_at_a_time(folder, monkeypatch
     assert max(read[1:]) <= 2 * WIDTH * HIDDEN // 2  # the codes of gate and up of one expert; the first is the header
 
 
+def test_the_config_alone_gives_the_plan_of_the_files(folder, tmp_path):
+    """It needed --dtype, and experts planned as q4 are larger."""
+    (tmp_path / "config.json").write_bytes((folder / "stacked" / "config.json").read_bytes())
+    alone, whole = (plan_model(path, device="cpu", max_context=64).workload for path in (tmp_path, folder / "stacked"))
+
+    assert [alone.format_of(shard) for shard in alone.linears] == [whole.format_of(shard) for shard in whole.linears]
+    assert (alone.weight_bytes, alone.embed_bytes) == (whole.weight_bytes, whole.embed_bytes)
+
+
 @pytest.mark.parametrize("dtype", ["auto", "q8"])
 def test_lanes_agree_and_differ_by_roundings_alone(folder, dtype):
     expected = logits(folder / "stacked", dtype)
