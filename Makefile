@@ -18,6 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CLIENTS := $(VENV)/.clients
+REPLICAS := $(VENV)/.replicas
 CPU_TORCH := torch==2.13.0
 WORKERS ?= 2
 
@@ -37,7 +38,7 @@ demo: $(READY)
 test: $(READY) $(CLIENTS)
 	$(BIN)/python -m pytest $(SHARED_OUT)
 
-test-all: test
+test-all: test $(REPLICAS)
 	$(BIN)/python -m pytest -m "soak or aot_full or mutations or matrix"
 
 lint: $(READY)
@@ -59,6 +60,12 @@ $(READY): pyproject.toml Makefile
 		echo "pip could not install this package: its folder is put on the path instead"; \
 		echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/hetero_attn.pth"; }
 	@$(BIN)/python -P -c '$(RUNTIME)'
+	@touch $@
+
+$(REPLICAS): $(READY)
+	@echo "installing Ray Serve for its test, where the network has it"
+	@$(BIN)/pip install --quiet --editable ".[replicas]" || \
+		echo "Ray Serve could not be installed: its test says so and is skipped"
 	@touch $@
 
 $(CLIENTS): $(READY)

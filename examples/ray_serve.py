@@ -1,6 +1,6 @@
 """Replicas of one model behind Ray Serve: one address, requests spread over them, a lost one replaced.
 
-    pip install 'ray[serve]' 'hetero-attn[server]'
+    pip install 'hetero-attn[replicas]'
     python examples/ray_serve.py [MODEL] [--replicas 2] [--port 8000]
 
 Each replica is a process with a model of its own, on this machine or on others of the Ray cluster. Answers stream

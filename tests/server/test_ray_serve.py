@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.soak,
     pytest.mark.timeout(600),
     pytest.mark.skipif(
-        importlib.util.find_spec("ray") is None, reason="ray is not installed: pip install 'ray[serve]'"
+        importlib.util.find_spec("ray") is None, reason="ray is not installed: pip install '.[replicas]'"
     ),
 ]
 BODY = {"prompt": "A list is", "max_tokens": 60, "temperature": 0, "ignore_eos": True, "stream": True}
