@@ -1,11 +1,12 @@
 """Other plans and other machines beside a plan: more hardware or less, other policies, shapes and engines."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from placement.cost.baselines import everything_bytes, largest_layer_split, layer_split
 from placement.cost.model import predict
-from placement.explain.explanation import Estimate
+from placement.cost.objective import long_prompt
+from placement.explain.explanation import SAME, Estimate
 from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import OF_OTHERS
 from placement.plan.phase import PhaseCost
@@ -26,17 +27,23 @@ COMPARED_POLICIES = ("gpu_only", "stream_only", "host_attention", "cpu_only")
 
 
 def _estimate(
-    label: str, workload: Workload, hardware: HardwareProfile, policy: Policy, device: str, gpu_memory_bytes: int | None
+    label: str,
+    workload: Workload,
+    hardware: HardwareProfile,
+    policy: Policy,
+    device: str,
+    gpu_memory_bytes: int | None,
+    note: Callable[[Plan], str] = lambda found: "",
 ) -> Estimate:
+    """The best plan under these circumstances. note: what is to be said of it."""
     try:
-        predicted = make_plan(workload, hardware, policy, device=device, gpu_memory_bytes=gpu_memory_bytes).predicted
+        found = make_plan(workload, hardware, policy, device=device, gpu_memory_bytes=gpu_memory_bytes)
     except BudgetError as error:
         return Estimate(label, None, None, f"needs {format_bytes(error.needed_bytes)}")
     except PolicyError as error:
         return Estimate(label, None, None, error.problems[0])
-    return Estimate(
-        label, predicted.decode.tokens_per_s, predicted.prefill.tokens_per_s, objective_s=predicted.objective_s
-    )
+    decode, prefill = found.predicted.decode.tokens_per_s, found.predicted.prefill.tokens_per_s
+    return Estimate(label, decode, prefill, note(found), found.predicted.objective_s)
 
 
 def losses(workload: Workload, hardware: HardwareProfile, policy: Policy, plan: Plan) -> Iterator[Estimate]:
@@ -59,13 +66,37 @@ def gains(workload: Workload, hardware: HardwareProfile, policy: Policy, plan: P
     """The best plans with a little more of what the machine has."""
     device, budget = plan.device, plan.gpu_memory_bytes
     more = policy.model_copy(update={"threads": plan.num_threads + 1})
+
+    def traded(found: Plan) -> str:
+        return _traded(plan, found, hardware)
+
     if device != "cpu":
-        yield _estimate("1 GiB more GPU memory", workload, hardware, policy, device, budget + GIB)
+        yield _estimate("1 GiB more GPU memory", workload, hardware, policy, device, budget + GIB, traded)
         faster = replace(
             hardware, h2d_bytes_per_s=2 * hardware.h2d_bytes_per_s, d2h_bytes_per_s=2 * hardware.d2h_bytes_per_s
         )
-        yield _estimate("PCIe twice as fast", workload, faster, policy, device, budget)
-    yield _estimate("one more CPU thread", workload, hardware, more, device, budget)
+        yield _estimate("PCIe twice as fast", workload, faster, policy, device, budget, traded)
+    yield _estimate("one more CPU thread", workload, hardware, more, device, budget, traded)
+
+
+def _traded(plan: Plan, found: Plan, hardware: HardwareProfile) -> str:
+    """For what a plan with more of something gave up speed in both of the figures that are shown; empty where it did
+    not. Both are predicted on the machine as it is, but for its threads, so that only the plans differ."""
+    before, after = plan.predicted, found.predicted
+    pairs = (before.decode, after.decode), (before.prefill, after.prefill)
+    if any(now.tokens_per_s >= then.tokens_per_s * (1 - SAME) for then, now in pairs):
+        return ""
+    rows = long_prompt(plan.workload)
+    then, now = (_prompt_tokens_per_s(each, hardware, rows) for each in (plan, found))
+    return f"traded for prompts of {rows} tokens ({now / then - 1:+.1%})" if now > then * (1 + SAME) else ""
+
+
+def _prompt_tokens_per_s(plan: Plan, hardware: HardwareProfile, rows: int) -> float:
+    machine = hardware if hardware.cores == plan.num_threads else hardware.with_threads(plan.num_threads)
+    on_gpu = plan.device != "cpu"
+    return predict(
+        plan.workload, plan.linears, plan.kv, machine, phase="prefill", rows=rows, context=0, on_gpu=on_gpu
+    ).tokens_per_s
 
 
 def alternatives(

@@ -17,8 +17,8 @@ LESS_WORDS = "should other programs hold 2 GiB of GPU memory, and DRAM have half
 class Estimate:
     """Predicted speed of another plan or another machine.
 
-    decode_tokens_per_s, prefill_tokens_per_s: None when it cannot run; note then says why. objective_s: the seconds
-    that its plan was chosen by, None for what is no plan of ours.
+    decode_tokens_per_s, prefill_tokens_per_s: None when it cannot run; note then says why, else what both are worse
+    for, if they are. objective_s: the seconds that its plan was chosen by, None for what is no plan of ours.
     """
 
     label: str
@@ -85,7 +85,8 @@ class Explanation:
                 for value, cost in ((decode, planned.decode), (prefill, planned.prefill))
             ]
             figures = f"{digits(decode):>9s} {changes[0]:8s}{digits(prefill):>11s} {changes[1]}".rstrip()
-        return [*(f"  {part}" for part in before), f"  {label:{LABEL_COLUMNS}s}{figures}"]
+        rows = [*(f"  {part}" for part in before), f"  {label:{LABEL_COLUMNS}s}{figures}"]
+        return rows if decode is None or not estimate.note else [*rows, f"    {estimate.note}"]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: those of the plan, and beside them why."""

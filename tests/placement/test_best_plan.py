@@ -92,6 +92,9 @@ FOUND_AT_FAULT = [
     (assert_no_memory_lies_idle, ("32b", "jetson-agx-orin", "q8", 2048, 1.0)),
     # What is streamed there is read, written and read again, which was counted once.
     (assert_no_rejected_row_is_better, ("70b", "jetson-agx-orin", "q4", 2048, 0.25)),
+    # One more thread is worth chunks of twice the size, for whose buffers weights leave GPU memory: prompts of 1,024
+    # tokens gain what decode and prompts of one old chunk lose.
+    (assert_more_is_never_worse, ("32b", "rtx3090-epyc", "q4", 2048, 0.5)),
 ]
 
 
@@ -154,3 +157,13 @@ def test_decode_at_full_context_is_what_a_cache_in_gpu_memory_gives(model, machi
 
     assert plan.predicted.objective_s <= NOISE * hand.predicted.objective_s
     assert at_full(plan) <= NOISE * at_full(hand) or plan.memory.gpu_bytes >= 0.98 * plan.gpu_memory_bytes
+
+
+def test_what_both_figures_are_worse_for_is_said_below_them():
+    workload, hardware, budget = case("32b", "rtx3090-epyc", "q4", 2048, 0.5)
+    found = explain(workload, hardware, NO_WISHES, device="cuda", gpu_memory_bytes=budget)
+    lines = found.lines()
+    row = next(index for index, line in enumerate(lines) if "one more CPU thread" in line)
+
+    assert lines[row + 1].startswith("    traded for prompts of 1024 tokens (+") and len(lines[row + 1]) <= 80
+    assert [gain.label for gain in found.gains if gain.note] == ["one more CPU thread"]

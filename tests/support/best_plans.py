@@ -11,6 +11,7 @@ import pytest
 from placement import BudgetError, HardwareProfile, Policy, make_plan, shipped_policies
 from placement.cost.model import working_set_bytes
 from placement.cost.objective import MODEL_ERROR, judged_s, objective_s, reference_calls, reference_context
+from placement.explain.comparisons import gains
 from placement.machine.hardware import catalogue_names
 from placement.plan.workload import ChunkChoice
 from tests.support.planning_models import llama_8b, llama_70b, qwen_14b, qwen_32b, with_row_cuts
@@ -18,6 +19,7 @@ from tests.support.planning_models import llama_8b, llama_70b, qwen_14b, qwen_32
 NO_WISHES = Policy()
 GIB = 2**30
 NOISE = 1.001
+MORE = {"memory": "GPU memory", "bus": "PCIe", "thread": "thread"}  # as an explanation calls it
 SHAPES = {"8b": llama_8b, "14b": qwen_14b, "32b": qwen_32b, "70b": llama_70b}
 MACHINES = [name for name in catalogue_names() if HardwareProfile.named(name).has_gpu and name != "emulated"]
 MATRIX = list(itertools.product(SHAPES, MACHINES, ("bf16", "q8", "q4"), (2048, 8192, 32768), (0.25, 0.5, 0.75, 1.0)))
@@ -68,7 +70,7 @@ def assert_no_rejected_row_is_better(case_):
 
 def assert_more_is_never_worse(case_):
     """In the objective, and so never in decode and prefill at once: but by less than the model's error where more
-    leaves the other lanes nothing to do."""
+    leaves the other lanes nothing to do, or where it is said for which long prompts both were traded."""
     workload, hardware, budget = case(*case_)
     plan = plan_of_case(case_)
     if plan is None:
@@ -89,7 +91,15 @@ def assert_more_is_never_worse(case_):
             getattr(other.predicted, phase).seconds > least * getattr(plan.predicted, phase).seconds
             for phase in ("decode", "prefill")
         ]
-        assert both != [True, True], f"more {name} is worse in both phases"
+        assert both != [True, True] or is_said_to_be_traded(plan, workload, hardware, name), (
+            f"more {name} is worse in both phases"
+        )
+
+
+def is_said_to_be_traded(plan, workload, hardware, name):
+    """Whether what more of something would bring tells what both phases are worse for, and that they are."""
+    estimates = {each.label: each for each in gains(workload, hardware, NO_WISHES, plan)}
+    return "traded for prompts of" in next(each.note for label, each in estimates.items() if MORE[name] in label)
 
 
 def assert_no_memory_lies_idle(case_):
