@@ -3,11 +3,13 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from hetero_attn.errors import ConfigError, MemoryBudgetError
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.planning.settle import Asked, PlannedModel, settle
 from placement.plan.units import format_bytes
+from placement.policy.policy import Policy
 
 # From the largest to the smallest, weights and cache.
 SMALLER_DTYPES = ("bf16", "q8", "q4")
@@ -66,10 +68,29 @@ def ways_to_fit(wishes: LoadOptions, settled: Settle = settle) -> list[str]:
         is_context = option.startswith(CONTEXT)
         if not (is_context and any(way.startswith(CONTEXT) for way in found)) and _fits(smaller, settled):
             found.append(option)
-    together = replace(wishes, dtype="q4", kv_dtype="q4", max_batch=1, max_context=LEAST_CONTEXT)
-    if not found and _fits(together, settled):
-        return [f"--dtype q4 --kv-dtype q4 --batch 1 --context {LEAST_CONTEXT} together"]
+    least = {} if found else _least(wishes)
+    if least and _fits(replace(wishes, **{ARGUMENTS[option]: value for option, value in least.items()}), settled):
+        return [" ".join(f"--{option} {value}" for option, value in least.items()) + " together" * (len(least) > 1)]
     return found[:MOST_WAYS]
+
+
+def _least(wishes: LoadOptions) -> dict[str, Any]:
+    """Every option at its least, but for those that are not above it already."""
+    policy = wishes.policy if isinstance(wishes.policy, Policy) else Policy.load(wishes.policy)
+    context = wishes.max_context or policy.context
+    above = {
+        "dtype": ("q4", wishes.dtype != "q4"),
+        "kv-dtype": ("q4", "q4" not in (wishes.kv_dtype, policy.kv_dtype)),
+        "batch": (1, _is_many(wishes, policy)),
+        "context": (LEAST_CONTEXT, context is None or context > LEAST_CONTEXT),
+    }
+    return {option: value for option, (value, is_above) in above.items() if is_above}
+
+
+def _is_many(wishes: LoadOptions, policy: Policy) -> bool:
+    """Whether more than one sequence is planned for: as many as were asked for, else one unless throughput counts."""
+    asked_for = wishes.max_batch or policy.batch
+    return policy.objective == "throughput" if asked_for is None else asked_for > 1
 
 
 def _smaller_wishes(wishes: LoadOptions) -> Iterator[tuple[str, LoadOptions]]:

@@ -219,6 +219,8 @@ def _explain_failure(request: PlanRequest) -> BudgetError | PolicyError:
     )
 
 
+MOST_IN_KIB = 2**26  # a budget from here on is rounded up to MiB, which is less than 2 % of it
+LEAST_MEANT = 2**16  # a smaller budget is a number that lacks its unit
 BARE_NUMBER = "; a number without a unit is bytes, write 8GiB for gibibytes"  # said of budgets that nobody can mean
 
 
@@ -236,5 +238,6 @@ def _budget_error(place: str, kinds: dict[str, int], limit: int) -> BudgetError:
 
 def smallest(needed_bytes: int, budget_bytes: int) -> str:
     """Which budget works instead of the one that was given, as part of a sentence."""
-    hint = BARE_NUMBER if budget_bytes < 2**20 else ""
-    return f"the smallest that works is {needed_bytes} bytes, or {-(-needed_bytes // 1024)}KiB{hint}"
+    hint = BARE_NUMBER if budget_bytes < LEAST_MEANT else ""
+    unit, size = ("KiB", 2**10) if needed_bytes < MOST_IN_KIB else ("MiB", 2**20)
+    return f"the smallest that works is {needed_bytes} bytes, or {-(-needed_bytes // size)}{unit}{hint}"

@@ -10,9 +10,12 @@ from hetero_attn import LLM
 from hetero_attn.cli import app
 from hetero_attn.cli.option_words import in_option_words
 from hetero_attn.errors import MemoryBudgetError
-from hetero_attn.planning.fitting import as_arguments, ways_to_fit, why_not_fitting
+from hetero_attn.planning.fitting import ARGUMENTS, as_arguments, ways_to_fit, why_not_fitting
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.planning.settle import settle
+from placement import Policy
+from placement.plan.units import parse_bytes
+from placement.solve.make_plan import smallest
 
 LLAMA_70B = {
     "architectures": ["LlamaForCausalLM"],
@@ -74,6 +77,35 @@ def test_of_several_contexts_that_fit_the_longest_is_named(model):
     assert [way for way in found if way.startswith("--context")] == ["--context 2048"]
 
 
+@pytest.mark.parametrize(
+    ("wished", "changed"),
+    [
+        ({"max_batch": 1, "dtype": "q4", "max_context": 512}, ["kv-dtype"]),
+        ({"max_batch": 2, "kv_dtype": "q4"}, ["dtype", "batch", "context"]),
+        ({"policy": Policy(batch=2, context=512, kv_dtype="q4"), "dtype": "q4"}, ["batch"]),
+        ({"policy": Policy(objective="throughput")}, ["dtype", "kv-dtype", "batch", "context"]),
+        ({"policy": Policy(objective="throughput", batch=1)}, ["dtype", "kv-dtype", "context"]),
+    ],
+)
+def test_what_must_be_smaller_together_names_nothing_that_is_small_already(model, wished, changed):
+    """It named `--batch 1` where one sequence was planned for, and a longer context than was asked for."""
+    tried = []
+
+    def settled(wishes):
+        tried.append(wishes)
+        if len(tried) < 2 or wishes != together:
+            raise MemoryBudgetError("too small")
+        return settle(LoadOptions(model=model, hardware="h200-server", dtype="q4", max_context=64))
+
+    wishes = LoadOptions(model=model, **wished)
+    least = {"dtype": "q4", "kv-dtype": "q4", "batch": 1, "context": 1024}
+    together = replace(wishes, **{ARGUMENTS[option]: least[option] for option in changed})
+
+    found = ways_to_fit(wishes, settled)
+
+    assert found == [" ".join(f"--{option} {least[option]}" for option in changed) + " together" * (len(changed) > 1)]
+
+
 def test_a_load_that_does_not_fit_names_the_arguments_that_would(model):
     """Only `plan` did; whoever loaded was told a number of bytes."""
     with pytest.raises(MemoryBudgetError, match="would fit with .*kv_dtype=q4|would fit with .*dtype=q4") as raised:
@@ -97,6 +129,20 @@ def test_a_rule_that_the_budget_cannot_meet_names_what_would(model):
 
     assert result.exit_code == 4
     assert "does not fit: gpu_memory: needs at least" in result.stderr and "would fit with --dtype q8" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("needed", "given", "said"),
+    [
+        (450_817_808, 2**20, "450817808 bytes, or 430MiB"),
+        (772_752, 100 * 2**10, "772752 bytes, or 755KiB"),
+        (772_752, 8, "772752 bytes, or 755KiB; a number without a unit is bytes, write 8GiB for gibibytes"),
+    ],
+)
+def test_the_smallest_budget_is_one_that_can_be_typed(needed, given, said):
+    """It was 440252KiB, and who gave 100KiB was told to write a unit."""
+    assert smallest(needed, given) == f"the smallest that works is {said}"
+    assert needed <= parse_bytes(said.partition("or ")[2].partition(";")[0]) < 1.02 * needed
 
 
 def test_a_model_that_fits_says_nothing_of_it(model):
