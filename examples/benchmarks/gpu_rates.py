@@ -33,13 +33,13 @@ def rates(run: Run) -> dict[str, Any]:
     from cpu_kernels import CpuKernels
     from hetero_attn.planning.profiles import lane_threads
     from placement.profilers.cpu_linear import linear_call, packed
-    from placement.profilers.timing import seconds
+    from placement.profilers.timing import host_memory, seconds
 
     if not run.quick:
         made_checkpoint(run.work_dir, "8b")  # nothing else may use the memory meanwhile
     threads = lane_threads()
     with CpuKernels(threads) as ops:
-        weight = packed("q4", (4 << 20) if run.quick else SWEPT_BYTES)
+        weight = packed("q4", host_memory((4 << 20) if run.quick else SWEPT_BYTES))
         linear = linear_call(ops, weight, "q4", 1)
         found = {
             "threads": threads,

@@ -41,7 +41,7 @@ from hetero_attn.engine.timed_steps import fill
 from hetero_attn.planning.profiles import stored_profile
 from hetero_attn.planning.settle import plan_model
 from placement.cost.model import predict, working_set_bytes
-from placement.profilers.timing import host_full
+from placement.profilers.timing import host_memory
 
 EXACT = Shape(64, 2, 4, 2, 32, 128, 512, 32_768)
 SPEED = Shape(1536, 8, 24, 8, 64, 4096, 4096, 32_768)
@@ -157,7 +157,7 @@ def speeds(path: Path, context: int, hardware: HardwareProfile) -> list[Speed]:
         path, dtype="bf16", device="cpu", max_context=context, max_batch=1, hardware=hardware, progress=False
     ) as llm:
         sequence = llm.engine.kv_cache.open()
-        memory = host_full((working_set_bytes(llm.plan.workload, context),), torch.uint8, 1)
+        memory = host_memory(working_set_bytes(llm.plan.workload, context))
         rows = []
         for place in checkpoints(context - STEPS):
             fill(llm.engine, sequence, max(0, place - sequence.length))

@@ -40,7 +40,7 @@ from placement.machine.hardware import HardwareProfile
 from placement.machine.rates import DtypeRates, seconds_per_operation_of_a_row, weight_bytes_of
 from placement.profilers.cpu import measure as measure_cpu
 from placement.profilers.cpu_linear import IN_FEATURES, MANY_WEIGHTS, SWEEP_BYTES, linear_call, packed, shape
-from placement.profilers.timing import seconds
+from placement.profilers.timing import host_memory, seconds
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parent / "tiny"
@@ -199,7 +199,7 @@ def dram_rate(ops: CpuKernels) -> float:
 
 def arithmetic_rate(ops: CpuKernels, dtype: str) -> float:
     """Operations a second of a linear with many rows just now."""
-    weight = packed(dtype, int(MANY_WEIGHTS * weight_bytes_of(dtype)))
+    weight = packed(dtype, host_memory(int(MANY_WEIGHTS * weight_bytes_of(dtype))))
     work, _ = shape(weight, dtype)
     return GEMM_ROWS * work / seconds(linear_call(ops, weight, dtype, GEMM_ROWS), 3)
 

@@ -37,8 +37,8 @@ def profile(
     tokenizer: options.Tokenizer = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure what this machine's memory, cores and bus can do, and keep it for later plans; takes half a minute on two
-    cores, the first time a minute. On a busy machine it says so and keeps nothing unless told to."""
+    """Measure what this machine's memory, cores and bus can do, and keep it for later plans; takes a quarter of a
+    minute on two cores, the first time a minute. On a busy machine it says so and keeps nothing unless told to."""
     if routes is not None:
         show_routes(routes, options.Loading(gguf=gguf, tokenizer=tokenizer), file, save, as_json)
         return

@@ -14,8 +14,8 @@ def profile_machine(
     keep_when_busy: bool = False,
     formats: Sequence[str] = (),
 ) -> HardwareProfile:
-    """Measure this machine, keep the result for later plans, and return it; takes half a minute on two cores, a minute
-    where its kernels must be compiled first.
+    """Measure this machine, keep the result for later plans, and return it; takes a quarter of a minute on two cores,
+    a minute where its kernels must be compiled first.
 
     on_progress(what) is called before each measurement. save=False leaves the kept profile alone; where it
     cannot be kept a warning says why. So it does where other programs used more than a tenth of the CPUs meanwhile,

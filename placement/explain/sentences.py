@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from placement.cost.attention import cpu_attention_rate
 from placement.cost.objective import MODEL_ERROR
 from placement.machine.hardware import HardwareProfile
 from placement.plan.phase import RESOURCE_WORDS, PhaseCost
@@ -56,6 +57,7 @@ def notes(plan: Plan, hardware: HardwareProfile, policy: Policy) -> Iterator[str
             f"{MODEL_ERROR:.0%}, if anything."
         )
     yield from _borrowed_rates(plan.workload, hardware)
+    yield from _borrowed_attention(plan.workload, hardware)
     host = plan.memory.host_bytes + plan.memory.pinned_bytes
     if host > hardware.dram_bytes:
         has = format_bytes(hardware.dram_bytes)
@@ -63,6 +65,19 @@ def notes(plan: Plan, hardware: HardwareProfile, policy: Policy) -> Iterator[str
     if plan.gpu_memory_bytes is not None and plan.gpu_memory_bytes > hardware.gpu_memory_bytes:
         has = format_bytes(hardware.gpu_memory_bytes)
         yield f"The GPU budget of {format_bytes(plan.gpu_memory_bytes)} is more than the {has} of {hardware.name}."
+
+
+def _borrowed_attention(workload: Workload, hardware: HardwareProfile) -> Iterator[str]:
+    """Whose rates are taken for a cache of a dtype whose heads were measured in other sizes than the model's."""
+    if not (hardware.cpu_attention and workload.kv):
+        return
+    measured = {
+        workload.head_dim_of(shard): cpu_attention_rate(shard, workload, hardware).head_dim for shard in workload.kv
+    }
+    pairs = [f"of {size} by those of {other}" for size, other in sorted(measured.items()) if size != other]
+    if pairs:
+        what = f"some heads over a {workload.kv_dtype} cache"
+        yield f"{hardware.name} has no rates of {what}; planned are heads {', '.join(pairs)}."
 
 
 def _borrowed_rates(workload: Workload, hardware: HardwareProfile) -> Iterator[str]:

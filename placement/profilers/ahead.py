@@ -6,11 +6,13 @@ One after another, each by the measurement that needs it first, they took three 
 from collections.abc import Sequence
 
 from cpu_kernels import CpuKernels
+from cpu_kernels.formats.weights import block_bytes
 from placement.profilers.cpu_attention import PREFILL_HEADS, SHAPES, decode_call, kv_pages, prefill_call
-from placement.profilers.cpu_linear import MANY_ROWS, ROW_COUNTS, linear_call, packed
+from placement.profilers.cpu_linear import IN_FEATURES, MANY_ROWS, ROW_COUNTS, linear_call, packed
 from placement.profilers.cpu_small import small_calls
-from placement.profilers.timing import Progress
+from placement.profilers.timing import Progress, host_memory
 
+LITTLE = 1 << 20  # bytes: a page of keys and one of values for each head, whatever their dtype
 COMPILING = "compiling"  # how the progress of what is no measurement begins
 
 
@@ -24,15 +26,18 @@ def compile_all(processes: int, formats: Sequence[str], on_progress: Progress) -
 def call_all(ops: CpuKernels, formats: Sequence[str]) -> None:
     """Every operation that is measured, over tensors that are as small as may be: kernels depend on dtypes, row counts
     and shapes of heads, not on sizes."""
-    for dtype in formats:
-        weight = packed(dtype, 0)
-        ops.sweep(weight)
+    memory = host_memory(LITTLE)
+    # The kernels that take longest first, so that no process waits long for another's last one.
+    for kv_dtype, shapes in reversed(SHAPES.items()):
+        for heads, head_dim in shapes:
+            decode_call(ops, kv_pages(kv_dtype, head_dim, memory), heads, head_dim)()
+    for kv_dtype, shapes in reversed(SHAPES.items()):
+        for head_dim in sorted({head_dim for _, head_dim in shapes}):
+            prefill_call(ops, kv_pages(kv_dtype, head_dim, memory), PREFILL_HEADS, head_dim, 2, 0)()
+    for dtype in reversed(formats):
+        weight = packed(dtype, memory[: block_bytes(dtype, IN_FEATURES)])
         for rows in (*ROW_COUNTS, MANY_ROWS):
             linear_call(ops, weight, dtype, rows)()
-    for kv_dtype, shapes in SHAPES.items():
-        for heads, head_dim in shapes:
-            pages = kv_pages(kv_dtype, head_dim, 0)
-            decode_call(ops, pages, heads, head_dim)()
-            prefill_call(ops, pages, PREFILL_HEADS, head_dim, 2, 0)()
+        ops.sweep(weight)
     for call in small_calls(ops, 2)[0]:
         call()

@@ -19,11 +19,20 @@ from placement.machine.hardware import HardwareProfile
 from placement.machine.rates import DtypeRates, ThreadRate
 from placement.profilers.ahead import compile_all
 from placement.profilers.cpu_attention import attention_rates
-from placement.profilers.cpu_linear import activation_s, cached_rates, row_rates, share_of_sweep, thread_sweep
+from placement.profilers.cpu_linear import (
+    SWEEP_BYTES,
+    activation_s,
+    cached_rates,
+    row_rates,
+    share_of_sweep,
+    thread_sweep,
+)
 from placement.profilers.cpu_small import calls, small_rate
 from placement.profilers.timing import (
     FLOAT32,
     Progress,
+    beyond_caches,
+    host_memory,
     seconds,
 )
 
@@ -47,12 +56,13 @@ def measure(
     counts = thread_counts(max_threads) if threads is None else (threads,)
     formats = tuple(dict.fromkeys((*WEIGHT_DTYPES, *formats)))
     compile_all(max(counts), formats, on_progress)
-    sweep = thread_sweep(counts, on_progress)
+    memory = host_memory(beyond_caches(SWEEP_BYTES))
+    sweep = thread_sweep(counts, memory, on_progress)
     threads = best_threads(sweep)
     with CpuKernels(threads) as ops:
         dram = max(rate.sweep_bytes_per_s for rate in sweep if rate.threads == threads)
-        linears = _linears(ops, dram, formats, on_progress)
-        attention = _attention(ops, dram, on_progress)
+        linears = _linears(ops, dram, formats, memory, on_progress)
+        attention = _attention(ops, dram, memory, on_progress)
         small = _small_operations(ops, on_progress)
     best_linears = (linears["cpu_linear_bytes_per_s"].of(dtype) for dtype in WEIGHT_DTYPES)
     return HardwareProfile(
@@ -71,11 +81,13 @@ def measure(
     )
 
 
-def _linears(ops: CpuKernels, dram: float, formats: Sequence[str], on_progress: Progress) -> dict[str, Any]:
+def _linears(
+    ops: CpuKernels, dram: float, formats: Sequence[str], memory: torch.Tensor, on_progress: Progress
+) -> dict[str, Any]:
     """The profile's rates of linears, where a plain read reaches `dram`."""
-    few = DtypeRates.of_formats({dtype: dram * share_of_sweep(ops, dtype, on_progress) for dtype in formats})
-    activations = activation_s(ops, formats, on_progress)
-    rows = row_rates(ops, few, activations, on_progress)
+    few = DtypeRates.of_formats({dtype: dram * share_of_sweep(ops, dtype, memory, on_progress) for dtype in formats})
+    activations = activation_s(ops, formats, memory, on_progress)
+    rows = row_rates(ops, few, activations, memory, on_progress)
     return {
         "cpu_linear_bytes_per_s": few,
         "cpu_activation_s": activations,
@@ -83,13 +95,13 @@ def _linears(ops: CpuKernels, dram: float, formats: Sequence[str], on_progress: 
         "cpu_ops_per_s": DtypeRates.of_formats(
             {dtype: max(rate.ops_per_s.of(dtype) for rate in rows) for dtype in formats}
         ),
-        "cpu_cached_bytes_per_s": cached_rates(ops, formats, on_progress),
+        "cpu_cached_bytes_per_s": cached_rates(ops, formats, memory, on_progress),
     }
 
 
-def _attention(ops: CpuKernels, dram: float, on_progress: Progress) -> dict[str, Any]:
+def _attention(ops: CpuKernels, dram: float, memory: torch.Tensor, on_progress: Progress) -> dict[str, Any]:
     """The profile's rates of attention."""
-    rates = attention_rates(ops, dram, on_progress)
+    rates = attention_rates(ops, dram, memory, on_progress)
     return {
         "cpu_attention": rates,
         "cpu_attention_bytes_per_s": statistics.median(rate.bytes_per_s for rate in rates),

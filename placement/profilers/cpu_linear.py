@@ -10,11 +10,11 @@ from placement.machine.rates import DtypeRates, RowRate, ThreadRate, weight_byte
 from placement.profilers.timing import (
     CALLS,
     FLOAT32,
-    WEIGHT_BYTE,
+    MOST_PARTS,
     Progress,
-    beyond_caches,
-    host_full,
+    in_rotation,
     least_seconds,
+    parts_for,
     recorded_seconds,
     seconds,
     turn_by_turn,
@@ -31,9 +31,9 @@ MANY_ROWS = 256
 SMALL_LINEAR = 512  # inputs of one that is mostly activations
 
 
-def thread_sweep(counts: tuple[int, ...], on_progress: Progress) -> tuple[ThreadRate, ...]:
-    """A one-row q4 linear and a plain read of the same bytes with every thread count."""
-    weight, rates = packed("q4", beyond_caches(SWEEP_BYTES)), []
+def thread_sweep(counts: tuple[int, ...], memory: torch.Tensor, on_progress: Progress) -> tuple[ThreadRate, ...]:
+    """A one-row q4 linear and a plain read of the same bytes with every thread count. memory: more than caches keep."""
+    weight, rates = packed("q4", memory), []
     for threads in counts:
         on_progress(f"{threads} threads")
         with CpuKernels(threads) as ops:
@@ -43,17 +43,19 @@ def thread_sweep(counts: tuple[int, ...], on_progress: Progress) -> tuple[Thread
     return tuple(rates)
 
 
-def share_of_sweep(ops: CpuKernels, dtype: str, on_progress: Progress = lambda what: None) -> float:
+def share_of_sweep(ops: CpuKernels, dtype: str, memory: torch.Tensor, on_progress: Progress) -> float:
     """Rate of a one-row linear that is larger than the cache, as a share of a plain read of the same bytes.
 
     Turn by turn: where others use the same memory its speed changes within seconds, this share does not.
     """
     on_progress(f"linear {dtype}, one row")
-    weight = packed(dtype, beyond_caches(SWEEP_BYTES))
-    return turn_by_turn(linear_call(ops, weight, dtype, 1), lambda: ops.sweep(weight))
+    weight = packed(dtype, memory)
+    parts = _parts(ops, weight, dtype, 1)
+    sweeps = [lambda part=part: ops.sweep(part) for part in cut(weight, parts)]
+    return turn_by_turn(_in_parts(ops, weight, dtype, 1, parts), in_rotation(sweeps, parts // 2))
 
 
-def activation_s(ops: CpuKernels, formats: Sequence[str], on_progress: Progress) -> DtypeRates:
+def activation_s(ops: CpuKernels, formats: Sequence[str], memory: torch.Tensor, on_progress: Progress) -> DtypeRates:
     """Seconds of a linear per activation, in or out, of a row: rounding them, writing them.
 
     From a wide and a small linear, whose times are operations / rate + rows * (inputs + outputs) * this.
@@ -61,30 +63,36 @@ def activation_s(ops: CpuKernels, formats: Sequence[str], on_progress: Progress)
     found = {}
     for dtype in formats:
         on_progress(f"linear {dtype}, small and wide")
-        wide, small = packed(dtype, int(MANY_WEIGHTS * weight_bytes_of(dtype))), packed(dtype, 0, SMALL_LINEAR)
-        times = [least_seconds(linear_call(ops, weight, dtype, MANY_ROWS)) / MANY_ROWS for weight in (wide, small)]
-        (work, values), (less, fewer) = (shape(weight, dtype) for weight in (wide, small))
+        wide, small = many_weights(dtype, memory), packed(dtype, memory, SMALL_LINEAR)
+        parts = _parts(ops, wide, dtype, MANY_ROWS)
+        calls = _in_parts(ops, wide, dtype, MANY_ROWS, parts), linear_call(ops, small, dtype, MANY_ROWS)
+        times = [least_seconds(call) / MANY_ROWS for call in calls]
+        (work, values), (less, fewer) = (shape(weight, dtype) for weight in (cut(wide, parts)[0], small))
         found[dtype] = max(0.0, (times[1] * work - times[0] * less) / (fewer * work - values * less))
     return DtypeRates.of_formats(found)
 
 
-def row_rates(ops: CpuKernels, few: DtypeRates, activations: DtypeRates, on_progress: Progress) -> tuple[RowRate, ...]:
+def row_rates(
+    ops: CpuKernels, few: DtypeRates, activations: DtypeRates, memory: torch.Tensor, on_progress: Progress
+) -> tuple[RowRate, ...]:
     """Operations a second by row count, activations apart, of the formats of `few`, bytes of weights a second, which
     is what one row takes."""
     times: dict[str, list[float]] = {}
     for dtype in few.by_format:
         on_progress(f"linear {dtype} by rows")
         # Few rows read the weight from memory, so it must not fit in the cache; many reuse it while they compute.
-        large = packed(dtype, beyond_caches(SWEEP_BYTES))
-        small = packed(dtype, int(MANY_WEIGHTS * weight_bytes_of(dtype)))
-        one_row = linear_call(ops, large, dtype, 1)
+        large, small = packed(dtype, memory), many_weights(dtype, memory)
         times[dtype] = [large.numel() / few.of(dtype) / shape(large, dtype)[0]]
         for rows in ROW_COUNTS[1:]:
             weight = large if rows < 32 else small
-            work, values = shape(weight, dtype)
-            call = linear_call(ops, weight, dtype, rows)
-            # While memory decides, time is known as a multiple of one row's, whatever else uses the memory now.
-            taken = seconds(call) if rows >= 8 else large.numel() / few.of(dtype) / turn_by_turn(call, one_row)
+            parts = _parts(ops, weight, dtype, rows)
+            part, call = cut(weight, parts)[0], _in_parts(ops, weight, dtype, rows, parts)
+            if rows < 8:  # while memory decides, time is known as a multiple of one row's, whatever else uses it now
+                one_row = _in_parts(ops, weight, dtype, 1, parts, parts // 2)
+                taken = part.numel() / few.of(dtype) / turn_by_turn(call, one_row)
+            else:
+                taken = seconds(call)
+            work, values = shape(part, dtype)
             times[dtype].append(max(0.5 * taken, taken - rows * values * activations.of(dtype)) / work)
     return tuple(
         RowRate(rows, DtypeRates.of_formats({dtype: rows / taken[i] for dtype, taken in times.items()}))
@@ -92,21 +100,43 @@ def row_rates(ops: CpuKernels, few: DtypeRates, activations: DtypeRates, on_prog
     )
 
 
-def cached_rates(ops: CpuKernels, formats: Sequence[str], on_progress: Progress) -> DtypeRates:
+def cached_rates(ops: CpuKernels, formats: Sequence[str], memory: torch.Tensor, on_progress: Progress) -> DtypeRates:
     """Weight bytes a second of one row when they stay in the cache."""
     on_progress("linears in the cache")
     cached = {}
     for dtype in formats:
-        weight = packed(dtype, CACHED_BYTES)
+        weight = packed(dtype, memory[:CACHED_BYTES])
         cached[dtype] = weight.numel() / recorded_seconds(ops, linear_call(ops, weight, dtype, 1), CALLS)
     return DtypeRates.of_formats(cached)
 
 
-def packed(dtype: str, total_bytes: int, square: int | None = None) -> torch.Tensor:
-    """A packed weight, uint8 [blocks, block_bytes], of about this size and IN_FEATURES inputs; or a square one."""
+def packed(dtype: str, memory: torch.Tensor, square: int | None = None) -> torch.Tensor:
+    """A packed weight, uint8 [blocks, block_bytes], in all of `memory` with IN_FEATURES inputs; or a square one."""
     row_bytes = block_bytes(dtype, square or IN_FEATURES)
-    total_bytes = row_bytes * square // BLOCK_FEATURES if square else total_bytes
-    return host_full((max(1, total_bytes // row_bytes), row_bytes), torch.uint8, WEIGHT_BYTE)
+    blocks = square // BLOCK_FEATURES if square else memory.numel() // row_bytes
+    return memory[: blocks * row_bytes].view(blocks, row_bytes)
+
+
+def many_weights(dtype: str, memory: torch.Tensor) -> torch.Tensor:
+    """A packed weight of MANY_WEIGHTS."""
+    return packed(dtype, memory[: int(MANY_WEIGHTS * weight_bytes_of(dtype))])
+
+
+def cut(weight: torch.Tensor, parts: int) -> list[torch.Tensor]:
+    """A packed weight's blocks in so many equal parts; what is left over goes to none."""
+    return list(weight.split(max(1, weight.shape[0] // parts))[:parts])
+
+
+def _parts(ops: CpuKernels, weight: torch.Tensor, dtype: str, rows: int) -> int:
+    """How many parts to cut a packed weight into for calls of `linear` with so many rows."""
+    return parts_for(linear_call(ops, cut(weight, MOST_PARTS)[0], dtype, rows))
+
+
+def _in_parts(
+    ops: CpuKernels, weight: torch.Tensor, dtype: str, rows: int, parts: int, first: int = 0
+) -> Callable[[], None]:
+    """A call of `linear` over one part of a packed weight after the other, from part `first` on."""
+    return in_rotation([linear_call(ops, part, dtype, rows) for part in cut(weight, parts)], first)
 
 
 def inputs_of(weight: torch.Tensor, dtype: str) -> int:

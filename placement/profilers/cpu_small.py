@@ -9,7 +9,7 @@ import torch
 from cpu_kernels import CpuKernels
 from cpu_kernels.contract import Pages, Rotation
 from placement.profilers import timing
-from placement.profilers.timing import CALLS, FLOAT32, WEIGHT_BYTE, host_full, recorded_seconds, seconds
+from placement.profilers.timing import CALLS, FLOAT32, host_memory, recorded_seconds, seconds
 
 BETWEEN_BYTES = 16 << 20  # weights that pass through the cache between two small operations
 SMALL_ROWS = 256
@@ -32,7 +32,7 @@ def calls(ops: CpuKernels) -> tuple[float, float]:
 def small_rate(ops: CpuKernels) -> float:
     """Activation bytes a second, in and out, through two norms, the rotary embedding and the gated activation of a
     layer, each after weights have passed through the cache as they do between them."""
-    between = host_full((BETWEEN_BYTES,), torch.uint8, WEIGHT_BYTE)
+    between = host_memory(BETWEEN_BYTES)
 
     def cold(work: Callable[[], None]) -> float:
         times = []

@@ -31,7 +31,7 @@ from placement.machine.rates import CopyRate, DtypeRates
 from placement.profilers.cpu_attention import decode_call, kv_pages
 from placement.profilers.cpu_linear import SWEEP_BYTES, linear_call, packed
 from placement.profilers.gpu_linear import few_rows, int8_products, kernels_s, row_rates
-from placement.profilers.timing import Progress, beyond_caches
+from placement.profilers.timing import Progress, beyond_caches, host_memory
 
 OVERLAP_SHOWN_BY = "h100-server"
 COPY_BYTES = (64 << 10, 1 << 20, 16 << 20, 128 << 20)
@@ -204,8 +204,8 @@ class Together(NamedTuple):
 
 def slowdowns(gpu: Any, ops: CpuKernels, h2d_bytes_per_s: float) -> tuple[Together, Together]:
     """How copies and CPU work slow each other: a one-row linear, and attention over the cache."""
-    size = beyond_caches(SWEEP_BYTES)
-    weight, pages = packed("bf16", size), kv_pages("bf16", HEAD_DIM, size)
+    memory = host_memory(beyond_caches(SWEEP_BYTES))
+    weight, pages = packed("bf16", memory), kv_pages("bf16", HEAD_DIM, memory)
     return (
         shares_together(gpu, linear_call(ops, weight, "bf16", 1), h2d_bytes_per_s),
         shares_together(gpu, decode_call(ops, pages, HEADS // KV_HEADS, HEAD_DIM), h2d_bytes_per_s),

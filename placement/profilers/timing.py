@@ -1,8 +1,9 @@
-"""How the profilers time: buffers that no cache keeps, medians after a warm-up, and rivals turn by turn."""
+"""How the profilers time: memory that no cache keeps, medians after a warm-up, and rivals turn by turn."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import cycle
 
 import torch
 
@@ -15,7 +16,10 @@ CACHES = 8  # with 3, a third of the reads still came from the cache: 210 GB/s w
 REPETITIONS = 9
 MANY_REPETITIONS = 40
 # Of one measurement that takes longer: its repetitions end after so many seconds, but not before there are a few.
-MOST_SECONDS, LEAST_REPETITIONS = 0.25, 3
+MOST_SECONDS, LEAST_REPETITIONS = 0.1, 3
+# A call over memory that no cache keeps is made over a part of it, every time the next one, where it takes much longer
+# than PART_SECONDS: when the turn comes back to a part, no cache has it any more, as if all had been read.
+MOST_PARTS, PART_SECONDS = 8, 0.02
 # Bytes of a packed weight, and of a page of codes: as bfloat16, float32 or a float16 scale they are finite numbers of
 # ordinary size, which is all that timing asks of them.
 WEIGHT_BYTE = 0x3C
@@ -81,11 +85,27 @@ def turns(work: Callable[[], object], yardstick: Callable[[], object]) -> list[t
     return found[1:]
 
 
+def parts_for(work: Callable[[], object]) -> int:
+    """How many parts to cut the memory of a call into, a power of two. work: the call over one of MOST_PARTS."""
+    started = time.perf_counter()
+    work()
+    taken, parts = MOST_PARTS * (time.perf_counter() - started), 1
+    while parts < MOST_PARTS and taken >= 2 * parts * PART_SECONDS:
+        parts *= 2
+    return parts
+
+
+def in_rotation(calls: Sequence[Callable[[], object]], first: int = 0) -> Callable[[], object]:
+    """One call that makes these in turn, from that of index `first` on."""
+    following = cycle([*calls[first:], *calls[:first]])
+    return lambda: next(following)()
+
+
 def beyond_caches(least_bytes: int) -> int:
     """The size of a buffer of which a pass finds nothing in the cache that the pass before left there."""
     return max(least_bytes, CACHES * last_level_cache_bytes())
 
 
-def host_full(shape: tuple[int, ...], dtype: torch.dtype, value: float) -> torch.Tensor:
-    """Host memory in large pages, as the runtime keeps weights and caches, every page of it touched."""
-    return fresh_memory(shape, dtype).fill_(value)
+def host_memory(size: int) -> torch.Tensor:
+    """Bytes of host memory in large pages, as the runtime keeps weights and caches, every page of it touched."""
+    return fresh_memory((size,), torch.uint8).fill_(WEIGHT_BYTE)

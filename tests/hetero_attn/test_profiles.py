@@ -1,6 +1,7 @@
 """The kept profile of a machine: written whole, recognised as stale, never fatal when damaged. No speed is asserted."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -48,7 +49,7 @@ def quick(monkeypatch, tmp_path):
         "SWEEP_BYTES": 1 << 20,
         "CACHES": 0,
         "ATTENTION_BYTES": 1 << 20,
-        "CACHED_BYTES": 1 << 16,
+        "CACHED_BYTES": 1 << 18,
         "BETWEEN_BYTES": 1 << 16,
         "MANY_WEIGHTS": 1 << 16,
         "SHAPES": dict.fromkeys(("fp32", "bf16", "q8", "q4"), ((4, 64),)),
@@ -155,14 +156,15 @@ def test_nothing_is_left_to_compile_when_measuring_begins(quick, monkeypatch, tm
 
 def measured_calls(ops):
     """Some of the calls that the measurements make, with the sizes that they have there."""
+    memory = timing.host_memory(linear_profiler.SWEEP_BYTES)
     for kv_dtype, shapes in attention_profiler.SHAPES.items():
         for heads, head_dim in shapes:
-            pages = attention_profiler.kv_pages(kv_dtype, head_dim, attention_profiler.ATTENTION_BYTES)
+            pages = attention_profiler.kv_pages(kv_dtype, head_dim, memory)
             attention_profiler.decode_call(ops, pages, heads, head_dim)()
             attention_profiler.prefill_call(ops, pages, attention_profiler.PREFILL_HEADS, head_dim, 64, 64)()
     for dtype in ("fp32", "bf16", "q8", "q4"):
         for rows in linear_profiler.ROW_COUNTS:
-            weight = linear_profiler.packed(dtype, linear_profiler.SWEEP_BYTES)
+            weight = linear_profiler.packed(dtype, memory)
             linear_profiler.linear_call(ops, weight, dtype, rows)()
     for call in small_profiler.small_calls(ops, small_profiler.SMALL_ROWS)[0]:
         call()
@@ -173,6 +175,33 @@ def test_of_calls_that_another_program_delays_the_shortest_counts(monkeypatch):
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
 
     assert timing.least_seconds(lambda: None) == 1
+
+
+@pytest.mark.parametrize("taken_s,parts", [(0.001, 1), (0.006, 2), (0.011, 4), (10.0, 8)])
+def test_a_call_that_takes_long_is_made_over_a_part_of_its_memory(monkeypatch, taken_s, parts):
+    """Of an eighth; parts take PART_SECONDS or longer, and there are at most MOST_PARTS."""
+    clock = iter([0.0, taken_s])
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+
+    assert timing.parts_for(lambda: None) == parts
+    assert parts == 1 or timing.MOST_PARTS * taken_s / parts >= timing.PART_SECONDS
+
+
+@pytest.mark.parametrize("parts", [1, 2, 8])
+def test_parts_come_in_turn_and_the_yardstick_is_half_a_turn_ahead(parts):
+    """So that neither finds in a cache what the other has just read."""
+    memory, read = timing.host_memory(1 << 20), []
+    weight, pages = linear_profiler.packed("bf16", memory), attention_profiler.kv_pages("bf16", 64, memory)
+    blocks = [part.data_ptr() for part in linear_profiler.cut(weight, parts)]
+    of_pages = attention_profiler.cut_pages(pages, parts)
+    work, yardstick = (timing.in_rotation([partial(read.append, at) for at in blocks], k) for k in (0, parts // 2))
+    for _ in range(2 * parts):
+        work()
+        yardstick()
+
+    assert read[::2] == 2 * blocks and read[1::2] == 2 * (blocks[parts // 2 :] + blocks[: parts // 2])
+    assert len({k.data_ptr() for k, _, _ in of_pages} | {v.data_ptr() for _, v, _ in of_pages}) == 2 * len(of_pages)
+    assert all(int(table.max()) + 1 == len(k) == len(v) for k, v, table in of_pages)
 
 
 @pytest.mark.parametrize("repetitions,times", [(None, 4), (2, 2)])

@@ -10,6 +10,7 @@ from hetero_attn.cli.plots import plot_plan
 from placement import HardwareProfile, Policy
 from placement.explain.comparisons import SHAPE_WORDS
 from placement.explain.explain import budget_curve, explain
+from placement.machine.rates import AttentionRate
 from placement.solve.make_plan import plan_with_alternatives
 from placement.solve.request import requested
 from tests.support.planning_models import llama_8b, tiny, with_row_cuts
@@ -169,3 +170,13 @@ def test_where_the_model_fits_the_baseline_has_its_head_on_the_gpu_too():
 
     assert found.plan.is_all_on_gpu and baseline.label == "whole layers on the GPU, and the head"
     assert baseline.decode_tokens_per_s == pytest.approx(found.plan.predicted.decode.tokens_per_s, rel=0.01)
+
+
+@pytest.mark.parametrize(("size", "is_said"), [(16, False), (64, True)])
+def test_heads_that_were_not_measured_are_said_to_go_by_others(size, is_said):
+    rates = (AttentionRate(16, 2, size, 30e9, 1e12), AttentionRate(8.25, 2, 128, 30e9, 1e12))
+    machine = replace(HardwareProfile.named("generic-cpu"), cpu_attention=rates)
+    found = explain(tiny(), machine, Policy(), device="cpu")
+    expected = f"generic-cpu has no rates of some heads over a bf16 cache; planned are heads of 16 by those of {size}."
+
+    assert (expected in found.notes) == is_said
