@@ -1,0 +1,82 @@
+"""Expert slots on lanes whose time is counted: a step lasts as long as the planner predicts, by the routes of real text.
+
+The trained mixture reads its held-out text; what its routers choose is known to the planner as `profile --routes` would
+have it. Rates are round ones of a CPU, a bus and a GPU, and the clock counts what they would take.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hetero_attn import LLM
+from hetero_attn.tools.routes.heat import run
+from placement.cost.model import predict
+from placement.plan.memory import KvPlacement, LinearPlacement
+from placement.plan.workload import NUM_ROW_TIERS
+from tests.support.counted_lanes import counted, counted_machine
+from tests.support.runtime import emulated_plan, toy_workload
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MODEL = EXAMPLES / "tiny-moe"
+PROMPT, WARM, COUNTED = 60, 20, 80
+NO_STREAM = (0,) * NUM_ROW_TIERS
+
+
+@pytest.fixture(scope="module")
+def text_and_workload():
+    """Tokens, and a workload that knows how warm the experts are over them."""
+    with LLM(MODEL, dtype="q8", device="cpu", max_context=256, progress=False) as llm:
+        tokens = llm.tokenizer.encode((EXAMPLES / "tiny" / "heldout.txt").read_text())[: PROMPT + WARM + COUNTED]
+        heats = iter([layer.heat for layer in run(llm, tokens).layers])
+    workload = toy_workload(MODEL, "q8", max_context=256, max_batch=1, prefill_chunk=PROMPT)
+    linears = tuple(replace(shard, heat=next(heats)) if shard.picks else shard for shard in workload.linears)
+    return tokens, replace(workload, linears=linears)
+
+
+def slotted(workload, slots):
+    """All experts in DRAM, so many slots for them in every layer, all else on the GPU."""
+    linears = [
+        LinearPlacement(s.name, 0, NO_STREAM, s.units, slots)
+        if s.picks
+        else LinearPlacement(s.name, s.units, NO_STREAM, s.units)
+        for s in workload.linears
+    ]
+    kv = [KvPlacement(s.name, s.kv_heads, workload.layer_tokens(s), s.kv_heads) for s in workload.kv]
+    return emulated_plan(workload, linears, kv)
+
+
+def step_seconds(plan, machine, tokens):
+    """Seconds of a decode step, the first ones left out, and the share of picks that were in slots."""
+    with counted(MODEL, plan, machine) as (engine, clock):
+        sequence = engine.kv_cache.open()
+        engine.prefill(sequence, tokens[:PROMPT])
+        for token in tokens[PROMPT : PROMPT + WARM]:
+            engine.decode_step([sequence], [token])
+        started, before = clock.now, engine.report.experts
+        for token in tokens[PROMPT + WARM :]:
+            engine.decode_step([sequence], [token])
+        after = engine.report.experts
+    hits = (after.hits - before.hits) / max(1, after.picks - before.picks)
+    return (clock.now - started) / COUNTED, hits
+
+
+@pytest.mark.parametrize(
+    ("bus_bytes_per_s", "slots", "tolerance"),
+    [(1e9, 0, 0.02), (1e9, 8, 0.15), (1e9, 16, 0.15), (0.5e9, 16, 0.15)],
+    ids=["no slots", "a quarter", "half", "half, a slow bus"],
+)
+def test_a_step_lasts_as_long_as_predicted(text_and_workload, bus_bytes_per_s, slots, tolerance):
+    tokens, workload = text_and_workload
+    machine = counted_machine(1e9, bus_bytes_per_s, 8e9)
+    plan = slotted(workload, slots)
+    seconds, hits = step_seconds(plan, machine, tokens)
+    middle = PROMPT + WARM + COUNTED // 2
+    predicted = predict(
+        plan.workload, plan.linears, plan.kv, machine, phase="decode", rows=1, context=middle, on_gpu=True
+    )
+
+    assert 1 / predicted.tokens_per_s == pytest.approx(seconds, rel=tolerance)
+    assert (hits > 0.2) == (slots > 0)
