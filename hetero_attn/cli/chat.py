@@ -17,6 +17,7 @@ from hetero_attn.cli.talk.conversation import Conversation
 from hetero_attn.cli.talk.line_editor import LineSource, line_source, read_message
 from hetero_attn.cli.talk.word_wrap import WordWrap
 from hetero_attn.errors import EngineDeadError, HeteroError
+from placement.plan.units import rounded_speed
 
 if TYPE_CHECKING:
     from hetero_attn import LLM
@@ -128,7 +129,9 @@ def screen() -> WordWrap:
 def banner(llm: LLM) -> str:
     """What answers: model, dtype, context, where it runs and how fast the plan expects it to be."""
     plan = llm.plan
-    speed = "" if plan.predicted is None else f", about {plan.predicted.decode.tokens_per_s:.3g} tokens/s expected"
+    speed = ""
+    if plan.predicted is not None and plan.device != "emulated":  # whose rates are invented
+        speed = f", about {rounded_speed(plan.predicted.decode.tokens_per_s)} tokens/s expected"
     return (
         f"{plan.model}: {plan.workload.weight_dtype} weights, {plan.workload.kv_dtype} cache, context "
         f"{plan.max_context}, "

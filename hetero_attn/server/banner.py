@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hetero_attn.server.settings import ServerSettings
-from placement.plan.units import format_bytes
+from placement.plan.units import format_bytes, rounded_speed
 
 if TYPE_CHECKING:  # it needs torch, whose import would keep a server from answering while it loads
     from hetero_attn.llm import LLM
@@ -19,9 +19,10 @@ def banner(llm: LLM, settings: ServerSettings) -> str:
     plan, address = llm.plan, settings.address
     name, key = settings.served_name or plan.model, "KEY" if settings.api_key else "none"
     speed = ""
-    if plan.predicted is not None:
-        prefill, decode = plan.predicted.prefill.tokens_per_s, plan.predicted.decode.tokens_per_s
-        speed = f"\nexpected: {_rounded(prefill)} tokens/s of a prompt, {_rounded(decode)} tokens/s of an answer"
+    if plan.predicted is not None and plan.device != "emulated":  # whose rates are invented
+        phases = plan.predicted.prefill, plan.predicted.decode
+        prefill, decode = (rounded_speed(phase.tokens_per_s) for phase in phases)
+        speed = f"\nexpected: {prefill} tokens/s of a prompt, {decode} tokens/s of an answer"
     return (
         f"{name} is served on {address}{', with a page for people' if settings.has_page else ''}\n"
         f"context {plan.max_context} tokens (--context), {plan.max_batch} sequences at once (--batch), "
@@ -33,11 +34,6 @@ def banner(llm: LLM, settings: ServerSettings) -> str:
         f"  Continue       provider: vllm, apiBase: {address}/v1, apiKey: {key}, model: {name}\n"
         f"  lm-eval        --model local-completions --model_args base_url={address}/v1/completions,model={name}"
     )
-
-
-def _rounded(speed: float) -> str:
-    """Three digits: 0.912, 18,900."""
-    return f"{float(f'{speed:.3g}'):,.0f}" if speed >= 100 else f"{speed:.3g}"
 
 
 def _larger_context(llm: LLM) -> str:

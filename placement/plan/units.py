@@ -45,3 +45,8 @@ def format_bytes(count: int) -> str:
 def digits(speed: float) -> str:
     """Tokens/s with a decimal, or with three digits where a decimal would be too few to tell two plans apart."""
     return f"{speed:.1f}" if speed >= 10 else f"{speed:.3g}"
+
+
+def rounded_speed(speed: float) -> str:
+    """Tokens/s in three digits, written out: 0.912, 1,560, 18,900."""
+    return f"{float(f'{speed:.3g}'):,.0f}" if speed >= 100 else f"{speed:.3g}"

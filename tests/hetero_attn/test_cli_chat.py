@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from hetero_attn.cli import app
+from hetero_attn.cli.chat import banner
 from hetero_attn.cli.talk import line_editor
 from hetero_attn.cli.talk.line_editor import EditedLines, line_source
 from hetero_attn.cli.talk.word_wrap import WordWrap
@@ -206,3 +207,22 @@ def test_wrapping_keeps_line_ends_indents_and_long_words() -> None:
     wrap.finish()
 
     assert "".join(out) == "a\n\n  b\nabcdefghij\nk"
+
+
+@pytest.mark.parametrize(
+    ("device", "speed", "said"),
+    [
+        ("cpu", 1651.63, "2 CPU threads, about 1,650 tokens/s expected\n"),
+        ("cuda", 0.9123, "2 CPU threads, about 0.912 tokens/s expected\n"),
+        ("emulated", 1651.63, "2 CPU threads\n"),
+    ],
+)
+def test_the_speed_that_is_expected_is_written_out(device: str, speed: float, said: str) -> None:
+    """It was 1.65e+03, and of an emulated GPU it was one of invented rates."""
+    predicted = SimpleNamespace(decode=SimpleNamespace(tokens_per_s=speed))
+    workload = SimpleNamespace(weight_dtype="q8", kv_dtype="bf16")
+    plan = SimpleNamespace(
+        model="tiny", workload=workload, max_context=512, device=device, num_threads=2, predicted=predicted
+    )
+
+    assert said in banner(SimpleNamespace(plan=plan))
