@@ -20,7 +20,6 @@ from cpu_kernels.team.arguments import LINEAR
 from cpu_kernels.team.chunks import await_stage, finish, parameter, take, take_range
 from cpu_kernels.vectors.code_sums import CodeSums
 from cpu_kernels.vectors.compiler import helper
-from cpu_kernels.vectors.dot import V8I32, in_parts, together
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.scalar import least
 from cpu_kernels.vectors.tiles import finish_features, zeros
@@ -100,31 +99,21 @@ def superblock(isa: Isa, weight_dtype: str, rows: int):
             sums = b.insert_value(sums, fma_value(b, minimum, factor(b, record, row, 1), acc), row)
         return sums
 
-    line = VI32 if codes.pieces == 1 else V8I32  # what of a line of q8 is taken at once
-
-    def piece_dots(b, weight, record, piece):
-        """[row][half]: int32 sums of the features of one piece."""
-
-        def start(row, half):
-            return constant(line, 0) if codes.takes_128 else factor(b, record, row, 1 + half, I32)
-
-        dots = [[codes.sum(b, start(row, half)) for half in range(2)] for row in range(rows)]
-        for index in range(16):
-            at = LINE_BYTES * (1 + index) + LINE_BYTES // codes.pieces * piece
-            packed = codes.operand(b, load_as(b, weight, line, at))
-            for row in range(rows):
-                dots[row][index // 8].add(packed, in_parts(b, inputs(b, record, row, 4 * index), line)[0])
-        return [[dot.total() for dot in halves] for halves in dots]
-
     @emits(tile, tile, intp, intp)
     def superblock_q8(b, sums, weight, record):
+        def start(row, half):
+            return constant(VI32, 0) if codes.takes_128 else factor(b, record, row, 1 + half, I32)
+
         ahead(b, weight)
-        pieces = [piece_dots(b, weight, record, piece) for piece in range(codes.pieces)]
-        dots = [[together(b, [part[row][half] for part in pieces]) for half in range(2)] for row in range(rows)]
+        dots = [[codes.sum(b, start(row, half)) for half in range(2)] for row in range(rows)]
+        for index in range(16):
+            packed = codes.operand(b, load_as(b, weight, VI32, LINE_BYTES * (1 + index)))
+            for row in range(rows):
+                dots[row][index // 8].add(packed, inputs(b, record, row, 4 * index))
         scales = [halves(b, weight, 32 * half) for half in range(2)]
         for row in range(rows):
-            scaled = b.fmul(b.sitofp(dots[row][0], VF32), scales[0])
-            scaled = fma_value(b, b.sitofp(dots[row][1], VF32), scales[1], scaled)
+            scaled = b.fmul(b.sitofp(dots[row][0].total(), VF32), scales[0])
+            scaled = fma_value(b, b.sitofp(dots[row][1].total(), VF32), scales[1], scaled)
             sums = b.insert_value(
                 sums, fma_value(b, scaled, factor(b, record, row, 0), b.extract_value(sums, row)), row
             )

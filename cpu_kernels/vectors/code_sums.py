@@ -15,7 +15,7 @@ from llvmlite import ir
 
 from cpu_kernels.vectors.dot import V8I32, V16I16, V32I8, emit_dot4, emit_sdot, in_parts, together
 from cpu_kernels.vectors.isa import Isa
-from cpu_kernels.vectors.vector import VI32, call_llvm, constant
+from cpu_kernels.vectors.vector import call_llvm, constant
 
 LARGEST_INPUT, LARGEST_SHORT = 127, 32767
 TOP_BITS = -0x7F7F7F80  # bit 7 of every byte
@@ -38,11 +38,6 @@ class CodeSums:
         return "pairs" if 2 * LARGEST_INPUT * self.largest <= LARGEST_SHORT else "magnitudes"
 
     @property
-    def pieces(self) -> int:
-        """Pieces of a line that are best taken one after the other, so that sums and codes fit in the registers."""
-        return 2 if self.kind == "magnitudes" else 1
-
-    @property
     def takes_128(self) -> bool:
         """Whether what is summed is code - 128."""
         return self.kind == "magnitudes" or self.kind == "signed" and self.largest > 127
@@ -62,19 +57,14 @@ class CodeSums:
             codes = b.xor(codes, constant(codes.type, TOP_BITS))
         if self.kind == "signed":
             return codes
-        halves = _halves(b, codes)
-        return [(call_llvm(b, "llvm.abs.v32i8", V32I8, half, ir.Constant(ir.IntType(1), 0)), half) for half in halves]
+        halves, keeps_least = in_parts(b, codes, V32I8), ir.Constant(ir.IntType(1), 0)
+        return [(call_llvm(b, "llvm.abs.v32i8", V32I8, half, keeps_least), half) for half in halves]
 
     def sum(self, b, start):
         """A sum that begins with `start`, <16 x i32>."""
         return {"unsigned": Sum, "signed": SignedSum, "pairs": PairSum, "magnitudes": MagnitudeSum}[self.kind](
             self, b, start
         )
-
-
-def _halves(b, vector):
-    """64 bytes as two registers of AVX2, or 32 as one."""
-    return in_parts(b, vector, V32I8) if vector.type.count == VI32.count else [b.bitcast(vector, V32I8)]
 
 
 class Sum:
@@ -133,12 +123,12 @@ class PairSum(Sum):
 
 
 class MagnitudeSum(Sum):
-    """Of vpmaddubsw on magnitudes; two of its sums do not fit in int16. Also of half lines, <8 x i32>."""
+    """Of vpmaddubsw on magnitudes; two of its sums do not fit in int16."""
 
     def add(self, operand, x) -> None:
         """See Sum."""
         b, wide = self._b, []
-        for (magnitude, signed), inputs in zip(operand, _halves(b, x)):
+        for (magnitude, signed), inputs in zip(operand, in_parts(b, x, V32I8)):
             turned = call_llvm(b, "llvm.x86.avx2.psign.b", V32I8, inputs, signed)
             shorts = call_llvm(b, "llvm.x86.avx2.pmadd.ub.sw", V16I16, magnitude, turned)
             wide.append(call_llvm(b, "llvm.x86.avx2.pmadd.wd", V8I32, shorts, constant(V16I16, 1)))
