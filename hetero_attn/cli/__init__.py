@@ -16,6 +16,7 @@ from hetero_attn.cli.errors import CleanErrors
 from hetero_attn.cli.quantize import command as quantize_command
 from hetero_attn.cli.serve import command
 from hetero_attn.cli.shell.collector import leave_garbage
+from hetero_attn.cli.shell.light_help import draw_lightly
 from hetero_attn.cli.shell.streams import settle_streams
 from hetero_attn.errors import MemoryBudgetError
 
@@ -67,6 +68,7 @@ app.add_typer(policy.app, name="policy")
 def main() -> None:
     """Entry point of the `hetero-attn` script; leaves through SystemExit."""
     settle_streams()
+    draw_lightly(sys.argv[1:])
     try:
         app(prog_name="hetero-attn")
     except (MemoryError, SystemError) as error:  # outside of what a command names, as in reading its own options

@@ -42,6 +42,21 @@ def test_help_imports_neither_torch_nor_a_planner(arguments):
     assert imported(arguments, (*NEEDLESS, "torch", "numpy", "placement", "llvmlite")) == []
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "-h"]])
+def test_help_is_drawn_as_ever_without_a_reader_of_markdown(arguments):
+    """A quarter of its time was the import of what it does not draw."""
+    asked = [sys.executable, "-c", "import sys; from hetero_attn.cli import app, main; {0}(**{1})"]
+    drawn = [
+        subprocess.run(
+            [*asked[:2], asked[2].format(*call), *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        for call in (("main", {}), ("app", {"prog_name": "hetero-attn"}))
+    ]
+
+    assert drawn[0] == drawn[1] and "Usage: hetero-attn" in drawn[0]
+    assert imported(arguments, ("markdown_it", "pygments", "rich.markdown", "rich.traceback")) == []
+
+
 TENSORS = ("torch", "numba", "llvmlite", "transformers", "tokenizers")
 RULES = "version: 1\nrules:\n  - {match: layers.*.down, dtype: q8}\n"
 PLANS = {
