@@ -32,6 +32,7 @@ from cpu_kernels.vectors.vector import (
     load_f32_tail,
     splat_value,
     store_as,
+    unknown,
 )
 
 
@@ -40,6 +41,10 @@ class Record:
 
     def __init__(self, b, address, rows: int):
         self._b, self._address, self._rows = b, address, rows
+
+    def read_again(self) -> "Record":
+        """The same record, whose values LLVM does not know to be those that were read already."""
+        return Record(self._b, unknown(self._b, self._address), self._rows)
 
     def inputs(self, row: int, k: int):
         """Inputs 4k..4k+3 in every lane."""

@@ -102,6 +102,11 @@ def load_as(builder, address, pointee, offset=0):
     return builder.load(pointer(builder, address, pointee, offset), align=1 if scalar in (I8,) else 2)
 
 
+def unknown(builder, address):
+    """The same address by a way that LLVM does not see through: what lies there is loaded once more, not kept."""
+    return builder.asm(ir.FunctionType(address.type, [address.type]), "", "=r,0", [address], False)
+
+
 def store_as(builder, value, address, offset=0):
     """Unaligned store of one LLVM value."""
     builder.store(value, pointer(builder, address, value.type, offset), align=1 if value.type in (VI8, I8) else 2)

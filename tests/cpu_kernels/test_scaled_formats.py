@@ -4,7 +4,8 @@ set."""
 import pytest
 import torch
 
-from cpu_kernels.formats import E2M1_TYPE, SCALED_TYPES, format_of
+from cpu_kernels.formats import E2M1_TYPE, NF4_VALUES, SCALED_TYPES, format_of
+from cpu_kernels.linear.forms.number_planes import digit_planes, fits_planes
 from gpu_kernels import reference
 from tests.support.cpu_oracles import ISAS, guarded, kernels, nmse, only_inside_written, round_input
 from tests.support.scaled_data import KINDS, packed, random_blocks
@@ -92,3 +93,13 @@ def test_a_scale_of_nvfp4_that_is_no_number_is_refused():
 
     with pytest.raises(ValueError, match="not finite"):
         packed(kernels(), E2M1_TYPE, blocks)
+
+
+def test_the_digits_of_a_table_are_its_numbers_and_pairs_of_products_fit_in_16_bits():
+    """What one row of NF4 is multiplied by where registers have 256 bits."""
+    planes = digit_planes(NF4_VALUES)
+    whole = [sum(digit << 7 * plane for plane, digit in enumerate(digits)) for digits in zip(*planes)]
+
+    assert [number / 2**27 - 1 for number in whole] == list(NF4_VALUES)
+    assert 2 * max(max(plane) for plane in planes) * 127 < 2**15
+    assert not fits_planes((0.1,)) and not fits_planes((2.0,)) and not fits_planes(())

@@ -31,6 +31,17 @@ def look_up(isa: Isa, b, table: tuple[int, ...], indexes):
     return b.bitcast(found, VI32)
 
 
+def half_words(b, lines) -> Callable[[int, int], object]:
+    """word(k, half): as `code_words`, of half the features, <8 x i32>; of planes of nibbles."""
+    half_bytes, eight = LINE_BYTES // 2, ir.VectorType(I32, 8)
+
+    def word(k: int, half: int):
+        both = load_as(b, lines, eight, LINE_BYTES * (k // 2) + half_bytes * half)
+        return b.and_(b.lshr(both, constant(eight, 4)) if k % 2 else both, constant(eight, NIBBLES))
+
+    return word
+
+
 def code_words(isa: Isa, item: WeightFormat, b, lines, table: tuple[int, ...]) -> Callable[[int], object]:
     """word(k): the codes of inputs 4k..4k+3 of all features, unsigned bytes, or of a t4 plane entries of `table`;
     `lines` is the address of the code lines."""

@@ -4,7 +4,8 @@ With AVX-512 and elsewhere each of a word's four codes is taken by itself: a tab
 there, and a code E4M3, shifted by 7, is a float16 that is 256 times smaller, subnormal ones too. With AVX2 a table of
 16 has only bytes, so the four bytes of the numbers are looked up apart and put together: four lookups and eight
 interleavings make 32 numbers, where comparing with every index would take sixteen instructions for eight. For several
-rows bytes are sorted by input first; for one row they stay where they are (`row_dot`).
+rows bytes are sorted by input first; for one row those of E4M3 stay where they are (`row_dot`), and a table's numbers
+are not put together at all (number_planes.py).
 """
 
 import struct
@@ -99,23 +100,23 @@ def _halves_of_bytes(b, item: WeightFormat, codes):
 
 
 def row_dot(b, item: WeightFormat, words, inputs):
-    """As `FormSums.float_dots` of one row with AVX2, <16 x float>; words: of codes; inputs: 16 for every four of them.
+    """As `FormSums.float_dots` of one row of E4M3 with AVX2, <16 x float>; words: of codes; inputs: 16 for
+    every four of them.
 
     A register holds four inputs of two features, so that no code is moved to another lane and four inputs are spread
     at once; the four sums of a feature are what elsewhere are the four chains.
     """
-    convert = _halves_of_bytes if item.plane == "f8" else _looked_up_by_bytes
     sums = [[constant(V8F32, 0.0)] * 4 for _ in range(2)]
     for k, word in enumerate(words):
         x = picked(b, inputs[k // 4], inputs[k // 4], [*range(4 * (k % 4), 4 * (k % 4) + 4)] * 2)
         for half, part in enumerate(in_parts(b, word, V32I8)):
-            numbers = convert(b, item, part)
+            numbers = _halves_of_bytes(b, item, part)
             sums[half] = [fma_value(b, number, x, total) for number, total in zip(numbers, sums[half])]
-    lower, upper = (_features(b, item, half) for half in sums)
+    lower, upper = (_features(b, half) for half in sums)
     return picked(b, lower, upper, list(range(16)))
 
 
-def _features(b, item: WeightFormat, sums):
+def _features(b, sums):
     """<8 x float>, a feature in a lane, of four registers of four sums of two features each."""
     ends = [[4 * lane + 2 * high + at + of for lane in (0, 1) for at in (0, 1) for of in (0, 8)] for high in (0, 1)]
     pairs = [[picked(b, *sums[at : at + 2], lanes) for at in (0, 2)] for lanes in ends]
@@ -125,4 +126,4 @@ def _features(b, item: WeightFormat, sums):
             lanes = [4 * lane + 2 * high + at + of for lane in (0, 1) for of in (0, 8) for at in (0, 1)]
             chains.append(picked(b, *pair, lanes))
     total = reduce(b.fadd, chains)
-    return picked(b, total, total, [0, 4, 1, 5, 2, 6, 3, 7]) if item.plane == "f8" else total
+    return picked(b, total, total, [0, 4, 1, 5, 2, 6, 3, 7])

@@ -11,8 +11,9 @@ from llvmlite import ir
 from numba import types
 
 from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat
-from cpu_kernels.linear.forms.codes import code_words
+from cpu_kernels.linear.forms.codes import code_words, half_words
 from cpu_kernels.linear.forms.float_codes import numbers_of_word, row_dot, unit_of
+from cpu_kernels.linear.forms.number_planes import ONE, fits_planes, planes_dot
 from cpu_kernels.linear.records import Record
 from cpu_kernels.vectors.code_sums import CodeSums
 from cpu_kernels.vectors.dot import emit_dot2
@@ -47,7 +48,8 @@ class FormSums:
     """What a format's 64 inputs add to the sums of `rows` rows, as LLVM values.
 
     Arguments of its methods: b the builder; superblock its address; group which 64 inputs of it; word(k) their codes,
-    four inputs each; record the activations. They give a float32 vector a row, before the row's own scale.
+    four inputs each, or where `takes_planes` word(k, half), of half the features; record the activations. They give a
+    float32 vector a row, before the row's own scale.
     """
 
     def __init__(self, isa: Isa, item: WeightFormat, rows: int):
@@ -59,6 +61,7 @@ class FormSums:
         self.runs = GROUP_INPUTS // self.run
         self.code_sums = CodeSums(isa, item.largest_code)
         self.offset = item.offset - 128 if self.code_sums.takes_128 else item.offset
+        self.takes_planes = rows == 1 and isa.has_avx2 and self.run >= 32 and fits_planes(item.values)
         # Two dot2 a row, by sub-scales, in place of four; what they share pays from several rows on.
         self.takes_sums_of_16 = item.header == "K2S16" and bool(self.offset) and rows >= 4
 
@@ -94,8 +97,10 @@ class FormSums:
 
     def float_dots(self, b, word, record, part: int):
         """float32 sums of code * input over run `part`, for every row, in as many chains as hide the additions."""
+        if self.takes_planes:
+            return [self.planes_dot(b, word, record, part)]
         quarters, unit = range(part * self.run // 16, (part + 1) * self.run // 16), unit_of(self.item)
-        if self.rows == 1 and self.isa.has_avx2:
+        if self.rows == 1 and self.isa.has_avx2 and self.item.plane == "f8":
             words = [word(4 * quarter + k) for quarter in quarters for k in range(4)]
             return [row_dot(b, self.item, words, [record.numbers(0, quarter, unit) for quarter in quarters])]
         chains = max(1, 4 // self.rows)
@@ -109,6 +114,13 @@ class FormSums:
                         x, chain = b.shuffle_vector(inputs[row], inputs[row], lanes), place % chains
                         sums[row][chain] = fma_value(b, number, x, sums[row][chain])
         return [reduce(b.fadd, chained) for chained in sums]
+
+    def planes_dot(self, b, word, record, part: int):
+        """As `float_dots` of one row, of numbers looked up as planes of digits."""
+        fours, taken = range(part * self.run // 4, (part + 1) * self.run // 4), constant(VI32, 0)
+        for half in range(part * self.run // 32, (part + 1) * self.run // 32):
+            taken = emit_dot2(self.isa, b, taken, record.sums(0, half), constant(VI32, pair(-ONE, -ONE)))
+        return planes_dot(self.isa, b, self.item.values, word, record, fours, taken)
 
     def with_float_scales(self, b, superblock, group, word, record):
         """Sums of scale * dot, for every row; but of T16 a superblock is one group of inputs."""
@@ -219,7 +231,10 @@ def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
         for line in range(item.code_lines if ahead_bytes else 0):
             prefetch_value(b, lines, ahead_bytes + LINE_BYTES * line)
         activations = Record(b, record, rows)
-        words = code_words(isa, item, b, lines, form_sums.code_sums.table(item.table))
+        if form_sums.takes_planes:
+            words = half_words(b, lines)
+        else:
+            words = code_words(isa, item, b, lines, form_sums.code_sums.table(item.table))
         totals = form_sums.of_group(b, superblock, group, words, activations)
         for row, total in enumerate(totals):
             added = fma_value(b, total, activations.scale(row), b.extract_value(sums, row))

@@ -1,0 +1,69 @@
+"""A table of 16 numbers as whole numbers in planes of seven bits, which one row of activations multiplies on 256 bits.
+
+The numbers of NF4, float32 of at most 1 that are whole multiples of 2**-27, plus 1, are 29 bits: the digits of a number
+to base 128. A plane of digits is looked up for 32 codes in one instruction and multiplied by int8 activations as codes
+are, four inputs at a time; a pair's sum fits in 16 bits, and every sum is exact until the planes are added up. To make
+float32 of the codes takes eight interleavings for 32 numbers, on the ports that look up as well.
+"""
+
+from llvmlite import ir
+
+from cpu_kernels.vectors.dot import V8I32, V16I16, V32I8, in_parts, together
+from cpu_kernels.vectors.isa import Isa
+from cpu_kernels.vectors.vector import VF32, VI32, call_llvm, constant, fma_value
+
+DIGIT_BITS, PLANES, FRACTION_BITS = 7, 4, 27
+# What the digits of the highest plane are above the number's own: 1, in units of that plane.
+ONE = 1 << (FRACTION_BITS - DIGIT_BITS * (PLANES - 1))
+
+
+def fits_planes(values: tuple[float, ...]) -> bool:
+    """Whether the numbers of a table are whole multiples of 2**-27 of at most 1."""
+    return bool(values) and all(abs(v) <= 1 and (v * 2**FRACTION_BITS).is_integer() for v in values)
+
+
+def digit_planes(values: tuple[float, ...]) -> list[list[int]]:
+    """The digits of every number plus 1, lowest plane first; the last plane's go up to 128."""
+    whole = [int(value * 2**FRACTION_BITS) + (1 << FRACTION_BITS) for value in values]
+    lower = [[number >> DIGIT_BITS * plane & 127 for number in whole] for plane in range(PLANES - 1)]
+    return [*lower, [number >> DIGIT_BITS * (PLANES - 1) for number in whole]]
+
+
+def _add_products(isa: Isa, b, total, digits, inputs):
+    """total + sums of four products of digits and int8 activations, <8 x i32>."""
+    if isa.name == "avxvnni":
+        operands = total, b.bitcast(digits, V8I32), inputs
+        return call_llvm(b, "llvm.x86.avx512.vpdpbusd.256", V8I32, *operands)
+    pairs = call_llvm(b, "llvm.x86.avx2.pmadd.ub.sw", V16I16, digits, b.bitcast(inputs, V32I8))
+    return b.add(total, call_llvm(b, "llvm.x86.avx2.pmadd.wd", V8I32, pairs, constant(V16I16, 1)))
+
+
+def _fenced(b, sums):
+    """The sums by a way of no instruction: what is loaded after it LLVM loads after it, and so keeps less at once."""
+    kind, registers = ir.LiteralStructType([V8I32] * PLANES), [V8I32] * PLANES
+    kept = b.asm(ir.FunctionType(kind, registers), "", "=x,=x,=x,=x,0,1,2,3", sums, True)
+    return [b.extract_value(kept, plane) for plane in range(PLANES)]
+
+
+def planes_dot(isa: Isa, b, values: tuple[float, ...], half_word, record, places: range, taken):
+    """<16 x float>: sums of number * input of 16 features and one row, over the words at `places`.
+
+    half_word: see codes.half_words. taken: minus ONE times the sum of the inputs. Eight features are finished before
+    the next eight begin, which read the inputs anew: the sums of both, the tables and what is between do not fit in 16
+    registers.
+    """
+    tables = [ir.Constant(V32I8, digits * 2) for digits in digit_planes(values)]
+    halves = []
+    for half, (source, start) in enumerate(zip((record, record.read_again()), in_parts(b, taken, V8I32))):
+        sums = [constant(V8I32, 0)] * (PLANES - 1) + [start]
+        for k in places:
+            x, codes = in_parts(b, source.inputs(0, k), V8I32)[0], b.bitcast(half_word(k, half), V32I8)
+            for plane, table in enumerate(tables):
+                digits = call_llvm(b, "llvm.x86.avx2.pshuf.b", V32I8, table, codes)
+                sums[plane] = _add_products(isa, b, sums[plane], digits, x)
+            sums = _fenced(b, sums)
+        halves.append(sums)
+    planes = [together(b, list(both)) for both in zip(*halves)]
+    low, high = (b.add(b.shl(planes[at + 1], constant(VI32, DIGIT_BITS)), planes[at]) for at in (0, 2))
+    low = b.fmul(b.sitofp(low, VF32), constant(VF32, 2.0**-FRACTION_BITS))
+    return fma_value(b, b.sitofp(high, VF32), constant(VF32, 2.0 ** (2 * DIGIT_BITS - FRACTION_BITS)), low)
