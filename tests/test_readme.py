@@ -1,6 +1,7 @@
 """The README is true: its Python runs, its plan is what is printed, its files exist, its commands are the
 Makefile's."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -29,6 +30,14 @@ def test_the_python_runs_and_prints_the_plan_shown():
     printed = [line.split() for line in run.stdout.splitlines() if line.startswith(("layers.", "head"))]
 
     assert placements == printed
+
+
+def test_the_table_of_sources_is_what_the_results_say_and_lacks_no_format(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
+    sources = importlib.import_module("sources")
+
+    assert sources.table() in README
+    assert sources.missing() == set()
 
 
 def test_the_two_commands_are_targets():

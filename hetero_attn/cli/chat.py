@@ -17,7 +17,6 @@ from hetero_attn.cli.talk.conversation import Conversation
 from hetero_attn.cli.talk.line_editor import LineSource, line_source, read_message
 from hetero_attn.cli.talk.word_wrap import WordWrap
 from hetero_attn.errors import EngineDeadError, HeteroError
-from placement.plan.units import rounded_speed
 
 if TYPE_CHECKING:
     from hetero_attn import LLM
@@ -131,6 +130,8 @@ def banner(llm: LLM) -> str:
     plan = llm.plan
     speed = ""
     if plan.predicted is not None and plan.device != "emulated":  # whose rates are invented
+        from placement.plan.units import rounded_speed
+
         speed = f", about {rounded_speed(plan.predicted.decode.tokens_per_s)} tokens/s expected"
     return (
         f"{plan.model}: {plan.workload.weight_dtype} weights, {plan.workload.kv_dtype} cache, context "

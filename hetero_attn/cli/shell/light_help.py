@@ -4,6 +4,7 @@ of tracebacks, a quarter of the time of `--help`. Our help is no Markdown, and t
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import ModuleType
 
 UNUSED = {"rich.markdown": "Markdown", "rich.traceback": "Traceback"}
@@ -18,7 +19,8 @@ def draw_lightly(arguments: Sequence[str]) -> None:
     placed = {module: _stand_in(module, name) for module, name in UNUSED.items() if module not in sys.modules}
     sys.modules.update(placed)
     try:
-        import typer.rich_utils  # noqa: F401
+        with suppress(ImportError):  # a Typer that wants more of them imports them itself, a little later
+            import typer.rich_utils  # noqa: F401
     finally:
         for module in placed:
             del sys.modules[module]
