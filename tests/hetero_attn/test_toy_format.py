@@ -95,7 +95,7 @@ def path(tmp_path_factory):
 def logits(path, monkeypatch, plan_of, wanted="toy", is_read=False):
     """Logits of a model with `down` of layer 1 in a format and bf16 everywhere else."""
     source = type("Source", (ToyCheckpoint,), {"is_read": is_read})
-    monkeypatch.setattr(build, "open_source", lambda where: source.open(where, tensor_names(where)))
+    monkeypatch.setattr(build, "open_source", lambda where, _: source.open(where, tensor_names(where)))
     config = ModelConfig.from_dir(path)
     formats = WeightFormats("bf16", "bf16", {DOWN: wanted})
     workload = build_workload(

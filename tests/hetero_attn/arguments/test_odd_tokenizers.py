@@ -64,8 +64,8 @@ def test_a_tokenizer_that_is_needed_is_refused_before_the_weights_are_read(tmp_p
     path = make_checkpoint(tmp_path, "llama", layers=1)
     spoil(path)
 
-    def opened(path):
-        wait([opening := open_beside(path)])
+    def opened(path, known):
+        wait([opening := open_beside(path, known)])
         return opening
 
     monkeypatch.setattr("hetero_attn.serving.loading.open_beside", opened)
