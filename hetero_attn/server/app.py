@@ -111,11 +111,11 @@ class Door:
         return refusal
 
     def _begin_next(self) -> None:
-        loop = asyncio.get_running_loop()
-        loop.call_soon(self._begun)  # just before its task looks for room: it does not stand in its own way
-        self._let_in.popleft()()
-        if self._let_in:
+        loop, begin = asyncio.get_running_loop(), self._let_in.popleft()
+        if self._let_in:  # before one is begun, which may fail
             loop.call_soon(self._begin_next)
+        loop.call_soon(self._begun)  # just before its task looks for room: it does not stand in its own way
+        begin()
 
     def _begun(self) -> None:
         self._arriving -= 1

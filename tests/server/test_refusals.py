@@ -190,6 +190,23 @@ def test_of_a_crowd_one_is_begun_in_a_turn_of_the_event_loop():
     assert counted == [0, 1, 2, 0], "those that have come are counted until their tasks begin"
 
 
+def test_a_request_that_cannot_be_begun_stops_none_behind_it():
+    begun, failed = [], []
+    door = Door(None, SimpleNamespace(check_room=lambda arriving: None))
+
+    async def turns() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: failed.append(context["exception"]))
+        for begin in (lambda: 1 / 0, partial(begun.append, "a"), partial(begun.append, "b")):
+            door.on_arrival("/v1/completions", begin)
+        for _ in range(4):
+            await asyncio.sleep(0)
+        door.on_arrival("/v1/completions", partial(begun.append, "c"))
+        await asyncio.sleep(0)
+
+    asyncio.run(turns())
+    assert begun == ["a", "b", "c"] and [type(error) for error in failed] == [ZeroDivisionError]
+
+
 def _asked(sock: socket.socket, *parts: bytes) -> bytes:
     """A whole answer to a request that is sent in so many parts."""
     for part in parts:
