@@ -37,6 +37,11 @@ def open_files(path: Path) -> tuple[list[SafetensorsFile], list[str]]:
         raise
 
 
+def has_weight_files(path: Path) -> bool:
+    """Whether a model directory holds safetensors, or an index that names them."""
+    return (path / SINGLE_NAME).exists() or (path / INDEX_NAME).exists()
+
+
 def _weight_map(path: Path) -> dict[str, str]:
     """Tensor name -> file name from the index, empty for a single file; all the files named are there."""
     if not path.is_dir():

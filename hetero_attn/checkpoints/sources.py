@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from hetero_attn.checkpoints.checkpoint import Checkpoint
+from hetero_attn.checkpoints.files import has_weight_files
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.gguf.choose import SUFFIX
 from hetero_attn.checkpoints.gguf.headers import KnownHeaders
 from hetero_attn.checkpoints.quantised.checkpoint import QuantisedCheckpoint
-from hetero_attn.checkpoints.quantised.declared import declared_formats, has_weight_files
+from hetero_attn.checkpoints.quantised.declared import declared_formats
 from hetero_attn.checkpoints.quantised.order import together
-from hetero_attn.checkpoints.quantised.scheme import read_scheme
+from hetero_attn.checkpoints.quantised.scheme import Scheme, read_scheme
 from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.config import ModelConfig, tensor_names
 from hetero_attn.spec.decoder.model import model_spec
@@ -74,7 +75,11 @@ def open_source(path: Path, known: KnownHeaders | None = None) -> Checkpoint | G
 
 def is_quantised(path: Path) -> bool:
     """Whether the config of a model directory says how its weights are quantised; raises as `read_scheme` does."""
-    return (path / "config.json").exists() and read_scheme(path) is not None
+    return _scheme(path) is not None
+
+
+def _scheme(path: Path) -> Scheme | None:
+    return read_scheme(path) if (path / "config.json").exists() else None
 
 
 def read_config(path: Path, known: KnownHeaders | None = None) -> ModelConfig:
@@ -99,10 +104,12 @@ def _with_embedding(path: Path, config: ModelConfig) -> ModelConfig:
 
 def stored_formats(path: Path, config: ModelConfig, known: KnownHeaders | None = None) -> WeightFormats:
     """The formats in which a model is held as it is on disk. known: as for `open_source`."""
-    if not is_gguf(path) and not is_quantised(path):
-        return _plain_formats(path, config)
-    if not is_gguf(path) and not has_weight_files(path) and (declared := _declared_formats(path, config)):
-        return declared
+    if not is_gguf(path):
+        scheme = _scheme(path)
+        if scheme is None:
+            return _plain_formats(path, config)
+        if not has_weight_files(path) and (declared := declared_formats(scheme, config)):
+            return declared
     with open_source(path, known) as source:
         model = model_spec(config)
         source.check(model)
@@ -115,12 +122,6 @@ def stored_formats(path: Path, config: ModelConfig, known: KnownHeaders | None =
         reordered = {name: formats[name] for name in together(source, model)}
         apart = [name for name in formats if name not in reordered and source.input_order(name) is not None]
         return WeightFormats("bf16", embed, formats | dict.fromkeys(apart, "fp32"), reordered=reordered)
-
-
-def _declared_formats(path: Path, config: ModelConfig) -> WeightFormats | None:
-    """What the config of a quantised model says of it; None where that is not enough."""
-    scheme = read_scheme(path)
-    return None if scheme is None else declared_formats(scheme, config)
 
 
 def _plain_formats(path: Path, config: ModelConfig) -> WeightFormats:

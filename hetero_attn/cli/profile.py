@@ -39,13 +39,13 @@ def profile(
 ) -> None:
     """Measure what this machine's memory, cores and bus can do, and keep it for later plans; takes a quarter of a
     minute on two cores, the first time a minute. On a busy machine it says so and keeps nothing unless told to."""
+    loading = options.Loading(gguf=gguf, tokenizer=tokenizer)
     if routes is not None:
-        show_routes(routes, options.Loading(gguf=gguf, tokenizer=tokenizer), file, save, as_json)
+        show_routes(routes, loading, file, save, as_json)
         return
     from hetero_attn import profile_machine
 
     expect_writable(save, plot)
-    loading = options.Loading(gguf=gguf, tokenizer=tokenizer)
     formats = () if model is None else formats_of(model, loading)
     measured = profile_machine(on_progress=say, keep_when_busy=keep, formats=formats)
     if as_json:

@@ -168,10 +168,13 @@ def _fp8_in_groups(wide: int, zeros: str) -> tuple[GgufType | None, str]:
     """The form of FP8 rows whose blocks are `wide` inputs, no multiple of 128; or None for float32, and why."""
     if zeros:
         return None, "FP8 codes with zero points"
-    for group in sorted(FP8_TYPES, reverse=True):
-        if wide % group == 0:
-            return FP8_TYPES[group], ""
-    return None, f"FP8 scales of {wide} inputs, no multiple of {min(FP8_TYPES)}"
+    held = form_of_blocks(wide)
+    return held, "" if held else f"FP8 scales of {wide} inputs, no multiple of {min(FP8_TYPES)}"
+
+
+def form_of_blocks(wide: int) -> GgufType | None:
+    """The form of FP8 rows whose scales are of `wide` inputs each; None where none is."""
+    return next((FP8_TYPES[group] for group in sorted(FP8_TYPES, reverse=True) if wide % group == 0), None)
 
 
 def _int8_in_groups(wide: int, inputs: int, scales: torch.Tensor) -> tuple[GgufType | None, str]:

@@ -5,10 +5,10 @@ MXFP4, NF4, FP8, and four or eight bits of AWQ or GPTQ. Expressions of strangers
 """
 
 from fnmatch import fnmatchcase
-from pathlib import Path
 
-from cpu_kernels.formats import FP8_TYPE, FP8_TYPES, INT4_GROUPS, INT4_TYPES, NF4_TYPE, SOURCE_TYPES, UINT8_TYPES
-from hetero_attn.checkpoints.files import INDEX_NAME, SINGLE_NAME
+from cpu_kernels.formats import FP8_TYPE, NF4_TYPE, SOURCE_TYPES
+from hetero_attn.checkpoints.quantised.bytes import form_of_blocks
+from hetero_attn.checkpoints.quantised.int4 import form_of_groups
 from hetero_attn.checkpoints.quantised.scheme import GroupScheme, Scheme
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.decoder.model import model_spec
@@ -16,11 +16,6 @@ from hetero_attn.spec.weight_formats import WeightFormats
 
 ONE_FORMAT = {"mxfp4": SOURCE_TYPES["MXFP4"].format, "bitsandbytes": NF4_TYPE.format, "fbgemm_fp8": FP8_TYPE.format}
 EXPRESSION = "re:"  # begins a name that is an expression
-
-
-def has_weight_files(path: Path) -> bool:
-    """Whether a model directory holds safetensors, or an index that names them."""
-    return (path / SINGLE_NAME).exists() or (path / INDEX_NAME).exists()
 
 
 def declared_formats(scheme: Scheme, config: ModelConfig) -> WeightFormats | None:
@@ -40,18 +35,14 @@ def declared_formats(scheme: Scheme, config: ModelConfig) -> WeightFormats | Non
 
 
 def _format(group: GroupScheme) -> str | None:
-    """The format that holds one way of quantising, as the readers of its tensors choose it."""
+    """The format that holds one way of quantising, by the readers of its tensors; None where those tell."""
     if group.method in ONE_FORMAT:
         return ONE_FORMAT[group.method]
     if group.method == "fp8":
-        wide = group.block[1] if group.block else FP8_TYPE.items
-        return next((FP8_TYPES[each].format for each in sorted(FP8_TYPES, reverse=True) if wide % each == 0), None)
-    if group.method not in ("awq", "gptq") or not group.group:
-        return None
-    if group.bits == 8 and group.symmetric:
-        return SOURCE_TYPES["Q8_0"].format
-    types = INT4_TYPES if group.bits == 4 else UINT8_TYPES
-    return next((types[each].format for each in reversed(INT4_GROUPS) if group.group % each == 0), None)
+        held = form_of_blocks(group.block[1]) if group.block else FP8_TYPE
+    else:
+        held = form_of_groups(group, group.group) if group.method in ("awq", "gptq") and group.group else None
+    return None if held is None else held.format
 
 
 def _is_ignored(tensor: str, ignored: tuple[str, ...]) -> bool:

@@ -13,7 +13,7 @@ over the inputs, g_idx says which group each input is of; rows have their inputs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from cpu_kernels.formats import INT4_GROUPS, INT4_TYPES, SOURCE_TYPES, UINT8_TYPES, GgufType
 from hetero_attn.checkpoints.quantised.module import (
@@ -121,16 +121,16 @@ def find_int4(prefix: str, scheme: GroupScheme, shapes: Shapes, where: str, read
     if name := names[SHAPE]:
         check_said_shape(where, name, read(name).tolist(), codes)
     scattered = bool(names[GROUP_OF_INPUT]) and _scattered(read(names[GROUP_OF_INPUT]), groups, each, names, where)
-    held = _held_group(prefix, scheme, each, where)
+    held = form_of_groups(scheme, each) or _refuse_groups(prefix, scheme, each, where)
     return Int4Module(
         prefix=prefix,
         names=tuple(name for name in names if name),
         out_features=codes[0],
         in_features=codes[1],
-        kind=_kind(scheme, held),
+        kind=held,
         scheme=scheme,
         parts=names,
-        group=held,
+        group=held.items,
         file_group=each,
         is_scattered=scattered,
     )
@@ -169,11 +169,13 @@ def _expected_shapes(scheme: GroupScheme, codes: tuple[int, int], groups: int) -
     }
 
 
-def _kind(scheme: GroupScheme, group: int) -> GgufType:
-    """The form of rows in groups of so many inputs."""
-    if scheme.bits == 4:
-        return INT4_TYPES[group]
-    return EIGHT_BITS if scheme.symmetric else UINT8_TYPES[group]
+def form_of_groups(scheme: GroupScheme, each: int) -> GgufType | None:
+    """The form of rows in groups of `each` inputs, that of the largest groups that divide those; None where none is."""
+    if scheme.bits == 8 and scheme.symmetric:
+        return None if each % EIGHT_BITS.items else EIGHT_BITS
+    fitting = [group for group in INT4_GROUPS if each == group or each % group == 0 and group == INT4_GROUPS[-1]]
+    types = INT4_TYPES if scheme.bits == 4 else UINT8_TYPES
+    return types[fitting[-1]] if fitting else None
 
 
 def _file_group(prefix: str, scheme: GroupScheme, inputs: int, groups: int, where: str) -> int:
@@ -188,22 +190,11 @@ def _file_group(prefix: str, scheme: GroupScheme, inputs: int, groups: int, wher
     return each
 
 
-def _held_group(prefix: str, scheme: GroupScheme, each: int, where: str) -> int:
-    """The largest group that a format has and that divides one of the file."""
+def _refuse_groups(prefix: str, scheme: GroupScheme, each: int, where: str) -> NoReturn:
+    known = f"run are groups of {', '.join(map(str, INT4_GROUPS))} and whole multiples of {INT4_GROUPS[-1]}"
     if scheme.bits == 8 and scheme.symmetric:
-        if each % EIGHT_BITS.items:
-            unsupported(
-                where, f"{prefix} has groups of {each} inputs; of 8 bits multiples of {EIGHT_BITS.items} are run"
-            )
-        return EIGHT_BITS.items
-    fitting = [group for group in INT4_GROUPS if each == group or each % group == 0 and group == INT4_GROUPS[-1]]
-    if not fitting:
-        known = ", ".join(map(str, INT4_GROUPS))
-        unsupported(
-            where,
-            f"{prefix} has groups of {each} inputs; run are groups of {known} and whole multiples of {INT4_GROUPS[-1]}",
-        )
-    return fitting[-1]
+        known = f"of 8 bits multiples of {EIGHT_BITS.items} are run"
+    unsupported(where, f"{prefix} has groups of {each} inputs; {known}")
 
 
 def _scattered(found: torch.Tensor, groups: int, each: int, names: tuple[str, ...], where: str) -> bool:

@@ -37,6 +37,15 @@ def test_bytes_and_nf4_are_planned_as_with_their_files(scaled_models, tmp_path, 
     assert held(alone(folder, tmp_path / "alone")) == held(folder)
 
 
+def test_groups_that_no_reader_runs_have_no_format(int4_models):
+    """96 inputs are three groups of 32, which the reader of the files refuses too."""
+    config = ModelConfig.from_dir(int4_models("gptq") / "int4")
+    groups = [GroupScheme("gptq", 4, group=each) for each in (96, 256)]
+    found = [declared_formats(Scheme("gptq", (group,)), config) for group in groups]
+
+    assert found[0] is None and set(found[1].by_tensor.values()) == {"int4_g128"}
+
+
 def test_a_config_that_does_not_say_all_needs_the_files(scaled_models, tmp_path):
     """Four bits of compressed-tensors may be integers, MXFP4 or NVFP4."""
     with pytest.raises(CheckpointError, match="plan --dtype q4"):
