@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from cpu_kernels.ahead.builders import build_all
 from placement.solve.program import Program
@@ -13,6 +14,10 @@ from tests.support.extras import MISSING_OF_SERVER
 from tests.support.replayed import suite_lines
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tensors of tests are tiny: the threads of torch's pool only wait for each other, and spin on the cores meanwhile. The
+# tests of attention took eight times the CPU time with two. Processes that tests start have their pool, which sleeps.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A shell starts background work with Ctrl-C ignored, and processes inherit that: tests that send it would wait for
 # nothing.
 signal.signal(signal.SIGINT, signal.default_int_handler)
