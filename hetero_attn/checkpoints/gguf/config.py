@@ -1,5 +1,6 @@
 """A GGUF file's metadata as a `ModelConfig`: the second door through which other people's names enter."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,20 +25,24 @@ from hetero_attn.spec.rope_config import RopeConfig
 # Tokens that end a turn of a dialogue, which files often name by no key of its own.
 _END_KEYS = ("eos", "eot", "eom")
 CONTROL = 3  # type of tokens that text never makes
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>")
-# Keys that change what a layer computes, in ways that only some families have.
-_UNKNOWN_TERMS = (
-    ".expert_count",
-    ".logit_scale",
-    ".residual_scale",
-    ".embedding_scale",
-    ".attention.scale",
-    ".attention.clamp_kqv",
-    ".attn_logit_softcapping",
-    ".final_logit_softcapping",
-    ".nextn_predict_layers",
-    ".attention.sliding_window",
-)
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>", "<|end|>")
+STANDS_STILL = 1e30  # divisors of pairs that turn too little to be seen
+_SMALL = " (small models of Gemma 3n and 4, E2B and E4B, have it; 26B-A4B and 31B do not)"
+# Keys that change what a layer computes, in ways that only some families have, and what is to be said of them.
+_UNKNOWN_TERMS = {
+    ".expert_count": "",
+    ".logit_scale": "",
+    ".residual_scale": "",
+    ".embedding_scale": "",
+    ".attention.scale": "",
+    ".attention.clamp_kqv": "",
+    ".attn_logit_softcapping": "",
+    ".final_logit_softcapping": "",
+    ".nextn_predict_layers": "",
+    ".attention.sliding_window": "",
+    ".embedding_length_per_layer_input": _SMALL,
+    ".attention.shared_kv_layers": _SMALL,
+}
 
 
 def gguf_config(
@@ -51,7 +56,7 @@ def gguf_config(
     """
     family, terms = _family(fields)
     found: dict[str, Any] = {"architecture": family.architecture, "hidden_act": "silu", "dtype": None}
-    found |= _sizes(fields, tensors) | _terms_by_tensors(tensors)
+    found |= _sizes(fields, tensors, terms) | _terms_by_tensors(tensors, terms)
     found |= {
         "rms_norm_eps": fields.number(terms.eps_key, 0.0, 1.0),
         "sliding_window": (0,) * found["num_layers"],
@@ -63,13 +68,13 @@ def gguf_config(
     return ModelConfig(**found | terms.terms(fields, found))
 
 
-def _sizes(fields: GgufFields, tensors: Mapping[str, GgufTensor]) -> dict[str, int]:
+def _sizes(fields: GgufFields, tensors: Mapping[str, GgufTensor], terms: GgufTerms) -> dict[str, int]:
     """How many layers, heads and tokens, and how wide."""
     hidden_size, num_heads = (
         fields.integer(".embedding_length", MAX_HIDDEN),
         fields.integer(".attention.head_count", MAX_HEADS),
     )
-    num_kv_heads = fields.integer(".attention.head_count_kv", MAX_HEADS, num_heads)
+    num_kv_heads = terms.kv_heads(fields, num_heads)
     if num_heads % num_kv_heads:
         raise ConfigError(f"{fields.path}: {num_heads} heads are no multiple of {num_kv_heads} KV heads")
     return {
@@ -92,15 +97,18 @@ def _intermediate_size(fields: GgufFields) -> int:
     return fields.integer(".feed_forward_length", MAX_INTERMEDIATE, experts)
 
 
-def _terms_by_tensors(tensors: Mapping[str, GgufTensor]) -> dict[str, bool]:
-    """Terms that a model has where the file holds their weights in any layer."""
-    parts = {f"{part}.{kind}" for _, part, kind in map(split_block, tensors)}
+def _terms_by_tensors(tensors: Mapping[str, GgufTensor], terms: GgufTerms) -> dict[str, bool]:
+    """Terms that a model has where the file holds their weights in any layer, or in any layer does not."""
+    names = [split_block(name) for name in tensors]
+    parts = {f"{part}.{kind}" for _, part, kind in names}
+    keys, values = ({layer for layer, part, _ in names if part == wanted} for wanted in ("attn_k", "attn_v"))
     return {
         "tie_word_embeddings": "output.weight" not in tensors,
         "qkv_bias": not parts.isdisjoint({"attn_q.bias", "attn_qkv.bias"}),
         "o_bias": "attn_output.bias" in parts,
         "mlp_bias": not parts.isdisjoint({"ffn_gate.bias", "ffn_up.bias"}),
         "qk_norm": "attn_q_norm.weight" in parts,
+        "shared_projection": terms.may_share_values and not keys <= values,
     }
 
 
@@ -128,11 +136,11 @@ def _family(fields: GgufFields) -> tuple[Family, GgufTerms]:
             f"{fields.path}: architecture {fields.architecture[:80]!r} is not supported"
             f"{nearest(fields.architecture, known)}. Known in GGUF files: {', '.join(known)}"
         )
-    for name in _UNKNOWN_TERMS:
+    for name, why in _UNKNOWN_TERMS.items():
         if name not in family.gguf.keys and fields.is_set(name):
             raise UnsupportedModelError(
                 f"{fields.path}: {fields.key(name)} is {fields.values[fields.key(name)]!r}: this term of the "
-                "architecture is not computed, and leaving it out would change every answer"
+                f"architecture is not computed, and leaving it out would change every answer{why}"
             )
     return family, family.gguf
 
@@ -174,8 +182,9 @@ def _rope(
     if rotary_dim % 2 or rotary_dim > head_dim:
         fields.fail(".rope.dimension_count", rotary_dim, f"an even number up to {head_dim}")
     base = {"rotary_dim": rotary_dim, "theta": fields.number(".rope.freq_base", 1.0, 1e15, 10000.0)}
+    found = {name: tuple(math.inf if value >= STANDS_STILL else value for value in found[name]) for name in found}
     for name, divisors in found.items():
-        if len(divisors) != rotary_dim // 2 or not all(0 < value < 1e9 for value in divisors):
+        if len(divisors) != rotary_dim // 2 or not all(0 < value < 1e9 or value == math.inf for value in divisors):
             raise ConfigError(f"{fields.path}: {name} must hold {rotary_dim // 2} positive numbers")
     if LONG_DIVISORS in found:
         return RopeConfig(

@@ -19,6 +19,9 @@ _LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "mlp.post_norm": "post_ffw_norm",
+    "mlp.shared_post_norm": "post_ffw_norm_1",
+    "mlp.experts_norm": "pre_ffw_norm_2",
+    "mlp.experts_post_norm": "post_ffw_norm_2",
     "mlp.gate": "ffn_gate_inp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
@@ -31,6 +34,8 @@ _OURS_TOP = {theirs: ours for ours, theirs in _TOP.items()}
 _OTHERS = {
     "self_attn.sinks": "attn_sinks.weight",
     f"mlp.gate.{CORRECTION}": "exp_probs_b.bias",
+    "mlp.gate.per_expert_scale": "ffn_down_exps.scale",
+    "layer_scalar": "layer_output_scale.weight",
     "linear_attn.A_log": "ssm_a",
     "linear_attn.dt_bias": "ssm_dt.bias",
 }
@@ -68,6 +73,6 @@ def their_name(name: str) -> str:
     if stem in _TOP:
         return f"{_TOP[stem]}.{kind}"
     layer, _, part = stem.removeprefix("model.layers.").partition(".")
-    if other := _OTHERS.get(f"{part}.{kind}"):
+    if other := _OTHERS.get(f"{part}.{kind}".removeprefix(".")):
         return f"blk.{layer}.{other}"
     return f"blk.{layer}.{_LAYER[part]}.{kind}"

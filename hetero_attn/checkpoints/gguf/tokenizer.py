@@ -66,14 +66,14 @@ def gguf_tokenizer(fields: GgufFields) -> GgufTokenizer:
         ConfigError: lists that do not belong together. UnsupportedModelError: a kind or a split that is not known.
     """
     kind = fields.text("tokenizer.ggml.model")
-    if kind not in ("gpt2", "llama"):
+    if kind not in _KINDS:
         raise UnsupportedModelError(
-            f"{fields.path}: tokenizer model {kind[:40]!r} is not supported{_WAYS_OUT}. Known: gpt2, llama"
+            f"{fields.path}: tokenizer model {kind[:40]!r} is not supported{_WAYS_OUT}. Known: {', '.join(_KINDS)}"
         )
     tokens = fields.texts("tokenizer.ggml.tokens")
     if not tokens or len(set(tokens)) != len(tokens):
         fields.fail("tokenizer.ggml.tokens", f"{len(tokens)} tokens, {len(set(tokens))} different", "different tokens")
-    tokenizer = (_byte_level if kind == "gpt2" else _sentencepiece)(fields, tokens)
+    tokenizer = _KINDS[kind](fields, tokens)
     _add_special(fields, tokenizer, tokens)
     found = {f"{name}_token": _token(fields, tokens, key) for name, key in _NAMED.items()}
     named = {name: token for name, token in found.items() if token is not None}
@@ -109,10 +109,8 @@ def _byte_level(fields: GgufFields, tokens: list[str]) -> "Tokenizer":
             f"{nearest(name, _PRE)}{_WAYS_OUT}\nKnown: {', '.join(_PRE)}"
         )
     pattern, splits_digits, ignore_merges, _ = _PRE[name]
-    merges = [tuple(pair.split(" ")) for pair in fields.texts("tokenizer.ggml.merges")]
     vocab = {token: index for index, token in enumerate(tokens)}
-    if wrong := [pair for pair in merges if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys()]:
-        fields.fail("tokenizer.ggml.merges", wrong[0], "two tokens whose join is one too")
+    merges = _listed_merges(fields, vocab)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
     steps = [pre_tokenizers.Digits(individual_digits=True)] if splits_digits else []
@@ -123,6 +121,27 @@ def _byte_level(fields: GgufFields, tokens: list[str]) -> "Tokenizer":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return tokenizer
+
+
+def _listed_merges(fields: GgufFields, vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """The merges of a file, first those that come first."""
+    merges = [tuple(pair.split(" ")) for pair in fields.texts("tokenizer.ggml.merges")]
+    if wrong := [pair for pair in merges if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys()]:
+        fields.fail("tokenizer.ggml.merges", wrong[0], "two tokens whose join is one too")
+    return merges
+
+
+def _merged_characters(fields: GgufFields, tokens: list[str]) -> "Tokenizer":
+    """That of Gemma 4: a SentencePiece vocabulary whose merges are in the file, and no split but at line ends."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges, unknown = _listed_merges(fields, vocab), _token(fields, tokens, "unknown")
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
 
 
@@ -176,7 +195,7 @@ def _add_special(fields: GgufFields, tokenizer: "Tokenizer", tokens: list[str]) 
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
         tokenizer.add_tokens([AddedToken(token, normalized=False) for token in user])
     pre = fields.text("tokenizer.ggml.pre", "default")
-    begins = pre not in _PRE if fields.text("tokenizer.ggml.model") == "llama" else _PRE[pre][3]
+    begins = pre not in _PRE if fields.text("tokenizer.ggml.model") != "gpt2" else _PRE[pre][3]
     edges = []
     for name, default in (("bos", begins), ("eos", False)):
         index = fields.integer(f"tokenizer.ggml.{name}_token_id", len(tokens) - 1, None, low=0)
@@ -191,3 +210,7 @@ def _add_special(fields: GgufFields, tokenizer: "Tokenizer", tokens: list[str]) 
             pair=" ".join(f"{part}:1" if part != "$A" and part != "$B" else part for part in pair.split()),
             special_tokens=[(token, index) for _, token, index in edges],
         )
+
+
+# By the tokenizer.ggml.model of a file.
+_KINDS = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _merged_characters}

@@ -6,8 +6,16 @@ from typing import Any
 
 from hetero_attn.spec.families.windows import Windows, no_windows
 from hetero_attn.spec.json_fields import JsonFields
+from hetero_attn.spec.limits import MAX_HEADS
 from hetero_attn.spec.rope_config import RopeConfig, read_rope
 from hetero_attn.spec.tensor_names import TensorNames
+
+KV_HEADS = ".attention.head_count_kv"  # of GGUF files, one number or one of each layer
+
+
+def same_kv_heads(fields: Any, num_heads: int) -> int:
+    """KV heads of a GGUF file whose layers have all as many."""
+    return fields.integer(KV_HEADS, MAX_HEADS, num_heads)
 
 
 def nothing_more(fields: Any, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,6 +32,9 @@ class GgufTerms:
     of q and k lie as pairs that are turned together. eps_key: of the eps of norms. parts, fused: of parts of a layer
     that they call otherwise than others do, or that hold several; grouped: that hold several whose rows come in turn;
     as in TensorNames. has_tiled_values: whether value heads come in the order of `checkpoints.gguf.value_heads`.
+    kv_heads: (fields, query heads) -> KV heads of the layers that `ModelConfig.num_kv_heads` is about.
+    may_share_values: whether layers without a v of their own take it from the projection of k. may_be_dense: whether an
+    architecture whose keys count experts has models without any.
     """
 
     architecture: str
@@ -36,6 +47,9 @@ class GgufTerms:
     grouped: tuple[tuple[str, tuple[str, ...]], ...] = ()
     has_tiled_values: bool = False
     needs_keys: bool = True
+    kv_heads: Callable[[Any, int], int] = same_kv_heads
+    may_share_values: bool = False
+    may_be_dense: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,8 +78,10 @@ FAMILIES = {
 
 _IN_GGUF = [(family.gguf.architecture, family) for family in FAMILIES.values() if family.gguf is not None]
 # By the architecture that their GGUF files name, which a dense family and one with experts may share.
-GGUF_FAMILIES = {name: family for name, family in _IN_GGUF if EXPERT_COUNT not in family.gguf.keys}
 GGUF_EXPERT_FAMILIES = {name: family for name, family in _IN_GGUF if EXPERT_COUNT in family.gguf.keys}
+GGUF_FAMILIES = {
+    name: family for name, family in _IN_GGUF if family.gguf.may_be_dense or EXPERT_COUNT not in family.gguf.keys
+}
 
 LATENT_SIZE = "kv_lora_rank"  # of DeepSeek, Kimi and GLM-4.7-Flash
 SHARED_END = "ForCausalLM"

@@ -14,7 +14,7 @@ from cpu_kernels import CpuKernels
 from cpu_kernels.formats import GGUF_BY_NAME
 from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
-from hetero_attn.checkpoints.gguf.config import gguf_terms
+from hetero_attn.checkpoints.gguf.config import STANDS_STILL, gguf_terms
 from hetero_attn.checkpoints.gguf.file import GgufTensor
 from hetero_attn.checkpoints.gguf.names import ROPE_DIVISORS
 from hetero_attn.checkpoints.gguf.writer import NewTensor, expect_room, write_gguf
@@ -144,11 +144,9 @@ def _new_file(
     chosen: Mapping[str, str],
 ) -> _NewFile:
     """Raises UnsupportedModelError for a model that no file can say; which types are chosen does not matter."""
-    divisors = None
     if isinstance(source, GgufCheckpoint):
         metadata, is_turned = copied_metadata(source), gguf_terms(source.fields).is_turned
-        if config.rope.rope_type == "divisors":
-            divisors = torch.tensor(config.rope.divisors, dtype=torch.float32, device="cpu")
+        divisors = _stored_divisors(config)
     else:
         terms = made_terms(config, source.path)
         is_turned = terms.is_turned
@@ -158,6 +156,15 @@ def _new_file(
     placed = {item.name: GgufTensor(None, item.type, item.shape, 0, item.nbytes) for item in tensors}  # type: ignore[arg-type]
     check_same_model(config, metadata, placed, divisors, source.path)
     return _NewFile(metadata, is_turned, divisors)
+
+
+def _stored_divisors(config: ModelConfig) -> torch.Tensor | None:
+    """What the tensor of rotary divisors of a GGUF source holds, which is of one kind of layers; None without it."""
+    for layer in range(config.num_layers):
+        if config.rope_of(layer).rope_type == "divisors":
+            found = torch.tensor(config.rope_of(layer).divisors, dtype=torch.float32, device="cpu")
+            return found.clamp(max=STANDS_STILL)
+    return None
 
 
 def _new_tensors(

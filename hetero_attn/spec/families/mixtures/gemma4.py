@@ -14,12 +14,12 @@ from hetero_attn.spec.experts_config import gemma4_experts
 from hetero_attn.spec.families.family import Family
 from hetero_attn.spec.families.gemma import GEMMA_NAMES, MOST_CAP
 from hetero_attn.spec.families.layer_ropes import rope_of_kind, ropes_by_window
+from hetero_attn.spec.families.mixtures.gemma4_gguf import GEMMA4_GGUF, PERIOD, every_kind
 from hetero_attn.spec.families.windows import FULL, SLIDING, windows_of_types
 from hetero_attn.spec.json_fields import JsonFields, show
 from hetero_attn.spec.limits import MAX_CONTEXT, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS
 from hetero_attn.spec.rope_config import DEFAULT_THETA, RopeConfig, rope_object
 
-PERIOD = 6
 FULL_THETA = 1e6
 PROPORTIONAL = "proportional"  # the rotary embedding whose slowest pairs stand still
 ROPES = {
@@ -111,14 +111,10 @@ def gemma4_terms(fields: JsonFields, found: Mapping[str, Any]) -> dict[str, Any]
     full = full_attention(fields, windows)
     has_experts = fields.boolean("enable_moe_block")
     return ropes_by_window(windows, found["rope"], full_rope(fields, full[1], context)) | {
+        **every_kind(found["hidden_size"]),
         "full_attention": full,
-        "post_norms": True,
-        "query_scale": 1.0,
-        "embedding_scale": found["hidden_size"] ** 0.5,
         "logit_cap": fields.number("final_logit_softcapping", 0.0, MOST_CAP, 0.0),
-        "value_norm": True,
         "shared_projection": fields.boolean("attention_k_eq_v"),
-        "layer_scalars": True,
         "experts": gemma4_experts(fields, found["num_layers"]) if has_experts else None,
     }
 
@@ -157,4 +153,5 @@ GEMMA4 = Family(
     terms=gemma4_terms,
     wrapper=("gemma4", "Gemma4ForConditionalGeneration"),
     tensor_names=NAMES,
+    gguf=GEMMA4_GGUF,
 )
