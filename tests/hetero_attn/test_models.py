@@ -74,3 +74,9 @@ def test_narrow_weights_stay_close_to_float32(tmp_path, weight_dtype, limit):
     engine.close()
 
     assert nmse(actual, hf_logits(path, TOKENS)) <= limit
+
+
+def test_the_oracle_reads_a_model_anew_that_is_written_to_the_same_folder(tmp_path):
+    first, second = (hf_logits(make_checkpoint(tmp_path, layers=1, seed=seed), TOKENS[:5]) for seed in (0, 1))
+
+    assert nmse(second, first) > 0.1

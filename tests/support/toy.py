@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+Written = tuple[tuple[str, int, int], ...]  # name, bytes and time of each file
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -121,13 +122,19 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 def hf_logits(path: Path, token_ids: list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Logits of transformers, eager attention, on one sequence: float32 [len(token_ids), vocab]."""
-    return _known_logits(path, tuple(token_ids), dtype).clone()
+    return _known_logits(path, _written(path), tuple(token_ids), dtype).clone()
 
 
 @lru_cache(maxsize=256)  # plans of one model are compared with the same
-def _known_logits(path: Path, token_ids: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def _known_logits(path: Path, written: Written, token_ids: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     with torch.inference_mode(), one_torch_thread():
-        return hf_model(path, dtype)(torch.tensor([token_ids])).logits[0].float()
+        return _known_model(path, written, dtype)(torch.tensor([token_ids])).logits[0].float()
+
+
+def _written(path: Path) -> Written:
+    """What tells a model from another one that is written to the same folder: its files."""
+    stats = {file.name: file.stat() for file in path.iterdir()}
+    return tuple((name, stats[name].st_size, stats[name].st_mtime_ns) for name in sorted(stats))
 
 
 def hf_generate(path: Path, token_ids: list[int], max_tokens: int, dtype: torch.dtype = torch.float32) -> list[int]:
@@ -157,9 +164,13 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@cache
 def hf_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The checkpoint loaded by transformers in eval mode, kept for the rest of the test run."""
+    return _known_model(path, _written(path), dtype)
+
+
+@cache
+def _known_model(path: Path, written: Written, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
