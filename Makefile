@@ -1,6 +1,7 @@
 # make demo   set up .venv and run the demonstration: SmolLM2-135M, fetched once (92 MB), else the shipped checkpoint
-# make test   set up .venv and run the whole test suite
-# make test-all  as test, then what takes many minutes: the soak, the full matrices, 100,000 mutations
+# make test   set up .venv and run the test suite: every test, of long tables every row and column
+# make test-matrix  the rest of those tables (marker matrix); .ci/run runs it after test
+# make test-all  both, then what takes many minutes more: the soak, 100,000 mutations, every kernel for every GPU
 # make lint   set up .venv and check form and types: ruff and mypy
 # make clean  remove .venv and everything that was built
 #
@@ -30,7 +31,10 @@ RUNTIME := import torch, numba, numpy, safetensors, transformers, tokenizers, hu
 SHARED_OUT = $(shell $(BIN)/python -c 'import xdist' 2>/dev/null && \
 	echo --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder)
 
-.PHONY: demo test test-all lint clean
+# Where nothing compiled is kept, every process that a test starts compiles some 200 files anew, and pytest its own.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test test-matrix test-all lint clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -38,8 +42,11 @@ demo: $(READY)
 test: $(READY) $(CLIENTS)
 	$(BIN)/python -m pytest $(SHARED_OUT)
 
-test-all: test $(REPLICAS)
-	$(BIN)/python -m pytest -m "soak or aot_full or mutations or matrix"
+test-matrix: $(READY) $(CLIENTS)
+	$(BIN)/python -m pytest $(SHARED_OUT) -m matrix
+
+test-all: test test-matrix $(REPLICAS)
+	$(BIN)/python -m pytest -m "soak or aot_full or mutations"
 
 lint: $(READY)
 	$(BIN)/python -m ruff format --check --quiet .

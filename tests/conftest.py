@@ -10,14 +10,14 @@ import torch
 
 from cpu_kernels.ahead.builders import build_all
 from placement.solve.program import Program
+from tests.support.covering import leave_out_the_rest
 from tests.support.extras import MISSING_OF_SERVER
 from tests.support.replayed import suite_lines
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tensors of tests are tiny: the threads of torch's pool only wait for each other, and spin on the cores meanwhile. The
-# tests of attention took eight times the CPU time with two. Processes that tests start have their pool, which sleeps.
+# tests of attention took eight times the CPU time with two. Processes that tests start have their pool.
 torch.set_num_threads(1)
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A shell starts background work with Ctrl-C ignored, and processes inherit that: tests that send it would wait for
 # nothing.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -39,16 +39,27 @@ LONG = (
 )
 
 
+# Markers of what takes minutes, and the target of the Makefile that asks for each.
+ON_REQUEST = {
+    "matrix": "make test-matrix",
+    "soak": "make test-all",
+    "aot_full": "make test-all",
+    "mutations": "make test-all",
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest goes by the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What takes many minutes runs on request, what takes long in one file runs first."""
+    leave_out_the_rest(items)
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     moving = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if moving:
         raise pytest.UsageError(f"names of tests hold addresses, which each process has of its own: {moving[:3]}")
     for item in items:
-        for name in ("soak", "mutations", "matrix"):
+        for name, target in ON_REQUEST.items():
             if name in item.keywords and name not in config.option.markexpr:
-                item.add_marker(pytest.mark.skip(reason=f"takes minutes; ask for it with -m {name}, or make test-all"))
+                item.add_marker(pytest.mark.skip(reason=f"takes minutes; ask for it with -m {name}, or {target}"))
 
 
 def pytest_collection_finish() -> None:

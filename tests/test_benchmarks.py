@@ -205,6 +205,25 @@ def test_growth_ends_with_a_json_line_that_says_what_was_met() -> None:
     assert [(row["dtype"], row["is_met"]) for row in record["exact"]] == [("fp32", True), ("bf16", True)]
 
 
+def test_the_gpu_script_runs_the_parts_that_are_asked_for_and_reports_them(tmp_path: Path) -> None:
+    """A measurement of the hand-over that an emulated GPU cannot take, and those of one plan of a model."""
+    arguments = ("--device", "emulated", "--quick", "--work-dir", tmp_path, "--out", tmp_path / "out")
+    asked = ("sanity hop graph", "model tiny q4 75% auto")
+
+    done = run("gpu_offload.py", *arguments, "--minutes", 60, "--only", asked[0], "--only", asked[1])
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    parts = {line["name"]: line for line in lines if line["name"].startswith(("sanity", "model", "probe", "kernels"))}
+    assert all(name.startswith(asked) for name in parts)
+    assert "NotImplementedError" in parts[asked[0]]["error"]
+    assert all(parts[f"{asked[1]}: {row}"]["tokens_per_s"] > 0 for row in ("decode", "pp16", "pp64"))
+
+    report = run("gpu_report.py", tmp_path / "out", tmp_path / "record.json", "--plot", tmp_path / "plot.png")
+    assert report.returncode == 0, report.stderr
+    assert "| tiny q4 75% auto: pp16 |" in report.stdout and (tmp_path / "plot.png").stat().st_size > 0
+
+
+@pytest.mark.matrix
 def test_the_gpu_script_runs_every_part_on_the_emulated_device_and_keeps_what_it_has(tmp_path: Path) -> None:
     """A run without time, one with, and one that asks for parts which are done: it repeats nothing."""
     arguments = ("--device", "emulated", "--quick", "--work-dir", tmp_path, "--out", tmp_path / "out")

@@ -21,12 +21,10 @@ if INTERPRETED:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Outside of the interpreter the kernel tests are GPU tests; the full matrix of compilations runs on request."""
+    """Outside of the interpreter the kernel tests are GPU tests."""
     for item in items:
         if item.path.parent != Path(__file__).parent:
             continue
-        if "aot_full" in item.keywords and "aot_full" not in config.option.markexpr:
-            item.add_marker(pytest.mark.skip(reason="takes minutes; ask for it with -m aot_full"))
         if item.path.name.startswith("test_triton_") and not INTERPRETED:
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():

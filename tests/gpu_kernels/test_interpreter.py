@@ -18,11 +18,14 @@ HERE = Path(__file__).parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # the tensors are tiny; idle threads of torch only disturb the neighbours
 
 
+# An ordinary run takes every kernel, format and shape of a tile once, and of every kernel several mutants.
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreter's process")
-def test_kernels_pass_under_the_interpreter():
+@pytest.mark.parametrize("cells", ["not matrix", pytest.param("matrix", marks=pytest.mark.matrix)])
+def test_kernels_pass_under_the_interpreter(cells):
     files = sorted(str(path) for path in HERE.glob("test_triton_*.py"))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", *files]
+    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-m", cells]
+    command = [sys.executable, "-m", "pytest", *options, *files]
 
     done = subprocess.run(
         command,

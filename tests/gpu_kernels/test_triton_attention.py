@@ -54,6 +54,7 @@ def test_decode_attention_splits_a_long_cache_evenly(device):
     checks.check_decode(decode.decode_attention, device, BF16, 1, 1, 16, 64, 1024, [(1, 1024), (0, 257)])
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     "page_size,ranges",
     [
@@ -105,6 +106,7 @@ def test_a_scale_that_is_not_positive_is_refused(device):
         prefill.prefill_attention(q, Pages(pages, pages), ChunkKeys(table, 0, 1, 0), -1.0, Partial(q, q[..., 0]))
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     "dtype,num_kv_heads,queries_per_kv,head_dim,page_size",
     [(BF16, 2, 2, 64, 16), (FP32, 1, 1, 24, 8), (BF16, 1, 3, 80, 1), (BF16, 1, 4, 128, 64)],
@@ -139,6 +141,7 @@ def test_prefill_attention_of_few_rows(device, q_len, start, stop, q_start, wind
     checks.check_prefill(prefill.prefill_attention, device, BF16, q_len, 1, 2, 128, 16, start, stop, q_start, window)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("page_size", [32, 48, 128])
 @pytest.mark.parametrize(
     "start,stop,q_start,window",

@@ -85,6 +85,7 @@ def test_whole_number_formats_give_the_references_bits(device, name, rows):
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", ["q4", "q8"])
 @pytest.mark.parametrize("rows,in_features", [(1, 100), (1, 704), (9, 100), (20, 64)])
 def test_any_inputs_and_rows_by_place(device, name, rows, in_features):

@@ -77,6 +77,7 @@ LONG_PAGE = ("q8", 2, 40, 128, 5, 300)
 APPEND = {name: (name, 40, 4) for name in DTYPES}
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("kv_dtype", DTYPES)
 @pytest.mark.parametrize(
     "queries_per_kv,head_dim,page_size,start,stop",
@@ -110,12 +111,14 @@ def test_prefill_attention(device, kv_dtype, head_dim, page_size, window):
     assert nmse(out.cpu(), expected, dims=(0, 2)) <= CODES_NMSE and lse_error(lse.cpu(), expected_lse) <= CODES_LSE
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("kv_dtype", DTYPES)
 @pytest.mark.parametrize("head_dim,page_size", [(64, 16), (40, 4), (128, 1), (16, 2), (96, 4)])
 def test_rope_append_writes_the_bytes_of_the_reference(device, kv_dtype, head_dim, page_size):
     check_append(rope.rope_append, device, kv_dtype, head_dim, page_size)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("kv_dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_rope_append_multiplies_q_and_k_by_the_matrix(device, kv_dtype, head_dim):

@@ -27,6 +27,7 @@ def check(device, weight_dtype, rows, num_blocks, in_features, **options):
     )
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("weight_dtype", ["q4", "q8"])
 @pytest.mark.parametrize(
     "rows,num_blocks,in_features",
@@ -50,12 +51,14 @@ def test_quantised_linear(device, weight_dtype, rows, num_blocks, in_features):
     check(device, weight_dtype, rows, num_blocks, in_features)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("weight_dtype", ["q4", "q8"])
 @pytest.mark.parametrize("rows,in_features", [(1, 64), (1, 2112), (3, 64), (3, 2112), (BORDER + 6, 64)])
 def test_quantised_linear_accumulates(device, weight_dtype, rows, in_features):
     check(device, weight_dtype, rows, 3, in_features, with_bias=False, accumulate=True)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("weight_dtype", ["q4", "q8"])
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_every_tile_serves_any_shape(device, weight_dtype, tile, monkeypatch):
@@ -71,6 +74,7 @@ def test_every_tile_serves_any_shape(device, weight_dtype, tile, monkeypatch):
     )
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("weight_dtype", ["q4", "q8"])
 @pytest.mark.parametrize("shape", GEMV_SHAPES, ids=str)
 def test_every_shape_of_one_row_serves_any_inputs(device, weight_dtype, shape, monkeypatch):
@@ -79,6 +83,7 @@ def test_every_shape_of_one_row_serves_any_inputs(device, weight_dtype, shape, m
     check(device, weight_dtype, 1, 2, 64 * shape.warps * shape.unroll + 30, accumulate=True)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("weight_dtype", ["q4", "q8"])
 @pytest.mark.parametrize("tile", [int8_tile.TILE, int8_tile.SMALL_TILE], ids=str)
 @pytest.mark.parametrize("rows,num_blocks,in_features", [(65, 3, 100), (130, 9, 192)])

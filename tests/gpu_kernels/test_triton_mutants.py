@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.support import planted
+from tests.support.covering import one_of_each
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
@@ -39,7 +40,7 @@ def unwritten_memory_is_nan():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", one_of_each(MUTANTS, lambda mutant: mutant[:3]))
 def test_mutant_is_caught(name, tmp_path):
     file, op, check, right, wrong = MUTANTS[name]
     mutant = load_mutant(tmp_path, file, right, wrong)
@@ -58,7 +59,7 @@ def test_the_right_kernel_passes_every_mutants_check(check, file, op, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("name", HELPER_MUTANTS)
+@pytest.mark.parametrize("name", one_of_each(HELPER_MUTANTS, lambda mutant: (mutant[2], str(mutant[3].keywords))))
 def test_mutant_of_a_helper_is_caught(name, tmp_path, monkeypatch):
     file, user, helper, check, right, wrong = HELPER_MUTANTS[name]
     check()
@@ -69,7 +70,7 @@ def test_mutant_of_a_helper_is_caught(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("name", SOFTMAX_MUTANTS)
+@pytest.mark.parametrize("name", one_of_each(SOFTMAX_MUTANTS, lambda mutant: mutant[:2]))
 def test_mutant_of_the_softmax_is_caught(name, tmp_path, monkeypatch):
     user, helper, check, right, wrong = SOFTMAX_MUTANTS[name]
     op = user.decode_attention if user is decode else user.prefill_attention

@@ -29,6 +29,7 @@ def awkward(*shape: int) -> torch.Tensor:
     return x
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("dtype,rows,limit", ORDERS)
 @pytest.mark.parametrize("hidden", [64, 200, 1088])
 def test_norm_and_rounding_are_those_of_two_launches(device, dtype, rows, limit, hidden):
@@ -42,6 +43,7 @@ def test_norm_and_rounding_are_those_of_two_launches(device, dtype, rows, limit,
     assert same(fused, linear_layer.rounded(apart, dtype, limit))
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("dtype,rows,limit", ORDERS)
 @pytest.mark.parametrize("activation,units", [("silu_mul", 3), ("gelu_mul", 70)])
 def test_activation_and_rounding_are_those_of_two_launches(device, dtype, rows, limit, activation, units):

@@ -136,6 +136,7 @@ def test_logits_equal_transformers(checkpoint):
     assert nmse(logits_by(checkpoint, cpu_plan(toy_workload(checkpoint))), hf_logits(checkpoint, TOKENS)) <= 1e-10
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("gpu", "stream"), [(0.4, 0.3), (0.0, 0.6), (1.0, 0.0)])
 def test_three_lanes_equal_transformers(checkpoint, gpu, stream):
     plan = uniform_plan(toy_workload(checkpoint), gpu=gpu, stream=stream, gpu_kv_heads=1)

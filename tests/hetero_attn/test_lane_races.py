@@ -247,7 +247,12 @@ def crossing_plan(path: Path) -> Plan:
 
 
 @pytest.mark.parametrize(
-    "make_plan,handover", [(spilling_plan, "events"), (crossing_plan, "events"), (spilling_plan, "flags")]
+    "make_plan,handover",
+    [
+        (spilling_plan, "events"),
+        pytest.param(crossing_plan, "events", marks=pytest.mark.matrix),
+        (spilling_plan, "flags"),
+    ],
 )
 def test_leaving_out_any_one_wait_is_reported(tmp_path, make_plan, handover):
     path = make_checkpoint(tmp_path, layers=1, hidden=32, num_heads=2, num_kv_heads=2, head_dim=16, intermediate=64)

@@ -131,7 +131,10 @@ def run(tmp_path, script, *arguments):
     return done.stdout, done.stderr, done.returncode
 
 
-@pytest.mark.parametrize(("device", "parent"), [("cpu", ["rest", "busy"]), ("emulated", ["busy"])])
+@pytest.mark.parametrize(
+    ("device", "parent"),
+    [("cpu", ["rest", "busy"]), pytest.param("emulated", ["busy"], marks=pytest.mark.matrix)],
+)
 def test_a_forked_child_is_told_so_and_harms_nobody(tmp_path, path, device, parent):
     """It gets a named error at once, can load a model of its own, and runs none of its parent's finalisers."""
     output, errors, status = run(tmp_path, FORK, path, device, *parent)
@@ -149,7 +152,7 @@ def test_the_interpreter_ends_cleanly_while_a_daemon_thread_is_in_torch_beside_t
     assert run(tmp_path, EXIT_BESIDE_STEPS, path, "cpu") == ("fine\n", "", 0)
 
 
-@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("emulated", marks=pytest.mark.matrix)])
 def test_a_thread_may_go_on_when_the_main_thread_has_ended(tmp_path, path, device):
     assert run(tmp_path, THREAD_OUTLIVES_MAIN, path, device) == ("fine\n", "", 0)
 

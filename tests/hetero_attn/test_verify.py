@@ -101,7 +101,8 @@ def caught(path, weight_dtype: str) -> bool:
     return not found.passed and max(stage.error / stage.limit for stage in found.stages) > 10
 
 
-@pytest.mark.parametrize("weight_dtype", ["bf16", "q4"])
+# Of bf16 every bug is planted in an ordinary run; q4, which hides more, passes at thirty layers there.
+@pytest.mark.parametrize("weight_dtype", ["bf16", pytest.param("q4", marks=pytest.mark.matrix)])
 class TestPlantedBugs:
     """Each changes little at the end of one layer, and is drowned by rounding at the end of thirty."""
 
@@ -163,15 +164,15 @@ class TestPlantedBugs:
         assert caught(shallow, weight_dtype)
 
 
-def test_the_first_layer_that_differs_is_named(deep):
+def test_the_first_layer_that_differs_is_named(shallow):
     """One block of one layer is damaged after loading; the layers behind it get the reference's input, and agree."""
-    with loaded(deep, "bf16", split=True) as (planned, engine):
-        engine.weights.linear("layers.17.down").dram[0].fill_(0)
+    with loaded(shallow, "bf16", split=True) as (planned, engine):
+        engine.weights.linear("layers.3.down").dram[0].fill_(0)
         found = verify.compare(planned, engine, TOKEN_IDS, 8)
 
-    assert [stage.name for stage in found.stages if stage.error > stage.limit] == ["layer 17"]
-    assert found.to_dict()["first_divergence"] == "layer 17" and not found.passed
-    assert "layer 17" in found.table() and "THE PLAN CHANGES THE ANSWER" in found.table()
+    assert [stage.name for stage in found.stages if stage.error > stage.limit] == ["layer 3"]
+    assert found.to_dict()["first_divergence"] == "layer 3" and not found.passed
+    assert "layer 3" in found.table() and "THE PLAN CHANGES THE ANSWER" in found.table()
 
 
 def test_a_model_without_tokenizer_says_so(tmp_path):

@@ -56,7 +56,7 @@ def random_instance(seed):
     return workload, machine, rng.randint(least, int(1.1 * most))
 
 
-@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("block", [0, 1, *(pytest.param(block, marks=pytest.mark.matrix) for block in range(2, 10))])
 def test_within_one_per_cent_of_exhaustive_search(block):
     worst = 1.0
     for seed in range(20 * block, 20 * block + 20):
@@ -159,7 +159,7 @@ def test_one_linear_is_cut_as_expected(units, cpu, pcie, dram, budget_units, exp
     assert expected == one_linear(units, cpu, pcie, dram, budget_units)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(seed, marks=pytest.mark.matrix) for seed in range(5, 20))])
 def test_more_gpu_memory_is_never_predicted_slower(seed):
     workload, machine, _ = random_instance(seed)
     least, most = least_bytes(workload), everything_bytes(workload)

@@ -11,7 +11,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -24,26 +24,26 @@ Cpu = tuple[str, str]  # (triple, name)
 Kernel = tuple[str | int, ...]  # (module, factory, *parameters)
 
 
-def assembly_of(isa: str, cpus: Sequence[Cpu], kernels: Sequence[Kernel]) -> dict[tuple[Kernel, Cpu], str]:
-    """The assembly of every kernel for every CPU; the kernel's function is `kernel`."""
-    return _compiled("assembly", isa, cpus, kernels)
+def assembly_of(isa: str, wanted: Mapping[Kernel, Sequence[Cpu]]) -> dict[tuple[Kernel, Cpu], str]:
+    """The assembly of every kernel for its CPUs; the kernel's function is `kernel`."""
+    return _compiled("assembly", isa, wanted)
 
 
-def objects_of(isa: str, cpus: Sequence[Cpu], kernels: Sequence[Kernel]) -> dict[tuple[Kernel, Cpu], bytes]:
-    """The object file of every kernel for every CPU; the kernel's function is `kernel`."""
-    found = _compiled("object", isa, cpus, kernels)
+def objects_of(isa: str, wanted: Mapping[Kernel, Sequence[Cpu]]) -> dict[tuple[Kernel, Cpu], bytes]:
+    """The object file of every kernel for its CPUs; the kernel's function is `kernel`."""
+    found = _compiled("object", isa, wanted)
     return {which: base64.b64decode(code) for which, code in found.items()}
 
 
-def _compiled(form: str, isa: str, cpus: Sequence[Cpu], kernels: Sequence[Kernel]) -> dict[tuple[Kernel, Cpu], str]:
-    requests = "\n".join(json.dumps([form, isa, cpus, *kernel]) for kernel in kernels)
+def _compiled(form: str, isa: str, wanted: Mapping[Kernel, Sequence[Cpu]]) -> dict[tuple[Kernel, Cpu], str]:
+    requests = "\n".join(json.dumps([form, isa, cpus, *kernel]) for kernel, cpus in wanted.items())
     command = [sys.executable, "-m", "tests.support.cross_compile"]
     run = subprocess.run(command, input=requests, capture_output=True, text=True, cwd=ROOT, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     answers = (json.loads(line) for line in run.stdout.splitlines())
     return {
         (kernel, cpu): code
-        for kernel, answer in zip(kernels, answers, strict=True)
+        for (kernel, cpus), answer in zip(wanted.items(), answers, strict=True)
         for cpu, code in zip(cpus, answer, strict=True)
     }
 

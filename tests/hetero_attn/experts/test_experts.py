@@ -27,6 +27,7 @@ from tests.support.runtime import (
 from tests.support.toy import edit_json
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("overlap", [True, False], ids=["recorded", "plain"])
 def test_the_cpu_lane_equals_transformers(checkpoints, family, overlap):
