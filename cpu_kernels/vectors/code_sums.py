@@ -15,7 +15,7 @@ from llvmlite import ir
 
 from cpu_kernels.vectors.dot import V8I32, V16I16, V32I8, emit_dot4, emit_sdot, in_parts, together
 from cpu_kernels.vectors.isa import Isa
-from cpu_kernels.vectors.vector import call_llvm, constant
+from cpu_kernels.vectors.vector import VI32, call_llvm, constant, in_order
 
 LARGEST_INPUT, LARGEST_SHORT = 127, 32767
 TOP_BITS = -0x7F7F7F80  # bit 7 of every byte
@@ -60,11 +60,33 @@ class CodeSums:
         halves, keeps_least = in_parts(b, codes, V32I8), ir.Constant(ir.IntType(1), 0)
         return [(call_llvm(b, "llvm.abs.v32i8", V32I8, half, keeps_least), half) for half in halves]
 
-    def sum(self, b, start):
-        """A sum that begins with `start`, <16 x i32>."""
-        return {"unsigned": Sum, "signed": SignedSum, "pairs": PairSum, "magnitudes": MagnitudeSum}[self.kind](
-            self, b, start
-        )
+    @property
+    def takes_scales(self) -> bool:
+        """Whether products are widened by a multiplication, which may take a scale for nothing."""
+        return self.kind in ("pairs", "magnitudes")
+
+    @property
+    def words_together(self) -> int:
+        """Words whose products one of several rows adds up before the next row does: two where int16 holds no more, so
+        that none is held in int16 from word to word."""
+        return 2 if self.kind == "pairs" and 6 * LARGEST_INPUT * self.largest > LARGEST_SHORT else 1
+
+    def sum(self, b, start, scale=None):
+        """A sum that begins with `start`, <16 x i32>; what is added to it is multiplied by `scale`, where
+        `takes_scales`: of int16 twice in every lane."""
+        if not self.takes_scales:
+            return {"unsigned": Sum, "signed": SignedSum}[self.kind](self, b, start)
+        factor = constant(VI32, 0x00010001) if scale is None else scale
+        return {"pairs": PairSum, "magnitudes": MagnitudeSum}[self.kind](self, b, start, factor)
+
+    def settle(self, b, sums) -> None:
+        """Between two words of several rows: what the next one takes is not begun before, as registers are few."""
+        if not self.takes_scales:
+            return
+        halves = in_order(b, [b.bitcast(half, V8I32) for total in sums for half in total.growing()])
+        for total in sums:
+            total.grown(halves[:2])
+            halves = halves[2:]
 
 
 class Sum:
@@ -90,12 +112,45 @@ class SignedSum(Sum):
         self._total = emit_sdot(self._b, self._total, operand, x)
 
 
-class PairSum(Sum):
+class WidenedSum(Sum):
+    """Of int16 sums, widened by vpmaddwd with a factor."""
+
+    def __init__(self, how: CodeSums, b, start, factor):
+        super().__init__(how, b, start)
+        self._factor = in_parts(b, factor, V16I16)
+
+    def growing(self):
+        """The two registers of what is being added up."""
+        return in_parts(self._b, self._total, V8I32)
+
+    def grown(self, halves) -> None:
+        """Go on with these in their place."""
+        self._total = together(self._b, halves)
+
+    def _widen(self, shorts) -> None:
+        """Add two registers of int16 sums times the factor."""
+        halves = zip(shorts, self._factor)
+        wide = [call_llvm(self._b, "llvm.x86.avx2.pmadd.wd", V8I32, *both) for both in halves]
+        self._total = self._b.add(self._total, together(self._b, wide))
+
+
+class PairSum(WidenedSum):
     """Of vpmaddubsw: int16 sums beside the int32 ones, as long as they fit."""
 
-    def __init__(self, how: CodeSums, b, start):
-        super().__init__(how, b, start)
+    def __init__(self, how: CodeSums, b, start, factor):
+        super().__init__(how, b, start, factor)
         self._shorts, self._held = None, 0
+
+    def growing(self):
+        """See WidenedSum."""
+        return self._shorts if self._held else super().growing()
+
+    def grown(self, halves) -> None:
+        """See WidenedSum."""
+        if self._held:
+            self._shorts = [self._b.bitcast(half, V16I16) for half in halves]
+        else:
+            super().grown(halves)
 
     def add(self, operand, x) -> None:
         """See Sum."""
@@ -104,32 +159,29 @@ class PairSum(Sum):
         self._shorts = products if self._held == 0 else [b.add(*both) for both in zip(self._shorts, products)]
         self._held += 1
         if (self._held + 1) * 2 * LARGEST_INPUT * self._how.largest > LARGEST_SHORT:
-            self._widen()
+            self._flush()
 
     def total(self):
         """See Sum."""
         if self._held:
-            self._widen()
+            self._flush()
         return self._total
 
     def _product(self, codes, x):
         return call_llvm(self._b, "llvm.x86.avx2.pmadd.ub.sw", V16I16, codes, x)
 
-    def _widen(self) -> None:
-        b, ones = self._b, constant(V16I16, 1)
-        wide = [call_llvm(b, "llvm.x86.avx2.pmadd.wd", V8I32, shorts, ones) for shorts in self._shorts]
-        self._total = b.add(self._total, together(b, wide))
+    def _flush(self) -> None:
+        self._widen(self._shorts)
         self._shorts, self._held = None, 0
 
 
-class MagnitudeSum(Sum):
+class MagnitudeSum(WidenedSum):
     """Of vpmaddubsw on magnitudes; two of its sums do not fit in int16."""
 
     def add(self, operand, x) -> None:
         """See Sum."""
-        b, wide = self._b, []
+        b, shorts = self._b, []
         for (magnitude, signed), inputs in zip(operand, in_parts(b, x, V32I8)):
             turned = call_llvm(b, "llvm.x86.avx2.psign.b", V32I8, inputs, signed)
-            shorts = call_llvm(b, "llvm.x86.avx2.pmadd.ub.sw", V16I16, magnitude, turned)
-            wide.append(call_llvm(b, "llvm.x86.avx2.pmadd.wd", V8I32, shorts, constant(V16I16, 1)))
-        self._total = b.add(self._total, together(b, wide))
+            shorts.append(call_llvm(b, "llvm.x86.avx2.pmadd.ub.sw", V16I16, magnitude, turned))
+        self._widen(shorts)

@@ -107,6 +107,16 @@ def unknown(builder, address):
     return builder.asm(ir.FunctionType(address.type, [address.type]), "", "=r,0", [address], False)
 
 
+def in_order(builder, registers):
+    """The same registers, on x86, by a way of no instruction: what follows LLVM begins after it, and so keeps less at
+    once."""
+    count, kind = len(registers), registers[0].type
+    ties = ",".join(["=x"] * count + [str(place) for place in range(count)])
+    together = ir.FunctionType(ir.LiteralStructType([kind] * count), [kind] * count)
+    kept = builder.asm(together, "", ties, registers, True)
+    return [builder.extract_value(kept, place) for place in range(count)]
+
+
 def store_as(builder, value, address, offset=0):
     """Unaligned store of one LLVM value."""
     builder.store(value, pointer(builder, address, value.type, offset), align=1 if value.type in (VI8, I8) else 2)

@@ -10,7 +10,7 @@ from llvmlite import ir
 
 from cpu_kernels.vectors.dot import V8I32, V16I16, V32I8, in_parts, together
 from cpu_kernels.vectors.isa import Isa
-from cpu_kernels.vectors.vector import VF32, VI32, call_llvm, constant, fma_value
+from cpu_kernels.vectors.vector import VF32, VI32, call_llvm, constant, fma_value, in_order
 
 DIGIT_BITS, PLANES, FRACTION_BITS = 7, 4, 27
 # What the digits of the highest plane are above the number's own: 1, in units of that plane.
@@ -38,13 +38,6 @@ def _add_products(isa: Isa, b, total, digits, inputs):
     return b.add(total, call_llvm(b, "llvm.x86.avx2.pmadd.wd", V8I32, pairs, constant(V16I16, 1)))
 
 
-def _fenced(b, sums):
-    """The sums by a way of no instruction: what is loaded after it LLVM loads after it, and so keeps less at once."""
-    kind, registers = ir.LiteralStructType([V8I32] * PLANES), [V8I32] * PLANES
-    kept = b.asm(ir.FunctionType(kind, registers), "", "=x,=x,=x,=x,0,1,2,3", sums, True)
-    return [b.extract_value(kept, plane) for plane in range(PLANES)]
-
-
 def planes_dot(isa: Isa, b, values: tuple[float, ...], half_word, record, places: range, taken):
     """<16 x float>: sums of number * input of 16 features and one row, over the words at `places`.
 
@@ -61,7 +54,7 @@ def planes_dot(isa: Isa, b, values: tuple[float, ...], half_word, record, places
             for plane, table in enumerate(tables):
                 digits = call_llvm(b, "llvm.x86.avx2.pshuf.b", V32I8, table, codes)
                 sums[plane] = _add_products(isa, b, sums[plane], digits, x)
-            sums = _fenced(b, sums)
+            sums = in_order(b, sums)
         halves.append(sums)
     planes = [together(b, list(both)) for both in zip(*halves)]
     low, high = (b.add(b.shl(planes[at + 1], constant(VI32, DIGIT_BITS)), planes[at]) for at in (0, 2))

@@ -62,8 +62,12 @@ class FormSums:
         self.code_sums = CodeSums(isa, item.largest_code)
         self.offset = item.offset - 128 if self.code_sums.takes_128 else item.offset
         self.takes_planes = rows == 1 and isa.has_avx2 and self.run >= 32 and fits_planes(item.values)
-        # Two dot2 a row, by sub-scales, in place of four; what they share pays from several rows on.
-        self.takes_sums_of_16 = item.header == "K2S16" and bool(self.offset) and rows >= 4
+        # Registers are few for what so many rows hold, and what rows share pays.
+        self.has_several_rows = rows >= 4
+        # Two dot2 a row, by sub-scales, in place of four.
+        self.takes_sums_of_16 = item.header == "K2S16" and bool(self.offset) and self.has_several_rows
+        # Two-level scales are multiplied as products are widened.
+        self.scales_products = item.header.startswith("K2") and self.has_several_rows and self.code_sums.takes_scales
 
     @cached_property
     def of_group(self):
@@ -89,10 +93,19 @@ class FormSums:
     def dots(self, b, word, record, part: int):
         """int32 sums of (code - offset) * input over run `part`, for every row."""
         sums = [self.code_sums.sum(b, self.start(b, record, part, row)) for row in range(self.rows)]
-        for k in range(part * self.run // 4, (part + 1) * self.run // 4):
-            codes = self.code_sums.operand(b, word(k), is_from_table=bool(self.item.table))
-            for row in range(self.rows):
-                sums[row].add(codes, record.inputs(row, k))
+        return self.with_products(b, word, record, part, sums)
+
+    def with_products(self, b, word, record, part: int, sums):
+        """Sums, one a row, and the products of run `part`."""
+        step = self.code_sums.words_together if self.has_several_rows else 1
+        for first in range(part * self.run // 4, (part + 1) * self.run // 4, step):
+            places = range(first, first + step)
+            words = [self.code_sums.operand(b, word(k), is_from_table=bool(self.item.table)) for k in places]
+            for row, total in enumerate(sums):
+                for k, codes in zip(places, words):
+                    total.add(codes, record.inputs(row, k))
+            if self.has_several_rows:
+                self.code_sums.settle(b, sums)
         return [total.total() for total in sums]
 
     def float_dots(self, b, word, record, part: int):
@@ -170,8 +183,13 @@ class FormSums:
         scales = [byte_numbers(b, subs, 64 + 16 * part, signed) for part in range(self.runs)]
         totals = self.offsets_of_16(b, scales, record)
         for part, scale in enumerate(scales):
-            for row, dot in enumerate(self.dots(b, word, record, part)):
-                totals[row] = b.add(totals[row], b.mul(dot, scale))
+            if self.scales_products:
+                twice = pairs_of(b, scale, scale)
+                sums = [self.code_sums.sum(b, total, twice) for total in totals]
+                totals = self.with_products(b, word, record, part, sums)
+            else:
+                dots = self.dots(b, word, record, part)
+                totals = [b.add(total, b.mul(dot, scale)) for total, dot in zip(totals, dots)]
         d = halves(b, superblock, 0)
         scaled = [b.fmul(b.sitofp(total, VF32), d) for total in totals]
         if signed:
