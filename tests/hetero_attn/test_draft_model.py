@@ -84,7 +84,13 @@ def draft_engine(llm):
 
 @pytest.mark.parametrize(
     ("drafter", "shape"),
-    [("large", "cpu"), ("small", "lanes"), ("windowed", "cpu"), ("head", "cpu"), ("head", "lanes")],
+    [
+        ("large", "cpu"),
+        ("small", "lanes"),
+        ("windowed", "cpu"),
+        pytest.param("head", "cpu", marks=pytest.mark.matrix),
+        ("head", "lanes"),
+    ],
 )
 def test_a_draft_model_changes_no_answer(paths, plain, any_width, drafter, shape):
     with load(paths, drafter, shape) as llm:

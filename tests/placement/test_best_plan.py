@@ -27,6 +27,7 @@ from tests.support.names import case_name
 from tests.support.plan_matrix import faults_by_case, walk
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("case_", drawn(6, seed=14), ids=str)
 @pytest.mark.parametrize("check", CHECKS)
 def test_the_plan_is_the_best_that_is_known(check, case_):

@@ -92,13 +92,13 @@ def test_a_solver_that_finds_nothing_in_its_time_is_replaced_by_exchanges(monkey
     assert total(best) * (1 - 1e-3) <= total(found) <= 1.05 * total(best)
 
 
-def test_a_calibration_text_brings_a_recipe_nearer_to_the_model(tmp_path):
+def test_a_calibration_text_brings_a_recipe_nearer_to_the_model(halved, tmp_path):
     """On another text, with the same types."""
     tokens = Tokenizer.open(TINY).encode((TINY / "heldout.txt").read_text()[20000:20600])[:64]
-    wanted = torch.log_softmax(logits(TINY, tokens, dtype="fp32"), -1)
+    wanted = torch.log_softmax(logits(halved, tokens, dtype="fp32"), -1)
 
     def divergence(name, text):
-        made = quantize(TINY, tmp_path / name, "q4", text=text, threads=2)
+        made = quantize(halved, tmp_path / name, "q4", text=text, threads=2)
         found = torch.log_softmax(logits(made.path, tokens, dtype="fp32"), -1)
         return made.types, (wanted.exp() * (wanted - found)).sum(-1).mean().item()
 
