@@ -63,11 +63,11 @@ class Cell:
 
     path, cls, originalname = Path("test_it.py"), None, "test_it"
 
-    def __init__(self, *places: str) -> None:
-        self.callspec, self.marked = SimpleNamespace(_idlist=places), []
+    def __init__(self, *places: str, marked: tuple[str, ...] = ()) -> None:
+        self.callspec, self.marked = SimpleNamespace(_idlist=places), [*marked]
 
-    def get_closest_marker(self, name: str) -> pytest.Mark:
-        return pytest.mark.table.mark
+    def get_closest_marker(self, name: str) -> pytest.Mark | None:
+        return getattr(pytest.mark, name).mark if name in ("table", *self.marked) else None
 
     def add_marker(self, marker: pytest.MarkDecorator) -> None:
         self.marked.append(marker.name)
@@ -80,6 +80,14 @@ def test_cells_that_an_ordinary_run_leaves_are_marked_and_no_others():
 
     assert all(cell.marked in ([], ["matrix"]) for cell in cells)
     assert sum(not cell.marked for cell in cells) == 3
+
+
+def test_a_cell_that_is_marked_already_shows_nothing():
+    cells = [Cell("a", "x", marked=("matrix",)), Cell("b", "x"), Cell("a", "y")]
+
+    leave_out_the_rest(cells)
+
+    assert [cell.marked for cell in cells] == [["matrix"], [], []]
 
 
 def test_a_cell_that_is_asked_for_alone_runs():

@@ -90,7 +90,10 @@ def busiest_block(assembly: str, instruction: str) -> Counter:
 
 @pytest.mark.table
 @pytest.mark.parametrize("cpu", CPUS, ids=lambda cpu: cpu[1])
-@pytest.mark.parametrize("weight_dtype", FORMATS)
+@pytest.mark.parametrize(
+    "weight_dtype",
+    [pytest.param(name, marks=pytest.mark.matrix if name in ("q5_k", "q6_k", "iq4_xs") else ()) for name in FORMATS],
+)
 def test_inner_loops_are_made_of_dot_products(assembly, weight_dtype, cpu):
     sdot = "sdot.4s" if cpu[0] == APPLE else "sdot"
     loop = busiest_block(assembly[linear_kernel(weight_dtype, 1), cpu], sdot)

@@ -63,7 +63,7 @@ def leave_out_the_rest(items: Sequence[pytest.Item]) -> None:
     """Mark `matrix` what tests with the marker `table` leave to another run; each parametrize is a dimension."""
     tables: dict[tuple, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("table"):
+        if item.get_closest_marker("table") and not item.get_closest_marker("matrix"):
             tables.setdefault((item.path, item.cls, item.originalname), []).append(item)
     for cells in tables.values():
         kept = ordinary([cell.callspec._idlist for cell in cells])

@@ -176,7 +176,7 @@ def experts_at(workload, gpu, stream):
 CUTS = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.3, 0.4), (0.8, 0.0)]
 
 
-@pytest.mark.parametrize("weight_dtype", ["q8", "q4"])
+@pytest.mark.parametrize("weight_dtype", ["q8", pytest.param("q4", marks=pytest.mark.matrix)])
 def test_no_bit_depends_on_the_lane_of_an_expert(checkpoints, weight_dtype):
     """Of whole-number formats: a prompt in chunks and then single tokens, each expert on any lane."""
     path = checkpoints["qwen3_moe"]
