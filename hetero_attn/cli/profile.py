@@ -21,9 +21,7 @@ def profile(
     ] = False,
     model: Annotated[
         str | None,
-        typer.Option(
-            "--for", metavar="MODEL", help="Also measure the weight formats of this model that no profile has."
-        ),
+        typer.Option("--for", metavar="MODEL", help="Also measure the weight formats and attention of this model."),
     ] = None,
     routes: Annotated[
         str | None,
@@ -46,8 +44,8 @@ def profile(
     from hetero_attn import profile_machine
 
     expect_writable(save, plot)
-    formats = () if model is None else formats_of(model, loading)
-    measured = profile_machine(on_progress=say, keep_when_busy=keep, formats=formats)
+    formats, caches = ((), ()) if model is None else needs_of(model, loading)
+    measured = profile_machine(on_progress=say, keep_when_busy=keep, formats=formats, caches=caches)
     if as_json:
         print_json(measured.to_dict())
     else:
@@ -60,11 +58,12 @@ def profile(
         plot_profile(measured, plot)
 
 
-def formats_of(model: str, loading: options.Loading) -> tuple[str, ...]:
-    """The formats of a model's weights as they are held here."""
+def needs_of(model: str, loading: options.Loading) -> tuple[tuple[str, ...], tuple[tuple[str, int, int], ...]]:
+    """What a model needs rates of: its weights' formats and its caches, as they are held here."""
     from hetero_attn.planning.settle import ask
 
-    return ask(loading.options(model)).request.workload.weight_formats
+    workload = ask(loading.options(model)).request.workload
+    return workload.weight_formats, workload.caches
 
 
 def show_routes(model: str, loading: options.Loading, file: Path | None, save: Path | None, as_json: bool) -> None:

@@ -13,14 +13,16 @@ def profile_machine(
     save: bool = True,
     keep_when_busy: bool = False,
     formats: Sequence[str] = (),
+    caches: Sequence[tuple[str, int, int]] = (),
 ) -> HardwareProfile:
     """Measure this machine, keep the result for later plans, and return it; takes a quarter of a minute on two cores,
-    a minute where its kernels must be compiled first.
+    up to a minute where its kernels must be compiled first.
 
     on_progress(what) is called before each measurement. save=False leaves the kept profile alone; where it
     cannot be kept a warning says why. So it does where other programs used more than a tenth of the CPUs meanwhile,
     which makes rates too low: such a profile is kept only with keep_when_busy. formats: weight formats that the CPU
-    lane's linears are measured in beside fp32, bf16, q8 and q4; plans take others from the nearest that was measured.
+    lane's linears are measured in beside fp32, bf16, q8 and q4; caches: (dtype, query heads per KV head, head size)
+    whose attention is measured beside that of every profile. Plans take others from the nearest that was measured.
     """
     import torch
 
@@ -29,7 +31,7 @@ def profile_machine(
     from placement.profilers.neighbours import Neighbours
 
     neighbours = Neighbours()
-    profile, device = measure(lane_threads(), host_memory_bytes(), on_progress, formats=formats), "cpu"
+    profile, device = measure(lane_threads(), host_memory_bytes(), on_progress, formats=formats, caches=caches), "cpu"
     if torch.cuda.is_available():
         profile, device = _with_gpu(profile, on_progress), "cuda"
     on_progress("Python and hand-overs")

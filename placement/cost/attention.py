@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from placement.cost.terms import Call, cpu_call_s, handover_s
 from placement.machine.hardware import HardwareProfile
-from placement.machine.rates import KV_BITS, AttentionRate, nearest_attention
+from placement.machine.rates import KV_BITS, AttentionRate, attention_of_few_heads, nearest_attention
 from placement.plan.shards import KvShard
 from placement.plan.workload import Workload
 
@@ -43,7 +43,8 @@ def cpu_attention_rate(
     share a KV head, 0 for those of one row."""
     bits, heads = KV_BITS[workload.kv_dtype], vectors or workload.heads_of(shard) / shard.kv_heads
     if hardware.cpu_attention:
-        return nearest_attention(hardware.cpu_attention, bits, heads, workload.head_dim_of(shard))
+        near = nearest_attention(hardware.cpu_attention, bits, heads, workload.head_dim_of(shard))
+        return attention_of_few_heads(hardware.cpu_attention, near, heads, hardware.dram_bytes_per_s)
     overall = hardware.cpu_attention_bytes_per_s, hardware.cpu_attention_ops_per_s
     return AttentionRate(bits, round(heads), workload.head_dim_of(shard), *overall)
 

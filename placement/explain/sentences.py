@@ -5,11 +5,15 @@ from collections.abc import Iterator
 from placement.cost.attention import cpu_attention_rate
 from placement.cost.objective import MODEL_ERROR
 from placement.machine.hardware import HardwareProfile
+from placement.machine.rates import KV_BITS, AttentionRate
 from placement.plan.phase import RESOURCE_WORDS, PhaseCost
 from placement.plan.plan import Plan
+from placement.plan.shards import KvShard
 from placement.plan.units import format_bytes
 from placement.plan.workload import Workload
 from placement.policy.policy import Policy
+
+ALIKE_SHARING = 2  # query heads per KV head that differ by no more than this factor go by each other without a word
 
 
 def bottleneck(decode: PhaseCost, prefill: PhaseCost) -> str:
@@ -68,16 +72,29 @@ def notes(plan: Plan, hardware: HardwareProfile, policy: Policy) -> Iterator[str
 
 
 def _borrowed_attention(workload: Workload, hardware: HardwareProfile) -> Iterator[str]:
-    """Whose rates are taken for a cache of a dtype whose heads were measured in other sizes than the model's."""
+    """Whose rates are taken for attention over a cache like the model's that was not measured."""
     if not (hardware.cpu_attention and workload.kv):
         return
-    measured = {
-        workload.head_dim_of(shard): cpu_attention_rate(shard, workload, hardware).head_dim for shard in workload.kv
-    }
-    pairs = [f"of {size} by those of {other}" for size, other in sorted(measured.items()) if size != other]
+    pairs: dict[str, None] = {}
+    for shard in workload.kv:
+        pairs |= dict.fromkeys(_stand_ins(shard, workload, cpu_attention_rate(shard, workload, hardware)))
     if pairs:
-        what = f"some heads over a {workload.kv_dtype} cache"
-        yield f"{hardware.name} has no rates of {what}; planned are heads {', '.join(pairs)}."
+        yield (
+            f"{hardware.name} has no rates of some of this model's attention; planned are {', '.join(pairs)}. "
+            "`hetero-attn profile --for MODEL` measures them there."
+        )
+
+
+def _stand_ins(shard: KvShard, workload: Workload, rate: AttentionRate) -> Iterator[str]:
+    """In what the attention whose rate is taken differs from a layer's."""
+    if rate.bits != KV_BITS[workload.kv_dtype]:
+        names = {bits: name for name, bits in KV_BITS.items()}
+        yield f"a {workload.kv_dtype} cache by one in {names.get(rate.bits, f'{rate.bits:g} bits')}"
+    heads, size = workload.heads_of(shard) / shard.kv_heads, workload.head_dim_of(shard)
+    if not 1 / ALIKE_SHARING <= heads / rate.heads_per_group <= ALIKE_SHARING:
+        yield f"{heads:g} query heads per KV head by {rate.heads_per_group}"
+    if size != rate.head_dim:
+        yield f"heads of {size} by those of {rate.head_dim}"
 
 
 def _borrowed_rates(workload: Workload, hardware: HardwareProfile) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
 from cpu_kernels.formats import FORMATS, format_of, widest
@@ -136,12 +136,17 @@ def beside_memory(
     it.
     """
     if own_bytes_per_s:
-        then, now = ((rate**-4 + own_bytes_per_s**-4) ** -0.25 for rate in (sweep_bytes_per_s, now_bytes_per_s))
+        then, now = (_of_both(rate, own_bytes_per_s) for rate in (sweep_bytes_per_s, now_bytes_per_s))
         return bytes_per_s * now / then
     share = bytes_per_s / sweep_bytes_per_s
     if share >= 1:
         return share * now_bytes_per_s
     return (now_bytes_per_s**-4 + bytes_per_s**-4 - sweep_bytes_per_s**-4) ** -0.25
+
+
+def _of_both(sweep_bytes_per_s: float, own_bytes_per_s: float) -> float:
+    """What a kernel reads a second that waits for memory and computes at once; see `beside_memory`."""
+    return (sweep_bytes_per_s**-4 + own_bytes_per_s**-4) ** -0.25
 
 
 def nearest_attention(
@@ -154,6 +159,31 @@ def nearest_attention(
         return abs(math.log2(rate.bits / bits)), shape
 
     return min(rates, key=distance)
+
+
+def attention_of_few_heads(
+    rates: Sequence[AttentionRate], near: AttentionRate, heads: float, dram_bytes_per_s: float
+) -> AttentionRate:
+    """The nearest rate, for at most half as many query heads per KV head as it was measured with.
+
+    Keys are read and unpacked once and multiplied for each head, so what a byte takes runs straight over heads: through
+    the rate and the next one of more heads, from the cache; at least as much a head as with those, at most as much a
+    byte. Memory takes its part as it does of the nearest, and nothing is faster. Without a second rate it is the
+    nearest.
+    """
+    alike = (near.bits, near.head_dim)
+    more = [r for r in rates if (r.bits, r.head_dim) == alike and r.heads_per_group > near.heads_per_group]
+    next_one = min(more, key=lambda rate: rate.heads_per_group, default=near)
+    are_known = next_one is not near and min(near.cached_bytes_per_s, next_one.cached_bytes_per_s) > 0
+    if 2 * heads > near.heads_per_group or not are_known:
+        return near
+    near_s, next_s = 1 / near.cached_bytes_per_s, 1 / next_one.cached_bytes_per_s
+    a_head_s = (next_s - near_s) / (next_one.heads_per_group - near.heads_per_group)
+    straight_s = near_s - a_head_s * (near.heads_per_group - heads)
+    own = 1 / min(near_s, max(straight_s, near_s * heads / near.heads_per_group))
+    share = _of_both(dram_bytes_per_s, own) / _of_both(dram_bytes_per_s, near.cached_bytes_per_s)
+    most = max(dram_bytes_per_s, near.bytes_per_s)
+    return replace(near, bytes_per_s=min(most, near.bytes_per_s * share), cached_bytes_per_s=own)
 
 
 @dataclass(frozen=True, slots=True)

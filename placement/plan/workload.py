@@ -132,6 +132,12 @@ class Workload:
         return shard.head_dim or self.head_dim
 
     @property
+    def caches(self) -> tuple[tuple[str, int, int], ...]:
+        """What attention is like: every cache dtype with its query heads per KV head and their size."""
+        shapes = ((max(1, round(self.heads_of(kv) / kv.kv_heads)), self.head_dim_of(kv)) for kv in self.kv)
+        return tuple((self.kv_dtype, *shape) for shape in dict.fromkeys(shapes))
+
+    @property
     def is_mixed(self) -> bool:
         """Whether linears differ in what their weights are packed as."""
         return len({self.format_of(shard) for shard in self.linears}) > 1

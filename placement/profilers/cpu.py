@@ -18,7 +18,7 @@ from placement.machine.fingerprint import cpu_name, last_level_cache_bytes, mach
 from placement.machine.hardware import HardwareProfile
 from placement.machine.rates import DtypeRates, ThreadRate
 from placement.profilers.ahead import compile_all
-from placement.profilers.cpu_attention import attention_rates
+from placement.profilers.cpu_attention import Cache, attention_rates
 from placement.profilers.cpu_linear import (
     SWEEP_BYTES,
     activation_s,
@@ -45,24 +45,25 @@ def measure(
     on_progress: Progress = lambda what: None,
     threads: int | None = None,
     formats: Sequence[str] = (),
+    caches: Sequence[Cache] = (),
 ) -> HardwareProfile:
     """Measure the CPU lane with the thread count that serves it best; takes some ten seconds once its kernels are
     compiled, which is done first, by as many processes as there are threads.
 
     max_threads: physical cores to try. dram_bytes: host memory that a plan may use. threads: measure with this count
-    and sweep none. formats: weight formats to measure beside the four that every profile has. on_progress(what) is
-    called before each measurement.
+    and sweep none. formats: weight formats to measure beside the four that every profile has. caches: the same
+    for attention. on_progress(what) is called before each measurement.
     """
     counts = thread_counts(max_threads) if threads is None else (threads,)
     formats = tuple(dict.fromkeys((*WEIGHT_DTYPES, *formats)))
-    compile_all(max(counts), formats, on_progress)
+    compile_all(max(counts), formats, caches, on_progress)
     memory = host_memory(beyond_caches(SWEEP_BYTES))
     sweep = thread_sweep(counts, memory, on_progress)
     threads = best_threads(sweep)
     with CpuKernels(threads) as ops:
         dram = max(rate.sweep_bytes_per_s for rate in sweep if rate.threads == threads)
         linears = _linears(ops, dram, formats, memory, on_progress)
-        attention = _attention(ops, dram, memory, on_progress)
+        attention = _attention(ops, dram, caches, memory, on_progress)
         small = _small_operations(ops, on_progress)
     best_linears = (linears["cpu_linear_bytes_per_s"].of(dtype) for dtype in WEIGHT_DTYPES)
     return HardwareProfile(
@@ -99,9 +100,11 @@ def _linears(
     }
 
 
-def _attention(ops: CpuKernels, dram: float, memory: torch.Tensor, on_progress: Progress) -> dict[str, Any]:
+def _attention(
+    ops: CpuKernels, dram: float, caches: Sequence[Cache], memory: torch.Tensor, on_progress: Progress
+) -> dict[str, Any]:
     """The profile's rates of attention."""
-    rates = attention_rates(ops, dram, memory, on_progress)
+    rates = attention_rates(ops, dram, caches, memory, on_progress)
     return {
         "cpu_attention": rates,
         "cpu_attention_bytes_per_s": statistics.median(rate.bytes_per_s for rate in rates),

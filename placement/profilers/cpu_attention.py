@@ -2,7 +2,7 @@
 size."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -26,38 +26,54 @@ ATTENTION_BYTES = 96 << 20  # of K and V: still three caches of a few cores, and
 CACHED_BYTES = 4 << 20
 KV_HEADS = 8
 PREFILL_ROWS = 256
-# Query heads per KV head and their size that decode is measured with; the nearest stands for others. Over fp32 the
-# limit is memory, whatever the heads are. Over q4 heads of 128 stand for those of 64, whose kernel is one of 27 and
-# takes a twelfth of their time to compile: one Zen 3 core reads 1.5 GB/s with it, and 1.6 to 2.3 with that of 128.
+# Query heads per KV head and their size that decode is measured with in every profile; the nearest stands for others,
+# and what a model needs is measured for it when it is asked for. Compiling is what takes time: seven kernels of decode
+# were half of it. So there is one a dtype, of which several heads share K and V, and bf16 stands for fp32.
 SHAPES = {
-    "fp32": ((4, 64), (4, 128)),
-    "bf16": ((4, 64), (1, 128), (4, 128), (8, 128)),
-    "q8": ((4, 64), (1, 128), (4, 128), (8, 128)),
-    "q4": ((1, 128), (4, 128), (8, 128)),
+    "bf16": ((4, 64), (4, 128), (8, 128)),
+    "q8": ((4, 64), (4, 128), (8, 128)),
+    "q4": ((4, 128), (8, 128)),
 }
+PREFILL_LIKE = {"q4": "q8"}  # multiplied alike once unpacked, within a tenth on three kinds of CPU; a kernel less
 PREFILL_HEADS = 4  # of a KV head: a chunk's rows are many, so their number hardly matters
 KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "q8": torch.int8, "q4": torch.uint8}
 PAGE_TOKENS = 64
 
 
+Cache = tuple[str, int, int]  # its dtype, query heads per KV head, head size
+
+
+def all_shapes(caches: Sequence[Cache]) -> dict[str, tuple[tuple[int, int], ...]]:
+    """By cache dtype, the heads of every profile and those of these caches."""
+    found = dict(SHAPES)
+    for kv_dtype, heads, head_dim in caches:
+        found[kv_dtype] = tuple(dict.fromkeys((*found.get(kv_dtype, ()), (heads, head_dim))))
+    return found
+
+
 def attention_rates(
-    ops: CpuKernels, dram: float, memory: torch.Tensor, on_progress: Progress
+    ops: CpuKernels, dram: float, caches: Sequence[Cache], memory: torch.Tensor, on_progress: Progress
 ) -> tuple[AttentionRate, ...]:
-    """Attention over a cache in DRAM, one row and many, by cache dtype, head sharing and head size. memory: more than
-    caches keep."""
+    """Attention over a cache in DRAM, one row and many, by cache dtype, head sharing and head size: those of every
+    profile and of `caches`. memory: more than caches keep."""
     rates = []
-    for kv_dtype, shapes in SHAPES.items():
+    for kv_dtype, shapes in all_shapes(caches).items():
         for head_dim in sorted({head_dim for _, head_dim in shapes}):
             on_progress(f"attention over {kv_dtype}, heads of {head_dim}")
             sizes = min(beyond_caches(ATTENTION_BYTES), memory.numel()), CACHED_BYTES
             pages, cached = (kv_pages(kv_dtype, head_dim, memory[:size]) for size in sizes)
-            many = prefill_rates(ops, pages, PREFILL_HEADS, head_dim)
+            many = prefill_rates(ops, pages_of_many(kv_dtype, head_dim, memory[: sizes[0]]), PREFILL_HEADS, head_dim)
             for heads in (heads for heads, of_size in shapes if of_size == head_dim):
                 near_s = recorded_seconds(ops, decode_call(ops, cached, heads, head_dim), CALLS // 10)
                 near = 2 * cached[0].nbytes / near_s
                 decode = decode_rate(ops, pages, heads, head_dim, dram, near)
                 rates.append(AttentionRate(KV_BITS[kv_dtype], heads, head_dim, decode, *many, near))
     return tuple(rates)
+
+
+def pages_of_many(kv_dtype: str, head_dim: int, memory: torch.Tensor) -> tuple:
+    """The pages that many rows are measured over for a cache dtype."""
+    return kv_pages(PREFILL_LIKE.get(kv_dtype, kv_dtype), head_dim, memory)
 
 
 def kv_pages(kv_dtype: str, head_dim: int, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -23,15 +23,18 @@ def test_profile_prints_rates_with_units(measured: HardwareProfile) -> None:
     assert f"copy to the GPU {measured.h2d_bytes_per_s / 1e9:.1f} GB/s" in lines
 
 
-def test_profile_for_a_model_asks_for_the_formats_of_its_weights(monkeypatch, tmp_path: Path) -> None:
-    asked: list[tuple[str, ...]] = []
+def test_profile_for_a_model_asks_for_the_formats_of_its_weights_and_its_cache(monkeypatch, tmp_path: Path) -> None:
+    asked: list[tuple[tuple, tuple]] = []
     profile = HardwareProfile.named("generic-cpu")
-    monkeypatch.setitem(vars(hetero_attn), "profile_machine", lambda formats=(), **_: asked.append(formats) or profile)
+    monkeypatch.setitem(
+        vars(hetero_attn), "profile_machine", lambda formats, caches, **_: asked.append((formats, caches)) or profile
+    )
     written = run("quantize", TINY, "--recipe", "q4_m", "--out", str(tmp_path / "model.gguf"))
     results = [run("profile", "--for", str(tmp_path / "model.gguf")), run("profile")]
 
     assert [result.exit_code for result in (written, *results)] == [0, 0, 0]
-    assert set(asked[0]) >= {"iq4_xs", "q6_k"} and asked[1] == ()
+    assert set(asked[0][0]) >= {"iq4_xs", "q6_k"} and asked[0][1] == (("bf16", 2, 32),)
+    assert asked[1] == ((), ())
 
 
 def test_profile_without_a_gpu_has_no_gpu_rows(monkeypatch: pytest.MonkeyPatch) -> None:

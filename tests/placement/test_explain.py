@@ -175,8 +175,32 @@ def test_where_the_model_fits_the_baseline_has_its_head_on_the_gpu_too():
 @pytest.mark.parametrize(("size", "is_said"), [(16, False), (64, True)])
 def test_heads_that_were_not_measured_are_said_to_go_by_others(size, is_said):
     rates = (AttentionRate(16, 2, size, 30e9, 1e12), AttentionRate(8.25, 2, 128, 30e9, 1e12))
-    machine = replace(HardwareProfile.named("generic-cpu"), cpu_attention=rates)
-    found = explain(tiny(), machine, Policy(), device="cpu")
-    expected = f"generic-cpu has no rates of some heads over a bf16 cache; planned are heads of 16 by those of {size}."
 
-    assert (expected in found.notes) == is_said
+    assert (stand_ins(tiny(), rates) == f"heads of 16 by those of {size}") == is_said
+
+
+@pytest.mark.parametrize(
+    ("kv_dtype", "heads_per_group", "said"),
+    [
+        ("bf16", 4, None),
+        ("bf16", 8, "2 query heads per KV head by 8"),
+        ("fp32", 4, "a fp32 cache by one in bf16"),
+        ("fp32", 8, "a fp32 cache by one in bf16, 2 query heads per KV head by 8"),
+    ],
+)
+def test_a_cache_that_was_not_measured_is_said_to_go_by_another(kv_dtype, heads_per_group, said):
+    """Of a dtype that no profile measures, and of heads that share K and V as none of it do."""
+    workload = replace(tiny(), kv_dtype=kv_dtype)
+
+    assert stand_ins(workload, (AttentionRate(16, heads_per_group, 16, 30e9, 1e12),)) == said
+    assert workload.caches == ((kv_dtype, 2, 16),)
+
+
+def stand_ins(workload, rates):
+    """Whose rates the plan says that attention goes by on a machine with these; None where it says nothing."""
+    found = explain(
+        workload, replace(HardwareProfile.named("generic-cpu"), cpu_attention=rates), Policy(), device="cpu"
+    )
+    before, after = "generic-cpu has no rates of some of this model's attention; planned are ", ". `hetero-attn profile"
+    notes = [note for note in found.notes if note.startswith(before)]
+    return notes[0].removeprefix(before).partition(after)[0] if notes else None

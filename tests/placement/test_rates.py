@@ -23,6 +23,7 @@ from placement.machine.rates import (
     DtypeRates,
     RowRate,
     ThreadRate,
+    attention_of_few_heads,
     beside_memory,
     nearest_attention,
     seconds_per_operation_of_a_row,
@@ -169,6 +170,34 @@ def test_a_rate_from_the_cache_says_how_far_a_kernel_follows_memory(own, expecte
     assert pytest.approx(15.0 * bound[1] / bound[0]) == beside_memory(15.0, 30.0, 66.0, own)
     assert pytest.approx(expected, rel=0.01) == beside_memory(15.0, 30.0, 66.0, own)
     assert pytest.approx(15.0) == beside_memory(beside_memory(15.0, 30.0, 66.0, own), 66.0, 30.0, own)
+
+
+# What three CPUs read a second of a cache, GB/s: their memory; from it, with four query heads per KV head; the same from
+# the cache; that with eight heads; and from memory with one head, as it was measured.
+FEW_HEADS = {
+    "q8, two cores of a Zen 3": (16.1, 7.2, 8.2, 4.8, 9.4),
+    "q4, two cores of a Zen 3": (16.1, 3.6, 3.3, 2.1, 6.0),
+    "q4, two cores of a Zen 4": (33.0, 13.0, 12.2, 8.2, 20.1),
+    "q8, 15 threads of a Xeon with AMX": (175.0, 109.2, 97.2, 58.7, 154.4),
+    "q4, 15 threads of a Xeon with AMX": (175.0, 74.2, 56.1, 38.4, 118.5),
+    "bf16, 15 threads of a Xeon with AMX": (175.0, 133.3, 88.8, 53.7, 165.8),
+}
+
+
+@pytest.mark.parametrize("case", FEW_HEADS)
+def test_one_head_is_told_from_four_and_eight_within_a_third(case):
+    """No profile measures one head, whose kernels are a fifth of all that a profile compiled."""
+    dram, of_four, cached_four, cached_eight, measured = FEW_HEADS[case]
+    found = [
+        AttentionRate(5, 4, 128, of_four, 1.0, 0.0, cached_four),
+        AttentionRate(5, 8, 128, 1, 1.0, 0.0, cached_eight),
+    ]
+
+    one, two, three = (attention_of_few_heads(found, found[0], heads, dram) for heads in (1, 2, 3))
+
+    assert one.bytes_per_s == pytest.approx(measured, rel=0.35)
+    assert of_four < two.bytes_per_s <= one.bytes_per_s <= dram
+    assert three == found[0] == attention_of_few_heads(found[:1], found[0], 1, dram)
 
 
 def test_a_cache_is_known_by_its_dtype_however_much_padding_it_has():
