@@ -151,7 +151,8 @@ def _whole_layers(plan: Plan, hardware: HardwareProfile) -> Estimate:
         sizes = {"rows": cost.rows, "context": cost.context}
         return predict(shape, linears, kv, machine, phase=cost.phase, on_gpu=True, **sizes).tokens_per_s
 
-    label = "whole layers on the GPU, and the head" if with_head else f"{layers} whole layers on the GPU, rest CPU"
+    count = f"{layers} whole layer{'' if layers == 1 else 's'}"
+    label = "whole layers on the GPU, and the head" if with_head else f"{count} on the GPU, rest CPU"
     return Estimate(label, speed(decode, hardware, False), speed(prefill, one_by_one, True))
 
 
