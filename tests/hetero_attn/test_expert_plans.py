@@ -17,22 +17,8 @@ from placement.explain.explain import budget_curve, explain
 from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import rounded_input_bytes
 from placement.plan.shards import LinearShard
+from tests.support.published_configs import GPT_OSS_120B, QWEN3_30B, QWEN3_NEXT_80B
 
-QWEN3_30B = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "head_dim": 128,
-    "hidden_size": 2048,
-    "max_position_embeddings": 40960,
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "num_attention_heads": 32,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 4,
-    "vocab_size": 151936,
-}
 MIXTRAL_8X7B = {
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",
@@ -44,34 +30,6 @@ MIXTRAL_8X7B = {
     "num_key_value_heads": 8,
     "num_local_experts": 8,
     "vocab_size": 32000,
-}
-
-GPT_OSS_120B = {
-    "architectures": ["GptOssForCausalLM"],
-    "model_type": "gpt_oss",
-    "attention_bias": True,
-    "experts_per_token": 4,
-    "head_dim": 64,
-    "hidden_size": 2880,
-    "intermediate_size": 2880,
-    "max_position_embeddings": 131072,
-    "num_attention_heads": 64,
-    "num_experts_per_tok": 4,
-    "num_hidden_layers": 36,
-    "num_key_value_heads": 8,
-    "num_local_experts": 128,
-    "rope_scaling": {
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "factor": 32.0,
-        "original_max_position_embeddings": 4096,
-        "rope_type": "yarn",
-        "truncate": False,
-    },
-    "rope_theta": 150000,
-    "sliding_window": 128,
-    "swiglu_limit": 7.0,
-    "vocab_size": 201088,
 }
 
 
@@ -141,25 +99,6 @@ QWEN_36_35B = {
         "vocab_size": 248320,
     },
     "vision_config": {"depth": 27},
-}
-QWEN3_NEXT_80B = {
-    "architectures": ["Qwen3NextForCausalLM"],
-    "model_type": "qwen3_next",
-    "head_dim": 256,
-    "hidden_size": 2048,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "max_position_embeddings": 262144,
-    "moe_intermediate_size": 512,
-    "num_attention_heads": 16,
-    "num_experts": 512,
-    "num_experts_per_tok": 10,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 2,
-    "partial_rotary_factor": 0.25,
-    "rope_theta": 10000000,
-    "shared_expert_intermediate_size": 512,
-    "vocab_size": 151936,
 }
 
 

@@ -26,8 +26,8 @@ from placement.plan.warm import expert_slots_as, hit_rate, mean_hit_rate
 from placement.plan.workload import NUM_ROW_TIERS
 from placement.policy.problems import PolicyError
 from placement.solve.make_plan import make_plan
-from tests.hetero_attn.test_expert_plans import GPT_OSS_120B, QWEN3_30B
 from tests.hetero_attn.test_route_heat import EXPERTS, PER_ROW, trace
+from tests.support.published_configs import GPT_OSS_120B, QWEN3_30B
 from tests.support.recorded_runs import RESULTS
 
 NO_STREAM = (0,) * NUM_ROW_TIERS

@@ -15,6 +15,7 @@ from placement.explain.comparisons import gains
 from placement.machine.hardware import catalogue_names
 from placement.plan.workload import ChunkChoice
 from tests.support.planning_models import llama_8b, llama_70b, qwen_14b, qwen_32b, with_row_cuts
+from tests.support.published_configs import CONFIGS, published
 
 NO_WISHES = Policy()
 GIB = 2**30
@@ -22,7 +23,8 @@ NOISE = 1.001
 MORE = {"memory": "GPU memory", "bus": "PCIe", "thread": "thread"}  # as an explanation calls it
 SHAPES = {"8b": llama_8b, "14b": qwen_14b, "32b": qwen_32b, "70b": llama_70b}
 MACHINES = [name for name in catalogue_names() if HardwareProfile.named(name).has_gpu and name != "emulated"]
-MATRIX = list(itertools.product(SHAPES, MACHINES, ("bf16", "q8", "q4"), (2048, 8192, 32768), (0.25, 0.5, 0.75, 1.0)))
+MODELS = (*SHAPES, *CONFIGS)
+MATRIX = list(itertools.product(MODELS, MACHINES, ("bf16", "q8", "q4"), (2048, 8192, 32768), (0.25, 0.5, 0.75, 1.0)))
 
 
 def drawn(count, seed):
@@ -32,10 +34,13 @@ def drawn(count, seed):
 
 def case(model, machine, dtype, context, share):
     """Workload with everything left open, machine and GPU budget."""
+    hardware = HardwareProfile.named(machine)
+    budget = int(share * hardware.gpu_memory_bytes)
+    if model in CONFIGS:
+        return published(model, dtype, context, hardware, budget), hardware, budget
     shape = SHAPES[model](dtype=dtype, context=context, page_size=64)
     choices = tuple(ChunkChoice(rows, shape.resident_bytes) for rows in (256, 512, 1024, 2048))
-    hardware = HardwareProfile.named(machine)
-    return with_row_cuts(replace(shape, chunk_choices=choices)), hardware, int(share * hardware.gpu_memory_bytes)
+    return with_row_cuts(replace(shape, chunk_choices=choices)), hardware, budget
 
 
 def plan_of(workload, hardware, budget, policy=NO_WISHES):
