@@ -39,7 +39,7 @@ def test_explanation_says_what_limits_and_what_would_help() -> None:
     assert "Decoding is bound by" not in run(*wishes, "--no-explain").stdout
 
 
-@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("emulated", marks=pytest.mark.matrix)])
 def test_speed_over_gpu_memory_and_context_is_drawn(tmp_path: Path, device: str) -> None:
     file = tmp_path / "curve.png"
     wishes = ("--device", "emulated", "--gpu-memory", "12MiB") if device == "emulated" else ("--device", "cpu")

@@ -209,6 +209,7 @@ def test_both_plans_keep_to_one_budget(paths, gpu_memory):
     assert own.memory.host_bytes == plan.memory.host["drafter"]
 
 
+@pytest.mark.matrix
 def test_no_split_of_the_budget_by_hand_is_faster(paths):
     """The model planned for passes of every number of rows, in what each way to hold the drafter leaves of the
     budget."""

@@ -133,7 +133,7 @@ def test_copies_into_slots_race_with_nothing(paths, handover):
     assert torch.equal(actual, expected) and inserts > 0
 
 
-@pytest.mark.parametrize("slots,inserts", [(5, 1), (6, 4), (3, 2)])
+@pytest.mark.parametrize("slots,inserts", [(5, 1), (6, 4), pytest.param(3, 2, marks=pytest.mark.matrix)])
 def test_hits_are_those_of_a_simulated_table(paths, slots, inserts):
     """Every decode step of a run, its routes as they were noted: the same hits and the same experts at the end."""
     workload = replace(toy_workload(paths["qwen3_moe"], "q8"), inserts=inserts)
@@ -191,7 +191,9 @@ def evicted_in_use(keeper):
         layer.copy_in(keeper._lanes, slot, out, keeper._lanes.device.copies)
 
 
-@pytest.mark.parametrize("fault", [stale, wrong_id, evicted_in_use])
+@pytest.mark.parametrize(
+    "fault", [stale, *(pytest.param(fault, marks=pytest.mark.matrix) for fault in (wrong_id, evicted_in_use))]
+)
 def test_a_planted_fault_of_the_table_shows(paths, fault):
     workload = replace(toy_workload(paths["qwen3_moe"], "q8"), inserts=1)
     expected, _ = logits_of(paths["qwen3_moe"], slotted(workload, 5))
@@ -217,7 +219,9 @@ def on_two_lanes(into):
     into.starts[count] = (into.starts[count] - 1).clamp_min(0)
 
 
-@pytest.mark.parametrize("fault", [twice_and_never, on_no_lane, on_two_lanes])
+@pytest.mark.parametrize(
+    "fault", [twice_and_never, *(pytest.param(fault, marks=pytest.mark.matrix) for fault in (on_no_lane, on_two_lanes))]
+)
 def test_a_planted_fault_of_the_picks_shows(paths, fault):
     class Planted:
         def __getattr__(self, name):

@@ -173,6 +173,7 @@ def test_more_gpu_memory_is_never_predicted_slower(seed):
     assert all(later <= earlier * SOLVER_NOISE for earlier, later in itertools.pairwise(seconds)), seconds
 
 
+@pytest.mark.matrix
 def test_budget_sweep_is_monotone_and_has_no_cliff():
     workload, machine = llama_8b(dtype="q4", context=8192), HardwareProfile.named("rtx3060-ddr4")
     with pytest.raises(BudgetError) as error:

@@ -209,7 +209,9 @@ def test_told_to_stop_while_it_loads_it_ends_at_once():
     assert process.returncode == 0 and "Traceback" not in stderr, stderr
 
 
-@pytest.mark.parametrize("step_s", [0.3, 100.0], ids=["short", "held"])
+@pytest.mark.parametrize(
+    "step_s", [pytest.param(0.3, id="short", marks=pytest.mark.matrix), pytest.param(100.0, id="held")]
+)
 def test_a_second_signal_ends_at_once(step_s):
     """However long the step lasts that is under way: the stream is told, and the process is not waited for."""
     process, port = served(f"print('kept', gc.get_freeze_count(), file=sys.stderr, flush=True); time.sleep({step_s})")
