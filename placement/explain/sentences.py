@@ -92,7 +92,7 @@ def _stand_ins(shard: KvShard, workload: Workload, rate: AttentionRate) -> Itera
         yield f"a {workload.kv_dtype} cache by one in {names.get(rate.bits, f'{rate.bits:g} bits')}"
     heads, size = workload.heads_of(shard) / shard.kv_heads, workload.head_dim_of(shard)
     if not 1 / ALIKE_SHARING <= heads / rate.heads_per_group <= ALIKE_SHARING:
-        yield f"{heads:g} query heads per KV head by {rate.heads_per_group}"
+        yield f"{heads:g} query head{'' if heads == 1 else 's'} per KV head by {rate.heads_per_group}"
     if size != rate.head_dim:
         yield f"heads of {size} by those of {rate.head_dim}"
 

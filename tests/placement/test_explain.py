@@ -196,6 +196,12 @@ def test_a_cache_that_was_not_measured_is_said_to_go_by_another(kv_dtype, heads_
     assert workload.caches == ((kv_dtype, 2, 16),)
 
 
+def test_heads_of_which_none_shares_keys_are_said_to_go_by_others():
+    workload = tiny(heads=2, kv_heads=2)
+
+    assert stand_ins(workload, (AttentionRate(16, 4, 16, 30e9, 1e12),)) == "1 query head per KV head by 4"
+
+
 def stand_ins(workload, rates):
     """Whose rates the plan says that attention goes by on a machine with these; None where it says nothing."""
     found = explain(
