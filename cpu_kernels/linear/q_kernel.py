@@ -89,12 +89,13 @@ def superblock(isa: Isa, weight_dtype: str, rows: int):
             packed = load_as(b, weight, VI32, LINE_BYTES * (1 + line))
             low = codes.operand(b, b.and_(packed, constant(VI32, 0x0F0F0F0F)))
             high = codes.operand(b, b.and_(b.lshr(packed, constant(VI32, 4)), constant(VI32, 0x0F0F0F0F)))
-            for row in range(rows):
-                chain = dots[row]
-                chain[0].add(low, inputs(b, record, row, 8 * line))
-                chain[-1].add(high, inputs(b, record, row, 8 * line + 4))
-            if rows >= 4:
-                codes.settle(b, [chain[0] for chain in dots])
+            words = [(0, low, 8 * line), (-1, high, 8 * line + 4)]
+            for turn in [words[:1], words[1:]] if codes.takes_scales and rows > 1 else [words]:
+                for row in range(rows):
+                    for chain, word, offset in turn:
+                        dots[row][chain].add(word, inputs(b, record, row, offset))
+                if rows > 1:
+                    codes.settle(b, [chains[turn[0][0]] for chains in dots])
         scale, minimum = halves(b, weight, 0), halves(b, weight, 32)
         for row in range(rows):
             total = reduce(b.add, (chain.total() for chain in dots[row]))
@@ -114,7 +115,7 @@ def superblock(isa: Isa, weight_dtype: str, rows: int):
             packed = codes.operand(b, load_as(b, weight, VI32, LINE_BYTES * (1 + index)))
             for row in range(rows):
                 dots[row][index // 8].add(packed, inputs(b, record, row, 4 * index))
-            if rows >= 4:
+            if rows > 1:
                 codes.settle(b, [both[index // 8] for both in dots])
         scales = [halves(b, weight, 32 * half) for half in range(2)]
         for row in range(rows):

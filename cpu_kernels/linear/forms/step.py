@@ -62,8 +62,8 @@ class FormSums:
         self.code_sums = CodeSums(isa, item.largest_code)
         self.offset = item.offset - 128 if self.code_sums.takes_128 else item.offset
         self.takes_planes = rows == 1 and isa.has_avx2 and self.run >= 32 and fits_planes(item.values)
-        # Registers are few for what so many rows hold, and what rows share pays.
-        self.has_several_rows = rows >= 4
+        # Whether registers are few for what the rows hold, and what they share pays.
+        self.has_several_rows = rows >= (2 if self.code_sums.takes_scales else 4)
         # Two dot2 a row, by sub-scales, in place of four.
         self.takes_sums_of_16 = item.header == "K2S16" and bool(self.offset) and self.has_several_rows
         # Two-level scales are multiplied as products are widened.
