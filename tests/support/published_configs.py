@@ -100,12 +100,12 @@ CONFIGS = {
 def published(name: str, dtype: str, context: int, hardware: HardwareProfile, gpu_memory: int) -> Workload:
     """What a plan for a GPU with so much memory is asked for, everything else left open."""
     sizes = {"max_context": context, "gpu_memory": gpu_memory, "hardware": hardware}
-    return ask(LoadOptions(model=folder_of(name), dtype=dtype, device="cuda", **sizes)).workload
+    return ask(LoadOptions(model=folder_of(name).name, dtype=dtype, device="cuda", **sizes)).workload
 
 
 @cache
-def folder_of(name: str) -> str:
-    """A folder of this model's config alone, as long as the process lives."""
-    folder = tempfile.mkdtemp(prefix=f"{name}-")
-    Path(folder, "config.json").write_text(json.dumps(CONFIGS[name]))
+def folder_of(name: str) -> tempfile.TemporaryDirectory:
+    """A folder of this model's config alone, until the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix=f"{name}-")
+    Path(folder.name, "config.json").write_text(json.dumps(CONFIGS[name]))
     return folder
