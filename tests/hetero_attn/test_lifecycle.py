@@ -85,6 +85,23 @@ module.Sampler = slow_sampler
     + EXIT
 )
 
+EXIT_BEFORE_AN_ANSWER_IS_READ = """
+import atexit
+ended = threading.Event()
+def let_the_thread_read():
+    ended.set()
+    time.sleep(0.3)
+atexit.register(let_the_thread_read)  # before the model's, which therefore comes first
+llm = load()
+stream = llm.stream("a prompt", PARAMS)
+next(stream)
+def work():
+    ended.wait()
+    stream.output()
+threading.Thread(target=work, daemon=True).start()
+print("fine", flush=True)
+"""
+
 THREAD_OUTLIVES_MAIN = """
 llm = load()
 expected = llm.generate("a prompt", PARAMS)[0].token_ids
@@ -150,6 +167,10 @@ def test_the_interpreter_ends_cleanly_while_a_daemon_thread_generates(tmp_path, 
 def test_the_interpreter_ends_cleanly_while_a_daemon_thread_is_in_torch_beside_the_steps(tmp_path, path):
     """A thread that makes a request is in torch's code too, and ended the process when it came back from there."""
     assert run(tmp_path, EXIT_BESIDE_STEPS, path, "cpu") == ("fine\n", "", 0)
+
+
+def test_a_daemon_thread_that_finds_its_answer_ended_by_the_interpreter_says_nothing(tmp_path, path):
+    assert run(tmp_path, EXIT_BEFORE_AN_ANSWER_IS_READ, path, "cpu") == ("fine\n", "", 0)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("emulated", marks=pytest.mark.matrix)])

@@ -58,11 +58,16 @@ class Turns:
     def check(self) -> None:
         """Raise EngineDeadError where no step can be taken any more: after close, in a forked child, after a fault."""
         self._check_process()
-        if self._has_ended:
-            self._wait_for_the_end()
+        self.wait_for_the_end()
         if self._is_closed or self._is_closing:
             raise EngineDeadError(self._closed_message)
         self._engine.check_alive()
+
+    def wait_for_the_end(self) -> None:
+        """Where the interpreter ends, never to return, for any thread but the one that ends it."""
+        if self._has_ended and threading.current_thread() is not threading.main_thread():
+            self._beside.pop(threading.get_ident(), None)
+            threading.Event().wait()
 
     @contextmanager
     def beside_steps(self) -> Iterator[None]:
@@ -74,8 +79,7 @@ class Turns:
         thread = threading.get_ident()
         self._beside[thread] += 1
         try:
-            if self._has_ended:
-                self._wait_for_the_end()
+            self.wait_for_the_end()
             yield
         finally:
             self._beside[thread] -= 1
@@ -245,9 +249,3 @@ class Turns:
     @property
     def _is_anybody_beside(self) -> bool:
         return bool(self._beside.keys() - {threading.get_ident()})
-
-    def _wait_for_the_end(self) -> None:
-        """Never to return, for any thread but the one that ends the interpreter."""
-        if threading.current_thread() is not threading.main_thread():
-            self._beside.pop(threading.get_ident(), None)
-            threading.Event().wait()
