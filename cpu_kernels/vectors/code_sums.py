@@ -67,8 +67,8 @@ class CodeSums:
 
     @property
     def words_together(self) -> int:
-        """Words whose products one of several rows adds up before the next row does: two where int16 holds no more, so
-        that none is held in int16 from word to word."""
+        """Words whose products one of several rows adds up before the next row does, by `add_half` where they are
+        several: two where int16 holds no more, so that none is held in int16 from word to word."""
         return 2 if self.kind == "pairs" and 6 * LARGEST_INPUT * self.largest > LARGEST_SHORT else 1
 
     def sum(self, b, start, scale=None):
@@ -79,14 +79,15 @@ class CodeSums:
         factor = constant(VI32, 0x00010001) if scale is None else scale
         return {"pairs": PairSum, "magnitudes": MagnitudeSum}[self.kind](self, b, start, factor)
 
-    def settle(self, b, sums) -> None:
-        """Between two words of several rows: what the next one takes is not begun before, as registers are few."""
+    def settle(self, b, sums, halves: tuple[int, ...] = (0, 1)) -> None:
+        """Between two words of several rows, or two halves of their features: what the next one takes is not begun
+        before, as registers are few."""
         if not self.takes_scales:
             return
-        halves = in_order(b, [b.bitcast(half, V8I32) for total in sums for half in total.growing()])
-        for total in sums:
-            total.grown(halves[:2])
-            halves = halves[2:]
+        growing = [total.growing() for total in sums]
+        settled = iter(in_order(b, [b.bitcast(parts[half], V8I32) for parts in growing for half in halves]))
+        for total, parts in zip(sums, growing):
+            total.grown([next(settled) if half in halves else part for half, part in enumerate(parts)])
 
 
 class Sum:
@@ -160,6 +161,17 @@ class PairSum(WidenedSum):
         self._held += 1
         if (self._held + 1) * 2 * LARGEST_INPUT * self._how.largest > LARGEST_SHORT:
             self._flush()
+
+    def add_half(self, half: int, operands, inputs) -> None:
+        """Add several words' products of eight features; as many as int16 holds."""
+        b, shorts = self._b, None
+        for operand, x in zip(operands, inputs):
+            products = self._product(in_parts(b, operand, V32I8)[half], in_parts(b, x, V32I8)[half])
+            shorts = products if shorts is None else b.add(shorts, products)
+        wide = call_llvm(b, "llvm.x86.avx2.pmadd.wd", V8I32, shorts, self._factor[half])
+        parts = in_parts(b, self._total, V8I32)
+        parts[half] = b.add(parts[half], wide)
+        self._total = together(b, parts)
 
     def total(self):
         """See Sum."""

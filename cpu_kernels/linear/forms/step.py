@@ -101,12 +101,24 @@ class FormSums:
         for first in range(part * self.run // 4, (part + 1) * self.run // 4, step):
             places = range(first, first + step)
             words = [self.code_sums.operand(b, word(k), is_from_table=bool(self.item.table)) for k in places]
+            if step > 1:
+                record = self.add_in_halves(b, words, record, places, sums)
+                continue
             for row, total in enumerate(sums):
-                for k, codes in zip(places, words):
-                    total.add(codes, record.inputs(row, k))
+                total.add(words[0], record.inputs(row, first))
             if self.has_several_rows:
                 self.code_sums.settle(b, sums)
         return [total.total() for total in sums]
+
+    def add_in_halves(self, b, words, record, places: range, sums):
+        """Add several words' products of eight features, then those of the other eight, so that the registers hold what
+        is read and added at once. Returns the record as it was read last."""
+        for half in range(2):
+            record = record.read_again() if half else record
+            for row, total in enumerate(sums):
+                total.add_half(half, words, [record.inputs(row, k) for k in places])
+            self.code_sums.settle(b, sums, (half,))
+        return record
 
     def float_dots(self, b, word, record, part: int):
         """float32 sums of code * input over run `part`, for every row, in as many chains as hide the additions."""
