@@ -61,7 +61,7 @@ def bench(
         raise typer.BadParameter(f"--speculate measures decoding; give --gen-tokens of at least 2, not {gen_tokens}")
     needed = asked.needed_tokens
     expect_writable(trace)
-    loading = _in_context_of(needed, loading)
+    loading = _in_context_of(needed, asked.way_out, loading)
     with _naming_its_sizes(needed):
         if simulate is not None:
             _simulate(loading.options(model, hardware=machine(simulate)), asked)
@@ -98,13 +98,22 @@ class _Measurement:
             needed = max(needed, tokens_traced(self.prompt_tokens))
         return max(needed, needed_tokens(self.gen_tokens)) if self.speculate else needed
 
+    @property
+    def way_out(self) -> str:
+        """How a user gets along with fewer tokens."""
+        from hetero_attn.tools.drafts.report import needed_tokens
 
-def _in_context_of(needed: int, loading: options.Loading) -> options.Loading:
+        if not self.speculate:
+            return "lower --prompt-tokens, --gen-tokens or --depth"
+        return f"leave --speculate out, whose texts and first token take {needed_tokens(0)}"
+
+
+def _in_context_of(needed: int, way_out: str, loading: options.Loading) -> options.Loading:
     """The options of a load for so many tokens: without a wish of the user the context is what is needed."""
     if loading.context is not None and loading.context < needed:
         raise typer.BadParameter(
             f"--context {loading.context} is less than the {needed} tokens that this measurement needs; give at least "
-            "that, or lower --prompt-tokens, --gen-tokens or --depth"
+            f"that, or {way_out}"
         )
     return replace(loading, context=loading.context or needed)
 

@@ -43,7 +43,7 @@ class PhaseTimes:
 
 @dataclass(slots=True)
 class DraftCounts:
-    """Speculative decoding: a request's passes with drafts, drafts computed, drafts that were right.
+    """Speculative decoding: passes of requests with drafts (one step of four requests is four), drafts, right drafts.
 
     wrong: passes that ended at a wrong draft. by_count: passes by how many drafts each had. reason: what was decided
     last, and why; empty where nobody asked for drafts. decisions: how often each was taken, by a few words.
@@ -74,7 +74,8 @@ class DraftCounts:
     def line(self) -> str:
         """For people, in one line."""
         share = f" ({self.accepted / self.drafted:.0%})" if self.drafted else ""
-        return f"drafts: {self.accepted} of {self.drafted} right{share} in {self.passes} passes; now {self.reason}"
+        passes = f"{self.passes} passes of requests"
+        return f"drafts: {self.accepted} of {self.drafted} right{share} in {passes}; now {self.reason}"
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 NO_MATCH = "no drafts: the end of the text did not occur before"
+NONE_MADE = "no drafts: what drafts had none, as where a text has outgrown its context"
 
 
 @dataclass(slots=True)
@@ -110,6 +111,7 @@ class Speculator:
         if asked:
             for place, drafted in zip(asked, self._drafted(list(asked.values())), strict=True):
                 drafts[place] = drafted
+                self._say(requests[place], bool(drafted))
         return drafts
 
     @property
@@ -162,10 +164,19 @@ class Speculator:
             state = self._width_of(speculation, kind)
             width = state.choose(self.costs, rows, 1 + min(room, left))
             reason = self._reason(kind, state, width, rows)
-            decision = "drafts" if width > 1 else "not timed yet" if self.costs.is_blank else "not worth it"
+            decision = "not timed yet" if self.costs.is_blank else "not worth it"
         speculation.reason = reason
-        self._report.decided(reason, decision)
+        if width == 1:
+            self._report.decided(reason, decision)
         return width - 1
+
+    def _say(self, request: Speculating, has_drafts: bool) -> None:
+        """Report on a request that was to get drafts, once it is known whether there are any."""
+        speculation = request.speculation
+        assert speculation is not None
+        if not has_drafts:
+            speculation.reason = NONE_MADE
+        self._report.decided(speculation.reason, "drafts" if has_drafts else "none made")
 
     def _speculation(self, request: Speculating) -> Speculation:
         if request.speculation is None:

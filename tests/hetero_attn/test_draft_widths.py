@@ -230,3 +230,15 @@ def test_reasons_say_what_was_decided():
         request = a_request(prompt, left)
         made.drafts([request], 16)
         assert why in request.speculation.reason == report.drafts.reason
+
+
+def test_a_drafter_that_has_none_is_no_decision_for_drafts():
+    """A small model whose context is full makes none; a report said that it had drafted."""
+    report = LaneReport()
+    made = Speculator(report, lambda: SimpleNamespace(draft=lambda prompt, generated, count: []))
+    measured(made.costs)
+    request = a_request()
+
+    assert made.drafts([request], 16) == [[]]
+    assert "had none" in request.speculation.reason == report.drafts.reason
+    assert report.drafts.decisions == {"none made": 1}
