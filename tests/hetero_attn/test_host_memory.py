@@ -18,10 +18,12 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from cpu_kernels.team.cgroups import cpu_quota, free_memory_bytes, memory_limit_bytes
 from hetero_attn import LLM, cli, plan_model
+from hetero_attn.cache.pages import host_empty
 from hetero_attn.cli import app
 from hetero_attn.engine import host_memory
 from hetero_attn.engine.host_memory import memory_named, why_too_large
@@ -211,3 +213,16 @@ def test_a_group_whose_name_is_no_text_counts(tmp_path):
     (folder / "memory.max").write_text("1000")
 
     assert memory_limit_bytes(tmp_path) == 1000
+
+
+def resident_bytes() -> int:
+    """What this process holds of the machine's memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_the_first_tokens_of_a_cache_take_no_huge_page_in_every_layer():
+    layers = [host_empty((8 << 20,), torch.uint8, "kv") for _ in range(24)]
+    before = resident_bytes()
+    for pages in layers:
+        pages[:2048] = 1
+    assert resident_bytes() - before < len(layers) << 18, "of huge pages it would be 2 MiB a layer"
