@@ -12,17 +12,21 @@ from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.tiles import finish_dots, masked_line, zeros
 from cpu_kernels.vectors.vector import (
     I64,
+    LANES,
     VF32,
     VHALF,
     VI16,
     VI32,
     F32x16,
     emits,
+    float_vector,
     intp,
     lanes_below,
     load_as,
     masked_load,
+    picked,
     prefetch_value,
+    unknown,
 )
 
 STREAM_LINES = 4  # lines of one feature per step when rows are few: as many independent sums
@@ -75,30 +79,48 @@ def whole_line(b, address, offset):
     return load_as(b, address, VI32, offset)
 
 
+def lanes_of_sums(isa: Isa, features: int, rows: int) -> int:
+    """16, or on AVX2, where two of its 16 registers hold 16, the 8 of one where so many sums would not fit."""
+    return 8 if isa.has_avx2 and 2 * features * rows > 12 else LANES
+
+
+def parts_of(b, vector, lanes: int):
+    """A vector of 16 lanes as vectors of so many."""
+    return [picked(b, vector, vector, list(range(at, at + lanes))) for at in range(0, LANES, lanes)]
+
+
 def tile_step(isa: Isa, weight_dtype: str, features: int, rows: int):
     """Intrinsics (sums, w, w_stride, x, x_stride[, items]) -> sums: one 64-byte line, whole or its first items."""
-    tile = types.UniTuple(F32x16, features * rows)
-    shape, parts = line_of(isa, weight_dtype), line_products(isa, weight_dtype)
+    lanes = lanes_of_sums(isa, features, rows)
+    tile = types.UniTuple(float_vector(lanes), features * rows)
+    shape, products = line_of(isa, weight_dtype), line_products(isa, weight_dtype)
 
-    def accumulate(b, sums, w_lines, x_rows, load):
-        for part, (select, add_product) in enumerate(parts):
-            ws = [select(b, w) for w in w_lines]
-            for row, address in enumerate(x_rows):
-                x = load(b, address, 64 * part)
-                for f, w in enumerate(ws):
-                    index = row * features + f
-                    sums = b.insert_value(sums, add_product(b, b.extract_value(sums, index), w, x), index)
+    def accumulate(b, sums, weights_of, x_rows, load):
+        """weights_of: the lines of weights for a place of `products`. A part of an input line is read once for all
+        features."""
+        for place, (select, add_product) in enumerate(products):
+            for part, words in enumerate(zip(*(parts_of(b, line, lanes) for line in weights_of(place)))):
+                ws = [select(b, w) for w in words]
+                for row, address in enumerate(x_rows):
+                    x = parts_of(b, load(b, address, 64 * place), lanes)[part]
+                    for f, w in enumerate(ws):
+                        index = row * features + f
+                        sums = b.insert_value(sums, add_product(b, b.extract_value(sums, index), w, x), index)
         return sums
 
     def addresses(b, base, stride, count):
         return [b.add(base, b.mul(stride, ir.Constant(I64, index))) for index in range(count)]
 
-    @emits(tile, tile, intp, intp, intp, intp, intp)
-    def line(b, sums, w, w_stride, x, x_stride, ahead):
-        for index in range(features):
-            prefetch_value(b, ahead, 64 * index)
-        ws = [weight_line(shape, b, address) for address in addresses(b, w, w_stride, features)]
-        return accumulate(b, sums, ws, addresses(b, x, x_stride, rows), whole_line)
+    @emits(tile, tile, intp, intp, intp, intp)
+    def line(b, sums, w, w_stride, x, x_stride):
+        w_rows = addresses(b, w, w_stride, features)
+
+        def weights_of(place):
+            """Read once more for a further product where no register is left to keep them."""
+            again = (unknown(b, address) if place and lanes < LANES else address for address in w_rows)
+            return [weight_line(shape, b, address) for address in again]
+
+        return accumulate(b, sums, weights_of, addresses(b, x, x_stride, rows), whole_line)
 
     @emits(tile, tile, intp, intp, intp, intp, intp)
     def part(b, sums, w, w_stride, x, x_stride, items):
@@ -108,9 +130,20 @@ def tile_step(isa: Isa, weight_dtype: str, features: int, rows: int):
             return masked_line(b, address, items, shape.x_item_bytes)
 
         load = whole_line if shape.is_widened else first_items  # widened inputs are padded with zeros
-        return accumulate(b, sums, ws, addresses(b, x, x_stride, rows), load)
+        return accumulate(b, sums, lambda place: ws, addresses(b, x, x_stride, rows), load)
 
     return line, part
+
+
+def lines_ahead(features: int):
+    """Intrinsic (address): ask for so many lines from there on."""
+
+    @emits(types.void, intp)
+    def ask(b, address):
+        for index in range(features):
+            prefetch_value(b, address, 64 * index)
+
+    return ask
 
 
 def stream_step(isa: Isa, weight_dtype: str):
@@ -150,7 +183,7 @@ def block_times_row(isa: Isa, weight_dtype: str):
     w_bytes = line_of(isa, weight_dtype).w_bytes
 
     @helper
-    def multiply(weight, w_stride, x, x_stride, inputs, bias, out, out_stride, accumulate, kept):
+    def multiply(weight, w_stride, x, x_stride, inputs, bias, out, out_stride, accumulate, kept, is_first):
         whole = inputs // line_items
         rest = inputs - whole * line_items
         for f in range(BLOCK_FEATURES):
@@ -161,8 +194,7 @@ def block_times_row(isa: Isa, weight_dtype: str):
                 index += STREAM_LINES
             total = together(sums)
             while index < whole:
-                at = w + w_bytes * index
-                total = line(total, at, w_stride, x + x_bytes * index, x_stride, at + w_stride)
+                total = line(total, w + w_bytes * index, w_stride, x + x_bytes * index, x_stride)
                 index += 1
             if rest:
                 total = part(total, w + w_bytes * whole, w_stride, x + x_bytes * whole, x_stride, rest)
@@ -172,22 +204,28 @@ def block_times_row(isa: Isa, weight_dtype: str):
 
 
 def block_times_rows(isa: Isa, weight_dtype: str, features: int, rows: int):
-    """Function: the 16 output features of one block for `rows` rows, `features` at a time."""
-    start, store = zeros(features * rows), finish_dots(features, rows)
+    """Function: the 16 output features of one block for `rows` rows, `features` at a time.
+
+    is_first: whether no rows before these have read the weights, so that the next ones are asked for.
+    """
+    lanes = lanes_of_sums(isa, features, rows)
+    start, store = zeros(features * rows, lanes), finish_dots(features, rows, lanes)
     line, part = tile_step(isa, weight_dtype, features, rows)
+    ask = lines_ahead(features)
     line_items, _, x_bytes = line_of(isa, weight_dtype)
     w_bytes = line_of(isa, weight_dtype).w_bytes
 
     @helper
-    def multiply(weight, w_stride, x, x_stride, inputs, bias, out, out_stride, accumulate, kept):
+    def multiply(weight, w_stride, x, x_stride, inputs, bias, out, out_stride, accumulate, kept, is_first):
         whole = inputs // line_items
         rest = inputs - whole * line_items
         for f in range(0, BLOCK_FEATURES, features):
             sums, w = start(), weight + f * w_stride
             ahead = w + features * w_stride
             for index in range(whole):
-                at = ahead + 64 * features * index
-                sums = line(sums, w + w_bytes * index, w_stride, x + x_bytes * index, x_stride, at)
+                if is_first:
+                    ask(ahead + 64 * features * index)
+                sums = line(sums, w + w_bytes * index, w_stride, x + x_bytes * index, x_stride)
             if rest:
                 sums = part(sums, w + w_bytes * whole, w_stride, x + x_bytes * whole, x_stride, rest)
             store(sums, bias + 4 * f if bias else 0, out + 4 * f, out_stride, accumulate, kept)

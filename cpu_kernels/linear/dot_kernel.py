@@ -139,7 +139,7 @@ def rows_over_range(isa: Isa, weight_dtype: str, features: int, tile: int, fills
                 size = tile if row + tile <= rows else 2 if tile > 2 and row + 2 <= rows else 1
                 if fills and rows - row == 3 and fills_tile(rows, tile):
                     size = tile
-                kept = least(size, rows - row)
+                kept, is_first = least(size, rows - row), row == 0
                 from_x = x + (place + row) * x_stride + first * x_item_bytes
                 for block in range(start, stop):
                     unit, inside = block // run, block % run
@@ -148,11 +148,17 @@ def rows_over_range(isa: Isa, weight_dtype: str, features: int, tile: int, fills
                     to = out + (place + row) * out_stride + column
                     offset = bias + column if bias and first == 0 else 0
                     if size == 1:
-                        multiply_1(w, w_stride, from_x, x_stride, inputs, offset, to, out_stride, add_to, kept)
+                        multiply_1(
+                            w, w_stride, from_x, x_stride, inputs, offset, to, out_stride, add_to, kept, is_first
+                        )
                     elif size == 2:
-                        multiply_2(w, w_stride, from_x, x_stride, inputs, offset, to, out_stride, add_to, kept)
+                        multiply_2(
+                            w, w_stride, from_x, x_stride, inputs, offset, to, out_stride, add_to, kept, is_first
+                        )
                     else:
-                        multiply_tile(w, w_stride, from_x, x_stride, inputs, offset, to, out_stride, add_to, kept)
+                        multiply_tile(
+                            w, w_stride, from_x, x_stride, inputs, offset, to, out_stride, add_to, kept, is_first
+                        )
                 row += size
 
     return multiply

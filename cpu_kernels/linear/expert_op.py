@@ -28,7 +28,7 @@ def kernel_of(isa: Isa, weight_dtype: str, picks: int) -> tuple:
     if not format_of(weight_dtype).is_row_major:
         return "linear.expert_kernel", "expert_linear_q", isa, weight_dtype, isa.row_tile
     is_large = picks > STREAM_ROWS or not isa.has_avx512
-    tile = isa.dot_tile(weight_dtype) if is_large else (4, 4)
+    tile = (isa.dot_features, isa.dot_rows) if is_large else (4, 4)
     return "linear.expert_kernel", "expert_linear_dot", isa, weight_dtype, *tile
 
 

@@ -62,7 +62,7 @@ def kernel_of(isa: Isa, weight_dtype: str, rows: int) -> tuple[tuple[str, str], 
     if rows == 1:
         return kernel, (1, 1)
     if rows > STREAM_ROWS or not isa.has_avx512:
-        return kernel, isa.dot_tile(weight_dtype)
+        return kernel, (isa.dot_features, isa.dot_rows)
     return kernel, (4, 4)
 
 

@@ -128,7 +128,7 @@ def emit_dot_bf16(isa: Isa, builder, acc, a, b):
 
 
 def line_products(isa: Isa, dtype: str):
-    """How a register of fp32, fp16 (16 halves) or bf16 meets another: [(what becomes of it, acc + its products)].
+    """How words of fp32 or bf16, or halves of fp16, meet inputs: [(what becomes of them, acc + their products)].
 
     Where the CPU cannot multiply bf16 there are two: the even numbers and the odd ones are widened, and the other
     operand lies in memory as two registers of float32.
@@ -136,7 +136,7 @@ def line_products(isa: Isa, dtype: str):
     if dtype == "fp32":
         return [(as_floats, _widened_product)]
     if dtype == "fp16":
-        return [(lambda b, line: b.fpext(line, VF32), _widened_product)]
+        return [(lambda b, line: b.fpext(line, ir.VectorType(F32, line.type.count)), _widened_product)]
     if isa.has_bf16:
         return [(lambda b, line: line, lambda b, acc, line, x: emit_dot_bf16(isa, b, acc, line, x))]
     return [(low_halves, _widened_product), (high_halves, _widened_product)]

@@ -25,7 +25,7 @@ class Isa:
     """A chosen path: `name`, whether dpbf16ps is used, and how large a register tile is.
 
     row_tile: rows of one tile of the q8 and q4 linear. dot_features, dot_rows: of one tile of the fp32 and bf16 linear
-    at many rows; its sums, one line of weights and one input must fit in the registers. See also `dot_tile`.
+    at many rows; its sums, one line of weights and one input must fit in the registers.
     """
 
     name: str
@@ -48,16 +48,6 @@ class Isa:
     def lanes(self) -> int:
         """float32 of a register, where a kernel must know; 8 also where a register holds four."""
         return 16 if self.has_avx512 else 8
-
-    def dot_tile(self, weight_dtype: str) -> tuple[int, int]:
-        """Features and rows of a tile of a row-major linear at many rows.
-
-        With 16 registers of 8 lanes a tile of one feature loads an input for every product, so that loads bind; two
-        features share it, where no register is needed to widen bf16 weights.
-        """
-        if self.has_avx2 and weight_dtype != "bf16":
-            return 2, 3
-        return self.dot_features, self.dot_rows
 
     @property
     def has_byte_dots(self) -> bool:
@@ -109,7 +99,7 @@ def named(name: str, has_bf16: bool = False) -> Isa:
     if name in ("avx512", "avx512vnni"):
         return Isa(name, has_bf16, row_tile=8, dot_features=4, dot_rows=6)
     if name in ("avxvnni", "avx2"):
-        # 16 registers, two to a vector: six sums of one feature leave four to a line of weights; inputs are operands.
-        return Isa(name, has_bf16=False, row_tile=4, dot_features=1, dot_rows=6)
+        # 12 of 16 registers are sums: two features share what is read of six rows, so that products bind, not loads.
+        return Isa(name, has_bf16=False, row_tile=4, dot_features=2, dot_rows=6)
     # Elsewhere a vector takes two or four registers, of 16 or 32.
     return Isa(name, has_bf16=False, row_tile=4, dot_features=2, dot_rows=3)

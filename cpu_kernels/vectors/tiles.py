@@ -99,13 +99,13 @@ def finish_features(rows: int):
     return store_features
 
 
-def finish_dots(features: int, rows: int):
-    """Intrinsic (tile, bias, out, out_stride, accumulate, kept) for a tile whose vectors are partial sums of one dot
-    product.
+def finish_dots(features: int, rows: int, lanes: int = LANES):
+    """Intrinsic (tile, bias, out, out_stride, accumulate, kept) for a tile whose vectors, of 16 lanes or 8, are partial
+    sums of one dot product.
 
     Vector row * features + f is summed over its lanes into out + row * out_stride + 4 * f. kept: as `finish_features`.
     """
-    tile = types.UniTuple(F32x16, features * rows)
+    tile = types.UniTuple(float_vector(lanes), features * rows)
 
     @emits(types.void, tile, intp, intp, intp, intp, intp)
     def store_dots(b, sums, bias, out, out_stride, accumulate, kept):
@@ -133,12 +133,19 @@ def fold_lanes(width):
 
 
 def sum_each(b, vectors):
-    """<n x float> of the lane sums of n vectors, in order; n is 8 or 16.
+    """<n x float> of the lane sums of n vectors of 16 lanes or 8, in order; n is 8 or 16.
 
     Neighbours fold into one vector that holds half sums of both, until one is left; `owners` says whose sum a lane is.
+    Two vectors of 8 lanes are one of 16 that two own.
     """
-    pieces = [(vector, [index] * LANES) for index, vector in enumerate(vectors)]
-    width = LANES
+    width = vectors[0].type.count
+    pieces = [(vector, [index] * width) for index, vector in enumerate(vectors)]
+    if width < LANES:
+        both = ir.Constant(VI32, list(range(LANES)))
+        pieces = [
+            (b.shuffle_vector(left, right, both), left_owners + right_owners)
+            for (left, left_owners), (right, right_owners) in zip(pieces[::2], pieces[1::2])
+        ]
     while len(pieces) > 1:
         low = fold_lanes(width)
         masks = [ir.Constant(VI32, [lane + shift for lane in low]) for shift in (0, width // 2)]
@@ -160,7 +167,7 @@ def sum_rows(b, vectors, features):
     if len(vectors) < LANES // 2:
         return [sum_few(b, vectors[at : at + features]) for at in range(0, len(vectors), features)]
     half = LANES // 2
-    padded = vectors + [constant(VF32, 0.0)] * (-len(vectors) % half)
+    padded = vectors + [constant(vectors[0].type, 0.0)] * (-len(vectors) % half)
     rows = []
     for start in range(0, len(padded), LANES):
         sums = sum_each(b, padded[start : start + LANES])
