@@ -5,7 +5,7 @@ the wrong split gives other tokens, and a model that is a little worse for it wi
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from hetero_attn.errors import UnsupportedModelError, nearest
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.models import BPE
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -100,7 +101,7 @@ def _token(fields: GgufFields, tokens: list[str], name: str) -> str | None:
 
 
 def _byte_level(fields: GgufFields, tokens: list[str]) -> "Tokenizer":
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 
     name = fields.text("tokenizer.ggml.pre", "default")
     if name not in _PRE:
@@ -110,8 +111,7 @@ def _byte_level(fields: GgufFields, tokens: list[str]) -> "Tokenizer":
         )
     pattern, splits_digits, ignore_merges, _ = _PRE[name]
     vocab = {token: index for index, token in enumerate(tokens)}
-    merges = _listed_merges(fields, vocab)
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
+    tokenizer = Tokenizer(_listed_bpe(fields, vocab, ignore_merges=ignore_merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
     steps = [pre_tokenizers.Digits(individual_digits=True)] if splits_digits else []
     if pattern is not None:
@@ -124,21 +124,27 @@ def _byte_level(fields: GgufFields, tokens: list[str]) -> "Tokenizer":
     return tokenizer
 
 
-def _listed_merges(fields: GgufFields, vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """The merges of a file, first those that come first."""
+def _listed_bpe(fields: GgufFields, vocab: dict[str, int], **options: Any) -> "BPE":
+    """A model of the merges of a file, first those that come first. Which of them is wrong is looked for where one is:
+    `tokenizers` looks at them all too, in a fraction of the time, but names neither the file nor the list."""
+    from tokenizers.models import BPE
+
     merges = [tuple(pair.split(" ")) for pair in fields.texts("tokenizer.ggml.merges")]
-    if wrong := [pair for pair in merges if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys()]:
-        fields.fail("tokenizer.ggml.merges", wrong[0], "two tokens whose join is one too")
-    return merges
+    try:
+        return BPE(vocab=vocab, merges=merges, **options)
+    except Exception:
+        if wrong := [pair for pair in merges if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys()]:
+            fields.fail("tokenizer.ggml.merges", wrong[0], "two tokens whose join is one too")
+        raise
 
 
 def _merged_characters(fields: GgufFields, tokens: list[str]) -> "Tokenizer":
     """That of Gemma 4: a SentencePiece vocabulary whose merges are in the file, and no split but at line ends."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
     vocab = {token: index for index, token in enumerate(tokens)}
-    merges, unknown = _listed_merges(fields, vocab), _token(fields, tokens, "unknown")
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    unknown = _token(fields, tokens, "unknown")
+    tokenizer = Tokenizer(_listed_bpe(fields, vocab, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), "isolated")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
