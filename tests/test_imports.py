@@ -72,7 +72,7 @@ FLOORS = {
 }
 LONGEST_CHAIN = {"hetero_attn": 14, "placement": 6, "cpu_kernels": 6}
 MOST_MODULES = 14  # in one folder
-SLOW_TO_IMPORT = ("torch", "transformers", "scipy", "matplotlib", "numba", "starlette", "uvicorn")
+SLOW_TO_IMPORT = ("torch", "transformers", "scipy", "matplotlib", "numba", "starlette", "uvicorn", "rich.console")
 
 
 def imported_names(path: Path, tree: ast.AST, modules: Collection[str] = ()) -> set[str]:

@@ -8,7 +8,6 @@ import typer
 
 from hetero_attn.cli import options
 from hetero_attn.cli.output import expect_writable, print_json, read_text, table_width, write_text
-from hetero_attn.cli.profile_table import profile_table
 
 
 def profile(
@@ -49,6 +48,8 @@ def profile(
     if as_json:
         print_json(measured.to_dict())
     else:
+        from hetero_attn.cli.profile_table import profile_table
+
         typer.echo(profile_table(measured, table_width()), nl=False)
     if save is not None:
         write_text(save, measured.to_yaml() if save.suffix in (".yaml", ".yml") else measured.to_json() + "\n")
