@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from hetero_attn.cli.shell.collector import collector_at_rest
+from hetero_attn.cli.shell.light_import import without_source_text
 
 if TYPE_CHECKING:
     from hetero_attn import LLM
@@ -146,7 +147,8 @@ class Loading:
     def llm(self, model: str, **more: Any) -> LLM:
         """Load a model, with more arguments of `LLM`; says on stderr what takes time. Raises what `LLM` raises."""
         with collector_at_rest():
-            from hetero_attn import LLM
+            with without_source_text():
+                from hetero_attn import LLM
 
             return LLM(model, progress=True, **self.arguments() | more)
 
